@@ -1,0 +1,73 @@
+# Needs make and a Python >= 3.11 with its venv module; the rest is installed into $(VENV).
+
+VENV ?= .venv
+# Candidates, best tested first; PYTHON=/path/to/python names another one.
+PYTHONS ?= python3.11 python3.12 python3.13 python3.14 python3 python
+PYTHON ?=
+# Another index for PyTorch's wheels, searched besides the usual one. On Linux, PyPI's torch brings
+# CUDA along (some 5 GB); without an NVIDIA GPU the CPU wheels do as well and are much smaller:
+#     make install TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help venv install demo test test-slow test-faults check format clean
+
+help: ## Show this help
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+
+venv: $(BIN)/python ## Make an empty virtual environment in .venv
+
+install: $(STAMP) ## Install the project and its tools into .venv
+
+demo: $(STAMP) ## Run the whole pipeline on drawn phantoms, on a Ray head of its own
+	$(BIN)/python jobs/demo.py
+
+test: $(STAMP) ## Run the quick tests
+	$(BIN)/python -m pytest
+
+test-slow: $(STAMP) ## Run the tests that take minutes
+	$(BIN)/python -m pytest -m slow
+
+test-faults: $(STAMP) ## Run the tests that kill workers, servers and jobs
+	$(BIN)/python -m pytest -m faults
+
+check: $(STAMP) ## Check format, lint, types and the rules of dependency
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP) ## Format the code and apply safe fixes
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean: ## Remove .venv and caches
+	rm -rf $(VENV) build dist *.egg-info
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find brainray jobs tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A candidate must really run: version managers leave stubs behind, and some distributions ship
+# Python without venv.
+$(BIN)/python:
+	@for candidate in $(if $(PYTHON),"$(PYTHON)",$(PYTHONS)); do \
+	  if "$$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' \
+	      >/dev/null 2>&1; then \
+	    echo "$$candidate -m venv $(VENV)"; \
+	    exec "$$candidate" -m venv $(VENV); \
+	  fi; \
+	done; \
+	echo "error: no Python >= 3.11 with the venv module among: $(or $(PYTHON),$(PYTHONS));" \
+	  "install one (Debian: python3.11 and python3.11-venv) or name it: make PYTHON=..." >&2; \
+	exit 1
+
+$(STAMP): pyproject.toml | $(BIN)/python
+	@if [ "$$(uname -s)" = Linux ] && [ -z "$(TORCH_INDEX)" ] \
+	    && ! command -v nvidia-smi >/dev/null 2>&1; then \
+	  echo "note: no NVIDIA GPU found; TORCH_INDEX=https://download.pytorch.org/whl/cpu" \
+	    "would spare some 5 GB (not required)"; \
+	fi
+	$(BIN)/python -m pip install $(if $(TORCH_INDEX),--extra-index-url "$(TORCH_INDEX)") -e '.[dev]'
+	@touch $@

@@ -1,0 +1,106 @@
+"""What clusters are called: the same number as an epoch ago, and the class they stand for."""
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from brainray import dist
+from brainray.errors import ClusteringError
+
+
+def match_components(
+    previous: Tensor,  # (n_rank, K) responsibilities
+    current: Tensor,  # (n_rank, K) responsibilities of the same rows
+) -> Tensor:  # (K,) int64
+    """Order in which current components line up with the previous ones (collective).
+
+    `current[:, order]` overlaps most with `previous`: the Hungarian assignment (Kuhn 1955)
+    maximises sum_k sum_i previous_ik current_i,order(k) over the rows of all ranks.
+
+    Raises:
+        ClusteringError: if rows or components of the two differ in number.
+    """
+    if previous.shape != current.shape or previous.ndim != 2:
+        raise ClusteringError(
+            f"responsibilities of shapes {tuple(previous.shape)} and {tuple(current.shape)} "
+            "cannot be matched: they must be of the same rows and number of components"
+        )
+    overlap = dist.sum_across_ranks(previous.double().T @ current.double())
+    _, order = linear_sum_assignment(overlap.cpu().numpy(), maximize=True)
+    return torch.from_numpy(order).to(device=current.device, dtype=torch.int64)
+
+
+def cluster_to_class(
+    assignments: Tensor,  # (n_rank, K) responsibilities or (n_rank,) int64 clusters
+    labels: Tensor,  # (n_rank,) int64 in [0, C)
+    num_classes: int,
+    centers: Tensor,  # (K, E), the same on every rank
+    class_means: Tensor,  # (C, E), the same on every rank
+) -> Tensor:  # (K,) int64
+    """The class that each cluster stands for, from labelled rows alone (collective).
+
+    K == C: the one-to-one assignment with the most labelled rows (or responsibility) in
+    agreement. K > C: each cluster takes its majority class. In both cases a cluster that no
+    labelled row falls into (with responsibilities: that is no row's largest) takes the class of
+    the nearest labelled class mean instead, be that class taken or not.
+
+    Args:
+        assignments: clusters of this rank's labelled rows.
+        labels: their classes.
+        num_classes: C.
+        centers: of the clusters, in the space of `class_means`.
+        class_means: means of the labelled rows; those of classes without any are not read.
+
+    Raises:
+        ClusteringError: on every rank alike: K < C, no labelled rows, labels or clusters out of
+            range.
+    """
+    num_clusters = centers.shape[0]
+    if num_clusters < num_classes:
+        raise ClusteringError(
+            f"{num_clusters} clusters cannot stand for {num_classes} classes: raise "
+            f"clustering.num_clusters to at least {num_classes}"
+        )
+    votes, num_rows = _count_votes(assignments, labels, num_clusters, num_classes)
+    if num_clusters == num_classes:
+        _, classes = linear_sum_assignment(votes.cpu().numpy(), maximize=True)
+        mapping = torch.from_numpy(classes).to(device=centers.device, dtype=torch.int64)
+    else:
+        mapping = votes.argmax(dim=1)
+    distances = torch.cdist(centers.double(), class_means.double())  # (K, C)
+    distances[:, num_rows.sum(dim=0) == 0] = torch.inf
+    return torch.where(num_rows.sum(dim=1) == 0, distances.argmin(dim=1), mapping)
+
+
+def class_probabilities(
+    responsibilities: Tensor,  # (N, K)
+    cluster_to_class: Tensor,  # (K,) int64
+    num_classes: int,
+) -> Tensor:  # (N, C)
+    """Probability of each class: the responsibilities of its clusters, summed."""
+    membership = torch.nn.functional.one_hot(cluster_to_class, num_classes)
+    return responsibilities @ membership.to(responsibilities.dtype)
+
+
+def _count_votes(
+    assignments: Tensor, labels: Tensor, num_clusters: int, num_classes: int
+) -> tuple[Tensor, Tensor]:
+    """Responsibility and number of all ranks' rows by cluster and class, each (K, C) float64."""
+    if assignments.ndim == 2:
+        soft, clusters = assignments.double(), assignments.argmax(dim=1)
+    else:
+        soft, clusters = None, assignments
+    valid = (labels >= 0) & (labels < num_classes) & (clusters >= 0) & (clusters < num_clusters)
+    checks = torch.stack([valid.sum(), (~valid).sum()])
+    num_valid, num_invalid = dist.sum_across_ranks(checks).tolist()
+    if num_invalid or not num_valid:
+        raise ClusteringError(
+            f"clusters are named by labelled rows, but of {num_valid + num_invalid} rows "
+            f"{num_invalid} have a label outside 0..{num_classes - 1} or a cluster outside "
+            f"0..{num_clusters - 1}: pass labelled rows only, at least one"
+        )
+    by_class = torch.nn.functional.one_hot(labels, num_classes).double()
+    by_cluster = torch.nn.functional.one_hot(clusters, num_clusters).double()
+    num_rows = dist.sum_across_ranks(by_cluster.T @ by_class)
+    votes = num_rows if soft is None else dist.sum_across_ranks(soft.T @ by_class)
+    return votes, num_rows

@@ -1,0 +1,124 @@
+"""Watch for the trivial minimum of the cluster loss, where all embeddings meet in one point."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from brainray import dist
+from brainray.clustering import shards
+from brainray.clustering.metrics import effective_rank
+from brainray.errors import ClusteringError
+
+
+@dataclass(frozen=True)
+class ClusteringHealth:
+    """State of one epoch's clustering, over the rows of all ranks."""
+
+    smallest_share: float
+    """Share of the rows, in responsibility, of the smallest cluster."""
+    largest_share: float
+    """The same of the largest cluster."""
+    mean_entropy: float
+    """Mean entropy of gamma over log K: 0 if each row is sure of its cluster, 1 if none knows."""
+    effective_rank: float
+    """Dimensions that the embeddings use (Roy & Vetterli 2007)."""
+    spread: float
+    """Mean squared distance of L2-normalised embeddings to their mean: 0 collapsed, at most 1."""
+    nmi_previous: float | None
+    """Normalised mutual information with the previous epoch's clusters, if there are any."""
+
+
+@torch.no_grad()
+def measure_health(
+    z: Tensor,  # (n_rank, E)
+    responsibilities: Tensor,  # (n_rank, K)
+    previous_responsibilities: Tensor | None,  # (n_rank, K') of the same rows; None on all ranks
+) -> ClusteringHealth:
+    """Measure how far from collapse a clustering is (collective).
+
+    Raises:
+        ClusteringError: if there are no rows, or `z` holds NaN or infinity.
+    """
+    num_rows = shards.check_rows(z)
+    if num_rows == 0:
+        raise ClusteringError("no rank holds an embedding to measure: pass at least one row")
+    gamma = responsibilities.double()
+    num_clusters = gamma.shape[1]
+    entropy = -torch.special.xlogy(gamma, gamma).sum()
+    totals = dist.sum_across_ranks(torch.cat([gamma.sum(dim=0), entropy[None]]))
+    shares = totals[:-1] / num_rows
+    max_entropy = num_rows * math.log(num_clusters)
+    directions = torch.nn.functional.normalize(z.double(), dim=1)
+    distances = (directions - shards.mean_of_rows(directions, num_rows)).square().sum()
+    nmi_previous = None
+    if previous_responsibilities is not None:
+        nmi_previous = normalized_mutual_information(
+            _contingency(previous_responsibilities, responsibilities)
+        )
+    return ClusteringHealth(
+        smallest_share=float(shares.min()),
+        largest_share=float(shares.max()),
+        mean_entropy=float(totals[-1]) / max_entropy if num_clusters > 1 else 0.0,
+        effective_rank=effective_rank(z),
+        spread=float(dist.sum_across_ranks(distances)) / num_rows,
+        nmi_previous=nmi_previous,
+    )
+
+
+def check_collapse(health: ClusteringHealth, max_share: float, min_spread: float) -> None:
+    """Stop a run whose clusters or embeddings have collapsed.
+
+    Args:
+        health: of the present epoch.
+        max_share: largest share of the rows that one cluster may hold.
+        min_spread: least mean squared distance of normalised embeddings to their mean.
+
+    Raises:
+        ClusteringError: with what was measured, the threshold, and what to do.
+    """
+    remedy = (
+        "lower objective.lambda_cluster or train.learning_rate, or warm the encoder up before "
+        "the cluster loss sets in"
+    )
+    # Negated, so that a NaN counts as collapse too.
+    if not health.largest_share <= max_share:
+        raise ClusteringError(
+            f"the clustering has collapsed: one cluster holds {health.largest_share:.1%} of all "
+            f"rows, more than the allowed {max_share:.1%} (effective rank of the embeddings "
+            f"{health.effective_rank:.1f}): {remedy}"
+        )
+    if not health.spread >= min_spread:
+        raise ClusteringError(
+            f"the embeddings have collapsed: their mean squared distance to their mean is "
+            f"{health.spread:.2g}, less than the allowed {min_spread:.2g} (effective rank "
+            f"{health.effective_rank:.1f}): {remedy}"
+        )
+
+
+def normalized_mutual_information(contingency: Tensor) -> float:
+    """Mutual information of two partitions over the mean of their entropies.
+
+    Args:
+        contingency: (K', K) numbers of rows, float64. Two partitions of one cluster each agree: 1.
+    """
+    joint = contingency / contingency.sum()
+    first, second = joint.sum(dim=1), joint.sum(dim=0)
+    entropy_first, entropy_second = _entropy(first), _entropy(second)
+    mean_entropy = (entropy_first + entropy_second) / 2
+    if mean_entropy == 0:
+        return 1.0
+    mutual_information = entropy_first + entropy_second - _entropy(joint)
+    return max(0.0, mutual_information / mean_entropy)
+
+
+def _entropy(shares: Tensor) -> float:
+    return -float(torch.special.xlogy(shares, shares).sum())
+
+
+def _contingency(previous: Tensor, current: Tensor) -> Tensor:
+    """Rows of all ranks by most responsible component, then and now; (K', K) float64."""
+    then = torch.nn.functional.one_hot(previous.argmax(dim=1), previous.shape[1]).double()
+    now = torch.nn.functional.one_hot(current.argmax(dim=1), current.shape[1]).double()
+    return dist.sum_across_ranks(then.T @ now)

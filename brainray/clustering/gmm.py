@@ -1,0 +1,365 @@
+"""Gaussian mixtures, fitted by expectation maximisation to rows that are spread over ranks."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Self, get_args
+
+import torch
+from torch import Tensor
+
+from brainray import dist
+from brainray.clustering import shards
+from brainray.clustering.fitted import FittedModule
+from brainray.clustering.gaussian import (
+    CovarianceType,
+    SufficientStatistics,
+    cholesky_of_precisions,
+    covariance_shape,
+    estimate_covariances,
+    log_gaussian,
+    precisions_cholesky,
+)
+from brainray.clustering.kmeans import KMeans
+from brainray.errors import ClusteringError
+
+# A component with less responsibility than this, in rows, explains nothing: its mean and
+# covariance would be 0 / 0. Nobody has tuned the value; any well-filled mixture is far above it.
+_VANISHED_COUNT = 1e-3
+
+
+class GaussianMixture(FittedModule):
+    """Expectation maximisation (Bishop 2006, section 9.2) with scikit-learn's conventions.
+
+    Everything is computed in float64, on rows shifted by their mean, in blocks; per iteration
+    there is one collective, the sum of the sufficient statistics. A component that vanishes is
+    put on the row that the others explain worst, with their average covariance and weight 1 / K,
+    and counted.
+
+    Fitted attributes (tensors float64):
+        weights_ (K,), means_ (K, D), covariances_, precisions_cholesky_: the mixture.
+        converged_, n_iter_: whether and when the lower bound changed by less than `tol`.
+        lower_bound_: mean log-likelihood of a row, before the last M-step.
+        num_reseeded_: how often a vanished component was placed anew.
+    """
+
+    weights_: Tensor
+    means_: Tensor
+    covariances_: Tensor
+    precisions_cholesky_: Tensor
+    converged_: bool
+    n_iter_: int
+    lower_bound_: float
+    num_reseeded_: int
+    _fitted_numbers = ("converged_", "n_iter_", "lower_bound_", "num_reseeded_")
+
+    def __init__(
+        self,
+        num_components: int,
+        covariance_type: CovarianceType = "full",
+        *,
+        tol: float = 1e-3,
+        reg_covar: float = 1e-6,
+        max_iter: int = 100,
+        seed: int = 0,
+        block_rows: int = 16_384,
+    ) -> None:
+        """
+        Args:
+            num_components: K.
+            covariance_type: "spherical", "diag", "tied" or "full".
+            tol: stop when the mean log-likelihood changes by less than this.
+            reg_covar: added to every variance, in squared units of the rows.
+            max_iter: limit of EM iterations.
+            seed: of the K-means that gives the first responsibilities.
+            block_rows: rows handled at a time; bounds the memory to block_rows x (D + K).
+        """
+        super().__init__()
+        if covariance_type not in get_args(CovarianceType):
+            raise ClusteringError(
+                f"covariance_type {covariance_type!r} is none of {get_args(CovarianceType)}"
+            )
+        if min(num_components, max_iter, block_rows) < 1 or reg_covar < 0:
+            raise ClusteringError(
+                f"num_components={num_components}, max_iter={max_iter} and "
+                f"block_rows={block_rows} must be at least 1, reg_covar={reg_covar} at least 0"
+            )
+        self.num_components = num_components
+        self.covariance_type: CovarianceType = covariance_type
+        self.tol = tol
+        self.reg_covar = reg_covar
+        self.max_iter = max_iter
+        self.seed = seed
+        self.block_rows = block_rows
+        self._register_fitted("weights_", "means_", "covariances_", "precisions_cholesky_")
+        self.converged_ = False
+        self.n_iter_ = 0
+        self.lower_bound_ = -math.inf
+        self.num_reseeded_ = 0
+
+    @torch.no_grad()
+    def fit(
+        self,
+        x: Tensor,  # (n_rank, D) float32 or float64
+        *,
+        init_responsibilities: Tensor | None = None,  # (n_rank, K)
+        init_means: Tensor | None = None,  # (K, D)
+        init_weights: Tensor | None = None,  # (K,)
+        init_precisions: Tensor | None = None,  # shaped like the covariances
+        row_keys: Tensor | None = None,  # (n_rank,) int64
+    ) -> Self:
+        """Fit the mixture to the rows of all ranks (collective).
+
+        The start is an M-step on `init_responsibilities`, by default K-means labels; means,
+        weights and precisions that are given replace what it finds (scikit-learn's means_init,
+        weights_init, precisions_init). Departure: K-means starts from `init_means` if given, so
+        that its clusters are in their order.
+
+        Args:
+            x: this rank's rows; may be empty.
+            init_responsibilities: of this rank's rows; each row sums to 1.
+            init_means: the same on every rank, as are
+            init_weights: which are positive and sum to 1, and
+            init_precisions: inverse covariances.
+            row_keys: unique over all ranks; by default the global row index in rank order.
+
+        Raises:
+            ClusteringError: on every rank alike: rows with NaN or infinity, fewer rows (or, for
+                K-means, distinct rows) than components, a start that does not fit, a covariance
+                that is not positive definite.
+        """
+        num_rows = shards.check_rows(x)
+        if num_rows < self.num_components:
+            raise ClusteringError(
+                f"{self.num_components} components need at least as many rows, but all ranks "
+                f"together hold {num_rows}: lower clustering.num_clusters or add images"
+            )
+        row_keys = shards.resolve_row_keys(x, row_keys)
+        origin = shards.mean_of_rows(x, num_rows)
+        self.num_reseeded_ = 0
+        start = _Start(init_means, init_weights, init_precisions)
+        start.check(self.num_components, x.shape[1], self.covariance_type)
+        if not start.is_complete():
+            if init_responsibilities is None:
+                init_responsibilities = self._kmeans_labels(x, row_keys, init_means)
+            statistics = self._statistics(x, origin, init_responsibilities)
+            # Negated, so that a NaN is refused too.
+            if not abs(float(statistics.counts.sum()) - num_rows) <= 1e-3 * num_rows:
+                raise ClusteringError(
+                    f"init_responsibilities of {num_rows} rows sum to "
+                    f"{float(statistics.counts.sum()):g}: each row's must sum to 1"
+                )
+            vanished = self._m_step(statistics, origin)
+            self._reseed(vanished, x, row_keys)
+        self._override(start, x.device)
+
+        self.converged_ = False
+        self.lower_bound_ = -math.inf
+        self.n_iter_ = 0
+        while self.n_iter_ < self.max_iter and not self.converged_:
+            self.n_iter_ += 1
+            statistics = self._e_step(x, origin)
+            vanished = self._m_step(statistics, origin)
+            num_reseeded = self._reseed(vanished, x, row_keys)
+            previous, self.lower_bound_ = self.lower_bound_, statistics.mean_log_likelihood()
+            # A mixture with a component just placed has not settled, whatever the likelihood.
+            self.converged_ = not num_reseeded and abs(self.lower_bound_ - previous) < self.tol
+        return self
+
+    @torch.no_grad()
+    def predict_proba(self, x: Tensor) -> Tensor:
+        """Responsibilities gamma (n, K) of rows (n, D), in their dtype. Not collective."""
+        gamma = x.new_empty(x.shape[0], self.num_components)
+        for block, _, log_joint in self._log_joint_by_block(x, self._center()):
+            gamma[block] = log_joint.softmax(dim=1).to(x.dtype)
+        return gamma
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Most responsible component of each row, (n,) int64. Not collective."""
+        return self.predict_proba(x).argmax(dim=1)
+
+    @torch.no_grad()
+    def score_samples(self, x: Tensor) -> Tensor:
+        """Log-likelihood of each row, (n,) float64. Not collective."""
+        log_likelihood = torch.empty(x.shape[0], dtype=torch.float64, device=x.device)
+        for block, _, log_joint in self._log_joint_by_block(x, self._center()):
+            log_likelihood[block] = log_joint.logsumexp(dim=1)
+        return log_likelihood
+
+    def score(self, x: Tensor) -> float:
+        """Mean log-likelihood over the rows of all ranks (collective)."""
+        log_likelihood, num_rows = self._log_likelihood(x)
+        return log_likelihood / num_rows
+
+    def bic(self, x: Tensor) -> float:
+        """Bayesian information criterion on the rows of all ranks, lower is better (collective)."""
+        log_likelihood, num_rows = self._log_likelihood(x)
+        return -2 * log_likelihood + self._num_parameters() * math.log(num_rows)
+
+    def aic(self, x: Tensor) -> float:
+        """Akaike information criterion on the rows of all ranks, lower is better (collective)."""
+        log_likelihood, _ = self._log_likelihood(x)
+        return -2 * log_likelihood + 2 * self._num_parameters()
+
+    @torch.no_grad()
+    def permute_(self, order: Tensor) -> Self:
+        """Reorder components in place: the new component j is the old component order[j]."""
+        self._check_is_fitted()
+        order = order.to(self.weights_.device)
+        if order.sort().values.tolist() != list(range(self.num_components)):
+            raise ClusteringError(
+                f"{order.tolist()} is no permutation of {self.num_components} components"
+            )
+        self.weights_ = self.weights_[order]
+        self.means_ = self.means_[order]
+        if self.covariance_type != "tied":
+            self.covariances_ = self.covariances_[order]
+            self.precisions_cholesky_ = self.precisions_cholesky_[order]
+        return self
+
+    def _e_step(self, x: Tensor, origin: Tensor) -> SufficientStatistics:
+        """Sufficient statistics of all ranks' rows under the present mixture (collective)."""
+        statistics = SufficientStatistics.zeros(
+            self.num_components, x.shape[1], self.covariance_type, x.device
+        )
+        for _, rows, log_joint in self._log_joint_by_block(x, origin):
+            log_likelihood = log_joint.logsumexp(dim=1)
+            gamma = torch.exp(log_joint - log_likelihood[:, None])
+            statistics.add(rows, gamma, log_likelihood.sum())
+        return statistics.sum_across_ranks()
+
+    def _m_step(self, statistics: SufficientStatistics, origin: Tensor) -> Tensor:
+        """Parameters from statistics; returns which components vanished, (K,) bool."""
+        vanished = statistics.counts < _VANISHED_COUNT
+        counts = torch.where(vanished, 0.0, statistics.counts)
+        means = statistics.sums / torch.where(vanished, 1.0, counts)[:, None]
+        means[vanished] = 0.0
+        self.weights_ = counts / counts.sum()
+        self.means_ = means + origin
+        self.covariances_ = estimate_covariances(statistics, means, vanished, self.reg_covar)
+        self.precisions_cholesky_ = precisions_cholesky(self.covariances_, self.covariance_type)
+        return vanished
+
+    def _reseed(self, vanished: Tensor, x: Tensor, row_keys: Tensor) -> int:
+        """Put vanished components (weight 0) on the rows explained worst; returns how many."""
+        num_vanished = int(vanished.sum())
+        if num_vanished == 0:
+            return 0
+        # In float32: likelihoods equal but for rounding are a tie, which the row keys settle.
+        surprise = -self.score_samples(x).float()
+        self.means_[vanished] = shards.top_rows(x, surprise, row_keys, num_vanished).rows.double()
+        share = 1 / self.num_components
+        self.weights_ = torch.where(vanished, share, self.weights_ * (1 - num_vanished * share))
+        self.num_reseeded_ += num_vanished
+        return num_vanished
+
+    def _kmeans_labels(self, x: Tensor, row_keys: Tensor, init_means: Tensor | None) -> Tensor:
+        """K-means clusters as one-hot responsibilities (n_rank, K) float64 (collective)."""
+        kmeans = KMeans(self.num_components, seed=self.seed, block_rows=self.block_rows)
+        labels = kmeans.fit(x, row_keys=row_keys, init_centers=init_means).predict(x)
+        return torch.nn.functional.one_hot(labels, self.num_components).double()
+
+    def _statistics(
+        self, x: Tensor, origin: Tensor, responsibilities: Tensor
+    ) -> SufficientStatistics:
+        """Sufficient statistics for given responsibilities of all ranks' rows (collective)."""
+        expected = (x.shape[0], self.num_components)
+        if tuple(responsibilities.shape) != expected:
+            raise ClusteringError(
+                f"init_responsibilities have shape {tuple(responsibilities.shape)}, expected "
+                f"(rows, components) = {expected}"
+            )
+        statistics = SufficientStatistics.zeros(
+            self.num_components, x.shape[1], self.covariance_type, x.device
+        )
+        unknown = torch.zeros((), dtype=torch.float64, device=x.device)
+        for block in shards.blocks(x.shape[0], self.block_rows):
+            gamma = responsibilities[block].to(device=x.device, dtype=torch.float64)
+            statistics.add(x[block].double() - origin, gamma, log_likelihood=unknown)
+        return statistics.sum_across_ranks()
+
+    def _override(self, start: "_Start", device: torch.device) -> None:
+        if start.weights is not None:
+            self.weights_ = start.weights.to(device=device, dtype=torch.float64)
+        if start.means is not None:
+            self.means_ = start.means.to(device=device, dtype=torch.float64)
+        if start.precisions is not None:
+            precisions = start.precisions.to(device=device, dtype=torch.float64)
+            self.precisions_cholesky_ = cholesky_of_precisions(precisions, self.covariance_type)
+            is_matrix = self.covariance_type in ("tied", "full")
+            self.covariances_ = torch.linalg.inv(precisions) if is_matrix else 1 / precisions
+
+    def _log_joint_by_block(
+        self, x: Tensor, origin: Tensor
+    ) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Yield blocks with rows x - origin (B, D) and log(weight_k N(x_i | k)) (B, K)."""
+        means = self.means_ - origin
+        log_weights = self.weights_.log()
+        for block in shards.blocks(x.shape[0], self.block_rows):
+            rows = x[block].double() - origin
+            log_density = log_gaussian(rows, means, self.precisions_cholesky_, self.covariance_type)
+            yield block, rows, log_weights + log_density
+
+    def _center(self) -> Tensor:
+        """The mixture's mean, which after an M-step is the mean of the rows fitted."""
+        self._check_is_fitted()
+        return self.weights_ @ self.means_
+
+    def _log_likelihood(self, x: Tensor) -> tuple[float, int]:
+        log_likelihood = self.score_samples(x)
+        local = torch.stack([log_likelihood.sum(), log_likelihood.new_tensor(x.shape[0])])
+        total, num_rows = dist.sum_across_ranks(local).tolist()
+        if num_rows == 0:
+            raise ClusteringError("no rank holds a row to score: pass at least one row")
+        return total, int(num_rows)
+
+    def _num_parameters(self) -> int:
+        """Free parameters: covariances, means, and weights that sum to 1."""
+        num_components, num_features = self.means_.shape
+        triangle = num_features * (num_features + 1) // 2
+        num_covariances = {
+            "spherical": num_components,
+            "diag": num_components * num_features,
+            "tied": triangle,
+            "full": num_components * triangle,
+        }[self.covariance_type]
+        return num_covariances + num_components * num_features + num_components - 1
+
+
+@dataclass(frozen=True)
+class _Start:
+    """Parameters to begin with; what is None is estimated."""
+
+    means: Tensor | None
+    weights: Tensor | None
+    precisions: Tensor | None
+
+    def is_complete(self) -> bool:
+        return not any(part is None for part in (self.means, self.weights, self.precisions))
+
+    def check(
+        self, num_components: int, num_features: int, covariance_type: CovarianceType
+    ) -> None:
+        shapes = {
+            "init_means": (self.means, (num_components, num_features)),
+            "init_weights": (self.weights, (num_components,)),
+            "init_precisions": (
+                self.precisions,
+                covariance_shape(num_components, num_features, covariance_type),
+            ),
+        }
+        for name, (value, shape) in shapes.items():
+            if value is None:
+                continue
+            if tuple(value.shape) != shape or not bool(torch.isfinite(value).all()):
+                raise ClusteringError(
+                    f"{name} must be finite and of shape {shape}, but has shape "
+                    f"{tuple(value.shape)}: was it fitted with another number of components, "
+                    "features or another covariance type?"
+                )
+        if self.weights is not None and not (
+            bool((self.weights > 0).all()) and abs(float(self.weights.sum()) - 1) < 1e-3
+        ):
+            raise ClusteringError(
+                f"init_weights {self.weights.tolist()} must be positive and sum to 1"
+            )

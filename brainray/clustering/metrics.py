@@ -1,0 +1,163 @@
+"""Figures of merit for clusters, predictions and embeddings.
+
+Those of numpy arrays are for gathered results; `effective_rank` takes each rank's own rows.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from sklearn import metrics as sk_metrics
+from torch import Tensor
+
+from brainray.clustering import shards
+from brainray.errors import DataError
+
+
+def clustering_metrics(labels_true: ArrayLike, labels_pred: ArrayLike) -> dict[str, float]:
+    """Agreement of two partitions (N,), whatever their numbering.
+
+    Returns:
+        nmi: mutual information over the mean of both entropies, in [0, 1].
+        ari: adjusted Rand index, 0 by chance, at most 1.
+        fmi: Fowlkes-Mallows index, in [0, 1].
+    """
+    return {
+        "nmi": float(sk_metrics.normalized_mutual_info_score(labels_true, labels_pred)),
+        "ari": float(sk_metrics.adjusted_rand_score(labels_true, labels_pred)),
+        "fmi": float(sk_metrics.fowlkes_mallows_score(labels_true, labels_pred)),
+    }
+
+
+def silhouette(
+    z: NDArray[np.floating],  # (N, E)
+    clusters: NDArray[np.integer],  # (N,)
+) -> float | None:
+    """Mean silhouette (Rousseeuw 1987) of L2-normalised embeddings, in [-1, 1].
+
+    None where it is not defined: fewer than two clusters, or as many as rows.
+    """
+    num_clusters = len(np.unique(clusters))
+    if not 2 <= num_clusters < len(clusters):
+        return None
+    norms = np.linalg.norm(z, axis=1, keepdims=True)
+    directions = z / np.maximum(norms, np.finfo(z.dtype).tiny)
+    return float(sk_metrics.silhouette_score(directions, clusters))
+
+
+def classification_metrics(
+    labels: NDArray[np.integer],  # (N,) in [0, C)
+    predictions: NDArray[np.integer],  # (N,)
+    class_names: Sequence[str],
+) -> dict[str, float]:
+    """Accuracy, balanced accuracy, macro F1, and per class precision, recall, F1 and support.
+
+    A class without a labelled row has no figures and no part in the averages; without any row at
+    all the result is empty. The precision of a class that is never predicted is 0.
+
+    Raises:
+        DataError: if a label is no index into `class_names`.
+    """
+    _check_labels(labels, predictions, len(class_names))
+    if len(labels) == 0:
+        return {}
+    present = np.unique(labels)
+    precision, recall, f1, support = sk_metrics.precision_recall_fscore_support(
+        labels, predictions, labels=present, zero_division=0
+    )
+    result = {
+        "accuracy": float(np.mean(labels == predictions)),
+        "balanced_accuracy": float(np.mean(recall)),
+        "f1_macro": float(np.mean(f1)),
+    }
+    for i, class_index in enumerate(present):
+        name = class_names[class_index]
+        result[f"precision/{name}"] = float(precision[i])
+        result[f"recall/{name}"] = float(recall[i])
+        result[f"f1/{name}"] = float(f1[i])
+        result[f"support/{name}"] = float(support[i])
+    return result
+
+
+def bootstrap_interval(
+    correct: NDArray[np.bool_],  # (N,)
+    seed: int,
+    num_resamples: int = 1000,
+    confidence: float = 0.95,
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the accuracy (Efron 1979).
+
+    Rows are resampled as if independent. Slices of one patient are not, so the interval is too
+    narrow for a statement about patients; where every row is right it has no width.
+
+    Raises:
+        DataError: if there are no rows.
+    """
+    if len(correct) == 0:
+        raise DataError("no rows to resample: an interval needs at least one prediction")
+    # The number of right rows in a resample of N rows is binomial: no need to draw rows.
+    generator = np.random.default_rng(seed)
+    num_correct = generator.binomial(len(correct), np.mean(correct), size=num_resamples)
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(num_correct / len(correct), [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def reweighted_accuracy(
+    labels: NDArray[np.integer],  # (N,) in [0, C)
+    predictions: NDArray[np.integer],  # (N,)
+    class_mix: ArrayLike,  # (C,) shares or counts
+) -> float | None:
+    """Accuracy had the classes occurred in the proportions of `class_mix`.
+
+    None if a class with a positive share has no row, or no class has a share.
+
+    Raises:
+        DataError: if a share is negative or not finite, or a label is out of range.
+    """
+    mix = np.asarray(class_mix, dtype=np.float64)
+    if not np.all(np.isfinite(mix)) or np.any(mix < 0):
+        raise DataError(f"class shares must be finite and not negative, not {mix.tolist()}")
+    _check_labels(labels, predictions, len(mix))
+    support = np.bincount(labels, minlength=len(mix))
+    wanted = mix > 0
+    if not wanted.any() or np.any(support[wanted] == 0):
+        return None
+    num_correct = np.bincount(labels[labels == predictions], minlength=len(mix))
+    recall = num_correct[wanted] / support[wanted]
+    return float(np.average(recall, weights=mix[wanted]))
+
+
+def effective_rank(
+    z: Tensor,  # (n_rank, E)
+    block_rows: int = 16_384,
+) -> float:
+    """Exponential of the entropy of the covariance's normalised eigenvalues (collective).
+
+    Roy & Vetterli 2007, equation 2, applied to the covariance of all ranks' rows. Between 1 and
+    E; 0 if all rows coincide.
+    """
+    num_rows = shards.check_rows(z)
+    if num_rows == 0:
+        return 0.0
+    mean = shards.mean_of_rows(z, num_rows)
+    eigenvalues = torch.linalg.eigvalsh(shards.scatter_of_rows(z, mean, block_rows)).clamp(min=0)
+    total = eigenvalues.sum()
+    if total <= shards.IDENTICAL_ROWS_RATIO * num_rows * mean.square().sum():
+        return 0.0
+    shares = eigenvalues / total
+    return float(torch.exp(-torch.special.xlogy(shares, shares).sum()))
+
+
+def _check_labels(
+    labels: NDArray[np.integer], predictions: NDArray[np.integer], num_classes: int
+) -> None:
+    if len(labels) != len(predictions):
+        raise DataError(f"{len(labels)} labels for {len(predictions)} predictions")
+    out_of_range = (labels < 0) | (labels >= num_classes)
+    if out_of_range.any():
+        raise DataError(
+            f"{int(out_of_range.sum())} labels are outside 0..{num_classes - 1}: score labelled "
+            "rows only"
+        )

@@ -1,0 +1,125 @@
+"""Random draws of rows, and k-means++, that come out the same however the rows are sharded.
+
+A generator's stream depends on how many numbers each rank takes from it. Here every row gets its
+own random number instead, a hash of (seed, step, row key), and the draw is an exponential race:
+with u uniform, -log(u) / w is exponential with rate w, and the first arrival is row i with
+probability w_i / sum(w) (the Gumbel-max trick without its outer logarithm).
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from brainray import dist
+from brainray.clustering import shards
+from brainray.errors import ClusteringError
+
+
+def uniform_from_keys(seed: int, step: int, row_keys: Tensor) -> Tensor:
+    """Numbers in the open interval (0, 1), float64, one a key; equal arguments, equal numbers."""
+    device = row_keys.device
+    stream = _splitmix64(torch.tensor(_as_int64(seed), device=device))
+    stream = _splitmix64(stream ^ torch.tensor(step, device=device))
+    bits = _shift_right(_splitmix64(_splitmix64(row_keys) ^ stream), 12)
+    # 52 bits and a half: neither 0 nor 1 can come out, and each value is exact in float64.
+    return (bits.double() + 0.5) * 2.0**-52
+
+
+def draw_rows(
+    x: Tensor,  # (n_rank, D)
+    weights: Tensor,  # (n_rank,) float64, not negative
+    row_keys: Tensor,  # (n_rank,) int64
+    *,
+    seed: int,
+    step: int,
+    count: int = 1,
+) -> Tensor:  # (count, D)
+    """Draw rows of all ranks without replacement, in proportion to their weights (collective)."""
+    race = weights / -uniform_from_keys(seed, step, row_keys).log()
+    return shards.top_rows(x, race, row_keys, count).rows
+
+
+def kmeans_plus_plus(
+    x: Tensor,  # (n_rank, D), centred: the mean of all ranks' rows is near 0
+    num_clusters: int,
+    row_keys: Tensor,  # (n_rank,) int64
+    *,
+    seed: int,
+    first_step: int = 0,
+    block_rows: int,
+) -> Tensor:  # (K, D) float64
+    """Greedy k-means++ (Arthur & Vassilvitskii 2007; greedy as in scikit-learn), collective.
+
+    Each further centre is, of 2 + log K rows drawn in proportion to their squared distance to the
+    nearest centre so far, the one that lowers the sum of these distances most. Departure: the
+    candidates are drawn without replacement.
+
+    Raises:
+        ClusteringError: if there are fewer distinct rows than clusters.
+    """
+    num_candidates = 2 + int(math.log(num_clusters))
+    total = dist.sum_across_ranks(x.square().sum(dtype=torch.float64))
+    first_weights = torch.ones(x.shape[0], dtype=torch.float64, device=x.device)
+    center = draw_rows(x, first_weights, row_keys, seed=seed, step=first_step)[0].double()
+    centers = [center]
+    nearest = _squared_distances_to(x, center, block_rows)
+    for step in range(1, num_clusters):
+        potential = dist.sum_across_ranks(nearest.sum())
+        if potential <= shards.IDENTICAL_ROWS_RATIO * total:
+            raise too_few_distinct_rows(num_distinct=step, num_clusters=num_clusters)
+        candidates = draw_rows(
+            x, nearest, row_keys, seed=seed, step=first_step + step, count=num_candidates
+        ).double()
+        potentials = _potentials(x, candidates, nearest, block_rows)
+        # In float32: potentials equal but for rounding are a tie, which the first one wins.
+        center = candidates[int(potentials.float().argmin())]
+        centers.append(center)
+        nearest = torch.minimum(nearest, _squared_distances_to(x, center, block_rows))
+    return torch.stack(centers)
+
+
+def too_few_distinct_rows(num_distinct: int, num_clusters: int) -> ClusteringError:
+    return ClusteringError(
+        f"{num_clusters} clusters need as many distinct rows, but there are only {num_distinct}: "
+        "lower clustering.num_clusters, or find out why the embeddings coincide (a collapsed or "
+        "constant encoder, duplicated images)"
+    )
+
+
+def _squared_distances_to(x: Tensor, center: Tensor, block_rows: int) -> Tensor:
+    """(n_rank,) float64; by differences, so that a copy of the centre is at exactly 0."""
+    distances = torch.empty(x.shape[0], dtype=torch.float64, device=x.device)
+    for block in shards.blocks(x.shape[0], block_rows):
+        distances[block] = (x[block].double() - center).square().sum(dim=1)
+    return distances
+
+
+def _potentials(x: Tensor, candidates: Tensor, nearest: Tensor, block_rows: int) -> Tensor:
+    """For each candidate, the sum of squared distances that would remain, (L,) (collective)."""
+    potentials = torch.zeros(candidates.shape[0], dtype=torch.float64, device=x.device)
+    for block in shards.blocks(x.shape[0], block_rows):
+        rows = x[block].double()
+        distances = torch.addmm(candidates.square().sum(dim=1), rows, candidates.T, alpha=-2)
+        distances = (distances + rows.square().sum(dim=1, keepdim=True)).clamp(min=0)
+        potentials += torch.minimum(distances, nearest[block, None]).sum(dim=0)
+    return dist.sum_across_ranks(potentials)
+
+
+def _splitmix64(state: Tensor) -> Tensor:
+    """One step of SplitMix64 (Steele et al. 2014); int64 products wrap as uint64 ones would."""
+    z = state + _as_int64(0x9E3779B97F4A7C15)
+    z = (z ^ _shift_right(z, 30)) * _as_int64(0xBF58476D1CE4E5B9)
+    z = (z ^ _shift_right(z, 27)) * _as_int64(0x94D049BB133111EB)
+    return z ^ _shift_right(z, 31)
+
+
+def _shift_right(bits: Tensor, places: int) -> Tensor:
+    """Logical shift: torch's own carries the sign bit along."""
+    return (bits >> places) & ((1 << (64 - places)) - 1)
+
+
+def _as_int64(value: int) -> int:
+    """The int64 with the same low 64 bits."""
+    value &= (1 << 64) - 1
+    return value - (1 << 64) if value >= 1 << 63 else value

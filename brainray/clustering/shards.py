@@ -1,0 +1,113 @@
+"""Questions about rows that are spread over ranks, answered alike on every rank.
+
+Throughout, `x` (n_rank, D) is this rank's shard, which may be empty; N is the number of rows on
+all ranks together. Every function here with a collective says so.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from brainray import dist
+from brainray.errors import ClusteringError
+
+# Squared distances below this share of the mean squared distance to the mean are rounding.
+IDENTICAL_ROWS_RATIO = 1e-24
+
+
+class TopRows(NamedTuple):
+    rows: Tensor  # (M, D)
+    scores: Tensor  # (M,)
+
+
+def blocks(num_rows: int, block_rows: int) -> Iterator[slice]:
+    for start in range(0, num_rows, block_rows):
+        yield slice(start, min(start + block_rows, num_rows))
+
+
+def check_rows(x: Tensor) -> int:
+    """Number of rows N on all ranks (collective).
+
+    Raises:
+        ClusteringError: on every rank alike, if any rank holds a row with NaN or infinity, or if
+            `x` is no float32 or float64 matrix.
+    """
+    if x.ndim != 2 or x.dtype not in (torch.float32, torch.float64):
+        raise ClusteringError(
+            f"clustering takes a float32 or float64 matrix (rows, features), not {x.dtype} of "
+            f"shape {tuple(x.shape)}: convert or reshape the embeddings first"
+        )
+    num_bad = (~torch.isfinite(x).all(dim=1)).sum()
+    local = torch.stack([torch.tensor(x.shape[0], device=x.device), num_bad])
+    num_rows, num_bad_rows = (int(count) for count in dist.sum_across_ranks(local))
+    if num_bad_rows:
+        raise ClusteringError(
+            f"{num_bad_rows} of {num_rows} rows contain NaN or infinity: training has diverged "
+            "(lower the learning rate) or an input image was not standardised"
+        )
+    return num_rows
+
+
+def resolve_row_keys(x: Tensor, row_keys: Tensor | None) -> Tensor:
+    """Keys (n_rank,) int64, unique on all ranks together; by default global row indices.
+
+    Keys make random draws and ties independent of which rank holds a row (collective).
+    """
+    if row_keys is None:
+        num_rows = dist.gather_rows(torch.tensor([x.shape[0]], device=x.device))
+        first = int(num_rows[: dist.rank()].sum())
+        return torch.arange(first, first + x.shape[0], device=x.device)
+    if row_keys.shape != (x.shape[0],) or row_keys.dtype != torch.int64:
+        raise ClusteringError(
+            f"row_keys must be int64 of shape ({x.shape[0]},), one key a row, not "
+            f"{row_keys.dtype} of shape {tuple(row_keys.shape)}"
+        )
+    row_keys = row_keys.to(x.device)
+    everyones = dist.gather_rows(row_keys)
+    num_repeated = everyones.shape[0] - torch.unique(everyones).shape[0]
+    if num_repeated:
+        raise ClusteringError(
+            f"{num_repeated} of {everyones.shape[0]} row_keys repeat another: each row needs a "
+            "key of its own, also across ranks and splits"
+        )
+    return row_keys
+
+
+def mean_of_rows(x: Tensor, num_rows: int) -> Tensor:
+    """Mean (D,) float64 of the N = `num_rows` rows of all ranks (collective)."""
+    return dist.sum_across_ranks(x.sum(dim=0, dtype=torch.float64)) / num_rows
+
+
+def scatter_of_rows(x: Tensor, mean: Tensor, block_rows: int) -> Tensor:
+    """Sum over all rows of (x - mean)(x - mean)^T, (D, D) float64 (collective).
+
+    Two passes (mean first), since the one-pass formula loses all digits far from the origin.
+    """
+    scatter = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
+    for block in blocks(x.shape[0], block_rows):
+        rows = x[block].double() - mean
+        scatter.addmm_(rows.T, rows)
+    return dist.sum_across_ranks(scatter)
+
+
+def top_rows(x: Tensor, scores: Tensor, row_keys: Tensor, count: int) -> TopRows:
+    """The `count` rows with the largest scores on all ranks, best first (collective).
+
+    Equal scores go by the smaller key, so the answer does not depend on the sharding. Fewer than
+    `count` come back only where there are fewer rows in all.
+    """
+    if scores.shape[0] > count:
+        # Everything that ties with the last place stays in, so that keys decide, not positions.
+        kept = torch.nonzero(scores >= scores.topk(count).values[-1]).squeeze(1)
+        kept = kept[_best_first(scores[kept], row_keys[kept])[:count]]
+        x, scores, row_keys = x[kept], scores[kept], row_keys[kept]
+    rows, scores, row_keys = map(dist.gather_rows, (x, scores, row_keys))
+    order = _best_first(scores, row_keys)[:count]
+    return TopRows(rows[order], scores[order])
+
+
+def _best_first(scores: Tensor, row_keys: Tensor) -> Tensor:
+    by_key = torch.argsort(row_keys)
+    return by_key[torch.argsort(scores[by_key], descending=True, stable=True)]

@@ -1,0 +1,362 @@
+"""Typed configuration: YAML files and ``--set dotted.key=value``, validated at the door.
+
+``Config`` is the tree that every job loads; each consumer receives only the section it needs.
+Unknown keys are refused with the nearest known one named.
+"""
+
+import difflib
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from brainray.errors import ConfigError
+
+Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
+Positive = Annotated[int, Field(ge=1)]
+
+_MAX_CONFIG_BYTES = 1_000_000
+_NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ClassesConfig(_Section):
+    map: dict[str, str] = {}
+    """Renames of class folders or label values, for example ``glioma_tumor: glioma``."""
+
+
+class NearDuplicateConfig(_Section):
+    thumbnail_correlation: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.999
+    """Slices whose standardised 32 x 32 thumbnails correlate at least so are one slice."""
+
+
+class PreprocessConfig(_Section):
+    image_size: Annotated[int, Field(ge=16, le=2048)] = 256
+    """Height and width of the stored slices, in pixels."""
+    skull_strip: Literal["otsu", "none"] = "otsu"
+    """``otsu`` is METHOD A's: it removes the background and little else."""
+    resize: Literal["stretch", "letterbox"] = "stretch"
+    """``stretch`` fills the square (A); ``letterbox`` keeps the aspect ratio (B)."""
+    intensity: Literal["as_is", "min_max"] = "as_is"
+    """``min_max`` stretches each slice's intensities to 0..255 before it is stored (B)."""
+    min_side: Positive = 32
+    """Files with a shorter height or width, in pixels, are rejected."""
+    max_pixels: Positive = 64_000_000
+    """Files whose header announces more pixels are rejected before they are decoded."""
+    min_intensity_std: Annotated[float, Field(ge=0.0)] = 2.0
+    """Slices with a smaller standard deviation (of 0..255) are rejected as blank."""
+    max_rejected_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
+    """The job fails when a larger share of the files is rejected."""
+    near_duplicate: NearDuplicateConfig = NearDuplicateConfig()
+    files_per_task: Positive = 128
+    """Files that one Ray Data task decodes."""
+
+
+class SplitConfig(_Section):
+    mode: Literal["official", "grouped"] = "official"
+    """``official`` keeps the source's Training and Testing folders, and draws where it has none;
+    ``grouped`` always draws, and no group of duplicates or of one subject crosses the split."""
+    test_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
+    """Share of the slices that a drawn split holds out for testing."""
+    seed: int = 0
+    """Seed of the drawn split and of the labelled draw."""
+    labelled_fraction: Fraction = 0.2
+    """Share of the labelled training slices whose label may be read; drawn at training."""
+    validation_fraction: Annotated[float, Field(gt=0.0, le=0.5)] = 0.15
+    """Share of the labelled draw that is held out to choose the epoch."""
+
+
+class EncoderConfig(_Section):
+    name: Literal["resnet18", "resnet34", "resnet50"] = "resnet18"
+    """The torchvision encoder, without its last layer."""
+    weights: str = "random"
+    """``random``, ``imagenet`` (downloaded by torchvision) or the path of a local state dict."""
+
+
+class AugmentConfig(_Section):
+    horizontal_flip: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
+    """Probability of a left-right flip."""
+    vertical_flip: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
+    """Probability of an up-down flip."""
+    rotation_probability: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
+    """Probability of a rotation."""
+    max_rotation_deg: Annotated[float, Field(ge=0.0, le=180.0)] = 90.0
+    """Rotations are uniform between minus and plus this angle."""
+    max_zoom: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    """Zoom factors are uniform in 1 +- this."""
+    max_intensity_shift: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    """Contrast factor and brightness offset, in units of [0, 1] intensity."""
+
+
+class ObjectiveConfig(_Section):
+    name: Literal["joint", "supervised"] = "joint"
+    """``joint`` is METHOD A's; ``supervised`` its control: cross entropy on the labelled only."""
+    lambda_cluster: Annotated[float, Field(ge=0.0)] = 0.5
+    """Weight of the clustering term."""
+
+
+class ClusteringConfig(_Section):
+    num_clusters: Annotated[int, Field(ge=2)] = 4
+    """K."""
+    pca_dim: Positive = 32
+    """Dimensions of the space in which the mixture is fitted; capped by the embedding's."""
+    covariance_type: Literal["spherical", "diag", "tied", "full"] = "diag"
+    """Shape of the mixture's components."""
+    kmeans_max_iter: Positive = 100
+    """Limit on Lloyd iterations."""
+    gmm_max_iter: Positive = 100
+    """Limit on EM iterations."""
+    gmm_tol: Annotated[float, Field(gt=0.0)] = 1e-3
+    """EM stops when the mean log-likelihood gains less."""
+    reg_covar: Annotated[float, Field(gt=0.0)] = 1e-6
+    """Added to the covariances' diagonal."""
+    max_cluster_share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.99
+    """A cluster that holds more of the slices is called a collapse."""
+    min_spread: Annotated[float, Field(ge=0.0)] = 1e-4
+    """A smaller mean squared distance of normalised embeddings to their mean is a collapse."""
+
+
+class TrainConfig(_Section):
+    image_size: Annotated[int, Field(ge=16, le=2048)] = 256
+    """Height and width at which the encoder sees the slices, in pixels."""
+    num_epochs: Positive = 20
+    """An epoch is one pass over the unlabelled slices; the labelled ones cycle."""
+    num_workers: Annotated[int, Field(ge=0)] = 0
+    """DDP ranks; 0 takes every GPU of the Ray cluster, or one worker where it has none."""
+    cpus_per_worker: Annotated[int, Field(ge=0)] = 0
+    """CPUs (and threads) of each worker; 0 shares the Ray cluster's CPUs among the workers."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """``auto`` takes CUDA where the Ray cluster has GPUs."""
+    batch_size_per_worker: Positive = 64
+    """Unlabelled slices of a step, on each worker."""
+    labelled_batch_size_per_worker: Positive = 64
+    """Labelled slices of a step, on each worker."""
+    embed_batch_size: Positive = 256
+    """Slices of one inference batch."""
+    learning_rate: Annotated[float, Field(gt=0.0)] = 1.5e-3
+    """Peak of the one-cycle schedule (AdamW)."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.05
+    """AdamW's decoupled weight decay."""
+    warmup_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.15
+    """Share of the steps in which the learning rate rises."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """``auto`` is bf16 autocast where the hardware computes it, else fp32."""
+    wait_for_nodes: bool = False
+    """Wait for an autoscaler to bring what the Ray cluster lacks now, instead of refusing; set
+    ``num_workers``, ``cpus_per_worker`` and ``device`` then."""
+    max_failures: Annotated[int, Field(ge=0)] = 2
+    """How often lost workers are replaced before the job gives up."""
+
+
+class EvaluationConfig(_Section):
+    tsne_epochs: tuple[int, ...] = (1, 5, 10, 15, 20)
+    """Epochs whose embeddings are kept and drawn as a t-SNE map."""
+    tsne_max_slices: Positive = 2000
+    """Slices on a map."""
+    bootstrap_resamples: Positive = 1000
+    """Resamples behind each confidence interval."""
+
+
+class TrackingConfig(_Section):
+    uri: str | None = None
+    """MLflow tracking URI; ``MLFLOW_TRACKING_URI`` wins; default: a SQLite file in ``storage``."""
+    experiment: str = "brainray"
+    """MLflow experiment; made when absent."""
+
+
+class Config(_Section):
+    """What a job reads; see the README for each job's own keys."""
+
+    name: str | None = None
+    """Name of what this job makes; the same name resumes."""
+    dataset: str | None = None
+    """Name of the image store that training reads."""
+    run: str | None = None
+    """Name of the run that is evaluated or sent to MLflow."""
+    checkpoint: str | None = None
+    """Path of a checkpoint folder to evaluate, instead of ``run``."""
+    storage: str = "~/brainray"
+    """Where stores and runs are kept: an absolute path or a URI that pyarrow reads."""
+    source: str | None = None
+    """Folder of slices: Training/ and Testing/ class folders, class folders, or bare files."""
+    labels: str | None = None
+    """CSV or Parquet with ``path``, ``label`` and optionally ``split``, ``subject``."""
+    seed: int = 0
+    """Seed of weights, batches, augmentation and clustering."""
+    classes: ClassesConfig = ClassesConfig()
+    preprocess: PreprocessConfig = PreprocessConfig()
+    split: SplitConfig = SplitConfig()
+    encoder: EncoderConfig = EncoderConfig()
+    augment: AugmentConfig = AugmentConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    clustering: ClusteringConfig = ClusteringConfig()
+    train: TrainConfig = TrainConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @field_validator("name", "dataset", "run")
+    @classmethod
+    def _plain_name(cls, value: str | None) -> str | None:
+        if value is not None and not _NAME_PATTERN.fullmatch(value):
+            raise ValueError(
+                f"{value!r} is not a plain name: use up to 100 letters, digits, '.', '_' and '-'"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> "Config":
+        if self.train.image_size > self.preprocess.image_size:
+            raise ValueError(
+                f"train.image_size ({self.train.image_size}) exceeds preprocess.image_size "
+                f"({self.preprocess.image_size}): lower the first or raise the second"
+            )
+        return self
+
+
+def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
+    """Read a YAML file (or the defaults), apply ``key=value`` overrides, and validate.
+
+    Raises:
+        ConfigError: a missing or malformed file, an unknown key, or a value out of range.
+    """
+    tree = _read_yaml(Path(path)) if path is not None else {}
+    for override in overrides:
+        _apply_override(tree, override)
+    return parse_config(tree)
+
+
+def parse_config(tree: Mapping[str, Any]) -> Config:
+    """Validate a plain tree, as read from YAML or from a saved run."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(error)) from None
+
+
+def flatten(config: BaseModel) -> dict[str, str | int | float | bool]:
+    """``{"train.num_epochs": 20, ...}``; unset values are left out, sequences become text."""
+    flat: dict[str, str | int | float | bool] = {}
+
+    def visit(prefix: str, value: Any) -> None:
+        if isinstance(value, Mapping):
+            for key, child in value.items():
+                visit(f"{prefix}.{key}" if prefix else key, child)
+        elif isinstance(value, (list, tuple)):
+            flat[prefix] = ",".join(str(item) for item in value)
+        elif value is not None:
+            flat[prefix] = value
+
+    visit("", config.model_dump())
+    return flat
+
+
+def parse_yaml(content: bytes, where: str) -> dict[str, Any]:
+    """The mapping that a YAML file holds; ``where`` names the file in errors.
+
+    Raises:
+        ConfigError: it is not valid YAML, or no mapping.
+    """
+    try:
+        tree = yaml.safe_load(content.decode())
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{where} is not valid YAML: {reason}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{where} must hold a mapping of keys, not a {type(tree).__name__}")
+    return tree
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration, as a file that ``--config`` reads back."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def config_hash(*sections: BaseModel) -> str:
+    """Twelve hex digits that change when any value of the given sections changes."""
+    text = json.dumps([section.model_dump(mode="json") for section in sections], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConfigError(f"no such config file: {path}")
+    if path.stat().st_size > _MAX_CONFIG_BYTES:
+        raise ConfigError(f"{path} is larger than {_MAX_CONFIG_BYTES} bytes: not a config file")
+    return parse_yaml(path.read_bytes(), where=str(path))
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip():
+        raise ConfigError(f"--set {override!r}: write dotted.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    *parents, leaf = key.strip().split(".")
+    node = tree
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"--set {override!r}: {parent} is a value, not a section")
+        node = child
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"--set {override!r}: the value must be finite")
+    node[leaf] = value
+
+
+def _explain(error: ValidationError) -> str:
+    """One line for all problems, each with its dotted key and, for a typo, the nearest key."""
+    problems = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            problems.append(f"unknown key {key!r}{_nearest(key)}")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            if item["type"] != "value_error":
+                message += f", not {item['input']!r}"
+            problems.append(f"{key}: {message}" if key else message)
+    return "; ".join(problems)
+
+
+def _nearest(key: str) -> str:
+    section = key.rpartition(".")[0]
+    siblings = [known for known in known_keys() if known.rpartition(".")[0] == section]
+    matches = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.8)
+    if matches:
+        return f" (did you mean {matches[0]!r}?)"
+    return f" (there are: {', '.join(siblings)})" if section and siblings else ""
+
+
+def known_keys() -> list[str]:
+    """Every dotted key that ``--set`` takes, sections left out."""
+    return [key for key, _ in described_keys()]
+
+
+def described_keys() -> list[tuple[str, str]]:
+    """(dotted key, one-line description with default) of every setting, for ``--help``."""
+
+    def visit(model: type[BaseModel], prefix: str) -> list[tuple[str, str]]:
+        rows = []
+        for field_name, field in model.model_fields.items():
+            key = f"{prefix}{field_name}"
+            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+                rows += visit(field.annotation, f"{key}.")
+            else:
+                text = " ".join((field.description or "").split())
+                rows.append((key, f"{text} [{field.default}]"))
+        return rows
+
+    return visit(Config, "")

@@ -1,0 +1,61 @@
+"""Collectives: the only module that talks to torch.distributed.
+
+Every function is also correct without a process group, as on a single rank. Callers must call
+them unconditionally and in the same order on every rank.
+"""
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor
+
+
+def _is_distributed() -> bool:
+    return torch_dist.is_available() and torch_dist.is_initialized()
+
+
+def rank() -> int:
+    return torch_dist.get_rank() if _is_distributed() else 0
+
+
+def world_size() -> int:
+    return torch_dist.get_world_size() if _is_distributed() else 1
+
+
+def sum_across_ranks(tensor: Tensor) -> Tensor:
+    """Elementwise sum over all ranks, the same on each; the argument is left as it is."""
+    if world_size() == 1:
+        return tensor
+    total = tensor.clone().contiguous()
+    torch_dist.all_reduce(total, op=torch_dist.ReduceOp.SUM)
+    return total
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """Concatenate (n_rank, ...) tensors of all ranks along dimension 0, in rank order.
+
+    The numbers of rows may differ between ranks, also be zero; dtype and trailing dimensions
+    must agree.
+    """
+    if world_size() == 1:
+        return rows
+    num_rows = torch.zeros(world_size(), dtype=torch.int64, device=rows.device)
+    num_rows[rank()] = rows.shape[0]
+    num_rows = sum_across_ranks(num_rows)
+    longest = int(num_rows.max())
+    # all_gather wants equal shapes: pad to the longest shard, cut again afterwards.
+    padded = rows.new_zeros((longest, *rows.shape[1:]))
+    padded[: rows.shape[0]] = rows
+    gathered = [torch.empty_like(padded) for _ in range(world_size())]
+    torch_dist.all_gather(gathered, padded)
+    return torch.cat(
+        [part[:count] for part, count in zip(gathered, num_rows.tolist(), strict=True)]
+    )
+
+
+def broadcast_from_first(tensor: Tensor) -> Tensor:
+    """Rank 0's values on every rank; the argument (same shape and dtype everywhere) is left."""
+    if world_size() == 1:
+        return tensor
+    shared = tensor.clone().contiguous()
+    torch_dist.broadcast(shared, src=0)
+    return shared

@@ -1,0 +1,1 @@
+"""One epoch, the re-clustering that closes it, and what is saved; knows nothing of Ray."""

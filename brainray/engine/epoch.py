@@ -1,0 +1,134 @@
+"""One pass of training, and one of inference."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from brainray import dist
+from brainray.config import AugmentConfig
+from brainray.engine.shard import PixelScale, SliceShard
+from brainray.models.augment import augment
+from brainray.models.encoder import EncoderOutput
+from brainray.models.objective import Objective, StepSizes, StepTargets
+
+
+@dataclass(frozen=True)
+class SoftTargets:
+    """The mixture's view of the unlabelled slices, fixed for one epoch."""
+
+    responsibilities: Tensor  # (n_unlabelled, K) float32, rows as in the unlabelled shard
+    centers: Tensor  # (K, E) float32
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:
+    """bf16 autocast, or none for ``fp32``."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+def num_steps(num_labelled: int, num_unlabelled: int, sizes: StepSizes, num_ranks: int) -> int:
+    """Steps of an epoch, the same on every rank: one pass over the unlabelled slices.
+
+    Without unlabelled slices in a step, one pass over as many labelled ones as there are slices.
+    """
+    if sizes.unlabelled:
+        return -(-num_unlabelled // (sizes.unlabelled * num_ranks))
+    return -(-(num_labelled + num_unlabelled) // (sizes.labelled * num_ranks))
+
+
+def train_epoch(
+    model: nn.Module,
+    optimizer: Optimizer,
+    scheduler: LRScheduler,
+    objective: Objective,
+    labelled: SliceShard,
+    unlabelled: SliceShard,
+    soft: SoftTargets,
+    *,
+    sizes: StepSizes,
+    steps: int,
+    scale: PixelScale,
+    augmentation: AugmentConfig,
+    precision: str,
+    seed: int,
+    on_step: Callable[[int], None] = lambda step: None,
+) -> dict[str, float]:
+    """Train for ``steps`` steps and return the mean of each loss term over all ranks.
+
+    The labelled slices are augmented and cycle; the unlabelled ones are seen as they are. Order
+    and augmentation follow from ``seed`` alone, which must differ between epochs and ranks.
+    """
+    device = labelled.images.device
+    model.train()
+    generator = Generator(device).manual_seed(seed)
+    labelled_rows = _cycle_rows(len(labelled), sizes.labelled, steps, seed=2 * seed, device=device)
+    unlabelled_rows = _cycle_rows(
+        len(unlabelled), sizes.unlabelled, steps, seed=2 * seed + 1, device=device
+    )
+    sums: dict[str, Tensor] = {}
+    for step, (rows, rows_unlabelled) in enumerate(
+        zip(labelled_rows, unlabelled_rows, strict=True)
+    ):
+        augmented = augment(scale.to_unit(labelled.images[rows]), augmentation, generator)
+        plain = scale.to_unit(unlabelled.images[rows_unlabelled])
+        images = scale.standardise(torch.cat([augmented, plain]))
+        with autocast(device, precision):
+            output: EncoderOutput = model(images)
+        terms = objective.loss(
+            output.logits[: len(rows)],
+            output.z[len(rows) :],
+            StepTargets(
+                labels=labelled.labels[rows],
+                responsibilities=soft.responsibilities[rows_unlabelled],
+                centers=soft.centers,
+            ),
+        )
+        optimizer.zero_grad(set_to_none=True)
+        terms["total"].backward()
+        optimizer.step()
+        scheduler.step()
+        for name, value in terms.items():
+            # Summed on the device: reading a value every step would stop the queue.
+            sums[name] = sums.get(name, torch.zeros((), device=device)) + value.detach()
+        on_step(step)
+    totals = dist.sum_across_ranks(torch.stack(list(sums.values())).double())
+    means = (totals / (steps * dist.world_size())).tolist()
+    return dict(zip(sums, means, strict=True))
+
+
+@torch.inference_mode()
+def embed(
+    model: nn.Module, images: Tensor, *, scale: PixelScale, batch_size: int, precision: str
+) -> EncoderOutput:
+    """Embeddings (n, E) and logits (n, C) of uint8 slices (n, 1, H, W), in inference mode."""
+    model.eval()
+    outputs = []
+    for batch in images.split(batch_size):
+        with autocast(images.device, precision):
+            outputs.append(model(scale.standardise(scale.to_unit(batch))))
+    if not outputs:  # a rank may hold no slice of a role
+        size = images.shape[-1]
+        probe = torch.zeros(1, 1, size, size, device=images.device)
+        output = model(probe.contiguous(memory_format=torch.channels_last))
+        return EncoderOutput(output.z[:0], output.logits[:0])
+    return EncoderOutput(
+        torch.cat([output.z for output in outputs]),
+        torch.cat([output.logits for output in outputs]),
+    )
+
+
+def _cycle_rows(
+    num_rows: int, batch_size: int, steps: int, *, seed: int, device: torch.device
+) -> Iterator[Tensor]:
+    """``steps`` batches of row indices from one shuffled pass after the other."""
+    generator = Generator().manual_seed(seed)  # on the CPU: the same order on every device
+    pool = torch.empty(0, dtype=torch.int64)
+    for _ in range(steps):
+        while len(pool) < batch_size:
+            pool = torch.cat([pool, torch.randperm(num_rows, generator=generator)])
+        yield pool[:batch_size].to(device)
+        pool = pool[batch_size:]

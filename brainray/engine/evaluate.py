@@ -1,0 +1,261 @@
+"""From predictions to the figures that are reported: for all, and for clean test slices."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from brainray import dist
+from brainray.clustering.metrics import (
+    bootstrap_interval,
+    classification_metrics,
+    clustering_metrics,
+    reweighted_accuracy,
+    silhouette,
+)
+from brainray.engine.recluster import ClusterModel
+from brainray.mri.duplicates import most_similar, thumbnail_matrix
+from brainray.schema import LABELLED, PREDICTIONS, UNLABELLED
+
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a matching pair of encoder and mixture says of N slices, in order of their keys."""
+
+    keys: NDArray[np.int64]  # (N,)
+    labels: NDArray[np.int64]  # (N,) UNLABELLED where unknown
+    probabilities: NDArray[np.float32]  # (N, C) of the head
+    responsibilities: NDArray[np.float32]  # (N, K) of the mixture
+    class_of_cluster: NDArray[np.int64]  # (K,)
+    log_likelihood: NDArray[np.float32]  # (N,)
+    embeddings: NDArray[np.float32]  # (N, E) L2-normalised
+
+    @property
+    def head(self) -> NDArray[np.int64]:
+        """(N,) class of the head."""
+        return np.asarray(self.probabilities.argmax(axis=1))
+
+    @property
+    def clusters(self) -> NDArray[np.int64]:
+        """(N,) most likely component."""
+        return np.asarray(self.responsibilities.argmax(axis=1))
+
+    @property
+    def cluster_classes(self) -> NDArray[np.int64]:
+        """(N,) class of the most likely component: no output of the head in it."""
+        return np.asarray(self.class_of_cluster[self.clusters])
+
+    def select(self, mask: NDArray[np.bool_]) -> "Predictions":
+        """The slices for which the mask (N,) is true."""
+        return Predictions(
+            self.keys[mask],
+            self.labels[mask],
+            self.probabilities[mask],
+            self.responsibilities[mask],
+            self.class_of_cluster,
+            self.log_likelihood[mask],
+            self.embeddings[mask],
+        )
+
+
+def gather_predictions(
+    clusters: ClusterModel, z: Tensor, logits: Tensor, keys: Tensor, labels: Tensor
+) -> Predictions:
+    """Predictions for the slices of all ranks, the same on each.
+
+    Args:
+        clusters: the mixture fitted on embeddings of the same encoder.
+        z: (n, E) this rank's embeddings.
+        logits: (n, C).
+        keys: (n,) int64.
+        labels: (n,) int64.
+    """
+    gathered_keys = dist.gather_rows(keys)
+    order = torch.argsort(gathered_keys)
+
+    def gather(rows: Tensor) -> NDArray[np.float32]:
+        return np.asarray(dist.gather_rows(rows.contiguous())[order].float().cpu().numpy())
+
+    return Predictions(
+        keys=gathered_keys[order].cpu().numpy(),
+        labels=dist.gather_rows(labels)[order].cpu().numpy(),
+        probabilities=gather(logits.softmax(dim=1)),
+        responsibilities=gather(clusters.responsibilities(z)),
+        class_of_cluster=clusters.class_of_cluster.cpu().numpy(),
+        log_likelihood=gather(clusters.log_likelihood(z)[:, None])[:, 0],
+        embeddings=gather(z),
+    )
+
+
+def subset_metrics(predictions: Predictions, classes: Sequence[str], prefix: str) -> Metrics:
+    """Flat figures of one subset, such as ``test/all/head/accuracy``; absent where undefined.
+
+    Slices without a label are left out.
+    """
+    scored = predictions.select(predictions.labels != UNLABELLED)
+    metrics: Metrics = {f"{prefix}/num_slices": float(len(scored.labels))}
+    if len(scored.labels) == 0:
+        return metrics
+    for predictor, predicted in (("head", scored.head), ("cluster", scored.cluster_classes)):
+        for name, value in classification_metrics(scored.labels, predicted, classes).items():
+            metrics[f"{prefix}/{predictor}/{name}"] = value
+    for name, value in clustering_metrics(scored.labels, scored.clusters).items():
+        metrics[f"{prefix}/cluster/{name}"] = value
+    separation = silhouette(scored.embeddings, scored.clusters)
+    if separation is not None:
+        metrics[f"{prefix}/cluster/silhouette"] = separation
+    return metrics
+
+
+def validation_metrics(predictions: Predictions) -> Metrics:
+    """Figures by which the epoch is chosen; ``validation/score`` is what is maximised.
+
+    The score is the head's balanced accuracy; where epochs tie in it, the lower cross entropy
+    decides, which enters with a weight too small to outvote a slice.
+    """
+    labels = predictions.labels
+    recalls = [
+        float((predictions.head[labels == index] == index).mean()) for index in np.unique(labels)
+    ]
+    likelihood = predictions.probabilities[np.arange(len(labels)), labels]
+    loss = float(-np.log(np.clip(likelihood, 1e-12, None)).mean())
+    balanced = float(np.mean(recalls))
+    return {
+        "validation/head/accuracy": float((predictions.head == labels).mean()),
+        "validation/head/balanced_accuracy": balanced,
+        "validation/cluster/accuracy": float((predictions.cluster_classes == labels).mean()),
+        "validation/loss": loss,
+        "validation/num_slices": float(len(labels)),
+        "validation/score": balanced - 1e-6 * loss,
+    }
+
+
+def predictions_table(
+    predictions: Predictions,
+    classes: Sequence[str],
+    *,
+    sample_ids: Sequence[str],
+    paths: Sequence[str],
+    thumbnails: Sequence[bytes],
+    clean: NDArray[np.bool_] | None,
+) -> pa.Table:
+    """Rows of the ``PREDICTIONS`` schema; the sequences are in the order of the predictions."""
+    names = np.array(list(classes), dtype=object)
+    labels = [
+        None if label == UNLABELLED else str(names[label]) for label in predictions.labels.tolist()
+    ]
+    columns = {
+        "sample_id": list(sample_ids),
+        "path": list(paths),
+        "label": labels,
+        "clean": [None] * len(labels) if clean is None else clean.tolist(),
+        "head": names[predictions.head].tolist(),
+        "cluster_class": names[predictions.cluster_classes].tolist(),
+        "cluster": predictions.clusters.astype(np.int32),
+        "confidence": predictions.probabilities.max(axis=1),
+        "probabilities": list(predictions.probabilities),
+        "responsibilities": list(predictions.responsibilities),
+        "log_likelihood": predictions.log_likelihood,
+        "embedding": list(predictions.embeddings),
+        "thumbnail": list(thumbnails),
+    }
+    return pa.table(
+        [pa.array(columns[field.name], field.type) for field in PREDICTIONS], schema=PREDICTIONS
+    )
+
+
+def summarise(
+    table: pa.Table,
+    seen: pa.Table | None,
+    classes: Sequence[str],
+    class_of_cluster: NDArray[np.int64],
+    *,
+    num_resamples: int,
+    seed: int,
+) -> Metrics:
+    """The reported figures of a table of predictions.
+
+    For ``all`` and ``clean``: both predictors and the memory baseline (nearest labelled
+    thumbnail, ``thumbnail_1nn``), with bootstrap intervals of the accuracies; and
+    ``all_as_clean``, the accuracies over all slices re-weighted to the class mix of clean. Without
+    fingerprints of what the run saw (``seen``), only ``all``, without the baseline.
+    """
+    table = table.filter(pc.is_valid(table["label"]))
+    predictions = _from_table(table, classes, class_of_cluster)
+    baseline = None if seen is None else _nearest_thumbnail(table, seen, classes)
+    subsets = {"all": np.ones(len(predictions.labels), dtype=np.bool_)}
+    if table["clean"].null_count == 0:
+        subsets["clean"] = np.asarray(table["clean"].to_numpy(zero_copy_only=False), dtype=np.bool_)
+    metrics: Metrics = {}
+    for subset, mask in subsets.items():
+        chosen = predictions.select(mask)
+        metrics |= subset_metrics(chosen, classes, f"test/{subset}")
+        if len(chosen.labels) == 0:
+            continue
+        predictors = {"head": chosen.head, "cluster": chosen.cluster_classes}
+        if baseline is not None:
+            predictors["thumbnail_1nn"] = baseline[mask]
+            for name, value in classification_metrics(
+                chosen.labels, predictors["thumbnail_1nn"], classes
+            ).items():
+                metrics[f"test/{subset}/thumbnail_1nn/{name}"] = value
+        for name, predicted in predictors.items():
+            low, high = bootstrap_interval(
+                predicted == chosen.labels, seed=seed, num_resamples=num_resamples
+            )
+            metrics[f"test/{subset}/{name}/accuracy_low"] = low
+            metrics[f"test/{subset}/{name}/accuracy_high"] = high
+    if "clean" in subsets and subsets["clean"].any():
+        mix = np.bincount(predictions.labels[subsets["clean"]], minlength=len(classes)).astype(
+            float
+        )
+        for name, predicted in (
+            ("head", predictions.head),
+            ("cluster", predictions.cluster_classes),
+        ):
+            reweighted = reweighted_accuracy(predictions.labels, predicted, mix / mix.sum())
+            if reweighted is not None:
+                metrics[f"test/all_as_clean/{name}/accuracy"] = reweighted
+    return metrics
+
+
+def _from_table(
+    table: pa.Table, classes: Sequence[str], class_of_cluster: NDArray[np.int64]
+) -> Predictions:
+    """The labelled rows' predictions; keys are row numbers."""
+    index = {name: position for position, name in enumerate(classes)}
+    return Predictions(
+        keys=np.arange(table.num_rows),
+        labels=np.array([index[name] for name in table["label"].to_pylist()], dtype=np.int64),
+        probabilities=_matrix(table["probabilities"]),
+        responsibilities=_matrix(table["responsibilities"]),
+        class_of_cluster=class_of_cluster,
+        log_likelihood=np.asarray(table["log_likelihood"].to_numpy()),
+        embeddings=_matrix(table["embedding"]),
+    )
+
+
+def _matrix(column: pa.ChunkedArray) -> NDArray[np.float32]:
+    values = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    return np.asarray(values.reshape(len(column), -1), dtype=np.float32)
+
+
+def _nearest_thumbnail(
+    table: pa.Table, seen: pa.Table, classes: Sequence[str]
+) -> NDArray[np.int64]:
+    """(N,) class of the most similar labelled training thumbnail."""
+    labelled = seen.filter(pc.equal(seen["role"], LABELLED))
+    index = {name: position for position, name in enumerate(classes)}
+    labels = np.array([index[name] for name in labelled["label"].to_pylist()], dtype=np.int64)
+    _, nearest = most_similar(
+        thumbnail_matrix(table["thumbnail"].to_pylist()),
+        thumbnail_matrix(labelled["thumbnail"].to_pylist()),
+    )
+    return labels[nearest]

@@ -1,0 +1,52 @@
+"""From configuration to the parts that training composes."""
+
+import torch
+from torch import nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import OneCycleLR
+
+from brainray.config import ObjectiveConfig, TrainConfig
+from brainray.models.joint import JointObjective
+from brainray.models.objective import Objective
+from brainray.models.supervised import SupervisedObjective
+
+
+def build_objective(config: ObjectiveConfig) -> Objective:
+    """The configured objective; a new one is one file in models and one line here."""
+    match config.name:
+        case "joint":
+            return JointObjective(config.lambda_cluster)
+        case "supervised":
+            return SupervisedObjective()
+
+
+def build_optimizer(
+    model: nn.Module, config: TrainConfig, total_steps: int
+) -> tuple[AdamW, OneCycleLR]:
+    """AdamW without weight decay on biases and norms, and a one-cycle schedule."""
+    decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    optimizer = AdamW(groups, lr=config.learning_rate, fused=True)
+    scheduler = OneCycleLR(
+        optimizer,
+        max_lr=config.learning_rate,
+        # OneCycleLR rejects one step more than its total, and a cycle needs a rise and a fall.
+        total_steps=max(total_steps + 1, 10),
+        pct_start=config.warmup_fraction,
+    )
+    return optimizer, scheduler
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """``auto`` becomes bf16 where the hardware multiplies it natively, else fp32."""
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    capabilities = torch.cpu.get_capabilities()
+    native = any(value for name, value in capabilities.items() if "bf16" in name)
+    return "bf16" if native else "fp32"

@@ -1,0 +1,170 @@
+"""The re-clustering that closes an epoch and opens the next: PCA, K-means, Gaussian mixture."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from brainray import dist
+from brainray.clustering.align import class_probabilities, cluster_to_class, match_components
+from brainray.clustering.gmm import GaussianMixture
+from brainray.clustering.kmeans import KMeans
+from brainray.clustering.pca import PCA
+from brainray.config import ClusteringConfig
+from brainray.errors import ClusteringError
+
+_INITIAL_RESTARTS = 10
+
+
+class ClusterModel(nn.Module):
+    """A fitted mixture, with what leads from embeddings to clusters and from clusters to classes.
+
+    A matching pair with the encoder whose embeddings it was fitted on; its state_dict restores it.
+    """
+
+    centers: Tensor  # (K, E) float32, mu in the space of z
+    class_of_cluster: Tensor  # (K,) int64
+
+    def __init__(
+        self, config: ClusteringConfig, embedding_dim: int, num_classes: int, seed: int
+    ) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        num_components = min(config.pca_dim, embedding_dim)
+        self.pca = PCA(num_components)
+        self.gmm = GaussianMixture(
+            config.num_clusters,
+            covariance_type=config.covariance_type,
+            max_iter=config.gmm_max_iter,
+            tol=config.gmm_tol,
+            reg_covar=config.reg_covar,
+            seed=seed,
+        )
+        self.register_buffer("centers", torch.zeros(config.num_clusters, embedding_dim))
+        self.register_buffer(
+            "class_of_cluster", torch.zeros(config.num_clusters, dtype=torch.int64)
+        )
+
+    @torch.no_grad()
+    def responsibilities(self, z: Tensor) -> Tensor:
+        """gamma, (N, K) float32, of embeddings (N, E)."""
+        return self.gmm.predict_proba(self.pca.transform(z.double())).float()
+
+    @torch.no_grad()
+    def log_likelihood(self, z: Tensor) -> Tensor:
+        """(N,) float32 log density of embeddings (N, E) under the mixture; low means outlying."""
+        return self.gmm.score_samples(self.pca.transform(z.double())).float()
+
+    def class_probabilities(self, responsibilities: Tensor) -> Tensor:
+        """(N, C): each class gets the responsibilities (N, K) of its clusters."""
+        return class_probabilities(responsibilities, self.class_of_cluster, self.num_classes)
+
+
+@dataclass(frozen=True)
+class Reclustering:
+    """A new mixture and this rank's responsibilities under it."""
+
+    model: ClusterModel
+    responsibilities: Tensor  # (n, K) float32, rows as in the embeddings
+    kmeans_iterations: int
+    gmm_iterations: int
+    num_reseeded: int
+
+
+@torch.no_grad()
+def recluster(
+    z: Tensor,
+    keys: Tensor,
+    labels: Tensor,
+    *,
+    config: ClusteringConfig,
+    num_classes: int,
+    seed: int,
+    previous: ClusterModel | None = None,
+    previous_responsibilities: Tensor | None = None,
+) -> Reclustering:
+    """Fit PCA, K-means and the mixture on the embeddings of all ranks; the same on every rank.
+
+    PCA serves only to compute gamma: the centres mu_k = sum_i gamma_ik z_i / sum_i gamma_ik live
+    in the space of z and are carried to the next epoch there, since PCA bases change. Components
+    are numbered as in the previous epoch (Hungarian on the overlap of responsibilities).
+
+    Args:
+        z: this rank's embeddings, (n, E) float32, of all training slices but validation.
+        keys: (n,) int64, globally unique; they make the result independent of the sharding.
+        labels: (n,) int64, UNLABELLED where the label may not be read; the others alone decide
+            which class a cluster stands for.
+        config: K, covariance type, PCA dimensions and limits.
+        num_classes: C.
+        seed: of the first seeding.
+        previous: last epoch's mixture, whose centres start K-means.
+        previous_responsibilities: (n, K), last epoch's, rows as in z.
+
+    Raises:
+        ClusteringError: K below C or above the number of slices, or embeddings that cannot be
+            clustered.
+    """
+    check_num_clusters(config.num_clusters, num_classes, _count(z))
+    model = ClusterModel(config, z.shape[1], num_classes, seed).to(z.device)
+    wide = z.double()
+    reduced = model.pca.fit(wide).transform(wide)
+    kmeans = KMeans(
+        config.num_clusters,
+        max_iter=config.kmeans_max_iter,
+        seed=seed,
+        num_init=1 if previous is not None else _INITIAL_RESTARTS,
+    ).to(z.device)
+    start = None if previous is None else model.pca.transform(previous.centers.double())
+    kmeans.fit(reduced, row_keys=keys, init_centers=start)
+    hard = nn.functional.one_hot(kmeans.predict(reduced), config.num_clusters).double()
+    model.gmm.fit(reduced, init_responsibilities=hard, row_keys=keys)
+    gamma = model.gmm.predict_proba(reduced)
+    if previous_responsibilities is not None:
+        order = match_components(previous_responsibilities.double(), gamma)
+        model.gmm.permute_(order)
+        gamma = gamma[:, order]
+    centers = weighted_means(wide, gamma)
+    model.centers.copy_(centers)
+    readable = labels >= 0
+    one_hot = nn.functional.one_hot(labels[readable], num_classes).double()
+    model.class_of_cluster.copy_(
+        cluster_to_class(
+            gamma[readable],
+            labels[readable],
+            num_classes,
+            centers=centers,
+            class_means=weighted_means(wide[readable], one_hot),
+        )
+    )
+    return Reclustering(
+        model=model,
+        responsibilities=gamma.float(),
+        kmeans_iterations=int(kmeans.n_iter_),
+        gmm_iterations=int(model.gmm.n_iter_),
+        num_reseeded=int(kmeans.num_reseeded_) + int(model.gmm.num_reseeded_),
+    )
+
+
+def check_num_clusters(num_clusters: int, num_classes: int, num_slices: int) -> None:
+    """Refuse a K with which clusters cannot stand for classes, or cannot be fitted."""
+    if num_clusters < num_classes:
+        raise ClusteringError(
+            f"clustering.num_clusters={num_clusters} is below the number of classes "
+            f"({num_classes}): clusters could not stand for all classes; raise it"
+        )
+    if num_clusters > num_slices:
+        raise ClusteringError(
+            f"clustering.num_clusters={num_clusters} exceeds the number of training slices "
+            f"({num_slices}): lower it or add slices"
+        )
+
+
+def weighted_means(z: Tensor, weights: Tensor) -> Tensor:
+    """(K, E) float64: sum_i w_ik z_i / sum_i w_ik over all ranks, of z (n, E) and w (n, K)."""
+    totals = dist.sum_across_ranks(weights.T @ z)
+    mass = dist.sum_across_ranks(weights.sum(dim=0))
+    return totals / mass.clamp_min(torch.finfo(torch.float64).tiny)[:, None]
+
+
+def _count(z: Tensor) -> int:
+    return int(dist.sum_across_ranks(torch.tensor(len(z), device=z.device)))

@@ -1,0 +1,160 @@
+"""What is saved: checkpoints that predict on their own, and what a run needs to go on."""
+
+import io
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from brainray.config import Config, parse_config
+from brainray.engine.recluster import ClusterModel
+from brainray.engine.shard import PixelScale
+from brainray.errors import CheckpointError
+from brainray.models.encoder import Encoder
+from brainray.storage import Folder
+
+MODEL_FILE = "model.pt"
+TRAINER_FILE = "trainer.pt"
+
+_FORMAT = "brainray-checkpoint/1"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A matching pair of encoder and mixture, with all that prediction needs."""
+
+    config: Config
+    classes: list[str]
+    scale: PixelScale
+    epoch: int
+    encoder: Encoder
+    clusters: ClusterModel
+
+
+@dataclass
+class TrainerState:
+    """What the next epoch reads beside the checkpoint."""
+
+    optimizer: dict[str, Any]
+    scheduler: dict[str, Any]
+    keys: Tensor  # (N,) int64, of all fitted slices of all ranks
+    responsibilities: Tensor  # (N, K) float32, rows as in keys
+    history: list[dict[str, float]] = field(default_factory=list)  # metrics of each epoch
+
+
+def checkpoint_bytes(checkpoint: Checkpoint) -> bytes:
+    """The content of a checkpoint's ``model.pt``: tensors and plain values only."""
+    return _to_bytes(
+        {
+            "format": _FORMAT,
+            "config": checkpoint.config.model_dump(mode="json"),
+            "classes": list(checkpoint.classes),
+            "pixel_mean": checkpoint.scale.mean,
+            "pixel_std": checkpoint.scale.std,
+            "epoch": checkpoint.epoch,
+            "encoder": _on_cpu(checkpoint.encoder.state_dict()),
+            "clusters": _on_cpu(checkpoint.clusters.state_dict()),
+        }
+    )
+
+
+def load_checkpoint(folder: Folder) -> Checkpoint:
+    """Read a folder's ``model.pt``, on the CPU.
+
+    Raises:
+        CheckpointError: there is none, or it is not a brainray checkpoint.
+    """
+    if not folder.exists(MODEL_FILE):
+        raise CheckpointError(
+            f"{folder} holds no {MODEL_FILE}: give the folder of a checkpoint, "
+            "such as storage/runs/NAME/best"
+        )
+    saved = _from_bytes(folder.read_bytes(MODEL_FILE), f"{folder}/{MODEL_FILE}")
+    if saved.get("format") != _FORMAT:
+        raise CheckpointError(f"{folder}/{MODEL_FILE} is not a {_FORMAT} file")
+    config = parse_config(saved["config"])
+    encoder = Encoder(config.encoder.name, len(saved["classes"]))
+    clusters = ClusterModel(
+        config.clustering, encoder.embedding_dim, len(saved["classes"]), config.seed
+    )
+    try:
+        encoder.load_state_dict(saved["encoder"])
+        clusters.load_state_dict(saved["clusters"])
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise CheckpointError(f"{folder}/{MODEL_FILE} does not fit its config: {reason}") from None
+    return Checkpoint(
+        config=config,
+        classes=saved["classes"],
+        scale=PixelScale(saved["pixel_mean"], saved["pixel_std"]),
+        epoch=saved["epoch"],
+        encoder=encoder,
+        clusters=clusters,
+    )
+
+
+def trainer_bytes(state: TrainerState) -> bytes:
+    """The content of a checkpoint's ``trainer.pt``."""
+    return _to_bytes(
+        {
+            "optimizer": state.optimizer,
+            "scheduler": state.scheduler,
+            "keys": state.keys.cpu(),
+            "responsibilities": state.responsibilities.cpu(),
+            "history": state.history,
+        }
+    )
+
+
+def load_trainer(folder: Folder) -> TrainerState:
+    """Read a folder's ``trainer.pt``, on the CPU.
+
+    Raises:
+        CheckpointError: it is missing or unreadable.
+    """
+    if not folder.exists(TRAINER_FILE):
+        raise CheckpointError(f"{folder} holds no {TRAINER_FILE}: training cannot go on from it")
+    return TrainerState(**_from_bytes(folder.read_bytes(TRAINER_FILE), f"{folder}/{TRAINER_FILE}"))
+
+
+def rows_of_keys(keys: Tensor, values: Tensor, wanted: Tensor) -> Tensor:
+    """The rows of values (N, ...) whose keys (N,) equal wanted (n,), in the order of wanted.
+
+    Raises:
+        CheckpointError: a wanted key is missing: the data differ from the checkpoint's.
+    """
+    order = torch.argsort(keys)
+    position = torch.searchsorted(keys[order], wanted).clamp_max(len(keys) - 1)
+    rows = order[position]
+    if not torch.equal(keys[rows], wanted):
+        raise CheckpointError(
+            "the image store holds training slices that the checkpoint does not know: it was "
+            "changed under the run; start a run of another name"
+        )
+    return values[rows]
+
+
+def _on_cpu(state: dict[str, Any]) -> dict[str, Any]:
+    """A state_dict's tensors on the CPU; what is no tensor (extra state) as it is."""
+    return {
+        name: value.detach().cpu() if isinstance(value, Tensor) else value
+        for name, value in state.items()
+    }
+
+
+def _to_bytes(value: dict[str, Any]) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def _from_bytes(content: bytes, where: str) -> dict[str, Any]:
+    try:
+        saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises nearly anything on a file that is not one
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{where} is not a checkpoint: {reason}") from None
+    if not isinstance(saved, dict):
+        raise CheckpointError(f"{where} is not a checkpoint: it holds a {type(saved).__name__}")
+    return saved

@@ -1,0 +1,25 @@
+"""Errors that a user can act on. A job prints the message as one line and exits with code 2."""
+
+
+class BrainrayError(Exception):
+    """Base of every error that names a culprit and a remedy; what else escapes is a bug."""
+
+
+class ConfigError(BrainrayError):
+    """A configuration key or value with which the job cannot start."""
+
+
+class DataError(BrainrayError):
+    """Images, labels or an image store with which nothing useful can be done."""
+
+
+class ClusteringError(BrainrayError):
+    """A clustering that cannot be fitted, or one that has collapsed."""
+
+
+class CheckpointError(BrainrayError):
+    """A file that is not a brainray checkpoint, or one that does not fit the run."""
+
+
+class TrackingError(BrainrayError):
+    """The tracking server or database cannot be used."""

@@ -1,0 +1,100 @@
+"""The encoder of METHOD A: a torchvision network without its last layer, and a linear head."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+from brainray.errors import ConfigError
+
+
+class EncoderOutput(NamedTuple):
+    """What one forward gives for B slices."""
+
+    z: Tensor  # (B, E) float32, L2-normalised
+    logits: Tensor  # (B, C) float32
+
+
+class Encoder(nn.Module):
+    """Slices (B, 1, H, W) to normalised embeddings z (B, E) and class logits (B, C).
+
+    The head reads the pooled features themselves; clustering reads them L2-normalised, which
+    bounds the scale of z and so takes one trivial minimum from the clustering loss.
+    """
+
+    def __init__(self, name: str, num_classes: int) -> None:
+        super().__init__()
+        network = getattr(torchvision.models, name)(weights=None)
+        self.embedding_dim: int = network.fc.in_features
+        stem = network.conv1
+        network.conv1 = nn.Conv2d(
+            1, stem.out_channels, stem.kernel_size, stem.stride, stem.padding, bias=False
+        )
+        nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
+        network.fc = nn.Identity()
+        self.backbone = network
+        self.head = nn.Linear(self.embedding_dim, num_classes)
+
+    def forward(self, images: Tensor) -> EncoderOutput:
+        features = self.backbone(images).float()
+        # Autocast would compute the head in low precision, for no gain in time.
+        with torch.autocast(images.device.type, enabled=False):
+            return EncoderOutput(z=F.normalize(features), logits=self.head(features))
+
+
+def build_encoder(name: str, weights: str, num_classes: int) -> Encoder:
+    """An encoder with ``random``, ``imagenet`` or local weights.
+
+    Pretrained colour weights become one-channel by summing the stem over its three channels,
+    which equals feeding the grey slice to each. The head is always new.
+
+    Raises:
+        ConfigError: the weights cannot be downloaded or read, or are of another architecture.
+    """
+    encoder = Encoder(name, num_classes)
+    if weights == "random":
+        return encoder
+    state = _imagenet_state(name) if weights == "imagenet" else _local_state(Path(weights))
+    state = {key: value for key, value in state.items() if not key.startswith("fc.")}
+    if "conv1.weight" in state and state["conv1.weight"].shape[1] == 3:
+        state["conv1.weight"] = state["conv1.weight"].sum(dim=1, keepdim=True)
+    try:
+        encoder.backbone.load_state_dict(state)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise ConfigError(f"encoder.weights={weights} does not fit {name}: {reason}") from None
+    return encoder
+
+
+def _imagenet_state(name: str) -> dict[str, Tensor]:
+    try:
+        weights = torchvision.models.get_model_weights(name).DEFAULT
+        return dict(weights.get_state_dict(progress=False))
+    except OSError as error:
+        raise ConfigError(
+            f"encoder.weights=imagenet: torchvision cannot download the weights of {name} "
+            f"({error}): connect to the internet, or give the path of a local file"
+        ) from None
+
+
+def _local_state(path: Path) -> dict[str, Tensor]:
+    """A torchvision state dict, or the encoder of a brainray checkpoint."""
+    if not path.is_file():
+        raise ConfigError(f"encoder.weights={path}: no such file")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises nearly anything on a file that is not one
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(f"encoder.weights={path} is not a state dict: {reason}") from None
+    if isinstance(state, dict) and isinstance(state.get("encoder"), dict):
+        state = {
+            key.removeprefix("backbone."): value
+            for key, value in state["encoder"].items()
+            if key.startswith("backbone.")
+        }
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ConfigError(f"encoder.weights={path} is not a state dict of tensors")
+    return state

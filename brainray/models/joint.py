@@ -1,0 +1,48 @@
+"""The joint objective of METHOD A: cross entropy and soft K-means around the mixture's means."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from brainray.models.objective import StepSizes, StepTargets
+
+
+@dataclass(frozen=True)
+class JointObjective:
+    """L = L_CE(labelled) + lambda * L_cluster(unlabelled); METHOD A, equations 1 and 2.
+
+    Departures from the report: z is L2-normalised, and lambda, which its text names but its
+    equation lacks, weighs the second term.
+    """
+
+    lambda_cluster: float
+
+    def step_sizes(self, labelled: int, unlabelled: int) -> StepSizes:
+        return StepSizes(labelled, unlabelled)
+
+    def loss(
+        self, logits_labelled: Tensor, z_unlabelled: Tensor, targets: StepTargets
+    ) -> dict[str, Tensor]:
+        cross_entropy = F.cross_entropy(logits_labelled, targets.labels)
+        cluster = cluster_loss(z_unlabelled, targets.responsibilities, targets.centers)
+        total = cross_entropy + self.lambda_cluster * cluster
+        return {"total": total, "ce": cross_entropy.detach(), "cluster": cluster.detach()}
+
+
+def cluster_loss(z: Tensor, responsibilities: Tensor, centers: Tensor) -> Tensor:
+    """(1/N) sum_i sum_k gamma_ik ||z_i - mu_k||^2; equation 2, a scalar.
+
+    Args:
+        z: (N, E).
+        responsibilities: gamma, (N, K), rows sum to 1; not differentiated.
+        centers: mu, (K, E); not differentiated.
+    """
+    # Expanded so that no (N, K, E) tensor is formed; float32 suffices since |z| = 1.
+    squared = (
+        z.square().sum(dim=1, keepdim=True)
+        - 2 * z @ centers.detach().T
+        + centers.detach().square().sum(dim=1)
+    )
+    return torch.mean((responsibilities.detach() * squared).sum(dim=1))

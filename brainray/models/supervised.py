@@ -1,0 +1,25 @@
+"""The control of every semi-supervised recipe: cross entropy on the labelled slices only."""
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from brainray.models.objective import StepSizes, StepTargets
+
+
+@dataclass(frozen=True)
+class SupervisedObjective:
+    """Equation 1 alone, with as many image passes as the objective that it controls.
+
+    A step takes labelled slices in the place of the unlabelled ones.
+    """
+
+    def step_sizes(self, labelled: int, unlabelled: int) -> StepSizes:
+        return StepSizes(labelled + unlabelled, 0)
+
+    def loss(
+        self, logits_labelled: Tensor, z_unlabelled: Tensor, targets: StepTargets
+    ) -> dict[str, Tensor]:
+        cross_entropy = F.cross_entropy(logits_labelled, targets.labels)
+        return {"total": cross_entropy, "ce": cross_entropy.detach()}

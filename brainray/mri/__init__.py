@@ -1,0 +1,1 @@
+"""Slices: decoding, checks, skull stripping, duplicates, splits. Arrays in, arrays out."""

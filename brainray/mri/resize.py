@@ -1,0 +1,42 @@
+"""Geometry and intensity of the stored slices."""
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from brainray.schema import THUMBNAIL_SIDE
+
+
+def stretch(image: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
+    """(H, W) to (side, side), the aspect ratio given up (METHOD A)."""
+    return _resize(image, side, side)
+
+
+def letterbox(image: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
+    """(H, W) to (side, side), the aspect ratio kept and the rest filled with 0 (METHOD B)."""
+    height, width = image.shape
+    scale = side / max(height, width)
+    new_height, new_width = max(1, round(height * scale)), max(1, round(width * scale))
+    top, left = (side - new_height) // 2, (side - new_width) // 2
+    canvas = np.zeros((side, side), dtype=np.uint8)
+    canvas[top : top + new_height, left : left + new_width] = _resize(image, new_height, new_width)
+    return canvas
+
+
+def min_max(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Stretch intensities linearly so that they span 0..255; a constant slice becomes 0."""
+    return np.asarray(cv2.normalize(image, None, 0, 255, cv2.NORM_MINMAX), dtype=np.uint8)
+
+
+def thumbnail(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The slice's fingerprint: area-averaged to 32 x 32, whatever its size."""
+    return np.asarray(
+        cv2.resize(image, (THUMBNAIL_SIDE, THUMBNAIL_SIDE), interpolation=cv2.INTER_AREA)
+    )
+
+
+def _resize(image: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+    shrinks = height <= image.shape[0] and width <= image.shape[1]
+    # Area averaging does not alias when shrinking; it degenerates to nearest when enlarging.
+    interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    return np.asarray(cv2.resize(image, (width, height), interpolation=interpolation))

@@ -1,0 +1,1 @@
+"""Where things run: Ray Data, Ray Train, and the shared life of a job."""

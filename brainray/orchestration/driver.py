@@ -1,0 +1,180 @@
+"""Training from the driver's side: begin or resume the run, fit, follow, report."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from brainray import errors
+from brainray.config import Config
+from brainray.engine.evaluate import Metrics, summarise
+from brainray.engine.state import load_checkpoint
+from brainray.errors import BrainrayError, ConfigError
+from brainray.orchestration.progress import Follower
+from brainray.orchestration.publish import begin_tracking, send_run
+from brainray.orchestration.run import (
+    BEST,
+    LAST,
+    METRICS,
+    SEEN,
+    SUMMARY,
+    Run,
+    begin_run,
+    predictions_file,
+)
+from brainray.orchestration.store import ImageStore
+from brainray.orchestration.worker import best_epoch, train_worker
+from brainray.report.run_figures import draw_run_figures
+from brainray.storage import Folder
+
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A finished run and its reported figures."""
+
+    run: Run
+    metrics: Metrics
+    mlflow_run_id: str | None
+    tracking_uri: str
+
+
+def train(config: Config, log: Log = print) -> TrainedRun:
+    """Train the run ``config.name`` on the store ``config.dataset``, or go on with it.
+
+    Raises:
+        BrainrayError: settings or data with which training cannot start, or a collapse.
+        ray.train.TrainingFailedError: workers were lost more often than ``train.max_failures``.
+    """
+    if config.dataset is None:
+        raise ConfigError("training needs the name of an image store: --set dataset=NAME")
+    storage = Folder(config.storage)
+    store = ImageStore.open(storage / "datasets" / config.dataset)
+    scaling = _scaling(config)
+    run, resumed = begin_run(config, store)
+    _log_beginning(run, resumed, log)
+    tracking = begin_tracking(config, run, log)
+    if not run.is_complete:
+        follower = Follower(config.train.num_epochs, run, tracking.tracker, log)
+        follower.start()
+        try:
+            _fit(config, run, store, scaling)
+        finally:
+            follower.stop()
+        metrics = _summarise(config, run)
+        draw_run_figures(run.folder, run.classes, config.evaluation)
+        run.folder.write_json(SUMMARY, metrics)
+    metrics = run.folder.read_json(SUMMARY)
+    send_run(run, tracking.tracker)
+    if tracking.tracker.problem is not None:
+        log(
+            f"MLflow has not got everything; it is kept in {run.folder}. Send it later with: "
+            f"python jobs/track.py --set run={config.name} storage={config.storage}"
+        )
+    return TrainedRun(run, metrics, tracking.mlflow_run_id, tracking.uri)
+
+
+def _fit(config: Config, run: Run, store: ImageStore, scaling: ScalingConfig) -> None:
+    worker: Any = train_worker  # Ray's annotation forbids the return value that Result carries
+    trainer = TorchTrainer(
+        worker,
+        train_loop_config={
+            "config": config.model_dump(mode="json"),
+            "run": str(run.folder),
+            "store": str(store.folder),
+        },
+        scaling_config=scaling,
+        run_config=RunConfig(
+            name=config.name,
+            storage_path=str(run.folder).rpartition("/")[0],
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+            failure_config=FailureConfig(max_failures=config.train.max_failures),
+        ),
+    )
+    result: Any = trainer.fit()
+    problem = result.return_value
+    if problem:
+        error_class = getattr(errors, problem["error"], BrainrayError)
+        raise error_class(problem["message"])
+
+
+def _scaling(config: Config) -> ScalingConfig:
+    """Workers and their resources, from the config and what the Ray cluster has.
+
+    Raises:
+        ConfigError: more is asked for than the Ray cluster has, which would wait for ever.
+    """
+    resources = ray.cluster_resources()
+    num_gpus, num_cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
+    waits = config.train.wait_for_nodes
+    if config.train.device == "cuda" and num_gpus == 0 and not waits:
+        raise ConfigError(
+            "train.device=cuda, but the Ray cluster has no GPU: set train.device=auto"
+        )
+    use_gpu = config.train.device == "cuda" or (config.train.device == "auto" and num_gpus > 0)
+    num_workers = config.train.num_workers or (num_gpus if use_gpu else 1)
+    cpus = config.train.cpus_per_worker or max(1, num_cpus // num_workers)
+    wanted = {"CPU": cpus * num_workers, "GPU": num_workers if use_gpu else 0}
+    lacking = wanted["CPU"] > num_cpus or wanted["GPU"] > num_gpus
+    if lacking and not waits:
+        raise ConfigError(
+            f"train.num_workers={num_workers} with {cpus} CPU(s)"
+            f"{' and a GPU' if use_gpu else ''} each needs {wanted['CPU']} CPUs and "
+            f"{wanted['GPU']} GPUs, the Ray cluster has {num_cpus} and {num_gpus}: "
+            "lower train.num_workers or train.cpus_per_worker, or set train.wait_for_nodes=true "
+            "where an autoscaler brings more"
+        )
+    per_worker: dict[str, float] = {"CPU": cpus}
+    if use_gpu:
+        per_worker["GPU"] = 1
+    return ScalingConfig(num_workers=num_workers, use_gpu=use_gpu, resources_per_worker=per_worker)
+
+
+def _summarise(config: Config, run: Run) -> Metrics:
+    """Figures of the chosen epoch, and under ``last/`` of the last one."""
+    history = run.folder.read_json_lines(METRICS)
+    chosen, last = best_epoch(history), len(history)
+    metrics: Metrics = {"chosen_epoch": float(chosen), "num_epochs": float(last)}
+    for epoch, folder, prefix in ((chosen, BEST, ""), (last, LAST, "last/")):
+        checkpoint = load_checkpoint(run.folder / folder)
+        if run.folder.exists(predictions_file(epoch)):
+            figures = summarise(
+                run.folder.read_table(predictions_file(epoch)),
+                run.folder.read_table(SEEN),
+                run.classes,
+                checkpoint.clusters.class_of_cluster.numpy(),
+                num_resamples=config.evaluation.bootstrap_resamples,
+                seed=config.seed,
+            )
+            metrics |= {f"{prefix}{name}": value for name, value in figures.items()}
+        logged = history[epoch - 1]
+        metrics |= {
+            f"{prefix}{name}": value
+            for name, value in logged.items()
+            if name.startswith(("validation/", "cluster/", "train/loss/"))
+        }
+    metrics |= {f"time/{key}": value for key, value in _mean_times(history).items()}
+    return metrics
+
+
+def _mean_times(history: list[dict[str, float]]) -> dict[str, float]:
+    names = [name for name in history[-1] if name.startswith("time/")]
+    return {
+        name.removeprefix("time/"): sum(epoch.get(name, 0.0) for epoch in history) / len(history)
+        for name in names
+    }
+
+
+def _log_beginning(run: Run, resumed: bool, log: Log) -> None:
+    if run.is_complete:
+        log(f"run {run.folder}: complete, nothing to train")
+    elif resumed:
+        num_epochs = len(run.folder.read_json_lines(METRICS))
+        log(f"run {run.folder}: resumed, {num_epochs} epochs are done")
+    else:
+        counts = ", ".join(f"{count} {role}" for role, count in run.info["num_slices"].items())
+        log(f"run {run.folder}: new, training slices: {counts}")

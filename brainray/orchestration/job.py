@@ -1,0 +1,163 @@
+"""The life that all jobs share: arguments, config, Ray, one JSON line, exit code."""
+
+import argparse
+import json
+import logging
+import os
+import sys
+import textwrap
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.data
+import ray.exceptions
+
+from brainray.config import Config, described_keys, load_config
+from brainray.errors import BrainrayError, ConfigError
+
+EXIT_OK, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """What a job's last line says."""
+
+    out: str
+    run_id: str | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+def run_job(
+    name: str,
+    description: str,
+    work: Callable[[Config], JobResult],
+    keys: Sequence[str],
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Parse, load the config, attach to Ray, do the work, print the result; the exit code.
+
+    The last line on stdout is one JSON object, whatever happens after the arguments are parsed.
+
+    Args:
+        name: of the job, as in ``jobs/NAME.py``.
+        description: first paragraph of ``--help``.
+        work: the job itself.
+        keys: dotted config keys, or sections, that ``--help`` explains.
+        argv: arguments; the process's own by default.
+    """
+    arguments = _parser(name, description, keys).parse_args(argv)
+    overrides = [item for group in arguments.set for item in group]
+    try:
+        config = resolve_paths(load_config(arguments.config, overrides))
+        _attach_to_ray()
+        result = work(config)
+    except Exception as error:  # the contract: every outcome ends in one JSON line
+        return _fail(name, error)
+    _print_json(
+        {
+            "job": name,
+            "status": "ok",
+            "run_id": result.run_id,
+            "out": result.out,
+            "metrics": result.metrics,
+        }
+    )
+    return EXIT_OK
+
+
+def resolve_paths(config: Config) -> Config:
+    """Make ``source``, ``labels``, ``checkpoint`` and ``storage`` absolute.
+
+    Raises:
+        ConfigError: a relative path in a submitted job, which runs in a throw-away copy.
+    """
+    resolved = {
+        key: _resolve(key, value)
+        for key in ("storage", "source", "labels", "checkpoint")
+        if (value := getattr(config, key)) is not None
+    }
+    return config.model_copy(update=resolved)
+
+
+def log(message: str) -> None:
+    """A line of progress on stdout, at once."""
+    print(message, flush=True)
+
+
+def _resolve(key: str, value: str) -> str:
+    if "://" in value:
+        return value
+    path = Path(value).expanduser()
+    if not path.is_absolute() and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        raise ConfigError(
+            f"{key}={value} is relative: a submitted job runs in a temporary copy of the working "
+            "directory; give an absolute path or a URI"
+        )
+    return str(path.absolute())
+
+
+def _parser(name: str, description: str, keys: Sequence[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"jobs/{name}.py",
+        description=textwrap.dedent(description).strip(),
+        epilog=_describe(keys),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file; see configs/")
+    parser.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        nargs="+",
+        action="append",
+        default=[],
+        help="settings that win over the file, such as train.num_epochs=5; may be repeated",
+    )
+    return parser
+
+
+def _describe(keys: Sequence[str]) -> str:
+    lines = ["settings (in the file, or with --set) [default]:"]
+    for key, text in described_keys():
+        if any(key == wanted or key.startswith(f"{wanted}.") for wanted in keys):
+            lines.append(f"  {key}")
+            lines += textwrap.wrap(text, 88, initial_indent="      ", subsequent_indent="      ")
+    return "\n".join(lines)
+
+
+def _attach_to_ray() -> None:
+    """The running Ray cluster where there is one (``RAY_ADDRESS``), else a local one."""
+    if not ray.is_initialized():
+        ray.init(logging_level=logging.ERROR)
+    # Jobs print their own progress, which also reads well in a log.
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+
+
+def _fail(name: str, error: Exception) -> int:
+    cause = _user_error(error)
+    if cause is None:
+        traceback.print_exception(error)
+        message, code = f"{type(error).__name__}: {error}", EXIT_FAILED
+    else:
+        message, code = str(cause), EXIT_BAD_INPUT
+    line = " ".join(message.split())
+    print(f"jobs/{name}.py: error: {line}", file=sys.stderr, flush=True)
+    _print_json({"job": name, "status": "error", "error": line})
+    return code
+
+
+def _user_error(error: BaseException | None) -> BrainrayError | None:
+    """The brainray error in a chain that Ray may have wrapped around it."""
+    if error is None or isinstance(error, BrainrayError):
+        return error
+    wrapped = error.cause if isinstance(error, ray.exceptions.RayTaskError) else None
+    return _user_error(wrapped or error.__cause__)
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    sys.stderr.flush()
+    print(json.dumps(value, ensure_ascii=False, allow_nan=False), flush=True)

@@ -1,0 +1,111 @@
+"""From a run's folder to MLflow: while it trains, at its end, or later."""
+
+import hashlib
+import os
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray
+
+import brainray
+from brainray.config import Config, flatten, parse_config, parse_yaml
+from brainray.errors import TrackingError
+from brainray.orchestration.run import CONFIG, FIGURES, METRICS, SEEN, SUMMARY, Run
+from brainray.storage import Folder
+from brainray.tracking import LenientTracker, MLflowTracker, artifact_location, default_uri
+
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Tracking:
+    """An open connection between one run and MLflow."""
+
+    tracker: LenientTracker
+    mlflow: MLflowTracker
+    uri: str
+
+    @property
+    def mlflow_run_id(self) -> str | None:
+        return self.mlflow.run_id
+
+
+def begin_tracking(config: Config, run: Run, log: Log) -> Tracking:
+    """Open the run's MLflow run; an unreachable server is said and does not stop the work."""
+    storage = Folder(config.storage)
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or config.tracking.uri or default_uri(storage)
+    mlflow = MLflowTracker(
+        run.folder, uri, config.tracking.experiment, artifact_location(uri, storage)
+    )
+    tracker = LenientTracker(
+        mlflow, warn=lambda problem: log(f"{problem}; figures are kept in {run.folder}")
+    )
+    params = flatten(config) | {f"num_{k}": v for k, v in run.info["num_slices"].items()}
+    tracker.begin(str(run.info["name"]), params, _tags(run))
+    return Tracking(tracker, mlflow, uri)
+
+
+def publish(config: Config, run: Run, log: Log = print) -> Tracking:
+    """Send a run's folder to MLflow: what training could not send, or a run trained elsewhere.
+
+    Raises:
+        TrackingError: the server still cannot be used.
+    """
+    saved = parse_config(parse_yaml(run.folder.read_bytes(CONFIG), where=f"{run.folder}/{CONFIG}"))
+    here = {"tracking": config.tracking, "storage": config.storage}
+    tracking = begin_tracking(saved.model_copy(update=here), run, log)
+    send_run(run, tracking.tracker)
+    if tracking.tracker.problem is not None:
+        raise TrackingError(tracking.tracker.problem)
+    return tracking
+
+
+def send_run(run: Run, tracker: LenientTracker) -> None:
+    """Epochs, summary, figures and config, as far as the run's folder holds them."""
+    tracker.log_epochs(run.folder.read_json_lines(METRICS))
+    files = [CONFIG, SEEN, METRICS]
+    files += [f"{FIGURES}/{name}" for name in (run.folder / FIGURES).names()]
+    if run.is_complete:
+        tracker.log_summary(run.folder.read_json(SUMMARY))
+        files.append(SUMMARY)
+    tracker.log_files([name for name in files if run.folder.exists(name)])
+    if run.is_complete:
+        tracker.finish()
+
+
+def _tags(run: Run) -> dict[str, str]:
+    job_id = ray.get_runtime_context().get_job_id() if ray.is_initialized() else ""
+    tags = {
+        "brainray.version": brainray.__version__,
+        "brainray.code_hash": code_hash(),
+        "brainray.data_hash": str(run.info["data_hash"]),
+        "brainray.run_folder": str(run.folder),
+        "brainray.ray_job_id": job_id,
+        "brainray.ray_submission_id": os.environ.get("RAY_JOB_SUBMISSION_ID", ""),
+        "brainray.git_revision": git_revision(),
+    }
+    return {key: value for key, value in tags.items() if value}
+
+
+def code_hash() -> str:
+    """Twelve hex digits over the package's sources: known even where no git is shipped."""
+    root = Path(brainray.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def git_revision() -> str:
+    """The checkout's commit, ``BRAINRAY_GIT_REVISION`` where it is not shipped, or empty."""
+    given = os.environ.get("BRAINRAY_GIT_REVISION")
+    if given:
+        return given
+    command = ["git", "-C", str(Path(brainray.__file__).parent), "rev-parse", "HEAD"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return found.stdout.strip()

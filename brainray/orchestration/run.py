@@ -1,0 +1,190 @@
+"""A run's folder: what it holds, how it is begun, and how it is found again."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from brainray.config import Config, to_yaml
+from brainray.engine.recluster import check_num_clusters
+from brainray.errors import ConfigError, DataError
+from brainray.mri.duplicates import has_near_duplicate, thumbnail_matrix
+from brainray.mri.split import draw_roles, joint_groups
+from brainray.orchestration.store import ImageStore, differing_settings
+from brainray.schema import SEEN as SEEN_SCHEMA
+from brainray.schema import TEST, TRAIN, UNLABELLED_ROLE
+from brainray.storage import Folder
+
+CONFIG = "config.yaml"
+RUN = "run.json"
+SEEN = "seen.parquet"
+TEST_SLICES = "test.parquet"
+METRICS = "metrics.jsonl"
+SUMMARY = "summary.json"
+BEST = "best"
+LAST = "last"
+FIGURES = "figures"
+
+_FREE_TO_CHANGE = {
+    "name",
+    "storage",
+    "source",
+    "labels",
+    "run",
+    "checkpoint",
+    "preprocess",
+    "classes",
+    "tracking",
+}
+_FREE_TRAIN_KEYS = {"num_workers", "cpus_per_worker", "max_failures", "device", "wait_for_nodes"}
+_FREE_SPLIT_KEYS = {"mode", "test_fraction"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that has begun; ``info`` is its ``run.json``."""
+
+    folder: Folder
+    info: dict[str, Any]
+
+    @property
+    def classes(self) -> list[str]:
+        return list(self.info["classes"])
+
+    @property
+    def is_complete(self) -> bool:
+        return self.folder.exists(SUMMARY)
+
+    def test_paths(self) -> set[str]:
+        """Paths, relative to the source, of the slices that the run is tested on."""
+        return set(self.folder.read_table(TEST_SLICES, columns=["path"])["path"].to_pylist())
+
+
+def predictions_file(epoch: int) -> str:
+    return f"predictions/epoch-{epoch:04d}.parquet"
+
+
+def open_run(storage: Folder, name: str) -> Run:
+    """Raises DataError where there is no run of that name."""
+    folder = storage / "runs" / name
+    if not folder.exists(RUN):
+        raise DataError(f"no run {name!r} in {storage}: there are {_names(storage) or 'none'}")
+    return Run(folder, folder.read_json(RUN))
+
+
+def begin_run(config: Config, store: ImageStore) -> tuple[Run, bool]:
+    """Make the run's folder, or find it again; the second value tells whether it resumes.
+
+    The labelled draw is made here and saved with the run, with the fingerprints of every slice
+    that the run sees in any role. Workers read labels from this draw only.
+
+    Raises:
+        ConfigError: the run exists with other settings or data, or has too many workers.
+        DataError: no labels to learn from, or a class with too few.
+        ClusteringError: K does not fit the classes or the slices.
+    """
+    if config.name is None:
+        raise ConfigError("training needs a name for the run: --set name=NAME")
+    folder = Folder(config.storage) / "runs" / config.name
+    settings = _settings(config)
+    if folder.exists(RUN):
+        info = folder.read_json(RUN)
+        difference = differing_settings(info["settings"], settings)
+        if difference:
+            raise ConfigError(
+                f"run {config.name!r} exists with other settings ({difference}): "
+                "choose another name, or delete its folder"
+            )
+        if info["data_hash"] != store.data_hash:
+            raise ConfigError(
+                f"run {config.name!r} was begun on other data ({info['dataset']}, hash "
+                f"{info['data_hash']}, now {store.data_hash}): choose another name"
+            )
+        return Run(folder, info), True
+    seen = _draw(config, store)
+    num_fitted = seen.num_rows - pc.sum(pc.equal(seen["role"], "validation")).as_py()
+    if config.objective.name != "supervised" or config.clustering.num_clusters > num_fitted:
+        check_num_clusters(config.clustering.num_clusters, len(store.classes), num_fitted)
+    folder.write_table(SEEN, seen)
+    threshold = store.preprocess.near_duplicate.thumbnail_correlation
+    folder.write_table(TEST_SLICES, _test_slices(store, seen, threshold))
+    folder.write_bytes(CONFIG, to_yaml(config).encode())
+    info = {
+        "format": "brainray-run/1",
+        "name": config.name,
+        "dataset": config.dataset,
+        "data_hash": store.data_hash,
+        "classes": store.classes,
+        "near_duplicate_threshold": threshold,
+        "preprocess": store.preprocess.model_dump(mode="json"),
+        "num_slices": _role_counts(seen),
+        "settings": settings,
+    }
+    folder.write_json(RUN, info)
+    return Run(folder, info), False
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    """All that must stay as it is when a run resumes."""
+    settings = config.model_dump(mode="json", exclude=_FREE_TO_CHANGE)
+    for key in _FREE_TRAIN_KEYS:
+        del settings["train"][key]
+    for key in _FREE_SPLIT_KEYS:
+        del settings["split"][key]
+    return settings
+
+
+def _draw(config: Config, store: ImageStore) -> pa.Table:
+    index = store.index()
+    train = index.filter(pc.equal(index["split"], TRAIN))
+    groups = joint_groups(train["duplicate_group_id"].to_pylist(), train["subject_id"].to_pylist())
+    labels = train["label"].to_pylist()
+    roles = draw_roles(
+        labels,
+        groups,
+        labelled_fraction=config.split.labelled_fraction,
+        validation_fraction=config.split.validation_fraction,
+        seed=config.split.seed,
+    )
+    if len(store.classes) < 2:
+        raise DataError(
+            f"the training slices have one class only ({store.classes[0]}): at least 2 are needed"
+        )
+    readable = [
+        None if role == UNLABELLED_ROLE else label
+        for label, role in zip(labels, roles, strict=True)
+    ]
+    columns = {
+        "role": pa.array(roles, pa.string()),
+        "label": pa.array(readable, pa.string()),
+    }
+    return pa.table(
+        [columns[name] if name in columns else train[name] for name in SEEN_SCHEMA.names],
+        schema=SEEN_SCHEMA,
+    )
+
+
+def _test_slices(store: ImageStore, seen: pa.Table, threshold: float) -> pa.Table:
+    """The store's test slices, in the order of their predictions, with ``clean``."""
+    index = store.index()
+    test = index.filter(pc.equal(index["split"], TEST)).sort_by(
+        [("sample_id", "ascending"), ("path", "ascending")]
+    )
+    clean = ~has_near_duplicate(
+        thumbnail_matrix(test["thumbnail"].to_pylist()),
+        thumbnail_matrix(seen["thumbnail"].to_pylist()),
+        threshold=threshold,
+    )
+    test = test.select(["sample_id", "path", "label", "thumbnail"])
+    return test.append_column("clean", pa.array(np.asarray(clean), pa.bool_()))
+
+
+def _role_counts(seen: pa.Table) -> dict[str, int]:
+    counted = seen.group_by("role").aggregate([([], "count_all")]).to_pylist()
+    return {row["role"]: row["count_all"] for row in sorted(counted, key=lambda row: row["role"])}
+
+
+def _names(storage: Folder) -> str:
+    return ", ".join((storage / "runs").names())

@@ -1,0 +1,139 @@
+"""The image store: what preprocessing leaves and everything after it reads."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from brainray.config import PreprocessConfig, SplitConfig
+from brainray.errors import DataError
+from brainray.schema import IMAGE_INDEX_COLUMNS, TRAIN
+from brainray.storage import Folder
+
+MANIFEST = "manifest.json"
+REJECTED = "rejected.parquet"
+DUPLICATES = "duplicates.parquet"
+LEAKAGE = "leakage.json"
+IMAGES = "images"
+
+
+@dataclass(frozen=True)
+class ImageStore:
+    """A finished store; ``manifest`` is written last, so a folder without one is no store."""
+
+    folder: Folder
+    manifest: dict[str, Any]
+
+    @classmethod
+    def open(cls, folder: Folder) -> "ImageStore":
+        """Raises DataError where there is no finished store."""
+        if not folder.exists(MANIFEST):
+            raise DataError(
+                f"no image store at {folder}: run jobs/preprocess.py with --set name=... first, "
+                "and name that store with --set dataset=..."
+            )
+        return cls(folder, folder.read_json(MANIFEST))
+
+    @property
+    def classes(self) -> list[str]:
+        """The training slices' classes, sorted."""
+        return list(self.manifest["classes"])
+
+    @property
+    def pixel_mean(self) -> float:
+        """Of the training slices' intensities, in units of [0, 1]."""
+        return float(self.manifest["pixel_mean"])
+
+    @property
+    def pixel_std(self) -> float:
+        """Of the training slices' intensities, in units of [0, 1]."""
+        return float(self.manifest["pixel_std"])
+
+    @property
+    def data_hash(self) -> str:
+        """Changes with the slices, their pixels' settings, labels or splits."""
+        return str(self.manifest["data_hash"])
+
+    @property
+    def preprocess(self) -> PreprocessConfig:
+        return PreprocessConfig.model_validate(self.manifest["preprocess"])
+
+    def index(self) -> pa.Table:
+        """Every column but the pixels, ordered by split and sample_id."""
+        table = self.folder.read_table(IMAGES, columns=IMAGE_INDEX_COLUMNS)
+        return table.sort_by([("split", "descending"), ("sample_id", "ascending")])
+
+    def images(self, sample_ids: list[str], split: str, side: int) -> NDArray[np.uint8]:
+        """Slices (n, 1, side, side) uint8 of one split, in the order asked for."""
+        images = np.empty((len(sample_ids), 1, side, side), dtype=np.uint8)
+        rows: dict[str, list[int]] = {}
+        for row, identity in enumerate(sample_ids):
+            rows.setdefault(identity, []).append(row)
+        missing = set(rows)
+        for identity, image in self._scan(pa.array(list(rows), pa.string()), split):
+            shrunk = cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA)
+            images[rows[identity], 0] = shrunk
+            missing.discard(identity)
+        if missing:
+            raise DataError(
+                f"{self.folder} lacks {len(missing)} slices of its index, such as {min(missing)}: "
+                "delete the store and preprocess again"
+            )
+        return images
+
+    def _scan(self, sample_ids: pa.Array, split: str) -> Iterator[tuple[str, NDArray[np.uint8]]]:
+        """(sample_id, image (H, W)) of the wanted rows, one row group in memory at a time."""
+        folder = self.folder / IMAGES
+        for name in folder.names():
+            with folder.filesystem.open_input_file(f"{folder.path}/{name}") as stream:
+                part = pq.ParquetFile(stream)
+                for number in range(part.num_row_groups):
+                    keys = part.read_row_group(number, columns=["sample_id", "split"])
+                    wanted = pc.and_(
+                        pc.is_in(keys["sample_id"], sample_ids), pc.equal(keys["split"], split)
+                    )
+                    if not pc.any(wanted).as_py():
+                        continue
+                    columns = ["sample_id", "height", "width", "image"]
+                    group = part.read_row_group(number, columns=columns).filter(wanted)
+                    for row in group.to_pylist():
+                        pixels = np.frombuffer(row["image"], dtype=np.uint8)
+                        yield row["sample_id"], pixels.reshape(row["height"], row["width"])
+
+
+def settings_of(
+    preprocess: PreprocessConfig, split: SplitConfig, class_map: dict[str, str]
+) -> dict[str, Any]:
+    """The settings that make a store what it is; what is drawn at training is no part of them."""
+    drawn = {"mode": split.mode, "test_fraction": split.test_fraction, "seed": split.seed}
+    images = preprocess.model_dump(mode="json", exclude={"files_per_task"})
+    return {"preprocess": images, "split": drawn, "classes_map": dict(class_map)}
+
+
+def differing_settings(stored: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> str:
+    """``preprocess.skull_strip: otsu here, none asked; ...`` for what differs; else empty."""
+    problems = []
+    for key in sorted(stored.keys() | wanted.keys()):
+        here, asked = stored.get(key), wanted.get(key)
+        if here == asked:
+            continue
+        if isinstance(here, dict) and isinstance(asked, dict):
+            problems.append(differing_settings(here, asked, f"{prefix}{key}."))
+        else:
+            problems.append(f"{prefix}{key}: {here} here, {asked} asked")
+    return "; ".join(problems)
+
+
+def count_by_split_and_class(index: pa.Table) -> dict[str, dict[str, int]]:
+    """``{"train": {"glioma": 1321, ...}, "test": ...}``; unlabelled slices count as "" ."""
+    counted = index.group_by(["split", "label"]).aggregate([([], "count_all")]).to_pylist()
+    counts: dict[str, dict[str, int]] = {TRAIN: {}}
+    for row in sorted(counted, key=lambda row: (row["split"], row["label"] or "")):
+        counts.setdefault(row["split"], {})[row["label"] or ""] = row["count_all"]
+    return counts

@@ -1,0 +1,395 @@
+"""What each rank of Ray Train does: hold its slices, train, re-cluster, evaluate, report."""
+
+import hashlib
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray.train
+import ray.train.torch
+import torch
+from torch import Tensor
+
+from brainray import dist
+from brainray.clustering.collapse import check_collapse, measure_health
+from brainray.config import Config, parse_config
+from brainray.engine.epoch import SoftTargets, embed, num_steps, train_epoch
+from brainray.engine.evaluate import (
+    Predictions,
+    gather_predictions,
+    predictions_table,
+    subset_metrics,
+    validation_metrics,
+)
+from brainray.engine.recipe import build_objective, build_optimizer, resolve_precision
+from brainray.engine.recluster import ClusterModel, Reclustering, recluster
+from brainray.engine.shard import PixelScale, RankData, SliceShard, sample_keys
+from brainray.engine.state import (
+    MODEL_FILE,
+    TRAINER_FILE,
+    Checkpoint,
+    TrainerState,
+    checkpoint_bytes,
+    load_checkpoint,
+    load_trainer,
+    rows_of_keys,
+    trainer_bytes,
+)
+from brainray.errors import BrainrayError
+from brainray.models.encoder import Encoder, EncoderOutput, build_encoder
+from brainray.orchestration.run import BEST, LAST, METRICS, SEEN, TEST_SLICES, predictions_file
+from brainray.orchestration.store import ImageStore
+from brainray.schema import LABELLED, TEST, TRAIN, UNLABELLED, UNLABELLED_ROLE, VALIDATION
+from brainray.storage import Folder
+
+_HEARTBEAT_S = 30.0
+
+
+def train_worker(settings: dict[str, Any]) -> dict[str, str]:
+    """Ray Train's entry on every rank.
+
+    An error that a user can act on is returned, not raised: Ray would take a raised one for a
+    lost worker and start again.
+    """
+    try:
+        _train(parse_config(settings["config"]), Folder(settings["run"]), Folder(settings["store"]))
+    except BrainrayError as error:
+        return {"error": type(error).__name__, "message": str(error)}
+    return {}
+
+
+def _train(config: Config, run: Folder, store_folder: Folder) -> None:
+    context = ray.train.get_context()
+    device = ray.train.torch.get_device()
+    _use_threads_of_worker()
+    torch.manual_seed(config.seed)
+    store = ImageStore.open(store_folder)
+    data = _load_rank_data(config, run, store, context.get_world_rank(), context.get_world_size())
+    trainer = _Trainer(config, run, store, data, device)
+    trainer.resume_or_start()
+    while trainer.epoch < config.train.num_epochs:
+        trainer.run_epoch()
+    trainer.finish()
+
+
+def _use_threads_of_worker() -> None:
+    """As many threads as CPUs were reserved: ranks on one node would starve each other."""
+    resources = ray.get_runtime_context().get_assigned_resources()
+    threads = max(1, int(resources.get("CPU", 1)))
+    torch.set_num_threads(threads)
+    cv2.setNumThreads(threads)
+
+
+def _load_rank_data(
+    config: Config, run: Folder, store: ImageStore, rank: int, num_ranks: int
+) -> RankData:
+    """Every num_ranks-th slice of each role. Labels come from the run's draw, not the store."""
+    device = ray.train.torch.get_device()
+    class_index = {name: index for index, name in enumerate(store.classes)}
+
+    def shard(rows: pa.Table, split: str, keys: list[int]) -> SliceShard:
+        images = store.images(rows["sample_id"].to_pylist(), split, config.train.image_size)
+        labels = [class_index.get(name, UNLABELLED) for name in rows["label"].to_pylist()]
+        return SliceShard(
+            torch.from_numpy(images).to(device),
+            torch.tensor(keys, dtype=torch.int64, device=device),
+            torch.tensor(labels, dtype=torch.int64, device=device),
+        )
+
+    def training_shard(role: str) -> SliceShard:
+        rows = seen.filter(pc.equal(seen["role"], role)).sort_by("sample_id")
+        mine = rows.take(list(range(rank, rows.num_rows, num_ranks)))
+        return shard(mine, TRAIN, sample_keys(mine["sample_id"].to_pylist()).tolist())
+
+    seen = run.read_table(SEEN)
+    test = run.read_table(TEST_SLICES)
+    test_rows = list(range(rank, test.num_rows, num_ranks))
+    return RankData(
+        labelled=training_shard(LABELLED),
+        unlabelled=training_shard(UNLABELLED_ROLE),
+        validation=training_shard(VALIDATION),
+        # Test sets keep byte-identical copies, so the row is the key there.
+        test=shard(test.take(test_rows), TEST, test_rows),
+    )
+
+
+@dataclass
+class _Timer:
+    """Seconds spent in the parts of one epoch."""
+
+    seconds: dict[str, float]
+
+    @contextmanager
+    def measure(self, part: str) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        elapsed = time.monotonic() - started
+        self.seconds[part] = self.seconds.get(part, 0.0) + elapsed
+
+
+class _Trainer:
+    """One rank's state between epochs, and the steps that lead from one to the next."""
+
+    def __init__(
+        self, config: Config, run: Folder, store: ImageStore, data: RankData, device: torch.device
+    ) -> None:
+        self.config = config
+        self.run = run
+        self.classes = store.classes
+        self.scale = PixelScale(store.pixel_mean, store.pixel_std)
+        self.data = data
+        self.device = device
+        self.precision = resolve_precision(config.train.precision, device)
+        self.objective = build_objective(config.objective)
+        self.sizes = self.objective.step_sizes(
+            config.train.labelled_batch_size_per_worker, config.train.batch_size_per_worker
+        )
+        encoder = build_encoder(config.encoder.name, config.encoder.weights, len(self.classes))
+        self.encoder: Encoder = encoder.to(device).to(memory_format=torch.channels_last)
+        # Without unlabelled slices the clustering term looks at the labelled ones' images.
+        self.pool = data.unlabelled if self._count(data.unlabelled) else data.labelled
+        self.steps = num_steps(
+            self._count(data.labelled), self._count(self.pool), self.sizes, dist.world_size()
+        )
+        self.optimizer, self.scheduler = build_optimizer(
+            self.encoder, config.train, self.steps * config.train.num_epochs
+        )
+        self.model = ray.train.torch.prepare_model(self.encoder)
+        self.test_slices = run.read_table(TEST_SLICES)
+        self.epoch = 0
+        self.history: list[dict[str, float]] = []
+        self.clusters: ClusterModel
+        self.responsibilities: Tensor  # of labelled, then unlabelled slices of this rank
+
+    def resume_or_start(self) -> None:
+        """Go on after the newest checkpoint, or fit the first mixture on the initial encoder."""
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None:
+            self._recluster(self._embed_fitted())
+            return
+        with checkpoint.as_directory() as path:
+            folder = Folder(path)
+            saved, state = load_checkpoint(folder), load_trainer(folder)
+        self.encoder.load_state_dict(saved.encoder.state_dict())
+        self.optimizer.load_state_dict(state.optimizer)
+        self.scheduler.load_state_dict(state.scheduler)
+        self.clusters = saved.clusters.to(self.device)
+        keys = self.data.fitted_keys.cpu()
+        self.responsibilities = rows_of_keys(state.keys, state.responsibilities, keys).to(
+            self.device
+        )
+        self.epoch, self.history = saved.epoch, state.history
+        if dist.rank() == 0:
+            print(f"resuming run after epoch {self.epoch}", flush=True)
+            self.run.write_json_lines(METRICS, self.history)
+
+    def run_epoch(self) -> None:
+        """Train, embed, re-cluster, evaluate the matching pair, and save it."""
+        timer = _Timer({})
+        started = time.monotonic()
+        self.epoch += 1
+        with timer.measure("train"):
+            losses = self._train_epoch()
+        with timer.measure("embed"):
+            fitted = self._embed_fitted()
+        with timer.measure("recluster"):
+            previous = self.responsibilities
+            reclustering = self._recluster(fitted)
+            health = measure_health(fitted.z, self.responsibilities, previous)
+        with timer.measure("evaluate"):
+            validation = self._predict(self.data.validation)
+            test = self._predict(self.data.test)
+        metrics: dict[str, float] = {"epoch": float(self.epoch)}
+        metrics |= {f"train/loss/{name}": value for name, value in losses.items()}
+        metrics["train/learning_rate"] = float(self.scheduler.get_last_lr()[0])
+        metrics |= validation_metrics(validation)
+        metrics |= {
+            "cluster/smallest_share": health.smallest_share,
+            "cluster/largest_share": health.largest_share,
+            "cluster/entropy": health.mean_entropy,
+            "cluster/effective_rank": health.effective_rank,
+            "cluster/spread": health.spread,
+            "cluster/kmeans_iterations": float(reclustering.kmeans_iterations),
+            "cluster/gmm_iterations": float(reclustering.gmm_iterations),
+            "cluster/num_reseeded": float(reclustering.num_reseeded),
+        }
+        if health.nmi_previous is not None:
+            metrics["cluster/nmi_previous"] = health.nmi_previous
+        with timer.measure("evaluate"):
+            metrics |= self._test_metrics(test)
+        with timer.measure("report"):
+            check_collapse(
+                health,
+                max_share=self.config.clustering.max_cluster_share,
+                min_spread=self.config.clustering.min_spread,
+            )
+            self._save(metrics, test, timer, started)
+
+    def finish(self) -> None:
+        """Leave the last epoch's checkpoint beside the best one."""
+        if dist.rank() == 0:
+            (self.run / LAST).write_bytes(MODEL_FILE, checkpoint_bytes(self._checkpoint()))
+
+    def _train_epoch(self) -> dict[str, float]:
+        num_labelled = len(self.data.labelled)
+        offset = num_labelled if self.pool is self.data.unlabelled else 0
+        soft = SoftTargets(
+            self.responsibilities[offset : offset + len(self.pool)], self.clusters.centers
+        )
+        return train_epoch(
+            self.model,
+            self.optimizer,
+            self.scheduler,
+            self.objective,
+            self.data.labelled,
+            self.pool,
+            soft,
+            sizes=self.sizes,
+            steps=self.steps,
+            scale=self.scale,
+            augmentation=self.config.augment,
+            precision=self.precision,
+            seed=_seed(self.config.seed, self.epoch, dist.rank()),
+            on_step=self._heartbeat(),
+        )
+
+    def _heartbeat(self) -> Any:
+        last = time.monotonic()
+
+        def on_step(step: int) -> None:
+            nonlocal last
+            if dist.rank() == 0 and time.monotonic() - last > _HEARTBEAT_S:
+                last = time.monotonic()
+                print(f"epoch {self.epoch}: step {step + 1} of {self.steps}", flush=True)
+
+        return on_step
+
+    def _embed(self, images: Tensor) -> EncoderOutput:
+        return embed(
+            self.encoder,
+            images,
+            scale=self.scale,
+            batch_size=self.config.train.embed_batch_size,
+            precision=self.precision,
+        )
+
+    def _embed_fitted(self) -> EncoderOutput:
+        """Of the slices that the mixture is fitted on: labelled, then unlabelled."""
+        parts = [self._embed(self.data.labelled.images), self._embed(self.data.unlabelled.images)]
+        return EncoderOutput(
+            torch.cat([part.z for part in parts]), torch.cat([part.logits for part in parts])
+        )
+
+    def _recluster(self, fitted: EncoderOutput) -> Reclustering:
+        is_first = not hasattr(self, "clusters")
+        reclustering = recluster(
+            fitted.z,
+            self.data.fitted_keys,
+            torch.cat([self.data.labelled.labels, self.data.unlabelled.labels]),
+            config=self.config.clustering,
+            num_classes=len(self.classes),
+            seed=self.config.seed,
+            previous=None if is_first else self.clusters,
+            previous_responsibilities=None if is_first else self.responsibilities,
+        )
+        self.clusters = reclustering.model
+        self.responsibilities = reclustering.responsibilities
+        return reclustering
+
+    def _predict(self, shard: SliceShard) -> Predictions:
+        output = self._embed(shard.images)
+        return gather_predictions(self.clusters, output.z, output.logits, shard.keys, shard.labels)
+
+    def _test_metrics(self, test: Predictions) -> dict[str, float]:
+        """Write-only logs of this epoch: nothing in training reads them."""
+        if dist.rank() != 0 or len(test.labels) == 0:
+            return {}
+        clean = self.test_slices["clean"].to_numpy(zero_copy_only=False).astype(bool)
+        metrics = subset_metrics(test, self.classes, "test/all")
+        metrics |= subset_metrics(test.select(clean), self.classes, "test/clean")
+        for name in ("silhouette", "nmi", "ari", "fmi"):
+            if f"test/clean/cluster/{name}" in metrics:
+                metrics[f"cluster/{name}"] = metrics[f"test/clean/cluster/{name}"]
+        return metrics
+
+    def _save(
+        self, metrics: dict[str, float], test: Predictions, timer: _Timer, started: float
+    ) -> None:
+        """Checkpoint, then the logs: what is logged can always be gone on from."""
+        for part in ("train", "embed", "recluster", "evaluate"):
+            metrics[f"time/{part}_s"] = timer.seconds[part]
+        metrics["time/data_wait_s"] = 0.0  # the slices are in memory
+        num_images = self.steps * (self.sizes.labelled + self.sizes.unlabelled)
+        metrics["time/images_per_s"] = num_images / timer.seconds["train"]
+        self.history.append(metrics)
+        keys = dist.gather_rows(self.data.fitted_keys)
+        responsibilities = dist.gather_rows(self.responsibilities)
+        name = f"epoch-{self.epoch:04d}"
+        reported = {"epoch": self.epoch, "validation/score": metrics["validation/score"]}
+        if dist.rank() != 0:
+            ray.train.report(reported, checkpoint_dir_name=name)
+            return
+        model = checkpoint_bytes(self._checkpoint())
+        is_best = best_epoch(self.history) == self.epoch
+        if is_best:
+            (self.run / BEST).write_bytes(MODEL_FILE, model)
+        kept = {*self.config.evaluation.tsne_epochs, self.config.train.num_epochs}
+        if len(test.labels) and (is_best or self.epoch in kept):
+            self.run.write_table(predictions_file(self.epoch), self._predictions(test))
+        state = TrainerState(
+            self.optimizer.state_dict(),
+            self.scheduler.state_dict(),
+            keys,
+            responsibilities,
+            self.history,
+        )
+        with tempfile.TemporaryDirectory() as temporary:
+            Path(temporary, MODEL_FILE).write_bytes(model)
+            Path(temporary, TRAINER_FILE).write_bytes(trainer_bytes(state))
+            reporting = time.monotonic()
+            ray.train.report(
+                reported,
+                checkpoint=ray.train.Checkpoint.from_directory(temporary),
+                checkpoint_dir_name=name,
+            )
+        metrics["time/report_s"] = time.monotonic() - reporting
+        metrics["time/epoch_s"] = time.monotonic() - started
+        self.run.write_json_lines(METRICS, self.history)
+
+    def _checkpoint(self) -> Checkpoint:
+        return Checkpoint(
+            self.config, self.classes, self.scale, self.epoch, self.encoder, self.clusters
+        )
+
+    def _predictions(self, test: Predictions) -> pa.Table:
+        slices = self.test_slices
+        return predictions_table(
+            test,
+            self.classes,
+            sample_ids=slices["sample_id"].to_pylist(),
+            paths=slices["path"].to_pylist(),
+            thumbnails=slices["thumbnail"].to_pylist(),
+            clean=slices["clean"].to_numpy(zero_copy_only=False),
+        )
+
+    def _count(self, shard: SliceShard) -> int:
+        return int(dist.sum_across_ranks(torch.tensor(len(shard), device=self.device)))
+
+
+def best_epoch(history: list[dict[str, float]]) -> int:
+    """The first epoch with the highest validation score; 1-based."""
+    scores = [metrics["validation/score"] for metrics in history]
+    return scores.index(max(scores)) + 1
+
+
+def _seed(*parts: int) -> int:
+    """A seed that differs between any two tuples of parts; below 2^62."""
+    digest = hashlib.sha256(repr(parts).encode()).digest()
+    return int.from_bytes(digest[:7], "big")

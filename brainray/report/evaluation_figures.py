@@ -1,0 +1,47 @@
+"""Figures of an evaluation: confusion matrices of a table of predictions."""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from brainray.report.figures import Confusion, confusion_counts, confusion_matrices
+from brainray.report.style import png_bytes
+from brainray.storage import Folder
+
+_PREDICTORS = {"head": "head (softmax)", "cluster_class": "clusters (mixture)"}
+
+
+def draw_evaluation_figures(folder: Folder, predictions: pa.Table, classes: list[str]) -> list[str]:
+    """Write ``figures/confusion_all.png`` and, where clean slices are known, ``_clean``.
+
+    Args:
+        folder: of the evaluation, or of the run.
+        predictions: rows of the ``PREDICTIONS`` schema; those without a label are left out.
+        classes: of the run, in its order.
+
+    Returns:
+        Names of the files in the folder; none where no slice has a label.
+
+    Raises:
+        DataError: a label is not a class of the run.
+    """
+    labelled = predictions.filter(pc.is_valid(predictions["label"]))
+    subsets = {"all": labelled}
+    if labelled["clean"].null_count == 0:
+        subsets["clean"] = labelled.filter(labelled["clean"])
+    names = []
+    for subset, rows in subsets.items():
+        if rows.num_rows:
+            panels = [_confusion(rows, column, classes) for column in _PREDICTORS]
+            title = f"Confusion matrices, test slices: {subset} ({rows.num_rows:,})"
+            figure = confusion_matrices(panels, classes, title)
+            names.append(f"figures/confusion_{subset}.png")
+            folder.write_bytes(names[-1], png_bytes(figure))
+    return names
+
+
+def _confusion(rows: pa.Table, column: str, classes: list[str]) -> Confusion:
+    labels, predicted = rows["label"].to_pylist(), rows[column].to_pylist()
+    accuracy = np.mean([label == guess for label, guess in zip(labels, predicted, strict=True)])
+    counts = confusion_counts(labels, predicted, classes)
+    return Confusion(f"{_PREDICTORS[column]}: accuracy {accuracy:.3f}", counts)

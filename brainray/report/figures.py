@@ -1,0 +1,380 @@
+"""Figures of finished results: plain values in, a matplotlib ``Figure`` out; nothing is written.
+
+A figure of a history leaves out what no epoch logged, and is None where nothing is left.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+from brainray.errors import DataError
+from brainray.report.history import History
+from brainray.report.style import (
+    BLACK,
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILLION,
+    class_colours,
+    cluster_colour,
+    count_epochs,
+    new_figure,
+    tidy,
+)
+
+UNLABELLED_CLASS = ""
+"""Class of slices without a label, in counts and in labels."""
+
+_UNLABELLED_NAME = "(no label)"
+_MAX_COLUMNS = 5
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """A panel of a confusion figure: how often each class was taken for each."""
+
+    title: str
+    counts: NDArray[np.int64]  # (C, C): row = label, column = prediction
+
+
+@dataclass(frozen=True)
+class EmbeddingMap:
+    """The slices of one epoch in the plane."""
+
+    epoch: int
+    points: NDArray[np.floating]  # (N, 2)
+    clusters: NDArray[np.integer]  # (N,) most likely component
+
+
+@dataclass(frozen=True)
+class _Curve:
+    metric: str
+    label: str
+    colour: str
+    line: str = "-"
+
+
+_LOSSES = (
+    _Curve("train/loss/total", "total", BLACK),
+    _Curve("train/loss/ce", "cross entropy (labelled)", BLUE, "--"),
+    _Curve("train/loss/cluster", "clustering (unlabelled), before lambda", VERMILLION, "-."),
+)
+_ACCURACIES = {
+    predictor: (
+        _Curve(f"validation/{predictor}/accuracy", "validation", GREY, "--"),
+        _Curve(f"test/all/{predictor}/accuracy", "test, all", BLUE),
+        _Curve(f"test/clean/{predictor}/accuracy", "test, clean", VERMILLION, "-."),
+    )
+    for predictor in ("head", "cluster")
+}
+_HEALTH = {
+    "NMI of the clusters": (
+        _Curve("cluster/nmi_previous", "with the previous epoch", BLUE),
+        _Curve("cluster/nmi", "with the classes (clean test)", VERMILLION, "--"),
+    ),
+    "Silhouette (clean test)": (_Curve("cluster/silhouette", "silhouette", GREEN),),
+    "Effective rank of the embeddings": (
+        _Curve("cluster/effective_rank", "effective rank", PURPLE),
+    ),
+    "Share of the slices in a cluster": (
+        _Curve("cluster/largest_share", "largest cluster", ORANGE),
+        _Curve("cluster/smallest_share", "smallest cluster", SKY, "--"),
+    ),
+}
+_TIMES = {
+    "time/train_s": ("train", BLUE),
+    "time/embed_s": ("embed", SKY),
+    "time/recluster_s": ("re-cluster", GREEN),
+    "time/evaluate_s": ("evaluate", ORANGE),
+    "time/report_s": ("report and save", PURPLE),
+}
+
+
+def class_distribution(num_slices: Mapping[str, Mapping[str, int]]) -> Figure:
+    """Slices by class, a panel for each split that has any, on one scale.
+
+    Args:
+        num_slices: counts by split and class; the class "" holds the slices without a label.
+
+    Raises:
+        DataError: no split has a slice.
+    """
+    splits = {split: counts for split, counts in num_slices.items() if sum(counts.values())}
+    if not splits:
+        raise DataError("no slices to count: no split has any")
+    names = sorted({name for counts in splits.values() for name in counts} - {UNLABELLED_CLASS})
+    colours = class_colours(names)
+    if any(counts.get(UNLABELLED_CLASS) for counts in splits.values()):
+        names.append(UNLABELLED_CLASS)
+        colours[UNLABELLED_CLASS] = GREY
+    largest = max(max(counts.values()) for counts in splits.values())
+    figure = new_figure(8.0, 1.3 + 0.4 * len(names))
+    panels = figure.subplots(1, len(splits), sharex=True, sharey=True, squeeze=False)[0]
+    for axes, (split, counts) in zip(panels, splits.items(), strict=True):
+        values = [counts.get(name, 0) for name in names]
+        bars = axes.barh(
+            [name or _UNLABELLED_NAME for name in names],
+            values,
+            color=[colours[name] for name in names],
+        )
+        axes.bar_label(bars, labels=[f"{value:,}" for value in values], padding=3)
+        axes.set_title(f"{split}: {sum(values):,} slices by class")
+        axes.set_xlabel("slices")
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        tidy(axes, grid="x")
+    panels[0].set_xlim(0, 1.2 * largest)  # room for the numbers
+    panels[0].invert_yaxis()
+    return figure
+
+
+def before_after_grid(
+    samples: Sequence[tuple[str, NDArray[np.uint8], NDArray[np.uint8]]],
+) -> Figure:
+    """Slices (title, before, after) above one another; the images are (H, W) uint8."""
+    figure, pairs = _paired_grid(len(samples), side=1.5)
+    figure.suptitle("Slices before and after the skull strip")
+    for (upper, lower), (title, before, after) in zip(pairs, samples, strict=True):
+        upper.set_title(title)
+        for axes, image in ((upper, before), (lower, after)):
+            axes.imshow(image, cmap="gray", vmin=0, vmax=255)
+    for upper, lower in pairs[::_MAX_COLUMNS]:
+        upper.set_ylabel("before")
+        lower.set_ylabel("after")
+    return figure
+
+
+def loss_curves(history: History) -> Figure | None:
+    """Training losses by epoch."""
+    figure = new_figure(8.0, 3.6)
+    axes = figure.subplots()
+    if not _draw_curves(axes, history, _LOSSES):
+        return None
+    axes.set_title("Training loss by epoch")
+    axes.legend(frameon=False)
+    axes.set_ylabel("mean loss of the epoch's steps")
+    return figure
+
+
+def accuracy_curves(history: History, chosen_epoch: int) -> Figure | None:
+    """Accuracies of both predictions by epoch, and the epoch that validation chose."""
+    figure = new_figure(8.0, 3.8)
+    panels = figure.subplots(1, 2, sharey=True)
+    drawn = [
+        _draw_curves(axes, history, curves, chosen_epoch)
+        for axes, curves in zip(panels, _ACCURACIES.values(), strict=True)
+    ]
+    if not any(drawn):
+        return None
+    panels[0].set_title("Accuracy of the head (softmax)")
+    panels[1].set_title("Accuracy of the clusters (mixture)")
+    panels[0].set_ylabel("accuracy")
+    panels[0].set_ylim(top=1.0)
+    legend_of = panels[drawn.index(True)]
+    figure.legend(
+        *legend_of.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False
+    )
+    return figure
+
+
+def clustering_health(history: History, chosen_epoch: int) -> Figure | None:
+    """By epoch, what would show a collapse: a high silhouette alone means nothing."""
+    logged = {
+        title: curves
+        for title, curves in _HEALTH.items()
+        if any(curve.metric in metrics for curve in curves for metrics in history)
+    }
+    if not logged:
+        return None
+    num_columns = min(2, len(logged))
+    num_rows = ceil(len(logged) / num_columns)
+    figure = new_figure(8.0, 2.8 * num_rows)
+    panels = figure.subplots(num_rows, num_columns, squeeze=False).ravel()
+    for axes, (title, curves) in zip(panels, logged.items(), strict=False):
+        _draw_curves(axes, history, curves, chosen_epoch)
+        axes.set_title(title)
+        axes.legend(fontsize=8, framealpha=0.9)
+    for axes in panels[len(logged) :]:
+        axes.set_axis_off()
+    return figure
+
+
+def timing_breakdown(history: History) -> Figure | None:
+    """Seconds of each part of each epoch, stacked."""
+    logged = [name for name in _TIMES if any(name in metrics for metrics in history)]
+    if not logged:
+        return None
+    epochs = [int(metrics["epoch"]) for metrics in history]
+    figure = new_figure(8.0, 3.6)
+    axes = figure.subplots()
+    bottom = np.zeros(len(history))
+    for name in logged:
+        # An epoch after which the run was interrupted did not get to log its last parts.
+        seconds = np.array([metrics.get(name, 0.0) for metrics in history])
+        label, colour = _TIMES[name]
+        axes.bar(epochs, seconds, bottom=bottom, color=colour, label=label)
+        bottom += seconds
+    axes.set_title("Time by epoch and part")
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("seconds")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    tidy(axes, grid="y")
+    figure.legend(loc="outside lower center", ncols=len(logged), frameon=False)
+    return figure
+
+
+def confusion_counts(
+    labels: Sequence[str], predictions: Sequence[str], classes: Sequence[str]
+) -> NDArray[np.int64]:
+    """(C, C) counts: row = label, column = prediction.
+
+    Raises:
+        DataError: a label or a prediction is not among the classes.
+    """
+    unknown = sorted({*labels, *predictions} - set(classes))
+    if unknown:
+        raise DataError(
+            f"{unknown[0]!r} is not a class of the run ({', '.join(classes)}): "
+            "rename it with classes.map"
+        )
+    index = {name: position for position, name in enumerate(classes)}
+    counts = np.zeros((len(classes), len(classes)), dtype=np.int64)
+    rows = [index[name] for name in labels]
+    columns = [index[name] for name in predictions]
+    np.add.at(counts, (rows, columns), 1)
+    return counts
+
+
+def confusion_matrices(panels: Sequence[Confusion], classes: Sequence[str], title: str) -> Figure:
+    """Counts with their share of the label's slices, by which the cells are shaded."""
+    side = max(3.0, 0.85 * len(classes))
+    figure = new_figure(1.4 + side * len(panels), 1.6 + side)
+    figure.suptitle(title)
+    all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, panel in zip(all_axes, panels, strict=True):
+        _draw_confusion(axes, panel, classes)
+    totals = panels[0].counts.sum(axis=1)
+    all_axes[0].set_yticks(
+        range(len(classes)),
+        [f"{name}\n({total:,})" for name, total in zip(classes, totals, strict=True)],
+    )
+    all_axes[0].set_ylabel("label (slices)")
+    return figure
+
+
+def embedding_maps(
+    maps: Sequence[EmbeddingMap], labels: Sequence[str], classes: Sequence[str]
+) -> Figure:
+    """The same slices in the plane, epoch by epoch: by class above, by cluster below.
+
+    Args:
+        maps: whose rows are in the order of the labels.
+        labels: (N,) classes, "" where unknown.
+        classes: all classes; their order gives the colours.
+    """
+    figure, pairs = _paired_grid(len(maps), side=2.4)
+    figure.suptitle(f"t-SNE of the embeddings of {len(labels):,} test slices (axes have no unit)")
+    by_class = class_colours(classes)
+    if UNLABELLED_CLASS in labels:
+        by_class[UNLABELLED_CLASS] = GREY
+    clusters = sorted({int(cluster) for each in maps for cluster in each.clusters})
+    for (upper, lower), each in zip(pairs, maps, strict=True):
+        upper.set_title(f"epoch {each.epoch}")
+        _draw_points(upper, each.points, [by_class[label] for label in labels])
+        _draw_points(lower, each.points, [cluster_colour(int(k)) for k in each.clusters])
+        for cluster in np.unique(each.clusters):
+            x, y = np.median(each.points[each.clusters == cluster], axis=0)
+            box = {"boxstyle": "round,pad=0.2", "facecolor": "white", "alpha": 0.85, "linewidth": 0}
+            lower.text(x, y, str(cluster), ha="center", va="center", weight="bold", bbox=box)
+    for upper, lower in pairs[::_MAX_COLUMNS]:
+        upper.set_ylabel("by class")
+        lower.set_ylabel("by cluster")
+    last_upper, last_lower = pairs[min(len(pairs), _MAX_COLUMNS) - 1]
+    _legend_beside(last_upper, {name or _UNLABELLED_NAME: c for name, c in by_class.items()})
+    _legend_beside(last_lower, {f"cluster {k}": cluster_colour(k) for k in clusters})
+    return figure
+
+
+def _draw_curves(
+    axes: Axes, history: History, curves: Sequence[_Curve], chosen_epoch: int | None = None
+) -> bool:
+    """Whether any of the curves has a point."""
+    drawn = False
+    for curve in curves:
+        points = [(m["epoch"], m[curve.metric]) for m in history if curve.metric in m]
+        if points:
+            epochs, values = zip(*points, strict=True)
+            axes.plot(
+                epochs,
+                values,
+                color=curve.colour,
+                linestyle=curve.line,
+                marker="o",
+                markersize=3.5,
+                label=curve.label,
+            )
+            drawn = True
+    if drawn and chosen_epoch is not None:
+        label = f"chosen epoch ({chosen_epoch})"
+        axes.axvline(chosen_epoch, color=BLACK, linestyle=":", linewidth=1.2, label=label)
+    count_epochs(axes)
+    tidy(axes, grid="y")
+    return drawn
+
+
+def _draw_confusion(axes: Axes, panel: Confusion, classes: Sequence[str]) -> None:
+    totals = panel.counts.sum(axis=1, keepdims=True)
+    shares = panel.counts / np.maximum(totals, 1)
+    axes.imshow(shares, cmap="Blues", vmin=0.0, vmax=1.0)
+    for row, column in np.ndindex(panel.counts.shape):
+        share = shares[row, column]
+        text = f"{panel.counts[row, column]:,}"
+        if totals[row, 0]:
+            text += f"\n{share:.0%}"
+        colour = "white" if share > 0.55 else "black"
+        axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=9)
+    axes.set_title(panel.title)
+    axes.set_xlabel("prediction")
+    axes.set_xticks(range(len(classes)), classes, rotation=30, ha="right", rotation_mode="anchor")
+    axes.tick_params(length=0)
+
+
+def _draw_points(axes: Axes, points: NDArray[np.floating], colours: Sequence[str]) -> None:
+    """One scatter in the rows' order: drawn class by class, the last would hide the first."""
+    axes.scatter(points[:, 0], points[:, 1], c=colours, s=5, linewidths=0)
+
+
+def _legend_beside(axes: Axes, colours: Mapping[str, str]) -> None:
+    handles = [
+        Line2D([], [], color=colour, label=name, marker="o", linestyle="", markersize=7)
+        for name, colour in colours.items()
+    ]
+    axes.legend(handles=handles, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+
+
+def _paired_grid(num_pairs: int, *, side: float) -> tuple[Figure, list[tuple[Axes, Axes]]]:
+    """Pairs of square panels without ticks, one above the other; `side` in inches."""
+    num_columns = min(num_pairs, _MAX_COLUMNS)
+    num_bands = ceil(num_pairs / _MAX_COLUMNS)
+    figure = new_figure(max(5.0, 0.4 + side * num_columns), 0.8 + 2.0 * side * num_bands)
+    grid = figure.subplots(2 * num_bands, num_columns, squeeze=False)
+    for axes in grid.flat:
+        axes.set(xticks=[], yticks=[])
+    pairs = [
+        (grid[2 * band, column], grid[2 * band + 1, column])
+        for band in range(num_bands)
+        for column in range(num_columns)
+    ]
+    for unused in pairs[num_pairs:]:
+        for axes in unused:
+            axes.set_axis_off()
+    return figure, pairs[:num_pairs]

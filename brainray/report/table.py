@@ -1,0 +1,109 @@
+"""The reported figures as Markdown that also reads well as plain text."""
+
+from collections.abc import Mapping, Sequence
+from math import isnan
+
+_PREDICTORS = ("head", "cluster", "thumbnail_1nn")
+_SUBSETS = ("all", "clean")
+_AVERAGES = ("balanced_accuracy", "f1_macro")
+_BY_CLASS = ("precision", "recall", "f1")
+_OF_CLUSTERS = {"silhouette": "silhouette", "nmi": "NMI", "ari": "ARI", "fmi": "FMI"}
+_MISSING = "–"
+
+
+def results_table(metrics: Mapping[str, float], classes: Sequence[str]) -> str:
+    """Test figures from flat metrics, for all and for clean slices; a dash where there is none.
+
+    First each predictor's accuracy (with its interval), balanced accuracy and macro F1, and its
+    accuracy over all slices re-weighted to the class mix of clean; then precision, recall and F1
+    by class; then the clusters' own figures.
+    """
+    sizes = ", ".join(f"{_count(metrics, f'test/{s}/num_slices')} {s}" for s in _SUBSETS)
+    return "\n\n".join(
+        [
+            f"Test slices: {sizes}.",
+            _predictor_table(metrics),
+            _class_table(metrics, classes),
+            _cluster_line(metrics),
+        ]
+    )
+
+
+def _predictor_table(metrics: Mapping[str, float]) -> str:
+    header = ["prediction"]
+    for subset in _SUBSETS:
+        header += [f"accuracy, {subset}", f"balanced accuracy, {subset}", f"macro F1, {subset}"]
+    header.append("accuracy, all at clean's class mix")
+    rows = []
+    for predictor in _PREDICTORS:
+        row = [predictor]
+        for subset in _SUBSETS:
+            prefix = f"test/{subset}/{predictor}"
+            row.append(_accuracy(metrics, prefix))
+            row += [_figure(metrics, f"{prefix}/{name}") for name in _AVERAGES]
+        row.append(_figure(metrics, f"test/all_as_clean/{predictor}/accuracy"))
+        rows.append(row)
+    return _markdown(header, rows, num_text_columns=1)
+
+
+def _class_table(metrics: Mapping[str, float], classes: Sequence[str]) -> str:
+    header = ["test slices", "class", "slices"]
+    header += [f"{p} {name}" for p in ("head", "cluster") for name in ("precision", "recall", "F1")]
+    rows = []
+    for subset in _SUBSETS:
+        for name in classes:
+            row = [subset, name, _count(metrics, f"test/{subset}/head/support/{name}")]
+            for predictor in ("head", "cluster"):
+                row += [
+                    _figure(metrics, f"test/{subset}/{predictor}/{figure}/{name}")
+                    for figure in _BY_CLASS
+                ]
+            rows.append(row)
+    return _markdown(header, rows, num_text_columns=2)
+
+
+def _cluster_line(metrics: Mapping[str, float]) -> str:
+    parts = []
+    for subset in _SUBSETS:
+        figures = [
+            f"{label} {_figure(metrics, f'test/{subset}/cluster/{name}')}"
+            for name, label in _OF_CLUSTERS.items()
+        ]
+        parts.append(f"{subset}: {', '.join(figures)}")
+    return f"Clusters, {'; '.join(parts)}."
+
+
+def _accuracy(metrics: Mapping[str, float], prefix: str) -> str:
+    accuracy = _figure(metrics, f"{prefix}/accuracy")
+    low = _figure(metrics, f"{prefix}/accuracy_low")
+    high = _figure(metrics, f"{prefix}/accuracy_high")
+    return accuracy if _MISSING in (low, high) else f"{accuracy} [{low}, {high}]"
+
+
+def _figure(metrics: Mapping[str, float], name: str) -> str:
+    value = metrics.get(name)
+    return _MISSING if value is None or isnan(value) else f"{value:.3f}"
+
+
+def _count(metrics: Mapping[str, float], name: str) -> str:
+    value = metrics.get(name)
+    return _MISSING if value is None else f"{value:,.0f}"
+
+
+def _markdown(header: list[str], rows: list[list[str]], *, num_text_columns: int) -> str:
+    """Columns padded to their widest cell: text to the left, figures to the right."""
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in (header, *rows)]
+    widths = [max(len(cell) for cell in column) for column in zip(*cells, strict=True)]
+
+    def line(row: list[str]) -> str:
+        padded = [
+            cell.ljust(width) if i < num_text_columns else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        return f"| {' | '.join(padded)} |"
+
+    rule = [
+        "-" * width if i < num_text_columns else "-" * (width - 1) + ":"
+        for i, width in enumerate(widths)
+    ]
+    return "\n".join([line(cells[0]), line(rule), *map(line, cells[1:])])

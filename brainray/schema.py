@@ -1,0 +1,89 @@
+"""Column names, dtypes and shapes at every stage boundary."""
+
+import pyarrow as pa
+
+UNLABELLED = -1
+"""Class index of a slice whose label is unknown or must not be read."""
+
+TRAIN, TEST = "train", "test"
+"""Values of the ``split`` column."""
+
+LABELLED, VALIDATION, UNLABELLED_ROLE = "labelled", "validation", "unlabelled"
+"""Values of a training slice's ``role`` in one run."""
+
+THUMBNAIL_SIDE = 32
+"""Side of the thumbnails that serve as fingerprints, in pixels."""
+
+IMAGE_STORE = pa.schema(
+    [
+        ("sample_id", pa.string()),  # 32 hex digits of the SHA-256 of the file's bytes
+        ("path", pa.string()),  # relative to the source, with forward slashes
+        ("format", pa.string()),  # JPEG, PNG, ...
+        ("num_bytes", pa.int64()),
+        ("original_height", pa.int32()),
+        ("original_width", pa.int32()),
+        ("split", pa.string()),  # train | test
+        ("label", pa.string()),  # null where unknown
+        ("duplicate_group_id", pa.string()),  # smallest sample_id of the near-duplicates
+        ("subject_id", pa.string()),  # null where neither given nor estimated
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+        ("thumbnail", pa.binary(THUMBNAIL_SIDE * THUMBNAIL_SIDE)),  # uint8, row-major
+        ("image", pa.binary()),  # uint8, row-major, height x width
+    ]
+)
+
+IMAGE_INDEX_COLUMNS = [name for name in IMAGE_STORE.names if name != "image"]
+
+REJECTED = pa.schema(
+    [
+        ("path", pa.string()),
+        ("reason", pa.string()),  # a short fixed phrase, so that reasons can be counted
+        ("detail", pa.string()),
+        ("num_bytes", pa.int64()),
+        ("sha256", pa.string()),  # null where the file could not be read
+    ]
+)
+
+DUPLICATES = pa.schema(
+    [
+        ("path", pa.string()),
+        ("split", pa.string()),
+        ("label", pa.string()),
+        ("sample_id", pa.string()),
+        ("level", pa.string()),  # exact: byte-identical to kept_path | near: same group
+        ("duplicate_group_id", pa.string()),
+        ("kept_path", pa.string()),  # the slice of the group that was kept or came first
+        ("removed", pa.bool_()),  # exact copies are removed from training only
+    ]
+)
+
+SEEN = pa.schema(
+    [
+        ("sample_id", pa.string()),
+        ("path", pa.string()),
+        ("role", pa.string()),  # labelled | validation | unlabelled
+        ("label", pa.string()),  # null unless the run may read it
+        ("duplicate_group_id", pa.string()),
+        ("thumbnail", pa.binary(THUMBNAIL_SIDE * THUMBNAIL_SIDE)),
+    ]
+)
+"""What a run saw: its labelled draw and its fingerprints, kept with the run."""
+
+PREDICTIONS = pa.schema(
+    [
+        ("sample_id", pa.string()),
+        ("path", pa.string()),
+        ("label", pa.string()),  # null where unknown
+        ("clean", pa.bool_()),  # null where the run carries no fingerprints
+        ("head", pa.string()),  # class predicted by the linear head
+        ("cluster_class", pa.string()),  # class of the most likely component
+        ("cluster", pa.int32()),  # most likely component
+        ("confidence", pa.float32()),  # highest probability of the head
+        ("probabilities", pa.list_(pa.float32())),  # (C,), of the head
+        ("responsibilities", pa.list_(pa.float32())),  # (K,), of the mixture
+        ("log_likelihood", pa.float32()),  # of the embedding under the mixture; low = outlier
+        ("embedding", pa.list_(pa.float32())),  # (E,), L2-normalised
+        ("thumbnail", pa.binary(THUMBNAIL_SIDE * THUMBNAIL_SIDE)),
+    ]
+)

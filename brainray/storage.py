@@ -1,0 +1,105 @@
+"""Files under ``storage``: a local folder or any URI that pyarrow reads, through one interface."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from brainray.errors import ConfigError, DataError
+
+
+class Folder:
+    """A folder on a local or remote file system; small enough to pickle to workers.
+
+    Files appear whole or not at all: they are written under a temporary name and then moved.
+    """
+
+    def __init__(self, uri: str | Path) -> None:
+        self.uri = str(uri).rstrip("/") or "/"
+        try:
+            self.filesystem, self.path = pafs.FileSystem.from_uri(self.uri)
+        except (pa.ArrowInvalid, ValueError, OSError) as error:
+            raise ConfigError(
+                f"{self.uri!r} is neither an absolute path nor a URI that pyarrow reads "
+                f"({error}): write /a/path, s3://bucket/path, ..."
+            ) from None
+
+    def __truediv__(self, name: str) -> "Folder":
+        return Folder(f"{self.uri}/{name}")
+
+    def __str__(self) -> str:
+        return self.uri
+
+    def __reduce__(self) -> tuple[type["Folder"], tuple[str]]:
+        return Folder, (self.uri,)
+
+    @property
+    def local_path(self) -> Path | None:
+        return Path(self.path) if isinstance(self.filesystem, pafs.LocalFileSystem) else None
+
+    def exists(self, name: str = "") -> bool:
+        info = self.filesystem.get_file_info(self._join(name))
+        return bool(info.type != pafs.FileType.NotFound)
+
+    def names(self) -> list[str]:
+        """Names of the folder's files and folders, sorted; none where it does not exist."""
+        selector = pafs.FileSelector(self.path, allow_not_found=True)
+        return sorted(info.base_name for info in self.filesystem.get_file_info(selector))
+
+    def read_bytes(self, name: str) -> bytes:
+        try:
+            with self.filesystem.open_input_file(self._join(name)) as stream:
+                return stream.read()
+        except FileNotFoundError:
+            raise DataError(f"no such file: {self.uri}/{name}") from None
+
+    def write_bytes(self, name: str, content: bytes) -> None:
+        target = self._join(name)
+        self.filesystem.create_dir(target.rpartition("/")[0], recursive=True)
+        temporary = f"{target}.tmp-{os.getpid()}"
+        with self.filesystem.open_output_stream(temporary) as stream:
+            stream.write(content)
+        self.filesystem.move(temporary, target)
+
+    def read_json(self, name: str) -> Any:
+        return json.loads(self.read_bytes(name))
+
+    def write_json(self, name: str, value: Any) -> None:
+        self.write_bytes(name, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+    def read_json_lines(self, name: str) -> list[Any]:
+        """One value a line; an incomplete last line, as a crash leaves it, is left out."""
+        if not self.exists(name):
+            return []
+        lines = self.read_bytes(name).decode().split("\n")[:-1]
+        return [json.loads(line) for line in lines]
+
+    def write_json_lines(self, name: str, values: list[Any]) -> None:
+        text = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
+        self.write_bytes(name, text.encode())
+
+    def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
+        """A Parquet file, or all Parquet files of a folder."""
+        return pq.read_table(self._join(name), columns=columns, filesystem=self.filesystem)
+
+    def write_table(self, name: str, table: pa.Table) -> None:
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, compression="zstd")
+        self.write_bytes(name, sink.getvalue().to_pybytes())
+
+    def delete(self) -> None:
+        """Remove the folder and all it holds, if it exists."""
+        if self.exists():
+            self.filesystem.delete_dir(self.path)
+
+    def move_to(self, target: "Folder") -> None:
+        """Rename; ``target`` must not exist and must lie on the same file system."""
+        self.filesystem.create_dir(target.path.rpartition("/")[0], recursive=True)
+        self.filesystem.move(self.path, target.path)
+
+    def _join(self, name: str) -> str:
+        return f"{self.path}/{name}" if name else self.path

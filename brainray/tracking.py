@@ -1,0 +1,256 @@
+"""MLflow: the only module that imports it.
+
+A run's folder is the truth; MLflow shows a projection of it. ``sync`` sends what MLflow has not
+got yet, so it may be called after every epoch, after an outage, and after a restart, and never
+sends anything twice.
+"""
+
+import logging
+import math
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+from sqlalchemy.exc import SQLAlchemyError
+
+from brainray.errors import TrackingError
+from brainray.storage import Folder
+
+_STATE = "tracking.json"
+_BATCH = 500  # MLflow refuses batches of more than 1,000 metrics
+_MAX_PARAMS = 100
+_FORBIDDEN = re.compile(r"[^\w\-. :/]")
+
+
+class Tracker(Protocol):
+    """Where a run's figures are shown."""
+
+    def begin(self, name: str, params: Mapping[str, object], tags: Mapping[str, str]) -> None:
+        """Open the run, or find it again."""
+        ...
+
+    def log_epochs(self, history: list[dict[str, float]]) -> None:
+        """Send the epochs that were not sent yet."""
+        ...
+
+    def log_summary(self, metrics: Mapping[str, float]) -> None:
+        """Send the figures that stand for the whole run."""
+        ...
+
+    def log_files(self, names: Iterable[str]) -> None:
+        """Send files of the run's folder as artifacts."""
+        ...
+
+    def finish(self) -> None:
+        """Mark the run as finished."""
+        ...
+
+
+class NullTracker:
+    """Tracks nothing: for callers without MLflow."""
+
+    def begin(self, name: str, params: Mapping[str, object], tags: Mapping[str, str]) -> None:
+        pass
+
+    def log_epochs(self, history: list[dict[str, float]]) -> None:
+        pass
+
+    def log_summary(self, metrics: Mapping[str, float]) -> None:
+        pass
+
+    def log_files(self, names: Iterable[str]) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
+
+
+class MLflowTracker:
+    """One brainray run in one MLflow run, whose id is kept in the run's folder.
+
+    Only one process may use it at a time: SQLite takes a single writer.
+    """
+
+    def __init__(self, run: Folder, uri: str, experiment: str, artifacts: str | None) -> None:
+        """
+        Args:
+            run: the brainray run's folder.
+            uri: MLflow tracking URI.
+            experiment: its name; made when absent.
+            artifacts: where a new experiment keeps artifacts; None leaves it to the server.
+        """
+        self._run = run
+        self._uri = uri
+        self._experiment = experiment
+        self._artifacts = artifacts
+        self._client: MlflowClient | None = None
+        self._state: dict[str, object] = {}
+
+    @property
+    def run_id(self) -> str | None:
+        """The MLflow run's id, once it has begun."""
+        run_id = self._state.get("run_id")
+        return None if run_id is None else str(run_id)
+
+    def begin(self, name: str, params: Mapping[str, object], tags: Mapping[str, str]) -> None:
+        with _readable_errors(self._uri):
+            client = self._connect()
+            stored = self._run.read_json(_STATE) if self._run.exists(_STATE) else {}
+            if stored.get("uri") == self._uri:
+                self._state = stored
+                client.set_terminated(str(stored["run_id"]), status="RUNNING")
+                client.log_batch(str(stored["run_id"]), tags=_tags(tags))
+                return
+            run = client.create_run(self._experiment_id(client), run_name=name, tags=dict(tags))
+            self._state = {"uri": self._uri, "run_id": run.info.run_id, "epochs_sent": 0}
+            self._save()
+            flat = [Param(_key(key), str(value)) for key, value in params.items()]
+            for start in range(0, len(flat), _MAX_PARAMS):
+                client.log_batch(run.info.run_id, params=flat[start : start + _MAX_PARAMS])
+
+    def log_epochs(self, history: list[dict[str, float]]) -> None:
+        sent = int(str(self._state["epochs_sent"]))
+        with _readable_errors(self._uri):
+            for metrics in history[sent:]:
+                self._log(metrics, step=int(metrics["epoch"]))
+                self._state["epochs_sent"] = int(metrics["epoch"])
+                self._save()
+
+    def log_summary(self, metrics: Mapping[str, float]) -> None:
+        with _readable_errors(self._uri):
+            self._log({f"final/{name}": value for name, value in metrics.items()}, step=0)
+
+    def log_files(self, names: Iterable[str]) -> None:
+        with _readable_errors(self._uri), tempfile.TemporaryDirectory() as temporary:
+            # Through a local copy, since the run's folder may be a bucket.
+            for name in names:
+                copy = Path(temporary, name)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                copy.write_bytes(self._run.read_bytes(name))
+            self._connect().log_artifacts(self._id, temporary)
+
+    def finish(self) -> None:
+        with _readable_errors(self._uri):
+            self._connect().set_terminated(self._id, status="FINISHED")
+
+    @property
+    def _id(self) -> str:
+        if self.run_id is None:
+            raise TrackingError("the MLflow run has not begun")
+        return self.run_id
+
+    def _connect(self) -> MlflowClient:
+        if self._client is None:
+            # An unreachable server must cost seconds, not the minutes of MLflow's defaults.
+            os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+            os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+            for name in ("mlflow", "alembic"):  # database migrations log every step
+                logging.getLogger(name).setLevel(logging.WARNING)
+            self._client = MlflowClient(tracking_uri=self._uri)
+        return self._client
+
+    def _experiment_id(self, client: MlflowClient) -> str:
+        experiment = client.get_experiment_by_name(self._experiment)
+        if experiment is not None:
+            return str(experiment.experiment_id)
+        return str(client.create_experiment(self._experiment, artifact_location=self._artifacts))
+
+    def _log(self, metrics: Mapping[str, float], step: int) -> None:
+        timestamp = int(metrics.get("time/unix_ms", 0))
+        batch = [
+            Metric(_key(name), float(value), timestamp, step)
+            for name, value in metrics.items()
+            if math.isfinite(value)
+        ]
+        for start in range(0, len(batch), _BATCH):
+            self._connect().log_batch(self._id, metrics=batch[start : start + _BATCH])
+
+    def _save(self) -> None:
+        self._run.write_json(_STATE, self._state)
+
+
+class LenientTracker:
+    """Passes everything on, but an unreachable server never stops the work.
+
+    What fails is said once; the run's folder keeps all of it, and a later ``begin`` and ``log_*``
+    catch up in order.
+    """
+
+    def __init__(self, tracker: Tracker, warn: Callable[[str], None]) -> None:
+        self._tracker = tracker
+        self._warn = warn
+        self._begin: Callable[[], None] | None = None
+        self.problem: str | None = None
+        """The last failure, or None when all was sent."""
+
+    def begin(self, name: str, params: Mapping[str, object], tags: Mapping[str, str]) -> None:
+        self._begin = lambda: self._tracker.begin(name, params, tags)
+        self._try(lambda: None)
+
+    def log_epochs(self, history: list[dict[str, float]]) -> None:
+        self._try(lambda: self._tracker.log_epochs(history))
+
+    def log_summary(self, metrics: Mapping[str, float]) -> None:
+        self._try(lambda: self._tracker.log_summary(metrics))
+
+    def log_files(self, names: Iterable[str]) -> None:
+        chosen = list(names)
+        self._try(lambda: self._tracker.log_files(chosen))
+
+    def finish(self) -> None:
+        self._try(self._tracker.finish)
+
+    def _try(self, action: Callable[[], None]) -> None:
+        try:
+            if self._begin is not None:
+                self._begin()
+                self._begin = None
+            action()
+            self.problem = None
+        except TrackingError as error:
+            if self.problem is None:
+                self._warn(str(error))
+            self.problem = str(error)
+
+
+def default_uri(storage: Folder) -> str:
+    """``MLFLOW_TRACKING_URI``, or a SQLite file in a local storage (else in ~/brainray)."""
+    from_environment = os.environ.get("MLFLOW_TRACKING_URI")
+    if from_environment:
+        return from_environment
+    folder = storage.local_path or Path.home() / "brainray"
+    folder.mkdir(parents=True, exist_ok=True)
+    return f"sqlite:///{folder}/mlflow.db"
+
+
+def artifact_location(uri: str, storage: Folder) -> str | None:
+    """Under ``storage`` for a database, whose default is the working directory."""
+    if uri.startswith(("http://", "https://", "databricks")):
+        return None
+    local = storage.local_path
+    return (local / "mlartifacts").as_uri() if local is not None else f"{storage}/mlartifacts"
+
+
+def _tags(tags: Mapping[str, str]) -> list[RunTag]:
+    return [RunTag(key, value) for key, value in tags.items()]
+
+
+def _key(name: str) -> str:
+    return _FORBIDDEN.sub("_", name)
+
+
+@contextmanager
+def _readable_errors(uri: str) -> Iterator[None]:
+    try:
+        yield
+    except (MlflowException, SQLAlchemyError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        safe_uri = re.sub(r"//[^/@]*@", "//***@", uri)
+        raise TrackingError(f"MLflow at {safe_uri} cannot be used: {reason}") from None

@@ -1,0 +1,32 @@
+"""Score a run on raw class folders that it has never seen."""
+
+import sys
+
+from brainray.config import Config
+from brainray.orchestration.inference import evaluate
+from brainray.orchestration.job import JobResult, log, run_job
+from brainray.report.table import results_table
+
+
+def work(config: Config) -> JobResult:
+    evaluation = evaluate(config, log)
+    log(results_table(evaluation.metrics, evaluation.classes))
+    log(f"predictions and figures: {evaluation.folder}")
+    return JobResult(str(evaluation.folder), metrics=evaluation.metrics)
+
+
+if __name__ == "__main__":
+    sys.exit(
+        run_job(
+            "evaluate",
+            """
+            Predict the slices of class folders with a run's chosen epoch, preprocessed with the
+            run's own settings, and score them: over all slices, and over those without a
+            near-duplicate among what the run saw.
+
+            Example: python jobs/evaluate.py --set run=first source=/data/other-hospital
+            """,
+            work,
+            keys=["run", "checkpoint", "source", "labels", "classes", "name", "storage"],
+        )
+    )

@@ -1,0 +1,64 @@
+"""Preprocess, train, evaluate and report in one submission."""
+
+import sys
+
+from brainray.config import Config
+from brainray.errors import ConfigError
+from brainray.orchestration.data import preprocess
+from brainray.orchestration.driver import train
+from brainray.orchestration.inference import evaluate
+from brainray.orchestration.job import JobResult, log, run_job
+from brainray.report.table import results_table
+
+
+def work(config: Config) -> JobResult:
+    if config.name is None:
+        raise ConfigError("the pipeline needs a name: --set name=NAME")
+    # The name may change between runs on one store; the store keeps its own.
+    dataset = config.dataset or config.name
+    preprocess(config.model_copy(update={"name": dataset}), log)
+    trained = train(config.model_copy(update={"dataset": dataset}), log)
+    test_paths = trained.run.test_paths()
+    if test_paths:
+        # The raw files once more, through prediction's own path: it must tell the same.
+        again = config.model_copy(update={"run": config.name})
+        evaluation = evaluate(again, log, only_paths=test_paths)
+        log(results_table(evaluation.metrics, evaluation.classes))
+    log(f"figures: {trained.run.folder}/figures")
+    log(f"compare runs: mlflow ui --backend-store-uri {trained.tracking_uri}")
+    return JobResult(str(trained.run.folder), trained.mlflow_run_id, trained.metrics)
+
+
+if __name__ == "__main__":
+    sys.exit(
+        run_job(
+            "pipeline",
+            """
+            Turn a folder of slices into a store, train on it, evaluate the chosen epoch on the
+            raw test files, and leave figures and MLflow records. Each stage that is already done
+            under the same name is reused.
+
+            Example: python jobs/pipeline.py --config configs/nickparvar.yaml
+                     --set source=/data/brain-tumor-mri
+            """,
+            work,
+            keys=[
+                "name",
+                "dataset",
+                "source",
+                "labels",
+                "storage",
+                "seed",
+                "classes",
+                "preprocess",
+                "split",
+                "encoder",
+                "augment",
+                "objective",
+                "clustering",
+                "train",
+                "evaluation",
+                "tracking",
+            ],
+        )
+    )

@@ -1,0 +1,36 @@
+"""Slices to an image store: decode, check, strip, resize, hash, group, split."""
+
+import sys
+
+from brainray.config import Config
+from brainray.orchestration.data import preprocess
+from brainray.orchestration.job import JobResult, log, run_job
+
+
+def work(config: Config) -> JobResult:
+    store = preprocess(config, log)
+    counts = {
+        f"num_slices/{split}/{label or 'unlabelled'}": float(count)
+        for split, by_class in store.manifest["num_slices"].items()
+        for label, count in by_class.items()
+    }
+    counts["num_rejected"] = float(store.manifest["num_rejected"])
+    counts["num_removed_copies"] = float(store.manifest["num_removed_copies"])
+    return JobResult(out=str(store.folder), metrics=counts)
+
+
+if __name__ == "__main__":
+    sys.exit(
+        run_job(
+            "preprocess",
+            """
+            Turn a folder of brain MRI slices into an image store under storage/datasets/NAME.
+            The source holds Training/ and Testing/ class folders, class folders, or bare files;
+            or labels=FILE (CSV or Parquet: path, label, optional split, subject) names classes.
+
+            Example: python jobs/preprocess.py --set name=mri source=/data/brain-tumor-mri
+            """,
+            work,
+            keys=["name", "source", "labels", "storage", "classes", "preprocess", "split"],
+        )
+    )

@@ -1,0 +1,34 @@
+"""Send a run's folder to MLflow: what training could not send while the server was away."""
+
+import sys
+
+from brainray.config import Config
+from brainray.errors import ConfigError
+from brainray.orchestration.job import JobResult, log, run_job
+from brainray.orchestration.publish import publish
+from brainray.orchestration.run import open_run
+from brainray.storage import Folder
+
+
+def work(config: Config) -> JobResult:
+    if config.run is None:
+        raise ConfigError("name the run to send: --set run=NAME")
+    run = open_run(Folder(config.storage), config.run)
+    tracking = publish(config, run, log)
+    log(f"compare runs: mlflow ui --backend-store-uri {tracking.uri}")
+    return JobResult(str(run.folder), tracking.mlflow_run_id)
+
+
+if __name__ == "__main__":
+    sys.exit(
+        run_job(
+            "track",
+            """
+            Send a run's epochs, figures and config to MLflow. Nothing is sent twice.
+
+            Example: python jobs/track.py --set run=first tracking.uri=http://mlflow:5000
+            """,
+            work,
+            keys=["run", "storage", "tracking"],
+        )
+    )

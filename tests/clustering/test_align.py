@@ -1,0 +1,88 @@
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from brainray.clustering.align import class_probabilities, cluster_to_class, match_components
+from brainray.errors import ClusteringError
+
+
+def responsibilities(num_rows: int, num_components: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.softmax(3 * torch.randn(num_rows, num_components, generator=generator), dim=1)
+
+
+def test_matching_undoes_a_permutation() -> None:
+    previous = responsibilities(100, 6, seed=0)
+    current = previous[:, torch.tensor([3, 1, 5, 0, 2, 4])]
+    order = match_components(previous, current)
+    assert order.dtype == torch.int64
+    torch.testing.assert_close(current[:, order], previous)
+
+
+def test_matching_has_the_largest_overlap_of_all_orders() -> None:
+    previous, current = responsibilities(30, 5, seed=1), responsibilities(30, 5, seed=2)
+
+    def overlap(order: Tensor) -> float:
+        return float((previous * current[:, order]).sum())
+
+    best = max(overlap(torch.tensor(order)) for order in itertools.permutations(range(5)))
+    assert overlap(match_components(previous, current)) == pytest.approx(best)
+
+
+def test_different_numbers_of_components_cannot_be_matched() -> None:
+    with pytest.raises(ClusteringError, match=r"\(9, 3\) and \(9, 4\)"):
+        match_components(torch.ones(9, 3), torch.ones(9, 4))
+
+
+def test_as_many_clusters_as_classes_are_mapped_one_to_one() -> None:
+    # Both clusters have a majority of class 0; one-to-one, 5 + 1 rows agree against 4 + 0.
+    clusters = torch.tensor([0, 0, 0, 0, 0, 1, 1, 1, 1, 1])
+    labels = torch.tensor([0, 0, 0, 0, 0, 0, 0, 0, 0, 1])
+    mapping = cluster_to_class(clusters, labels, 2, torch.eye(2), torch.eye(2))
+    assert mapping.tolist() == [0, 1]
+
+
+def test_more_clusters_than_classes_take_their_majority() -> None:
+    clusters = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2])
+    labels = torch.tensor([1, 1, 0, 0, 0, 1, 0, 1])
+    mapping = cluster_to_class(clusters, labels, 2, torch.zeros(3, 2), torch.eye(2))
+    assert mapping.tolist() == [1, 0, 1]
+
+
+@pytest.mark.parametrize("num_clusters", [3, 4])
+def test_cluster_without_labelled_rows_takes_the_nearest_labelled_class(num_clusters: int) -> None:
+    clusters = torch.tensor([0, 0, 1, 1])
+    labels = torch.tensor([0, 0, 1, 1])
+    # Class 2 has no labelled row: its mean is not read, nor can it be anybody's nearest.
+    class_means = torch.tensor([[0.0, 0.0], [10.0, 0.0], [float("nan"), 0.0]])
+    centers = torch.tensor([[0.0, 0.0], [10.0, 0.0], [9.0, 1.0], [2.0, 5.0]])[:num_clusters]
+    mapping = cluster_to_class(clusters, labels, 3, centers, class_means)
+    assert mapping.tolist() == [0, 1, 1, 0][:num_clusters]
+
+
+def test_responsibilities_vote_with_their_weight_and_fill_a_cluster_by_their_largest() -> None:
+    gamma = torch.tensor([[0.9, 0.1, 0.0], [0.4, 0.6, 0.0], [0.4, 0.6, 0.0], [0.1, 0.5, 0.4]])
+    labels = torch.tensor([0, 1, 1, 0])
+    # Cluster 0: class 0 has 1.0, class 1 has 0.8. Cluster 1: 0.6 against 1.2. Cluster 2 is no
+    # row's largest, though all its weight is of class 0: it goes by its centre.
+    centers = torch.tensor([[0.0], [1.0], [1.1]])
+    mapping = cluster_to_class(gamma, labels, 2, centers, torch.tensor([[0.0], [1.0]]))
+    assert mapping.tolist() == [0, 1, 1]
+
+
+def test_what_cannot_be_mapped_is_refused_with_its_cause() -> None:
+    clusters, labels = torch.tensor([0, 1]), torch.tensor([0, 1])
+    with pytest.raises(ClusteringError, match=r"2 clusters cannot .* 3 classes: raise"):
+        cluster_to_class(clusters, labels, 3, torch.eye(2), torch.zeros(3, 2))
+    with pytest.raises(ClusteringError, match=r"1 have a label outside 0\.\.1"):
+        cluster_to_class(clusters, torch.tensor([0, -1]), 2, torch.eye(2), torch.eye(2))
+    with pytest.raises(ClusteringError, match="at least one"):
+        cluster_to_class(clusters[:0], labels[:0], 2, torch.eye(2), torch.eye(2))
+
+
+def test_class_probabilities_sum_the_responsibilities_of_a_class() -> None:
+    gamma = torch.tensor([[0.1, 0.2, 0.3, 0.4]])
+    probabilities = class_probabilities(gamma, torch.tensor([2, 0, 2, 0]), num_classes=3)
+    torch.testing.assert_close(probabilities, torch.tensor([[0.6, 0.0, 0.4]]))

@@ -1,0 +1,91 @@
+import dataclasses
+import math
+
+import pytest
+import torch
+from sklearn.metrics import normalized_mutual_info_score
+
+from brainray.clustering.collapse import (
+    ClusteringHealth,
+    check_collapse,
+    measure_health,
+    normalized_mutual_information,
+)
+from brainray.clustering.metrics import effective_rank
+from brainray.errors import ClusteringError
+
+HEALTHY = ClusteringHealth(
+    smallest_share=0.1,
+    largest_share=0.4,
+    mean_entropy=0.2,
+    effective_rank=12.0,
+    spread=0.5,
+    nmi_previous=None,
+)
+
+
+def test_health_by_hand() -> None:
+    z = torch.tensor([[2.0, 0.0], [5.0, 0.0], [0.0, 0.5], [0.0, 9.0]])
+    gamma = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.5, 0.5]])
+    health = measure_health(z, gamma, None)
+    assert health.smallest_share == pytest.approx(0.5 / 4)
+    assert health.largest_share == pytest.approx(3.5 / 4)
+    # One row of four does not know at all between two clusters.
+    assert health.mean_entropy == pytest.approx(1 / 4)
+    # Two directions at right angles: each at distance 1 / sqrt(2) from their mean.
+    assert health.spread == pytest.approx(0.5)
+    assert health.effective_rank == effective_rank(z)
+    assert health.nmi_previous is None
+
+
+def test_a_point_has_no_spread_and_one_cluster_no_entropy() -> None:
+    health = measure_health(torch.full((30, 4), 3.0), torch.ones(30, 1), torch.ones(30, 1))
+    assert health.spread == pytest.approx(0, abs=1e-12)
+    assert health.effective_rank == 0
+    assert (health.mean_entropy, health.largest_share, health.nmi_previous) == (0, 1, 1)
+
+
+@pytest.mark.parametrize("num_previous", [1, 3, 5])
+def test_nmi_with_the_previous_epoch_agrees_with_scikit_learn(num_previous: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(200, 4, generator=generator)
+    current = torch.softmax(z, dim=1)
+    previous = torch.softmax(torch.randn(200, num_previous, generator=generator), dim=1)
+    previous[:, 0] += current[:, 0]
+    expected = normalized_mutual_info_score(previous.argmax(dim=1), current.argmax(dim=1))
+    nmi = measure_health(z, current, previous).nmi_previous
+    assert nmi == pytest.approx(expected, abs=1e-12)
+    assert measure_health(z, current, current.flip(1)).nmi_previous == pytest.approx(1)
+
+
+def test_nmi_of_a_table_by_hand() -> None:
+    table = torch.tensor([[2.0, 0.0, 0.0], [0.0, 1.0, 1.0]]).double()
+    assert normalized_mutual_information(table) == pytest.approx(0.8)
+    assert normalized_mutual_information(torch.ones(3, 3).double()) == pytest.approx(0, abs=1e-12)
+
+
+def test_healthy_clustering_passes() -> None:
+    check_collapse(HEALTHY, max_share=0.4, min_spread=0.5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"largest_share": 0.97}, r"97\.0% of all rows, more than the allowed 40\.0%"),
+        ({"spread": 0.004}, r"0\.004, less than the allowed 0\.5"),
+        ({"spread": math.nan}, "nan, less than"),
+    ],
+)
+def test_collapse_is_reported_with_measurement_threshold_and_remedy(
+    change: dict[str, float], message: str
+) -> None:
+    health = dataclasses.replace(HEALTHY, **change)
+    with pytest.raises(ClusteringError, match=message + ".*lower objective.lambda_cluster"):
+        check_collapse(health, max_share=0.4, min_spread=0.5)
+
+
+def test_no_rows_or_bad_rows_cannot_be_measured() -> None:
+    with pytest.raises(ClusteringError, match="at least one row"):
+        measure_health(torch.ones(0, 3), torch.ones(0, 2), None)
+    with pytest.raises(ClusteringError, match="1 of 1 rows contain NaN"):
+        measure_health(torch.full((1, 3), torch.nan), torch.ones(1, 2), None)

@@ -1,0 +1,295 @@
+import io
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from sklearn.mixture import GaussianMixture as SklearnGaussianMixture
+from torch import Tensor
+
+from brainray.clustering.gaussian import (
+    CovarianceType,
+    cholesky_of_precisions,
+    covariance_shape,
+    precisions_cholesky,
+)
+from brainray.clustering.gmm import GaussianMixture
+from brainray.errors import ClusteringError
+
+TYPES: list[CovarianceType] = ["spherical", "diag", "tied", "full"]
+FITTED = ["weights_", "means_", "covariances_", "precisions_cholesky_"]
+K, D = 4, 4  # equal on purpose: shapes alone do not tell diag from tied
+
+
+def mixture_rows(num_rows: int = 500, num_features: int = D) -> Tensor:
+    """Overlapping, stretched components, far enough from the origin to matter."""
+    generator = torch.Generator().manual_seed(0)
+    component = torch.arange(num_rows) % K
+    stretch = torch.randn(K, num_features, num_features, generator=generator, dtype=torch.float64)
+    means = 3 * torch.randn(K, num_features, generator=generator, dtype=torch.float64) + 20
+    noise = torch.randn(num_rows, num_features, generator=generator, dtype=torch.float64)
+    return means[component] + torch.einsum("ndj,nj->nd", stretch[component], noise)
+
+
+def start(x: Tensor, covariance_type: CovarianceType) -> dict[str, Tensor]:
+    """Means, weights and precisions that are neither equal nor diagonal."""
+    size = x.shape[1]
+    matrix = 0.3 * torch.eye(size, dtype=torch.float64) + 0.05
+    scale = torch.linspace(0.5, 1.5, K, dtype=torch.float64)
+    precisions = {
+        "spherical": 0.3 * scale,
+        "diag": 0.3 * scale[:, None] * torch.linspace(1, 2, size, dtype=torch.float64),
+        "tied": matrix,
+        "full": scale[:, None, None] * matrix,
+    }[covariance_type]
+    return {
+        "init_means": x[:K].clone(),
+        "init_weights": torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64),
+        "init_precisions": precisions,
+    }
+
+
+def scikit_learn_mixture(
+    x: Tensor, covariance_type: CovarianceType, parameters: dict[str, Tensor], **options: float
+) -> SklearnGaussianMixture:
+    given = {f"{name[5:]}_init": value.numpy() for name, value in parameters.items()}
+    mixture = SklearnGaussianMixture(K, covariance_type=covariance_type, **given, **options)
+    return mixture.fit(x.numpy())
+
+
+@pytest.mark.parametrize("covariance_type", TYPES)
+def test_agrees_with_scikit_learn_from_the_same_start(covariance_type: CovarianceType) -> None:
+    x = mixture_rows()
+    parameters = start(x, covariance_type)
+    ours = GaussianMixture(K, covariance_type, tol=1e-4, max_iter=300).fit(x, **parameters)
+    theirs = scikit_learn_mixture(x, covariance_type, parameters, tol=1e-4, max_iter=300)
+    for name in FITTED:
+        np.testing.assert_allclose(getattr(ours, name), getattr(theirs, name), rtol=1e-7, atol=1e-9)
+    assert ours.converged_
+    assert theirs.converged_
+    assert ours.n_iter_ == theirs.n_iter_
+    assert ours.lower_bound_ == pytest.approx(theirs.lower_bound_, abs=1e-9)
+    assert ours.score(x) == pytest.approx(theirs.score(x.numpy()), abs=1e-9)
+    assert ours.bic(x) == pytest.approx(theirs.bic(x.numpy()), rel=1e-9)
+    assert ours.aic(x) == pytest.approx(theirs.aic(x.numpy()), rel=1e-9)
+    proba = theirs.predict_proba(x.numpy())
+    np.testing.assert_allclose(ours.predict_proba(x), proba, rtol=0, atol=1e-7)
+    assert ours.predict(x).tolist() == theirs.predict(x.numpy()).tolist()
+    assert ours.num_reseeded_ == 0
+
+
+@pytest.mark.parametrize("covariance_type", TYPES)
+def test_start_from_responsibilities_is_their_m_step(covariance_type: CovarianceType) -> None:
+    x = mixture_rows()
+    generator = torch.Generator().manual_seed(1)
+    gamma = torch.softmax(torch.randn(500, K, generator=generator, dtype=torch.float64), dim=1)
+    # Weights, means and covariances straight from their definitions, by numpy.
+    weighted = [
+        np.cov(x.numpy().T, aweights=gamma[:, k].numpy(), bias=True) + 1e-6 * np.eye(D)
+        for k in range(K)
+    ]
+    weights = gamma.mean(dim=0)
+    full = torch.from_numpy(np.stack(weighted))
+    diagonal = full.diagonal(dim1=1, dim2=2)
+    precisions = {
+        "spherical": 1 / diagonal.mean(dim=1),
+        "diag": 1 / diagonal,
+        "tied": torch.linalg.inv((weights[:, None, None] * full).sum(dim=0)),
+        "full": torch.linalg.inv(full),
+    }[covariance_type]
+    parameters = {
+        "init_means": gamma.T @ x / gamma.sum(dim=0)[:, None],
+        "init_weights": weights,
+        "init_precisions": precisions,
+    }
+    ours = GaussianMixture(K, covariance_type, max_iter=3, tol=0).fit(
+        x, init_responsibilities=gamma
+    )
+    by_definition = GaussianMixture(K, covariance_type, max_iter=3, tol=0).fit(x, **parameters)
+    for name in FITTED:
+        torch.testing.assert_close(
+            getattr(ours, name), getattr(by_definition, name), rtol=1e-8, atol=1e-10
+        )
+
+
+def test_default_start_is_kmeans_as_in_scikit_learn() -> None:
+    blob = torch.arange(400) % K
+    generator = torch.Generator().manual_seed(2)
+    x = 8 * torch.eye(K, dtype=torch.float64)[blob] + torch.randn(
+        400, K, generator=generator, dtype=torch.float64
+    )
+    ours = GaussianMixture(K, "full").fit(x)
+    theirs = SklearnGaussianMixture(K, random_state=0).fit(x.numpy())
+    order = torch.argsort(ours.means_.argmax(dim=1)), np.argsort(theirs.means_.argmax(axis=1))
+    np.testing.assert_allclose(ours.means_[order[0]], theirs.means_[order[1]], atol=1e-8)
+    np.testing.assert_allclose(
+        ours.covariances_[order[0]], theirs.covariances_[order[1]], atol=1e-8
+    )
+    assert ours.n_iter_ == theirs.n_iter_
+
+
+def test_components_keep_the_order_of_the_means_that_are_given() -> None:
+    blob = torch.arange(200) % K
+    x = 50 * torch.eye(K)[blob] + torch.randn(200, K, generator=torch.Generator().manual_seed(3))
+    wanted = torch.tensor([2, 0, 3, 1])
+    mixture = GaussianMixture(K, "diag").fit(x, init_means=50 * torch.eye(K)[wanted])
+    assert mixture.means_.argmax(dim=1).tolist() == wanted.tolist()
+
+
+@pytest.mark.parametrize("covariance_type", TYPES)
+def test_likelihood_never_decreases(covariance_type: CovarianceType) -> None:
+    x = mixture_rows()
+    parameters = start(x, covariance_type)
+    bounds = [
+        GaussianMixture(K, covariance_type, tol=0, reg_covar=0, max_iter=n)
+        .fit(x, **parameters)
+        .lower_bound_
+        for n in range(1, 12)
+    ]
+    assert all(later >= earlier - 1e-12 for earlier, later in itertools.pairwise(bounds))
+    assert bounds[-1] > bounds[0]
+
+
+@pytest.mark.parametrize("covariance_type", TYPES)
+def test_fit_does_not_lose_digits_far_from_the_origin(covariance_type: CovarianceType) -> None:
+    x = mixture_rows()
+    x = (x * 2**20).round() / 2**20  # so that the shift itself does not round
+    near = GaussianMixture(K, covariance_type, tol=0, max_iter=10).fit(x)
+    far = GaussianMixture(K, covariance_type, tol=0, max_iter=10).fit(x + 2.0**20)
+    torch.testing.assert_close(near.covariances_, far.covariances_, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(
+        near.predict_proba(x), far.predict_proba(x + 2.0**20), rtol=0, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("covariance_type", TYPES)
+def test_blocks_change_nothing(covariance_type: CovarianceType) -> None:
+    x = mixture_rows()
+    whole = GaussianMixture(K, covariance_type, max_iter=5).fit(x)
+    blocks = GaussianMixture(K, covariance_type, max_iter=5, block_rows=33).fit(x)
+    torch.testing.assert_close(whole.means_, blocks.means_, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(whole.predict_proba(x), blocks.predict_proba(x), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("covariance_type", TYPES)
+def test_vanished_component_is_reseeded_on_the_row_explained_worst(
+    covariance_type: CovarianceType,
+) -> None:
+    x = torch.cat([mixture_rows(), mixture_rows(6) + 300])
+    gamma = torch.softmax(x[:, :K] / 10, dim=1)
+    gamma[:, 2] = 0
+    gamma /= gamma.sum(dim=1, keepdim=True)
+    mixture = GaussianMixture(K, covariance_type, max_iter=50).fit(x, init_responsibilities=gamma)
+    assert mixture.num_reseeded_ >= 1
+    for name in FITTED:
+        assert bool(torch.isfinite(getattr(mixture, name)).all())
+    assert float(mixture.weights_.sum()) == pytest.approx(1)
+    assert float(mixture.weights_.min()) > 1e-3
+    # The far group of 6 rows was explained worst, and the component without rows took it.
+    assert mixture.predict(x)[-6:].tolist() == [2] * 6
+
+
+@pytest.mark.parametrize("covariance_type", TYPES)
+def test_component_that_starts_where_no_row_is_comes_back(covariance_type: CovarianceType) -> None:
+    x = mixture_rows()
+    parameters = start(x, covariance_type)
+    parameters["init_means"][1] = 1e6
+    mixture = GaussianMixture(K, covariance_type, max_iter=200).fit(x, **parameters)
+    assert mixture.num_reseeded_ == 1
+    assert mixture.converged_
+    assert bool(torch.isfinite(mixture.predict_proba(x)).all())
+    assert torch.unique(mixture.predict(x)).numel() == K
+
+
+@pytest.mark.parametrize("covariance_type", TYPES)
+def test_more_features_than_rows_are_regularised(covariance_type: CovarianceType) -> None:
+    x = torch.randn(12, 30, generator=torch.Generator().manual_seed(4))
+    mixture = GaussianMixture(3, covariance_type, reg_covar=1e-3).fit(x)
+    assert bool(torch.isfinite(mixture.precisions_cholesky_).all())
+    proba = mixture.predict_proba(x)
+    assert proba.dtype == torch.float32
+    torch.testing.assert_close(proba.sum(dim=1), torch.ones(12))
+
+
+def test_identical_rows_give_a_clear_error_or_with_responsibilities_a_point() -> None:
+    x = torch.full((20, 3), 0.7)
+    with pytest.raises(ClusteringError, match="only 1: lower"):
+        GaussianMixture(2).fit(x)
+    mixture = GaussianMixture(2).fit(x, init_responsibilities=torch.full((20, 2), 0.5))
+    torch.testing.assert_close(mixture.means_, torch.full((2, 3), 0.7).double(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(mixture.covariances_, 1e-6 * torch.eye(3).double().expand(2, 3, 3))
+
+
+def test_rows_far_from_every_component_still_have_probabilities() -> None:
+    x = mixture_rows()
+    mixture = GaussianMixture(K, "full").fit(x)
+    far = torch.full((1, D), 1e5, dtype=torch.float64)
+    assert float(mixture.predict_proba(far).sum()) == pytest.approx(1)
+    assert float(mixture.score_samples(far)) < -1e6
+
+
+@pytest.mark.parametrize("covariance_type", TYPES)
+def test_permuted_components_permute_the_responsibilities(covariance_type: CovarianceType) -> None:
+    x = mixture_rows()
+    mixture = GaussianMixture(K, covariance_type).fit(x)
+    order = torch.tensor([2, 0, 3, 1])
+    before, score = mixture.predict_proba(x), mixture.score(x)
+    after = mixture.permute_(order).predict_proba(x)
+    torch.testing.assert_close(after, before[:, order], rtol=0, atol=1e-12)
+    assert mixture.score(x) == pytest.approx(score)
+    with pytest.raises(ClusteringError, match="no permutation"):
+        mixture.permute_(torch.tensor([0, 0, 1, 2]))
+
+
+@pytest.mark.parametrize("covariance_type", TYPES)
+def test_state_round_trips_into_a_module_that_was_not_fitted(
+    covariance_type: CovarianceType,
+) -> None:
+    x = mixture_rows()
+    fitted, file = GaussianMixture(K, covariance_type).fit(x), io.BytesIO()
+    torch.save(fitted.state_dict(), file)
+    file.seek(0)
+    loaded = GaussianMixture(K, covariance_type)
+    loaded.load_state_dict(torch.load(file, weights_only=True))
+    assert torch.equal(loaded.predict_proba(x), fitted.predict_proba(x))
+    assert (loaded.converged_, loaded.n_iter_) == (fitted.converged_, fitted.n_iter_)
+    assert loaded.lower_bound_ == fitted.lower_bound_
+
+
+@pytest.mark.parametrize("covariance_type", ["tied", "full"])
+def test_cholesky_factors_are_upper_triangular_roots_of_the_precision(
+    covariance_type: CovarianceType,
+) -> None:
+    generator = torch.Generator().manual_seed(5)
+    root = torch.randn(
+        covariance_shape(3, 6, covariance_type), generator=generator, dtype=torch.float64
+    )
+    covariances = root @ root.mT + 0.1 * torch.eye(6, dtype=torch.float64)
+    precisions = torch.linalg.inv(covariances)
+    from_covariances = precisions_cholesky(covariances, covariance_type)
+    from_precisions = cholesky_of_precisions(precisions, covariance_type)
+    for factor in (from_covariances, from_precisions):
+        torch.testing.assert_close(factor, factor.triu())
+        torch.testing.assert_close(factor @ factor.mT, precisions, rtol=1e-7, atol=1e-7)
+
+
+def test_input_that_does_not_fit_is_refused_with_its_cause() -> None:
+    x = mixture_rows()
+    with pytest.raises(ClusteringError, match=r"501 components .* hold 500"):
+        GaussianMixture(501).fit(x)
+    with pytest.raises(ClusteringError, match=r"init_means must be finite and of shape \(4, 4\)"):
+        GaussianMixture(K).fit(x, init_means=x[:3])
+    with pytest.raises(ClusteringError, match="must be positive and sum to 1"):
+        GaussianMixture(K).fit(x, init_weights=torch.ones(K))
+    with pytest.raises(ClusteringError, match=r"expected \(rows, components\) = \(500, 4\)"):
+        GaussianMixture(K).fit(x, init_responsibilities=torch.ones(500, 3))
+    for wrong in (1.0, torch.nan):
+        with pytest.raises(ClusteringError, match="each row's must sum to 1"):
+            GaussianMixture(K).fit(x, init_responsibilities=torch.full((500, K), wrong))
+    with pytest.raises(ClusteringError, match="raise reg_covar"):
+        GaussianMixture(K, "full", reg_covar=0).fit(x[:8])
+    with pytest.raises(ClusteringError, match="none of"):
+        GaussianMixture(K, "banded")  # type: ignore[arg-type]
+    x[0, 0] = float("nan")
+    with pytest.raises(ClusteringError, match="1 of 500 rows contain NaN"):
+        GaussianMixture(K).fit(x)

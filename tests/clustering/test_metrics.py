@@ -1,0 +1,141 @@
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import balanced_accuracy_score, f1_score, silhouette_score
+
+from brainray.clustering.metrics import (
+    bootstrap_interval,
+    classification_metrics,
+    clustering_metrics,
+    effective_rank,
+    reweighted_accuracy,
+    silhouette,
+)
+from brainray.errors import DataError
+
+
+def test_agreement_does_not_depend_on_numbering() -> None:
+    labels = np.array([0, 0, 1, 1, 2, 2])
+    agreement = clustering_metrics(labels, np.array([2, 2, 0, 0, 1, 1]))
+    assert agreement == pytest.approx({"nmi": 1, "ari": 1, "fmi": 1})
+
+
+def test_agreement_by_hand() -> None:
+    # Pairs together in both: 1; in the first only: 1 (of 2); in the second only: 1 (of 2).
+    agreement = clustering_metrics(np.array([0, 0, 1, 1]), np.array([0, 0, 1, 2]))
+    assert agreement["fmi"] == pytest.approx(1 / 2**0.5)
+    # I = ln 2; entropies ln 2 and 1.5 ln 2.
+    assert agreement["nmi"] == pytest.approx(0.8)
+    # Rand: (1 - 2*1/6) / ((2 + 1)/2 - 2*1/6) = (2/3) / (7/6)
+    assert agreement["ari"] == pytest.approx(4 / 7)
+
+
+def test_silhouette_is_of_directions_and_not_of_lengths() -> None:
+    generator = np.random.default_rng(0)
+    z, clusters = generator.normal(size=(40, 3)), np.arange(40) % 3
+    z[clusters == 0, 0] += 5
+    directions = z / np.linalg.norm(z, axis=1, keepdims=True)
+    lengths = generator.uniform(0.1, 10, size=(40, 1))
+    assert silhouette(lengths * z, clusters) == pytest.approx(
+        silhouette_score(directions, clusters)
+    )
+
+
+def test_silhouette_is_none_where_it_is_not_defined() -> None:
+    z = np.eye(4)
+    assert silhouette(z, np.zeros(4, dtype=int)) is None
+    assert silhouette(z, np.arange(4)) is None
+    assert silhouette(z[:0], np.arange(0)) is None
+
+
+def test_classification_metrics_by_hand_leave_out_a_class_without_rows() -> None:
+    labels = np.array([0, 0, 0, 0, 2, 2])
+    predictions = np.array([0, 0, 0, 1, 2, 0])
+    result = classification_metrics(labels, predictions, ["glioma", "meningioma", "notumor"])
+    assert result == pytest.approx(
+        {
+            "accuracy": 4 / 6,
+            "balanced_accuracy": (3 / 4 + 1 / 2) / 2,
+            "f1_macro": (3 / 4 + 2 / 3) / 2,
+            "precision/glioma": 3 / 4,
+            "recall/glioma": 3 / 4,
+            "f1/glioma": 3 / 4,
+            "support/glioma": 4,
+            "precision/notumor": 1,
+            "recall/notumor": 1 / 2,
+            "f1/notumor": 2 / 3,
+            "support/notumor": 2,
+        }
+    )
+    assert classification_metrics(labels[:0], predictions[:0], ["glioma"]) == {}
+
+
+def test_averages_agree_with_scikit_learn_when_all_classes_occur() -> None:
+    generator = np.random.default_rng(1)
+    labels, predictions = generator.integers(0, 4, size=(2, 200))
+    result = classification_metrics(labels, predictions, list("abcd"))
+    assert result["balanced_accuracy"] == pytest.approx(
+        balanced_accuracy_score(labels, predictions)
+    )
+    assert result["f1_macro"] == pytest.approx(f1_score(labels, predictions, average="macro"))
+
+
+def test_unlabelled_rows_are_not_scored_in_silence() -> None:
+    with pytest.raises(DataError, match=r"1 labels are outside 0\.\.1"):
+        classification_metrics(np.array([0, -1]), np.array([0, 0]), ["a", "b"])
+    with pytest.raises(DataError, match="2 labels for 1 predictions"):
+        classification_metrics(np.array([0, 1]), np.array([0]), ["a", "b"])
+
+
+def test_bootstrap_interval_agrees_with_resampled_rows_and_with_the_normal_approximation() -> None:
+    correct = np.arange(400) < 320
+    low, high = bootstrap_interval(correct, seed=0, num_resamples=20_000)
+    half_width = 1.96 * (0.8 * 0.2 / 400) ** 0.5
+    assert (low, high) == pytest.approx((0.8 - half_width, 0.8 + half_width), abs=0.004)
+    generator = np.random.default_rng(1)
+    resampled = correct[generator.integers(0, 400, size=(4000, 400))].mean(axis=1)
+    assert (low, high) == pytest.approx(np.quantile(resampled, [0.025, 0.975]), abs=0.005)
+    assert bootstrap_interval(correct, seed=0) == bootstrap_interval(correct, seed=0)
+    wide = bootstrap_interval(correct, seed=0, confidence=0.99)
+    narrow = bootstrap_interval(correct, seed=0, confidence=0.5)
+    assert wide[0] < narrow[0] < narrow[1] < wide[1]
+
+
+def test_bootstrap_interval_needs_rows() -> None:
+    assert bootstrap_interval(np.ones(5, dtype=bool), seed=0) == (1, 1)
+    with pytest.raises(DataError, match="no rows"):
+        bootstrap_interval(np.ones(0, dtype=bool), seed=0)
+
+
+def test_reweighted_accuracy_by_hand() -> None:
+    labels, predictions = np.array([0, 0, 0, 0, 1, 1]), np.array([0, 0, 0, 1, 1, 0])
+    # Recalls 3/4 and 1/2.
+    assert reweighted_accuracy(labels, predictions, [1, 3]) == pytest.approx((0.75 + 1.5) / 4)
+    assert reweighted_accuracy(labels, predictions, [0.5, 0.5, 0]) == pytest.approx(0.625)
+    own_mix = np.bincount(labels)
+    assert reweighted_accuracy(labels, predictions, own_mix) == pytest.approx(4 / 6)
+
+
+def test_reweighted_accuracy_is_none_where_a_wanted_class_is_missing() -> None:
+    labels, predictions = np.array([0, 0]), np.array([0, 1])
+    assert reweighted_accuracy(labels, predictions, [0.9, 0.1]) is None
+    assert reweighted_accuracy(labels, predictions, [0, 0]) is None
+    with pytest.raises(DataError, match="not negative"):
+        reweighted_accuracy(labels, predictions, [2, -1])
+
+
+@pytest.mark.parametrize(
+    ("variances", "expected"),
+    [((1, 1, 1, 1), 4), ((1, 0, 0, 0), 1), ((3, 3, 0, 0), 2), ((1, 3, 0, 0), 4 / 3**0.75)],
+)
+def test_effective_rank_by_hand(variances: tuple[float, ...], expected: float) -> None:
+    # Rows +-sqrt(v_d) on each axis: a diagonal covariance in proportion to v. Shares 1/4 and 3/4
+    # have the entropy ln 4 - 0.75 ln 3.
+    axes = torch.tensor(variances).sqrt().diag()
+    z = torch.cat([axes, -axes]) + 7
+    assert effective_rank(z) == pytest.approx(expected, rel=1e-5)
+
+
+def test_effective_rank_of_a_point_is_zero() -> None:
+    assert effective_rank(torch.full((50, 8), 0.1)) == 0
+    assert effective_rank(torch.zeros(50, 8)) == 0

@@ -1,0 +1,186 @@
+"""Figures must show the numbers they were given."""
+
+from io import BytesIO
+
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image
+from sklearn.metrics import confusion_matrix
+
+from brainray.errors import DataError
+from brainray.report.figures import (
+    Confusion,
+    EmbeddingMap,
+    accuracy_curves,
+    before_after_grid,
+    class_distribution,
+    clustering_health,
+    confusion_counts,
+    confusion_matrices,
+    embedding_maps,
+    loss_curves,
+    timing_breakdown,
+)
+from brainray.report.style import class_colours, png_bytes
+
+CLASSES = ["glioma", "meningioma", "notumor"]
+
+
+def _texts(axes: Axes) -> list[str]:
+    return [text.get_text() for text in axes.texts]
+
+
+def _curve(figure: Figure, label: str) -> NDArray[np.float64]:
+    """(points, 2) of the only line with that label."""
+    lines = [line for axes in figure.axes for line in axes.lines if line.get_label() == label]
+    assert len(lines) == 1
+    return np.asarray(lines[0].get_xydata())
+
+
+def test_counts_stand_beside_their_bars() -> None:
+    figure = class_distribution(
+        {"train": {"": 7, "glioma": 1321, "meningioma": 40}, "test": {"glioma": 3}, "other": {}}
+    )
+    train, test = figure.axes
+    assert train.get_title() == "train: 1,368 slices by class"
+    assert test.get_title() == "test: 3 slices by class"
+    assert [label.get_text() for label in train.get_yticklabels()] == [
+        "glioma",
+        "meningioma",
+        "(no label)",
+    ]
+    assert _texts(train) == ["1,321", "40", "7"]
+    assert _texts(test) == ["3", "0", "0"]
+
+
+def test_a_distribution_of_nothing_is_refused() -> None:
+    with pytest.raises(DataError, match="no split has any"):
+        class_distribution({"train": {}})
+
+
+def test_a_class_has_one_colour_in_all_figures() -> None:
+    bars = class_distribution({"train": dict.fromkeys(CLASSES, 5)}).axes[0].patches
+    points = np.zeros((3, 2))
+    maps = [EmbeddingMap(1, points, np.arange(3))]
+    dots = embedding_maps(maps, CLASSES, CLASSES).axes[0].collections[0].get_facecolor()
+    expected = [colour.lower() for colour in class_colours(CLASSES).values()]
+    assert len(set(expected)) == 3
+    assert [to_hex(bar.get_facecolor()) for bar in bars] == expected
+    assert [to_hex(colour) for colour in np.asarray(dots)] == expected
+
+
+@pytest.mark.parametrize("num_samples", [1, 4, 7])
+def test_every_slice_is_shown_before_and_after(num_samples: int) -> None:
+    samples = [
+        (f"slice {i}", np.full((8, 8), i, np.uint8), np.full((8, 8), 100 + i, np.uint8))
+        for i in range(num_samples)
+    ]
+    shown = {
+        int(np.asarray(axes.images[0].get_array())[0, 0]): axes.get_title()
+        for axes in before_after_grid(samples).axes
+        if axes.images
+    }
+    before = {i: f"slice {i}" for i in range(num_samples)}
+    assert shown == before | {100 + i: "" for i in range(num_samples)}
+
+
+def test_curves_pass_through_the_logged_values() -> None:
+    history = [
+        {"epoch": 1.0, "train/loss/total": 3.0, "validation/head/accuracy": 0.5},
+        {"epoch": 2.0, "train/loss/total": 2.0, "cluster/nmi_previous": 0.75},
+    ]
+    losses = loss_curves(history)
+    accuracies = accuracy_curves(history, chosen_epoch=2)
+    health = clustering_health(history, chosen_epoch=2)
+    assert losses is not None
+    assert accuracies is not None
+    assert health is not None
+    np.testing.assert_array_equal(_curve(losses, "total"), [[1, 3], [2, 2]])
+    np.testing.assert_array_equal(_curve(accuracies, "validation"), [[1, 0.5]])
+    np.testing.assert_array_equal(_curve(accuracies, "chosen epoch (2)")[:, 0], [2, 2])
+    np.testing.assert_array_equal(_curve(health, "with the previous epoch"), [[2, 0.75]])
+
+
+def test_what_no_epoch_logged_is_left_out() -> None:
+    history = [{"epoch": 1.0, "cluster/silhouette": 0.5}]
+    assert loss_curves(history) is None
+    assert accuracy_curves(history, chosen_epoch=1) is None
+    assert timing_breakdown(history) is None
+    health = clustering_health(history, chosen_epoch=1)
+    assert health is not None
+    assert [axes.get_title() for axes in health.axes] == ["Silhouette (clean test)"]
+
+
+def test_bars_of_an_epoch_add_up_to_its_seconds() -> None:
+    history = [
+        {"epoch": 1.0, "time/train_s": 10.0, "time/embed_s": 4.0, "time/report_s": 1.0},
+        {"epoch": 2.0, "time/train_s": 8.0, "time/embed_s": 3.0},
+    ]
+    figure = timing_breakdown(history)
+    assert figure is not None
+    tops: dict[float, float] = {}
+    for bar in figure.axes[0].patches:
+        epoch = bar.get_x() + bar.get_width() / 2  # type: ignore[attr-defined]
+        top = bar.get_y() + bar.get_height()  # type: ignore[attr-defined]
+        tops[epoch] = max(top, tops.get(epoch, 0.0))
+    assert tops == pytest.approx({1.0: 15.0, 2.0: 11.0})
+
+
+def test_confusion_cells_hold_the_counts_and_shares_of_scikit_learn() -> None:
+    generator = np.random.default_rng(0)
+    labels = generator.choice(CLASSES, size=200, p=[0.6, 0.3, 0.1]).tolist()
+    predictions = generator.choice(CLASSES, size=200).tolist()
+    counts = confusion_counts(labels, predictions, CLASSES)
+    figure = confusion_matrices([Confusion("head", counts)], CLASSES, "all")
+    expected = confusion_matrix(labels, predictions, labels=CLASSES)
+    shares = confusion_matrix(labels, predictions, labels=CLASSES, normalize="true")
+    shown = {text.get_position(): text.get_text() for text in figure.axes[0].texts}
+    assert shown == {
+        (column, row): f"{expected[row, column]}\n{shares[row, column]:.0%}"
+        for row in range(3)
+        for column in range(3)
+    }
+    np.testing.assert_allclose(np.asarray(figure.axes[0].images[0].get_array()), shares)
+
+
+def test_a_class_without_slices_has_a_row_of_zeros() -> None:
+    counts = confusion_counts(["glioma"], ["notumor"], CLASSES)
+    np.testing.assert_array_equal(counts, [[0, 0, 1], [0, 0, 0], [0, 0, 0]])
+    figure = confusion_matrices([Confusion("head", counts)], CLASSES, "all")
+    assert _texts(figure.axes[0])[3:6] == ["0", "0", "0"]
+
+
+def test_an_unknown_class_is_named() -> None:
+    with pytest.raises(DataError, match=r"'gliom' is not a class of the run \(glioma, men"):
+        confusion_counts(["gliom"], ["glioma"], CLASSES)
+
+
+def test_maps_place_every_slice_and_number_every_cluster() -> None:
+    points = np.array([[0.0, 0.0], [1.0, 0.0], [9.0, 9.0]])
+    maps = [EmbeddingMap(epoch, points + epoch, np.array([2, 2, 0])) for epoch in range(1, 7)]
+    figure = embedding_maps(maps, ["glioma", "", "notumor"], CLASSES)
+    by_epoch = {axes.get_title(): axes for axes in figure.axes if axes.get_title()}
+    assert list(by_epoch) == [f"epoch {epoch}" for epoch in range(1, 7)]
+    offsets = by_epoch["epoch 6"].collections[0].get_offsets()
+    np.testing.assert_array_equal(np.asarray(offsets), points + 6)
+    legends = [axes.get_legend() for axes in figure.axes if axes.get_legend()]
+    assert [[text.get_text() for text in legend.get_texts()] for legend in legends] == [
+        [*CLASSES, "(no label)"],
+        ["cluster 0", "cluster 2"],
+    ]
+    below = figure.axes[5]
+    positions = {text.get_text(): text.get_position() for text in below.texts}
+    assert positions == {"0": (10.0, 10.0), "2": (1.5, 1.0)}
+
+
+def test_equal_figures_give_equal_png_of_readable_size() -> None:
+    first, second = (png_bytes(class_distribution({"train": {"glioma": 2}})) for _ in range(2))
+    assert first == second
+    with Image.open(BytesIO(first)) as image:
+        assert image.format == "PNG"
+        assert 800 <= image.width <= 1600
+        assert len(np.unique(np.asarray(image.convert("L")))) > 10

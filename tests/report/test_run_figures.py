@@ -1,0 +1,218 @@
+"""A folder's figures must follow from its files, and be left out where there are none."""
+
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from brainray.config import EvaluationConfig
+from brainray.report import evaluation_figures, run_figures
+from brainray.report.evaluation_figures import draw_evaluation_figures
+from brainray.report.figures import Confusion, EmbeddingMap
+from brainray.report.history import best_epoch
+from brainray.report.run_figures import choose_slices, draw_run_figures
+from brainray.report.store_figures import draw_store_figures
+from brainray.report.style import new_figure
+from brainray.report.tsne import tsne_sequence
+from brainray.schema import PREDICTIONS
+from brainray.storage import Folder
+
+CLASSES = ["glioma", "notumor"]
+CURVES = [f"figures/{name}.png" for name in ("loss", "accuracy", "clustering_health", "timing")]
+
+
+def _history(*scores: float) -> list[dict[str, float]]:
+    return [
+        {
+            "epoch": float(epoch),
+            "train/loss/total": 1.0 / epoch,
+            "validation/score": score,
+            "validation/head/accuracy": score,
+            "cluster/effective_rank": 3.0,
+            "time/train_s": 2.0,
+        }
+        for epoch, score in enumerate(scores, start=1)
+    ]
+
+
+def _predictions(num_slices: int, *, seed: int = 0, clean: bool | None = True) -> pa.Table:
+    """Half glioma, half no tumour; the head is always right, the clusters never."""
+    generator = np.random.default_rng(seed)
+    labels = [CLASSES[i % 2] for i in range(num_slices)]
+    columns = {
+        "sample_id": [f"{i:032x}" for i in range(num_slices)],
+        "path": [f"{i}.jpg" for i in range(num_slices)],
+        "label": labels,
+        "clean": [clean] * num_slices,
+        "head": labels,
+        "cluster_class": [CLASSES[1 - i % 2] for i in range(num_slices)],
+        "cluster": [i % 2 for i in range(num_slices)],
+        "embedding": list(generator.normal(size=(num_slices, 6)).astype(np.float32)),
+    }
+    return pa.table(
+        [pa.array(columns.get(f.name, [None] * num_slices), f.type) for f in PREDICTIONS],
+        schema=PREDICTIONS,
+    )
+
+
+def _assert_pictures(folder: Folder, names: list[str]) -> None:
+    assert sorted(names) == [f"figures/{name}" for name in (folder / "figures").names()]
+    for name in names:
+        content = folder.read_bytes(name)
+        assert len(content) < 300_000
+        with Image.open(BytesIO(content)) as image:
+            image.load()
+            assert min(image.size) > 200
+
+
+def test_a_run_gets_all_its_figures(tmp_path: Path) -> None:
+    run = Folder(tmp_path)
+    run.write_json_lines("metrics.jsonl", _history(0.5, 0.9, 0.7))
+    for epoch in (1, 2, 3):
+        run.write_table(f"predictions/epoch-{epoch:04d}.parquet", _predictions(12, seed=epoch))
+    names = draw_run_figures(run, CLASSES, EvaluationConfig(tsne_epochs=(1, 3, 20)))
+    maps = ["confusion_all", "confusion_clean", "tsne"]
+    assert names == [*CURVES, *(f"figures/{name}.png" for name in maps)]
+    _assert_pictures(run, names)
+
+
+def test_a_run_without_test_slices_gets_its_curves(tmp_path: Path) -> None:
+    run = Folder(tmp_path)
+    run.write_json_lines("metrics.jsonl", _history(0.5))
+    names = draw_run_figures(run, CLASSES, EvaluationConfig())
+    assert names == CURVES
+    _assert_pictures(run, names)
+
+
+def test_a_run_without_an_epoch_gets_nothing(tmp_path: Path) -> None:
+    assert draw_run_figures(Folder(tmp_path), CLASSES, EvaluationConfig()) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_few_slices_are_not_mapped(tmp_path: Path) -> None:
+    run = Folder(tmp_path)
+    run.write_json_lines("metrics.jsonl", _history(0.5))
+    run.write_table("predictions/epoch-0001.parquet", _predictions(4))
+    assert "figures/tsne.png" not in draw_run_figures(run, CLASSES, EvaluationConfig())
+
+
+def test_the_chosen_epoch_is_the_first_of_the_best() -> None:
+    assert best_epoch(_history(0.5, 0.9, 0.7, 0.9)) == 2
+
+
+def test_confusions_are_those_of_the_chosen_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = _record_confusions(monkeypatch)
+    run = Folder(tmp_path)
+    run.write_json_lines("metrics.jsonl", _history(0.5, 0.9, 0.9))
+    for epoch, num_slices in ((1, 2), (2, 4), (3, 8)):
+        run.write_table(f"predictions/epoch-{epoch:04d}.parquet", _predictions(num_slices))
+    draw_run_figures(run, CLASSES, EvaluationConfig(tsne_epochs=()))
+    assert [panel.counts.sum() for panel in drawn] == [4, 4, 4, 4]
+
+
+def test_slices_without_a_label_are_not_scored_and_clean_ones_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = _record_confusions(monkeypatch)
+    table = pa.concat_tables([_predictions(4), _predictions(6, clean=False)])
+    labels = [None, *table["label"].to_pylist()[1:]]
+    table = table.set_column(2, "label", pa.array(labels, pa.string()))
+    names = draw_evaluation_figures(Folder(tmp_path), table, CLASSES)
+    assert names == ["figures/confusion_all.png", "figures/confusion_clean.png"]
+    head_all, cluster_all, head_clean, cluster_clean = drawn
+    np.testing.assert_array_equal(head_all.counts, [[4, 0], [0, 5]])
+    np.testing.assert_array_equal(cluster_all.counts, [[0, 4], [5, 0]])
+    np.testing.assert_array_equal(head_clean.counts, [[1, 0], [0, 2]])
+    np.testing.assert_array_equal(cluster_clean.counts, [[0, 1], [2, 0]])
+    assert head_all.title == "head (softmax): accuracy 1.000"
+    assert cluster_all.title == "clusters (mixture): accuracy 0.000"
+
+
+def test_clean_is_left_out_where_it_is_unknown_or_empty(tmp_path: Path) -> None:
+    for clean in (None, False):
+        names = draw_evaluation_figures(Folder(tmp_path), _predictions(4, clean=clean), CLASSES)
+        assert names == ["figures/confusion_all.png"]
+    assert draw_evaluation_figures(Folder(tmp_path), _predictions(0), CLASSES) == []
+
+
+def test_the_same_slices_are_mapped_in_every_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[EmbeddingMap] = []
+    given: list[str] = []
+
+    def record(maps: list[EmbeddingMap], labels: list[str], classes: list[str]) -> object:
+        drawn.extend(maps)
+        given.extend(labels)
+        return new_figure(2, 2)
+
+    monkeypatch.setattr(run_figures, "embedding_maps", record)
+    run = Folder(tmp_path)
+    run.write_json_lines("metrics.jsonl", _history(0.5, 0.6))
+    table = _predictions(20)
+    run.write_table("predictions/epoch-0001.parquet", table)
+    run.write_table("predictions/epoch-0002.parquet", table.take(list(range(19, -1, -1))))
+    draw_run_figures(run, CLASSES, EvaluationConfig(tsne_epochs=(2, 1), tsne_max_slices=8))
+    assert [each.epoch for each in drawn] == [1, 2]
+    assert [each.points.shape for each in drawn] == [(8, 2), (8, 2)]
+    for each in drawn:
+        assert [CLASSES[cluster] for cluster in each.clusters] == given
+
+
+def test_the_choice_of_slices_ignores_the_order_of_rows_and_parts_copies() -> None:
+    table = _predictions(10)
+    copies = table.set_column(0, "sample_id", pa.array(["a" * 32] * 10, pa.string()))
+    shuffled = copies.take([3, 1, 4, 0, 5, 9, 2, 6, 8, 7])
+    chosen = choose_slices(copies, 6, seed=1)
+    assert chosen == choose_slices(shuffled, 6, seed=1)
+    assert len(set(chosen)) == 6
+    assert chosen != choose_slices(copies, 6, seed=2)
+    assert len(choose_slices(copies, 99, seed=1)) == 10
+
+
+def test_unchanged_embeddings_keep_their_groups_in_place() -> None:
+    generator = np.random.default_rng(0)
+    group = np.arange(30) % 3
+    z = (10.0 * np.eye(3)[group] + generator.normal(size=(30, 3))).astype(np.float32)
+    first, second = tsne_sequence([z, z], seed=0)
+    for number in range(3):
+        centre = second[group == number].mean(axis=0)
+        distances = [np.linalg.norm(first[group == k].mean(axis=0) - centre) for k in range(3)]
+        assert int(np.argmin(distances)) == number
+
+
+def test_maps_are_the_same_whenever_they_are_drawn() -> None:
+    z = np.random.default_rng(0).normal(size=(12, 4)).astype(np.float32)
+    np.testing.assert_array_equal(tsne_sequence([z], seed=3)[0], tsne_sequence([z], seed=3)[0])
+
+
+def test_copies_of_one_slice_can_be_mapped() -> None:
+    z = np.ones((6, 4), np.float32)
+    for points in tsne_sequence([z, z], seed=0):
+        assert np.isfinite(points).all()
+
+
+def test_a_store_gets_its_figures(tmp_path: Path) -> None:
+    image = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    counts = {"train": {"glioma": 3, "notumor": 2}}
+    store = Folder(tmp_path)
+    assert draw_store_figures(store, counts, []) == ["figures/class_distribution.png"]
+    names = draw_store_figures(store, counts, [("glioma", image, image // 2)])
+    assert names == ["figures/class_distribution.png", "figures/skull_strip.png"]
+    _assert_pictures(store, names)
+
+
+def _record_confusions(monkeypatch: pytest.MonkeyPatch) -> list[Confusion]:
+    drawn: list[Confusion] = []
+
+    def record(panels: list[Confusion], classes: list[str], title: str) -> object:
+        drawn.extend(panels)
+        return new_figure(2, 2)
+
+    monkeypatch.setattr(evaluation_figures, "confusion_matrices", record)
+    return drawn
