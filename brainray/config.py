@@ -109,7 +109,7 @@ class ClusteringConfig(_Section):
     """K."""
     pca_dim: Positive = 32
     """Dimensions of the space in which the mixture is fitted; capped by the embedding's."""
-    covariance_type: Literal["spherical", "diag", "tied", "full"] = "diag"
+    covariance_type: Literal["spherical", "diag", "tied", "full"] = "full"
     """Shape of the mixture's components."""
     kmeans_max_iter: Positive = 100
     """Limit on Lloyd iterations."""

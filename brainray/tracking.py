@@ -20,10 +20,10 @@ from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
+from brainray import layout
 from brainray.errors import TrackingError
 from brainray.storage import Folder
 
-_STATE = "tracking.json"
 _BATCH = 500  # MLflow refuses batches of more than 1,000 metrics
 _MAX_PARAMS = 100
 _FORBIDDEN = re.compile(r"[^\w\-. :/]")
@@ -102,7 +102,9 @@ class MLflowTracker:
     def begin(self, name: str, params: Mapping[str, object], tags: Mapping[str, str]) -> None:
         with _readable_errors(self._uri):
             client = self._connect()
-            stored = self._run.read_json(_STATE) if self._run.exists(_STATE) else {}
+            stored = (
+                self._run.read_json(layout.TRACKING) if self._run.exists(layout.TRACKING) else {}
+            )
             if stored.get("uri") == self._uri:
                 self._state = stored
                 client.set_terminated(str(stored["run_id"]), status="RUNNING")
@@ -173,7 +175,7 @@ class MLflowTracker:
             self._connect().log_batch(self._id, metrics=batch[start : start + _BATCH])
 
     def _save(self) -> None:
-        self._run.write_json(_STATE, self._state)
+        self._run.write_json(layout.TRACKING, self._state)
 
 
 class LenientTracker:
@@ -251,6 +253,7 @@ def _readable_errors(uri: str) -> Iterator[None]:
     try:
         yield
     except (MlflowException, SQLAlchemyError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        safe_uri = re.sub(r"//[^/@]*@", "//***@", uri)
-        raise TrackingError(f"MLflow at {safe_uri} cannot be used: {reason}") from None
+        reason = " ".join(str(error).split())[:300]
+        message = f"MLflow at {uri} cannot be used: {reason}"
+        # A password in the URI must reach neither logs nor the job's result.
+        raise TrackingError(re.sub(r"//[^/@\s]*@", "//***@", message)) from None

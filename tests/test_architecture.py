@@ -22,7 +22,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"orchestration"}),
     frozenset({"engine", "report", "tracking"}),
     frozenset({"models", "clustering", "mri"}),
-    frozenset({"dist", "config", "schema", "errors", "storage"}),
+    frozenset({"dist", "config", "layout", "schema", "errors", "storage"}),
 )
 INDEPENDENT_SIBLINGS = LAYERS[1]
 MACHINERY = frozenset({"orchestration", "tracking"})
@@ -412,7 +412,7 @@ def test_importing_the_package_does_nothing(tmp_path: Path) -> None:
         ("import subprocess\nsubprocess.run(['true'])", "subprocess.Popen"),
         ("import logging\nlogging.basicConfig()", "root log handlers"),
         ("import logging\nlogging.getLogger().setLevel('INFO')", "root log level"),
-        ("import os\nos.environ['OMP_NUM_THREADS'] = '1'", "environment"),
+        ("import os\nos.environ['BRAINRAY_PLANTED'] = '1'", "environment"),
         ("import random\nrandom.seed(0)", "random state"),
         ("print('hello')", "prints 'hello'"),
         (

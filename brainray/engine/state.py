@@ -7,15 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from brainray import layout
 from brainray.config import Config, parse_config
 from brainray.engine.recluster import ClusterModel
 from brainray.engine.shard import PixelScale
 from brainray.errors import CheckpointError
 from brainray.models.encoder import Encoder
 from brainray.storage import Folder
-
-MODEL_FILE = "model.pt"
-TRAINER_FILE = "trainer.pt"
 
 _FORMAT = "brainray-checkpoint/1"
 
@@ -65,14 +63,14 @@ def load_checkpoint(folder: Folder) -> Checkpoint:
     Raises:
         CheckpointError: there is none, or it is not a brainray checkpoint.
     """
-    if not folder.exists(MODEL_FILE):
+    if not folder.exists(layout.MODEL):
         raise CheckpointError(
-            f"{folder} holds no {MODEL_FILE}: give the folder of a checkpoint, "
+            f"{folder} holds no {layout.MODEL}: give the folder of a checkpoint, "
             "such as storage/runs/NAME/best"
         )
-    saved = _from_bytes(folder.read_bytes(MODEL_FILE), f"{folder}/{MODEL_FILE}")
+    saved = _from_bytes(folder.read_bytes(layout.MODEL), f"{folder}/{layout.MODEL}")
     if saved.get("format") != _FORMAT:
-        raise CheckpointError(f"{folder}/{MODEL_FILE} is not a {_FORMAT} file")
+        raise CheckpointError(f"{folder}/{layout.MODEL} is not a {_FORMAT} file")
     config = parse_config(saved["config"])
     encoder = Encoder(config.encoder.name, len(saved["classes"]))
     clusters = ClusterModel(
@@ -83,7 +81,9 @@ def load_checkpoint(folder: Folder) -> Checkpoint:
         clusters.load_state_dict(saved["clusters"])
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
-        raise CheckpointError(f"{folder}/{MODEL_FILE} does not fit its config: {reason}") from None
+        raise CheckpointError(
+            f"{folder}/{layout.MODEL} does not fit its config: {reason}"
+        ) from None
     return Checkpoint(
         config=config,
         classes=saved["classes"],
@@ -113,9 +113,11 @@ def load_trainer(folder: Folder) -> TrainerState:
     Raises:
         CheckpointError: it is missing or unreadable.
     """
-    if not folder.exists(TRAINER_FILE):
-        raise CheckpointError(f"{folder} holds no {TRAINER_FILE}: training cannot go on from it")
-    return TrainerState(**_from_bytes(folder.read_bytes(TRAINER_FILE), f"{folder}/{TRAINER_FILE}"))
+    if not folder.exists(layout.TRAINER):
+        raise CheckpointError(f"{folder} holds no {layout.TRAINER}: training cannot go on from it")
+    return TrainerState(
+        **_from_bytes(folder.read_bytes(layout.TRAINER), f"{folder}/{layout.TRAINER}")
+    )
 
 
 def rows_of_keys(keys: Tensor, values: Tensor, wanted: Tensor) -> Tensor:

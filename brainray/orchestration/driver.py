@@ -8,23 +8,15 @@ import ray
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
-from brainray import errors
+from brainray import errors, layout
 from brainray.config import Config
 from brainray.engine.evaluate import Metrics, summarise
 from brainray.engine.state import load_checkpoint
 from brainray.errors import BrainrayError, ConfigError
+from brainray.models.encoder import build_encoder
 from brainray.orchestration.progress import Follower
 from brainray.orchestration.publish import begin_tracking, send_run
-from brainray.orchestration.run import (
-    BEST,
-    LAST,
-    METRICS,
-    SEEN,
-    SUMMARY,
-    Run,
-    begin_run,
-    predictions_file,
-)
+from brainray.orchestration.run import Run, begin_run
 from brainray.orchestration.store import ImageStore
 from brainray.orchestration.worker import best_epoch, train_worker
 from brainray.report.run_figures import draw_run_figures
@@ -55,6 +47,9 @@ def train(config: Config, log: Log = print) -> TrainedRun:
     storage = Folder(config.storage)
     store = ImageStore.open(storage / "datasets" / config.dataset)
     scaling = _scaling(config)
+    if config.encoder.weights not in {"random", "imagenet"}:
+        # Found here in a second rather than on every worker in half a minute.
+        build_encoder(config.encoder.name, config.encoder.weights, len(store.classes))
     run, resumed = begin_run(config, store)
     _log_beginning(run, resumed, log)
     tracking = begin_tracking(config, run, log)
@@ -66,9 +61,10 @@ def train(config: Config, log: Log = print) -> TrainedRun:
         finally:
             follower.stop()
         metrics = _summarise(config, run)
-        draw_run_figures(run.folder, run.classes, config.evaluation)
-        run.folder.write_json(SUMMARY, metrics)
-    metrics = run.folder.read_json(SUMMARY)
+        chosen = int(metrics["chosen_epoch"])
+        draw_run_figures(run.folder, run.classes, config.evaluation, chosen)
+        run.folder.write_json(layout.SUMMARY, metrics)
+    metrics = run.folder.read_json(layout.SUMMARY)
     send_run(run, tracking.tracker)
     if tracking.tracker.problem is not None:
         log(
@@ -136,15 +132,15 @@ def _scaling(config: Config) -> ScalingConfig:
 
 def _summarise(config: Config, run: Run) -> Metrics:
     """Figures of the chosen epoch, and under ``last/`` of the last one."""
-    history = run.folder.read_json_lines(METRICS)
+    history = run.folder.read_json_lines(layout.METRICS)
     chosen, last = best_epoch(history), len(history)
     metrics: Metrics = {"chosen_epoch": float(chosen), "num_epochs": float(last)}
-    for epoch, folder, prefix in ((chosen, BEST, ""), (last, LAST, "last/")):
+    for epoch, folder, prefix in ((chosen, layout.BEST, ""), (last, layout.LAST, "last/")):
         checkpoint = load_checkpoint(run.folder / folder)
-        if run.folder.exists(predictions_file(epoch)):
+        if run.folder.exists(layout.predictions_file(epoch)):
             figures = summarise(
-                run.folder.read_table(predictions_file(epoch)),
-                run.folder.read_table(SEEN),
+                run.folder.read_table(layout.predictions_file(epoch)),
+                run.folder.read_table(layout.SEEN),
                 run.classes,
                 checkpoint.clusters.class_of_cluster.numpy(),
                 num_resamples=config.evaluation.bootstrap_resamples,
@@ -173,7 +169,7 @@ def _log_beginning(run: Run, resumed: bool, log: Log) -> None:
     if run.is_complete:
         log(f"run {run.folder}: complete, nothing to train")
     elif resumed:
-        num_epochs = len(run.folder.read_json_lines(METRICS))
+        num_epochs = len(run.folder.read_json_lines(layout.METRICS))
         log(f"run {run.folder}: resumed, {num_epochs} epochs are done")
     else:
         counts = ", ".join(f"{count} {role}" for role, count in run.info["num_slices"].items())

@@ -14,6 +14,7 @@ import ray
 import ray.data
 import torch
 
+from brainray import layout
 from brainray.config import Config, PreprocessConfig
 from brainray.engine.epoch import embed
 from brainray.engine.evaluate import (
@@ -33,7 +34,7 @@ from brainray.mri.duplicates import (
     thumbnail_matrix,
 )
 from brainray.orchestration.data import preprocess_file, read_file, with_progress
-from brainray.orchestration.run import BEST, RUN, SEEN, open_run
+from brainray.orchestration.run import open_run
 from brainray.orchestration.source import SourceFile, list_source
 from brainray.report.evaluation_figures import draw_evaluation_figures
 from brainray.schema import PREDICTIONS, REJECTED, TEST, UNLABELLED
@@ -69,8 +70,8 @@ def evaluate(config: Config, log: Log = print, only_paths: set[str] | None = Non
     if config.source is None:
         raise ConfigError("evaluation needs --set source=DIR")
     checkpoint = load_checkpoint(checkpoint_folder)
-    info = run_folder.read_json(RUN) if run_folder.exists(RUN) else {}
-    seen = run_folder.read_table(SEEN) if run_folder.exists(SEEN) else None
+    info = run_folder.read_json(layout.RUN) if run_folder.exists(layout.RUN) else {}
+    seen = run_folder.read_table(layout.SEEN) if run_folder.exists(layout.SEEN) else None
     # A store may have been made with other preprocessing than the run's config file said.
     preprocess = PreprocessConfig.model_validate(
         info.get("preprocess", checkpoint.config.preprocess.model_dump())
@@ -103,9 +104,9 @@ def evaluate(config: Config, log: Log = print, only_paths: set[str] | None = Non
     )
     metrics |= {"num_rejected": float(rejected.num_rows), "epoch": float(checkpoint.epoch)}
     folder = Folder(config.storage) / "evaluations" / _name(config)
-    folder.write_table("predictions.parquet", predictions)
-    folder.write_table("rejected.parquet", rejected)
-    folder.write_json("metrics.json", metrics)
+    folder.write_table(layout.PREDICTIONS, predictions)
+    folder.write_table(layout.REJECTED, rejected)
+    folder.write_json(layout.EVALUATION_METRICS, metrics)
     draw_evaluation_figures(folder, predictions, checkpoint.classes)
     return Evaluation(folder, metrics, checkpoint.classes)
 
@@ -116,8 +117,8 @@ def _find_checkpoint(config: Config) -> tuple[Folder, Folder]:
         raise ConfigError("evaluation needs one of --set run=NAME and --set checkpoint=PATH")
     if config.run is not None:
         run = open_run(Folder(config.storage), config.run)
-        return run.folder / BEST, run.folder
-    folder = Folder(str(config.checkpoint).removesuffix("/model.pt"))
+        return run.folder / layout.BEST, run.folder
+    folder = Folder(str(config.checkpoint).removesuffix(f"/{layout.MODEL}"))
     return folder, Folder(folder.uri.rpartition("/")[0] or "/")
 
 

@@ -4,8 +4,9 @@ import threading
 import time
 from collections.abc import Callable
 
+from brainray import layout
 from brainray.engine.evaluate import Metrics
-from brainray.orchestration.run import METRICS, Run
+from brainray.orchestration.run import Run
 from brainray.tracking import LenientTracker
 
 Log = Callable[[str], None]
@@ -23,7 +24,7 @@ class Follower:
         self._log = log
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
-        self._num_seen = len(run.folder.read_json_lines(METRICS))
+        self._num_seen = len(run.folder.read_json_lines(layout.METRICS))
 
     def start(self) -> None:
         self._thread.start()
@@ -39,7 +40,7 @@ class Follower:
         self._handle_new_epochs()
 
     def _handle_new_epochs(self) -> None:
-        history = self._run.folder.read_json_lines(METRICS)
+        history = self._run.folder.read_json_lines(layout.METRICS)
         for metrics in history[self._num_seen :]:
             self._log(self._line(metrics))
         if len(history) > self._num_seen:

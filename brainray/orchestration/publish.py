@@ -10,9 +10,10 @@ from pathlib import Path
 import ray
 
 import brainray
+from brainray import layout
 from brainray.config import Config, flatten, parse_config, parse_yaml
 from brainray.errors import TrackingError
-from brainray.orchestration.run import CONFIG, FIGURES, METRICS, SEEN, SUMMARY, Run
+from brainray.orchestration.run import Run
 from brainray.storage import Folder
 from brainray.tracking import LenientTracker, MLflowTracker, artifact_location, default_uri
 
@@ -53,7 +54,9 @@ def publish(config: Config, run: Run, log: Log = print) -> Tracking:
     Raises:
         TrackingError: the server still cannot be used.
     """
-    saved = parse_config(parse_yaml(run.folder.read_bytes(CONFIG), where=f"{run.folder}/{CONFIG}"))
+    saved = parse_config(
+        parse_yaml(run.folder.read_bytes(layout.CONFIG), where=f"{run.folder}/{layout.CONFIG}")
+    )
     here = {"tracking": config.tracking, "storage": config.storage}
     tracking = begin_tracking(saved.model_copy(update=here), run, log)
     send_run(run, tracking.tracker)
@@ -64,12 +67,12 @@ def publish(config: Config, run: Run, log: Log = print) -> Tracking:
 
 def send_run(run: Run, tracker: LenientTracker) -> None:
     """Epochs, summary, figures and config, as far as the run's folder holds them."""
-    tracker.log_epochs(run.folder.read_json_lines(METRICS))
-    files = [CONFIG, SEEN, METRICS]
-    files += [f"{FIGURES}/{name}" for name in (run.folder / FIGURES).names()]
+    tracker.log_epochs(run.folder.read_json_lines(layout.METRICS))
+    files = [layout.CONFIG, layout.SEEN, layout.METRICS]
+    files += [f"{layout.FIGURES}/{name}" for name in (run.folder / layout.FIGURES).names()]
     if run.is_complete:
-        tracker.log_summary(run.folder.read_json(SUMMARY))
-        files.append(SUMMARY)
+        tracker.log_summary(run.folder.read_json(layout.SUMMARY))
+        files.append(layout.SUMMARY)
     tracker.log_files([name for name in files if run.folder.exists(name)])
     if run.is_complete:
         tracker.finish()

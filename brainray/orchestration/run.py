@@ -7,25 +7,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from brainray import layout
 from brainray.config import Config, to_yaml
 from brainray.engine.recluster import check_num_clusters
 from brainray.errors import ConfigError, DataError
 from brainray.mri.duplicates import has_near_duplicate, thumbnail_matrix
 from brainray.mri.split import draw_roles, joint_groups
 from brainray.orchestration.store import ImageStore, differing_settings
-from brainray.schema import SEEN as SEEN_SCHEMA
-from brainray.schema import TEST, TRAIN, UNLABELLED_ROLE
+from brainray.schema import SEEN, TEST, TRAIN, UNLABELLED_ROLE
 from brainray.storage import Folder
-
-CONFIG = "config.yaml"
-RUN = "run.json"
-SEEN = "seen.parquet"
-TEST_SLICES = "test.parquet"
-METRICS = "metrics.jsonl"
-SUMMARY = "summary.json"
-BEST = "best"
-LAST = "last"
-FIGURES = "figures"
 
 _FREE_TO_CHANGE = {
     "name",
@@ -55,23 +45,19 @@ class Run:
 
     @property
     def is_complete(self) -> bool:
-        return self.folder.exists(SUMMARY)
+        return self.folder.exists(layout.SUMMARY)
 
     def test_paths(self) -> set[str]:
         """Paths, relative to the source, of the slices that the run is tested on."""
-        return set(self.folder.read_table(TEST_SLICES, columns=["path"])["path"].to_pylist())
-
-
-def predictions_file(epoch: int) -> str:
-    return f"predictions/epoch-{epoch:04d}.parquet"
+        return set(self.folder.read_table(layout.TEST_SLICES, columns=["path"])["path"].to_pylist())
 
 
 def open_run(storage: Folder, name: str) -> Run:
     """Raises DataError where there is no run of that name."""
     folder = storage / "runs" / name
-    if not folder.exists(RUN):
+    if not folder.exists(layout.RUN):
         raise DataError(f"no run {name!r} in {storage}: there are {_names(storage) or 'none'}")
-    return Run(folder, folder.read_json(RUN))
+    return Run(folder, folder.read_json(layout.RUN))
 
 
 def begin_run(config: Config, store: ImageStore) -> tuple[Run, bool]:
@@ -89,8 +75,8 @@ def begin_run(config: Config, store: ImageStore) -> tuple[Run, bool]:
         raise ConfigError("training needs a name for the run: --set name=NAME")
     folder = Folder(config.storage) / "runs" / config.name
     settings = _settings(config)
-    if folder.exists(RUN):
-        info = folder.read_json(RUN)
+    if folder.exists(layout.RUN):
+        info = folder.read_json(layout.RUN)
         difference = differing_settings(info["settings"], settings)
         if difference:
             raise ConfigError(
@@ -107,10 +93,10 @@ def begin_run(config: Config, store: ImageStore) -> tuple[Run, bool]:
     num_fitted = seen.num_rows - pc.sum(pc.equal(seen["role"], "validation")).as_py()
     if config.objective.name != "supervised" or config.clustering.num_clusters > num_fitted:
         check_num_clusters(config.clustering.num_clusters, len(store.classes), num_fitted)
-    folder.write_table(SEEN, seen)
+    folder.write_table(layout.SEEN, seen)
     threshold = store.preprocess.near_duplicate.thumbnail_correlation
-    folder.write_table(TEST_SLICES, _test_slices(store, seen, threshold))
-    folder.write_bytes(CONFIG, to_yaml(config).encode())
+    folder.write_table(layout.TEST_SLICES, _test_slices(store, seen, threshold))
+    folder.write_bytes(layout.CONFIG, to_yaml(config).encode())
     info = {
         "format": "brainray-run/1",
         "name": config.name,
@@ -122,7 +108,7 @@ def begin_run(config: Config, store: ImageStore) -> tuple[Run, bool]:
         "num_slices": _role_counts(seen),
         "settings": settings,
     }
-    folder.write_json(RUN, info)
+    folder.write_json(layout.RUN, info)
     return Run(folder, info), False
 
 
@@ -161,8 +147,8 @@ def _draw(config: Config, store: ImageStore) -> pa.Table:
         "label": pa.array(readable, pa.string()),
     }
     return pa.table(
-        [columns[name] if name in columns else train[name] for name in SEEN_SCHEMA.names],
-        schema=SEEN_SCHEMA,
+        [columns[name] if name in columns else train[name] for name in SEEN.names],
+        schema=SEEN,
     )
 
 

@@ -11,16 +11,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from brainray import layout
 from brainray.config import PreprocessConfig, SplitConfig
 from brainray.errors import DataError
 from brainray.schema import IMAGE_INDEX_COLUMNS, TRAIN
 from brainray.storage import Folder
-
-MANIFEST = "manifest.json"
-REJECTED = "rejected.parquet"
-DUPLICATES = "duplicates.parquet"
-LEAKAGE = "leakage.json"
-IMAGES = "images"
 
 
 @dataclass(frozen=True)
@@ -33,12 +28,12 @@ class ImageStore:
     @classmethod
     def open(cls, folder: Folder) -> "ImageStore":
         """Raises DataError where there is no finished store."""
-        if not folder.exists(MANIFEST):
+        if not folder.exists(layout.MANIFEST):
             raise DataError(
                 f"no image store at {folder}: run jobs/preprocess.py with --set name=... first, "
                 "and name that store with --set dataset=..."
             )
-        return cls(folder, folder.read_json(MANIFEST))
+        return cls(folder, folder.read_json(layout.MANIFEST))
 
     @property
     def classes(self) -> list[str]:
@@ -66,7 +61,7 @@ class ImageStore:
 
     def index(self) -> pa.Table:
         """Every column but the pixels, ordered by split and sample_id."""
-        table = self.folder.read_table(IMAGES, columns=IMAGE_INDEX_COLUMNS)
+        table = self.folder.read_table(layout.IMAGES, columns=IMAGE_INDEX_COLUMNS)
         return table.sort_by([("split", "descending"), ("sample_id", "ascending")])
 
     def images(self, sample_ids: list[str], split: str, side: int) -> NDArray[np.uint8]:
@@ -89,7 +84,7 @@ class ImageStore:
 
     def _scan(self, sample_ids: pa.Array, split: str) -> Iterator[tuple[str, NDArray[np.uint8]]]:
         """(sample_id, image (H, W)) of the wanted rows, one row group in memory at a time."""
-        folder = self.folder / IMAGES
+        folder = self.folder / layout.IMAGES
         for name in folder.names():
             with folder.filesystem.open_input_file(f"{folder.path}/{name}") as stream:
                 part = pq.ParquetFile(stream)

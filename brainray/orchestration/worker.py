@@ -17,7 +17,7 @@ import ray.train.torch
 import torch
 from torch import Tensor
 
-from brainray import dist
+from brainray import dist, layout
 from brainray.clustering.collapse import check_collapse, measure_health
 from brainray.config import Config, parse_config
 from brainray.engine.epoch import SoftTargets, embed, num_steps, train_epoch
@@ -32,8 +32,6 @@ from brainray.engine.recipe import build_objective, build_optimizer, resolve_pre
 from brainray.engine.recluster import ClusterModel, Reclustering, recluster
 from brainray.engine.shard import PixelScale, RankData, SliceShard, sample_keys
 from brainray.engine.state import (
-    MODEL_FILE,
-    TRAINER_FILE,
     Checkpoint,
     TrainerState,
     checkpoint_bytes,
@@ -44,7 +42,6 @@ from brainray.engine.state import (
 )
 from brainray.errors import BrainrayError
 from brainray.models.encoder import Encoder, EncoderOutput, build_encoder
-from brainray.orchestration.run import BEST, LAST, METRICS, SEEN, TEST_SLICES, predictions_file
 from brainray.orchestration.store import ImageStore
 from brainray.schema import LABELLED, TEST, TRAIN, UNLABELLED, UNLABELLED_ROLE, VALIDATION
 from brainray.storage import Folder
@@ -108,8 +105,8 @@ def _load_rank_data(
         mine = rows.take(list(range(rank, rows.num_rows, num_ranks)))
         return shard(mine, TRAIN, sample_keys(mine["sample_id"].to_pylist()).tolist())
 
-    seen = run.read_table(SEEN)
-    test = run.read_table(TEST_SLICES)
+    seen = run.read_table(layout.SEEN)
+    test = run.read_table(layout.TEST_SLICES)
     test_rows = list(range(rank, test.num_rows, num_ranks))
     return RankData(
         labelled=training_shard(LABELLED),
@@ -162,7 +159,7 @@ class _Trainer:
             self.encoder, config.train, self.steps * config.train.num_epochs
         )
         self.model = ray.train.torch.prepare_model(self.encoder)
-        self.test_slices = run.read_table(TEST_SLICES)
+        self.test_slices = run.read_table(layout.TEST_SLICES)
         self.epoch = 0
         self.history: list[dict[str, float]] = []
         self.clusters: ClusterModel
@@ -188,7 +185,7 @@ class _Trainer:
         self.epoch, self.history = saved.epoch, state.history
         if dist.rank() == 0:
             print(f"resuming run after epoch {self.epoch}", flush=True)
-            self.run.write_json_lines(METRICS, self.history)
+            self.run.write_json_lines(layout.METRICS, self.history)
 
     def run_epoch(self) -> None:
         """Train, embed, re-cluster, evaluate the matching pair, and save it."""
@@ -198,6 +195,7 @@ class _Trainer:
         with timer.measure("train"):
             losses = self._train_epoch()
         with timer.measure("embed"):
+            self._share_batch_statistics()
             fitted = self._embed_fitted()
         with timer.measure("recluster"):
             previous = self.responsibilities
@@ -235,7 +233,7 @@ class _Trainer:
     def finish(self) -> None:
         """Leave the last epoch's checkpoint beside the best one."""
         if dist.rank() == 0:
-            (self.run / LAST).write_bytes(MODEL_FILE, checkpoint_bytes(self._checkpoint()))
+            (self.run / layout.LAST).write_bytes(layout.MODEL, checkpoint_bytes(self._checkpoint()))
 
     def _train_epoch(self) -> dict[str, float]:
         num_labelled = len(self.data.labelled)
@@ -259,6 +257,15 @@ class _Trainer:
             seed=_seed(self.config.seed, self.epoch, dist.rank()),
             on_step=self._heartbeat(),
         )
+
+    def _share_batch_statistics(self) -> None:
+        """Rank 0's running means and variances on every rank.
+
+        Each rank's batch normalisation has its own since the last step; embeddings of all slices
+        must come from one encoder, the one that is saved.
+        """
+        for buffer in self.encoder.buffers():
+            buffer.copy_(dist.broadcast_from_first(buffer))
 
     def _heartbeat(self) -> Any:
         last = time.monotonic()
@@ -339,10 +346,10 @@ class _Trainer:
         model = checkpoint_bytes(self._checkpoint())
         is_best = best_epoch(self.history) == self.epoch
         if is_best:
-            (self.run / BEST).write_bytes(MODEL_FILE, model)
+            (self.run / layout.BEST).write_bytes(layout.MODEL, model)
         kept = {*self.config.evaluation.tsne_epochs, self.config.train.num_epochs}
         if len(test.labels) and (is_best or self.epoch in kept):
-            self.run.write_table(predictions_file(self.epoch), self._predictions(test))
+            self.run.write_table(layout.predictions_file(self.epoch), self._predictions(test))
         state = TrainerState(
             self.optimizer.state_dict(),
             self.scheduler.state_dict(),
@@ -351,8 +358,8 @@ class _Trainer:
             self.history,
         )
         with tempfile.TemporaryDirectory() as temporary:
-            Path(temporary, MODEL_FILE).write_bytes(model)
-            Path(temporary, TRAINER_FILE).write_bytes(trainer_bytes(state))
+            Path(temporary, layout.MODEL).write_bytes(model)
+            Path(temporary, layout.TRAINER).write_bytes(trainer_bytes(state))
             reporting = time.monotonic()
             ray.train.report(
                 reported,
@@ -361,7 +368,7 @@ class _Trainer:
             )
         metrics["time/report_s"] = time.monotonic() - reporting
         metrics["time/epoch_s"] = time.monotonic() - started
-        self.run.write_json_lines(METRICS, self.history)
+        self.run.write_json_lines(layout.METRICS, self.history)
 
     def _checkpoint(self) -> Checkpoint:
         return Checkpoint(

@@ -178,7 +178,7 @@ def accuracy_curves(history: History, chosen_epoch: int) -> Figure | None:
     panels[0].set_title("Accuracy of the head (softmax)")
     panels[1].set_title("Accuracy of the clusters (mixture)")
     panels[0].set_ylabel("accuracy")
-    panels[0].set_ylim(top=1.0)
+    panels[0].set_ylim(panels[0].get_ylim()[0] - 0.03, 1.01)  # whole markers at either end
     legend_of = panels[drawn.index(True)]
     figure.legend(
         *legend_of.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False
@@ -281,8 +281,8 @@ def embedding_maps(
         labels: (N,) classes, "" where unknown.
         classes: all classes; their order gives the colours.
     """
-    figure, pairs = _paired_grid(len(maps), side=2.4)
-    figure.suptitle(f"t-SNE of the embeddings of {len(labels):,} test slices (axes have no unit)")
+    figure, pairs = _paired_grid(len(maps), side=2.2, room_beside=1.4)
+    figure.suptitle(f"t-SNE of {len(labels):,} test slices' embeddings (no unit)")
     by_class = class_colours(classes)
     if UNLABELLED_CLASS in labels:
         by_class[UNLABELLED_CLASS] = GREY
@@ -351,6 +351,8 @@ def _draw_confusion(axes: Axes, panel: Confusion, classes: Sequence[str]) -> Non
 def _draw_points(axes: Axes, points: NDArray[np.floating], colours: Sequence[str]) -> None:
     """One scatter in the rows' order: drawn class by class, the last would hide the first."""
     axes.scatter(points[:, 0], points[:, 1], c=colours, s=5, linewidths=0)
+    axes.set_box_aspect(1)
+    axes.set_aspect("equal", adjustable="datalim")
 
 
 def _legend_beside(axes: Axes, colours: Mapping[str, str]) -> None:
@@ -361,11 +363,14 @@ def _legend_beside(axes: Axes, colours: Mapping[str, str]) -> None:
     axes.legend(handles=handles, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
 
 
-def _paired_grid(num_pairs: int, *, side: float) -> tuple[Figure, list[tuple[Axes, Axes]]]:
-    """Pairs of square panels without ticks, one above the other; `side` in inches."""
+def _paired_grid(
+    num_pairs: int, *, side: float, room_beside: float = 0.0
+) -> tuple[Figure, list[tuple[Axes, Axes]]]:
+    """Pairs of square panels without ticks, one above the other; lengths in inches."""
     num_columns = min(num_pairs, _MAX_COLUMNS)
     num_bands = ceil(num_pairs / _MAX_COLUMNS)
-    figure = new_figure(max(5.0, 0.4 + side * num_columns), 0.8 + 2.0 * side * num_bands)
+    width = max(5.0, 0.4 + side * num_columns + room_beside)
+    figure = new_figure(width, 0.8 + 2.0 * side * num_bands)
     grid = figure.subplots(2 * num_bands, num_columns, squeeze=False)
     for axes in grid.flat:
         axes.set(xticks=[], yticks=[])

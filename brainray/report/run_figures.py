@@ -3,6 +3,7 @@
 import numpy as np
 import pyarrow as pa
 
+from brainray import layout
 from brainray.config import EvaluationConfig
 from brainray.report.evaluation_figures import draw_evaluation_figures
 from brainray.report.figures import (
@@ -14,7 +15,7 @@ from brainray.report.figures import (
     loss_curves,
     timing_breakdown,
 )
-from brainray.report.history import History, best_epoch
+from brainray.report.history import History
 from brainray.report.style import png_bytes
 from brainray.report.tsne import MIN_SLICES, tsne_sequence
 from brainray.storage import Folder
@@ -23,25 +24,27 @@ _SEED = 0
 _MAP_COLUMNS = ["sample_id", "path", "label", "cluster", "embedding"]
 
 
-def draw_run_figures(run: Folder, classes: list[str], evaluation: EvaluationConfig) -> list[str]:
+def draw_run_figures(
+    run: Folder, classes: list[str], evaluation: EvaluationConfig, chosen_epoch: int
+) -> list[str]:
     """Write the figures that the run's logs and predictions allow.
 
     Args:
         run: folder with ``metrics.jsonl`` and ``predictions/epoch-XXXX.parquet``.
         classes: of the run, in its order.
         evaluation: which epochs are mapped, and with how many slices.
+        chosen_epoch: whose confusion matrices are drawn, and which the curves mark; 1-based.
 
     Returns:
         Names of the files in the folder, such as ``figures/loss.png``. Without test slices there
         are curves alone, without a finished epoch there is nothing.
     """
-    history = run.read_json_lines("metrics.jsonl")
+    history = run.read_json_lines(layout.METRICS)
     if not history:
         return []
-    chosen = best_epoch(history)
-    names = _draw_curves(run, history, chosen)
-    if run.exists(_predictions_file(chosen)):
-        predictions = run.read_table(_predictions_file(chosen))
+    names = _draw_curves(run, history, chosen_epoch)
+    if run.exists(layout.predictions_file(chosen_epoch)):
+        predictions = run.read_table(layout.predictions_file(chosen_epoch))
         names += draw_evaluation_figures(run, predictions, classes)
     return names + _draw_maps(run, classes, evaluation)
 
@@ -61,9 +64,9 @@ def _draw_curves(run: Folder, history: History, chosen: int) -> list[str]:
 
 def _draw_maps(run: Folder, classes: list[str], evaluation: EvaluationConfig) -> list[str]:
     tables = {
-        epoch: run.read_table(_predictions_file(epoch), _MAP_COLUMNS)
+        epoch: run.read_table(layout.predictions_file(epoch), _MAP_COLUMNS)
         for epoch in sorted(set(evaluation.tsne_epochs))
-        if run.exists(_predictions_file(epoch))
+        if run.exists(layout.predictions_file(epoch))
     }
     if not tables:
         return []
@@ -96,7 +99,3 @@ def _rows_of(table: pa.Table, slices: list[tuple[str, str]]) -> pa.Table:
 def _slices(table: pa.Table) -> list[tuple[str, str]]:
     """Test sets keep byte-identical copies, which share their sample_id: the path parts them."""
     return list(zip(table["sample_id"].to_pylist(), table["path"].to_pylist(), strict=True))
-
-
-def _predictions_file(epoch: int) -> str:
-    return f"predictions/epoch-{epoch:04d}.parquet"

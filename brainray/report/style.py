@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from io import BytesIO
+from typing import Literal
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -46,17 +47,17 @@ def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), dpi=_DOTS_PER_INCH, layout="constrained")
 
 
-def tidy(axes: Axes, *, grid: str) -> None:
-    """A light grid behind the data, across one axis (``x`` or ``y``), and no frame."""
+def tidy(axes: Axes, *, grid: Literal["x", "y"]) -> None:
+    """A light grid behind the data, across one axis, and no frame."""
     axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="x" if grid == "x" else "y", color="#E0E0E0", linewidth=0.8)
+    axes.grid(axis=grid, color="#E0E0E0", linewidth=0.8)
     axes.set_axisbelow(True)
 
 
 def count_epochs(axes: Axes) -> None:
     """Ticks of the horizontal axis at whole epochs."""
     axes.set_xlabel("epoch")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
 
 
 def png_bytes(figure: Figure) -> bytes:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg import orthogonal_procrustes
 from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
@@ -21,14 +22,15 @@ def tsne_sequence(
     """t-SNE (van der Maaten & Hinton 2008) of the same N rows under one encoder after another.
 
     The first map starts from the embeddings' principal components, each later one from the map
-    before it, so that what stays together keeps its place.
+    before it, to which it is then turned: t-SNE measures distances alone, so a rotation or a
+    reflection leaves it as good, and groups that persist are found near their old place.
 
     Args:
         embeddings: (N, E) each, N at least MIN_SLICES, rows in the same order.
         seed: of the optimisation.
 
     Returns:
-        (N, 2) each.
+        (N, 2) each, with mean zero.
     """
     maps: list[NDArray[np.float32]] = []
     for z in embeddings:
@@ -38,7 +40,11 @@ def tsne_sequence(
         # A few thousand rows are too few to share: threads that wait for one another cost more
         # than they bring, several times so on a busy machine.
         with threadpool_limits(1):
-            maps.append(np.asarray(tsne.fit_transform(z), dtype=np.float32))
+            points = tsne.fit_transform(z)
+        points = points - points.mean(axis=0)
+        if maps:
+            points = points @ orthogonal_procrustes(points, maps[-1])[0]
+        maps.append(np.asarray(points, dtype=np.float32))
     return maps
 
 

@@ -167,7 +167,7 @@ def test_maps_place_every_slice_and_number_every_cluster() -> None:
     assert list(by_epoch) == [f"epoch {epoch}" for epoch in range(1, 7)]
     offsets = by_epoch["epoch 6"].collections[0].get_offsets()
     np.testing.assert_array_equal(np.asarray(offsets), points + 6)
-    legends = [axes.get_legend() for axes in figure.axes if axes.get_legend()]
+    legends = [legend for axes in figure.axes if (legend := axes.get_legend()) is not None]
     assert [[text.get_text() for text in legend.get_texts()] for legend in legends] == [
         [*CLASSES, "(no label)"],
         ["cluster 0", "cluster 2"],

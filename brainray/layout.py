@@ -1,0 +1,34 @@
+"""Names of the files that a store, a run and an evaluation consist of."""
+
+# An image store: storage/datasets/NAME/
+MANIFEST = "manifest.json"  # written last: a folder without one is no store
+IMAGES = "images"  # a folder of Parquet parts of schema.IMAGE_STORE
+REJECTED = "rejected.parquet"
+DUPLICATES = "duplicates.parquet"
+LEAKAGE = "leakage.json"
+
+# A run: storage/runs/NAME/
+RUN = "run.json"
+CONFIG = "config.yaml"
+SEEN = "seen.parquet"  # the labelled draw, and fingerprints of all that the run saw
+TEST_SLICES = "test.parquet"  # the slices that the run is tested on
+METRICS = "metrics.jsonl"  # one object an epoch
+SUMMARY = "summary.json"  # written last: the run is complete
+BEST = "best"  # checkpoint of the chosen epoch
+LAST = "last"  # checkpoint of the last epoch
+TRACKING = "tracking.json"  # what MLflow has got
+
+# A checkpoint's folder
+MODEL = "model.pt"  # all that prediction needs
+TRAINER = "trainer.pt"  # what training needs beside it
+
+# An evaluation: storage/evaluations/NAME/
+PREDICTIONS = "predictions.parquet"
+EVALUATION_METRICS = "metrics.json"
+
+FIGURES = "figures"
+
+
+def predictions_file(epoch: int) -> str:
+    """A run's predictions for its test slices after an epoch."""
+    return f"predictions/epoch-{epoch:04d}.parquet"

@@ -1,0 +1,72 @@
+"""Fixtures that are slow to make are made once: a Ray cluster, phantom folders, a trained run."""
+
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from brainray.config import Config, load_config
+from brainray.mri.phantom import write_phantoms
+
+# The checkout's sibling, or where the user says the real slices are.
+REAL_DATA = Path(
+    os.environ.get(
+        "BRAINRAY_DATA", Path(__file__).parents[2] / "shared" / "data" / "brain-tumor-mri"
+    )
+)
+
+
+@pytest.fixture(scope="session")
+def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Training/ and Testing/ folders of 4 classes; one test slice is a copy of a training one."""
+    folder = tmp_path_factory.mktemp("phantoms") / "source"
+    write_phantoms(folder, num_training_per_class=14, num_testing_per_class=4, seed=3, size=64)
+    original = sorted((folder / "Training" / "glioma").iterdir())[0]
+    (folder / "Testing" / "glioma" / "copied.jpg").write_bytes(original.read_bytes())
+    (folder / "Training" / "glioma" / "copied.jpg").write_bytes(original.read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """A local Ray cluster of two CPUs for the whole session."""
+    import ray
+    import ray.data
+
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    ray.init(num_cpus=2, logging_level=logging.ERROR, object_store_memory=300_000_000)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def real_data() -> Path:
+    if not REAL_DATA.is_dir():
+        pytest.skip(f"no real slices at {REAL_DATA}: set BRAINRAY_DATA to the data set's folder")
+    return REAL_DATA
+
+
+def tiny_config(storage: Path, *overrides: str) -> Config:
+    """A configuration with which phantoms are preprocessed and trained on in seconds."""
+    settings = [
+        f"storage={storage}",
+        "preprocess.image_size=32",
+        "preprocess.files_per_task=40",
+        "split.labelled_fraction=0.5",
+        "train.image_size=32",
+        "train.num_epochs=2",
+        "train.num_workers=1",
+        "train.cpus_per_worker=1",
+        "train.batch_size_per_worker=8",
+        "train.labelled_batch_size_per_worker=8",
+        "train.precision=fp32",
+        "clustering.pca_dim=8",
+        "evaluation.bootstrap_resamples=50",
+        "evaluation.tsne_epochs=[1]",
+        "tracking.uri=sqlite:///" + str(storage / "mlflow.db"),
+    ]
+    return load_config(None, [*settings, *overrides])

@@ -1,0 +1,83 @@
+"""Re-clustering: the mixture, its classes and its numbering."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from brainray.config import ClusteringConfig
+from brainray.engine.recluster import Reclustering, check_num_clusters, recluster, weighted_means
+from brainray.errors import ClusteringError
+from brainray.schema import UNLABELLED
+
+CONFIG = ClusteringConfig(num_clusters=3, pca_dim=4)
+
+
+def blobs(seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Three well-parted directions on the sphere, z (300, 16), and their number (300,)."""
+    generator = torch.Generator().manual_seed(seed)
+    truth = torch.arange(300) % 3
+    means = torch.eye(16)[:3] * 4
+    z = means[truth] + 0.3 * torch.randn(300, 16, generator=generator)
+    return torch.nn.functional.normalize(z), truth
+
+
+def fit(z: Tensor, labels: Tensor, **options: Any) -> Reclustering:
+    keys = torch.arange(len(z))
+    return recluster(z, keys, labels, config=CONFIG, num_classes=3, seed=0, **options)
+
+
+def test_clusters_take_the_classes_of_their_labelled_slices() -> None:
+    z, truth = blobs()
+    labels = torch.where(torch.arange(300) < 30, truth, UNLABELLED)
+    result = fit(z, labels)
+    predicted = result.model.class_of_cluster[result.responsibilities.argmax(dim=1)]
+    assert torch.equal(predicted, truth)
+    torch.testing.assert_close(result.responsibilities.sum(dim=1), torch.ones(300))
+    torch.testing.assert_close(result.model.responsibilities(z), result.responsibilities)
+
+
+def test_centres_are_responsibility_weighted_means_in_z_space() -> None:
+    z, truth = blobs()
+    result = fit(z, truth)
+    gamma = result.responsibilities
+    expected = (gamma.T @ z) / gamma.sum(dim=0)[:, None]
+    torch.testing.assert_close(result.model.centers, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        weighted_means(z.double(), gamma.double()).float(), expected, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_labels_of_unlabelled_slices_are_not_read() -> None:
+    z, truth = blobs()
+    readable = torch.arange(300) < 30
+    one = fit(z, torch.where(readable, truth, UNLABELLED))
+    other = fit(z, torch.where(readable, truth, UNLABELLED - 1))
+    for name, value in one.model.state_dict().items():
+        if isinstance(value, Tensor):
+            assert torch.equal(value, other.model.state_dict()[name])
+
+
+def test_components_keep_their_numbers_from_epoch_to_epoch() -> None:
+    z, truth = blobs()
+    first = fit(z, truth)
+    moved = torch.nn.functional.normalize(z + 0.02 * blobs(1)[0])
+    second = fit(
+        moved,
+        truth,
+        previous=first.model,
+        previous_responsibilities=first.responsibilities,
+    )
+    assert torch.equal(first.responsibilities.argmax(dim=1), second.responsibilities.argmax(dim=1))
+    shuffled = first.responsibilities[:, [2, 0, 1]]
+    third = fit(moved, truth, previous=first.model, previous_responsibilities=shuffled)
+    assert torch.equal(shuffled.argmax(dim=1), third.responsibilities.argmax(dim=1))
+
+
+def test_k_must_fit_classes_and_slices() -> None:
+    with pytest.raises(ClusteringError, match="num_clusters=3 is below the number of classes"):
+        check_num_clusters(3, 4, 100)
+    with pytest.raises(ClusteringError, match=r"num_clusters=9 exceeds .* \(8\)"):
+        check_num_clusters(9, 4, 8)
+    check_num_clusters(4, 4, 4)

@@ -1,0 +1,54 @@
+"""Encoders: shapes, normalised z, and weights from files."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+
+from brainray.errors import ConfigError
+from brainray.models.encoder import Encoder, build_encoder
+
+
+@pytest.mark.parametrize(("name", "dim"), [("resnet18", 512), ("resnet50", 2048)])
+def test_shapes_and_unit_length(name: str, dim: int) -> None:
+    encoder = Encoder(name, num_classes=4).eval()
+    output = encoder(torch.randn(2, 1, 64, 64))
+    assert encoder.embedding_dim == dim
+    assert output.z.shape == (2, dim)
+    assert output.logits.shape == (2, 4)
+    torch.testing.assert_close(output.z.norm(dim=1), torch.ones(2))
+
+
+def test_colour_weights_see_a_grey_slice_as_three_equal_channels(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    colour = torchvision.models.resnet18(weights=None).eval()
+    torch.save(colour.state_dict(), tmp_path / "weights.pt")
+    encoder = build_encoder("resnet18", str(tmp_path / "weights.pt"), num_classes=4).eval()
+    images = torch.randn(2, 1, 64, 64)
+    colour.fc = torch.nn.Identity()
+    expected = torch.nn.functional.normalize(colour(images.expand(-1, 3, -1, -1)))
+    torch.testing.assert_close(encoder(images).z, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pt"
+    torch.save(torchvision.models.resnet34(weights=None).state_dict(), path)
+    with pytest.raises(ConfigError, match="does not fit resnet18"):
+        build_encoder("resnet18", str(path), num_classes=4)
+    path.write_bytes(b"not weights")
+    with pytest.raises(ConfigError, match="is not a state dict"):
+        build_encoder("resnet18", str(path), num_classes=4)
+    with pytest.raises(ConfigError, match="no such file"):
+        build_encoder("resnet18", str(tmp_path / "absent.pt"), num_classes=4)
+
+
+def test_a_pickle_with_code_is_not_run(tmp_path: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return exec, (f"open({str(tmp_path / 'boom')!r}, 'w')",)
+
+    torch.save({"conv1.weight": Bomb()}, tmp_path / "bomb.pt")
+    with pytest.raises(ConfigError, match="is not a state dict"):
+        build_encoder("resnet18", str(tmp_path / "bomb.pt"), num_classes=4)
+    assert not (tmp_path / "boom").exists()

@@ -1,0 +1,33 @@
+"""Geometry and intensity of stored slices, by hand-worked cases."""
+
+import numpy as np
+
+from brainray.mri.resize import letterbox, min_max, stretch, thumbnail
+
+
+def test_stretch_halves_by_averaging() -> None:
+    image = np.array([[0, 2, 10, 10], [2, 4, 10, 10]], np.uint8)
+    np.testing.assert_array_equal(stretch(image.repeat(2, 0), 2), [[1, 10], [3, 10]])
+
+
+def test_letterbox_keeps_the_aspect_ratio_and_centres() -> None:
+    image = np.full((40, 80), 200, np.uint8)
+    boxed = letterbox(image, 40)
+    assert boxed.shape == (40, 40)
+    assert (boxed[10:30] == 200).all()
+    assert boxed[:10].sum() == boxed[30:].sum() == 0
+
+
+def test_min_max_spans_the_range() -> None:
+    stretched = min_max(np.array([[10, 20], [30, 60]], np.uint8))
+    assert stretched.min() == 0
+    assert stretched.max() == 255
+    np.testing.assert_array_equal(min_max(np.full((3, 3), 9, np.uint8)), np.zeros((3, 3)))
+
+
+def test_a_thumbnail_hardly_depends_on_resolution() -> None:
+    y, x = np.mgrid[0:256, 0:256]
+    large = (127 + 100 * np.sin(x / 30) * np.cos(y / 40)).astype(np.uint8)
+    small = stretch(large, 128)
+    difference = thumbnail(large).astype(int) - thumbnail(small).astype(int)
+    assert np.abs(difference).max() <= 1

@@ -1,0 +1,107 @@
+"""Draws are whole by group, stratified, nested, and independent of label values."""
+
+import numpy as np
+import pytest
+
+from brainray.errors import DataError
+from brainray.mri.split import draw_roles, draw_test, joint_groups
+from brainray.schema import LABELLED, UNLABELLED_ROLE, VALIDATION
+
+
+def slices(num_per_class: int = 200, group_size: int = 1) -> tuple[list[str | None], list[str]]:
+    labels: list[str | None] = []
+    groups: list[str] = []
+    for name in ("a", "b", "c"):
+        for number in range(num_per_class):
+            labels.append(name)
+            groups.append(f"{name}{number // group_size:05d}")
+    return labels, groups
+
+
+def roles(labels: list[str | None], groups: list[str], fraction: float, seed: int = 0) -> list[str]:
+    return draw_roles(
+        labels, groups, labelled_fraction=fraction, validation_fraction=0.2, seed=seed
+    )
+
+
+def readable(drawn: list[str]) -> set[int]:
+    return {row for row, role in enumerate(drawn) if role != UNLABELLED_ROLE}
+
+
+def test_every_class_gets_its_share_and_its_validation_part() -> None:
+    labels, groups = slices()
+    drawn = np.array(roles(labels, groups, 0.2))
+    for name in ("a", "b", "c"):
+        of_class = drawn[np.array(labels) == name]
+        assert (of_class != UNLABELLED_ROLE).sum() == 40
+        assert (of_class == VALIDATION).sum() == 8
+
+
+def test_smaller_draws_lie_within_larger_ones_role_by_role() -> None:
+    labels, groups = slices(group_size=3)
+    previous: list[str] | None = None
+    for fraction in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0):
+        drawn = roles(labels, groups, fraction)
+        if previous is not None:
+            for before, now in zip(previous, drawn, strict=True):
+                assert before in {UNLABELLED_ROLE, now}
+        previous = drawn
+    assert previous is not None
+    assert UNLABELLED_ROLE not in previous
+
+
+def test_no_group_straddles_roles() -> None:
+    labels, groups = slices(group_size=4)
+    drawn = roles(labels, groups, 0.3)
+    for group in set(groups):
+        members = {drawn[row] for row in range(len(groups)) if groups[row] == group}
+        assert len(members) == 1
+
+
+def test_the_draw_depends_on_the_seed_not_on_the_order_of_rows() -> None:
+    labels, groups = slices()
+    order = np.random.default_rng(0).permutation(len(labels))
+    drawn = roles(labels, groups, 0.2)
+    shuffled = roles([labels[i] for i in order], [groups[i] for i in order], 0.2)
+    assert [drawn[i] for i in order] == shuffled
+    assert readable(drawn) != readable(roles(labels, groups, 0.2, seed=1))
+
+
+def test_slices_without_a_label_and_groups_with_two_are_never_drawn() -> None:
+    labels, groups = slices(20)
+    labels[0], groups[0] = None, "unlabelled"
+    labels[1], groups[1] = "a", "conflict"
+    labels[25], groups[25] = "b", "conflict"
+    drawn = roles(labels, groups, 1.0)
+    assert [drawn[row] for row in (0, 1, 25)] == [UNLABELLED_ROLE] * 3
+    assert drawn.count(UNLABELLED_ROLE) == 3
+
+
+def test_a_tiny_fraction_still_gives_two_groups_of_each_class() -> None:
+    labels, groups = slices(10)
+    drawn = roles(labels, groups, 0.01)
+    assert drawn.count(LABELLED) == 3
+    assert drawn.count(VALIDATION) == 3
+
+
+def test_a_class_with_one_slice_is_named() -> None:
+    labels, groups = slices(10)
+    with pytest.raises(DataError, match="class 'rare' has 1 labelled training slice"):
+        roles([*labels, "rare"], [*groups, "rare0"], 0.5)
+    with pytest.raises(DataError, match="no labelled training slice"):
+        roles([None, None], ["x", "y"], 0.5)
+
+
+def test_the_test_draw_is_stratified_and_keeps_groups_together() -> None:
+    labels, groups = slices(100, group_size=5)
+    held_out = draw_test(labels, groups, fraction=0.25, seed=0)
+    for name in ("a", "b", "c"):
+        assert held_out[np.array(labels) == name].sum() == 25
+    for group in set(groups):
+        assert len({bool(held_out[row]) for row in range(300) if groups[row] == group}) == 1
+
+
+def test_joint_groups_follow_either_id() -> None:
+    duplicates = ["d1", "d1", "d2", "d3", "d4"]
+    subjects = [None, "s1", "s1", None, None]
+    assert joint_groups(duplicates, subjects) == ["d1", "d1", "d1", "d3", "d4"]

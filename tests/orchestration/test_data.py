@@ -1,0 +1,159 @@
+"""Preprocessing on a real Ray cluster: what is stored, removed, rejected and refused."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from brainray.errors import DataError
+from brainray.mri.decode import decode_slice
+from brainray.mri.resize import stretch
+from brainray.mri.skull_strip import apply_mask, otsu_mask
+from brainray.orchestration.data import preprocess
+from brainray.orchestration.store import ImageStore
+from brainray.schema import IMAGE_STORE
+from tests.conftest import tiny_config
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+@pytest.fixture(scope="module")
+def store(
+    phantoms: Path, ray_cluster: None, tmp_path_factory: pytest.TempPathFactory
+) -> ImageStore:
+    storage = tmp_path_factory.mktemp("storage")
+    return preprocess(tiny_config(storage, "name=mri", f"source={phantoms}"))
+
+
+def test_the_store_is_readable_by_plain_pyarrow(store: ImageStore, phantoms: Path) -> None:
+    assert store.folder.local_path is not None
+    table = pq.read_table(store.folder.local_path / "images")
+    assert table.schema.equals(IMAGE_STORE)
+    row = table.filter(table["path"].to_numpy() == table["path"][0].as_py()).to_pylist()[0]
+    content = (phantoms / row["path"]).read_bytes()
+    image = decode_slice(content, min_side=1, max_pixels=10**6).image
+    expected = stretch(apply_mask(image, otsu_mask(image)), 32)
+    stored = np.frombuffer(row["image"], np.uint8).reshape(row["height"], row["width"])
+    np.testing.assert_array_equal(stored, expected)
+    assert row["num_bytes"] == len(content)
+
+
+def test_copies_leave_training_but_not_the_test_set(store: ImageStore) -> None:
+    counts = store.manifest["num_slices"]
+    assert counts["train"] == dict.fromkeys(["glioma", "meningioma", "notumor", "pituitary"], 14)
+    assert counts["test"]["glioma"] == 5
+    duplicates = store.folder.read_table("duplicates.parquet").to_pylist()
+    removed = [row["path"] for row in duplicates if row["removed"]]
+    assert len(removed) == 1
+    assert {row["level"] for row in duplicates} == {"exact"}
+
+
+def test_leakage_names_the_copy_across_the_split(store: ImageStore) -> None:
+    leakage = store.folder.read_json("leakage.json")
+    assert leakage["num_test"] == {"all": 17, "clean": 16}
+    (pair,) = leakage["twins_in_training"]
+    assert pair["path"] == "Testing/glioma/copied.jpg"
+    assert pair["twin"].startswith("Training/glioma/")
+    assert pair["level"] == "exact"
+
+
+def test_statistics_are_those_of_the_stored_training_pixels(store: ImageStore) -> None:
+    assert store.folder.local_path is not None
+    table = pq.read_table(store.folder.local_path / "images").to_pylist()
+    pixels = np.concatenate(
+        [np.frombuffer(row["image"], np.uint8) for row in table if row["split"] == "train"]
+    )
+    assert abs(store.pixel_mean - pixels.mean() / 255) < 1e-9
+    assert abs(store.pixel_std - pixels.std() / 255) < 1e-9
+
+
+def test_images_come_in_the_order_asked_for(store: ImageStore) -> None:
+    ids = store.index().to_pandas().query("split == 'train'")["sample_id"].tolist()
+    forward = store.images(ids, "train", 16)
+    np.testing.assert_array_equal(store.images(ids[::-1], "train", 16), forward[::-1])
+    assert forward.shape == (56, 1, 16, 16)
+    with pytest.raises(DataError, match="lacks 1 slices"):
+        store.images(["0" * 32], "train", 16)
+
+
+def test_figures_are_drawn(store: ImageStore) -> None:
+    assert (store.folder / "figures").names() == ["class_distribution.png", "skull_strip.png"]
+
+
+def test_an_equal_store_is_reused_and_another_is_refused(
+    store: ImageStore, phantoms: Path, tmp_path: Path
+) -> None:
+    assert store.folder.local_path is not None
+    storage = store.folder.local_path.parents[1]
+    said: list[str] = []
+    again = preprocess(tiny_config(storage, "name=mri", f"source={phantoms}"), said.append)
+    assert again.manifest == store.manifest
+    assert "reused" in said[0]
+    with pytest.raises(DataError, match=r"preprocess\.skull_strip: otsu here, none asked"):
+        preprocess(
+            tiny_config(storage, "name=mri", f"source={phantoms}", "preprocess.skull_strip=none")
+        )
+    grown = tmp_path / "grown"
+    shutil.copytree(phantoms, grown)
+    (grown / "Training" / "glioma" / "new.jpg").write_bytes(b"new")
+    with pytest.raises(DataError, match="which differ from the 75 files"):
+        preprocess(tiny_config(storage, "name=mri", f"source={grown}"))
+
+
+def test_bad_files_are_recorded_and_the_rest_goes_on(phantoms: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(phantoms, source)
+    good = next((source / "Training" / "glioma").iterdir()).read_bytes()
+    bad = {
+        "empty.jpg": (b"", "empty file"),
+        "text.jpg": (b"not an image at all", "not an image"),
+        "truncated.jpg": (good[: len(good) // 2], "corrupt or truncated"),
+    }
+    for name, (content, _) in bad.items():
+        (source / "Training" / "glioma" / name).write_bytes(content)
+    (source / "Training" / "glioma" / "gone.jpg").symlink_to(tmp_path / "nowhere")
+    made = preprocess(tiny_config(tmp_path / "storage", "name=mri", f"source={source}"))
+    rejected = {
+        Path(row["path"]).name: row["reason"]
+        for row in made.folder.read_table("rejected.parquet").to_pylist()
+    }
+    assert rejected == {name: reason for name, (_, reason) in bad.items()} | {
+        "gone.jpg": "unreadable file"
+    }
+    assert made.manifest["num_rejected"] == 4
+    assert made.manifest["num_slices"]["train"]["glioma"] == 14
+
+
+def test_too_many_bad_files_stop_the_job_and_leave_nothing(tmp_path: Path) -> None:
+    source = tmp_path / "source" / "a"
+    source.mkdir(parents=True)
+    for number in range(5):
+        (source / f"{number}.jpg").write_bytes(b"text")
+    with pytest.raises(DataError, match=r"none of the 5 files .* not an image \(5\)"):
+        preprocess(tiny_config(tmp_path / "storage", "name=mri", f"source={source.parent}"))
+    assert not (tmp_path / "storage" / "datasets" / "mri").exists()
+
+
+def test_a_source_without_splits_is_split_by_group(phantoms: Path, tmp_path: Path) -> None:
+    made = preprocess(
+        tiny_config(tmp_path, "name=mri", f"source={phantoms / 'Training'}", "split.seed=1")
+    )
+    index = made.index().to_pandas()
+    shares = index.groupby("label")["split"].apply(lambda split: (split == "test").mean())
+    assert shares.between(0.15, 0.3).all()
+    assert index.groupby("duplicate_group_id")["split"].nunique().max() == 1
+    assert made.folder.read_json("leakage.json")["twins_in_training"] == []
+
+
+def test_a_test_class_that_training_lacks_is_named(phantoms: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(phantoms, source)
+    (source / "Testing" / "glioma").rename(source / "Testing" / "glioma_tumor")
+    with pytest.raises(DataError, match=r"--set classes\.map\.glioma_tumor=NAME"):
+        preprocess(tiny_config(tmp_path / "storage", "name=mri", f"source={source}"))
+    renamed = tiny_config(
+        tmp_path / "storage", "name=mri", f"source={source}", "classes.map.glioma_tumor=glioma"
+    )
+    assert preprocess(renamed).manifest["num_slices"]["test"]["glioma"] == 5

@@ -1,0 +1,101 @@
+"""What a folder and a labels table say of its files."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from brainray.errors import DataError
+from brainray.orchestration.source import list_source
+from brainray.storage import Folder
+
+
+def make(folder: Path, *names: str) -> Folder:
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+    return Folder(folder)
+
+
+def listed(source: Folder, labels: Folder | None = None, **renames: str) -> list[tuple]:
+    listing = list_source(source, labels, renames)
+    return [(file.path, file.split, file.label, file.subject) for file in listing.files]
+
+
+def test_split_folders_with_class_folders(tmp_path: Path) -> None:
+    source = make(tmp_path, "Training/a/1.jpg", "Training/b/2.PNG", "Testing/a/3.jpg")
+    assert listed(source, a="glioma") == [
+        ("Testing/a/3.jpg", "test", "glioma", None),
+        ("Training/a/1.jpg", "train", "glioma", None),
+        ("Training/b/2.PNG", "train", "b", None),
+    ]
+
+
+def test_class_folders_and_bare_files(tmp_path: Path) -> None:
+    source = make(tmp_path, "a/1.jpg", "a/deep/2.jpg", "bare.tif", ".hidden/3.jpg", "notes.txt")
+    assert listed(source) == [
+        ("a/1.jpg", None, "a", None),
+        ("a/deep/2.jpg", None, "a", None),
+        ("bare.tif", None, None, None),
+    ]
+    assert list_source(source, None, {}).num_ignored == 1
+
+
+def test_a_labels_table_names_classes_splits_and_subjects(tmp_path: Path) -> None:
+    source = make(tmp_path / "s", "x/1.jpg", "x/2.jpg", "3.jpg")
+    table = tmp_path / "labels.csv"
+    table.write_text("path,label,split,subject\nx/1.jpg,0,train,007\nx/2.jpg,,test,\n")
+    expected = [
+        ("3.jpg", "train", None, None),
+        ("x/1.jpg", "train", "0", "007"),
+        ("x/2.jpg", "test", None, None),
+    ]
+    assert listed(source, Folder(table)) == expected
+    parquet = tmp_path / "labels.parquet"
+    columns = {"path": ["x/1.jpg"], "label": ["0"], "split": ["train"], "subject": ["007"]}
+    pq.write_table(pa.table(columns), parquet)
+    assert listed(source, Folder(parquet))[1] == expected[1]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("path,label\nabsent.jpg,a\n", "names 'absent.jpg', which is no image file"),
+        ("path,label\n1.jpg,a\n1.jpg,b\n", "names '1.jpg' twice"),
+        ("file,label\n1.jpg,a\n", "lacks the column path"),
+        ("path,label,split\n1.jpg,a,holdout\n", "split 'holdout' of '1.jpg'"),
+    ],
+)
+def test_a_table_that_does_not_fit_is_explained(tmp_path: Path, content: str, message: str) -> None:
+    source = make(tmp_path / "s", "1.jpg")
+    (tmp_path / "labels.csv").write_text(content)
+    with pytest.raises(DataError, match=message):
+        list_source(source, Folder(tmp_path / "labels.csv"), {})
+
+
+def test_an_absent_an_empty_and_a_mixed_folder_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such folder"):
+        list_source(Folder(tmp_path / "absent"), None, {})
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="holds no image file"):
+        list_source(Folder(tmp_path / "empty"), None, {})
+    mixed = make(tmp_path / "mixed", "Training/a/1.jpg", "other/2.jpg")
+    with pytest.raises(DataError, match="Training beside other"):
+        list_source(mixed, None, {})
+
+
+def test_a_link_back_into_the_tree_ends(tmp_path: Path) -> None:
+    source = make(tmp_path, "a/1.jpg")
+    (tmp_path / "a" / "loop").symlink_to(tmp_path)
+    assert [row[0] for row in listed(source)] == ["a/1.jpg"]
+
+
+def test_the_fingerprint_follows_paths_and_labels(tmp_path: Path) -> None:
+    source = make(tmp_path, "a/1.jpg")
+    before = list_source(source, None, {}).fingerprint
+    assert list_source(source, None, {}).fingerprint == before
+    assert list_source(source, None, {"a": "b"}).fingerprint != before
+    make(tmp_path, "a/2.jpg")
+    assert list_source(source, None, {}).fingerprint != before

@@ -1,0 +1,259 @@
+"""Training on a real Ray cluster: DDP, resuming after a kill, and labels that must not be read."""
+
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import ray
+import torch
+from mlflow import MlflowClient
+from ray.util.state import list_actors
+
+from brainray.config import Config
+from brainray.engine.state import Checkpoint, load_checkpoint
+from brainray.errors import BrainrayError, CheckpointError, ConfigError, DataError
+from brainray.orchestration.data import preprocess
+from brainray.orchestration.driver import TrainedRun, train
+from brainray.orchestration.inference import evaluate
+from brainray.orchestration.run import begin_run
+from brainray.orchestration.store import ImageStore
+from brainray.schema import SEEN, UNLABELLED_ROLE
+from brainray.storage import Folder
+from tests.conftest import tiny_config
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+@pytest.fixture(scope="module")
+def storage(phantoms: Path, ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("storage")
+    preprocess(tiny_config(folder, "name=mri", f"source={phantoms}"))
+    return folder
+
+
+def config_of(storage: Path, name: str, *overrides: str) -> Config:
+    return tiny_config(storage, f"name={name}", "dataset=mri", *overrides)
+
+
+@pytest.fixture(scope="module")
+def trained(storage: Path) -> TrainedRun:
+    """Two DDP ranks, two epochs."""
+    return train(config_of(storage, "two-ranks", "train.num_workers=2"))
+
+
+@pytest.fixture(scope="module")
+def reference(storage: Path) -> TrainedRun:
+    """One rank, undisturbed, with steps slow enough for others to be killed between them."""
+    return train(slow_config(storage, "reference"))
+
+
+def slow_config(storage: Path, name: str) -> Config:
+    return config_of(
+        storage,
+        name,
+        "train.num_epochs=5",
+        "train.batch_size_per_worker=2",
+        "train.labelled_batch_size_per_worker=2",
+    )
+
+
+def checkpoint_of(run: TrainedRun, folder: str) -> Checkpoint:
+    return load_checkpoint(run.run.folder / folder)
+
+
+def assert_same_models(one: Checkpoint, two: Checkpoint) -> None:
+    assert one.epoch == two.epoch
+    for module in ("encoder", "clusters"):
+        expected = getattr(one, module).state_dict()
+        found = getattr(two, module).state_dict()
+        assert expected.keys() == found.keys()
+        for name, value in expected.items():
+            same = torch.equal(value, found[name]) if torch.is_tensor(value) else True
+            assert same, f"{module}.{name} differs"
+
+
+def test_a_run_leaves_what_it_promises(trained: TrainedRun) -> None:
+    folder = trained.run.folder
+    history = folder.read_json_lines("metrics.jsonl")
+    assert [metrics["epoch"] for metrics in history] == [1.0, 2.0]
+    for name in (
+        "train/loss/ce",
+        "train/loss/cluster",
+        "validation/score",
+        "test/all/head/accuracy",
+        "test/clean/cluster/f1_macro",
+        "test/all/head/recall/glioma",
+        "cluster/nmi_previous",
+        "cluster/effective_rank",
+        "time/epoch_s",
+        "time/images_per_s",
+    ):
+        assert np.isfinite(history[-1][name]), name
+    seen = folder.read_table("seen.parquet")
+    assert seen.schema.equals(SEEN)
+    for row in seen.to_pylist():
+        assert (row["label"] is None) == (row["role"] == UNLABELLED_ROLE)
+    assert {"confusion_all.png", "loss.png"} <= set((folder / "figures").names())
+    metrics = trained.metrics
+    assert metrics["test/all/num_slices"] == 17
+    assert metrics["test/clean/num_slices"] == 16
+    low, high = (metrics[f"test/all/head/accuracy_{side}"] for side in ("low", "high"))
+    assert low <= metrics["test/all/head/accuracy"] <= high
+    assert "test/all/thumbnail_1nn/accuracy" in metrics
+    assert "last/test/all/cluster/accuracy" in metrics
+
+
+def test_mlflow_holds_the_run_once(trained: TrainedRun) -> None:
+    client = MlflowClient(trained.tracking_uri)
+    assert trained.mlflow_run_id is not None
+    run = client.get_run(trained.mlflow_run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["train.num_epochs"] == "2"
+    assert run.data.tags["brainray.data_hash"] == trained.run.info["data_hash"]
+    assert len(client.get_metric_history(run.info.run_id, "train/loss/ce")) == 2
+    figures = {found.path for found in client.list_artifacts(run.info.run_id, "figures")}
+    assert "figures/loss.png" in figures
+
+
+def test_a_finished_run_is_reported_again_not_trained_again(
+    storage: Path, trained: TrainedRun
+) -> None:
+    said: list[str] = []
+    again = train(config_of(storage, "two-ranks", "train.num_workers=1"), said.append)
+    assert again.metrics == trained.metrics
+    assert again.mlflow_run_id == trained.mlflow_run_id
+    assert "complete, nothing to train" in said[0]
+
+
+def test_a_killed_worker_costs_nothing_but_time(storage: Path, reference: TrainedRun) -> None:
+    killed: list[int] = []
+
+    def kill_after_the_first_epoch(line: str) -> None:
+        if line.startswith("epoch ") and not killed:
+            actors = list_actors(
+                address=ray.get_runtime_context().gcs_address,
+                filters=[("class_name", "=", "RayTrainWorker")],
+            )
+            killed.extend(actor.pid for actor in actors if actor.state == "ALIVE" and actor.pid)
+            for pid in killed:
+                os.kill(pid, signal.SIGKILL)
+
+    resumed = train(slow_config(storage, "killed"), kill_after_the_first_epoch)
+    assert killed
+    history = resumed.run.folder.read_json_lines("metrics.jsonl")
+    assert [metrics["epoch"] for metrics in history] == [1.0, 2.0, 3.0, 4.0, 5.0]
+    for folder in ("last", "best"):
+        assert_same_models(checkpoint_of(reference, folder), checkpoint_of(resumed, folder))
+    client = MlflowClient(resumed.tracking_uri)
+    assert resumed.mlflow_run_id is not None
+    logged = client.get_metric_history(resumed.mlflow_run_id, "train/loss/ce")
+    assert [metric.step for metric in logged] == [1, 2, 3, 4, 5]
+
+
+def test_labels_of_unlabelled_and_test_slices_change_nothing(
+    storage: Path, phantoms: Path, reference: TrainedRun, tmp_path: Path
+) -> None:
+    config = slow_config(tmp_path, "permuted")
+    preprocess(tiny_config(tmp_path, "name=mri", f"source={phantoms}"))
+    store = ImageStore.open(Folder(tmp_path) / "datasets" / "mri")
+    begun, _ = begin_run(config, store)
+    seen = begun.folder.read_table("seen.parquet").to_pandas()
+    unlabelled = set(seen[seen["role"] == UNLABELLED_ROLE]["sample_id"])
+    num_changed = 0
+    for path in sorted((tmp_path / "datasets" / "mri" / "images").iterdir()):
+        table = pq.read_table(path)
+        frame = table.select(["sample_id", "split", "label"]).to_pandas()
+        hidden = frame["sample_id"].isin(unlabelled) & (frame["split"] == "train")
+        hidden |= frame["split"] == "test"
+        rotated = dict(zip(store.classes, [*store.classes[1:], store.classes[0]], strict=True))
+        frame.loc[hidden, "label"] = frame.loc[hidden, "label"].map(rotated)
+        num_changed += int(hidden.sum())
+        column = table.schema.get_field_index("label")
+        labels = frame["label"].tolist()
+        pq.write_table(table.set_column(column, table.schema.field(column), [labels]), path)
+    assert num_changed > 30
+    slices = begun.folder.read_table("test.parquet").to_pandas()
+    slices["label"] = slices["label"].map(rotated)
+    column_table = begun.folder.read_table("test.parquet")
+    begun.folder.write_table(
+        "test.parquet",
+        column_table.set_column(
+            column_table.schema.get_field_index("label"), "label", [slices["label"].tolist()]
+        ),
+    )
+    permuted = train(config)
+    for folder in ("last", "best"):
+        assert_same_models(checkpoint_of(reference, folder), checkpoint_of(permuted, folder))
+    assert permuted.metrics["chosen_epoch"] == reference.metrics["chosen_epoch"]
+    assert permuted.metrics["test/all/num_slices"] == 17
+
+
+def test_evaluation_of_the_raw_files_tells_what_training_told(
+    storage: Path, phantoms: Path, trained: TrainedRun
+) -> None:
+    scored = evaluate(config_of(storage, "check", "run=two-ranks", f"source={phantoms}"))
+    for name, value in trained.metrics.items():
+        if name.startswith("test/"):
+            assert scored.metrics[name] == pytest.approx(value, abs=1e-4), name
+    assert scored.folder.exists("predictions.parquet")
+
+
+def test_a_checkpoint_without_its_run_has_no_clean_figures(
+    storage: Path, phantoms: Path, trained: TrainedRun, tmp_path: Path
+) -> None:
+    alone = Folder(tmp_path) / "alone" / "epoch"
+    alone.write_bytes("model.pt", (trained.run.folder / "best").read_bytes("model.pt"))
+    scored = evaluate(
+        tiny_config(storage, "name=alone", f"checkpoint={alone}", f"source={phantoms}")
+    )
+    assert scored.metrics["test/all/num_slices"] == 17
+    assert not [name for name in scored.metrics if "clean" in name]
+    predictions = scored.folder.read_table("predictions.parquet")
+    assert predictions["clean"].null_count == predictions.num_rows
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "message"),
+    [
+        (["clustering.num_clusters=3"], BrainrayError, "below the number of classes"),
+        (["clustering.num_clusters=500"], BrainrayError, "exceeds the number of training slices"),
+        (["train.num_workers=64"], ConfigError, "the Ray cluster has 2 and 0: lower"),
+        (["train.device=cuda"], ConfigError, "has no GPU"),
+        (["dataset=absent"], DataError, "no image store at"),
+        (["encoder.weights=/absent.pt"], ConfigError, "no such file"),
+    ],
+)
+def test_what_cannot_train_is_refused_before_anything_is_left(
+    storage: Path, overrides: list[str], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        train(config_of(storage, "refused", *overrides))
+    assert not (storage / "runs" / "refused").exists()
+
+
+def test_a_run_is_not_resumed_with_other_settings(storage: Path, trained: TrainedRun) -> None:
+    with pytest.raises(ConfigError, match=r"train\.learning_rate: 0\.0015 here, 0\.001 asked"):
+        train(config_of(storage, "two-ranks", "train.learning_rate=1e-3"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "message"),
+    [
+        (["run=absent"], DataError, "no run 'absent'"),
+        ([], ConfigError, "one of --set run=NAME and --set checkpoint=PATH"),
+        (["checkpoint=/tmp"], CheckpointError, r"holds no model\.pt"),
+    ],
+)
+def test_evaluation_names_what_is_missing(
+    storage: Path, phantoms: Path, overrides: list[str], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        evaluate(tiny_config(storage, f"source={phantoms}", *overrides))
+
+
+def test_a_collapse_stops_the_run_and_says_why(storage: Path) -> None:
+    with pytest.raises(BrainrayError, match="lambda_cluster"):
+        train(config_of(storage, "collapsed", "clustering.min_spread=1.5"))

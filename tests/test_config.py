@@ -1,0 +1,90 @@
+"""Configuration is validated at the door, and survives the way to a file and back."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from brainray.config import (
+    Config,
+    config_hash,
+    flatten,
+    known_keys,
+    load_config,
+    parse_config,
+    to_yaml,
+)
+from brainray.errors import ConfigError
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configs_are_valid_and_name_their_command(path: Path) -> None:
+    assert load_config(path).name
+    assert f"--config configs/{path.name}" in path.read_text().split("\n\n")[0]
+
+
+def test_an_override_wins_over_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("train:\n  num_epochs: 3\n  image_size: 64\n")
+    config = load_config(path, ["train.num_epochs=7", "train.learning_rate=1e-3"])
+    assert config.train.num_epochs == 7
+    assert config.train.image_size == 64
+    assert config.train.learning_rate == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.num_epoch=3", "unknown key 'train.num_epoch' (did you mean 'train.num_epochs'?)"),
+        ("nonsense=1", "unknown key 'nonsense'"),
+        ("objective.name=magic", "objective.name: Input should be 'joint' or 'supervised'"),
+        ("train.num_epochs=0", "train.num_epochs: Input should be greater than or equal to 1"),
+        ("train.learning_rate=.nan", "the value must be finite"),
+        ("split.labelled_fraction=1.5", "split.labelled_fraction"),
+        ("train.image_size=512", "exceeds preprocess.image_size (256): lower the first"),
+        ("name=../escape", "not a plain name"),
+        ("storage", "write dotted.key=value"),
+        ("seed.deeper=1", "seed"),
+    ],
+)
+def test_a_bad_override_names_the_key_and_the_remedy(override: str, expected: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(None, [override])
+    assert expected in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["a: [1", "- 1\n- 2\n", "!!python/object:os.system {}\n"])
+def test_a_file_that_is_no_config_is_refused(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=r"c\.yaml"):
+        load_config(path)
+
+
+def test_a_missing_file_is_named() -> None:
+    with pytest.raises(ConfigError, match="no such config file: nowhere"):
+        load_config("nowhere.yaml")
+
+
+def test_yaml_round_trip_changes_nothing() -> None:
+    config = load_config(None, ["classes.map.glioma_tumor=glioma", "train.learning_rate=3e-4"])
+    assert parse_config(yaml.safe_load(to_yaml(config))) == config
+
+
+def test_flatten_gives_every_set_value_its_dotted_key() -> None:
+    flat = flatten(load_config(None, ["classes.map.a=b"]))
+    assert flat["train.num_epochs"] == 20
+    assert flat["classes.map.a"] == "b"
+    assert flat["evaluation.tsne_epochs"] == "1,5,10,15,20"
+    assert "name" not in flat
+    assert set(flat) <= {*known_keys(), "classes.map.a"}
+
+
+def test_the_hash_follows_the_values() -> None:
+    base = Config()
+    other = load_config(None, ["preprocess.image_size=300"])
+    assert config_hash(base.preprocess) == config_hash(Config().preprocess)
+    assert config_hash(base.preprocess) != config_hash(other.preprocess)

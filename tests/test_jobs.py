@@ -1,0 +1,110 @@
+"""The jobs' contract: complete help, one JSON line at the end, exit codes."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from brainray.config import Config, load_config
+from brainray.errors import ConfigError, DataError
+from brainray.orchestration.job import JobResult, resolve_paths, run_job
+
+PROJECT = Path(__file__).parents[1]
+JOBS = ["preprocess", "train", "evaluate", "pipeline", "track"]
+
+
+def run(
+    name: str, arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: object
+) -> tuple[int, dict, str]:
+    """Exit code, last line's object and standard error of ``python jobs/NAME.py ...``."""
+    assert isinstance(monkeypatch, pytest.MonkeyPatch)
+    monkeypatch.setattr(sys, "argv", [f"jobs/{name}.py", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(PROJECT / "jobs" / f"{name}.py"), run_name="__main__")
+    captured = capsys.readouterr()
+    return int(stop.value.code or 0), json.loads(captured.out.splitlines()[-1]), captured.err
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_help_explains_the_jobs_settings(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [f"jobs/{name}.py", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(PROJECT / "jobs" / f"{name}.py"), run_name="__main__")
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert f"python jobs/{name}.py" in text
+    assert "storage" in text
+    assert "[~/brainray]" in text
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("preprocess", ["name=x", "source=/no/such/folder"], "no such folder: source=/no/such"),
+        ("preprocess", ["source=/tmp"], "preprocessing needs --set name=NAME source=DIR"),
+        ("train", ["name=x", "train.lr=1"], "unknown key 'train.lr'"),
+        ("train", ["name=x"], "--set dataset=NAME"),
+        ("evaluate", ["run=absent", "source=/tmp"], "no run 'absent'"),
+        ("pipeline", ["source=/tmp"], "the pipeline needs a name"),
+        ("track", ["run=absent"], "no run 'absent'"),
+    ],
+)
+def test_bad_input_is_one_clear_line_and_exit_code_2(
+    name: str,
+    settings: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    arguments = ["--set", f"storage={tmp_path}", *settings]
+    code, last, stderr = run(name, arguments, capsys, monkeypatch)
+    assert code == 2
+    assert last["job"] == name
+    assert last["status"] == "error"
+    assert message in last["error"]
+    assert stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize(
+    ("outcome", "code"), [(None, 0), (DataError("a\nb"), 2), (RuntimeError("bug"), 1)]
+)
+def test_every_outcome_ends_in_one_json_line(
+    outcome: Exception | None, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def work(config: Config) -> JobResult:
+        if outcome is not None:
+            raise outcome
+        return JobResult(out="/x", run_id="1", metrics={"test/all/head/accuracy": 0.5})
+
+    assert run_job("train", "Train.", work, [], argv=[]) == code
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert last["status"] == ("ok" if code == 0 else "error")
+    if code == 0:
+        assert last == {
+            "job": "train",
+            "status": "ok",
+            "run_id": "1",
+            "out": "/x",
+            "metrics": {"test/all/head/accuracy": 0.5},
+        }
+
+
+def test_relative_paths_are_resolved_here_and_refused_in_a_submitted_job(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = load_config(None, ["source=data", "storage=s3://bucket/x"])
+    resolved = resolve_paths(config)
+    assert resolved.source == str(tmp_path / "data")
+    assert resolved.storage == "s3://bucket/x"
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    with pytest.raises(ConfigError, match="source=data is relative: a submitted job"):
+        resolve_paths(config)

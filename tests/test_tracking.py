@@ -1,0 +1,101 @@
+"""MLflow shows the run's folder: nothing twice, nothing lost, and no server is not the end."""
+
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from brainray.errors import TrackingError
+from brainray.storage import Folder
+from brainray.tracking import LenientTracker, MLflowTracker, artifact_location, default_uri
+
+HISTORY = [{"epoch": float(epoch), "train/loss/ce": 1.0 / epoch} for epoch in (1, 2, 3)]
+NOWHERE = "http://127.0.0.1:9"  # the discard port: nothing listens there
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Folder:
+    folder = Folder(tmp_path) / "runs" / "first"
+    folder.write_bytes("figures/a.png", b"png")
+    return folder
+
+
+def database(run: Folder) -> str:
+    return f"sqlite:///{run.path}/mlflow.db"
+
+
+def tracker(run: Folder, uri: str) -> MLflowTracker:
+    return MLflowTracker(run, uri, "tests", artifact_location(uri, Folder(run.uri)))
+
+
+@pytest.fixture(autouse=True)
+def quick_to_give_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+def test_a_restarted_driver_goes_on_in_the_same_run_without_repeating(run: Folder) -> None:
+    uri = database(run)
+    first = tracker(run, uri)
+    first.begin("first", {"train.num_epochs": 3}, {"brainray.data_hash": "abc"})
+    first.log_epochs(HISTORY[:2])
+    second = tracker(run, uri)
+    second.begin("first", {"train.num_epochs": 3}, {"brainray.data_hash": "abc"})
+    second.log_epochs(HISTORY)
+    second.log_summary({"test/all/head/accuracy": 0.9, "undefined": float("nan")})
+    second.log_files(["figures/a.png"])
+    second.finish()
+
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("tests")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    assert [found.info.run_id for found in runs] == [first.run_id] == [second.run_id]
+    assert runs[0].info.status == "FINISHED"
+    assert runs[0].data.params == {"train.num_epochs": "3"}
+    assert runs[0].data.tags["brainray.data_hash"] == "abc"
+    logged = client.get_metric_history(runs[0].info.run_id, "train/loss/ce")
+    assert [(metric.step, metric.value) for metric in logged] == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
+    assert runs[0].data.metrics["final/test/all/head/accuracy"] == 0.9
+    assert "final/undefined" not in runs[0].data.metrics
+    artifact = client.list_artifacts(runs[0].info.run_id, "figures")[0]
+    assert artifact.path == "figures/a.png"
+    assert experiment.artifact_location.startswith((run.local_path or Path()).as_uri())
+
+
+def test_an_unreachable_server_is_said_once_and_nothing_is_lost(run: Folder) -> None:
+    said: list[str] = []
+    away = LenientTracker(tracker(run, NOWHERE), said.append)
+    away.begin("first", {}, {})
+    for count in (1, 2, 3):
+        away.log_epochs(HISTORY[:count])
+    away.log_files(["figures/a.png"])
+    away.finish()
+    assert len(said) == 1
+    assert "127.0.0.1:9 cannot be used" in said[0]
+    assert away.problem is not None
+
+    back = LenientTracker(tracker(run, database(run)), said.append)
+    back.begin("first", {}, {})
+    back.log_epochs(HISTORY)
+    assert back.problem is None
+    client = MlflowClient(database(run))
+    run_id = run.read_json("tracking.json")["run_id"]
+    assert len(client.get_metric_history(run_id, "train/loss/ce")) == 3
+
+
+def test_passwords_stay_out_of_messages(run: Folder) -> None:
+    secret = tracker(run, "http://user:hunter2@127.0.0.1:9")
+    with pytest.raises(TrackingError) as error:
+        secret.begin("first", {}, {})
+    assert "hunter2" not in str(error.value)
+
+
+def test_the_default_is_a_database_in_storage_and_the_environment_wins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = Folder(tmp_path / "storage")
+    assert default_uri(storage) == f"sqlite:///{tmp_path}/storage/mlflow.db"
+    assert artifact_location("http://server", storage) is None
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://server:5000")
+    assert default_uri(storage) == "http://server:5000"
