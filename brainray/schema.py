@@ -9,6 +9,7 @@ TRAIN, TEST = "train", "test"
 """Values of the ``split`` column."""
 
 LABELLED, VALIDATION, UNLABELLED_ROLE = "labelled", "validation", "unlabelled"
+LEFT_OUT = "left_out"  # an unlabelled mate of a validation slice: neither trained on nor scored
 """Values of a training slice's ``role`` in one run."""
 
 THUMBNAIL_SIDE = 32
@@ -62,7 +63,7 @@ SEEN = pa.schema(
     [
         ("sample_id", pa.string()),
         ("path", pa.string()),
-        ("role", pa.string()),  # labelled | validation | unlabelled
+        ("role", pa.string()),  # labelled | validation | unlabelled | left_out
         ("label", pa.string()),  # null unless the run may read it
         ("duplicate_group_id", pa.string()),
         ("thumbnail", pa.binary(THUMBNAIL_SIDE * THUMBNAIL_SIDE)),

@@ -96,10 +96,26 @@ class Folder:
         if self.exists():
             self.filesystem.delete_dir(self.path)
 
-    def move_to(self, target: "Folder") -> None:
-        """Rename; ``target`` must not exist and must lie on the same file system."""
-        self.filesystem.create_dir(target.path.rpartition("/")[0], recursive=True)
-        self.filesystem.move(self.path, target.path)
+    def move_to(self, target: "Folder", last: str) -> None:
+        """Rename; ``target`` must not exist and must lie on the same file system.
+
+        Object stores cannot rename folders: there the files are copied, ``last``, the one that
+        makes the folder complete, after all others.
+        """
+        if self.local_path is not None:
+            self.filesystem.create_dir(target.path.rpartition("/")[0], recursive=True)
+            self.filesystem.move(self.path, target.path)
+            return
+        completing = self.read_bytes(last)
+        self.filesystem.delete_file(self._join(last))
+        pafs.copy_files(
+            self.path,
+            target.path,
+            source_filesystem=self.filesystem,
+            destination_filesystem=target.filesystem,
+        )
+        target.write_bytes(last, completing)
+        self.delete()
 
     def _join(self, name: str) -> str:
         return f"{self.path}/{name}" if name else self.path

@@ -18,7 +18,6 @@ from typing import Protocol
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
-from sqlalchemy.exc import SQLAlchemyError
 
 from brainray import layout
 from brainray.errors import TrackingError
@@ -48,28 +47,9 @@ class Tracker(Protocol):
         """Send files of the run's folder as artifacts."""
         ...
 
-    def finish(self) -> None:
-        """Mark the run as finished."""
+    def finish(self, status: str = "FINISHED") -> None:
+        """Mark the run as FINISHED or FAILED."""
         ...
-
-
-class NullTracker:
-    """Tracks nothing: for callers without MLflow."""
-
-    def begin(self, name: str, params: Mapping[str, object], tags: Mapping[str, str]) -> None:
-        pass
-
-    def log_epochs(self, history: list[dict[str, float]]) -> None:
-        pass
-
-    def log_summary(self, metrics: Mapping[str, float]) -> None:
-        pass
-
-    def log_files(self, names: Iterable[str]) -> None:
-        pass
-
-    def finish(self) -> None:
-        pass
 
 
 class MLflowTracker:
@@ -102,20 +82,21 @@ class MLflowTracker:
     def begin(self, name: str, params: Mapping[str, object], tags: Mapping[str, str]) -> None:
         with _readable_errors(self._uri):
             client = self._connect()
-            stored = (
-                self._run.read_json(layout.TRACKING) if self._run.exists(layout.TRACKING) else {}
-            )
-            if stored.get("uri") == self._uri:
-                self._state = stored
-                client.set_terminated(str(stored["run_id"]), status="RUNNING")
-                client.log_batch(str(stored["run_id"]), tags=_tags(tags))
-                return
-            run = client.create_run(self._experiment_id(client), run_name=name, tags=dict(tags))
-            self._state = {"uri": self._uri, "run_id": run.info.run_id, "epochs_sent": 0}
-            self._save()
-            flat = [Param(_key(key), str(value)) for key, value in params.items()]
-            for start in range(0, len(flat), _MAX_PARAMS):
-                client.log_batch(run.info.run_id, params=flat[start : start + _MAX_PARAMS])
+            if self._run.exists(layout.TRACKING):
+                self._state = self._run.read_json(layout.TRACKING)
+            if self._state.get("uri") == self._uri and self._is_known(client):
+                client.update_run(self._id, status="RUNNING")
+                client.log_batch(self._id, tags=_tags(tags))
+            else:
+                run = client.create_run(self._experiment_id(client), run_name=name, tags=dict(tags))
+                self._state = {"uri": self._uri, "run_id": run.info.run_id, "epochs_sent": 0}
+                self._save()
+            if not self._state.get("params_sent"):
+                flat = [Param(_key(key), str(value)) for key, value in params.items()]
+                for start in range(0, len(flat), _MAX_PARAMS):
+                    client.log_batch(self._id, params=flat[start : start + _MAX_PARAMS])
+                self._state["params_sent"] = True
+                self._save()
 
     def log_epochs(self, history: list[dict[str, float]]) -> None:
         sent = int(str(self._state["epochs_sent"]))
@@ -138,15 +119,25 @@ class MLflowTracker:
                 copy.write_bytes(self._run.read_bytes(name))
             self._connect().log_artifacts(self._id, temporary)
 
-    def finish(self) -> None:
+    def finish(self, status: str = "FINISHED") -> None:
         with _readable_errors(self._uri):
-            self._connect().set_terminated(self._id, status="FINISHED")
+            self._connect().set_terminated(self._id, status=status)
 
     @property
     def _id(self) -> str:
         if self.run_id is None:
             raise TrackingError("the MLflow run has not begun")
         return self.run_id
+
+    def _is_known(self, client: MlflowClient) -> bool:
+        """Whether the server still has the run: a database may have been deleted or replaced."""
+        try:
+            client.get_run(self._id)
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return False
+            raise
+        return True
 
     def _connect(self) -> MlflowClient:
         if self._client is None:
@@ -206,8 +197,8 @@ class LenientTracker:
         chosen = list(names)
         self._try(lambda: self._tracker.log_files(chosen))
 
-    def finish(self) -> None:
-        self._try(self._tracker.finish)
+    def finish(self, status: str = "FINISHED") -> None:
+        self._try(lambda: self._tracker.finish(status))
 
     def _try(self, action: Callable[[], None]) -> None:
         try:
@@ -223,10 +214,7 @@ class LenientTracker:
 
 
 def default_uri(storage: Folder) -> str:
-    """``MLFLOW_TRACKING_URI``, or a SQLite file in a local storage (else in ~/brainray)."""
-    from_environment = os.environ.get("MLFLOW_TRACKING_URI")
-    if from_environment:
-        return from_environment
+    """A SQLite file in a local storage, else in ~/brainray."""
     folder = storage.local_path or Path.home() / "brainray"
     folder.mkdir(parents=True, exist_ok=True)
     return f"sqlite:///{folder}/mlflow.db"
@@ -245,15 +233,16 @@ def _tags(tags: Mapping[str, str]) -> list[RunTag]:
 
 
 def _key(name: str) -> str:
-    return _FORBIDDEN.sub("_", name)
+    parts = [part for part in _FORBIDDEN.sub("_", name).split("/") if part not in {"", ".", ".."}]
+    return "/".join(parts)
 
 
 @contextmanager
 def _readable_errors(uri: str) -> Iterator[None]:
     try:
         yield
-    except (MlflowException, SQLAlchemyError, OSError) as error:
-        reason = " ".join(str(error).split())[:300]
+    except Exception as error:  # of databases, HTTP, and stores of artifacts: any of a dozen
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
         message = f"MLflow at {uri} cannot be used: {reason}"
         # A password in the URI must reach neither logs nor the job's result.
         raise TrackingError(re.sub(r"//[^/@\s]*@", "//***@", message)) from None

@@ -27,6 +27,17 @@ if __name__ == "__main__":
             Example: python jobs/evaluate.py --set run=first source=/data/other-hospital
             """,
             work,
-            keys=["run", "checkpoint", "source", "labels", "classes", "name", "storage"],
+            keys=[
+                "run",
+                "checkpoint",
+                "source",
+                "labels",
+                "classes",
+                "name",
+                "storage",
+                "seed",
+                "train.device",
+                "evaluation.bootstrap_resamples",
+            ],
         )
     )

@@ -43,6 +43,13 @@ def ray_cluster() -> Iterator[None]:
     ray.shutdown()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def impatient_mlflow() -> None:
+    """Servers that are away on purpose are given up at once."""
+    os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
+
+
 @pytest.fixture
 def real_data() -> Path:
     if not REAL_DATA.is_dir():

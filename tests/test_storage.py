@@ -4,6 +4,7 @@ import pickle
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.fs as pafs
 import pytest
 
 from brainray.errors import ConfigError, DataError
@@ -42,7 +43,7 @@ def test_a_uri_is_a_folder_too(tmp_path: Path) -> None:
 def test_moving_needs_no_parent(tmp_path: Path) -> None:
     source = Folder(tmp_path) / "source"
     source.write_bytes("f", b"x")
-    source.move_to(Folder(tmp_path) / "deep" / "target")
+    source.move_to(Folder(tmp_path) / "deep" / "target", last="f")
     assert (tmp_path / "deep" / "target" / "f").read_bytes() == b"x"
     assert not source.exists()
 
@@ -52,3 +53,17 @@ def test_a_relative_path_and_a_missing_file_are_named(tmp_path: Path) -> None:
         Folder("relative/path")
     with pytest.raises(DataError, match="absent"):
         Folder(tmp_path).read_bytes("absent")
+
+
+def test_moving_without_renames_copies_and_completes_last(tmp_path: Path) -> None:
+    remote = pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem())
+    source, target = Folder(tmp_path), Folder(tmp_path)
+    for folder, path in ((source, "source"), (target, "target")):
+        folder.filesystem, folder.path = remote, path
+    source.write_bytes("images/part", b"x")
+    source.write_bytes("manifest.json", b"{}")
+    assert source.local_path is None
+    source.move_to(target, last="manifest.json")
+    assert (tmp_path / "target" / "images" / "part").read_bytes() == b"x"
+    assert (tmp_path / "target" / "manifest.json").read_bytes() == b"{}"
+    assert not (tmp_path / "source").exists()

@@ -28,12 +28,6 @@ def tracker(run: Folder, uri: str) -> MLflowTracker:
     return MLflowTracker(run, uri, "tests", artifact_location(uri, Folder(run.uri)))
 
 
-@pytest.fixture(autouse=True)
-def quick_to_give_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-
-
 def test_a_restarted_driver_goes_on_in_the_same_run_without_repeating(run: Folder) -> None:
     uri = database(run)
     first = tracker(run, uri)
@@ -91,11 +85,28 @@ def test_passwords_stay_out_of_messages(run: Folder) -> None:
     assert "hunter2" not in str(error.value)
 
 
-def test_the_default_is_a_database_in_storage_and_the_environment_wins(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_the_server_has_lost_is_made_anew(run: Folder) -> None:
+    lost = {"uri": database(run), "run_id": "0" * 32, "epochs_sent": 3, "params_sent": True}
+    run.write_json("tracking.json", lost)
+    after = tracker(run, database(run))
+    after.begin("first", {"a": 1}, {})
+    after.log_epochs(HISTORY)
+    assert after.run_id != lost["run_id"]
+    client = MlflowClient(database(run))
+    assert len(client.get_metric_history(str(after.run_id), "train/loss/ce")) == 3
+    assert client.get_run(str(after.run_id)).data.params == {"a": "1"}
+
+
+def test_odd_class_names_do_not_stop_the_others(run: Folder) -> None:
+    odd = tracker(run, database(run))
+    odd.begin("first", {}, {})
+    odd.log_epochs([{"epoch": 1.0, "recall//x": 0.5, "recall/..": 0.25, "recall/a+b": 1.0}])
+    metrics = MlflowClient(database(run)).get_run(str(odd.run_id)).data.metrics
+    assert metrics["recall/x"] == 0.5
+    assert metrics["recall/a_b"] == 1.0
+
+
+def test_the_default_is_a_database_in_storage(tmp_path: Path) -> None:
     storage = Folder(tmp_path / "storage")
     assert default_uri(storage) == f"sqlite:///{tmp_path}/storage/mlflow.db"
     assert artifact_location("http://server", storage) is None
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://server:5000")
-    assert default_uri(storage) == "http://server:5000"

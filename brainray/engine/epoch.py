@@ -1,5 +1,6 @@
 """One pass of training, and one of inference."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -25,19 +26,26 @@ class SoftTargets:
     centers: Tensor  # (K, E) float32
 
 
+@dataclass(frozen=True)
+class EpochResult:
+    """What one pass of training tells."""
+
+    losses: dict[str, float]  # mean of each term over all steps and ranks
+    data_wait_s: float  # this rank's time until its batches were at hand
+
+
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:
     """bf16 autocast, or none for ``fp32``."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
-def num_steps(num_labelled: int, num_unlabelled: int, sizes: StepSizes, num_ranks: int) -> int:
-    """Steps of an epoch, the same on every rank: one pass over the unlabelled slices.
+def num_steps(num_unlabelled: int, batch_size_per_worker: int, num_ranks: int) -> int:
+    """Steps of an epoch, the same on every rank and for every objective.
 
-    Without unlabelled slices in a step, one pass over as many labelled ones as there are slices.
+    An epoch is one pass over the unlabelled slices of all ranks; a control that takes labelled
+    slices in their place has as many steps and image passes.
     """
-    if sizes.unlabelled:
-        return -(-num_unlabelled // (sizes.unlabelled * num_ranks))
-    return -(-(num_labelled + num_unlabelled) // (sizes.labelled * num_ranks))
+    return -(-num_unlabelled // (batch_size_per_worker * num_ranks))
 
 
 def train_epoch(
@@ -56,8 +64,8 @@ def train_epoch(
     precision: str,
     seed: int,
     on_step: Callable[[int], None] = lambda step: None,
-) -> dict[str, float]:
-    """Train for ``steps`` steps and return the mean of each loss term over all ranks.
+) -> EpochResult:
+    """Train for ``steps`` steps, the same number on every rank.
 
     The labelled slices are augmented and cycle; the unlabelled ones are seen as they are. Order
     and augmentation follow from ``seed`` alone, which must differ between epochs and ranks.
@@ -70,12 +78,15 @@ def train_epoch(
         len(unlabelled), sizes.unlabelled, steps, seed=2 * seed + 1, device=device
     )
     sums: dict[str, Tensor] = {}
+    data_wait_s = 0.0
     for step, (rows, rows_unlabelled) in enumerate(
         zip(labelled_rows, unlabelled_rows, strict=True)
     ):
+        started = time.perf_counter()
         augmented = augment(scale.to_unit(labelled.images[rows]), augmentation, generator)
         plain = scale.to_unit(unlabelled.images[rows_unlabelled])
         images = scale.standardise(torch.cat([augmented, plain]))
+        data_wait_s += time.perf_counter() - started
         with autocast(device, precision):
             output: EncoderOutput = model(images)
         terms = objective.loss(
@@ -97,7 +108,7 @@ def train_epoch(
         on_step(step)
     totals = dist.sum_across_ranks(torch.stack(list(sums.values())).double())
     means = (totals / (steps * dist.world_size())).tolist()
-    return dict(zip(sums, means, strict=True))
+    return EpochResult(dict(zip(sums, means, strict=True)), data_wait_s)
 
 
 @torch.inference_mode()
@@ -126,6 +137,7 @@ def _cycle_rows(
 ) -> Iterator[Tensor]:
     """``steps`` batches of row indices from one shuffled pass after the other."""
     generator = Generator().manual_seed(seed)  # on the CPU: the same order on every device
+    assert num_rows > 0 or batch_size == 0, "a rank without slices cannot fill its batches"
     pool = torch.empty(0, dtype=torch.int64)
     for _ in range(steps):
         while len(pool) < batch_size:

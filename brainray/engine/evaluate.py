@@ -216,10 +216,10 @@ def summarise(
         mix = np.bincount(predictions.labels[subsets["clean"]], minlength=len(classes)).astype(
             float
         )
-        for name, predicted in (
-            ("head", predictions.head),
-            ("cluster", predictions.cluster_classes),
-        ):
+        predictors = {"head": predictions.head, "cluster": predictions.cluster_classes}
+        if baseline is not None:
+            predictors["thumbnail_1nn"] = baseline
+        for name, predicted in predictors.items():
             reweighted = reweighted_accuracy(predictions.labels, predicted, mix / mix.sum())
             if reweighted is not None:
                 metrics[f"test/all_as_clean/{name}/accuracy"] = reweighted

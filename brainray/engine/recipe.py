@@ -37,6 +37,7 @@ def build_optimizer(
         # OneCycleLR rejects one step more than its total, and a cycle needs a rise and a fall.
         total_steps=max(total_steps + 1, 10),
         pct_start=config.warmup_fraction,
+        cycle_momentum=False,
     )
     return optimizer, scheduler
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from brainray import dist
-from brainray.clustering.align import class_probabilities, cluster_to_class, match_components
+from brainray.clustering.align import cluster_to_class, match_components
 from brainray.clustering.gmm import GaussianMixture
 from brainray.clustering.kmeans import KMeans
 from brainray.clustering.pca import PCA
@@ -29,7 +29,6 @@ class ClusterModel(nn.Module):
         self, config: ClusteringConfig, embedding_dim: int, num_classes: int, seed: int
     ) -> None:
         super().__init__()
-        self.num_classes = num_classes
         num_components = min(config.pca_dim, embedding_dim)
         self.pca = PCA(num_components)
         self.gmm = GaussianMixture(
@@ -54,10 +53,6 @@ class ClusterModel(nn.Module):
     def log_likelihood(self, z: Tensor) -> Tensor:
         """(N,) float32 log density of embeddings (N, E) under the mixture; low means outlying."""
         return self.gmm.score_samples(self.pca.transform(z.double())).float()
-
-    def class_probabilities(self, responsibilities: Tensor) -> Tensor:
-        """(N, C): each class gets the responsibilities (N, K) of its clusters."""
-        return class_probabilities(responsibilities, self.class_of_cluster, self.num_classes)
 
 
 @dataclass(frozen=True)

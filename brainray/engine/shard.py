@@ -7,8 +7,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from brainray.schema import UNLABELLED
-
 
 @dataclass(frozen=True)
 class PixelScale:
@@ -58,13 +56,3 @@ def sample_keys(sample_ids: list[str]) -> NDArray[np.int64]:
     """(n,) int64 from the first 64 bits of each sample_id: a key that tensors can hold."""
     values = np.array([int(identity[:16], 16) for identity in sample_ids], dtype=np.uint64)
     return values.view(np.int64)
-
-
-def empty_like(shard: SliceShard) -> SliceShard:
-    """A shard of the same shapes without slices."""
-    return SliceShard(shard.images[:0], shard.keys[:0], shard.labels[:0])
-
-
-def without_labels(shard: SliceShard) -> SliceShard:
-    """The same slices, their labels unreadable."""
-    return SliceShard(shard.images, shard.keys, torch.full_like(shard.labels, UNLABELLED))

@@ -35,7 +35,6 @@ class TrainerState:
     """What the next epoch reads beside the checkpoint."""
 
     optimizer: dict[str, Any]
-    scheduler: dict[str, Any]
     keys: Tensor  # (N,) int64, of all fitted slices of all ranks
     responsibilities: Tensor  # (N, K) float32, rows as in keys
     history: list[dict[str, float]] = field(default_factory=list)  # metrics of each epoch
@@ -99,7 +98,6 @@ def trainer_bytes(state: TrainerState) -> bytes:
     return _to_bytes(
         {
             "optimizer": state.optimizer,
-            "scheduler": state.scheduler,
             "keys": state.keys.cpu(),
             "responsibilities": state.responsibilities.cpu(),
             "history": state.history,

@@ -14,7 +14,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from brainray.errors import DataError
-from brainray.schema import LABELLED, UNLABELLED_ROLE, VALIDATION
+from brainray.schema import LABELLED, LEFT_OUT, UNLABELLED_ROLE, VALIDATION
 
 
 def joint_groups(*memberships: Sequence[str | None]) -> list[str]:
@@ -68,7 +68,8 @@ def draw_roles(
     two groups at least; every n-th of them, from the second on, is validation, with n the rounded
     inverse of ``validation_fraction``. A group's validation place does not depend on the fraction,
     so the labelled and the validation part are each nested. Groups whose slices carry different
-    labels are never drawn.
+    labels are never drawn. In a drawn group slices without a label stay unlabelled; in a validation
+    group, whose slices must not be trained on, they are left out altogether.
 
     Raises:
         DataError: no label at all, or a class with a single group of slices.
@@ -92,9 +93,11 @@ def draw_roles(
         size = sum(len(indices) for indices in members)
         drawn = _first_groups(members, labelled_fraction * size, at_least=2)
         for position, indices in enumerate(drawn):
-            role = VALIDATION if position % stride == 1 else LABELLED
+            is_validation = position % stride == 1
+            role = VALIDATION if is_validation else LABELLED
+            without_label = LEFT_OUT if is_validation else UNLABELLED_ROLE
             for index in indices:
-                roles[index] = role
+                roles[index] = without_label if labels[index] is None else role
     return roles
 
 

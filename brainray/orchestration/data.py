@@ -74,7 +74,8 @@ def preprocess(config: Config, log: Log = print) -> ImageStore:
     target = Folder(config.storage) / "datasets" / config.name
     labels = None if config.labels is None else Folder(config.labels)
     listing = list_source(source, labels, config.classes.map)
-    settings = settings_of(config.preprocess, config.split, config.classes.map)
+    drawn = config.split.mode == "grouped" or not any(file.split for file in listing.files)
+    settings = settings_of(config.preprocess, config.split, config.classes.map, drawn=drawn)
     existing = _reusable_store(target, settings, listing)
     if existing is not None:
         log(f"image store {target}: made with the same settings and files, reused")
@@ -82,6 +83,24 @@ def preprocess(config: Config, log: Log = print) -> ImageStore:
     log(f"preprocessing {len(listing.files)} files of {source}")
     building = Folder(config.storage) / "datasets" / f".{config.name}.building"
     building.delete()
+    try:
+        manifest = _build(config, source, listing, settings, building, log)
+        building.move_to(target, last=layout.MANIFEST)
+    except BaseException:
+        building.delete()
+        raise
+    return ImageStore(target, manifest)
+
+
+def _build(
+    config: Config,
+    source: Folder,
+    listing: Listing,
+    settings: dict[str, Any],
+    building: Folder,
+    log: Log,
+) -> dict[str, Any]:
+    """Make the whole store in ``building``; returns its manifest."""
     started = time.monotonic()
     parts = building / "parts"
     index = _decode_all(source, listing, config.preprocess, parts, log)
@@ -109,8 +128,7 @@ def preprocess(config: Config, log: Log = print) -> ImageStore:
     samples = _before_and_after(source, plan.rows, config.preprocess)
     draw_store_figures(building, plan.statistics["num_slices"], samples)
     building.write_json(layout.MANIFEST, manifest)
-    building.move_to(target)
-    return ImageStore(target, manifest)
+    return manifest
 
 
 def preprocess_file(content: bytes, config: PreprocessConfig) -> dict[str, Any]:

@@ -16,8 +16,9 @@ from brainray.errors import BrainrayError, ConfigError
 from brainray.models.encoder import build_encoder
 from brainray.orchestration.progress import Follower
 from brainray.orchestration.publish import begin_tracking, send_run
+from brainray.orchestration.resources import WorkerResources, plan_workers
 from brainray.orchestration.run import Run, begin_run
-from brainray.orchestration.store import ImageStore
+from brainray.orchestration.store import ImageStore, differing_settings
 from brainray.orchestration.worker import best_epoch, train_worker
 from brainray.report.run_figures import draw_run_figures
 from brainray.storage import Folder
@@ -46,18 +47,24 @@ def train(config: Config, log: Log = print) -> TrainedRun:
         raise ConfigError("training needs the name of an image store: --set dataset=NAME")
     storage = Folder(config.storage)
     store = ImageStore.open(storage / "datasets" / config.dataset)
-    scaling = _scaling(config)
+    _check_store_fits(config, store)
+    # What the config leaves out is as the store was made: prediction preprocesses by it.
+    config = config.model_copy(update={"preprocess": store.preprocess})
+    workers = _workers(config)
     if config.encoder.weights not in {"random", "imagenet"}:
         # Found here in a second rather than on every worker in half a minute.
         build_encoder(config.encoder.name, config.encoder.weights, len(store.classes))
-    run, resumed = begin_run(config, store)
+    run, resumed = begin_run(config, store, workers.num_workers)
     _log_beginning(run, resumed, log)
     tracking = begin_tracking(config, run, log)
     if not run.is_complete:
         follower = Follower(config.train.num_epochs, run, tracking.tracker, log)
         follower.start()
         try:
-            _fit(config, run, store, scaling)
+            _fit(config, run, store, workers)
+        except BaseException:
+            tracking.tracker.finish("FAILED")
+            raise
         finally:
             follower.stop()
         metrics = _summarise(config, run)
@@ -74,7 +81,27 @@ def train(config: Config, log: Log = print) -> TrainedRun:
     return TrainedRun(run, metrics, tracking.mlflow_run_id, tracking.uri)
 
 
-def _fit(config: Config, run: Run, store: ImageStore, scaling: ScalingConfig) -> None:
+def _check_store_fits(config: Config, store: ImageStore) -> None:
+    """Refuse a store that was made otherwise than the config says; what it leaves out is free."""
+    asked = config.preprocess.model_dump(mode="json", exclude_unset=True)
+    made = store.preprocess.model_dump(mode="json", include=set(asked) - {"files_per_task"})
+    difference = differing_settings(made, {key: asked[key] for key in made}, "preprocess.")
+    if difference:
+        raise ConfigError(
+            f"the image store {store.folder} was made with other settings ({difference}): "
+            "choose another dataset, or preprocess anew under another name"
+        )
+    if config.train.image_size > store.preprocess.image_size:
+        raise ConfigError(
+            f"train.image_size={config.train.image_size} exceeds the "
+            f"{store.preprocess.image_size} pixels of the image store {store.folder}: lower it"
+        )
+
+
+def _fit(config: Config, run: Run, store: ImageStore, workers: WorkerResources) -> None:
+    per_worker: dict[str, float] = {"CPU": workers.cpus_per_worker}
+    if workers.use_gpu:
+        per_worker["GPU"] = 1
     worker: Any = train_worker  # Ray's annotation forbids the return value that Result carries
     trainer = TorchTrainer(
         worker,
@@ -83,7 +110,11 @@ def _fit(config: Config, run: Run, store: ImageStore, scaling: ScalingConfig) ->
             "run": str(run.folder),
             "store": str(store.folder),
         },
-        scaling_config=scaling,
+        scaling_config=ScalingConfig(
+            num_workers=workers.num_workers,
+            use_gpu=workers.use_gpu,
+            resources_per_worker=per_worker,
+        ),
         run_config=RunConfig(
             name=config.name,
             storage_path=str(run.folder).rpartition("/")[0],
@@ -98,36 +129,9 @@ def _fit(config: Config, run: Run, store: ImageStore, scaling: ScalingConfig) ->
         raise error_class(problem["message"])
 
 
-def _scaling(config: Config) -> ScalingConfig:
-    """Workers and their resources, from the config and what the Ray cluster has.
-
-    Raises:
-        ConfigError: more is asked for than the Ray cluster has, which would wait for ever.
-    """
-    resources = ray.cluster_resources()
-    num_gpus, num_cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
-    waits = config.train.wait_for_nodes
-    if config.train.device == "cuda" and num_gpus == 0 and not waits:
-        raise ConfigError(
-            "train.device=cuda, but the Ray cluster has no GPU: set train.device=auto"
-        )
-    use_gpu = config.train.device == "cuda" or (config.train.device == "auto" and num_gpus > 0)
-    num_workers = config.train.num_workers or (num_gpus if use_gpu else 1)
-    cpus = config.train.cpus_per_worker or max(1, num_cpus // num_workers)
-    wanted = {"CPU": cpus * num_workers, "GPU": num_workers if use_gpu else 0}
-    lacking = wanted["CPU"] > num_cpus or wanted["GPU"] > num_gpus
-    if lacking and not waits:
-        raise ConfigError(
-            f"train.num_workers={num_workers} with {cpus} CPU(s)"
-            f"{' and a GPU' if use_gpu else ''} each needs {wanted['CPU']} CPUs and "
-            f"{wanted['GPU']} GPUs, the Ray cluster has {num_cpus} and {num_gpus}: "
-            "lower train.num_workers or train.cpus_per_worker, or set train.wait_for_nodes=true "
-            "where an autoscaler brings more"
-        )
-    per_worker: dict[str, float] = {"CPU": cpus}
-    if use_gpu:
-        per_worker["GPU"] = 1
-    return ScalingConfig(num_workers=num_workers, use_gpu=use_gpu, resources_per_worker=per_worker)
+def _workers(config: Config) -> WorkerResources:
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return plan_workers(config.train, nodes)
 
 
 def _summarise(config: Config, run: Run) -> Metrics:

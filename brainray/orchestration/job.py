@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import math
 import os
 import sys
 import textwrap
@@ -63,23 +64,29 @@ def run_job(
             "status": "ok",
             "run_id": result.run_id,
             "out": result.out,
-            "metrics": result.metrics,
+            "metrics": {
+                key: value if math.isfinite(value) else None
+                for key, value in result.metrics.items()
+            },
         }
     )
     return EXIT_OK
 
 
 def resolve_paths(config: Config) -> Config:
-    """Make ``source``, ``labels``, ``checkpoint`` and ``storage`` absolute.
+    """Make ``source``, ``labels``, ``checkpoint``, ``storage`` and local weights absolute.
 
     Raises:
         ConfigError: a relative path in a submitted job, which runs in a throw-away copy.
     """
-    resolved = {
+    resolved: dict[str, Any] = {
         key: _resolve(key, value)
         for key in ("storage", "source", "labels", "checkpoint")
         if (value := getattr(config, key)) is not None
     }
+    if config.encoder.weights not in {"random", "imagenet"}:
+        weights = _resolve("encoder.weights", config.encoder.weights)
+        resolved["encoder"] = config.encoder.model_copy(update={"weights": weights})
     return config.model_copy(update=resolved)
 
 
@@ -141,7 +148,9 @@ def _fail(name: str, error: Exception) -> int:
     cause = _user_error(error)
     if cause is None:
         traceback.print_exception(error)
-        message, code = f"{type(error).__name__}: {error}", EXIT_FAILED
+        # Ray puts every worker's traceback into the message: its last line is the reason.
+        lines = [line for line in str(error).splitlines() if line.strip()] or [""]
+        message, code = f"{type(error).__name__}: {lines[-1]}", EXIT_FAILED
     else:
         message, code = str(cause), EXIT_BAD_INPUT
     line = " ".join(message.split())

@@ -46,7 +46,6 @@ def plan_store(index: pa.Table, config: Config) -> StorePlan:
     thumbnails = thumbnail_matrix(accepted["thumbnail"].to_pylist())
     groups = near_duplicate_groups(thumbnails, ids, threshold=threshold)
     labels: list[str | None] = accepted["label"].to_pylist()
-    conflicting = _conflicting_groups(groups, labels)
     splits = _official_splits(accepted, config)
     first_copy = _first_copies(ids, splits)
     if splits is None:
@@ -66,6 +65,11 @@ def plan_store(index: pa.Table, config: Config) -> StorePlan:
         kept = np.array(
             [copy is None or split == TEST for copy, split in zip(first_copy, splits, strict=True)]
         )
+    # Test labels decide nothing about training slices: they may only be told of.
+    of_training = [
+        label if split == TRAIN else None for label, split in zip(labels, split_column, strict=True)
+    ]
+    conflicting = _conflicting_groups(groups, of_training)
     readable = [
         None if split == TRAIN and group in conflicting else label
         for label, group, split in zip(labels, groups, split_column, strict=True)
@@ -86,7 +90,7 @@ def plan_store(index: pa.Table, config: Config) -> StorePlan:
     duplicates = _duplicates_table(table, kept, first_copy)
     rows = table.filter(pa.array(kept))
     classes = _check_classes(rows)
-    leakage = _leakage(rows, threshold, conflicting, paths, groups)
+    leakage = _leakage(rows, threshold, _conflicting_groups(groups, labels), paths, groups)
     return StorePlan(
         rows, duplicates, leakage, _statistics(rows, classes, duplicates, config.preprocess)
     )
@@ -141,7 +145,7 @@ def _first_copies(ids: list[str], splits: list[str] | None) -> list[int | None]:
 
 
 def _conflicting_groups(groups: list[str], labels: list[str | None]) -> set[str]:
-    """Groups of copies that carry more than one label: no slice of theirs is learned from."""
+    """Groups of copies that carry more than one label."""
     names: dict[str, set[str]] = {}
     for group, label in zip(groups, labels, strict=True):
         if label is not None:
@@ -158,8 +162,9 @@ def _duplicates_table(
     """
     rows = table.drop_columns(["pixel_sum", "pixel_square_sum", "thumbnail"]).to_pylist()
     first_of_group: dict[str, int] = {}
-    for number in sorted(np.flatnonzero(kept), key=lambda number: rows[number]["split"] != TRAIN):
-        first_of_group.setdefault(rows[number]["duplicate_group_id"], int(number))
+    kept_rows: list[int] = np.flatnonzero(kept).tolist()
+    for number in sorted(kept_rows, key=lambda number: rows[number]["split"] != TRAIN):
+        first_of_group.setdefault(rows[number]["duplicate_group_id"], number)
     found = []
     for number, row in enumerate(rows):
         original = first_copy[number]

@@ -1,8 +1,8 @@
 """Progress of training as the driver sees it: a line an epoch, and MLflow."""
 
 import threading
-import time
 from collections.abc import Callable
+from datetime import timedelta
 
 from brainray import layout
 from brainray.engine.evaluate import Metrics
@@ -59,7 +59,7 @@ class Follower:
         figures = ", ".join(
             f"{label} {metrics[name]:.3f}" for label, name in shown.items() if name in metrics
         )
-        left = time.strftime("%H:%M:%S", time.gmtime(seconds * (total - epoch)))
+        left = timedelta(seconds=round(seconds * (total - epoch)))
         speed = metrics["time/images_per_s"]
         return (
             f"epoch {epoch}/{total}: {figures}; {seconds:.0f} s, {speed:.0f} images/s, {left} left"

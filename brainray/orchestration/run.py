@@ -10,11 +10,11 @@ import pyarrow.compute as pc
 from brainray import layout
 from brainray.config import Config, to_yaml
 from brainray.engine.recluster import check_num_clusters
-from brainray.errors import ConfigError, DataError
+from brainray.errors import ClusteringError, ConfigError, DataError
 from brainray.mri.duplicates import has_near_duplicate, thumbnail_matrix
 from brainray.mri.split import draw_roles, joint_groups
 from brainray.orchestration.store import ImageStore, differing_settings
-from brainray.schema import SEEN, TEST, TRAIN, UNLABELLED_ROLE
+from brainray.schema import LABELLED, SEEN, TEST, TRAIN, UNLABELLED_ROLE, VALIDATION
 from brainray.storage import Folder
 
 _FREE_TO_CHANGE = {
@@ -48,8 +48,9 @@ class Run:
         return self.folder.exists(layout.SUMMARY)
 
     def test_paths(self) -> set[str]:
-        """Paths, relative to the source, of the slices that the run is tested on."""
-        return set(self.folder.read_table(layout.TEST_SLICES, columns=["path"])["path"].to_pylist())
+        """Paths, relative to the source, of the labelled slices that the run is tested on."""
+        slices = self.folder.read_table(layout.TEST_SLICES, columns=["path", "label"])
+        return set(slices.filter(pc.is_valid(slices["label"]))["path"].to_pylist())
 
 
 def open_run(storage: Folder, name: str) -> Run:
@@ -60,7 +61,7 @@ def open_run(storage: Folder, name: str) -> Run:
     return Run(folder, folder.read_json(layout.RUN))
 
 
-def begin_run(config: Config, store: ImageStore) -> tuple[Run, bool]:
+def begin_run(config: Config, store: ImageStore, num_workers: int) -> tuple[Run, bool]:
     """Make the run's folder, or find it again; the second value tells whether it resumes.
 
     The labelled draw is made here and saved with the run, with the fingerprints of every slice
@@ -90,9 +91,15 @@ def begin_run(config: Config, store: ImageStore) -> tuple[Run, bool]:
             )
         return Run(folder, info), True
     seen = _draw(config, store)
-    num_fitted = seen.num_rows - pc.sum(pc.equal(seen["role"], "validation")).as_py()
-    if config.objective.name != "supervised" or config.clustering.num_clusters > num_fitted:
-        check_num_clusters(config.clustering.num_clusters, len(store.classes), num_fitted)
+    counts = _role_counts(seen)
+    num_fitted = counts[LABELLED] + counts.get(UNLABELLED_ROLE, 0)
+    check_num_clusters(config.clustering.num_clusters, len(store.classes), num_fitted)
+    if config.clustering.pca_dim > num_fitted:
+        raise ClusteringError(
+            f"clustering.pca_dim={config.clustering.pca_dim} exceeds the number of training "
+            f"slices ({num_fitted}): lower it"
+        )
+    _check_ranks(counts, num_workers)
     folder.write_table(layout.SEEN, seen)
     threshold = store.preprocess.near_duplicate.thumbnail_correlation
     folder.write_table(layout.TEST_SLICES, _test_slices(store, seen, threshold))
@@ -105,7 +112,7 @@ def begin_run(config: Config, store: ImageStore) -> tuple[Run, bool]:
         "classes": store.classes,
         "near_duplicate_threshold": threshold,
         "preprocess": store.preprocess.model_dump(mode="json"),
-        "num_slices": _role_counts(seen),
+        "num_slices": counts,
         "settings": settings,
     }
     folder.write_json(layout.RUN, info)
@@ -139,7 +146,7 @@ def _draw(config: Config, store: ImageStore) -> pa.Table:
             f"the training slices have one class only ({store.classes[0]}): at least 2 are needed"
         )
     readable = [
-        None if role == UNLABELLED_ROLE else label
+        label if role in {LABELLED, VALIDATION} else None
         for label, role in zip(labels, roles, strict=True)
     ]
     columns = {
@@ -165,6 +172,16 @@ def _test_slices(store: ImageStore, seen: pa.Table, threshold: float) -> pa.Tabl
     )
     test = test.select(["sample_id", "path", "label", "thumbnail"])
     return test.append_column("clean", pa.array(np.asarray(clean), pa.bool_()))
+
+
+def _check_ranks(counts: dict[str, int], num_workers: int) -> None:
+    """Every rank needs slices of every role that a step is made of."""
+    for role in (LABELLED, UNLABELLED_ROLE):
+        if 0 < counts.get(role, 0) < num_workers:
+            raise ConfigError(
+                f"{num_workers} workers cannot share {counts[role]} {role} training slice(s): "
+                "lower train.num_workers"
+            )
 
 
 def _role_counts(seen: pa.Table) -> dict[str, int]:

@@ -164,7 +164,9 @@ def _read_labels(labels: Folder) -> pa.Table:
         else:
             # Labels such as 0 and 1, or a subject 007, are names, not numbers.
             text = {column: pa.string() for column in ("path", "label", "split", "subject")}
-            options = pa_csv.ConvertOptions(column_types=text, strings_can_be_null=True)
+            options = pa_csv.ConvertOptions(
+                column_types=text, strings_can_be_null=True, null_values=[""]
+            )
             table = pa_csv.read_csv(io.BytesIO(content), convert_options=options)
     except BrainrayError:
         raise

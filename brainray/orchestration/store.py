@@ -103,12 +103,17 @@ class ImageStore:
 
 
 def settings_of(
-    preprocess: PreprocessConfig, split: SplitConfig, class_map: dict[str, str]
+    preprocess: PreprocessConfig, split: SplitConfig, class_map: dict[str, str], *, drawn: bool
 ) -> dict[str, Any]:
-    """The settings that make a store what it is; what is drawn at training is no part of them."""
-    drawn = {"mode": split.mode, "test_fraction": split.test_fraction, "seed": split.seed}
+    """The settings that make a store what it is; what is drawn at training is no part of them.
+
+    Seed and size of the split count only where it is ``drawn``, not taken from the source.
+    """
+    parts: dict[str, Any] = {"mode": split.mode}
+    if drawn:
+        parts |= {"test_fraction": split.test_fraction, "seed": split.seed}
     images = preprocess.model_dump(mode="json", exclude={"files_per_task"})
-    return {"preprocess": images, "split": drawn, "classes_map": dict(class_map)}
+    return {"preprocess": images, "split": parts, "classes_map": dict(class_map)}
 
 
 def differing_settings(stored: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> str:

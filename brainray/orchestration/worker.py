@@ -3,7 +3,7 @@
 import hashlib
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from torch import Tensor
 from brainray import dist, layout
 from brainray.clustering.collapse import check_collapse, measure_health
 from brainray.config import Config, parse_config
-from brainray.engine.epoch import SoftTargets, embed, num_steps, train_epoch
+from brainray.engine.epoch import EpochResult, SoftTargets, embed, num_steps, train_epoch
 from brainray.engine.evaluate import (
     Predictions,
     gather_predictions,
@@ -67,13 +67,33 @@ def _train(config: Config, run: Folder, store_folder: Folder) -> None:
     device = ray.train.torch.get_device()
     _use_threads_of_worker()
     torch.manual_seed(config.seed)
-    store = ImageStore.open(store_folder)
-    data = _load_rank_data(config, run, store, context.get_world_rank(), context.get_world_size())
+    with _failing_together(device):
+        store = ImageStore.open(store_folder)
+        rank, num_ranks = context.get_world_rank(), context.get_world_size()
+        data = _load_rank_data(config, run, store, rank, num_ranks)
     trainer = _Trainer(config, run, store, data, device)
-    trainer.resume_or_start()
+    with _failing_together(device):
+        trainer.resume()
+    trainer.start()
     while trainer.epoch < config.train.num_epochs:
         trainer.run_epoch()
     trainer.finish()
+
+
+@contextmanager
+def _failing_together(device: torch.device) -> Iterator[None]:
+    """Raise one rank's error on every rank: the others would wait for it in a collective."""
+    problem: BrainrayError | None = None
+    try:
+        yield
+    except BrainrayError as error:
+        problem = error
+    text = b"" if problem is None else str(problem).encode()
+    messages = dist.gather_rows(torch.tensor(list(text), dtype=torch.uint8, device=device))
+    if problem is not None:
+        raise problem
+    if len(messages):
+        raise BrainrayError(bytes(messages.tolist()).decode())
 
 
 def _use_threads_of_worker() -> None:
@@ -153,7 +173,7 @@ class _Trainer:
         # Without unlabelled slices the clustering term looks at the labelled ones' images.
         self.pool = data.unlabelled if self._count(data.unlabelled) else data.labelled
         self.steps = num_steps(
-            self._count(data.labelled), self._count(self.pool), self.sizes, dist.world_size()
+            self._count(self.pool), config.train.batch_size_per_worker, dist.world_size()
         )
         self.optimizer, self.scheduler = build_optimizer(
             self.encoder, config.train, self.steps * config.train.num_epochs
@@ -162,27 +182,45 @@ class _Trainer:
         self.test_slices = run.read_table(layout.TEST_SLICES)
         self.epoch = 0
         self.history: list[dict[str, float]] = []
-        self.clusters: ClusterModel
-        self.responsibilities: Tensor  # of labelled, then unlabelled slices of this rank
+        self._clustering: tuple[ClusterModel, Tensor] | None = None
 
-    def resume_or_start(self) -> None:
-        """Go on after the newest checkpoint, or fit the first mixture on the initial encoder."""
+    @property
+    def clusters(self) -> ClusterModel:
+        """The mixture that closed the last epoch and opens the next."""
+        assert self._clustering is not None, "no mixture has been fitted yet"
+        return self._clustering[0]
+
+    @property
+    def responsibilities(self) -> Tensor:
+        """(n, K) under that mixture, of this rank's labelled, then unlabelled slices."""
+        assert self._clustering is not None, "no mixture has been fitted yet"
+        return self._clustering[1]
+
+    def start(self) -> None:
+        """Fit the first mixture on the initial encoder, unless there is one to go on from."""
+        if self._clustering is None:
+            self._recluster(self._embed_fitted())
+
+    def resume(self) -> None:
+        """Go on after the newest checkpoint, if there is one; without collectives."""
         checkpoint = ray.train.get_checkpoint()
         if checkpoint is None:
-            self._recluster(self._embed_fitted())
             return
         with checkpoint.as_directory() as path:
             folder = Folder(path)
             saved, state = load_checkpoint(folder), load_trainer(folder)
         self.encoder.load_state_dict(saved.encoder.state_dict())
         self.optimizer.load_state_dict(state.optimizer)
-        self.scheduler.load_state_dict(state.scheduler)
-        self.clusters = saved.clusters.to(self.device)
         keys = self.data.fitted_keys.cpu()
-        self.responsibilities = rows_of_keys(state.keys, state.responsibilities, keys).to(
-            self.device
-        )
-        self.epoch, self.history = saved.epoch, state.history
+        responsibilities = rows_of_keys(state.keys, state.responsibilities, keys)
+        self._clustering = saved.clusters.to(self.device), responsibilities.to(self.device)
+        self.epoch = saved.epoch
+        # The schedule is a function of the step, also where the number of ranks has changed.
+        self.scheduler.last_epoch = self.epoch * self.steps - 1
+        self.scheduler.step()
+        # The log knows of an epoch's report what its checkpoint could not know yet.
+        logged = {row["epoch"]: row for row in self.run.read_json_lines(layout.METRICS)}
+        self.history = [logged.get(row["epoch"], row) for row in state.history]
         if dist.rank() == 0:
             print(f"resuming run after epoch {self.epoch}", flush=True)
             self.run.write_json_lines(layout.METRICS, self.history)
@@ -193,7 +231,7 @@ class _Trainer:
         started = time.monotonic()
         self.epoch += 1
         with timer.measure("train"):
-            losses = self._train_epoch()
+            trained = self._train_epoch()
         with timer.measure("embed"):
             self._share_batch_statistics()
             fitted = self._embed_fitted()
@@ -205,7 +243,8 @@ class _Trainer:
             validation = self._predict(self.data.validation)
             test = self._predict(self.data.test)
         metrics: dict[str, float] = {"epoch": float(self.epoch)}
-        metrics |= {f"train/loss/{name}": value for name, value in losses.items()}
+        metrics |= {f"train/loss/{name}": value for name, value in trained.losses.items()}
+        metrics["time/data_wait_s"] = trained.data_wait_s
         metrics["train/learning_rate"] = float(self.scheduler.get_last_lr()[0])
         metrics |= validation_metrics(validation)
         metrics |= {
@@ -235,7 +274,7 @@ class _Trainer:
         if dist.rank() == 0:
             (self.run / layout.LAST).write_bytes(layout.MODEL, checkpoint_bytes(self._checkpoint()))
 
-    def _train_epoch(self) -> dict[str, float]:
+    def _train_epoch(self) -> EpochResult:
         num_labelled = len(self.data.labelled)
         offset = num_labelled if self.pool is self.data.unlabelled else 0
         soft = SoftTargets(
@@ -267,7 +306,7 @@ class _Trainer:
         for buffer in self.encoder.buffers():
             buffer.copy_(dist.broadcast_from_first(buffer))
 
-    def _heartbeat(self) -> Any:
+    def _heartbeat(self) -> Callable[[int], None]:
         last = time.monotonic()
 
         def on_step(step: int) -> None:
@@ -295,7 +334,7 @@ class _Trainer:
         )
 
     def _recluster(self, fitted: EncoderOutput) -> Reclustering:
-        is_first = not hasattr(self, "clusters")
+        previous, previous_responsibilities = self._clustering or (None, None)
         reclustering = recluster(
             fitted.z,
             self.data.fitted_keys,
@@ -303,11 +342,10 @@ class _Trainer:
             config=self.config.clustering,
             num_classes=len(self.classes),
             seed=self.config.seed,
-            previous=None if is_first else self.clusters,
-            previous_responsibilities=None if is_first else self.responsibilities,
+            previous=previous,
+            previous_responsibilities=previous_responsibilities,
         )
-        self.clusters = reclustering.model
-        self.responsibilities = reclustering.responsibilities
+        self._clustering = reclustering.model, reclustering.responsibilities
         return reclustering
 
     def _predict(self, shard: SliceShard) -> Predictions:
@@ -332,8 +370,8 @@ class _Trainer:
         """Checkpoint, then the logs: what is logged can always be gone on from."""
         for part in ("train", "embed", "recluster", "evaluate"):
             metrics[f"time/{part}_s"] = timer.seconds[part]
-        metrics["time/data_wait_s"] = 0.0  # the slices are in memory
         num_images = self.steps * (self.sizes.labelled + self.sizes.unlabelled)
+        metrics["time/epoch_s"] = time.monotonic() - started  # until the checkpoint
         metrics["time/images_per_s"] = num_images / timer.seconds["train"]
         self.history.append(metrics)
         keys = dist.gather_rows(self.data.fitted_keys)
@@ -352,7 +390,6 @@ class _Trainer:
             self.run.write_table(layout.predictions_file(self.epoch), self._predictions(test))
         state = TrainerState(
             self.optimizer.state_dict(),
-            self.scheduler.state_dict(),
             keys,
             responsibilities,
             self.history,
@@ -397,6 +434,6 @@ def best_epoch(history: list[dict[str, float]]) -> int:
 
 
 def _seed(*parts: int) -> int:
-    """A seed that differs between any two tuples of parts; below 2^62."""
+    """A seed that differs between any two tuples of parts; below 2^56."""
     digest = hashlib.sha256(repr(parts).encode()).digest()
     return int.from_bytes(digest[:7], "big")

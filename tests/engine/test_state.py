@@ -66,7 +66,7 @@ def test_a_trainer_state_comes_back_as_it_was(tmp_path: Path) -> None:
     parameter.sum().backward()
     optimizer.step()
     state = TrainerState(
-        optimizer.state_dict(), {"step": 3}, torch.arange(2), torch.rand(2, 4), [{"epoch": 1.0}]
+        optimizer.state_dict(), torch.arange(2), torch.rand(2, 4), [{"epoch": 1.0}]
     )
     Folder(tmp_path).write_bytes(layout.TRAINER, trainer_bytes(state))
     loaded = load_trainer(Folder(tmp_path))

@@ -5,7 +5,7 @@ import pytest
 
 from brainray.errors import DataError
 from brainray.mri.split import draw_roles, draw_test, joint_groups
-from brainray.schema import LABELLED, UNLABELLED_ROLE, VALIDATION
+from brainray.schema import LABELLED, LEFT_OUT, UNLABELLED_ROLE, VALIDATION
 
 
 def slices(num_per_class: int = 200, group_size: int = 1) -> tuple[list[str | None], list[str]]:
@@ -75,6 +75,17 @@ def test_slices_without_a_label_and_groups_with_two_are_never_drawn() -> None:
     drawn = roles(labels, groups, 1.0)
     assert [drawn[row] for row in (0, 1, 25)] == [UNLABELLED_ROLE] * 3
     assert drawn.count(UNLABELLED_ROLE) == 3
+
+
+def test_slices_without_a_label_never_learn_or_choose() -> None:
+    labels, groups = slices(20, group_size=2)
+    unlabelled = range(0, 60, 2)
+    for row in unlabelled:
+        labels[row] = None
+    drawn = roles(labels, groups, 1.0)
+    assert {drawn[row] for row in unlabelled} == {UNLABELLED_ROLE, LEFT_OUT}
+    for row in unlabelled:
+        assert (drawn[row] == LEFT_OUT) == (drawn[row + 1] == VALIDATION)
 
 
 def test_a_tiny_fraction_still_gives_two_groups_of_each_class() -> None:

@@ -133,7 +133,7 @@ def test_too_many_bad_files_stop_the_job_and_leave_nothing(tmp_path: Path) -> No
         (source / f"{number}.jpg").write_bytes(b"text")
     with pytest.raises(DataError, match=r"none of the 5 files .* not an image \(5\)"):
         preprocess(tiny_config(tmp_path / "storage", "name=mri", f"source={source.parent}"))
-    assert not (tmp_path / "storage" / "datasets" / "mri").exists()
+    assert list((tmp_path / "storage" / "datasets").iterdir()) == []
 
 
 def test_a_source_without_splits_is_split_by_group(phantoms: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from brainray.errors import BrainrayError, CheckpointError, ConfigError, DataErr
 from brainray.orchestration.data import preprocess
 from brainray.orchestration.driver import TrainedRun, train
 from brainray.orchestration.inference import evaluate
+from brainray.orchestration.publish import publish
 from brainray.orchestration.run import begin_run
 from brainray.orchestration.store import ImageStore
 from brainray.schema import SEEN, UNLABELLED_ROLE
@@ -44,19 +45,25 @@ def trained(storage: Path) -> TrainedRun:
     return train(config_of(storage, "two-ranks", "train.num_workers=2"))
 
 
+said_by_reference: list[str] = []
+
+
 @pytest.fixture(scope="module")
 def reference(storage: Path) -> TrainedRun:
-    """One rank, undisturbed, with steps slow enough for others to be killed between them."""
-    return train(slow_config(storage, "reference"))
+    """One rank, undisturbed but for MLflow, whose server is away."""
+    config = slow_config(storage, "reference", "tracking.uri=http://127.0.0.1:9")
+    return train(config, said_by_reference.append)
 
 
-def slow_config(storage: Path, name: str) -> Config:
+def slow_config(storage: Path, name: str, *overrides: str) -> Config:
+    """Steps slow enough for a worker to be killed between epochs."""
     return config_of(
         storage,
         name,
         "train.num_epochs=5",
         "train.batch_size_per_worker=2",
         "train.labelled_batch_size_per_worker=2",
+        *overrides,
     )
 
 
@@ -153,13 +160,28 @@ def test_a_killed_worker_costs_nothing_but_time(storage: Path, reference: Traine
     assert [metric.step for metric in logged] == [1, 2, 3, 4, 5]
 
 
+def test_a_server_that_is_away_stops_nothing_and_gets_all_later(
+    storage: Path, reference: TrainedRun
+) -> None:
+    assert reference.mlflow_run_id is None
+    assert sum("127.0.0.1:9 cannot be used" in line for line in said_by_reference) == 1
+    assert "python jobs/track.py --set run=reference" in said_by_reference[-1]
+    sent = publish(config_of(storage, "reference"), reference.run)
+    assert sent.mlflow_run_id is not None
+    client = MlflowClient(sent.uri)
+    logged = client.get_metric_history(sent.mlflow_run_id, "train/loss/ce")
+    assert [metric.step for metric in logged] == [1, 2, 3, 4, 5]
+    final = client.get_run(sent.mlflow_run_id).data.metrics
+    assert final["final/chosen_epoch"] == reference.metrics["chosen_epoch"]
+
+
 def test_labels_of_unlabelled_and_test_slices_change_nothing(
     storage: Path, phantoms: Path, reference: TrainedRun, tmp_path: Path
 ) -> None:
     config = slow_config(tmp_path, "permuted")
     preprocess(tiny_config(tmp_path, "name=mri", f"source={phantoms}"))
     store = ImageStore.open(Folder(tmp_path) / "datasets" / "mri")
-    begun, _ = begin_run(config, store)
+    begun, _ = begin_run(config, store, num_workers=1)
     seen = begun.folder.read_table("seen.parquet").to_pandas()
     unlabelled = set(seen[seen["role"] == UNLABELLED_ROLE]["sample_id"])
     num_changed = 0
@@ -220,10 +242,12 @@ def test_a_checkpoint_without_its_run_has_no_clean_figures(
     [
         (["clustering.num_clusters=3"], BrainrayError, "below the number of classes"),
         (["clustering.num_clusters=500"], BrainrayError, "exceeds the number of training slices"),
-        (["train.num_workers=64"], ConfigError, "the Ray cluster has 2 and 0: lower"),
+        (["train.num_workers=64"], ConfigError, "the Ray cluster has room for 2; lower"),
         (["train.device=cuda"], ConfigError, "has no GPU"),
         (["dataset=absent"], DataError, "no image store at"),
         (["encoder.weights=/absent.pt"], ConfigError, "no such file"),
+        (["train.image_size=48"], ConfigError, "exceeds"),
+        (["preprocess.skull_strip=none"], ConfigError, "skull_strip: otsu here, none asked"),
     ],
 )
 def test_what_cannot_train_is_refused_before_anything_is_left(

@@ -1,0 +1,65 @@
+"""How many workers train, and with what, from the config and the nodes of the Ray cluster."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from brainray.config import TrainConfig
+from brainray.errors import ConfigError
+
+NodeResources = Mapping[str, float]
+"""What one node has, as Ray tells it: ``{"CPU": 8.0, "GPU": 1.0, ...}``."""
+
+
+@dataclass(frozen=True)
+class WorkerResources:
+    """A worker group that the Ray cluster can hold."""
+
+    num_workers: int
+    cpus_per_worker: int
+    use_gpu: bool
+
+
+def plan_workers(config: TrainConfig, nodes: Sequence[NodeResources]) -> WorkerResources:
+    """Fill in what the config leaves to the Ray cluster, and check that it fits on its nodes.
+
+    Raises:
+        ConfigError: the nodes cannot hold the workers, for which Ray would wait for ever.
+    """
+    num_gpus = sum(int(node.get("GPU", 0)) for node in nodes)
+    waits = config.wait_for_nodes
+    if config.device == "cuda" and num_gpus == 0 and not waits:
+        raise ConfigError(
+            "train.device=cuda, but the Ray cluster has no GPU: set train.device=auto, or "
+            "train.wait_for_nodes=true where an autoscaler brings some"
+        )
+    use_gpu = config.device == "cuda" or (config.device == "auto" and num_gpus > 0)
+    num_workers = config.num_workers or (num_gpus if use_gpu else 1)
+    if num_workers == 0:
+        raise ConfigError("train.wait_for_nodes needs train.num_workers: there is no GPU to count")
+    eligible = [node for node in nodes if not use_gpu or node.get("GPU", 0) >= 1]
+    cpus = config.cpus_per_worker or _share_of_cpus(eligible, num_workers, use_gpu)
+    room = sum(_workers_that_fit(node, cpus, use_gpu) for node in eligible)
+    if room < num_workers and not waits:
+        needs = f"{cpus} CPU(s){' and a GPU' if use_gpu else ''}"
+        raise ConfigError(
+            f"{num_workers} workers with {needs} each do not fit: the Ray cluster has room for "
+            f"{room}; lower train.num_workers or train.cpus_per_worker, or set "
+            "train.wait_for_nodes=true where an autoscaler brings more"
+        )
+    return WorkerResources(num_workers, cpus, use_gpu)
+
+
+def _share_of_cpus(nodes: Sequence[NodeResources], num_workers: int, use_gpu: bool) -> int:
+    """CPUs of a worker when every node's are shared among the workers that it will hold."""
+    if not nodes:
+        return 1
+    evenly = -(-num_workers // len(nodes))
+    shares = [
+        int(node.get("CPU", 0)) // (int(node["GPU"]) if use_gpu else evenly) for node in nodes
+    ]
+    return max(1, min(shares))
+
+
+def _workers_that_fit(node: NodeResources, cpus: int, use_gpu: bool) -> int:
+    by_cpu = int(node.get("CPU", 0)) // cpus
+    return min(by_cpu, int(node.get("GPU", 0))) if use_gpu else by_cpu
