@@ -26,7 +26,9 @@ _NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, coerce_numbers_to_str=True
+    )
 
 
 class ClassesConfig(_Section):
@@ -301,7 +303,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     if not separator or not key.strip():
         raise ConfigError(f"--set {override!r}: write dotted.key=value")
     try:
-        value = yaml.safe_load(text)
+        # YAML would take the rest of a path with " #" in it for a comment.
+        value = text if " #" in text else yaml.safe_load(text)
     except yaml.YAMLError:
         value = text
     *parents, leaf = key.strip().split(".")

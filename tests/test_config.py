@@ -56,6 +56,13 @@ def test_a_bad_override_names_the_key_and_the_remedy(override: str, expected: st
     assert "\n" not in str(error.value)
 
 
+def test_names_and_paths_are_taken_as_written() -> None:
+    config = load_config(None, ["name=7", "source=/data/a #1", "classes.map.0=notumor"])
+    assert config.name == "7"
+    assert config.source == "/data/a #1"
+    assert config.classes.map == {"0": "notumor"}
+
+
 @pytest.mark.parametrize("content", ["a: [1", "- 1\n- 2\n", "!!python/object:os.system {}\n"])
 def test_a_file_that_is_no_config_is_refused(tmp_path: Path, content: str) -> None:
     path = tmp_path / "c.yaml"

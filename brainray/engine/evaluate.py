@@ -114,6 +114,20 @@ def subset_metrics(predictions: Predictions, classes: Sequence[str], prefix: str
     return metrics
 
 
+def confusion_metrics(predictions: Predictions, classes: Sequence[str], prefix: str) -> Metrics:
+    """Confusion matrices as flat counts: ``PREFIX/head/confusion/LABEL/PREDICTION``."""
+    scored = predictions.select(predictions.labels != UNLABELLED)
+    metrics: Metrics = {}
+    for predictor, predicted in (("head", scored.head), ("cluster", scored.cluster_classes)):
+        counts = np.zeros((len(classes), len(classes)))
+        np.add.at(counts, (scored.labels, predicted), 1)
+        for row, label in enumerate(classes):
+            for column, prediction in enumerate(classes):
+                name = f"{prefix}/{predictor}/confusion/{label}/{prediction}"
+                metrics[name] = float(counts[row, column])
+    return metrics
+
+
 def validation_metrics(predictions: Predictions) -> Metrics:
     """Figures by which the epoch is chosen; ``validation/score`` is what is maximised.
 

@@ -25,7 +25,9 @@ def augment(images: Tensor, config: AugmentConfig, generator: Generator) -> Tens
     warped = F.grid_sample(images, grid, mode="bilinear", align_corners=False)
     contrast = 1 + config.max_intensity_shift * _signed(len(images), generator)
     brightness = config.max_intensity_shift * _signed(len(images), generator)
-    shifted = warped * contrast[:, None, None, None] + brightness[:, None, None, None]
+    # The background stays black, as it is in every slice that is not augmented.
+    head = warped > 0
+    shifted = warped * contrast[:, None, None, None] + brightness[:, None, None, None] * head
     return shifted.clamp(0, 1)
 
 

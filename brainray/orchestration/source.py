@@ -132,7 +132,7 @@ def _from_table(paths: list[str], labels: Folder) -> list[SourceFile]:
     rows = {}
     known = set(paths)
     for row in _read_labels(labels).to_pylist():
-        path = str(row["path"]).replace("\\", "/").removeprefix("./")
+        path = (_text(row["path"]) or "").replace("\\", "/").removeprefix("./")
         if path not in known:
             raise DataError(
                 f"labels={labels} names {path!r}, which is no image file below the source: "

@@ -23,6 +23,7 @@ from brainray.config import Config, parse_config
 from brainray.engine.epoch import EpochResult, SoftTargets, embed, num_steps, train_epoch
 from brainray.engine.evaluate import (
     Predictions,
+    confusion_metrics,
     gather_predictions,
     predictions_table,
     subset_metrics,
@@ -357,8 +358,10 @@ class _Trainer:
         if dist.rank() != 0 or len(test.labels) == 0:
             return {}
         clean = self.test_slices["clean"].to_numpy(zero_copy_only=False).astype(bool)
-        metrics = subset_metrics(test, self.classes, "test/all")
-        metrics |= subset_metrics(test.select(clean), self.classes, "test/clean")
+        metrics: dict[str, float] = {}
+        for prefix, chosen in (("test/all", test), ("test/clean", test.select(clean))):
+            metrics |= subset_metrics(chosen, self.classes, prefix)
+            metrics |= confusion_metrics(chosen, self.classes, prefix)
         for name in ("silhouette", "nmi", "ari", "fmi"):
             if f"test/clean/cluster/{name}" in metrics:
                 metrics[f"cluster/{name}"] = metrics[f"test/clean/cluster/{name}"]

@@ -50,6 +50,13 @@ def test_intensities_stay_in_range_and_differ_between_slices() -> None:
     assert len({round(float(image.mean()), 4) for image in changed}) == 6
 
 
+def test_the_background_stays_black() -> None:
+    images = IMAGES.clone()
+    images[..., :4] = 0
+    config = NOTHING.model_copy(update={"max_intensity_shift": 0.5})
+    assert apply(config, images)[..., :3].abs().max() < 1e-5
+
+
 def test_the_generator_alone_decides() -> None:
     config = AugmentConfig()
     torch.testing.assert_close(apply(config, seed=3), apply(config, seed=3))

@@ -1,0 +1,148 @@
+"""Reported figures, by hand: which slices count, and against what."""
+
+import math
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from brainray.config import ClusteringConfig
+from brainray.engine.evaluate import (
+    Predictions,
+    confusion_metrics,
+    gather_predictions,
+    predictions_table,
+    subset_metrics,
+    summarise,
+    validation_metrics,
+)
+from brainray.engine.recluster import recluster
+from brainray.schema import PREDICTIONS, SEEN, UNLABELLED
+
+CLASSES = ["a", "b"]
+LABELS = [0, 0, 1, 1, UNLABELLED]
+HEAD = [0, 1, 1, 1, 0]
+CLUSTERS = [1, 1, 0, 1, 0]
+CLASS_OF_CLUSTER = np.array([1, 0])  # cluster 0 stands for b, cluster 1 for a
+
+
+def predictions() -> Predictions:
+    eye = np.eye(2, dtype=np.float32)
+    return Predictions(
+        keys=np.arange(5),
+        labels=np.array(LABELS),
+        probabilities=0.8 * eye[HEAD] + 0.1,
+        responsibilities=eye[CLUSTERS],
+        class_of_cluster=CLASS_OF_CLUSTER,
+        log_likelihood=np.zeros(5, np.float32),
+        embeddings=np.eye(5, dtype=np.float32),
+    )
+
+
+def thumbnails() -> list[bytes]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 255, 1024).astype(np.uint8).tobytes() for _ in range(5)]
+
+
+def table(clean: list[bool] | None) -> pa.Table:
+    return predictions_table(
+        predictions(),
+        CLASSES,
+        sample_ids=[f"{number:032x}" for number in range(5)],
+        paths=[f"{number}.jpg" for number in range(5)],
+        thumbnails=thumbnails(),
+        clean=None if clean is None else np.array(clean),
+    )
+
+
+def seen() -> pa.Table:
+    """Two labelled slices that look like test slices 0 and 2, and an unlabelled one like 3."""
+    rows = [(0, "labelled", "a"), (2, "labelled", "b"), (3, "unlabelled", None)]
+    return pa.Table.from_pylist(
+        [
+            {
+                "sample_id": f"{number}",
+                "path": f"{number}",
+                "role": role,
+                "label": label,
+                "duplicate_group_id": f"{number}",
+                "thumbnail": thumbnails()[number],
+            }
+            for number, role, label in rows
+        ],
+        schema=SEEN,
+    )
+
+
+def test_clusters_speak_through_their_class_and_the_head_for_itself() -> None:
+    metrics = subset_metrics(predictions(), CLASSES, "test/all")
+    assert metrics["test/all/num_slices"] == 4  # the unlabelled one is not scored
+    assert metrics["test/all/head/accuracy"] == 0.75
+    assert metrics["test/all/head/recall/a"] == 0.5
+    assert metrics["test/all/head/precision/b"] == 2 / 3
+    assert metrics["test/all/cluster/accuracy"] == 0.75
+    assert metrics["test/all/cluster/recall/b"] == 0.5
+
+
+def test_confusion_counts() -> None:
+    counts = confusion_metrics(predictions(), CLASSES, "t")
+    assert counts["t/head/confusion/a/a"] == 1
+    assert counts["t/head/confusion/a/b"] == 1
+    assert counts["t/head/confusion/b/b"] == 2
+    assert counts["t/cluster/confusion/b/a"] == 1
+    assert sum(value for name, value in counts.items() if "head" in name) == 4
+
+
+def test_the_score_is_balanced_accuracy_and_ties_go_to_the_lower_loss() -> None:
+    labelled = predictions().select(np.arange(5) < 4)
+    metrics = validation_metrics(labelled)
+    loss = -(3 * math.log(0.9) + math.log(0.1)) / 4
+    assert math.isclose(metrics["validation/loss"], loss, rel_tol=1e-5)
+    assert metrics["validation/head/balanced_accuracy"] == 0.75
+    assert math.isclose(metrics["validation/score"], 0.75 - 1e-6 * loss)
+
+
+def test_a_summary_tells_all_clean_and_the_memory_baseline() -> None:
+    metrics = summarise(
+        table([True, False, True, True, True]),
+        seen(),
+        CLASSES,
+        CLASS_OF_CLUSTER,
+        num_resamples=100,
+        seed=0,
+    )
+    assert metrics["test/all/num_slices"] == 4
+    assert metrics["test/clean/num_slices"] == 3
+    assert metrics["test/clean/head/accuracy"] == 1.0
+    assert metrics["test/all/head/accuracy_low"] <= 0.75 <= metrics["test/all/head/accuracy_high"]
+    # The nearest labelled thumbnails of slices 0 and 2 are those slices themselves.
+    assert metrics["test/all/thumbnail_1nn/accuracy"] >= 0.5
+    # Clean holds a : b = 1 : 2; of all, the head gets half of a and all of b.
+    expected = (1 / 3) * 0.5 + (2 / 3) * 1.0
+    assert math.isclose(metrics["test/all_as_clean/head/accuracy"], expected)
+
+
+def test_without_fingerprints_there_is_no_clean_and_no_baseline() -> None:
+    metrics = summarise(table(None), None, CLASSES, CLASS_OF_CLUSTER, num_resamples=10, seed=0)
+    assert metrics["test/all/head/accuracy"] == 0.75
+    assert not [name for name in metrics if "clean" in name or "thumbnail" in name]
+
+
+def test_a_table_holds_the_predictions() -> None:
+    rows = table([True] * 5)
+    assert rows.schema.equals(PREDICTIONS)
+    assert rows["label"].to_pylist() == ["a", "a", "b", "b", None]
+    assert rows["cluster_class"].to_pylist() == ["a", "a", "b", "a", "b"]
+    np.testing.assert_allclose(rows["confidence"].to_numpy(), 0.9, rtol=1e-6)
+
+
+def test_predictions_come_in_the_order_of_their_keys() -> None:
+    z = torch.nn.functional.normalize(torch.randn(30, 8))
+    labels = torch.arange(30) % 2
+    config = ClusteringConfig(num_clusters=2, pca_dim=4)
+    model = recluster(z, torch.arange(30), labels, config=config, num_classes=2, seed=0).model
+    keys = torch.arange(30).flip(0)
+    found = gather_predictions(model, z, torch.zeros(30, 2), keys, labels)
+    np.testing.assert_array_equal(found.keys, np.arange(30))
+    np.testing.assert_array_equal(found.labels, labels.flip(0).numpy())
+    np.testing.assert_allclose(found.embeddings, z.flip(0).numpy())
