@@ -58,15 +58,12 @@ def train(config: Config, log: Log = print) -> TrainedRun:
     _log_beginning(run, resumed, log)
     tracking = begin_tracking(config, run, log)
     if not run.is_complete:
-        follower = Follower(config.train.num_epochs, run, tracking.tracker, log)
-        follower.start()
         try:
-            _fit(config, run, store, workers)
+            with Follower(config.train.num_epochs, run, tracking.tracker, log):
+                _fit(config, run, store, workers)
         except BaseException:
             tracking.tracker.finish("FAILED")
             raise
-        finally:
-            follower.stop()
         metrics = _summarise(config, run)
         chosen = int(metrics["chosen_epoch"])
         draw_run_figures(run.folder, run.classes, config.evaluation, chosen)

@@ -26,11 +26,12 @@ class Follower:
         self._thread = threading.Thread(target=self._follow, daemon=True)
         self._num_seen = len(run.folder.read_json_lines(layout.METRICS))
 
-    def start(self) -> None:
+    def __enter__(self) -> "Follower":
         self._thread.start()
+        return self
 
-    def stop(self) -> None:
-        """Handle what is there and end."""
+    def __exit__(self, *_: object) -> None:
+        # What is there by now is still handled.
         self._stopped.set()
         self._thread.join()
 

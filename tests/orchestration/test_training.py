@@ -281,3 +281,5 @@ def test_evaluation_names_what_is_missing(
 def test_a_collapse_stops_the_run_and_says_why(storage: Path) -> None:
     with pytest.raises(BrainrayError, match="lambda_cluster"):
         train(config_of(storage, "collapsed", "clustering.min_spread=1.5"))
+    state = (Folder(storage) / "runs" / "collapsed").read_json("tracking.json")
+    assert MlflowClient(state["uri"]).get_run(state["run_id"]).info.status == "FAILED"
