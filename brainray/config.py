@@ -5,8 +5,6 @@ Unknown keys are refused with the nearest known one named.
 """
 
 import difflib
-import hashlib
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -282,12 +280,6 @@ def parse_yaml(content: bytes, where: str) -> dict[str, Any]:
 def to_yaml(config: Config) -> str:
     """The resolved configuration, as a file that ``--config`` reads back."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-def config_hash(*sections: BaseModel) -> str:
-    """Twelve hex digits that change when any value of the given sections changes."""
-    text = json.dumps([section.model_dump(mode="json") for section in sections], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

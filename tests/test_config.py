@@ -6,8 +6,6 @@ import pytest
 import yaml
 
 from brainray.config import (
-    Config,
-    config_hash,
     flatten,
     known_keys,
     load_config,
@@ -88,10 +86,3 @@ def test_flatten_gives_every_set_value_its_dotted_key() -> None:
     assert flat["evaluation.tsne_epochs"] == "1,5,10,15,20"
     assert "name" not in flat
     assert set(flat) <= {*known_keys(), "classes.map.a"}
-
-
-def test_the_hash_follows_the_values() -> None:
-    base = Config()
-    other = load_config(None, ["preprocess.image_size=300"])
-    assert config_hash(base.preprocess) == config_hash(Config().preprocess)
-    assert config_hash(base.preprocess) != config_hash(other.preprocess)
