@@ -1,63 +1,115 @@
-"""From a file's bytes to a grayscale slice, or to the reason why not."""
+"""From a file's bytes to its grayscale slices, or to the reason why not."""
 
 import io
+import logging
+import struct
 import warnings
-from dataclasses import dataclass
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-FORMATS = ("JPEG", "PNG", "TIFF", "BMP")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp")
+from brainray.mri.slices import (
+    DecodedSlice,
+    DecodeOptions,
+    RejectedImage,
+    check_num_voxels,
+    check_size,
+    replace_non_finite,
+    to_uint8,
+    volume_hash,
+)
+
+__all__ = [
+    "FORMATS",
+    "SUFFIXES",
+    "DecodeOptions",
+    "DecodedSlice",
+    "RejectedImage",
+    "check_content",
+    "decode_file",
+    "looks_like_dicom",
+    "sniff",
+]
+
+FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "GIF", "DICOM", "NIfTI")
+SUFFIXES = (
+    *(".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".gif"),
+    *(".dcm", ".dicom", ".ima", ".nii", ".nii.gz"),
+)
+"""Lower-case endings of files that may hold slices; DICOM files often have none."""
+
+DICOM_HEAD_BYTES = 132
+
+_SIGNATURES = (
+    (b"\xff\xd8\xff", "JPEG"),
+    (b"\x89PNG\r\n\x1a\n", "PNG"),
+    (b"II*\0", "TIFF"),
+    (b"MM\0*", "TIFF"),
+    (b"II+\0", "TIFF"),
+    (b"MM\0+", "TIFF"),
+    (b"GIF87a", "GIF"),
+    (b"GIF89a", "GIF"),
+    (b"BM", "BMP"),
+)
+_GZIP = b"\x1f\x8b"
+_NIFTI_HEAD_BYTES = 348
+# Their messages quote header fields.
+_TALKATIVE_LOGGERS = {"TIFF": "PIL", "DICOM": "pydicom", "NIfTI": "nibabel"}
 
 
-class RejectedImage(Exception):
-    """A file that is left out: ``reason`` is a fixed phrase to count, ``detail`` free text."""
+def decode_file(content: bytes, options: DecodeOptions) -> list[DecodedSlice]:
+    """Decode all slices of a file to 8-bit grayscale, the whole file or nothing of it.
 
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason = reason
-        self.detail = detail
+    The format is found by content, whatever the file is called.
 
+    - JPEG, PNG, BMP, GIF: one slice, turned as its EXIF orientation says. Colour is converted by
+      luminance (ITU-R 601), transparency laid on black; 16-bit and float images are scaled
+      linearly from their own minimum and maximum to 0..255. Animations are refused.
+    - TIFF: the same, and every page is a slice; the pages of a stack share a subject.
+    - DICOM: `brainray.mri.dicom`; NIfTI, also compressed: `brainray.mri.nifti`.
 
-@dataclass(frozen=True)
-class DecodedSlice:
-    """A grayscale slice as it was stored."""
-
-    image: NDArray[np.uint8]  # (H, W)
-    format: str
-
-
-def decode_slice(content: bytes, *, min_side: int, max_pixels: int) -> DecodedSlice:
-    """Decode JPEG, PNG, TIFF or BMP to 8-bit grayscale, whole or not at all.
-
-    Colour is converted by luminance (ITU-R 601); 16-bit and float images are scaled linearly
-    from their own minimum and maximum to 0..255. Of several frames the first is read.
+    Nothing else that a file's header says is returned, raised, logged or warned of.
 
     Raises:
-        RejectedImage: empty, not an image, truncated or corrupt, too small, too large.
+        RejectedImage: empty, not an image, truncated or corrupt, too small, too large, ...
     """
     if not content:
         raise RejectedImage("empty file")
+    file_format = sniff(content)
+    if not file_format:
+        raise RejectedImage("not an image", f"no header of {', '.join(FORMATS)}")
     try:
-        with warnings.catch_warnings():
-            # Pillow warns of oddities in files that it then reads well.
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
-                width, height = picture.size
-                _check_size(height, width, min_side, max_pixels)
-                file_format = str(picture.format)
-                image = _to_uint8(picture)
+        with _silenced(_TALKATIVE_LOGGERS.get(file_format)):
+            return _decode(content, file_format, options)
     except RejectedImage:
         raise
-    except UnidentifiedImageError:
-        raise RejectedImage("not an image", f"no {', '.join(FORMATS)} header") from None
-    except Image.DecompressionBombError as error:
-        raise RejectedImage("too large", str(error)) from None
     except Exception as error:  # decoders raise nearly anything on hostile bytes
-        raise RejectedImage("corrupt or truncated", f"{type(error).__name__}: {error}") from None
-    return DecodedSlice(image=image, format=file_format)
+        failure = type(error).__name__
+    # Out here the decoder's exception, whose text may quote the header, is not chained.
+    raise RejectedImage("corrupt or truncated", f"the {file_format} decoder stopped at {failure}")
+
+
+def sniff(content: bytes) -> str:
+    """One of `FORMATS` by the first bytes of a file, "" where they tell of none."""
+    # First: a DICOM file may begin with the signature of another format.
+    if looks_like_dicom(content):
+        return "DICOM"
+    for signature, file_format in _SIGNATURES:
+        if content.startswith(signature):
+            return file_format
+    head = _decompressed_head(content) if content.startswith(_GZIP) else content[:540]
+    if head[344:348] in (b"n+1\0", b"ni1\0") or head[4:8] in (b"n+2\0", b"ni2\0"):
+        return "NIfTI"
+    return "DICOM" if _begins_with_dicom_element(content) else ""
+
+
+def looks_like_dicom(head: bytes) -> bool:
+    """Whether a file without a telling name is DICOM, by its first `DICOM_HEAD_BYTES`."""
+    return head[128:DICOM_HEAD_BYTES] == b"DICM"
 
 
 def check_content(image: NDArray[np.uint8], *, min_intensity_std: float) -> None:
@@ -71,19 +123,118 @@ def check_content(image: NDArray[np.uint8], *, min_intensity_std: float) -> None
         raise RejectedImage("blank", f"intensity standard deviation {deviation:.2f} of 0..255")
 
 
-def _check_size(height: int, width: int, min_side: int, max_pixels: int) -> None:
-    if height * width > max_pixels:
-        raise RejectedImage("too large", f"{width} x {height} pixels, limit {max_pixels}")
-    if min(height, width) < min_side:
-        raise RejectedImage("too small", f"{width} x {height} pixels, shortest side {min_side}")
+@contextmanager
+def _silenced(logger_name: str | None) -> Iterator[None]:
+    """No warnings, and nothing from this logger and those below it."""
+    logger = logging.getLogger(logger_name) if logger_name else None
+    level = logger.level if logger else logging.NOTSET
+    try:
+        if logger:
+            logger.setLevel(logging.CRITICAL + 1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        if logger:
+            logger.setLevel(level)
 
 
-def _to_uint8(picture: Image.Image) -> NDArray[np.uint8]:
+def _decode(content: bytes, file_format: str, options: DecodeOptions) -> list[DecodedSlice]:
+    # Imported on demand: the two take a second, which folders of plain images need not spend.
+    if file_format == "DICOM":
+        from brainray.mri import dicom
+
+        return dicom.decode_dicom(content, options)
+    if file_format == "NIfTI":
+        from brainray.mri import nifti
+
+        return nifti.decode_nifti(content, options)
+    return _decode_picture(content, file_format, options)
+
+
+def _decompressed_head(content: bytes) -> bytes:
+    try:
+        return zlib.decompressobj(wbits=31).decompress(content[:65_536], _NIFTI_HEAD_BYTES)
+    except zlib.error:
+        return b""
+
+
+def _begins_with_dicom_element(content: bytes) -> bool:
+    """DICOM as old archives wrote it, without preamble: a first element of group 2 or 8."""
+    if len(content) < DICOM_HEAD_BYTES:
+        return False
+    group, element, length = struct.unpack_from("<HHI", content)
+    explicit = content[4:6].isalpha() and content[4:6].isupper()
+    return group in (0x0002, 0x0008) and element <= 0x0020 and (explicit or length <= 64)
+
+
+def _decode_picture(content: bytes, file_format: str, options: DecodeOptions) -> list[DecodedSlice]:
+    try:
+        picture = Image.open(io.BytesIO(content), formats=(file_format,))
+    except UnidentifiedImageError:
+        failure = "corrupt or truncated"
+    except Image.DecompressionBombError:
+        failure = "too large"
+    else:
+        with picture:
+            if file_format == "TIFF":
+                return _decode_pages(content, picture, options)
+            # Phones store a JPEG's preview as a second frame: that is no animation.
+            if file_format != "JPEG" and getattr(picture, "is_animated", False):
+                raise RejectedImage("animated image", "several frames")
+            _check_picture(picture, options)
+            return [DecodedSlice(_to_grayscale(picture), file_format)]
+    raise RejectedImage(failure, f"the header of a {file_format}")
+
+
+def _decode_pages(
+    content: bytes, picture: Image.Image, options: DecodeOptions
+) -> list[DecodedSlice]:
+    images = []
+    num_voxels = 0
+    for page in range(getattr(picture, "n_frames", 1)):
+        picture.seek(page)
+        if _is_preview(picture):
+            continue
+        _check_picture(picture, options)
+        num_voxels += picture.width * picture.height
+        check_num_voxels(num_voxels, options.max_voxels)
+        images.append((f"frame={page}", _to_grayscale(picture)))
+    if not images:
+        raise RejectedImage("corrupt or truncated", "a TIFF without a full page")
+    if len(images) == 1:
+        return [DecodedSlice(images[0][1], "TIFF")]
+    subject = volume_hash(content, options.salt)
+    return [DecodedSlice(image, "TIFF", frame, subject) for frame, image in images]
+
+
+def _is_preview(picture: Image.Image) -> bool:
+    """A page that repeats another one in lower resolution (tag NewSubfileType, bit 0)."""
+    tags = getattr(picture, "tag_v2", {})
+    return bool(int(tags.get(254, 0)) & 1)
+
+
+def _check_picture(picture: Image.Image, options: DecodeOptions) -> None:
+    width, height = picture.size
+    check_size(height, width, min_side=options.min_side, max_pixels=options.max_pixels)
+
+
+def _to_grayscale(picture: Image.Image) -> NDArray[np.uint8]:
     if picture.mode in {"I", "F"} or picture.mode.startswith("I;"):
-        values = np.asarray(picture, dtype=np.float64)
-        if not np.isfinite(values).all():
-            raise RejectedImage("non-finite pixels")
-        low, high = values.min(), values.max()
-        scaled = (values - low) * (255.0 / (high - low)) if high > low else np.zeros_like(values)
-        return scaled.round().astype(np.uint8)
-    return np.asarray(picture.convert("L"))
+        values = replace_non_finite(np.array(_upright(picture), dtype=np.float64))
+        return to_uint8(values, float(values.min()), float(values.max()))
+    picture = _upright(picture)
+    if picture.has_transparency_data:
+        colour = picture.convert("RGBA")
+        black = Image.new("RGBA", colour.size, (0, 0, 0, 255))
+        picture = Image.alpha_composite(black, colour)
+    elif picture.mode not in {"L", "RGB", "YCbCr", "P", "1"}:
+        picture = picture.convert("RGB")  # not all modes know the way to luminance
+    return np.asarray(picture if picture.mode == "L" else picture.convert("L"))
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    """As viewers show it, which is what its label was given to."""
+    if "exif" not in picture.info:
+        return picture
+    return ImageOps.exif_transpose(picture)

@@ -1,78 +1,296 @@
-"""A file becomes a grayscale slice, or a counted reason."""
+"""A plain image file becomes grayscale slices, or a counted reason."""
 
+import dataclasses
 import io
+import pickle
+import random
+import struct
+import tracemalloc
+import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
-from brainray.mri.decode import RejectedImage, check_content, decode_slice
+from brainray.mri import decode
+from brainray.mri.decode import (
+    DecodedSlice,
+    DecodeOptions,
+    RejectedImage,
+    check_content,
+    decode_file,
+    looks_like_dicom,
+    sniff,
+)
 
-LIMITS = {"min_side": 16, "max_pixels": 1_000_000}
+OPTIONS = DecodeOptions(
+    min_side=16,
+    max_pixels=1_000_000,
+    max_voxels=4_000_000,
+    axis="axial",
+    window_percentiles=(0.5, 99.5),
+    min_foreground=0.05,
+    salt=b"a secret",
+)
 RAMP = np.tile(np.arange(64, dtype=np.uint8) * 4, (48, 1))  # (48, 64)
+LOSSLESS = ["PNG", "TIFF", "BMP", "GIF"]
 
 
-def encode(array: np.ndarray, file_format: str, **options: object) -> bytes:
+def encode(array: np.ndarray | Image.Image, file_format: str, **options: object) -> bytes:
+    picture = array if isinstance(array, Image.Image) else Image.fromarray(array)
     buffer = io.BytesIO()
-    Image.fromarray(array).save(buffer, file_format, **options)
+    picture.save(buffer, file_format, **options)
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("file_format", ["PNG", "TIFF", "BMP"])
+def decode_one(content: bytes) -> np.ndarray:
+    (decoded,) = decode_file(content, OPTIONS)
+    assert decoded.image.dtype == np.uint8
+    assert decoded.frame == ""
+    assert decoded.subject_id is None
+    return decoded.image
+
+
+def reason_of(content: bytes, options: DecodeOptions = OPTIONS) -> str:
+    with pytest.raises(RejectedImage) as rejection:
+        decode_file(content, options)
+    return rejection.value.reason
+
+
+def stack(*pages: np.ndarray, file_format: str = "TIFF") -> bytes:
+    first, *others = map(Image.fromarray, pages)
+    return encode(first, file_format, save_all=True, append_images=others)
+
+
+# --- What is read --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file_format", LOSSLESS)
 def test_lossless_formats_give_the_pixels_back(file_format: str) -> None:
-    decoded = decode_slice(encode(RAMP, file_format), **LIMITS)
-    assert decoded.format == file_format
-    np.testing.assert_array_equal(decoded.image, RAMP)
+    content = encode(RAMP, file_format)
+    assert sniff(content) == file_format
+    assert decode_file(content, OPTIONS)[0].format == file_format
+    np.testing.assert_array_equal(decode_one(content), RAMP)
 
 
 def test_jpeg_is_close_and_colour_of_equal_channels_is_grey() -> None:
-    grey = decode_slice(encode(RAMP, "JPEG", quality=95), **LIMITS).image
-    colour = decode_slice(encode(np.dstack([RAMP] * 3), "PNG"), **LIMITS).image
+    grey = decode_one(encode(RAMP, "JPEG", quality=95))
+    colour = decode_one(encode(np.dstack([RAMP] * 3), "PNG"))
     assert np.abs(grey.astype(int) - RAMP).max() <= 4
     np.testing.assert_array_equal(colour, RAMP)
 
 
-def test_sixteen_bits_are_scaled_from_their_own_range() -> None:
+@pytest.mark.parametrize("file_format", ["PNG", "TIFF"])
+def test_sixteen_bits_are_scaled_from_their_own_range(file_format: str) -> None:
     deep = RAMP.astype(np.uint16) * 100 + 1000
-    image = decode_slice(encode(deep, "PNG"), **LIMITS).image
+    image = decode_one(encode(deep, file_format))
     expected = np.round((deep - deep.min()) * 255.0 / (deep.max() - deep.min()))
     np.testing.assert_array_equal(image, expected.astype(np.uint8))
+
+
+def test_floats_of_any_size_are_scaled_from_their_own_range() -> None:
+    for scale in (1e-30, 1.0, 1e36):
+        image = decode_one(encode((RAMP.astype(np.float32) - 50.0) * scale, "TIFF"))
+        np.testing.assert_allclose(image, RAMP * (255.0 / 252.0), atol=0.51)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_few_broken_floats_become_the_minimum_and_more_are_refused(bad: float) -> None:
+    values = RAMP.astype(np.float32) + 100.0
+    values[0, :30] = bad  # 30 of 3,072 pixels are just below one per cent
+    image = decode_one(encode(values, "TIFF"))
+    assert (image[0, :30] == 0).all()
+    assert image.max() == 255
+    values[1, 0] = bad
+    assert reason_of(encode(values, "TIFF")) == "non-finite pixels"
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "YCbCr", "P", "LA", "RGBA", "1"])
+def test_every_colour_mode_keeps_black_and_white_apart(mode: str) -> None:
+    halves = np.zeros((32, 32), np.uint8)
+    halves[:, 16:] = 255
+    picture = Image.fromarray(halves).convert("RGB").convert(mode)
+    file_format = "JPEG" if mode in {"CMYK", "YCbCr"} else "PNG"
+    image = decode_one(encode(picture, file_format))
+    assert image[:, :8].max() < 8
+    assert image[:, 24:].min() > 247
+
+
+def test_what_is_transparent_is_black_whatever_colour_it_hides() -> None:
+    pixels = np.full((32, 32, 4), 255, np.uint8)
+    pixels[:, :16, 3] = 0
+    for picture in (Image.fromarray(pixels), Image.fromarray(pixels).convert("LA")):
+        image = decode_one(encode(picture, "PNG"))
+        assert (image[:, :16] == 0).all()
+        assert (image[:, 16:] == 255).all()
+    palette = Image.fromarray(RAMP // 4 % 2).convert("P")
+    palette.putpalette([200] * 3 + [90] * 3)
+    image = decode_one(encode(palette, "PNG", transparency=0))
+    assert set(np.unique(image)) == {0, 90}
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "TIFF"])
+def test_exif_orientation_is_applied(file_format: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise by a quarter
+    image = decode_one(encode(RAMP, file_format, exif=exif))
+    assert np.abs(image.astype(int) - np.rot90(RAMP, -1)).max() <= 4
+
+
+def test_every_page_of_a_tiff_is_a_slice_and_they_share_a_subject() -> None:
+    pages = [RAMP, RAMP[::-1, ::-1], RAMP // 2]
+    content = stack(*pages)
+    decoded = decode_file(content, OPTIONS)
+    assert [one.frame for one in decoded] == ["frame=0", "frame=1", "frame=2"]
+    for one, page in zip(decoded, pages, strict=True):
+        np.testing.assert_array_equal(one.image, page)
+    (subject,) = {one.subject_id for one in decoded}
+    assert subject is not None
+    assert len(subject) == 32
+    assert {one.subject_id for one in decode_file(stack(RAMP, RAMP), OPTIONS)} != {subject}
+    resalted = dataclasses.replace(OPTIONS, salt=b"another")
+    assert decode_file(content, resalted)[0].subject_id != subject
+
+
+def test_a_reduced_copy_within_a_tiff_is_no_slice() -> None:
+    preview = TiffImagePlugin.ImageFileDirectory_v2()
+    preview[254] = 1
+    buffer = io.BytesIO()
+    with TiffImagePlugin.AppendingTiffWriter(buffer) as writer:
+        Image.fromarray(RAMP).save(writer, "TIFF")
+        writer.newFrame()
+        Image.fromarray(RAMP[:4, :4]).save(writer, "TIFF", tiffinfo=preview)
+    np.testing.assert_array_equal(decode_one(buffer.getvalue()), RAMP)
+
+
+# --- What is refused -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
         (b"", "empty file"),
+        (b"\0", "not an image"),
         (b"this is a text file named .jpg", "not an image"),
+        (b"<html>" * 100, "not an image"),
+        (b"\x1f\x8b" + b"\0" * 50, "not an image"),
+        (b"PK\x03\x04" + b"\0" * 500, "not an image"),
+        (encode(RAMP, "PNG")[:20], "corrupt or truncated"),
         (encode(RAMP, "PNG")[:60], "corrupt or truncated"),
         (encode(RAMP, "JPEG")[:400], "corrupt or truncated"),
+        (encode(RAMP, "BMP")[:-100], "corrupt or truncated"),
+        (encode(RAMP, "TIFF")[:-400], "corrupt or truncated"),
+        (encode(RAMP, "GIF")[:900], "corrupt or truncated"),
         (encode(RAMP[:10], "PNG"), "too small"),
         (encode(np.zeros((1001, 1000), np.uint8), "PNG"), "too large"),
-        (encode(RAMP, "GIF"), "not an image"),
+        (encode(np.zeros((20, 201), np.uint8), "PNG"), "too elongated"),
+        (encode(np.zeros((201, 20), np.uint8), "PNG"), "too elongated"),
+        (stack(RAMP, RAMP[:, ::-1], file_format="GIF"), "animated image"),
+        (stack(RAMP, RAMP[:, ::-1], file_format="PNG"), "animated image"),
+        (stack(RAMP, RAMP[:4]), "too small"),
     ],
 )
 def test_what_cannot_be_used_has_a_reason(content: bytes, reason: str) -> None:
-    with pytest.raises(RejectedImage) as rejection:
-        decode_slice(content, **LIMITS)
-    assert rejection.value.reason == reason
+    assert reason_of(content) == reason
 
 
-def test_a_huge_header_is_refused_before_decoding() -> None:
-    # A 30,000 x 30,000 PNG: signature and header only, so decoding would fail otherwise.
-    png = bytearray(encode(RAMP, "PNG"))
-    png[16:24] = (30_000).to_bytes(4, "big") * 2
-    with pytest.raises(RejectedImage) as rejection:
-        decode_slice(bytes(png), **LIMITS)
-    assert rejection.value.reason in {"too large", "not an image", "corrupt or truncated"}
+def test_a_stack_is_limited_as_a_whole() -> None:
+    tight = dataclasses.replace(OPTIONS, max_voxels=3 * RAMP.size - 1)
+    assert len(decode_file(stack(RAMP, RAMP), tight)) == 2
+    assert reason_of(stack(RAMP, RAMP, RAMP), tight) == "too large"
+
+
+def huge_png(side: int) -> bytes:
+    """A valid PNG of side x side zeros, as far as its first rows."""
+
+    def chunk(name: bytes, body: bytes) -> bytes:
+        checksum = zlib.crc32(name + body)
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", checksum)
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
+    rows = zlib.compress(bytes(10_000_000))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows)
+
+
+@pytest.mark.parametrize("side", [1_001, 30_000, 2_000_000_000])
+def test_a_huge_header_is_refused_before_decoding(side: int) -> None:
+    content = huge_png(side)
+    tracemalloc.start()
+    try:
+        assert reason_of(content) == "too large"
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 1_000_000
 
 
 def test_every_truncation_of_a_jpeg_is_rejected_or_whole() -> None:
     whole = encode(RAMP, "JPEG", quality=90)
-    reference = decode_slice(whole, **LIMITS).image
     for length in range(0, len(whole) - 2, 37):
-        with pytest.raises(RejectedImage):
-            decode_slice(whole[:length], **LIMITS)
-    np.testing.assert_array_equal(decode_slice(whole, **LIMITS).image, reference)
+        reason_of(whole[:length])
+    assert decode_one(whole).shape == RAMP.shape
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "TIFF", "BMP", "GIF"])
+def test_broken_bytes_are_decoded_or_rejected_and_nothing_else(file_format: str) -> None:
+    original = encode(RAMP, file_format)
+    dice = random.Random(file_format)
+    outcomes = set()
+    for _ in range(150):
+        try:
+            for one in decode_file(damaged(original, dice), OPTIONS):
+                assert one.image.dtype == np.uint8
+                assert one.image.ndim == 2
+            outcomes.add("decoded")
+        except RejectedImage:
+            outcomes.add("rejected")
+    assert "rejected" in outcomes
+
+
+def damaged(content: bytes, dice: random.Random) -> bytes:
+    """Cut short, or with some bytes changed, half of them in the header."""
+    changed = bytearray(content)
+    if dice.random() < 0.3:
+        del changed[dice.randrange(len(changed)) :]
+        return bytes(changed)
+    reach = len(changed) if dice.random() < 0.5 else min(200, len(changed))
+    for _ in range(dice.choice((1, 2, 8))):
+        changed[dice.randrange(reach)] = dice.randrange(256)
+    return bytes(changed)
+
+
+def test_a_decoder_out_of_memory_rejects_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(*_: object) -> list[DecodedSlice]:
+        raise MemoryError("cannot hold JOHN DOE")
+
+    monkeypatch.setattr(decode, "_decode_picture", exhausted)
+    with pytest.raises(RejectedImage) as rejection:
+        decode_file(encode(RAMP, "PNG"), OPTIONS)
+    assert str(rejection.value) == "corrupt or truncated: the PNG decoder stopped at MemoryError"
+    assert rejection.value.__context__ is None
+
+
+# --- The rest ------------------------------------------------------------------------------------
+
+
+def test_dicom_is_known_by_its_preamble_even_behind_another_signature() -> None:
+    head = b"II*\0" + bytes(124) + b"DICM"
+    assert looks_like_dicom(head)
+    assert sniff(head) == "DICOM"
+    assert not looks_like_dicom(head[:131])
+    assert not looks_like_dicom(b"DICM" * 10)
+
+
+def test_a_rejection_survives_its_way_between_processes() -> None:
+    sent = RejectedImage("too small", "8 x 8 pixels")
+    received = pickle.loads(pickle.dumps(sent))
+    assert (received.reason, received.detail) == (sent.reason, sent.detail)
+    assert str(received) == "too small: 8 x 8 pixels"
+
+
+def test_a_missing_salt_is_refused() -> None:
+    with pytest.raises(ValueError, match="salt"):
+        dataclasses.replace(OPTIONS, salt=b"")
 
 
 def test_blank_slices_are_rejected_and_others_are_not() -> None:

@@ -1,0 +1,327 @@
+"""DICOM files: every frame a slice, windowed as the scanner says, and nothing of the header kept.
+
+Compressed pixels are decoded by imagecodecs (BSD-3-Clause; libjpeg-turbo, CharLS, OpenJPEG),
+offered to pydicom as a plug-in, and RLE by pydicom itself. Of pydicom's own plug-ins the one for
+GDCM ends the whole process on a corrupt stream, and no other with a permissive licence reads
+lossless JPEG, which archives use most.
+"""
+
+import importlib.util
+import io
+import math
+import struct
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from pydicom import dcmread
+from pydicom.dataset import Dataset, FileDataset
+from pydicom.filereader import read_dataset
+from pydicom.pixels.decoders.base import Decoder, DecodeRunner, get_decoder
+from pydicom.pixels.processing import apply_color_lut, apply_modality_lut, apply_voi
+from pydicom.uid import (
+    UID,
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    JPEG2000TransferSyntaxes,
+    JPEGLSTransferSyntaxes,
+    JPEGTransferSyntaxes,
+    RLELossless,
+)
+
+from brainray.mri.slices import (
+    DecodedSlice,
+    DecodeOptions,
+    RejectedImage,
+    Values,
+    check_num_voxels,
+    check_size,
+    foreground_window,
+    replace_non_finite,
+    subject_hash,
+    to_square_pixels,
+    to_uint8,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_PIXEL_KEYWORDS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
+_NO_SCANS = ("SEG", "RTDOSE")  # modalities whose pixels are drawn or computed
+# What de-identification leaves in place of a number; as an identity it would join all patients.
+_NO_PATIENT_IDS = frozenset(
+    {"", "0", "anon", "anonymous", "anonymized", "anonymised", "none", "n/a", "na", "unknown"}
+)
+_PLUGIN = "imagecodecs"
+_END_OF_IMAGE = b"\xff\xd9"
+_START_OF_FRAME = frozenset({0xC0, 0xC1, 0xC2, 0xC3, 0xF7})  # JPEG and JPEG-LS
+_START_OF_J2K = b"\xff\x4f\xff\x51"
+
+DECODER_DEPENDENCIES: dict[str, tuple[str, ...]] = dict.fromkeys(
+    (*JPEGTransferSyntaxes, *JPEGLSTransferSyntaxes, *JPEG2000TransferSyntaxes), (_PLUGIN,)
+)
+"""Read by pydicom, as `is_available` is, when this module is offered as a plug-in."""
+
+
+def decode_dicom(content: bytes, options: DecodeOptions) -> list[DecodedSlice]:
+    """Decode every frame of a DICOM file.
+
+    Stored values become real ones (rescale or modality LUT), then 0..255 by the file's window or
+    VOI LUT; where it has none, or one that leaves nothing to see, by percentiles of the frame's
+    foreground. MONOCHROME1 is inverted, colour converted by luminance, pixels made square.
+
+    The subject is the patient number; without a usable one the study, else the series.
+
+    Raises:
+        RejectedImage: no pixels, no scan, pixels that name the patient, a transfer syntax that
+            cannot be decoded, or limits exceeded.
+        Exception: whatever pydicom raises on corrupt bytes; its text may quote the header.
+    """
+    dataset = _read(content)
+    _check_kind(dataset)
+    num_frames = _check_announced_size(dataset, options)
+    subject = _subject(dataset, options.salt)
+    slices = []
+    for index, (pixels, properties) in enumerate(_frames(dataset, num_frames)):
+        image = _to_grayscale(pixels, properties, dataset, index, options)
+        image = to_square_pixels(image, _spacing(dataset, index), options)
+        frame = f"frame={index}" if num_frames > 1 else ""
+        slices.append(DecodedSlice(image, "DICOM", frame, subject))
+    if len(slices) != num_frames:
+        raise RejectedImage("corrupt or truncated", f"{len(slices)} of {num_frames} frames")
+    return slices
+
+
+def _read(content: bytes) -> FileDataset:
+    if content[128:132] == b"DICM":
+        # Inflated by pydicom without limit: looked for before it reads the file.
+        meta = read_dataset(
+            io.BytesIO(content[132:]), False, True, stop_when=lambda tag, *_: tag.group != 2
+        )
+        if meta.get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
+            raise _unsupported(DeflatedExplicitVRLittleEndian, "store the file uncompressed")
+    dataset = dcmread(io.BytesIO(content), force=True)
+    if "TransferSyntaxUID" not in dataset.file_meta:
+        is_implicit, is_little_endian = dataset.original_encoding
+        explicit = ExplicitVRLittleEndian if is_little_endian else ExplicitVRBigEndian
+        dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if is_implicit else explicit
+    return dataset
+
+
+def _check_kind(dataset: Dataset) -> None:
+    if not any(keyword in dataset for keyword in _PIXEL_KEYWORDS):
+        if "Rows" in dataset:
+            raise RejectedImage("corrupt or truncated", "an image's header without its pixels")
+        raise RejectedImage("no pixel data", "a report, a plan, a directory or the like")
+    if dataset.get("Modality") in _NO_SCANS:
+        raise RejectedImage("no scan", "a segmentation or a dose")
+    if dataset.get("BurnedInAnnotation") == "YES":
+        raise RejectedImage("burned-in annotation", "the pixels may show who the patient is")
+
+
+def _check_announced_size(dataset: Dataset, options: DecodeOptions) -> int:
+    """The number of frames, once they are known to be within the limits."""
+    rows, columns = int(dataset.Rows), int(dataset.Columns)
+    num_frames = int(dataset.get("NumberOfFrames") or 1)
+    check_size(rows, columns, min_side=options.min_side, max_pixels=options.max_pixels)
+    if num_frames < 1 or int(dataset.SamplesPerPixel) not in (1, 3):
+        raise RejectedImage("corrupt or truncated", "impossible number of frames or samples")
+    check_num_voxels(rows * columns * num_frames, options.max_voxels)
+    return num_frames
+
+
+def _subject(dataset: Dataset, salt: bytes) -> str | None:
+    patient = str(dataset.get("PatientID") or "").strip()
+    if patient.casefold() not in _NO_PATIENT_IDS:
+        return subject_hash("patient", patient, salt)
+    # A study is one patient's and holds several series: the wider of the two.
+    for keyword in ("StudyInstanceUID", "SeriesInstanceUID"):
+        uid = str(dataset.get(keyword) or "").strip()
+        if uid:
+            return subject_hash("study", uid, salt)
+    return None
+
+
+# --- Pixels --------------------------------------------------------------------------------------
+
+
+def _frames(
+    dataset: FileDataset, num_frames: int
+) -> "Iterator[tuple[NDArray[Any], dict[str, Any]]]":
+    """Frames (H, W) or (H, W, 3) and what pydicom says of each."""
+    syntax = UID(dataset.file_meta.TransferSyntaxUID)
+    plugin = ""
+    if syntax in DECODER_DEPENDENCIES:
+        # An instance of our own: pydicom's are shared, and try GDCM where it is installed.
+        decoder = Decoder(syntax)
+        decoder.add_plugin(_PLUGIN, (__name__, "decode_frame"))
+        plugin = _PLUGIN
+    elif syntax == RLELossless:
+        decoder = get_decoder(syntax)
+        plugin = "pydicom"
+    elif syntax in (ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian):
+        decoder = get_decoder(syntax)
+    else:
+        raise _unsupported(syntax, "store the file uncompressed")
+    if not decoder.is_available:
+        raise _unsupported(syntax, f"needs: pip install {_PLUGIN}")
+    frames = decoder.iter_array(dataset, decoding_plugin=plugin, allow_excess_frames=False)
+    return islice(frames, num_frames)
+
+
+def _unsupported(syntax: UID, remedy: str) -> RejectedImage:
+    # A UID that is no known syntax is text of the file like any other.
+    name = syntax.name if syntax.is_transfer_syntax and not syntax.is_private else "unknown"
+    return RejectedImage("unsupported transfer syntax", f"{name}: {remedy}")
+
+
+def _to_grayscale(
+    pixels: NDArray[Any],
+    properties: dict[str, Any],
+    dataset: Dataset,
+    index: int,
+    options: DecodeOptions,
+) -> NDArray[np.uint8]:
+    interpretation = properties["photometric_interpretation"]
+    if interpretation == "PALETTE COLOR":
+        colours = apply_color_lut(pixels, dataset)
+        return _luminance(colours, bits=8 * colours.dtype.itemsize)
+    if pixels.ndim == 3:
+        return _luminance(pixels, bits=int(properties["bits_stored"]))
+    real = apply_modality_lut(
+        pixels, _attributes(dataset, "PixelValueTransformationSequence", index)
+    )
+    values = replace_non_finite(real.astype(np.float32))
+    image = _window(values, _attributes(dataset, "FrameVOILUTSequence", index))
+    if image is None:
+        image = to_uint8(values, *foreground_window(values, options.window_percentiles))
+    return 255 - image if interpretation == "MONOCHROME1" else image
+
+
+def _luminance(colours: NDArray[Any], *, bits: int) -> NDArray[np.uint8]:
+    if bits != 8:
+        colours = to_uint8(colours.astype(np.float64), 0.0, 2.0**bits - 1.0)
+    return np.asarray(Image.fromarray(colours.astype(np.uint8)).convert("L"))
+
+
+def _window(values: Values, attributes: Dataset) -> NDArray[np.uint8] | None:
+    """Apply the window, else the VOI LUT; None without a usable one.
+
+    Source: DICOM PS3.3, C.11.2.1.2 and C.11.2.1.3.
+    """
+    centre, width = _first(attributes, "WindowCenter"), _first(attributes, "WindowWidth")
+    function = attributes.get("VOILUTFunction") or "LINEAR"
+    if function == "LINEAR":
+        centre, width = centre - 0.5, width - 1.0
+    if math.isfinite(centre) and math.isfinite(width) and width > 0.0:
+        if function == "SIGMOID":
+            exponent = np.clip(-4.0 * (values - centre) / width, -50.0, 50.0)
+            image = to_uint8(1.0 / (1.0 + np.exp(exponent)), 0.0, 1.0)
+        else:
+            image = to_uint8(values, centre - width / 2.0, centre + width / 2.0)
+    elif attributes.get("VOILUTSequence"):
+        bits = int(attributes.VOILUTSequence[0].LUTDescriptor[2])
+        shown = apply_voi(values.round().astype(np.int64), attributes)
+        image = to_uint8(shown.astype(np.float64), 0.0, 2.0**bits - 1.0)
+    else:
+        return None
+    return image if image.max() > image.min() else None
+
+
+def _first(attributes: Dataset, keyword: str) -> float:
+    """The first of one or several values, NaN where there is none."""
+    value = attributes.get(keyword)
+    if value is None or value == "":
+        return math.nan
+    return float(value) if isinstance(value, (int, float, str)) else float(value[0])
+
+
+def _spacing(dataset: Dataset, index: int) -> tuple[float, float]:
+    """Distance of rows and of columns; in mm or, of the aspect ratio, without unit."""
+    attributes = _attributes(dataset, "PixelMeasuresSequence", index)
+    for keyword in ("PixelSpacing", "PixelAspectRatio"):
+        value = attributes.get(keyword)
+        if value is not None and len(value) == 2:
+            return float(value[0]), float(value[1])
+    return 1.0, 1.0
+
+
+def _attributes(dataset: Dataset, keyword: str, index: int) -> Dataset:
+    """Where a frame's attributes stand: its own functional group, the shared one, or the top."""
+    for groups, position in (
+        ("PerFrameFunctionalGroupsSequence", index),
+        ("SharedFunctionalGroupsSequence", 0),
+    ):
+        items = dataset.get(groups) or []
+        if position < len(items) and items[position].get(keyword):
+            return items[position][keyword][0]
+    return dataset
+
+
+# --- Plug-in -------------------------------------------------------------------------------------
+
+
+def is_available(uid: str) -> bool:
+    """Whether this plug-in can decode a transfer syntax here; called by pydicom."""
+    return uid in DECODER_DEPENDENCIES and importlib.util.find_spec(_PLUGIN) is not None
+
+
+def decode_frame(source: bytes, runner: DecodeRunner) -> bytearray:
+    """Decode one JPEG, JPEG-LS or JPEG 2000 stream; called by pydicom.
+
+    Raises:
+        ValueError: the stream is not of the size that the header announces. Decoders allocate
+            what the stream says, which may be far more.
+    """
+    import imagecodecs
+
+    shape: tuple[int, ...] = (runner.rows, runner.columns)
+    syntax = runner.transfer_syntax
+    if syntax in JPEG2000TransferSyntaxes:
+        source = source[max(source.find(_START_OF_J2K), 0) :]  # some wrap it in a JP2 file
+    if _stream_size(source) != shape:
+        raise ValueError("frame and header differ in size")
+    if syntax in JPEG2000TransferSyntaxes:
+        array = imagecodecs.jpeg2k_decode(source)
+        if runner.samples_per_pixel == 3:
+            runner.set_option("photometric_interpretation", "RGB")  # OpenJPEG has converted
+    elif syntax in JPEGLSTransferSyntaxes:
+        # CharLS may loop for ever on a stream that stops without its end marker.
+        if not source.rstrip(b"\0").endswith(_END_OF_IMAGE):
+            raise ValueError("frame without its end")
+        array = imagecodecs.jpegls_decode(source)
+    else:
+        # As stored: pydicom knows better than the stream which colours they are.
+        stored = "RGB" if runner.photometric_interpretation == "RGB" else "YCBCR"
+        space = stored if runner.samples_per_pixel == 3 else None
+        array = imagecodecs.jpeg8_decode(source, colorspace=space, outcolorspace=space)
+    if runner.samples_per_pixel == 3:
+        shape = (*shape, 3)
+        runner.set_option("planar_configuration", 0)
+    if array.shape != shape:
+        raise ValueError("frame and header differ in shape")
+    runner.set_option("bits_allocated", 8 * array.dtype.itemsize)
+    return bytearray(array.tobytes())  # writable, for pydicom to correct signs in
+
+
+def _stream_size(source: bytes) -> tuple[int, int] | None:
+    """Height and width that a JPEG, JPEG-LS or JPEG 2000 stream announces."""
+    if source.startswith(_START_OF_J2K):
+        right, bottom, left, top = struct.unpack_from(">4I", source, 8)
+        return bottom - top, right - left
+    position = 2
+    while position + 9 <= len(source):
+        marker, length = source[position + 1], struct.unpack_from(">H", source, position + 2)[0]
+        if source[position] != 0xFF:
+            return None
+        if marker in _START_OF_FRAME:
+            return struct.unpack_from(">HH", source, position + 5)
+        if marker in (0xFF, 0xD8):  # padding, or SPIFF's second start of image
+            position += 1 if marker == 0xFF else 2
+        else:
+            position += 2 + length
+    return None

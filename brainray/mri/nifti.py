@@ -1,0 +1,180 @@
+"""NIfTI volumes: sliced in a chosen plane, shown as radiologists are used to."""
+
+import gzip
+import io
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from nibabel.affines import voxel_sizes
+from nibabel.nifti1 import Nifti1Header, Nifti1Image
+from nibabel.nifti2 import Nifti2Header, Nifti2Image
+from nibabel.orientations import apply_orientation, io_orientation
+from numpy.typing import NDArray
+
+from brainray.mri.slices import (
+    DecodedSlice,
+    DecodeOptions,
+    RejectedImage,
+    Values,
+    check_num_voxels,
+    foreground_threshold,
+    foreground_window,
+    replace_non_finite,
+    to_square_pixels,
+    to_uint8,
+    volume_hash,
+)
+
+_AXES = ("sagittal", "coronal", "axial")  # of a volume (X, Y, Z) towards right, front and top
+_MAX_EXTENSION_BYTES = 64 * 2**20  # header extensions: a whole DICOM header, or an XML
+_MAX_TRAILING_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What a header announces."""
+
+    image_class: type[Nifti1Image]
+    shape: tuple[int, ...]  # (X, Y, Z, T)
+    num_bytes: int  # of header, extensions and voxels
+
+
+def decode_nifti(content: bytes, options: DecodeOptions) -> list[DecodedSlice]:
+    """Slice a NIfTI-1 or NIfTI-2 file, `.nii` or `.nii.gz`, of one or several volumes.
+
+    Volumes are turned to the closest axes of the patient, not resampled to them, and shown in
+    radiological order: axial slices with the front up and the patient's right on the left,
+    coronal with the head up likewise, sagittal with the head up facing left. A file of a single
+    slice is shown in its own plane, whatever the chosen one. Pixels are made square.
+
+    Intensities: percentiles of the foreground of each volume become 0 and 255, so that slices of
+    one volume compare. Slices with too little foreground are skipped, and so are constant volumes
+    of a series; the slice numbers in ``frame`` count from the left, the back and the bottom.
+
+    Whoever the volume is of, the file is the subject: the hash of its content. Memory: the file
+    uncompressed, the slices, and one volume in double precision.
+
+    Raises:
+        RejectedImage: nothing to see, non-finite voxels, an unsupported type or number of
+            dimensions, truncated, or limits exceeded.
+        Exception: whatever nibabel raises on corrupt bytes.
+    """
+    layout = _read_layout(content, options)
+    raw = _uncompressed(content, layout.num_bytes)
+    image = layout.image_class.from_bytes(raw)
+    affine = _usable_affine(image)
+    orientation = io_orientation(affine)
+    # Of the turned axes: the voxel size along X, Y and Z.
+    sizes = np.empty(3)
+    sizes[orientation[:, 0].astype(int)] = voxel_sizes(affine)
+
+    subject = volume_hash(content, options.salt)
+    stored = image.dataobj
+    slices = []
+    for number in range(layout.shape[3]):
+        part = stored[_volume_index(stored.shape, number)]
+        values = np.asarray(part, dtype=np.float32).reshape(layout.shape[:3])
+        volume = apply_orientation(replace_non_finite(values), orientation)
+        axis = _slicing_axis(volume.shape, options)
+        spacing = _display_spacing(sizes, axis)
+        for position, plane in _planes(volume, axis, options):
+            shown = to_square_pixels(plane, spacing, options)
+            frame = f"volume={number}/{_AXES[axis]}={position}"
+            if layout.shape[3] == 1 and volume.shape[axis] == 1:
+                frame = ""
+            slices.append(DecodedSlice(shown, "NIfTI", frame, subject))
+    if not slices:
+        raise RejectedImage("blank", "no slice holds enough of the head")
+    return slices
+
+
+def _read_layout(content: bytes, options: DecodeOptions) -> _Layout:
+    """Read and check the header alone, so that no absurd volume is ever unpacked."""
+    with io.BytesIO(content) as stream:
+        head = gzip.GzipFile(fileobj=stream).read(540) if _is_gzip(content) else stream.read(540)
+    if head[344:348] == b"ni1\0" or head[4:8] == b"ni2\0":
+        raise RejectedImage("no pixel data", "a NIfTI header whose voxels are in an .img file")
+    is_nifti2 = head[4:8] == b"n+2\0"
+    header = (Nifti2Header if is_nifti2 else Nifti1Header).from_fileobj(
+        io.BytesIO(head), check=False
+    )
+    if header.get_data_dtype().kind not in "iuf":
+        raise RejectedImage("unsupported data type", "neither integer nor float")
+    shape = tuple(int(length) for length in header.get_data_shape())
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    shape += (1,) * (3 - len(shape))
+    if len(shape) > 4:
+        raise RejectedImage("too many dimensions", f"{len(shape)} of at most 4")
+    if min(shape) < 1:
+        raise RejectedImage("corrupt or truncated", "no voxels")
+    num_voxels = math.prod(shape)
+    check_num_voxels(num_voxels, options.max_voxels)
+    offset = int(header.get_data_offset())
+    if not 0 <= offset <= _MAX_EXTENSION_BYTES:
+        raise RejectedImage("corrupt or truncated", "voxels outside the file")
+    num_bytes = offset + num_voxels * header.get_data_dtype().itemsize
+    shape = shape if len(shape) == 4 else (*shape, 1)
+    return _Layout(Nifti2Image if is_nifti2 else Nifti1Image, shape, num_bytes)
+
+
+def _uncompressed(content: bytes, num_bytes: int) -> bytes:
+    if _is_gzip(content):
+        limit = num_bytes + _MAX_TRAILING_BYTES
+        # Up to the end, where the checksum stands.
+        content = gzip.GzipFile(fileobj=io.BytesIO(content)).read(limit + 1)
+        if len(content) > limit:
+            raise RejectedImage("corrupt or truncated", "more bytes than the header announces")
+    if len(content) < num_bytes:
+        raise RejectedImage("corrupt or truncated", f"{len(content)} of {num_bytes} bytes")
+    return content
+
+
+def _is_gzip(content: bytes) -> bool:
+    return content.startswith(b"\x1f\x8b")
+
+
+def _usable_affine(image: Nifti1Image) -> NDArray[np.float64]:
+    """The voxel-to-patient matrix, or the header's voxel sizes where it is none."""
+    affine = np.asarray(image.affine, dtype=np.float64)
+    with np.errstate(all="ignore"):
+        sound = np.isfinite(affine).all() and np.linalg.matrix_rank(affine[:3, :3]) == 3
+    if not sound:
+        affine = np.asarray(image.header.get_base_affine(), dtype=np.float64)
+        if not np.isfinite(affine).all() or np.linalg.matrix_rank(affine[:3, :3]) < 3:
+            return np.eye(4)
+    return affine
+
+
+def _volume_index(shape: tuple[int, ...], number: int) -> tuple[slice | int, ...]:
+    """Index of one volume of a file of any rank: only its voxels are read."""
+    if len(shape) <= 3:
+        return (slice(None),) * len(shape)
+    return (*(slice(None),) * 3, number, *(0,) * (len(shape) - 4))
+
+
+def _slicing_axis(shape: tuple[int, ...], options: DecodeOptions) -> int:
+    single = [axis for axis in range(3) if shape[axis] == 1]
+    return single[0] if len(single) == 1 else _AXES.index(options.axis)
+
+
+def _display_spacing(sizes: NDArray[np.float64], axis: int) -> tuple[float, float]:
+    across, upwards = np.delete(sizes, axis)
+    return float(upwards), float(across)
+
+
+def _planes(
+    volume: Values, axis: int, options: DecodeOptions
+) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+    """Position and 8-bit image, in display order, of each slice that shows some of the head."""
+    if volume.max() <= volume.min():
+        return
+    threshold = foreground_threshold(volume)
+    low, high = foreground_window(volume, options.window_percentiles)
+    for position, plane in enumerate(np.moveaxis(volume, axis, 0)):
+        if np.count_nonzero(plane > threshold) < options.min_foreground * plane.size:
+            continue
+        # Rows from the top or the front, columns from the patient's right or front.
+        yield position, np.ascontiguousarray(to_uint8(plane[::-1, ::-1].T, low, high))
