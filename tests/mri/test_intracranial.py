@@ -1,0 +1,119 @@
+"""The intracranial mask drops skull, scalp, face and neck, and keeps brain and lesion."""
+
+from functools import cache
+
+import cv2
+import numpy as np
+import pytest
+
+from brainray.mri.intracranial import MIN_CONFIDENCE, intracranial_mask
+from brainray.mri.phantom import CLASSES, ORIENTATIONS, PhantomSlice, make_slice
+from brainray.mri.skull_strip import otsu_mask
+
+NUM_SLICES = 16  # of each orientation
+
+
+@cache
+def phantoms(orientation: str) -> tuple[PhantomSlice, ...]:
+    return tuple(
+        make_slice(CLASSES[seed % 4], np.random.default_rng(seed), orientation=orientation)
+        for seed in range(NUM_SLICES)
+    )
+
+
+def dice(mask: np.ndarray, reference: np.ndarray) -> float:
+    return float(2.0 * (mask & reference).sum() / (mask.sum() + reference.sum()))
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_the_mask_agrees_with_the_brain_mask_far_better_than_the_head_mask_does(
+    orientation: str,
+) -> None:
+    ours, heads = [], []
+    for phantom in phantoms(orientation):
+        ours.append(dice(intracranial_mask(phantom.image).mask, phantom.brain_mask))
+        heads.append(dice(otsu_mask(phantom.image), phantom.brain_mask))
+    assert np.mean(ours) >= 0.92
+    assert np.quantile(ours, 0.1) >= 0.80
+    assert np.mean(ours) > np.mean(heads) + 0.05
+
+
+@pytest.mark.parametrize("class_name", ["glioma", "meningioma", "pituitary"])
+def test_lesions_are_kept(class_name: str) -> None:
+    kept = []
+    for orientation in ORIENTATIONS:
+        for phantom in phantoms(orientation)[CLASSES.index(class_name) :: 4]:
+            mask = intracranial_mask(phantom.image).mask
+            kept.append((mask & phantom.lesion_mask).sum() / phantom.lesion_mask.sum())
+    assert np.mean(kept) >= 0.90
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_whole_heads_are_trusted_and_stripped_ones_are_not(orientation: str) -> None:
+    whole, stripped = [], []
+    for phantom in phantoms(orientation):
+        brain_only = np.where(phantom.brain_mask, phantom.image, 0).astype(np.uint8)
+        whole.append(intracranial_mask(phantom.image).confidence >= MIN_CONFIDENCE)
+        stripped.append(intracranial_mask(brain_only).confidence >= MIN_CONFIDENCE)
+    assert np.mean(whole) >= 0.8
+    assert np.mean(stripped) <= 0.2
+
+
+@pytest.mark.parametrize("size", [64, 320, 1024])
+def test_the_mask_hardly_depends_on_the_slices_size(size: int) -> None:
+    image = phantoms("coronal")[0].image
+    mask = intracranial_mask(image).mask
+    resized = cv2.resize(image, (size, size), interpolation=cv2.INTER_LINEAR)
+    there = intracranial_mask(resized).mask.astype(np.float32)
+    back = cv2.resize(there, mask.shape[::-1], interpolation=cv2.INTER_LINEAR) > 0.5
+    assert dice(mask, back) >= 0.95
+
+
+def test_a_wider_background_moves_nothing_but_the_frame() -> None:
+    image = phantoms("axial")[0].image
+    wide = np.pad(image, ((0, 0), (60, 60)))
+    mask = intracranial_mask(wide).mask
+    assert mask.shape == wide.shape
+    assert not mask[:, :60].any()
+    assert not mask[:, -60:].any()
+    assert dice(mask[:, 60:-60], intracranial_mask(image).mask) >= 0.95
+
+
+def test_a_caption_is_not_brain() -> None:
+    image = phantoms("axial")[0].image.copy()
+    cv2.putText(image, "R 3T", (4, 16), cv2.FONT_HERSHEY_SIMPLEX, 0.4, 255, 1)
+    mask = intracranial_mask(image).mask
+    assert not mask[:20, :50].any()
+    assert dice(mask, phantoms("axial")[0].brain_mask) >= 0.93
+
+
+def test_inverted_tissue_contrast_is_no_obstacle() -> None:
+    # Fluid bright and tissue darker, as in T2; bone, air and scalp stay as they are.
+    for phantom in phantoms("axial")[:8]:
+        values = phantom.image.astype(np.float32)
+        level = float(np.median(values[phantom.brain_mask]))
+        inverted = np.clip(2.0 * level - values, 0.3 * level, 255.0)
+        image = np.where(phantom.brain_mask, inverted, values).astype(np.uint8)
+        assert dice(intracranial_mask(image).mask, phantom.brain_mask) >= 0.85
+
+
+def test_the_mask_is_one_piece_without_holes() -> None:
+    for orientation in ORIENTATIONS:
+        mask = intracranial_mask(phantoms(orientation)[1].image).mask.astype(np.uint8)
+        assert cv2.connectedComponents(mask)[0] == 2
+        assert cv2.connectedComponents(1 - mask, connectivity=4)[0] == 2
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (100, 300), (1, 1), (1, 500)])
+def test_without_a_head_nothing_is_removed_and_nothing_trusted(shape: tuple[int, int]) -> None:
+    for value in (0, 200):
+        found = intracranial_mask(np.full(shape, value, np.uint8))
+        assert found.mask.shape == shape
+        assert found.confidence < MIN_CONFIDENCE
+
+
+def test_the_same_slice_gives_the_same_mask() -> None:
+    image = phantoms("sagittal")[2].image
+    first, second = intracranial_mask(image), intracranial_mask(image.copy())
+    np.testing.assert_array_equal(first.mask, second.mask)
+    assert first.confidence == second.confidence
