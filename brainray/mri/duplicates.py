@@ -1,23 +1,114 @@
-"""Copies of one slice: byte-identical files, and slices whose thumbnails nearly coincide.
+"""Copies of one slice: byte-identical files, and near-duplicates by their fingerprints.
 
-Thumbnails are 32 x 32 uint8; two slices whose standardised thumbnails correlate above 0.999 are
-the same slice, re-encoded or rescaled (METHOD, "Data": such pairs were looked at; from 0.985 to
-0.999 they are neighbouring slices of one patient).
+A fingerprint is the whole frame, area-averaged to 96 x 96 uint8. Near-duplicates are what copies of
+medical images become: encoded anew, resized, darker or brighter, framed, captioned, cropped,
+mirrored, rotated. They are found in two stages:
+
+1. candidates: a descriptor of the bright region's layout in a frame of its own (centred, scaled),
+   so that borders and crops hardly matter, searched in an index of all slices;
+2. verification on the pixels: `brainray.mri.registration` aligns each pair and compares local
+   structure. Neighbouring slices of one volume look alike and stay apart.
+
+Both stages depend on the fingerprints alone, not on their order. Descriptors are vectors of small
+integers, so that float32 dot products are exact: neither the number of threads nor the size of a
+block changes what is found.
 """
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
+import faiss
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
+from scipy.fft import dctn
 
+from brainray.config import NearDuplicateConfig
+from brainray.mri import registration
 from brainray.schema import THUMBNAIL_SIDE
 
 SAMPLE_ID_DIGITS = 32
+COARSE_SIDE = 32
+
+KINDS = ("copy", "mirrored", "rotated")
+"""Names of the codes in `DuplicatePairs.kind` and `Twins.kind`: upright; mirrored at any axis, the
+diagonals included; turned by 90, 180 or 270 degrees."""
+COPY, MIRRORED, ROTATED = range(3)
 
 _BLOCK_ROWS = 2048
+_DESCRIBED_ROWS = 4096  # fingerprints described at a time: 150 MB of floats
+_VERIFIED_PAIRS = 32  # pairs aligned at a time: their planes stay in the processor's cache
+
+_LAYOUT_SIDE = 32  # pixels: descriptors look at no more
+_LAYOUT_MARGIN = 3  # pixels of it left out on every side: borders, captions
+_LAYOUT_QUANTILES = (0.6, 0.7)  # dark and bright: ranks survive any brightness and most clipping
+_LAYOUT_SPREAD = 1.7  # the canonical frame spans so many standard deviations on either side
+_CANONICAL_SIDE = 24  # pixels
+_NUM_FREQUENCIES = 8  # along each axis
+_DESCRIPTOR_LENGTH = 1000  # Euclidean; its square is below 2**24, where float32 stops being exact
+
+_FLAT_ROWS = 8192  # up to so many slices every pair of descriptors is compared
+_PROBED_CELLS = 16
+_UPRIGHT = 0
+_INVERSE = (0, 3, 2, 1, 4, 5, 6, 7)  # of the orientations: see `_oriented`
+_KIND_OF = (COPY, ROTATED, ROTATED, ROTATED, MIRRORED, MIRRORED, MIRRORED, MIRRORED)
+
+
+@dataclass(frozen=True)
+class DuplicatePairs:
+    """Links between slices that are copies of each other, sorted by (first, second); length P.
+
+    Fingerprints equal to the byte are linked to their first, not each to each, and only the
+    first stands for them in other links: enough for the groups.
+    """
+
+    first: NDArray[np.int64]
+    second: NDArray[np.int64]  # first < second
+    kind: NDArray[np.int8]  # COPY, MIRRORED or ROTATED
+    similarity: NDArray[np.float32]
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    def of_kind(self, *kinds: int) -> "DuplicatePairs":
+        """The links of these kinds."""
+        keep = np.isin(self.kind, kinds)
+        return DuplicatePairs(
+            self.first[keep], self.second[keep], self.kind[keep], self.similarity[keep]
+        )
+
+
+@dataclass(frozen=True)
+class Twins:
+    """The best twin of each query; length Q."""
+
+    reference: NDArray[np.int64]  # -1 where there is none
+    kind: NDArray[np.int8]  # COPY, MIRRORED or ROTATED; COPY where there is none
+    similarity: NDArray[np.float32]  # 0 where there is none
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Some rows of a matrix of fingerprints that may be too large to copy."""
+
+    fingerprints: NDArray[np.uint8]  # (N, 9216)
+    index: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def take(self, positions: NDArray[np.int64] | slice) -> NDArray[np.uint8]:
+        return self.fingerprints[self.index[positions]]
+
+
+@dataclass(frozen=True)
+class _Candidates:
+    """Query, turned into the orientation, may be the reference; length C."""
+
+    query: NDArray[np.int64]
+    reference: NDArray[np.int64]
+    orientation: NDArray[np.int8]
 
 
 def content_hash(content: bytes) -> str:
@@ -25,53 +116,121 @@ def content_hash(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def sample_id(digest: str) -> str:
-    """The identity of a slice: the first 128 bits of its content hash."""
-    return digest[:SAMPLE_ID_DIGITS]
+def sample_id(digest: str, frame: str = "") -> str:
+    """The identity of a slice: the first 128 bits of its file's content hash.
+
+    Of a file with several slices, of the hash of that hash and the frame.
+    """
+    named = content_hash(f"{digest}#{frame}".encode()) if frame else digest
+    return named[:SAMPLE_ID_DIGITS]
 
 
-def near_duplicate_groups(
-    thumbnails: NDArray[np.uint8], sample_ids: Sequence[str], *, threshold: float
-) -> list[str]:
-    """Group id of each slice: the smallest sample_id that a chain of near-duplicates reaches.
+def near_duplicate_pairs(
+    fingerprints: NDArray[np.uint8],
+    settings: NearDuplicateConfig,
+    *,
+    not_together: Sequence[str | None] | None = None,
+) -> DuplicatePairs:
+    """All links between near-duplicates.
 
     Args:
-        thumbnails: (N, 1024) uint8.
-        sample_ids: N ids; equal ids (identical bytes) share a group by themselves.
-        threshold: least correlation of standardised thumbnails.
+        fingerprints: (N, 9216) uint8; may be a memory map, it is read in blocks.
+        settings: when two slices are one.
+        not_together: N ids of volumes; slices at different positions of one volume are no copies
+            of each other, so that links within a volume are dropped. None for slices without.
     """
-    num_slices = len(sample_ids)
-    rows, columns = [], []
-    for start, correlation in _correlation_blocks(thumbnails, thumbnails):
-        row, column = np.nonzero(correlation >= threshold)
-        keep = row + start < column
-        rows.append(row[keep] + start)
-        columns.append(column[keep])
-    row_index = np.concatenate([*rows, np.empty(0, np.int64)]).astype(np.int64)
-    column_index = np.concatenate([*columns, np.empty(0, np.int64)]).astype(np.int64)
-    links = coo_array(
-        (np.ones(len(row_index), np.int8), (row_index, column_index)),
-        shape=(num_slices, num_slices),
+    firsts, position = _distinct(fingerprints)
+    distinct = _Rows(fingerprints, firsts)
+    candidates = _candidates(distinct, distinct, settings)
+    first, second, kind, similarity = _accepted(distinct, distinct, candidates, settings)
+    repeated = np.flatnonzero(firsts[position] != np.arange(len(position)))
+    first = np.concatenate([firsts[position[repeated]], firsts[first]])
+    second = np.concatenate([repeated, firsts[second]])
+    kind = np.concatenate([np.full(len(repeated), COPY, np.int8), kind])
+    similarity = np.concatenate([np.ones(len(repeated), np.float32), similarity])
+    first, second = np.minimum(first, second), np.maximum(first, second)
+    order = np.lexsort((second, first))
+    if not_together is not None:
+        order = np.array(
+            [
+                link
+                for link in order.tolist()
+                if not_together[first[link]] is None
+                or not_together[first[link]] != not_together[second[link]]
+            ],
+            dtype=np.int64,
+        )
+    return DuplicatePairs(first[order], second[order], kind[order], similarity[order])
+
+
+def find_twins(
+    queries: NDArray[np.uint8], references: NDArray[np.uint8], settings: NearDuplicateConfig
+) -> Twins:
+    """The most similar near-duplicate of each query among the references.
+
+    Upright copies come before mirrored and rotated ones. Whether a query has a twin depends
+    neither on the other queries nor on the order of the references.
+
+    Args:
+        queries: (Q, 9216) uint8.
+        references: (R, 9216) uint8.
+        settings: as in `near_duplicate_pairs`, which decides alike.
+    """
+    firsts, _ = _distinct(references)
+    distinct = _Rows(references, firsts)
+    asked = _Rows(queries, np.arange(len(queries)))
+    candidates = _candidates(asked, distinct, settings)
+    query, found, kind, similarity = _accepted(asked, distinct, candidates, settings)
+    twins = Twins(
+        reference=np.full(len(queries), -1, np.int64),
+        kind=np.full(len(queries), COPY, np.int8),
+        similarity=np.zeros(len(queries), np.float32),
     )
-    _, component = connected_components(links, directed=False)
-    smallest: dict[int, str] = {}
-    for group, identity in zip(component.tolist(), sample_ids, strict=True):
-        smallest[group] = min(identity, smallest.get(group, identity))
-    return [smallest[group] for group in component.tolist()]
+    order = np.lexsort((firsts[found], -similarity, kind != COPY, query))
+    best_query, start = np.unique(query[order], return_index=True)
+    best = order[start]
+    twins.reference[best_query] = firsts[found[best]]
+    twins.kind[best_query] = kind[best]
+    twins.similarity[best_query] = similarity[best]
+    return twins
 
 
-def has_near_duplicate(
-    queries: NDArray[np.uint8], references: NDArray[np.uint8], *, threshold: float
-) -> NDArray[np.bool_]:
-    """Whether each query thumbnail (N, 1024) has a near-duplicate among references (M, 1024)."""
-    correlation, _ = most_similar(queries, references)
-    return np.asarray(correlation >= threshold)
+def coarse(fingerprints: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The 32 x 32 thumbnails (N, 1024) of METHOD's figures: block means of fingerprints."""
+    factor = THUMBNAIL_SIDE // COARSE_SIDE
+    blocks = fingerprints.reshape(-1, COARSE_SIDE, factor, COARSE_SIDE, factor)
+    return (
+        np.rint(blocks.mean(axis=(2, 4), dtype=np.float32))
+        .astype(np.uint8)
+        .reshape(-1, COARSE_SIDE**2)
+    )
+
+
+def describe(fingerprints: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Descriptors (N, 64) of fingerprints: integers as float32, of length about 1000.
+
+    The brightest part of the frame is centred and scaled by its own moments, and the low
+    frequencies of its cosine transform are kept. A constant picture gives zeros.
+    """
+    return _describe_rows(_Rows(fingerprints, np.arange(len(fingerprints))))
+
+
+def pair_similarity(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """(P,) similarity of upright pairs, as the verification sees it; 0 for plainly different ones.
+
+    Args:
+        first: (P, 9216) uint8.
+        second: as ``first``; which is which makes no difference.
+    """
+    rows = np.arange(len(first))
+    upright = np.full(len(first), _UPRIGHT, np.int8)
+    return _verify(_Rows(first, rows), _Rows(second, rows), _Candidates(rows, rows, upright))
 
 
 def most_similar(
     queries: NDArray[np.uint8], references: NDArray[np.uint8]
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Highest thumbnail correlation (N,) of each query, and the index (N,) of that reference.
+    """Highest correlation (N,) of each query thumbnail, and the index (N,) of that reference.
 
     Without references the correlation is -1 and the index -1.
     """
@@ -87,7 +246,7 @@ def most_similar(
 
 
 def thumbnail_matrix(thumbnails: Sequence[bytes]) -> NDArray[np.uint8]:
-    """Stored thumbnails as (N, 1024) uint8."""
+    """Stored fingerprints as (N, side * side) uint8."""
     pixels = np.frombuffer(b"".join(thumbnails), dtype=np.uint8)
     return pixels.reshape(-1, THUMBNAIL_SIDE * THUMBNAIL_SIDE)
 
@@ -108,3 +267,205 @@ def _correlation_blocks(
     for start in range(0, len(queries), _BLOCK_ROWS):
         block = standard_queries[start : start + _BLOCK_ROWS]
         yield start, block @ standard_references.T
+
+
+def _distinct(fingerprints: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Index of the first of each distinct fingerprint, in an order that depends on the content
+    alone, and for each fingerprint the position of its own in that list.
+    """
+    digests = np.array(
+        [hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in fingerprints],
+        dtype="V16",
+    )
+    _, firsts, position = np.unique(digests.view("S16"), return_index=True, return_inverse=True)
+    return firsts.astype(np.int64), position.astype(np.int64)
+
+
+def _describe_rows(rows: _Rows) -> NDArray[np.float32]:
+    blocks = [
+        _describe_block(rows.take(slice(start, start + _DESCRIBED_ROWS)))
+        for start in range(0, len(rows), _DESCRIBED_ROWS)
+    ]
+    return np.concatenate([np.empty((0, _NUM_FREQUENCIES**2), np.float32), *blocks])
+
+
+def _describe_block(fingerprints: NDArray[np.uint8]) -> NDArray[np.float32]:
+    side, margin = _LAYOUT_SIDE, _LAYOUT_MARGIN
+    pictures = torch.from_numpy(
+        fingerprints.reshape(-1, THUMBNAIL_SIDE, THUMBNAIL_SIDE).astype(np.float32)
+    )
+    layout = registration.shrink(pictures, side)
+    inside = layout[:, margin : side - margin, margin : side - margin]
+    ranked = inside.flatten(1).sort(dim=1).values
+    dark, bright = (
+        ranked[:, int(share * (ranked.shape[1] - 1))][:, None, None] for share in _LAYOUT_QUANTILES
+    )
+    layout = ((layout - dark) / (bright - dark + 1.0)).clamp(0.0, 1.0)
+    inside = layout[:, margin : side - margin, margin : side - margin]
+    canonical = (
+        _canonical_axis(inside.sum(dim=2)) @ layout @ _canonical_axis(inside.sum(dim=1)).mT
+    ).numpy()
+    num = _NUM_FREQUENCIES
+    spectrum = dctn(canonical, axes=(1, 2), norm="ortho")[:, :num, :num]
+    vertical, horizontal = np.indices((num, num))
+    radius = np.hypot(vertical, horizontal)
+    # The spectrum of pictures falls with frequency; weighted so, every coefficient has a say.
+    weighted = (spectrum * np.where(radius <= num, radius, 0.0)).reshape(len(spectrum), -1)
+    length = np.linalg.norm(weighted, axis=1, keepdims=True)
+    unit = np.divide(weighted, length, out=np.zeros_like(weighted), where=length > 1e-3)
+    return np.rint(unit * _DESCRIPTOR_LENGTH).astype(np.float32)
+
+
+def _canonical_axis(profile: torch.Tensor) -> torch.Tensor:
+    """(N, 24, 32) resampling of one axis into the frame of its profile (N, 26): centre, spread."""
+    side, margin = _LAYOUT_SIDE, _LAYOUT_MARGIN
+    position = torch.arange(margin, side - margin, dtype=torch.float32)
+    mass = profile / profile.sum(dim=1, keepdim=True).clamp_min(1e-6)
+    centre = (mass * position).sum(dim=1, keepdim=True)
+    spread = (mass * (position - centre).square()).sum(dim=1, keepdim=True).sqrt()
+    steps = (torch.arange(_CANONICAL_SIDE) + 0.5) / _CANONICAL_SIDE * 2.0 - 1.0
+    source = (centre + _LAYOUT_SPREAD * spread * steps).clamp(margin - 0.5, side - margin - 0.5)
+    away = (source[:, :, None] - torch.arange(side, dtype=torch.float32)).abs()
+    return (1.0 - away).clamp_min(0.0)
+
+
+def _oriented_descriptors(
+    descriptors: NDArray[np.float32], orientation: int
+) -> NDArray[np.float32]:
+    """Descriptors of the slices in another orientation: `_oriented`, in frequencies."""
+    num = _NUM_FREQUENCIES
+    spectrum = descriptors.reshape(-1, num, num)
+    odd = np.where(np.arange(num) % 2, np.float32(-1), np.float32(1))
+    turns, mirrored = orientation % 4, orientation >= 4
+    if mirrored:
+        spectrum = spectrum * odd
+    for _ in range(turns):
+        # A quarter turn is a transposition followed by a flip of the rows.
+        spectrum = spectrum.transpose(0, 2, 1) * odd[:, None]
+    return np.ascontiguousarray(spectrum.reshape(len(descriptors), -1))
+
+
+def _oriented(pictures: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
+    """(P, S, S) in one of the eight orientations of a square: mirrored left to right for 4 and
+    above, then turned by ``orientation % 4`` quarters counter-clockwise.
+    """
+    if orientation >= 4:
+        pictures = pictures[:, :, ::-1]
+    return np.rot90(pictures, orientation % 4, axes=(1, 2))
+
+
+def _candidates(queries: _Rows, references: _Rows, settings: NearDuplicateConfig) -> _Candidates:
+    """Pairs whose descriptors are alike. Where the queries are the references, each pair once and
+    none with itself.
+    """
+    within = queries is references
+    query_descriptors = _describe_rows(queries)
+    reference_descriptors = query_descriptors if within else _describe_rows(references)
+    num_slices = max(len(queries), len(references))
+    found = [np.empty(0, np.int64)]
+    if len(queries) and len(references):
+        index = _index(reference_descriptors)
+        for orientation in range(len(_INVERSE)):
+            upright = orientation == _UPRIGHT
+            wanted = settings.num_candidates if upright else settings.num_turned_candidates
+            least = (
+                settings.descriptor_similarity if upright else settings.turned_descriptor_similarity
+            )
+            turned = _oriented_descriptors(query_descriptors, orientation)
+            # One more than wanted: within a set a slice finds itself.
+            cosine, neighbour = index.search(turned, min(wanted + 1, len(references)))
+            row, column = np.nonzero((cosine >= least * _DESCRIPTOR_LENGTH**2) & (neighbour >= 0))
+            other = neighbour[row, column]
+            code = np.full(len(row), orientation)
+            if within:
+                swap = row > other
+                row, other = np.where(swap, other, row), np.where(swap, row, other)
+                code = np.where(swap, _INVERSE[orientation], code)
+                keep = row != other
+                row, other, code = row[keep], other[keep], code[keep]
+            found.append((row * num_slices + other) * len(_INVERSE) + code)
+    pair, orientation_codes = np.divmod(np.unique(np.concatenate(found)), len(_INVERSE))
+    query, reference = np.divmod(pair, max(num_slices, 1))
+    return _Candidates(query, reference, orientation_codes.astype(np.int8))
+
+
+def _index(descriptors: NDArray[np.float32]) -> faiss.Index:
+    """Exhaustive for few; else cells around every n-th descriptor, of which some are searched.
+
+    References come in an order that depends on their content alone, so that the centres do too.
+    """
+    dimension = descriptors.shape[1]
+    flat = faiss.IndexFlatIP(dimension)
+    if len(descriptors) <= _FLAT_ROWS:
+        flat.add(descriptors)
+        return flat
+    num_cells = int(4 * np.sqrt(len(descriptors)))
+    flat.add(descriptors[:: len(descriptors) // num_cells])
+    index = faiss.IndexIVFFlat(flat, dimension, flat.ntotal, faiss.METRIC_INNER_PRODUCT)
+    index.is_trained = True
+    index.add(descriptors)
+    index.nprobe = _PROBED_CELLS
+    return index
+
+
+def _accepted(
+    queries: _Rows,
+    references: _Rows,
+    candidates: _Candidates,
+    settings: NearDuplicateConfig,
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int8], NDArray[np.float32]]:
+    """Query, reference, kind and similarity of the pairs that the pixels confirm."""
+    similarity = _verify(queries, references, candidates)
+    upright = candidates.orientation == _UPRIGHT
+    accepted = similarity >= np.where(upright, settings.similarity, settings.turned_similarity)
+    chosen = np.flatnonzero(accepted)
+    # One link a pair: upright where it can be, else the most similar orientation.
+    order = chosen[
+        np.lexsort(
+            (
+                -similarity[chosen],
+                ~upright[chosen],
+                candidates.reference[chosen],
+                candidates.query[chosen],
+            )
+        )
+    ]
+    pair = np.stack([candidates.query[order], candidates.reference[order]], axis=1)
+    _, start = np.unique(pair, axis=0, return_index=True)
+    best = order[start]
+    kind = np.asarray(_KIND_OF, np.int8)[candidates.orientation[best]]
+    return candidates.query[best], candidates.reference[best], kind, similarity[best]
+
+
+def _verify(queries: _Rows, references: _Rows, candidates: _Candidates) -> NDArray[np.float32]:
+    """(C,) similarity of candidates; 0 for those that a coarse look rules out."""
+    similarity = np.zeros(len(candidates.query), np.float32)
+    for start in range(0, len(similarity), _VERIFIED_PAIRS):
+        block = slice(start, start + _VERIFIED_PAIRS)
+        fixed, moving = _facing(
+            queries.take(candidates.query[block]),
+            references.take(candidates.reference[block]),
+            candidates.orientation[block],
+        )
+        similarity[block] = registration.similarity(fixed, moving).numpy()
+    return similarity
+
+
+def _facing(
+    queries: NDArray[np.uint8], references: NDArray[np.uint8], orientations: NDArray[np.int8]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pairs in one orientation, (P, 96, 96) float32 each; which of the two is turned and stays
+    fixed depends on their content, not on which is the query, so that decisions are symmetric.
+    """
+    shape = (-1, THUMBNAIL_SIDE, THUMBNAIL_SIDE)
+    fixed, moving = queries.reshape(shape).copy(), references.reshape(shape).copy()
+    for pair, orientation in enumerate(orientations.tolist()):
+        one, other = fixed[pair].copy(), moving[pair].copy()
+        if one.tobytes() > other.tobytes():
+            one, other, orientation = other, one, _INVERSE[orientation]
+        fixed[pair] = _oriented(one[None], orientation)[0]
+        moving[pair] = other
+    return (
+        torch.from_numpy(fixed.astype(np.float32)),
+        torch.from_numpy(moving.astype(np.float32)),
+    )

@@ -2,35 +2,48 @@
 
 import hashlib
 
-import cv2
+import faiss
 import numpy as np
+import pytest
 
+from brainray.benchmarks.duplicates import PERTURBATIONS, fingerprint
+from brainray.config import NearDuplicateConfig
 from brainray.mri.duplicates import (
+    COPY,
+    MIRRORED,
+    ROTATED,
+    DuplicatePairs,
+    _oriented,
+    _oriented_descriptors,
+    coarse,
     content_hash,
-    has_near_duplicate,
+    describe,
+    find_twins,
     most_similar,
-    near_duplicate_groups,
+    near_duplicate_pairs,
+    pair_similarity,
     sample_id,
     standardise,
 )
-from brainray.mri.phantom import make_series, make_slice
-from brainray.mri.resize import stretch, thumbnail
+from brainray.mri.phantom import CLASSES, make_series, make_slice
 
-THRESHOLD = 0.999
-
-
-def fingerprint(image: np.ndarray) -> np.ndarray:
-    return thumbnail(image).ravel()
+SETTINGS = NearDuplicateConfig()
 
 
-def phantoms(count: int) -> list[np.ndarray]:
+@pytest.fixture(scope="module")
+def images() -> list[np.ndarray]:
     rng = np.random.default_rng(0)
-    return [make_slice("notumor", rng, size=128).image for _ in range(count)]
+    return [make_slice(CLASSES[number % 4], rng, size=192).image for number in range(12)]
 
 
-def recompressed(image: np.ndarray) -> np.ndarray:
-    _, encoded = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 50])
-    return np.asarray(cv2.imdecode(encoded, cv2.IMREAD_GRAYSCALE))
+@pytest.fixture(scope="module")
+def fingerprints(images: list[np.ndarray]) -> np.ndarray:
+    return np.stack([fingerprint(image) for image in images])
+
+
+def as_tuples(pairs: DuplicatePairs) -> list[tuple[int, int, int]]:
+    columns = pairs.first.tolist(), pairs.second.tolist(), pairs.kind.tolist()
+    return list(zip(*columns, strict=True))
 
 
 def test_ids_follow_from_the_bytes() -> None:
@@ -48,25 +61,106 @@ def test_standardised_rows_give_correlations() -> None:
     np.testing.assert_array_equal(standard[2], 0)
 
 
-def test_reencoded_resized_and_rescaled_copies_share_a_group() -> None:
-    first, second, third = phantoms(3)
-    copies = [
-        recompressed(first),
-        stretch(first, 256),
-        np.clip(first * 0.8 + 10, 0, 255).astype(np.uint8),
+def test_coarse_thumbnails_are_block_means() -> None:
+    rows = np.arange(2 * 9216).reshape(2, 96, 96) % 251
+    block = rows[1, 3:6, 93:96]
+    small = coarse(rows.reshape(2, -1).astype(np.uint8)).reshape(2, 32, 32)
+    assert small[1, 1, 31] == round(float(block.mean()))
+
+
+@pytest.mark.parametrize("name", PERTURBATIONS)
+def test_copies_are_found_and_named(
+    name: str, images: list[np.ndarray], fingerprints: np.ndarray
+) -> None:
+    perturb, kind = PERTURBATIONS[name]
+    rng = np.random.default_rng(2)
+    copies = np.stack([fingerprint(perturb(image, rng)) for image in images])
+    twins = find_twins(copies, fingerprints, SETTINGS)
+    right = (twins.reference == np.arange(len(images))) & (twins.kind == kind)
+    assert right.mean() >= 0.9, twins
+
+
+def test_different_heads_and_neighbouring_slices_stay_apart(fingerprints: np.ndarray) -> None:
+    assert len(near_duplicate_pairs(fingerprints, SETTINGS)) == 0
+    series = make_series("glioma", np.random.default_rng(2), num_slices=5, size=192)
+    neighbours = np.stack([fingerprint(phantom.image) for phantom in series])
+    assert len(near_duplicate_pairs(neighbours, SETTINGS)) == 0
+
+
+def test_pairs_and_twins_agree_and_do_not_depend_on_order(
+    images: list[np.ndarray], fingerprints: np.ndarray
+) -> None:
+    rng = np.random.default_rng(3)
+    copies = [fingerprint(PERTURBATIONS["crop"][0](images[number], rng)) for number in (1, 5)]
+    mirrored = fingerprint(np.ascontiguousarray(images[2][:, ::-1]))
+    turned = fingerprint(np.ascontiguousarray(np.rot90(images[3])))
+    everything = np.concatenate([fingerprints, [*copies, mirrored, turned, fingerprints[7]]])
+    expected = [(1, 12, COPY), (2, 14, MIRRORED), (3, 15, ROTATED), (5, 13, COPY), (7, 16, COPY)]
+    assert as_tuples(near_duplicate_pairs(everything, SETTINGS)) == expected
+
+    shuffle = rng.permutation(len(everything))
+    shuffled = near_duplicate_pairs(everything[shuffle], SETTINGS)
+    back = [
+        (*sorted((int(shuffle[first]), int(shuffle[second]))), kind)
+        for first, second, kind in as_tuples(shuffled)
     ]
-    images = [first, second, *copies, third]
-    ids = [f"{number:032x}" for number in (5, 4, 3, 2, 1, 0)]
-    thumbnails = np.array([fingerprint(image) for image in images])
-    groups = near_duplicate_groups(thumbnails, ids, threshold=THRESHOLD)
-    assert groups == [ids[4], ids[1], ids[4], ids[4], ids[4], ids[5]]
+    assert sorted(back) == expected
+
+    twins = find_twins(everything[12:], fingerprints, SETTINGS)
+    assert twins.reference.tolist() == [1, 5, 2, 3, 7]
+    assert twins.kind.tolist() == [COPY, COPY, MIRRORED, ROTATED, COPY]
+    alone = find_twins(everything[12:13], fingerprints[::-1], SETTINGS)
+    assert alone.reference.tolist() == [len(fingerprints) - 1 - 1]
+    np.testing.assert_allclose(alone.similarity, twins.similarity[:1], atol=1e-5)
 
 
-def test_neighbouring_slices_of_a_subject_stay_apart() -> None:
-    series = make_series("glioma", np.random.default_rng(2), num_slices=5, size=128)
-    thumbnails = np.array([fingerprint(phantom.image) for phantom in series])
-    ids = [f"{number:032x}" for number in range(len(series))]
-    assert near_duplicate_groups(thumbnails, ids, threshold=THRESHOLD) == ids
+def test_slices_of_one_volume_are_never_linked(fingerprints: np.ndarray) -> None:
+    twice = np.concatenate([fingerprints[:2], fingerprints[:2]])
+    assert as_tuples(near_duplicate_pairs(twice, SETTINGS)) == [(0, 2, COPY), (1, 3, COPY)]
+    volumes = ["a", None, "a", None]
+    found = near_duplicate_pairs(twice, SETTINGS, not_together=volumes)
+    assert as_tuples(found) == [(1, 3, COPY)]
+
+
+def test_nothing_has_no_twins(fingerprints: np.ndarray) -> None:
+    nothing = fingerprints[:0]
+    assert len(near_duplicate_pairs(nothing, SETTINGS)) == 0
+    assert find_twins(nothing, fingerprints, SETTINGS).reference.shape == (0,)
+    assert find_twins(fingerprints, nothing, SETTINGS).reference.tolist() == [-1] * 12
+
+
+def test_descriptors_turn_with_their_slice(fingerprints: np.ndarray) -> None:
+    upright = describe(fingerprints)
+    for orientation in range(8):
+        turned = _oriented(fingerprints.reshape(-1, 96, 96), orientation)
+        expected = describe(np.ascontiguousarray(turned).reshape(len(turned), -1))
+        found = _oriented_descriptors(upright, orientation)
+        np.testing.assert_allclose(found, expected, atol=1.0)  # integers: rounded at an edge
+
+
+def test_similarity_does_not_depend_on_which_is_first(
+    images: list[np.ndarray], fingerprints: np.ndarray
+) -> None:
+    rng = np.random.default_rng(4)
+    copies = np.stack([fingerprint(PERTURBATIONS["crop"][0](image, rng)) for image in images])
+    np.testing.assert_array_equal(
+        pair_similarity(fingerprints, copies), pair_similarity(copies, fingerprints)
+    )
+
+
+def test_threads_do_not_change_what_is_found(fingerprints: np.ndarray) -> None:
+    descriptors = describe(fingerprints)
+    assert (descriptors == np.rint(descriptors)).all()
+    assert (np.square(descriptors).sum(axis=1) < 2**24).all()
+    threads = faiss.omp_get_max_threads()
+    found = []
+    try:
+        for count in (1, 4):
+            faiss.omp_set_num_threads(count)
+            found.append(as_tuples(near_duplicate_pairs(fingerprints, SETTINGS)))
+    finally:
+        faiss.omp_set_num_threads(threads)
+    assert found[0] == found[1]
 
 
 def test_most_similar_agrees_with_numpy_and_handles_nothing() -> None:
@@ -77,5 +171,6 @@ def test_most_similar_agrees_with_numpy_and_handles_nothing() -> None:
     table = np.corrcoef(queries.astype(float), references.astype(float))[:5, 5:]
     np.testing.assert_array_equal(index, table.argmax(axis=1))
     np.testing.assert_allclose(correlation, table.max(axis=1), atol=1e-5)
-    assert not has_near_duplicate(queries, references[:0], threshold=THRESHOLD).any()
-    assert has_near_duplicate(queries, queries, threshold=THRESHOLD).all()
+    correlation, index = most_similar(queries, references[:0])
+    assert correlation.tolist() == [-1] * 5
+    assert index.tolist() == [-1] * 5

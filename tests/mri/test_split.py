@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from brainray.errors import DataError
-from brainray.mri.split import draw_roles, draw_test, joint_groups
+from brainray.mri.split import draw_roles, draw_test
 from brainray.schema import LABELLED, LEFT_OUT, UNLABELLED_ROLE, VALIDATION
 
 
@@ -112,7 +112,46 @@ def test_the_test_draw_is_stratified_and_keeps_groups_together() -> None:
         assert len({bool(held_out[row]) for row in range(300) if groups[row] == group}) == 1
 
 
-def test_joint_groups_follow_either_id() -> None:
-    duplicates = ["d1", "d1", "d2", "d3", "d4"]
-    subjects = [None, "s1", "s1", None, None]
-    assert joint_groups(duplicates, subjects) == ["d1", "d1", "d1", "d3", "d4"]
+def test_new_slices_move_no_old_one_in_any_draw() -> None:
+    labels, groups = slices(100, group_size=2)
+    new_labels, new_groups = slices(37, group_size=1)
+    all_labels = labels + new_labels
+    all_groups = groups + [f"new-{group}" for group in new_groups]
+    generations = [0] * len(labels) + [1] * len(new_labels)
+    for fraction in (0.05, 0.2, 0.5):
+        old = draw_roles(
+            labels, groups, labelled_fraction=fraction, validation_fraction=0.2, seed=3
+        )
+        grown = draw_roles(
+            all_labels,
+            all_groups,
+            generations,
+            labelled_fraction=fraction,
+            validation_fraction=0.2,
+            seed=3,
+        )
+        assert grown[: len(old)] == old
+        before = draw_test(labels, groups, fraction=fraction, seed=3)
+        after = draw_test(all_labels, all_groups, generations, fraction=fraction, seed=3)
+        np.testing.assert_array_equal(after[: len(before)], before)
+    of_new = draw_test(all_labels, all_groups, generations, fraction=0.25, seed=3)[len(labels) :]
+    assert 25 <= of_new.sum() <= 31
+
+
+def test_draws_stay_nested_over_generations_of_single_slices() -> None:
+    labels: list[str | None] = ["a", "b"] * 60
+    groups = [f"{number:03d}" for number in range(120)]
+    generations = [number // 2 for number in range(120)]
+    previous: set[int] = set()
+    for fraction in (0.1, 0.2, 0.5, 1.0):
+        drawn = draw_roles(
+            labels,
+            groups,
+            generations,
+            labelled_fraction=fraction,
+            validation_fraction=0.2,
+            seed=0,
+        )
+        assert previous <= readable(drawn)
+        previous = readable(drawn)
+        assert abs(len(previous) - 120 * fraction) <= 16

@@ -1,0 +1,59 @@
+"""Names of groups: of copies, of subjects, and of what no draw may part."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+
+def connected_groups(
+    names: Sequence[str], first: NDArray[np.int64], second: NDArray[np.int64]
+) -> list[str]:
+    """The smallest name that a chain of links reaches, for each of N items.
+
+    Args:
+        names: N names; equal names are one item.
+        first: (P,) one end of each link.
+        second: (P,) the other end.
+    """
+    num_items = len(names)
+    earliest: dict[str, int] = {}
+    same = [(earliest.setdefault(name, row), row) for row, name in enumerate(names)]
+    rows, columns = np.array(same, dtype=np.int64).reshape(-1, 2).T
+    rows, columns = np.concatenate([rows, first]), np.concatenate([columns, second])
+    graph = coo_array((np.ones(len(rows), np.int8), (rows, columns)), shape=(num_items,) * 2)
+    _, component = connected_components(graph, directed=False)
+    smallest: dict[int, str] = {}
+    for group, name in zip(component.tolist(), names, strict=True):
+        smallest[group] = min(name, smallest.get(group, name))
+    return [smallest[group] for group in component.tolist()]
+
+
+def joint_groups(*memberships: Sequence[str | None]) -> list[str]:
+    """Groups that no membership straddles: slices connected by any shared id; None connects none.
+
+    The id of a joint group is the smallest id of the first membership in it.
+    """
+    first_slice: dict[tuple[int, str], int] = {}
+    links = [
+        (first_slice.setdefault((level, identity), index), index)
+        for level, membership in enumerate(memberships)
+        for index, identity in enumerate(membership)
+        if identity is not None
+    ]
+    first, second = np.array(links, dtype=np.int64).reshape(-1, 2).T
+    return connected_groups([str(identity) for identity in memberships[0]], first, second)
+
+
+def keep_names(groups: Sequence[str], previous: Sequence[str | None]) -> list[str]:
+    """Groups under the smallest name that any of their members had before, if any had one.
+
+    So a group keeps its name, and with it its place in every draw, when new slices join it.
+    """
+    earlier: dict[str, str] = {}
+    for group, name in zip(groups, previous, strict=True):
+        if name is not None:
+            earlier[group] = min(name, earlier.get(group, name))
+    return [earlier.get(group, group) for group in groups]

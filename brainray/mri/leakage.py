@@ -1,0 +1,97 @@
+"""How much of each test slice a training split, or a run, has already seen.
+
+Levels, kept apart: byte-identical files; near-duplicates; turned near-duplicates, mirrored or
+rotated; slices likely of one subject. A test slice is ``clean`` without the first two, as METHOD
+defines it, and ``strict`` without all four.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from brainray.config import PreprocessConfig
+from brainray.mri.duplicates import COPY, KINDS, find_twins, thumbnail_matrix
+from brainray.mri.subjects import find_same_subject
+from brainray.schema import GIVEN
+
+
+@dataclass(frozen=True)
+class Fingerprints:
+    """What is kept of N slices so that others can be compared with them."""
+
+    sample_ids: Sequence[str]
+    thumbnails: NDArray[np.uint8]  # (N, 9216)
+    subjects: Sequence[str | None]  # as a table or a header gave them, never estimated
+
+    @classmethod
+    def of(cls, table: pa.Table) -> "Fingerprints":
+        """From rows with ``sample_id`` and ``thumbnail``, and subjects where they are known."""
+        subjects: list[str | None] = [None] * table.num_rows
+        if "subject_source" in table.column_names:
+            subjects = [
+                subject if source == GIVEN else None
+                for subject, source in zip(
+                    table["subject_id"].to_pylist(),
+                    table["subject_source"].to_pylist(),
+                    strict=True,
+                )
+            ]
+        return cls(
+            table["sample_id"].to_pylist(),
+            thumbnail_matrix(table["thumbnail"].to_pylist()),
+            subjects,
+        )
+
+
+@dataclass(frozen=True)
+class Exposure:
+    """What was seen of each of Q slices; rows of the seen slices, -1 where there is none."""
+
+    exact: NDArray[np.int64]  # (Q,) the same bytes
+    twin: NDArray[np.int64]  # (Q,) the nearest near-duplicate, upright where there is one
+    kind: NDArray[np.str_]  # (Q,) copy (upright), mirrored or rotated; empty without a twin
+    twin_similarity: NDArray[np.float32]  # (Q,)
+    mate: NDArray[np.int64]  # (Q,) a slice of its subject, given or likely
+    mate_similarity: NDArray[np.float32]  # (Q,) 1 where the subject is given
+
+    @property
+    def clean(self) -> NDArray[np.bool_]:
+        """(Q,) without an upright copy."""
+        return np.asarray((self.exact < 0) & (self.kind != KINDS[COPY]))
+
+    @property
+    def strict(self) -> NDArray[np.bool_]:
+        """(Q,) clean, and without a turned copy or a slice likely of the same subject."""
+        return np.asarray(self.clean & (self.twin < 0) & (self.mate < 0))
+
+
+def exposure(queries: Fingerprints, seen: Fingerprints, config: PreprocessConfig) -> Exposure:
+    """Compare each query with all that was seen.
+
+    Subjects that both sides name are compared by name; all others by looks.
+    """
+    exact = _first_match(queries.sample_ids, seen.sample_ids)
+    twins = find_twins(queries.thumbnails, seen.thumbnails, config.near_duplicate)
+    mate = _first_match(queries.subjects, seen.subjects)
+    mate_similarity = np.where(mate >= 0, 1.0, 0.0).astype(np.float32)
+    by_looks = np.array(
+        [name is None or not any(seen.subjects) for name in queries.subjects], dtype=np.bool_
+    )
+    if by_looks.any():
+        likely = find_same_subject(queries.thumbnails[by_looks], seen.thumbnails, config.subject)
+        mate[by_looks], mate_similarity[by_looks] = likely.reference, likely.similarity
+    kind = np.where(twins.reference >= 0, np.array(KINDS)[twins.kind], "")
+    return Exposure(exact, twins.reference, kind, twins.similarity, mate, mate_similarity)
+
+
+def _first_match(
+    queries: Sequence[str | None], references: Sequence[str | None]
+) -> NDArray[np.int64]:
+    first: dict[str | None, int] = {None: -1}
+    for row, name in enumerate(references):
+        if name is not None:
+            first.setdefault(name, row)
+    return np.array([first.get(name, -1) for name in queries], dtype=np.int64)

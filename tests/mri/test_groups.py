@@ -1,0 +1,28 @@
+"""Groups are chains of links, and keep their names when they grow."""
+
+import numpy as np
+
+from brainray.mri.groups import connected_groups, joint_groups, keep_names
+
+
+def test_a_chain_of_links_is_one_group_named_by_its_smallest() -> None:
+    links = np.array([0, 1]), np.array([1, 3])
+    assert connected_groups(["d", "b", "c", "e"], *links) == ["b", "b", "c", "b"]
+
+
+def test_equal_names_are_one_item() -> None:
+    none = np.empty(0, np.int64)
+    assert connected_groups(["b", "a", "b"], none, none) == ["b", "a", "b"]
+    assert connected_groups(["b", "a", "b"], np.array([1]), np.array([2])) == ["a", "a", "a"]
+
+
+def test_joint_groups_follow_either_id() -> None:
+    duplicates = ["d1", "d1", "d2", "d3", "d4"]
+    subjects = [None, "s1", "s1", None, None]
+    assert joint_groups(duplicates, subjects) == ["d1", "d1", "d1", "d3", "d4"]
+
+
+def test_a_group_keeps_its_name_and_a_new_one_gets_its_own() -> None:
+    groups = ["a", "a", "c", "d", "d"]
+    previous = [None, "b", None, "y", "x"]
+    assert keep_names(groups, previous) == ["b", "b", "c", "x", "x"]

@@ -1,0 +1,52 @@
+"""What was seen of a test slice, level by level."""
+
+import numpy as np
+
+from brainray.config import PreprocessConfig
+from brainray.mri.leakage import Fingerprints, exposure
+from brainray.mri.phantom import make_slice
+from brainray.mri.resize import thumbnail
+
+
+def heads(count: int, seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    images = [make_slice("glioma", rng, 128, "axial").image for _ in range(count)]
+    return np.stack([thumbnail(image).ravel() for image in images])
+
+
+def fingerprints(
+    thumbnails: np.ndarray, names: str, subjects: list[str | None] | None = None
+) -> Fingerprints:
+    return Fingerprints(list(names), thumbnails, subjects or [None] * len(thumbnails))
+
+
+def test_bytes_looks_and_subjects_are_three_levels() -> None:
+    seen = heads(4, seed=0)
+    darker = (0.85 * seen[1]).astype(np.uint8)
+    mirrored = seen[2].reshape(96, 96)[:, ::-1].ravel()
+    stranger = heads(1, seed=7)[0]
+    queries = np.stack([seen[0], darker, mirrored, stranger])
+    found = exposure(fingerprints(queries, "axyz"), fingerprints(seen, "abcd"), PreprocessConfig())
+    assert found.exact.tolist() == [0, -1, -1, -1]
+    assert found.twin[1:].tolist() == [1, 2, -1]
+    assert found.kind[1:3].tolist() == ["copy", "mirrored"]
+    assert found.clean.tolist() == [False, False, True, True]
+    assert found.strict.tolist() == [False, False, False, True]
+
+
+def test_named_subjects_are_compared_by_name_not_by_looks() -> None:
+    seen, queries = heads(3, seed=0), heads(3, seed=7)
+    found = exposure(
+        fingerprints(queries, "xyz", ["p1", "p9", "p2"]),
+        fingerprints(seen, "abc", ["p1", "p2", "p3"]),
+        PreprocessConfig(),
+    )
+    assert found.mate.tolist() == [0, -1, 1]
+    assert found.clean.all()
+    assert found.strict.tolist() == [False, True, False]
+
+
+def test_nothing_seen_leaks_nothing() -> None:
+    queries = heads(2, seed=0)
+    found = exposure(fingerprints(queries, "xy"), fingerprints(queries[:0], ""), PreprocessConfig())
+    assert found.strict.all()
