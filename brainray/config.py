@@ -35,15 +35,56 @@ class ClassesConfig(_Section):
 
 
 class NearDuplicateConfig(_Section):
-    thumbnail_correlation: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.999
-    """Slices whose standardised 32 x 32 thumbnails correlate at least so are one slice."""
+    similarity: Annotated[float, Field(gt=0.0, le=1.0)] = 0.996
+    """Least similarity, after alignment, of two slices that are copies."""
+    turned_similarity: Annotated[float, Field(gt=0.0, le=1.0)] = 0.997
+    """The same of a mirrored or rotated copy; heads are nearly symmetric, so it is stricter."""
+    num_candidates: Positive = 16
+    """Slices with the most similar descriptors that are compared on pixels, for each slice."""
+    num_turned_candidates: Positive = 4
+    """The same for each of the seven other orientations."""
+    descriptor_similarity: Annotated[float, Field(ge=-1.0, le=1.0)] = 0.75
+    """Least cosine of the descriptors of candidates."""
+    turned_descriptor_similarity: Annotated[float, Field(ge=-1.0, le=1.0)] = 0.93
+    """The same for the seven other orientations."""
+
+
+class SubjectConfig(_Section):
+    estimate: bool = True
+    """Guess by looks which slices are of one subject, where no table or header names subjects."""
+    same_view_similarity: Annotated[float, Field(gt=0.0, le=1.0)] = 0.95
+    """Similarity from which two slices show the same and are one view."""
+    min_similarity: Annotated[float, Field(gt=0.0, le=1.0)] = 0.6
+    """Least similarity of two mutual neighbours that are linked."""
+    min_lone_similarity: Annotated[float, Field(gt=0.0, le=1.0)] = 0.65
+    """Least similarity of a pair that is judged by itself, without the proof of mutuality."""
+    min_group_similarity: Annotated[float, Field(ge=-1.0, le=1.0)] = 0.3
+    """Least mean similarity between the views of two groups that a link may merge."""
+    num_neighbours: Positive = 2
+    """A link needs each view among this many nearest of the other: a slice has two sides."""
+    max_slices: Positive = 40
+    """Most views (copies and flips count once) of a group, against chains from head to head."""
+
+
+class VolumeConfig(_Section):
+    axis: Literal["axial", "coronal", "sagittal"] = "axial"
+    """Plane in which NIfTI volumes are sliced."""
+    window_low: Annotated[float, Field(ge=0.0, lt=50.0)] = 0.5
+    """Percentile of the intensities that becomes black, where the file names no window."""
+    window_high: Annotated[float, Field(gt=50.0, le=100.0)] = 99.5
+    """Percentile of the intensities that becomes white."""
+    min_foreground: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
+    """Slices of a volume of which a smaller share is head are skipped as empty."""
+    max_voxels: Positive = 1_000_000_000
+    """Volumes whose header announces more voxels are rejected before they are decoded."""
 
 
 class PreprocessConfig(_Section):
     image_size: Annotated[int, Field(ge=16, le=2048)] = 256
     """Height and width of the stored slices, in pixels."""
-    skull_strip: Literal["otsu", "none"] = "otsu"
-    """``otsu`` is METHOD A's: it removes the background and little else."""
+    skull_strip: Literal["otsu", "intracranial", "none"] = "otsu"
+    """``otsu`` is METHOD A's: it removes the background and little else; ``intracranial`` removes
+    skull, scalp, eyes and face too, and leaves a slice to ``otsu`` where it is not sure."""
     resize: Literal["stretch", "letterbox"] = "stretch"
     """``stretch`` fills the square (A); ``letterbox`` keeps the aspect ratio (B)."""
     intensity: Literal["as_is", "min_max"] = "as_is"
@@ -57,14 +98,17 @@ class PreprocessConfig(_Section):
     max_rejected_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
     """The job fails when a larger share of the files is rejected."""
     near_duplicate: NearDuplicateConfig = NearDuplicateConfig()
+    subject: SubjectConfig = SubjectConfig()
+    volume: VolumeConfig = VolumeConfig()
     files_per_task: Positive = 128
     """Files that one Ray Data task decodes."""
 
 
 class SplitConfig(_Section):
-    mode: Literal["official", "grouped"] = "official"
+    mode: Literal["official", "grouped", "purge"] = "official"
     """``official`` keeps the source's Training and Testing folders, and draws where it has none;
-    ``grouped`` always draws, and no group of duplicates or of one subject crosses the split."""
+    ``grouped`` always draws, and no group of duplicates or of one subject crosses the split;
+    ``purge`` keeps the folders and drops the training slices that have a twin among the test's."""
     test_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
     """Share of the slices that a drawn split holds out for testing."""
     seed: int = 0

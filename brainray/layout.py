@@ -3,13 +3,16 @@
 # An image store: storage/datasets/NAME/
 MANIFEST = "manifest.json"  # written last: a folder without one is no store
 IMAGES = "images"  # a folder of Parquet parts of schema.IMAGE_STORE
+FILES = "files.parquet"  # every slice of every file, without pixels: what the next run goes on from
 REJECTED = "rejected.parquet"
 DUPLICATES = "duplicates.parquet"
 LEAKAGE = "leakage.json"
+LEAKAGE_TABLE = "leakage.md"
 
 # A run: storage/runs/NAME/
 RUN = "run.json"
 CONFIG = "config.yaml"
+DATASET = "dataset"  # what the store says of itself: manifest, leakage, figures
 SEEN = "seen.parquet"  # the labelled draw, and fingerprints of all that the run saw
 TEST_SLICES = "test.parquet"  # the slices that the run is tested on
 METRICS = "metrics.jsonl"  # one object an epoch

@@ -2,6 +2,10 @@
 
 import pyarrow as pa
 
+SUBSETS = ("all", "clean", "strict")
+"""Test slices for which every figure is given: all; those without a near-duplicate among what the
+run saw; and of these the ones without a slice likely of their subject."""
+
 UNLABELLED = -1
 """Class index of a slice whose label is unknown or must not be read."""
 
@@ -12,13 +16,17 @@ LABELLED, VALIDATION, UNLABELLED_ROLE = "labelled", "validation", "unlabelled"
 LEFT_OUT = "left_out"  # an unlabelled mate of a validation slice: neither trained on nor scored
 """Values of a training slice's ``role`` in one run."""
 
-THUMBNAIL_SIDE = 32
+THUMBNAIL_SIDE = 96
 """Side of the thumbnails that serve as fingerprints, in pixels."""
+
+GIVEN, ESTIMATED = "given", "estimated"
+"""Values of ``subject_source``: from a labels table or a header, or guessed by looks."""
 
 IMAGE_STORE = pa.schema(
     [
-        ("sample_id", pa.string()),  # 32 hex digits of the SHA-256 of the file's bytes
+        ("sample_id", pa.string()),  # 32 hex digits of the SHA-256 of the file's bytes (and frame)
         ("path", pa.string()),  # relative to the source, with forward slashes
+        ("frame", pa.string()),  # of a file with several slices, such as axial=63; else empty
         ("format", pa.string()),  # JPEG, PNG, ...
         ("num_bytes", pa.int64()),
         ("original_height", pa.int32()),
@@ -27,6 +35,10 @@ IMAGE_STORE = pa.schema(
         ("label", pa.string()),  # null where unknown
         ("duplicate_group_id", pa.string()),  # smallest sample_id of the near-duplicates
         ("subject_id", pa.string()),  # null where neither given nor estimated
+        ("subject_source", pa.string()),  # given | estimated
+        ("draw_group_id", pa.string()),  # what no draw parts: near-duplicates and subjects joined
+        ("generation", pa.int32()),  # in which run of preprocessing the slice first came
+        ("skull_strip", pa.string()),  # the method used: otsu also where intracranial gave up
         ("height", pa.int32()),
         ("width", pa.int32()),
         ("thumbnail", pa.binary(THUMBNAIL_SIDE * THUMBNAIL_SIDE)),  # uint8, row-major
@@ -49,13 +61,15 @@ REJECTED = pa.schema(
 DUPLICATES = pa.schema(
     [
         ("path", pa.string()),
+        ("frame", pa.string()),
         ("split", pa.string()),
         ("label", pa.string()),
         ("sample_id", pa.string()),
-        ("level", pa.string()),  # exact: byte-identical to kept_path | near: same group
+        ("level", pa.string()),  # exact: byte-identical to kept_path | near | turned
+        ("kind", pa.string()),  # copy | mirrored | rotated; null where linked through others
         ("duplicate_group_id", pa.string()),
         ("kept_path", pa.string()),  # the slice of the group that was kept or came first
-        ("removed", pa.bool_()),  # exact copies are removed from training only
+        ("removed", pa.bool_()),  # exact copies from training, and what split.mode=purge drops
     ]
 )
 
@@ -66,6 +80,8 @@ SEEN = pa.schema(
         ("role", pa.string()),  # labelled | validation | unlabelled | left_out
         ("label", pa.string()),  # null unless the run may read it
         ("duplicate_group_id", pa.string()),
+        ("subject_id", pa.string()),
+        ("subject_source", pa.string()),
         ("thumbnail", pa.binary(THUMBNAIL_SIDE * THUMBNAIL_SIDE)),
     ]
 )
@@ -75,8 +91,10 @@ PREDICTIONS = pa.schema(
     [
         ("sample_id", pa.string()),
         ("path", pa.string()),
+        ("frame", pa.string()),
         ("label", pa.string()),  # null where unknown
-        ("clean", pa.bool_()),  # null where the run carries no fingerprints
+        ("clean", pa.bool_()),  # without a near-duplicate among what the run saw
+        ("strict", pa.bool_()),  # nor a slice likely of its subject; null without fingerprints
         ("head", pa.string()),  # class predicted by the linear head
         ("cluster_class", pa.string()),  # class of the most likely component
         ("cluster", pa.int32()),  # most likely component

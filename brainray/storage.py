@@ -86,9 +86,9 @@ class Folder:
         """A Parquet file, or all Parquet files of a folder."""
         return pq.read_table(self._join(name), columns=columns, filesystem=self.filesystem)
 
-    def write_table(self, name: str, table: pa.Table) -> None:
+    def write_table(self, name: str, table: pa.Table, row_group_size: int | None = None) -> None:
         sink = pa.BufferOutputStream()
-        pq.write_table(table, sink, compression="zstd")
+        pq.write_table(table, sink, compression="zstd", row_group_size=row_group_size)
         self.write_bytes(name, sink.getvalue().to_pybytes())
 
     def delete(self) -> None:
@@ -116,6 +116,32 @@ class Folder:
         )
         target.write_bytes(last, completing)
         self.delete()
+
+    def replace(self, target: "Folder", last: str) -> None:
+        """Take the place of ``target``, whole: who is interrupted here calls ``restore`` later.
+
+        On object stores the old files are deleted first.
+        """
+        if target.local_path is not None and target.exists():
+            self.filesystem.move(target.path, target._aside().path)
+        else:
+            target.delete()
+        self.move_to(target, last)
+        target._aside().delete()
+
+    def restore(self) -> None:
+        """Put back what an interrupted ``replace`` has left aside."""
+        aside = self._aside()
+        if not aside.exists():
+            return
+        if self.exists():
+            aside.delete()
+        else:
+            self.filesystem.move(aside.path, self.path)
+
+    def _aside(self) -> "Folder":
+        parent, _, name = self.uri.rpartition("/")
+        return Folder(f"{parent}/.{name}.replaced")
 
     def _join(self, name: str) -> str:
         return f"{self.path}/{name}" if name else self.path

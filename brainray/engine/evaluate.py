@@ -1,4 +1,4 @@
-"""From predictions to the figures that are reported: for all, and for clean test slices."""
+"""From predictions to the figures that are reported: for all, clean and strict test slices."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,10 +19,13 @@ from brainray.clustering.metrics import (
     silhouette,
 )
 from brainray.engine.recluster import ClusterModel
-from brainray.mri.duplicates import most_similar, thumbnail_matrix
-from brainray.schema import LABELLED, PREDICTIONS, UNLABELLED
+from brainray.mri.duplicates import coarse, most_similar, thumbnail_matrix
+from brainray.schema import LABELLED, PREDICTIONS, SUBSETS, UNLABELLED
 
 Metrics = dict[str, float]
+
+MIN_STRICT_SUPPORT = 30
+"""Strict slices that a class needs for figures of its own."""
 
 
 @dataclass(frozen=True)
@@ -94,17 +97,29 @@ def gather_predictions(
     )
 
 
-def subset_metrics(predictions: Predictions, classes: Sequence[str], prefix: str) -> Metrics:
+def subset_masks(slices: pa.Table) -> dict[str, NDArray[np.bool_]]:
+    """Which rows belong to each subset that is known: (N,) by name, ``all`` first."""
+    masks = {"all": np.ones(slices.num_rows, dtype=np.bool_)}
+    for name in SUBSETS[1:]:
+        if slices[name].null_count == 0:
+            flags = slices[name].to_numpy(zero_copy_only=False)
+            masks[name] = np.asarray(flags, dtype=np.bool_)
+    return masks
+
+
+def subset_metrics(predictions: Predictions, classes: Sequence[str], subset: str) -> Metrics:
     """Flat figures of one subset, such as ``test/all/head/accuracy``; absent where undefined.
 
     Slices without a label are left out.
     """
     scored = predictions.select(predictions.labels != UNLABELLED)
+    prefix = f"test/{subset}"
     metrics: Metrics = {f"{prefix}/num_slices": float(len(scored.labels))}
     if len(scored.labels) == 0:
         return metrics
     for predictor, predicted in (("head", scored.head), ("cluster", scored.cluster_classes)):
-        for name, value in classification_metrics(scored.labels, predicted, classes).items():
+        figures = classification_metrics(scored.labels, predicted, classes)
+        for name, value in _reportable(figures, subset).items():
             metrics[f"{prefix}/{predictor}/{name}"] = value
     for name, value in clustering_metrics(scored.labels, scored.clusters).items():
         metrics[f"{prefix}/cluster/{name}"] = value
@@ -112,6 +127,22 @@ def subset_metrics(predictions: Predictions, classes: Sequence[str], prefix: str
     if separation is not None:
         metrics[f"{prefix}/cluster/silhouette"] = separation
     return metrics
+
+
+def _reportable(figures: Metrics, subset: str) -> Metrics:
+    """Without the strict figures of classes that have too few slices to say anything."""
+    if subset != "strict":
+        return figures
+    small = {
+        name.removeprefix("support/")
+        for name, count in figures.items()
+        if name.startswith("support/") and count < MIN_STRICT_SUPPORT
+    }
+    return {
+        name: value
+        for name, value in figures.items()
+        if name.startswith("support/") or name.partition("/")[2] not in small
+    }
 
 
 def confusion_metrics(predictions: Predictions, classes: Sequence[str], prefix: str) -> Metrics:
@@ -152,24 +183,25 @@ def validation_metrics(predictions: Predictions) -> Metrics:
 
 
 def predictions_table(
-    predictions: Predictions,
-    classes: Sequence[str],
-    *,
-    sample_ids: Sequence[str],
-    paths: Sequence[str],
-    thumbnails: Sequence[bytes],
-    clean: NDArray[np.bool_] | None,
+    predictions: Predictions, classes: Sequence[str], slices: pa.Table
 ) -> pa.Table:
-    """Rows of the ``PREDICTIONS`` schema; the sequences are in the order of the predictions."""
+    """Rows of the ``PREDICTIONS`` schema.
+
+    ``slices``, in the order of the predictions, has the identity and the thumbnail of each, and
+    ``clean`` and ``strict`` where they are known.
+    """
     names = np.array(list(classes), dtype=object)
     labels = [
         None if label == UNLABELLED else str(names[label]) for label in predictions.labels.tolist()
     ]
     columns = {
-        "sample_id": list(sample_ids),
-        "path": list(paths),
+        **{
+            name: slices[name].to_pylist()
+            if name in slices.column_names
+            else [None] * slices.num_rows
+            for name in ("sample_id", "path", "frame", "clean", "strict", "thumbnail")
+        },
         "label": labels,
-        "clean": [None] * len(labels) if clean is None else clean.tolist(),
         "head": names[predictions.head].tolist(),
         "cluster_class": names[predictions.cluster_classes].tolist(),
         "cluster": predictions.clusters.astype(np.int32),
@@ -178,7 +210,6 @@ def predictions_table(
         "responsibilities": list(predictions.responsibilities),
         "log_likelihood": predictions.log_likelihood,
         "embedding": list(predictions.embeddings),
-        "thumbnail": list(thumbnails),
     }
     return pa.table(
         [pa.array(columns[field.name], field.type) for field in PREDICTIONS], schema=PREDICTIONS
@@ -196,29 +227,28 @@ def summarise(
 ) -> Metrics:
     """The reported figures of a table of predictions.
 
-    For ``all`` and ``clean``: both predictors and the memory baseline (nearest labelled
-    thumbnail, ``thumbnail_1nn``), with bootstrap intervals of the accuracies; and
+    For ``all``, ``clean`` and ``strict``: both predictors and the memory baseline (nearest
+    labelled thumbnail, ``thumbnail_1nn``), with bootstrap intervals of the accuracies; and
     ``all_as_clean``, the accuracies over all slices re-weighted to the class mix of clean. Without
     fingerprints of what the run saw (``seen``), only ``all``, without the baseline.
     """
     table = table.filter(pc.is_valid(table["label"]))
     predictions = _from_table(table, classes, class_of_cluster)
     baseline = None if seen is None else _nearest_thumbnail(table, seen, classes)
-    subsets = {"all": np.ones(len(predictions.labels), dtype=np.bool_)}
-    if table["clean"].null_count == 0:
-        subsets["clean"] = np.asarray(table["clean"].to_numpy(zero_copy_only=False), dtype=np.bool_)
+    subsets = subset_masks(table)
     metrics: Metrics = {}
     for subset, mask in subsets.items():
         chosen = predictions.select(mask)
-        metrics |= subset_metrics(chosen, classes, f"test/{subset}")
+        metrics |= subset_metrics(chosen, classes, subset)
         if len(chosen.labels) == 0:
             continue
         predictors = {"head": chosen.head, "cluster": chosen.cluster_classes}
         if baseline is not None:
             predictors["thumbnail_1nn"] = baseline[mask]
-            for name, value in classification_metrics(
-                chosen.labels, predictors["thumbnail_1nn"], classes
-            ).items():
+            figures = _reportable(
+                classification_metrics(chosen.labels, predictors["thumbnail_1nn"], classes), subset
+            )
+            for name, value in figures.items():
                 metrics[f"test/{subset}/thumbnail_1nn/{name}"] = value
         for name, predicted in predictors.items():
             low, high = bootstrap_interval(
@@ -269,7 +299,7 @@ def _nearest_thumbnail(
     index = {name: position for position, name in enumerate(classes)}
     labels = np.array([index[name] for name in labelled["label"].to_pylist()], dtype=np.int64)
     _, nearest = most_similar(
-        thumbnail_matrix(table["thumbnail"].to_pylist()),
-        thumbnail_matrix(labelled["thumbnail"].to_pylist()),
+        coarse(thumbnail_matrix(table["thumbnail"].to_pylist())),
+        coarse(thumbnail_matrix(labelled["thumbnail"].to_pylist())),
     )
     return labels[nearest]

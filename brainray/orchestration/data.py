@@ -1,171 +1,160 @@
 """Preprocessing on Ray Data: files to the image store, streaming, in two passes.
 
-The first pass decodes, checks, strips and resizes every file into parts. The driver then looks at
-the light columns of all slices at once (hashes, thumbnails) to find copies, groups and splits. The
-second pass adds these to the parts and leaves removed copies out. The store appears whole: it is
-built under another name and renamed.
+The first pass decodes, checks, strips and resizes every new file into parts; what an earlier run
+made of unchanged files is taken over. The driver then looks at the light columns of all slices at
+once (hashes, thumbnails) to find copies, groups and splits. The second pass adds these to the
+parts and leaves removed copies out. The store appears whole: it is built under another name and
+renamed.
 """
 
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from typing import Any
 
-import numpy as np
+import cv2
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 import ray.data
-from numpy.typing import NDArray
 
 from brainray import layout
 from brainray.config import Config, PreprocessConfig
 from brainray.errors import ConfigError, DataError
-from brainray.mri import resize
-from brainray.mri.decode import RejectedImage, check_content, decode_slice
+from brainray.mri.decode import RejectedImage
 from brainray.mri.duplicates import content_hash
-from brainray.mri.skull_strip import apply_mask, otsu_mask
+from brainray.orchestration.earlier import LIGHT, LIGHT_COLUMNS, PART, Earlier, unchanged
+from brainray.orchestration.examples import draw_figures
 from brainray.orchestration.plan import plan_store
-from brainray.orchestration.source import Listing, list_source
-from brainray.orchestration.store import ImageStore, differing_settings, settings_of
-from brainray.report.store_figures import draw_store_figures
-from brainray.schema import IMAGE_STORE, REJECTED, TRAIN
+from brainray.orchestration.preparation import (
+    SLICES,
+    preprocess_file,
+    read_file,
+    rejected_row,
+    subject_salt,
+)
+from brainray.orchestration.source import FoundFile, Listing, list_source
+from brainray.orchestration.store import (
+    ImageStore,
+    describe,
+    differing_settings,
+    settings_of,
+)
+from brainray.report.leakage_table import leakage_table
+from brainray.schema import IMAGE_STORE, REJECTED
 from brainray.storage import Folder
 
-_PART_SCHEMA = pa.schema(
+_FOUND = pa.schema(
     [
         ("path", pa.string()),
-        ("sha256", pa.string()),  # null where the file could not be read
         ("num_bytes", pa.int64()),
-        ("reason", pa.string()),  # null where the slice was accepted
-        ("detail", pa.string()),
-        ("format", pa.string()),
-        ("original_height", pa.int32()),
-        ("original_width", pa.int32()),
-        ("source_split", pa.string()),
-        ("label", pa.string()),
-        ("subject_id", pa.string()),
-        ("height", pa.int32()),
-        ("width", pa.int32()),
-        ("pixel_sum", pa.int64()),
-        ("pixel_square_sum", pa.int64()),
-        ("thumbnail", IMAGE_STORE.field("thumbnail").type),
-        ("image", pa.binary()),
+        ("mtime_ns", pa.int64()),
+        ("problem", pa.string()),
     ]
 )
-_PART_INDEX_COLUMNS = [name for name in _PART_SCHEMA.names if name != "image"]
+_ROW_GROUP_SIZE = 256  # slices that a reader holds at once
 
 Log = Callable[[str], None]
 
-_NUM_EXAMPLES = 8
-
 
 def preprocess(config: Config, log: Log = print) -> ImageStore:
-    """Make the store ``config.name`` of ``config.source``, or reuse an equal one.
+    """Make the store ``config.name`` of ``config.source``, reuse an equal one, or bring it up to
+    date: then only files that are new or have changed are decoded.
 
     Raises:
         ConfigError: name or source is missing.
         DataError: nothing readable, too much rejected, classes that do not fit, or an existing
-            store of that name with other settings or files.
+            store of that name with other settings.
     """
     if config.name is None or config.source is None:
         raise ConfigError("preprocessing needs --set name=NAME source=DIR")
     source = Folder(config.source)
-    target = Folder(config.storage) / "datasets" / config.name
+    datasets = Folder(config.storage) / "datasets"
+    target, building = datasets / config.name, datasets / f".{config.name}.building"
     labels = None if config.labels is None else Folder(config.labels)
     listing = list_source(source, labels, config.classes.map)
     drawn = config.split.mode == "grouped" or not any(file.split for file in listing.files)
     settings = settings_of(config.preprocess, config.split, config.classes.map, drawn=drawn)
-    existing = _reusable_store(target, settings, listing)
-    if existing is not None:
+    previous = _previous_store(target, settings)
+    if previous is not None and previous.manifest["listing"] == listing.fingerprint:
         log(f"image store {target}: made with the same settings and files, reused")
-        return existing
+        return previous
     log(f"preprocessing {len(listing.files)} files of {source}")
-    building = Folder(config.storage) / "datasets" / f".{config.name}.building"
     building.delete()
     try:
-        manifest = _build(config, source, listing, settings, building, log)
-        building.move_to(target, last=layout.MANIFEST)
+        manifest = _build(config, listing, settings, previous, building, log)
+        building.replace(target, last=layout.MANIFEST)
     except BaseException:
         building.delete()
         raise
-    return ImageStore(target, manifest)
+    store = ImageStore(target, manifest)
+    log(describe(store))
+    log(store.folder.read_bytes(layout.LEAKAGE_TABLE).decode())
+    return store
 
 
 def _build(
     config: Config,
-    source: Folder,
     listing: Listing,
     settings: dict[str, Any],
+    previous: ImageStore | None,
     building: Folder,
     log: Log,
 ) -> dict[str, Any]:
     """Make the whole store in ``building``; returns its manifest."""
-    started = time.monotonic()
-    parts = building / "parts"
-    index = _decode_all(source, listing, config.preprocess, parts, log)
-    log(f"decoded in {time.monotonic() - started:.0f} s")
-    plan = plan_store(index, config)
-    _write_images(parts, building / layout.IMAGES, plan.rows)
+    clock = _Clock()
+    source, parts = Folder(str(config.source)), building / "parts"
+    earlier = Earlier.of(previous)
+    slices, num_decoded = _slices_of_all_files(config, listing, earlier, parts, log)
+    clock.passed("decode")
+    plan = plan_store(slices, listing, config, earlier)
+    clock.passed("plan")
+    _write_images(parts, previous, building / layout.IMAGES, plan.rows)
     parts.delete()
-    rejected = _rejected_table(index)
+    clock.passed("write")
+    building.write_table(layout.FILES, plan.files)
+    rejected = slices.filter(pc.is_valid(slices["reason"])).select(REJECTED.names).cast(REJECTED)
     building.write_table(layout.REJECTED, rejected)
     building.write_table(layout.DUPLICATES, plan.duplicates)
     building.write_json(layout.LEAKAGE, plan.leakage)
+    building.write_bytes(layout.LEAKAGE_TABLE, leakage_table(plan.leakage).encode() + b"\n")
     manifest = {
-        "format": "brainray-image-store/1",
+        "format": "brainray-image-store/2",
         "name": config.name,
         "source": config.source,
         "listing": listing.fingerprint,
+        "generation": earlier.generation,
         "num_files": len(listing.files),
+        "num_files_decoded": num_decoded,
         "num_ignored_files": listing.num_ignored,
         **settings,
         **plan.statistics,
         "num_rejected": rejected.num_rows,
         "rejected_reasons": dict(Counter(rejected["reason"].to_pylist()).most_common()),
-        "seconds": round(time.monotonic() - started, 1),
     }
-    samples = _before_and_after(source, plan.rows, config.preprocess)
-    draw_store_figures(building, plan.statistics["num_slices"], samples)
+    draw_figures(building, source, plan, config.preprocess)
+    clock.passed("figures")
+    manifest["seconds"] = clock.seconds
     building.write_json(layout.MANIFEST, manifest)
     return manifest
 
 
-def preprocess_file(content: bytes, config: PreprocessConfig) -> dict[str, Any]:
-    """The part columns that a file's bytes decide: METHOD A, steps 1, 3 and 4.
+class _Clock:
+    """Seconds of each stage, one after another."""
 
-    The thumbnail is of the slice before stripping: the fingerprint must not depend on a mask.
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.monotonic()
 
-    Raises:
-        RejectedImage: the file is left out.
-    """
-    decoded = decode_slice(content, min_side=config.min_side, max_pixels=config.max_pixels)
-    check_content(decoded.image, min_intensity_std=config.min_intensity_std)
-    image = decoded.image
-    if config.skull_strip == "otsu":
-        image = apply_mask(image, otsu_mask(image))
-    if config.intensity == "min_max":
-        image = resize.min_max(image)
-    shape = resize.letterbox if config.resize == "letterbox" else resize.stretch
-    image = shape(image, config.image_size)
-    height, width = decoded.image.shape
-    wide = image.astype(np.int64)
-    return {
-        "format": decoded.format,
-        "original_height": height,
-        "original_width": width,
-        "height": config.image_size,
-        "width": config.image_size,
-        "pixel_sum": int(wide.sum()),
-        "pixel_square_sum": int((wide * wide).sum()),
-        "thumbnail": resize.thumbnail(decoded.image).tobytes(),
-        "image": image.tobytes(),
-    }
+    def passed(self, stage: str) -> None:
+        now = time.monotonic()
+        self.seconds[stage] = round(now - self._last, 2)
+        self._last = now
 
 
-def _reusable_store(
-    target: Folder, settings: dict[str, Any], listing: Listing
-) -> ImageStore | None:
+def _previous_store(target: Folder, settings: dict[str, Any]) -> ImageStore | None:
+    target.restore()
     if not target.exists(layout.MANIFEST):
         if target.names():
             raise DataError(f"{target} exists and is no image store: choose another name")
@@ -178,134 +167,163 @@ def _reusable_store(
             f"the image store {target} was made with other settings ({difference}): "
             "choose another name or delete it"
         )
-    if store.manifest["listing"] != listing.fingerprint:
-        raise DataError(
-            f"the image store {target} was made from {store.manifest['num_files']} files of "
-            f"{store.manifest['source']}, which differ from the {len(listing.files)} files now "
-            "given: choose another name or delete it"
-        )
     return store
 
 
+def _slices_of_all_files(
+    config: Config, listing: Listing, earlier: Earlier, parts: Folder, log: Log
+) -> tuple[pa.Table, int]:
+    """LIGHT rows of every file, ordered by path and frame; and how many files were decoded."""
+    reusable = earlier.reusable()
+    found = [file.file for file in listing.files]
+    same = unchanged(found, reusable)
+    to_read = [file for file in found if file.path not in same]
+    kept = reusable.filter(pc.is_in(reusable["path"], pa.array(sorted(same), pa.string())))
+    started = time.monotonic()
+    read = _decode_all(config, to_read, reusable["sha256"], earlier.generation, parts, log)
+    known = read.filter(_is_known(read))
+    new = read.filter(pc.invert(_is_known(read)))
+    num_decoded = len(set(new["path"].to_pylist()))
+    log(
+        f"decoded {num_decoded} files in {time.monotonic() - started:.0f} s"
+        + (f"; {len(found) - num_decoded} are known from before" if earlier.generation else "")
+    )
+    slices = pa.concat_tables([kept, _under_new_paths(known, reusable), new])
+    return slices.sort_by([("path", "ascending"), ("frame", "ascending")]), num_decoded
+
+
+def _is_known(read: pa.Table) -> pa.ChunkedArray:
+    """Files whose bytes were decoded before, under whatever path."""
+    return pc.and_(pc.is_null(read["reason"]), pc.is_null(read["sample_id"]))
+
+
+def _under_new_paths(known: pa.Table, reusable: pa.Table) -> pa.Table:
+    """The slices of known bytes, with the path and the stamps that they have now."""
+    about_file = ["path", "num_bytes", "mtime_ns"]
+    first_path = reusable.group_by("sha256").aggregate([("path", "min")])
+    slices = reusable.filter(pc.is_in(reusable["path"], first_path["path_min"]))
+    joined = known.select(["sha256", *about_file]).to_pylist()
+    by_hash: dict[str, list[dict[str, Any]]] = {}
+    for row in slices.filter(pc.is_in(slices["sha256"], known["sha256"])).to_pylist():
+        by_hash.setdefault(row["sha256"], []).append(row)
+    rows = [row | file for file in joined for row in by_hash[file["sha256"]]]
+    return pa.Table.from_pylist(rows, schema=LIGHT)
+
+
 def _decode_all(
-    source: Folder, listing: Listing, config: PreprocessConfig, parts: Folder, log: Log
+    config: Config,
+    files: list[FoundFile],
+    known_hashes: pa.ChunkedArray,
+    generation: int,
+    parts: Folder,
+    log: Log,
 ) -> pa.Table:
-    """First pass; returns the light columns of all files, in the order of the listing."""
+    """First pass; returns the LIGHT rows of the files."""
     parts.filesystem.create_dir(parts.path, recursive=True)
-    files = listing.files
-    tables: list[pa.Table] = []
-    for start in range(0, len(files), config.files_per_task):
-        chunk = files[start : start + config.files_per_task]
-        columns = {
-            "path": [file.path for file in chunk],
-            "source_split": [file.split for file in chunk],
-            "label": [file.label for file in chunk],
-            "subject_id": [file.subject for file in chunk],
-            "part": [f"part-{len(tables):06d}.parquet"] * len(chunk),
-        }
-        text = pa.schema([(name, pa.string()) for name in columns])
-        tables.append(pa.table(columns, schema=text))
+    index = [LIGHT.empty_table()]
+    if not files:
+        return index[0]
+    source, preprocess = Folder(str(config.source)), config.preprocess
+    salt = subject_salt(Folder(config.storage))
+    known = ray.put(set(known_hashes.to_pylist()))
 
     def decode_part(batch: pa.Table) -> pa.Table:
-        part = _decode_part(batch, source, config)
-        parts.write_table(batch["part"][0].as_py(), part)
-        return part.select(_PART_INDEX_COLUMNS)
+        cv2.setNumThreads(1)  # Ray runs a task on every core
+        name = batch["part"][0].as_py()
+        found = [FoundFile(**row) for row in batch.drop_columns("part").to_pylist()]
+        part = _decode_part(found, source, preprocess, salt, ray.get(known))
+        pixels = part.filter(pc.is_valid(part["image"]))
+        if pixels.num_rows:
+            parts.write_table(name, pixels, row_group_size=_ROW_GROUP_SIZE)
+        names = pc.if_else(pc.is_valid(part["image"]), name, pa.scalar(None, pa.string()))
+        return part.select(LIGHT_COLUMNS).append_column(PART, names).cast(LIGHT)
 
+    tables: list[pa.Table] = []
+    for start in range(0, len(files), preprocess.files_per_task):
+        chunk = [asdict(file) for file in files[start : start + preprocess.files_per_task]]
+        table = pa.Table.from_pylist(chunk, schema=_FOUND)
+        name = f"part-{generation:04d}-{len(tables):06d}.parquet"
+        tables.append(table.append_column("part", pa.array([name] * len(chunk), pa.string())))
     dataset = ray.data.from_arrow(tables).map_batches(
         decode_part, batch_size=None, batch_format="pyarrow"
     )
-    index = [_PART_SCHEMA.empty_table().select(_PART_INDEX_COLUMNS)]
-    for batch in with_progress(dataset, len(files), "decoded", log):
-        index.append(batch.cast(index[0].schema))
-    return pa.concat_tables(index).sort_by("path")
+    index += with_progress(dataset, len(files), "decoded", log)
+    return pa.concat_tables(index)
 
 
-def _decode_part(batch: pa.Table, source: Folder, config: PreprocessConfig) -> pa.Table:
+def _decode_part(
+    files: list[FoundFile],
+    source: Folder,
+    config: PreprocessConfig,
+    salt: bytes,
+    known_hashes: set[str],
+) -> pa.Table:
     rows = []
-    for file in batch.drop_columns("part").to_pylist():
-        row = dict.fromkeys(_PART_SCHEMA.names) | file
+    for file in files:
+        content = None
         try:
-            content = read_file(source, file["path"])
-            row |= {"sha256": content_hash(content), "num_bytes": len(content)}
-            row |= preprocess_file(content, config)
+            content = read_file(source, file)
+            digest = content_hash(content)
+            if digest in known_hashes:
+                about = {"path": file.path, "mtime_ns": file.mtime_ns, "num_bytes": len(content)}
+                rows.append(about | {"frame": "", "sha256": digest})
+            else:
+                rows += preprocess_file(content, file, config, salt)
         except RejectedImage as rejection:
-            row |= {"reason": rejection.reason, "detail": rejection.detail}
-        rows.append(row)
-    return pa.Table.from_pylist(rows, schema=_PART_SCHEMA)
+            rows.append(rejected_row(file, content, rejection))
+    return pa.Table.from_pylist([dict.fromkeys(SLICES.names) | row for row in rows], schema=SLICES)
 
 
-def read_file(source: Folder, path: str) -> bytes:
-    """A file's bytes; one that has vanished or may not be read is a RejectedImage."""
-    try:
-        with source.filesystem.open_input_file(f"{source.path}/{path}") as stream:
-            return bytes(stream.read())
-    except OSError as error:
-        raise RejectedImage("unreadable file", str(error)) from None
-
-
-def _rejected_table(index: pa.Table) -> pa.Table:
-    rejected = index.filter(pc.is_valid(index["reason"]))
-    return rejected.select(REJECTED.names).cast(REJECTED)
-
-
-def _write_images(parts: Folder, images: Folder, rows: pa.Table) -> None:
-    """Second pass: parts to the store's final rows."""
+def _write_images(
+    parts: Folder, previous: ImageStore | None, images: Folder, rows: pa.Table
+) -> None:
+    """Second pass: the pixels of new and earlier parts to the store's final rows."""
     images.filesystem.create_dir(images.path, recursive=True)
-    added = rows.select(["path", "sample_id", "split", "label", "duplicate_group_id"])
-    reference = ray.put(added)
+    new = set(parts.names())
+    earlier = parts if previous is None else previous.folder / layout.IMAGES
+    about_slice = [name for name in IMAGE_STORE.names if name != "image"]
 
     def write_part(batch: pa.Table) -> pa.Table:
-        name = batch["name"][0].as_py()
-        part = parts.read_table(name).drop_columns("label")
-        final = part.join(ray.get(reference), keys="path", join_type="inner").sort_by("path")
-        if final.num_rows:
-            images.write_table(name, final.select(IMAGE_STORE.names).cast(IMAGE_STORE))
+        name = batch["part"][0].as_py()
+        pixels = (parts if name in new else earlier).read_table(name, ["sample_id", "image"])
+        first = pixels.append_column("row", pa.array(range(pixels.num_rows)))
+        first = first.group_by("sample_id").aggregate([("row", "min")])["row_min"]
+        final = batch.drop_columns("part").join(
+            pixels.take(first), keys="sample_id", join_type="inner"
+        )
+        final = final.select(IMAGE_STORE.names).cast(IMAGE_STORE).sort_by("path")
+        images.write_table(name, final, row_group_size=_ROW_GROUP_SIZE)
         return pa.table({"num_rows": [final.num_rows]})
 
-    names = [pa.table({"name": [name]}) for name in parts.names()]
-    written = ray.data.from_arrow(names).map_batches(
+    final_rows = rows.select([*about_slice, "part"])
+    tables = [
+        final_rows.filter(pc.equal(rows["part"], name))
+        for name in pc.unique(rows["part"]).to_pylist()
+    ]
+    written = ray.data.from_arrow(tables).map_batches(
         write_part, batch_size=None, batch_format="pyarrow"
     )
-    total = 0
-    for batch in _arrow_batches(written):
-        total += sum(batch["num_rows"].to_pylist())
+    total = sum(pc.sum(batch["num_rows"]).as_py() for batch in _arrow_batches(written))
     assert total == rows.num_rows, f"{total} of {rows.num_rows} slices written"
 
 
 def with_progress(
     dataset: ray.data.Dataset, total: int, verb: str, log: Log, every_s: float = 10.0
 ) -> Iterator[pa.Table]:
-    """The dataset's blocks as they come, with a line of progress every ten seconds."""
+    """The dataset's blocks as they come, with a line of progress every ten seconds.
+
+    A file's rows lie in one block, under its ``path``.
+    """
     started = last = time.monotonic()
     done = 0
     for batch in _arrow_batches(dataset):
-        done += batch.num_rows
+        done += pc.count_distinct(batch["path"]).as_py()
         now = time.monotonic()
         if now - last >= every_s:
             last = now
             rate = done / (now - started)
             log(f"{verb} {done} of {total} files, {(total - done) / rate:.0f} s left")
         yield batch
-
-
-def _before_and_after(
-    source: Folder, rows: pa.Table, config: PreprocessConfig
-) -> list[tuple[str, NDArray[np.uint8], NDArray[np.uint8]]]:
-    """(title, slice as read, slice as stored) of training slices, spread over the classes."""
-    chosen: dict[str | None, list[str]] = {}
-    train = rows.filter(pc.equal(rows["split"], TRAIN)).sort_by("sample_id")
-    for row in train.select(["label", "path"]).to_pylist():
-        chosen.setdefault(row["label"], []).append(row["path"])
-    num_each = -(-_NUM_EXAMPLES // len(chosen))
-    samples = []
-    for label, paths in sorted(chosen.items(), key=lambda item: item[0] or ""):
-        for path in paths[:num_each]:
-            content = read_file(source, path)
-            before = decode_slice(content, min_side=config.min_side, max_pixels=config.max_pixels)
-            stored = preprocess_file(content, config)
-            after = np.frombuffer(stored["image"], np.uint8).reshape(stored["height"], -1)
-            samples.append((label or "unlabelled", before.image, after))
-    return samples[:_NUM_EXAMPLES]
 
 
 def _arrow_batches(dataset: ray.data.Dataset) -> Iterator[pa.Table]:

@@ -27,17 +27,19 @@ from brainray.engine.recipe import resolve_precision
 from brainray.engine.state import Checkpoint, load_checkpoint
 from brainray.errors import ConfigError, DataError
 from brainray.mri.decode import RejectedImage
-from brainray.mri.duplicates import (
-    content_hash,
-    has_near_duplicate,
-    sample_id,
-    thumbnail_matrix,
+from brainray.mri.leakage import Fingerprints, exposure
+from brainray.orchestration.data import with_progress
+from brainray.orchestration.preparation import (
+    SLICES,
+    preprocess_file,
+    read_file,
+    rejected_row,
+    subject_salt,
 )
-from brainray.orchestration.data import preprocess_file, read_file, with_progress
 from brainray.orchestration.run import open_run
-from brainray.orchestration.source import SourceFile, list_source
+from brainray.orchestration.source import FoundFile, SourceFile, list_source
 from brainray.report.evaluation_figures import draw_evaluation_figures
-from brainray.schema import PREDICTIONS, REJECTED, TEST, UNLABELLED
+from brainray.schema import GIVEN, PREDICTIONS, REJECTED, TEST, UNLABELLED
 from brainray.storage import Folder
 
 Log = Callable[[str], None]
@@ -58,8 +60,8 @@ def evaluate(config: Config, log: Log = print, only_paths: set[str] | None = Non
     """Predict the labelled slices of ``config.source`` with a run's chosen epoch, and score them.
 
     Slices are preprocessed with the run's own settings. Where the source has a test split, only
-    that is scored; ``only_paths`` chooses otherwise. ``clean`` is relative to the fingerprints
-    that the run carries; a checkpoint without its run has none, and then no clean figures.
+    that is scored; ``only_paths`` chooses otherwise. ``clean`` and ``strict`` are relative to the
+    fingerprints that the run carries; a checkpoint without its run has none, and no such figures.
 
     Raises:
         ConfigError: neither run nor checkpoint, or no source.
@@ -87,13 +89,10 @@ def evaluate(config: Config, log: Log = print, only_paths: set[str] | None = Non
         raise DataError(f"none of the {len(files)} files in {config.source} is usable: {commonest}")
     predictions = accepted.select(PREDICTIONS.names).cast(PREDICTIONS)
     if seen is not None:
-        clean = ~has_near_duplicate(
-            thumbnail_matrix(predictions["thumbnail"].to_pylist()),
-            thumbnail_matrix(seen["thumbnail"].to_pylist()),
-            threshold=preprocess.near_duplicate.thumbnail_correlation,
-        )
-        column = pa.array(clean, pa.bool_())
-        predictions = predictions.set_column(PREDICTIONS.get_field_index("clean"), "clean", column)
+        exposed = exposure(Fingerprints.of(accepted), Fingerprints.of(seen), preprocess)
+        for name, flags in (("clean", exposed.clean), ("strict", exposed.strict)):
+            position = PREDICTIONS.get_field_index(name)
+            predictions = predictions.set_column(position, name, pa.array(flags, pa.bool_()))
     metrics = summarise(
         predictions,
         seen,
@@ -162,23 +161,27 @@ def _predict_files(
 ) -> pa.Table:
     """One row per file, in the order of paths: PREDICTIONS columns, or reason and detail."""
     source = Folder(str(config.source))
+    salt = subject_salt(Folder(config.storage))
     tables = [
         pa.table(
             {
-                "path": [file.path for file in chunk],
-                "label": pa.array([file.label for file in chunk], pa.string()),
+                "number": range(start, min(start + _FILES_PER_TASK, len(files))),
             }
         )
-        for chunk in (
-            files[start : start + _FILES_PER_TASK]
-            for start in range(0, len(files), _FILES_PER_TASK)
-        )
+        for start in range(0, len(files), _FILES_PER_TASK)
     ]
+    all_files = ray.put(files)
 
     def decode(batch: pa.Table) -> pa.Table:
-        return pa.Table.from_pylist(
-            [_decode(row, source, preprocess) for row in batch.to_pylist()], schema=_DECODED
-        )
+        rows = []
+        for number in batch["number"].to_pylist():
+            asked = ray.get(all_files)[number]
+            for row in _decode(asked.file, source, preprocess, salt):
+                subject = asked.subject or row.get("header_subject")
+                about = {"label": asked.label, "subject_id": subject}
+                about["subject_source"] = None if subject is None else GIVEN
+                rows.append(dict.fromkeys(_DECODED.names) | row | about)
+        return pa.Table.from_pylist(rows, schema=_DECODED)
 
     num_gpus = 1 if config.train.device != "cpu" and ray.cluster_resources().get("GPU") else 0
     predicted = (
@@ -194,41 +197,32 @@ def _predict_files(
         )
     )
     batches = list(with_progress(predicted, len(files), "predicted", log))
-    return pa.concat_tables(batches).sort_by("path")
+    return pa.concat_tables(batches).sort_by([("path", "ascending"), ("frame", "ascending")])
 
 
 _DECODED = pa.schema(
     [
-        ("path", pa.string()),
         ("label", pa.string()),
-        ("sample_id", pa.string()),
-        ("sha256", pa.string()),
-        ("num_bytes", pa.int64()),
-        ("reason", pa.string()),
-        ("detail", pa.string()),
-        ("height", pa.int32()),
-        ("width", pa.int32()),
-        ("thumbnail", PREDICTIONS.field("thumbnail").type),
-        ("image", pa.binary()),
+        ("subject_id", pa.string()),
+        ("subject_source", pa.string()),
+        *(SLICES.field(name) for name in SLICES.names),
     ]
 )
+"""Of a decoded slice."""
+
+_CARRIED = ["subject_id", "subject_source", "sha256", "num_bytes", "reason", "detail"]
+"""Columns that a prediction's row keeps beside its own."""
 
 
-def _decode(row: dict[str, Any], source: Folder, preprocess: PreprocessConfig) -> dict[str, Any]:
-    decoded = dict.fromkeys(_DECODED.names) | row
+def _decode(
+    file: FoundFile, source: Folder, preprocess: PreprocessConfig, salt: bytes
+) -> list[dict[str, Any]]:
+    content = None
     try:
-        content = read_file(source, row["path"])
-        digest = content_hash(content)
-        decoded |= {
-            "sha256": digest,
-            "sample_id": sample_id(digest),
-            "num_bytes": len(content),
-        }
-        found = preprocess_file(content, preprocess)
-        decoded |= {name: found[name] for name in ("height", "width", "thumbnail", "image")}
+        content = read_file(source, file)
+        return preprocess_file(content, file, preprocess, salt)
     except RejectedImage as rejection:
-        decoded |= {"reason": rejection.reason, "detail": rejection.detail}
-    return decoded
+        return [rejected_row(file, content, rejection)]
 
 
 class _Predictor:
@@ -245,7 +239,7 @@ class _Predictor:
         accepted = pc.is_null(batch["reason"])
         good = batch.filter(accepted)
         output = self._predict(good)
-        for name in ("sha256", "num_bytes", "reason", "detail"):
+        for name in _CARRIED:
             output = output.append_column(_DECODED.field(name), good[name])
         bad = batch.filter(pc.invert(accepted))
         empty = pa.table(
@@ -284,8 +278,5 @@ class _Predictor:
         return predictions_table(
             predictions,
             self.checkpoint.classes,
-            sample_ids=rows["sample_id"].to_pylist(),
-            paths=rows["path"].to_pylist(),
-            thumbnails=rows["thumbnail"].to_pylist(),
-            clean=None,
+            rows.select(["sample_id", "path", "frame", "thumbnail"]),
         )

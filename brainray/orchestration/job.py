@@ -52,10 +52,19 @@ def run_job(
     """
     arguments = _parser(name, description, keys).parse_args(argv)
     overrides = [item for group in arguments.set for item in group]
-    try:
+
+    def on_ray() -> JobResult:
         config = resolve_paths(load_config(arguments.config, overrides))
-        _attach_to_ray()
-        result = work(config)
+        attach_to_ray()
+        return work(config)
+
+    return run_command(name, on_ray)
+
+
+def run_command(name: str, work: Callable[[], JobResult]) -> int:
+    """Do the work and print the one JSON line of its outcome; the exit code."""
+    try:
+        result = work()
     except Exception as error:  # the contract: every outcome ends in one JSON line
         return _fail(name, error)
     _print_json(
@@ -135,7 +144,7 @@ def _describe(keys: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def _attach_to_ray() -> None:
+def attach_to_ray() -> None:
     """The running Ray cluster where there is one (``RAY_ADDRESS``), else a local one."""
     if not ray.is_initialized():
         ray.init(logging_level=logging.ERROR)

@@ -6,6 +6,7 @@ It looks at the light columns only (hashes, thumbnails, labels, sums of pixels),
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,125 +18,188 @@ from numpy.typing import NDArray
 from brainray.config import Config, PreprocessConfig
 from brainray.errors import DataError
 from brainray.mri.duplicates import (
-    most_similar,
-    near_duplicate_groups,
-    sample_id,
+    COPY,
+    KINDS,
+    DuplicatePairs,
+    near_duplicate_pairs,
     thumbnail_matrix,
 )
-from brainray.mri.split import draw_test, joint_groups
+from brainray.mri.groups import connected_groups, joint_groups, keep_names
+from brainray.mri.split import draw_test
+from brainray.mri.subjects import estimate_subjects
+from brainray.orchestration.earlier import FILES, Earlier
+from brainray.orchestration.leakage import leakage_report
+from brainray.orchestration.source import Listing
 from brainray.orchestration.store import count_by_split_and_class
-from brainray.schema import DUPLICATES, TEST, TRAIN
+from brainray.schema import DUPLICATES, ESTIMATED, GIVEN, TEST, TRAIN
 
 
 @dataclass(frozen=True)
 class StorePlan:
-    """The decision about every accepted file."""
+    """The decision about every accepted slice."""
 
-    rows: pa.Table  # path, sample_id, split, label, duplicate_group_id of every kept slice
+    rows: pa.Table  # every kept slice: IMAGE_STORE without image, and part
+    files: pa.Table  # every slice of every file, for the next run; FILES
     duplicates: pa.Table
     leakage: dict[str, Any]
     statistics: dict[str, Any]
 
 
-def plan_store(index: pa.Table, config: Config) -> StorePlan:
-    """Copies, groups, splits and statistics from the light columns of all files."""
-    accepted = index.filter(pc.is_null(index["reason"]))
-    _check_rejections(index, accepted.num_rows, config)
-    threshold = config.preprocess.near_duplicate.thumbnail_correlation
-    ids = [sample_id(digest) for digest in accepted["sha256"].to_pylist()]
-    thumbnails = thumbnail_matrix(accepted["thumbnail"].to_pylist())
-    groups = near_duplicate_groups(thumbnails, ids, threshold=threshold)
-    labels: list[str | None] = accepted["label"].to_pylist()
-    splits = _official_splits(accepted, config)
+def plan_store(slices: pa.Table, listing: Listing, config: Config, earlier: Earlier) -> StorePlan:
+    """Copies, groups, splits and statistics from the LIGHT rows of all files.
+
+    Raises:
+        DataError: nothing usable, too much rejected, or classes or splits that do not fit.
+    """
+    accepted = slices.filter(pc.is_null(slices["reason"]))
+    _check_rejections(slices, len(listing.files), config)
+    said = {file.path: file for file in listing.files}
+    files = [said[path] for path in accepted["path"].to_pylist()]
+    ids = accepted["sample_id"].to_pylist()
+    pairs = _near_duplicates(accepted, config.preprocess)
+    copies = pairs.of_kind(COPY)
+    groups = keep_names(connected_groups(ids, copies.first, copies.second), _was(ids, earlier))
+    also_turned = connected_groups(ids, pairs.first, pairs.second)
+    subjects, subject_sources = _subjects(accepted, listing, groups, config, earlier)
+    draw_groups = keep_names(
+        joint_groups(groups, also_turned, subjects), _was(ids, earlier, column="draw_group_id")
+    )
+    born = earlier.generations()
+    generations = [born.get(identity, earlier.generation) for identity in ids]
+    labels = [file.label for file in files]
+    splits = _official_splits([file.split for file in files], accepted, config)
     first_copy = _first_copies(ids, splits)
+    kept = np.array([copy is None for copy in first_copy], dtype=np.bool_)
     if splits is None:
-        kept = np.array([copy is None for copy in first_copy], dtype=np.bool_)
-        together = joint_groups(groups, accepted["subject_id"].to_pylist())
-        is_test = np.zeros(len(ids), dtype=np.bool_)
-        is_test[kept] = draw_test(
-            [labels[row] for row in np.flatnonzero(kept)],
-            [together[row] for row in np.flatnonzero(kept)],
-            fraction=config.split.test_fraction,
-            seed=config.split.seed,
-        )
-        split_column = [TEST if flag else TRAIN for flag in is_test]
+        splits = _drawn_splits(kept, labels, draw_groups, generations, config)
     else:
-        split_column = splits
         # Copies are removed from training only: a published test set stays what it is.
-        kept = np.array(
-            [copy is None or split == TEST for copy, split in zip(first_copy, splits, strict=True)]
-        )
+        kept |= np.array([split == TEST for split in splits], dtype=np.bool_)
+        if config.split.mode == "purge":
+            kept &= ~_twins_of_test(also_turned, splits)
     # Test labels decide nothing about training slices: they may only be told of.
     of_training = [
-        label if split == TRAIN else None for label, split in zip(labels, split_column, strict=True)
+        label if split == TRAIN else None for label, split in zip(labels, splits, strict=True)
     ]
     conflicting = _conflicting_groups(groups, of_training)
     readable = [
         None if split == TRAIN and group in conflicting else label
-        for label, group, split in zip(labels, groups, split_column, strict=True)
+        for label, group, split in zip(labels, groups, splits, strict=True)
     ]
-    paths = accepted["path"].to_pylist()
-    table = pa.table(
-        {
-            "path": paths,
-            "sample_id": ids,
-            "split": split_column,
-            "label": pa.array(readable, pa.string()),
-            "duplicate_group_id": groups,
-            "pixel_sum": accepted["pixel_sum"],
-            "pixel_square_sum": accepted["pixel_square_sum"],
-            "thumbnail": accepted["thumbnail"],
-        }
-    )
-    duplicates = _duplicates_table(table, kept, first_copy)
+    table = accepted
+    for name, column, kind in (
+        ("split", splits, pa.string()),
+        ("label", readable, pa.string()),
+        ("duplicate_group_id", groups, pa.string()),
+        ("subject_id", subjects, pa.string()),
+        ("subject_source", subject_sources, pa.string()),
+        ("draw_group_id", draw_groups, pa.string()),
+        ("generation", generations, pa.int32()),
+    ):
+        table = table.append_column(name, pa.array(column, kind))
     rows = table.filter(pa.array(kept))
     classes = _check_classes(rows)
-    leakage = _leakage(rows, threshold, _conflicting_groups(groups, labels), paths, groups)
+    duplicates = _duplicates_table(table, kept, first_copy, also_turned, pairs)
+    told = table.set_column(table.column_names.index("label"), "label", pa.array(labels))
     return StorePlan(
-        rows, duplicates, leakage, _statistics(rows, classes, duplicates, config.preprocess)
+        rows,
+        _memory(slices, table, rows),
+        duplicates,
+        leakage_report(told, kept, pairs, _conflicting_groups(groups, labels), config.preprocess),
+        _statistics(rows, classes, duplicates, config.preprocess),
     )
 
 
-def _check_rejections(index: pa.Table, num_accepted: int, config: Config) -> None:
-    num_files = index.num_rows
-    rejected = num_files - num_accepted
-    reasons = Counter(reason for reason in index["reason"].to_pylist() if reason is not None)
+def _check_rejections(slices: pa.Table, num_files: int, config: Config) -> None:
+    accepted = slices.filter(pc.is_null(slices["reason"]))
+    refused = slices.filter(pc.invert(pc.is_in(slices["path"], pc.unique(accepted["path"]))))
+    num_rejected = pc.count_distinct(refused["path"]).as_py()
+    reasons = Counter(refused["reason"].to_pylist())
     commonest = ", ".join(f"{reason} ({count})" for reason, count in reasons.most_common(3))
-    if num_accepted == 0:
+    if num_rejected == num_files:
         raise DataError(f"none of the {num_files} files in {config.source} is usable: {commonest}")
-    if rejected > config.preprocess.max_rejected_fraction * num_files:
+    if num_rejected > config.preprocess.max_rejected_fraction * num_files:
         raise DataError(
-            f"{rejected} of {num_files} files in {config.source} were rejected, more than "
+            f"{num_rejected} of {num_files} files in {config.source} were rejected, more than "
             f"preprocess.max_rejected_fraction={config.preprocess.max_rejected_fraction}: "
             f"{commonest}"
         )
 
 
-def _official_splits(accepted: pa.Table, config: Config) -> list[str] | None:
-    """The source's own split of every slice, or None where the split must be drawn."""
-    given = accepted["source_split"].to_pylist()
-    if config.split.mode == "grouped" or not any(given):
-        return None
-    unknown = [
-        path
-        for path, split in zip(accepted["path"].to_pylist(), given, strict=True)
-        if split is None
+def _near_duplicates(accepted: pa.Table, config: PreprocessConfig) -> DuplicatePairs:
+    """Slices of one volume lie at different places: they are never copies of one another."""
+    volumes = [
+        digest if frame else None
+        for digest, frame in zip(
+            accepted["sha256"].to_pylist(), accepted["frame"].to_pylist(), strict=True
+        )
     ]
-    if unknown:
+    return near_duplicate_pairs(
+        thumbnail_matrix(accepted["thumbnail"].to_pylist()),
+        config.near_duplicate,
+        not_together=volumes,
+    )
+
+
+def _was(ids: list[str], earlier: Earlier, column: str = "duplicate_group_id") -> list[str | None]:
+    names = earlier.previous(column)
+    return [names.get(identity) for identity in ids]
+
+
+def _subjects(
+    accepted: pa.Table, listing: Listing, groups: list[str], config: Config, earlier: Earlier
+) -> tuple[list[str | None], list[str | None]]:
+    """Subject of each slice and where it is from: the labels table, the header, or its looks.
+
+    Looks are asked only where nothing names a subject. A slice keeps the subject that it was
+    once guessed to be of.
+    """
+    of_file = {file.path: file.subject for file in listing.files}
+    given: list[str | None] = [
+        of_file[path] or header
+        for path, header in zip(
+            accepted["path"].to_pylist(), accepted["header_subject"].to_pylist(), strict=True
+        )
+    ]
+    if any(given) or not config.preprocess.subject.estimate:
+        return given, [None if subject is None else GIVEN for subject in given]
+    ids = accepted["sample_id"].to_pylist()
+    estimated = estimate_subjects(
+        thumbnail_matrix(accepted["thumbnail"].to_pylist()), ids, groups, config.preprocess.subject
+    )
+    before = _was(ids, earlier, column="subject_id")
+    joined = keep_names(estimated, before)
+    subjects: list[str | None] = [old or new for old, new in zip(before, joined, strict=True)]
+    return subjects, [ESTIMATED] * len(subjects)
+
+
+def _official_splits(
+    given: list[str | None], accepted: pa.Table, config: Config
+) -> list[str] | None:
+    """The source's own split of every slice, or None where the split must be drawn."""
+    if config.split.mode == "grouped" or not any(given):
+        if config.split.mode == "purge":
+            raise DataError(
+                f"split.mode=purge needs a test split, and {config.source} has none: give it "
+                "Training/ and Testing/ folders or a split column, or set split.mode=grouped"
+            )
+        return None
+    if None in given:
+        path = accepted["path"][given.index(None)].as_py()
         raise DataError(
-            f"{len(unknown)} slices belong to no split, such as {unknown[0]}: give every row of "
+            f"{given.count(None)} slices belong to no split, such as {path}: give every row of "
             "the labels table a split, or none and set split.mode=grouped"
         )
     if TRAIN not in given:
         raise DataError("the source has a test split and no readable training slice")
-    return list(given)
+    return [str(split) for split in given]
 
 
 def _first_copies(ids: list[str], splits: list[str] | None) -> list[int | None]:
     """For each slice, the row of an earlier byte-identical one, training rows first."""
-    order = range(len(ids))
+    order: Sequence[int] = range(len(ids))
     if splits is not None:
-        order = sorted(order, key=lambda row: splits[row] != TRAIN)  # type: ignore[assignment]
+        order = sorted(order, key=lambda row: splits[row] != TRAIN)
     first: dict[str, int] = {}
     copies: list[int | None] = [None] * len(ids)
     for row in order:
@@ -144,7 +208,36 @@ def _first_copies(ids: list[str], splits: list[str] | None) -> list[int | None]:
     return copies
 
 
-def _conflicting_groups(groups: list[str], labels: list[str | None]) -> set[str]:
+def _drawn_splits(
+    kept: NDArray[np.bool_],
+    labels: list[str | None],
+    draw_groups: list[str],
+    generations: list[int],
+    config: Config,
+) -> list[str]:
+    """Our own split: stratified, whole groups; copies go with the slice that they copy."""
+    rows = np.flatnonzero(kept).tolist()
+    is_test = draw_test(
+        [labels[row] for row in rows],
+        [draw_groups[row] for row in rows],
+        [generations[row] for row in rows],
+        fraction=config.split.test_fraction,
+        seed=config.split.seed,
+    )
+    of_group = {draw_groups[row]: bool(flag) for row, flag in zip(rows, is_test, strict=True)}
+    return [TEST if of_group[group] else TRAIN for group in draw_groups]
+
+
+def _twins_of_test(groups: list[str], splits: list[str]) -> NDArray[np.bool_]:
+    """Training slices whose group of copies reaches into the test split."""
+    tested = {group for group, split in zip(groups, splits, strict=True) if split == TEST}
+    return np.array(
+        [split == TRAIN and group in tested for group, split in zip(groups, splits, strict=True)],
+        dtype=np.bool_,
+    )
+
+
+def _conflicting_groups(groups: list[str], labels: Sequence[str | None]) -> set[str]:
     """Groups of copies that carry more than one label."""
     names: dict[str, set[str]] = {}
     for group, label in zip(groups, labels, strict=True):
@@ -154,28 +247,52 @@ def _conflicting_groups(groups: list[str], labels: list[str | None]) -> set[str]
 
 
 def _duplicates_table(
-    table: pa.Table, kept: NDArray[np.bool_], first_copy: list[int | None]
+    table: pa.Table,
+    kept: NDArray[np.bool_],
+    first_copy: list[int | None],
+    also_turned: list[str],
+    pairs: DuplicatePairs,
 ) -> pa.Table:
-    """Every slice that copies another: exactly, or nearly (then of the group's first slice).
+    """Every slice that copies another: byte by byte, nearly, or turned.
 
-    Training slices come first in either order.
+    It is told of the first slice of its bytes, of its group of copies, or of its group of copies
+    in any orientation; kept slices are first, training slices before test slices.
     """
-    rows = table.drop_columns(["pixel_sum", "pixel_square_sum", "thumbnail"]).to_pylist()
+    columns = [name for name in DUPLICATES.names if name in table.column_names]
+    rows = table.select(columns).to_pylist()
+    kinds = {
+        (int(first), int(second)): KINDS[kind]
+        for first, second, kind in zip(pairs.first, pairs.second, pairs.kind, strict=True)
+    }
+    groups = table["duplicate_group_id"].to_pylist()
     first_of_group: dict[str, int] = {}
-    kept_rows: list[int] = np.flatnonzero(kept).tolist()
-    for number in sorted(kept_rows, key=lambda number: rows[number]["split"] != TRAIN):
-        first_of_group.setdefault(rows[number]["duplicate_group_id"], number)
+    first_of_any: dict[str, int] = {}
+    for number in sorted(
+        range(len(rows)), key=lambda number: (not kept[number], rows[number]["split"] != TRAIN)
+    ):
+        first_of_group.setdefault(groups[number], number)
+        first_of_any.setdefault(also_turned[number], number)
     found = []
     for number, row in enumerate(rows):
-        original = first_copy[number]
-        level = "near" if original is None else "exact"
-        if original is None:
-            original = first_of_group[row["duplicate_group_id"]]
-        if original != number:
-            kept_path = rows[original]["path"]
+        originals = {
+            "exact": first_copy[number],
+            "near": first_of_group[groups[number]],
+            "turned": first_of_any[also_turned[number]],
+        }
+        for level, original in originals.items():
+            if original is None or original == number:
+                continue
+            ends = min(original, number), max(original, number)
             found.append(
-                row | {"level": level, "kept_path": kept_path, "removed": not kept[number]}
+                row
+                | {
+                    "level": level,
+                    "kind": KINDS[COPY] if level == "exact" else kinds.get(ends),
+                    "kept_path": rows[original]["path"],
+                    "removed": not kept[number],
+                }
             )
+            break
     return pa.Table.from_pylist(found, schema=DUPLICATES)
 
 
@@ -195,54 +312,15 @@ def _check_classes(rows: pa.Table) -> list[str]:
     return sorted(by_split[TRAIN])
 
 
-def _leakage(
-    rows: pa.Table,
-    threshold: float,
-    conflicting: set[str],
-    paths: list[str],
-    groups: list[str],
-) -> dict[str, Any]:
-    """Which test slices have a twin in training, and how many of each class have none."""
-    train = rows.filter(pc.equal(rows["split"], TRAIN))
-    test = rows.filter(pc.equal(rows["split"], TEST))
-    correlation, nearest = most_similar(
-        thumbnail_matrix(test["thumbnail"].to_pylist()),
-        thumbnail_matrix(train["thumbnail"].to_pylist()),
-    )
-    train_paths, train_ids = train["path"].to_pylist(), train["sample_id"].to_pylist()
-    first_path = dict(zip(reversed(train_ids), reversed(train_paths), strict=True))
-    pairs = []
-    counts = {"all": Counter[str](), "clean": Counter[str]()}
-    for row, value, twin in zip(
-        test.select(["path", "sample_id", "label"]).to_pylist(),
-        correlation.tolist(),
-        nearest.tolist(),
-        strict=True,
-    ):
-        counts["all"][row["label"] or ""] += 1
-        exact = row["sample_id"] in first_path
-        if not exact and value < threshold:
-            counts["clean"][row["label"] or ""] += 1
-            continue
-        pairs.append(
-            {
-                "path": row["path"],
-                "twin": first_path[row["sample_id"]] if exact else train_paths[twin],
-                "level": "exact" if exact else "near",
-                "thumbnail_correlation": round(value, 6),
-            }
-        )
-    return {
-        "thumbnail_correlation_threshold": threshold,
-        "num_test": {subset: sum(counter.values()) for subset, counter in counts.items()},
-        "num_test_by_class": {
-            subset: dict(sorted(counter.items())) for subset, counter in counts.items()
-        },
-        "twins_in_training": pairs,
-        "label_conflicts": [
-            path for path, group in zip(paths, groups, strict=True) if group in conflicting
-        ],
-    }
+def _memory(slices: pa.Table, table: pa.Table, rows: pa.Table) -> pa.Table:
+    """FILES: also what was rejected or removed, with the part that will hold its pixels."""
+    part_of = dict(zip(rows["sample_id"].to_pylist(), rows["part"].to_pylist(), strict=True))
+    parts = [part_of.get(identity) for identity in table["sample_id"].to_pylist()]
+    place = table.column_names.index("part")
+    accepted = table.set_column(place, FILES.field("part"), pa.array(parts, pa.string()))
+    rejected = slices.filter(pc.is_valid(slices["reason"]))
+    everything = pa.concat_tables([accepted, rejected], promote_options="default")
+    return everything.select(FILES.names).cast(FILES)
 
 
 def _statistics(
@@ -252,14 +330,18 @@ def _statistics(
     num_pixels = train.num_rows * config.image_size**2
     mean = pc.sum(train["pixel_sum"]).as_py() / num_pixels / 255
     square = pc.sum(train["pixel_square_sum"]).as_py() / num_pixels / 255**2
-    content = rows.select(["sample_id", "split", "label"]).sort_by(
-        [("split", "ascending"), ("sample_id", "ascending"), ("label", "ascending")]
+    content = rows.select(["sample_id", "split", "label", "draw_group_id"]).sort_by(
+        [(name, "ascending") for name in ("split", "sample_id", "label", "draw_group_id")]
     )
     identity = json.dumps([config.model_dump(mode="json"), content.to_pylist()])
     return {
         "classes": classes,
         "num_slices": count_by_split_and_class(rows),
         "num_removed_copies": int(pc.sum(duplicates["removed"]).as_py() or 0),
+        "skull_strip_used": dict(sorted(Counter(rows["skull_strip"].to_pylist()).items())),
+        "subject_source": next(
+            iter(sorted(set(rows["subject_source"].to_pylist()) - {None})), None
+        ),
         "pixel_mean": mean,
         "pixel_std": max(square - mean * mean, 1e-8) ** 0.5,
         "data_hash": hashlib.sha256(identity.encode()).hexdigest()[:12],

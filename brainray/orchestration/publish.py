@@ -69,7 +69,9 @@ def send_run(run: Run, tracker: LenientTracker) -> None:
     """Epochs, summary, figures and config, as far as the run's folder holds them."""
     tracker.log_epochs(run.folder.read_json_lines(layout.METRICS))
     files = [layout.CONFIG, layout.SEEN, layout.METRICS]
-    files += [f"{layout.FIGURES}/{name}" for name in (run.folder / layout.FIGURES).names()]
+    for folder in (layout.FIGURES, layout.DATASET, f"{layout.DATASET}/{layout.FIGURES}"):
+        names = [f"{folder}/{name}" for name in (run.folder / folder).names()]
+        files += [name for name in names if not name.endswith(f"/{layout.FIGURES}")]
     if run.is_complete:
         tracker.log_summary(run.folder.read_json(layout.SUMMARY))
         files.append(layout.SUMMARY)

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -11,8 +10,8 @@ from brainray import layout
 from brainray.config import Config, to_yaml
 from brainray.engine.recluster import check_num_clusters
 from brainray.errors import ClusteringError, ConfigError, DataError
-from brainray.mri.duplicates import has_near_duplicate, thumbnail_matrix
-from brainray.mri.split import draw_roles, joint_groups
+from brainray.mri.leakage import Fingerprints, exposure
+from brainray.mri.split import draw_roles
 from brainray.orchestration.store import ImageStore, differing_settings
 from brainray.schema import LABELLED, SEEN, TEST, TRAIN, UNLABELLED_ROLE, VALIDATION
 from brainray.storage import Folder
@@ -101,8 +100,8 @@ def begin_run(config: Config, store: ImageStore, num_workers: int) -> tuple[Run,
         )
     _check_ranks(counts, num_workers)
     folder.write_table(layout.SEEN, seen)
-    threshold = store.preprocess.near_duplicate.thumbnail_correlation
-    folder.write_table(layout.TEST_SLICES, _test_slices(store, seen, threshold))
+    folder.write_table(layout.TEST_SLICES, _test_slices(store, seen))
+    _keep_records(store.folder, folder / layout.DATASET)
     folder.write_bytes(layout.CONFIG, to_yaml(config).encode())
     info = {
         "format": "brainray-run/1",
@@ -110,13 +109,20 @@ def begin_run(config: Config, store: ImageStore, num_workers: int) -> tuple[Run,
         "dataset": config.dataset,
         "data_hash": store.data_hash,
         "classes": store.classes,
-        "near_duplicate_threshold": threshold,
         "preprocess": store.preprocess.model_dump(mode="json"),
         "num_slices": counts,
         "settings": settings,
     }
     folder.write_json(layout.RUN, info)
     return Run(folder, info), False
+
+
+def _keep_records(store: Folder, kept: Folder) -> None:
+    """What the store says of itself goes with the run: the store may change or be deleted."""
+    names = [layout.MANIFEST, layout.LEAKAGE, layout.LEAKAGE_TABLE]
+    names += [f"{layout.FIGURES}/{name}" for name in (store / layout.FIGURES).names()]
+    for name in names:
+        kept.write_bytes(name, store.read_bytes(name))
 
 
 def _settings(config: Config) -> dict[str, Any]:
@@ -132,11 +138,11 @@ def _settings(config: Config) -> dict[str, Any]:
 def _draw(config: Config, store: ImageStore) -> pa.Table:
     index = store.index()
     train = index.filter(pc.equal(index["split"], TRAIN))
-    groups = joint_groups(train["duplicate_group_id"].to_pylist(), train["subject_id"].to_pylist())
     labels = train["label"].to_pylist()
     roles = draw_roles(
         labels,
-        groups,
+        train["draw_group_id"].to_pylist(),
+        train["generation"].to_pylist(),
         labelled_fraction=config.split.labelled_fraction,
         validation_fraction=config.split.validation_fraction,
         seed=config.split.seed,
@@ -159,19 +165,17 @@ def _draw(config: Config, store: ImageStore) -> pa.Table:
     )
 
 
-def _test_slices(store: ImageStore, seen: pa.Table, threshold: float) -> pa.Table:
-    """The store's test slices, in the order of their predictions, with ``clean``."""
+def _test_slices(store: ImageStore, seen: pa.Table) -> pa.Table:
+    """The store's test slices, in the order of their predictions, with ``clean``, ``strict``."""
     index = store.index()
     test = index.filter(pc.equal(index["split"], TEST)).sort_by(
-        [("sample_id", "ascending"), ("path", "ascending")]
+        [(name, "ascending") for name in ("sample_id", "path", "frame")]
     )
-    clean = ~has_near_duplicate(
-        thumbnail_matrix(test["thumbnail"].to_pylist()),
-        thumbnail_matrix(seen["thumbnail"].to_pylist()),
-        threshold=threshold,
-    )
-    test = test.select(["sample_id", "path", "label", "thumbnail"])
-    return test.append_column("clean", pa.array(np.asarray(clean), pa.bool_()))
+    exposed = exposure(Fingerprints.of(test), Fingerprints.of(seen), store.preprocess)
+    test = test.select(["sample_id", "path", "frame", "label", "thumbnail"])
+    for name, flags in (("clean", exposed.clean), ("strict", exposed.strict)):
+        test = test.append_column(name, pa.array(flags, pa.bool_()))
+    return test
 
 
 def _check_ranks(counts: dict[str, int], num_workers: int) -> None:

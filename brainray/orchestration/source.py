@@ -6,7 +6,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pyarrow as pa
 import pyarrow.csv as pa_csv
@@ -14,7 +14,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from brainray.errors import BrainrayError, DataError
-from brainray.mri.decode import SUFFIXES
+from brainray.mri.decode import DICOM_HEAD_BYTES, SUFFIXES, looks_like_dicom
 from brainray.schema import TEST, TRAIN
 from brainray.storage import Folder
 
@@ -27,13 +27,27 @@ _SPLIT_FOLDERS = {
 
 
 @dataclass(frozen=True)
-class SourceFile:
-    """One file to preprocess."""
+class FoundFile:
+    """A file below the source, as the file system shows it."""
 
-    path: str  # relative to the source
+    path: str  # relative to the source; printable also where the name is not UTF-8
+    num_bytes: int
+    mtime_ns: int  # 0 where the file system does not tell
+    problem: str | None = None  # why it cannot even be read
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file to preprocess, and what folders or a labels table say of it."""
+
+    file: FoundFile
     split: str | None  # train | test, where the source says so
     label: str | None
     subject: str | None
+
+    @property
+    def path(self) -> str:
+        return self.file.path
 
 
 @dataclass(frozen=True)
@@ -45,8 +59,11 @@ class Listing:
 
     @property
     def fingerprint(self) -> str:
-        """Changes when a path, split, label or subject does."""
-        rows = [(file.path, file.split, file.label, file.subject) for file in self.files]
+        """Changes when a file or what is said of it does."""
+        rows = [
+            (f.path, f.file.num_bytes, f.file.mtime_ns, f.split, f.label, f.subject)
+            for f in self.files
+        ]
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:12]
 
 
@@ -62,38 +79,47 @@ def list_source(source: Folder, labels: Folder | None, class_map: dict[str, str]
     """
     if not source.exists():
         raise DataError(f"no such folder: source={source}")
-    paths, num_ignored = [], 0
-    for path in _walk(source):
-        if path.lower().endswith(SUFFIXES):
-            paths.append(path)
+    found, num_ignored = [], 0
+    for file in _walk(source):
+        if _may_hold_slices(file, source):
+            found.append(file)
         else:
             num_ignored += 1
-    if not paths:
+    if not found:
         raise DataError(
-            f"source={source} holds no image file ({', '.join(SUFFIXES)})"
+            f"source={source} holds no image file ({', '.join(SUFFIXES)}, or DICOM without suffix)"
             + (f"; {num_ignored} other files were ignored" if num_ignored else "")
         )
-    paths.sort()
-    files = _from_folders(paths) if labels is None else _from_table(paths, labels)
+    found.sort(key=lambda file: file.path)
+    files = _from_folders(found) if labels is None else _from_table(found, labels)
     renamed = [
-        SourceFile(
-            file.path,
-            file.split,
-            None if file.label is None else class_map.get(file.label, file.label),
-            file.subject,
-        )
+        replace(file, label=None if file.label is None else class_map.get(file.label, file.label))
         for file in files
     ]
     return Listing(renamed, num_ignored)
 
 
-def _walk(source: Folder) -> Iterator[str]:
-    """Relative paths of all visible files below the source; linked folders are followed once."""
+def _may_hold_slices(file: FoundFile, source: Folder) -> bool:
+    """By suffix; a name without one, as scanners write them, by the mark of DICOM."""
+    if file.path.lower().endswith(SUFFIXES):
+        return True
+    if "." in file.path.rpartition("/")[2] or file.problem is not None:
+        return False
+    try:
+        with source.filesystem.open_input_file(f"{source.path}/{file.path}") as stream:
+            return looks_like_dicom(stream.read(DICOM_HEAD_BYTES))
+    except OSError:
+        return False
+
+
+def _walk(source: Folder) -> Iterator[FoundFile]:
+    """All visible files below the source; linked folders are followed once."""
     if source.local_path is None:
         selector = pafs.FileSelector(source.path, recursive=True)
         for info in source.filesystem.get_file_info(selector):
             if info.type == pafs.FileType.File:
-                yield info.path.removeprefix(source.path).lstrip("/")
+                path = info.path.removeprefix(source.path).lstrip("/")
+                yield FoundFile(path, int(info.size or 0), int(info.mtime_ns or 0))
         return
     visited: set[tuple[int, int]] = set()
     for folder, subfolders, names in os.walk(source.local_path, followlinks=True):
@@ -106,11 +132,24 @@ def _walk(source: Folder) -> Iterator[str]:
         relative = os.path.relpath(folder, source.local_path)
         for name in names:
             if not name.startswith("."):
-                yield name if relative == "." else f"{relative}/{name}"
+                yield _found(folder, name if relative == "." else f"{relative}/{name}", name)
 
 
-def _from_folders(paths: list[str]) -> list[SourceFile]:
-    top_folders = {path.split("/")[0] for path in paths if "/" in path}
+def _found(folder: str, path: str, name: str) -> FoundFile:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        printable = os.fsencode(path).decode("utf-8", "backslashreplace")
+        return FoundFile(printable, 0, 0, problem="file name is not UTF-8")
+    try:
+        status = os.stat(os.path.join(folder, name))
+    except OSError:  # a broken link, or gone since: reading it will tell
+        return FoundFile(path, 0, 0)
+    return FoundFile(path, status.st_size, status.st_mtime_ns)
+
+
+def _from_folders(found: list[FoundFile]) -> list[SourceFile]:
+    top_folders = {file.path.split("/")[0] for file in found if "/" in file.path}
     with_splits = {name for name in top_folders if name.lower() in _SPLIT_FOLDERS}
     stray = sorted(top_folders - with_splits)
     if with_splits and stray:
@@ -119,18 +158,18 @@ def _from_folders(paths: list[str]) -> list[SourceFile]:
             "keep either split folders or class folders at the top"
         )
     files = []
-    for path in paths:
-        *folders, _ = path.split("/")
+    for file in found:
+        *folders, _ = file.path.split("/")
         split = None
         if folders and folders[0].lower() in _SPLIT_FOLDERS:
             split = _SPLIT_FOLDERS[folders.pop(0).lower()]
-        files.append(SourceFile(path, split, folders[0] if folders else None, None))
+        files.append(SourceFile(file, split, folders[0] if folders else None, None))
     return files
 
 
-def _from_table(paths: list[str], labels: Folder) -> list[SourceFile]:
-    rows = {}
-    known = set(paths)
+def _from_table(found: list[FoundFile], labels: Folder) -> list[SourceFile]:
+    rows: dict[str, SourceFile] = {}
+    known = {file.path: file for file in found}
     for row in _read_labels(labels).to_pylist():
         path = (_text(row["path"]) or "").replace("\\", "/").removeprefix("./")
         if path not in known:
@@ -144,7 +183,7 @@ def _from_table(paths: list[str], labels: Folder) -> list[SourceFile]:
         if split is not None and split.lower() not in _SPLIT_FOLDERS:
             raise DataError(f"labels={labels}: split {split!r} of {path!r} is not train or test")
         rows[path] = SourceFile(
-            path,
+            known[path],
             None if split is None else _SPLIT_FOLDERS[split.lower()],
             _text(row.get("label")),
             _text(row.get("subject")),
@@ -152,7 +191,7 @@ def _from_table(paths: list[str], labels: Folder) -> list[SourceFile]:
     splits = Counter(file.split for file in rows.values())
     # Files without a row are unlabelled training slices where the table speaks of splits.
     default_split = TRAIN if set(splits) - {None} else None
-    return [rows.get(path, SourceFile(path, default_split, None, None)) for path in paths]
+    return [rows.get(file.path, SourceFile(file, default_split, None, None)) for file in found]
 
 
 def _read_labels(labels: Folder) -> pa.Table:

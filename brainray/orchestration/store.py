@@ -137,3 +137,20 @@ def count_by_split_and_class(index: pa.Table) -> dict[str, dict[str, int]]:
     for row in sorted(counted, key=lambda row: (row["split"], row["label"] or "")):
         counts.setdefault(row["split"], {})[row["label"] or ""] = row["count_all"]
     return counts
+
+
+def describe(store: ImageStore) -> str:
+    """What preprocessing has made, in a few lines."""
+    manifest = store.manifest
+    lines = [f"image store {store.folder}:"]
+    for split, by_class in manifest["num_slices"].items():
+        counts = ", ".join(f"{count:,} {name or 'unlabelled'}" for name, count in by_class.items())
+        lines.append(f"  {split}: {sum(by_class.values()):,} slices ({counts or 'none'})")
+    lines.append(f"  removed copies: {manifest['num_removed_copies']:,}")
+    reasons = ", ".join(
+        f"{count:,} {reason}" for reason, count in manifest["rejected_reasons"].items()
+    )
+    lines.append(f"  rejected: {manifest['num_rejected']:,}" + (f" ({reasons})" if reasons else ""))
+    used = ", ".join(f"{count:,} {name}" for name, count in manifest["skull_strip_used"].items())
+    lines.append(f"  skull strip: {used}")
+    return "\n".join(lines)

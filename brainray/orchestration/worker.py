@@ -26,6 +26,7 @@ from brainray.engine.evaluate import (
     confusion_metrics,
     gather_predictions,
     predictions_table,
+    subset_masks,
     subset_metrics,
     validation_metrics,
 )
@@ -357,11 +358,11 @@ class _Trainer:
         """Write-only logs of this epoch: nothing in training reads them."""
         if dist.rank() != 0 or len(test.labels) == 0:
             return {}
-        clean = self.test_slices["clean"].to_numpy(zero_copy_only=False).astype(bool)
         metrics: dict[str, float] = {}
-        for prefix, chosen in (("test/all", test), ("test/clean", test.select(clean))):
-            metrics |= subset_metrics(chosen, self.classes, prefix)
-            metrics |= confusion_metrics(chosen, self.classes, prefix)
+        for subset, mask in subset_masks(self.test_slices).items():
+            chosen = test.select(mask)
+            metrics |= subset_metrics(chosen, self.classes, subset)
+            metrics |= confusion_metrics(chosen, self.classes, f"test/{subset}")
         for name in ("silhouette", "nmi", "ari", "fmi"):
             if f"test/clean/cluster/{name}" in metrics:
                 metrics[f"cluster/{name}"] = metrics[f"test/clean/cluster/{name}"]
@@ -416,15 +417,7 @@ class _Trainer:
         )
 
     def _predictions(self, test: Predictions) -> pa.Table:
-        slices = self.test_slices
-        return predictions_table(
-            test,
-            self.classes,
-            sample_ids=slices["sample_id"].to_pylist(),
-            paths=slices["path"].to_pylist(),
-            thumbnails=slices["thumbnail"].to_pylist(),
-            clean=slices["clean"].to_numpy(zero_copy_only=False),
-        )
+        return predictions_table(test, self.classes, self.test_slices)
 
     def _count(self, shard: SliceShard) -> int:
         return int(dist.sum_across_ranks(torch.tensor(len(shard), device=self.device)))

@@ -6,13 +6,14 @@ import pyarrow.compute as pc
 
 from brainray.report.figures import Confusion, confusion_counts, confusion_matrices
 from brainray.report.style import png_bytes
+from brainray.schema import SUBSETS
 from brainray.storage import Folder
 
 _PREDICTORS = {"head": "head (softmax)", "cluster_class": "clusters (mixture)"}
 
 
 def draw_evaluation_figures(folder: Folder, predictions: pa.Table, classes: list[str]) -> list[str]:
-    """Write ``figures/confusion_all.png`` and, where clean slices are known, ``_clean``.
+    """Write ``figures/confusion_all.png`` and, where they are known, ``_clean`` and ``_strict``.
 
     Args:
         folder: of the evaluation, or of the run.
@@ -27,8 +28,9 @@ def draw_evaluation_figures(folder: Folder, predictions: pa.Table, classes: list
     """
     labelled = predictions.filter(pc.is_valid(predictions["label"]))
     subsets = {"all": labelled}
-    if labelled["clean"].null_count == 0:
-        subsets["clean"] = labelled.filter(labelled["clean"])
+    for subset in SUBSETS[1:]:
+        if labelled[subset].null_count == 0:
+            subsets[subset] = labelled.filter(labelled[subset])
     names = []
     for subset, rows in subsets.items():
         if rows.num_rows:

@@ -74,6 +74,7 @@ _ACCURACIES = {
         _Curve(f"validation/{predictor}/accuracy", "validation", GREY, "--"),
         _Curve(f"test/all/{predictor}/accuracy", "test, all", BLUE),
         _Curve(f"test/clean/{predictor}/accuracy", "test, clean", VERMILLION, "-."),
+        _Curve(f"test/strict/{predictor}/accuracy", "test, strict", GREEN, ":"),
     )
     for predictor in ("head", "cluster")
 }

@@ -3,8 +3,9 @@
 from collections.abc import Mapping, Sequence
 from math import isnan
 
+from brainray.schema import SUBSETS
+
 _PREDICTORS = ("head", "cluster", "thumbnail_1nn")
-_SUBSETS = ("all", "clean")
 _AVERAGES = ("balanced_accuracy", "f1_macro")
 _BY_CLASS = ("precision", "recall", "f1")
 _OF_CLUSTERS = {"silhouette": "silhouette", "nmi": "NMI", "ari": "ARI", "fmi": "FMI"}
@@ -12,13 +13,13 @@ _MISSING = "–"
 
 
 def results_table(metrics: Mapping[str, float], classes: Sequence[str]) -> str:
-    """Test figures from flat metrics, for all and for clean slices; a dash where there is none.
+    """Test figures from flat metrics, for all, clean and strict slices; a dash where there is none.
 
     First each predictor's accuracy (with its interval), balanced accuracy and macro F1, and its
     accuracy over all slices re-weighted to the class mix of clean; then precision, recall and F1
     by class; then the clusters' own figures.
     """
-    sizes = ", ".join(f"{_count(metrics, f'test/{s}/num_slices')} {s}" for s in _SUBSETS)
+    sizes = ", ".join(f"{_count(metrics, f'test/{s}/num_slices')} {s}" for s in SUBSETS)
     return "\n\n".join(
         [
             f"Test slices: {sizes}.",
@@ -30,27 +31,23 @@ def results_table(metrics: Mapping[str, float], classes: Sequence[str]) -> str:
 
 
 def _predictor_table(metrics: Mapping[str, float]) -> str:
-    header = ["prediction"]
-    for subset in _SUBSETS:
-        header += [f"accuracy, {subset}", f"balanced accuracy, {subset}", f"macro F1, {subset}"]
-    header.append("accuracy, all at clean's class mix")
+    header = ["prediction", "test slices", "accuracy", "balanced accuracy", "macro F1"]
     rows = []
     for predictor in _PREDICTORS:
-        row = [predictor]
-        for subset in _SUBSETS:
+        for subset in SUBSETS:
             prefix = f"test/{subset}/{predictor}"
-            row.append(_accuracy(metrics, prefix))
-            row += [_figure(metrics, f"{prefix}/{name}") for name in _AVERAGES]
-        row.append(_figure(metrics, f"test/all_as_clean/{predictor}/accuracy"))
-        rows.append(row)
-    return _markdown(header, rows, num_text_columns=1)
+            averages = [_figure(metrics, f"{prefix}/{name}") for name in _AVERAGES]
+            rows.append([predictor, subset, _accuracy(metrics, prefix), *averages])
+        reweighted = _accuracy(metrics, f"test/all_as_clean/{predictor}")
+        rows.append([predictor, "all at clean's class mix", reweighted, _MISSING, _MISSING])
+    return markdown_table(header, rows, num_text_columns=2)
 
 
 def _class_table(metrics: Mapping[str, float], classes: Sequence[str]) -> str:
     header = ["test slices", "class", "slices"]
     header += [f"{p} {name}" for p in ("head", "cluster") for name in ("precision", "recall", "F1")]
     rows = []
-    for subset in _SUBSETS:
+    for subset in SUBSETS:
         for name in classes:
             row = [subset, name, _count(metrics, f"test/{subset}/head/support/{name}")]
             for predictor in ("head", "cluster"):
@@ -59,12 +56,12 @@ def _class_table(metrics: Mapping[str, float], classes: Sequence[str]) -> str:
                     for figure in _BY_CLASS
                 ]
             rows.append(row)
-    return _markdown(header, rows, num_text_columns=2)
+    return markdown_table(header, rows, num_text_columns=2)
 
 
 def _cluster_line(metrics: Mapping[str, float]) -> str:
     parts = []
-    for subset in _SUBSETS:
+    for subset in SUBSETS:
         figures = [
             f"{label} {_figure(metrics, f'test/{subset}/cluster/{name}')}"
             for name, label in _OF_CLUSTERS.items()
@@ -90,7 +87,7 @@ def _count(metrics: Mapping[str, float], name: str) -> str:
     return _MISSING if value is None else f"{value:,.0f}"
 
 
-def _markdown(header: list[str], rows: list[list[str]], *, num_text_columns: int) -> str:
+def markdown_table(header: list[str], rows: list[list[str]], *, num_text_columns: int) -> str:
     """Columns padded to their widest cell: text to the left, figures to the right."""
     cells = [[cell.replace("|", "\\|") for cell in row] for row in (header, *rows)]
     widths = [max(len(cell) for cell in column) for column in zip(*cells, strict=True)]

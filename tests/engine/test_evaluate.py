@@ -41,18 +41,19 @@ def predictions() -> Predictions:
 
 def thumbnails() -> list[bytes]:
     rng = np.random.default_rng(0)
-    return [rng.integers(0, 255, 1024).astype(np.uint8).tobytes() for _ in range(5)]
+    return [rng.integers(0, 255, 96 * 96).astype(np.uint8).tobytes() for _ in range(5)]
 
 
-def table(clean: list[bool] | None) -> pa.Table:
-    return predictions_table(
-        predictions(),
-        CLASSES,
-        sample_ids=[f"{number:032x}" for number in range(5)],
-        paths=[f"{number}.jpg" for number in range(5)],
-        thumbnails=thumbnails(),
-        clean=None if clean is None else np.array(clean),
-    )
+def table(clean: list[bool] | None, strict: list[bool] | None = None) -> pa.Table:
+    slices = {
+        "sample_id": [f"{number:032x}" for number in range(5)],
+        "path": [f"{number}.jpg" for number in range(5)],
+        "frame": [""] * 5,
+        "thumbnail": thumbnails(),
+    }
+    if clean is not None:
+        slices |= {"clean": clean, "strict": clean if strict is None else strict}
+    return predictions_table(predictions(), CLASSES, pa.table(slices))
 
 
 def seen() -> pa.Table:
@@ -75,7 +76,7 @@ def seen() -> pa.Table:
 
 
 def test_clusters_speak_through_their_class_and_the_head_for_itself() -> None:
-    metrics = subset_metrics(predictions(), CLASSES, "test/all")
+    metrics = subset_metrics(predictions(), CLASSES, "all")
     assert metrics["test/all/num_slices"] == 4  # the unlabelled one is not scored
     assert metrics["test/all/head/accuracy"] == 0.75
     assert metrics["test/all/head/recall/a"] == 0.5
@@ -122,10 +123,28 @@ def test_a_summary_tells_all_clean_and_the_memory_baseline() -> None:
     assert math.isclose(metrics["test/all_as_clean/head/accuracy"], expected)
 
 
+def test_strict_figures_of_small_classes_are_withheld() -> None:
+    metrics = summarise(
+        table([True] * 5, [True, True, True, False, True]),
+        seen(),
+        CLASSES,
+        CLASS_OF_CLUSTER,
+        num_resamples=10,
+        seed=0,
+    )
+    assert metrics["test/strict/num_slices"] == 3
+    assert math.isclose(metrics["test/strict/head/accuracy"], 2 / 3)
+    assert metrics["test/strict/head/support/a"] == 2
+    assert "test/clean/head/recall/a" in metrics
+    assert not [name for name in metrics if name.startswith("test/strict/head/recall/")]
+
+
 def test_without_fingerprints_there_is_no_clean_and_no_baseline() -> None:
     metrics = summarise(table(None), None, CLASSES, CLASS_OF_CLUSTER, num_resamples=10, seed=0)
     assert metrics["test/all/head/accuracy"] == 0.75
-    assert not [name for name in metrics if "clean" in name or "thumbnail" in name]
+    assert not [
+        name for name in metrics if "clean" in name or "strict" in name or "thumbnail" in name
+    ]
 
 
 def test_a_table_holds_the_predictions() -> None:

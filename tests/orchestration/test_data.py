@@ -1,5 +1,6 @@
 """Preprocessing on a real Ray cluster: what is stored, removed, rejected and refused."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -8,10 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from brainray.errors import DataError
-from brainray.mri.decode import decode_slice
+from brainray.mri.decode import decode_file
 from brainray.mri.resize import stretch
 from brainray.mri.skull_strip import apply_mask, otsu_mask
 from brainray.orchestration.data import preprocess
+from brainray.orchestration.preparation import decode_options
 from brainray.orchestration.store import ImageStore
 from brainray.schema import IMAGE_STORE
 from tests.conftest import tiny_config
@@ -33,7 +35,8 @@ def test_the_store_is_readable_by_plain_pyarrow(store: ImageStore, phantoms: Pat
     assert table.schema.equals(IMAGE_STORE)
     row = table.filter(table["path"].to_numpy() == table["path"][0].as_py()).to_pylist()[0]
     content = (phantoms / row["path"]).read_bytes()
-    image = decode_slice(content, min_side=1, max_pixels=10**6).image
+    options = decode_options(store.preprocess, b"any salt")
+    image = decode_file(content, options)[0].image
     expected = stretch(apply_mask(image, otsu_mask(image)), 32)
     stored = np.frombuffer(row["image"], np.uint8).reshape(row["height"], row["width"])
     np.testing.assert_array_equal(stored, expected)
@@ -52,11 +55,17 @@ def test_copies_leave_training_but_not_the_test_set(store: ImageStore) -> None:
 
 def test_leakage_names_the_copy_across_the_split(store: ImageStore) -> None:
     leakage = store.folder.read_json("leakage.json")
-    assert leakage["num_test"] == {"all": 17, "clean": 16}
-    (pair,) = leakage["twins_in_training"]
+    assert leakage["num_test"]["all"] == 17
+    assert leakage["num_test"]["clean"] == 16
+    assert leakage["num_test"]["strict"] <= 16
+    (pair,) = leakage["across_splits"]["exact"]
     assert pair["path"] == "Testing/glioma/copied.jpg"
     assert pair["twin"].startswith("Training/glioma/")
-    assert pair["level"] == "exact"
+    (inside,) = leakage["within_train"]["exact"]
+    assert {Path(inside["path"]).name, Path(inside["twin"]).name} >= {"copied.jpg"}
+    table = store.folder.read_bytes("leakage.md").decode()
+    assert "| exact" in table
+    assert "| strict" in table
 
 
 def test_statistics_are_those_of_the_stored_training_pixels(store: ImageStore) -> None:
@@ -79,11 +88,16 @@ def test_images_come_in_the_order_asked_for(store: ImageStore) -> None:
 
 
 def test_figures_are_drawn(store: ImageStore) -> None:
-    assert (store.folder / "figures").names() == ["class_distribution.png", "skull_strip.png"]
+    assert (store.folder / "figures").names() == [
+        "class_distribution.png",
+        "contact_sheet.png",
+        "leakage_pairs.png",
+        "skull_strip.png",
+    ]
 
 
-def test_an_equal_store_is_reused_and_another_is_refused(
-    store: ImageStore, phantoms: Path, tmp_path: Path
+def test_an_equal_store_is_reused_and_other_settings_are_refused(
+    store: ImageStore, phantoms: Path
 ) -> None:
     assert store.folder.local_path is not None
     storage = store.folder.local_path.parents[1]
@@ -95,11 +109,6 @@ def test_an_equal_store_is_reused_and_another_is_refused(
         preprocess(
             tiny_config(storage, "name=mri", f"source={phantoms}", "preprocess.skull_strip=none")
         )
-    grown = tmp_path / "grown"
-    shutil.copytree(phantoms, grown)
-    (grown / "Training" / "glioma" / "new.jpg").write_bytes(b"new")
-    with pytest.raises(DataError, match="which differ from the 75 files"):
-        preprocess(tiny_config(storage, "name=mri", f"source={grown}"))
 
 
 def test_bad_files_are_recorded_and_the_rest_goes_on(phantoms: Path, tmp_path: Path) -> None:
@@ -113,16 +122,24 @@ def test_bad_files_are_recorded_and_the_rest_goes_on(phantoms: Path, tmp_path: P
     }
     for name, (content, _) in bad.items():
         (source / "Training" / "glioma" / name).write_bytes(content)
-    (source / "Training" / "glioma" / "gone.jpg").symlink_to(tmp_path / "nowhere")
+    folder = source / "Training" / "glioma"
+    (folder / "gone.jpg").symlink_to(tmp_path / "nowhere")
+    (folder / "again").symlink_to(source / "Training")
+    with open(os.fsencode(folder) + b"/\xff.jpg", "wb") as stream:
+        stream.write(good)
+    (folder / "two\nlines.jpg").write_bytes((folder / "copied.jpg").read_bytes())
     made = preprocess(tiny_config(tmp_path / "storage", "name=mri", f"source={source}"))
     rejected = {
         Path(row["path"]).name: row["reason"]
         for row in made.folder.read_table("rejected.parquet").to_pylist()
     }
     assert rejected == {name: reason for name, (_, reason) in bad.items()} | {
-        "gone.jpg": "unreadable file"
+        "gone.jpg": "unreadable file",
+        "\\xff.jpg": "file name is not UTF-8",
     }
-    assert made.manifest["num_rejected"] == 4
+    assert made.manifest["num_rejected"] == 5
+    removed = made.folder.read_table("duplicates.parquet").to_pylist()
+    assert "Training/glioma/two\nlines.jpg" in {row["path"] for row in removed}
     assert made.manifest["num_slices"]["train"]["glioma"] == 14
 
 
@@ -144,7 +161,8 @@ def test_a_source_without_splits_is_split_by_group(phantoms: Path, tmp_path: Pat
     shares = index.groupby("label")["split"].apply(lambda split: (split == "test").mean())
     assert shares.between(0.15, 0.3).all()
     assert index.groupby("duplicate_group_id")["split"].nunique().max() == 1
-    assert made.folder.read_json("leakage.json")["twins_in_training"] == []
+    assert index.groupby("draw_group_id")["split"].nunique().max() == 1
+    assert made.folder.read_json("leakage.json")["across_splits"]["near"] == []
 
 
 def test_a_test_class_that_training_lacks_is_named(phantoms: Path, tmp_path: Path) -> None:
@@ -157,3 +175,28 @@ def test_a_test_class_that_training_lacks_is_named(phantoms: Path, tmp_path: Pat
         tmp_path / "storage", "name=mri", f"source={source}", "classes.map.glioma_tumor=glioma"
     )
     assert preprocess(renamed).manifest["num_slices"]["test"]["glioma"] == 5
+
+
+def test_purging_drops_the_training_twins_of_test_slices(phantoms: Path, tmp_path: Path) -> None:
+    made = preprocess(tiny_config(tmp_path, "name=mri", f"source={phantoms}", "split.mode=purge"))
+    counts = made.manifest["num_slices"]
+    assert counts["train"]["glioma"] == 13
+    assert counts["test"]["glioma"] == 5
+    assert made.folder.read_json("leakage.json")["num_test"]["clean"] == 17
+    duplicates = made.folder.read_table("duplicates.parquet").to_pylist()
+    assert sum(row["removed"] for row in duplicates) == 2
+
+
+def test_copies_with_another_label_are_left_unlabelled_and_listed(
+    phantoms: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(phantoms, source)
+    original = source / "Training" / "glioma" / "copied.jpg"
+    shutil.copy(original, source / "Training" / "notumor" / "conflicting.jpg")
+    made = preprocess(tiny_config(tmp_path / "storage", "name=mri", f"source={source}"))
+    conflicts = made.folder.read_json("leakage.json")["label_conflicts"]
+    assert {row["label"] for row in conflicts} == {"glioma", "notumor"}
+    index = made.index().to_pandas()
+    group = index[index["duplicate_group_id"] == conflicts[0]["duplicate_group_id"]]
+    assert group[group["split"] == "train"]["label"].isna().all()

@@ -4,36 +4,45 @@ import numpy as np
 import pyarrow as pa
 
 from brainray.config import Config
-from brainray.orchestration.plan import plan_store
-from brainray.schema import IMAGE_STORE
+from brainray.orchestration.earlier import LIGHT, Earlier
+from brainray.orchestration.plan import StorePlan, plan_store
+from brainray.orchestration.source import FoundFile, Listing, SourceFile
 
 
-def index(test_label: str) -> pa.Table:
+def plan(test_label: str) -> StorePlan:
     """Two training slices of each of two classes; the test slice copies the first of them."""
     rng = np.random.default_rng(0)
-    pictures = [rng.integers(0, 255, 1024).astype(np.uint8).tobytes() for _ in range(4)]
-    labels = ["a", "a", "b", "b", test_label]
-    copies = [0, 1, 2, 3, 0]
-    return pa.table(
-        {
-            "path": [f"{number}.jpg" for number in range(5)],
-            "reason": pa.nulls(5, pa.string()),
-            "sha256": [str(number).ljust(64, "0") for number in copies],
-            "label": labels,
-            "subject_id": pa.nulls(5, pa.string()),
-            "source_split": ["train"] * 4 + ["test"],
-            "pixel_sum": [1000] * 5,
-            "pixel_square_sum": [9_000_000] * 5,
-            "thumbnail": pa.array(
-                [pictures[number] for number in copies], IMAGE_STORE.field("thumbnail").type
-            ),
-        }
-    )
+    pictures = [rng.integers(0, 255, 96 * 96).astype(np.uint8).tobytes() for _ in range(4)]
+    files, rows = [], []
+    for number, (label, picture) in enumerate(
+        zip(["a", "a", "b", "b", test_label], [0, 1, 2, 3, 0], strict=True)
+    ):
+        found = FoundFile(f"{number}.jpg", 1, 1)
+        files.append(SourceFile(found, "train" if number < 4 else "test", label, None))
+        rows.append(
+            dict.fromkeys(LIGHT.names)
+            | {
+                "path": found.path,
+                "frame": "",
+                "sha256": str(picture).ljust(64, "0"),
+                "sample_id": str(picture).ljust(32, "0"),
+                "pixel_sum": 1000,
+                "pixel_square_sum": 9_000_000,
+                "skull_strip": "otsu",
+                "thumbnail": pictures[picture],
+                "part": "part.parquet",
+            }
+        )
+    slices = pa.Table.from_pylist(rows, schema=LIGHT)
+    return plan_store(slices, Listing(files, 0), Config(), Earlier.of(None))
 
 
 def test_a_test_label_decides_nothing_about_its_training_twin() -> None:
-    agreeing, conflicting = (plan_store(index(label), Config()) for label in ("a", "b"))
-    for plan in (agreeing, conflicting):
-        assert plan.rows["label"].to_pylist()[:4] == ["a", "a", "b", "b"]
+    agreeing, conflicting = plan("a"), plan("b")
+    for made in (agreeing, conflicting):
+        assert made.rows["label"].to_pylist()[:4] == ["a", "a", "b", "b"]
     assert agreeing.leakage["label_conflicts"] == []
-    assert conflicting.leakage["label_conflicts"] == ["0.jpg", "4.jpg"]
+    paths = [row["path"] for row in conflicting.leakage["label_conflicts"]]
+    assert paths == ["0.jpg", "4.jpg"]
+    (twin,) = agreeing.leakage["across_splits"]["exact"]
+    assert (twin["path"], twin["twin"]) == ("4.jpg", "0.jpg")

@@ -13,7 +13,7 @@ from brainray.report import evaluation_figures, run_figures
 from brainray.report.evaluation_figures import draw_evaluation_figures
 from brainray.report.figures import Confusion, EmbeddingMap
 from brainray.report.run_figures import choose_slices, draw_run_figures
-from brainray.report.store_figures import draw_store_figures
+from brainray.report.store_figures import SlicePair, StrippedSlice, draw_store_figures
 from brainray.report.style import new_figure
 from brainray.report.tsne import tsne_sequence
 from brainray.schema import PREDICTIONS
@@ -46,6 +46,7 @@ def _predictions(num_slices: int, *, seed: int = 0, clean: bool | None = True) -
         "path": [f"{i}.jpg" for i in range(num_slices)],
         "label": labels,
         "clean": [clean] * num_slices,
+        "strict": [clean and number % 2 == 0 for number in range(num_slices)],
         "head": labels,
         "cluster_class": [CLASSES[1 - i % 2] for i in range(num_slices)],
         "cluster": [i % 2 for i in range(num_slices)],
@@ -73,7 +74,7 @@ def test_a_run_gets_all_its_figures(tmp_path: Path) -> None:
     for epoch in (1, 2, 3):
         run.write_table(f"predictions/epoch-{epoch:04d}.parquet", _predictions(12, seed=epoch))
     names = draw_run_figures(run, CLASSES, EvaluationConfig(tsne_epochs=(1, 3, 20)), 2)
-    maps = ["confusion_all", "confusion_clean", "tsne"]
+    maps = ["confusion_all", "confusion_clean", "confusion_strict", "tsne"]
     assert names == [*CURVES, *(f"figures/{name}.png" for name in maps)]
     _assert_pictures(run, names)
 
@@ -117,23 +118,27 @@ def test_confusions_are_those_of_the_chosen_epoch(
     for epoch, num_slices in ((1, 2), (2, 4), (3, 8)):  # 2 and 3 tie
         run.write_table(f"predictions/epoch-{epoch:04d}.parquet", _predictions(num_slices))
     draw_run_figures(run, CLASSES, EvaluationConfig(tsne_epochs=()), 2)
-    assert [panel.counts.sum() for panel in drawn] == [4, 4, 4, 4]
+    assert [panel.counts.sum() for panel in drawn] == [4, 4, 4, 4, 2, 2]
 
 
-def test_slices_without_a_label_are_not_scored_and_clean_ones_apart(
+def test_slices_without_a_label_are_not_scored_and_subsets_are_drawn_apart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn = _record_confusions(monkeypatch)
     table = pa.concat_tables([_predictions(4), _predictions(6, clean=False)])
     labels = [None, *table["label"].to_pylist()[1:]]
-    table = table.set_column(2, "label", pa.array(labels, pa.string()))
+    table = table.set_column(
+        table.schema.get_field_index("label"), "label", pa.array(labels, pa.string())
+    )
     names = draw_evaluation_figures(Folder(tmp_path), table, CLASSES)
-    assert names == ["figures/confusion_all.png", "figures/confusion_clean.png"]
-    head_all, cluster_all, head_clean, cluster_clean = drawn
+    subsets = ("all", "clean", "strict")
+    assert names == [f"figures/confusion_{subset}.png" for subset in subsets]
+    head_all, cluster_all, head_clean, cluster_clean, head_strict, _ = drawn
     np.testing.assert_array_equal(head_all.counts, [[4, 0], [0, 5]])
     np.testing.assert_array_equal(cluster_all.counts, [[0, 4], [5, 0]])
     np.testing.assert_array_equal(head_clean.counts, [[1, 0], [0, 2]])
     np.testing.assert_array_equal(cluster_clean.counts, [[0, 1], [2, 0]])
+    np.testing.assert_array_equal(head_strict.counts, [[1, 0], [0, 0]])
     assert head_all.title == "head (softmax): accuracy 1.000"
     assert cluster_all.title == "clusters (mixture): accuracy 0.000"
 
@@ -209,9 +214,19 @@ def test_a_store_gets_its_figures(tmp_path: Path) -> None:
     image = np.arange(64, dtype=np.uint8).reshape(8, 8)
     counts = {"train": {"glioma": 3, "notumor": 2}}
     store = Folder(tmp_path)
-    assert draw_store_figures(store, counts, []) == ["figures/class_distribution.png"]
-    names = draw_store_figures(store, counts, [("glioma", image, image // 2)])
-    assert names == ["figures/class_distribution.png", "figures/skull_strip.png"]
+    assert draw_store_figures(store, counts, [], [], []) == ["figures/class_distribution.png"]
+    stripped = StrippedSlice(image, image > 9, np.where(image > 9, image, np.uint8(0)), "otsu")
+    names = draw_store_figures(
+        store,
+        counts,
+        before_after=[("glioma", image, image // 2)],
+        sheet=[stripped] * 5,
+        pairs=[SlicePair("near: copy, 0.999", image, image[:4])],
+    )
+    assert names == [
+        f"figures/{name}.png"
+        for name in ("class_distribution", "skull_strip", "contact_sheet", "leakage_pairs")
+    ]
     _assert_pictures(store, names)
 
 

@@ -11,8 +11,7 @@ def _rows(text: str) -> dict[str, list[str]]:
     for line in text.splitlines():
         if line.startswith("|") and not line.startswith(("| prediction", "|--", "| ---")):
             cells = [cell.strip() for cell in line.strip("|").split("|")]
-            depth = 2 if cells[0] in ("all", "clean", "test slices") else 1
-            rows["/".join(cells[:depth])] = cells[depth:]
+            rows["/".join(cells[:2])] = cells[2:]
     return rows
 
 
@@ -20,6 +19,8 @@ def test_figures_are_found_in_their_cells() -> None:
     metrics = {
         "test/all/num_slices": 1311.0,
         "test/clean/num_slices": 4.0,
+        "test/strict/num_slices": 3.0,
+        "test/strict/head/accuracy": 0.6,
         "test/all/head/accuracy": 0.93512,
         "test/all/head/accuracy_low": 0.92,
         "test/all/head/accuracy_high": 0.9494,
@@ -40,15 +41,19 @@ def test_figures_are_found_in_their_cells() -> None:
     }
     text = results_table(metrics, CLASSES)
     rows = _rows(text)
-    assert text.startswith("Test slices: 1,311 all, 4 clean.\n")
-    assert rows["head"] == ["0.935 [0.920, 0.949]", "0.900", "0.800", "0.750", "–", "–", "0.700"]
-    assert rows["cluster"] == ["–", "–", "–", "–", "–", "0.625", "–"]
-    assert rows["thumbnail_1nn"] == ["0.962", "–", "–", "–", "–", "–", "–"]
+    assert text.startswith("Test slices: 1,311 all, 4 clean, 3 strict.\n")
+    assert rows["head/all"] == ["0.935 [0.920, 0.949]", "0.900", "0.800"]
+    assert rows["head/clean"] == ["0.750", "–", "–"]
+    assert rows["head/strict"] == ["0.600", "–", "–"]
+    assert rows["head/all at clean's class mix"] == ["0.700", "–", "–"]
+    assert rows["cluster/clean"] == ["–", "–", "0.625"]
+    assert rows["thumbnail_1nn/all"] == ["0.962", "–", "–"]
     assert rows["all/glioma"] == ["150", "0.100", "0.200", "0.300", "–", "–", "0.400"]
     assert rows["clean/notumor"] == ["–", "–", "–", "–", "–", "0.500", "–"]
     assert text.endswith(
         "Clusters, all: silhouette 0.512, NMI –, ARI –, FMI –; "
-        "clean: silhouette –, NMI -0.010, ARI –, FMI –."
+        "clean: silhouette –, NMI -0.010, ARI –, FMI –; "
+        "strict: silhouette –, NMI –, ARI –, FMI –."
     )
 
 
@@ -56,9 +61,14 @@ def test_without_metrics_every_cell_is_a_dash() -> None:
     text = results_table({"test/all/head/accuracy": float("nan")}, CLASSES)
     rows = _rows(text)
     del rows["test slices/class"]
+    subsets = ("all", "clean", "strict")
     assert set(rows) == {
-        *("head", "cluster", "thumbnail_1nn"),
-        *(f"{subset}/{name}" for subset in ("all", "clean") for name in CLASSES),
+        *(
+            f"{predictor}/{subset}"
+            for predictor in ("head", "cluster", "thumbnail_1nn")
+            for subset in (*subsets, "all at clean's class mix")
+        ),
+        *(f"{subset}/{name}" for subset in subsets for name in CLASSES),
     }
     assert {cell for cells in rows.values() for cell in cells} == {"–"}
 

@@ -1,0 +1,110 @@
+"""Examples for a store's figures: source files decoded once more, a few of them."""
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from brainray.config import PreprocessConfig
+from brainray.mri.decode import RejectedImage, decode_file
+from brainray.mri.skull_strip import apply_mask
+from brainray.orchestration.plan import StorePlan
+from brainray.orchestration.preparation import decode_options, preprocess_file, read_file, strip
+from brainray.orchestration.source import FoundFile
+from brainray.report.store_figures import SlicePair, StrippedSlice, draw_store_figures
+from brainray.schema import TRAIN
+from brainray.storage import Folder
+
+_NUM_BEFORE_AFTER = 8
+_NUM_ON_SHEET = 64
+_NUM_PAIRS_PER_LEVEL = 6
+_ANY_SALT = b"figures name no subjects"
+
+
+def draw_figures(store: Folder, source: Folder, plan: StorePlan, config: PreprocessConfig) -> None:
+    """Draw the store's figures; a file that has vanished meanwhile is missing in them."""
+    rows = plan.rows.sort_by("sample_id")  # of a hash: an order as good as random
+    train = rows.filter(pc.equal(rows["split"], TRAIN))
+    draw_store_figures(
+        store,
+        plan.statistics["num_slices"],
+        before_after=_before_and_after(source, train, config),
+        sheet=_stripped(source, rows.slice(0, _NUM_ON_SHEET), config),
+        pairs=_pairs(source, plan.leakage["across_splits"], config),
+    )
+
+
+def _before_and_after(
+    source: Folder, train: pa.Table, config: PreprocessConfig
+) -> list[tuple[str, NDArray[np.uint8], NDArray[np.uint8]]]:
+    """(class, slice as read, slice as stored) of training slices, spread over the classes."""
+    chosen: dict[str, list[dict[str, Any]]] = {}
+    for row in train.select(["label", "path", "frame", "sample_id"]).to_pylist():
+        chosen.setdefault(row["label"] or "unlabelled", []).append(row)
+    num_each = -(-_NUM_BEFORE_AFTER // len(chosen))
+    samples = []
+    for label, candidates in sorted(chosen.items()):
+        for row in candidates[:num_each]:
+            before = _decode(source, row["path"], row["frame"], config)
+            after = _as_stored(source, row, config)
+            if before is not None and after is not None:
+                samples.append((label, before, after))
+    return samples[:_NUM_BEFORE_AFTER]
+
+
+def _as_stored(
+    source: Folder, wanted: dict[str, Any], config: PreprocessConfig
+) -> NDArray[np.uint8] | None:
+    file = FoundFile(wanted["path"], 0, 0)
+    try:
+        rows = preprocess_file(read_file(source, file), file, config, _ANY_SALT)
+    except RejectedImage:
+        return None
+    for row in rows:
+        if row["sample_id"] == wanted["sample_id"]:
+            return np.frombuffer(row["image"], np.uint8).reshape(row["height"], row["width"])
+    return None
+
+
+def _stripped(source: Folder, rows: pa.Table, config: PreprocessConfig) -> list[StrippedSlice]:
+    examples = []
+    for row in rows.select(["path", "frame"]).to_pylist():
+        image = _decode(source, row["path"], row["frame"], config)
+        if image is None:
+            continue
+        mask, method = strip(image, config.skull_strip)
+        whole = np.ones(image.shape, dtype=np.bool_)
+        after = image if mask is None else apply_mask(image, mask)
+        examples.append(StrippedSlice(image, whole if mask is None else mask, after, method))
+    return examples
+
+
+def _pairs(
+    source: Folder, across_splits: dict[str, list[dict[str, Any]]], config: PreprocessConfig
+) -> list[SlicePair]:
+    """Test slices beside what training holds of them, spread over each level's list."""
+    examples = []
+    for level, found in across_splits.items():
+        step = max(1, len(found) // _NUM_PAIRS_PER_LEVEL)
+        for pair in found[::step][:_NUM_PAIRS_PER_LEVEL]:
+            tested = _decode(source, pair["path"], pair.get("frame", ""), config)
+            trained = _decode(source, pair["twin"], pair.get("twin_frame", ""), config)
+            if tested is not None and trained is not None:
+                title = f"{level}: {pair['kind']}, {pair['similarity']:.3f}"
+                examples.append(SlicePair(title, tested, trained))
+    return examples
+
+
+def _decode(
+    source: Folder, path: str, frame: str, config: PreprocessConfig
+) -> NDArray[np.uint8] | None:
+    try:
+        content = read_file(source, FoundFile(path, 0, 0))
+        for decoded in decode_file(content, decode_options(config, _ANY_SALT)):
+            if decoded.frame == frame:
+                return decoded.image
+    except RejectedImage:
+        pass
+    return None

@@ -1,0 +1,130 @@
+"""The leakage report of a store: which slices have a twin or a mate, within and across splits."""
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from brainray.config import PreprocessConfig
+from brainray.mri.duplicates import COPY, KINDS, DuplicatePairs
+from brainray.mri.leakage import Exposure, Fingerprints, exposure
+from brainray.schema import TEST, TRAIN
+
+LEVELS = {
+    "exact": "byte-identical files",
+    "near": "near-duplicates that are not byte-identical",
+    "turned": "near-duplicates after mirroring or rotation by 90, 180 or 270 degrees",
+    "subject": "slices likely of one subject that are no copies of one another",
+}
+
+
+def leakage_report(
+    table: pa.Table,
+    kept: NDArray[np.bool_],
+    pairs: DuplicatePairs,
+    conflicting: set[str],
+    config: PreprocessConfig,
+) -> dict[str, Any]:
+    """What ``leakage.json`` says.
+
+    Args:
+        table: every accepted slice with its split and the label that the source gives it.
+        kept: (N,) which of them the store holds.
+        pairs: the near-duplicates among them.
+        conflicting: groups of copies with more than one label.
+        config: with which the store is made.
+
+    Returns:
+        ``across_splits``: for each level the test slices that are concerned, each with its nearest
+        slice in training; ``within_train`` and ``within_test``: copies of an earlier slice of the
+        same split; ``num_test`` and ``num_test_by_class``: how many test slices are ``all``,
+        ``clean`` and ``strict``; ``label_conflicts``: slices of groups whose labels differ.
+    """
+    rows = table.filter(pa.array(kept))
+    train, test = (rows.filter(pc.equal(rows["split"], split)) for split in (TRAIN, TEST))
+    exposed = exposure(Fingerprints.of(test), Fingerprints.of(train), config)
+    subsets = {
+        "all": np.ones(test.num_rows, dtype=np.bool_),
+        "clean": exposed.clean,
+        "strict": exposed.strict,
+    }
+    labels = np.array([label or "" for label in test["label"].to_pylist()], dtype=object)
+    by_class = {
+        name: dict(sorted(Counter(labels[of].tolist()).items())) for name, of in subsets.items()
+    }
+    return {
+        "levels": LEVELS,
+        "num_test": {name: int(of.sum()) for name, of in subsets.items()},
+        "num_test_by_class": by_class,
+        "across_splits": _across(test, train, exposed),
+        "within_train": _within(table, pairs, TRAIN),
+        "within_test": _within(table, pairs, TEST),
+        "label_conflicts": [
+            place | {"label": label, "duplicate_group_id": group}
+            for place, label, group in zip(
+                _places(table, "path"),
+                table["label"].to_pylist(),
+                table["duplicate_group_id"].to_pylist(),
+                strict=True,
+            )
+            if group in conflicting
+        ],
+    }
+
+
+def _across(test: pa.Table, train: pa.Table, exposed: Exposure) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {level: [] for level in LEVELS}
+    trained = _places(train, "twin")
+    for row, tested in enumerate(_places(test, "path")):
+        if exposed.exact[row] >= 0:
+            twin, level, kind, similarity = exposed.exact[row], "exact", "copy", 1.0
+        elif exposed.twin[row] >= 0:
+            twin = exposed.twin[row]
+            level = "near" if exposed.kind[row] == KINDS[COPY] else "turned"
+            kind, similarity = str(exposed.kind[row]), float(exposed.twin_similarity[row])
+        elif exposed.mate[row] >= 0:
+            twin, level, kind = exposed.mate[row], "subject", "same subject"
+            similarity = float(exposed.mate_similarity[row])
+        else:
+            continue
+        about = {"kind": kind, "similarity": round(similarity, 6)}
+        found[level].append(tested | trained[twin] | about)
+    return found
+
+
+def _within(table: pa.Table, pairs: DuplicatePairs, split: str) -> dict[str, list[dict[str, Any]]]:
+    """Each slice of the split that copies an earlier one of it, by level."""
+    places, twins = _places(table, "path"), _places(table, "twin")
+    ids = table["sample_id"].to_pylist()
+    inside = np.array([of == split for of in table["split"].to_pylist()], dtype=np.bool_)
+    exact: list[dict[str, Any]] = []
+    first: dict[str, int] = {}
+    for row in np.flatnonzero(inside).tolist():
+        original = first.setdefault(ids[row], row)
+        if original != row:
+            exact.append(places[row] | twins[original])
+    near: dict[str, dict[int, dict[str, Any]]] = {"near": {}, "turned": {}}
+    for pair in np.lexsort((pairs.first, pairs.second)).tolist():
+        one, other = int(pairs.first[pair]), int(pairs.second[pair])
+        if inside[one] and inside[other] and ids[one] != ids[other]:
+            about = {
+                "kind": KINDS[pairs.kind[pair]],
+                "similarity": round(float(pairs.similarity[pair]), 6),
+            }
+            level = "near" if pairs.kind[pair] == COPY else "turned"
+            near[level].setdefault(other, places[other] | twins[one] | about)
+    return {"exact": exact} | {
+        level: [found[row] for row in sorted(found)] for level, found in near.items()
+    }
+
+
+def _places(table: pa.Table, name: str) -> list[dict[str, Any]]:
+    """Where each slice is, under ``name``: its path and, in a file with several, its frame."""
+    frame_name = "frame" if name == "path" else f"{name}_frame"
+    return [
+        {name: path} | ({frame_name: frame} if frame else {})
+        for path, frame in zip(table["path"].to_pylist(), table["frame"].to_pylist(), strict=True)
+    ]

@@ -1,0 +1,184 @@
+"""From one file to the rows of its slices: what preprocessing and prediction do alike."""
+
+import os
+import secrets
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from brainray import schema
+from brainray.config import PreprocessConfig
+from brainray.errors import ConfigError
+from brainray.mri import resize
+from brainray.mri.decode import (
+    DecodedSlice,
+    DecodeOptions,
+    RejectedImage,
+    check_content,
+    decode_file,
+)
+from brainray.mri.duplicates import content_hash, sample_id
+from brainray.mri.intracranial import MIN_CONFIDENCE, intracranial_mask
+from brainray.mri.skull_strip import apply_mask, otsu_mask
+from brainray.orchestration.source import FoundFile
+from brainray.storage import Folder
+
+SLICES = pa.schema(
+    [
+        ("path", pa.string()),
+        ("frame", pa.string()),
+        ("sha256", pa.string()),  # of the file; null where it could not be read
+        ("num_bytes", pa.int64()),
+        ("mtime_ns", pa.int64()),
+        ("reason", pa.string()),  # null where the slice was accepted
+        ("detail", pa.string()),
+        ("sample_id", pa.string()),
+        ("format", pa.string()),
+        ("header_subject", pa.string()),  # salted hash; null where the file names none
+        ("original_height", pa.int32()),
+        ("original_width", pa.int32()),
+        ("skull_strip", pa.string()),
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+        ("pixel_sum", pa.int64()),
+        ("pixel_square_sum", pa.int64()),
+        ("thumbnail", schema.IMAGE_STORE.field("thumbnail").type),
+        ("image", pa.binary()),
+    ]
+)
+"""One row for each slice of a file, or for the file as a whole where it was rejected."""
+
+SALT_VARIABLE = "BRAINRAY_SALT"
+_SALT_FILE = ".subject-salt"
+
+
+def subject_salt(storage: Folder) -> bytes:
+    """What subjects are hashed with: ``BRAINRAY_SALT``, or a secret that ``storage`` keeps.
+
+    It lies beside the stores, not in them: who gets a store cannot try out patients' numbers.
+    """
+    given = os.environ.get(SALT_VARIABLE)
+    if given is not None:
+        if len(given) < 16:
+            raise ConfigError(f"{SALT_VARIABLE} is too short: give 16 characters or more")
+        return given.encode()
+    if not storage.exists(_SALT_FILE):
+        storage.write_bytes(_SALT_FILE, secrets.token_hex(32).encode())
+        if storage.local_path is not None:
+            (storage.local_path / _SALT_FILE).chmod(0o600)
+    return storage.read_bytes(_SALT_FILE)
+
+
+def read_file(source: Folder, file: FoundFile) -> bytes:
+    """A file's bytes.
+
+    Raises:
+        RejectedImage: it cannot be read, has vanished, or changed while it was read.
+    """
+    if file.problem is not None:
+        raise RejectedImage(file.problem)
+    path = f"{source.path}/{file.path}"
+    try:
+        with source.filesystem.open_input_file(path) as stream:
+            content = bytes(stream.read())
+        now = source.filesystem.get_file_info(path)
+    except (OSError, UnicodeError) as error:
+        raise RejectedImage("unreadable file", type(error).__name__) from None
+    if file.mtime_ns and (now.size, now.mtime_ns) != (len(content), file.mtime_ns):
+        raise RejectedImage("file changed while being read")
+    return content
+
+
+def preprocess_file(
+    content: bytes, file: FoundFile, config: PreprocessConfig, salt: bytes
+) -> list[dict[str, Any]]:
+    """The ``SLICES`` rows of a file: METHOD A, steps 1, 3 and 4, for each of its slices.
+
+    A slice that is left out has a row with the reason, the others go on.
+
+    Raises:
+        RejectedImage: the file as a whole is left out.
+    """
+    digest = content_hash(content)
+    about_file = {
+        "path": file.path,
+        "frame": "",
+        "sha256": digest,
+        "num_bytes": len(content),
+        "mtime_ns": file.mtime_ns,
+    }
+    rows = []
+    for decoded in decode_file(content, decode_options(config, salt)):
+        row = about_file | {"frame": decoded.frame, "sample_id": sample_id(digest, decoded.frame)}
+        try:
+            check_content(decoded.image, min_intensity_std=config.min_intensity_std)
+        except RejectedImage as rejection:
+            rows.append(row | {"reason": rejection.reason, "detail": rejection.detail})
+        else:
+            rows.append(row | _slice_columns(decoded, config))
+    return rows
+
+
+def rejected_row(
+    file: FoundFile, content: bytes | None, rejection: RejectedImage
+) -> dict[str, Any]:
+    """The ``SLICES`` row of a file that is left out; ``content`` is None where it was not read."""
+    return {
+        "path": file.path,
+        "frame": "",
+        "sha256": None if content is None else content_hash(content),
+        "num_bytes": file.num_bytes if content is None else len(content),
+        "mtime_ns": file.mtime_ns,
+        "reason": rejection.reason,
+        "detail": rejection.detail,
+    }
+
+
+def decode_options(config: PreprocessConfig, salt: bytes) -> DecodeOptions:
+    return DecodeOptions(
+        min_side=config.min_side,
+        max_pixels=config.max_pixels,
+        max_voxels=config.volume.max_voxels,
+        axis=config.volume.axis,
+        window_percentiles=(config.volume.window_low, config.volume.window_high),
+        min_foreground=config.volume.min_foreground,
+        salt=salt,
+    )
+
+
+def strip(image: NDArray[np.uint8], method: str) -> tuple[NDArray[np.bool_] | None, str]:
+    """The head or brain mask (H, W), None for ``none``, and the method that made it."""
+    if method == "none":
+        return None, method
+    if method == "intracranial":
+        found = intracranial_mask(image)
+        if found.confidence >= MIN_CONFIDENCE:
+            return found.mask, method
+    return otsu_mask(image), "otsu"
+
+
+def _slice_columns(decoded: DecodedSlice, config: PreprocessConfig) -> dict[str, Any]:
+    """The thumbnail is of the slice before stripping: a fingerprint must not depend on a mask."""
+    mask, method = strip(decoded.image, config.skull_strip)
+    image = decoded.image if mask is None else apply_mask(decoded.image, mask)
+    if config.intensity == "min_max":
+        image = resize.min_max(image)
+    shape = resize.letterbox if config.resize == "letterbox" else resize.stretch
+    image = shape(image, config.image_size)
+    height, width = decoded.image.shape
+    wide = image.astype(np.int64)
+    return {
+        "format": decoded.format,
+        "header_subject": decoded.subject_id,
+        "original_height": height,
+        "original_width": width,
+        "skull_strip": method,
+        "height": config.image_size,
+        "width": config.image_size,
+        "pixel_sum": int(wide.sum()),
+        "pixel_square_sum": int((wide * wide).sum()),
+        "thumbnail": resize.thumbnail(decoded.image).tobytes(),
+        "image": image.tobytes(),
+    }

@@ -1,0 +1,29 @@
+"""The leakage report in words."""
+
+from brainray.report.leakage_table import leakage_table
+
+LEAKAGE = {
+    "levels": {"exact": "", "near": "", "subject": ""},
+    "num_test": {"all": 5, "clean": 3, "strict": 2},
+    "num_test_by_class": {"all": {"a": 4, "b": 1}, "clean": {"a": 3}, "strict": {"a": 2}},
+    "across_splits": {"exact": [{}], "near": [{}], "subject": [{}]},
+    "within_train": {"exact": [{}, {}], "near": []},
+    "within_test": {"exact": [], "near": [{}]},
+    "label_conflicts": [{}, {}],
+}
+
+
+def test_levels_subsets_and_conflicts_are_counted() -> None:
+    text = leakage_table(LEAKAGE)
+    rows = {
+        cells[1].strip(): [cell.strip() for cell in cells[2:-1]]
+        for line in text.splitlines()
+        if line.startswith("|")
+        for cells in [line.split("|")]
+    }
+    assert rows["exact"] == ["1", "2", "0"]
+    assert rows["near"] == ["1", "0", "1"]
+    assert rows["subject"] == ["1", "", ""]
+    assert rows["all"] == ["4", "1", "5"]
+    assert rows["strict"] == ["2", "0", "2"]
+    assert text.endswith("another label: 2.")
