@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install demo test test-slow test-faults check format clean
+.PHONY: help venv install demo test test-real test-slow test-faults check format clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -27,6 +27,9 @@ demo: $(STAMP) ## Run the whole pipeline on drawn phantoms, on a Ray head of its
 
 test: $(STAMP) ## Run the quick tests
 	$(BIN)/python -m pytest
+
+test-real: $(STAMP) ## Run the tests on the real slices, where they are (BRAINRAY_DATA)
+	$(BIN)/python -m pytest -m real
 
 test-slow: $(STAMP) ## Run the tests that take minutes
 	$(BIN)/python -m pytest -m slow

@@ -1,0 +1,48 @@
+"""The cases of ``jobs/benchmark.py`` by name, and what is done with a case's result."""
+
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+
+from brainray.benchmarks import duplicates, preprocess, subjects
+from brainray.benchmarks.result import BenchmarkResult, measures_table
+from brainray.errors import DataError
+from brainray.orchestration.job import JobResult, log
+from brainray.report.style import png_bytes
+from brainray.storage import Folder
+
+Case = Callable[..., BenchmarkResult]
+
+CASES: dict[str, Case] = {
+    "duplicates": duplicates.run,
+    "preprocess": preprocess.run,
+    "subjects": subjects.run,
+}
+"""Each takes quick, source, seed and log by name; the first line of its docstring is its help."""
+
+
+def run_case(arguments: Namespace) -> JobResult:
+    """Run one case, print its table, and keep the result under ``storage/benchmarks/CASE``."""
+    source = None if arguments.source is None else Path(arguments.source).expanduser().absolute()
+    if source is not None and not source.is_dir():
+        raise DataError(f"no such folder: --source {source}")
+    result = CASES[arguments.case](
+        quick=arguments.quick, source=source, seed=arguments.seed, log=log
+    )
+    folder = Folder(Path(arguments.storage).expanduser().absolute()) / "benchmarks" / arguments.case
+    measures = [
+        {
+            "name": item.name,
+            "value": item.value,
+            "unit": item.unit,
+            "target": item.target,
+            "verdict": item.verdict,
+        }
+        for item in result.measures
+    ]
+    folder.write_json("result.json", {"measures": measures, "details": result.details})
+    if result.figure is not None:
+        folder.write_bytes("figure.png", png_bytes(result.figure))
+    log(measures_table(result.measures))
+    log(f"details and plot: {folder}")
+    return JobResult(str(folder), metrics={item.name: item.value for item in result.measures})

@@ -1,0 +1,344 @@
+"""Near-duplicates: what is found, what is kept apart, and what it costs.
+
+Truth comes from copies that are made here, by what copies of medical images go through, and from
+neighbours: adjacent slices of phantom series, or real slices whose 32 x 32 thumbnails correlate
+like those of neighbours (METHOD, "Data"), of which a few may be true copies in another contrast.
+"""
+
+import io
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import PIL.Image
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from brainray.benchmarks.result import BenchmarkResult, Measure
+from brainray.benchmarks.samples import load_slices
+from brainray.config import NearDuplicateConfig
+from brainray.errors import DataError
+from brainray.mri.duplicates import (
+    COPY,
+    KINDS,
+    MIRRORED,
+    ROTATED,
+    coarse,
+    find_twins,
+    near_duplicate_pairs,
+    pair_similarity,
+    standardise,
+)
+from brainray.mri.groups import connected_groups
+from brainray.mri.phantom import CLASSES, make_series
+from brainray.mri.resize import thumbnail
+from brainray.schema import THUMBNAIL_SIDE
+
+Image = NDArray[np.uint8]  # (H, W)
+Perturbation = Callable[[Image, np.random.Generator], Image]
+
+JPEG_QUALITY = 50
+MAX_BRIGHTNESS = 0.2
+MAX_BORDER = 0.05
+MAX_CROP = 0.04
+
+_NEIGHBOUR_CORRELATION = (0.95, 0.975)  # of real thumbnails: above it true copies mix in
+_SERIES_LENGTH = 6
+_SYNTHESISED_ROWS = 4096
+
+
+def run(
+    *, quick: bool, source: Path | None, seed: int, log: Callable[[str], None]
+) -> BenchmarkResult:
+    """Recall per perturbation, precision against neighbours, and cost by number of slices.
+
+    Args:
+        quick: fewer slices, and costs at 5,000 and 50,000 fingerprints only.
+        source: folder of real slices, searched for images; phantoms where None.
+        seed: of the choice of slices, of the perturbations and of the synthesised fingerprints.
+        log: told what is under way.
+
+    Raises:
+        DataError: ``source`` holds too few slices.
+    """
+    rng = np.random.default_rng(seed)
+    settings = NearDuplicateConfig()
+    num_slices, num_copied = (600, 60) if quick else (2400, 200)
+    images, neighbours = (
+        _phantoms(num_slices, rng) if source is None else _real(source, num_slices, seed)
+    )
+    fingerprints = np.stack([fingerprint(image) for image in images])
+    log(f"{len(images)} slices, {len(neighbours)} neighbouring pairs")
+    own_pairs = near_duplicate_pairs(fingerprints, settings)
+    names = [f"{number:06d}" for number in range(len(images))]
+    groups = connected_groups(names, own_pairs.first, own_pairs.second)
+    chosen = rng.choice(len(images), min(num_copied, len(images)), replace=False)
+
+    recalls: dict[str, float] = {}
+    copies: dict[str, NDArray[np.uint8]] = {}
+    for name, (perturb, kind) in PERTURBATIONS.items():
+        copies[name] = np.stack([fingerprint(perturb(images[number], rng)) for number in chosen])
+        twins = find_twins(copies[name], fingerprints, settings)
+        right = [
+            # Another copy of the slice may be turned itself: then the kind says nothing.
+            reference >= 0
+            and groups[reference] == groups[number]
+            and (found == kind or reference != number)
+            for number, reference, found in zip(
+                chosen.tolist(), twins.reference.tolist(), twins.kind.tolist(), strict=True
+            )
+        ]
+        recalls[name] = float(np.mean(right))
+        log(f"{name}: recall {recalls[name]:.3f}")
+
+    of_neighbours = pair_similarity(fingerprints[neighbours[:, 0]], fingerprints[neighbours[:, 1]])
+    upright = [name for name, (_, kind) in PERTURBATIONS.items() if kind == COPY]
+    of_copies = np.concatenate(
+        [pair_similarity(copies[name], fingerprints[chosen]) for name in upright]
+    )
+    curve = _curve(of_copies, of_neighbours)
+    accepted_copies = float(np.sum(of_copies >= settings.similarity))
+    # As many neighbours as copies: precision depends on the mix, which is ours to choose.
+    false_share = float(np.mean(of_neighbours >= settings.similarity))
+    precision = accepted_copies / max(accepted_copies + false_share * len(of_copies), 1.0)
+
+    sizes = (5_000, 50_000) if quick else (5_000, 50_000, 500_000)
+    seconds = {}
+    for size in sizes:
+        synthesised = synthesise(fingerprints, size, rng)
+        start = time.perf_counter()
+        found = near_duplicate_pairs(synthesised, settings)
+        seconds[size] = time.perf_counter() - start
+        log(f"{size} fingerprints: {seconds[size]:.1f} s, {len(found)} pairs")
+    measures = [
+        *(
+            Measure(f"recall/{name}", value, at_least=0.95 if name != "combined" else 0.9)
+            for name, value in recalls.items()
+        ),
+        Measure("neighbours kept apart", 1.0 - false_share, at_least=0.99),
+        Measure("precision", precision, at_least=0.99),
+        *(
+            Measure(f"time per fingerprint at {size}", 1e3 * value / size, unit="ms")
+            for size, value in seconds.items()
+        ),
+        Measure(
+            f"growth of time per fingerprint, {sizes[0]} to {sizes[-1]}",
+            (seconds[sizes[-1]] / sizes[-1]) / (seconds[sizes[0]] / sizes[0]),
+            unit="x",
+            at_most=2.0,
+        ),
+    ]
+    details = {
+        "settings": settings.model_dump(),
+        "source": "phantoms" if source is None else "real slices",
+        "num_slices": len(images),
+        "num_neighbouring_pairs": len(neighbours),
+        "num_copies_per_perturbation": len(chosen),
+        "num_links_by_kind": {
+            name: len(own_pairs.of_kind(code)) for code, name in enumerate(KINDS)
+        },
+        "curve": curve,
+        "seconds": {str(size): value for size, value in seconds.items()},
+    }
+    return BenchmarkResult(measures, details, _plot(curve, settings.similarity))
+
+
+def fingerprint(image: Image) -> NDArray[np.uint8]:
+    """(9216,) the whole frame, area-averaged: as preprocessing makes it."""
+    return thumbnail(image).ravel()
+
+
+def synthesise(
+    fingerprints: NDArray[np.uint8], count: int, rng: np.random.Generator
+) -> NDArray[np.uint8]:
+    """(count, 9216) distinct slices that look like heads: mixtures of two, warped and noisy."""
+    result = np.empty((count, fingerprints.shape[1]), np.uint8)
+    side = THUMBNAIL_SIDE
+    grid = np.stack(np.meshgrid(np.arange(side), np.arange(side)), axis=-1).astype(np.float32)
+    for row in range(count):
+        first, second = rng.integers(len(fingerprints), size=2)
+        share = rng.uniform(0.3, 0.7)
+        mixture = share * fingerprints[first] + (1 - share) * fingerprints[second]
+        bend = cv2.resize(
+            rng.normal(0, 4.0, (4, 4, 2)).astype(np.float32),
+            (side, side),
+            interpolation=cv2.INTER_CUBIC,
+        )
+        warped = cv2.remap(
+            mixture.reshape(side, side).astype(np.float32), grid + bend, None, cv2.INTER_LINEAR
+        )
+        result[row] = np.clip(warped, 0, 255).astype(np.uint8).ravel()
+    return result
+
+
+def reencode(image: Image, rng: np.random.Generator) -> Image:
+    """Through JPEG."""
+    _, encoded = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
+    return np.asarray(cv2.imdecode(encoded, cv2.IMREAD_GRAYSCALE))
+
+
+def rescale(image: Image, rng: np.random.Generator) -> Image:
+    """By half to double."""
+    factor = 2.0 ** rng.uniform(-1, 1)
+    size = (round(image.shape[1] * factor), round(image.shape[0] * factor))
+    interpolation = cv2.INTER_AREA if factor < 1 else cv2.INTER_CUBIC
+    return np.asarray(cv2.resize(image, size, interpolation=interpolation))
+
+
+def three_channels(image: Image, rng: np.random.Generator) -> Image:
+    """Stored in colour and read as grey again."""
+    _, encoded = cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_GRAY2BGR))
+    with PIL.Image.open(io.BytesIO(encoded.tobytes())) as picture:
+        return np.asarray(picture.convert("L"))
+
+
+def brighten(image: Image, rng: np.random.Generator) -> Image:
+    """Lighter or darker by up to 20 % of the range, clipped at black and white."""
+    return _clip(image + 255.0 * rng.uniform(-MAX_BRIGHTNESS, MAX_BRIGHTNESS))
+
+
+def change_contrast(image: Image, rng: np.random.Generator) -> Image:
+    """Deviations from the mean grown or shrunk by up to 20 %, clipped at black and white."""
+    mean = image.mean()
+    return _clip((image - mean) * (1.0 + rng.uniform(-MAX_BRIGHTNESS, MAX_BRIGHTNESS)) + mean)
+
+
+def frame(image: Image, rng: np.random.Generator) -> Image:
+    """A white, grey or black border of up to 5 %, on one or all sides, around or over the image."""
+    height, width = image.shape
+    colour = int(rng.choice([0, 128, 255]))
+    sides = np.ones(4) if rng.random() < 0.5 else np.eye(4)[rng.integers(4)]
+    share = rng.uniform(0.02, MAX_BORDER)
+    lengths = np.array([height, height, width, width])
+    top, bottom, left, right = np.rint(sides * share * lengths).astype(int).tolist()
+    if rng.random() < 0.5:
+        return np.pad(image, ((top, bottom), (left, right)), constant_values=colour)
+    framed = np.full_like(image, colour)
+    inside = np.s_[top : height - bottom, left : width - right]
+    framed[inside] = image[inside]
+    return framed
+
+
+def caption(image: Image, rng: np.random.Generator) -> Image:
+    """A strip with text, of 5 % of the height, above or below, beside or over the image."""
+    height, width = image.shape
+    thickness = max(6, round(MAX_BORDER * height))
+    paper = int(rng.choice([0, 255]))
+    strip = np.full((thickness, width), paper, np.uint8)
+    text, left = f"SE {rng.integers(100)} IM {rng.integers(100)} T1", int(rng.integers(width // 4))
+    origin, scale = (left, thickness - 3), thickness / 30
+    cv2.putText(strip, text, origin, cv2.FONT_HERSHEY_SIMPLEX, scale, 255 - paper, 1)
+    above = rng.random() < 0.5
+    if rng.random() < 0.5:
+        return np.concatenate([strip, image] if above else [image, strip])
+    captioned = image.copy()
+    captioned[: thickness if above else None][-thickness:] = strip
+    return captioned
+
+
+def crop(image: Image, rng: np.random.Generator) -> Image:
+    """Up to 4 % off every side."""
+    height, width = image.shape
+    top, bottom, left, right = rng.uniform(0, MAX_CROP, 4)
+    return image[
+        round(top * height) : height - round(bottom * height),
+        round(left * width) : width - round(right * width),
+    ]
+
+
+def combine(image: Image, rng: np.random.Generator) -> Image:
+    """Several of them, in the order in which they happen."""
+    if rng.random() < 0.5:
+        image = crop(image, rng)
+    if rng.random() < 0.5:
+        image = brighten(image, rng)
+    if rng.random() < 0.5:
+        image = change_contrast(image, rng)
+    if rng.random() < 0.5:
+        image = frame(image, rng) if rng.random() < 0.5 else caption(image, rng)
+    if rng.random() < 0.5:
+        image = rescale(image, rng)
+    return reencode(image, rng)
+
+
+def mirror(image: Image, rng: np.random.Generator) -> Image:
+    """Left to right or upside down, then through JPEG."""
+    return reencode(np.ascontiguousarray(np.flip(image, axis=int(rng.integers(2)))), rng)
+
+
+def rotate(image: Image, rng: np.random.Generator) -> Image:
+    """By 90, 180 or 270 degrees, then through JPEG."""
+    return reencode(np.ascontiguousarray(np.rot90(image, int(rng.integers(1, 4)))), rng)
+
+
+PERTURBATIONS: dict[str, tuple[Perturbation, int]] = {
+    "jpeg": (reencode, COPY),
+    "resized": (rescale, COPY),
+    "three channels": (three_channels, COPY),
+    "brightness": (brighten, COPY),
+    "contrast": (change_contrast, COPY),
+    "border": (frame, COPY),
+    "caption": (caption, COPY),
+    "crop": (crop, COPY),
+    "combined": (combine, COPY),
+    "mirrored": (mirror, MIRRORED),
+    "rotated": (rotate, ROTATED),
+}
+"""What is done to a slice, and the kind of copy that it gives."""
+
+
+def _clip(values: NDArray[np.floating]) -> Image:
+    return np.clip(np.rint(values), 0, 255).astype(np.uint8)
+
+
+def _phantoms(count: int, rng: np.random.Generator) -> tuple[list[Image], NDArray[np.int64]]:
+    """Series of phantoms, and the pairs (P, 2) of adjacent slices."""
+    images: list[Image] = []
+    neighbours = []
+    for number in range(count // _SERIES_LENGTH):
+        series = make_series(CLASSES[number % len(CLASSES)], rng, num_slices=_SERIES_LENGTH)
+        first = len(images)
+        neighbours += [(row, row + 1) for row in range(first, first + _SERIES_LENGTH - 1)]
+        images += [phantom.image for phantom in series]
+    return images, np.array(neighbours, dtype=np.int64)
+
+
+def _real(source: Path, count: int, seed: int) -> tuple[list[Image], NDArray[np.int64]]:
+    """Slices drawn from a folder, and the pairs (P, 2) that look like neighbours."""
+    images = load_slices(source, seed, limit=count)
+    if len(images) < 2:
+        raise DataError(f"{source} holds {len(images)} images: the benchmark needs some hundreds")
+    standard = standardise(coarse(np.stack([fingerprint(image) for image in images])))
+    correlation = np.triu(standard @ standard.T, k=1)
+    low, high = _NEIGHBOUR_CORRELATION
+    return images, np.argwhere((correlation >= low) & (correlation < high))
+
+
+def _curve(
+    of_copies: NDArray[np.float32], of_neighbours: NDArray[np.float32]
+) -> dict[str, list[float]]:
+    """Precision and recall over the threshold, with as many neighbours as copies."""
+    thresholds = 1.0 - np.geomspace(1e-4, 0.2, 41)
+    recall = np.array([np.mean(of_copies >= threshold) for threshold in thresholds])
+    wrong = np.array([np.mean(of_neighbours >= threshold) for threshold in thresholds])
+    found = recall + wrong
+    precision = np.divide(recall, found, out=np.ones_like(recall), where=found > 0)
+    return {
+        "threshold": thresholds.tolist(),
+        "precision": precision.tolist(),
+        "recall": recall.tolist(),
+    }
+
+
+def _plot(curve: dict[str, list[float]], threshold: float) -> Figure:
+    figure = Figure(figsize=(6.0, 3.6), layout="constrained")
+    axes = figure.subplots()
+    residual = 1.0 - np.array(curve["threshold"])
+    axes.plot(residual, curve["precision"], label="precision")
+    axes.plot(residual, curve["recall"], label="recall")
+    axes.axvline(1.0 - threshold, color="grey", linestyle="--", label="threshold in use")
+    axes.set(xscale="log", xlabel="1 - least similarity", ylim=(0.0, 1.02))
+    axes.legend()
+    return figure

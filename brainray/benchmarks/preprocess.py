@@ -1,0 +1,256 @@
+"""Preprocessing on Ray Data against one plain loop of the same functions."""
+
+import multiprocessing
+import os
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import psutil
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from brainray.benchmarks.result import BenchmarkResult, Measure
+from brainray.benchmarks.samples import load_slices, perturbed
+from brainray.config import Config, load_config
+from brainray.mri import resize
+from brainray.mri.decode import decode_file
+from brainray.mri.duplicates import content_hash
+from brainray.mri.skull_strip import (
+    BLUR_SIGMA,
+    KERNEL_RADIUS,
+    THRESHOLD_RELAXATION,
+    apply_mask,
+    otsu_mask,
+)
+from brainray.orchestration.data import preprocess
+from brainray.orchestration.job import attach_to_ray
+from brainray.orchestration.preparation import SLICES, decode_options, preprocess_file, read_file
+from brainray.orchestration.source import FoundFile
+from brainray.report.style import BLUE, new_figure
+from brainray.storage import Folder
+
+Log = Callable[[str], None]
+
+SIDE = 512  # pixels
+MIN_EFFICIENCY = 0.85
+MAX_MEMORY_GROWTH = 1.15
+MIN_STRIP_SPEEDUP = 2.0
+MIN_STRIP_IOU = 0.995
+
+_SALT = b"plain images name no subjects"
+_LOOP_FILES = 1000
+_ROWS_PER_PART = 128
+
+
+def run(*, quick: bool, source: Path | None, seed: int, log: Log) -> BenchmarkResult:
+    """Ray Data's images per second, memory, and the skull strip, against plain loops."""
+    num_timed, sizes = (2000, (500, 4000)) if quick else (20_000, (5000, 40_000))
+    rng = np.random.default_rng(seed)
+    with tempfile.TemporaryDirectory(prefix="brainray-benchmark-") as temporary:
+        folder = Path(temporary)
+        log(f"writing {max(num_timed, *sizes)} distinct slices of {SIDE} x {SIDE}")
+        files = _write_slices(
+            folder / "slices", load_slices(source, seed), max(num_timed, *sizes), rng
+        )
+        speedup, iou = _strip_against_opencv(files[: 40 if quick else 200])
+        log("the plain loop")
+        loop_rate = _plain_loop(files[: min(_LOOP_FILES, num_timed)], folder / "loop")
+        profile = _profile(files[:200], folder / "profile")
+        runs = {}
+        for count in sorted({num_timed, *sizes}):
+            log(f"the Ray Data job on {count} slices")
+            runs[count] = _ray_job(_linked(files[:count], folder / f"{count}"), folder / "storage")
+    cores = len(os.sched_getaffinity(0))
+    streaming = runs[num_timed]["seconds"]["decode"] + runs[num_timed]["seconds"]["write"]
+    whole = sum(runs[num_timed]["seconds"].values())
+    small, large = (runs[size]["peak_bytes"] for size in sizes)
+    measures = [
+        Measure("plain loop", loop_rate, "img/s"),
+        Measure("Ray Data, both passes", num_timed / streaming, "img/s"),
+        Measure("whole job with planning and figures", num_timed / whole, "img/s"),
+        Measure(
+            f"Ray Data against {cores} cores x loop",
+            num_timed / streaming / (cores * loop_rate),
+            "x",
+            at_least=MIN_EFFICIENCY,
+        ),
+        Measure(
+            f"peak memory, {sizes[1]} against {sizes[0]} slices",
+            large / small,
+            "x",
+            at_most=MAX_MEMORY_GROWTH,
+        ),
+        Measure("otsu strip against plain OpenCV", speedup, "x", at_least=MIN_STRIP_SPEEDUP),
+        Measure("otsu strip, IoU with plain OpenCV", iou, at_least=MIN_STRIP_IOU),
+    ]
+    details = {
+        "profile_ms_per_slice": profile,
+        "runs": {str(count): found for count, found in runs.items()},
+        "cores": cores,
+        "side": SIDE,
+    }
+    for stage, milliseconds in profile.items():
+        log(f"  {stage:<10} {milliseconds:6.2f} ms a slice")
+    return BenchmarkResult(measures, details, _figure(profile))
+
+
+def _write_slices(
+    folder: Path, slices: list[NDArray[np.uint8]], count: int, rng: np.random.Generator
+) -> list[Path]:
+    """Real slices enlarged and each perturbed, so that no two are copies."""
+    folder.mkdir(parents=True)
+    files = []
+    for number in range(count):
+        image = perturbed(slices[number % len(slices)], SIDE, rng)
+        files.append(folder / f"{number:06d}.jpg")
+        encoded = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 90])[1]
+        files[-1].write_bytes(encoded.tobytes())
+    return files
+
+
+def _linked(files: list[Path], folder: Path) -> Path:
+    folder.mkdir()
+    for file in files:
+        (folder / file.name).hardlink_to(file)
+    return folder
+
+
+def _settings(source: Path, storage: Path) -> Config:
+    return load_config(None, [f"source={source}", f"storage={storage}", f"name={source.name}"])
+
+
+def _plain_loop(files: list[Path], out: Path) -> float:
+    """Images per second of one process on one thread: read, preprocess and write."""
+    config = _settings(files[0].parent, out).preprocess
+    source, target = Folder(files[0].parent), Folder(out)
+    with _one_thread():
+        started = time.perf_counter()
+        for start in range(0, len(files), _ROWS_PER_PART):
+            rows: list[dict[str, Any]] = []
+            for path in files[start : start + _ROWS_PER_PART]:
+                file = FoundFile(path.name, 0, 0)
+                rows += preprocess_file(read_file(source, file), file, config, _SALT)
+            empty = dict.fromkeys(SLICES.names)
+            table = pa.Table.from_pylist([empty | row for row in rows], schema=SLICES)
+            target.write_table(f"{start}.parquet", table)
+        return len(files) / (time.perf_counter() - started)
+
+
+def _profile(files: list[Path], out: Path) -> dict[str, float]:
+    """Milliseconds a slice of each stage, on one thread."""
+    config = _settings(files[0].parent, out)
+    options = decode_options(config.preprocess, _SALT)
+    spent: dict[str, float] = defaultdict(float)
+
+    def timed(stage: str, work: Callable[..., Any], *arguments: Any) -> Any:
+        started = time.perf_counter()
+        result = work(*arguments)
+        spent[stage] += time.perf_counter() - started
+        return result
+
+    rows = []
+    with _one_thread():
+        for path in files:
+            content = timed("read", path.read_bytes)
+            timed("hash", content_hash, content)
+            image = timed("decode", decode_file, content, options)[0].image
+            timed("checks", image.std)
+            mask = timed("strip", otsu_mask, image)
+            stripped = timed("strip", apply_mask, image, mask)
+            small = timed("resize", resize.stretch, stripped, config.preprocess.image_size)
+            timed("thumbnail", resize.thumbnail, image)
+            rows.append({"image": small.tobytes()})
+        timed("write", Folder(out).write_table, "profile.parquet", pa.Table.from_pylist(rows))
+    return {stage: 1000 * seconds / len(files) for stage, seconds in spent.items()}
+
+
+def _strip_against_opencv(files: list[Path]) -> tuple[float, float]:
+    """(times faster, least IoU) of our ``otsu`` strip against the straightforward one."""
+    options = decode_options(_settings(files[0].parent, files[0].parent).preprocess, _SALT)
+    ours, theirs, overlaps = [], [], []
+    with _one_thread():
+        for path in files:
+            image = decode_file(path.read_bytes(), options)[0].image
+            otsu_mask(image)
+            started = time.perf_counter()
+            mask = otsu_mask(image)
+            between = time.perf_counter()
+            plain = straightforward_otsu_mask(image)
+            ours.append(between - started)
+            theirs.append(time.perf_counter() - between)
+            overlaps.append((mask & plain).sum() / (mask | plain).sum())
+    return float(np.median(theirs) / np.median(ours)), float(min(overlaps))
+
+
+def straightforward_otsu_mask(image: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """METHOD A, step 3, as one writes it down with OpenCV: the peer of ``otsu_mask``."""
+    side = 2 * KERNEL_RADIUS + 1
+    kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (side, side))
+    blurred = cv2.GaussianBlur(image, (0, 0), BLUR_SIGMA)
+    otsu, _ = cv2.threshold(blurred, 0, 255, cv2.THRESH_BINARY | cv2.THRESH_OTSU)
+    binary = (blurred > otsu - THRESHOLD_RELAXATION).astype(np.uint8)
+    closed = cv2.morphologyEx(binary, cv2.MORPH_CLOSE, kernel)
+    opened = cv2.morphologyEx(closed, cv2.MORPH_OPEN, kernel)
+    num_labels, labels, stats, _ = cv2.connectedComponentsWithStats(opened, connectivity=8)
+    if num_labels == 1:
+        return np.ones(image.shape, dtype=np.bool_)
+    return np.asarray(labels == 1 + int(np.argmax(stats[1:, cv2.CC_STAT_AREA])))
+
+
+def _ray_job(source: Path, storage: Path) -> dict[str, Any]:
+    """Stages' seconds and peak memory of the job in a process and on a Ray of its own."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_preprocess_alone, args=(source, storage, sender))
+    process.start()
+    peak = 0
+    while not receiver.poll(0.5) and process.is_alive():
+        peak = max(peak, _proportional_bytes(process.pid))
+    seconds = receiver.recv()
+    process.join()
+    return {"seconds": seconds, "peak_bytes": peak}
+
+
+def _preprocess_alone(source: Path, storage: Path, sender: Any) -> None:
+    attach_to_ray()
+    store = preprocess(_settings(source, storage), log=lambda _: None)
+    sender.send(store.manifest["seconds"])
+
+
+def _proportional_bytes(pid: int | None) -> int:
+    """Memory of a process and all below it, shared pages counted once."""
+    total = 0
+    root = psutil.Process(pid)
+    for process in [root, *root.children(recursive=True)]:
+        try:
+            total += process.memory_full_info().pss
+        except psutil.Error:  # it has just ended
+            continue
+    return total
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    before = cv2.getNumThreads()
+    cv2.setNumThreads(1)
+    try:
+        yield
+    finally:
+        cv2.setNumThreads(before)
+
+
+def _figure(profile: dict[str, float]) -> Any:
+    figure = new_figure(7.0, 3.2)
+    axes = figure.subplots()
+    axes.barh(list(profile), list(profile.values()), color=BLUE)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"milliseconds a slice of {SIDE} x {SIDE}, one thread")
+    axes.set_title("Where preprocessing spends its time")
+    return figure

@@ -1,0 +1,57 @@
+"""What a benchmark case returns: figures with their targets, details and a plot."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One figure, and the target that it must reach where it has one."""
+
+    name: str
+    value: float
+    unit: str = ""  # "x" for a ratio against a peer, "img/s", "s", ...
+    at_least: float | None = None
+    at_most: float | None = None
+
+    @property
+    def target(self) -> str:
+        """The bound in words; empty where there is none."""
+        if self.at_least is not None:
+            return f">= {self.at_least:g}"
+        return "" if self.at_most is None else f"<= {self.at_most:g}"
+
+    @property
+    def verdict(self) -> str:
+        """``met``, ``missed``, or empty where there is no target."""
+        if self.at_least is not None:
+            return "met" if self.value >= self.at_least else "missed"
+        if self.at_most is not None:
+            return "met" if self.value <= self.at_most else "missed"
+        return ""
+
+
+@dataclass(frozen=True)
+class BenchmarkResult:
+    """What one case measured."""
+
+    measures: Sequence[Measure]
+    details: dict[str, Any] = field(default_factory=dict)  # plain JSON: curves, settings, counts
+    figure: Figure | None = None
+
+
+def measures_table(measures: Sequence[Measure]) -> str:
+    """The measures as a Markdown table that also reads well as plain text."""
+    header = ["measure", "value", "unit", "target", "verdict"]
+    rows = [
+        [item.name, f"{item.value:.4g}", item.unit, item.target, item.verdict] for item in measures
+    ]
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in [header, ["-" * width for width in widths], *rows]
+    ]
+    return "\n".join(lines)

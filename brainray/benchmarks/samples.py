@@ -1,0 +1,45 @@
+"""Slices to measure on: real ones where a folder is given, else phantoms."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from brainray.errors import DataError
+from brainray.mri.phantom import CLASSES, make_slice
+
+_NUM_PHANTOMS = 200
+_SUFFIXES = {".jpg", ".jpeg", ".png"}
+
+
+def load_slices(source: Path | None, seed: int, limit: int = 2000) -> list[NDArray[np.uint8]]:
+    """Grayscale slices (H, W) in random order: at most ``limit`` of the folder's, or phantoms.
+
+    Raises:
+        DataError: the folder holds no JPEG or PNG.
+    """
+    rng = np.random.default_rng(seed)
+    if source is None:
+        return [
+            make_slice(CLASSES[number % len(CLASSES)], rng).image for number in range(_NUM_PHANTOMS)
+        ]
+    files = sorted(path for path in source.rglob("*") if path.suffix.lower() in _SUFFIXES)
+    if not files:
+        raise DataError(f"{source} holds no JPEG or PNG: give a folder of slices")
+    chosen = rng.permutation(len(files))[:limit]
+    images = [cv2.imread(str(files[row]), cv2.IMREAD_GRAYSCALE) for row in chosen]
+    return [np.asarray(image, dtype=np.uint8) for image in images if image is not None]
+
+
+def perturbed(image: NDArray[np.uint8], side: int, rng: np.random.Generator) -> NDArray[np.uint8]:
+    """The slice at (side, side), rotated, shifted and shaded enough to be no copy of itself."""
+    enlarged = cv2.resize(image, (side, side), interpolation=cv2.INTER_LINEAR)
+    turn = cv2.getRotationMatrix2D(
+        (side / 2, side / 2), rng.uniform(-15.0, 15.0), rng.uniform(0.85, 1.1)
+    )
+    turn[:, 2] += rng.uniform(-0.06, 0.06, 2) * side
+    warped = cv2.warpAffine(enlarged, turn, (side, side)).astype(np.float32)
+    noise = rng.standard_normal((side // 8, side // 8)).astype(np.float32)
+    shading = 1 + 0.15 * cv2.resize(noise, (side, side), interpolation=cv2.INTER_CUBIC)
+    return np.clip(warped * shading, 0, 255).astype(np.uint8)

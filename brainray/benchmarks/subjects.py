@@ -1,0 +1,218 @@
+"""Subject groups: how often a link or a group is right, and what still leaks through a split.
+
+Truth comes from series of phantoms and, where a folder holds some, from NIfTI volumes in three
+planes. Phantoms are caricatures whose strangers differ more than people do: their figures check
+the machinery and are a bound on what real heads can give, not an estimate of it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import cv2
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from brainray.benchmarks.result import BenchmarkResult, Measure
+from brainray.config import SubjectConfig
+from brainray.errors import DataError
+from brainray.mri.nifti import decode_nifti
+from brainray.mri.phantom import CLASSES, make_series
+from brainray.mri.resize import thumbnail
+from brainray.mri.slices import DecodeOptions, RejectedImage
+from brainray.mri.split import draw_test
+from brainray.mri.subjects import (
+    anatomy_descriptors,
+    estimate_subjects,
+    find_same_subject,
+    mutual_links,
+)
+
+_JPEG_QUALITY = 80
+_MIN_SIDE = 32  # pixels, of a volume's slice
+_PHANTOM_SERIES_LENGTH = 8
+_PHANTOM_SIDE = 128  # pixels
+_SLICES_PER_PLANE = 24  # of a volume: as far apart as in a clinical series
+_TEST_FRACTION = 0.2
+_SWEEP = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # least similarity
+_PLANES: tuple[Literal["axial", "coronal", "sagittal"], ...] = ("axial", "coronal", "sagittal")
+
+
+@dataclass(frozen=True)
+class KnownSlices:
+    """Slices whose subjects are known; neighbours in a series are neighbours in this order."""
+
+    thumbnails: NDArray[np.uint8]  # (N, S * S)
+    subjects: NDArray[np.str_]  # (N,)
+    series: NDArray[np.str_]  # (N,): subject and plane
+
+
+def run(
+    *, quick: bool, source: Path | None, seed: int, log: Callable[[str], None]
+) -> BenchmarkResult:
+    """Error of estimated subject groups, and leaks through a split by them against a random one.
+
+    Args:
+        quick: fewer phantoms.
+        source: folder searched for NIfTI volumes, each taken for one subject; None for none.
+        seed: of the phantoms and of the splits.
+        log: told what is under way.
+
+    Raises:
+        DataError: a volume cannot be read.
+    """
+    settings = SubjectConfig()
+    sets = {"phantoms": _phantoms(60 if quick else 240, seed)}
+    volumes = [] if source is None else sorted(source.rglob("*.nii*"))
+    if len(volumes) > 1:
+        sets["volumes"] = _volumes(volumes, seed)
+    else:
+        log(f"{len(volumes)} NIfTI volumes: two or more are needed to tell strangers")
+    measures: list[Measure] = []
+    sweeps: dict[str, list[dict[str, float]]] = {}
+    for name, known in sets.items():
+        log(f"{name}: {len(known.subjects)} slices of {len(set(known.subjects))} subjects")
+        measures += [
+            replace(measure, name=f"{name}/{measure.name}")
+            for measure in measure_errors(known, settings, seed)
+        ]
+        sweeps[name] = [
+            {
+                "min_similarity": least,
+                **_pair_errors(known, settings.model_copy(update={"min_similarity": least})),
+            }
+            for least in _SWEEP
+        ]
+    details = {"settings": settings.model_dump(), "sweeps": sweeps, "num_volumes": len(volumes)}
+    return BenchmarkResult(measures, details, _figure(sweeps))
+
+
+def measure_errors(known: KnownSlices, settings: SubjectConfig, seed: int) -> list[Measure]:
+    """Errors of links, of groups, of a split by groups, and of the pairwise decision."""
+    links = mutual_links(anatomy_descriptors(known.thumbnails), settings)
+    is_right = known.subjects[links.first] == known.subjects[links.second]
+    linked = set(zip(links.first.tolist(), links.second.tolist(), strict=True))
+    neighbours = np.flatnonzero(known.series[:-1] == known.series[1:]).tolist()
+    pairs = _pair_errors(known, settings)
+    groups = _estimate(known, settings)
+    single = np.array([str(number) for number in range(len(groups))])
+    grouped_leak, random_leak = (_leak(known, parts, seed) for parts in (groups, single))
+    return [
+        Measure("link precision", _mean(is_right)),
+        Measure("neighbour recall", _mean([(row, row + 1) in linked for row in neighbours])),
+        Measure("group precision", pairs["precision"], at_least=0.9),
+        Measure("group recall", pairs["recall"]),
+        Measure("slices with a neighbour in group", _with_neighbour(known, groups)),
+        Measure("leak, random split", random_leak),
+        Measure("leak, grouped split", grouped_leak),
+        Measure("leak, grouped / random", grouped_leak / max(random_leak, 1e-9), "x", at_most=0.5),
+        *_pairwise_decision(known, settings),
+    ]
+
+
+def _phantoms(num_subjects: int, seed: int) -> KnownSlices:
+    thumbnails, subjects = [], []
+    for subject in range(num_subjects):
+        rng = np.random.default_rng([seed, subject])
+        class_name = CLASSES[subject % len(CLASSES)]
+        for phantom in make_series(class_name, rng, _PHANTOM_SERIES_LENGTH, _PHANTOM_SIDE):
+            thumbnails.append(_compressed_thumbnail(phantom.image))
+            subjects.append(f"{subject:05d}")
+    names = np.array(subjects)
+    return KnownSlices(np.stack(thumbnails), names, names)
+
+
+def _volumes(paths: list[Path], seed: int) -> KnownSlices:
+    thumbnails, subjects, series = [], [], []
+    for path in paths:
+        for plane in _PLANES:
+            options = DecodeOptions(
+                min_side=_MIN_SIDE,
+                max_pixels=2**24,
+                max_voxels=2**29,
+                axis=plane,
+                window_percentiles=(1.0, 99.0),
+                min_foreground=0.1,
+                salt=str(seed).encode(),
+            )
+            try:
+                slices = decode_nifti(path.read_bytes(), options)
+            except RejectedImage as error:
+                raise DataError(f"{path}: {error}: take it out of the folder") from error
+            step = max(1, round(len(slices) / _SLICES_PER_PLANE))
+            for shown in slices[::step]:
+                thumbnails.append(_compressed_thumbnail(shown.image))
+                subjects.append(str(path))
+                series.append(f"{path}/{plane}")
+    return KnownSlices(np.stack(thumbnails), np.array(subjects), np.array(series))
+
+
+def _compressed_thumbnail(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    _, encoded = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY])
+    decoded = cv2.imdecode(encoded, cv2.IMREAD_GRAYSCALE)
+    return thumbnail(np.asarray(decoded, dtype=np.uint8)).ravel()
+
+
+def _estimate(known: KnownSlices, settings: SubjectConfig) -> NDArray[np.str_]:
+    identities = [f"{number:06d}" for number in range(len(known.subjects))]
+    return np.array(estimate_subjects(known.thumbnails, identities, identities, settings))
+
+
+def _pair_errors(known: KnownSlices, settings: SubjectConfig) -> dict[str, float]:
+    """Of all pairs in a group the share of one subject; of all pairs of a series the share found.
+
+    Recall is of series: looks tell nothing of two planes.
+    """
+    groups = _estimate(known, settings)
+    found, one_subject, one_series = (
+        np.triu(names[:, None] == names[None, :], 1)
+        for names in (groups, known.subjects, known.series)
+    )
+    return {"precision": _mean(one_subject[found]), "recall": _mean(found[one_series])}
+
+
+def _with_neighbour(known: KnownSlices, groups: NDArray[np.str_]) -> float:
+    """Share of slices with the next slice of their series, on either side, in their group."""
+    joined = (known.series[:-1] == known.series[1:]) & (groups[:-1] == groups[1:])
+    return _mean(np.append(joined, False) | np.append(False, joined))
+
+
+def _leak(known: KnownSlices, groups: NDArray[np.str_], seed: int) -> float:
+    """Share of test slices with a slice of the same series in training."""
+    no_labels = [None] * len(groups)
+    is_test = draw_test(no_labels, groups.tolist(), fraction=_TEST_FRACTION, seed=seed)
+    return _mean(np.isin(known.series[is_test], known.series[~is_test]))
+
+
+def _pairwise_decision(known: KnownSlices, settings: SubjectConfig) -> list[Measure]:
+    """Every other slice of one half of the subjects is known; strangers are the other half."""
+    _, number = np.unique(known.subjects, return_inverse=True)
+    is_stranger = number % 2 == 1
+    is_reference = ~is_stranger & (np.arange(len(number)) % 2 == 0)
+    mates = find_same_subject(known.thumbnails, known.thumbnails[is_reference], settings)
+    is_met = mates.reference >= 0
+    return [
+        Measure("known subjects missed", _mean(~is_met[~is_stranger & ~is_reference])),
+        Measure("strangers taken for known", _mean(is_met[is_stranger])),
+    ]
+
+
+def _mean(flags: NDArray[np.bool_] | list[bool]) -> float:
+    """Share of True; NaN of nothing."""
+    return float(np.mean(flags)) if len(flags) else float("nan")
+
+
+def _figure(sweeps: dict[str, list[dict[str, float]]]) -> Figure:
+    figure = Figure(figsize=(6.0, 4.0), layout="constrained")
+    axes = figure.add_subplot()
+    for name, sweep in sweeps.items():
+        least = [point["min_similarity"] for point in sweep]
+        for error, style in (("precision", "-"), ("recall", "--")):
+            axes.plot(least, [point[error] for point in sweep], style, label=f"{name}, {error}")
+    axes.set_xlabel("least similarity of linked slices")
+    axes.set_ylabel("share of pairs of slices")
+    axes.set_ylim(0.0, 1.02)
+    axes.legend()
+    return figure

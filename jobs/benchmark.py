@@ -1,0 +1,37 @@
+"""Measure a claim against a named peer, side by side in one run."""
+
+import argparse
+import sys
+
+from brainray.benchmarks.cases import CASES, run_case
+from brainray.orchestration.job import run_command
+
+DESCRIPTION = """
+Measure a claim against a named peer in the same run; print a table of the figures, each with its
+target and whether it was met, write them as JSON with a plot, and end with one JSON line.
+
+Example: python jobs/benchmark.py duplicates --source /data/brain-tumor-mri --quick
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    cases = "\n".join(f"  {name:<12} {case.__doc__}" for name, case in CASES.items())
+    made = argparse.ArgumentParser(
+        prog="jobs/benchmark.py",
+        description=DESCRIPTION,
+        epilog=f"cases:\n{cases}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("case", choices=sorted(CASES), metavar="CASE", help="see below")
+    made.add_argument("--quick", action="store_true", help="smaller sizes, under 5 minutes")
+    made.add_argument("--source", metavar="DIR", help="real slices to measure on; else phantoms")
+    made.add_argument("--seed", type=int, default=0, help="of all that is drawn [0]")
+    made.add_argument(
+        "--storage", metavar="DIR", default="~/brainray", help="results go to DIR/benchmarks/CASE"
+    )
+    return made
+
+
+if __name__ == "__main__":
+    arguments = parser().parse_args()
+    sys.exit(run_command("benchmark", lambda: run_case(arguments)))
