@@ -1,5 +1,9 @@
 """Names of the files that a store, a run and an evaluation consist of."""
 
+STORE_FORMAT = "brainray-image-store/2"
+RUN_FORMAT = "brainray-run/2"
+# Of what a manifest and a run.json say: changed when older code would misread the rest.
+
 # An image store: storage/datasets/NAME/
 MANIFEST = "manifest.json"  # written last: a folder without one is no store
 IMAGES = "images"  # a folder of Parquet parts of schema.IMAGE_STORE

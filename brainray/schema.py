@@ -36,7 +36,8 @@ IMAGE_STORE = pa.schema(
         ("duplicate_group_id", pa.string()),  # smallest sample_id of the near-duplicates
         ("subject_id", pa.string()),  # null where neither given nor estimated
         ("subject_source", pa.string()),  # given | estimated
-        ("draw_group_id", pa.string()),  # what no draw parts: near-duplicates and subjects joined
+        ("draw_group_id", pa.string()),  # what no draw of labels parts: copies, given subjects
+        ("split_group_id", pa.string()),  # what no split of ours parts: also estimated subjects
         ("generation", pa.int32()),  # in which run of preprocessing the slice first came
         ("skull_strip", pa.string()),  # the method used: otsu also where intracranial gave up
         ("height", pa.int32()),

@@ -2,6 +2,7 @@
 
 import sys
 
+from brainray import layout
 from brainray.config import Config
 from brainray.orchestration.data import preprocess
 from brainray.orchestration.job import JobResult, log, run_job
@@ -14,6 +15,9 @@ def work(config: Config) -> JobResult:
         for split, by_class in store.manifest["num_slices"].items()
         for label, count in by_class.items()
     }
+    leakage = store.folder.read_json(layout.LEAKAGE)
+    counts |= {f"num_test/{subset}": float(n) for subset, n in leakage["num_test"].items()}
+    counts["num_files_decoded"] = float(store.manifest["num_files_decoded"])
     counts["num_rejected"] = float(store.manifest["num_rejected"])
     counts["num_removed_copies"] = float(store.manifest["num_removed_copies"])
     return JobResult(out=str(store.folder), metrics=counts)

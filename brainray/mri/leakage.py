@@ -71,7 +71,8 @@ class Exposure:
 def exposure(queries: Fingerprints, seen: Fingerprints, config: PreprocessConfig) -> Exposure:
     """Compare each query with all that was seen.
 
-    Subjects that both sides name are compared by name; all others by looks.
+    Subjects that both sides name are compared by name; all others by looks, unless the settings
+    switch that off.
     """
     exact = _first_match(queries.sample_ids, seen.sample_ids)
     twins = find_twins(queries.thumbnails, seen.thumbnails, config.near_duplicate)
@@ -80,7 +81,7 @@ def exposure(queries: Fingerprints, seen: Fingerprints, config: PreprocessConfig
     by_looks = np.array(
         [name is None or not any(seen.subjects) for name in queries.subjects], dtype=np.bool_
     )
-    if by_looks.any():
+    if config.subject.estimate and by_looks.any():
         likely = find_same_subject(queries.thumbnails[by_looks], seen.thumbnails, config.subject)
         mate[by_looks], mate_similarity[by_looks] = likely.reference, likely.similarity
     kind = np.where(twins.reference >= 0, np.array(KINDS)[twins.kind], "")

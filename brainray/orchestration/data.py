@@ -120,7 +120,7 @@ def _build(
     building.write_json(layout.LEAKAGE, plan.leakage)
     building.write_bytes(layout.LEAKAGE_TABLE, leakage_table(plan.leakage).encode() + b"\n")
     manifest = {
-        "format": "brainray-image-store/2",
+        "format": layout.STORE_FORMAT,
         "name": config.name,
         "source": config.source,
         "listing": listing.fingerprint,

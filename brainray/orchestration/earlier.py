@@ -13,7 +13,14 @@ from brainray.schema import IMAGE_STORE
 
 LIGHT_COLUMNS = [name for name in SLICES.names if name != "image"]
 PART = pa.field("part", pa.string())  # of images/ that holds the pixels; null where none does
-GROUPS = ["generation", "duplicate_group_id", "subject_id", "subject_source", "draw_group_id"]
+GROUPS = [
+    "generation",
+    "duplicate_group_id",
+    "subject_id",
+    "subject_source",
+    "draw_group_id",
+    "split_group_id",
+]
 
 LIGHT = pa.schema([*(SLICES.field(name) for name in LIGHT_COLUMNS), PART])
 """All slices without their pixels."""

@@ -36,7 +36,7 @@ from brainray.orchestration.preparation import (
     rejected_row,
     subject_salt,
 )
-from brainray.orchestration.run import open_run
+from brainray.orchestration.run import open_run, read_run_info
 from brainray.orchestration.source import FoundFile, SourceFile, list_source
 from brainray.report.evaluation_figures import draw_evaluation_figures
 from brainray.schema import GIVEN, PREDICTIONS, REJECTED, TEST, UNLABELLED
@@ -72,7 +72,7 @@ def evaluate(config: Config, log: Log = print, only_paths: set[str] | None = Non
     if config.source is None:
         raise ConfigError("evaluation needs --set source=DIR")
     checkpoint = load_checkpoint(checkpoint_folder)
-    info = run_folder.read_json(layout.RUN) if run_folder.exists(layout.RUN) else {}
+    info = read_run_info(run_folder) if run_folder.exists(layout.RUN) else {}
     seen = run_folder.read_table(layout.SEEN) if run_folder.exists(layout.SEEN) else None
     # A store may have been made with other preprocessing than the run's config file said.
     preprocess = PreprocessConfig.model_validate(

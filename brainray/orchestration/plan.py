@@ -61,8 +61,16 @@ def plan_store(slices: pa.Table, listing: Listing, config: Config, earlier: Earl
     groups = keep_names(connected_groups(ids, copies.first, copies.second), _was(ids, earlier))
     also_turned = connected_groups(ids, pairs.first, pairs.second)
     subjects, subject_sources = _subjects(accepted, listing, groups, config, earlier)
+    # A draw of labels may part likely neighbours, as the published protocol does; a split may not.
+    named = [
+        subject if source == GIVEN else None
+        for subject, source in zip(subjects, subject_sources, strict=True)
+    ]
     draw_groups = keep_names(
-        joint_groups(groups, also_turned, subjects), _was(ids, earlier, column="draw_group_id")
+        joint_groups(groups, also_turned, named), _was(ids, earlier, column="draw_group_id")
+    )
+    split_groups = keep_names(
+        joint_groups(draw_groups, subjects), _was(ids, earlier, column="split_group_id")
     )
     born = earlier.generations()
     generations = [born.get(identity, earlier.generation) for identity in ids]
@@ -71,7 +79,7 @@ def plan_store(slices: pa.Table, listing: Listing, config: Config, earlier: Earl
     first_copy = _first_copies(ids, splits)
     kept = np.array([copy is None for copy in first_copy], dtype=np.bool_)
     if splits is None:
-        splits = _drawn_splits(kept, labels, draw_groups, generations, config)
+        splits = _drawn_splits(kept, labels, split_groups, generations, config)
     else:
         # Copies are removed from training only: a published test set stays what it is.
         kept |= np.array([split == TEST for split in splits], dtype=np.bool_)
@@ -94,6 +102,7 @@ def plan_store(slices: pa.Table, listing: Listing, config: Config, earlier: Earl
         ("subject_id", subjects, pa.string()),
         ("subject_source", subject_sources, pa.string()),
         ("draw_group_id", draw_groups, pa.string()),
+        ("split_group_id", split_groups, pa.string()),
         ("generation", generations, pa.int32()),
     ):
         table = table.append_column(name, pa.array(column, kind))
@@ -211,7 +220,7 @@ def _first_copies(ids: list[str], splits: list[str] | None) -> list[int | None]:
 def _drawn_splits(
     kept: NDArray[np.bool_],
     labels: list[str | None],
-    draw_groups: list[str],
+    split_groups: list[str],
     generations: list[int],
     config: Config,
 ) -> list[str]:
@@ -219,13 +228,13 @@ def _drawn_splits(
     rows = np.flatnonzero(kept).tolist()
     is_test = draw_test(
         [labels[row] for row in rows],
-        [draw_groups[row] for row in rows],
+        [split_groups[row] for row in rows],
         [generations[row] for row in rows],
         fraction=config.split.test_fraction,
         seed=config.split.seed,
     )
-    of_group = {draw_groups[row]: bool(flag) for row, flag in zip(rows, is_test, strict=True)}
-    return [TEST if of_group[group] else TRAIN for group in draw_groups]
+    of_group = {split_groups[row]: bool(flag) for row, flag in zip(rows, is_test, strict=True)}
+    return [TEST if of_group[group] else TRAIN for group in split_groups]
 
 
 def _twins_of_test(groups: list[str], splits: list[str]) -> NDArray[np.bool_]:

@@ -57,7 +57,22 @@ def open_run(storage: Folder, name: str) -> Run:
     folder = storage / "runs" / name
     if not folder.exists(layout.RUN):
         raise DataError(f"no run {name!r} in {storage}: there are {_names(storage) or 'none'}")
-    return Run(folder, folder.read_json(layout.RUN))
+    return Run(folder, read_run_info(folder))
+
+
+def read_run_info(folder: Folder) -> dict[str, Any]:
+    """A run's ``run.json``.
+
+    Raises:
+        DataError: another version of brainray wrote it.
+    """
+    info: dict[str, Any] = folder.read_json(layout.RUN)
+    if info.get("format") != layout.RUN_FORMAT:
+        raise DataError(
+            f"the run {folder} was made by another version of brainray ({info.get('format')}, "
+            f"this one reads {layout.RUN_FORMAT}): train under another name"
+        )
+    return info
 
 
 def begin_run(config: Config, store: ImageStore, num_workers: int) -> tuple[Run, bool]:
@@ -76,7 +91,7 @@ def begin_run(config: Config, store: ImageStore, num_workers: int) -> tuple[Run,
     folder = Folder(config.storage) / "runs" / config.name
     settings = _settings(config)
     if folder.exists(layout.RUN):
-        info = folder.read_json(layout.RUN)
+        info = read_run_info(folder)
         difference = differing_settings(info["settings"], settings)
         if difference:
             raise ConfigError(
@@ -104,7 +119,7 @@ def begin_run(config: Config, store: ImageStore, num_workers: int) -> tuple[Run,
     _keep_records(store.folder, folder / layout.DATASET)
     folder.write_bytes(layout.CONFIG, to_yaml(config).encode())
     info = {
-        "format": "brainray-run/1",
+        "format": layout.RUN_FORMAT,
         "name": config.name,
         "dataset": config.dataset,
         "data_hash": store.data_hash,

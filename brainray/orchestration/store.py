@@ -27,13 +27,20 @@ class ImageStore:
 
     @classmethod
     def open(cls, folder: Folder) -> "ImageStore":
-        """Raises DataError where there is no finished store."""
+        """Raises DataError where there is no finished store, or one of another version."""
         if not folder.exists(layout.MANIFEST):
             raise DataError(
                 f"no image store at {folder}: run jobs/preprocess.py with --set name=... first, "
                 "and name that store with --set dataset=..."
             )
-        return cls(folder, folder.read_json(layout.MANIFEST))
+        manifest = folder.read_json(layout.MANIFEST)
+        if manifest.get("format") != layout.STORE_FORMAT:
+            raise DataError(
+                f"the image store {folder} was made by another version of brainray "
+                f"({manifest.get('format')}, this one reads {layout.STORE_FORMAT}): "
+                "choose another name, or delete it and preprocess again"
+            )
+        return cls(folder, manifest)
 
     @property
     def classes(self) -> list[str]:

@@ -16,6 +16,7 @@ from brainray.orchestration.data import preprocess
 from brainray.orchestration.preparation import decode_options
 from brainray.orchestration.store import ImageStore
 from brainray.schema import IMAGE_STORE
+from brainray.storage import Folder
 from tests.conftest import tiny_config
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -111,6 +112,12 @@ def test_an_equal_store_is_reused_and_other_settings_are_refused(
         )
 
 
+def test_a_store_of_another_version_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text('{"format": "brainray-image-store/1"}')
+    with pytest.raises(DataError, match="another version of brainray"):
+        ImageStore.open(Folder(tmp_path))
+
+
 def test_bad_files_are_recorded_and_the_rest_goes_on(phantoms: Path, tmp_path: Path) -> None:
     source = tmp_path / "source"
     shutil.copytree(phantoms, source)
@@ -161,7 +168,7 @@ def test_a_source_without_splits_is_split_by_group(phantoms: Path, tmp_path: Pat
     shares = index.groupby("label")["split"].apply(lambda split: (split == "test").mean())
     assert shares.between(0.15, 0.3).all()
     assert index.groupby("duplicate_group_id")["split"].nunique().max() == 1
-    assert index.groupby("draw_group_id")["split"].nunique().max() == 1
+    assert index.groupby("split_group_id")["split"].nunique().max() == 1
     assert made.folder.read_json("leakage.json")["across_splits"]["near"] == []
 
 
