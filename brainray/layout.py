@@ -4,6 +4,11 @@ STORE_FORMAT = "brainray-image-store/2"
 RUN_FORMAT = "brainray-run/2"
 # Of what a manifest and a run.json say: changed when older code would misread the rest.
 
+# Under storage, a folder each by name
+DATASETS = "datasets"
+RUNS = "runs"
+EVALUATIONS = "evaluations"
+
 # An image store: storage/datasets/NAME/
 MANIFEST = "manifest.json"  # written last: a folder without one is no store
 IMAGES = "images"  # a folder of Parquet parts of schema.IMAGE_STORE

@@ -1,12 +1,14 @@
 """The whole method on drawn phantoms, on a Ray head of its own, in one command: `make demo`.
 
 It draws slices, starts Ray beside whatever else runs on this machine, submits jobs/pipeline.py as
-a user would submit it, prints what came out, and ends every process that it started.
+a user would submit it, prints what came out, and ends every process that it started. What an
+earlier demo left in its folder is replaced.
 """
 
 import argparse
 import json
 import shlex
+import shutil
 import signal
 import sys
 from collections.abc import Sequence
@@ -14,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from brainray import layout
 from brainray.errors import BrainrayError, DataError
 from brainray.mri.phantom import write_phantoms
 from brainray.orchestration.own_head import (
@@ -25,6 +28,7 @@ from brainray.orchestration.own_head import (
 
 PROJECT = Path(__file__).resolve().parent.parent
 DEFAULT_OUT = Path("~/brainray-demo")
+PHANTOMS = "phantoms"
 RUN_NAME = "demo"
 NUM_TRAINING_PER_CLASS = 160
 NUM_TESTING_PER_CLASS = 40
@@ -43,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"demo: {error}", file=sys.stderr)
         return 2 if isinstance(error, BrainrayError) else 1
     except KeyboardInterrupt:
-        print("\ndemo: interrupted; the same command goes on where this one stopped")
+        print("\ndemo: interrupted")
         return 128 + signal.SIGINT
 
 
@@ -58,9 +62,10 @@ def run_demo(
         RayDidNotStart: as it says.
     """
     _make_folder(out)
+    _remove_earlier(out)
     tracking_uri = f"sqlite:///{out / 'mlflow.db'}"
     settings = {
-        "source": out / "phantoms",
+        "source": out / PHANTOMS,
         "storage": out,
         "tracking.uri": tracking_uri,
         "name": RUN_NAME,
@@ -71,7 +76,13 @@ def run_demo(
 
     with own_ray_head(_say) as head:
         # Ray needs seconds to come up: the phantoms are drawn meanwhile.
-        _draw_phantoms(out / "phantoms")
+        _say(f"drawing phantoms into {out / PHANTOMS}")
+        write_phantoms(
+            out / PHANTOMS,
+            num_training_per_class=NUM_TRAINING_PER_CLASS,
+            num_testing_per_class=NUM_TESTING_PER_CLASS,
+            seed=0,
+        )
         wait_until_ready(head)
         exit_code, line = submit(head, entrypoint, name=RUN_NAME, working_dir=PROJECT, say=_say)
     result = _parse_result(line)
@@ -83,8 +94,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Exit code: the pipeline's (0 done, 1 failed, 2 bad input), 130 after Ctrl-C. "
-        "An interrupted\ndemo goes on where it stopped; delete the folder to start anew.",
+        epilog="Exit code: the pipeline's (0 done, 1 failed, 2 bad input), 130 after Ctrl-C.",
     )
     parser.add_argument(
         "--out",
@@ -108,17 +118,11 @@ def _make_folder(out: Path) -> None:
         raise DataError(f"cannot make {out} ({error.strerror}): choose another --out") from None
 
 
-def _draw_phantoms(folder: Path) -> None:
-    if folder.exists():
-        _say(f"using the phantoms in {folder}")
-        return
-    _say(f"drawing phantoms into {folder}")
-    write_phantoms(
-        folder,
-        num_training_per_class=NUM_TRAINING_PER_CLASS,
-        num_testing_per_class=NUM_TESTING_PER_CLASS,
-        seed=0,
-    )
+def _remove_earlier(out: Path) -> None:
+    """Slices and results of an earlier demo: another version may have made them."""
+    made = [f"{kind}/{RUN_NAME}" for kind in (layout.DATASETS, layout.RUNS, layout.EVALUATIONS)]
+    for folder in (PHANTOMS, *made):
+        shutil.rmtree(out / folder, ignore_errors=True)
 
 
 def _parse_result(line: str | None) -> dict[str, Any] | None:

@@ -70,7 +70,7 @@ def preprocess(config: Config, log: Log = print) -> ImageStore:
     if config.name is None or config.source is None:
         raise ConfigError("preprocessing needs --set name=NAME source=DIR")
     source = Folder(config.source)
-    datasets = Folder(config.storage) / "datasets"
+    datasets = Folder(config.storage) / layout.DATASETS
     target, building = datasets / config.name, datasets / f".{config.name}.building"
     labels = None if config.labels is None else Folder(config.labels)
     listing = list_source(source, labels, config.classes.map)

@@ -46,7 +46,7 @@ def train(config: Config, log: Log = print) -> TrainedRun:
     if config.dataset is None:
         raise ConfigError("training needs the name of an image store: --set dataset=NAME")
     storage = Folder(config.storage)
-    store = ImageStore.open(storage / "datasets" / config.dataset)
+    store = ImageStore.open(storage / layout.DATASETS / config.dataset)
     _check_store_fits(config, store)
     # What the config leaves out is as the store was made: prediction preprocesses by it.
     config = config.model_copy(update={"preprocess": store.preprocess})

@@ -102,7 +102,7 @@ def evaluate(config: Config, log: Log = print, only_paths: set[str] | None = Non
         seed=config.seed,
     )
     metrics |= {"num_rejected": float(rejected.num_rows), "epoch": float(checkpoint.epoch)}
-    folder = Folder(config.storage) / "evaluations" / _name(config)
+    folder = Folder(config.storage) / layout.EVALUATIONS / _name(config)
     folder.write_table(layout.PREDICTIONS, predictions)
     folder.write_table(layout.REJECTED, rejected)
     folder.write_json(layout.EVALUATION_METRICS, metrics)

@@ -54,7 +54,7 @@ class Run:
 
 def open_run(storage: Folder, name: str) -> Run:
     """Raises DataError where there is no run of that name."""
-    folder = storage / "runs" / name
+    folder = storage / layout.RUNS / name
     if not folder.exists(layout.RUN):
         raise DataError(f"no run {name!r} in {storage}: there are {_names(storage) or 'none'}")
     return Run(folder, read_run_info(folder))
@@ -88,7 +88,7 @@ def begin_run(config: Config, store: ImageStore, num_workers: int) -> tuple[Run,
     """
     if config.name is None:
         raise ConfigError("training needs a name for the run: --set name=NAME")
-    folder = Folder(config.storage) / "runs" / config.name
+    folder = Folder(config.storage) / layout.RUNS / config.name
     settings = _settings(config)
     if folder.exists(layout.RUN):
         info = read_run_info(folder)
@@ -209,4 +209,4 @@ def _role_counts(seen: pa.Table) -> dict[str, int]:
 
 
 def _names(storage: Folder) -> str:
-    return ", ".join((storage / "runs").names())
+    return ", ".join((storage / layout.RUNS).names())
