@@ -134,7 +134,7 @@ class AugmentConfig(_Section):
     rotation_probability: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
     """Probability of a rotation."""
     max_rotation_deg: Annotated[float, Field(ge=0.0, le=180.0)] = 90.0
-    """Rotations are uniform between minus and plus this angle."""
+    """Largest rotation either way; small ones are more frequent (half are below an eighth)."""
     max_zoom: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
     """Zoom factors are uniform in 1 +- this."""
     max_intensity_shift: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1

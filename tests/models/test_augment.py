@@ -42,6 +42,18 @@ def test_rotations_keep_the_centre_and_stay_within_the_angle() -> None:
     assert rotated[:, 0, 45:].sum() > 0
 
 
+def test_small_rotations_are_the_most_frequent() -> None:
+    image = torch.zeros(1, 1, 65, 65)
+    image[..., 32, 32:64] = 1
+    config = NOTHING.model_copy(update={"rotation_probability": 1.0, "max_rotation_deg": 80.0})
+    rotated = apply(config, image.expand(400, -1, -1, -1))[:, 0]
+    y, x = torch.meshgrid(torch.arange(65.0) - 32, torch.arange(65.0) - 32, indexing="ij")
+    angle = torch.atan2((rotated * y).sum(dim=(1, 2)), (rotated * x).sum(dim=(1, 2))).rad2deg()
+    assert 0.4 < (angle.abs() < 10).float().mean() < 0.6
+    assert (angle > 40).any()
+    assert (angle < -40).any()
+
+
 def test_intensities_stay_in_range_and_differ_between_slices() -> None:
     config = NOTHING.model_copy(update={"max_intensity_shift": 0.5})
     changed = apply(config, torch.full((6, 1, 8, 8), 0.5))

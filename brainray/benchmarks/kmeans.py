@@ -1,0 +1,174 @@
+"""K-means against scikit-learn and faiss: same start, same iterations, same inertia."""
+
+import time
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
+import faiss
+import numpy as np
+import sklearn.cluster
+import torch
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from sklearn.exceptions import ConvergenceWarning
+
+from brainray import dist
+from brainray.benchmarks.result import BenchmarkResult, Measure
+from brainray.benchmarks.samples import embedding_like
+from brainray.benchmarks.timing import side_by_side
+from brainray.clustering.kmeans import KMeans
+from brainray.report.style import BLUE, GREY, ORANGE, SKY, new_figure
+
+Matrix = NDArray[np.float32]
+
+
+class Size(NamedTuple):
+    num_rows: int
+    num_features: int
+    num_clusters: int
+
+    def __str__(self) -> str:
+        return f"({self.num_rows:,}, {self.num_features}, K={self.num_clusters})"
+
+
+SIZES = (Size(6_000, 512, 4), Size(100_000, 64, 16), Size(1_000_000, 64, 64))
+QUICK_SIZES = (Size(6_000, 512, 4), Size(100_000, 64, 16), Size(200_000, 64, 64))
+COLD_ITERATIONS = 20
+DRIFT = 0.1  # of the noise: how far rows move from one epoch to the next
+MAX_INERTIA_DIFFERENCE = 1e-4
+MIN_SPEEDUP = 1.0
+MIN_RANKS_SPEEDUP = 1.7
+
+
+def run(*, quick: bool, source: object, seed: int, log: Callable[[str], None]) -> BenchmarkResult:
+    """K-means against scikit-learn (Lloyd, Elkan) and faiss, cold and warm, and on two ranks."""
+    del source  # the rows are drawn
+    sizes = QUICK_SIZES if quick else SIZES
+    measures: list[Measure] = []
+    milliseconds: dict[str, dict[str, float]] = {}
+    for size in sizes:
+        rows = embedding_like(size.num_rows, size.num_features, size.num_clusters, seed)
+        rounds = 9 if size.num_rows <= 10_000 else 3
+        cold = rows[np.random.default_rng(seed).choice(len(rows), size.num_clusters, False)]
+        noise = np.random.default_rng(seed + 1).standard_normal(rows.shape, dtype=np.float32)
+        settled = _ours(rows, cold, 100).cluster_centers_.numpy()
+        moved = rows + np.float32(DRIFT) * noise
+        for start, data, centers in (("cold", rows, cold), ("warm", moved, settled)):
+            name = f"{size} {start}"
+            found, inertia_gap = _contest(data, centers, rounds)
+            peers = {peer: value for peer, value in found.items() if peer != "brainray"}
+            best = min(peers, key=lambda peer: peers[peer])
+            speedup = peers[best] / found["brainray"]
+            log(f"{name}: " + ", ".join(f"{k} {1e3 * v:.1f} ms" for k, v in found.items()))
+            milliseconds[name] = {peer: 1e3 * value for peer, value in found.items()}
+            measures += [
+                Measure(f"{name}: against {best}", speedup, "x", at_least=MIN_SPEEDUP),
+                Measure(f"{name}: inertia", inertia_gap, at_most=MAX_INERTIA_DIFFERENCE),
+            ]
+    largest = sizes[-1]
+    log(f"two ranks of one thread against one, {largest}")
+    (one,) = dist.run_on_ranks(_timed_shard, 1, largest, seed)
+    two = dist.run_on_ranks(_timed_shard, 2, largest, seed)
+    difference = abs(two[0]["inertia"] - one["inertia"]) / one["inertia"]
+    measures += [
+        Measure(
+            f"{largest}: two ranks against one",
+            one["seconds"] / max(rank["seconds"] for rank in two),
+            "x",
+            at_least=MIN_RANKS_SPEEDUP,
+        ),
+        Measure(f"{largest}: inertia on two ranks", difference, at_most=1e-6),
+    ]
+    details = {"milliseconds": milliseconds, "threads": torch.get_num_threads()}
+    return BenchmarkResult(measures, details, _figure(milliseconds))
+
+
+def _contest(data: Matrix, centers: Matrix, rounds: int) -> tuple[dict[str, float], float]:
+    """Seconds of each contestant, and the largest relative difference of inertia to ours."""
+    # As many iterations for all; those that come to rest earlier come to rest at the same.
+    num_iter = _ours(data, centers, COLD_ITERATIONS).n_iter_
+    timed = side_by_side(
+        {
+            "brainray": lambda: _ours(data, centers, num_iter).cluster_centers_.numpy(),
+            "scikit-learn lloyd": lambda: _sklearn(data, centers, num_iter, "lloyd"),
+            "scikit-learn elkan": lambda: _sklearn(data, centers, num_iter, "elkan"),
+            "faiss": lambda: _faiss(data, centers, num_iter),
+        },
+        rounds=rounds,
+    )
+    inertia = {name: _inertia(data, found.result) for name, found in timed.items()}
+    gap = max(abs(value / inertia["brainray"] - 1) for value in inertia.values())
+    return {name: found.seconds for name, found in timed.items()}, gap
+
+
+def _ours(data: Matrix, centers: Matrix, num_iter: int) -> KMeans:
+    kmeans = KMeans(len(centers), max_iter=num_iter, tol=0.0)
+    return kmeans.fit(torch.from_numpy(data), init_centers=torch.from_numpy(centers))
+
+
+def _sklearn(data: Matrix, centers: Matrix, num_iter: int, algorithm: str) -> Matrix:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        kmeans = sklearn.cluster.KMeans(
+            len(centers), init=centers, n_init=1, max_iter=num_iter, tol=0.0, algorithm=algorithm
+        )
+        return np.asarray(kmeans.fit(data).cluster_centers_, np.float32)
+
+
+def _faiss(data: Matrix, centers: Matrix, num_iter: int) -> Matrix:
+    kmeans = faiss.Kmeans(
+        data.shape[1],
+        len(centers),
+        niter=num_iter,
+        min_points_per_centroid=1,
+        max_points_per_centroid=len(data),  # all rows, no sample
+    )
+    kmeans.train(data, init_centroids=centers)
+    return np.asarray(kmeans.centroids, np.float32)
+
+
+def _inertia(data: Matrix, centers: Matrix) -> float:
+    wide = centers.astype(np.float64)
+    total = 0.0
+    for start in range(0, len(data), 16_384):
+        rows = data[start : start + 16_384].astype(np.float64)
+        squared = np.square(rows).sum(1)[:, None] - 2 * rows @ wide.T + np.square(wide).sum(1)
+        total += float(squared.min(axis=1).sum())
+    return total
+
+
+def _timed_shard(size: Size, seed: int) -> dict[str, float]:
+    """Seconds of a fit of this rank's share of the rows, from when all ranks are ready."""
+    rows = torch.from_numpy(embedding_like(*size, seed))
+    centers = rows[: size.num_clusters].clone()
+    keys = torch.arange(len(rows))[dist.rank() :: dist.world_size()].contiguous()
+    mine = rows[dist.rank() :: dist.world_size()].contiguous()
+    del rows
+    dist.sum_across_ranks(torch.zeros(1))
+    started = time.perf_counter()
+    kmeans = KMeans(size.num_clusters, max_iter=COLD_ITERATIONS, tol=0.0)
+    kmeans.fit(mine, row_keys=keys, init_centers=centers)
+    return {"seconds": time.perf_counter() - started, "inertia": kmeans.inertia_}
+
+
+def _figure(milliseconds: dict[str, dict[str, float]]) -> Figure:
+    """Time relative to ours, for each size and start."""
+    figure = new_figure(8.0, 0.6 * len(milliseconds) * 2 + 1.0)
+    axes = figure.subplots()
+    colours = [BLUE, ORANGE, GREY, SKY]
+    for row, found in enumerate(milliseconds.values()):
+        for place, (name, value) in enumerate(found.items()):
+            axes.barh(
+                row + 0.2 * place,
+                value / found["brainray"],
+                height=0.18,
+                color=colours[place],
+                label=name if row == 0 else None,
+            )
+    axes.set_yticks([row + 0.3 for row in range(len(milliseconds))], list(milliseconds))
+    axes.set_xscale("log")
+    axes.invert_yaxis()
+    axes.set_xlabel("time relative to brainray, same start and iterations")
+    axes.legend()
+    return figure
