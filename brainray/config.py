@@ -19,6 +19,9 @@ from brainray.errors import ConfigError
 Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
 
+SearchDomain = dict[Literal["choice", "uniform", "log_uniform", "integer"], list[Any]]
+SearchSpace = dict[str, SearchDomain]
+
 _MAX_CONFIG_BYTES = 1_000_000
 _NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -178,6 +181,8 @@ class TrainConfig(_Section):
     """DDP ranks; 0 takes every GPU of the Ray cluster, or one worker where it has none."""
     cpus_per_worker: Annotated[int, Field(ge=0)] = 0
     """CPUs (and threads) of each worker; 0 shares the Ray cluster's CPUs among the workers."""
+    gpus_per_worker: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Share of a GPU that a worker takes where it trains on one; trials of a sweep may share."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """``auto`` takes CUDA where the Ray cluster has GPUs."""
     batch_size_per_worker: Positive = 64
@@ -192,6 +197,13 @@ class TrainConfig(_Section):
     """AdamW's decoupled weight decay."""
     warmup_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.15
     """Share of the steps in which the learning rate rises."""
+    accumulation_steps: Positive = 1
+    """Batches whose gradients are averaged for one step of the optimiser."""
+    compile: bool = False
+    """Compile the encoder with torch.compile: minutes at the start, faster steps on a GPU."""
+    cache_gib: Annotated[float, Field(ge=0.0)] = 4.0
+    """A worker's slices, in GiB, that may stay in the memory of its device; what is beyond is
+    streamed from a file of its node."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """``auto`` is bf16 autocast where the hardware computes it, else fp32."""
     wait_for_nodes: bool = False
@@ -215,6 +227,45 @@ class TrackingConfig(_Section):
     """MLflow tracking URI; ``MLFLOW_TRACKING_URI`` wins; default: a SQLite file in ``storage``."""
     experiment: str = "brainray"
     """MLflow experiment; made when absent."""
+
+
+class TuneConfig(_Section):
+    space: SearchSpace = {}
+    """For each dotted config key one of ``choice: [...]`` and ``uniform``, ``log_uniform`` or
+    ``integer`` with ``[low, high]``."""
+    algorithm: Literal["random", "grid", "optuna"] = "random"
+    """``grid`` takes every combination of choices; ``optuna`` learns from finished trials (TPE)."""
+    scheduler: Literal["asha", "median", "none"] = "asha"
+    """What stops poor trials early: successive halving, the median rule, or nothing."""
+    num_trials: Positive = 16
+    """Trials of the whole sweep, resumed ones included; ``grid`` has as many as combinations."""
+    metric: str = "validation/score"
+    """What is compared: a figure of the validation slices; test figures are refused."""
+    mode: Literal["max", "min"] = "max"
+    """Whether a larger or a smaller ``metric`` is better."""
+    min_epochs: Positive = 2
+    """No trial is stopped before it has trained for so many epochs."""
+    reduction_factor: Annotated[float, Field(gt=1.0)] = 3.0
+    """Successive halving keeps one trial in so many at each rung."""
+    max_concurrent_trials: Annotated[int, Field(ge=0)] = 0
+    """Trials at a time; 0 takes as many as the Ray cluster holds."""
+    time_budget_min: Annotated[float, Field(gt=0.0)] | None = None
+    """No trial goes on after so many minutes of this submission."""
+
+    @field_validator("metric")
+    @classmethod
+    def _no_test_metric(cls, value: str) -> str:
+        if not value.startswith("validation/"):
+            raise ValueError(
+                f"{value!r} is no validation figure: choosing by test figures would fit the sweep "
+                "to the test slices; use one under validation/, such as validation/score"
+            )
+        return value
+
+
+class RegistryConfig(_Section):
+    name: str | None = None
+    """Name under which a sweep's best model is registered in MLflow; none registers nothing."""
 
 
 class Config(_Section):
@@ -246,6 +297,8 @@ class Config(_Section):
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     tracking: TrackingConfig = TrackingConfig()
+    tune: TuneConfig = TuneConfig()
+    registry: RegistryConfig = RegistryConfig()
 
     @field_validator("name", "dataset", "run")
     @classmethod

@@ -1,12 +1,21 @@
 """Collectives: the only module that talks to torch.distributed.
 
-Every function is also correct without a process group, as on a single rank. Callers must call
+Every collective is also correct without a process group, as on a single rank. Callers must call
 them unconditionally and in the same order on every rank.
 """
+
+import tempfile
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor
+from torch.multiprocessing.spawn import spawn
+
+_PATIENCE = timedelta(minutes=10)
 
 
 def _is_distributed() -> bool:
@@ -59,3 +68,49 @@ def broadcast_from_first(tensor: Tensor) -> Tensor:
     shared = tensor.clone().contiguous()
     torch_dist.broadcast(shared, src=0)
     return shared
+
+
+def run_on_ranks(
+    work: Callable[..., Any], num_ranks: int, *arguments: Any, num_threads: int = 1
+) -> list[Any]:
+    """``work(*arguments)`` on new processes of this machine, one a rank of a gloo group, no Ray.
+
+    For tests and measurements of what must not depend on the number of ranks. ``work`` is a
+    module's top-level function, since it and its arguments are pickled. An exception on any rank
+    is raised here, with that rank's traceback.
+
+    Returns:
+        What each rank returned, in rank order.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        spawn(_run_rank, (num_ranks, num_threads, folder, work, arguments), nprocs=num_ranks)
+        return [
+            torch.load(_result_of_rank(folder, number), weights_only=False)
+            for number in range(num_ranks)
+        ]
+
+
+def _run_rank(
+    number: int,
+    num_ranks: int,
+    num_threads: int,
+    folder: str,
+    work: Callable[..., Any],
+    arguments: tuple[Any, ...],
+) -> None:
+    torch.set_num_threads(num_threads)
+    torch_dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=number,
+        world_size=num_ranks,
+        timeout=_PATIENCE,
+    )
+    try:
+        torch.save(work(*arguments), _result_of_rank(folder, number))
+    finally:
+        torch_dist.destroy_process_group()
+
+
+def _result_of_rank(folder: str, number: int) -> Path:
+    return Path(folder, f"{number}.pt")

@@ -1,6 +1,6 @@
 """Names of the files that a store, a run and an evaluation consist of."""
 
-STORE_FORMAT = "brainray-image-store/2"
+STORE_FORMAT = "brainray-image-store/3"
 RUN_FORMAT = "brainray-run/2"
 # Of what a manifest and a run.json say: changed when older code would misread the rest.
 
@@ -8,6 +8,8 @@ RUN_FORMAT = "brainray-run/2"
 DATASETS = "datasets"
 RUNS = "runs"
 EVALUATIONS = "evaluations"
+SWEEPS = "sweeps"
+PREDICTED = "predictions"
 
 # An image store: storage/datasets/NAME/
 MANIFEST = "manifest.json"  # written last: a folder without one is no store
@@ -33,6 +35,10 @@ TRACKING = "tracking.json"  # what MLflow has got
 # A checkpoint's folder
 MODEL = "model.pt"  # all that prediction needs
 TRAINER = "trainer.pt"  # what training needs beside it
+FITTED = "fitted.parquet"  # of the chosen epoch: the slices that the mixture was fitted on
+
+# A prediction: storage/predictions/NAME/
+PART = "part-{number:06d}.parquet"
 
 # An evaluation: storage/evaluations/NAME/
 PREDICTIONS = "predictions.parquet"

@@ -37,6 +37,7 @@ IMAGE_STORE = pa.schema(
         ("subject_id", pa.string()),  # null where neither given nor estimated
         ("subject_source", pa.string()),  # given | estimated
         ("draw_group_id", pa.string()),  # what no draw of labels parts: copies, given subjects
+        ("kin_group_id", pa.string()),  # what validation never shares with training: also turned
         ("split_group_id", pa.string()),  # what no split of ours parts: also estimated subjects
         ("generation", pa.int32()),  # in which run of preprocessing the slice first came
         ("skull_strip", pa.string()),  # the method used: otsu also where intracranial gave up
@@ -107,3 +108,33 @@ PREDICTIONS = pa.schema(
         ("thumbnail", pa.binary(THUMBNAIL_SIDE * THUMBNAIL_SIDE)),
     ]
 )
+
+FITTED = pa.schema(
+    [
+        ("sample_id", pa.string()),
+        ("coordinates", pa.list_(pa.float32())),  # of the embedding, in the mixture's PCA space
+        ("log_likelihood", pa.float32()),  # of the embedding under the mixture
+    ]
+)
+"""The slices that a mixture was fitted on: what new slices are compared with."""
+
+PREDICTED = pa.schema(
+    [
+        ("path", pa.string()),
+        ("frame", pa.string()),
+        ("sample_id", pa.string()),
+        ("reason", pa.string()),  # why there is no prediction; null where there is one
+        ("detail", pa.string()),
+        ("class", pa.string()),  # most probable class, of the head
+        ("confidence", pa.float32()),  # its probability
+        ("probabilities", pa.list_(pa.float32())),  # (C,), of the head
+        ("cluster", pa.int32()),  # most likely component
+        ("cluster_class", pa.string()),  # class that this component stands for
+        ("responsibilities", pa.list_(pa.float32())),  # (K,), of the mixture
+        ("log_likelihood", pa.float32()),  # of the embedding under the mixture
+        ("outlier_score", pa.float32()),  # share of the training slices that are likelier
+        ("nearest", pa.list_(pa.string())),  # sample_ids of the most similar training slices
+        ("nearest_distance", pa.list_(pa.float32())),  # theirs, in the mixture's PCA space
+    ]
+)
+"""What ``jobs/predict.py`` says of a slice, or of a file that cannot be read."""

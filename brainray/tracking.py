@@ -15,9 +15,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
+import mlflow
+import mlflow.pytorch
+import numpy as np
+import torch
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.models import ModelSignature
+from mlflow.types import Schema, TensorSpec
+from numpy.typing import NDArray
+from torch import nn
 
 from brainray import layout
 from brainray.errors import TrackingError
@@ -47,8 +55,18 @@ class Tracker(Protocol):
         """Send files of the run's folder as artifacts."""
         ...
 
+    def log_tags(self, tags: Mapping[str, str]) -> None:
+        """Set tags on the run."""
+        ...
+
+    def log_model(
+        self, model: nn.Module, example: NDArray[np.float32], registered_name: str | None
+    ) -> None:
+        """Keep a model with signature and input example; register it where a name is given."""
+        ...
+
     def finish(self, status: str = "FINISHED") -> None:
-        """Mark the run as FINISHED or FAILED."""
+        """Mark the run as FINISHED, FAILED or KILLED."""
         ...
 
 
@@ -118,6 +136,31 @@ class MLflowTracker:
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 copy.write_bytes(self._run.read_bytes(name))
             self._connect().log_artifacts(self._id, temporary)
+
+    def log_tags(self, tags: Mapping[str, str]) -> None:
+        with _readable_errors(self._uri):
+            self._connect().log_batch(self._id, tags=_tags(tags))
+
+    def log_model(
+        self, model: nn.Module, example: NDArray[np.float32], registered_name: str | None
+    ) -> None:
+        with _readable_errors(self._uri), torch.no_grad():
+            self._connect()
+            output = model(torch.from_numpy(example)).numpy()
+            inputs, outputs = (
+                Schema([TensorSpec(array.dtype, (-1, *array.shape[1:]))])
+                for array in (example, output)
+            )
+            # Models are logged through MLflow's global state only.
+            mlflow.set_tracking_uri(self._uri)
+            with mlflow.start_run(run_id=self._id):
+                mlflow.pytorch.log_model(
+                    model,
+                    name="model",
+                    signature=ModelSignature(inputs, outputs),
+                    input_example=example,
+                    registered_model_name=registered_name,
+                )
 
     def finish(self, status: str = "FINISHED") -> None:
         with _readable_errors(self._uri):
@@ -197,6 +240,14 @@ class LenientTracker:
         chosen = list(names)
         self._try(lambda: self._tracker.log_files(chosen))
 
+    def log_tags(self, tags: Mapping[str, str]) -> None:
+        self._try(lambda: self._tracker.log_tags(tags))
+
+    def log_model(
+        self, model: nn.Module, example: NDArray[np.float32], registered_name: str | None
+    ) -> None:
+        self._try(lambda: self._tracker.log_model(model, example, registered_name))
+
     def finish(self, status: str = "FINISHED") -> None:
         self._try(lambda: self._tracker.finish(status))
 
@@ -226,6 +277,10 @@ def artifact_location(uri: str, storage: Folder) -> str | None:
         return None
     local = storage.local_path
     return (local / "mlartifacts").as_uri() if local is not None else f"{storage}/mlartifacts"
+
+
+PARENT_TAG = "mlflow.parentRunId"
+"""Tag of a run that MLflow shows below another."""
 
 
 def _tags(tags: Mapping[str, str]) -> list[RunTag]:

@@ -3,7 +3,7 @@
 import sys
 
 from brainray.config import Config
-from brainray.orchestration.inference import evaluate
+from brainray.orchestration.evaluation import evaluate
 from brainray.orchestration.job import JobResult, log, run_job
 from brainray.report.table import results_table
 

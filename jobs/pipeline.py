@@ -6,7 +6,7 @@ from brainray.config import Config
 from brainray.errors import ConfigError
 from brainray.orchestration.data import preprocess
 from brainray.orchestration.driver import train
-from brainray.orchestration.inference import evaluate
+from brainray.orchestration.evaluation import evaluate
 from brainray.orchestration.job import JobResult, log, run_job
 from brainray.report.table import results_table
 

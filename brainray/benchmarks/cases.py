@@ -4,7 +4,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
-from brainray.benchmarks import duplicates, preprocess, subjects
+from brainray.benchmarks import duplicates, gmm, kmeans, preprocess, subjects, training
 from brainray.benchmarks.result import BenchmarkResult, measures_table
 from brainray.errors import DataError
 from brainray.orchestration.job import JobResult, log
@@ -15,8 +15,11 @@ Case = Callable[..., BenchmarkResult]
 
 CASES: dict[str, Case] = {
     "duplicates": duplicates.run,
+    "gmm": gmm.run,
+    "kmeans": kmeans.run,
     "preprocess": preprocess.run,
     "subjects": subjects.run,
+    "training": training.run,
 }
 """Each takes quick, source, seed and log by name; the first line of its docstring is its help."""
 

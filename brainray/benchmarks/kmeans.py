@@ -9,16 +9,14 @@ import faiss
 import numpy as np
 import sklearn.cluster
 import torch
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
 
 from brainray import dist
 from brainray.benchmarks.result import BenchmarkResult, Measure
 from brainray.benchmarks.samples import embedding_like
-from brainray.benchmarks.timing import side_by_side
+from brainray.benchmarks.timing import OURS, relative_times, side_by_side
 from brainray.clustering.kmeans import KMeans
-from brainray.report.style import BLUE, GREY, ORANGE, SKY, new_figure
 
 Matrix = NDArray[np.float32]
 
@@ -57,9 +55,9 @@ def run(*, quick: bool, source: object, seed: int, log: Callable[[str], None]) -
         for start, data, centers in (("cold", rows, cold), ("warm", moved, settled)):
             name = f"{size} {start}"
             found, inertia_gap = _contest(data, centers, rounds)
-            peers = {peer: value for peer, value in found.items() if peer != "brainray"}
+            peers = {peer: value for peer, value in found.items() if peer != OURS}
             best = min(peers, key=lambda peer: peers[peer])
-            speedup = peers[best] / found["brainray"]
+            speedup = peers[best] / found[OURS]
             log(f"{name}: " + ", ".join(f"{k} {1e3 * v:.1f} ms" for k, v in found.items()))
             milliseconds[name] = {peer: 1e3 * value for peer, value in found.items()}
             measures += [
@@ -81,7 +79,7 @@ def run(*, quick: bool, source: object, seed: int, log: Callable[[str], None]) -
         Measure(f"{largest}: inertia on two ranks", difference, at_most=1e-6),
     ]
     details = {"milliseconds": milliseconds, "threads": torch.get_num_threads()}
-    return BenchmarkResult(measures, details, _figure(milliseconds))
+    return BenchmarkResult(measures, details, relative_times(milliseconds))
 
 
 def _contest(data: Matrix, centers: Matrix, rounds: int) -> tuple[dict[str, float], float]:
@@ -90,7 +88,7 @@ def _contest(data: Matrix, centers: Matrix, rounds: int) -> tuple[dict[str, floa
     num_iter = _ours(data, centers, COLD_ITERATIONS).n_iter_
     timed = side_by_side(
         {
-            "brainray": lambda: _ours(data, centers, num_iter).cluster_centers_.numpy(),
+            OURS: lambda: _ours(data, centers, num_iter).cluster_centers_.numpy(),
             "scikit-learn lloyd": lambda: _sklearn(data, centers, num_iter, "lloyd"),
             "scikit-learn elkan": lambda: _sklearn(data, centers, num_iter, "elkan"),
             "faiss": lambda: _faiss(data, centers, num_iter),
@@ -98,7 +96,7 @@ def _contest(data: Matrix, centers: Matrix, rounds: int) -> tuple[dict[str, floa
         rounds=rounds,
     )
     inertia = {name: _inertia(data, found.result) for name, found in timed.items()}
-    gap = max(abs(value / inertia["brainray"] - 1) for value in inertia.values())
+    gap = max(abs(value / inertia[OURS] - 1) for value in inertia.values())
     return {name: found.seconds for name, found in timed.items()}, gap
 
 
@@ -150,25 +148,3 @@ def _timed_shard(size: Size, seed: int) -> dict[str, float]:
     kmeans = KMeans(size.num_clusters, max_iter=COLD_ITERATIONS, tol=0.0)
     kmeans.fit(mine, row_keys=keys, init_centers=centers)
     return {"seconds": time.perf_counter() - started, "inertia": kmeans.inertia_}
-
-
-def _figure(milliseconds: dict[str, dict[str, float]]) -> Figure:
-    """Time relative to ours, for each size and start."""
-    figure = new_figure(8.0, 0.6 * len(milliseconds) * 2 + 1.0)
-    axes = figure.subplots()
-    colours = [BLUE, ORANGE, GREY, SKY]
-    for row, found in enumerate(milliseconds.values()):
-        for place, (name, value) in enumerate(found.items()):
-            axes.barh(
-                row + 0.2 * place,
-                value / found["brainray"],
-                height=0.18,
-                color=colours[place],
-                label=name if row == 0 else None,
-            )
-    axes.set_yticks([row + 0.3 for row in range(len(milliseconds))], list(milliseconds))
-    axes.set_xscale("log")
-    axes.invert_yaxis()
-    axes.set_xlabel("time relative to brainray, same start and iterations")
-    axes.legend()
-    return figure

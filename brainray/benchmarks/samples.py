@@ -1,4 +1,4 @@
-"""Slices to measure on: real ones where a folder is given, else phantoms."""
+"""What is measured on: real slices where a folder is given, else phantoms; drawn embeddings."""
 
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from brainray.errors import DataError
 from brainray.mri.phantom import CLASSES, make_slice
 
 _NUM_PHANTOMS = 200
+_SEPARATION = 0.4  # of the clusters' noise, in each feature
 _SUFFIXES = {".jpg", ".jpeg", ".png"}
 
 
@@ -43,3 +44,15 @@ def perturbed(image: NDArray[np.uint8], side: int, rng: np.random.Generator) -> 
     noise = rng.standard_normal((side // 8, side // 8)).astype(np.float32)
     shading = 1 + 0.15 * cv2.resize(noise, (side, side), interpolation=cv2.INTER_CUBIC)
     return np.clip(warped * shading, 0, 255).astype(np.uint8)
+
+
+def embedding_like(
+    num_rows: int, num_features: int, num_components: int, seed: int
+) -> NDArray[np.float32]:
+    """(num_rows, num_features) rows of overlapping Gaussian clusters, unequal in size."""
+    rng = np.random.default_rng(seed)
+    centers = rng.normal(0.0, _SEPARATION, (num_components, num_features)).astype(np.float32)
+    shares = rng.dirichlet(np.full(num_components, 3.0))
+    rows = rng.standard_normal((num_rows, num_features), dtype=np.float32)
+    rows += centers[rng.choice(num_components, num_rows, p=shares)]
+    return rows

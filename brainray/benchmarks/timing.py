@@ -7,6 +7,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from matplotlib.figure import Figure
+
+from brainray.report.style import BLUE, GREY, ORANGE, SKY, new_figure
+
+OURS = "brainray"
+"""Name of the contestant that the others are compared with."""
+
 
 @dataclass(frozen=True)
 class Timed:
@@ -34,3 +41,25 @@ def side_by_side(
             results[name] = contestants[name]()
             seconds[name].append(time.perf_counter() - started)
     return {name: Timed(statistics.median(seconds[name]), results[name]) for name in names}
+
+
+def relative_times(milliseconds: Mapping[str, Mapping[str, float]]) -> Figure:
+    """For each case, the contestants' times relative to ours, on a logarithmic axis.
+
+    ``milliseconds`` holds at most four contestants by name for each case, `OURS` among them.
+    """
+    figure = new_figure(8.0, 1.1 * len(milliseconds) + 1.0)
+    axes = figure.subplots()
+    for row, found in enumerate(milliseconds.values()):
+        bars = zip((BLUE, ORANGE, GREY, SKY), found.items(), strict=False)
+        for place, (colour, (name, value)) in enumerate(bars):
+            label = name if row == 0 else None
+            axes.barh(
+                row + 0.2 * place, value / found[OURS], height=0.18, color=colour, label=label
+            )
+    axes.set_yticks([row + 0.3 for row in range(len(milliseconds))], list(milliseconds))
+    axes.set_xscale("log")
+    axes.invert_yaxis()
+    axes.set_xlabel(f"time relative to {OURS}, same start and iterations")
+    axes.legend()
+    return figure

@@ -1,7 +1,8 @@
 """Gaussian densities, and the statistics from which their parameters are estimated.
 
-All float64. Shapes of covariances and of the Cholesky factors of precisions (upper triangular U
-with U U^T = precision), as in scikit-learn:
+Parameters and sums over rows are float64; products with rows are taken in the rows' own dtype,
+a block at a time. Shapes of covariances and of the Cholesky factors of precisions (upper triangular
+U with U U^T = precision), as in scikit-learn:
 
     spherical (K,)   diag (K, D)   tied (D, D)   full (K, D, D)
 """
@@ -65,17 +66,18 @@ class SufficientStatistics:
         )
 
     def add(self, rows: Tensor, gamma: Tensor, log_likelihood: Tensor) -> None:
-        """Add rows (B, D) with responsibilities (B, K) and their summed log-likelihood."""
-        self.counts += gamma.sum(dim=0)
-        self.sums.addmm_(gamma.T, rows)
+        """Add rows (B, D) with responsibilities (B, K), and their summed log-likelihood."""
+        self.counts += gamma.sum(dim=0, dtype=torch.float64)
+        self.sums += gamma.T @ rows
         self.log_likelihood += log_likelihood
         if self.covariance_type == "full":
-            for k in range(self.squares.shape[0]):
-                self.squares[k].addmm_((gamma[:, k, None] * rows).T, rows)
+            # One product for all components: (K * D, B) @ (B, D).
+            weighted = (gamma[:, :, None] * rows[:, None, :]).flatten(1)
+            self.squares += (weighted.T @ rows).view_as(self.squares)
         elif self.covariance_type == "tied":
-            self.squares.addmm_(rows.T, rows)
+            self.squares += rows.T @ rows
         else:
-            self.squares.addmm_(gamma.T, rows.square())
+            self.squares += gamma.T @ rows.square()
 
     def sum_across_ranks(self) -> "SufficientStatistics":
         """The same of all ranks' rows, in a single collective."""
@@ -157,19 +159,21 @@ def log_gaussian(
     factors: Tensor,  # precisions_cholesky
     covariance_type: CovarianceType,
 ) -> Tensor:  # (B, K)
-    """Log densities log N(x_i | mu_k, Sigma_k), never forming a (B, K, D) tensor.
+    """Log densities log N(x_i | mu_k, Sigma_k), in the rows' dtype.
 
-    Squared distances are expanded as x^2 - 2 x mu + mu^2: shift rows and means to near 0 first.
+    Squared distances are expanded as x^2 - 2 x mu + mu^2 (but for "full", which forms a (B, K, D)
+    tensor): shift rows and means to near 0 first.
     """
     num_features = rows.shape[1]
     if covariance_type == "full":
-        distances = torch.stack(
-            [(rows @ u - mean @ u).square().sum(1) for u, mean in zip(factors, means, strict=True)],
-            dim=1,
-        )
+        # One product for all components: (B, D) @ (D, K * D).
+        side_by_side = factors.transpose(0, 1).flatten(1)
+        shifts = (means[:, None, :] @ factors).flatten()
+        whitened = torch.addmm(-shifts.to(rows.dtype), rows, side_by_side.to(rows.dtype))
+        distances = whitened.square_().view(len(rows), len(means), num_features).sum(dim=2)
         log_det = factors.diagonal(dim1=1, dim2=2).log().sum(dim=1)
     elif covariance_type == "tied":
-        rows, means = rows @ factors, means @ factors
+        rows, means = rows @ factors.to(rows.dtype), means @ factors
         distances = _squared_distances(rows, means, torch.ones_like(means))
         log_det = factors.diagonal().log().sum()
     elif covariance_type == "diag":
@@ -179,14 +183,16 @@ def log_gaussian(
         precisions = factors.square()[:, None].expand_as(means)
         distances = _squared_distances(rows, means, precisions)
         log_det = num_features * factors.log()
-    return log_det - 0.5 * (num_features * math.log(2 * math.pi) + distances)
+    constant = log_det - 0.5 * num_features * math.log(2 * math.pi)
+    return torch.add(constant.to(rows.dtype), distances, alpha=-0.5)
 
 
 def _squared_distances(rows: Tensor, means: Tensor, precisions: Tensor) -> Tensor:
     """sum_d precision_kd (x_id - mu_kd)^2, (B, K)."""
-    constant = (means.square() * precisions).sum(dim=1)
-    cross = torch.addmm(constant, rows, (means * precisions).T, alpha=-2)
-    return torch.addmm(cross, rows.square(), precisions.T).clamp(min=0)
+    constant = (means.square() * precisions).sum(dim=1).to(rows.dtype)
+    slopes, precisions = (means * precisions).to(rows.dtype), precisions.to(rows.dtype)
+    cross = torch.addmm(constant, rows, slopes.T, alpha=-2)
+    return cross.addmm_(rows.square(), precisions.T).clamp_(min=0)
 
 
 def _symmetric(covariances: Tensor, reg_covar: float) -> Tensor:

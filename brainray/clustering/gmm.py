@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Self, get_args
+from typing import Any, Self, get_args
 
 import torch
 from torch import Tensor
@@ -23,6 +23,11 @@ from brainray.clustering.gaussian import (
 from brainray.clustering.kmeans import KMeans
 from brainray.errors import ClusteringError
 
+_BLOCK_ELEMENTS = 2**19
+"""Numbers in the largest tensor of a block: it stays in a processor's cache."""
+
+_MIN_BLOCK_ROWS = 256
+
 # A component with less responsibility than this, in rows, explains nothing: its mean and
 # covariance would be 0 / 0. Nobody has tuned the value; any well-filled mixture is far above it.
 _VANISHED_COUNT = 1e-3
@@ -31,8 +36,10 @@ _VANISHED_COUNT = 1e-3
 class GaussianMixture(FittedModule):
     """Expectation maximisation (Bishop 2006, section 9.2) with scikit-learn's conventions.
 
-    Everything is computed in float64, on rows shifted by their mean, in blocks; per iteration
-    there is one collective, the sum of the sufficient statistics. A component that vanishes is
+    Rows are shifted by their mean and taken a block at a time: products with them are computed in
+    their dtype, sums over them and parameters in float64. float32 rows are faster and cost digits
+    where components are much narrower than their distances. Per iteration there is one
+    collective, the sum of the sufficient statistics. A component that vanishes is
     put on the row that the others explain worst, with their average covariance and weight 1 / K,
     and counted.
 
@@ -62,7 +69,8 @@ class GaussianMixture(FittedModule):
         reg_covar: float = 1e-6,
         max_iter: int = 100,
         seed: int = 0,
-        block_rows: int = 16_384,
+        num_init: int = 1,
+        block_rows: int | None = None,
     ) -> None:
         """
         Args:
@@ -72,16 +80,18 @@ class GaussianMixture(FittedModule):
             reg_covar: added to every variance, in squared units of the rows.
             max_iter: limit of EM iterations.
             seed: of the K-means that gives the first responsibilities.
-            block_rows: rows handled at a time; bounds the memory to block_rows x (D + K).
+            num_init: K-means starts, of which the mixture with the highest likelihood is kept.
+            block_rows: rows handled at a time, which bounds the memory to block_rows x (D + K), or
+                block_rows x K x D for "full"; by default as many as a processor's cache holds.
         """
         super().__init__()
         if covariance_type not in get_args(CovarianceType):
             raise ClusteringError(
                 f"covariance_type {covariance_type!r} is none of {get_args(CovarianceType)}"
             )
-        if min(num_components, max_iter, block_rows) < 1 or reg_covar < 0:
+        if min(num_components, max_iter, num_init, block_rows or 1) < 1 or reg_covar < 0:
             raise ClusteringError(
-                f"num_components={num_components}, max_iter={max_iter} and "
+                f"num_components={num_components}, max_iter={max_iter}, num_init={num_init} and "
                 f"block_rows={block_rows} must be at least 1, reg_covar={reg_covar} at least 0"
             )
         self.num_components = num_components
@@ -90,6 +100,7 @@ class GaussianMixture(FittedModule):
         self.reg_covar = reg_covar
         self.max_iter = max_iter
         self.seed = seed
+        self.num_init = num_init
         self.block_rows = block_rows
         self._register_fitted("weights_", "means_", "covariances_", "precisions_cholesky_")
         self.converged_ = False
@@ -135,24 +146,50 @@ class GaussianMixture(FittedModule):
                 f"together hold {num_rows}: lower clustering.num_clusters or add images"
             )
         row_keys = shards.resolve_row_keys(x, row_keys)
-        origin = shards.mean_of_rows(x, num_rows)
-        self.num_reseeded_ = 0
+        origin = shards.mean_of_rows(x, num_rows).to(x.dtype)
         start = _Start(init_means, init_weights, init_precisions)
         start.check(self.num_components, x.shape[1], self.covariance_type)
+        drawn = not start.is_complete() and init_responsibilities is None and init_means is None
+        best: dict[str, Any] = {}
+        best_bound = -math.inf
+        for number in range(self.num_init if drawn else 1):
+            self._begin(x, origin, row_keys, start, init_responsibilities, self.seed + number)
+            self._iterate(x, origin, row_keys)
+            # The margin keeps rounding from choosing between two starts with the same outcome.
+            if not best or self.lower_bound_ > best_bound + 1e-9 * abs(best_bound):
+                best, best_bound = self.state_dict(), self.lower_bound_
+        if self.lower_bound_ != best_bound:
+            self.load_state_dict(best)
+        return self
+
+    def _begin(
+        self,
+        x: Tensor,
+        origin: Tensor,
+        row_keys: Tensor,
+        start: "_Start",
+        responsibilities: Tensor | None,
+        seed: int,
+    ) -> None:
+        """Parameters from responsibilities (by default K-means labels) and from what is given."""
+        self.num_reseeded_ = 0
         if not start.is_complete():
-            if init_responsibilities is None:
-                init_responsibilities = self._kmeans_labels(x, row_keys, init_means)
-            statistics = self._statistics(x, origin, init_responsibilities)
+            if responsibilities is None:
+                responsibilities = self._kmeans_labels(x, row_keys, start.means, seed)
+            statistics = self._statistics(x, origin, responsibilities)
+            total, num_rows = float(statistics.counts.sum()), shards.count_rows(x)
             # Negated, so that a NaN is refused too.
-            if not abs(float(statistics.counts.sum()) - num_rows) <= 1e-3 * num_rows:
+            if not abs(total - num_rows) <= 1e-3 * num_rows:
                 raise ClusteringError(
-                    f"init_responsibilities of {num_rows} rows sum to "
-                    f"{float(statistics.counts.sum()):g}: each row's must sum to 1"
+                    f"init_responsibilities of {num_rows} rows sum to {total:g}: each row's must "
+                    "sum to 1"
                 )
             vanished = self._m_step(statistics, origin)
             self._reseed(vanished, x, row_keys)
         self._override(start, x.device)
 
+    def _iterate(self, x: Tensor, origin: Tensor, row_keys: Tensor) -> None:
+        """Expectation and maximisation until the likelihood rests."""
         self.converged_ = False
         self.lower_bound_ = -math.inf
         self.n_iter_ = 0
@@ -164,7 +201,6 @@ class GaussianMixture(FittedModule):
             previous, self.lower_bound_ = self.lower_bound_, statistics.mean_log_likelihood()
             # A mixture with a component just placed has not settled, whatever the likelihood.
             self.converged_ = not num_reseeded and abs(self.lower_bound_ - previous) < self.tol
-        return self
 
     @torch.no_grad()
     def predict_proba(self, x: Tensor) -> Tensor:
@@ -224,8 +260,8 @@ class GaussianMixture(FittedModule):
         )
         for _, rows, log_joint in self._log_joint_by_block(x, origin):
             log_likelihood = log_joint.logsumexp(dim=1)
-            gamma = torch.exp(log_joint - log_likelihood[:, None])
-            statistics.add(rows, gamma, log_likelihood.sum())
+            gamma = log_joint.sub_(log_likelihood[:, None]).exp_()
+            statistics.add(rows, gamma, log_likelihood.sum(dtype=torch.float64))
         return statistics.sum_across_ranks()
 
     def _m_step(self, statistics: SufficientStatistics, origin: Tensor) -> Tensor:
@@ -253,9 +289,11 @@ class GaussianMixture(FittedModule):
         self.num_reseeded_ += num_vanished
         return num_vanished
 
-    def _kmeans_labels(self, x: Tensor, row_keys: Tensor, init_means: Tensor | None) -> Tensor:
+    def _kmeans_labels(
+        self, x: Tensor, row_keys: Tensor, init_means: Tensor | None, seed: int
+    ) -> Tensor:
         """K-means clusters as one-hot responsibilities (n_rank, K) float64 (collective)."""
-        kmeans = KMeans(self.num_components, seed=self.seed, block_rows=self.block_rows)
+        kmeans = KMeans(self.num_components, seed=seed)
         labels = kmeans.fit(x, row_keys=row_keys, init_centers=init_means).predict(x)
         return torch.nn.functional.one_hot(labels, self.num_components).double()
 
@@ -273,9 +311,10 @@ class GaussianMixture(FittedModule):
             self.num_components, x.shape[1], self.covariance_type, x.device
         )
         unknown = torch.zeros((), dtype=torch.float64, device=x.device)
-        for block in shards.blocks(x.shape[0], self.block_rows):
-            gamma = responsibilities[block].to(device=x.device, dtype=torch.float64)
-            statistics.add(x[block].double() - origin, gamma, log_likelihood=unknown)
+        origin = origin.to(x.dtype)
+        for block in self._blocks(x):
+            gamma = responsibilities[block].to(device=x.device, dtype=x.dtype)
+            statistics.add(x[block] - origin, gamma, log_likelihood=unknown)
         return statistics.sum_across_ranks()
 
     def _override(self, start: "_Start", device: torch.device) -> None:
@@ -293,12 +332,20 @@ class GaussianMixture(FittedModule):
         self, x: Tensor, origin: Tensor
     ) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Yield blocks with rows x - origin (B, D) and log(weight_k N(x_i | k)) (B, K)."""
+        origin = origin.to(x.dtype)
         means = self.means_ - origin
-        log_weights = self.weights_.log()
-        for block in shards.blocks(x.shape[0], self.block_rows):
-            rows = x[block].double() - origin
+        log_weights = self.weights_.log().to(x.dtype)
+        for block in self._blocks(x):
+            rows = x[block] - origin
             log_density = log_gaussian(rows, means, self.precisions_cholesky_, self.covariance_type)
-            yield block, rows, log_weights + log_density
+            yield block, rows, log_density.add_(log_weights)
+
+    def _blocks(self, x: Tensor) -> Iterator[slice]:
+        width = max(self.num_components, x.shape[1])
+        if self.covariance_type == "full":
+            width = self.num_components * x.shape[1]
+        fitting = max(_BLOCK_ELEMENTS // width, _MIN_BLOCK_ROWS)
+        return shards.blocks(x.shape[0], self.block_rows or fitting)
 
     def _center(self) -> Tensor:
         """The mixture's mean, which after an M-step is the mean of the rows fitted."""

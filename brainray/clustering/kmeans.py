@@ -1,5 +1,6 @@
 """K-means on rows that are spread over ranks."""
 
+from dataclasses import dataclass
 from typing import NamedTuple, Self
 
 import torch
@@ -11,13 +12,24 @@ from brainray.clustering.fitted import FittedModule
 from brainray.clustering.seeding import kmeans_plus_plus, too_few_distinct_rows
 from brainray.errors import ClusteringError
 
+_BOUNDED_SHARE = 0.1
+"""Bounds are kept while less than this share of the rows moves in an iteration."""
+
+_COPIED_SHARE = 0.3
+"""Copying a row out of its block costs as much as three rows' distances."""
+
+_ROUNDING = 1e-3
+"""Bounds on distances are trusted up to this share of the rows' root mean square: a squared
+distance is a difference of products in float32, whose root keeps half of the digits."""
+
 
 class KMeans(FittedModule):
     """Lloyd's algorithm with scikit-learn's stopping rules; every rank brings its own rows.
 
     The result does not depend on how rows are spread over ranks, up to rounding, provided that
     `row_keys` stay with their rows. Distances are computed in the rows' dtype, on rows centred at
-    their mean (one copy of the shard); sums, counts and inertia in float64.
+    their mean (one copy of the shard); sums, counts and inertia in float64. Rows whose nearest
+    centre cannot have changed are skipped (Hamerly 2010, "Making k-means even faster").
 
     Fitted attributes:
         cluster_centers_: (K, D), in the rows' dtype.
@@ -97,8 +109,9 @@ class KMeans(FittedModule):
         row_keys = shards.resolve_row_keys(x, row_keys)
         origin = shards.mean_of_rows(x, num_rows).to(x.dtype)
         x = x - origin
-        spread = dist.sum_across_ranks(x.square().sum(dtype=torch.float64))
-        data = _CenteredRows(x, row_keys, num_rows, spread)
+        norms = torch.linalg.vector_norm(x, dim=1)
+        spread = dist.sum_across_ranks(norms.double().square().sum())
+        data = _CenteredRows(x, norms, row_keys, num_rows, spread)
         if init_centers is not None:
             best = self._lloyd(data, self._checked(init_centers, x) - origin)
         else:
@@ -115,10 +128,12 @@ class KMeans(FittedModule):
         self._check_is_fitted()
         # Shifted to the centres' mean: far from the origin, squared distances lose their digits.
         origin = self.cluster_centers_.mean(dim=0)
-        centers = self.cluster_centers_ - origin
+        centers = (self.cluster_centers_ - origin).to(x.dtype)
+        squares = centers.square().sum(dim=1)
         labels = torch.empty(x.shape[0], dtype=torch.int64, device=x.device)
         for block in shards.blocks(x.shape[0], self.block_rows):
-            labels[block] = _nearest(x[block] - origin.to(x.dtype), centers)
+            rows = x[block] - origin.to(x.dtype)
+            labels[block] = torch.addmm(squares, rows, centers.T, alpha=-2).argmin(dim=1)
         return labels
 
     def _best_start(self, data: "_CenteredRows") -> "_Solution":
@@ -141,51 +156,61 @@ class KMeans(FittedModule):
 
     def _lloyd(self, data: "_CenteredRows", centers: Tensor) -> "_Solution":
         """Iterate from `centers` (K, D) float64, relative to the rows' mean, until they rest."""
-        x = data.x
-        max_shift = self.tol * float(data.spread) / (data.num_rows * x.shape[1])
-        labels = torch.full((x.shape[0],), -1, device=x.device)
-        sums = torch.zeros_like(centers)
-        counts = centers.new_zeros(self.num_clusters)
+        max_shift = self.tol * float(data.spread) / (data.num_rows * data.x.shape[1])
+        assignment = _Assignment.none(data.x, self.num_clusters)
         num_reseeded = num_iter = 0
         at_rest = False
+        # Bounds cost nearly as much as distances: they pay once most rows stay where they are.
+        share_moved = 0.0
         while num_iter < self.max_iter and not at_rest:
             num_iter += 1
-            num_moved = self._reassign(x, centers, labels, sums, counts)
-            total_sums, total_counts, total_moved = _sum_packed(sums, counts, num_moved)
-            new_centers = total_sums / total_counts.clamp(min=1)[:, None]
-            empty = torch.nonzero(total_counts == 0).squeeze(1)
+            bounding = share_moved < _BOUNDED_SHARE
+            num_moved = self._reassign(data, centers, assignment, bounding=bounding)
+            sums, counts, total_moved = assignment.totals(num_moved)
+            share_moved = float(total_moved) / data.num_rows
+            new_centers = sums / counts.clamp(min=1)[:, None]
+            empty = torch.nonzero(counts == 0).squeeze(1)
             if empty.numel():
-                new_centers[empty] = self._farthest_rows(data, centers, labels, empty.numel())
+                farthest = self._farthest_rows(data, centers, assignment.labels, empty.numel())
+                new_centers[empty] = farthest
                 num_reseeded += empty.numel()
             else:
                 shift = float((new_centers - centers).square().sum())
-                at_rest = int(total_moved) == 0 or shift <= max_shift
+                at_rest = share_moved == 0 or shift <= max_shift
+            assignment.loosen(torch.linalg.vector_norm(new_centers - centers, dim=1))
             centers = new_centers
-        self._reassign(x, centers, labels, sums, counts)
-        inertia = dist.sum_across_ranks(self._distances(x, centers, labels).sum())
-        return _Solution(centers, float(inertia), num_iter, num_reseeded)
+        num_moved = self._reassign(data, centers, assignment, bounding=False)
+        sums, counts, _ = assignment.totals(num_moved)
+        inertia = data.spread - 2 * (sums * centers).sum() + counts @ centers.square().sum(dim=1)
+        return _Solution(centers, max(float(inertia), 0.0), num_iter, num_reseeded)
 
     def _reassign(
-        self, x: Tensor, centers: Tensor, labels: Tensor, sums: Tensor, counts: Tensor
+        self, data: "_CenteredRows", centers: Tensor, assignment: "_Assignment", *, bounding: bool
     ) -> Tensor:
-        """Move each row to its nearest centre; returns how many moved, (1,) float64.
-
-        Updates `labels`, and this rank's `sums` (K, D) and `counts` (K,), in place. Only rows
-        that move are added and taken away: after a few iterations hardly any do.
-        """
-        num_moved = centers.new_zeros(1)
-        for block in shards.blocks(x.shape[0], self.block_rows):
-            nearest = _nearest(x[block], centers)
-            moved = torch.nonzero(nearest != labels[block]).squeeze(1)
-            rows, target = x[block][moved].double(), nearest[moved]
-            sums.index_add_(0, target, rows)
-            counts += torch.bincount(target, minlength=self.num_clusters)
-            source = labels[block][moved]
-            left = source >= 0  # a row in its first iteration leaves no cluster
-            sums.index_add_(0, source[left], rows[left], alpha=-1)
-            counts -= torch.bincount(source[left], minlength=self.num_clusters)
-            labels[block] = nearest
-            num_moved += moved.numel()
+        """Move each row to its nearest centre; returns how many moved, (1,) float64."""
+        slack = _ROUNDING * float(data.spread / data.num_rows) ** 0.5
+        centers = centers.to(data.x.dtype)
+        num_moved = assignment.counts.new_zeros(1)
+        for block in shards.blocks(len(data.x), self.block_rows):
+            place: slice | Tensor = block
+            if assignment.bounded:
+                open_rows = assignment.upper[block] + slack >= assignment.lower[block]
+                num_open = int(open_rows.sum())
+                if num_open == 0:
+                    continue
+                if num_open < _COPIED_SHARE * len(open_rows):
+                    place = block.start + torch.nonzero(open_rows).squeeze(1)
+            rows, labels = data.x[place], assignment.labels[place]
+            scores = torch.addmm(centers.square().sum(dim=1), rows, centers.T, alpha=-2)
+            nearest, least = _nearest(scores, labels)
+            num_moved += assignment.move(rows, labels, nearest)
+            assignment.labels[place] = nearest
+            if bounding:
+                squared = data.norms[place].square()
+                second = scores.scatter_(1, nearest[:, None], torch.inf).amin(dim=1)
+                assignment.upper[place] = (least + squared).clamp(min=0).sqrt()
+                assignment.lower[place] = (second + squared).clamp(min=0).sqrt()
+        assignment.bounded = bounding
         return num_moved
 
     def _farthest_rows(
@@ -220,9 +245,62 @@ class KMeans(FittedModule):
 
 class _CenteredRows(NamedTuple):
     x: Tensor  # (n_rank, D), the mean of all ranks' rows taken away
+    norms: Tensor  # (n_rank,) their lengths
     row_keys: Tensor  # (n_rank,) int64
     num_rows: int  # on all ranks
     spread: Tensor  # () float64, sum of the squared distances of all ranks' rows to their mean
+
+
+@dataclass
+class _Assignment:
+    """The clusters of this rank's rows, and bounds that tell which rows cannot move."""
+
+    labels: Tensor  # (n_rank,) int64, -1 before the first iteration
+    upper: Tensor  # (n_rank,) at least the distance to the own centre
+    lower: Tensor  # (n_rank,) at most the distance to any other centre
+    bounded: bool  # whether the bounds hold
+    sums: Tensor  # (K, D) float64, of the rows of each cluster
+    counts: Tensor  # (K,) float64
+
+    @classmethod
+    def none(cls, x: Tensor, num_clusters: int) -> Self:
+        return cls(
+            labels=torch.full((len(x),), -1, device=x.device),
+            upper=torch.empty_like(x[:, 0]),
+            lower=torch.empty_like(x[:, 0]),
+            bounded=False,
+            sums=torch.zeros(num_clusters, x.shape[1], dtype=torch.float64, device=x.device),
+            counts=torch.zeros(num_clusters, dtype=torch.float64, device=x.device),
+        )
+
+    def loosen(self, shifts: Tensor) -> None:
+        """Keep the bounds true after the centres have moved by `shifts` (K,)."""
+        if self.bounded:
+            shifts = shifts.to(self.upper.dtype)
+            self.upper += shifts[self.labels]
+            self.lower -= shifts.max()
+
+    def move(self, rows: Tensor, source: Tensor, target: Tensor) -> int:
+        """Rows (m, D) go from cluster `source` (-1: none) to `target`; returns how many moved.
+
+        Only those are summed: after a few iterations hardly any are left.
+        """
+        moved = torch.nonzero(source != target).squeeze(1)
+        if len(moved) < len(rows):
+            rows, source, target = rows[moved], source[moved], target[moved]
+        rows = rows.double()
+        self.sums.index_add_(0, target, rows)
+        self.counts += torch.bincount(target, minlength=len(self.counts))
+        if len(source) and source[0] >= 0:  # in the first iteration none leaves a cluster
+            self.sums.index_add_(0, source, rows, alpha=-1)
+            self.counts -= torch.bincount(source, minlength=len(self.counts))
+        return len(moved)
+
+    def totals(self, num_moved: Tensor) -> tuple[Tensor, ...]:
+        """Sums (K, D), counts (K,) and moves (1,) of all ranks, in a single collective."""
+        packed = dist.sum_across_ranks(torch.cat([self.sums.flatten(), self.counts, num_moved]))
+        sums, counts, moved = torch.split(packed, [self.sums.numel(), self.counts.numel(), 1])
+        return sums.view_as(self.sums), counts, moved
 
 
 class _Solution(NamedTuple):
@@ -232,14 +310,17 @@ class _Solution(NamedTuple):
     num_reseeded: int
 
 
-def _nearest(rows: Tensor, centers: Tensor) -> Tensor:
-    """argmin_k of ||x||^2 - 2 x.c_k + ||c_k||^2, whose first term does not matter; (B,) int64."""
-    centers = centers.to(rows.dtype)
-    return torch.addmm(centers.square().sum(dim=1), rows, centers.T, alpha=-2).argmin(dim=1)
+def _nearest(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Column (B,) of the least score of each row, and that score (B,).
 
-
-def _sum_packed(sums: Tensor, counts: Tensor, num_moved: Tensor) -> tuple[Tensor, ...]:
-    """The three statistics summed over ranks in a single collective."""
-    packed = dist.sum_across_ranks(torch.cat([sums.flatten(), counts, num_moved]))
-    total_sums, total_counts, total_moved = torch.split(packed, [sums.numel(), counts.numel(), 1])
-    return total_sums.view_as(sums), total_counts, total_moved
+    A row whose label (-1: none) has the least score keeps it. Minima are many times faster to
+    find than their places, which only the rows that move need.
+    """
+    least = scores.amin(dim=1)
+    own = scores.gather(1, labels.clamp(min=0)[:, None]).squeeze(1)
+    moves = torch.nonzero((own > least) | (labels < 0)).squeeze(1)
+    if len(moves) == len(scores):
+        return scores.argmin(dim=1), least
+    nearest = labels.clone()
+    nearest[moves] = scores[moves].argmin(dim=1)
+    return nearest, least

@@ -16,6 +16,8 @@ from brainray.errors import ClusteringError
 # Squared distances below this share of the mean squared distance to the mean are rounding.
 IDENTICAL_ROWS_RATIO = 1e-24
 
+_SUMMED_ROWS = 4096  # converted to float64 at a time: they stay in the processor's cache
+
 
 class TopRows(NamedTuple):
     rows: Tensor  # (M, D)
@@ -39,8 +41,10 @@ def check_rows(x: Tensor) -> int:
             f"clustering takes a float32 or float64 matrix (rows, features), not {x.dtype} of "
             f"shape {tuple(x.shape)}: convert or reshape the embeddings first"
         )
-    num_bad = (~torch.isfinite(x).all(dim=1)).sum()
-    local = torch.stack([torch.tensor(x.shape[0], device=x.device), num_bad])
+    # A finite sum vouches for all of its terms; the rows are looked at only if it is not.
+    clean = bool(torch.isfinite(x.sum()))
+    num_bad = x.new_zeros(()) if clean else (~torch.isfinite(x).all(dim=1)).sum()
+    local = torch.stack([torch.tensor(x.shape[0], device=x.device), num_bad.long()])
     num_rows, num_bad_rows = (int(count) for count in dist.sum_across_ranks(local))
     if num_bad_rows:
         raise ClusteringError(
@@ -48,6 +52,11 @@ def check_rows(x: Tensor) -> int:
             "(lower the learning rate) or an input image was not standardised"
         )
     return num_rows
+
+
+def count_rows(x: Tensor) -> int:
+    """Number of rows N on all ranks (collective)."""
+    return int(dist.sum_across_ranks(torch.tensor(x.shape[0], device=x.device)))
 
 
 def resolve_row_keys(x: Tensor, row_keys: Tensor | None) -> Tensor:
@@ -77,7 +86,10 @@ def resolve_row_keys(x: Tensor, row_keys: Tensor | None) -> Tensor:
 
 def mean_of_rows(x: Tensor, num_rows: int) -> Tensor:
     """Mean (D,) float64 of the N = `num_rows` rows of all ranks (collective)."""
-    return dist.sum_across_ranks(x.sum(dim=0, dtype=torch.float64)) / num_rows
+    total = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
+    for block in blocks(x.shape[0], _SUMMED_ROWS):
+        total += x[block].sum(dim=0, dtype=torch.float64)
+    return dist.sum_across_ranks(total) / num_rows
 
 
 def scatter_of_rows(x: Tensor, mean: Tensor, block_rows: int) -> Tensor:

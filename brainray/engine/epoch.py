@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from brainray import dist
 from brainray.config import AugmentConfig
-from brainray.engine.shard import PixelScale, SliceShard
+from brainray.engine.shard import Images, PixelScale, SliceShard
 from brainray.models.augment import augment
 from brainray.models.encoder import EncoderOutput
 from brainray.models.objective import Objective, StepSizes, StepTargets
@@ -40,7 +40,7 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Non
 
 
 def num_steps(num_unlabelled: int, batch_size_per_worker: int, num_ranks: int) -> int:
-    """Steps of an epoch, the same on every rank and for every objective.
+    """Batches of an epoch on each rank, the same on every rank and for every objective.
 
     An epoch is one pass over the unlabelled slices of all ranks; a control that takes labelled
     slices in their place has as many steps and image passes.
@@ -63,45 +63,53 @@ def train_epoch(
     augmentation: AugmentConfig,
     precision: str,
     seed: int,
+    accumulation: int = 1,
     on_step: Callable[[int], None] = lambda step: None,
 ) -> EpochResult:
-    """Train for ``steps`` steps, the same number on every rank.
+    """Train on ``steps`` batches, the same number on every rank.
 
     The labelled slices are augmented and cycle; the unlabelled ones are seen as they are. Order
-    and augmentation follow from ``seed`` alone, which must differ between epochs and ranks.
+    and augmentation follow from ``seed`` alone, which must differ between epochs and ranks. The
+    gradients of ``accumulation`` batches are averaged for one step of the optimiser.
     """
     device = labelled.images.device
     model.train()
     generator = Generator(device).manual_seed(seed)
-    labelled_rows = _cycle_rows(len(labelled), sizes.labelled, steps, seed=2 * seed, device=device)
-    unlabelled_rows = _cycle_rows(
-        len(unlabelled), sizes.unlabelled, steps, seed=2 * seed + 1, device=device
+    order = list(_cycle_rows(len(labelled), sizes.labelled, steps, seed=2 * seed))
+    order_unlabelled = list(
+        _cycle_rows(len(unlabelled), sizes.unlabelled, steps, seed=2 * seed + 1)
     )
+    batches = labelled.images.batches(order)
+    batches_unlabelled = unlabelled.images.batches(order_unlabelled)
     sums: dict[str, Tensor] = {}
     data_wait_s = 0.0
-    for step, (rows, rows_unlabelled) in enumerate(
-        zip(labelled_rows, unlabelled_rows, strict=True)
-    ):
+    optimizer.zero_grad(set_to_none=True)
+    for step in range(steps):
         started = time.perf_counter()
-        augmented = augment(scale.to_unit(labelled.images[rows]), augmentation, generator)
-        plain = scale.to_unit(unlabelled.images[rows_unlabelled])
-        images = scale.standardise(torch.cat([augmented, plain]))
+        augmented = augment(scale.to_unit(next(batches)), augmentation, generator)
+        images = scale.standardise(torch.cat([augmented, scale.to_unit(next(batches_unlabelled))]))
         data_wait_s += time.perf_counter() - started
-        with autocast(device, precision):
-            output: EncoderOutput = model(images)
-        terms = objective.loss(
-            output.logits[: len(rows)],
-            output.z[len(rows) :],
-            StepTargets(
-                labels=labelled.labels[rows],
-                responsibilities=soft.responsibilities[rows_unlabelled],
-                centers=soft.centers,
-            ),
-        )
-        optimizer.zero_grad(set_to_none=True)
-        terms["total"].backward()
-        optimizer.step()
-        scheduler.step()
+        rows, rows_unlabelled = order[step].to(device), order_unlabelled[step].to(device)
+        first_of_update = step - step % accumulation
+        size_of_update = min(accumulation, steps - first_of_update)
+        updates = step + 1 == first_of_update + size_of_update
+        with nullcontext() if updates else without_gradient_exchange(model):
+            with autocast(device, precision):
+                output: EncoderOutput = model(images)
+            terms = objective.loss(
+                output.logits[: len(rows)],
+                output.z[len(rows) :],
+                StepTargets(
+                    labels=labelled.labels[rows],
+                    responsibilities=soft.responsibilities[rows_unlabelled],
+                    centers=soft.centers,
+                ),
+            )
+            (terms["total"] / size_of_update).backward()
+        if updates:
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad(set_to_none=True)
         for name, value in terms.items():
             # Summed on the device: reading a value every step would stop the queue.
             sums[name] = sums.get(name, torch.zeros((), device=device)) + value.detach()
@@ -111,19 +119,27 @@ def train_epoch(
     return EpochResult(dict(zip(sums, means, strict=True)), data_wait_s)
 
 
+def without_gradient_exchange(model: nn.Module) -> AbstractContextManager[None]:
+    """Backward passes within add up on their rank; a model on one rank has nothing to exchange."""
+    no_sync = getattr(model, "no_sync", None)
+    context: AbstractContextManager[None] = nullcontext() if no_sync is None else no_sync()
+    return context
+
+
 @torch.inference_mode()
 def embed(
-    model: nn.Module, images: Tensor, *, scale: PixelScale, batch_size: int, precision: str
+    model: nn.Module, images: Images, *, scale: PixelScale, batch_size: int, precision: str
 ) -> EncoderOutput:
-    """Embeddings (n, E) and logits (n, C) of uint8 slices (n, 1, H, W), in inference mode."""
+    """Embeddings (n, E) and logits (n, C) of n slices, in inference mode."""
     model.eval()
     outputs = []
-    for batch in images.split(batch_size):
+    for batch in images.batches(torch.arange(len(images)).split(batch_size)):
+        if len(batch) == 0:
+            break
         with autocast(images.device, precision):
             outputs.append(model(scale.standardise(scale.to_unit(batch))))
     if not outputs:  # a rank may hold no slice of a role
-        size = images.shape[-1]
-        probe = torch.zeros(1, 1, size, size, device=images.device)
+        probe = torch.zeros(1, 1, images.side, images.side, device=images.device)
         output = model(probe.contiguous(memory_format=torch.channels_last))
         return EncoderOutput(output.z[:0], output.logits[:0])
     return EncoderOutput(
@@ -132,9 +148,7 @@ def embed(
     )
 
 
-def _cycle_rows(
-    num_rows: int, batch_size: int, steps: int, *, seed: int, device: torch.device
-) -> Iterator[Tensor]:
+def _cycle_rows(num_rows: int, batch_size: int, steps: int, *, seed: int) -> Iterator[Tensor]:
     """``steps`` batches of row indices from one shuffled pass after the other."""
     generator = Generator().manual_seed(seed)  # on the CPU: the same order on every device
     assert num_rows > 0 or batch_size == 0, "a rank without slices cannot fill its batches"
@@ -142,5 +156,5 @@ def _cycle_rows(
     for _ in range(steps):
         while len(pool) < batch_size:
             pool = torch.cat([pool, torch.randperm(num_rows, generator=generator)])
-        yield pool[:batch_size].to(device)
+        yield pool[:batch_size]
         pool = pool[batch_size:]

@@ -45,6 +45,11 @@ class ClusterModel(nn.Module):
         )
 
     @torch.no_grad()
+    def coordinates(self, z: Tensor) -> Tensor:
+        """(N, P) float32 of embeddings (N, E), in the space in which the mixture is fitted."""
+        return self.pca.transform(z)
+
+    @torch.no_grad()
     def responsibilities(self, z: Tensor) -> Tensor:
         """gamma, (N, K) float32, of embeddings (N, E)."""
         return self.gmm.predict_proba(self.pca.transform(z.double())).float()

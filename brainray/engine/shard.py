@@ -1,11 +1,19 @@
-"""One rank's slices, in memory on the training device."""
+"""One rank's slices: on the training device where they fit, else in a file that is read ahead."""
 
+import os
+import tempfile
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+_READ_AHEAD = 3  # batches: one that trains, one at hand, one being read
 
 
 @dataclass(frozen=True)
@@ -25,11 +33,102 @@ class PixelScale:
         return scaled.contiguous(memory_format=torch.channels_last)
 
 
+class Images(Protocol):
+    """n slices of side x side pixels, wherever they are kept."""
+
+    device: torch.device
+    side: int
+
+    def __len__(self) -> int: ...
+
+    def batches(self, rows: Iterable[Tensor]) -> Iterator[Tensor]:
+        """For each index (B,) int64 on the CPU, those slices: (B, 1, side, side) uint8."""
+        ...
+
+
+class CachedImages:
+    """Slices in the memory of the training device."""
+
+    def __init__(self, images: Tensor) -> None:
+        """``images``: (n, 1, side, side) uint8."""
+        self.images = images
+        self.device = images.device
+        self.side = images.shape[-1]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batches(self, rows: Iterable[Tensor]) -> Iterator[Tensor]:
+        for index in rows:
+            yield self.images[index.to(self.device)]
+
+
+class StreamedImages:
+    """Slices in a nameless file of this node, which goes with the process.
+
+    A thread reads the next batches while the present one trains; on a GPU they are copied from
+    pinned memory without waiting.
+    """
+
+    def __init__(
+        self,
+        num_images: int,
+        side: int,
+        pixels: Iterable[tuple[list[int], NDArray[np.uint8]]],
+        device: torch.device,
+    ) -> None:
+        """
+        Args:
+            num_images: n.
+            side: height and width in pixels.
+            pixels: every slice (side, side) with the rows that hold it.
+            device: where batches go.
+        """
+        self.device = device
+        self.side = side
+        self._num_images = num_images
+        # Open for as long as this object lives.
+        self._file = tempfile.TemporaryFile(prefix="brainray-slices-")  # noqa: SIM115
+        self._num_bytes = side * side
+        os.truncate(self._file.fileno(), num_images * self._num_bytes)
+        for rows, image in pixels:
+            for row in rows:
+                os.pwrite(self._file.fileno(), image.tobytes(), row * self._num_bytes)
+
+    def __len__(self) -> int:
+        return self._num_images
+
+    def batches(self, rows: Iterable[Tensor]) -> Iterator[Tensor]:
+        waiting: deque[Future[Tensor]] = deque()
+        with ThreadPoolExecutor(max_workers=1) as reader:
+            for index in rows:
+                waiting.append(reader.submit(self._read, index))
+                if len(waiting) == _READ_AHEAD:
+                    yield self._to_device(waiting.popleft())
+            while waiting:
+                yield self._to_device(waiting.popleft())
+
+    def _read(self, index: Tensor) -> Tensor:
+        pinned = self.device.type == "cuda"
+        batch = torch.empty(
+            (len(index), 1, self.side, self.side), dtype=torch.uint8, pin_memory=pinned
+        )
+        flat = batch.numpy().reshape(len(index), self._num_bytes)
+        for place, row in enumerate(index.tolist()):
+            num_read = os.preadv(self._file.fileno(), [flat[place]], row * self._num_bytes)
+            if num_read != self._num_bytes:
+                raise OSError(f"the file of streamed slices ends within slice {row}")
+        return batch
+
+    def _to_device(self, batch: Future[Tensor]) -> Tensor:
+        return batch.result().to(self.device, non_blocking=True)
+
+
 @dataclass(frozen=True)
 class SliceShard:
     """Slices of one role on one rank, ordered by sample_id."""
 
-    images: Tensor  # (n, 1, H, W) uint8
+    images: Images
     keys: Tensor  # (n,) int64, from sample_id; unique within a split
     labels: Tensor  # (n,) int64 class indices; UNLABELLED where the label may not be read
 

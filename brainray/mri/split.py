@@ -42,6 +42,7 @@ def draw_roles(
     groups: Sequence[str],
     generations: Sequence[int] | None = None,
     *,
+    kin: Sequence[str] | None = None,
     labelled_fraction: float,
     validation_fraction: float,
     seed: int,
@@ -49,19 +50,21 @@ def draw_roles(
     """Role of each training slice: labelled, validation (also labelled) or unlabelled.
 
     Per class, ``labelled_fraction`` of its slices in the hash order of their groups, two groups at
-    least; every n-th group, from the second on, is validation, with n the rounded
-    inverse of ``validation_fraction``. A group's validation place does not depend on the fraction,
-    so the labelled and the validation part are each nested. Groups whose slices carry different
-    labels are never drawn. In a drawn group slices without a label stay unlabelled; in a validation
-    group, whose slices must not be trained on, they are left out altogether.
+    least. Every n-th kin of that order, from the second on, is validation, with n the rounded
+    inverse of ``validation_fraction``: whether a group is for validation does not depend on the
+    fraction, so the labelled and the validation part are each nested. Groups whose slices carry
+    different labels are never drawn. In a drawn group slices without a label stay unlabelled; in a
+    validation group, whose slices must not be trained on, they are left out altogether.
 
     Args:
         labels: of each slice; None where unknown.
-        groups: of each slice.
+        groups: of each slice, drawn as a whole.
+        kin: of each slice; groups of one kin are never parted into labelled and validation. Each
+            group by itself where not given.
         generations: in which run of preprocessing each slice first came. A later generation is
             drawn from for itself, so that it moves no slice of an earlier one.
         labelled_fraction: of the labelled slices.
-        validation_fraction: of the drawn slices.
+        validation_fraction: of the drawn kin.
         seed: of the hash order.
 
     Raises:
@@ -75,20 +78,28 @@ def draw_roles(
             "no labelled training slice: training needs class folders or a labels table"
         )
     stride = max(2, round(1 / validation_fraction))
+    kin = groups if kin is None else kin
+    is_validation: dict[str, bool] = {}
     for name, members in sorted(by_class.items(), key=lambda item: str(item[0])):
-        if len(members) < 2:
+        kin_of = [kin[group.slices[0]] for group in members]
+        order: dict[str, int] = {}
+        for own in kin_of:
+            order.setdefault(own, len(order))
+        if len(order) < 2:
             num_slices = sum(len(group.slices) for group in members)
             raise DataError(
                 f"class {name!r} has {num_slices} labelled training slice(s) that are not copies "
                 "of each other; at least 2 are needed, one to learn from and one to validate: "
                 "label more slices or drop the class"
             )
-        for position, group in enumerate(members):
-            if group.place >= labelled_fraction and position >= 2:
+        # One to learn from and one to validate, however small the fraction.
+        always = {kin_of.index(own) for own in list(order)[:2]}
+        for position, (group, own) in enumerate(zip(members, kin_of, strict=True)):
+            if group.place >= labelled_fraction and position not in always:
                 continue
-            is_validation = position % stride == 1
-            role = VALIDATION if is_validation else LABELLED
-            without_label = LEFT_OUT if is_validation else UNLABELLED_ROLE
+            validates = is_validation.setdefault(own, order[own] % stride == 1)
+            role = VALIDATION if validates else LABELLED
+            without_label = LEFT_OUT if validates else UNLABELLED_ROLE
             for index in group.slices:
                 roles[index] = without_label if labels[index] is None else role
     return roles

@@ -1,6 +1,6 @@
 """Training from the driver's side: begin or resume the run, fit, follow, report."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,16 @@ class TrainedRun:
     tracking_uri: str
 
 
+@dataclass(frozen=True)
+class Training:
+    """A run that is begun or resumed, and what trains it."""
+
+    config: Config  # with the preprocessing of the store
+    store: ImageStore
+    run: Run
+    workers: WorkerResources
+
+
 def train(config: Config, log: Log = print) -> TrainedRun:
     """Train the run ``config.name`` on the store ``config.dataset``, or go on with it.
 
@@ -43,31 +53,17 @@ def train(config: Config, log: Log = print) -> TrainedRun:
         BrainrayError: settings or data with which training cannot start, or a collapse.
         ray.train.TrainingFailedError: workers were lost more often than ``train.max_failures``.
     """
-    if config.dataset is None:
-        raise ConfigError("training needs the name of an image store: --set dataset=NAME")
-    storage = Folder(config.storage)
-    store = ImageStore.open(storage / layout.DATASETS / config.dataset)
-    _check_store_fits(config, store)
-    # What the config leaves out is as the store was made: prediction preprocesses by it.
-    config = config.model_copy(update={"preprocess": store.preprocess})
-    workers = _workers(config)
-    if config.encoder.weights not in {"random", "imagenet"}:
-        # Found here in a second rather than on every worker in half a minute.
-        build_encoder(config.encoder.name, config.encoder.weights, len(store.classes))
-    run, resumed = begin_run(config, store, workers.num_workers)
-    _log_beginning(run, resumed, log)
+    training = begin_training(config, log)
+    config, run = training.config, training.run
     tracking = begin_tracking(config, run, log)
     if not run.is_complete:
         try:
             with Follower(config.train.num_epochs, run, tracking.tracker, log):
-                _fit(config, run, store, workers)
+                fit(training)
         except BaseException:
             tracking.tracker.finish("FAILED")
             raise
-        metrics = _summarise(config, run)
-        chosen = int(metrics["chosen_epoch"])
-        draw_run_figures(run.folder, run.classes, config.evaluation, chosen)
-        run.folder.write_json(layout.SUMMARY, metrics)
+        complete_run(training)
     metrics = run.folder.read_json(layout.SUMMARY)
     send_run(run, tracking.tracker)
     if tracking.tracker.problem is not None:
@@ -76,6 +72,84 @@ def train(config: Config, log: Log = print) -> TrainedRun:
             f"python jobs/track.py --set run={config.name} storage={config.storage}"
         )
     return TrainedRun(run, metrics, tracking.mlflow_run_id, tracking.uri)
+
+
+def begin_training(config: Config, log: Log) -> Training:
+    """Check what can be checked before workers start, and begin the run or find it again.
+
+    Raises:
+        BrainrayError: settings or data with which training cannot start.
+    """
+    config, store, workers = check_training(config)
+    run, resumed = begin_run(config, store, workers.num_workers)
+    _log_beginning(run, resumed, log)
+    return Training(config, store, run, workers)
+
+
+def check_training(config: Config) -> tuple[Config, ImageStore, WorkerResources]:
+    """The config with the store's preprocessing, the store, and the workers that will train.
+
+    Raises:
+        BrainrayError: no such store, or settings that fit neither it nor the Ray cluster.
+    """
+    if config.dataset is None:
+        raise ConfigError("training needs the name of an image store: --set dataset=NAME")
+    store = ImageStore.open(Folder(config.storage) / layout.DATASETS / config.dataset)
+    _check_store_fits(config, store)
+    # What the config leaves out is as the store was made: prediction preprocesses by it.
+    config = config.model_copy(update={"preprocess": store.preprocess})
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    workers = plan_workers(config.train, nodes)
+    if config.encoder.weights not in {"random", "imagenet"}:
+        # Found here in a second rather than on every worker in half a minute.
+        build_encoder(config.encoder.name, config.encoder.weights, len(store.classes))
+    return config, store, workers
+
+
+def fit(training: Training, callbacks: Sequence[Any] = ()) -> None:
+    """Train with DDP until the last epoch, from the newest checkpoint where there is one.
+
+    ``callbacks`` are Ray Train's ``UserCallback``s.
+
+    Raises:
+        BrainrayError: what a worker met that a user can act on, such as a collapse.
+        ray.train.TrainingFailedError: workers were lost more often than ``train.max_failures``.
+    """
+    config, run, workers = training.config, training.run, training.workers
+    worker: Any = train_worker  # Ray's annotation forbids the return value that Result carries
+    trainer = TorchTrainer(
+        worker,
+        train_loop_config={
+            "config": config.model_dump(mode="json"),
+            "run": str(run.folder),
+            "store": str(training.store.folder),
+        },
+        scaling_config=ScalingConfig(
+            num_workers=workers.num_workers,
+            use_gpu=workers.use_gpu,
+            resources_per_worker=workers.of_worker,
+        ),
+        run_config=RunConfig(
+            name=config.name,
+            storage_path=str(run.folder).rpartition("/")[0],
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+            failure_config=FailureConfig(max_failures=config.train.max_failures),
+            callbacks=list(callbacks),
+        ),
+    )
+    result: Any = trainer.fit()
+    problem = result.return_value
+    if problem:
+        error_class = getattr(errors, problem["error"], BrainrayError)
+        raise error_class(problem["message"])
+
+
+def complete_run(training: Training) -> None:
+    """Figures and the summary, which is written last: with it the run is complete."""
+    config, run = training.config, training.run
+    metrics = _summarise(config, run)
+    draw_run_figures(run.folder, run.classes, config.evaluation, int(metrics["chosen_epoch"]))
+    run.folder.write_json(layout.SUMMARY, metrics)
 
 
 def _check_store_fits(config: Config, store: ImageStore) -> None:
@@ -93,42 +167,6 @@ def _check_store_fits(config: Config, store: ImageStore) -> None:
             f"train.image_size={config.train.image_size} exceeds the "
             f"{store.preprocess.image_size} pixels of the image store {store.folder}: lower it"
         )
-
-
-def _fit(config: Config, run: Run, store: ImageStore, workers: WorkerResources) -> None:
-    per_worker: dict[str, float] = {"CPU": workers.cpus_per_worker}
-    if workers.use_gpu:
-        per_worker["GPU"] = 1
-    worker: Any = train_worker  # Ray's annotation forbids the return value that Result carries
-    trainer = TorchTrainer(
-        worker,
-        train_loop_config={
-            "config": config.model_dump(mode="json"),
-            "run": str(run.folder),
-            "store": str(store.folder),
-        },
-        scaling_config=ScalingConfig(
-            num_workers=workers.num_workers,
-            use_gpu=workers.use_gpu,
-            resources_per_worker=per_worker,
-        ),
-        run_config=RunConfig(
-            name=config.name,
-            storage_path=str(run.folder).rpartition("/")[0],
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
-            failure_config=FailureConfig(max_failures=config.train.max_failures),
-        ),
-    )
-    result: Any = trainer.fit()
-    problem = result.return_value
-    if problem:
-        error_class = getattr(errors, problem["error"], BrainrayError)
-        raise error_class(problem["message"])
-
-
-def _workers(config: Config) -> WorkerResources:
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return plan_workers(config.train, nodes)
 
 
 def _summarise(config: Config, run: Run) -> Metrics:

@@ -19,6 +19,7 @@ GROUPS = [
     "subject_id",
     "subject_source",
     "draw_group_id",
+    "kin_group_id",
     "split_group_id",
 ]
 

@@ -1,9 +1,9 @@
-"""Evaluation of a run on raw class folders: Ray Data decodes, actors embed."""
+"""Prediction on raw files: Ray Data decodes, actors embed; what evaluation and prediction share."""
 
-from collections import Counter
-from collections.abc import Callable
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Any
 
 import cv2
@@ -17,18 +17,12 @@ import torch
 from brainray import layout
 from brainray.config import Config, PreprocessConfig
 from brainray.engine.epoch import embed
-from brainray.engine.evaluate import (
-    Metrics,
-    gather_predictions,
-    predictions_table,
-    summarise,
-)
+from brainray.engine.evaluate import gather_predictions, predictions_table
 from brainray.engine.recipe import resolve_precision
+from brainray.engine.shard import CachedImages
 from brainray.engine.state import Checkpoint, load_checkpoint
-from brainray.errors import ConfigError, DataError
+from brainray.errors import ConfigError
 from brainray.mri.decode import RejectedImage
-from brainray.mri.leakage import Fingerprints, exposure
-from brainray.orchestration.data import with_progress
 from brainray.orchestration.preparation import (
     SLICES,
     preprocess_file,
@@ -37,140 +31,72 @@ from brainray.orchestration.preparation import (
     subject_salt,
 )
 from brainray.orchestration.run import open_run, read_run_info
-from brainray.orchestration.source import FoundFile, SourceFile, list_source
-from brainray.report.evaluation_figures import draw_evaluation_figures
-from brainray.schema import GIVEN, PREDICTIONS, REJECTED, TEST, UNLABELLED
+from brainray.orchestration.source import FoundFile, SourceFile
+from brainray.schema import FITTED, GIVEN, UNLABELLED
 from brainray.storage import Folder
 
-Log = Callable[[str], None]
-
 _FILES_PER_TASK = 128
+_VOLUMES_PER_TASK = 4  # a volume has hundreds of slices
+_VOLUME_SUFFIXES = (".nii", ".nii.gz")
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """A finished evaluation and where its files are."""
+class Predictor:
+    """A checkpoint that predicts, and what its run knows."""
 
-    folder: Folder
-    metrics: Metrics
-    classes: list[str]
+    folder: Folder  # of model.pt
+    run_folder: Folder  # of the run whose records belong to it; may hold none
+    checkpoint: Checkpoint
+    preprocess: PreprocessConfig
+
+    def fitted(self) -> pa.Table | None:
+        """``FITTED`` rows of the slices that the mixture was fitted on, where they were kept."""
+        if not self.folder.exists(layout.FITTED):
+            return None
+        return self.folder.read_table(layout.FITTED)
+
+    def seen(self) -> pa.Table | None:
+        """Fingerprints of what the run saw; None for a checkpoint without its run."""
+        if not self.run_folder.exists(layout.SEEN):
+            return None
+        return self.run_folder.read_table(layout.SEEN)
 
 
-def evaluate(config: Config, log: Log = print, only_paths: set[str] | None = None) -> Evaluation:
-    """Predict the labelled slices of ``config.source`` with a run's chosen epoch, and score them.
-
-    Slices are preprocessed with the run's own settings. Where the source has a test split, only
-    that is scored; ``only_paths`` chooses otherwise. ``clean`` and ``strict`` are relative to the
-    fingerprints that the run carries; a checkpoint without its run has none, and no such figures.
+def find_predictor(config: Config, purpose: str) -> Predictor:
+    """The chosen epoch of ``config.run``, or the checkpoint ``config.checkpoint``.
 
     Raises:
-        ConfigError: neither run nor checkpoint, or no source.
-        DataError: nothing readable or labelled, or a class that the run does not know.
+        ConfigError: neither of them, or both.
+        DataError: no such run.
         CheckpointError: the checkpoint is missing or is not one.
     """
-    checkpoint_folder, run_folder = _find_checkpoint(config)
-    if config.source is None:
-        raise ConfigError("evaluation needs --set source=DIR")
-    checkpoint = load_checkpoint(checkpoint_folder)
+    if (config.run is None) == (config.checkpoint is None):
+        raise ConfigError(f"{purpose} needs one of --set run=NAME and --set checkpoint=PATH")
+    if config.run is not None:
+        run_folder = open_run(Folder(config.storage), config.run).folder
+        folder = run_folder / layout.BEST
+    else:
+        folder = Folder(str(config.checkpoint).removesuffix(f"/{layout.MODEL}"))
+        run_folder = Folder(folder.uri.rpartition("/")[0] or "/")
+    checkpoint = load_checkpoint(folder)
     info = read_run_info(run_folder) if run_folder.exists(layout.RUN) else {}
-    seen = run_folder.read_table(layout.SEEN) if run_folder.exists(layout.SEEN) else None
     # A store may have been made with other preprocessing than the run's config file said.
     preprocess = PreprocessConfig.model_validate(
         info.get("preprocess", checkpoint.config.preprocess.model_dump())
     )
-    files = _files_to_score(config, checkpoint.classes, only_paths)
-    log(f"evaluating {checkpoint_folder} (epoch {checkpoint.epoch}) on {len(files)} files")
-    rows = _predict_files(files, config, checkpoint_folder, preprocess, log)
-    rejected = rows.filter(pc.is_valid(rows["reason"])).select(REJECTED.names).cast(REJECTED)
-    accepted = rows.filter(pc.is_null(rows["reason"]))
-    if accepted.num_rows == 0:
-        reasons = Counter(rejected["reason"].to_pylist()).most_common(3)
-        commonest = ", ".join(f"{reason} ({count})" for reason, count in reasons)
-        raise DataError(f"none of the {len(files)} files in {config.source} is usable: {commonest}")
-    predictions = accepted.select(PREDICTIONS.names).cast(PREDICTIONS)
-    if seen is not None:
-        exposed = exposure(Fingerprints.of(accepted), Fingerprints.of(seen), preprocess)
-        for name, flags in (("clean", exposed.clean), ("strict", exposed.strict)):
-            position = PREDICTIONS.get_field_index(name)
-            predictions = predictions.set_column(position, name, pa.array(flags, pa.bool_()))
-    metrics = summarise(
-        predictions,
-        seen,
-        checkpoint.classes,
-        checkpoint.clusters.class_of_cluster.numpy(),
-        num_resamples=config.evaluation.bootstrap_resamples,
-        seed=config.seed,
-    )
-    metrics |= {"num_rejected": float(rejected.num_rows), "epoch": float(checkpoint.epoch)}
-    folder = Folder(config.storage) / layout.EVALUATIONS / _name(config)
-    folder.write_table(layout.PREDICTIONS, predictions)
-    folder.write_table(layout.REJECTED, rejected)
-    folder.write_json(layout.EVALUATION_METRICS, metrics)
-    draw_evaluation_figures(folder, predictions, checkpoint.classes)
-    return Evaluation(folder, metrics, checkpoint.classes)
+    return Predictor(folder, run_folder, checkpoint, preprocess)
 
 
-def _find_checkpoint(config: Config) -> tuple[Folder, Folder]:
-    """(folder of model.pt, folder of the run whose fingerprints belong to it)."""
-    if (config.run is None) == (config.checkpoint is None):
-        raise ConfigError("evaluation needs one of --set run=NAME and --set checkpoint=PATH")
-    if config.run is not None:
-        run = open_run(Folder(config.storage), config.run)
-        return run.folder / layout.BEST, run.folder
-    folder = Folder(str(config.checkpoint).removesuffix(f"/{layout.MODEL}"))
-    return folder, Folder(folder.uri.rpartition("/")[0] or "/")
-
-
-def _files_to_score(
-    config: Config, classes: list[str], only_paths: set[str] | None
-) -> list[SourceFile]:
-    labels = None if config.labels is None else Folder(config.labels)
-    files = list_source(Folder(str(config.source)), labels, config.classes.map).files
-    if only_paths is not None:
-        files = [file for file in files if file.path in only_paths]
-    elif any(file.split == TEST for file in files):
-        files = [file for file in files if file.split == TEST]
-    labelled = [file for file in files if file.label is not None]
-    if not labelled:
-        raise DataError(
-            f"source={config.source} names no class of any slice: evaluation needs class folders "
-            "or a labels table"
-        )
-    unknown = sorted({file.label for file in labelled if file.label} - set(classes))
-    if unknown:
-        raise DataError(
-            f"class {unknown[0]!r} of {config.source} is none of the run's "
-            f"({', '.join(classes)}): rename with --set classes.map.{unknown[0]}=NAME"
-        )
-    return labelled
-
-
-def _name(config: Config) -> str:
-    if config.name is not None:
-        return config.name
-    of = config.run or PurePosixPath(str(config.checkpoint).rstrip("/")).parent.name
-    return f"{of}-on-{PurePosixPath(str(config.source).rstrip('/')).name}"
-
-
-def _predict_files(
-    files: list[SourceFile],
-    config: Config,
-    checkpoint_folder: Folder,
-    preprocess: PreprocessConfig,
-    log: Log,
-) -> pa.Table:
-    """One row per file, in the order of paths: PREDICTIONS columns, or reason and detail."""
+def predicted_blocks(
+    files: Sequence[SourceFile], config: Config, predictor: Predictor
+) -> ray.data.Dataset:
+    """Blocks as they come, with the columns of ``PREDICTIONS`` and what `REJECTED` needs: a row for
+    each slice, or one with the reason for a file that cannot be read, all of a file in one block.
+    """
     source = Folder(str(config.source))
     salt = subject_salt(Folder(config.storage))
-    tables = [
-        pa.table(
-            {
-                "number": range(start, min(start + _FILES_PER_TASK, len(files))),
-            }
-        )
-        for start in range(0, len(files), _FILES_PER_TASK)
-    ]
-    all_files = ray.put(files)
+    all_files = ray.put(list(files))
+    preprocess = predictor.preprocess
 
     def decode(batch: pa.Table) -> pa.Table:
         rows = []
@@ -183,21 +109,54 @@ def _predict_files(
                 rows.append(dict.fromkeys(_DECODED.names) | row | about)
         return pa.Table.from_pylist(rows, schema=_DECODED)
 
-    num_gpus = 1 if config.train.device != "cpu" and ray.cluster_resources().get("GPU") else 0
-    predicted = (
-        ray.data.from_arrow(tables)
-        .map_batches(decode, batch_size=None, batch_format="pyarrow")
-        .map_batches(
-            _Predictor,
-            fn_constructor_kwargs={"folder": checkpoint_folder},
-            compute=ray.data.ActorPoolStrategy(size=1),
-            num_gpus=num_gpus,
-            batch_size=None,
-            batch_format="pyarrow",
-        )
+    with _whole_blocks():
+        tasks = ray.data.from_arrow([pa.table({"number": task}) for task in _tasks(files)])
+    return tasks.map_batches(decode, batch_size=None, batch_format="pyarrow").map_batches(
+        _Embedder,
+        fn_constructor_kwargs={"folder": predictor.folder},
+        batch_size=None,
+        batch_format="pyarrow",
+        **_actors(config),
     )
-    batches = list(with_progress(predicted, len(files), "predicted", log))
-    return pa.concat_tables(batches).sort_by([("path", "ascending"), ("frame", "ascending")])
+
+
+@contextmanager
+def _whole_blocks() -> Iterator[None]:
+    """Data sets made within keep the blocks that their functions return: a block that is split
+    would part the slices of a volume.
+    """
+    context = ray.data.DataContext.get_current()
+    before = context.target_max_block_size
+    context.target_max_block_size = None
+    try:
+        yield
+    finally:
+        context.target_max_block_size = before
+
+
+def _tasks(files: Sequence[SourceFile]) -> list[list[int]]:
+    """Numbers of the files of each task."""
+    volumes, images = [], []
+    for number, asked in enumerate(files):
+        (volumes if asked.path.lower().endswith(_VOLUME_SUFFIXES) else images).append(number)
+    return [
+        numbers[start : start + size]
+        for numbers, size in ((images, _FILES_PER_TASK), (volumes, _VOLUMES_PER_TASK))
+        for start in range(0, len(numbers), size)
+    ]
+
+
+def _actors(config: Config) -> dict[str, Any]:
+    """An actor on every GPU, or on every node without one, which leaves a CPU for decoding."""
+    resources = ray.cluster_resources()
+    num_gpus = int(resources.get("GPU", 0)) if config.train.device != "cpu" else 0
+    if num_gpus:
+        pool = ray.data.ActorPoolStrategy(min_size=1, max_size=num_gpus)
+        return {"compute": pool, "num_gpus": 1}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cpus = min(int(node.get("CPU", 1)) for node in nodes)
+    pool = ray.data.ActorPoolStrategy(min_size=1, max_size=len(nodes))
+    return {"compute": pool, "num_cpus": max(1, cpus - 1)}
 
 
 _DECODED = pa.schema(
@@ -225,12 +184,14 @@ def _decode(
         return [rejected_row(file, content, rejection)]
 
 
-class _Predictor:
+class _Embedder:
     """Holds the checkpoint on one actor's device; the config that it was trained with rules."""
 
     def __init__(self, folder: Folder) -> None:
         self.checkpoint: Checkpoint = load_checkpoint(folder)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if self.device.type == "cpu":
+            torch.set_num_threads(os.cpu_count() or 1)  # decoding needs little of them
         self.encoder = self.checkpoint.encoder.to(self.device).to(memory_format=torch.channels_last)
         self.clusters = self.checkpoint.clusters.to(self.device)
         self.precision = resolve_precision(self.checkpoint.config.train.precision, self.device)
@@ -261,7 +222,7 @@ class _Predictor:
             images[number, 0] = cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA)
         output = embed(
             self.encoder,
-            torch.from_numpy(images).to(self.device),
+            CachedImages(torch.from_numpy(images).to(self.device)),
             scale=self.checkpoint.scale,
             batch_size=self.checkpoint.config.train.embed_batch_size,
             precision=self.precision,
@@ -275,8 +236,11 @@ class _Predictor:
             torch.arange(rows.num_rows, device=self.device),
             torch.tensor(labels, dtype=torch.int64, device=self.device),
         )
-        return predictions_table(
+        table = predictions_table(
             predictions,
             self.checkpoint.classes,
             rows.select(["sample_id", "path", "frame", "thumbnail"]),
         )
+        coordinates = list(self.clusters.coordinates(output.z).cpu().numpy())
+        field = FITTED.field("coordinates")
+        return table.append_column(field, pa.array(coordinates, field.type))

@@ -67,10 +67,13 @@ def plan_store(slices: pa.Table, listing: Listing, config: Config, earlier: Earl
         for subject, source in zip(subjects, subject_sources, strict=True)
     ]
     draw_groups = keep_names(
-        joint_groups(groups, also_turned, named), _was(ids, earlier, column="draw_group_id")
+        joint_groups(groups, named), _was(ids, earlier, column="draw_group_id")
+    )
+    kin_groups = keep_names(
+        joint_groups(draw_groups, also_turned), _was(ids, earlier, column="kin_group_id")
     )
     split_groups = keep_names(
-        joint_groups(draw_groups, subjects), _was(ids, earlier, column="split_group_id")
+        joint_groups(kin_groups, subjects), _was(ids, earlier, column="split_group_id")
     )
     born = earlier.generations()
     generations = [born.get(identity, earlier.generation) for identity in ids]
@@ -102,6 +105,7 @@ def plan_store(slices: pa.Table, listing: Listing, config: Config, earlier: Earl
         ("subject_id", subjects, pa.string()),
         ("subject_source", subject_sources, pa.string()),
         ("draw_group_id", draw_groups, pa.string()),
+        ("kin_group_id", kin_groups, pa.string()),
         ("split_group_id", split_groups, pa.string()),
         ("generation", generations, pa.int32()),
     ):
@@ -339,9 +343,8 @@ def _statistics(
     num_pixels = train.num_rows * config.image_size**2
     mean = pc.sum(train["pixel_sum"]).as_py() / num_pixels / 255
     square = pc.sum(train["pixel_square_sum"]).as_py() / num_pixels / 255**2
-    content = rows.select(["sample_id", "split", "label", "draw_group_id"]).sort_by(
-        [(name, "ascending") for name in ("split", "sample_id", "label", "draw_group_id")]
-    )
+    told = ["split", "sample_id", "label", "draw_group_id", "kin_group_id"]
+    content = rows.select(told).sort_by([(name, "ascending") for name in told])
     identity = json.dumps([config.model_dump(mode="json"), content.to_pylist()])
     return {
         "classes": classes,

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,18 +33,33 @@ class Tracking:
         return self.mlflow.run_id
 
 
-def begin_tracking(config: Config, run: Run, log: Log) -> Tracking:
+def begin_tracking(
+    config: Config, run: Run, log: Log, tags: Mapping[str, str] | None = None
+) -> Tracking:
     """Open the run's MLflow run; an unreachable server is said and does not stop the work."""
+    params = flatten(config) | {f"num_{k}": v for k, v in run.info["num_slices"].items()}
+    about = {
+        "brainray.data_hash": str(run.info["data_hash"]),
+        "brainray.run_folder": str(run.folder),
+    }
+    return open_tracking(config, run.folder, params, about | dict(tags or {}), log)
+
+
+def open_tracking(
+    config: Config,
+    folder: Folder,
+    params: Mapping[str, object],
+    tags: Mapping[str, str],
+    log: Log,
+) -> Tracking:
+    """An MLflow run named as the folder, which remembers it and keeps what cannot be sent."""
     storage = Folder(config.storage)
     uri = os.environ.get("MLFLOW_TRACKING_URI") or config.tracking.uri or default_uri(storage)
-    mlflow = MLflowTracker(
-        run.folder, uri, config.tracking.experiment, artifact_location(uri, storage)
-    )
+    mlflow = MLflowTracker(folder, uri, config.tracking.experiment, artifact_location(uri, storage))
     tracker = LenientTracker(
-        mlflow, warn=lambda problem: log(f"{problem}; figures are kept in {run.folder}")
+        mlflow, warn=lambda problem: log(f"{problem}; figures are kept in {folder}")
     )
-    params = flatten(config) | {f"num_{k}": v for k, v in run.info["num_slices"].items()}
-    tracker.begin(str(run.info["name"]), params, _tags(run))
+    tracker.begin(str(folder).rpartition("/")[2], params, _tags_of_code() | dict(tags))
     return Tracking(tracker, mlflow, uri)
 
 
@@ -80,13 +95,11 @@ def send_run(run: Run, tracker: LenientTracker) -> None:
         tracker.finish()
 
 
-def _tags(run: Run) -> dict[str, str]:
+def _tags_of_code() -> dict[str, str]:
     job_id = ray.get_runtime_context().get_job_id() if ray.is_initialized() else ""
     tags = {
         "brainray.version": brainray.__version__,
         "brainray.code_hash": code_hash(),
-        "brainray.data_hash": str(run.info["data_hash"]),
-        "brainray.run_folder": str(run.folder),
         "brainray.ray_job_id": job_id,
         "brainray.ray_submission_id": os.environ.get("RAY_JOB_SUBMISSION_ID", ""),
         "brainray.git_revision": git_revision(),

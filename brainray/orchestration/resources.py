@@ -16,7 +16,19 @@ class WorkerResources:
 
     num_workers: int
     cpus_per_worker: int
-    use_gpu: bool
+    gpus_per_worker: float  # 0 where training is on CPUs
+    room: int
+    """Workers of this kind that the cluster's nodes hold together."""
+
+    @property
+    def use_gpu(self) -> bool:
+        return self.gpus_per_worker > 0
+
+    @property
+    def of_worker(self) -> dict[str, float]:
+        """What Ray reserves for each worker."""
+        cpus = {"CPU": float(self.cpus_per_worker)}
+        return cpus | ({"GPU": self.gpus_per_worker} if self.use_gpu else {})
 
 
 def plan_workers(config: TrainConfig, nodes: Sequence[NodeResources]) -> WorkerResources:
@@ -33,33 +45,36 @@ def plan_workers(config: TrainConfig, nodes: Sequence[NodeResources]) -> WorkerR
             "train.wait_for_nodes=true where an autoscaler brings some"
         )
     use_gpu = config.device == "cuda" or (config.device == "auto" and num_gpus > 0)
+    gpus = config.gpus_per_worker if use_gpu else 0.0
     num_workers = config.num_workers or (num_gpus if use_gpu else 1)
     if num_workers == 0:
         raise ConfigError("train.wait_for_nodes needs train.num_workers: there is no GPU to count")
     eligible = [node for node in nodes if not use_gpu or node.get("GPU", 0) >= 1]
-    cpus = config.cpus_per_worker or _share_of_cpus(eligible, num_workers, use_gpu)
-    room = sum(_workers_that_fit(node, cpus, use_gpu) for node in eligible)
+    cpus = config.cpus_per_worker or _share_of_cpus(eligible, num_workers, gpus)
+    room = sum(_workers_that_fit(node, cpus, gpus) for node in eligible)
     if room < num_workers and not waits:
-        needs = f"{cpus} CPU(s){' and a GPU' if use_gpu else ''}"
+        needs = f"{cpus} CPU(s)" + (f" and {gpus:g} GPU(s)" if use_gpu else "")
         raise ConfigError(
             f"{num_workers} workers with {needs} each do not fit: the Ray cluster has room for "
             f"{room}; lower train.num_workers or train.cpus_per_worker, or set "
             "train.wait_for_nodes=true where an autoscaler brings more"
         )
-    return WorkerResources(num_workers, cpus, use_gpu)
+    return WorkerResources(num_workers, cpus, gpus, max(room, num_workers))
 
 
-def _share_of_cpus(nodes: Sequence[NodeResources], num_workers: int, use_gpu: bool) -> int:
+def _share_of_cpus(nodes: Sequence[NodeResources], num_workers: int, gpus: float) -> int:
     """CPUs of a worker when every node's are shared among the workers that it will hold."""
     if not nodes:
         return 1
     evenly = -(-num_workers // len(nodes))
     shares = [
-        int(node.get("CPU", 0)) // (int(node["GPU"]) if use_gpu else evenly) for node in nodes
+        int(node.get("CPU", 0)) // (int(node["GPU"]) * int(1 / gpus) if gpus else evenly)
+        for node in nodes
     ]
     return max(1, min(shares))
 
 
-def _workers_that_fit(node: NodeResources, cpus: int, use_gpu: bool) -> int:
+def _workers_that_fit(node: NodeResources, cpus: int, gpus: float) -> int:
     by_cpu = int(node.get("CPU", 0)) // cpus
-    return min(by_cpu, int(node.get("GPU", 0))) if use_gpu else by_cpu
+    # A GPU is shared by whole workers: two of 0.6 do not fit on one.
+    return min(by_cpu, int(node.get("GPU", 0)) * int(1 / gpus)) if gpus else by_cpu

@@ -158,6 +158,7 @@ def _draw(config: Config, store: ImageStore) -> pa.Table:
         labels,
         train["draw_group_id"].to_pylist(),
         train["generation"].to_pylist(),
+        kin=train["kin_group_id"].to_pylist(),
         labelled_fraction=config.split.labelled_fraction,
         validation_fraction=config.split.validation_fraction,
         seed=config.split.seed,

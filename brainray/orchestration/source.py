@@ -77,6 +77,21 @@ def list_source(source: Folder, labels: Folder | None, class_map: dict[str, str]
         DataError: no such folder, no image file in it, a folder beside Training/ and Testing/, or
             a labels table that does not fit.
     """
+    found, num_ignored = find_images(source)
+    files = _from_folders(found) if labels is None else _from_table(found, labels)
+    renamed = [
+        replace(file, label=None if file.label is None else class_map.get(file.label, file.label))
+        for file in files
+    ]
+    return Listing(renamed, num_ignored)
+
+
+def find_images(source: Folder) -> tuple[list[FoundFile], int]:
+    """The image files below ``source`` in the order of their paths, and how many others there are.
+
+    Raises:
+        DataError: no such folder, or no image file in it.
+    """
     if not source.exists():
         raise DataError(f"no such folder: source={source}")
     found, num_ignored = [], 0
@@ -90,13 +105,7 @@ def list_source(source: Folder, labels: Folder | None, class_map: dict[str, str]
             f"source={source} holds no image file ({', '.join(SUFFIXES)}, or DICOM without suffix)"
             + (f"; {num_ignored} other files were ignored" if num_ignored else "")
         )
-    found.sort(key=lambda file: file.path)
-    files = _from_folders(found) if labels is None else _from_table(found, labels)
-    renamed = [
-        replace(file, label=None if file.label is None else class_map.get(file.label, file.label))
-        for file in files
-    ]
-    return Listing(renamed, num_ignored)
+    return sorted(found, key=lambda file: file.path), num_ignored
 
 
 def _may_hold_slices(file: FoundFile, source: Folder) -> bool:

@@ -74,20 +74,30 @@ class ImageStore:
     def images(self, sample_ids: list[str], split: str, side: int) -> NDArray[np.uint8]:
         """Slices (n, 1, side, side) uint8 of one split, in the order asked for."""
         images = np.empty((len(sample_ids), 1, side, side), dtype=np.uint8)
+        for rows, image in self.scan(sample_ids, split, side):
+            images[rows, 0] = image
+        return images
+
+    def scan(
+        self, sample_ids: list[str], split: str, side: int
+    ) -> Iterator[tuple[list[int], NDArray[np.uint8]]]:
+        """Each slice (side, side) uint8 with its places among ``sample_ids``, in stored order.
+
+        One row group of the store is in memory at a time.
+        """
         rows: dict[str, list[int]] = {}
         for row, identity in enumerate(sample_ids):
             rows.setdefault(identity, []).append(row)
         missing = set(rows)
         for identity, image in self._scan(pa.array(list(rows), pa.string()), split):
-            shrunk = cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA)
-            images[rows[identity], 0] = shrunk
+            shrunk = np.asarray(cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA))
             missing.discard(identity)
+            yield rows[identity], shrunk
         if missing:
             raise DataError(
                 f"{self.folder} lacks {len(missing)} slices of its index, such as {min(missing)}: "
                 "delete the store and preprocess again"
             )
-        return images
 
     def _scan(self, sample_ids: pa.Array, split: str) -> Iterator[tuple[str, NDArray[np.uint8]]]:
         """(sample_id, image (H, W)) of the wanted rows, one row group in memory at a time."""

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import ray.train
 import ray.train.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from brainray import dist, layout
 from brainray.clustering.collapse import check_collapse, measure_health
@@ -32,7 +32,15 @@ from brainray.engine.evaluate import (
 )
 from brainray.engine.recipe import build_objective, build_optimizer, resolve_precision
 from brainray.engine.recluster import ClusterModel, Reclustering, recluster
-from brainray.engine.shard import PixelScale, RankData, SliceShard, sample_keys
+from brainray.engine.shard import (
+    CachedImages,
+    Images,
+    PixelScale,
+    RankData,
+    SliceShard,
+    StreamedImages,
+    sample_keys,
+)
 from brainray.engine.state import (
     Checkpoint,
     TrainerState,
@@ -45,7 +53,7 @@ from brainray.engine.state import (
 from brainray.errors import BrainrayError
 from brainray.models.encoder import Encoder, EncoderOutput, build_encoder
 from brainray.orchestration.store import ImageStore
-from brainray.schema import LABELLED, TEST, TRAIN, UNLABELLED, UNLABELLED_ROLE, VALIDATION
+from brainray.schema import FITTED, LABELLED, TEST, TRAIN, UNLABELLED, UNLABELLED_ROLE, VALIDATION
 from brainray.storage import Folder
 
 _HEARTBEAT_S = 30.0
@@ -113,11 +121,23 @@ def _load_rank_data(
     device = ray.train.torch.get_device()
     class_index = {name: index for index, name in enumerate(store.classes)}
 
+    side = config.train.image_size
+    room = int(config.train.cache_gib * 2**30)
+
+    def load(sample_ids: list[str], split: str) -> Images:
+        nonlocal room
+        num_bytes = len(sample_ids) * side * side
+        if num_bytes <= room:
+            room -= num_bytes
+            return CachedImages(torch.from_numpy(store.images(sample_ids, split, side)).to(device))
+        if rank == 0:
+            print(f"streaming {len(sample_ids)} slices from disk: train.cache_gib is full")
+        return StreamedImages(len(sample_ids), side, store.scan(sample_ids, split, side), device)
+
     def shard(rows: pa.Table, split: str, keys: list[int]) -> SliceShard:
-        images = store.images(rows["sample_id"].to_pylist(), split, config.train.image_size)
         labels = [class_index.get(name, UNLABELLED) for name in rows["label"].to_pylist()]
         return SliceShard(
-            torch.from_numpy(images).to(device),
+            load(rows["sample_id"].to_pylist(), split),
             torch.tensor(keys, dtype=torch.int64, device=device),
             torch.tensor(labels, dtype=torch.int64, device=device),
         )
@@ -130,12 +150,13 @@ def _load_rank_data(
     seen = run.read_table(layout.SEEN)
     test = run.read_table(layout.TEST_SLICES)
     test_rows = list(range(rank, test.num_rows, num_ranks))
+    # Labelled slices are read most often, so they are the first to stay in memory.
     return RankData(
         labelled=training_shard(LABELLED),
-        unlabelled=training_shard(UNLABELLED_ROLE),
         validation=training_shard(VALIDATION),
         # Test sets keep byte-identical copies, so the row is the key there.
         test=shard(test.take(test_rows), TEST, test_rows),
+        unlabelled=training_shard(UNLABELLED_ROLE),
     )
 
 
@@ -177,10 +198,13 @@ class _Trainer:
         self.steps = num_steps(
             self._count(self.pool), config.train.batch_size_per_worker, dist.world_size()
         )
+        self.updates = -(-self.steps // config.train.accumulation_steps)  # of each epoch
         self.optimizer, self.scheduler = build_optimizer(
-            self.encoder, config.train, self.steps * config.train.num_epochs
+            self.encoder, config.train, self.updates * config.train.num_epochs
         )
-        self.model = ray.train.torch.prepare_model(self.encoder)
+        self.model: nn.Module = ray.train.torch.prepare_model(self.encoder)
+        if config.train.compile:
+            self.model.compile()
         self.test_slices = run.read_table(layout.TEST_SLICES)
         self.epoch = 0
         self.history: list[dict[str, float]] = []
@@ -218,7 +242,7 @@ class _Trainer:
         self._clustering = saved.clusters.to(self.device), responsibilities.to(self.device)
         self.epoch = saved.epoch
         # The schedule is a function of the step, also where the number of ranks has changed.
-        self.scheduler.last_epoch = self.epoch * self.steps - 1
+        self.scheduler.last_epoch = self.epoch * self.updates - 1
         self.scheduler.step()
         # The log knows of an epoch's report what its checkpoint could not know yet.
         logged = {row["epoch"]: row for row in self.run.read_json_lines(layout.METRICS)}
@@ -269,7 +293,7 @@ class _Trainer:
                 max_share=self.config.clustering.max_cluster_share,
                 min_spread=self.config.clustering.min_spread,
             )
-            self._save(metrics, test, timer, started)
+            self._save(metrics, fitted.z, test, timer, started)
 
     def finish(self) -> None:
         """Leave the last epoch's checkpoint beside the best one."""
@@ -295,6 +319,7 @@ class _Trainer:
             scale=self.scale,
             augmentation=self.config.augment,
             precision=self.precision,
+            accumulation=self.config.train.accumulation_steps,
             seed=_seed(self.config.seed, self.epoch, dist.rank()),
             on_step=self._heartbeat(),
         )
@@ -319,7 +344,7 @@ class _Trainer:
 
         return on_step
 
-    def _embed(self, images: Tensor) -> EncoderOutput:
+    def _embed(self, images: Images) -> EncoderOutput:
         return embed(
             self.encoder,
             images,
@@ -369,7 +394,12 @@ class _Trainer:
         return metrics
 
     def _save(
-        self, metrics: dict[str, float], test: Predictions, timer: _Timer, started: float
+        self,
+        metrics: dict[str, float],
+        z: Tensor,
+        test: Predictions,
+        timer: _Timer,
+        started: float,
     ) -> None:
         """Checkpoint, then the logs: what is logged can always be gone on from."""
         for part in ("train", "embed", "recluster", "evaluate"):
@@ -380,14 +410,18 @@ class _Trainer:
         self.history.append(metrics)
         keys = dist.gather_rows(self.data.fitted_keys)
         responsibilities = dist.gather_rows(self.responsibilities)
+        coordinates = dist.gather_rows(self.clusters.coordinates(z))
+        log_likelihood = dist.gather_rows(self.clusters.log_likelihood(z))
         name = f"epoch-{self.epoch:04d}"
-        reported = {"epoch": self.epoch, "validation/score": metrics["validation/score"]}
+        reported = reported_metrics(metrics)
         if dist.rank() != 0:
             ray.train.report(reported, checkpoint_dir_name=name)
             return
         model = checkpoint_bytes(self._checkpoint())
         is_best = best_epoch(self.history) == self.epoch
         if is_best:
+            fitted = self._fitted_table(keys, coordinates, log_likelihood)
+            (self.run / layout.BEST).write_table(layout.FITTED, fitted)
             (self.run / layout.BEST).write_bytes(layout.MODEL, model)
         kept = {*self.config.evaluation.tsne_epochs, self.config.train.num_epochs}
         if len(test.labels) and (is_best or self.epoch in kept):
@@ -416,11 +450,33 @@ class _Trainer:
             self.config, self.classes, self.scale, self.epoch, self.encoder, self.clusters
         )
 
+    def _fitted_table(self, keys: Tensor, coordinates: Tensor, log_likelihood: Tensor) -> pa.Table:
+        ids = self.run.read_table(layout.SEEN, columns=["sample_id"])["sample_id"].to_pylist()
+        identity = dict(zip(sample_keys(ids).tolist(), ids, strict=True))
+        columns = [
+            [identity[key] for key in keys.tolist()],
+            list(coordinates.cpu().numpy()),
+            log_likelihood.cpu().numpy(),
+        ]
+        arrays = [
+            pa.array(column, field.type) for column, field in zip(columns, FITTED, strict=True)
+        ]
+        return pa.table(arrays, schema=FITTED)
+
     def _predictions(self, test: Predictions) -> pa.Table:
         return predictions_table(test, self.classes, self.test_slices)
 
     def _count(self, shard: SliceShard) -> int:
         return int(dist.sum_across_ranks(torch.tensor(len(shard), device=self.device)))
+
+
+def reported_metrics(metrics: dict[str, float]) -> dict[str, float]:
+    """What Ray is told of an epoch: figures of validation only, so that nothing else can choose."""
+    return {
+        name: value
+        for name, value in metrics.items()
+        if name == "epoch" or name.startswith("validation/")
+    }
 
 
 def best_epoch(history: list[dict[str, float]]) -> int:

@@ -293,3 +293,24 @@ def test_input_that_does_not_fit_is_refused_with_its_cause() -> None:
     x[0, 0] = float("nan")
     with pytest.raises(ClusteringError, match="1 of 500 rows contain NaN"):
         GaussianMixture(K).fit(x)
+
+
+def test_more_starts_never_explain_the_rows_worse() -> None:
+    x = mixture_rows()
+    bounds = [GaussianMixture(7, "diag", num_init=n).fit(x).lower_bound_ for n in (1, 2, 5)]
+    assert bounds == sorted(bounds)
+    assert bounds[-1] > bounds[0]
+    kept = GaussianMixture(7, "diag", num_init=5).fit(x)
+    assert kept.score(x) >= kept.lower_bound_ - 1e-9  # the parameters are those of the bound
+
+
+@pytest.mark.parametrize("covariance_type", TYPES)
+def test_float32_rows_lose_little(covariance_type: CovarianceType) -> None:
+    x = mixture_rows()
+    parameters = start(x, covariance_type)
+    exact = GaussianMixture(K, covariance_type, tol=0.0, max_iter=20).fit(x, **parameters)
+    coarse = GaussianMixture(K, covariance_type, tol=0.0, max_iter=20, block_rows=64)
+    coarse.fit(x.float(), **parameters)
+    assert coarse.means_.dtype == torch.float64
+    assert abs(coarse.score(x) / exact.score(x) - 1) < 1e-6
+    torch.testing.assert_close(coarse.means_, exact.means_, rtol=1e-4, atol=1e-3)

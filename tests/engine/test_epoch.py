@@ -8,8 +8,14 @@ import torch
 from brainray.config import AugmentConfig, TrainConfig
 from brainray.engine.epoch import SoftTargets, embed, num_steps, train_epoch
 from brainray.engine.recipe import build_optimizer, resolve_precision
-from brainray.engine.shard import PixelScale, SliceShard, sample_keys
-from brainray.models.encoder import Encoder
+from brainray.engine.shard import (
+    CachedImages,
+    PixelScale,
+    SliceShard,
+    StreamedImages,
+    sample_keys,
+)
+from brainray.models.encoder import Encoder, EncoderOutput
 from brainray.models.joint import JointObjective
 from brainray.models.objective import StepSizes
 
@@ -22,7 +28,15 @@ def shard(num: int, seed: int = 0) -> SliceShard:
     labels = torch.arange(num) % 2
     noise = torch.randint(0, 60, (num, 1, 32, 32), generator=generator)
     images = (noise + 120 * labels[:, None, None, None]).to(torch.uint8)
-    return SliceShard(images, torch.arange(num), labels)
+    return SliceShard(CachedImages(images), torch.arange(num), labels)
+
+
+def streamed(cached: SliceShard) -> SliceShard:
+    """The same slices in a file."""
+    assert isinstance(cached.images, CachedImages)
+    pixels = (([row], image[0].numpy()) for row, image in enumerate(cached.images.images))
+    images = StreamedImages(len(cached), cached.images.side, pixels, torch.device("cpu"))
+    return SliceShard(images, cached.keys, cached.labels)
 
 
 def test_an_epoch_is_one_pass_over_the_unlabelled_slices_of_all_ranks() -> None:
@@ -31,18 +45,22 @@ def test_an_epoch_is_one_pass_over_the_unlabelled_slices_of_all_ranks() -> None:
     assert num_steps(64, 64, num_ranks=1) == 1
 
 
-def train(seed: int) -> tuple[Encoder, dict[str, float]]:
+def train(
+    seed: int, *, streaming: bool = False, accumulation: int = 1
+) -> tuple[Encoder, dict[str, float]]:
     torch.manual_seed(0)
     encoder = Encoder("resnet18", num_classes=2)
     optimizer, scheduler = build_optimizer(encoder, TrainConfig(), total_steps=6)
-    unlabelled = shard(24, seed=1)
+    labelled, unlabelled = shard(12), shard(24, seed=1)
+    if streaming:
+        labelled, unlabelled = streamed(labelled), streamed(unlabelled)
     soft = SoftTargets(torch.full((24, 2), 0.5), torch.zeros(2, 512))
     result = train_epoch(
         encoder,
         optimizer,
         scheduler,
         JointObjective(0.1),
-        shard(12),
+        labelled,
         unlabelled,
         soft,
         sizes=StepSizes(8, 8),
@@ -51,8 +69,10 @@ def train(seed: int) -> tuple[Encoder, dict[str, float]]:
         augmentation=AugmentConfig(max_intensity_shift=0.0),
         precision="fp32",
         seed=seed,
+        accumulation=accumulation,
     )
     assert 0 < result.data_wait_s < 60
+    assert scheduler.last_epoch == -(-6 // accumulation)
     return encoder, result.losses
 
 
@@ -64,6 +84,70 @@ def test_training_follows_its_seed_to_the_last_bit() -> None:
     for one, two in zip(first.parameters(), again.parameters(), strict=True):
         assert torch.equal(one, two)
     assert not torch.equal(first.head.weight, other.head.weight)
+
+
+def test_streamed_slices_train_the_same_encoder() -> None:
+    cached, losses = train(seed=5)
+    from_file, losses_from_file = train(seed=5, streaming=True)
+    assert losses == losses_from_file
+    for one, two in zip(cached.parameters(), from_file.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_streamed_batches_are_the_rows_asked_for() -> None:
+    cached = shard(10)
+    order = [torch.tensor([3, 9, 3]), torch.tensor([0]), torch.tensor([], dtype=torch.int64)]
+    for one, two in zip(
+        cached.images.batches(order), streamed(cached).images.batches(order), strict=True
+    ):
+        assert one.dtype == two.dtype == torch.uint8
+        assert torch.equal(one, two)
+
+
+class Weighted(torch.nn.Module):
+    """An encoder without batch normalisation, whose gradient is linear in the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(2))
+
+    def forward(self, images: torch.Tensor) -> EncoderOutput:
+        means = images.mean(dim=(1, 2, 3), keepdim=False)[:, None]
+        return EncoderOutput(z=means * self.weight, logits=means * self.weight)
+
+
+def test_accumulated_batches_give_the_gradient_of_their_mean() -> None:
+    gradients = []
+
+    class Recorder(torch.optim.SGD):
+        def step(self, closure: None = None) -> None:  # type: ignore[override]
+            gradients.append(self.param_groups[0]["params"][0].grad.clone())
+
+    for accumulation in (1, 4):
+        model = Weighted()
+        optimizer = Recorder(model.parameters(), lr=0.0)
+        schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
+        soft = SoftTargets(torch.full((24, 2), 0.5), torch.zeros(2, 2))
+        train_epoch(
+            model,
+            optimizer,
+            schedule,
+            JointObjective(0.1),
+            shard(12),
+            shard(24, seed=1),
+            soft,
+            sizes=StepSizes(8, 8),
+            steps=6,
+            scale=SCALE,
+            augmentation=AugmentConfig(),
+            precision="fp32",
+            seed=3,
+            accumulation=accumulation,
+        )
+    single, accumulated = gradients[:6], gradients[6:]
+    assert len(accumulated) == 2  # four batches, then the two that are left
+    torch.testing.assert_close(accumulated[0], torch.stack(single[:4]).mean(dim=0))
+    torch.testing.assert_close(accumulated[1], torch.stack(single[4:]).mean(dim=0))
 
 
 def test_losses_are_means_and_add_up() -> None:
@@ -81,7 +165,7 @@ def test_embedding_in_batches_equals_embedding_at_once() -> None:
     parts = embed(encoder, images, scale=SCALE, batch_size=3, precision="fp32")
     torch.testing.assert_close(whole.z, parts.z, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(whole.logits, parts.logits, rtol=1e-4, atol=1e-4)
-    nothing = embed(encoder, images[:0], scale=SCALE, batch_size=3, precision="fp32")
+    nothing = embed(encoder, shard(0).images, scale=SCALE, batch_size=3, precision="fp32")
     assert nothing.z.shape == (0, 512)
     assert nothing.logits.shape == (0, 2)
 

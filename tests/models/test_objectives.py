@@ -7,11 +7,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from brainray import dist
+from brainray.dist import run_on_ranks
 from brainray.models.encoder import Encoder
 from brainray.models.joint import JointObjective, cluster_loss
 from brainray.models.objective import StepTargets
 from brainray.models.supervised import SupervisedObjective
-from tests.distributed import run_on_ranks
 
 Z = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
 GAMMA = torch.tensor([[0.75, 0.25], [0.0, 1.0]])

@@ -95,6 +95,36 @@ def test_a_tiny_fraction_still_gives_two_groups_of_each_class() -> None:
     assert drawn.count(VALIDATION) == 3
 
 
+def test_kin_are_never_parted_into_learning_and_validating() -> None:
+    labels, groups = slices(60)
+    kin = [f"{group[0]}{int(group[1:]) // 3}" for group in groups]
+    previous: set[int] = set()
+    for fraction in (0.02, 0.2, 0.6, 1.0):
+        drawn = draw_roles(
+            labels, groups, kin=kin, labelled_fraction=fraction, validation_fraction=0.2, seed=0
+        )
+        roles_of_kin: dict[str, set[str]] = {}
+        for own, role in zip(kin, drawn, strict=True):
+            if role != UNLABELLED_ROLE:
+                roles_of_kin.setdefault(own, set()).add(role)
+        assert all(len(found) == 1 for found in roles_of_kin.values())
+        for name in ("a", "b", "c"):
+            of_class = {role for role, label in zip(drawn, labels, strict=True) if label == name}
+            assert {LABELLED, VALIDATION} <= of_class
+        assert previous <= readable(drawn)
+        previous = readable(drawn)
+    # Groups are drawn one by one: some kin have a slice that is drawn and one that is not.
+    drawn = draw_roles(
+        labels, groups, kin=kin, labelled_fraction=0.2, validation_fraction=0.2, seed=0
+    )
+    assert any(
+        {role == UNLABELLED_ROLE for role, one in zip(drawn, kin, strict=True) if one == own}
+        == {True, False}
+        for own in set(kin)
+    )
+    assert len(readable(drawn)) == 36
+
+
 def test_a_class_with_one_slice_is_named() -> None:
     labels, groups = slices(10)
     with pytest.raises(DataError, match="class 'rare' has 1 labelled training slice"):

@@ -110,7 +110,13 @@ def test_old_slices_keep_split_group_and_role(
     old = before.set_index(keys).sort_index()
     now = after.set_index(keys).sort_index()
     assert set(old.index) <= set(now.index)
-    for column in ("duplicate_group_id", "draw_group_id", "split_group_id", "generation"):
+    for column in (
+        "duplicate_group_id",
+        "draw_group_id",
+        "kin_group_id",
+        "split_group_id",
+        "generation",
+    ):
         pd.testing.assert_series_equal(old[column], now.loc[old.index, column])
     assert set(now.drop(old.index)["generation"]) == {1}
     for fraction in (0.2, 0.5):
@@ -122,6 +128,7 @@ def test_old_slices_keep_split_group_and_role(
                         train["label"].tolist(),
                         train["draw_group_id"].tolist(),
                         train["generation"].tolist(),
+                        kin=train["kin_group_id"].tolist(),
                         labelled_fraction=fraction,
                         validation_fraction=0.2,
                         seed=0,

@@ -16,15 +16,23 @@ def plan(nodes: list[dict[str, float]], **settings: object) -> WorkerResources:
 
 
 def test_one_worker_takes_the_whole_laptop() -> None:
-    assert plan([LAPTOP]) == WorkerResources(1, 2, use_gpu=False)
-    assert plan([LAPTOP], num_workers=2) == WorkerResources(2, 1, use_gpu=False)
+    assert plan([LAPTOP]) == WorkerResources(1, 2, gpus_per_worker=0, room=1)
+    assert plan([LAPTOP], num_workers=2) == WorkerResources(2, 1, gpus_per_worker=0, room=2)
 
 
 def test_every_gpu_gets_a_worker_with_the_cpus_of_its_own_node() -> None:
-    assert plan([HEAD, GPU_NODE, GPU_NODE]) == WorkerResources(2, 8, use_gpu=True)
+    assert plan([HEAD, GPU_NODE, GPU_NODE]) == WorkerResources(2, 8, gpus_per_worker=1, room=2)
     big = {"CPU": 16.0, "GPU": 4.0}
-    assert plan([HEAD, GPU_NODE, big]) == WorkerResources(5, 4, use_gpu=True)
-    assert plan([HEAD, GPU_NODE], device="cpu") == WorkerResources(1, 8, use_gpu=False)
+    assert plan([HEAD, GPU_NODE, big]) == WorkerResources(5, 4, gpus_per_worker=1, room=5)
+    assert plan([HEAD, GPU_NODE], device="cpu") == WorkerResources(1, 8, gpus_per_worker=0, room=2)
+
+
+def test_workers_that_share_a_gpu_share_its_cpus_too() -> None:
+    shared = plan([HEAD, GPU_NODE, GPU_NODE], num_workers=1, gpus_per_worker=0.5)
+    assert shared == WorkerResources(1, 4, gpus_per_worker=0.5, room=4)
+    assert shared.of_worker == {"CPU": 4.0, "GPU": 0.5}
+    # Two of 0.6 do not fit on one.
+    assert plan([GPU_NODE], num_workers=1, gpus_per_worker=0.6).room == 1
 
 
 def test_what_no_node_can_hold_is_refused() -> None:
@@ -38,6 +46,6 @@ def test_what_no_node_can_hold_is_refused() -> None:
 
 def test_an_autoscaler_may_bring_what_is_asked_for_by_number() -> None:
     asked = {"device": "cuda", "num_workers": 4, "cpus_per_worker": 6, "wait_for_nodes": True}
-    assert plan([HEAD], **asked) == WorkerResources(4, 6, use_gpu=True)
+    assert plan([HEAD], **asked) == WorkerResources(4, 6, gpus_per_worker=1, room=4)
     with pytest.raises(ConfigError, match=r"needs train\.num_workers"):
         plan([HEAD], device="cuda", wait_for_nodes=True)

@@ -17,7 +17,7 @@ from brainray.engine.state import Checkpoint, load_checkpoint
 from brainray.errors import BrainrayError, CheckpointError, ConfigError, DataError
 from brainray.orchestration.data import preprocess
 from brainray.orchestration.driver import TrainedRun, train
-from brainray.orchestration.inference import evaluate
+from brainray.orchestration.evaluation import evaluate
 from brainray.orchestration.publish import publish
 from brainray.orchestration.run import begin_run
 from brainray.orchestration.store import ImageStore

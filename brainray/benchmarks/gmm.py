@@ -1,0 +1,165 @@
+"""Gaussian mixtures against scikit-learn: same start, same iterations, same likelihood."""
+
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import sklearn.mixture
+import torch
+from numpy.typing import NDArray
+from sklearn.exceptions import ConvergenceWarning
+
+from brainray import dist
+from brainray.benchmarks.result import BenchmarkResult, Measure
+from brainray.benchmarks.samples import embedding_like
+from brainray.benchmarks.timing import OURS, relative_times, side_by_side
+from brainray.clustering.gaussian import CovarianceType, covariance_shape
+from brainray.clustering.gmm import GaussianMixture
+
+Matrix = NDArray[np.float32]
+
+
+class Size(NamedTuple):
+    num_rows: int
+    num_features: int
+    num_components: int
+    covariance_type: CovarianceType
+    at_least: float  # times faster than scikit-learn
+
+    def __str__(self) -> str:
+        kind = self.covariance_type
+        return f"{kind} ({self.num_rows:,}, {self.num_features}, K={self.num_components})"
+
+
+SIZES = (
+    Size(6_000, 32, 4, "diag", 1.2),
+    Size(6_000, 32, 4, "full", 2.0),
+    Size(100_000, 32, 16, "diag", 1.5),
+    Size(100_000, 32, 16, "full", 3.0),
+    Size(1_000_000, 64, 64, "diag", 1.5),
+)
+QUICK_SIZES = (*SIZES[:4], Size(200_000, 64, 64, "diag", 1.5))
+NUM_ITERATIONS = 10
+MAX_LIKELIHOOD_DIFFERENCE = 1e-6  # relative
+MIN_RANKS_SPEEDUP = 1.7
+
+
+def run(*, quick: bool, source: object, seed: int, log: Callable[[str], None]) -> BenchmarkResult:
+    """Gaussian mixtures against scikit-learn in both precisions, and on two ranks."""
+    del source  # the rows are drawn
+    measures: list[Measure] = []
+    milliseconds: dict[str, dict[str, float]] = {}
+    for size in QUICK_SIZES if quick else SIZES:
+        rows = embedding_like(size.num_rows, size.num_features, size.num_components, seed)
+        start = _start(rows, size, seed)
+        timed = side_by_side(
+            {
+                OURS: partial(_ours, rows, size, start),
+                "scikit-learn float64": partial(_sklearn, rows.astype(np.float64), size, start),
+                "scikit-learn float32": partial(_sklearn, rows, size, start),
+            },
+            rounds=9 if size.num_rows <= 10_000 else 3,
+        )
+        bounds = {name: found.result for name, found in timed.items()}
+        exact = bounds["scikit-learn float64"]
+        difference = abs(bounds[OURS] / exact - 1)
+        # A peer that misses the likelihood is none.
+        peers = [
+            name
+            for name in timed
+            if name != OURS and abs(bounds[name] / exact - 1) <= MAX_LIKELIHOOD_DIFFERENCE
+        ]
+        best = min(peers, key=lambda name: timed[name].seconds)
+        speedup = timed[best].seconds / timed[OURS].seconds
+        log(f"{size}: " + ", ".join(f"{k} {1e3 * v.seconds:.1f} ms" for k, v in timed.items()))
+        milliseconds[str(size)] = {name: 1e3 * found.seconds for name, found in timed.items()}
+        measures += [
+            Measure(f"{size}: against {best}", speedup, "x", at_least=size.at_least),
+            Measure(f"{size}: likelihood", difference, at_most=MAX_LIKELIHOOD_DIFFERENCE),
+        ]
+    largest = (QUICK_SIZES if quick else SIZES)[-1]
+    log(f"two ranks of one thread against one, {largest}")
+    (one,) = dist.run_on_ranks(_timed_shard, 1, largest, seed)
+    two = dist.run_on_ranks(_timed_shard, 2, largest, seed)
+    measures += [
+        Measure(
+            f"{largest}: two ranks against one",
+            one["seconds"] / max(rank["seconds"] for rank in two),
+            "x",
+            at_least=MIN_RANKS_SPEEDUP,
+        ),
+        Measure(
+            f"{largest}: likelihood on two ranks",
+            abs(two[0]["bound"] / one["bound"] - 1),
+            at_most=1e-6,
+        ),
+    ]
+    details = {"milliseconds": milliseconds, "threads": torch.get_num_threads()}
+    return BenchmarkResult(measures, details, relative_times(milliseconds))
+
+
+class _Start(NamedTuple):
+    means: NDArray[np.float64]  # (K, D)
+    weights: NDArray[np.float64]  # (K,)
+    precisions: NDArray[np.float64]  # shaped like the covariances
+
+
+def _start(rows: Matrix, size: Size, seed: int) -> _Start:
+    """Rows as means, equal weights, unit precisions: a start that knows nothing."""
+    chosen = np.random.default_rng(seed).choice(len(rows), size.num_components, replace=False)
+    shape = covariance_shape(size.num_components, size.num_features, size.covariance_type)
+    precisions = np.ones(shape)
+    if size.covariance_type == "full":
+        precisions = np.tile(np.eye(size.num_features), (size.num_components, 1, 1))
+    weights = np.full(size.num_components, 1 / size.num_components)
+    return _Start(rows[chosen].astype(np.float64), weights, precisions)
+
+
+def _ours(rows: Matrix, size: Size, start: _Start) -> float:
+    return _fitted(torch.from_numpy(rows), size, start).lower_bound_
+
+
+def _fitted(
+    rows: torch.Tensor, size: Size, start: _Start, row_keys: torch.Tensor | None = None
+) -> GaussianMixture:
+    mixture = GaussianMixture(
+        size.num_components, size.covariance_type, tol=0.0, max_iter=NUM_ITERATIONS
+    )
+    return mixture.fit(
+        rows,
+        init_means=torch.from_numpy(start.means),
+        init_weights=torch.from_numpy(start.weights),
+        init_precisions=torch.from_numpy(start.precisions),
+        row_keys=row_keys,
+    )
+
+
+def _sklearn(rows: NDArray[np.floating], size: Size, start: _Start) -> float:
+    mixture = sklearn.mixture.GaussianMixture(
+        size.num_components,
+        covariance_type=size.covariance_type,
+        tol=0.0,
+        max_iter=NUM_ITERATIONS,
+        means_init=start.means.astype(rows.dtype),
+        weights_init=start.weights.astype(rows.dtype),
+        precisions_init=start.precisions.astype(rows.dtype),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return float(mixture.fit(rows).lower_bound_)
+
+
+def _timed_shard(size: Size, seed: int) -> dict[str, float]:
+    """Seconds of a fit of this rank's share of the rows, from when all ranks are ready."""
+    rows = embedding_like(size.num_rows, size.num_features, size.num_components, seed)
+    start = _start(rows, size, seed)
+    keys = torch.arange(len(rows))[dist.rank() :: dist.world_size()].contiguous()
+    mine = torch.from_numpy(rows)[dist.rank() :: dist.world_size()].contiguous()
+    del rows
+    dist.sum_across_ranks(torch.zeros(1))
+    started = time.perf_counter()
+    mixture = _fitted(mine, size, start, keys)
+    return {"seconds": time.perf_counter() - started, "bound": mixture.lower_bound_}

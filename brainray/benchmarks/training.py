@@ -1,0 +1,281 @@
+"""Training and its epochs against a bare PyTorch loop over a tensor in memory, the upper bound."""
+
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import psutil
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from brainray import dist, layout
+from brainray.benchmarks.result import BenchmarkResult, Measure
+from brainray.benchmarks.samples import load_slices, perturbed
+from brainray.benchmarks.timing import OURS, relative_times, side_by_side
+from brainray.config import AugmentConfig, Config, TrainConfig, load_config
+from brainray.engine.epoch import SoftTargets, autocast, embed, train_epoch
+from brainray.engine.recipe import build_optimizer, resolve_precision
+from brainray.engine.shard import CachedImages, Images, PixelScale, SliceShard, StreamedImages
+from brainray.models.encoder import Encoder
+from brainray.models.joint import JointObjective
+from brainray.models.objective import StepSizes
+from brainray.orchestration.data import preprocess
+from brainray.orchestration.driver import train
+from brainray.orchestration.job import attach_to_ray
+
+BATCH = 64  # labelled and as many unlabelled
+NUM_CLASSES, NUM_CLUSTERS = 4, 4
+MIN_STEP, MIN_EPOCH, MIN_STREAMING, MIN_SCALING = 0.97, 0.90, 0.85, 0.9
+MAX_RECLUSTERING, MAX_MEMORY_GROWTH = 0.03, 1.1
+
+_SCALE = PixelScale(mean=0.3, std=0.25)
+
+
+def run(
+    *, quick: bool, source: Path | None, seed: int, log: Callable[[str], None]
+) -> BenchmarkResult:
+    """Steps, epochs through Ray, streaming and two workers against a bare loop in memory."""
+    sides = (64, 128) if quick else (128, 224)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    slices = load_slices(source, seed)
+    measures: list[Measure] = []
+    milliseconds: dict[str, dict[str, float]] = {}
+    for side in sides:
+        log(f"steps at {side} px")
+        pixels = _pixels(slices, 4 * BATCH, side).to(device)
+        steps = 4 if quick else 6
+        timed = side_by_side(
+            {
+                OURS: _ours(CachedImages(pixels), steps),
+                "bare loop": _bare(pixels, steps),
+            },
+            rounds=3,
+        )
+        milliseconds[f"step at {side} px"] = {
+            name: 1e3 * found.seconds / steps for name, found in timed.items()
+        }
+        ratio = timed["bare loop"].seconds / timed[OURS].seconds
+        measures += [
+            Measure(f"step at {side} px: against the bare loop", ratio, "x", at_least=MIN_STEP),
+            Measure(f"step at {side} px", 2 * BATCH * steps / timed[OURS].seconds, "images/s"),
+        ]
+    log("streaming, four times the cache")
+    measures += _streaming(slices, sides[0], device, steps=8 if quick else 16)
+    if device.type == "cpu":
+        log("one and two workers of one thread")
+        one = max(dist.run_on_ranks(_timed_rank, 1, sides[0], seed))
+        two = max(dist.run_on_ranks(_timed_rank, 2, sides[0], seed))
+        measures.append(
+            Measure(
+                "two workers of one thread: share of ideal", one / two, "x", at_least=MIN_SCALING
+            )
+        )
+    num_slices = 1500 if quick else 5600
+    log(f"whole epochs through Ray Train, {num_slices} slices at {sides[0]} px")
+    measures += _whole_epoch(slices, num_slices, sides[0], seed, device)
+    details = {"milliseconds": milliseconds, "threads": torch.get_num_threads(), "batch": BATCH}
+    return BenchmarkResult(measures, details, relative_times(milliseconds))
+
+
+def _pixels(slices: list[NDArray[np.uint8]], count: int, side: int) -> Tensor:
+    """(count, 1, side, side) uint8."""
+    small = [cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA) for image in slices]
+    return torch.from_numpy(np.stack([small[row % len(small)] for row in range(count)])[:, None])
+
+
+def _shard(images: Images) -> SliceShard:
+    labels = torch.arange(len(images), device=images.device) % NUM_CLASSES
+    return SliceShard(images, torch.arange(len(images)), labels)
+
+
+def _ours(
+    images: Images, steps: int, wrap: Callable[[nn.Module], nn.Module] = lambda model: model
+) -> Callable[[], None]:
+    """An epoch of the engine: joint objective, augmentation, as in real runs."""
+    device = images.device
+    encoder = Encoder("resnet18", NUM_CLASSES).to(device).to(memory_format=torch.channels_last)
+    optimizer, scheduler = build_optimizer(encoder, TrainConfig(), 10_000)
+    model = wrap(encoder)
+    shard = _shard(images)
+    soft = SoftTargets(
+        torch.full((len(images), NUM_CLUSTERS), 1 / NUM_CLUSTERS, device=device),
+        torch.zeros(NUM_CLUSTERS, encoder.embedding_dim, device=device),
+    )
+
+    def epoch() -> None:
+        train_epoch(
+            model,
+            optimizer,
+            scheduler,
+            JointObjective(0.5),
+            shard,
+            shard,
+            soft,
+            sizes=StepSizes(BATCH, BATCH),
+            steps=steps,
+            scale=_SCALE,
+            augmentation=AugmentConfig(),
+            precision=resolve_precision("auto", device),
+            seed=0,
+        )
+        _wait(device)
+
+    return epoch
+
+
+def _bare(pixels: Tensor, steps: int) -> Callable[[], None]:
+    """What a careful user writes: the same network, precision, batch and optimiser, no more."""
+    device = pixels.device
+    encoder = Encoder("resnet18", NUM_CLASSES).to(device).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(encoder.parameters(), lr=1e-3, fused=True)
+    labels = torch.arange(len(pixels), device=device) % NUM_CLASSES
+    precision = resolve_precision("auto", device)
+
+    def epoch() -> None:
+        encoder.train()
+        for _ in range(steps):
+            rows = torch.randint(len(pixels), (2 * BATCH,), device=device)
+            images = (pixels[rows].float() / 255 - _SCALE.mean) / _SCALE.std
+            images = images.contiguous(memory_format=torch.channels_last)
+            with autocast(device, precision):
+                logits = encoder(images).logits
+            loss = F.cross_entropy(logits, labels[rows])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+        _wait(device)
+
+    return epoch
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _streaming(
+    slices: list[NDArray[np.uint8]], side: int, device: torch.device, steps: int
+) -> list[Measure]:
+    """Training from a file that holds four times what may be cached, against the cache."""
+    pixels = _pixels(slices, 16 * BATCH, side)
+    rows = (([row], image[0].numpy()) for row, image in enumerate(pixels))
+    streamed = StreamedImages(len(pixels), side, rows, device)
+    cached = CachedImages(pixels[: 4 * BATCH].to(device))
+    from_file = _ours(streamed, steps)
+    from_file()
+    before = psutil.Process().memory_info().rss
+    timed = side_by_side({"cached": _ours(cached, steps), "streamed": from_file}, rounds=3)
+    growth = psutil.Process().memory_info().rss / before
+    ratio = timed["cached"].seconds / timed["streamed"].seconds
+    return [
+        Measure("streaming against the cache", ratio, "x", at_least=MIN_STREAMING),
+        Measure("streaming: memory after against before", growth, "x", at_most=MAX_MEMORY_GROWTH),
+    ]
+
+
+def _timed_rank(side: int, seed: int) -> float:
+    """Seconds of an epoch of DDP on this rank, from when all ranks are ready."""
+    torch.manual_seed(seed)
+    pixels = torch.randint(0, 256, (4 * BATCH, 1, side, side), dtype=torch.uint8)
+    epoch = _ours(CachedImages(pixels), steps=4, wrap=DistributedDataParallel)
+    epoch()
+    dist.sum_across_ranks(torch.zeros(1))
+    started = time.perf_counter()
+    epoch()
+    return time.perf_counter() - started
+
+
+def _whole_epoch(
+    slices: list[NDArray[np.uint8]], num_slices: int, side: int, seed: int, device: torch.device
+) -> list[Measure]:
+    """Epochs of a real run through Ray Train against the bare loop's training and embedding."""
+    attach_to_ray()
+    with tempfile.TemporaryDirectory(prefix="brainray-benchmark-") as temporary:
+        folder = Path(temporary)
+        _write_source(folder / "source", slices, num_slices, seed)
+        settings = [
+            f"storage={folder}",
+            f"source={folder / 'source'}",
+            f"train.image_size={side}",
+            f"preprocess.image_size={side}",
+            "preprocess.subject.estimate=false",
+            "split.mode=grouped",
+            "split.test_fraction=0.1",
+            f"train.batch_size_per_worker={BATCH}",
+            f"train.labelled_batch_size_per_worker={BATCH}",
+            "train.num_workers=1",
+            "train.num_epochs=3",
+            "evaluation.tsne_epochs=[]",
+        ]
+        preprocess(load_config(None, [*settings, "name=slices"]), log=lambda _: None)
+        config = load_config(None, [*settings, "name=run", "dataset=slices"])
+        trained = train(config, lambda _: None)
+        history = trained.run.folder.read_json_lines(layout.METRICS)
+        num_fitted = trained.run.info["num_slices"]
+    last = history[-1]  # allocators and thread pools are warm by then
+    steps = -(-num_fitted["unlabelled"] // BATCH)
+    num_embedded = num_fitted["unlabelled"] + num_fitted["labelled"]
+    bare_s = _bare_epoch(slices, num_embedded, side, steps, config, device)
+    return [
+        Measure("epoch through Ray Train", last["time/epoch_s"], "s"),
+        Measure(
+            "epoch against the bare loop's train + embed",
+            bare_s / last["time/epoch_s"],
+            "x",
+            at_least=MIN_EPOCH,
+        ),
+        Measure(
+            "re-clustering, share of the epoch",
+            last["time/recluster_s"] / last["time/epoch_s"],
+            at_most=MAX_RECLUSTERING,
+        ),
+        *(
+            Measure(f"epoch: {part}", last[f"time/{part}_s"], "s")
+            for part in ("train", "data_wait", "embed", "recluster", "evaluate", "report")
+        ),
+    ]
+
+
+def _write_source(folder: Path, slices: list[NDArray[np.uint8]], count: int, seed: int) -> None:
+    """Class folders of slices, each perturbed enough to be no copy of another."""
+    rng = np.random.default_rng(seed)
+    for number in range(count):
+        image = perturbed(slices[number % len(slices)], 224, rng)
+        path = folder / f"class{number % NUM_CLASSES}" / f"{number:06d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(path), image)
+
+
+def _bare_epoch(
+    slices: list[NDArray[np.uint8]],
+    num_embedded: int,
+    side: int,
+    steps: int,
+    config: Config,
+    device: torch.device,
+) -> float:
+    """Seconds of the bare loop's training steps and of embedding, both measured on a part."""
+    pixels = _pixels(slices, 8 * BATCH, side).to(device)
+    part = 8
+    encoder = Encoder("resnet18", NUM_CLASSES).to(device).to(memory_format=torch.channels_last)
+
+    def embedding() -> Any:
+        return embed(
+            encoder,
+            CachedImages(pixels),
+            scale=_SCALE,
+            batch_size=config.train.embed_batch_size,
+            precision=resolve_precision("auto", device),
+        )
+
+    timed = side_by_side({"train": _bare(pixels, part), "embed": embedding}, rounds=3)
+    return (
+        timed["train"].seconds / part * steps + timed["embed"].seconds / len(pixels) * num_embedded
+    )

@@ -1,0 +1,145 @@
+"""How many clusters: silhouette, Bayesian information criterion and gap statistic over a range."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from brainray import dist
+from brainray.clustering import shards
+from brainray.clustering.gaussian import CovarianceType
+from brainray.clustering.gmm import GaussianMixture
+from brainray.clustering.kmeans import KMeans
+from brainray.clustering.metrics import silhouette
+from brainray.clustering.seeding import draw_rows, uniform_from_keys
+from brainray.errors import ClusteringError
+
+_NUM_STARTS = 5
+
+
+@dataclass(frozen=True)
+class NumClustersScores:
+    """Scores of each number of clusters; what each criterion would choose."""
+
+    num_clusters: list[int]
+    silhouettes: list[float]  # nan where undefined
+    bic: list[float]
+    gap: list[float]
+    gap_error: list[float]  # standard error of the gap, Tibshirani's s_k
+
+    @property
+    def chosen(self) -> dict[str, int]:
+        """K with the largest silhouette, the least BIC, and the first K whose gap is not exceeded
+        by the next one's by more than its error (Tibshirani et al. 2001, equation 6).
+        """
+        best_gap = next(
+            (
+                k
+                for k, here, following, error in zip(
+                    self.num_clusters,
+                    self.gap,
+                    self.gap[1:],
+                    self.gap_error[1:],
+                    strict=False,
+                )
+                if here >= following - error
+            ),
+            self.num_clusters[-1],
+        )
+        return {
+            "silhouette": self.num_clusters[int(np.nanargmax(self.silhouettes))],
+            "bic": self.num_clusters[int(np.argmin(self.bic))],
+            "gap": best_gap,
+        }
+
+
+@torch.no_grad()
+def score_num_clusters(
+    x: Tensor,  # (n_rank, D) float32 or float64
+    num_clusters: Sequence[int],
+    *,
+    row_keys: Tensor | None = None,
+    covariance_type: CovarianceType = "full",
+    num_references: int = 10,
+    max_silhouette_rows: int = 5000,
+    seed: int = 0,
+) -> NumClustersScores:
+    """Fit K-means and a mixture for each K, and score them (collective).
+
+    The gap compares log inertia with that of `num_references` uniform samples of the box that the
+    rows fill along their principal axes (Tibshirani et al. 2001, reference (b)).
+
+    Args:
+        x: this rank's rows.
+        num_clusters: increasing, each at least 2.
+        row_keys: unique over all ranks; by default the row's index in rank order.
+        covariance_type: of the mixture behind the BIC.
+        num_references: samples behind the gap.
+        max_silhouette_rows: the silhouette, quadratic in rows, is taken on so many drawn ones.
+        seed: of starts, samples and references.
+
+    Raises:
+        ClusteringError: on every rank alike: an empty range or a K below 2, or rows that cannot
+            be clustered.
+    """
+    ks = list(num_clusters)
+    if not ks or min(ks) < 2 or ks != sorted(set(ks)):
+        raise ClusteringError(f"numbers of clusters must increase from at least 2, not {ks}")
+    num_rows = shards.check_rows(x)
+    row_keys = shards.resolve_row_keys(x, row_keys)
+    references = [
+        _uniform_reference(x, num_rows, row_keys, seed, number) for number in range(num_references)
+    ]
+    everyone = torch.ones(len(x), dtype=torch.float64, device=x.device)
+    sample = draw_rows(
+        x, everyone, row_keys, seed=seed, step=0, count=min(max_silhouette_rows, num_rows)
+    )
+    scores = NumClustersScores(ks, [], [], [], [])
+    for k in ks:
+        kmeans = KMeans(k, seed=seed, num_init=_NUM_STARTS).fit(x, row_keys=row_keys)
+        found = silhouette(sample.double().cpu().numpy(), kmeans.predict(sample).cpu().numpy())
+        scores.silhouettes.append(math.nan if found is None else found)
+        mixture = GaussianMixture(k, covariance_type, seed=seed)
+        hard = torch.nn.functional.one_hot(kmeans.predict(x), k).to(x.dtype)
+        scores.bic.append(mixture.fit(x, init_responsibilities=hard, row_keys=row_keys).bic(x))
+        expected = np.array(
+            [
+                _log_inertia(KMeans(k, seed=seed, num_init=1).fit(reference, row_keys=row_keys))
+                for reference in references
+            ]
+        )
+        scores.gap.append(float(expected.mean()) - _log_inertia(kmeans))
+        scores.gap_error.append(float(expected.std()) * math.sqrt(1 + 1 / num_references))
+    return scores
+
+
+def _log_inertia(kmeans: KMeans) -> float:
+    return math.log(max(kmeans.inertia_, 1e-300))
+
+
+def _uniform_reference(
+    x: Tensor, num_rows: int, row_keys: Tensor, seed: int, number: int
+) -> Tensor:
+    """Rows (n_rank, D) uniform in the box around all ranks' rows along their principal axes."""
+    mean = shards.mean_of_rows(x, num_rows)
+    scatter = shards.scatter_of_rows(x, mean, block_rows=16_384)
+    axes = dist.broadcast_from_first(torch.linalg.eigh(scatter).eigenvectors)
+    rotated = (x.double() - mean) @ axes
+    extremes = dist.gather_rows(
+        torch.stack([rotated.amin(dim=0), -rotated.amax(dim=0)])[None]
+        if len(rotated)
+        else rotated.new_full((1, 2, x.shape[1]), torch.inf)
+    ).amin(dim=0)
+    low, high = extremes[0], -extremes[1]
+    num_features = x.shape[1]
+    uniform = torch.stack(
+        [
+            uniform_from_keys(seed, 1 + number * num_features + feature, row_keys)
+            for feature in range(num_features)
+        ],
+        dim=1,
+    )
+    return ((low + uniform * (high - low)) @ axes.T + mean).to(x.dtype)

@@ -1,0 +1,120 @@
+"""Evaluation of a run on raw class folders, through prediction's own path."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from brainray import layout
+from brainray.config import Config
+from brainray.engine.evaluate import Metrics, summarise
+from brainray.errors import ConfigError, DataError
+from brainray.mri.leakage import Fingerprints, exposure
+from brainray.orchestration.data import with_progress
+from brainray.orchestration.inference import Predictor, find_predictor, predicted_blocks
+from brainray.orchestration.source import SourceFile, list_source
+from brainray.report.evaluation_figures import draw_evaluation_figures
+from brainray.schema import PREDICTIONS, REJECTED, TEST
+from brainray.storage import Folder
+
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A finished evaluation and where its files are."""
+
+    folder: Folder
+    metrics: Metrics
+    classes: list[str]
+
+
+def evaluate(config: Config, log: Log = print, only_paths: set[str] | None = None) -> Evaluation:
+    """Predict the labelled slices of ``config.source`` with a run's chosen epoch, and score them.
+
+    Slices are preprocessed with the run's own settings. Where the source has a test split, only
+    that is scored; ``only_paths`` chooses otherwise. ``clean`` and ``strict`` are relative to the
+    fingerprints that the run carries; a checkpoint without its run has none, and no such figures.
+
+    Raises:
+        ConfigError: neither run nor checkpoint, or no source.
+        DataError: nothing readable or labelled, or a class that the run does not know.
+        CheckpointError: the checkpoint is missing or is not one.
+    """
+    predictor = find_predictor(config, "evaluation")
+    if config.source is None:
+        raise ConfigError("evaluation needs --set source=DIR")
+    checkpoint, seen = predictor.checkpoint, predictor.seen()
+    files = _files_to_score(config, checkpoint.classes, only_paths)
+    log(f"evaluating {predictor.folder} (epoch {checkpoint.epoch}) on {len(files)} files")
+    rows = _predict_files(files, config, predictor, log)
+    rejected = rows.filter(pc.is_valid(rows["reason"])).select(REJECTED.names).cast(REJECTED)
+    accepted = rows.filter(pc.is_null(rows["reason"]))
+    if accepted.num_rows == 0:
+        reasons = Counter(rejected["reason"].to_pylist()).most_common(3)
+        commonest = ", ".join(f"{reason} ({count})" for reason, count in reasons)
+        raise DataError(f"none of the {len(files)} files in {config.source} is usable: {commonest}")
+    predictions = accepted.select(PREDICTIONS.names).cast(PREDICTIONS)
+    if seen is not None:
+        exposed = exposure(Fingerprints.of(accepted), Fingerprints.of(seen), predictor.preprocess)
+        for name, flags in (("clean", exposed.clean), ("strict", exposed.strict)):
+            position = PREDICTIONS.get_field_index(name)
+            predictions = predictions.set_column(position, name, pa.array(flags, pa.bool_()))
+    metrics = summarise(
+        predictions,
+        seen,
+        checkpoint.classes,
+        checkpoint.clusters.class_of_cluster.numpy(),
+        num_resamples=config.evaluation.bootstrap_resamples,
+        seed=config.seed,
+    )
+    metrics |= {"num_rejected": float(rejected.num_rows), "epoch": float(checkpoint.epoch)}
+    folder = Folder(config.storage) / layout.EVALUATIONS / _name(config)
+    folder.write_table(layout.PREDICTIONS, predictions)
+    folder.write_table(layout.REJECTED, rejected)
+    folder.write_json(layout.EVALUATION_METRICS, metrics)
+    draw_evaluation_figures(folder, predictions, checkpoint.classes)
+    return Evaluation(folder, metrics, checkpoint.classes)
+
+
+def _files_to_score(
+    config: Config, classes: list[str], only_paths: set[str] | None
+) -> list[SourceFile]:
+    labels = None if config.labels is None else Folder(config.labels)
+    files = list_source(Folder(str(config.source)), labels, config.classes.map).files
+    if only_paths is not None:
+        files = [file for file in files if file.path in only_paths]
+    elif any(file.split == TEST for file in files):
+        files = [file for file in files if file.split == TEST]
+    labelled = [file for file in files if file.label is not None]
+    if not labelled:
+        raise DataError(
+            f"source={config.source} names no class of any slice: evaluation needs class folders "
+            "or a labels table"
+        )
+    unknown = sorted({file.label for file in labelled if file.label} - set(classes))
+    if unknown:
+        raise DataError(
+            f"class {unknown[0]!r} of {config.source} is none of the run's "
+            f"({', '.join(classes)}): rename with --set classes.map.{unknown[0]}=NAME"
+        )
+    return labelled
+
+
+def _name(config: Config) -> str:
+    if config.name is not None:
+        return config.name
+    of = config.run or PurePosixPath(str(config.checkpoint).rstrip("/")).parent.name
+    return f"{of}-on-{PurePosixPath(str(config.source).rstrip('/')).name}"
+
+
+def _predict_files(
+    files: list[SourceFile], config: Config, predictor: Predictor, log: Log
+) -> pa.Table:
+    """One row per slice, in the order of paths: PREDICTIONS columns, or reason and detail."""
+    blocks = predicted_blocks(files, config, predictor)
+    batches = list(with_progress(blocks, len(files), "predicted", log))
+    return pa.concat_tables(batches).sort_by([("path", "ascending"), ("frame", "ascending")])

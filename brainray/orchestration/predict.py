@@ -1,0 +1,201 @@
+"""Predictions for any folder of slices or volumes, resumable, however many there are."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+import faiss
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from brainray import layout
+from brainray.config import Config
+from brainray.engine.evaluate import Metrics
+from brainray.errors import ConfigError, DataError
+from brainray.orchestration.data import with_progress
+from brainray.orchestration.inference import Predictor, find_predictor, predicted_blocks
+from brainray.orchestration.publish import code_hash
+from brainray.orchestration.source import SourceFile, find_images
+from brainray.orchestration.store import differing_settings
+from brainray.schema import PREDICTED
+from brainray.storage import Folder
+
+Log = Callable[[str], None]
+
+NUM_NEAREST = 5
+_SETTINGS = "settings.json"
+_ROWS_PER_PART = 4096
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Where the predictions are, and what they amount to."""
+
+    folder: Folder
+    metrics: Metrics
+
+
+def predict(config: Config, log: Log = print) -> Prediction:
+    """A row for every slice below ``config.source``, and for every file that cannot be read.
+
+    Rows go to ``storage/predictions/NAME/part-*.parquet`` (``PREDICTED``) as they come. The same
+    name goes on with the files that no part names yet.
+
+    Raises:
+        ConfigError: neither run nor checkpoint, no source, or a name that was used otherwise.
+        DataError: no image file, or none that can be read.
+        CheckpointError: the checkpoint is missing or is not one.
+    """
+    predictor = find_predictor(config, "prediction")
+    if config.source is None:
+        raise ConfigError("prediction needs --set source=DIR")
+    found, num_ignored = find_images(Folder(config.source))
+    folder = Folder(config.storage) / layout.PREDICTED / _name(config)
+    _begin(config, predictor, folder)
+    done = _done(folder)
+    files = [SourceFile(file, None, None, None) for file in found if file.path not in done]
+    log(
+        f"predicting {len(found)} files with {predictor.folder} (epoch "
+        f"{predictor.checkpoint.epoch})"
+        + (f"; {len(done)} are done" if done else "")
+        + (f"; {num_ignored} other files are ignored" if num_ignored else "")
+    )
+    reference = _Reference(predictor.fitted())
+    if reference.is_empty:
+        log(f"{predictor.folder} keeps no training slices: outlier_score and nearest stay empty")
+    if files:
+        _write_parts(predicted_blocks(files, config, predictor), files, folder, reference, log)
+    metrics = _summary(folder)
+    if metrics["num_predicted"] == 0:
+        raise DataError(
+            f"none of the {len(found)} files in {config.source} is usable: see reason in {folder}"
+        )
+    return Prediction(folder, metrics)
+
+
+def _name(config: Config) -> str:
+    if config.name is not None:
+        return config.name
+    of = config.run or PurePosixPath(str(config.checkpoint).rstrip("/")).parent.name
+    return f"{of}-on-{PurePosixPath(str(config.source).rstrip('/')).name}"
+
+
+def _begin(config: Config, predictor: Predictor, folder: Folder) -> None:
+    settings = {
+        "source": str(config.source),
+        "checkpoint": str(predictor.folder),
+        "epoch": predictor.checkpoint.epoch,
+        "classes": predictor.checkpoint.classes,
+        "code": code_hash(),
+    }
+    if not folder.exists(_SETTINGS):
+        folder.write_json(_SETTINGS, settings)
+        return
+    difference = differing_settings(folder.read_json(_SETTINGS), settings)
+    if difference:
+        raise ConfigError(
+            f"the predictions {folder} were made otherwise ({difference}): choose another name"
+        )
+
+
+def _parts(folder: Folder) -> list[str]:
+    return [name for name in folder.names() if name.startswith("part-")]
+
+
+def _done(folder: Folder) -> set[str]:
+    """Paths of the files that the parts name."""
+    done: set[str] = set()
+    for name in _parts(folder):
+        done.update(pc.unique(folder.read_table(name, columns=["path"])["path"]).to_pylist())
+    return done
+
+
+def _write_parts(
+    blocks: Any, files: list[SourceFile], folder: Folder, reference: "_Reference", log: Log
+) -> None:
+    """Parts of some thousand rows, each with whole files: a block holds all of a file."""
+    number = len(_parts(folder))
+    waiting: list[pa.Table] = []
+
+    def flush() -> None:
+        nonlocal number, waiting
+        if waiting:
+            part = pa.concat_tables(waiting)
+            folder.write_table(layout.PART.format(number=number), part)
+            number, waiting = number + 1, []
+
+    for block in with_progress(blocks, len(files), "predicted", log):
+        waiting.append(_rows(block, reference))
+        if sum(table.num_rows for table in waiting) >= _ROWS_PER_PART:
+            flush()
+    flush()
+
+
+def _rows(block: pa.Table, reference: "_Reference") -> pa.Table:
+    """``PREDICTED`` rows of a block of predictions and rejected files."""
+    columns: dict[str, Any] = {
+        field.name: block[field.name] for field in PREDICTED if field.name in block.column_names
+    }
+    columns["class"] = block["head"]
+    columns |= reference.compare(block)
+    return pa.table([columns[name] for name in PREDICTED.names], names=PREDICTED.names).cast(
+        PREDICTED
+    )
+
+
+class _Reference:
+    """The training slices that new ones are compared with."""
+
+    def __init__(self, fitted: pa.Table | None) -> None:
+        self.is_empty = fitted is None or fitted.num_rows == 0
+        if fitted is None or self.is_empty:
+            return
+        coordinates = _matrix(fitted["coordinates"])
+        self._ids = np.array(fitted["sample_id"].to_pylist(), dtype=object)
+        self._index = faiss.IndexFlatL2(coordinates.shape[1])
+        self._index.add(coordinates)
+        self._likelihoods = np.sort(np.asarray(fitted["log_likelihood"].to_numpy()))
+
+    def compare(self, block: pa.Table) -> dict[str, Any]:
+        """``outlier_score``, ``nearest`` and ``nearest_distance``; null for rejected files."""
+        names = ("outlier_score", "nearest", "nearest_distance")
+        result = {name: [None] * block.num_rows for name in names}  # type: dict[str, list[Any]]
+        rows = np.flatnonzero(block["coordinates"].is_valid().to_numpy(zero_copy_only=False))
+        if self.is_empty or len(rows) == 0:
+            return {name: pa.array(result[name], PREDICTED.field(name).type) for name in names}
+        chosen = block.take(pa.array(rows))
+        likelihood = np.asarray(chosen["log_likelihood"].to_numpy())
+        likelier = len(self._likelihoods) - np.searchsorted(self._likelihoods, likelihood, "right")
+        scores = likelier / len(self._likelihoods)
+        squared, nearest = self._index.search(
+            _matrix(chosen["coordinates"]), min(NUM_NEAREST, len(self._ids))
+        )
+        distances = np.sqrt(np.maximum(squared, 0.0))
+        for place, row in enumerate(rows.tolist()):
+            result["outlier_score"][row] = float(scores[place])
+            result["nearest"][row] = self._ids[nearest[place]].tolist()
+            result["nearest_distance"][row] = distances[place].tolist()
+        return {name: pa.array(result[name], PREDICTED.field(name).type) for name in names}
+
+
+def _matrix(column: pa.ChunkedArray) -> NDArray[np.float32]:
+    values = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    return np.ascontiguousarray(values.reshape(len(column), -1), dtype=np.float32)
+
+
+def _summary(folder: Folder) -> Metrics:
+    """Counts over all parts, one in memory at a time."""
+    metrics: Metrics = {"num_files": 0.0, "num_predicted": 0.0, "num_rejected": 0.0}
+    for name in _parts(folder):
+        part = folder.read_table(name, columns=["path", "reason", "class"])
+        predicted = part.filter(pc.is_null(part["reason"]))
+        metrics["num_files"] += pc.count_distinct(part["path"]).as_py()
+        metrics["num_predicted"] += predicted.num_rows
+        metrics["num_rejected"] += part.num_rows - predicted.num_rows
+        for counted in pc.value_counts(predicted["class"]).to_pylist():
+            key = f"num_predicted/{counted['values']}"
+            metrics[key] = metrics.get(key, 0.0) + counted["counts"]
+    return metrics

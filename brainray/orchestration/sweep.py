@@ -1,0 +1,425 @@
+"""A sweep: trials of the training driver under Ray Tune, resumable by name."""
+
+import json
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Self
+
+import numpy as np
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+from ray import tune
+from ray.tune.schedulers import AsyncHyperBandScheduler, MedianStoppingRule, TrialScheduler
+from ray.tune.search import Searcher
+from ray.tune.search.optuna import OptunaSearch
+
+from brainray import layout
+from brainray.config import Config, flatten, to_yaml
+from brainray.engine.evaluate import Metrics
+from brainray.engine.export import SliceClassifier
+from brainray.engine.state import load_checkpoint
+from brainray.errors import BrainrayError, ConfigError
+from brainray.orchestration.driver import check_training
+from brainray.orchestration.publish import Tracking, begin_tracking, open_tracking, send_run
+from brainray.orchestration.resources import WorkerResources
+from brainray.orchestration.store import ImageStore, differing_settings
+from brainray.orchestration.trials import (
+    Trial,
+    check_space,
+    read_trials,
+    run_name,
+    run_trial,
+    sweep_folder,
+    trial_config,
+)
+from brainray.report.sweep_figures import TrialOutcome, draw_sweep_figures
+from brainray.report.table import markdown_table
+from brainray.schema import TRAIN
+from brainray.storage import Folder
+from brainray.tracking import PARENT_TAG
+
+Log = Callable[[str], None]
+
+_TUNE = "tune"  # Tune's own state, inside the sweep's folder
+_SETTINGS = "sweep.json"  # what must not change when it goes on
+_BEST = "best.yaml"
+_TRIALS = "trials.json"
+_TABLE = "trials.md"
+_POLL_S = 2.0
+_TABLE_EVERY_S = 60.0
+_NUM_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class FinishedSweep:
+    """What a sweep has found."""
+
+    folder: Folder
+    metrics: Metrics
+    table: str
+    mlflow_run_id: str | None
+    tracking_uri: str
+
+
+def sweep(config: Config, log: Log = print) -> FinishedSweep:
+    """Search ``tune.space`` for the best figure on the validation slices, or go on searching.
+
+    All trials train on the store ``config.dataset``, each as a run named ``NAME-TRIAL``. The same
+    name goes on: finished trials are not repeated, those that were cut go on from their last
+    checkpoint, and ``tune.num_trials`` counts them all.
+
+    Raises:
+        BrainrayError: settings with which no trial could start, or no trial that could be trained.
+    """
+    if config.name is None:
+        raise ConfigError("a sweep needs a name: --set name=NAME")
+    check_space(config)
+    base, store, workers = check_training(config)
+    # An experiment of its own for each sweep.
+    tracked = base.tracking.model_copy(update={"experiment": config.name})
+    base = base.model_copy(update={"tracking": tracked})
+    folder = sweep_folder(base, config.name)
+    _begin(base, store, folder, log)
+    if folder.exists(layout.SUMMARY):
+        log(f"sweep {folder}: complete, nothing to search")
+        return FinishedSweep(folder=folder, **folder.read_json(layout.SUMMARY))
+    tracking = open_tracking(
+        base, folder, flatten(base), {"brainray.data_hash": store.data_hash}, log
+    )
+    with _Follower(base, config.name, tracking, log) as follower:
+        results = _tuner(base, folder, workers, log).fit()
+        follower.errors = _errors(results)
+    trials = read_trials(base, config.name)
+    ranked = _ranked(base, trials)
+    if not ranked:
+        problems = sorted({trial.problem for trial in trials if trial.problem})
+        problems += sorted(set(follower.errors.values()))
+        tracking.tracker.finish("FAILED")
+        raise BrainrayError(f"no trial could be trained: {'; '.join(problems) or 'see the log'}")
+    return _conclude(base, store, folder, trials, ranked, follower, tracking, log)
+
+
+def _begin(config: Config, store: ImageStore, folder: Folder, log: Log) -> None:
+    """Remember what the sweep is, or check that it is still the same.
+
+    Raises:
+        ConfigError: a sweep of that name was begun with other settings or data.
+    """
+    settings = config.model_dump(mode="json", exclude={"storage", "tracking", "registry"})
+    for free in ("max_concurrent_trials", "time_budget_min"):
+        del settings["tune"][free]
+    settings["data_hash"] = store.data_hash
+    if not folder.exists(_SETTINGS):
+        folder.write_json(_SETTINGS, settings)
+        log(f"sweep {folder}: new, {config.tune.num_trials} trials")
+        return
+    difference = differing_settings(folder.read_json(_SETTINGS), settings)
+    if difference:
+        raise ConfigError(
+            f"sweep {config.name!r} exists with other settings ({difference}): choose another name"
+        )
+    log(f"sweep {folder}: resumed")
+
+
+def _tuner(config: Config, folder: Folder, workers: WorkerResources, log: Log) -> tune.Tuner:
+    trainable = tune.with_resources(
+        tune.with_parameters(run_trial, base=config.model_dump(mode="json"), sweep=config.name),
+        # Trials wait for their workers: they take no CPU, and stay beside the driver.
+        {"node:__internal_head__": 0.001},
+    )
+    path = f"{folder}/{_TUNE}"
+    if tune.Tuner.can_restore(path):
+        return tune.Tuner.restore(path, trainable, resume_unfinished=True)
+    settings = config.tune
+    concurrent = settings.max_concurrent_trials or max(1, workers.room // workers.num_workers)
+    log(f"{concurrent} trial(s) at a time, {workers.num_workers} worker(s) each")
+    budget = settings.time_budget_min
+    return tune.Tuner(
+        trainable,
+        param_space=_param_space(config),
+        tune_config=tune.TuneConfig(
+            metric=settings.metric,
+            mode=settings.mode,
+            num_samples=1 if settings.algorithm == "grid" else settings.num_trials,
+            search_alg=_search(config),
+            scheduler=_scheduler(config),
+            max_concurrent_trials=concurrent,
+            time_budget_s=None if budget is None else 60 * budget,
+        ),
+        run_config=tune.RunConfig(
+            name=_TUNE,
+            storage_path=str(folder),
+            failure_config=tune.FailureConfig(max_failures=config.train.max_failures),
+            verbose=0,
+        ),
+    )
+
+
+def _param_space(config: Config) -> dict[str, Any]:
+    grid = config.tune.algorithm == "grid"
+    domains: dict[str, Callable[[list[Any]], Any]] = {
+        "choice": tune.grid_search if grid else tune.choice,
+        "uniform": lambda ends: tune.uniform(*ends),
+        "log_uniform": lambda ends: tune.loguniform(*ends),
+        "integer": lambda ends: tune.randint(ends[0], ends[1] + 1),
+    }
+    return {
+        key: domains[kind](values)
+        for key, entry in config.tune.space.items()
+        for kind, values in entry.items()
+    }
+
+
+def _search(config: Config) -> Searcher | None:
+    if config.tune.algorithm == "optuna":
+        return OptunaSearch(metric=config.tune.metric, mode=config.tune.mode, seed=config.seed)
+    return None
+
+
+def _scheduler(config: Config) -> TrialScheduler | None:
+    settings = config.tune
+    if settings.scheduler == "asha":
+        return AsyncHyperBandScheduler(
+            time_attr="epoch",
+            max_t=config.train.num_epochs,
+            grace_period=min(settings.min_epochs, config.train.num_epochs),
+            reduction_factor=settings.reduction_factor,
+        )
+    if settings.scheduler == "median":
+        return MedianStoppingRule(time_attr="epoch", grace_period=settings.min_epochs)
+    return None
+
+
+def _errors(results: tune.ResultGrid) -> dict[str, str]:
+    """The last line of what stopped each trial that Tune gave up."""
+    return {
+        str(result.metrics["trial_id"]): str(result.error).strip().splitlines()[-1]
+        for result in (results[number] for number in range(len(results)))
+        if result.error is not None and result.metrics and "trial_id" in result.metrics
+    }
+
+
+def _ranked(config: Config, trials: list[Trial]) -> list[Trial]:
+    """Trials with a figure, best first."""
+    metric, mode = config.tune.metric, config.tune.mode
+    scored = [(best[0], trial) for trial in trials if (best := trial.best(metric, mode))]
+    scored.sort(key=lambda pair: pair[0], reverse=mode == "max")
+    return [trial for _, trial in scored]
+
+
+class _Follower:
+    """Watches the trials' folders: a line an epoch, a table a minute, and MLflow.
+
+    The only writer to MLflow: trials only leave files.
+    """
+
+    def __init__(self, config: Config, name: str, parent: Tracking, log: Log) -> None:
+        self._config = config
+        self._name = name
+        self._parent = parent
+        self._log = log
+        self._children: dict[str, Tracking] = {}
+        self._num_seen = {trial.trial_id: len(trial.history) for trial in read_trials(config, name)}
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+        self.errors: dict[str, str] = {}
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+    def outcome(self, trial: Trial) -> str:
+        """How the trial ended, in a few words."""
+        num_epochs = len(trial.history)
+        problem = trial.problem or self.errors.get(trial.trial_id)
+        if problem:
+            return f"failed: {problem}"
+        if trial.run is not None and trial.run.is_complete:
+            return "complete"
+        if num_epochs < self._config.train.num_epochs:
+            return f"stopped after epoch {num_epochs} ({self._config.tune.scheduler})"
+        return "complete but for its figures"
+
+    def close(self, trial: Trial) -> None:
+        """Send the rest of a trial, and say in MLflow how it ended."""
+        child = self._child(trial)
+        if child is None or trial.run is None:
+            return
+        outcome = self.outcome(trial)
+        send_run(trial.run, child.tracker)
+        child.tracker.log_tags({"brainray.outcome": outcome})
+        if not trial.run.is_complete:
+            child.tracker.finish("FAILED" if outcome.startswith("failed") else "KILLED")
+
+    def _follow(self) -> None:
+        quiet_s = 0.0
+        while not self._stopped.wait(_POLL_S):
+            quiet_s += _POLL_S
+            trials = read_trials(self._config, self._name)
+            news = [self._tell(trial) for trial in trials]
+            if any(news) and quiet_s >= _TABLE_EVERY_S:
+                self._log(_table(self._config, trials, self.outcome, limit=_NUM_SHOWN))
+                quiet_s = 0.0
+        for trial in read_trials(self._config, self._name):
+            self._tell(trial)
+
+    def _tell(self, trial: Trial) -> bool:
+        """A line for each new epoch; whether there was one."""
+        seen = self._num_seen.get(trial.trial_id, 0)
+        for epoch in trial.history[seen:]:
+            self._log(self._line(trial, epoch))
+        self._num_seen[trial.trial_id] = len(trial.history)
+        if len(trial.history) == seen:
+            return False
+        child = self._child(trial)
+        if child is not None:
+            child.tracker.log_epochs(trial.history)
+        return True
+
+    def _line(self, trial: Trial, metrics: Metrics) -> str:
+        epoch, total = int(metrics["epoch"]), self._config.train.num_epochs
+        metric = self._config.tune.metric
+        left = timedelta(seconds=round(metrics["time/epoch_s"] * (total - epoch)))
+        values = ", ".join(f"{key} {_short(value)}" for key, value in trial.parameters.items())
+        return (
+            f"trial {trial.trial_id} ({values}): epoch {epoch}/{total}, "
+            f"{metric} {metrics.get(metric, float('nan')):.4f}, "
+            f"{metrics['time/images_per_s']:.0f} images/s, {left} left"
+        )
+
+    def _child(self, trial: Trial) -> Tracking | None:
+        """The trial's MLflow run, below the sweep's."""
+        if trial.run is None:
+            return None
+        if trial.trial_id not in self._children:
+            config = trial_config(
+                self._config, trial.parameters, run_name(self._name, trial.trial_id)
+            )
+            tags = {"brainray.trial_id": trial.trial_id, "brainray.sweep": self._name}
+            if self._parent.mlflow_run_id is not None:
+                tags[PARENT_TAG] = self._parent.mlflow_run_id
+            self._children[trial.trial_id] = begin_tracking(config, trial.run, self._log, tags)
+        return self._children[trial.trial_id]
+
+
+def _conclude(
+    config: Config,
+    store: ImageStore,
+    folder: Folder,
+    trials: list[Trial],
+    ranked: list[Trial],
+    follower: _Follower,
+    tracking: Tracking,
+    log: Log,
+) -> FinishedSweep:
+    """Best config, table and figures, in the sweep's folder and in MLflow."""
+    metric, mode = config.tune.metric, config.tune.mode
+    best = ranked[0]
+    scored = best.best(metric, mode)
+    assert scored is not None
+    value, epoch = scored
+    best_config = trial_config(config, best.parameters, f"{config.name}-best")
+    header = (
+        f"# The best of {len(trials)} trials ({best.trial_id}: {metric} {value:.4f} at epoch "
+        f"{epoch}):\n#   python jobs/train.py --config THIS_FILE\n"
+    )
+    folder.write_bytes(_BEST, (header + to_yaml(best_config)).encode())
+    table = _table(config, trials, follower.outcome, limit=None)
+    folder.write_bytes(_TABLE, (table + "\n").encode())
+    folder.write_json(_TRIALS, [_row(config, trial, follower.outcome(trial)) for trial in trials])
+    draw_sweep_figures(
+        folder,
+        [_outcome(config, trial) for trial in ranked],
+        config.tune.space,
+        metric=metric,
+        maximise=mode == "max",
+    )
+    for trial in trials:
+        follower.close(trial)
+    metrics: Metrics = {
+        f"best/{metric}": value,
+        "best/epoch": float(epoch),
+        "num_trials": float(len(trials)),
+        "num_failed": float(sum(trial.problem is not None for trial in trials)),
+    }
+    tracking.tracker.log_summary(metrics)
+    figures = [f"{layout.FIGURES}/{name}" for name in (folder / layout.FIGURES).names()]
+    tracking.tracker.log_files([_BEST, _TABLE, _TRIALS, _SETTINGS, *figures])
+    tracking.tracker.log_tags({"brainray.best_trial": best.trial_id})
+    if best.run is not None:
+        classifier = SliceClassifier(load_checkpoint(best.run.folder / layout.BEST))
+        example = _example_slices(store, config.train.image_size)
+        tracking.tracker.log_model(classifier, example, config.registry.name)
+    tracking.tracker.finish()
+    result: dict[str, Any] = {
+        "metrics": metrics,
+        "table": _table(config, trials, follower.outcome, limit=_NUM_SHOWN),
+        "mlflow_run_id": tracking.mlflow_run_id,
+        "tracking_uri": tracking.uri,
+    }
+    if tracking.tracker.problem is None:
+        folder.write_json(layout.SUMMARY, result)
+    else:
+        log(f"MLflow has not got everything; submit the same sweep again to send it: {folder}")
+    return FinishedSweep(folder=folder, **result)
+
+
+def _example_slices(store: ImageStore, side: int) -> NDArray[np.float32]:
+    """Two training slices (2, 1, side, side) of grey values: more than one, so that a model's
+    first dimension is taken for the batch.
+    """
+    train = store.index().filter(pc.equal(pc.field("split"), TRAIN)).slice(0, 2)
+    return store.images(train["sample_id"].to_pylist(), TRAIN, side).astype(np.float32)
+
+
+def _outcome(config: Config, trial: Trial) -> TrialOutcome:
+    best = trial.best(config.tune.metric, config.tune.mode)
+    assert best is not None, "a trial without a figure has no outcome"
+    curve = [epoch[config.tune.metric] for epoch in trial.history]
+    return TrialOutcome(trial.trial_id, trial.parameters, best[0], curve)
+
+
+def _row(config: Config, trial: Trial, outcome: str) -> dict[str, Any]:
+    best = trial.best(config.tune.metric, config.tune.mode)
+    return {
+        "trial_id": trial.trial_id,
+        "parameters": trial.parameters,
+        "run": None if trial.run is None else str(trial.run.folder),
+        "outcome": outcome,
+        "num_epochs": len(trial.history),
+        "best": None if best is None else {"value": best[0], "epoch": best[1]},
+        "seconds": sum(epoch["time/epoch_s"] for epoch in trial.history),
+    }
+
+
+def _table(
+    config: Config, trials: list[Trial], outcome: Callable[[Trial], str], limit: int | None
+) -> str:
+    """The trials as a Markdown table, best first."""
+    metric, mode = config.tune.metric, config.tune.mode
+    ranked = _ranked(config, trials)
+    others = [trial for trial in trials if trial not in ranked]
+    rows = []
+    for trial in [*ranked, *others][:limit]:
+        best = trial.best(metric, mode)
+        rows.append(
+            [
+                trial.trial_id,
+                outcome(trial),
+                *(_short(trial.parameters.get(key)) for key in config.tune.space),
+                "–" if best is None else f"{best[0]:.4f}",
+                "–" if best is None else f"{best[1]}/{len(trial.history)}",
+            ]
+        )
+    header = ["trial", "outcome", *config.tune.space, metric, "best epoch"]
+    return markdown_table(header, rows, num_text_columns=2)
+
+
+def _short(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else json.dumps(value, ensure_ascii=False)

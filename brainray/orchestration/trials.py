@@ -1,0 +1,173 @@
+"""What a trial is: its configuration, its run, and what its folder tells of it."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ray import tune
+from ray.tune.integration.ray_train import TuneReportCallback
+
+from brainray import layout
+from brainray.config import Config, SearchDomain, flatten, known_keys, parse_config, parse_yaml
+from brainray.errors import BrainrayError, ConfigError
+from brainray.orchestration.driver import begin_training, complete_run, fit
+from brainray.orchestration.run import Run, read_run_info
+from brainray.orchestration.worker import reported_metrics
+from brainray.storage import Folder
+
+FAILED = "failed"
+"""Folder of a sweep with a file for each trial that cannot be trained."""
+
+_FIXED = ("preprocess.", "split.", "evaluation.", "tracking.", "tune.", "registry.", "classes.")
+"""Trials share one store, one draw of labels and one way of scoring, else they do not compare."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A trial as its run's folder tells of it."""
+
+    trial_id: str
+    run: Run | None  # None for a trial that failed before its run began
+    parameters: dict[str, Any]
+    history: list[dict[str, float]]
+    problem: str | None = None
+    """Why it could not be trained."""
+
+    def best(self, metric: str, mode: str) -> tuple[float, int] | None:
+        """(value, epoch) of the best epoch, or None before the first one."""
+        scored = [(epoch[metric], int(epoch["epoch"])) for epoch in self.history if metric in epoch]
+        if not scored:
+            return None
+        value = (max if mode == "max" else min)(score for score, _ in scored)
+        return next(pair for pair in scored if pair[0] == value)
+
+
+def run_trial(parameters: dict[str, Any], *, base: dict[str, Any], sweep: str) -> None:
+    """Train one trial, or go on with it; in an actor of Ray Tune.
+
+    What a user can act on is kept in the sweep's folder, not raised: Tune would try it again.
+    """
+    config = parse_config(base)
+    trial_id = tune.get_context().get_trial_id()
+    try:
+        config = trial_config(config, parameters, run_name(sweep, trial_id))
+        training = begin_training(config, print)
+        if training.run.is_complete:  # the trial was cut after its last epoch
+            history = training.run.folder.read_json_lines(layout.METRICS)
+            tune.report(reported_metrics(history[-1]))
+            return
+        fit(training, callbacks=[TuneReportCallback()])
+        complete_run(training)
+    except BrainrayError as error:
+        folder = sweep_folder(config, sweep) / FAILED
+        folder.write_json(f"{trial_id}.json", {"parameters": parameters, "problem": str(error)})
+        # Tune wants a figure of every trial: one that no other is worse than.
+        worst = -math.inf if config.tune.mode == "max" else math.inf
+        tune.report({"epoch": config.train.num_epochs, config.tune.metric: worst})
+
+
+def trial_config(base: Config, parameters: Mapping[str, Any], name: str) -> Config:
+    """The base with a trial's parameters (by dotted key) and name.
+
+    Raises:
+        ConfigError: a value that its key does not take.
+    """
+    tree = base.model_dump(mode="json")
+    for key, value in parameters.items():
+        *parents, leaf = key.split(".")
+        node = tree
+        for parent in parents:
+            node = node[parent]
+        node[leaf] = value
+    return parse_config(tree | {"name": name})
+
+
+def check_space(config: Config) -> None:
+    """Refuse a search space that cannot be searched, or whose trials would not compare.
+
+    Raises:
+        ConfigError: it is empty, or a key or range makes no sense.
+    """
+    space = config.tune.space
+    if not space:
+        raise ConfigError(
+            "tune.space is empty: name at least one key, such as "
+            "train.learning_rate: {log_uniform: [1e-4, 1e-2]}"
+        )
+    for key, entry in space.items():
+        if key not in known_keys():
+            raise ConfigError(f"tune.space names the unknown key {key!r}")
+        if key.startswith(_FIXED) or "." not in key:
+            raise ConfigError(
+                f"tune.space cannot vary {key}: trials share the store, the labels and the way "
+                "they are scored, else their figures would not compare"
+            )
+        if len(entry) != 1:
+            raise ConfigError(
+                f"tune.space.{key} needs exactly one of choice, uniform, log_uniform and integer"
+            )
+        ((kind, values),) = entry.items()
+        if not values:
+            raise ConfigError(f"tune.space.{key}.{kind} is empty")
+        if kind != "choice":
+            _check_range(key, kind, values)
+            if config.tune.algorithm == "grid":
+                raise ConfigError(f"tune.algorithm=grid takes choices only: tune.space.{key}")
+    corners = {key: _example(entry) for key, entry in space.items()}
+    trial_config(config, corners, "check")
+
+
+def _check_range(key: str, kind: str, values: list[Any]) -> None:
+    numbers = all(isinstance(value, (int, float)) for value in values)
+    if len(values) != 2 or not numbers or not values[0] < values[1]:
+        raise ConfigError(f"tune.space.{key}.{kind} needs two increasing numbers, not {values}")
+    if kind == "log_uniform" and values[0] <= 0:
+        raise ConfigError(f"tune.space.{key}.log_uniform must begin above 0, not at {values[0]}")
+
+
+def _example(entry: SearchDomain) -> Any:
+    ((_, values),) = entry.items()
+    return values[0]
+
+
+def sweep_folder(config: Config, name: str) -> Folder:
+    return Folder(config.storage) / layout.SWEEPS / name
+
+
+def run_name(sweep: str, trial_id: str) -> str:
+    """Name of the run of a trial."""
+    return f"{sweep}-{trial_id}"
+
+
+def read_trials(config: Config, sweep: str) -> list[Trial]:
+    """Every trial of a sweep that has begun, in the order of their ids."""
+    space = config.tune.space
+    trials = {}
+    runs = Folder(config.storage) / layout.RUNS
+    for name in runs.names():
+        folder = runs / name
+        if not name.startswith(f"{sweep}-") or not folder.exists(layout.RUN):
+            continue
+        saved = parse_config(parse_yaml(folder.read_bytes(layout.CONFIG), where=str(folder)))
+        flat = flatten(saved)
+        trial_id = name.removeprefix(f"{sweep}-")
+        trials[trial_id] = Trial(
+            trial_id,
+            Run(folder, read_run_info(folder)),
+            {key: flat.get(key) for key in space},
+            folder.read_json_lines(layout.METRICS),
+        )
+    failed = sweep_folder(config, sweep) / FAILED
+    for name in failed.names():
+        trial_id = name.removesuffix(".json")
+        said = failed.read_json(name)
+        begun = trials.get(trial_id)
+        trials[trial_id] = Trial(
+            trial_id,
+            None if begun is None else begun.run,
+            said["parameters"],
+            [] if begun is None else begun.history,
+            problem=said["problem"],
+        )
+    return [trials[trial_id] for trial_id in sorted(trials)]

@@ -1,0 +1,138 @@
+"""Figures of a sweep: what its trials tried, and what came of it."""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any
+
+import matplotlib.pyplot as plt
+import optuna
+from matplotlib.figure import Figure
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+from optuna.exceptions import ExperimentalWarning
+from optuna.visualization import matplotlib as optuna_plots
+
+from brainray import layout
+from brainray.config import SearchDomain, SearchSpace
+from brainray.report.style import BLUE, GREY, count_epochs, new_figure, png_bytes, tidy
+from brainray.storage import Folder
+
+_MIN_FOR_IMPORTANCE = 4  # trials: fewer say nothing about what mattered
+
+
+@dataclass(frozen=True)
+class TrialOutcome:
+    """A trial that reached at least one epoch."""
+
+    trial_id: str
+    parameters: Mapping[str, Any]
+    value: float  # of its best epoch
+    curve: Sequence[float]  # of every epoch
+
+
+def draw_sweep_figures(
+    folder: Folder,
+    trials: Sequence[TrialOutcome],
+    space: SearchSpace,
+    *,
+    metric: str,
+    maximise: bool,
+) -> None:
+    """Write learning curves, slices, parallel coordinates and importances as PNG files.
+
+    Args:
+        folder: of the sweep; files go to its ``figures``.
+        trials: best first.
+        space: kind and values of each searched key.
+        metric: its name.
+        maximise: whether larger is better.
+    """
+    figures = folder / layout.FIGURES
+    figures.write_bytes("learning_curves.png", png_bytes(learning_curves(trials, metric)))
+    study = _study(trials, space, maximise=maximise)
+    plots: dict[str, Callable[[], Any]] = {
+        "slices.png": lambda: optuna_plots.plot_slice(study, target_name=metric),
+        "parallel_coordinates.png": lambda: optuna_plots.plot_parallel_coordinate(
+            study, target_name=metric
+        ),
+    }
+    if len({trial.value for trial in trials}) >= _MIN_FOR_IMPORTANCE:
+        plots["importances.png"] = lambda: optuna_plots.plot_param_importances(
+            study, target_name=metric
+        )
+    for name, plot in plots.items():
+        figures.write_bytes(name, _drawn_by_optuna(plot))
+
+
+def learning_curves(trials: Sequence[TrialOutcome], metric: str) -> Figure:
+    """The metric of every trial by epoch, the best one in colour."""
+    figure = new_figure(7.0, 4.0)
+    axes = figure.subplots()
+    for place, trial in reversed(list(enumerate(trials))):
+        epochs = range(1, len(trial.curve) + 1)
+        best = place == 0
+        axes.plot(
+            epochs,
+            trial.curve,
+            color=BLUE if best else GREY,
+            linewidth=2.0 if best else 1.0,
+            alpha=1.0 if best else 0.6,
+            marker="o" if len(trial.curve) == 1 else None,
+            label=f"best: {trial.trial_id}" if best else None,
+        )
+    axes.set_ylabel(metric)
+    count_epochs(axes)
+    tidy(axes, grid="y")
+    axes.legend(loc="lower right")
+    axes.set_title(f"{metric} of {len(trials)} trials")
+    return figure
+
+
+def _study(
+    trials: Sequence[TrialOutcome],
+    space: SearchSpace,
+    *,
+    maximise: bool,
+) -> optuna.Study:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    distributions = {key: _distribution(entry) for key, entry in space.items()}
+    study = optuna.create_study(direction="maximize" if maximise else "minimize")
+    for trial in trials:
+        study.add_trial(
+            optuna.trial.create_trial(
+                params={key: trial.parameters[key] for key in space},
+                distributions=distributions,
+                value=trial.value,
+            )
+        )
+    return study
+
+
+def _distribution(entry: SearchDomain) -> BaseDistribution:
+    ((kind, values),) = entry.items()
+    if kind == "choice":
+        return CategoricalDistribution(values)
+    if kind == "integer":
+        return IntDistribution(values[0], values[1])
+    return FloatDistribution(values[0], values[1], log=kind == "log_uniform")
+
+
+def _drawn_by_optuna(plot: Callable[[], Any]) -> bytes:
+    """PNG of what optuna draws: it uses pyplot's current figure."""
+    plt.switch_backend("Agg")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        warnings.simplefilter("ignore", UserWarning)  # of tight layouts
+        plot()
+    buffer = BytesIO()
+    try:
+        plt.gcf().savefig(buffer, format="png", dpi=110, bbox_inches="tight")
+    finally:
+        plt.close("all")
+    return buffer.getvalue()

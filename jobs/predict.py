@@ -1,0 +1,34 @@
+"""Predict class, cluster and how unusual each slice of a folder is."""
+
+import sys
+
+from brainray.config import Config
+from brainray.orchestration.job import JobResult, log, run_job
+from brainray.orchestration.predict import predict
+
+
+def work(config: Config) -> JobResult:
+    prediction = predict(config, log)
+    counts = prediction.metrics
+    log(
+        f"{counts['num_predicted']:,.0f} slices predicted, {counts['num_rejected']:,.0f} rejected: "
+        f"{prediction.folder}/part-*.parquet"
+    )
+    return JobResult(str(prediction.folder), metrics=counts)
+
+
+if __name__ == "__main__":
+    sys.exit(
+        run_job(
+            "predict",
+            """
+            Predict every slice below SOURCE (images, DICOM, NIfTI) with the chosen epoch of a run:
+            class, confidence, cluster, outlier score and the nearest training slices, a row each,
+            in Parquet under storage/predictions/NAME. The same name goes on where it stopped.
+
+            Example: python jobs/predict.py --set run=nickparvar source=/data/new-scans
+            """,
+            work,
+            keys=["name", "run", "checkpoint", "source", "storage", "train.device"],
+        )
+    )

@@ -1,0 +1,48 @@
+"""Search for the settings with the best figure on the validation slices."""
+
+import sys
+
+from brainray.config import Config
+from brainray.orchestration.job import JobResult, log, run_job
+from brainray.orchestration.sweep import sweep
+
+
+def work(config: Config) -> JobResult:
+    finished = sweep(config, log)
+    log(finished.table)
+    log(f"best settings: {finished.folder}/best.yaml")
+    log(f"figures: {finished.folder}/figures")
+    log(f"compare trials: mlflow ui --backend-store-uri {finished.tracking_uri}")
+    return JobResult(str(finished.folder), finished.mlflow_run_id, finished.metrics)
+
+
+if __name__ == "__main__":
+    sys.exit(
+        run_job(
+            "tune",
+            """
+            Train many trials on the image store DATASET, each with settings from tune.space, and
+            keep the best by a figure of the validation slices. The same name goes on after an
+            interruption and repeats no finished trial.
+
+            Example: python jobs/tune.py --config configs/sweep.yaml --set dataset=nickparvar
+            """,
+            work,
+            keys=[
+                "name",
+                "dataset",
+                "storage",
+                "seed",
+                "tune",
+                "registry",
+                "split",
+                "encoder",
+                "augment",
+                "objective",
+                "clustering",
+                "train",
+                "evaluation",
+                "tracking",
+            ],
+        )
+    )

@@ -1,0 +1,32 @@
+"""The number of clusters, where it is known."""
+
+import math
+
+import pytest
+import torch
+from sklearn.datasets import make_blobs
+
+from brainray.clustering.num_clusters import score_num_clusters
+from brainray.errors import ClusteringError
+
+
+def test_all_criteria_find_well_separated_clusters() -> None:
+    rows, _ = make_blobs(400, n_features=4, centers=5, cluster_std=0.4, random_state=3)
+    scores = score_num_clusters(torch.from_numpy(rows), range(2, 9), num_references=5)
+    assert scores.chosen == {"silhouette": 5, "bic": 5, "gap": 5}
+    assert all(math.isfinite(value) for value in scores.silhouettes + scores.bic + scores.gap)
+    assert all(error > 0 for error in scores.gap_error)
+
+
+def test_rows_without_clusters_have_no_gap() -> None:
+    rows = torch.rand(300, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    # Longer than wide, so that the principal axes are those of the box.
+    rows *= torch.tensor([4.0, 1.0])
+    scores = score_num_clusters(rows, [2, 3, 4], num_references=10)
+    assert max(abs(value) for value in scores.gap) < 0.1
+
+
+@pytest.mark.parametrize("ks", [[], [1, 2], [3, 2], [2, 2]])
+def test_a_range_must_make_sense(ks: list[int]) -> None:
+    with pytest.raises(ClusteringError, match="must increase from at least 2"):
+        score_num_clusters(torch.rand(10, 2), ks)

@@ -1,0 +1,160 @@
+"""Prediction for a folder as users have them: mixed formats, broken files, cut and resumed."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from brainray.config import Config
+from brainray.errors import ConfigError, DataError
+from brainray.orchestration.data import preprocess
+from brainray.orchestration.driver import TrainedRun, train
+from brainray.orchestration.evaluation import evaluate
+from brainray.orchestration.predict import Prediction, predict
+from brainray.schema import PREDICTED
+from tests.conftest import tiny_config
+from tests.mri.test_nifti import write_volume
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+@pytest.fixture(scope="module")
+def trained(
+    phantoms: Path, ray_cluster: None, tmp_path_factory: pytest.TempPathFactory
+) -> TrainedRun:
+    storage = tmp_path_factory.mktemp("predict")
+    preprocess(tiny_config(storage, "name=mri", f"source={phantoms}"))
+    return train(tiny_config(storage, "name=run", "dataset=mri", "train.num_epochs=1"))
+
+
+@pytest.fixture(scope="module")
+def inbox(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Slices without class folders, a text file and an empty one named .jpg."""
+    folder = tmp_path_factory.mktemp("inbox")
+    for number, path in enumerate(sorted((phantoms / "Testing").rglob("*.jpg"))[:6]):
+        (folder / f"scan{number}.jpg").write_bytes(path.read_bytes())
+    copied = sorted((phantoms / "Training" / "pituitary").iterdir())[0]
+    (folder / "deep" / "er").mkdir(parents=True)
+    (folder / "deep" / "er" / "known.jpg").write_bytes(copied.read_bytes())
+    (folder / "text.jpg").write_text("no image")
+    (folder / "empty.jpg").touch()
+    (folder / "notes.txt").write_text("ignored")
+    return folder
+
+
+def config_of(trained: TrainedRun, inbox: Path, *overrides: str) -> Config:
+    storage = Path(str(trained.run.folder)).parents[1]
+    return tiny_config(storage, "run=run", f"source={inbox}", *overrides)
+
+
+@pytest.fixture(scope="module")
+def prediction(trained: TrainedRun, inbox: Path) -> Prediction:
+    return predict(config_of(trained, inbox, "name=inbox"))
+
+
+def rows_of(prediction: Prediction) -> dict[str, dict[str, object]]:
+    parts = [pq.read_table(path) for path in sorted(Path(str(prediction.folder)).glob("part-*"))]
+    rows = pa.concat_tables(parts).to_pylist()
+    assert len({(row["path"], row["frame"]) for row in rows}) == len(rows)
+    return {row["path"]: row for row in rows}
+
+
+def test_every_file_has_a_row(prediction: Prediction, trained: TrainedRun) -> None:
+    rows = rows_of(prediction)
+    assert len(rows) == 9
+    assert {path for path, row in rows.items() if row["reason"]} == {"text.jpg", "empty.jpg"}
+    for row in rows.values():
+        assert set(row) == set(PREDICTED.names)
+        if row["reason"] is not None:
+            assert row["class"] is None
+            continue
+        assert row["class"] in trained.run.classes
+        assert np.isclose(sum(row["probabilities"]), 1, atol=1e-5)
+        assert np.isclose(sum(row["responsibilities"]), 1, atol=1e-5)
+        assert np.isclose(row["confidence"], max(row["probabilities"]))
+        assert 0 <= row["outlier_score"] <= 1
+        assert len(row["nearest"]) == 5
+        assert row["nearest_distance"] == sorted(row["nearest_distance"])
+    assert prediction.metrics["num_predicted"] == 7
+    assert prediction.metrics["num_rejected"] == 2
+
+
+def test_a_slice_of_the_training_set_is_its_own_nearest(prediction: Prediction) -> None:
+    row = rows_of(prediction)["deep/er/known.jpg"]
+    assert row["nearest"][0] == row["sample_id"]
+    assert row["nearest_distance"][0] < 1e-2
+
+
+def test_prediction_and_evaluation_agree(
+    prediction: Prediction, trained: TrainedRun, phantoms: Path
+) -> None:
+    scored = evaluate(config_of(trained, phantoms, "name=scored"))
+    by_id = {
+        row["sample_id"]: row for row in scored.folder.read_table("predictions.parquet").to_pylist()
+    }
+    compared = 0
+    for row in rows_of(prediction).values():
+        if row["sample_id"] in by_id:
+            expected = by_id[row["sample_id"]]
+            np.testing.assert_allclose(row["probabilities"], expected["probabilities"], atol=1e-4)
+            assert row["cluster"] == expected["cluster"]
+            compared += 1
+    assert compared >= 6
+
+
+def test_the_same_name_goes_on_with_what_is_missing(
+    trained: TrainedRun, inbox: Path, prediction: Prediction
+) -> None:
+    config = config_of(trained, inbox, "name=cut")
+    whole = predict(config)
+    folder = Path(str(whole.folder))
+    part = pq.read_table(folder / "part-000000.parquet")
+    pq.write_table(part.slice(0, 4), folder / "part-000000.parquet")
+    said: list[str] = []
+    resumed = predict(config, said.append)
+    assert "4 are done" in said[0]
+    assert resumed.metrics == whole.metrics
+    assert rows_of(resumed).keys() == rows_of(prediction).keys()
+    assert len(list(folder.glob("part-*"))) == 2
+
+
+def test_slices_of_a_volume_are_rows_of_their_own(trained: TrainedRun, tmp_path: Path) -> None:
+    write_volume(tmp_path / "head.nii.gz")
+    prediction = predict(config_of(trained, tmp_path, "name=volume"))
+    part = pq.read_table(Path(str(prediction.folder)) / "part-000000.parquet")
+    assert part.num_rows > 3
+    assert set(part["path"].to_pylist()) == {"head.nii.gz"}
+    assert len(set(part["frame"].to_pylist())) == part.num_rows
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "message"),
+    [
+        (["run=absent"], DataError, "no run 'absent'"),
+        (["source=/absent"], DataError, "no such folder"),
+        (["checkpoint=/tmp"], ConfigError, "needs one of"),
+        (["name=inbox", "source=/tmp"], ConfigError, "made otherwise"),
+    ],
+)
+def test_what_cannot_be_predicted_is_named(
+    trained: TrainedRun,
+    inbox: Path,
+    prediction: Prediction,
+    overrides: list[str],
+    error: type[Exception],
+    message: str,
+    tmp_path: Path,
+) -> None:
+    cv2.imwrite(str(tmp_path / "one.png"), np.zeros((64, 64), np.uint8))
+    overrides = [item.replace("source=/tmp", f"source={tmp_path}") for item in overrides]
+    with pytest.raises(error, match=message):
+        predict(config_of(trained, inbox, *overrides))
+
+
+def test_a_folder_without_a_usable_slice_is_refused(trained: TrainedRun, tmp_path: Path) -> None:
+    cv2.imwrite(str(tmp_path / "blank.png"), np.zeros((64, 64), np.uint8))
+    with pytest.raises(DataError, match="none of the 1 files"):
+        predict(config_of(trained, tmp_path, "name=blank"))

@@ -1,0 +1,179 @@
+"""Sweeps on a real Ray cluster: choosing by validation, going on by name, MLflow's parent."""
+
+import json
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+import ray
+from mlflow import MlflowClient
+
+from brainray.config import Config, load_config
+from brainray.errors import ConfigError
+from brainray.orchestration.data import preprocess
+from brainray.orchestration.sweep import FinishedSweep, sweep
+from brainray.orchestration.trials import check_space, trial_config
+from tests.conftest import tiny_config
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+SPACE = {
+    "objective.lambda_cluster": {"choice": [0.1, 0.5]},
+    "clustering.num_clusters": {"choice": [3, 4]},  # 3 is below the number of classes
+}
+
+
+def sweep_config(storage: Path, *overrides: str) -> Config:
+    return tiny_config(
+        storage,
+        "name=search",
+        "dataset=mri",
+        "tune.algorithm=grid",
+        f"tune.space={json.dumps(SPACE)}",
+        "train.num_epochs=2",
+        "evaluation.tsne_epochs=[]",
+        "registry.name=mri-classifier",
+        *overrides,
+    )
+
+
+@pytest.fixture(scope="module")
+def storage(phantoms: Path, ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sweep")
+    preprocess(tiny_config(folder, "name=mri", f"source={phantoms}"))
+    return folder
+
+
+said: list[str] = []
+
+
+@pytest.fixture(scope="module")
+def finished(storage: Path) -> FinishedSweep:
+    return sweep(sweep_config(storage), said.append)
+
+
+def test_the_best_trial_is_the_best_on_the_validation_slices(finished: FinishedSweep) -> None:
+    trials = finished.folder.read_json("trials.json")
+    assert len(trials) == 4
+    by_outcome = {
+        outcome: [trial for trial in trials if trial["outcome"].startswith(outcome)]
+        for outcome in ("complete", "failed")
+    }
+    assert len(by_outcome["complete"]) == len(by_outcome["failed"]) == 2
+    for trial in by_outcome["failed"]:
+        assert "below the number of classes" in trial["outcome"]
+    best = max(trial["best"]["value"] for trial in by_outcome["complete"])
+    assert finished.metrics["best/validation/score"] == best
+    assert finished.metrics["num_failed"] == 2
+    lines = [line for line in said if line.startswith("trial ")]
+    assert len(lines) == 4  # two trials, two epochs each
+    assert all("validation/score" in line and "images/s" in line for line in lines)
+
+
+def test_the_best_settings_can_be_trained_as_they_are(
+    finished: FinishedSweep, storage: Path
+) -> None:
+    config = load_config(f"{finished.folder}/best.yaml")
+    trials = finished.folder.read_json("trials.json")
+    winner = max(
+        (trial for trial in trials if trial["best"]), key=lambda trial: trial["best"]["value"]
+    )
+    assert config.objective.lambda_cluster == winner["parameters"]["objective.lambda_cluster"]
+    assert config.name == "search-best"
+    assert config.dataset == "mri"
+
+
+def test_mlflow_shows_the_trials_below_the_sweep(finished: FinishedSweep) -> None:
+    client = MlflowClient(finished.tracking_uri)
+    experiment = client.get_experiment_by_name("search")
+    assert experiment is not None
+    assert finished.mlflow_run_id is not None
+    runs = client.search_runs([experiment.experiment_id])
+    parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    assert [run.info.run_id for run in parents] == [finished.mlflow_run_id]
+    children = [run for run in runs if run not in parents]
+    assert len(children) == 2
+    for child in children:
+        assert child.data.tags["mlflow.parentRunId"] == finished.mlflow_run_id
+        assert child.data.tags["brainray.outcome"] == "complete"
+        assert child.info.status == "FINISHED"
+        logged = client.get_metric_history(child.info.run_id, "validation/score")
+        assert [metric.step for metric in logged] == [1, 2]
+    artifacts = {found.path for found in client.list_artifacts(finished.mlflow_run_id)}
+    assert {"best.yaml", "trials.md", "figures"} <= artifacts
+    figures = client.list_artifacts(finished.mlflow_run_id, "figures")
+    assert {Path(found.path).name for found in figures} >= {
+        "learning_curves.png",
+        "slices.png",
+        "parallel_coordinates.png",
+    }
+
+
+def test_the_best_model_is_registered_and_can_be_loaded_alone(finished: FinishedSweep) -> None:
+    mlflow.set_tracking_uri(finished.tracking_uri)
+    model = mlflow.pyfunc.load_model("models:/mri-classifier/1")
+    signature = model.metadata.signature
+    assert signature.inputs.inputs[0].shape == (-1, 1, 32, 32)
+    slices = np.zeros((5, 1, 32, 32), dtype=np.float32)
+    probabilities = model.predict(slices)
+    assert probabilities.shape == (5, 4)
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1.0, atol=1e-5)
+
+
+def test_a_finished_sweep_trains_nothing_again(finished: FinishedSweep, storage: Path) -> None:
+    lines: list[str] = []
+    again = sweep(sweep_config(storage), lines.append)
+    assert again.metrics == finished.metrics
+    assert again.mlflow_run_id == finished.mlflow_run_id
+    assert not [line for line in lines if line.startswith("trial ")]
+    assert any("complete, nothing to search" in line for line in lines)
+    client = MlflowClient(finished.tracking_uri)
+    experiment = client.get_experiment_by_name("search")
+    assert experiment is not None
+    assert len(client.search_runs([experiment.experiment_id])) == 3
+
+
+def test_resources_come_back(finished: FinishedSweep) -> None:
+    assert ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"]
+
+
+def test_a_sweep_does_not_go_on_with_other_settings(finished: FinishedSweep, storage: Path) -> None:
+    with pytest.raises(ConfigError, match=r"tune\.metric: validation/score here"):
+        sweep(sweep_config(storage, "tune.metric=validation/cluster/accuracy"))
+
+
+def test_test_figures_choose_nothing() -> None:
+    with pytest.raises(ConfigError, match="would fit the sweep to the test slices"):
+        load_config(None, ["tune.metric=test/clean/head/accuracy"])
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        ({}, r"tune\.space is empty"),
+        ({"train.lr": {"choice": [1]}}, r"unknown key 'train\.lr'"),
+        ({"split.seed": {"choice": [1, 2]}}, r"cannot vary split\.seed"),
+        ({"preprocess.image_size": {"choice": [64]}}, "cannot vary"),
+        ({"train.learning_rate": {"uniform": [1e-3, 1e-4]}}, "two increasing numbers"),
+        ({"train.learning_rate": {"log_uniform": [0, 1]}}, "must begin above 0"),
+        ({"train.learning_rate": {"choice": [1], "uniform": [1, 2]}}, "exactly one of"),
+        ({"train.learning_rate": {"choice": [-1.0]}}, "greater than 0"),
+        ({"objective.name": {"choice": []}}, "is empty"),
+    ],
+)
+def test_a_space_that_makes_no_sense_is_refused(
+    space: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    config = tiny_config(tmp_path, f"tune.space={json.dumps(space)}")
+    with pytest.raises(ConfigError, match=message):
+        check_space(config)
+
+
+def test_parameters_reach_their_keys(tmp_path: Path) -> None:
+    config = trial_config(
+        tiny_config(tmp_path), {"train.learning_rate": 0.01, "objective.name": "supervised"}, "one"
+    )
+    assert config.train.learning_rate == 0.01
+    assert config.objective.name == "supervised"
+    assert config.name == "one"
