@@ -160,6 +160,8 @@ class MLflowTracker:
                     signature=ModelSignature(inputs, outputs),
                     input_example=example,
                     registered_model_name=registered_name,
+                    # Named rather than inferred, which loads the model in a process of its own.
+                    pip_requirements=[f"torch=={torch.__version__.partition('+')[0]}", "numpy"],
                 )
 
     def finish(self, status: str = "FINISHED") -> None:

@@ -4,11 +4,15 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from brainray.config import Config, load_config
 from brainray.mri.phantom import write_phantoms
+
+if TYPE_CHECKING:
+    from brainray.orchestration.driver import TrainedRun
 
 # The checkout's sibling, or where the user says the real slices are.
 REAL_DATA = Path(
@@ -48,6 +52,25 @@ def ray_cluster() -> Iterator[None]:
     ray.data.DataContext.get_current().enable_progress_bars = False
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def storage(phantoms: Path, ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Storage with the image store ``mri`` of the phantoms."""
+    from brainray.orchestration.data import preprocess
+
+    folder = tmp_path_factory.mktemp("storage")
+    preprocess(tiny_config(folder, "name=mri", f"source={phantoms}"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained(storage: Path) -> "TrainedRun":
+    """The run ``two-ranks`` in that storage: two DDP ranks, two epochs."""
+    from brainray.orchestration.driver import train
+
+    settings = ["name=two-ranks", "dataset=mri", "train.num_workers=2"]
+    return train(tiny_config(storage, *settings))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -33,8 +33,8 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "ray": ("jobs", "brainray/orchestration"),
     "mlflow": ("brainray/tracking.py", "brainray/tracking"),
     "torch.distributed": ("brainray/dist.py",),
-    "torch.nn.parallel.DistributedDataParallel": ("brainray/orchestration",),
-    "torch.nn.parallel.distributed": ("brainray/orchestration",),
+    "torch.nn.parallel.DistributedDataParallel": ("brainray/orchestration", "brainray/benchmarks"),
+    "torch.nn.parallel.distributed": ("brainray/orchestration", "brainray/benchmarks"),
 }
 IMPORTING_FUNCTIONS = {"importlib.import_module", "import_module", "__import__"}
 

@@ -6,6 +6,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from brainray.report.table import markdown_table
+
 
 @dataclass(frozen=True)
 class Measure:
@@ -45,13 +47,8 @@ class BenchmarkResult:
 
 def measures_table(measures: Sequence[Measure]) -> str:
     """The measures as a Markdown table that also reads well as plain text."""
-    header = ["measure", "value", "unit", "target", "verdict"]
+    header = ["measure", "unit", "target", "verdict", "value"]
     rows = [
-        [item.name, f"{item.value:.4g}", item.unit, item.target, item.verdict] for item in measures
+        [item.name, item.unit, item.target, item.verdict, f"{item.value:.4g}"] for item in measures
     ]
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
-        for row in [header, ["-" * width for width in widths], *rows]
-    ]
-    return "\n".join(lines)
+    return markdown_table(header, rows, num_text_columns=4)

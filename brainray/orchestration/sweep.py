@@ -1,6 +1,7 @@
 """A sweep: trials of the training driver under Ray Tune, resumable by name."""
 
 import json
+import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -88,9 +89,13 @@ def sweep(config: Config, log: Log = print) -> FinishedSweep:
     tracking = open_tracking(
         base, folder, flatten(base), {"brainray.data_hash": store.data_hash}, log
     )
-    with _Follower(base, config.name, tracking, log) as follower:
-        results = _tuner(base, folder, workers, log).fit()
-        follower.errors = _errors(results)
+    try:
+        with _Follower(base, config.name, tracking, log) as follower:
+            results = _tuner(base, folder, workers, log).fit()
+            follower.errors = _errors(results)
+    except BaseException:
+        tracking.tracker.finish("FAILED")
+        raise
     trials = read_trials(base, config.name)
     ranked = _ranked(base, trials)
     if not ranked:
@@ -129,6 +134,8 @@ def _tuner(config: Config, folder: Folder, workers: WorkerResources, log: Log) -
         # Trials wait for their workers: they take no CPU, and stay beside the driver.
         {"node:__internal_head__": 0.001},
     )
+    # A stopped trial waits in Ray Train: it is ended by force, or its workers would stay.
+    os.environ.setdefault("TUNE_FORCE_TRIAL_CLEANUP_S", "10")
     path = f"{folder}/{_TUNE}"
     if tune.Tuner.can_restore(path):
         return tune.Tuner.restore(path, trainable, resume_unfinished=True)
@@ -183,7 +190,8 @@ def _scheduler(config: Config) -> TrialScheduler | None:
     if settings.scheduler == "asha":
         return AsyncHyperBandScheduler(
             time_attr="epoch",
-            max_t=config.train.num_epochs,
+            # One more than there are: a trial that has trained to its end draws its figures too.
+            max_t=config.train.num_epochs + 1,
             grace_period=min(settings.min_epochs, config.train.num_epochs),
             reduction_factor=settings.reduction_factor,
         )
@@ -243,7 +251,7 @@ class _Follower:
         if trial.run is not None and trial.run.is_complete:
             return "complete"
         if num_epochs < self._config.train.num_epochs:
-            return f"stopped after epoch {num_epochs} ({self._config.tune.scheduler})"
+            return f"stopped after epoch {num_epochs}"
         return "complete but for its figures"
 
     def close(self, trial: Trial) -> None:
@@ -363,10 +371,12 @@ def _conclude(
         "mlflow_run_id": tracking.mlflow_run_id,
         "tracking_uri": tracking.uri,
     }
-    if tracking.tracker.problem is None:
-        folder.write_json(layout.SUMMARY, result)
+    if config.tune.algorithm != "grid" and len(trials) < config.tune.num_trials:
+        log(f"{len(trials)} of {config.tune.num_trials} trials: submit the sweep again to go on")
+    elif tracking.tracker.problem is not None:
+        log("MLflow has not got everything: submit the sweep again to send it")
     else:
-        log(f"MLflow has not got everything; submit the same sweep again to send it: {folder}")
+        folder.write_json(layout.SUMMARY, result)
     return FinishedSweep(folder=folder, **result)
 
 

@@ -1,6 +1,7 @@
 """What a trial is: its configuration, its run, and what its folder tells of it."""
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -145,13 +146,14 @@ def read_trials(config: Config, sweep: str) -> list[Trial]:
     space = config.tune.space
     trials = {}
     runs = Folder(config.storage) / layout.RUNS
+    of_sweep = re.compile(re.escape(run_name(sweep, "")) + r"([0-9a-f]+_[0-9]+)")
     for name in runs.names():
-        folder = runs / name
-        if not name.startswith(f"{sweep}-") or not folder.exists(layout.RUN):
+        folder, matched = runs / name, of_sweep.fullmatch(name)
+        if matched is None or not folder.exists(layout.RUN):
             continue
+        trial_id = matched.group(1)
         saved = parse_config(parse_yaml(folder.read_bytes(layout.CONFIG), where=str(folder)))
         flat = flatten(saved)
-        trial_id = name.removeprefix(f"{sweep}-")
         trials[trial_id] = Trial(
             trial_id,
             Run(folder, read_run_info(folder)),

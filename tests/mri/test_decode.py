@@ -22,16 +22,8 @@ from brainray.mri.decode import (
     looks_like_dicom,
     sniff,
 )
+from tests.mri.decoding import OPTIONS
 
-OPTIONS = DecodeOptions(
-    min_side=16,
-    max_pixels=1_000_000,
-    max_voxels=4_000_000,
-    axis="axial",
-    window_percentiles=(0.5, 99.5),
-    min_foreground=0.05,
-    salt=b"a secret",
-)
 RAMP = np.tile(np.arange(64, dtype=np.uint8) * 4, (48, 1))  # (48, 64)
 LOSSLESS = ["PNG", "TIFF", "BMP", "GIF"]
 

@@ -18,16 +18,9 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 
 from brainray.mri.decode import DecodedSlice, DecodeOptions, RejectedImage, decode_file, sniff
+from tests.mri import decoding
 
-OPTIONS = DecodeOptions(
-    min_side=16,
-    max_pixels=1_000_000,
-    max_voxels=2_000_000,
-    axis="axial",
-    window_percentiles=(0.5, 99.5),
-    min_foreground=0.05,
-    salt=b"a secret",
-)
+OPTIONS = dataclasses.replace(decoding.OPTIONS, max_voxels=2_000_000)
 # (32, 48), 0..4059, smooth enough for lossy compression
 RAMP = (np.add.outer(np.arange(32), np.arange(48)) * 52).astype(np.uint16)
 

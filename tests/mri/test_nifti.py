@@ -12,16 +12,9 @@ import numpy as np
 import pytest
 
 from brainray.mri.decode import DecodedSlice, DecodeOptions, RejectedImage, decode_file
+from tests.mri import decoding
 
-OPTIONS = DecodeOptions(
-    min_side=8,
-    max_pixels=1_000_000,
-    max_voxels=4_000_000,
-    axis="axial",
-    window_percentiles=(0.5, 99.5),
-    min_foreground=0.05,
-    salt=b"a secret",
-)
+OPTIONS = dataclasses.replace(decoding.OPTIONS, min_side=8)
 Axis = Literal["axial", "coronal", "sagittal"]
 
 

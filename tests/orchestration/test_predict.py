@@ -10,44 +10,35 @@ import pytest
 
 from brainray.config import Config
 from brainray.errors import ConfigError, DataError
-from brainray.orchestration.data import preprocess
-from brainray.orchestration.driver import TrainedRun, train
+from brainray.orchestration.driver import TrainedRun
 from brainray.orchestration.evaluation import evaluate
 from brainray.orchestration.predict import Prediction, predict
 from brainray.schema import PREDICTED
 from tests.conftest import tiny_config
-from tests.mri.test_nifti import write_volume
+from tests.mri.test_nifti import ball, make_nifti
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
 @pytest.fixture(scope="module")
-def trained(
-    phantoms: Path, ray_cluster: None, tmp_path_factory: pytest.TempPathFactory
-) -> TrainedRun:
-    storage = tmp_path_factory.mktemp("predict")
-    preprocess(tiny_config(storage, "name=mri", f"source={phantoms}"))
-    return train(tiny_config(storage, "name=run", "dataset=mri", "train.num_epochs=1"))
-
-
-@pytest.fixture(scope="module")
-def inbox(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Slices without class folders, a text file and an empty one named .jpg."""
+def inbox(phantoms: Path, trained: TrainedRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Slices without class folders, one of training, a text file and an empty one named .jpg."""
     folder = tmp_path_factory.mktemp("inbox")
     for number, path in enumerate(sorted((phantoms / "Testing").rglob("*.jpg"))[:6]):
         (folder / f"scan{number}.jpg").write_bytes(path.read_bytes())
-    copied = sorted((phantoms / "Training" / "pituitary").iterdir())[0]
+    seen = trained.run.folder.read_table("seen.parquet").to_pylist()
+    learned = next(row["path"] for row in seen if row["role"] == "labelled")
     (folder / "deep" / "er").mkdir(parents=True)
-    (folder / "deep" / "er" / "known.jpg").write_bytes(copied.read_bytes())
+    (folder / "deep" / "er" / "known.jpg").write_bytes((phantoms / learned).read_bytes())
     (folder / "text.jpg").write_text("no image")
     (folder / "empty.jpg").touch()
     (folder / "notes.txt").write_text("ignored")
     return folder
 
 
-def config_of(trained: TrainedRun, inbox: Path, *overrides: str) -> Config:
+def config_of(trained: TrainedRun, source: Path, *overrides: str) -> Config:
     storage = Path(str(trained.run.folder)).parents[1]
-    return tiny_config(storage, "run=run", f"source={inbox}", *overrides)
+    return tiny_config(storage, "run=two-ranks", f"source={source}", *overrides)
 
 
 @pytest.fixture(scope="module")
@@ -122,11 +113,11 @@ def test_the_same_name_goes_on_with_what_is_missing(
 
 
 def test_slices_of_a_volume_are_rows_of_their_own(trained: TrainedRun, tmp_path: Path) -> None:
-    write_volume(tmp_path / "head.nii.gz")
+    (tmp_path / "head.nii").write_bytes(make_nifti(ball((48, 52, 40))))
     prediction = predict(config_of(trained, tmp_path, "name=volume"))
     part = pq.read_table(Path(str(prediction.folder)) / "part-000000.parquet")
     assert part.num_rows > 3
-    assert set(part["path"].to_pylist()) == {"head.nii.gz"}
+    assert set(part["path"].to_pylist()) == {"head.nii"}
     assert len(set(part["frame"].to_pylist())) == part.num_rows
 
 

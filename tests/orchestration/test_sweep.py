@@ -1,6 +1,7 @@
 """Sweeps on a real Ray cluster: choosing by validation, going on by name, MLflow's parent."""
 
 import json
+import time
 from pathlib import Path
 
 import mlflow
@@ -11,12 +12,9 @@ from mlflow import MlflowClient
 
 from brainray.config import Config, load_config
 from brainray.errors import ConfigError
-from brainray.orchestration.data import preprocess
 from brainray.orchestration.sweep import FinishedSweep, sweep
 from brainray.orchestration.trials import check_space, trial_config
 from tests.conftest import tiny_config
-
-pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 SPACE = {
     "objective.lambda_cluster": {"choice": [0.1, 0.5]},
@@ -38,13 +36,6 @@ def sweep_config(storage: Path, *overrides: str) -> Config:
     )
 
 
-@pytest.fixture(scope="module")
-def storage(phantoms: Path, ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sweep")
-    preprocess(tiny_config(folder, "name=mri", f"source={phantoms}"))
-    return folder
-
-
 said: list[str] = []
 
 
@@ -53,6 +44,7 @@ def finished(storage: Path) -> FinishedSweep:
     return sweep(sweep_config(storage), said.append)
 
 
+@pytest.mark.slow
 def test_the_best_trial_is_the_best_on_the_validation_slices(finished: FinishedSweep) -> None:
     trials = finished.folder.read_json("trials.json")
     assert len(trials) == 4
@@ -71,6 +63,7 @@ def test_the_best_trial_is_the_best_on_the_validation_slices(finished: FinishedS
     assert all("validation/score" in line and "images/s" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_the_best_settings_can_be_trained_as_they_are(
     finished: FinishedSweep, storage: Path
 ) -> None:
@@ -84,6 +77,7 @@ def test_the_best_settings_can_be_trained_as_they_are(
     assert config.dataset == "mri"
 
 
+@pytest.mark.slow
 def test_mlflow_shows_the_trials_below_the_sweep(finished: FinishedSweep) -> None:
     client = MlflowClient(finished.tracking_uri)
     experiment = client.get_experiment_by_name("search")
@@ -110,6 +104,7 @@ def test_mlflow_shows_the_trials_below_the_sweep(finished: FinishedSweep) -> Non
     }
 
 
+@pytest.mark.slow
 def test_the_best_model_is_registered_and_can_be_loaded_alone(finished: FinishedSweep) -> None:
     mlflow.set_tracking_uri(finished.tracking_uri)
     model = mlflow.pyfunc.load_model("models:/mri-classifier/1")
@@ -121,6 +116,7 @@ def test_the_best_model_is_registered_and_can_be_loaded_alone(finished: Finished
     np.testing.assert_allclose(probabilities.sum(axis=1), 1.0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_finished_sweep_trains_nothing_again(finished: FinishedSweep, storage: Path) -> None:
     lines: list[str] = []
     again = sweep(sweep_config(storage), lines.append)
@@ -134,10 +130,37 @@ def test_a_finished_sweep_trains_nothing_again(finished: FinishedSweep, storage:
     assert len(client.search_runs([experiment.experiment_id])) == 3
 
 
-def test_resources_come_back(finished: FinishedSweep) -> None:
-    assert ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"]
+@pytest.mark.slow
+def test_a_poor_trial_is_stopped_and_its_resources_come_back(storage: Path) -> None:
+    rates = {"train.learning_rate": {"choice": [1.5e-3, 1e-8]}}
+    config = sweep_config(
+        storage,
+        "name=halving",
+        f"tune.space={json.dumps(rates)}",
+        "tune.max_concurrent_trials=1",
+        "tune.min_epochs=2",
+        "tune.reduction_factor=2",
+        "train.num_epochs=6",
+        "registry.name=null",
+    )
+    stopped = sweep(config)
+    outcomes = {
+        trial["parameters"]["train.learning_rate"]: trial["outcome"]
+        for trial in stopped.folder.read_json("trials.json")
+    }
+    assert outcomes == {1.5e-3: "complete", 1e-8: "stopped after epoch 2"}
+    client = MlflowClient(stopped.tracking_uri)
+    experiment = client.get_experiment_by_name("halving")
+    assert experiment is not None
+    statuses = [run.info.status for run in client.search_runs([experiment.experiment_id])]
+    assert sorted(statuses) == ["FINISHED", "FINISHED", "KILLED"]
+    deadline = time.monotonic() + 60
+    while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"]:
+        assert time.monotonic() < deadline, ray.available_resources()
+        time.sleep(1)
 
 
+@pytest.mark.slow
 def test_a_sweep_does_not_go_on_with_other_settings(finished: FinishedSweep, storage: Path) -> None:
     with pytest.raises(ConfigError, match=r"tune\.metric: validation/score here"):
         sweep(sweep_config(storage, "tune.metric=validation/cluster/accuracy"))

@@ -28,21 +28,8 @@ from tests.conftest import tiny_config
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
-@pytest.fixture(scope="module")
-def storage(phantoms: Path, ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("storage")
-    preprocess(tiny_config(folder, "name=mri", f"source={phantoms}"))
-    return folder
-
-
 def config_of(storage: Path, name: str, *overrides: str) -> Config:
     return tiny_config(storage, f"name={name}", "dataset=mri", *overrides)
-
-
-@pytest.fixture(scope="module")
-def trained(storage: Path) -> TrainedRun:
-    """Two DDP ranks, two epochs."""
-    return train(config_of(storage, "two-ranks", "train.num_workers=2"))
 
 
 said_by_reference: list[str] = []
