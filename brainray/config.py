@@ -129,7 +129,32 @@ class EncoderConfig(_Section):
     """``random``, ``imagenet`` (downloaded by torchvision) or the path of a local state dict."""
 
 
+_POLICIES: dict[str, dict[str, float]] = {
+    "published": {},
+    "weak": {
+        "vertical_flip": 0.0,
+        "max_rotation_deg": 20.0,
+        "max_shift": 0.05,
+    },
+    "strong": {
+        "vertical_flip": 0.0,
+        "rotation_probability": 0.8,
+        "max_rotation_deg": 45.0,
+        "max_zoom": 0.25,
+        "max_shift": 0.1,
+        "max_intensity_shift": 0.2,
+        "max_log_gamma": 0.4,
+        "bias_field": 0.3,
+        "max_noise_std": 0.05,
+        "max_blur_sigma": 1.0,
+        "cutout_probability": 0.5,
+    },
+}
+
+
 class AugmentConfig(_Section):
+    policy: Literal["published", "weak", "strong"] = "published"
+    """Strengths of what is not set here: METHOD A's kinds, few and small ones, or all of them."""
     horizontal_flip: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
     """Probability of a left-right flip."""
     vertical_flip: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
@@ -142,6 +167,28 @@ class AugmentConfig(_Section):
     """Zoom factors are uniform in 1 +- this."""
     max_intensity_shift: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
     """Contrast factor and brightness offset, in units of [0, 1] intensity."""
+    max_shift: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Shifts along either axis are uniform between minus and plus this share of the side."""
+    max_log_gamma: Annotated[float, Field(ge=0.0, le=2.0)] = 0.0
+    """Intensities are raised to exp(g), g uniform between minus and plus this."""
+    bias_field: Annotated[float, Field(ge=0.0, le=2.0)] = 0.0
+    """Standard deviation of the logarithm of a smooth field that multiplies the slice, as the
+    uneven sensitivity of a receive coil does."""
+    max_noise_std: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Gaussian noise of a standard deviation uniform between 0 and this, in units of [0, 1]."""
+    max_blur_sigma: Annotated[float, Field(ge=0.0, le=3.0)] = 0.0
+    """Gaussian blur of a sigma uniform between 0 and this, in pixels."""
+    cutout_probability: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """Probability that a square is blacked out (DeVries & Taylor 2017)."""
+    max_cutout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.3
+    """Sides of the squares are uniform between 0 and this share of the slice's."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_policy(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return _POLICIES.get(values.get("policy", "published"), {}) | values
 
 
 class ObjectiveConfig(_Section):

@@ -1,4 +1,4 @@
-"""METHOD A's augmentation, batched on the device of the slices."""
+"""Augmentation of slices, batched on their device: METHOD A's kinds, and what MRI scanners do."""
 
 import math
 
@@ -8,9 +8,14 @@ from torch import Generator, Tensor
 
 from brainray.config import AugmentConfig
 
+_BIAS_KNOTS = 4  # of the bias field along either axis
+_BLUR_RADIUS = 4  # pixels
+
 
 def augment(images: Tensor, config: AugmentConfig, generator: Generator) -> Tensor:
-    """Flips, rotation, zoom, contrast and brightness, drawn for each slice.
+    """Each slice is flipped, turned, zoomed, shifted, shaded, blurred and so on for itself.
+
+    What has no strength draws no random numbers: a new kind does not change what others do.
 
     Args:
         images: (B, 1, H, W) float in [0, 1]; outside the slice is black.
@@ -27,12 +32,25 @@ def augment(images: Tensor, config: AugmentConfig, generator: Generator) -> Tens
     brightness = config.max_intensity_shift * _signed(len(images), generator)
     # The background stays black, as it is in every slice that is not augmented.
     head = warped > 0
-    shifted = warped * contrast[:, None, None, None] + brightness[:, None, None, None] * head
-    return shifted.clamp(0, 1)
+    shaded = warped * contrast[:, None, None, None] + brightness[:, None, None, None] * head
+    if config.max_log_gamma:
+        gamma = torch.exp(config.max_log_gamma * _signed(len(images), generator))
+        shaded = shaded.clamp(0, 1) ** gamma[:, None, None, None]
+    if config.bias_field:
+        shaded = shaded * _bias_field(images, config.bias_field, generator)
+    if config.max_blur_sigma:
+        shaded = _blur(shaded, config.max_blur_sigma * _unsigned(len(images), generator)) * head
+    if config.max_noise_std:
+        std = config.max_noise_std * _unsigned(len(images), generator)
+        noise = torch.randn(images.shape, generator=generator, device=generator.device)
+        shaded = shaded + noise * std[:, None, None, None] * head
+    if config.cutout_probability:
+        shaded = shaded * _outside_of_squares(images, config, generator)
+    return shaded.clamp(0, 1)
 
 
 def _random_affine(num_images: int, config: AugmentConfig, generator: Generator) -> Tensor:
-    """(B, 2, 3) matrices from output to input coordinates: rotation x zoom x flips."""
+    """(B, 2, 3) matrices from output to input coordinates: rotation x zoom x flips, and shifts."""
     # Heads are scanned nearly upright: cubed, half of the angles are below an eighth of the limit.
     angle = math.radians(config.max_rotation_deg) * _signed(num_images, generator) ** 3
     angle = angle * _chosen(num_images, config.rotation_probability, generator)
@@ -40,14 +58,61 @@ def _random_affine(num_images: int, config: AugmentConfig, generator: Generator)
     flip_x = 1 - 2 * _chosen(num_images, config.horizontal_flip, generator)
     flip_y = 1 - 2 * _chosen(num_images, config.vertical_flip, generator)
     cosine, sine = torch.cos(angle) / zoom, torch.sin(angle) / zoom
-    zero = torch.zeros_like(angle)
+    shift_x = shift_y = torch.zeros_like(angle)
+    if config.max_shift:  # in coordinates that run from -1 to 1
+        shift_x = 2 * config.max_shift * _signed(num_images, generator)
+        shift_y = 2 * config.max_shift * _signed(num_images, generator)
     return torch.stack(
         [
-            torch.stack([cosine * flip_x, -sine * flip_y, zero], dim=1),
-            torch.stack([sine * flip_x, cosine * flip_y, zero], dim=1),
+            torch.stack([cosine * flip_x, -sine * flip_y, shift_x], dim=1),
+            torch.stack([sine * flip_x, cosine * flip_y, shift_y], dim=1),
         ],
         dim=1,
     )
+
+
+def _bias_field(images: Tensor, strength: float, generator: Generator) -> Tensor:
+    """(B, 1, H, W) smooth positive factors around 1."""
+    shape = (len(images), 1, _BIAS_KNOTS, _BIAS_KNOTS)
+    knots = torch.randn(shape, generator=generator, device=generator.device)
+    size = list(images.shape[-2:])
+    return torch.exp(
+        strength * F.interpolate(knots, size=size, mode="bicubic", align_corners=False)
+    )
+
+
+def _blur(images: Tensor, sigma: Tensor) -> Tensor:
+    """Each slice (1, H, W) of a batch blurred with its own sigma (B,), in pixels."""
+    offsets = torch.arange(-_BLUR_RADIUS, _BLUR_RADIUS + 1, device=images.device)
+    kernels = torch.exp(-0.5 * (offsets / sigma.clamp_min(1e-3)[:, None]).square())
+    kernels = kernels / kernels.sum(dim=1, keepdim=True)
+    as_channels = images.transpose(0, 1)  # one group of the convolution for each slice
+    for shape, padding in (
+        ((-1, 1, 1, offsets.numel()), (0, _BLUR_RADIUS)),
+        ((-1, 1, offsets.numel(), 1), (_BLUR_RADIUS, 0)),
+    ):
+        as_channels = F.conv2d(
+            as_channels, kernels.view(shape), padding=padding, groups=len(images)
+        )
+    return as_channels.transpose(0, 1)
+
+
+def _outside_of_squares(images: Tensor, config: AugmentConfig, generator: Generator) -> Tensor:
+    """(B, 1, H, W) of 0 inside a random square of each chosen slice, else 1."""
+    num_images, height, width = len(images), images.shape[-2], images.shape[-1]
+    half = config.max_cutout * _unsigned(num_images, generator) / 2
+    half = half * _chosen(num_images, config.cutout_probability, generator)
+    inside = torch.ones(num_images, height, width, dtype=torch.bool, device=images.device)
+    for size, shape in ((height, (1, -1, 1)), (width, (1, 1, -1))):
+        centre = _unsigned(num_images, generator)[:, None, None]
+        position = ((torch.arange(size, device=images.device) + 0.5) / size).view(shape)
+        inside &= (position - centre).abs() < half[:, None, None]
+    return (~inside)[:, None].float()
+
+
+def _unsigned(num_images: int, generator: Generator) -> Tensor:
+    """(B,) uniform in [0, 1)."""
+    return torch.rand(num_images, generator=generator, device=generator.device)
 
 
 def _signed(num_images: int, generator: Generator) -> Tensor:

@@ -73,3 +73,68 @@ def test_the_generator_alone_decides() -> None:
     config = AugmentConfig()
     torch.testing.assert_close(apply(config, seed=3), apply(config, seed=3))
     assert not torch.equal(apply(config, seed=3), apply(config, seed=4))
+
+
+def test_what_has_no_strength_draws_no_numbers() -> None:
+    plain = apply(AugmentConfig())
+    none = AugmentConfig(max_cutout=0.5)  # with a probability of 0
+    torch.testing.assert_close(apply(none), plain, rtol=0, atol=0)
+
+
+def test_shifts_move_by_their_share_of_the_side() -> None:
+    image = torch.zeros(1, 1, 41, 41)
+    image[..., 20, 20] = 1
+    config = NOTHING.model_copy(update={"max_shift": 0.25})
+    moved = apply(config, image.expand(60, -1, -1, -1))[:, 0]
+    rows, columns = moved.sum(dim=2).argmax(dim=1), moved.sum(dim=1).argmax(dim=1)
+    for places in (rows, columns):
+        assert 9 <= places.min() < 15
+        assert 25 < places.max() <= 31
+
+
+def test_gamma_and_bias_keep_black_black_and_order_in_place() -> None:
+    ramp = torch.linspace(0, 1, 16).expand(8, 1, 16, 16)
+    gamma = apply(NOTHING.model_copy(update={"max_log_gamma": 1.0}), ramp)
+    assert (gamma.diff(dim=3) >= -1e-6).all()
+    assert gamma[..., 8].std() > 0.05
+    biased = apply(NOTHING.model_copy(update={"bias_field": 0.3}), ramp * 0.5)
+    assert biased[..., 0].abs().max() < 1e-6
+    ratio = biased[..., 8:] / (ramp[..., 8:] * 0.5)
+    assert ratio.std() > 0.05  # uneven
+    assert (ratio.log().diff(dim=2).abs() < 0.5).all()  # and smooth
+
+
+def test_noise_and_blur_stay_within_the_head() -> None:
+    images = torch.zeros(6, 1, 32, 32)
+    images[..., 8:24, 8:24] = 0.5
+    for update in ({"max_noise_std": 0.2}, {"max_blur_sigma": 2.0}):
+        changed = apply(NOTHING.model_copy(update=update), images)
+        assert changed[..., :7, :].abs().max() < 1e-6
+        assert not torch.equal(changed, images)
+    blurred = apply(NOTHING.model_copy(update={"max_blur_sigma": 2.0}), images)
+    torch.testing.assert_close(blurred[..., 16, 16], images[..., 16, 16], atol=1e-3, rtol=0)
+    assert (blurred[..., 8, 16] < 0.5).any()
+
+
+def test_cutout_blacks_out_one_square() -> None:
+    config = NOTHING.model_copy(update={"cutout_probability": 1.0, "max_cutout": 0.5})
+    cut = apply(config, torch.ones(40, 1, 32, 32))[:, 0] < 0.5
+    assert cut.any(dim=(1, 2)).float().mean() > 0.8
+    for square in cut:
+        rows, columns = square.any(dim=1), square.any(dim=0)
+        assert square.sum() == rows.sum() * columns.sum()
+        assert max(int(rows.sum()), int(columns.sum())) <= 17
+
+
+def test_a_policy_sets_what_is_not_set() -> None:
+    strong = AugmentConfig.model_validate({"policy": "strong", "max_zoom": 0.05})
+    assert strong.max_zoom == 0.05
+    assert strong.bias_field > 0
+    assert strong.cutout_probability > 0
+    saved = AugmentConfig.model_validate(strong.model_dump())
+    assert saved == strong
+    assert AugmentConfig() == AugmentConfig.model_validate({"policy": "published"})
+    changed = apply(strong)
+    assert changed.shape == IMAGES.shape
+    assert changed.min() >= 0
+    assert changed.max() <= 1
