@@ -265,6 +265,8 @@ class EvaluationConfig(_Section):
     """Epochs whose embeddings are kept and drawn as a t-SNE map."""
     tsne_max_slices: Positive = 2000
     """Slices on a map."""
+    control: str | None = None
+    """Name of the run whose figures stand beside this one's in its report."""
     bootstrap_resamples: Positive = 1000
     """Resamples behind each confidence interval."""
 

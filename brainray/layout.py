@@ -45,6 +45,7 @@ PREDICTIONS = "predictions.parquet"
 EVALUATION_METRICS = "metrics.json"
 
 FIGURES = "figures"
+REPORT = "report.html"  # all of a run on one page
 
 
 def predictions_file(epoch: int) -> str:

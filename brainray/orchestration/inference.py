@@ -136,7 +136,8 @@ def _whole_blocks() -> Iterator[None]:
 
 def _tasks(files: Sequence[SourceFile]) -> list[list[int]]:
     """Numbers of the files of each task."""
-    volumes, images = [], []
+    volumes: list[int] = []
+    images: list[int] = []
     for number, asked in enumerate(files):
         (volumes if asked.path.lower().endswith(_VOLUME_SUFFIXES) else images).append(number)
     return [

@@ -145,6 +145,7 @@ def _settings(config: Config) -> dict[str, Any]:
     settings = config.model_dump(mode="json", exclude=_FREE_TO_CHANGE)
     for key in _FREE_TRAIN_KEYS:
         del settings["train"][key]
+    del settings["evaluation"]["control"]
     for key in _FREE_SPLIT_KEYS:
         del settings["split"][key]
     return settings

@@ -4,40 +4,39 @@ from collections.abc import Mapping
 from typing import Any
 
 from brainray.report.table import markdown_table
+from brainray.schema import SUBSETS
 
-_SUBSETS = ("all", "clean", "strict")
+LEVEL_COLUMNS = ["level", "test slices with one in training", "within training", "within test"]
 
 
 def leakage_table(leakage: Mapping[str, Any]) -> str:
     """How many slices have a twin where, and how much of the test split is clean and strict."""
-    across, train, test = (
-        {level: len(found) for level, found in leakage[part].items()}
-        for part in ("across_splits", "within_train", "within_test")
-    )
-    rows = [
-        [
-            level,
-            *(f"{counts[level]:,}" if level in counts else "" for counts in (across, train, test)),
-        ]
-        for level in leakage["levels"]
-    ]
-    twins = markdown_table(
-        ["level", "test slices with one in training", "within training", "within test"],
-        rows,
-        num_text_columns=1,
-    )
-    by_class = leakage["num_test_by_class"]
-    subsets = markdown_table(
-        ["test slices", *(name or "unlabelled" for name in by_class["all"]), "together"],
-        [
-            [
-                subset,
-                *(f"{by_class[subset].get(name, 0):,}" for name in by_class["all"]),
-                f"{leakage['num_test'][subset]:,}",
-            ]
-            for subset in _SUBSETS
-        ],
-        num_text_columns=1,
-    )
+    twins = markdown_table(LEVEL_COLUMNS, leakage_counts(leakage), num_text_columns=1)
+    header, rows = subset_counts(leakage)
+    subsets = markdown_table(header, rows, num_text_columns=1)
     conflicts = f"Slices whose copies carry another label: {len(leakage['label_conflicts']):,}."
     return "\n\n".join([twins, subsets, conflicts])
+
+
+def leakage_counts(leakage: Mapping[str, Any]) -> list[list[str]]:
+    """Rows of `LEVEL_COLUMNS`."""
+    parts = [leakage[part] for part in ("across_splits", "within_train", "within_test")]
+    return [
+        [level, *(f"{len(part[level]):,}" if level in part else "" for part in parts)]
+        for level in leakage["levels"]
+    ]
+
+
+def subset_counts(leakage: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: test slices of each subset by class."""
+    by_class = leakage["num_test_by_class"]
+    header = ["test slices", *(name or "unlabelled" for name in by_class["all"]), "together"]
+    rows = [
+        [
+            subset,
+            *(f"{by_class[subset].get(name, 0):,}" for name in by_class["all"]),
+            f"{leakage['num_test'][subset]:,}",
+        ]
+        for subset in SUBSETS
+    ]
+    return header, rows

@@ -1,6 +1,7 @@
 """Prediction for a folder as users have them: mixed formats, broken files, cut and resumed."""
 
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -46,7 +47,7 @@ def prediction(trained: TrainedRun, inbox: Path) -> Prediction:
     return predict(config_of(trained, inbox, "name=inbox"))
 
 
-def rows_of(prediction: Prediction) -> dict[str, dict[str, object]]:
+def rows_of(prediction: Prediction) -> dict[str, dict[str, Any]]:
     parts = [pq.read_table(path) for path in sorted(Path(str(prediction.folder)).glob("part-*"))]
     rows = pa.concat_tables(parts).to_pylist()
     assert len({(row["path"], row["frame"]) for row in rows}) == len(rows)
