@@ -26,7 +26,7 @@ demo: $(STAMP) ## Run the whole pipeline on drawn phantoms, on a Ray head of its
 	$(BIN)/python jobs/demo.py
 
 test: $(STAMP) ## Run the quick tests
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup
+	$(BIN)/python -m pytest
 
 test-real: $(STAMP) ## Run the tests on the real slices, where they are (BRAINRAY_DATA)
 	$(BIN)/python -m pytest -m real

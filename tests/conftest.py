@@ -22,13 +22,6 @@ REAL_DATA = Path(
 )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Side by side: files apart, but all tests on Ray in one process, which starts it once."""
-    for item in items:
-        on_ray = "ray_cluster" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("ray" if on_ray else str(item.path)))
-
-
 @pytest.fixture(scope="session")
 def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Training/ and Testing/ folders of 4 classes; one test slice is a copy of a training one."""

@@ -47,7 +47,8 @@ def slow_config(storage: Path, name: str, *overrides: str) -> Config:
     return config_of(
         storage,
         name,
-        "train.num_epochs=5",
+        "train.num_epochs=3",
+        "evaluation.tsne_epochs=[]",
         "train.batch_size_per_worker=2",
         "train.labelled_batch_size_per_worker=2",
         *overrides,
@@ -122,6 +123,7 @@ def test_a_finished_run_is_reported_again_not_trained_again(
     assert "complete, nothing to train" in said[0]
 
 
+@pytest.mark.faults
 def test_a_killed_worker_costs_nothing_but_time(storage: Path, reference: TrainedRun) -> None:
     killed: list[int] = []
 
@@ -138,13 +140,13 @@ def test_a_killed_worker_costs_nothing_but_time(storage: Path, reference: Traine
     resumed = train(slow_config(storage, "killed"), kill_after_the_first_epoch)
     assert killed
     history = resumed.run.folder.read_json_lines("metrics.jsonl")
-    assert [metrics["epoch"] for metrics in history] == [1.0, 2.0, 3.0, 4.0, 5.0]
+    assert [metrics["epoch"] for metrics in history] == [1.0, 2.0, 3.0]
     for folder in ("last", "best"):
         assert_same_models(checkpoint_of(reference, folder), checkpoint_of(resumed, folder))
     client = MlflowClient(resumed.tracking_uri)
     assert resumed.mlflow_run_id is not None
     logged = client.get_metric_history(resumed.mlflow_run_id, "train/loss/ce")
-    assert [metric.step for metric in logged] == [1, 2, 3, 4, 5]
+    assert [metric.step for metric in logged] == [1, 2, 3]
 
 
 def test_a_server_that_is_away_stops_nothing_and_gets_all_later(
@@ -157,7 +159,7 @@ def test_a_server_that_is_away_stops_nothing_and_gets_all_later(
     assert sent.mlflow_run_id is not None
     client = MlflowClient(sent.uri)
     logged = client.get_metric_history(sent.mlflow_run_id, "train/loss/ce")
-    assert [metric.step for metric in logged] == [1, 2, 3, 4, 5]
+    assert [metric.step for metric in logged] == [1, 2, 3]
     final = client.get_run(sent.mlflow_run_id).data.metrics
     assert final["final/chosen_epoch"] == reference.metrics["chosen_epoch"]
 
