@@ -97,6 +97,7 @@ def test_prediction_and_evaluation_agree(
     assert compared >= 6
 
 
+@pytest.mark.slow
 def test_the_same_name_goes_on_with_what_is_missing(
     trained: TrainedRun, inbox: Path, prediction: Prediction
 ) -> None:
@@ -113,6 +114,7 @@ def test_the_same_name_goes_on_with_what_is_missing(
     assert len(list(folder.glob("part-*"))) == 2
 
 
+@pytest.mark.slow
 def test_slices_of_a_volume_are_rows_of_their_own(trained: TrainedRun, tmp_path: Path) -> None:
     (tmp_path / "head.nii").write_bytes(make_nifti(ball((48, 52, 40))))
     prediction = predict(config_of(trained, tmp_path, "name=volume"))
@@ -146,6 +148,7 @@ def test_what_cannot_be_predicted_is_named(
         predict(config_of(trained, inbox, *overrides))
 
 
+@pytest.mark.slow
 def test_a_folder_without_a_usable_slice_is_refused(trained: TrainedRun, tmp_path: Path) -> None:
     cv2.imwrite(str(tmp_path / "blank.png"), np.zeros((64, 64), np.uint8))
     with pytest.raises(DataError, match="none of the 1 files"):

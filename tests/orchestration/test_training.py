@@ -267,6 +267,7 @@ def test_evaluation_names_what_is_missing(
         evaluate(tiny_config(storage, f"source={phantoms}", *overrides))
 
 
+@pytest.mark.slow
 def test_a_collapse_stops_the_run_and_says_why(storage: Path) -> None:
     with pytest.raises(BrainrayError, match="lambda_cluster"):
         train(config_of(storage, "collapsed", "clustering.min_spread=1.5"))
