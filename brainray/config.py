@@ -278,6 +278,13 @@ class TrackingConfig(_Section):
     """MLflow experiment; made when absent."""
 
 
+def _number(value: Any) -> Any:
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
 class TuneConfig(_Section):
     space: SearchSpace = {}
     """For each dotted config key one of ``choice: [...]`` and ``uniform``, ``log_uniform`` or
@@ -300,6 +307,15 @@ class TuneConfig(_Section):
     """Trials at a time; 0 takes as many as the Ray cluster holds."""
     time_budget_min: Annotated[float, Field(gt=0.0)] | None = None
     """No trial goes on after so many minutes of this submission."""
+
+    @field_validator("space")
+    @classmethod
+    def _read_numbers(cls, value: SearchSpace) -> SearchSpace:
+        """YAML takes ``1e-4``, which lacks a point, for text."""
+        return {
+            key: {kind: [_number(item) for item in items] for kind, items in domain.items()}
+            for key, domain in value.items()
+        }
 
     @field_validator("metric")
     @classmethod

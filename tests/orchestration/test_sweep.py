@@ -200,3 +200,10 @@ def test_parameters_reach_their_keys(tmp_path: Path) -> None:
     assert config.train.learning_rate == 0.01
     assert config.objective.name == "supervised"
     assert config.name == "one"
+
+
+def test_numbers_without_a_point_are_numbers(tmp_path: Path) -> None:
+    space = "tune.space={train.learning_rate: {log_uniform: [1e-4, 1e-2]}}"
+    config = tiny_config(tmp_path, space)
+    check_space(config)
+    assert config.tune.space["train.learning_rate"]["log_uniform"] == [1e-4, 1e-2]
