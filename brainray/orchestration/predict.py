@@ -161,24 +161,25 @@ class _Reference:
 
     def compare(self, block: pa.Table) -> dict[str, Any]:
         """``outlier_score``, ``nearest`` and ``nearest_distance``; null for rejected files."""
-        names = ("outlier_score", "nearest", "nearest_distance")
-        result = {name: [None] * block.num_rows for name in names}  # type: dict[str, list[Any]]
+        result: dict[str, list[Any]] = {
+            name: [None] * block.num_rows
+            for name in ("outlier_score", "nearest", "nearest_distance")
+        }
         rows = np.flatnonzero(block["coordinates"].is_valid().to_numpy(zero_copy_only=False))
-        if self.is_empty or len(rows) == 0:
-            return {name: pa.array(result[name], PREDICTED.field(name).type) for name in names}
-        chosen = block.take(pa.array(rows))
-        likelihood = np.asarray(chosen["log_likelihood"].to_numpy())
-        likelier = len(self._likelihoods) - np.searchsorted(self._likelihoods, likelihood, "right")
-        scores = likelier / len(self._likelihoods)
-        squared, nearest = self._index.search(
-            _matrix(chosen["coordinates"]), min(NUM_NEAREST, len(self._ids))
-        )
-        distances = np.sqrt(np.maximum(squared, 0.0))
-        for place, row in enumerate(rows.tolist()):
-            result["outlier_score"][row] = float(scores[place])
-            result["nearest"][row] = self._ids[nearest[place]].tolist()
-            result["nearest_distance"][row] = distances[place].tolist()
-        return {name: pa.array(result[name], PREDICTED.field(name).type) for name in names}
+        if not self.is_empty and len(rows):
+            chosen = block.take(pa.array(rows))
+            known = self._likelihoods
+            likelihood = np.asarray(chosen["log_likelihood"].to_numpy())
+            scores = (len(known) - np.searchsorted(known, likelihood, "right")) / len(known)
+            squared, nearest = self._index.search(
+                _matrix(chosen["coordinates"]), min(NUM_NEAREST, len(known))
+            )
+            distances = np.sqrt(np.maximum(squared, 0.0))
+            for place, row in enumerate(rows.tolist()):
+                result["outlier_score"][row] = float(scores[place])
+                result["nearest"][row] = self._ids[nearest[place]].tolist()
+                result["nearest_distance"][row] = distances[place].tolist()
+        return {name: pa.array(found, PREDICTED.field(name).type) for name, found in result.items()}
 
 
 def _matrix(column: pa.ChunkedArray) -> NDArray[np.float32]:
