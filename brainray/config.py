@@ -131,6 +131,13 @@ class EncoderConfig(_Section):
 
 _POLICIES: dict[str, dict[str, float]] = {
     "published": {},
+    "none": {
+        "horizontal_flip": 0.0,
+        "vertical_flip": 0.0,
+        "rotation_probability": 0.0,
+        "max_zoom": 0.0,
+        "max_intensity_shift": 0.0,
+    },
     "weak": {
         "vertical_flip": 0.0,
         "max_rotation_deg": 20.0,
@@ -153,8 +160,9 @@ _POLICIES: dict[str, dict[str, float]] = {
 
 
 class AugmentConfig(_Section):
-    policy: Literal["published", "weak", "strong"] = "published"
-    """Strengths of what is not set here: METHOD A's kinds, few and small ones, or all of them."""
+    policy: Literal["published", "none", "weak", "strong"] = "published"
+    """Strengths of what is not set here: METHOD A's kinds, nothing, few and small ones, or all of
+    them."""
     horizontal_flip: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
     """Probability of a left-right flip."""
     vertical_flip: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
@@ -190,12 +198,26 @@ class AugmentConfig(_Section):
             return values
         return _POLICIES.get(values.get("policy", "published"), {}) | values
 
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether slices are seen as they are."""
+        strengths = self.model_dump(exclude={"policy"})
+        return strengths == AugmentConfig(policy="none").model_dump(exclude={"policy"})
+
 
 class ObjectiveConfig(_Section):
-    name: Literal["joint", "supervised"] = "joint"
-    """``joint`` is METHOD A's; ``supervised`` its control: cross entropy on the labelled only."""
+    name: Literal["joint", "supervised", "consistency", "prototype", "anchored"] = "joint"
+    """``joint`` is METHOD A's; ``supervised`` its control: cross entropy on the labelled only;
+    ``consistency`` trains on confident pseudo-labels, ``prototype`` on assignments to the
+    mixture's means, ``anchored`` on both."""
     lambda_cluster: Annotated[float, Field(ge=0.0)] = 0.5
     """Weight of the clustering term."""
+    lambda_consistency: Annotated[float, Field(ge=0.0)] = 1.0
+    """Weight of the pseudo-labels' cross entropy."""
+    temperature: Annotated[float, Field(gt=0.0)] = 0.1
+    """Of the softmax over cosines to the prototypes: smaller is sharper."""
+    ramp_epochs: Annotated[int, Field(ge=0)] = 5
+    """Epochs over which the weight of pseudo-labels and assignments to prototypes rises."""
 
 
 class ClusteringConfig(_Section):
@@ -213,6 +235,9 @@ class ClusteringConfig(_Section):
     """EM stops when the mean log-likelihood gains less."""
     reg_covar: Annotated[float, Field(gt=0.0)] = 1e-6
     """Added to the covariances' diagonal."""
+    anchors: Literal["none", "labelled"] = "none"
+    """``labelled`` holds each labelled slice to the clusters of its class while the mixture is
+    fitted; ``none`` clusters without labels, as METHOD A does."""
     max_cluster_share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.99
     """A cluster that holds more of the slices is called a collapse."""
     min_spread: Annotated[float, Field(ge=0.0)] = 1e-4
@@ -242,6 +267,9 @@ class TrainConfig(_Section):
     """Peak of the one-cycle schedule (AdamW)."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.05
     """AdamW's decoupled weight decay."""
+    ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """What is embedded, evaluated and saved is an exponential average of the weights over the
+    steps, of this decay; 0 is the trained weights themselves."""
     warmup_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.15
     """Share of the steps in which the learning rate rises."""
     accumulation_steps: Positive = 1
@@ -267,6 +295,9 @@ class EvaluationConfig(_Section):
     """Slices on a map."""
     control: str | None = None
     """Name of the run whose figures stand beside this one's in its report."""
+    num_label_draws: Positive = 1
+    """Draws of the labelled slices, each trained on as a run ``NAME-drawI`` with the split seeds
+    from ``split.seed`` on; figures over them are compared with the control's draw by draw."""
     bootstrap_resamples: Positive = 1000
     """Resamples behind each confidence interval."""
 
@@ -357,6 +388,7 @@ class Config(_Section):
     split: SplitConfig = SplitConfig()
     encoder: EncoderConfig = EncoderConfig()
     augment: AugmentConfig = AugmentConfig()
+    augment_unlabelled: AugmentConfig = AugmentConfig(policy="none")
     objective: ObjectiveConfig = ObjectiveConfig()
     clustering: ClusteringConfig = ClusteringConfig()
     train: TrainConfig = TrainConfig()
@@ -505,15 +537,15 @@ def known_keys() -> list[str]:
 def described_keys() -> list[tuple[str, str]]:
     """(dotted key, one-line description with default) of every setting, for ``--help``."""
 
-    def visit(model: type[BaseModel], prefix: str) -> list[tuple[str, str]]:
+    def visit(section: BaseModel, prefix: str) -> list[tuple[str, str]]:
         rows = []
-        for field_name, field in model.model_fields.items():
-            key = f"{prefix}{field_name}"
-            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-                rows += visit(field.annotation, f"{key}.")
+        for field_name, field in type(section).model_fields.items():
+            key, default = f"{prefix}{field_name}", getattr(section, field_name)
+            if isinstance(default, BaseModel):
+                rows += visit(default, f"{key}.")
             else:
                 text = " ".join((field.description or "").split())
-                rows.append((key, f"{text} [{field.default}]"))
+                rows.append((key, f"{text} [{default}]"))
         return rows
 
-    return visit(Config, "")
+    return visit(Config(), "")

@@ -9,6 +9,7 @@ DATASETS = "datasets"
 RUNS = "runs"
 EVALUATIONS = "evaluations"
 SWEEPS = "sweeps"
+DRAWS = "draws"  # of labels: figures over several runs
 PREDICTED = "predictions"
 
 # An image store: storage/datasets/NAME/

@@ -26,6 +26,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--quick", action="store_true", help="smaller sizes, under 5 minutes")
     made.add_argument("--source", metavar="DIR", help="real slices to measure on; else phantoms")
     made.add_argument("--seed", type=int, default=0, help="of all that is drawn [0]")
+    made.add_argument("--config", metavar="FILE", help="settings for cases that train: labels")
+    made.add_argument(
+        "--set", metavar="KEY=VALUE", nargs="+", action="append", default=[], help="over --config"
+    )
     made.add_argument(
         "--storage", metavar="DIR", default="~/brainray", help="results go to DIR/benchmarks/CASE"
     )

@@ -54,6 +54,7 @@ if __name__ == "__main__":
                 "split",
                 "encoder",
                 "augment",
+                "augment_unlabelled",
                 "objective",
                 "clustering",
                 "train",

@@ -3,17 +3,28 @@
 import sys
 
 from brainray.config import Config
+from brainray.orchestration.draws import train_draws
 from brainray.orchestration.driver import train
 from brainray.orchestration.job import JobResult, log, run_job
+from brainray.report.draws_table import draws_table
 from brainray.report.table import results_table
 
 
 def work(config: Config) -> JobResult:
+    if config.evaluation.num_label_draws > 1:
+        return work_on_draws(config)
     trained = train(config, log)
     log(results_table(trained.metrics, trained.run.classes))
     log(f"figures: {trained.run.folder}/figures")
     log(f"compare runs: mlflow ui --backend-store-uri {trained.tracking_uri}")
     return JobResult(str(trained.run.folder), trained.mlflow_run_id, trained.metrics)
+
+
+def work_on_draws(config: Config) -> JobResult:
+    drawn = train_draws(config, log)
+    log(draws_table(drawn.metrics))
+    log(f"compare runs: mlflow ui --backend-store-uri {drawn.runs[0].tracking_uri}")
+    return JobResult(str(drawn.folder), metrics=drawn.metrics)
 
 
 if __name__ == "__main__":
@@ -36,6 +47,7 @@ if __name__ == "__main__":
                 "split",
                 "encoder",
                 "augment",
+                "augment_unlabelled",
                 "objective",
                 "clustering",
                 "train",

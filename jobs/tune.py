@@ -38,6 +38,7 @@ if __name__ == "__main__":
                 "split",
                 "encoder",
                 "augment",
+                "augment_unlabelled",
                 "objective",
                 "clustering",
                 "train",

@@ -12,7 +12,7 @@ from brainray.errors import ConfigError, DataError
 from brainray.orchestration.job import JobResult, resolve_paths, run_job
 
 PROJECT = Path(__file__).parents[1]
-JOBS = ["preprocess", "train", "evaluate", "pipeline", "track"]
+JOBS = ["preprocess", "train", "evaluate", "predict", "tune", "pipeline", "track"]
 
 
 def run(

@@ -4,24 +4,36 @@ from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
-from brainray.benchmarks import duplicates, gmm, kmeans, preprocess, subjects, training
-from brainray.benchmarks.result import BenchmarkResult, measures_table
+from brainray.benchmarks import (
+    duplicates,
+    gmm,
+    kmeans,
+    labels,
+    preprocess,
+    scaling,
+    subjects,
+    training,
+)
+from brainray.benchmarks.result import BenchmarkResult, CaseOptions, measures_table
+from brainray.config import load_config
 from brainray.errors import DataError
 from brainray.orchestration.job import JobResult, log
 from brainray.report.style import png_bytes
 from brainray.storage import Folder
 
-Case = Callable[..., BenchmarkResult]
+Case = Callable[[CaseOptions], BenchmarkResult]
 
 CASES: dict[str, Case] = {
     "duplicates": duplicates.run,
     "gmm": gmm.run,
     "kmeans": kmeans.run,
+    "labels": labels.run,
     "preprocess": preprocess.run,
+    "scaling": scaling.run,
     "subjects": subjects.run,
     "training": training.run,
 }
-"""Each takes quick, source, seed and log by name; the first line of its docstring is its help."""
+"""The first line of a case's docstring is its help."""
 
 
 def run_case(arguments: Namespace) -> JobResult:
@@ -29,10 +41,18 @@ def run_case(arguments: Namespace) -> JobResult:
     source = None if arguments.source is None else Path(arguments.source).expanduser().absolute()
     if source is not None and not source.is_dir():
         raise DataError(f"no such folder: --source {source}")
-    result = CASES[arguments.case](
-        quick=arguments.quick, source=source, seed=arguments.seed, log=log
+    storage = Path(arguments.storage).expanduser().absolute()
+    overrides = [item for group in arguments.set for item in group]
+    options = CaseOptions(
+        quick=arguments.quick,
+        source=source,
+        seed=arguments.seed,
+        storage=storage,
+        config=load_config(arguments.config, overrides),
+        log=log,
     )
-    folder = Folder(Path(arguments.storage).expanduser().absolute()) / "benchmarks" / arguments.case
+    result = CASES[arguments.case](options)
+    folder = Folder(storage) / "benchmarks" / arguments.case
     measures = [
         {
             "name": item.name,
@@ -46,6 +66,9 @@ def run_case(arguments: Namespace) -> JobResult:
     folder.write_json("result.json", {"measures": measures, "details": result.details})
     if result.figure is not None:
         folder.write_bytes("figure.png", png_bytes(result.figure))
+    if result.report is not None:
+        folder.write_bytes("report.md", result.report.encode())
+        log(result.report)
     log(measures_table(result.measures))
     log(f"details and plot: {folder}")
     return JobResult(str(folder), metrics={item.name: item.value for item in result.measures})

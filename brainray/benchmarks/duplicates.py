@@ -16,7 +16,7 @@ import PIL.Image
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from brainray.benchmarks.result import BenchmarkResult, Measure
+from brainray.benchmarks.result import BenchmarkResult, CaseOptions, Measure
 from brainray.benchmarks.samples import load_slices
 from brainray.config import NearDuplicateConfig
 from brainray.errors import DataError
@@ -49,28 +49,20 @@ _SERIES_LENGTH = 6
 _SYNTHESISED_ROWS = 4096
 
 
-def run(
-    *, quick: bool, source: Path | None, seed: int, log: Callable[[str], None]
-) -> BenchmarkResult:
+def run(options: CaseOptions) -> BenchmarkResult:
     """Recall per perturbation, precision against neighbours, and cost by number of slices.
 
-    Args:
-        quick: fewer slices, and costs at 5,000 and 50,000 fingerprints only.
-        source: folder of real slices, searched for images; phantoms where None.
-        seed: of the choice of slices, of the perturbations and of the synthesised fingerprints.
-        log: told what is under way.
-
     Raises:
-        DataError: ``source`` holds too few slices.
+        DataError: ``--source`` holds too few slices.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(options.seed)
     settings = NearDuplicateConfig()
-    num_slices, num_copied = (600, 60) if quick else (2400, 200)
+    num_slices, num_copied = (600, 60) if options.quick else (2400, 200)
     images, neighbours = (
-        _phantoms(num_slices, rng) if source is None else _real(source, num_slices, seed)
+        _phantoms(num_slices, rng) if options.source is None else _real(options.source, num_slices, options.seed)
     )
     fingerprints = np.stack([fingerprint(image) for image in images])
-    log(f"{len(images)} slices, {len(neighbours)} neighbouring pairs")
+    options.log(f"{len(images)} slices, {len(neighbours)} neighbouring pairs")
     own_pairs = near_duplicate_pairs(fingerprints, settings)
     names = [f"{number:06d}" for number in range(len(images))]
     groups = connected_groups(names, own_pairs.first, own_pairs.second)
@@ -91,7 +83,7 @@ def run(
             )
         ]
         recalls[name] = float(np.mean(right))
-        log(f"{name}: recall {recalls[name]:.3f}")
+        options.log(f"{name}: recall {recalls[name]:.3f}")
 
     of_neighbours = pair_similarity(fingerprints[neighbours[:, 0]], fingerprints[neighbours[:, 1]])
     upright = [name for name, (_, kind) in PERTURBATIONS.items() if kind == COPY]
@@ -104,14 +96,14 @@ def run(
     false_share = float(np.mean(of_neighbours >= settings.similarity))
     precision = accepted_copies / max(accepted_copies + false_share * len(of_copies), 1.0)
 
-    sizes = (5_000, 50_000) if quick else (5_000, 50_000, 500_000)
+    sizes = (5_000, 50_000) if options.quick else (5_000, 50_000, 500_000)
     seconds = {}
     for size in sizes:
         synthesised = synthesise(fingerprints, size, rng)
         start = time.perf_counter()
         found = near_duplicate_pairs(synthesised, settings)
         seconds[size] = time.perf_counter() - start
-        log(f"{size} fingerprints: {seconds[size]:.1f} s, {len(found)} pairs")
+        options.log(f"{size} fingerprints: {seconds[size]:.1f} s, {len(found)} pairs")
     measures = [
         *(
             Measure(f"recall/{name}", value, at_least=0.95 if name != "combined" else 0.9)
@@ -132,7 +124,7 @@ def run(
     ]
     details = {
         "settings": settings.model_dump(),
-        "source": "phantoms" if source is None else "real slices",
+        "source": "phantoms" if options.source is None else "real slices",
         "num_slices": len(images),
         "num_neighbouring_pairs": len(neighbours),
         "num_copies_per_perturbation": len(chosen),

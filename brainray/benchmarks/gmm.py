@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
 
 from brainray import dist
-from brainray.benchmarks.result import BenchmarkResult, Measure
+from brainray.benchmarks.result import BenchmarkResult, CaseOptions, Measure
 from brainray.benchmarks.samples import embedding_like
 from brainray.benchmarks.timing import OURS, relative_times, side_by_side
 from brainray.clustering.gaussian import CovarianceType, covariance_shape
@@ -47,14 +47,13 @@ MAX_LIKELIHOOD_DIFFERENCE = 1e-6  # relative
 MIN_RANKS_SPEEDUP = 1.7
 
 
-def run(*, quick: bool, source: object, seed: int, log: Callable[[str], None]) -> BenchmarkResult:
+def run(options: CaseOptions) -> BenchmarkResult:
     """Gaussian mixtures against scikit-learn in both precisions, and on two ranks."""
-    del source  # the rows are drawn
     measures: list[Measure] = []
     milliseconds: dict[str, dict[str, float]] = {}
-    for size in QUICK_SIZES if quick else SIZES:
-        rows = embedding_like(size.num_rows, size.num_features, size.num_components, seed)
-        start = _start(rows, size, seed)
+    for size in QUICK_SIZES if options.quick else SIZES:
+        rows = embedding_like(size.num_rows, size.num_features, size.num_components, options.seed)
+        start = _start(rows, size, options.seed)
         timed = side_by_side(
             {
                 OURS: partial(_ours, rows, size, start),
@@ -74,16 +73,16 @@ def run(*, quick: bool, source: object, seed: int, log: Callable[[str], None]) -
         ]
         best = min(peers, key=lambda name: timed[name].seconds)
         speedup = timed[best].seconds / timed[OURS].seconds
-        log(f"{size}: " + ", ".join(f"{k} {1e3 * v.seconds:.1f} ms" for k, v in timed.items()))
+        options.log(f"{size}: " + ", ".join(f"{k} {1e3 * v.seconds:.1f} ms" for k, v in timed.items()))
         milliseconds[str(size)] = {name: 1e3 * found.seconds for name, found in timed.items()}
         measures += [
             Measure(f"{size}: against {best}", speedup, "x", at_least=size.at_least),
             Measure(f"{size}: likelihood", difference, at_most=MAX_LIKELIHOOD_DIFFERENCE),
         ]
-    largest = (QUICK_SIZES if quick else SIZES)[-1]
-    log(f"two ranks of one thread against one, {largest}")
-    (one,) = dist.run_on_ranks(_timed_shard, 1, largest, seed)
-    two = dist.run_on_ranks(_timed_shard, 2, largest, seed)
+    largest = (QUICK_SIZES if options.quick else SIZES)[-1]
+    options.log(f"two ranks of one thread against one, {largest}")
+    (one,) = dist.run_on_ranks(_timed_shard, 1, largest, options.seed)
+    two = dist.run_on_ranks(_timed_shard, 2, largest, options.seed)
     measures += [
         Measure(
             f"{largest}: two ranks against one",

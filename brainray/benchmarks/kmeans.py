@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
 
 from brainray import dist
-from brainray.benchmarks.result import BenchmarkResult, Measure
+from brainray.benchmarks.result import BenchmarkResult, CaseOptions, Measure
 from brainray.benchmarks.samples import embedding_like
 from brainray.benchmarks.timing import OURS, relative_times, side_by_side
 from brainray.clustering.kmeans import KMeans
@@ -39,17 +39,16 @@ MIN_SPEEDUP = 1.0
 MIN_RANKS_SPEEDUP = 1.7
 
 
-def run(*, quick: bool, source: object, seed: int, log: Callable[[str], None]) -> BenchmarkResult:
+def run(options: CaseOptions) -> BenchmarkResult:
     """K-means against scikit-learn (Lloyd, Elkan) and faiss, cold and warm, and on two ranks."""
-    del source  # the rows are drawn
-    sizes = QUICK_SIZES if quick else SIZES
+    sizes = QUICK_SIZES if options.quick else SIZES
     measures: list[Measure] = []
     milliseconds: dict[str, dict[str, float]] = {}
     for size in sizes:
-        rows = embedding_like(size.num_rows, size.num_features, size.num_clusters, seed)
+        rows = embedding_like(size.num_rows, size.num_features, size.num_clusters, options.seed)
         rounds = 9 if size.num_rows <= 10_000 else 3
-        cold = rows[np.random.default_rng(seed).choice(len(rows), size.num_clusters, False)]
-        noise = np.random.default_rng(seed + 1).standard_normal(rows.shape, dtype=np.float32)
+        cold = rows[np.random.default_rng(options.seed).choice(len(rows), size.num_clusters, False)]
+        noise = np.random.default_rng(options.seed + 1).standard_normal(rows.shape, dtype=np.float32)
         settled = _ours(rows, cold, 100).cluster_centers_.numpy()
         moved = rows + np.float32(DRIFT) * noise
         for start, data, centers in (("cold", rows, cold), ("warm", moved, settled)):
@@ -58,16 +57,16 @@ def run(*, quick: bool, source: object, seed: int, log: Callable[[str], None]) -
             peers = {peer: value for peer, value in found.items() if peer != OURS}
             best = min(peers, key=lambda peer: peers[peer])
             speedup = peers[best] / found[OURS]
-            log(f"{name}: " + ", ".join(f"{k} {1e3 * v:.1f} ms" for k, v in found.items()))
+            options.log(f"{name}: " + ", ".join(f"{k} {1e3 * v:.1f} ms" for k, v in found.items()))
             milliseconds[name] = {peer: 1e3 * value for peer, value in found.items()}
             measures += [
                 Measure(f"{name}: against {best}", speedup, "x", at_least=MIN_SPEEDUP),
                 Measure(f"{name}: inertia", inertia_gap, at_most=MAX_INERTIA_DIFFERENCE),
             ]
     largest = sizes[-1]
-    log(f"two ranks of one thread against one, {largest}")
-    (one,) = dist.run_on_ranks(_timed_shard, 1, largest, seed)
-    two = dist.run_on_ranks(_timed_shard, 2, largest, seed)
+    options.log(f"two ranks of one thread against one, {largest}")
+    (one,) = dist.run_on_ranks(_timed_shard, 1, largest, options.seed)
+    two = dist.run_on_ranks(_timed_shard, 2, largest, options.seed)
     difference = abs(two[0]["inertia"] - one["inertia"]) / one["inertia"]
     measures += [
         Measure(

@@ -16,7 +16,7 @@ import psutil
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from brainray.benchmarks.result import BenchmarkResult, Measure
+from brainray.benchmarks.result import BenchmarkResult, CaseOptions, Measure
 from brainray.benchmarks.samples import load_slices, perturbed
 from brainray.config import Config, load_config
 from brainray.mri import resize
@@ -49,23 +49,23 @@ _LOOP_FILES = 1000
 _ROWS_PER_PART = 128
 
 
-def run(*, quick: bool, source: Path | None, seed: int, log: Log) -> BenchmarkResult:
+def run(options: CaseOptions) -> BenchmarkResult:
     """Ray Data's images per second, memory, and the skull strip, against plain loops."""
-    num_timed, sizes = (2000, (500, 4000)) if quick else (20_000, (5000, 40_000))
-    rng = np.random.default_rng(seed)
+    num_timed, sizes = (2000, (500, 4000)) if options.quick else (20_000, (5000, 40_000))
+    rng = np.random.default_rng(options.seed)
     with tempfile.TemporaryDirectory(prefix="brainray-benchmark-") as temporary:
         folder = Path(temporary)
-        log(f"writing {max(num_timed, *sizes)} distinct slices of {SIDE} x {SIDE}")
+        options.log(f"writing {max(num_timed, *sizes)} distinct slices of {SIDE} x {SIDE}")
         files = _write_slices(
-            folder / "slices", load_slices(source, seed), max(num_timed, *sizes), rng
+            folder / "slices", load_slices(options.source, options.seed), max(num_timed, *sizes), rng
         )
-        speedup, iou = _strip_against_opencv(files[: 40 if quick else 200])
-        log("the plain loop")
+        speedup, iou = _strip_against_opencv(files[: 40 if options.quick else 200])
+        options.log("the plain loop")
         loop_rate = _plain_loop(files[: min(_LOOP_FILES, num_timed)], folder / "loop")
         profile = _profile(files[:200], folder / "profile")
         runs = {}
         for count in sorted({num_timed, *sizes}):
-            log(f"the Ray Data job on {count} slices")
+            options.log(f"the Ray Data job on {count} slices")
             runs[count] = _ray_job(_linked(files[:count], folder / f"{count}"), folder / "storage")
     cores = len(os.sched_getaffinity(0))
     streaming = runs[num_timed]["seconds"]["decode"] + runs[num_timed]["seconds"]["write"]
@@ -97,7 +97,7 @@ def run(*, quick: bool, source: Path | None, seed: int, log: Log) -> BenchmarkRe
         "side": SIDE,
     }
     for stage, milliseconds in profile.items():
-        log(f"  {stage:<10} {milliseconds:6.2f} ms a slice")
+        options.log(f"  {stage:<10} {milliseconds:6.2f} ms a slice")
     return BenchmarkResult(measures, details, _figure(profile))
 
 

@@ -1,12 +1,26 @@
-"""What a benchmark case returns: figures with their targets, details and a plot."""
+"""What a benchmark case is given, and returns: figures with their targets, details, a plot."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
+from brainray.config import Config
 from brainray.report.table import markdown_table
+
+
+@dataclass(frozen=True)
+class CaseOptions:
+    """What the command line says; a case reads what concerns it."""
+
+    quick: bool  # smaller sizes, under 5 minutes
+    source: Path | None  # folder of real slices; phantoms or drawn rows where None
+    seed: int  # of all that is drawn
+    storage: Path  # where runs that a case makes are kept
+    config: Config  # of --config and --set, for cases that train
+    log: Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -43,6 +57,7 @@ class BenchmarkResult:
     measures: Sequence[Measure]
     details: dict[str, Any] = field(default_factory=dict)  # plain JSON: curves, settings, counts
     figure: Figure | None = None
+    report: str | None = None  # more than the measures, as Markdown
 
 
 def measures_table(measures: Sequence[Measure]) -> str:

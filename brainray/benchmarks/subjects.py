@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from brainray.benchmarks.result import BenchmarkResult, Measure
+from brainray.benchmarks.result import BenchmarkResult, CaseOptions, Measure
 from brainray.config import SubjectConfig
 from brainray.errors import DataError
 from brainray.mri.nifti import decode_nifti
@@ -49,34 +49,26 @@ class KnownSlices:
     series: NDArray[np.str_]  # (N,): subject and plane
 
 
-def run(
-    *, quick: bool, source: Path | None, seed: int, log: Callable[[str], None]
-) -> BenchmarkResult:
+def run(options: CaseOptions) -> BenchmarkResult:
     """Error of estimated subject groups, and leaks through a split by them against a random one.
-
-    Args:
-        quick: fewer phantoms.
-        source: folder searched for NIfTI volumes, each taken for one subject; None for none.
-        seed: of the phantoms and of the splits.
-        log: told what is under way.
 
     Raises:
         DataError: a volume cannot be read.
     """
     settings = SubjectConfig()
-    sets = {"phantoms": _phantoms(60 if quick else 240, seed)}
-    volumes = [] if source is None else sorted(source.rglob("*.nii*"))
+    sets = {"phantoms": _phantoms(60 if options.quick else 240, options.seed)}
+    volumes = [] if options.source is None else sorted(options.source.rglob("*.nii*"))
     if len(volumes) > 1:
-        sets["volumes"] = _volumes(volumes, seed)
+        sets["volumes"] = _volumes(volumes, options.seed)
     else:
-        log(f"{len(volumes)} NIfTI volumes: two or more are needed to tell strangers")
+        options.log(f"{len(volumes)} NIfTI volumes: two or more are needed to tell strangers")
     measures: list[Measure] = []
     sweeps: dict[str, list[dict[str, float]]] = {}
     for name, known in sets.items():
-        log(f"{name}: {len(known.subjects)} slices of {len(set(known.subjects))} subjects")
+        options.log(f"{name}: {len(known.subjects)} slices of {len(set(known.subjects))} subjects")
         measures += [
             replace(measure, name=f"{name}/{measure.name}")
-            for measure in measure_errors(known, settings, seed)
+            for measure in measure_errors(known, settings, options.seed)
         ]
         sweeps[name] = [
             {

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from brainray import dist, layout
-from brainray.benchmarks.result import BenchmarkResult, Measure
+from brainray.benchmarks.result import BenchmarkResult, CaseOptions, Measure
 from brainray.benchmarks.samples import load_slices, perturbed
 from brainray.benchmarks.timing import OURS, relative_times, side_by_side
 from brainray.config import AugmentConfig, Config, TrainConfig, load_config
-from brainray.engine.epoch import SoftTargets, autocast, embed, train_epoch
+from brainray.engine.epoch import EpochTargets, autocast, embed, train_epoch
 from brainray.engine.recipe import build_optimizer, resolve_precision
 from brainray.engine.shard import CachedImages, Images, PixelScale, SliceShard, StreamedImages
 from brainray.models.encoder import Encoder
@@ -38,19 +38,17 @@ MAX_RECLUSTERING, MAX_MEMORY_GROWTH = 0.03, 1.1
 _SCALE = PixelScale(mean=0.3, std=0.25)
 
 
-def run(
-    *, quick: bool, source: Path | None, seed: int, log: Callable[[str], None]
-) -> BenchmarkResult:
+def run(options: CaseOptions) -> BenchmarkResult:
     """Steps, epochs through Ray, streaming and two workers against a bare loop in memory."""
-    sides = (64, 128) if quick else (128, 224)
+    sides = (64, 128) if options.quick else (128, 224)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    slices = load_slices(source, seed)
+    slices = load_slices(options.source, options.seed)
     measures: list[Measure] = []
     milliseconds: dict[str, dict[str, float]] = {}
     for side in sides:
-        log(f"steps at {side} px")
+        options.log(f"steps at {side} px")
         pixels = _pixels(slices, 4 * BATCH, side).to(device)
-        steps = 4 if quick else 6
+        steps = 4 if options.quick else 6
         timed = side_by_side(
             {
                 OURS: _ours(CachedImages(pixels), steps),
@@ -66,20 +64,20 @@ def run(
             Measure(f"step at {side} px: against the bare loop", ratio, "x", at_least=MIN_STEP),
             Measure(f"step at {side} px", 2 * BATCH * steps / timed[OURS].seconds, "images/s"),
         ]
-    log("streaming, four times the cache")
-    measures += _streaming(slices, sides[0], device, steps=8 if quick else 16)
+    options.log("streaming, four times the cache")
+    measures += _streaming(slices, sides[0], device, steps=8 if options.quick else 16)
     if device.type == "cpu":
-        log("one and two workers of one thread")
-        one = max(dist.run_on_ranks(_timed_rank, 1, sides[0], seed))
-        two = max(dist.run_on_ranks(_timed_rank, 2, sides[0], seed))
+        options.log("one and two workers of one thread")
+        one = max(dist.run_on_ranks(_timed_rank, 1, sides[0], options.seed))
+        two = max(dist.run_on_ranks(_timed_rank, 2, sides[0], options.seed))
         measures.append(
             Measure(
                 "two workers of one thread: share of ideal", one / two, "x", at_least=MIN_SCALING
             )
         )
-    num_slices = 1500 if quick else 5600
-    log(f"whole epochs through Ray Train, {num_slices} slices at {sides[0]} px")
-    measures += _whole_epoch(slices, num_slices, sides[0], seed, device)
+    num_slices = 1500 if options.quick else 5600
+    options.log(f"whole epochs through Ray Train, {num_slices} slices at {sides[0]} px")
+    measures += _whole_epoch(slices, num_slices, sides[0], options.seed, device)
     details = {"milliseconds": milliseconds, "threads": torch.get_num_threads(), "batch": BATCH}
     return BenchmarkResult(measures, details, relative_times(milliseconds))
 
@@ -104,9 +102,13 @@ def _ours(
     optimizer, scheduler = build_optimizer(encoder, TrainConfig(), 10_000)
     model = wrap(encoder)
     shard = _shard(images)
-    soft = SoftTargets(
-        torch.full((len(images), NUM_CLUSTERS), 1 / NUM_CLUSTERS, device=device),
-        torch.zeros(NUM_CLUSTERS, encoder.embedding_dim, device=device),
+    targets = EpochTargets(
+        responsibilities=torch.full((len(images), NUM_CLUSTERS), 1 / NUM_CLUSTERS, device=device),
+        pseudo_labels=torch.zeros(len(images), dtype=torch.int64, device=device),
+        confidences=torch.ones(len(images), device=device),
+        centers=torch.zeros(NUM_CLUSTERS, encoder.embedding_dim, device=device),
+        class_of_cluster=torch.arange(NUM_CLUSTERS, device=device),
+        ramp=1.0,
     )
 
     def epoch() -> None:
@@ -117,11 +119,12 @@ def _ours(
             JointObjective(0.5),
             shard,
             shard,
-            soft,
+            targets,
             sizes=StepSizes(BATCH, BATCH),
             steps=steps,
             scale=_SCALE,
             augmentation=AugmentConfig(),
+            augmentation_unlabelled=AugmentConfig(policy="none"),
             precision=resolve_precision("auto", device),
             seed=0,
         )

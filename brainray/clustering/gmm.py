@@ -118,6 +118,7 @@ class GaussianMixture(FittedModule):
         init_weights: Tensor | None = None,  # (K,)
         init_precisions: Tensor | None = None,  # shaped like the covariances
         row_keys: Tensor | None = None,  # (n_rank,) int64
+        allowed: Tensor | None = None,  # (n_rank, K) bool
     ) -> Self:
         """Fit the mixture to the rows of all ranks (collective).
 
@@ -133,6 +134,9 @@ class GaussianMixture(FittedModule):
             init_weights: which are positive and sum to 1, and
             init_precisions: inverse covariances.
             row_keys: unique over all ranks; by default the global row index in rank order.
+            allowed: components that may explain each row, at least one; by default all may. Rows
+                whose class is known are so held to its components (Shental et al. 2003, "Computing
+                Gaussian mixture models with EM using equivalence constraints").
 
         Raises:
             ClusteringError: on every rank alike: rows with NaN or infinity, fewer rows (or, for
@@ -154,7 +158,7 @@ class GaussianMixture(FittedModule):
         best_bound = -math.inf
         for number in range(self.num_init if drawn else 1):
             self._begin(x, origin, row_keys, start, init_responsibilities, self.seed + number)
-            self._iterate(x, origin, row_keys)
+            self._iterate(x, origin, row_keys, allowed)
             # The margin keeps rounding from choosing between two starts with the same outcome.
             if not best or self.lower_bound_ > best_bound + 1e-9 * abs(best_bound):
                 best, best_bound = self.state_dict(), self.lower_bound_
@@ -188,14 +192,16 @@ class GaussianMixture(FittedModule):
             self._reseed(vanished, x, row_keys)
         self._override(start, x.device)
 
-    def _iterate(self, x: Tensor, origin: Tensor, row_keys: Tensor) -> None:
+    def _iterate(
+        self, x: Tensor, origin: Tensor, row_keys: Tensor, allowed: Tensor | None
+    ) -> None:
         """Expectation and maximisation until the likelihood rests."""
         self.converged_ = False
         self.lower_bound_ = -math.inf
         self.n_iter_ = 0
         while self.n_iter_ < self.max_iter and not self.converged_:
             self.n_iter_ += 1
-            statistics = self._e_step(x, origin)
+            statistics = self._e_step(x, origin, allowed)
             vanished = self._m_step(statistics, origin)
             num_reseeded = self._reseed(vanished, x, row_keys)
             previous, self.lower_bound_ = self.lower_bound_, statistics.mean_log_likelihood()
@@ -253,12 +259,14 @@ class GaussianMixture(FittedModule):
             self.precisions_cholesky_ = self.precisions_cholesky_[order]
         return self
 
-    def _e_step(self, x: Tensor, origin: Tensor) -> SufficientStatistics:
+    def _e_step(self, x: Tensor, origin: Tensor, allowed: Tensor | None) -> SufficientStatistics:
         """Sufficient statistics of all ranks' rows under the present mixture (collective)."""
         statistics = SufficientStatistics.zeros(
             self.num_components, x.shape[1], self.covariance_type, x.device
         )
-        for _, rows, log_joint in self._log_joint_by_block(x, origin):
+        for block, rows, log_joint in self._log_joint_by_block(x, origin):
+            if allowed is not None:
+                log_joint.masked_fill_(~allowed[block], -math.inf)
             log_likelihood = log_joint.logsumexp(dim=1)
             gamma = log_joint.sub_(log_likelihood[:, None]).exp_()
             statistics.add(rows, gamma, log_likelihood.sum(dtype=torch.float64))

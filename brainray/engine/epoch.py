@@ -15,15 +15,34 @@ from brainray.config import AugmentConfig
 from brainray.engine.shard import Images, PixelScale, SliceShard
 from brainray.models.augment import augment
 from brainray.models.encoder import EncoderOutput
-from brainray.models.objective import Objective, StepSizes, StepTargets
+from brainray.models.objective import Objective, StepOutputs, StepSizes, StepTargets
 
 
 @dataclass(frozen=True)
-class SoftTargets:
-    """The mixture's view of the unlabelled slices, fixed for one epoch."""
+class EpochTargets:
+    """What the last epoch's encoder and mixture made of the unlabelled slices, for one epoch.
 
-    responsibilities: Tensor  # (n_unlabelled, K) float32, rows as in the unlabelled shard
+    Rows are as in the unlabelled shard, of n slices.
+    """
+
+    responsibilities: Tensor  # (n, K) float32
+    pseudo_labels: Tensor  # (n,) int64
+    confidences: Tensor  # (n,) float32 in [0, 1]
     centers: Tensor  # (K, E) float32
+    class_of_cluster: Tensor  # (K,) int64
+    ramp: float  # in [0, 1]
+
+    def of_step(self, labels: Tensor, rows: Tensor) -> StepTargets:
+        """Of a step with labelled slices of those labels and these unlabelled rows."""
+        return StepTargets(
+            labels=labels,
+            responsibilities=self.responsibilities[rows],
+            pseudo_labels=self.pseudo_labels[rows],
+            confidences=self.confidences[rows],
+            centers=self.centers,
+            class_of_cluster=self.class_of_cluster,
+            ramp=self.ramp,
+        )
 
 
 @dataclass(frozen=True)
@@ -55,22 +74,25 @@ def train_epoch(
     objective: Objective,
     labelled: SliceShard,
     unlabelled: SliceShard,
-    soft: SoftTargets,
+    targets: EpochTargets,
     *,
     sizes: StepSizes,
     steps: int,
     scale: PixelScale,
     augmentation: AugmentConfig,
+    augmentation_unlabelled: AugmentConfig,
     precision: str,
     seed: int,
     accumulation: int = 1,
+    on_update: Callable[[], None] = lambda: None,
     on_step: Callable[[int], None] = lambda step: None,
 ) -> EpochResult:
     """Train on ``steps`` batches, the same number on every rank.
 
-    The labelled slices are augmented and cycle; the unlabelled ones are seen as they are. Order
-    and augmentation follow from ``seed`` alone, which must differ between epochs and ranks. The
-    gradients of ``accumulation`` batches are averaged for one step of the optimiser.
+    The labelled slices cycle; the unlabelled ones are seen once. Order and augmentation follow
+    from ``seed`` alone, which must differ between epochs and ranks. The gradients of
+    ``accumulation`` batches are averaged for one step of the optimiser, after which ``on_update``
+    is called.
     """
     device = labelled.images.device
     model.train()
@@ -86,8 +108,13 @@ def train_epoch(
     optimizer.zero_grad(set_to_none=True)
     for step in range(steps):
         started = time.perf_counter()
-        augmented = augment(scale.to_unit(next(batches)), augmentation, generator)
-        images = scale.standardise(torch.cat([augmented, scale.to_unit(next(batches_unlabelled))]))
+        views = [
+            augment(scale.to_unit(next(batches)), augmentation, generator),
+            augment(
+                scale.to_unit(next(batches_unlabelled)), augmentation_unlabelled, generator
+            ),
+        ]
+        images = scale.standardise(torch.cat(views))
         data_wait_s += time.perf_counter() - started
         rows, rows_unlabelled = order[step].to(device), order_unlabelled[step].to(device)
         first_of_update = step - step % accumulation
@@ -97,19 +124,18 @@ def train_epoch(
             with autocast(device, precision):
                 output: EncoderOutput = model(images)
             terms = objective.loss(
-                output.logits[: len(rows)],
-                output.z[len(rows) :],
-                StepTargets(
-                    labels=labelled.labels[rows],
-                    responsibilities=soft.responsibilities[rows_unlabelled],
-                    centers=soft.centers,
+                StepOutputs(
+                    labelled=EncoderOutput(output.z[: len(rows)], output.logits[: len(rows)]),
+                    unlabelled=EncoderOutput(output.z[len(rows) :], output.logits[len(rows) :]),
                 ),
+                targets.of_step(labelled.labels[rows], rows_unlabelled),
             )
             (terms["total"] / size_of_update).backward()
         if updates:
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad(set_to_none=True)
+            on_update()
         for name, value in terms.items():
             # Summed on the device: reading a value every step would stop the queue.
             sums[name] = sums.get(name, torch.zeros((), device=device)) + value.detach()

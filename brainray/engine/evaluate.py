@@ -18,6 +18,7 @@ from brainray.clustering.metrics import (
     reweighted_accuracy,
     silhouette,
 )
+from brainray.engine.calibration import calibration_error, fit_temperature, temper
 from brainray.engine.recluster import ClusterModel
 from brainray.mri.duplicates import coarse, most_similar, thumbnail_matrix
 from brainray.schema import LABELLED, PREDICTIONS, SUBSETS, UNLABELLED
@@ -177,6 +178,8 @@ def validation_metrics(predictions: Predictions) -> Metrics:
         "validation/head/balanced_accuracy": balanced,
         "validation/cluster/accuracy": float((predictions.cluster_classes == labels).mean()),
         "validation/loss": loss,
+        "validation/calibration_error": calibration_error(predictions.probabilities, labels),
+        "validation/temperature": fit_temperature(predictions.probabilities, labels),
         "validation/num_slices": float(len(labels)),
         "validation/score": balanced - 1e-6 * loss,
     }
@@ -224,13 +227,15 @@ def summarise(
     *,
     num_resamples: int,
     seed: int,
+    temperature: float | None = None,
 ) -> Metrics:
     """The reported figures of a table of predictions.
 
     For ``all``, ``clean`` and ``strict``: both predictors and the memory baseline (nearest
     labelled thumbnail, ``thumbnail_1nn``), with bootstrap intervals of the accuracies; and
     ``all_as_clean``, the accuracies over all slices re-weighted to the class mix of clean. Without
-    fingerprints of what the run saw (``seen``), only ``all``, without the baseline.
+    fingerprints of what the run saw (``seen``), only ``all``, without the baseline. The head's
+    calibration error is given as it is and, with a ``temperature`` fitted on validation, tempered.
     """
     table = table.filter(pc.is_valid(table["label"]))
     predictions = _from_table(table, classes, class_of_cluster)
@@ -242,6 +247,11 @@ def summarise(
         metrics |= subset_metrics(chosen, classes, subset)
         if len(chosen.labels) == 0:
             continue
+        prefix = f"test/{subset}/head/calibration_error"
+        metrics[prefix] = calibration_error(chosen.probabilities, chosen.labels)
+        if temperature is not None:
+            tempered = temper(chosen.probabilities, temperature)
+            metrics[f"{prefix}_tempered"] = calibration_error(tempered, chosen.labels)
         predictors = {"head": chosen.head, "cluster": chosen.cluster_classes}
         if baseline is not None:
             predictors["thumbnail_1nn"] = baseline[mask]

@@ -1,23 +1,56 @@
 """From configuration to the parts that training composes."""
 
+import math
+
 import torch
 from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from brainray.config import ObjectiveConfig, TrainConfig
+from brainray.models.anchored import AnchoredObjective
+from brainray.models.consistency import ConsistencyObjective
 from brainray.models.joint import JointObjective
 from brainray.models.objective import Objective
+from brainray.models.prototype import PrototypeObjective
 from brainray.models.supervised import SupervisedObjective
 
 
 def build_objective(config: ObjectiveConfig) -> Objective:
     """The configured objective; a new one is one file in models and one line here."""
+    consistency = ConsistencyObjective(config.lambda_consistency)
+    prototype = PrototypeObjective(config.lambda_cluster, config.temperature)
     match config.name:
         case "joint":
             return JointObjective(config.lambda_cluster)
         case "supervised":
             return SupervisedObjective()
+        case "consistency":
+            return consistency
+        case "prototype":
+            return prototype
+        case "anchored":
+            return AnchoredObjective(consistency, prototype)
+
+
+def ramp(epoch: int, ramp_epochs: int) -> float:
+    """exp(-5 (1 - t)^2) with t rising from 0 to 1 in ``ramp_epochs``; Laine & Aila 2017.
+
+    ``epoch`` counts from 1.
+    """
+    progress = min((epoch - 1) / ramp_epochs, 1.0) if ramp_epochs else 1.0
+    return math.exp(-5 * (1 - progress) ** 2)
+
+
+def build_average(encoder: nn.Module, decay: float) -> AveragedModel | None:
+    """The exponential average of an encoder's weights and batch statistics, if there is to be one.
+
+    Polyak & Juditsky 1992; as a teacher, Tarvainen & Valpola 2017.
+    """
+    if decay == 0:
+        return None
+    return AveragedModel(encoder, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
 
 
 def build_optimizer(

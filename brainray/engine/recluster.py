@@ -1,6 +1,7 @@
 """The re-clustering that closes an epoch and opens the next: PCA, K-means, Gaussian mixture."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -108,16 +109,20 @@ def recluster(
     model = ClusterModel(config, z.shape[1], num_classes, seed).to(z.device)
     wide = z.double()
     reduced = model.pca.fit(wide).transform(wide)
-    kmeans = KMeans(
-        config.num_clusters,
-        max_iter=config.kmeans_max_iter,
-        seed=seed,
-        num_init=1 if previous is not None else _INITIAL_RESTARTS,
-    ).to(z.device)
-    start = None if previous is None else model.pca.transform(previous.centers.double())
-    kmeans.fit(reduced, row_keys=keys, init_centers=start)
-    hard = nn.functional.one_hot(kmeans.predict(reduced), config.num_clusters).double()
-    model.gmm.fit(reduced, init_responsibilities=hard, row_keys=keys)
+    centers = None if previous is None else model.pca.transform(previous.centers.double())
+    if config.anchors == "labelled":
+        classes = None if previous is None else previous.class_of_cluster
+        start = _start_anchored(
+            reduced, keys, labels, config, num_classes, seed, centers, classes
+        )
+    else:
+        start = _start_by_kmeans(reduced, keys, config, seed, centers)
+    model.gmm.fit(
+        reduced,
+        init_responsibilities=start.responsibilities,
+        row_keys=keys,
+        allowed=start.allowed,
+    )
     gamma = model.gmm.predict_proba(reduced)
     if previous_responsibilities is not None:
         order = match_components(previous_responsibilities.double(), gamma)
@@ -126,23 +131,89 @@ def recluster(
     centers = weighted_means(wide, gamma)
     model.centers.copy_(centers)
     readable = labels >= 0
-    one_hot = nn.functional.one_hot(labels[readable], num_classes).double()
     model.class_of_cluster.copy_(
-        cluster_to_class(
-            gamma[readable],
-            labels[readable],
-            num_classes,
-            centers=centers,
-            class_means=weighted_means(wide[readable], one_hot),
-        )
+        _classes_of(gamma[readable], labels[readable], num_classes, centers, wide[readable])
     )
     return Reclustering(
         model=model,
         responsibilities=gamma.float(),
-        kmeans_iterations=int(kmeans.n_iter_),
+        kmeans_iterations=start.kmeans_iterations,
         gmm_iterations=int(model.gmm.n_iter_),
-        num_reseeded=int(kmeans.num_reseeded_) + int(model.gmm.num_reseeded_),
+        num_reseeded=start.num_reseeded + int(model.gmm.num_reseeded_),
     )
+
+
+class _Start(NamedTuple):
+    """What the mixture begins with."""
+
+    responsibilities: Tensor  # (n, K) float64, one-hot
+    allowed: Tensor | None  # (n, K) bool
+    kmeans_iterations: int = 0
+    num_reseeded: int = 0
+
+
+def _start_by_kmeans(
+    reduced: Tensor, keys: Tensor, config: ClusteringConfig, seed: int, centers: Tensor | None
+) -> _Start:
+    """METHOD A's: K-means from last epoch's centres (K, P), at first from its own."""
+    kmeans = KMeans(
+        config.num_clusters,
+        max_iter=config.kmeans_max_iter,
+        seed=seed,
+        num_init=1 if centers is not None else _INITIAL_RESTARTS,
+    ).to(reduced.device)
+    kmeans.fit(reduced, row_keys=keys, init_centers=centers)
+    hard = nn.functional.one_hot(kmeans.predict(reduced), config.num_clusters).double()
+    return _Start(hard, None, int(kmeans.n_iter_), int(kmeans.num_reseeded_))
+
+
+def _start_anchored(
+    reduced: Tensor,
+    keys: Tensor,
+    labels: Tensor,
+    config: ClusteringConfig,
+    num_classes: int,
+    seed: int,
+    centers: Tensor | None,
+    class_of_cluster: Tensor | None,
+) -> _Start:
+    """Each slice to the nearest of last epoch's centres, a labelled one to those of its class.
+
+    At first the centres are the classes' means or, where there are more clusters, K-means's. That
+    K-means does not iterate afterwards keeps a cluster from wandering from class to class.
+    """
+    readable = labels >= 0
+    begun = _Start(reduced.new_empty(0), None)
+    if centers is None and config.num_clusters == num_classes:
+        centers = _class_means(reduced[readable], labels[readable], num_classes)
+        class_of_cluster = torch.arange(num_classes, device=labels.device)
+    elif centers is None or class_of_cluster is None:
+        begun = _start_by_kmeans(reduced, keys, config, seed, None)
+        centers = weighted_means(reduced, begun.responsibilities)
+        votes = begun.responsibilities[readable]
+        class_of_cluster = _classes_of(
+            votes, labels[readable], num_classes, centers, reduced[readable]
+        )
+    belongs = labels[:, None] == class_of_cluster
+    allowed = belongs | ~belongs.any(dim=1, keepdim=True)  # also where a class has no cluster
+    distances = torch.cdist(reduced, centers).masked_fill(~allowed, torch.inf)
+    hard = nn.functional.one_hot(distances.argmin(dim=1), config.num_clusters).double()
+    return begun._replace(responsibilities=hard, allowed=allowed)
+
+
+def _classes_of(
+    assignments: Tensor, labels: Tensor, num_classes: int, centers: Tensor, z: Tensor
+) -> Tensor:
+    """(K,) int64: the class of each cluster, by labelled rows z (m, E) and labels (m,) alone."""
+    means = _class_means(z, labels, num_classes)
+    return cluster_to_class(
+        assignments, labels, num_classes, centers=centers, class_means=means
+    )
+
+
+def _class_means(z: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """(C, E) float64 over all ranks, of rows z (m, E) with labels (m,)."""
+    return weighted_means(z, nn.functional.one_hot(labels, num_classes).double())
 
 
 def check_num_clusters(num_clusters: int, num_classes: int, num_slices: int) -> None:

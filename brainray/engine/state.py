@@ -37,6 +37,8 @@ class TrainerState:
     optimizer: dict[str, Any]
     keys: Tensor  # (N,) int64, of all fitted slices of all ranks
     responsibilities: Tensor  # (N, K) float32, rows as in keys
+    probabilities: Tensor  # (N, C) float32, the head's, rows as in keys
+    trained: dict[str, Any] | None  # the encoder's weights, where the checkpoint has their average
     history: list[dict[str, float]] = field(default_factory=list)  # metrics of each epoch
 
 
@@ -100,6 +102,8 @@ def trainer_bytes(state: TrainerState) -> bytes:
             "optimizer": state.optimizer,
             "keys": state.keys.cpu(),
             "responsibilities": state.responsibilities.cpu(),
+            "probabilities": state.probabilities.cpu(),
+            "trained": None if state.trained is None else _on_cpu(state.trained),
             "history": state.history,
         }
     )

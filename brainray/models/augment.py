@@ -15,7 +15,8 @@ _BLUR_RADIUS = 4  # pixels
 def augment(images: Tensor, config: AugmentConfig, generator: Generator) -> Tensor:
     """Each slice is flipped, turned, zoomed, shifted, shaded, blurred and so on for itself.
 
-    What has no strength draws no random numbers: a new kind does not change what others do.
+    What has no strength draws no random numbers: a new kind does not change what others do. The
+    policy ``none`` returns the slices as they are.
 
     Args:
         images: (B, 1, H, W) float in [0, 1]; outside the slice is black.
@@ -25,6 +26,8 @@ def augment(images: Tensor, config: AugmentConfig, generator: Generator) -> Tens
     Returns:
         (B, 1, H, W) float in [0, 1].
     """
+    if config.changes_nothing:
+        return images
     theta = _random_affine(len(images), config, generator)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     warped = F.grid_sample(images, grid, mode="bilinear", align_corners=False)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from brainray.models.objective import StepSizes, StepTargets
+from brainray.models.objective import StepOutputs, StepSizes, StepTargets
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,9 @@ class JointObjective:
     def step_sizes(self, labelled: int, unlabelled: int) -> StepSizes:
         return StepSizes(labelled, unlabelled)
 
-    def loss(
-        self, logits_labelled: Tensor, z_unlabelled: Tensor, targets: StepTargets
-    ) -> dict[str, Tensor]:
-        cross_entropy = F.cross_entropy(logits_labelled, targets.labels)
-        cluster = cluster_loss(z_unlabelled, targets.responsibilities, targets.centers)
+    def loss(self, outputs: StepOutputs, targets: StepTargets) -> dict[str, Tensor]:
+        cross_entropy = F.cross_entropy(outputs.labelled.logits, targets.labels)
+        cluster = cluster_loss(outputs.unlabelled.z, targets.responsibilities, targets.centers)
         total = cross_entropy + self.lambda_cluster * cluster
         return {"total": total, "ce": cross_entropy.detach(), "cluster": cluster.detach()}
 

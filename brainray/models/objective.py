@@ -4,6 +4,8 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from brainray.models.encoder import EncoderOutput
+
 
 class StepSizes(NamedTuple):
     """Slices of one step on one rank."""
@@ -12,12 +14,23 @@ class StepSizes(NamedTuple):
     unlabelled: int
 
 
+class StepOutputs(NamedTuple):
+    """What the encoder gave for the two parts of a step, with gradients."""
+
+    labelled: EncoderOutput  # of B_l slices
+    unlabelled: EncoderOutput  # of B_u slices
+
+
 class StepTargets(NamedTuple):
     """What the loss of one step compares with; constants, not differentiated."""
 
     labels: Tensor  # (B_l,) int64 class indices
     responsibilities: Tensor  # (B_u, K) float32, gamma of the unlabelled slices
+    pseudo_labels: Tensor  # (B_u,) int64 classes, as last epoch's encoder sees them
+    confidences: Tensor  # (B_u,) float32 in [0, 1], weights of those
     centers: Tensor  # (K, E) float32, mu in the space of z
+    class_of_cluster: Tensor  # (K,) int64
+    ramp: float  # in [0, 1]: how far targets that the run made itself are trusted by now
 
 
 class Objective(Protocol):
@@ -32,8 +45,6 @@ class Objective(Protocol):
         """How many labelled and unlabelled slices a step of the configured sizes takes."""
         ...
 
-    def loss(
-        self, logits_labelled: Tensor, z_unlabelled: Tensor, targets: StepTargets
-    ) -> dict[str, Tensor]:
-        """Scalar terms from logits (B_l, C) and normalised embeddings z (B_u, E)."""
+    def loss(self, outputs: StepOutputs, targets: StepTargets) -> dict[str, Tensor]:
+        """Scalar terms of one step."""
         ...

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from brainray.models.objective import StepSizes, StepTargets
+from brainray.models.objective import StepOutputs, StepSizes, StepTargets
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,6 @@ class SupervisedObjective:
     def step_sizes(self, labelled: int, unlabelled: int) -> StepSizes:
         return StepSizes(labelled + unlabelled, 0)
 
-    def loss(
-        self, logits_labelled: Tensor, z_unlabelled: Tensor, targets: StepTargets
-    ) -> dict[str, Tensor]:
-        cross_entropy = F.cross_entropy(logits_labelled, targets.labels)
+    def loss(self, outputs: StepOutputs, targets: StepTargets) -> dict[str, Tensor]:
+        cross_entropy = F.cross_entropy(outputs.labelled.logits, targets.labels)
         return {"total": cross_entropy, "ce": cross_entropy.detach()}

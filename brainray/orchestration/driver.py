@@ -217,6 +217,7 @@ def _summarise(config: Config, run: Run) -> Metrics:
     metrics: Metrics = {"chosen_epoch": float(chosen), "num_epochs": float(last)}
     for epoch, folder, prefix in ((chosen, layout.BEST, ""), (last, layout.LAST, "last/")):
         checkpoint = load_checkpoint(run.folder / folder)
+        logged = history[epoch - 1]
         if run.folder.exists(layout.predictions_file(epoch)):
             figures = summarise(
                 run.folder.read_table(layout.predictions_file(epoch)),
@@ -225,9 +226,9 @@ def _summarise(config: Config, run: Run) -> Metrics:
                 checkpoint.clusters.class_of_cluster.numpy(),
                 num_resamples=config.evaluation.bootstrap_resamples,
                 seed=config.seed,
+                temperature=logged["validation/temperature"],
             )
             metrics |= {f"{prefix}{name}": value for name, value in figures.items()}
-        logged = history[epoch - 1]
         metrics |= {
             f"{prefix}{name}": value
             for name, value in logged.items()

@@ -28,6 +28,7 @@ _FREE_TO_CHANGE = {
     "tracking",
 }
 _FREE_TRAIN_KEYS = {"num_workers", "cpus_per_worker", "max_failures", "device", "wait_for_nodes"}
+_FREE_EVALUATION_KEYS = {"control", "num_label_draws"}
 _FREE_SPLIT_KEYS = {"mode", "test_fraction"}
 
 
@@ -145,7 +146,8 @@ def _settings(config: Config) -> dict[str, Any]:
     settings = config.model_dump(mode="json", exclude=_FREE_TO_CHANGE)
     for key in _FREE_TRAIN_KEYS:
         del settings["train"][key]
-    del settings["evaluation"]["control"]
+    for key in _FREE_EVALUATION_KEYS:
+        del settings["evaluation"][key]
     for key in _FREE_SPLIT_KEYS:
         del settings["split"][key]
     return settings

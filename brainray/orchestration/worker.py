@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import cv2
 import pyarrow as pa
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from brainray import dist, layout
 from brainray.clustering.collapse import check_collapse, measure_health
 from brainray.config import Config, parse_config
-from brainray.engine.epoch import EpochResult, SoftTargets, embed, num_steps, train_epoch
+from brainray.engine.epoch import EpochResult, EpochTargets, embed, num_steps, train_epoch
 from brainray.engine.evaluate import (
     Predictions,
     confusion_metrics,
@@ -30,7 +30,14 @@ from brainray.engine.evaluate import (
     subset_metrics,
     validation_metrics,
 )
-from brainray.engine.recipe import build_objective, build_optimizer, resolve_precision
+from brainray.engine.pseudo_labels import pseudo_labels
+from brainray.engine.recipe import (
+    build_average,
+    build_objective,
+    build_optimizer,
+    ramp,
+    resolve_precision,
+)
 from brainray.engine.recluster import ClusterModel, Reclustering, recluster
 from brainray.engine.shard import (
     CachedImages,
@@ -203,12 +210,19 @@ class _Trainer:
             self.encoder, config.train, self.updates * config.train.num_epochs
         )
         self.model: nn.Module = ray.train.torch.prepare_model(self.encoder)
+        self.average = build_average(self.encoder, config.train.ema_decay)
         if config.train.compile:
             self.model.compile()
         self.test_slices = run.read_table(layout.TEST_SLICES)
         self.epoch = 0
         self.history: list[dict[str, float]] = []
         self._clustering: tuple[ClusterModel, Tensor] | None = None
+        self._probabilities = torch.empty(0)
+
+    @property
+    def evaluated(self) -> Encoder:
+        """The encoder that is embedded, evaluated and saved: the average, if there is one."""
+        return self.encoder if self.average is None else cast(Encoder, self.average.module)
 
     @property
     def clusters(self) -> ClusterModel:
@@ -225,7 +239,9 @@ class _Trainer:
     def start(self) -> None:
         """Fit the first mixture on the initial encoder, unless there is one to go on from."""
         if self._clustering is None:
-            self._recluster(self._embed_fitted())
+            fitted = self._embed_fitted()
+            self._recluster(fitted)
+            self._probabilities = fitted.logits.softmax(dim=1)
 
     def resume(self) -> None:
         """Go on after the newest checkpoint, if there is one; without collectives."""
@@ -235,11 +251,17 @@ class _Trainer:
         with checkpoint.as_directory() as path:
             folder = Folder(path)
             saved, state = load_checkpoint(folder), load_trainer(folder)
-        self.encoder.load_state_dict(saved.encoder.state_dict())
+        self.evaluated.load_state_dict(saved.encoder.state_dict())
+        if self.average is not None:
+            assert state.trained is not None, "an averaged run saves its trained weights"
+            self.encoder.load_state_dict(state.trained)
+            self.average.n_averaged.fill_(1)  # not 0, at which the next update would start anew
         self.optimizer.load_state_dict(state.optimizer)
         keys = self.data.fitted_keys.cpu()
         responsibilities = rows_of_keys(state.keys, state.responsibilities, keys)
         self._clustering = saved.clusters.to(self.device), responsibilities.to(self.device)
+        probabilities = rows_of_keys(state.keys, state.probabilities, keys)
+        self._probabilities = probabilities.to(self.device)
         self.epoch = saved.epoch
         # The schedule is a function of the step, also where the number of ranks has changed.
         self.scheduler.last_epoch = self.epoch * self.updates - 1
@@ -265,6 +287,7 @@ class _Trainer:
             previous = self.responsibilities
             reclustering = self._recluster(fitted)
             health = measure_health(fitted.z, self.responsibilities, previous)
+            self._probabilities = fitted.logits.softmax(dim=1)
         with timer.measure("evaluate"):
             validation = self._predict(self.data.validation)
             test = self._predict(self.data.test)
@@ -301,11 +324,6 @@ class _Trainer:
             (self.run / layout.LAST).write_bytes(layout.MODEL, checkpoint_bytes(self._checkpoint()))
 
     def _train_epoch(self) -> EpochResult:
-        num_labelled = len(self.data.labelled)
-        offset = num_labelled if self.pool is self.data.unlabelled else 0
-        soft = SoftTargets(
-            self.responsibilities[offset : offset + len(self.pool)], self.clusters.centers
-        )
         return train_epoch(
             self.model,
             self.optimizer,
@@ -313,16 +331,38 @@ class _Trainer:
             self.objective,
             self.data.labelled,
             self.pool,
-            soft,
+            self._targets(),
             sizes=self.sizes,
             steps=self.steps,
             scale=self.scale,
             augmentation=self.config.augment,
+            augmentation_unlabelled=self.config.augment_unlabelled,
             precision=self.precision,
             accumulation=self.config.train.accumulation_steps,
             seed=_seed(self.config.seed, self.epoch, dist.rank()),
+            on_update=self._update_average,
             on_step=self._heartbeat(),
         )
+
+    def _targets(self) -> EpochTargets:
+        """What the last epoch leaves for the pool's slices."""
+        offset = len(self.data.labelled) if self.pool is self.data.unlabelled else 0
+        rows = slice(offset, offset + len(self.pool))
+        labels = nn.functional.one_hot(self.data.labelled.labels, len(self.classes))
+        counts = dist.sum_across_ranks(labels.sum(dim=0).double())
+        pseudo = pseudo_labels(self._probabilities[rows], counts / counts.sum())
+        return EpochTargets(
+            responsibilities=self.responsibilities[rows],
+            pseudo_labels=pseudo.labels,
+            confidences=pseudo.confidences,
+            centers=self.clusters.centers,
+            class_of_cluster=self.clusters.class_of_cluster,
+            ramp=ramp(self.epoch, self.config.objective.ramp_epochs),
+        )
+
+    def _update_average(self) -> None:
+        if self.average is not None:
+            self.average.update_parameters(self.encoder)
 
     def _share_batch_statistics(self) -> None:
         """Rank 0's running means and variances on every rank.
@@ -330,8 +370,10 @@ class _Trainer:
         Each rank's batch normalisation has its own since the last step; embeddings of all slices
         must come from one encoder, the one that is saved.
         """
-        for buffer in self.encoder.buffers():
-            buffer.copy_(dist.broadcast_from_first(buffer))
+        encoders = [self.encoder] if self.average is None else [self.encoder, self.evaluated]
+        for encoder in encoders:
+            for buffer in encoder.buffers():
+                buffer.copy_(dist.broadcast_from_first(buffer))
 
     def _heartbeat(self) -> Callable[[int], None]:
         last = time.monotonic()
@@ -346,7 +388,7 @@ class _Trainer:
 
     def _embed(self, images: Images) -> EncoderOutput:
         return embed(
-            self.encoder,
+            self.evaluated,
             images,
             scale=self.scale,
             batch_size=self.config.train.embed_batch_size,
@@ -410,6 +452,7 @@ class _Trainer:
         self.history.append(metrics)
         keys = dist.gather_rows(self.data.fitted_keys)
         responsibilities = dist.gather_rows(self.responsibilities)
+        probabilities = dist.gather_rows(self._probabilities)
         coordinates = dist.gather_rows(self.clusters.coordinates(z))
         log_likelihood = dist.gather_rows(self.clusters.log_likelihood(z))
         name = f"epoch-{self.epoch:04d}"
@@ -430,6 +473,8 @@ class _Trainer:
             self.optimizer.state_dict(),
             keys,
             responsibilities,
+            probabilities,
+            None if self.average is None else self.encoder.state_dict(),
             self.history,
         )
         with tempfile.TemporaryDirectory() as temporary:
@@ -447,7 +492,7 @@ class _Trainer:
 
     def _checkpoint(self) -> Checkpoint:
         return Checkpoint(
-            self.config, self.classes, self.scale, self.epoch, self.encoder, self.clusters
+            self.config, self.classes, self.scale, self.epoch, self.evaluated, self.clusters
         )
 
     def _fitted_table(self, keys: Tensor, coordinates: Tensor, log_likelihood: Tensor) -> pa.Table:

@@ -314,3 +314,31 @@ def test_float32_rows_lose_little(covariance_type: CovarianceType) -> None:
     assert coarse.means_.dtype == torch.float64
     assert abs(coarse.score(x) / exact.score(x) - 1) < 1e-6
     torch.testing.assert_close(coarse.means_, exact.means_, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("covariance_type", TYPES)
+def test_rows_held_to_one_component_each_give_that_component_alone(
+    covariance_type: CovarianceType,
+) -> None:
+    x = mixture_rows()
+    component = torch.arange(len(x)) % K
+    allowed = torch.nn.functional.one_hot(component, K).bool()
+    mixture = GaussianMixture(K, covariance_type).fit(
+        x, init_responsibilities=torch.full((len(x), K), 1 / K), allowed=allowed
+    )
+    means = torch.stack([x[component == k].mean(dim=0) for k in range(K)])
+    torch.testing.assert_close(mixture.means_, means)
+    torch.testing.assert_close(mixture.weights_, torch.full((K,), 1 / K, dtype=torch.float64))
+    centered = x - means[component]
+    by_component = torch.stack(
+        [centered[component == k].T @ centered[component == k] / 125 for k in range(K)]
+    )
+    covariances = {
+        "full": by_component,
+        "tied": by_component.mean(dim=0),
+        "diag": by_component.diagonal(dim1=1, dim2=2),
+        "spherical": by_component.diagonal(dim1=1, dim2=2).mean(dim=1),
+    }[covariance_type]
+    noise = mixture.covariances_ - covariances
+    torch.testing.assert_close(noise, torch.zeros_like(noise), atol=1e-5, rtol=0)
+

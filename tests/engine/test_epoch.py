@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from brainray.config import AugmentConfig, TrainConfig
-from brainray.engine.epoch import SoftTargets, embed, num_steps, train_epoch
-from brainray.engine.recipe import build_optimizer, resolve_precision
+from brainray.engine.epoch import EpochTargets, embed, num_steps, train_epoch
+from brainray.engine.recipe import build_average, build_optimizer, resolve_precision
 from brainray.engine.shard import (
     CachedImages,
     PixelScale,
@@ -20,6 +20,7 @@ from brainray.models.joint import JointObjective
 from brainray.models.objective import StepSizes
 
 SCALE = PixelScale(mean=0.5, std=0.25)
+UNCHANGED = AugmentConfig(policy="none")
 
 
 def shard(num: int, seed: int = 0) -> SliceShard:
@@ -39,6 +40,18 @@ def streamed(cached: SliceShard) -> SliceShard:
     return SliceShard(images, cached.keys, cached.labels)
 
 
+def uninformed(embedding_dim: int) -> EpochTargets:
+    """Of 24 slices and two clusters at the origin."""
+    return EpochTargets(
+        responsibilities=torch.full((24, 2), 0.5),
+        pseudo_labels=torch.zeros(24, dtype=torch.int64),
+        confidences=torch.zeros(24),
+        centers=torch.zeros(2, embedding_dim),
+        class_of_cluster=torch.arange(2),
+        ramp=1.0,
+    )
+
+
 def test_an_epoch_is_one_pass_over_the_unlabelled_slices_of_all_ranks() -> None:
     assert num_steps(1000, 64, num_ranks=1) == math.ceil(1000 / 64)
     assert num_steps(1000, 64, num_ranks=2) == math.ceil(1000 / 128)
@@ -46,15 +59,26 @@ def test_an_epoch_is_one_pass_over_the_unlabelled_slices_of_all_ranks() -> None:
 
 
 def train(
-    seed: int, *, streaming: bool = False, accumulation: int = 1
+    seed: int,
+    *,
+    streaming: bool = False,
+    accumulation: int = 1,
+    view: AugmentConfig = UNCHANGED,
+    ema_decay: float = 0.0,
 ) -> tuple[Encoder, dict[str, float]]:
+    """The encoder, or its average, and the losses."""
     torch.manual_seed(0)
     encoder = Encoder("resnet18", num_classes=2)
     optimizer, scheduler = build_optimizer(encoder, TrainConfig(), total_steps=6)
     labelled, unlabelled = shard(12), shard(24, seed=1)
+    average = build_average(encoder, ema_decay)
+
+    def update() -> None:
+        if average is not None:
+            average.update_parameters(encoder)
+
     if streaming:
         labelled, unlabelled = streamed(labelled), streamed(unlabelled)
-    soft = SoftTargets(torch.full((24, 2), 0.5), torch.zeros(2, 512))
     result = train_epoch(
         encoder,
         optimizer,
@@ -62,18 +86,20 @@ def train(
         JointObjective(0.1),
         labelled,
         unlabelled,
-        soft,
+        uninformed(embedding_dim=512),
         sizes=StepSizes(8, 8),
         steps=6,
         scale=SCALE,
         augmentation=AugmentConfig(max_intensity_shift=0.0),
+        augmentation_unlabelled=view,
         precision="fp32",
         seed=seed,
         accumulation=accumulation,
+        on_update=update,
     )
     assert 0 < result.data_wait_s < 60
     assert scheduler.last_epoch == -(-6 // accumulation)
-    return encoder, result.losses
+    return encoder if average is None else average.module, result.losses
 
 
 def test_training_follows_its_seed_to_the_last_bit() -> None:
@@ -84,6 +110,34 @@ def test_training_follows_its_seed_to_the_last_bit() -> None:
     for one, two in zip(first.parameters(), again.parameters(), strict=True):
         assert torch.equal(one, two)
     assert not torch.equal(first.head.weight, other.head.weight)
+
+
+def test_unlabelled_slices_are_augmented_by_their_own_policy() -> None:
+    _, plain = train(seed=5)
+    _, augmented = train(seed=5, view=AugmentConfig(policy="strong"))
+    assert plain["cluster"] != augmented["cluster"]
+
+
+def test_the_average_follows_the_weights_from_behind() -> None:
+    encoder = Encoder("resnet18", num_classes=2)
+    average = build_average(encoder, decay=0.75)
+    assert average is not None
+    with torch.no_grad():
+        for value in (1.0, 5.0, 9.0):
+            encoder.head.bias.fill_(value)
+            encoder.backbone.bn1.running_mean.fill_(value)
+            average.update_parameters(encoder)
+    # The first update copies; then 0.75 * 1 + 0.25 * 5 = 2, and 0.75 * 2 + 0.25 * 9 = 3.75.
+    torch.testing.assert_close(average.module.head.bias, torch.full((2,), 3.75))
+    torch.testing.assert_close(average.module.backbone.bn1.running_mean, torch.full((64,), 3.75))
+    assert build_average(encoder, decay=0.0) is None
+
+
+def test_averaging_leaves_the_training_alone() -> None:
+    plain, losses = train(seed=5)
+    averaged, losses_averaged = train(seed=5, ema_decay=0.9)
+    assert losses == losses_averaged
+    assert not torch.equal(plain.head.weight, averaged.head.weight)
 
 
 def test_streamed_slices_train_the_same_encoder() -> None:
@@ -127,7 +181,6 @@ def test_accumulated_batches_give_the_gradient_of_their_mean() -> None:
         model = Weighted()
         optimizer = Recorder(model.parameters(), lr=0.0)
         schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
-        soft = SoftTargets(torch.full((24, 2), 0.5), torch.zeros(2, 2))
         train_epoch(
             model,
             optimizer,
@@ -135,11 +188,12 @@ def test_accumulated_batches_give_the_gradient_of_their_mean() -> None:
             JointObjective(0.1),
             shard(12),
             shard(24, seed=1),
-            soft,
+            uninformed(embedding_dim=2),
             sizes=StepSizes(8, 8),
             steps=6,
             scale=SCALE,
             augmentation=AugmentConfig(),
+            augmentation_unlabelled=UNCHANGED,
             precision="fp32",
             seed=3,
             accumulation=accumulation,

@@ -23,9 +23,25 @@ def blobs(seed: int = 0) -> tuple[Tensor, Tensor]:
     return torch.nn.functional.normalize(z), truth
 
 
-def fit(z: Tensor, labels: Tensor, **options: Any) -> Reclustering:
+def fit(
+    z: Tensor, labels: Tensor, config: ClusteringConfig = CONFIG, **options: Any
+) -> Reclustering:
     keys = torch.arange(len(z))
-    return recluster(z, keys, labels, config=CONFIG, num_classes=3, seed=0, **options)
+    return recluster(z, keys, labels, config=config, num_classes=3, seed=0, **options)
+
+
+def anchored(num_clusters: int) -> ClusteringConfig:
+    return ClusteringConfig(num_clusters=num_clusters, pca_dim=4, anchors="labelled")
+
+
+def misleading_blobs() -> tuple[Tensor, Tensor]:
+    """Two classes nearly on one spot, and a third that is two spots far apart; z (400, 16)."""
+    generator = torch.Generator().manual_seed(0)
+    spot = torch.arange(400) % 4
+    means = 4 * torch.eye(16)[torch.tensor([0, 0, 1, 2])]
+    means[1, 3] = 1.5
+    z = means[spot] + 0.2 * torch.randn(400, 16, generator=generator)
+    return torch.nn.functional.normalize(z), spot.clamp_max(2)
 
 
 def test_clusters_take_the_classes_of_their_labelled_slices() -> None:
@@ -73,6 +89,34 @@ def test_components_keep_their_numbers_from_epoch_to_epoch() -> None:
     shuffled = first.responsibilities[:, [2, 0, 1]]
     third = fit(moved, truth, previous=first.model, previous_responsibilities=shuffled)
     assert torch.equal(shuffled.argmax(dim=1), third.responsibilities.argmax(dim=1))
+
+
+def test_anchors_keep_clusters_to_classes_where_blobs_mislead() -> None:
+    z, truth = misleading_blobs()
+    labels = torch.where(torch.arange(400) < 80, truth, UNLABELLED)
+    accuracy = {}
+    for name, config in {"none": CONFIG, "labelled": anchored(3)}.items():
+        result = fit(z, labels, config)
+        again = fit(
+            z,
+            labels,
+            config,
+            previous=result.model,
+            previous_responsibilities=result.responsibilities,
+        )
+        predicted = again.model.class_of_cluster[again.model.responsibilities(z).argmax(dim=1)]
+        accuracy[name] = float((predicted == truth).double().mean())
+    assert accuracy["none"] < 0.8
+    assert accuracy["labelled"] > 0.98
+
+
+def test_anchored_sub_types_stay_within_their_class() -> None:
+    z, truth = misleading_blobs()
+    labels = torch.where(torch.arange(400) < 80, truth, UNLABELLED)
+    result = fit(z, labels, anchored(4))
+    assert sorted(set(result.model.class_of_cluster.tolist())) == [0, 1, 2]
+    predicted = result.model.class_of_cluster[result.responsibilities.argmax(dim=1)]
+    assert float((predicted == truth).double().mean()) > 0.98
 
 
 def test_k_must_fit_classes_and_slices() -> None:

@@ -66,12 +66,21 @@ def test_a_trainer_state_comes_back_as_it_was(tmp_path: Path) -> None:
     parameter.sum().backward()
     optimizer.step()
     state = TrainerState(
-        optimizer.state_dict(), torch.arange(2), torch.rand(2, 4), [{"epoch": 1.0}]
+        optimizer.state_dict(),
+        torch.arange(2),
+        torch.rand(2, 4),
+        torch.rand(2, 3),
+        {"head.weight": torch.rand(3, 5)},
+        [{"epoch": 1.0}],
     )
     Folder(tmp_path).write_bytes(layout.TRAINER, trainer_bytes(state))
     loaded = load_trainer(Folder(tmp_path))
     assert loaded.history == state.history
     assert torch.equal(loaded.responsibilities, state.responsibilities)
+    assert torch.equal(loaded.probabilities, state.probabilities)
+    assert loaded.trained is not None
+    assert state.trained is not None
+    assert torch.equal(loaded.trained["head.weight"], state.trained["head.weight"])
     assert torch.equal(loaded.optimizer["state"][0]["exp_avg"], torch.full((3,), 0.1))
 
 

@@ -1,4 +1,4 @@
-"""The joint loss and its gradient: worked by hand, and the same on one rank and on two."""
+"""Every loss and its gradient: worked by hand, and the same on one rank and on two."""
 
 import math
 
@@ -8,16 +8,30 @@ from torch.nn.parallel import DistributedDataParallel
 
 from brainray import dist
 from brainray.dist import run_on_ranks
-from brainray.models.encoder import Encoder
+from brainray.models.anchored import AnchoredObjective
+from brainray.models.consistency import ConsistencyObjective
+from brainray.models.encoder import Encoder, EncoderOutput
 from brainray.models.joint import JointObjective, cluster_loss
-from brainray.models.objective import StepTargets
+from brainray.models.objective import Objective, StepOutputs, StepTargets
+from brainray.models.prototype import PrototypeObjective, anchor_loss
 from brainray.models.supervised import SupervisedObjective
 
 Z = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
 GAMMA = torch.tensor([[0.75, 0.25], [0.0, 1.0]])
 CENTERS = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
 LOGITS = torch.tensor([[math.log(3.0), 0.0], [0.0, 0.0]])
-TARGETS = StepTargets(labels=torch.tensor([0, 1]), responsibilities=GAMMA, centers=CENTERS)
+TARGETS = StepTargets(
+    labels=torch.tensor([0, 1]),
+    responsibilities=GAMMA,
+    pseudo_labels=torch.tensor([1, 0]),
+    confidences=torch.tensor([1.0, 0.5]),
+    centers=CENTERS,
+    class_of_cluster=torch.tensor([0, 1]),
+    ramp=0.5,
+)
+LABELLED = EncoderOutput(z=Z, logits=LOGITS)
+OUTPUTS = StepOutputs(labelled=LABELLED, unlabelled=EncoderOutput(z=Z, logits=LOGITS))
+CROSS_ENTROPY = (-math.log(0.75) - math.log(0.5)) / 2
 
 
 def test_the_cluster_loss_by_hand() -> None:
@@ -36,23 +50,79 @@ def test_the_gradient_of_the_cluster_loss_by_hand() -> None:
 
 
 def test_the_joint_loss_is_cross_entropy_plus_lambda_times_cluster() -> None:
-    terms = JointObjective(lambda_cluster=0.5).loss(LOGITS, Z, TARGETS)
-    cross_entropy = (-math.log(0.75) - math.log(0.5)) / 2
-    assert math.isclose(float(terms["ce"]), cross_entropy, rel_tol=1e-6)
+    terms = JointObjective(lambda_cluster=0.5).loss(OUTPUTS, TARGETS)
+    assert math.isclose(float(terms["ce"]), CROSS_ENTROPY, rel_tol=1e-6)
     assert math.isclose(float(terms["cluster"]), 0.45, rel_tol=1e-6)
-    assert math.isclose(float(terms["total"]), cross_entropy + 0.5 * 0.45, rel_tol=1e-6)
+    assert math.isclose(float(terms["total"]), CROSS_ENTROPY + 0.5 * 0.45, rel_tol=1e-6)
+
+
+def test_consistency_weighs_the_cross_entropy_of_pseudo_labels_by_confidence() -> None:
+    # p = (3/4, 1/4) and (1/2, 1/2), pseudo-labels 1 and 0 with weights 1 and 1/2.
+    consistency = (-math.log(0.25) - 0.5 * math.log(0.5)) / 2
+    terms = ConsistencyObjective(lambda_consistency=2.0).loss(OUTPUTS, TARGETS)
+    assert math.isclose(float(terms["consistency"]), consistency, rel_tol=1e-6)
+    assert math.isclose(
+        float(terms["total"]), CROSS_ENTROPY + 0.5 * 2.0 * consistency, rel_tol=1e-6
+    )
+
+
+def test_the_prototype_terms_by_hand() -> None:
+    # Cosines to the prototypes (1,0) and (0,1) are z itself; at temperature 1/2 they are doubled.
+    first = math.log1p(math.exp(-2.0)), math.log1p(math.exp(2.0))  # -log p of row 1
+    second = math.log1p(math.exp(0.4)), math.log1p(math.exp(-0.4))
+    prototype = (0.75 * first[0] + 0.25 * first[1] + 0.5 * second[1]) / 2
+    anchor = (first[0] + second[1]) / 2
+    terms = PrototypeObjective(lambda_cluster=0.1, temperature=0.5).loss(OUTPUTS, TARGETS)
+    assert math.isclose(float(terms["cluster"]), prototype, rel_tol=1e-6)
+    assert math.isclose(float(terms["anchor"]), anchor, rel_tol=1e-6)
+    total = CROSS_ENTROPY + 0.1 * (0.5 * prototype + anchor)
+    assert math.isclose(float(terms["total"]), total, rel_tol=1e-6)
+
+
+def test_any_cluster_of_its_class_will_do_for_a_labelled_slice() -> None:
+    log_near = torch.tensor([[0.2, 0.5, 0.3], [0.1, 0.1, 0.8]]).log()
+    class_of_cluster = torch.tensor([0, 1, 0])
+    loss = anchor_loss(log_near, torch.tensor([0, 2]), class_of_cluster)
+    # Clusters 0 and 2 are the first slice's; no cluster stands for the second's class.
+    assert math.isclose(float(loss), -math.log(0.5) / 2, rel_tol=1e-6)
+
+
+def test_nothing_is_learnt_from_targets() -> None:
+    centers = CENTERS.clone().requires_grad_()
+    z = Z.clone().requires_grad_()
+    outputs = OUTPUTS._replace(unlabelled=EncoderOutput(z, LOGITS))
+    objective = PrototypeObjective(lambda_cluster=0.1, temperature=0.5)
+    objective.loss(outputs, TARGETS._replace(centers=centers))["total"].backward()
+    assert z.grad is not None
+    assert centers.grad is None
+
+
+def test_the_anchored_objective_adds_both_with_one_cross_entropy() -> None:
+    consistency = ConsistencyObjective(lambda_consistency=2.0)
+    prototype = PrototypeObjective(lambda_cluster=0.1, temperature=0.5)
+    both = AnchoredObjective(consistency, prototype).loss(OUTPUTS, TARGETS)
+    expected = (
+        consistency.loss(OUTPUTS, TARGETS)["total"]
+        + prototype.loss(OUTPUTS, TARGETS)["total"]
+        - CROSS_ENTROPY
+    )
+    torch.testing.assert_close(both["total"], expected)
+    assert set(both) == {"total", "ce", "consistency", "cluster", "anchor"}
 
 
 def test_the_control_is_cross_entropy_alone_with_as_many_images() -> None:
     control = SupervisedObjective()
-    terms = control.loss(LOGITS, Z[:0], TARGETS)
+    empty = EncoderOutput(Z[:0], LOGITS[:0])
+    terms = control.loss(OUTPUTS._replace(unlabelled=empty), TARGETS)
     assert set(terms) == {"total", "ce"}
     torch.testing.assert_close(terms["total"], -(torch.tensor([0.75, 0.5]).log().mean()))
     assert sum(control.step_sizes(32, 64)) == sum(JointObjective(1.0).step_sizes(32, 64))
     assert control.step_sizes(32, 64).unlabelled == 0
 
 
-def joint_step(model: nn.Module, images: Tensor, rows: slice) -> dict[str, Tensor]:
+def step(
+    objective: Objective, model: nn.Module, images: Tensor, rows: slice
+) -> dict[str, Tensor]:
     """Loss of the given rows, with labels, gamma and centres that follow from the row number."""
     generator = torch.Generator().manual_seed(1)
     labels = torch.arange(8) % 3
@@ -60,18 +130,30 @@ def joint_step(model: nn.Module, images: Tensor, rows: slice) -> dict[str, Tenso
     centers = nn.functional.normalize(torch.randn(4, 512, generator=generator))
     output = model(torch.cat([images[rows], images[rows].flip(-1)]))
     half = len(images[rows])
-    targets = StepTargets(labels[rows], gamma[rows], centers)
-    return JointObjective(0.5).loss(output.logits[:half], output.z[half:], targets)
+    targets = StepTargets(
+        labels=labels[rows],
+        responsibilities=gamma[rows],
+        pseudo_labels=(labels[rows] + 1) % 3,
+        confidences=gamma[rows, 0],
+        centers=centers,
+        class_of_cluster=torch.tensor([0, 1, 2, 0]),
+        ramp=0.7,
+    )
+    outputs = StepOutputs(
+        EncoderOutput(output.z[:half], output.logits[:half]),
+        EncoderOutput(output.z[half:], output.logits[half:]),
+    )
+    return objective.loss(outputs, targets)
 
 
-def gradients_of_joint_step() -> tuple[float, Tensor, Tensor]:
+def gradients_of_step(objective: Objective) -> tuple[float, Tensor, Tensor]:
     """The global batch's loss, and its gradient for the head and the first convolution."""
     torch.manual_seed(0)
     encoder = Encoder("resnet18", num_classes=3).eval()
     images = torch.randn(8, 1, 32, 32, generator=torch.Generator().manual_seed(2))
     model = DistributedDataParallel(encoder) if dist.world_size() > 1 else encoder
     mine = slice(dist.rank() * 8 // dist.world_size(), (dist.rank() + 1) * 8 // dist.world_size())
-    terms = joint_step(model, images, mine)
+    terms = step(objective, model, images, mine)
     terms["total"].backward()
     total = dist.sum_across_ranks(terms["total"].detach()) / dist.world_size()
     head, stem = encoder.head.weight.grad, encoder.backbone.conv1.weight.grad
@@ -80,9 +162,17 @@ def gradients_of_joint_step() -> tuple[float, Tensor, Tensor]:
     return float(total), head, stem
 
 
+def gradients_of_all() -> list[tuple[float, Tensor, Tensor]]:
+    consistency, prototype = ConsistencyObjective(1.0), PrototypeObjective(0.5, temperature=0.1)
+    objectives = (JointObjective(0.5), AnchoredObjective(consistency, prototype))
+    return [gradients_of_step(objective) for objective in objectives]
+
+
 def test_two_ranks_give_the_loss_and_gradient_of_one() -> None:
-    loss, head, stem = gradients_of_joint_step()
-    for loss_of_rank, head_of_rank, stem_of_rank in run_on_ranks(gradients_of_joint_step, 2):
-        assert math.isclose(loss_of_rank, loss, rel_tol=1e-5)
-        torch.testing.assert_close(head_of_rank, head, rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(stem_of_rank, stem, rtol=1e-3, atol=1e-6)
+    expected = gradients_of_all()
+    found = run_on_ranks(gradients_of_all, 2)
+    for (loss, head, stem), *of_ranks in zip(expected, *found, strict=True):
+        for loss_of_rank, head_of_rank, stem_of_rank in of_ranks:
+            assert math.isclose(loss_of_rank, loss, rel_tol=1e-5)
+            torch.testing.assert_close(head_of_rank, head, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(stem_of_rank, stem, rtol=1e-3, atol=1e-6)

@@ -32,6 +32,15 @@ def config_of(storage: Path, name: str, *overrides: str) -> Config:
     return tiny_config(storage, f"name={name}", "dataset=mri", *overrides)
 
 
+PUBLISHED: tuple[str, ...] = ()
+ANCHORED = (
+    "objective.name=anchored",
+    "objective.ramp_epochs=1",
+    "clustering.anchors=labelled",
+    "augment_unlabelled.policy=strong",
+    "train.ema_decay=0.9",
+)
+
 said_by_reference: list[str] = []
 
 
@@ -124,7 +133,9 @@ def test_a_finished_run_is_reported_again_not_trained_again(
 
 
 @pytest.mark.faults
-def test_a_killed_worker_costs_nothing_but_time(storage: Path, reference: TrainedRun) -> None:
+@pytest.mark.parametrize("recipe", [PUBLISHED, ANCHORED])
+def test_a_killed_worker_costs_nothing_but_time(storage: Path, recipe: tuple[str, ...]) -> None:
+    undisturbed = train(slow_config(storage, f"undisturbed-{len(recipe)}", *recipe))
     killed: list[int] = []
 
     def kill_after_the_first_epoch(line: str) -> None:
@@ -137,12 +148,13 @@ def test_a_killed_worker_costs_nothing_but_time(storage: Path, reference: Traine
             for pid in killed:
                 os.kill(pid, signal.SIGKILL)
 
-    resumed = train(slow_config(storage, "killed"), kill_after_the_first_epoch)
+    config = slow_config(storage, f"killed-{len(recipe)}", *recipe)
+    resumed = train(config, kill_after_the_first_epoch)
     assert killed
     history = resumed.run.folder.read_json_lines("metrics.jsonl")
     assert [metrics["epoch"] for metrics in history] == [1.0, 2.0, 3.0]
     for folder in ("last", "best"):
-        assert_same_models(checkpoint_of(reference, folder), checkpoint_of(resumed, folder))
+        assert_same_models(checkpoint_of(undisturbed, folder), checkpoint_of(resumed, folder))
     client = MlflowClient(resumed.tracking_uri)
     assert resumed.mlflow_run_id is not None
     logged = client.get_metric_history(resumed.mlflow_run_id, "train/loss/ce")
@@ -164,10 +176,17 @@ def test_a_server_that_is_away_stops_nothing_and_gets_all_later(
     assert final["final/chosen_epoch"] == reference.metrics["chosen_epoch"]
 
 
+@pytest.mark.parametrize("recipe", [PUBLISHED, pytest.param(ANCHORED, marks=pytest.mark.slow)])
 def test_labels_of_unlabelled_and_test_slices_change_nothing(
-    storage: Path, phantoms: Path, reference: TrainedRun, tmp_path: Path
+    storage: Path,
+    phantoms: Path,
+    reference: TrainedRun,
+    recipe: tuple[str, ...],
+    tmp_path: Path,
 ) -> None:
-    config = slow_config(tmp_path, "permuted")
+    if recipe:
+        reference = train(slow_config(storage, "anchored", *recipe))
+    config = slow_config(tmp_path, "permuted", *recipe)
     preprocess(tiny_config(tmp_path, "name=mri", f"source={phantoms}"))
     store = ImageStore.open(Folder(tmp_path) / "datasets" / "mri")
     begun, _ = begin_run(config, store, num_workers=1)

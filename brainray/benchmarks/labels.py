@@ -1,0 +1,134 @@
+"""How accuracy grows with the share of labels, for a recipe and for its control."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from matplotlib.figure import Figure
+
+from brainray.benchmarks.result import BenchmarkResult, CaseOptions, Measure
+from brainray.config import Config
+from brainray.engine.evaluate import Metrics
+from brainray.errors import ConfigError
+from brainray.orchestration.data import preprocess
+from brainray.orchestration.draws import train_draws
+from brainray.orchestration.job import attach_to_ray
+from brainray.report.style import BLUE, GREY, ORANGE, new_figure, tidy
+from brainray.report.table import markdown_table
+
+FRACTIONS = (0.01, 0.02, 0.05, 0.1, 0.2, 1.0)
+QUICK_FRACTIONS = (0.1, 0.5)
+SUBSET = "clean"
+_PREDICTORS = ("head", "cluster", "thumbnail_1nn")
+
+
+def run(options: CaseOptions) -> BenchmarkResult:
+    """Accuracy against the share of labels, the recipe of --config against its control.
+
+    At every share, ``evaluation.num_label_draws`` draws (3, if the config says nothing) are trained
+    on by the recipe and by cross entropy alone, with the same image passes, seeds and labels. All
+    are runs under storage: what is finished is never repeated.
+
+    Raises:
+        ConfigError: no slices to train on.
+    """
+    config = options.config
+    if options.source is None and config.dataset is None:
+        raise ConfigError("labels needs --source DIR, or --set dataset=NAME with a config")
+    attach_to_ray()
+    name = config.name or "labels"
+    config = config.model_copy(
+        update={"storage": str(options.storage), "dataset": config.dataset or name}
+    )
+    if options.source is not None:
+        made = {"name": config.dataset, "source": str(options.source)}
+        preprocess(config.model_copy(update=made), options.log)
+    fractions = QUICK_FRACTIONS if options.quick else FRACTIONS
+    found = {share: _at(config, name, share, options) for share in fractions}
+    measures = []
+    for share, metrics in found.items():
+        for predictor in _PREDICTORS:
+            key = f"test/{SUBSET}/{predictor}/accuracy"
+            if key in metrics:
+                measures.append(Measure(f"{share:.0%} labels: {predictor}", metrics[key]))
+        difference = f"difference/test/{SUBSET}/head/accuracy"
+        measures.append(
+            Measure(f"{share:.0%} labels: head against the control", metrics[difference])
+        )
+    details = {"metrics": {str(share): metrics for share, metrics in found.items()}}
+    return BenchmarkResult(measures, details, _plot(found), report=_table(found))
+
+
+def _at(config: Config, name: str, share: float, options: CaseOptions) -> Metrics:
+    """Figures over the draws of one share, the control's among them."""
+    num_draws = 1 if options.quick else max(config.evaluation.num_label_draws, 3)
+    split = config.split.model_copy(update={"labelled_fraction": share, "seed": options.seed})
+    recipe = f"{name}-{share:g}"
+    control = f"{recipe}-control"
+    drawn: Metrics = {}
+    for run_name, objective, compared in (
+        (control, "supervised", None),
+        (recipe, config.objective.name, control),
+    ):
+        options.log(f"{share:.0%} labels: {run_name}")
+        evaluation = config.evaluation.model_copy(
+            update={"num_label_draws": num_draws, "control": compared}
+        )
+        update = {
+            "name": run_name,
+            "split": split,
+            "objective": config.objective.model_copy(update={"name": objective}),
+            "evaluation": evaluation,
+        }
+        drawn = train_draws(config.model_copy(update=update), options.log).metrics
+    return drawn
+
+
+def _table(found: Mapping[float, Metrics]) -> str:
+    header = ["labels", "draws", "head", "cluster", "control's head", "thumbnails", "fewer errors"]
+    rows = []
+    for share, metrics in found.items():
+        key = f"test/{SUBSET}/head/accuracy"
+        rows.append(
+            [
+                f"{share:.0%}",
+                f"{metrics['num_label_draws']:.0f}",
+                _with_deviation(metrics, key),
+                _with_deviation(metrics, f"test/{SUBSET}/cluster/accuracy"),
+                f"{metrics.get(f'control/{key}', math.nan):.3f}",
+                _with_deviation(metrics, f"test/{SUBSET}/thumbnail_1nn/accuracy"),
+                f"{metrics.get(f'fewer_errors/{key}', math.nan):.0%}",
+            ]
+        )
+    return f"Accuracy on {SUBSET} test slices:\n\n" + markdown_table(
+        header, rows, num_text_columns=1
+    )
+
+
+def _with_deviation(metrics: Metrics, name: str) -> str:
+    if name not in metrics:
+        return "–"
+    deviation = metrics.get(f"{name}_std")
+    return f"{metrics[name]:.3f}" + ("" if deviation is None else f" ± {deviation:.3f}")
+
+
+def _plot(found: Mapping[float, Metrics]) -> Figure:
+    figure = new_figure(6.0, 4.0)
+    axes = figure.subplots()
+    shares = list(found)
+    for label, colour, prefix in (
+        ("recipe, head", BLUE, f"test/{SUBSET}/head"),
+        ("control, head", ORANGE, f"control/test/{SUBSET}/head"),
+        ("nearest labelled thumbnail", GREY, f"test/{SUBSET}/thumbnail_1nn"),
+    ):
+        name = f"{prefix}/accuracy"
+        values: Sequence[float] = [metrics.get(name, math.nan) for metrics in found.values()]
+        spread = [metrics.get(f"{name}_std", 0.0) for metrics in found.values()]
+        axes.errorbar(shares, values, yerr=spread, marker="o", capsize=3, color=colour, label=label)
+    axes.set_xscale("log")
+    axes.set_xticks(shares, [f"{share:.0%}" for share in shares], minor=False)
+    axes.minorticks_off()
+    axes.set_xlabel("labelled share of the training slices")
+    axes.set_ylabel(f"accuracy, {SUBSET} test slices")
+    axes.legend(frameon=False)
+    tidy(axes, grid="y")
+    return figure

@@ -1,0 +1,464 @@
+"""A cost model: what each stage takes here, and what that says of clusters nobody has here.
+
+Every stage is timed at four sizes or more, a line through the amount of its work is fitted, and the
+line is checked at a size that it has not seen. Two large runs are then reckoned from the work
+alone, with assumed rates of GPUs and networks, each with its source and marked as unmeasured.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from scipy.optimize import nnls
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from brainray.benchmarks.result import BenchmarkResult, CaseOptions, Measure
+from brainray.benchmarks.samples import embedding_like, perturbed
+from brainray.clustering.gmm import GaussianMixture
+from brainray.clustering.kmeans import KMeans
+from brainray.clustering.metrics import silhouette
+from brainray.clustering.pca import PCA
+from brainray.config import NearDuplicateConfig, PreprocessConfig, TrainConfig
+from brainray.engine.epoch import autocast
+from brainray.engine.recipe import build_optimizer, resolve_precision
+from brainray.models.encoder import Encoder
+from brainray.mri.duplicates import near_duplicate_pairs
+from brainray.mri.phantom import CLASSES, make_slice
+from brainray.mri.resize import thumbnail
+from brainray.orchestration.preparation import preprocess_file
+from brainray.orchestration.source import FoundFile
+from brainray.report.style import BLUE, VERMILLION, new_figure, tidy
+from brainray.report.table import markdown_table
+
+MAX_ERROR = 0.15
+EMBEDDING_DIM, PCA_DIM, NUM_CLASSES = 512, 32, 4
+NUM_ITERATIONS = 10
+THUMBNAIL_BYTES = 96 * 96
+_BATCH = 32
+_REPEATS = 3
+
+
+class Size(NamedTuple):
+    """What a stage's time depends on; a stage reads what concerns it."""
+
+    rows: int = 0
+    side: int = 0  # pixels
+    features: int = 0
+    clusters: int = 0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Something that is timed: seconds = fixed + rate * work(size)."""
+
+    name: str
+    unit: str  # of the work
+    work: Callable[[Size], float]
+    prepare: Callable[[Size], Callable[[], object]]  # what is timed, made ready
+    sizes: Sequence[Size]
+    held_out: Size
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A stage's line, and how far it is off at the size held out."""
+
+    fixed_s: float
+    rate_s: float  # seconds for a unit of work
+    error: float  # relative, absolute value
+    points: list[tuple[float, float]]  # (work, seconds), the one held out last
+
+
+class Rate(NamedTuple):
+    """An assumption about hardware that is not here."""
+
+    value: float
+    unit: str
+    source: str
+
+
+ASSUMED = {
+    "gpu_bf16": Rate(312e12, "FLOP/s", "NVIDIA A100 data sheet, dense bf16 peak"),
+    "gpu_fp64": Rate(9.7e12, "FLOP/s", "NVIDIA A100 data sheet, fp64 peak"),
+    "gpu_memory": Rate(1.9e12, "B/s", "NVIDIA A100 80 GB data sheet"),
+    "utilisation": Rate(0.25, "of peak", "assumption: small convolutions reach a quarter"),
+    "network": Rate(12.5e9, "B/s", "assumption: 100 Gbit/s between nodes"),
+    "latency": Rate(50e-6, "s", "assumption: of one collective over nodes"),
+    "node_cpus": Rate(96, "CPUs", "assumption: with 8 GPUs each"),
+    "gpu_hour": Rate(2.5, "USD", "assumption: on-demand price of one such GPU"),
+}
+
+
+def run(options: CaseOptions) -> BenchmarkResult:
+    """Time of each stage against its work, checked at an unseen size, carried to large runs."""
+    fits: dict[str, Fit] = {}
+    measures = []
+    for stage in _stages(options.quick, options.seed):
+        fits[stage.name] = fit = _fit(stage)
+        options.log(f"{stage.name}: off by {fit.error:.1%} at the size held out")
+        measures += [
+            Measure(f"{stage.name}: error at an unseen size", fit.error, at_most=MAX_ERROR),
+            Measure(f"{stage.name}: rate", fit.rate_s, f"s/{stage.unit}"),
+        ]
+    plans = [Plan(1_000_000, 8), Plan(10_000_000, 64)]
+    costs = {str(plan): plan.costs(fits) for plan in plans}
+    details = {
+        "fits": {name: vars(fit) for name, fit in fits.items()},
+        "assumed": {name: rate._asdict() for name, rate in ASSUMED.items()},
+        "costs": costs,
+        "threads": torch.get_num_threads(),
+    }
+    return BenchmarkResult(measures, details, _figure(fits), report=_report(fits, costs))
+
+
+def _stages(quick: bool, seed: int) -> list[Stage]:
+    shrink = 4 if quick else 1
+
+    def rows(*counts: int) -> list[Size]:
+        return [Size(count // shrink, features=64, clusters=16) for count in counts]
+
+    def sides(*pixels: int) -> list[Size]:
+        return [Size(_BATCH, side=side) for side in pixels]
+
+    of_embeddings = {
+        "k-means": lambda size: partial(_kmeans, size, seed),
+        "mixture, diag": lambda size: partial(_mixture, size, seed, "diag"),
+        "mixture, full": lambda size: partial(_mixture, size, seed, "full"),
+    }
+    work_of = {
+        "k-means": lambda size: size.rows * size.features * size.clusters * NUM_ITERATIONS,
+        "mixture, diag": lambda size: size.rows * size.features * size.clusters * NUM_ITERATIONS,
+        "mixture, full": lambda size: (
+            size.rows * size.features**2 * size.clusters * NUM_ITERATIONS
+        ),
+    }
+    return [
+        Stage(
+            "preprocess a file",
+            "pixel",
+            lambda size: size.side**2,
+            partial(_prepare_files, seed=seed),
+            [Size(side=side) for side in (192, 256, 384, 512, 768)],
+            Size(side=448),
+        ),
+        Stage(
+            "find near-duplicates",
+            "slice",
+            lambda size: size.rows,
+            partial(_prepare_duplicates, seed=seed),
+            [Size(count // shrink) for count in (500, 1000, 2000, 4000)],
+            Size(3000 // shrink),
+        ),
+        Stage(
+            "train on a batch",
+            "FLOP",
+            lambda size: 3 * _forward_flops(size.side) * size.rows,
+            _prepare_step,
+            sides(64, 96, 128, 160, 224),
+            Size(_BATCH, side=192),
+        ),
+        Stage(
+            "embed a batch",
+            "FLOP",
+            lambda size: _forward_flops(size.side) * size.rows,
+            _prepare_embedding,
+            sides(64, 96, 128, 160, 224),
+            Size(_BATCH, side=192),
+        ),
+        Stage(
+            "PCA",
+            "multiplication",
+            lambda size: size.rows * size.features**2,
+            partial(_prepare_pca, seed=seed),
+            [Size(count // shrink, features=512) for count in (5_000, 10_000, 20_000, 40_000)],
+            Size(30_000 // shrink, features=512),
+        ),
+        *(
+            Stage(
+                name,
+                "multiplication",
+                work_of[name],
+                prepare,
+                rows(50_000, 100_000, 200_000, 400_000),
+                rows(300_000)[0],
+            )
+            for name, prepare in of_embeddings.items()
+        ),
+        Stage(
+            "silhouette",
+            "pair",
+            lambda size: size.rows**2,
+            partial(_prepare_silhouette, seed=seed),
+            [Size(count // shrink) for count in (2_000, 4_000, 8_000, 12_000)],
+            Size(10_000 // shrink),
+        ),
+    ]
+
+
+def _fit(stage: Stage) -> Fit:
+    """Least squares of relative errors, neither part negative."""
+    seconds = {size: _seconds(stage.prepare(size)) for size in (*stage.sizes, stage.held_out)}
+    work = np.array([stage.work(size) for size in stage.sizes])
+    measured = np.array([seconds[size] for size in stage.sizes])
+    unit = work.max()  # both columns of the same magnitude
+    design = np.stack([np.ones_like(work), work / unit], axis=1) / measured[:, None]
+    (fixed, rate), _ = nnls(design, np.ones(len(work)))
+    expected = fixed + rate / unit * stage.work(stage.held_out)
+    points = [(stage.work(size), value) for size, value in seconds.items()]
+    error = abs(expected / seconds[stage.held_out] - 1)
+    return Fit(float(fixed), float(rate / unit), float(error), points)
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """The least of a few: what else the machine does only ever adds."""
+    work()
+    best = math.inf
+    for _ in range(_REPEATS):
+        started = time.perf_counter()
+        work()
+        best = min(best, time.perf_counter() - started)
+    return best
+
+
+def _prepare_files(size: Size, seed: int) -> Callable[[], object]:
+    rng = np.random.default_rng(seed)
+    image = perturbed(make_slice(CLASSES[0], rng).image, size.side, rng)
+    _, encoded = cv2.imencode(".jpg", image)
+    content = encoded.tobytes()
+    file = FoundFile("slice.jpg", num_bytes=len(content), mtime_ns=0)
+
+    def many() -> None:
+        for _ in range(20):
+            preprocess_file(content, file, PreprocessConfig(), b"0" * 32)
+
+    return many
+
+
+def _prepare_duplicates(size: Size, seed: int) -> Callable[[], object]:
+    rng = np.random.default_rng(seed)
+    slices = [make_slice(CLASSES[number % len(CLASSES)], rng).image for number in range(64)]
+    prints = np.stack(
+        [
+            thumbnail(perturbed(slices[number % len(slices)], 224, rng)).ravel()
+            for number in range(size.rows)
+        ]
+    )
+    return lambda: near_duplicate_pairs(prints, NearDuplicateConfig())
+
+
+def _prepare_step(size: Size) -> Callable[[], object]:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    encoder = Encoder("resnet18", NUM_CLASSES).to(device).to(memory_format=torch.channels_last)
+    optimizer, _ = build_optimizer(encoder, TrainConfig(), 1000)
+    images = torch.randn(size.rows, 1, size.side, size.side, device=device)
+    images = images.contiguous(memory_format=torch.channels_last)
+    labels = torch.arange(size.rows, device=device) % NUM_CLASSES
+    precision = resolve_precision("auto", device)
+
+    def step() -> None:
+        encoder.train()
+        with autocast(device, precision):
+            logits = encoder(images).logits
+        nn.functional.cross_entropy(logits, labels).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    return step
+
+
+def _prepare_embedding(size: Size) -> Callable[[], object]:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    encoder = Encoder("resnet18", NUM_CLASSES).to(device).to(memory_format=torch.channels_last)
+    images = torch.randn(size.rows, 1, size.side, size.side, device=device)
+    images = images.contiguous(memory_format=torch.channels_last)
+    precision = resolve_precision("auto", device)
+
+    @torch.inference_mode()
+    def embedding() -> None:
+        encoder.eval()
+        with autocast(device, precision):
+            encoder(images)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    return embedding
+
+
+def _prepare_pca(size: Size, seed: int) -> Callable[[], object]:
+    rows = torch.from_numpy(embedding_like(size.rows, size.features, NUM_CLASSES, seed)).double()
+    return lambda: PCA(PCA_DIM).fit(rows)
+
+
+def _kmeans(size: Size, seed: int) -> object:
+    rows = _rows(size, seed)
+    return KMeans(size.clusters, max_iter=NUM_ITERATIONS, tol=0.0).fit(
+        rows, init_centers=rows[: size.clusters].clone()
+    )
+
+
+def _mixture(size: Size, seed: int, covariance_type: str) -> object:
+    rows = _rows(size, seed)
+    hard = nn.functional.one_hot(torch.arange(size.rows) % size.clusters, size.clusters)
+    mixture = GaussianMixture(
+        size.clusters,
+        "full" if covariance_type == "full" else "diag",
+        max_iter=NUM_ITERATIONS,
+        tol=0.0,
+    )
+    return mixture.fit(rows, init_responsibilities=hard.float())
+
+
+_DRAWN: dict[Size, torch.Tensor] = {}
+
+
+def _rows(size: Size, seed: int) -> torch.Tensor:
+    """Drawn once for a size: drawing takes longer than clustering."""
+    if size not in _DRAWN:
+        _DRAWN.clear()
+        _DRAWN[size] = torch.from_numpy(
+            embedding_like(size.rows, size.features, size.clusters, seed)
+        )
+    return _DRAWN[size]
+
+
+def _prepare_silhouette(size: Size, seed: int) -> Callable[[], object]:
+    rows = embedding_like(size.rows, EMBEDDING_DIM, NUM_CLASSES, seed)
+    clusters = np.arange(size.rows) % NUM_CLASSES
+    return lambda: silhouette(rows, clusters)
+
+
+def _forward_flops(side: int) -> float:
+    """Of one slice through the encoder, counted by torch without computing."""
+    with torch.device("meta"):
+        encoder = Encoder("resnet18", NUM_CLASSES).eval()
+        images = torch.empty(1, 1, side, side)
+    with FlopCounterMode(display=False) as counter:
+        encoder(images)
+    return float(counter.get_total_flops())
+
+
+class Plan(NamedTuple):
+    """A run that nobody has made: slices of 256 px, on nodes of 8 GPUs each."""
+
+    num_slices: int
+    num_gpus: int
+    side: int = 256  # pixels
+    num_clusters: int = 16
+    iterations: int = 20  # of K-means and of the mixture, each epoch
+    num_epochs: int = 20
+    batch: int = 256  # slices of a step on each GPU
+
+    def __str__(self) -> str:
+        return f"{self.num_slices:,} slices on {self.num_gpus} GPUs"
+
+    def costs(self, fits: dict[str, Fit]) -> dict[str, float]:
+        """Seconds by stage, bytes by place, and dollars; rates of GPUs and networks assumed."""
+        mine = self.num_slices / self.num_gpus
+        tensor_rate = ASSUMED["gpu_bf16"].value * ASSUMED["utilisation"].value
+        double_rate = ASSUMED["gpu_fp64"].value * ASSUMED["utilisation"].value
+        num_nodes = math.ceil(self.num_gpus / 8)
+        cpus = ASSUMED["node_cpus"].value * num_nodes
+        forward = _forward_flops(self.side)
+        # Unlabelled slices once, and as many labelled ones beside them.
+        steps = mine / self.batch
+        num_parameters = sum(p.numel() for p in Encoder("resnet18", NUM_CLASSES).parameters())
+        exchange = 2 * 4 * num_parameters / ASSUMED["network"].value + ASSUMED["latency"].value
+        full_covariance = PCA_DIM**2 * self.num_clusters * 2 * self.iterations
+        clustering = mine * (2 * EMBEDDING_DIM**2 + 2 * full_covariance) / double_rate
+        statistics = self.num_clusters * PCA_DIM**2 * 8 / ASSUMED["network"].value
+        num_test = 0.2 * self.num_slices
+        train_s = steps * 2 * self.batch * 3 * forward / tensor_rate
+        gathered = self.num_slices * 4 * (2 + 2 * self.num_clusters + PCA_DIM + NUM_CLASSES)
+        epoch = {
+            "train": train_s,
+            "exchange gradients": steps * exchange if num_nodes > 1 else 0.0,
+            "embed": mine * 1.2 * forward / tensor_rate,
+            "re-cluster": clustering + 2 * self.iterations * (ASSUMED["latency"].value + statistics),
+            "gather for the checkpoint": gathered / ASSUMED["network"].value,
+            "silhouette on one CPU": num_test**2 * fits["silhouette"].rate_s,
+        }
+        files = fits["preprocess a file"]
+        per_file = (files.fixed_s + files.rate_s * 512**2) / 20
+        once = {
+            "preprocess, 512 px files": self.num_slices * per_file * _threads() / cpus,
+            "find near-duplicates on one node": (
+                self.num_slices
+                * fits["find near-duplicates"].rate_s
+                * _threads()
+                / ASSUMED["node_cpus"].value
+            ),
+        }
+        total = sum(once.values()) + self.num_epochs * sum(epoch.values())
+        return (
+            {f"once: {name} (s)": value for name, value in once.items()}
+            | {f"each epoch: {name} (s)": value for name, value in epoch.items()}
+            | {
+                "memory: slices on each GPU (GB)": mine * self.side**2 / 1e9,
+                "memory: embeddings on each GPU, float64 (GB)": mine * 3 * EMBEDDING_DIM * 8 / 1e9,
+                "memory: gathered on every rank (GB)": gathered / 1e9,
+                "memory: fingerprints in the driver (GB)": self.num_slices * THUMBNAIL_BYTES / 1e9,
+                "whole run (h)": total / 3600,
+                "whole run (USD)": total / 3600 * self.num_gpus * ASSUMED["gpu_hour"].value,
+            }
+        )
+
+
+def _threads() -> int:
+    """What was fitted here ran on so many CPUs."""
+    return torch.get_num_threads()
+
+
+def _figure(fits: dict[str, Fit]) -> Figure:
+    """Seconds against work for each stage, with its line and the size held out."""
+    columns = 3
+    figure = new_figure(4.0 * columns, 3.0 * math.ceil(len(fits) / columns))
+    for number, (name, fit) in enumerate(fits.items(), start=1):
+        axes = figure.add_subplot(math.ceil(len(fits) / columns), columns, number)
+        work, seconds = np.array(fit.points).T
+        line = np.linspace(work.min(), work.max())
+        axes.plot(line, fit.fixed_s + fit.rate_s * line, color="#BBBBBB")
+        axes.plot(work[:-1], seconds[:-1], "o", color=BLUE, label="fitted")
+        axes.plot(work[-1:], seconds[-1:], "D", color=VERMILLION, label="held out")
+        axes.set_title(name, fontsize=10)
+        axes.set_xlabel("work")
+        axes.set_ylabel("s")
+        tidy(axes, grid="y")
+        if number == 1:
+            axes.legend(frameon=False)
+    return figure
+
+
+def _report(fits: dict[str, Fit], costs: dict[str, dict[str, float]]) -> str:
+    """The model in Markdown."""
+    fitted = markdown_table(
+        ["stage", "fixed (s)", "rate (s for a unit of work)", "error at an unseen size"],
+        [
+            [name, f"{fit.fixed_s:.3g}", f"{fit.rate_s:.3g}", f"{fit.error:.1%}"]
+            for name, fit in fits.items()
+        ],
+        num_text_columns=1,
+    )
+    carried = markdown_table(
+        ["unmeasured", *costs],
+        [
+            [name, *(f"{found[name]:,.3g}" for found in costs.values())]
+            for name in next(iter(costs.values()))
+        ],
+        num_text_columns=1,
+    )
+    assumed = markdown_table(
+        ["assumption", "source", "value"],
+        [[name, rate.source, f"{rate.value:.3g} {rate.unit}"] for name, rate in ASSUMED.items()],
+        num_text_columns=2,
+    )
+    return f"## Measured\n\n{fitted}\n\n## Carried to large runs\n\n{carried}\n\n{assumed}\n"

@@ -1,0 +1,49 @@
+"""Several draws of labels: means, deviations, and paired differences to a control."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from scipy import stats
+
+Metrics = dict[str, float]
+
+_CONFIDENCE = 0.95
+
+
+def summarise_draws(draws: Sequence[Metrics], control: Sequence[Metrics] | None = None) -> Metrics:
+    """Figures over draws of labels, from the test figures of each draw's run.
+
+    For every ``test/...`` figure that all draws have: its mean under its own name, and the sample
+    standard deviation as ``NAME_std``. With a control, whose runs have the same labels draw by
+    draw: the mean paired difference ``difference/NAME``, its 95 % interval by Student's t over
+    draws (``_low``, ``_high``; absent with one draw), and for accuracies ``fewer_errors/NAME``,
+    the share of the control's mean errors that is spared.
+    """
+    metrics: Metrics = {"num_label_draws": float(len(draws))}
+    for name in sorted(_common_names([*draws, *(control or [])])):
+        values = np.array([draw[name] for draw in draws])
+        metrics[name] = float(values.mean())
+        if len(draws) > 1:
+            metrics[f"{name}_std"] = float(values.std(ddof=1))
+        if control is None:
+            continue
+        others = np.array([draw[name] for draw in control])
+        differences = values - others
+        metrics[f"control/{name}"] = float(others.mean())
+        metrics[f"difference/{name}"] = float(differences.mean())
+        if len(draws) > 1:
+            half = stats.t.ppf((1 + _CONFIDENCE) / 2, len(draws) - 1)
+            half *= differences.std(ddof=1) / math.sqrt(len(draws))
+            metrics[f"difference/{name}_low"] = float(differences.mean() - half)
+            metrics[f"difference/{name}_high"] = float(differences.mean() + half)
+        if name.endswith("/accuracy") and others.mean() < 1:
+            spared = (others.mean() - values.mean()) / (others.mean() - 1)
+            metrics[f"fewer_errors/{name}"] = float(spared)
+    return metrics
+
+
+def _common_names(runs: Sequence[Metrics]) -> set[str]:
+    names = set.intersection(*(set(run) for run in runs))
+    bounds = ("_low", "_high")  # of one run's bootstrap: their means bound nothing
+    return {name for name in names if name.startswith("test/") and not name.endswith(bounds)}

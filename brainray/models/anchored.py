@@ -1,0 +1,30 @@
+"""Consistency and anchored prototypes together: head and clusters learn the same classes."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from brainray.models.consistency import ConsistencyObjective
+from brainray.models.objective import StepOutputs, StepSizes, StepTargets
+from brainray.models.prototype import PrototypeObjective
+
+
+@dataclass(frozen=True)
+class AnchoredObjective:
+    """The losses of `ConsistencyObjective` and `PrototypeObjective`, one cross entropy."""
+
+    consistency: ConsistencyObjective
+    prototype: PrototypeObjective
+
+    def step_sizes(self, labelled: int, unlabelled: int) -> StepSizes:
+        return StepSizes(labelled, unlabelled)
+
+    def loss(self, outputs: StepOutputs, targets: StepTargets) -> dict[str, Tensor]:
+        terms = self.consistency.loss(outputs, targets)
+        prototype, anchor = self.prototype.clustering_terms(outputs, targets)
+        cluster = self.prototype.lambda_cluster * (targets.ramp * prototype + anchor)
+        return terms | {
+            "total": terms["total"] + cluster,
+            "cluster": prototype.detach(),
+            "anchor": anchor.detach(),
+        }

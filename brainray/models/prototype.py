@@ -1,0 +1,67 @@
+"""The clustering term made sound: the mixture's means as prototypes, anchored by labels."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from brainray.models.objective import StepOutputs, StepSizes, StepTargets
+
+
+@dataclass(frozen=True)
+class PrototypeObjective:
+    """L = L_CE(labelled) + lambda * [ramp * L_prototype(unlabelled) + L_anchor(labelled)].
+
+    METHOD A's second term pulls z towards its mean, and nothing keeps the means apart. Here z must
+    be nearer to its own prototype than to the others (Li et al. 2021, "Prototypical Contrastive
+    Learning", equation 10, with the mixture's soft assignments), and a labelled slice to those
+    of its class.
+    """
+
+    lambda_cluster: float
+    temperature: float
+
+    def step_sizes(self, labelled: int, unlabelled: int) -> StepSizes:
+        return StepSizes(labelled, unlabelled)
+
+    def loss(self, outputs: StepOutputs, targets: StepTargets) -> dict[str, Tensor]:
+        cross_entropy = F.cross_entropy(outputs.labelled.logits, targets.labels)
+        prototype, anchor = self.clustering_terms(outputs, targets)
+        total = cross_entropy + self.lambda_cluster * (targets.ramp * prototype + anchor)
+        return {
+            "total": total,
+            "ce": cross_entropy.detach(),
+            "cluster": prototype.detach(),
+            "anchor": anchor.detach(),
+        }
+
+    def clustering_terms(
+        self, outputs: StepOutputs, targets: StepTargets
+    ) -> tuple[Tensor, Tensor]:
+        """(L_prototype, L_anchor)."""
+        log_near_labelled = log_nearness(outputs.labelled.z, targets.centers, self.temperature)
+        anchor = anchor_loss(log_near_labelled, targets.labels, targets.class_of_cluster)
+        log_near = log_nearness(outputs.unlabelled.z, targets.centers, self.temperature)
+        each = -(targets.responsibilities * log_near).sum(dim=1)
+        return (targets.confidences * each).mean(), anchor
+
+
+def log_nearness(z: Tensor, centers: Tensor, temperature: float) -> Tensor:
+    """(N, K): log softmax over k of cos(z_i, mu_k) / temperature, of z (N, E) and mu (K, E)."""
+    prototypes = F.normalize(centers.detach())
+    return F.log_softmax(F.normalize(z) @ prototypes.T / temperature, dim=1)
+
+
+def anchor_loss(log_near: Tensor, labels: Tensor, class_of_cluster: Tensor) -> Tensor:
+    """-(1/N) sum_i log sum_{k of class y_i} p_ik, a scalar: any sub-type of the class will do.
+
+    Args:
+        log_near: log p, (N, K).
+        labels: y, (N,) int64; a class without a cluster gives nothing.
+        class_of_cluster: (K,) int64.
+    """
+    belongs = labels[:, None] == class_of_cluster  # (N, K)
+    has_cluster = belongs.any(dim=1)
+    own = log_near.masked_fill(~belongs, -torch.inf)[has_cluster].logsumexp(dim=1)
+    return -own.sum() / max(len(labels), 1)

@@ -1,0 +1,90 @@
+"""One recipe trained on several draws of labels."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from brainray import layout
+from brainray.config import Config
+from brainray.engine.draws import Metrics, summarise_draws
+from brainray.errors import ConfigError
+from brainray.orchestration.driver import TrainedRun, train
+from brainray.orchestration.run import open_run
+from brainray.report.draws_table import draws_table
+from brainray.storage import Folder
+
+Log = Callable[[str], None]
+
+_TABLE = "table.md"
+
+
+@dataclass(frozen=True)
+class DrawnRuns:
+    """The runs of all draws, and the figures over them."""
+
+    folder: Folder
+    runs: list[TrainedRun]
+    metrics: Metrics
+
+
+def train_draws(config: Config, log: Log = print) -> DrawnRuns:
+    """Train ``config`` on ``evaluation.num_label_draws`` draws, or go on with them.
+
+    Each is a run of its own, ``NAME-draw1`` and so on, so that what is finished is never
+    repeated. ``evaluation.control`` names the runs of a control in the same way.
+
+    Raises:
+        BrainrayError: settings or data with which training cannot start, or a control that lacks
+            a draw.
+    """
+    if config.name is None:
+        raise ConfigError("training needs a name for the run: --set name=NAME")
+    num_draws = config.evaluation.num_label_draws
+    control = None
+    if config.evaluation.control is not None:
+        control = [_figures_of(config, config.evaluation.control, i) for i in range(num_draws)]
+    runs = []
+    for number in range(num_draws):
+        log(f"draw {number + 1} of {num_draws}: run {draw_name(config.name, number)}")
+        runs.append(train(_of_draw(config, number), log))
+    metrics = summarise_draws([run.metrics for run in runs], control)
+    folder = Folder(config.storage) / layout.DRAWS / config.name
+    folder.write_bytes(_TABLE, (draws_table(metrics) + "\n").encode())
+    folder.write_json(layout.SUMMARY, metrics)
+    return DrawnRuns(folder, runs, metrics)
+
+
+def draw_name(name: str, number: int) -> str:
+    """Name of a draw's run; ``number`` counts from 0."""
+    return f"{name}-draw{number + 1}"
+
+
+def _of_draw(config: Config, number: int) -> Config:
+    assert config.name is not None, "checked by the caller"
+    control = config.evaluation.control
+    split = config.split.model_copy(update={"seed": config.split.seed + number})
+    evaluation = config.evaluation.model_copy(
+        update={"control": None if control is None else draw_name(control, number)}
+    )
+    return config.model_copy(
+        update={
+            "name": draw_name(config.name, number),
+            "split": split,
+            "evaluation": evaluation,
+        }
+    )
+
+
+def _figures_of(config: Config, control: str, number: int) -> Metrics:
+    run = open_run(Folder(config.storage), draw_name(control, number))
+    if not run.is_complete:
+        raise ConfigError(
+            f"evaluation.control={control}: its run {draw_name(control, number)} is not complete; "
+            "train the control on as many draws first"
+        )
+    if run.info["settings"]["split"]["seed"] != config.split.seed + number:
+        raise ConfigError(
+            f"evaluation.control={control}: its run {draw_name(control, number)} was trained on "
+            "other labels; give both the same split.seed"
+        )
+    metrics: Metrics = run.folder.read_json(layout.SUMMARY)
+    return metrics

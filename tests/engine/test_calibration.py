@@ -1,0 +1,47 @@
+"""Calibration: confidences that are too high are seen, and a temperature mends them."""
+
+import math
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from brainray.engine.calibration import calibration_error, fit_temperature, temper
+
+
+def drawn(num: int = 20_000) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Probabilities (num, 3), and labels drawn from exactly these."""
+    rng = np.random.default_rng(0)
+    probabilities = rng.dirichlet([1.0, 1.0, 1.0], size=num)
+    labels = (rng.random(num)[:, None] > probabilities.cumsum(axis=1)).sum(axis=1)
+    return probabilities, labels.astype(np.int64)
+
+
+def test_the_error_by_hand() -> None:
+    # Confidence 0.8 and accuracy 1/2 in one bin, confidence 0.6 and accuracy 1 in another.
+    probabilities = np.array([[0.8, 0.2], [0.8, 0.2], [0.4, 0.6], [0.4, 0.6]])
+    labels = np.array([0, 1, 1, 1])
+    assert calibration_error(probabilities, labels) == pytest.approx((0.3 + 0.4) / 2)
+
+
+def test_true_probabilities_are_calibrated_and_need_no_temperature() -> None:
+    probabilities, labels = drawn()
+    assert calibration_error(probabilities, labels) < 0.01
+    assert fit_temperature(probabilities, labels) == pytest.approx(1.0, abs=0.03)
+
+
+def test_the_temperature_undoes_overconfidence() -> None:
+    probabilities, labels = drawn()
+    overconfident = temper(probabilities, 0.4)
+    assert calibration_error(overconfident, labels) > 0.1
+    temperature = fit_temperature(overconfident, labels)
+    assert temperature == pytest.approx(1 / 0.4, rel=0.03)
+    assert calibration_error(temper(overconfident, temperature), labels) < 0.01
+
+
+def test_tempering_is_a_softmax_and_keeps_the_order() -> None:
+    tempered = temper(np.array([[0.7, 0.2, 0.1], [1.0, 0.0, 0.0]]), 2.0)
+    assert tempered.sum(axis=1) == pytest.approx(1.0)
+    roots = np.sqrt([0.7, 0.2, 0.1])
+    assert tempered[0] == pytest.approx(roots / roots.sum())
+    assert math.isfinite(tempered[1, 1])

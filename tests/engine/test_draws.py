@@ -1,0 +1,38 @@
+"""Figures over draws of labels, by hand."""
+
+import math
+
+import pytest
+
+from brainray.engine.draws import summarise_draws
+
+NAME = "test/clean/head/accuracy"
+DRAWS = [{NAME: value, f"{NAME}_low": 0.0, "validation/loss": 1.0} for value in (0.90, 0.94, 0.95)]
+CONTROL = [{NAME: value} for value in (0.80, 0.86, 0.89)]
+
+
+def test_means_and_deviations_over_draws() -> None:
+    found = summarise_draws(DRAWS)
+    assert found["num_label_draws"] == 3
+    assert found[NAME] == pytest.approx(0.93)
+    # Deviations -0.03, 0.01, 0.02: sum of squares 0.0014 over n - 1 = 2.
+    assert found[f"{NAME}_std"] == pytest.approx(math.sqrt(0.0007))
+    assert set(found) == {"num_label_draws", NAME, f"{NAME}_std"}
+
+
+def test_differences_are_paired_by_draw() -> None:
+    found = summarise_draws(DRAWS, CONTROL)
+    # Differences 0.10, 0.08, 0.06; t of 2 degrees of freedom at 97.5 % is 4.3027.
+    half = 4.30265 * 0.02 / math.sqrt(3)
+    assert found[f"control/{NAME}"] == pytest.approx(0.85)
+    assert found[f"difference/{NAME}"] == pytest.approx(0.08)
+    assert found[f"difference/{NAME}_low"] == pytest.approx(0.08 - half, abs=1e-6)
+    assert found[f"difference/{NAME}_high"] == pytest.approx(0.08 + half, abs=1e-6)
+    assert found[f"fewer_errors/{NAME}"] == pytest.approx(0.08 / 0.15)
+
+
+def test_one_draw_has_no_deviation_and_no_interval() -> None:
+    found = summarise_draws(DRAWS[:1], CONTROL[:1])
+    assert f"{NAME}_std" not in found
+    assert f"difference/{NAME}_low" not in found
+    assert found[f"difference/{NAME}"] == pytest.approx(0.10)
