@@ -59,7 +59,9 @@ def run(options: CaseOptions) -> BenchmarkResult:
     settings = NearDuplicateConfig()
     num_slices, num_copied = (600, 60) if options.quick else (2400, 200)
     images, neighbours = (
-        _phantoms(num_slices, rng) if options.source is None else _real(options.source, num_slices, options.seed)
+        _phantoms(num_slices, rng)
+        if options.source is None
+        else _real(options.source, num_slices, options.seed)
     )
     fingerprints = np.stack([fingerprint(image) for image in images])
     options.log(f"{len(images)} slices, {len(neighbours)} neighbouring pairs")

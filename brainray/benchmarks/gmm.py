@@ -2,7 +2,6 @@
 
 import time
 import warnings
-from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -73,7 +72,9 @@ def run(options: CaseOptions) -> BenchmarkResult:
         ]
         best = min(peers, key=lambda name: timed[name].seconds)
         speedup = timed[best].seconds / timed[OURS].seconds
-        options.log(f"{size}: " + ", ".join(f"{k} {1e3 * v.seconds:.1f} ms" for k, v in timed.items()))
+        options.log(
+            f"{size}: " + ", ".join(f"{k} {1e3 * v.seconds:.1f} ms" for k, v in timed.items())
+        )
         milliseconds[str(size)] = {name: 1e3 * found.seconds for name, found in timed.items()}
         measures += [
             Measure(f"{size}: against {best}", speedup, "x", at_least=size.at_least),

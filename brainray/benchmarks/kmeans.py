@@ -2,7 +2,6 @@
 
 import time
 import warnings
-from collections.abc import Callable
 from typing import NamedTuple
 
 import faiss
@@ -48,7 +47,9 @@ def run(options: CaseOptions) -> BenchmarkResult:
         rows = embedding_like(size.num_rows, size.num_features, size.num_clusters, options.seed)
         rounds = 9 if size.num_rows <= 10_000 else 3
         cold = rows[np.random.default_rng(options.seed).choice(len(rows), size.num_clusters, False)]
-        noise = np.random.default_rng(options.seed + 1).standard_normal(rows.shape, dtype=np.float32)
+        noise = np.random.default_rng(options.seed + 1).standard_normal(
+            rows.shape, dtype=np.float32
+        )
         settled = _ours(rows, cold, 100).cluster_centers_.numpy()
         moved = rows + np.float32(DRIFT) * noise
         for start, data, centers in (("cold", rows, cold), ("warm", moved, settled)):

@@ -57,7 +57,10 @@ def run(options: CaseOptions) -> BenchmarkResult:
         folder = Path(temporary)
         options.log(f"writing {max(num_timed, *sizes)} distinct slices of {SIDE} x {SIDE}")
         files = _write_slices(
-            folder / "slices", load_slices(options.source, options.seed), max(num_timed, *sizes), rng
+            folder / "slices",
+            load_slices(options.source, options.seed),
+            max(num_timed, *sizes),
+            rng,
         )
         speedup, iou = _strip_against_opencv(files[: 40 if options.quick else 200])
         options.log("the plain loop")

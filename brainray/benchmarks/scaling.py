@@ -136,9 +136,7 @@ def _stages(quick: bool, seed: int) -> list[Stage]:
     work_of = {
         "k-means": lambda size: size.rows * size.features * size.clusters * NUM_ITERATIONS,
         "mixture, diag": lambda size: size.rows * size.features * size.clusters * NUM_ITERATIONS,
-        "mixture, full": lambda size: (
-            size.rows * size.features**2 * size.clusters * NUM_ITERATIONS
-        ),
+        "mixture, full": lambda size: size.rows * size.features**2 * size.clusters * NUM_ITERATIONS,
     }
     return [
         Stage(
@@ -383,7 +381,8 @@ class Plan(NamedTuple):
             "train": train_s,
             "exchange gradients": steps * exchange if num_nodes > 1 else 0.0,
             "embed": mine * 1.2 * forward / tensor_rate,
-            "re-cluster": clustering + 2 * self.iterations * (ASSUMED["latency"].value + statistics),
+            "re-cluster": clustering
+            + 2 * self.iterations * (ASSUMED["latency"].value + statistics),
             "gather for the checkpoint": gathered / ASSUMED["network"].value,
             "silhouette on one CPU": num_test**2 * fits["silhouette"].rate_s,
         }

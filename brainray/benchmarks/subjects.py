@@ -5,7 +5,6 @@ planes. Phantoms are caricatures whose strangers differ more than people do: the
 the machinery and are a bound on what real heads can give, not an estimate of it.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal

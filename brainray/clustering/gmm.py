@@ -23,11 +23,6 @@ from brainray.clustering.gaussian import (
 from brainray.clustering.kmeans import KMeans
 from brainray.errors import ClusteringError
 
-_BLOCK_ELEMENTS = 2**19
-"""Numbers in the largest tensor of a block: it stays in a processor's cache."""
-
-_MIN_BLOCK_ROWS = 256
-
 # A component with less responsibility than this, in rows, explains nothing: its mean and
 # covariance would be 0 / 0. Nobody has tuned the value; any well-filled mixture is far above it.
 _VANISHED_COUNT = 1e-3
@@ -192,9 +187,7 @@ class GaussianMixture(FittedModule):
             self._reseed(vanished, x, row_keys)
         self._override(start, x.device)
 
-    def _iterate(
-        self, x: Tensor, origin: Tensor, row_keys: Tensor, allowed: Tensor | None
-    ) -> None:
+    def _iterate(self, x: Tensor, origin: Tensor, row_keys: Tensor, allowed: Tensor | None) -> None:
         """Expectation and maximisation until the likelihood rests."""
         self.converged_ = False
         self.lower_bound_ = -math.inf
@@ -352,8 +345,7 @@ class GaussianMixture(FittedModule):
         width = max(self.num_components, x.shape[1])
         if self.covariance_type == "full":
             width = self.num_components * x.shape[1]
-        fitting = max(_BLOCK_ELEMENTS // width, _MIN_BLOCK_ROWS)
-        return shards.blocks(x.shape[0], self.block_rows or fitting)
+        return shards.blocks(x.shape[0], self.block_rows or shards.rows_in_cache(2 * width))
 
     def _center(self) -> Tensor:
         """The mixture's mean, which after an M-step is the mean of the rows fitted."""

@@ -1,5 +1,6 @@
 """K-means on rows that are spread over ranks."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
@@ -12,24 +13,15 @@ from brainray.clustering.fitted import FittedModule
 from brainray.clustering.seeding import kmeans_plus_plus, too_few_distinct_rows
 from brainray.errors import ClusteringError
 
-_BOUNDED_SHARE = 0.1
-"""Bounds are kept while less than this share of the rows moves in an iteration."""
-
-_COPIED_SHARE = 0.3
-"""Copying a row out of its block costs as much as three rows' distances."""
-
-_ROUNDING = 1e-3
-"""Bounds on distances are trusted up to this share of the rows' root mean square: a squared
-distance is a difference of products in float32, whose root keeps half of the digits."""
-
 
 class KMeans(FittedModule):
     """Lloyd's algorithm with scikit-learn's stopping rules; every rank brings its own rows.
 
     The result does not depend on how rows are spread over ranks, up to rounding, provided that
     `row_keys` stay with their rows. Distances are computed in the rows' dtype, on rows centred at
-    their mean (one copy of the shard); sums, counts and inertia in float64. Rows whose nearest
-    centre cannot have changed are skipped (Hamerly 2010, "Making k-means even faster").
+    their mean (one copy of the shard), and summed in it within a block; sums over blocks, counts
+    and inertia are float64. Sums follow the rows that move, so that an iteration at rest costs no
+    more than distances.
 
     Fitted attributes:
         cluster_centers_: (K, D), in the rows' dtype.
@@ -52,7 +44,7 @@ class KMeans(FittedModule):
         tol: float = 1e-4,
         seed: int = 0,
         num_init: int = 1,
-        block_rows: int = 16_384,
+        block_rows: int | None = None,
     ) -> None:
         """
         Args:
@@ -62,10 +54,11 @@ class KMeans(FittedModule):
                 variance of a feature.
             seed: with the row keys, determines the k-means++ draws.
             num_init: k-means++ starts, of which the one with the least inertia is kept.
-            block_rows: rows per matrix product; bounds the memory to block_rows x (D + K).
+            block_rows: rows per matrix product, which bounds the memory to block_rows x (D + K); by
+                default as many as a processor's cache holds.
         """
         super().__init__()
-        if min(num_clusters, max_iter, num_init, block_rows) < 1:
+        if min(num_clusters, max_iter, num_init, block_rows or 1) < 1:
             raise ClusteringError(
                 f"num_clusters={num_clusters}, max_iter={max_iter}, num_init={num_init} and "
                 f"block_rows={block_rows} must all be at least 1"
@@ -111,7 +104,7 @@ class KMeans(FittedModule):
         x = x - origin
         norms = torch.linalg.vector_norm(x, dim=1)
         spread = dist.sum_across_ranks(norms.double().square().sum())
-        data = _CenteredRows(x, norms, row_keys, num_rows, spread)
+        data = _CenteredRows(x, row_keys, num_rows, spread)
         if init_centers is not None:
             best = self._lloyd(data, self._checked(init_centers, x) - origin)
         else:
@@ -131,7 +124,7 @@ class KMeans(FittedModule):
         centers = (self.cluster_centers_ - origin).to(x.dtype)
         squares = centers.square().sum(dim=1)
         labels = torch.empty(x.shape[0], dtype=torch.int64, device=x.device)
-        for block in shards.blocks(x.shape[0], self.block_rows):
+        for block in self._blocks(x):
             rows = x[block] - origin.to(x.dtype)
             labels[block] = torch.addmm(squares, rows, centers.T, alpha=-2).argmin(dim=1)
         return labels
@@ -145,11 +138,12 @@ class KMeans(FittedModule):
                 data.row_keys,
                 seed=self.seed,
                 first_step=start * self.num_clusters,
-                block_rows=self.block_rows,
+                block_rows=self._rows_of_block(data.x),
             )
             solution = self._lloyd(data, centers)
             # The margin keeps rounding from choosing between two starts with the same outcome.
-            if best is None or solution.inertia < best.inertia * (1 - 1e-9):
+            margin = max(1e-9, 10 * torch.finfo(data.x.dtype).eps)
+            if best is None or solution.inertia < best.inertia * (1 - margin):
                 best = solution
         assert best is not None
         return best
@@ -160,14 +154,10 @@ class KMeans(FittedModule):
         assignment = _Assignment.none(data.x, self.num_clusters)
         num_reseeded = num_iter = 0
         at_rest = False
-        # Bounds cost nearly as much as distances: they pay once most rows stay where they are.
-        share_moved = 0.0
         while num_iter < self.max_iter and not at_rest:
             num_iter += 1
-            bounding = share_moved < _BOUNDED_SHARE
-            num_moved = self._reassign(data, centers, assignment, bounding=bounding)
+            num_moved = self._reassign(data, centers, assignment)
             sums, counts, total_moved = assignment.totals(num_moved)
-            share_moved = float(total_moved) / data.num_rows
             new_centers = sums / counts.clamp(min=1)[:, None]
             empty = torch.nonzero(counts == 0).squeeze(1)
             if empty.numel():
@@ -176,41 +166,25 @@ class KMeans(FittedModule):
                 num_reseeded += empty.numel()
             else:
                 shift = float((new_centers - centers).square().sum())
-                at_rest = share_moved == 0 or shift <= max_shift
-            assignment.loosen(torch.linalg.vector_norm(new_centers - centers, dim=1))
+                at_rest = float(total_moved) == 0 or shift <= max_shift
             centers = new_centers
-        num_moved = self._reassign(data, centers, assignment, bounding=False)
+        num_moved = self._reassign(data, centers, assignment)
         sums, counts, _ = assignment.totals(num_moved)
         inertia = data.spread - 2 * (sums * centers).sum() + counts @ centers.square().sum(dim=1)
         return _Solution(centers, max(float(inertia), 0.0), num_iter, num_reseeded)
 
     def _reassign(
-        self, data: "_CenteredRows", centers: Tensor, assignment: "_Assignment", *, bounding: bool
+        self, data: "_CenteredRows", centers: Tensor, assignment: "_Assignment"
     ) -> Tensor:
         """Move each row to its nearest centre; returns how many moved, (1,) float64."""
-        slack = _ROUNDING * float(data.spread / data.num_rows) ** 0.5
         centers = centers.to(data.x.dtype)
+        squares = centers.square().sum(dim=1)
         num_moved = assignment.counts.new_zeros(1)
-        for block in shards.blocks(len(data.x), self.block_rows):
-            place: slice | Tensor = block
-            if assignment.bounded:
-                open_rows = assignment.upper[block] + slack >= assignment.lower[block]
-                num_open = int(open_rows.sum())
-                if num_open == 0:
-                    continue
-                if num_open < _COPIED_SHARE * len(open_rows):
-                    place = block.start + torch.nonzero(open_rows).squeeze(1)
-            rows, labels = data.x[place], assignment.labels[place]
-            scores = torch.addmm(centers.square().sum(dim=1), rows, centers.T, alpha=-2)
-            nearest, least = _nearest(scores, labels)
-            num_moved += assignment.move(rows, labels, nearest)
-            assignment.labels[place] = nearest
-            if bounding:
-                squared = data.norms[place].square()
-                second = scores.scatter_(1, nearest[:, None], torch.inf).amin(dim=1)
-                assignment.upper[place] = (least + squared).clamp(min=0).sqrt()
-                assignment.lower[place] = (second + squared).clamp(min=0).sqrt()
-        assignment.bounded = bounding
+        scores = data.x.new_empty(min(self._rows_of_block(data.x), len(data.x)), len(centers))
+        for block in self._blocks(data.x):
+            rows = data.x[block]
+            distances = torch.addmm(squares, rows, centers.T, alpha=-2, out=scores[: len(rows)])
+            num_moved += assignment.move(block, rows, distances)
         return num_moved
 
     def _farthest_rows(
@@ -227,10 +201,16 @@ class KMeans(FittedModule):
     def _distances(self, x: Tensor, centers: Tensor, labels: Tensor) -> Tensor:
         """Squared distance of each row to its own centre, (n_rank,) float64."""
         distances = torch.empty(x.shape[0], dtype=torch.float64, device=x.device)
-        for block in shards.blocks(x.shape[0], self.block_rows):
+        for block in self._blocks(x):
             difference = x[block].double() - centers[labels[block]]
             distances[block] = difference.square().sum(dim=1)
         return distances
+
+    def _blocks(self, x: Tensor) -> Iterator[slice]:
+        return shards.blocks(x.shape[0], self._rows_of_block(x))
+
+    def _rows_of_block(self, x: Tensor) -> int:
+        return self.block_rows or shards.rows_in_cache(x.shape[1] + self.num_clusters)
 
     def _checked(self, init_centers: Tensor, x: Tensor) -> Tensor:
         expected = (self.num_clusters, x.shape[1])
@@ -245,7 +225,6 @@ class KMeans(FittedModule):
 
 class _CenteredRows(NamedTuple):
     x: Tensor  # (n_rank, D), the mean of all ranks' rows taken away
-    norms: Tensor  # (n_rank,) their lengths
     row_keys: Tensor  # (n_rank,) int64
     num_rows: int  # on all ranks
     spread: Tensor  # () float64, sum of the squared distances of all ranks' rows to their mean
@@ -253,12 +232,9 @@ class _CenteredRows(NamedTuple):
 
 @dataclass
 class _Assignment:
-    """The clusters of this rank's rows, and bounds that tell which rows cannot move."""
+    """The clusters of this rank's rows, and what they sum to."""
 
     labels: Tensor  # (n_rank,) int64, -1 before the first iteration
-    upper: Tensor  # (n_rank,) at least the distance to the own centre
-    lower: Tensor  # (n_rank,) at most the distance to any other centre
-    bounded: bool  # whether the bounds hold
     sums: Tensor  # (K, D) float64, of the rows of each cluster
     counts: Tensor  # (K,) float64
 
@@ -266,35 +242,38 @@ class _Assignment:
     def none(cls, x: Tensor, num_clusters: int) -> Self:
         return cls(
             labels=torch.full((len(x),), -1, device=x.device),
-            upper=torch.empty_like(x[:, 0]),
-            lower=torch.empty_like(x[:, 0]),
-            bounded=False,
             sums=torch.zeros(num_clusters, x.shape[1], dtype=torch.float64, device=x.device),
             counts=torch.zeros(num_clusters, dtype=torch.float64, device=x.device),
         )
 
-    def loosen(self, shifts: Tensor) -> None:
-        """Keep the bounds true after the centres have moved by `shifts` (K,)."""
-        if self.bounded:
-            shifts = shifts.to(self.upper.dtype)
-            self.upper += shifts[self.labels]
-            self.lower -= shifts.max()
+    def move(self, block: slice, rows: Tensor, distances: Tensor) -> int:
+        """Rows (B, D) of a block go where their distance (B, K) is least; returns how many moved.
 
-    def move(self, rows: Tensor, source: Tensor, target: Tensor) -> int:
-        """Rows (m, D) go from cluster `source` (-1: none) to `target`; returns how many moved.
-
-        Only those are summed: after a few iterations hardly any are left.
+        A row that is as near to its own centre as to any stays. Only rows that move are summed,
+        and only their nearest centres are looked for: minima are found many times faster than
+        their places.
         """
-        moved = torch.nonzero(source != target).squeeze(1)
-        if len(moved) < len(rows):
-            rows, source, target = rows[moved], source[moved], target[moved]
-        rows = rows.double()
-        self.sums.index_add_(0, target, rows)
-        self.counts += torch.bincount(target, minlength=len(self.counts))
-        if len(source) and source[0] >= 0:  # in the first iteration none leaves a cluster
-            self.sums.index_add_(0, source, rows, alpha=-1)
-            self.counts -= torch.bincount(source, minlength=len(self.counts))
+        labels = self.labels[block]
+        if len(labels) and labels[0] < 0:  # the first iteration
+            nearest = distances.argmin(dim=1)
+            self.labels[block] = nearest
+            self._add(rows, nearest, 1)
+            return len(rows)
+        own = distances.gather(1, labels[:, None]).squeeze(1)
+        moved = torch.nonzero(own > distances.amin(dim=1)).squeeze(1)
+        if len(moved):
+            rows, source = rows[moved], labels[moved]
+            nearest = distances[moved].argmin(dim=1)
+            labels[moved] = nearest  # a view of all labels
+            self._add(rows, nearest, 1)
+            self._add(rows, source, -1)
         return len(moved)
+
+    def _add(self, rows: Tensor, clusters: Tensor, sign: int) -> None:
+        """Within a block in the rows' dtype: float64 would cost more than the distances."""
+        change = rows.new_zeros(self.sums.shape).index_add_(0, clusters, rows)
+        self.sums += sign * change
+        self.counts += sign * torch.bincount(clusters, minlength=len(self.counts))
 
     def totals(self, num_moved: Tensor) -> tuple[Tensor, ...]:
         """Sums (K, D), counts (K,) and moves (1,) of all ranks, in a single collective."""
@@ -308,19 +287,3 @@ class _Solution(NamedTuple):
     inertia: float
     num_iter: int
     num_reseeded: int
-
-
-def _nearest(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Column (B,) of the least score of each row, and that score (B,).
-
-    A row whose label (-1: none) has the least score keeps it. Minima are many times faster to
-    find than their places, which only the rows that move need.
-    """
-    least = scores.amin(dim=1)
-    own = scores.gather(1, labels.clamp(min=0)[:, None]).squeeze(1)
-    moves = torch.nonzero((own > least) | (labels < 0)).squeeze(1)
-    if len(moves) == len(scores):
-        return scores.argmin(dim=1), least
-    nearest = labels.clone()
-    nearest[moves] = scores[moves].argmin(dim=1)
-    return nearest, least

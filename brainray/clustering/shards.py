@@ -16,6 +16,9 @@ from brainray.errors import ClusteringError
 # Squared distances below this share of the mean squared distance to the mean are rounding.
 IDENTICAL_ROWS_RATIO = 1e-24
 
+_CACHED_ELEMENTS = 2**20  # numbers that stay in a processor's cache
+_MIN_BLOCK_ROWS = 256
+
 _SUMMED_ROWS = 4096  # converted to float64 at a time: they stay in the processor's cache
 
 
@@ -27,6 +30,11 @@ class TopRows(NamedTuple):
 def blocks(num_rows: int, block_rows: int) -> Iterator[slice]:
     for start in range(0, num_rows, block_rows):
         yield slice(start, min(start + block_rows, num_rows))
+
+
+def rows_in_cache(elements_per_row: int) -> int:
+    """Rows of a block of which so many numbers each are at hand at a time."""
+    return max(_CACHED_ELEMENTS // elements_per_row, _MIN_BLOCK_ROWS)
 
 
 def check_rows(x: Tensor) -> int:

@@ -110,9 +110,7 @@ def train_epoch(
         started = time.perf_counter()
         views = [
             augment(scale.to_unit(next(batches)), augmentation, generator),
-            augment(
-                scale.to_unit(next(batches_unlabelled)), augmentation_unlabelled, generator
-            ),
+            augment(scale.to_unit(next(batches_unlabelled)), augmentation_unlabelled, generator),
         ]
         images = scale.standardise(torch.cat(views))
         data_wait_s += time.perf_counter() - started

@@ -112,9 +112,7 @@ def recluster(
     centers = None if previous is None else model.pca.transform(previous.centers.double())
     if config.anchors == "labelled":
         classes = None if previous is None else previous.class_of_cluster
-        start = _start_anchored(
-            reduced, keys, labels, config, num_classes, seed, centers, classes
-        )
+        start = _start_anchored(reduced, keys, labels, config, num_classes, seed, centers, classes)
     else:
         start = _start_by_kmeans(reduced, keys, config, seed, centers)
     model.gmm.fit(
@@ -206,9 +204,7 @@ def _classes_of(
 ) -> Tensor:
     """(K,) int64: the class of each cluster, by labelled rows z (m, E) and labels (m,) alone."""
     means = _class_means(z, labels, num_classes)
-    return cluster_to_class(
-        assignments, labels, num_classes, centers=centers, class_means=means
-    )
+    return cluster_to_class(assignments, labels, num_classes, centers=centers, class_means=means)
 
 
 def _class_means(z: Tensor, labels: Tensor, num_classes: int) -> Tensor:

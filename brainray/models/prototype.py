@@ -36,9 +36,7 @@ class PrototypeObjective:
             "anchor": anchor.detach(),
         }
 
-    def clustering_terms(
-        self, outputs: StepOutputs, targets: StepTargets
-    ) -> tuple[Tensor, Tensor]:
+    def clustering_terms(self, outputs: StepOutputs, targets: StepTargets) -> tuple[Tensor, Tensor]:
         """(L_prototype, L_anchor)."""
         log_near_labelled = log_nearness(outputs.labelled.z, targets.centers, self.temperature)
         anchor = anchor_loss(log_near_labelled, targets.labels, targets.class_of_cluster)

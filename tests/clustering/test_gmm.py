@@ -341,4 +341,3 @@ def test_rows_held_to_one_component_each_give_that_component_alone(
     }[covariance_type]
     noise = mixture.covariances_ - covariances
     torch.testing.assert_close(noise, torch.zeros_like(noise), atol=1e-5, rtol=0)
-

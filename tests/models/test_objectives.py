@@ -120,9 +120,7 @@ def test_the_control_is_cross_entropy_alone_with_as_many_images() -> None:
     assert control.step_sizes(32, 64).unlabelled == 0
 
 
-def step(
-    objective: Objective, model: nn.Module, images: Tensor, rows: slice
-) -> dict[str, Tensor]:
+def step(objective: Objective, model: nn.Module, images: Tensor, rows: slice) -> dict[str, Tensor]:
     """Loss of the given rows, with labels, gamma and centres that follow from the row number."""
     generator = torch.Generator().manual_seed(1)
     labels = torch.arange(8) % 3
