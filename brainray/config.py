@@ -217,6 +217,9 @@ class ClusteringConfig(_Section):
     """A cluster that holds more of the slices is called a collapse."""
     min_spread: Annotated[float, Field(ge=0.0)] = 1e-4
     """A smaller mean squared distance of normalised embeddings to their mean is a collapse."""
+    on_collapse: Literal["stop", "reseed", "warn"] = "stop"
+    """``reseed`` fits the epoch's clusters anew from fresh seeds, and stops where that does not
+    help; ``warn`` says so and goes on."""
 
 
 class TrainConfig(_Section):
@@ -258,6 +261,8 @@ class TrainConfig(_Section):
     ``num_workers``, ``cpus_per_worker`` and ``device`` then."""
     max_failures: Annotated[int, Field(ge=0)] = 2
     """How often lost workers are replaced before the job gives up."""
+    collective_timeout_s: Positive = 1800
+    """How long a worker waits for the others in a collective before it gives up."""
 
 
 class EvaluationConfig(_Section):

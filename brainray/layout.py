@@ -10,6 +10,7 @@ RUNS = "runs"
 EVALUATIONS = "evaluations"
 SWEEPS = "sweeps"
 PREDICTED = "predictions"
+LOCKS = "locks"  # a file for each name that a job is at work on
 
 # An image store: storage/datasets/NAME/
 MANIFEST = "manifest.json"  # written last: a folder without one is no store
@@ -46,6 +47,14 @@ EVALUATION_METRICS = "metrics.json"
 
 FIGURES = "figures"
 REPORT = "report.html"  # all of a run on one page
+
+
+CHECKPOINT_FOLDER = r"epoch-(\d+)"
+
+
+def checkpoint_folder(epoch: int) -> str:
+    """A run's checkpoint after an epoch, to go on from."""
+    return f"epoch-{epoch:04d}"
 
 
 def predictions_file(epoch: int) -> str:

@@ -1,5 +1,7 @@
 """Files under ``storage``: a local folder or any URI that pyarrow reads, through one interface."""
 
+import contextlib
+import errno
 import json
 import os
 from pathlib import Path
@@ -10,6 +12,9 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from brainray.errors import ConfigError, DataError
+
+
+_DISK_IS_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class Folder:
@@ -61,9 +66,41 @@ class Folder:
         target = self._join(name)
         self.filesystem.create_dir(target.rpartition("/")[0], recursive=True)
         temporary = f"{target}.tmp-{os.getpid()}"
+        try:
+            with self.filesystem.open_output_stream(temporary) as stream:
+                stream.write(content)
+        except OSError as error:
+            self._delete_cut_file(temporary)
+            if error.errno in _DISK_IS_FULL:
+                raise DataError(
+                    f"no space left to write {self.uri}/{name} ({len(content):,} bytes): free some "
+                    "and submit again; what was written before is whole"
+                ) from None
+            raise
+        self.filesystem.move(temporary, target)
+
+    def _delete_cut_file(self, path: str) -> None:
+        with contextlib.suppress(OSError):  # the reason why it was cut is told already
+            self.filesystem.delete_file(path)
+
+    def create_file(self, name: str, content: bytes) -> bool:
+        """Write a file that must not exist, on a local or mounted folder; whether it did not."""
+        target = self._join(name)
+        self.filesystem.create_dir(target.rpartition("/")[0], recursive=True)
+        temporary = f"{target}.tmp-{os.getpid()}"
         with self.filesystem.open_output_stream(temporary) as stream:
             stream.write(content)
-        self.filesystem.move(temporary, target)
+        try:
+            os.link(temporary, target)  # unlike opening exclusively, never seen half-written
+        except FileExistsError:
+            return False
+        finally:
+            os.unlink(temporary)
+        return True
+
+    def delete_file(self, name: str, *, missing_ok: bool = False) -> None:
+        if not missing_ok or self.exists(name):
+            self.filesystem.delete_file(self._join(name))
 
     def read_json(self, name: str) -> Any:
         return json.loads(self.read_bytes(name))

@@ -27,7 +27,14 @@ _FREE_TO_CHANGE = {
     "classes",
     "tracking",
 }
-_FREE_TRAIN_KEYS = {"num_workers", "cpus_per_worker", "max_failures", "device", "wait_for_nodes"}
+_FREE_TRAIN_KEYS = {
+    "num_workers",
+    "cpus_per_worker",
+    "max_failures",
+    "collective_timeout_s",
+    "device",
+    "wait_for_nodes",
+}
 _FREE_SPLIT_KEYS = {"mode", "test_fraction"}
 
 
@@ -86,9 +93,7 @@ def begin_run(config: Config, store: ImageStore, num_workers: int) -> tuple[Run,
         DataError: no labels to learn from, or a class with too few.
         ClusteringError: K does not fit the classes or the slices.
     """
-    if config.name is None:
-        raise ConfigError("training needs a name for the run: --set name=NAME")
-    folder = Folder(config.storage) / layout.RUNS / config.name
+    folder = Folder(config.storage) / layout.RUNS / name_of_run(config)
     settings = _settings(config)
     if folder.exists(layout.RUN):
         info = read_run_info(folder)
@@ -132,6 +137,13 @@ def begin_run(config: Config, store: ImageStore, num_workers: int) -> tuple[Run,
     return Run(folder, info), False
 
 
+def name_of_run(config: Config) -> str:
+    """Raises ConfigError where it is not set."""
+    if config.name is None:
+        raise ConfigError("training needs a name for the run: --set name=NAME")
+    return config.name
+
+
 def _keep_records(store: Folder, kept: Folder) -> None:
     """What the store says of itself goes with the run: the store may change or be deleted."""
     names = [layout.MANIFEST, layout.LEAKAGE, layout.LEAKAGE_TABLE]
@@ -146,6 +158,7 @@ def _settings(config: Config) -> dict[str, Any]:
     for key in _FREE_TRAIN_KEYS:
         del settings["train"][key]
     del settings["evaluation"]["control"]
+    del settings["clustering"]["on_collapse"]  # what one changes after a stop
     for key in _FREE_SPLIT_KEYS:
         del settings["split"][key]
     return settings
