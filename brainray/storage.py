@@ -34,6 +34,7 @@ class Folder:
             ) from None
 
     def __truediv__(self, name: str) -> "Folder":
+        self._join(name)  # refuses what leads out of this folder
         return Folder(f"{self.uri}/{name}")
 
     def __str__(self) -> str:
@@ -103,7 +104,10 @@ class Folder:
             self.filesystem.delete_file(self._join(name))
 
     def read_json(self, name: str) -> Any:
-        return json.loads(self.read_bytes(name))
+        try:
+            return json.loads(self.read_bytes(name))
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{self.uri}/{name} is not JSON: {error}") from None
 
     def write_json(self, name: str, value: Any) -> None:
         self.write_bytes(name, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
@@ -112,8 +116,11 @@ class Folder:
         """One value a line; an incomplete last line, as a crash leaves it, is left out."""
         if not self.exists(name):
             return []
-        lines = self.read_bytes(name).decode().split("\n")[:-1]
-        return [json.loads(line) for line in lines]
+        try:
+            lines = self.read_bytes(name).decode().split("\n")[:-1]
+            return [json.loads(line) for line in lines]
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{self.uri}/{name} is not JSON, line by line: {error}") from None
 
     def write_json_lines(self, name: str, values: list[Any]) -> None:
         text = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
@@ -181,4 +188,6 @@ class Folder:
         return Folder(f"{parent}/.{name}.replaced")
 
     def _join(self, name: str) -> str:
+        if ".." in name.split("/") or name.startswith("/") or "\0" in name:
+            raise DataError(f"{name!r} leads out of {self.uri}: names are relative, without '..'")
         return f"{self.path}/{name}" if name else self.path

@@ -27,6 +27,7 @@ from brainray.orchestration.resources import WorkerResources, plan_workers
 from brainray.orchestration.run import Run, begin_run, name_of_run, open_run
 from brainray.orchestration.store import ImageStore, differing_settings
 from brainray.orchestration.worker import best_epoch, train_worker
+from brainray.redaction import redacted
 from brainray.report.page import write_page
 from brainray.report.run_figures import draw_run_figures
 from brainray.storage import Folder
@@ -134,7 +135,7 @@ def fit(training: Training, callbacks: Sequence[Any] = ()) -> None:
     trainer = TorchTrainer(
         worker,
         train_loop_config={
-            "config": config.model_dump(mode="json"),
+            "config": config.without_secrets().model_dump(mode="json"),
             "run": str(run.folder),
             "store": str(training.store.folder),
         },
@@ -193,7 +194,7 @@ def _about(training: Training) -> dict[str, str]:
     workers = training.workers
     kind = "GPU" if workers.use_gpu else "CPU"
     return {
-        "command": shlex.join(sys.argv),
+        "command": redacted(shlex.join(sys.argv)),
         "store": f"{training.run.info['dataset']} (data hash {training.run.info['data_hash']})",
         "slices": ", ".join(f"{n:,} {role}" for role, n in training.run.info["num_slices"].items()),
         "workers": f"{workers.num_workers} on {kind}, {workers.cpus_per_worker} CPU(s) each",

@@ -22,6 +22,7 @@ import ray.exceptions
 
 from brainray.config import Config, described_keys, load_config
 from brainray.errors import BrainrayError, ConfigError
+from brainray.redaction import redacted
 
 EXIT_OK, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
 
@@ -123,7 +124,7 @@ def resolve_paths(config: Config) -> Config:
 
 def log(message: str) -> None:
     """A line of progress on stdout, at once."""
-    print(message, flush=True)
+    print(redacted(message), flush=True)
 
 
 def _resolve(key: str, value: str) -> str:
@@ -181,13 +182,13 @@ def _fail(name: str, error: Exception | Terminated) -> int:
     if isinstance(error, Terminated):
         message, code = str(error), EXIT_FAILED
     elif cause is None:
-        traceback.print_exception(error)
+        print(redacted("".join(traceback.format_exception(error))), file=sys.stderr, end="")
         # Ray puts every worker's traceback into the message: its last line is the reason.
         lines = [line for line in str(error).splitlines() if line.strip()] or [""]
         message, code = f"{type(error).__name__}: {lines[-1]}", EXIT_FAILED
     else:
         message, code = str(cause), EXIT_BAD_INPUT
-    line = " ".join(message.split())
+    line = redacted(" ".join(message.split()))
     print(f"jobs/{name}.py: error: {line}", file=sys.stderr, flush=True)
     _print_json({"job": name, "status": "error", "error": line})
     return code

@@ -73,7 +73,9 @@ def read_run_info(folder: Folder) -> dict[str, Any]:
     Raises:
         DataError: another version of brainray wrote it.
     """
-    info: dict[str, Any] = folder.read_json(layout.RUN)
+    info = folder.read_json(layout.RUN)
+    if not isinstance(info, dict):
+        raise DataError(f"{folder}/{layout.RUN} is no record of a run: choose another name")
     if info.get("format") != layout.RUN_FORMAT:
         raise DataError(
             f"the run {folder} was made by another version of brainray ({info.get('format')}, "
@@ -122,7 +124,7 @@ def begin_run(config: Config, store: ImageStore, num_workers: int) -> tuple[Run,
     folder.write_table(layout.SEEN, seen)
     folder.write_table(layout.TEST_SLICES, _test_slices(store, seen))
     _keep_records(store.folder, folder / layout.DATASET)
-    folder.write_bytes(layout.CONFIG, to_yaml(config).encode())
+    folder.write_bytes(layout.CONFIG, to_yaml(config.without_secrets()).encode())
     info = {
         "format": layout.RUN_FORMAT,
         "name": config.name,

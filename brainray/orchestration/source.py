@@ -26,6 +26,10 @@ _SPLIT_FOLDERS = {
 }
 
 
+_LINK_OUT = "link out of the source folder"  # whoever wrote the source may not read all of ours
+_MAX_CLASS_NAME = 100
+
+
 @dataclass(frozen=True)
 class FoundFile:
     """A file below the source, as the file system shows it."""
@@ -83,7 +87,19 @@ def list_source(source: Folder, labels: Folder | None, class_map: dict[str, str]
         replace(file, label=None if file.label is None else class_map.get(file.label, file.label))
         for file in files
     ]
+    for name in sorted({file.label for file in renamed if file.label is not None}):
+        _check_class_name(name)
     return Listing(renamed, num_ignored)
+
+
+def _check_class_name(name: str) -> None:
+    """Names go into metrics, tables and pages: one that is a path or a text is a mistake."""
+    if len(name) > _MAX_CLASS_NAME or not name.isprintable() or set(name) & set("/\\"):
+        shown = name if len(name) <= _MAX_CLASS_NAME else f"{name[:_MAX_CLASS_NAME]} ..."
+        raise DataError(
+            f"{shown!r} is no class name: up to {_MAX_CLASS_NAME} printable characters without "
+            "slashes; rename it in the labels table or by classes.map"
+        )
 
 
 def find_images(source: Folder) -> tuple[list[FoundFile], int]:
@@ -110,6 +126,8 @@ def find_images(source: Folder) -> tuple[list[FoundFile], int]:
 
 def _may_hold_slices(file: FoundFile, source: Folder) -> bool:
     """By suffix; a name without one, as scanners write them, by the mark of DICOM."""
+    if file.problem == _LINK_OUT:
+        return True  # to be listed among the rejected
     if file.path.lower().endswith(SUFFIXES):
         return True
     if "." in file.path.rpartition("/")[2] or file.problem is not None:
@@ -122,7 +140,7 @@ def _may_hold_slices(file: FoundFile, source: Folder) -> bool:
 
 
 def _walk(source: Folder) -> Iterator[FoundFile]:
-    """All visible files below the source; linked folders are followed once."""
+    """All visible files below the source; linked folders within it are followed once."""
     if source.local_path is None:
         selector = pafs.FileSelector(source.path, recursive=True)
         for info in source.filesystem.get_file_info(selector):
@@ -130,6 +148,7 @@ def _walk(source: Folder) -> Iterator[FoundFile]:
                 path = info.path.removeprefix(source.path).lstrip("/")
                 yield FoundFile(path, int(info.size or 0), int(info.mtime_ns or 0))
         return
+    root = os.path.realpath(source.local_path)
     visited: set[tuple[int, int]] = set()
     for folder, subfolders, names in os.walk(source.local_path, followlinks=True):
         status = os.stat(folder)
@@ -139,17 +158,33 @@ def _walk(source: Folder) -> Iterator[FoundFile]:
         visited.add((status.st_dev, status.st_ino))
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         relative = os.path.relpath(folder, source.local_path)
+        prefix = "" if relative == "." else f"{relative}/"
+        for name in [name for name in subfolders if _leads_out(f"{folder}/{name}", root)]:
+            subfolders.remove(name)
+            yield FoundFile(_printable(prefix + name), 0, 0, problem=_LINK_OUT)
         for name in names:
-            if not name.startswith("."):
-                yield _found(folder, name if relative == "." else f"{relative}/{name}", name)
+            if name.startswith("."):
+                continue
+            if _leads_out(f"{folder}/{name}", root):
+                yield FoundFile(_printable(prefix + name), 0, 0, problem=_LINK_OUT)
+            else:
+                yield _found(folder, prefix + name, name)
+
+
+def _leads_out(path: str, root: str) -> bool:
+    """Whether a path is a link to what lies outside of the folder ``root``."""
+    return os.path.islink(path) and os.path.commonpath([root, os.path.realpath(path)]) != root
+
+
+def _printable(path: str) -> str:
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def _found(folder: str, path: str, name: str) -> FoundFile:
     try:
         path.encode()
     except UnicodeEncodeError:
-        printable = os.fsencode(path).decode("utf-8", "backslashreplace")
-        return FoundFile(printable, 0, 0, problem="file name is not UTF-8")
+        return FoundFile(_printable(path), 0, 0, problem="file name is not UTF-8")
     try:
         status = os.stat(os.path.join(folder, name))
     except OSError:  # a broken link, or gone since: reading it will tell
@@ -218,8 +253,9 @@ def _read_labels(labels: Folder) -> pa.Table:
             table = pa_csv.read_csv(io.BytesIO(content), convert_options=options)
     except BrainrayError:
         raise
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"labels={labels} is neither CSV nor Parquet: {error}") from None
+    except (pa.ArrowException, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"labels={labels} is neither CSV nor Parquet: {reason}") from None
     missing = {"path", "label"} - set(table.column_names)
     if missing:
         raise DataError(

@@ -87,7 +87,7 @@ def sweep(config: Config, log: Log = print) -> FinishedSweep:
         log(f"sweep {folder}: complete, nothing to search")
         return FinishedSweep(folder=folder, **folder.read_json(layout.SUMMARY))
     tracking = open_tracking(
-        base, folder, flatten(base), {"brainray.data_hash": store.data_hash}, log
+        base, folder, flatten(base.without_secrets()), {"brainray.data_hash": store.data_hash}, log
     )
     try:
         with _Follower(base, config.name, tracking, log) as follower:
@@ -130,7 +130,9 @@ def _begin(config: Config, store: ImageStore, folder: Folder, log: Log) -> None:
 
 def _tuner(config: Config, folder: Folder, workers: WorkerResources, log: Log) -> tune.Tuner:
     trainable = tune.with_resources(
-        tune.with_parameters(run_trial, base=config.model_dump(mode="json"), sweep=config.name),
+        tune.with_parameters(
+            run_trial, base=config.without_secrets().model_dump(mode="json"), sweep=config.name
+        ),
         # Trials wait for their workers: they take no CPU, and stay beside the driver.
         {"node:__internal_head__": 0.001},
     )
@@ -337,7 +339,7 @@ def _conclude(
         f"# The best of {len(trials)} trials ({best.trial_id}: {metric} {value:.4f} at epoch "
         f"{epoch}):\n#   python jobs/train.py --config THIS_FILE\n"
     )
-    folder.write_bytes(_BEST, (header + to_yaml(best_config)).encode())
+    folder.write_bytes(_BEST, (header + to_yaml(best_config.without_secrets())).encode())
     table = _table(config, trials, follower.outcome, limit=None)
     folder.write_bytes(_TABLE, (table + "\n").encode())
     folder.write_json(_TRIALS, [_row(config, trial, follower.outcome(trial)) for trial in trials])
