@@ -234,6 +234,10 @@ class TrainConfig(_Section):
     """An epoch is one pass over the unlabelled slices; the labelled ones cycle."""
     num_workers: Annotated[int, Field(ge=0)] = 0
     """DDP ranks; 0 takes every GPU of the Ray cluster, or one worker where it has none."""
+    min_workers: Annotated[int, Field(ge=0)] = 0
+    """Ranks with which training begins, or goes on where nodes are lost; more join, up to
+    ``num_workers``, as nodes come (looked for once a minute; the epoch under way is begun anew).
+    0 waits for all of them."""
     cpus_per_worker: Annotated[int, Field(ge=0)] = 0
     """CPUs (and threads) of each worker; 0 shares the Ray cluster's CPUs among the workers."""
     gpus_per_worker: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0

@@ -27,6 +27,7 @@ CONFIG = "config.yaml"
 DATASET = "dataset"  # what the store says of itself: manifest, leakage, figures
 SEEN = "seen.parquet"  # the labelled draw, and fingerprints of all that the run saw
 TEST_SLICES = "test.parquet"  # the slices that the run is tested on
+PROVENANCE = "provenance.jsonl"  # an object for each submission that trained the run
 METRICS = "metrics.jsonl"  # one object an epoch
 SUMMARY = "summary.json"  # written last: the run is complete
 BEST = "best"  # checkpoint of the chosen epoch

@@ -13,7 +13,6 @@ import pyarrow.parquet as pq
 
 from brainray.errors import ConfigError, DataError
 
-
 _DISK_IS_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 

@@ -72,7 +72,8 @@ def test_a_file_that_is_no_config_is_refused(tmp_path: Path, content: str) -> No
 
 NESTED = "a: " + "[" * 20_000
 BOMB = "a: &a [x, x]\n" + "".join(
-    f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n" for old, new in zip("abcdefgh", "bcdefghi")
+    f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n"
+    for old, new in zip("abcdefgh", "bcdefghi", strict=True)
 )
 
 

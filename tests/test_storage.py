@@ -87,7 +87,7 @@ def test_what_is_no_json_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.json").write_bytes(content + b"\n")
     for read in (Folder(tmp_path).read_json, Folder(tmp_path).read_json_lines):
         if content or read.__name__ == "read_json_lines":
-            with pytest.raises(DataError, match="x.json is not JSON"):
+            with pytest.raises(DataError, match=r"x\.json is not JSON"):
                 read("x.json")
 
 

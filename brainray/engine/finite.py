@@ -1,4 +1,4 @@
-"""Numbers that are no longer finite, found on every rank at the same step without stopping a device.
+"""Numbers that are no longer finite: every rank stops at the same step, and no device waits.
 
 A loss that is not finite makes its gradient NaN (`carried_by_gradient`), and the ranks' average of
 the gradients takes that to all of them: no collective of its own is needed. Whether the gradient

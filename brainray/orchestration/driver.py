@@ -22,6 +22,7 @@ from brainray.errors import BrainrayError, ConfigError
 from brainray.models.encoder import build_encoder
 from brainray.orchestration.lock import held
 from brainray.orchestration.progress import Follower
+from brainray.orchestration.provenance import record_submission, version_tags
 from brainray.orchestration.publish import begin_tracking, code_hash, git_revision, send_run
 from brainray.orchestration.resources import WorkerResources, plan_workers
 from brainray.orchestration.run import Run, begin_run, name_of_run, open_run
@@ -55,6 +56,7 @@ class Training:
     store: ImageStore
     run: Run
     workers: WorkerResources
+    tags: dict[str, str]  # of what trains it, for MLflow
 
 
 def train(config: Config, log: Log = print) -> TrainedRun:
@@ -66,7 +68,7 @@ def train(config: Config, log: Log = print) -> TrainedRun:
     """
     with begun_training(config, log) as training:
         config, run = training.config, training.run
-        tracking = begin_tracking(config, run, log)
+        tracking = begin_tracking(config, run, log, training.tags)
         if not run.is_complete:
             try:
                 with Follower(config.train.num_epochs, run, tracking.tracker, log):
@@ -98,7 +100,10 @@ def begun_training(config: Config, log: Log) -> Iterator[Training]:
     with held(Folder(config.storage), layout.RUNS, name_of_run(config), log):
         run, resumed = begin_run(config, store, workers.num_workers)
         _log_beginning(run, resumed, log)
-        yield Training(config, store, run, workers)
+        tags = {}
+        if not run.is_complete:
+            tags = version_tags(record_submission(config, run, workers))
+        yield Training(config, store, run, workers, tags)
 
 
 def check_training(config: Config) -> tuple[Config, ImageStore, WorkerResources]:
@@ -141,7 +146,7 @@ def fit(training: Training, callbacks: Sequence[Any] = ()) -> None:
         },
         torch_config=TorchConfig(timeout_s=config.train.collective_timeout_s),
         scaling_config=ScalingConfig(
-            num_workers=workers.num_workers,
+            num_workers=workers.asked_for,
             use_gpu=workers.use_gpu,
             resources_per_worker=workers.of_worker,
         ),

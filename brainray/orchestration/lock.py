@@ -61,7 +61,9 @@ class Claim:
 
 
 @contextmanager
-def held(storage: Folder, kind: str, name: str, log: Log, pace: Pace | None = None) -> Iterator[None]:
+def held(
+    storage: Folder, kind: str, name: str, log: Log, pace: Pace | None = None
+) -> Iterator[None]:
     """Hold the lock of ``storage/kind/name`` for the time of the block.
 
     Raises:

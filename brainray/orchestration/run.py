@@ -29,6 +29,7 @@ _FREE_TO_CHANGE = {
 }
 _FREE_TRAIN_KEYS = {
     "num_workers",
+    "min_workers",
     "cpus_per_worker",
     "max_failures",
     "collective_timeout_s",

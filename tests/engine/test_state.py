@@ -1,5 +1,8 @@
 """Checkpoints: whole, safe to load, and keyed by sample."""
 
+import os
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,11 +15,14 @@ from brainray.engine.recluster import recluster
 from brainray.engine.shard import PixelScale
 from brainray.engine.state import (
     Checkpoint,
+    Resumable,
     TrainerState,
     checkpoint_bytes,
     load_checkpoint,
     load_trainer,
+    newest_resumable,
     rows_of_keys,
+    save_resumable,
     trainer_bytes,
 )
 from brainray.errors import CheckpointError
@@ -73,6 +79,61 @@ def test_a_trainer_state_comes_back_as_it_was(tmp_path: Path) -> None:
     assert loaded.history == state.history
     assert torch.equal(loaded.responsibilities, state.responsibilities)
     assert torch.equal(loaded.optimizer["state"][0]["exp_avg"], torch.full((3,), 0.1))
+
+
+def resumable(epoch: int) -> Resumable:
+    saved, _ = checkpoint()
+    at = replace(saved, epoch=epoch)
+    return Resumable(at, TrainerState({}, torch.arange(2), torch.rand(2, 3), [{"epoch": epoch}]))
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def poison(path: Path) -> None:
+    class Harmful:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return os.mkdir, (str(path.with_name("harm")),)
+
+    torch.save({"format": Harmful()}, path)
+
+
+@pytest.mark.parametrize("harm", [cut, flip_a_bit, poison, Path.unlink])
+@pytest.mark.parametrize("name", [layout.MODEL, layout.TRAINER])
+def test_the_newest_checkpoint_that_is_whole_is_the_one_to_go_on_from(
+    tmp_path: Path, harm: Callable[[Path], None], name: str
+) -> None:
+    run = Folder(tmp_path)
+    for epoch in (1, 2, 3):
+        save_resumable(run, resumable(epoch))
+    assert run.names() == ["epoch-0002", "epoch-0003"]
+    said: list[str] = []
+    found = newest_resumable(run, said.append)
+    assert found is not None
+    assert (found.checkpoint.epoch, said) == (3, [])
+    harm(tmp_path / "epoch-0003" / name)
+    found = newest_resumable(run, said.append)
+    assert found is not None
+    assert found.checkpoint.epoch == 2
+    assert f"epoch-0003/{name} is not" in said[0] or f"epoch-0003 holds no {name}" in said[0]
+    assert not (tmp_path / "epoch-0003" / "harm").exists()
+
+
+def test_without_any_checkpoint_a_run_begins_unless_it_has_finished_epochs(tmp_path: Path) -> None:
+    run = Folder(tmp_path)
+    save_resumable(run, resumable(1))
+    cut(tmp_path / "epoch-0001" / layout.MODEL)
+    assert newest_resumable(run, print) is None
+    run.write_json_lines(layout.METRICS, [{"epoch": 1.0}])
+    with pytest.raises(CheckpointError, match=r"no checkpoint of .* can be read"):
+        newest_resumable(run, print)
 
 
 def test_rows_are_found_by_key_whatever_their_order() -> None:

@@ -130,21 +130,18 @@ def test_a_holder_that_was_paused_for_long_ends_itself(
 
 
 def test_storage_without_exclusive_creation_settles_who_was_last(tmp_path: Path) -> None:
-    remote = Folder(tmp_path)
-    remote.filesystem = pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem())
-    remote.path = ""
-
     class Remote(Folder):
         def __truediv__(self, name: str) -> Folder:
             folder = Folder(f"{tmp_path}/{name}")
-            folder.filesystem, folder.path = remote.filesystem, name
+            folder.filesystem = pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem())
+            folder.path = name
             return folder
 
     storage = Remote(tmp_path)
-    with held(storage, "runs", "first", print, QUICK):
-        with (
-            pytest.raises(ConfigError, match="another job"),
-            held(storage, "runs", "first", print, QUICK),
-        ):
-            pass
+    with (
+        held(storage, "runs", "first", print, QUICK),
+        pytest.raises(ConfigError, match="another job"),
+        held(storage, "runs", "first", print, QUICK),
+    ):
+        pass
     assert not (tmp_path / LOCK).exists()
