@@ -4,7 +4,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
-from brainray.benchmarks import duplicates, gmm, kmeans, preprocess, subjects, training
+from brainray.benchmarks import duplicates, gmm, kmeans, preprocess, soak, subjects, training
 from brainray.benchmarks.result import BenchmarkResult, measures_table
 from brainray.errors import DataError
 from brainray.orchestration.job import JobResult, log
@@ -18,6 +18,7 @@ CASES: dict[str, Case] = {
     "gmm": gmm.run,
     "kmeans": kmeans.run,
     "preprocess": preprocess.run,
+    "soak": soak.run,
     "subjects": subjects.run,
     "training": training.run,
 }

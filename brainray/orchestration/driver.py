@@ -35,6 +35,7 @@ from brainray.storage import Folder
 
 Log = Callable[[str], None]
 
+_RESIZE_INTERVAL_S = 60.0  # between looks for room for more workers
 _RAYS_LIST = "checkpoint_manager_snapshot.json"
 
 
@@ -149,6 +150,7 @@ def fit(training: Training, callbacks: Sequence[Any] = ()) -> None:
             num_workers=workers.asked_for,
             use_gpu=workers.use_gpu,
             resources_per_worker=workers.of_worker,
+            elastic_resize_monitor_interval_s=_RESIZE_INTERVAL_S,
         ),
         run_config=RunConfig(
             name=config.name,

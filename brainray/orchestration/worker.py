@@ -277,6 +277,7 @@ class _Trainer:
         metrics: dict[str, float] = {"epoch": float(self.epoch)}
         metrics |= {f"train/loss/{name}": value for name, value in trained.losses.items()}
         metrics["time/data_wait_s"] = trained.data_wait_s
+        metrics["train/num_workers"] = float(dist.world_size())
         metrics["train/learning_rate"] = float(self.scheduler.get_last_lr()[0])
         metrics |= validation_metrics(validation)
         metrics |= {
