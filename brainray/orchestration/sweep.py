@@ -23,6 +23,7 @@ from brainray.engine.export import SliceClassifier
 from brainray.engine.state import load_checkpoint
 from brainray.errors import BrainrayError, ConfigError
 from brainray.orchestration.driver import check_training
+from brainray.orchestration.lock import held
 from brainray.orchestration.publish import Tracking, begin_tracking, open_tracking, send_run
 from brainray.orchestration.resources import WorkerResources
 from brainray.orchestration.store import ImageStore, differing_settings
@@ -81,7 +82,14 @@ def sweep(config: Config, log: Log = print) -> FinishedSweep:
     # An experiment of its own for each sweep.
     tracked = base.tracking.model_copy(update={"experiment": config.name})
     base = base.model_copy(update={"tracking": tracked})
-    folder = sweep_folder(base, config.name)
+    with held(Folder(base.storage), layout.SWEEPS, config.name, log):
+        return _sweep(base, config.name, store, workers, log)
+
+
+def _sweep(
+    base: Config, name: str, store: ImageStore, workers: WorkerResources, log: Log
+) -> FinishedSweep:
+    folder = sweep_folder(base, name)
     _begin(base, store, folder, log)
     if folder.exists(layout.SUMMARY):
         log(f"sweep {folder}: complete, nothing to search")
@@ -90,13 +98,13 @@ def sweep(config: Config, log: Log = print) -> FinishedSweep:
         base, folder, flatten(base.without_secrets()), {"brainray.data_hash": store.data_hash}, log
     )
     try:
-        with _Follower(base, config.name, tracking, log) as follower:
+        with _Follower(base, name, tracking, log) as follower:
             results = _tuner(base, folder, workers, log).fit()
             follower.errors = _errors(results)
     except BaseException:
         tracking.tracker.finish("FAILED")
         raise
-    trials = read_trials(base, config.name)
+    trials = read_trials(base, name)
     ranked = _ranked(base, trials)
     if not ranked:
         problems = sorted({trial.problem for trial in trials if trial.problem})
