@@ -1,5 +1,6 @@
 """Checkpoints: whole, safe to load, and keyed by sample."""
 
+import ast
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -124,6 +125,34 @@ def test_the_newest_checkpoint_that_is_whole_is_the_one_to_go_on_from(
     assert found.checkpoint.epoch == 2
     assert f"epoch-0003/{name} is not" in said[0] or f"epoch-0003 holds no {name}" in said[0]
     assert not (tmp_path / "epoch-0003" / "harm").exists()
+
+
+def loads_without_weights_only(source: str) -> list[int]:
+    """Lines of calls that may run what a file holds."""
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    lines = []
+    for call in calls:
+        name = ast.unparse(call.func)
+        options = {word.arg: ast.unparse(word.value) for word in call.keywords}
+        unsafe = name == "torch.load" and options.get("weights_only") != "True"
+        unsafe |= name.rpartition(".")[0] in {"pickle", "cloudpickle", "joblib", "dill"}
+        unsafe |= options.get("allow_pickle") == "True"
+        if unsafe:
+            lines.append(call.lineno)
+    return lines
+
+
+def test_weights_are_loaded_without_running_code() -> None:
+    assert loads_without_weights_only("torch.load(a)\npickle.loads(b)\nnp.load(c)") == [1, 2]
+    project = Path(__file__).parents[2]
+    files = [*project.glob("brainray/**/*.py"), *project.glob("jobs/*.py")]
+    found = {
+        path.relative_to(project).as_posix()
+        for path in files
+        if loads_without_weights_only(path.read_text())
+    }
+    # What the processes of one call have just written, in a folder of their own.
+    assert found == {"brainray/dist.py"}
 
 
 def test_without_any_checkpoint_a_run_begins_unless_it_has_finished_epochs(tmp_path: Path) -> None:
