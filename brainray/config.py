@@ -24,6 +24,7 @@ SearchDomain = dict[Literal["choice", "uniform", "log_uniform", "integer"], list
 SearchSpace = dict[str, SearchDomain]
 
 _MAX_CONFIG_BYTES = 1_000_000
+_MAX_PROBLEMS = 10  # in one error
 _NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -193,7 +194,8 @@ class AugmentConfig(_Section):
     def _fill_from_policy(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        return _POLICIES.get(values.get("policy", "published"), {}) | values
+        policy = values.get("policy", "published")
+        return (_POLICIES.get(policy, {}) if isinstance(policy, str) else {}) | values
 
 
 class ObjectiveConfig(_Section):
@@ -464,7 +466,7 @@ def parse_yaml(content: bytes, where: str) -> dict[str, Any]:
         raise ConfigError(f"{where} is larger than {_MAX_CONFIG_BYTES} bytes: not a config file")
     try:
         tree = yaml.load(content.decode(), _PlainLoader)
-    except _YAML_ERRORS as error:
+    except Exception as error:  # PyYAML raises nearly anything on dates and numbers that are none
         reason = " ".join(str(error).split())
         raise ConfigError(f"{where} is not valid YAML: {_shortened(reason)}") from None
     if tree is None:
@@ -487,10 +489,6 @@ class _PlainLoader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-# Dates and numbers that are none raise ValueError, and deep nesting RecursionError.
-_YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
-
-
 def to_yaml(config: Config) -> str:
     """The resolved configuration, as a file that ``--config`` reads back."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
@@ -510,7 +508,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     try:
         # YAML would take the rest of a path with " #" in it for a comment.
         value = text if " #" in text else yaml.load(text, _PlainLoader)
-    except _YAML_ERRORS:
+    except Exception:  # as in a file: PyYAML raises nearly anything
         value = text
     *parents, leaf = key.strip().split(".")
     node = tree
@@ -534,13 +532,16 @@ def _explain(error: ValidationError) -> str:
         else:
             message = item["msg"].removeprefix("Value error, ")
             if item["type"] != "value_error":
-                message += f", not {_shortened(redacted(repr(item['input'])))}"
+                message += f", not {_shortened(redacted(repr(item['input'])), 100)}"
             problems.append(f"{key}: {message}" if key else message)
-    return "; ".join(problems)
+    shown = [_shortened(" ".join(problem.split())) for problem in problems[:_MAX_PROBLEMS]]
+    more = len(problems) - len(shown)
+    return "; ".join(shown) + (f"; and {more} more" if more else "")
 
 
-def _shortened(text: str, limit: int = 200) -> str:
-    return text if len(text) <= limit else f"{text[:limit]} ..."
+def _shortened(text: str, limit: int = 500) -> str:
+    """Both ends of a text that is too long for one line."""
+    return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
 
 
 def _nearest(key: str) -> str:

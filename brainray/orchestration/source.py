@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.csv as pa_csv
@@ -28,6 +29,7 @@ _SPLIT_FOLDERS = {
 
 _LINK_OUT = "link out of the source folder"  # whoever wrote the source may not read all of ours
 _MAX_CLASS_NAME = 100
+_LABEL_COLUMNS = ("path", "label", "split", "subject")
 
 
 @dataclass(frozen=True)
@@ -214,7 +216,7 @@ def _from_folders(found: list[FoundFile]) -> list[SourceFile]:
 def _from_table(found: list[FoundFile], labels: Folder) -> list[SourceFile]:
     rows: dict[str, SourceFile] = {}
     known = {file.path: file for file in found}
-    for row in _read_labels(labels).to_pylist():
+    for row in _read_labels(labels):
         path = (_text(row["path"]) or "").replace("\\", "/").removeprefix("./")
         if path not in known:
             raise DataError(
@@ -238,7 +240,7 @@ def _from_table(found: list[FoundFile], labels: Folder) -> list[SourceFile]:
     return [rows.get(file.path, SourceFile(file, default_split, None, None)) for file in found]
 
 
-def _read_labels(labels: Folder) -> pa.Table:
+def _read_labels(labels: Folder) -> list[dict[str, Any]]:
     parent, _, name = str(labels).rpartition("/")
     try:
         content = Folder(parent or "/").read_bytes(name)
@@ -246,23 +248,28 @@ def _read_labels(labels: Folder) -> pa.Table:
             table = pq.read_table(io.BytesIO(content))
         else:
             # Labels such as 0 and 1, or a subject 007, are names, not numbers.
-            text = {column: pa.string() for column in ("path", "label", "split", "subject")}
+            text = {column: pa.string() for column in _LABEL_COLUMNS}
             options = pa_csv.ConvertOptions(
                 column_types=text, strings_can_be_null=True, null_values=[""]
             )
             table = pa_csv.read_csv(io.BytesIO(content), convert_options=options)
+        columns = [name for name in _LABEL_COLUMNS if name in table.column_names]
+        repeated = [name for name in columns if table.column_names.count(name) > 1]
+        if repeated:
+            raise DataError(f"labels={labels} has the column {repeated[0]} twice: drop one")
+        rows = table.select(columns).to_pylist()
     except BrainrayError:
         raise
     except (pa.ArrowException, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"labels={labels} is neither CSV nor Parquet: {reason}") from None
-    missing = {"path", "label"} - set(table.column_names)
+    missing = {"path", "label"} - set(columns)
     if missing:
         raise DataError(
             f"labels={labels} lacks the column {' and '.join(sorted(missing))}: "
             "it needs path and label, and may have split and subject"
         )
-    return table
+    return rows
 
 
 def _text(value: object) -> str | None:

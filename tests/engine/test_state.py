@@ -85,7 +85,7 @@ def test_a_trainer_state_comes_back_as_it_was(tmp_path: Path) -> None:
 def resumable(epoch: int) -> Resumable:
     saved, _ = checkpoint()
     at = replace(saved, epoch=epoch)
-    return Resumable(at, TrainerState({}, torch.arange(2), torch.rand(2, 3), [{"epoch": epoch}]))
+    return Resumable(at, TrainerState({}, torch.arange(2), torch.rand(9000, 3), [{"epoch": epoch}]))
 
 
 def cut(path: Path) -> None:
