@@ -137,7 +137,7 @@ def test_damaged_images_are_decoded_or_rejected(name: str, amount: str) -> None:
 
     seed = SEEDS[name]()
     decode_file(seed, OPTIONS)
-    fuzz(amount, damaged(seed), 60, 9_000, decode)
+    fuzz(amount, damaged(seed), 40, 9_000, decode)
 
 
 FRAGMENTS = [
@@ -199,7 +199,7 @@ def test_a_config_file_is_read_or_explained_in_one_line(amount: str, tmp_path: P
         path.write_bytes(content)
         attempt(load_config, path)
 
-    fuzz(amount, YAMLS, 150, 12_000, load)
+    fuzz(amount, YAMLS, 60, 12_000, load)
 
 
 @pytest.mark.parametrize("amount", AMOUNTS)
@@ -212,7 +212,7 @@ def test_an_override_is_applied_or_explained_in_one_line(amount: str) -> None:
     def load(override: str) -> None:
         attempt(load_config, None, [override])
 
-    fuzz(amount, overrides, 100, 6_000, load)
+    fuzz(amount, overrides, 40, 6_000, load)
 
 
 JSON = st.recursive(
@@ -266,7 +266,7 @@ def test_a_manifest_is_read_or_explained_in_one_line(amount: str, tmp_path: Path
 
     read(json.dumps(WHOLE_MANIFEST).encode())
     ImageStore.open(folder)
-    fuzz(amount, changed_json(WHOLE_MANIFEST), 100, 6_000, read)
+    fuzz(amount, changed_json(WHOLE_MANIFEST), 40, 6_000, read)
 
 
 @pytest.mark.parametrize("amount", AMOUNTS)
@@ -277,7 +277,7 @@ def test_the_record_of_a_run_is_read_or_explained_in_one_line(amount: str, tmp_p
         assert info is None or info["format"] == RUN_FORMAT
 
     whole = {"format": RUN_FORMAT, "name": "a", "classes": ["a", "b"], "settings": {}}
-    fuzz(amount, changed_json(whole), 50, 3_000, read)
+    fuzz(amount, changed_json(whole), 30, 3_000, read)
 
 
 @pytest.mark.parametrize("amount", AMOUNTS)
@@ -308,4 +308,4 @@ def test_a_labels_table_is_read_or_explained_in_one_line(
         if listing is not None:
             assert {file.path for file in listing.files} == {"1.jpg", "2.jpg"}
 
-    fuzz(amount, contents, 60, 3_000, read)
+    fuzz(amount, contents, 40, 3_000, read)

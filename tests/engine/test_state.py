@@ -2,6 +2,7 @@
 
 import ast
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -88,6 +89,14 @@ def resumable(epoch: int) -> Resumable:
     return Resumable(at, TrainerState({}, torch.arange(2), torch.rand(9000, 3), [{"epoch": epoch}]))
 
 
+@pytest.fixture(scope="module")
+def run_of_three_epochs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    for epoch in (1, 2, 3):
+        save_resumable(Folder(folder), resumable(epoch))
+    return folder
+
+
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
@@ -106,19 +115,23 @@ def poison(path: Path) -> None:
     torch.save({"format": Harmful()}, path)
 
 
-@pytest.mark.parametrize("harm", [cut, flip_a_bit, poison, Path.unlink])
-@pytest.mark.parametrize("name", [layout.MODEL, layout.TRAINER])
-def test_the_newest_checkpoint_that_is_whole_is_the_one_to_go_on_from(
-    tmp_path: Path, harm: Callable[[Path], None], name: str
-) -> None:
-    run = Folder(tmp_path)
-    for epoch in (1, 2, 3):
-        save_resumable(run, resumable(epoch))
+def test_two_checkpoints_are_kept_and_the_newest_is_found(run_of_three_epochs: Path) -> None:
+    run = Folder(run_of_three_epochs)
     assert run.names() == ["epoch-0002", "epoch-0003"]
     said: list[str] = []
     found = newest_resumable(run, said.append)
     assert found is not None
     assert (found.checkpoint.epoch, said) == (3, [])
+
+
+@pytest.mark.parametrize("harm", [cut, flip_a_bit, poison, Path.unlink])
+@pytest.mark.parametrize("name", [layout.MODEL, layout.TRAINER])
+def test_the_newest_checkpoint_that_is_whole_is_the_one_to_go_on_from(
+    run_of_three_epochs: Path, tmp_path: Path, harm: Callable[[Path], None], name: str
+) -> None:
+    shutil.copytree(run_of_three_epochs, tmp_path, dirs_exist_ok=True)
+    run = Folder(tmp_path)
+    said: list[str] = []
     harm(tmp_path / "epoch-0003" / name)
     found = newest_resumable(run, said.append)
     assert found is not None
