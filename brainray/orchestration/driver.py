@@ -138,6 +138,7 @@ def fit(training: Training, callbacks: Sequence[Any] = ()) -> None:
     """
     config, run, workers = training.config, training.run, training.workers
     worker: Any = train_worker  # Ray's annotation forbids the return value that Result carries
+    scaling: Any = ScalingConfig  # type checkers see the one of Ray Train's first version
     trainer = TorchTrainer(
         worker,
         train_loop_config={
@@ -146,7 +147,7 @@ def fit(training: Training, callbacks: Sequence[Any] = ()) -> None:
             "store": str(training.store.folder),
         },
         torch_config=TorchConfig(timeout_s=config.train.collective_timeout_s),
-        scaling_config=ScalingConfig(
+        scaling_config=scaling(
             num_workers=workers.asked_for,
             use_gpu=workers.use_gpu,
             resources_per_worker=workers.of_worker,

@@ -9,11 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import cloudpickle
 import pytest
 import ray.train
 import torch
 from mlflow import MlflowClient
+from ray import cloudpickle
 
 from brainray import layout
 from brainray.config import Config
@@ -30,6 +30,9 @@ pytestmark = [pytest.mark.usefixtures("ray_cluster"), pytest.mark.faults]
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 Fault = Callable[[Path], None]
+
+WORKER: Any = worker
+"""The module whose functions faults replace, in the worker's own process."""
 
 
 def config_of(storage: Path, name: str, *overrides: str) -> Config:
@@ -86,7 +89,7 @@ def assert_same_weights(one: TrainedRun, two: TrainedRun) -> None:
 
 
 def kill_in_forward(once: Path) -> None:
-    original = worker.Encoder.forward
+    original = WORKER.Encoder.forward
     calls = 0
 
     def forward(self: Any, images: torch.Tensor) -> Any:
@@ -96,22 +99,22 @@ def kill_in_forward(once: Path) -> None:
             kill_this_process(once)
         return original(self, images)
 
-    worker.Encoder.forward = forward  # type: ignore[method-assign]
+    WORKER.Encoder.forward = forward
 
 
 def kill_in_collective(once: Path) -> None:
-    original = worker.dist.gather_rows
+    original = WORKER.dist.gather_rows
     calls = 0
 
     def gather_rows(rows: torch.Tensor) -> torch.Tensor:
         nonlocal calls
-        calls += worker.dist.world_size() > 1
+        calls += WORKER.dist.world_size() > 1
         if rank() == 1 and calls == 20:
             time.sleep(2)  # the other rank is waiting by now
             kill_this_process(once)
         return original(rows)
 
-    worker.dist.gather_rows = gather_rows
+    WORKER.dist.gather_rows = gather_rows
 
 
 def kill_in_checkpoint(once: Path) -> None:
@@ -149,7 +152,7 @@ def test_a_worker_killed_anywhere_costs_the_epoch_under_way_only(
 
 
 def fill_the_disk_in_epoch_3(once: Path) -> None:
-    original = worker._Trainer.run_epoch
+    original = WORKER._Trainer.run_epoch
 
     def run_epoch(self: Any) -> None:
         if self.epoch == 2 and rank() == 0:
@@ -157,7 +160,7 @@ def fill_the_disk_in_epoch_3(once: Path) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
         original(self)
 
-    worker._Trainer.run_epoch = run_epoch  # type: ignore[method-assign]
+    WORKER._Trainer.run_epoch = run_epoch
 
 
 def test_a_full_disk_and_a_cut_checkpoint_leave_the_one_before(
@@ -196,18 +199,18 @@ def raise_on_one_rank(once: Path) -> None:
         if rank() == 1:
             raise RuntimeError("planted on rank 1")
         self._share_batch_statistics()
-        worker.dist.sum_across_ranks(torch.ones(1))
+        WORKER.dist.sum_across_ranks(torch.ones(1))
 
-    worker._Trainer.run_epoch = run_epoch  # type: ignore[method-assign]
+    WORKER._Trainer.run_epoch = run_epoch
 
 
 def stay_away_on_one_rank(once: Path) -> None:
     def run_epoch(self: Any) -> None:
         if rank() == 1:
             time.sleep(3600)
-        worker.dist.sum_across_ranks(torch.ones(1))
+        WORKER.dist.sum_across_ranks(torch.ones(1))
 
-    worker._Trainer.run_epoch = run_epoch  # type: ignore[method-assign]
+    WORKER._Trainer.run_epoch = run_epoch
 
 
 @pytest.mark.parametrize(
@@ -253,18 +256,18 @@ def test_a_collapse_is_handled_as_the_config_says(storage: Path, policy: str) ->
 
 def gather_all_in_one_cluster(once: Path) -> None:
     """What is seen of the first re-clustering after epoch 1 is a collapse."""
-    original = worker.measure_health
+    original = WORKER.measure_health
     calls = 0
 
     def measure_health(*arguments: Any) -> Any:
         nonlocal calls
         calls += 1
         health = original(*arguments)
-        return worker.ClusteringHealth(
+        return WORKER.ClusteringHealth(
             **vars(health) | {"largest_share": 1.0 if calls == 1 else 0.5}
         )
 
-    worker.measure_health = measure_health
+    WORKER.measure_health = measure_health
 
 
 def test_reseeding_helps_where_the_clusters_alone_have_collapsed(
