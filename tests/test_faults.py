@@ -41,11 +41,11 @@ def job(name: str, config_file: Path, *settings: str) -> subprocess.Popen[str]:
 
 
 def result(process: subprocess.Popen[str]) -> dict:
-    out, _ = process.communicate(timeout=300)
+    out, _ = process.communicate(timeout=900)
     return dict(json.loads(out.splitlines()[-1]))
 
 
-def wait_for(condition: Callable[[], bool], timeout_s: float = 300) -> None:
+def wait_for(condition: Callable[[], bool], timeout_s: float = 900) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
