@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from brainray.errors import ConfigError
+from brainray.redaction import redacted
 
 Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -23,12 +24,17 @@ SearchDomain = dict[Literal["choice", "uniform", "log_uniform", "integer"], list
 SearchSpace = dict[str, SearchDomain]
 
 _MAX_CONFIG_BYTES = 1_000_000
+_MAX_PROBLEMS = 10  # in one error
 _NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 class _Section(BaseModel):
     model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, coerce_numbers_to_str=True
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        coerce_numbers_to_str=True,
+        allow_inf_nan=False,
     )
 
 
@@ -196,7 +202,8 @@ class AugmentConfig(_Section):
     def _fill_from_policy(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        return _POLICIES.get(values.get("policy", "published"), {}) | values
+        policy = values.get("policy", "published")
+        return (_POLICIES.get(policy, {}) if isinstance(policy, str) else {}) | values
 
     @property
     def changes_nothing(self) -> bool:
@@ -242,6 +249,9 @@ class ClusteringConfig(_Section):
     """A cluster that holds more of the slices is called a collapse."""
     min_spread: Annotated[float, Field(ge=0.0)] = 1e-4
     """A smaller mean squared distance of normalised embeddings to their mean is a collapse."""
+    on_collapse: Literal["stop", "reseed", "warn"] = "stop"
+    """``reseed`` fits the epoch's clusters anew from fresh seeds, and stops where that does not
+    help; ``warn`` says so and goes on."""
 
 
 class TrainConfig(_Section):
@@ -251,6 +261,10 @@ class TrainConfig(_Section):
     """An epoch is one pass over the unlabelled slices; the labelled ones cycle."""
     num_workers: Annotated[int, Field(ge=0)] = 0
     """DDP ranks; 0 takes every GPU of the Ray cluster, or one worker where it has none."""
+    min_workers: Annotated[int, Field(ge=0)] = 0
+    """Ranks with which training begins, or goes on where nodes are lost; more join, up to
+    ``num_workers``, as nodes come (looked for once a minute; the epoch under way is begun anew).
+    0 waits for all of them."""
     cpus_per_worker: Annotated[int, Field(ge=0)] = 0
     """CPUs (and threads) of each worker; 0 shares the Ray cluster's CPUs among the workers."""
     gpus_per_worker: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
@@ -286,6 +300,8 @@ class TrainConfig(_Section):
     ``num_workers``, ``cpus_per_worker`` and ``device`` then."""
     max_failures: Annotated[int, Field(ge=0)] = 2
     """How often lost workers are replaced before the job gives up."""
+    collective_timeout_s: Positive = 1800
+    """How long a worker waits for the others in a collective before it gives up."""
 
 
 class EvaluationConfig(_Section):
@@ -304,7 +320,8 @@ class EvaluationConfig(_Section):
 
 class TrackingConfig(_Section):
     uri: str | None = None
-    """MLflow tracking URI; ``MLFLOW_TRACKING_URI`` wins; default: a SQLite file in ``storage``."""
+    """MLflow tracking URI; ``MLFLOW_TRACKING_URI`` wins; default: a SQLite file in ``storage``. A
+    password in it is not kept with results."""
     experiment: str = "brainray"
     """MLflow experiment; made when absent."""
 
@@ -406,6 +423,24 @@ class Config(_Section):
             )
         return value
 
+    @field_validator("storage", "source", "labels", "checkpoint")
+    @classmethod
+    def _no_secret(cls, value: str | None) -> str | None:
+        if value is not None and redacted(value) != value:
+            raise ValueError(
+                f"{redacted(value)} holds a password or key: give it in the environment "
+                "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, for example), not in the URI, "
+                "which is kept with results and shown"
+            )
+        return value
+
+    def without_secrets(self) -> "Config":
+        """As it may be kept with results: without the password of ``tracking.uri``."""
+        if self.tracking.uri is None:
+            return self
+        tracking = self.tracking.model_copy(update={"uri": redacted(self.tracking.uri)})
+        return self.model_copy(update={"tracking": tracking})
+
     @model_validator(mode="after")
     def _sizes_fit(self) -> "Config":
         if self.train.image_size > self.preprocess.image_size:
@@ -459,16 +494,31 @@ def parse_yaml(content: bytes, where: str) -> dict[str, Any]:
     Raises:
         ConfigError: it is not valid YAML, or no mapping.
     """
+    if len(content) > _MAX_CONFIG_BYTES:
+        raise ConfigError(f"{where} is larger than {_MAX_CONFIG_BYTES} bytes: not a config file")
     try:
-        tree = yaml.safe_load(content.decode())
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        tree = yaml.load(content.decode(), _PlainLoader)
+    except Exception as error:  # PyYAML raises nearly anything on dates and numbers that are none
         reason = " ".join(str(error).split())
-        raise ConfigError(f"{where} is not valid YAML: {reason}") from None
+        raise ConfigError(f"{where} is not valid YAML: {_shortened(reason)}") from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
         raise ConfigError(f"{where} must hold a mapping of keys, not a {type(tree).__name__}")
     return tree
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Plain values: SafeLoader refuses tags of Python objects, and this one aliases.
+
+    A few lines of aliases to aliases stand for more values than any memory holds.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.MarkedYAMLError(problem="aliases (*name) are not read", problem_mark=mark)
+        return super().compose_node(parent, index)
 
 
 def to_yaml(config: Config) -> str:
@@ -479,9 +529,8 @@ def to_yaml(config: Config) -> str:
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"no such config file: {path}")
-    if path.stat().st_size > _MAX_CONFIG_BYTES:
-        raise ConfigError(f"{path} is larger than {_MAX_CONFIG_BYTES} bytes: not a config file")
-    return parse_yaml(path.read_bytes(), where=str(path))
+    with path.open("rb") as stream:
+        return parse_yaml(stream.read(_MAX_CONFIG_BYTES + 1), where=str(path))
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
@@ -490,8 +539,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set {override!r}: write dotted.key=value")
     try:
         # YAML would take the rest of a path with " #" in it for a comment.
-        value = text if " #" in text else yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = text if " #" in text else yaml.load(text, _PlainLoader)
+    except Exception:  # as in a file: PyYAML raises nearly anything
         value = text
     *parents, leaf = key.strip().split(".")
     node = tree
@@ -515,9 +564,16 @@ def _explain(error: ValidationError) -> str:
         else:
             message = item["msg"].removeprefix("Value error, ")
             if item["type"] != "value_error":
-                message += f", not {item['input']!r}"
+                message += f", not {_shortened(redacted(repr(item['input'])), 100)}"
             problems.append(f"{key}: {message}" if key else message)
-    return "; ".join(problems)
+    shown = [_shortened(" ".join(problem.split())) for problem in problems[:_MAX_PROBLEMS]]
+    more = len(problems) - len(shown)
+    return "; ".join(shown) + (f"; and {more} more" if more else "")
+
+
+def _shortened(text: str, limit: int = 500) -> str:
+    """Both ends of a text that is too long for one line."""
+    return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
 
 
 def _nearest(key: str) -> str:

@@ -17,6 +17,10 @@ class ClusteringError(BrainrayError):
     """A clustering that cannot be fitted, or one that has collapsed."""
 
 
+class DivergenceError(BrainrayError):
+    """A loss, gradient or embedding that is no longer finite."""
+
+
 class CheckpointError(BrainrayError):
     """A file that is not a brainray checkpoint, or one that does not fit the run."""
 

@@ -11,6 +11,7 @@ EVALUATIONS = "evaluations"
 SWEEPS = "sweeps"
 DRAWS = "draws"  # of labels: figures over several runs
 PREDICTED = "predictions"
+LOCKS = "locks"  # a file for each name that a job is at work on
 
 # An image store: storage/datasets/NAME/
 MANIFEST = "manifest.json"  # written last: a folder without one is no store
@@ -27,6 +28,7 @@ CONFIG = "config.yaml"
 DATASET = "dataset"  # what the store says of itself: manifest, leakage, figures
 SEEN = "seen.parquet"  # the labelled draw, and fingerprints of all that the run saw
 TEST_SLICES = "test.parquet"  # the slices that the run is tested on
+PROVENANCE = "provenance.jsonl"  # an object for each submission that trained the run
 METRICS = "metrics.jsonl"  # one object an epoch
 SUMMARY = "summary.json"  # written last: the run is complete
 BEST = "best"  # checkpoint of the chosen epoch
@@ -47,6 +49,14 @@ EVALUATION_METRICS = "metrics.json"
 
 FIGURES = "figures"
 REPORT = "report.html"  # all of a run on one page
+
+
+CHECKPOINT_FOLDER = r"epoch-(\d+)"
+
+
+def checkpoint_folder(epoch: int) -> str:
+    """A run's checkpoint after an epoch, to go on from."""
+    return f"epoch-{epoch:04d}"
 
 
 def predictions_file(epoch: int) -> str:

@@ -1,5 +1,7 @@
 """Files under ``storage``: a local folder or any URI that pyarrow reads, through one interface."""
 
+import contextlib
+import errno
 import json
 import os
 from pathlib import Path
@@ -10,6 +12,8 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from brainray.errors import ConfigError, DataError
+
+_DISK_IS_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class Folder:
@@ -29,6 +33,7 @@ class Folder:
             ) from None
 
     def __truediv__(self, name: str) -> "Folder":
+        self._join(name)  # refuses what leads out of this folder
         return Folder(f"{self.uri}/{name}")
 
     def __str__(self) -> str:
@@ -61,12 +66,47 @@ class Folder:
         target = self._join(name)
         self.filesystem.create_dir(target.rpartition("/")[0], recursive=True)
         temporary = f"{target}.tmp-{os.getpid()}"
-        with self.filesystem.open_output_stream(temporary) as stream:
-            stream.write(content)
+        try:
+            with self.filesystem.open_output_stream(temporary) as stream:
+                stream.write(content)
+        except OSError as error:
+            self._delete_cut_file(temporary)
+            if error.errno in _DISK_IS_FULL:
+                raise DataError(
+                    f"no space left to write {self.uri}/{name} ({len(content):,} bytes): free some "
+                    "and submit again; what was written before is whole"
+                ) from None
+            raise
         self.filesystem.move(temporary, target)
 
+    def _delete_cut_file(self, path: str) -> None:
+        with contextlib.suppress(OSError):  # the reason why it was cut is told already
+            self.filesystem.delete_file(path)
+
+    def create_file(self, name: str, content: bytes) -> bool:
+        """Write a file that must not exist, on a local or mounted folder; whether it did not."""
+        target = self._join(name)
+        self.filesystem.create_dir(target.rpartition("/")[0], recursive=True)
+        temporary = f"{target}.tmp-{os.getpid()}"
+        with self.filesystem.open_output_stream(temporary) as stream:
+            stream.write(content)
+        try:
+            os.link(temporary, target)  # unlike opening exclusively, never seen half-written
+        except FileExistsError:
+            return False
+        finally:
+            os.unlink(temporary)
+        return True
+
+    def delete_file(self, name: str, *, missing_ok: bool = False) -> None:
+        if not missing_ok or self.exists(name):
+            self.filesystem.delete_file(self._join(name))
+
     def read_json(self, name: str) -> Any:
-        return json.loads(self.read_bytes(name))
+        try:
+            return json.loads(self.read_bytes(name))
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{self.uri}/{name} is not JSON: {error}") from None
 
     def write_json(self, name: str, value: Any) -> None:
         self.write_bytes(name, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
@@ -75,8 +115,11 @@ class Folder:
         """One value a line; an incomplete last line, as a crash leaves it, is left out."""
         if not self.exists(name):
             return []
-        lines = self.read_bytes(name).decode().split("\n")[:-1]
-        return [json.loads(line) for line in lines]
+        try:
+            lines = self.read_bytes(name).decode().split("\n")[:-1]
+            return [json.loads(line) for line in lines]
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{self.uri}/{name} is not JSON, line by line: {error}") from None
 
     def write_json_lines(self, name: str, values: list[Any]) -> None:
         text = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
@@ -144,4 +187,6 @@ class Folder:
         return Folder(f"{parent}/.{name}.replaced")
 
     def _join(self, name: str) -> str:
+        if ".." in name.split("/") or name.startswith("/") or "\0" in name:
+            raise DataError(f"{name!r} leads out of {self.uri}: names are relative, without '..'")
         return f"{self.path}/{name}" if name else self.path

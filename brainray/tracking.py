@@ -29,6 +29,7 @@ from torch import nn
 
 from brainray import layout
 from brainray.errors import TrackingError
+from brainray.redaction import redacted
 from brainray.storage import Folder
 
 _BATCH = 500  # MLflow refuses batches of more than 1,000 metrics
@@ -102,12 +103,16 @@ class MLflowTracker:
             client = self._connect()
             if self._run.exists(layout.TRACKING):
                 self._state = self._run.read_json(layout.TRACKING)
-            if self._state.get("uri") == self._uri and self._is_known(client):
+            if self._state.get("uri") == redacted(self._uri) and self._is_known(client):
                 client.update_run(self._id, status="RUNNING")
                 client.log_batch(self._id, tags=_tags(tags))
             else:
                 run = client.create_run(self._experiment_id(client), run_name=name, tags=dict(tags))
-                self._state = {"uri": self._uri, "run_id": run.info.run_id, "epochs_sent": 0}
+                self._state = {
+                    "uri": redacted(self._uri),  # a file in storage is no place for a password
+                    "run_id": run.info.run_id,
+                    "epochs_sent": 0,
+                }
                 self._save()
             if not self._state.get("params_sent"):
                 flat = [Param(_key(key), str(value)) for key, value in params.items()]
@@ -302,4 +307,4 @@ def _readable_errors(uri: str) -> Iterator[None]:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
         message = f"MLflow at {uri} cannot be used: {reason}"
         # A password in the URI must reach neither logs nor the job's result.
-        raise TrackingError(re.sub(r"//[^/@\s]*@", "//***@", message)) from None
+        raise TrackingError(redacted(message)) from None

@@ -1,5 +1,6 @@
 """Configuration is validated at the door, and survives the way to a file and back."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,46 @@ def test_a_file_that_is_no_config_is_refused(tmp_path: Path, content: str) -> No
     path.write_text(content)
     with pytest.raises(ConfigError, match=r"c\.yaml"):
         load_config(path)
+
+
+NESTED = "a: " + "[" * 20_000
+BOMB = "a: &a [x, x]\n" + "".join(
+    f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n"
+    for old, new in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("name: !!python/object/apply:os.system [id]", "could not determine a constructor"),
+        ("name: !!python/name:os.system", "could not determine a constructor"),
+        (BOMB, "aliases"),
+        (NESTED, "is not valid YAML"),
+        ("seed: 2024-99-99", "month must be in"),
+        ("name: x\n" + "#" * 1_000_000, "larger than 1000000 bytes"),
+        ("train: {learning_rate: .inf}", "train.learning_rate: Input should be a finite number"),
+        ("name: " + "x" * 900_000, "not a plain name"),
+        ("train: {num_epochs: " + "x" * 900_000 + "}", "train.num_epochs: "),
+    ],
+    ids=["apply", "name", "bomb", "nested", "date", "oversized", "infinite", "long", "input"],
+)
+def test_a_hostile_file_is_refused_in_a_short_line(
+    tmp_path: Path, content: str, reason: str
+) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(content)
+    started = time.process_time()
+    with pytest.raises(ConfigError, match=reason) as error:
+        load_config(path)
+    assert time.process_time() - started < 5
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize("text", ["[" * 5000, "2024-99-99", "*a", "!!python/name:os.system"])
+def test_a_hostile_override_is_taken_as_text(text: str) -> None:
+    assert load_config(None, [f"source={text}"]).source == text
 
 
 def test_a_missing_file_is_named() -> None:

@@ -1,17 +1,24 @@
-"""What a machine that goes down does to a run: every process of it is killed at once."""
+"""What a machine that goes down, a signal, a second job or a lost process does to a run."""
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+from mlflow import MlflowClient
 
+from brainray.config import to_yaml
 from brainray.engine.state import load_checkpoint
+from brainray.mri.phantom import write_phantoms
+from brainray.orchestration.store import ImageStore
 from brainray.storage import Folder
 from tests.conftest import tiny_config
 
@@ -34,8 +41,33 @@ def job(name: str, config_file: Path, *settings: str) -> subprocess.Popen[str]:
 
 
 def result(process: subprocess.Popen[str]) -> dict:
-    out, _ = process.communicate(timeout=300)
+    out, _ = process.communicate(timeout=900)
     return dict(json.loads(out.splitlines()[-1]))
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float = 900) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.05)
+
+
+def epochs_of(storage: Path, name: str) -> list[float]:
+    lines = Folder(storage / "runs" / name).read_json_lines("metrics.jsonl")
+    return [line["epoch"] for line in lines]
+
+
+def assert_same_weights(storage: Path, *names: str) -> None:
+    whole, other = (load_checkpoint(Folder(storage / "runs" / name / "last")) for name in names)
+    for one, two in zip(whole.encoder.parameters(), other.encoder.parameters(), strict=True):
+        assert one.equal(two)
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(tiny_config(tmp_path, *SLOW)))
+    return path
 
 
 def kill_tree(process: subprocess.Popen[str]) -> None:
@@ -49,12 +81,8 @@ def kill_tree(process: subprocess.Popen[str]) -> None:
 
 
 def test_a_killed_job_submitted_again_ends_as_if_undisturbed(
-    phantoms: Path, tmp_path: Path
+    phantoms: Path, tmp_path: Path, config_file: Path
 ) -> None:
-    from brainray.config import to_yaml
-
-    config_file = tmp_path / "config.yaml"
-    config_file.write_text(to_yaml(tiny_config(tmp_path, *SLOW)))
     made = result(job("preprocess", config_file, "name=mri", f"source={phantoms}"))
     assert made["status"] == "ok"
     undisturbed = result(job("train", config_file, "name=whole", "dataset=mri"))
@@ -62,10 +90,7 @@ def test_a_killed_job_submitted_again_ends_as_if_undisturbed(
 
     process = job("train", config_file, "name=killed", "dataset=mri")
     metrics = tmp_path / "runs" / "killed" / "metrics.jsonl"
-    deadline = time.monotonic() + 200
-    while not metrics.exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert metrics.exists()
+    wait_for(metrics.exists)
     kill_tree(process)
     assert len(metrics.read_text().splitlines()) < 6
 
@@ -73,9 +98,101 @@ def test_a_killed_job_submitted_again_ends_as_if_undisturbed(
     assert again["status"] == "ok"
     history = [json.loads(line) for line in metrics.read_text().splitlines()]
     assert [line["epoch"] for line in history] == [1, 2, 3, 4, 5, 6]
-    whole, killed = (
-        load_checkpoint(Folder(tmp_path / "runs" / name / "last")) for name in ("whole", "killed")
-    )
-    for one, two in zip(whole.encoder.parameters(), killed.encoder.parameters(), strict=True):
-        assert one.equal(two)
+    assert_same_weights(tmp_path, "whole", "killed")
     assert again["metrics"]["chosen_epoch"] == undisturbed["metrics"]["chosen_epoch"]
+
+
+def test_a_second_job_is_refused_and_sigterm_ends_the_first_in_order(
+    phantoms: Path, tmp_path: Path, config_file: Path
+) -> None:
+    made = result(job("preprocess", config_file, "name=mri", f"source={phantoms}"))
+    assert made["status"] == "ok"
+    assert result(job("train", config_file, "name=whole", "dataset=mri"))["status"] == "ok"
+    first = job("train", config_file, "name=twice", "dataset=mri")
+    wait_for(lambda: len(epochs_of(tmp_path, "twice")) >= 1)
+
+    second = job("train", config_file, "name=twice", "dataset=mri")
+    refused = result(second)
+    assert second.returncode == 2
+    assert f"another job (process {first.pid} of" in refused["error"]
+    assert "wait for its end, or choose another name" in refused["error"]
+
+    assert first.poll() is None, "the first was to be at work still: give it more epochs"
+    started = time.monotonic()
+    first.send_signal(signal.SIGTERM)
+    ended = result(first)
+    assert first.returncode == 1
+    assert time.monotonic() - started < 30
+    assert "ended by SIGTERM: submit it again under the same name" in ended["error"]
+    assert not list((tmp_path / "locks").iterdir())
+    state = Folder(tmp_path / "runs" / "twice").read_json("tracking.json")
+    assert MlflowClient(state["uri"]).get_run(state["run_id"]).info.status == "KILLED"
+
+    assert result(job("train", config_file, "name=twice", "dataset=mri"))["status"] == "ok"
+    assert epochs_of(tmp_path, "twice") == [1, 2, 3, 4, 5, 6]
+    assert_same_weights(tmp_path, "whole", "twice")
+    records = Folder(tmp_path / "runs" / "twice").read_json_lines("provenance.jsonl")
+    assert len(records) == 2  # of the refused one there is none
+    assert records[0]["first_epoch"] == 1
+    assert records[1]["first_epoch"] > 1
+
+
+def test_killed_preprocessing_workers_lose_no_slice(
+    phantoms: Path, tmp_path: Path, config_file: Path
+) -> None:
+    settings = [f"source={phantoms}", "preprocess.files_per_task=1"]
+    assert result(job("preprocess", config_file, "name=whole", *settings))["status"] == "ok"
+    process = job("preprocess", config_file, "name=killed", *settings)
+    killed = []
+
+    def two_are_killed() -> bool:
+        for member in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if "decode_part" in " ".join(member.cmdline()) and member.pid not in killed:
+                    member.kill()
+                    killed.append(member.pid)
+        return len(killed) >= 2
+
+    wait_for(two_are_killed)
+    assert result(process)["status"] == "ok"
+    whole, other = (
+        ImageStore.open(Folder(tmp_path / "datasets" / name)) for name in ("whole", "killed")
+    )
+    assert whole.data_hash == other.data_hash
+    assert whole.index().num_rows == other.index().num_rows
+    assert other.manifest["num_rejected"] == whole.manifest["num_rejected"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 3 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=3m", "none", str(folder)]
+    if subprocess.run(command, check=False, capture_output=True).returncode != 0:
+        pytest.skip("mounting a file system is not allowed here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_that_fills_while_a_store_is_written_leaves_the_old_store(
+    phantoms: Path, tmp_path: Path, small_disk: Path, config_file: Path
+) -> None:
+    settings = ["name=mri", f"storage={small_disk}"]
+    made = result(job("preprocess", config_file, f"source={phantoms}", *settings))
+    assert made["status"] == "ok"
+    store = small_disk / "datasets" / "mri"
+    before = {path: path.read_bytes() for path in store.rglob("*") if path.is_file()}
+    free = shutil.disk_usage(small_disk).free
+    (small_disk / "ballast").write_bytes(bytes(max(0, free - 60_000)))
+    more = tmp_path / "more"
+    write_phantoms(more, num_training_per_class=60, num_testing_per_class=1, seed=8, size=64)
+    shutil.copytree(phantoms, more, dirs_exist_ok=True)
+    process = job("preprocess", config_file, f"source={more}", *settings)
+    failed = result(process)
+    assert process.returncode == 2
+    assert "no space left to write" in failed["error"]
+    assert {path: path.read_bytes() for path in store.rglob("*") if path.is_file()} == before
+    assert not (small_disk / "datasets" / ".mri.building").exists()
+    (small_disk / "ballast").unlink()
+    assert result(job("preprocess", config_file, f"source={more}", *settings))["status"] == "ok"

@@ -1,6 +1,9 @@
 """Files under storage appear whole or not at all, whatever the file system."""
 
+import os
 import pickle
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -67,3 +70,42 @@ def test_moving_without_renames_copies_and_completes_last(tmp_path: Path) -> Non
     assert (tmp_path / "target" / "images" / "part").read_bytes() == b"x"
     assert (tmp_path / "target" / "manifest.json").read_bytes() == b"{}"
     assert not (tmp_path / "source").exists()
+
+
+@pytest.mark.parametrize("name", ["../x", "a/../../x", "/etc/passwd", "a\0b"])
+def test_a_name_cannot_lead_out_of_its_folder(tmp_path: Path, name: str) -> None:
+    folder = Folder(tmp_path / "inner")
+    for reach in (folder.read_bytes, folder.exists, folder.__truediv__, folder.read_json):
+        with pytest.raises(DataError, match="leads out of"):
+            reach(name)
+    with pytest.raises(DataError, match="leads out of"):
+        folder.write_bytes(name, b"x")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[" * 100_000, b"\xff\xfe"])
+def test_what_is_no_json_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.json").write_bytes(content + b"\n")
+    for read in (Folder(tmp_path).read_json, Folder(tmp_path).read_json_lines):
+        if content or read.__name__ == "read_json_lines":
+            with pytest.raises(DataError, match=r"x\.json is not JSON"):
+                read("x.json")
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """Files of this process end at 100 kB, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.usefixtures("small_files")
+def test_a_full_disk_is_said_and_the_old_file_stays_whole(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    folder.write_table("part.parquet", pa.table({"x": [1, 2]}))
+    noise = [os.urandom(1000) for _ in range(300)]
+    with pytest.raises(DataError, match=r"no space left to write .*part\.parquet"):
+        folder.write_table("part.parquet", pa.table({"x": noise}))
+    assert folder.read_table("part.parquet")["x"].to_pylist() == [1, 2]
+    assert folder.names() == ["part.parquet"]

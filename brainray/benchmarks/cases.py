@@ -11,6 +11,7 @@ from brainray.benchmarks import (
     labels,
     preprocess,
     scaling,
+    soak,
     subjects,
     training,
 )
@@ -30,6 +31,7 @@ CASES: dict[str, Case] = {
     "labels": labels.run,
     "preprocess": preprocess.run,
     "scaling": scaling.run,
+    "soak": soak.run,
     "subjects": subjects.run,
     "training": training.run,
 }

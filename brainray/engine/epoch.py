@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from brainray import dist
 from brainray.config import AugmentConfig
+from brainray.engine.finite import GradientWatch, carried_by_gradient
 from brainray.engine.shard import Images, PixelScale, SliceShard
 from brainray.models.augment import augment
 from brainray.models.encoder import EncoderOutput
@@ -93,6 +94,9 @@ def train_epoch(
     from ``seed`` alone, which must differ between epochs and ranks. The gradients of
     ``accumulation`` batches are averaged for one step of the optimiser, after which ``on_update``
     is called.
+
+    Raises:
+        NonFiniteStep: on every rank alike, where the loss or the gradient is NaN or infinite.
     """
     device = labelled.images.device
     model.train()
@@ -103,6 +107,7 @@ def train_epoch(
     )
     batches = labelled.images.batches(order)
     batches_unlabelled = unlabelled.images.batches(order_unlabelled)
+    watch = GradientWatch(model.parameters(), device)
     sums: dict[str, Tensor] = {}
     data_wait_s = 0.0
     optimizer.zero_grad(set_to_none=True)
@@ -128,8 +133,11 @@ def train_epoch(
                 ),
                 targets.of_step(labelled.labels[rows], rows_unlabelled),
             )
-            (terms["total"] / size_of_update).backward()
+            (carried_by_gradient(terms["total"]) / size_of_update).backward()
+        keys = torch.cat([labelled.keys[rows], unlabelled.keys[rows_unlabelled]])
+        watch.saw(keys, terms["total"], images, output.z, output.logits)
         if updates:
+            watch.check(step)
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad(set_to_none=True)
@@ -138,6 +146,7 @@ def train_epoch(
             # Summed on the device: reading a value every step would stop the queue.
             sums[name] = sums.get(name, torch.zeros((), device=device)) + value.detach()
         on_step(step)
+    watch.finish()
     totals = dist.sum_across_ranks(torch.stack(list(sums.values())).double())
     means = (totals / (steps * dist.world_size())).tolist()
     return EpochResult(dict(zip(sums, means, strict=True)), data_wait_s)

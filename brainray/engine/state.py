@@ -1,6 +1,9 @@
 """What is saved: checkpoints that predict on their own, and what a run needs to go on."""
 
 import io
+import re
+import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +19,7 @@ from brainray.models.encoder import Encoder
 from brainray.storage import Folder
 
 _FORMAT = "brainray-checkpoint/1"
+_NUM_KEPT = 2  # checkpoints to go on from: the newest may turn out to be broken
 
 
 @dataclass(frozen=True)
@@ -122,6 +126,66 @@ def load_trainer(folder: Folder) -> TrainerState:
     )
 
 
+@dataclass(frozen=True)
+class Resumable:
+    """A checkpoint that training goes on from."""
+
+    checkpoint: Checkpoint
+    trainer: TrainerState
+
+
+def save_resumable(run: Folder, saved: Resumable) -> None:
+    """Keep what the next epoch starts from in a folder of the run, and the one before it.
+
+    Each file appears whole, and ``model.pt`` last: a folder without it is no checkpoint.
+    """
+    folder = run / layout.checkpoint_folder(saved.checkpoint.epoch)
+    folder.delete()  # what an interrupted job has left there is of other files
+    folder.write_bytes(layout.TRAINER, trainer_bytes(saved.trainer))
+    folder.write_bytes(layout.MODEL, checkpoint_bytes(saved.checkpoint))
+    epochs = [epoch for epoch in _epochs_kept(run) if epoch <= saved.checkpoint.epoch]
+    for epoch in epochs[:-_NUM_KEPT]:
+        (run / layout.checkpoint_folder(epoch)).delete()
+
+
+def newest_resumable(run: Folder, say: Callable[[str], None]) -> Resumable | None:
+    """The newest checkpoint of a run that can be read whole; what cannot is said.
+
+    Raises:
+        CheckpointError: the run has finished epochs, and none of its checkpoints can be read.
+    """
+    problems = []
+    for epoch in reversed(_epochs_kept(run)):
+        try:
+            found = load_resumable(run, epoch)
+        except CheckpointError as error:
+            problems.append(str(error))
+            say(f"{error}: trying the checkpoint before it")
+        else:
+            return found
+    if run.read_json_lines(layout.METRICS):
+        raise CheckpointError(
+            f"no checkpoint of {run} can be read ({'; '.join(problems) or 'there is none'}): "
+            "restore one from a backup, or train under another name"
+        )
+    return None
+
+
+def load_resumable(run: Folder, epoch: int) -> Resumable:
+    """The checkpoint after an epoch.
+
+    Raises:
+        CheckpointError: it is missing or unreadable.
+    """
+    folder = run / layout.checkpoint_folder(epoch)
+    return Resumable(load_checkpoint(folder), load_trainer(folder))
+
+
+def _epochs_kept(run: Folder) -> list[int]:
+    matches = (re.fullmatch(layout.CHECKPOINT_FOLDER, name) for name in run.names())
+    return sorted(int(match.group(1)) for match in matches if match)
+
+
 def rows_of_keys(keys: Tensor, values: Tensor, wanted: Tensor) -> Tensor:
     """The rows of values (N, ...) whose keys (N,) equal wanted (n,), in the order of wanted.
 
@@ -155,6 +219,10 @@ def _to_bytes(value: dict[str, Any]) -> bytes:
 
 def _from_bytes(content: bytes, where: str) -> dict[str, Any]:
     try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            broken = archive.testzip()  # torch does not look at the checksums
+        if broken is not None:
+            raise ValueError(f"the checksum of {broken} is wrong")
         saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises nearly anything on a file that is not one
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -26,6 +26,7 @@ from brainray.mri.decode import RejectedImage
 from brainray.mri.duplicates import content_hash
 from brainray.orchestration.earlier import LIGHT, LIGHT_COLUMNS, PART, Earlier, unchanged
 from brainray.orchestration.examples import draw_figures
+from brainray.orchestration.lock import held
 from brainray.orchestration.plan import plan_store
 from brainray.orchestration.preparation import (
     SLICES,
@@ -76,18 +77,19 @@ def preprocess(config: Config, log: Log = print) -> ImageStore:
     listing = list_source(source, labels, config.classes.map)
     drawn = config.split.mode == "grouped" or not any(file.split for file in listing.files)
     settings = settings_of(config.preprocess, config.split, config.classes.map, drawn=drawn)
-    previous = _previous_store(target, settings)
-    if previous is not None and previous.manifest["listing"] == listing.fingerprint:
-        log(f"image store {target}: made with the same settings and files, reused")
-        return previous
-    log(f"preprocessing {len(listing.files)} files of {source}")
-    building.delete()
-    try:
-        manifest = _build(config, listing, settings, previous, building, log)
-        building.replace(target, last=layout.MANIFEST)
-    except BaseException:
+    with held(Folder(config.storage), layout.DATASETS, config.name, log):
+        previous = _previous_store(target, settings)
+        if previous is not None and previous.manifest["listing"] == listing.fingerprint:
+            log(f"image store {target}: made with the same settings and files, reused")
+            return previous
+        log(f"preprocessing {len(listing.files)} files of {source}")
         building.delete()
-        raise
+        try:
+            manifest = _build(config, listing, settings, previous, building, log)
+            building.replace(target, last=layout.MANIFEST)
+        except BaseException:
+            building.delete()
+            raise
     store = ImageStore(target, manifest)
     log(describe(store))
     log(store.folder.read_bytes(layout.LEAKAGE_TABLE).decode())

@@ -3,14 +3,15 @@
 import platform
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 import torch
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
 
 import brainray
 from brainray import errors, layout
@@ -19,17 +20,23 @@ from brainray.engine.evaluate import Metrics, summarise
 from brainray.engine.state import load_checkpoint
 from brainray.errors import BrainrayError, ConfigError
 from brainray.models.encoder import build_encoder
+from brainray.orchestration.lock import held
 from brainray.orchestration.progress import Follower
+from brainray.orchestration.provenance import record_submission, version_tags
 from brainray.orchestration.publish import begin_tracking, code_hash, git_revision, send_run
 from brainray.orchestration.resources import WorkerResources, plan_workers
-from brainray.orchestration.run import Run, begin_run, open_run
+from brainray.orchestration.run import Run, begin_run, name_of_run, open_run
 from brainray.orchestration.store import ImageStore, differing_settings
 from brainray.orchestration.worker import best_epoch, train_worker
+from brainray.redaction import redacted
 from brainray.report.page import write_page
 from brainray.report.run_figures import draw_run_figures
 from brainray.storage import Folder
 
 Log = Callable[[str], None]
+
+_RESIZE_INTERVAL_S = 60.0  # between looks for room for more workers
+_RAYS_LIST = "checkpoint_manager_snapshot.json"
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,7 @@ class Training:
     store: ImageStore
     run: Run
     workers: WorkerResources
+    tags: dict[str, str]  # of what trains it, for MLflow
 
 
 def train(config: Config, log: Log = print) -> TrainedRun:
@@ -59,19 +67,19 @@ def train(config: Config, log: Log = print) -> TrainedRun:
         BrainrayError: settings or data with which training cannot start, or a collapse.
         ray.train.TrainingFailedError: workers were lost more often than ``train.max_failures``.
     """
-    training = begin_training(config, log)
-    config, run = training.config, training.run
-    tracking = begin_tracking(config, run, log)
-    if not run.is_complete:
-        try:
-            with Follower(config.train.num_epochs, run, tracking.tracker, log):
-                fit(training)
-        except BaseException:
-            tracking.tracker.finish("FAILED")
-            raise
-        complete_run(training)
-    metrics = run.folder.read_json(layout.SUMMARY)
-    send_run(run, tracking.tracker)
+    with begun_training(config, log) as training:
+        config, run = training.config, training.run
+        tracking = begin_tracking(config, run, log, training.tags)
+        if not run.is_complete:
+            try:
+                with Follower(config.train.num_epochs, run, tracking.tracker, log):
+                    fit(training)
+            except BaseException as stop:
+                tracking.tracker.finish("FAILED" if isinstance(stop, Exception) else "KILLED")
+                raise
+            complete_run(training)
+        metrics = run.folder.read_json(layout.SUMMARY)
+        send_run(run, tracking.tracker)
     if tracking.tracker.problem is not None:
         log(
             f"MLflow has not got everything; it is kept in {run.folder}. Send it later with: "
@@ -80,16 +88,23 @@ def train(config: Config, log: Log = print) -> TrainedRun:
     return TrainedRun(run, metrics, tracking.mlflow_run_id, tracking.uri)
 
 
-def begin_training(config: Config, log: Log) -> Training:
+@contextmanager
+def begun_training(config: Config, log: Log) -> Iterator[Training]:
     """Check what can be checked before workers start, and begin the run or find it again.
 
+    For the time of the block no other job can train the run.
+
     Raises:
-        BrainrayError: settings or data with which training cannot start.
+        BrainrayError: settings or data with which training cannot start, or another job at work.
     """
     config, store, workers = check_training(config)
-    run, resumed = begin_run(config, store, workers.num_workers)
-    _log_beginning(run, resumed, log)
-    return Training(config, store, run, workers)
+    with held(Folder(config.storage), layout.RUNS, name_of_run(config), log):
+        run, resumed = begin_run(config, store, workers.num_workers)
+        _log_beginning(run, resumed, log)
+        tags = {}
+        if not run.is_complete:
+            tags = version_tags(record_submission(config, run, workers))
+        yield Training(config, store, run, workers, tags)
 
 
 def check_training(config: Config) -> tuple[Config, ImageStore, WorkerResources]:
@@ -123,26 +138,31 @@ def fit(training: Training, callbacks: Sequence[Any] = ()) -> None:
     """
     config, run, workers = training.config, training.run, training.workers
     worker: Any = train_worker  # Ray's annotation forbids the return value that Result carries
+    scaling: Any = ScalingConfig  # type checkers see the one of Ray Train's first version
     trainer = TorchTrainer(
         worker,
         train_loop_config={
-            "config": config.model_dump(mode="json"),
+            "config": config.without_secrets().model_dump(mode="json"),
             "run": str(run.folder),
             "store": str(training.store.folder),
         },
-        scaling_config=ScalingConfig(
-            num_workers=workers.num_workers,
+        torch_config=TorchConfig(timeout_s=config.train.collective_timeout_s),
+        scaling_config=scaling(
+            num_workers=workers.asked_for,
             use_gpu=workers.use_gpu,
             resources_per_worker=workers.of_worker,
+            elastic_resize_monitor_interval_s=_RESIZE_INTERVAL_S,
         ),
         run_config=RunConfig(
             name=config.name,
             storage_path=str(run.folder).rpartition("/")[0],
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
             failure_config=FailureConfig(max_failures=config.train.max_failures),
             callbacks=list(callbacks),
         ),
     )
+    # The run's folder tells which checkpoints there are. Ray's own list of them, which is not
+    # written whole or not at all, would stop the next attempt if it were cut.
+    run.folder.delete_file(_RAYS_LIST, missing_ok=True)
     result: Any = trainer.fit()
     problem = result.return_value
     if problem:
@@ -182,7 +202,7 @@ def _about(training: Training) -> dict[str, str]:
     workers = training.workers
     kind = "GPU" if workers.use_gpu else "CPU"
     return {
-        "command": shlex.join(sys.argv),
+        "command": redacted(shlex.join(sys.argv)),
         "store": f"{training.run.info['dataset']} (data hash {training.run.info['data_hash']})",
         "slices": ", ".join(f"{n:,} {role}" for role, n in training.run.info["num_slices"].items()),
         "workers": f"{workers.num_workers} on {kind}, {workers.cpus_per_worker} CPU(s) each",

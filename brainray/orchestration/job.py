@@ -5,12 +5,15 @@ import json
 import logging
 import math
 import os
+import signal
 import sys
 import textwrap
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import ray
@@ -19,6 +22,7 @@ import ray.exceptions
 
 from brainray.config import Config, described_keys, load_config
 from brainray.errors import BrainrayError, ConfigError
+from brainray.redaction import redacted
 
 EXIT_OK, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
 
@@ -63,9 +67,10 @@ def run_job(
 
 def run_command(name: str, work: Callable[[], JobResult]) -> int:
     """Do the work and print the one JSON line of its outcome; the exit code."""
+    _end_in_order_on_sigterm()
     try:
         result = work()
-    except Exception as error:  # the contract: every outcome ends in one JSON line
+    except (Exception, Terminated) as error:  # the contract: every outcome ends in one JSON line
         return _fail(name, error)
     _print_json(
         {
@@ -80,6 +85,24 @@ def run_command(name: str, work: Callable[[], JobResult]) -> int:
         }
     )
     return EXIT_OK
+
+
+class Terminated(BaseException):
+    """The process was asked to end (SIGTERM); no ``except Exception`` is to hold it up."""
+
+
+def _end_in_order_on_sigterm() -> None:
+    """What has begun is ended as after an error: locks released, MLflow told, one JSON line."""
+
+    def end(number: int, _frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_IGN)  # a second one must not interrupt the ending
+        raise Terminated(
+            "ended by SIGTERM: submit it again under the same name, it goes on after the last "
+            "finished epoch or stage"
+        )
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, end)
 
 
 def resolve_paths(config: Config) -> Config:
@@ -101,7 +124,7 @@ def resolve_paths(config: Config) -> Config:
 
 def log(message: str) -> None:
     """A line of progress on stdout, at once."""
-    print(message, flush=True)
+    print(redacted(message), flush=True)
 
 
 def _resolve(key: str, value: str) -> str:
@@ -148,21 +171,24 @@ def attach_to_ray() -> None:
     """The running Ray cluster where there is one (``RAY_ADDRESS``), else a local one."""
     if not ray.is_initialized():
         ray.init(logging_level=logging.ERROR)
+        _end_in_order_on_sigterm()  # Ray has put a handler of its own in place
     # Jobs print their own progress, which also reads well in a log.
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
 
 
-def _fail(name: str, error: Exception) -> int:
+def _fail(name: str, error: Exception | Terminated) -> int:
     cause = _user_error(error)
-    if cause is None:
-        traceback.print_exception(error)
+    if isinstance(error, Terminated):
+        message, code = str(error), EXIT_FAILED
+    elif cause is None:
+        print(redacted("".join(traceback.format_exception(error))), file=sys.stderr, end="")
         # Ray puts every worker's traceback into the message: its last line is the reason.
         lines = [line for line in str(error).splitlines() if line.strip()] or [""]
         message, code = f"{type(error).__name__}: {lines[-1]}", EXIT_FAILED
     else:
         message, code = str(cause), EXIT_BAD_INPUT
-    line = " ".join(message.split())
+    line = redacted(" ".join(message.split()))
     print(f"jobs/{name}.py: error: {line}", file=sys.stderr, flush=True)
     _print_json({"job": name, "status": "error", "error": line})
     return code

@@ -42,15 +42,25 @@ class RayHead:
     process: subprocess.Popen[bytes]
     url: str
     """Of the dashboard and the job API."""
+    address: str
+    """Where drivers and further nodes find it."""
     token: str
     environment: Mapping[str, str]
     """For whatever talks to this head."""
     log: Path
 
+    @property
+    def of_drivers(self) -> dict[str, str]:
+        """Environment of a process that runs a job on this head without submitting it."""
+        return {**self.environment, "RAY_ADDRESS": self.address}
+
 
 @contextlib.contextmanager
-def own_ray_head(say: Say) -> Iterator[RayHead]:
-    """A Ray head that meets no other: own ports, own folder, own token; gone on the way out."""
+def own_ray_head(say: Say, *, num_cpus: int | None = None) -> Iterator[RayHead]:
+    """A Ray head that meets no other: own ports, own folder, own token; gone on the way out.
+
+    ``num_cpus`` is what it offers to jobs; the machine's by default.
+    """
     # Ray puts sockets into this folder, and a socket's path holds about 100 characters at most.
     folder = Path(tempfile.mkdtemp(prefix="brainray-", dir="/tmp"))
     token = secrets.token_hex(32)
@@ -68,6 +78,7 @@ def own_ray_head(say: Say) -> Iterator[RayHead]:
         f"--runtime-env-agent-port={ports[4]}",
         f"--metrics-export-port={ports[5]}",
         f"--ray-client-server-port={ports[6]}",
+        *([] if num_cpus is None else [f"--num-cpus={num_cpus}"]),
     ]
     environment = _environment(token)
     process: subprocess.Popen[bytes] | None = None
@@ -83,13 +94,74 @@ def own_ray_head(say: Say) -> Iterator[RayHead]:
                 start_new_session=True,  # Ctrl-C reaches us alone, and we end the head in order
             )
         url = f"http://127.0.0.1:{ports[1]}"
-        yield RayHead(process, url, token, environment, log)
+        yield RayHead(process, url, f"127.0.0.1:{ports[0]}", token, environment, log)
     finally:
         with _undisturbed():
             if process is not None:
                 say("stopping our Ray head")
                 _end_processes(process, token)
             shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def own_ray_node(head: RayHead, *, num_cpus: int) -> Iterator[subprocess.Popen[bytes]]:
+    """Another node of the head's Ray cluster, on this machine; it goes with the head at the latest.
+
+    It is there some seconds later: see ``wait_for_nodes``.
+    """
+    ports = _free_ports(4)
+    command = [
+        *_ray("start", "--block", "--disable-usage-stats", f"--address={head.address}"),
+        f"--num-cpus={num_cpus}",
+        f"--object-store-memory={OBJECT_STORE_BYTES // 4}",
+        # The defaults are one machine's: several nodes on it would take each other's ports.
+        "--min-worker-port=0",
+        "--max-worker-port=0",
+        f"--dashboard-agent-listen-port={ports[0]}",
+        f"--dashboard-agent-grpc-port={ports[1]}",
+        f"--runtime-env-agent-port={ports[2]}",
+        f"--metrics-export-port={ports[3]}",
+    ]
+    with head.log.with_name(f"node-{ports[0]}.log").open("wb") as stream:
+        process = subprocess.Popen(
+            command,
+            env=head.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        yield process
+    finally:
+        kill_with_children(process.pid)
+        process.wait()
+
+
+def wait_for_nodes(head: RayHead, count: int) -> None:
+    """Until the Ray cluster has so many nodes that are alive."""
+    deadline = time.monotonic() + START_TIMEOUT_S
+    alive = -1
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError, http.client.HTTPException, KeyError, TypeError):
+            nodes = _get(head, "/api/v0/nodes")["data"]["result"]["result"]
+            alive = sum(node["state"] == "ALIVE" for node in nodes)
+            if alive == count:
+                return
+        time.sleep(0.5)
+    raise RayDidNotStart(f"{alive} instead of {count} nodes after {START_TIMEOUT_S:.0f} s")
+
+
+def kill_with_children(pid: int) -> None:
+    """SIGKILL for a process and all below it, as when a machine goes down; gone ones are fine."""
+    try:
+        root = psutil.Process(pid)
+        family = [root, *root.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return
+    for process in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def _ray(*arguments: str) -> list[str]:

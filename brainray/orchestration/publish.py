@@ -14,6 +14,7 @@ from brainray import layout
 from brainray.config import Config, flatten, parse_config, parse_yaml
 from brainray.errors import TrackingError
 from brainray.orchestration.run import Run
+from brainray.redaction import redacted
 from brainray.storage import Folder
 from brainray.tracking import LenientTracker, MLflowTracker, artifact_location, default_uri
 
@@ -27,6 +28,7 @@ class Tracking:
     tracker: LenientTracker
     mlflow: MLflowTracker
     uri: str
+    """As it may be shown."""
 
     @property
     def mlflow_run_id(self) -> str | None:
@@ -37,7 +39,9 @@ def begin_tracking(
     config: Config, run: Run, log: Log, tags: Mapping[str, str] | None = None
 ) -> Tracking:
     """Open the run's MLflow run; an unreachable server is said and does not stop the work."""
-    params = flatten(config) | {f"num_{k}": v for k, v in run.info["num_slices"].items()}
+    params = flatten(config.without_secrets()) | {
+        f"num_{k}": v for k, v in run.info["num_slices"].items()
+    }
     about = {
         "brainray.data_hash": str(run.info["data_hash"]),
         "brainray.run_folder": str(run.folder),
@@ -60,7 +64,7 @@ def open_tracking(
         mlflow, warn=lambda problem: log(f"{problem}; figures are kept in {folder}")
     )
     tracker.begin(str(folder).rpartition("/")[2], params, _tags_of_code() | dict(tags))
-    return Tracking(tracker, mlflow, uri)
+    return Tracking(tracker, mlflow, redacted(uri))
 
 
 def publish(config: Config, run: Run, log: Log = print) -> Tracking:
@@ -83,7 +87,7 @@ def publish(config: Config, run: Run, log: Log = print) -> Tracking:
 def send_run(run: Run, tracker: LenientTracker) -> None:
     """Epochs, summary, figures and config, as far as the run's folder holds them."""
     tracker.log_epochs(run.folder.read_json_lines(layout.METRICS))
-    files = [layout.CONFIG, layout.SEEN, layout.METRICS, layout.REPORT]
+    files = [layout.CONFIG, layout.PROVENANCE, layout.SEEN, layout.METRICS, layout.REPORT]
     for folder in (layout.FIGURES, layout.DATASET, f"{layout.DATASET}/{layout.FIGURES}"):
         names = [f"{folder}/{name}" for name in (run.folder / folder).names()]
         files += [name for name in names if not name.endswith(f"/{layout.FIGURES}")]

@@ -19,6 +19,13 @@ class WorkerResources:
     gpus_per_worker: float  # 0 where training is on CPUs
     room: int
     """Workers of this kind that the cluster's nodes hold together."""
+    min_workers: int = 0
+    """Where their number may change, the least; 0 where it is fixed."""
+
+    @property
+    def asked_for(self) -> int | tuple[int, int]:
+        """Number of workers, or the least and the most, as Ray Train takes them."""
+        return (self.min_workers, self.num_workers) if self.min_workers else self.num_workers
 
     @property
     def use_gpu(self) -> bool:
@@ -49,17 +56,23 @@ def plan_workers(config: TrainConfig, nodes: Sequence[NodeResources]) -> WorkerR
     num_workers = config.num_workers or (num_gpus if use_gpu else 1)
     if num_workers == 0:
         raise ConfigError("train.wait_for_nodes needs train.num_workers: there is no GPU to count")
+    if config.min_workers > num_workers:
+        raise ConfigError(
+            f"train.min_workers={config.min_workers} exceeds the {num_workers} of "
+            "train.num_workers: lower it"
+        )
+    needed = config.min_workers or num_workers
     eligible = [node for node in nodes if not use_gpu or node.get("GPU", 0) >= 1]
     cpus = config.cpus_per_worker or _share_of_cpus(eligible, num_workers, gpus)
     room = sum(_workers_that_fit(node, cpus, gpus) for node in eligible)
-    if room < num_workers and not waits:
+    if room < needed and not waits:
         needs = f"{cpus} CPU(s)" + (f" and {gpus:g} GPU(s)" if use_gpu else "")
         raise ConfigError(
-            f"{num_workers} workers with {needs} each do not fit: the Ray cluster has room for "
+            f"{needed} workers with {needs} each do not fit: the Ray cluster has room for "
             f"{room}; lower train.num_workers or train.cpus_per_worker, or set "
             "train.wait_for_nodes=true where an autoscaler brings more"
         )
-    return WorkerResources(num_workers, cpus, gpus, max(room, num_workers))
+    return WorkerResources(num_workers, cpus, gpus, max(room, num_workers), config.min_workers)
 
 
 def _share_of_cpus(nodes: Sequence[NodeResources], num_workers: int, gpus: float) -> int:

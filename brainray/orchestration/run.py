@@ -27,7 +27,15 @@ _FREE_TO_CHANGE = {
     "classes",
     "tracking",
 }
-_FREE_TRAIN_KEYS = {"num_workers", "cpus_per_worker", "max_failures", "device", "wait_for_nodes"}
+_FREE_TRAIN_KEYS = {
+    "num_workers",
+    "min_workers",
+    "cpus_per_worker",
+    "max_failures",
+    "collective_timeout_s",
+    "device",
+    "wait_for_nodes",
+}
 _FREE_EVALUATION_KEYS = {"control", "num_label_draws"}
 _FREE_SPLIT_KEYS = {"mode", "test_fraction"}
 
@@ -67,7 +75,9 @@ def read_run_info(folder: Folder) -> dict[str, Any]:
     Raises:
         DataError: another version of brainray wrote it.
     """
-    info: dict[str, Any] = folder.read_json(layout.RUN)
+    info = folder.read_json(layout.RUN)
+    if not isinstance(info, dict):
+        raise DataError(f"{folder}/{layout.RUN} is no record of a run: choose another name")
     if info.get("format") != layout.RUN_FORMAT:
         raise DataError(
             f"the run {folder} was made by another version of brainray ({info.get('format')}, "
@@ -87,9 +97,7 @@ def begin_run(config: Config, store: ImageStore, num_workers: int) -> tuple[Run,
         DataError: no labels to learn from, or a class with too few.
         ClusteringError: K does not fit the classes or the slices.
     """
-    if config.name is None:
-        raise ConfigError("training needs a name for the run: --set name=NAME")
-    folder = Folder(config.storage) / layout.RUNS / config.name
+    folder = Folder(config.storage) / layout.RUNS / name_of_run(config)
     settings = _settings(config)
     if folder.exists(layout.RUN):
         info = read_run_info(folder)
@@ -118,7 +126,7 @@ def begin_run(config: Config, store: ImageStore, num_workers: int) -> tuple[Run,
     folder.write_table(layout.SEEN, seen)
     folder.write_table(layout.TEST_SLICES, _test_slices(store, seen))
     _keep_records(store.folder, folder / layout.DATASET)
-    folder.write_bytes(layout.CONFIG, to_yaml(config).encode())
+    folder.write_bytes(layout.CONFIG, to_yaml(config.without_secrets()).encode())
     info = {
         "format": layout.RUN_FORMAT,
         "name": config.name,
@@ -131,6 +139,13 @@ def begin_run(config: Config, store: ImageStore, num_workers: int) -> tuple[Run,
     }
     folder.write_json(layout.RUN, info)
     return Run(folder, info), False
+
+
+def name_of_run(config: Config) -> str:
+    """Raises ConfigError where it is not set."""
+    if config.name is None:
+        raise ConfigError("training needs a name for the run: --set name=NAME")
+    return config.name
 
 
 def _keep_records(store: Folder, kept: Folder) -> None:
@@ -148,6 +163,7 @@ def _settings(config: Config) -> dict[str, Any]:
         del settings["train"][key]
     for key in _FREE_EVALUATION_KEYS:
         del settings["evaluation"][key]
+    del settings["clustering"]["on_collapse"]  # what one changes after a stop
     for key in _FREE_SPLIT_KEYS:
         del settings["split"][key]
     return settings

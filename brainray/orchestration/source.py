@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.csv as pa_csv
@@ -24,6 +25,11 @@ _SPLIT_FOLDERS = {
     "testing": TEST,
     "test": TEST,
 }
+
+
+_LINK_OUT = "link out of the source folder"  # whoever wrote the source may not read all of ours
+_MAX_CLASS_NAME = 100
+_LABEL_COLUMNS = ("path", "label", "split", "subject")
 
 
 @dataclass(frozen=True)
@@ -83,7 +89,19 @@ def list_source(source: Folder, labels: Folder | None, class_map: dict[str, str]
         replace(file, label=None if file.label is None else class_map.get(file.label, file.label))
         for file in files
     ]
+    for name in sorted({file.label for file in renamed if file.label is not None}):
+        _check_class_name(name)
     return Listing(renamed, num_ignored)
+
+
+def _check_class_name(name: str) -> None:
+    """Names go into metrics, tables and pages: one that is a path or a text is a mistake."""
+    if len(name) > _MAX_CLASS_NAME or not name.isprintable() or set(name) & set("/\\"):
+        shown = name if len(name) <= _MAX_CLASS_NAME else f"{name[:_MAX_CLASS_NAME]} ..."
+        raise DataError(
+            f"{shown!r} is no class name: up to {_MAX_CLASS_NAME} printable characters without "
+            "slashes; rename it in the labels table or by classes.map"
+        )
 
 
 def find_images(source: Folder) -> tuple[list[FoundFile], int]:
@@ -110,6 +128,8 @@ def find_images(source: Folder) -> tuple[list[FoundFile], int]:
 
 def _may_hold_slices(file: FoundFile, source: Folder) -> bool:
     """By suffix; a name without one, as scanners write them, by the mark of DICOM."""
+    if file.problem == _LINK_OUT:
+        return True  # to be listed among the rejected
     if file.path.lower().endswith(SUFFIXES):
         return True
     if "." in file.path.rpartition("/")[2] or file.problem is not None:
@@ -122,7 +142,7 @@ def _may_hold_slices(file: FoundFile, source: Folder) -> bool:
 
 
 def _walk(source: Folder) -> Iterator[FoundFile]:
-    """All visible files below the source; linked folders are followed once."""
+    """All visible files below the source; linked folders within it are followed once."""
     if source.local_path is None:
         selector = pafs.FileSelector(source.path, recursive=True)
         for info in source.filesystem.get_file_info(selector):
@@ -130,6 +150,7 @@ def _walk(source: Folder) -> Iterator[FoundFile]:
                 path = info.path.removeprefix(source.path).lstrip("/")
                 yield FoundFile(path, int(info.size or 0), int(info.mtime_ns or 0))
         return
+    root = os.path.realpath(source.local_path)
     visited: set[tuple[int, int]] = set()
     for folder, subfolders, names in os.walk(source.local_path, followlinks=True):
         status = os.stat(folder)
@@ -139,17 +160,33 @@ def _walk(source: Folder) -> Iterator[FoundFile]:
         visited.add((status.st_dev, status.st_ino))
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         relative = os.path.relpath(folder, source.local_path)
+        prefix = "" if relative == "." else f"{relative}/"
+        for name in [name for name in subfolders if _leads_out(f"{folder}/{name}", root)]:
+            subfolders.remove(name)
+            yield FoundFile(_printable(prefix + name), 0, 0, problem=_LINK_OUT)
         for name in names:
-            if not name.startswith("."):
-                yield _found(folder, name if relative == "." else f"{relative}/{name}", name)
+            if name.startswith("."):
+                continue
+            if _leads_out(f"{folder}/{name}", root):
+                yield FoundFile(_printable(prefix + name), 0, 0, problem=_LINK_OUT)
+            else:
+                yield _found(folder, prefix + name, name)
+
+
+def _leads_out(path: str, root: str) -> bool:
+    """Whether a path is a link to what lies outside of the folder ``root``."""
+    return os.path.islink(path) and os.path.commonpath([root, os.path.realpath(path)]) != root
+
+
+def _printable(path: str) -> str:
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def _found(folder: str, path: str, name: str) -> FoundFile:
     try:
         path.encode()
     except UnicodeEncodeError:
-        printable = os.fsencode(path).decode("utf-8", "backslashreplace")
-        return FoundFile(printable, 0, 0, problem="file name is not UTF-8")
+        return FoundFile(_printable(path), 0, 0, problem="file name is not UTF-8")
     try:
         status = os.stat(os.path.join(folder, name))
     except OSError:  # a broken link, or gone since: reading it will tell
@@ -179,7 +216,7 @@ def _from_folders(found: list[FoundFile]) -> list[SourceFile]:
 def _from_table(found: list[FoundFile], labels: Folder) -> list[SourceFile]:
     rows: dict[str, SourceFile] = {}
     known = {file.path: file for file in found}
-    for row in _read_labels(labels).to_pylist():
+    for row in _read_labels(labels):
         path = (_text(row["path"]) or "").replace("\\", "/").removeprefix("./")
         if path not in known:
             raise DataError(
@@ -203,7 +240,7 @@ def _from_table(found: list[FoundFile], labels: Folder) -> list[SourceFile]:
     return [rows.get(file.path, SourceFile(file, default_split, None, None)) for file in found]
 
 
-def _read_labels(labels: Folder) -> pa.Table:
+def _read_labels(labels: Folder) -> list[dict[str, Any]]:
     parent, _, name = str(labels).rpartition("/")
     try:
         content = Folder(parent or "/").read_bytes(name)
@@ -211,22 +248,28 @@ def _read_labels(labels: Folder) -> pa.Table:
             table = pq.read_table(io.BytesIO(content))
         else:
             # Labels such as 0 and 1, or a subject 007, are names, not numbers.
-            text = {column: pa.string() for column in ("path", "label", "split", "subject")}
+            text = {column: pa.string() for column in _LABEL_COLUMNS}
             options = pa_csv.ConvertOptions(
                 column_types=text, strings_can_be_null=True, null_values=[""]
             )
             table = pa_csv.read_csv(io.BytesIO(content), convert_options=options)
+        columns = [name for name in _LABEL_COLUMNS if name in table.column_names]
+        repeated = [name for name in columns if table.column_names.count(name) > 1]
+        if repeated:
+            raise DataError(f"labels={labels} has the column {repeated[0]} twice: drop one")
+        rows = table.select(columns).to_pylist()
     except BrainrayError:
         raise
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"labels={labels} is neither CSV nor Parquet: {error}") from None
-    missing = {"path", "label"} - set(table.column_names)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"labels={labels} is neither CSV nor Parquet: {reason}") from None
+    missing = {"path", "label"} - set(columns)
     if missing:
         raise DataError(
             f"labels={labels} lacks the column {' and '.join(sorted(missing))}: "
             "it needs path and label, and may have split and subject"
         )
-    return table
+    return rows
 
 
 def _text(value: object) -> str | None:

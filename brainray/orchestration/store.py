@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import cv2
 import numpy as np
@@ -10,12 +10,29 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from brainray import layout
 from brainray.config import PreprocessConfig, SplitConfig
 from brainray.errors import DataError
 from brainray.schema import IMAGE_INDEX_COLUMNS, TRAIN
 from brainray.storage import Folder
+
+
+class _Manifest(BaseModel):
+    """What is read of a manifest; another program, or nobody, may have written it."""
+
+    model_config = ConfigDict(allow_inf_nan=False, extra="ignore")
+
+    classes: list[str]
+    pixel_mean: float
+    pixel_std: Annotated[float, Field(gt=0.0)]
+    data_hash: str
+    listing: str
+    generation: Annotated[int, Field(ge=0)]
+    preprocess: PreprocessConfig
+    split: dict[str, Any]
+    classes_map: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -34,12 +51,23 @@ class ImageStore:
                 "and name that store with --set dataset=..."
             )
         manifest = folder.read_json(layout.MANIFEST)
+        if not isinstance(manifest, dict):
+            raise DataError(f"{folder}/{layout.MANIFEST} is no manifest: choose another name")
         if manifest.get("format") != layout.STORE_FORMAT:
             raise DataError(
                 f"the image store {folder} was made by another version of brainray "
                 f"({manifest.get('format')}, this one reads {layout.STORE_FORMAT}): "
                 "choose another name, or delete it and preprocess again"
             )
+        try:
+            _Manifest.model_validate(manifest)
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(str(part) for part in first["loc"])
+            raise DataError(
+                f"{folder}/{layout.MANIFEST} is damaged ({key}: {first['msg']}): delete the store "
+                "and preprocess again"
+            ) from None
         return cls(folder, manifest)
 
     @property

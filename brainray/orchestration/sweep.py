@@ -23,6 +23,7 @@ from brainray.engine.export import SliceClassifier
 from brainray.engine.state import load_checkpoint
 from brainray.errors import BrainrayError, ConfigError
 from brainray.orchestration.driver import check_training
+from brainray.orchestration.lock import held
 from brainray.orchestration.publish import Tracking, begin_tracking, open_tracking, send_run
 from brainray.orchestration.resources import WorkerResources
 from brainray.orchestration.store import ImageStore, differing_settings
@@ -81,22 +82,29 @@ def sweep(config: Config, log: Log = print) -> FinishedSweep:
     # An experiment of its own for each sweep.
     tracked = base.tracking.model_copy(update={"experiment": config.name})
     base = base.model_copy(update={"tracking": tracked})
-    folder = sweep_folder(base, config.name)
+    with held(Folder(base.storage), layout.SWEEPS, config.name, log):
+        return _sweep(base, config.name, store, workers, log)
+
+
+def _sweep(
+    base: Config, name: str, store: ImageStore, workers: WorkerResources, log: Log
+) -> FinishedSweep:
+    folder = sweep_folder(base, name)
     _begin(base, store, folder, log)
     if folder.exists(layout.SUMMARY):
         log(f"sweep {folder}: complete, nothing to search")
         return FinishedSweep(folder=folder, **folder.read_json(layout.SUMMARY))
     tracking = open_tracking(
-        base, folder, flatten(base), {"brainray.data_hash": store.data_hash}, log
+        base, folder, flatten(base.without_secrets()), {"brainray.data_hash": store.data_hash}, log
     )
     try:
-        with _Follower(base, config.name, tracking, log) as follower:
+        with _Follower(base, name, tracking, log) as follower:
             results = _tuner(base, folder, workers, log).fit()
             follower.errors = _errors(results)
     except BaseException:
         tracking.tracker.finish("FAILED")
         raise
-    trials = read_trials(base, config.name)
+    trials = read_trials(base, name)
     ranked = _ranked(base, trials)
     if not ranked:
         problems = sorted({trial.problem for trial in trials if trial.problem})
@@ -130,7 +138,9 @@ def _begin(config: Config, store: ImageStore, folder: Folder, log: Log) -> None:
 
 def _tuner(config: Config, folder: Folder, workers: WorkerResources, log: Log) -> tune.Tuner:
     trainable = tune.with_resources(
-        tune.with_parameters(run_trial, base=config.model_dump(mode="json"), sweep=config.name),
+        tune.with_parameters(
+            run_trial, base=config.without_secrets().model_dump(mode="json"), sweep=config.name
+        ),
         # Trials wait for their workers: they take no CPU, and stay beside the driver.
         {"node:__internal_head__": 0.001},
     )
@@ -337,7 +347,7 @@ def _conclude(
         f"# The best of {len(trials)} trials ({best.trial_id}: {metric} {value:.4f} at epoch "
         f"{epoch}):\n#   python jobs/train.py --config THIS_FILE\n"
     )
-    folder.write_bytes(_BEST, (header + to_yaml(best_config)).encode())
+    folder.write_bytes(_BEST, (header + to_yaml(best_config.without_secrets())).encode())
     table = _table(config, trials, follower.outcome, limit=None)
     folder.write_bytes(_TABLE, (table + "\n").encode())
     folder.write_json(_TRIALS, [_row(config, trial, follower.outcome(trial)) for trial in trials])

@@ -12,7 +12,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from brainray import layout
 from brainray.config import Config, SearchDomain, flatten, known_keys, parse_config, parse_yaml
 from brainray.errors import BrainrayError, ConfigError
-from brainray.orchestration.driver import begin_training, complete_run, fit
+from brainray.orchestration.driver import begun_training, complete_run, fit
 from brainray.orchestration.run import Run, read_run_info
 from brainray.orchestration.worker import reported_metrics
 from brainray.storage import Folder
@@ -53,13 +53,13 @@ def run_trial(parameters: dict[str, Any], *, base: dict[str, Any], sweep: str) -
     trial_id = tune.get_context().get_trial_id()
     try:
         config = trial_config(config, parameters, run_name(sweep, trial_id))
-        training = begin_training(config, print)
-        if training.run.is_complete:  # the trial was cut after its last epoch
-            history = training.run.folder.read_json_lines(layout.METRICS)
-            tune.report(reported_metrics(history[-1]))
-            return
-        fit(training, callbacks=[TuneReportCallback()])
-        complete_run(training)
+        with begun_training(config, print) as training:
+            if training.run.is_complete:  # the trial was cut after its last epoch
+                history = training.run.folder.read_json_lines(layout.METRICS)
+                tune.report(reported_metrics(history[-1]))
+                return
+            fit(training, callbacks=[TuneReportCallback()])
+            complete_run(training)
     except BrainrayError as error:
         folder = sweep_folder(config, sweep) / FAILED
         folder.write_json(f"{trial_id}.json", {"parameters": parameters, "problem": str(error)})

@@ -1,12 +1,10 @@
 """What each rank of Ray Train does: hold its slices, train, re-cluster, evaluate, report."""
 
 import hashlib
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import cv2
@@ -18,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from brainray import dist, layout
-from brainray.clustering.collapse import check_collapse, measure_health
+from brainray.clustering.collapse import ClusteringHealth, check_collapse, measure_health
 from brainray.config import Config, parse_config
 from brainray.engine.epoch import EpochResult, EpochTargets, embed, num_steps, train_epoch
 from brainray.engine.evaluate import (
@@ -30,6 +28,7 @@ from brainray.engine.evaluate import (
     subset_metrics,
     validation_metrics,
 )
+from brainray.engine.finite import NonFiniteStep
 from brainray.engine.pseudo_labels import pseudo_labels
 from brainray.engine.recipe import (
     build_average,
@@ -50,20 +49,22 @@ from brainray.engine.shard import (
 )
 from brainray.engine.state import (
     Checkpoint,
+    Resumable,
     TrainerState,
     checkpoint_bytes,
-    load_checkpoint,
-    load_trainer,
+    load_resumable,
+    newest_resumable,
     rows_of_keys,
-    trainer_bytes,
+    save_resumable,
 )
-from brainray.errors import BrainrayError
+from brainray.errors import BrainrayError, ClusteringError, DivergenceError
 from brainray.models.encoder import Encoder, EncoderOutput, build_encoder
 from brainray.orchestration.store import ImageStore
 from brainray.schema import FITTED, LABELLED, TEST, TRAIN, UNLABELLED, UNLABELLED_ROLE, VALIDATION
 from brainray.storage import Folder
 
 _HEARTBEAT_S = 30.0
+_MAX_NAMED = 8  # slices in an error
 
 
 def train_worker(settings: dict[str, Any]) -> dict[str, str]:
@@ -90,11 +91,22 @@ def _train(config: Config, run: Folder, store_folder: Folder) -> None:
         data = _load_rank_data(config, run, store, rank, num_ranks)
     trainer = _Trainer(config, run, store, data, device)
     with _failing_together(device):
-        trainer.resume()
+        newest = _newest_epoch(run) if rank == 0 else 0
+    # All go on from one checkpoint, also where storage shows a new file to some ranks only.
+    epoch = int(dist.broadcast_from_first(torch.tensor(newest, device=device)))
+    with _failing_together(device):
+        if epoch:
+            trainer.resume(epoch)
     trainer.start()
     while trainer.epoch < config.train.num_epochs:
         trainer.run_epoch()
     trainer.finish()
+
+
+def _newest_epoch(run: Folder) -> int:
+    """Of the checkpoint to go on from; 0 where there is none."""
+    newest = newest_resumable(run, say=lambda line: print(line, flush=True))
+    return 0 if newest is None else newest.checkpoint.epoch
 
 
 @contextmanager
@@ -243,14 +255,10 @@ class _Trainer:
             self._recluster(fitted)
             self._probabilities = fitted.logits.softmax(dim=1)
 
-    def resume(self) -> None:
-        """Go on after the newest checkpoint, if there is one; without collectives."""
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
-            return
-        with checkpoint.as_directory() as path:
-            folder = Folder(path)
-            saved, state = load_checkpoint(folder), load_trainer(folder)
+    def resume(self, epoch: int) -> None:
+        """Go on after an epoch's checkpoint; without collectives."""
+        newest = load_resumable(self.run, epoch)
+        saved, state = newest.checkpoint, newest.trainer
         self.evaluated.load_state_dict(saved.encoder.state_dict())
         if self.average is not None:
             assert state.trained is not None, "an averaged run saves its trained weights"
@@ -284,9 +292,7 @@ class _Trainer:
             self._share_batch_statistics()
             fitted = self._embed_fitted()
         with timer.measure("recluster"):
-            previous = self.responsibilities
-            reclustering = self._recluster(fitted)
-            health = measure_health(fitted.z, self.responsibilities, previous)
+            reclustering, health, collapsed = self._recluster_in_health(fitted)
             self._probabilities = fitted.logits.softmax(dim=1)
         with timer.measure("evaluate"):
             validation = self._predict(self.data.validation)
@@ -294,6 +300,7 @@ class _Trainer:
         metrics: dict[str, float] = {"epoch": float(self.epoch)}
         metrics |= {f"train/loss/{name}": value for name, value in trained.losses.items()}
         metrics["time/data_wait_s"] = trained.data_wait_s
+        metrics["train/num_workers"] = float(dist.world_size())
         metrics["train/learning_rate"] = float(self.scheduler.get_last_lr()[0])
         metrics |= validation_metrics(validation)
         metrics |= {
@@ -302,6 +309,7 @@ class _Trainer:
             "cluster/entropy": health.mean_entropy,
             "cluster/effective_rank": health.effective_rank,
             "cluster/spread": health.spread,
+            "cluster/collapsed": float(collapsed),
             "cluster/kmeans_iterations": float(reclustering.kmeans_iterations),
             "cluster/gmm_iterations": float(reclustering.gmm_iterations),
             "cluster/num_reseeded": float(reclustering.num_reseeded),
@@ -311,11 +319,6 @@ class _Trainer:
         with timer.measure("evaluate"):
             metrics |= self._test_metrics(test)
         with timer.measure("report"):
-            check_collapse(
-                health,
-                max_share=self.config.clustering.max_cluster_share,
-                min_spread=self.config.clustering.min_spread,
-            )
             self._save(metrics, fitted.z, test, timer, started)
 
     def finish(self) -> None:
@@ -324,25 +327,34 @@ class _Trainer:
             (self.run / layout.LAST).write_bytes(layout.MODEL, checkpoint_bytes(self._checkpoint()))
 
     def _train_epoch(self) -> EpochResult:
-        return train_epoch(
-            self.model,
-            self.optimizer,
-            self.scheduler,
-            self.objective,
-            self.data.labelled,
-            self.pool,
-            self._targets(),
-            sizes=self.sizes,
-            steps=self.steps,
-            scale=self.scale,
-            augmentation=self.config.augment,
-            augmentation_unlabelled=self.config.augment_unlabelled,
-            precision=self.precision,
-            accumulation=self.config.train.accumulation_steps,
-            seed=_seed(self.config.seed, self.epoch, dist.rank()),
-            on_update=self._update_average,
-            on_step=self._heartbeat(),
-        )
+        try:
+            return train_epoch(
+                self.model,
+                self.optimizer,
+                self.scheduler,
+                self.objective,
+                self.data.labelled,
+                self.pool,
+                self._targets(),
+                sizes=self.sizes,
+                steps=self.steps,
+                scale=self.scale,
+                augmentation=self.config.augment,
+                augmentation_unlabelled=self.config.augment_unlabelled,
+                precision=self.precision,
+                accumulation=self.config.train.accumulation_steps,
+                seed=_seed(self.config.seed, self.epoch, dist.rank()),
+                on_update=self._update_average,
+                on_step=self._heartbeat(),
+            )
+        except NonFiniteStep as stop:
+            culprits = dist.gather_rows(stop.culprits)
+            named = culprits if len(culprits) else dist.gather_rows(stop.batch)
+            raise DivergenceError(
+                f"epoch {self.epoch}, step {stop.step + 1} of {self.steps}: the loss or its "
+                f"gradient is NaN or infinite, with {self._samples(named)}: lower "
+                "train.learning_rate, or set train.precision=fp32"
+            ) from None
 
     def _targets(self) -> EpochTargets:
         """What the last epoch leaves for the pool's slices."""
@@ -396,13 +408,70 @@ class _Trainer:
         )
 
     def _embed_fitted(self) -> EncoderOutput:
-        """Of the slices that the mixture is fitted on: labelled, then unlabelled."""
+        """Of the slices that the mixture is fitted on: labelled, then unlabelled.
+
+        Raises:
+            DivergenceError: on every rank alike, where embeddings are NaN or infinite.
+        """
         parts = [self._embed(self.data.labelled.images), self._embed(self.data.unlabelled.images)]
-        return EncoderOutput(
+        fitted = EncoderOutput(
             torch.cat([part.z for part in parts]), torch.cat([part.logits for part in parts])
         )
+        finite = torch.isfinite(fitted.z).all(dim=1) & torch.isfinite(fitted.logits).all(dim=1)
+        bad = dist.gather_rows(self.data.fitted_keys[~finite])
+        if len(bad):
+            raise DivergenceError(
+                f"epoch {self.epoch}: NaN or infinite embeddings or logits after {self.steps} "
+                f"steps, of {self._samples(bad)}: lower train.learning_rate, or set "
+                "train.precision=fp32"
+            )
+        return fitted
 
-    def _recluster(self, fitted: EncoderOutput) -> Reclustering:
+    def _samples(self, keys: Tensor) -> str:
+        """The slices with these keys (n,), as an error names them."""
+        ids = self.run.read_table(layout.SEEN, columns=["sample_id"])["sample_id"].to_pylist()
+        identity = dict(zip(sample_keys(ids).tolist(), ids, strict=True))
+        found = sorted({identity[key] for key in keys.tolist()})
+        shown = ", ".join(found[:_MAX_NAMED])
+        more = f" and {len(found) - _MAX_NAMED} more" if len(found) > _MAX_NAMED else ""
+        return f"sample_id {shown}{more}"
+
+    def _recluster_in_health(
+        self, fitted: EncoderOutput
+    ) -> tuple[Reclustering, ClusteringHealth, bool]:
+        """Re-cluster; the last value tells whether it has collapsed and goes on all the same.
+
+        Raises:
+            ClusteringError: on every rank alike, where it has collapsed, as
+                ``clustering.on_collapse`` says.
+        """
+        config, before = self.config.clustering, self._clustering
+        previous = self.responsibilities
+        reclustering = self._recluster(fitted)
+        health = measure_health(fitted.z, self.responsibilities, previous)
+        limits = {"max_share": config.max_cluster_share, "min_spread": config.min_spread}
+        try:
+            check_collapse(health, **limits)
+        except ClusteringError as problem:
+            if config.on_collapse == "stop":
+                raise ClusteringError(f"epoch {self.epoch}: {problem}") from None
+            if dist.rank() == 0:
+                print(f"epoch {self.epoch}: {config.on_collapse}: {problem}", flush=True)
+            if config.on_collapse == "warn":
+                return reclustering, health, True
+        else:
+            return reclustering, health, False
+        self._clustering = before
+        reclustering = self._recluster(fitted, seed=_seed(self.config.seed, self.epoch))
+        health = measure_health(fitted.z, self.responsibilities, previous)
+        try:
+            check_collapse(health, **limits)
+        except ClusteringError as problem:
+            raise ClusteringError(f"epoch {self.epoch}, also reseeded: {problem}") from None
+        return reclustering, health, False
+
+    def _recluster(self, fitted: EncoderOutput, seed: int | None = None) -> Reclustering:
+        """From the previous centres, or from K-means++ where there are none or a seed is given."""
         previous, previous_responsibilities = self._clustering or (None, None)
         reclustering = recluster(
             fitted.z,
@@ -410,8 +479,8 @@ class _Trainer:
             torch.cat([self.data.labelled.labels, self.data.unlabelled.labels]),
             config=self.config.clustering,
             num_classes=len(self.classes),
-            seed=self.config.seed,
-            previous=previous,
+            seed=self.config.seed if seed is None else seed,
+            previous=previous if seed is None else None,
             previous_responsibilities=previous_responsibilities,
         )
         self._clustering = reclustering.model, reclustering.responsibilities
@@ -455,20 +524,6 @@ class _Trainer:
         probabilities = dist.gather_rows(self._probabilities)
         coordinates = dist.gather_rows(self.clusters.coordinates(z))
         log_likelihood = dist.gather_rows(self.clusters.log_likelihood(z))
-        name = f"epoch-{self.epoch:04d}"
-        reported = reported_metrics(metrics)
-        if dist.rank() != 0:
-            ray.train.report(reported, checkpoint_dir_name=name)
-            return
-        model = checkpoint_bytes(self._checkpoint())
-        is_best = best_epoch(self.history) == self.epoch
-        if is_best:
-            fitted = self._fitted_table(keys, coordinates, log_likelihood)
-            (self.run / layout.BEST).write_table(layout.FITTED, fitted)
-            (self.run / layout.BEST).write_bytes(layout.MODEL, model)
-        kept = {*self.config.evaluation.tsne_epochs, self.config.train.num_epochs}
-        if len(test.labels) and (is_best or self.epoch in kept):
-            self.run.write_table(layout.predictions_file(self.epoch), self._predictions(test))
         state = TrainerState(
             self.optimizer.state_dict(),
             keys,
@@ -477,16 +532,42 @@ class _Trainer:
             None if self.average is None else self.encoder.state_dict(),
             self.history,
         )
-        with tempfile.TemporaryDirectory() as temporary:
-            Path(temporary, layout.MODEL).write_bytes(model)
-            Path(temporary, layout.TRAINER).write_bytes(trainer_bytes(state))
-            reporting = time.monotonic()
-            ray.train.report(
-                reported,
-                checkpoint=ray.train.Checkpoint.from_directory(temporary),
-                checkpoint_dir_name=name,
-            )
-        metrics["time/report_s"] = time.monotonic() - reporting
+        reported = reported_metrics(metrics)
+        with _failing_together(self.device):
+            if dist.rank() == 0:
+                self._write(state, coordinates, log_likelihood, test, started)
+        # The files are in storage already: Ray only learns of them, and of the figures.
+        folder = self.run / layout.checkpoint_folder(self.epoch)
+        checkpoint = ray.train.Checkpoint(folder.path, folder.filesystem)
+        ray.train.report(
+            reported,
+            checkpoint=checkpoint if dist.rank() == 0 else None,
+            checkpoint_dir_name=layout.checkpoint_folder(self.epoch),
+            checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD,
+        )
+
+    def _write(
+        self,
+        state: TrainerState,
+        coordinates: Tensor,
+        log_likelihood: Tensor,
+        test: Predictions,
+        started: float,
+    ) -> None:
+        """On rank 0: the epoch's files, and last the line by which it counts as finished."""
+        writing = time.monotonic()
+        checkpoint = self._checkpoint()
+        is_best = best_epoch(self.history) == self.epoch
+        if is_best:
+            fitted = self._fitted_table(state.keys, coordinates, log_likelihood)
+            (self.run / layout.BEST).write_table(layout.FITTED, fitted)
+            (self.run / layout.BEST).write_bytes(layout.MODEL, checkpoint_bytes(checkpoint))
+        kept = {*self.config.evaluation.tsne_epochs, self.config.train.num_epochs}
+        if len(test.labels) and (is_best or self.epoch in kept):
+            self.run.write_table(layout.predictions_file(self.epoch), self._predictions(test))
+        save_resumable(self.run, Resumable(checkpoint, state))
+        metrics = self.history[-1]
+        metrics["time/report_s"] = time.monotonic() - writing
         metrics["time/epoch_s"] = time.monotonic() - started
         self.run.write_json_lines(layout.METRICS, self.history)
 

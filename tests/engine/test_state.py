@@ -1,5 +1,10 @@
 """Checkpoints: whole, safe to load, and keyed by sample."""
 
+import ast
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,11 +17,14 @@ from brainray.engine.recluster import recluster
 from brainray.engine.shard import PixelScale
 from brainray.engine.state import (
     Checkpoint,
+    Resumable,
     TrainerState,
     checkpoint_bytes,
     load_checkpoint,
     load_trainer,
+    newest_resumable,
     rows_of_keys,
+    save_resumable,
     trainer_bytes,
 )
 from brainray.errors import CheckpointError
@@ -82,6 +90,104 @@ def test_a_trainer_state_comes_back_as_it_was(tmp_path: Path) -> None:
     assert state.trained is not None
     assert torch.equal(loaded.trained["head.weight"], state.trained["head.weight"])
     assert torch.equal(loaded.optimizer["state"][0]["exp_avg"], torch.full((3,), 0.1))
+
+
+def resumable(epoch: int) -> Resumable:
+    saved, _ = checkpoint()
+    at = replace(saved, epoch=epoch)
+    state = TrainerState(
+        {}, torch.arange(2), torch.rand(9000, 3), torch.rand(2, 2), None, [{"epoch": epoch}]
+    )
+    return Resumable(at, state)
+
+
+@pytest.fixture(scope="module")
+def run_of_three_epochs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    for epoch in (1, 2, 3):
+        save_resumable(Folder(folder), resumable(epoch))
+    return folder
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def poison(path: Path) -> None:
+    class Harmful:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return os.mkdir, (str(path.with_name("harm")),)
+
+    torch.save({"format": Harmful()}, path)
+
+
+def test_two_checkpoints_are_kept_and_the_newest_is_found(run_of_three_epochs: Path) -> None:
+    run = Folder(run_of_three_epochs)
+    assert run.names() == ["epoch-0002", "epoch-0003"]
+    said: list[str] = []
+    found = newest_resumable(run, said.append)
+    assert found is not None
+    assert (found.checkpoint.epoch, said) == (3, [])
+
+
+@pytest.mark.parametrize("harm", [cut, flip_a_bit, poison, Path.unlink])
+@pytest.mark.parametrize("name", [layout.MODEL, layout.TRAINER])
+def test_the_newest_checkpoint_that_is_whole_is_the_one_to_go_on_from(
+    run_of_three_epochs: Path, tmp_path: Path, harm: Callable[[Path], None], name: str
+) -> None:
+    shutil.copytree(run_of_three_epochs, tmp_path, dirs_exist_ok=True)
+    run = Folder(tmp_path)
+    said: list[str] = []
+    harm(tmp_path / "epoch-0003" / name)
+    found = newest_resumable(run, said.append)
+    assert found is not None
+    assert found.checkpoint.epoch == 2
+    assert f"epoch-0003/{name} is not" in said[0] or f"epoch-0003 holds no {name}" in said[0]
+    assert not (tmp_path / "epoch-0003" / "harm").exists()
+
+
+def loads_without_weights_only(source: str) -> list[int]:
+    """Lines of calls that may run what a file holds."""
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    lines = []
+    for call in calls:
+        name = ast.unparse(call.func)
+        options = {word.arg: ast.unparse(word.value) for word in call.keywords}
+        unsafe = name == "torch.load" and options.get("weights_only") != "True"
+        unsafe |= name.rpartition(".")[0] in {"pickle", "cloudpickle", "joblib", "dill"}
+        unsafe |= options.get("allow_pickle") == "True"
+        if unsafe:
+            lines.append(call.lineno)
+    return lines
+
+
+def test_weights_are_loaded_without_running_code() -> None:
+    assert loads_without_weights_only("torch.load(a)\npickle.loads(b)\nnp.load(c)") == [1, 2]
+    project = Path(__file__).parents[2]
+    files = [*project.glob("brainray/**/*.py"), *project.glob("jobs/*.py")]
+    found = {
+        path.relative_to(project).as_posix()
+        for path in files
+        if loads_without_weights_only(path.read_text())
+    }
+    # What the processes of one call have just written, in a folder of their own.
+    assert found == {"brainray/dist.py"}
+
+
+def test_without_any_checkpoint_a_run_begins_unless_it_has_finished_epochs(tmp_path: Path) -> None:
+    run = Folder(tmp_path)
+    save_resumable(run, resumable(1))
+    cut(tmp_path / "epoch-0001" / layout.MODEL)
+    assert newest_resumable(run, print) is None
+    run.write_json_lines(layout.METRICS, [{"epoch": 1.0}])
+    with pytest.raises(CheckpointError, match=r"no checkpoint of .* can be read"):
+        newest_resumable(run, print)
 
 
 def test_rows_are_found_by_key_whatever_their_order() -> None:

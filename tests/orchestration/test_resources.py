@@ -49,3 +49,13 @@ def test_an_autoscaler_may_bring_what_is_asked_for_by_number() -> None:
     assert plan([HEAD], **asked) == WorkerResources(4, 6, gpus_per_worker=1, room=4)
     with pytest.raises(ConfigError, match=r"needs train\.num_workers"):
         plan([HEAD], device="cuda", wait_for_nodes=True)
+
+
+def test_the_number_of_workers_may_be_a_range() -> None:
+    assert plan([LAPTOP], num_workers=2).asked_for == 2
+    elastic = plan([LAPTOP], num_workers=4, min_workers=2, cpus_per_worker=1)
+    assert elastic.asked_for == (2, 4)
+    with pytest.raises(ConfigError, match=r"3 workers .* has room for 2"):
+        plan([LAPTOP], num_workers=4, min_workers=3, cpus_per_worker=1)
+    with pytest.raises(ConfigError, match=r"min_workers=3 exceeds the 2 of train\.num_workers"):
+        plan([LAPTOP], num_workers=2, min_workers=3)

@@ -7,6 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from brainray.errors import DataError
+from brainray.mri.decode import RejectedImage
+from brainray.orchestration.preparation import read_file
 from brainray.orchestration.source import list_source
 from brainray.storage import Folder
 
@@ -90,6 +92,55 @@ def test_a_link_back_into_the_tree_ends(tmp_path: Path) -> None:
     source = make(tmp_path, "a/1.jpg")
     (tmp_path / "a" / "loop").symlink_to(tmp_path)
     assert [row[0] for row in listed(source)] == ["a/1.jpg"]
+
+
+def test_links_out_of_the_source_are_listed_and_not_followed(tmp_path: Path) -> None:
+    source = make(tmp_path / "source", "a/1.jpg", "b/2.jpg")
+    make(tmp_path / "private", "key.jpg", "deep/3.jpg")
+    (tmp_path / "source" / "a" / "out.jpg").symlink_to(tmp_path / "private" / "key.jpg")
+    (tmp_path / "source" / "a" / "up.jpg").symlink_to("../../private/key.jpg")
+    (tmp_path / "source" / "b" / "folder").symlink_to(tmp_path / "private")
+    (tmp_path / "source" / "b" / "within.jpg").symlink_to("../a/1.jpg")
+    listing = list_source(source, None, {})
+    problems = {file.path: file.file.problem for file in listing.files}
+    out = "link out of the source folder"
+    assert problems == {
+        "a/1.jpg": None,
+        "a/out.jpg": out,
+        "a/up.jpg": out,
+        "b/2.jpg": None,
+        "b/folder": out,
+        "b/within.jpg": None,
+    }
+    for file in listing.files:
+        if file.file.problem is not None:
+            with pytest.raises(RejectedImage, match=out):
+                read_file(source, file.file)
+
+
+def test_a_source_may_be_a_link_itself(tmp_path: Path) -> None:
+    make(tmp_path / "real", "a/1.jpg")
+    (tmp_path / "link").symlink_to("real")
+    assert [row[0] for row in listed(Folder(tmp_path / "link"))] == ["a/1.jpg"]
+
+
+@pytest.mark.parametrize("path", ["../private/key.jpg", "/etc/passwd", "a/../../private/key.jpg"])
+def test_a_table_cannot_name_files_out_of_the_source(tmp_path: Path, path: str) -> None:
+    source = make(tmp_path / "source", "a/1.jpg")
+    make(tmp_path / "private", "key.jpg")
+    (tmp_path / "labels.csv").write_text(f"path,label\n{path},a\n")
+    with pytest.raises(DataError, match="no image file below the source"):
+        list_source(source, Folder(tmp_path / "labels.csv"), {})
+
+
+@pytest.mark.parametrize("name", ["../../etc/x", "a/b", "a\\b", "tab\there", "x" * 101])
+def test_a_class_name_that_is_a_path_or_a_text_is_refused(tmp_path: Path, name: str) -> None:
+    source = make(tmp_path / "source", "1.jpg")
+    pq.write_table(pa.table({"path": ["1.jpg"], "label": [name]}), tmp_path / "labels.parquet")
+    labels = Folder(tmp_path / "labels.parquet")
+    with pytest.raises(DataError, match="is no class name"):
+        list_source(source, labels, {})
+    assert listed(source, labels, **{name: "glioma"})[0][2] == "glioma"
 
 
 def test_the_fingerprint_follows_paths_and_labels(tmp_path: Path) -> None:

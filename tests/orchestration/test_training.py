@@ -41,13 +41,14 @@ ANCHORED = (
     "train.ema_decay=0.9",
 )
 
+PASSWORD = "hunter2"
 said_by_reference: list[str] = []
 
 
 @pytest.fixture(scope="module")
 def reference(storage: Path) -> TrainedRun:
     """One rank, undisturbed but for MLflow, whose server is away."""
-    config = slow_config(storage, "reference", "tracking.uri=http://127.0.0.1:9")
+    config = slow_config(storage, "reference", f"tracking.uri=http://user:{PASSWORD}@127.0.0.1:9")
     return train(config, said_by_reference.append)
 
 
@@ -110,6 +111,22 @@ def test_a_run_leaves_what_it_promises(trained: TrainedRun) -> None:
     assert "last/test/all/cluster/accuracy" in metrics
 
 
+def test_a_run_records_what_made_it(trained: TrainedRun) -> None:
+    (record,) = trained.run.folder.read_json_lines("provenance.jsonl")
+    assert record["packages"]["torch"] == torch.__version__.partition("+")[0]
+    assert record["packages"]["ray"] == ray.__version__
+    assert all(record["packages"].values())
+    assert record["seeds"] == {"seed": 0, "split.seed": 0}
+    assert record["data_hash"] == trained.run.info["data_hash"]
+    assert record["config"]["train"]["num_epochs"] == 2
+    assert (record["num_workers"], record["device"], record["first_epoch"]) == (2, "cpu", 1)
+    assert len(record["code_hash"]) == 12
+    assert trained.mlflow_run_id is not None
+    tags = MlflowClient(trained.tracking_uri).get_run(trained.mlflow_run_id).data.tags
+    assert tags["brainray.numpy"] == np.__version__
+    assert tags["brainray.code_hash"] == record["code_hash"]
+
+
 def test_mlflow_holds_the_run_once(trained: TrainedRun) -> None:
     client = MlflowClient(trained.tracking_uri)
     assert trained.mlflow_run_id is not None
@@ -166,6 +183,10 @@ def test_a_server_that_is_away_stops_nothing_and_gets_all_later(
 ) -> None:
     assert reference.mlflow_run_id is None
     assert sum("127.0.0.1:9 cannot be used" in line for line in said_by_reference) == 1
+    kept = [path for path in storage.rglob("*") if path.is_file() and "reference" in str(path)]
+    assert len(kept) > 10
+    assert not [path for path in kept if PASSWORD.encode() in path.read_bytes()]
+    assert not [line for line in said_by_reference if PASSWORD in line]
     assert "python jobs/track.py --set run=reference" in said_by_reference[-1]
     sent = publish(config_of(storage, "reference"), reference.run)
     assert sent.mlflow_run_id is not None

@@ -1,0 +1,207 @@
+"""One job at a time on what has a name: a lock in storage whose holder is seen to be alive.
+
+No clock is compared with another. The holder counts up a number in the lock every few seconds; who
+wants the lock watches, by a stopwatch of its own, whether the number moves. Where both are on one
+machine, its table of processes tells at once. A holder that finds another one's claim, as after a
+long pause of its machine, ends itself.
+"""
+
+import _thread
+import json
+import os
+import signal
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from brainray import layout
+from brainray.errors import BrainrayError, ConfigError
+from brainray.storage import Folder
+
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds, by this process's own stopwatch."""
+
+    beat_s: float = 5.0
+    patience_s: float = 30.0
+    """A holder that has not counted up for so long is taken for dead."""
+    settle_s: float = 2.0
+    """Between a claim and its confirmation, where storage cannot create a file exclusively."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a lock's file says."""
+
+    owner: str  # of one process and one claim
+    host: str
+    pid: int
+    place: str  # boot of a machine and namespace of its process ids; empty where unknown
+    born: str  # when the process started, in the machine's ticks since boot
+    beat: int = 0
+
+    @classmethod
+    def of_this_process(cls) -> "Claim":
+        pid = os.getpid()
+        return cls(uuid.uuid4().hex, socket.gethostname(), pid, _place(), _born(pid) or "")
+
+    def is_alive_here(self) -> bool | None:
+        """By this machine's table of processes; None where the holder may be on another one."""
+        if not self.place or self.place != _place():
+            return None
+        return _born(self.pid) == self.born
+
+
+@contextmanager
+def held(
+    storage: Folder, kind: str, name: str, log: Log, pace: Pace | None = None
+) -> Iterator[None]:
+    """Hold the lock of ``storage/kind/name`` for the time of the block.
+
+    Raises:
+        ConfigError: another job that is alive holds it.
+    """
+    lock = _Lock(storage / layout.LOCKS, kind, name, pace or Pace())
+    lock.acquire(log)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+class _Lock:
+    def __init__(self, folder: Folder, kind: str, name: str, pace: Pace) -> None:
+        self._folder = folder
+        self._file = f"{kind}-{name}.json"
+        self._what = f"{kind}/{name}"
+        self._pace = pace
+        self._mine = Claim.of_this_process()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._keep, daemon=True)
+
+    def acquire(self, log: Log) -> None:
+        if not self._claim_new():
+            self._check_holder_is_dead(log)
+            self._write(self._mine)
+            self._confirm()
+        self._thread.start()
+
+    def release(self) -> None:
+        self._ended.set()
+        self._thread.join()
+        found = self._read()
+        if found is not None and found.owner == self._mine.owner:
+            self._folder.delete_file(self._file)
+
+    def _claim_new(self) -> bool:
+        """Take a lock that nobody holds; whether there was none."""
+        if self._folder.local_path is not None:
+            with suppress(OSError):  # a mount that knows no hard links
+                return self._folder.create_file(self._file, _encoded(self._mine))
+        if self._read() is not None:
+            return False
+        self._write(self._mine)
+        self._confirm()
+        return True
+
+    def _confirm(self) -> None:
+        """Of several that claim at once, the last to write has it."""
+        time.sleep(self._pace.settle_s)
+        found = self._read()
+        if found is None or found.owner != self._mine.owner:
+            raise self._refusal(found)
+
+    def _check_holder_is_dead(self, log: Log) -> None:
+        first = self._read()
+        if first is None:  # released meanwhile
+            return
+        alive = first.is_alive_here()
+        if alive:
+            raise self._refusal(first)
+        if alive is None:
+            log(
+                f"{self._what} was locked by process {first.pid} of {first.host}: watching for "
+                f"{self._pace.patience_s:g} s whether it is alive"
+            )
+            self._watch(first)
+        log(f"{self._what}: took over from process {first.pid} of {first.host}, which has ended")
+
+    def _watch(self, first: Claim) -> None:
+        deadline = time.monotonic() + self._pace.patience_s
+        while time.monotonic() < deadline:
+            time.sleep(self._pace.beat_s / 5)
+            now = self._read()
+            if now is None:
+                return
+            if (now.owner, now.beat) != (first.owner, first.beat):
+                raise self._refusal(now)
+
+    def _refusal(self, holder: Claim | None) -> ConfigError:
+        by = "" if holder is None else f" (process {holder.pid} of {holder.host})"
+        return ConfigError(
+            f"another job{by} is at work on {self._what}: wait for its end, or choose another name"
+        )
+
+    def _keep(self) -> None:
+        mine = self._mine
+        while not self._ended.wait(self._pace.beat_s):
+            try:
+                found = self._read()
+                if found is not None and found.owner != mine.owner:
+                    _end_this_process(str(self._refusal(found)))
+                    return
+                mine = replace(mine, beat=mine.beat + 1)
+                self._write(mine)
+            except (OSError, BrainrayError):  # storage is away: nobody else can claim either
+                continue
+
+    def _read(self) -> Claim | None:
+        """None where there is no lock, or one that is being written."""
+        if not self._folder.exists(self._file):
+            return None
+        try:
+            return Claim(**json.loads(self._folder.read_bytes(self._file)))
+        except (BrainrayError, ValueError, TypeError):
+            return None
+
+    def _write(self, claim: Claim) -> None:
+        self._folder.write_bytes(self._file, _encoded(claim))
+
+
+def _encoded(claim: Claim) -> bytes:
+    return json.dumps(asdict(claim)).encode()
+
+
+def _end_this_process(reason: str) -> None:
+    """As on SIGTERM, where a job handles it; else at once: two must not write one run."""
+    print(f"stopping: the lock was lost; {reason}", flush=True)
+    if callable(signal.getsignal(signal.SIGTERM)):
+        _thread.interrupt_main(signal.SIGTERM)
+    else:
+        os._exit(1)
+
+
+def _place() -> str:
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # not Linux
+        return ""
+
+
+def _born(pid: int) -> str | None:
+    """When a process started, in ticks since boot, which no clock moves; None for the dead."""
+    try:
+        # The name before the last bracket may hold anything.
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else fields[19]

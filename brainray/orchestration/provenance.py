@@ -1,0 +1,79 @@
+"""What made a run, in each submission that trained it: enough to make it again."""
+
+import platform
+import shlex
+import sys
+from importlib import metadata
+from typing import Any
+
+import ray
+
+import brainray
+from brainray import layout
+from brainray.config import Config
+from brainray.orchestration.publish import code_hash, git_revision
+from brainray.orchestration.resources import WorkerResources
+from brainray.orchestration.run import Run
+from brainray.redaction import redacted
+
+PACKAGES = (
+    "faiss-cpu",
+    "mlflow",
+    "nibabel",
+    "numpy",
+    "opencv-python-headless",
+    "pillow",
+    "pyarrow",
+    "pydantic",
+    "pydicom",
+    "ray",
+    "scikit-learn",
+    "scipy",
+    "torch",
+    "torchvision",
+)
+"""Whose version may change a result."""
+
+
+def record_submission(config: Config, run: Run, workers: WorkerResources) -> dict[str, Any]:
+    """Add a line to the run's ``provenance.jsonl``, one for each submission that trains it."""
+    earlier = run.folder.read_json_lines(layout.PROVENANCE)
+    record = provenance(config, run, workers)
+    record["first_epoch"] = len(run.folder.read_json_lines(layout.METRICS)) + 1
+    run.folder.write_json_lines(layout.PROVENANCE, [*earlier, record])
+    return record
+
+
+def provenance(config: Config, run: Run, workers: WorkerResources) -> dict[str, Any]:
+    """Versions, seeds, data hash, command and workers; no secret."""
+    return {
+        "command": redacted(shlex.join(sys.argv)),
+        "config": config.without_secrets().model_dump(mode="json"),
+        "seeds": {"seed": config.seed, "split.seed": config.split.seed},
+        "dataset": run.info["dataset"],
+        "data_hash": run.info["data_hash"],
+        "brainray": brainray.__version__,
+        "code_hash": code_hash(),
+        "git_revision": git_revision(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "ray_job_id": ray.get_runtime_context().get_job_id(),
+        "num_workers": workers.num_workers,
+        "cpus_per_worker": workers.cpus_per_worker,
+        "device": "cuda" if workers.use_gpu else "cpu",
+    }
+
+
+def version_tags(record: dict[str, Any]) -> dict[str, str]:
+    """The versions as MLflow shows and compares them."""
+    tags = {"brainray.python": record["python"], "brainray.platform": record["platform"]}
+    tags |= {f"brainray.{name}": version for name, version in record["packages"].items()}
+    return tags
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:  # installed by another name, as OpenCV may be
+        return ""

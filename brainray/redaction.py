@@ -1,0 +1,19 @@
+"""What may be shown or kept: text without passwords, tokens and keys."""
+
+import re
+
+HIDDEN = "***"
+
+_USER_INFO = re.compile(r"(?<=://)[^/@\s'\"]*(?=@)")
+_QUERY = re.compile(
+    r"(?i)\b((?:[a-z0-9_.-]*?(?:password|passwd|pwd|secret|token|signature|credential|access_key|"
+    r"api_?key))[a-z0-9_-]*|(?<=[?&])sig)=([^&\s'\",;)]+)"
+)
+_HEADER = re.compile(r"(?i)\b(bearer|basic)\s+[a-z0-9+/=._~-]{8,}")
+
+
+def redacted(text: str) -> str:
+    """The text with ``***`` for user and password of URLs, values of secret keys, and tokens."""
+    text = _USER_INFO.sub(HIDDEN, text)
+    text = _QUERY.sub(rf"\1={HIDDEN}", text)
+    return _HEADER.sub(rf"\1 {HIDDEN}", text)

@@ -1,0 +1,147 @@
+"""One job at a time on a name, seen by heartbeats and processes, never by clocks."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pyarrow.fs as pafs
+import pytest
+
+from brainray.errors import ConfigError
+from brainray.orchestration.lock import Claim, Pace, held
+from brainray.storage import Folder
+
+PROJECT = Path(__file__).parents[2]
+QUICK = Pace(beat_s=0.1, patience_s=0.6, settle_s=0.05)
+LOCK = "locks/runs-first.json"
+
+HOLDER = """
+import sys, time
+from brainray.orchestration.lock import Pace, held
+from brainray.storage import Folder
+with held(Folder(sys.argv[1]), "runs", "first", print, Pace(beat_s=0.1)):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process that holds the lock of runs/first."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(PROJECT)},
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def take(storage: Path, said: list[str] | None = None) -> None:
+    with held(Folder(storage), "runs", "first", (said or []).append, QUICK):
+        assert (storage / LOCK).exists()
+
+
+def from_elsewhere(storage: Path) -> None:
+    """Make the lock look as if its holder were on another machine."""
+    claim = json.loads((storage / LOCK).read_text())
+    (storage / LOCK).write_text(json.dumps(claim | {"place": "elsewhere", "host": "far"}))
+
+
+def test_a_name_is_free_again_after_its_job(tmp_path: Path) -> None:
+    take(tmp_path)
+    assert not (tmp_path / LOCK).exists()
+    take(tmp_path)
+
+
+def test_a_second_job_is_refused_at_once_in_one_line(
+    tmp_path: Path, holder: subprocess.Popen[str]
+) -> None:
+    started = time.monotonic()
+    with pytest.raises(ConfigError, match=rf"another job \(process {holder.pid} of .*runs/first"):
+        take(tmp_path)
+    assert time.monotonic() - started < 0.5
+    with held(Folder(tmp_path), "runs", "second", print, QUICK):
+        pass
+
+
+def test_the_lock_of_a_killed_job_is_taken_over_at_once(
+    tmp_path: Path, holder: subprocess.Popen[str]
+) -> None:
+    holder.kill()
+    time.sleep(0.2)  # not reaped: a zombie is dead
+    said: list[str] = []
+    started = time.monotonic()
+    with held(Folder(tmp_path), "runs", "first", said.append, QUICK):
+        assert time.monotonic() - started < 0.5
+    assert "took over" in said[0]
+
+
+def test_a_holder_elsewhere_is_alive_while_its_count_moves(tmp_path: Path) -> None:
+    elsewhere = Claim("another", "far", 1, "elsewhere", "0", beat=7)
+    folder = Folder(tmp_path)
+    folder.write_json(LOCK, asdict(elsewhere))
+    beats = iter(range(8, 100))
+
+    def beat(_: str) -> None:
+        folder.write_json(LOCK, asdict(replace(elsewhere, beat=next(beats))))
+
+    with (
+        pytest.raises(ConfigError, match="process 1 of far"),
+        held(folder, "runs", "first", beat, QUICK),
+    ):
+        pass
+
+
+def test_a_holder_elsewhere_whose_count_stands_still_is_dead_whatever_the_clocks_say(
+    tmp_path: Path,
+) -> None:
+    Folder(tmp_path).write_json(LOCK, asdict(Claim("another", "far", 1, "elsewhere", "0")))
+    for stamp in (0, 4_000_000_000):  # a file of 1970, and one of 2096
+        os.utime(tmp_path / LOCK, (stamp, stamp))
+    started = time.monotonic()
+    said: list[str] = []
+    with held(Folder(tmp_path), "runs", "first", said.append, QUICK):
+        assert time.monotonic() - started >= QUICK.patience_s
+    assert "watching for 0.6 s" in said[0]
+    assert "took over from process 1 of far" in said[1]
+
+
+def test_a_holder_that_was_paused_for_long_ends_itself(
+    tmp_path: Path, holder: subprocess.Popen[str]
+) -> None:
+    holder.send_signal(signal.SIGSTOP)
+    from_elsewhere(tmp_path)
+    with held(Folder(tmp_path), "runs", "first", print, QUICK):
+        holder.send_signal(signal.SIGCONT)
+        assert holder.wait(timeout=10) == 1
+    assert holder.stdout is not None
+    assert "the lock was lost" in holder.stdout.read()
+
+
+def test_storage_without_exclusive_creation_settles_who_was_last(tmp_path: Path) -> None:
+    class Remote(Folder):
+        def __truediv__(self, name: str) -> Folder:
+            folder = Folder(f"{tmp_path}/{name}")
+            folder.filesystem = pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem())
+            folder.path = name
+            return folder
+
+    storage = Remote(tmp_path)
+    with (
+        held(storage, "runs", "first", print, QUICK),
+        pytest.raises(ConfigError, match="another job"),
+        held(storage, "runs", "first", print, QUICK),
+    ):
+        pass
+    assert not (tmp_path / LOCK).exists()

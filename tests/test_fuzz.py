@@ -1,0 +1,311 @@
+"""Hostile files end in a result or a BrainrayError, whatever their bytes: found by Hypothesis.
+
+A few hundred inputs in `make test`, over 100,000 in `make test-faults`.
+"""
+
+import io
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from nibabel.nifti1 import Nifti1Image
+from PIL import Image
+
+from brainray.config import known_keys, load_config
+from brainray.errors import BrainrayError
+from brainray.layout import MANIFEST, RUN, RUN_FORMAT, STORE_FORMAT
+from brainray.mri.decode import RejectedImage, decode_file
+from brainray.orchestration.run import read_run_info
+from brainray.orchestration.source import list_source
+from brainray.orchestration.store import ImageStore
+from brainray.storage import Folder
+from tests.mri.decoding import OPTIONS
+from tests.mri.test_dicom import make_dicom
+
+RAMP = np.tile(np.arange(24, dtype=np.uint8) * 10, (20, 1))
+
+AMOUNTS = [pytest.param("few"), pytest.param("many", marks=pytest.mark.faults)]
+
+
+def fuzz(amount: str, strategy: st.SearchStrategy[Any], few: int, many: int, work: Any) -> None:
+    """Call ``work`` with so many values; the first that raises anything is shrunk and shown."""
+    run = given(strategy)(work)
+    settings(
+        max_examples=few if amount == "few" else many,
+        deadline=None,
+        database=None,
+        derandomize=amount == "few",  # make test gives the same answer every time
+        suppress_health_check=list(HealthCheck),
+    )(run)()
+
+
+def attempt(work: Callable[..., Any], *arguments: Any) -> Any:
+    """What the call returns; None where it is refused in one line."""
+    try:
+        return work(*arguments)
+    except (BrainrayError, RejectedImage) as refusal:
+        check_one_line(str(refusal))
+        return None
+
+
+def check_one_line(text: str) -> None:
+    assert text
+    assert "\n" not in text
+
+
+def picture(file_format: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(RAMP).save(buffer, file_format)
+    return buffer.getvalue()
+
+
+def pages() -> bytes:
+    buffer = io.BytesIO()
+    first, second = Image.fromarray(RAMP), Image.fromarray(RAMP[::-1])
+    first.save(buffer, "TIFF", save_all=True, append_images=[second], compression="tiff_lzw")
+    return buffer.getvalue()
+
+
+def nifti(compressed: bool) -> bytes:
+    volume = np.random.default_rng(0).integers(0, 200, (18, 17, 3)).astype(np.int16)
+    content = Nifti1Image(volume, np.eye(4)).to_bytes()
+    if not compressed:
+        return bytes(content)
+    import gzip
+
+    return gzip.compress(content)
+
+
+SEEDS: dict[str, Callable[[], bytes]] = {
+    "JPEG": lambda: picture("JPEG"),
+    "PNG": lambda: picture("PNG"),
+    "TIFF": lambda: picture("TIFF"),
+    "TIFF stack": pages,
+    "BMP": lambda: picture("BMP"),
+    "GIF": lambda: picture("GIF"),
+    "DICOM": lambda: make_dicom(np.tile(np.arange(24, dtype=np.uint16) * 99, (20, 1))),
+    "NIfTI": lambda: nifti(compressed=False),
+    "NIfTI.gz": lambda: nifti(compressed=True),
+}
+
+TELLING = [
+    b"",
+    b"\0",
+    b"\xff",
+    b"\x80",
+    b"\x7f",
+    b"\xff\xff\xff\xff",
+    b"\0\0\0\0",
+    b"\x7f\xff\xff\xff",
+]
+
+
+def damaged(content: bytes) -> st.SearchStrategy[bytes]:
+    """The content cut, and with bytes replaced, inserted, taken out or repeated."""
+    place = st.integers(0, len(content)) | st.integers(0, min(400, len(content)))
+    edit = st.tuples(
+        place, st.integers(0, 8), st.sampled_from(TELLING) | st.binary(min_size=1, max_size=8)
+    )
+
+    def apply(edits: list[tuple[int, int, bytes]], length: int) -> bytes:
+        changed = bytearray(content)
+        for start, replaced, inserted in edits:
+            changed[start : start + replaced] = inserted
+        return bytes(changed[:length])
+
+    lengths = st.just(len(content) + 99) | st.integers(0, len(content))
+    return st.builds(apply, st.lists(edit, max_size=6), lengths)
+
+
+@pytest.mark.parametrize("amount", AMOUNTS)
+@pytest.mark.parametrize("name", SEEDS)
+def test_damaged_images_are_decoded_or_rejected(name: str, amount: str) -> None:
+    def decode(content: bytes) -> None:
+        for one in attempt(decode_file, content, OPTIONS) or []:
+            assert one.image.dtype == np.uint8
+            assert one.image.ndim == 2
+            assert one.image.size <= OPTIONS.max_voxels
+
+    seed = SEEDS[name]()
+    decode_file(seed, OPTIONS)
+    fuzz(amount, damaged(seed), 40, 9_000, decode)
+
+
+FRAGMENTS = [
+    *("\n", "\n  ", "\n- ", ": ", "a", "train:", "seed", "[", "]", "{", "}", ",", "&x ", "*x"),
+    *("!!python/object:os.system ", "!!binary ", "!!timestamp ", "!!set ", "!x ", "%YAML 9.9\n"),
+    *("2024-13-45", "2024-01-01T99:99:99", "0b", "0x", "1_", "1e999", ".inf", ".nan", "~", "<<"),
+    *(
+        "'",
+        '"',
+        '"\\x',
+        '"\\U00110000"',
+        "|",
+        ">",
+        "\t",
+        "\0",
+        "\x85",
+        "\ud800",
+        "9" * 5000,
+        "--- ",
+    ),
+    *("? ", "-1:59:59", "=", "#", " #", "null", "true", "num_epochs: ", "tune:", "space:", "map: "),
+]
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.dates(),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3)
+    ),
+    max_leaves=5,
+)
+
+
+def tree_of(entries: dict[str, Any]) -> str:
+    tree: dict[str, Any] = {}
+    for key, value in entries.items():
+        node = tree
+        *parents, leaf = key.split(".")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = value
+    return str(yaml.safe_dump(tree))
+
+
+YAMLS = (
+    st.binary(max_size=60)
+    | st.lists(st.sampled_from(FRAGMENTS), max_size=12).map(
+        lambda parts: "".join(parts).encode("utf-8", "surrogatepass")
+    )
+    | st.dictionaries(st.sampled_from(known_keys()), PLAIN, max_size=4).map(
+        lambda entries: tree_of(entries).encode()
+    )
+)
+
+
+@pytest.mark.parametrize("amount", AMOUNTS)
+def test_a_config_file_is_read_or_explained_in_one_line(amount: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+
+    def load(content: bytes) -> None:
+        path.write_bytes(content)
+        attempt(load_config, path)
+
+    fuzz(amount, YAMLS, 60, 12_000, load)
+
+
+@pytest.mark.parametrize("amount", AMOUNTS)
+def test_an_override_is_applied_or_explained_in_one_line(amount: str) -> None:
+    values = st.lists(st.sampled_from(FRAGMENTS), max_size=6).map("".join) | st.text(max_size=20)
+    overrides = st.builds(
+        "{}={}".format, st.sampled_from(known_keys()) | st.text(max_size=8), values
+    )
+
+    def load(override: str) -> None:
+        attempt(load_config, None, [override])
+
+    fuzz(amount, overrides, 40, 6_000, load)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner),
+    max_leaves=4,
+)
+WHOLE_MANIFEST: dict[str, Any] = {
+    "format": STORE_FORMAT,
+    "classes": ["a", "b"],
+    "pixel_mean": 0.2,
+    "pixel_std": 0.1,
+    "data_hash": "abc",
+    "listing": "abc",
+    "generation": 0,
+    "preprocess": {"image_size": 64},
+    "split": {"mode": "official"},
+    "classes_map": {},
+}
+
+
+def changed_json(whole: dict[str, Any]) -> st.SearchStrategy[bytes]:
+    """The object with other values, or without some; or its text damaged."""
+    values = st.dictionaries(st.sampled_from(sorted(whole)), JSON, max_size=2)
+    gone = st.sets(st.sampled_from(sorted(whole)), max_size=2)
+
+    def build(new: dict[str, Any], without: set[str]) -> bytes:
+        merged = {key: value for key, value in (whole | new).items() if key not in without}
+        return json.dumps(merged).encode()
+
+    return (
+        st.builds(build, values, gone)
+        | damaged(json.dumps(whole).encode())
+        | JSON.map(lambda value: json.dumps(value).encode())
+    )
+
+
+@pytest.mark.parametrize("amount", AMOUNTS)
+def test_a_manifest_is_read_or_explained_in_one_line(amount: str, tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+
+    def read(content: bytes) -> None:
+        (tmp_path / MANIFEST).write_bytes(content)
+        store = attempt(ImageStore.open, folder)
+        if store is None:
+            return
+        assert all(isinstance(name, str) for name in [*store.classes, store.data_hash])
+        assert math.isfinite(store.pixel_mean)
+        assert store.pixel_std > 0
+        assert store.preprocess.image_size >= 16
+
+    read(json.dumps(WHOLE_MANIFEST).encode())
+    ImageStore.open(folder)
+    fuzz(amount, changed_json(WHOLE_MANIFEST), 40, 6_000, read)
+
+
+@pytest.mark.parametrize("amount", AMOUNTS)
+def test_the_record_of_a_run_is_read_or_explained_in_one_line(amount: str, tmp_path: Path) -> None:
+    def read(content: bytes) -> None:
+        (tmp_path / RUN).write_bytes(content)
+        info = attempt(read_run_info, Folder(tmp_path))
+        assert info is None or info["format"] == RUN_FORMAT
+
+    whole = {"format": RUN_FORMAT, "name": "a", "classes": ["a", "b"], "settings": {}}
+    fuzz(amount, changed_json(whole), 30, 3_000, read)
+
+
+@pytest.mark.parametrize("amount", AMOUNTS)
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_a_labels_table_is_read_or_explained_in_one_line(
+    kind: str, amount: str, tmp_path: Path
+) -> None:
+    (tmp_path / "source").mkdir()
+    for name in ("1.jpg", "2.jpg"):
+        (tmp_path / "source" / name).write_bytes(b"x")
+    source, path = Folder(tmp_path / "source"), tmp_path / f"labels.{kind}"
+    columns = {"path": ["1.jpg", "2.jpg"], "label": ["a", None], "split": ["train", "test"]}
+    if kind == "parquet":
+        pq.write_table(pa.table(columns), path)
+        contents = damaged(path.read_bytes())
+    else:
+        cells = st.sampled_from(
+            ["1.jpg", "2.jpg", "../1.jpg", "a", "train", "test", '"', "\n", ",", "\0", "\xff", ""]
+        )
+        rows = st.lists(cells, max_size=12).map(",".join)
+        heads = st.sampled_from(["path,label\n", "path,label,split,subject\n", "path,path\n", ""])
+        texts = st.builds("{}{}".format, heads, rows).map(lambda text: text.encode("latin-1"))
+        contents = texts | damaged(b"path,label,split\n1.jpg,a,train\n2.jpg,,test\n")
+
+    def read(content: bytes) -> None:
+        path.write_bytes(content)
+        listing = attempt(list_source, source, Folder(path), {})
+        if listing is not None:
+            assert {file.path for file in listing.files} == {"1.jpg", "2.jpg"}
+
+    fuzz(amount, contents, 40, 3_000, read)

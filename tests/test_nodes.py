@@ -1,0 +1,175 @@
+"""Several nodes of one Ray cluster, which share nothing but the storage path; nodes that go."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from brainray import layout
+from brainray.config import to_yaml
+from brainray.engine.state import load_checkpoint
+from brainray.orchestration.own_head import (
+    RayHead,
+    kill_with_children,
+    own_ray_head,
+    own_ray_node,
+    wait_for_nodes,
+    wait_until_ready,
+)
+from brainray.storage import Folder
+from tests.conftest import tiny_config
+
+pytestmark = pytest.mark.faults
+
+PROJECT = Path(__file__).parents[1]
+RUN = """
+import runpy, sys
+from brainray.orchestration import driver
+driver._RESIZE_INTERVAL_S = 5.0
+runpy.run_path(sys.argv.pop(1), run_name="__main__")
+"""
+
+
+@contextlib.contextmanager
+def nodes(*num_cpus: int) -> Iterator[tuple[RayHead, list[subprocess.Popen[bytes]]]]:
+    """A head and further nodes with so many CPUs each."""
+    first, *others = num_cpus
+    with contextlib.ExitStack() as stack:
+        head = stack.enter_context(own_ray_head(print, num_cpus=first))
+        wait_until_ready(head)
+        started = [stack.enter_context(own_ray_node(head, num_cpus=count)) for count in others]
+        wait_for_nodes(head, len(num_cpus))
+        yield head, started
+
+
+@pytest.fixture
+def job(tmp_path: Path, phantoms: Path) -> Callable[..., subprocess.Popen[str]]:
+    config = tmp_path / "config.yaml"
+    settings = ["train.num_epochs=6", "train.batch_size_per_worker=2", f"source={phantoms}"]
+    config.write_text(to_yaml(tiny_config(tmp_path, *settings)))
+
+    def start(head: RayHead, name: str, *overrides: str) -> subprocess.Popen[str]:
+        path = str(PROJECT / "jobs" / f"{name}.py")
+        return subprocess.Popen(
+            [sys.executable, "-c", RUN, path, "--config", str(config), "--set", *overrides],
+            env={**head.of_drivers, "PYTHONPATH": str(PROJECT)},
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
+            start_new_session=True,
+        )
+
+    return start
+
+
+def result(process: subprocess.Popen[str]) -> dict:
+    out, _ = process.communicate(timeout=900)
+    lines = [line for line in out.splitlines() if line.startswith("{")]
+    return dict(json.loads(lines[-1]))
+
+
+def history(storage: Path, name: str) -> list[dict[str, float]]:
+    return Folder(storage / "runs" / name).read_json_lines(layout.METRICS)
+
+
+def wait_for_epoch(storage: Path, name: str, epoch: int) -> None:
+    deadline = time.monotonic() + 600
+    while len(history(storage, name)) < epoch:
+        assert time.monotonic() < deadline, f"no epoch {epoch}"
+        time.sleep(0.2)
+
+
+def last_weights(storage: Path, name: str) -> dict[str, torch.Tensor]:
+    return dict(load_checkpoint(Folder(storage / "runs" / name / "last")).encoder.state_dict())
+
+
+def assert_complete(storage: Path, name: str) -> None:
+    assert [row["epoch"] for row in history(storage, name)] == [1, 2, 3, 4, 5, 6]
+    seen = Folder(storage / "runs" / name).read_table(layout.SEEN)
+    fitted = Folder(storage / "runs" / name / layout.BEST).read_table(layout.FITTED)
+    of_validation = sum(role == "validation" for role in seen["role"].to_pylist())
+    assert fitted.num_rows == seen.num_rows - of_validation
+    assert len(set(fitted["sample_id"].to_pylist())) == fitted.num_rows
+
+
+def test_four_workers_on_three_nodes_preprocess_and_train(tmp_path: Path, job: Callable) -> None:
+    with nodes(2, 1, 1) as (head, _):
+        assert result(job(head, "preprocess", "name=mri"))["status"] == "ok"
+        settings = ["name=four", "dataset=mri", "train.num_workers=4"]
+        trained = result(job(head, "train", *settings))
+        assert trained["status"] == "ok"
+        assert trained["run_id"]
+    assert_complete(tmp_path, "four")
+    assert {row["train/num_workers"] for row in history(tmp_path, "four")} == {4.0}
+
+
+def test_a_node_that_goes_and_one_that_comes_change_the_number_of_workers_only(
+    tmp_path: Path, job: Callable
+) -> None:
+    with nodes(1, 1, 1) as (head, others):
+        assert result(job(head, "preprocess", "name=mri"))["status"] == "ok"
+        settings = ["name=elastic", "dataset=mri", "train.num_workers=3", "train.min_workers=1"]
+        process = job(head, "train", *settings)
+        wait_for_epoch(tmp_path, "elastic", 1)
+        kill_with_children(others[0].pid)
+        wait_for_epoch(tmp_path, "elastic", 2)
+        with own_ray_node(head, num_cpus=1):
+            assert result(process)["status"] == "ok"
+    assert_complete(tmp_path, "elastic")
+    counts = [row["train/num_workers"] for row in history(tmp_path, "elastic")]
+    assert counts[0] == 3.0
+    assert 2.0 in counts  # while the node was gone
+    assert counts[-1] == 3.0
+
+
+def test_a_killed_driver_and_a_killed_head_cost_the_epoch_under_way_only(
+    tmp_path: Path, job: Callable
+) -> None:
+    settings = ["name=killed", "dataset=mri", "train.num_workers=2"]
+    with nodes(1, 1) as (head, _):
+        assert result(job(head, "preprocess", "name=mri"))["status"] == "ok"
+        whole = ["name=whole", "dataset=mri", "train.num_workers=2"]
+        assert result(job(head, "train", *whole))["status"] == "ok"
+        process = job(head, "train", *settings)
+        wait_for_epoch(tmp_path, "killed", 1)
+        process.kill()  # the driver alone: its workers are Ray's to end
+        process.wait()
+        process = job(head, "train", *settings)
+        wait_for_epoch(tmp_path, "killed", 3)
+        kill_with_children(head.process.pid)
+        assert process.wait(timeout=300) != 0
+    with nodes(1, 1) as (head, _):
+        assert result(job(head, "train", *settings))["status"] == "ok"
+    assert_complete(tmp_path, "killed")
+    expected, found = last_weights(tmp_path, "whole"), last_weights(tmp_path, "killed")
+    for name, value in expected.items():
+        assert value.equal(found[name]), name
+    assert not list((tmp_path / "locks").iterdir())
+
+
+def test_what_a_head_of_ours_opens_takes_no_one_without_the_token(tmp_path: Path) -> None:
+    with nodes(1) as (head, _):
+        stranger = {**head.of_drivers, "RAY_AUTH_TOKEN": "0" * 64}
+        code = "import ray; ray.init(logging_level='ERROR'); print(ray.nodes())"
+        attempt = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**stranger, "PYTHONPATH": str(PROJECT)},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert attempt.returncode != 0
+        assert "NodeID" not in attempt.stdout
+        port = int(head.url.rpartition(":")[2])
+        listening = subprocess.run(["ss", "-ltn"], capture_output=True, text=True, check=True)
+        addresses = [line.split()[3] for line in listening.stdout.splitlines()[1:]]
+        assert [one for one in addresses if one.endswith(f":{port}")] == [f"127.0.0.1:{port}"]
+        assert os.environ.get("RAY_AUTH_MODE") != "disabled"

@@ -1,0 +1,43 @@
+"""What is secret is shown nowhere."""
+
+import pytest
+
+from brainray.config import flatten, load_config, to_yaml
+from brainray.errors import ConfigError
+from brainray.redaction import redacted
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("at http://user:hunter2@host:5000/x failed", "at http://***@host:5000/x failed"),
+        ("postgresql+psycopg2://u:hunter2@db/m", "postgresql+psycopg2://***@db/m"),
+        ("https://hunter2@host", "https://***@host"),
+        ("s3://b/x?access_key=AKIA&secret_key=hunter2", "s3://b/x?access_key=***&secret_key=***"),
+        ("AWS_SECRET_ACCESS_KEY=hunter2 next", "AWS_SECRET_ACCESS_KEY=*** next"),
+        ("https://a.blob/x?sp=r&sig=hunter2%3D", "https://a.blob/x?sp=r&sig=***"),
+        ("Authorization: Bearer hunter2hunter2", "Authorization: Bearer ***"),
+        ("--set tracking.uri=http://u:hunter2@h a.b=1", "--set tracking.uri=http://***@h a.b=1"),
+        ("mail me@host, augment.max_blur_sigma=1", "mail me@host, augment.max_blur_sigma=1"),
+        ("sqlite:////home/a@b/mlflow.db", "sqlite:////home/a@b/mlflow.db"),
+    ],
+)
+def test_secrets_are_starred_and_the_rest_stays(text: str, expected: str) -> None:
+    assert redacted(text) == expected
+    assert redacted(expected) == expected
+
+
+@pytest.mark.parametrize("key", ["storage", "source", "labels", "checkpoint"])
+def test_a_uri_with_a_secret_is_refused_without_showing_it(key: str) -> None:
+    for uri in ("s3://KEY:hunter2@bucket/x", "s3://bucket/x?secret_key=hunter2"):
+        with pytest.raises(ConfigError, match=rf"{key}: .* holds a password or key") as error:
+            load_config(None, [f"{key}={uri}"])
+        assert "hunter2" not in str(error.value)
+
+
+def test_what_is_kept_of_a_config_has_no_password() -> None:
+    config = load_config(None, ["tracking.uri=http://u:hunter2@host:5000"])
+    assert config.tracking.uri == "http://u:hunter2@host:5000"
+    kept = config.without_secrets()
+    assert "hunter2" not in to_yaml(kept) + str(flatten(kept))
+    assert kept.tracking.uri == "http://***@host:5000"
