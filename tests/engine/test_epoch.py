@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from brainray.config import AugmentConfig, TrainConfig
-from brainray.engine.epoch import EpochTargets, embed, num_steps, train_epoch
+from brainray.engine.epoch import embed, num_steps, train_epoch
 from brainray.engine.recipe import build_average, build_optimizer, resolve_precision
 from brainray.engine.shard import (
     CachedImages,
@@ -19,6 +19,7 @@ from brainray.engine.shard import (
 from brainray.models.encoder import Encoder, EncoderOutput
 from brainray.models.joint import JointObjective
 from brainray.models.objective import StepSizes
+from tests.engine.targets import uninformed
 
 SCALE = PixelScale(mean=0.5, std=0.25)
 UNCHANGED = AugmentConfig(policy="none")
@@ -39,18 +40,6 @@ def streamed(cached: SliceShard) -> SliceShard:
     pixels = (([row], image[0].numpy()) for row, image in enumerate(cached.images.images))
     images = StreamedImages(len(cached), cached.images.side, pixels, torch.device("cpu"))
     return SliceShard(images, cached.keys, cached.labels)
-
-
-def uninformed(embedding_dim: int) -> EpochTargets:
-    """Of 24 slices and two clusters at the origin."""
-    return EpochTargets(
-        responsibilities=torch.full((24, 2), 0.5),
-        pseudo_labels=torch.zeros(24, dtype=torch.int64),
-        confidences=torch.zeros(24),
-        centers=torch.zeros(2, embedding_dim),
-        class_of_cluster=torch.arange(2),
-        ramp=1.0,
-    )
 
 
 def test_an_epoch_is_one_pass_over_the_unlabelled_slices_of_all_ranks() -> None:
@@ -87,7 +76,7 @@ def train(
         JointObjective(0.1),
         labelled,
         unlabelled,
-        uninformed(embedding_dim=512),
+        uninformed(24, embedding_dim=512),
         sizes=StepSizes(8, 8),
         steps=6,
         scale=SCALE,
@@ -184,7 +173,7 @@ def test_unlabelled_slices_are_augmented_by_their_own_policy() -> None:
             JointObjective(0.1),
             shard(8),
             shard(24, seed=1),
-            uninformed(embedding_dim=2),
+            uninformed(24, embedding_dim=2),
             sizes=StepSizes(8, 24),
             steps=1,
             scale=SCALE,
@@ -216,7 +205,7 @@ def test_accumulated_batches_give_the_gradient_of_their_mean() -> None:
             JointObjective(0.1),
             shard(12),
             shard(24, seed=1),
-            uninformed(embedding_dim=2),
+            uninformed(24, embedding_dim=2),
             sizes=StepSizes(8, 8),
             steps=6,
             scale=SCALE,

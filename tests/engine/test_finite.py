@@ -6,12 +6,13 @@ from torch import Tensor, nn
 
 from brainray import dist
 from brainray.config import AugmentConfig
-from brainray.engine.epoch import SoftTargets, train_epoch
+from brainray.engine.epoch import train_epoch
 from brainray.engine.finite import GradientWatch, NonFiniteStep, carried_by_gradient
 from brainray.engine.shard import CachedImages, PixelScale, SliceShard
 from brainray.models.encoder import EncoderOutput
 from brainray.models.joint import JointObjective
 from brainray.models.objective import StepSizes
+from tests.engine.targets import uninformed
 
 BAD_ROW = 5
 
@@ -46,11 +47,12 @@ def train_one_epoch(value: float, accumulation: int = 1) -> FailsOnOneSlice:
         JointObjective(0.1),
         labelled,
         unlabelled,
-        SoftTargets(torch.full((12, 2), 0.5), torch.zeros(2, 2)),
+        uninformed(12, embedding_dim=2),
         sizes=StepSizes(4, 4),
         steps=3,
         scale=PixelScale(0.0, 1.0),
         augmentation=AugmentConfig(max_intensity_shift=0.0),
+        augmentation_unlabelled=AugmentConfig(policy="none"),
         precision="fp32",
         seed=0,
         accumulation=accumulation,
