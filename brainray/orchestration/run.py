@@ -23,12 +23,14 @@ _FREE_TO_CHANGE = {
     "labels",
     "run",
     "checkpoint",
+    "epoch",
     "preprocess",
     "classes",
     "tracking",
+    "label",
 }
 _FREE_TRAIN_KEYS = {"num_workers", "cpus_per_worker", "max_failures", "device", "wait_for_nodes"}
-_FREE_EVALUATION_KEYS = {"control", "num_label_draws"}
+_FREE_EVALUATION_KEYS = {"control", "num_label_draws", "siblings"}
 _FREE_SPLIT_KEYS = {"mode", "test_fraction"}
 
 

@@ -26,7 +26,6 @@ from brainray.engine.evaluate import (
     confusion_metrics,
     gather_predictions,
     predictions_table,
-    subset_masks,
     subset_metrics,
     validation_metrics,
 )
@@ -60,7 +59,16 @@ from brainray.engine.state import (
 from brainray.errors import BrainrayError
 from brainray.models.encoder import Encoder, EncoderOutput, build_encoder
 from brainray.orchestration.store import ImageStore
-from brainray.schema import FITTED, LABELLED, TEST, TRAIN, UNLABELLED, UNLABELLED_ROLE, VALIDATION
+from brainray.schema import (
+    FITTED,
+    LABELLED,
+    TEST,
+    TRAIN,
+    UNLABELLED,
+    UNLABELLED_ROLE,
+    VALIDATION,
+    subset_masks,
+)
 from brainray.storage import Folder
 
 _HEARTBEAT_S = 30.0
@@ -455,7 +463,7 @@ class _Trainer:
         probabilities = dist.gather_rows(self._probabilities)
         coordinates = dist.gather_rows(self.clusters.coordinates(z))
         log_likelihood = dist.gather_rows(self.clusters.log_likelihood(z))
-        name = f"epoch-{self.epoch:04d}"
+        name = layout.checkpoint_folder(self.epoch)
         reported = reported_metrics(metrics)
         if dist.rank() != 0:
             ray.train.report(reported, checkpoint_dir_name=name)
