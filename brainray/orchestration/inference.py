@@ -154,9 +154,8 @@ def predicted_slices(
         return pa.table(columns, names=DECODED.names).cast(DECODED)
 
     images = store.folder / layout.IMAGES
-    slices = ray.data.read_parquet(
-        images.path, filesystem=images.filesystem, columns=_STORED_COLUMNS
-    )
+    slices = ray.data.read_parquet(images.path, filesystem=images.filesystem)
+    slices = slices.select_columns(_STORED_COLUMNS)
     selected = slices.map_batches(select, batch_size=None, batch_format="pyarrow")
     return _embedded(selected, config, predictor)
 

@@ -108,7 +108,7 @@ def test_onnx_safetensors_and_mlflow_agree_with_prediction_on_200_slices(
     rows = [
         dict(row)
         for path in readable
-        for row in preprocess_file(path.read_bytes(), FoundFile("", 0, 0), preprocess, b"")
+        for row in preprocess_file(path.read_bytes(), FoundFile("", 0, 0), preprocess, b"salt")
     ]
     stored = pa.table({name: [row[name] for row in rows] for name in ("image", "height", "width")})
     images = stored_pixels(stored, checkpoint.config.train.image_size).astype(np.float32)
