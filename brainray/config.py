@@ -314,6 +314,9 @@ class EvaluationConfig(_Section):
     num_label_draws: Positive = 1
     """Draws of the labelled slices, each trained on as a run ``NAME-drawI`` with the split seeds
     from ``split.seed`` on; figures over them are compared with the control's draw by draw."""
+    siblings: tuple[str, ...] = ()
+    """Names of runs on the same store that differ in ``seed``: the report tells which of this
+    run's sub-types (several clusters of one class) they find again."""
     bootstrap_resamples: Positive = 1000
     """Resamples behind each confidence interval."""
 
@@ -376,9 +379,15 @@ class TuneConfig(_Section):
         return value
 
 
+class LabelConfig(_Section):
+    num_slices: Positive = 200
+    """Slices to propose for labelling."""
+
+
 class RegistryConfig(_Section):
     name: str | None = None
-    """Name under which a sweep's best model is registered in MLflow; none registers nothing."""
+    """Name under which an exported model, or a sweep's best, is registered in MLflow; none
+    registers nothing."""
 
 
 class Config(_Section):
@@ -392,6 +401,8 @@ class Config(_Section):
     """Name of the run that is evaluated or sent to MLflow."""
     checkpoint: str | None = None
     """Path of a checkpoint folder to evaluate, instead of ``run``."""
+    epoch: Annotated[int, Field(ge=1)] | None = None
+    """Epoch of ``run`` that predicts, where its checkpoint was kept; by default the chosen one."""
     storage: str = "~/brainray"
     """Where stores and runs are kept: an absolute path or a URI that pyarrow reads."""
     source: str | None = None
@@ -413,6 +424,7 @@ class Config(_Section):
     tracking: TrackingConfig = TrackingConfig()
     tune: TuneConfig = TuneConfig()
     registry: RegistryConfig = RegistryConfig()
+    label: LabelConfig = LabelConfig()
 
     @field_validator("name", "dataset", "run")
     @classmethod

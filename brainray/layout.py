@@ -12,6 +12,7 @@ SWEEPS = "sweeps"
 DRAWS = "draws"  # of labels: figures over several runs
 PREDICTED = "predictions"
 LOCKS = "locks"  # a file for each name that a job is at work on
+EXPORTS = "exports"
 
 # An image store: storage/datasets/NAME/
 MANIFEST = "manifest.json"  # written last: a folder without one is no store
@@ -30,9 +31,11 @@ SEEN = "seen.parquet"  # the labelled draw, and fingerprints of all that the run
 TEST_SLICES = "test.parquet"  # the slices that the run is tested on
 PROVENANCE = "provenance.jsonl"  # an object for each submission that trained the run
 METRICS = "metrics.jsonl"  # one object an epoch
+ABOUT = "about.json"  # what made the run: command, machine, versions
 SUMMARY = "summary.json"  # written last: the run is complete
 BEST = "best"  # checkpoint of the chosen epoch
 LAST = "last"  # checkpoint of the last epoch
+NEXT_LABELS = "labels/next.parquet"  # which unlabelled slices to label next
 TRACKING = "tracking.json"  # what MLflow has got
 
 # A checkpoint's folder
@@ -47,15 +50,21 @@ PART = "part-{number:06d}.parquet"
 PREDICTIONS = "predictions.parquet"
 EVALUATION_METRICS = "metrics.json"
 
+# An export: storage/exports/NAME/
+SAFETENSORS = "model.safetensors"
+ONNX = "model.onnx"
+SERVED = "mlflow"  # a folder that MLflow loads and serves
+CARD = "README.md"  # written last
+
 FIGURES = "figures"
-REPORT = "report.html"  # all of a run on one page
+REPORT = "report.html"  # all of a run, or of an evaluation, on one page
 
 
 CHECKPOINT_FOLDER = r"epoch-(\d+)"
 
 
 def checkpoint_folder(epoch: int) -> str:
-    """A run's checkpoint after an epoch, to go on from."""
+    """A run's checkpoint after an epoch, to go on from; the newest two are kept."""
     return f"epoch-{epoch:04d}"
 
 

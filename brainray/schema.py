@@ -1,6 +1,8 @@
 """Column names, dtypes and shapes at every stage boundary."""
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 SUBSETS = ("all", "clean", "strict")
 """Test slices for which every figure is given: all; those without a near-duplicate among what the
@@ -118,6 +120,23 @@ FITTED = pa.schema(
 )
 """The slices that a mixture was fitted on: what new slices are compared with."""
 
+NEXT_LABELS = pa.schema(
+    [
+        ("rank", pa.int32()),  # from 1, the most useful
+        ("path", pa.string()),  # relative to the source
+        ("frame", pa.string()),
+        ("sample_id", pa.string()),
+        ("uncertainty", pa.float32()),  # from 0 to 1: one minus the lead of the best class
+        ("class", pa.string()),  # most probable class, of the head
+        ("confidence", pa.float32()),  # its probability
+        ("cluster", pa.int32()),  # most likely component
+        ("cluster_class", pa.string()),  # class that this component stands for
+        ("duplicate_group_id", pa.string()),
+        ("subject_id", pa.string()),
+    ]
+)
+"""What ``jobs/label.py`` proposes to label."""
+
 PREDICTED = pa.schema(
     [
         ("path", pa.string()),
@@ -138,3 +157,13 @@ PREDICTED = pa.schema(
     ]
 )
 """What ``jobs/predict.py`` says of a slice, or of a file that cannot be read."""
+
+
+def subset_masks(slices: pa.Table) -> dict[str, NDArray[np.bool_]]:
+    """Which rows belong to each subset that is known: (N,) by name, ``all`` first."""
+    masks = {"all": np.ones(slices.num_rows, dtype=np.bool_)}
+    for name in SUBSETS[1:]:
+        if slices[name].null_count == 0:
+            flags = slices[name].to_numpy(zero_copy_only=False)
+            masks[name] = np.asarray(flags, dtype=np.bool_)
+    return masks

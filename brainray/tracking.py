@@ -10,22 +10,22 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import mlflow
-import mlflow.pytorch
-import numpy as np
-import torch
+import mlflow.pyfunc
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
-from mlflow.types import Schema, TensorSpec
-from numpy.typing import NDArray
-from torch import nn
+from mlflow.types import ColSpec, DataType, Schema
+from mlflow.types.schema import Array
 
 from brainray import layout
 from brainray.errors import TrackingError
@@ -35,6 +35,18 @@ from brainray.storage import Folder
 _BATCH = 500  # MLflow refuses batches of more than 1,000 metrics
 _MAX_PARAMS = 100
 _FORBIDDEN = re.compile(r"[^\w\-. :/]")
+
+
+@dataclass(frozen=True)
+class ServedFiles:
+    """What MLflow needs to load a model: no pickled objects, its code goes along as source."""
+
+    data: Path  # local folder with the model's files
+    loader: str  # module with _load_pyfunc(folder), imported from the code below
+    code: Path  # the package that the loader is in
+    requirements: Sequence[str]  # distributions that it needs, kept at the installed versions
+    inputs: Mapping[str, str]  # MLflow's type by column; each may be left out
+    outputs: Mapping[str, str]  # Arrow's type by column
 
 
 class Tracker(Protocol):
@@ -60,10 +72,8 @@ class Tracker(Protocol):
         """Set tags on the run."""
         ...
 
-    def log_model(
-        self, model: nn.Module, example: NDArray[np.float32], registered_name: str | None
-    ) -> None:
-        """Keep a model with signature and input example; register it where a name is given."""
+    def log_model(self, served: ServedFiles, registered_name: str | None) -> None:
+        """Keep a model that can be served; register it where a name is given."""
         ...
 
     def finish(self, status: str = "FINISHED") -> None:
@@ -146,27 +156,14 @@ class MLflowTracker:
         with _readable_errors(self._uri):
             self._connect().log_batch(self._id, tags=_tags(tags))
 
-    def log_model(
-        self, model: nn.Module, example: NDArray[np.float32], registered_name: str | None
-    ) -> None:
-        with _readable_errors(self._uri), torch.no_grad():
+    def log_model(self, served: ServedFiles, registered_name: str | None) -> None:
+        with _readable_errors(self._uri):
             self._connect()
-            output = model(torch.from_numpy(example)).numpy()
-            inputs, outputs = (
-                Schema([TensorSpec(array.dtype, (-1, *array.shape[1:]))])
-                for array in (example, output)
-            )
             # Models are logged through MLflow's global state only.
             mlflow.set_tracking_uri(self._uri)
-            with mlflow.start_run(run_id=self._id):
-                mlflow.pytorch.log_model(
-                    model,
-                    name="model",
-                    signature=ModelSignature(inputs, outputs),
-                    input_example=example,
-                    registered_model_name=registered_name,
-                    # Named rather than inferred, which loads the model in a process of its own.
-                    pip_requirements=[f"torch=={torch.__version__.partition('+')[0]}", "numpy"],
+            with mlflow.start_run(run_id=self._id), _without_advice():
+                mlflow.pyfunc.log_model(
+                    name="model", registered_model_name=registered_name, **_pyfunc(served)
                 )
 
     def finish(self, status: str = "FINISHED") -> None:
@@ -194,8 +191,7 @@ class MLflowTracker:
             # An unreachable server must cost seconds, not the minutes of MLflow's defaults.
             os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
             os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-            for name in ("mlflow", "alembic"):  # database migrations log every step
-                logging.getLogger(name).setLevel(logging.WARNING)
+            _quiet()
             self._client = MlflowClient(tracking_uri=self._uri)
         return self._client
 
@@ -250,10 +246,8 @@ class LenientTracker:
     def log_tags(self, tags: Mapping[str, str]) -> None:
         self._try(lambda: self._tracker.log_tags(tags))
 
-    def log_model(
-        self, model: nn.Module, example: NDArray[np.float32], registered_name: str | None
-    ) -> None:
-        self._try(lambda: self._tracker.log_model(model, example, registered_name))
+    def log_model(self, served: ServedFiles, registered_name: str | None) -> None:
+        self._try(lambda: self._tracker.log_model(served, registered_name))
 
     def finish(self, status: str = "FINISHED") -> None:
         self._try(lambda: self._tracker.finish(status))
@@ -269,6 +263,41 @@ class LenientTracker:
             if self.problem is None:
                 self._warn(str(error))
             self.problem = str(error)
+
+
+def save_served(path: Path, served: ServedFiles) -> None:
+    """Write a folder that ``mlflow models serve`` and ``mlflow.pyfunc.load_model`` take."""
+    with _without_advice():
+        mlflow.pyfunc.save_model(path, **_pyfunc(served))
+
+
+def _pyfunc(served: ServedFiles) -> dict[str, Any]:
+    """How MLflow's pyfunc flavor is told of a model."""
+    inputs, outputs = (
+        Schema([ColSpec(kind, name, required=False) for name, kind in columns.items()])
+        for columns in (
+            served.inputs,
+            {name: _mlflow_type(kind) for name, kind in served.outputs.items()},
+        )
+    )
+    return {
+        "loader_module": served.loader,
+        "data_path": str(served.data),
+        "code_paths": [str(served.code)],
+        "signature": ModelSignature(inputs, outputs),
+        "pip_requirements": [
+            f"{name}=={version(name).partition('+')[0]}" for name in served.requirements
+        ],
+    }
+
+
+def _mlflow_type(arrow: str) -> DataType | Array:
+    """Of a column of results, as lists and numbers of plain JSON."""
+    if arrow.startswith("list<"):
+        inner = arrow.removeprefix("list<").removesuffix(">").rpartition(": ")[2]
+        return Array(_mlflow_type(inner))
+    kinds = {"string": DataType.string, "float": DataType.float, "int32": DataType.integer}
+    return kinds[arrow]
 
 
 def default_uri(storage: Folder) -> str:
@@ -297,6 +326,20 @@ def _tags(tags: Mapping[str, str]) -> list[RunTag]:
 def _key(name: str) -> str:
     parts = [part for part in _FORBIDDEN.sub("_", name).split("/") if part not in {"", ".", ".."}]
     return "/".join(parts)
+
+
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """MLflow asks for an example of the input, whose only use is to guess the signature."""
+    _quiet()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*[Ii]nput example")
+        yield
+
+
+def _quiet() -> None:
+    for name in ("mlflow", "alembic"):  # database migrations log every step
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 @contextmanager

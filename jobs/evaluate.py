@@ -11,7 +11,7 @@ from brainray.report.table import results_table
 def work(config: Config) -> JobResult:
     evaluation = evaluate(config, log)
     log(results_table(evaluation.metrics, evaluation.classes))
-    log(f"predictions and figures: {evaluation.folder}")
+    log(f"predictions, figures and report.html: {evaluation.folder}")
     return JobResult(str(evaluation.folder), metrics=evaluation.metrics)
 
 
@@ -22,13 +22,14 @@ if __name__ == "__main__":
             """
             Predict the slices of class folders with a run's chosen epoch, preprocessed with the
             run's own settings, and score them: over all slices, and over those without a
-            near-duplicate among what the run saw.
+            near-duplicate among what the run saw. report.html shows all of it on one page.
 
             Example: python jobs/evaluate.py --set run=first source=/data/other-hospital
             """,
             work,
             keys=[
                 "run",
+                "epoch",
                 "checkpoint",
                 "source",
                 "labels",
@@ -37,7 +38,9 @@ if __name__ == "__main__":
                 "storage",
                 "seed",
                 "train.device",
+                "train.precision",
                 "evaluation.bootstrap_resamples",
+                "evaluation.tsne_max_slices",
             ],
         )
     )

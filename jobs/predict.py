@@ -29,6 +29,15 @@ if __name__ == "__main__":
             Example: python jobs/predict.py --set run=nickparvar source=/data/new-scans
             """,
             work,
-            keys=["name", "run", "checkpoint", "source", "storage", "train.device"],
+            keys=[
+                "name",
+                "run",
+                "epoch",
+                "checkpoint",
+                "source",
+                "storage",
+                "train.device",
+                "train.precision",
+            ],
         )
     )

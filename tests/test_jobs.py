@@ -12,7 +12,18 @@ from brainray.errors import ConfigError, DataError
 from brainray.orchestration.job import JobResult, resolve_paths, run_job
 
 PROJECT = Path(__file__).parents[1]
-JOBS = ["preprocess", "train", "evaluate", "predict", "tune", "pipeline", "track"]
+JOBS = [
+    "preprocess",
+    "train",
+    "evaluate",
+    "predict",
+    "tune",
+    "pipeline",
+    "track",
+    "label",
+    "export",
+    "report",
+]
 
 
 def run(
@@ -52,6 +63,9 @@ def test_help_explains_the_jobs_settings(
         ("evaluate", ["run=absent", "source=/tmp"], "no run 'absent'"),
         ("pipeline", ["source=/tmp"], "the pipeline needs a name"),
         ("track", ["run=absent"], "no run 'absent'"),
+        ("label", ["run=absent"], "no run 'absent'"),
+        ("export", ["name=x"], "one of --set run=NAME and --set checkpoint=PATH"),
+        ("report", [], "name the run to report"),
     ],
 )
 def test_bad_input_is_one_clear_line_and_exit_code_2(

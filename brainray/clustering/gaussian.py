@@ -170,7 +170,7 @@ def log_gaussian(
         side_by_side = factors.transpose(0, 1).flatten(1)
         shifts = (means[:, None, :] @ factors).flatten()
         whitened = torch.addmm(-shifts.to(rows.dtype), rows, side_by_side.to(rows.dtype))
-        distances = whitened.square_().view(len(rows), len(means), num_features).sum(dim=2)
+        distances = whitened.square_().view(rows.shape[0], len(means), num_features).sum(dim=2)
         log_det = factors.diagonal(dim1=1, dim2=2).log().sum(dim=1)
     elif covariance_type == "tied":
         rows, means = rows @ factors.to(rows.dtype), means @ factors

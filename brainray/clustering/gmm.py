@@ -221,6 +221,16 @@ class GaussianMixture(FittedModule):
             log_likelihood[block] = log_joint.logsumexp(dim=1)
         return log_likelihood
 
+    def log_joint(self, x: Tensor) -> Tensor:
+        """log(weight_k N(x_i | k)) (n, K) of rows (n, D), in one piece, as exported graphs need it.
+
+        Its softmax is ``predict_proba``, its logsumexp ``score_samples``. Not collective.
+        """
+        origin = self._center().to(x.dtype)
+        means, factors = self.means_ - origin, self.precisions_cholesky_
+        log_density = log_gaussian(x - origin, means, factors, self.covariance_type)
+        return log_density + self.weights_.log().to(x.dtype)
+
     def score(self, x: Tensor) -> float:
         """Mean log-likelihood over the rows of all ranks (collective)."""
         log_likelihood, num_rows = self._log_likelihood(x)

@@ -21,7 +21,7 @@ from brainray.clustering.metrics import (
 from brainray.engine.calibration import calibration_error, fit_temperature, temper
 from brainray.engine.recluster import ClusterModel
 from brainray.mri.duplicates import coarse, most_similar, thumbnail_matrix
-from brainray.schema import LABELLED, PREDICTIONS, SUBSETS, UNLABELLED
+from brainray.schema import LABELLED, PREDICTIONS, UNLABELLED, subset_masks
 
 Metrics = dict[str, float]
 
@@ -96,16 +96,6 @@ def gather_predictions(
         log_likelihood=gather(clusters.log_likelihood(z)[:, None])[:, 0],
         embeddings=gather(z),
     )
-
-
-def subset_masks(slices: pa.Table) -> dict[str, NDArray[np.bool_]]:
-    """Which rows belong to each subset that is known: (N,) by name, ``all`` first."""
-    masks = {"all": np.ones(slices.num_rows, dtype=np.bool_)}
-    for name in SUBSETS[1:]:
-        if slices[name].null_count == 0:
-            flags = slices[name].to_numpy(zero_copy_only=False)
-            masks[name] = np.asarray(flags, dtype=np.bool_)
-    return masks
 
 
 def subset_metrics(predictions: Predictions, classes: Sequence[str], subset: str) -> Metrics:
@@ -288,17 +278,18 @@ def _from_table(
     return Predictions(
         keys=np.arange(table.num_rows),
         labels=np.array([index[name] for name in table["label"].to_pylist()], dtype=np.int64),
-        probabilities=_matrix(table["probabilities"]),
-        responsibilities=_matrix(table["responsibilities"]),
+        probabilities=matrix_of(table["probabilities"]),
+        responsibilities=matrix_of(table["responsibilities"]),
         class_of_cluster=class_of_cluster,
         log_likelihood=np.asarray(table["log_likelihood"].to_numpy()),
-        embeddings=_matrix(table["embedding"]),
+        embeddings=matrix_of(table["embedding"]),
     )
 
 
-def _matrix(column: pa.ChunkedArray) -> NDArray[np.float32]:
+def matrix_of(column: pa.ChunkedArray) -> NDArray[np.float32]:
+    """(N, D) of a column of lists of equal length."""
     values = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    return np.asarray(values.reshape(len(column), -1), dtype=np.float32)
+    return np.ascontiguousarray(values.reshape(len(column), -1), dtype=np.float32)
 
 
 def _nearest_thumbnail(

@@ -48,18 +48,21 @@ class TrainerState:
 
 def checkpoint_bytes(checkpoint: Checkpoint) -> bytes:
     """The content of a checkpoint's ``model.pt``: tensors and plain values only."""
-    return _to_bytes(
-        {
-            "format": _FORMAT,
-            "config": checkpoint.config.model_dump(mode="json"),
-            "classes": list(checkpoint.classes),
-            "pixel_mean": checkpoint.scale.mean,
-            "pixel_std": checkpoint.scale.std,
-            "epoch": checkpoint.epoch,
-            "encoder": _on_cpu(checkpoint.encoder.state_dict()),
-            "clusters": _on_cpu(checkpoint.clusters.state_dict()),
-        }
-    )
+    return _to_bytes(checkpoint_state(checkpoint))
+
+
+def checkpoint_state(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Tensors by the names of their modules, and plain values: all of a checkpoint."""
+    return {
+        "format": _FORMAT,
+        "config": checkpoint.config.model_dump(mode="json"),
+        "classes": list(checkpoint.classes),
+        "pixel_mean": checkpoint.scale.mean,
+        "pixel_std": checkpoint.scale.std,
+        "epoch": checkpoint.epoch,
+        "encoder": _on_cpu(checkpoint.encoder.state_dict()),
+        "clusters": _on_cpu(checkpoint.clusters.state_dict()),
+    }
 
 
 def load_checkpoint(folder: Folder) -> Checkpoint:
@@ -73,9 +76,18 @@ def load_checkpoint(folder: Folder) -> Checkpoint:
             f"{folder} holds no {layout.MODEL}: give the folder of a checkpoint, "
             "such as storage/runs/NAME/best"
         )
-    saved = _from_bytes(folder.read_bytes(layout.MODEL), f"{folder}/{layout.MODEL}")
+    where = f"{folder}/{layout.MODEL}"
+    return restore_checkpoint(_from_bytes(folder.read_bytes(layout.MODEL), where), where)
+
+
+def restore_checkpoint(saved: dict[str, Any], where: str) -> Checkpoint:
+    """What ``checkpoint_state`` was given; ``where`` names its file in errors.
+
+    Raises:
+        CheckpointError: it is not a brainray checkpoint.
+    """
     if saved.get("format") != _FORMAT:
-        raise CheckpointError(f"{folder}/{layout.MODEL} is not a {_FORMAT} file")
+        raise CheckpointError(f"{where} is not a {_FORMAT} file")
     config = parse_config(saved["config"])
     encoder = Encoder(config.encoder.name, len(saved["classes"]))
     clusters = ClusterModel(
@@ -86,9 +98,7 @@ def load_checkpoint(folder: Folder) -> Checkpoint:
         clusters.load_state_dict(saved["clusters"])
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
-        raise CheckpointError(
-            f"{folder}/{layout.MODEL} does not fit its config: {reason}"
-        ) from None
+        raise CheckpointError(f"{where} does not fit its config: {reason}") from None
     return Checkpoint(
         config=config,
         classes=saved["classes"],

@@ -321,7 +321,7 @@ def with_progress(
     for batch in _arrow_batches(dataset):
         done += pc.count_distinct(batch["path"]).as_py()
         now = time.monotonic()
-        if now - last >= every_s:
+        if done and now - last >= every_s:
             last = now
             rate = done / (now - started)
             log(f"{verb} {done} of {total} files, {(total - done) / rate:.0f} s left")

@@ -1,19 +1,14 @@
 """Training from the driver's side: begin or resume the run, fit, follow, report."""
 
-import platform
-import shlex
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-import brainray
 from brainray import errors, layout
 from brainray.config import Config
 from brainray.engine.evaluate import Metrics, summarise
@@ -23,13 +18,12 @@ from brainray.models.encoder import build_encoder
 from brainray.orchestration.lock import held
 from brainray.orchestration.progress import Follower
 from brainray.orchestration.provenance import record_submission, version_tags
-from brainray.orchestration.publish import begin_tracking, code_hash, git_revision, send_run
+from brainray.orchestration.publish import begin_tracking, send_run
+from brainray.orchestration.reporting import about_software, write_run_page
 from brainray.orchestration.resources import WorkerResources, plan_workers
-from brainray.orchestration.run import Run, begin_run, name_of_run, open_run
+from brainray.orchestration.run import Run, begin_run, name_of_run
 from brainray.orchestration.store import ImageStore, differing_settings
 from brainray.orchestration.worker import best_epoch, train_worker
-from brainray.redaction import redacted
-from brainray.report.page import write_page
 from brainray.report.run_figures import draw_run_figures
 from brainray.storage import Folder
 
@@ -175,41 +169,21 @@ def complete_run(training: Training) -> None:
     config, run = training.config, training.run
     metrics = _summarise(config, run)
     draw_run_figures(run.folder, run.classes, config.evaluation, int(metrics["chosen_epoch"]))
-    write_page(
-        run.folder,
-        run.classes,
-        config.evaluation,
-        metrics,
-        _about(training),
-        _figures_of_control(config),
-    )
+    about = _about(training)
+    run.folder.write_json(layout.ABOUT, about)
+    write_run_page(config, run, metrics, about, training.store)
     run.folder.write_json(layout.SUMMARY, metrics)
-
-
-def _figures_of_control(config: Config) -> Metrics | None:
-    """The reported figures of ``evaluation.control``, where that run is complete."""
-    if config.evaluation.control is None:
-        return None
-    control = open_run(Folder(config.storage), config.evaluation.control)
-    metrics: Metrics | None = None
-    if control.is_complete:
-        metrics = control.folder.read_json(layout.SUMMARY)
-    return metrics
 
 
 def _about(training: Training) -> dict[str, str]:
     """What made the run, as its report tells it."""
     workers = training.workers
     kind = "GPU" if workers.use_gpu else "CPU"
-    return {
-        "command": redacted(shlex.join(sys.argv)),
-        "store": f"{training.run.info['dataset']} (data hash {training.run.info['data_hash']})",
-        "slices": ", ".join(f"{n:,} {role}" for role, n in training.run.info["num_slices"].items()),
+    info = training.run.info
+    return about_software() | {
+        "store": f"{info['dataset']} (data hash {info['data_hash']})",
+        "slices": ", ".join(f"{n:,} {role}" for role, n in info["num_slices"].items()),
         "workers": f"{workers.num_workers} on {kind}, {workers.cpus_per_worker} CPU(s) each",
-        "code": f"brainray {brainray.__version__}, {code_hash()} {git_revision()}".strip(),
-        "python": f"{platform.python_version()} on {platform.platform()}",
-        "torch": torch.__version__,
-        "ray": ray.__version__,
     }
 
 

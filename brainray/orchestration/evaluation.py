@@ -3,20 +3,27 @@
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import PurePosixPath
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from brainray import layout
-from brainray.config import Config
+from brainray.config import Config, to_yaml
 from brainray.engine.evaluate import Metrics, summarise
+from brainray.engine.slice_model import stored_pixels
 from brainray.errors import ConfigError, DataError
 from brainray.mri.leakage import Fingerprints, exposure
 from brainray.orchestration.data import with_progress
 from brainray.orchestration.inference import Predictor, find_predictor, predicted_blocks
-from brainray.orchestration.source import SourceFile, list_source
+from brainray.orchestration.preparation import preprocess_file, read_file, subject_salt
+from brainray.orchestration.reporting import about_software, explain
+from brainray.orchestration.source import FoundFile, SourceFile, list_source
 from brainray.report.evaluation_figures import draw_evaluation_figures
+from brainray.report.page import write_evaluation_page
 from brainray.schema import PREDICTIONS, REJECTED, TEST
 from brainray.storage import Folder
 
@@ -77,6 +84,17 @@ def evaluate(config: Config, log: Log = print, only_paths: set[str] | None = Non
     folder.write_table(layout.REJECTED, rejected)
     folder.write_json(layout.EVALUATION_METRICS, metrics)
     draw_evaluation_figures(folder, predictions, checkpoint.classes)
+    write_evaluation_page(
+        folder,
+        predictions,
+        rejected,
+        checkpoint.classes,
+        config.evaluation,
+        metrics,
+        about_software() | {"model": str(predictor.folder), "source": str(config.source)},
+        to_yaml(config),
+        explain(predictions, checkpoint, partial(_load_again, config, predictor)),
+    )
     return Evaluation(folder, metrics, checkpoint.classes)
 
 
@@ -109,6 +127,18 @@ def _name(config: Config) -> str:
         return config.name
     of = config.run or PurePosixPath(str(config.checkpoint).rstrip("/")).parent.name
     return f"{of}-on-{PurePosixPath(str(config.source).rstrip('/')).name}"
+
+
+def _load_again(config: Config, predictor: Predictor, rows: pa.Table) -> NDArray[np.uint8]:
+    """Slices (n, 1, S, S) of a few predictions: pixels do not come back from the actors."""
+    source, salt = Folder(str(config.source)), subject_salt(Folder(config.storage))
+    found = []
+    for row in rows.select(["path", "frame"]).to_pylist():
+        file = FoundFile(row["path"], 0, 0)
+        slices = preprocess_file(read_file(source, file), file, predictor.preprocess, salt)
+        found += [dict(part) for part in slices if part["frame"] == row["frame"]]
+    columns = {name: [part[name] for part in found] for name in ("image", "height", "width")}
+    return stored_pixels(pa.table(columns), predictor.checkpoint.config.train.image_size)
 
 
 def _predict_files(

@@ -1,38 +1,32 @@
 """Prediction on raw files: Ray Data decodes, actors embed; what evaluation and prediction share."""
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import cv2
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 import ray.data
-import torch
 
 from brainray import layout
 from brainray.config import Config, PreprocessConfig
-from brainray.engine.epoch import embed
-from brainray.engine.evaluate import gather_predictions, predictions_table
-from brainray.engine.recipe import resolve_precision
-from brainray.engine.shard import CachedImages
+from brainray.engine.slice_model import SliceModel, use_all_threads
 from brainray.engine.state import Checkpoint, load_checkpoint
-from brainray.errors import ConfigError
-from brainray.mri.decode import RejectedImage
+from brainray.errors import CheckpointError, ConfigError
 from brainray.orchestration.preparation import (
-    SLICES,
-    preprocess_file,
+    DECODED,
+    decode_to_predict,
     read_file,
-    rejected_row,
     subject_salt,
 )
-from brainray.orchestration.run import open_run, read_run_info
-from brainray.orchestration.source import FoundFile, SourceFile
-from brainray.schema import FITTED, GIVEN, UNLABELLED
+from brainray.orchestration.run import Run, open_run, read_run_info
+from brainray.orchestration.source import SourceFile
+from brainray.orchestration.store import ImageStore
+from brainray.orchestration.worker import best_epoch
+from brainray.schema import TRAIN
 from brainray.storage import Folder
 
 _FILES_PER_TASK = 128
@@ -63,18 +57,22 @@ class Predictor:
 
 
 def find_predictor(config: Config, purpose: str) -> Predictor:
-    """The chosen epoch of ``config.run``, or the checkpoint ``config.checkpoint``.
+    """The epoch ``config.epoch`` of ``config.run``, by default the chosen one, or the checkpoint
+    ``config.checkpoint``.
 
     Raises:
         ConfigError: neither of them, or both.
         DataError: no such run.
-        CheckpointError: the checkpoint is missing or is not one.
+        CheckpointError: the checkpoint is missing or is not one, or of no such epoch.
     """
     if (config.run is None) == (config.checkpoint is None):
         raise ConfigError(f"{purpose} needs one of --set run=NAME and --set checkpoint=PATH")
     if config.run is not None:
-        run_folder = open_run(Folder(config.storage), config.run).folder
-        folder = run_folder / layout.BEST
+        run = open_run(Folder(config.storage), config.run)
+        run_folder = run.folder
+        folder = _checkpoint_folder(run, config.epoch)
+    elif config.epoch is not None:
+        raise ConfigError("epoch=N chooses among a run's epochs: it goes with --set run=NAME")
     else:
         folder = Folder(str(config.checkpoint).removesuffix(f"/{layout.MODEL}"))
         run_folder = Folder(folder.uri.rpartition("/")[0] or "/")
@@ -85,6 +83,30 @@ def find_predictor(config: Config, purpose: str) -> Predictor:
         info.get("preprocess", checkpoint.config.preprocess.model_dump())
     )
     return Predictor(folder, run_folder, checkpoint, preprocess)
+
+
+def _checkpoint_folder(run: Run, epoch: int | None) -> Folder:
+    """Of the chosen epoch, or of that epoch where the run has kept it."""
+    history = run.folder.read_json_lines(layout.METRICS)
+    if not history or not run.folder.exists(f"{layout.BEST}/{layout.MODEL}"):
+        raise CheckpointError(f"the run {run.folder} has finished no epoch yet: wait for one")
+    if epoch is None:
+        return run.folder / layout.BEST
+    places = {number: layout.checkpoint_folder(number) for number in range(1, len(history) + 1)}
+    if run.is_complete:
+        places[len(history)] = layout.LAST
+    places[best_epoch(history)] = layout.BEST
+    kept = {
+        number: place
+        for number, place in places.items()
+        if run.folder.exists(f"{place}/{layout.MODEL}")
+    }
+    if epoch not in kept:
+        raise CheckpointError(
+            f"the run {run.folder} has {len(history)} epochs and keeps the checkpoints of "
+            f"{', '.join(str(number) for number in sorted(kept))}, not of {epoch}"
+        )
+    return run.folder / kept[epoch]
 
 
 def predicted_blocks(
@@ -102,18 +124,49 @@ def predicted_blocks(
         rows = []
         for number in batch["number"].to_pylist():
             asked = ray.get(all_files)[number]
-            for row in _decode(asked.file, source, preprocess, salt):
-                subject = asked.subject or row.get("header_subject")
-                about = {"label": asked.label, "subject_id": subject}
-                about["subject_source"] = None if subject is None else GIVEN
-                rows.append(dict.fromkeys(_DECODED.names) | row | about)
-        return pa.Table.from_pylist(rows, schema=_DECODED)
+            rows += decode_to_predict(
+                asked, partial(read_file, source, asked.file), preprocess, salt
+            )
+        return pa.Table.from_pylist(rows, schema=DECODED)
 
     with _whole_blocks():
         tasks = ray.data.from_arrow([pa.table({"number": task}) for task in _tasks(files)])
-    return tasks.map_batches(decode, batch_size=None, batch_format="pyarrow").map_batches(
+    decoded = tasks.map_batches(decode, batch_size=None, batch_format="pyarrow")
+    return _embedded(decoded, config, predictor)
+
+
+def predicted_slices(
+    store: ImageStore, sample_ids: Sequence[str], config: Config, predictor: Predictor
+) -> ray.data.Dataset:
+    """The same for training slices of a store, as they come; their labels are not read."""
+    wanted = ray.put(pa.array(sample_ids, pa.string()))
+
+    def select(batch: pa.Table) -> pa.Table:
+        is_wanted = pc.and_(
+            pc.is_in(batch["sample_id"], ray.get(wanted)), pc.equal(batch["split"], TRAIN)
+        )
+        rows = batch.filter(is_wanted)
+        read = set(rows.column_names)
+        columns = [
+            rows[field.name] if field.name in read else pa.nulls(rows.num_rows, field.type)
+            for field in DECODED
+        ]
+        return pa.table(columns, names=DECODED.names).cast(DECODED)
+
+    images = store.folder / layout.IMAGES
+    slices = ray.data.read_parquet(images.path, filesystem=images.filesystem)
+    slices = slices.select_columns(_STORED_COLUMNS)
+    selected = slices.map_batches(select, batch_size=None, batch_format="pyarrow")
+    return _embedded(selected, config, predictor)
+
+
+def _embedded(slices: ray.data.Dataset, config: Config, predictor: Predictor) -> ray.data.Dataset:
+    return slices.map_batches(
         _Embedder,
-        fn_constructor_kwargs={"folder": predictor.folder},
+        fn_constructor_kwargs={
+            "folder": predictor.folder,
+            "precision": config.train.precision,
+        },
         batch_size=None,
         batch_format="pyarrow",
         **_actors(config),
@@ -160,88 +213,19 @@ def _actors(config: Config) -> dict[str, Any]:
     return {"compute": pool, "num_cpus": max(1, cpus - 1)}
 
 
-_DECODED = pa.schema(
-    [
-        ("label", pa.string()),
-        ("subject_id", pa.string()),
-        ("subject_source", pa.string()),
-        *(SLICES.field(name) for name in SLICES.names),
-    ]
-)
-"""Of a decoded slice."""
+_STORED_COLUMNS = ["split", "sample_id", "path", "frame", "height", "width", "thumbnail", "image"]
 
 _CARRIED = ["subject_id", "subject_source", "sha256", "num_bytes", "reason", "detail"]
 """Columns that a prediction's row keeps beside its own."""
 
 
-def _decode(
-    file: FoundFile, source: Folder, preprocess: PreprocessConfig, salt: bytes
-) -> list[dict[str, Any]]:
-    content = None
-    try:
-        content = read_file(source, file)
-        return preprocess_file(content, file, preprocess, salt)
-    except RejectedImage as rejection:
-        return [rejected_row(file, content, rejection)]
-
-
 class _Embedder:
-    """Holds the checkpoint on one actor's device; the config that it was trained with rules."""
+    """Holds the checkpoint on one actor's device."""
 
-    def __init__(self, folder: Folder) -> None:
-        self.checkpoint: Checkpoint = load_checkpoint(folder)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if self.device.type == "cpu":
-            torch.set_num_threads(os.cpu_count() or 1)  # decoding needs little of them
-        self.encoder = self.checkpoint.encoder.to(self.device).to(memory_format=torch.channels_last)
-        self.clusters = self.checkpoint.clusters.to(self.device)
-        self.precision = resolve_precision(self.checkpoint.config.train.precision, self.device)
+    def __init__(self, folder: Folder, precision: str) -> None:
+        self.model = SliceModel(load_checkpoint(folder), precision=precision)
+        if self.model.device.type == "cpu":
+            use_all_threads()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        accepted = pc.is_null(batch["reason"])
-        good = batch.filter(accepted)
-        output = self._predict(good)
-        for name in _CARRIED:
-            output = output.append_column(_DECODED.field(name), good[name])
-        bad = batch.filter(pc.invert(accepted))
-        empty = pa.table(
-            {
-                field.name: bad[field.name]
-                if field.name in bad.column_names
-                else pa.nulls(bad.num_rows, field.type)
-                for field in output.schema
-            },
-            schema=output.schema,
-        )
-        return pa.concat_tables([output, empty])
-
-    def _predict(self, rows: pa.Table) -> pa.Table:
-        side = self.checkpoint.config.train.image_size
-        images = np.empty((rows.num_rows, 1, side, side), dtype=np.uint8)
-        for number, row in enumerate(rows.select(["image", "height", "width"]).to_pylist()):
-            image = np.frombuffer(row["image"], dtype=np.uint8).reshape(row["height"], row["width"])
-            images[number, 0] = cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA)
-        output = embed(
-            self.encoder,
-            CachedImages(torch.from_numpy(images).to(self.device)),
-            scale=self.checkpoint.scale,
-            batch_size=self.checkpoint.config.train.embed_batch_size,
-            precision=self.precision,
-        )
-        index = {name: number for number, name in enumerate(self.checkpoint.classes)}
-        labels = [index.get(name, UNLABELLED) for name in rows["label"].to_pylist()]
-        predictions = gather_predictions(
-            self.clusters,
-            output.z,
-            output.logits,
-            torch.arange(rows.num_rows, device=self.device),
-            torch.tensor(labels, dtype=torch.int64, device=self.device),
-        )
-        table = predictions_table(
-            predictions,
-            self.checkpoint.classes,
-            rows.select(["sample_id", "path", "frame", "thumbnail"]),
-        )
-        coordinates = list(self.clusters.coordinates(output.z).cpu().numpy())
-        field = FITTED.field("coordinates")
-        return table.append_column(field, pa.array(coordinates, field.type))
+        return self.model.predict(batch, _CARRIED)

@@ -5,27 +5,23 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-import faiss
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from numpy.typing import NDArray
 
 from brainray import layout
 from brainray.config import Config
 from brainray.engine.evaluate import Metrics
+from brainray.engine.slice_model import Reference
 from brainray.errors import ConfigError, DataError
 from brainray.orchestration.data import with_progress
 from brainray.orchestration.inference import Predictor, find_predictor, predicted_blocks
 from brainray.orchestration.publish import code_hash
 from brainray.orchestration.source import SourceFile, find_images
 from brainray.orchestration.store import differing_settings
-from brainray.schema import PREDICTED
 from brainray.storage import Folder
 
 Log = Callable[[str], None]
 
-NUM_NEAREST = 5
 _SETTINGS = "settings.json"
 _ROWS_PER_PART = 4096
 
@@ -63,7 +59,7 @@ def predict(config: Config, log: Log = print) -> Prediction:
         + (f"; {len(done)} are done" if done else "")
         + (f"; {num_ignored} other files are ignored" if num_ignored else "")
     )
-    reference = _Reference(predictor.fitted())
+    reference = Reference(predictor.fitted())
     if reference.is_empty:
         log(f"{predictor.folder} keeps no training slices: outlier_score and nearest stay empty")
     if files:
@@ -114,7 +110,7 @@ def _done(folder: Folder) -> set[str]:
 
 
 def _write_parts(
-    blocks: Any, files: list[SourceFile], folder: Folder, reference: "_Reference", log: Log
+    blocks: Any, files: list[SourceFile], folder: Folder, reference: Reference, log: Log
 ) -> None:
     """Parts of some thousand rows, each with whole files: a block holds all of a file."""
     number = len(_parts(folder))
@@ -128,63 +124,10 @@ def _write_parts(
             number, waiting = number + 1, []
 
     for block in with_progress(blocks, len(files), "predicted", log):
-        waiting.append(_rows(block, reference))
+        waiting.append(reference.rows(block))
         if sum(table.num_rows for table in waiting) >= _ROWS_PER_PART:
             flush()
     flush()
-
-
-def _rows(block: pa.Table, reference: "_Reference") -> pa.Table:
-    """``PREDICTED`` rows of a block of predictions and rejected files."""
-    columns: dict[str, Any] = {
-        field.name: block[field.name] for field in PREDICTED if field.name in block.column_names
-    }
-    columns["class"] = block["head"]
-    columns |= reference.compare(block)
-    return pa.table([columns[name] for name in PREDICTED.names], names=PREDICTED.names).cast(
-        PREDICTED
-    )
-
-
-class _Reference:
-    """The training slices that new ones are compared with."""
-
-    def __init__(self, fitted: pa.Table | None) -> None:
-        self.is_empty = fitted is None or fitted.num_rows == 0
-        if fitted is None or self.is_empty:
-            return
-        coordinates = _matrix(fitted["coordinates"])
-        self._ids = np.array(fitted["sample_id"].to_pylist(), dtype=object)
-        self._index = faiss.IndexFlatL2(coordinates.shape[1])
-        self._index.add(coordinates)
-        self._likelihoods = np.sort(np.asarray(fitted["log_likelihood"].to_numpy()))
-
-    def compare(self, block: pa.Table) -> dict[str, Any]:
-        """``outlier_score``, ``nearest`` and ``nearest_distance``; null for rejected files."""
-        result: dict[str, list[Any]] = {
-            name: [None] * block.num_rows
-            for name in ("outlier_score", "nearest", "nearest_distance")
-        }
-        rows = np.flatnonzero(block["coordinates"].is_valid().to_numpy(zero_copy_only=False))
-        if not self.is_empty and len(rows):
-            chosen = block.take(pa.array(rows))
-            known = self._likelihoods
-            likelihood = np.asarray(chosen["log_likelihood"].to_numpy())
-            scores = (len(known) - np.searchsorted(known, likelihood, "right")) / len(known)
-            squared, nearest = self._index.search(
-                _matrix(chosen["coordinates"]), min(NUM_NEAREST, len(known))
-            )
-            distances = np.sqrt(np.maximum(squared, 0.0))
-            for place, row in enumerate(rows.tolist()):
-                result["outlier_score"][row] = float(scores[place])
-                result["nearest"][row] = self._ids[nearest[place]].tolist()
-                result["nearest_distance"][row] = distances[place].tolist()
-        return {name: pa.array(found, PREDICTED.field(name).type) for name, found in result.items()}
-
-
-def _matrix(column: pa.ChunkedArray) -> NDArray[np.float32]:
-    values = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    return np.ascontiguousarray(values.reshape(len(column), -1), dtype=np.float32)
 
 
 def _summary(folder: Folder) -> Metrics:

@@ -2,6 +2,7 @@
 
 import os
 import secrets
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from brainray.mri.decode import (
 from brainray.mri.duplicates import content_hash, sample_id
 from brainray.mri.intracranial import MIN_CONFIDENCE, intracranial_mask
 from brainray.mri.skull_strip import apply_mask, otsu_mask
-from brainray.orchestration.source import FoundFile
+from brainray.orchestration.source import FoundFile, SourceFile
 from brainray.storage import Folder
 
 SLICES = pa.schema(
@@ -69,6 +70,39 @@ def subject_salt(storage: Folder) -> bytes:
         if storage.local_path is not None:
             (storage.local_path / _SALT_FILE).chmod(0o600)
     return storage.read_bytes(_SALT_FILE)
+
+
+DECODED = pa.schema(
+    [
+        ("label", pa.string()),
+        ("subject_id", pa.string()),
+        ("subject_source", pa.string()),
+        *(SLICES.field(name) for name in SLICES.names),
+    ]
+)
+"""Of a decoded slice that is to be predicted."""
+
+
+def decode_to_predict(
+    asked: SourceFile, content: Callable[[], bytes], config: PreprocessConfig, salt: bytes
+) -> list[dict[str, Any]]:
+    """``DECODED`` rows of a file, or one with the reason for one that cannot be read.
+
+    ``content`` gives the file's bytes, or raises RejectedImage.
+    """
+    read = None
+    try:
+        read = content()
+        rows = preprocess_file(read, asked.file, config, salt)
+    except RejectedImage as rejection:
+        rows = [rejected_row(asked.file, read, rejection)]
+    decoded = []
+    for row in rows:
+        subject = asked.subject or row.get("header_subject")
+        about = {"label": asked.label, "subject_id": subject}
+        about["subject_source"] = None if subject is None else schema.GIVEN
+        decoded.append(dict.fromkeys(DECODED.names) | row | about)
+    return decoded
 
 
 def read_file(source: Folder, file: FoundFile) -> bytes:

@@ -23,9 +23,11 @@ _FREE_TO_CHANGE = {
     "labels",
     "run",
     "checkpoint",
+    "epoch",
     "preprocess",
     "classes",
     "tracking",
+    "label",
 }
 _FREE_TRAIN_KEYS = {
     "num_workers",
@@ -36,7 +38,7 @@ _FREE_TRAIN_KEYS = {
     "device",
     "wait_for_nodes",
 }
-_FREE_EVALUATION_KEYS = {"control", "num_label_draws"}
+_FREE_EVALUATION_KEYS = {"control", "num_label_draws", "siblings"}
 _FREE_SPLIT_KEYS = {"mode", "test_fraction"}
 
 

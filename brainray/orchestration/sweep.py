@@ -8,9 +8,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Self
 
-import numpy as np
-import pyarrow.compute as pc
-from numpy.typing import NDArray
 from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search import Searcher
@@ -19,10 +16,10 @@ from ray.tune.search.optuna import OptunaSearch
 from brainray import layout
 from brainray.config import Config, flatten, to_yaml
 from brainray.engine.evaluate import Metrics
-from brainray.engine.export import SliceClassifier
-from brainray.engine.state import load_checkpoint
 from brainray.errors import BrainrayError, ConfigError
 from brainray.orchestration.driver import check_training
+from brainray.orchestration.export import served_files
+from brainray.orchestration.inference import find_predictor
 from brainray.orchestration.lock import held
 from brainray.orchestration.publish import Tracking, begin_tracking, open_tracking, send_run
 from brainray.orchestration.resources import WorkerResources
@@ -38,7 +35,6 @@ from brainray.orchestration.trials import (
 )
 from brainray.report.sweep_figures import TrialOutcome, draw_sweep_figures
 from brainray.report.table import markdown_table
-from brainray.schema import TRAIN
 from brainray.storage import Folder
 from brainray.tracking import PARENT_TAG
 
@@ -111,7 +107,7 @@ def _sweep(
         problems += sorted(set(follower.errors.values()))
         tracking.tracker.finish("FAILED")
         raise BrainrayError(f"no trial could be trained: {'; '.join(problems) or 'see the log'}")
-    return _conclude(base, store, folder, trials, ranked, follower, tracking, log)
+    return _conclude(base, folder, trials, ranked, follower, tracking, log)
 
 
 def _begin(config: Config, store: ImageStore, folder: Folder, log: Log) -> None:
@@ -328,7 +324,6 @@ class _Follower:
 
 def _conclude(
     config: Config,
-    store: ImageStore,
     folder: Folder,
     trials: list[Trial],
     ranked: list[Trial],
@@ -371,9 +366,9 @@ def _conclude(
     tracking.tracker.log_files([_BEST, _TABLE, _TRIALS, _SETTINGS, *figures])
     tracking.tracker.log_tags({"brainray.best_trial": best.trial_id})
     if best.run is not None:
-        classifier = SliceClassifier(load_checkpoint(best.run.folder / layout.BEST))
-        example = _example_slices(store, config.train.image_size)
-        tracking.tracker.log_model(classifier, example, config.registry.name)
+        of_best = config.model_copy(update={"run": str(best.run.info["name"]), "epoch": None})
+        with served_files(find_predictor(of_best, "the sweep's model")) as served:
+            tracking.tracker.log_model(served, config.registry.name)
     tracking.tracker.finish()
     result: dict[str, Any] = {
         "metrics": metrics,
@@ -388,14 +383,6 @@ def _conclude(
     else:
         folder.write_json(layout.SUMMARY, result)
     return FinishedSweep(folder=folder, **result)
-
-
-def _example_slices(store: ImageStore, side: int) -> NDArray[np.float32]:
-    """Two training slices (2, 1, side, side) of grey values: more than one, so that a model's
-    first dimension is taken for the batch.
-    """
-    train = store.index().filter(pc.equal(pc.field("split"), TRAIN)).slice(0, 2)
-    return store.images(train["sample_id"].to_pylist(), TRAIN, side).astype(np.float32)
 
 
 def _outcome(config: Config, trial: Trial) -> TrialOutcome:

@@ -24,7 +24,6 @@ from brainray.engine.evaluate import (
     confusion_metrics,
     gather_predictions,
     predictions_table,
-    subset_masks,
     subset_metrics,
     validation_metrics,
 )
@@ -60,7 +59,16 @@ from brainray.engine.state import (
 from brainray.errors import BrainrayError, ClusteringError, DivergenceError
 from brainray.models.encoder import Encoder, EncoderOutput, build_encoder
 from brainray.orchestration.store import ImageStore
-from brainray.schema import FITTED, LABELLED, TEST, TRAIN, UNLABELLED, UNLABELLED_ROLE, VALIDATION
+from brainray.schema import (
+    FITTED,
+    LABELLED,
+    TEST,
+    TRAIN,
+    UNLABELLED,
+    UNLABELLED_ROLE,
+    VALIDATION,
+    subset_masks,
+)
 from brainray.storage import Folder
 
 _HEARTBEAT_S = 30.0

@@ -6,7 +6,7 @@ import pyarrow.compute as pc
 
 from brainray.report.figures import Confusion, confusion_counts, confusion_matrices
 from brainray.report.style import png_bytes
-from brainray.schema import SUBSETS
+from brainray.schema import subset_masks
 from brainray.storage import Folder
 
 _PREDICTORS = {"head": "head (softmax)", "cluster_class": "clusters (mixture)"}
@@ -27,12 +27,9 @@ def draw_evaluation_figures(folder: Folder, predictions: pa.Table, classes: list
         DataError: a label is not a class of the run.
     """
     labelled = predictions.filter(pc.is_valid(predictions["label"]))
-    subsets = {"all": labelled}
-    for subset in SUBSETS[1:]:
-        if labelled[subset].null_count == 0:
-            subsets[subset] = labelled.filter(labelled[subset])
     names = []
-    for subset, rows in subsets.items():
+    for subset, mask in subset_masks(labelled).items():
+        rows = labelled.filter(pa.array(mask))
         if rows.num_rows:
             panels = [_confusion(rows, column, classes) for column in _PREDICTORS]
             title = f"Confusion matrices, test slices: {subset} ({rows.num_rows:,})"

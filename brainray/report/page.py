@@ -13,22 +13,26 @@ import numpy as np
 import pyarrow as pa
 from jinja2 import Environment
 from markupsafe import Markup
+from matplotlib import colormaps
 from numpy.typing import NDArray
 from PIL import Image
 from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
 
 from brainray import layout
+from brainray.clustering.subtypes import find_subtypes
 from brainray.config import EvaluationConfig
 from brainray.report.leakage_table import LEVEL_COLUMNS, leakage_counts, subset_counts
 from brainray.report.style import BLUE, GREEN, GREY, VERMILLION, class_colours, cluster_colour
 from brainray.report.tsne import MIN_SLICES, tsne_sequence
-from brainray.schema import SUBSETS, THUMBNAIL_SIDE
+from brainray.schema import SUBSETS, THUMBNAIL_SIDE, subset_masks
 from brainray.storage import Folder
 
 Metrics = Mapping[str, float]
 
 _NUM_IMAGES = 6  # of each kind on a cluster's card
-_THUMBNAIL_QUALITY = 60
+_MAX_REJECTED = 100  # rejected files that an evaluation lists
+_JPEG_QUALITY = 60
+_GLOW = 0.6  # share of the colour where the activation is highest
 _SEED = 0
 _PREDICTORS = {"head": "head", "cluster": "clusters", "thumbnail_1nn": "nearest thumbnail"}
 _CHARTS = {
@@ -65,13 +69,41 @@ class Table:
     rows: Sequence[Sequence[str]]
 
 
+@dataclass(frozen=True)
+class Explained:
+    """A slice as the encoder sees it, and what of it speaks for the class that was predicted."""
+
+    path: str
+    label: str | None
+    predicted: str
+    confidence: float
+    image: NDArray[np.uint8]  # (S, S)
+    activation: NDArray[np.float32]  # (S, S) from 0 to 1
+
+
+@dataclass(frozen=True)
+class _Contents:
+    """What differs between the page of a run and that of an evaluation."""
+
+    title: str
+    summary: Sequence[str]
+    tables: Sequence[Table]
+    quality: Sequence[Table]  # of the data: copies, leakage, rejected files
+    about: Mapping[str, str]
+    settings: str
+    data: Mapping[str, Any]
+
+
 def write_page(
     run: Folder,
     classes: Sequence[str],
     evaluation: EvaluationConfig,
     metrics: Metrics,
     about: Mapping[str, str],
+    *,
     control: Metrics | None = None,
+    explained: Sequence[Explained] = (),
+    siblings: Mapping[str, pa.Table] | None = None,
 ) -> str | None:
     """Write ``report.html`` of a trained run; its name, or None where there is nothing to show.
 
@@ -82,50 +114,134 @@ def write_page(
         metrics: the reported figures.
         about: what made the run: versions, machine, command.
         control: the reported figures of the control, to stand beside the run's.
+        explained: slices of which activation maps are shown.
+        siblings: by name, predictions for the same slices by runs of other seeds, which tell
+            what clusters are stable.
     """
     chosen = int(metrics["chosen_epoch"])
     if not run.exists(layout.predictions_file(chosen)):
         return None
-    table = run.read_table(layout.predictions_file(chosen)).slice(0, evaluation.tsne_max_slices)
+    whole = run.read_table(layout.predictions_file(chosen))
+    table = _shown(whole, evaluation.tsne_max_slices)
     history = run.read_json_lines(layout.METRICS)
-    subsets = _subsets(table)
+    data = _data(table, classes, chosen, explained) | {
+        "maps": _maps(run, table, evaluation, chosen),
+        "charts": _charts(history),
+        "subtypes": _subtypes(whole, siblings or {}),
+    }
+    contents = _Contents(
+        title=f"brainray: {_last_part(run)}",
+        summary=_summary(metrics, chosen, len(history), table.num_rows),
+        tables=[*_tables(metrics, classes, control), *_timings(metrics)],
+        quality=_quality(run),
+        about=about,
+        settings=run.read_bytes(layout.CONFIG).decode(),
+        data=data,
+    )
+    return _write(run, contents)
+
+
+def write_evaluation_page(
+    folder: Folder,
+    predictions: pa.Table,
+    rejected: pa.Table,
+    classes: Sequence[str],
+    evaluation: EvaluationConfig,
+    metrics: Metrics,
+    about: Mapping[str, str],
+    settings: str,
+    explained: Sequence[Explained] = (),
+) -> str:
+    """Write ``report.html`` of an evaluation; its name.
+
+    Args:
+        folder: of the evaluation.
+        predictions: ``PREDICTIONS`` rows.
+        rejected: ``REJECTED`` rows.
+        classes: of the run that predicts, in its order.
+        evaluation: how many slices are mapped.
+        metrics: the reported figures, with the ``epoch`` that predicts.
+        about: what made the evaluation: run, source, versions, command.
+        settings: of the evaluation, as YAML.
+        explained: slices of which activation maps are shown.
+    """
+    table = _shown(predictions, evaluation.tsne_max_slices)
+    epoch = int(metrics["epoch"])
+    data = _data(table, classes, epoch, explained) | {
+        "maps": _map_sequence({epoch: table}),
+        "charts": [],
+        "subtypes": _subtypes(predictions, {}),
+    }
+    contents = _Contents(
+        title=f"brainray: evaluation {_last_part(folder)}",
+        summary=_evaluation_summary(metrics, table.num_rows),
+        tables=_tables(metrics, classes, None),
+        quality=[_rejected_files(rejected)] if rejected.num_rows else [],
+        about=about,
+        settings=settings,
+        data=data,
+    )
+    return _write(folder, contents)
+
+
+def _write(folder: Folder, contents: _Contents) -> str:
+    template = resources.files("brainray.report").joinpath("page.html").read_text("utf-8")
+    page = Environment(autoescape=True, trim_blocks=True).from_string(template)
+    html = page.render(
+        contents=contents,
+        plotly=Markup(get_plotlyjs()),
+        # Nothing in it may end the script element.
+        data=Markup(json.dumps(contents.data, allow_nan=False).replace("<", "\\u003c")),
+    )
+    folder.write_bytes(layout.REPORT, html.encode())
+    return layout.REPORT
+
+
+def _last_part(folder: Folder) -> str:
+    return str(folder).rpartition("/")[2]
+
+
+def _shown(table: pa.Table, limit: int) -> pa.Table:
+    """At most so many rows, from all over the table: its order may be that of class folders."""
+    if table.num_rows <= limit:
+        return table
+    return table.take(np.linspace(0, table.num_rows - 1, limit).round().astype(np.int64))
+
+
+def _data(
+    table: pa.Table, classes: Sequence[str], epoch: int, explained: Sequence[Explained]
+) -> dict[str, Any]:
+    """What the page's script knows of the slices that it shows."""
+    subsets = subset_masks(table)
     num_clusters = len(table["responsibilities"][0].as_py())
-    data = {
+    return {
         "classes": list(classes),
         "class_colours": class_colours(classes) | {"no label": GREY},
         "cluster_names": [f"cluster {k}" for k in range(num_clusters)],
         "cluster_colours": {f"cluster {k}": cluster_colour(k) for k in range(num_clusters)},
         "subsets": list(subsets),
         "slices": _slices(table, subsets),
-        "chosen": {"epoch": chosen} | _predicted(table),
-        "maps": _maps(run, table, evaluation, chosen),
-        "charts": _charts(history),
+        "chosen": {"epoch": epoch} | _predicted(table),
         "cards": _cards(table, num_clusters),
+        "explained": [_blended(slice_) for slice_ in explained],
     }
-    name = str(run).rpartition("/")[2]
-    template = resources.files("brainray.report").joinpath("page.html").read_text("utf-8")
-    page = Environment(autoescape=True).from_string(template)
-    html = page.render(
-        title=f"brainray: {name}",
-        summary=_summary(metrics, chosen, len(history), table.num_rows),
-        tables=_tables(metrics, classes, control),
-        leakage=_leakage(run),
-        about=about,
-        settings=run.read_bytes(layout.CONFIG).decode(),
-        plotly=Markup(get_plotlyjs()),
-        # Nothing in it may end the script element.
-        data=Markup(json.dumps(data, allow_nan=False).replace("<", "\\u003c")),
-    )
-    run.write_bytes(layout.REPORT, html.encode())
-    return layout.REPORT
 
 
-def _subsets(table: pa.Table) -> dict[str, NDArray[np.bool_]]:
-    found = {"all": np.ones(table.num_rows, dtype=np.bool_)}
-    for name in SUBSETS[1:]:
-        if table[name].null_count == 0:
-            found[name] = np.asarray(table[name].to_numpy(zero_copy_only=False), dtype=np.bool_)
-    return found
+def _blended(explained: Explained) -> dict[str, Any]:
+    """The slice, and the slice under a glow where the activation is high."""
+    grey = np.repeat(explained.image[:, :, None], 3, axis=2).astype(np.float32)
+    # Its brightness rises with the activation: no colour has to be told from another.
+    glow = 255 * colormaps["inferno"](explained.activation)[:, :, :3]
+    weight = _GLOW * explained.activation[:, :, None]
+    blended = (1 - weight) * grey + weight * glow
+    return {
+        "path": explained.path,
+        "label": explained.label,
+        "predicted": explained.predicted,
+        "confidence": round(explained.confidence, 3),
+        "image": _jpeg(explained.image),
+        "blended": _jpeg(blended.round().astype(np.uint8)),
+    }
 
 
 def _slices(table: pa.Table, subsets: Mapping[str, NDArray[np.bool_]]) -> list[dict[str, Any]]:
@@ -147,8 +263,13 @@ def _slices(table: pa.Table, subsets: Mapping[str, NDArray[np.bool_]]) -> list[d
 
 def _data_uri(thumbnail: bytes) -> str:
     pixels = np.frombuffer(thumbnail, dtype=np.uint8).reshape(THUMBNAIL_SIDE, THUMBNAIL_SIDE)
+    return _jpeg(pixels)
+
+
+def _jpeg(pixels: NDArray[np.uint8]) -> str:
+    """(H, W) grey or (H, W, 3) as a picture that the page holds itself."""
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=_THUMBNAIL_QUALITY)
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=_JPEG_QUALITY)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
@@ -162,20 +283,26 @@ def _maps(
     run: Folder, chosen_table: pa.Table, evaluation: EvaluationConfig, chosen: int
 ) -> list[dict[str, Any]]:
     """A map of the same slices after each epoch whose predictions were kept."""
-    if chosen_table.num_rows < MIN_SLICES:
-        return []
     epochs = sorted(
         epoch
         for epoch in {*evaluation.tsne_epochs, chosen}
         if run.exists(layout.predictions_file(epoch))
     )
     keys = _keys(chosen_table)
-    tables = []
+    tables = {}
     for epoch in epochs:
         table = run.read_table(layout.predictions_file(epoch))
         place = {key: row for row, key in enumerate(_keys(table))}
-        tables.append(table.take([place[key] for key in keys]))
-    points = tsne_sequence([np.stack(table["embedding"].to_numpy()) for table in tables], _SEED)
+        tables[epoch] = table.take([place[key] for key in keys])
+    return _map_sequence(tables)
+
+
+def _map_sequence(tables: Mapping[int, pa.Table]) -> list[dict[str, Any]]:
+    """A map of the same slices, by epoch; none of too few slices."""
+    if any(table.num_rows < MIN_SLICES for table in tables.values()):
+        return []
+    embeddings = [np.stack(table["embedding"].to_numpy()) for table in tables.values()]
+    points = tsne_sequence(embeddings, _SEED)
     return [
         {
             "epoch": epoch,
@@ -184,12 +311,13 @@ def _maps(
             "y": np.round(xy[:, 1], 2).tolist(),
         }
         | _predicted(table)
-        for epoch, table, xy in zip(epochs, tables, points, strict=True)
+        for (epoch, table), xy in zip(tables.items(), points, strict=True)
     ]
 
 
 def _keys(table: pa.Table) -> list[tuple[str, ...]]:
-    return list(zip(*(table[name].to_pylist() for name in ("sample_id", "path")), strict=True))
+    columns = (table[name].to_pylist() for name in ("sample_id", "path", "frame"))
+    return list(zip(*columns, strict=True))
 
 
 def _charts(history: Sequence[Metrics]) -> list[dict[str, Any]]:
@@ -236,22 +364,71 @@ def _cards(table: pa.Table, num_clusters: int) -> list[dict[str, Any]]:
     return cards
 
 
-def _summary(metrics: Metrics, chosen: int, num_epochs: int, num_shown: int) -> list[str]:
-    def percent(name: str) -> str:
-        value = metrics.get(name)
-        return "an unknown share" if value is None else f"{100 * value:.1f} %"
+def _subtypes(table: pa.Table, siblings: Mapping[str, pa.Table]) -> list[dict[str, Any]]:
+    """Clusters that share a class, with how stable they are among the runs."""
+    keys = _keys(table)
+    others = []
+    for sibling in siblings.values():
+        cluster = dict(zip(_keys(sibling), sibling["cluster"].to_pylist(), strict=True))
+        others.append(np.array([cluster[key] for key in keys]))
+    found = find_subtypes(
+        np.asarray(table["cluster"].to_numpy()), table["cluster_class"].to_pylist(), others
+    )
+    return [
+        {
+            "class": kind.name,
+            "ari": kind.ari,
+            "runs": list(siblings),
+            "clusters": [
+                {
+                    "cluster": part.cluster,
+                    "size": part.size,
+                    "stability": part.stability,
+                    "stable": part.is_stable,
+                }
+                for part in kind.subtypes
+            ],
+        }
+        for kind in found
+    ]
 
+
+def _percent(metrics: Metrics, name: str) -> str:
+    value = metrics.get(name)
+    return "an unknown share" if value is None else f"{100 * value:.1f} %"
+
+
+def _summary(metrics: Metrics, chosen: int, num_epochs: int, num_shown: int) -> list[str]:
     return [
         "An encoder was trained on brain MRI slices of which few have a label. After every epoch "
         "the embeddings of all training slices were clustered, and the clusters guided the next.",
-        f"Epoch {chosen} of {num_epochs} was chosen on labelled slices held out for that. Its head "
-        f"gets {percent('test/all/head/accuracy')} of all test slices right, and "
-        f"{percent('test/clean/head/accuracy')} of the clean ones, which have no copy among what "
-        f"the run saw; its clusters {percent('test/all/cluster/accuracy')} and "
-        f"{percent('test/clean/cluster/accuracy')}. Looking up the most similar labelled thumbnail "
-        f"gets {percent('test/clean/thumbnail_1nn/accuracy')} of the clean ones.",
+        f"Epoch {chosen} of {num_epochs} was chosen on labelled slices held out for that. "
+        + _scores(metrics),
         f"{num_shown:,} test slices are shown below.",
     ]
+
+
+def _evaluation_summary(metrics: Metrics, num_shown: int) -> list[str]:
+    return [
+        f"A trained encoder, after its epoch {int(metrics['epoch'])}, predicted slices that were "
+        "preprocessed from their files with the settings of its training. " + _scores(metrics),
+        f"{num_shown:,} slices are shown below; {metrics['num_rejected']:,.0f} files could not be "
+        "used.",
+    ]
+
+
+def _scores(metrics: Metrics) -> str:
+    text = f"The head gets {_percent(metrics, 'test/all/head/accuracy')} of all test slices right"
+    clusters = f"its clusters {_percent(metrics, 'test/all/cluster/accuracy')}"
+    if "test/clean/head/accuracy" not in metrics:
+        return f"{text}, {clusters}. Which slices are clean of copies is not known."
+    return (
+        f"{text}, and {_percent(metrics, 'test/clean/head/accuracy')} of the clean ones, which "
+        f"have no copy among what the run saw; {clusters} and "
+        f"{_percent(metrics, 'test/clean/cluster/accuracy')}. Looking up the most similar labelled "
+        f"thumbnail gets {_percent(metrics, 'test/clean/thumbnail_1nn/accuracy')} of the clean "
+        "ones."
+    )
 
 
 def _tables(metrics: Metrics, classes: Sequence[str], control: Metrics | None) -> list[Table]:
@@ -302,13 +479,42 @@ def _with_interval(metrics: Metrics, name: str) -> str:
     return f"{_figure(metrics, name)} [{low}, {high}]" if "–" not in (low, high) else "–"
 
 
-def _leakage(run: Folder) -> list[Table]:
-    folder = run / layout.DATASET
-    if not folder.exists(layout.LEAKAGE):
+def _timings(metrics: Metrics) -> list[Table]:
+    """Mean seconds of an epoch's parts."""
+    parts = {
+        name.removeprefix("time/").removesuffix("_s").replace("_", " "): value
+        for name, value in metrics.items()
+        if name.startswith("time/") and name.endswith("_s") and name != "time/images_per_s"
+    }
+    if not parts:
         return []
-    leakage = folder.read_json(layout.LEAKAGE)
-    header, rows = subset_counts(leakage)
-    return [
-        Table("Copies", LEVEL_COLUMNS, leakage_counts(leakage)),
-        Table("Test slices", header, rows),
-    ]
+    speed = metrics.get("time/images_per_s")
+    header = ["", *parts] + ([] if speed is None else ["images/s in training"])
+    row = ["seconds", *(f"{value:.1f}" for value in parts.values())]
+    return [Table("Time of an epoch", header, [row + ([] if speed is None else [f"{speed:.0f}"])])]
+
+
+def _quality(run: Folder) -> list[Table]:
+    """What the store said of its data: copies, what is clean of them, and rejected files."""
+    folder = run / layout.DATASET
+    tables = []
+    if folder.exists(layout.LEAKAGE):
+        leakage = folder.read_json(layout.LEAKAGE)
+        header, rows = subset_counts(leakage)
+        tables += [
+            Table("Copies", LEVEL_COLUMNS, leakage_counts(leakage)),
+            Table("Test slices", header, rows),
+        ]
+    if folder.exists(layout.MANIFEST):
+        reasons = folder.read_json(layout.MANIFEST)["rejected_reasons"]
+        if reasons:
+            counted = [[reason, f"{count:,}"] for reason, count in reasons.items()]
+            tables.append(Table("Rejected files", ["reason", "files"], counted))
+    return tables
+
+
+def _rejected_files(rejected: pa.Table) -> Table:
+    rows = rejected.slice(0, _MAX_REJECTED).select(["path", "reason", "detail"]).to_pylist()
+    more = "" if rejected.num_rows <= _MAX_REJECTED else f", the first {_MAX_REJECTED}"
+    cells = [[row["path"], row["reason"], row["detail"] or ""] for row in rows]
+    return Table(f"Rejected files ({rejected.num_rows:,}{more})", ["path", "reason", ""], cells)

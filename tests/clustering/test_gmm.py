@@ -68,6 +68,10 @@ def test_agrees_with_scikit_learn_from_the_same_start(covariance_type: Covarianc
     assert ours.converged_
     assert theirs.converged_
     assert ours.n_iter_ == theirs.n_iter_
+    log_joint = ours.log_joint(x).numpy()
+    np.testing.assert_allclose(np.exp(log_joint).sum(axis=1), np.exp(theirs.score_samples(x)))
+    gamma = np.exp(log_joint - theirs.score_samples(x)[:, None])
+    np.testing.assert_allclose(gamma, theirs.predict_proba(x), rtol=1e-6, atol=1e-9)
     assert ours.lower_bound_ == pytest.approx(theirs.lower_bound_, abs=1e-9)
     assert ours.score(x) == pytest.approx(theirs.score(x.numpy()), abs=1e-9)
     assert ours.bic(x) == pytest.approx(theirs.bic(x.numpy()), rel=1e-9)

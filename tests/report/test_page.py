@@ -1,20 +1,24 @@
 """The interactive page: complete in itself, and working in a real browser."""
 
+import base64
 import html
+import io
 import json
 import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from PIL import Image
 
 from brainray import layout
 from brainray.config import EvaluationConfig
-from brainray.report.page import write_page
-from brainray.schema import PREDICTIONS, THUMBNAIL_SIDE
+from brainray.report.page import Explained, write_evaluation_page, write_page
+from brainray.schema import PREDICTIONS, REJECTED, THUMBNAIL_SIDE
 from brainray.storage import Folder
 
 CLASSES = ["glioma", "notumor", "pituitary"]
@@ -22,12 +26,13 @@ NUM_SLICES = 24
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
-def predictions(epoch: int) -> pa.Table:
-    """Slices of known brightness; every fourth is predicted wrongly."""
+def predictions(epoch: int, num_slices: int = NUM_SLICES) -> pa.Table:
+    """Slices of known brightness; every fourth is predicted wrongly; gliomas have two clusters."""
     rng = np.random.default_rng(epoch)
     rows = []
-    for number in range(NUM_SLICES):
+    for number in range(num_slices):
         label = number % 3
+        cluster = 3 if label == 0 and number % 2 else label
         predicted = (label + 1) % 3 if number % 4 == 0 else label
         probabilities = np.full(3, 0.1) + 0.7 * (np.arange(3) == predicted)
         rows.append(
@@ -40,16 +45,27 @@ def predictions(epoch: int) -> pa.Table:
                 "strict": False,
                 "head": CLASSES[predicted],
                 "cluster_class": CLASSES[label],
-                "cluster": label,
+                "cluster": cluster,
                 "confidence": float(probabilities.max()),
                 "probabilities": probabilities.tolist(),
-                "responsibilities": (np.eye(3)[label] * 0.9 + 0.1 / 3).tolist(),
+                "responsibilities": (np.eye(4)[cluster] * 0.9 + 0.1 / 4).tolist(),
                 "log_likelihood": float(rng.normal()),
                 "embedding": (np.eye(3)[label] * 5 + rng.normal(size=3)).tolist(),
-                "thumbnail": bytes([10 * number] * THUMBNAIL_SIDE**2),
+                "thumbnail": bytes([10 * number % 256] * THUMBNAIL_SIDE**2),
             }
         )
     return pa.Table.from_pylist(rows, schema=PREDICTIONS)
+
+
+def explained() -> list[Explained]:
+    """A right one and an error, with the evidence in the upper left corner."""
+    activation = np.zeros((32, 32), np.float32)
+    activation[:8, :8] = 1.0
+    grey = np.full((32, 32), 100, np.uint8)
+    return [
+        Explained("Testing/<glioma>/3.jpg", "glioma", predicted, 0.8, grey, activation)
+        for predicted in ("glioma", "notumor")
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +77,20 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run.write_bytes(layout.CONFIG, b"name: run  # </script><script>alert(1)</script>\n")
     for epoch in (1, 2):
         run.write_table(layout.predictions_file(epoch), predictions(epoch))
-    metrics = {"chosen_epoch": 2.0, "test/all/head/accuracy": 0.75}
+    metrics = {"chosen_epoch": 2.0, "test/all/head/accuracy": 0.75, "time/embed_s": 3.5}
     about = {"command": "python jobs/train.py --set name=<run>"}
+    run.write_json(
+        f"{layout.DATASET}/{layout.MANIFEST}", {"rejected_reasons": {"blank <slice>": 7}}
+    )
     name = write_page(
-        run, CLASSES, EvaluationConfig(tsne_epochs=(1, 2)), metrics, about, control=metrics
+        run,
+        CLASSES,
+        EvaluationConfig(tsne_epochs=(1, 2)),
+        metrics,
+        about,
+        control=metrics,
+        explained=explained(),
+        siblings={"seed1": predictions(3)},
     )
     assert name == "report.html"
     return path / name
@@ -76,15 +102,69 @@ def test_the_page_needs_no_network_and_escapes_what_it_shows(page: Path) -> None
     assert not re.search(r"(src|href)=\"?https?:", outside_of_plotly)
     assert "<script>alert(1)" not in text
     assert "name=&lt;run&gt;" in text
-    data = json.loads(
-        re.search(r'id="data" type="application/json">(.*?)</script>', text, re.S).group(1)  # type: ignore[union-attr]
-    )
+    data = data_of(page)
     assert len(data["slices"]) == NUM_SLICES
     assert data["slices"][3]["path"] == "Testing/<glioma>/3.jpg"
     assert data["slices"][3]["subsets"] == ["all"]
     assert [shown["epoch"] for shown in data["maps"]] == [1, 2]
     assert sum(card["size"] for card in data["cards"]) == NUM_SLICES
-    assert data["cards"][0]["labels"] == {"glioma": 8}
+    assert data["cards"][0]["labels"] == {"glioma": 4}
+    assert "blank &lt;slice&gt;" in text
+
+
+def test_evidence_glows_on_the_slice_and_the_rest_stays_grey(page: Path) -> None:
+    shown = data_of(page)["explained"][0]
+    assert shown["path"] == "Testing/<glioma>/3.jpg"
+    before, after = (picture_of(shown[name]) for name in ("image", "blended"))
+    assert before.shape == (32, 32)
+    assert np.abs(after[16:, 16:] - 100).max() < 12  # of JPEG
+    assert after[2:6, 2:6].mean() > 140  # inferno ends in a pale yellow
+
+
+def test_clusters_of_one_class_are_its_subtypes(page: Path) -> None:
+    (kind,) = data_of(page)["subtypes"]
+    assert kind["class"] == "glioma"
+    assert kind["ari"] == 1.0
+    assert kind["runs"] == ["seed1"]
+    assert [(part["cluster"], part["size"]) for part in kind["clusters"]] == [(0, 4), (3, 4)]
+    assert all(part["stable"] for part in kind["clusters"])
+
+
+def test_an_evaluation_has_a_page_too(tmp_path: Path) -> None:
+    folder = Folder(tmp_path / "scored")
+    rejected = pa.Table.from_pylist(
+        [{"path": "<a>.jpg", "reason": "not an image"}], schema=REJECTED
+    )
+    name = write_evaluation_page(
+        folder,
+        predictions(1),
+        rejected,
+        CLASSES,
+        EvaluationConfig(tsne_max_slices=10),
+        {"epoch": 2.0, "test/all/head/accuracy": 0.75, "num_rejected": 1.0},
+        {"model": "/runs/a/best"},
+        "run: a\n",
+    )
+    text = (tmp_path / "scored" / name).read_text()
+    assert "Rejected files (1)" in text
+    assert "&lt;a&gt;.jpg" in text
+    assert "75.0 % of all test slices" in text
+    shown = data_of(tmp_path / "scored" / name)
+    assert len(shown["slices"]) == 10
+    assert shown["slices"][-1]["path"].endswith("/23.jpg")  # not the first ten
+    assert [drawn["epoch"] for drawn in shown["maps"]] == [2]
+
+
+def data_of(page: Path) -> dict[str, Any]:
+    found = re.search(r'id="data" type="application/json">(.*?)</script>', page.read_text(), re.S)
+    assert found is not None
+    data: dict[str, Any] = json.loads(found.group(1))
+    return data
+
+
+def picture_of(uri: str) -> np.ndarray:
+    content = base64.b64decode(uri.partition(",")[2])
+    return np.asarray(Image.open(io.BytesIO(content)), dtype=float)
 
 
 def test_a_run_without_test_slices_has_no_page(tmp_path: Path) -> None:
@@ -117,23 +197,49 @@ byId("next").focus(); said.focus = document.activeElement.id;
 byId("next").click(); said.next = document.querySelector("#shown img").alt;
 document.querySelectorAll("#matrix button")[1].click();
 said.cell = document.querySelectorAll("#cell img").length;
+byId("map").focus();
+byId("map").dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowLeft", bubbles: true }));
+said.arrow = document.querySelector("#shown img").alt;
+said.reached = [...document.querySelectorAll(
+  "button:not(:disabled), select, input, .scroll, #map, nav a")].filter(
+  item => item.checkVisibility()).every(
+  item => { item.focus(); return document.activeElement === item; });
+said.pairs = document.querySelectorAll("#pairs img").length;
+const kind = byId("explained-kind"); kind.value = "wrong"; kind.dispatchEvent(new Event("change"));
+said.errors = document.querySelectorAll("#pairs figure").length;
+said.subtypes = byId("kinds").textContent;
+said.innerWidth = window.innerWidth;
 said.width = document.documentElement.scrollWidth <= window.innerWidth;
-const line = document.createElement("p"); line.id = "said"; line.textContent = JSON.stringify(said);
-document.body.append(line);
+window.parent.postMessage(JSON.stringify(said), "*");
 }, 500); }, 1500);
 </script>
 """
 
 
+FRAME = """
+<!doctype html><body>
+<iframe src="acted.html" style="width: {width}px; height: 900px; border: 0"></iframe>
+<script>
+addEventListener("message", event => {{
+  const line = document.createElement("p"); line.id = "said"; line.textContent = event.data;
+  document.body.append(line);
+}});
+</script>
+"""
+# A window of Chromium is 500 pixels wide at least.
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 @pytest.mark.parametrize("width", [1280, 390])
 def test_filters_hover_and_galleries_work_in_a_browser(page: Path, width: int) -> None:
-    acted = page.with_name(f"acted-{width}.html")
+    acted = page.with_name("acted.html")
     acted.write_text(page.read_text().replace("</body>", ACTIONS + "</body>"))
+    framed = page.with_name(f"framed-{width}.html")
+    framed.write_text(FRAME.format(width=width))
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-unsafe-swiftshader"]
-    options += [f"--window-size={width},900", "--virtual-time-budget=8000", "--dump-dom"]
+    options += ["--window-size=1400,1000", "--virtual-time-budget=8000", "--dump-dom"]
     finished = subprocess.run(
-        [str(CHROMIUM), *options, "--enable-logging=stderr", acted.as_uri()],
+        [str(CHROMIUM), *options, "--enable-logging=stderr", framed.as_uri()],
         capture_output=True,
         text=True,
         timeout=120,
@@ -152,4 +258,10 @@ def test_filters_hover_and_galleries_work_in_a_browser(page: Path, width: int) -
     assert said["focus"] == "next"
     assert said["next"] == "slice Testing/<pituitary>/8.jpg"
     assert said["cell"] == 2  # gliomas taken for no tumour
+    assert said["arrow"] == "slice Testing/<notumor>/7.jpg"
+    assert said["reached"] is True
+    assert (said["pairs"], said["errors"]) == (4, 1)
+    assert "glioma: 2 clusters" in said["subtypes"]
+    assert "Jaccard index of 1.00: stable" in said["subtypes"]
+    assert said["innerWidth"] == width
     assert said["width"] is True

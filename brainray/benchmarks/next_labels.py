@@ -1,0 +1,195 @@
+"""What to label next, simulated: chosen labels against as many random ones, as users would work.
+
+Slices start with few labels. A run is trained, ``jobs/label.py``'s choice is made, the chosen
+slices get their true labels in the labels table, and a new run is trained on that; another gets
+labels of slices drawn at random. Test figures are read at the end, and choose nothing.
+"""
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+from matplotlib.figure import Figure
+
+from brainray import layout
+from brainray.benchmarks.result import BenchmarkResult, CaseOptions, Measure
+from brainray.config import Config
+from brainray.mri.phantom import write_phantoms
+from brainray.orchestration.data import preprocess
+from brainray.orchestration.driver import train
+from brainray.orchestration.job import attach_to_ray
+from brainray.orchestration.labels import choose_next_labels
+from brainray.orchestration.source import list_source
+from brainray.orchestration.trials import trial_config
+from brainray.schema import TEST, UNLABELLED_ROLE
+from brainray.storage import Folder
+
+_FIGURES = ("accuracy", "balanced_accuracy")
+_SUBSETS = ("all", "clean")
+
+
+@dataclass(frozen=True)
+class _Size:
+    """How large a simulation is."""
+
+    num_initial: int  # labels at first
+    num_added: int  # labels that are chosen, or drawn
+    num_draws: int
+    settings: dict[str, Any]  # by dotted key, over those of --config
+
+
+_FULL = _Size(200, 200, 3, {})
+_QUICK = _Size(
+    40,
+    40,
+    1,
+    {
+        "preprocess.image_size": 64,
+        "preprocess.subject.estimate": False,
+        "train.image_size": 64,
+        "train.num_epochs": 4,
+        "train.num_workers": 1,
+        "train.batch_size_per_worker": 16,
+        "train.labelled_batch_size_per_worker": 16,
+        "clustering.pca_dim": 8,
+    },
+)
+_NUM_PHANTOMS = (60, 40)  # of each class, for training and for testing
+
+
+def run(options: CaseOptions) -> BenchmarkResult:
+    """Accuracy after labelling what jobs/label.py proposes, against random slices.
+
+    Three draws of 200 first labels, and 200 more in either way, trained with the settings of
+    --config; with ``quick`` one draw of 40, few epochs and small slices. ``source`` has
+    ``Training/`` and ``Testing/`` class folders; without one, phantoms. All runs are kept under
+    storage: what is finished is never repeated.
+    """
+    attach_to_ray()
+    size = _QUICK if options.quick else _FULL
+    folder = options.storage / "benchmarks" / "next_labels"
+    folder.mkdir(parents=True, exist_ok=True)
+    source = options.source
+    if source is None:
+        source = folder / f"phantoms-{options.seed}"
+        num_training, num_testing = _NUM_PHANTOMS
+        if not source.exists():
+            write_phantoms(
+                source,
+                num_training_per_class=num_training,
+                num_testing_per_class=num_testing,
+                seed=options.seed,
+                size=128,
+            )
+    draws = [
+        _Simulation(folder, source, size, options, options.seed + number).run()
+        for number in range(size.num_draws)
+    ]
+    return BenchmarkResult(_measures(draws), {"draws": draws, "size": vars(size)}, _figure(draws))
+
+
+class _Simulation:
+    """One draw of first labels, and what comes of adding more in either way."""
+
+    def __init__(
+        self, folder: Path, source: Path, size: _Size, options: CaseOptions, seed: int
+    ) -> None:
+        self.folder, self.source, self.size, self.seed = folder, source, size, seed
+        self.storage, self.base, self.log = options.storage, options.config, options.log
+        files = list_source(Folder(source), None, {}).files
+        self.truth = {file.path: (file.label, file.split) for file in files}
+        self.training = sorted(path for path, (_, split) in self.truth.items() if split != TEST)
+
+    def run(self) -> dict[str, dict[str, float]]:
+        """Test figures by arm: at first, with random labels, with chosen ones."""
+        rng = np.random.default_rng(self.seed)
+        first = self._first(rng)
+        config = self._config("first")
+        figures = {"first": self._train(config, first)}
+        chosen = choose_next_labels(
+            config.model_copy(update={"run": config.name}), lambda _: None
+        ).table
+        seen = (Folder(self.storage) / layout.RUNS / str(config.name)).read_table(layout.SEEN)
+        # The same slices that the choice was made among: byte-identical copies are not.
+        pool = sorted(seen.filter(pc.equal(seen["role"], UNLABELLED_ROLE))["path"].to_pylist())
+        drawn = rng.choice(pool, self.size.num_added, replace=False).tolist()
+        added = {"random": drawn, "chosen": chosen["path"].to_pylist()}
+        for arm, paths in added.items():
+            figures[arm] = self._train(self._config(arm), [*first, *paths])
+        return figures
+
+    def _first(self, rng: np.random.Generator) -> list[str]:
+        """As many slices of each class, at random."""
+        classes = sorted({str(self.truth[path][0]) for path in self.training})
+        each = self.size.num_initial // len(classes)
+        chosen: list[str] = []
+        for name in classes:
+            members = [path for path in self.training if self.truth[path][0] == name]
+            chosen += rng.choice(members, each, replace=False).tolist()
+        return chosen
+
+    def _config(self, arm: str) -> Config:
+        name = f"next-labels-{arm}-{self.size.num_initial}-{self.seed}"
+        settings = self.size.settings | {
+            "storage": str(self.storage),
+            "source": str(self.source),
+            "labels": str(self.folder / f"{name}.csv"),
+            "dataset": name,
+            "seed": self.seed,
+            "split.seed": self.seed,
+            "split.labelled_fraction": 1.0,
+            "evaluation.tsne_epochs": [],
+            "label.num_slices": self.size.num_added,
+        }
+        return trial_config(self.base, settings, name)
+
+    def _train(self, config: Config, labelled: Sequence[str]) -> dict[str, float]:
+        self.log(f"{config.name}: {len(labelled)} labels")
+        readable = set(labelled)
+        with Path(str(config.labels)).open("w", newline="") as table:
+            rows = csv.writer(table)
+            rows.writerow(["path", "label", "split"])
+            for path, (label, split) in sorted(self.truth.items()):
+                known = split == TEST or path in readable
+                rows.writerow([path, label if known else "", split])
+        preprocess(config, lambda _: None)
+        metrics = train(config, lambda _: None).metrics
+        return {
+            f"{subset}/{predictor}/{figure}": metrics[f"test/{subset}/{predictor}/{figure}"]
+            for subset in _SUBSETS
+            for predictor in ("head", "cluster")
+            for figure in _FIGURES
+        }
+
+
+def _measures(draws: Sequence[dict[str, dict[str, float]]]) -> list[Measure]:
+    """Means over the draws; the lead of chosen over random labels should be positive."""
+    measures = []
+    for subset in _SUBSETS:
+        for figure in _FIGURES:
+            key = f"{subset}/head/{figure}"
+            means = {
+                arm: float(np.mean([draw[arm][key] for draw in draws]))
+                for arm in ("first", "random", "chosen")
+            }
+            measures += [Measure(f"{key}, {arm}", value) for arm, value in means.items()]
+            lead = means["chosen"] - means["random"]
+            measures.append(Measure(f"{key}, chosen - random", lead, at_least=0.0))
+    return measures
+
+
+def _figure(draws: Sequence[dict[str, dict[str, float]]]) -> Figure:
+    figure = Figure(figsize=(5.0, 4.0), layout="constrained")
+    axes = figure.add_subplot()
+    arms = ("first", "random", "chosen")
+    for number, draw in enumerate(draws, start=1):
+        values = [draw[arm]["clean/head/accuracy"] for arm in arms]
+        axes.plot(arms, values, "o-", label=f"draw {number}")
+    axes.set_xlabel("labels")
+    axes.set_ylabel("accuracy of the head, clean test slices")
+    axes.legend()
+    return figure

@@ -1,0 +1,87 @@
+"""Where the encoder finds the evidence for a class: maps over slices, by captum.
+
+captum is PyTorch's own library of attribution methods, and needs nothing that is not installed
+anyway.
+"""
+
+import numpy as np
+import pyarrow as pa
+import torch
+import torch.nn.functional as F
+from captum.attr import LayerGradientXActivation  # type: ignore[import-untyped]
+from numpy.typing import NDArray
+from torch import Tensor
+from torchvision.transforms.functional import gaussian_blur
+
+from brainray.engine.state import Checkpoint
+
+_NUM_RIGHT = 4  # slices of each class that are predicted rightly
+_NUM_WRONG = 12
+
+
+def class_activation_maps(
+    checkpoint: Checkpoint,
+    images: Tensor,  # (N, 1, S, S) uint8, preprocessed, on the encoder's device
+    classes: Tensor,  # (N,) int64: whose logit each map explains
+) -> Tensor:
+    """LayerCAM (Jiang et al. 2021) at the encoder's first stage, blurred by half a cell.
+
+    At each place, the sum over the channels of activation times positive gradient of the logit.
+    Grad-CAM at the last stage, the usual choice, has a cell every 32 pixels. With an encoder
+    trained on phantoms of 128 pixels its peak lay in the lesion of 7 % of 216 phantoms; the peak
+    of these maps in that of 96 % of 216 phantoms on which nothing was chosen.
+
+    Returns:
+        (N, S, S) float32 between 0 and 1: the place that speaks most for the class has 1, unless
+        nothing does.
+    """
+    encoder = checkpoint.encoder.eval()
+    inputs = checkpoint.scale.standardise(checkpoint.scale.to_unit(images))
+    attribution = LayerGradientXActivation(
+        lambda batch: encoder(batch).logits, encoder.backbone.layer1
+    )
+    products = attribution.attribute(inputs, target=classes).detach()  # (N, C, h, w)
+    # The stage ends in a ReLU: no activation is negative, so the sign is the gradient's.
+    grid = products.relu().sum(dim=1, keepdim=True)
+    side = images.shape[-1]
+    maps = on_pixels(grid, side)
+    stride = -(-side // grid.shape[-1])
+    maps = gaussian_blur(maps, [2 * stride + 1, 2 * stride + 1], [stride / 2, stride / 2])[:, 0]
+    largest = maps.amax(dim=(1, 2), keepdim=True)
+    return maps / torch.where(largest > 0, largest, 1.0)
+
+
+def on_pixels(grid: Tensor, side: int) -> Tensor:
+    """(N, 1, side, side) of a stage's grid (N, 1, h, h), each cell where it looks.
+
+    The padded strides of a ResNet centre cell i on pixel i times the stride. Interpolation that
+    takes the cells for tiles of the slice would move all of them by half a stride.
+    """
+    num_cells = grid.shape[-1]
+    stride = -(-side // num_cells)
+    spanned = (num_cells - 1) * stride + 1
+    inner = F.interpolate(grid, (spanned, spanned), mode="bilinear", align_corners=True)
+    rest = side - spanned
+    return F.pad(inner, (0, rest, 0, rest), mode="replicate")
+
+
+def rows_to_explain(predictions: pa.Table) -> NDArray[np.int64]:
+    """Rows of a sample of each class that the head gets right, and of the errors, surest first.
+
+    Where no slice has a label, a sample of each class that is predicted.
+    """
+    head = np.asarray(predictions["head"].to_pylist(), dtype=object)
+    given = np.asarray(predictions["label"].to_pylist(), dtype=object)
+    is_known = np.array([label is not None for label in given])
+    labels = given if is_known.any() else head
+    confidence = np.asarray(predictions["confidence"].to_numpy())
+    right, wrong = head == labels, is_known & (head != labels)
+    rows: list[int] = []
+    for name in sorted(set(head[right])):
+        of_class = np.flatnonzero(right & (head == name))
+        # From all over the table, not its first.
+        places = np.linspace(0, len(of_class) - 1, min(_NUM_RIGHT, len(of_class)))
+        rows += of_class[places.round().astype(int)].tolist()
+    errors = np.flatnonzero(wrong)
+    rows += errors[np.argsort(-confidence[errors], kind="stable")][:_NUM_WRONG].tolist()
+    return np.array(rows, dtype=np.int64)

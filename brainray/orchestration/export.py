@@ -1,0 +1,203 @@
+"""Export of a run: safetensors, ONNX and an MLflow model, with a card that says what they are."""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+import brainray
+from brainray import layout
+from brainray.config import Config, parse_config, parse_yaml
+from brainray.engine.evaluate import Metrics
+from brainray.engine.export import (
+    ONNX_OPSET,
+    TOLERANCE,
+    largest_difference,
+    onnx_bytes,
+    safetensors_bytes,
+)
+from brainray.errors import CheckpointError, ConfigError
+from brainray.mri.duplicates import thumbnail_matrix
+from brainray.orchestration import serving
+from brainray.orchestration.inference import Predictor, find_predictor
+from brainray.orchestration.publish import begin_tracking, code_hash
+from brainray.orchestration.run import Run, open_run, read_run_info
+from brainray.report.model_card import CardFacts, model_card
+from brainray.schema import PREDICTED, THUMBNAIL_SIDE
+from brainray.storage import Folder
+from brainray.tracking import ServedFiles, save_served
+
+Log = Callable[[str], None]
+
+_NUM_TRIED = 32  # slices on which the ONNX model is compared with ours
+_ONNX_PACKAGES = {"onnx", "onnxscript", "onnxruntime"}
+
+
+@dataclass(frozen=True)
+class Export:
+    """Where the exported files are."""
+
+    folder: Folder
+    metrics: Metrics
+    mlflow_run_id: str | None = None
+
+
+def export(config: Config, log: Log = print) -> Export:
+    """Write ``storage/exports/NAME``: safetensors, ONNX, an MLflow model, and their card.
+
+    With ``registry.name`` the MLflow model is also logged to the run's MLflow run and registered.
+
+    Raises:
+        ConfigError: neither run nor checkpoint.
+        DataError: no such run.
+        CheckpointError: the run is still training, has no such epoch, or its ONNX model differs.
+        TrackingError: the model cannot be registered.
+    """
+    run = None if config.run is None else open_run(Folder(config.storage), config.run)
+    if run is not None and not run.is_complete:
+        raise CheckpointError(_still_training(run))
+    predictor = find_predictor(config, "export")
+    name = config.name or config.run
+    if name is None:
+        raise ConfigError("export of a checkpoint needs --set name=NAME")
+    target = Folder(config.storage) / layout.EXPORTS / name
+    with served_files(predictor) as served, tempfile.TemporaryDirectory() as temporary:
+        local = Path(temporary)
+        for made in served.data.iterdir():
+            (local / made.name).write_bytes(made.read_bytes())
+        metrics = _write_onnx(predictor, local, log)
+        save_served(local / layout.SERVED, served)
+        card = model_card(_facts(predictor, name, metrics), _figures(run, predictor))
+        (local / layout.CARD).write_text(card, encoding="utf-8")
+        _put(local, target)
+        run_id = None
+        if run is not None and config.registry.name is not None:
+            run_id = _register(config, run, served, log)
+    log(f"serve it: mlflow models serve -m {target}/{layout.SERVED} --env-manager local")
+    return Export(target, metrics, run_id)
+
+
+@contextmanager
+def served_files(predictor: Predictor) -> Iterator[ServedFiles]:
+    """What a served model consists of, in a temporary folder."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary, "model")  # MLflow keeps this name
+        folder.mkdir()
+        content = safetensors_bytes(predictor.checkpoint, predictor.preprocess)
+        (folder / layout.SAFETENSORS).write_bytes(content)
+        fitted = predictor.fitted()
+        if fitted is not None:
+            pq.write_table(fitted, folder / layout.FITTED, compression="zstd")
+        yield ServedFiles(
+            folder,
+            loader=serving.__name__,
+            code=Path(brainray.__file__).parent,
+            requirements=serving.REQUIREMENTS,
+            inputs={"path": "string", "image": "binary"},
+            outputs={field.name: str(field.type) for field in PREDICTED},
+        )
+
+
+def _still_training(run: Run) -> str:
+    history = run.folder.read_json_lines(layout.METRICS)
+    asked = parse_config(parse_yaml(run.folder.read_bytes(layout.CONFIG), str(run.folder)))
+    return (
+        f"the run {run.folder} is still training ({len(history)} of {asked.train.num_epochs} "
+        "epochs are done): export it when it is complete, or its newest checkpoint with "
+        "--set checkpoint=PATH"
+    )
+
+
+def _write_onnx(predictor: Predictor, folder: Path, log: Log) -> Metrics:
+    """The ONNX file, tried on real slices where the run has some; nothing without the extra."""
+    images = _slices_to_try(predictor)
+    try:
+        content = onnx_bytes(predictor.checkpoint)
+        difference = largest_difference(predictor.checkpoint, content, images)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in _ONNX_PACKAGES:
+            raise
+        log(f"no ONNX file: {error.name} is missing; pip install -e '.[onnx]'")
+        return {}
+    if not difference <= TOLERANCE:
+        raise CheckpointError(
+            f"the ONNX model of {predictor.folder} differs from it by {difference:.2g}, more than "
+            f"{TOLERANCE:g}: report this with the versions of torch, onnx and onnxruntime"
+        )
+    (folder / layout.ONNX).write_bytes(content)
+    return {"onnx/opset": float(ONNX_OPSET), "onnx/largest_difference": difference}
+
+
+def _slices_to_try(predictor: Predictor) -> NDArray[np.float32]:
+    """(n, 1, S, S) grey values: thumbnails of slices that the run saw, else noise."""
+    side = predictor.checkpoint.config.train.image_size
+    seen = predictor.seen()
+    if seen is None:
+        noise = np.random.default_rng(0).uniform(0, 255, (_NUM_TRIED, 1, side, side))
+        return noise.astype(np.float32)
+    rows = thumbnail_matrix(seen["thumbnail"].slice(0, _NUM_TRIED).to_pylist())
+    pictures = rows.reshape(-1, THUMBNAIL_SIDE, THUMBNAIL_SIDE)
+    enlarged = [cv2.resize(picture, (side, side)) for picture in pictures]
+    return np.stack(enlarged)[:, None].astype(np.float32)
+
+
+def _facts(predictor: Predictor, name: str, metrics: Metrics) -> CardFacts:
+    checkpoint, preprocess = predictor.checkpoint, predictor.preprocess
+    config = checkpoint.config
+    in_run = predictor.run_folder.exists(layout.RUN)
+    return CardFacts(
+        name=name,
+        classes=checkpoint.classes,
+        encoder=config.encoder.name,
+        num_clusters=config.clustering.num_clusters,
+        image_size=config.train.image_size,
+        epoch=checkpoint.epoch,
+        preprocessing=(
+            f"grayscale, skull strip `{preprocess.skull_strip}`, `{preprocess.resize}` to "
+            f"{preprocess.image_size} pixels, intensities `{preprocess.intensity}`, then "
+            f"area-averaged to {config.train.image_size} pixels"
+        ),
+        num_slices=read_run_info(predictor.run_folder)["num_slices"] if in_run else {},
+        objective=config.objective.name,
+        code=f"{brainray.__version__} ({code_hash()})",
+        opset=ONNX_OPSET if metrics else None,
+        difference=metrics.get("onnx/largest_difference"),
+    )
+
+
+def _figures(run: Run | None, predictor: Predictor) -> Metrics:
+    """The run's reported figures, which are of its chosen epoch only."""
+    if run is None:
+        return {}
+    figures: Metrics = run.folder.read_json(layout.SUMMARY)
+    return figures if figures["chosen_epoch"] == predictor.checkpoint.epoch else {}
+
+
+def _put(local: Path, target: Folder) -> None:
+    """All files at once in the place of an earlier export."""
+    target.restore()
+    parent, _, name = str(target).rpartition("/")
+    building = Folder(parent) / f".{name}.building"
+    building.delete()
+    for path in sorted(local.rglob("*")):
+        if path.is_file():
+            building.write_bytes(path.relative_to(local).as_posix(), path.read_bytes())
+    building.replace(target, last=layout.CARD)
+
+
+def _register(config: Config, run: Run, served: ServedFiles, log: Log) -> str | None:
+    """Log the model to the run's own MLflow run and register it."""
+    where = f"{run.folder}/{layout.CONFIG}"
+    saved = parse_config(parse_yaml(run.folder.read_bytes(layout.CONFIG), where))
+    here = {"tracking": config.tracking, "storage": config.storage}
+    tracking = begin_tracking(saved.model_copy(update=here), run, log)
+    tracking.mlflow.log_model(served, config.registry.name)
+    tracking.tracker.finish()
+    log(f"registered as {config.registry.name}")
+    return tracking.mlflow_run_id

@@ -1,0 +1,90 @@
+"""What to label next: the unlabelled slices of a run, ranked."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from brainray import layout
+from brainray.clustering.next_labels import choose_to_label, margin_uncertainty
+from brainray.config import Config
+from brainray.engine.evaluate import Metrics, matrix_of
+from brainray.errors import ConfigError, DataError
+from brainray.orchestration.data import with_progress
+from brainray.orchestration.inference import find_predictor, predicted_slices
+from brainray.orchestration.run import open_run
+from brainray.orchestration.store import ImageStore
+from brainray.schema import NEXT_LABELS, UNLABELLED_ROLE
+from brainray.storage import Folder
+
+Log = Callable[[str], None]
+
+_GROUPS = ("duplicate_group_id", "subject_id")
+
+
+@dataclass(frozen=True)
+class NextLabels:
+    """The list that was written."""
+
+    folder: Folder  # of the run
+    table: pa.Table  # NEXT_LABELS
+    metrics: Metrics
+
+
+def choose_next_labels(config: Config, log: Log = print) -> NextLabels:
+    """Rank the run's unlabelled training slices into ``labels/next.parquet`` of its folder.
+
+    The labels of these slices are not read, also where the store has them.
+
+    Raises:
+        ConfigError: no run named.
+        DataError: no such run or store, a store that was changed, or nothing unlabelled.
+        CheckpointError: the run has finished no epoch, or has no such epoch.
+    """
+    if config.run is None:
+        raise ConfigError("name the run to label for: --set run=NAME")
+    run = open_run(Folder(config.storage), config.run)
+    predictor = find_predictor(config, "labelling")
+    store = ImageStore.open(Folder(config.storage) / layout.DATASETS / str(run.info["dataset"]))
+    if store.data_hash != run.info["data_hash"]:
+        raise DataError(
+            f"the image store {store.folder} was changed after the run {config.run} (hash "
+            f"{store.data_hash}, then {run.info['data_hash']}): train anew on it first"
+        )
+    seen = run.folder.read_table(layout.SEEN)
+    is_pool = pc.equal(seen["role"], UNLABELLED_ROLE)
+    pool, others = seen.filter(is_pool), seen.filter(pc.invert(is_pool))
+    if pool.num_rows == 0:
+        raise DataError(f"the run {run.folder} has no unlabelled slice: there is nothing to label")
+    log(f"predicting {pool.num_rows} unlabelled slices with {predictor.folder}")
+    blocks = predicted_slices(store, pool["sample_id"].to_pylist(), config, predictor)
+    batches = list(with_progress(blocks, pool.num_rows, "predicted", log))
+    rows = pa.concat_tables(batches).sort_by("sample_id")
+    pool = pool.sort_by("sample_id")
+    assert rows["sample_id"].equals(pool["sample_id"]), "every slice has a prediction"
+    for name in _GROUPS:
+        rows = rows.drop_columns([name] if name in rows.column_names else [])
+        rows = rows.append_column(name, pool[name])
+    uncertainty = margin_uncertainty(matrix_of(rows["probabilities"]))
+    chosen = choose_to_label(
+        uncertainty,
+        np.asarray(rows["cluster"].to_numpy()),
+        [rows[name].to_pylist() for name in _GROUPS],
+        [set(others[name].drop_null().to_pylist()) for name in _GROUPS],
+        config.label.num_slices,
+    )
+    picked = rows.take(chosen)
+    columns = {name: picked[name] for name in NEXT_LABELS.names if name in picked.column_names}
+    columns["rank"] = pa.array(range(1, len(chosen) + 1), pa.int32())
+    columns["class"] = picked["head"]
+    columns["uncertainty"] = pa.array(uncertainty[chosen], pa.float32())
+    ordered = [columns[name] for name in NEXT_LABELS.names]
+    table = pa.table(ordered, names=NEXT_LABELS.names).cast(NEXT_LABELS)
+    run.folder.write_table(layout.NEXT_LABELS, table)
+    counts = Counter(table["cluster"].to_pylist())
+    metrics = {"num_unlabelled": float(pool.num_rows), "num_chosen": float(table.num_rows)}
+    metrics |= {f"num_chosen/cluster {k}": float(count) for k, count in sorted(counts.items())}
+    return NextLabels(run.folder, table, metrics)

@@ -1,0 +1,168 @@
+"""The page of a run or of an evaluation: what its figures need from elsewhere, gathered."""
+
+import platform
+import shlex
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import ray
+import torch
+from numpy.typing import NDArray
+
+import brainray
+from brainray import layout
+from brainray.config import Config, parse_config, parse_yaml
+from brainray.engine.evaluate import Metrics
+from brainray.engine.explain import class_activation_maps, rows_to_explain
+from brainray.engine.state import Checkpoint, load_checkpoint
+from brainray.errors import CheckpointError, ConfigError, DataError
+from brainray.orchestration.publish import code_hash, git_revision
+from brainray.orchestration.run import Run, open_run
+from brainray.orchestration.store import ImageStore
+from brainray.redaction import redacted
+from brainray.report.page import Explained, write_page
+from brainray.schema import TEST
+from brainray.storage import Folder
+
+Log = Callable[[str], None]
+
+LoadImages = Callable[[pa.Table], NDArray[np.uint8]]
+"""Rows of predictions to their preprocessed slices (n, 1, S, S)."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """A page that was written."""
+
+    folder: Folder
+    metrics: Metrics
+
+
+def report(config: Config, log: Log = print) -> Report:
+    """Write the page of a complete run anew, with a control or with runs of other seeds beside it.
+
+    Raises:
+        ConfigError: no run named.
+        DataError: no such run, or one to compare with that does not fit.
+        CheckpointError: the run is still training.
+    """
+    if config.run is None:
+        raise ConfigError("name the run to report: --set run=NAME")
+    run = open_run(Folder(config.storage), config.run)
+    if not run.is_complete:
+        raise CheckpointError(f"the run {run.folder} is still training: wait for its end")
+    where = f"{run.folder}/{layout.CONFIG}"
+    saved = parse_config(parse_yaml(run.folder.read_bytes(layout.CONFIG), where))
+    asked = config.evaluation.model_dump(exclude_unset=True)
+    evaluation = saved.evaluation.model_copy(update=asked)
+    merged = saved.model_copy(update={"storage": config.storage, "evaluation": evaluation})
+    try:
+        store = ImageStore.open(Folder(config.storage) / layout.DATASETS / str(saved.dataset))
+        if store.data_hash != run.info["data_hash"]:
+            raise DataError(f"the image store {store.folder} was changed since")
+    except DataError as error:
+        log(f"no activation maps: {error}")
+        store = None
+    metrics = run.folder.read_json(layout.SUMMARY)
+    known = run.folder.exists(layout.ABOUT)
+    about = run.folder.read_json(layout.ABOUT) if known else about_software()
+    if write_run_page(merged, run, metrics, about, store) is None:
+        raise DataError(f"the run {run.folder} has no test slices: there is nothing to show")
+    return Report(run.folder, metrics)
+
+
+def write_run_page(
+    config: Config, run: Run, metrics: Metrics, about: Mapping[str, str], store: ImageStore | None
+) -> str | None:
+    """Write a run's ``report.html``; without its store there are no activation maps."""
+    explained = []
+    chosen = layout.predictions_file(int(metrics["chosen_epoch"]))
+    if store is not None and run.folder.exists(chosen):
+        side = config.train.image_size
+
+        def load(rows: pa.Table) -> NDArray[np.uint8]:
+            return store.images(rows["sample_id"].to_pylist(), TEST, side)
+
+        checkpoint = load_checkpoint(run.folder / layout.BEST)
+        explained = explain(run.folder.read_table(chosen), checkpoint, load)
+    return write_page(
+        run.folder,
+        run.classes,
+        config.evaluation,
+        metrics,
+        about,
+        control=_figures_of_control(config),
+        explained=explained,
+        siblings=_predictions_of_siblings(config, run),
+    )
+
+
+def explain(predictions: pa.Table, checkpoint: Checkpoint, load: LoadImages) -> list[Explained]:
+    """Activation maps for a sample of each class and of the errors."""
+    chosen = predictions.take(rows_to_explain(predictions))
+    if chosen.num_rows == 0:
+        return []
+    images = load(chosen)
+    names = chosen["head"].to_pylist()
+    classes = torch.tensor([checkpoint.classes.index(name) for name in names])
+    maps = class_activation_maps(checkpoint, torch.from_numpy(images), classes).numpy()
+    return [
+        Explained(
+            path=row["path"] + (f" {row['frame']}" if row["frame"] else ""),
+            label=row["label"],
+            predicted=row["head"],
+            confidence=row["confidence"],
+            image=image[0],
+            activation=activation,
+        )
+        for row, image, activation in zip(
+            chosen.select(["path", "frame", "label", "head", "confidence"]).to_pylist(),
+            images,
+            maps,
+            strict=True,
+        )
+    ]
+
+
+def about_software() -> dict[str, str]:
+    """The command and the versions behind a page."""
+    return {
+        "command": redacted(shlex.join(sys.argv)),
+        "code": f"brainray {brainray.__version__}, {code_hash()} {git_revision()}".strip(),
+        "python": f"{platform.python_version()} on {platform.platform()}",
+        "torch": torch.__version__,
+        "ray": ray.__version__,
+    }
+
+
+def _figures_of_control(config: Config) -> Metrics | None:
+    """The reported figures of ``evaluation.control``, where that run is complete."""
+    if config.evaluation.control is None:
+        return None
+    control = open_run(Folder(config.storage), config.evaluation.control)
+    metrics: Metrics | None = None
+    if control.is_complete:
+        metrics = control.folder.read_json(layout.SUMMARY)
+    return metrics
+
+
+def _predictions_of_siblings(config: Config, run: Run) -> dict[str, pa.Table]:
+    """By name, what complete runs of other seeds predict for the same test slices."""
+    found = {}
+    for name in config.evaluation.siblings:
+        sibling = open_run(Folder(config.storage), name)
+        if not sibling.is_complete:
+            continue
+        if sibling.info["data_hash"] != run.info["data_hash"]:
+            raise DataError(
+                f"evaluation.siblings: {name} was trained on other data than {run.folder}: name "
+                "runs on the same image store"
+            )
+        summary = sibling.folder.read_json(layout.SUMMARY)
+        chosen = layout.predictions_file(int(summary["chosen_epoch"]))
+        if sibling.folder.exists(chosen):
+            found[name] = sibling.folder.read_table(chosen)
+    return found

@@ -1,0 +1,30 @@
+"""Leave a run's model as safetensors, ONNX and an MLflow model that can be served."""
+
+import sys
+
+from brainray.config import Config
+from brainray.orchestration.export import export
+from brainray.orchestration.job import JobResult, log, run_job
+
+
+def work(config: Config) -> JobResult:
+    exported = export(config, log)
+    log(f"files and model card: {exported.folder}")
+    return JobResult(str(exported.folder), exported.mlflow_run_id, exported.metrics)
+
+
+if __name__ == "__main__":
+    sys.exit(
+        run_job(
+            "export",
+            """
+            Write the chosen epoch of a complete run to storage/exports/NAME: all weights as
+            safetensors with a model card, the network with its mixture as ONNX, and an MLflow
+            model that takes file paths or image bytes and answers as jobs/predict.py does.
+
+            Example: python jobs/export.py --set run=nickparvar registry.name=mri
+            """,
+            work,
+            keys=["name", "run", "epoch", "checkpoint", "storage", "registry", "tracking"],
+        )
+    )

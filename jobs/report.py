@@ -1,0 +1,38 @@
+"""Write the page of a complete run anew, beside a control or runs of other seeds."""
+
+import sys
+
+from brainray import layout
+from brainray.config import Config
+from brainray.orchestration.job import JobResult, log, run_job
+from brainray.orchestration.reporting import report
+
+
+def work(config: Config) -> JobResult:
+    written = report(config, log)
+    log(f"page: {written.folder}/{layout.REPORT}")
+    return JobResult(str(written.folder), metrics=written.metrics)
+
+
+if __name__ == "__main__":
+    sys.exit(
+        run_job(
+            "report",
+            """
+            Write report.html of a complete run anew: with the figures of a control beside it, and
+            with runs of other seeds, which tell the sub-types that are stable from those that are
+            not. jobs/track.py sends it to MLflow.
+
+            Example: python jobs/report.py --set run=k8 evaluation.siblings=[k8-seed1,k8-seed2]
+            """,
+            work,
+            keys=[
+                "run",
+                "storage",
+                "evaluation.control",
+                "evaluation.siblings",
+                "evaluation.tsne_epochs",
+                "evaluation.tsne_max_slices",
+            ],
+        )
+    )

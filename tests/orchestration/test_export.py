@@ -1,0 +1,280 @@
+"""Exported models say what prediction says: as ONNX, as safetensors, in MLflow and when served."""
+
+import base64
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from mlflow import MlflowClient
+
+from brainray.config import Config
+from brainray.engine.export import SliceNet, load_safetensors, run_onnx, safetensors_bytes
+from brainray.engine.slice_model import SliceModel, stored_pixels
+from brainray.engine.state import load_checkpoint
+from brainray.errors import CheckpointError, ConfigError, DataError
+from brainray.mri.phantom import write_phantoms
+from brainray.orchestration.driver import TrainedRun
+from brainray.orchestration.evaluation import evaluate
+from brainray.orchestration.export import Export, export
+from brainray.orchestration.predict import predict
+from brainray.orchestration.preparation import preprocess_file
+from brainray.orchestration.source import FoundFile
+from brainray.schema import PREDICTED
+from brainray.storage import Folder
+from tests.conftest import tiny_config
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+NUMBERS = ("probabilities", "responsibilities", "confidence", "outlier_score")
+
+
+def config_of(trained: TrainedRun, *overrides: str) -> Config:
+    storage = Path(str(trained.run.folder)).parents[1]
+    return tiny_config(storage, "run=two-ranks", *overrides)
+
+
+@pytest.fixture(scope="module")
+def slices(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """200 slices that the run has not seen, and a file that is none."""
+    folder = tmp_path_factory.mktemp("new") / "slices"
+    write_phantoms(folder, num_training_per_class=50, num_testing_per_class=0, seed=11, size=64)
+    (folder / "broken.jpg").write_text("no image")
+    return sorted(folder.rglob("*.jpg"))
+
+
+@pytest.fixture(scope="module")
+def exported(trained: TrainedRun) -> Export:
+    return export(config_of(trained, "registry.name=brainray-test"), lambda _: None)
+
+
+@pytest.fixture(scope="module")
+def predicted(trained: TrainedRun, slices: list[Path]) -> dict[str, dict[str, Any]]:
+    """What ``jobs/predict.py`` says, by file."""
+    source = slices[0].parents[2]
+    prediction = predict(config_of(trained, f"source={source}", "name=exported"), lambda _: None)
+    parts = [pq.read_table(path) for path in Path(str(prediction.folder)).glob("part-*.parquet")]
+    return {str(source / row["path"]): row for row in pa.concat_tables(parts).to_pylist()}
+
+
+def local(exported: Export) -> Path:
+    return Path(str(exported.folder))
+
+
+def assert_same(rows: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    assert len(rows) == len(expected)
+    for row, wanted in zip(rows, expected, strict=True):
+        for name in ("class", "cluster", "cluster_class", "sample_id", "reason"):
+            assert row[name] == wanted[name], name
+        for name in NUMBERS:
+            if wanted[name] is None:
+                assert row[name] is None
+            else:
+                np.testing.assert_allclose(row[name], wanted[name], atol=1e-4)
+
+
+@pytest.mark.slow
+def test_onnx_safetensors_and_mlflow_agree_with_prediction_on_200_slices(
+    trained: TrainedRun,
+    exported: Export,
+    slices: list[Path],
+    predicted: dict[str, dict[str, Any]],
+) -> None:
+    readable = [path for path in slices if path.name != "broken.jpg"]
+    assert len(readable) == 200
+    model = mlflow.pyfunc.load_model(str(local(exported) / "mlflow"))
+    from_paths = model.predict(pd.DataFrame({"path": [str(path) for path in slices]}))
+    assert list(from_paths.columns) == PREDICTED.names
+    assert_same(from_paths.to_dict("records"), [predicted[str(path)] for path in slices])
+    from_bytes = model.predict(pd.DataFrame({"image": [path.read_bytes() for path in slices]}))
+    assert_same(from_bytes.to_dict("records"), [predicted[str(path)] for path in slices])
+
+    checkpoint, preprocess = load_safetensors(local(exported) / "model.safetensors")
+    rows = [
+        dict(row)
+        for path in readable
+        for row in preprocess_file(path.read_bytes(), FoundFile("", 0, 0), preprocess, b"salt")
+    ]
+    stored = pa.table({name: [row[name] for row in rows] for name in ("image", "height", "width")})
+    images = stored_pixels(stored, checkpoint.config.train.image_size).astype(np.float32)
+    outputs = run_onnx((local(exported) / "model.onnx").read_bytes(), images)
+    for name in ("probabilities", "responsibilities"):
+        expected = np.stack([predicted[str(path)][name] for path in readable])
+        np.testing.assert_allclose(outputs[name], expected, atol=1e-4)
+    likelihood = np.array([predicted[str(path)]["log_likelihood"] for path in readable])
+    np.testing.assert_allclose(outputs["log_likelihood"], likelihood, rtol=1e-3, atol=1e-2)
+    one = run_onnx((local(exported) / "model.onnx").read_bytes(), images[:1])
+    np.testing.assert_allclose(one["probabilities"], outputs["probabilities"][:1], atol=1e-5)
+
+
+@pytest.mark.slow
+def test_an_export_says_what_it_is(exported: Export, trained: TrainedRun) -> None:
+    names = {path.name for path in local(exported).iterdir()}
+    assert names == {"README.md", "fitted.parquet", "mlflow", "model.onnx", "model.safetensors"}
+    card = (local(exported) / "README.md").read_text()
+    assert "For research only" in card
+    assert "opset 18" in card
+    assert f"{trained.metrics['test/clean/head/accuracy']:.3f}" in card
+    assert exported.metrics["onnx/largest_difference"] <= 1e-4
+    pickles = [path for path in local(exported).rglob("*") if path.suffix in {".pkl", ".pt"}]
+    assert not pickles
+    client = MlflowClient(trained.tracking_uri)
+    (registered,) = client.search_model_versions("name='brainray-test'")
+    assert registered.run_id == trained.mlflow_run_id == exported.mlflow_run_id
+
+
+@pytest.mark.slow
+def test_a_served_model_answers_a_request(
+    exported: Export, slices: list[Path], predicted: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    model = ["-m", str(local(exported) / "mlflow"), "--env-manager", "local"]
+    where = ["--host", "127.0.0.1", "--port", str(port)]
+    # Without the checkout on its path: the model brings its code along.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "mlflow", "models", "serve", *model, *where],
+            cwd=tmp_path,
+            env=environment,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    try:
+        _wait_until_up(server, address, tmp_path / "log")
+        encoded = [base64.b64encode(path.read_bytes()).decode() for path in slices[:2]]
+        from_bytes = _ask(address, [{"image": text} for text in encoded])
+        paths = [*map(str, slices[:2]), str(tmp_path / "absent.jpg")]
+        from_paths = _ask(address, [{"path": path} for path in paths])
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(timeout=60)
+    expected = [predicted[str(path)] for path in slices[:2]]
+    assert_same(from_bytes, expected)
+    assert_same(from_paths[:2], expected)
+    assert from_paths[2]["reason"] == "unreadable file"
+    assert from_paths[2]["class"] is None
+
+
+def _ask(address: str, records: list[dict[str, str]]) -> list[dict[str, Any]]:
+    request = urllib.request.Request(
+        f"{address}/invocations",
+        json.dumps({"dataframe_records": records}).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=120) as response:
+        rows: list[dict[str, Any]] = json.loads(response.read())["predictions"]
+    return rows
+
+
+def _wait_until_up(server: "subprocess.Popen[bytes]", address: str, log: Path) -> None:
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        assert server.poll() is None, log.read_text()
+        try:
+            urllib.request.urlopen(f"{address}/ping", timeout=5).close()
+            return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.5)
+    raise AssertionError(log.read_text())
+
+
+def test_safetensors_keep_a_checkpoint_whole(trained: TrainedRun, tmp_path: Path) -> None:
+    checkpoint = load_checkpoint(trained.run.folder / "best")
+    preprocess = checkpoint.config.preprocess
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(safetensors_bytes(checkpoint, preprocess))
+    restored, settings = load_safetensors(path)
+    assert settings == preprocess
+    assert restored.config == checkpoint.config
+    assert (restored.classes, restored.scale, restored.epoch) == (
+        checkpoint.classes,
+        checkpoint.scale,
+        checkpoint.epoch,
+    )
+    images = np.random.default_rng(0).uniform(0, 255, (3, 1, 32, 32)).astype(np.float32)
+    _assert_same_output(SliceNet(checkpoint), SliceNet(restored), images)
+    path.write_bytes(b"no such thing")
+    with pytest.raises(CheckpointError, match="no exported model"):
+        load_safetensors(path)
+
+
+def _assert_same_output(one: SliceNet, two: SliceNet, images: np.ndarray) -> None:
+    with torch.inference_mode():
+        for ours, theirs in zip(
+            one(torch.from_numpy(images)), two(torch.from_numpy(images)), strict=True
+        ):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_the_exported_graph_computes_what_prediction_computes(trained: TrainedRun) -> None:
+    checkpoint = load_checkpoint(trained.run.folder / "best")
+    pixels = np.random.default_rng(1).integers(0, 256, (5, 1, 32, 32), dtype=np.uint8)
+    columns: dict[str, Any] = {name: [f"{row}" for row in range(5)] for name in ("path", "frame")}
+    columns |= {"sample_id": columns["path"], "label": pa.nulls(5, pa.string())}
+    columns |= {"reason": pa.nulls(5, pa.string()), "height": [32] * 5, "width": [32] * 5}
+    columns["image"] = [image.tobytes() for image in pixels]
+    columns["thumbnail"] = pa.array([bytes(96 * 96)] * 5, pa.binary(96 * 96))
+    rows = SliceModel(checkpoint, torch.device("cpu"), "fp32").predict(pa.table(columns))
+    with torch.inference_mode():
+        output = SliceNet(checkpoint)(torch.from_numpy(pixels.astype(np.float32)))
+    for name in ("probabilities", "responsibilities", "log_likelihood"):
+        expected = np.stack(rows[name].to_numpy(zero_copy_only=False))
+        np.testing.assert_allclose(getattr(output, name).numpy(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_run_that_is_still_training_is_not_exported(trained: TrainedRun) -> None:
+    runs = Path(str(trained.run.folder)).parent
+    shutil.copytree(runs / "two-ranks", runs / "unfinished")
+    (runs / "unfinished" / "summary.json").unlink()
+    with pytest.raises(CheckpointError, match="still training \\(2 of 2 epochs"):
+        export(config_of(trained, "run=unfinished"))
+    assert not (Folder(runs.parent) / "exports" / "unfinished").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "message"),
+    [
+        (["run=absent"], DataError, "no run 'absent'"),
+        (["epoch=7"], CheckpointError, r"keeps the checkpoints of 1, 2, not of 7"),
+        (["run=null", "checkpoint=/tmp"], CheckpointError, r"holds no model\.pt"),
+        (["run=null", "checkpoint=/tmp", "epoch=1"], ConfigError, "goes with --set run=NAME"),
+    ],
+)
+def test_what_cannot_be_exported_is_named(
+    trained: TrainedRun, overrides: list[str], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        export(config_of(trained, *overrides))
+
+
+def test_a_class_map_that_misses_a_class_is_named(trained: TrainedRun, tmp_path: Path) -> None:
+    write_phantoms(
+        tmp_path / "hospital", num_training_per_class=1, num_testing_per_class=0, seed=1, size=64
+    )
+    source = tmp_path / "hospital" / "Training"
+    (source / "glioma").rename(source / "glioma_tumor")
+    (source / "pituitary").rename(source / "pituitary_tumor")
+    config = config_of(trained, f"source={source}", "classes.map={glioma_tumor: glioma}")
+    with pytest.raises(DataError, match=r"'pituitary_tumor'.*classes\.map\.pituitary_tumor=NAME"):
+        evaluate(config)
