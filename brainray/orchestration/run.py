@@ -20,11 +20,13 @@ _FREE_TO_CHANGE = {
     "name",
     "storage",
     "source",
+    "sources",
     "labels",
     "run",
     "checkpoint",
     "preprocess",
     "classes",
+    "study",
     "tracking",
 }
 _FREE_TRAIN_KEYS = {"num_workers", "cpus_per_worker", "max_failures", "device", "wait_for_nodes"}
