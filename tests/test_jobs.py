@@ -12,7 +12,7 @@ from brainray.errors import ConfigError, DataError
 from brainray.orchestration.job import JobResult, resolve_paths, run_job
 
 PROJECT = Path(__file__).parents[1]
-JOBS = ["preprocess", "train", "evaluate", "predict", "tune", "pipeline", "track"]
+JOBS = ["preprocess", "train", "evaluate", "predict", "tune", "pipeline", "study", "track"]
 
 
 def run(
@@ -51,6 +51,7 @@ def test_help_explains_the_jobs_settings(
         ("train", ["name=x"], "--set dataset=NAME"),
         ("evaluate", ["run=absent", "source=/tmp"], "no run 'absent'"),
         ("pipeline", ["source=/tmp"], "the pipeline needs a name"),
+        ("study", ["name=x", "source=/tmp"], "study.features is empty"),
         ("track", ["run=absent"], "no run 'absent'"),
     ],
 )

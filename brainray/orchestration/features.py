@@ -232,7 +232,7 @@ def _write_parts(
             "pixel_std": store.pixel_std,
             "precision": config.train.precision,
         },
-        batch_size=_BATCH,
+        batch_size=None,  # whole blocks: the same slices together in every run
         batch_format="pyarrow",
         **_actors(config),
     )
@@ -278,13 +278,20 @@ class _Extractor:
             pixel_std=pixel_std,
         ).to(self.device, memory_format=torch.channels_last)
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
+    def __call__(self, block: pa.Table) -> pa.Table:
+        parts = [
+            self._encode(block.slice(start, _BATCH)) for start in range(0, block.num_rows, _BATCH)
+        ]
+        rows = [row for part in parts for row in part]
+        values = pa.array(rows, FEATURES.field("features").type)
+        return pa.table([*(block[name] for name in ROW), values], schema=FEATURES)
+
+    @torch.inference_mode()
+    def _encode(self, batch: pa.Table) -> NDArray[np.float32]:
         images = np.empty((batch.num_rows, 1, self.side, self.side), dtype=np.uint8)
         for number, row in enumerate(batch.select(["image", "height", "width"]).to_pylist()):
             image = np.frombuffer(row["image"], dtype=np.uint8).reshape(row["height"], row["width"])
             images[number, 0] = stretch(image, self.side)
-        with torch.inference_mode(), autocast(self.device, self.precision):
+        with autocast(self.device, self.precision):
             features = self.encoder(torch.from_numpy(images).to(self.device).float() / 255)
-        rows = list(features.float().cpu().numpy())
-        values = pa.array(rows, FEATURES.field("features").type)
-        return pa.table([*(batch[name] for name in ROW), values], schema=FEATURES)
+        return np.asarray(features.float().cpu().numpy())

@@ -194,15 +194,16 @@ class _Learner:
             embedding_dim = encoder(torch.zeros(1, 1, side, side)).shape[1]
         learner = PretextModel(encoder, self.pretext.head(embedding_dim))
         self.model = learner.to(device).to(memory_format=torch.channels_last)
-        self.ddp: nn.Module = ray.train.torch.prepare_model(self.model)
         self.plan = plan_steps(
             self.rows.num_rows, config.train.batch_size_per_worker, dist.world_size()
         )
+        self.ddp: nn.Module = self.model  # until all ranks have come so far
         self.history: History = []
         self.clusters: ClusterModel | None = None
 
     def learn(self) -> None:
         """The pretext's epochs, then rounds of refinement until assignments settle."""
+        self.ddp = ray.train.torch.prepare_model(self.model)
         state = _saved_state()
         num_epochs = 0 if self.feature.pretext == "none" else self.settings.num_epochs
         if state is not None:
