@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Mapping, Sequence
-from typing import Literal, Self
+from typing import Any, Literal, Self, cast
 
 import torch
 import torchvision
@@ -53,7 +53,7 @@ class FeatureEncoder(nn.Module):
         self.mean.fill_(pixel_mean)
         self.std.fill_(pixel_std)
         if hasattr(self.backbone, "transform_input"):
-            self.backbone.transform_input = False
+            cast(Any, self.backbone).transform_input = False
         return self
 
     def grey_state(self) -> dict[str, Tensor]:

@@ -27,12 +27,11 @@ ALL: dict[str, Clusterer] = {
     "kmeans": KMeansClusterer(K, seed=0),
     "gmm": MixtureClusterer(K, seed=0, covariance_type="diag"),
     "agglomerative": AgglomerativeClusterer(K, seed=0, max_rows=1000),
-    # Its two clusters of opposite blobs and a third: the root has a leaf below at depth 1.
     "dbscan": DBSCANClusterer(min_samples=5, seed=0, max_rows=1000, eps_factor=2.0),
     "spectral": SpectralClusterer(K, seed=0, max_rows=1000),
     "hdbscan": HDBSCANClusterer(min_samples=5, seed=0, max_rows=1000),
 }
-ALL_OR_ONE = pytest.mark.parametrize("name", ALL)
+EACH = pytest.mark.parametrize("name", ALL)
 
 
 def blobs(num_rows: int, seed: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
@@ -43,7 +42,7 @@ def blobs(num_rows: int, seed: int) -> tuple[NDArray[np.float64], NDArray[np.int
     return centers[truth] + 0.3 * generator.standard_normal((num_rows, 4)), truth
 
 
-@ALL_OR_ONE
+@EACH
 def test_separate_groups_are_found_in_fitted_rows_and_in_others(name: str) -> None:
     x, truth = blobs(90, seed=1)
     others, others_truth = blobs(30, seed=2)
@@ -60,7 +59,7 @@ def test_separate_groups_are_found_in_fitted_rows_and_in_others(name: str) -> No
     assert all(set(labels[others_truth == c]) - {NOISE} <= of_class[c] for c in range(K))
 
 
-@ALL_OR_ONE
+@EACH
 def test_rows_that_are_all_the_same_are_refused_or_left_together(name: str) -> None:
     x = np.ones((40, 4))
     if name in {"hdbscan", "spectral"}:  # scikit-learn's answer, whatever its use

@@ -1,4 +1,4 @@
-"""Feature encoders: torchvision's networks without their last layer, fed as their weights expect."""
+"""Feature encoders: torchvision's networks without their last layer, fed as trained."""
 
 from pathlib import Path
 
@@ -87,7 +87,7 @@ def test_what_is_saved_of_a_trained_encoder_loads_into_training(tmp_path: Path) 
 
 
 def test_an_unknown_encoder_is_refused_with_the_nearest_names() -> None:
-    with pytest.raises(ConfigError, match="unknown encoder 'resnet19'.*resnet18"):
+    with pytest.raises(ConfigError, match=r"unknown encoder 'resnet19'.*resnet18"):
         build("resnet19")
     with pytest.raises(ConfigError, match="no linear last layer"):
         build("squeezenet1_0")

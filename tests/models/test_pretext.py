@@ -175,7 +175,7 @@ def test_without_a_pretext_there_is_nothing_to_learn() -> None:
     pretext = NoPretext(STILL)
     loss = pretext.loss(outputs, torch.zeros(4))
     loss.backward()
-    assert float(loss) == 0
+    assert loss.item() == 0
     assert outputs.grad is not None
     assert not outputs.grad.any()
     assert isinstance(pretext.head(2), nn.Identity)
