@@ -381,7 +381,8 @@ class FeatureConfig(_Section):
     pretext: Literal["none", "rotation", "contrastive"] = "none"
     """Self-supervision of the encoder on the fitted slices before features are extracted."""
     lambda_cluster: Annotated[float, Field(ge=0.0)] = 0.0
-    """Weight of the clustering loss beside the pretext's in rounds of refinement; 0: no rounds."""
+    """Weight of the clustering loss beside the pretext's in rounds of refinement, which follow the
+    epochs of the pretext alone; 0: no rounds."""
 
     @property
     def is_trained(self) -> bool:

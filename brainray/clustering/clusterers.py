@@ -6,7 +6,7 @@ each class says.
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -27,10 +27,8 @@ Rows = NDArray[np.float64]  # (N, D)
 Labels = NDArray[np.int64]  # (N,) clusters from 0, or NOISE
 
 
-class Assignment(Protocol):
-    """What a fitted clusterer says of any rows."""
-
-    def __call__(self, x: Rows) -> Labels: ...
+Assignment = Callable[[Rows], Labels]
+"""What a fitted clusterer says of any rows."""
 
 
 @dataclass(frozen=True)

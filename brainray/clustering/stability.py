@@ -69,7 +69,9 @@ def measure_stability(
                 kmeans = KMeans(k, seed=int(generator.integers(2**31)), num_init=3).fit(sample)
                 members.append(rows)
                 labels.append(kmeans.predict(sample).numpy())
-            _, first, second = np.intersect1d(*members, assume_unique=True, return_indices=True)
+            _, first, second = np.intersect1d(
+                members[0], members[1], assume_unique=True, return_indices=True
+            )
             indices.append(adjusted_rand_score(labels[0][first], labels[1][second]))
         result.mean.append(float(np.mean(indices)))
         result.error.append(float(np.std(indices) / math.sqrt(num_pairs)))

@@ -218,15 +218,12 @@ def _write_parts(
 ) -> int:
     """Extract on actors and write Parquet; the number of rows."""
     images = store.folder / layout.IMAGES
-    dataset = ray.data.read_parquet(
-        images.path,
-        filesystem=images.filesystem,
-        columns=[*ROW, "height", "width", "image"],
-    ).map_batches(
+    slices = ray.data.read_parquet(images.path, filesystem=images.filesystem)
+    dataset = slices.select_columns([*ROW, "height", "width", "image"]).map_batches(
         _Extractor,
         fn_constructor_kwargs={
             "feature": feature.model_dump(mode="json"),
-            "state": ray.put(weights.state),
+            "state": weights.state,
             "seed": seed,
             "pixel_mean": store.pixel_mean,
             "pixel_std": store.pixel_std,
@@ -259,7 +256,7 @@ class _Extractor:
     def __init__(
         self,
         feature: dict[str, Any],
-        state: ray.ObjectRef,
+        state: Mapping[str, Tensor] | Literal["random", "imagenet"],
         seed: int,
         pixel_mean: float,
         pixel_std: float,
@@ -272,11 +269,12 @@ class _Extractor:
         self.precision = resolve_precision(precision, self.device)
         self.encoder = build_feature_encoder(
             feature["encoder"],
-            ray.get(state),
+            state,
             seed=seed,
             pixel_mean=pixel_mean,
             pixel_std=pixel_std,
-        ).to(self.device, memory_format=torch.channels_last)
+        )
+        self.encoder = self.encoder.to(self.device).to(memory_format=torch.channels_last)
 
     def __call__(self, block: pa.Table) -> pa.Table:
         parts = [

@@ -198,7 +198,7 @@ class Grid:
         config: Config,
         folder: Folder,
         stores: Mapping[tuple[str, str, int], FeatureStore],
-        slices: Mapping[str, ray.ObjectRef],
+        slices: Mapping[str, ray.ObjectRef[Any]],
         log: Log,
     ) -> None:
         """
@@ -214,19 +214,19 @@ class Grid:
         self._stores = stores
         self._slices = slices
         self._log = log
-        self._reduced: dict[str, ray.ObjectRef] = {}
+        self._reduced: dict[str, ray.ObjectRef[Any]] = {}
 
     def store(self, cell: Cell) -> FeatureStore:
         """The features that the cell clusters."""
         return self._stores[cell.dataset, cell.feature, cell.seed]
 
-    def reduced(self, cell: Cell) -> ray.ObjectRef:
+    def reduced(self, cell: Cell) -> ray.ObjectRef[Any]:
         """Their `Reduced`, made once for each feature store of this run."""
         store, study = self.store(cell), self._config.study
         if store.key not in self._reduced:
             is_encoded = study.features[cell.feature].encoder != PIXELS
             self._reduced[store.key] = _reduce.remote(
-                store, self._slices[cell.dataset], max(study.pca_dims), normalise=is_encoded
+                store, self._slices[cell.dataset], max(study.pca_dims), is_encoded
             )
         return self._reduced[store.key]
 
@@ -236,7 +236,7 @@ class Grid:
         distinct = dict.fromkeys(cells)
         waiting = deque(cell for cell in distinct if cell not in outcomes)
         self._log(f"grid: {len(distinct)} cells, {len(outcomes)} of them finished before")
-        running: dict[ray.ObjectRef, Cell] = {}
+        running: dict[ray.ObjectRef[Any], Cell] = {}
         limit = self._config.study.max_concurrent_cells or int(
             ray.cluster_resources().get("CPU", 1)
         )
@@ -288,9 +288,7 @@ class Grid:
 
 
 @ray.remote(num_cpus=1)
-def _reduce(
-    store: FeatureStore, slices: Slices, num_components: int, *, normalise: bool
-) -> Reduced:
+def _reduce(store: FeatureStore, slices: Slices, num_components: int, normalise: bool) -> Reduced:
     with threadpool_limits(1):
         torch.set_num_threads(1)
         try:
@@ -298,7 +296,7 @@ def _reduce(
         except DataError as error:  # one broken feature set does not end the others' study
             return Reduced(np.empty((0, 0)), np.empty(0), str(error))
         assert table.equals(slices.table), "features and image store name different slices"
-        rows = torch.from_numpy(features).double()
+        rows = torch.tensor(features, dtype=torch.float64)
         if normalise:  # as training does: directions carry the meaning
             rows = torch.nn.functional.normalize(rows)
         fitted = rows[torch.from_numpy(slices.fitted)]

@@ -1,4 +1,4 @@
-"""Self-supervised training on Ray Train: a pretext task, then rounds of refinement.
+"""Self-supervised training on Ray Train: a pretext task, or rounds of refinement that follow one.
 
 No label is read anywhere here. What it leaves, ``encoder.pt``, is read by ``encoder.weights=PATH``
 too, so that it is also a warm-up of the semi-supervised training.
@@ -40,7 +40,7 @@ from brainray.engine.shard import CachedImages, Images, sample_keys
 from brainray.errors import BrainrayError
 from brainray.models.features import build_feature_encoder
 from brainray.models.pretext import PretextModel
-from brainray.orchestration.features import Weights, content_key
+from brainray.orchestration.features import Weights, content_key, weights_from
 from brainray.orchestration.resources import plan_workers
 from brainray.orchestration.store import ImageStore
 from brainray.orchestration.worker import failing_together, seed_of, use_threads_of_worker
@@ -48,6 +48,7 @@ from brainray.schema import TRAIN
 from brainray.storage import Folder
 
 _STATE = "state.pt"
+_OF_ROUNDS = {"max_rounds", "round_epochs", "round_learning_rate", "tolerance", "patience"}
 
 Log = Callable[[str], None]
 History = list[dict[str, float]]
@@ -59,32 +60,43 @@ def pretrain(
     feature: FeatureConfig,
     weights: Weights,
     *,
-    name: str,
+    dataset: str,
     seed: int,
     log: Log,
 ) -> Folder:
     """Train an encoder on the store's training slices, or go on with it, or find it finished.
+
+    An encoder that is refined goes on from the one that has learned the same pretext alone, which
+    is trained first, or found: features that share a pretext share its training.
 
     Args:
         config: ``study.self_supervision``, ``clustering`` (for refinement) and ``train``.
         store: the slices; its labels are not read.
         feature: encoder, size of the slices, pretext and weight of the clustering loss.
         weights: where the encoder starts.
-        name: for readers of the folder's name.
+        dataset: name of the store, for readers of the folder's name.
         seed: of weights, views and clusters.
         log: one line about what is done.
 
     Returns:
-        The folder of ``encoder.pt``, ``metrics.jsonl`` and the assignments of each round.
+        The folder of ``encoder.pt``, ``metrics.jsonl`` and, of a refined one, the assignments of
+        each round.
 
     Raises:
         BrainrayError: the workers do not fit the Ray cluster, or the clusters have collapsed.
         ray.train.TrainingFailedError: workers were lost more often than ``train.max_failures``.
     """
+    head: dict[str, Tensor] | None = None
+    if feature.lambda_cluster > 0 and feature.pretext != "none":
+        alone = feature.model_copy(update={"lambda_cluster": 0.0})
+        before = pretrain(config, store, alone, weights, dataset=dataset, seed=seed, log=log)
+        weights, head = weights_from(before, layout.ENCODER), read_head(before)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     workers = plan_workers(config.train, nodes)
     made_by = _made_by(config, store, feature, weights, seed, workers.num_workers)
-    target = Folder(config.storage) / layout.ENCODERS / f"{name}-{content_key(made_by)}"
+    kind = feature.pretext + ("-refined" if feature.lambda_cluster > 0 else "")
+    name = f"{dataset}-{feature.encoder}-{kind}-seed{seed}-{content_key(made_by)}"
+    target = Folder(config.storage) / layout.ENCODERS / name
     if target.exists(layout.ENCODER):
         log(f"encoder {target}: trained before, reused")
         return target
@@ -97,6 +109,7 @@ def pretrain(
             "config": config.model_dump(mode="json"),
             "feature": feature.model_dump(mode="json"),
             "state": ray.put(weights.state),
+            "head": ray.put(head),
             "seed": seed,
             "folder": str(target),
             "store": str(store.folder),
@@ -107,7 +120,7 @@ def pretrain(
             resources_per_worker=workers.of_worker,
         ),
         run_config=RunConfig(
-            name=str(target).rpartition("/")[2],
+            name=name,
             storage_path=str(target).rpartition("/")[0],
             checkpoint_config=CheckpointConfig(num_to_keep=1),
             failure_config=FailureConfig(max_failures=config.train.max_failures),
@@ -134,16 +147,18 @@ def _made_by(
         mode="json",
         include={"batch_size_per_worker", "learning_rate", "weight_decay", "warmup_fraction"},
     )
+    is_refined = feature.lambda_cluster > 0
+    unused = {"num_epochs"} if is_refined else _OF_ROUNDS
     made_by = {
         "format": layout.ENCODER_FORMAT,
         "data_hash": store.data_hash,
         "feature": feature.model_dump(mode="json", exclude={"weights"}),
         "weights": weights.identity,
-        "self_supervision": config.study.self_supervision.model_dump(mode="json"),
+        "self_supervision": config.study.self_supervision.model_dump(mode="json", exclude=unused),
         "train": train | {"precision": config.train.precision, "num_workers": num_workers},
         "seed": seed,
     }
-    if feature.lambda_cluster > 0:
+    if is_refined:
         made_by["clustering"] = config.clustering.model_dump(mode="json")
     return made_by
 
@@ -192,7 +207,11 @@ class _Learner:
         with torch.inference_mode():
             side = feature.image_size
             embedding_dim = encoder(torch.zeros(1, 1, side, side)).shape[1]
-        learner = PretextModel(encoder, self.pretext.head(embedding_dim))
+        head = self.pretext.head(embedding_dim)
+        learned_head = ray.get(settings["head"])
+        if learned_head is not None:
+            head.load_state_dict(learned_head)
+        learner = PretextModel(encoder, head)
         self.model = learner.to(device).to(memory_format=torch.channels_last)
         self.plan = plan_steps(
             self.rows.num_rows, config.train.batch_size_per_worker, dist.world_size()
@@ -202,20 +221,20 @@ class _Learner:
         self.clusters: ClusterModel | None = None
 
     def learn(self) -> None:
-        """The pretext's epochs, then rounds of refinement until assignments settle."""
+        """The pretext's epochs, or rounds of refinement until assignments settle."""
         self.ddp = ray.train.torch.prepare_model(self.model)
         state = _saved_state()
-        num_epochs = 0 if self.feature.pretext == "none" else self.settings.num_epochs
         if state is not None:
             self._restore(state)
-        if len(self.history) < num_epochs:
-            self._learn_pretext(num_epochs, state)
         if self.feature.lambda_cluster > 0:
             self._refine()
+        else:
+            self._learn_pretext(state)
         if dist.rank() == 0:
             self._write_encoder()
 
-    def _learn_pretext(self, num_epochs: int, state: dict[str, Any] | None) -> None:
+    def _learn_pretext(self, state: dict[str, Any] | None) -> None:
+        num_epochs = self.settings.num_epochs
         optimizer, scheduler = build_optimizer(
             self.model, self.config.train, num_epochs * self.plan.num_steps
         )
@@ -253,8 +272,7 @@ class _Learner:
             self._keep_assignments(responsibilities, 0)
         else:  # the pair that was saved matches: it gives the same responsibilities again
             responsibilities = self.clusters.responsibilities(z)
-        rounds = [row for row in self.history if "round" in row]
-        changes = [row["changed_share"] for row in rounds]
+        changes = [row["changed_share"] for row in self.history]
         while not convergence.is_reached(changes):
             started = time.monotonic()
             number = len(changes) + 1
@@ -385,12 +403,20 @@ class _Learner:
                 "format": layout.ENCODER_FORMAT,
                 "name": self.feature.encoder,
                 "encoder": state,
+                "head": {name: value.cpu() for name, value in self.model.head.state_dict().items()},
                 "pixel_mean": self.pixel_mean,
                 "pixel_std": self.pixel_std,
             },
             buffer,
         )
         self.folder.write_bytes(layout.ENCODER, buffer.getvalue())
+
+
+def read_head(folder: Folder) -> dict[str, Tensor]:
+    """The pretext's head that was trained with an encoder."""
+    content = io.BytesIO(folder.read_bytes(layout.ENCODER))
+    head: dict[str, Tensor] = torch.load(content, map_location="cpu", weights_only=True)["head"]
+    return head
 
 
 def _saved_state() -> dict[str, Any] | None:

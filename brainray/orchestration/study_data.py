@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -40,7 +41,7 @@ class StudiedSet:
     store: ImageStore
     slices: Slices
     classes: list[str]  # names of the labels; empty where there are none
-    reference: ray.ObjectRef  # to the slices
+    reference: ray.ObjectRef[Any]  # to the slices
 
     @property
     def names_of_labels(self) -> list[str]:
@@ -160,7 +161,7 @@ def study_features(
                     name += f"-seed{seed}"
                 if feature.is_trained:
                     encoders[key] = pretrain(
-                        config, each.store, feature, start, name=name, seed=seed, log=log
+                        config, each.store, feature, start, dataset=dataset, seed=seed, log=log
                     )
                     start = weights_from(encoders[key], layout.ENCODER)
                 stores[key] = extract_features(

@@ -100,8 +100,8 @@ def write_report(results: StudyResults, log: Log) -> StudyReport:
     }
     for name, content in tables.items():
         results.folder.write_bytes(f"{layout.TABLES}/{name}", content.encode())
-    for name, content in figures.items():
-        results.folder.write_bytes(f"{layout.FIGURES}/{name}", content)
+    for name, image in figures.items():
+        results.folder.write_bytes(f"{layout.FIGURES}/{name}", image)
     drawn, advice = _draw_feature_sets(results, log)
     advice_text = _advice_table(advice)
     results.folder.write_bytes(f"{layout.TABLES}/num_clusters.md", advice_text.encode())
@@ -270,7 +270,7 @@ def _draw_feature_sets(
     shown = _shown_cells(results)
     config, folder = results.config, results.folder
     keys = {cell: _drawing_key(results, cell) for cell in shown}
-    tasks: dict[Cell, ray.ObjectRef] = {}
+    tasks: dict[Cell, ray.ObjectRef[Any]] = {}
     for cell in shown:
         name = f"{_DRAWN}/{cell.dataset}-{cell.feature}.json"
         if folder.exists(name) and folder.read_json(name)["key"] == keys[cell]:
