@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from brainray import dist
 from brainray.config import ClusteringConfig, SelfSupervisionConfig
-from brainray.engine.epoch import SoftTargets, autocast
+from brainray.engine.epoch import autocast
 from brainray.engine.recluster import ClusterModel, Reclustering, recluster
 from brainray.engine.shard import Images
 from brainray.models.features import FeatureEncoder
@@ -34,6 +34,14 @@ def build_pretext(name: str, config: SelfSupervisionConfig) -> Pretext:
             return RotationPretext(config.augment)
         case _:
             return NoPretext(config.augment)
+
+
+@dataclass(frozen=True)
+class SoftTargets:
+    """The mixture's view of this rank's slices, fixed for one round of refinement."""
+
+    responsibilities: Tensor  # (n_rank, K) float32
+    centers: Tensor  # (K, E) float32
 
 
 @dataclass(frozen=True)
@@ -140,12 +148,12 @@ def cluster_without_labels(
     previous: ClusterModel | None = None,
     previous_responsibilities: Tensor | None = None,
 ) -> Reclustering:
-    """Training's re-clustering, for which no label exists (collective)."""
+    """Training's re-clustering where no label exists, so that none can anchor it (collective)."""
     return recluster(
         z,
         keys,
         torch.full_like(keys, UNLABELLED),
-        config=config,
+        config=config.model_copy(update={"anchors": "none"}),
         num_classes=0,
         seed=seed,
         previous=previous,

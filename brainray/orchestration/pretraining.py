@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from brainray import dist, errors, layout
 from brainray.clustering.collapse import check_collapse, measure_health
 from brainray.config import Config, FeatureConfig, parse_config
-from brainray.engine.epoch import SoftTargets
 from brainray.engine.recipe import build_optimizer, resolve_precision
 from brainray.engine.recluster import ClusterModel
 from brainray.engine.self_supervised import (
     Convergence,
+    SoftTargets,
     build_pretext,
     changed_share,
     cluster_without_labels,

@@ -10,10 +10,10 @@ from brainray.config import (
     SelfSupervisionConfig,
     TrainConfig,
 )
-from brainray.engine.epoch import SoftTargets
 from brainray.engine.recipe import build_optimizer
 from brainray.engine.self_supervised import (
     Convergence,
+    SoftTargets,
     build_pretext,
     changed_share,
     cluster_without_labels,
