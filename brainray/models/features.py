@@ -39,7 +39,8 @@ class FeatureEncoder(nn.Module):
         super().__init__()
         self.backbone = backbone
         for name, values in (("mean", mean), ("std", std)):
-            self.register_buffer(name, torch.tensor(values).expand(3).clone(), persistent=False)
+            channels = torch.tensor(values, dtype=torch.float32).expand(3).clone()
+            self.register_buffer(name, channels, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         coloured = (images - self.mean[:, None, None]) / self.std[:, None, None]

@@ -27,7 +27,6 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 PIXELS = {"pixels": {"encoder": "pixels", "image_size": 16}}
 LEARNED = {
-    "rotation": {"encoder": "resnet18", "image_size": 32, "pretext": "rotation"},
     "refined": {
         "encoder": "resnet18",
         "image_size": 32,
