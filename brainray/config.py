@@ -406,8 +406,9 @@ class SelfSupervisionConfig(_Section):
     """Of the contrastive loss (NT-Xent)."""
     projection_dim: Positive = 128
     """Dimensions in which views are contrasted."""
-    augment: AugmentConfig = AugmentConfig(policy="strong")
-    """How views differ; the rotation pretext flips none upside down and turns them little."""
+    augment: AugmentConfig = AugmentConfig(policy="weak")
+    """How views differ; the rotation pretext flips none upside down and turns them little. Short
+    trainings learn nothing from ``strong`` views (docs/study.md)."""
     max_rounds: Positive = 10
     """Limit on the rounds of refinement: train on the clusters, then cluster anew."""
     round_epochs: Positive = 1
