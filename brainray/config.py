@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -23,9 +23,20 @@ Positive = Annotated[int, Field(ge=1)]
 SearchDomain = dict[Literal["choice", "uniform", "log_uniform", "integer"], list[Any]]
 SearchSpace = dict[str, SearchDomain]
 
+ClustererName = Literal[
+    "kmeans", "gmm", "agglomerative", "agglomerative_depth", "dbscan", "spectral", "hdbscan"
+]
+
 _MAX_CONFIG_BYTES = 1_000_000
 _MAX_PROBLEMS = 10  # in one error
 _NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+def _check_plain_name(value: str) -> None:
+    if not _NAME_PATTERN.fullmatch(value):
+        raise ValueError(
+            f"{value!r} is not a plain name: use up to 100 letters, digits, '.', '_' and '-'"
+        )
 
 
 class _Section(BaseModel):
@@ -384,6 +395,121 @@ class LabelConfig(_Section):
     """Slices to propose for labelling."""
 
 
+class FeatureConfig(_Section):
+    encoder: str = "resnet18"
+    """``pixels``, or the name of a torchvision classifier, which loses its last layer."""
+    weights: str = "random"
+    """``random``, ``imagenet`` (downloaded by torchvision), ``run:NAME`` (the chosen epoch of a
+    brainray run) or the path of a local state dict or brainray checkpoint."""
+    image_size: Annotated[int, Field(ge=16, le=2048)] = 128
+    """Height and width at which the encoder sees the slices, in pixels."""
+    pretext: Literal["none", "rotation", "contrastive"] = "none"
+    """Self-supervision of the encoder on the fitted slices before features are extracted."""
+    lambda_cluster: Annotated[float, Field(ge=0.0)] = 0.0
+    """Weight of the clustering loss beside the pretext's in rounds of refinement, which follow the
+    epochs of the pretext alone; 0: no rounds."""
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the encoder learns from the slices before it gives features."""
+        return self.pretext != "none" or self.lambda_cluster > 0
+
+    @model_validator(mode="after")
+    def _pixels_learn_nothing(self) -> "FeatureConfig":
+        if self.encoder == "pixels" and (self.is_trained or self.weights != "random"):
+            raise ValueError(
+                "encoder pixels has no weights to load or train: leave weights, pretext and "
+                "lambda_cluster out"
+            )
+        return self
+
+
+class SelfSupervisionConfig(_Section):
+    num_epochs: Positive = 20
+    """Epochs of the pretext alone; without a pretext there are none."""
+    temperature: Annotated[float, Field(gt=0.0)] = 0.2
+    """Of the contrastive loss (NT-Xent)."""
+    projection_dim: Positive = 128
+    """Dimensions in which views are contrasted."""
+    augment: AugmentConfig = AugmentConfig(policy="weak")
+    """How views differ; the rotation pretext flips none upside down and turns them little. Short
+    trainings learn nothing from ``strong`` views (docs/study.md)."""
+    max_rounds: Positive = 10
+    """Limit on the rounds of refinement: train on the clusters, then cluster anew."""
+    round_epochs: Positive = 1
+    """Epochs of each round."""
+    round_learning_rate: Annotated[float, Field(gt=0.0)] = 3e-4
+    """Peak of the schedule of each round; the pretext's own is ``train.learning_rate``."""
+    tolerance: Annotated[float, Field(ge=0.0, le=1.0)] = 0.01
+    """Share of the slices that change their cluster at which assignments count as settled."""
+    patience: Positive = 2
+    """Refinement ends after so many settled rounds in a row."""
+
+
+class SensitivityConfig(_Section):
+    feature: str | None = None
+    """Features on which settings are varied; the last of ``study.features`` where left out."""
+    num_clusters: tuple[Annotated[int, Field(ge=2)], ...] = (2, 3, 4, 5, 6, 8, 10)
+    """K of K-means."""
+    eps_factors: tuple[Annotated[float, Field(gt=0.0)], ...] = (0.6, 0.8, 1.0, 1.25, 1.5)
+    """DBSCAN's eps, in units of the knee of the k-distances."""
+    linkages: tuple[Literal["average", "complete", "single"], ...] = (
+        "average",
+        "complete",
+        "single",
+    )
+    """Of agglomerative clustering, with cosine distance."""
+
+
+class StudyConfig(_Section):
+    features: dict[str, FeatureConfig] = {}
+    """The compared features, by name: each an encoder with its weights and how it is trained."""
+    pca_dims: tuple[Positive, ...] = (32,)
+    """Principal components that are clustered; every value is tried."""
+    clusterers: tuple[ClustererName, ...] = get_args(ClustererName)
+    """K-means, Gaussian mixture, agglomerative (average linkage, cosine; cut at K, or at
+    ``depth``), DBSCAN, spectral and HDBSCAN."""
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = (0, 1, 2)
+    """Of encoders and clusterers; tables give mean and standard deviation over them."""
+    depth: Positive = 10
+    """Levels below the root at which ``agglomerative_depth`` cuts the hierarchy."""
+    min_samples: Annotated[int, Field(ge=2)] = 10
+    """Neighbours that make a dense place (DBSCAN, HDBSCAN); also k of the k-distances."""
+    max_quadratic_rows: Annotated[int, Field(ge=10)] = 8000
+    """Above so many slices, clusterers whose memory is quadratic run on a drawn sample of this
+    size; the others join the nearest centroid (or core)."""
+    candidate_num_clusters: tuple[Annotated[int, Field(ge=2)], ...] = (2, 3, 4, 5, 6, 7, 8)
+    """Numbers of clusters among which one is recommended without labels."""
+    sensitivity: SensitivityConfig = SensitivityConfig()
+    self_supervision: SelfSupervisionConfig = SelfSupervisionConfig()
+    max_concurrent_cells: Annotated[int, Field(ge=0)] = 0
+    """Cells of the grid at a time; 0 takes a CPU each."""
+
+    @field_validator("features")
+    @classmethod
+    def _plain_names(cls, value: dict[str, FeatureConfig]) -> dict[str, FeatureConfig]:
+        for name in value:
+            _check_plain_name(name)
+        return value
+
+    @field_validator("pca_dims", "clusterers", "seeds", "candidate_num_clusters")
+    @classmethod
+    def _some_and_distinct(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
+        if not value or len(set(value)) != len(value):
+            raise ValueError(f"give one or more different values, not {list(value)}")
+        return value
+
+    @model_validator(mode="after")
+    def _feature_is_known(self) -> "StudyConfig":
+        wanted = self.sensitivity.feature
+        if wanted is not None and wanted not in self.features:
+            raise ValueError(
+                f"sensitivity.feature {wanted!r} is none of study.features "
+                f"({', '.join(self.features) or 'none'})"
+            )
+        return self
+
+
 class RegistryConfig(_Section):
     name: str | None = None
     """Name under which an exported model, or a sweep's best, is registered in MLflow; none
@@ -407,6 +533,8 @@ class Config(_Section):
     """Where stores and runs are kept: an absolute path or a URI that pyarrow reads."""
     source: str | None = None
     """Folder of slices: Training/ and Testing/ class folders, class folders, or bare files."""
+    sources: dict[str, str] = {}
+    """Several folders of slices by name, instead of ``source``, for a study."""
     labels: str | None = None
     """CSV or Parquet with ``path``, ``label`` and optionally ``split``, ``subject``."""
     seed: int = 0
@@ -423,16 +551,22 @@ class Config(_Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     tracking: TrackingConfig = TrackingConfig()
     tune: TuneConfig = TuneConfig()
+    study: StudyConfig = StudyConfig()
     registry: RegistryConfig = RegistryConfig()
     label: LabelConfig = LabelConfig()
 
     @field_validator("name", "dataset", "run")
     @classmethod
     def _plain_name(cls, value: str | None) -> str | None:
-        if value is not None and not _NAME_PATTERN.fullmatch(value):
-            raise ValueError(
-                f"{value!r} is not a plain name: use up to 100 letters, digits, '.', '_' and '-'"
-            )
+        if value is not None:
+            _check_plain_name(value)
+        return value
+
+    @field_validator("sources")
+    @classmethod
+    def _plain_source_names(cls, value: dict[str, str]) -> dict[str, str]:
+        for name in value:
+            _check_plain_name(name)
         return value
 
     @field_validator("storage", "source", "labels", "checkpoint")

@@ -61,6 +61,32 @@ def gather_rows(rows: Tensor) -> Tensor:
     )
 
 
+def gather_rows_with_gradient(rows: Tensor) -> Tensor:
+    """`gather_rows`, through which a loss of all ranks' rows reaches this rank's.
+
+    Backward is collective too: a row's gradient is the sum of what every rank's loss sends back.
+    With the ranks' mean loss, as DDP averages gradients, that is the gradient of the mean.
+    """
+    if world_size() == 1:
+        return rows
+    gathered: Tensor = _GatherRows.apply(rows)
+    return gathered
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        num_rows = gather_rows(torch.tensor([rows.shape[0]], device=rows.device))
+        ctx.first = int(num_rows[: rank()].sum())
+        ctx.num_rows = rows.shape[0]
+        return gather_rows(rows)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (gradient,) = gradients
+        return sum_across_ranks(gradient)[ctx.first : ctx.first + ctx.num_rows]
+
+
 def broadcast_from_first(tensor: Tensor) -> Tensor:
     """Rank 0's values on every rank; the argument (same shape and dtype everywhere) is left."""
     if world_size() == 1:

@@ -2,6 +2,8 @@
 
 STORE_FORMAT = "brainray-image-store/3"
 RUN_FORMAT = "brainray-run/2"
+FEATURES_FORMAT = "brainray-features/1"
+ENCODER_FORMAT = "brainray-encoder/1"
 # Of what a manifest and a run.json say: changed when older code would misread the rest.
 
 # Under storage, a folder each by name
@@ -13,6 +15,9 @@ DRAWS = "draws"  # of labels: figures over several runs
 PREDICTED = "predictions"
 LOCKS = "locks"  # a file for each name that a job is at work on
 EXPORTS = "exports"
+FEATURES = "features"  # by data set, encoder and a hash of what made them
+ENCODERS = "encoders"  # self-supervised ones, named likewise
+STUDIES = "studies"
 
 # An image store: storage/datasets/NAME/
 MANIFEST = "manifest.json"  # written last: a folder without one is no store
@@ -55,6 +60,18 @@ SAFETENSORS = "model.safetensors"
 ONNX = "model.onnx"
 SERVED = "mlflow"  # a folder that MLflow loads and serves
 CARD = "README.md"  # written last
+
+# A feature store: storage/features/NAME-HASH/, with a manifest
+PARTS = "parts"  # a folder of Parquet parts of schema.FEATURES
+
+# A self-supervised encoder: storage/encoders/NAME-HASH/, with metrics.jsonl
+ENCODER = "encoder.pt"  # what encoder.weights=PATH reads; written last
+ROUNDS = "rounds"  # a Parquet file of assignments for each round of refinement
+
+# A study: storage/studies/NAME/, with config.yaml and summary.json
+STUDY = "study.json"  # what made it
+CELLS = "cells"  # a JSON file for each finished cell of the grid, and its assignments
+TABLES = "tables"
 
 FIGURES = "figures"
 REPORT = "report.html"  # all of a run, or of an evaluation, on one page

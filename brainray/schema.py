@@ -11,6 +11,9 @@ run saw; and of these the ones without a slice likely of their subject."""
 UNLABELLED = -1
 """Class index of a slice whose label is unknown or must not be read."""
 
+NOISE = -1
+"""Cluster of a slice that a clusterer has left out of all clusters."""
+
 TRAIN, TEST = "train", "test"
 """Values of the ``split`` column."""
 
@@ -157,6 +160,27 @@ PREDICTED = pa.schema(
     ]
 )
 """What ``jobs/predict.py`` says of a slice, or of a file that cannot be read."""
+
+FEATURES = pa.schema(
+    [
+        ("sample_id", pa.string()),
+        ("split", pa.string()),
+        ("path", pa.string()),
+        ("frame", pa.string()),
+        ("features", pa.list_(pa.float32())),  # (E,), as the encoder gives them
+    ]
+)
+
+ASSIGNED = pa.schema(
+    [
+        ("sample_id", pa.string()),
+        ("split", pa.string()),
+        ("path", pa.string()),
+        ("frame", pa.string()),
+        ("cluster", pa.int32()),  # -1: noise
+    ]
+)
+"""What a cell of a study's grid says of every slice."""
 
 
 def subset_masks(slices: pa.Table) -> dict[str, NDArray[np.bool_]]:

@@ -96,7 +96,7 @@ def recluster(
         labels: (n,) int64, UNLABELLED where the label may not be read; the others alone decide
             which class a cluster stands for.
         config: K, covariance type, PCA dimensions and limits.
-        num_classes: C.
+        num_classes: C; 0 where no label exists and clusters stand for nothing.
         seed: of the first seeding.
         previous: last epoch's mixture, whose centres start K-means.
         previous_responsibilities: (n, K), last epoch's, rows as in z.
@@ -129,9 +129,10 @@ def recluster(
     centers = weighted_means(wide, gamma)
     model.centers.copy_(centers)
     readable = labels >= 0
-    model.class_of_cluster.copy_(
-        _classes_of(gamma[readable], labels[readable], num_classes, centers, wide[readable])
-    )
+    if num_classes:
+        model.class_of_cluster.copy_(
+            _classes_of(gamma[readable], labels[readable], num_classes, centers, wide[readable])
+        )
     return Reclustering(
         model=model,
         responsibilities=gamma.float(),

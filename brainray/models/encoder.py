@@ -57,7 +57,7 @@ def build_encoder(name: str, weights: str, num_classes: int) -> Encoder:
     encoder = Encoder(name, num_classes)
     if weights == "random":
         return encoder
-    state = _imagenet_state(name) if weights == "imagenet" else _local_state(Path(weights))
+    state = imagenet_state(name) if weights == "imagenet" else local_state(Path(weights))
     state = {key: value for key, value in state.items() if not key.startswith("fc.")}
     if "conv1.weight" in state and state["conv1.weight"].shape[1] == 3:
         state["conv1.weight"] = state["conv1.weight"].sum(dim=1, keepdim=True)
@@ -69,7 +69,7 @@ def build_encoder(name: str, weights: str, num_classes: int) -> Encoder:
     return encoder
 
 
-def _imagenet_state(name: str) -> dict[str, Tensor]:
+def imagenet_state(name: str) -> dict[str, Tensor]:
     try:
         weights = torchvision.models.get_model_weights(name).DEFAULT
         return dict(weights.get_state_dict(progress=False))
@@ -80,7 +80,7 @@ def _imagenet_state(name: str) -> dict[str, Tensor]:
         ) from None
 
 
-def _local_state(path: Path) -> dict[str, Tensor]:
+def local_state(path: Path) -> dict[str, Tensor]:
     """A torchvision state dict, or the encoder of a brainray checkpoint."""
     if not path.is_file():
         raise ConfigError(f"encoder.weights={path}: no such file")

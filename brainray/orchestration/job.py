@@ -116,6 +116,16 @@ def resolve_paths(config: Config) -> Config:
         for key in ("storage", "source", "labels", "checkpoint")
         if (value := getattr(config, key)) is not None
     }
+    if config.sources:
+        resolved["sources"] = {
+            name: _resolve(f"sources.{name}", value) for name, value in config.sources.items()
+        }
+    if config.study.features:
+        features = {
+            name: feature.model_copy(update={"weights": _resolve_weights(name, feature.weights)})
+            for name, feature in config.study.features.items()
+        }
+        resolved["study"] = config.study.model_copy(update={"features": features})
     if config.encoder.weights not in {"random", "imagenet"}:
         weights = _resolve("encoder.weights", config.encoder.weights)
         resolved["encoder"] = config.encoder.model_copy(update={"weights": weights})
@@ -137,6 +147,12 @@ def _resolve(key: str, value: str) -> str:
             "directory; give an absolute path or a URI"
         )
     return str(path.absolute())
+
+
+def _resolve_weights(feature: str, weights: str) -> str:
+    if weights in {"random", "imagenet"} or weights.startswith("run:"):
+        return weights
+    return _resolve(f"study.features.{feature}.weights", weights)
 
 
 def _parser(name: str, description: str, keys: Sequence[str]) -> argparse.ArgumentParser:

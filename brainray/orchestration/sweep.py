@@ -116,7 +116,7 @@ def _begin(config: Config, store: ImageStore, folder: Folder, log: Log) -> None:
     Raises:
         ConfigError: a sweep of that name was begun with other settings or data.
     """
-    settings = config.model_dump(mode="json", exclude={"storage", "tracking", "registry"})
+    settings = config.model_dump(mode="json", exclude={"storage", "tracking", "registry", "study"})
     for free in ("max_concurrent_trials", "time_budget_min"):
         del settings["tune"][free]
     settings["data_hash"] = store.data_hash

@@ -91,18 +91,18 @@ def train_worker(settings: dict[str, Any]) -> dict[str, str]:
 def _train(config: Config, run: Folder, store_folder: Folder) -> None:
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
-    _use_threads_of_worker()
+    use_threads_of_worker()
     torch.manual_seed(config.seed)
-    with _failing_together(device):
+    with failing_together(device):
         store = ImageStore.open(store_folder)
         rank, num_ranks = context.get_world_rank(), context.get_world_size()
         data = _load_rank_data(config, run, store, rank, num_ranks)
     trainer = _Trainer(config, run, store, data, device)
-    with _failing_together(device):
+    with failing_together(device):
         newest = _newest_epoch(run) if rank == 0 else 0
     # All go on from one checkpoint, also where storage shows a new file to some ranks only.
     epoch = int(dist.broadcast_from_first(torch.tensor(newest, device=device)))
-    with _failing_together(device):
+    with failing_together(device):
         if epoch:
             trainer.resume(epoch)
     trainer.start()
@@ -118,7 +118,7 @@ def _newest_epoch(run: Folder) -> int:
 
 
 @contextmanager
-def _failing_together(device: torch.device) -> Iterator[None]:
+def failing_together(device: torch.device) -> Iterator[None]:
     """Raise one rank's error on every rank: the others would wait for it in a collective."""
     problem: BrainrayError | None = None
     try:
@@ -133,7 +133,7 @@ def _failing_together(device: torch.device) -> Iterator[None]:
         raise BrainrayError(bytes(messages.tolist()).decode())
 
 
-def _use_threads_of_worker() -> None:
+def use_threads_of_worker() -> None:
     """As many threads as CPUs were reserved: ranks on one node would starve each other."""
     resources = ray.get_runtime_context().get_assigned_resources()
     threads = max(1, int(resources.get("CPU", 1)))
@@ -351,7 +351,7 @@ class _Trainer:
                 augmentation_unlabelled=self.config.augment_unlabelled,
                 precision=self.precision,
                 accumulation=self.config.train.accumulation_steps,
-                seed=_seed(self.config.seed, self.epoch, dist.rank()),
+                seed=seed_of(self.config.seed, self.epoch, dist.rank()),
                 on_update=self._update_average,
                 on_step=self._heartbeat(),
             )
@@ -470,7 +470,7 @@ class _Trainer:
         else:
             return reclustering, health, False
         self._clustering = before
-        reclustering = self._recluster(fitted, seed=_seed(self.config.seed, self.epoch))
+        reclustering = self._recluster(fitted, seed=seed_of(self.config.seed, self.epoch))
         health = measure_health(fitted.z, self.responsibilities, previous)
         try:
             check_collapse(health, **limits)
@@ -541,7 +541,7 @@ class _Trainer:
             self.history,
         )
         reported = reported_metrics(metrics)
-        with _failing_together(self.device):
+        with failing_together(self.device):
             if dist.rank() == 0:
                 self._write(state, coordinates, log_likelihood, test, started)
         # The files are in storage already: Ray only learns of them, and of the figures.
@@ -619,7 +619,7 @@ def best_epoch(history: list[dict[str, float]]) -> int:
     return scores.index(max(scores)) + 1
 
 
-def _seed(*parts: int) -> int:
+def seed_of(*parts: int) -> int:
     """A seed that differs between any two tuples of parts; below 2^56."""
     digest = hashlib.sha256(repr(parts).encode()).digest()
     return int.from_bytes(digest[:7], "big")

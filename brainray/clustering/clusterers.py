@@ -1,0 +1,325 @@
+"""The clusterers that a study compares, behind one protocol: arrays in, labels and a rule out.
+
+K-means and the mixture are brainray's own; the others are scikit-learn's and SciPy's, which have
+no rule for rows they were not fitted to: these join the nearest centroid, core or fitted row, as
+each class says.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.cluster import hierarchy
+from sklearn.cluster import DBSCAN, HDBSCAN, SpectralClustering
+from sklearn.neighbors import NearestNeighbors
+
+from brainray.clustering.gaussian import CovarianceType
+from brainray.clustering.gmm import GaussianMixture
+from brainray.clustering.kmeans import KMeans
+from brainray.errors import ClusteringError
+from brainray.schema import NOISE
+
+Rows = NDArray[np.float64]  # (N, D)
+Labels = NDArray[np.int64]  # (N,) clusters from 0, or NOISE
+
+
+Assignment = Callable[[Rows], Labels]
+"""What a fitted clusterer says of any rows."""
+
+
+@dataclass(frozen=True)
+class Clustered:
+    """A fitted clustering."""
+
+    labels: Labels  # of the rows it was fitted to
+    assign: Assignment  # of others
+    details: Mapping[str, float] = field(default_factory=dict)  # what was chosen on the way
+    notes: tuple[str, ...] = ()  # what a reader must know
+
+
+class Clusterer(Protocol):
+    """Fits rows (N, D), finite and not all the same; raises ClusteringError where it cannot."""
+
+    def fit(self, x: Rows) -> Clustered: ...
+
+
+@dataclass(frozen=True)
+class KMeansClusterer:
+    """Lloyd's K-means, the best of several k-means++ starts."""
+
+    num_clusters: int
+    seed: int
+    num_init: int = 10
+
+    def fit(self, x: Rows) -> Clustered:
+        kmeans = KMeans(self.num_clusters, seed=self.seed, num_init=self.num_init)
+        kmeans.fit(torch.from_numpy(x))
+
+        def assign(rows: Rows) -> Labels:
+            return kmeans.predict(torch.from_numpy(rows)).numpy()
+
+        return Clustered(assign(x), assign, {"inertia": kmeans.inertia_})
+
+
+@dataclass(frozen=True)
+class MixtureClusterer:
+    """A Gaussian mixture from a K-means start; a row belongs to its most responsible component."""
+
+    num_clusters: int
+    seed: int
+    covariance_type: CovarianceType = "full"
+    reg_covar: float = 1e-6
+    num_init: int = 3
+
+    def fit(self, x: Rows) -> Clustered:
+        mixture = GaussianMixture(
+            self.num_clusters,
+            self.covariance_type,
+            reg_covar=self.reg_covar,
+            seed=self.seed,
+            num_init=self.num_init,
+        )
+        mixture.fit(torch.from_numpy(x))
+
+        def assign(rows: Rows) -> Labels:
+            return mixture.predict_proba(torch.from_numpy(rows)).argmax(dim=1).numpy()
+
+        return Clustered(assign(x), assign, {"log_likelihood": mixture.lower_bound_})
+
+
+@dataclass(frozen=True)
+class AgglomerativeClusterer:
+    """A hierarchy by cosine distance, cut at K clusters, or at a depth below its root.
+
+    At most ``max_rows`` rows, drawn by ``seed``, are in the hierarchy, whose distances take
+    memory quadratic in them; others join the centroid with the least cosine distance.
+    """
+
+    num_clusters: int
+    seed: int
+    max_rows: int
+    linkage: str = "average"
+    depth: int | None = None
+
+    def fit(self, x: Rows) -> Clustered:
+        sample = draw_sample(len(x), self.max_rows, self.seed)
+        tree = hierarchy_of(x[sample], self.linkage)
+        if self.depth is None:
+            labels = hierarchy.fcluster(tree, self.num_clusters, criterion="maxclust")
+        else:
+            labels = cut_at_depth(tree, self.depth)
+        labels = _renumbered(labels)
+        directions = _directions(x[sample])
+        centroids = _centroids(directions, labels)
+
+        def assign(rows: Rows) -> Labels:
+            return np.argmax(_directions(rows) @ _directions(centroids).T, axis=1)
+
+        return _completed(x, sample, labels, assign)
+
+
+@dataclass(frozen=True)
+class DBSCANClusterer:
+    """Dense places by DBSCAN, its eps at the knee of the k-distances.
+
+    Rows it was not fitted to join the nearest core row within eps, else they are noise.
+    """
+
+    min_samples: int
+    seed: int
+    max_rows: int
+    eps_factor: float = 1.0
+
+    def fit(self, x: Rows) -> Clustered:
+        sample = draw_sample(len(x), self.max_rows, self.seed)
+        distances = k_distances(x[sample], self.min_samples)
+        eps = self.eps_factor * distances[knee(distances)]
+        if eps <= 0:
+            raise ClusteringError(
+                f"DBSCAN finds no scale: at least half of the rows coincide with "
+                f"{self.min_samples} others; leave dbscan out or remove copies"
+            )
+        fitted = DBSCAN(eps=eps, min_samples=self.min_samples).fit(x[sample])
+        labels = fitted.labels_.astype(np.int64)
+        cores = fitted.core_sample_indices_
+
+        def assign(rows: Rows) -> Labels:
+            if len(cores) == 0:
+                return np.full(len(rows), NOISE, dtype=np.int64)
+            nearest = NearestNeighbors(n_neighbors=1).fit(x[sample][cores])
+            distance, core = nearest.kneighbors(rows)
+            return np.where(distance[:, 0] <= eps, labels[cores[core[:, 0]]], NOISE)
+
+        return _completed(x, sample, labels, assign, {"eps": float(eps)})
+
+
+@dataclass(frozen=True)
+class SpectralClusterer:
+    """Normalised cuts of the graph of nearest neighbours; others join the nearest centroid."""
+
+    num_clusters: int
+    seed: int
+    max_rows: int
+    num_neighbors: int = 10
+
+    def fit(self, x: Rows) -> Clustered:
+        sample = draw_sample(len(x), self.max_rows, self.seed)
+        spectral = SpectralClustering(
+            n_clusters=self.num_clusters,
+            affinity="nearest_neighbors",
+            n_neighbors=min(self.num_neighbors, len(sample)),
+            random_state=self.seed,
+        )
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            labels = spectral.fit(x[sample]).labels_.astype(np.int64)
+        apart = any("not fully connected" in str(warning.message) for warning in caught)
+        notes = ("the graph of nearest neighbours falls into unconnected parts",) if apart else ()
+        labels = _renumbered(labels)
+        centroids = _centroids(x[sample], labels)
+        assign = _NearestRow(centroids, np.arange(len(centroids)))
+        return _completed(x, sample, labels, assign, notes=notes)
+
+
+@dataclass(frozen=True)
+class HDBSCANClusterer:
+    """Dense places at every scale; others join the nearest fitted row, be it noise."""
+
+    min_samples: int
+    seed: int
+    max_rows: int
+
+    def fit(self, x: Rows) -> Clustered:
+        sample = draw_sample(len(x), self.max_rows, self.seed)
+        fitted = HDBSCAN(min_cluster_size=self.min_samples, copy=True).fit(x[sample])
+        labels = fitted.labels_.astype(np.int64)
+        return _completed(x, sample, labels, _NearestRow(x[sample], labels))
+
+
+class _NearestRow:
+    """The label of the nearest of some rows."""
+
+    def __init__(self, rows: Rows, labels: Labels) -> None:
+        self._neighbours = NearestNeighbors(n_neighbors=1).fit(rows)
+        self._labels = labels
+
+    def __call__(self, x: Rows) -> Labels:
+        if len(x) == 0:
+            return np.empty(0, dtype=np.int64)
+        return np.asarray(self._labels[self._neighbours.kneighbors(x)[1][:, 0]])
+
+
+def draw_sample(num_rows: int, max_rows: int, seed: int) -> NDArray[np.int64]:
+    """Sorted indices of at most ``max_rows`` rows, all of them where they are not more."""
+    if num_rows <= max_rows:
+        return np.arange(num_rows)
+    return np.sort(np.random.default_rng(seed).choice(num_rows, max_rows, replace=False))
+
+
+def hierarchy_of(x: Rows, linkage: str) -> Rows:
+    """SciPy's linkage matrix (N - 1, 4) by cosine distance.
+
+    Raises:
+        ClusteringError: a row of zeros, which has no direction, or fewer than two rows.
+    """
+    if len(x) < 2:
+        raise ClusteringError(f"a hierarchy needs at least 2 rows, not {len(x)}")
+    num_zero = int((~x.any(axis=1)).sum())
+    if num_zero:
+        raise ClusteringError(
+            f"{num_zero} of {len(x)} rows are zero and have no cosine distance: the features of "
+            "these slices are no different from the mean; leave agglomerative out"
+        )
+    return np.asarray(hierarchy.linkage(x, method=linkage, metric="cosine"))
+
+
+def cut_at_depth(tree: Rows, depth: int) -> Labels:
+    """(N,) clusters: the subtrees whose roots lie ``depth`` levels below the hierarchy's root, and
+    the leaves above. The root is at level 0, so there are at most 2 ** depth clusters.
+    """
+    num_rows = len(tree) + 1
+    labels = np.empty(num_rows, dtype=np.int64)
+    subtrees = [(2 * num_rows - 2, 0)]
+    num_clusters = 0
+    while subtrees:
+        node, level = subtrees.pop()
+        if node >= num_rows and level < depth:
+            subtrees += [(int(child), level + 1) for child in tree[node - num_rows, :2]]
+            continue
+        labels[_leaves(tree, node)] = num_clusters
+        num_clusters += 1
+    return labels
+
+
+def k_distances(x: Rows, k: int) -> NDArray[np.float64]:
+    """(N,) distances of the rows to their k-th nearest other row, ascending.
+
+    Raises:
+        ClusteringError: there are not more than k rows.
+    """
+    if len(x) <= k:
+        raise ClusteringError(
+            f"{len(x)} rows have no {k}-th neighbours: lower study.min_samples or add images"
+        )
+    # A row asked for by itself is not its own neighbour.
+    distances, _ = NearestNeighbors(n_neighbors=k).fit(x).kneighbors()
+    return np.sort(distances[:, -1])
+
+
+def knee(ascending: NDArray[np.float64]) -> int:
+    """Where a rising convex curve bends most: its point farthest below the chord of its ends.
+
+    Satopää et al. 2011, "Finding a kneedle in a haystack", without smoothing.
+    """
+    height = ascending[-1] - ascending[0]
+    if height <= 0:
+        return len(ascending) // 2
+    along = np.linspace(0.0, 1.0, len(ascending))
+    return int(np.argmax(along - (ascending - ascending[0]) / height))
+
+
+def _leaves(tree: Rows, node: int) -> list[int]:
+    num_rows = len(tree) + 1
+    leaves, waiting = [], [node]
+    while waiting:
+        current = waiting.pop()
+        if current < num_rows:
+            leaves.append(current)
+        else:
+            waiting += [int(child) for child in tree[current - num_rows, :2]]
+    return leaves
+
+
+def _completed(
+    x: Rows,
+    sample: NDArray[np.int64],
+    sample_labels: Labels,
+    assign: Assignment,
+    details: Mapping[str, float] | None = None,
+    notes: tuple[str, ...] = (),
+) -> Clustered:
+    """Labels of all rows: the sample's own, and what the rule says of the others."""
+    if len(sample) == len(x):
+        return Clustered(sample_labels, assign, details or {}, notes)
+    labels = assign(x)
+    labels[sample] = sample_labels
+    said = f"fitted to a drawn sample of {len(sample):,} of {len(x):,} rows; others were assigned"
+    return Clustered(labels, assign, details or {}, (said, *notes))
+
+
+def _renumbered(labels: NDArray[np.integer]) -> Labels:
+    """Consecutive from 0, in ascending order of the old numbers."""
+    return np.unique(labels, return_inverse=True)[1].astype(np.int64)
+
+
+def _centroids(x: Rows, labels: Labels) -> Rows:
+    return np.stack([x[labels == number].mean(axis=0) for number in range(labels.max() + 1)])
+
+
+def _directions(x: Rows) -> Rows:
+    norms = np.linalg.norm(x, axis=1, keepdims=True)
+    return x / np.where(norms > 0, norms, 1.0)

@@ -1,0 +1,70 @@
+"""How good a partition is, where some rows may be noise and no row, or every row, has a label."""
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+from sklearn import metrics as sk_metrics
+from sklearn.metrics.cluster import contingency_matrix
+
+from brainray.clustering.clusterers import draw_sample
+from brainray.clustering.metrics import clustering_metrics
+from brainray.schema import NOISE, UNLABELLED
+
+_MAX_SILHOUETTE_ROWS = 5000  # its time is quadratic
+
+
+def score_partition(
+    x: NDArray[np.floating],  # (N, D), what was clustered
+    clusters: NDArray[np.integer],  # (N,) or NOISE
+    labels: NDArray[np.integer],  # (N,) or UNLABELLED
+    seed: int = 0,
+) -> dict[str, float]:
+    """Figures of a partition; what is not defined is left out.
+
+    Noise is no cluster: it is counted, and takes no part in silhouette, ARI, NMI and FMI, which
+    are of the clustered rows alone; to the accuracy its rows count as wrong. A partition that
+    calls most rows noise may so have high figures on the rest: read them beside ``noise_share``.
+
+    Returns:
+        num_rows, num_clusters, num_noise, noise_share: of all rows.
+        silhouette: mean over clustered rows (at most 5,000, drawn by ``seed``), by Euclidean
+            distance in ``x``; absent with fewer than two clusters or no two rows in any.
+        nmi, ari, fmi: of clustered rows with a label; absent without any.
+        accuracy: `clustering_accuracy` of rows with a label; absent without any.
+    """
+    clustered = clusters != NOISE
+    num_noise = int((~clustered).sum())
+    scores = {
+        "num_rows": float(len(clusters)),
+        "num_clusters": float(len(np.unique(clusters[clustered]))),
+        "num_noise": float(num_noise),
+        "noise_share": num_noise / max(1, len(clusters)),
+    }
+    rows = np.flatnonzero(clustered)
+    rows = rows[draw_sample(len(rows), _MAX_SILHOUETTE_ROWS, seed)]
+    if 2 <= len(np.unique(clusters[rows])) < len(rows):
+        scores["silhouette"] = float(sk_metrics.silhouette_score(x[rows], clusters[rows]))
+    labelled = labels != UNLABELLED
+    both = labelled & clustered
+    if both.any():
+        scores |= clustering_metrics(labels[both], clusters[both])
+    if labelled.any():
+        scores["accuracy"] = clustering_accuracy(labels[labelled], clusters[labelled])
+    return scores
+
+
+def clustering_accuracy(
+    labels: NDArray[np.integer],  # (N,)
+    clusters: NDArray[np.integer],  # (N,) or NOISE, whose rows are wrong
+) -> float:
+    """Share of the rows that are right when clusters are named one to one as suits them best.
+
+    The Hungarian assignment is fitted on the scored labels themselves (Yang et al. 2010): a
+    figure for comparing partitions, not the accuracy of a prediction.
+    """
+    clustered = clusters != NOISE
+    if not clustered.any():
+        return 0.0
+    counts = contingency_matrix(labels[clustered], clusters[clustered])
+    rows, columns = linear_sum_assignment(counts, maximize=True)
+    return float(counts[rows, columns].sum() / len(labels))

@@ -1,0 +1,129 @@
+"""Choosing the number of clusters without labels: stability under resampling, and a vote."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.metrics import adjusted_rand_score
+
+from brainray.clustering.kmeans import KMeans
+from brainray.clustering.num_clusters import NumClustersScores
+from brainray.errors import ClusteringError
+
+_SAMPLE_SHARE = 0.8
+
+
+@dataclass(frozen=True)
+class Stability:
+    """How alike the clusterings of two random samples are, by number of clusters."""
+
+    num_clusters: list[int]
+    mean: list[float]  # adjusted Rand index on the rows that both samples hold
+    error: list[float]  # its standard error over pairs of samples
+
+    @property
+    def chosen(self) -> int:
+        """The largest K that is as stable as the most stable one, but for its standard error.
+
+        The largest, since few clusters are stable whatever the data.
+        """
+        best = int(np.argmax(self.mean))
+        floor = self.mean[best] - self.error[best]
+        return max(k for k, mean in zip(self.num_clusters, self.mean, strict=True) if mean >= floor)
+
+
+def measure_stability(
+    x: NDArray[np.float64],  # (N, D)
+    num_clusters: Sequence[int],
+    *,
+    num_pairs: int = 10,
+    seed: int = 0,
+) -> Stability:
+    """K-means on pairs of random samples of 80 % of the rows, compared on what they share.
+
+    Ben-Hur, Elisseeff & Guyon 2002, "A stability based method for discovering structure in
+    clustered data", with the adjusted Rand index, which does not favour few clusters.
+
+    Raises:
+        ClusteringError: a sample holds fewer (distinct) rows than clusters.
+    """
+    result = Stability(list(num_clusters), [], [])
+    size = math.ceil(_SAMPLE_SHARE * len(x))
+    if size < max(num_clusters):
+        raise ClusteringError(
+            f"samples of {size} rows cannot hold {max(num_clusters)} clusters: lower "
+            "study.candidate_num_clusters or add images"
+        )
+    for k in num_clusters:
+        indices = []
+        for pair in range(num_pairs):
+            generator = np.random.default_rng([seed, pair])
+            members, labels = [], []
+            for _ in range(2):
+                rows = np.sort(generator.choice(len(x), size, replace=False))
+                sample = torch.from_numpy(x[rows])
+                kmeans = KMeans(k, seed=int(generator.integers(2**31)), num_init=3).fit(sample)
+                members.append(rows)
+                labels.append(kmeans.predict(sample).numpy())
+            _, first, second = np.intersect1d(
+                members[0], members[1], assume_unique=True, return_indices=True
+            )
+            indices.append(adjusted_rand_score(labels[0][first], labels[1][second]))
+        result.mean.append(float(np.mean(indices)))
+        result.error.append(float(np.std(indices) / math.sqrt(num_pairs)))
+    return result
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """A number of clusters, and why."""
+
+    num_clusters: int
+    reasons: list[str]
+
+
+def recommend(scores: NumClustersScores, stability: Stability) -> Recommendation:
+    """The K that most of silhouette, BIC, gap and stability choose; the more stable one of two.
+
+    Args:
+        scores: of the same numbers of clusters as
+        stability: measures.
+    """
+    if scores.num_clusters != stability.num_clusters:
+        raise ClusteringError(
+            f"scores of K in {scores.num_clusters} and stability of K in "
+            f"{stability.num_clusters} do not compare"
+        )
+    choices = scores.chosen | {"stability": stability.chosen}
+    votes = Counter(choices.values())
+    mean_of = dict(zip(stability.num_clusters, stability.mean, strict=True))
+    chosen = max(votes, key=lambda k: (votes[k], mean_of[k]))
+    place = scores.num_clusters.index(chosen)
+    explained = {
+        "silhouette": f"silhouette is largest at K = {choices['silhouette']}",
+        "bic": f"BIC is least at K = {choices['bic']}",
+        "gap": f"the gap statistic stops rising at K = {choices['gap']}",
+        "stability": f"clusterings of random samples agree up to K = {choices['stability']}",
+    }
+    reasons = [
+        f"{'for' if k == chosen else 'against'}: {explained[name]}" for name, k in choices.items()
+    ]
+    reasons.append(
+        f"at K = {chosen}: silhouette {scores.silhouettes[place]:.3f}, stability (ARI between "
+        f"samples) {mean_of[chosen]:.3f} +- {stability.error[place]:.3f}"
+    )
+    if votes[chosen] == 1:
+        reasons.append("no two criteria agree: take it as a guess, and look at the contact sheets")
+    elif votes[chosen] < len(choices):
+        reasons.append(f"{votes[chosen]} of {len(choices)} criteria agree")
+    ends = scores.num_clusters[0], scores.num_clusters[-1]
+    if chosen in ends:
+        reasons.append(
+            f"K = {chosen} is at the end of the range {ends[0]}..{ends[1]}: widen "
+            "study.candidate_num_clusters to be sure"
+        )
+    return Recommendation(chosen, reasons)

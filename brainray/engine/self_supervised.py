@@ -1,0 +1,186 @@
+"""Learning without labels: a pretext task, alone or joined with the clustering loss.
+
+An epoch here gives an encoder that the semi-supervised training can start from: what is saved is
+read by ``encoder.weights=PATH``.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from brainray import dist
+from brainray.config import ClusteringConfig, SelfSupervisionConfig
+from brainray.engine.epoch import autocast
+from brainray.engine.recluster import ClusterModel, Reclustering, recluster
+from brainray.engine.shard import Images
+from brainray.models.features import FeatureEncoder
+from brainray.models.joint import cluster_loss
+from brainray.models.ntxent import ContrastivePretext
+from brainray.models.pretext import NoPretext, Pretext, PretextOutput, Views
+from brainray.models.rotation import RotationPretext
+from brainray.schema import UNLABELLED
+
+
+def build_pretext(name: str, config: SelfSupervisionConfig) -> Pretext:
+    """The configured pretext task; a new one is one file in models and one line here."""
+    match name:
+        case "contrastive":
+            return ContrastivePretext(config.augment, config.temperature, config.projection_dim)
+        case "rotation":
+            return RotationPretext(config.augment)
+        case _:
+            return NoPretext(config.augment)
+
+
+@dataclass(frozen=True)
+class SoftTargets:
+    """The mixture's view of this rank's slices, fixed for one round of refinement."""
+
+    responsibilities: Tensor  # (n_rank, K) float32
+    centers: Tensor  # (K, E) float32
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """Steps of an epoch: the same number and size on every rank."""
+
+    num_steps: int
+    batch_size: int
+
+
+def plan_steps(num_images: int, batch_size_per_worker: int, num_ranks: int) -> StepPlan:
+    """An epoch is one pass; what does not fill a batch is left out, other slices each epoch."""
+    on_each_rank = max(1, num_images // num_ranks)
+    batch_size = min(batch_size_per_worker, on_each_rank)
+    return StepPlan(on_each_rank // batch_size, batch_size)
+
+
+def pretext_epoch(
+    model: nn.Module,
+    optimizer: Optimizer,
+    scheduler: LRScheduler,
+    pretext: Pretext,
+    images: Images,
+    *,
+    plan: StepPlan,
+    seed: int,
+    precision: str,
+    lambda_cluster: float = 0.0,
+    soft: SoftTargets | None = None,
+    on_step: Callable[[int], None] = lambda step: None,
+) -> dict[str, float]:
+    """Train for one pass over the slices; mean losses over all steps and ranks.
+
+    Loss: pretext + lambda * (1/V) sum over views of sum_k gamma_k |z - mu_k|^2, the second term
+    where ``soft`` is given. Order and augmentation follow from ``seed`` alone, which must differ
+    between epochs and ranks.
+
+    Args:
+        model: a `PretextModel`, or DDP around it.
+        optimizer: of its parameters.
+        scheduler: stepped with the optimiser.
+        pretext: the task.
+        images: this rank's slices, at least ``plan.num_steps * plan.batch_size``.
+        plan: the same on every rank.
+        seed: of order and views.
+        precision: ``bf16`` or ``fp32``.
+        lambda_cluster: weight of the clustering loss.
+        soft: gamma of this rank's slices, rows as in ``images``, and mu.
+        on_step: called after each step.
+    """
+    device = images.device
+    model.train()
+    generator = Generator(device).manual_seed(seed)
+    order = torch.randperm(len(images), generator=Generator().manual_seed(seed))
+    rows_of_steps = order[: plan.num_steps * plan.batch_size].split(plan.batch_size)
+    sums: dict[str, Tensor] = {}
+    for step, batch in enumerate(images.batches(rows_of_steps)):
+        views = pretext.views(batch.float() / 255, generator)
+        with autocast(device, precision):
+            output: PretextOutput = model(views.images)
+        terms = {"pretext": pretext.loss(output.outputs, views.targets)}
+        total = terms["pretext"]
+        if soft is not None:
+            rows = rows_of_steps[step].to(device)
+            terms["cluster"] = _cluster_term(output.z, views, rows, soft)
+            total = total + lambda_cluster * terms["cluster"]
+        terms["total"] = total
+        optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        optimizer.step()
+        scheduler.step()
+        for name, value in terms.items():
+            sums[name] = sums.get(name, torch.zeros((), device=device)) + value.detach()
+        on_step(step)
+    totals = dist.sum_across_ranks(torch.stack(list(sums.values())).double())
+    means = (totals / (plan.num_steps * dist.world_size())).tolist()
+    return dict(zip(sums, means, strict=True))
+
+
+def _cluster_term(z: Tensor, views: Views, rows: Tensor, soft: SoftTargets) -> Tensor:
+    seen = rows[views.rows[: views.num_clustered]]
+    return cluster_loss(z[: views.num_clustered], soft.responsibilities[seen], soft.centers)
+
+
+@torch.inference_mode()
+def embed_slices(
+    encoder: FeatureEncoder, images: Images, *, batch_size: int, precision: str
+) -> Tensor:
+    """(n, E) float32, L2-normalised, of this rank's slices in inference mode."""
+    encoder.eval()
+    parts = []
+    for batch in images.batches(torch.arange(len(images)).split(batch_size)):
+        with autocast(images.device, precision):
+            parts.append(encoder(batch.float() / 255))
+    return nn.functional.normalize(torch.cat(parts))
+
+
+def cluster_without_labels(
+    z: Tensor,  # (n_rank, E)
+    keys: Tensor,  # (n_rank,) int64
+    *,
+    config: ClusteringConfig,
+    seed: int,
+    previous: ClusterModel | None = None,
+    previous_responsibilities: Tensor | None = None,
+) -> Reclustering:
+    """Training's re-clustering where no label exists, so that none can anchor it (collective)."""
+    return recluster(
+        z,
+        keys,
+        torch.full_like(keys, UNLABELLED),
+        config=config.model_copy(update={"anchors": "none"}),
+        num_classes=0,
+        seed=seed,
+        previous=previous,
+        previous_responsibilities=previous_responsibilities,
+    )
+
+
+def changed_share(before: Tensor, after: Tensor) -> float:
+    """Share of all ranks' slices whose most responsible component (n_rank, K) is another."""
+    changed = (before.argmax(dim=1) != after.argmax(dim=1)).sum()
+    counts = torch.stack([changed, torch.tensor(len(after), device=after.device)])
+    num_changed, num_rows = dist.sum_across_ranks(counts).tolist()
+    return float(num_changed / num_rows)
+
+
+@dataclass(frozen=True)
+class Convergence:
+    """When refinement ends."""
+
+    tolerance: float
+    patience: int
+    max_rounds: int
+
+    def is_reached(self, changes: list[float]) -> bool:
+        """Whether the last ``patience`` of the rounds' changed shares are within the tolerance, or
+        there have been as many rounds as are allowed.
+        """
+        settled = changes[-self.patience :]
+        calm = len(settled) == self.patience and max(settled) <= self.tolerance
+        return calm or len(changes) >= self.max_rounds

@@ -1,0 +1,200 @@
+"""Encoders of the study: raw pixels, or a torchvision network without its last layer."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Self, cast
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from brainray.errors import ConfigError
+from brainray.models.encoder import imagenet_state
+
+PIXELS = "pixels"
+
+_NUM_IMAGENET_CLASSES = 1000
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")
+
+
+class FeatureEncoder(nn.Module):
+    """Slices (B, 1, H, W) float in [0, 1] to features (B, E) float32.
+
+    A slice is shown to the network as three equal channels, standardised as its weights expect.
+    """
+
+    mean: Tensor  # (3,)
+    std: Tensor  # (3,)
+
+    def __init__(
+        self, backbone: nn.Module, mean: Sequence[float] = (0.0,), std: Sequence[float] = (1.0,)
+    ) -> None:
+        """
+        Args:
+            backbone: (B, 3, H, W) to (B, E).
+            mean: of the intensities in [0, 1], one for each channel or one for all.
+            std: the same of the standard deviations.
+        """
+        super().__init__()
+        self.backbone = backbone
+        for name, values in (("mean", mean), ("std", std)):
+            channels = torch.tensor(values, dtype=torch.float32).expand(3).clone()
+            self.register_buffer(name, channels, persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        coloured = (images - self.mean[:, None, None]) / self.std[:, None, None]
+        features: Tensor = self.backbone(coloured.contiguous(memory_format=torch.channels_last))
+        return features.float()
+
+    def standardised_by(self, pixel_mean: float, pixel_std: float) -> Self:
+        """The same network fed with the data set's statistics, as everything that brainray trains:
+        its weights may then be saved with a one-channel stem.
+        """
+        self.mean.fill_(pixel_mean)
+        self.std.fill_(pixel_std)
+        if hasattr(self.backbone, "transform_input"):
+            cast(Any, self.backbone).transform_input = False
+        return self
+
+    def grey_state(self) -> dict[str, Tensor]:
+        """The weights with a one-channel stem, named as in a brainray checkpoint's encoder.
+
+        On equal channels a stem does what the sum of its channels does, so features stay the same
+        where all channels are standardised alike.
+        """
+        stem = next(
+            name
+            for name, weight in self.backbone.named_parameters()
+            if weight.ndim == 4 and weight.shape[1] == 3
+        )
+        return {
+            f"backbone.{name}": value.sum(dim=1, keepdim=True) if name == stem else value
+            for name, value in self.backbone.state_dict().items()
+        }
+
+
+class _Pixels(nn.Module):
+    """The slice itself: one of the three equal channels, flattened."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images[:, 0].flatten(start_dim=1)
+
+
+def build_feature_encoder(
+    name: str,
+    weights: Mapping[str, Tensor] | Literal["random", "imagenet"],
+    *,
+    seed: int,
+    pixel_mean: float,
+    pixel_std: float,
+) -> FeatureEncoder:
+    """``pixels``, or a torchvision classifier without its last layer, in evaluation mode.
+
+    Auxiliary heads (Inception's, GoogLeNet's) are left out. ImageNet weights, and any local
+    weights with a stem for colour images, are fed as they were trained: three equal channels,
+    standardised with ImageNet's statistics. Random weights and one-channel ones (a brainray
+    run's) are standardised with the data set's; a one-channel stem is shared out over three
+    channels, which gives the same features.
+
+    Args:
+        name: as in ``torchvision.models.list_models()``.
+        weights: ``random``, ``imagenet`` or a network's state dict.
+        seed: of random weights; the global random state is left as it was.
+        pixel_mean: of the training slices' intensities, in units of [0, 1].
+        pixel_std: the same of the standard deviation.
+
+    Raises:
+        ConfigError: an unknown encoder, or weights that cannot be had or do not fit it.
+    """
+    if name == PIXELS:
+        return FeatureEncoder(_Pixels()).eval()
+    check_encoder_name(name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = torchvision.models.get_model(name, weights=None, **_without_auxiliary(name))
+    last = _remove_last_layer(network, name)
+    scale: tuple[Sequence[float], Sequence[float]] = ((pixel_mean,), (pixel_std,))
+    if weights != "random":
+        state = imagenet_state(name) if weights == "imagenet" else weights
+        state = {
+            key: value
+            for key, value in state.items()
+            if not key.startswith((*_AUXILIARY, f"{last}."))
+        }
+        state, was_grey = _with_colour_stem(state, network.state_dict())
+        if not was_grey:
+            scale = (_IMAGENET_MEAN, _IMAGENET_STD)
+            if hasattr(network, "transform_input"):  # undoes ImageNet's scale for its own
+                network.transform_input = True
+        try:
+            network.load_state_dict(state)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[-1].strip()
+            raise ConfigError(f"the weights do not fit encoder {name}: {reason}") from None
+    return FeatureEncoder(network, *scale).eval()
+
+
+def check_encoder_name(name: str) -> None:
+    """Raises ConfigError, with the nearest names, for what is neither pixels nor torchvision's."""
+    known = [PIXELS, *torchvision.models.list_models(module=torchvision.models)]
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        hint = f"did you mean {', '.join(near)}?" if near else "such as resnet18 or inception_v3"
+        raise ConfigError(
+            f"unknown encoder {name!r}: pixels or a torchvision classifier is needed ({hint})"
+        )
+
+
+@torch.inference_mode()
+def num_features(encoder: FeatureEncoder, image_size: int) -> int:
+    """E, found by encoding one black slice.
+
+    Raises:
+        ConfigError: the network does not take slices of that size.
+    """
+    try:
+        return int(encoder.eval()(torch.zeros(1, 1, image_size, image_size)).shape[1])
+    except (RuntimeError, AssertionError) as error:  # torch's own checks of shapes
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"the encoder does not take slices of {image_size} x {image_size} pixels ({reason}): "
+            "change the feature's image_size (inception_v3 needs 75 or more, vit_b_16 just 224)"
+        ) from None
+
+
+def _without_auxiliary(name: str) -> dict[str, bool]:
+    return {"aux_logits": False, "init_weights": True} if name in _WITH_AUXILIARY else {}
+
+
+_WITH_AUXILIARY = {"inception_v3", "googlenet"}
+
+
+def _remove_last_layer(network: nn.Module, name: str) -> str:
+    """Replace the layer that gives class logits by the identity; its dotted name."""
+    layers = [
+        path
+        for path, module in network.named_modules()
+        if isinstance(module, nn.Linear) and module.out_features == _NUM_IMAGENET_CLASSES
+    ]
+    if not layers:
+        raise ConfigError(
+            f"encoder {name} has no linear last layer that could be left out: choose another, "
+            "such as resnet18 or inception_v3"
+        )
+    parent, _, leaf = layers[-1].rpartition(".")
+    setattr(network.get_submodule(parent), leaf, nn.Identity())
+    return layers[-1]
+
+
+def _with_colour_stem(
+    state: dict[str, Tensor], wanted: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], bool]:
+    """The state with a three-channel stem, and whether it had a one-channel one."""
+    for key, value in state.items():
+        target = wanted.get(key)
+        if target is None or target.ndim != 4 or target.shape[1] != 3:
+            continue
+        if value.ndim == 4 and value.shape[1] == 1:
+            return state | {key: value.expand(-1, 3, -1, -1) / 3}, True
+    return state, False

@@ -1,0 +1,49 @@
+"""The rotation pretext: by how many quarter turns was the slice turned?"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from brainray.config import AugmentConfig
+from brainray.models.augment import augment
+from brainray.models.pretext import Views
+
+NUM_TURNS = 4
+
+_MAX_ROTATION_DEG = 15.0
+
+
+@dataclass(frozen=True)
+class RotationPretext:
+    """Cross entropy over 0, 90, 180 and 270 degrees (Gidaris et al. 2018), all four of each slice.
+
+    What would make the answer ambiguous is left out of the augmentation: flips upside down, and
+    turns of more than 15 degrees.
+    """
+
+    augmentation: AugmentConfig
+
+    def head(self, embedding_dim: int) -> nn.Module:
+        return nn.Linear(embedding_dim, NUM_TURNS)
+
+    def views(self, images: Tensor, generator: Generator) -> Views:
+        upright = self.augmentation.model_copy(
+            update={
+                "vertical_flip": 0.0,
+                "max_rotation_deg": min(_MAX_ROTATION_DEG, self.augmentation.max_rotation_deg),
+            }
+        )
+        images = augment(images, upright, generator)
+        turns = torch.arange(NUM_TURNS, device=images.device)
+        rows = torch.arange(len(images), device=images.device)
+        return Views(
+            torch.cat([images.rot90(int(turn), dims=(2, 3)) for turn in turns]),
+            rows.repeat(NUM_TURNS),
+            turns.repeat_interleave(len(images)),
+            num_clustered=len(images),  # the upright ones: turned ones must stay apart
+        )
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs.float(), targets)

@@ -1,0 +1,295 @@
+"""Features of every slice of an image store, by Ray Data, in a store that later runs reuse."""
+
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from brainray import layout
+from brainray.config import Config, FeatureConfig
+from brainray.engine.epoch import autocast
+from brainray.engine.recipe import resolve_precision
+from brainray.errors import ConfigError, DataError
+from brainray.models.encoder import local_state
+from brainray.models.features import PIXELS, build_feature_encoder, num_features
+from brainray.mri.resize import stretch
+from brainray.orchestration.run import open_run
+from brainray.orchestration.store import ImageStore
+from brainray.schema import FEATURES
+from brainray.storage import Folder
+
+_BATCH = 64  # slices
+ROW = ["sample_id", "split", "path", "frame"]
+ROW_ORDER = [(name, "ascending") for name in ROW]
+
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where an encoder starts, and what tells it from others."""
+
+    state: Mapping[str, Tensor] | Literal["random", "imagenet"]
+    identity: str
+
+
+@dataclass(frozen=True)
+class FeatureStore:
+    """Finished features; ``manifest`` is written last, so a folder without one is no store."""
+
+    folder: Folder
+    manifest: dict[str, Any]
+
+    @property
+    def key(self) -> str:
+        """Changes with the slices, the encoder, its weights or how slices are shown to it."""
+        return str(self.manifest["key"])
+
+    def read(self) -> tuple[pa.Table, NDArray[np.float32]]:
+        """The rows' names, ordered by them, and the features (N, E).
+
+        Raises:
+            DataError: a feature is NaN or infinite, or all slices have the same.
+        """
+        table = (self.folder / layout.PARTS).read_table("").sort_by(ROW_ORDER)
+        flat = table["features"].combine_chunks().flatten().to_numpy()
+        features = np.asarray(flat, dtype=np.float32).reshape(table.num_rows, -1)
+        check_features(features, self.folder.uri)
+        return table.select(ROW), features
+
+
+def check_features(features: NDArray[np.float32], where: str) -> None:
+    """Raises DataError for features (N, E) that no clusterer can do anything with."""
+    num_bad = int((~np.isfinite(features).all(axis=1)).sum())
+    if num_bad:
+        raise DataError(
+            f"{num_bad} of {len(features)} slices have NaN or infinite features ({where}): the "
+            "encoder's weights are broken or its training has diverged; choose other weights or a "
+            "lower learning rate"
+        )
+    if len(features) and np.ptp(features, axis=0).max() <= 1e-6 * np.abs(features).max():
+        raise DataError(
+            f"all {len(features)} slices have the same features ({where}): nothing can be "
+            "clustered; the encoder has collapsed or the slices are copies"
+        )
+
+
+def read_weights(config: Config, feature: FeatureConfig) -> Weights:
+    """The weights that a feature's config names, read where the driver runs.
+
+    Raises:
+        BrainrayError: no such file or run, or no state dict in it.
+    """
+    if feature.weights in ("random", "imagenet"):
+        # The comparison does not narrow a str to a Literal.
+        named: Literal["random", "imagenet"]
+        named = "random" if feature.weights == "random" else "imagenet"
+        return Weights(named, named)
+    name = feature.weights.removeprefix("run:")
+    if name != feature.weights:
+        folder = open_run(Folder(config.storage), name).folder / layout.BEST
+        return weights_from(folder, layout.MODEL)
+    path = Path(feature.weights)
+    return Weights(local_state(path), _file_hash(path.read_bytes()))
+
+
+def weights_from(folder: Folder, name: str) -> Weights:
+    """Of a checkpoint in a folder, which may be remote."""
+    content = folder.read_bytes(name)
+    with tempfile.TemporaryDirectory() as temporary:
+        copy = Path(temporary, name)
+        copy.write_bytes(content)
+        return Weights(local_state(copy), _file_hash(content))
+
+
+def check_feature(store: ImageStore, name: str, feature: FeatureConfig, weights: Weights) -> int:
+    """Number of features E; refuses what could only fail on every actor.
+
+    Args:
+        store: of the slices.
+        name: of the feature, for errors.
+        feature: the encoder and the size of the slices.
+        weights: which of ImageNet's are only downloaded where they are used.
+
+    Raises:
+        ConfigError: an unknown encoder, or weights or a size of slices that do not fit it.
+    """
+    state = "random" if weights.state == "imagenet" else weights.state
+    try:
+        encoder = build_feature_encoder(
+            feature.encoder,
+            state,
+            seed=0,
+            pixel_mean=store.pixel_mean,
+            pixel_std=store.pixel_std,
+        )
+        return num_features(encoder, feature.image_size)
+    except ConfigError as error:
+        raise ConfigError(f"study.features.{name}: {error}") from None
+
+
+def extract_features(
+    config: Config,
+    store: ImageStore,
+    feature: FeatureConfig,
+    weights: Weights,
+    *,
+    name: str,
+    seed: int,
+    log: Log,
+) -> FeatureStore:
+    """Features of every slice of the store, or those that an earlier run has left.
+
+    Args:
+        config: storage, device and precision.
+        store: the slices.
+        feature: encoder and size of the slices.
+        weights: of the encoder.
+        name: for readers of the folder's name.
+        seed: of random weights.
+        log: one line about what is done.
+    """
+    made_by = {
+        "format": layout.FEATURES_FORMAT,
+        "data_hash": store.data_hash,
+        "encoder": feature.encoder,
+        "weights": weights.identity,
+        "image_size": feature.image_size,
+        "seed": seed if weights.identity == "random" and feature.encoder != PIXELS else None,
+        "precision": config.train.precision,
+    }
+    key = content_key(made_by)
+    target = Folder(config.storage) / layout.FEATURES / f"{name}-{key}"
+    if target.exists(layout.MANIFEST):
+        log(f"features {target}: reused")
+        return FeatureStore(target, target.read_json(layout.MANIFEST))
+    building = Folder(config.storage) / layout.FEATURES / f".{name}-{key}.building"
+    building.delete()
+    started = time.monotonic()
+    try:
+        num_rows = _write_parts(config, store, feature, weights, seed, building / layout.PARTS)
+        expected = store.index().num_rows
+        if num_rows != expected:
+            raise DataError(
+                f"{store.folder} lacks {expected - num_rows} slices of its index: delete the "
+                "store and preprocess again"
+            )
+        seconds = time.monotonic() - started
+        manifest = made_by | {"key": key, "num_rows": num_rows, "seconds": round(seconds, 2)}
+        building.write_json(layout.MANIFEST, manifest)
+        target.delete()
+        building.move_to(target, last=layout.MANIFEST)
+    except BaseException:
+        building.delete()
+        raise
+    log(f"features {target}: {num_rows} slices in {seconds:.0f} s")
+    return FeatureStore(target, manifest)
+
+
+def content_key(made_by: Mapping[str, Any]) -> str:
+    """Twelve hex digits of plain values, in whatever order they are given."""
+    return hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _file_hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _write_parts(
+    config: Config,
+    store: ImageStore,
+    feature: FeatureConfig,
+    weights: Weights,
+    seed: int,
+    parts: Folder,
+) -> int:
+    """Extract on actors and write Parquet; the number of rows."""
+    images = store.folder / layout.IMAGES
+    slices = ray.data.read_parquet(images.path, filesystem=images.filesystem)
+    dataset = slices.select_columns([*ROW, "height", "width", "image"]).map_batches(
+        _Extractor,
+        fn_constructor_kwargs={
+            "feature": feature.model_dump(mode="json"),
+            "state": weights.state,
+            "seed": seed,
+            "pixel_mean": store.pixel_mean,
+            "pixel_std": store.pixel_std,
+            "precision": config.train.precision,
+        },
+        batch_size=None,  # whole blocks: the same slices together in every run
+        batch_format="pyarrow",
+        **_actors(config),
+    )
+    parts.filesystem.create_dir(parts.path, recursive=True)
+    dataset.write_parquet(parts.path, filesystem=parts.filesystem)
+    return int(parts.read_table("", columns=["sample_id"]).num_rows)
+
+
+def _actors(config: Config) -> dict[str, Any]:
+    """An actor on every GPU; without one, on every CPU but one, which reads."""
+    resources = ray.cluster_resources()
+    num_gpus = int(resources.get("GPU", 0)) if config.train.device != "cpu" else 0
+    if num_gpus:
+        pool = ray.data.ActorPoolStrategy(min_size=1, max_size=num_gpus)
+        return {"compute": pool, "num_gpus": 1}
+    num_actors = max(1, int(resources.get("CPU", 1)) - 1)
+    pool = ray.data.ActorPoolStrategy(min_size=1, max_size=num_actors)
+    return {"compute": pool, "num_cpus": 1}
+
+
+class _Extractor:
+    """Holds the encoder on one actor's device."""
+
+    def __init__(
+        self,
+        feature: dict[str, Any],
+        state: Mapping[str, Tensor] | Literal["random", "imagenet"],
+        seed: int,
+        pixel_mean: float,
+        pixel_std: float,
+        precision: str,
+    ) -> None:
+        self.side = FeatureConfig.model_validate(feature).image_size
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if self.device.type == "cpu":
+            torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+        self.precision = resolve_precision(precision, self.device)
+        self.encoder = build_feature_encoder(
+            feature["encoder"],
+            state,
+            seed=seed,
+            pixel_mean=pixel_mean,
+            pixel_std=pixel_std,
+        )
+        self.encoder = self.encoder.to(self.device).to(memory_format=torch.channels_last)
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        parts = [
+            self._encode(block.slice(start, _BATCH)) for start in range(0, block.num_rows, _BATCH)
+        ]
+        rows = [row for part in parts for row in part]
+        values = pa.array(rows, FEATURES.field("features").type)
+        return pa.table([*(block[name] for name in ROW), values], schema=FEATURES)
+
+    @torch.inference_mode()
+    def _encode(self, batch: pa.Table) -> NDArray[np.float32]:
+        images = np.empty((batch.num_rows, 1, self.side, self.side), dtype=np.uint8)
+        for number, row in enumerate(batch.select(["image", "height", "width"]).to_pylist()):
+            image = np.frombuffer(row["image"], dtype=np.uint8).reshape(row["height"], row["width"])
+            images[number, 0] = stretch(image, self.side)
+        with autocast(self.device, self.precision):
+            features = self.encoder(torch.from_numpy(images).to(self.device).float() / 255)
+        return np.asarray(features.float().cpu().numpy())

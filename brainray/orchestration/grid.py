@@ -1,0 +1,371 @@
+"""A study's grid: cells as Ray tasks, each kept as a file when it is finished."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import torch
+from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+from brainray import layout
+from brainray.clustering.clusterers import (
+    AgglomerativeClusterer,
+    Clusterer,
+    DBSCANClusterer,
+    HDBSCANClusterer,
+    KMeansClusterer,
+    MixtureClusterer,
+    SpectralClusterer,
+)
+from brainray.clustering.partition import score_partition
+from brainray.clustering.pca import PCA
+from brainray.config import ClustererName, ClusteringConfig, Config, StudyConfig
+from brainray.errors import BrainrayError, ConfigError, DataError
+from brainray.models.features import PIXELS
+from brainray.orchestration.features import FeatureStore, content_key
+from brainray.schema import ASSIGNED
+from brainray.storage import Folder
+
+FITTED = "fitted"
+"""Subset of the slices that a clusterer is fitted to; the others are held out."""
+
+_SILENT_S = 20.0
+
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One clustering of one feature set."""
+
+    dataset: str
+    feature: str
+    seed: int
+    clusterer: ClustererName
+    pca_dim: int
+    num_clusters: int
+    eps_factor: float = 1.0
+    linkage: str = "average"
+
+    @property
+    def file(self) -> str:
+        """Name of its JSON file below the study's cells."""
+        parts = [f"pca{self.pca_dim}", self.clusterer, f"k{self.num_clusters}"]
+        if self.eps_factor != 1:
+            parts.append(f"eps{self.eps_factor:g}")
+        if self.linkage != "average":
+            parts.append(self.linkage)
+        return f"{self.dataset}/{self.feature}/{'-'.join(parts)}-seed{self.seed}.json"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished cell."""
+
+    cell: Cell
+    scores: Mapping[str, Mapping[str, float]]  # figures of each subset of the slices
+    details: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    seconds: float = 0.0
+    problem: str | None = None  # why there are no scores
+
+
+@dataclass(frozen=True)
+class Slices:
+    """The slices of a data set, in the order of every feature store."""
+
+    table: pa.Table  # sample_id, split, path, frame
+    labels: NDArray[np.int64]  # (N,) class indices or UNLABELLED; for scoring only
+    subsets: Mapping[str, NDArray[np.bool_]]  # (N,) by name: fitted, and held-out ones
+
+    @property
+    def fitted(self) -> NDArray[np.bool_]:
+        return self.subsets[FITTED]
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """Principal coordinates of every slice, from components of the fitted ones."""
+
+    coordinates: NDArray[np.float64]  # (N, D) for the largest D asked for
+    explained: NDArray[np.float64]  # (D,) shares of the total variance
+    problem: str | None = None  # why there are no coordinates
+
+
+def build_clusterer(cell: Cell, study: StudyConfig, clustering: ClusteringConfig) -> Clusterer:
+    """The clusterer of a cell; a new one is one class in clustering/ and one line here."""
+    limits = (cell.seed, study.max_quadratic_rows)
+    match cell.clusterer:
+        case "kmeans":
+            return KMeansClusterer(cell.num_clusters, cell.seed)
+        case "gmm":
+            return MixtureClusterer(
+                cell.num_clusters, cell.seed, clustering.covariance_type, clustering.reg_covar
+            )
+        case "agglomerative":
+            return AgglomerativeClusterer(cell.num_clusters, *limits, linkage=cell.linkage)
+        case "agglomerative_depth":
+            return AgglomerativeClusterer(
+                cell.num_clusters, *limits, linkage=cell.linkage, depth=study.depth
+            )
+        case "dbscan":
+            return DBSCANClusterer(study.min_samples, *limits, eps_factor=cell.eps_factor)
+        case "spectral":
+            return SpectralClusterer(cell.num_clusters, *limits)
+        case "hdbscan":
+            return HDBSCANClusterer(study.min_samples, *limits)
+
+
+def main_cells(config: Config, dataset: str) -> list[Cell]:
+    """Every feature x PCA dimension x clusterer x seed."""
+    study = config.study
+    return [
+        Cell(dataset, feature, seed, clusterer, pca_dim, config.clustering.num_clusters)
+        for feature in study.features
+        for pca_dim in study.pca_dims
+        for clusterer in study.clusterers
+        for seed in study.seeds
+    ]
+
+
+def sensitivity_cells(config: Config, dataset: str) -> list[Cell]:
+    """What the main grid keeps fixed, varied one at a time on one feature set."""
+    settings, study = config.study.sensitivity, config.study
+    feature = settings.feature or list(study.features)[-1]
+    cells = []
+    for seed in study.seeds:
+        base = Cell(
+            dataset, feature, seed, "kmeans", study.pca_dims[0], config.clustering.num_clusters
+        )
+        cells += [replace(base, num_clusters=k) for k in settings.num_clusters]
+        if "dbscan" in study.clusterers:
+            cells += [
+                replace(base, clusterer="dbscan", eps_factor=factor)
+                for factor in settings.eps_factors
+            ]
+        if "agglomerative" in study.clusterers:
+            cells += [
+                replace(base, clusterer="agglomerative", linkage=linkage)
+                for linkage in settings.linkages
+            ]
+    return cells
+
+
+def check_sizes(
+    config: Config, dataset: str, num_fitted: int, num_features: dict[str, int]
+) -> None:
+    """Refuse a grid that some data set or encoder is too small for.
+
+    Raises:
+        ConfigError: with the key to lower.
+    """
+    study = config.study
+    wanted = {
+        "clustering.num_clusters": config.clustering.num_clusters,
+        "study.candidate_num_clusters": max(study.candidate_num_clusters),
+        "study.sensitivity.num_clusters": max(study.sensitivity.num_clusters, default=0),
+        "study.min_samples": study.min_samples + 1,
+    }
+    if any(feature.lambda_cluster > 0 for feature in study.features.values()):
+        wanted["clustering.pca_dim"] = config.clustering.pca_dim
+    for key, needed in wanted.items():
+        if needed > num_fitted:
+            raise ConfigError(
+                f"{key} asks for {needed} slices, but {dataset} has {num_fitted} to fit: lower it "
+                "or add slices"
+            )
+    largest = max(study.pca_dims)
+    for name, width in (("slices to fit", num_fitted), *num_features.items()):
+        if largest > width:
+            what = name if name == "slices to fit" else f"features of {name!r}"
+            raise ConfigError(
+                f"study.pca_dims asks for {largest} components, but {dataset} has {width} {what}: "
+                "lower it"
+            )
+
+
+class Grid:
+    """Runs cells that no file says are finished, a few at a time."""
+
+    def __init__(
+        self,
+        config: Config,
+        folder: Folder,
+        stores: Mapping[tuple[str, str, int], FeatureStore],
+        slices: Mapping[str, ray.ObjectRef[Any]],
+        log: Log,
+    ) -> None:
+        """
+        Args:
+            config: ``study`` and ``clustering``.
+            folder: the study's.
+            stores: features by data set, feature and seed.
+            slices: `Slices` by data set.
+            log: progress.
+        """
+        self._config = config
+        self._folder = folder
+        self._stores = stores
+        self._slices = slices
+        self._log = log
+        self._reduced: dict[str, ray.ObjectRef[Any]] = {}
+
+    def store(self, cell: Cell) -> FeatureStore:
+        """The features that the cell clusters."""
+        return self._stores[cell.dataset, cell.feature, cell.seed]
+
+    def reduced(self, cell: Cell) -> ray.ObjectRef[Any]:
+        """Their `Reduced`, made once for each feature store of this run."""
+        store, study = self.store(cell), self._config.study
+        if store.key not in self._reduced:
+            is_encoded = study.features[cell.feature].encoder != PIXELS
+            self._reduced[store.key] = _reduce.remote(
+                store, self._slices[cell.dataset], max(study.pca_dims), is_encoded
+            )
+        return self._reduced[store.key]
+
+    def run(self, cells: Sequence[Cell]) -> list[Outcome]:
+        """Outcomes in the order of the cells; those with a file are read, not run."""
+        outcomes = {cell: found for cell in cells if (found := self._finished(cell))}
+        distinct = dict.fromkeys(cells)
+        waiting = deque(cell for cell in distinct if cell not in outcomes)
+        self._log(f"grid: {len(distinct)} cells, {len(outcomes)} of them finished before")
+        running: dict[ray.ObjectRef[Any], Cell] = {}
+        limit = self._config.study.max_concurrent_cells or int(
+            ray.cluster_resources().get("CPU", 1)
+        )
+        last_said = time.monotonic()
+        while waiting or running:
+            while waiting and len(running) < limit:
+                cell = waiting.popleft()
+                task = _run_cell.remote(
+                    cell,
+                    self._key(cell),
+                    self._config,
+                    self._folder / layout.CELLS,
+                    self._slices[cell.dataset],
+                    self.reduced(cell),
+                )
+                running[task] = cell
+            (done,), _ = ray.wait(list(running), num_returns=1)
+            outcome = ray.get(done)
+            outcomes[running.pop(done)] = outcome
+            if outcome.problem:
+                self._log(f"cell {outcome.cell.file}: {outcome.problem}")
+            if time.monotonic() - last_said > _SILENT_S:
+                last_said = time.monotonic()
+                self._log(f"grid: {len(outcomes)} of {len(distinct)} cells are finished")
+        return [outcomes[cell] for cell in cells]
+
+    def _key(self, cell: Cell) -> str:
+        """Of all that the cell's figures depend on."""
+        study, clustering = self._config.study, self._config.clustering
+        settings = {
+            "features": self.store(cell).key,
+            "cell": [cell.clusterer, cell.pca_dim, cell.num_clusters, cell.seed],
+            "varied": [cell.eps_factor, cell.linkage],
+            "study": [study.depth, study.min_samples, study.max_quadratic_rows],
+            "mixture": [clustering.covariance_type, clustering.reg_covar],
+        }
+        return content_key(settings)
+
+    def _finished(self, cell: Cell) -> Outcome | None:
+        cells = self._folder / layout.CELLS
+        if not cells.exists(cell.file):
+            return None
+        saved = cells.read_json(cell.file)
+        if saved["key"] != self._key(cell):
+            return None
+        return Outcome(
+            cell, saved["scores"], saved["details"], tuple(saved["notes"]), saved["seconds"]
+        )
+
+
+@ray.remote(num_cpus=1)
+def _reduce(store: FeatureStore, slices: Slices, num_components: int, normalise: bool) -> Reduced:
+    with threadpool_limits(1):
+        torch.set_num_threads(1)
+        try:
+            table, features = store.read()
+        except DataError as error:  # one broken feature set does not end the others' study
+            return Reduced(np.empty((0, 0)), np.empty(0), str(error))
+        assert table.equals(slices.table), "features and image store name different slices"
+        rows = torch.tensor(features, dtype=torch.float64)
+        if normalise:  # as training does: directions carry the meaning
+            rows = torch.nn.functional.normalize(rows)
+        fitted = rows[torch.from_numpy(slices.fitted)]
+        pca = PCA(num_components).fit(fitted)
+        return Reduced(pca.transform(rows).numpy(), pca.explained_variance_ratio_.numpy())
+
+
+@ray.remote(num_cpus=1)
+def _run_cell(
+    cell: Cell, key: str, config: Config, folder: Folder, slices: Slices, reduced: Reduced
+) -> Outcome:
+    """Cluster the fitted slices, assign the others, score, and keep it."""
+    started = time.monotonic()
+    if reduced.problem:
+        return Outcome(cell, {}, problem=reduced.problem)
+    x = reduced.coordinates[:, : cell.pca_dim]
+    try:
+        with threadpool_limits(1):
+            torch.set_num_threads(1)
+            found = build_clusterer(cell, config.study, config.clustering).fit(x[slices.fitted])
+            clusters = np.empty(len(x), dtype=np.int64)
+            clusters[slices.fitted] = found.labels
+            if not slices.fitted.all():
+                clusters[~slices.fitted] = found.assign(x[~slices.fitted])
+            scores = {
+                name: score_partition(x[rows], clusters[rows], slices.labels[rows], cell.seed)
+                for name, rows in slices.subsets.items()
+                if rows.any()
+            }
+    except BrainrayError as error:
+        return Outcome(cell, {}, problem=str(error))
+    seconds = time.monotonic() - started
+    table = slices.table.append_column(
+        ASSIGNED.field("cluster"), pa.array(clusters.astype(np.int32), pa.int32())
+    )
+    folder.write_table(cell.file.removesuffix(".json") + ".parquet", table)
+    outcome = Outcome(cell, scores, dict(found.details), found.notes, seconds)
+    folder.write_json(
+        cell.file,
+        {
+            "key": key,
+            "scores": scores,
+            "details": outcome.details,
+            "notes": list(outcome.notes),
+            "seconds": seconds,
+        },
+    )
+    return outcome
+
+
+def assignments(folder: Folder, cell: Cell) -> NDArray[np.int64]:
+    """(N,) clusters of a finished cell's slices, in the order of every feature store."""
+    table = (folder / layout.CELLS).read_table(cell.file.removesuffix(".json") + ".parquet")
+    return np.asarray(table["cluster"].to_numpy(), dtype=np.int64)
+
+
+def outcome_row(outcome: Outcome, subset: str) -> dict[str, Any]:
+    """A flat row of a table."""
+    cell = outcome.cell
+    return {
+        "dataset": cell.dataset,
+        "features": cell.feature,
+        "pca_dim": cell.pca_dim,
+        "clusterer": cell.clusterer,
+        "num_clusters_asked": cell.num_clusters,
+        "eps_factor": cell.eps_factor,
+        "linkage": cell.linkage,
+        "seed": cell.seed,
+        "slices": subset,
+        **outcome.scores.get(subset, {}),
+        "problem": outcome.problem,
+    }

@@ -1,0 +1,444 @@
+"""Self-supervised training on Ray Train: a pretext task, or rounds of refinement that follow one.
+
+No label is read anywhere here. What it leaves, ``encoder.pt``, is read by ``encoder.weights=PATH``
+too, so that it is also a warm-up of the semi-supervised training.
+"""
+
+import io
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+import ray.train
+import ray.train.torch
+import torch
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+from torch import Tensor, nn
+
+from brainray import dist, errors, layout
+from brainray.clustering.collapse import check_collapse, measure_health
+from brainray.config import Config, FeatureConfig, parse_config
+from brainray.engine.recipe import build_optimizer, resolve_precision
+from brainray.engine.recluster import ClusterModel
+from brainray.engine.self_supervised import (
+    Convergence,
+    SoftTargets,
+    build_pretext,
+    changed_share,
+    cluster_without_labels,
+    embed_slices,
+    plan_steps,
+    pretext_epoch,
+)
+from brainray.engine.shard import CachedImages, Images, sample_keys
+from brainray.errors import BrainrayError
+from brainray.models.features import build_feature_encoder
+from brainray.models.pretext import PretextModel
+from brainray.orchestration.features import Weights, content_key, weights_from
+from brainray.orchestration.resources import plan_workers
+from brainray.orchestration.store import ImageStore
+from brainray.orchestration.worker import failing_together, seed_of, use_threads_of_worker
+from brainray.schema import TRAIN
+from brainray.storage import Folder
+
+_STATE = "state.pt"
+_OF_ROUNDS = {"max_rounds", "round_epochs", "round_learning_rate", "tolerance", "patience"}
+
+Log = Callable[[str], None]
+History = list[dict[str, float]]
+
+
+def pretrain(
+    config: Config,
+    store: ImageStore,
+    feature: FeatureConfig,
+    weights: Weights,
+    *,
+    dataset: str,
+    seed: int,
+    log: Log,
+) -> Folder:
+    """Train an encoder on the store's training slices, or go on with it, or find it finished.
+
+    An encoder that is refined goes on from the one that has learned the same pretext alone, which
+    is trained first, or found: features that share a pretext share its training.
+
+    Args:
+        config: ``study.self_supervision``, ``clustering`` (for refinement) and ``train``.
+        store: the slices; its labels are not read.
+        feature: encoder, size of the slices, pretext and weight of the clustering loss.
+        weights: where the encoder starts.
+        dataset: name of the store, for readers of the folder's name.
+        seed: of weights, views and clusters.
+        log: one line about what is done.
+
+    Returns:
+        The folder of ``encoder.pt``, ``metrics.jsonl`` and, of a refined one, the assignments of
+        each round.
+
+    Raises:
+        BrainrayError: the workers do not fit the Ray cluster, or the clusters have collapsed.
+        ray.train.TrainingFailedError: workers were lost more often than ``train.max_failures``.
+    """
+    head: dict[str, Tensor] | None = None
+    if feature.lambda_cluster > 0 and feature.pretext != "none":
+        alone = feature.model_copy(update={"lambda_cluster": 0.0})
+        before = pretrain(config, store, alone, weights, dataset=dataset, seed=seed, log=log)
+        weights, head = weights_from(before, layout.ENCODER), read_head(before)
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    workers = plan_workers(config.train, nodes)
+    made_by = _made_by(config, store, feature, weights, seed, workers.num_workers)
+    kind = feature.pretext + ("-refined" if feature.lambda_cluster > 0 else "")
+    name = f"{dataset}-{feature.encoder}-{kind}-seed{seed}-{content_key(made_by)}"
+    target = Folder(config.storage) / layout.ENCODERS / name
+    if target.exists(layout.ENCODER):
+        log(f"encoder {target}: trained before, reused")
+        return target
+    log(f"encoder {target}: training")
+    target.write_json(layout.MANIFEST, made_by)
+    worker: Any = _pretrain_worker
+    trainer = TorchTrainer(
+        worker,
+        train_loop_config={
+            "config": config.model_dump(mode="json"),
+            "feature": feature.model_dump(mode="json"),
+            "state": ray.put(weights.state),
+            "head": ray.put(head),
+            "seed": seed,
+            "folder": str(target),
+            "store": str(store.folder),
+        },
+        scaling_config=ScalingConfig(
+            num_workers=workers.num_workers,
+            use_gpu=workers.use_gpu,
+            resources_per_worker=workers.of_worker,
+        ),
+        run_config=RunConfig(
+            name=name,
+            storage_path=str(target).rpartition("/")[0],
+            checkpoint_config=CheckpointConfig(num_to_keep=1),
+            failure_config=FailureConfig(max_failures=config.train.max_failures),
+        ),
+    )
+    result: Any = trainer.fit()
+    problem = result.return_value
+    if problem:
+        error_class = getattr(errors, problem["error"], BrainrayError)
+        raise error_class(problem["message"])
+    return target
+
+
+def _made_by(
+    config: Config,
+    store: ImageStore,
+    feature: FeatureConfig,
+    weights: Weights,
+    seed: int,
+    num_workers: int,
+) -> dict[str, Any]:
+    """All that the trained weights depend on."""
+    train = config.train.model_dump(
+        mode="json",
+        include={"batch_size_per_worker", "learning_rate", "weight_decay", "warmup_fraction"},
+    )
+    is_refined = feature.lambda_cluster > 0
+    unused = {"num_epochs"} if is_refined else _OF_ROUNDS
+    made_by = {
+        "format": layout.ENCODER_FORMAT,
+        "data_hash": store.data_hash,
+        "feature": feature.model_dump(mode="json", exclude={"weights"}),
+        "weights": weights.identity,
+        "self_supervision": config.study.self_supervision.model_dump(mode="json", exclude=unused),
+        "train": train | {"precision": config.train.precision, "num_workers": num_workers},
+        "seed": seed,
+    }
+    if is_refined:
+        made_by["clustering"] = config.clustering.model_dump(mode="json")
+    return made_by
+
+
+def _pretrain_worker(settings: dict[str, Any]) -> dict[str, str]:
+    """Ray Train's entry on every rank; see `worker.train_worker` for why errors are returned."""
+    try:
+        config = parse_config(settings["config"])
+        feature = FeatureConfig.model_validate(settings["feature"])
+        use_threads_of_worker()
+        device = ray.train.torch.get_device()
+        torch.manual_seed(settings["seed"])
+        with failing_together(device):
+            learner = _Learner(config, feature, settings, device)
+        learner.learn()
+    except BrainrayError as error:
+        return {"error": type(error).__name__, "message": str(error)}
+    return {}
+
+
+class _Learner:
+    """One rank's state between epochs and rounds."""
+
+    def __init__(
+        self, config: Config, feature: FeatureConfig, settings: dict[str, Any], device: torch.device
+    ) -> None:
+        store = ImageStore.open(Folder(settings["store"]))
+        self.config = config
+        self.settings = config.study.self_supervision
+        self.feature = feature
+        self.folder = Folder(settings["folder"])
+        self.seed: int = settings["seed"]
+        self.device = device
+        self.precision = resolve_precision(config.train.precision, device)
+        self.pixel_mean, self.pixel_std = store.pixel_mean, store.pixel_std
+        self.pretext = build_pretext(feature.pretext, self.settings)
+        self.images, self.keys = _load_slices(store, feature.image_size, device)
+        self.rows = _rows_of_store(store)
+        encoder = build_feature_encoder(
+            feature.encoder,
+            ray.get(settings["state"]),
+            seed=self.seed,
+            pixel_mean=store.pixel_mean,
+            pixel_std=store.pixel_std,
+        ).standardised_by(store.pixel_mean, store.pixel_std)
+        with torch.inference_mode():
+            side = feature.image_size
+            embedding_dim = encoder(torch.zeros(1, 1, side, side)).shape[1]
+        head = self.pretext.head(embedding_dim)
+        learned_head = ray.get(settings["head"])
+        if learned_head is not None:
+            head.load_state_dict(learned_head)
+        learner = PretextModel(encoder, head)
+        self.model = learner.to(device).to(memory_format=torch.channels_last)
+        self.plan = plan_steps(
+            self.rows.num_rows, config.train.batch_size_per_worker, dist.world_size()
+        )
+        self.ddp: nn.Module = self.model  # until all ranks have come so far
+        self.history: History = []
+        self.clusters: ClusterModel | None = None
+
+    def learn(self) -> None:
+        """The pretext's epochs, or rounds of refinement until assignments settle."""
+        self.ddp = ray.train.torch.prepare_model(self.model)
+        state = _saved_state()
+        if state is not None:
+            self._restore(state)
+        if self.feature.lambda_cluster > 0:
+            self._refine()
+        else:
+            self._learn_pretext(state)
+        if dist.rank() == 0:
+            self._write_encoder()
+
+    def _learn_pretext(self, state: dict[str, Any] | None) -> None:
+        num_epochs = self.settings.num_epochs
+        optimizer, scheduler = build_optimizer(
+            self.model, self.config.train, num_epochs * self.plan.num_steps
+        )
+        if state is not None:
+            optimizer.load_state_dict(state["optimizer"])
+            scheduler.last_epoch = len(self.history) * self.plan.num_steps - 1
+            scheduler.step()
+        while len(self.history) < num_epochs:
+            started = time.monotonic()
+            epoch = len(self.history) + 1
+            losses = pretext_epoch(
+                self.ddp,
+                optimizer,
+                scheduler,
+                self.pretext,
+                self.images,
+                plan=self.plan,
+                seed=seed_of(self.seed, epoch, dist.rank()),
+                precision=self.precision,
+            )
+            self._share_batch_statistics()
+            self._save(losses, started, f"pretext epoch {epoch}/{num_epochs}", optimizer)
+
+    def _refine(self) -> None:
+        """Cluster, train on the clusters, cluster anew, until few slices change their cluster."""
+        convergence = Convergence(
+            self.settings.tolerance, self.settings.patience, self.settings.max_rounds
+        )
+        z = self._embed()
+        if self.clusters is None:
+            found = cluster_without_labels(
+                z, self.keys, config=self.config.clustering, seed=self.seed
+            )
+            self.clusters, responsibilities = found.model, found.responsibilities
+            self._keep_assignments(responsibilities, 0)
+        else:  # the pair that was saved matches: it gives the same responsibilities again
+            responsibilities = self.clusters.responsibilities(z)
+        changes = [row["changed_share"] for row in self.history]
+        while not convergence.is_reached(changes):
+            started = time.monotonic()
+            number = len(changes) + 1
+            losses = self._train_round(number, SoftTargets(responsibilities, self.clusters.centers))
+            z = self._embed()
+            found = cluster_without_labels(
+                z,
+                self.keys,
+                config=self.config.clustering,
+                seed=self.seed,
+                previous=self.clusters,
+                previous_responsibilities=responsibilities,
+            )
+            changes.append(changed_share(responsibilities, found.responsibilities))
+            health = measure_health(z, found.responsibilities, responsibilities)
+            check_collapse(
+                health,
+                max_share=self.config.clustering.max_cluster_share,
+                min_spread=self.config.clustering.min_spread,
+            )
+            self.clusters, responsibilities = found.model, found.responsibilities
+            self._keep_assignments(responsibilities, number)
+            figures = losses | {
+                "round": float(number),
+                "changed_share": changes[-1],
+                "smallest_share": health.smallest_share,
+                "largest_share": health.largest_share,
+                "effective_rank": health.effective_rank,
+            }
+            said = f"round {number}: {changes[-1]:.1%} of the slices changed their cluster"
+            self._save(figures, started, said)
+
+    def _train_round(self, number: int, soft: SoftTargets) -> dict[str, float]:
+        """``round_epochs`` epochs of both losses, with a schedule of their own."""
+        train = self.config.train.model_copy(
+            update={"learning_rate": self.settings.round_learning_rate}
+        )
+        steps = self.settings.round_epochs * self.plan.num_steps
+        optimizer, scheduler = build_optimizer(self.model, train, steps)
+        losses: dict[str, float] = {}
+        for epoch in range(self.settings.round_epochs):
+            losses = pretext_epoch(
+                self.ddp,
+                optimizer,
+                scheduler,
+                self.pretext,
+                self.images,
+                plan=self.plan,
+                seed=seed_of(self.seed, -number, epoch, dist.rank()),
+                precision=self.precision,
+                lambda_cluster=self.feature.lambda_cluster,
+                soft=soft,
+            )
+        self._share_batch_statistics()
+        return losses
+
+    def _embed(self) -> Tensor:
+        return embed_slices(
+            self.model.encoder,
+            self.images,
+            batch_size=self.config.train.embed_batch_size,
+            precision=self.precision,
+        )
+
+    def _share_batch_statistics(self) -> None:
+        """Rank 0's running statistics on every rank: all embed with the encoder that is saved."""
+        for buffer in self.model.buffers():
+            buffer.copy_(dist.broadcast_from_first(buffer))
+
+    def _keep_assignments(self, responsibilities: Tensor, number: int) -> None:
+        """Every slice's cluster after a round, for those who may look at labels."""
+        keys = dist.gather_rows(self.keys).cpu()
+        clusters = dist.gather_rows(responsibilities.argmax(dim=1)).cpu()
+        if dist.rank() == 0:
+            # Slices lie on the ranks in turn; sorted by key, they have one order everywhere.
+            order = torch.argsort(keys)
+            table = pa.table({"key": keys[order].numpy(), "cluster": clusters[order].numpy()})
+            (self.folder / layout.ROUNDS).write_table(f"round-{number:03d}.parquet", table)
+
+    def _save(
+        self,
+        figures: dict[str, float],
+        started: float,
+        said: str,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> None:
+        """Log and checkpoint what the next epoch or round goes on from."""
+        seconds = time.monotonic() - started
+        row = {"epoch": float(len(self.history) + 1), **figures, "seconds": seconds}
+        self.history.append(row)
+        with tempfile.TemporaryDirectory() as temporary:
+            checkpoint = None
+            if dist.rank() == 0:
+                state = {
+                    "model": self.model.state_dict(),
+                    "history": self.history,
+                    "optimizer": None if optimizer is None else optimizer.state_dict(),
+                    "clusters": None if self.clusters is None else self.clusters.state_dict(),
+                }
+                torch.save(state, Path(temporary, _STATE))
+                checkpoint = ray.train.Checkpoint.from_directory(temporary)
+            ray.train.report({"epoch": row["epoch"]}, checkpoint=checkpoint)
+        if dist.rank() == 0:
+            self.folder.write_json_lines(layout.METRICS, self.history)
+            losses = ", ".join(
+                f"{name} {figures[name]:.3f}" for name in ("pretext", "cluster") if name in figures
+            )
+            print(f"{said}; {losses}; {seconds:.0f} s", flush=True)
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.history = state["history"]
+        if state["clusters"] is not None:
+            embedding_dim = state["clusters"]["centers"].shape[1]
+            clusters = ClusterModel(self.config.clustering, embedding_dim, 0, self.seed)
+            clusters.load_state_dict(state["clusters"])
+            self.clusters = clusters.to(self.device)
+        if dist.rank() == 0:
+            print(f"going on after {len(self.history)} epochs and rounds", flush=True)
+            self.folder.write_json_lines(layout.METRICS, self.history)
+
+    def _write_encoder(self) -> None:
+        """Last: with it the encoder is complete."""
+        state = {name: value.cpu() for name, value in self.model.encoder.grey_state().items()}
+        buffer = io.BytesIO()
+        torch.save(
+            {
+                "format": layout.ENCODER_FORMAT,
+                "name": self.feature.encoder,
+                "encoder": state,
+                "head": {name: value.cpu() for name, value in self.model.head.state_dict().items()},
+                "pixel_mean": self.pixel_mean,
+                "pixel_std": self.pixel_std,
+            },
+            buffer,
+        )
+        self.folder.write_bytes(layout.ENCODER, buffer.getvalue())
+
+
+def read_head(folder: Folder) -> dict[str, Tensor]:
+    """The pretext's head that was trained with an encoder."""
+    content = io.BytesIO(folder.read_bytes(layout.ENCODER))
+    head: dict[str, Tensor] = torch.load(content, map_location="cpu", weights_only=True)["head"]
+    return head
+
+
+def _saved_state() -> dict[str, Any] | None:
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        return None
+    with checkpoint.as_directory() as path:
+        state: dict[str, Any] = torch.load(
+            Path(path, _STATE), map_location="cpu", weights_only=True
+        )
+    return state
+
+
+def _rows_of_store(store: ImageStore) -> pa.Table:
+    """The training slices, without labels."""
+    index = store.index()
+    return index.filter(pc.equal(index["split"], TRAIN)).select(["sample_id", "path"])
+
+
+def _load_slices(store: ImageStore, side: int, device: torch.device) -> tuple[Images, Tensor]:
+    """Every n-th training slice on this rank, and their keys."""
+    sample_ids = _rows_of_store(store)["sample_id"].to_pylist()
+    mine = sample_ids[dist.rank() :: dist.world_size()]
+    keys = torch.from_numpy(sample_keys(mine)).to(device)
+    return CachedImages(torch.from_numpy(store.images(mine, TRAIN, side)).to(device)), keys

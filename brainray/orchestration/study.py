@@ -1,0 +1,112 @@
+"""The unsupervised study: data sets, features, the grid of clusterings, tables and figures.
+
+Labels, where they exist, are read for scoring only: no encoder, clusterer or choice sees them.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from brainray import layout
+from brainray.config import Config, flatten, to_yaml
+from brainray.errors import BrainrayError, ConfigError
+from brainray.orchestration.features import Weights, check_feature, read_weights
+from brainray.orchestration.grid import (
+    Grid,
+    Outcome,
+    check_sizes,
+    main_cells,
+    sensitivity_cells,
+)
+from brainray.orchestration.publish import open_tracking
+from brainray.orchestration.store import ImageStore
+from brainray.orchestration.study_data import open_stores, study_features, study_set
+from brainray.orchestration.study_report import StudyResults, write_report
+from brainray.schema import TRAIN
+from brainray.storage import Folder
+
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class FinishedStudy:
+    """What a study has found."""
+
+    folder: Folder
+    metrics: dict[str, float]
+    text: str  # the main tables and recommendations
+    mlflow_run_id: str | None
+    tracking_uri: str
+
+
+def run_study(config: Config, log: Log = print) -> FinishedStudy:
+    """Compare features and clusterers on one or several data sets, or go on comparing.
+
+    The same name goes on: encoders, features and cells that are finished are read from their
+    files, whatever has been added to the grid since.
+
+    Raises:
+        BrainrayError: settings or data with which nothing can be compared, or no cell that could
+            be computed.
+        ray.train.TrainingFailedError: workers were lost more often than ``train.max_failures``.
+    """
+    _check_settings(config)
+    weights = {name: read_weights(config, each) for name, each in config.study.features.items()}
+    stores = open_stores(config, log)
+    for name, store in stores.items():
+        _check_store(config, name, store, weights)
+    folder = Folder(config.storage) / layout.STUDIES / str(config.name)
+    folder.write_bytes(layout.CONFIG, to_yaml(config).encode())
+    hashes = {f"brainray.data_hash.{name}": store.data_hash for name, store in stores.items()}
+    tracking = open_tracking(config, folder, flatten(config), hashes, log)
+    try:
+        sets = {name: study_set(store, folder) for name, store in stores.items()}
+        features = study_features(config, sets, weights, log)
+        grid = Grid(config, folder, features.stores, {n: s.reference for n, s in sets.items()}, log)
+        cells = [cell for name in sets for cell in main_cells(config, name)]
+        varied = [cell for name in sets for cell in sensitivity_cells(config, name)]
+        outcomes = grid.run([*cells, *varied])
+        _check_outcomes(outcomes)
+        main, others = outcomes[: len(cells)], outcomes[len(cells) :]
+        report = write_report(StudyResults(config, folder, sets, features, grid, main, others), log)
+    except BaseException:
+        tracking.tracker.finish("FAILED")
+        raise
+    folder.write_json(layout.SUMMARY, report.metrics)
+    tracking.tracker.log_summary(report.metrics)
+    tracking.tracker.log_files([layout.CONFIG, layout.SUMMARY, *report.files])
+    tracking.tracker.finish()
+    return FinishedStudy(folder, report.metrics, report.text, tracking.mlflow_run_id, tracking.uri)
+
+
+def _check_settings(config: Config) -> None:
+    if config.name is None:
+        raise ConfigError("a study needs a name: --set name=NAME")
+    if not config.study.features:
+        raise ConfigError(
+            "study.features is empty: name at least one, such as --set "
+            "study.features.pixels.encoder=pixels, or start from configs/study.yaml"
+        )
+    for name, feature in config.study.features.items():
+        if feature.is_trained and feature.image_size > config.preprocess.image_size:
+            raise ConfigError(
+                f"study.features.{name}.image_size ({feature.image_size}) exceeds "
+                f"preprocess.image_size ({config.preprocess.image_size}): lower it"
+            )
+
+
+def _check_store(
+    config: Config, name: str, store: ImageStore, weights: Mapping[str, Weights]
+) -> None:
+    """Refuse in a second what would fail on workers after minutes."""
+    num_features = {
+        feature_name: check_feature(store, feature_name, feature, weights[feature_name])
+        for feature_name, feature in config.study.features.items()
+    }
+    num_fitted = store.index()["split"].to_pylist().count(TRAIN)
+    check_sizes(config, name, num_fitted, num_features)
+
+
+def _check_outcomes(outcomes: Sequence[Outcome]) -> None:
+    problems = sorted({outcome.problem for outcome in outcomes if outcome.problem})
+    if len(problems) and all(outcome.problem for outcome in outcomes):
+        raise BrainrayError(f"no cell of the grid could be computed: {'; '.join(problems)}")

@@ -1,0 +1,175 @@
+"""What a study is made on: its data sets, their slices by subset, and their features."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+
+from brainray import layout
+from brainray.config import Config, FeatureConfig
+from brainray.errors import ConfigError, DataError
+from brainray.models.features import PIXELS
+from brainray.mri.leakage import Fingerprints, exposure
+from brainray.orchestration.data import preprocess
+from brainray.orchestration.features import (
+    ROW,
+    ROW_ORDER,
+    FeatureStore,
+    Weights,
+    extract_features,
+    weights_from,
+)
+from brainray.orchestration.grid import FITTED, Slices
+from brainray.orchestration.pretraining import pretrain
+from brainray.orchestration.store import ImageStore
+from brainray.schema import SUBSETS, TEST, TRAIN, UNLABELLED
+from brainray.storage import Folder
+
+Log = Callable[[str], None]
+FeatureKey = tuple[str, str, int]
+"""Data set, name in ``study.features``, and seed."""
+
+
+@dataclass(frozen=True)
+class StudiedSet:
+    """A data set of a study."""
+
+    store: ImageStore
+    slices: Slices
+    classes: list[str]  # names of the labels; empty where there are none
+    reference: ray.ObjectRef[Any]  # to the slices
+
+    @property
+    def names_of_labels(self) -> list[str]:
+        """(N,) by slice, empty where unknown."""
+        return ["" if i == UNLABELLED else self.classes[i] for i in self.slices.labels]
+
+
+@dataclass(frozen=True)
+class StudiedFeatures:
+    """Features and trained encoders of every data set."""
+
+    stores: Mapping[FeatureKey, FeatureStore]
+    encoders: Mapping[FeatureKey, Folder]  # of the trained ones
+
+
+def open_stores(config: Config, log: Log) -> dict[str, ImageStore]:
+    """The image stores by the data sets' names, made where they do not exist yet.
+
+    Raises:
+        BrainrayError: no data set is named, or too many ways at once, or one cannot be used.
+    """
+    if bool(config.sources) + (config.source is not None) > 1:
+        raise ConfigError("give source or sources, not both")
+    if config.sources:
+        if config.labels is not None:
+            raise ConfigError("labels names the slices of one source: give source, not sources")
+        stores = {}
+        for name, source in config.sources.items():
+            update = {"name": f"{config.name}-{name}", "source": source}
+            stores[name] = preprocess(config.model_copy(update=update), log)
+        return stores
+    name = config.dataset or str(config.name)
+    if config.source is not None:
+        return {name: preprocess(config.model_copy(update={"name": name}), log)}
+    if config.dataset is None:
+        raise ConfigError(
+            "a study needs slices: --set source=DIR, sources.NAME=DIR for several data sets, or "
+            "dataset=NAME of an image store"
+        )
+    return {name: ImageStore.open(Folder(config.storage) / layout.DATASETS / name)}
+
+
+def study_set(store: ImageStore, folder: Folder) -> StudiedSet:
+    """The slices of a store, which of them are fitted, held out, ``clean`` and ``strict``.
+
+    Args:
+        store: whose training slices are fitted.
+        folder: of the study, which keeps the subsets.
+
+    Raises:
+        DataError: no slice to fit.
+    """
+    index = store.index().sort_by(ROW_ORDER)
+    training = pc.equal(index["split"], TRAIN)
+    fitted = np.asarray(training.to_numpy(), dtype=np.bool_)
+    if not fitted.any():
+        raise DataError(f"{store.folder} has no training slices to fit")
+    names = index["label"].to_pylist()
+    classes = sorted({name for name in names if name is not None})
+    position = {name: number for number, name in enumerate(classes)}
+    labels = np.array([position.get(name, UNLABELLED) for name in names], dtype=np.int64)
+    subsets = {FITTED: fitted}
+    if not fitted.all():
+        held_out = _held_out(store, index, folder)
+        for subset in SUBSETS:
+            rows = np.zeros(len(fitted), dtype=np.bool_)
+            rows[~fitted] = held_out[subset]
+            subsets[subset] = rows
+    slices = Slices(index.select(ROW), labels, subsets)
+    return StudiedSet(store, slices, classes, ray.put(slices))
+
+
+def _held_out(store: ImageStore, index: pa.Table, folder: Folder) -> dict[str, np.ndarray]:
+    """Which test slices, in the index's order, belong to each subset; kept with the study."""
+    name = f"subsets-{store.data_hash}.parquet"
+    if not folder.exists(name):
+        test = index.filter(pc.equal(index["split"], TEST))
+        train = index.filter(pc.equal(index["split"], TRAIN))
+        found = ray.get(
+            _expose.remote(Fingerprints.of(test), Fingerprints.of(train), store.preprocess)
+        )
+        table = pa.table({"clean": found.clean, "strict": found.strict})
+        folder.write_table(name, table)
+    table = folder.read_table(name)
+    flags = {each: np.asarray(table[each].to_numpy()) for each in ("clean", "strict")}
+    return {"all": np.ones(table.num_rows, dtype=np.bool_), **flags}
+
+
+_expose = ray.remote(num_cpus=1)(exposure)
+
+
+def study_features(
+    config: Config,
+    sets: Mapping[str, StudiedSet],
+    weights: Mapping[str, Weights],
+    log: Log,
+) -> StudiedFeatures:
+    """Train the encoders that learn, and extract every feature set for every seed.
+
+    Args:
+        config: ``study`` and all that training needs.
+        sets: by the data sets' names.
+        weights: where the encoders start, by feature.
+        log: progress.
+    """
+    stores: dict[FeatureKey, FeatureStore] = {}
+    encoders: dict[FeatureKey, Folder] = {}
+    for dataset, each in sets.items():
+        for feature_name, feature in config.study.features.items():
+            for seed in config.study.seeds:
+                key = (dataset, feature_name, seed)
+                if not _depends_on_seed(feature) and seed != config.study.seeds[0]:
+                    stores[key] = stores[dataset, feature_name, config.study.seeds[0]]
+                    continue
+                start, name = weights[feature_name], f"{dataset}-{feature_name}"
+                if _depends_on_seed(feature):
+                    name += f"-seed{seed}"
+                if feature.is_trained:
+                    encoders[key] = pretrain(
+                        config, each.store, feature, start, dataset=dataset, seed=seed, log=log
+                    )
+                    start = weights_from(encoders[key], layout.ENCODER)
+                stores[key] = extract_features(
+                    config, each.store, feature, start, name=name, seed=seed, log=log
+                )
+    return StudiedFeatures(stores, encoders)
+
+
+def _depends_on_seed(feature: FeatureConfig) -> bool:
+    has_drawn_weights = feature.weights == "random" and feature.encoder != PIXELS
+    return feature.is_trained or has_drawn_weights

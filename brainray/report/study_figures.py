@@ -1,0 +1,204 @@
+"""Figures of a study: plain values in, a matplotlib ``Figure`` out."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from scipy.cluster import hierarchy
+
+from brainray.report.figures import UNLABELLED_CLASS
+from brainray.report.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    VERMILLION,
+    class_colours,
+    cluster_colour,
+    new_figure,
+    tidy,
+)
+from brainray.schema import NOISE
+
+_TILE = 80  # pixels
+
+
+def explained_variance(shares: Mapping[str, NDArray[np.floating]]) -> Figure:
+    """Cumulative share of the variance by number of principal components, a line each feature set.
+
+    Args:
+        shares: (D,) of each component, by name.
+    """
+    figure = new_figure(6.5, 3.6)
+    axes = figure.subplots()
+    for (name, values), colour in zip(
+        shares.items(), class_colours(list(shares)).values(), strict=True
+    ):
+        axes.plot(np.arange(1, len(values) + 1), np.cumsum(values), color=colour, label=name)
+    axes.set_ylim(0, 1.02)
+    axes.set_xlabel("principal components")
+    axes.set_ylabel("cumulative share of the variance")
+    axes.set_title("Explained variance of the fitted slices' features")
+    axes.legend(loc="lower right")
+    tidy(axes, grid="y")
+    return figure
+
+
+def dendrogram(tree: NDArray[np.floating], depth: int) -> Figure:
+    """The upper ``depth`` levels of SciPy's linkage matrix (N - 1, 4) by cosine distance."""
+    figure = new_figure(9.0, 4.0)
+    axes = figure.subplots()
+    hierarchy.dendrogram(
+        tree,
+        truncate_mode="level",
+        p=depth,
+        no_labels=True,
+        color_threshold=0,
+        above_threshold_color=BLUE,
+        ax=axes,
+    )
+    axes.set_ylabel("cosine distance of the merged groups")
+    axes.set_title(f"Agglomerative clustering of {len(tree) + 1:,} slices, upper {depth} levels")
+    tidy(axes, grid="y")
+    return figure
+
+
+def k_distance_curve(distances: NDArray[np.floating], knee: int, k: int) -> Figure:
+    """Ascending distances (N,) to the k-th neighbour, and the knee that DBSCAN's eps is put at."""
+    figure = new_figure(6.5, 3.6)
+    axes = figure.subplots()
+    axes.plot(distances, color=BLUE)
+    axes.axhline(
+        distances[knee], color=VERMILLION, linestyle="--", label=f"eps = {distances[knee]:.3g}"
+    )
+    axes.axvline(knee, color=GREY, linestyle=":")
+    axes.set_xlabel("slices, by distance")
+    axes.set_ylabel(f"distance to neighbour {k}")
+    axes.set_title("k-distances and their knee")
+    axes.legend(loc="upper left")
+    tidy(axes, grid="y")
+    return figure
+
+
+@dataclass(frozen=True)
+class Varied:
+    """One panel of a sensitivity figure: a setting and what came of its values."""
+
+    title: str
+    values: Sequence[str]
+    figures: Mapping[str, Sequence[tuple[float, float] | None]]  # (mean, sd) by name and value
+
+
+def sensitivity(panels: Sequence[Varied]) -> Figure:
+    """Means with their standard deviation over seeds, a panel for each setting."""
+    colours = {"nmi": BLUE, "ari": GREEN, "silhouette": ORANGE, "noise share": GREY}
+    figure = new_figure(4.2 * len(panels), 3.6)
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for name, points in panel.figures.items():
+            found = [(i, *point) for i, point in enumerate(points) if point is not None]
+            if not found:
+                continue
+            places, means, errors = zip(*found, strict=True)
+            axes.errorbar(
+                places, means, yerr=errors, marker="o", capsize=3, label=name, color=colours[name]
+            )
+        axes.set_xticks(range(len(panel.values)), panel.values, rotation=30, ha="right")
+        axes.set_title(panel.title)
+        axes.legend(fontsize=8)
+        tidy(axes, grid="y")
+    return figure
+
+
+def refinement(histories: Mapping[str, Sequence[Mapping[str, float]]], tolerance: float) -> Figure:
+    """Share of changed assignments and, where labels exist, NMI of each round of refinement.
+
+    Args:
+        histories: rounds by encoder: ``round``, ``changed_share`` and possibly ``nmi``.
+        tolerance: below which assignments count as settled.
+    """
+    figure = new_figure(9.0, 3.6)
+    changed, agreement = figure.subplots(1, 2)
+    for name, colour in class_colours(list(histories)).items():
+        rounds = histories[name]
+        steps = [(r["round"], r["changed_share"]) for r in rounds if "changed_share" in r]
+        scored = [(r["round"], r["nmi"]) for r in rounds if "nmi" in r]
+        for axes, points in ((changed, steps), (agreement, scored)):
+            if points:
+                axes.plot(*zip(*points, strict=True), marker="o", color=colour, label=name)
+    changed.axhline(tolerance, color=GREY, linestyle="--", label="tolerance")
+    changed.set_ylabel("share of the slices that changed their cluster")
+    agreement.set_ylabel("NMI with the labels (scoring only)")
+    for axes in (changed, agreement):
+        axes.set_xlabel("round")
+        axes.legend(fontsize=8)
+        tidy(axes, grid="y")
+    return figure
+
+
+def cluster_map(
+    points: NDArray[np.floating],  # (N, 2)
+    clusters: NDArray[np.integer],  # (N,) or NOISE
+    labels: Sequence[str],  # (N,) "" where unknown
+    title: str,
+) -> Figure:
+    """The same t-SNE map by cluster and by label; by cluster alone where there is no label."""
+    known = sorted({name for name in labels if name != UNLABELLED_CLASS})
+    figure = new_figure(5.0 * (2 if known else 1) + 0.5, 4.6)
+    panels = figure.subplots(1, 2 if known else 1, squeeze=False)[0]
+    groups = [
+        {
+            ("noise" if k == NOISE else str(k)): (
+                clusters == k,
+                GREY if k == NOISE else cluster_colour(int(k)),
+            )
+            for k in np.unique(clusters)
+        }
+    ]
+    if known:
+        names = np.array(labels, dtype=object)
+        colours = class_colours(known) | {UNLABELLED_CLASS: GREY}
+        groups.append(
+            {
+                name or "(no label)": (names == name, colours[name])
+                for name in dict.fromkeys([*known, *labels])
+            }
+        )
+    for axes, by_name, kind in zip(panels, groups, ("cluster", "label"), strict=False):
+        for name, (rows, colour) in by_name.items():
+            axes.scatter(*points[rows].T, s=5, color=colour, label=name, linewidths=0)
+        axes.set(xticks=[], yticks=[], title=f"by {kind}")
+        if len(by_name) <= 12:
+            axes.legend(markerscale=3, fontsize=8, loc="best")
+    figure.suptitle(title)
+    return figure
+
+
+@dataclass(frozen=True)
+class ClusterTiles:
+    """Slices of one cluster, (H, W) uint8 each."""
+
+    name: str
+    nearest: Sequence[NDArray[np.uint8]]  # to the centroid, nearest first
+    farthest: Sequence[NDArray[np.uint8]]  # farthest first
+
+
+def cluster_sheet(clusters: Sequence[ClusterTiles], title: str) -> Figure:
+    """A row for each cluster: the slices nearest to its centroid, then the farthest."""
+    width = max(len(row.nearest) + len(row.farthest) for row in clusters)
+    figure = new_figure(1.2 + 0.72 * (width + 1), 0.6 + 0.85 * len(clusters))
+    grid = figure.subplots(len(clusters), 1, squeeze=False)[:, 0]
+    gap = np.full((_TILE, _TILE // 4), 255, dtype=np.uint8)
+    for axes, row in zip(grid, clusters, strict=True):
+        tiles = [*map(_tile, row.nearest), gap, *map(_tile, row.farthest)]
+        axes.imshow(np.concatenate(tiles, axis=1), cmap="gray", vmin=0, vmax=255)
+        axes.set(xticks=[], yticks=[])
+        axes.set_ylabel(row.name, rotation=0, ha="right", va="center", fontsize=8)
+    figure.suptitle(f"{title}: nearest to the centroid (left), farthest (right)", fontsize=9)
+    return figure
+
+
+def _tile(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return np.asarray(cv2.resize(image, (_TILE, _TILE), interpolation=cv2.INTER_AREA))

@@ -1,0 +1,111 @@
+"""A study's tables: means and standard deviations over seeds, as Markdown and CSV."""
+
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean, stdev
+from typing import Any
+
+from brainray.report.table import markdown_table
+
+FIGURES = ("silhouette", "ari", "nmi", "fmi", "accuracy")
+_COUNTS = ("num_clusters", "noise_share")
+_TITLES = {
+    "silhouette": "silhouette",
+    "ari": "ARI",
+    "nmi": "NMI",
+    "fmi": "FMI",
+    "accuracy": "clustering accuracy",
+    "num_clusters": "clusters",
+    "noise_share": "noise",
+}
+_METHOD = ("features", "clusterer", "pca_dim")
+_MISSING = "–"
+
+Row = Mapping[str, Any]
+
+
+def average_over_seeds(rows: Iterable[Row], by: Sequence[str]) -> list[dict[str, Any]]:
+    """One row for each combination of ``by``, in the order of first appearance.
+
+    A figure becomes ``NAME_mean`` and ``NAME_std`` (sample standard deviation, 0 for one seed)
+    over the rows that have it, ``num_seeds`` of all of them; one that no row has is left out.
+    """
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in by), []).append(row)
+    averaged = []
+    for values, members in groups.items():
+        result: dict[str, Any] = dict(zip(by, values, strict=True))
+        result["num_seeds"] = sum(row.get("problem") is None for row in members)
+        for name in (*_COUNTS, *FIGURES):
+            found = [float(row[name]) for row in members if row.get(name) is not None]
+            if found:
+                result[f"{name}_mean"] = fmean(found)
+                result[f"{name}_std"] = stdev(found) if len(found) > 1 else 0.0
+        averaged.append(result)
+    return averaged
+
+
+def methods_table(averaged: Sequence[Row]) -> str:
+    """Every method's figures on one subset of one data set's slices, in the order of the grid."""
+    shown = [name for name in FIGURES if any(f"{name}_mean" in row for row in averaged)]
+    columns = (*_COUNTS, *shown)
+    header = ["features", "clusterer", "PCA", "seeds", *(_TITLES[name] for name in columns)]
+    rows = [
+        [
+            row["features"],
+            row["clusterer"],
+            str(row["pca_dim"]),
+            str(row["num_seeds"]),
+            *(_cell(row, name) for name in columns),
+        ]
+        for row in averaged
+    ]
+    return markdown_table(header, rows, num_text_columns=2)
+
+
+def datasets_table(averaged: Sequence[Row], figure: str) -> str | None:
+    """One figure of every method by data set, with the mean of the data sets; None without any."""
+    if not any(f"{figure}_mean" in row for row in averaged):
+        return None
+    datasets = list(dict.fromkeys(row["dataset"] for row in averaged))
+    methods: dict[tuple[Any, ...], dict[str, Row]] = {}
+    for row in averaged:
+        method = tuple(row[name] for name in _METHOD)
+        methods.setdefault(method, {})[row["dataset"]] = row
+    rows = []
+    for (feature, clusterer, pca_dim), by_dataset in methods.items():
+        means = [
+            by_dataset[name][f"{figure}_mean"]
+            for name in datasets
+            if f"{figure}_mean" in by_dataset.get(name, {})
+        ]
+        # A mean over fewer data sets than the others' would not compare.
+        mean = f"{fmean(means):.3f}" if len(means) == len(datasets) else _MISSING
+        cells = [_cell(by_dataset.get(name, {}), figure) for name in datasets]
+        rows.append([feature, clusterer, str(pca_dim), *cells, mean])
+    header = ["features", "clusterer", "PCA", *datasets, f"mean {_TITLES[figure]}"]
+    return markdown_table(header, rows, num_text_columns=2)
+
+
+def csv_text(rows: Sequence[Row]) -> str:
+    """All rows with the union of their columns; empty where a row lacks one."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({name: "" if value is None else value for name, value in row.items()})
+    return stream.getvalue()
+
+
+def _cell(row: Row, name: str) -> str:
+    mean, std = row.get(f"{name}_mean"), row.get(f"{name}_std")
+    if mean is None or std is None:
+        return _MISSING
+    if name == "num_clusters":
+        return f"{mean:.0f}" if std == 0 else f"{mean:.1f} ± {std:.1f}"
+    if name == "noise_share":
+        return f"{mean:.1%}"
+    return f"{mean:.3f} ± {std:.3f}"

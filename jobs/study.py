@@ -1,0 +1,51 @@
+"""Compare features and clusterers without labels, on one data set or several."""
+
+import sys
+
+from brainray.config import Config
+from brainray.orchestration.job import JobResult, log, run_job
+from brainray.orchestration.study import run_study
+
+
+def work(config: Config) -> JobResult:
+    finished = run_study(config, log)
+    log(finished.text)
+    log(f"tables and figures: {finished.folder}")
+    log(f"compare studies: mlflow ui --backend-store-uri {finished.tracking_uri}")
+    return JobResult(str(finished.folder), finished.mlflow_run_id, finished.metrics)
+
+
+if __name__ == "__main__":
+    sys.exit(
+        run_job(
+            "study",
+            """
+            Cluster slices without labels: every feature set (pixels, pretrained, random and
+            self-supervised encoders) with every clusterer, PCA dimension and seed; tables with
+            mean and standard deviation, figures, contact sheets and a recommended number of
+            clusters. Labels, where they exist, are read for scoring only. The same name goes on
+            after an interruption and repeats nothing that is finished.
+
+            Example: python jobs/study.py --config configs/study.yaml --set source=/data/mri
+                     python jobs/study.py --config configs/study.yaml
+                     --set sources.first=/data/one sources.second=/data/two
+            """,
+            work,
+            keys=[
+                "name",
+                "dataset",
+                "source",
+                "sources",
+                "labels",
+                "storage",
+                "classes",
+                "preprocess",
+                "split",
+                "clustering",
+                "study",
+                "train",
+                "evaluation.tsne_max_slices",
+                "tracking",
+            ],
+        )
+    )

@@ -1,0 +1,147 @@
+"""The study's clusterers against scikit-learn, by hand, and on what they cannot cluster."""
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from sklearn.cluster import AgglomerativeClustering
+from sklearn.metrics import adjusted_rand_score
+
+from brainray.clustering.clusterers import (
+    AgglomerativeClusterer,
+    Clusterer,
+    DBSCANClusterer,
+    HDBSCANClusterer,
+    KMeansClusterer,
+    MixtureClusterer,
+    SpectralClusterer,
+    cut_at_depth,
+    hierarchy_of,
+    k_distances,
+    knee,
+)
+from brainray.errors import ClusteringError
+from brainray.schema import NOISE
+
+K = 3
+ALL: dict[str, Clusterer] = {
+    "kmeans": KMeansClusterer(K, seed=0),
+    "gmm": MixtureClusterer(K, seed=0, covariance_type="diag"),
+    "agglomerative": AgglomerativeClusterer(K, seed=0, max_rows=1000),
+    "dbscan": DBSCANClusterer(min_samples=5, seed=0, max_rows=1000, eps_factor=2.0),
+    "spectral": SpectralClusterer(K, seed=0, max_rows=1000),
+    "hdbscan": HDBSCANClusterer(min_samples=5, seed=0, max_rows=1000),
+}
+EACH = pytest.mark.parametrize("name", ALL)
+
+
+def blobs(num_rows: int, seed: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Three tight groups in different directions from the origin, in turn."""
+    generator = np.random.default_rng(seed)
+    truth = np.arange(num_rows) % K
+    centers = 10 * np.eye(K, 4)
+    return centers[truth] + 0.3 * generator.standard_normal((num_rows, 4)), truth
+
+
+@EACH
+def test_separate_groups_are_found_in_fitted_rows_and_in_others(name: str) -> None:
+    x, truth = blobs(90, seed=1)
+    others, others_truth = blobs(30, seed=2)
+    found = ALL[name].fit(x)
+    clustered = found.labels != NOISE
+    assert clustered.mean() > 0.8
+    assert adjusted_rand_score(truth[clustered], found.labels[clustered]) == 1
+    labels = found.assign(others)
+    clustered = labels != NOISE
+    assert clustered.mean() > 0.8
+    assert adjusted_rand_score(others_truth[clustered], labels[clustered]) == 1
+    # Numbers mean the same in both.
+    of_class = {c: set(found.labels[truth == c]) - {NOISE} for c in range(K)}
+    assert all(set(labels[others_truth == c]) - {NOISE} <= of_class[c] for c in range(K))
+
+
+@EACH
+def test_rows_that_are_all_the_same_are_refused_or_left_together(name: str) -> None:
+    x = np.ones((40, 4))
+    if name in {"hdbscan", "spectral"}:  # scikit-learn's answer, whatever its use
+        assert len(ALL[name].fit(x).labels) == 40
+    elif name == "agglomerative":  # equal directions are at distance 0
+        assert len(ALL[name].fit(x).labels) == 40
+        with pytest.raises(ClusteringError, match="rows are zero and have no cosine distance"):
+            ALL[name].fit(0 * x)
+    else:
+        with pytest.raises(ClusteringError):
+            ALL[name].fit(x)
+
+
+def test_the_hierarchy_cut_at_k_is_scikit_learns() -> None:
+    x = np.random.default_rng(0).standard_normal((60, 5))
+    theirs = AgglomerativeClustering(n_clusters=4, metric="cosine", linkage="average").fit(x)
+    ours = AgglomerativeClusterer(4, seed=0, max_rows=100).fit(x)
+    assert adjusted_rand_score(theirs.labels_, ours.labels) == 1
+
+
+def test_a_hierarchy_is_cut_by_levels_below_its_root() -> None:
+    # Directions at 0, 1, 10 and 90 degrees merge one after another: ((((0 1) 10) 90).
+    angles = np.deg2rad([0.0, 1.0, 10.0, 90.0])
+    tree = hierarchy_of(np.stack([np.cos(angles), np.sin(angles)], axis=1), "average")
+    partitions = {
+        depth: [set(np.flatnonzero(labels == k)) for k in np.unique(labels)]
+        for depth in (0, 1, 2, 3, 10)
+        for labels in [cut_at_depth(tree, depth)]
+    }
+    assert partitions[0] == [{0, 1, 2, 3}]
+    assert sorted(map(sorted, partitions[1])) == [[0, 1, 2], [3]]
+    assert sorted(map(sorted, partitions[2])) == [[0, 1], [2], [3]]
+    assert sorted(map(sorted, partitions[3])) == [[0], [1], [2], [3]]
+    assert sorted(map(sorted, partitions[10])) == [[0], [1], [2], [3]]
+
+
+def test_k_distances_do_not_count_the_row_itself() -> None:
+    x = np.array([[0.0], [1.0], [3.0], [7.0]])
+    # Second nearest others: 0 -> 3, 1 -> 2, 3 -> 3, 7 -> 6.
+    np.testing.assert_allclose(k_distances(x, 2), [2.0, 3.0, 3.0, 6.0])
+    with pytest.raises(ClusteringError, match="no 4-th neighbours"):
+        k_distances(x, 4)
+
+
+def test_the_knee_is_where_a_flat_stretch_turns_steep() -> None:
+    curve = np.concatenate([np.linspace(1.0, 1.5, 80), np.linspace(1.6, 9.0, 20)])
+    assert knee(curve) == 79
+    assert knee(np.ones(9)) == 4
+
+
+def test_dbscan_calls_noise_what_is_far_from_all_cores() -> None:
+    x, _ = blobs(90, seed=1)
+    far = np.full((1, 4), 50.0)
+    found = ALL["dbscan"].fit(np.concatenate([x, far]))
+    assert found.labels[-1] == NOISE
+    assert found.details["eps"] > 0
+    assert found.assign(-far).tolist() == [NOISE]
+
+
+@pytest.mark.parametrize(
+    "clusterer",
+    [
+        AgglomerativeClusterer(K, seed=0, max_rows=60),
+        SpectralClusterer(K, seed=0, max_rows=60),
+        DBSCANClusterer(min_samples=5, seed=0, max_rows=60, eps_factor=2.0),
+        HDBSCANClusterer(min_samples=5, seed=0, max_rows=60),
+    ],
+    ids=lambda clusterer: type(clusterer).__name__,
+)
+def test_above_the_limit_a_drawn_sample_is_clustered_and_says_so(clusterer: Clusterer) -> None:
+    x, truth = blobs(300, seed=3)
+    found = clusterer.fit(x)
+    clustered = found.labels != NOISE
+    assert clustered.mean() > 0.8
+    assert adjusted_rand_score(truth[clustered], found.labels[clustered]) == 1
+    assert found.notes[0].startswith("fitted to a drawn sample of 60 of 300 rows")
+    again = clusterer.fit(x)
+    np.testing.assert_array_equal(found.labels, again.labels)
+
+
+def test_more_clusters_than_rows_are_refused() -> None:
+    x, _ = blobs(2, seed=0)
+    for name in ("kmeans", "gmm"):
+        with pytest.raises(ClusteringError, match=r"lower clustering\.num_clusters or add images"):
+            ALL[name].fit(x)

@@ -1,0 +1,80 @@
+"""Figures of a partition agree with scikit-learn's; noise is counted and is no cluster."""
+
+import numpy as np
+import pytest
+from sklearn import metrics as sk
+
+from brainray.clustering.partition import clustering_accuracy, score_partition
+from brainray.schema import NOISE, UNLABELLED
+
+N = 60
+GENERATOR = np.random.default_rng(0)
+X = GENERATOR.standard_normal((N, 3))
+LABELS = GENERATOR.integers(0, 4, N)
+LABELINGS = {
+    "random": GENERATOR.integers(0, 5, N),
+    "the truth": LABELS,
+    "one cluster": np.zeros(N, dtype=np.int64),
+    "all singletons": np.arange(N),
+}
+
+
+@pytest.mark.parametrize("name", LABELINGS)
+def test_figures_agree_with_scikit_learns(name: str) -> None:
+    clusters = LABELINGS[name]
+    scores = score_partition(X, clusters, LABELS)
+    assert scores["nmi"] == pytest.approx(sk.normalized_mutual_info_score(LABELS, clusters))
+    assert scores["ari"] == pytest.approx(sk.adjusted_rand_score(LABELS, clusters))
+    assert scores["fmi"] == pytest.approx(sk.fowlkes_mallows_score(LABELS, clusters))
+    assert scores["num_clusters"] == len(np.unique(clusters))
+    assert scores["num_noise"] == 0
+    if name in {"one cluster", "all singletons"}:
+        assert "silhouette" not in scores
+    else:
+        assert scores["silhouette"] == pytest.approx(sk.silhouette_score(X, clusters))
+
+
+def test_noise_is_counted_and_scored_as_no_cluster() -> None:
+    clusters = LABELINGS["random"].copy()
+    clusters[::3] = NOISE
+    kept = clusters != NOISE
+    scores = score_partition(X, clusters, LABELS)
+    assert scores["num_noise"] == 20
+    assert scores["noise_share"] == pytest.approx(1 / 3)
+    assert scores["num_clusters"] == len(np.unique(clusters[kept]))
+    assert scores["nmi"] == pytest.approx(
+        sk.normalized_mutual_info_score(LABELS[kept], clusters[kept])
+    )
+    assert scores["silhouette"] == pytest.approx(sk.silhouette_score(X[kept], clusters[kept]))
+    assert scores["nmi"] != pytest.approx(sk.normalized_mutual_info_score(LABELS, clusters))
+
+
+def test_noise_alone_has_counts_and_no_merit() -> None:
+    scores = score_partition(X, np.full(N, NOISE), LABELS)
+    assert scores["num_clusters"] == 0
+    assert scores["noise_share"] == 1
+    assert scores["accuracy"] == 0
+    assert scores.keys().isdisjoint({"nmi", "ari", "fmi", "silhouette"})
+
+
+def test_without_labels_figures_that_need_them_are_absent() -> None:
+    scores = score_partition(X, LABELINGS["random"], np.full(N, UNLABELLED))
+    assert "silhouette" in scores
+    assert scores.keys().isdisjoint({"nmi", "ari", "fmi", "accuracy"})
+
+
+def test_slices_without_a_label_are_left_out_of_what_needs_one() -> None:
+    labels = LABELS.copy()
+    labels[:20] = UNLABELLED
+    clusters = LABELINGS["random"]
+    scores = score_partition(X, clusters, labels)
+    assert scores["ari"] == pytest.approx(sk.adjusted_rand_score(LABELS[20:], clusters[20:]))
+    assert scores["num_rows"] == N
+
+
+def test_the_accuracy_names_clusters_one_to_one_and_counts_noise_as_wrong() -> None:
+    labels = np.array([0, 0, 0, 1, 1, 1])
+    assert clustering_accuracy(labels, np.array([7, 7, 7, 5, 5, 5])) == 1
+    # Three clusters for two classes: the smallest stands for none.
+    assert clustering_accuracy(labels, np.array([7, 7, 3, 5, 5, 5])) == pytest.approx(5 / 6)
+    assert clustering_accuracy(labels, np.array([7, 7, NOISE, 5, 5, 5])) == pytest.approx(5 / 6)

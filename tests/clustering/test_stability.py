@@ -1,0 +1,61 @@
+"""The number of clusters that is recommended, and the reasons given."""
+
+import numpy as np
+import pytest
+import torch
+
+from brainray.clustering.num_clusters import NumClustersScores, score_num_clusters
+from brainray.clustering.stability import Stability, measure_stability, recommend
+from brainray.errors import ClusteringError
+
+KS = [2, 3, 4, 5]
+
+
+def three_groups() -> np.ndarray:
+    generator = np.random.default_rng(0)
+    centers = np.array([[0.0, 0.0], [6.0, 0.0], [0.0, 7.0]])
+    return centers[np.arange(150) % 3] + generator.standard_normal((150, 2))
+
+
+def test_samples_agree_on_the_groups_that_are_there() -> None:
+    stability = measure_stability(three_groups(), KS, num_pairs=4)
+    assert stability.chosen == 3
+    assert stability.mean[1] > 0.95
+    assert stability.mean[3] < stability.mean[1] - 0.1
+
+
+def test_the_same_seed_gives_the_same_stability() -> None:
+    first, second = (measure_stability(three_groups(), [2, 3], num_pairs=2) for _ in range(2))
+    assert first == second
+
+
+def test_three_groups_are_recommended_with_reasons() -> None:
+    x = three_groups()
+    scores = score_num_clusters(torch.from_numpy(x), KS, num_references=4)
+    found = recommend(scores, measure_stability(x, KS, num_pairs=4))
+    assert found.num_clusters == 3
+    assert any("criteria agree" in reason or reason.startswith("for") for reason in found.reasons)
+    assert any("at K = 3: silhouette" in reason for reason in found.reasons)
+
+
+def test_the_most_stable_of_contradicting_choices_wins_and_the_doubt_is_said() -> None:
+    scores = NumClustersScores(
+        KS, [0.9, 0.1, 0.1, 0.1], [4.0, 3.0, 2.0, 1.0], [0.1, 0.9, 0.2, 0.2], [0.0] * 4
+    )
+    assert scores.chosen == {"silhouette": 2, "bic": 5, "gap": 3}
+    stability = Stability(KS, [0.5, 0.6, 0.99, 0.7], [0.01] * 4)
+    found = recommend(scores, stability)
+    assert found.num_clusters == 4
+    assert any("no two criteria agree" in reason for reason in found.reasons)
+
+
+def test_a_choice_at_the_end_of_the_range_is_said() -> None:
+    scores = NumClustersScores([2, 3], [0.9, 0.1], [1.0, 2.0], [0.9, 0.1], [0.0] * 2)
+    found = recommend(scores, Stability([2, 3], [0.9, 0.2], [0.01] * 2))
+    assert found.num_clusters == 2
+    assert any("end of the range 2..3" in reason for reason in found.reasons)
+
+
+def test_too_few_slices_for_a_candidate_are_refused() -> None:
+    with pytest.raises(ClusteringError, match=r"lower study\.candidate_num_clusters"):
+        measure_stability(three_groups()[:5], KS)

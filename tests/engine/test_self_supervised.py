@@ -1,0 +1,149 @@
+"""Learning without labels on one rank: what is learned, when it ends, what no label touches."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from brainray.config import (
+    AugmentConfig,
+    ClusteringConfig,
+    SelfSupervisionConfig,
+    TrainConfig,
+)
+from brainray.engine.recipe import build_optimizer
+from brainray.engine.self_supervised import (
+    Convergence,
+    SoftTargets,
+    build_pretext,
+    changed_share,
+    cluster_without_labels,
+    embed_slices,
+    plan_steps,
+    pretext_epoch,
+)
+from brainray.engine.shard import CachedImages
+from brainray.models.features import FeatureEncoder
+from brainray.models.pretext import PretextModel
+
+SIDE, NUM_IMAGES = 16, 48
+SETTINGS = SelfSupervisionConfig(
+    projection_dim=8, augment=AugmentConfig(policy="weak", max_rotation_deg=5.0)
+)
+
+
+def striped_images() -> Tensor:
+    """(N, 1, side, side) uint8: bright above, in one of three widths, so that turns can be told."""
+    images = torch.zeros(NUM_IMAGES, 1, SIDE, SIDE, dtype=torch.uint8)
+    for number in range(NUM_IMAGES):
+        images[number, 0, : 2 + 2 * (number % 3)] = 150 + number
+    return images
+
+
+def small_model(pretext_name: str) -> PretextModel:
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 5, stride=2),
+        torch.nn.ReLU(),
+        torch.nn.Flatten(),
+        torch.nn.Linear(8 * 6 * 6, 16),
+    )
+    return PretextModel(FeatureEncoder(network), build_pretext(pretext_name, SETTINGS).head(16))
+
+
+def train(pretext_name: str, num_epochs: int, seed: int = 0) -> tuple[PretextModel, list[float]]:
+    images = CachedImages(striped_images())
+    model = small_model(pretext_name)
+    plan = plan_steps(NUM_IMAGES, 16, num_ranks=1)
+    config = TrainConfig(learning_rate=5e-3)
+    optimizer, scheduler = build_optimizer(model, config, num_epochs * plan.num_steps)
+    losses = [
+        pretext_epoch(
+            model,
+            optimizer,
+            scheduler,
+            build_pretext(pretext_name, SETTINGS),
+            images,
+            plan=plan,
+            seed=100 * seed + epoch,
+            precision="fp32",
+        )["total"]
+        for epoch in range(num_epochs)
+    ]
+    return model, losses
+
+
+@pytest.mark.parametrize("name", ["rotation", "contrastive"])
+def test_a_pretext_is_learned(name: str) -> None:
+    _, losses = train(name, num_epochs=12)
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_the_same_seed_gives_the_same_weights() -> None:
+    first, second = (train("contrastive", 2)[0].state_dict() for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    other = train("contrastive", 2, seed=1)[0].state_dict()
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_the_clustering_loss_draws_slices_to_their_centres() -> None:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (NUM_IMAGES, 1, SIDE, SIDE), generator=generator)
+    images = CachedImages(pixels.to(torch.uint8))
+    model = small_model("none")
+    clustering = ClusteringConfig(num_clusters=3, pca_dim=3, covariance_type="diag")
+    z = embed_slices(model.encoder, images, batch_size=32, precision="fp32").clone()
+    found = cluster_without_labels(z, torch.arange(NUM_IMAGES), config=clustering, seed=0)
+    plan = plan_steps(NUM_IMAGES, 16, num_ranks=1)
+    optimizer, scheduler = build_optimizer(model, TrainConfig(), 10 * plan.num_steps)
+    history = [
+        pretext_epoch(
+            model,
+            optimizer,
+            scheduler,
+            build_pretext("none", SETTINGS),
+            images,
+            plan=plan,
+            seed=epoch,
+            precision="fp32",
+            lambda_cluster=0.5,
+            soft=SoftTargets(found.responsibilities, found.model.centers),
+        )
+        for epoch in range(10)
+    ]
+    assert all(terms["total"] == pytest.approx(0.5 * terms["cluster"]) for terms in history)
+    assert history[-1]["cluster"] < 0.8 * history[0]["cluster"]
+
+
+def test_clusters_without_labels_stand_for_no_class() -> None:
+    z = torch.nn.functional.normalize(
+        torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
+    )
+    clustering = ClusteringConfig(num_clusters=2, pca_dim=3, covariance_type="diag")
+    found = cluster_without_labels(z, torch.arange(40), config=clustering, seed=0)
+    assert found.responsibilities.shape == (40, 2)
+    assert found.model.class_of_cluster.tolist() == [0, 0]
+    # The saved pair gives the responsibilities again, which is how refinement is resumed.
+    torch.testing.assert_close(found.model.responsibilities(z), found.responsibilities)
+
+
+def test_an_epoch_is_one_pass_in_equal_steps() -> None:
+    assert plan_steps(100, 16, num_ranks=2) == plan_steps(101, 16, num_ranks=2)
+    plan = plan_steps(101, 16, num_ranks=2)
+    assert (plan.num_steps, plan.batch_size) == (3, 16)
+    tiny = plan_steps(5, 16, num_ranks=2)
+    assert (tiny.num_steps, tiny.batch_size) == (1, 2)
+
+
+def test_refinement_ends_when_calm_for_as_long_as_asked_or_at_the_limit() -> None:
+    convergence = Convergence(tolerance=0.05, patience=2, max_rounds=5)
+    assert not convergence.is_reached([])
+    assert not convergence.is_reached([0.01])
+    assert not convergence.is_reached([0.04, 0.2, 0.01])
+    assert convergence.is_reached([0.3, 0.05, 0.01])
+    assert convergence.is_reached([0.5] * 5)
+
+
+def test_changed_assignments_are_counted() -> None:
+    before = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4], [0.5, 0.5]])
+    after = torch.tensor([[0.6, 0.4], [0.9, 0.1], [0.6, 0.4], [1.0, 0.0]])
+    assert changed_share(before, after) == 0.25

@@ -1,0 +1,74 @@
+"""A study's tables by hand: means and deviations over seeds, dashes where there is no figure."""
+
+import csv
+import io
+
+from brainray.report.study_tables import (
+    average_over_seeds,
+    csv_text,
+    datasets_table,
+    methods_table,
+)
+
+BY = ("dataset", "features", "clusterer", "pca_dim")
+
+
+def row(dataset: str, seed: int, **figures: float | str | None) -> dict:
+    method = {"features": "pixels", "clusterer": "kmeans", "pca_dim": 8}
+    return {"dataset": dataset, "seed": seed, "problem": None, **method, **figures}
+
+
+ROWS = [
+    row("one", 0, nmi=0.2, silhouette=0.5, num_clusters=4.0, noise_share=0.0),
+    row("one", 1, nmi=0.4, num_clusters=4.0, noise_share=0.0),
+    row("one", 2, problem="no luck"),
+    row("two", 0, nmi=0.6, num_clusters=3.0, noise_share=0.25),
+]
+
+
+def test_means_and_sample_deviations_over_the_seeds_that_have_the_figure() -> None:
+    one, two = average_over_seeds(ROWS, BY)
+    assert abs(one["nmi_mean"] - 0.3) < 1e-12
+    assert abs(one["nmi_std"] - 0.02**0.5) < 1e-12
+    assert (one["silhouette_mean"], one["silhouette_std"]) == (0.5, 0.0)
+    assert one["num_seeds"] == 2
+    assert "ari_mean" not in one
+    assert (two["nmi_mean"], two["nmi_std"], two["num_seeds"]) == (0.6, 0.0, 1)
+
+
+def test_the_methods_table_shows_what_there_is() -> None:
+    lines = methods_table(average_over_seeds(ROWS, BY)).splitlines()
+    header, first, second = ([c.strip() for c in lines[i].split("|")[1:-1]] for i in (0, 2, 3))
+    assert header == [
+        "features",
+        "clusterer",
+        "PCA",
+        "seeds",
+        "clusters",
+        "noise",
+        "silhouette",
+        "NMI",
+    ]
+    assert first == ["pixels", "kmeans", "8", "2", "4", "0.0%", "0.500 ± 0.000", "0.300 ± 0.141"]
+    assert second == ["pixels", "kmeans", "8", "1", "3", "25.0%", "–", "0.600 ± 0.000"]
+
+
+def test_the_data_sets_stand_side_by_side_with_their_mean() -> None:
+    table = datasets_table(average_over_seeds(ROWS, BY), "nmi")
+    assert table is not None
+    cells = [cell.strip() for cell in table.splitlines()[2].split("|")[1:-1]]
+    assert cells == ["pixels", "kmeans", "8", "0.300 ± 0.141", "0.600 ± 0.000", "0.450"]
+    # A mean over one of two data sets would not compare.
+    silhouettes = datasets_table(average_over_seeds(ROWS, BY), "silhouette")
+    assert silhouettes is not None
+    assert silhouettes.splitlines()[2].split("|")[-2].strip() == "–"
+
+
+def test_without_labels_there_is_no_table_of_them() -> None:
+    assert datasets_table(average_over_seeds([row("one", 0, silhouette=0.1)], BY), "nmi") is None
+
+
+def test_csv_has_every_column_and_gaps_where_a_row_lacks_one() -> None:
+    read = list(csv.DictReader(io.StringIO(csv_text(ROWS))))
+    assert [line["nmi"] for line in read] == ["0.2", "0.4", "", "0.6"]
+    assert read[2]["problem"] == "no luck"
