@@ -299,7 +299,7 @@ def _reduce(store: FeatureStore, slices: Slices, num_components: int, normalise:
         rows = torch.tensor(features, dtype=torch.float64)
         if normalise:  # as training does: directions carry the meaning
             rows = torch.nn.functional.normalize(rows)
-        fitted = rows[torch.from_numpy(slices.fitted)]
+        fitted = rows[torch.tensor(slices.fitted)]
         pca = PCA(num_components).fit(fitted)
         return Reduced(pca.transform(rows).numpy(), pca.explained_variance_ratio_.numpy())
 

@@ -90,7 +90,7 @@ def pretrain(
     if feature.lambda_cluster > 0 and feature.pretext != "none":
         alone = feature.model_copy(update={"lambda_cluster": 0.0})
         before = pretrain(config, store, alone, weights, dataset=dataset, seed=seed, log=log)
-        weights, head = weights_from(before, layout.ENCODER), read_head(before)
+        weights, head = weights_from(before, layout.ENCODER), _read_head(before)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     workers = plan_workers(config.train, nodes)
     made_by = _made_by(config, store, feature, weights, seed, workers.num_workers)
@@ -412,7 +412,7 @@ class _Learner:
         self.folder.write_bytes(layout.ENCODER, buffer.getvalue())
 
 
-def read_head(folder: Folder) -> dict[str, Tensor]:
+def _read_head(folder: Folder) -> dict[str, Tensor]:
     """The pretext's head that was trained with an encoder."""
     content = io.BytesIO(folder.read_bytes(layout.ENCODER))
     head: dict[str, Tensor] = torch.load(content, map_location="cpu", weights_only=True)["head"]
