@@ -63,6 +63,14 @@ def assert_same_weights(storage: Path, *names: str) -> None:
         assert one.equal(two)
 
 
+def training_worker(process: subprocess.Popen[str]) -> psutil.Process:
+    for member in psutil.Process(process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if " ".join(member.cmdline()).startswith("ray::RayTrainWorker"):
+                return member
+    raise AssertionError("no training worker")
+
+
 @pytest.fixture
 def config_file(tmp_path: Path) -> Path:
     path = tmp_path / "config.yaml"
@@ -111,13 +119,16 @@ def test_a_second_job_is_refused_and_sigterm_ends_the_first_in_order(
     first = job("train", config_file, "name=twice", "dataset=mri")
     wait_for(lambda: len(epochs_of(tmp_path, "twice")) >= 1)
 
+    trainer = training_worker(first)
+    trainer.suspend()  # or the run might be complete before the second job has started
     second = job("train", config_file, "name=twice", "dataset=mri")
     refused = result(second)
+    trainer.resume()
     assert second.returncode == 2
     assert f"another job (process {first.pid} of" in refused["error"]
     assert "wait for its end, or choose another name" in refused["error"]
 
-    assert first.poll() is None, "the first was to be at work still: give it more epochs"
+    assert first.poll() is None
     started = time.monotonic()
     first.send_signal(signal.SIGTERM)
     ended = result(first)

@@ -44,8 +44,10 @@ def nodes(*num_cpus: int) -> Iterator[tuple[RayHead, list[subprocess.Popen[bytes
     with contextlib.ExitStack() as stack:
         head = stack.enter_context(own_ray_head(print, num_cpus=first))
         wait_until_ready(head)
-        started = [stack.enter_context(own_ray_node(head, num_cpus=count)) for count in others]
-        wait_for_nodes(head, len(num_cpus))
+        started = []
+        for count in others:
+            started.append(stack.enter_context(own_ray_node(head, num_cpus=count)))
+            wait_for_nodes(head, 1 + len(started))
         yield head, started
 
 

@@ -149,6 +149,9 @@ def wait_for_nodes(head: RayHead, count: int) -> None:
             if alive == count:
                 return
         time.sleep(0.5)
+    for log in sorted(head.log.parent.glob("node-*.log")):
+        tail = log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
+        print(f"{log.name}:", *tail, sep="\n", file=sys.stderr)
     raise RayDidNotStart(f"{alive} instead of {count} nodes after {START_TIMEOUT_S:.0f} s")
 
 
