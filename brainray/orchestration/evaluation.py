@@ -77,6 +77,7 @@ def evaluate(config: Config, log: Log = print, only_paths: set[str] | None = Non
         checkpoint.clusters.class_of_cluster.numpy(),
         num_resamples=config.evaluation.bootstrap_resamples,
         seed=config.seed,
+        temperature=predictor.temperature(),
     )
     metrics |= {"num_rejected": float(rejected.num_rows), "epoch": float(checkpoint.epoch)}
     folder = Folder(config.storage) / layout.EVALUATIONS / _name(config)

@@ -55,6 +55,15 @@ class Predictor:
             return None
         return self.run_folder.read_table(layout.SEEN)
 
+    def temperature(self) -> float | None:
+        """What the run fitted on its validation slices after this epoch; None without the run."""
+        if not self.run_folder.exists(layout.METRICS):
+            return None
+        history = self.run_folder.read_json_lines(layout.METRICS)
+        by_epoch = {int(row["epoch"]): row for row in history}
+        found: float | None = by_epoch.get(self.checkpoint.epoch, {}).get("validation/temperature")
+        return found
+
 
 def find_predictor(config: Config, purpose: str) -> Predictor:
     """The epoch ``config.epoch`` of ``config.run``, by default the chosen one, or the checkpoint

@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -47,6 +48,7 @@ def of_this_rank() -> tuple[Tensor, Tensor]:
     return found.labels, found.confidences
 
 
+@pytest.mark.slow
 def test_two_ranks_trust_the_slices_that_one_trusts() -> None:
     labels, confidences = of_this_rank()
     for rank, (labels_of_rank, confidences_of_rank) in enumerate(run_on_ranks(of_this_rank, 2)):

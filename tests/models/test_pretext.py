@@ -104,6 +104,7 @@ def ranks() -> list[dict[str, tuple[Tensor, Tensor]]]:
     return run_on_ranks(everything_on_this_rank, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LOSSES)
 def test_two_ranks_have_the_loss_and_the_gradient_of_one(
     name: str, ranks: list[dict[str, tuple[Tensor, Tensor]]]

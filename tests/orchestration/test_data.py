@@ -130,7 +130,7 @@ def test_bad_files_are_recorded_and_the_rest_goes_on(phantoms: Path, tmp_path: P
     for name, (content, _) in bad.items():
         (source / "Training" / "glioma" / name).write_bytes(content)
     folder = source / "Training" / "glioma"
-    (folder / "gone.jpg").symlink_to(tmp_path / "nowhere")
+    (folder / "gone.jpg").symlink_to(folder / "nowhere")
     (folder / "again").symlink_to(source / "Training")
     with open(os.fsencode(folder) + b"/\xff.jpg", "wb") as stream:
         stream.write(good)

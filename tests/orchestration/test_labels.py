@@ -13,6 +13,7 @@ from tests.conftest import tiny_config
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
+@pytest.mark.slow
 def test_unlabelled_slices_are_ranked_and_the_list_stays_with_the_run(trained: TrainedRun) -> None:
     storage = Path(str(trained.run.folder)).parents[1]
     chosen = choose_next_labels(

@@ -252,6 +252,7 @@ def test_evaluation_of_the_raw_files_tells_what_training_told(
     assert scored.folder.exists("predictions.parquet")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_its_run_has_no_clean_figures(
     storage: Path, phantoms: Path, trained: TrainedRun, tmp_path: Path
 ) -> None:
