@@ -122,6 +122,7 @@ def test_candidates_of_the_other_rank_count() -> None:
     assert not torch.allclose(torch.stack(halves).mean(), nt_xent(first, second, TEMPERATURE))
 
 
+@pytest.mark.slow
 def test_a_gathered_row_gets_the_sum_of_all_ranks_gradients(
     ranks: list[dict[str, tuple[Tensor, Tensor]]],
 ) -> None:
