@@ -19,9 +19,8 @@ class KMeans(FittedModule):
 
     The result does not depend on how rows are spread over ranks, up to rounding, provided that
     `row_keys` stay with their rows. Distances are computed in the rows' dtype, on rows centred at
-    their mean (one copy of the shard), and summed in it within a block; sums over blocks, counts
-    and inertia are float64. Sums follow the rows that move, so that an iteration at rest costs no
-    more than distances.
+    their mean (one copy of the shard); sums, counts and inertia in float64. Sums follow the rows
+    that move, so that an iteration at rest costs no more than distances.
 
     Fitted attributes:
         cluster_centers_: (K, D), in the rows' dtype.
@@ -270,9 +269,7 @@ class _Assignment:
         return len(moved)
 
     def _add(self, rows: Tensor, clusters: Tensor, sign: int) -> None:
-        """Within a block in the rows' dtype: float64 would cost more than the distances."""
-        change = rows.new_zeros(self.sums.shape).index_add_(0, clusters, rows)
-        self.sums += sign * change
+        self.sums.index_add_(0, clusters, rows.double(), alpha=sign)
         self.counts += sign * torch.bincount(clusters, minlength=len(self.counts))
 
     def totals(self, num_moved: Tensor) -> tuple[Tensor, ...]:
