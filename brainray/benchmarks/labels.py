@@ -12,6 +12,7 @@ from brainray.errors import ConfigError
 from brainray.orchestration.data import preprocess
 from brainray.orchestration.draws import train_draws
 from brainray.orchestration.job import attach_to_ray
+from brainray.report.draws_table import mean_and_deviation
 from brainray.report.style import BLUE, GREY, ORANGE, new_figure, tidy
 from brainray.report.table import markdown_table
 
@@ -92,23 +93,16 @@ def _table(found: Mapping[float, Metrics]) -> str:
             [
                 f"{share:.0%}",
                 f"{metrics['num_label_draws']:.0f}",
-                _with_deviation(metrics, key),
-                _with_deviation(metrics, f"test/{SUBSET}/cluster/accuracy"),
+                mean_and_deviation(metrics, key),
+                mean_and_deviation(metrics, f"test/{SUBSET}/cluster/accuracy"),
                 f"{metrics.get(f'control/{key}', math.nan):.3f}",
-                _with_deviation(metrics, f"test/{SUBSET}/thumbnail_1nn/accuracy"),
+                mean_and_deviation(metrics, f"test/{SUBSET}/thumbnail_1nn/accuracy"),
                 f"{metrics.get(f'fewer_errors/{key}', math.nan):.0%}",
             ]
         )
     return f"Accuracy on {SUBSET} test slices:\n\n" + markdown_table(
         header, rows, num_text_columns=1
     )
-
-
-def _with_deviation(metrics: Metrics, name: str) -> str:
-    if name not in metrics:
-        return "–"
-    deviation = metrics.get(f"{name}_std")
-    return f"{metrics[name]:.3f}" + ("" if deviation is None else f" ± {deviation:.3f}")
 
 
 def _plot(found: Mapping[float, Metrics]) -> Figure:

@@ -22,7 +22,7 @@ def draws_table(metrics: Mapping[str, float]) -> str:
                 [
                     predictor,
                     subset,
-                    _spread(metrics, name),
+                    mean_and_deviation(metrics, name),
                     _figure(metrics, f"control/{name}"),
                     _interval(metrics, f"difference/{name}"),
                     _share(metrics, f"fewer_errors/{name}"),
@@ -31,7 +31,10 @@ def draws_table(metrics: Mapping[str, float]) -> str:
     return markdown_table(header, rows, num_text_columns=2)
 
 
-def _spread(metrics: Mapping[str, float], name: str) -> str:
+def mean_and_deviation(metrics: Mapping[str, float], name: str) -> str:
+    """Such as ``0.930 ± 0.012``; a dash where there is no such figure."""
+    if name not in metrics:
+        return _MISSING
     deviation = metrics.get(f"{name}_std")
     return f"{metrics[name]:.3f}" + ("" if deviation is None else f" ± {deviation:.3f}")
 
