@@ -15,7 +15,9 @@ Example: python jobs/benchmark.py duplicates --source /data/brain-tumor-mri --qu
 
 
 def parser() -> argparse.ArgumentParser:
-    cases = "\n".join(f"  {name:<12} {case.__doc__}" for name, case in CASES.items())
+    cases = "\n".join(
+        f"  {name:<12} {(case.__doc__ or '').splitlines()[0]}" for name, case in CASES.items()
+    )
     made = argparse.ArgumentParser(
         prog="jobs/benchmark.py",
         description=DESCRIPTION,
