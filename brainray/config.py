@@ -268,6 +268,11 @@ class ClusteringConfig(_Section):
 class TrainConfig(_Section):
     image_size: Annotated[int, Field(ge=16, le=2048)] = 256
     """Height and width at which the encoder sees the slices, in pixels."""
+    growth_epochs: Annotated[int, Field(ge=0)] = 0
+    """Epochs of progressive resizing, in which slices grow from ``start_image_size`` by steps of 32
+    pixels; the epoch that predicts is chosen among the later ones. 0: ``image_size`` throughout."""
+    start_image_size: Annotated[int, Field(ge=16, le=2048)] = 64
+    """Height and width in the first of the ``growth_epochs``."""
     num_epochs: Positive = 20
     """An epoch is one pass over the unlabelled slices; the labelled ones cycle."""
     num_workers: Annotated[int, Field(ge=0)] = 0
@@ -586,6 +591,21 @@ class Config(_Section):
             return self
         tracking = self.tracking.model_copy(update={"uri": redacted(self.tracking.uri)})
         return self.model_copy(update={"tracking": tracking})
+
+    @model_validator(mode="after")
+    def _growth_fits(self) -> "Config":
+        train = self.train
+        if train.growth_epochs >= train.num_epochs:
+            raise ValueError(
+                f"train.growth_epochs ({train.growth_epochs}) leaves no epoch of train.num_epochs "
+                f"({train.num_epochs}) at train.image_size: lower the first or raise the second"
+            )
+        if train.growth_epochs and train.start_image_size >= train.image_size:
+            raise ValueError(
+                f"train.start_image_size ({train.start_image_size}) must be below train.image_size "
+                f"({train.image_size}) for slices to grow; or set train.growth_epochs=0"
+            )
+        return self
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> "Config":

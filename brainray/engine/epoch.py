@@ -84,6 +84,7 @@ def train_epoch(
     augmentation_unlabelled: AugmentConfig,
     precision: str,
     seed: int,
+    side: int | None = None,
     accumulation: int = 1,
     on_update: Callable[[], None] = lambda: None,
     on_step: Callable[[int], None] = lambda step: None,
@@ -91,7 +92,8 @@ def train_epoch(
     """Train on ``steps`` batches, the same number on every rank.
 
     The labelled slices cycle; the unlabelled ones are seen once. Order and augmentation follow
-    from ``seed`` alone, which must differ between epochs and ranks. The gradients of
+    from ``seed`` alone, which must differ between epochs and ranks; slices are resized to ``side``
+    where one is given. The gradients of
     ``accumulation`` batches are averaged for one step of the optimiser, after which ``on_update``
     is called.
 
@@ -105,8 +107,10 @@ def train_epoch(
     order_unlabelled = list(
         _cycle_rows(len(unlabelled), sizes.unlabelled, steps, seed=2 * seed + 1)
     )
-    batches = labelled.images.batches(order)
-    batches_unlabelled = unlabelled.images.batches(order_unlabelled)
+    kinds = (
+        (labelled.images.batches(order), augmentation),
+        (unlabelled.images.batches(order_unlabelled), augmentation_unlabelled),
+    )
     watch = GradientWatch(model.parameters(), device)
     sums: dict[str, Tensor] = {}
     data_wait_s = 0.0
@@ -114,8 +118,8 @@ def train_epoch(
     for step in range(steps):
         started = time.perf_counter()
         views = [
-            augment(scale.to_unit(next(batches)), augmentation, generator),
-            augment(scale.to_unit(next(batches_unlabelled)), augmentation_unlabelled, generator),
+            augment(scale.to_unit(next(drawn), side), augmentation_of, generator)
+            for drawn, augmentation_of in kinds
         ]
         images = scale.standardise(torch.cat(views))
         data_wait_s += time.perf_counter() - started
@@ -161,16 +165,22 @@ def without_gradient_exchange(model: nn.Module) -> AbstractContextManager[None]:
 
 @torch.inference_mode()
 def embed(
-    model: nn.Module, images: Images, *, scale: PixelScale, batch_size: int, precision: str
+    model: nn.Module,
+    images: Images,
+    *,
+    scale: PixelScale,
+    batch_size: int,
+    precision: str,
+    side: int | None = None,
 ) -> EncoderOutput:
-    """Embeddings (n, E) and logits (n, C) of n slices, in inference mode."""
+    """Embeddings (n, E) and logits (n, C) of n slices, seen at ``side`` if given, in inference."""
     model.eval()
     outputs = []
     for batch in images.batches(torch.arange(len(images)).split(batch_size)):
         if len(batch) == 0:
             break
         with autocast(images.device, precision):
-            outputs.append(model(scale.standardise(scale.to_unit(batch))))
+            outputs.append(model(scale.standardise(scale.to_unit(batch, side))))
     if not outputs:  # a rank may hold no slice of a role
         probe = torch.zeros(1, 1, images.side, images.side, device=images.device)
         output = model(probe.contiguous(memory_format=torch.channels_last))

@@ -16,6 +16,9 @@ from brainray.models.objective import Objective
 from brainray.models.prototype import PrototypeObjective
 from brainray.models.supervised import SupervisedObjective
 
+GROWTH_STEP = 32
+"""Pixels by which slices grow between the stages of progressive resizing."""
+
 
 def build_objective(config: ObjectiveConfig) -> Objective:
     """The configured objective; a new one is one file in models and one line here."""
@@ -41,6 +44,18 @@ def ramp(epoch: int, ramp_epochs: int) -> float:
     """
     progress = min((epoch - 1) / ramp_epochs, 1.0) if ramp_epochs else 1.0
     return math.exp(-5 * (1 - progress) ** 2)
+
+
+def image_side(epoch: int, config: TrainConfig) -> int:
+    """Pixels along either axis in an epoch, which counts from 1.
+
+    Small slices first, in stages of as many epochs each: as in Tan & Le 2021 (EfficientNetV2,
+    progressive learning), with one augmentation throughout.
+    """
+    if epoch > config.growth_epochs:
+        return config.image_size
+    stages = range(config.start_image_size, config.image_size, GROWTH_STEP)
+    return stages[(epoch - 1) * len(stages) // config.growth_epochs]
 
 
 def build_average(encoder: nn.Module, decay: float) -> AveragedModel | None:

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -23,9 +24,12 @@ class PixelScale:
     mean: float
     std: float
 
-    def to_unit(self, images: Tensor) -> Tensor:
-        """(B, 1, H, W) uint8 to float32 in [0, 1]."""
-        return images.float() / 255
+    def to_unit(self, images: Tensor, side: int | None = None) -> Tensor:
+        """(B, 1, H, W) uint8 to float32 in [0, 1], (B, 1, side, side) where a side is given."""
+        unit = images.float() / 255
+        if side is None or side == images.shape[-1]:
+            return unit
+        return F.interpolate(unit, size=(side, side), mode="bilinear", antialias=True)
 
     def standardise(self, images: Tensor) -> Tensor:
         """(B, 1, H, W) float in [0, 1] to mean 0 and standard deviation 1, channels last."""

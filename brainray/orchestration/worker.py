@@ -1,6 +1,7 @@
 """What each rank of Ray Train does: hold its slices, train, re-cluster, evaluate, report."""
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ from brainray.engine.recipe import (
     build_average,
     build_objective,
     build_optimizer,
+    image_side,
     ramp,
     resolve_precision,
 )
@@ -245,6 +247,11 @@ class _Trainer:
         return self.encoder if self.average is None else cast(Encoder, self.average.module)
 
     @property
+    def _side(self) -> int:
+        """Pixels along either axis in this epoch."""
+        return image_side(max(self.epoch, 1), self.config.train)
+
+    @property
     def clusters(self) -> ClusterModel:
         """The mixture that closed the last epoch and opens the next."""
         assert self._clustering is not None, "no mixture has been fitted yet"
@@ -308,6 +315,7 @@ class _Trainer:
         metrics: dict[str, float] = {"epoch": float(self.epoch)}
         metrics |= {f"train/loss/{name}": value for name, value in trained.losses.items()}
         metrics["time/data_wait_s"] = trained.data_wait_s
+        metrics["train/image_size"] = float(self._side)
         metrics["train/num_workers"] = float(dist.world_size())
         metrics["train/learning_rate"] = float(self.scheduler.get_last_lr()[0])
         metrics |= validation_metrics(validation)
@@ -352,6 +360,7 @@ class _Trainer:
                 precision=self.precision,
                 accumulation=self.config.train.accumulation_steps,
                 seed=seed_of(self.config.seed, self.epoch, dist.rank()),
+                side=self._side,
                 on_update=self._update_average,
                 on_step=self._heartbeat(),
             )
@@ -413,6 +422,7 @@ class _Trainer:
             scale=self.scale,
             batch_size=self.config.train.embed_batch_size,
             precision=self.precision,
+            side=self._side,
         )
 
     def _embed_fitted(self) -> EncoderOutput:
@@ -614,8 +624,15 @@ def reported_metrics(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def best_epoch(history: list[dict[str, float]]) -> int:
-    """The first epoch with the highest validation score; 1-based."""
-    scores = [metrics["validation/score"] for metrics in history]
+    """The first epoch with the highest validation score, of those with the largest slices; 1-based.
+
+    Where training begins small, only the last size is the one at which the run predicts.
+    """
+    sides = [metrics["train/image_size"] for metrics in history]
+    scores = [
+        metrics["validation/score"] if side == max(sides) else -math.inf
+        for metrics, side in zip(history, sides, strict=True)
+    ]
     return scores.index(max(scores)) + 1
 
 

@@ -39,6 +39,8 @@ ANCHORED = (
     "clustering.anchors=labelled",
     "augment_unlabelled.policy=strong",
     "train.ema_decay=0.9",
+    "train.growth_epochs=1",
+    "train.start_image_size=16",
 )
 
 PASSWORD = "hunter2"

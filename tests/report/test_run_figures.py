@@ -27,6 +27,7 @@ def _history(*scores: float) -> list[dict[str, float]]:
     return [
         {
             "epoch": float(epoch),
+            "train/image_size": 32.0,
             "train/loss/total": 1.0 / epoch,
             "validation/score": score,
             "validation/head/accuracy": score,
