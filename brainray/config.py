@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from brainray.errors import ConfigError
 from brainray.redaction import redacted
@@ -32,11 +40,16 @@ _MAX_PROBLEMS = 10  # in one error
 _NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
-def _check_plain_name(value: str) -> None:
+def _check_plain_name(value: str) -> str:
     if not _NAME_PATTERN.fullmatch(value):
         raise ValueError(
             f"{value!r} is not a plain name: use up to 100 letters, digits, '.', '_' and '-'"
         )
+    return value
+
+
+PlainName = Annotated[str, AfterValidator(_check_plain_name)]
+"""Names a folder of its own in ``storage``, and nothing else."""
 
 
 class _Section(BaseModel):
@@ -300,6 +313,9 @@ class TrainConfig(_Section):
     ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """What is embedded, evaluated and saved is an exponential average of the weights over the
     steps, of this decay; 0 is the trained weights themselves."""
+    mixup_alpha: Annotated[float, Field(ge=0.0)] = 0.0
+    """Labelled slices are mixed in pairs, with their labels, by Beta-distributed shares of this
+    parameter (mixup); 0 mixes none."""
     warmup_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.15
     """Share of the steps in which the learning rate rises."""
     accumulation_steps: Positive = 1
@@ -321,6 +337,9 @@ class TrainConfig(_Section):
 
 
 class EvaluationConfig(_Section):
+    test_each_epoch: bool = True
+    """Test slices are embedded and scored after every epoch, as METHOD A reports; or once, by the
+    chosen epoch, when training has ended. Nothing is chosen by them either way."""
     tsne_epochs: tuple[int, ...] = (1, 5, 10, 15, 20)
     """Epochs whose embeddings are kept and drawn as a t-SNE map."""
     tsne_max_slices: Positive = 2000
@@ -467,7 +486,7 @@ class SensitivityConfig(_Section):
 
 
 class StudyConfig(_Section):
-    features: dict[str, FeatureConfig] = {}
+    features: dict[PlainName, FeatureConfig] = {}
     """The compared features, by name: each an encoder with its weights and how it is trained."""
     pca_dims: tuple[Positive, ...] = (32,)
     """Principal components that are clustered; every value is tried."""
@@ -489,13 +508,6 @@ class StudyConfig(_Section):
     self_supervision: SelfSupervisionConfig = SelfSupervisionConfig()
     max_concurrent_cells: Annotated[int, Field(ge=0)] = 0
     """Cells of the grid at a time; 0 takes a CPU each."""
-
-    @field_validator("features")
-    @classmethod
-    def _plain_names(cls, value: dict[str, FeatureConfig]) -> dict[str, FeatureConfig]:
-        for name in value:
-            _check_plain_name(name)
-        return value
 
     @field_validator("pca_dims", "clusterers", "seeds", "candidate_num_clusters")
     @classmethod
@@ -524,11 +536,11 @@ class RegistryConfig(_Section):
 class Config(_Section):
     """What a job reads; see the README for each job's own keys."""
 
-    name: str | None = None
+    name: PlainName | None = None
     """Name of what this job makes; the same name resumes."""
-    dataset: str | None = None
+    dataset: PlainName | None = None
     """Name of the image store that training reads."""
-    run: str | None = None
+    run: PlainName | None = None
     """Name of the run that is evaluated or sent to MLflow."""
     checkpoint: str | None = None
     """Path of a checkpoint folder to evaluate, instead of ``run``."""
@@ -538,7 +550,7 @@ class Config(_Section):
     """Where stores and runs are kept: an absolute path or a URI that pyarrow reads."""
     source: str | None = None
     """Folder of slices: Training/ and Testing/ class folders, class folders, or bare files."""
-    sources: dict[str, str] = {}
+    sources: dict[PlainName, str] = {}
     """Several folders of slices by name, instead of ``source``, for a study."""
     labels: str | None = None
     """CSV or Parquet with ``path``, ``label`` and optionally ``split``, ``subject``."""
@@ -559,20 +571,6 @@ class Config(_Section):
     study: StudyConfig = StudyConfig()
     registry: RegistryConfig = RegistryConfig()
     label: LabelConfig = LabelConfig()
-
-    @field_validator("name", "dataset", "run")
-    @classmethod
-    def _plain_name(cls, value: str | None) -> str | None:
-        if value is not None:
-            _check_plain_name(value)
-        return value
-
-    @field_validator("sources")
-    @classmethod
-    def _plain_source_names(cls, value: dict[str, str]) -> dict[str, str]:
-        for name in value:
-            _check_plain_name(name)
-        return value
 
     @field_validator("storage", "source", "labels", "checkpoint")
     @classmethod

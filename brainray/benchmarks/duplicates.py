@@ -2,13 +2,15 @@
 
 Truth comes from copies that are made here, by what copies of medical images go through, and from
 neighbours: adjacent slices of phantom series, or real slices whose 32 x 32 thumbnails correlate
-like those of neighbours (METHOD, "Data"), of which a few may be true copies in another contrast.
+like those of neighbours (METHOD, "Data"). Some of these are copies in another contrast or frame,
+which no rule but the one under test can tell: the plot shows those that were taken for copies.
 """
 
 import io
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -46,7 +48,9 @@ MAX_CROP = 0.04
 
 _NEIGHBOUR_CORRELATION = (0.95, 0.975)  # of real thumbnails: above it true copies mix in
 _SERIES_LENGTH = 6
-_SYNTHESISED_ROWS = 4096
+_SHOWN_PAIRS, _SHOWN_PER_ROW, _SHOWN_SIDE = 12, 4, 128
+_FAMILY_SIZE = 4  # slices that look alike among the synthesised ones
+_HEAD_BEND, _NEIGHBOUR_BEND = 4.0, 1.2  # pixels of 96
 
 
 def run(options: CaseOptions) -> BenchmarkResult:
@@ -94,6 +98,8 @@ def run(options: CaseOptions) -> BenchmarkResult:
     )
     curve = _curve(of_copies, of_neighbours)
     accepted_copies = float(np.sum(of_copies >= settings.similarity))
+    known = options.source is None  # which neighbours are no copies
+    taken = neighbours[of_neighbours >= settings.similarity].tolist()
     # As many neighbours as copies: precision depends on the mix, which is ours to choose.
     false_share = float(np.mean(of_neighbours >= settings.similarity))
     precision = accepted_copies / max(accepted_copies + false_share * len(of_copies), 1.0)
@@ -111,8 +117,8 @@ def run(options: CaseOptions) -> BenchmarkResult:
             Measure(f"recall/{name}", value, at_least=0.95 if name != "combined" else 0.9)
             for name, value in recalls.items()
         ),
-        Measure("neighbours kept apart", 1.0 - false_share, at_least=0.99),
-        Measure("precision", precision, at_least=0.99),
+        Measure("neighbours kept apart", 1.0 - false_share, at_least=0.99 if known else None),
+        Measure("precision", precision, at_least=0.99 if known else None),
         *(
             Measure(f"time per fingerprint at {size}", 1e3 * value / size, unit="ms")
             for size, value in seconds.items()
@@ -136,7 +142,8 @@ def run(options: CaseOptions) -> BenchmarkResult:
         "curve": curve,
         "seconds": {str(size): value for size, value in seconds.items()},
     }
-    return BenchmarkResult(measures, details, _plot(curve, settings.similarity))
+    shown = [np.hstack([_square(images[row]) for row in pair]) for pair in taken[:_SHOWN_PAIRS]]
+    return BenchmarkResult(measures, details, _plot(curve, settings.similarity, shown))
 
 
 def fingerprint(image: Image) -> NDArray[np.uint8]:
@@ -147,24 +154,32 @@ def fingerprint(image: Image) -> NDArray[np.uint8]:
 def synthesise(
     fingerprints: NDArray[np.uint8], count: int, rng: np.random.Generator
 ) -> NDArray[np.uint8]:
-    """(count, 9216) distinct slices that look like heads: mixtures of two, warped and noisy."""
+    """(count, 9216) slices like heads, in families: one, two neighbours of it, and a copy.
+
+    A head is a mixture of two, bent; a neighbour is bent a little more. A slice so has as many
+    candidates as a real one, and data grows by new heads.
+    """
+    shape = (THUMBNAIL_SIDE, THUMBNAIL_SIDE)
     result = np.empty((count, fingerprints.shape[1]), np.uint8)
-    side = THUMBNAIL_SIDE
-    grid = np.stack(np.meshgrid(np.arange(side), np.arange(side)), axis=-1).astype(np.float32)
-    for row in range(count):
+    for start in range(0, count, _FAMILY_SIZE):
         first, second = rng.integers(len(fingerprints), size=2)
         share = rng.uniform(0.3, 0.7)
         mixture = share * fingerprints[first] + (1 - share) * fingerprints[second]
-        bend = cv2.resize(
-            rng.normal(0, 4.0, (4, 4, 2)).astype(np.float32),
-            (side, side),
-            interpolation=cv2.INTER_CUBIC,
-        )
-        warped = cv2.remap(
-            mixture.reshape(side, side).astype(np.float32), grid + bend, None, cv2.INTER_LINEAR
-        )
-        result[row] = np.clip(warped, 0, 255).astype(np.uint8).ravel()
+        head = _bent(mixture.reshape(shape).astype(np.float32), _HEAD_BEND, rng)
+        neighbours = [_bent(head, _NEIGHBOUR_BEND, rng) for _ in range(_FAMILY_SIZE - 2)]
+        copy = reencode(change_contrast(_clip(head), rng), rng)
+        family = np.stack([_clip(head), *map(_clip, neighbours), copy])
+        result[start : start + _FAMILY_SIZE] = family.reshape(_FAMILY_SIZE, -1)[: count - start]
     return result
+
+
+def _bent(picture: NDArray[np.float32], pixels: float, rng: np.random.Generator) -> Any:
+    """(S, S) displaced by a smooth random field of that standard deviation."""
+    side = len(picture)
+    grid = np.stack(np.meshgrid(np.arange(side), np.arange(side)), axis=-1).astype(np.float32)
+    field = rng.normal(0, pixels, (4, 4, 2)).astype(np.float32)
+    bend = cv2.resize(field, (side, side), interpolation=cv2.INTER_CUBIC)
+    return cv2.remap(picture, grid + bend, None, cv2.INTER_LINEAR)
 
 
 def reencode(image: Image, rng: np.random.Generator) -> Image:
@@ -326,9 +341,26 @@ def _curve(
     }
 
 
-def _plot(curve: dict[str, list[float]], threshold: float) -> Figure:
-    figure = Figure(figsize=(6.0, 3.6), layout="constrained")
-    axes = figure.subplots()
+def _square(image: Image) -> Image:
+    return np.asarray(cv2.resize(image, (_SHOWN_SIDE, _SHOWN_SIDE), interpolation=cv2.INTER_AREA))
+
+
+def _contact_sheet(pictures: list[Image]) -> Image:
+    rows = -(-len(pictures) // _SHOWN_PER_ROW)
+    blank = np.zeros_like(pictures[0])
+    filled = pictures + [blank] * (rows * _SHOWN_PER_ROW - len(pictures))
+    per_row = [filled[row * _SHOWN_PER_ROW :][:_SHOWN_PER_ROW] for row in range(rows)]
+    return np.vstack([np.hstack(row) for row in per_row])
+
+
+def _plot(curve: dict[str, list[float]], threshold: float, taken: list[Image]) -> Figure:
+    """The curve, and neighbours that were taken for copies."""
+    figure = Figure(figsize=(7.0, 3.6 + (2.4 if taken else 0.0)), layout="constrained")
+    axes, *below = figure.subplots(1 + bool(taken), 1, squeeze=False)[:, 0]
+    for pictures in below:
+        pictures.imshow(_contact_sheet(taken), cmap="gray", vmin=0, vmax=255)
+        pictures.set_title("neighbours taken for copies", fontsize=9)
+        pictures.set_axis_off()
     residual = 1.0 - np.array(curve["threshold"])
     axes.plot(residual, curve["precision"], label="precision")
     axes.plot(residual, curve["recall"], label="recall")

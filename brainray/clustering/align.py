@@ -72,16 +72,6 @@ def cluster_to_class(
     return torch.where(num_rows.sum(dim=1) == 0, distances.argmin(dim=1), mapping)
 
 
-def class_probabilities(
-    responsibilities: Tensor,  # (N, K)
-    cluster_to_class: Tensor,  # (K,) int64
-    num_classes: int,
-) -> Tensor:  # (N, C)
-    """Probability of each class: the responsibilities of its clusters, summed."""
-    membership = torch.nn.functional.one_hot(cluster_to_class, num_classes)
-    return responsibilities @ membership.to(responsibilities.dtype)
-
-
 def _count_votes(
     assignments: Tensor, labels: Tensor, num_clusters: int, num_classes: int
 ) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from brainray.engine.finite import GradientWatch, carried_by_gradient
 from brainray.engine.shard import Images, PixelScale, SliceShard
 from brainray.models.augment import augment
 from brainray.models.encoder import EncoderOutput
+from brainray.models.mixup import Mixup
 from brainray.models.objective import Objective, StepOutputs, StepSizes, StepTargets
 
 
@@ -85,6 +86,7 @@ def train_epoch(
     precision: str,
     seed: int,
     side: int | None = None,
+    mixup_alpha: float = 0.0,
     accumulation: int = 1,
     on_update: Callable[[], None] = lambda: None,
     on_step: Callable[[int], None] = lambda step: None,
@@ -93,7 +95,7 @@ def train_epoch(
 
     The labelled slices cycle; the unlabelled ones are seen once. Order and augmentation follow
     from ``seed`` alone, which must differ between epochs and ranks; slices are resized to ``side``
-    where one is given. The gradients of
+    where one is given, and labelled ones mixed where alpha is above 0. The gradients of
     ``accumulation`` batches are averaged for one step of the optimiser, after which ``on_update``
     is called.
 
@@ -121,6 +123,10 @@ def train_epoch(
             augment(scale.to_unit(next(drawn), side), augmentation_of, generator)
             for drawn, augmentation_of in kinds
         ]
+        mixup = None
+        if mixup_alpha:
+            mixup = Mixup.draw(len(views[0]), mixup_alpha, seed + step, device)
+            views[0] = mixup.images(views[0])
         images = scale.standardise(torch.cat(views))
         data_wait_s += time.perf_counter() - started
         rows, rows_unlabelled = order[step].to(device), order_unlabelled[step].to(device)
@@ -130,12 +136,13 @@ def train_epoch(
         with nullcontext() if updates else without_gradient_exchange(model):
             with autocast(device, precision):
                 output: EncoderOutput = model(images)
-            terms = objective.loss(
-                StepOutputs(
-                    labelled=EncoderOutput(output.z[: len(rows)], output.logits[: len(rows)]),
-                    unlabelled=EncoderOutput(output.z[len(rows) :], output.logits[len(rows) :]),
-                ),
-                targets.of_step(labelled.labels[rows], rows_unlabelled),
+            outputs = StepOutputs(
+                labelled=EncoderOutput(output.z[: len(rows)], output.logits[: len(rows)]),
+                unlabelled=EncoderOutput(output.z[len(rows) :], output.logits[len(rows) :]),
+            )
+            wanted = targets.of_step(labelled.labels[rows], rows_unlabelled)
+            terms = (
+                mixup.loss(objective, outputs, wanted) if mixup else objective.loss(outputs, wanted)
             )
             (carried_by_gradient(terms["total"]) / size_of_update).backward()
         keys = torch.cat([labelled.keys[rows], unlabelled.keys[rows_unlabelled]])

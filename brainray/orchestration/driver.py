@@ -66,7 +66,7 @@ def train(config: Config, log: Log = print) -> TrainedRun:
         tracking = begin_tracking(config, run, log, training.tags)
         if not run.is_complete:
             try:
-                with Follower(config.train.num_epochs, run, tracking.tracker, log):
+                with Follower(config.train, run, tracking.tracker, log):
                     fit(training)
             except BaseException as stop:
                 tracking.tracker.finish("FAILED" if isinstance(stop, Exception) else "KILLED")

@@ -1,46 +1,73 @@
 """Progress of training as the driver sees it: a line an epoch, and MLflow."""
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from datetime import timedelta
+from typing import Self
 
 from brainray import layout
+from brainray.config import TrainConfig
 from brainray.engine.evaluate import Metrics
+from brainray.engine.recipe import image_side
 from brainray.orchestration.run import Run
 from brainray.tracking import LenientTracker
 
 Log = Callable[[str], None]
 
-_POLL_S = 1.0
+POLL_S = 1.0
 
 
-class Follower:
-    """Watches the run's metrics while workers train: a line an epoch, and MLflow."""
+class Watcher(ABC):
+    """Looks at what workers leave, every second and a last time at the end of the block.
 
-    def __init__(self, num_epochs: int, run: Run, tracker: LenientTracker, log: Log) -> None:
-        self._num_epochs = num_epochs
-        self._run = run
-        self._tracker = tracker
+    What spoils one look, such as storage that is away for a moment, is said; the next goes on.
+    """
+
+    def __init__(self, log: Log) -> None:
         self._log = log
+        self._said = ""
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._follow, daemon=True)
-        self._num_seen = len(run.folder.read_json_lines(layout.METRICS))
+        self._thread = threading.Thread(target=self._watch, daemon=True)
 
-    def __enter__(self) -> "Follower":
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        # What is there by now is still handled.
         self._stopped.set()
         self._thread.join()
 
-    def _follow(self) -> None:
-        while not self._stopped.wait(_POLL_S):
-            self._handle_new_epochs()
-        self._handle_new_epochs()
+    @abstractmethod
+    def look(self) -> None:
+        """Handle what is new since the last look."""
 
-    def _handle_new_epochs(self) -> None:
+    def _watch(self) -> None:
+        while not self._stopped.wait(POLL_S):
+            self._look()
+        self._look()
+
+    def _look(self) -> None:
+        try:
+            self.look()
+        except Exception as error:  # training goes on, whatever its progress meets
+            problem = f"progress cannot be told at the moment: {type(error).__name__}: {error}"
+            if problem != self._said:
+                self._log(problem)
+            self._said = problem
+
+
+class Follower(Watcher):
+    """Watches the run's metrics while workers train: a line an epoch, and MLflow."""
+
+    def __init__(self, config: TrainConfig, run: Run, tracker: LenientTracker, log: Log) -> None:
+        super().__init__(log)
+        self._config = config
+        self._run = run
+        self._tracker = tracker
+        self._num_seen = len(run.folder.read_json_lines(layout.METRICS))
+
+    def look(self) -> None:
         history = self._run.folder.read_json_lines(layout.METRICS)
         for metrics in history[self._num_seen :]:
             self._log(self._line(metrics))
@@ -49,7 +76,6 @@ class Follower:
         self._num_seen = len(history)
 
     def _line(self, metrics: Metrics) -> str:
-        epoch, total = int(metrics["epoch"]), self._num_epochs
         seconds = metrics["time/epoch_s"]
         shown = {
             "loss": "train/loss/total",
@@ -60,8 +86,16 @@ class Follower:
         figures = ", ".join(
             f"{label} {metrics[name]:.3f}" for label, name in shown.items() if name in metrics
         )
-        left = timedelta(seconds=round(seconds * (total - epoch)))
-        speed = metrics["time/images_per_s"]
         return (
-            f"epoch {epoch}/{total}: {figures}; {seconds:.0f} s, {speed:.0f} images/s, {left} left"
+            f"epoch {metrics['epoch']:.0f}/{self._config.num_epochs}: {figures}; {seconds:.0f} s, "
+            f"{metrics['time/images_per_s']:.0f} images/s, {time_left(metrics, self._config)} left"
         )
+
+
+def time_left(metrics: Metrics, config: TrainConfig) -> timedelta:
+    """Until the last epoch ends, if pixels cost what they did in this one."""
+    later = range(int(metrics["epoch"]) + 1, config.num_epochs + 1)
+    pixels = sum(image_side(epoch, config) ** 2 for epoch in later)
+    return timedelta(
+        seconds=round(metrics["time/epoch_s"] * pixels / metrics["train/image_size"] ** 2)
+    )

@@ -2,11 +2,9 @@
 
 import json
 import os
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
-from typing import Any, Self
+from typing import Any
 
 from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler, MedianStoppingRule, TrialScheduler
@@ -21,6 +19,7 @@ from brainray.orchestration.driver import check_training
 from brainray.orchestration.export import served_files
 from brainray.orchestration.inference import find_predictor
 from brainray.orchestration.lock import held
+from brainray.orchestration.progress import POLL_S, Watcher, time_left
 from brainray.orchestration.publish import Tracking, begin_tracking, open_tracking, send_run
 from brainray.orchestration.resources import WorkerResources
 from brainray.orchestration.store import ImageStore, differing_settings
@@ -45,7 +44,6 @@ _SETTINGS = "sweep.json"  # what must not change when it goes on
 _BEST = "best.yaml"
 _TRIALS = "trials.json"
 _TABLE = "trials.md"
-_POLL_S = 2.0
 _TABLE_EVERY_S = 60.0
 _NUM_SHOWN = 10
 
@@ -223,30 +221,21 @@ def _ranked(config: Config, trials: list[Trial]) -> list[Trial]:
     return [trial for _, trial in scored]
 
 
-class _Follower:
+class _Follower(Watcher):
     """Watches the trials' folders: a line an epoch, a table a minute, and MLflow.
 
     The only writer to MLflow: trials only leave files.
     """
 
     def __init__(self, config: Config, name: str, parent: Tracking, log: Log) -> None:
+        super().__init__(log)
         self._config = config
         self._name = name
         self._parent = parent
-        self._log = log
+        self._quiet_s = 0.0
         self._children: dict[str, Tracking] = {}
         self._num_seen = {trial.trial_id: len(trial.history) for trial in read_trials(config, name)}
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._follow, daemon=True)
         self.errors: dict[str, str] = {}
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stopped.set()
-        self._thread.join()
 
     def outcome(self, trial: Trial) -> str:
         """How the trial ended, in a few words."""
@@ -271,17 +260,13 @@ class _Follower:
         if not trial.run.is_complete:
             child.tracker.finish("FAILED" if outcome.startswith("failed") else "KILLED")
 
-    def _follow(self) -> None:
-        quiet_s = 0.0
-        while not self._stopped.wait(_POLL_S):
-            quiet_s += _POLL_S
-            trials = read_trials(self._config, self._name)
-            news = [self._tell(trial) for trial in trials]
-            if any(news) and quiet_s >= _TABLE_EVERY_S:
-                self._log(_table(self._config, trials, self.outcome, limit=_NUM_SHOWN))
-                quiet_s = 0.0
-        for trial in read_trials(self._config, self._name):
-            self._tell(trial)
+    def look(self) -> None:
+        self._quiet_s += POLL_S
+        trials = read_trials(self._config, self._name)
+        news = [self._tell(trial) for trial in trials]
+        if any(news) and self._quiet_s >= _TABLE_EVERY_S:
+            self._log(_table(self._config, trials, self.outcome, limit=_NUM_SHOWN))
+            self._quiet_s = 0.0
 
     def _tell(self, trial: Trial) -> bool:
         """A line for each new epoch; whether there was one."""
@@ -297,14 +282,14 @@ class _Follower:
         return True
 
     def _line(self, trial: Trial, metrics: Metrics) -> str:
-        epoch, total = int(metrics["epoch"]), self._config.train.num_epochs
         metric = self._config.tune.metric
-        left = timedelta(seconds=round(metrics["time/epoch_s"] * (total - epoch)))
         values = ", ".join(f"{key} {_short(value)}" for key, value in trial.parameters.items())
         return (
-            f"trial {trial.trial_id} ({values}): epoch {epoch}/{total}, "
+            f"trial {trial.trial_id} ({values}): "
+            f"epoch {metrics['epoch']:.0f}/{self._config.train.num_epochs}, "
             f"{metric} {metrics.get(metric, float('nan')):.4f}, "
-            f"{metrics['time/images_per_s']:.0f} images/s, {left} left"
+            f"{metrics['time/images_per_s']:.0f} images/s, "
+            f"{time_left(metrics, self._config.train)} left"
         )
 
     def _child(self, trial: Trial) -> Tracking | None:

@@ -10,7 +10,6 @@ from typing import Any, cast
 
 import cv2
 import pyarrow as pa
-import pyarrow.compute as pc
 import ray.train
 import ray.train.torch
 import torch
@@ -40,12 +39,10 @@ from brainray.engine.recipe import (
 )
 from brainray.engine.recluster import ClusterModel, Reclustering, recluster
 from brainray.engine.shard import (
-    CachedImages,
     Images,
     PixelScale,
     RankData,
     SliceShard,
-    StreamedImages,
     sample_keys,
 )
 from brainray.engine.state import (
@@ -53,6 +50,7 @@ from brainray.engine.state import (
     Resumable,
     TrainerState,
     checkpoint_bytes,
+    load_checkpoint,
     load_resumable,
     newest_resumable,
     rows_of_keys,
@@ -60,15 +58,10 @@ from brainray.engine.state import (
 )
 from brainray.errors import BrainrayError, ClusteringError, DivergenceError
 from brainray.models.encoder import Encoder, EncoderOutput, build_encoder
+from brainray.orchestration.rank_data import load_rank_data
 from brainray.orchestration.store import ImageStore
 from brainray.schema import (
     FITTED,
-    LABELLED,
-    TEST,
-    TRAIN,
-    UNLABELLED,
-    UNLABELLED_ROLE,
-    VALIDATION,
     subset_masks,
 )
 from brainray.storage import Folder
@@ -98,7 +91,7 @@ def _train(config: Config, run: Folder, store_folder: Folder) -> None:
     with failing_together(device):
         store = ImageStore.open(store_folder)
         rank, num_ranks = context.get_world_rank(), context.get_world_size()
-        data = _load_rank_data(config, run, store, rank, num_ranks)
+        data = load_rank_data(config, run, store, device, rank, num_ranks)
     trainer = _Trainer(config, run, store, data, device)
     with failing_together(device):
         newest = _newest_epoch(run) if rank == 0 else 0
@@ -141,52 +134,6 @@ def use_threads_of_worker() -> None:
     threads = max(1, int(resources.get("CPU", 1)))
     torch.set_num_threads(threads)
     cv2.setNumThreads(threads)
-
-
-def _load_rank_data(
-    config: Config, run: Folder, store: ImageStore, rank: int, num_ranks: int
-) -> RankData:
-    """Every num_ranks-th slice of each role. Labels come from the run's draw, not the store."""
-    device = ray.train.torch.get_device()
-    class_index = {name: index for index, name in enumerate(store.classes)}
-
-    side = config.train.image_size
-    room = int(config.train.cache_gib * 2**30)
-
-    def load(sample_ids: list[str], split: str) -> Images:
-        nonlocal room
-        num_bytes = len(sample_ids) * side * side
-        if num_bytes <= room:
-            room -= num_bytes
-            return CachedImages(torch.from_numpy(store.images(sample_ids, split, side)).to(device))
-        if rank == 0:
-            print(f"streaming {len(sample_ids)} slices from disk: train.cache_gib is full")
-        return StreamedImages(len(sample_ids), side, store.scan(sample_ids, split, side), device)
-
-    def shard(rows: pa.Table, split: str, keys: list[int]) -> SliceShard:
-        labels = [class_index.get(name, UNLABELLED) for name in rows["label"].to_pylist()]
-        return SliceShard(
-            load(rows["sample_id"].to_pylist(), split),
-            torch.tensor(keys, dtype=torch.int64, device=device),
-            torch.tensor(labels, dtype=torch.int64, device=device),
-        )
-
-    def training_shard(role: str) -> SliceShard:
-        rows = seen.filter(pc.equal(seen["role"], role)).sort_by("sample_id")
-        mine = rows.take(list(range(rank, rows.num_rows, num_ranks)))
-        return shard(mine, TRAIN, sample_keys(mine["sample_id"].to_pylist()).tolist())
-
-    seen = run.read_table(layout.SEEN)
-    test = run.read_table(layout.TEST_SLICES)
-    test_rows = list(range(rank, test.num_rows, num_ranks))
-    # Labelled slices are read most often, so they are the first to stay in memory.
-    return RankData(
-        labelled=training_shard(LABELLED),
-        validation=training_shard(VALIDATION),
-        # Test sets keep byte-identical copies, so the row is the key there.
-        test=shard(test.take(test_rows), TEST, test_rows),
-        unlabelled=training_shard(UNLABELLED_ROLE),
-    )
 
 
 @dataclass
@@ -236,6 +183,7 @@ class _Trainer:
         if config.train.compile:
             self.model.compile()
         self.test_slices = run.read_table(layout.TEST_SLICES)
+        self._tests_each_epoch = config.evaluation.test_each_epoch
         self.epoch = 0
         self.history: list[dict[str, float]] = []
         self._clustering: tuple[ClusterModel, Tensor] | None = None
@@ -311,7 +259,7 @@ class _Trainer:
             self._probabilities = fitted.logits.softmax(dim=1)
         with timer.measure("evaluate"):
             validation = self._predict(self.data.validation)
-            test = self._predict(self.data.test)
+            test = self._predict(self.data.test) if self._tests_each_epoch else None
         metrics: dict[str, float] = {"epoch": float(self.epoch)}
         metrics |= {f"train/loss/{name}": value for name, value in trained.losses.items()}
         metrics["time/data_wait_s"] = trained.data_wait_s
@@ -332,15 +280,29 @@ class _Trainer:
         }
         if health.nmi_previous is not None:
             metrics["cluster/nmi_previous"] = health.nmi_previous
-        with timer.measure("evaluate"):
-            metrics |= self._test_metrics(test)
+        if test is not None:
+            with timer.measure("evaluate"):
+                metrics |= self._test_metrics(test)
         with timer.measure("report"):
             self._save(metrics, fitted.z, test, timer, started)
 
     def finish(self) -> None:
-        """Leave the last epoch's checkpoint beside the best one."""
+        """Leave the last epoch's checkpoint beside the best one, and the test slices' predictions.
+
+        Those of the chosen epoch, unless test slices were predicted after every epoch.
+        """
         if dist.rank() == 0:
             (self.run / layout.LAST).write_bytes(layout.MODEL, checkpoint_bytes(self._checkpoint()))
+        if self._tests_each_epoch or self._count(self.data.test) == 0:
+            return
+        with failing_together(self.device):
+            chosen = load_checkpoint(self.run / layout.BEST)
+        clusters = chosen.clusters.to(self.device)
+        output = self._embed(self.data.test.images, chosen.encoder.to(self.device))
+        test = self._gathered(self.data.test, output, clusters)
+        if dist.rank() == 0:
+            table = predictions_table(test, self.classes, self.test_slices)
+            self.run.write_table(layout.predictions_file(chosen.epoch), table)
 
     def _train_epoch(self) -> EpochResult:
         try:
@@ -361,6 +323,7 @@ class _Trainer:
                 accumulation=self.config.train.accumulation_steps,
                 seed=seed_of(self.config.seed, self.epoch, dist.rank()),
                 side=self._side,
+                mixup_alpha=self.config.train.mixup_alpha,
                 on_update=self._update_average,
                 on_step=self._heartbeat(),
             )
@@ -415,9 +378,9 @@ class _Trainer:
 
         return on_step
 
-    def _embed(self, images: Images) -> EncoderOutput:
+    def _embed(self, images: Images, encoder: Encoder | None = None) -> EncoderOutput:
         return embed(
-            self.evaluated,
+            self.evaluated if encoder is None else encoder,
             images,
             scale=self.scale,
             batch_size=self.config.train.embed_batch_size,
@@ -505,8 +468,12 @@ class _Trainer:
         return reclustering
 
     def _predict(self, shard: SliceShard) -> Predictions:
-        output = self._embed(shard.images)
-        return gather_predictions(self.clusters, output.z, output.logits, shard.keys, shard.labels)
+        return self._gathered(shard, self._embed(shard.images), self.clusters)
+
+    def _gathered(
+        self, shard: SliceShard, output: EncoderOutput, clusters: ClusterModel
+    ) -> Predictions:
+        return gather_predictions(clusters, output.z, output.logits, shard.keys, shard.labels)
 
     def _test_metrics(self, test: Predictions) -> dict[str, float]:
         """Write-only logs of this epoch: nothing in training reads them."""
@@ -526,7 +493,7 @@ class _Trainer:
         self,
         metrics: dict[str, float],
         z: Tensor,
-        test: Predictions,
+        test: Predictions | None,
         timer: _Timer,
         started: float,
     ) -> None:
@@ -569,7 +536,7 @@ class _Trainer:
         state: TrainerState,
         coordinates: Tensor,
         log_likelihood: Tensor,
-        test: Predictions,
+        test: Predictions | None,
         started: float,
     ) -> None:
         """On rank 0: the epoch's files, and last the line by which it counts as finished."""
@@ -581,8 +548,9 @@ class _Trainer:
             (self.run / layout.BEST).write_table(layout.FITTED, fitted)
             (self.run / layout.BEST).write_bytes(layout.MODEL, checkpoint_bytes(checkpoint))
         kept = {*self.config.evaluation.tsne_epochs, self.config.train.num_epochs}
-        if len(test.labels) and (is_best or self.epoch in kept):
-            self.run.write_table(layout.predictions_file(self.epoch), self._predictions(test))
+        if test is not None and len(test.labels) and (is_best or self.epoch in kept):
+            table = predictions_table(test, self.classes, self.test_slices)
+            self.run.write_table(layout.predictions_file(self.epoch), table)
         save_resumable(self.run, Resumable(checkpoint, state))
         metrics = self.history[-1]
         metrics["time/report_s"] = time.monotonic() - writing
@@ -606,9 +574,6 @@ class _Trainer:
             pa.array(column, field.type) for column, field in zip(columns, FITTED, strict=True)
         ]
         return pa.table(arrays, schema=FITTED)
-
-    def _predictions(self, test: Predictions) -> pa.Table:
-        return predictions_table(test, self.classes, self.test_slices)
 
     def _count(self, shard: SliceShard) -> int:
         return int(dist.sum_across_ranks(torch.tensor(len(shard), device=self.device)))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from brainray.clustering.align import class_probabilities, cluster_to_class, match_components
+from brainray.clustering.align import cluster_to_class, match_components
 from brainray.errors import ClusteringError
 
 
@@ -80,9 +80,3 @@ def test_what_cannot_be_mapped_is_refused_with_its_cause() -> None:
         cluster_to_class(clusters, torch.tensor([0, -1]), 2, torch.eye(2), torch.eye(2))
     with pytest.raises(ClusteringError, match="at least one"):
         cluster_to_class(clusters[:0], labels[:0], 2, torch.eye(2), torch.eye(2))
-
-
-def test_class_probabilities_sum_the_responsibilities_of_a_class() -> None:
-    gamma = torch.tensor([[0.1, 0.2, 0.3, 0.4]])
-    probabilities = class_probabilities(gamma, torch.tensor([2, 0, 2, 0]), num_classes=3)
-    torch.testing.assert_close(probabilities, torch.tensor([[0.6, 0.0, 0.4]]))

@@ -40,6 +40,8 @@ ANCHORED = (
     "augment_unlabelled.policy=strong",
     "train.ema_decay=0.9",
     "train.growth_epochs=1",
+    "train.mixup_alpha=0.2",
+    "evaluation.test_each_epoch=false",
     "train.start_image_size=16",
 )
 
@@ -242,6 +244,12 @@ def test_labels_of_unlabelled_and_test_slices_change_nothing(
         assert_same_models(checkpoint_of(reference, folder), checkpoint_of(permuted, folder))
     assert permuted.metrics["chosen_epoch"] == reference.metrics["chosen_epoch"]
     assert permuted.metrics["test/all/num_slices"] == 17
+    if recipe:
+        chosen = int(permuted.metrics["chosen_epoch"])
+        predicted = (permuted.run.folder / "predictions").names()
+        assert predicted == [f"epoch-{chosen:04d}.parquet"]
+        history = permuted.run.folder.read_json_lines("metrics.jsonl")
+        assert not [name for metrics in history for name in metrics if name.startswith("test/")]
 
 
 def test_evaluation_of_the_raw_files_tells_what_training_told(

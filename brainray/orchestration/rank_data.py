@@ -1,0 +1,69 @@
+"""A rank's share of the slices of a run, in memory or streamed."""
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+from brainray import layout
+from brainray.config import Config
+from brainray.engine.shard import (
+    CachedImages,
+    Images,
+    RankData,
+    SliceShard,
+    StreamedImages,
+    sample_keys,
+)
+from brainray.orchestration.store import ImageStore
+from brainray.schema import LABELLED, TEST, TRAIN, UNLABELLED, UNLABELLED_ROLE, VALIDATION
+from brainray.storage import Folder
+
+
+def load_rank_data(
+    config: Config,
+    run: Folder,
+    store: ImageStore,
+    device: torch.device,
+    rank: int,
+    num_ranks: int,
+) -> RankData:
+    """Every num_ranks-th slice of each role. Labels come from the run's draw, not the store."""
+    class_index = {name: index for index, name in enumerate(store.classes)}
+
+    side = config.train.image_size
+    room = int(config.train.cache_gib * 2**30)
+
+    def load(sample_ids: list[str], split: str) -> Images:
+        nonlocal room
+        num_bytes = len(sample_ids) * side * side
+        if num_bytes <= room:
+            room -= num_bytes
+            return CachedImages(torch.from_numpy(store.images(sample_ids, split, side)).to(device))
+        if rank == 0:
+            print(f"streaming {len(sample_ids)} slices from disk: train.cache_gib is full")
+        return StreamedImages(len(sample_ids), side, store.scan(sample_ids, split, side), device)
+
+    def shard(rows: pa.Table, split: str, keys: list[int]) -> SliceShard:
+        labels = [class_index.get(name, UNLABELLED) for name in rows["label"].to_pylist()]
+        return SliceShard(
+            load(rows["sample_id"].to_pylist(), split),
+            torch.tensor(keys, dtype=torch.int64, device=device),
+            torch.tensor(labels, dtype=torch.int64, device=device),
+        )
+
+    def training_shard(role: str) -> SliceShard:
+        rows = seen.filter(pc.equal(seen["role"], role)).sort_by("sample_id")
+        mine = rows.take(list(range(rank, rows.num_rows, num_ranks)))
+        return shard(mine, TRAIN, sample_keys(mine["sample_id"].to_pylist()).tolist())
+
+    seen = run.read_table(layout.SEEN)
+    test = run.read_table(layout.TEST_SLICES)
+    test_rows = list(range(rank, test.num_rows, num_ranks))
+    # Labelled slices are read most often, so they are the first to stay in memory.
+    return RankData(
+        labelled=training_shard(LABELLED),
+        validation=training_shard(VALIDATION),
+        # Test sets keep byte-identical copies, so the row is the key there.
+        test=shard(test.take(test_rows), TEST, test_rows),
+        unlabelled=training_shard(UNLABELLED_ROLE),
+    )
