@@ -1,0 +1,25 @@
+"""Figures over draws of labels as a table."""
+
+from brainray.engine.draws import summarise_draws
+from brainray.report.draws_table import draws_table
+
+CLEAN, ALL = "test/clean/head/accuracy", "test/all/head/accuracy"
+
+
+def rows_of(table: str) -> list[list[str]]:
+    lines = table.splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_a_recipe_beside_its_control() -> None:
+    draws = [{CLEAN: 0.90}, {CLEAN: 0.94}]
+    control = [{CLEAN: 0.80}, {CLEAN: 0.86}]
+    header, _, row = rows_of(draws_table(summarise_draws(draws, control)))
+    assert header[2:] == ["accuracy", "control", "difference", "fewer errors"]
+    # Differences 0.10 and 0.08: half an interval is 12.706 * 0.01414 / sqrt(2).
+    assert row == ["head", "clean", "0.920 ± 0.028", "0.830", "+0.090 [-0.037, +0.217]", "53 %"]
+
+
+def test_what_was_not_measured_is_a_dash() -> None:
+    alone = rows_of(draws_table(summarise_draws([{ALL: 0.9}])))[2:]
+    assert alone == [["head", "all", "0.900", "–", "–", "–"]]
