@@ -1,15 +1,20 @@
 """The jobs' contract: complete help, one JSON line at the end, exit codes."""
 
 import json
+import os
 import runpy
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
+import ray
 
 from brainray.config import Config, load_config
 from brainray.errors import ConfigError, DataError
-from brainray.orchestration.job import JobResult, resolve_paths, run_job
+from brainray.orchestration.job import JobResult, resolve_paths, run_command, run_job
 
 PROJECT = Path(__file__).parents[1]
 JOBS = [
@@ -124,3 +129,30 @@ def test_relative_paths_are_resolved_here_and_refused_in_a_submitted_job(
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     with pytest.raises(ConfigError, match="source=data is relative: a submitted job"):
         resolve_paths(config)
+
+
+def test_sigterm_ends_a_job_that_waits_for_ray(
+    ray_cluster: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @ray.remote(num_cpus=0)
+    def sleep() -> None:
+        time.sleep(60)
+
+    def work() -> JobResult:
+        waiting = sleep.remote()
+        threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        try:
+            ray.get(waiting)
+        finally:
+            ray.cancel(waiting, force=True)
+        raise AssertionError("the wait was not interrupted")
+
+    before = signal.getsignal(signal.SIGTERM)
+    started = time.monotonic()
+    try:
+        assert run_command("train", work) == 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert time.monotonic() - started < 30
+    outcome = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert outcome["error"].startswith("ended by SIGTERM: submit it again under the same name")

@@ -70,8 +70,12 @@ def run_command(name: str, work: Callable[[], JobResult]) -> int:
     _end_in_order_on_sigterm()
     try:
         result = work()
-    except (Exception, Terminated) as error:  # the contract: every outcome ends in one JSON line
+    except Exception as error:  # the contract: every outcome ends in one JSON line
         return _fail(name, error)
+    except KeyboardInterrupt:
+        if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:
+            raise  # from the keyboard, not from the handler of SIGTERM
+        return _fail(name, Terminated(_TERMINATED))
     _print_json(
         {
             "job": name,
@@ -87,8 +91,18 @@ def run_command(name: str, work: Callable[[], JobResult]) -> int:
     return EXIT_OK
 
 
-class Terminated(BaseException):
-    """The process was asked to end (SIGTERM); no ``except Exception`` is to hold it up."""
+class Terminated(KeyboardInterrupt):
+    """The process was asked to end (SIGTERM); no ``except Exception`` is to hold it up.
+
+    Of what a signal handler raises, ``ray.get`` hands on a KeyboardInterrupt alone, as a plain
+    one; anything else it swallows, and waits on.
+    """
+
+
+_TERMINATED = (
+    "ended by SIGTERM: submit it again under the same name, it goes on after the last finished "
+    "epoch or stage"
+)
 
 
 def _end_in_order_on_sigterm() -> None:
@@ -96,10 +110,7 @@ def _end_in_order_on_sigterm() -> None:
 
     def end(number: int, _frame: FrameType | None) -> None:
         signal.signal(number, signal.SIG_IGN)  # a second one must not interrupt the ending
-        raise Terminated(
-            "ended by SIGTERM: submit it again under the same name, it goes on after the last "
-            "finished epoch or stage"
-        )
+        raise Terminated(_TERMINATED)
 
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, end)
