@@ -23,7 +23,7 @@ from brainray.mri.resize import thumbnail
 from brainray.mri.slices import DecodeOptions, RejectedImage
 from brainray.mri.split import draw_test
 from brainray.mri.subjects import (
-    anatomy_descriptors,
+    Described,
     estimate_subjects,
     find_same_subject,
     mutual_links,
@@ -82,7 +82,7 @@ def run(options: CaseOptions) -> BenchmarkResult:
 
 def measure_errors(known: KnownSlices, settings: SubjectConfig, seed: int) -> list[Measure]:
     """Errors of links, of groups, of a split by groups, and of the pairwise decision."""
-    links = mutual_links(anatomy_descriptors(known.thumbnails), settings)
+    links = mutual_links(Described.of(known.thumbnails), settings)
     is_right = known.subjects[links.first] == known.subjects[links.second]
     linked = set(zip(links.first.tolist(), links.second.tolist(), strict=True))
     neighbours = np.flatnonzero(known.series[:-1] == known.series[1:]).tolist()

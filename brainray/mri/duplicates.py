@@ -19,7 +19,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import faiss
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -27,6 +26,8 @@ from scipy.fft import dctn
 
 from brainray.config import NearDuplicateConfig
 from brainray.mri import registration
+from brainray.mri.neighbours import neighbour_index
+from brainray.mri.row_file import Rows, SelectedRows
 from brainray.schema import THUMBNAIL_SIDE
 
 SAMPLE_ID_DIGITS = 32
@@ -38,7 +39,7 @@ diagonals included; turned by 90, 180 or 270 degrees."""
 COPY, MIRRORED, ROTATED = range(3)
 
 _BLOCK_ROWS = 2048
-_DESCRIBED_ROWS = 4096  # fingerprints described at a time: 150 MB of floats
+_READ_ROWS = 1024  # fingerprints read and described at a time: 40 MB of floats
 _VERIFIED_PAIRS = 64  # pairs aligned at a time: their planes stay in the processor's cache
 
 _LAYOUT_SIDE = 32  # pixels: descriptors look at no more
@@ -49,8 +50,6 @@ _CANONICAL_SIDE = 24  # pixels
 _NUM_FREQUENCIES = 8  # along each axis
 _DESCRIPTOR_LENGTH = 1000  # Euclidean; its square is below 2**24, where float32 stops being exact
 
-_FLAT_ROWS = 8192  # up to so many slices every pair of descriptors is compared
-_PROBED_CELLS = 16
 _UPRIGHT = 0
 _INVERSE = (0, 3, 2, 1, 4, 5, 6, 7)  # of the orientations: see `_oriented`
 _KIND_OF = (COPY, ROTATED, ROTATED, ROTATED, MIRRORED, MIRRORED, MIRRORED, MIRRORED)
@@ -90,20 +89,6 @@ class Twins:
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """Some rows of a matrix of fingerprints that may be too large to copy."""
-
-    fingerprints: NDArray[np.uint8]  # (N, 9216)
-    index: NDArray[np.int64]
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def take(self, positions: NDArray[np.int64] | slice) -> NDArray[np.uint8]:
-        return self.fingerprints[self.index[positions]]
-
-
-@dataclass(frozen=True)
 class _Candidates:
     """Query, turned into the orientation, may be the reference; length C."""
 
@@ -127,7 +112,7 @@ def sample_id(digest: str, frame: str = "") -> str:
 
 
 def near_duplicate_pairs(
-    fingerprints: NDArray[np.uint8],
+    fingerprints: Rows,
     settings: NearDuplicateConfig,
     *,
     not_together: Sequence[str | None] | None = None,
@@ -135,13 +120,13 @@ def near_duplicate_pairs(
     """All links between near-duplicates.
 
     Args:
-        fingerprints: (N, 9216) uint8; may be a memory map, it is read in blocks.
+        fingerprints: (N, 9216) uint8; they are read in blocks.
         settings: when two slices are one.
         not_together: N ids of volumes; slices at different positions of one volume are no copies
             of each other, so that links within a volume are dropped. None for slices without.
     """
     firsts, position = _distinct(fingerprints)
-    distinct = _Rows(fingerprints, firsts)
+    distinct = SelectedRows(fingerprints, firsts)
     candidates = _candidates(distinct, distinct, settings)
     first, second, kind, similarity = _accepted(distinct, distinct, candidates, settings)
     repeated = np.flatnonzero(firsts[position] != np.arange(len(position)))
@@ -164,9 +149,7 @@ def near_duplicate_pairs(
     return DuplicatePairs(first[order], second[order], kind[order], similarity[order])
 
 
-def find_twins(
-    queries: NDArray[np.uint8], references: NDArray[np.uint8], settings: NearDuplicateConfig
-) -> Twins:
+def find_twins(queries: Rows, references: Rows, settings: NearDuplicateConfig) -> Twins:
     """The most similar near-duplicate of each query among the references.
 
     Upright copies come before mirrored and rotated ones. Whether a query has a twin depends
@@ -178,10 +161,9 @@ def find_twins(
         settings: as in `near_duplicate_pairs`, which decides alike.
     """
     firsts, _ = _distinct(references)
-    distinct = _Rows(references, firsts)
-    asked = _Rows(queries, np.arange(len(queries)))
-    candidates = _candidates(asked, distinct, settings)
-    query, found, kind, similarity = _accepted(asked, distinct, candidates, settings)
+    distinct = SelectedRows(references, firsts)
+    candidates = _candidates(queries, distinct, settings)
+    query, found, kind, similarity = _accepted(queries, distinct, candidates, settings)
     twins = Twins(
         reference=np.full(len(queries), -1, np.int64),
         kind=np.full(len(queries), COPY, np.int8),
@@ -207,13 +189,14 @@ def coarse(fingerprints: NDArray[np.uint8]) -> NDArray[np.uint8]:
     )
 
 
-def describe(fingerprints: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Descriptors (N, 64) of fingerprints: integers as float32, of length about 1000.
+def describe(fingerprints: Rows) -> NDArray[np.float32]:
+    """Descriptors (N, 64) of fingerprints (N, 9216): integers as float32, of length about 1000.
 
     The brightest part of the frame is centred and scaled by its own moments, and the low
     frequencies of its cosine transform are kept. A constant picture gives zeros.
     """
-    return _describe_rows(_Rows(fingerprints, np.arange(len(fingerprints))))
+    blocks = [_describe_block(fingerprints[block]) for block in _blocks(len(fingerprints))]
+    return np.concatenate([np.empty((0, _NUM_FREQUENCIES**2), np.float32), *blocks])
 
 
 def pair_similarity(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -225,7 +208,7 @@ def pair_similarity(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> NDAr
     """
     rows = np.arange(len(first))
     upright = np.full(len(first), _UPRIGHT, np.int8)
-    return _verify(_Rows(first, rows), _Rows(second, rows), _Candidates(rows, rows, upright))
+    return _verify(first, second, _Candidates(rows, rows, upright))
 
 
 def most_similar(
@@ -270,24 +253,25 @@ def _correlation_blocks(
         yield start, block @ standard_references.T
 
 
-def _distinct(fingerprints: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _distinct(fingerprints: Rows) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Index of the first of each distinct fingerprint, in an order that depends on the content
     alone, and for each fingerprint the position of its own in that list.
     """
     digests = np.array(
-        [hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in fingerprints],
+        [
+            hashlib.blake2b(row.tobytes(), digest_size=16).digest()
+            for block in _blocks(len(fingerprints))
+            for row in fingerprints[block]
+        ],
         dtype="V16",
     )
     _, firsts, position = np.unique(digests.view("S16"), return_index=True, return_inverse=True)
     return firsts.astype(np.int64), position.astype(np.int64)
 
 
-def _describe_rows(rows: _Rows) -> NDArray[np.float32]:
-    blocks = [
-        _describe_block(rows.take(slice(start, start + _DESCRIBED_ROWS)))
-        for start in range(0, len(rows), _DESCRIBED_ROWS)
-    ]
-    return np.concatenate([np.empty((0, _NUM_FREQUENCIES**2), np.float32), *blocks])
+def _blocks(num_rows: int) -> Iterator[NDArray[np.int64]]:
+    for start in range(0, num_rows, _READ_ROWS):
+        yield np.arange(start, min(start + _READ_ROWS, num_rows))
 
 
 def _describe_block(fingerprints: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -355,17 +339,17 @@ def _oriented(pictures: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8
     return np.rot90(pictures, orientation % 4, axes=(1, 2))
 
 
-def _candidates(queries: _Rows, references: _Rows, settings: NearDuplicateConfig) -> _Candidates:
+def _candidates(queries: Rows, references: Rows, settings: NearDuplicateConfig) -> _Candidates:
     """Pairs whose descriptors are alike. Where the queries are the references, each pair once and
     none with itself.
     """
     within = queries is references
-    query_descriptors = _describe_rows(queries)
-    reference_descriptors = query_descriptors if within else _describe_rows(references)
+    query_descriptors = describe(queries)
+    reference_descriptors = query_descriptors if within else describe(references)
     num_slices = max(len(queries), len(references))
     found = [np.empty(0, np.int64)]
     if len(queries) and len(references):
-        index = _index(reference_descriptors)
+        index = neighbour_index(reference_descriptors)
         for orientation in range(len(_INVERSE)):
             upright = orientation == _UPRIGHT
             wanted = settings.num_candidates if upright else settings.num_turned_candidates
@@ -390,28 +374,9 @@ def _candidates(queries: _Rows, references: _Rows, settings: NearDuplicateConfig
     return _Candidates(query, reference, orientation_codes.astype(np.int8))
 
 
-def _index(descriptors: NDArray[np.float32]) -> faiss.Index:
-    """Exhaustive for few; else cells around every n-th descriptor, of which some are searched.
-
-    References come in an order that depends on their content alone, so that the centres do too.
-    """
-    dimension = descriptors.shape[1]
-    flat = faiss.IndexFlatIP(dimension)
-    if len(descriptors) <= _FLAT_ROWS:
-        flat.add(descriptors)
-        return flat
-    num_cells = int(4 * np.sqrt(len(descriptors)))
-    flat.add(descriptors[:: len(descriptors) // num_cells])
-    index = faiss.IndexIVFFlat(flat, dimension, flat.ntotal, faiss.METRIC_INNER_PRODUCT)
-    index.is_trained = True
-    index.add(descriptors)
-    index.nprobe = _PROBED_CELLS
-    return index
-
-
 def _accepted(
-    queries: _Rows,
-    references: _Rows,
+    queries: Rows,
+    references: Rows,
     candidates: _Candidates,
     settings: NearDuplicateConfig,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int8], NDArray[np.float32]]:
@@ -438,14 +403,14 @@ def _accepted(
     return candidates.query[best], candidates.reference[best], kind, similarity[best]
 
 
-def _verify(queries: _Rows, references: _Rows, candidates: _Candidates) -> NDArray[np.float32]:
+def _verify(queries: Rows, references: Rows, candidates: _Candidates) -> NDArray[np.float32]:
     """(C,) similarity of candidates; 0 for those that a coarse look rules out."""
 
     def verify_block(start: int) -> NDArray[np.float32]:
         block = slice(start, start + _VERIFIED_PAIRS)
         fixed, moving = _facing(
-            queries.take(candidates.query[block]),
-            references.take(candidates.reference[block]),
+            queries[candidates.query[block]],
+            references[candidates.reference[block]],
             candidates.orientation[block],
         )
         return registration.similarity(fixed, moving).numpy()

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from brainray.config import PreprocessConfig
 from brainray.mri.duplicates import COPY, KINDS, find_twins, thumbnail_matrix
+from brainray.mri.row_file import Rows, SelectedRows
 from brainray.mri.subjects import find_same_subject
 from brainray.schema import GIVEN
 
@@ -23,12 +24,15 @@ class Fingerprints:
     """What is kept of N slices so that others can be compared with them."""
 
     sample_ids: Sequence[str]
-    thumbnails: NDArray[np.uint8]  # (N, 9216)
+    thumbnails: Rows  # (N, 9216) uint8
     subjects: Sequence[str | None]  # as a table or a header gave them, never estimated
 
     @classmethod
-    def of(cls, table: pa.Table) -> "Fingerprints":
-        """From rows with ``sample_id`` and ``thumbnail``, and subjects where they are known."""
+    def of(cls, table: pa.Table, thumbnails: Rows | None = None) -> "Fingerprints":
+        """From rows with ``sample_id``, and subjects where they are known.
+
+        Thumbnails are a column of the table unless they are given beside it.
+        """
         subjects: list[str | None] = [None] * table.num_rows
         if "subject_source" in table.column_names:
             subjects = [
@@ -39,11 +43,9 @@ class Fingerprints:
                     strict=True,
                 )
             ]
-        return cls(
-            table["sample_id"].to_pylist(),
-            thumbnail_matrix(table["thumbnail"].to_pylist()),
-            subjects,
-        )
+        if thumbnails is None:
+            thumbnails = thumbnail_matrix(table["thumbnail"].to_pylist())
+        return cls(table["sample_id"].to_pylist(), thumbnails, subjects)
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,8 @@ def exposure(queries: Fingerprints, seen: Fingerprints, config: PreprocessConfig
         [name is None or not any(seen.subjects) for name in queries.subjects], dtype=np.bool_
     )
     if config.subject.estimate and by_looks.any():
-        likely = find_same_subject(queries.thumbnails[by_looks], seen.thumbnails, config.subject)
+        looking = SelectedRows(queries.thumbnails, np.flatnonzero(by_looks))
+        likely = find_same_subject(looking, seen.thumbnails, config.subject)
         mate[by_looks], mate_similarity[by_looks] = likely.reference, likely.similarity
     kind = np.where(twins.reference >= 0, np.array(KINDS)[twins.kind], "")
     return Exposure(exact, twins.reference, kind, twins.similarity, mate, mate_similarity)

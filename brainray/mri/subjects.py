@@ -13,11 +13,13 @@ structure; a missed link leaves two slices of a subject in different groups, the
 further apart they lie. ``python jobs/benchmark.py subjects`` measures both where the truth is
 known. Where subjects or series are named, the names are used instead.
 
-The search is exact: time grows with N^2, memory with N x 16 kB.
+Up to 8,192 slices each is compared with each. Among more, each is compared with its nearest in an
+index of a few principal components, and descriptors (16 kB a slice) are kept in a file: time then
+grows little faster than N.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -27,6 +29,8 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from brainray.config import SubjectConfig
+from brainray.mri.neighbours import neighbour_index
+from brainray.mri.row_file import RowFile, Rows
 
 COMPARED_SIDE = 64  # pixels: finer structure is noise between neighbouring slices
 SUBJECT_PREFIX = "estimated-"
@@ -36,6 +40,13 @@ _FINE_SIGMA, _COARSE_SIGMA = 0.5, 2.0  # of the band that is compared, in thumbn
 _MIN_LENGTH = 1e-3  # of a descriptor before scaling: below it lies rounding, no structure
 _BLOCK_ROWS = 256
 
+EXHAUSTIVE_ROWS = 8192
+"""Up to so many slices each is compared with each."""
+_CANDIDATES = 16  # compared with a slice
+_CANDIDATE_BLOCK_ROWS = 128  # whose candidates' descriptors are in memory at a time, 34 MB
+_COMPONENTS_PER_PART = 32
+_PCA_ROWS = 4096
+
 # A flip negates the odd parts of an image along its axis. Rows: as is, left-right, upside down,
 # both; columns: the parts of `anatomy_descriptors`. Of two flips, one after the other is the one
 # whose number is the exclusive or of theirs.
@@ -43,7 +54,10 @@ _FLIP_SIGNS = np.array(
     [[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]], dtype=np.float32
 )
 
+_NUM_PARTS, _PART_SIZE = 4, (COMPARED_SIDE // 2) ** 2
+
 Descriptors = NDArray[np.float32]  # (N, 4, 1024), see `anatomy_descriptors`
+_NO_DESCRIPTORS = np.empty((0, _NUM_PARTS, _PART_SIZE), np.float32)
 
 
 @dataclass(frozen=True)
@@ -57,7 +71,7 @@ class Links:
 
 
 def estimate_subjects(
-    thumbnails: NDArray[np.uint8],
+    thumbnails: Rows,
     sample_ids: Sequence[str],
     duplicate_group_ids: Sequence[str],
     settings: SubjectConfig,
@@ -83,10 +97,10 @@ def estimate_subjects(
         smallest[copies] = min((identity, index), smallest.get(copies, (identity, index)))
     # In the order of ids, so that neither rounding nor ties depend on the order of the input.
     nodes = sorted((identity, copies, index) for copies, (identity, index) in smallest.items())
-    descriptors = anatomy_descriptors(thumbnails[[index for _, _, index in nodes]])
-    view = same_view_groups(descriptors, min_similarity=settings.same_view_similarity)
+    described = Described.of(thumbnails, np.array([index for _, _, index in nodes], np.int64))
+    view = same_view_groups(described, min_similarity=settings.same_view_similarity)
     views, view_of_node = np.unique(view, return_inverse=True)
-    distinct = descriptors[views]
+    distinct = described.only(views)
     group_of_view = merge_links(distinct, mutual_links(distinct, settings), settings)
     first_node = views[group_of_view[view_of_node]].tolist()
     subject = {
@@ -104,9 +118,7 @@ class Mates:
     similarity: NDArray[np.float32]  # (Q,) of the most similar slice, accepted or not
 
 
-def find_same_subject(
-    queries: NDArray[np.uint8], references: NDArray[np.uint8], settings: SubjectConfig
-) -> Mates:
+def find_same_subject(queries: Rows, references: Rows, settings: SubjectConfig) -> Mates:
     """The reference slice most likely of the query's subject, by similarity alone.
 
     The more references, the likelier one of them resembles a stranger: on a large set this rather
@@ -121,14 +133,13 @@ def find_same_subject(
     similarity = [np.empty(0, np.float32)]
     if len(references) == 0:
         return Mates(np.full(len(queries), -1, np.int64), np.zeros(len(queries), np.float32))
-    described = anatomy_descriptors(references)
-    for _, by_flip in _similarity_blocks(anatomy_descriptors(queries), described):
+    described = Described.of(references)
+    for _, found, by_flip in _compared(Described.of(queries), described):
         best = by_flip.max(axis=0)
-        nearest = best.argmax(axis=1)
-        similarity.append(np.take_along_axis(best, nearest[:, None], axis=1)[:, 0])
-        reference.append(
-            np.where(similarity[-1] >= settings.min_lone_similarity, nearest, -1).astype(np.int64)
-        )
+        place = best.argmax(axis=1)[:, None]
+        nearest = np.take_along_axis(found, place, axis=1)[:, 0]
+        similarity.append(np.take_along_axis(best, place, axis=1)[:, 0])
+        reference.append(np.where(similarity[-1] >= settings.min_lone_similarity, nearest, -1))
     return Mates(np.concatenate(reference), np.concatenate(similarity))
 
 
@@ -161,86 +172,195 @@ def anatomy_descriptors(thumbnails: NDArray[np.uint8]) -> Descriptors:
     return by_part.reshape(len(images), 4, half * half) * np.float32(0.5)
 
 
-def same_view_groups(descriptors: Descriptors, *, min_similarity: float) -> NDArray[np.int64]:
+class Described:
+    """Descriptors of N slices, in memory or, where they are many, in a file."""
+
+    def __init__(self, num_rows: int, blocks: Iterable[Descriptors]) -> None:
+        """``blocks``: all rows, some at a time."""
+        self._rows: NDArray[np.float32] | RowFile
+        if num_rows <= EXHAUSTIVE_ROWS:
+            self._rows = np.concatenate([_NO_DESCRIPTORS, *blocks]).reshape(
+                num_rows, _NUM_PARTS * _PART_SIZE
+            )
+            return
+        self._rows = RowFile(_NUM_PARTS * _PART_SIZE, np.float32)
+        for block in blocks:
+            self._rows.append(block.reshape(len(block), -1))
+
+    @classmethod
+    def of(cls, thumbnails: Rows, rows: NDArray[np.int64] | None = None) -> "Described":
+        """Of these ``rows`` of thumbnails (., S * S), or of all."""
+        wanted = np.arange(len(thumbnails)) if rows is None else rows
+        blocks = (anatomy_descriptors(thumbnails[block]) for block in _blocks(wanted))
+        return cls(len(wanted), blocks)
+
+    def only(self, rows: NDArray[np.int64]) -> "Described":
+        """Of these rows (n,)."""
+        return Described(len(rows), (self[block] for block in _blocks(rows)))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, rows: NDArray[np.int64]) -> Descriptors:
+        return self._rows[rows].reshape(len(rows), _NUM_PARTS, _PART_SIZE)
+
+    def __setitem__(self, row: int, descriptor: NDArray[np.float32]) -> None:
+        self._rows[row] = descriptor.reshape(-1)
+
+
+def _blocks(rows: NDArray[np.int64], size: int = _BLOCK_ROWS) -> Iterator[NDArray[np.int64]]:
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
+
+
+def same_view_groups(described: Described, *, min_similarity: float) -> NDArray[np.int64]:
     """Smallest index (N,) of the slices that show what this one shows, flipped or as it is."""
     rows, columns = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-    for start, similarity in _similarity_blocks(descriptors, descriptors):
-        row, column = np.nonzero((similarity >= min_similarity).any(axis=0))
+    for start, found, by_flip in _compared(described, described):
+        row, place = np.nonzero((by_flip >= min_similarity).any(axis=0))
         rows.append(row + start)
-        columns.append(column)
+        columns.append(found[row, place])
     row, column = np.concatenate(rows), np.concatenate(columns)
-    graph = coo_array((np.ones(len(row), np.int8), (row, column)), shape=(len(descriptors),) * 2)
+    graph = coo_array((np.ones(len(row), np.int8), (row, column)), shape=(len(described),) * 2)
     _, component = connected_components(graph, directed=False)
     _, earliest, group = np.unique(component, return_index=True, return_inverse=True)
     return np.asarray(earliest[group], dtype=np.int64)
 
 
-def mutual_links(descriptors: Descriptors, settings: SubjectConfig) -> Links:
+def mutual_links(described: Described, settings: SubjectConfig) -> Links:
     """Pairs of slices that are similar enough and each among the nearest of the other."""
-    num_slices = len(descriptors)
+    num_slices = len(described)
     num_neighbours = min(settings.num_neighbours, num_slices - 1)
     if num_neighbours < 1:
         nothing = np.empty(0, np.int64)
         return Links(nothing, nothing, nothing, np.empty(0, np.float32))
-    found = []
-    for start, by_flip in _similarity_blocks(descriptors, descriptors):
+    links = []
+    for start, found, by_flip in _compared(described, described):
         similarity = by_flip.max(axis=0)
-        own = np.arange(len(similarity))
-        similarity[own, own + start] = -np.inf
-        last = num_slices - num_neighbours
+        similarity[found == np.arange(start, start + len(found))[:, None]] = -np.inf
+        last = max(found.shape[1] - num_neighbours, 0)
         nearest = np.argpartition(similarity, last, axis=1)[:, last:]
         value = np.take_along_axis(similarity, nearest, axis=1)
         row, place = np.nonzero(value >= settings.min_similarity)
-        column = nearest[row, place]
-        flip = by_flip[:, row, column].argmax(axis=0)
-        found.append((row + start, column, flip, value[row, place]))
-    row, column, flip, value = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        flip = by_flip[:, row, nearest[row, place]].argmax(axis=0)
+        links.append((row + start, found[row, nearest[row, place]], flip, value[row, place]))
+    row, column, flip, value = (np.concatenate(parts) for parts in zip(*links, strict=True))
     is_mutual = np.isin(row * num_slices + column, column * num_slices + row)
     kept = np.flatnonzero((row < column) & is_mutual)
     order = kept[np.lexsort((column[kept], row[kept], -value[kept]))]
     return Links(row[order], column[order], flip[order], value[order])
 
 
-def merge_links(
-    descriptors: Descriptors, links: Links, settings: SubjectConfig
-) -> NDArray[np.int64]:
+def merge_links(described: Described, links: Links, settings: SubjectConfig) -> NDArray[np.int64]:
     """Smallest index (N,) in each slice's group: Kruskal's order, with two conditions on a merge.
 
     Every slice carries the flip that brings it into the frame of its group's first one, so that
-    slices are compared across the group in one frame.
+    slices are compared across the group in one frame. The descriptors are used up: a group's sum
+    takes the place of its first one's.
     """
-    group = list(range(len(descriptors)))
-    flip_in_group = [0] * len(descriptors)
+    group = list(range(len(described)))
+    flip_in_group = [0] * len(described)
     members = [[index] for index in group]
-    # Of unit rows: the product of two sums is the sum over all pairs of slices.
-    sums = list(descriptors)
     for first, second, flip in zip(
         links.first.tolist(), links.second.tolist(), links.flip.tolist(), strict=True
     ):
         kept, absorbed = sorted((group[first], group[second]))
+        if kept == absorbed or len(members[kept]) + len(members[absorbed]) > settings.max_slices:
+            continue
         turn = flip_in_group[first] ^ flip ^ flip_in_group[second]
-        turned = sums[absorbed] * _FLIP_SIGNS[turn][:, None]
+        # Of unit rows: the product of two sums is the sum over all pairs of slices.
+        sums, others = described[np.array([kept, absorbed])]
+        turned = others * _FLIP_SIGNS[turn][:, None]
         num_pairs = len(members[kept]) * len(members[absorbed])
-        if (
-            kept == absorbed
-            or len(members[kept]) + len(members[absorbed]) > settings.max_slices
-            or np.vdot(sums[kept], turned) < settings.min_group_similarity * num_pairs
-        ):
+        if np.vdot(sums, turned) < settings.min_group_similarity * num_pairs:
             continue
         for index in members[absorbed]:
             group[index] = kept
             flip_in_group[index] ^= turn
         members[kept] += members[absorbed]
         members[absorbed] = []
-        sums[kept] = sums[kept] + turned
+        described[kept] = sums + turned
     return np.array(group, dtype=np.int64)
 
 
-def _similarity_blocks(
-    queries: Descriptors, references: Descriptors
-) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    """(first query row, similarities (4, B, R) of a block with all references, per flip)."""
-    references_by_part = references.transpose(1, 2, 0)  # (4, 1024, R)
-    for start in range(0, len(queries), _BLOCK_ROWS):
-        block = queries[start : start + _BLOCK_ROWS].transpose(1, 0, 2)  # (4, B, 1024)
-        yield start, np.tensordot(_FLIP_SIGNS, block @ references_by_part, axes=1)
+def _compared(
+    queries: Described, references: Described
+) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.float32]]]:
+    """Blocks of queries with the references that they were compared with.
+
+    Of B queries: the first one's row, the references' rows (B, M), and similarities (4, B, M) by
+    flip. All references are compared where they are few.
+    """
+    if len(references) > EXHAUSTIVE_ROWS:
+        yield from _compared_with_candidates(queries, references)
+        return
+    every = np.arange(len(references))
+    by_part = references[every].transpose(1, 2, 0)  # (4, 1024, R)
+    for rows in _blocks(np.arange(len(queries))):
+        block = queries[rows].transpose(1, 0, 2)  # (4, B, 1024)
+        by_flip = np.tensordot(_FLIP_SIGNS, block @ by_part, axes=1)
+        yield int(rows[0]), np.broadcast_to(every, by_flip.shape[1:]), by_flip
+
+
+def _compared_with_candidates(
+    queries: Described, references: Described
+) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.float32]]]:
+    """As `_compared`, with the references that are nearest in a few components."""
+    step = max(1, len(references) // _PCA_ROWS)
+    components = _principal_components(references[np.arange(0, len(references), step)])
+    reduced = _reduced(references, components)
+    index = neighbour_index(reduced)
+    for rows in _blocks(np.arange(len(queries)), _CANDIDATE_BLOCK_ROWS):
+        block = queries[rows]
+        flipped = _project(block, components)[None] * _FLIP_SIGNS[:, None, :, None]
+        likely, found = index.search(flipped.reshape(-1, reduced.shape[1]), _CANDIDATES)
+        by_slice = (len(_FLIP_SIGNS), len(rows), -1)
+        candidates = _likeliest(
+            np.concatenate(likely.reshape(by_slice), axis=1),
+            np.concatenate(found.reshape(by_slice), axis=1),
+            _CANDIDATES,
+        )
+        used, place = np.unique(candidates, return_inverse=True)
+        others = references[np.maximum(used, 0)][place.reshape(candidates.shape)]  # (B, M, 4, 1024)
+        by_part = np.einsum("bpd,bmpd->pbm", block, others, optimize=True)
+        by_flip = np.tensordot(_FLIP_SIGNS, by_part, axes=1)
+        by_flip[:, candidates < 0] = -np.inf
+        yield int(rows[0]), candidates, by_flip
+
+
+def _likeliest(
+    similarity: NDArray[np.float32], found: NDArray[np.int64], count: int
+) -> NDArray[np.int64]:
+    """(B, count) of the rows found (B, M), each once; -1 where there are fewer."""
+    order = np.lexsort((-similarity, found), axis=1)
+    found = np.take_along_axis(found, order, axis=1)
+    similarity = np.take_along_axis(similarity, order, axis=1)
+    is_repeat = found[:, 1:] == found[:, :-1]
+    similarity[:, 1:][is_repeat] = -np.inf
+    found[:, 1:][is_repeat] = -1
+    best = np.argsort(-similarity, axis=1, kind="stable")[:, :count]
+    return np.take_along_axis(found, best, axis=1)
+
+
+def _principal_components(sample: Descriptors) -> NDArray[np.float32]:
+    """(4, 1024, 32): of each part, the directions in which the sample varies most."""
+    return np.stack(
+        [
+            np.linalg.eigh(part.T @ part)[1][:, -_COMPONENTS_PER_PART:]
+            for part in sample.transpose(1, 0, 2)
+        ]
+    )
+
+
+def _project(descriptors: Descriptors, components: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(N, 4, 32), of unit length."""
+    reduced = np.einsum("npd,pdk->npk", descriptors, components, optimize=True)
+    length = np.linalg.norm(reduced, axis=(1, 2), keepdims=True)
+    return np.asarray(reduced / np.maximum(length, _MIN_LENGTH), np.float32)
+
+
+def _reduced(described: Described, components: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(N, 128) float32 of all slices."""
+    every = np.arange(len(described))
+    blocks = [_project(described[rows], components) for rows in _blocks(every)]
+    return np.concatenate(blocks).reshape(len(described), -1)

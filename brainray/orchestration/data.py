@@ -2,7 +2,7 @@
 
 The first pass decodes, checks, strips and resizes every new file into parts; what an earlier run
 made of unchanged files is taken over. The driver then looks at the light columns of all slices at
-once (hashes, thumbnails) to find copies, groups and splits. The second pass adds these to the
+once (hashes, fingerprints) to find copies, groups and splits. The second pass adds these to the
 parts and leaves removed copies out. The store appears whole: it is built under another name and
 renamed.
 """
@@ -14,6 +14,7 @@ from dataclasses import asdict
 from typing import Any
 
 import cv2
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
@@ -23,7 +24,8 @@ from brainray import layout
 from brainray.config import Config, PreprocessConfig
 from brainray.errors import ConfigError, DataError
 from brainray.mri.decode import RejectedImage
-from brainray.mri.duplicates import content_hash
+from brainray.mri.duplicates import content_hash, thumbnail_matrix
+from brainray.mri.row_file import RowFile
 from brainray.orchestration.earlier import LIGHT, LIGHT_COLUMNS, PART, Earlier, unchanged
 from brainray.orchestration.examples import draw_figures
 from brainray.orchestration.lock import held
@@ -43,7 +45,7 @@ from brainray.orchestration.store import (
     settings_of,
 )
 from brainray.report.leakage_table import leakage_table
-from brainray.schema import IMAGE_STORE, REJECTED
+from brainray.schema import IMAGE_STORE, REJECTED, THUMBNAIL_SIDE
 from brainray.storage import Folder
 
 _FOUND = pa.schema(
@@ -53,6 +55,9 @@ _FOUND = pa.schema(
         ("mtime_ns", pa.int64()),
         ("problem", pa.string()),
     ]
+)
+_DECODED = pa.schema(
+    [*(SLICES.field(name) for name in LIGHT_COLUMNS), SLICES.field("thumbnail"), PART]
 )
 _ROW_GROUP_SIZE = 256  # slices that a reader holds at once
 
@@ -108,9 +113,10 @@ def _build(
     clock = _Clock()
     source, parts = Folder(str(config.source)), building / "parts"
     earlier = Earlier.of(previous)
-    slices, num_decoded = _slices_of_all_files(config, listing, earlier, parts, log)
+    fingerprints = RowFile(THUMBNAIL_SIDE**2, np.uint8)
+    slices, num_decoded = _slices_of_all_files(config, listing, earlier, parts, fingerprints, log)
     clock.passed("decode")
-    plan = plan_store(slices, listing, config, earlier)
+    plan = plan_store(slices, fingerprints, listing, config, earlier)
     clock.passed("plan")
     _write_images(parts, previous, building / layout.IMAGES, plan.rows)
     parts.delete()
@@ -173,16 +179,29 @@ def _previous_store(target: Folder, settings: dict[str, Any]) -> ImageStore | No
 
 
 def _slices_of_all_files(
-    config: Config, listing: Listing, earlier: Earlier, parts: Folder, log: Log
+    config: Config,
+    listing: Listing,
+    earlier: Earlier,
+    parts: Folder,
+    fingerprints: RowFile,
+    log: Log,
 ) -> tuple[pa.Table, int]:
-    """LIGHT rows of every file, ordered by path and frame; and how many files were decoded."""
-    reusable = earlier.reusable()
+    """LIGHT rows of every file, ordered by path and frame; and how many files were decoded.
+
+    Fingerprints are appended to ``fingerprints``.
+    """
+    reusable = earlier.reusable(fingerprints)
     found = [file.file for file in listing.files]
     same = unchanged(found, reusable)
     to_read = [file for file in found if file.path not in same]
     kept = reusable.filter(pc.is_in(reusable["path"], pa.array(sorted(same), pa.string())))
     started = time.monotonic()
-    read = _decode_all(config, to_read, reusable["sha256"], earlier.generation, parts, log)
+    read = pa.concat_tables(
+        _light_rows(block, fingerprints)
+        for block in _decode_all(
+            config, to_read, reusable["sha256"], earlier.generation, parts, log
+        )
+    ).cast(LIGHT)
     known = read.filter(_is_known(read))
     new = read.filter(pc.invert(_is_known(read)))
     num_decoded = len(set(new["path"].to_pylist()))
@@ -192,6 +211,17 @@ def _slices_of_all_files(
     )
     slices = pa.concat_tables([kept, _under_new_paths(known, reusable), new])
     return slices.sort_by([("path", "ascending"), ("frame", "ascending")]), num_decoded
+
+
+def _light_rows(block: pa.Table, fingerprints: RowFile) -> pa.Table:
+    """Rows with a thumbnail become rows with its number, and let go of the block's memory."""
+    has_one = pc.is_valid(block["thumbnail"])
+    numbers = pc.add(pc.cumulative_sum(has_one.cast(pa.int64())), len(fingerprints) - 1)
+    fingerprints.append(thumbnail_matrix(block["thumbnail"].filter(has_one).to_pylist()))
+    light = block.drop_columns("thumbnail").append_column(
+        "fingerprint", pc.if_else(has_one, numbers, pa.scalar(None, pa.int64()))
+    )
+    return light.take(pa.array(range(light.num_rows), pa.int64()))
 
 
 def _is_known(read: pa.Table) -> pa.ChunkedArray:
@@ -219,12 +249,12 @@ def _decode_all(
     generation: int,
     parts: Folder,
     log: Log,
-) -> pa.Table:
-    """First pass; returns the LIGHT rows of the files."""
+) -> Iterator[pa.Table]:
+    """First pass; the files' rows without their pixels, as they come."""
     parts.filesystem.create_dir(parts.path, recursive=True)
-    index = [LIGHT.empty_table()]
+    yield _DECODED.empty_table()
     if not files:
-        return index[0]
+        return
     source, preprocess = Folder(str(config.source)), config.preprocess
     salt = subject_salt(Folder(config.storage))
     known = ray.put(set(known_hashes.to_pylist()))
@@ -238,7 +268,8 @@ def _decode_all(
         if pixels.num_rows:
             parts.write_table(name, pixels, row_group_size=_ROW_GROUP_SIZE)
         names = pc.if_else(pc.is_valid(part["image"]), name, pa.scalar(None, pa.string()))
-        return part.select(LIGHT_COLUMNS).append_column(PART, names).cast(LIGHT)
+        told = part.drop_columns("image").append_column(PART, names)
+        return told.select(_DECODED.names).cast(_DECODED)
 
     tables: list[pa.Table] = []
     for start in range(0, len(files), preprocess.files_per_task):
@@ -249,8 +280,7 @@ def _decode_all(
     dataset = ray.data.from_arrow(tables).map_batches(
         decode_part, batch_size=None, batch_format="pyarrow"
     )
-    index += with_progress(dataset, len(files), "decoded", log)
-    return pa.concat_tables(index)
+    yield from with_progress(dataset, len(files), "decoded", log)
 
 
 def _decode_part(
@@ -283,11 +313,13 @@ def _write_images(
     images.filesystem.create_dir(images.path, recursive=True)
     new = set(parts.names())
     earlier = parts if previous is None else previous.folder / layout.IMAGES
-    about_slice = [name for name in IMAGE_STORE.names if name != "image"]
+    about_slice = [name for name in IMAGE_STORE.names if name not in {"image", "thumbnail"}]
 
     def write_part(batch: pa.Table) -> pa.Table:
         name = batch["part"][0].as_py()
-        pixels = (parts if name in new else earlier).read_table(name, ["sample_id", "image"])
+        pixels = (parts if name in new else earlier).read_table(
+            name, ["sample_id", "image", "thumbnail"]
+        )
         first = pixels.append_column("row", pa.array(range(pixels.num_rows)))
         first = first.group_by("sample_id").aggregate([("row", "min")])["row_min"]
         final = batch.drop_columns("part").join(

@@ -6,12 +6,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from brainray import layout
+from brainray.mri.duplicates import thumbnail_matrix
+from brainray.mri.row_file import RowFile
 from brainray.orchestration.preparation import SLICES
 from brainray.orchestration.source import FoundFile
 from brainray.orchestration.store import ImageStore
 from brainray.schema import IMAGE_STORE
+from brainray.storage import Folder
 
-LIGHT_COLUMNS = [name for name in SLICES.names if name != "image"]
+LIGHT_COLUMNS = [name for name in SLICES.names if name not in {"image", "thumbnail"}]
 PART = pa.field("part", pa.string())  # of images/ that holds the pixels; null where none does
 GROUPS = [
     "generation",
@@ -23,10 +26,12 @@ GROUPS = [
     "split_group_id",
 ]
 
-LIGHT = pa.schema([*(SLICES.field(name) for name in LIGHT_COLUMNS), PART])
-"""All slices without their pixels."""
+_REMEMBERED = [*(SLICES.field(name) for name in LIGHT_COLUMNS), PART]
 
-FILES = pa.schema([*LIGHT, *(IMAGE_STORE.field(name) for name in GROUPS)])
+LIGHT = pa.schema([*_REMEMBERED, pa.field("fingerprint", pa.int64())])
+"""All slices without their pixels: a fingerprint is the number of a row in a file of them."""
+
+FILES = pa.schema([*_REMEMBERED, *(IMAGE_STORE.field(name) for name in GROUPS)])
 """What a store remembers of every slice that it was made from, also of those left out."""
 
 
@@ -36,18 +41,21 @@ class Earlier:
 
     generation: int  # of the run that asks: 0 for the first
     files: pa.Table  # of the FILES schema
+    images: Folder | None  # the store's parts, with the thumbnails; None where there is no store
 
     @classmethod
     def of(cls, store: ImageStore | None) -> "Earlier":
         if store is None:
-            return cls(0, FILES.empty_table())
-        files = store.folder.read_table(layout.FILES)
-        return cls(int(store.manifest["generation"]) + 1, files)
+            return cls(0, FILES.empty_table(), None)
+        files = store.folder.read_table(layout.FILES, columns=FILES.names)
+        generation = int(store.manifest["generation"]) + 1
+        return cls(generation, files, store.folder / layout.IMAGES)
 
-    def reusable(self) -> pa.Table:
+    def reusable(self, fingerprints: RowFile) -> pa.Table:
         """LIGHT rows of files that need no second decoding: of each accepted slice we have pixels.
 
-        Files that gave no slice are read again: what was missing may be there now.
+        Files that gave no slice are read again: what was missing may be there now. The slices'
+        fingerprints are appended to ``fingerprints``.
         """
         accepted = pc.is_null(self.files["reason"])
         without_pixels = pc.and_(accepted, pc.is_null(self.files["part"]))
@@ -55,7 +63,17 @@ class Earlier:
         giving = self.files.filter(accepted)["path"]
         paths = self.files["path"]
         keep = pc.and_(pc.is_in(paths, giving), pc.invert(pc.is_in(paths, incomplete)))
-        return self.files.filter(keep).select(LIGHT.names)
+        kept = self.files.filter(keep)
+        row_of: dict[str, int] = {}
+        for part in sorted(set(kept["part"].to_pylist()) - {None}):
+            assert self.images is not None, "what has a part is in a store"
+            told = self.images.read_table(part, columns=["sample_id", "thumbnail"])
+            rows = range(len(fingerprints), len(fingerprints) + told.num_rows)
+            row_of |= dict(zip(told["sample_id"].to_pylist(), rows, strict=True))
+            fingerprints.append(thumbnail_matrix(told["thumbnail"].to_pylist()))
+        numbers = [row_of.get(identity) for identity in kept["sample_id"].to_pylist()]
+        told_of = kept.append_column("fingerprint", pa.array(numbers, pa.int64()))
+        return told_of.select(LIGHT.names)
 
     def previous(self, column: str) -> dict[str, str]:
         """A group column by sample_id."""

@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from brainray.config import PreprocessConfig
 from brainray.mri.duplicates import COPY, KINDS, DuplicatePairs
 from brainray.mri.leakage import Exposure, Fingerprints, exposure
+from brainray.mri.row_file import Rows, SelectedRows
 from brainray.schema import TEST, TRAIN
 
 LEVELS = {
@@ -23,6 +23,7 @@ LEVELS = {
 
 def leakage_report(
     table: pa.Table,
+    looks: Rows,
     kept: NDArray[np.bool_],
     pairs: DuplicatePairs,
     conflicting: set[str],
@@ -32,6 +33,7 @@ def leakage_report(
 
     Args:
         table: every accepted slice with its split and the label that the source gives it.
+        looks: (N, 9216) uint8, their fingerprints.
         kept: (N,) which of them the store holds.
         pairs: the near-duplicates among them.
         conflicting: groups of copies with more than one label.
@@ -43,9 +45,14 @@ def leakage_report(
         same split; ``num_test`` and ``num_test_by_class``: how many test slices are ``all``,
         ``clean`` and ``strict``; ``label_conflicts``: slices of groups whose labels differ.
     """
-    rows = table.filter(pa.array(kept))
-    train, test = (rows.filter(pc.equal(rows["split"], split)) for split in (TRAIN, TEST))
-    exposed = exposure(Fingerprints.of(test), Fingerprints.of(train), config)
+    splits = np.array(table["split"].to_pylist(), dtype=object)
+    of_train, of_test = (np.flatnonzero(kept & (splits == split)) for split in (TRAIN, TEST))
+    train, test = (table.take(pa.array(rows)) for rows in (of_train, of_test))
+    exposed = exposure(
+        Fingerprints.of(test, SelectedRows(looks, of_test)),
+        Fingerprints.of(train, SelectedRows(looks, of_train)),
+        config,
+    )
     subsets = {
         "all": np.ones(test.num_rows, dtype=np.bool_),
         "clean": exposed.clean,

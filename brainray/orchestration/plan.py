@@ -1,6 +1,6 @@
 """What a store will hold: copies, groups, splits and statistics of all slices at once.
 
-It looks at the light columns only (hashes, thumbnails, labels, sums of pixels), in one process.
+It looks at the light columns only (hashes, fingerprints, labels, sums of pixels), in one process.
 """
 
 import hashlib
@@ -22,9 +22,9 @@ from brainray.mri.duplicates import (
     KINDS,
     DuplicatePairs,
     near_duplicate_pairs,
-    thumbnail_matrix,
 )
 from brainray.mri.groups import connected_groups, joint_groups, keep_names
+from brainray.mri.row_file import RowFile, Rows, SelectedRows
 from brainray.mri.split import draw_test
 from brainray.mri.subjects import estimate_subjects
 from brainray.orchestration.earlier import FILES, Earlier
@@ -38,14 +38,16 @@ from brainray.schema import DUPLICATES, ESTIMATED, GIVEN, TEST, TRAIN
 class StorePlan:
     """The decision about every accepted slice."""
 
-    rows: pa.Table  # every kept slice: IMAGE_STORE without image, and part
+    rows: pa.Table  # every kept slice: IMAGE_STORE without image and thumbnail, and part
     files: pa.Table  # every slice of every file, for the next run; FILES
     duplicates: pa.Table
     leakage: dict[str, Any]
     statistics: dict[str, Any]
 
 
-def plan_store(slices: pa.Table, listing: Listing, config: Config, earlier: Earlier) -> StorePlan:
+def plan_store(
+    slices: pa.Table, fingerprints: RowFile, listing: Listing, config: Config, earlier: Earlier
+) -> StorePlan:
     """Copies, groups, splits and statistics from the LIGHT rows of all files.
 
     Raises:
@@ -56,11 +58,12 @@ def plan_store(slices: pa.Table, listing: Listing, config: Config, earlier: Earl
     said = {file.path: file for file in listing.files}
     files = [said[path] for path in accepted["path"].to_pylist()]
     ids = accepted["sample_id"].to_pylist()
-    pairs = _near_duplicates(accepted, config.preprocess)
+    looks = SelectedRows(fingerprints, accepted["fingerprint"].to_numpy())
+    pairs = _near_duplicates(accepted, looks, config.preprocess)
     copies = pairs.of_kind(COPY)
     groups = keep_names(connected_groups(ids, copies.first, copies.second), _was(ids, earlier))
     also_turned = connected_groups(ids, pairs.first, pairs.second)
-    subjects, subject_sources = _subjects(accepted, listing, groups, config, earlier)
+    subjects, subject_sources = _subjects(accepted, looks, listing, groups, config, earlier)
     # A draw of labels may part likely neighbours, as the published protocol does; a split may not.
     named = [
         subject if source == GIVEN else None
@@ -118,7 +121,9 @@ def plan_store(slices: pa.Table, listing: Listing, config: Config, earlier: Earl
         rows,
         _memory(slices, table, rows),
         duplicates,
-        leakage_report(told, kept, pairs, _conflicting_groups(groups, labels), config.preprocess),
+        leakage_report(
+            told, looks, kept, pairs, _conflicting_groups(groups, labels), config.preprocess
+        ),
         _statistics(rows, classes, duplicates, config.preprocess),
     )
 
@@ -139,7 +144,7 @@ def _check_rejections(slices: pa.Table, num_files: int, config: Config) -> None:
         )
 
 
-def _near_duplicates(accepted: pa.Table, config: PreprocessConfig) -> DuplicatePairs:
+def _near_duplicates(accepted: pa.Table, looks: Rows, config: PreprocessConfig) -> DuplicatePairs:
     """Slices of one volume lie at different places: they are never copies of one another."""
     volumes = [
         digest if frame else None
@@ -147,11 +152,7 @@ def _near_duplicates(accepted: pa.Table, config: PreprocessConfig) -> DuplicateP
             accepted["sha256"].to_pylist(), accepted["frame"].to_pylist(), strict=True
         )
     ]
-    return near_duplicate_pairs(
-        thumbnail_matrix(accepted["thumbnail"].to_pylist()),
-        config.near_duplicate,
-        not_together=volumes,
-    )
+    return near_duplicate_pairs(looks, config.near_duplicate, not_together=volumes)
 
 
 def _was(ids: list[str], earlier: Earlier, column: str = "duplicate_group_id") -> list[str | None]:
@@ -160,7 +161,12 @@ def _was(ids: list[str], earlier: Earlier, column: str = "duplicate_group_id") -
 
 
 def _subjects(
-    accepted: pa.Table, listing: Listing, groups: list[str], config: Config, earlier: Earlier
+    accepted: pa.Table,
+    looks: Rows,
+    listing: Listing,
+    groups: list[str],
+    config: Config,
+    earlier: Earlier,
 ) -> tuple[list[str | None], list[str | None]]:
     """Subject of each slice and where it is from: the labels table, the header, or its looks.
 
@@ -177,9 +183,7 @@ def _subjects(
     if any(given) or not config.preprocess.subject.estimate:
         return given, [None if subject is None else GIVEN for subject in given]
     ids = accepted["sample_id"].to_pylist()
-    estimated = estimate_subjects(
-        thumbnail_matrix(accepted["thumbnail"].to_pylist()), ids, groups, config.preprocess.subject
-    )
+    estimated = estimate_subjects(looks, ids, groups, config.preprocess.subject)
     before = _was(ids, earlier, column="subject_id")
     joined = keep_names(estimated, before)
     subjects: list[str | None] = [old or new for old, new in zip(before, joined, strict=True)]

@@ -6,10 +6,13 @@ import pytest
 from numpy.typing import NDArray
 
 from brainray.config import SubjectConfig
+from brainray.mri import subjects
 from brainray.mri.phantom import CLASSES, make_series
+from brainray.mri.row_file import RowFile
 from brainray.mri.subjects import (
     COMPARED_SIDE,
     SUBJECT_PREFIX,
+    Described,
     Links,
     anatomy_descriptors,
     estimate_subjects,
@@ -97,7 +100,8 @@ def test_flips_are_sign_changes_of_the_parts(
     first, second = thumbnails[:3], thumbnails[1:4]
     descriptors = anatomy_descriptors(np.concatenate([first, flipped(second, axes)]))
     links = mutual_links(
-        descriptors, SETTINGS.model_copy(update={"num_neighbours": 5, "min_similarity": -1.0})
+        Described(6, [descriptors]),
+        SETTINGS.model_copy(update={"num_neighbours": 5, "min_similarity": -1.0}),
     )
     found = dict(zip(zip(links.first, links.second, strict=True), links.flip, strict=True))
     plain = anatomy_descriptors(np.concatenate([first, second]))
@@ -135,15 +139,31 @@ def test_similarity_is_the_correlation_of_the_band(thumbnails: Thumbnails) -> No
     assert np.vdot(first, second) == pytest.approx(expected, abs=1e-5)
 
 
+def test_candidates_lead_to_the_same_groups_as_comparing_all(
+    thumbnails: Thumbnails, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = estimate(thumbnails)
+    monkeypatch.setattr(subjects, "EXHAUSTIVE_ROWS", 10)
+    assert estimate(thumbnails) == expected
+    rows = RowFile(thumbnails[0].size, np.uint8)
+    rows.append(thumbnails)
+    assert estimate_subjects(rows, ids(len(rows)), ids(len(rows)), SETTINGS) == expected
+    every = subjects.find_same_subject(thumbnails[:7], thumbnails[7:], SETTINGS)
+    monkeypatch.undo()
+    exact = subjects.find_same_subject(thumbnails[:7], thumbnails[7:], SETTINGS)
+    np.testing.assert_array_equal(every.reference, exact.reference)
+    np.testing.assert_allclose(every.similarity, exact.similarity, atol=1e-5)
+
+
 # --- Links and merges, on descriptors made by hand ------------------------------------------------
 
 
-def on_a_circle(*degrees: float) -> NDArray[np.float32]:
+def on_a_circle(*degrees: float) -> Described:
     """Descriptors whose similarity is the cosine of the angle between them."""
     angles = np.deg2rad(degrees)
     descriptors = np.zeros((len(degrees), 4, 1024), np.float32)
     descriptors[:, 0, 0], descriptors[:, 0, 1] = np.cos(angles), np.sin(angles)
-    return descriptors
+    return Described(len(degrees), [descriptors])
 
 
 def pairs(links: Links) -> list[tuple[int, int]]:
@@ -159,18 +179,20 @@ def test_links_are_mutual_neighbours_most_similar_first() -> None:
 
 
 def test_a_merge_needs_room_and_likeness_of_the_whole_groups() -> None:
-    chain = on_a_circle(0, 40, 79, 121)
+    def chain() -> Described:  # merging uses the descriptors up
+        return on_a_circle(0, 40, 79, 121)
+
     settings = SETTINGS.model_copy(update={"min_similarity": 0.7, "min_group_similarity": -1.0})
-    links = mutual_links(chain, settings)
+    links = mutual_links(chain(), settings)
     assert pairs(links) == [(1, 2), (0, 1), (2, 3)]
-    assert merge_links(chain, links, settings).tolist() == [0, 0, 0, 0]
+    assert merge_links(chain(), links, settings).tolist() == [0, 0, 0, 0]
     crowded = settings.model_copy(update={"max_slices": 3})
-    assert merge_links(chain, links, crowded).tolist() == [0, 0, 0, 3]
+    assert merge_links(chain(), links, crowded).tolist() == [0, 0, 0, 3]
     # 0 is like 40 and 79 by (0.77 + 0.19) / 2 = 0.48 on average, 121 by (0.74 + 0.16) / 2 = 0.45.
     choosy = settings.model_copy(update={"min_group_similarity": 0.47})
-    assert merge_links(chain, links, choosy).tolist() == [0, 0, 0, 3]
+    assert merge_links(chain(), links, choosy).tolist() == [0, 0, 0, 3]
     choosier = settings.model_copy(update={"min_group_similarity": 0.5})
-    assert merge_links(chain, links, choosier).tolist() == [0, 1, 1, 3]
+    assert merge_links(chain(), links, choosier).tolist() == [0, 1, 1, 3]
 
 
 def test_views_are_chains_of_the_nearly_same() -> None:

@@ -4,6 +4,7 @@ import numpy as np
 import pyarrow as pa
 
 from brainray.config import Config
+from brainray.mri.row_file import RowFile
 from brainray.orchestration.earlier import LIGHT, Earlier
 from brainray.orchestration.plan import StorePlan, plan_store
 from brainray.orchestration.source import FoundFile, Listing, SourceFile
@@ -12,7 +13,8 @@ from brainray.orchestration.source import FoundFile, Listing, SourceFile
 def plan(test_label: str) -> StorePlan:
     """Two training slices of each of two classes; the test slice copies the first of them."""
     rng = np.random.default_rng(0)
-    pictures = [rng.integers(0, 255, 96 * 96).astype(np.uint8).tobytes() for _ in range(4)]
+    fingerprints = RowFile(96 * 96, np.uint8)
+    fingerprints.append(rng.integers(0, 255, (4, 96 * 96)).astype(np.uint8))
     files, rows = [], []
     for number, (label, picture) in enumerate(
         zip(["a", "a", "b", "b", test_label], [0, 1, 2, 3, 0], strict=True)
@@ -29,12 +31,12 @@ def plan(test_label: str) -> StorePlan:
                 "pixel_sum": 1000,
                 "pixel_square_sum": 9_000_000,
                 "skull_strip": "otsu",
-                "thumbnail": pictures[picture],
+                "fingerprint": picture,
                 "part": "part.parquet",
             }
         )
     slices = pa.Table.from_pylist(rows, schema=LIGHT)
-    return plan_store(slices, Listing(files, 0), Config(), Earlier.of(None))
+    return plan_store(slices, fingerprints, Listing(files, 0), Config(), Earlier.of(None))
 
 
 def test_a_test_label_decides_nothing_about_its_training_twin() -> None:
