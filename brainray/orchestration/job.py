@@ -201,7 +201,9 @@ def attach_to_ray() -> None:
         _end_in_order_on_sigterm()  # Ray has put a handler of its own in place
     # Jobs print their own progress, which also reads well in a log.
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    ray.data.DataContext.get_current().enable_progress_bars = False
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.memory_usage_poll_interval_s = None  # statistics that nobody reads cost tasks a tenth
 
 
 def _fail(name: str, error: Exception | Terminated) -> int:
