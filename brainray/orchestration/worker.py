@@ -591,11 +591,14 @@ def reported_metrics(metrics: dict[str, float]) -> dict[str, float]:
 def best_epoch(history: list[dict[str, float]]) -> int:
     """The first epoch with the highest validation score, of those with the largest slices; 1-based.
 
-    Where training begins small, only the last size is the one at which the run predicts.
+    Where training begins small, only the last size is the one at which the run predicts. Runs made
+    before slices could grow do not tell their size: it was the last one.
     """
-    sides = [metrics["train/image_size"] for metrics in history]
+    name = "train/image_size"
+    largest = max((metrics[name] for metrics in history if name in metrics), default=0.0)
+    sides = [metrics.get(name, largest) for metrics in history]
     scores = [
-        metrics["validation/score"] if side == max(sides) else -math.inf
+        metrics["validation/score"] if side == largest else -math.inf
         for metrics, side in zip(history, sides, strict=True)
     ]
     return scores.index(max(scores)) + 1
