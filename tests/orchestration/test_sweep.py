@@ -14,6 +14,7 @@ from brainray.config import Config, load_config
 from brainray.errors import ConfigError
 from brainray.orchestration.sweep import FinishedSweep, sweep
 from brainray.orchestration.trials import check_space, trial_config
+from tests.browser import CHROMIUM, mlflow_ui
 from tests.conftest import tiny_config
 
 SPACE = {
@@ -102,6 +103,27 @@ def test_mlflow_shows_the_trials_below_the_sweep(finished: FinishedSweep) -> Non
         "slices.png",
         "parallel_coordinates.png",
     }
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_the_pages_that_people_open_afterwards_show_the_sweep(finished: FinishedSweep) -> None:
+    client = MlflowClient(finished.tracking_uri)
+    experiment = client.get_experiment_by_name("search")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    trials = [run for run in runs if run.info.run_id != finished.mlflow_run_id]
+    with mlflow_ui(finished.tracking_uri) as ui:
+        shown = ui.open_experiment(experiment.experiment_id)
+        assert sorted(shown) == sorted(str(run.info.run_name) for run in runs)
+        axes = ui.open_comparison(experiment.experiment_id, [run.info.run_id for run in trials])
+        assert "objective.lambda_cluster" in axes
+        for run_id, figure in (
+            (finished.mlflow_run_id, "parallel_coordinates.png"),
+            (trials[0].info.run_id, "accuracy.png"),
+        ):
+            assert ui.open_figure(experiment.experiment_id, str(run_id), f"figures/{figure}") > 300
+        assert ui.errors == []
 
 
 @pytest.mark.slow

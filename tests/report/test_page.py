@@ -5,7 +5,6 @@ import html
 import io
 import json
 import re
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,10 @@ from brainray.config import EvaluationConfig
 from brainray.report.page import Explained, write_evaluation_page, write_page
 from brainray.schema import PREDICTIONS, REJECTED, THUMBNAIL_SIDE
 from brainray.storage import Folder
+from tests.browser import CHROMIUM
 
 CLASSES = ["glioma", "notumor", "pituitary"]
 NUM_SLICES = 24
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 def predictions(epoch: int, num_slices: int = NUM_SLICES) -> pa.Table:

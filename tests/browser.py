@@ -1,0 +1,137 @@
+"""A real Chromium in front of a real MLflow server; the README's screenshots are made here too:
+
+python -m tests.browser sqlite:////home/you/brainray/mlflow.db EXPERIMENT docs
+"""
+
+import json
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mlflow import MlflowClient
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+_SERVER_STARTS_S = 120
+_PAGE_LOADS_MS = 60_000
+_WINDOW = (1400, 900)  # pixels
+# A panel that opens by itself over a third of the window, unless it was closed once.
+_CLOSE_ASSISTANT = """
+localStorage.setItem("mlflow.assistant.fab.autoOpenedOnFirstLoad_v1", "true");
+localStorage.setItem("mlflow.assistant.panelOpen_v1", "false");
+"""
+
+
+class MLflowUI:
+    """The pages of a tracking server that people open after a sweep."""
+
+    def __init__(self, page: "Page", address: str) -> None:
+        self.page = page
+        self.address = address
+        self.errors: list[str] = []
+        page.set_default_timeout(_PAGE_LOADS_MS)
+        page.add_init_script(_CLOSE_ASSISTANT)
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+
+    def open_experiment(self, experiment_id: str) -> list[str]:
+        """The experiment's table with nested runs unfolded; the names of the runs shown."""
+        self.page.goto(f"{self.address}/#/experiments/{experiment_id}/runs")
+        links = self.page.locator(".ag-row a[href*='/runs/']")
+        links.first.wait_for()
+        (parent,) = links.all_inner_texts()
+        self.page.locator("button[data-component-id*='runnamecellrenderer']").first.click()
+        links.filter(has_not_text=re.compile(f"^{re.escape(parent)}$")).first.wait_for()
+        names: list[str] = links.all_inner_texts()
+        return names
+
+    def open_comparison(self, experiment_id: str, run_ids: Sequence[str]) -> list[str]:
+        """The comparison of some runs; the names of its parallel coordinates' axes."""
+        runs, experiments = json.dumps(list(run_ids)), json.dumps([experiment_id])
+        self.page.goto(f"{self.address}/#/compare-runs?runs={runs}&experiments={experiments}")
+        self.page.locator(".parcoords .axis-title").first.wait_for()
+        axes: list[str] = self.page.locator(".parcoords .axis-title").all_text_contents()
+        return axes
+
+    def open_figure(self, experiment_id: str, run_id: str, path: str) -> int:
+        """A run's figure among its artifacts; the width of the picture that is shown, in pixels."""
+        self.page.goto(
+            f"{self.address}/#/experiments/{experiment_id}/runs/{run_id}/artifacts/{path}"
+        )
+        picture = self.page.locator(f"img[alt='{path}']")
+        picture.wait_for()
+        width: int = picture.evaluate(
+            "image => image.decode().then(() => image.naturalWidth, () => 0)"
+        )
+        return width
+
+
+@contextmanager
+def mlflow_ui(tracking_uri: str) -> Iterator[MLflowUI]:
+    """A server of that store on a free port of loopback, and a browser; both end with the block."""
+    from playwright.sync_api import sync_playwright
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", tracking_uri]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        _wait_for(server, f"{address}/health")
+        with sync_playwright() as playwright:
+            browser = playwright.chromium.launch(
+                executable_path=CHROMIUM, args=["--no-sandbox", "--enable-unsafe-swiftshader"]
+            )
+            width, height = _WINDOW
+            page = browser.new_page(viewport={"width": width, "height": height})
+            yield MLflowUI(page, address)
+            browser.close()
+    finally:
+        server.terminate()
+        server.wait(timeout=30)
+
+
+def _wait_for(server: "subprocess.Popen[bytes]", url: str) -> None:
+    deadline = time.monotonic() + _SERVER_STARTS_S
+    while server.poll() is None and time.monotonic() < deadline:
+        try:
+            urllib.request.urlopen(url, timeout=5).close()
+            return
+        except OSError:
+            time.sleep(0.5)
+    raise RuntimeError(f"the MLflow server did not answer at {url}")
+
+
+def take_screenshots(tracking_uri: str, experiment: str, folder: Path) -> None:
+    """The sweep's nested runs, the comparison of its trials, and a figure of the sweep."""
+    client = MlflowClient(tracking_uri)
+    found = client.get_experiment_by_name(experiment)
+    if found is None:
+        raise SystemExit(f"no experiment {experiment!r} in {tracking_uri}")
+    runs = client.search_runs([found.experiment_id])
+    trials = [run.info.run_id for run in runs if "mlflow.parentRunId" in run.data.tags]
+    (parent,) = (run.info.run_id for run in runs if run.info.run_id not in trials)
+    with mlflow_ui(tracking_uri) as ui:
+        ui.open_experiment(found.experiment_id)
+        ui.page.screenshot(path=folder / "mlflow_sweep.png")
+        ui.open_comparison(found.experiment_id, trials)
+        ui.page.wait_for_timeout(1000)  # the lines are drawn after the axes
+        ui.page.screenshot(path=folder / "mlflow_compare.png")
+        ui.open_figure(found.experiment_id, parent, "figures/parallel_coordinates.png")
+        ui.page.screenshot(path=folder / "mlflow_figure.png")
+
+
+if __name__ == "__main__":
+    take_screenshots(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
