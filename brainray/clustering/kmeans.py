@@ -1,7 +1,7 @@
 """K-means on rows that are spread over ranks."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Self
 
 import torch
@@ -13,6 +13,15 @@ from brainray.clustering.fitted import FittedModule
 from brainray.clustering.seeding import kmeans_plus_plus, too_few_distinct_rows
 from brainray.errors import ClusteringError
 
+_SETTLING_SHARE = 0.01
+"""Bounds pay from when fewer rows than this move in an iteration."""
+_PICKING_COST = 16
+"""Picking a row out of a block takes as long as its distances to so many centres."""
+_BOUNDS_ROUNDING = 1e-4
+"""Relative margin of bounds: some hundred float32 additions round by less."""
+
+Rows = slice | Tensor  # which of a shard's
+
 
 class KMeans(FittedModule):
     """Lloyd's algorithm with scikit-learn's stopping rules; every rank brings its own rows.
@@ -20,7 +29,7 @@ class KMeans(FittedModule):
     The result does not depend on how rows are spread over ranks, up to rounding, provided that
     `row_keys` stay with their rows. Distances are computed in the rows' dtype, on rows centred at
     their mean (one copy of the shard); sums, counts and inertia in float64. Sums follow the rows
-    that move, so that an iteration at rest costs no more than distances.
+    that move, and once few move, rows that cannot are passed over (`_Bounds`).
 
     Fitted attributes:
         cluster_centers_: (K, D), in the rows' dtype.
@@ -103,7 +112,7 @@ class KMeans(FittedModule):
         x = x - origin
         norms = torch.linalg.vector_norm(x, dim=1)
         spread = dist.sum_across_ranks(norms.double().square().sum())
-        data = _CenteredRows(x, row_keys, num_rows, spread)
+        data = _CenteredRows(x, norms.square(), row_keys, num_rows, spread)
         if init_centers is not None:
             best = self._lloyd(data, self._checked(init_centers, x) - origin)
         else:
@@ -150,13 +159,13 @@ class KMeans(FittedModule):
     def _lloyd(self, data: "_CenteredRows", centers: Tensor) -> "_Solution":
         """Iterate from `centers` (K, D) float64, relative to the rows' mean, until they rest."""
         max_shift = self.tol * float(data.spread) / (data.num_rows * data.x.shape[1])
-        assignment = _Assignment.none(data.x, self.num_clusters)
+        assignment = _Assignment.none(data, self.num_clusters)
         num_reseeded = num_iter = 0
         at_rest = False
         while num_iter < self.max_iter and not at_rest:
             num_iter += 1
-            num_moved = self._reassign(data, centers, assignment)
-            sums, counts, total_moved = assignment.totals(num_moved)
+            self._reassign(data, centers, assignment)
+            sums, counts, total_moved = assignment.totals()
             new_centers = sums / counts.clamp(min=1)[:, None]
             empty = torch.nonzero(counts == 0).squeeze(1)
             if empty.numel():
@@ -167,24 +176,24 @@ class KMeans(FittedModule):
                 shift = float((new_centers - centers).square().sum())
                 at_rest = float(total_moved) == 0 or shift <= max_shift
             centers = new_centers
-        num_moved = self._reassign(data, centers, assignment)
-        sums, counts, _ = assignment.totals(num_moved)
+        self._reassign(data, centers, assignment)
+        sums, counts, _ = assignment.totals()
         inertia = data.spread - 2 * (sums * centers).sum() + counts @ centers.square().sum(dim=1)
         return _Solution(centers, max(float(inertia), 0.0), num_iter, num_reseeded)
 
-    def _reassign(
-        self, data: "_CenteredRows", centers: Tensor, assignment: "_Assignment"
-    ) -> Tensor:
-        """Move each row to its nearest centre; returns how many moved, (1,) float64."""
+    def _reassign(self, data: "_CenteredRows", centers: Tensor, assignment: "_Assignment") -> None:
+        """Move each row to its nearest centre."""
         centers = centers.to(data.x.dtype)
         squares = centers.square().sum(dim=1)
-        num_moved = assignment.counts.new_zeros(1)
         scores = data.x.new_empty(min(self._rows_of_block(data.x), len(data.x)), len(centers))
+        assignment.begin(centers)
         for block in self._blocks(data.x):
-            rows = data.x[block]
-            distances = torch.addmm(squares, rows, centers.T, alpha=-2, out=scores[: len(rows)])
-            num_moved += assignment.move(block, rows, distances)
-        return num_moved
+            rows = assignment.undecided(block)
+            x = _take(data.x, rows)
+            if len(x) == 0:
+                continue
+            distances = torch.addmm(squares, x, centers.T, alpha=-2, out=scores[: len(x)])
+            assignment.move(rows, x, distances)
 
     def _farthest_rows(
         self, data: "_CenteredRows", centers: Tensor, labels: Tensor, num_empty: int
@@ -224,59 +233,147 @@ class KMeans(FittedModule):
 
 class _CenteredRows(NamedTuple):
     x: Tensor  # (n_rank, D), the mean of all ranks' rows taken away
+    squares: Tensor  # (n_rank,) squared norms
     row_keys: Tensor  # (n_rank,) int64
     num_rows: int  # on all ranks
     spread: Tensor  # () float64, sum of the squared distances of all ranks' rows to their mean
+
+
+def _take(values: Tensor, rows: Rows) -> Tensor:
+    """A view of a slice's rows, or a copy of picked ones (faster than by indexing)."""
+    return values[rows] if isinstance(rows, slice) else values.index_select(0, rows)
 
 
 @dataclass
 class _Assignment:
     """The clusters of this rank's rows, and what they sum to."""
 
+    squares: Tensor  # (n_rank,) squared norms of the rows
     labels: Tensor  # (n_rank,) int64, -1 before the first iteration
     sums: Tensor  # (K, D) float64, of the rows of each cluster
     counts: Tensor  # (K,) float64
+    num_moved: Tensor  # (1,) float64, in this iteration
+    bounds: "_Bounds | None" = None
+    is_new: bool = field(default=True, init=False)
 
     @classmethod
-    def none(cls, x: Tensor, num_clusters: int) -> Self:
+    def none(cls, data: _CenteredRows, num_clusters: int) -> Self:
+        x = data.x
         return cls(
+            squares=data.squares,
             labels=torch.full((len(x),), -1, device=x.device),
             sums=torch.zeros(num_clusters, x.shape[1], dtype=torch.float64, device=x.device),
             counts=torch.zeros(num_clusters, dtype=torch.float64, device=x.device),
+            num_moved=torch.zeros(1, dtype=torch.float64, device=x.device),
         )
 
-    def move(self, block: slice, rows: Tensor, distances: Tensor) -> int:
-        """Rows (B, D) of a block go where their distance (B, K) is least; returns how many moved.
+    def begin(self, centers: Tensor) -> None:
+        """Before an iteration with these centres (K, D)."""
+        if self.bounds is not None:
+            self.bounds.follow(centers)
+        elif not self.is_new and float(self.num_moved) <= _SETTLING_SHARE * len(self.labels):
+            self.bounds = _Bounds.none(self.squares, centers)
+        self.is_new = bool(len(self.labels)) and int(self.labels[0]) < 0
+        self.num_moved.zero_()
+
+    def undecided(self, block: slice) -> Rows:
+        """The rows of a block whose nearest centre may be another one now."""
+        return block if self.bounds is None else self.bounds.undecided(block, self.labels[block])
+
+    def move(self, rows: Rows, x: Tensor, distances: Tensor) -> None:
+        """Rows x (B, D) go where their distance (B, K; squared, less the row's own square) is
+        least.
 
         A row that is as near to its own centre as to any stays. Only rows that move are summed,
         and only their nearest centres are looked for: minima are found many times faster than
         their places.
         """
-        labels = self.labels[block]
-        if len(labels) and labels[0] < 0:  # the first iteration
+        if self.is_new:
             nearest = distances.argmin(dim=1)
-            self.labels[block] = nearest
-            self._add(rows, nearest, 1)
-            return len(rows)
-        own = distances.gather(1, labels[:, None]).squeeze(1)
-        moved = torch.nonzero(own > distances.amin(dim=1)).squeeze(1)
+            self.labels[rows] = nearest
+            self._add(x.double(), nearest, 1)
+            self.num_moved += len(x)
+            return
+        labels = _take(self.labels, rows)
+        least = distances.amin(dim=1)
+        moved = torch.nonzero(distances.gather(1, labels[:, None]).squeeze(1) > least).squeeze(1)
         if len(moved):
-            rows, source = rows[moved], labels[moved]
-            nearest = distances[moved].argmin(dim=1)
-            labels[moved] = nearest  # a view of all labels
-            self._add(rows, nearest, 1)
-            self._add(rows, source, -1)
-        return len(moved)
+            source, nearest = labels[moved], _take(distances, moved).argmin(dim=1)
+            x = _take(x, moved).double()
+            self._add(x, nearest, 1)
+            self._add(x, source, -1)
+            self.num_moved += len(moved)
+            labels[moved] = nearest
+            self.labels[rows] = labels
+        if self.bounds is not None:
+            self.bounds.tighten(rows, _take(self.squares, rows), labels, least, distances)
 
     def _add(self, rows: Tensor, clusters: Tensor, sign: int) -> None:
-        self.sums.index_add_(0, clusters, rows.double(), alpha=sign)
+        self.sums.index_add_(0, clusters, rows, alpha=sign)
         self.counts += sign * torch.bincount(clusters, minlength=len(self.counts))
 
-    def totals(self, num_moved: Tensor) -> tuple[Tensor, ...]:
+    def totals(self) -> tuple[Tensor, ...]:
         """Sums (K, D), counts (K,) and moves (1,) of all ranks, in a single collective."""
-        packed = dist.sum_across_ranks(torch.cat([self.sums.flatten(), self.counts, num_moved]))
+        local = torch.cat([self.sums.flatten(), self.counts, self.num_moved])
+        packed = dist.sum_across_ranks(local)
         sums, counts, moved = torch.split(packed, [self.sums.numel(), self.counts.numel(), 1])
         return sums.view_as(self.sums), counts, moved
+
+
+@dataclass
+class _Bounds:
+    """What distances to centres can be at most and at least, without computing them.
+
+    Hamerly 2010, "Making k-means even faster": a centre that has moved by s is nearer or farther
+    by s at most. A row whose own centre is certainly the nearest need not be looked at.
+    """
+
+    upper: Tensor  # (n_rank,) of the distance to the row's own centre
+    lower: Tensor  # (n_rank,) of the distance to any other
+    slack: float  # what squared distances may be wrong by in the rows' dtype
+    centers: Tensor  # (K, D) to which the bounds apply
+    shifts: Tensor  # (K,) how far each centre has moved since
+    other_shifts: Tensor  # (K,) and the farthest of the others
+
+    @classmethod
+    def none(cls, squares: Tensor, centers: Tensor) -> Self:
+        largest = torch.cat([squares, centers.square().sum(dim=1)]).amax()
+        unmoved = squares.new_zeros(len(centers))
+        return cls(
+            upper=torch.full_like(squares, torch.inf),
+            lower=torch.zeros_like(squares),
+            slack=float(largest) * centers.shape[1] * torch.finfo(squares.dtype).eps,
+            centers=centers,
+            shifts=unmoved,
+            other_shifts=unmoved,
+        )
+
+    def follow(self, centers: Tensor) -> None:
+        self.shifts = torch.linalg.vector_norm(centers - self.centers, dim=1)
+        farthest = self.shifts.topk(min(2, len(self.shifts)))
+        self.other_shifts = farthest.values[:1].repeat(len(self.shifts))
+        self.other_shifts[farthest.indices[0]] = farthest.values[-1]
+        self.centers = centers
+
+    def undecided(self, block: slice, labels: Tensor) -> Rows:
+        """The rows of a block that another centre may be nearest to; all, where they are many."""
+        upper, lower = self.upper[block], self.lower[block]
+        upper += _take(self.shifts, labels)
+        lower -= _take(self.other_shifts, labels)
+        found = torch.nonzero(upper >= lower).squeeze(1)
+        num_clusters = len(self.shifts)
+        costly = len(found) * (_PICKING_COST + num_clusters) > len(labels) * num_clusters
+        return block if costly else found + block.start
+
+    def tighten(
+        self, rows: Rows, squares: Tensor, labels: Tensor, least: Tensor, distances: Tensor
+    ) -> None:
+        """Bounds of rows anew, from distances as in `_Assignment.move` (which are overwritten)."""
+        others = distances.scatter_(1, labels[:, None], torch.inf).amin(dim=1)
+        upper = (least + squares + self.slack).clamp_(min=0).sqrt_()
+        lower = (others + squares - self.slack).clamp_(min=0).sqrt_()
+        self.upper[rows] = upper.mul_(1 + _BOUNDS_ROUNDING)
+        self.lower[rows] = lower.mul_(1 - _BOUNDS_ROUNDING)
 
 
 class _Solution(NamedTuple):

@@ -5,7 +5,7 @@ import torch
 from sklearn.cluster import KMeans as SklearnKMeans
 from torch import Tensor
 
-from brainray.clustering.kmeans import KMeans
+from brainray.clustering.kmeans import KMeans, _Bounds
 from brainray.clustering.seeding import _splitmix64, draw_rows, uniform_from_keys
 from brainray.errors import ClusteringError
 
@@ -176,3 +176,28 @@ def test_rows_are_drawn_in_proportion_to_their_weights() -> None:
     expected = torch.tensor([250, 500, 1250])
     # Chi-squared with 2 degrees of freedom exceeds 13.8 once in 1000 seeds; this one is fixed.
     assert float(((counts[1:] - expected) ** 2 / expected).sum()) < 13.8
+
+
+def test_rows_that_are_passed_over_would_not_have_moved() -> None:
+    """Bounds change no label: a warm start ends where scikit-learn's does, from the same centres."""
+    x = overlapping_blobs().float()
+    start = KMeans(9, seed=1).fit(x).cluster_centers_
+    moved = x + 0.02 * torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
+    passed_over = 0
+    looked_at = _Bounds.undecided
+
+    def counted(self: _Bounds, block: slice, labels: torch.Tensor) -> slice | torch.Tensor:
+        nonlocal passed_over
+        found = looked_at(self, block, labels)
+        if isinstance(found, torch.Tensor):
+            passed_over += len(labels) - len(found)
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_Bounds, "undecided", counted)
+        ours = KMeans(9, tol=0.0).fit(moved, init_centers=start)
+    assert passed_over > len(x)
+    theirs = SklearnKMeans(9, init=start.numpy(), n_init=1, tol=0.0, max_iter=100)
+    theirs.fit(moved.numpy())
+    assert ours.predict(moved).tolist() == theirs.labels_.tolist()
+    assert ours.inertia_ == pytest.approx(theirs.inertia_, rel=1e-6)
