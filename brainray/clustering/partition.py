@@ -5,6 +5,7 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from sklearn import metrics as sk_metrics
 from sklearn.metrics.cluster import contingency_matrix
+from sklearn.neighbors import NearestNeighbors
 
 from brainray.clustering.clusterers import draw_sample
 from brainray.clustering.metrics import clustering_metrics
@@ -51,6 +52,27 @@ def score_partition(
     if labelled.any():
         scores["accuracy"] = clustering_accuracy(labels[labelled], clusters[labelled])
     return scores
+
+
+def neighbour_agreement(
+    fitted: NDArray[np.floating],  # (M, D)
+    fitted_labels: NDArray[np.integer],  # (M,) or UNLABELLED
+    x: NDArray[np.floating],  # (N, D), other rows
+    labels: NDArray[np.integer],  # (N,) or UNLABELLED
+    num_neighbours: int = 10,
+) -> float | None:
+    """Mean share of a row's nearest labelled fitted rows that carry its label, in [0, 1].
+
+    What the features tell of the labels, whatever clusters are made of them: a partition into few
+    clusters may follow something else that varies more. None where no row, or fewer fitted rows
+    than neighbours, have a label.
+    """
+    known, asked = fitted_labels != UNLABELLED, labels != UNLABELLED
+    if not asked.any() or known.sum() < num_neighbours:
+        return None
+    index = NearestNeighbors(n_neighbors=num_neighbours).fit(fitted[known])
+    nearest = index.kneighbors(x[asked], return_distance=False)
+    return float(np.mean(fitted_labels[known][nearest] == labels[asked, None]))
 
 
 def clustering_accuracy(

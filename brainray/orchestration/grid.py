@@ -23,7 +23,7 @@ from brainray.clustering.clusterers import (
     MixtureClusterer,
     SpectralClusterer,
 )
-from brainray.clustering.partition import score_partition
+from brainray.clustering.partition import neighbour_agreement, score_partition
 from brainray.clustering.pca import PCA
 from brainray.config import ClustererName, ClusteringConfig, Config, StudyConfig
 from brainray.errors import BrainrayError, ConfigError, DataError
@@ -36,6 +36,7 @@ FITTED = "fitted"
 """Subset of the slices that a clusterer is fitted to; the others are held out."""
 
 _SILENT_S = 20.0
+_CELL_FORMAT = 2  # 2: agreement of neighbours
 
 Log = Callable[[str], None]
 
@@ -267,6 +268,7 @@ class Grid:
         """Of all that the cell's figures depend on."""
         study, clustering = self._config.study, self._config.clustering
         settings = {
+            "format": _CELL_FORMAT,
             "features": self.store(cell).key,
             "cell": [cell.clusterer, cell.pca_dim, cell.num_clusters, cell.seed],
             "varied": [cell.eps_factor, cell.linkage],
@@ -326,6 +328,10 @@ def _run_cell(
                 for name, rows in slices.subsets.items()
                 if rows.any()
             }
+            for name in scores.keys() - {FITTED}:
+                agreement = _agreement_of_neighbours(x, slices, slices.subsets[name])
+                if agreement is not None:
+                    scores[name]["neighbours"] = agreement
     except BrainrayError as error:
         return Outcome(cell, {}, problem=str(error))
     seconds = time.monotonic() - started
@@ -345,6 +351,13 @@ def _run_cell(
         },
     )
     return outcome
+
+
+def _agreement_of_neighbours(
+    x: NDArray[np.float64], slices: Slices, rows: NDArray[np.bool_]
+) -> float | None:
+    fitted = slices.fitted
+    return neighbour_agreement(x[fitted], slices.labels[fitted], x[rows], slices.labels[rows])
 
 
 def assignments(folder: Folder, cell: Cell) -> NDArray[np.int64]:

@@ -47,6 +47,7 @@ from brainray.report.study_tables import (
     average_over_seeds,
     csv_text,
     datasets_table,
+    features_table,
     methods_table,
 )
 from brainray.report.style import png_bytes
@@ -65,6 +66,8 @@ _SUBSET_TITLES = {
     "clean": "held-out slices, clean (no near-duplicate among the fitted)",
     "strict": "held-out slices, strict (nor a slice likely of a fitted subject)",
 }
+
+_NEIGHBOURS_TITLE = "share of a held-out slice's 10 nearest fitted ones with its label"
 
 Log = Callable[[str], None]
 
@@ -135,11 +138,17 @@ def _tables(results: StudyResults) -> tuple[dict[str, str], str, dict[str, float
             chosen = [r for r in averaged if (r["dataset"], r["slices"]) == (dataset, subset)]
             title = f"## {dataset}: {int(members.sum()):,} {_SUBSET_TITLES[subset]}"
             parts.append(f"{title}\n\n{methods_table(chosen)}\n")
+    for dataset in results.sets:
+        knowing = features_table([r for r in averaged if r["dataset"] == dataset])
+        if knowing is not None:
+            title = f"## {dataset}: {_NEIGHBOURS_TITLE}"
+            parts.append(f"{title}\n\n{knowing}\n")
     notes = sorted({f"- {o.cell.clusterer}: {note}" for o in results.main for note in o.notes})
     if notes:
         parts.append("\n".join(["Notes:", *notes]) + "\n")
     files["methods.md"] = "\n".join(parts)
-    shown = [part for part in parts if _SUBSET_TITLES[FITTED] in part]
+    wanted = (_SUBSET_TITLES[FITTED], _NEIGHBOURS_TITLE)
+    shown = [part for part in parts if any(title in part for title in wanted)]
     by_dataset = []
     for figure in ("nmi", "fmi"):
         for subset in subsets:

@@ -9,6 +9,7 @@ from typing import Any
 from brainray.report.table import markdown_table
 
 FIGURES = ("silhouette", "ari", "nmi", "fmi", "accuracy")
+_OF_FEATURES = "neighbours"
 _COUNTS = ("num_clusters", "noise_share")
 _TITLES = {
     "silhouette": "silhouette",
@@ -38,7 +39,7 @@ def average_over_seeds(rows: Iterable[Row], by: Sequence[str]) -> list[dict[str,
     for values, members in groups.items():
         result: dict[str, Any] = dict(zip(by, values, strict=True))
         result["num_seeds"] = sum(row.get("problem") is None for row in members)
-        for name in (*_COUNTS, *FIGURES):
+        for name in (*_COUNTS, *FIGURES, _OF_FEATURES):
             found = [float(row[name]) for row in members if row.get(name) is not None]
             if found:
                 result[f"{name}_mean"] = fmean(found)
@@ -63,6 +64,27 @@ def methods_table(averaged: Sequence[Row]) -> str:
         for row in averaged
     ]
     return markdown_table(header, rows, num_text_columns=2)
+
+
+def features_table(averaged: Sequence[Row]) -> str | None:
+    """Agreement of held-out slices with their nearest fitted ones, by features and subset.
+
+    The features' own figure: every clusterer's rows repeat it. None without labels or held-out
+    slices.
+    """
+    measured = [row for row in averaged if f"{_OF_FEATURES}_mean" in row]
+    if not measured:
+        return None
+    subsets = list(dict.fromkeys(row["slices"] for row in measured))
+    features: dict[tuple[Any, ...], dict[str, Row]] = {}
+    for row in measured:
+        found = features.setdefault((row["features"], row["pca_dim"]), {})
+        found.setdefault(row["slices"], row)
+    rows = [
+        [name, str(pca_dim), *(_cell(found.get(subset, {}), _OF_FEATURES) for subset in subsets)]
+        for (name, pca_dim), found in features.items()
+    ]
+    return markdown_table(["features", "PCA", *subsets], rows, num_text_columns=1)
 
 
 def datasets_table(averaged: Sequence[Row], figure: str) -> str | None:

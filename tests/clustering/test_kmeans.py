@@ -179,7 +179,7 @@ def test_rows_are_drawn_in_proportion_to_their_weights() -> None:
 
 
 def test_rows_that_are_passed_over_would_not_have_moved() -> None:
-    """Bounds change no label: a warm start ends where scikit-learn's does, from the same centres."""
+    """A warm start ends where scikit-learn's does: bounds change no label."""
     x = overlapping_blobs().float()
     start = KMeans(9, seed=1).fit(x).cluster_centers_
     moved = x + 0.02 * torch.randn(x.shape, generator=torch.Generator().manual_seed(3))

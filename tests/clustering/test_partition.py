@@ -4,7 +4,11 @@ import numpy as np
 import pytest
 from sklearn import metrics as sk
 
-from brainray.clustering.partition import clustering_accuracy, score_partition
+from brainray.clustering.partition import (
+    clustering_accuracy,
+    neighbour_agreement,
+    score_partition,
+)
 from brainray.schema import NOISE, UNLABELLED
 
 N = 60
@@ -78,3 +82,17 @@ def test_the_accuracy_names_clusters_one_to_one_and_counts_noise_as_wrong() -> N
     # Three clusters for two classes: the smallest stands for none.
     assert clustering_accuracy(labels, np.array([7, 7, 3, 5, 5, 5])) == pytest.approx(5 / 6)
     assert clustering_accuracy(labels, np.array([7, 7, NOISE, 5, 5, 5])) == pytest.approx(5 / 6)
+
+
+def test_neighbours_agree_by_hand_and_only_where_labels_are_known() -> None:
+    fitted = np.array([[0.0], [1.0], [2.0], [10.0], [11.0], [0.5]])
+    fitted_labels = np.array([0, 0, 1, 1, 1, UNLABELLED])
+    asked, labels = np.array([[0.4], [10.4], [5.0]]), np.array([0, 1, UNLABELLED])
+    # The two nearest with a label: 0 and 1 carry 0, as asked; 10 and 11 carry 1, as asked.
+    assert neighbour_agreement(fitted, fitted_labels, asked, labels, 2) == 1.0
+    # The three nearest: 0, 1 and 2, of which one carries another; 2, 10 and 11, all the same.
+    agreement = neighbour_agreement(fitted, fitted_labels, asked, labels, 3)
+    assert agreement == pytest.approx((2 / 3 + 1) / 2)
+    assert neighbour_agreement(fitted, fitted_labels, asked, labels, 6) is None
+    unknown = np.full(3, UNLABELLED)
+    assert neighbour_agreement(fitted, fitted_labels, asked, unknown, 2) is None

@@ -87,6 +87,7 @@ def test_a_study_leaves_tables_figures_and_flat_figures(studied: FinishedStudy) 
     for subset in ("fitted slices", "held-out slices, all", "held-out slices, clean"):
         assert subset in table
     assert "| pixels   | dbscan" in table
+    assert "nearest fitted ones with its label" in table
     assert 0 <= studied.metrics["mri/fitted/pixels/kmeans/pca4/nmi_mean"] <= 1
     assert studied.metrics["num_failed_cells"] == 0
     assert studied.metrics["mri/pixels/recommended_num_clusters"] in (2, 3)

@@ -7,6 +7,7 @@ from brainray.report.study_tables import (
     average_over_seeds,
     csv_text,
     datasets_table,
+    features_table,
     methods_table,
 )
 
@@ -72,3 +73,19 @@ def test_csv_has_every_column_and_gaps_where_a_row_lacks_one() -> None:
     read = list(csv.DictReader(io.StringIO(csv_text(ROWS))))
     assert [line["nmi"] for line in read] == ["0.2", "0.4", "", "0.6"]
     assert read[2]["problem"] == "no luck"
+
+
+def test_what_features_tell_is_shown_once_for_all_clusterers() -> None:
+    by = (*BY, "slices")
+    rows = [
+        row("one", 0, slices="fitted", nmi=0.5),
+        row("one", 0, slices="clean", neighbours=0.7),
+        row("one", 1, slices="clean", neighbours=0.5),
+        row("one", 0, slices="clean", neighbours=0.7) | {"clusterer": "gmm"},
+    ]
+    table = features_table(average_over_seeds(rows, by))
+    assert table is not None
+    header, _, only = ([c.strip() for c in line.split("|")[1:-1]] for line in table.splitlines())
+    assert header == ["features", "PCA", "clean"]
+    assert only == ["pixels", "8", "0.600 ± 0.141"]
+    assert features_table(average_over_seeds(rows[:1], by)) is None
