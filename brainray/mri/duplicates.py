@@ -27,7 +27,7 @@ from scipy.fft import dctn
 from brainray.config import NearDuplicateConfig
 from brainray.mri import registration
 from brainray.mri.neighbours import neighbour_index
-from brainray.mri.row_file import Rows, SelectedRows
+from brainray.mri.row_file import Rows, SelectedRows, row_blocks
 from brainray.schema import THUMBNAIL_SIDE
 
 SAMPLE_ID_DIGITS = 32
@@ -195,7 +195,8 @@ def describe(fingerprints: Rows) -> NDArray[np.float32]:
     The brightest part of the frame is centred and scaled by its own moments, and the low
     frequencies of its cosine transform are kept. A constant picture gives zeros.
     """
-    blocks = [_describe_block(fingerprints[block]) for block in _blocks(len(fingerprints))]
+    every = np.arange(len(fingerprints))
+    blocks = [_describe_block(fingerprints[block]) for block in row_blocks(every, _READ_ROWS)]
     return np.concatenate([np.empty((0, _NUM_FREQUENCIES**2), np.float32), *blocks])
 
 
@@ -260,18 +261,13 @@ def _distinct(fingerprints: Rows) -> tuple[NDArray[np.int64], NDArray[np.int64]]
     digests = np.array(
         [
             hashlib.blake2b(row.tobytes(), digest_size=16).digest()
-            for block in _blocks(len(fingerprints))
+            for block in row_blocks(np.arange(len(fingerprints)), _READ_ROWS)
             for row in fingerprints[block]
         ],
         dtype="V16",
     )
     _, firsts, position = np.unique(digests.view("S16"), return_index=True, return_inverse=True)
     return firsts.astype(np.int64), position.astype(np.int64)
-
-
-def _blocks(num_rows: int) -> Iterator[NDArray[np.int64]]:
-    for start in range(0, num_rows, _READ_ROWS):
-        yield np.arange(start, min(start + _READ_ROWS, num_rows))
 
 
 def _describe_block(fingerprints: NDArray[np.uint8]) -> NDArray[np.float32]:

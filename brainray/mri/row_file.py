@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,6 +18,12 @@ class Rows(Protocol):
     def __getitem__(self, index: NDArray[np.int64], /) -> NDArray[Any]:
         """Rows (len(index), width)."""
         ...
+
+
+def row_blocks(rows: NDArray[np.int64], size: int) -> Iterator[NDArray[np.int64]]:
+    """At most ``size`` of the rows (N,) at a time."""
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
 
 
 @dataclass(frozen=True)

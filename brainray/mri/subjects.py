@@ -30,7 +30,7 @@ from scipy.sparse.csgraph import connected_components
 
 from brainray.config import SubjectConfig
 from brainray.mri.neighbours import neighbour_index
-from brainray.mri.row_file import RowFile, Rows
+from brainray.mri.row_file import RowFile, Rows, row_blocks
 
 COMPARED_SIDE = 64  # pixels: finer structure is noise between neighbouring slices
 SUBJECT_PREFIX = "estimated-"
@@ -191,12 +191,14 @@ class Described:
     def of(cls, thumbnails: Rows, rows: NDArray[np.int64] | None = None) -> "Described":
         """Of these ``rows`` of thumbnails (., S * S), or of all."""
         wanted = np.arange(len(thumbnails)) if rows is None else rows
-        blocks = (anatomy_descriptors(thumbnails[block]) for block in _blocks(wanted))
+        blocks = (
+            anatomy_descriptors(thumbnails[block]) for block in row_blocks(wanted, _BLOCK_ROWS)
+        )
         return cls(len(wanted), blocks)
 
     def only(self, rows: NDArray[np.int64]) -> "Described":
         """Of these rows (n,)."""
-        return Described(len(rows), (self[block] for block in _blocks(rows)))
+        return Described(len(rows), (self[block] for block in row_blocks(rows, _BLOCK_ROWS)))
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -206,11 +208,6 @@ class Described:
 
     def __setitem__(self, row: int, descriptor: NDArray[np.float32]) -> None:
         self._rows[row] = descriptor.reshape(-1)
-
-
-def _blocks(rows: NDArray[np.int64], size: int = _BLOCK_ROWS) -> Iterator[NDArray[np.int64]]:
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]
 
 
 def same_view_groups(described: Described, *, min_similarity: float) -> NDArray[np.int64]:
@@ -296,7 +293,7 @@ def _compared(
         return
     every = np.arange(len(references))
     by_part = references[every].transpose(1, 2, 0)  # (4, 1024, R)
-    for rows in _blocks(np.arange(len(queries))):
+    for rows in row_blocks(np.arange(len(queries)), _BLOCK_ROWS):
         block = queries[rows].transpose(1, 0, 2)  # (4, B, 1024)
         by_flip = np.tensordot(_FLIP_SIGNS, block @ by_part, axes=1)
         yield int(rows[0]), np.broadcast_to(every, by_flip.shape[1:]), by_flip
@@ -310,7 +307,7 @@ def _compared_with_candidates(
     components = _principal_components(references[np.arange(0, len(references), step)])
     reduced = _reduced(references, components)
     index = neighbour_index(reduced)
-    for rows in _blocks(np.arange(len(queries)), _CANDIDATE_BLOCK_ROWS):
+    for rows in row_blocks(np.arange(len(queries)), _CANDIDATE_BLOCK_ROWS):
         block = queries[rows]
         flipped = _project(block, components)[None] * _FLIP_SIGNS[:, None, :, None]
         likely, found = index.search(flipped.reshape(-1, reduced.shape[1]), _CANDIDATES)
@@ -362,5 +359,5 @@ def _project(descriptors: Descriptors, components: NDArray[np.float32]) -> NDArr
 def _reduced(described: Described, components: NDArray[np.float32]) -> NDArray[np.float32]:
     """(N, 128) float32 of all slices."""
     every = np.arange(len(described))
-    blocks = [_project(described[rows], components) for rows in _blocks(every)]
+    blocks = [_project(described[rows], components) for rows in row_blocks(every, _BLOCK_ROWS)]
     return np.concatenate(blocks).reshape(len(described), -1)
