@@ -41,6 +41,7 @@ from brainray.errors import BrainrayError
 from brainray.models.features import build_feature_encoder
 from brainray.models.pretext import PretextModel
 from brainray.orchestration.features import Weights, content_key, weights_from
+from brainray.orchestration.progress import PretrainingFollower
 from brainray.orchestration.resources import plan_workers
 from brainray.orchestration.store import ImageStore
 from brainray.orchestration.worker import failing_together, seed_of, use_threads_of_worker
@@ -126,7 +127,8 @@ def pretrain(
             failure_config=FailureConfig(max_failures=config.train.max_failures),
         ),
     )
-    result: Any = trainer.fit()
+    with PretrainingFollower(config.study.self_supervision, target, log):
+        result: Any = trainer.fit()
     problem = result.return_value
     if problem:
         error_class = getattr(errors, problem["error"], BrainrayError)
@@ -256,7 +258,7 @@ class _Learner:
                 precision=self.precision,
             )
             self._share_batch_statistics()
-            self._save(losses, started, f"pretext epoch {epoch}/{num_epochs}", optimizer)
+            self._save(losses, started, optimizer)
 
     def _refine(self) -> None:
         """Cluster, train on the clusters, cluster anew, until few slices change their cluster."""
@@ -302,8 +304,7 @@ class _Learner:
                 "largest_share": health.largest_share,
                 "effective_rank": health.effective_rank,
             }
-            said = f"round {number}: {changes[-1]:.1%} of the slices changed their cluster"
-            self._save(figures, started, said)
+            self._save(figures, started)
 
     def _train_round(self, number: int, soft: SoftTargets) -> dict[str, float]:
         """``round_epochs`` epochs of both losses, with a schedule of their own."""
@@ -356,7 +357,6 @@ class _Learner:
         self,
         figures: dict[str, float],
         started: float,
-        said: str,
         optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
         """Log and checkpoint what the next epoch or round goes on from."""
@@ -377,10 +377,6 @@ class _Learner:
             ray.train.report({"epoch": row["epoch"]}, checkpoint=checkpoint)
         if dist.rank() == 0:
             self.folder.write_json_lines(layout.METRICS, self.history)
-            losses = ", ".join(
-                f"{name} {figures[name]:.3f}" for name in ("pretext", "cluster") if name in figures
-            )
-            print(f"{said}; {losses}; {seconds:.0f} s", flush=True)
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
@@ -391,7 +387,6 @@ class _Learner:
             clusters.load_state_dict(state["clusters"])
             self.clusters = clusters.to(self.device)
         if dist.rank() == 0:
-            print(f"going on after {len(self.history)} epochs and rounds", flush=True)
             self.folder.write_json_lines(layout.METRICS, self.history)
 
     def _write_encoder(self) -> None:

@@ -7,10 +7,11 @@ from datetime import timedelta
 from typing import Self
 
 from brainray import layout
-from brainray.config import TrainConfig
+from brainray.config import SelfSupervisionConfig, TrainConfig
 from brainray.engine.evaluate import Metrics
 from brainray.engine.recipe import image_side
 from brainray.orchestration.run import Run
+from brainray.storage import Folder
 from brainray.tracking import LenientTracker
 
 Log = Callable[[str], None]
@@ -89,6 +90,41 @@ class Follower(Watcher):
         return (
             f"epoch {metrics['epoch']:.0f}/{self._config.num_epochs}: {figures}; {seconds:.0f} s, "
             f"{metrics['time/images_per_s']:.0f} images/s, {time_left(metrics, self._config)} left"
+        )
+
+
+class PretrainingFollower(Watcher):
+    """Watches a self-supervised encoder's metrics: a line for an epoch or a round."""
+
+    def __init__(self, config: SelfSupervisionConfig, folder: Folder, log: Log) -> None:
+        super().__init__(log)
+        self._config = config
+        self._folder = folder
+        self._num_seen = len(folder.read_json_lines(layout.METRICS))
+        if self._num_seen:
+            log(f"going on after {self._num_seen} epochs or rounds")
+
+    def look(self) -> None:
+        history = self._folder.read_json_lines(layout.METRICS)
+        for metrics in history[self._num_seen :]:
+            self._log(self._line(metrics))
+        self._num_seen = len(history)
+
+    def _line(self, metrics: Metrics) -> str:
+        losses = ", ".join(
+            f"{name} {metrics[name]:.3f}" for name in ("pretext", "cluster") if name in metrics
+        )
+        seconds = metrics["seconds"]
+        if "round" in metrics:
+            changed = metrics["changed_share"]
+            return (
+                f"round {metrics['round']:.0f}/{self._config.max_rounds}: {losses}; {changed:.1%} "
+                f"of the slices changed their cluster; {seconds:.0f} s"
+            )
+        left = timedelta(seconds=round(seconds * (self._config.num_epochs - metrics["epoch"])))
+        return (
+            f"pretext epoch {metrics['epoch']:.0f}/{self._config.num_epochs}: {losses}; "
+            f"{seconds:.0f} s, {left} left"
         )
 
 

@@ -2,9 +2,12 @@
 
 import time
 from datetime import timedelta
+from pathlib import Path
 
-from brainray.config import TrainConfig
-from brainray.orchestration.progress import Watcher, time_left
+from brainray import layout
+from brainray.config import SelfSupervisionConfig, TrainConfig
+from brainray.orchestration.progress import PretrainingFollower, Watcher, time_left
+from brainray.storage import Folder
 
 
 class Flaky(Watcher):
@@ -34,3 +37,22 @@ def test_time_left_counts_pixels() -> None:
     assert time_left(first, growing) == timedelta(seconds=round(10 * (96**2 + 2 * 128**2) / 64**2))
     last = {"epoch": 4.0, "train/image_size": 128.0, "time/epoch_s": 40.0}
     assert time_left(last, growing) == timedelta(0)
+
+
+def test_pretraining_tells_epochs_and_rounds(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    rows: list[dict[str, float]] = [{"epoch": 1.0, "pretext": 1.5, "seconds": 10.0}]
+    folder.write_json_lines(layout.METRICS, rows)
+    said: list[str] = []
+    settings = SelfSupervisionConfig(num_epochs=3, max_rounds=5)
+    with PretrainingFollower(settings, folder, said.append):
+        rows.append({"epoch": 2.0, "pretext": 1.25, "seconds": 12.0})
+        rows.append(
+            {"epoch": 3.0, "round": 1.0, "cluster": 0.5, "changed_share": 0.25, "seconds": 4.0}
+        )
+        folder.write_json_lines(layout.METRICS, rows)
+    assert said == [
+        "going on after 1 epochs or rounds",
+        "pretext epoch 2/3: pretext 1.250; 12 s, 0:00:12 left",
+        "round 1/5: cluster 0.500; 25.0% of the slices changed their cluster; 4 s",
+    ]
