@@ -77,6 +77,12 @@ def held(
         lock.release()
 
 
+def is_held(storage: Folder, kind: str, name: str) -> bool:
+    """Whether a job is at work on ``storage/kind/name``, as far as this machine can tell."""
+    claim = _Lock(storage / layout.LOCKS, kind, name, Pace()).read()
+    return claim is not None and claim.is_alive_here() is not False
+
+
 class _Lock:
     def __init__(self, folder: Folder, kind: str, name: str, pace: Pace) -> None:
         self._folder = folder
@@ -97,7 +103,7 @@ class _Lock:
     def release(self) -> None:
         self._ended.set()
         self._thread.join()
-        found = self._read()
+        found = self.read()
         if found is not None and found.owner == self._mine.owner:
             self._folder.delete_file(self._file)
 
@@ -106,7 +112,7 @@ class _Lock:
         if self._folder.local_path is not None:
             with suppress(OSError):  # a mount that knows no hard links
                 return self._folder.create_file(self._file, _encoded(self._mine))
-        if self._read() is not None:
+        if self.read() is not None:
             return False
         self._write(self._mine)
         self._confirm()
@@ -115,12 +121,12 @@ class _Lock:
     def _confirm(self) -> None:
         """Of several that claim at once, the last to write has it."""
         time.sleep(self._pace.settle_s)
-        found = self._read()
+        found = self.read()
         if found is None or found.owner != self._mine.owner:
             raise self._refusal(found)
 
     def _check_holder_is_dead(self, log: Log) -> None:
-        first = self._read()
+        first = self.read()
         if first is None:  # released meanwhile
             return
         alive = first.is_alive_here()
@@ -138,7 +144,7 @@ class _Lock:
         deadline = time.monotonic() + self._pace.patience_s
         while time.monotonic() < deadline:
             time.sleep(self._pace.beat_s / 5)
-            now = self._read()
+            now = self.read()
             if now is None:
                 return
             if (now.owner, now.beat) != (first.owner, first.beat):
@@ -154,7 +160,7 @@ class _Lock:
         mine = self._mine
         while not self._ended.wait(self._pace.beat_s):
             try:
-                found = self._read()
+                found = self.read()
                 if found is not None and found.owner != mine.owner:
                     _end_this_process(str(self._refusal(found)))
                     return
@@ -163,7 +169,7 @@ class _Lock:
             except (OSError, BrainrayError):  # storage is away: nobody else can claim either
                 continue
 
-    def _read(self) -> Claim | None:
+    def read(self) -> Claim | None:
         """None where there is no lock, or one that is being written."""
         if not self._folder.exists(self._file):
             return None

@@ -18,7 +18,7 @@ from brainray.errors import BrainrayError, ConfigError
 from brainray.orchestration.driver import check_training
 from brainray.orchestration.export import served_files
 from brainray.orchestration.inference import find_predictor
-from brainray.orchestration.lock import held
+from brainray.orchestration.lock import held, is_held
 from brainray.orchestration.progress import POLL_S, Watcher, time_left
 from brainray.orchestration.publish import Tracking, begin_tracking, open_tracking, send_run
 from brainray.orchestration.resources import WorkerResources
@@ -249,6 +249,16 @@ class _Follower(Watcher):
             return f"stopped after epoch {num_epochs}"
         return "complete but for its figures"
 
+    def _state(self, trial: Trial) -> str:
+        """The same of a trial that may be running."""
+        has_ended = trial.run is None or trial.problem is not None or trial.run.is_complete
+        name = run_name(self._name, trial.trial_id)
+        if has_ended or not is_held(Folder(self._config.storage), layout.RUNS, name):
+            return self.outcome(trial)
+        if not trial.history:
+            return "running"
+        return f"running, {time_left(trial.history[-1], self._config.train)} left"
+
     def close(self, trial: Trial) -> None:
         """Send the rest of a trial, and say in MLflow how it ended."""
         child = self._child(trial)
@@ -265,7 +275,7 @@ class _Follower(Watcher):
         trials = read_trials(self._config, self._name)
         news = [self._tell(trial) for trial in trials]
         if any(news) and self._quiet_s >= _TABLE_EVERY_S:
-            self._log(_table(self._config, trials, self.outcome, limit=_NUM_SHOWN))
+            self._log(_table(self._config, trials, self._state, limit=_NUM_SHOWN))
             self._quiet_s = 0.0
 
     def _tell(self, trial: Trial) -> bool:
@@ -407,9 +417,10 @@ def _table(
                 *(_short(trial.parameters.get(key)) for key in config.tune.space),
                 "–" if best is None else f"{best[0]:.4f}",
                 "–" if best is None else f"{best[1]}/{len(trial.history)}",
+                f"{trial.history[-1]['time/images_per_s']:.0f}" if trial.history else "–",
             ]
         )
-    header = ["trial", "outcome", *config.tune.space, metric, "best epoch"]
+    header = ["trial", "outcome", *config.tune.space, metric, "best epoch", "images/s"]
     return markdown_table(header, rows, num_text_columns=2)
 
 

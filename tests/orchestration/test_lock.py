@@ -14,7 +14,7 @@ import pyarrow.fs as pafs
 import pytest
 
 from brainray.errors import ConfigError
-from brainray.orchestration.lock import Claim, Pace, held
+from brainray.orchestration.lock import Claim, Pace, held, is_held
 from brainray.storage import Folder
 
 PROJECT = Path(__file__).parents[2]
@@ -145,3 +145,13 @@ def test_storage_without_exclusive_creation_settles_who_was_last(tmp_path: Path)
     ):
         pass
     assert not (tmp_path / LOCK).exists()
+
+
+def test_others_see_whether_a_job_is_at_work(holder: subprocess.Popen[str], tmp_path: Path) -> None:
+    assert is_held(Folder(tmp_path), "runs", "first")
+    assert not is_held(Folder(tmp_path), "runs", "second")
+    holder.kill()
+    holder.wait()
+    assert not is_held(Folder(tmp_path), "runs", "first")
+    from_elsewhere(tmp_path)  # nothing is known of a process there
+    assert is_held(Folder(tmp_path), "runs", "first")
