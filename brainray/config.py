@@ -411,7 +411,22 @@ class TuneConfig(_Section):
                 f"{value!r} is no validation figure: choosing by test figures would fit the sweep "
                 "to the test slices; use one under validation/, such as validation/score"
             )
+        if value not in VALIDATION_FIGURES:
+            raise ValueError(
+                f"{value!r} is reported by no epoch: use one of {', '.join(VALIDATION_FIGURES)}"
+            )
         return value
+
+
+VALIDATION_FIGURES = (
+    "validation/score",
+    "validation/head/accuracy",
+    "validation/head/balanced_accuracy",
+    "validation/cluster/accuracy",
+    "validation/loss",
+    "validation/calibration_error",
+)
+"""Figures of every epoch by which trials can be compared (`engine.evaluate`)."""
 
 
 class LabelConfig(_Section):

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from brainray.config import ClusteringConfig
+from brainray.config import VALIDATION_FIGURES, ClusteringConfig
 from brainray.engine.evaluate import (
     Predictions,
     confusion_metrics,
@@ -101,6 +101,12 @@ def test_the_score_is_balanced_accuracy_and_ties_go_to_the_lower_loss() -> None:
     assert math.isclose(metrics["validation/loss"], loss, rel_tol=1e-5)
     assert metrics["validation/head/balanced_accuracy"] == 0.75
     assert math.isclose(metrics["validation/score"], 0.75 - 1e-6 * loss)
+    # A sweep may choose by any of them but a count and a parameter of the calibration.
+    assert metrics.keys() == {
+        *VALIDATION_FIGURES,
+        "validation/num_slices",
+        "validation/temperature",
+    }
 
 
 def test_a_summary_tells_all_clean_and_the_memory_baseline() -> None:

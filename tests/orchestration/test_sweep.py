@@ -193,6 +193,18 @@ def test_test_figures_choose_nothing() -> None:
         load_config(None, ["tune.metric=test/clean/head/accuracy"])
 
 
+def test_a_figure_that_no_epoch_reports_is_refused_at_once() -> None:
+    with pytest.raises(ConfigError, match=r"'validation/f1' is reported by no epoch: use one of"):
+        load_config(None, ["tune.metric=validation/f1"])
+
+
+def test_a_trial_that_no_cluster_holds_is_refused_at_once(storage: Path) -> None:
+    started = time.monotonic()
+    with pytest.raises(ConfigError, match=r"train\.num_workers"):
+        sweep(sweep_config(storage, "name=crowded", "train.num_workers=64"))
+    assert time.monotonic() - started < 30
+
+
 @pytest.mark.parametrize(
     ("space", "message"),
     [
