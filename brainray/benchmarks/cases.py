@@ -14,6 +14,7 @@ from brainray.benchmarks import (
     scaling,
     soak,
     subjects,
+    sweep,
     training,
 )
 from brainray.benchmarks.result import BenchmarkResult, CaseOptions, measures_table
@@ -35,6 +36,7 @@ CASES: dict[str, Case] = {
     "scaling": scaling.run,
     "soak": soak.run,
     "subjects": subjects.run,
+    "sweep": sweep.run,
     "training": training.run,
 }
 """The first line of a case's docstring is its help."""

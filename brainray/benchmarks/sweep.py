@@ -1,0 +1,105 @@
+"""What Tune and its tracking cost: trials of a sweep against the same runs begun by hand."""
+
+import tempfile
+import time
+from pathlib import Path
+
+from brainray import layout
+from brainray.benchmarks.result import BenchmarkResult, CaseOptions, Measure
+from brainray.config import Config, load_config
+from brainray.mri.phantom import write_phantoms
+from brainray.orchestration.data import preprocess
+from brainray.orchestration.driver import train
+from brainray.orchestration.job import attach_to_ray
+from brainray.orchestration.sweep import sweep
+from brainray.storage import Folder
+
+LEARNING_RATES = (3e-4, 6e-4, 1.2e-3, 2.4e-3)
+MAX_OVERHEAD = 1.10
+
+
+def run(options: CaseOptions) -> BenchmarkResult:
+    """Four trials of a sweep, one after another, against the same four runs begun by hand.
+
+    Both train on phantoms with all CPUs and send everything to MLflow. Start-up is the time until
+    the first run begins; the sweep's includes Tune's own.
+    """
+    attach_to_ray()
+    num_slices, num_epochs = (80, 2) if options.quick else (300, 4)
+    with tempfile.TemporaryDirectory(prefix="brainray-benchmark-") as temporary:
+        storage = Path(temporary)
+        options.log(f"drawing {5 * num_slices} phantoms")
+        write_phantoms(
+            storage / "source",
+            num_training_per_class=num_slices,
+            num_testing_per_class=num_slices // 4,
+            seed=options.seed,
+            size=128,
+        )
+        config = _config(storage, num_epochs, options.seed)
+        preprocess(
+            config.model_copy(update={"name": "slices", "source": str(storage / "source")}),
+            options.log,
+        )
+        _by_hand(config, "warm-up", LEARNING_RATES[0], options)
+        options.log("by hand")
+        started = time.time()  # compared with times of files
+        for number, rate in enumerate(LEARNING_RATES):
+            _by_hand(config, f"hand-{number}", rate, options)
+        hand_s, hand_start_s = _seconds(storage, "hand-*", started)
+        options.log("by a sweep")
+        started = time.time()
+        sweep(config.model_copy(update={"name": "tuned"}), options.log)
+        sweep_s, sweep_start_s = _seconds(storage, "tuned-*", started)
+        runs = Folder(storage) / layout.RUNS
+        num_runs = sum(name.startswith(("hand-", "tuned-")) for name in runs.names())
+    return BenchmarkResult(
+        [
+            Measure("start-up by hand", hand_start_s, "s"),
+            Measure("start-up of the sweep", sweep_start_s, "s"),
+            Measure("four runs by hand, beyond start-up", hand_s - hand_start_s, "s"),
+            Measure(
+                "the sweep against runs by hand, beyond start-up",
+                (sweep_s - sweep_start_s) / (hand_s - hand_start_s),
+                "x",
+                at_most=MAX_OVERHEAD,
+            ),
+            Measure("the sweep against runs by hand, all in all", sweep_s / hand_s, "x"),
+            Measure("runs", num_runs, at_least=2 * len(LEARNING_RATES)),
+        ],
+        {"seconds": {"by hand": hand_s, "sweep": sweep_s}, "epochs": num_epochs},
+    )
+
+
+def _config(storage: Path, num_epochs: int, seed: int) -> Config:
+    return load_config(
+        None,
+        [
+            f"storage={storage}",
+            f"seed={seed}",
+            "dataset=slices",
+            f"tracking.uri=sqlite:///{storage}/mlflow.db",
+            "preprocess.image_size=64",
+            "split.labelled_fraction=0.5",
+            "train.image_size=64",
+            f"train.num_epochs={num_epochs}",
+            "train.num_workers=1",
+            "evaluation.tsne_epochs=[]",
+            "tune.algorithm=grid",
+            "tune.scheduler=none",
+            "tune.max_concurrent_trials=1",
+            f"tune.space={{train.learning_rate: {{choice: {list(LEARNING_RATES)}}}}}",
+        ],
+    )
+
+
+def _by_hand(config: Config, name: str, learning_rate: float, options: CaseOptions) -> None:
+    settings = config.train.model_copy(update={"learning_rate": learning_rate})
+    train(config.model_copy(update={"name": name, "train": settings}), options.log)
+
+
+def _seconds(storage: Path, runs: str, started: float) -> tuple[float, float]:
+    """Since the start until now, and until the first of the runs began."""
+    ended = time.time()
+    begun = min(path.stat().st_mtime for path in storage.glob(f"runs/{runs}/{layout.RUN}"))
+    return ended - started, begun - started
