@@ -122,7 +122,7 @@ def take_screenshots(tracking_uri: str, experiment: str, folder: Path) -> None:
         raise SystemExit(f"no experiment {experiment!r} in {tracking_uri}")
     runs = client.search_runs([found.experiment_id])
     trials = [run.info.run_id for run in runs if "mlflow.parentRunId" in run.data.tags]
-    (parent,) = (run.info.run_id for run in runs if run.info.run_id not in trials)
+    parent = next(run.info.run_id for run in runs if run.info.run_name == experiment)
     with mlflow_ui(tracking_uri) as ui:
         ui.open_experiment(found.experiment_id)
         ui.page.screenshot(path=folder / "mlflow_sweep.png")
