@@ -133,8 +133,9 @@ class PreprocessConfig(_Section):
     near_duplicate: NearDuplicateConfig = NearDuplicateConfig()
     subject: SubjectConfig = SubjectConfig()
     volume: VolumeConfig = VolumeConfig()
-    files_per_task: Positive = 128
-    """Files that one Ray Data task decodes."""
+    files_per_task: Annotated[int, Field(ge=0)] = 0
+    """Files that one Ray Data task decodes, and fewer where they are large. 0 makes tasks long, so
+    that starting them costs little, and leaves eight to a CPU at least."""
 
 
 class SplitConfig(_Section):

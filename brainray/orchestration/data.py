@@ -39,7 +39,7 @@ from brainray.orchestration.preparation import (
     rejected_row,
     subject_salt,
 )
-from brainray.orchestration.source import FoundFile, Listing, list_source
+from brainray.orchestration.source import FoundFile, Listing, files_of_tasks, list_source
 from brainray.orchestration.store import (
     ImageStore,
     describe,
@@ -274,9 +274,9 @@ def _decode_all(
         return told.select(_DECODED.names).cast(_DECODED)
 
     tables: list[pa.Table] = []
-    for start in range(0, len(files), preprocess.files_per_task):
-        chunk = [asdict(file) for file in files[start : start + preprocess.files_per_task]]
-        table = pa.Table.from_pylist(chunk, schema=_FOUND)
+    num_cpus = int(ray.cluster_resources().get("CPU", 1))
+    for chunk in files_of_tasks(files, preprocess.files_per_task, num_cpus):
+        table = pa.Table.from_pylist([asdict(file) for file in chunk], schema=_FOUND)
         name = f"part-{generation:04d}-{len(tables):06d}.parquet"
         tables.append(table.append_column("part", pa.array([name] * len(chunk), pa.string())))
     dataset = ray.data.from_arrow(tables).map_batches(

@@ -5,7 +5,7 @@ import io
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,6 +30,10 @@ _SPLIT_FOLDERS = {
 _LINK_OUT = "link out of the source folder"  # whoever wrote the source may not read all of ours
 _MAX_CLASS_NAME = 100
 _LABEL_COLUMNS = ("path", "label", "split", "subject")
+
+_TASKS_PER_CPU = 8  # or a CPU would wait long for the others' last tasks
+_MIN_FILES_PER_TASK, _MAX_FILES_PER_TASK = 16, 512
+_MAX_BYTES_PER_TASK = 64 * 2**20  # of files: volumes hold many slices
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,22 @@ def list_source(source: Folder, labels: Folder | None, class_map: dict[str, str]
     for name in sorted({file.label for file in renamed if file.label is not None}):
         _check_class_name(name)
     return Listing(renamed, num_ignored)
+
+
+def files_of_tasks(
+    files: Sequence[FoundFile], files_per_task: int, num_cpus: int
+) -> Iterator[Sequence[FoundFile]]:
+    """The files of each task, in order; ``files_per_task`` of 0 chooses their number."""
+    shared = -(-len(files) // (_TASKS_PER_CPU * num_cpus))
+    limit = files_per_task or min(max(shared, _MIN_FILES_PER_TASK), _MAX_FILES_PER_TASK)
+    start = num_bytes = 0
+    for end, file in enumerate(files):
+        num_bytes += file.num_bytes
+        if end > start and (end - start == limit or num_bytes > _MAX_BYTES_PER_TASK):
+            yield files[start:end]
+            start, num_bytes = end, file.num_bytes
+    if files:
+        yield files[start:]
 
 
 def _check_class_name(name: str) -> None:

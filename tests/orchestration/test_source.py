@@ -9,7 +9,7 @@ import pytest
 from brainray.errors import DataError
 from brainray.mri.decode import RejectedImage
 from brainray.orchestration.preparation import read_file
-from brainray.orchestration.source import list_source
+from brainray.orchestration.source import FoundFile, files_of_tasks, list_source
 from brainray.storage import Folder
 
 
@@ -150,3 +150,31 @@ def test_the_fingerprint_follows_paths_and_labels(tmp_path: Path) -> None:
     assert list_source(source, None, {"a": "b"}).fingerprint != before
     make(tmp_path, "a/2.jpg")
     assert list_source(source, None, {}).fingerprint != before
+
+
+@pytest.mark.parametrize(
+    ("num_files", "files_per_task", "num_cpus", "sizes"),
+    [
+        (10, 4, 2, [4, 4, 2]),
+        (0, 4, 2, []),
+        (100, 0, 1, [16] * 6 + [4]),  # no task is shorter, however few there are
+        (800, 0, 2, [50] * 16),  # eight to a CPU
+        (2000, 0, 1, [250] * 8),
+        (1500, 0, 1, [188] * 7 + [184]),
+        (10_000, 0, 1, [512] * 19 + [272]),  # and none is longer
+    ],
+)
+def test_tasks_are_long_but_enough_for_every_cpu(
+    num_files: int, files_per_task: int, num_cpus: int, sizes: list[int]
+) -> None:
+    files = [FoundFile(f"{number}.jpg", 20_000, 0) for number in range(num_files)]
+    tasks = list(files_of_tasks(files, files_per_task, num_cpus))
+    assert [len(task) for task in tasks] == sizes
+    assert [file for task in tasks for file in task] == files
+
+
+def test_large_files_share_no_task_with_many() -> None:
+    megabytes = [1, 1, 40, 30, 100, 1]
+    files = [FoundFile(f"{i}.nii", size * 2**20, 0) for i, size in enumerate(megabytes)]
+    tasks = [[file.num_bytes // 2**20 for file in task] for task in files_of_tasks(files, 9, 1)]
+    assert tasks == [[1, 1, 40], [30], [100], [1]]
