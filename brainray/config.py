@@ -134,8 +134,8 @@ class PreprocessConfig(_Section):
     subject: SubjectConfig = SubjectConfig()
     volume: VolumeConfig = VolumeConfig()
     files_per_task: Annotated[int, Field(ge=0)] = 0
-    """Files that one Ray Data task decodes, and fewer where they are large. 0 makes tasks long, so
-    that starting them costs little, and leaves eight to a CPU at least."""
+    """Files that one Ray Data task decodes, and fewer where they are large (64 MiB together). 0
+    makes about eight tasks for a CPU, of 16 to 512 files each."""
 
 
 class SplitConfig(_Section):
@@ -372,6 +372,17 @@ def _number(value: Any) -> Any:
         return value
 
 
+VALIDATION_FIGURES = {
+    "validation/score": "max",
+    "validation/head/accuracy": "max",
+    "validation/head/balanced_accuracy": "max",
+    "validation/cluster/accuracy": "max",
+    "validation/loss": "min",
+    "validation/calibration_error": "min",
+}
+"""Figures of every epoch (`engine.evaluate`) by which trials can be compared; what is better."""
+
+
 class TuneConfig(_Section):
     space: SearchSpace = {}
     """For each dotted config key one of ``choice: [...]`` and ``uniform``, ``log_uniform`` or
@@ -406,7 +417,7 @@ class TuneConfig(_Section):
 
     @field_validator("metric")
     @classmethod
-    def _no_test_metric(cls, value: str) -> str:
+    def _is_of_validation(cls, value: str) -> str:
         if not value.startswith("validation/"):
             raise ValueError(
                 f"{value!r} is no validation figure: choosing by test figures would fit the sweep "
@@ -418,16 +429,12 @@ class TuneConfig(_Section):
             )
         return value
 
-
-VALIDATION_FIGURES = (
-    "validation/score",
-    "validation/head/accuracy",
-    "validation/head/balanced_accuracy",
-    "validation/cluster/accuracy",
-    "validation/loss",
-    "validation/calibration_error",
-)
-"""Figures of every epoch by which trials can be compared (`engine.evaluate`)."""
+    @model_validator(mode="after")
+    def _mode_fits_the_metric(self) -> "TuneConfig":
+        wanted = VALIDATION_FIGURES[self.metric]
+        if self.mode != wanted:
+            raise ValueError(f"{self.metric} is best where it is {wanted}: set tune.mode={wanted}")
+        return self
 
 
 class LabelConfig(_Section):

@@ -4,8 +4,10 @@ python -m tests.browser sqlite:////home/you/brainray/mlflow.db EXPERIMENT docs
 """
 
 import json
+import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -15,8 +17,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from mlflow import MlflowClient
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -87,7 +87,9 @@ def mlflow_ui(tracking_uri: str) -> Iterator[MLflowUI]:
     address = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", tracking_uri]
     command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    server = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
     try:
         _wait_for(server, f"{address}/health")
         with sync_playwright() as playwright:
@@ -99,7 +101,7 @@ def mlflow_ui(tracking_uri: str) -> Iterator[MLflowUI]:
             yield MLflowUI(page, address)
             browser.close()
     finally:
-        server.terminate()
+        os.killpg(server.pid, signal.SIGTERM)  # it starts processes of its own
         server.wait(timeout=30)
 
 
@@ -116,6 +118,8 @@ def _wait_for(server: "subprocess.Popen[bytes]", url: str) -> None:
 
 def take_screenshots(tracking_uri: str, experiment: str, folder: Path) -> None:
     """The sweep's nested runs, the comparison of its trials, and a figure of the sweep."""
+    from mlflow import MlflowClient
+
     client = MlflowClient(tracking_uri)
     found = client.get_experiment_by_name(experiment)
     if found is None:

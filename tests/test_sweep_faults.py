@@ -14,7 +14,7 @@ from tests.test_faults import job, kill_tree, result, wait_for
 pytestmark = pytest.mark.faults
 
 NUM_TRIALS = 4
-NUM_EPOCHS = 3
+NUM_EPOCHS = 6
 SPACE = {"train.learning_rate": {"log_uniform": [1e-4, 1e-2]}}
 
 
@@ -24,6 +24,16 @@ def summaries(storage: Path) -> dict[str, int]:
     return {path.parent.name: path.stat().st_mtime_ns for path in runs.glob("*/summary.json")}
 
 
+def histories(storage: Path) -> dict[str, list]:
+    runs = Folder(storage / "runs")
+    return {name: (runs / name).read_json_lines("metrics.jsonl") for name in runs.names()}
+
+
+def has_begun(storage: Path) -> bool:
+    """Whether some trial is amid its epochs."""
+    return any(2 <= len(history) < NUM_EPOCHS for history in histories(storage).values())
+
+
 def test_a_killed_sweep_submitted_again_goes_on(phantoms: Path, tmp_path: Path) -> None:
     config_file = tmp_path / "config.yaml"
     settings = [
@@ -31,6 +41,7 @@ def test_a_killed_sweep_submitted_again_goes_on(phantoms: Path, tmp_path: Path) 
         f"tune.num_trials={NUM_TRIALS}",
         "tune.algorithm=random",
         "tune.scheduler=none",
+        "tune.max_concurrent_trials=2",
         f"train.num_epochs={NUM_EPOCHS}",
         "train.batch_size_per_worker=2",
         "evaluation.tsne_epochs=[]",
@@ -40,10 +51,10 @@ def test_a_killed_sweep_submitted_again_goes_on(phantoms: Path, tmp_path: Path) 
     assert made["status"] == "ok"
 
     process = job("tune", config_file, "name=search", "dataset=mri")
-    # Two trials run at a time: some are complete, and others under way or not begun.
-    wait_for(lambda: len(summaries(tmp_path)) >= 1)
+    # Two trials run at a time: some are complete, one has an epoch behind it and others to come.
+    wait_for(lambda: bool(summaries(tmp_path)) and has_begun(tmp_path))
     kill_tree(process)
-    finished = summaries(tmp_path)
+    finished, before = summaries(tmp_path), histories(tmp_path)
     assert 1 <= len(finished) < NUM_TRIALS
 
     again = result(job("tune", config_file, "name=search", "dataset=mri"))
@@ -56,6 +67,11 @@ def test_a_killed_sweep_submitted_again_goes_on(phantoms: Path, tmp_path: Path) 
     for name in everything:
         history = Folder(tmp_path / "runs" / name).read_json_lines("metrics.jsonl")
         assert [epoch["epoch"] for epoch in history] == [*range(1, NUM_EPOCHS + 1)]
+        # Not trained anew: even the times of the epochs are the same. The newest epoch may have
+        # been told before its checkpoint was kept.
+        kept = before.get(name, [])
+        kept = kept if name in finished else kept[:-1]
+        assert history[: len(kept)] == kept
 
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     experiment = client.get_experiment_by_name("search")

@@ -20,7 +20,7 @@ _PICKING_COST = 16
 _BOUNDS_ROUNDING = 1e-4
 """Relative margin of bounds: some hundred float32 additions round by less."""
 
-Rows = slice | Tensor  # which of a shard's
+_Places = slice | Tensor  # which rows of a shard
 
 
 class KMeans(FittedModule):
@@ -239,7 +239,7 @@ class _CenteredRows(NamedTuple):
     spread: Tensor  # () float64, sum of the squared distances of all ranks' rows to their mean
 
 
-def _take(values: Tensor, rows: Rows) -> Tensor:
+def _take(values: Tensor, rows: _Places) -> Tensor:
     """A view of a slice's rows, or a copy of picked ones (faster than by indexing)."""
     return values[rows] if isinstance(rows, slice) else values.index_select(0, rows)
 
@@ -276,11 +276,11 @@ class _Assignment:
         self.is_new = bool(len(self.labels)) and int(self.labels[0]) < 0
         self.num_moved.zero_()
 
-    def undecided(self, block: slice) -> Rows:
+    def undecided(self, block: slice) -> _Places:
         """The rows of a block whose nearest centre may be another one now."""
         return block if self.bounds is None else self.bounds.undecided(block, self.labels[block])
 
-    def move(self, rows: Rows, x: Tensor, distances: Tensor) -> None:
+    def move(self, rows: _Places, x: Tensor, distances: Tensor) -> None:
         """Rows x (B, D) go where their distance (B, K; squared, less the row's own square) is
         least.
 
@@ -325,7 +325,8 @@ class _Bounds:
     """What distances to centres can be at most and at least, without computing them.
 
     Hamerly 2010, "Making k-means even faster": a centre that has moved by s is nearer or farther
-    by s at most. A row whose own centre is certainly the nearest need not be looked at.
+    by s at most. A row whose own centre is certainly the nearest need not be looked at. (His bound
+    by the distances between centres is left out: it seldom decides in many dimensions.)
     """
 
     upper: Tensor  # (n_rank,) of the distance to the row's own centre
@@ -342,7 +343,7 @@ class _Bounds:
         return cls(
             upper=torch.full_like(squares, torch.inf),
             lower=torch.zeros_like(squares),
-            slack=float(largest) * centers.shape[1] * torch.finfo(squares.dtype).eps,
+            slack=4 * float(largest) * (centers.shape[1] + 4) * torch.finfo(squares.dtype).eps,
             centers=centers,
             shifts=unmoved,
             other_shifts=unmoved,
@@ -355,7 +356,7 @@ class _Bounds:
         self.other_shifts[farthest.indices[0]] = farthest.values[-1]
         self.centers = centers
 
-    def undecided(self, block: slice, labels: Tensor) -> Rows:
+    def undecided(self, block: slice, labels: Tensor) -> _Places:
         """The rows of a block that another centre may be nearest to; all, where they are many."""
         upper, lower = self.upper[block], self.lower[block]
         upper += _take(self.shifts, labels)
@@ -366,7 +367,7 @@ class _Bounds:
         return block if costly else found + block.start
 
     def tighten(
-        self, rows: Rows, squares: Tensor, labels: Tensor, least: Tensor, distances: Tensor
+        self, rows: _Places, squares: Tensor, labels: Tensor, least: Tensor, distances: Tensor
     ) -> None:
         """Bounds of rows anew, from distances as in `_Assignment.move` (which are overwritten)."""
         others = distances.scatter_(1, labels[:, None], torch.inf).amin(dim=1)

@@ -274,7 +274,7 @@ def _decode_all(
         return told.select(_DECODED.names).cast(_DECODED)
 
     tables: list[pa.Table] = []
-    num_cpus = int(ray.cluster_resources().get("CPU", 1))
+    num_cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
     for chunk in files_of_tasks(files, preprocess.files_per_task, num_cpus):
         table = pa.Table.from_pylist([asdict(file) for file in chunk], schema=_FOUND)
         name = f"part-{generation:04d}-{len(tables):06d}.parquet"

@@ -78,15 +78,18 @@ def held(
 
 
 def is_held(storage: Folder, kind: str, name: str) -> bool:
-    """Whether a job is at work on ``storage/kind/name``, as far as this machine can tell."""
-    claim = _Lock(storage / layout.LOCKS, kind, name, Pace()).read()
+    """Whether a job is at work on ``storage/kind/name``.
+
+    One that was killed on another machine, or in another container, still counts as at work.
+    """
+    claim = _read_claim(storage / layout.LOCKS, _file_of(kind, name))
     return claim is not None and claim.is_alive_here() is not False
 
 
 class _Lock:
     def __init__(self, folder: Folder, kind: str, name: str, pace: Pace) -> None:
         self._folder = folder
-        self._file = f"{kind}-{name}.json"
+        self._file = _file_of(kind, name)
         self._what = f"{kind}/{name}"
         self._pace = pace
         self._mine = Claim.of_this_process()
@@ -103,7 +106,7 @@ class _Lock:
     def release(self) -> None:
         self._ended.set()
         self._thread.join()
-        found = self.read()
+        found = self._read()
         if found is not None and found.owner == self._mine.owner:
             self._folder.delete_file(self._file)
 
@@ -112,7 +115,7 @@ class _Lock:
         if self._folder.local_path is not None:
             with suppress(OSError):  # a mount that knows no hard links
                 return self._folder.create_file(self._file, _encoded(self._mine))
-        if self.read() is not None:
+        if self._read() is not None:
             return False
         self._write(self._mine)
         self._confirm()
@@ -121,12 +124,12 @@ class _Lock:
     def _confirm(self) -> None:
         """Of several that claim at once, the last to write has it."""
         time.sleep(self._pace.settle_s)
-        found = self.read()
+        found = self._read()
         if found is None or found.owner != self._mine.owner:
             raise self._refusal(found)
 
     def _check_holder_is_dead(self, log: Log) -> None:
-        first = self.read()
+        first = self._read()
         if first is None:  # released meanwhile
             return
         alive = first.is_alive_here()
@@ -144,7 +147,7 @@ class _Lock:
         deadline = time.monotonic() + self._pace.patience_s
         while time.monotonic() < deadline:
             time.sleep(self._pace.beat_s / 5)
-            now = self.read()
+            now = self._read()
             if now is None:
                 return
             if (now.owner, now.beat) != (first.owner, first.beat):
@@ -160,7 +163,7 @@ class _Lock:
         mine = self._mine
         while not self._ended.wait(self._pace.beat_s):
             try:
-                found = self.read()
+                found = self._read()
                 if found is not None and found.owner != mine.owner:
                     _end_this_process(str(self._refusal(found)))
                     return
@@ -169,17 +172,25 @@ class _Lock:
             except (OSError, BrainrayError):  # storage is away: nobody else can claim either
                 continue
 
-    def read(self) -> Claim | None:
-        """None where there is no lock, or one that is being written."""
-        if not self._folder.exists(self._file):
-            return None
-        try:
-            return Claim(**json.loads(self._folder.read_bytes(self._file)))
-        except (BrainrayError, ValueError, TypeError):
-            return None
+    def _read(self) -> Claim | None:
+        return _read_claim(self._folder, self._file)
 
     def _write(self, claim: Claim) -> None:
         self._folder.write_bytes(self._file, _encoded(claim))
+
+
+def _file_of(kind: str, name: str) -> str:
+    return f"{kind}-{name}.json"
+
+
+def _read_claim(folder: Folder, file: str) -> Claim | None:
+    """None where there is no lock, or one that is being written."""
+    if not folder.exists(file):
+        return None
+    try:
+        return Claim(**json.loads(folder.read_bytes(file)))
+    except (BrainrayError, ValueError, TypeError):
+        return None
 
 
 def _encoded(claim: Claim) -> bytes:

@@ -106,6 +106,8 @@ class PretrainingFollower(Watcher):
 
     def look(self) -> None:
         history = self._folder.read_json_lines(layout.METRICS)
+        if len(history) < self._num_seen:
+            self._log(f"begun anew after {len(history)} epochs or rounds")
         for metrics in history[self._num_seen :]:
             self._log(self._line(metrics))
         self._num_seen = len(history)

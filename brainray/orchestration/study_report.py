@@ -173,7 +173,7 @@ def _flat(averaged: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         f"/pca{row['pca_dim']}/{name}": value
         for row in averaged
         for name, value in row.items()
-        if name.startswith(("nmi_", "fmi_", "ari_", "silhouette_", "accuracy_"))
+        if name.startswith(("nmi_", "fmi_", "ari_", "silhouette_", "accuracy_", "neighbours_"))
     }
 
 

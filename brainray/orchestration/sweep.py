@@ -46,6 +46,7 @@ _TRIALS = "trials.json"
 _TABLE = "trials.md"
 _TABLE_EVERY_S = 60.0
 _NUM_SHOWN = 10
+_RUNNING = "running"
 
 
 @dataclass(frozen=True)
@@ -118,11 +119,14 @@ def _begin(config: Config, store: ImageStore, folder: Folder, log: Log) -> None:
     for free in ("max_concurrent_trials", "time_budget_min"):
         del settings["tune"][free]
     settings["data_hash"] = store.data_hash
+    del settings["preprocess"]  # the store's, which its hash stands for
     if not folder.exists(_SETTINGS):
         folder.write_json(_SETTINGS, settings)
         log(f"sweep {folder}: new, {config.tune.num_trials} trials")
         return
-    difference = differing_settings(folder.read_json(_SETTINGS), settings)
+    begun_with = folder.read_json(_SETTINGS)
+    begun_with.pop("preprocess", None)  # kept by earlier versions
+    difference = differing_settings(begun_with, settings)
     if difference:
         raise ConfigError(
             f"sweep {config.name!r} exists with other settings ({difference}): choose another name"
@@ -245,19 +249,19 @@ class _Follower(Watcher):
             return f"failed: {problem}"
         if trial.run is not None and trial.run.is_complete:
             return "complete"
-        if num_epochs < self._config.train.num_epochs:
+        if num_epochs < trial.train.num_epochs:
             return f"stopped after epoch {num_epochs}"
         return "complete but for its figures"
 
-    def _state(self, trial: Trial) -> str:
+    def state(self, trial: Trial) -> str:
         """The same of a trial that may be running."""
         has_ended = trial.run is None or trial.problem is not None or trial.run.is_complete
         name = run_name(self._name, trial.trial_id)
         if has_ended or not is_held(Folder(self._config.storage), layout.RUNS, name):
             return self.outcome(trial)
         if not trial.history:
-            return "running"
-        return f"running, {time_left(trial.history[-1], self._config.train)} left"
+            return _RUNNING
+        return f"{_RUNNING}, {time_left(trial.history[-1], trial.train)} left"
 
     def close(self, trial: Trial) -> None:
         """Send the rest of a trial, and say in MLflow how it ended."""
@@ -275,7 +279,7 @@ class _Follower(Watcher):
         trials = read_trials(self._config, self._name)
         news = [self._tell(trial) for trial in trials]
         if any(news) and self._quiet_s >= _TABLE_EVERY_S:
-            self._log(_table(self._config, trials, self._state, limit=_NUM_SHOWN))
+            self._log(_table(self._config, trials, self.state, limit=_NUM_SHOWN))
             self._quiet_s = 0.0
 
     def _tell(self, trial: Trial) -> bool:
@@ -296,10 +300,10 @@ class _Follower(Watcher):
         values = ", ".join(f"{key} {_short(value)}" for key, value in trial.parameters.items())
         return (
             f"trial {trial.trial_id} ({values}): "
-            f"epoch {metrics['epoch']:.0f}/{self._config.train.num_epochs}, "
+            f"epoch {metrics['epoch']:.0f}/{trial.train.num_epochs}, "
             f"{metric} {metrics.get(metric, float('nan')):.4f}, "
             f"{metrics['time/images_per_s']:.0f} images/s, "
-            f"{time_left(metrics, self._config.train)} left"
+            f"{time_left(metrics, trial.train)} left"
         )
 
     def _child(self, trial: Trial) -> Tracking | None:
@@ -403,17 +407,19 @@ def _row(config: Config, trial: Trial, outcome: str) -> dict[str, Any]:
 def _table(
     config: Config, trials: list[Trial], outcome: Callable[[Trial], str], limit: int | None
 ) -> str:
-    """The trials as a Markdown table, best first."""
+    """The trials as a Markdown table, best first: ``limit`` of them, and all that run."""
     metric, mode = config.tune.metric, config.tune.mode
     ranked = _ranked(config, trials)
     others = [trial for trial in trials if trial not in ranked]
     rows = []
-    for trial in [*ranked, *others][:limit]:
-        best = trial.best(metric, mode)
+    for place, trial in enumerate([*ranked, *others]):
+        best, said = trial.best(metric, mode), outcome(trial)
+        if limit is not None and place >= limit and not said.startswith(_RUNNING):
+            continue
         rows.append(
             [
                 trial.trial_id,
-                outcome(trial),
+                said,
                 *(_short(trial.parameters.get(key)) for key in config.tune.space),
                 "–" if best is None else f"{best[0]:.4f}",
                 "–" if best is None else f"{best[1]}/{len(trial.history)}",

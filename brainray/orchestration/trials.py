@@ -10,7 +10,15 @@ from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from brainray import layout
-from brainray.config import Config, SearchDomain, flatten, known_keys, parse_config, parse_yaml
+from brainray.config import (
+    Config,
+    SearchDomain,
+    TrainConfig,
+    flatten,
+    known_keys,
+    parse_config,
+    parse_yaml,
+)
 from brainray.errors import BrainrayError, ConfigError
 from brainray.orchestration.driver import begun_training, complete_run, fit
 from brainray.orchestration.run import Run, read_run_info
@@ -32,6 +40,7 @@ class Trial:
     run: Run | None  # None for a trial that failed before its run began
     parameters: dict[str, Any]
     history: list[dict[str, float]]
+    train: TrainConfig  # with the trial's own parameters
     problem: str | None = None
     """Why it could not be trained."""
 
@@ -159,6 +168,7 @@ def read_trials(config: Config, sweep: str) -> list[Trial]:
             Run(folder, read_run_info(folder)),
             {key: flat.get(key) for key in space},
             folder.read_json_lines(layout.METRICS),
+            saved.train,
         )
     failed = sweep_folder(config, sweep) / FAILED
     for name in failed.names():
@@ -170,6 +180,7 @@ def read_trials(config: Config, sweep: str) -> list[Trial]:
             None if begun is None else begun.run,
             said["parameters"],
             [] if begun is None else begun.history,
+            config.train if begun is None else begun.train,
             problem=said["problem"],
         )
     return [trials[trial_id] for trial_id in sorted(trials)]

@@ -178,26 +178,39 @@ def test_rows_are_drawn_in_proportion_to_their_weights() -> None:
     assert float(((counts[1:] - expected) ** 2 / expected).sum()) < 13.8
 
 
-def test_rows_that_are_passed_over_would_not_have_moved() -> None:
-    """A warm start ends where scikit-learn's does: bounds change no label."""
-    x = overlapping_blobs().float()
-    start = KMeans(9, seed=1).fit(x).cluster_centers_
-    moved = x + 0.02 * torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
+@pytest.mark.parametrize("num_clusters", [7, 9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_that_are_passed_over_would_not_have_moved(
+    num_clusters: int, dtype: torch.dtype
+) -> None:
+    """Bounds are proofs, checked row by row, and a warm start ends where scikit-learn's does."""
+    x = overlapping_blobs(5000).to(dtype)
+    start = KMeans(num_clusters, seed=1).fit(x).cluster_centers_
+    moved = x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(3), dtype=dtype)
+    centred = moved.double() - moved.double().mean(dim=0)
     passed_over = 0
+    first_labels: list[Tensor] = []
     looked_at = _Bounds.undecided
 
-    def counted(self: _Bounds, block: slice, labels: torch.Tensor) -> slice | torch.Tensor:
+    def checked(self: _Bounds, block: slice, labels: Tensor) -> slice | Tensor:
         nonlocal passed_over
         found = looked_at(self, block, labels)
-        if isinstance(found, torch.Tensor):
-            passed_over += len(labels) - len(found)
+        first_labels.append(labels.clone())
+        if isinstance(found, Tensor):
+            skipped = torch.ones(len(labels), dtype=torch.bool)
+            skipped[found - block.start] = False
+            distances = torch.cdist(centred[block][skipped], self.centers.double())
+            assert distances.argmin(dim=1).equal(labels[skipped])
+            passed_over += int(skipped.sum())
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_Bounds, "undecided", counted)
-        ours = KMeans(9, tol=0.0).fit(moved, init_centers=start)
-    assert passed_over > len(x)
-    theirs = SklearnKMeans(9, init=start.numpy(), n_init=1, tol=0.0, max_iter=100)
+        patch.setattr(_Bounds, "undecided", checked)
+        ours = KMeans(num_clusters, tol=0.0).fit(moved, init_centers=start)
+    assert passed_over > len(x) / 2
+    labels = ours.predict(moved)
+    assert not labels.equal(first_labels[0])  # some rows have moved under bounds
+    theirs = SklearnKMeans(num_clusters, init=start.numpy(), n_init=1, tol=0.0, max_iter=100)
     theirs.fit(moved.numpy())
-    assert ours.predict(moved).tolist() == theirs.labels_.tolist()
+    assert labels.tolist() == theirs.labels_.tolist()
     assert ours.inertia_ == pytest.approx(theirs.inertia_, rel=1e-6)

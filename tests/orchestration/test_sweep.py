@@ -3,6 +3,7 @@
 import json
 import time
 from pathlib import Path
+from typing import Any, cast
 
 import mlflow
 import numpy as np
@@ -12,8 +13,11 @@ from mlflow import MlflowClient
 
 from brainray.config import Config, load_config
 from brainray.errors import ConfigError
-from brainray.orchestration.sweep import FinishedSweep, sweep
-from brainray.orchestration.trials import check_space, trial_config
+from brainray.orchestration.lock import held
+from brainray.orchestration.run import Run
+from brainray.orchestration.sweep import FinishedSweep, _Follower, _table, sweep
+from brainray.orchestration.trials import Trial, check_space, trial_config
+from brainray.storage import Folder
 from tests.browser import CHROMIUM, mlflow_ui
 from tests.conftest import tiny_config
 
@@ -193,6 +197,12 @@ def test_test_figures_choose_nothing() -> None:
         load_config(None, ["tune.metric=test/clean/head/accuracy"])
 
 
+def test_a_metric_is_not_sought_at_its_worst() -> None:
+    with pytest.raises(ConfigError, match="validation/loss is best where it is min"):
+        load_config(None, ["tune.metric=validation/loss"])
+    assert load_config(None, ["tune.metric=validation/loss", "tune.mode=min"]).tune.mode == "min"
+
+
 def test_a_figure_that_no_epoch_reports_is_refused_at_once() -> None:
     with pytest.raises(ConfigError, match=r"'validation/f1' is reported by no epoch: use one of"):
         load_config(None, ["tune.metric=validation/f1"])
@@ -241,3 +251,32 @@ def test_numbers_without_a_point_are_numbers(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, space)
     check_space(config)
     assert config.tune.space["train.learning_rate"]["log_uniform"] == [1e-4, 1e-2]
+
+
+def test_the_table_while_it_runs_shows_every_trial_that_does(tmp_path: Path) -> None:
+    config = tiny_config(
+        tmp_path, "name=search", f"tune.space={json.dumps(SPACE)}", "train.num_epochs=4"
+    )
+    trials = []
+    for number in range(5):
+        trial_id = f"abc_{number:05d}"
+        epoch = {
+            "epoch": 1.0,
+            "validation/score": 0.9 - 0.1 * number,
+            "time/epoch_s": 10.0,
+            "time/images_per_s": 123.0,
+            "train/image_size": 32.0,
+        }
+        run = Run(Folder(tmp_path / "runs" / f"search-{trial_id}"), {})
+        trials.append(Trial(trial_id, run, {}, [epoch], config.train))
+    follower = _Follower(config, "search", cast(Any, None), print)
+    with held(Folder(tmp_path), "runs", "search-abc_00004", print):  # the worst
+        table = _table(config, trials, follower.state, limit=2).splitlines()
+    assert [line.split("|")[1].strip() for line in table[2:]] == [
+        "abc_00000",
+        "abc_00001",
+        "abc_00004",
+    ]
+    assert "stopped after epoch 1" in table[2]
+    assert "running, 0:00:30 left" in table[4]
+    assert "123" in table[4]
