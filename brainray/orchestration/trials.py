@@ -31,6 +31,9 @@ FAILED = "failed"
 _FIXED = ("preprocess.", "split.", "evaluation.", "tracking.", "tune.", "registry.", "classes.")
 """Trials share one store, one draw of labels and one way of scoring, else they do not compare."""
 
+_TRIAL_ID = r"([0-9a-f]{5}_[0-9]{5,}|[0-9a-f]{8})"
+"""As Ray Tune gives them to variants that it makes itself, and to a search algorithm's."""
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -155,7 +158,7 @@ def read_trials(config: Config, sweep: str) -> list[Trial]:
     space = config.tune.space
     trials = {}
     runs = Folder(config.storage) / layout.RUNS
-    of_sweep = re.compile(re.escape(run_name(sweep, "")) + r"([0-9a-f]+_[0-9]+)")
+    of_sweep = re.compile(re.escape(run_name(sweep, "")) + _TRIAL_ID)
     for name in runs.names():
         folder, matched = runs / name, of_sweep.fullmatch(name)
         if matched is None or not folder.exists(layout.RUN):

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import mlflow
 import numpy as np
+import pandas as pd
 import pytest
 import ray
 from mlflow import MlflowClient
@@ -131,13 +132,16 @@ def test_the_pages_that_people_open_afterwards_show_the_sweep(finished: Finished
 
 
 @pytest.mark.slow
-def test_the_best_model_is_registered_and_can_be_loaded_alone(finished: FinishedSweep) -> None:
+def test_the_best_model_is_registered_and_can_be_loaded_alone(
+    finished: FinishedSweep, phantoms: Path
+) -> None:
     mlflow.set_tracking_uri(finished.tracking_uri)
     model = mlflow.pyfunc.load_model("models:/mri-classifier/1")
-    signature = model.metadata.signature
-    assert signature.inputs.inputs[0].shape == (-1, 1, 32, 32)
-    slices = np.zeros((5, 1, 32, 32), dtype=np.float32)
-    probabilities = model.predict(slices)
+    assert set(model.metadata.signature.inputs.input_names()) == {"path", "image"}
+    files = sorted((phantoms / "Testing").rglob("*.jpg"))[:5]
+    told = model.predict(pd.DataFrame({"path": [str(file) for file in files]}))
+    assert [row["reason"] for row in told.to_dict("records")] == [None] * len(files)
+    probabilities = np.stack(told["probabilities"])
     assert probabilities.shape == (5, 4)
     np.testing.assert_allclose(probabilities.sum(axis=1), 1.0, atol=1e-5)
 
@@ -174,7 +178,9 @@ def test_a_poor_trial_is_stopped_and_its_resources_come_back(storage: Path) -> N
         trial["parameters"]["train.learning_rate"]: trial["outcome"]
         for trial in stopped.folder.read_json("trials.json")
     }
-    assert outcomes == {1.5e-3: "complete", 1e-8: "stopped after epoch 2"}
+    assert outcomes[1.5e-3] == "complete"
+    # Tune decides after the second epoch; a quick third may be over before it is heard.
+    assert outcomes[1e-8] in {"stopped after epoch 2", "stopped after epoch 3"}
     client = MlflowClient(stopped.tracking_uri)
     experiment = client.get_experiment_by_name("halving")
     assert experiment is not None
