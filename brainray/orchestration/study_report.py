@@ -184,6 +184,7 @@ def _sensitivity_figures(results: StudyResults) -> dict[str, bytes]:
         varied = _fitted_rows(results.varied, dataset)
         main = _fitted_rows(results.main, dataset)
         first_dim = results.config.study.pca_dims[0]
+        varied_feature = varied[0]["features"] if varied else ""
         panels = [
             _panel("K (K-means)", _of(varied, "kmeans"), "num_clusters_asked"),
             _panel("eps over the knee (DBSCAN)", _of(varied, "dbscan"), "eps_factor"),
@@ -193,7 +194,11 @@ def _sensitivity_figures(results: StudyResults) -> dict[str, bytes]:
                 [r for r in _of(main, "kmeans") if r["pca_dim"] == first_dim],
                 "features",
             ),
-            _panel("PCA (K-means)", _of(main, "kmeans"), "pca_dim"),
+            _panel(
+                f"PCA of {varied_feature} (K-means)",
+                [r for r in _of(main, "kmeans") if r["features"] == varied_feature],
+                "pca_dim",
+            ),
         ]
         panels = [panel for panel in panels if panel.values]
         if panels:

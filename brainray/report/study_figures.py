@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from scipy.cluster import hierarchy
 
@@ -119,7 +120,7 @@ def refinement(histories: Mapping[str, Sequence[Mapping[str, float]]], tolerance
         histories: rounds by encoder: ``round``, ``changed_share`` and possibly ``nmi``.
         tolerance: below which assignments count as settled.
     """
-    figure = new_figure(9.0, 3.6)
+    figure = new_figure(11.0, 3.6)
     changed, agreement = figure.subplots(1, 2)
     for name, colour in class_colours(list(histories)).items():
         rounds = histories[name]
@@ -129,12 +130,14 @@ def refinement(histories: Mapping[str, Sequence[Mapping[str, float]]], tolerance
             if points:
                 axes.plot(*zip(*points, strict=True), marker="o", color=colour, label=name)
     changed.axhline(tolerance, color=GREY, linestyle="--", label="tolerance")
-    changed.set_ylabel("share of the slices that changed their cluster")
+    changed.set_ylabel("share that changed its cluster")
     agreement.set_ylabel("NMI with the labels (scoring only)")
     for axes in (changed, agreement):
         axes.set_xlabel("round")
-        axes.legend(fontsize=8)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         tidy(axes, grid="y")
+    lines, names = changed.get_legend_handles_labels()
+    figure.legend(lines, names, loc="outside right center", fontsize=8, frameon=False)
     return figure
 
 
