@@ -193,6 +193,26 @@ def test_a_poor_trial_is_stopped_and_its_resources_come_back(storage: Path) -> N
 
 
 @pytest.mark.slow
+def test_trials_of_a_search_algorithm_are_found_too(storage: Path) -> None:
+    rates = {"train.learning_rate": {"log_uniform": [1e-4, 1e-2]}}
+    config = sweep_config(
+        storage,
+        "name=searched",
+        f"tune.space={json.dumps(rates)}",
+        "tune.algorithm=optuna",
+        "tune.num_trials=2",
+        "train.num_epochs=1",
+        "registry.name=null",
+    )
+    searched = sweep(config)
+    trials = searched.folder.read_json("trials.json")
+    assert [trial["outcome"] for trial in trials] == ["complete", "complete"]
+    first, second = (trial["parameters"]["train.learning_rate"] for trial in trials)
+    assert first != second
+    assert searched.folder.exists("summary.json")
+
+
+@pytest.mark.slow
 def test_a_sweep_does_not_go_on_with_other_settings(finished: FinishedSweep, storage: Path) -> None:
     with pytest.raises(ConfigError, match=r"tune\.metric: validation/score here"):
         sweep(sweep_config(storage, "tune.metric=validation/cluster/accuracy"))
