@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from brainray import errors, layout
@@ -152,6 +152,7 @@ def fit(training: Training, callbacks: Sequence[Any] = ()) -> None:
             storage_path=str(run.folder).rpartition("/")[0],
             failure_config=FailureConfig(max_failures=config.train.max_failures),
             callbacks=list(callbacks),
+            logging_config=LoggingConfig(log_level="WARNING"),  # progress is told by `Follower`
         ),
     )
     # The run's folder tells which checkpoints there are. Ray's own list of them, which is not

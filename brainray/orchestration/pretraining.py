@@ -17,7 +17,7 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from torch import Tensor, nn
 
@@ -125,6 +125,7 @@ def pretrain(
             storage_path=str(target).rpartition("/")[0],
             checkpoint_config=CheckpointConfig(num_to_keep=1),
             failure_config=FailureConfig(max_failures=config.train.max_failures),
+            logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
     with PretrainingFollower(config.study.self_supervision, target, log):
