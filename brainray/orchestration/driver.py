@@ -147,7 +147,7 @@ def fit(training: Training, callbacks: Sequence[Any] = ()) -> None:
             resources_per_worker=workers.of_worker,
             elastic_resize_monitor_interval_s=_RESIZE_INTERVAL_S,
         ),
-        run_config=RunConfig(
+        run_config=RunConfig(  # type: ignore[call-arg]  # its types are of the older one
             name=config.name,
             storage_path=str(run.folder).rpartition("/")[0],
             failure_config=FailureConfig(max_failures=config.train.max_failures),

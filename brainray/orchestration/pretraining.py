@@ -120,7 +120,7 @@ def pretrain(
             use_gpu=workers.use_gpu,
             resources_per_worker=workers.of_worker,
         ),
-        run_config=RunConfig(
+        run_config=RunConfig(  # type: ignore[call-arg]  # its types are of the older one
             name=name,
             storage_path=str(target).rpartition("/")[0],
             checkpoint_config=CheckpointConfig(num_to_keep=1),
