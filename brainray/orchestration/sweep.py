@@ -196,16 +196,27 @@ def _search(config: Config) -> Searcher | None:
 def _scheduler(config: Config) -> TrialScheduler | None:
     settings = config.tune
     if settings.scheduler == "asha":
-        return AsyncHyperBandScheduler(
+        return _Halving(
+            config.train.num_epochs,
             time_attr="epoch",
-            # One more than there are: a trial that has trained to its end draws its figures too.
-            max_t=config.train.num_epochs + 1,
             grace_period=min(settings.min_epochs, config.train.num_epochs),
             reduction_factor=settings.reduction_factor,
         )
     if settings.scheduler == "median":
         return MedianStoppingRule(time_attr="epoch", grace_period=settings.min_epochs)
     return None
+
+
+class _Halving(AsyncHyperBandScheduler):
+    """Successive halving that lets a trial which has trained to its end draw its figures too."""
+
+    def __init__(self, num_epochs: int, **settings: Any) -> None:
+        super().__init__(max_t=num_epochs, **settings)
+        self._num_epochs = num_epochs
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        action: str = super().on_trial_result(tune_controller, trial, result)
+        return self.CONTINUE if result["epoch"] >= self._num_epochs else action
 
 
 def _errors(results: tune.ResultGrid) -> dict[str, str]:
