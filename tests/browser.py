@@ -5,7 +5,6 @@ python -m tests.browser sqlite:////home/you/brainray/mlflow.db EXPERIMENT docs
 
 import json
 import os
-import re
 import shutil
 import signal
 import socket
@@ -44,14 +43,15 @@ class MLflowUI:
         page.add_init_script(_CLOSE_ASSISTANT)
         page.on("pageerror", lambda error: self.errors.append(str(error)))
 
-    def open_experiment(self, experiment_id: str) -> list[str]:
-        """The experiment's table with nested runs unfolded; the names of the runs shown."""
+    def open_experiment(self, experiment_id: str, parent: str) -> list[str]:
+        """The experiment's table, a run of it unfolded; the names of the runs shown."""
         self.page.goto(f"{self.address}/#/experiments/{experiment_id}/runs")
         links = self.page.locator(".ag-row a[href*='/runs/']")
         links.first.wait_for()
-        (parent,) = links.all_inner_texts()
-        self.page.locator("button[data-component-id*='runnamecellrenderer']").first.click()
-        links.filter(has_not_text=re.compile(f"^{re.escape(parent)}$")).first.wait_for()
+        num_folded = links.count()
+        row = self.page.locator(".ag-row", has=self.page.get_by_text(parent, exact=True))
+        row.locator("button[data-component-id*='runnamecellrenderer']").first.click()
+        links.nth(num_folded).wait_for()
         names: list[str] = links.all_inner_texts()
         return names
 
@@ -101,8 +101,12 @@ def mlflow_ui(tracking_uri: str) -> Iterator[MLflowUI]:
             yield MLflowUI(page, address)
             browser.close()
     finally:
-        os.killpg(server.pid, signal.SIGTERM)  # it starts processes of its own
-        server.wait(timeout=30)
+        server.terminate()
+        try:
+            server.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            os.killpg(server.pid, signal.SIGKILL)  # it starts processes of its own
+            server.wait()
 
 
 def _wait_for(server: "subprocess.Popen[bytes]", url: str) -> None:
@@ -128,7 +132,7 @@ def take_screenshots(tracking_uri: str, experiment: str, folder: Path) -> None:
     trials = [run.info.run_id for run in runs if "mlflow.parentRunId" in run.data.tags]
     parent = next(run.info.run_id for run in runs if run.info.run_name == experiment)
     with mlflow_ui(tracking_uri) as ui:
-        ui.open_experiment(found.experiment_id)
+        ui.open_experiment(found.experiment_id, experiment)
         ui.page.screenshot(path=folder / "mlflow_sweep.png")
         ui.open_comparison(found.experiment_id, trials)
         ui.page.wait_for_timeout(1000)  # the lines are drawn after the axes

@@ -119,7 +119,7 @@ def test_the_pages_that_people_open_afterwards_show_the_sweep(finished: Finished
     runs = client.search_runs([experiment.experiment_id])
     trials = [run for run in runs if run.info.run_id != finished.mlflow_run_id]
     with mlflow_ui(finished.tracking_uri) as ui:
-        shown = ui.open_experiment(experiment.experiment_id)
+        shown = ui.open_experiment(experiment.experiment_id, "search")
         assert sorted(shown) == sorted(str(run.info.run_name) for run in runs)
         axes = ui.open_comparison(experiment.experiment_id, [run.info.run_id for run in trials])
         assert "objective.lambda_cluster" in axes
