@@ -135,8 +135,10 @@ class MLflowTracker:
         sent = int(str(self._state["epochs_sent"]))
         with _readable_errors(self._uri):
             for metrics in history[sent:]:
-                self._log(metrics, step=int(metrics["epoch"]))
-                self._state["epochs_sent"] = int(metrics["epoch"])
+                epoch = int(metrics["epoch"])
+                figures = {name: value for name, value in metrics.items() if name != "epoch"}
+                self._log(figures, step=epoch)
+                self._state["epochs_sent"] = epoch
                 self._save()
 
     def log_summary(self, metrics: Mapping[str, float]) -> None:

@@ -50,6 +50,7 @@ def test_a_restarted_driver_goes_on_in_the_same_run_without_repeating(run: Folde
     assert runs[0].data.tags["brainray.data_hash"] == "abc"
     logged = client.get_metric_history(runs[0].info.run_id, "train/loss/ce")
     assert [(metric.step, metric.value) for metric in logged] == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
+    assert "epoch" not in runs[0].data.metrics  # it is the step
     assert runs[0].data.metrics["final/test/all/head/accuracy"] == 0.9
     assert "final/undefined" not in runs[0].data.metrics
     artifact = client.list_artifacts(runs[0].info.run_id, "figures")[0]

@@ -42,6 +42,7 @@ def begin_tracking(
     params = flatten(config.without_secrets()) | {
         f"num_{k}": v for k, v in run.info["num_slices"].items()
     }
+    del params["name"]  # MLflow's own; a comparison of runs would show it as a setting
     about = {
         "brainray.data_hash": str(run.info["data_hash"]),
         "brainray.run_folder": str(run.folder),

@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import optuna
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from optuna.distributions import (
     BaseDistribution,
     CategoricalDistribution,
@@ -130,6 +131,8 @@ def _drawn_by_optuna(plot: Callable[[], Any]) -> bytes:
         warnings.simplefilter("ignore", ExperimentalWarning)
         warnings.simplefilter("ignore", UserWarning)  # of tight layouts
         plot()
+    for axes in plt.gcf().axes:  # labels between the decades cover one another
+        axes.xaxis.set_minor_formatter(NullFormatter())
     buffer = BytesIO()
     try:
         plt.gcf().savefig(buffer, format="png", dpi=110, bbox_inches="tight")
