@@ -1,6 +1,7 @@
 """The life that all jobs share: arguments, config, Ray, one JSON line, exit code."""
 
 import argparse
+import contextlib
 import json
 import logging
 import math
@@ -10,7 +11,7 @@ import sys
 import textwrap
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -69,7 +70,8 @@ def run_command(name: str, work: Callable[[], JobResult]) -> int:
     """Do the work and print the one JSON line of its outcome; the exit code."""
     _end_in_order_on_sigterm()
     try:
-        result = work()
+        with _own_connection():
+            result = work()
     except Exception as error:  # the contract: every outcome ends in one JSON line
         return _fail(name, error)
     except KeyboardInterrupt:
@@ -89,6 +91,17 @@ def run_command(name: str, work: Callable[[], JobResult]) -> int:
         }
     )
     return EXIT_OK
+
+
+@contextlib.contextmanager
+def _own_connection() -> Iterator[None]:
+    """Leave Ray at the end, if the block has joined it: what workers have printed comes before."""
+    joined_before = ray.is_initialized()
+    try:
+        yield
+    finally:
+        if not joined_before:
+            ray.shutdown()
 
 
 class Terminated(KeyboardInterrupt):
