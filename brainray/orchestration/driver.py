@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from brainray import errors, layout
@@ -23,6 +23,7 @@ from brainray.orchestration.reporting import about_software, write_run_page
 from brainray.orchestration.resources import WorkerResources, plan_workers
 from brainray.orchestration.run import Run, begin_run, name_of_run
 from brainray.orchestration.store import ImageStore, differing_settings
+from brainray.orchestration.train_logs import OF_RAY_TRAIN, print_once
 from brainray.orchestration.worker import best_epoch, train_worker
 from brainray.report.run_figures import draw_run_figures
 from brainray.storage import Folder
@@ -131,6 +132,7 @@ def fit(training: Training, callbacks: Sequence[Any] = ()) -> None:
         ray.train.TrainingFailedError: workers were lost more often than ``train.max_failures``.
     """
     config, run, workers = training.config, training.run, training.workers
+    print_once()
     worker: Any = train_worker  # Ray's annotation forbids the return value that Result carries
     scaling: Any = ScalingConfig  # type checkers see the one of Ray Train's first version
     trainer = TorchTrainer(
@@ -152,7 +154,7 @@ def fit(training: Training, callbacks: Sequence[Any] = ()) -> None:
             storage_path=str(run.folder).rpartition("/")[0],
             failure_config=FailureConfig(max_failures=config.train.max_failures),
             callbacks=list(callbacks),
-            logging_config=LoggingConfig(log_level="WARNING"),  # progress is told by `Follower`
+            logging_config=OF_RAY_TRAIN,
         ),
     )
     # The run's folder tells which checkpoints there are. Ray's own list of them, which is not

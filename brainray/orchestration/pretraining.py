@@ -17,7 +17,7 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
-from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from torch import Tensor, nn
 
@@ -44,6 +44,7 @@ from brainray.orchestration.features import Weights, content_key, weights_from
 from brainray.orchestration.progress import PretrainingFollower
 from brainray.orchestration.resources import plan_workers
 from brainray.orchestration.store import ImageStore
+from brainray.orchestration.train_logs import OF_RAY_TRAIN, print_once, quiet_worker
 from brainray.orchestration.worker import failing_together, seed_of, use_threads_of_worker
 from brainray.schema import TRAIN
 from brainray.storage import Folder
@@ -103,6 +104,7 @@ def pretrain(
         return target
     log(f"encoder {target}: training")
     target.write_json(layout.MANIFEST, made_by)
+    print_once()
     worker: Any = _pretrain_worker
     trainer = TorchTrainer(
         worker,
@@ -125,7 +127,7 @@ def pretrain(
             storage_path=str(target).rpartition("/")[0],
             checkpoint_config=CheckpointConfig(num_to_keep=1),
             failure_config=FailureConfig(max_failures=config.train.max_failures),
-            logging_config=LoggingConfig(log_level="WARNING"),
+            logging_config=OF_RAY_TRAIN,
         ),
     )
     with PretrainingFollower(config.study.self_supervision, target, log):
@@ -171,6 +173,7 @@ def _pretrain_worker(settings: dict[str, Any]) -> dict[str, str]:
     try:
         config = parse_config(settings["config"])
         feature = FeatureConfig.model_validate(settings["feature"])
+        quiet_worker()
         use_threads_of_worker()
         device = ray.train.torch.get_device()
         torch.manual_seed(settings["seed"])

@@ -3,6 +3,7 @@
 import hashlib
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -60,6 +61,7 @@ from brainray.errors import BrainrayError, ClusteringError, DivergenceError
 from brainray.models.encoder import Encoder, EncoderOutput, build_encoder
 from brainray.orchestration.rank_data import load_rank_data
 from brainray.orchestration.store import ImageStore
+from brainray.orchestration.train_logs import quiet_worker
 from brainray.schema import (
     FITTED,
     subset_masks,
@@ -86,6 +88,7 @@ def train_worker(settings: dict[str, Any]) -> dict[str, str]:
 def _train(config: Config, run: Folder, store_folder: Folder) -> None:
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
+    quiet_worker()
     use_threads_of_worker()
     torch.manual_seed(config.seed)
     with failing_together(device):
@@ -236,7 +239,10 @@ class _Trainer:
         self.epoch = saved.epoch
         # The schedule is a function of the step, also where the number of ranks has changed.
         self.scheduler.last_epoch = self.epoch * self.updates - 1
-        self.scheduler.step()
+        with warnings.catch_warnings():
+            # This optimiser has made its steps before the checkpoint.
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+            self.scheduler.step()
         # The log knows of an epoch's report what its checkpoint could not know yet.
         logged = {row["epoch"]: row for row in self.run.read_json_lines(layout.METRICS)}
         self.history = [logged.get(row["epoch"], row) for row in state.history]
