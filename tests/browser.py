@@ -4,25 +4,20 @@ python -m tests.browser sqlite:////home/you/brainray/mlflow.db EXPERIMENT docs
 """
 
 import json
-import os
 import shutil
-import signal
-import socket
-import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from tests.tracking_server import free_port, mlflow_server
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
-_SERVER_STARTS_S = 120
 _PAGE_LOADS_MS = 60_000
 _WINDOW = (1400, 900)  # pixels
 # A panel that opens by itself over a third of the window, unless it was closed once.
@@ -81,43 +76,14 @@ def mlflow_ui(tracking_uri: str) -> Iterator[MLflowUI]:
     """A server of that store on a free port of loopback, and a browser; both end with the block."""
     from playwright.sync_api import sync_playwright
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    address = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", tracking_uri]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    server = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    try:
-        _wait_for(server, f"{address}/health")
-        with sync_playwright() as playwright:
-            browser = playwright.chromium.launch(
-                executable_path=CHROMIUM, args=["--no-sandbox", "--enable-unsafe-swiftshader"]
-            )
-            width, height = _WINDOW
-            page = browser.new_page(viewport={"width": width, "height": height})
-            yield MLflowUI(page, address)
-            browser.close()
-    finally:
-        server.terminate()
-        try:
-            server.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            os.killpg(server.pid, signal.SIGKILL)  # it starts processes of its own
-            server.wait()
-
-
-def _wait_for(server: "subprocess.Popen[bytes]", url: str) -> None:
-    deadline = time.monotonic() + _SERVER_STARTS_S
-    while server.poll() is None and time.monotonic() < deadline:
-        try:
-            urllib.request.urlopen(url, timeout=5).close()
-            return
-        except OSError:
-            time.sleep(0.5)
-    raise RuntimeError(f"the MLflow server did not answer at {url}")
+    with mlflow_server(tracking_uri, free_port()) as address, sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox", "--enable-unsafe-swiftshader"]
+        )
+        width, height = _WINDOW
+        page = browser.new_page(viewport={"width": width, "height": height})
+        yield MLflowUI(page, address)
+        browser.close()
 
 
 def take_screenshots(tracking_uri: str, experiment: str, folder: Path) -> None:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import psutil
@@ -28,14 +28,15 @@ PROJECT = Path(__file__).parents[1]
 SLOW = ["train.num_epochs=6", "train.batch_size_per_worker=2"]
 
 
-def job(name: str, config_file: Path, *settings: str) -> subprocess.Popen[str]:
+def job(
+    name: str, config_file: Path, *settings: str, environment: Mapping[str, str] = os.environ
+) -> subprocess.Popen[str]:
     command = [sys.executable, str(PROJECT / "jobs" / f"{name}.py"), "--config", str(config_file)]
-    environment = os.environ | {"PYTHONPATH": str(PROJECT)}
     return subprocess.Popen(
         [*command, "--set", *settings],
         stdout=subprocess.PIPE,
         text=True,
-        env=environment,
+        env={**environment, "PYTHONPATH": str(PROJECT)},
         start_new_session=True,
     )
 
