@@ -264,3 +264,64 @@ def test_filters_hover_and_galleries_work_in_a_browser(page: Path, width: int) -
     assert "Jaccard index of 1.00: stable" in said["subtypes"]
     assert said["innerWidth"] == width
     assert said["width"] is True
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_six_thousand_points_stay_fluid(tmp_path: Path) -> None:
+    from playwright.sync_api import sync_playwright
+
+    num_slices, rng = 6000, np.random.default_rng(0)
+    table = predictions(1, num_slices)
+    noise = [rng.integers(0, 256, THUMBNAIL_SIDE**2, np.uint8).tobytes() for _ in range(num_slices)]
+    column = table.schema.get_field_index("thumbnail")
+    table = table.set_column(column, table.schema.field(column), [noise])
+    run = Folder(tmp_path / "run")
+    run.write_json_lines(layout.METRICS, [{"epoch": 1.0, "train/loss/total": 1.0}])
+    run.write_bytes(layout.CONFIG, b"name: run\n")
+    run.write_table(layout.predictions_file(1), table)
+    shown = EvaluationConfig(tsne_epochs=(1,), tsne_max_slices=num_slices)
+    write_page(run, CLASSES, shown, {"chosen_epoch": 1.0}, {})
+    page_file = tmp_path / "run" / "report.html"
+    assert page_file.stat().st_size < 25e6  # of noise, which no JPEG makes small
+
+    with sync_playwright() as playwright:
+        options = ["--no-sandbox", "--enable-unsafe-swiftshader"]
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page.goto(page_file.as_uri())
+        page.wait_for_function("byId('map')._fullLayout && byId('count').textContent === '6000'")
+        seconds: dict[str, float] = page.evaluate(TIMED)
+        browser.close()
+    assert seconds["filter"] < 0.5
+    assert seconds["hover"] < 0.1
+    assert seconds["zoom"] < 0.5
+
+
+# The median time in seconds until the browser has drawn what was asked for.
+TIMED = """async () => {
+  const drawn = () => new Promise(done => requestAnimationFrame(() => setTimeout(done)));
+  const map = byId("map"), area = map.querySelector(".nsewdrag");
+  const box = area.getBoundingClientRect(), axes = map._fullLayout;
+  const timed = async (act) => {
+    const times = [];
+    for (let i = 0; i < 9; i++) {
+      const started = performance.now();
+      await act(i);
+      await drawn();
+      times.push(performance.now() - started);
+    }
+    return times.sort((a, b) => a - b)[4] / 1000;
+  };
+  return {
+    filter: await timed(i => {
+      byId("of-class").value = i % 2 ? "" : "glioma";
+      byId("of-class").dispatchEvent(new Event("input"));
+    }),
+    hover: await timed(i => area.dispatchEvent(new MouseEvent("mousemove", { bubbles: true,
+      clientX: box.left + axes.xaxis.d2p(map.data[1].x[10 * i]),
+      clientY: box.top + axes.yaxis.d2p(map.data[1].y[10 * i]) }))),
+    zoom: await timed(i => Plotly.relayout(map, {
+      "xaxis.range": [-20 - i, 20 + i], "yaxis.range": [-20 - i, 20 + i] })),
+  };
+}"""
