@@ -709,8 +709,9 @@ class _PlainLoader(yaml.SafeLoader):
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved configuration, as a file that ``--config`` reads back."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    """The resolved configuration without secrets, as a file that ``--config`` reads back."""
+    tree = config.without_secrets().model_dump(mode="json")
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

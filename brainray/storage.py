@@ -19,7 +19,8 @@ _DISK_IS_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 class Folder:
     """A folder on a local or remote file system; small enough to pickle to workers.
 
-    Files appear whole or not at all: they are written under a temporary name and then moved.
+    Files appear whole or not at all: they are written under a temporary name and then moved. Names
+    that a killed writer has left behind are passed over, here and by pyarrow's readers of folders.
     """
 
     def __init__(self, uri: str | Path) -> None:
@@ -53,7 +54,8 @@ class Folder:
     def names(self) -> list[str]:
         """Names of the folder's files and folders, sorted; none where it does not exist."""
         selector = pafs.FileSelector(self.path, allow_not_found=True)
-        return sorted(info.base_name for info in self.filesystem.get_file_info(selector))
+        names = (info.base_name for info in self.filesystem.get_file_info(selector))
+        return sorted(name for name in names if not _is_temporary(name))
 
     def read_bytes(self, name: str) -> bytes:
         try:
@@ -65,7 +67,7 @@ class Folder:
     def write_bytes(self, name: str, content: bytes) -> None:
         target = self._join(name)
         self.filesystem.create_dir(target.rpartition("/")[0], recursive=True)
-        temporary = f"{target}.tmp-{os.getpid()}"
+        temporary = _temporary(target)
         try:
             with self.filesystem.open_output_stream(temporary) as stream:
                 stream.write(content)
@@ -87,7 +89,7 @@ class Folder:
         """Write a file that must not exist, on a local or mounted folder; whether it did not."""
         target = self._join(name)
         self.filesystem.create_dir(target.rpartition("/")[0], recursive=True)
-        temporary = f"{target}.tmp-{os.getpid()}"
+        temporary = _temporary(target)
         with self.filesystem.open_output_stream(temporary) as stream:
             stream.write(content)
         try:
@@ -190,3 +192,13 @@ class Folder:
         if ".." in name.split("/") or name.startswith("/") or "\0" in name:
             raise DataError(f"{name!r} leads out of {self.uri}: names are relative, without '..'")
         return f"{self.path}/{name}" if name else self.path
+
+
+def _temporary(path: str) -> str:
+    """Where a file is written before it is moved; pyarrow reads no folder's hidden files."""
+    parent, _, name = path.rpartition("/")
+    return f"{parent}/.{name}.tmp-{os.getpid()}"
+
+
+def _is_temporary(name: str) -> bool:
+    return name.startswith(".") and ".tmp-" in name

@@ -10,6 +10,7 @@ import math
 import os
 import re
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -204,7 +205,7 @@ class MLflowTracker:
         return str(client.create_experiment(self._experiment, artifact_location=self._artifacts))
 
     def _log(self, metrics: Mapping[str, float], step: int) -> None:
-        timestamp = int(metrics.get("time/unix_ms", 0))
+        timestamp = time.time_ns() // 1_000_000  # of sending, in ms: runs keep no clock times
         batch = [
             Metric(_key(name), float(value), timestamp, step)
             for name, value in metrics.items()

@@ -26,6 +26,6 @@ if __name__ == "__main__":
             Example: python jobs/label.py --set run=nickparvar label.num_slices=200
             """,
             work,
-            keys=["run", "epoch", "storage", "label", "train.device"],
+            keys=["run", "epoch", "storage", "label", "train.device", "train.precision"],
         )
     )

@@ -14,6 +14,11 @@ from brainray.report.table import results_table
 def work(config: Config) -> JobResult:
     if config.name is None:
         raise ConfigError("the pipeline needs a name: --set name=NAME")
+    if config.evaluation.num_label_draws > 1:
+        raise ConfigError(
+            "the pipeline trains one run: leave out evaluation.num_label_draws, then draw labels "
+            "with jobs/train.py on the pipeline's store"
+        )
     # The name may change between runs on one store; the store keeps its own.
     dataset = config.dataset or config.name
     preprocess(config.model_copy(update={"name": dataset}), log)

@@ -68,6 +68,8 @@ def test_help_explains_the_jobs_settings(
         ("train", ["name=x"], "--set dataset=NAME"),
         ("evaluate", ["run=absent", "source=/tmp"], "no run 'absent'"),
         ("pipeline", ["source=/tmp"], "the pipeline needs a name"),
+        ("pipeline", ["name=x", "evaluation.num_label_draws=3"], "the pipeline trains one run"),
+        ("evaluate", ["run=x", "source=~nobody.here/x"], "source=~nobody.here/x: "),
         ("study", ["name=x", "source=/tmp"], "study.features is empty"),
         ("track", ["run=absent"], "no run 'absent'"),
         ("label", ["run=absent"], "no run 'absent'"),

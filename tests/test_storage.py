@@ -11,7 +11,7 @@ import pyarrow.fs as pafs
 import pytest
 
 from brainray.errors import ConfigError, DataError
-from brainray.storage import Folder
+from brainray.storage import Folder, _temporary
 
 
 def test_a_written_file_leaves_no_temporary_name(tmp_path: Path) -> None:
@@ -34,6 +34,16 @@ def test_tables_and_names(tmp_path: Path) -> None:
     assert folder.names() == ["t.parquet"]
     assert (folder / "absent").names() == []
     assert not (folder / "absent").exists()
+
+
+def test_what_a_killed_writer_left_behind_is_passed_over(tmp_path: Path) -> None:
+    folder = Folder(tmp_path / "parts")
+    folder.write_table("part-0.parquet", pa.table({"x": [1, 2]}))
+
+    cut = _temporary(f"{tmp_path}/parts/part-1.parquet")
+    Path(cut).write_bytes(b"PAR1")  # not moved to its name any more
+    assert folder.names() == ["part-0.parquet"]
+    assert Folder(tmp_path).read_table("parts")["x"].to_pylist() == [1, 2]
 
 
 def test_a_uri_is_a_folder_too(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ def min_max(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def thumbnail(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """The slice's fingerprint: area-averaged to 32 x 32, whatever its size."""
+    """The slice's fingerprint: area-averaged to 96 x 96, whatever its size."""
     return np.asarray(
         cv2.resize(image, (THUMBNAIL_SIDE, THUMBNAIL_SIDE), interpolation=cv2.INTER_AREA)
     )

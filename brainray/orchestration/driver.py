@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -19,8 +18,8 @@ from brainray.orchestration.lock import held
 from brainray.orchestration.progress import Follower
 from brainray.orchestration.provenance import record_submission, version_tags
 from brainray.orchestration.publish import begin_tracking, send_run
-from brainray.orchestration.reporting import about_software, write_run_page
-from brainray.orchestration.resources import WorkerResources, plan_workers
+from brainray.orchestration.reporting import about_software, check_compared_runs, write_run_page
+from brainray.orchestration.resources import WorkerResources, alive_nodes, plan_workers
 from brainray.orchestration.run import Run, begin_run, name_of_run
 from brainray.orchestration.store import ImageStore, differing_settings
 from brainray.orchestration.train_logs import OF_RAY_TRAIN, print_once
@@ -69,10 +68,10 @@ def train(config: Config, log: Log = print) -> TrainedRun:
             try:
                 with Follower(config.train, run, tracking.tracker, log):
                     fit(training)
+                complete_run(training)
             except BaseException as stop:
                 tracking.tracker.finish("FAILED" if isinstance(stop, Exception) else "KILLED")
                 raise
-            complete_run(training)
         metrics = run.folder.read_json(layout.SUMMARY)
         send_run(run, tracking.tracker)
     if tracking.tracker.problem is not None:
@@ -112,10 +111,10 @@ def check_training(config: Config) -> tuple[Config, ImageStore, WorkerResources]
         raise ConfigError("training needs the name of an image store: --set dataset=NAME")
     store = ImageStore.open(Folder(config.storage) / layout.DATASETS / config.dataset)
     _check_store_fits(config, store)
+    check_compared_runs(config)
     # What the config leaves out is as the store was made: prediction preprocesses by it.
     config = config.model_copy(update={"preprocess": store.preprocess})
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    workers = plan_workers(config.train, nodes)
+    workers = plan_workers(config.train, alive_nodes())
     if config.encoder.weights not in {"random", "imagenet"}:
         # Found here in a second rather than on every worker in half a minute.
         build_encoder(config.encoder.name, config.encoder.weights, len(store.classes))

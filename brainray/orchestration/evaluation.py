@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import PurePosixPath
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +17,12 @@ from brainray.engine.slice_model import stored_pixels
 from brainray.errors import ConfigError, DataError
 from brainray.mri.leakage import Fingerprints, exposure
 from brainray.orchestration.data import with_progress
-from brainray.orchestration.inference import Predictor, find_predictor, predicted_blocks
+from brainray.orchestration.inference import (
+    Predictor,
+    default_name,
+    find_predictor,
+    predicted_blocks,
+)
 from brainray.orchestration.preparation import preprocess_file, read_file, subject_salt
 from brainray.orchestration.reporting import about_software, explain
 from brainray.orchestration.source import FoundFile, SourceFile, list_source
@@ -80,7 +84,8 @@ def evaluate(config: Config, log: Log = print, only_paths: set[str] | None = Non
         temperature=predictor.temperature(),
     )
     metrics |= {"num_rejected": float(rejected.num_rows), "epoch": float(checkpoint.epoch)}
-    folder = Folder(config.storage) / layout.EVALUATIONS / _name(config)
+    name = config.name or default_name(config, predictor)
+    folder = Folder(config.storage) / layout.EVALUATIONS / name
     folder.write_table(layout.PREDICTIONS, predictions)
     folder.write_table(layout.REJECTED, rejected)
     folder.write_json(layout.EVALUATION_METRICS, metrics)
@@ -121,13 +126,6 @@ def _files_to_score(
             f"({', '.join(classes)}): rename with --set classes.map.{unknown[0]}=NAME"
         )
     return labelled
-
-
-def _name(config: Config) -> str:
-    if config.name is not None:
-        return config.name
-    of = config.run or PurePosixPath(str(config.checkpoint).rstrip("/")).parent.name
-    return f"{of}-on-{PurePosixPath(str(config.source).rstrip('/')).name}"
 
 
 def _load_again(config: Config, predictor: Predictor, rows: pa.Table) -> NDArray[np.uint8]:

@@ -66,6 +66,11 @@ def export(config: Config, log: Log = print) -> Export:
     name = config.name or config.run
     if name is None:
         raise ConfigError("export of a checkpoint needs --set name=NAME")
+    if run is None and config.registry.name is not None:
+        raise ConfigError(
+            "registry.name registers the model of a run: name it with --set run=NAME, not "
+            "checkpoint=PATH"
+        )
     target = Folder(config.storage) / layout.EXPORTS / name
     with served_files(predictor) as served, tempfile.TemporaryDirectory() as temporary:
         local = Path(temporary)

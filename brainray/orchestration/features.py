@@ -26,6 +26,7 @@ from brainray.errors import ConfigError, DataError
 from brainray.models.encoder import local_state
 from brainray.models.features import PIXELS, build_feature_encoder, num_features
 from brainray.mri.resize import stretch
+from brainray.orchestration.resources import alive_nodes, plan_actors
 from brainray.orchestration.run import open_run
 from brainray.orchestration.store import ImageStore
 from brainray.schema import FEATURES
@@ -219,6 +220,7 @@ def _write_parts(
     """Extract on actors and write Parquet; the number of rows."""
     images = store.folder / layout.IMAGES
     slices = ray.data.read_parquet(images.path, filesystem=images.filesystem)
+    device, actors = plan_actors(config.train, alive_nodes(), one_per_node=False)
     dataset = slices.select_columns([*ROW, "height", "width", "image"]).map_batches(
         _Extractor,
         fn_constructor_kwargs={
@@ -228,26 +230,17 @@ def _write_parts(
             "pixel_mean": store.pixel_mean,
             "pixel_std": store.pixel_std,
             "precision": config.train.precision,
+            "device": device,
         },
         batch_size=None,  # whole blocks: the same slices together in every run
         batch_format="pyarrow",
-        **_actors(config),
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=actors.num_actors),
+        num_cpus=actors.num_cpus,
+        num_gpus=actors.num_gpus,
     )
     parts.filesystem.create_dir(parts.path, recursive=True)
     dataset.write_parquet(parts.path, filesystem=parts.filesystem)
     return int(parts.read_table("", columns=["sample_id"]).num_rows)
-
-
-def _actors(config: Config) -> dict[str, Any]:
-    """An actor on every GPU; without one, on every CPU but one, which reads."""
-    resources = ray.cluster_resources()
-    num_gpus = int(resources.get("GPU", 0)) if config.train.device != "cpu" else 0
-    if num_gpus:
-        pool = ray.data.ActorPoolStrategy(min_size=1, max_size=num_gpus)
-        return {"compute": pool, "num_gpus": 1}
-    num_actors = max(1, int(resources.get("CPU", 1)) - 1)
-    pool = ray.data.ActorPoolStrategy(min_size=1, max_size=num_actors)
-    return {"compute": pool, "num_cpus": 1}
 
 
 class _Extractor:
@@ -261,9 +254,10 @@ class _Extractor:
         pixel_mean: float,
         pixel_std: float,
         precision: str,
+        device: str,
     ) -> None:
         self.side = FeatureConfig.model_validate(feature).image_size
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = torch.device(device)
         if self.device.type == "cpu":
             torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         self.precision = resolve_precision(precision, self.device)

@@ -4,12 +4,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 import ray.data
+import torch
 
 from brainray import layout
 from brainray.config import Config, PreprocessConfig
@@ -22,6 +22,7 @@ from brainray.orchestration.preparation import (
     read_file,
     subject_salt,
 )
+from brainray.orchestration.resources import alive_nodes, plan_actors
 from brainray.orchestration.run import Run, open_run, read_run_info
 from brainray.orchestration.source import SourceFile
 from brainray.orchestration.store import ImageStore
@@ -94,6 +95,14 @@ def find_predictor(config: Config, purpose: str) -> Predictor:
     return Predictor(folder, run_folder, checkpoint, preprocess)
 
 
+def default_name(config: Config, predictor: Predictor) -> str:
+    """Of what is made of ``config.source``: RUN-on-FOLDER."""
+    run, source = (
+        uri.rstrip("/").rpartition("/")[2] for uri in (predictor.run_folder.uri, str(config.source))
+    )
+    return f"{run}-on-{source}"
+
+
 def _checkpoint_folder(run: Run, epoch: int | None) -> Folder:
     """Of the chosen epoch, or of that epoch where the run has kept it."""
     history = run.folder.read_json_lines(layout.METRICS)
@@ -131,8 +140,9 @@ def predicted_blocks(
 
     def decode(batch: pa.Table) -> pa.Table:
         rows = []
+        listed = ray.get(all_files)
         for number in batch["number"].to_pylist():
-            asked = ray.get(all_files)[number]
+            asked = listed[number]
             rows += decode_to_predict(
                 asked, partial(read_file, source, asked.file), preprocess, salt
             )
@@ -170,15 +180,20 @@ def predicted_slices(
 
 
 def _embedded(slices: ray.data.Dataset, config: Config, predictor: Predictor) -> ray.data.Dataset:
+    """By an actor on every GPU, or on every node without one, which leaves a CPU for decoding."""
+    device, actors = plan_actors(config.train, alive_nodes(), one_per_node=True)
     return slices.map_batches(
         _Embedder,
         fn_constructor_kwargs={
             "folder": predictor.folder,
             "precision": config.train.precision,
+            "device": device,
         },
         batch_size=None,
         batch_format="pyarrow",
-        **_actors(config),
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=actors.num_actors),
+        num_cpus=actors.num_cpus,
+        num_gpus=actors.num_gpus,
     )
 
 
@@ -209,19 +224,6 @@ def _tasks(files: Sequence[SourceFile]) -> list[list[int]]:
     ]
 
 
-def _actors(config: Config) -> dict[str, Any]:
-    """An actor on every GPU, or on every node without one, which leaves a CPU for decoding."""
-    resources = ray.cluster_resources()
-    num_gpus = int(resources.get("GPU", 0)) if config.train.device != "cpu" else 0
-    if num_gpus:
-        pool = ray.data.ActorPoolStrategy(min_size=1, max_size=num_gpus)
-        return {"compute": pool, "num_gpus": 1}
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    cpus = min(int(node.get("CPU", 1)) for node in nodes)
-    pool = ray.data.ActorPoolStrategy(min_size=1, max_size=len(nodes))
-    return {"compute": pool, "num_cpus": max(1, cpus - 1)}
-
-
 _STORED_COLUMNS = ["split", "sample_id", "path", "frame", "height", "width", "thumbnail", "image"]
 
 _CARRIED = ["subject_id", "subject_source", "sha256", "num_bytes", "reason", "detail"]
@@ -231,8 +233,8 @@ _CARRIED = ["subject_id", "subject_source", "sha256", "num_bytes", "reason", "de
 class _Embedder:
     """Holds the checkpoint on one actor's device."""
 
-    def __init__(self, folder: Folder, precision: str) -> None:
-        self.model = SliceModel(load_checkpoint(folder), precision=precision)
+    def __init__(self, folder: Folder, precision: str, device: str) -> None:
+        self.model = SliceModel(load_checkpoint(folder), torch.device(device), precision)
         if self.model.device.type == "cpu":
             use_all_threads()
 

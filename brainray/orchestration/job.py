@@ -164,7 +164,10 @@ def log(message: str) -> None:
 def _resolve(key: str, value: str) -> str:
     if "://" in value:
         return value
-    path = Path(value).expanduser()
+    try:
+        path = Path(value).expanduser()
+    except RuntimeError as error:  # no such ~user
+        raise ConfigError(f"{key}={value}: {error}") from None
     if not path.is_absolute() and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
         raise ConfigError(
             f"{key}={value} is relative: a submitted job runs in a temporary copy of the working "

@@ -1,8 +1,8 @@
 """Predictions for any folder of slices or volumes, resumable, however many there are."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Any
 
 import pyarrow as pa
@@ -14,7 +14,13 @@ from brainray.engine.evaluate import Metrics
 from brainray.engine.slice_model import Reference
 from brainray.errors import ConfigError, DataError
 from brainray.orchestration.data import with_progress
-from brainray.orchestration.inference import Predictor, find_predictor, predicted_blocks
+from brainray.orchestration.inference import (
+    Predictor,
+    default_name,
+    find_predictor,
+    predicted_blocks,
+)
+from brainray.orchestration.lock import held
 from brainray.orchestration.publish import code_hash
 from brainray.orchestration.source import SourceFile, find_images
 from brainray.orchestration.store import differing_settings
@@ -24,6 +30,7 @@ Log = Callable[[str], None]
 
 _SETTINGS = "settings.json"
 _ROWS_PER_PART = 4096
+_PART = re.compile(r"part-(\d+)\.parquet")  # as `layout.PART` writes it
 
 
 @dataclass(frozen=True)
@@ -48,8 +55,13 @@ def predict(config: Config, log: Log = print) -> Prediction:
     predictor = find_predictor(config, "prediction")
     if config.source is None:
         raise ConfigError("prediction needs --set source=DIR")
-    found, num_ignored = find_images(Folder(config.source))
-    folder = Folder(config.storage) / layout.PREDICTED / _name(config)
+    storage, name = Folder(config.storage), config.name or default_name(config, predictor)
+    with held(storage, layout.PREDICTED, name, log):
+        return _predict(config, predictor, storage / layout.PREDICTED / name, log)
+
+
+def _predict(config: Config, predictor: Predictor, folder: Folder, log: Log) -> Prediction:
+    found, num_ignored = find_images(Folder(str(config.source)))
     _begin(config, predictor, folder)
     done = _done(folder)
     files = [SourceFile(file, None, None, None) for file in found if file.path not in done]
@@ -72,13 +84,6 @@ def predict(config: Config, log: Log = print) -> Prediction:
     return Prediction(folder, metrics)
 
 
-def _name(config: Config) -> str:
-    if config.name is not None:
-        return config.name
-    of = config.run or PurePosixPath(str(config.checkpoint).rstrip("/")).parent.name
-    return f"{of}-on-{PurePosixPath(str(config.source).rstrip('/')).name}"
-
-
 def _begin(config: Config, predictor: Predictor, folder: Folder) -> None:
     settings = {
         "source": str(config.source),
@@ -98,7 +103,7 @@ def _begin(config: Config, predictor: Predictor, folder: Folder) -> None:
 
 
 def _parts(folder: Folder) -> list[str]:
-    return [name for name in folder.names() if name.startswith("part-")]
+    return [name for name in folder.names() if _PART.fullmatch(name)]
 
 
 def _done(folder: Folder) -> set[str]:
@@ -113,7 +118,14 @@ def _write_parts(
     blocks: Any, files: list[SourceFile], folder: Folder, reference: Reference, log: Log
 ) -> None:
     """Parts of some thousand rows, each with whole files: a block holds all of a file."""
-    number = len(_parts(folder))
+    # One above the highest: a part may have been deleted to be made anew.
+    number = (
+        max(
+            (int(found[1]) for name in folder.names() if (found := _PART.fullmatch(name))),
+            default=-1,
+        )
+        + 1
+    )
     waiting: list[pa.Table] = []
 
     def flush() -> None:

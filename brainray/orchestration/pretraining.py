@@ -41,8 +41,9 @@ from brainray.errors import BrainrayError
 from brainray.models.features import build_feature_encoder
 from brainray.models.pretext import PretextModel
 from brainray.orchestration.features import Weights, content_key, weights_from
+from brainray.orchestration.lock import held
 from brainray.orchestration.progress import PretrainingFollower
-from brainray.orchestration.resources import plan_workers
+from brainray.orchestration.resources import WorkerResources, alive_nodes, plan_workers
 from brainray.orchestration.store import ImageStore
 from brainray.orchestration.train_logs import OF_RAY_TRAIN, print_once, quiet_worker
 from brainray.orchestration.worker import failing_together, seed_of, use_threads_of_worker
@@ -93,8 +94,7 @@ def pretrain(
         alone = feature.model_copy(update={"lambda_cluster": 0.0})
         before = pretrain(config, store, alone, weights, dataset=dataset, seed=seed, log=log)
         weights, head = weights_from(before, layout.ENCODER), _read_head(before)
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    workers = plan_workers(config.train, nodes)
+    workers = plan_workers(config.train, alive_nodes())
     made_by = _made_by(config, store, feature, weights, seed, workers.num_workers)
     kind = feature.pretext + ("-refined" if feature.lambda_cluster > 0 else "")
     name = f"{dataset}-{feature.encoder}-{kind}-seed{seed}-{content_key(made_by)}"
@@ -102,14 +102,30 @@ def pretrain(
     if target.exists(layout.ENCODER):
         log(f"encoder {target}: trained before, reused")
         return target
-    log(f"encoder {target}: training")
-    target.write_json(layout.MANIFEST, made_by)
+    with held(Folder(config.storage), layout.ENCODERS, name, log):
+        log(f"encoder {target}: training")
+        target.write_json(layout.MANIFEST, made_by)
+        _train(config, store, feature, weights, head, seed, workers, target, log)
+    return target
+
+
+def _train(
+    config: Config,
+    store: ImageStore,
+    feature: FeatureConfig,
+    weights: Weights,
+    head: dict[str, Tensor] | None,
+    seed: int,
+    workers: WorkerResources,
+    target: Folder,
+    log: Log,
+) -> None:
     print_once()
     worker: Any = _pretrain_worker
     trainer = TorchTrainer(
         worker,
         train_loop_config={
-            "config": config.model_dump(mode="json"),
+            "config": config.without_secrets().model_dump(mode="json"),
             "feature": feature.model_dump(mode="json"),
             "state": ray.put(weights.state),
             "head": ray.put(head),
@@ -123,7 +139,7 @@ def pretrain(
             resources_per_worker=workers.of_worker,
         ),
         run_config=RunConfig(  # type: ignore[call-arg]  # its types are of the older one
-            name=name,
+            name=str(target).rpartition("/")[2],
             storage_path=str(target).rpartition("/")[0],
             checkpoint_config=CheckpointConfig(num_to_keep=1),
             failure_config=FailureConfig(max_failures=config.train.max_failures),
@@ -136,7 +152,6 @@ def pretrain(
     if problem:
         error_class = getattr(errors, problem["error"], BrainrayError)
         raise error_class(problem["message"])
-    return target
 
 
 def _made_by(

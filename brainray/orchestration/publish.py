@@ -13,6 +13,7 @@ import brainray
 from brainray import layout
 from brainray.config import Config, flatten, parse_config, parse_yaml
 from brainray.errors import TrackingError
+from brainray.orchestration.lock import is_held
 from brainray.orchestration.run import Run
 from brainray.redaction import redacted
 from brainray.storage import Folder
@@ -80,6 +81,9 @@ def publish(config: Config, run: Run, log: Log = print) -> Tracking:
     here = {"tracking": config.tracking, "storage": config.storage}
     tracking = begin_tracking(saved.model_copy(update=here), run, log)
     send_run(run, tracking.tracker)
+    name = str(run.info["name"])
+    if not run.is_complete and not is_held(Folder(config.storage), layout.RUNS, name):
+        tracking.tracker.finish("KILLED")  # it has ended without its job being able to say so
     if tracking.tracker.problem is not None:
         raise TrackingError(tracking.tracker.problem)
     return tracking

@@ -138,6 +138,16 @@ def about_software() -> dict[str, str]:
     }
 
 
+def check_compared_runs(config: Config) -> None:
+    """Find the runs that the page will set beside this one: before training, not after.
+
+    Raises:
+        DataError: there is no run of such a name.
+    """
+    for name in filter(None, [config.evaluation.control, *config.evaluation.siblings]):
+        open_run(Folder(config.storage), name)
+
+
 def _figures_of_control(config: Config) -> Metrics | None:
     """The reported figures of ``evaluation.control``, where that run is complete."""
     if config.evaluation.control is None:

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import ray
+
 from brainray.config import TrainConfig
 from brainray.errors import ConfigError
 
@@ -44,14 +46,8 @@ def plan_workers(config: TrainConfig, nodes: Sequence[NodeResources]) -> WorkerR
     Raises:
         ConfigError: the nodes cannot hold the workers, for which Ray would wait for ever.
     """
-    num_gpus = sum(int(node.get("GPU", 0)) for node in nodes)
-    waits = config.wait_for_nodes
-    if config.device == "cuda" and num_gpus == 0 and not waits:
-        raise ConfigError(
-            "train.device=cuda, but the Ray cluster has no GPU: set train.device=auto, or "
-            "train.wait_for_nodes=true where an autoscaler brings some"
-        )
-    use_gpu = config.device == "cuda" or (config.device == "auto" and num_gpus > 0)
+    num_gpus, waits = _num_gpus(nodes), config.wait_for_nodes
+    use_gpu = _use_gpus(config, num_gpus)
     gpus = config.gpus_per_worker if use_gpu else 0.0
     num_workers = config.num_workers or (num_gpus if use_gpu else 1)
     if num_workers == 0:
@@ -73,6 +69,57 @@ def plan_workers(config: TrainConfig, nodes: Sequence[NodeResources]) -> WorkerR
             "train.wait_for_nodes=true where an autoscaler brings more"
         )
     return WorkerResources(num_workers, cpus, gpus, max(room, num_workers), config.min_workers)
+
+
+@dataclass(frozen=True)
+class ActorResources:
+    """Actors that each hold a model, and what Ray reserves for each of them."""
+
+    num_actors: int
+    num_cpus: int = 0
+    num_gpus: int = 0
+
+
+def plan_actors(
+    config: TrainConfig, nodes: Sequence[NodeResources], *, one_per_node: bool
+) -> tuple[str, ActorResources]:
+    """The device of actors that embed, as training would choose it, and their resources.
+
+    There is one on every GPU; without GPUs on every node, which leaves it one CPU, or on every CPU
+    but one. The only CPU of a Ray cluster is left to the tasks that read: they would wait for ever.
+
+    Raises:
+        ConfigError: ``train.device=cuda``, and no GPU to wait for.
+    """
+    num_gpus = _num_gpus(nodes)
+    if _use_gpus(config, num_gpus):
+        return "cuda", ActorResources(max(1, num_gpus), num_gpus=1)
+    counts = [count for node in nodes if (count := int(node.get("CPU", 0))) > 0]
+    if sum(counts) <= 1:
+        return "cpu", ActorResources(1)
+    if one_per_node:
+        num_cpus = max(1, min(counts) - 1)
+        num_actors = min(len(counts), (sum(counts) - 1) // num_cpus)
+        return "cpu", ActorResources(num_actors, num_cpus)
+    return "cpu", ActorResources(sum(counts) - 1, num_cpus=1)
+
+
+def alive_nodes() -> list[NodeResources]:
+    """What each node of the Ray cluster has."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _num_gpus(nodes: Sequence[NodeResources]) -> int:
+    return sum(int(node.get("GPU", 0)) for node in nodes)
+
+
+def _use_gpus(config: TrainConfig, num_gpus: int) -> bool:
+    if config.device == "cuda" and num_gpus == 0 and not config.wait_for_nodes:
+        raise ConfigError(
+            "train.device=cuda, but the Ray cluster has no GPU: set train.device=auto, or "
+            "train.wait_for_nodes=true where an autoscaler brings some"
+        )
+    return config.device == "cuda" or (config.device == "auto" and num_gpus > 0)
 
 
 def _share_of_cpus(nodes: Sequence[NodeResources], num_workers: int, gpus: float) -> int:

@@ -130,7 +130,7 @@ def begin_run(config: Config, store: ImageStore, num_workers: int) -> tuple[Run,
     folder.write_table(layout.SEEN, seen)
     folder.write_table(layout.TEST_SLICES, _test_slices(store, seen))
     _keep_records(store.folder, folder / layout.DATASET)
-    folder.write_bytes(layout.CONFIG, to_yaml(config.without_secrets()).encode())
+    folder.write_bytes(layout.CONFIG, to_yaml(config).encode())
     info = {
         "format": layout.RUN_FORMAT,
         "name": config.name,

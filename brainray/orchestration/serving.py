@@ -36,6 +36,7 @@ REQUIREMENTS = (
     "scikit-learn",
     "scipy",
     "torch",
+    "torchmetrics",
     "torchvision",
 )
 """Distributions that a served model needs beside its own code and MLflow."""
@@ -100,7 +101,7 @@ def _read(path: str) -> bytes:
     parent, _, name = whole.rpartition("/")
     try:
         return read_file(Folder(parent or "/"), FoundFile(name, 0, 0))
-    except BrainrayError as error:
+    except (BrainrayError, RuntimeError, ValueError) as error:  # such as an unknown ~user, or a NUL
         raise RejectedImage("unreadable file", str(error)) from None
 
 

@@ -17,6 +17,7 @@ from brainray.orchestration.grid import (
     main_cells,
     sensitivity_cells,
 )
+from brainray.orchestration.lock import held
 from brainray.orchestration.publish import open_tracking
 from brainray.orchestration.store import ImageStore
 from brainray.orchestration.study_data import open_stores, study_features, study_set
@@ -54,10 +55,17 @@ def run_study(config: Config, log: Log = print) -> FinishedStudy:
     stores = open_stores(config, log)
     for name, store in stores.items():
         _check_store(config, name, store, weights)
+    with held(Folder(config.storage), layout.STUDIES, str(config.name), log):
+        return _study(config, stores, weights, log)
+
+
+def _study(
+    config: Config, stores: Mapping[str, ImageStore], weights: Mapping[str, Weights], log: Log
+) -> FinishedStudy:
     folder = Folder(config.storage) / layout.STUDIES / str(config.name)
     folder.write_bytes(layout.CONFIG, to_yaml(config).encode())
     hashes = {f"brainray.data_hash.{name}": store.data_hash for name, store in stores.items()}
-    tracking = open_tracking(config, folder, flatten(config), hashes, log)
+    tracking = open_tracking(config, folder, flatten(config.without_secrets()), hashes, log)
     try:
         sets = {name: study_set(store, folder) for name, store in stores.items()}
         features = study_features(config, sets, weights, log)
@@ -68,8 +76,8 @@ def run_study(config: Config, log: Log = print) -> FinishedStudy:
         _check_outcomes(outcomes)
         main, others = outcomes[: len(cells)], outcomes[len(cells) :]
         report = write_report(StudyResults(config, folder, sets, features, grid, main, others), log)
-    except BaseException:
-        tracking.tracker.finish("FAILED")
+    except BaseException as stop:
+        tracking.tracker.finish("FAILED" if isinstance(stop, Exception) else "KILLED")
         raise
     folder.write_json(layout.SUMMARY, report.metrics)
     tracking.tracker.log_summary(report.metrics)

@@ -96,8 +96,8 @@ def _sweep(
         with _Follower(base, name, tracking, log) as follower:
             results = _tuner(base, folder, workers, log).fit()
             follower.errors = _errors(results)
-    except BaseException:
-        tracking.tracker.finish("FAILED")
+    except BaseException as stop:
+        tracking.tracker.finish("FAILED" if isinstance(stop, Exception) else "KILLED")
         raise
     trials = read_trials(base, name)
     ranked = _ranked(base, trials)
@@ -352,7 +352,7 @@ def _conclude(
         f"# The best of {len(trials)} trials ({best.trial_id}: {metric} {value:.4f} at epoch "
         f"{epoch}):\n#   python jobs/train.py --config THIS_FILE\n"
     )
-    folder.write_bytes(_BEST, (header + to_yaml(best_config.without_secrets())).encode())
+    folder.write_bytes(_BEST, (header + to_yaml(best_config)).encode())
     table = _table(config, trials, follower.outcome, limit=None)
     folder.write_bytes(_TABLE, (table + "\n").encode())
     folder.write_json(_TRIALS, [_row(config, trial, follower.outcome(trial)) for trial in trials])

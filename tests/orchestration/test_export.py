@@ -29,9 +29,11 @@ from brainray.engine.slice_model import SliceModel, stored_pixels
 from brainray.engine.state import load_checkpoint
 from brainray.errors import CheckpointError, ConfigError, DataError
 from brainray.mri.phantom import write_phantoms
+from brainray.orchestration import serving
 from brainray.orchestration.driver import TrainedRun
 from brainray.orchestration.evaluation import evaluate
-from brainray.orchestration.export import Export, export
+from brainray.orchestration.export import Export, export, served_files
+from brainray.orchestration.inference import find_predictor
 from brainray.orchestration.predict import predict
 from brainray.orchestration.preparation import preprocess_file
 from brainray.orchestration.source import FoundFile
@@ -259,6 +261,7 @@ def test_a_run_that_is_still_training_is_not_exported(trained: TrainedRun) -> No
         (["epoch=7"], CheckpointError, r"keeps the checkpoints of 1, 2, not of 7"),
         (["run=null", "checkpoint=/tmp"], CheckpointError, r"holds no model\.pt"),
         (["run=null", "checkpoint=/tmp", "epoch=1"], ConfigError, "goes with --set run=NAME"),
+        (["run=null", "checkpoint=/tmp", "registry.name=m", "name=x"], ConfigError, "of a run"),
     ],
 )
 def test_what_cannot_be_exported_is_named(
@@ -266,6 +269,18 @@ def test_what_cannot_be_exported_is_named(
 ) -> None:
     with pytest.raises(error, match=message):
         export(config_of(trained, *overrides))
+
+
+def test_a_path_that_cannot_be_is_a_row_with_its_reason(
+    trained: TrainedRun, tmp_path: Path
+) -> None:
+    predictor = find_predictor(config_of(trained), "the test")
+    with served_files(predictor) as served:
+        model = serving.ServedModel(served.data)
+    answers = model.predict(
+        pd.DataFrame({"path": ["~nobody.here/a.png", "/a\0b.png", "/none.png"]})
+    )
+    assert answers["reason"].tolist() == ["unreadable file"] * 3
 
 
 def test_a_class_map_that_misses_a_class_is_named(trained: TrainedRun, tmp_path: Path) -> None:

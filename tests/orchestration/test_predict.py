@@ -112,6 +112,12 @@ def test_the_same_name_goes_on_with_what_is_missing(
     assert resumed.metrics == whole.metrics
     assert rows_of(resumed).keys() == rows_of(prediction).keys()
     assert len(list(folder.glob("part-*"))) == 2
+    (folder / "part-000000.parquet").unlink()
+    assert predict(config).metrics == whole.metrics
+    assert [path.name for path in sorted(folder.glob("part-*"))] == [
+        "part-000001.parquet",
+        "part-000002.parquet",
+    ]
 
 
 @pytest.mark.slow

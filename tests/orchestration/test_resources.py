@@ -4,7 +4,12 @@ import pytest
 
 from brainray.config import TrainConfig
 from brainray.errors import ConfigError
-from brainray.orchestration.resources import WorkerResources, plan_workers
+from brainray.orchestration.resources import (
+    ActorResources,
+    WorkerResources,
+    plan_actors,
+    plan_workers,
+)
 
 HEAD = {"CPU": 8.0, "memory": 1e9}
 GPU_NODE = {"CPU": 8.0, "GPU": 1.0}
@@ -59,3 +64,26 @@ def test_the_number_of_workers_may_be_a_range() -> None:
         plan([LAPTOP], num_workers=4, min_workers=3, cpus_per_worker=1)
     with pytest.raises(ConfigError, match=r"min_workers=3 exceeds the 2 of train\.num_workers"):
         plan([LAPTOP], num_workers=2, min_workers=3)
+
+
+def actors(
+    nodes: list[dict[str, float]], *, one_per_node: bool = True, **settings: object
+) -> tuple[str, ActorResources]:
+    config = TrainConfig.model_validate(settings)
+    return plan_actors(config, nodes, one_per_node=one_per_node)
+
+
+def test_actors_leave_a_cpu_to_the_tasks_that_read() -> None:
+    assert actors([HEAD, HEAD]) == ("cpu", ActorResources(2, num_cpus=7))
+    assert actors([HEAD], one_per_node=False) == ("cpu", ActorResources(7, num_cpus=1))
+    assert actors([LAPTOP]) == ("cpu", ActorResources(1, num_cpus=1))
+    assert actors([{"CPU": 1.0}]) == ("cpu", ActorResources(1, num_cpus=0))
+    assert actors([{"CPU": 1.0}, {"CPU": 1.0}]) == ("cpu", ActorResources(1, num_cpus=1))
+    assert actors([{"CPU": 0.0}, HEAD]) == ("cpu", ActorResources(1, num_cpus=7))
+
+
+def test_actors_embed_where_training_would_train() -> None:
+    assert actors([HEAD, GPU_NODE, GPU_NODE]) == ("cuda", ActorResources(2, num_gpus=1))
+    assert actors([GPU_NODE], device="cpu") == ("cpu", ActorResources(1, num_cpus=7))
+    with pytest.raises(ConfigError, match="no GPU"):
+        actors([HEAD], device="cuda")
