@@ -177,10 +177,10 @@ def test_killed_preprocessing_workers_lose_no_slice(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 3 MB."""
+    """A file system of 8 MB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=3m", "none", str(folder)]
+    command = ["mount", "-t", "tmpfs", "-o", "size=8m", "none", str(folder)]
     if subprocess.run(command, check=False, capture_output=True).returncode != 0:
         pytest.skip("mounting a file system is not allowed here")
     yield folder

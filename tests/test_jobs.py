@@ -8,9 +8,11 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
+import ray.data
 
 from brainray.config import Config, load_config
 from brainray.errors import ConfigError, DataError
@@ -93,6 +95,25 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(
     assert message in last["error"]
     assert stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("in_ray_data", [False, True])
+def test_what_a_user_can_mend_is_one_line_also_from_a_worker(
+    in_ray_data: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(_: object) -> Any:
+        raise DataError("the disk is full: free some")
+
+    def work(config: Config) -> JobResult:
+        if in_ray_data:
+            ray.data.range(1).map_batches(fail).materialize()
+        ray.get(ray.remote(fail).remote(None))
+        raise AssertionError("the worker has failed")
+
+    assert run_job("preprocess", "Preprocess.", work, [], argv=[]) == 2
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert last["error"] == "the disk is full: free some"
 
 
 @pytest.mark.usefixtures("ray_cluster")

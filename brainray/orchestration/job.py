@@ -215,10 +215,11 @@ def attach_to_ray() -> None:
     if not ray.is_initialized():
         ray.init(logging_level=logging.ERROR)
         _end_in_order_on_sigterm()  # Ray has put a handler of its own in place
-    # Jobs print their own progress, which also reads well in a log.
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    # Jobs print their own progress and errors, which also read well in a log.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
+    context.raise_original_map_exception = True  # wrapped, it would lose its class on the way
     context.memory_usage_poll_interval_s = None  # statistics that nobody reads cost tasks a tenth
 
 
@@ -241,10 +242,12 @@ def _fail(name: str, error: Exception | Terminated) -> int:
 
 def _user_error(error: BaseException | None) -> BrainrayError | None:
     """The brainray error in a chain that Ray may have wrapped around it."""
+    if isinstance(error, ray.exceptions.RayTaskError):
+        # It is of its cause's class besides, with the worker's traceback for a message.
+        return _user_error(error.cause)
     if error is None or isinstance(error, BrainrayError):
         return error
-    wrapped = error.cause if isinstance(error, ray.exceptions.RayTaskError) else None
-    return _user_error(wrapped or error.__cause__)
+    return _user_error(error.__cause__)
 
 
 def _print_json(value: dict[str, Any]) -> None:
