@@ -201,6 +201,21 @@ def test_a_server_that_is_away_stops_nothing_and_gets_all_later(
     assert final["final/chosen_epoch"] == reference.metrics["chosen_epoch"]
 
 
+def test_what_is_sent_of_an_unfinished_run_is_not_said_to_run(storage: Path) -> None:
+    config = config_of(storage, "begun-only")
+    store = ImageStore.open(Folder(storage) / "datasets" / "mri")
+    begun, _ = begin_run(config, store, num_workers=1)
+    sent = publish(config, begun)
+    assert sent.mlflow_run_id is not None
+    assert MlflowClient(sent.uri).get_run(sent.mlflow_run_id).info.status == "KILLED"
+
+
+def test_a_run_to_compare_with_is_looked_for_before_training(storage: Path) -> None:
+    with pytest.raises(DataError, match="no run 'absent'"):
+        train(config_of(storage, "compared", "evaluation.control=absent"))
+    assert not (storage / "runs" / "compared").exists()
+
+
 @pytest.mark.parametrize("recipe", [PUBLISHED, pytest.param(ANCHORED, marks=pytest.mark.slow)])
 def test_labels_of_unlabelled_and_test_slices_change_nothing(
     storage: Path,
