@@ -26,7 +26,7 @@ def augment(images: Tensor, config: AugmentConfig, generator: Generator) -> Tens
     Returns:
         (B, 1, H, W) float in [0, 1].
     """
-    if config.changes_nothing:
+    if config.changes_nothing or len(images) == 0:
         return images
     theta = _random_affine(len(images), config, generator)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)

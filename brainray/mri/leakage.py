@@ -74,19 +74,23 @@ def exposure(queries: Fingerprints, seen: Fingerprints, config: PreprocessConfig
     """Compare each query with all that was seen.
 
     Subjects that both sides name are compared by name; all others by looks, unless the settings
-    switch that off.
+    switch that off: a query that names none with all that was seen, another with what names none.
     """
     exact = _first_match(queries.sample_ids, seen.sample_ids)
     twins = find_twins(queries.thumbnails, seen.thumbnails, config.near_duplicate)
     mate = _first_match(queries.subjects, seen.subjects)
     mate_similarity = np.where(mate >= 0, 1.0, 0.0).astype(np.float32)
-    by_looks = np.array(
-        [name is None or not any(seen.subjects) for name in queries.subjects], dtype=np.bool_
-    )
-    if config.subject.estimate and by_looks.any():
-        looking = SelectedRows(queries.thumbnails, np.flatnonzero(by_looks))
-        likely = find_same_subject(looking, seen.thumbnails, config.subject)
-        mate[by_looks], mate_similarity[by_looks] = likely.reference, likely.similarity
+    unnamed = np.array([name is None for name in queries.subjects], dtype=np.bool_)
+    everything = np.arange(len(seen.subjects))
+    nameless = np.flatnonzero([name is None for name in seen.subjects])
+    for asking, rows in ((unnamed, everything), (~unnamed & (mate < 0), nameless)):
+        if not config.subject.estimate or not asking.any() or len(rows) == 0:
+            continue
+        looking = SelectedRows(queries.thumbnails, np.flatnonzero(asking))
+        likely = find_same_subject(looking, SelectedRows(seen.thumbnails, rows), config.subject)
+        found = likely.reference >= 0
+        mate[asking] = np.where(found, rows[likely.reference], -1)
+        mate_similarity[asking] = likely.similarity
     kind = np.where(twins.reference >= 0, np.array(KINDS)[twins.kind], "")
     return Exposure(exact, twins.reference, kind, twins.similarity, mate, mate_similarity)
 

@@ -5,7 +5,7 @@ groups of an order that does not depend on the fraction, a smaller draw lies wit
 """
 
 import hashlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -52,9 +52,9 @@ def draw_roles(
     Per class, ``labelled_fraction`` of its slices in the hash order of their groups, two groups at
     least. Every n-th kin of that order, from the second on, is validation, with n the rounded
     inverse of ``validation_fraction``: whether a group is for validation does not depend on the
-    fraction, so the labelled and the validation part are each nested. Groups whose slices carry
-    different labels are never drawn. In a drawn group slices without a label stay unlabelled; in a
-    validation group, whose slices must not be trained on, they are left out altogether.
+    fraction, so the labelled and the validation part are each nested. In a drawn group slices
+    without a label stay unlabelled; in a validation group, whose slices must not be trained on,
+    they are left out altogether.
 
     Args:
         labels: of each slice; None where unknown.
@@ -68,7 +68,8 @@ def draw_roles(
         seed: of the hash order.
 
     Raises:
-        DataError: no label at all, or a class with a single group of slices.
+        DataError: no label at all, a class with a single group of slices, or a class that the draw
+            of whole groups leaves without a slice to learn from or to validate.
     """
     roles = [UNLABELLED_ROLE] * len(labels)
     by_class = _groups_by_class(labels, groups, generations, purpose="labels", seed=seed)
@@ -102,6 +103,13 @@ def draw_roles(
             without_label = LEFT_OUT if validates else UNLABELLED_ROLE
             for index in group.slices:
                 roles[index] = without_label if labels[index] is None else role
+    for name in sorted(set(labels) - {None}, key=str):
+        drawn = {role for role, label in zip(roles, labels, strict=True) if label == name}
+        if not {LABELLED, VALIDATION} <= drawn:
+            raise DataError(
+                f"the draw of whole subjects leaves class {name!r} no slice to learn from or none "
+                "to validate: raise split.labelled_fraction or label more subjects"
+            )
     return roles
 
 
@@ -123,9 +131,10 @@ def _groups_by_class(
 ) -> dict[str | None, list[_Group]]:
     """Groups of each class, by generation (of its oldest slice), each generation in hash order.
 
-    A group with some unlabelled slices counts for the class of its labelled ones; a group with
-    two classes counts as unlabelled.
+    A group with some unlabelled slices counts for the class of its labelled ones; one of several
+    classes, as of a patient with and without a lesion in view, for the rarest of them.
     """
+    frequency = Counter(label for label in labels if label is not None)
     members: dict[str, list[int]] = defaultdict(list)
     oldest: dict[str, int] = {}
     for index, group in enumerate(groups):
@@ -134,8 +143,8 @@ def _groups_by_class(
         oldest[group] = min(oldest.get(group, generation), generation)
     ordered: dict[str | None, dict[int, list[list[int]]]] = defaultdict(lambda: defaultdict(list))
     for group in sorted(members, key=lambda name: (oldest[name], _hash(purpose, seed, name))):
-        names = {labels[index] for index in members[group]} - {None}
-        label = next(iter(names)) if len(names) == 1 else None
+        names = {label for index in members[group] if (label := labels[index]) is not None}
+        label = min(names, key=lambda name: (frequency[name], name), default=None)
         ordered[label][oldest[group]].append(members[group])
     return {
         label: [

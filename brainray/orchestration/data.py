@@ -33,7 +33,9 @@ from brainray.orchestration.examples import draw_figures
 from brainray.orchestration.lock import held
 from brainray.orchestration.plan import plan_store
 from brainray.orchestration.preparation import (
+    CHANGED,
     SLICES,
+    UNREADABLE,
     preprocess_file,
     read_file,
     rejected_row,
@@ -86,7 +88,8 @@ def preprocess(config: Config, log: Log = print) -> ImageStore:
     settings = settings_of(config.preprocess, config.split, config.classes.map, drawn=drawn)
     with held(Folder(config.storage), layout.DATASETS, config.name, log):
         previous = _previous_store(target, settings)
-        if previous is not None and previous.manifest["listing"] == listing.fingerprint:
+        is_same = previous is not None and previous.manifest["listing"] == listing.fingerprint
+        if previous is not None and is_same and not _may_be_readable_now(previous):
             log(f"image store {target}: made with the same settings and files, reused")
             return previous
         log(f"preprocessing {len(listing.files)} files of {source}")
@@ -161,6 +164,11 @@ class _Clock:
         now = time.monotonic()
         self.seconds[stage] = round(now - self._last, 2)
         self._last = now
+
+
+def _may_be_readable_now(store: ImageStore) -> bool:
+    """Whether files were rejected that a mount, a network or a writer may have kept from us."""
+    return not set(store.manifest["rejected_reasons"]).isdisjoint({UNREADABLE, CHANGED})
 
 
 def _previous_store(target: Folder, settings: dict[str, Any]) -> ImageStore | None:

@@ -82,7 +82,7 @@ def plan_store(
     generations = [born.get(identity, earlier.generation) for identity in ids]
     labels = [file.label for file in files]
     splits = _official_splits([file.split for file in files], accepted, config)
-    first_copy = _first_copies(ids, splits)
+    first_copy = _first_copies(ids, splits, labels)
     kept = np.array([copy is None for copy in first_copy], dtype=np.bool_)
     if splits is None:
         splits = _drawn_splits(kept, labels, split_groups, generations, config)
@@ -212,11 +212,14 @@ def _official_splits(
     return [str(split) for split in given]
 
 
-def _first_copies(ids: list[str], splits: list[str] | None) -> list[int | None]:
-    """For each slice, the row of an earlier byte-identical one, training rows first."""
-    order: Sequence[int] = range(len(ids))
-    if splits is not None:
-        order = sorted(order, key=lambda row: splits[row] != TRAIN)
+def _first_copies(
+    ids: list[str], splits: list[str] | None, labels: list[str | None]
+) -> list[int | None]:
+    """For each slice, the row of an earlier byte-identical one: training rows before others, those
+    with a label before those without.
+    """
+    of_test = [splits is not None and split != TRAIN for split in splits or [TRAIN] * len(ids)]
+    order = sorted(range(len(ids)), key=lambda row: (of_test[row], labels[row] is None))
     first: dict[str, int] = {}
     copies: list[int | None] = [None] * len(ids)
     for row in order:
@@ -349,7 +352,8 @@ def _statistics(
     square = pc.sum(train["pixel_square_sum"]).as_py() / num_pixels / 255**2
     told = ["split", "sample_id", "label", "draw_group_id", "kin_group_id"]
     content = rows.select(told).sort_by([(name, "ascending") for name in told])
-    identity = json.dumps([config.model_dump(mode="json"), content.to_pylist()])
+    settings = config.model_copy(update={"files_per_task": 0})  # which changes no slice
+    identity = json.dumps([settings.model_dump(mode="json"), content.to_pylist()])
     return {
         "classes": classes,
         "num_slices": count_by_split_and_class(rows),

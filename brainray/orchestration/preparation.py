@@ -52,6 +52,11 @@ SLICES = pa.schema(
 """One row for each slice of a file, or for the file as a whole where it was rejected."""
 
 SALT_VARIABLE = "BRAINRAY_SALT"
+
+# Reasons that may have passed when the file is read again.
+UNREADABLE = "unreadable file"
+CHANGED = "file changed while being read"
+
 _SALT_FILE = ".subject-salt"
 
 
@@ -119,9 +124,9 @@ def read_file(source: Folder, file: FoundFile) -> bytes:
             content = bytes(stream.read())
         now = source.filesystem.get_file_info(path)
     except (OSError, UnicodeError) as error:
-        raise RejectedImage("unreadable file", type(error).__name__) from None
+        raise RejectedImage(UNREADABLE, type(error).__name__) from None
     if file.mtime_ns and (now.size, now.mtime_ns) != (len(content), file.mtime_ns):
-        raise RejectedImage("file changed while being read")
+        raise RejectedImage(CHANGED)
     return content
 
 

@@ -18,7 +18,7 @@ import ray.train
 import ray.train.torch
 import torch
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
 from torch import Tensor, nn
 
 from brainray import dist, errors, layout
@@ -94,7 +94,7 @@ def pretrain(
         alone = feature.model_copy(update={"lambda_cluster": 0.0})
         before = pretrain(config, store, alone, weights, dataset=dataset, seed=seed, log=log)
         weights, head = weights_from(before, layout.ENCODER), _read_head(before)
-    workers = plan_workers(config.train, alive_nodes())
+    workers = plan_workers(config.train.model_copy(update={"min_workers": 0}), alive_nodes())
     made_by = _made_by(config, store, feature, weights, seed, workers.num_workers)
     kind = feature.pretext + ("-refined" if feature.lambda_cluster > 0 else "")
     name = f"{dataset}-{feature.encoder}-{kind}-seed{seed}-{content_key(made_by)}"
@@ -133,6 +133,7 @@ def _train(
             "folder": str(target),
             "store": str(store.folder),
         },
+        torch_config=TorchConfig(timeout_s=config.train.collective_timeout_s),
         scaling_config=ScalingConfig(
             num_workers=workers.num_workers,
             use_gpu=workers.use_gpu,
@@ -366,11 +367,12 @@ class _Learner:
         """Every slice's cluster after a round, for those who may look at labels."""
         keys = dist.gather_rows(self.keys).cpu()
         clusters = dist.gather_rows(responsibilities.argmax(dim=1)).cpu()
-        if dist.rank() == 0:
-            # Slices lie on the ranks in turn; sorted by key, they have one order everywhere.
-            order = torch.argsort(keys)
-            table = pa.table({"key": keys[order].numpy(), "cluster": clusters[order].numpy()})
-            (self.folder / layout.ROUNDS).write_table(f"round-{number:03d}.parquet", table)
+        with failing_together(self.device):
+            if dist.rank() == 0:
+                # Slices lie on the ranks in turn; sorted by key, they have one order everywhere.
+                order = torch.argsort(keys)
+                table = pa.table({"key": keys[order].numpy(), "cluster": clusters[order].numpy()})
+                (self.folder / layout.ROUNDS).write_table(f"round-{number:03d}.parquet", table)
 
     def _save(
         self,
@@ -394,8 +396,9 @@ class _Learner:
                 torch.save(state, Path(temporary, _STATE))
                 checkpoint = ray.train.Checkpoint.from_directory(temporary)
             ray.train.report({"epoch": row["epoch"]}, checkpoint=checkpoint)
-        if dist.rank() == 0:
-            self.folder.write_json_lines(layout.METRICS, self.history)
+        with failing_together(self.device):
+            if dist.rank() == 0:
+                self.folder.write_json_lines(layout.METRICS, self.history)
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
@@ -405,8 +408,9 @@ class _Learner:
             clusters = ClusterModel(self.config.clustering, embedding_dim, 0, self.seed)
             clusters.load_state_dict(state["clusters"])
             self.clusters = clusters.to(self.device)
-        if dist.rank() == 0:
-            self.folder.write_json_lines(layout.METRICS, self.history)
+        with failing_together(self.device):
+            if dist.rank() == 0:
+                self.folder.write_json_lines(layout.METRICS, self.history)
 
     def _write_encoder(self) -> None:
         """Last: with it the encoder is complete."""

@@ -116,6 +116,7 @@ def begin_run(config: Config, store: ImageStore, num_workers: int) -> tuple[Run,
                 f"run {config.name!r} was begun on other data ({info['dataset']}, hash "
                 f"{info['data_hash']}, now {store.data_hash}): choose another name"
             )
+        _check_ranks(info["num_slices"], num_workers)
         return Run(folder, info), True
     seen = _draw(config, store)
     counts = _role_counts(seen)

@@ -16,7 +16,7 @@ from brainray.engine.export import load_safetensors
 from brainray.engine.slice_model import Reference, SliceModel
 from brainray.errors import BrainrayError
 from brainray.mri.decode import RejectedImage
-from brainray.orchestration.preparation import DECODED, decode_to_predict, read_file
+from brainray.orchestration.preparation import DECODED, UNREADABLE, decode_to_predict, read_file
 from brainray.orchestration.source import FoundFile, SourceFile
 from brainray.storage import Folder
 
@@ -102,7 +102,7 @@ def _read(path: str) -> bytes:
     try:
         return read_file(Folder(parent or "/"), FoundFile(name, 0, 0))
     except (BrainrayError, RuntimeError, ValueError) as error:  # such as an unknown ~user, or a NUL
-        raise RejectedImage("unreadable file", str(error)) from None
+        raise RejectedImage(UNREADABLE, str(error)) from None
 
 
 def _nothing() -> bytes:

@@ -168,11 +168,13 @@ def _walk(source: Folder) -> Iterator[FoundFile]:
         for info in source.filesystem.get_file_info(selector):
             if info.type == pafs.FileType.File:
                 path = info.path.removeprefix(source.path).lstrip("/")
+                if any(part.startswith(".") for part in path.split("/")):
+                    continue
                 yield FoundFile(path, int(info.size or 0), int(info.mtime_ns or 0))
         return
     root = os.path.realpath(source.local_path)
     visited: set[tuple[int, int]] = set()
-    for folder, subfolders, names in os.walk(source.local_path, followlinks=True):
+    for folder, subfolders, names in os.walk(source.local_path, followlinks=True, onerror=_refuse):
         status = os.stat(folder)
         if (status.st_dev, status.st_ino) in visited:  # a link back into the tree
             subfolders.clear()
@@ -191,6 +193,13 @@ def _walk(source: Folder) -> Iterator[FoundFile]:
                 yield FoundFile(_printable(prefix + name), 0, 0, problem=_LINK_OUT)
             else:
                 yield _found(folder, prefix + name, name)
+
+
+def _refuse(error: OSError) -> None:
+    raise DataError(
+        f"the folder {error.filename} cannot be read ({error.strerror}): its slices would be "
+        "missing; give it the right permissions or take it out of the source"
+    )
 
 
 def _leads_out(path: str, root: str) -> bool:

@@ -1,6 +1,6 @@
 """The image store: what preprocessing leaves and everything after it reads."""
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -117,7 +117,7 @@ class ImageStore:
         for row, identity in enumerate(sample_ids):
             rows.setdefault(identity, []).append(row)
         missing = set(rows)
-        for identity, image in self._scan(pa.array(list(rows), pa.string()), split):
+        for identity, image in self._scan(rows, split):
             shrunk = np.asarray(cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA))
             missing.discard(identity)
             yield rows[identity], shrunk
@@ -127,7 +127,9 @@ class ImageStore:
                 "delete the store and preprocess again"
             )
 
-    def _scan(self, sample_ids: pa.Array, split: str) -> Iterator[tuple[str, NDArray[np.uint8]]]:
+    def _scan(
+        self, sample_ids: Container[str], split: str
+    ) -> Iterator[tuple[str, NDArray[np.uint8]]]:
         """(sample_id, image (H, W)) of the wanted rows, one row group in memory at a time."""
         folder = self.folder / layout.IMAGES
         for name in folder.names():
@@ -135,9 +137,8 @@ class ImageStore:
                 part = pq.ParquetFile(stream)
                 for number in range(part.num_row_groups):
                     keys = part.read_row_group(number, columns=["sample_id", "split"])
-                    wanted = pc.and_(
-                        pc.is_in(keys["sample_id"], sample_ids), pc.equal(keys["split"], split)
-                    )
+                    asked = [identity in sample_ids for identity in keys["sample_id"].to_pylist()]
+                    wanted = pc.and_(pa.array(asked, pa.bool_()), pc.equal(keys["split"], split))
                     if not pc.any(wanted).as_py():
                         continue
                     columns = ["sample_id", "height", "width", "image"]

@@ -116,8 +116,6 @@ def _begin(config: Config, store: ImageStore, folder: Folder, log: Log) -> None:
         ConfigError: a sweep of that name was begun with other settings or data.
     """
     settings = config.model_dump(mode="json", exclude={"storage", "tracking", "registry", "study"})
-    for free in ("max_concurrent_trials", "time_budget_min"):
-        del settings["tune"][free]
     settings["data_hash"] = store.data_hash
     del settings["preprocess"]  # the store's, which its hash stands for
     if not folder.exists(_SETTINGS):
@@ -125,7 +123,9 @@ def _begin(config: Config, store: ImageStore, folder: Folder, log: Log) -> None:
         log(f"sweep {folder}: new, {config.tune.num_trials} trials")
         return
     begun_with = folder.read_json(_SETTINGS)
-    begun_with.pop("preprocess", None)  # kept by earlier versions
+    begun_with.pop("preprocess", None)  # kept by earlier versions, which left out what follows
+    for key in ("max_concurrent_trials", "time_budget_min"):  # Tune goes on with its first ones
+        begun_with["tune"].setdefault(key, settings["tune"][key])
     difference = differing_settings(begun_with, settings)
     if difference:
         raise ConfigError(

@@ -83,6 +83,8 @@ def run_trial(parameters: dict[str, Any], *, base: dict[str, Any], sweep: str) -
 def trial_config(base: Config, parameters: Mapping[str, Any], name: str) -> Config:
     """The base with a trial's parameters (by dotted key) and name.
 
+    A policy brings its own strengths: those of the base's section, which are of another policy, go.
+
     Raises:
         ConfigError: a value that its key does not take.
     """
@@ -92,6 +94,11 @@ def trial_config(base: Config, parameters: Mapping[str, Any], name: str) -> Conf
         node = tree
         for parent in parents:
             node = node[parent]
+        if leaf == "policy":
+            prefix = key.removesuffix(leaf)
+            kept = {name: node[name] for name in node if f"{prefix}{name}" in parameters}
+            node.clear()
+            node.update(kept)
         node[leaf] = value
     return parse_config(tree | {"name": name})
 

@@ -95,7 +95,8 @@ def _train(config: Config, run: Folder, store_folder: Folder) -> None:
         store = ImageStore.open(store_folder)
         rank, num_ranks = context.get_world_rank(), context.get_world_size()
         data = load_rank_data(config, run, store, device, rank, num_ranks)
-    trainer = _Trainer(config, run, store, data, device)
+        encoder = build_encoder(config.encoder.name, config.encoder.weights, len(store.classes))
+    trainer = _Trainer(config, run, store, data, encoder, device)
     with failing_together(device):
         newest = _newest_epoch(run) if rank == 0 else 0
     # All go on from one checkpoint, also where storage shows a new file to some ranks only.
@@ -157,7 +158,13 @@ class _Trainer:
     """One rank's state between epochs, and the steps that lead from one to the next."""
 
     def __init__(
-        self, config: Config, run: Folder, store: ImageStore, data: RankData, device: torch.device
+        self,
+        config: Config,
+        run: Folder,
+        store: ImageStore,
+        data: RankData,
+        encoder: Encoder,
+        device: torch.device,
     ) -> None:
         self.config = config
         self.run = run
@@ -170,7 +177,6 @@ class _Trainer:
         self.sizes = self.objective.step_sizes(
             config.train.labelled_batch_size_per_worker, config.train.batch_size_per_worker
         )
-        encoder = build_encoder(config.encoder.name, config.encoder.weights, len(self.classes))
         self.encoder: Encoder = encoder.to(device).to(memory_format=torch.channels_last)
         # Without unlabelled slices the clustering term looks at the labelled ones' images.
         self.pool = data.unlabelled if self._count(data.unlabelled) else data.labelled

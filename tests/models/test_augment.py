@@ -27,6 +27,10 @@ def test_zero_strength_changes_nothing() -> None:
     torch.testing.assert_close(apply(barely), IMAGES, atol=1e-4, rtol=0)
 
 
+def test_no_slice_is_no_slice() -> None:
+    assert apply(AugmentConfig(policy="strong"), IMAGES[:0]).shape == (0, 1, 16, 16)
+
+
 def test_certain_flips_are_flips() -> None:
     sideways = NOTHING.model_copy(update={"horizontal_flip": 1.0})
     upside_down = NOTHING.model_copy(update={"vertical_flip": 1.0})

@@ -46,6 +46,16 @@ def test_named_subjects_are_compared_by_name_not_by_looks() -> None:
     assert found.strict.tolist() == [False, True, False]
 
 
+def test_a_named_subject_is_compared_by_looks_with_what_names_none() -> None:
+    seen = heads(3, seed=0)
+    found = exposure(
+        fingerprints(seen, "xyz", ["p1", "p1", None]),
+        fingerprints(seen, "abc", [None, "p2", None]),
+        PreprocessConfig(),
+    )
+    assert found.mate.tolist() == [0, -1, 2]
+
+
 def test_nothing_seen_leaks_nothing() -> None:
     queries = heads(2, seed=0)
     found = exposure(fingerprints(queries, "xy"), fingerprints(queries[:0], ""), PreprocessConfig())

@@ -67,14 +67,12 @@ def test_the_draw_depends_on_the_seed_not_on_the_order_of_rows() -> None:
     assert readable(drawn) != readable(roles(labels, groups, 0.2, seed=1))
 
 
-def test_slices_without_a_label_and_groups_with_two_are_never_drawn() -> None:
+def test_slices_without_a_label_are_never_drawn() -> None:
     labels, groups = slices(20)
     labels[0], groups[0] = None, "unlabelled"
-    labels[1], groups[1] = "a", "conflict"
-    labels[25], groups[25] = "b", "conflict"
     drawn = roles(labels, groups, 1.0)
-    assert [drawn[row] for row in (0, 1, 25)] == [UNLABELLED_ROLE] * 3
-    assert drawn.count(UNLABELLED_ROLE) == 3
+    assert drawn[0] == UNLABELLED_ROLE
+    assert drawn.count(UNLABELLED_ROLE) == 1
 
 
 def test_slices_without_a_label_never_learn_or_choose() -> None:
@@ -123,6 +121,32 @@ def test_kin_are_never_parted_into_learning_and_validating() -> None:
         for own in set(kin)
     )
     assert len(readable(drawn)) == 36
+
+
+def test_patients_with_slices_of_two_classes_take_no_class_away() -> None:
+    labels: list[str | None] = []
+    groups: list[str] = []
+    for patient in range(30):  # all have slices without a tumour, 20 of them others with one
+        for number in range(10):
+            labels.append("tumour" if patient < 20 and number < 4 else "none")
+            groups.append(f"p{patient}")
+    drawn = roles(labels, groups, 0.3)
+    for name in ("tumour", "none"):
+        of_class = [role for role, label in zip(drawn, labels, strict=True) if label == name]
+        assert {LABELLED, VALIDATION} <= set(of_class)
+        num_drawn = len(of_class) - of_class.count(UNLABELLED_ROLE)
+        assert 0.2 < num_drawn / len(of_class) < 0.4
+    for own in set(groups):
+        assert len({role for role, one in zip(drawn, groups, strict=True) if one == own}) == 1
+
+
+def test_a_class_that_only_whole_subjects_of_another_hold_is_named() -> None:
+    labels: list[str | None] = [*["common"] * 40, *["rare", "other"] * 2]
+    groups = [f"c{number}" for number in range(40)] + ["p0", "p0", "p1", "p1"]
+    drawn = roles(labels, groups, 0.2)
+    assert {LABELLED, VALIDATION} == set(drawn[40:])  # two subjects, one for each purpose
+    with pytest.raises(DataError, match="no slice to learn from or none to validate"):
+        roles([*labels, "third"], [*groups, "p0"], 0.2)
 
 
 def test_a_class_with_one_slice_is_named() -> None:

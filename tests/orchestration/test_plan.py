@@ -6,7 +6,7 @@ import pyarrow as pa
 from brainray.config import Config
 from brainray.mri.row_file import RowFile
 from brainray.orchestration.earlier import LIGHT, Earlier
-from brainray.orchestration.plan import StorePlan, plan_store
+from brainray.orchestration.plan import StorePlan, _first_copies, plan_store
 from brainray.orchestration.source import FoundFile, Listing, SourceFile
 
 
@@ -48,3 +48,10 @@ def test_a_test_label_decides_nothing_about_its_training_twin() -> None:
     assert paths == ["0.jpg", "4.jpg"]
     (twin,) = agreeing.leakage["across_splits"]["exact"]
     assert (twin["path"], twin["twin"]) == ("4.jpg", "0.jpg")
+
+
+def test_of_identical_files_the_training_one_with_a_label_is_kept() -> None:
+    ids = ["x", "x", "x", "y"]
+    assert _first_copies(ids, None, [None, "a", "a", None]) == [1, None, 1, None]
+    splits = ["test", "train", "train", "train"]
+    assert _first_copies(ids, splits, ["a", None, "a", None]) == [2, 2, None, None]

@@ -12,7 +12,7 @@ import pytest
 import ray
 from mlflow import MlflowClient
 
-from brainray.config import Config, load_config
+from brainray.config import AugmentConfig, Config, load_config
 from brainray.errors import ConfigError
 from brainray.orchestration.lock import held
 from brainray.orchestration.run import Run
@@ -270,6 +270,16 @@ def test_parameters_reach_their_keys(tmp_path: Path) -> None:
     assert config.train.learning_rate == 0.01
     assert config.objective.name == "supervised"
     assert config.name == "one"
+
+
+def test_a_policy_brings_its_own_strengths(tmp_path: Path) -> None:
+    base = tiny_config(tmp_path, "augment.bias_field=0.05")
+    parameters = {"augment.policy": "strong", "augment.max_zoom": 0.3}
+    augmented = trial_config(base, parameters, "one").augment
+    expected = AugmentConfig(policy="strong", max_zoom=0.3)
+    assert augmented == expected
+    assert augmented.bias_field > 0.05
+    assert trial_config(base, {"seed": 1}, "two").augment.bias_field == 0.05
 
 
 def test_numbers_without_a_point_are_numbers(tmp_path: Path) -> None:
