@@ -87,10 +87,9 @@ def draw_roles(
         for own in kin_of:
             order.setdefault(own, len(order))
         if len(order) < 2:
-            num_slices = sum(len(group.slices) for group in members)
             raise DataError(
-                f"class {name!r} has {num_slices} labelled training slice(s) that are not copies "
-                "of each other; at least 2 are needed, one to learn from and one to validate: "
+                f"class {name!r} has {list(labels).count(name)} labelled training slice(s), of one "
+                "subject or group of copies; two are needed, to learn from and to validate: "
                 "label more slices or drop the class"
             )
         # One to learn from and one to validate, however small the fraction.

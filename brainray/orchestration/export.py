@@ -62,15 +62,15 @@ def export(config: Config, log: Log = print) -> Export:
     run = None if config.run is None else open_run(Folder(config.storage), config.run)
     if run is not None and not run.is_complete:
         raise CheckpointError(_still_training(run))
-    predictor = find_predictor(config, "export")
-    name = config.name or config.run
-    if name is None:
-        raise ConfigError("export of a checkpoint needs --set name=NAME")
     if run is None and config.registry.name is not None:
         raise ConfigError(
             "registry.name registers the model of a run: name it with --set run=NAME, not "
             "checkpoint=PATH"
         )
+    predictor = find_predictor(config, "export")
+    name = config.name or config.run
+    if name is None:
+        raise ConfigError("export of a checkpoint needs --set name=NAME")
     target = Folder(config.storage) / layout.EXPORTS / name
     with served_files(predictor) as served, tempfile.TemporaryDirectory() as temporary:
         local = Path(temporary)

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import re
 import signal
 import sys
 import textwrap
@@ -26,6 +27,9 @@ from brainray.errors import BrainrayError, ConfigError
 from brainray.redaction import redacted
 
 EXIT_OK, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
+
+# What Ray Data appends to the message of whatever a task raises.
+_RAYS_ADVICE = re.compile(r"\nFailed to .+ after \d+/\d+ attempts")
 
 
 @dataclass(frozen=True)
@@ -233,7 +237,7 @@ def _fail(name: str, error: Exception | Terminated) -> int:
         lines = [line for line in str(error).splitlines() if line.strip()] or [""]
         message, code = f"{type(error).__name__}: {lines[-1]}", EXIT_FAILED
     else:
-        message, code = str(cause), EXIT_BAD_INPUT
+        message, code = _RAYS_ADVICE.split(str(cause))[0], EXIT_BAD_INPUT
     line = redacted(" ".join(message.split()))
     print(f"jobs/{name}.py: error: {line}", file=sys.stderr, flush=True)
     _print_json({"job": name, "status": "error", "error": line})

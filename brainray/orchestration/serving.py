@@ -97,9 +97,9 @@ def _asked(request: dict[str, Any], number: int) -> tuple[SourceFile, Callable[[
 
 
 def _read(path: str) -> bytes:
-    whole = path if "://" in path else str(Path(path).expanduser().absolute())
-    parent, _, name = whole.rpartition("/")
     try:
+        whole = path if "://" in path else str(Path(path).expanduser().absolute())
+        parent, _, name = whole.rpartition("/")
         return read_file(Folder(parent or "/"), FoundFile(name, 0, 0))
     except (BrainrayError, RuntimeError, ValueError) as error:  # such as an unknown ~user, or a NUL
         raise RejectedImage(UNREADABLE, str(error)) from None

@@ -141,12 +141,11 @@ def test_patients_with_slices_of_two_classes_take_no_class_away() -> None:
 
 
 def test_a_class_that_only_whole_subjects_of_another_hold_is_named() -> None:
-    labels: list[str | None] = [*["common"] * 40, *["rare", "other"] * 2]
-    groups = [f"c{number}" for number in range(40)] + ["p0", "p0", "p1", "p1"]
-    drawn = roles(labels, groups, 0.2)
-    assert {LABELLED, VALIDATION} == set(drawn[40:])  # two subjects, one for each purpose
-    with pytest.raises(DataError, match="no slice to learn from or none to validate"):
-        roles([*labels, "third"], [*groups, "p0"], 0.2)
+    # Each of ten subjects has a slice of the rare class, and one of them all of the common class.
+    labels: list[str | None] = [*["rare"] * 10, *["common"] * 20]
+    groups = [f"p{number}" for number in range(10)] + ["p5"] * 20
+    with pytest.raises(DataError, match="'common' no slice to learn from or none to validate"):
+        roles(labels, groups, 0.3)
 
 
 def test_a_class_with_one_slice_is_named() -> None:
