@@ -119,13 +119,8 @@ def _write_parts(
 ) -> None:
     """Parts of some thousand rows, each with whole files: a block holds all of a file."""
     # One above the highest: a part may have been deleted to be made anew.
-    number = (
-        max(
-            (int(found[1]) for name in folder.names() if (found := _PART.fullmatch(name))),
-            default=-1,
-        )
-        + 1
-    )
+    numbers = [int(found[1]) for name in folder.names() if (found := _PART.fullmatch(name))]
+    number = max(numbers, default=-1) + 1
     waiting: list[pa.Table] = []
 
     def flush() -> None:

@@ -96,7 +96,7 @@ def trial_config(base: Config, parameters: Mapping[str, Any], name: str) -> Conf
             node = node[parent]
         if leaf == "policy":
             prefix = key.removesuffix(leaf)
-            kept = {name: node[name] for name in node if f"{prefix}{name}" in parameters}
+            kept = {part: node[part] for part in node if f"{prefix}{part}" in parameters}
             node.clear()
             node.update(kept)
         node[leaf] = value

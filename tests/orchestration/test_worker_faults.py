@@ -123,7 +123,7 @@ def kill_in_checkpoint(once: Path) -> None:
     def write_bytes(self: Folder, name: str, content: bytes) -> None:
         if name == layout.MODEL and self.uri.endswith(layout.checkpoint_folder(2)):
             self.filesystem.create_dir(self.path, recursive=True)
-            with self.filesystem.open_output_stream(f"{self.path}/{name}.tmp-1") as stream:
+            with self.filesystem.open_output_stream(f"{self.path}/.{name}.tmp-1") as stream:
                 stream.write(content[: len(content) // 2])
                 stream.flush()
                 kill_this_process(once)
