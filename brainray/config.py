@@ -158,6 +158,11 @@ class EncoderConfig(_Section):
     """The torchvision encoder, without its last layer."""
     weights: str = "random"
     """``random``, ``imagenet`` (downloaded by torchvision) or the path of a local state dict."""
+    pretext: Literal["none", "rotation", "contrastive"] = "none"
+    """Warm-up: what the encoder learns on all training slices, without labels, before it is trained
+    (``self_supervision``); runs on one store that differ in other settings share it."""
+    pretext_image_size: Annotated[int, Field(ge=16, le=2048)] = 64
+    """Height and width of the slices in the warm-up, in pixels."""
 
 
 _POLICIES: dict[str, dict[str, float]] = {
@@ -476,17 +481,24 @@ class SelfSupervisionConfig(_Section):
     """Epochs of the pretext alone; without a pretext there are none."""
     temperature: Annotated[float, Field(gt=0.0)] = 0.2
     """Of the contrastive loss (NT-Xent)."""
+    positives: Literal["slice", "subject"] = "slice"
+    """What the contrastive pretext draws together: two views of a slice, or every other time of two
+    slices that are likely of one subject, which are then never held against each other."""
     projection_dim: Positive = 128
     """Dimensions in which views are contrasted."""
     augment: AugmentConfig = AugmentConfig(policy="weak")
     """How views differ; the rotation pretext flips none upside down and turns them little. Short
     trainings learn nothing from ``strong`` views (docs/study.md)."""
+    batch_size_per_worker: Positive = 128
+    """Slices of a step, on each worker; the contrastive pretext sees each twice."""
+    learning_rate: Annotated[float, Field(gt=0.0)] = 1.5e-3
+    """Peak of the pretext's one-cycle schedule (AdamW)."""
     max_rounds: Positive = 10
     """Limit on the rounds of refinement: train on the clusters, then cluster anew."""
     round_epochs: Positive = 1
     """Epochs of each round."""
     round_learning_rate: Annotated[float, Field(gt=0.0)] = 3e-4
-    """Peak of the schedule of each round; the pretext's own is ``train.learning_rate``."""
+    """Peak of the schedule of each round."""
     tolerance: Annotated[float, Field(ge=0.0, le=1.0)] = 0.01
     """Share of the slices that change their cluster at which assignments count as settled."""
     patience: Positive = 2
@@ -528,7 +540,6 @@ class StudyConfig(_Section):
     candidate_num_clusters: tuple[Annotated[int, Field(ge=2)], ...] = (2, 3, 4, 5, 6, 7, 8)
     """Numbers of clusters among which one is recommended without labels."""
     sensitivity: SensitivityConfig = SensitivityConfig()
-    self_supervision: SelfSupervisionConfig = SelfSupervisionConfig()
     max_concurrent_cells: Annotated[int, Field(ge=0)] = 0
     """Cells of the grid at a time; 0 takes a CPU each."""
 
@@ -588,6 +599,7 @@ class Config(_Section):
     objective: ObjectiveConfig = ObjectiveConfig()
     clustering: ClusteringConfig = ClusteringConfig()
     train: TrainConfig = TrainConfig()
+    self_supervision: SelfSupervisionConfig = SelfSupervisionConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     tracking: TrackingConfig = TrackingConfig()
     tune: TuneConfig = TuneConfig()

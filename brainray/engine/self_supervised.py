@@ -36,6 +36,9 @@ def build_pretext(name: str, config: SelfSupervisionConfig) -> Pretext:
             return NoPretext(config.augment)
 
 
+_MATE_SHARE = 0.5  # of the mates that are drawn from the group
+
+
 @dataclass(frozen=True)
 class SoftTargets:
     """The mixture's view of this rank's slices, fixed for one round of refinement."""
@@ -59,12 +62,31 @@ def plan_steps(num_images: int, batch_size_per_worker: int, num_ranks: int) -> S
     return StepPlan(on_each_rank // batch_size, batch_size)
 
 
+class Groups:
+    """Which of a rank's slices belong together, so that one can stand for another."""
+
+    def __init__(self, numbers: Tensor) -> None:
+        """``numbers``: (n,) int64, of each slice's group over all ranks."""
+        self.numbers = numbers
+        self._sorted = torch.argsort(numbers, stable=True)
+        _, places, sizes = torch.unique(numbers, return_inverse=True, return_counts=True)
+        self._first = (sizes.cumsum(0) - sizes)[places]
+        self._sizes = sizes[places]
+
+    def mates(self, rows: Tensor, generator: Generator) -> Tensor:
+        """For each of rows (B,) itself, or every other time some slice of its group."""
+        share, drawn = torch.rand(2, len(rows), generator=generator)
+        others = self._sorted[self._first[rows] + (drawn * self._sizes[rows]).long()]
+        return torch.where(share < _MATE_SHARE, others, rows)
+
+
 def pretext_epoch(
     model: nn.Module,
     optimizer: Optimizer,
     scheduler: LRScheduler,
     pretext: Pretext,
     images: Images,
+    groups: Groups,
     *,
     plan: StepPlan,
     seed: int,
@@ -85,6 +107,7 @@ def pretext_epoch(
         scheduler: stepped with the optimiser.
         pretext: the task.
         images: this rank's slices, at least ``plan.num_steps * plan.batch_size``.
+        groups: of these slices.
         plan: the same on every rank.
         seed: of order and views.
         precision: ``bf16`` or ``fp32``.
@@ -95,18 +118,21 @@ def pretext_epoch(
     device = images.device
     model.train()
     generator = Generator(device).manual_seed(seed)
-    order = torch.randperm(len(images), generator=Generator().manual_seed(seed))
-    rows_of_steps = order[: plan.num_steps * plan.batch_size].split(plan.batch_size)
+    of_order = Generator().manual_seed(seed)  # on the CPU: the same order on every device
+    order = torch.randperm(len(images), generator=of_order)
+    rows_of_steps = list(order[: plan.num_steps * plan.batch_size].split(plan.batch_size))
+    if pretext.wants_mates:
+        rows_of_steps = [torch.cat([rows, groups.mates(rows, of_order)]) for rows in rows_of_steps]
     sums: dict[str, Tensor] = {}
     for step, batch in enumerate(images.batches(rows_of_steps)):
-        views = pretext.views(batch.float() / 255, generator)
+        rows = rows_of_steps[step]
+        views = pretext.views(batch.float() / 255, groups.numbers[rows].to(device), generator)
         with autocast(device, precision):
             output: PretextOutput = model(views.images)
         terms = {"pretext": pretext.loss(output.outputs, views.targets)}
         total = terms["pretext"]
         if soft is not None:
-            rows = rows_of_steps[step].to(device)
-            terms["cluster"] = _cluster_term(output.z, views, rows, soft)
+            terms["cluster"] = _cluster_term(output.z, views, rows.to(device), soft)
             total = total + lambda_cluster * terms["cluster"]
         terms["total"] = total
         optimizer.zero_grad(set_to_none=True)

@@ -1,5 +1,6 @@
 """The encoder of METHOD A: a torchvision network without its last layer, and a linear head."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,8 +46,8 @@ class Encoder(nn.Module):
             return EncoderOutput(z=F.normalize(features), logits=self.head(features))
 
 
-def build_encoder(name: str, weights: str, num_classes: int) -> Encoder:
-    """An encoder with ``random``, ``imagenet`` or local weights.
+def build_encoder(name: str, weights: str | Mapping[str, Tensor], num_classes: int) -> Encoder:
+    """An encoder with ``random``, ``imagenet`` or local weights, or those of a state dict.
 
     Pretrained colour weights become one-channel by summing the stem over its three channels,
     which equals feeding the grey slice to each. The head is always new.
@@ -57,7 +58,10 @@ def build_encoder(name: str, weights: str, num_classes: int) -> Encoder:
     encoder = Encoder(name, num_classes)
     if weights == "random":
         return encoder
-    state = imagenet_state(name) if weights == "imagenet" else local_state(Path(weights))
+    if isinstance(weights, str):
+        state = imagenet_state(name) if weights == "imagenet" else local_state(Path(weights))
+    else:
+        state = dict(weights)
     state = {key: value for key, value in state.items() if not key.startswith("fc.")}
     if "conv1.weight" in state and state["conv1.weight"].shape[1] == 3:
         state["conv1.weight"] = state["conv1.weight"].sum(dim=1, keepdim=True)
@@ -65,7 +69,8 @@ def build_encoder(name: str, weights: str, num_classes: int) -> Encoder:
         encoder.backbone.load_state_dict(state)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
-        raise ConfigError(f"encoder.weights={weights} does not fit {name}: {reason}") from None
+        shown = f"encoder.weights={weights}" if isinstance(weights, str) else "the warm-up"
+        raise ConfigError(f"{shown} does not fit {name}: {reason}") from None
     return encoder
 
 

@@ -14,7 +14,13 @@ from brainray.models.pretext import Views
 
 @dataclass(frozen=True)
 class ContrastivePretext:
-    """Two augmented views of each slice are to be found among the views of all ranks."""
+    """The augmented views of a slice and its mate are to be found among the views of all ranks.
+
+    Where mates are other slices of their subject, nothing has to be told apart within a subject
+    (Azizi et al. 2021, "Big self-supervised models advance medical image classification").
+    """
+
+    wants_mates = True
 
     augmentation: AugmentConfig
     temperature: float
@@ -28,36 +34,39 @@ class ContrastivePretext:
             nn.Linear(embedding_dim, self.projection_dim),
         )
 
-    def views(self, images: Tensor, generator: Generator) -> Views:
-        both = [augment(images, self.augmentation, generator) for _ in range(2)]
+    def views(self, images: Tensor, groups: Tensor, generator: Generator) -> Views:
         rows = torch.arange(len(images), device=images.device)
-        return Views(torch.cat(both), rows.repeat(2), rows.repeat(2), 2 * len(rows))
+        return Views(augment(images, self.augmentation, generator), rows, groups, len(rows))
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         first, second = outputs.chunk(2)
-        return nt_xent(first, second, self.temperature)
+        first_groups, second_groups = targets.chunk(2)
+        return nt_xent(first, second, first_groups, second_groups, self.temperature)
 
 
 def nt_xent(
-    first: Tensor,  # (B, P) projections of each slice's first view
-    second: Tensor,  # (B, P) and of its second
+    first: Tensor,  # (B, P) projections of slices
+    second: Tensor,  # (B, P) and of their mates
+    first_groups: Tensor,  # (B,) int64, over all ranks
+    second_groups: Tensor,  # (B,)
     temperature: float,
 ) -> Tensor:
     """Mean over this rank's 2 B views of the normalised temperature-scaled cross entropy, a scalar.
 
     Chen et al. 2020, "A simple framework for contrastive learning", equation 1: for a view i with
     positive j, -log exp(s_ij / t) / sum_{k != i} exp(s_ik / t), s the cosine similarity; the
-    denominator holds the positive and the views of all ranks. METHOD B's formula leaves out the
-    temperature and the positive term of the denominator. Collective, forwards and backwards, with
-    equally many slices on every rank: the ranks' mean loss is that of the global batch.
+    denominator holds the positive and the views of all ranks but those of the view's own group,
+    itself among them. METHOD B's formula leaves out the temperature and the positive term of the
+    denominator. Collective, forwards and backwards, with equally many slices on every rank: the
+    ranks' mean loss is that of the global batch.
     """
     num_slices = len(first)
     mine = F.normalize(torch.cat([first, second]).float())
+    groups = torch.cat([first_groups, second_groups])
     everyones = dist.gather_rows_with_gradient(mine)
     offset = dist.rank() * len(mine)
     places = torch.arange(len(mine), device=mine.device)
-    similarity = mine @ everyones.T / temperature
-    # A view is no candidate for itself.
-    similarity = similarity.scatter(1, (offset + places)[:, None], -torch.inf)
     positives = offset + places.roll(num_slices)
+    akin = (groups[:, None] == dist.gather_rows(groups)).scatter(1, positives[:, None], False)
+    similarity = (mine @ everyones.T / temperature).masked_fill(akin, -torch.inf)
     return F.cross_entropy(similarity, positives)

@@ -15,7 +15,7 @@ class Views(NamedTuple):
     """V views of a batch of B slices, as one batch: DDP wants one forward a step."""
 
     images: Tensor  # (V, 1, H, W) float in [0, 1]
-    rows: Tensor  # (V,) int64 in [0, B): the slice that is seen
+    rows: Tensor  # (V,) int64 in [0, B): the slice of the batch that is seen
     targets: Tensor  # (V,) int64: what the pretext asks of the view
     num_clustered: int  # leading views that a clustering loss may pull together
 
@@ -30,16 +30,21 @@ class PretextOutput(NamedTuple):
 class Pretext(Protocol):
     """The engine knows pretext tasks by this protocol only.
 
+    A batch of one that ``wants_mates`` is slices and, in the same order, a mate for each: itself,
+    or another slice of its group.
+
     Every rank has equally many slices, so that the ranks' mean loss, which DDP's averaging of
     gradients minimises, is the loss of the global batch.
     """
+
+    wants_mates: bool
 
     def head(self, embedding_dim: int) -> nn.Module:
         """Features (V, E) to what `loss` compares."""
         ...
 
-    def views(self, images: Tensor, generator: Generator) -> Views:
-        """Views of slices (B, 1, H, W) float in [0, 1]."""
+    def views(self, images: Tensor, groups: Tensor, generator: Generator) -> Views:
+        """Views of slices (B, 1, H, W) float in [0, 1], of groups (B,) int64 over all ranks."""
         ...
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -50,13 +55,15 @@ class Pretext(Protocol):
 class NoPretext:
     """One augmented view and nothing to learn from it: deep clustering alone, the ablation."""
 
+    wants_mates = False
+
     def __init__(self, augmentation: AugmentConfig) -> None:
         self.augmentation = augmentation
 
     def head(self, embedding_dim: int) -> nn.Module:
         return nn.Identity()
 
-    def views(self, images: Tensor, generator: Generator) -> Views:
+    def views(self, images: Tensor, groups: Tensor, generator: Generator) -> Views:
         rows = torch.arange(len(images), device=images.device)
         return Views(augment(images, self.augmentation, generator), rows, rows, len(rows))
 

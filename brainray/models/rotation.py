@@ -23,12 +23,14 @@ class RotationPretext:
     turns of more than 15 degrees.
     """
 
+    wants_mates = False
+
     augmentation: AugmentConfig
 
     def head(self, embedding_dim: int) -> nn.Module:
         return nn.Linear(embedding_dim, NUM_TURNS)
 
-    def views(self, images: Tensor, generator: Generator) -> Views:
+    def views(self, images: Tensor, groups: Tensor, generator: Generator) -> Views:
         upright = self.augmentation.model_copy(
             update={
                 "vertical_flip": 0.0,

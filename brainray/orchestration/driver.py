@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -15,6 +16,7 @@ from brainray.engine.state import load_checkpoint
 from brainray.errors import BrainrayError, ConfigError
 from brainray.models.encoder import build_encoder
 from brainray.orchestration.lock import held
+from brainray.orchestration.pretraining import warm_up
 from brainray.orchestration.progress import Follower
 from brainray.orchestration.provenance import record_submission, version_tags
 from brainray.orchestration.publish import begin_tracking, send_run
@@ -67,7 +69,7 @@ def train(config: Config, log: Log = print) -> TrainedRun:
         if not run.is_complete:
             try:
                 with Follower(config.train, run, tracking.tracker, log):
-                    fit(training)
+                    fit(training, log)
                 complete_run(training)
             except BaseException as stop:
                 tracking.tracker.finish("FAILED" if isinstance(stop, Exception) else "KILLED")
@@ -121,9 +123,10 @@ def check_training(config: Config) -> tuple[Config, ImageStore, WorkerResources]
     return config, store, workers
 
 
-def fit(training: Training, callbacks: Sequence[Any] = ()) -> None:
+def fit(training: Training, log: Log, callbacks: Sequence[Any] = ()) -> None:
     """Train with DDP until the last epoch, from the newest checkpoint where there is one.
 
+    Before the first epoch comes the warm-up, where one is asked for and not found.
     ``callbacks`` are Ray Train's ``UserCallback``s.
 
     Raises:
@@ -140,6 +143,7 @@ def fit(training: Training, callbacks: Sequence[Any] = ()) -> None:
             "config": config.without_secrets().model_dump(mode="json"),
             "run": str(run.folder),
             "store": str(training.store.folder),
+            "start": ray.put(warm_up(config, training.store, log)),
         },
         torch_config=TorchConfig(timeout_s=config.train.collective_timeout_s),
         scaling_config=scaling(
@@ -182,9 +186,16 @@ def _about(training: Training) -> dict[str, str]:
     workers = training.workers
     kind = "GPU" if workers.use_gpu else "CPU"
     info = training.run.info
+    encoder, learning = training.config.encoder, training.config.self_supervision
+    warm_up_told = "none"
+    if encoder.pretext != "none":
+        warm_up_told = (
+            f"{encoder.pretext}, {learning.num_epochs} epochs at {encoder.pretext_image_size} px"
+        )
     return about_software() | {
         "store": f"{info['dataset']} (data hash {info['data_hash']})",
         "slices": ", ".join(f"{n:,} {role}" for role, n in info["num_slices"].items()),
+        "warm-up without labels": warm_up_told,
         "workers": f"{workers.num_workers} on {kind}, {workers.cpus_per_worker} CPU(s) each",
     }
 
@@ -199,11 +210,15 @@ def _check_store_fits(config: Config, store: ImageStore) -> None:
             f"the image store {store.folder} was made with other settings ({difference}): "
             "choose another dataset, or preprocess anew under another name"
         )
-    if config.train.image_size > store.preprocess.image_size:
-        raise ConfigError(
-            f"train.image_size={config.train.image_size} exceeds the "
-            f"{store.preprocess.image_size} pixels of the image store {store.folder}: lower it"
-        )
+    sides = {"train.image_size": config.train.image_size}
+    if config.encoder.pretext != "none":
+        sides["encoder.pretext_image_size"] = config.encoder.pretext_image_size
+    for key, side in sides.items():
+        if side > store.preprocess.image_size:
+            raise ConfigError(
+                f"{key}={side} exceeds the {store.preprocess.image_size} pixels of the image store "
+                f"{store.folder}: lower it"
+            )
 
 
 def _summarise(config: Config, run: Run) -> Metrics:

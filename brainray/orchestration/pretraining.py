@@ -7,10 +7,11 @@ too, so that it is also a warm-up of the semi-supervised training.
 import io
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
@@ -20,6 +21,8 @@ import torch
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from brainray import dist, errors, layout
 from brainray.clustering.collapse import check_collapse, measure_health
@@ -28,6 +31,7 @@ from brainray.engine.recipe import build_optimizer, resolve_precision
 from brainray.engine.recluster import ClusterModel
 from brainray.engine.self_supervised import (
     Convergence,
+    Groups,
     SoftTargets,
     build_pretext,
     changed_share,
@@ -40,7 +44,12 @@ from brainray.engine.shard import CachedImages, Images, sample_keys
 from brainray.errors import BrainrayError
 from brainray.models.features import build_feature_encoder
 from brainray.models.pretext import PretextModel
-from brainray.orchestration.features import Weights, content_key, weights_from
+from brainray.orchestration.features import (
+    Weights,
+    content_key,
+    read_weights,
+    weights_from,
+)
 from brainray.orchestration.lock import held
 from brainray.orchestration.progress import PretrainingFollower
 from brainray.orchestration.resources import WorkerResources, alive_nodes, plan_workers
@@ -55,6 +64,32 @@ _OF_ROUNDS = {"max_rounds", "round_epochs", "round_learning_rate", "tolerance", 
 
 Log = Callable[[str], None]
 History = list[dict[str, float]]
+
+
+def warm_up(config: Config, store: ImageStore, log: Log) -> str | Mapping[str, Tensor]:
+    """Where training's encoder starts: ``encoder.weights``, or what it has learned from there.
+
+    Raises:
+        BrainrayError, ray.train.TrainingFailedError: as `pretrain` does.
+    """
+    if config.encoder.pretext == "none":
+        return config.encoder.weights
+    feature = FeatureConfig(
+        encoder=config.encoder.name,
+        weights=config.encoder.weights,
+        image_size=config.encoder.pretext_image_size,
+        pretext=config.encoder.pretext,
+    )
+    learned = pretrain(
+        config,
+        store,
+        feature,
+        read_weights(config, feature),
+        dataset=str(config.dataset),
+        seed=config.seed,
+        log=log,
+    )
+    return weights_from(learned, layout.ENCODER).state
 
 
 def pretrain(
@@ -73,7 +108,7 @@ def pretrain(
     is trained first, or found: features that share a pretext share its training.
 
     Args:
-        config: ``study.self_supervision``, ``clustering`` (for refinement) and ``train``.
+        config: ``self_supervision``, ``clustering`` (for refinement) and ``train``.
         store: the slices; its labels are not read.
         feature: encoder, size of the slices, pretext and weight of the clustering loss.
         weights: where the encoder starts.
@@ -147,7 +182,7 @@ def _train(
             logging_config=OF_RAY_TRAIN,
         ),
     )
-    with PretrainingFollower(config.study.self_supervision, target, log):
+    with PretrainingFollower(config.self_supervision, target, log):
         result: Any = trainer.fit()
     problem = result.return_value
     if problem:
@@ -164,10 +199,7 @@ def _made_by(
     num_workers: int,
 ) -> dict[str, Any]:
     """All that the trained weights depend on."""
-    train = config.train.model_dump(
-        mode="json",
-        include={"batch_size_per_worker", "learning_rate", "weight_decay", "warmup_fraction"},
-    )
+    train = config.train.model_dump(mode="json", include={"weight_decay", "warmup_fraction"})
     is_refined = feature.lambda_cluster > 0
     unused = {"num_epochs"} if is_refined else _OF_ROUNDS
     made_by = {
@@ -175,7 +207,7 @@ def _made_by(
         "data_hash": store.data_hash,
         "feature": feature.model_dump(mode="json", exclude={"weights"}),
         "weights": weights.identity,
-        "self_supervision": config.study.self_supervision.model_dump(mode="json", exclude=unused),
+        "self_supervision": config.self_supervision.model_dump(mode="json", exclude=unused),
         "train": train | {"precision": config.train.precision, "num_workers": num_workers},
         "seed": seed,
     }
@@ -209,7 +241,7 @@ class _Learner:
     ) -> None:
         store = ImageStore.open(Folder(settings["store"]))
         self.config = config
-        self.settings = config.study.self_supervision
+        self.settings = config.self_supervision
         self.feature = feature
         self.folder = Folder(settings["folder"])
         self.seed: int = settings["seed"]
@@ -217,8 +249,10 @@ class _Learner:
         self.precision = resolve_precision(config.train.precision, device)
         self.pixel_mean, self.pixel_std = store.pixel_mean, store.pixel_std
         self.pretext = build_pretext(feature.pretext, self.settings)
-        self.images, self.keys = _load_slices(store, feature.image_size, device)
         self.rows = _rows_of_store(store)
+        self.images, self.keys, self.groups = _load_slices(
+            store, self.rows, self.settings.positives, feature.image_size, device
+        )
         encoder = build_feature_encoder(
             feature.encoder,
             ray.get(settings["state"]),
@@ -236,7 +270,7 @@ class _Learner:
         learner = PretextModel(encoder, head)
         self.model = learner.to(device).to(memory_format=torch.channels_last)
         self.plan = plan_steps(
-            self.rows.num_rows, config.train.batch_size_per_worker, dist.world_size()
+            self.rows.num_rows, self.settings.batch_size_per_worker, dist.world_size()
         )
         self.ddp: nn.Module = self.model  # until all ranks have come so far
         self.history: History = []
@@ -257,8 +291,8 @@ class _Learner:
 
     def _learn_pretext(self, state: dict[str, Any] | None) -> None:
         num_epochs = self.settings.num_epochs
-        optimizer, scheduler = build_optimizer(
-            self.model, self.config.train, num_epochs * self.plan.num_steps
+        optimizer, scheduler = self._optimizer(
+            self.settings.learning_rate, num_epochs * self.plan.num_steps
         )
         if state is not None:
             optimizer.load_state_dict(state["optimizer"])
@@ -273,6 +307,7 @@ class _Learner:
                 scheduler,
                 self.pretext,
                 self.images,
+                self.groups,
                 plan=self.plan,
                 seed=seed_of(self.seed, epoch, dist.rank()),
                 precision=self.precision,
@@ -328,11 +363,8 @@ class _Learner:
 
     def _train_round(self, number: int, soft: SoftTargets) -> dict[str, float]:
         """``round_epochs`` epochs of both losses, with a schedule of their own."""
-        train = self.config.train.model_copy(
-            update={"learning_rate": self.settings.round_learning_rate}
-        )
         steps = self.settings.round_epochs * self.plan.num_steps
-        optimizer, scheduler = build_optimizer(self.model, train, steps)
+        optimizer, scheduler = self._optimizer(self.settings.round_learning_rate, steps)
         losses: dict[str, float] = {}
         for epoch in range(self.settings.round_epochs):
             losses = pretext_epoch(
@@ -341,6 +373,7 @@ class _Learner:
                 scheduler,
                 self.pretext,
                 self.images,
+                self.groups,
                 plan=self.plan,
                 seed=seed_of(self.seed, -number, epoch, dist.rank()),
                 precision=self.precision,
@@ -349,6 +382,10 @@ class _Learner:
             )
         self._share_batch_statistics()
         return losses
+
+    def _optimizer(self, learning_rate: float, steps: int) -> tuple[Optimizer, LRScheduler]:
+        train = self.config.train.model_copy(update={"learning_rate": learning_rate})
+        return build_optimizer(self.model, train, steps)
 
     def _embed(self) -> Tensor:
         return embed_slices(
@@ -449,14 +486,23 @@ def _saved_state() -> dict[str, Any] | None:
 
 
 def _rows_of_store(store: ImageStore) -> pa.Table:
-    """The training slices, without labels."""
+    """The training slices without labels, those of one (likely) subject in a row."""
     index = store.index()
-    return index.filter(pc.equal(index["split"], TRAIN)).select(["sample_id", "path"])
+    rows = index.filter(pc.equal(index["split"], TRAIN))
+    rows = rows.sort_by([("split_group_id", "ascending"), ("sample_id", "ascending")])
+    return rows.select(["sample_id", "split_group_id"])
 
 
-def _load_slices(store: ImageStore, side: int, device: torch.device) -> tuple[Images, Tensor]:
-    """Every n-th training slice on this rank, and their keys."""
-    sample_ids = _rows_of_store(store)["sample_id"].to_pylist()
-    mine = sample_ids[dist.rank() :: dist.world_size()]
+def _load_slices(
+    store: ImageStore, rows: pa.Table, positives: str, side: int, device: torch.device
+) -> tuple[Images, Tensor, Groups]:
+    """Of those rows this rank's: slices, keys, and which the pretext draws together."""
+    first, end = (
+        place * len(rows) // dist.world_size() for place in (dist.rank(), dist.rank() + 1)
+    )
+    mine = rows["sample_id"].to_pylist()[first:end]
     keys = torch.from_numpy(sample_keys(mine)).to(device)
-    return CachedImages(torch.from_numpy(store.images(mine, TRAIN, side)).to(device)), keys
+    column = "split_group_id" if positives == "subject" else "sample_id"
+    _, groups = np.unique(rows[column].to_numpy(), return_inverse=True)
+    images = torch.from_numpy(store.images(mine, TRAIN, side)).to(device)
+    return CachedImages(images), keys, Groups(torch.from_numpy(groups[first:end]))

@@ -171,6 +171,8 @@ def _settings(config: Config) -> dict[str, Any]:
     del settings["clustering"]["on_collapse"]  # what one changes after a stop
     for key in _FREE_SPLIT_KEYS:
         del settings["split"][key]
+    if config.encoder.pretext == "none":
+        del settings["self_supervision"]
     return settings
 
 

@@ -254,7 +254,7 @@ def _refinement_figure(results: StudyResults) -> dict[str, bytes]:
         histories[f"{dataset}, {feature}, seed {seed}"] = history
     if not histories:
         return {}
-    tolerance = results.config.study.self_supervision.tolerance
+    tolerance = results.config.self_supervision.tolerance
     return {"refinement.png": png_bytes(refinement(histories, tolerance))}
 
 

@@ -19,6 +19,7 @@ from brainray.orchestration.driver import check_training
 from brainray.orchestration.export import served_files
 from brainray.orchestration.inference import find_predictor
 from brainray.orchestration.lock import held, is_held
+from brainray.orchestration.pretraining import warm_up
 from brainray.orchestration.progress import POLL_S, Watcher, time_left
 from brainray.orchestration.publish import Tracking, begin_tracking, open_tracking, send_run
 from brainray.orchestration.resources import WorkerResources
@@ -93,6 +94,7 @@ def _sweep(
         base, folder, flatten(base.without_secrets()), {"brainray.data_hash": store.data_hash}, log
     )
     try:
+        warm_up(base, store, log)  # once, for all trials
         with _Follower(base, name, tracking, log) as follower:
             results = _tuner(base, folder, workers, log).fit()
             follower.errors = _errors(results)

@@ -31,6 +31,16 @@ FAILED = "failed"
 _FIXED = ("preprocess.", "split.", "evaluation.", "tracking.", "tune.", "registry.", "classes.")
 """Trials share one store, one draw of labels and one way of scoring, else they do not compare."""
 
+_OF_WARM_UP = (
+    "encoder.",
+    "self_supervision.",
+    "train.weight_decay",
+    "train.warmup_fraction",
+    "train.precision",
+    "train.num_workers",
+)
+"""What a warm-up depends on: trials share one."""
+
 _TRIAL_ID = r"([0-9a-f]{5}_[0-9]{5,}|[0-9a-f]{8})"
 """As Ray Tune gives them to variants that it makes itself, and to a search algorithm's."""
 
@@ -70,7 +80,7 @@ def run_trial(parameters: dict[str, Any], *, base: dict[str, Any], sweep: str) -
                 history = training.run.folder.read_json_lines(layout.METRICS)
                 tune.report(reported_metrics(history[-1]))
                 return
-            fit(training, callbacks=[TuneReportCallback()])
+            fit(training, print, callbacks=[TuneReportCallback()])
             complete_run(training)
     except BrainrayError as error:
         folder = sweep_folder(config, sweep) / FAILED
@@ -122,6 +132,11 @@ def check_space(config: Config) -> None:
             raise ConfigError(
                 f"tune.space cannot vary {key}: trials share the store, the labels and the way "
                 "they are scored, else their figures would not compare"
+            )
+        if config.encoder.pretext != "none" and key.startswith(_OF_WARM_UP):
+            raise ConfigError(
+                f"tune.space cannot vary {key}: trials share the warm-up (encoder.pretext="
+                f"{config.encoder.pretext}), which depends on it"
             )
         if len(entry) != 1:
             raise ConfigError(

@@ -4,7 +4,7 @@ import hashlib
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -79,13 +79,16 @@ def train_worker(settings: dict[str, Any]) -> dict[str, str]:
     lost worker and start again.
     """
     try:
-        _train(parse_config(settings["config"]), Folder(settings["run"]), Folder(settings["store"]))
+        config, start = parse_config(settings["config"]), ray.get(settings["start"])
+        _train(config, start, Folder(settings["run"]), Folder(settings["store"]))
     except BrainrayError as error:
         return {"error": type(error).__name__, "message": str(error)}
     return {}
 
 
-def _train(config: Config, run: Folder, store_folder: Folder) -> None:
+def _train(
+    config: Config, start: str | Mapping[str, Tensor], run: Folder, store_folder: Folder
+) -> None:
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
     quiet_worker()
@@ -95,7 +98,7 @@ def _train(config: Config, run: Folder, store_folder: Folder) -> None:
         store = ImageStore.open(store_folder)
         rank, num_ranks = context.get_world_rank(), context.get_world_size()
         data = load_rank_data(config, run, store, device, rank, num_ranks)
-        encoder = build_encoder(config.encoder.name, config.encoder.weights, len(store.classes))
+        encoder = build_encoder(config.encoder.name, start, len(store.classes))
     trainer = _Trainer(config, run, store, data, encoder, device)
     with failing_together(device):
         newest = _newest_epoch(run) if rank == 0 else 0

@@ -13,6 +13,7 @@ from brainray.config import (
 from brainray.engine.recipe import build_optimizer
 from brainray.engine.self_supervised import (
     Convergence,
+    Groups,
     SoftTargets,
     build_pretext,
     changed_share,
@@ -63,6 +64,7 @@ def train(pretext_name: str, num_epochs: int, seed: int = 0) -> tuple[PretextMod
             scheduler,
             build_pretext(pretext_name, SETTINGS),
             images,
+            Groups(torch.arange(len(images))),
             plan=plan,
             seed=100 * seed + epoch,
             precision="fp32",
@@ -72,9 +74,23 @@ def train(pretext_name: str, num_epochs: int, seed: int = 0) -> tuple[PretextMod
     return model, losses
 
 
+def test_a_mate_is_the_slice_itself_or_another_of_its_group() -> None:
+    numbers = torch.tensor([7, 3, 7, 9, 3, 7])
+    groups = Groups(numbers)
+    rows = torch.arange(6).repeat(500)
+    mates = groups.mates(rows, torch.Generator().manual_seed(0))
+    assert torch.equal(numbers[mates], numbers[rows])
+    for row, size in ((0, 3), (1, 2), (3, 1)):
+        drawn = mates[rows == row]
+        assert set(drawn.tolist()) == set(torch.nonzero(numbers == numbers[row])[:, 0].tolist())
+        # Half of the time itself, and by chance in the other half.
+        share = (drawn == row).float().mean().item()
+        assert share == pytest.approx(0.5 + 0.5 / size, abs=0.06)
+
+
 @pytest.mark.parametrize("name", ["rotation", "contrastive"])
 def test_a_pretext_is_learned(name: str) -> None:
-    _, losses = train(name, num_epochs=12)
+    _, losses = train(name, num_epochs=15)
     assert losses[-1] < 0.7 * losses[0]
 
 
@@ -102,6 +118,7 @@ def test_the_clustering_loss_draws_slices_to_their_centres() -> None:
             scheduler,
             build_pretext("none", SETTINGS),
             images,
+            Groups(torch.arange(len(images))),
             plan=plan,
             seed=epoch,
             precision="fp32",

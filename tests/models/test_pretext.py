@@ -23,6 +23,7 @@ STILL = AugmentConfig(
     max_shift=0,
 )
 NUM_SLICES, DIM, TEMPERATURE = 6, 5, 0.3
+GROUPS = torch.tensor([0, 0, 1, 2, 1, 3])  # one of two slices on either rank
 HALVES = (slice(0, 3), slice(3, 6))
 
 
@@ -31,9 +32,11 @@ def test_nt_xent_by_hand() -> None:
     # similarity 1, the two others 0, so each loses -log(e^(1/t) / (e^(1/t) + 2)).
     views = torch.eye(2)
     expected = -math.log(math.exp(1 / 0.5) / (math.exp(1 / 0.5) + 2))
-    torch.testing.assert_close(nt_xent(views, views, 0.5), torch.tensor(expected))
+    torch.testing.assert_close(nt_xent(views, views, *own_groups(2), 0.5), torch.tensor(expected))
     # The length of a projection does not matter.
-    torch.testing.assert_close(nt_xent(3 * views, 0.1 * views, 0.5), torch.tensor(expected))
+    torch.testing.assert_close(
+        nt_xent(3 * views, 0.1 * views, *own_groups(2), 0.5), torch.tensor(expected)
+    )
 
 
 def test_nt_xent_is_the_mean_over_views_of_equation_1() -> None:
@@ -44,7 +47,14 @@ def test_nt_xent_is_the_mean_over_views_of_equation_1() -> None:
         positive = (i + NUM_SLICES) % len(z)
         exponentials = [torch.exp(z[i] @ z[k] / TEMPERATURE) for k in range(len(z)) if k != i]
         losses.append(-torch.log(torch.exp(z[i] @ z[positive] / TEMPERATURE) / sum(exponentials)))
-    torch.testing.assert_close(nt_xent(first, second, TEMPERATURE), torch.stack(losses).mean())
+    torch.testing.assert_close(
+        nt_xent(first, second, *own_groups(NUM_SLICES), TEMPERATURE), torch.stack(losses).mean()
+    )
+
+
+def own_groups(count: int) -> tuple[Tensor, Tensor]:
+    """Each slice is its own mate, and no other's."""
+    return torch.arange(count), torch.arange(count)
 
 
 def projections() -> tuple[Tensor, Tensor]:
@@ -59,7 +69,8 @@ def contrast_on_this_rank(weight: Tensor) -> tuple[Tensor, Tensor]:
     rows = slice(dist.rank() * share, (dist.rank() + 1) * share)
     first, second = (part[rows] for part in projections())
     weight = weight.clone().requires_grad_()
-    loss = nt_xent(first @ weight, second @ weight, TEMPERATURE)
+    groups = GROUPS[rows]
+    loss = nt_xent(first @ weight, second @ weight, groups, groups, TEMPERATURE)
     loss.backward()
     assert weight.grad is not None
     return loss.detach(), weight.grad
@@ -118,8 +129,10 @@ def test_two_ranks_have_the_loss_and_the_gradient_of_one(
 def test_candidates_of_the_other_rank_count() -> None:
     # The mean of two losses that each see half of the views is another loss.
     first, second = projections()
-    halves = [nt_xent(first[rows], second[rows], TEMPERATURE) for rows in HALVES]
-    assert not torch.allclose(torch.stack(halves).mean(), nt_xent(first, second, TEMPERATURE))
+    halves = [nt_xent(first[rows], second[rows], *own_groups(3), TEMPERATURE) for rows in HALVES]
+    assert not torch.allclose(
+        torch.stack(halves).mean(), nt_xent(first, second, *own_groups(NUM_SLICES), TEMPERATURE)
+    )
 
 
 @pytest.mark.slow
@@ -134,7 +147,7 @@ def test_a_gathered_row_gets_the_sum_of_all_ranks_gradients(
 
 def test_rotation_asks_for_the_number_of_quarter_turns() -> None:
     images = torch.rand(2, 1, 4, 4, generator=torch.Generator().manual_seed(2))
-    views = RotationPretext(STILL).views(images, torch.Generator().manual_seed(0))
+    views = RotationPretext(STILL).views(images, own_groups(2)[0], torch.Generator().manual_seed(0))
     assert views.targets.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     assert views.rows.tolist() == [0, 1] * 4
     assert views.num_clustered == 2
@@ -156,20 +169,35 @@ def test_rotation_never_flips_upside_down() -> None:
     wild = AugmentConfig(policy="strong", vertical_flip=1.0, max_rotation_deg=180.0)
     images = torch.zeros(64, 1, 16, 16)
     images[:, :, :4] = 1.0  # the top is bright
-    views = RotationPretext(wild).views(images, torch.Generator().manual_seed(0))
+    views = RotationPretext(wild).views(images, own_groups(64)[0], torch.Generator().manual_seed(0))
     upright = views.images[:64]
     assert (upright[:, 0, :8].mean(dim=(1, 2)) > upright[:, 0, 8:].mean(dim=(1, 2))).all()
 
 
-def test_contrastive_views_are_two_of_each_slice() -> None:
+def test_nt_xent_holds_no_slice_against_another_of_its_group() -> None:
+    first, second = projections()
+    z = F.normalize(torch.cat([first, second]))
+    groups = GROUPS.repeat(2)
+    losses = []
+    for i in range(len(z)):
+        positive = (i + NUM_SLICES) % len(z)
+        others = [k for k in range(len(z)) if groups[k] != groups[i]]
+        exponentials = [torch.exp(z[i] @ z[k] / TEMPERATURE) for k in [positive, *others]]
+        losses.append(-torch.log(exponentials[0] / sum(exponentials)))
+    found = nt_xent(first, second, GROUPS, GROUPS, TEMPERATURE)
+    torch.testing.assert_close(found, torch.stack(losses).mean())
+
+
+def test_contrastive_views_are_a_slice_and_its_mate() -> None:
     pretext = ContrastivePretext(STILL, TEMPERATURE, projection_dim=3)
-    images = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(2))
-    views = pretext.views(images, torch.Generator().manual_seed(0))
-    assert views.rows.tolist() == [0, 1, 2, 0, 1, 2]
-    torch.testing.assert_close(views.images[:3], views.images[3:])
+    images = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(2)).repeat(2, 1, 1, 1)
+    groups = torch.tensor([4, 5, 6]).repeat(2)
+    views = pretext.views(images, groups, torch.Generator().manual_seed(0))
+    assert views.rows.tolist() == [0, 1, 2, 3, 4, 5]
+    torch.testing.assert_close(views.images, images)
     outputs = pretext.head(4)(torch.randn(6, 4))
     assert outputs.shape == (6, 3)
-    expected = nt_xent(outputs[:3], outputs[3:], TEMPERATURE)
+    expected = nt_xent(outputs[:3], outputs[3:], groups[:3], groups[3:], TEMPERATURE)
     torch.testing.assert_close(pretext.loss(outputs, views.targets), expected)
 
 

@@ -264,8 +264,8 @@ def learned_config(storage: Path, name: str = "learned") -> Config:
         "dataset=mri",
         "train.num_workers=2",
         "study.clusterers=[gmm]",
-        "study.self_supervision.num_epochs=2",
-        "study.self_supervision.max_rounds=2",
+        "self_supervision.num_epochs=2",
+        "self_supervision.max_rounds=2",
     )
 
 

@@ -263,6 +263,15 @@ def test_a_space_that_makes_no_sense_is_refused(
         check_space(config)
 
 
+def test_trials_share_the_warm_up(tmp_path: Path) -> None:
+    space = {"self_supervision.temperature": {"choice": [0.1, 0.2]}}
+    settings = [f"tune.space={json.dumps(space)}", "encoder.pretext=contrastive"]
+    with pytest.raises(
+        ConfigError, match=r"cannot vary self_supervision\.temperature: trials share"
+    ):
+        check_space(tiny_config(tmp_path, *settings))
+
+
 def test_parameters_reach_their_keys(tmp_path: Path) -> None:
     config = trial_config(
         tiny_config(tmp_path), {"train.learning_rate": 0.01, "objective.name": "supervised"}, "one"

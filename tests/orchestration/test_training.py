@@ -15,6 +15,7 @@ from ray.util.state import list_actors
 from brainray.config import Config
 from brainray.engine.state import Checkpoint, load_checkpoint
 from brainray.errors import BrainrayError, CheckpointError, ConfigError, DataError
+from brainray.models.encoder import build_encoder
 from brainray.orchestration.data import preprocess
 from brainray.orchestration.driver import TrainedRun, train
 from brainray.orchestration.evaluation import evaluate
@@ -33,7 +34,15 @@ def config_of(storage: Path, name: str, *overrides: str) -> Config:
 
 
 PUBLISHED: tuple[str, ...] = ()
+WARMED_UP = (
+    "encoder.pretext=contrastive",
+    "encoder.pretext_image_size=16",
+    "self_supervision.num_epochs=2",
+    "self_supervision.positives=subject",
+    "self_supervision.batch_size_per_worker=16",
+)
 ANCHORED = (
+    *WARMED_UP,
     "objective.name=anchored",
     "objective.ramp_epochs=1",
     "clustering.anchors=labelled",
@@ -301,7 +310,8 @@ def test_a_checkpoint_without_its_run_has_no_clean_figures(
         (["train.device=cuda"], ConfigError, "has no GPU"),
         (["dataset=absent"], DataError, "no image store at"),
         (["encoder.weights=/absent.pt"], ConfigError, "no such file"),
-        (["train.image_size=48"], ConfigError, "exceeds"),
+        (["train.image_size=48"], ConfigError, r"train\.image_size=48 exceeds"),
+        (["encoder.pretext=rotation"], ConfigError, r"pretext_image_size=64 exceeds"),
         (["preprocess.skull_strip=none"], ConfigError, "skull_strip: otsu here, none asked"),
     ],
 )
@@ -331,6 +341,27 @@ def test_evaluation_names_what_is_missing(
 ) -> None:
     with pytest.raises(error, match=message):
         evaluate(tiny_config(storage, f"source={phantoms}", *overrides))
+
+
+@pytest.mark.slow
+def test_a_warm_up_is_learned_once_and_starts_every_run_of_its_store(storage: Path) -> None:
+    settings = [*WARMED_UP, "train.num_epochs=1", "train.num_workers=2"]
+    settings += ["train.learning_rate=1e-9", "train.weight_decay=0"]  # weights stay as they were
+    runs, said = {}, {}
+    for name, more in {"first": (), "second": ("split.seed=5",)}.items():
+        lines: list[str] = []
+        runs[name] = train(config_of(storage, f"warm-{name}", *settings, *more), lines.append)
+        said[name] = "\n".join(lines)
+    assert "pretext epoch 2/2" in said["first"]
+    assert "trained before, reused" in said["second"]
+    (folder,) = (storage / "encoders").glob("mri-resnet18-contrastive-seed0-*")
+    learned = build_encoder("resnet18", str(folder / "encoder.pt"), num_classes=4)
+    for run in runs.values():
+        trained = checkpoint_of(run, "last").encoder
+        torch.testing.assert_close(trained.backbone.conv1.weight, learned.backbone.conv1.weight)
+        assert run.run.folder.read_json("about.json")["warm-up without labels"] == (
+            "contrastive, 2 epochs at 16 px"
+        )
 
 
 @pytest.mark.slow
