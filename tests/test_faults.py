@@ -10,10 +10,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TextIO
 
 import psutil
 import pytest
 from mlflow import MlflowClient
+from ray._private.utils import get_system_memory, get_used_memory
 
 from brainray.config import to_yaml
 from brainray.engine.state import load_checkpoint
@@ -29,12 +31,17 @@ SLOW = ["train.num_epochs=6", "train.batch_size_per_worker=2"]
 
 
 def job(
-    name: str, config_file: Path, *settings: str, environment: Mapping[str, str] = os.environ
+    name: str,
+    config_file: Path,
+    *settings: str,
+    environment: Mapping[str, str] = os.environ,
+    stderr: TextIO | None = None,
 ) -> subprocess.Popen[str]:
     command = [sys.executable, str(PROJECT / "jobs" / f"{name}.py"), "--config", str(config_file)]
     return subprocess.Popen(
         [*command, "--set", *settings],
         stdout=subprocess.PIPE,
+        stderr=stderr,
         text=True,
         env={**environment, "PYTHONPATH": str(PROJECT)},
         start_new_session=True,
@@ -64,12 +71,14 @@ def assert_same_weights(storage: Path, *names: str) -> None:
         assert one.equal(two)
 
 
-def training_worker(process: subprocess.Popen[str]) -> psutil.Process:
+def workers_of(process: subprocess.Popen[str], title: str) -> list[psutil.Process]:
+    """Ray's worker processes of a job that show such a title."""
+    workers = []
     for member in psutil.Process(process.pid).children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            if " ".join(member.cmdline()).startswith("ray::RayTrainWorker"):
-                return member
-    raise AssertionError("no training worker")
+            if title in " ".join(member.cmdline()):
+                workers.append(member)
+    return workers
 
 
 @pytest.fixture
@@ -120,7 +129,7 @@ def test_a_second_job_is_refused_and_sigterm_ends_the_first_in_order(
     first = job("train", config_file, "name=twice", "dataset=mri")
     wait_for(lambda: len(epochs_of(tmp_path, "twice")) >= 1)
 
-    trainer = training_worker(first)
+    (trainer,) = workers_of(first, "ray::RayTrainWorker")
     trainer.suspend()  # or the run might be complete before the second job has started
     second = job("train", config_file, "name=twice", "dataset=mri")
     refused = result(second)
@@ -158,11 +167,10 @@ def test_killed_preprocessing_workers_lose_no_slice(
     killed = []
 
     def two_are_killed() -> bool:
-        for member in psutil.Process(process.pid).children(recursive=True):
-            with contextlib.suppress(psutil.Error):
-                if "decode_part" in " ".join(member.cmdline()) and member.pid not in killed:
-                    member.kill()
-                    killed.append(member.pid)
+        for worker in workers_of(process, "decode_part"):
+            if worker.pid not in killed:
+                worker.kill()
+                killed.append(worker.pid)
         return len(killed) >= 2
 
     wait_for(two_are_killed)
@@ -172,6 +180,40 @@ def test_killed_preprocessing_workers_lose_no_slice(
     )
     assert whole.data_hash == other.data_hash
     assert whole.index().num_rows == other.index().num_rows
+    assert other.manifest["num_rejected"] == whole.manifest["num_rejected"]
+
+
+def test_preprocessing_workers_killed_for_want_of_memory_lose_no_slice(
+    tmp_path: Path, config_file: Path
+) -> None:
+    source = tmp_path / "source"
+    write_phantoms(source, num_training_per_class=60, num_testing_per_class=5, seed=5, size=64)
+    settings = [f"source={source}", "name=whole"]
+    assert result(job("preprocess", config_file, *settings))["status"] == "ok"
+    limit = get_used_memory() + 6 * 2**30
+    if limit + 2**30 > get_system_memory():
+        pytest.skip("7 GB of memory have to be free")
+    environment = {
+        **os.environ,
+        "RAY_memory_monitor_refresh_ms": "100",
+        "RAY_memory_usage_threshold": str(limit / get_system_memory()),
+    }
+    log = tmp_path / "log"
+    with log.open("w") as stream:
+        settings = [f"source={source}", "name=killed", "preprocess.files_per_task=1"]
+        process = job("preprocess", config_file, *settings, environment=environment, stderr=stream)
+    wait_for(lambda: bool(workers_of(process, "decode_part")))
+    others = []  # that take the machine's memory
+    while get_used_memory() < limit + 2**28:
+        others.append(b"\1" * 2**28)
+    wait_for(lambda: "memory" in log.read_text() or process.poll() is not None, timeout_s=120)
+    others.clear()
+    assert result(process)["status"] == "ok"
+    assert "killed due to memory pressure" in log.read_text()
+    whole, other = (
+        ImageStore.open(Folder(tmp_path / "datasets" / name)) for name in ("whole", "killed")
+    )
+    assert whole.data_hash == other.data_hash
     assert other.manifest["num_rejected"] == whole.manifest["num_rejected"]
 
 

@@ -81,6 +81,10 @@ def history(storage: Path, name: str) -> list[dict[str, float]]:
     return Folder(storage / "runs" / name).read_json_lines(layout.METRICS)
 
 
+def trials(storage: Path) -> list[str]:
+    return [path.name for path in (storage / "runs").glob("search-*")]
+
+
 def wait_for_epoch(storage: Path, name: str, epoch: int) -> None:
     deadline = time.monotonic() + 600
     while len(history(storage, name)) < epoch:
@@ -110,6 +114,26 @@ def test_four_workers_on_three_nodes_preprocess_and_train(tmp_path: Path, job: C
         assert trained["run_id"]
     assert_complete(tmp_path, "four")
     assert {row["train/num_workers"] for row in history(tmp_path, "four")} == {4.0}
+
+
+def test_a_sweep_has_trials_on_several_nodes_at_once(tmp_path: Path, job: Callable) -> None:
+    space = {"train.learning_rate": {"log_uniform": [1e-4, 1e-2]}}
+    settings = ["name=search", "dataset=mri", f"tune.space={json.dumps(space)}"]
+    settings += ["tune.num_trials=3", "tune.algorithm=random", "tune.scheduler=none"]
+    with nodes(1, 1, 1) as (head, _):
+        assert result(job(head, "preprocess", "name=mri"))["status"] == "ok"
+        process = job(head, "tune", *settings)
+        most_at_once = 0
+        while process.poll() is None:
+            epochs = [len(history(tmp_path, name)) for name in trials(tmp_path)]
+            # A trial takes the only CPU of a node.
+            most_at_once = max(most_at_once, sum(0 < epoch < 6 for epoch in epochs))
+            time.sleep(0.1)
+        assert result(process)["status"] == "ok"
+    assert most_at_once >= 2
+    assert len(trials(tmp_path)) == 3
+    for name in trials(tmp_path):
+        assert_complete(tmp_path, name)
 
 
 def test_a_node_that_goes_and_one_that_comes_change_the_number_of_workers_only(
