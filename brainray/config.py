@@ -255,6 +255,10 @@ class ObjectiveConfig(_Section):
     """Of the softmax over cosines to the prototypes: smaller is sharper."""
     ramp_epochs: Annotated[int, Field(ge=0)] = 5
     """Epochs over which the weight of pseudo-labels and assignments to prototypes rises."""
+    inherit_labels: Literal["none", "subject"] = "none"
+    """Which unlabelled slices have a pseudo-label from elsewhere than the teacher: with
+    ``subject`` those that are likely of one subject with labelled ones, most of whose label it is.
+    Of use to ``consistency`` and ``anchored``."""
 
 
 class ClusteringConfig(_Section):

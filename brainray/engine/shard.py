@@ -148,6 +148,7 @@ class RankData:
     unlabelled: SliceShard
     validation: SliceShard
     test: SliceShard
+    inherited: Tensor  # (n,) int64, of the unlabelled: class of labelled slices of their subject
 
     @property
     def fitted_keys(self) -> Tensor:

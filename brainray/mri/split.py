@@ -112,6 +112,34 @@ def draw_roles(
     return roles
 
 
+def inherited_labels(
+    subjects: Sequence[str | None], roles: Sequence[str], labels: Sequence[str | None]
+) -> list[str | None]:
+    """For each unlabelled slice what most labelled slices of its subject are called, else None.
+
+    Only labels of slices whose role is labelled are read, the validation part's are not. Where two
+    classes are equally frequent, nothing is inherited.
+
+    Args:
+        subjects: of each training slice, given or estimated; None where unknown.
+        roles: as `draw_roles` gives them.
+        labels: None where unknown or not to be read.
+    """
+    known: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for subject, role, label in zip(subjects, roles, labels, strict=True):
+        if subject is not None and role == LABELLED and label is not None:
+            known[subject][label] += 1
+    names: dict[str, str] = {}
+    for subject, counts in known.items():
+        first, *others = counts.most_common(2)
+        if not others or first[1] > others[0][1]:
+            names[subject] = first[0]
+    return [
+        names.get(subject) if subject is not None and role == UNLABELLED_ROLE else None
+        for subject, role in zip(subjects, roles, strict=True)
+    ]
+
+
 @dataclass(frozen=True)
 class _Group:
     """Slices that are drawn together."""

@@ -3,6 +3,7 @@
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+from torch import Tensor
 
 from brainray import layout
 from brainray.config import Config
@@ -14,6 +15,7 @@ from brainray.engine.shard import (
     StreamedImages,
     sample_keys,
 )
+from brainray.mri.split import inherited_labels
 from brainray.orchestration.store import ImageStore
 from brainray.schema import LABELLED, TEST, TRAIN, UNLABELLED, UNLABELLED_ROLE, VALIDATION
 from brainray.storage import Folder
@@ -43,20 +45,31 @@ def load_rank_data(
             print(f"streaming {len(sample_ids)} slices from disk: train.cache_gib is full")
         return StreamedImages(len(sample_ids), side, store.scan(sample_ids, split, side), device)
 
+    def classes_of(names: pa.ChunkedArray) -> Tensor:
+        indices = [class_index.get(name, UNLABELLED) for name in names.to_pylist()]
+        return torch.tensor(indices, dtype=torch.int64, device=device)
+
     def shard(rows: pa.Table, split: str, keys: list[int]) -> SliceShard:
-        labels = [class_index.get(name, UNLABELLED) for name in rows["label"].to_pylist()]
         return SliceShard(
             load(rows["sample_id"].to_pylist(), split),
             torch.tensor(keys, dtype=torch.int64, device=device),
-            torch.tensor(labels, dtype=torch.int64, device=device),
+            classes_of(rows["label"]),
         )
 
-    def training_shard(role: str) -> SliceShard:
+    def of_role(role: str) -> pa.Table:
         rows = seen.filter(pc.equal(seen["role"], role)).sort_by("sample_id")
-        mine = rows.take(list(range(rank, rows.num_rows, num_ranks)))
+        return rows.take(list(range(rank, rows.num_rows, num_ranks)))
+
+    def training_shard(role: str) -> SliceShard:
+        mine = of_role(role)
         return shard(mine, TRAIN, sample_keys(mine["sample_id"].to_pylist()).tolist())
 
     seen = run.read_table(layout.SEEN)
+    inherited: list[str | None] = [None] * seen.num_rows
+    if config.objective.inherit_labels == "subject":
+        columns = (seen[name].to_pylist() for name in ("subject_id", "role", "label"))
+        inherited = inherited_labels(*columns)
+    seen = seen.append_column("inherited", pa.array(inherited, pa.string()))
     test = run.read_table(layout.TEST_SLICES)
     test_rows = list(range(rank, test.num_rows, num_ranks))
     # Labelled slices are read most often, so they are the first to stay in memory.
@@ -66,4 +79,5 @@ def load_rank_data(
         # Test sets keep byte-identical copies, so the row is the key there.
         test=shard(test.take(test_rows), TEST, test_rows),
         unlabelled=training_shard(UNLABELLED_ROLE),
+        inherited=classes_of(of_role(UNLABELLED_ROLE)["inherited"]),
     )

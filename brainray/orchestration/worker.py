@@ -64,6 +64,7 @@ from brainray.orchestration.store import ImageStore
 from brainray.orchestration.train_logs import quiet_worker
 from brainray.schema import (
     FITTED,
+    UNLABELLED,
     subset_masks,
 )
 from brainray.storage import Folder
@@ -355,13 +356,17 @@ class _Trainer:
         """What the last epoch leaves for the pool's slices."""
         offset = len(self.data.labelled) if self.pool is self.data.unlabelled else 0
         rows = slice(offset, offset + len(self.pool))
-        labels = nn.functional.one_hot(self.data.labelled.labels, len(self.classes))
-        counts = dist.sum_across_ranks(labels.sum(dim=0).double())
-        pseudo = pseudo_labels(self._probabilities[rows], counts / counts.sum())
+        known = nn.functional.one_hot(self.data.labelled.labels, len(self.classes))
+        counts = dist.sum_across_ranks(known.sum(dim=0).double())
+        labels, confidences = pseudo_labels(self._probabilities[rows], counts / counts.sum())
+        if self.pool is self.data.unlabelled:
+            inherits = self.data.inherited != UNLABELLED
+            labels = torch.where(inherits, self.data.inherited, labels)
+            confidences = confidences.masked_fill(inherits, 1.0)
         return EpochTargets(
             responsibilities=self.responsibilities[rows],
-            pseudo_labels=pseudo.labels,
-            confidences=pseudo.confidences,
+            pseudo_labels=labels,
+            confidences=confidences,
             centers=self.clusters.centers,
             class_of_cluster=self.clusters.class_of_cluster,
             ramp=ramp(self.epoch, self.config.objective.ramp_epochs),

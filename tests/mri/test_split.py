@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from brainray.errors import DataError
-from brainray.mri.split import draw_roles, draw_test
+from brainray.mri.split import draw_roles, draw_test, inherited_labels
 from brainray.schema import LABELLED, LEFT_OUT, UNLABELLED_ROLE, VALIDATION
 
 
@@ -208,3 +208,24 @@ def test_draws_stay_nested_over_generations_of_single_slices() -> None:
         assert previous <= readable(drawn)
         previous = readable(drawn)
         assert abs(len(previous) - 120 * fraction) <= 16
+
+
+def test_an_unlabelled_slice_inherits_what_most_labelled_ones_of_its_subject_are_called() -> None:
+    rows = [
+        ("anna", LABELLED, "a"),
+        ("anna", LABELLED, "a"),
+        ("anna", LABELLED, "b"),
+        ("anna", UNLABELLED_ROLE, None),
+        ("ben", LABELLED, "a"),
+        ("ben", LABELLED, "b"),
+        ("ben", UNLABELLED_ROLE, None),  # as many of one as of the other
+        ("cleo", VALIDATION, "a"),
+        ("cleo", UNLABELLED_ROLE, None),  # validation labels are not for training
+        ("dora", UNLABELLED_ROLE, "a"),  # nor is its own
+        (None, LABELLED, "b"),
+        (None, UNLABELLED_ROLE, None),
+    ]
+    subjects, drawn, labels = zip(*rows, strict=True)
+    inherited = inherited_labels(subjects, drawn, labels)
+    assert inherited[3] == "a"
+    assert [label for row, label in enumerate(inherited) if row != 3] == [None] * 11

@@ -45,6 +45,7 @@ ANCHORED = (
     *WARMED_UP,
     "objective.name=anchored",
     "objective.ramp_epochs=1",
+    "objective.inherit_labels=subject",
     "clustering.anchors=labelled",
     "augment_unlabelled.policy=strong",
     "train.ema_decay=0.9",
