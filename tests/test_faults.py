@@ -15,7 +15,8 @@ from typing import TextIO
 import psutil
 import pytest
 from mlflow import MlflowClient
-from ray._private.utils import get_system_memory, get_used_memory
+from ray._common.utils import get_system_memory
+from ray._private.utils import get_used_memory
 
 from brainray.config import to_yaml
 from brainray.engine.state import load_checkpoint
