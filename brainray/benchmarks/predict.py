@@ -1,0 +1,189 @@
+"""Prediction on Ray Data against the bare model, and against what decoding and it allow."""
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+from brainray.benchmarks.result import BenchmarkResult, CaseOptions, Measure
+from brainray.config import Config, load_config
+from brainray.engine.epoch import embed
+from brainray.engine.shard import CachedImages
+from brainray.engine.slice_model import SliceModel, use_all_threads
+from brainray.mri.phantom import write_phantoms
+from brainray.orchestration.data import preprocess
+from brainray.orchestration.driver import train
+from brainray.orchestration.inference import (
+    Predictor,
+    find_predictor,
+    predicted_blocks,
+    predicted_slices,
+)
+from brainray.orchestration.job import attach_to_ray
+from brainray.orchestration.preparation import decode_to_predict, read_file
+from brainray.orchestration.source import SourceFile, list_source
+from brainray.orchestration.store import ImageStore
+from brainray.schema import TRAIN
+from brainray.storage import Folder
+
+MIN_EFFICIENCY = 0.9
+SIDE = 256  # pixels of a file
+
+_SALT = b"plain images name no subjects"
+_NUM_LOOPED = 300  # files
+_NUM_CLASSES = 4
+
+
+def run(options: CaseOptions) -> BenchmarkResult:
+    """Images per second of prediction, on decoded slices and on files, against plain loops.
+
+    Rates of Ray Data are marginal: of what the whole set takes longer than a quarter of it, so
+    that the start of Ray's processes, told apart, does not count.
+    """
+    attach_to_ray()
+    each = 300 if options.quick else 1500
+    with tempfile.TemporaryDirectory(prefix="brainray-benchmark-") as temporary:
+        storage = Path(temporary)
+        options.log(f"drawing {_NUM_CLASSES * each} phantoms of {SIDE} x {SIDE}")
+        write_phantoms(
+            storage / "source",
+            num_training_per_class=each,
+            num_testing_per_class=1,
+            seed=options.seed,
+            size=SIDE,
+        )
+        config = _config(storage, options.seed)
+        store = preprocess(config.model_copy(update={"name": "slices"}), options.log)
+        train(config.model_copy(update={"name": "model", "dataset": "slices"}), options.log)
+        config = config.model_copy(update={"run": "model"})
+        predictor = find_predictor(config, "the benchmark")
+        files = [
+            file
+            for file in list_source(Folder(storage / "source"), None, {}).files
+            if file.split == TRAIN
+        ]
+        options.log("the plain loops")
+        decode_rate = _decode_rate(files[:_NUM_LOOPED], config, predictor)
+        embed_rate, device = _embed_rate(store, predictor)
+        options.log("Ray Data on decoded slices")
+        slices_rate, _ = _marginal(partial(_predict_slices, store, config, predictor), 4 * each)
+        options.log("Ray Data on files")
+        files_rate, start_s = _marginal(partial(_predict_files, files, config, predictor), 4 * each)
+    cores = len(os.sched_getaffinity(0))
+    # On a GPU the slower of the two bounds; without one they share the cores.
+    together = 1 / (1 / (cores * decode_rate) + 1 / embed_rate)
+    limit = together if device == "cpu" else min(cores * decode_rate, embed_rate)
+    return BenchmarkResult(
+        [
+            Measure(f"bare model on {device}", embed_rate, "img/s"),
+            Measure("plain decoding, one thread", decode_rate, "img/s"),
+            Measure("prediction of decoded slices", slices_rate, "img/s"),
+            Measure(
+                "decoded slices against the bare model",
+                slices_rate / embed_rate,
+                "x",
+                at_least=MIN_EFFICIENCY,
+            ),
+            Measure("prediction of files", files_rate, "img/s"),
+            Measure(
+                f"files against what {cores} cores allow",
+                files_rate / limit,
+                "x",
+                at_least=MIN_EFFICIENCY,
+            ),
+            Measure("start of prediction", start_s, "s"),
+        ],
+        {"num_slices": 4 * each, "cores": cores, "device": device, "limit": limit},
+    )
+
+
+def _config(storage: Path, seed: int) -> Config:
+    return load_config(
+        None,
+        [
+            f"storage={storage}",
+            f"source={storage}/source",
+            f"seed={seed}",
+            f"tracking.uri=sqlite:///{storage}/mlflow.db",
+            "preprocess.subject.estimate=false",
+            "split.labelled_fraction=0.5",
+            "train.image_size=128",
+            "train.start_image_size=32",
+            "train.num_epochs=1",
+            "train.num_workers=1",
+            "evaluation.tsne_epochs=[]",
+        ],
+    )
+
+
+def _decode_rate(files: list[SourceFile], config: Config, predictor: Predictor) -> float:
+    """Files per second of one process on one thread."""
+    source = Folder(str(config.source))
+    started = time.perf_counter()
+    for asked in files:
+        decode_to_predict(
+            asked, partial(read_file, source, asked.file), predictor.preprocess, _SALT
+        )
+    return len(files) / (time.perf_counter() - started)
+
+
+def _embed_rate(store: ImageStore, predictor: Predictor) -> tuple[float, str]:
+    """Slices per second of the bare model on all threads, from memory; and its device."""
+    use_all_threads()
+    model = SliceModel(predictor.checkpoint)
+    ids = _training_ids(store)
+    side = predictor.checkpoint.config.train.image_size
+    images = CachedImages(torch.from_numpy(store.images(ids, TRAIN, side)).to(model.device))
+    bare = partial(
+        embed,
+        model.encoder,
+        scale=predictor.checkpoint.scale,
+        batch_size=predictor.checkpoint.config.train.embed_batch_size,
+        precision=model.precision,
+    )
+    bare(CachedImages(images.images[:256]))
+    started = time.perf_counter()
+    bare(images).logits.sum().item()  # on a GPU, waits for it
+    return len(ids) / (time.perf_counter() - started), model.device.type
+
+
+def _training_ids(store: ImageStore) -> list[str]:
+    index = store.index()
+    ids: list[str] = index.filter(pc.equal(index["split"], TRAIN))["sample_id"].to_pylist()
+    return ids
+
+
+def _marginal(predict: Callable[[int], int], count: int) -> tuple[float, float]:
+    """(slices per second beyond the start, seconds of the start), from a quarter and the whole."""
+    seconds, done = [], []
+    for share in (count // 4, count):
+        started = time.perf_counter()
+        done.append(predict(share))
+        seconds.append(time.perf_counter() - started)
+    rate = (done[1] - done[0]) / (seconds[1] - seconds[0])
+    return rate, seconds[1] - done[1] / rate
+
+
+def _predict_slices(store: ImageStore, config: Config, predictor: Predictor, count: int) -> int:
+    ids = _training_ids(store)[:count]
+    blocks = predicted_slices(store, ids, config, predictor)
+    return _consumed(blocks.iter_batches(batch_size=None, batch_format="pyarrow"))
+
+
+def _predict_files(
+    files: list[SourceFile], config: Config, predictor: Predictor, count: int
+) -> int:
+    # Spread over the classes, which differ in what they cost.
+    chosen = files[:: max(1, len(files) // count)][:count]
+    blocks = predicted_blocks(chosen, config, predictor)
+    return _consumed(blocks.iter_batches(batch_size=None, batch_format="pyarrow"))
+
+
+def _consumed(blocks: Iterable[pa.Table]) -> int:
+    return sum(block.num_rows for block in blocks)
