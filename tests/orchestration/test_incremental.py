@@ -161,6 +161,15 @@ def test_new_labels_need_no_decoding(source: Path, tmp_path: Path) -> None:
     assert first["label"].notna().sum() < index(again)["label"].notna().sum()
 
 
+def test_a_rejected_file_is_read_again(source: Path, tmp_path: Path) -> None:
+    folder = source / "Training" / "notumor"
+    (folder / "broken.jpg").write_bytes(b"\xff\xd8 cut")
+    assert made(tmp_path / "a", source).manifest["num_rejected"] == 1
+    shutil.copy(sorted(folder.glob("0*.jpg"))[0], folder / "one-more.jpg")
+    after = made(tmp_path / "a", source)
+    assert after.manifest["num_files_decoded"] == 2  # what was missing may be there now
+
+
 def test_a_deleted_file_leaves_the_store(source: Path, tmp_path: Path) -> None:
     before = index(opened(tmp_path / "a"))
     gone = sorted((source / "Training" / "notumor").glob("*.jpg"))[0]

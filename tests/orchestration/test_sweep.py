@@ -216,6 +216,8 @@ def test_trials_of_a_search_algorithm_are_found_too(storage: Path) -> None:
 def test_a_sweep_does_not_go_on_with_other_settings(finished: FinishedSweep, storage: Path) -> None:
     with pytest.raises(ConfigError, match=r"tune\.metric: validation/score here"):
         sweep(sweep_config(storage, "tune.metric=validation/cluster/accuracy"))
+    with pytest.raises(ConfigError, match=r"tune\.max_concurrent_trials: 0 here, 1 asked"):
+        sweep(sweep_config(storage, "tune.max_concurrent_trials=1"))
 
 
 def test_test_figures_choose_nothing() -> None:

@@ -1,6 +1,7 @@
 """Training on a real Ray cluster: DDP, resuming after a kill, and labels that must not be read."""
 
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -355,7 +356,7 @@ def test_a_warm_up_is_learned_once_and_starts_every_run_of_its_store(storage: Pa
         said[name] = "\n".join(lines)
     assert "pretext epoch 2/2" in said["first"]
     assert "trained before, reused" in said["second"]
-    (folder,) = (storage / "encoders").glob("mri-resnet18-contrastive-seed0-*")
+    folder = Path(re.findall(r"^encoder (.*): training$", said["first"], re.MULTILINE)[0])
     learned = build_encoder("resnet18", str(folder / "encoder.pt"), num_classes=4)
     for run in runs.values():
         trained = checkpoint_of(run, "last").encoder
