@@ -165,7 +165,7 @@ def test_a_rejected_file_is_read_again(source: Path, tmp_path: Path) -> None:
     folder = source / "Training" / "notumor"
     (folder / "broken.jpg").write_bytes(b"\xff\xd8 cut")
     assert made(tmp_path / "a", source).manifest["num_rejected"] == 1
-    shutil.copy(sorted(folder.glob("0*.jpg"))[0], folder / "one-more.jpg")
+    shutil.copy(sorted(folder.glob("notumor_*.jpg"))[0], folder / "one-more.jpg")
     after = made(tmp_path / "a", source)
     assert after.manifest["num_files_decoded"] == 2  # what was missing may be there now
 
