@@ -165,9 +165,9 @@ def test_a_rejected_file_is_read_again(source: Path, tmp_path: Path) -> None:
     folder = source / "Training" / "notumor"
     (folder / "broken.jpg").write_bytes(b"\xff\xd8 cut")
     assert made(tmp_path / "a", source).manifest["num_rejected"] == 1
-    shutil.copy(sorted(folder.glob("notumor_*.jpg"))[0], folder / "one-more.jpg")
+    shutil.copy(sorted(folder.glob("notumor_*.jpg"))[0], folder / "copy.jpg")
     after = made(tmp_path / "a", source)
-    assert after.manifest["num_files_decoded"] == 2  # what was missing may be there now
+    assert after.manifest["num_files_decoded"] == 1  # the copy's bytes are known
 
 
 def test_a_deleted_file_leaves_the_store(source: Path, tmp_path: Path) -> None:
