@@ -160,7 +160,8 @@ class EncoderConfig(_Section):
     """``random``, ``imagenet`` (downloaded by torchvision) or the path of a local state dict."""
     pretext: Literal["none", "rotation", "contrastive"] = "none"
     """Warm-up: what the encoder learns on all training slices, without labels, before it is trained
-    (``self_supervision``); runs on one store that differ in other settings share it."""
+    (``self_supervision``). Runs on one store share it if ``seed``, ``train.weight_decay``,
+    ``train.warmup_fraction`` and ``train.precision`` are the same too."""
     pretext_image_size: Annotated[int, Field(ge=16, le=2048)] = 64
     """Height and width of the slices in the warm-up, in pixels."""
 
@@ -257,8 +258,8 @@ class ObjectiveConfig(_Section):
     """Epochs over which the weight of pseudo-labels and assignments to prototypes rises."""
     inherit_labels: Literal["none", "subject"] = "none"
     """Which unlabelled slices have a pseudo-label from elsewhere than the teacher: with
-    ``subject`` those that are likely of one subject with labelled ones, most of whose label it is.
-    Of use to ``consistency`` and ``anchored``."""
+    ``subject`` those that are, by their looks, of one subject with labelled ones, most of whose
+    label it is. Of use to ``consistency`` and ``anchored``."""
 
 
 class ClusteringConfig(_Section):
@@ -611,6 +612,16 @@ class Config(_Section):
     registry: RegistryConfig = RegistryConfig()
     label: LabelConfig = LabelConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_earlier_versions(cls, values: Any) -> Any:
+        """Saved configs in which ``self_supervision`` was a part of ``study`` can be read."""
+        study = values.get("study") if isinstance(values, dict) else None
+        if not isinstance(study, dict) or "self_supervision" not in study:
+            return values
+        kept = {key: value for key, value in study.items() if key != "self_supervision"}
+        return {"self_supervision": study["self_supervision"]} | values | {"study": kept}
+
     @field_validator("storage", "source", "labels", "checkpoint")
     @classmethod
     def _no_secret(cls, value: str | None) -> str | None:
@@ -650,6 +661,21 @@ class Config(_Section):
             raise ValueError(
                 f"train.image_size ({self.train.image_size}) exceeds preprocess.image_size "
                 f"({self.preprocess.image_size}): lower the first or raise the second"
+            )
+        side = self.encoder.pretext_image_size
+        if self.encoder.pretext != "none" and side > self.preprocess.image_size:
+            raise ValueError(
+                f"encoder.pretext_image_size ({side}) exceeds preprocess.image_size "
+                f"({self.preprocess.image_size}): lower the first or raise the second"
+            )
+        if self.objective.inherit_labels != "none" and self.objective.name in (
+            "joint",
+            "prototype",
+        ):
+            raise ValueError(
+                f"objective.inherit_labels={self.objective.inherit_labels} is of no use to "
+                f"objective.name={self.objective.name}, which has no pseudo-labels: take "
+                "consistency or anchored, or leave it out"
             )
         return self
 

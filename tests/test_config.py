@@ -128,3 +128,16 @@ def test_flatten_gives_every_set_value_its_dotted_key() -> None:
     assert flat["evaluation.tsne_epochs"] == "1,5,10,15,20"
     assert "name" not in flat
     assert set(flat) <= {*known_keys(), "classes.map.a"}
+
+
+def test_a_config_of_an_earlier_version_can_be_read() -> None:
+    saved = {"study": {"self_supervision": {"num_epochs": 7}, "depth": 3}}
+    config = parse_config(saved)
+    assert config.self_supervision.num_epochs == 7
+    assert config.study.depth == 3
+    assert saved["study"]["depth"] == 3  # left as it was
+
+
+def test_labels_are_not_inherited_by_an_objective_without_pseudo_labels() -> None:
+    with pytest.raises(ConfigError, match=r"of no use to objective\.name=joint"):
+        load_config(None, ["objective.inherit_labels=subject"])

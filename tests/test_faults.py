@@ -28,6 +28,7 @@ from tests.conftest import tiny_config
 pytestmark = pytest.mark.faults
 
 PROJECT = Path(__file__).parents[1]
+_OF_RAY = "killed due to memory pressure"
 SLOW = ["train.num_epochs=6", "train.batch_size_per_worker=2"]
 
 
@@ -188,7 +189,7 @@ def test_preprocessing_workers_killed_for_want_of_memory_lose_no_slice(
     tmp_path: Path, config_file: Path
 ) -> None:
     source = tmp_path / "source"
-    write_phantoms(source, num_training_per_class=60, num_testing_per_class=5, seed=5, size=64)
+    write_phantoms(source, num_training_per_class=100, num_testing_per_class=10, seed=5, size=64)
     settings = [f"source={source}", "name=whole"]
     assert result(job("preprocess", config_file, *settings))["status"] == "ok"
     limit = get_used_memory() + 6 * 2**30
@@ -207,10 +208,10 @@ def test_preprocessing_workers_killed_for_want_of_memory_lose_no_slice(
     others = []  # that take the machine's memory
     while get_used_memory() < limit + 2**28:
         others.append(b"\1" * 2**28)
-    wait_for(lambda: "memory" in log.read_text() or process.poll() is not None, timeout_s=120)
+    wait_for(lambda: _OF_RAY in log.read_text() or process.poll() is not None, timeout_s=120)
     others.clear()
     assert result(process)["status"] == "ok"
-    assert "killed due to memory pressure" in log.read_text()
+    assert _OF_RAY in log.read_text()
     whole, other = (
         ImageStore.open(Folder(tmp_path / "datasets" / name)) for name in ("whole", "killed")
     )

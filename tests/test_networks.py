@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 
 from brainray import layout
 from brainray.config import to_yaml
@@ -176,6 +177,12 @@ def test_machines_that_share_the_storage_path_alone_run_the_whole_pipeline_and_a
         assert searched["status"] == "ok", searched
     history = Folder(tmp_path / "runs" / "mri").read_json_lines(layout.METRICS)
     assert [row["train/num_workers"] for row in history] == [4.0, 4.0]
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    experiments = [found.experiment_id for found in client.search_experiments()]
+    told = {run.info.run_name: run.info.status for run in client.search_runs(experiments)}
+    assert told["mri"] == "FINISHED"
+    assert sum(name.startswith("search-") for name in told) == 2
+    assert set(told.values()) == {"FINISHED"}
     trials = list((tmp_path / "runs").glob("search-*/summary.json"))
     assert len(trials) == 2
     assert not list(machines.private.rglob("*"))  # each machine has written to its own

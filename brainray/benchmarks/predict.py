@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
+from brainray.benchmarks.preprocess import one_thread
 from brainray.benchmarks.result import BenchmarkResult, CaseOptions, Measure
 from brainray.config import Config, load_config
 from brainray.engine.epoch import embed
@@ -51,30 +52,33 @@ def run(options: CaseOptions) -> BenchmarkResult:
     with tempfile.TemporaryDirectory(prefix="brainray-benchmark-") as temporary:
         storage = Path(temporary)
         options.log(f"drawing {_NUM_CLASSES * each} phantoms of {SIDE} x {SIDE}")
-        write_phantoms(
-            storage / "source",
-            num_training_per_class=each,
-            num_testing_per_class=1,
-            seed=options.seed,
-            size=SIDE,
-        )
         config = _config(storage, options.seed)
-        store = preprocess(config.model_copy(update={"name": "slices"}), options.log)
+        quarter, store = (
+            _store(config, storage / name, num_slices, options)
+            for name, num_slices in (("quarter", each // 4), ("slices", each))
+        )
         train(config.model_copy(update={"name": "model", "dataset": "slices"}), options.log)
         config = config.model_copy(update={"run": "model"})
         predictor = find_predictor(config, "the benchmark")
         files = [
             file
-            for file in list_source(Folder(storage / "source"), None, {}).files
+            for file in list_source(Folder(storage / "slices"), None, {}).files
             if file.split == TRAIN
         ]
         options.log("the plain loops")
-        decode_rate = _decode_rate(files[:_NUM_LOOPED], config, predictor)
+        config = config.model_copy(update={"source": str(storage / "slices")})
+        decode_rate = _decode_rate(_spread(files, _NUM_LOOPED), config, predictor)
         embed_rate, device = _embed_rate(store, predictor)
         options.log("Ray Data on decoded slices")
-        slices_rate, _ = _marginal(partial(_predict_slices, store, config, predictor), 4 * each)
+        slices_rate, _ = _marginal(
+            partial(_predict_slices, quarter, config, predictor),
+            partial(_predict_slices, store, config, predictor),
+        )
         options.log("Ray Data on files")
-        files_rate, start_s = _marginal(partial(_predict_files, files, config, predictor), 4 * each)
+        files_rate, start_s = _marginal(
+            partial(_predict_files, _spread(files, each), config, predictor),
+            partial(_predict_files, files, config, predictor),
+        )
     cores = len(os.sched_getaffinity(0))
     # On a GPU the slower of the two bounds; without one they share the cores.
     together = 1 / (1 / (cores * decode_rate) + 1 / embed_rate)
@@ -108,7 +112,6 @@ def _config(storage: Path, seed: int) -> Config:
         None,
         [
             f"storage={storage}",
-            f"source={storage}/source",
             f"seed={seed}",
             f"tracking.uri=sqlite:///{storage}/mlflow.db",
             "preprocess.subject.estimate=false",
@@ -122,15 +125,34 @@ def _config(storage: Path, seed: int) -> Config:
     )
 
 
+def _store(config: Config, source: Path, each: int, options: CaseOptions) -> ImageStore:
+    """Of so many phantoms of each class."""
+    write_phantoms(
+        source,
+        num_training_per_class=each,
+        num_testing_per_class=1,
+        seed=options.seed,
+        size=SIDE,
+    )
+    named = {"name": source.name, "source": str(source)}
+    return preprocess(config.model_copy(update=named), options.log)
+
+
+def _spread(files: list[SourceFile], count: int) -> list[SourceFile]:
+    """So many of them, of all classes, which differ in what they cost."""
+    return files[:: max(1, len(files) // count)][:count]
+
+
 def _decode_rate(files: list[SourceFile], config: Config, predictor: Predictor) -> float:
     """Files per second of one process on one thread."""
     source = Folder(str(config.source))
-    started = time.perf_counter()
-    for asked in files:
-        decode_to_predict(
-            asked, partial(read_file, source, asked.file), predictor.preprocess, _SALT
-        )
-    return len(files) / (time.perf_counter() - started)
+    with one_thread():
+        started = time.perf_counter()
+        for asked in files:
+            decode_to_predict(
+                asked, partial(read_file, source, asked.file), predictor.preprocess, _SALT
+            )
+        return len(files) / (time.perf_counter() - started)
 
 
 def _embed_rate(store: ImageStore, predictor: Predictor) -> tuple[float, str]:
@@ -159,29 +181,24 @@ def _training_ids(store: ImageStore) -> list[str]:
     return ids
 
 
-def _marginal(predict: Callable[[int], int], count: int) -> tuple[float, float]:
-    """(slices per second beyond the start, seconds of the start), from a quarter and the whole."""
+def _marginal(some: Callable[[], int], all_of_them: Callable[[], int]) -> tuple[float, float]:
+    """(slices per second beyond the start, seconds of the start), from a part and the whole."""
     seconds, done = [], []
-    for share in (count // 4, count):
+    for predict in (some, all_of_them):
         started = time.perf_counter()
-        done.append(predict(share))
+        done.append(predict())
         seconds.append(time.perf_counter() - started)
     rate = (done[1] - done[0]) / (seconds[1] - seconds[0])
     return rate, seconds[1] - done[1] / rate
 
 
-def _predict_slices(store: ImageStore, config: Config, predictor: Predictor, count: int) -> int:
-    ids = _training_ids(store)[:count]
-    blocks = predicted_slices(store, ids, config, predictor)
+def _predict_slices(store: ImageStore, config: Config, predictor: Predictor) -> int:
+    blocks = predicted_slices(store, _training_ids(store), config, predictor)
     return _consumed(blocks.iter_batches(batch_size=None, batch_format="pyarrow"))
 
 
-def _predict_files(
-    files: list[SourceFile], config: Config, predictor: Predictor, count: int
-) -> int:
-    # Spread over the classes, which differ in what they cost.
-    chosen = files[:: max(1, len(files) // count)][:count]
-    blocks = predicted_blocks(chosen, config, predictor)
+def _predict_files(files: list[SourceFile], config: Config, predictor: Predictor) -> int:
+    blocks = predicted_blocks(files, config, predictor)
     return _consumed(blocks.iter_batches(batch_size=None, batch_format="pyarrow"))
 
 

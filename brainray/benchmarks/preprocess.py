@@ -133,7 +133,7 @@ def _plain_loop(files: list[Path], out: Path) -> float:
     """Images per second of one process on one thread: read, preprocess and write."""
     config = _settings(files[0].parent, out).preprocess
     source, target = Folder(files[0].parent), Folder(out)
-    with _one_thread():
+    with one_thread():
         started = time.perf_counter()
         for start in range(0, len(files), _ROWS_PER_PART):
             rows: list[dict[str, Any]] = []
@@ -159,7 +159,7 @@ def _profile(files: list[Path], out: Path) -> dict[str, float]:
         return result
 
     rows = []
-    with _one_thread():
+    with one_thread():
         for path in files:
             content = timed("read", path.read_bytes)
             timed("hash", content_hash, content)
@@ -178,7 +178,7 @@ def _strip_against_opencv(files: list[Path]) -> tuple[float, float]:
     """(times faster, least IoU) of our ``otsu`` strip against the straightforward one."""
     options = decode_options(_settings(files[0].parent, files[0].parent).preprocess, _SALT)
     ours, theirs, overlaps = [], [], []
-    with _one_thread():
+    with one_thread():
         for path in files:
             image = decode_file(path.read_bytes(), options)[0].image
             otsu_mask(image)
@@ -240,7 +240,7 @@ def _proportional_bytes(pid: int | None) -> int:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     before = cv2.getNumThreads()
     cv2.setNumThreads(1)
     try:

@@ -1,6 +1,6 @@
 """Training from the driver's side: begin or resume the run, fit, follow, report."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from torch import Tensor
 
 from brainray import errors, layout
 from brainray.config import Config
@@ -143,7 +144,7 @@ def fit(training: Training, log: Log, callbacks: Sequence[Any] = ()) -> None:
             "config": config.without_secrets().model_dump(mode="json"),
             "run": str(run.folder),
             "store": str(training.store.folder),
-            "start": ray.put(warm_up(config, training.store, log)),
+            "start": ray.put(_start(training, log)),
         },
         torch_config=TorchConfig(timeout_s=config.train.collective_timeout_s),
         scaling_config=scaling(
@@ -168,6 +169,12 @@ def fit(training: Training, log: Log, callbacks: Sequence[Any] = ()) -> None:
     if problem:
         error_class = getattr(errors, problem["error"], BrainrayError)
         raise error_class(problem["message"])
+
+
+def _start(training: Training, log: Log) -> str | Mapping[str, Tensor]:
+    """What the encoder is before the first epoch; later, its checkpoint takes the place of it."""
+    has_epochs = bool(training.run.folder.read_json_lines(layout.METRICS))
+    return "random" if has_epochs else warm_up(training.config, training.store, log)
 
 
 def complete_run(training: Training) -> None:

@@ -4,10 +4,13 @@ No label is read anywhere here. What it leaves, ``encoder.pt``, is read by ``enc
 too, so that it is also a warm-up of the semi-supervised training.
 """
 
+import hashlib
 import io
+import math
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +44,7 @@ from brainray.engine.self_supervised import (
     pretext_epoch,
 )
 from brainray.engine.shard import CachedImages, Images, sample_keys
-from brainray.errors import BrainrayError
+from brainray.errors import BrainrayError, DivergenceError
 from brainray.models.features import build_feature_encoder
 from brainray.models.pretext import PretextModel
 from brainray.orchestration.features import (
@@ -50,7 +53,7 @@ from brainray.orchestration.features import (
     read_weights,
     weights_from,
 )
-from brainray.orchestration.lock import held
+from brainray.orchestration.lock import held, is_held
 from brainray.orchestration.progress import PretrainingFollower
 from brainray.orchestration.resources import WorkerResources, alive_nodes, plan_workers
 from brainray.orchestration.store import ImageStore
@@ -60,6 +63,7 @@ from brainray.schema import TRAIN
 from brainray.storage import Folder
 
 _STATE = "state.pt"
+_POLL_S = 2.0
 _OF_ROUNDS = {"max_rounds", "round_epochs", "round_learning_rate", "tolerance", "patience"}
 
 Log = Callable[[str], None]
@@ -129,19 +133,31 @@ def pretrain(
         alone = feature.model_copy(update={"lambda_cluster": 0.0})
         before = pretrain(config, store, alone, weights, dataset=dataset, seed=seed, log=log)
         weights, head = weights_from(before, layout.ENCODER), _read_head(before)
-    workers = plan_workers(config.train.model_copy(update={"min_workers": 0}), alive_nodes())
-    made_by = _made_by(config, store, feature, weights, seed, workers.num_workers)
+    made_by = _made_by(config, store, feature, weights, seed)
     kind = feature.pretext + ("-refined" if feature.lambda_cluster > 0 else "")
     name = f"{dataset}-{feature.encoder}-{kind}-seed{seed}-{content_key(made_by)}"
     target = Folder(config.storage) / layout.ENCODERS / name
+    _wait_while_another_trains(Folder(config.storage), name, log)
     if target.exists(layout.ENCODER):
         log(f"encoder {target}: trained before, reused")
         return target
     with held(Folder(config.storage), layout.ENCODERS, name, log):
         log(f"encoder {target}: training")
-        target.write_json(layout.MANIFEST, made_by)
+        workers = plan_workers(config.train, alive_nodes())
+        if workers.min_workers:  # what there is room for is enough
+            num_workers = min(workers.num_workers, workers.room)
+            workers = replace(workers, num_workers=num_workers, min_workers=0)
+        target.write_json(layout.MANIFEST, made_by | {"num_workers": workers.num_workers})
         _train(config, store, feature, weights, head, seed, workers, target, log)
     return target
+
+
+def _wait_while_another_trains(storage: Folder, name: str, log: Log) -> None:
+    """Jobs that begin together share an encoder too."""
+    if is_held(storage, layout.ENCODERS, name):
+        log(f"encoder {name}: another job is training it, waiting")
+    while is_held(storage, layout.ENCODERS, name):
+        time.sleep(_POLL_S)
 
 
 def _train(
@@ -196,9 +212,8 @@ def _made_by(
     feature: FeatureConfig,
     weights: Weights,
     seed: int,
-    num_workers: int,
 ) -> dict[str, Any]:
-    """All that the trained weights depend on."""
+    """What tells the trained weights from others, but for the number of workers."""
     train = config.train.model_dump(mode="json", include={"weight_decay", "warmup_fraction"})
     is_refined = feature.lambda_cluster > 0
     unused = {"num_epochs"} if is_refined else _OF_ROUNDS
@@ -208,7 +223,7 @@ def _made_by(
         "feature": feature.model_dump(mode="json", exclude={"weights"}),
         "weights": weights.identity,
         "self_supervision": config.self_supervision.model_dump(mode="json", exclude=unused),
-        "train": train | {"precision": config.train.precision, "num_workers": num_workers},
+        "train": train | {"precision": config.train.precision},
         "seed": seed,
     }
     if is_refined:
@@ -312,6 +327,7 @@ class _Learner:
                 seed=seed_of(self.seed, epoch, dist.rank()),
                 precision=self.precision,
             )
+            self._check_finite(losses)
             self._share_batch_statistics()
             self._save(losses, started, optimizer)
 
@@ -380,8 +396,18 @@ class _Learner:
                 lambda_cluster=self.feature.lambda_cluster,
                 soft=soft,
             )
+        self._check_finite(losses)
         self._share_batch_statistics()
         return losses
+
+    def _check_finite(self, losses: dict[str, float]) -> None:
+        """Of all ranks' steps, so that all stop: what is saved would be reused by every run."""
+        if not math.isfinite(losses["total"]):
+            raise DivergenceError(
+                f"learning without labels, epoch {len(self.history) + 1}: the loss is NaN or "
+                "infinite: lower self_supervision.learning_rate (or round_learning_rate), or set "
+                "train.precision=fp32"
+            )
 
     def _optimizer(self, learning_rate: float, steps: int) -> tuple[Optimizer, LRScheduler]:
         train = self.config.train.model_copy(update={"learning_rate": learning_rate})
@@ -406,7 +432,7 @@ class _Learner:
         clusters = dist.gather_rows(responsibilities.argmax(dim=1)).cpu()
         with failing_together(self.device):
             if dist.rank() == 0:
-                # Slices lie on the ranks in turn; sorted by key, they have one order everywhere.
+                # Slices lie on the ranks by group; sorted by key, they have one order everywhere.
                 order = torch.argsort(keys)
                 table = pa.table({"key": keys[order].numpy(), "cluster": clusters[order].numpy()})
                 (self.folder / layout.ROUNDS).write_table(f"round-{number:03d}.parquet", table)
@@ -486,11 +512,17 @@ def _saved_state() -> dict[str, Any] | None:
 
 
 def _rows_of_store(store: ImageStore) -> pa.Table:
-    """The training slices without labels, those of one (likely) subject in a row."""
+    """The training slices without labels, those of one (likely) subject in a row.
+
+    A group's name tells of its size (it is the smallest sample_id); by a hash of it, every rank
+    gets large and small ones.
+    """
     index = store.index()
-    rows = index.filter(pc.equal(index["split"], TRAIN))
-    rows = rows.sort_by([("split_group_id", "ascending"), ("sample_id", "ascending")])
-    return rows.select(["sample_id", "split_group_id"])
+    rows = index.filter(pc.equal(index["split"], TRAIN)).select(["sample_id", "split_group_id"])
+    groups = rows["split_group_id"].to_pylist()
+    order = pa.array([hashlib.sha256(group.encode()).hexdigest() for group in groups], pa.string())
+    rows = rows.append_column("order", order)
+    return rows.sort_by([("order", "ascending"), ("sample_id", "ascending")])
 
 
 def _load_slices(

@@ -17,7 +17,15 @@ from brainray.engine.shard import (
 )
 from brainray.mri.split import inherited_labels
 from brainray.orchestration.store import ImageStore
-from brainray.schema import LABELLED, TEST, TRAIN, UNLABELLED, UNLABELLED_ROLE, VALIDATION
+from brainray.schema import (
+    ESTIMATED,
+    LABELLED,
+    TEST,
+    TRAIN,
+    UNLABELLED,
+    UNLABELLED_ROLE,
+    VALIDATION,
+)
 from brainray.storage import Folder
 
 
@@ -67,8 +75,14 @@ def load_rank_data(
     seen = run.read_table(layout.SEEN)
     inherited: list[str | None] = [None] * seen.num_rows
     if config.objective.inherit_labels == "subject":
-        columns = (seen[name].to_pylist() for name in ("subject_id", "role", "label"))
-        inherited = inherited_labels(*columns)
+        # Subjects that are named are drawn as a whole: who labelled some of their slices only
+        # has left the others out.
+        guessed = pc.equal(seen["subject_source"], ESTIMATED)
+        subjects = pc.if_else(guessed, seen["subject_id"], None).to_pylist()
+        inherited = inherited_labels(subjects, seen["role"].to_pylist(), seen["label"].to_pylist())
+        if rank == 0:
+            count = sum(label is not None for label in inherited)
+            print(f"{count} unlabelled slices inherit a label of their likely subject", flush=True)
     seen = seen.append_column("inherited", pa.array(inherited, pa.string()))
     test = run.read_table(layout.TEST_SLICES)
     test_rows = list(range(rank, test.num_rows, num_ranks))

@@ -12,7 +12,7 @@ from brainray.engine.recluster import check_num_clusters
 from brainray.errors import ClusteringError, ConfigError, DataError
 from brainray.mri.leakage import Fingerprints, exposure
 from brainray.mri.split import draw_roles
-from brainray.orchestration.store import ImageStore, differing_settings
+from brainray.orchestration.store import ImageStore, differing_settings, with_defaults
 from brainray.schema import LABELLED, SEEN, TEST, TRAIN, UNLABELLED_ROLE, VALIDATION
 from brainray.storage import Folder
 
@@ -105,7 +105,8 @@ def begin_run(config: Config, store: ImageStore, num_workers: int) -> tuple[Run,
     settings = _settings(config)
     if folder.exists(layout.RUN):
         info = read_run_info(folder)
-        difference = differing_settings(info["settings"], settings)
+        begun_with = with_defaults(info["settings"], _settings(Config()))
+        difference = differing_settings(begun_with, settings)
         if difference:
             raise ConfigError(
                 f"run {config.name!r} exists with other settings ({difference}): "

@@ -162,6 +162,16 @@ def settings_of(
     return {"preprocess": images, "split": parts, "classes_map": dict(class_map)}
 
 
+def with_defaults(stored: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """Settings that an earlier version kept, with those that have come since, as they were."""
+    return defaults | {
+        key: with_defaults(value, defaults[key])
+        if isinstance(value, dict) and isinstance(defaults.get(key), dict)
+        else value
+        for key, value in stored.items()
+    }
+
+
 def differing_settings(stored: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> str:
     """``preprocess.skull_strip: otsu here, none asked; ...`` for what differs; else empty."""
     problems = []

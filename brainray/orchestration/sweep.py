@@ -23,7 +23,7 @@ from brainray.orchestration.pretraining import warm_up
 from brainray.orchestration.progress import POLL_S, Watcher, time_left
 from brainray.orchestration.publish import Tracking, begin_tracking, open_tracking, send_run
 from brainray.orchestration.resources import WorkerResources
-from brainray.orchestration.store import ImageStore, differing_settings
+from brainray.orchestration.store import ImageStore, differing_settings, with_defaults
 from brainray.orchestration.trials import (
     Trial,
     check_space,
@@ -120,6 +120,8 @@ def _begin(config: Config, store: ImageStore, folder: Folder, log: Log) -> None:
     settings = config.model_dump(mode="json", exclude={"storage", "tracking", "registry", "study"})
     settings["data_hash"] = store.data_hash
     del settings["preprocess"]  # the store's, which its hash stands for
+    if config.encoder.pretext == "none":
+        del settings["self_supervision"]
     if not folder.exists(_SETTINGS):
         folder.write_json(_SETTINGS, settings)
         log(f"sweep {folder}: new, {config.tune.num_trials} trials")
@@ -128,6 +130,8 @@ def _begin(config: Config, store: ImageStore, folder: Folder, log: Log) -> None:
     begun_with.pop("preprocess", None)  # kept by earlier versions, which left out what follows
     for key in ("max_concurrent_trials", "time_budget_min"):  # Tune goes on with its first ones
         begun_with["tune"].setdefault(key, settings["tune"][key])
+    for key in ("encoder", "objective"):
+        begun_with[key] = with_defaults(begun_with[key], Config().model_dump(mode="json")[key])
     difference = differing_settings(begun_with, settings)
     if difference:
         raise ConfigError(

@@ -37,7 +37,6 @@ _OF_WARM_UP = (
     "train.weight_decay",
     "train.warmup_fraction",
     "train.precision",
-    "train.num_workers",
 )
 """What a warm-up depends on: trials share one."""
 
@@ -133,10 +132,11 @@ def check_space(config: Config) -> None:
                 f"tune.space cannot vary {key}: trials share the store, the labels and the way "
                 "they are scored, else their figures would not compare"
             )
-        if config.encoder.pretext != "none" and key.startswith(_OF_WARM_UP):
+        warms_up = config.encoder.pretext != "none"
+        if key.startswith("encoder.pretext") or (warms_up and key.startswith(_OF_WARM_UP)):
             raise ConfigError(
-                f"tune.space cannot vary {key}: trials share the warm-up (encoder.pretext="
-                f"{config.encoder.pretext}), which depends on it"
+                f"tune.space cannot vary {key}: trials share the warm-up without labels "
+                "(encoder.pretext), which depends on it"
             )
         if len(entry) != 1:
             raise ConfigError(

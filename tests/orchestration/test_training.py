@@ -313,7 +313,7 @@ def test_a_checkpoint_without_its_run_has_no_clean_figures(
         (["dataset=absent"], DataError, "no image store at"),
         (["encoder.weights=/absent.pt"], ConfigError, "no such file"),
         (["train.image_size=48"], ConfigError, "exceeds"),
-        (["encoder.pretext=rotation"], ConfigError, r"pretext_image_size=64 exceeds"),
+        (["encoder.pretext=rotation"], ConfigError, r"pretext_image_size \(64\) exceeds"),
         (["preprocess.skull_strip=none"], ConfigError, "skull_strip: otsu here, none asked"),
     ],
 )
