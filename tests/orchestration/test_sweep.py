@@ -268,6 +268,7 @@ def test_a_space_that_makes_no_sense_is_refused(
 def test_trials_share_the_warm_up(tmp_path: Path) -> None:
     space = {"self_supervision.temperature": {"choice": [0.1, 0.2]}}
     settings = [f"tune.space={json.dumps(space)}", "encoder.pretext=contrastive"]
+    settings += ["encoder.pretext_image_size=16"]
     with pytest.raises(
         ConfigError, match=r"cannot vary self_supervision\.temperature: trials share"
     ):
