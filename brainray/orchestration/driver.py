@@ -24,7 +24,7 @@ from brainray.orchestration.publish import begin_tracking, send_run
 from brainray.orchestration.reporting import about_software, check_compared_runs, write_run_page
 from brainray.orchestration.resources import WorkerResources, alive_nodes, plan_workers
 from brainray.orchestration.run import Run, begin_run, name_of_run
-from brainray.orchestration.store import ImageStore, differing_settings
+from brainray.orchestration.store import ImageStore, differing_settings, with_defaults
 from brainray.orchestration.train_logs import OF_RAY_TRAIN, print_once
 from brainray.orchestration.worker import best_epoch, train_worker
 from brainray.report.run_figures import draw_run_figures
@@ -211,7 +211,8 @@ def _check_store_fits(config: Config, store: ImageStore) -> None:
     """Refuse a store that was made otherwise than the config says; what it leaves out is free."""
     asked = config.preprocess.model_dump(mode="json", exclude_unset=True)
     made = store.preprocess.model_dump(mode="json", include=set(asked) - {"files_per_task"})
-    difference = differing_settings(made, {key: asked[key] for key in made}, "preprocess.")
+    wanted = with_defaults({key: asked[key] for key in made}, made)  # also within its sections
+    difference = differing_settings(made, wanted, "preprocess.")
     if difference:
         raise ConfigError(
             f"the image store {store.folder} was made with other settings ({difference}): "

@@ -315,6 +315,11 @@ def test_a_checkpoint_without_its_run_has_no_clean_figures(
         (["train.image_size=48"], ConfigError, "exceeds"),
         (["encoder.pretext=rotation"], ConfigError, r"pretext_image_size \(64\) exceeds"),
         (["preprocess.skull_strip=none"], ConfigError, "skull_strip: otsu here, none asked"),
+        (
+            ["preprocess.subject.estimate=false"],
+            ConfigError,
+            r"\(preprocess\.subject\.estimate: True here, False asked\)",
+        ),
     ],
 )
 def test_what_cannot_train_is_refused_before_anything_is_left(
