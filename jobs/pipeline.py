@@ -58,6 +58,7 @@ if __name__ == "__main__":
                 "preprocess",
                 "split",
                 "encoder",
+                "self_supervision",
                 "augment",
                 "augment_unlabelled",
                 "objective",

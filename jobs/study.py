@@ -12,7 +12,7 @@ def work(config: Config) -> JobResult:
     log(finished.text)
     log(f"tables and figures: {finished.folder}")
     log(f"compare studies: mlflow ui --backend-store-uri {finished.tracking_uri}")
-    return JobResult(str(finished.folder), finished.mlflow_run_id, finished.metrics)
+    return JobResult(str(finished.folder), finished.mlflow_run_id, finished.headline)
 
 
 if __name__ == "__main__":
@@ -43,6 +43,7 @@ if __name__ == "__main__":
                 "split",
                 "clustering",
                 "study",
+                "self_supervision",
                 "train",
                 "evaluation.tsne_max_slices",
                 "tracking",

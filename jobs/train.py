@@ -46,6 +46,7 @@ if __name__ == "__main__":
                 "seed",
                 "split",
                 "encoder",
+                "self_supervision",
                 "augment",
                 "augment_unlabelled",
                 "objective",

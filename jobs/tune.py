@@ -37,6 +37,7 @@ if __name__ == "__main__":
                 "registry",
                 "split",
                 "encoder",
+                "self_supervision",
                 "augment",
                 "augment_unlabelled",
                 "objective",

@@ -14,7 +14,7 @@ import pytest
 import ray
 import ray.data
 
-from brainray.config import Config, load_config
+from brainray.config import Config, known_keys, load_config
 from brainray.errors import ConfigError, DataError
 from brainray.orchestration.job import JobResult, resolve_paths, run_command, run_job
 
@@ -58,6 +58,19 @@ def test_help_explains_the_jobs_settings(
     assert f"python jobs/{name}.py" in text
     assert "storage" in text
     assert "[~/brainray]" in text
+
+
+def test_every_setting_is_explained_by_some_job(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = ""
+    for name in JOBS:
+        monkeypatch.setattr(sys, "argv", [f"jobs/{name}.py", "--help"])
+        with pytest.raises(SystemExit):
+            runpy.run_path(str(PROJECT / "jobs" / f"{name}.py"), run_name="__main__")
+        told += capsys.readouterr().out
+    explained = {line.split()[0] for line in told.splitlines() if line.strip()}
+    assert not [key for key in known_keys() if key not in explained]
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -60,17 +60,38 @@ class Claim:
         return _born(self.pid) == self.born
 
 
+class _Refused(ConfigError):
+    """Another job that is alive holds the lock."""
+
+
 @contextmanager
 def held(
-    storage: Folder, kind: str, name: str, log: Log, pace: Pace | None = None
+    storage: Folder,
+    kind: str,
+    name: str,
+    log: Log,
+    pace: Pace | None = None,
+    *,
+    in_turn: bool = False,
 ) -> Iterator[None]:
     """Hold the lock of ``storage/kind/name`` for the time of the block.
 
+    Args:
+        storage: where jobs meet.
+        kind: what is locked, such as runs.
+        name: of it.
+        log: told of a holder that has ended, or is waited for.
+        pace: of the lock's heartbeat.
+        in_turn: wait for the end of another job that holds it.
+
     Raises:
-        ConfigError: another job that is alive holds it.
+        ConfigError: another job that is alive holds it, and it is not waited for.
     """
     lock = _Lock(storage / layout.LOCKS, kind, name, pace or Pace())
-    lock.acquire(log)
+    if in_turn:
+        lock.acquire_in_turn(log)
+    else:
+        lock.acquire(log)
     try:
         yield
     finally:
@@ -102,6 +123,24 @@ class _Lock:
             self._write(self._mine)
             self._confirm()
         self._thread.start()
+
+    def acquire_in_turn(self, log: Log) -> None:
+        """Once nobody alive holds it; what is said while waiting is said once."""
+        said: set[str] = set()
+
+        def say_once(text: str) -> None:
+            if text not in said:
+                said.add(text)
+                log(text)
+
+        while True:
+            try:
+                self.acquire(say_once)
+            except _Refused as refusal:
+                say_once(f"{str(refusal).partition(':')[0]}: waiting for its end")
+                time.sleep(self._pace.beat_s)
+            else:
+                return
 
     def release(self) -> None:
         self._ended.set()
@@ -153,9 +192,9 @@ class _Lock:
             if (now.owner, now.beat) != (first.owner, first.beat):
                 raise self._refusal(now)
 
-    def _refusal(self, holder: Claim | None) -> ConfigError:
+    def _refusal(self, holder: Claim | None) -> _Refused:
         by = "" if holder is None else f" (process {holder.pid} of {holder.host})"
-        return ConfigError(
+        return _Refused(
             f"another job{by} is at work on {self._what}: wait for its end, or choose another name"
         )
 

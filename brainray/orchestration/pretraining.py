@@ -53,7 +53,7 @@ from brainray.orchestration.features import (
     read_weights,
     weights_from,
 )
-from brainray.orchestration.lock import held, is_held
+from brainray.orchestration.lock import held
 from brainray.orchestration.progress import PretrainingFollower
 from brainray.orchestration.resources import WorkerResources, alive_nodes, plan_workers
 from brainray.orchestration.store import ImageStore
@@ -63,7 +63,6 @@ from brainray.schema import TRAIN
 from brainray.storage import Folder
 
 _STATE = "state.pt"
-_POLL_S = 2.0
 _OF_ROUNDS = {"max_rounds", "round_epochs", "round_learning_rate", "tolerance", "patience"}
 
 Log = Callable[[str], None]
@@ -137,27 +136,20 @@ def pretrain(
     kind = feature.pretext + ("-refined" if feature.lambda_cluster > 0 else "")
     name = f"{dataset}-{feature.encoder}-{kind}-seed{seed}-{content_key(made_by)}"
     target = Folder(config.storage) / layout.ENCODERS / name
-    _wait_while_another_trains(Folder(config.storage), name, log)
-    if target.exists(layout.ENCODER):
-        log(f"encoder {target}: trained before, reused")
-        return target
-    with held(Folder(config.storage), layout.ENCODERS, name, log):
-        log(f"encoder {target}: training")
-        workers = plan_workers(config.train, alive_nodes())
-        if workers.min_workers:  # what there is room for is enough
-            num_workers = min(workers.num_workers, workers.room)
-            workers = replace(workers, num_workers=num_workers, min_workers=0)
-        target.write_json(layout.MANIFEST, made_by | {"num_workers": workers.num_workers})
-        _train(config, store, feature, weights, head, seed, workers, target, log)
+    if not target.exists(layout.ENCODER):
+        # Jobs that begin together share it too: the later ones wait, and find it.
+        with held(Folder(config.storage), layout.ENCODERS, name, log, in_turn=True):
+            if not target.exists(layout.ENCODER):
+                log(f"encoder {target}: training")
+                workers = plan_workers(config.train, alive_nodes())
+                if workers.min_workers:  # what there is room for is enough
+                    num_workers = min(workers.num_workers, workers.room)
+                    workers = replace(workers, num_workers=num_workers, min_workers=0)
+                target.write_json(layout.MANIFEST, made_by | {"num_workers": workers.num_workers})
+                _train(config, store, feature, weights, head, seed, workers, target, log)
+                return target
+    log(f"encoder {target}: trained before, reused")
     return target
-
-
-def _wait_while_another_trains(storage: Folder, name: str, log: Log) -> None:
-    """Jobs that begin together share an encoder too."""
-    if is_held(storage, layout.ENCODERS, name):
-        log(f"encoder {name}: another job is training it, waiting")
-    while is_held(storage, layout.ENCODERS, name):
-        time.sleep(_POLL_S)
 
 
 def _train(

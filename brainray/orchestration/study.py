@@ -38,6 +38,15 @@ class FinishedStudy:
     mlflow_run_id: str | None
     tracking_uri: str
 
+    @property
+    def headline(self) -> dict[str, float]:
+        """The metrics that are not of single methods, of which there are hundreds."""
+        return {
+            name: value
+            for name, value in self.metrics.items()
+            if name.startswith("num_") or name.endswith("/recommended_num_clusters")
+        }
+
 
 def run_study(config: Config, log: Log = print) -> FinishedStudy:
     """Compare features and clusterers on one or several data sets, or go on comparing.

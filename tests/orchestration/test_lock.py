@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -155,3 +156,26 @@ def test_others_see_whether_a_job_is_at_work(holder: subprocess.Popen[str], tmp_
     assert not is_held(Folder(tmp_path), "runs", "first")
     from_elsewhere(tmp_path)  # nothing is known of a process there
     assert is_held(Folder(tmp_path), "runs", "first")
+
+
+def test_who_waits_for_its_turn_has_it_when_the_holder_ends(
+    tmp_path: Path, holder: subprocess.Popen[str]
+) -> None:
+    threading.Timer(1.0, holder.kill).start()
+    said: list[str] = []
+    with held(Folder(tmp_path), "runs", "first", said.append, QUICK, in_turn=True):
+        holder.wait(timeout=10)
+    assert said[0].startswith("another job (process")
+    assert said[0].endswith("is at work on runs/first: waiting for its end")
+    assert len(said) == len(set(said))
+    assert "took over" in said[-1]
+
+
+def test_who_waits_for_its_turn_does_not_wait_for_the_dead_of_another_machine(
+    tmp_path: Path,
+) -> None:
+    Folder(tmp_path).write_json(LOCK, asdict(Claim("another", "far", 1, "elsewhere", "0")))
+    said: list[str] = []
+    with held(Folder(tmp_path), "runs", "first", said.append, QUICK, in_turn=True):
+        pass
+    assert "took over" in said[-1]

@@ -91,6 +91,11 @@ def test_a_study_leaves_tables_figures_and_flat_figures(studied: FinishedStudy) 
     assert 0 <= studied.metrics["mri/fitted/pixels/kmeans/pca4/nmi_mean"] <= 1
     assert studied.metrics["num_failed_cells"] == 0
     assert studied.metrics["mri/pixels/recommended_num_clusters"] in (2, 3)
+    assert sorted(studied.headline) == [
+        "mri/pixels/recommended_num_clusters",
+        "num_cells",
+        "num_failed_cells",
+    ]
     assert "criteria agree" in studied.text
 
 

@@ -15,7 +15,13 @@ from ray.util.state import list_actors
 
 from brainray.config import Config
 from brainray.engine.state import Checkpoint, load_checkpoint
-from brainray.errors import BrainrayError, CheckpointError, ConfigError, DataError
+from brainray.errors import (
+    BrainrayError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DivergenceError,
+)
 from brainray.models.encoder import build_encoder
 from brainray.orchestration.data import preprocess
 from brainray.orchestration.driver import TrainedRun, train
@@ -369,6 +375,17 @@ def test_a_warm_up_is_learned_once_and_starts_every_run_of_its_store(storage: Pa
         assert run.run.folder.read_json("about.json")["warm-up without labels"] == (
             "contrastive, 2 epochs at 16 px"
         )
+
+
+@pytest.mark.slow
+def test_a_warm_up_that_diverges_stops_the_job_and_leaves_no_encoder(storage: Path) -> None:
+    settings = [*WARMED_UP, "self_supervision.learning_rate=1e30", "train.num_workers=2"]
+    said: list[str] = []
+    with pytest.raises(DivergenceError, match=r"learning without labels, epoch 1: .* lower self_s"):
+        train(config_of(storage, "diverging", *settings), said.append)
+    folder = Path(re.findall(r"^encoder (.*): training$", "\n".join(said), re.MULTILINE)[0])
+    assert not (folder / "encoder.pt").exists()
+    assert not Folder(storage / "runs" / "diverging").read_json_lines("metrics.jsonl")
 
 
 @pytest.mark.slow
