@@ -21,7 +21,7 @@ from brainray.benchmarks.samples import load_slices, perturbed
 from brainray.config import Config, load_config
 from brainray.mri import resize
 from brainray.mri.decode import decode_file
-from brainray.mri.duplicates import content_hash
+from brainray.mri.identity import content_hash
 from brainray.mri.skull_strip import (
     BLUR_SIGMA,
     KERNEL_RADIUS,

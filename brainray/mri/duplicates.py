@@ -30,7 +30,6 @@ from brainray.mri.neighbours import neighbour_index
 from brainray.mri.row_file import Rows, SelectedRows, row_blocks
 from brainray.schema import THUMBNAIL_SIDE
 
-SAMPLE_ID_DIGITS = 32
 COARSE_SIDE = 32
 
 KINDS = ("copy", "mirrored", "rotated")
@@ -95,20 +94,6 @@ class _Candidates:
     query: NDArray[np.int64]
     reference: NDArray[np.int64]
     orientation: NDArray[np.int8]
-
-
-def content_hash(content: bytes) -> str:
-    """SHA-256 of the file's bytes, as 64 hex digits."""
-    return hashlib.sha256(content).hexdigest()
-
-
-def sample_id(digest: str, frame: str = "") -> str:
-    """The identity of a slice: the first 128 bits of its file's content hash.
-
-    Of a file with several slices, of the hash of that hash and the frame.
-    """
-    named = content_hash(f"{digest}#{frame}".encode()) if frame else digest
-    return named[:SAMPLE_ID_DIGITS]
 
 
 def near_duplicate_pairs(

@@ -7,15 +7,13 @@ parts and leaves removed copies out. The store appears whole: it is built under 
 renamed.
 """
 
-import gc
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from functools import cache
+from functools import partial
 from typing import Any
 
-import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -23,24 +21,20 @@ import ray
 import ray.data
 
 from brainray import layout
-from brainray.config import Config, PreprocessConfig
+from brainray.config import Config
 from brainray.errors import ConfigError, DataError
-from brainray.mri.decode import RejectedImage
-from brainray.mri.duplicates import content_hash, thumbnail_matrix
+from brainray.mri.duplicates import thumbnail_matrix
 from brainray.mri.row_file import RowFile
-from brainray.orchestration.earlier import LIGHT, LIGHT_COLUMNS, PART, Earlier, unchanged
+from brainray.orchestration.earlier import LIGHT, Earlier, unchanged
 from brainray.orchestration.examples import draw_figures
 from brainray.orchestration.lock import held
 from brainray.orchestration.plan import plan_store
 from brainray.orchestration.preparation import (
     CHANGED,
-    SLICES,
     UNREADABLE,
-    preprocess_file,
-    read_file,
-    rejected_row,
     subject_salt,
 )
+from brainray.orchestration.slice_tasks import FOUND, TOLD, decode_part, write_part
 from brainray.orchestration.source import FoundFile, Listing, files_of_tasks, list_source
 from brainray.orchestration.store import (
     ImageStore,
@@ -51,19 +45,6 @@ from brainray.orchestration.store import (
 from brainray.report.leakage_table import leakage_table
 from brainray.schema import IMAGE_STORE, REJECTED, THUMBNAIL_SIDE
 from brainray.storage import Folder
-
-_FOUND = pa.schema(
-    [
-        ("path", pa.string()),
-        ("num_bytes", pa.int64()),
-        ("mtime_ns", pa.int64()),
-        ("problem", pa.string()),
-    ]
-)
-_DECODED = pa.schema(
-    [*(SLICES.field(name) for name in LIGHT_COLUMNS), SLICES.field("thumbnail"), PART]
-)
-_ROW_GROUP_SIZE = 256  # slices that a reader holds at once
 
 Log = Callable[[str], None]
 
@@ -262,67 +243,26 @@ def _decode_all(
 ) -> Iterator[pa.Table]:
     """First pass; the files' rows without their pixels, as they come."""
     parts.filesystem.create_dir(parts.path, recursive=True)
-    yield _DECODED.empty_table()
+    yield TOLD.empty_table()
     if not files:
         return
-    source, preprocess = Folder(str(config.source)), config.preprocess
-    salt = subject_salt(Folder(config.storage))
-    known = ray.put(set(known_hashes.to_pylist()))
-
-    def decode_part(batch: pa.Table) -> pa.Table:
-        _settle_worker()
-        name = batch["part"][0].as_py()
-        found = [FoundFile(**row) for row in batch.drop_columns("part").to_pylist()]
-        part = _decode_part(found, source, preprocess, salt, ray.get(known))
-        pixels = part.filter(pc.is_valid(part["image"]))
-        if pixels.num_rows:
-            parts.write_table(name, pixels, row_group_size=_ROW_GROUP_SIZE)
-        names = pc.if_else(pc.is_valid(part["image"]), name, pa.scalar(None, pa.string()))
-        told = part.drop_columns("image").append_column(PART, names)
-        return told.select(_DECODED.names).cast(_DECODED)
-
+    decode = partial(
+        decode_part,
+        source=Folder(str(config.source)),
+        preprocess=config.preprocess,
+        salt=subject_salt(Folder(config.storage)),
+        known_hashes=ray.put(set(known_hashes.to_pylist())),
+        parts=parts,
+    )
     tables: list[pa.Table] = []
     num_cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
-    for chunk in files_of_tasks(files, preprocess.files_per_task, num_cpus):
-        table = pa.Table.from_pylist([asdict(file) for file in chunk], schema=_FOUND)
-        name = f"part-{generation:04d}-{len(tables):06d}.parquet"
-        tables.append(table.append_column("part", pa.array([name] * len(chunk), pa.string())))
+    for chunk in files_of_tasks(files, config.preprocess.files_per_task, num_cpus):
+        part = {"part": f"part-{generation:04d}-{len(tables):06d}.parquet"}
+        tables.append(pa.Table.from_pylist([asdict(file) | part for file in chunk], schema=FOUND))
     dataset = ray.data.from_arrow(tables).map_batches(
-        decode_part, batch_size=None, batch_format="pyarrow"
+        decode, batch_size=None, batch_format="pyarrow"
     )
     yield from with_progress(dataset, len(files), "decoded", log)
-
-
-@cache
-def _settle_worker() -> None:
-    """Once in each process that runs tasks: what costs them time for nothing is left out."""
-    cv2.setNumThreads(1)  # Ray runs a task on every core
-    # Ray asks for a garbage collection after every task; to look through all that has been
-    # imported takes a sixth of a second.
-    gc.freeze()
-
-
-def _decode_part(
-    files: list[FoundFile],
-    source: Folder,
-    config: PreprocessConfig,
-    salt: bytes,
-    known_hashes: set[str],
-) -> pa.Table:
-    rows = []
-    for file in files:
-        content = None
-        try:
-            content = read_file(source, file)
-            digest = content_hash(content)
-            if digest in known_hashes:
-                about = {"path": file.path, "mtime_ns": file.mtime_ns, "num_bytes": len(content)}
-                rows.append(about | {"frame": "", "sha256": digest})
-            else:
-                rows += preprocess_file(content, file, config, salt)
-        except RejectedImage as rejection:
-            rows.append(rejected_row(file, content, rejection))
-    return pa.Table.from_pylist([dict.fromkeys(SLICES.names) | row for row in rows], schema=SLICES)
 
 
 def _write_images(
@@ -334,30 +274,14 @@ def _write_images(
     earlier = parts if previous is None else previous.folder / layout.IMAGES
     about_slice = [name for name in IMAGE_STORE.names if name not in {"image", "thumbnail"}]
 
-    def write_part(batch: pa.Table) -> pa.Table:
-        _settle_worker()
-        name = batch["part"][0].as_py()
-        pixels = (parts if name in new else earlier).read_table(
-            name, ["sample_id", "image", "thumbnail"]
-        )
-        row_of: dict[str, int] = {}
-        for row, identity in enumerate(pixels["sample_id"].to_pylist()):
-            row_of.setdefault(identity, row)
-        final = batch.sort_by("path")
-        rows = pa.array([row_of[identity] for identity in final["sample_id"].to_pylist()])
-        for column in ("image", "thumbnail"):
-            final = final.append_column(column, pixels[column].take(rows))
-        final = final.select(IMAGE_STORE.names).cast(IMAGE_STORE)
-        images.write_table(name, final, row_group_size=_ROW_GROUP_SIZE)
-        return pa.table({"num_rows": [final.num_rows]})
-
+    write = partial(write_part, parts=parts, new=new, earlier=earlier, images=images)
     final_rows = rows.select([*about_slice, "part"])
     tables = [
         final_rows.filter(pc.equal(rows["part"], name))
         for name in pc.unique(rows["part"]).to_pylist()
     ]
     written = ray.data.from_arrow(tables).map_batches(
-        write_part, batch_size=None, batch_format="pyarrow"
+        write, batch_size=None, batch_format="pyarrow"
     )
     total = sum(pc.sum(batch["num_rows"]).as_py() for batch in _arrow_batches(written))
     assert total == rows.num_rows, f"{total} of {rows.num_rows} slices written"

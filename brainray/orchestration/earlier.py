@@ -8,14 +8,12 @@ import pyarrow.compute as pc
 from brainray import layout
 from brainray.mri.duplicates import thumbnail_matrix
 from brainray.mri.row_file import RowFile
-from brainray.orchestration.preparation import SLICES
+from brainray.orchestration.preparation import LIGHT_COLUMNS, PART, SLICES
 from brainray.orchestration.source import FoundFile
 from brainray.orchestration.store import ImageStore
 from brainray.schema import IMAGE_STORE
 from brainray.storage import Folder
 
-LIGHT_COLUMNS = [name for name in SLICES.names if name not in {"image", "thumbnail"}]
-PART = pa.field("part", pa.string())  # of images/ that holds the pixels; null where none does
 GROUPS = [
     "generation",
     "duplicate_group_id",

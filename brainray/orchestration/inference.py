@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import ray
 import ray.data
 import torch
@@ -17,17 +16,14 @@ from brainray.engine.slice_model import SliceModel, use_all_threads
 from brainray.engine.state import Checkpoint, load_checkpoint
 from brainray.errors import CheckpointError, ConfigError
 from brainray.orchestration.preparation import (
-    DECODED,
-    decode_to_predict,
-    read_file,
     subject_salt,
 )
 from brainray.orchestration.resources import alive_nodes, plan_actors
 from brainray.orchestration.run import Run, open_run, read_run_info
+from brainray.orchestration.slice_tasks import decode_files, select_slices
 from brainray.orchestration.source import SourceFile
 from brainray.orchestration.store import ImageStore
 from brainray.orchestration.worker import best_epoch
-from brainray.schema import TRAIN
 from brainray.storage import Folder
 
 _FILES_PER_TASK = 128
@@ -133,21 +129,13 @@ def predicted_blocks(
     """Blocks as they come, with the columns of ``PREDICTIONS`` and what `REJECTED` needs: a row for
     each slice, or one with the reason for a file that cannot be read, all of a file in one block.
     """
-    source = Folder(str(config.source))
-    salt = subject_salt(Folder(config.storage))
-    all_files = ray.put(list(files))
-    preprocess = predictor.preprocess
-
-    def decode(batch: pa.Table) -> pa.Table:
-        rows = []
-        listed = ray.get(all_files)
-        for number in batch["number"].to_pylist():
-            asked = listed[number]
-            rows += decode_to_predict(
-                asked, partial(read_file, source, asked.file), preprocess, salt
-            )
-        return pa.Table.from_pylist(rows, schema=DECODED)
-
+    decode = partial(
+        decode_files,
+        source=Folder(str(config.source)),
+        listed=ray.put(list(files)),
+        preprocess=predictor.preprocess,
+        salt=subject_salt(Folder(config.storage)),
+    )
     with _whole_blocks():
         tasks = ray.data.from_arrow([pa.table({"number": task}) for task in _tasks(files)])
     decoded = tasks.map_batches(decode, batch_size=None, batch_format="pyarrow")
@@ -158,20 +146,7 @@ def predicted_slices(
     store: ImageStore, sample_ids: Sequence[str], config: Config, predictor: Predictor
 ) -> ray.data.Dataset:
     """The same for training slices of a store, as they come; their labels are not read."""
-    wanted = ray.put(pa.array(sample_ids, pa.string()))
-
-    def select(batch: pa.Table) -> pa.Table:
-        is_wanted = pc.and_(
-            pc.is_in(batch["sample_id"], ray.get(wanted)), pc.equal(batch["split"], TRAIN)
-        )
-        rows = batch.filter(is_wanted)
-        read = set(rows.column_names)
-        columns = [
-            rows[field.name] if field.name in read else pa.nulls(rows.num_rows, field.type)
-            for field in DECODED
-        ]
-        return pa.table(columns, names=DECODED.names).cast(DECODED)
-
+    select = partial(select_slices, sample_ids=ray.put(pa.array(sample_ids, pa.string())))
     images = store.folder / layout.IMAGES
     slices = ray.data.read_parquet(images.path, filesystem=images.filesystem)
     slices = slices.select_columns(_STORED_COLUMNS)

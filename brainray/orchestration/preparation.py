@@ -20,7 +20,7 @@ from brainray.mri.decode import (
     check_content,
     decode_file,
 )
-from brainray.mri.duplicates import content_hash, sample_id
+from brainray.mri.identity import content_hash, sample_id
 from brainray.mri.intracranial import MIN_CONFIDENCE, intracranial_mask
 from brainray.mri.skull_strip import apply_mask, otsu_mask
 from brainray.orchestration.source import FoundFile, SourceFile
@@ -50,6 +50,9 @@ SLICES = pa.schema(
     ]
 )
 """One row for each slice of a file, or for the file as a whole where it was rejected."""
+
+LIGHT_COLUMNS = [name for name in SLICES.names if name not in {"image", "thumbnail"}]
+PART = pa.field("part", pa.string())  # of images/ that holds the pixels; null where none does
 
 SALT_VARIABLE = "BRAINRAY_SALT"
 

@@ -1,7 +1,5 @@
 """Copies are found, neighbours are not, and ids follow from bytes."""
 
-import hashlib
-
 import faiss
 import numpy as np
 import pytest
@@ -16,13 +14,11 @@ from brainray.mri.duplicates import (
     _oriented,
     _oriented_descriptors,
     coarse,
-    content_hash,
     describe,
     find_twins,
     most_similar,
     near_duplicate_pairs,
     pair_similarity,
-    sample_id,
     standardise,
 )
 from brainray.mri.phantom import CLASSES, make_series, make_slice
@@ -44,12 +40,6 @@ def fingerprints(images: list[np.ndarray]) -> np.ndarray:
 def as_tuples(pairs: DuplicatePairs) -> list[tuple[int, int, int]]:
     columns = pairs.first.tolist(), pairs.second.tolist(), pairs.kind.tolist()
     return list(zip(*columns, strict=True))
-
-
-def test_ids_follow_from_the_bytes() -> None:
-    digest = content_hash(b"abc")
-    assert digest == hashlib.sha256(b"abc").hexdigest()
-    assert sample_id(digest) == digest[:32]
 
 
 def test_standardised_rows_give_correlations() -> None:

@@ -1,0 +1,159 @@
+"""What Ray Data's tasks do with files: decode them, and write a store's final rows.
+
+They run in a process on every core, which starts with the job: nothing that is imported here, or by
+what is, may load PyTorch or a plotting library, which would cost each of them seconds and hundreds
+of megabytes. An import rule sees to it.
+"""
+
+import gc
+from collections.abc import Container, Sequence
+from functools import cache, partial
+
+import cv2
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+
+from brainray.config import PreprocessConfig
+from brainray.mri.decode import RejectedImage
+from brainray.mri.identity import content_hash
+from brainray.orchestration.preparation import (
+    DECODED,
+    LIGHT_COLUMNS,
+    PART,
+    SLICES,
+    decode_to_predict,
+    preprocess_file,
+    read_file,
+    rejected_row,
+)
+from brainray.orchestration.source import FoundFile, SourceFile
+from brainray.schema import IMAGE_STORE, TRAIN
+from brainray.storage import Folder
+
+FOUND = pa.schema(
+    [
+        ("path", pa.string()),
+        ("num_bytes", pa.int64()),
+        ("mtime_ns", pa.int64()),
+        ("problem", pa.string()),
+        PART,
+    ]
+)
+"""Files of a task, and the part that their slices go to."""
+
+TOLD = pa.schema([*(SLICES.field(name) for name in LIGHT_COLUMNS), SLICES.field("thumbnail"), PART])
+"""What a task tells of the slices whose pixels it has written."""
+
+_ROW_GROUP_SIZE = 256  # slices that a reader holds at once
+
+
+def decode_part(
+    batch: pa.Table,
+    *,
+    source: Folder,
+    preprocess: PreprocessConfig,
+    salt: bytes,
+    known_hashes: "ray.ObjectRef[set[str]]",
+    parts: Folder,
+) -> pa.Table:
+    """``TOLD`` rows of the files in ``FOUND`` rows, whose pixels go to their part of the store.
+
+    Files whose bytes are among the known hashes are not decoded: their rows have no sample_id.
+    """
+    settle_worker()
+    name = batch["part"][0].as_py()
+    found = [FoundFile(**row) for row in batch.drop_columns("part").to_pylist()]
+    part = _decode(found, source, preprocess, salt, ray.get(known_hashes))
+    has_pixels = pc.is_valid(part["image"])
+    pixels = part.filter(has_pixels)
+    if pixels.num_rows:
+        parts.write_table(name, pixels, row_group_size=_ROW_GROUP_SIZE)
+    names = pc.if_else(has_pixels, name, pa.scalar(None, pa.string()))
+    told = part.drop_columns("image").append_column(PART, names)
+    return told.select(TOLD.names).cast(TOLD)
+
+
+def _decode(
+    files: Sequence[FoundFile],
+    source: Folder,
+    config: PreprocessConfig,
+    salt: bytes,
+    known_hashes: Container[str],
+) -> pa.Table:
+    rows = []
+    for file in files:
+        content = None
+        try:
+            content = read_file(source, file)
+            digest = content_hash(content)
+            if digest in known_hashes:
+                about = {"path": file.path, "mtime_ns": file.mtime_ns, "num_bytes": len(content)}
+                rows.append(about | {"frame": "", "sha256": digest})
+            else:
+                rows += preprocess_file(content, file, config, salt)
+        except RejectedImage as rejection:
+            rows.append(rejected_row(file, content, rejection))
+    return pa.Table.from_pylist([dict.fromkeys(SLICES.names) | row for row in rows], schema=SLICES)
+
+
+def write_part(
+    batch: pa.Table, *, parts: Folder, new: Container[str], earlier: Folder, images: Folder
+) -> pa.Table:
+    """The pixels of a part, new or earlier, with the final rows of its slices; how many it has."""
+    settle_worker()
+    name = batch["part"][0].as_py()
+    pixels = (parts if name in new else earlier).read_table(
+        name, ["sample_id", "image", "thumbnail"]
+    )
+    row_of: dict[str, int] = {}
+    for row, identity in enumerate(pixels["sample_id"].to_pylist()):
+        row_of.setdefault(identity, row)
+    final = batch.sort_by("path")
+    rows = pa.array([row_of[identity] for identity in final["sample_id"].to_pylist()])
+    for column in ("image", "thumbnail"):
+        final = final.append_column(column, pixels[column].take(rows))
+    final = final.select(IMAGE_STORE.names).cast(IMAGE_STORE)
+    images.write_table(name, final, row_group_size=_ROW_GROUP_SIZE)
+    return pa.table({"num_rows": [final.num_rows]})
+
+
+def decode_files(
+    batch: pa.Table,
+    *,
+    source: Folder,
+    listed: "ray.ObjectRef[list[SourceFile]]",
+    preprocess: PreprocessConfig,
+    salt: bytes,
+) -> pa.Table:
+    """``DECODED`` rows of the listed files whose ``number`` the batch has."""
+    settle_worker()
+    files = ray.get(listed)
+    rows = []
+    for number in batch["number"].to_pylist():
+        asked = files[number]
+        rows += decode_to_predict(asked, partial(read_file, source, asked.file), preprocess, salt)
+    return pa.Table.from_pylist(rows, schema=DECODED)
+
+
+def select_slices(batch: pa.Table, *, sample_ids: "ray.ObjectRef[pa.Array]") -> pa.Table:
+    """``DECODED`` rows of those training slices among a store's rows; their labels are not read."""
+    wanted = pc.and_(
+        pc.is_in(batch["sample_id"], ray.get(sample_ids)), pc.equal(batch["split"], TRAIN)
+    )
+    rows = batch.filter(wanted)
+    read = set(rows.column_names)
+    columns = [
+        rows[field.name] if field.name in read else pa.nulls(rows.num_rows, field.type)
+        for field in DECODED
+    ]
+    return pa.table(columns, names=DECODED.names).cast(DECODED)
+
+
+@cache
+def settle_worker() -> None:
+    """Once in each process that runs tasks: what costs them time for nothing is left out."""
+    cv2.setNumThreads(1)  # Ray runs a task on every core
+    # Ray asks for a garbage collection after every task; to look through all that has been
+    # imported takes a sixth of a second.
+    gc.freeze()
