@@ -288,21 +288,28 @@ def _write_images(
 
 
 def with_progress(
-    dataset: ray.data.Dataset, total: int, verb: str, log: Log, every_s: float = 10.0
+    dataset: ray.data.Dataset,
+    total: int,
+    verb: str,
+    log: Log,
+    every_s: float = 10.0,
+    *,
+    of_store: bool = False,
 ) -> Iterator[pa.Table]:
     """The dataset's blocks as they come, with a line of progress every ten seconds.
 
-    A file's rows lie in one block, under its ``path``.
+    Files are counted, whose rows lie in one block under their ``path``, or a store's slices.
     """
+    noun = "slices" if of_store else "files"
     started = last = time.monotonic()
     done = 0
     for batch in _arrow_batches(dataset):
-        done += pc.count_distinct(batch["path"]).as_py()
+        done += batch.num_rows if of_store else pc.count_distinct(batch["path"]).as_py()
         now = time.monotonic()
         if done and now - last >= every_s:
             last = now
             rate = done / (now - started)
-            log(f"{verb} {done} of {total} files, {(total - done) / rate:.0f} s left")
+            log(f"{verb} {done} of {total} {noun}, {(total - done) / rate:.0f} s left")
         yield batch
 
 

@@ -61,7 +61,7 @@ def choose_next_labels(config: Config, log: Log = print) -> NextLabels:
         raise DataError(f"the run {run.folder} has no unlabelled slice: there is nothing to label")
     log(f"predicting {pool.num_rows} unlabelled slices with {predictor.folder}")
     blocks = predicted_slices(store, pool["sample_id"].to_pylist(), config, predictor)
-    batches = list(with_progress(blocks, pool.num_rows, "predicted", log))
+    batches = list(with_progress(blocks, pool.num_rows, "predicted", log, of_store=True))
     rows = pa.concat_tables(batches).sort_by("sample_id")
     pool = pool.sort_by("sample_id")
     assert rows["sample_id"].equals(pool["sample_id"]), "every slice has a prediction"
