@@ -64,7 +64,8 @@ def decode_part(
     settle_worker()
     name = batch["part"][0].as_py()
     found = [FoundFile(**row) for row in batch.drop_columns("part").to_pylist()]
-    part = _decode(found, source, preprocess, salt, ray.get(known_hashes))
+    known: set[str] = ray.get(known_hashes)
+    part = _decode(found, source, preprocess, salt, known)
     has_pixels = pc.is_valid(part["image"])
     pixels = part.filter(has_pixels)
     if pixels.num_rows:
