@@ -15,9 +15,7 @@ from brainray.config import Config, PreprocessConfig
 from brainray.engine.slice_model import SliceModel, use_all_threads
 from brainray.engine.state import Checkpoint, load_checkpoint
 from brainray.errors import CheckpointError, ConfigError
-from brainray.orchestration.preparation import (
-    subject_salt,
-)
+from brainray.orchestration.preparation import subject_salt
 from brainray.orchestration.resources import alive_nodes, plan_actors
 from brainray.orchestration.run import Run, open_run, read_run_info
 from brainray.orchestration.slice_tasks import decode_files, select_slices
