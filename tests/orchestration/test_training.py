@@ -381,7 +381,9 @@ def test_a_warm_up_is_learned_once_and_starts_every_run_of_its_store(storage: Pa
 def test_a_warm_up_that_diverges_stops_the_job_and_leaves_no_encoder(storage: Path) -> None:
     settings = [*WARMED_UP, "self_supervision.learning_rate=1e30", "train.num_workers=2"]
     said: list[str] = []
-    with pytest.raises(DivergenceError, match=r"learning without labels, epoch 1: .* lower self_s"):
+    with pytest.raises(
+        DivergenceError, match=r"learning without labels, epoch \d: .* lower self_s"
+    ):
         train(config_of(storage, "diverging", *settings), said.append)
     folder = Path(re.findall(r"^encoder (.*): training$", "\n".join(said), re.MULTILINE)[0])
     assert not (folder / "encoder.pt").exists()
