@@ -3,19 +3,19 @@
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+from torch import Tensor
 
 from brainray.benchmarks.preprocess import one_thread
 from brainray.benchmarks.result import BenchmarkResult, CaseOptions, Measure
 from brainray.config import Config, load_config
-from brainray.engine.epoch import embed
-from brainray.engine.shard import CachedImages
+from brainray.engine.forward import autocast
 from brainray.engine.slice_model import SliceModel, use_all_threads
 from brainray.mri.phantom import write_phantoms
 from brainray.orchestration.data import preprocess
@@ -156,23 +156,28 @@ def _decode_rate(files: list[SourceFile], config: Config, predictor: Predictor) 
 
 
 def _embed_rate(store: ImageStore, predictor: Predictor) -> tuple[float, str]:
-    """Slices per second of the bare model on all threads, from memory; and its device."""
+    """Slices per second of the bare model in a plain loop on all threads, from memory; and its
+    device.
+    """
     use_all_threads()
     model = SliceModel(predictor.checkpoint)
     ids = _training_ids(store)
     side = predictor.checkpoint.config.train.image_size
-    images = CachedImages(torch.from_numpy(store.images(ids, TRAIN, side)).to(model.device))
-    bare = partial(
-        embed,
-        model.encoder,
-        scale=predictor.checkpoint.scale,
-        batch_size=predictor.checkpoint.config.train.embed_batch_size,
-        precision=model.precision,
-    )
-    bare(CachedImages(images.images[:256]))
-    started = time.perf_counter()
-    bare(images).logits.sum().item()  # on a GPU, waits for it
-    return len(ids) / (time.perf_counter() - started), model.device.type
+    images = torch.from_numpy(store.images(ids, TRAIN, side)).to(model.device)
+    scale = predictor.checkpoint.scale
+    batches = images.split(predictor.checkpoint.config.train.embed_batch_size)
+
+    @torch.inference_mode()
+    def bare(batches: Sequence[Tensor]) -> float:
+        model.encoder.eval()
+        started = time.perf_counter()
+        with autocast(model.device, model.precision):
+            logits = [model.encoder(scale.standardise(scale.to_unit(b))).logits for b in batches]
+        torch.cat(logits).sum().item()  # on a GPU, waits for it
+        return time.perf_counter() - started
+
+    bare(batches[:1])
+    return len(ids) / bare(batches), model.device.type
 
 
 def _training_ids(store: ImageStore) -> list[str]:

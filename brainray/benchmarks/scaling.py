@@ -27,7 +27,7 @@ from brainray.clustering.kmeans import KMeans
 from brainray.clustering.metrics import silhouette
 from brainray.clustering.pca import PCA
 from brainray.config import NearDuplicateConfig, PreprocessConfig, TrainConfig
-from brainray.engine.epoch import autocast
+from brainray.engine.forward import autocast
 from brainray.engine.recipe import build_optimizer, resolve_precision
 from brainray.models.encoder import Encoder
 from brainray.mri.duplicates import near_duplicate_pairs

@@ -20,7 +20,8 @@ from brainray.benchmarks.result import BenchmarkResult, CaseOptions, Measure
 from brainray.benchmarks.samples import load_slices, perturbed
 from brainray.benchmarks.timing import OURS, relative_times, side_by_side
 from brainray.config import AugmentConfig, Config, TrainConfig, load_config
-from brainray.engine.epoch import EpochTargets, autocast, embed, train_epoch
+from brainray.engine.epoch import EpochTargets, embed, train_epoch
+from brainray.engine.forward import autocast
 from brainray.engine.recipe import build_optimizer, resolve_precision
 from brainray.engine.shard import CachedImages, Images, PixelScale, SliceShard, StreamedImages
 from brainray.models.encoder import Encoder

@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from brainray import dist
 from brainray.config import AugmentConfig
 from brainray.engine.finite import GradientWatch, carried_by_gradient
+from brainray.engine.forward import autocast, forward_passes
 from brainray.engine.shard import Images, PixelScale, SliceShard
 from brainray.models.augment import augment
 from brainray.models.encoder import EncoderOutput
@@ -53,11 +54,6 @@ class EpochResult:
 
     losses: dict[str, float]  # mean of each term over all steps and ranks
     data_wait_s: float  # this rank's time until its batches were at hand
-
-
-def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:
-    """bf16 autocast, or none for ``fp32``."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
 def num_steps(num_unlabelled: int, batch_size_per_worker: int, num_ranks: int) -> int:
@@ -181,13 +177,12 @@ def embed(
     side: int | None = None,
 ) -> EncoderOutput:
     """Embeddings (n, E) and logits (n, C) of n slices, seen at ``side`` if given, in inference."""
-    model.eval()
-    outputs = []
-    for batch in images.batches(torch.arange(len(images)).split(batch_size)):
-        if len(batch) == 0:
-            break
-        with autocast(images.device, precision):
-            outputs.append(model(scale.standardise(scale.to_unit(batch, side))))
+    outputs: list[EncoderOutput] = []
+    with forward_passes(model, images.device, precision) as forward:
+        for batch in images.batches(torch.arange(len(images)).split(batch_size)):
+            if len(batch) == 0:
+                break
+            outputs += forward(scale.standardise(scale.to_unit(batch, side)))
     if not outputs:  # a rank may hold no slice of a role
         probe = torch.zeros(1, 1, images.side, images.side, device=images.device)
         output = model(probe.contiguous(memory_format=torch.channels_last))

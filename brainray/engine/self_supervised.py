@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from brainray import dist
 from brainray.config import ClusteringConfig, SelfSupervisionConfig
-from brainray.engine.epoch import autocast
+from brainray.engine.forward import autocast, forward_passes
 from brainray.engine.recluster import ClusterModel, Reclustering, recluster
 from brainray.engine.shard import Images
 from brainray.models.features import FeatureEncoder
@@ -157,11 +157,10 @@ def embed_slices(
     encoder: FeatureEncoder, images: Images, *, batch_size: int, precision: str
 ) -> Tensor:
     """(n, E) float32, L2-normalised, of this rank's slices in inference mode."""
-    encoder.eval()
-    parts = []
-    for batch in images.batches(torch.arange(len(images)).split(batch_size)):
-        with autocast(images.device, precision):
-            parts.append(encoder(batch.float() / 255))
+    parts: list[Tensor] = []
+    with forward_passes(encoder, images.device, precision) as forward:
+        for batch in images.batches(torch.arange(len(images)).split(batch_size)):
+            parts += forward(batch.float() / 255)
     return nn.functional.normalize(torch.cat(parts))
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from brainray import layout
 from brainray.config import Config, FeatureConfig
-from brainray.engine.epoch import autocast
+from brainray.engine.forward import forward_passes
 from brainray.engine.recipe import resolve_precision
 from brainray.errors import ConfigError, DataError
 from brainray.models.encoder import local_state
@@ -284,6 +284,7 @@ class _Extractor:
         for number, row in enumerate(batch.select(["image", "height", "width"]).to_pylist()):
             image = np.frombuffer(row["image"], dtype=np.uint8).reshape(row["height"], row["width"])
             images[number, 0] = stretch(image, self.side)
-        with autocast(self.device, self.precision):
-            features = self.encoder(torch.from_numpy(images).to(self.device).float() / 255)
+        pixels = torch.from_numpy(images).to(self.device).float() / 255
+        with forward_passes(self.encoder, self.device, self.precision) as forward:
+            features = torch.cat(forward(pixels))
         return np.asarray(features.float().cpu().numpy())

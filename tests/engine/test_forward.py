@@ -1,0 +1,50 @@
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from brainray.engine.forward import forward_passes
+from brainray.models.encoder import Encoder
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_threads_with_slices_of_their_own_find_what_one_forward_pass_finds() -> None:
+    torch.manual_seed(0)
+    encoder = Encoder("resnet18", num_classes=2)
+    images = torch.rand(150, 1, 32, 32)
+    with forward_passes(encoder, CPU, "fp32") as forward:
+        parts = forward(images)
+    with torch.inference_mode():
+        whole = encoder(images)
+    assert [len(part.z) for part in parts] == [64, 64, 22]
+    torch.testing.assert_close(torch.cat([part.z for part in parts]), whole.z, rtol=1e-4, atol=1e-5)
+    assert not any(part.logits.requires_grad for part in parts)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_precision_reaches_every_thread() -> None:
+    with forward_passes(torch.nn.Linear(4, 4), CPU, "bf16") as forward:
+        assert {part.dtype for part in forward(torch.ones(200, 4))} == {torch.bfloat16}
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_the_process_keeps_its_threads() -> None:
+    with (
+        pytest.raises(RuntimeError, match="shapes"),
+        forward_passes(torch.nn.Linear(4, 4), CPU, "fp32") as forward,
+    ):
+        forward(torch.ones(200, 5))
+    assert torch.get_num_threads() == 2
+    with ThreadPoolExecutor(1) as later:
+        assert later.submit(torch.get_num_threads).result() == 2
