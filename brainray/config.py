@@ -118,6 +118,9 @@ class PreprocessConfig(_Section):
     skull_strip: Literal["otsu", "intracranial", "none"] = "otsu"
     """``otsu`` is METHOD A's: it removes the background and little else; ``intracranial`` removes
     skull, scalp, eyes and face too, and leaves a slice to ``otsu`` where it is not sure."""
+    crop: Literal["none", "foreground"] = "none"
+    """``foreground`` crops each slice to the bounding box of what the skull strip keeps (of what
+    ``otsu`` would keep, where there is none): heads fill the slice, whatever the field of view."""
     resize: Literal["stretch", "letterbox"] = "stretch"
     """``stretch`` fills the square (A); ``letterbox`` keeps the aspect ratio (B)."""
     intensity: Literal["as_is", "min_max"] = "as_is"

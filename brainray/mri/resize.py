@@ -23,6 +23,12 @@ def letterbox(image: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
     return canvas
 
 
+def crop_foreground(image: NDArray[np.uint8], foreground: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """(H, W) to the bounding box of a mask (H, W); as it is where the mask is empty."""
+    x, y, width, height = cv2.boundingRect(foreground.astype(np.uint8))
+    return image[y : y + height, x : x + width] if width else image
+
+
 def min_max(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Stretch intensities linearly so that they span 0..255; a constant slice becomes 0."""
     return np.asarray(cv2.normalize(image, None, 0, 255, cv2.NORM_MINMAX), dtype=np.uint8)

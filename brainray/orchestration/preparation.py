@@ -205,6 +205,8 @@ def _slice_columns(decoded: DecodedSlice, config: PreprocessConfig) -> dict[str,
     """The thumbnail is of the slice before stripping: a fingerprint must not depend on a mask."""
     mask, method = strip(decoded.image, config.skull_strip)
     image = decoded.image if mask is None else apply_mask(decoded.image, mask)
+    if config.crop == "foreground":
+        image = resize.crop_foreground(image, otsu_mask(image) if mask is None else mask)
     if config.intensity == "min_max":
         image = resize.min_max(image)
     shape = resize.letterbox if config.resize == "letterbox" else resize.stretch

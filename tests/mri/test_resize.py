@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from brainray.mri.resize import letterbox, min_max, stretch, thumbnail
+from brainray.mri.resize import crop_foreground, letterbox, min_max, stretch, thumbnail
 
 
 def test_stretch_halves_by_averaging() -> None:
@@ -16,6 +16,14 @@ def test_letterbox_keeps_the_aspect_ratio_and_centres() -> None:
     assert boxed.shape == (40, 40)
     assert (boxed[10:30] == 200).all()
     assert boxed[:10].sum() == boxed[30:].sum() == 0
+
+
+def test_cropping_leaves_the_foreground_and_nothing_around_it() -> None:
+    image = np.arange(30, dtype=np.uint8).reshape(5, 6)
+    foreground = np.zeros((5, 6), np.bool_)
+    foreground[1, 4] = foreground[3, 2] = True
+    np.testing.assert_array_equal(crop_foreground(image, foreground), image[1:4, 2:5])
+    np.testing.assert_array_equal(crop_foreground(image, np.zeros_like(foreground)), image)
 
 
 def test_min_max_spans_the_range() -> None:

@@ -1,13 +1,16 @@
-"""Files that change or vanish while they are read, and what is hashed with."""
+"""Files that change or vanish while they are read, what is hashed with, and cropped slices."""
 
 import os
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 
+from brainray.config import PreprocessConfig
 from brainray.errors import ConfigError
 from brainray.mri.decode import RejectedImage
-from brainray.orchestration.preparation import read_file, subject_salt
+from brainray.orchestration.preparation import preprocess_file, read_file, subject_salt
 from brainray.orchestration.source import FoundFile, list_source
 from brainray.storage import Folder
 
@@ -32,6 +35,28 @@ def test_a_file_that_changes_or_vanishes_is_left_out(tmp_path: Path) -> None:
 def test_a_known_problem_is_told_without_reading(tmp_path: Path) -> None:
     with pytest.raises(RejectedImage, match="not UTF-8"):
         read_file(Folder(tmp_path), FoundFile("a", 0, 0, "file name is not UTF-8"))
+
+
+@pytest.mark.parametrize("skull_strip", ["none", "otsu"])
+def test_a_cropped_head_fills_the_slice_and_keeps_its_fingerprint(skull_strip: str) -> None:
+    # Heavy noise within, so that no mask is of one grey.
+    image = np.zeros((200, 200), np.uint8)
+    image[40:140, 60:110] = np.random.default_rng(0).integers(90, 160, (100, 50))
+    content = cv2.imencode(".png", image)[1].tobytes()
+
+    def stored(**settings: str) -> tuple[np.ndarray, bytes]:
+        config = PreprocessConfig.model_validate(
+            {"image_size": 64, "skull_strip": skull_strip, "resize": "letterbox"} | settings
+        )
+        (row,) = preprocess_file(content, FoundFile("", 0, 0), config, b"salt")
+        return np.frombuffer(row["image"], np.uint8).reshape(64, 64), row["thumbnail"]
+
+    whole, fingerprint = stored()
+    cropped, fingerprint_of_cropped = stored(crop="foreground")
+    assert cv2.boundingRect(whole)[3] <= 36  # 100 of 200 rows, and what the mask adds
+    assert cv2.boundingRect(cropped)[3] >= 60
+    assert abs(cv2.boundingRect(cropped)[2] - 32) <= 6  # half as wide as high, as the head is
+    assert fingerprint == fingerprint_of_cropped
 
 
 def test_the_salt_stays_and_a_short_one_is_refused(
