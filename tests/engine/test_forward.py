@@ -25,6 +25,8 @@ def test_threads_with_slices_of_their_own_find_what_one_forward_pass_finds() -> 
     images = torch.rand(150, 1, 32, 32)
     with forward_passes(encoder, CPU, "fp32") as forward:
         parts = forward(images)
+        assert [len(part.z) for part in forward(images[:9])] == [5, 4]  # no thread is idle
+        assert [len(part.z) for part in forward(images[:1])] == [1]
     with torch.inference_mode():
         whole = encoder(images)
     assert [len(part.z) for part in parts] == [64, 64, 22]
