@@ -167,6 +167,9 @@ def _embedded(slices: ray.data.Dataset, config: Config, predictor: Predictor) ->
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=actors.num_actors),
         num_cpus=actors.num_cpus,
         num_gpus=actors.num_gpus,
+        # Also keeps Ray Data from fusing the tasks before with the actor where both ask for one
+        # CPU: files would be decoded between two batches, and nothing meanwhile.
+        scheduling_strategy="SPREAD",
     )
 
 
