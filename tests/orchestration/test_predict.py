@@ -13,8 +13,11 @@ from brainray.config import Config
 from brainray.errors import ConfigError, DataError
 from brainray.orchestration.driver import TrainedRun
 from brainray.orchestration.evaluation import evaluate
+from brainray.orchestration.inference import find_predictor, predicted_blocks
 from brainray.orchestration.predict import Prediction, predict
+from brainray.orchestration.source import SourceFile, find_images
 from brainray.schema import PREDICTED
+from brainray.storage import Folder
 from tests.conftest import tiny_config
 from tests.mri.test_nifti import ball, make_nifti
 
@@ -52,6 +55,18 @@ def rows_of(prediction: Prediction) -> dict[str, dict[str, Any]]:
     rows = pa.concat_tables(parts).to_pylist()
     assert len({(row["path"], row["frame"]) for row in rows}) == len(rows)
     return {row["path"]: row for row in rows}
+
+
+def test_files_are_decoded_apart_from_the_actor_that_embeds(
+    trained: TrainedRun, inbox: Path
+) -> None:
+    config = config_of(trained, inbox)
+    files = [SourceFile(file, None, None, None) for file in find_images(Folder(inbox))[0]]
+    blocks = predicted_blocks(files, config, find_predictor(config, "the test")).materialize()
+    stages = blocks.stats()
+    assert "MapBatches(decode_files)" in stages
+    assert "MapBatches(_Embedder)" in stages
+    assert "MapBatches(decode_files)->MapBatches(_Embedder)" not in stages
 
 
 def test_every_file_has_a_row(prediction: Prediction, trained: TrainedRun) -> None:
