@@ -26,6 +26,7 @@ from brainray.storage import Folder
 
 _FILES_PER_TASK = 128
 _VOLUMES_PER_TASK = 4  # a volume has hundreds of slices
+_EMBEDDER_BYTES = 2**29  # of memory: an encoder and a batch
 _VOLUME_SUFFIXES = (".nii", ".nii.gz")
 
 
@@ -167,9 +168,9 @@ def _embedded(slices: ray.data.Dataset, config: Config, predictor: Predictor) ->
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=actors.num_actors),
         num_cpus=actors.num_cpus,
         num_gpus=actors.num_gpus,
-        # Also keeps Ray Data from fusing the tasks before with the actor where both ask for one
-        # CPU: files would be decoded between two batches, and nothing meanwhile.
-        scheduling_strategy="SPREAD",
+        # Tasks that ask for the same as the actor would be fused with it by Ray Data, as on two
+        # CPUs: files would be decoded between two batches, and nothing meanwhile.
+        memory=_EMBEDDER_BYTES,
     )
 
 
