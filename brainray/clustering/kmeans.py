@@ -14,9 +14,13 @@ from brainray.clustering.seeding import kmeans_plus_plus, too_few_distinct_rows
 from brainray.errors import ClusteringError
 
 _SETTLING_SHARE = 0.01
-"""Bounds pay from when fewer rows than this move in an iteration."""
+"""Bounds pay from when fewer rows than this move in an iteration, ..."""
+_MIN_BOUNDED_CLUSTERS = 8
+"""... and where there are more centres to pass over than a bound costs."""
 _PICKING_COST = 16
 """Picking a row out of a block takes as long as its distances to so many centres."""
+_COPIED_SHARE = 8
+"""Rows are read where they lie, but for those that are picked: seldom more than a share of this."""
 _BOUNDS_ROUNDING = 1e-4
 """Relative margin of bounds: some hundred float32 additions round by less."""
 
@@ -108,11 +112,8 @@ class KMeans(FittedModule):
                 f"hold {num_rows}: lower clustering.num_clusters or add images"
             )
         row_keys = shards.resolve_row_keys(x, row_keys)
-        origin = shards.mean_of_rows(x, num_rows).to(x.dtype)
-        x = x - origin
-        norms = torch.linalg.vector_norm(x, dim=1)
-        spread = dist.sum_across_ranks(norms.double().square().sum())
-        data = _CenteredRows(x, norms.square(), row_keys, num_rows, spread)
+        data, origin = _centred(x, row_keys, num_rows)
+        x = data.x
         if init_centers is not None:
             best = self._lloyd(data, self._checked(init_centers, x) - origin)
         else:
@@ -137,7 +138,7 @@ class KMeans(FittedModule):
             labels[block] = torch.addmm(squares, rows, centers.T, alpha=-2).argmin(dim=1)
         return labels
 
-    def _best_start(self, data: "_CenteredRows") -> "_Solution":
+    def _best_start(self, data: "_CentredRows") -> "_Solution":
         best: _Solution | None = None
         for start in range(self.num_init):
             centers = kmeans_plus_plus(
@@ -156,9 +157,9 @@ class KMeans(FittedModule):
         assert best is not None
         return best
 
-    def _lloyd(self, data: "_CenteredRows", centers: Tensor) -> "_Solution":
+    def _lloyd(self, data: "_CentredRows", centers: Tensor) -> "_Solution":
         """Iterate from `centers` (K, D) float64, relative to the rows' mean, until they rest."""
-        max_shift = self.tol * float(data.spread) / (data.num_rows * data.x.shape[1])
+        max_shift = self.tol * data.spread / (data.num_rows * data.x.shape[1])
         assignment = _Assignment.none(data, self.num_clusters)
         num_reseeded = num_iter = 0
         at_rest = False
@@ -178,10 +179,10 @@ class KMeans(FittedModule):
             centers = new_centers
         self._reassign(data, centers, assignment)
         sums, counts, _ = assignment.totals()
-        inertia = data.spread - 2 * (sums * centers).sum() + counts @ centers.square().sum(dim=1)
+        inertia = data.energy - 2 * (sums * centers).sum() + counts @ centers.square().sum(dim=1)
         return _Solution(centers, max(float(inertia), 0.0), num_iter, num_reseeded)
 
-    def _reassign(self, data: "_CenteredRows", centers: Tensor, assignment: "_Assignment") -> None:
+    def _reassign(self, data: "_CentredRows", centers: Tensor, assignment: "_Assignment") -> None:
         """Move each row to its nearest centre."""
         centers = centers.to(data.x.dtype)
         squares = centers.square().sum(dim=1)
@@ -196,7 +197,7 @@ class KMeans(FittedModule):
             assignment.move(rows, x, distances)
 
     def _farthest_rows(
-        self, data: "_CenteredRows", centers: Tensor, labels: Tensor, num_empty: int
+        self, data: "_CentredRows", centers: Tensor, labels: Tensor, num_empty: int
     ) -> Tensor:
         """The rows farthest from their centres on any rank, one for each empty cluster."""
         distances = self._distances(data.x, centers, labels)
@@ -218,7 +219,9 @@ class KMeans(FittedModule):
         return shards.blocks(x.shape[0], self._rows_of_block(x))
 
     def _rows_of_block(self, x: Tensor) -> int:
-        return self.block_rows or shards.rows_in_cache(x.shape[1] + self.num_clusters)
+        return self.block_rows or shards.rows_in_cache(
+            max(self.num_clusters, x.shape[1] // _COPIED_SHARE)
+        )
 
     def _checked(self, init_centers: Tensor, x: Tensor) -> Tensor:
         expected = (self.num_clusters, x.shape[1])
@@ -231,12 +234,34 @@ class KMeans(FittedModule):
         return init_centers.to(device=x.device, dtype=torch.float64)
 
 
-class _CenteredRows(NamedTuple):
-    x: Tensor  # (n_rank, D), the mean of all ranks' rows taken away
+class _CentredRows(NamedTuple):
+    x: Tensor  # (n_rank, D), relative to an origin near the mean of all ranks' rows
     squares: Tensor  # (n_rank,) squared norms
     row_keys: Tensor  # (n_rank,) int64
     num_rows: int  # on all ranks
-    spread: Tensor  # () float64, sum of the squared distances of all ranks' rows to their mean
+    energy: Tensor  # () float64, sum of all ranks' squared norms
+    spread: float  # sum of the squared distances of all ranks' rows to their mean
+
+
+def _centred(x: Tensor, row_keys: Tensor, num_rows: int) -> tuple[_CentredRows, Tensor]:
+    """The rows, and the origin (D,) that they are relative to now (collective).
+
+    That is their mean, or the origin that they had: rows whose mean is no farther from it than they
+    are from their mean lose hardly a digit in their distances, and are not copied.
+    """
+    norms = torch.linalg.vector_norm(x, dim=1)
+    energy = dist.sum_across_ranks(norms.double().square().sum())
+    mean = shards.mean_of_rows(x, num_rows)
+    from_mean = num_rows * float(mean.square().sum())
+    spread = max(float(energy) - from_mean, 0.0)
+    origin = torch.zeros_like(mean, dtype=x.dtype)
+    if from_mean > spread:
+        origin = mean.to(x.dtype)
+        x = x - origin
+        norms = torch.linalg.vector_norm(x, dim=1)
+        energy = dist.sum_across_ranks(norms.double().square().sum())
+        spread = float(energy)
+    return _CentredRows(x, norms.square(), row_keys, num_rows, energy, spread), origin
 
 
 def _take(values: Tensor, rows: _Places) -> Tensor:
@@ -257,7 +282,7 @@ class _Assignment:
     is_new: bool = field(default=True, init=False)
 
     @classmethod
-    def none(cls, data: _CenteredRows, num_clusters: int) -> Self:
+    def none(cls, data: _CentredRows, num_clusters: int) -> Self:
         x = data.x
         return cls(
             squares=data.squares,
@@ -271,10 +296,13 @@ class _Assignment:
         """Before an iteration with these centres (K, D)."""
         if self.bounds is not None:
             self.bounds.follow(centers)
-        elif not self.is_new and float(self.num_moved) <= _SETTLING_SHARE * len(self.labels):
+        elif len(centers) >= _MIN_BOUNDED_CLUSTERS and not self.is_new and self._is_settling():
             self.bounds = _Bounds.none(self.squares, centers)
         self.is_new = bool(len(self.labels)) and int(self.labels[0]) < 0
         self.num_moved.zero_()
+
+    def _is_settling(self) -> bool:
+        return float(self.num_moved) <= _SETTLING_SHARE * len(self.labels)
 
     def undecided(self, block: slice) -> _Places:
         """The rows of a block whose nearest centre may be another one now."""
@@ -291,7 +319,7 @@ class _Assignment:
         if self.is_new:
             nearest = distances.argmin(dim=1)
             self.labels[rows] = nearest
-            self._add(x.double(), nearest, 1)
+            self._add(x, nearest, 1)
             self.num_moved += len(x)
             return
         labels = _take(self.labels, rows)
@@ -299,7 +327,7 @@ class _Assignment:
         moved = torch.nonzero(distances.gather(1, labels[:, None]).squeeze(1) > least).squeeze(1)
         if len(moved):
             source, nearest = labels[moved], _take(distances, moved).argmin(dim=1)
-            x = _take(x, moved).double()
+            x = _take(x, moved)
             self._add(x, nearest, 1)
             self._add(x, source, -1)
             self.num_moved += len(moved)
@@ -309,7 +337,9 @@ class _Assignment:
             self.bounds.tighten(rows, _take(self.squares, rows), labels, least, distances)
 
     def _add(self, rows: Tensor, clusters: Tensor, sign: int) -> None:
-        self.sums.index_add_(0, clusters, rows, alpha=sign)
+        # A block is summed in its own dtype: ten times faster than row by row in float64.
+        of_block = rows.new_zeros(self.sums.shape).index_add_(0, clusters, rows)
+        self.sums.add_(of_block, alpha=sign)
         self.counts += sign * torch.bincount(clusters, minlength=len(self.counts))
 
     def totals(self) -> tuple[Tensor, ...]:

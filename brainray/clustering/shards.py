@@ -96,7 +96,7 @@ def mean_of_rows(x: Tensor, num_rows: int) -> Tensor:
     """Mean (D,) float64 of the N = `num_rows` rows of all ranks (collective)."""
     total = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
     for block in blocks(x.shape[0], _SUMMED_ROWS):
-        total += x[block].sum(dim=0, dtype=torch.float64)
+        total += x[block].double().sum(dim=0)
     return dist.sum_across_ranks(total) / num_rows
 
 
