@@ -14,7 +14,7 @@ from sklearn.exceptions import ConvergenceWarning
 from brainray import dist
 from brainray.benchmarks.result import BenchmarkResult, CaseOptions, Measure
 from brainray.benchmarks.samples import embedding_like
-from brainray.benchmarks.timing import OURS, relative_times, side_by_side
+from brainray.benchmarks.timing import OURS, ranks_reading_memory, relative_times, side_by_side
 from brainray.clustering.gaussian import CovarianceType, covariance_shape
 from brainray.clustering.gmm import GaussianMixture
 
@@ -90,6 +90,11 @@ def run(options: CaseOptions) -> BenchmarkResult:
             one["seconds"] / max(rank["seconds"] for rank in two),
             "x",
             at_least=MIN_RANKS_SPEEDUP,
+        ),
+        Measure(
+            f"{largest}: two ranks against one, reading the rows and no more",
+            ranks_reading_memory(4 * largest.num_rows * largest.num_features),
+            "x",
         ),
         Measure(
             f"{largest}: likelihood on two ranks",

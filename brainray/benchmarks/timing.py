@@ -7,8 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from matplotlib.figure import Figure
 
+from brainray import dist
 from brainray.report.style import BLUE, GREY, ORANGE, SKY, new_figure
 
 OURS = "brainray"
@@ -41,6 +43,27 @@ def side_by_side(
             results[name] = contestants[name]()
             seconds[name].append(time.perf_counter() - started)
     return {name: Timed(statistics.median(seconds[name]), results[name]) for name in names}
+
+
+def ranks_reading_memory(num_bytes: int) -> float:
+    """How many times faster two ranks of one thread read so many bytes together than one does.
+
+    Work that reads more than the processors' caches hold gains no more than this from a second
+    rank of the same machine.
+    """
+    (alone,) = dist.run_on_ranks(_seconds_to_read, 1, num_bytes)
+    return float(alone / max(dist.run_on_ranks(_seconds_to_read, 2, num_bytes // 2)))
+
+
+def _seconds_to_read(num_bytes: int) -> float:
+    x = torch.ones(num_bytes // 4)
+    seconds = []
+    for _ in range(9):
+        dist.sum_across_ranks(torch.zeros(1))
+        started = time.perf_counter()
+        x.sum()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
 
 
 def relative_times(milliseconds: Mapping[str, Mapping[str, float]]) -> Figure:
