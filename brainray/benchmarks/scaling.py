@@ -24,7 +24,7 @@ from brainray.benchmarks.result import BenchmarkResult, CaseOptions, Measure
 from brainray.benchmarks.samples import embedding_like, perturbed
 from brainray.clustering.gmm import GaussianMixture
 from brainray.clustering.kmeans import KMeans
-from brainray.clustering.metrics import silhouette
+from brainray.clustering.metrics import MAX_SILHOUETTE_ROWS, silhouette
 from brainray.clustering.pca import PCA
 from brainray.config import NearDuplicateConfig, PreprocessConfig, TrainConfig
 from brainray.engine.forward import autocast
@@ -195,8 +195,8 @@ def _stages(quick: bool, seed: int) -> list[Stage]:
             "pair",
             lambda size: size.rows**2,
             partial(_prepare_silhouette, seed=seed),
-            [Size(count // shrink) for count in (2_000, 4_000, 8_000, 12_000)],
-            Size(10_000 // shrink),
+            [Size(count // shrink) for count in (2_000, 3_000, 4_000, MAX_SILHOUETTE_ROWS)],
+            Size(3_500 // shrink),
         ),
     ]
 
@@ -374,7 +374,7 @@ class Plan(NamedTuple):
         full_covariance = PCA_DIM**2 * self.num_clusters * 2 * self.iterations
         clustering = mine * (2 * EMBEDDING_DIM**2 + 2 * full_covariance) / double_rate
         statistics = self.num_clusters * PCA_DIM**2 * 8 / ASSUMED["network"].value
-        num_test = 0.2 * self.num_slices
+        num_test = min(0.2 * self.num_slices, MAX_SILHOUETTE_ROWS)
         train_s = steps * 2 * self.batch * 3 * forward / tensor_rate
         gathered = self.num_slices * 4 * (2 + 2 * self.num_clusters + PCA_DIM + NUM_CLASSES)
         epoch = {
@@ -405,7 +405,7 @@ class Plan(NamedTuple):
                 "memory: slices on each GPU (GB)": mine * self.side**2 / 1e9,
                 "memory: embeddings on each GPU, float64 (GB)": mine * 3 * EMBEDDING_DIM * 8 / 1e9,
                 "memory: gathered on every rank (GB)": gathered / 1e9,
-                "memory: fingerprints in the driver (GB)": self.num_slices * THUMBNAIL_BYTES / 1e9,
+                "disk: fingerprints on one node (GB)": self.num_slices * THUMBNAIL_BYTES / 1e9,
                 "whole run (h)": total / 3600,
                 "whole run (USD)": total / 3600 * self.num_gpus * ASSUMED["gpu_hour"].value,
             }

@@ -14,7 +14,8 @@ from torch import Tensor
 from brainray.clustering import shards
 from brainray.errors import DataError
 
-_SILHOUETTE_ROWS = 5000
+MAX_SILHOUETTE_ROWS = 5000
+"""Of more rows, so many are drawn: the time of a silhouette is quadratic."""
 
 
 def clustering_metrics(labels_true: ArrayLike, labels_pred: ArrayLike) -> dict[str, float]:
@@ -41,8 +42,8 @@ def silhouette(
     Its cost is quadratic: of more than 5,000 rows it is that of 5,000 drawn ones. None where it is
     not defined: fewer than two clusters, or as many as rows.
     """
-    if len(z) > _SILHOUETTE_ROWS:
-        rows = np.random.default_rng(0).choice(len(z), _SILHOUETTE_ROWS, replace=False)
+    if len(z) > MAX_SILHOUETTE_ROWS:
+        rows = np.random.default_rng(0).choice(len(z), MAX_SILHOUETTE_ROWS, replace=False)
         z, clusters = z[rows], clusters[rows]
     num_clusters = len(np.unique(clusters))
     if not 2 <= num_clusters < len(clusters):

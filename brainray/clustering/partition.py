@@ -8,10 +8,8 @@ from sklearn.metrics.cluster import contingency_matrix
 from sklearn.neighbors import NearestNeighbors
 
 from brainray.clustering.clusterers import draw_sample
-from brainray.clustering.metrics import clustering_metrics
+from brainray.clustering.metrics import MAX_SILHOUETTE_ROWS, clustering_metrics
 from brainray.schema import NOISE, UNLABELLED
-
-_MAX_SILHOUETTE_ROWS = 5000  # its time is quadratic
 
 
 def score_partition(
@@ -42,7 +40,7 @@ def score_partition(
         "noise_share": num_noise / max(1, len(clusters)),
     }
     rows = np.flatnonzero(clustered)
-    rows = rows[draw_sample(len(rows), _MAX_SILHOUETTE_ROWS, seed)]
+    rows = rows[draw_sample(len(rows), MAX_SILHOUETTE_ROWS, seed)]
     if 2 <= len(np.unique(clusters[rows])) < len(rows):
         scores["silhouette"] = float(sk_metrics.silhouette_score(x[rows], clusters[rows]))
     labelled = labels != UNLABELLED
