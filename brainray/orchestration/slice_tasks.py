@@ -6,8 +6,10 @@ of megabytes. An import rule sees to it.
 """
 
 import gc
-from collections.abc import Container, Sequence
-from functools import cache, partial
+from collections import deque
+from collections.abc import Callable, Container, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import cv2
 import pyarrow as pa
@@ -46,6 +48,7 @@ TOLD = pa.schema([*(SLICES.field(name) for name in LIGHT_COLUMNS), SLICES.field(
 """What a task tells of the slices whose pixels it has written."""
 
 _ROW_GROUP_SIZE = 256  # slices that a reader holds at once
+_NUM_READERS = 8  # files that a task reads at a time
 
 
 def decode_part(
@@ -83,10 +86,10 @@ def _decode(
     known_hashes: Container[str],
 ) -> pa.Table:
     rows = []
-    for file in files:
+    for file, read in zip(files, _read_ahead(source, files), strict=True):
         content = None
         try:
-            content = read_file(source, file)
+            content = read()
             digest = content_hash(content)
             if digest in known_hashes:
                 about = {"path": file.path, "mtime_ns": file.mtime_ns, "num_bytes": len(content)}
@@ -96,6 +99,18 @@ def _decode(
         except RejectedImage as rejection:
             rows.append(rejected_row(file, content, rejection))
     return pa.Table.from_pylist([dict.fromkeys(SLICES.names) | row for row in rows], schema=SLICES)
+
+
+def _read_ahead(source: Folder, files: Sequence[FoundFile]) -> Iterator[Callable[[], bytes]]:
+    """For each file what gives its bytes, or raises RejectedImage, while further ones are read.
+
+    An object store takes tens of milliseconds to answer, longer than a slice to be decoded. The
+    files of a task, which are small together, may all be held at once.
+    """
+    with ThreadPoolExecutor(_NUM_READERS) as pool:
+        reads = deque(pool.submit(read_file, source, file) for file in files)
+        while reads:
+            yield reads.popleft().result
 
 
 def write_part(
@@ -129,11 +144,11 @@ def decode_files(
 ) -> pa.Table:
     """``DECODED`` rows of the listed files whose ``number`` the batch has."""
     settle_worker()
-    files = ray.get(listed)
+    all_files = ray.get(listed)
+    files = [all_files[number] for number in batch["number"].to_pylist()]
     rows = []
-    for number in batch["number"].to_pylist():
-        asked = files[number]
-        rows += decode_to_predict(asked, partial(read_file, source, asked.file), preprocess, salt)
+    for asked, read in zip(files, _read_ahead(source, [f.file for f in files]), strict=True):
+        rows += decode_to_predict(asked, read, preprocess, salt)
     return pa.Table.from_pylist(rows, schema=DECODED)
 
 
