@@ -21,6 +21,7 @@ _PICKING_COST = 16
 """Picking a row out of a block takes as long as its distances to so many centres."""
 _COPIED_SHARE = 8
 """Rows are read where they lie, but for those that are picked: seldom more than a share of this."""
+_WIDENED_ELEMENTS = 2**18
 _BOUNDS_ROUNDING = 1e-4
 """Relative margin of bounds: some hundred float32 additions round by less."""
 
@@ -337,9 +338,10 @@ class _Assignment:
             self.bounds.tighten(rows, _take(self.squares, rows), labels, least, distances)
 
     def _add(self, rows: Tensor, clusters: Tensor, sign: int) -> None:
-        # A block is summed in its own dtype: ten times faster than row by row in float64.
-        of_block = rows.new_zeros(self.sums.shape).index_add_(0, clusters, rows)
-        self.sums.add_(of_block, alpha=sign)
+        # In float64, or centres on one and on two ranks would differ by rounding and part ways; in
+        # small blocks, which the processor's cache holds.
+        for block in shards.blocks(len(rows), max(_WIDENED_ELEMENTS // rows.shape[1], 1)):
+            self.sums.index_add_(0, clusters[block], rows[block].double(), alpha=sign)
         self.counts += sign * torch.bincount(clusters, minlength=len(self.counts))
 
     def totals(self) -> tuple[Tensor, ...]:
