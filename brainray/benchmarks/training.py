@@ -4,7 +4,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -20,7 +19,7 @@ from brainray.benchmarks.result import BenchmarkResult, CaseOptions, Measure
 from brainray.benchmarks.samples import load_slices, perturbed
 from brainray.benchmarks.timing import OURS, relative_times, side_by_side
 from brainray.config import AugmentConfig, Config, TrainConfig, load_config
-from brainray.engine.epoch import EpochTargets, embed, train_epoch
+from brainray.engine.epoch import EpochTargets, train_epoch
 from brainray.engine.forward import autocast
 from brainray.engine.recipe import build_optimizer, resolve_precision
 from brainray.engine.shard import CachedImages, Images, PixelScale, SliceShard, StreamedImages
@@ -146,10 +145,8 @@ def _bare(pixels: Tensor, steps: int) -> Callable[[], None]:
         encoder.train()
         for _ in range(steps):
             rows = torch.randint(len(pixels), (2 * BATCH,), device=device)
-            images = (pixels[rows].float() / 255 - _SCALE.mean) / _SCALE.std
-            images = images.contiguous(memory_format=torch.channels_last)
             with autocast(device, precision):
-                logits = encoder(images).logits
+                logits = encoder(_standardised(pixels[rows])).logits
             loss = F.cross_entropy(logits, labels[rows])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -157,6 +154,11 @@ def _bare(pixels: Tensor, steps: int) -> Callable[[], None]:
         _wait(device)
 
     return epoch
+
+
+def _standardised(pixels: Tensor) -> Tensor:
+    images = (pixels.float() / 255 - _SCALE.mean) / _SCALE.std
+    return images.contiguous(memory_format=torch.channels_last)
 
 
 def _wait(device: torch.device) -> None:
@@ -270,14 +272,13 @@ def _bare_epoch(
     part = 8
     encoder = Encoder("resnet18", NUM_CLASSES).to(device).to(memory_format=torch.channels_last)
 
-    def embedding() -> Any:
-        return embed(
-            encoder,
-            CachedImages(pixels),
-            scale=_SCALE,
-            batch_size=config.train.embed_batch_size,
-            precision=resolve_precision("auto", device),
-        )
+    @torch.inference_mode()
+    def embedding() -> None:
+        encoder.eval()
+        with autocast(device, resolve_precision("auto", device)):
+            for batch in pixels.split(config.train.embed_batch_size):
+                encoder(_standardised(batch))
+        _wait(device)
 
     timed = side_by_side({"train": _bare(pixels, part), "embed": embedding}, rounds=3)
     return (
