@@ -11,9 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from brainray.benchmarks.preprocess import one_thread
 from brainray.benchmarks.result import BenchmarkResult, CaseOptions, Measure
-from brainray.benchmarks.timing import OURS, side_by_side
+from brainray.benchmarks.timing import OURS, one_thread, side_by_side
 from brainray.config import Config, load_config
 from brainray.engine.epoch import embed
 from brainray.engine.forward import autocast

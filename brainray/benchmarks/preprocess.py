@@ -5,8 +5,7 @@ import os
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 
 from brainray.benchmarks.result import BenchmarkResult, CaseOptions, Measure
 from brainray.benchmarks.samples import load_slices, perturbed
+from brainray.benchmarks.timing import one_thread
 from brainray.config import Config, load_config
 from brainray.mri import resize
 from brainray.mri.decode import decode_file
@@ -237,16 +237,6 @@ def _proportional_bytes(pid: int | None) -> int:
         except psutil.Error:  # it has just ended
             continue
     return total
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    before = cv2.getNumThreads()
-    cv2.setNumThreads(1)
-    try:
-        yield
-    finally:
-        cv2.setNumThreads(before)
 
 
 def _figure(profile: dict[str, float]) -> Any:

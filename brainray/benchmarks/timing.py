@@ -3,10 +3,12 @@
 import gc
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import cv2
 import torch
 from matplotlib.figure import Figure
 
@@ -64,6 +66,17 @@ def _seconds_to_read(num_bytes: int) -> float:
         x.sum()
         seconds.append(time.perf_counter() - started)
     return statistics.median(seconds)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """OpenCV on the calling thread alone, as in Ray's tasks."""
+    before = cv2.getNumThreads()
+    cv2.setNumThreads(1)
+    try:
+        yield
+    finally:
+        cv2.setNumThreads(before)
 
 
 def relative_times(milliseconds: Mapping[str, Mapping[str, float]]) -> Figure:
