@@ -7,7 +7,7 @@ from brainray.errors import ConfigError
 from brainray.orchestration.data import preprocess
 from brainray.orchestration.driver import train
 from brainray.orchestration.evaluation import evaluate
-from brainray.orchestration.job import JobResult, log, run_job
+from brainray.orchestration.job import TRAINING_SECTIONS, JobResult, log, run_job
 from brainray.report.table import results_table
 
 
@@ -56,16 +56,7 @@ if __name__ == "__main__":
                 "seed",
                 "classes",
                 "preprocess",
-                "split",
-                "encoder",
-                "self_supervision",
-                "augment",
-                "augment_unlabelled",
-                "objective",
-                "clustering",
-                "train",
-                "evaluation",
-                "tracking",
+                *TRAINING_SECTIONS,
             ],
         )
     )

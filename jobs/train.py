@@ -5,7 +5,7 @@ import sys
 from brainray.config import Config
 from brainray.orchestration.draws import train_draws
 from brainray.orchestration.driver import train
-from brainray.orchestration.job import JobResult, log, run_job
+from brainray.orchestration.job import TRAINING_SECTIONS, JobResult, log, run_job
 from brainray.report.draws_table import draws_table
 from brainray.report.table import results_table
 
@@ -44,16 +44,7 @@ if __name__ == "__main__":
                 "dataset",
                 "storage",
                 "seed",
-                "split",
-                "encoder",
-                "self_supervision",
-                "augment",
-                "augment_unlabelled",
-                "objective",
-                "clustering",
-                "train",
-                "evaluation",
-                "tracking",
+                *TRAINING_SECTIONS,
             ],
         )
     )

@@ -3,7 +3,7 @@
 import sys
 
 from brainray.config import Config
-from brainray.orchestration.job import JobResult, log, run_job
+from brainray.orchestration.job import TRAINING_SECTIONS, JobResult, log, run_job
 from brainray.orchestration.sweep import sweep
 
 
@@ -35,16 +35,7 @@ if __name__ == "__main__":
                 "seed",
                 "tune",
                 "registry",
-                "split",
-                "encoder",
-                "self_supervision",
-                "augment",
-                "augment_unlabelled",
-                "objective",
-                "clustering",
-                "train",
-                "evaluation",
-                "tracking",
+                *TRAINING_SECTIONS,
             ],
         )
     )

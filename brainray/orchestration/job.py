@@ -28,6 +28,20 @@ from brainray.redaction import redacted
 
 EXIT_OK, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
 
+TRAINING_SECTIONS = (
+    "split",
+    "encoder",
+    "self_supervision",
+    "augment",
+    "augment_unlabelled",
+    "objective",
+    "clustering",
+    "train",
+    "evaluation",
+    "tracking",
+)
+"""Sections of the config that training on a store reads: for ``--help`` of the jobs that train."""
+
 # What Ray Data appends to the message of whatever a task raises.
 _RAYS_ADVICE = re.compile(r"\nFailed to .+ after \d+/\d+ attempts")
 
