@@ -1,6 +1,5 @@
 """Gaussian mixtures against scikit-learn: same start, same iterations, same likelihood."""
 
-import time
 import warnings
 from functools import partial
 from typing import NamedTuple
@@ -14,7 +13,13 @@ from sklearn.exceptions import ConvergenceWarning
 from brainray import dist
 from brainray.benchmarks.result import BenchmarkResult, CaseOptions, Measure
 from brainray.benchmarks.samples import embedding_like
-from brainray.benchmarks.timing import OURS, ranks_reading_memory, relative_times, side_by_side
+from brainray.benchmarks.timing import (
+    OURS,
+    ranks_reading_memory,
+    relative_times,
+    side_by_side,
+    timed_on_rank,
+)
 from brainray.clustering.gaussian import CovarianceType, covariance_shape
 from brainray.clustering.gmm import GaussianMixture
 
@@ -158,13 +163,11 @@ def _sklearn(rows: NDArray[np.floating], size: Size, start: _Start) -> float:
 
 
 def _timed_shard(size: Size, seed: int) -> dict[str, float]:
-    """Seconds of a fit of this rank's share of the rows, from when all ranks are ready."""
+    """Seconds of a fit of this rank's share of the rows."""
     rows = embedding_like(size.num_rows, size.num_features, size.num_components, seed)
     start = _start(rows, size, seed)
     keys = torch.arange(len(rows))[dist.rank() :: dist.world_size()].contiguous()
     mine = torch.from_numpy(rows)[dist.rank() :: dist.world_size()].contiguous()
     del rows
-    dist.sum_across_ranks(torch.zeros(1))
-    started = time.perf_counter()
-    mixture = _fitted(mine, size, start, keys)
-    return {"seconds": time.perf_counter() - started, "bound": mixture.lower_bound_}
+    timed = timed_on_rank(lambda: _fitted(mine, size, start, keys), rounds=3)
+    return {"seconds": timed.seconds, "bound": timed.result.lower_bound_}

@@ -48,24 +48,27 @@ def side_by_side(
 
 
 def ranks_reading_memory(num_bytes: int) -> float:
-    """How many times faster two ranks of one thread read so many bytes together than one does.
-
-    Work that reads more than the processors' caches hold gains no more than this from a second
-    rank of the same machine.
+    """How many times faster two ranks of one thread read so many bytes together than one does:
+    what work that memory alone limits would gain from a second rank of this machine.
     """
     (alone,) = dist.run_on_ranks(_seconds_to_read, 1, num_bytes)
     return float(alone / max(dist.run_on_ranks(_seconds_to_read, 2, num_bytes // 2)))
 
 
 def _seconds_to_read(num_bytes: int) -> float:
-    x = torch.ones(num_bytes // 4)
+    return timed_on_rank(torch.ones(num_bytes // 4).sum, rounds=9).seconds
+
+
+def timed_on_rank(work: Callable[[], Any], *, rounds: int) -> Timed:
+    """A rank's part of some work, warmed up, each time from when all ranks are ready."""
+    result = work()
     seconds = []
-    for _ in range(9):
+    for _ in range(rounds):
         dist.sum_across_ranks(torch.zeros(1))
         started = time.perf_counter()
-        x.sum()
+        result = work()
         seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds)
+    return Timed(statistics.median(seconds), result)
 
 
 @contextmanager

@@ -20,7 +20,10 @@ _MIN_BOUNDED_CLUSTERS = 8
 _PICKING_COST = 16
 """Picking a row out of a block takes as long as its distances to so many centres."""
 _COPIED_SHARE = 8
-"""Rows are read where they lie, but for those that are picked: seldom more than a share of this."""
+"""An iteration's block has room for its distances and a share of this of its rows: most are read
+where they lie, and only those that are picked are copied."""
+_FAR_MEAN = 0.7
+"""Rows are far from the origin where their mean's norm is more than this of their mean norm."""
 _WIDENED_ELEMENTS = 2**18
 _BOUNDS_ROUNDING = 1e-4
 """Relative margin of bounds: some hundred float32 additions round by less."""
@@ -32,9 +35,10 @@ class KMeans(FittedModule):
     """Lloyd's algorithm with scikit-learn's stopping rules; every rank brings its own rows.
 
     The result does not depend on how rows are spread over ranks, up to rounding, provided that
-    `row_keys` stay with their rows. Distances are computed in the rows' dtype, on rows centred at
-    their mean (one copy of the shard); sums, counts and inertia in float64. Sums follow the rows
-    that move, and once few move, rows that cannot are passed over (`_Bounds`).
+    `row_keys` stay with their rows. Distances are computed in the rows' dtype, on rows that lie
+    around the origin or are moved there (one copy of the shard); sums, counts and inertia in
+    float64. Sums follow the rows that move, and once few move, rows that cannot are passed over
+    (`_Bounds`).
 
     Fitted attributes:
         cluster_centers_: (K, D), in the rows' dtype.
@@ -159,7 +163,7 @@ class KMeans(FittedModule):
         return best
 
     def _lloyd(self, data: "_CentredRows", centers: Tensor) -> "_Solution":
-        """Iterate from `centers` (K, D) float64, relative to the rows' mean, until they rest."""
+        """Iterate from `centers` (K, D) float64, relative to the rows' origin, until they rest."""
         max_shift = self.tol * data.spread / (data.num_rows * data.x.shape[1])
         assignment = _Assignment.none(data, self.num_clusters)
         num_reseeded = num_iter = 0
@@ -187,9 +191,12 @@ class KMeans(FittedModule):
         """Move each row to its nearest centre."""
         centers = centers.to(data.x.dtype)
         squares = centers.square().sum(dim=1)
-        scores = data.x.new_empty(min(self._rows_of_block(data.x), len(data.x)), len(centers))
+        num_features, num_rows = data.x.shape[1], len(data.x)
+        at_hand = max(len(centers), num_features // _COPIED_SHARE)
+        block_rows = self.block_rows or shards.rows_in_cache(at_hand)
+        scores = data.x.new_empty(min(block_rows, num_rows), len(centers))
         assignment.begin(centers)
-        for block in self._blocks(data.x):
+        for block in shards.blocks(num_rows, block_rows):
             rows = assignment.undecided(block)
             x = _take(data.x, rows)
             if len(x) == 0:
@@ -220,9 +227,7 @@ class KMeans(FittedModule):
         return shards.blocks(x.shape[0], self._rows_of_block(x))
 
     def _rows_of_block(self, x: Tensor) -> int:
-        return self.block_rows or shards.rows_in_cache(
-            max(self.num_clusters, x.shape[1] // _COPIED_SHARE)
-        )
+        return self.block_rows or shards.rows_in_cache(x.shape[1] + self.num_clusters)
 
     def _checked(self, init_centers: Tensor, x: Tensor) -> Tensor:
         expected = (self.num_clusters, x.shape[1])
@@ -240,29 +245,37 @@ class _CentredRows(NamedTuple):
     squares: Tensor  # (n_rank,) squared norms
     row_keys: Tensor  # (n_rank,) int64
     num_rows: int  # on all ranks
-    energy: Tensor  # () float64, sum of all ranks' squared norms
+    energy: float  # sum of all ranks' squared norms
     spread: float  # sum of the squared distances of all ranks' rows to their mean
 
 
 def _centred(x: Tensor, row_keys: Tensor, num_rows: int) -> tuple[_CentredRows, Tensor]:
     """The rows, and the origin (D,) that they are relative to now (collective).
 
-    That is their mean, or the origin that they had: rows whose mean is no farther from it than they
-    are from their mean lose hardly a digit in their distances, and are not copied.
+    That is their mean, or the origin that they had: rows that lie around it lose hardly a digit in
+    their distances, and are not copied. (By their norms, not by squares: one outlier would hide
+    how far the others are.)
     """
     norms = torch.linalg.vector_norm(x, dim=1)
-    energy = dist.sum_across_ranks(norms.double().square().sum())
+    norm_sum, energy = _sums_of_powers(norms)
     mean = shards.mean_of_rows(x, num_rows)
-    from_mean = num_rows * float(mean.square().sum())
-    spread = max(float(energy) - from_mean, 0.0)
+    mean_norm = float(torch.linalg.vector_norm(mean))
     origin = torch.zeros_like(mean, dtype=x.dtype)
-    if from_mean > spread:
+    spread = max(energy - num_rows * mean_norm**2, 0.0)
+    if num_rows * mean_norm > _FAR_MEAN * norm_sum:  # the same on every rank
         origin = mean.to(x.dtype)
         x = x - origin
         norms = torch.linalg.vector_norm(x, dim=1)
-        energy = dist.sum_across_ranks(norms.double().square().sum())
-        spread = float(energy)
+        _, energy = _sums_of_powers(norms)
+        spread = energy
     return _CentredRows(x, norms.square(), row_keys, num_rows, energy, spread), origin
+
+
+def _sums_of_powers(norms: Tensor) -> tuple[float, float]:
+    """Sums of all ranks' norms (n_rank,) and of their squares (collective)."""
+    norms = norms.double()
+    first, second = dist.sum_across_ranks(torch.stack([norms.sum(), norms.square().sum()])).tolist()
+    return first, second
 
 
 def _take(values: Tensor, rows: _Places) -> Tensor:
@@ -383,7 +396,7 @@ class _Bounds:
 
     def follow(self, centers: Tensor) -> None:
         self.shifts = torch.linalg.vector_norm(centers - self.centers, dim=1)
-        farthest = self.shifts.topk(min(2, len(self.shifts)))
+        farthest = self.shifts.topk(2)
         self.other_shifts = farthest.values[:1].repeat(len(self.shifts))
         self.other_shifts[farthest.indices[0]] = farthest.values[-1]
         self.centers = centers

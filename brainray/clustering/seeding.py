@@ -41,7 +41,7 @@ def draw_rows(
 
 
 def kmeans_plus_plus(
-    x: Tensor,  # (n_rank, D), centred: the mean of all ranks' rows is near 0
+    x: Tensor,  # (n_rank, D), relative to an origin that they lie around
     num_clusters: int,
     row_keys: Tensor,  # (n_rank,) int64
     *,

@@ -8,7 +8,7 @@ of megabytes. An import rule sees to it.
 import gc
 from collections import deque
 from collections.abc import Callable, Container, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 
 import cv2
@@ -48,7 +48,8 @@ TOLD = pa.schema([*(SLICES.field(name) for name in LIGHT_COLUMNS), SLICES.field(
 """What a task tells of the slices whose pixels it has written."""
 
 _ROW_GROUP_SIZE = 256  # slices that a reader holds at once
-_NUM_READERS = 8  # files that a task reads at a time
+_NUM_READERS = 8  # files that a task reads at a time ...
+_MAX_BYTES_AHEAD = 2**26  # ... while they are no more than this together
 
 
 def decode_part(
@@ -104,13 +105,20 @@ def _decode(
 def _read_ahead(source: Folder, files: Sequence[FoundFile]) -> Iterator[Callable[[], bytes]]:
     """For each file what gives its bytes, or raises RejectedImage, while further ones are read.
 
-    An object store takes tens of milliseconds to answer, longer than a slice to be decoded. The
-    files of a task, which are small together, may all be held at once.
+    An object store takes tens of milliseconds to answer, longer than a slice to be decoded.
     """
+    reads: deque[tuple[int, Future[bytes]]] = deque()
+    num_bytes = 0
     with ThreadPoolExecutor(_NUM_READERS) as pool:
-        reads = deque(pool.submit(read_file, source, file) for file in files)
+        for file in files:
+            num_bytes += file.num_bytes
+            while reads and (len(reads) == _NUM_READERS or num_bytes > _MAX_BYTES_AHEAD):
+                first_bytes, first = reads.popleft()
+                num_bytes -= first_bytes
+                yield first.result
+            reads.append((file.num_bytes, pool.submit(read_file, source, file)))
         while reads:
-            yield reads.popleft().result
+            yield reads.popleft()[1].result
 
 
 def write_part(

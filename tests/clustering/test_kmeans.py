@@ -43,6 +43,21 @@ def test_float32_rows_far_from_the_origin_are_clustered_as_float64_ones() -> Non
     assert torch.equal(single.predict(x), double.predict(x.double()))
 
 
+def test_an_outlier_does_not_hide_that_rows_are_far_from_the_origin() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = 1000 + torch.rand(5000, 4, generator=generator)
+    x[0] = 150_000  # its square outweighs all others together
+    data, _ = _centred(x, torch.arange(5000), 5000)
+    torch.testing.assert_close(data.x, x - x.double().mean(dim=0).float())
+
+
+def test_rows_around_the_origin_are_not_copied() -> None:
+    x = torch.randn(100, 4, generator=torch.Generator().manual_seed(0))
+    data, origin = _centred(x, torch.arange(100), 100)
+    assert data.x is x
+    assert not origin.any()
+
+
 def test_centres_do_not_depend_on_the_block_size() -> None:
     x = overlapping_blobs()
     whole, blocks = KMeans(5).fit(x), KMeans(5, block_rows=7).fit(x)
