@@ -71,7 +71,7 @@ class Stage:
     prepare: Callable[[Size], Callable[[], object]]  # what is timed, made ready
     sizes: Sequence[Size]
     held_out: Size
-    repeats: int = 4  # of which the fastest counts
+    rounds: int = 4  # over all sizes, so that none has a slow minute to itself; the fastest counts
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def _stages(quick: bool, seed: int) -> list[Stage]:
             # Fewer than 8,192 are all compared with each other: another law, and no matter.
             [Size(count) for count in (9_000, 10_000, 11_000, 12_000)],
             Size(13_000 if quick else 18_000),
-            repeats=1,
+            rounds=1,
         ),
         Stage(
             "train on a batch",
@@ -217,10 +217,9 @@ def _stages(quick: bool, seed: int) -> list[Stage]:
 
 def _fit(stage: Stage) -> Fit:
     """Least squares of relative errors, neither part negative."""
-    seconds = {
-        size: _seconds(stage.prepare(size), stage.repeats)
-        for size in (*stage.sizes, stage.held_out)
-    }
+    works = {size: stage.prepare(size) for size in (*stage.sizes, stage.held_out)}
+    rounds = [{size: _seconds(work) for size, work in works.items()} for _ in range(stage.rounds)]
+    seconds = {size: min(found[size] for found in rounds) for size in works}
     work = np.array([stage.work(size) for size in stage.sizes])
     measured = np.array([seconds[size] for size in stage.sizes])
     unit = work.max()  # both columns of the same magnitude
@@ -232,14 +231,10 @@ def _fit(stage: Stage) -> Fit:
     return Fit(float(fixed), float(rate / unit), float(error), points)
 
 
-def _seconds(work: Callable[[], object], repeats: int) -> float:
-    """The least of a few: what else the machine does only ever adds."""
-    seconds = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - started)
-    return min(seconds)
+def _seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
 
 
 def _prepare_files(size: Size, seed: int) -> Callable[[], object]:

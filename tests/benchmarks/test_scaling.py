@@ -10,7 +10,7 @@ from brainray.benchmarks.scaling import ASSUMED, Fit, Plan, Size, Stage
 def test_a_line_is_fitted_and_checked_at_the_size_held_out(
     monkeypatch: pytest.MonkeyPatch, at_held_out: float, error: float
 ) -> None:
-    monkeypatch.setattr(scaling, "_seconds", lambda work, repeats: work())
+    monkeypatch.setattr(scaling, "_seconds", lambda work: work())
     stage = Stage(
         "test",
         "row",
