@@ -45,8 +45,8 @@ _NUM_CLASSES = 4
 def run(options: CaseOptions) -> BenchmarkResult:
     """Images per second of prediction, on decoded slices and on files, against plain loops.
 
-    Rates of Ray Data are marginal: of what the whole set takes longer than a quarter of it, so
-    that the start of Ray's processes, told apart, does not count.
+    Rates of Ray Data are marginal: of what the whole set takes longer than a quarter of it (medians
+    of three times), so that the start of Ray's processes, told apart, does not count.
     """
     attach_to_ray()
     each = 300 if options.quick else 1500
@@ -202,13 +202,10 @@ def _training_ids(store: ImageStore) -> list[str]:
 
 def _marginal(some: Callable[[], int], all_of_them: Callable[[], int]) -> tuple[float, float]:
     """(slices per second beyond the start, seconds of the start), from a part and the whole."""
-    seconds, done = [], []
-    for predict in (some, all_of_them):
-        started = time.perf_counter()
-        done.append(predict())
-        seconds.append(time.perf_counter() - started)
-    rate = (done[1] - done[0]) / (seconds[1] - seconds[0])
-    return rate, seconds[1] - done[1] / rate
+    timed = side_by_side({"some": some, "all": all_of_them}, rounds=3, warm_up=False)
+    some_of_them, everything = timed["some"], timed["all"]
+    rate = (everything.result - some_of_them.result) / (everything.seconds - some_of_them.seconds)
+    return rate, everything.seconds - everything.result / rate
 
 
 def _predict_slices(store: ImageStore, config: Config, predictor: Predictor) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_MAX_ROWS_AT_ONCE = 64  # of a thread: what is larger is slower
+_MAX_PIXELS_AT_ONCE = 2**18  # of a thread: what a layer makes of more leaves its cache
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:
@@ -40,7 +40,8 @@ def forward_passes(
     def side_by_side(images: Tensor) -> list[Any]:
         if len(images) < num_threads:  # this thread has the others' help
             return [forward(images)]
-        rows_each = min(_MAX_ROWS_AT_ONCE, -(-len(images) // num_threads))
+        at_most = max(_MAX_PIXELS_AT_ONCE // images[0].numel(), 1)
+        rows_each = min(at_most, -(-len(images) // num_threads))
         return list(pool.map(forward, images.split(rows_each)))
 
     try:

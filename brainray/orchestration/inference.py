@@ -24,7 +24,7 @@ from brainray.orchestration.store import ImageStore
 from brainray.orchestration.worker import best_epoch
 from brainray.storage import Folder
 
-_FILES_PER_TASK = 128
+_FILES_PER_TASK = 256
 _VOLUMES_PER_TASK = 4  # a volume has hundreds of slices
 _EMBEDDER_BYTES = 2**29  # of memory: an encoder and a batch
 _VOLUME_SUFFIXES = (".nii", ".nii.gz")

@@ -29,9 +29,16 @@ def test_threads_with_slices_of_their_own_find_what_one_forward_pass_finds() -> 
         assert [len(part.z) for part in forward(images[:1])] == [1]
     with torch.inference_mode():
         whole = encoder(images)
-    assert [len(part.z) for part in parts] == [64, 64, 22]
+    assert [len(part.z) for part in parts] == [75, 75]
     torch.testing.assert_close(torch.cat([part.z for part in parts]), whole.z, rtol=1e-4, atol=1e-5)
     assert not any(part.logits.requires_grad for part in parts)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_large_slices_are_embedded_a_few_at_a_time() -> None:
+    with forward_passes(torch.nn.Flatten(), CPU, "fp32") as forward:
+        assert [len(part) for part in forward(torch.ones(40, 1, 128, 128))] == [16, 16, 8]
+        assert [len(part) for part in forward(torch.ones(3, 1, 1024, 1024))] == [1, 1, 1]
 
 
 @pytest.mark.usefixtures("two_threads")
