@@ -237,4 +237,6 @@ def _role_counts(seen: pa.Table) -> dict[str, int]:
 
 
 def _names(storage: Folder) -> str:
-    return ", ".join((storage / layout.RUNS).names())
+    """Of the runs; a folder whose job ended before it had begun is none."""
+    runs = storage / layout.RUNS
+    return ", ".join(name for name in runs.names() if (runs / name).exists(layout.RUN))
