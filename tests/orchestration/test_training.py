@@ -27,7 +27,7 @@ from brainray.orchestration.data import preprocess
 from brainray.orchestration.driver import TrainedRun, train
 from brainray.orchestration.evaluation import evaluate
 from brainray.orchestration.publish import publish
-from brainray.orchestration.run import begin_run
+from brainray.orchestration.run import begin_run, open_run
 from brainray.orchestration.store import ImageStore
 from brainray.schema import SEEN, UNLABELLED_ROLE
 from brainray.storage import Folder
@@ -231,6 +231,15 @@ def test_a_run_to_compare_with_is_looked_for_before_training(storage: Path) -> N
     with pytest.raises(DataError, match="no run 'absent'"):
         train(config_of(storage, "compared", "evaluation.control=absent"))
     assert not (storage / "runs" / "compared").exists()
+
+
+def test_a_folder_whose_job_ended_before_it_began_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "runs" / "half").mkdir(parents=True)
+    (tmp_path / "runs" / "half" / "seen.parquet").touch()
+    (tmp_path / "runs" / "whole").mkdir()
+    (tmp_path / "runs" / "whole" / "run.json").write_text("{}")
+    with pytest.raises(DataError, match=r"no run 'half' in .*: there are whole$"):
+        open_run(Folder(tmp_path), "half")
 
 
 @pytest.mark.parametrize("recipe", [PUBLISHED, pytest.param(ANCHORED, marks=pytest.mark.slow)])
