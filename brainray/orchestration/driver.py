@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from pydantic import BaseModel
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from torch import Tensor
@@ -209,10 +210,13 @@ def _about(training: Training) -> dict[str, str]:
 
 def _check_store_fits(config: Config, store: ImageStore) -> None:
     """Refuse a store that was made otherwise than the config says; what it leaves out is free."""
-    asked = config.preprocess.model_dump(mode="json", exclude_unset=True)
-    made = store.preprocess.model_dump(mode="json", include=set(asked) - {"files_per_task"})
-    wanted = with_defaults({key: asked[key] for key in made}, made)  # also within its sections
-    difference = differing_settings(made, wanted, "preprocess.")
+    slices = store.preprocess.model_dump(mode="json", exclude={"files_per_task"})
+    split = {key: value for key, value in store.manifest["split"].items() if key != "seed"}
+    problems = [
+        _difference(config.preprocess, slices, "preprocess."),
+        _difference(config.split, split, "split."),  # its seed draws labels too: free
+    ]
+    difference = "; ".join(problem for problem in problems if problem)
     if difference:
         raise ConfigError(
             f"the image store {store.folder} was made with other settings ({difference}): "
@@ -227,6 +231,13 @@ def _check_store_fits(config: Config, store: ImageStore) -> None:
                 f"{key}={side} exceeds the {store.preprocess.image_size} pixels of the image store "
                 f"{store.folder}: lower it"
             )
+
+
+def _difference(asked: BaseModel, made: dict[str, Any], prefix: str) -> str:
+    """What the config says of a store's settings, and the store was made without."""
+    told = asked.model_dump(mode="json", exclude_unset=True, include=set(made))
+    made = {key: made[key] for key in told}
+    return differing_settings(made, with_defaults(told, made), prefix)  # also within its sections
 
 
 def _summarise(config: Config, run: Run) -> Metrics:

@@ -330,6 +330,7 @@ def test_a_checkpoint_without_its_run_has_no_clean_figures(
         (["train.image_size=48"], ConfigError, "exceeds"),
         (["encoder.pretext=rotation"], ConfigError, r"pretext_image_size \(64\) exceeds"),
         (["preprocess.skull_strip=none"], ConfigError, "skull_strip: otsu here, none asked"),
+        (["split.mode=grouped"], ConfigError, r"\(split\.mode: official here, grouped asked\)"),
         (
             ["preprocess.subject.estimate=false"],
             ConfigError,
