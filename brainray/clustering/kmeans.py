@@ -1,7 +1,6 @@
 """K-means on rows that are spread over ranks."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import NamedTuple, Self
 
 import torch
@@ -10,25 +9,12 @@ from torch import Tensor
 from brainray import dist
 from brainray.clustering import shards
 from brainray.clustering.fitted import FittedModule
+from brainray.clustering.lloyd import assignment
 from brainray.clustering.seeding import kmeans_plus_plus, too_few_distinct_rows
 from brainray.errors import ClusteringError
 
-_SETTLING_SHARE = 0.01
-"""Bounds pay from when fewer rows than this move in an iteration, ..."""
-_MIN_BOUNDED_CLUSTERS = 8
-"""... and where there are more centres to pass over than a bound costs."""
-_PICKING_COST = 16
-"""Picking a row out of a block takes as long as its distances to so many centres."""
-_COPIED_SHARE = 8
-"""An iteration's block has room for its distances and a share of this of its rows: most are read
-where they lie, and only those that are picked are copied."""
 _FAR_MEAN = 0.7
 """Rows are far from the origin where their mean's norm is more than this of their mean norm."""
-_WIDENED_ELEMENTS = 2**18
-_BOUNDS_ROUNDING = 1e-4
-"""Relative margin of bounds: some hundred float32 additions round by less."""
-
-_Places = slice | Tensor  # which rows of a shard
 
 
 class KMeans(FittedModule):
@@ -37,8 +23,7 @@ class KMeans(FittedModule):
     The result does not depend on how rows are spread over ranks, up to rounding, provided that
     `row_keys` stay with their rows. Distances are computed in the rows' dtype, on rows that lie
     around the origin or are moved there (one copy of the shard); sums, counts and inertia in
-    float64. Sums follow the rows that move, and once few move, rows that cannot are passed over
-    (`_Bounds`).
+    float64. Sums follow the rows that move, and rows that cannot are passed over (`lloyd`).
 
     Fitted attributes:
         cluster_centers_: (K, D), in the rows' dtype.
@@ -165,44 +150,27 @@ class KMeans(FittedModule):
     def _lloyd(self, data: "_CentredRows", centers: Tensor) -> "_Solution":
         """Iterate from `centers` (K, D) float64, relative to the rows' origin, until they rest."""
         max_shift = self.tol * data.spread / (data.num_rows * data.x.shape[1])
-        assignment = _Assignment.none(data, self.num_clusters)
         num_reseeded = num_iter = 0
         at_rest = False
-        while num_iter < self.max_iter and not at_rest:
-            num_iter += 1
-            self._reassign(data, centers, assignment)
-            sums, counts, total_moved = assignment.totals()
-            new_centers = sums / counts.clamp(min=1)[:, None]
-            empty = torch.nonzero(counts == 0).squeeze(1)
-            if empty.numel():
-                farthest = self._farthest_rows(data, centers, assignment.labels, empty.numel())
-                new_centers[empty] = farthest
-                num_reseeded += empty.numel()
-            else:
-                shift = float((new_centers - centers).square().sum())
-                at_rest = float(total_moved) == 0 or shift <= max_shift
-            centers = new_centers
-        self._reassign(data, centers, assignment)
-        sums, counts, _ = assignment.totals()
+        with assignment(data.x, data.squares, self.num_clusters, self.block_rows) as assigned:
+            while num_iter < self.max_iter and not at_rest:
+                num_iter += 1
+                assigned.move_rows(centers.to(data.x.dtype))
+                sums, counts, total_moved = assigned.totals()
+                new_centers = sums / counts.clamp(min=1)[:, None]
+                empty = torch.nonzero(counts == 0).squeeze(1)
+                if empty.numel():
+                    farthest = self._farthest_rows(data, centers, assigned.labels, empty.numel())
+                    new_centers[empty] = farthest
+                    num_reseeded += empty.numel()
+                else:
+                    shift = float((new_centers - centers).square().sum())
+                    at_rest = float(total_moved) == 0 or shift <= max_shift
+                centers = new_centers
+            assigned.move_rows(centers.to(data.x.dtype))
+            sums, counts, _ = assigned.totals()
         inertia = data.energy - 2 * (sums * centers).sum() + counts @ centers.square().sum(dim=1)
         return _Solution(centers, max(float(inertia), 0.0), num_iter, num_reseeded)
-
-    def _reassign(self, data: "_CentredRows", centers: Tensor, assignment: "_Assignment") -> None:
-        """Move each row to its nearest centre."""
-        centers = centers.to(data.x.dtype)
-        squares = centers.square().sum(dim=1)
-        num_features, num_rows = data.x.shape[1], len(data.x)
-        at_hand = max(len(centers), num_features // _COPIED_SHARE)
-        block_rows = self.block_rows or shards.rows_in_cache(at_hand)
-        scores = data.x.new_empty(min(block_rows, num_rows), len(centers))
-        assignment.begin(centers)
-        for block in shards.blocks(num_rows, block_rows):
-            rows = assignment.undecided(block)
-            x = _take(data.x, rows)
-            if len(x) == 0:
-                continue
-            distances = torch.addmm(squares, x, centers.T, alpha=-2, out=scores[: len(x)])
-            assignment.move(rows, x, distances)
 
     def _farthest_rows(
         self, data: "_CentredRows", centers: Tensor, labels: Tensor, num_empty: int
@@ -276,150 +244,6 @@ def _sums_of_powers(norms: Tensor) -> tuple[float, float]:
     norms = norms.double()
     first, second = dist.sum_across_ranks(torch.stack([norms.sum(), norms.square().sum()])).tolist()
     return first, second
-
-
-def _take(values: Tensor, rows: _Places) -> Tensor:
-    """A view of a slice's rows, or a copy of picked ones (faster than by indexing)."""
-    return values[rows] if isinstance(rows, slice) else values.index_select(0, rows)
-
-
-@dataclass
-class _Assignment:
-    """The clusters of this rank's rows, and what they sum to."""
-
-    squares: Tensor  # (n_rank,) squared norms of the rows
-    labels: Tensor  # (n_rank,) int64, -1 before the first iteration
-    sums: Tensor  # (K, D) float64, of the rows of each cluster
-    counts: Tensor  # (K,) float64
-    num_moved: Tensor  # (1,) float64, in this iteration
-    bounds: "_Bounds | None" = None
-    is_new: bool = field(default=True, init=False)
-
-    @classmethod
-    def none(cls, data: _CentredRows, num_clusters: int) -> Self:
-        x = data.x
-        return cls(
-            squares=data.squares,
-            labels=torch.full((len(x),), -1, device=x.device),
-            sums=torch.zeros(num_clusters, x.shape[1], dtype=torch.float64, device=x.device),
-            counts=torch.zeros(num_clusters, dtype=torch.float64, device=x.device),
-            num_moved=torch.zeros(1, dtype=torch.float64, device=x.device),
-        )
-
-    def begin(self, centers: Tensor) -> None:
-        """Before an iteration with these centres (K, D)."""
-        if self.bounds is not None:
-            self.bounds.follow(centers)
-        elif len(centers) >= _MIN_BOUNDED_CLUSTERS and not self.is_new and self._is_settling():
-            self.bounds = _Bounds.none(self.squares, centers)
-        self.is_new = bool(len(self.labels)) and int(self.labels[0]) < 0
-        self.num_moved.zero_()
-
-    def _is_settling(self) -> bool:
-        return float(self.num_moved) <= _SETTLING_SHARE * len(self.labels)
-
-    def undecided(self, block: slice) -> _Places:
-        """The rows of a block whose nearest centre may be another one now."""
-        return block if self.bounds is None else self.bounds.undecided(block, self.labels[block])
-
-    def move(self, rows: _Places, x: Tensor, distances: Tensor) -> None:
-        """Rows x (B, D) go where their distance (B, K; squared, less the row's own square) is
-        least.
-
-        A row that is as near to its own centre as to any stays. Only rows that move are summed,
-        and only their nearest centres are looked for: minima are found many times faster than
-        their places.
-        """
-        if self.is_new:
-            nearest = distances.argmin(dim=1)
-            self.labels[rows] = nearest
-            self._add(x, nearest, 1)
-            self.num_moved += len(x)
-            return
-        labels = _take(self.labels, rows)
-        least = distances.amin(dim=1)
-        moved = torch.nonzero(distances.gather(1, labels[:, None]).squeeze(1) > least).squeeze(1)
-        if len(moved):
-            source, nearest = labels[moved], _take(distances, moved).argmin(dim=1)
-            x = _take(x, moved)
-            self._add(x, nearest, 1)
-            self._add(x, source, -1)
-            self.num_moved += len(moved)
-            labels[moved] = nearest
-            self.labels[rows] = labels
-        if self.bounds is not None:
-            self.bounds.tighten(rows, _take(self.squares, rows), labels, least, distances)
-
-    def _add(self, rows: Tensor, clusters: Tensor, sign: int) -> None:
-        # In float64, or centres on one and on two ranks would differ by rounding and part ways; in
-        # small blocks, which the processor's cache holds.
-        for block in shards.blocks(len(rows), max(_WIDENED_ELEMENTS // rows.shape[1], 1)):
-            self.sums.index_add_(0, clusters[block], rows[block].double(), alpha=sign)
-        self.counts += sign * torch.bincount(clusters, minlength=len(self.counts))
-
-    def totals(self) -> tuple[Tensor, ...]:
-        """Sums (K, D), counts (K,) and moves (1,) of all ranks, in a single collective."""
-        local = torch.cat([self.sums.flatten(), self.counts, self.num_moved])
-        packed = dist.sum_across_ranks(local)
-        sums, counts, moved = torch.split(packed, [self.sums.numel(), self.counts.numel(), 1])
-        return sums.view_as(self.sums), counts, moved
-
-
-@dataclass
-class _Bounds:
-    """What distances to centres can be at most and at least, without computing them.
-
-    Hamerly 2010, "Making k-means even faster": a centre that has moved by s is nearer or farther
-    by s at most. A row whose own centre is certainly the nearest need not be looked at. (His bound
-    by the distances between centres is left out: it seldom decides in many dimensions.)
-    """
-
-    upper: Tensor  # (n_rank,) of the distance to the row's own centre
-    lower: Tensor  # (n_rank,) of the distance to any other
-    slack: float  # what squared distances may be wrong by in the rows' dtype
-    centers: Tensor  # (K, D) to which the bounds apply
-    shifts: Tensor  # (K,) how far each centre has moved since
-    other_shifts: Tensor  # (K,) and the farthest of the others
-
-    @classmethod
-    def none(cls, squares: Tensor, centers: Tensor) -> Self:
-        largest = torch.cat([squares, centers.square().sum(dim=1)]).amax()
-        unmoved = squares.new_zeros(len(centers))
-        return cls(
-            upper=torch.full_like(squares, torch.inf),
-            lower=torch.zeros_like(squares),
-            slack=4 * float(largest) * (centers.shape[1] + 4) * torch.finfo(squares.dtype).eps,
-            centers=centers,
-            shifts=unmoved,
-            other_shifts=unmoved,
-        )
-
-    def follow(self, centers: Tensor) -> None:
-        self.shifts = torch.linalg.vector_norm(centers - self.centers, dim=1)
-        farthest = self.shifts.topk(2)
-        self.other_shifts = farthest.values[:1].repeat(len(self.shifts))
-        self.other_shifts[farthest.indices[0]] = farthest.values[-1]
-        self.centers = centers
-
-    def undecided(self, block: slice, labels: Tensor) -> _Places:
-        """The rows of a block that another centre may be nearest to; all, where they are many."""
-        upper, lower = self.upper[block], self.lower[block]
-        upper += _take(self.shifts, labels)
-        lower -= _take(self.other_shifts, labels)
-        found = torch.nonzero(upper >= lower).squeeze(1)
-        num_clusters = len(self.shifts)
-        costly = len(found) * (_PICKING_COST + num_clusters) > len(labels) * num_clusters
-        return block if costly else found + block.start
-
-    def tighten(
-        self, rows: _Places, squares: Tensor, labels: Tensor, least: Tensor, distances: Tensor
-    ) -> None:
-        """Bounds of rows anew, from distances as in `_Assignment.move` (which are overwritten)."""
-        others = distances.scatter_(1, labels[:, None], torch.inf).amin(dim=1)
-        upper = (least + squares + self.slack).clamp_(min=0).sqrt_()
-        lower = (others + squares - self.slack).clamp_(min=0).sqrt_()
-        self.upper[rows] = upper.mul_(1 + _BOUNDS_ROUNDING)
-        self.lower[rows] = lower.mul_(1 - _BOUNDS_ROUNDING)
 
 
 class _Solution(NamedTuple):

@@ -1,11 +1,13 @@
 import io
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from sklearn.cluster import KMeans as SklearnKMeans
 from torch import Tensor
 
-from brainray.clustering.kmeans import KMeans, _Bounds, _centred
+from brainray.clustering.kmeans import KMeans, _centred
+from brainray.clustering.lloyd import CompiledAssignment, TorchAssignment, assignment
 from brainray.clustering.seeding import _splitmix64, draw_rows, uniform_from_keys
 from brainray.errors import ClusteringError
 
@@ -202,31 +204,63 @@ def test_rows_that_are_passed_over_would_not_have_moved(
     x = overlapping_blobs(5000).to(dtype)
     start = KMeans(num_clusters, seed=1).fit(x).cluster_centers_
     moved = x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(3), dtype=dtype)
-    origin = _centred(moved, torch.arange(len(moved)), len(moved))[1]
-    centred = moved.double() - origin.double()
     passed_over = 0
-    first_labels: list[Tensor] = []
-    looked_at = _Bounds.undecided
+    moved_since = 0
+    pass_over_rows = CompiledAssignment.move_rows
 
-    def checked(self: _Bounds, block: slice, labels: Tensor) -> slice | Tensor:
-        nonlocal passed_over
-        found = looked_at(self, block, labels)
-        first_labels.append(labels.clone())
-        if isinstance(found, Tensor):
-            skipped = torch.ones(len(labels), dtype=torch.bool)
-            skipped[found - block.start] = False
-            distances = torch.cdist(centred[block][skipped], self.centers.double())
-            assert distances.argmin(dim=1).equal(labels[skipped])
-            passed_over += int(skipped.sum())
-        return found
+    def checked(self: CompiledAssignment, centers: Tensor) -> None:
+        nonlocal passed_over, moved_since
+        labels, upper = self.labels.clone(), self.upper.clone()
+        shifts = torch.from_numpy(self._shifts(centers.numpy())[0])
+        pass_over_rows(self, centers)
+        skipped = self.upper == upper + shifts[labels]  # no bounds anew
+        distances = torch.cdist(self.x[skipped].double(), centers.double())
+        assert distances.argmin(dim=1).equal(labels[skipped])
+        passed_over += int(skipped.sum())
+        moved_since += self.num_moved if passed_over else 0
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_Bounds, "undecided", checked)
+        patch.setattr(CompiledAssignment, "move_rows", checked)
         ours = KMeans(num_clusters, tol=0.0).fit(moved, init_centers=start)
     assert passed_over > len(x) / 2
-    labels = ours.predict(moved)
-    assert not labels.equal(first_labels[0])  # some rows have moved under bounds
+    assert moved_since > 0
     theirs = SklearnKMeans(num_clusters, init=start.numpy(), n_init=1, tol=0.0, max_iter=100)
     theirs.fit(moved.numpy())
-    assert labels.tolist() == theirs.labels_.tolist()
+    assert ours.predict(moved).tolist() == theirs.labels_.tolist()
     assert ours.inertia_ == pytest.approx(theirs.inertia_, rel=1e-6)
+
+
+@pytest.mark.parametrize("num_clusters", [1, 2, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_compiled_passes_and_those_for_other_devices_agree(
+    num_clusters: int, dtype: torch.dtype
+) -> None:
+    x = overlapping_blobs(3001).to(dtype)  # more than a thread's share, and no multiple of a block
+    squares = x.square().sum(dim=1)
+    torchs = TorchAssignment(x, squares, num_clusters, block_rows=500)
+    centers = x[:num_clusters].double()
+    total_moved = 0.0
+    with assignment(x, squares, num_clusters, block_rows=None) as compiled:
+        assert isinstance(compiled, CompiledAssignment)
+        for _ in range(12):
+            for assigned in (torchs, compiled):
+                assigned.move_rows(centers.to(dtype))
+            sums, counts, moved = torchs.totals()
+            for found, expected in zip(compiled.totals(), (sums, counts, moved), strict=True):
+                torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+            assert compiled.labels.equal(torchs.labels)
+            centers = sums / counts[:, None]
+            total_moved += float(moved)
+    assert num_clusters == 1 or total_moved > len(x)  # not in the first pass alone
+
+
+def test_rows_stay_where_another_centre_is_as_near() -> None:
+    x = torch.tensor([[0.0], [1.0], [2.0]])
+    for kind in (TorchAssignment, CompiledAssignment):
+        with ThreadPoolExecutor(1) as threads:
+            more = (threads,) if kind is CompiledAssignment else ()
+            assigned = kind(x, x.square().sum(dim=1), 2, *more)
+            assigned.move_rows(torch.tensor([[2.5], [-0.4]]))
+            assert assigned.labels.tolist() == [1, 1, 0]
+            assigned.move_rows(torch.tensor([[2.0], [0.0]]))
+            assert assigned.labels.tolist() == [1, 1, 0], kind

@@ -1,0 +1,189 @@
+"""A pass of Lloyd's algorithm over a rank's rows: where they belong, and what that sums to."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache
+
+import numpy as np
+import torch
+from threadpoolctl import ThreadpoolController
+from torch import Tensor
+
+from brainray import dist
+from brainray.clustering import lloyd_cpu, shards
+
+_WIDENED_ELEMENTS = 2**18  # converted to float64 at a time
+_MIN_ROWS_OF_THREAD = 1024
+
+
+class Assignment(ABC):
+    """The clusters of this rank's rows.
+
+    Attributes:
+        labels: (n_rank,) int64, -1 before the first pass.
+    """
+
+    def __init__(self, x: Tensor, row_squares: Tensor, num_clusters: int) -> None:
+        """
+        Args:
+            x: (n_rank, D) rows.
+            row_squares: (n_rank,) their squared norms.
+            num_clusters: K.
+        """
+        self.x = x
+        self.row_squares = row_squares
+        self.num_clusters = num_clusters
+        self.labels = torch.full((len(x),), -1, device=x.device)
+
+    @abstractmethod
+    def move_rows(self, centers: Tensor) -> None:
+        """Each row goes to its nearest of `centers` (K, D), in the rows' dtype.
+
+        A row that is as near to its own centre as to any stays.
+        """
+
+    def totals(self) -> tuple[Tensor, ...]:
+        """Of all ranks: sums (K, D) and sizes (K,) of the clusters, and how many rows moved in
+        this pass (1,), float64 (a single collective).
+        """
+        sums, counts, moved = self._local_totals()
+        packed = dist.sum_across_ranks(torch.cat([sums.flatten(), counts, moved]))
+        parts = torch.split(packed, [sums.numel(), counts.numel(), 1])
+        return parts[0].view_as(sums), parts[1], parts[2]
+
+    @abstractmethod
+    def _local_totals(self) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+@contextmanager
+def assignment(
+    x: Tensor, row_squares: Tensor, num_clusters: int, block_rows: int | None
+) -> Iterator[Assignment]:
+    """The assignment of rows where they are: compiled for processors, PyTorch's on other devices.
+
+    `block_rows` bounds the rows at a time on other devices.
+    """
+    if x.device.type != "cpu":
+        yield TorchAssignment(x, row_squares, num_clusters, block_rows)
+        return
+    # BLAS inside a thread of ours would ask for threads of its own.
+    num_threads = torch.get_num_threads()
+    with _libraries().limit(limits=1, user_api="blas"), ThreadPoolExecutor(num_threads) as threads:
+        yield CompiledAssignment(x, row_squares, num_clusters, threads)
+
+
+@cache
+def _libraries() -> ThreadpoolController:
+    """What this process has loaded; to look for it takes as long as some passes."""
+    return ThreadpoolController()
+
+
+class TorchAssignment(Assignment):
+    """With PyTorch's operations, on any device.
+
+    Only rows that move are summed, and only their nearest centres are looked for: minima are found
+    many times faster than their places.
+    """
+
+    def __init__(
+        self, x: Tensor, row_squares: Tensor, num_clusters: int, block_rows: int | None = None
+    ) -> None:
+        super().__init__(x, row_squares, num_clusters)
+        self.block_rows = block_rows or shards.rows_in_cache(num_clusters)
+        self.is_new = True
+        wide = torch.float64
+        self.sums = torch.zeros(num_clusters, x.shape[1], dtype=wide, device=x.device)
+        self.counts = torch.zeros(num_clusters, dtype=wide, device=x.device)
+        self.num_moved = torch.zeros(1, dtype=wide, device=x.device)
+
+    def move_rows(self, centers: Tensor) -> None:
+        squares = centers.square().sum(dim=1)
+        self.num_moved.zero_()
+        for block in shards.blocks(len(self.x), self.block_rows):
+            scores = torch.addmm(squares, self.x[block], centers.T, alpha=-2)
+            self._move(self.x[block], self.labels[block], scores)
+        self.is_new = False
+
+    def _move(self, x: Tensor, labels: Tensor, scores: Tensor) -> None:
+        """Rows x (B, D) go where their score (B, K), the squared distance less the row's own
+        square, is least; labels are updated.
+        """
+        if self.is_new:
+            labels.copy_(scores.argmin(dim=1))
+            self._add(x, labels, 1)
+            self.num_moved += len(x)
+            return
+        is_nearer = scores.gather(1, labels[:, None]).squeeze(1) > scores.amin(dim=1)
+        moved = torch.nonzero(is_nearer).squeeze(1)
+        if len(moved):
+            x, nearest = x[moved], scores[moved].argmin(dim=1)
+            self._add(x, nearest, 1)
+            self._add(x, labels[moved], -1)
+            self.num_moved += len(moved)
+            labels[moved] = nearest
+
+    def _add(self, rows: Tensor, clusters: Tensor, sign: int) -> None:
+        # In float64, or centres on one and on two ranks would differ by rounding and part ways.
+        for block in shards.blocks(len(rows), max(_WIDENED_ELEMENTS // rows.shape[1], 1)):
+            self.sums.index_add_(0, clusters[block], rows[block].double(), alpha=sign)
+        self.counts += sign * torch.bincount(clusters, minlength=len(self.counts))
+
+    def _local_totals(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.sums, self.counts, self.num_moved
+
+
+class CompiledAssignment(Assignment):
+    """On processors: each thread passes over rows of its own, those that may move (`lloyd_cpu`)."""
+
+    def __init__(
+        self, x: Tensor, row_squares: Tensor, num_clusters: int, threads: ThreadPoolExecutor
+    ) -> None:
+        super().__init__(x.contiguous(), row_squares, num_clusters)
+        self.threads = threads
+        self.upper = torch.full_like(row_squares, torch.inf)
+        self.lower = torch.zeros_like(row_squares)
+        self.largest_square = float(row_squares.amax()) if len(x) else 0.0
+        self.centers: lloyd_cpu.Array | None = None
+        num_parts = max(min(torch.get_num_threads(), len(x) // _MIN_ROWS_OF_THREAD), 1)
+        self.sums = torch.zeros(num_parts, num_clusters, x.shape[1], dtype=torch.float64)
+        self.counts = torch.zeros(num_parts, num_clusters, dtype=torch.float64)
+        self.num_moved = 0
+        of_rows = (self.x, row_squares, self.labels, self.upper, self.lower)
+        share = max(-(-len(x) // num_parts), 1)
+        self.parts = [
+            [values[rows].numpy() for values in of_rows]
+            + [sums.numpy() for sums in (self.sums[part], self.counts[part])]
+            for part, rows in enumerate(shards.blocks(len(x), share))
+        ]
+
+    def move_rows(self, centers: Tensor) -> None:
+        # NumPy's operations on such small arrays take a fraction of PyTorch's time.
+        new = centers.numpy()
+        squares = np.square(new).sum(axis=1)
+        largest = max(self.largest_square, float(squares.max()))
+        slack = np.full(1, 4 * largest * (new.shape[1] + 4) * np.finfo(new.dtype).eps, new.dtype)
+        factors = np.ascontiguousarray(-2 * new.T)
+        of_centers = (factors, squares, *self._shifts(new), slack)
+        others = [
+            self.threads.submit(lloyd_cpu.move_rows, *part, *of_centers) for part in self.parts[1:]
+        ]
+        moved = [lloyd_cpu.move_rows(*part, *of_centers) for part in self.parts[:1]]
+        self.num_moved = sum(moved) + sum(other.result() for other in others)
+        self.centers = new
+
+    def _shifts(self, centers: lloyd_cpu.Array) -> tuple[lloyd_cpu.Array, lloyd_cpu.Array]:
+        """How far each centre (K,) has moved since the last pass, and the farthest other (K,)."""
+        if self.centers is None or len(centers) == 1:  # without others there is nowhere to go
+            unmoved = np.zeros(len(centers), centers.dtype)
+            return unmoved, unmoved
+        shifts = np.sqrt(np.square(centers - self.centers).sum(axis=1))
+        farthest = int(shifts.argmax())
+        others = np.full_like(shifts, shifts[farthest])
+        others[farthest] = np.delete(shifts, farthest).max()
+        return shifts, others
+
+    def _local_totals(self) -> tuple[Tensor, Tensor, Tensor]:
+        moved = torch.tensor([self.num_moved], dtype=torch.float64)
+        return self.sums.sum(dim=0), self.counts.sum(dim=0), moved
