@@ -11,7 +11,7 @@ import pyarrow as pa
 import ray
 import torch
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+from threadpoolctl import threadpool_limits
 
 from brainray import layout
 from brainray.clustering.clusterers import (

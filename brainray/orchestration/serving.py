@@ -23,6 +23,7 @@ from brainray.storage import Folder
 REQUIREMENTS = (
     "faiss-cpu",
     "nibabel",
+    "numba",
     "numpy",
     "opencv-python-headless",
     "pandas",
@@ -35,6 +36,7 @@ REQUIREMENTS = (
     "safetensors",
     "scikit-learn",
     "scipy",
+    "threadpoolctl",
     "torch",
     "torchmetrics",
     "torchvision",

@@ -9,7 +9,7 @@ import pyarrow as pa
 import ray
 import torch
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+from threadpoolctl import threadpool_limits
 
 from brainray import layout
 from brainray.clustering.clusterers import draw_sample, hierarchy_of, k_distances, knee

@@ -1,5 +1,6 @@
 """Exported models say what prediction says: as ONNX, as safetensors, in MLflow and when served."""
 
+import ast
 import base64
 import json
 import os
@@ -11,6 +12,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
 
@@ -293,3 +295,32 @@ def test_a_class_map_that_misses_a_class_is_named(trained: TrainedRun, tmp_path:
     config = config_of(trained, f"source={source}", "classes.map={glioma_tumor: glioma}")
     with pytest.raises(DataError, match=r"'pituitary_tumor'.*classes\.map\.pituitary_tumor=NAME"):
         evaluate(config)
+
+
+def test_a_served_model_is_given_all_that_its_code_imports() -> None:
+    script = """
+import json, sys
+import brainray.orchestration.serving
+print(json.dumps([m.__file__ for n, m in sys.modules.items() if n.startswith("brainray.")]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[2],
+    )
+    imported: set[str] = set()
+    for file in json.loads(done.stdout):
+        for node in ast.parse(Path(file).read_text()).body:  # what importing imports
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                imported.add(node.module.partition(".")[0])
+    distributions = packages_distributions()
+    needed = imported - {"brainray"} - sys.stdlib_module_names
+    assert {"torch", "numba"} <= needed
+    given = {name.lower() for name in serving.REQUIREMENTS}
+    for module in needed:
+        names = {name.lower() for name in distributions[module]}
+        assert names & given, f"{module}, of {names}, is not among REQUIREMENTS"
