@@ -166,9 +166,10 @@ class CompiledAssignment(Assignment):
         slack = np.full(1, 4 * largest * (new.shape[1] + 4) * np.finfo(new.dtype).eps, new.dtype)
         factors = np.ascontiguousarray(-2 * new.T)
         of_centers = (factors, squares, *self._shifts(new), slack)
+        move_rows = lloyd_cpu.compiled_move_rows()
         passes = [[*part, *of_centers] for part in self.parts]
-        others = [self.threads.submit(lloyd_cpu.move_rows, *each) for each in passes[1:]]
-        moved = [lloyd_cpu.move_rows(*each) for each in passes[:1]]
+        others = [self.threads.submit(move_rows, *each) for each in passes[1:]]
+        moved = [move_rows(*each) for each in passes[:1]]
         self.num_moved = sum(moved) + sum(other.result() for other in others)
         self.centers = new
 

@@ -5,13 +5,12 @@ while a block of rows, their products with the centres and the sums are in a cor
 products themselves are BLAS's.
 """
 
+from functools import cache
 from typing import Any
 
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
-
-_compiled = njit(nogil=True, cache=True, error_model="numpy")
 
 _BLOCK_ROWS = 128
 _PICKED_SHARE = 2 / 3
@@ -22,7 +21,15 @@ _BOUNDS_ROUNDING = 1e-4
 Array = NDArray[Any]
 
 
-@_compiled
+@cache
+def compiled_move_rows() -> Any:
+    """`move_rows`, compiled: not on import, since Numba makes the folder of its cache at once."""
+    try:
+        return njit(nogil=True, error_model="numpy", cache=True)(move_rows)
+    except RuntimeError:  # no folder may be written to: compiled anew by every process
+        return njit(nogil=True, error_model="numpy")(move_rows)
+
+
 def move_rows(
     x: Array,  # (n, D) float32 or float64, C-contiguous
     row_squares: Array,  # (n,) of the rows' norms
@@ -98,7 +105,7 @@ def move_rows(
     return num_moved
 
 
-@_compiled
+@njit(nogil=True, error_model="numpy")
 def _score(
     rows: Array,  # (n, D)
     factors: Array,
