@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import scipy.linalg.cython_blas  # noqa: F401  # what np.dot becomes: loaded before threads are counted
 from numba import njit
 from numpy.typing import NDArray
 

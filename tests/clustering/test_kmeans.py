@@ -1,5 +1,8 @@
 import io
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +13,8 @@ from brainray.clustering.kmeans import KMeans, _centred
 from brainray.clustering.lloyd import CompiledAssignment, TorchAssignment, assignment
 from brainray.clustering.seeding import _splitmix64, draw_rows, uniform_from_keys
 from brainray.errors import ClusteringError
+
+PROJECT = Path(__file__).parents[2]
 
 
 def overlapping_blobs(num_rows: int = 600, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -264,3 +269,19 @@ def test_rows_stay_where_another_centre_is_as_near() -> None:
             assert assigned.labels.tolist() == [1, 1, 0]
             assigned.move_rows(torch.tensor([[2.0], [0.0]]))
             assert assigned.labels.tolist() == [1, 1, 0], kind
+
+
+def test_every_blas_that_a_pass_calls_is_held_to_one_thread() -> None:
+    script = """
+import torch
+from threadpoolctl import ThreadpoolController
+from brainray.clustering.kmeans import KMeans
+from brainray.clustering.lloyd import _libraries
+KMeans(3).fit(torch.randn(5000, 8))
+limited = {library["filepath"] for library in _libraries().info()}
+print({library["filepath"] for library in ThreadpoolController().info()} - limited)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=PROJECT
+    )
+    assert done.stdout.strip() == "set()"
