@@ -57,7 +57,8 @@ class KMeans(FittedModule):
             seed: with the row keys, determines the k-means++ draws.
             num_init: k-means++ starts, of which the one with the least inertia is kept.
             block_rows: rows per matrix product, which bounds the memory to block_rows x (D + K); by
-                default as many as a processor's cache holds.
+                default as many as a processor's cache holds. (The compiled pass of Lloyd's
+                algorithm on processors has small blocks of its own.)
         """
         super().__init__()
         if min(num_clusters, max_iter, num_init, block_rows or 1) < 1:

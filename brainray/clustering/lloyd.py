@@ -34,7 +34,6 @@ class Assignment(ABC):
         """
         self.x = x
         self.row_squares = row_squares
-        self.num_clusters = num_clusters
         self.labels = torch.full((len(x),), -1, device=x.device)
 
     @abstractmethod
