@@ -8,13 +8,11 @@ from torch import Tensor
 
 from brainray import dist
 from brainray.clustering import shards
+from brainray.clustering.centred import CentredRows, centred
 from brainray.clustering.fitted import FittedModule
 from brainray.clustering.lloyd import assignment
 from brainray.clustering.seeding import kmeans_plus_plus, too_few_distinct_rows
 from brainray.errors import ClusteringError
-
-_FAR_MEAN = 0.7
-"""Rows are far from the origin where their mean's norm is more than this of their mean norm."""
 
 
 class KMeans(FittedModule):
@@ -96,14 +94,12 @@ class KMeans(FittedModule):
             ClusteringError: on every rank alike: rows with NaN or infinity, fewer rows or fewer
                 distinct rows than clusters, centres that do not fit.
         """
-        num_rows = shards.check_rows(x)
-        if num_rows < self.num_clusters:
+        data, origin = centred(x, row_keys)
+        if data.num_rows < self.num_clusters:
             raise ClusteringError(
                 f"{self.num_clusters} clusters need at least as many rows, but all ranks together "
-                f"hold {num_rows}: lower clustering.num_clusters or add images"
+                f"hold {data.num_rows}: lower clustering.num_clusters or add images"
             )
-        row_keys = shards.resolve_row_keys(x, row_keys)
-        data, origin = _centred(x, row_keys, num_rows)
         x = data.x
         if init_centers is not None:
             best = self._lloyd(data, self._checked(init_centers, x) - origin)
@@ -129,7 +125,7 @@ class KMeans(FittedModule):
             labels[block] = torch.addmm(squares, rows, centers.T, alpha=-2).argmin(dim=1)
         return labels
 
-    def _best_start(self, data: "_CentredRows") -> "_Solution":
+    def _best_start(self, data: CentredRows) -> "_Solution":
         best: _Solution | None = None
         for start in range(self.num_init):
             centers = kmeans_plus_plus(
@@ -148,7 +144,7 @@ class KMeans(FittedModule):
         assert best is not None
         return best
 
-    def _lloyd(self, data: "_CentredRows", centers: Tensor) -> "_Solution":
+    def _lloyd(self, data: CentredRows, centers: Tensor) -> "_Solution":
         """Iterate from `centers` (K, D) float64, relative to the rows' origin, until they rest."""
         max_shift = self.tol * data.spread / (data.num_rows * data.x.shape[1])
         num_reseeded = num_iter = 0
@@ -174,7 +170,7 @@ class KMeans(FittedModule):
         return _Solution(centers, max(float(inertia), 0.0), num_iter, num_reseeded)
 
     def _farthest_rows(
-        self, data: "_CentredRows", centers: Tensor, labels: Tensor, num_empty: int
+        self, data: CentredRows, centers: Tensor, labels: Tensor, num_empty: int
     ) -> Tensor:
         """The rows farthest from their centres on any rank, one for each empty cluster."""
         distances = self._distances(data.x, centers, labels)
@@ -207,44 +203,6 @@ class KMeans(FittedModule):
                 "or features?"
             )
         return init_centers.to(device=x.device, dtype=torch.float64)
-
-
-class _CentredRows(NamedTuple):
-    x: Tensor  # (n_rank, D), relative to an origin near the mean of all ranks' rows
-    squares: Tensor  # (n_rank,) squared norms
-    row_keys: Tensor  # (n_rank,) int64
-    num_rows: int  # on all ranks
-    energy: float  # sum of all ranks' squared norms
-    spread: float  # sum of the squared distances of all ranks' rows to their mean
-
-
-def _centred(x: Tensor, row_keys: Tensor, num_rows: int) -> tuple[_CentredRows, Tensor]:
-    """The rows, and the origin (D,) that they are relative to now (collective).
-
-    That is their mean, or the origin that they had: rows that lie around it lose hardly a digit in
-    their distances, and are not copied. (By their norms, not by squares: one outlier would hide
-    how far the others are.)
-    """
-    norms = torch.linalg.vector_norm(x, dim=1)
-    norm_sum, energy = _sums_of_powers(norms)
-    mean = shards.mean_of_rows(x, num_rows)
-    mean_norm = float(torch.linalg.vector_norm(mean))
-    origin = torch.zeros_like(mean, dtype=x.dtype)
-    spread = max(energy - num_rows * mean_norm**2, 0.0)
-    if num_rows * mean_norm > _FAR_MEAN * norm_sum:  # the same on every rank
-        origin = mean.to(x.dtype)
-        x = x - origin
-        norms = torch.linalg.vector_norm(x, dim=1)
-        _, energy = _sums_of_powers(norms)
-        spread = energy
-    return _CentredRows(x, norms.square(), row_keys, num_rows, energy, spread), origin
-
-
-def _sums_of_powers(norms: Tensor) -> tuple[float, float]:
-    """Sums of all ranks' norms (n_rank,) and of their squares (collective)."""
-    norms = norms.double()
-    first, second = dist.sum_across_ranks(torch.stack([norms.sum(), norms.square().sum()])).tolist()
-    return first, second
 
 
 class _Solution(NamedTuple):

@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 
@@ -13,9 +12,9 @@ from torch import Tensor
 
 from brainray import dist
 from brainray.clustering import lloyd_cpu, shards
+from brainray.clustering.threads import Threads, shares, threads
 
 _WIDENED_ELEMENTS = 2**18  # converted to float64 at a time
-_MIN_ROWS_OF_THREAD = 1024
 
 
 class Assignment(ABC):
@@ -68,9 +67,8 @@ def assignment(
         yield TorchAssignment(x, row_squares, num_clusters, block_rows)
         return
     # BLAS inside a thread of ours would ask for threads of its own.
-    num_threads = torch.get_num_threads()
-    with _libraries().limit(limits=1, user_api="blas"), ThreadPoolExecutor(num_threads) as threads:
-        yield CompiledAssignment(x, row_squares, num_clusters, threads)
+    with _libraries().limit(limits=1, user_api="blas"), threads() as ours:
+        yield CompiledAssignment(x, row_squares, num_clusters, ours)
 
 
 @cache
@@ -136,25 +134,22 @@ class TorchAssignment(Assignment):
 class CompiledAssignment(Assignment):
     """On processors: each thread passes over rows of its own, those that may move (`lloyd_cpu`)."""
 
-    def __init__(
-        self, x: Tensor, row_squares: Tensor, num_clusters: int, threads: ThreadPoolExecutor
-    ) -> None:
+    def __init__(self, x: Tensor, row_squares: Tensor, num_clusters: int, threads: Threads) -> None:
         super().__init__(x.contiguous(), row_squares, num_clusters)
         self.threads = threads
         self.upper = torch.full_like(row_squares, torch.inf)
         self.lower = torch.zeros_like(row_squares)
         self.largest_square = float(row_squares.amax()) if len(x) else 0.0
         self.centers: lloyd_cpu.Array | None = None
-        num_parts = max(min(torch.get_num_threads(), len(x) // _MIN_ROWS_OF_THREAD), 1)
-        self.sums = torch.zeros(num_parts, num_clusters, x.shape[1], dtype=torch.float64)
-        self.counts = torch.zeros(num_parts, num_clusters, dtype=torch.float64)
+        parts = shares(len(x))
+        self.sums = torch.zeros(len(parts), num_clusters, x.shape[1], dtype=torch.float64)
+        self.counts = torch.zeros(len(parts), num_clusters, dtype=torch.float64)
         self.num_moved = 0
         of_rows = (self.x, row_squares, self.labels, self.upper, self.lower)
-        share = max(-(-len(x) // num_parts), 1)
         self.parts = [
             [values[rows].numpy() for values in of_rows]
             + [sums.numpy() for sums in (self.sums[part], self.counts[part])]
-            for part, rows in enumerate(shards.blocks(len(x), share))
+            for part, rows in enumerate(parts)
         ]
 
     def move_rows(self, centers: Tensor) -> None:
@@ -165,11 +160,8 @@ class CompiledAssignment(Assignment):
         slack = np.full(1, 4 * largest * (new.shape[1] + 4) * np.finfo(new.dtype).eps, new.dtype)
         factors = np.ascontiguousarray(-2 * new.T)
         of_centers = (factors, squares, *self._shifts(new), slack)
-        move_rows = lloyd_cpu.compiled_move_rows()
-        passes = [[*part, *of_centers] for part in self.parts]
-        others = [self.threads.submit(move_rows, *each) for each in passes[1:]]
-        moved = [move_rows(*each) for each in passes[:1]]
-        self.num_moved = sum(moved) + sum(other.result() for other in others)
+        move_rows = lloyd_cpu.compiled(lloyd_cpu.move_rows)
+        self.num_moved = sum(self.threads.call(move_rows, [(*p, *of_centers) for p in self.parts]))
         self.centers = new
 
     def _shifts(self, centers: lloyd_cpu.Array) -> tuple[lloyd_cpu.Array, lloyd_cpu.Array]:
@@ -180,7 +172,7 @@ class CompiledAssignment(Assignment):
         shifts = np.sqrt(np.square(centers - self.centers).sum(axis=1))
         farthest = int(shifts.argmax())
         others = np.full_like(shifts, shifts[farthest])
-        others[farthest] = np.delete(shifts, farthest).max()
+        others[farthest] = np.partition(shifts, -2)[-2]
         return shifts, others
 
     def _local_totals(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,10 +1,11 @@
-"""A pass of Lloyd's algorithm on processors, compiled: a block of rows is read once, from cache.
+"""Passes of Lloyd's algorithm on processors, compiled: a block of rows is read once, from cache.
 
 What PyTorch does in six operations, each of which passes over its operands in memory, happens here
 while a block of rows, their products with the centres and the sums are in a core's cache. The
 products themselves are BLAS's.
 """
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -14,8 +15,9 @@ from numba import njit
 from numpy.typing import NDArray
 
 _BLOCK_ROWS = 128
-_PICKED_SHARE = 2 / 3
-"""If more of a block's rows are undecided, all are looked at where they lie: nothing is copied."""
+_COPYING_COST = 2.0
+"""To copy a row takes as long as its products with so many centres: if more would be copied than
+that saves, all of a block's rows are looked at where they lie."""
 _BOUNDS_ROUNDING = 1e-4
 """Relative margin of bounds: some hundred float32 additions round by less."""
 
@@ -23,12 +25,33 @@ Array = NDArray[Any]
 
 
 @cache
-def compiled_move_rows() -> Any:
-    """`move_rows`, compiled: not on import, since Numba makes the folder of its cache at once."""
+def compiled(function: Callable[..., Any]) -> Any:
+    """One of these functions: not on import, since Numba makes the folder of its cache at once."""
     try:
-        return njit(nogil=True, error_model="numpy", cache=True)(move_rows)
+        return njit(nogil=True, error_model="numpy", cache=True)(function)
     except RuntimeError:  # no folder may be written to: compiled anew by every process
-        return njit(nogil=True, error_model="numpy")(move_rows)
+        return njit(nogil=True, error_model="numpy")(function)
+
+
+def measure_rows(
+    x: Array,  # (n, D) float32 or float64
+    norms: Array,  # (n,) of the rows: written
+    total: Array,  # (D,) float64, to which the rows are added
+) -> None:
+    for i in range(len(x)):
+        norms[i] = np.sqrt(_square(x[i]))
+        _add(x[i], total)
+
+
+def centre_rows(
+    x: Array,  # (n, D)
+    origin: Array,  # (D,)
+    centred: Array,  # (n, D): written
+    norms: Array,  # (n,) of the centred rows: written
+) -> None:
+    for i in range(len(x)):
+        _subtract(x[i], origin, centred[i])
+        norms[i] = np.sqrt(_square(centred[i]))
 
 
 def move_rows(
@@ -75,13 +98,12 @@ def move_rows(
             num_undecided += upper[i] >= lower[i]
         if num_undecided == 0:
             continue
-        if num_undecided > _PICKED_SHARE * len(rows):
+        if num_undecided * (num_clusters + _COPYING_COST) > len(rows) * num_clusters:
             for i in range(len(rows)):
                 places[i] = start + i
         else:
             for i in range(num_undecided):
-                for d in range(num_features):
-                    copies[i, d] = x[places[i], d]
+                _copy(x[places[i]], copies[i])
             rows = copies[:num_undecided]
         _score(rows, factors, squares, products, scores, least, second, nearest)
         for i in range(len(rows)):
@@ -91,8 +113,7 @@ def move_rows(
             if source < 0 or least[i] < scores[source, i]:
                 labels[place] = target
                 counts[target] += 1
-                for d in range(num_features):
-                    sums[target, d] += rows[i, d]
+                _add(rows[i], sums[target])
                 if source >= 0:
                     counts[source] -= 1
                     for d in range(num_features):
@@ -104,6 +125,36 @@ def move_rows(
             upper[place] = np.sqrt(max(least[i] + square + slack[0], zero)) * wider
             lower[place] = np.sqrt(max(others + square - slack[0], zero)) * narrower
     return num_moved
+
+
+# Operations on a row (D,). Written out where they are used, with indices that the compiler cannot
+# know to stay as they are, they would not be vectorised.
+
+
+@njit(nogil=True, error_model="numpy")
+def _copy(row: Array, to: Array) -> None:
+    for d in range(len(row)):
+        to[d] = row[d]
+
+
+@njit(nogil=True, error_model="numpy")
+def _add(row: Array, total: Array) -> None:
+    for d in range(len(row)):
+        total[d] += row[d]
+
+
+@njit(nogil=True, error_model="numpy")
+def _subtract(row: Array, other: Array, to: Array) -> None:
+    for d in range(len(row)):
+        to[d] = row[d] - other[d]
+
+
+@njit(nogil=True, error_model="numpy", fastmath={"reassoc"})  # in any order: many at a time
+def _square(row: Array) -> Any:
+    square = row.dtype.type(0)
+    for d in range(len(row)):
+        square += row[d] * row[d]
+    return square
 
 
 @njit(nogil=True, error_model="numpy")

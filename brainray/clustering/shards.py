@@ -37,20 +37,32 @@ def rows_in_cache(elements_per_row: int) -> int:
     return max(_CACHED_ELEMENTS // elements_per_row, _MIN_BLOCK_ROWS)
 
 
-def check_rows(x: Tensor) -> int:
-    """Number of rows N on all ranks (collective).
-
+def check_form(x: Tensor) -> None:
+    """
     Raises:
-        ClusteringError: on every rank alike, if any rank holds a row with NaN or infinity, or if
-            `x` is no float32 or float64 matrix.
+        ClusteringError: `x` is no float32 or float64 matrix.
     """
     if x.ndim != 2 or x.dtype not in (torch.float32, torch.float64):
         raise ClusteringError(
             f"clustering takes a float32 or float64 matrix (rows, features), not {x.dtype} of "
             f"shape {tuple(x.shape)}: convert or reshape the embeddings first"
         )
+
+
+def check_rows(x: Tensor, total: Tensor | None = None) -> int:
+    """Number of rows N on all ranks (collective).
+
+    Args:
+        x: (n_rank, D) this rank's rows.
+        total: this rank's `sum_of_rows`, where it is known already.
+
+    Raises:
+        ClusteringError: on every rank alike, if any rank holds a row with NaN or infinity, or if
+            `x` is no float32 or float64 matrix.
+    """
+    check_form(x)
     # A finite sum vouches for all of its terms; the rows are looked at only if it is not.
-    clean = bool(torch.isfinite(x.sum()))
+    clean = bool(torch.isfinite((x if total is None else total).sum()))
     num_bad = x.new_zeros(()) if clean else (~torch.isfinite(x).all(dim=1)).sum()
     local = torch.stack([torch.tensor(x.shape[0], device=x.device), num_bad.long()])
     num_rows, num_bad_rows = (int(count) for count in dist.sum_across_ranks(local))
@@ -94,10 +106,15 @@ def resolve_row_keys(x: Tensor, row_keys: Tensor | None) -> Tensor:
 
 def mean_of_rows(x: Tensor, num_rows: int) -> Tensor:
     """Mean (D,) float64 of the N = `num_rows` rows of all ranks (collective)."""
+    return dist.sum_across_ranks(sum_of_rows(x)) / num_rows
+
+
+def sum_of_rows(x: Tensor) -> Tensor:
+    """Sum (D,) float64 of this rank's rows."""
     total = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
     for block in blocks(x.shape[0], _SUMMED_ROWS):
         total += x[block].double().sum(dim=0)
-    return dist.sum_across_ranks(total) / num_rows
+    return total
 
 
 def scatter_of_rows(x: Tensor, mean: Tensor, block_rows: int) -> Tensor:

@@ -1,17 +1,23 @@
 import io
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numba
+import numpy as np
 import pytest
 import torch
 from sklearn.cluster import KMeans as SklearnKMeans
 from torch import Tensor
 
-from brainray.clustering.kmeans import KMeans, _centred
+from brainray.clustering import lloyd_cpu
+from brainray.clustering.centred import centred
+from brainray.clustering.kmeans import KMeans
 from brainray.clustering.lloyd import CompiledAssignment, TorchAssignment, assignment
 from brainray.clustering.seeding import _splitmix64, draw_rows, uniform_from_keys
+from brainray.clustering.threads import threads
 from brainray.errors import ClusteringError
 
 PROJECT = Path(__file__).parents[2]
@@ -54,15 +60,21 @@ def test_an_outlier_does_not_hide_that_rows_are_far_from_the_origin() -> None:
     generator = torch.Generator().manual_seed(0)
     x = 1000 + torch.rand(5000, 4, generator=generator)
     x[0] = 150_000  # its square outweighs all others together
-    data, _ = _centred(x, torch.arange(5000), 5000)
-    torch.testing.assert_close(data.x, x - x.double().mean(dim=0).float())
+    data, _ = centred(x, None)
+    moved = x - x.double().mean(dim=0).float()
+    torch.testing.assert_close(data.x, moved)
+    torch.testing.assert_close(data.squares, moved.square().sum(dim=1))
+    assert data.energy == pytest.approx(moved.double().square().sum().item(), rel=1e-6)
 
 
 def test_rows_around_the_origin_are_not_copied() -> None:
     x = torch.randn(100, 4, generator=torch.Generator().manual_seed(0))
-    data, origin = _centred(x, torch.arange(100), 100)
-    assert data.x is x
+    data, origin = centred(x, None)
+    assert data.x.data_ptr() == x.data_ptr()
     assert not origin.any()
+    torch.testing.assert_close(data.squares, x.square().sum(dim=1))
+    scatter = (x - x.mean(dim=0)).double().square().sum().item()
+    assert data.spread == pytest.approx(scatter, rel=1e-6)
 
 
 def test_centres_do_not_depend_on_the_block_size() -> None:
@@ -262,13 +274,28 @@ def test_compiled_passes_and_those_for_other_devices_agree(
 def test_rows_stay_where_another_centre_is_as_near() -> None:
     x = torch.tensor([[0.0], [1.0], [2.0]])
     for kind in (TorchAssignment, CompiledAssignment):
-        with ThreadPoolExecutor(1) as threads:
-            more = (threads,) if kind is CompiledAssignment else ()
+        with threads() as ours:
+            more = (ours,) if kind is CompiledAssignment else ()
             assigned = kind(x, x.square().sum(dim=1), 2, *more)
             assigned.move_rows(torch.tensor([[2.5], [-0.4]]))
             assert assigned.labels.tolist() == [1, 1, 0]
             assigned.move_rows(torch.tensor([[2.0], [0.0]]))
             assert assigned.labels.tolist() == [1, 1, 0], kind
+
+
+def test_passes_are_compiled_also_where_no_folder_may_be_written_to() -> None:
+    def njit(cache: bool = False, **options: Any) -> Callable[..., object]:
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available for file")
+        return numba.njit(**options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lloyd_cpu, "njit", njit)
+        measure_rows = lloyd_cpu.compiled.__wrapped__(lloyd_cpu.measure_rows)
+    x, norms, total = np.ones((3, 4)), np.empty(3), np.zeros(4)
+    measure_rows(x, norms, total)
+    assert norms.tolist() == [2, 2, 2]
+    assert total.tolist() == [3, 3, 3, 3]
 
 
 def test_every_blas_that_a_pass_calls_is_held_to_one_thread() -> None:

@@ -1,0 +1,89 @@
+"""A rank's rows, relative to an origin in their midst."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from brainray import dist
+from brainray.clustering import lloyd_cpu, shards
+from brainray.clustering.threads import shares, threads
+
+_FAR_MEAN = 0.7
+"""Rows are far from the origin where their mean's norm is more than this of their mean norm."""
+
+
+class CentredRows(NamedTuple):
+    x: Tensor  # (n_rank, D), relative to an origin near the mean of all ranks' rows
+    squares: Tensor  # (n_rank,) squared norms
+    row_keys: Tensor  # (n_rank,) int64
+    num_rows: int  # on all ranks
+    energy: float  # sum of all ranks' squared norms
+    spread: float  # sum of the squared distances of all ranks' rows to their mean
+
+
+def centred(x: Tensor, row_keys: Tensor | None) -> tuple[CentredRows, Tensor]:
+    """The rows, and the origin (D,) that they are relative to now (collective).
+
+    That is their mean, or the origin that they had: rows that lie around it lose hardly a digit in
+    their distances, and are not copied. (By their norms, not by squares: one outlier would hide
+    how far the others are.)
+
+    Raises:
+        ClusteringError: on every rank alike: rows that `shards.check_rows` refuses, row keys that
+            repeat or do not fit.
+    """
+    shards.check_form(x)
+    x = x.contiguous()
+    norms, total = _measure(x)
+    num_rows = shards.check_rows(x, total)
+    row_keys = shards.resolve_row_keys(x, row_keys)
+    norm_sum, energy = _sums_of_powers(norms)
+    mean = dist.sum_across_ranks(total) / num_rows
+    mean_norm = float(torch.linalg.vector_norm(mean))
+    origin = torch.zeros_like(mean, dtype=x.dtype)
+    spread = max(energy - num_rows * mean_norm**2, 0.0)
+    if num_rows * mean_norm > _FAR_MEAN * norm_sum:  # the same on every rank
+        origin = mean.to(x.dtype)
+        x, norms = _moved(x, origin)
+        _, energy = _sums_of_powers(norms)
+        spread = energy
+    return CentredRows(x, norms.square(), row_keys, num_rows, energy, spread), origin
+
+
+def _measure(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows' norms (n_rank,), and the sum of this rank's rows (D,) float64."""
+    if x.device.type != "cpu":
+        return torch.linalg.vector_norm(x, dim=1), shards.sum_of_rows(x)
+    norms = x.new_empty(len(x))
+    parts = shares(len(x))
+    totals = torch.zeros(len(parts), x.shape[1], dtype=torch.float64)
+    arguments = [
+        (x[rows].numpy(), norms[rows].numpy(), total.numpy())
+        for rows, total in zip(parts, totals, strict=True)
+    ]
+    with threads() as ours:
+        ours.call(lloyd_cpu.compiled(lloyd_cpu.measure_rows), arguments)
+    return norms, totals.sum(dim=0)
+
+
+def _moved(x: Tensor, origin: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows relative to an origin (D,), and their norms (n_rank,)."""
+    if x.device.type != "cpu":
+        x = x - origin
+        return x, torch.linalg.vector_norm(x, dim=1)
+    moved, norms = torch.empty_like(x), x.new_empty(len(x))
+    arguments = [
+        (x[rows].numpy(), origin.numpy(), moved[rows].numpy(), norms[rows].numpy())
+        for rows in shares(len(x))
+    ]
+    with threads() as ours:
+        ours.call(lloyd_cpu.compiled(lloyd_cpu.centre_rows), arguments)
+    return moved, norms
+
+
+def _sums_of_powers(norms: Tensor) -> tuple[float, float]:
+    """Sums of all ranks' norms (n_rank,) and of their squares (collective)."""
+    norms = norms.double()
+    first, second = dist.sum_across_ranks(torch.stack([norms.sum(), norms.square().sum()])).tolist()
+    return first, second
