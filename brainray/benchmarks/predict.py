@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 import torch
 
 from brainray.benchmarks.result import BenchmarkResult, CaseOptions, Measure
+from brainray.benchmarks.samples import SALT
 from brainray.benchmarks.timing import OURS, one_thread, side_by_side
 from brainray.config import Config, load_config
 from brainray.engine.epoch import embed
@@ -37,7 +38,6 @@ from brainray.storage import Folder
 MIN_EFFICIENCY = 0.9
 SIDE = 256  # pixels of a file
 
-_SALT = b"plain images name no subjects"
 _NUM_LOOPED = 300  # files
 _NUM_CLASSES = 4
 
@@ -152,7 +152,7 @@ def _decode_rate(files: list[SourceFile], config: Config, predictor: Predictor) 
         started = time.perf_counter()
         for asked in files:
             decode_to_predict(
-                asked, partial(read_file, source, asked.file), predictor.preprocess, _SALT
+                asked, partial(read_file, source, asked.file), predictor.preprocess, SALT
             )
         return len(files) / (time.perf_counter() - started)
 

@@ -17,7 +17,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from brainray.benchmarks.result import BenchmarkResult, CaseOptions, Measure
-from brainray.benchmarks.samples import load_slices, perturbed
+from brainray.benchmarks.samples import SALT, load_slices, perturbed
 from brainray.benchmarks.timing import one_thread
 from brainray.config import Config, load_config
 from brainray.mri import resize
@@ -45,7 +45,6 @@ MAX_MEMORY_GROWTH = 1.15
 MIN_STRIP_SPEEDUP = 2.0
 MIN_STRIP_IOU = 0.995
 
-_SALT = b"plain images name no subjects"
 _LOOP_FILES = 1000
 _LOOP_ROUNDS = 3  # before the jobs, and as many after them
 _ROWS_PER_PART = 128
@@ -150,7 +149,7 @@ def _plain_loop(files: list[Path], out: Path) -> float:
             rows: list[dict[str, Any]] = []
             for path in files[start : start + _ROWS_PER_PART]:
                 file = FoundFile(path.name, 0, 0)
-                rows += preprocess_file(read_file(source, file), file, config, _SALT)
+                rows += preprocess_file(read_file(source, file), file, config, SALT)
             empty = dict.fromkeys(SLICES.names)
             table = pa.Table.from_pylist([empty | row for row in rows], schema=SLICES)
             target.write_table(f"{start}.parquet", table)
@@ -160,7 +159,7 @@ def _plain_loop(files: list[Path], out: Path) -> float:
 def _profile(files: list[Path], out: Path) -> dict[str, float]:
     """Milliseconds a slice of each stage, on one thread."""
     config = _settings(files[0].parent, out)
-    options = decode_options(config.preprocess, _SALT)
+    options = decode_options(config.preprocess, SALT)
     spent: dict[str, float] = defaultdict(float)
 
     def timed(stage: str, work: Callable[..., Any], *arguments: Any) -> Any:
@@ -187,7 +186,7 @@ def _profile(files: list[Path], out: Path) -> dict[str, float]:
 
 def _strip_against_opencv(files: list[Path]) -> tuple[float, float]:
     """(times faster, least IoU) of our ``otsu`` strip against the straightforward one."""
-    options = decode_options(_settings(files[0].parent, files[0].parent).preprocess, _SALT)
+    options = decode_options(_settings(files[0].parent, files[0].parent).preprocess, SALT)
     ours, theirs, overlaps = [], [], []
     with one_thread():
         for path in files:

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from brainray.benchmarks.result import BenchmarkResult, CaseOptions, Measure
+from brainray.benchmarks.samples import SALT
 from brainray.engine.slice_model import SliceModel, use_all_threads
 from brainray.errors import ConfigError, DataError
 from brainray.mri.decode import RejectedImage, decode_file
@@ -35,7 +36,6 @@ NUM_QUICK = 100  # slices
 NOISE_STD = 15.0  # grey levels
 BLUR_STD = 1 / 170  # of the longer side
 
-_SALT = b"plain images name no subjects"
 _RUN, _CONTROL = "run", "control"
 _MEAN = "mean of the altered ones"
 _PREDICTORS = {"head": "head", "cluster": "cluster_class"}
@@ -104,7 +104,7 @@ def _test_slices(options: CaseOptions, predictor: Predictor) -> list[tuple[Sourc
     for file in files:
         try:
             content = read_file(source, file.file)
-            decoded = decode_file(content, decode_options(predictor.preprocess, _SALT))
+            decoded = decode_file(content, decode_options(predictor.preprocess, SALT))
         except RejectedImage:
             continue
         slices += [(file, part.image) for part in decoded[:1]]
@@ -131,7 +131,7 @@ def _decoded(files: Sequence[tuple[SourceFile, bytes]], predictor: Predictor) ->
     """``DECODED`` rows of those files that can be used."""
     rows = []
     for file, content in files:
-        rows += decode_to_predict(file, partial(bytes, content), predictor.preprocess, _SALT)
+        rows += decode_to_predict(file, partial(bytes, content), predictor.preprocess, SALT)
     table = pa.Table.from_pylist(rows, schema=DECODED)
     return table.filter(pc.is_null(table["reason"]))
 

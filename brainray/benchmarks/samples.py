@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 from brainray.errors import DataError
 from brainray.mri.phantom import CLASSES, make_slice
 
+SALT = b"plain images name no subjects"
+
 _NUM_PHANTOMS = 200
 _SEPARATION = 0.4  # of the clusters' noise, in each feature
 _SUFFIXES = {".jpg", ".jpeg", ".png"}
