@@ -13,6 +13,18 @@ _KERNEL = cv2.getStructuringElement(
 )
 
 
+def _kernel(half_widths: tuple[int, ...]) -> NDArray[np.uint8]:
+    """A structuring element (H, W) whose rows reach so far to either side of their middle."""
+    reach = max(half_widths)
+    across = np.abs(np.arange(-reach, reach + 1))
+    return (across <= np.array(half_widths)[:, None]).astype(np.uint8)
+
+
+# _KERNEL is their Minkowski sum: to dilate or to erode by the one and then by the other is the same
+# as by _KERNEL, and takes two thirds of its time.
+_KERNEL_PARTS = (_kernel((0, 1, 2, 1, 0)), _kernel((0, 3, 3, 3, 3, 3, 0)))
+
+
 def _fixed_point_gaussian(sigma: float) -> NDArray[np.float32]:
     """OpenCV's own 8-bit Gaussian weights (K,), in 256ths: how it blurs a line."""
     reach = round(3.0 * sigma)
@@ -41,12 +53,26 @@ def otsu_mask(image: NDArray[np.uint8]) -> NDArray[np.bool_]:
 
     mask = np.zeros(image.shape, np.bool_)
     head = _box_of(binary)  # the rest is empty and stays so: no need to look at it
-    closed = cv2.morphologyEx(binary[head], cv2.MORPH_CLOSE, _KERNEL)
-    opened = cv2.morphologyEx(closed, cv2.MORPH_OPEN, _KERNEL)
+    closed = _erode(_dilate(binary[head]))
+    opened = _dilate(_erode(closed))
     if not opened.any():
         return ~mask
     mask[head] = _largest_component(opened)
     return mask
+
+
+def _dilate(binary: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Dilated by the ellipse, (H, W)."""
+    for part in _KERNEL_PARTS:
+        binary = cv2.dilate(binary, part)
+    return binary
+
+
+def _erode(binary: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Eroded by the ellipse, (H, W)."""
+    for part in _KERNEL_PARTS:
+        binary = cv2.erode(binary, part)
+    return binary
 
 
 def apply_mask(image: NDArray[np.uint8], mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
@@ -69,11 +95,14 @@ def _box_of(binary: NDArray[np.uint8]) -> tuple[slice, slice]:
 
 def _largest_component(binary: NDArray[np.uint8]) -> NDArray[np.bool_]:
     """The largest 8-connected piece; the first one from the top if several are as large."""
-    # Labels with statistics cost eight times as much as labels, and most heads are one piece. What
-    # opening leaves are pieces of the kernel's size at least: 16 bits count those of most slices.
-    kind = cv2.CV_16U if binary.size < 2**16 * cv2.countNonZero(_KERNEL) else cv2.CV_32S
-    num_labels, labels = cv2.connectedComponents(binary, connectivity=8, ltype=kind)
-    if num_labels == 2:
+    # Most heads are one piece, which its outline tells in half the time of labels; labels with
+    # statistics cost eight times as much.
+    _, hierarchy = cv2.findContours(binary, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
+    if np.count_nonzero(hierarchy[0, :, 3] < 0) == 1:  # an outline that is no hole's
         return binary.astype(np.bool_)
+    # What opening leaves are pieces of the kernel's size at least: 16 bits count those of most
+    # slices.
+    kind = cv2.CV_16U if binary.size < 2**16 * cv2.countNonZero(_KERNEL) else cv2.CV_32S
+    _, labels = cv2.connectedComponents(binary, connectivity=8, ltype=kind)
     areas = np.bincount(labels.ravel())
     return np.asarray(labels == 1 + np.argmax(areas[1:]))

@@ -6,7 +6,7 @@ import pytest
 from numpy.typing import NDArray
 
 from brainray.mri.phantom import CLASSES, ORIENTATIONS, make_slice
-from brainray.mri.skull_strip import KERNEL_RADIUS, apply_mask, otsu_mask
+from brainray.mri.skull_strip import KERNEL_RADIUS, _dilate, _erode, apply_mask, otsu_mask
 
 
 def straightforward_otsu_mask(image: NDArray[np.uint8]) -> NDArray[np.bool_]:
@@ -62,6 +62,16 @@ def test_the_mask_equals_the_straightforward_one_on_blobs() -> None:
     assert num_equal >= 140  # bit for bit, but for ties in the blur's rounding
     assert min(num_pieces) == 1  # both ways through the code were taken
     assert max(num_pieces) > 5
+
+
+def test_the_kernel_in_two_parts_dilates_and_erodes_as_the_ellipse_up_to_the_frame() -> None:
+    ellipse = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (11, 11))
+    rng = np.random.default_rng(0)
+    for share in (0.02, 0.1, 0.5, 0.9, 0.98):
+        for _ in range(100):
+            binary = (rng.random(rng.integers(1, 30, 2)) < share).astype(np.uint8)
+            np.testing.assert_array_equal(_dilate(binary), cv2.dilate(binary, ellipse))
+            np.testing.assert_array_equal(_erode(binary), cv2.erode(binary, ellipse))
 
 
 @pytest.mark.parametrize("value", [0, 3, 128, 255])
