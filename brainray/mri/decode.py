@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -118,7 +119,7 @@ def check_content(image: NDArray[np.uint8], *, min_intensity_std: float) -> None
     Raises:
         RejectedImage: the standard deviation (of 0..255) is below ``min_intensity_std``.
     """
-    deviation = float(image.std())
+    deviation = float(cv2.meanStdDev(image)[1].item())  # NumPy's takes twenty times as long
     if deviation < min_intensity_std:
         raise RejectedImage("blank", f"intensity standard deviation {deviation:.2f} of 0..255")
 

@@ -77,7 +77,7 @@ def _erode(binary: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 def apply_mask(image: NDArray[np.uint8], mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
     """The slice with everything outside the mask set to 0."""
-    return np.where(mask, image, np.uint8(0))
+    return np.asarray(image * mask)
 
 
 def _box_of(binary: NDArray[np.uint8]) -> tuple[slice, slice]:
