@@ -5,7 +5,6 @@ import secrets
 from collections.abc import Callable
 from typing import Any
 
-import cv2
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
@@ -213,6 +212,7 @@ def _slice_columns(decoded: DecodedSlice, config: PreprocessConfig) -> dict[str,
     shape = resize.letterbox if config.resize == "letterbox" else resize.stretch
     image = shape(image, config.image_size)
     height, width = decoded.image.shape
+    wide = image.astype(np.int64)
     return {
         "format": decoded.format,
         "header_subject": decoded.subject_id,
@@ -221,8 +221,8 @@ def _slice_columns(decoded: DecodedSlice, config: PreprocessConfig) -> dict[str,
         "skull_strip": method,
         "height": config.image_size,
         "width": config.image_size,
-        "pixel_sum": int(cv2.sumElems(image)[0]),
-        "pixel_square_sum": int(cv2.norm(image, cv2.NORM_L2SQR)),
+        "pixel_sum": int(wide.sum()),
+        "pixel_square_sum": int((wide * wide).sum()),
         "thumbnail": resize.thumbnail(decoded.image).tobytes(),
         "image": image.tobytes(),
     }
