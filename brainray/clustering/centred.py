@@ -8,9 +8,13 @@ from torch import Tensor
 from brainray import dist
 from brainray.clustering import lloyd_cpu, shards
 from brainray.clustering.threads import shares, threads
+from brainray.errors import ClusteringError
 
 _FAR_MEAN = 0.7
 """Rows are far from the origin where their mean's norm is more than this of their mean norm."""
+
+_OVERFLOW_MARGIN = 16
+"""Squared distances are sums of squared norms and of products that are no larger."""
 
 
 class CentredRows(NamedTuple):
@@ -30,8 +34,8 @@ def centred(x: Tensor, row_keys: Tensor | None) -> tuple[CentredRows, Tensor]:
     how far the others are.)
 
     Raises:
-        ClusteringError: on every rank alike: rows that `shards.check_rows` refuses, row keys that
-            repeat or do not fit.
+        ClusteringError: on every rank alike: rows that `shards.check_rows` refuses, or too large
+            to be squared; row keys that repeat or do not fit.
     """
     shards.check_form(x)
     x = x.contiguous()
@@ -39,6 +43,11 @@ def centred(x: Tensor, row_keys: Tensor | None) -> tuple[CentredRows, Tensor]:
     num_rows = shards.check_rows(x, total)
     row_keys = shards.resolve_row_keys(x, row_keys)
     norm_sum, energy = _sums_of_powers(norms)
+    if not energy < torch.finfo(x.dtype).max / _OVERFLOW_MARGIN:  # the same on every rank
+        raise ClusteringError(
+            f"the squared norms of {num_rows} rows sum to {energy:.3g}, more than {x.dtype} can "
+            "square safely: scale the rows down or convert them to float64"
+        )
     mean = dist.sum_across_ranks(total) / num_rows
     mean_norm = float(torch.linalg.vector_norm(mean))
     origin = torch.zeros_like(mean, dtype=x.dtype)

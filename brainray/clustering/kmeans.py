@@ -91,8 +91,8 @@ class KMeans(FittedModule):
             init_centers: the same on every rank; replaces k-means++ (and its `num_init` starts).
 
         Raises:
-            ClusteringError: on every rank alike: rows with NaN or infinity, fewer rows or fewer
-                distinct rows than clusters, centres that do not fit.
+            ClusteringError: on every rank alike: rows with NaN or infinity, or too large to be
+                squared; fewer rows or fewer distinct rows than clusters; centres that do not fit.
         """
         data, origin = centred(x, row_keys)
         if data.num_rows < self.num_clusters:

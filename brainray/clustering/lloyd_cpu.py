@@ -38,6 +38,7 @@ def measure_rows(
     norms: Array,  # (n,) of the rows: written
     total: Array,  # (D,) float64, to which the rows are added
 ) -> None:
+    """The rows' norms and their sum."""
     for i in range(len(x)):
         norms[i] = np.sqrt(_square(x[i]))
         _add(x[i], total)
@@ -49,6 +50,7 @@ def centre_rows(
     centred: Array,  # (n, D): written
     norms: Array,  # (n,) of the centred rows: written
 ) -> None:
+    """The rows relative to an origin, and their norms then."""
     for i in range(len(x)):
         _subtract(x[i], origin, centred[i])
         norms[i] = np.sqrt(_square(centred[i]))
@@ -116,8 +118,7 @@ def move_rows(
                 _add(rows[i], sums[target])
                 if source >= 0:
                     counts[source] -= 1
-                    for d in range(num_features):
-                        sums[source, d] -= rows[i, d]
+                    _subtract(sums[source], rows[i], sums[source])
                 num_moved += 1
             elif source != target:  # a tie
                 others = least[i]
@@ -127,8 +128,7 @@ def move_rows(
     return num_moved
 
 
-# Operations on a row (D,). Written out where they are used, with indices that the compiler cannot
-# know to stay as they are, they would not be vectorised.
+# Operations on rows (D,). Apart, since a loop that reads its row's place anew is not vectorised.
 
 
 @njit(nogil=True, error_model="numpy")
@@ -177,6 +177,7 @@ def _score(
     np.dot(rows, factors, by_row)
     least[:] = np.inf
     second[:] = np.inf
+    nearest[:] = 0  # a place to write to, also where no score is below infinity
     for k in range(num_clusters):
         square = squares[k]
         for i in range(num_rows):

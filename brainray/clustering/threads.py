@@ -21,8 +21,8 @@ def shares(num_rows: int) -> list[slice]:
 class Threads:
     """Threads beside the caller's for functions that release the interpreter's lock.
 
-    They are not PyTorch's, which wait busily for milliseconds after each operation of theirs: while
-    they do, a small shard's pass takes twice its time.
+    They are not PyTorch's, which wait busily for milliseconds after each operation of theirs, and
+    so take a core from the passes over a small shard.
     """
 
     def __init__(self, pool: ThreadPoolExecutor) -> None:

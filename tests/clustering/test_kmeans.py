@@ -77,6 +77,22 @@ def test_rows_around_the_origin_are_not_copied() -> None:
     assert data.spread == pytest.approx(scatter, rel=1e-6)
 
 
+@pytest.mark.parametrize("scale", [1e15, 1e-15])
+def test_the_clusters_do_not_depend_on_the_scale(scale: float) -> None:
+    x = overlapping_blobs(dtype=torch.float32)
+    labels = KMeans(5).fit(x, init_centers=x[:5]).predict(x)
+    scaled = scale * x
+    assert KMeans(5).fit(scaled, init_centers=scaled[:5]).predict(scaled).equal(labels)
+
+
+@pytest.mark.parametrize("scale", [1e19, 1e30])
+def test_rows_too_large_to_be_squared_are_refused(scale: float) -> None:
+    x = overlapping_blobs(dtype=torch.float32)
+    with pytest.raises(ClusteringError, match="scale the rows down or convert them to float64"):
+        KMeans(5).fit(scale * x)
+    KMeans(5).fit(scale * x.double())
+
+
 def test_centres_do_not_depend_on_the_block_size() -> None:
     x = overlapping_blobs()
     whole, blocks = KMeans(5).fit(x), KMeans(5, block_rows=7).fit(x)
