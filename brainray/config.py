@@ -263,6 +263,10 @@ class ObjectiveConfig(_Section):
     """Which unlabelled slices have a pseudo-label from elsewhere than the teacher: with
     ``subject`` those that are, by their looks, of one subject with labelled ones, most of whose
     label it is. Of use to ``consistency`` and ``anchored``."""
+    pseudo_labels: Literal["slice", "subject"] = "slice"
+    """What the teacher judges for its pseudo-labels: every unlabelled slice for itself or, with
+    ``subject``, all slices that are by their looks of one subject together, by the mean of their
+    probabilities."""
 
 
 class ClusteringConfig(_Section):
@@ -671,15 +675,14 @@ class Config(_Section):
                 f"encoder.pretext_image_size ({side}) exceeds preprocess.image_size "
                 f"({self.preprocess.image_size}): lower the first or raise the second"
             )
-        if self.objective.inherit_labels != "none" and self.objective.name in (
-            "joint",
-            "prototype",
-        ):
-            raise ValueError(
-                f"objective.inherit_labels={self.objective.inherit_labels} is of no use to "
-                f"objective.name={self.objective.name}, which has no pseudo-labels: take "
-                "consistency or anchored, or leave it out"
-            )
+        for key, without in (("inherit_labels", "none"), ("pseudo_labels", "slice")):
+            value = getattr(self.objective, key)
+            if value != without and self.objective.name in ("joint", "prototype"):
+                raise ValueError(
+                    f"objective.{key}={value} is of no use to "
+                    f"objective.name={self.objective.name}, which has no pseudo-labels: take "
+                    "consistency or anchored, or leave it out"
+                )
         return self
 
 

@@ -138,6 +138,7 @@ def test_a_config_of_an_earlier_version_can_be_read() -> None:
     assert saved["study"]["depth"] == 3  # left as it was
 
 
-def test_labels_are_not_inherited_by_an_objective_without_pseudo_labels() -> None:
+@pytest.mark.parametrize("key", ["inherit_labels", "pseudo_labels"])
+def test_an_objective_without_pseudo_labels_takes_none_of_a_subject(key: str) -> None:
     with pytest.raises(ConfigError, match=r"of no use to objective\.name=joint"):
-        load_config(None, ["objective.inherit_labels=subject"])
+        load_config(None, [f"objective.{key}=subject"])

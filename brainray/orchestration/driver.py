@@ -157,6 +157,7 @@ def fit(training: Training, log: Log, callbacks: Sequence[Any] = ()) -> None:
         run_config=RunConfig(  # type: ignore[call-arg]  # its types are of the older one
             name=config.name,
             storage_path=str(run.folder).rpartition("/")[0],
+            worker_runtime_env=workers.runtime_env,
             failure_config=FailureConfig(max_failures=config.train.max_failures),
             callbacks=list(callbacks),
             logging_config=OF_RAY_TRAIN,

@@ -186,6 +186,7 @@ def _train(
             name=str(target).rpartition("/")[2],
             storage_path=str(target).rpartition("/")[0],
             checkpoint_config=CheckpointConfig(num_to_keep=1),
+            worker_runtime_env=workers.runtime_env,
             failure_config=FailureConfig(max_failures=config.train.max_failures),
             logging_config=OF_RAY_TRAIN,
         ),

@@ -1,5 +1,6 @@
 """A rank's share of the slices of a run, in memory or streamed."""
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
@@ -73,19 +74,23 @@ def load_rank_data(
         return shard(mine, TRAIN, sample_keys(mine["sample_id"].to_pylist()).tolist())
 
     seen = run.read_table(layout.SEEN)
+    # Subjects that are named are drawn as a whole: who labelled some of their slices only has left
+    # the others out. Their slices may be of several classes, too.
+    guessed = pc.equal(seen["subject_source"], ESTIMATED)
+    subjects = pc.if_else(guessed, seen["subject_id"], None).to_pylist()
     inherited: list[str | None] = [None] * seen.num_rows
     if config.objective.inherit_labels == "subject":
-        # Subjects that are named are drawn as a whole: who labelled some of their slices only
-        # has left the others out.
-        guessed = pc.equal(seen["subject_source"], ESTIMATED)
-        subjects = pc.if_else(guessed, seen["subject_id"], None).to_pylist()
         inherited = inherited_labels(subjects, seen["role"].to_pylist(), seen["label"].to_pylist())
         if rank == 0:
             count = sum(label is not None for label in inherited)
             print(f"{count} unlabelled slices inherit a label of their likely subject", flush=True)
     seen = seen.append_column("inherited", pa.array(inherited, pa.string()))
+    alone = pc.coalesce(pa.array(subjects, pa.string()), seen["sample_id"])
+    names, numbers = np.unique(alone.to_numpy(), return_inverse=True)
+    seen = seen.append_column("group", pa.array(numbers, pa.int64()))
     test = run.read_table(layout.TEST_SLICES)
     test_rows = list(range(rank, test.num_rows, num_ranks))
+    unlabelled = of_role(UNLABELLED_ROLE)
     # Labelled slices are read most often, so they are the first to stay in memory.
     return RankData(
         labelled=training_shard(LABELLED),
@@ -93,5 +98,7 @@ def load_rank_data(
         # Test sets keep byte-identical copies, so the row is the key there.
         test=shard(test.take(test_rows), TEST, test_rows),
         unlabelled=training_shard(UNLABELLED_ROLE),
-        inherited=classes_of(of_role(UNLABELLED_ROLE)["inherited"]),
+        inherited=classes_of(unlabelled["inherited"]),
+        groups=torch.tensor(unlabelled["group"].to_pylist(), dtype=torch.int64, device=device),
+        num_groups=len(names),
     )

@@ -1,10 +1,16 @@
 """Workers are placed on nodes, not on the sum of their CPUs."""
 
+import os
+import platform
+import subprocess
+import sys
+
 import pytest
 
 from brainray.config import TrainConfig
 from brainray.errors import ConfigError
 from brainray.orchestration.resources import (
+    KEEPING_MEMORY,
     ActorResources,
     WorkerResources,
     plan_actors,
@@ -87,3 +93,37 @@ def test_actors_embed_where_training_would_train() -> None:
     assert actors([GPU_NODE], device="cpu") == ("cpu", ActorResources(1, num_cpus=7))
     with pytest.raises(ConfigError, match="no GPU"):
         actors([HEAD], device="cuda")
+
+
+def test_workers_on_cpus_keep_the_memory_that_a_step_frees(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    assert plan([LAPTOP]).runtime_env == {"env_vars": KEEPING_MEMORY}
+    assert plan([GPU_NODE]).runtime_env == {}
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=3")
+    assert plan([LAPTOP]).runtime_env == {}  # what the user has set stays
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_kept_memory_is_not_asked_for_again() -> None:
+    """A block of 128 MB, touched, freed and asked for anew, by a thread as in Ray's workers."""
+    program = """
+import resource, threading
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def work():
+    bytearray(2**27)
+    before = faults()
+    bytearray(2**27)
+    print(faults() - before)
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+"""
+
+    def faults(environment: dict[str, str]) -> int:
+        command = [sys.executable, "-c", program]
+        return int(subprocess.run(command, env=environment, check=True, capture_output=True).stdout)
+
+    plain = {key: value for key, value in os.environ.items() if key != "GLIBC_TUNABLES"}
+    assert faults(plain) > 1000
+    assert faults(plain | KEEPING_MEMORY) < 100

@@ -53,6 +53,7 @@ ANCHORED = (
     "objective.name=anchored",
     "objective.ramp_epochs=1",
     "objective.inherit_labels=subject",
+    "objective.pseudo_labels=subject",
     "clustering.anchors=labelled",
     "augment_unlabelled.policy=strong",
     "train.ema_decay=0.9",
