@@ -138,6 +138,22 @@ def test_a_config_of_an_earlier_version_can_be_read() -> None:
     assert saved["study"]["depth"] == 3  # left as it was
 
 
+def test_a_warm_up_keeps_an_epoch_at_its_last_size() -> None:
+    growing = ["encoder.pretext=rotation", "self_supervision.num_epochs=4"]
+    with pytest.raises(ConfigError, match=r"leaves no epoch of self_supervision\.num_epochs"):
+        load_config(None, [*growing, "self_supervision.growth_epochs=4"])
+    with pytest.raises(ConfigError, match=r"must be below encoder\.pretext_image_size"):
+        load_config(
+            None,
+            [
+                *growing,
+                "self_supervision.growth_epochs=2",
+                "self_supervision.start_image_size=128",
+                "encoder.pretext_image_size=64",
+            ],
+        )
+
+
 @pytest.mark.parametrize("key", ["inherit_labels", "pseudo_labels"])
 def test_an_objective_without_pseudo_labels_takes_none_of_a_subject(key: str) -> None:
     with pytest.raises(ConfigError, match=r"of no use to objective\.name=joint"):

@@ -33,23 +33,26 @@ def augment(images: Tensor, config: AugmentConfig, generator: Generator) -> Tens
     warped = F.grid_sample(images, grid, mode="bilinear", align_corners=False)
     contrast = 1 + config.max_intensity_shift * _signed(len(images), generator)
     brightness = config.max_intensity_shift * _signed(len(images), generator)
-    # The background stays black, as it is in every slice that is not augmented.
+    # The background stays black, as it is in every slice that is not augmented. In place from here
+    # on: a batch has hundreds of megabytes, and each pass over it costs.
     head = warped > 0
-    shaded = warped * contrast[:, None, None, None] + brightness[:, None, None, None] * head
+    shaded = warped.mul_(contrast[:, None, None, None])
+    shaded.add_(brightness[:, None, None, None] * head)
     if config.max_log_gamma:
         gamma = torch.exp(config.max_log_gamma * _signed(len(images), generator))
-        shaded = shaded.clamp(0, 1) ** gamma[:, None, None, None]
+        shaded.clamp_(0, 1).pow_(gamma[:, None, None, None])
     if config.bias_field:
-        shaded = shaded * _bias_field(images, config.bias_field, generator)
+        shaded.mul_(_bias_field(images, config.bias_field, generator))
     if config.max_blur_sigma:
-        shaded = _blur(shaded, config.max_blur_sigma * _unsigned(len(images), generator)) * head
+        sigma = config.max_blur_sigma * _unsigned(len(images), generator)
+        shaded = _blur(shaded, sigma).mul_(head)
     if config.max_noise_std:
         std = config.max_noise_std * _unsigned(len(images), generator)
         noise = torch.randn(images.shape, generator=generator, device=generator.device)
-        shaded = shaded + noise * std[:, None, None, None] * head
+        shaded.add_(noise.mul_(std[:, None, None, None]).mul_(head))
     if config.cutout_probability:
-        shaded = shaded * _outside_of_squares(images, config, generator)
-    return shaded.clamp(0, 1)
+        shaded.mul_(_outside_of_squares(images, config, generator))
+    return shaded.clamp_(0, 1)
 
 
 def _random_affine(num_images: int, config: AugmentConfig, generator: Generator) -> Tensor:

@@ -30,7 +30,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from brainray import dist, errors, layout
 from brainray.clustering.collapse import check_collapse, measure_health
 from brainray.config import Config, FeatureConfig, parse_config
-from brainray.engine.recipe import build_optimizer, resolve_precision
+from brainray.engine.recipe import build_optimizer, resolve_precision, side_in_pretext
 from brainray.engine.recluster import ClusterModel
 from brainray.engine.self_supervised import (
     Convergence,
@@ -63,6 +63,8 @@ from brainray.schema import TRAIN
 from brainray.storage import Folder
 
 _STATE = "state.pt"
+_OF_GROWTH = {"growth_epochs", "start_image_size"}
+_OF_PRETEXT = {"num_epochs"} | _OF_GROWTH
 _OF_ROUNDS = {"max_rounds", "round_epochs", "round_learning_rate", "tolerance", "patience"}
 
 Log = Callable[[str], None]
@@ -191,7 +193,7 @@ def _train(
             logging_config=OF_RAY_TRAIN,
         ),
     )
-    with PretrainingFollower(config.self_supervision, target, log):
+    with PretrainingFollower(config.self_supervision, feature.image_size, target, log):
         result: Any = trainer.fit()
     problem = result.return_value
     if problem:
@@ -209,7 +211,9 @@ def _made_by(
     """What tells the trained weights from others, but for the number of workers."""
     train = config.train.model_dump(mode="json", include={"weight_decay", "warmup_fraction"})
     is_refined = feature.lambda_cluster > 0
-    unused = {"num_epochs"} if is_refined else _OF_ROUNDS
+    unused = _OF_PRETEXT if is_refined else _OF_ROUNDS
+    if not config.self_supervision.growth_epochs:
+        unused = unused | _OF_GROWTH
     made_by = {
         "format": layout.ENCODER_FORMAT,
         "data_hash": store.data_hash,
@@ -309,6 +313,7 @@ class _Learner:
         while len(self.history) < num_epochs:
             started = time.monotonic()
             epoch = len(self.history) + 1
+            side = side_in_pretext(epoch, self.feature.image_size, self.settings)
             losses = pretext_epoch(
                 self.ddp,
                 optimizer,
@@ -319,10 +324,11 @@ class _Learner:
                 plan=self.plan,
                 seed=seed_of(self.seed, epoch, dist.rank()),
                 precision=self.precision,
+                side=side,
             )
             self._check_finite(losses)
             self._share_batch_statistics()
-            self._save(losses, started, optimizer)
+            self._save(losses | {"image_size": float(side)}, started, optimizer)
 
     def _refine(self) -> None:
         """Cluster, train on the clusters, cluster anew, until few slices change their cluster."""

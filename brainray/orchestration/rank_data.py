@@ -67,7 +67,7 @@ def load_rank_data(
 
     def of_role(role: str) -> pa.Table:
         rows = seen.filter(pc.equal(seen["role"], role)).sort_by("sample_id")
-        return rows.take(list(range(rank, rows.num_rows, num_ranks)))
+        return rows.take(pa.array(range(rank, rows.num_rows, num_ranks), pa.int64()))
 
     def training_shard(role: str) -> SliceShard:
         mine = of_role(role)
@@ -96,7 +96,7 @@ def load_rank_data(
         labelled=training_shard(LABELLED),
         validation=training_shard(VALIDATION),
         # Test sets keep byte-identical copies, so the row is the key there.
-        test=shard(test.take(test_rows), TEST, test_rows),
+        test=shard(test.take(pa.array(test_rows, pa.int64())), TEST, test_rows),
         unlabelled=training_shard(UNLABELLED_ROLE),
         inherited=classes_of(unlabelled["inherited"]),
         groups=torch.tensor(unlabelled["group"].to_pylist(), dtype=torch.int64, device=device),

@@ -121,25 +121,31 @@ def _read_ahead(source: Folder, files: Sequence[FoundFile]) -> Iterator[Callable
             yield reads.popleft()[1].result
 
 
-def write_part(
+def write_parts(
     batch: pa.Table, *, parts: Folder, new: Container[str], earlier: Folder, images: Folder
 ) -> pa.Table:
-    """The pixels of a part, new or earlier, with the final rows of its slices; how many it has."""
+    """The pixels of parts, new or earlier, with the final rows of their slices; how many there are.
+
+    ``batch`` holds all rows of each of its parts.
+    """
     settle_worker()
-    name = batch["part"][0].as_py()
-    pixels = (parts if name in new else earlier).read_table(
-        name, ["sample_id", "image", "thumbnail"]
-    )
+    for name in pc.unique(batch[PART.name]).to_pylist():
+        final = batch.filter(pc.equal(batch[PART.name], name))
+        _write_part(name, final, parts if name in new else earlier, images)
+    return pa.table({"num_rows": [batch.num_rows]})
+
+
+def _write_part(name: str, final: pa.Table, source: Folder, images: Folder) -> None:
+    pixels = source.read_table(name, ["sample_id", "image", "thumbnail"])
     row_of: dict[str, int] = {}
     for row, identity in enumerate(pixels["sample_id"].to_pylist()):
         row_of.setdefault(identity, row)
-    final = batch.sort_by("path")
+    final = final.sort_by("path")
     rows = pa.array([row_of[identity] for identity in final["sample_id"].to_pylist()])
     for column in ("image", "thumbnail"):
         final = final.append_column(column, pixels[column].take(rows))
     final = final.select(IMAGE_STORE.names).cast(IMAGE_STORE)
     images.write_table(name, final, row_group_size=_ROW_GROUP_SIZE)
-    return pa.table({"num_rows": [final.num_rows]})
 
 
 def decode_files(

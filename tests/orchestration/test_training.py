@@ -27,6 +27,7 @@ from brainray.orchestration.data import preprocess
 from brainray.orchestration.driver import TrainedRun, train
 from brainray.orchestration.evaluation import evaluate
 from brainray.orchestration.publish import publish
+from brainray.orchestration.rank_data import load_rank_data
 from brainray.orchestration.run import begin_run, open_run
 from brainray.orchestration.store import ImageStore
 from brainray.schema import SEEN, UNLABELLED_ROLE
@@ -131,6 +132,16 @@ def test_a_run_leaves_what_it_promises(trained: TrainedRun) -> None:
     assert low <= metrics["test/all/head/accuracy"] <= high
     assert "test/all/thumbnail_1nn/accuracy" in metrics
     assert "last/test/all/cluster/accuracy" in metrics
+
+
+def test_a_run_may_have_no_unlabelled_slice(storage: Path) -> None:
+    config = config_of(storage, "all-labelled", "split.labelled_fraction=1.0")
+    store = ImageStore.open(Folder(storage / "datasets" / "mri"))
+    begun, _ = begin_run(config, store, num_workers=1)
+    data = load_rank_data(config, begun.folder, store, torch.device("cpu"), 0, 1)
+    assert len(data.unlabelled) == len(data.inherited) == len(data.groups) == 0
+    assert len(data.labelled) == begun.info["num_slices"]["labelled"] > 0
+    assert bool((data.labelled.labels >= 0).all())
 
 
 def test_a_run_records_what_made_it(trained: TrainedRun) -> None:
