@@ -488,14 +488,21 @@ class FeatureConfig(_Section):
         return self
 
 
+class FirstStageConfig(_Section):
+    num_epochs: Annotated[int, Field(ge=0)] = 0
+    """Epochs of the pretext on small slices, which cost a fraction; the encoder goes on from there
+    on those of the pretext's own size. 0: none."""
+    image_size: Annotated[int, Field(ge=16, le=2048)] = 64
+    """Height and width in these epochs, in pixels."""
+    learning_rate: Annotated[float, Field(gt=0.0)] = 2e-3
+    """Peak of their one-cycle schedule (AdamW)."""
+
+
 class SelfSupervisionConfig(_Section):
     num_epochs: Positive = 20
     """Epochs of the pretext alone; without a pretext there are none."""
-    growth_epochs: Annotated[int, Field(ge=0)] = 0
-    """The first of these, in which slices grow from ``start_image_size`` to the pretext's by steps
-    of 32 pixels: what is learned on small slices costs a quarter."""
-    start_image_size: Annotated[int, Field(ge=16, le=2048)] = 64
-    """Height and width in the first of the ``growth_epochs``."""
+    first: FirstStageConfig = FirstStageConfig()
+    """What comes before these epochs, on smaller slices."""
     temperature: Annotated[float, Field(gt=0.0)] = 0.2
     """Of the contrastive loss (NT-Xent)."""
     positives: Literal["slice", "subject"] = "slice"
@@ -654,28 +661,23 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _growth_fits(self) -> "Config":
-        for name, growing, key, side in (
-            ("train", self.train, "train.image_size", self.train.image_size),
-            (
-                "self_supervision",
-                self.self_supervision,
-                "encoder.pretext_image_size",
-                self.encoder.pretext_image_size,
-            ),
-        ):
-            if name == "self_supervision" and self.encoder.pretext == "none":
-                continue
-            if growing.growth_epochs >= growing.num_epochs:
-                raise ValueError(
-                    f"{name}.growth_epochs ({growing.growth_epochs}) leaves no epoch of "
-                    f"{name}.num_epochs ({growing.num_epochs}) at {key}: lower the first or raise "
-                    "the second"
-                )
-            if growing.growth_epochs and growing.start_image_size >= side:
-                raise ValueError(
-                    f"{name}.start_image_size ({growing.start_image_size}) must be below {key} "
-                    f"({side}) for slices to grow; or set {name}.growth_epochs=0"
-                )
+        train = self.train
+        if train.growth_epochs >= train.num_epochs:
+            raise ValueError(
+                f"train.growth_epochs ({train.growth_epochs}) leaves no epoch of train.num_epochs "
+                f"({train.num_epochs}) at train.image_size: lower the first or raise the second"
+            )
+        if train.growth_epochs and train.start_image_size >= train.image_size:
+            raise ValueError(
+                f"train.start_image_size ({train.start_image_size}) must be below train.image_size "
+                f"({train.image_size}) for slices to grow; or set train.growth_epochs=0"
+            )
+        first, side = self.self_supervision.first, self.encoder.pretext_image_size
+        if self.encoder.pretext != "none" and first.num_epochs and first.image_size >= side:
+            raise ValueError(
+                f"self_supervision.first.image_size ({first.image_size}) must be below "
+                f"encoder.pretext_image_size ({side}); or set self_supervision.first.num_epochs=0"
+            )
         return self
 
     @model_validator(mode="after")

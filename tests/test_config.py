@@ -138,20 +138,12 @@ def test_a_config_of_an_earlier_version_can_be_read() -> None:
     assert saved["study"]["depth"] == 3  # left as it was
 
 
-def test_a_warm_up_keeps_an_epoch_at_its_last_size() -> None:
-    growing = ["encoder.pretext=rotation", "self_supervision.num_epochs=4"]
-    with pytest.raises(ConfigError, match=r"leaves no epoch of self_supervision\.num_epochs"):
-        load_config(None, [*growing, "self_supervision.growth_epochs=4"])
-    with pytest.raises(ConfigError, match=r"must be below encoder\.pretext_image_size"):
-        load_config(
-            None,
-            [
-                *growing,
-                "self_supervision.growth_epochs=2",
-                "self_supervision.start_image_size=128",
-                "encoder.pretext_image_size=64",
-            ],
-        )
+def test_a_warm_up_begins_on_smaller_slices_than_it_ends() -> None:
+    stages = ["self_supervision.first.num_epochs=2", "encoder.pretext_image_size=64"]
+    with pytest.raises(ConfigError, match=r"must be below encoder\.pretext_image_size \(64\)"):
+        load_config(None, [*stages, "encoder.pretext=rotation"])
+    load_config(None, [*stages, "encoder.pretext=rotation", "self_supervision.first.image_size=32"])
+    load_config(None, stages)  # without a warm-up nothing has to fit
 
 
 @pytest.mark.parametrize("key", ["inherit_labels", "pseudo_labels"])

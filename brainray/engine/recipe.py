@@ -8,7 +8,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from brainray.config import ObjectiveConfig, SelfSupervisionConfig, TrainConfig
+from brainray.config import ObjectiveConfig, TrainConfig
 from brainray.models.anchored import AnchoredObjective
 from brainray.models.consistency import ConsistencyObjective
 from brainray.models.joint import JointObjective
@@ -46,24 +46,16 @@ def ramp(epoch: int, ramp_epochs: int) -> float:
     return math.exp(-5 * (1 - progress) ** 2)
 
 
-def image_side(epoch: int, side: int, start_side: int, growth_epochs: int) -> int:
-    """Pixels along either axis in an epoch, which counts from 1; ``side`` after the growth.
+def image_side(epoch: int, config: TrainConfig) -> int:
+    """Pixels along either axis in an epoch, which counts from 1.
 
     Small slices first, in stages of as many epochs each: as in Tan & Le 2021 (EfficientNetV2,
     progressive learning), with one augmentation throughout.
     """
-    if epoch > growth_epochs:
-        return side
-    stages = range(start_side, side, GROWTH_STEP) or [side]
-    return stages[(epoch - 1) * len(stages) // growth_epochs]
-
-
-def side_in_training(epoch: int, config: TrainConfig) -> int:
-    return image_side(epoch, config.image_size, config.start_image_size, config.growth_epochs)
-
-
-def side_in_pretext(epoch: int, side: int, config: SelfSupervisionConfig) -> int:
-    return image_side(epoch, side, config.start_image_size, config.growth_epochs)
+    if epoch > config.growth_epochs:
+        return config.image_size
+    stages = range(config.start_image_size, config.image_size, GROWTH_STEP)
+    return stages[(epoch - 1) * len(stages) // config.growth_epochs]
 
 
 def build_average(encoder: nn.Module, decay: float) -> AveragedModel | None:

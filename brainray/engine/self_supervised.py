@@ -16,7 +16,7 @@ from brainray import dist
 from brainray.config import ClusteringConfig, SelfSupervisionConfig
 from brainray.engine.forward import autocast, forward_passes
 from brainray.engine.recluster import ClusterModel, Reclustering, recluster
-from brainray.engine.shard import Images, PixelScale
+from brainray.engine.shard import Images
 from brainray.models.features import FeatureEncoder
 from brainray.models.joint import cluster_loss
 from brainray.models.ntxent import ContrastivePretext
@@ -91,7 +91,6 @@ def pretext_epoch(
     plan: StepPlan,
     seed: int,
     precision: str,
-    side: int | None = None,
     lambda_cluster: float = 0.0,
     soft: SoftTargets | None = None,
     on_step: Callable[[int], None] = lambda step: None,
@@ -112,7 +111,6 @@ def pretext_epoch(
         plan: the same on every rank.
         seed: of order and views.
         precision: ``bf16`` or ``fp32``.
-        side: to which slices are resized; None leaves them as they are.
         lambda_cluster: weight of the clustering loss.
         soft: gamma of this rank's slices, rows as in ``images``, and mu.
         on_step: called after each step.
@@ -128,8 +126,7 @@ def pretext_epoch(
     sums: dict[str, Tensor] = {}
     for step, batch in enumerate(images.batches(rows_of_steps)):
         rows = rows_of_steps[step]
-        seen = PixelScale.to_unit(batch, side)
-        views = pretext.views(seen, groups.numbers[rows].to(device), generator)
+        views = pretext.views(batch.float() / 255, groups.numbers[rows].to(device), generator)
         with autocast(device, precision):
             output: PretextOutput = model(views.images)
         terms = {"pretext": pretext.loss(output.outputs, views.targets)}

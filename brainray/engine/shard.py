@@ -24,8 +24,7 @@ class PixelScale:
     mean: float
     std: float
 
-    @staticmethod
-    def to_unit(images: Tensor, side: int | None = None) -> Tensor:
+    def to_unit(self, images: Tensor, side: int | None = None) -> Tensor:
         """(B, 1, H, W) uint8 to float32 in [0, 1], (B, 1, side, side) where a side is given."""
         unit = images.float() / 255
         if side is None or side == images.shape[-1]:

@@ -29,8 +29,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from brainray import dist, errors, layout
 from brainray.clustering.collapse import check_collapse, measure_health
-from brainray.config import Config, FeatureConfig, parse_config
-from brainray.engine.recipe import build_optimizer, resolve_precision, side_in_pretext
+from brainray.config import Config, FeatureConfig, FirstStageConfig, parse_config
+from brainray.engine.recipe import build_optimizer, resolve_precision
 from brainray.engine.recluster import ClusterModel
 from brainray.engine.self_supervised import (
     Convergence,
@@ -63,9 +63,14 @@ from brainray.schema import TRAIN
 from brainray.storage import Folder
 
 _STATE = "state.pt"
-_OF_GROWTH = {"growth_epochs", "start_image_size"}
-_OF_PRETEXT = {"num_epochs"} | _OF_GROWTH
-_OF_ROUNDS = {"max_rounds", "round_epochs", "round_learning_rate", "tolerance", "patience"}
+_OF_ROUNDS = {
+    "first",  # told by the weights that it leaves
+    "max_rounds",
+    "round_epochs",
+    "round_learning_rate",
+    "tolerance",
+    "patience",
+}
 
 Log = Callable[[str], None]
 History = list[dict[str, float]]
@@ -110,7 +115,9 @@ def pretrain(
     """Train an encoder on the store's training slices, or go on with it, or find it finished.
 
     An encoder that is refined goes on from the one that has learned the same pretext alone, which
-    is trained first, or found: features that share a pretext share its training.
+    is trained first, or found: features that share a pretext share its training. So does one whose
+    ``first`` stage is on smaller slices, with a schedule and a projection of its own: what an
+    encoder has learned at 64 px it has to learn anew at 128.
 
     Args:
         config: ``self_supervision``, ``clustering`` (for refinement) and ``train``.
@@ -134,6 +141,10 @@ def pretrain(
         alone = feature.model_copy(update={"lambda_cluster": 0.0})
         before = pretrain(config, store, alone, weights, dataset=dataset, seed=seed, log=log)
         weights, head = weights_from(before, layout.ENCODER), _read_head(before)
+    elif feature.pretext != "none" and config.self_supervision.first.num_epochs:
+        first, small = _first_stage(config, feature)
+        before = pretrain(first, store, small, weights, dataset=dataset, seed=seed, log=log)
+        weights = weights_from(before, layout.ENCODER)
     made_by = _made_by(config, store, feature, weights, seed)
     kind = feature.pretext + ("-refined" if feature.lambda_cluster > 0 else "")
     name = f"{dataset}-{feature.encoder}-{kind}-seed{seed}-{content_key(made_by)}"
@@ -152,6 +163,21 @@ def pretrain(
                 return target
     log(f"encoder {target}: trained before, reused")
     return target
+
+
+def _first_stage(config: Config, feature: FeatureConfig) -> tuple[Config, FeatureConfig]:
+    """The settings with which the same is learned on small slices alone."""
+    learning = config.self_supervision
+    alone = learning.model_copy(
+        update={
+            "num_epochs": learning.first.num_epochs,
+            "learning_rate": learning.first.learning_rate,
+            "first": FirstStageConfig(),
+        }
+    )
+    side = min(learning.first.image_size, feature.image_size)
+    small = feature.model_copy(update={"image_size": side})
+    return config.model_copy(update={"self_supervision": alone}), small
 
 
 def _train(
@@ -193,7 +219,7 @@ def _train(
             logging_config=OF_RAY_TRAIN,
         ),
     )
-    with PretrainingFollower(config.self_supervision, feature.image_size, target, log):
+    with PretrainingFollower(config.self_supervision, target, log):
         result: Any = trainer.fit()
     problem = result.return_value
     if problem:
@@ -211,9 +237,7 @@ def _made_by(
     """What tells the trained weights from others, but for the number of workers."""
     train = config.train.model_dump(mode="json", include={"weight_decay", "warmup_fraction"})
     is_refined = feature.lambda_cluster > 0
-    unused = _OF_PRETEXT if is_refined else _OF_ROUNDS
-    if not config.self_supervision.growth_epochs:
-        unused = unused | _OF_GROWTH
+    unused = {"num_epochs", "first"} if is_refined else _OF_ROUNDS
     made_by = {
         "format": layout.ENCODER_FORMAT,
         "data_hash": store.data_hash,
@@ -313,7 +337,6 @@ class _Learner:
         while len(self.history) < num_epochs:
             started = time.monotonic()
             epoch = len(self.history) + 1
-            side = side_in_pretext(epoch, self.feature.image_size, self.settings)
             losses = pretext_epoch(
                 self.ddp,
                 optimizer,
@@ -324,11 +347,10 @@ class _Learner:
                 plan=self.plan,
                 seed=seed_of(self.seed, epoch, dist.rank()),
                 precision=self.precision,
-                side=side,
             )
             self._check_finite(losses)
             self._share_batch_statistics()
-            self._save(losses | {"image_size": float(side)}, started, optimizer)
+            self._save(losses, started, optimizer)
 
     def _refine(self) -> None:
         """Cluster, train on the clusters, cluster anew, until few slices change their cluster."""

@@ -9,7 +9,7 @@ from typing import Self
 from brainray import layout
 from brainray.config import SelfSupervisionConfig, TrainConfig
 from brainray.engine.evaluate import Metrics
-from brainray.engine.recipe import side_in_pretext, side_in_training
+from brainray.engine.recipe import image_side
 from brainray.orchestration.run import Run
 from brainray.storage import Folder
 from brainray.tracking import LenientTracker
@@ -96,11 +96,9 @@ class Follower(Watcher):
 class PretrainingFollower(Watcher):
     """Watches a self-supervised encoder's metrics: a line for an epoch or a round."""
 
-    def __init__(self, config: SelfSupervisionConfig, side: int, folder: Folder, log: Log) -> None:
-        """``side``: pixels along either axis of the slices that the pretext ends with."""
+    def __init__(self, config: SelfSupervisionConfig, folder: Folder, log: Log) -> None:
         super().__init__(log)
         self._config = config
-        self._side = side
         self._folder = folder
         self._num_seen = len(folder.read_json_lines(layout.METRICS))
         if self._num_seen:
@@ -125,10 +123,7 @@ class PretrainingFollower(Watcher):
                 f"round {metrics['round']:.0f}/{self._config.max_rounds}: {losses}; {changed:.1%} "
                 f"of the slices changed their cluster; {seconds:.0f} s"
             )
-        done, side = int(metrics["epoch"]), metrics.get("image_size", self._side)
-        later = range(done + 1, self._config.num_epochs + 1)
-        pixels = sum(side_in_pretext(epoch, self._side, self._config) ** 2 for epoch in later)
-        left = timedelta(seconds=round(seconds * pixels / side**2))
+        left = timedelta(seconds=round(seconds * (self._config.num_epochs - metrics["epoch"])))
         return (
             f"pretext epoch {metrics['epoch']:.0f}/{self._config.num_epochs}: {losses}; "
             f"{seconds:.0f} s, {left} left"
@@ -138,7 +133,7 @@ class PretrainingFollower(Watcher):
 def time_left(metrics: Metrics, config: TrainConfig) -> timedelta:
     """Until the last epoch ends, if pixels cost what they did in this one."""
     later = range(int(metrics["epoch"]) + 1, config.num_epochs + 1)
-    pixels = sum(side_in_training(epoch, config) ** 2 for epoch in later)
+    pixels = sum(image_side(epoch, config) ** 2 for epoch in later)
     return timedelta(
         seconds=round(metrics["time/epoch_s"] * pixels / metrics["train/image_size"] ** 2)
     )

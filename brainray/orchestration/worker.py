@@ -34,9 +34,9 @@ from brainray.engine.recipe import (
     build_average,
     build_objective,
     build_optimizer,
+    image_side,
     ramp,
     resolve_precision,
-    side_in_training,
 )
 from brainray.engine.recluster import ClusterModel, Reclustering, recluster
 from brainray.engine.shard import (
@@ -210,7 +210,7 @@ class _Trainer:
     @property
     def _side(self) -> int:
         """Pixels along either axis in this epoch."""
-        return side_in_training(max(self.epoch, 1), self.config.train)
+        return image_side(max(self.epoch, 1), self.config.train)
 
     @property
     def clusters(self) -> ClusterModel:

@@ -2,20 +2,20 @@
 
 import torch
 
-from brainray.config import SelfSupervisionConfig, TrainConfig
-from brainray.engine.recipe import side_in_pretext, side_in_training
+from brainray.config import TrainConfig
+from brainray.engine.recipe import image_side
 from brainray.engine.shard import PixelScale
 
 
 def test_slices_grow_in_stages_of_as_many_epochs() -> None:
     config = TrainConfig(image_size=128, start_image_size=64, growth_epochs=4, num_epochs=6)
-    assert [side_in_training(epoch, config) for epoch in range(1, 7)] == [64, 64, 96, 96, 128, 128]
+    assert [image_side(epoch, config) for epoch in range(1, 7)] == [64, 64, 96, 96, 128, 128]
     uneven = TrainConfig(image_size=100, start_image_size=48, growth_epochs=3, num_epochs=4)
-    assert [side_in_training(epoch, uneven) for epoch in range(1, 5)] == [48, 48, 80, 100]
+    assert [image_side(epoch, uneven) for epoch in range(1, 5)] == [48, 48, 80, 100]
 
 
 def test_slices_do_not_grow_unless_asked() -> None:
-    assert {side_in_training(epoch, TrainConfig(image_size=128)) for epoch in range(1, 21)} == {128}
+    assert {image_side(epoch, TrainConfig(image_size=128)) for epoch in range(1, 21)} == {128}
 
 
 def test_resized_slices_are_area_averages() -> None:
@@ -25,9 +25,3 @@ def test_resized_slices_are_area_averages() -> None:
     small = scale.to_unit(checks, 4)
     assert small.shape == (1, 1, 4, 4)
     torch.testing.assert_close(small[..., 1:-1, 1:-1], torch.full((1, 1, 2, 2), 0.5))
-
-
-def test_a_pretext_grows_as_training_does_but_not_beyond_its_own_slices() -> None:
-    config = SelfSupervisionConfig(num_epochs=5, growth_epochs=4, start_image_size=64)
-    assert [side_in_pretext(epoch, 128, config) for epoch in range(1, 6)] == [64, 64, 96, 96, 128]
-    assert {side_in_pretext(epoch, 48, config) for epoch in range(1, 6)} == {48}

@@ -41,20 +41,18 @@ def test_time_left_counts_pixels() -> None:
 
 def test_pretraining_tells_epochs_and_rounds(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
-    rows: list[dict[str, float]] = [
-        {"epoch": 1.0, "pretext": 1.5, "seconds": 10.0, "image_size": 64.0}
-    ]
+    rows: list[dict[str, float]] = [{"epoch": 1.0, "pretext": 1.5, "seconds": 10.0}]
     folder.write_json_lines(layout.METRICS, rows)
     said: list[str] = []
-    settings = SelfSupervisionConfig(num_epochs=3, growth_epochs=2, max_rounds=5)
-    with PretrainingFollower(settings, 128, folder, said.append):
-        rows.append({"epoch": 2.0, "pretext": 1.25, "seconds": 12.0, "image_size": 64.0})
+    settings = SelfSupervisionConfig(num_epochs=3, max_rounds=5)
+    with PretrainingFollower(settings, folder, said.append):
+        rows.append({"epoch": 2.0, "pretext": 1.25, "seconds": 12.0})
         rows.append(
             {"epoch": 3.0, "round": 1.0, "cluster": 0.5, "changed_share": 0.25, "seconds": 4.0}
         )
         folder.write_json_lines(layout.METRICS, rows)
     assert said == [
         "going on after 1 epochs or rounds",
-        "pretext epoch 2/3: pretext 1.250; 12 s, 0:00:48 left",
+        "pretext epoch 2/3: pretext 1.250; 12 s, 0:00:12 left",
         "round 1/5: cluster 0.500; 25.0% of the slices changed their cluster; 4 s",
     ]

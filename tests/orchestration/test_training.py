@@ -26,6 +26,7 @@ from brainray.models.encoder import build_encoder
 from brainray.orchestration.data import preprocess
 from brainray.orchestration.driver import TrainedRun, train
 from brainray.orchestration.evaluation import evaluate
+from brainray.orchestration.pretraining import warm_up
 from brainray.orchestration.publish import publish
 from brainray.orchestration.rank_data import load_rank_data
 from brainray.orchestration.run import begin_run, open_run
@@ -397,6 +398,30 @@ def test_a_warm_up_is_learned_once_and_starts_every_run_of_its_store(storage: Pa
         assert run.run.folder.read_json("about.json")["warm-up without labels"] == (
             "contrastive, 2 epochs at 16 px"
         )
+
+
+@pytest.mark.slow
+def test_a_warm_up_goes_on_from_what_was_learned_on_smaller_slices(storage: Path) -> None:
+    once = ["train.num_epochs=1", "self_supervision.num_epochs=1"]
+    small = config_of(storage, "warm-small", *WARMED_UP, *once)
+    grown = config_of(
+        storage,
+        "warm-grown",
+        *WARMED_UP,
+        *once,
+        "encoder.pretext_image_size=32",
+        "self_supervision.first.num_epochs=1",
+        "self_supervision.first.image_size=16",
+        f"self_supervision.first.learning_rate={small.self_supervision.learning_rate}",
+    )
+    store = ImageStore.open(Folder(storage) / "datasets" / "mri")
+    said: list[str] = []
+    before, after = (warm_up(config, store, said.append) for config in (small, grown))
+    trained, reused, then_trained = (line for line in said if line.startswith("encoder "))
+    assert trained.removesuffix("training") == reused.removesuffix("trained before, reused")
+    assert then_trained.endswith("training")
+    assert isinstance(before, dict) and isinstance(after, dict)  # noqa: PT018
+    assert not torch.equal(before["conv1.weight"], after["conv1.weight"])
 
 
 @pytest.mark.slow
