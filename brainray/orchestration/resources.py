@@ -22,7 +22,7 @@ KEEPING_MEMORY = {
 """Environment of a process that trains on CPUs: freed memory is kept for the next step.
 
 Every step frees and asks for the same hundreds of MB. By default glibc gives them back to the
-kernel, which hands out zeroed pages anew: a fifth of a step. Read when a process starts; other
+kernel, which hands out zeroed pages anew: a sixth of a step. Read when a process starts; other
 C libraries do not look at it. `jobs/benchmark.py training` measures what it gains.
 """
 

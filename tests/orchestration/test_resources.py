@@ -125,5 +125,5 @@ thread.join()
         return int(subprocess.run(command, env=environment, check=True, capture_output=True).stdout)
 
     plain = {key: value for key, value in os.environ.items() if key != "GLIBC_TUNABLES"}
-    assert faults(plain) > 1000
-    assert faults(plain | KEEPING_MEMORY) < 100
+    # Not a number of pages: their size is the machine's.
+    assert 10 * faults(plain | KEEPING_MEMORY) < faults(plain)

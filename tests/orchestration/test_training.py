@@ -420,7 +420,8 @@ def test_a_warm_up_goes_on_from_what_was_learned_on_smaller_slices(storage: Path
     trained, reused, then_trained = (line for line in said if line.startswith("encoder "))
     assert trained.removesuffix("training") == reused.removesuffix("trained before, reused")
     assert then_trained.endswith("training")
-    assert isinstance(before, dict) and isinstance(after, dict)  # noqa: PT018
+    assert isinstance(before, dict)
+    assert isinstance(after, dict)
     assert not torch.equal(before["conv1.weight"], after["conv1.weight"])
 
 
