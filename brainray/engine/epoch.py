@@ -9,6 +9,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.swa_utils import update_bn
 
 from brainray import dist
 from brainray.config import AugmentConfig
@@ -19,6 +20,8 @@ from brainray.models.augment import augment
 from brainray.models.encoder import EncoderOutput
 from brainray.models.mixup import Mixup
 from brainray.models.objective import Objective, StepOutputs, StepSizes, StepTargets
+
+_SLICES_FOR_STATISTICS = 2048
 
 
 @dataclass(frozen=True)
@@ -191,6 +194,33 @@ def embed(
         torch.cat([output.z for output in outputs]),
         torch.cat([output.logits for output in outputs]),
     )
+
+
+@torch.no_grad()
+def measure_batch_statistics(
+    model: nn.Module,
+    images: Images,
+    *,
+    scale: PixelScale,
+    batch_size: int,
+    precision: str,
+    side: int | None = None,
+) -> None:
+    """Set batch normalisation's means and variances to those of slices as inference sees them.
+
+    Averaged weights have no statistics of their own (Izmailov et al. 2018, section 3.2), and
+    running ones are of augmented slices. Measured afresh, as in Wu & Johnson 2021 ("Rethinking
+    'Batch' in BatchNorm", section 3), on 2,048 of the slices at most, the same ones every time;
+    where there is none, the model is left as it is.
+    """
+    order = torch.randperm(len(images), generator=Generator().manual_seed(0))
+    chosen = order[:_SLICES_FOR_STATISTICS]
+    if len(chosen) == 0:
+        return
+    # Every batch counts the same in the mean, so all are of one size, but for one slice.
+    batches = images.batches(chosen.tensor_split(-(-len(chosen) // batch_size)))
+    with autocast(images.device, precision):
+        update_bn((scale.standardise(scale.to_unit(batch, side)) for batch in batches), model)
 
 
 def _cycle_rows(num_rows: int, batch_size: int, steps: int, *, seed: int) -> Iterator[Tensor]:

@@ -59,13 +59,14 @@ def image_side(epoch: int, config: TrainConfig) -> int:
 
 
 def build_average(encoder: nn.Module, decay: float) -> AveragedModel | None:
-    """The exponential average of an encoder's weights and batch statistics, if there is to be one.
+    """The exponential average of an encoder's weights, if there is to be one.
 
-    Polyak & Juditsky 1992; as a teacher, Tarvainen & Valpola 2017.
+    Polyak & Juditsky 1992; as a teacher, Tarvainen & Valpola 2017. Its batch statistics are to be
+    measured (`epoch.measure_batch_statistics`): until then they are the encoder's.
     """
     if decay == 0:
         return None
-    return AveragedModel(encoder, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    return AveragedModel(encoder, multi_avg_fn=get_ema_multi_avg_fn(decay))
 
 
 def build_optimizer(

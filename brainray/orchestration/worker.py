@@ -19,7 +19,14 @@ from torch import Tensor, nn
 from brainray import dist, layout
 from brainray.clustering.collapse import ClusteringHealth, check_collapse, measure_health
 from brainray.config import Config, parse_config
-from brainray.engine.epoch import EpochResult, EpochTargets, embed, num_steps, train_epoch
+from brainray.engine.epoch import (
+    EpochResult,
+    EpochTargets,
+    embed,
+    measure_batch_statistics,
+    num_steps,
+    train_epoch,
+)
 from brainray.engine.evaluate import (
     Predictions,
     confusion_metrics,
@@ -268,7 +275,7 @@ class _Trainer:
         with timer.measure("train"):
             trained = self._train_epoch()
         with timer.measure("embed"):
-            self._share_batch_statistics()
+            self._settle_batch_statistics()
             fitted = self._embed_fitted()
         with timer.measure("recluster"):
             reclustering, health, collapsed = self._recluster_in_health(fitted)
@@ -379,12 +386,21 @@ class _Trainer:
         if self.average is not None:
             self.average.update_parameters(self.encoder)
 
-    def _share_batch_statistics(self) -> None:
-        """Rank 0's running means and variances on every rank.
+    def _settle_batch_statistics(self) -> None:
+        """The average's, of slices as they are; then rank 0's means and variances on every rank.
 
         Each rank's batch normalisation has its own since the last step; embeddings of all slices
         must come from one encoder, the one that is saved.
         """
+        if self.average is not None:
+            measure_batch_statistics(
+                self.evaluated,
+                self.pool.images,
+                scale=self.scale,
+                batch_size=self.config.train.embed_batch_size,
+                precision=self.precision,
+                side=self._side,
+            )
         encoders = [self.encoder] if self.average is None else [self.encoder, self.evaluated]
         for encoder in encoders:
             for buffer in encoder.buffers():

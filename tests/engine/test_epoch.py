@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from brainray.config import AugmentConfig, TrainConfig
-from brainray.engine.epoch import embed, num_steps, train_epoch
+from brainray.engine.epoch import embed, measure_batch_statistics, num_steps, train_epoch
 from brainray.engine.recipe import build_average, build_optimizer, resolve_precision
 from brainray.engine.shard import (
     CachedImages,
@@ -109,13 +109,39 @@ def test_the_average_follows_the_weights_from_behind() -> None:
     with torch.no_grad():
         for value in (1.0, 5.0, 9.0):
             encoder.head.bias.fill_(value)
-            encoder.backbone.bn1.running_mean.fill_(value)
             average.update_parameters(encoder)
     # The first update copies; then 0.75 * 1 + 0.25 * 5 = 2, and 0.75 * 2 + 0.25 * 9 = 3.75.
     averaged = average.module.state_dict()
     torch.testing.assert_close(averaged["head.bias"], torch.full((2,), 3.75))
-    torch.testing.assert_close(averaged["backbone.bn1.running_mean"], torch.full((64,), 3.75))
     assert build_average(encoder, decay=0.0) is None
+
+
+def test_batch_statistics_are_those_of_the_slices_as_they_are() -> None:
+    encoder = Encoder("resnet18", num_classes=2)
+    slices = shard(23)
+    assert isinstance(slices.images, CachedImages)
+    measure_batch_statistics(encoder, slices.images, scale=SCALE, batch_size=24, precision="fp32")
+    pixels = SCALE.standardise(SCALE.to_unit(slices.images.images))
+    seen = encoder.backbone.conv1(pixels)  # (23, 64, 16, 16)
+    norm = encoder.backbone.bn1
+    torch.testing.assert_close(norm.running_mean, seen.mean(dim=(0, 2, 3)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(norm.running_var, seen.var(dim=(0, 2, 3)), rtol=1e-4, atol=1e-5)
+    # Batches are of one size, so that a rest of one slice does not count as much as the others.
+    by_parts = Encoder("resnet18", num_classes=2)
+    by_parts.load_state_dict(encoder.state_dict())
+    measure_batch_statistics(by_parts, slices.images, scale=SCALE, batch_size=11, precision="fp32")
+    torch.testing.assert_close(
+        by_parts.backbone.bn1.running_mean, norm.running_mean, rtol=0.02, atol=0.02
+    )
+    assert norm.momentum == 0.1
+
+
+def test_without_slices_the_batch_statistics_stay() -> None:
+    encoder = Encoder("resnet18", num_classes=2)
+    encoder.backbone.bn1.running_mean.fill_(3.0)
+    nothing = CachedImages(torch.empty(0, 1, 32, 32, dtype=torch.uint8))
+    measure_batch_statistics(encoder, nothing, scale=SCALE, batch_size=8, precision="fp32")
+    assert encoder.backbone.bn1.running_mean.eq(3.0).all()
 
 
 def test_averaging_leaves_the_training_alone() -> None:

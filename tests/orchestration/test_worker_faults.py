@@ -198,7 +198,7 @@ def raise_on_one_rank(once: Path) -> None:
     def run_epoch(self: Any) -> None:
         if rank() == 1:
             raise RuntimeError("planted on rank 1")
-        self._share_batch_statistics()
+        self._settle_batch_statistics()
         WORKER.dist.sum_across_ranks(torch.ones(1))
 
     WORKER._Trainer.run_epoch = run_epoch
