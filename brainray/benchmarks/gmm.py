@@ -1,6 +1,7 @@
 """Gaussian mixtures against scikit-learn: same start, same iterations, same likelihood."""
 
 import warnings
+from dataclasses import asdict
 from functools import partial
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from sklearn.exceptions import ConvergenceWarning
 
 from brainray import dist
 from brainray.benchmarks.result import BenchmarkResult, CaseOptions, Measure
+from brainray.benchmarks.roofline import Work, measured_peaks
 from brainray.benchmarks.samples import embedding_like
 from brainray.benchmarks.timing import (
     OURS,
@@ -32,6 +34,13 @@ class Size(NamedTuple):
     num_components: int
     covariance_type: CovarianceType
     at_least: float  # times faster than scikit-learn
+
+    @property
+    def iteration(self) -> Work:
+        """Of one: rows are read once, and multiplied twice by what the components are made of."""
+        width = self.num_features if self.covariance_type == "full" else 2
+        products = self.num_rows * self.num_components * self.num_features * width
+        return Work(4.0 * products, 4.0 * self.num_rows * self.num_features)
 
     def __str__(self) -> str:
         kind = self.covariance_type
@@ -55,6 +64,7 @@ def run(options: CaseOptions) -> BenchmarkResult:
     """Gaussian mixtures against scikit-learn in both precisions, and on two ranks."""
     measures: list[Measure] = []
     milliseconds: dict[str, dict[str, float]] = {}
+    peaks = measured_peaks(torch.float32, torch.device("cpu"))
     for size in QUICK_SIZES if options.quick else SIZES:
         rows = embedding_like(size.num_rows, size.num_features, size.num_components, options.seed)
         start = _start(rows, size, options.seed)
@@ -84,6 +94,10 @@ def run(options: CaseOptions) -> BenchmarkResult:
         measures += [
             Measure(f"{size}: against {best}", speedup, "x", at_least=size.at_least),
             Measure(f"{size}: likelihood", difference, at_most=MAX_LIKELIHOOD_DIFFERENCE),
+            Measure(
+                f"{size}: share of the roofline ({peaks.limit(size.iteration)})",
+                NUM_ITERATIONS * peaks.seconds(size.iteration) / timed[OURS].seconds,
+            ),
         ]
     largest = (QUICK_SIZES if options.quick else SIZES)[-1]
     options.log(f"two ranks of one thread against one, {largest}")
@@ -107,7 +121,11 @@ def run(options: CaseOptions) -> BenchmarkResult:
             at_most=1e-6,
         ),
     ]
-    details = {"milliseconds": milliseconds, "threads": torch.get_num_threads()}
+    details = {
+        "milliseconds": milliseconds,
+        "threads": torch.get_num_threads(),
+        "peaks": asdict(peaks),
+    }
     return BenchmarkResult(measures, details, relative_times(milliseconds))
 
 

@@ -1,6 +1,7 @@
 """K-means against scikit-learn and faiss: same start, same iterations, same inertia."""
 
 import warnings
+from dataclasses import asdict
 from typing import NamedTuple
 
 import faiss
@@ -12,6 +13,7 @@ from sklearn.exceptions import ConvergenceWarning
 
 from brainray import dist
 from brainray.benchmarks.result import BenchmarkResult, CaseOptions, Measure
+from brainray.benchmarks.roofline import Work, measured_peaks
 from brainray.benchmarks.samples import embedding_like
 from brainray.benchmarks.timing import (
     OURS,
@@ -29,6 +31,12 @@ class Size(NamedTuple):
     num_rows: int
     num_features: int
     num_clusters: int
+
+    @property
+    def iteration(self) -> Work:
+        """Of one that passes over no row: each is read once, and multiplied by every centre."""
+        numbers = self.num_rows * self.num_features
+        return Work(2.0 * numbers * self.num_clusters, 4.0 * numbers)
 
     def __str__(self) -> str:
         return f"({self.num_rows:,}, {self.num_features}, K={self.num_clusters})"
@@ -48,6 +56,7 @@ def run(options: CaseOptions) -> BenchmarkResult:
     sizes = QUICK_SIZES if options.quick else SIZES
     measures: list[Measure] = []
     milliseconds: dict[str, dict[str, float]] = {}
+    peaks = measured_peaks(torch.float32, torch.device("cpu"))
     for size in sizes:
         rows = embedding_like(size.num_rows, size.num_features, size.num_clusters, options.seed)
         rounds = 9 if size.num_rows <= 10_000 else 3
@@ -59,7 +68,8 @@ def run(options: CaseOptions) -> BenchmarkResult:
         moved = rows + np.float32(DRIFT) * noise
         for start, data, centers in (("cold", rows, cold), ("warm", moved, settled)):
             name = f"{size} {start}"
-            found, inertia_gap = _contest(data, centers, rounds)
+            num_iter = _ours(data, centers, COLD_ITERATIONS).n_iter_
+            found, inertia_gap = _contest(data, centers, num_iter, rounds)
             peers = {peer: value for peer, value in found.items() if peer != OURS}
             best = min(peers, key=lambda peer: peers[peer])
             speedup = peers[best] / found[OURS]
@@ -68,6 +78,10 @@ def run(options: CaseOptions) -> BenchmarkResult:
             measures += [
                 Measure(f"{name}: against {best}", speedup, "x", at_least=MIN_SPEEDUP),
                 Measure(f"{name}: inertia", inertia_gap, at_most=MAX_INERTIA_DIFFERENCE),
+                Measure(
+                    f"{name}: share of the roofline ({peaks.limit(size.iteration)})",
+                    num_iter * peaks.seconds(size.iteration) / found[OURS],
+                ),
             ]
     largest = sizes[-1]
     options.log(f"two ranks of one thread against one, {largest}")
@@ -88,14 +102,21 @@ def run(options: CaseOptions) -> BenchmarkResult:
         ),
         Measure(f"{largest}: inertia on two ranks", difference, at_most=1e-6),
     ]
-    details = {"milliseconds": milliseconds, "threads": torch.get_num_threads()}
+    details = {
+        "milliseconds": milliseconds,
+        "threads": torch.get_num_threads(),
+        "peaks": asdict(peaks),
+    }
     return BenchmarkResult(measures, details, relative_times(milliseconds))
 
 
-def _contest(data: Matrix, centers: Matrix, rounds: int) -> tuple[dict[str, float], float]:
-    """Seconds of each contestant, and the largest relative difference of inertia to ours."""
-    # As many iterations for all; those that come to rest earlier come to rest at the same.
-    num_iter = _ours(data, centers, COLD_ITERATIONS).n_iter_
+def _contest(
+    data: Matrix, centers: Matrix, num_iter: int, rounds: int
+) -> tuple[dict[str, float], float]:
+    """Seconds of each contestant, and the largest relative difference of inertia to ours.
+
+    As many iterations for all; those that come to rest earlier come to rest at the same.
+    """
     timed = side_by_side(
         {
             OURS: lambda: _ours(data, centers, num_iter).cluster_centers_.numpy(),

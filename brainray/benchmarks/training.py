@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from brainray import dist, layout
 from brainray.benchmarks.result import BenchmarkResult, CaseOptions, Measure
+from brainray.benchmarks.roofline import measured_peaks, training_work
 from brainray.benchmarks.samples import load_slices, perturbed
 from brainray.benchmarks.timing import OURS, relative_times, side_by_side
 from brainray.config import AugmentConfig, TrainConfig, load_config
@@ -68,6 +69,7 @@ def run(options: CaseOptions) -> BenchmarkResult:
             Measure(f"step at {side} px: against the bare loop", ratio, "x", at_least=MIN_STEP),
             Measure(f"step at {side} px: what keeping memory gains the bare loop", gain, "x"),
             Measure(f"step at {side} px", 2 * BATCH * steps / seconds[OURS], "images/s"),
+            _as_worker(_roofline, pixels, device, seconds[OURS] / steps, side),
         ]
     options.log("streaming, four times the cache")
     pixels = _pixels(slices, 16 * BATCH, sides[0])
@@ -123,6 +125,17 @@ def _timed_steps(pixels: Tensor, device: torch.device, steps: int) -> dict[str, 
 
 def _timed_bare(pixels: Tensor, device: torch.device, steps: int) -> float:
     return side_by_side({_BARE: _bare(pixels.to(device), steps)}, rounds=5)[_BARE].seconds
+
+
+def _roofline(pixels: Tensor, device: torch.device, step_s: float, side: int) -> Measure:
+    """Of our step."""
+    low = resolve_precision("auto", device) == "bf16"
+    peaks = measured_peaks(torch.bfloat16 if low else torch.float32, device)
+    encoder = Encoder("resnet18", NUM_CLASSES).to(device).to(memory_format=torch.channels_last)
+    images = _standardised(pixels[: 2 * BATCH].to(device))
+    work = training_work(encoder, images, bytes_per_number=2 if low else 4)
+    name = f"step at {side} px: share of the roofline ({peaks.limit(work)})"
+    return Measure(name, peaks.seconds(work) / step_s)
 
 
 def _pixels(slices: list[NDArray[np.uint8]], count: int, side: int) -> Tensor:

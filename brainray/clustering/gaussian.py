@@ -8,6 +8,7 @@ U with U U^T = precision), as in scikit-learn:
 """
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal, Self
 
@@ -16,6 +17,9 @@ from torch import Tensor
 
 from brainray import dist
 from brainray.errors import ClusteringError
+
+_LEAST_LOG_SHARE = -80.0
+"""A responsibility below exp of this, beside the row's largest, is 0."""
 
 CovarianceType = Literal["spherical", "diag", "tied", "full"]
 
@@ -29,6 +33,25 @@ def covariance_shape(
         "tied": (num_features, num_features),
         "full": (num_components, num_features, num_features),
     }[covariance_type]
+
+
+class Scratch:
+    """Memory of named intermediate results that blocks of rows share, one block after the other.
+
+    To be given fresh memory for each block by the system takes longer than the arithmetic.
+    """
+
+    def __init__(self, like: Tensor) -> None:
+        self._like = like
+        self._memory: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, *shape: int) -> Tensor:
+        """Contiguous, of this shape, in the dtype and on the device of ``like``; not set."""
+        size = math.prod(shape)
+        memory = self._memory.get(name)
+        if memory is None or memory.numel() < size:
+            memory = self._memory[name] = self._like.new_empty(size)
+        return memory[:size].view(shape)
 
 
 @dataclass
@@ -65,19 +88,24 @@ class SufficientStatistics:
             covariance_type=covariance_type,
         )
 
-    def add(self, rows: Tensor, gamma: Tensor, log_likelihood: Tensor) -> None:
-        """Add rows (B, D) with responsibilities (B, K), and their summed log-likelihood."""
-        self.counts += gamma.sum(dim=0, dtype=torch.float64)
-        self.sums += gamma.T @ rows
+    def add(
+        self, features: Tensor, gamma: Tensor, log_likelihood: Tensor, scratch: Scratch
+    ) -> None:
+        """Add rows' `features_of` with responsibilities (B, K), and their summed log-likelihood."""
+        self.counts += gamma.sum(dim=0)
         self.log_likelihood += log_likelihood
+        num_features = self.sums.shape[1]
+        products = gamma.T @ features
+        self.sums += products[:, :num_features]
         if self.covariance_type == "full":
             # One product for all components: (K * D, B) @ (B, D).
-            weighted = (gamma[:, :, None] * rows[:, None, :]).flatten(1)
-            self.squares += (weighted.T @ rows).view_as(self.squares)
+            weighted = scratch("side by side", *gamma.shape, num_features)
+            torch.mul(gamma[:, :, None], features[:, None, :], out=weighted)
+            self.squares += (weighted.flatten(1).T @ features).view_as(self.squares)
         elif self.covariance_type == "tied":
-            self.squares += rows.T @ rows
+            self.squares += features.T @ features
         else:
-            self.squares += gamma.T @ rows.square()
+            self.squares += products[:, num_features:]
 
     def sum_across_ranks(self) -> "SufficientStatistics":
         """The same of all ranks' rows, in a single collective."""
@@ -118,8 +146,8 @@ def estimate_covariances(
         covariances = variances.clamp(min=0) + reg_covar
         if statistics.covariance_type == "spherical":
             covariances = covariances.mean(dim=1)
-    average = torch.tensordot(counts / counts.sum(), covariances, dims=1)
-    covariances[vanished] = average
+    if bool(vanished.any()):
+        covariances[vanished] = torch.tensordot(counts / counts.sum(), covariances, dims=1)
     return covariances
 
 
@@ -153,46 +181,141 @@ def cholesky_of_precisions(precisions: Tensor, covariance_type: CovarianceType) 
     return lower.flip(-1, -2)
 
 
-def log_gaussian(
-    rows: Tensor,  # (B, D)
-    means: Tensor,  # (K, D)
-    factors: Tensor,  # precisions_cholesky
-    covariance_type: CovarianceType,
-) -> Tensor:  # (B, K)
-    """Log densities log N(x_i | mu_k, Sigma_k), in the rows' dtype.
+def features_of(
+    rows: Tensor, origin: Tensor, covariance_type: CovarianceType, scratch: Scratch | None = None
+) -> Tensor:
+    """Rows (B, D) relative to an origin (D,); where variances are diagonal, with their squares
+    beside them (B, 2 D), so that one product has both.
+
+    Without scratch memory no operation writes into another's result, as exported graphs need it.
+    """
+    num_rows, num_features = rows.shape
+    has_squares = covariance_type in ("spherical", "diag")
+    if scratch is None:
+        centred = rows - origin
+        return torch.cat([centred, centred.square()], dim=1) if has_squares else centred
+    features = scratch("features", num_rows, num_features * (2 if has_squares else 1))
+    centred = torch.sub(rows, origin, out=features[:, :num_features])
+    if has_squares:
+        torch.square(centred, out=features[:, num_features:])
+    return features
+
+
+class LogJoint(ABC):
+    """log(weight_k N(x_i | mu_k, Sigma_k)) of blocks of rows, in the rows' dtype.
 
     Squared distances are expanded as x^2 - 2 x mu + mu^2 (but for "full", which forms a (B, K, D)
     tensor): shift rows and means to near 0 first.
     """
-    num_features = rows.shape[1]
-    if covariance_type == "full":
-        # One product for all components: (B, D) @ (D, K * D).
-        side_by_side = factors.transpose(0, 1).flatten(1)
-        shifts = (means[:, None, :] @ factors).flatten()
-        whitened = torch.addmm(-shifts.to(rows.dtype), rows, side_by_side.to(rows.dtype))
-        distances = whitened.square_().view(rows.shape[0], len(means), num_features).sum(dim=2)
+
+    def __init__(
+        self, weights: Tensor, log_det: Tensor, means: Tensor, distances: Tensor, dtype: torch.dtype
+    ) -> None:
+        """
+        Args:
+            weights: (K,).
+            log_det: (K,) or (), of the factors.
+            means: (K, D).
+            distances: (K,), squared ones of the origin from the means.
+            dtype: of the rows.
+        """
+        self.num_components, self.num_features = means.shape
+        constant = 0.5 * self.num_features * math.log(2 * math.pi)
+        at_mean = (weights.log() + log_det - constant)[:, None]  # (K, 1)
+        self.at_mean = at_mean.to(dtype)
+        self.at_origin = (at_mean - 0.5 * distances[:, None]).to(dtype)
+
+    @abstractmethod
+    def __call__(self, features: Tensor, scratch: Scratch | None = None) -> Tensor:
+        """(B, K) of rows' `features_of`; in memory component by component, over which sums and
+        maxima of K values are faster.
+        """
+
+
+def log_joint_of(
+    weights: Tensor,  # (K,)
+    means: Tensor,  # (K, D)
+    factors: Tensor,  # precisions_cholesky
+    covariance_type: CovarianceType,
+    dtype: torch.dtype,  # of the rows
+) -> LogJoint:
+    match covariance_type:
+        case "full":
+            return _Full(weights, means, factors, dtype)
+        case "tied":
+            return _Tied(weights, means, factors, dtype)
+        case "diag":
+            return _Diagonal(weights, means, factors, dtype)
+        case "spherical":
+            return _Diagonal(weights, means, factors[:, None].expand_as(means), dtype)
+
+
+class _Diagonal(LogJoint):
+    def __init__(self, weights: Tensor, means: Tensor, factors: Tensor, dtype: torch.dtype) -> None:
+        precisions = factors.square()
+        slopes = means * precisions
+        distances = (slopes * means).sum(dim=1)
+        super().__init__(weights, factors.log().sum(dim=1), means, distances, dtype)
+        self.coefficients = torch.cat([slopes, -0.5 * precisions], dim=1).to(dtype)  # (K, 2 D)
+
+    def __call__(self, features: Tensor, scratch: Scratch | None = None) -> Tensor:
+        place = _memory(scratch, "log joint", self.num_components, len(features))
+        expanded = torch.addmm(self.at_origin, self.coefficients, features.T, out=place)
+        # A squared distance of 0 may come out a rounding error below 0.
+        return torch.minimum(expanded, self.at_mean, out=place).T
+
+
+class _Tied(LogJoint):
+    def __init__(self, weights: Tensor, means: Tensor, factors: Tensor, dtype: torch.dtype) -> None:
+        whitened = means @ factors
+        distances = whitened.square().sum(dim=1)
+        super().__init__(weights, factors.diagonal().log().sum(), means, distances, dtype)
+        self.factors, self.means = factors.to(dtype), whitened.to(dtype)
+
+    def __call__(self, features: Tensor, scratch: Scratch | None = None) -> Tensor:
+        shape = features.shape
+        whitened = torch.mm(features, self.factors, out=_memory(scratch, "whitened", *shape))
+        squares = torch.square(whitened, out=_memory(scratch, "squares", *shape)).sum(dim=1)
+        place = _memory(scratch, "log joint", self.num_components, len(features))
+        expanded = torch.addmm(self.at_origin, self.means, whitened.T, out=place)
+        expanded = torch.sub(expanded, squares, alpha=0.5, out=place)
+        return torch.minimum(expanded, self.at_mean, out=place).T
+
+
+class _Full(LogJoint):
+    def __init__(self, weights: Tensor, means: Tensor, factors: Tensor, dtype: torch.dtype) -> None:
+        whitened = (means[:, None, :] @ factors).squeeze(1)  # (K, D)
         log_det = factors.diagonal(dim1=1, dim2=2).log().sum(dim=1)
-    elif covariance_type == "tied":
-        rows, means = rows @ factors.to(rows.dtype), means @ factors
-        distances = _squared_distances(rows, means, torch.ones_like(means))
-        log_det = factors.diagonal().log().sum()
-    elif covariance_type == "diag":
-        distances = _squared_distances(rows, means, factors.square())
-        log_det = factors.log().sum(dim=1)
-    else:
-        precisions = factors.square()[:, None].expand_as(means)
-        distances = _squared_distances(rows, means, precisions)
-        log_det = num_features * factors.log()
-    constant = log_det - 0.5 * num_features * math.log(2 * math.pi)
-    return torch.add(constant.to(rows.dtype), distances, alpha=-0.5)
+        super().__init__(weights, log_det, means, whitened.square().sum(dim=1), dtype)
+        self.factors = factors.transpose(0, 1).flatten(1).to(dtype)  # (D, K * D), side by side
+        self.shift = -whitened.flatten().to(dtype)
+
+    def __call__(self, features: Tensor, scratch: Scratch | None = None) -> Tensor:
+        # One product for all components: (B, D) @ (D, K * D).
+        place = _memory(scratch, "side by side", len(features), self.factors.shape[1])
+        whitened = torch.addmm(self.shift, features, self.factors, out=place)
+        squares = torch.square(whitened, out=place)
+        distances = squares.view(-1, self.num_components, self.num_features).sum(dim=2)
+        place = _memory(scratch, "log joint", self.num_components, len(features))
+        return torch.sub(self.at_mean, distances.T, alpha=0.5, out=place).T
 
 
-def _squared_distances(rows: Tensor, means: Tensor, precisions: Tensor) -> Tensor:
-    """sum_d precision_kd (x_id - mu_kd)^2, (B, K)."""
-    constant = (means.square() * precisions).sum(dim=1).to(rows.dtype)
-    slopes, precisions = (means * precisions).to(rows.dtype), precisions.to(rows.dtype)
-    cross = torch.addmm(constant, rows, slopes.T, alpha=-2)
-    return cross.addmm_(rows.square(), precisions.T).clamp_(min=0)
+def _memory(scratch: Scratch | None, name: str, *shape: int) -> Tensor | None:
+    """None, without scratch memory: then operations make their own, as exported graphs need it."""
+    return None if scratch is None else scratch(name, *shape)
+
+
+def normalise_(log_joint: Tensor) -> tuple[Tensor, Tensor]:
+    """Responsibilities (B, K), in the place of log(weight_k N(x_i | k)), and log-likelihoods (B,).
+
+    At least one component must be possible for each row.
+    """
+    largest = log_joint.amax(dim=1, keepdim=True)
+    relative = log_joint.sub_(largest)
+    # Numbers too small for the dtype's usual form make all that follows several times slower.
+    gamma = torch.threshold_(relative, _LEAST_LOG_SHARE, -math.inf).exp_()
+    total = gamma.sum(dim=1, keepdim=True)
+    return gamma.mul_(total.reciprocal()), (total.log_() + largest).squeeze(1)
 
 
 def _symmetric(covariances: Tensor, reg_covar: float) -> Tensor:

@@ -13,11 +13,15 @@ from brainray.clustering import shards
 from brainray.clustering.fitted import FittedModule
 from brainray.clustering.gaussian import (
     CovarianceType,
+    LogJoint,
+    Scratch,
     SufficientStatistics,
     cholesky_of_precisions,
     covariance_shape,
     estimate_covariances,
-    log_gaussian,
+    features_of,
+    log_joint_of,
+    normalise_,
     precisions_cholesky,
 )
 from brainray.clustering.kmeans import KMeans
@@ -192,9 +196,10 @@ class GaussianMixture(FittedModule):
         self.converged_ = False
         self.lower_bound_ = -math.inf
         self.n_iter_ = 0
+        scratch = Scratch(x)
         while self.n_iter_ < self.max_iter and not self.converged_:
             self.n_iter_ += 1
-            statistics = self._e_step(x, origin, allowed)
+            statistics = self._e_step(x, origin, allowed, scratch)
             vanished = self._m_step(statistics, origin)
             num_reseeded = self._reseed(vanished, x, row_keys)
             previous, self.lower_bound_ = self.lower_bound_, statistics.mean_log_likelihood()
@@ -205,8 +210,8 @@ class GaussianMixture(FittedModule):
     def predict_proba(self, x: Tensor) -> Tensor:
         """Responsibilities gamma (n, K) of rows (n, D), in their dtype. Not collective."""
         gamma = x.new_empty(x.shape[0], self.num_components)
-        for block, _, log_joint in self._log_joint_by_block(x, self._center()):
-            gamma[block] = log_joint.softmax(dim=1).to(x.dtype)
+        for block, _, log_joint in self._log_joint_by_block(x, self._center(), Scratch(x)):
+            gamma[block], _ = normalise_(log_joint)
         return gamma
 
     def predict(self, x: Tensor) -> Tensor:
@@ -217,8 +222,8 @@ class GaussianMixture(FittedModule):
     def score_samples(self, x: Tensor) -> Tensor:
         """Log-likelihood of each row, (n,) float64. Not collective."""
         log_likelihood = torch.empty(x.shape[0], dtype=torch.float64, device=x.device)
-        for block, _, log_joint in self._log_joint_by_block(x, self._center()):
-            log_likelihood[block] = log_joint.logsumexp(dim=1)
+        for block, _, log_joint in self._log_joint_by_block(x, self._center(), Scratch(x)):
+            _, log_likelihood[block] = normalise_(log_joint)
         return log_likelihood
 
     def log_joint(self, x: Tensor) -> Tensor:
@@ -227,9 +232,7 @@ class GaussianMixture(FittedModule):
         Its softmax is ``predict_proba``, its logsumexp ``score_samples``. Not collective.
         """
         origin = self._center().to(x.dtype)
-        means, factors = self.means_ - origin, self.precisions_cholesky_
-        log_density = log_gaussian(x - origin, means, factors, self.covariance_type)
-        return log_density + self.weights_.log().to(x.dtype)
+        return self._log_joint_from(origin)(features_of(x, origin, self.covariance_type))
 
     def score(self, x: Tensor) -> float:
         """Mean log-likelihood over the rows of all ranks (collective)."""
@@ -262,25 +265,25 @@ class GaussianMixture(FittedModule):
             self.precisions_cholesky_ = self.precisions_cholesky_[order]
         return self
 
-    def _e_step(self, x: Tensor, origin: Tensor, allowed: Tensor | None) -> SufficientStatistics:
+    def _e_step(
+        self, x: Tensor, origin: Tensor, allowed: Tensor | None, scratch: Scratch
+    ) -> SufficientStatistics:
         """Sufficient statistics of all ranks' rows under the present mixture (collective)."""
         statistics = SufficientStatistics.zeros(
             self.num_components, x.shape[1], self.covariance_type, x.device
         )
-        for block, rows, log_joint in self._log_joint_by_block(x, origin):
+        for block, features, log_joint in self._log_joint_by_block(x, origin, scratch):
             if allowed is not None:
                 log_joint.masked_fill_(~allowed[block], -math.inf)
-            log_likelihood = log_joint.logsumexp(dim=1)
-            gamma = log_joint.sub_(log_likelihood[:, None]).exp_()
-            statistics.add(rows, gamma, log_likelihood.sum(dtype=torch.float64))
+            gamma, log_likelihood = normalise_(log_joint)
+            statistics.add(features, gamma, log_likelihood.sum(dtype=torch.float64), scratch)
         return statistics.sum_across_ranks()
 
     def _m_step(self, statistics: SufficientStatistics, origin: Tensor) -> Tensor:
         """Parameters from statistics; returns which components vanished, (K,) bool."""
         vanished = statistics.counts < _VANISHED_COUNT
         counts = torch.where(vanished, 0.0, statistics.counts)
-        means = statistics.sums / torch.where(vanished, 1.0, counts)[:, None]
-        means[vanished] = 0.0
+        means = statistics.sums / torch.where(vanished, torch.inf, counts)[:, None]  # theirs is 0
         self.weights_ = counts / counts.sum()
         self.means_ = means + origin
         self.covariances_ = estimate_covariances(statistics, means, vanished, self.reg_covar)
@@ -322,10 +325,11 @@ class GaussianMixture(FittedModule):
             self.num_components, x.shape[1], self.covariance_type, x.device
         )
         unknown = torch.zeros((), dtype=torch.float64, device=x.device)
-        origin = origin.to(x.dtype)
+        origin, scratch = origin.to(x.dtype), Scratch(x)
         for block in self._blocks(x):
             gamma = responsibilities[block].to(device=x.device, dtype=x.dtype)
-            statistics.add(x[block] - origin, gamma, log_likelihood=unknown)
+            features = features_of(x[block], origin, self.covariance_type, scratch)
+            statistics.add(features, gamma, unknown, scratch)
         return statistics.sum_across_ranks()
 
     def _override(self, start: "_Start", device: torch.device) -> None:
@@ -340,21 +344,27 @@ class GaussianMixture(FittedModule):
             self.covariances_ = torch.linalg.inv(precisions) if is_matrix else 1 / precisions
 
     def _log_joint_by_block(
-        self, x: Tensor, origin: Tensor
+        self, x: Tensor, origin: Tensor, scratch: Scratch
     ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Yield blocks with rows x - origin (B, D) and log(weight_k N(x_i | k)) (B, K)."""
+        """Yield blocks with their rows' features and log(weight_k N(x_i | k)) (B, K).
+
+        Both are in scratch memory, where the next block's take their place.
+        """
         origin = origin.to(x.dtype)
-        means = self.means_ - origin
-        log_weights = self.weights_.log().to(x.dtype)
+        log_joint = self._log_joint_from(origin)
         for block in self._blocks(x):
-            rows = x[block] - origin
-            log_density = log_gaussian(rows, means, self.precisions_cholesky_, self.covariance_type)
-            yield block, rows, log_density.add_(log_weights)
+            features = features_of(x[block], origin, self.covariance_type, scratch)
+            yield block, features, log_joint(features, scratch)
+
+    def _log_joint_from(self, origin: Tensor) -> LogJoint:
+        """For rows relative to an origin (D,), in its dtype."""
+        means, factors = self.means_ - origin, self.precisions_cholesky_
+        return log_joint_of(self.weights_, means, factors, self.covariance_type, origin.dtype)
 
     def _blocks(self, x: Tensor) -> Iterator[slice]:
-        width = max(self.num_components, x.shape[1])
+        width = 2 * x.shape[1] + self.num_components
         if self.covariance_type == "full":
-            width = self.num_components * x.shape[1]
+            width = x.shape[1] * (self.num_components + 1)
         return shards.blocks(x.shape[0], self.block_rows or shards.rows_in_cache(2 * width))
 
     def _center(self) -> Tensor:
