@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,9 @@ def run(options: CaseOptions) -> BenchmarkResult:
         speedup, iou = _strip_against_opencv(files[: 40 if options.quick else 200])
         options.log("the plain loop")
         loop_rates = _loop_rates(files, folder / "before")
+        cores = len(os.sched_getaffinity(0))
+        options.log(f"{cores} plain loops side by side")
+        side_by_side = _loops_side_by_side(files, folder / "beside", cores)
         profile = _profile(files[:200], folder / "profile")
         runs = {}
         for count in sorted({num_timed, *sizes}):
@@ -73,7 +77,6 @@ def run(options: CaseOptions) -> BenchmarkResult:
             runs[count] = _ray_job(_linked(files[:count], folder / f"{count}"), folder / "storage")
         loop_rates += _loop_rates(files, folder / "after")
     loop_rate = statistics.median(loop_rates)
-    cores = len(os.sched_getaffinity(0))
     streaming = runs[num_timed]["seconds"]["decode"] + runs[num_timed]["seconds"]["write"]
     whole = sum(runs[num_timed]["seconds"].values())
     small, large = (runs[size]["peak_bytes"] for size in sizes)
@@ -86,6 +89,11 @@ def run(options: CaseOptions) -> BenchmarkResult:
             num_timed / streaming / (cores * loop_rate),
             "x",
             at_least=MIN_EFFICIENCY,
+        ),
+        Measure(
+            f"{cores} plain loops side by side against {cores} x loop: what the cores allow",
+            side_by_side / (cores * loop_rate),
+            "x",
         ),
         Measure(
             f"peak memory, {sizes[1]} against {sizes[0]} slices",
@@ -137,6 +145,23 @@ def _loop_rates(files: list[Path], out: Path) -> list[float]:
     """Of the plain loop, several times: what a machine does by the way must not slow the peer."""
     chosen = files[:_LOOP_FILES]
     return [_plain_loop(chosen, out / str(number)) for number in range(_LOOP_ROUNDS)]
+
+
+def _loops_side_by_side(files: list[Path], out: Path, num_loops: int) -> float:
+    """Images per second of so many plain loops together, each a process with files of its own.
+
+    They share memory, cache and clock, and nothing else: no scheduler makes more of the cores.
+    """
+    chosen = files[: num_loops * _LOOP_FILES]
+    shares = [chosen[number::num_loops] for number in range(num_loops)]
+    with ProcessPoolExecutor(num_loops, multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(_plain_loop, [files[:1]] * num_loops, _numbered(out / "first", num_loops)))
+        rates = list(pool.map(_plain_loop, shares, _numbered(out, num_loops)))
+    return sum(rates)
+
+
+def _numbered(folder: Path, count: int) -> list[Path]:
+    return [folder / str(number) for number in range(count)]
 
 
 def _plain_loop(files: list[Path], out: Path) -> float:
