@@ -47,6 +47,7 @@ NUM_ITERATIONS = 10
 THUMBNAIL_BYTES = 96 * 96
 _BATCH = 32
 _MAX_ROWS = 400_000
+_FINGERPRINTS = (9_000, 11_000, 14_000, 18_000)
 _NUM_FILES = 20
 _NUM_ALIKE = 4
 _FILES = f"preprocess {_NUM_FILES} files"
@@ -156,7 +157,8 @@ def _stages(quick: bool, seed: int) -> list[Stage]:
             "pixel",
             lambda size: _NUM_FILES * size.side**2,
             partial(_prepare_files, seed=seed),
-            [Size(side=side) for side in (192, 256, 384, 512, 768)],
+            # Smaller ones are enlarged for the store, by other means.
+            [Size(side=side) for side in (256, 320, 384, 512, 768)],
             Size(side=448),
         ),
         Stage(
@@ -165,8 +167,11 @@ def _stages(quick: bool, seed: int) -> list[Stage]:
             lambda size: size.rows,
             partial(_prepare_duplicates, seed=seed),
             # Fewer than 8,192 are all compared with each other: another law, and no matter.
-            [Size(count) for count in (9_000, 10_000, 11_000, 12_000)],
-            Size(13_000 if quick else 18_000),
+            [
+                Size(count)
+                for count in ((9_000, 10_000, 11_000, 12_000) if quick else _FINGERPRINTS)
+            ],
+            Size(11_500 if quick else 16_000),
             rounds=1,
         ),
         Stage(
