@@ -211,11 +211,11 @@ def measure_batch_statistics(
     Averaged weights have no statistics of their own (Izmailov et al. 2018, section 3.2), and
     running ones are of augmented slices. Measured afresh, as in Wu & Johnson 2021 ("Rethinking
     'Batch' in BatchNorm", section 3), on 2,048 of the slices at most, the same ones every time;
-    where there is none, the model is left as it is.
+    where there is but one, which may have no variance, the model is left as it is.
     """
     order = torch.randperm(len(images), generator=Generator().manual_seed(0))
     chosen = order[:_SLICES_FOR_STATISTICS]
-    if len(chosen) == 0:
+    if len(chosen) < 2:
         return
     # Every batch counts the same in the mean, so all are of one size, but for one slice.
     batches = images.batches(chosen.tensor_split(-(-len(chosen) // batch_size)))

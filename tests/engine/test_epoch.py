@@ -136,11 +136,12 @@ def test_batch_statistics_are_those_of_the_slices_as_they_are() -> None:
     assert norm.momentum == 0.1
 
 
-def test_without_slices_the_batch_statistics_stay() -> None:
+@pytest.mark.parametrize("num_slices", [0, 1])
+def test_without_variance_the_batch_statistics_stay(num_slices: int) -> None:
     encoder = Encoder("resnet18", num_classes=2)
     encoder.backbone.bn1.running_mean.fill_(3.0)
-    nothing = CachedImages(torch.empty(0, 1, 32, 32, dtype=torch.uint8))
-    measure_batch_statistics(encoder, nothing, scale=SCALE, batch_size=8, precision="fp32")
+    few = CachedImages(torch.zeros(num_slices, 1, 32, 32, dtype=torch.uint8))
+    measure_batch_statistics(encoder, few, scale=SCALE, batch_size=8, precision="fp32")
     assert encoder.backbone.bn1.running_mean.eq(3.0).all()
 
 
