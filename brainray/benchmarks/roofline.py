@@ -31,7 +31,11 @@ class Peaks:
     bytes_per_s: float
 
     def seconds(self, work: Work) -> float:
-        """The roofline (Williams et al. 2009): no program is faster than its slower resource."""
+        """The roofline (Williams et al. 2009): no program is faster than its slower resource.
+
+        Bytes are taken to come from memory: what stays in a cache from one pass to the next may
+        be read faster than this.
+        """
         return max(work.flops / self.flops_per_s, work.num_bytes / self.bytes_per_s)
 
     def limit(self, work: Work) -> str:

@@ -217,8 +217,10 @@ def measure_batch_statistics(
     chosen = order[:_SLICES_FOR_STATISTICS]
     if len(chosen) < 2:
         return
-    # Every batch counts the same in the mean, so all are of one size, but for one slice.
-    batches = images.batches(chosen.tensor_split(-(-len(chosen) // batch_size)))
+    # Every batch counts the same in the mean, so all are of one size, but for one slice; none is
+    # a slice alone.
+    num_batches = min(-(-len(chosen) // batch_size), len(chosen) // 2)
+    batches = images.batches(chosen.tensor_split(num_batches))
     with autocast(images.device, precision):
         update_bn((scale.standardise(scale.to_unit(batch, side)) for batch in batches), model)
 

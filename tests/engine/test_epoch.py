@@ -136,6 +136,12 @@ def test_batch_statistics_are_those_of_the_slices_as_they_are() -> None:
     assert norm.momentum == 0.1
 
 
+def test_no_batch_of_statistics_is_a_slice_alone() -> None:
+    encoder = Encoder("resnet18", num_classes=2)
+    measure_batch_statistics(encoder, shard(5).images, scale=SCALE, batch_size=1, precision="fp32")
+    assert int(encoder.backbone.bn1.num_batches_tracked) == 2
+
+
 @pytest.mark.parametrize("num_slices", [0, 1])
 def test_without_variance_the_batch_statistics_stay(num_slices: int) -> None:
     encoder = Encoder("resnet18", num_classes=2)
