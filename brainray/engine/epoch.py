@@ -201,17 +201,20 @@ def measure_batch_statistics(
     model: nn.Module,
     images: Images,
     *,
+    augmentation: AugmentConfig,
     scale: PixelScale,
     batch_size: int,
     precision: str,
     side: int | None = None,
 ) -> None:
-    """Set batch normalisation's means and variances to those of slices as inference sees them.
+    """Set batch normalisation's means and variances to those of slices and of their views.
 
     Averaged weights have no statistics of their own (Izmailov et al. 2018, section 3.2), and
-    running ones are of augmented slices. Measured afresh, as in Wu & Johnson 2021 ("Rethinking
-    'Batch' in BatchNorm", section 3), on 2,048 of the slices at most, the same ones every time;
-    where there is but one, which may have no variance, the model is left as it is.
+    running ones are of augmented slices alone. Measured afresh, as in Wu & Johnson 2021
+    ("Rethinking 'Batch' in BatchNorm", section 3), on 2,048 of the slices at most, the same ones
+    every time: half of each batch is seen as inference sees it, half augmented, which keeps the
+    encoder ready for slices that differ from these. Where there is but one slice, which may have
+    no variance, the model is left as it is.
     """
     order = torch.randperm(len(images), generator=Generator().manual_seed(0))
     chosen = order[:_SLICES_FOR_STATISTICS]
@@ -221,8 +224,17 @@ def measure_batch_statistics(
     # a slice alone.
     num_batches = min(-(-len(chosen) // batch_size), len(chosen) // 2)
     batches = images.batches(chosen.tensor_split(num_batches))
+    generator = Generator(images.device).manual_seed(0)
+
+    def seen(batch: Tensor) -> Tensor:
+        unit = scale.to_unit(batch, side)
+        as_they_are, augmented = unit.tensor_split(2)
+        return scale.standardise(
+            torch.cat([as_they_are, augment(augmented, augmentation, generator)])
+        )
+
     with autocast(images.device, precision):
-        update_bn((scale.standardise(scale.to_unit(batch, side)) for batch in batches), model)
+        update_bn(map(seen, batches), model)
 
 
 def _cycle_rows(num_rows: int, batch_size: int, steps: int, *, seed: int) -> Iterator[Tensor]:

@@ -387,7 +387,7 @@ class _Trainer:
             self.average.update_parameters(self.encoder)
 
     def _settle_batch_statistics(self) -> None:
-        """The average's, of slices as they are; then rank 0's means and variances on every rank.
+        """The average's, measured; then rank 0's means and variances on every rank.
 
         Each rank's batch normalisation has its own since the last step; embeddings of all slices
         must come from one encoder, the one that is saved.
@@ -396,6 +396,7 @@ class _Trainer:
             measure_batch_statistics(
                 self.evaluated,
                 self.pool.images,
+                augmentation=self.config.augment_unlabelled,
                 scale=self.scale,
                 batch_size=self.config.train.embed_batch_size,
                 precision=self.precision,

@@ -116,30 +116,42 @@ def test_the_average_follows_the_weights_from_behind() -> None:
     assert build_average(encoder, decay=0.0) is None
 
 
-def test_batch_statistics_are_those_of_the_slices_as_they_are() -> None:
-    encoder = Encoder("resnet18", num_classes=2)
-    slices = shard(23)
-    assert isinstance(slices.images, CachedImages)
-    measure_batch_statistics(encoder, slices.images, scale=SCALE, batch_size=24, precision="fp32")
-    pixels = SCALE.standardise(SCALE.to_unit(slices.images.images))
-    seen = encoder.backbone.conv1(pixels)  # (23, 64, 16, 16)
+def measured(encoder: Encoder, slices: CachedImages, *, batch_size: int) -> torch.nn.BatchNorm2d:
+    """The first batch normalisation, with statistics of slices of which half are flipped."""
+    measure_batch_statistics(
+        encoder,
+        slices,
+        augmentation=AugmentConfig(policy="none", horizontal_flip=1.0),
+        scale=SCALE,
+        batch_size=batch_size,
+        precision="fp32",
+    )
     norm = encoder.backbone.bn1
+    assert isinstance(norm, torch.nn.BatchNorm2d)
+    return norm
+
+
+def test_batch_statistics_are_of_slices_as_they_are_and_of_augmented_ones() -> None:
+    encoder = Encoder("resnet18", num_classes=2)
+    images = torch.zeros(23, 1, 32, 32, dtype=torch.uint8)
+    images[:, :, :, :9] = 200  # the left side is bright, of a flipped slice the right one
+    norm = measured(encoder, CachedImages(images), batch_size=24)
+    pixels = SCALE.standardise(SCALE.to_unit(images))
+    seen = encoder.backbone.conv1(torch.cat([pixels[:12], pixels[12:].flip(3)]))  # (23, 64, 16, 16)
     torch.testing.assert_close(norm.running_mean, seen.mean(dim=(0, 2, 3)), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(norm.running_var, seen.var(dim=(0, 2, 3)), rtol=1e-4, atol=1e-5)
     # Batches are of one size, so that a rest of one slice does not count as much as the others.
     by_parts = Encoder("resnet18", num_classes=2)
     by_parts.load_state_dict(encoder.state_dict())
-    measure_batch_statistics(by_parts, slices.images, scale=SCALE, batch_size=11, precision="fp32")
-    torch.testing.assert_close(
-        by_parts.backbone.bn1.running_mean, norm.running_mean, rtol=0.02, atol=0.02
-    )
+    in_parts = measured(by_parts, CachedImages(images), batch_size=11)
+    torch.testing.assert_close(in_parts.running_mean, norm.running_mean, rtol=0.02, atol=0.02)
     assert norm.momentum == 0.1
 
 
 def test_no_batch_of_statistics_is_a_slice_alone() -> None:
-    encoder = Encoder("resnet18", num_classes=2)
-    measure_batch_statistics(encoder, shard(5).images, scale=SCALE, batch_size=1, precision="fp32")
-    assert int(encoder.backbone.bn1.num_batches_tracked) == 2
+    images = torch.zeros(5, 1, 32, 32, dtype=torch.uint8)
+    norm = measured(Encoder("resnet18", num_classes=2), CachedImages(images), batch_size=1)
+    assert int(norm.num_batches_tracked) == 2
 
 
 @pytest.mark.parametrize("num_slices", [0, 1])
@@ -147,8 +159,7 @@ def test_without_variance_the_batch_statistics_stay(num_slices: int) -> None:
     encoder = Encoder("resnet18", num_classes=2)
     encoder.backbone.bn1.running_mean.fill_(3.0)
     few = CachedImages(torch.zeros(num_slices, 1, 32, 32, dtype=torch.uint8))
-    measure_batch_statistics(encoder, few, scale=SCALE, batch_size=8, precision="fp32")
-    assert encoder.backbone.bn1.running_mean.eq(3.0).all()
+    assert measured(encoder, few, batch_size=8).running_mean.eq(3.0).all()
 
 
 def test_averaging_leaves_the_training_alone() -> None:
