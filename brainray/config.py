@@ -37,6 +37,10 @@ ClustererName = Literal[
 
 _MAX_CONFIG_BYTES = 1_000_000
 _MAX_PROBLEMS = 10  # in one error
+_GONE = (  # settings of earlier versions: section, name, and the default, which did nothing
+    ("objective", "pseudo_labels", "slice"),
+    ("self_supervision", "first", {"num_epochs": 0, "image_size": 64, "learning_rate": 2e-3}),
+)
 _NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -263,10 +267,6 @@ class ObjectiveConfig(_Section):
     """Which unlabelled slices have a pseudo-label from elsewhere than the teacher: with
     ``subject`` those that are, by their looks, of one subject with labelled ones, most of whose
     label it is. Of use to ``consistency`` and ``anchored``."""
-    pseudo_labels: Literal["slice", "subject"] = "slice"
-    """What the teacher judges for its pseudo-labels: every unlabelled slice for itself or, with
-    ``subject``, all slices that are by their looks of one subject together, by the mean of their
-    probabilities."""
 
 
 class ClusteringConfig(_Section):
@@ -489,21 +489,9 @@ class FeatureConfig(_Section):
         return self
 
 
-class FirstStageConfig(_Section):
-    num_epochs: Annotated[int, Field(ge=0)] = 0
-    """Epochs of the pretext on small slices, which cost a fraction; the encoder goes on from there
-    on those of the pretext's own size. 0: none."""
-    image_size: Annotated[int, Field(ge=16, le=2048)] = 64
-    """Height and width in these epochs, in pixels."""
-    learning_rate: Annotated[float, Field(gt=0.0)] = 2e-3
-    """Peak of their one-cycle schedule (AdamW)."""
-
-
 class SelfSupervisionConfig(_Section):
     num_epochs: Positive = 20
     """Epochs of the pretext alone; without a pretext there are none."""
-    first: FirstStageConfig = FirstStageConfig()
-    """What comes before these epochs, on smaller slices."""
     temperature: Annotated[float, Field(gt=0.0)] = 0.2
     """Of the contrastive loss (NT-Xent)."""
     positives: Literal["slice", "subject"] = "slice"
@@ -635,12 +623,21 @@ class Config(_Section):
     @model_validator(mode="before")
     @classmethod
     def _of_earlier_versions(cls, values: Any) -> Any:
-        """Saved configs in which ``self_supervision`` was a part of ``study`` can be read."""
-        study = values.get("study") if isinstance(values, dict) else None
-        if not isinstance(study, dict) or "self_supervision" not in study:
+        """Saved configs can be read in which ``self_supervision`` was a part of ``study``, or
+        that hold settings which are gone, at their defaults.
+        """
+        if not isinstance(values, dict):
             return values
-        kept = {key: value for key, value in study.items() if key != "self_supervision"}
-        return {"self_supervision": study["self_supervision"]} | values | {"study": kept}
+        study = values.get("study")
+        if isinstance(study, dict) and "self_supervision" in study:
+            kept = {key: value for key, value in study.items() if key != "self_supervision"}
+            values = {"self_supervision": study["self_supervision"]} | values | {"study": kept}
+        for name, key, default in _GONE:
+            section = values.get(name)
+            if isinstance(section, dict) and section.get(key) == default:
+                kept = {other: value for other, value in section.items() if other != key}
+                values = values | {name: kept}
+        return values
 
     @field_validator("storage", "source", "labels", "checkpoint")
     @classmethod
@@ -673,12 +670,6 @@ class Config(_Section):
                 f"train.start_image_size ({train.start_image_size}) must be below train.image_size "
                 f"({train.image_size}) for slices to grow; or set train.growth_epochs=0"
             )
-        first, side = self.self_supervision.first, self.encoder.pretext_image_size
-        if self.encoder.pretext != "none" and first.num_epochs and first.image_size >= side:
-            raise ValueError(
-                f"self_supervision.first.image_size ({first.image_size}) must be below "
-                f"encoder.pretext_image_size ({side}); or set self_supervision.first.num_epochs=0"
-            )
         return self
 
     @model_validator(mode="after")
@@ -694,14 +685,13 @@ class Config(_Section):
                 f"encoder.pretext_image_size ({side}) exceeds preprocess.image_size "
                 f"({self.preprocess.image_size}): lower the first or raise the second"
             )
-        for key, without in (("inherit_labels", "none"), ("pseudo_labels", "slice")):
-            value = getattr(self.objective, key)
-            if value != without and self.objective.name in ("joint", "prototype"):
-                raise ValueError(
-                    f"objective.{key}={value} is of no use to "
-                    f"objective.name={self.objective.name}, which has no pseudo-labels: take "
-                    "consistency or anchored, or leave it out"
-                )
+        objective = self.objective
+        if objective.inherit_labels != "none" and objective.name in ("joint", "prototype"):
+            raise ValueError(
+                f"objective.inherit_labels={objective.inherit_labels} is of no use to "
+                f"objective.name={objective.name}, which has no pseudo-labels: take "
+                "consistency or anchored, or leave it out"
+            )
         return self
 
 

@@ -131,22 +131,16 @@ def test_flatten_gives_every_set_value_its_dotted_key() -> None:
 
 
 def test_a_config_of_an_earlier_version_can_be_read() -> None:
-    saved = {"study": {"self_supervision": {"num_epochs": 7}, "depth": 3}}
+    study = {"self_supervision": {"num_epochs": 7}, "depth": 3}
+    saved = {"study": study, "objective": {"pseudo_labels": "slice"}}
     config = parse_config(saved)
     assert config.self_supervision.num_epochs == 7
     assert config.study.depth == 3
-    assert saved["study"]["depth"] == 3  # left as it was
+    assert study["depth"] == 3  # left as it was
+    with pytest.raises(ConfigError, match=r"objective\.pseudo_labels"):
+        parse_config({"objective": {"pseudo_labels": "subject"}})  # it would be another run
 
 
-def test_a_warm_up_begins_on_smaller_slices_than_it_ends() -> None:
-    stages = ["self_supervision.first.num_epochs=2", "encoder.pretext_image_size=64"]
-    with pytest.raises(ConfigError, match=r"must be below encoder\.pretext_image_size \(64\)"):
-        load_config(None, [*stages, "encoder.pretext=rotation"])
-    load_config(None, [*stages, "encoder.pretext=rotation", "self_supervision.first.image_size=32"])
-    load_config(None, stages)  # without a warm-up nothing has to fit
-
-
-@pytest.mark.parametrize("key", ["inherit_labels", "pseudo_labels"])
-def test_an_objective_without_pseudo_labels_takes_none_of_a_subject(key: str) -> None:
+def test_an_objective_without_pseudo_labels_takes_none_of_a_subject() -> None:
     with pytest.raises(ConfigError, match=r"of no use to objective\.name=joint"):
-        load_config(None, [f"objective.{key}=subject"])
+        load_config(None, ["objective.inherit_labels=subject"])

@@ -42,21 +42,6 @@ def pseudo_labels(probabilities: Tensor, class_shares: Tensor) -> PseudoLabels:
 
 
 @torch.no_grad()
-def mean_of_groups(probabilities: Tensor, groups: Tensor, num_groups: int) -> Tensor:
-    """(n, C): each row's group mean, over the rows of all ranks (collective).
-
-    Args:
-        probabilities: (n, C), this rank's rows; may be empty.
-        groups: (n,) int64 in [0, num_groups), of these rows, numbered alike on every rank.
-        num_groups: over all ranks.
-    """
-    sums = probabilities.new_zeros(num_groups, probabilities.shape[1])
-    totals = dist.sum_across_ranks(sums.double().index_add_(0, groups, probabilities.double()))
-    means = totals / totals.sum(dim=1, keepdim=True).clamp_min(1e-12)  # rows sum to 1
-    return means[groups].to(probabilities.dtype)
-
-
-@torch.no_grad()
 def balance_assignments(probabilities: Tensor, shares: Tensor) -> Tensor:
     """(n, C): rows scaled by column until all ranks' columns have the given shares (collective).
 

@@ -149,8 +149,6 @@ class RankData:
     validation: SliceShard
     test: SliceShard
     inherited: Tensor  # (n,) int64, of the unlabelled: class of labelled slices of their subject
-    groups: Tensor  # (n,) int64, of the unlabelled: number of their likely subject ...
-    num_groups: int  # ... of as many over all ranks
 
     @property
     def fitted_keys(self) -> Tensor:

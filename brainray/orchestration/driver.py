@@ -198,11 +198,8 @@ def _about(training: Training) -> dict[str, str]:
     encoder, learning = training.config.encoder, training.config.self_supervision
     warm_up_told = "none"
     if encoder.pretext != "none":
-        first = learning.first
-        before = f"{first.num_epochs} epochs at {first.image_size} px, " if first.num_epochs else ""
         warm_up_told = (
-            f"{encoder.pretext}, {before}{learning.num_epochs} epochs at "
-            f"{encoder.pretext_image_size} px"
+            f"{encoder.pretext}, {learning.num_epochs} epochs at {encoder.pretext_image_size} px"
         )
     return about_software() | {
         "store": f"{info['dataset']} (data hash {info['data_hash']})",

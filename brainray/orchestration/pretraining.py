@@ -29,7 +29,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from brainray import dist, errors, layout
 from brainray.clustering.collapse import check_collapse, measure_health
-from brainray.config import Config, FeatureConfig, FirstStageConfig, parse_config
+from brainray.config import Config, FeatureConfig, parse_config
 from brainray.engine.recipe import build_optimizer, resolve_precision
 from brainray.engine.recluster import ClusterModel
 from brainray.engine.self_supervised import (
@@ -64,7 +64,6 @@ from brainray.storage import Folder
 
 _STATE = "state.pt"
 _OF_ROUNDS = {
-    "first",  # told by the weights that it leaves
     "max_rounds",
     "round_epochs",
     "round_learning_rate",
@@ -115,9 +114,7 @@ def pretrain(
     """Train an encoder on the store's training slices, or go on with it, or find it finished.
 
     An encoder that is refined goes on from the one that has learned the same pretext alone, which
-    is trained first, or found: features that share a pretext share its training. So does one whose
-    ``first`` stage is on smaller slices, with a schedule and a projection of its own: what an
-    encoder has learned at 64 px it has to learn anew at 128.
+    is trained first, or found: features that share a pretext share its training.
 
     Args:
         config: ``self_supervision``, ``clustering`` (for refinement) and ``train``.
@@ -141,10 +138,6 @@ def pretrain(
         alone = feature.model_copy(update={"lambda_cluster": 0.0})
         before = pretrain(config, store, alone, weights, dataset=dataset, seed=seed, log=log)
         weights, head = weights_from(before, layout.ENCODER), _read_head(before)
-    elif feature.pretext != "none" and config.self_supervision.first.num_epochs:
-        first, small = _first_stage(config, feature)
-        before = pretrain(first, store, small, weights, dataset=dataset, seed=seed, log=log)
-        weights = weights_from(before, layout.ENCODER)
     made_by = _made_by(config, store, feature, weights, seed)
     kind = feature.pretext + ("-refined" if feature.lambda_cluster > 0 else "")
     name = f"{dataset}-{feature.encoder}-{kind}-seed{seed}-{content_key(made_by)}"
@@ -163,21 +156,6 @@ def pretrain(
                 return target
     log(f"encoder {target}: trained before, reused")
     return target
-
-
-def _first_stage(config: Config, feature: FeatureConfig) -> tuple[Config, FeatureConfig]:
-    """The settings with which the same is learned on small slices alone."""
-    learning = config.self_supervision
-    alone = learning.model_copy(
-        update={
-            "num_epochs": learning.first.num_epochs,
-            "learning_rate": learning.first.learning_rate,
-            "first": FirstStageConfig(),
-        }
-    )
-    side = min(learning.first.image_size, feature.image_size)
-    small = feature.model_copy(update={"image_size": side})
-    return config.model_copy(update={"self_supervision": alone}), small
 
 
 def _train(

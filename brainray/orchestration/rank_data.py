@@ -1,6 +1,5 @@
 """A rank's share of the slices of a run, in memory or streamed."""
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
@@ -85,9 +84,6 @@ def load_rank_data(
             count = sum(label is not None for label in inherited)
             print(f"{count} unlabelled slices inherit a label of their likely subject", flush=True)
     seen = seen.append_column("inherited", pa.array(inherited, pa.string()))
-    alone = pc.coalesce(pa.array(subjects, pa.string()), seen["sample_id"])
-    names, numbers = np.unique(alone.to_numpy(), return_inverse=True)
-    seen = seen.append_column("group", pa.array(numbers, pa.int64()))
     test = run.read_table(layout.TEST_SLICES)
     test_rows = list(range(rank, test.num_rows, num_ranks))
     unlabelled = of_role(UNLABELLED_ROLE)
@@ -99,6 +95,4 @@ def load_rank_data(
         test=shard(test.take(pa.array(test_rows, pa.int64())), TEST, test_rows),
         unlabelled=training_shard(UNLABELLED_ROLE),
         inherited=classes_of(unlabelled["inherited"]),
-        groups=torch.tensor(unlabelled["group"].to_pylist(), dtype=torch.int64, device=device),
-        num_groups=len(names),
     )

@@ -36,7 +36,7 @@ from brainray.engine.evaluate import (
     validation_metrics,
 )
 from brainray.engine.finite import NonFiniteStep
-from brainray.engine.pseudo_labels import mean_of_groups, pseudo_labels
+from brainray.engine.pseudo_labels import pseudo_labels
 from brainray.engine.recipe import (
     build_average,
     build_objective,
@@ -365,10 +365,7 @@ class _Trainer:
         rows = slice(offset, offset + len(self.pool))
         known = nn.functional.one_hot(self.data.labelled.labels, len(self.classes))
         counts = dist.sum_across_ranks(known.sum(dim=0).double())
-        probabilities = self._probabilities[rows]
-        if self.pool is self.data.unlabelled and self.config.objective.pseudo_labels == "subject":
-            probabilities = mean_of_groups(probabilities, self.data.groups, self.data.num_groups)
-        labels, confidences = pseudo_labels(probabilities, counts / counts.sum())
+        labels, confidences = pseudo_labels(self._probabilities[rows], counts / counts.sum())
         if self.pool is self.data.unlabelled:
             inherits = self.data.inherited != UNLABELLED
             labels = torch.where(inherits, self.data.inherited, labels)

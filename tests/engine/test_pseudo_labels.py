@@ -8,7 +8,7 @@ from torch import Tensor
 
 from brainray import dist
 from brainray.dist import run_on_ranks
-from brainray.engine.pseudo_labels import balance_assignments, mean_of_groups, pseudo_labels
+from brainray.engine.pseudo_labels import balance_assignments, pseudo_labels
 from brainray.engine.recipe import ramp
 
 SHARES = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
@@ -41,26 +41,6 @@ def test_weights_fall_off_below_the_mean_confidence() -> None:
     assert found.labels.tolist() == [0, 1, 0, 1]
     low = math.exp(-(0.15**2) / (2 * 0.0225 / 4))
     torch.testing.assert_close(found.confidences, torch.tensor([1.0, 1.0, low, low]))
-
-
-def test_slices_of_a_group_are_judged_together() -> None:
-    rows = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.7, 0.3], [0.6, 0.4]])
-    judged = mean_of_groups(rows, torch.tensor([5, 0, 5, 5]), num_groups=6)
-    together = [11 / 15, 4 / 15]  # the mean of the first, third and fourth
-    torch.testing.assert_close(judged, torch.tensor([together, [0.2, 0.8], together, together]))
-
-
-def groups_of_this_rank() -> Tensor:
-    mine = slice(dist.rank(), None, dist.world_size())
-    groups = torch.arange(4000) % 700  # every one of them on both ranks
-    return mean_of_groups(probabilities()[mine], groups[mine], num_groups=700)
-
-
-@pytest.mark.slow
-def test_a_group_may_lie_on_several_ranks() -> None:
-    judged = groups_of_this_rank()
-    for rank, judged_by_rank in enumerate(run_on_ranks(groups_of_this_rank, 2)):
-        torch.testing.assert_close(judged_by_rank, judged[rank::2])
 
 
 def of_this_rank() -> tuple[Tensor, Tensor]:

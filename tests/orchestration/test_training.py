@@ -26,7 +26,6 @@ from brainray.models.encoder import build_encoder
 from brainray.orchestration.data import preprocess
 from brainray.orchestration.driver import TrainedRun, train
 from brainray.orchestration.evaluation import evaluate
-from brainray.orchestration.pretraining import warm_up
 from brainray.orchestration.publish import publish
 from brainray.orchestration.rank_data import load_rank_data
 from brainray.orchestration.run import begin_run, open_run
@@ -55,7 +54,6 @@ ANCHORED = (
     "objective.name=anchored",
     "objective.ramp_epochs=1",
     "objective.inherit_labels=subject",
-    "objective.pseudo_labels=subject",
     "clustering.anchors=labelled",
     "augment_unlabelled.policy=strong",
     "train.ema_decay=0.9",
@@ -140,7 +138,7 @@ def test_a_run_may_have_no_unlabelled_slice(storage: Path) -> None:
     store = ImageStore.open(Folder(storage / "datasets" / "mri"))
     begun, _ = begin_run(config, store, num_workers=1)
     data = load_rank_data(config, begun.folder, store, torch.device("cpu"), 0, 1)
-    assert len(data.unlabelled) == len(data.inherited) == len(data.groups) == 0
+    assert len(data.unlabelled) == len(data.inherited) == 0
     assert len(data.labelled) == begun.info["num_slices"]["labelled"] > 0
     assert bool((data.labelled.labels >= 0).all())
 
@@ -398,31 +396,6 @@ def test_a_warm_up_is_learned_once_and_starts_every_run_of_its_store(storage: Pa
         assert run.run.folder.read_json("about.json")["warm-up without labels"] == (
             "contrastive, 2 epochs at 16 px"
         )
-
-
-@pytest.mark.slow
-def test_a_warm_up_goes_on_from_what_was_learned_on_smaller_slices(storage: Path) -> None:
-    once = ["train.num_epochs=1", "self_supervision.num_epochs=1"]
-    small = config_of(storage, "warm-small", *WARMED_UP, *once)
-    grown = config_of(
-        storage,
-        "warm-grown",
-        *WARMED_UP,
-        *once,
-        "encoder.pretext_image_size=32",
-        "self_supervision.first.num_epochs=1",
-        "self_supervision.first.image_size=16",
-        f"self_supervision.first.learning_rate={small.self_supervision.learning_rate}",
-    )
-    store = ImageStore.open(Folder(storage) / "datasets" / "mri")
-    said: list[str] = []
-    before, after = (warm_up(config, store, said.append) for config in (small, grown))
-    trained, reused, then_trained = (line for line in said if line.startswith("encoder "))
-    assert trained.removesuffix("training") == reused.removesuffix("trained before, reused")
-    assert then_trained.endswith("training")
-    assert isinstance(before, dict)
-    assert isinstance(after, dict)
-    assert not torch.equal(before["conv1.weight"], after["conv1.weight"])
 
 
 @pytest.mark.slow
