@@ -1,5 +1,6 @@
 """From predictions to the figures that are reported: for all, clean and strict test slices."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -151,7 +152,7 @@ def confusion_metrics(predictions: Predictions, classes: Sequence[str], prefix: 
 
 
 def validation_metrics(predictions: Predictions) -> Metrics:
-    """Figures by which the epoch is chosen; ``validation/score`` is what is maximised.
+    """Figures by which the epoch is chosen, by ``validation/score`` (`chosen_epoch`).
 
     The score is the head's balanced accuracy; where epochs tie in it, the lower cross entropy
     decides, which enters with a weight too small to outvote a slice.
@@ -173,6 +174,32 @@ def validation_metrics(predictions: Predictions) -> Metrics:
         "validation/num_slices": float(len(labels)),
         "validation/score": balanced - 1e-6 * loss,
     }
+
+
+def chosen_epoch(history: Sequence[Metrics]) -> int:
+    """The last epoch, of those with the largest slices, about as good as the best; 1-based.
+
+    About as good is within one standard error of the best epoch's score (Breiman et al. 1984,
+    "Classification and Regression Trees", section 3.4.3), which no slices of that number can tell
+    from it; of such epochs the last one has learned at the smallest rate. The error is that of a
+    share of ``validation/num_slices`` (Agresti & Coull 1998: it is above 0 where none is wrong).
+    Where slices grow, only the last size is the one at which the run predicts. The choice moves
+    to the newest epoch or stays: no other needs to be kept.
+
+    Args:
+        history: of each epoch `validation_metrics` and ``train/image_size``.
+    """
+    largest = max(metrics["train/image_size"] for metrics in history)
+    scores = {
+        epoch: metrics["validation/score"]
+        for epoch, metrics in enumerate(history, start=1)
+        if metrics["train/image_size"] == largest
+    }
+    best = max(scores, key=lambda epoch: scores[epoch])
+    num_slices = history[best - 1]["validation/num_slices"] + 4
+    share = (scores[best] * (num_slices - 4) + 2) / num_slices
+    least = scores[best] - math.sqrt(share * (1 - share) / num_slices)
+    return max(epoch for epoch, score in scores.items() if score >= least)
 
 
 def predictions_table(

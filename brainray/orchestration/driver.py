@@ -13,7 +13,7 @@ from torch import Tensor
 
 from brainray import errors, layout
 from brainray.config import Config
-from brainray.engine.evaluate import Metrics, summarise
+from brainray.engine.evaluate import Metrics, chosen_epoch, summarise
 from brainray.engine.state import load_checkpoint
 from brainray.errors import BrainrayError, ConfigError
 from brainray.models.encoder import build_encoder
@@ -27,7 +27,7 @@ from brainray.orchestration.resources import WorkerResources, alive_nodes, plan_
 from brainray.orchestration.run import Run, begin_run, name_of_run
 from brainray.orchestration.store import ImageStore, differing_settings, with_defaults
 from brainray.orchestration.train_logs import OF_RAY_TRAIN, print_once
-from brainray.orchestration.worker import best_epoch, train_worker
+from brainray.orchestration.worker import train_worker
 from brainray.report.run_figures import draw_run_figures
 from brainray.storage import Folder
 
@@ -244,7 +244,7 @@ def _difference(asked: BaseModel, made: dict[str, Any], prefix: str) -> str:
 def _summarise(config: Config, run: Run) -> Metrics:
     """Figures of the chosen epoch, and under ``last/`` of the last one."""
     history = run.folder.read_json_lines(layout.METRICS)
-    chosen, last = best_epoch(history), len(history)
+    chosen, last = chosen_epoch(history), len(history)
     metrics: Metrics = {"chosen_epoch": float(chosen), "num_epochs": float(last)}
     for epoch, folder, prefix in ((chosen, layout.BEST, ""), (last, layout.LAST, "last/")):
         checkpoint = load_checkpoint(run.folder / folder)

@@ -12,6 +12,7 @@ import torch
 
 from brainray import layout
 from brainray.config import Config, PreprocessConfig
+from brainray.engine.evaluate import chosen_epoch
 from brainray.engine.slice_model import SliceModel, use_all_threads
 from brainray.engine.state import Checkpoint, load_checkpoint
 from brainray.errors import CheckpointError, ConfigError
@@ -21,7 +22,6 @@ from brainray.orchestration.run import Run, open_run, read_run_info
 from brainray.orchestration.slice_tasks import decode_files, select_slices
 from brainray.orchestration.source import SourceFile
 from brainray.orchestration.store import ImageStore
-from brainray.orchestration.worker import best_epoch
 from brainray.storage import Folder
 
 _FILES_PER_TASK = 256
@@ -108,7 +108,7 @@ def _checkpoint_folder(run: Run, epoch: int | None) -> Folder:
     places = {number: layout.checkpoint_folder(number) for number in range(1, len(history) + 1)}
     if run.is_complete:
         places[len(history)] = layout.LAST
-    places[best_epoch(history)] = layout.BEST
+    places[chosen_epoch(history)] = layout.BEST
     kept = {
         number: place
         for number, place in places.items()

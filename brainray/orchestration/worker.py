@@ -1,7 +1,6 @@
 """What each rank of Ray Train does: hold its slices, train, re-cluster, evaluate, report."""
 
 import hashlib
-import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -29,6 +28,7 @@ from brainray.engine.epoch import (
 )
 from brainray.engine.evaluate import (
     Predictions,
+    chosen_epoch,
     confusion_metrics,
     gather_predictions,
     predictions_table,
@@ -579,13 +579,13 @@ class _Trainer:
         """On rank 0: the epoch's files, and last the line by which it counts as finished."""
         writing = time.monotonic()
         checkpoint = self._checkpoint()
-        is_best = best_epoch(self.history) == self.epoch
-        if is_best:
+        is_chosen = chosen_epoch(self.history) == self.epoch
+        if is_chosen:
             fitted = self._fitted_table(state.keys, coordinates, log_likelihood)
             (self.run / layout.BEST).write_table(layout.FITTED, fitted)
             (self.run / layout.BEST).write_bytes(layout.MODEL, checkpoint_bytes(checkpoint))
         kept = {*self.config.evaluation.tsne_epochs, self.config.train.num_epochs}
-        if test is not None and len(test.labels) and (is_best or self.epoch in kept):
+        if test is not None and len(test.labels) and (is_chosen or self.epoch in kept):
             table = predictions_table(test, self.classes, self.test_slices)
             self.run.write_table(layout.predictions_file(self.epoch), table)
         save_resumable(self.run, Resumable(checkpoint, state))
@@ -623,22 +623,6 @@ def reported_metrics(metrics: dict[str, float]) -> dict[str, float]:
         for name, value in metrics.items()
         if name == "epoch" or name.startswith("validation/")
     }
-
-
-def best_epoch(history: list[dict[str, float]]) -> int:
-    """The first epoch with the highest validation score, of those with the largest slices; 1-based.
-
-    Where training begins small, only the last size is the one at which the run predicts. Runs made
-    before slices could grow do not tell their size: it was the last one.
-    """
-    name = "train/image_size"
-    largest = max((metrics[name] for metrics in history if name in metrics), default=0.0)
-    sides = [metrics.get(name, largest) for metrics in history]
-    scores = [
-        metrics["validation/score"] if side == largest else -math.inf
-        for metrics, side in zip(history, sides, strict=True)
-    ]
-    return scores.index(max(scores)) + 1
 
 
 def seed_of(*parts: int) -> int:

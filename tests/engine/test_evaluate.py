@@ -9,6 +9,7 @@ import torch
 from brainray.config import VALIDATION_FIGURES, ClusteringConfig
 from brainray.engine.evaluate import (
     Predictions,
+    chosen_epoch,
     confusion_metrics,
     gather_predictions,
     predictions_table,
@@ -171,3 +172,42 @@ def test_predictions_come_in_the_order_of_their_keys() -> None:
     np.testing.assert_array_equal(found.keys, np.arange(30))
     np.testing.assert_array_equal(found.labels, labels.flip(0).numpy())
     np.testing.assert_allclose(found.embeddings, z.flip(0).numpy())
+
+
+def history(*epochs: tuple[float, float], num_slices: int = 100) -> list[dict[str, float]]:
+    """Of (side, validation score)."""
+    return [
+        {
+            "train/image_size": side,
+            "validation/score": score,
+            "validation/num_slices": float(num_slices),
+        }
+        for side, score in epochs
+    ]
+
+
+def test_the_last_epoch_that_is_about_as_good_as_the_best_is_chosen() -> None:
+    # The best one's error is sqrt(0.885 * 0.115 / 104) = 0.031.
+    assert chosen_epoch(history((64, 0.5), (64, 0.9), (64, 0.87), (64, 0.7))) == 3
+    assert chosen_epoch(history((64, 0.5), (64, 0.9), (64, 0.86), (64, 0.7))) == 2
+    # Ten times as many slices tell the second from the third.
+    many = history((64, 0.5), (64, 0.9), (64, 0.87), (64, 0.7), num_slices=1000)
+    assert chosen_epoch(many) == 2
+    # None of 40 slices is wrong: one of them does not make an epoch worse.
+    assert chosen_epoch(history((64, 1.0), (64, 0.975), num_slices=40)) == 2
+    assert chosen_epoch(history((64, 1.0), (64, 0.95), num_slices=40)) == 1
+
+
+def test_an_epoch_with_smaller_slices_is_chosen_only_until_they_grow() -> None:
+    growing = history((64, 0.9), (64, 0.95), (96, 0.8), (96, 0.7))
+    assert chosen_epoch(growing[:2]) == 2
+    assert chosen_epoch(growing) == 3
+
+
+def test_the_choice_moves_to_the_newest_epoch_or_stays() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        epochs = history(*((64, score) for score in rng.uniform(0.7, 1.0, 12)), num_slices=50)
+        choices = [chosen_epoch(epochs[:count]) for count in range(1, 13)]
+        for count in range(1, 12):
+            assert choices[count] in (choices[count - 1], count + 1)
