@@ -330,8 +330,8 @@ class TrainConfig(_Section):
     """AdamW's decoupled weight decay."""
     ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """What is embedded, evaluated and saved is an exponential average of the weights over the
-    steps, of this decay, with batch statistics of slices that are not augmented; 0 is the trained
-    weights themselves."""
+    steps, of this decay, with batch statistics of slices of which half are augmented; 0 is the
+    trained weights themselves."""
     mixup_alpha: Annotated[float, Field(ge=0.0)] = 0.0
     """Labelled slices are mixed in pairs, with their labels, by Beta-distributed shares of this
     parameter (mixup); 0 mixes none."""

@@ -189,11 +189,12 @@ def chosen_epoch(history: Sequence[Metrics]) -> int:
     Args:
         history: of each epoch `validation_metrics` and ``train/image_size``.
     """
-    largest = max(metrics["train/image_size"] for metrics in history)
+    side = "train/image_size"  # not told by runs made before slices could grow: it was the last
+    largest = max((metrics[side] for metrics in history if side in metrics), default=0.0)
     scores = {
         epoch: metrics["validation/score"]
         for epoch, metrics in enumerate(history, start=1)
-        if metrics["train/image_size"] == largest
+        if metrics.get(side, largest) == largest
     }
     best = max(scores, key=lambda epoch: scores[epoch])
     num_slices = history[best - 1]["validation/num_slices"] + 4

@@ -204,6 +204,14 @@ def test_an_epoch_with_smaller_slices_is_chosen_only_until_they_grow() -> None:
     assert chosen_epoch(growing) == 3
 
 
+def test_a_run_that_tells_no_size_is_of_one_size() -> None:
+    earlier = [
+        {"validation/score": score, "validation/num_slices": 100.0} for score in (0.5, 0.9, 0.7)
+    ]
+    assert chosen_epoch(earlier) == 2
+    assert chosen_epoch(earlier + history((128, 0.8))) == 2
+
+
 def test_the_choice_moves_to_the_newest_epoch_or_stays() -> None:
     rng = np.random.default_rng(0)
     for _ in range(200):
