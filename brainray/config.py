@@ -56,6 +56,20 @@ PlainName = Annotated[str, AfterValidator(_check_plain_name)]
 """Names a folder of its own in ``storage``, and nothing else."""
 
 
+def _without_secret(uri: str) -> str:
+    if redacted(uri) != uri:
+        raise ValueError(
+            f"{redacted(uri)} holds a password or key: give it in the environment "
+            "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, for example), not in the URI, "
+            "which is kept with results and shown"
+        )
+    return uri
+
+
+Location = Annotated[str, AfterValidator(_without_secret)]
+"""A path or URI that is kept with results and shown, so that no secret may be in it."""
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(
         frozen=True,
@@ -155,7 +169,8 @@ class SplitConfig(_Section):
     seed: int = 0
     """Seed of the drawn split and of the labelled draw."""
     labelled_fraction: Fraction = 0.2
-    """Share of the labelled training slices whose label may be read; drawn at training."""
+    """Share of the labelled training slices whose label may be read; drawn at training. 1 reads
+    every label that there is."""
     validation_fraction: Annotated[float, Field(gt=0.0, le=0.5)] = 0.15
     """Share of the labelled draw that is held out to choose the epoch."""
 
@@ -163,7 +178,7 @@ class SplitConfig(_Section):
 class EncoderConfig(_Section):
     name: Literal["resnet18", "resnet34", "resnet50"] = "resnet18"
     """The torchvision encoder, without its last layer."""
-    weights: str = "random"
+    weights: Location = "random"
     """``random``, ``imagenet`` (downloaded by torchvision) or the path of a local state dict."""
     pretext: Literal["none", "rotation", "contrastive"] = "none"
     """Warm-up: what the encoder learns on all training slices, without labels, before it is trained
@@ -209,7 +224,7 @@ class AugmentConfig(_Section):
     them."""
     horizontal_flip: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
     """Probability of a left-right flip."""
-    vertical_flip: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
+    vertical_flip: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
     """Probability of an up-down flip."""
     rotation_probability: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
     """Probability of a rotation."""
@@ -364,7 +379,8 @@ class EvaluationConfig(_Section):
     tsne_max_slices: Positive = 2000
     """Slices on a map."""
     control: str | None = None
-    """Name of the run whose figures stand beside this one's in its report."""
+    """Name of the run whose figures stand beside this one's in its report; with
+    ``num_label_draws``, its name before ``-drawI``."""
     num_label_draws: Positive = 1
     """Draws of the labelled slices, each trained on as a run ``NAME-drawI`` with the split seeds
     from ``split.seed`` on; figures over them are compared with the control's draw by draw."""
@@ -377,8 +393,9 @@ class EvaluationConfig(_Section):
 
 class TrackingConfig(_Section):
     uri: str | None = None
-    """MLflow tracking URI; ``MLFLOW_TRACKING_URI`` wins; default: a SQLite file in ``storage``. A
-    password in it is not kept with results."""
+    """MLflow tracking URI; else ``MLFLOW_TRACKING_URI``; else ``mlflow.db`` in a local ``storage``,
+    or in ``~/brainray`` of the machine that runs the job. A password in it is not kept with
+    results."""
     experiment: str = "brainray"
     """MLflow experiment; made when absent."""
 
@@ -463,7 +480,7 @@ class LabelConfig(_Section):
 class FeatureConfig(_Section):
     encoder: str = "resnet18"
     """``pixels``, or the name of a torchvision classifier, which loses its last layer."""
-    weights: str = "random"
+    weights: Location = "random"
     """``random``, ``imagenet`` (downloaded by torchvision), ``run:NAME`` (the chosen epoch of a
     brainray run) or the path of a local state dict or brainray checkpoint."""
     image_size: Annotated[int, Field(ge=16, le=2048)] = 128
@@ -581,25 +598,25 @@ class RegistryConfig(_Section):
 
 
 class Config(_Section):
-    """What a job reads; see the README for each job's own keys."""
+    """What jobs read; ``--help`` tells which settings are a job's own."""
 
     name: PlainName | None = None
     """Name of what this job makes; the same name resumes."""
     dataset: PlainName | None = None
     """Name of the image store that training reads."""
     run: PlainName | None = None
-    """Name of the run that is evaluated or sent to MLflow."""
-    checkpoint: str | None = None
-    """Path of a checkpoint folder to evaluate, instead of ``run``."""
+    """Name of the run that is evaluated, predicts, is labelled for, exported, reported or sent."""
+    checkpoint: Location | None = None
+    """Path of a checkpoint folder that evaluates, predicts or is exported, instead of ``run``."""
     epoch: Annotated[int, Field(ge=1)] | None = None
     """Epoch of ``run`` that predicts, where its checkpoint was kept; by default the chosen one."""
-    storage: str = "~/brainray"
+    storage: Location = "~/brainray"
     """Where stores and runs are kept: an absolute path or a URI that pyarrow reads."""
-    source: str | None = None
+    source: Location | None = None
     """Folder of slices: Training/ and Testing/ class folders, class folders, or bare files."""
-    sources: dict[PlainName, str] = {}
+    sources: dict[PlainName, Location] = {}
     """Several folders of slices by name, instead of ``source``, for a study."""
-    labels: str | None = None
+    labels: Location | None = None
     """CSV or Parquet with ``path``, ``label`` and optionally ``split``, ``subject``."""
     seed: int = 0
     """Seed of weights, batches, augmentation and clustering."""
@@ -638,17 +655,6 @@ class Config(_Section):
                 kept = {other: value for other, value in section.items() if other != key}
                 values = values | {name: kept}
         return values
-
-    @field_validator("storage", "source", "labels", "checkpoint")
-    @classmethod
-    def _no_secret(cls, value: str | None) -> str | None:
-        if value is not None and redacted(value) != value:
-            raise ValueError(
-                f"{redacted(value)} holds a password or key: give it in the environment "
-                "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, for example), not in the URI, "
-                "which is kept with results and shown"
-            )
-        return value
 
     def without_secrets(self) -> "Config":
         """As it may be kept with results: without the password of ``tracking.uri``."""
@@ -773,7 +779,7 @@ def to_yaml(config: Config) -> str:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise ConfigError(f"no such config file: {path}")
+        raise ConfigError(f"no such config file: {path}; those that come along are in configs/")
     with path.open("rb") as stream:
         return parse_yaml(stream.read(_MAX_CONFIG_BYTES + 1), where=str(path))
 
@@ -822,11 +828,12 @@ def _shortened(text: str, limit: int = 500) -> str:
 
 
 def _nearest(key: str) -> str:
-    section = key.rpartition(".")[0]
+    section, _, name = key.rpartition(".")
     siblings = [known for known in known_keys() if known.rpartition(".")[0] == section]
-    matches = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.8)
+    elsewhere = [known for known in known_keys() if known.rpartition(".")[2] == name]
+    matches = elsewhere or difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.8)
     if matches:
-        return f" (did you mean {matches[0]!r}?)"
+        return f" (did you mean {' or '.join(map(repr, matches[:3]))}?)"
     return f" (there are: {', '.join(siblings)})" if section and siblings else ""
 
 

@@ -26,9 +26,9 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("case", choices=sorted(CASES), metavar="CASE", help="see below")
     made.add_argument("--quick", action="store_true", help="smaller sizes, under 5 minutes")
-    made.add_argument("--source", metavar="DIR", help="real slices to measure on; else phantoms")
+    made.add_argument("--source", metavar="DIR", help="real slices; else phantoms, if they do")
     made.add_argument("--seed", type=int, default=0, help="of all that is drawn [0]")
-    made.add_argument("--config", metavar="FILE", help="settings for cases that train: labels")
+    made.add_argument("--config", metavar="FILE", help="settings of cases that train or judge runs")
     made.add_argument(
         "--set", metavar="KEY=VALUE", nargs="+", action="append", default=[], help="over --config"
     )

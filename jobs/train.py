@@ -44,6 +44,7 @@ if __name__ == "__main__":
                 "dataset",
                 "storage",
                 "seed",
+                "preprocess",
                 *TRAINING_SECTIONS,
             ],
         )

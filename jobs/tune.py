@@ -33,6 +33,7 @@ if __name__ == "__main__":
                 "dataset",
                 "storage",
                 "seed",
+                "preprocess",
                 "tune",
                 "registry",
                 *TRAINING_SECTIONS,

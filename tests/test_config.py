@@ -38,6 +38,7 @@ def test_an_override_wins_over_the_file(tmp_path: Path) -> None:
     [
         ("train.num_epoch=3", "unknown key 'train.num_epoch' (did you mean 'train.num_epochs'?)"),
         ("nonsense=1", "unknown key 'nonsense'"),
+        ("num_epochs=5", "(did you mean 'train.num_epochs' or 'self_supervision.num_epochs'?)"),
         ("objective.name=magic", "objective.name: Input should be 'joint', 'supervised'"),
         ("train.num_epochs=0", "train.num_epochs: Input should be greater than or equal to 1"),
         ("train.learning_rate=.nan", "the value must be finite"),

@@ -16,7 +16,13 @@ import ray.data
 
 from brainray.config import Config, known_keys, load_config
 from brainray.errors import ConfigError, DataError
-from brainray.orchestration.job import JobResult, resolve_paths, run_command, run_job
+from brainray.orchestration.job import (
+    JobResult,
+    resolve_paths,
+    run_command,
+    run_job,
+    unread_keys,
+)
 
 PROJECT = Path(__file__).parents[1]
 JOBS = [
@@ -71,6 +77,11 @@ def test_every_setting_is_explained_by_some_job(
         told += capsys.readouterr().out
     explained = {line.split()[0] for line in told.splitlines() if line.strip()}
     assert not [key for key in known_keys() if key not in explained]
+
+
+def test_settings_that_a_job_does_not_read_are_told() -> None:
+    overrides = ["run=x", "train.device=cpu", "classes.map.a=b", "preprocess.crop=none", "train={}"]
+    assert unread_keys(overrides, ["run", "classes", "train.device"]) == ["preprocess.crop"]
 
 
 @pytest.mark.usefixtures("ray_cluster")

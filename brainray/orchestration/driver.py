@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow.compute as pc
 import ray
 from pydantic import BaseModel
 from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -29,6 +30,7 @@ from brainray.orchestration.store import ImageStore, differing_settings, with_de
 from brainray.orchestration.train_logs import OF_RAY_TRAIN, print_once
 from brainray.orchestration.worker import train_worker
 from brainray.report.run_figures import draw_run_figures
+from brainray.schema import LABELLED, TRAIN, VALIDATION
 from brainray.storage import Folder
 
 Log = Callable[[str], None]
@@ -98,7 +100,7 @@ def begun_training(config: Config, log: Log) -> Iterator[Training]:
     config, store, workers = check_training(config)
     with held(Folder(config.storage), layout.RUNS, name_of_run(config), log):
         run, resumed = begin_run(config, store, workers.num_workers)
-        _log_beginning(run, resumed, log)
+        _log_beginning(run, resumed, config.split.labelled_fraction, store, log)
         tags = {}
         if not run.is_complete:
             tags = version_tags(record_submission(config, run, workers))
@@ -277,7 +279,9 @@ def _mean_times(history: list[dict[str, float]]) -> dict[str, float]:
     }
 
 
-def _log_beginning(run: Run, resumed: bool, log: Log) -> None:
+def _log_beginning(
+    run: Run, resumed: bool, labelled_fraction: float, store: ImageStore, log: Log
+) -> None:
     if run.is_complete:
         log(f"run {run.folder}: complete, nothing to train")
     elif resumed:
@@ -286,3 +290,11 @@ def _log_beginning(run: Run, resumed: bool, log: Log) -> None:
     else:
         counts = ", ".join(f"{count} {role}" for role, count in run.info["num_slices"].items())
         log(f"run {run.folder}: new, training slices: {counts}")
+        if labelled_fraction < 1:
+            index = store.index()
+            labels = index.filter(pc.equal(index["split"], TRAIN))["label"]
+            read = run.info["num_slices"][LABELLED] + run.info["num_slices"][VALIDATION]
+            log(
+                f"the run reads {read} of {len(labels) - labels.null_count} labels "
+                f"(split.labelled_fraction={labelled_fraction:g}; 1 reads all)"
+            )

@@ -70,7 +70,8 @@ def run_job(
         name: of the job, as in ``jobs/NAME.py``.
         description: first paragraph of ``--help``.
         work: the job itself.
-        keys: dotted config keys, or sections, that ``--help`` explains.
+        keys: dotted config keys, or sections, that the job reads and ``--help`` explains; others
+            that are set by hand are told to have no effect.
         argv: arguments; the process's own by default.
     """
     arguments = _parser(name, description, keys).parse_args(argv)
@@ -78,6 +79,8 @@ def run_job(
 
     def on_ray() -> JobResult:
         config = resolve_paths(load_config(arguments.config, overrides))
+        for key in unread_keys(overrides, keys):
+            log(f"note: jobs/{name}.py does not read {key}; --help lists what it reads")
         attach_to_ray()
         return work(config)
 
@@ -219,10 +222,24 @@ def _parser(name: str, description: str, keys: Sequence[str]) -> argparse.Argume
     return parser
 
 
+def unread_keys(overrides: Sequence[str], keys: Sequence[str]) -> list[str]:
+    """Keys of ``key=value`` overrides that neither are among ``keys`` nor hold or belong to any."""
+    given = [override.partition("=")[0].strip() for override in overrides]
+    return [
+        key
+        for key in given
+        if not any(_is_within(key, wanted) or _is_within(wanted, key) for wanted in keys)
+    ]
+
+
+def _is_within(key: str, section: str) -> bool:
+    return key == section or key.startswith(f"{section}.")
+
+
 def _describe(keys: Sequence[str]) -> str:
     lines = ["settings (in the file, or with --set) [default]:"]
     for key, text in described_keys():
-        if any(key == wanted or key.startswith(f"{wanted}.") for wanted in keys):
+        if any(_is_within(key, wanted) for wanted in keys):
             lines.append(f"  {key}")
             lines += textwrap.wrap(text, 88, initial_indent="      ", subsequent_indent="      ")
     return "\n".join(lines)

@@ -35,6 +35,8 @@ _FREE_TRAIN_KEYS = {
     "num_workers",
     "min_workers",
     "cpus_per_worker",
+    "gpus_per_worker",
+    "cache_gib",
     "max_failures",
     "collective_timeout_s",
     "device",
