@@ -33,6 +33,7 @@ RUN = "run.json"
 CONFIG = "config.yaml"
 DATASET = "dataset"  # what the store says of itself: manifest, leakage, figures
 SEEN = "seen.parquet"  # the labelled draw, and fingerprints of all that the run saw
+SEEN_BEFORE = "seen_before.parquet"  # the same of what made the weights that it started from
 TEST_SLICES = "test.parquet"  # the slices that the run is tested on
 PROVENANCE = "provenance.jsonl"  # an object for each submission that trained the run
 METRICS = "metrics.jsonl"  # one object an epoch
@@ -66,6 +67,7 @@ PARTS = "parts"  # a folder of Parquet parts of schema.FEATURES
 
 # A self-supervised encoder: storage/encoders/NAME-HASH/, with metrics.jsonl
 ENCODER = "encoder.pt"  # what encoder.weights=PATH reads; written last
+STATE = "state.pt"  # what an encoder that is not finished goes on from
 ROUNDS = "rounds"  # a Parquet file of assignments for each round of refinement
 
 # A study: storage/studies/NAME/, with config.yaml and summary.json
@@ -74,6 +76,7 @@ CELLS = "cells"  # a JSON file for each finished cell of the grid, and its assig
 TABLES = "tables"
 
 FIGURES = "figures"
+OF_STORE = {MANIFEST, IMAGES, FILES, REJECTED, DUPLICATES, LEAKAGE, LEAKAGE_TABLE, FIGURES}
 REPORT = "report.html"  # all of a run, or of an evaluation, on one page
 
 

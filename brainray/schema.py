@@ -42,7 +42,10 @@ IMAGE_STORE = pa.schema(
         ("subject_id", pa.string()),  # null where neither given nor estimated
         ("subject_source", pa.string()),  # given | estimated
         ("draw_group_id", pa.string()),  # what no draw of labels parts: copies, given subjects
-        ("kin_group_id", pa.string()),  # what validation never shares with training: also turned
+        (
+            "kin_group_id",
+            pa.string(),
+        ),  # what labelled never shares with validation
         ("split_group_id", pa.string()),  # what no split of ours parts: also estimated subjects
         ("generation", pa.int32()),  # in which run of preprocessing the slice first came
         ("skull_strip", pa.string()),  # the method used: otsu also where intracranial gave up

@@ -24,7 +24,10 @@ class Folder:
     """
 
     def __init__(self, uri: str | Path) -> None:
-        self.uri = str(uri).rstrip("/") or "/"
+        base, question, query = str(uri).partition("?" if "://" in str(uri) else "\0")
+        self._base = base.rstrip("/") or "/"
+        self._query = question + query  # such as ?region=eu-west-1, of everything in the folder
+        self.uri = self._base + self._query
         try:
             self.filesystem, self.path = pafs.FileSystem.from_uri(self.uri)
         except (pa.ArrowInvalid, ValueError, OSError) as error:
@@ -35,13 +38,22 @@ class Folder:
 
     def __truediv__(self, name: str) -> "Folder":
         self._join(name)  # refuses what leads out of this folder
-        return Folder(f"{self.uri}/{name}")
+        return Folder(f"{self._base}/{name}{self._query}")
 
     def __str__(self) -> str:
         return self.uri
 
     def __reduce__(self) -> tuple[type["Folder"], tuple[str]]:
         return Folder, (self.uri,)
+
+    @property
+    def name(self) -> str:
+        """Its last part."""
+        return self._base.rpartition("/")[2]
+
+    @property
+    def parent(self) -> "Folder":
+        return Folder((self._base.rpartition("/")[0] or "/") + self._query)
 
     @property
     def local_path(self) -> Path | None:
@@ -185,8 +197,7 @@ class Folder:
             self.filesystem.move(aside.path, self.path)
 
     def _aside(self) -> "Folder":
-        parent, _, name = self.uri.rpartition("/")
-        return Folder(f"{parent}/.{name}.replaced")
+        return self.parent / f".{self.name}.replaced"
 
     def _join(self, name: str) -> str:
         if ".." in name.split("/") or name.startswith("/") or "\0" in name:

@@ -53,6 +53,15 @@ def test_a_uri_is_a_folder_too(tmp_path: Path) -> None:
     assert folder.local_path == tmp_path
 
 
+def test_options_of_a_uri_go_with_everything_in_the_folder() -> None:
+    folder = Folder("s3://bucket/brainray/?region=eu-west-1")
+    run = folder / "runs" / "first"
+    assert run.uri == "s3://bucket/brainray/runs/first?region=eu-west-1"
+    assert (run.path, run.name) == ("bucket/brainray/runs/first", "first")
+    assert run.parent.uri == "s3://bucket/brainray/runs?region=eu-west-1"
+    assert (Folder("/a/b?c") / "d").path == "/a/b?c/d"
+
+
 def test_moving_needs_no_parent(tmp_path: Path) -> None:
     source = Folder(tmp_path) / "source"
     source.write_bytes("f", b"x")

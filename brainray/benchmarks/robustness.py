@@ -23,6 +23,7 @@ from brainray.orchestration.preparation import (
     decode_to_predict,
     read_file,
 )
+from brainray.orchestration.seen import fingerprints_of_seen
 from brainray.orchestration.source import SourceFile, list_source
 from brainray.report.style import BLUE, ORANGE, new_figure, tidy
 from brainray.report.table import markdown_table
@@ -115,11 +116,11 @@ def _test_slices(options: CaseOptions, predictor: Predictor) -> list[tuple[Sourc
 
 def _clean(slices: Sequence[tuple[SourceFile, Image]], predictor: Predictor) -> set[str]:
     """Paths; none where a run has kept no fingerprints of what it saw."""
-    seen = predictor.seen()
+    seen = fingerprints_of_seen(predictor.run_folder)
     if seen is None:
         return set()
     rows = _decoded([(file, _png(image)) for file, image in slices], predictor)
-    exposed = exposure(Fingerprints.of(rows), Fingerprints.of(seen), predictor.preprocess)
+    exposed = exposure(Fingerprints.of(rows), seen, predictor.preprocess)
     return set(rows.filter(pa.array(exposed.clean))["path"].to_pylist())
 
 

@@ -160,6 +160,8 @@ def _may_be_readable_now(store: ImageStore) -> bool:
 def _previous_store(target: Folder, settings: dict[str, Any]) -> ImageStore | None:
     target.restore()
     if not target.exists(layout.MANIFEST):
+        if target.local_path is None and set(target.names()) <= layout.OF_STORE:
+            target.delete()  # copied in part: an object store cannot rename a folder
         if target.names():
             raise DataError(f"{target} exists and is no image store: choose another name")
         return None

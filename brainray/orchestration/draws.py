@@ -9,12 +9,14 @@ from brainray.engine.draws import Metrics, summarise_draws
 from brainray.errors import ConfigError
 from brainray.orchestration.driver import TrainedRun, train
 from brainray.orchestration.run import open_run
+from brainray.orchestration.store import differing_settings
 from brainray.report.draws_table import draws_table
 from brainray.storage import Folder
 
 Log = Callable[[str], None]
 
 _TABLE = "table.md"
+_OF_DRAW = ("labelled_fraction", "validation_fraction", "seed")
 
 
 @dataclass(frozen=True)
@@ -81,10 +83,15 @@ def _figures_of(config: Config, control: str, number: int) -> Metrics:
             f"evaluation.control={control}: its run {draw_name(control, number)} is not complete; "
             "train the control on as many draws first"
         )
-    if run.info["settings"]["split"]["seed"] != config.split.seed + number:
+    drawn = _of_draw(config, number).split
+    asked = {name: getattr(drawn, name) for name in _OF_DRAW}
+    difference = differing_settings(
+        {name: run.info["settings"]["split"][name] for name in _OF_DRAW}, asked, "split."
+    )
+    if difference:
         raise ConfigError(
             f"evaluation.control={control}: its run {draw_name(control, number)} was trained on "
-            "other labels; give both the same split.seed"
+            f"other labels ({difference}); give both the same"
         )
     metrics: Metrics = run.folder.read_json(layout.SUMMARY)
     return metrics

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from brainray import errors, layout
 from brainray.config import Config
-from brainray.engine.evaluate import Metrics, chosen_epoch, summarise
+from brainray.engine.evaluate import Metrics, summarise
 from brainray.engine.state import load_checkpoint
 from brainray.errors import BrainrayError, ConfigError
 from brainray.models.encoder import build_encoder
@@ -23,11 +23,12 @@ from brainray.orchestration.pretraining import warm_up
 from brainray.orchestration.progress import Follower
 from brainray.orchestration.provenance import record_submission, version_tags
 from brainray.orchestration.publish import begin_tracking, send_run
+from brainray.orchestration.ray_train import OF_RAY_TRAIN, forget_rays_checkpoints, print_once
 from brainray.orchestration.reporting import about_software, check_compared_runs, write_run_page
 from brainray.orchestration.resources import WorkerResources, alive_nodes, plan_workers
 from brainray.orchestration.run import Run, begin_run, name_of_run
+from brainray.orchestration.seen import is_of_no_slice
 from brainray.orchestration.store import ImageStore, differing_settings, with_defaults
-from brainray.orchestration.train_logs import OF_RAY_TRAIN, print_once
 from brainray.orchestration.worker import train_worker
 from brainray.report.run_figures import draw_run_figures
 from brainray.schema import LABELLED, TRAIN, VALIDATION
@@ -36,7 +37,6 @@ from brainray.storage import Folder
 Log = Callable[[str], None]
 
 _RESIZE_INTERVAL_S = 60.0  # between looks for room for more workers
-_RAYS_LIST = "checkpoint_manager_snapshot.json"
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def begun_training(config: Config, log: Log) -> Iterator[Training]:
     config, store, workers = check_training(config)
     with held(Folder(config.storage), layout.RUNS, name_of_run(config), log):
         run, resumed = begin_run(config, store, workers.num_workers)
-        _log_beginning(run, resumed, config.split.labelled_fraction, store, log)
+        _log_beginning(run, resumed, config, store, log)
         tags = {}
         if not run.is_complete:
             tags = version_tags(record_submission(config, run, workers))
@@ -117,7 +117,7 @@ def check_training(config: Config) -> tuple[Config, ImageStore, WorkerResources]
         raise ConfigError("training needs the name of an image store: --set dataset=NAME")
     store = ImageStore.open(Folder(config.storage) / layout.DATASETS / config.dataset)
     _check_store_fits(config, store)
-    check_compared_runs(config)
+    check_compared_runs(config, store.data_hash)
     # What the config leaves out is as the store was made: prediction preprocesses by it.
     config = config.model_copy(update={"preprocess": store.preprocess})
     workers = plan_workers(config.train, alive_nodes())
@@ -158,16 +158,14 @@ def fit(training: Training, log: Log, callbacks: Sequence[Any] = ()) -> None:
         ),
         run_config=RunConfig(  # type: ignore[call-arg]  # its types are of the older one
             name=config.name,
-            storage_path=str(run.folder).rpartition("/")[0],
+            storage_path=str(run.folder.parent),
             worker_runtime_env=workers.runtime_env,
             failure_config=FailureConfig(max_failures=config.train.max_failures),
             callbacks=list(callbacks),
             logging_config=OF_RAY_TRAIN,
         ),
     )
-    # The run's folder tells which checkpoints there are. Ray's own list of them, which is not
-    # written whole or not at all, would stop the next attempt if it were cut.
-    run.folder.delete_file(_RAYS_LIST, missing_ok=True)
+    forget_rays_checkpoints(run.folder)
     result: Any = trainer.fit()
     problem = result.return_value
     if problem:
@@ -246,7 +244,8 @@ def _difference(asked: BaseModel, made: dict[str, Any], prefix: str) -> str:
 def _summarise(config: Config, run: Run) -> Metrics:
     """Figures of the chosen epoch, and under ``last/`` of the last one."""
     history = run.folder.read_json_lines(layout.METRICS)
-    chosen, last = chosen_epoch(history), len(history)
+    # What is kept as the best: a run that was begun under another rule may have chosen another.
+    chosen, last = load_checkpoint(run.folder / layout.BEST).epoch, len(history)
     metrics: Metrics = {"chosen_epoch": float(chosen), "num_epochs": float(last)}
     for epoch, folder, prefix in ((chosen, layout.BEST, ""), (last, layout.LAST, "last/")):
         checkpoint = load_checkpoint(run.folder / folder)
@@ -279,9 +278,7 @@ def _mean_times(history: list[dict[str, float]]) -> dict[str, float]:
     }
 
 
-def _log_beginning(
-    run: Run, resumed: bool, labelled_fraction: float, store: ImageStore, log: Log
-) -> None:
+def _log_beginning(run: Run, resumed: bool, config: Config, store: ImageStore, log: Log) -> None:
     if run.is_complete:
         log(f"run {run.folder}: complete, nothing to train")
     elif resumed:
@@ -290,11 +287,17 @@ def _log_beginning(
     else:
         counts = ", ".join(f"{count} {role}" for role, count in run.info["num_slices"].items())
         log(f"run {run.folder}: new, training slices: {counts}")
-        if labelled_fraction < 1:
+        if config.split.labelled_fraction < 1:
             index = store.index()
             labels = index.filter(pc.equal(index["split"], TRAIN))["label"]
             read = run.info["num_slices"][LABELLED] + run.info["num_slices"][VALIDATION]
             log(
                 f"the run reads {read} of {len(labels) - labels.null_count} labels "
-                f"(split.labelled_fraction={labelled_fraction:g}; 1 reads all)"
+                f"(split.labelled_fraction={config.split.labelled_fraction:g}; 1 reads all)"
+            )
+        weights = config.encoder.weights
+        if not is_of_no_slice(weights) and not run.folder.exists(layout.SEEN_BEFORE):
+            log(
+                f"note: nothing beside {weights} tells what it was trained on: clean and strict are "
+                "relative to the slices of this run alone"
             )

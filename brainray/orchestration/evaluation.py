@@ -23,8 +23,9 @@ from brainray.orchestration.inference import (
     find_predictor,
     predicted_blocks,
 )
-from brainray.orchestration.preparation import preprocess_file, read_file, subject_salt
+from brainray.orchestration.preparation import preprocess_file, read_file, salt_id, subject_salt
 from brainray.orchestration.reporting import about_software, explain
+from brainray.orchestration.seen import fingerprints_of_seen
 from brainray.orchestration.source import FoundFile, SourceFile, list_source
 from brainray.report.evaluation_figures import draw_evaluation_figures
 from brainray.report.page import write_evaluation_page
@@ -69,8 +70,10 @@ def evaluate(config: Config, log: Log = print, only_paths: set[str] | None = Non
         commonest = ", ".join(f"{reason} ({count})" for reason, count in reasons)
         raise DataError(f"none of the {len(files)} files in {config.source} is usable: {commonest}")
     predictions = accepted.select(PREDICTIONS.names).cast(PREDICTIONS)
-    if seen is not None:
-        exposed = exposure(Fingerprints.of(accepted), Fingerprints.of(seen), predictor.preprocess)
+    fingerprints = fingerprints_of_seen(predictor.run_folder)
+    if fingerprints is not None:
+        asked = Fingerprints.of(with_comparable_names(accepted, files, config, predictor))
+        exposed = exposure(asked, fingerprints, predictor.preprocess)
         for name, flags in (("clean", exposed.clean), ("strict", exposed.strict)):
             position = PREDICTIONS.get_field_index(name)
             predictions = predictions.set_column(position, name, pa.array(flags, pa.bool_()))
@@ -126,6 +129,22 @@ def _files_to_score(
             f"({', '.join(classes)}): rename with --set classes.map.{unknown[0]}=NAME"
         )
     return labelled
+
+
+def with_comparable_names(
+    accepted: pa.Table, files: list[SourceFile], config: Config, predictor: Predictor
+) -> pa.Table:
+    """Subjects that headers name are known to the run by hashes with its own salt: with another
+    they are nameless, so that their slices are compared by looks.
+    """
+    if predictor.subject_salt() in {None, salt_id(subject_salt(Folder(config.storage)))}:
+        return accepted
+    named = pa.array([file.path for file in files if file.subject is not None], pa.string())
+    names = pc.if_else(
+        pc.is_in(accepted["path"], named), accepted["subject_id"], pa.scalar(None, pa.string())
+    )
+    position = accepted.column_names.index("subject_id")
+    return accepted.set_column(position, "subject_id", names)
 
 
 def _load_again(config: Config, predictor: Predictor, rows: pa.Table) -> NDArray[np.uint8]:

@@ -164,9 +164,9 @@ def _facts(predictor: Predictor, name: str, metrics: Metrics) -> CardFacts:
         image_size=config.train.image_size,
         epoch=checkpoint.epoch,
         preprocessing=(
-            f"grayscale, skull strip `{preprocess.skull_strip}`, `{preprocess.resize}` to "
-            f"{preprocess.image_size} pixels, intensities `{preprocess.intensity}`, then "
-            f"area-averaged to {config.train.image_size} pixels"
+            f"grayscale, skull strip `{preprocess.skull_strip}`, crop `{preprocess.crop}`, "
+            f"intensities `{preprocess.intensity}`, `{preprocess.resize}` to "
+            f"{preprocess.image_size} pixels, then area-averaged to {config.train.image_size}"
         ),
         num_slices=read_run_info(predictor.run_folder)["num_slices"] if in_run else {},
         objective=config.objective.name,
@@ -187,8 +187,7 @@ def _figures(run: Run | None, predictor: Predictor) -> Metrics:
 def _put(local: Path, target: Folder) -> None:
     """All files at once in the place of an earlier export."""
     target.restore()
-    parent, _, name = str(target).rpartition("/")
-    building = Folder(parent) / f".{name}.building"
+    building = target.parent / f".{target.name}.building"
     building.delete()
     for path in sorted(local.rglob("*")):
         if path.is_file():

@@ -12,7 +12,6 @@ import torch
 
 from brainray import layout
 from brainray.config import Config, PreprocessConfig
-from brainray.engine.evaluate import chosen_epoch
 from brainray.engine.slice_model import SliceModel, use_all_threads
 from brainray.engine.state import Checkpoint, load_checkpoint
 from brainray.errors import CheckpointError, ConfigError
@@ -51,6 +50,13 @@ class Predictor:
             return None
         return self.run_folder.read_table(layout.SEEN)
 
+    def subject_salt(self) -> str | None:
+        """Tells which salt the run's subjects are hashed with; None where it does not say."""
+        if not self.run_folder.exists(layout.RUN):
+            return None
+        found: str | None = read_run_info(self.run_folder).get("subject_salt")
+        return found
+
     def temperature(self) -> float | None:
         """What the run fitted on its validation slices after this epoch; None without the run."""
         if not self.run_folder.exists(layout.METRICS):
@@ -80,7 +86,7 @@ def find_predictor(config: Config, purpose: str) -> Predictor:
         raise ConfigError("epoch=N chooses among a run's epochs: it goes with --set run=NAME")
     else:
         folder = Folder(str(config.checkpoint).removesuffix(f"/{layout.MODEL}"))
-        run_folder = Folder(folder.uri.rpartition("/")[0] or "/")
+        run_folder = folder.parent
     checkpoint = load_checkpoint(folder)
     info = read_run_info(run_folder) if run_folder.exists(layout.RUN) else {}
     # A store may have been made with other preprocessing than the run's config file said.
@@ -92,10 +98,7 @@ def find_predictor(config: Config, purpose: str) -> Predictor:
 
 def default_name(config: Config, predictor: Predictor) -> str:
     """Of what is made of ``config.source``: RUN-on-FOLDER."""
-    run, source = (
-        uri.rstrip("/").rpartition("/")[2] for uri in (predictor.run_folder.uri, str(config.source))
-    )
-    return f"{run}-on-{source}"
+    return f"{predictor.run_folder.name}-on-{Folder(str(config.source)).name}"
 
 
 def _checkpoint_folder(run: Run, epoch: int | None) -> Folder:
@@ -108,7 +111,8 @@ def _checkpoint_folder(run: Run, epoch: int | None) -> Folder:
     places = {number: layout.checkpoint_folder(number) for number in range(1, len(history) + 1)}
     if run.is_complete:
         places[len(history)] = layout.LAST
-    places[chosen_epoch(history)] = layout.BEST
+    # Runs that were trained by another rule of choice keep another epoch than today's there.
+    places[load_checkpoint(run.folder / layout.BEST).epoch] = layout.BEST
     kept = {
         number: place
         for number, place in places.items()

@@ -1,5 +1,7 @@
 """From one file to the rows of its slices: what preprocessing and prediction do alike."""
 
+import hashlib
+import hmac
 import os
 import secrets
 from collections.abc import Callable
@@ -78,6 +80,11 @@ def subject_salt(storage: Folder) -> bytes:
         if storage.local_path is not None:
             (storage.local_path / _SALT_FILE).chmod(0o600)
     return storage.read_bytes(_SALT_FILE)
+
+
+def salt_id(salt: bytes) -> str:
+    """Tells one salt from another and does not give it away."""
+    return hmac.new(salt, b"brainray: which salt", hashlib.sha256).hexdigest()[:12]
 
 
 DECODED = pa.schema(

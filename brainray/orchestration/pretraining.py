@@ -7,11 +7,9 @@ too, so that it is also a warm-up of the semi-supervised training.
 import hashlib
 import io
 import math
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +19,7 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -55,14 +53,19 @@ from brainray.orchestration.features import (
 )
 from brainray.orchestration.lock import held
 from brainray.orchestration.progress import PretrainingFollower
+from brainray.orchestration.ray_train import (
+    OF_RAY_TRAIN,
+    forget_rays_checkpoints,
+    print_once,
+    quiet_worker,
+)
 from brainray.orchestration.resources import WorkerResources, alive_nodes, plan_workers
+from brainray.orchestration.seen import seen_by_weights, training_slices
 from brainray.orchestration.store import ImageStore
-from brainray.orchestration.train_logs import OF_RAY_TRAIN, print_once, quiet_worker
 from brainray.orchestration.worker import failing_together, seed_of, use_threads_of_worker
 from brainray.schema import TRAIN
 from brainray.storage import Folder
 
-_STATE = "state.pt"
 _OF_ROUNDS = {
     "max_rounds",
     "round_epochs",
@@ -152,6 +155,10 @@ def pretrain(
                     num_workers = min(workers.num_workers, workers.room)
                     workers = replace(workers, num_workers=num_workers, min_workers=0)
                 target.write_json(layout.MANIFEST, made_by | {"num_workers": workers.num_workers})
+                target.write_table(layout.SEEN, training_slices(store))
+                seen_before = seen_by_weights(feature.weights, Folder(config.storage))
+                if seen_before is not None:
+                    target.write_table(layout.SEEN_BEFORE, seen_before)
                 _train(config, store, feature, weights, head, seed, workers, target, log)
                 return target
     log(f"encoder {target}: trained before, reused")
@@ -189,20 +196,21 @@ def _train(
             resources_per_worker=workers.of_worker,
         ),
         run_config=RunConfig(  # type: ignore[call-arg]  # its types are of the older one
-            name=str(target).rpartition("/")[2],
-            storage_path=str(target).rpartition("/")[0],
-            checkpoint_config=CheckpointConfig(num_to_keep=1),
+            name=target.name,
+            storage_path=str(target.parent),
             worker_runtime_env=workers.runtime_env,
             failure_config=FailureConfig(max_failures=config.train.max_failures),
             logging_config=OF_RAY_TRAIN,
         ),
     )
+    forget_rays_checkpoints(target)
     with PretrainingFollower(config.self_supervision, target, log):
         result: Any = trainer.fit()
     problem = result.return_value
     if problem:
         error_class = getattr(errors, problem["error"], BrainrayError)
         raise error_class(problem["message"])
+    target.delete_file(layout.STATE, missing_ok=True)
 
 
 def _made_by(
@@ -293,15 +301,17 @@ class _Learner:
     def learn(self) -> None:
         """The pretext's epochs, or rounds of refinement until assignments settle."""
         self.ddp = ray.train.torch.prepare_model(self.model)
-        state = _saved_state()
+        with failing_together(self.device):
+            state = _saved_state(self.folder)
         if state is not None:
             self._restore(state)
         if self.feature.lambda_cluster > 0:
             self._refine()
         else:
             self._learn_pretext(state)
-        if dist.rank() == 0:
-            self._write_encoder()
+        with failing_together(self.device):
+            if dist.rank() == 0:
+                self._write_encoder()
 
     def _learn_pretext(self, state: dict[str, Any] | None) -> None:
         num_epochs = self.settings.num_epochs
@@ -446,8 +456,7 @@ class _Learner:
         seconds = time.monotonic() - started
         row = {"epoch": float(len(self.history) + 1), **figures, "seconds": seconds}
         self.history.append(row)
-        with tempfile.TemporaryDirectory() as temporary:
-            checkpoint = None
+        with failing_together(self.device):
             if dist.rank() == 0:
                 state = {
                     "model": self.model.state_dict(),
@@ -455,12 +464,11 @@ class _Learner:
                     "optimizer": None if optimizer is None else optimizer.state_dict(),
                     "clusters": None if self.clusters is None else self.clusters.state_dict(),
                 }
-                torch.save(state, Path(temporary, _STATE))
-                checkpoint = ray.train.Checkpoint.from_directory(temporary)
-            ray.train.report({"epoch": row["epoch"]}, checkpoint=checkpoint)
-        with failing_together(self.device):
-            if dist.rank() == 0:
+                buffer = io.BytesIO()
+                torch.save(state, buffer)
+                self.folder.write_bytes(layout.STATE, buffer.getvalue())
                 self.folder.write_json_lines(layout.METRICS, self.history)
+        ray.train.report({"epoch": row["epoch"]})
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
@@ -499,14 +507,11 @@ def _read_head(folder: Folder) -> dict[str, Tensor]:
     return head
 
 
-def _saved_state() -> dict[str, Any] | None:
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
+def _saved_state(folder: Folder) -> dict[str, Any] | None:
+    if not folder.exists(layout.STATE):
         return None
-    with checkpoint.as_directory() as path:
-        state: dict[str, Any] = torch.load(
-            Path(path, _STATE), map_location="cpu", weights_only=True
-        )
+    content = io.BytesIO(folder.read_bytes(layout.STATE))
+    state: dict[str, Any] = torch.load(content, map_location="cpu", weights_only=True)
     return state
 
 

@@ -65,7 +65,7 @@ def open_tracking(
     tracker = LenientTracker(
         mlflow, warn=lambda problem: log(f"{problem}; figures are kept in {folder}")
     )
-    tracker.begin(str(folder).rpartition("/")[2], params, _tags_of_code() | dict(tags))
+    tracker.begin(folder.name, params, _tags_of_code() | dict(tags))
     return Tracking(tracker, mlflow, redacted(uri))
 
 

@@ -94,7 +94,7 @@ def write_run_page(
         config.evaluation,
         metrics,
         about,
-        control=_figures_of_control(config),
+        control=_figures_of_control(config, run),
         explained=explained,
         siblings=_predictions_of_siblings(config, run),
     )
@@ -138,21 +138,31 @@ def about_software() -> dict[str, str]:
     }
 
 
-def check_compared_runs(config: Config) -> None:
+def check_compared_runs(config: Config, data_hash: str) -> None:
     """Find the runs that the page will set beside this one: before training, not after.
 
     Raises:
-        DataError: there is no run of such a name.
+        DataError: there is no run of such a name, or it was trained on other data.
     """
     for name in filter(None, [config.evaluation.control, *config.evaluation.siblings]):
-        open_run(Folder(config.storage), name)
+        _compared_run(config, name, data_hash)
 
 
-def _figures_of_control(config: Config) -> Metrics | None:
+def _compared_run(config: Config, name: str, data_hash: str) -> Run:
+    run = open_run(Folder(config.storage), name)
+    if run.info["data_hash"] != data_hash:
+        raise DataError(
+            f"evaluation.control and siblings: {name} was trained on other data: name runs on the "
+            "same image store"
+        )
+    return run
+
+
+def _figures_of_control(config: Config, run: Run) -> Metrics | None:
     """The reported figures of ``evaluation.control``, where that run is complete."""
     if config.evaluation.control is None:
         return None
-    control = open_run(Folder(config.storage), config.evaluation.control)
+    control = _compared_run(config, config.evaluation.control, run.info["data_hash"])
     metrics: Metrics | None = None
     if control.is_complete:
         metrics = control.folder.read_json(layout.SUMMARY)
@@ -163,14 +173,9 @@ def _predictions_of_siblings(config: Config, run: Run) -> dict[str, pa.Table]:
     """By name, what complete runs of other seeds predict for the same test slices."""
     found = {}
     for name in config.evaluation.siblings:
-        sibling = open_run(Folder(config.storage), name)
+        sibling = _compared_run(config, name, run.info["data_hash"])
         if not sibling.is_complete:
             continue
-        if sibling.info["data_hash"] != run.info["data_hash"]:
-            raise DataError(
-                f"evaluation.siblings: {name} was trained on other data than {run.folder}: name "
-                "runs on the same image store"
-            )
         summary = sibling.folder.read_json(layout.SUMMARY)
         chosen = layout.predictions_file(int(summary["chosen_epoch"]))
         if sibling.folder.exists(chosen):

@@ -85,6 +85,12 @@ def plan_workers(config: TrainConfig, nodes: Sequence[NodeResources]) -> WorkerR
     eligible = [node for node in nodes if not use_gpu or node.get("GPU", 0) >= 1]
     cpus = config.cpus_per_worker or _share_of_cpus(eligible, num_workers, gpus)
     room = sum(_workers_that_fit(node, cpus, gpus) for node in eligible)
+    if use_gpu and gpus < 1 and num_workers > 1:
+        raise ConfigError(
+            f"train.gpus_per_worker={gpus:g} could put two of a run's {num_workers} workers on one "
+            "GPU, which NCCL refuses: set train.num_workers=1 (trials of a sweep share GPUs so) or "
+            "train.gpus_per_worker=1"
+        )
     if room < needed and not waits:
         needs = f"{cpus} CPU(s)" + (f" and {gpus:g} GPU(s)" if use_gpu else "")
         raise ConfigError(
@@ -92,7 +98,9 @@ def plan_workers(config: TrainConfig, nodes: Sequence[NodeResources]) -> WorkerR
             f"{room}; lower train.num_workers or train.cpus_per_worker, or set "
             "train.wait_for_nodes=true where an autoscaler brings more"
         )
-    return WorkerResources(num_workers, cpus, gpus, max(room, num_workers), config.min_workers)
+    if waits:
+        room = max(room, num_workers)
+    return WorkerResources(num_workers, cpus, gpus, room, config.min_workers)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,12 @@ from brainray.engine.recluster import check_num_clusters
 from brainray.errors import ClusteringError, ConfigError, DataError
 from brainray.mri.leakage import Fingerprints, exposure
 from brainray.mri.split import draw_roles
+from brainray.orchestration.preparation import salt_id, subject_salt
+from brainray.orchestration.seen import (
+    check_validation_is_new,
+    fingerprints_of_seen,
+    seen_by_weights,
+)
 from brainray.orchestration.store import ImageStore, differing_settings, with_defaults
 from brainray.schema import LABELLED, SEEN, TEST, TRAIN, UNLABELLED_ROLE, VALIDATION
 from brainray.storage import Folder
@@ -131,8 +137,12 @@ def begin_run(config: Config, store: ImageStore, num_workers: int) -> tuple[Run,
             f"slices ({num_fitted}): lower it"
         )
     _check_ranks(counts, num_workers)
+    before = seen_by_weights(config.encoder.weights, Folder(config.storage))
+    check_validation_is_new(config, seen, before)
     folder.write_table(layout.SEEN, seen)
-    folder.write_table(layout.TEST_SLICES, _test_slices(store, seen))
+    if before is not None:
+        folder.write_table(layout.SEEN_BEFORE, before)
+    folder.write_table(layout.TEST_SLICES, _test_slices(store, folder))
     _keep_records(store.folder, folder / layout.DATASET)
     folder.write_bytes(layout.CONFIG, to_yaml(config).encode())
     info = {
@@ -142,6 +152,7 @@ def begin_run(config: Config, store: ImageStore, num_workers: int) -> tuple[Run,
         "data_hash": store.data_hash,
         "classes": store.classes,
         "preprocess": store.preprocess.model_dump(mode="json"),
+        "subject_salt": salt_id(subject_salt(Folder(config.storage))),
         "num_slices": counts,
         "settings": settings,
     }
@@ -210,13 +221,15 @@ def _draw(config: Config, store: ImageStore) -> pa.Table:
     )
 
 
-def _test_slices(store: ImageStore, seen: pa.Table) -> pa.Table:
+def _test_slices(store: ImageStore, run: Folder) -> pa.Table:
     """The store's test slices, in the order of their predictions, with ``clean``, ``strict``."""
     index = store.index()
     test = index.filter(pc.equal(index["split"], TEST)).sort_by(
         [(name, "ascending") for name in ("sample_id", "path", "frame")]
     )
-    exposed = exposure(Fingerprints.of(test), Fingerprints.of(seen), store.preprocess)
+    seen = fingerprints_of_seen(run)
+    assert seen is not None, "written before"
+    exposed = exposure(Fingerprints.of(test), seen, store.preprocess)
     test = test.select(["sample_id", "path", "frame", "label", "thumbnail"])
     for name, flags in (("clean", exposed.clean), ("strict", exposed.strict)):
         test = test.append_column(name, pa.array(flags, pa.bool_()))

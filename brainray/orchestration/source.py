@@ -152,7 +152,9 @@ def _may_hold_slices(file: FoundFile, source: Folder) -> bool:
         return True  # to be listed among the rejected
     if file.path.lower().endswith(SUFFIXES):
         return True
-    if "." in file.path.rpartition("/")[2] or file.problem is not None:
+    # Names such as MR.1.2.840.113619.2 end as UIDs do, not in a suffix.
+    _, dot, last = file.path.rpartition("/")[2].rpartition(".")
+    if (dot and not last.isdigit()) or file.problem is not None:
         return False
     try:
         with source.filesystem.open_input_file(f"{source.path}/{file.path}") as stream:
@@ -270,10 +272,9 @@ def _from_table(found: list[FoundFile], labels: Folder) -> list[SourceFile]:
 
 
 def _read_labels(labels: Folder) -> list[dict[str, Any]]:
-    parent, _, name = str(labels).rpartition("/")
     try:
-        content = Folder(parent or "/").read_bytes(name)
-        if name.lower().endswith((".parquet", ".pq")):
+        content = labels.parent.read_bytes(labels.name)
+        if labels.name.lower().endswith((".parquet", ".pq")):
             table = pq.read_table(io.BytesIO(content))
         else:
             # Labels such as 0 and 1, or a subject 007, are names, not numbers.

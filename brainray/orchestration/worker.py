@@ -67,8 +67,8 @@ from brainray.engine.state import (
 from brainray.errors import BrainrayError, ClusteringError, DivergenceError
 from brainray.models.encoder import Encoder, EncoderOutput, build_encoder
 from brainray.orchestration.rank_data import load_rank_data
+from brainray.orchestration.ray_train import quiet_worker
 from brainray.orchestration.store import ImageStore
-from brainray.orchestration.train_logs import quiet_worker
 from brainray.schema import (
     FITTED,
     UNLABELLED,
@@ -314,8 +314,10 @@ class _Trainer:
 
         Those of the chosen epoch, unless test slices were predicted after every epoch.
         """
-        if dist.rank() == 0:
-            (self.run / layout.LAST).write_bytes(layout.MODEL, checkpoint_bytes(self._checkpoint()))
+        with failing_together(self.device):
+            if dist.rank() == 0:
+                last = checkpoint_bytes(self._checkpoint())
+                (self.run / layout.LAST).write_bytes(layout.MODEL, last)
         if self._tests_each_epoch or self._count(self.data.test) == 0:
             return
         with failing_together(self.device):
@@ -323,9 +325,10 @@ class _Trainer:
         clusters = chosen.clusters.to(self.device)
         output = self._embed(self.data.test.images, chosen.encoder.to(self.device))
         test = self._gathered(self.data.test, output, clusters)
-        if dist.rank() == 0:
-            table = predictions_table(test, self.classes, self.test_slices)
-            self.run.write_table(layout.predictions_file(chosen.epoch), table)
+        with failing_together(self.device):
+            if dist.rank() == 0:
+                table = predictions_table(test, self.classes, self.test_slices)
+                self.run.write_table(layout.predictions_file(chosen.epoch), table)
 
     def _train_epoch(self) -> EpochResult:
         try:

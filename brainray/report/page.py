@@ -198,7 +198,7 @@ def _write(folder: Folder, contents: _Contents) -> str:
 
 
 def _last_part(folder: Folder) -> str:
-    return str(folder).rpartition("/")[2]
+    return folder.name
 
 
 def _shown(table: pa.Table, limit: int) -> pa.Table:

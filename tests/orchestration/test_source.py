@@ -45,6 +45,13 @@ def test_class_folders_and_bare_files(tmp_path: Path) -> None:
     assert list_source(source, None, {}).num_ignored == 1
 
 
+def test_dicom_files_may_be_named_by_a_uid(tmp_path: Path) -> None:
+    source = make(tmp_path, "a/MR.1.2.840.113619", "a/1.2.840.10008.7", "a/notes.1")
+    for name in ("MR.1.2.840.113619", "1.2.840.10008.7"):
+        (tmp_path / "a" / name).write_bytes(bytes(128) + b"DICM")
+    assert [path for path, *_ in listed(source)] == ["a/1.2.840.10008.7", "a/MR.1.2.840.113619"]
+
+
 def test_a_labels_table_names_classes_splits_and_subjects(tmp_path: Path) -> None:
     source = make(tmp_path / "s", "x/1.jpg", "x/2.jpg", "3.jpg")
     table = tmp_path / "labels.csv"

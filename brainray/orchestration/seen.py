@@ -1,0 +1,80 @@
+"""What a run, and whatever its encoder started from, have seen: test slices are held against it."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from brainray import layout
+from brainray.config import Config
+from brainray.errors import ConfigError
+from brainray.mri.leakage import Fingerprints
+from brainray.orchestration.store import ImageStore
+from brainray.schema import LABELLED, SEEN, TRAIN, UNLABELLED_ROLE, VALIDATION
+from brainray.storage import Folder
+
+_RUN_PREFIX = "run:"
+
+
+def fingerprints_of_seen(folder: Folder) -> Fingerprints | None:
+    """Of all that the run in a folder has seen; None for a checkpoint without its run."""
+    rows = _rows_of(folder)
+    return None if rows is None else Fingerprints.of(rows)
+
+
+def seen_by_weights(weights: str, storage: Folder) -> pa.Table | None:
+    """``SEEN`` rows of what made an encoder's starting weights; None where nothing tells.
+
+    Args:
+        weights: as ``encoder.weights`` or a study's feature names them. A run's checkpoint and a
+            self-supervised encoder lie beside what they have seen.
+        storage: where ``run:NAME`` is looked for.
+    """
+    if is_of_no_slice(weights):
+        return None
+    if weights.startswith(_RUN_PREFIX):
+        return _rows_of(storage / layout.RUNS / weights.removeprefix(_RUN_PREFIX))
+    for place in list(Path(weights).absolute().parents)[:2]:
+        rows = _rows_of(Folder(place))
+        if rows is not None:
+            return rows
+    return None
+
+
+def is_of_no_slice(weights: str) -> bool:
+    """Whether starting weights were made without any MRI slice."""
+    return weights in {"random", "imagenet"}
+
+
+def training_slices(store: ImageStore) -> pa.Table:
+    """``SEEN`` rows of a store's training slices, as what learns without labels sees them."""
+    index = store.index()
+    train = index.filter(pc.equal(index["split"], TRAIN))
+    told = {
+        "role": pa.array([UNLABELLED_ROLE] * train.num_rows, pa.string()),
+        "label": pa.nulls(train.num_rows, pa.string()),
+    }
+    columns = [told[name] if name in told else train[name] for name in SEEN.names]
+    return pa.table(columns, schema=SEEN)
+
+
+def check_validation_is_new(config: Config, seen: pa.Table, before: pa.Table | None) -> None:
+    """Raises ConfigError where the starting weights have learned labels of validation slices."""
+    if before is None:
+        return
+    learned = before.filter(pc.equal(before["role"], LABELLED))["sample_id"]
+    validation = seen.filter(pc.equal(seen["role"], VALIDATION))["sample_id"]
+    num_learned = pc.sum(pc.is_in(validation, learned.combine_chunks())).as_py()
+    if num_learned:
+        raise ConfigError(
+            f"encoder.weights={config.encoder.weights} has learned the labels of {num_learned} of "
+            f"this run's {len(validation)} validation slices, which would choose its epoch: give "
+            "both the same split.seed"
+        )
+
+
+def _rows_of(folder: Folder) -> pa.Table | None:
+    tables = [
+        folder.read_table(name) for name in (layout.SEEN, layout.SEEN_BEFORE) if folder.exists(name)
+    ]
+    return pa.concat_tables(tables) if tables else None

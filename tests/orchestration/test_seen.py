@@ -1,0 +1,95 @@
+"""Test slices are held against all that a run has seen, also before it began."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from brainray.errors import ConfigError
+from brainray.orchestration.data import preprocess
+from brainray.orchestration.draws import draw_name, train_draws
+from brainray.orchestration.driver import TrainedRun
+from brainray.orchestration.evaluation import with_comparable_names
+from brainray.orchestration.inference import find_predictor
+from brainray.orchestration.preparation import SALT_VARIABLE
+from brainray.orchestration.run import begin_run
+from brainray.orchestration.seen import fingerprints_of_seen, seen_by_weights, training_slices
+from brainray.orchestration.source import FoundFile, SourceFile
+from brainray.orchestration.store import ImageStore
+from brainray.storage import Folder
+from tests.conftest import tiny_config
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+def test_what_an_encoder_was_warmed_up_on_is_not_clean(
+    storage: Path, phantoms: Path, tmp_path: Path
+) -> None:
+    """It learned on the published split; a split of our own tests on some of the same slices."""
+    seen = training_slices(ImageStore.open(Folder(storage) / "datasets" / "mri"))
+    encoder = Folder(tmp_path) / "encoders" / "published"
+    encoder.write_bytes("encoder.pt", b"its weights are not read here")
+    encoder.write_table("seen.parquet", seen)
+    learned_on = set(seen["sample_id"].to_pylist())
+
+    store = preprocess(
+        tiny_config(tmp_path, "name=own", f"source={phantoms}", "split.mode=grouped")
+    )
+    clean = {}
+    for name, weights in {"new": "random", "started": f"{encoder}/encoder.pt"}.items():
+        config = tiny_config(tmp_path, f"name={name}", "dataset=own", f"encoder.weights={weights}")
+        test = begin_run(config, store, 1)[0].folder.read_table("test.parquet")
+        clean[name] = set(test.filter(test["clean"])["sample_id"].to_pylist())
+    assert clean["new"] & learned_on
+    assert not clean["started"] & learned_on
+
+    # What starts from that run has seen what the encoder saw, too.
+    run = Folder(tmp_path) / "runs" / "started"
+    fingerprints = fingerprints_of_seen(run)
+    assert fingerprints is not None
+    assert learned_on <= set(fingerprints.sample_ids)
+    assert seen_by_weights("run:started", Folder(tmp_path)) == seen_by_weights(
+        f"{run}/best/model.pt", Folder(tmp_path)
+    )
+    assert seen_by_weights("imagenet", Folder(tmp_path)) is None
+
+
+def test_weights_that_know_the_validation_labels_are_refused(
+    storage: Path, trained: TrainedRun
+) -> None:
+    weights = f"encoder.weights={trained.run.folder}/best/model.pt"
+    store = ImageStore.open(Folder(storage) / "datasets" / "mri")
+    other = tiny_config(storage, "name=other-draw", "dataset=mri", weights, "split.seed=5")
+    with pytest.raises(ConfigError, match=r"has learned the labels of \d+ of this run's \d+ valid"):
+        begin_run(other, store, 1)
+    assert not (storage / "runs" / "other-draw").exists()
+    begin_run(tiny_config(storage, "name=same-draw", "dataset=mri", weights), store, 1)
+
+
+def test_names_hashed_with_another_salt_are_not_compared(
+    storage: Path, trained: TrainedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(storage, f"run={trained.run.info['name']}")
+    predictor = find_predictor(config, "this test")
+    by_table, by_header = (SourceFile(FoundFile(name, 1, 0), None, "glioma", None) for name in "ab")
+    by_table = SourceFile(by_table.file, None, "glioma", "patient 7")
+    accepted = pa.table({"path": ["a", "b"], "subject_id": ["patient 7", "0f3c"]})
+    files = [by_table, by_header]
+    assert with_comparable_names(accepted, files, config, predictor) == accepted
+    monkeypatch.setenv(SALT_VARIABLE, "another salt than the run's")
+    named = with_comparable_names(accepted, files, config, predictor)
+    assert named["subject_id"].to_pylist() == ["patient 7", None]
+
+
+def test_draws_are_compared_with_a_control_of_the_same_draws_only(storage: Path) -> None:
+    store = ImageStore.open(Folder(storage) / "datasets" / "mri")
+    for number in range(2):
+        control = tiny_config(
+            storage, f"name={draw_name('fewer', number)}", "dataset=mri", f"split.seed={number}"
+        )
+        run, _ = begin_run(control, store, 1)
+        run.folder.write_json("summary.json", {})
+    asked = ["name=more", "dataset=mri", "evaluation.num_label_draws=2", "evaluation.control=fewer"]
+    message = r"other labels \(split\.labelled_fraction: 0\.5 here, 0\.9 asked\)"
+    with pytest.raises(ConfigError, match=message):
+        train_draws(tiny_config(storage, *asked, "split.labelled_fraction=0.9"))
