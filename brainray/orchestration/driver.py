@@ -298,6 +298,6 @@ def _log_beginning(run: Run, resumed: bool, config: Config, store: ImageStore, l
         weights = config.encoder.weights
         if not is_of_no_slice(weights) and not run.folder.exists(layout.SEEN_BEFORE):
             log(
-                f"note: nothing beside {weights} tells what it was trained on: clean and strict are "
-                "relative to the slices of this run alone"
+                f"note: nothing beside {weights} tells what it was trained on: clean and strict "
+                "are relative to the slices of this run alone"
             )

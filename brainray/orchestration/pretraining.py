@@ -303,6 +303,7 @@ class _Learner:
         self.ddp = ray.train.torch.prepare_model(self.model)
         with failing_together(self.device):
             state = _saved_state(self.folder)
+        self._check_all_go_on_from_one(0 if state is None else len(state["history"]))
         if state is not None:
             self._restore(state)
         if self.feature.lambda_cluster > 0:
@@ -408,6 +409,16 @@ class _Learner:
         self._check_finite(losses)
         self._share_batch_statistics()
         return losses
+
+    def _check_all_go_on_from_one(self, num_done: int) -> None:
+        """A mounted file system may show a new file to some nodes only, for a while."""
+        of_first = int(dist.broadcast_from_first(torch.tensor(num_done, device=self.device)))
+        with failing_together(self.device):
+            if num_done != of_first:
+                raise BrainrayError(
+                    f"{self.folder}/{layout.STATE} is of epoch {of_first} on the first worker and "
+                    f"of {num_done} on another: submit again when storage shows all nodes the same"
+                )
 
     def _check_finite(self, losses: dict[str, float]) -> None:
         """Of all ranks' steps, so that all stop: what is saved would be reused by every run."""
