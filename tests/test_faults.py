@@ -14,6 +14,7 @@ from typing import TextIO
 
 import psutil
 import pytest
+import torch
 from mlflow import MlflowClient
 from ray._common.utils import get_system_memory
 from ray._private.utils import get_used_memory
@@ -120,6 +121,38 @@ def test_a_killed_job_submitted_again_ends_as_if_undisturbed(
     assert [line["epoch"] for line in history] == [1, 2, 3, 4, 5, 6]
     assert_same_weights(tmp_path, "whole", "killed")
     assert again["metrics"]["chosen_epoch"] == undisturbed["metrics"]["chosen_epoch"]
+
+
+def test_a_killed_warm_up_goes_on_and_leaves_the_same_encoder(
+    phantoms: Path, tmp_path: Path, config_file: Path
+) -> None:
+    warm_up = ["dataset=mri", "name=warm", "train.num_epochs=1", "encoder.pretext=contrastive"]
+    warm_up += ["encoder.pretext_image_size=16", "self_supervision.batch_size_per_worker=4"]
+    warm_up += ["self_supervision.num_epochs=6"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    made = job("preprocess", config_file, "name=mri", f"source={phantoms}", f"storage={whole}")
+    assert result(made)["status"] == "ok"
+    shutil.copytree(whole, killed)
+    assert result(job("train", config_file, *warm_up, f"storage={whole}"))["status"] == "ok"
+
+    process = job("train", config_file, *warm_up, f"storage={killed}")
+    wait_for(lambda: len(list((killed / "encoders").glob("*/metrics.jsonl"))) == 1)
+    kill_tree(process)
+    (folder,) = (killed / "encoders").iterdir()
+    done = Folder(folder).read_json_lines("metrics.jsonl")
+    assert not (folder / "encoder.pt").exists()
+    (folder / "checkpoint_manager_snapshot.json").write_text('{"half')
+
+    assert result(job("train", config_file, *warm_up, f"storage={killed}"))["status"] == "ok"
+    history = Folder(folder).read_json_lines("metrics.jsonl")
+    assert [line["epoch"] for line in history] == [1, 2, 3, 4, 5, 6]
+    assert history[: len(done)] == done
+    assert not (folder / "state.pt").exists()
+    one, two = (
+        torch.load(storage / "encoders" / folder.name / "encoder.pt", weights_only=True)["encoder"]
+        for storage in (whole, killed)
+    )
+    assert all(one[name].equal(two[name]) for name in one)
 
 
 def test_a_second_job_is_refused_and_sigterm_ends_the_first_in_order(
