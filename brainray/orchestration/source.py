@@ -31,7 +31,7 @@ _LINK_OUT = "link out of the source folder"  # whoever wrote the source may not 
 _MAX_CLASS_NAME = 100
 _LABEL_COLUMNS = ("path", "label", "split", "subject")
 
-_TASKS_PER_CPU = 8  # or a CPU would wait long for the others' last tasks
+_TASKS_OF_REST = 2  # of a CPU, were all that is left done in tasks as long as the next
 _MIN_FILES_PER_TASK, _MAX_FILES_PER_TASK = 16, 512
 _MAX_BYTES_PER_TASK = 64 * 2**20  # of files: volumes hold many slices
 
@@ -101,17 +101,27 @@ def list_source(source: Folder, labels: Folder | None, class_map: dict[str, str]
 def files_of_tasks(
     files: Sequence[FoundFile], files_per_task: int, num_cpus: int
 ) -> Iterator[Sequence[FoundFile]]:
-    """The files of each task, in order; ``files_per_task`` of 0 chooses their number."""
-    shared = -(-len(files) // (_TASKS_PER_CPU * num_cpus))
-    limit = files_per_task or min(max(shared, _MIN_FILES_PER_TASK), _MAX_FILES_PER_TASK)
+    """The files of each task, in order.
+
+    ``files_per_task`` of 0 chooses their number: guided self-scheduling (Polychronopoulos & Kuck
+    1987), whose tasks get shorter towards the end, so that no CPU waits long for the others.
+    """
     start = num_bytes = 0
+    limit = files_per_task or _guided(len(files), num_cpus)
     for end, file in enumerate(files):
         num_bytes += file.num_bytes
         if end > start and (end - start == limit or num_bytes > _MAX_BYTES_PER_TASK):
             yield files[start:end]
             start, num_bytes = end, file.num_bytes
+            limit = files_per_task or _guided(len(files) - start, num_cpus)
     if files:
         yield files[start:]
+
+
+def _guided(num_left: int, num_cpus: int) -> int:
+    """Files of the next task."""
+    share = -(-num_left // (_TASKS_OF_REST * num_cpus))
+    return min(max(share, _MIN_FILES_PER_TASK), _MAX_FILES_PER_TASK)
 
 
 def _check_class_name(name: str) -> None:

@@ -20,7 +20,12 @@ from brainray.orchestration.grid import (
 from brainray.orchestration.lock import held
 from brainray.orchestration.publish import open_tracking
 from brainray.orchestration.store import ImageStore
-from brainray.orchestration.study_data import open_stores, study_features, study_set
+from brainray.orchestration.study_data import (
+    open_stores,
+    seen_by_features,
+    study_features,
+    study_set,
+)
 from brainray.orchestration.study_report import StudyResults, write_report
 from brainray.schema import TRAIN
 from brainray.storage import Folder
@@ -76,7 +81,8 @@ def _study(
     hashes = {f"brainray.data_hash.{name}": store.data_hash for name, store in stores.items()}
     tracking = open_tracking(config, folder, flatten(config.without_secrets()), hashes, log)
     try:
-        sets = {name: study_set(store, folder) for name, store in stores.items()}
+        seen = seen_by_features(config)
+        sets = {name: study_set(store, folder, seen) for name, store in stores.items()}
         features = study_features(config, sets, weights, log)
         grid = Grid(config, folder, features.stores, {n: s.reference for n, s in sets.items()}, log)
         cells = [cell for name in sets for cell in main_cells(config, name)]

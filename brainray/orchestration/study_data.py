@@ -20,13 +20,15 @@ from brainray.orchestration.features import (
     ROW_ORDER,
     FeatureStore,
     Weights,
+    content_key,
     extract_features,
     weights_from,
 )
 from brainray.orchestration.grid import FITTED, Slices
 from brainray.orchestration.pretraining import pretrain
+from brainray.orchestration.seen import seen_by_weights, training_slices
 from brainray.orchestration.store import ImageStore
-from brainray.schema import SUBSETS, TEST, TRAIN, UNLABELLED
+from brainray.schema import SEEN, SUBSETS, TEST, TRAIN, UNLABELLED
 from brainray.storage import Folder
 
 Log = Callable[[str], None]
@@ -84,12 +86,22 @@ def open_stores(config: Config, log: Log) -> dict[str, ImageStore]:
     return {name: ImageStore.open(Folder(config.storage) / layout.DATASETS / name)}
 
 
-def study_set(store: ImageStore, folder: Folder) -> StudiedSet:
+def seen_by_features(config: Config) -> pa.Table:
+    """``SEEN`` rows of what made the starting weights of any of the study's features."""
+    tables = [
+        seen_by_weights(feature.weights, Folder(config.storage))
+        for feature in config.study.features.values()
+    ]
+    return pa.concat_tables([SEEN.empty_table(), *(rows for rows in tables if rows is not None)])
+
+
+def study_set(store: ImageStore, folder: Folder, seen_before: pa.Table) -> StudiedSet:
     """The slices of a store, which of them are fitted, held out, ``clean`` and ``strict``.
 
     Args:
         store: whose training slices are fitted.
         folder: of the study, which keeps the subsets.
+        seen_before: ``SEEN`` rows of slices that are seen besides.
 
     Raises:
         DataError: no slice to fit.
@@ -105,7 +117,7 @@ def study_set(store: ImageStore, folder: Folder) -> StudiedSet:
     labels = np.array([position.get(name, UNLABELLED) for name in names], dtype=np.int64)
     subsets = {FITTED: fitted}
     if not fitted.all():
-        held_out = _held_out(store, index, folder)
+        held_out = _held_out(store, index, folder, seen_before)
         for subset in SUBSETS:
             rows = np.zeros(len(fitted), dtype=np.bool_)
             rows[~fitted] = held_out[subset]
@@ -114,14 +126,17 @@ def study_set(store: ImageStore, folder: Folder) -> StudiedSet:
     return StudiedSet(store, slices, classes, ray.put(slices))
 
 
-def _held_out(store: ImageStore, index: pa.Table, folder: Folder) -> dict[str, np.ndarray]:
+def _held_out(
+    store: ImageStore, index: pa.Table, folder: Folder, seen_before: pa.Table
+) -> dict[str, np.ndarray]:
     """Which test slices, in the index's order, belong to each subset; kept with the study."""
-    name = f"subsets-{store.data_hash}.parquet"
+    key = content_key({"data": store.data_hash, "seen": seen_before["sample_id"].to_pylist()})
+    name = f"subsets-{key}.parquet"
     if not folder.exists(name):
         test = index.filter(pc.equal(index["split"], TEST))
-        train = index.filter(pc.equal(index["split"], TRAIN))
+        seen = pa.concat_tables([training_slices(store), seen_before])
         found = ray.get(
-            _expose.remote(Fingerprints.of(test), Fingerprints.of(train), store.preprocess)
+            _expose.remote(Fingerprints.of(test), Fingerprints.of(seen), store.preprocess)
         )
         table = pa.table({"clean": found.clean, "strict": found.strict})
         folder.write_table(name, table)

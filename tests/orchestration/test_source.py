@@ -164,20 +164,26 @@ def test_the_fingerprint_follows_paths_and_labels(tmp_path: Path) -> None:
     [
         (10, 4, 2, [4, 4, 2]),
         (0, 4, 2, []),
-        (100, 0, 1, [16] * 6 + [4]),  # no task is shorter, however few there are
-        (800, 0, 2, [50] * 16),  # eight to a CPU
-        (2000, 0, 1, [250] * 8),
-        (1500, 0, 1, [188] * 7 + [184]),
-        (10_000, 0, 1, [512] * 19 + [272]),  # and none is longer
+        (100, 0, 1, [50, 25, 16, 9]),  # half a CPU's share of what is left
+        (100, 0, 4, [16] * 6 + [4]),  # no task is shorter, however few there are
+        (300, 0, 2, [75, 57, 42, 32, 24, 18, 16, 16, 16, 4]),
     ],
 )
 def test_tasks_are_long_but_enough_for_every_cpu(
     num_files: int, files_per_task: int, num_cpus: int, sizes: list[int]
 ) -> None:
-    files = [FoundFile(f"{number}.jpg", 20_000, 0) for number in range(num_files)]
+    files = [FoundFile(f"{number}.jpg", 2_000, 0) for number in range(num_files)]
     tasks = list(files_of_tasks(files, files_per_task, num_cpus))
     assert [len(task) for task in tasks] == sizes
     assert [file for task in tasks for file in task] == files
+
+
+def test_the_first_of_many_tasks_are_long_and_the_last_short() -> None:
+    files = [FoundFile(f"{number}.jpg", 2_000, 0) for number in range(20_000)]
+    sizes = [len(task) for task in files_of_tasks(files, 0, 2)]
+    assert sizes[:36] == [512] * 36  # and none is longer
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-3] == 16
 
 
 def test_large_files_share_no_task_with_many() -> None:
