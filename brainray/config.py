@@ -393,9 +393,9 @@ class EvaluationConfig(_Section):
 
 class TrackingConfig(_Section):
     uri: str | None = None
-    """MLflow tracking URI; else ``MLFLOW_TRACKING_URI``; else ``mlflow.db`` in a local ``storage``,
-    or in ``~/brainray`` of the machine that runs the job. A password in it is not kept with
-    results."""
+    """MLflow tracking URI; ``MLFLOW_TRACKING_URI`` wins; default: ``mlflow.db`` in a local
+    ``storage``, else in ``~/brainray`` of the machine that runs the job. A password in it is not
+    kept with results."""
     experiment: str = "brainray"
     """MLflow experiment; made when absent."""
 

@@ -315,7 +315,7 @@ def artifact_location(uri: str, storage: Folder) -> str | None:
     if uri.startswith(("http://", "https://", "databricks")):
         return None
     local = storage.local_path
-    return (local / "mlartifacts").as_uri() if local is not None else f"{storage}/mlartifacts"
+    return (local / "mlartifacts").as_uri() if local is not None else str(storage / "mlartifacts")
 
 
 PARENT_TAG = "mlflow.parentRunId"

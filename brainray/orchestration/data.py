@@ -32,6 +32,7 @@ from brainray.orchestration.plan import plan_store
 from brainray.orchestration.preparation import (
     CHANGED,
     UNREADABLE,
+    salt_id,
     subject_salt,
 )
 from brainray.orchestration.slice_tasks import FOUND, TOLD, decode_part, write_parts
@@ -128,6 +129,7 @@ def _build(
         "num_files_decoded": num_decoded,
         "num_ignored_files": listing.num_ignored,
         **settings,
+        "subject_salt": salt_id(subject_salt(Folder(config.storage))),
         **plan.statistics,
         "num_rejected": rejected.num_rows,
         "rejected_reasons": dict(Counter(rejected["reason"].to_pylist()).most_common()),

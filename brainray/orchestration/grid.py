@@ -200,6 +200,7 @@ class Grid:
         folder: Folder,
         stores: Mapping[tuple[str, str, int], FeatureStore],
         slices: Mapping[str, ray.ObjectRef[Any]],
+        seen_before: str,
         log: Log,
     ) -> None:
         """
@@ -208,12 +209,15 @@ class Grid:
             folder: the study's.
             stores: features by data set, feature and seed.
             slices: `Slices` by data set.
+            seen_before: a key of what starting weights have seen, on which the held-out subsets
+                depend; empty where that is nothing.
             log: progress.
         """
         self._config = config
         self._folder = folder
         self._stores = stores
         self._slices = slices
+        self._seen_before = seen_before
         self._log = log
         self._reduced: dict[str, ray.ObjectRef[Any]] = {}
 
@@ -275,6 +279,8 @@ class Grid:
             "study": [study.depth, study.min_samples, study.max_quadratic_rows],
             "mixture": [clustering.covariance_type, clustering.reg_covar],
         }
+        if self._seen_before:
+            settings["seen_before"] = self._seen_before
         return content_key(settings)
 
     def _finished(self, cell: Cell) -> Outcome | None:

@@ -85,7 +85,8 @@ def find_predictor(config: Config, purpose: str) -> Predictor:
     elif config.epoch is not None:
         raise ConfigError("epoch=N chooses among a run's epochs: it goes with --set run=NAME")
     else:
-        folder = Folder(str(config.checkpoint).removesuffix(f"/{layout.MODEL}"))
+        folder = Folder(str(config.checkpoint))
+        folder = folder.parent if folder.name == layout.MODEL else folder
         run_folder = folder.parent
     checkpoint = load_checkpoint(folder)
     info = read_run_info(run_folder) if run_folder.exists(layout.RUN) else {}

@@ -155,14 +155,23 @@ def pretrain(
                     num_workers = min(workers.num_workers, workers.room)
                     workers = replace(workers, num_workers=num_workers, min_workers=0)
                 target.write_json(layout.MANIFEST, made_by | {"num_workers": workers.num_workers})
-                target.write_table(layout.SEEN, training_slices(store))
-                seen_before = seen_by_weights(feature.weights, Folder(config.storage))
-                if seen_before is not None:
-                    target.write_table(layout.SEEN_BEFORE, seen_before)
+                _keep_what_it_sees(config, store, feature, target)
                 _train(config, store, feature, weights, head, seed, workers, target, log)
                 return target
+    if not target.exists(layout.SEEN):  # trained when encoders did not tell
+        _keep_what_it_sees(config, store, feature, target)
     log(f"encoder {target}: trained before, reused")
     return target
+
+
+def _keep_what_it_sees(
+    config: Config, store: ImageStore, feature: FeatureConfig, target: Folder
+) -> None:
+    """Whose training starts from it holds its test slices against that."""
+    before = seen_by_weights(feature.weights, Folder(config.storage))
+    if before is not None:
+        target.write_table(layout.SEEN_BEFORE, before)
+    target.write_table(layout.SEEN, training_slices(store))
 
 
 def _train(

@@ -60,7 +60,7 @@ def open_tracking(
 ) -> Tracking:
     """An MLflow run named as the folder, which remembers it and keeps what cannot be sent."""
     storage = Folder(config.storage)
-    uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or default_uri(storage)
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or config.tracking.uri or default_uri(storage)
     mlflow = MLflowTracker(folder, uri, config.tracking.experiment, artifact_location(uri, storage))
     tracker = LenientTracker(
         mlflow, warn=lambda problem: log(f"{problem}; figures are kept in {folder}")

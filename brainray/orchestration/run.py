@@ -12,7 +12,6 @@ from brainray.engine.recluster import check_num_clusters
 from brainray.errors import ClusteringError, ConfigError, DataError
 from brainray.mri.leakage import Fingerprints, exposure
 from brainray.mri.split import draw_roles
-from brainray.orchestration.preparation import salt_id, subject_salt
 from brainray.orchestration.seen import (
     check_validation_is_new,
     fingerprints_of_seen,
@@ -37,19 +36,23 @@ _FREE_TO_CHANGE = {
     "tracking",
     "label",
 }
-_FREE_TRAIN_KEYS = {
-    "num_workers",
-    "min_workers",
-    "cpus_per_worker",
-    "gpus_per_worker",
-    "cache_gib",
-    "max_failures",
-    "collective_timeout_s",
-    "device",
-    "wait_for_nodes",
+_FREE_KEYS = {
+    "train": {
+        "num_workers",
+        "min_workers",
+        "cpus_per_worker",
+        "gpus_per_worker",
+        "cache_gib",
+        "max_failures",
+        "collective_timeout_s",
+        "device",
+        "wait_for_nodes",
+    },
+    "evaluation": {"control", "num_label_draws", "siblings"},
+    "clustering": {"on_collapse"},  # what one changes after a stop
+    "split": {"mode", "test_fraction"},
 }
-_FREE_EVALUATION_KEYS = {"control", "num_label_draws", "siblings"}
-_FREE_SPLIT_KEYS = {"mode", "test_fraction"}
+"""The same of keys in other sections."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ def begin_run(config: Config, store: ImageStore, num_workers: int) -> tuple[Run,
     settings = _settings(config)
     if folder.exists(layout.RUN):
         info = read_run_info(folder)
-        begun_with = with_defaults(info["settings"], _settings(Config()))
+        begun_with = with_defaults(_without_free(info["settings"]), _settings(Config()))
         difference = differing_settings(begun_with, settings)
         if difference:
             raise ConfigError(
@@ -152,7 +155,7 @@ def begin_run(config: Config, store: ImageStore, num_workers: int) -> tuple[Run,
         "data_hash": store.data_hash,
         "classes": store.classes,
         "preprocess": store.preprocess.model_dump(mode="json"),
-        "subject_salt": salt_id(subject_salt(Folder(config.storage))),
+        "subject_salt": store.manifest.get("subject_salt"),
         "num_slices": counts,
         "settings": settings,
     }
@@ -177,17 +180,18 @@ def _keep_records(store: Folder, kept: Folder) -> None:
 
 def _settings(config: Config) -> dict[str, Any]:
     """All that must stay as it is when a run resumes."""
-    settings = config.model_dump(mode="json", exclude=_FREE_TO_CHANGE)
-    for key in _FREE_TRAIN_KEYS:
-        del settings["train"][key]
-    for key in _FREE_EVALUATION_KEYS:
-        del settings["evaluation"][key]
-    del settings["clustering"]["on_collapse"]  # what one changes after a stop
-    for key in _FREE_SPLIT_KEYS:
-        del settings["split"][key]
+    settings = _without_free(config.model_dump(mode="json", exclude=_FREE_TO_CHANGE))
     if config.encoder.pretext == "none":
         del settings["self_supervision"]
     return settings
+
+
+def _without_free(settings: dict[str, Any]) -> dict[str, Any]:
+    """Also of a run that was begun when fewer of them were free."""
+    return settings | {
+        section: {key: value for key, value in settings[section].items() if key not in free}
+        for section, free in _FREE_KEYS.items()
+    }
 
 
 def _draw(config: Config, store: ImageStore) -> pa.Table:

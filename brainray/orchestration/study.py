@@ -21,6 +21,7 @@ from brainray.orchestration.lock import held
 from brainray.orchestration.publish import open_tracking
 from brainray.orchestration.store import ImageStore
 from brainray.orchestration.study_data import (
+    key_of_seen,
     open_stores,
     seen_by_features,
     study_features,
@@ -84,7 +85,8 @@ def _study(
         seen = seen_by_features(config)
         sets = {name: study_set(store, folder, seen) for name, store in stores.items()}
         features = study_features(config, sets, weights, log)
-        grid = Grid(config, folder, features.stores, {n: s.reference for n, s in sets.items()}, log)
+        slices = {name: each.reference for name, each in sets.items()}
+        grid = Grid(config, folder, features.stores, slices, key_of_seen(seen), log)
         cells = [cell for name in sets for cell in main_cells(config, name)]
         varied = [cell for name in sets for cell in sensitivity_cells(config, name)]
         outcomes = grid.run([*cells, *varied])

@@ -95,6 +95,12 @@ def seen_by_features(config: Config) -> pa.Table:
     return pa.concat_tables([SEEN.empty_table(), *(rows for rows in tables if rows is not None)])
 
 
+def key_of_seen(seen_before: pa.Table) -> str:
+    """Of those slices; empty where there are none."""
+    ids = seen_before["sample_id"].to_pylist()
+    return content_key({"sample_ids": ids}) if ids else ""
+
+
 def study_set(store: ImageStore, folder: Folder, seen_before: pa.Table) -> StudiedSet:
     """The slices of a store, which of them are fitted, held out, ``clean`` and ``strict``.
 
@@ -130,8 +136,8 @@ def _held_out(
     store: ImageStore, index: pa.Table, folder: Folder, seen_before: pa.Table
 ) -> dict[str, np.ndarray]:
     """Which test slices, in the index's order, belong to each subset; kept with the study."""
-    key = content_key({"data": store.data_hash, "seen": seen_before["sample_id"].to_pylist()})
-    name = f"subsets-{key}.parquet"
+    keys = (store.data_hash, key_of_seen(seen_before))
+    name = f"subsets-{'-'.join(filter(None, keys))}.parquet"
     if not folder.exists(name):
         test = index.filter(pc.equal(index["split"], TEST))
         seen = pa.concat_tables([training_slices(store), seen_before])

@@ -150,7 +150,7 @@ def _tuner(config: Config, folder: Folder, workers: WorkerResources, log: Log) -
     )
     # A stopped trial waits in Ray Train: it is ended by force, or its workers would stay.
     os.environ.setdefault("TUNE_FORCE_TRIAL_CLEANUP_S", "10")
-    path = f"{folder}/{_TUNE}"
+    path = str(folder / _TUNE)
     if tune.Tuner.can_restore(path):
         return tune.Tuner.restore(path, trainable, resume_unfinished=True)
     settings = config.tune

@@ -362,6 +362,15 @@ def test_a_run_is_not_resumed_with_other_settings(storage: Path, trained: Traine
         train(config_of(storage, "two-ranks", "train.learning_rate=1e-3"))
 
 
+def test_a_run_of_a_time_when_fewer_settings_were_free_goes_on(storage: Path) -> None:
+    store = ImageStore.open(Folder(storage) / "datasets" / "mri")
+    run, _ = begin_run(config_of(storage, "earlier"), store, 1)
+    info = run.folder.read_json("run.json")
+    info["settings"]["train"]["cache_gib"] = 4.0
+    run.folder.write_json("run.json", info)
+    assert begin_run(config_of(storage, "earlier", "train.cache_gib=2"), store, 1)[1]
+
+
 @pytest.mark.parametrize(
     ("overrides", "error", "message"),
     [
