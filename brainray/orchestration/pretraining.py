@@ -232,7 +232,7 @@ def _made_by(
     """What tells the trained weights from others, but for the number of workers."""
     train = config.train.model_dump(mode="json", include={"weight_decay", "warmup_fraction"})
     is_refined = feature.lambda_cluster > 0
-    unused = {"num_epochs", "first"} if is_refined else _OF_ROUNDS
+    unused = {"num_epochs"} if is_refined else _OF_ROUNDS
     made_by = {
         "format": layout.ENCODER_FORMAT,
         "data_hash": store.data_hash,
