@@ -145,7 +145,7 @@ class Folder:
 
     def write_table(self, name: str, table: pa.Table, row_group_size: int | None = None) -> None:
         sink = pa.BufferOutputStream()
-        pq.write_table(table, sink, compression="zstd", row_group_size=row_group_size)
+        pq.write_table(table, sink, compression="lz4", row_group_size=row_group_size)
         self.write_bytes(name, sink.getvalue().to_pybytes())
 
     def delete(self) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import psutil
 import torch
 import torch.nn.functional as F
+import torchvision
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -192,17 +193,17 @@ def _ours(
 def _bare(pixels: Tensor, steps: int) -> Callable[[], None]:
     """What a careful user writes: the same network, precision, batch and optimiser, no more."""
     device = pixels.device
-    encoder = Encoder("resnet18", NUM_CLASSES).to(device).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(encoder.parameters(), lr=1e-3, fused=True)
+    network = _torchvision_network(device)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, fused=True)
     labels = torch.arange(len(pixels), device=device) % NUM_CLASSES
     precision = resolve_precision("auto", device)
 
     def epoch() -> None:
-        encoder.train()
+        network.train()
         for _ in range(steps):
             rows = torch.randint(len(pixels), (2 * BATCH,), device=device)
             with autocast(device, precision):
-                logits = encoder(_standardised(pixels[rows])).logits
+                logits = network(_standardised(pixels[rows]))
             loss = F.cross_entropy(logits, labels[rows])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -210,6 +211,15 @@ def _bare(pixels: Tensor, steps: int) -> Callable[[], None]:
         _wait(device)
 
     return epoch
+
+
+def _torchvision_network(device: torch.device) -> nn.Module:
+    network = torchvision.models.resnet18(weights=None, num_classes=NUM_CLASSES)
+    stem = network.conv1
+    network.conv1 = nn.Conv2d(
+        1, stem.out_channels, stem.kernel_size, stem.stride, stem.padding, bias=False
+    )
+    return network.to(device).to(memory_format=torch.channels_last)
 
 
 def _standardised(pixels: Tensor) -> Tensor:
@@ -319,14 +329,14 @@ def _bare_epoch(
     """Seconds of the bare loop's training steps and of embedding, both measured on a part."""
     pixels = pixels.to(device)
     part = 8
-    encoder = Encoder("resnet18", NUM_CLASSES).to(device).to(memory_format=torch.channels_last)
+    network = _torchvision_network(device)
 
     @torch.inference_mode()
     def embedding() -> None:
-        encoder.eval()
+        network.eval()
         with autocast(device, resolve_precision("auto", device)):
             for batch in pixels.split(embed_batch_size):
-                encoder(_standardised(batch))
+                network(_standardised(batch))
         _wait(device)
 
     timed = side_by_side({"train": _bare(pixels, part), "embed": embedding}, rounds=3)

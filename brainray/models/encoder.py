@@ -10,6 +10,7 @@ import torchvision
 from torch import Tensor, nn
 
 from brainray.errors import ConfigError
+from brainray.models.small_maps import with_fast_small_maps
 
 
 class EncoderOutput(NamedTuple):
@@ -36,7 +37,7 @@ class Encoder(nn.Module):
         )
         nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
         network.fc = nn.Identity()
-        self.backbone = network
+        self.backbone = with_fast_small_maps(network)
         self.head = nn.Linear(self.embedding_dim, num_classes)
 
     def forward(self, images: Tensor) -> EncoderOutput:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from brainray.errors import ConfigError
 from brainray.models.encoder import imagenet_state
+from brainray.models.small_maps import with_fast_small_maps
 
 PIXELS = "pixels"
 
@@ -114,6 +115,7 @@ def build_feature_encoder(
         torch.manual_seed(seed)
         network = torchvision.models.get_model(name, weights=None, **_without_auxiliary(name))
     last = _remove_last_layer(network, name)
+    with_fast_small_maps(network)
     scale: tuple[Sequence[float], Sequence[float]] = ((pixel_mean,), (pixel_std,))
     if weights != "random":
         state = imagenet_state(name) if weights == "imagenet" else weights

@@ -49,9 +49,6 @@ from brainray.storage import Folder
 
 Log = Callable[[str], None]
 
-_CPUS_OF_DECODING = 0.66
-"""Half as many tasks again as CPUs: none is idle until Ray Data's executor, which looks for ended
-tasks ten times a second, has begun the next one (a wait of 0.2 s between tasks of 1.5 s)."""
 _WRITES_PER_CPU = 4
 
 
@@ -268,7 +265,7 @@ def _decode_all(
         part = {"part": f"part-{generation:04d}-{len(tables):06d}.parquet"}
         tables.append(pa.Table.from_pylist([asdict(file) | part for file in chunk], schema=FOUND))
     dataset = ray.data.from_arrow(tables).map_batches(
-        decode, batch_size=None, batch_format="pyarrow", num_cpus=_CPUS_OF_DECODING
+        decode, batch_size=None, batch_format="pyarrow"
     )
     yield from with_progress(dataset, len(files), "decoded", log)
 

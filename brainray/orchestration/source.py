@@ -32,7 +32,7 @@ _MAX_CLASS_NAME = 100
 _LABEL_COLUMNS = ("path", "label", "split", "subject")
 
 _TASKS_OF_REST = 2  # of a CPU, were all that is left done in tasks as long as the next
-_MIN_FILES_PER_TASK, _MAX_FILES_PER_TASK = 16, 512
+_MIN_FILES_PER_TASK, _MAX_FILES_PER_TASK = 16, 1024
 _MAX_BYTES_PER_TASK = 64 * 2**20  # of files: volumes hold many slices
 
 
