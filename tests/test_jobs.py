@@ -122,6 +122,20 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(
 
 
 @pytest.mark.usefixtures("ray_cluster")
+def test_the_pipeline_refuses_what_cannot_train_before_it_preprocesses(
+    phantoms: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = [f"storage={tmp_path}", f"source={phantoms}", "name=mri", "train.num_workers=64"]
+    code, last, _ = run("pipeline", ["--set", *settings], capsys, monkeypatch)
+    assert code == 2
+    assert "the Ray cluster has room for 2; lower" in last["error"]
+    assert not (tmp_path / "datasets").exists()
+
+
+@pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize("in_ray_data", [False, True])
 def test_what_a_user_can_mend_is_one_line_also_from_a_worker(
     in_ray_data: bool, capsys: pytest.CaptureFixture[str]

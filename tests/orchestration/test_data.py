@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 
@@ -12,7 +13,7 @@ from brainray.errors import DataError
 from brainray.mri.decode import decode_file
 from brainray.mri.resize import stretch
 from brainray.mri.skull_strip import apply_mask, otsu_mask
-from brainray.orchestration.data import preprocess
+from brainray.orchestration.data import _previous_store, preprocess
 from brainray.orchestration.preparation import decode_options
 from brainray.orchestration.store import ImageStore
 from brainray.schema import IMAGE_STORE
@@ -116,6 +117,25 @@ def test_a_store_of_another_version_is_refused(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text('{"format": "brainray-image-store/1"}')
     with pytest.raises(DataError, match="another version of brainray"):
         ImageStore.open(Folder(tmp_path))
+
+
+def test_a_store_cut_in_its_move_to_an_object_store_does_not_block_its_name(
+    tmp_path: Path,
+) -> None:
+    """There the files are copied one by one, the manifest last."""
+    target = Folder(tmp_path)
+    target.filesystem = pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem())
+    target.path = "datasets/mri"
+    target.write_bytes("images/part-0000-000000.parquet", b"x")
+    target.write_bytes("leakage.json", b"{}")
+    assert _previous_store(target, {}) is None
+    assert not target.exists()
+
+    target.write_bytes("images/part-0000-000000.parquet", b"x")
+    target.write_bytes("notes.txt", b"somebody's")
+    with pytest.raises(DataError, match="exists and is no image store"):
+        _previous_store(target, {})
+    assert target.read_bytes("notes.txt") == b"somebody's"
 
 
 def test_bad_files_are_recorded_and_the_rest_goes_on(phantoms: Path, tmp_path: Path) -> None:

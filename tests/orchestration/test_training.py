@@ -6,6 +6,7 @@ import signal
 from pathlib import Path
 
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import ray
@@ -24,7 +25,7 @@ from brainray.errors import (
 )
 from brainray.models.encoder import build_encoder
 from brainray.orchestration.data import preprocess
-from brainray.orchestration.driver import TrainedRun, train
+from brainray.orchestration.driver import TrainedRun, _log_beginning, train
 from brainray.orchestration.evaluation import evaluate
 from brainray.orchestration.publish import publish
 from brainray.orchestration.rank_data import load_rank_data
@@ -355,6 +356,33 @@ def test_what_cannot_train_is_refused_before_anything_is_left(
     with pytest.raises(error, match=message):
         train(config_of(storage, "refused", *overrides))
     assert not (storage / "runs" / "refused").exists()
+
+
+def test_a_new_run_tells_how_many_labels_it_reads_and_what_nothing_tells(
+    storage: Path, tmp_path: Path
+) -> None:
+    weights = tmp_path / "given.pt"
+    weights.write_bytes(b"not read here")
+    store = ImageStore.open(Folder(storage) / "datasets" / "mri")
+    index = store.index()
+    train_labels = index.filter(pc.equal(index["split"], "train"))["label"]
+    num_labels = len(train_labels) - train_labels.null_count
+    for name, share, others in [("told-half", 0.5, 1), ("told-all", 1.0, 0)]:
+        config = config_of(
+            storage, name, f"split.labelled_fraction={share}", f"encoder.weights={weights}"
+        )
+        run, _ = begin_run(config, store, 1)
+        lines: list[str] = []
+        _log_beginning(run, False, config, store, lines.append)
+        slices = run.info["num_slices"]
+        num_read = slices["labelled"] + slices["validation"]
+        assert f"{slices['labelled']} labelled" in lines[0]
+        told = [line for line in lines if line.startswith("the run reads")]
+        assert len(told) == others
+        if others:
+            assert 0.4 < num_read / num_labels < 0.6
+            assert told[0].startswith(f"the run reads {num_read} of {num_labels} labels")
+        assert f"nothing beside {weights} tells what it was trained on" in lines[-1]
 
 
 def test_a_run_is_not_resumed_with_other_settings(storage: Path, trained: TrainedRun) -> None:
