@@ -194,6 +194,32 @@ def test_a_full_disk_and_a_cut_checkpoint_leave_the_one_before(
     assert "resuming run after epoch 1" in told
 
 
+def fill_the_disk_at_the_end(once: Path) -> None:
+    original = WORKER._Trainer.finish
+
+    def finish(self: Any) -> None:
+        if rank() == 0:
+            once.touch()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+        original(self)
+
+    WORKER._Trainer.finish = finish
+
+
+def test_a_disk_that_fills_at_the_end_stops_all_ranks_and_keeps_the_last_epoch(
+    storage: Path, undisturbed: TrainedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(storage, "full-at-the-end")
+    with monkeypatch.context() as patch:
+        plant(patch, fill_the_disk_at_the_end, tmp_path / "done")
+        with pytest.raises(DataError, match="no space left to write"):
+            train(config)
+    newest = newest_resumable(Folder(storage) / "runs" / "full-at-the-end", print)
+    assert newest is not None
+    assert newest.checkpoint.epoch == 3
+    assert_same_weights(undisturbed, train(config))
+
+
 def raise_on_one_rank(once: Path) -> None:
     def run_epoch(self: Any) -> None:
         if rank() == 1:
