@@ -181,7 +181,7 @@ def test_tasks_are_long_but_enough_for_every_cpu(
 def test_the_first_of_many_tasks_are_long_and_the_last_short() -> None:
     files = [FoundFile(f"{number}.jpg", 2_000, 0) for number in range(20_000)]
     sizes = [len(task) for task in files_of_tasks(files, 0, 2)]
-    assert sizes[:36] == [512] * 36  # and none is longer
+    assert sizes[:16] == [1024] * 16  # and none is longer
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[-3] == 16
 
