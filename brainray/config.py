@@ -156,7 +156,7 @@ class PreprocessConfig(_Section):
     volume: VolumeConfig = VolumeConfig()
     files_per_task: Annotated[int, Field(ge=0)] = 0
     """Files that one Ray Data task decodes, and fewer where they are large (64 MiB together). 0
-    makes tasks of 512 to 16 files, shorter towards the end."""
+    makes tasks of 1,024 to 16 files, shorter towards the end."""
 
 
 class SplitConfig(_Section):
