@@ -69,3 +69,11 @@ def test_other_convolutions_are_left_alone() -> None:
     ]
     network = with_fast_small_maps(nn.Sequential(*layers))
     assert all(type(layer) is nn.Conv2d for layer in network)
+
+
+def test_exported_models_hold_convolutions() -> None:
+    layer = with_fast_small_maps(nn.Sequential(nn.Conv2d(8, 512, 3, padding=1))).eval()
+    program = torch.export.export(layer, (torch.zeros(2, 8, 4, 4),))
+    called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert len(called) == 1
+    assert "conv2d" in called.pop()
