@@ -259,7 +259,7 @@ class _Diagonal(LogJoint):
         self.coefficients = torch.cat([slopes, -0.5 * precisions], dim=1).to(dtype)  # (K, 2 D)
 
     def __call__(self, features: Tensor, scratch: Scratch | None = None) -> Tensor:
-        place = _memory(scratch, "log joint", self.num_components, len(features))
+        place = _memory(scratch, "log joint", self.num_components, features.shape[0])
         expanded = torch.addmm(self.at_origin, self.coefficients, features.T, out=place)
         # A squared distance of 0 may come out a rounding error below 0.
         return torch.minimum(expanded, self.at_mean, out=place).T
@@ -276,7 +276,7 @@ class _Tied(LogJoint):
         shape = features.shape
         whitened = torch.mm(features, self.factors, out=_memory(scratch, "whitened", *shape))
         squares = torch.square(whitened, out=_memory(scratch, "squares", *shape)).sum(dim=1)
-        place = _memory(scratch, "log joint", self.num_components, len(features))
+        place = _memory(scratch, "log joint", self.num_components, features.shape[0])
         expanded = torch.addmm(self.at_origin, self.means, whitened.T, out=place)
         expanded = torch.sub(expanded, squares, alpha=0.5, out=place)
         return torch.minimum(expanded, self.at_mean, out=place).T
@@ -292,11 +292,11 @@ class _Full(LogJoint):
 
     def __call__(self, features: Tensor, scratch: Scratch | None = None) -> Tensor:
         # One product for all components: (B, D) @ (D, K * D).
-        place = _memory(scratch, "side by side", len(features), self.factors.shape[1])
+        place = _memory(scratch, "side by side", features.shape[0], self.factors.shape[1])
         whitened = torch.addmm(self.shift, features, self.factors, out=place)
         squares = torch.square(whitened, out=place)
         distances = squares.view(-1, self.num_components, self.num_features).sum(dim=2)
-        place = _memory(scratch, "log joint", self.num_components, len(features))
+        place = _memory(scratch, "log joint", self.num_components, features.shape[0])
         return torch.sub(self.at_mean, distances.T, alpha=0.5, out=place).T
 
 

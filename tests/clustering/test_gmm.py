@@ -345,3 +345,17 @@ def test_rows_held_to_one_component_each_give_that_component_alone(
     }[covariance_type]
     noise = mixture.covariances_ - covariances
     torch.testing.assert_close(noise, torch.zeros_like(noise), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("covariance_type", ["spherical", "diag", "tied", "full"])
+def test_exported_graphs_take_any_number_of_rows(covariance_type: str) -> None:
+    rows = torch.randn(200, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    model = GaussianMixture(2, covariance_type=covariance_type).fit(rows)
+
+    class Graph(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return model.log_joint(x)
+
+    sizes = {"x": {0: torch.export.Dim("rows")}}
+    program = torch.export.export(Graph(), (rows[:2],), dynamic_shapes=sizes)
+    torch.testing.assert_close(program.module()(rows), model.log_joint(rows))
