@@ -348,7 +348,7 @@ def test_rows_held_to_one_component_each_give_that_component_alone(
 
 
 @pytest.mark.parametrize("covariance_type", ["spherical", "diag", "tied", "full"])
-def test_exported_graphs_take_any_number_of_rows(covariance_type: str) -> None:
+def test_exported_graphs_take_any_number_of_rows(covariance_type: CovarianceType) -> None:
     rows = torch.randn(200, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     model = GaussianMixture(2, covariance_type=covariance_type).fit(rows)
 
