@@ -193,6 +193,28 @@ def test_a_second_job_is_refused_and_sigterm_ends_the_first_in_order(
     assert records[1]["first_epoch"] > 1
 
 
+@pytest.mark.parametrize("stage", ["warm-up", "training"])
+def test_ctrl_c_ends_a_job_in_order(
+    stage: str, phantoms: Path, tmp_path: Path, config_file: Path
+) -> None:
+    made = result(job("preprocess", config_file, "name=mri", f"source={phantoms}"))
+    assert made["status"] == "ok"
+    warm_up = ["encoder.pretext=contrastive", "encoder.pretext_image_size=32"]
+    pretext = [*warm_up, "self_supervision.num_epochs=200"] if stage == "warm-up" else []
+    process = job("train", config_file, "name=cut", "dataset=mri", *pretext)
+    epochs_at = "encoders/*/metrics.jsonl" if stage == "warm-up" else "runs/cut/metrics.jsonl"
+    wait_for(lambda: bool(list(tmp_path.glob(epochs_at))) or process.poll() is not None)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all that run in it
+    started = time.monotonic()
+    ended = result(process)
+    assert process.returncode == 1
+    assert time.monotonic() - started < 30
+    assert "ended by SIGINT: submit it again under the same name" in ended["error"]
+    assert not list((tmp_path / "locks").iterdir())
+    state = Folder(tmp_path / "runs" / "cut").read_json("tracking.json")
+    assert MlflowClient(state["uri"]).get_run(state["run_id"]).info.status == "KILLED"
+
+
 def test_killed_preprocessing_workers_lose_no_slice(
     phantoms: Path, tmp_path: Path, config_file: Path
 ) -> None:

@@ -192,8 +192,9 @@ def test_relative_paths_are_resolved_here_and_refused_in_a_submitted_job(
         resolve_paths(config)
 
 
-def test_sigterm_ends_a_job_that_waits_for_ray(
-    ray_cluster: None, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGINT])
+def test_signals_end_a_job_that_waits_for_ray(
+    by: signal.Signals, ray_cluster: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     @ray.remote(num_cpus=0)
     def sleep() -> None:
@@ -201,7 +202,7 @@ def test_sigterm_ends_a_job_that_waits_for_ray(
 
     def work() -> JobResult:
         waiting = sleep.remote()
-        threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        threading.Timer(1.0, os.kill, (os.getpid(), by)).start()
         try:
             ray.get(waiting)
         finally:
@@ -216,4 +217,4 @@ def test_sigterm_ends_a_job_that_waits_for_ray(
         signal.signal(signal.SIGTERM, before)
     assert time.monotonic() - started < 30
     outcome = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert outcome["error"].startswith("ended by SIGTERM: submit it again under the same name")
+    assert outcome["error"].startswith(f"ended by {by.name}: submit it again under the same name")

@@ -95,10 +95,9 @@ def run_command(name: str, work: Callable[[], JobResult]) -> int:
             result = work()
     except Exception as error:  # the contract: every outcome ends in one JSON line
         return _fail(name, error)
-    except KeyboardInterrupt:
-        if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:
-            raise  # from the keyboard, not from the handler of SIGTERM
-        return _fail(name, Terminated(_TERMINATED))
+    except (KeyboardInterrupt, SystemExit):  # Ray Train's handler of SIGINT exits
+        by_sigterm = signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+        return _fail(name, Terminated("SIGTERM" if by_sigterm else "SIGINT"))
     _print_json(
         {
             "job": name,
@@ -126,17 +125,17 @@ def _own_connection() -> Iterator[None]:
 
 
 class Terminated(KeyboardInterrupt):
-    """The process was asked to end (SIGTERM); no ``except Exception`` is to hold it up.
+    """The process was asked to end by a signal; no ``except Exception`` is to hold it up.
 
     Of what a signal handler raises, ``ray.get`` hands on a KeyboardInterrupt alone, as a plain
     one; anything else it swallows, and waits on.
     """
 
-
-_TERMINATED = (
-    "ended by SIGTERM: submit it again under the same name, it goes on after the last finished "
-    "epoch or stage"
-)
+    def __init__(self, signal_name: str) -> None:
+        super().__init__(
+            f"ended by {signal_name}: submit it again under the same name, it goes on after the "
+            "last finished epoch or stage"
+        )
 
 
 def _end_in_order_on_sigterm() -> None:
@@ -144,7 +143,7 @@ def _end_in_order_on_sigterm() -> None:
 
     def end(number: int, _frame: FrameType | None) -> None:
         signal.signal(number, signal.SIG_IGN)  # a second one must not interrupt the ending
-        raise Terminated(_TERMINATED)
+        raise Terminated(signal.Signals(number).name)
 
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, end)

@@ -150,6 +150,8 @@ def _tuner(config: Config, folder: Folder, workers: WorkerResources, log: Log) -
     )
     # A stopped trial waits in Ray Train: it is ended by force, or its workers would stay.
     os.environ.setdefault("TUNE_FORCE_TRIAL_CLEANUP_S", "10")
+    # Tune's own handler would let an interrupted sweep end as if it were complete.
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
     path = str(folder / _TUNE)
     if tune.Tuner.can_restore(path):
         return tune.Tuner.restore(path, trainable, resume_unfinished=True)
