@@ -256,6 +256,19 @@ def test_a_run_that_is_still_training_is_not_exported(trained: TrainedRun) -> No
     assert not (Folder(runs.parent) / "exports" / "unfinished").exists()
 
 
+def test_an_epoch_is_looked_for_in_what_best_really_holds(trained: TrainedRun) -> None:
+    """Runs of an earlier version chose their epoch by another rule than today's."""
+    runs = Path(str(trained.run.folder)).parent
+    shutil.copytree(runs / "two-ranks", runs / "other-rule")
+    run = runs / "other-rule"
+    shutil.rmtree(run / "best")
+    (run / "epoch-0001").rename(run / "best")
+    (run / "epoch-0002").rename(run / "elsewhere")
+    for epoch, folder in ((1, "best"), (2, "last")):
+        found = find_predictor(config_of(trained, "run=other-rule", f"epoch={epoch}"), "the test")
+        assert (found.folder.name, found.checkpoint.epoch) == (folder, epoch)
+
+
 @pytest.mark.parametrize(
     ("overrides", "error", "message"),
     [

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -16,6 +17,7 @@ from brainray.orchestration.run import begin_run
 from brainray.orchestration.seen import fingerprints_of_seen, seen_by_weights, training_slices
 from brainray.orchestration.source import FoundFile, SourceFile
 from brainray.orchestration.store import ImageStore
+from brainray.orchestration.study_data import seen_by_features, study_set
 from brainray.storage import Folder
 from tests.conftest import tiny_config
 
@@ -52,6 +54,31 @@ def test_what_an_encoder_was_warmed_up_on_is_not_clean(
         f"{run}/best/model.pt", Folder(tmp_path)
     )
     assert seen_by_weights("imagenet", Folder(tmp_path)) is None
+
+
+def test_what_a_studys_starting_weights_have_seen_is_not_clean(
+    storage: Path, phantoms: Path, trained: TrainedRun, tmp_path: Path
+) -> None:
+    seen = trained.run.folder.read_table("seen.parquet")
+    store = preprocess(
+        tiny_config(tmp_path, "name=own", f"source={phantoms}", "split.mode=grouped")
+    )
+    name = trained.run.info["name"]
+    features = {"drawn": "random", "trained": f"run:{name}"}
+    clean = {}
+    for feature, weights in features.items():
+        config = tiny_config(
+            storage,
+            f"study.features.{feature}.encoder=resnet18",
+            f"study.features.{feature}.weights={weights}",
+        )
+        studied = study_set(store, Folder(tmp_path) / feature, seen_by_features(config)).slices
+        ids = np.asarray(studied.table["sample_id"].to_pylist())
+        clean[feature] = set(ids[studied.subsets["clean"]])
+    learned_on = set(seen["sample_id"].to_pylist())
+    assert clean["drawn"] & learned_on
+    assert clean["trained"] < clean["drawn"]
+    assert not clean["trained"] & learned_on
 
 
 def test_weights_that_know_the_validation_labels_are_refused(
