@@ -141,8 +141,9 @@ class PreprocessConfig(_Section):
     ``otsu`` would keep, where there is none): heads fill the slice, whatever the field of view."""
     resize: Literal["stretch", "letterbox"] = "stretch"
     """``stretch`` fills the square (A); ``letterbox`` keeps the aspect ratio (B)."""
-    intensity: Literal["as_is", "min_max"] = "as_is"
-    """``min_max`` stretches each slice's intensities to 0..255 before it is stored (B)."""
+    intensity: Literal["as_is", "min_max", "auto_gamma"] = "as_is"
+    """``min_max`` stretches each slice's intensities to 0..255 before it is stored (B);
+    ``auto_gamma`` then gives all slices the same median grey, by a power of their own."""
     min_side: Positive = 32
     """Files with a shorter height or width, in pixels, are rejected."""
     max_pixels: Positive = 64_000_000

@@ -6,6 +6,8 @@ from numpy.typing import NDArray
 
 from brainray.schema import THUMBNAIL_SIDE
 
+MID_GREY = 0.3  # of the full range: about what heads have without it
+
 
 def stretch(image: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
     """(H, W) to (side, side), the aspect ratio given up (METHOD A)."""
@@ -32,6 +34,23 @@ def crop_foreground(image: NDArray[np.uint8], foreground: NDArray[np.bool_]) -> 
 def min_max(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Stretch intensities linearly so that they span 0..255; a constant slice becomes 0."""
     return np.asarray(cv2.normalize(image, None, 0, 255, cv2.NORM_MINMAX), dtype=np.uint8)
+
+
+def auto_gamma(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """`min_max`, then the power that brings the median of what is above 0 to ``MID_GREY``.
+
+    A slice that was brightened, darkened or given another gamma comes out the same, up to rounding.
+
+    Source: after Babakhani & Zarei, "Automatic gamma correction based on average of brightness",
+    2015 (there the mean, of all pixels, and 0.5).
+    """
+    stretched = min_max(image)
+    histogram = cv2.calcHist([stretched], [0], None, [256], [0, 256]).ravel()
+    histogram[0] = 0.0
+    median = np.searchsorted(histogram.cumsum(), histogram.sum() / 2)
+    power = np.log(MID_GREY) / np.log(np.clip(median, 1, 254) / 255)
+    table = np.rint(255 * (np.arange(256) / 255) ** power).astype(np.uint8)
+    return np.asarray(cv2.LUT(stretched, table), dtype=np.uint8)
 
 
 def thumbnail(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
