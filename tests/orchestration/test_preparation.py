@@ -1,4 +1,4 @@
-"""Files that change or vanish while they are read, what is hashed with, and cropped slices."""
+"""Files that change or vanish while they are read; salts; what is stored of a slice."""
 
 import os
 from pathlib import Path
@@ -10,6 +10,7 @@ import pytest
 from brainray.config import PreprocessConfig
 from brainray.errors import ConfigError
 from brainray.mri.decode import RejectedImage
+from brainray.mri.resize import auto_gamma, min_max
 from brainray.orchestration.preparation import preprocess_file, read_file, subject_salt
 from brainray.orchestration.source import FoundFile, list_source
 from brainray.storage import Folder
@@ -57,6 +58,27 @@ def test_a_cropped_head_fills_the_slice_and_keeps_its_fingerprint(skull_strip: s
     assert cv2.boundingRect(cropped)[3] >= 60
     assert abs(cv2.boundingRect(cropped)[2] - 32) <= 6  # half as wide as high, as the head is
     assert fingerprint == fingerprint_of_cropped
+
+
+def test_intensities_are_stored_as_configured_and_leave_the_fingerprint() -> None:
+    image = np.zeros((80, 80), np.uint8)
+    image[10:70, 10:70] = np.random.default_rng(0).integers(40, 160, (60, 60))
+    content = cv2.imencode(".png", image)[1].tobytes()
+
+    def stored(intensity: str) -> tuple[np.ndarray, bytes]:
+        settings = {"image_size": 80, "skull_strip": "none", "intensity": intensity}
+        config = PreprocessConfig.model_validate(settings)
+        (row,) = preprocess_file(content, FoundFile("", 0, 0), config, b"salt")
+        return np.frombuffer(row["image"], np.uint8).reshape(80, 80), row["thumbnail"]
+
+    for intensity, expected in (
+        ("as_is", image),
+        ("min_max", min_max(image)),
+        ("auto_gamma", auto_gamma(image)),
+    ):
+        found, fingerprint = stored(intensity)
+        np.testing.assert_array_equal(found, expected)
+        assert fingerprint == stored("as_is")[1]
 
 
 def test_the_salt_stays_and_a_short_one_is_refused(
