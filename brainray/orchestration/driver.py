@@ -12,18 +12,23 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from torch import Tensor
 
-from brainray import errors, layout
+from brainray import layout
 from brainray.config import Config
 from brainray.engine.evaluate import Metrics, summarise
 from brainray.engine.state import load_checkpoint
-from brainray.errors import BrainrayError, ConfigError
+from brainray.errors import ConfigError
 from brainray.models.encoder import build_encoder
 from brainray.orchestration.lock import held
 from brainray.orchestration.pretraining import warm_up
 from brainray.orchestration.progress import Follower
 from brainray.orchestration.provenance import record_submission, version_tags
 from brainray.orchestration.publish import begin_tracking, send_run
-from brainray.orchestration.ray_train import OF_RAY_TRAIN, forget_rays_checkpoints, print_once
+from brainray.orchestration.ray_train import (
+    OF_RAY_TRAIN,
+    forget_rays_checkpoints,
+    print_once,
+    run_trainer,
+)
 from brainray.orchestration.reporting import about_software, check_compared_runs, write_run_page
 from brainray.orchestration.resources import WorkerResources, alive_nodes, plan_workers
 from brainray.orchestration.run import Run, begin_run, name_of_run
@@ -166,11 +171,7 @@ def fit(training: Training, log: Log, callbacks: Sequence[Any] = ()) -> None:
         ),
     )
     forget_rays_checkpoints(run.folder)
-    result: Any = trainer.fit()
-    problem = result.return_value
-    if problem:
-        error_class = getattr(errors, problem["error"], BrainrayError)
-        raise error_class(problem["message"])
+    run_trainer(trainer)
 
 
 def _start(training: Training, log: Log) -> str | Mapping[str, Tensor]:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from brainray import dist, errors, layout
+from brainray import dist, layout
 from brainray.clustering.collapse import check_collapse, measure_health
 from brainray.config import Config, FeatureConfig, parse_config
 from brainray.engine.recipe import build_optimizer, resolve_precision
@@ -58,6 +58,7 @@ from brainray.orchestration.ray_train import (
     forget_rays_checkpoints,
     print_once,
     quiet_worker,
+    run_trainer,
 )
 from brainray.orchestration.resources import WorkerResources, alive_nodes, plan_workers
 from brainray.orchestration.seen import seen_by_weights, training_slices
@@ -214,11 +215,7 @@ def _train(
     )
     forget_rays_checkpoints(target)
     with PretrainingFollower(config.self_supervision, target, log):
-        result: Any = trainer.fit()
-    problem = result.return_value
-    if problem:
-        error_class = getattr(errors, problem["error"], BrainrayError)
-        raise error_class(problem["message"])
+        run_trainer(trainer)
     target.delete_file(layout.STATE, missing_ok=True)
 
 

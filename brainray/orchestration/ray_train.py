@@ -4,9 +4,15 @@ go on from our own files.
 
 import logging
 import os
+import signal
+import threading
+from typing import Any
 
 from ray.train import LoggingConfig
+from ray.train.torch import TorchTrainer
 
+from brainray import errors
+from brainray.errors import BrainrayError
 from brainray.storage import Folder
 
 _RAYS_LIST = "checkpoint_manager_snapshot.json"
@@ -22,6 +28,25 @@ def print_once() -> None:
 def quiet_worker() -> None:
     """In a worker: Ray Train tells every report through a logger that its own level misses."""
     logging.getLogger().setLevel(logging.WARNING)
+
+
+def run_trainer(trainer: TorchTrainer) -> None:
+    """Train to the end; afterwards Ctrl-C does again what it did before, which Ray Train forgets.
+
+    Raises:
+        BrainrayError: that a worker has returned, as what it was.
+        ray.train.TrainingFailedError: workers were lost more often than is allowed.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        result: Any = trainer.fit()
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, before)
+    problem = result.return_value
+    if problem:
+        error_class = getattr(errors, problem["error"], BrainrayError)
+        raise error_class(problem["message"])
 
 
 def forget_rays_checkpoints(folder: Folder) -> None:

@@ -1,0 +1,45 @@
+"""What Ray Train leaves behind when it has trained."""
+
+import signal
+from types import FrameType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from brainray.errors import BrainrayError, DivergenceError
+from brainray.orchestration.ray_train import run_trainer
+
+
+class Trainer:
+    """Takes SIGINT for itself and keeps it, as Ray Train does."""
+
+    def __init__(self, returned: dict[str, str]) -> None:
+        self.returned = returned
+
+    def fit(self) -> SimpleNamespace:
+        def swallow(number: int, frame: FrameType | None) -> None:
+            raise AssertionError("Ray Train has it still")
+
+        signal.signal(signal.SIGINT, swallow)
+        return SimpleNamespace(return_value=self.returned)
+
+
+@pytest.mark.parametrize(
+    ("returned", "error"),
+    [
+        ({}, None),
+        ({"error": "DivergenceError", "message": "all in one"}, DivergenceError),
+        ({"error": "Unheard", "message": "of"}, BrainrayError),
+    ],
+)
+def test_ctrl_c_interrupts_again_after_a_training(
+    returned: dict[str, str], error: type[Exception] | None
+) -> None:
+    trainer: Any = Trainer(returned)
+    if error is None:
+        run_trainer(trainer)
+    else:
+        with pytest.raises(error, match=returned["message"]):
+            run_trainer(trainer)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
