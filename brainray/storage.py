@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pyarrow.parquet as pq
 from brainray.errors import ConfigError, DataError
 
 _DISK_IS_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
 
 
 class Folder:
@@ -75,23 +77,39 @@ class Folder:
                 return stream.read()
         except FileNotFoundError:
             raise DataError(f"no such file: {self.uri}/{name}") from None
+        except PermissionError:
+            raise DataError(f"{self.uri}/{name} may not be read by this user") from None
 
     def write_bytes(self, name: str, content: bytes) -> None:
         target = self._join(name)
-        self.filesystem.create_dir(target.rpartition("/")[0], recursive=True)
         temporary = _temporary(target)
+        with self._told_why_not(name, len(content)):
+            self.filesystem.create_dir(target.rpartition("/")[0], recursive=True)
+            try:
+                with self.filesystem.open_output_stream(temporary) as stream:
+                    stream.write(content)
+            except OSError:
+                self._delete_cut_file(temporary)
+                raise
+            self.filesystem.move(temporary, target)
+
+    @contextlib.contextmanager
+    def _told_why_not(self, name: str, num_bytes: int) -> Iterator[None]:
+        """What a user can mend, in place of the system's error."""
         try:
-            with self.filesystem.open_output_stream(temporary) as stream:
-                stream.write(content)
+            yield
         except OSError as error:
-            self._delete_cut_file(temporary)
             if error.errno in _DISK_IS_FULL:
                 raise DataError(
-                    f"no space left to write {self.uri}/{name} ({len(content):,} bytes): free some "
+                    f"no space left to write {self.uri}/{name} ({num_bytes:,} bytes): free some "
                     "and submit again; what was written before is whole"
                 ) from None
+            if error.errno in _NOT_ALLOWED:
+                raise DataError(
+                    f"{self.uri}/{name} cannot be written ({os.strerror(error.errno)}): give "
+                    "another storage, or the right to write there"
+                ) from None
             raise
-        self.filesystem.move(temporary, target)
 
     def _delete_cut_file(self, path: str) -> None:
         with contextlib.suppress(OSError):  # the reason why it was cut is told already
@@ -100,10 +118,11 @@ class Folder:
     def create_file(self, name: str, content: bytes) -> bool:
         """Write a file that must not exist, on a local or mounted folder; whether it did not."""
         target = self._join(name)
-        self.filesystem.create_dir(target.rpartition("/")[0], recursive=True)
         temporary = _temporary(target)
-        with self.filesystem.open_output_stream(temporary) as stream:
-            stream.write(content)
+        with self._told_why_not(name, len(content)):
+            self.filesystem.create_dir(target.rpartition("/")[0], recursive=True)
+            with self.filesystem.open_output_stream(temporary) as stream:
+                stream.write(content)
         try:
             os.link(temporary, target)  # unlike opening exclusively, never seen half-written
         except FileExistsError:

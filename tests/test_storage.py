@@ -1,5 +1,6 @@
 """Files under storage appear whole or not at all, whatever the file system."""
 
+import errno
 import os
 import pickle
 import resource
@@ -117,6 +118,28 @@ def small_files() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
     yield
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_what_cannot_be_written_or_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    folder = Folder(tmp_path / "file" / "storage")
+    for write in (folder.write_bytes, folder.create_file):
+        with pytest.raises(DataError, match=r"file/storage/a cannot be written \(Not a directory"):
+            write("a", b"x")
+    folder = Folder(tmp_path)
+    folder.write_bytes("secret", b"x")
+    monkeypatch.setattr(folder, "filesystem", _Refusing())
+    with pytest.raises(DataError, match="secret may not be read by this user"):
+        folder.read_bytes("secret")
+
+
+class _Refusing:
+    """As a file system is to those without rights; tests may run as root, who has them all."""
+
+    def open_input_file(self, path: str) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", path)
 
 
 @pytest.mark.usefixtures("small_files")
