@@ -38,7 +38,7 @@ __all__ = [
 
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "GIF", "DICOM", "NIfTI")
 SUFFIXES = (
-    *(".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".gif"),
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".tif", ".tiff", ".bmp", ".gif"),
     *(".dcm", ".dicom", ".ima", ".nii", ".nii.gz"),
 )
 """Lower-case endings of files that may hold slices; DICOM files often have none."""

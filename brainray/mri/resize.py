@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 from brainray.schema import THUMBNAIL_SIDE
 
 MID_GREY = 0.3  # of the full range: about what heads have without it
+_MAX_POWER = 4.0  # and its inverse: beyond that, most of a slice would be black or white
 
 
 def stretch(image: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
@@ -39,7 +40,8 @@ def min_max(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
 def auto_gamma(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """`min_max`, then the power that brings the median of what is above 0 to ``MID_GREY``.
 
-    A slice that was brightened, darkened or given another gamma comes out the same, up to rounding.
+    A slice that was brightened, darkened or given another gamma comes out the same, up to rounding,
+    where the power is between 1/4 and 4.
 
     Source: after Babakhani & Zarei, "Automatic gamma correction based on average of brightness",
     2015 (there the mean, of all pixels, and 0.5).
@@ -49,6 +51,7 @@ def auto_gamma(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     histogram[0] = 0.0
     median = np.searchsorted(histogram.cumsum(), histogram.sum() / 2)
     power = np.log(MID_GREY) / np.log(np.clip(median, 1, 254) / 255)
+    power = np.clip(power, 1 / _MAX_POWER, _MAX_POWER)
     table = np.rint(255 * (np.arange(256) / 255) ** power).astype(np.uint8)
     return np.asarray(cv2.LUT(stretched, table), dtype=np.uint8)
 

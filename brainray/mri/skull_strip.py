@@ -8,6 +8,9 @@ BLUR_SIGMA = 3.0  # pixels
 THRESHOLD_RELAXATION = 5  # of 0..255
 KERNEL_RADIUS = 5  # pixels
 
+FRAME_LEVEL = 240  # of 0..255: white paper, after JPEG
+FRAME_SHARE = 0.25  # of the outermost pixels
+
 _KERNEL = cv2.getStructuringElement(
     cv2.MORPH_ELLIPSE, (2 * KERNEL_RADIUS + 1, 2 * KERNEL_RADIUS + 1)
 )
@@ -35,6 +38,26 @@ def _fixed_point_gaussian(sigma: float) -> NDArray[np.float32]:
 
 
 _BLUR_WEIGHTS = _fixed_point_gaussian(BLUR_SIGMA)
+
+
+def without_frame(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """(H, W) with a white border, bar or page around the head set to 0, as screenshots have them.
+
+    To Otsu's threshold they are the foreground, and the head is what it removes. White that touches
+    the edge of the image is taken off where it makes up a quarter of that edge: hardly any head
+    does.
+    """
+    at_edge = np.ones(image.shape, np.bool_)
+    at_edge[1:-1, 1:-1] = False
+    white = image >= FRAME_LEVEL
+    if np.count_nonzero(white & at_edge) < FRAME_SHARE * np.count_nonzero(at_edge):
+        return image
+    _, labels = cv2.connectedComponents(white.astype(np.uint8), connectivity=8)
+    is_frame = np.zeros(labels.max() + 1, np.uint8)
+    is_frame[labels[white & at_edge]] = 1
+    # JPEG leaves grey beside white.
+    frame = cv2.dilate(is_frame[labels], np.ones((3, 3), np.uint8))
+    return np.asarray(image * (1 - frame), np.uint8)
 
 
 def otsu_mask(image: NDArray[np.uint8]) -> NDArray[np.bool_]:

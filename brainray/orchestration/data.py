@@ -21,7 +21,7 @@ import ray
 import ray.data
 
 from brainray import layout
-from brainray.config import Config
+from brainray.config import Config, PreprocessConfig, SplitConfig
 from brainray.errors import ConfigError, DataError
 from brainray.mri.duplicates import thumbnail_matrix
 from brainray.mri.row_file import RowFile
@@ -42,6 +42,7 @@ from brainray.orchestration.store import (
     describe,
     differing_settings,
     settings_of,
+    with_defaults,
 )
 from brainray.report.leakage_table import leakage_table
 from brainray.schema import IMAGE_STORE, REJECTED, THUMBNAIL_SIDE
@@ -76,7 +77,10 @@ def preprocess(config: Config, log: Log = print) -> ImageStore:
         if previous is not None and is_same and not _may_be_readable_now(previous):
             log(f"image store {target}: made with the same settings and files, reused")
             return previous
-        log(f"preprocessing {len(listing.files)} files of {source}")
+        ignored = (
+            f"; {listing.num_ignored} of other types are ignored" if listing.num_ignored else ""
+        )
+        log(f"preprocessing {len(listing.files)} files of {source}{ignored}")
         building.delete()
         try:
             manifest = _build(config, listing, settings, previous, building, log)
@@ -165,7 +169,9 @@ def _previous_store(target: Folder, settings: dict[str, Any]) -> ImageStore | No
             raise DataError(f"{target} exists and is no image store: choose another name")
         return None
     store = ImageStore.open(target)
-    stored = {key: store.manifest[key] for key in settings}
+    # What an earlier version did not know, it did as the default does.
+    defaults = settings_of(PreprocessConfig(), SplitConfig(), {}, drawn=False)
+    stored = with_defaults({key: store.manifest[key] for key in settings}, defaults)
     difference = differing_settings(stored, settings)
     if difference:
         raise DataError(

@@ -24,7 +24,7 @@ from brainray.mri.decode import (
 )
 from brainray.mri.identity import content_hash, sample_id
 from brainray.mri.intracranial import MIN_CONFIDENCE, intracranial_mask
-from brainray.mri.skull_strip import apply_mask, otsu_mask
+from brainray.mri.skull_strip import apply_mask, otsu_mask, without_frame
 from brainray.orchestration.source import FoundFile, SourceFile
 from brainray.storage import Folder
 
@@ -210,8 +210,9 @@ def strip(image: NDArray[np.uint8], method: str) -> tuple[NDArray[np.bool_] | No
 
 def _slice_columns(decoded: DecodedSlice, config: PreprocessConfig) -> dict[str, Any]:
     """The thumbnail is of the slice before stripping: a fingerprint must not depend on a mask."""
-    mask, method = strip(decoded.image, config.skull_strip)
-    image = decoded.image if mask is None else apply_mask(decoded.image, mask)
+    image = without_frame(decoded.image) if config.frame == "remove" else decoded.image
+    mask, method = strip(image, config.skull_strip)
+    image = image if mask is None else apply_mask(image, mask)
     if config.crop == "foreground":
         image = resize.crop_foreground(image, otsu_mask(image) if mask is None else mask)
     if config.intensity == "min_max":

@@ -6,7 +6,14 @@ import pytest
 from numpy.typing import NDArray
 
 from brainray.mri.phantom import CLASSES, ORIENTATIONS, make_slice
-from brainray.mri.skull_strip import KERNEL_RADIUS, _dilate, _erode, apply_mask, otsu_mask
+from brainray.mri.skull_strip import (
+    KERNEL_RADIUS,
+    _dilate,
+    _erode,
+    apply_mask,
+    otsu_mask,
+    without_frame,
+)
 
 
 def straightforward_otsu_mask(image: NDArray[np.uint8]) -> NDArray[np.bool_]:
@@ -112,6 +119,43 @@ def test_a_phantoms_brain_is_kept_and_its_background_goes(orientation: str) -> N
     mask = otsu_mask(phantom.image)
     assert (mask & phantom.brain_mask).sum() / phantom.brain_mask.sum() > 0.85
     assert not mask[0, 0]
+
+
+def framed(image: np.ndarray, kind: str) -> np.ndarray:
+    white = image.copy()
+    if kind == "border":
+        white = np.pad(image, 12, constant_values=255)
+    elif kind == "bar":
+        white = np.pad(image, ((0, 40), (0, 0)), constant_values=255)
+    elif kind == "page":
+        hull = cv2.convexHull(cv2.findNonZero((image > 40).astype(np.uint8)))
+        white[cv2.fillConvexPoly(np.zeros_like(image), hull, 1) == 0] = 255
+    encoded = cv2.imencode(".jpg", white, [cv2.IMWRITE_JPEG_QUALITY, 85])[1]
+    return np.asarray(cv2.imdecode(encoded, cv2.IMREAD_GRAYSCALE))
+
+
+@pytest.mark.parametrize("kind", ["border", "bar", "page"])
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_a_white_frame_is_taken_off_and_the_head_stays(orientation: str, kind: str) -> None:
+    phantom = make_slice("meningioma", np.random.default_rng(5), orientation=orientation)
+    image = framed(phantom.image, kind)
+    height, width = phantom.image.shape
+    top, left = (12, 12) if kind == "border" else (0, 0)
+    here = np.s_[top : top + height, left : left + width]
+    brain = phantom.brain_mask
+    assert (otsu_mask(image)[here] & brain).sum() < 0.5 * brain.sum()  # the head is lost with it
+    cleaned = without_frame(image)
+    assert (otsu_mask(cleaned)[here] & brain).sum() > 0.85 * brain.sum()
+    np.testing.assert_array_equal(cleaned[here][brain], image[here][brain])
+
+
+def test_an_image_without_a_frame_is_left_as_it_is() -> None:
+    head = disc(60, 255)
+    assert without_frame(head) is head
+    captioned = head.copy()
+    captioned[:10, :40] = 255  # less than a quarter of the edge
+    assert without_frame(captioned) is captioned
+    assert not without_frame(np.full((20, 20), 255, np.uint8)).any()
 
 
 def test_masking_keeps_inside_values_and_clears_the_rest() -> None:

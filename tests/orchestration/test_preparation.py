@@ -60,6 +60,24 @@ def test_a_cropped_head_fills_the_slice_and_keeps_its_fingerprint(skull_strip: s
     assert fingerprint == fingerprint_of_cropped
 
 
+def test_a_white_frame_goes_where_it_is_asked_for() -> None:
+    image = np.zeros((200, 200), np.uint8)
+    image[40:160, 50:150] = np.random.default_rng(0).integers(90, 160, (120, 100))
+    content = cv2.imencode(".png", np.pad(image, 20, constant_values=255))[1].tobytes()
+
+    def stored(frame: str) -> tuple[np.ndarray, bytes]:
+        config = PreprocessConfig.model_validate({"image_size": 240, "frame": frame})
+        (row,) = preprocess_file(content, FoundFile("", 0, 0), config, b"salt")
+        return np.frombuffer(row["image"], np.uint8).reshape(240, 240), row["thumbnail"]
+
+    kept, fingerprint = stored("keep")
+    assert kept[120, 120] == 0
+    removed, fingerprint_of_removed = stored("remove")
+    np.testing.assert_array_equal(removed[70:170, 80:160], image[50:150, 60:140])
+    assert removed[0].max() == 0
+    assert fingerprint == fingerprint_of_removed
+
+
 def test_intensities_are_stored_as_configured_and_leave_the_fingerprint() -> None:
     image = np.zeros((80, 80), np.uint8)
     image[10:70, 10:70] = np.random.default_rng(0).integers(40, 160, (60, 60))
