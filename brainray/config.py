@@ -35,6 +35,7 @@ ClustererName = Literal[
     "kmeans", "gmm", "agglomerative", "agglomerative_depth", "dbscan", "spectral", "hdbscan"
 ]
 
+_CLASS_MAP = "classes.map."
 _MAX_CONFIG_BYTES = 1_000_000
 _MAX_PROBLEMS = 10  # in one error
 _GONE = (  # settings of earlier versions: section, name, and the default, which did nothing
@@ -81,8 +82,10 @@ class _Section(BaseModel):
 
 
 class ClassesConfig(_Section):
-    map: dict[str, str] = {}
-    """Renames of class folders or label values, for example ``glioma_tumor: glioma``."""
+    map: dict[str, str | None] = {}
+    """Renames of class folders or label values, for example ``glioma_tumor: glioma``; null takes
+    the label away: in training its slices count as unlabelled, in an evaluation they are left out.
+    """
 
 
 class NearDuplicateConfig(_Section):
@@ -136,6 +139,9 @@ class PreprocessConfig(_Section):
     skull_strip: Literal["otsu", "intracranial", "none"] = "otsu"
     """``otsu`` is METHOD A's: it removes the background and little else; ``intracranial`` removes
     skull, scalp, eyes and face too, and leaves a slice to ``otsu`` where it is not sure."""
+    frame: Literal["keep", "remove"] = "keep"
+    """``remove`` takes off a white border, bar or page around the head, as screenshots have them,
+    before the skull strip, which would take them for the head."""
     crop: Literal["none", "foreground"] = "none"
     """``foreground`` crops each slice to the bounding box of what the skull strip keeps (of what
     ``otsu`` would keep, where there is none): heads fill the slice, whatever the field of view."""
@@ -762,7 +768,9 @@ def parse_yaml(content: bytes, where: str) -> dict[str, Any]:
 class _PlainLoader(yaml.SafeLoader):
     """Plain values: SafeLoader refuses tags of Python objects, and this one aliases.
 
-    A few lines of aliases to aliases stand for more values than any memory holds.
+    A few lines of aliases to aliases stand for more values than any memory holds. Which words are
+    no text is by the core schema of YAML 1.2: ``no``, ``010``, ``1_000`` and ``12:30``, which 1.1
+    takes for a truth value and numbers, are names like any other.
     """
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
@@ -770,6 +778,23 @@ class _PlainLoader(yaml.SafeLoader):
             mark = self.peek_event().start_mark
             raise yaml.MarkedYAMLError(problem="aliases (*name) are not read", problem_mark=mark)
         return super().compose_node(parent, index)
+
+
+_PlainLoader.yaml_implicit_resolvers = {}
+for _kind, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?(0|[1-9][0-9]*)", list("-+0123456789")),
+    (
+        "float",
+        r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+"
+        r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+):
+    _PlainLoader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_kind}", re.compile(f"^(?:{_pattern})$"), _first
+    )
 
 
 def to_yaml(config: Config) -> str:
@@ -789,12 +814,15 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key.strip():
         raise ConfigError(f"--set {override!r}: write dotted.key=value")
+    parents, leaf = key.strip().split(".")[:-1], key.strip().split(".")[-1]
+    if key.startswith(_CLASS_MAP):  # names of classes may hold '.' and '='
+        key, _, text = override.rpartition("=")
+        parents, leaf = ["classes", "map"], key.removeprefix(_CLASS_MAP).strip()
     try:
         # YAML would take the rest of a path with " #" in it for a comment.
         value = text if " #" in text else yaml.load(text, _PlainLoader)
     except Exception:  # as in a file: PyYAML raises nearly anything
         value = text
-    *parents, leaf = key.strip().split(".")
     node = tree
     for parent in parents:
         child = node.setdefault(parent, {})
@@ -803,7 +831,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         node = child
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"--set {override!r}: the value must be finite")
-    node[leaf] = value
+    # A number in the place of a name is that name, as typed; elsewhere it becomes a number again.
+    node[leaf] = text.strip() if isinstance(value, bool | int | float) else value
 
 
 def _explain(error: ValidationError) -> str:

@@ -64,6 +64,23 @@ def test_names_and_paths_are_taken_as_written() -> None:
     assert config.classes.map == {"0": "notumor"}
 
 
+@pytest.mark.parametrize("name", ["010", "1_000", "20240101_1", "1e5", "1.10", "no", "true"])
+def test_a_name_that_looks_like_a_number_stays_what_was_typed(name: str) -> None:
+    assert load_config(None, [f"run={name}"]).run == name
+    assert load_config(None, [f"classes.map.x={name}"]).classes.map == {"x": name}
+
+
+def test_class_names_may_hold_what_yaml_and_keys_do_not(tmp_path: Path) -> None:
+    overrides = ["1.glioma=glioma", "grade=2=low", "a b=c", "odd=null"]
+    config = load_config(None, [f"classes.map.{override}" for override in overrides])
+    assert config.classes.map == {"1.glioma": "glioma", "grade=2": "low", "a b": "c", "odd": None}
+    assert parse_config(yaml.safe_load(to_yaml(config))) == config
+    path = tmp_path / "c.yaml"
+    path.write_text("classes:\n  map: {yes: tumor, no: notumor}\ntrain: {learning_rate: 1e-4}\n")
+    assert load_config(path).classes.map == {"yes": "tumor", "no": "notumor"}
+    assert load_config(path).train.learning_rate == 1e-4
+
+
 @pytest.mark.parametrize("content", ["a: [1", "- 1\n- 2\n", "!!python/object:os.system {}\n"])
 def test_a_file_that_is_no_config_is_refused(tmp_path: Path, content: str) -> None:
     path = tmp_path / "c.yaml"
@@ -86,7 +103,7 @@ BOMB = "a: &a [x, x]\n" + "".join(
         ("name: !!python/name:os.system", "could not determine a constructor"),
         (BOMB, "aliases"),
         (NESTED, "is not valid YAML"),
-        ("seed: 2024-99-99", "month must be in"),
+        ("seed: 2024-99-99", "seed: Input should be a valid integer"),
         ("name: x\n" + "#" * 1_000_000, "larger than 1000000 bytes"),
         ("train: {learning_rate: .inf}", "train.learning_rate: Input should be a finite number"),
         ("name: " + "x" * 900_000, "not a plain name"),

@@ -29,7 +29,7 @@ from brainray.mri.split import draw_test
 from brainray.mri.subjects import estimate_subjects
 from brainray.orchestration.earlier import FILES, Earlier
 from brainray.orchestration.leakage import leakage_report
-from brainray.orchestration.source import Listing
+from brainray.orchestration.source import Listing, renaming_advice
 from brainray.orchestration.store import count_by_split_and_class
 from brainray.schema import DUPLICATES, ESTIMATED, GIVEN, TEST, TRAIN
 
@@ -325,9 +325,8 @@ def _check_classes(rows: pa.Table) -> list[str]:
     unknown = sorted(by_split[TEST] - by_split[TRAIN])
     if unknown and by_split[TRAIN]:
         raise DataError(
-            f"the test slices have class {unknown[0]!r}, the training slices have "
-            f"{', '.join(sorted(by_split[TRAIN]))}: rename with "
-            f"--set classes.map.{unknown[0]}=NAME"
+            f"the test slices have class {', '.join(map(repr, unknown))}, the training slices have "
+            f"{', '.join(sorted(by_split[TRAIN]))}: {renaming_advice(unknown)}"
         )
     return sorted(by_split[TRAIN])
 

@@ -4,8 +4,9 @@ import hashlib
 import io
 import json
 import os
+import shlex
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,6 +31,7 @@ _SPLIT_FOLDERS = {
 _LINK_OUT = "link out of the source folder"  # whoever wrote the source may not read all of ours
 _MAX_CLASS_NAME = 100
 _LABEL_COLUMNS = ("path", "label", "split", "subject")
+_MISSING = ("", "NA", "N/A", "n/a", "<NA>", "NaN", "nan", "NULL", "null")  # as R, pandas, SQL write
 
 _TASKS_OF_REST = 2  # of a CPU, were all that is left done in tasks as long as the next
 _MIN_FILES_PER_TASK, _MAX_FILES_PER_TASK = 16, 1024
@@ -77,7 +79,9 @@ class Listing:
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:12]
 
 
-def list_source(source: Folder, labels: Folder | None, class_map: dict[str, str]) -> Listing:
+def list_source(
+    source: Folder, labels: Folder | None, class_map: Mapping[str, str | None]
+) -> Listing:
     """Find the image files below ``source`` and what is known of each.
 
     Understood are Training/ and Testing/ folders of class folders, class folders, and bare files;
@@ -250,7 +254,7 @@ def _from_folders(found: list[FoundFile]) -> list[SourceFile]:
         split = None
         if folders and folders[0].lower() in _SPLIT_FOLDERS:
             split = _SPLIT_FOLDERS[folders.pop(0).lower()]
-        files.append(SourceFile(file, split, folders[0] if folders else None, None))
+        files.append(SourceFile(file, split, _text(folders[0]) if folders else None, None))
     return files
 
 
@@ -258,7 +262,8 @@ def _from_table(found: list[FoundFile], labels: Folder) -> list[SourceFile]:
     rows: dict[str, SourceFile] = {}
     known = {file.path: file for file in found}
     for row in _read_labels(labels):
-        path = (_text(row["path"]) or "").replace("\\", "/").removeprefix("./")
+        path = str(row["path"] or "").replace("\\", "/").removeprefix("./")
+        path = path if path in known else path.strip()
         if path not in known:
             raise DataError(
                 f"labels={labels} names {path!r}, which is no image file below the source: "
@@ -288,11 +293,14 @@ def _read_labels(labels: Folder) -> list[dict[str, Any]]:
             table = pq.read_table(io.BytesIO(content))
         else:
             # Labels such as 0 and 1, or a subject 007, are names, not numbers.
-            text = {column: pa.string() for column in _LABEL_COLUMNS}
+            header = pa_csv.open_csv(io.BytesIO(content)).schema.names
             options = pa_csv.ConvertOptions(
-                column_types=text, strings_can_be_null=True, null_values=[""]
+                column_types=dict.fromkeys(header, pa.string()),
+                strings_can_be_null=True,
+                null_values=_MISSING,
             )
             table = pa_csv.read_csv(io.BytesIO(content), convert_options=options)
+        table = table.rename_columns([name.strip() for name in table.column_names])
         columns = [name for name in _LABEL_COLUMNS if name in table.column_names]
         repeated = [name for name in columns if table.column_names.count(name) > 1]
         if repeated:
@@ -313,4 +321,13 @@ def _read_labels(labels: Folder) -> list[dict[str, Any]]:
 
 
 def _text(value: object) -> str | None:
-    return None if value is None or value == "" else str(value)
+    """Of a cell or a folder's name, without blanks around it; None where nothing is said."""
+    text = "" if value is None else str(value).strip()
+    return None if text in _MISSING else text
+
+
+def renaming_advice(unknown: Collection[str]) -> str:
+    """What to do about classes that do not fit."""
+    rename, leave_out = (shlex.quote(f"classes.map.{min(unknown)}={to}") for to in ("NAME", "null"))
+    others = f", and so for {len(unknown) - 1} more" if len(unknown) > 1 else ""
+    return f"rename with --set {rename}, or leave its slices out with --set {leave_out}{others}"

@@ -1,6 +1,6 @@
 """The image store: what preprocessing leaves and everything after it reads."""
 
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -32,7 +32,7 @@ class _Manifest(BaseModel):
     generation: Annotated[int, Field(ge=0)]
     preprocess: PreprocessConfig
     split: dict[str, Any]
-    classes_map: dict[str, str]
+    classes_map: dict[str, str | None]
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,11 @@ class ImageStore:
 
 
 def settings_of(
-    preprocess: PreprocessConfig, split: SplitConfig, class_map: dict[str, str], *, drawn: bool
+    preprocess: PreprocessConfig,
+    split: SplitConfig,
+    class_map: Mapping[str, str | None],
+    *,
+    drawn: bool,
 ) -> dict[str, Any]:
     """The settings that make a store what it is; what is drawn at training is no part of them.
 

@@ -68,6 +68,25 @@ def test_a_labels_table_names_classes_splits_and_subjects(tmp_path: Path) -> Non
     assert listed(source, Folder(parquet))[1] == expected[1]
 
 
+def test_a_table_as_spreadsheets_and_r_write_it(tmp_path: Path) -> None:
+    source = make(tmp_path / "s", "1.jpg", "2.jpg", "3.jpg")
+    table = tmp_path / "labels.csv"
+    lines = ["\ufeffpath, label ,subject", "1.jpg, glioma ,007", "2.jpg,NA,NA", "3.jpg ,glioma,8"]
+    table.write_text("\r\n".join(lines), encoding="utf-8")
+    assert listed(source, Folder(table)) == [
+        ("1.jpg", None, "glioma", "007"),
+        ("2.jpg", None, None, None),
+        ("3.jpg", None, "glioma", "8"),
+    ]
+
+
+def test_blanks_make_no_class_and_null_takes_a_class_away(tmp_path: Path) -> None:
+    source = make(tmp_path, "a/1.jpg", "a /2.jpg", "b/3.jpg")
+    assert [label for _, _, label, _ in listed(source)] == ["a", "a", "b"]
+    taken = list_source(source, None, {"b": None}).files
+    assert [file.label for file in taken] == ["a", "a", None]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
