@@ -23,10 +23,16 @@ from brainray.orchestration.inference import (
     find_predictor,
     predicted_blocks,
 )
+from brainray.orchestration.lock import held
 from brainray.orchestration.preparation import preprocess_file, read_file, salt_id, subject_salt
 from brainray.orchestration.reporting import about_software, explain
 from brainray.orchestration.seen import fingerprints_of_seen
-from brainray.orchestration.source import FoundFile, SourceFile, list_source
+from brainray.orchestration.source import (
+    FoundFile,
+    SourceFile,
+    list_source,
+    renaming_advice,
+)
 from brainray.report.evaluation_figures import draw_evaluation_figures
 from brainray.report.page import write_evaluation_page
 from brainray.schema import PREDICTIONS, REJECTED, TEST
@@ -59,9 +65,20 @@ def evaluate(config: Config, log: Log = print, only_paths: set[str] | None = Non
     predictor = find_predictor(config, "evaluation")
     if config.source is None:
         raise ConfigError("evaluation needs --set source=DIR")
+    storage, name = Folder(config.storage), config.name or default_name(config, predictor)
+    with held(storage, layout.EVALUATIONS, name, log):
+        return _evaluate(config, predictor, storage / layout.EVALUATIONS / name, log, only_paths)
+
+
+def _evaluate(
+    config: Config, predictor: Predictor, target: Folder, log: Log, only_paths: set[str] | None
+) -> Evaluation:
     checkpoint, seen = predictor.checkpoint, predictor.seen()
-    files = _files_to_score(config, checkpoint.classes, only_paths)
-    log(f"evaluating {predictor.folder} (epoch {checkpoint.epoch}) on {len(files)} files")
+    files, num_ignored = _files_to_score(config, checkpoint.classes, only_paths)
+    log(
+        f"evaluating {predictor.folder} (epoch {checkpoint.epoch}) on {len(files)} files"
+        + (f"; {num_ignored} of other types are ignored" if num_ignored else "")
+    )
     rows = _predict_files(files, config, predictor, log)
     rejected = rows.filter(pc.is_valid(rows["reason"])).select(REJECTED.names).cast(REJECTED)
     accepted = rows.filter(pc.is_null(rows["reason"]))
@@ -86,9 +103,14 @@ def evaluate(config: Config, log: Log = print, only_paths: set[str] | None = Non
         seed=config.seed,
         temperature=predictor.temperature(),
     )
-    metrics |= {"num_rejected": float(rejected.num_rows), "epoch": float(checkpoint.epoch)}
-    name = config.name or default_name(config, predictor)
-    folder = Folder(config.storage) / layout.EVALUATIONS / name
+    metrics |= {
+        "num_rejected": float(rejected.num_rows),
+        "num_ignored_files": float(num_ignored),
+        "epoch": float(checkpoint.epoch),
+    }
+    target.restore()
+    folder = target.parent / f".{target.name}.building"
+    folder.delete()
     folder.write_table(layout.PREDICTIONS, predictions)
     folder.write_table(layout.REJECTED, rejected)
     folder.write_json(layout.EVALUATION_METRICS, metrics)
@@ -104,14 +126,19 @@ def evaluate(config: Config, log: Log = print, only_paths: set[str] | None = Non
         to_yaml(config),
         explain(predictions, checkpoint, partial(_load_again, config, predictor)),
     )
-    return Evaluation(folder, metrics, checkpoint.classes)
+    if target.exists():
+        log(f"{target}: the evaluation of that name is replaced")
+    folder.replace(target, last=layout.EVALUATION_METRICS)
+    return Evaluation(target, metrics, checkpoint.classes)
 
 
 def _files_to_score(
     config: Config, classes: list[str], only_paths: set[str] | None
-) -> list[SourceFile]:
+) -> tuple[list[SourceFile], int]:
+    """Those with a label; and how many files of the source are of types that nothing here reads."""
     labels = None if config.labels is None else Folder(config.labels)
-    files = list_source(Folder(str(config.source)), labels, config.classes.map).files
+    listing = list_source(Folder(str(config.source)), labels, config.classes.map)
+    files = listing.files
     if only_paths is not None:
         files = [file for file in files if file.path in only_paths]
     elif any(file.split == TEST for file in files):
@@ -122,13 +149,14 @@ def _files_to_score(
             f"source={config.source} names no class of any slice: evaluation needs class folders "
             "or a labels table"
         )
-    unknown = sorted({file.label for file in labelled if file.label} - set(classes))
+    unknown = Counter(str(file.label) for file in labelled if file.label not in classes)
     if unknown:
+        named = ", ".join(f"{name!r} ({count} files)" for name, count in sorted(unknown.items()))
         raise DataError(
-            f"class {unknown[0]!r} of {config.source} is none of the run's "
-            f"({', '.join(classes)}): rename with --set classes.map.{unknown[0]}=NAME"
+            f"{config.source} has classes that the run does not know ({', '.join(classes)}): "
+            f"{named}; {renaming_advice(unknown)}"
         )
-    return labelled
+    return labelled, listing.num_ignored
 
 
 def with_comparable_names(

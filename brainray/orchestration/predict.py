@@ -21,6 +21,7 @@ from brainray.orchestration.inference import (
     predicted_blocks,
 )
 from brainray.orchestration.lock import held
+from brainray.orchestration.preparation import CHANGED, UNREADABLE
 from brainray.orchestration.publish import code_hash
 from brainray.orchestration.source import SourceFile, find_images
 from brainray.orchestration.store import differing_settings
@@ -45,7 +46,7 @@ def predict(config: Config, log: Log = print) -> Prediction:
     """A row for every slice below ``config.source``, and for every file that cannot be read.
 
     Rows go to ``storage/predictions/NAME/part-*.parquet`` (``PREDICTED``) as they come. The same
-    name goes on with the files that no part names yet.
+    name goes on with the files that no part names yet, and with those that could not be read.
 
     Raises:
         ConfigError: neither run nor checkpoint, no source, or a name that was used otherwise.
@@ -63,6 +64,7 @@ def predict(config: Config, log: Log = print) -> Prediction:
 def _predict(config: Config, predictor: Predictor, folder: Folder, log: Log) -> Prediction:
     found, num_ignored = find_images(Folder(str(config.source)))
     _begin(config, predictor, folder)
+    _forget_unread(folder)
     done = _done(folder)
     files = [SourceFile(file, None, None, None) for file in found if file.path not in done]
     log(
@@ -104,6 +106,16 @@ def _begin(config: Config, predictor: Predictor, folder: Folder) -> None:
 
 def _parts(folder: Folder) -> list[str]:
     return [name for name in folder.names() if _PART.fullmatch(name)]
+
+
+def _forget_unread(folder: Folder) -> None:
+    """Files that a mount, a network or a writer kept from us are tried again."""
+    passing = pa.array([UNREADABLE, CHANGED])
+    for name in _parts(folder):
+        reasons = folder.read_table(name, columns=["reason"])["reason"]
+        if pc.any(pc.is_in(reasons, passing)).as_py():
+            part = folder.read_table(name)
+            folder.write_table(name, part.filter(pc.invert(pc.is_in(part["reason"], passing))))
 
 
 def _done(folder: Folder) -> set[str]:

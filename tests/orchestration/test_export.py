@@ -306,8 +306,31 @@ def test_a_class_map_that_misses_a_class_is_named(trained: TrainedRun, tmp_path:
     (source / "glioma").rename(source / "glioma_tumor")
     (source / "pituitary").rename(source / "pituitary_tumor")
     config = config_of(trained, f"source={source}", "classes.map={glioma_tumor: glioma}")
-    with pytest.raises(DataError, match=r"'pituitary_tumor'.*classes\.map\.pituitary_tumor=NAME"):
+    with pytest.raises(DataError, match=r"'pituitary_tumor' \(1 files\); .*_tumor=NAME, or leave"):
         evaluate(config)
+
+
+def test_an_evaluation_leaves_out_what_it_is_told_to_and_replaces_the_last_one_whole(
+    trained: TrainedRun, tmp_path: Path
+) -> None:
+    write_phantoms(
+        tmp_path / "hospital", num_training_per_class=2, num_testing_per_class=0, seed=1, size=64
+    )
+    source = tmp_path / "hospital" / "Training"
+    (source / "glioma").rename(source / "metastasis")
+    (source / "pituitary" / "read me.txt").touch()
+    config = config_of(trained, f"source={source}", "name=elsewhere", "classes.map.metastasis=null")
+    said: list[str] = []
+    first = evaluate(config, said.append)
+    assert "; 1 of other types are ignored" in said[0]
+    assert first.metrics["num_ignored_files"] == 1
+    labels = first.folder.read_table("predictions.parquet")["label"].to_pylist()
+    assert sorted(set(labels)) == ["meningioma", "notumor", "pituitary"]
+    (Path(str(first.folder)) / "of the last one").touch()
+    again = evaluate(config, said.append)
+    assert f"{again.folder}: the evaluation of that name is replaced" in said
+    assert not again.folder.exists("of the last one")
+    assert again.metrics == first.metrics
 
 
 def test_a_served_model_is_given_all_that_its_code_imports() -> None:

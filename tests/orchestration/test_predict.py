@@ -15,6 +15,7 @@ from brainray.orchestration.driver import TrainedRun
 from brainray.orchestration.evaluation import evaluate
 from brainray.orchestration.inference import find_predictor, predicted_blocks
 from brainray.orchestration.predict import Prediction, predict
+from brainray.orchestration.preparation import UNREADABLE
 from brainray.orchestration.source import SourceFile, find_images
 from brainray.schema import PREDICTED
 from brainray.storage import Folder
@@ -110,6 +111,22 @@ def test_prediction_and_evaluation_agree(
             assert row["cluster"] == expected["cluster"]
             compared += 1
     assert compared >= 6
+
+
+def test_what_could_not_be_read_is_tried_again(trained: TrainedRun, inbox: Path) -> None:
+    config = config_of(trained, inbox, "name=again")
+    first = predict(config)
+    part = Path(str(first.folder)) / "part-000000.parquet"
+    rows = pq.read_table(part).to_pylist()
+    for row in rows:
+        if row["path"] in {"scan1.jpg", "scan2.jpg"}:  # as a mount that is away leaves them
+            row |= dict.fromkeys(set(row) - {"path", "frame"}) | {"reason": UNREADABLE}
+    pq.write_table(pa.Table.from_pylist(rows, PREDICTED), part)
+    said: list[str] = []
+    again = predict(config, said.append)
+    assert "; 7 are done" in said[0]
+    assert again.metrics == first.metrics
+    assert rows_of(again)["scan1.jpg"]["class"] is not None
 
 
 @pytest.mark.slow
