@@ -186,6 +186,10 @@ def _padded(image: Image, rng: np.random.Generator, *, share: float) -> Image:
     return np.pad(image, ((rows, rows), (columns, columns)), constant_values=around)
 
 
+def _framed(image: Image, rng: np.random.Generator, *, share: float) -> Image:
+    return np.pad(image, int(share * max(image.shape)), constant_values=255)
+
+
 def _cropped(image: Image, rng: np.random.Generator, *, share: float) -> Image:
     height, width = image.shape
     rows, columns = int(share * height), int(share * width)
@@ -218,6 +222,7 @@ ALTERATIONS: dict[str, Callable[[Image, np.random.Generator], Image]] = {
     "as they are": lambda image, rng: image,
     "field of view 1.3 times as wide": partial(_padded, share=0.15),
     "field of view 1.6 times as wide": partial(_padded, share=0.3),
+    "in a white border of 6 %": partial(_framed, share=0.06),
     "6 % cropped at each side": partial(_cropped, share=0.06),
     "turned by 12 degrees": partial(_turned, degrees=12.0),
     "gamma 0.6": partial(_toned, gamma=0.6, brightness=1.0),
