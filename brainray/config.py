@@ -780,6 +780,10 @@ class _PlainLoader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
+class _PlainDumper(yaml.SafeDumper):
+    """Quotes what a reader of either YAML would take for no text."""
+
+
 _PlainLoader.yaml_implicit_resolvers = {}
 for _kind, _pattern, _first in (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
@@ -792,15 +796,16 @@ for _kind, _pattern, _first in (
         list("-+.0123456789"),
     ),
 ):
-    _PlainLoader.add_implicit_resolver(
-        f"tag:yaml.org,2002:{_kind}", re.compile(f"^(?:{_pattern})$"), _first
-    )
+    for _side in (_PlainLoader, _PlainDumper):
+        _side.add_implicit_resolver(
+            f"tag:yaml.org,2002:{_kind}", re.compile(f"^(?:{_pattern})$"), _first
+        )
 
 
 def to_yaml(config: Config) -> str:
     """The resolved configuration without secrets, as a file that ``--config`` reads back."""
     tree = config.without_secrets().model_dump(mode="json")
-    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+    return yaml.dump(tree, Dumper=_PlainDumper, sort_keys=False, allow_unicode=True)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from brainray.config import (
     known_keys,
     load_config,
     parse_config,
+    parse_yaml,
     to_yaml,
 )
 from brainray.errors import ConfigError
@@ -67,7 +68,10 @@ def test_names_and_paths_are_taken_as_written() -> None:
 @pytest.mark.parametrize("name", ["010", "1_000", "20240101_1", "1e5", "1.10", "no", "true"])
 def test_a_name_that_looks_like_a_number_stays_what_was_typed(name: str) -> None:
     assert load_config(None, [f"run={name}"]).run == name
-    assert load_config(None, [f"classes.map.x={name}"]).classes.map == {"x": name}
+    config = load_config(None, [f"classes.map.x={name}"])
+    assert config.classes.map == {"x": name}
+    assert parse_config(parse_yaml(to_yaml(config).encode(), "here")) == config
+    assert parse_config(yaml.safe_load(to_yaml(config))) == config
 
 
 def test_class_names_may_hold_what_yaml_and_keys_do_not(tmp_path: Path) -> None:
