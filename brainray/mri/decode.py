@@ -69,7 +69,8 @@ def decode_file(content: bytes, options: DecodeOptions) -> list[DecodedSlice]:
 
     - JPEG, PNG, BMP, GIF: one slice, turned as its EXIF orientation says. Colour is converted by
       luminance (ITU-R 601), transparency laid on black; 16-bit and float images are scaled
-      linearly from their own minimum and maximum to 0..255. Animations are refused.
+      linearly from their own minimum and maximum to 0..255, without the brightest thousandth where
+      that would leave the rest fewer than 64 greys (dead pixels). Animations are refused.
     - TIFF: the same, and every page is a slice; the pages of a stack share a subject.
     - DICOM: `brainray.mri.dicom`; NIfTI, also compressed: `brainray.mri.nifti`.
 
@@ -223,7 +224,8 @@ def _check_picture(picture: Image.Image, options: DecodeOptions) -> None:
 def _to_grayscale(picture: Image.Image) -> NDArray[np.uint8]:
     if picture.mode in {"I", "F"} or picture.mode.startswith("I;"):
         values = replace_non_finite(np.array(_upright(picture), dtype=np.float64))
-        return to_uint8(values, float(values.min()), float(values.max()))
+        low, rest, high = np.percentile(values, [0.0, 99.9, 100.0])
+        return to_uint8(values, low, rest if 0 < 4 * (rest - low) < high - low else high)
     picture = _upright(picture)
     if picture.has_transparency_data:
         colour = picture.convert("RGBA")

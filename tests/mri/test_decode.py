@@ -80,6 +80,16 @@ def test_sixteen_bits_are_scaled_from_their_own_range(file_format: str) -> None:
     np.testing.assert_array_equal(image, expected.astype(np.uint8))
 
 
+def test_a_dead_pixel_does_not_darken_the_rest() -> None:
+    deep = RAMP.astype(np.uint16) * 8
+    whole = decode_one(encode(deep, "PNG"))
+    deep[5, 5] = 65_535
+    image = decode_one(encode(deep, "PNG"))
+    assert image[5, 5] == 255
+    others = np.arange(RAMP.size) != 5 * RAMP.shape[1] + 5
+    np.testing.assert_allclose(image.ravel()[others], whole.ravel()[others].astype(int), atol=2)
+
+
 def test_floats_of_any_size_are_scaled_from_their_own_range() -> None:
     for scale in (1e-30, 1.0, 1e36):
         image = decode_one(encode((RAMP.astype(np.float32) - 50.0) * scale, "TIFF"))
