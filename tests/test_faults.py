@@ -193,6 +193,7 @@ def test_a_second_job_is_refused_and_sigterm_ends_the_first_in_order(
     assert records[1]["first_epoch"] > 1
 
 
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("stage", ["warm-up", "training"])
 def test_ctrl_c_ends_a_job_in_order(
     stage: str, phantoms: Path, tmp_path: Path, config_file: Path

@@ -192,6 +192,7 @@ def test_relative_paths_are_resolved_here_and_refused_in_a_submitted_job(
         resolve_paths(config)
 
 
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGINT])
 def test_signals_end_a_job_that_waits_for_ray(
     by: signal.Signals, ray_cluster: None, capsys: pytest.CaptureFixture[str]

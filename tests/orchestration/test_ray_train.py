@@ -24,6 +24,7 @@ class Trainer:
         return SimpleNamespace(return_value=self.returned)
 
 
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize(
     ("returned", "error"),
     [
