@@ -320,17 +320,17 @@ def test_an_evaluation_leaves_out_what_it_is_told_to_and_replaces_the_last_one_w
     (source / "glioma").rename(source / "metastasis")
     (source / "pituitary" / "read me.txt").touch()
     config = config_of(trained, f"source={source}", "name=elsewhere", "classes.map.metastasis=null")
+    last = Folder(config.storage) / "evaluations" / "elsewhere"
+    last.write_bytes("of the last one", b"")
     said: list[str] = []
-    first = evaluate(config, said.append)
+    scored = evaluate(config, said.append)
     assert "; 1 of other types are ignored" in said[0]
-    assert first.metrics["num_ignored_files"] == 1
-    labels = first.folder.read_table("predictions.parquet")["label"].to_pylist()
+    assert scored.metrics["num_ignored_files"] == 1
+    labels = scored.folder.read_table("predictions.parquet")["label"].to_pylist()
     assert sorted(set(labels)) == ["meningioma", "notumor", "pituitary"]
-    (Path(str(first.folder)) / "of the last one").touch()
-    again = evaluate(config, said.append)
-    assert f"{again.folder}: the evaluation of that name is replaced" in said
-    assert not again.folder.exists("of the last one")
-    assert again.metrics == first.metrics
+    assert f"{last}: the evaluation of that name is replaced" in said
+    assert not last.exists("of the last one")
+    assert last.read_json("metrics.json") == scored.metrics
 
 
 def test_a_served_model_is_given_all_that_its_code_imports() -> None:

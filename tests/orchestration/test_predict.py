@@ -1,5 +1,6 @@
 """Prediction for a folder as users have them: mixed formats, broken files, cut and resumed."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -113,19 +114,21 @@ def test_prediction_and_evaluation_agree(
     assert compared >= 6
 
 
-def test_what_could_not_be_read_is_tried_again(trained: TrainedRun, inbox: Path) -> None:
-    config = config_of(trained, inbox, "name=again")
-    first = predict(config)
-    part = Path(str(first.folder)) / "part-000000.parquet"
+def test_what_could_not_be_read_is_tried_again(
+    trained: TrainedRun, inbox: Path, prediction: Prediction
+) -> None:
+    first = Path(str(prediction.folder))
+    shutil.copytree(first, first.with_name("again"))
+    part = first.with_name("again") / "part-000000.parquet"
     rows = pq.read_table(part).to_pylist()
     for row in rows:
         if row["path"] in {"scan1.jpg", "scan2.jpg"}:  # as a mount that is away leaves them
             row |= dict.fromkeys(set(row) - {"path", "frame"}) | {"reason": UNREADABLE}
     pq.write_table(pa.Table.from_pylist(rows, PREDICTED), part)
     said: list[str] = []
-    again = predict(config, said.append)
+    again = predict(config_of(trained, inbox, "name=again"), said.append)
     assert "; 7 are done" in said[0]
-    assert again.metrics == first.metrics
+    assert again.metrics == prediction.metrics
     assert rows_of(again)["scan1.jpg"]["class"] is not None
 
 
