@@ -819,7 +819,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key.strip():
         raise ConfigError(f"--set {override!r}: write dotted.key=value")
-    parents, leaf = key.strip().split(".")[:-1], key.strip().split(".")[-1]
+    *parents, leaf = key.strip().split(".")
     if key.startswith(_CLASS_MAP):  # names of classes may hold '.' and '='
         key, _, text = override.rpartition("=")
         parents, leaf = ["classes", "map"], key.removeprefix(_CLASS_MAP).strip()

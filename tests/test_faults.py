@@ -84,6 +84,20 @@ def workers_of(process: subprocess.Popen[str], title: str) -> list[psutil.Proces
     return workers
 
 
+def assert_ends_in_order(
+    process: subprocess.Popen[str], by: signal.Signals, storage: Path, run: str
+) -> None:
+    """A job that has just been sent a signal."""
+    started = time.monotonic()
+    ended = result(process)
+    assert process.returncode == 1
+    assert time.monotonic() - started < 30
+    assert f"ended by {by.name}: submit it again under the same name" in ended["error"]
+    assert not list((storage / "locks").iterdir())
+    state = Folder(storage / "runs" / run).read_json("tracking.json")
+    assert MlflowClient(state["uri"]).get_run(state["run_id"]).info.status == "KILLED"
+
+
 @pytest.fixture
 def config_file(tmp_path: Path) -> Path:
     path = tmp_path / "config.yaml"
@@ -174,15 +188,8 @@ def test_a_second_job_is_refused_and_sigterm_ends_the_first_in_order(
     assert "wait for its end, or choose another name" in refused["error"]
 
     assert first.poll() is None
-    started = time.monotonic()
     first.send_signal(signal.SIGTERM)
-    ended = result(first)
-    assert first.returncode == 1
-    assert time.monotonic() - started < 30
-    assert "ended by SIGTERM: submit it again under the same name" in ended["error"]
-    assert not list((tmp_path / "locks").iterdir())
-    state = Folder(tmp_path / "runs" / "twice").read_json("tracking.json")
-    assert MlflowClient(state["uri"]).get_run(state["run_id"]).info.status == "KILLED"
+    assert_ends_in_order(first, signal.SIGTERM, tmp_path, "twice")
 
     assert result(job("train", config_file, "name=twice", "dataset=mri"))["status"] == "ok"
     assert epochs_of(tmp_path, "twice") == [1, 2, 3, 4, 5, 6]
@@ -206,14 +213,7 @@ def test_ctrl_c_ends_a_job_in_order(
     epochs_at = "encoders/*/metrics.jsonl" if stage == "warm-up" else "runs/cut/metrics.jsonl"
     wait_for(lambda: bool(list(tmp_path.glob(epochs_at))) or process.poll() is not None)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all that run in it
-    started = time.monotonic()
-    ended = result(process)
-    assert process.returncode == 1
-    assert time.monotonic() - started < 30
-    assert "ended by SIGINT: submit it again under the same name" in ended["error"]
-    assert not list((tmp_path / "locks").iterdir())
-    state = Folder(tmp_path / "runs" / "cut").read_json("tracking.json")
-    assert MlflowClient(state["uri"]).get_run(state["run_id"]).info.status == "KILLED"
+    assert_ends_in_order(process, signal.SIGINT, tmp_path, "cut")
 
 
 def test_killed_preprocessing_workers_lose_no_slice(

@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from brainray.errors import DataError
 from brainray.mri.phantom import write_phantoms
 from brainray.mri.split import draw_roles
 from brainray.orchestration import data
@@ -159,6 +160,17 @@ def test_new_labels_need_no_decoding(source: Path, tmp_path: Path) -> None:
     again = labelled(40)
     assert again.manifest["num_files_decoded"] == 0
     assert first["label"].notna().sum() < index(again)["label"].notna().sum()
+
+
+def test_a_store_from_before_a_setting_came_is_gone_on_with(source: Path, tmp_path: Path) -> None:
+    folder = Folder(tmp_path / "a" / "datasets" / "mri")
+    manifest = folder.read_json("manifest.json")
+    del manifest["preprocess"]["frame"]  # came later than the first stores
+    folder.write_json("manifest.json", manifest)
+    (source / "Training" / "glioma" / "copied.jpg").unlink()
+    assert made(tmp_path / "a", source).manifest["preprocess"]["frame"] == "keep"
+    with pytest.raises(DataError, match=r"preprocess\.frame: keep here, remove asked"):
+        made(tmp_path / "a", source, "preprocess.frame=remove")
 
 
 def test_a_rejected_file_is_read_again(source: Path, tmp_path: Path) -> None:
