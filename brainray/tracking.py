@@ -30,6 +30,7 @@ from mlflow.types.schema import Array
 
 from brainray import layout
 from brainray.errors import TrackingError
+from brainray.log import Log
 from brainray.redaction import redacted
 from brainray.storage import Folder
 
@@ -225,7 +226,7 @@ class LenientTracker:
     catch up in order.
     """
 
-    def __init__(self, tracker: Tracker, warn: Callable[[str], None]) -> None:
+    def __init__(self, tracker: Tracker, warn: Log) -> None:
         self._tracker = tracker
         self._warn = warn
         self._begin: Callable[[], None] | None = None

@@ -3,8 +3,9 @@
 import sys
 
 from brainray.config import Config
+from brainray.log import log
 from brainray.orchestration.export import export
-from brainray.orchestration.job import JobResult, log, run_job
+from brainray.orchestration.job import JobResult, run_job
 
 
 def work(config: Config) -> JobResult:

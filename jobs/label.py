@@ -4,7 +4,8 @@ import sys
 
 from brainray import layout
 from brainray.config import Config
-from brainray.orchestration.job import JobResult, log, run_job
+from brainray.log import log
+from brainray.orchestration.job import JobResult, run_job
 from brainray.orchestration.labels import choose_next_labels
 
 

@@ -4,10 +4,11 @@ import sys
 
 from brainray.config import Config
 from brainray.errors import ConfigError
+from brainray.log import log
 from brainray.orchestration.data import preprocess
 from brainray.orchestration.driver import train
 from brainray.orchestration.evaluation import evaluate
-from brainray.orchestration.job import TRAINING_SECTIONS, JobResult, log, run_job
+from brainray.orchestration.job import TRAINING_SECTIONS, JobResult, run_job
 from brainray.orchestration.resources import alive_nodes, plan_workers
 from brainray.report.table import results_table
 

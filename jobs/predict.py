@@ -3,7 +3,8 @@
 import sys
 
 from brainray.config import Config
-from brainray.orchestration.job import JobResult, log, run_job
+from brainray.log import log
+from brainray.orchestration.job import JobResult, run_job
 from brainray.orchestration.predict import predict
 
 

@@ -4,8 +4,9 @@ import sys
 
 from brainray import layout
 from brainray.config import Config
+from brainray.log import log
 from brainray.orchestration.data import preprocess
-from brainray.orchestration.job import JobResult, log, run_job
+from brainray.orchestration.job import JobResult, run_job
 
 
 def work(config: Config) -> JobResult:

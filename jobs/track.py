@@ -4,7 +4,8 @@ import sys
 
 from brainray.config import Config
 from brainray.errors import ConfigError
-from brainray.orchestration.job import JobResult, log, run_job
+from brainray.log import log
+from brainray.orchestration.job import JobResult, run_job
 from brainray.orchestration.publish import publish
 from brainray.orchestration.run import open_run
 from brainray.storage import Folder

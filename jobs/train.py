@@ -3,9 +3,10 @@
 import sys
 
 from brainray.config import Config
+from brainray.log import log
 from brainray.orchestration.draws import train_draws
 from brainray.orchestration.driver import train
-from brainray.orchestration.job import TRAINING_SECTIONS, JobResult, log, run_job
+from brainray.orchestration.job import TRAINING_SECTIONS, JobResult, run_job
 from brainray.report.draws_table import draws_table
 from brainray.report.table import results_table
 

@@ -3,7 +3,8 @@
 import sys
 
 from brainray.config import Config
-from brainray.orchestration.job import TRAINING_SECTIONS, JobResult, log, run_job
+from brainray.log import log
+from brainray.orchestration.job import TRAINING_SECTIONS, JobResult, run_job
 from brainray.orchestration.sweep import sweep
 
 

@@ -22,7 +22,8 @@ from brainray.benchmarks import (
 from brainray.benchmarks.result import BenchmarkResult, CaseOptions, measures_table
 from brainray.config import load_config
 from brainray.errors import DataError
-from brainray.orchestration.job import JobResult, log
+from brainray.log import log
+from brainray.orchestration.job import JobResult
 from brainray.report.style import png_bytes
 from brainray.storage import Folder
 

@@ -38,8 +38,6 @@ from brainray.orchestration.source import FoundFile
 from brainray.report.style import BLUE, new_figure
 from brainray.storage import Folder
 
-Log = Callable[[str], None]
-
 SIDE = 512  # pixels
 MIN_EFFICIENCY = 0.85
 MAX_MEMORY_GROWTH = 1.15

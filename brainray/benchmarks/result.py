@@ -1,6 +1,6 @@
 """What a benchmark case is given, and returns: figures with their targets, details, a plot."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from brainray.config import Config
+from brainray.log import Log
 from brainray.report.table import markdown_table
 
 
@@ -20,7 +21,7 @@ class CaseOptions:
     seed: int  # of all that is drawn
     storage: Path  # where runs that a case makes are kept
     config: Config  # of --config and --set, for cases that train
-    log: Callable[[str], None]
+    log: Log
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -24,6 +24,7 @@ from brainray import layout
 from brainray.benchmarks.result import BenchmarkResult, CaseOptions, Measure
 from brainray.engine.state import load_checkpoint
 from brainray.errors import DataError
+from brainray.log import Log
 from brainray.mri.phantom import write_phantoms
 from brainray.orchestration.own_head import (
     RayDidNotStart,
@@ -36,8 +37,6 @@ from brainray.orchestration.own_head import (
 )
 from brainray.report.style import BLUE, ORANGE, new_figure
 from brainray.storage import Folder
-
-Log = Callable[[str], None]
 
 JOBS = Path(brainray.__file__).parents[1] / "jobs"
 NUM_WORKERS = 2

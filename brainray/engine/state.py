@@ -3,7 +3,6 @@
 import io
 import re
 import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +14,7 @@ from brainray.config import Config, parse_config
 from brainray.engine.recluster import ClusterModel
 from brainray.engine.shard import PixelScale
 from brainray.errors import CheckpointError
+from brainray.log import Log
 from brainray.models.encoder import Encoder
 from brainray.storage import Folder
 
@@ -158,7 +158,7 @@ def save_resumable(run: Folder, saved: Resumable) -> None:
         (run / layout.checkpoint_folder(epoch)).delete()
 
 
-def newest_resumable(run: Folder, say: Callable[[str], None]) -> Resumable | None:
+def newest_resumable(run: Folder, say: Log) -> Resumable | None:
     """The newest checkpoint of a run that can be read whole; what cannot is said.
 
     Raises:

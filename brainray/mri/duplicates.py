@@ -15,7 +15,7 @@ block changes what is found.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -52,6 +52,10 @@ _DESCRIPTOR_LENGTH = 1000  # Euclidean; its square is below 2**24, where float32
 _UPRIGHT = 0
 _INVERSE = (0, 3, 2, 1, 4, 5, 6, 7)  # of the orientations: see `_oriented`
 _KIND_OF = (COPY, ROTATED, ROTATED, ROTATED, MIRRORED, MIRRORED, MIRRORED, MIRRORED)
+
+
+OnCompared = Callable[[int, int], None]
+"""Told how many candidates have been verified, and how many there are."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,7 @@ def near_duplicate_pairs(
     settings: NearDuplicateConfig,
     *,
     not_together: Sequence[str | None] | None = None,
+    on_compared: OnCompared | None = None,
 ) -> DuplicatePairs:
     """All links between near-duplicates.
 
@@ -109,11 +114,14 @@ def near_duplicate_pairs(
         settings: when two slices are one.
         not_together: N ids of volumes; slices at different positions of one volume are no copies
             of each other, so that links within a volume are dropped. None for slices without.
+        on_compared: called with how many candidates have been verified, and how many there are.
     """
     firsts, position = _distinct(fingerprints)
     distinct = SelectedRows(fingerprints, firsts)
     candidates = _candidates(distinct, distinct, settings)
-    first, second, kind, similarity = _accepted(distinct, distinct, candidates, settings)
+    first, second, kind, similarity = _accepted(
+        distinct, distinct, candidates, settings, on_compared
+    )
     repeated = np.flatnonzero(firsts[position] != np.arange(len(position)))
     first = np.concatenate([firsts[position[repeated]], firsts[first]])
     second = np.concatenate([repeated, firsts[second]])
@@ -360,9 +368,10 @@ def _accepted(
     references: Rows,
     candidates: _Candidates,
     settings: NearDuplicateConfig,
+    on_compared: OnCompared | None = None,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int8], NDArray[np.float32]]:
     """Query, reference, kind and similarity of the pairs that the pixels confirm."""
-    similarity = _verify(queries, references, candidates)
+    similarity = _verify(queries, references, candidates, on_compared)
     upright = candidates.orientation == _UPRIGHT
     accepted = similarity >= np.where(upright, settings.similarity, settings.turned_similarity)
     chosen = np.flatnonzero(accepted)
@@ -384,8 +393,15 @@ def _accepted(
     return candidates.query[best], candidates.reference[best], kind, similarity[best]
 
 
-def _verify(queries: Rows, references: Rows, candidates: _Candidates) -> NDArray[np.float32]:
+def _verify(
+    queries: Rows,
+    references: Rows,
+    candidates: _Candidates,
+    on_compared: OnCompared | None = None,
+) -> NDArray[np.float32]:
     """(C,) similarity of candidates; 0 for those that a coarse look rules out."""
+    num_pairs = len(candidates.query)
+    similarity = np.empty(num_pairs, np.float32)
 
     def verify_block(start: int) -> NDArray[np.float32]:
         block = slice(start, start + _VERIFIED_PAIRS)
@@ -401,10 +417,15 @@ def _verify(queries: Rows, references: Rows, candidates: _Candidates) -> NDArray
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(num_threads) as threads:
-            blocks = threads.map(verify_block, range(0, len(candidates.query), _VERIFIED_PAIRS))
-            return np.concatenate([np.empty(0, np.float32), *blocks])
+            num_done = 0
+            for block in threads.map(verify_block, range(0, num_pairs, _VERIFIED_PAIRS)):
+                similarity[num_done : num_done + len(block)] = block
+                num_done += len(block)
+                if on_compared is not None:
+                    on_compared(num_done, num_pairs)
     finally:
         torch.set_num_threads(num_threads)
+    return similarity
 
 
 def _facing(

@@ -9,7 +9,7 @@ renamed.
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -23,6 +23,7 @@ import ray.data
 from brainray import layout
 from brainray.config import Config, PreprocessConfig, SplitConfig
 from brainray.errors import ConfigError, DataError
+from brainray.log import Log, ProgressLines
 from brainray.mri.duplicates import thumbnail_matrix
 from brainray.mri.row_file import RowFile
 from brainray.orchestration.earlier import LIGHT, Earlier, unchanged
@@ -47,8 +48,6 @@ from brainray.orchestration.store import (
 from brainray.report.leakage_table import leakage_table
 from brainray.schema import IMAGE_STORE, REJECTED, THUMBNAIL_SIDE
 from brainray.storage import Folder
-
-Log = Callable[[str], None]
 
 _WRITES_PER_CPU = 4
 
@@ -109,7 +108,7 @@ def _build(
     fingerprints = RowFile(THUMBNAIL_SIDE**2, np.uint8)
     slices, num_decoded = _slices_of_all_files(config, listing, earlier, parts, fingerprints, log)
     clock.passed("decode")
-    plan = plan_store(slices, fingerprints, listing, config, earlier)
+    plan = plan_store(slices, fingerprints, listing, config, earlier, log)
     clock.passed("plan")
     _write_images(parts, previous, building / layout.IMAGES, plan.rows)
     parts.delete()
@@ -306,28 +305,17 @@ def _write_images(
 
 
 def with_progress(
-    dataset: ray.data.Dataset,
-    total: int,
-    verb: str,
-    log: Log,
-    every_s: float = 10.0,
-    *,
-    of_store: bool = False,
+    dataset: ray.data.Dataset, total: int, verb: str, log: Log, *, of_store: bool = False
 ) -> Iterator[pa.Table]:
     """The dataset's blocks as they come, with a line of progress every ten seconds.
 
     Files are counted, whose rows lie in one block under their ``path``, or a store's slices.
     """
-    noun = "slices" if of_store else "files"
-    started = last = time.monotonic()
+    progress = ProgressLines(verb, "slices" if of_store else "files", log)
     done = 0
     for batch in _arrow_batches(dataset):
         done += batch.num_rows if of_store else pc.count_distinct(batch["path"]).as_py()
-        now = time.monotonic()
-        if done and now - last >= every_s:
-            last = now
-            rate = done / (now - started)
-            log(f"{verb} {done} of {total} {noun}, {(total - done) / rate:.0f} s left")
+        progress.tell(done, total)
         yield batch
 
 

@@ -1,19 +1,17 @@
 """One recipe trained on several draws of labels."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from brainray import layout
 from brainray.config import Config
 from brainray.engine.draws import Metrics, summarise_draws
 from brainray.errors import ConfigError
+from brainray.log import Log
 from brainray.orchestration.driver import TrainedRun, train
 from brainray.orchestration.run import open_run
 from brainray.orchestration.store import differing_settings
 from brainray.report.draws_table import draws_table
 from brainray.storage import Folder
-
-Log = Callable[[str], None]
 
 _TABLE = "table.md"
 _OF_DRAW = ("labelled_fraction", "validation_fraction", "seed")

@@ -1,6 +1,6 @@
 """Training from the driver's side: begin or resume the run, fit, follow, report."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,7 @@ from brainray.config import Config
 from brainray.engine.evaluate import Metrics, summarise
 from brainray.engine.state import load_checkpoint
 from brainray.errors import ConfigError
+from brainray.log import Log
 from brainray.models.encoder import build_encoder
 from brainray.orchestration.lock import held
 from brainray.orchestration.pretraining import warm_up
@@ -38,8 +39,6 @@ from brainray.orchestration.worker import train_worker
 from brainray.report.run_figures import draw_run_figures
 from brainray.schema import LABELLED, TRAIN, VALIDATION
 from brainray.storage import Folder
-
-Log = Callable[[str], None]
 
 _RESIZE_INTERVAL_S = 60.0  # between looks for room for more workers
 

@@ -1,7 +1,6 @@
 """Evaluation of a run on raw class folders, through prediction's own path."""
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,6 +14,7 @@ from brainray.config import Config, to_yaml
 from brainray.engine.evaluate import Metrics, summarise
 from brainray.engine.slice_model import stored_pixels
 from brainray.errors import ConfigError, DataError
+from brainray.log import Log
 from brainray.mri.leakage import Fingerprints, exposure
 from brainray.orchestration.data import with_progress
 from brainray.orchestration.inference import (
@@ -37,8 +37,6 @@ from brainray.report.evaluation_figures import draw_evaluation_figures
 from brainray.report.page import write_evaluation_page
 from brainray.schema import PREDICTIONS, REJECTED, TEST
 from brainray.storage import Folder
-
-Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)

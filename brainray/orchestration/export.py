@@ -1,7 +1,7 @@
 """Export of a run: safetensors, ONNX and an MLflow model, with a card that says what they are."""
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from brainray.engine.export import (
     safetensors_bytes,
 )
 from brainray.errors import CheckpointError, ConfigError
+from brainray.log import Log
 from brainray.mri.duplicates import thumbnail_matrix
 from brainray.orchestration import serving
 from brainray.orchestration.inference import Predictor, find_predictor
@@ -32,8 +33,6 @@ from brainray.report.model_card import CardFacts, model_card
 from brainray.schema import PREDICTED, THUMBNAIL_SIDE
 from brainray.storage import Folder
 from brainray.tracking import ServedFiles, save_served
-
-Log = Callable[[str], None]
 
 _NUM_TRIED = 32  # slices on which the ONNX model is compared with ours
 _ONNX_PACKAGES = {"onnx", "onnxscript", "onnxruntime"}

@@ -5,7 +5,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from brainray.config import Config, FeatureConfig
 from brainray.engine.forward import forward_passes
 from brainray.engine.recipe import resolve_precision
 from brainray.errors import ConfigError, DataError
+from brainray.log import Log
 from brainray.models.encoder import local_state
 from brainray.models.features import PIXELS, build_feature_encoder, num_features
 from brainray.mri.resize import stretch
@@ -35,8 +36,6 @@ from brainray.storage import Folder
 _BATCH = 64  # slices
 ROW = ["sample_id", "split", "path", "frame"]
 ROW_ORDER = [(name, "ascending") for name in ROW]
-
-Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)

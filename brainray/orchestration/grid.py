@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from brainray.clustering.partition import neighbour_agreement, score_partition
 from brainray.clustering.pca import PCA
 from brainray.config import ClustererName, ClusteringConfig, Config, StudyConfig
 from brainray.errors import BrainrayError, ConfigError, DataError
+from brainray.log import Log
 from brainray.models.features import PIXELS
 from brainray.orchestration.features import FeatureStore, content_key
 from brainray.schema import ASSIGNED
@@ -37,8 +38,6 @@ FITTED = "fitted"
 
 _SILENT_S = 20.0
 _CELL_FORMAT = 2  # 2: agreement of neighbours
-
-Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)

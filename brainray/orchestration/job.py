@@ -24,6 +24,7 @@ import ray.exceptions
 
 from brainray.config import Config, described_keys, load_config
 from brainray.errors import BrainrayError, ConfigError
+from brainray.log import log
 from brainray.redaction import redacted
 
 EXIT_OK, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
@@ -174,11 +175,6 @@ def resolve_paths(config: Config) -> Config:
         weights = _resolve("encoder.weights", config.encoder.weights)
         resolved["encoder"] = config.encoder.model_copy(update={"weights": weights})
     return config.model_copy(update=resolved)
-
-
-def log(message: str) -> None:
-    """A line of progress on stdout, at once."""
-    print(redacted(message), flush=True)
 
 
 def _resolve(key: str, value: str) -> str:

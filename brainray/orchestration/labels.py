@@ -1,7 +1,6 @@
 """What to label next: the unlabelled slices of a run, ranked."""
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,14 +12,13 @@ from brainray.clustering.next_labels import choose_to_label, margin_uncertainty
 from brainray.config import Config
 from brainray.engine.evaluate import Metrics, matrix_of
 from brainray.errors import ConfigError, DataError
+from brainray.log import Log
 from brainray.orchestration.data import with_progress
 from brainray.orchestration.inference import find_predictor, predicted_slices
 from brainray.orchestration.run import open_run
 from brainray.orchestration.store import ImageStore
 from brainray.schema import NEXT_LABELS, UNLABELLED_ROLE
 from brainray.storage import Folder
-
-Log = Callable[[str], None]
 
 _GROUPS = ("duplicate_group_id", "subject_id")
 

@@ -14,16 +14,15 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from brainray import layout
 from brainray.errors import BrainrayError, ConfigError
+from brainray.log import Log
 from brainray.storage import Folder
-
-Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)

@@ -14,16 +14,15 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from brainray.log import Log
 from brainray.orchestration.publish import git_revision
-
-Say = Callable[[str], None]
 
 START_TIMEOUT_S = 180.0  # a cold disk takes most of a minute to import Ray
 STOP_TIMEOUT_S = 20.0
@@ -56,7 +55,7 @@ class RayHead:
 
 
 @contextlib.contextmanager
-def own_ray_head(say: Say, *, num_cpus: int | None = None) -> Iterator[RayHead]:
+def own_ray_head(say: Log, *, num_cpus: int | None = None) -> Iterator[RayHead]:
     """A Ray head that meets no other: own ports, own folder, own token; gone on the way out.
 
     ``num_cpus`` is what it offers to jobs; the machine's by default.
@@ -224,7 +223,7 @@ def _get(head: RayHead, path: str) -> Any:
 
 
 def submit(
-    head: RayHead, entrypoint: Sequence[str], *, name: str, working_dir: Path, say: Say
+    head: RayHead, entrypoint: Sequence[str], *, name: str, working_dir: Path, say: Log
 ) -> tuple[int, str | None]:
     """Run `ray job submit`, pass its output on; returns the job's exit code and its result line."""
     submission_id = f"{name}-{secrets.token_hex(4)}"

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from brainray.config import Config, PreprocessConfig
 from brainray.errors import DataError
+from brainray.log import Log, ProgressLines
 from brainray.mri.duplicates import (
     COPY,
     KINDS,
@@ -46,7 +47,12 @@ class StorePlan:
 
 
 def plan_store(
-    slices: pa.Table, fingerprints: RowFile, listing: Listing, config: Config, earlier: Earlier
+    slices: pa.Table,
+    fingerprints: RowFile,
+    listing: Listing,
+    config: Config,
+    earlier: Earlier,
+    log: Log,
 ) -> StorePlan:
     """Copies, groups, splits and statistics from the LIGHT rows of all files.
 
@@ -59,7 +65,7 @@ def plan_store(
     files = [said[path] for path in accepted["path"].to_pylist()]
     ids = accepted["sample_id"].to_pylist()
     looks = SelectedRows(fingerprints, accepted["fingerprint"].to_numpy())
-    pairs = _near_duplicates(accepted, looks, config.preprocess)
+    pairs = _near_duplicates(accepted, looks, config.preprocess, log)
     copies = pairs.of_kind(COPY)
     groups = keep_names(connected_groups(ids, copies.first, copies.second), _was(ids, earlier))
     also_turned = connected_groups(ids, pairs.first, pairs.second)
@@ -144,7 +150,9 @@ def _check_rejections(slices: pa.Table, num_files: int, config: Config) -> None:
         )
 
 
-def _near_duplicates(accepted: pa.Table, looks: Rows, config: PreprocessConfig) -> DuplicatePairs:
+def _near_duplicates(
+    accepted: pa.Table, looks: Rows, config: PreprocessConfig, log: Log
+) -> DuplicatePairs:
     """Slices of one volume lie at different places: they are never copies of one another."""
     volumes = [
         digest if frame else None
@@ -152,7 +160,10 @@ def _near_duplicates(accepted: pa.Table, looks: Rows, config: PreprocessConfig) 
             accepted["sha256"].to_pylist(), accepted["frame"].to_pylist(), strict=True
         )
     ]
-    return near_duplicate_pairs(looks, config.near_duplicate, not_together=volumes)
+    progress = ProgressLines("compared", "pairs of slices that look alike", log)
+    return near_duplicate_pairs(
+        looks, config.near_duplicate, not_together=volumes, on_compared=progress.tell
+    )
 
 
 def _was(ids: list[str], earlier: Earlier, column: str = "duplicate_group_id") -> list[str | None]:

@@ -1,7 +1,6 @@
 """Predictions for any folder of slices or volumes, resumable, however many there are."""
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ from brainray.config import Config
 from brainray.engine.evaluate import Metrics
 from brainray.engine.slice_model import Reference
 from brainray.errors import ConfigError, DataError
+from brainray.log import Log
 from brainray.orchestration.data import with_progress
 from brainray.orchestration.inference import (
     Predictor,
@@ -26,8 +26,6 @@ from brainray.orchestration.publish import code_hash
 from brainray.orchestration.source import SourceFile, find_images
 from brainray.orchestration.store import differing_settings
 from brainray.storage import Folder
-
-Log = Callable[[str], None]
 
 _SETTINGS = "settings.json"
 _ROWS_PER_PART = 4096

@@ -8,7 +8,7 @@ import hashlib
 import io
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -43,6 +43,7 @@ from brainray.engine.self_supervised import (
 )
 from brainray.engine.shard import CachedImages, Images, sample_keys
 from brainray.errors import BrainrayError, DivergenceError
+from brainray.log import Log
 from brainray.models.features import build_feature_encoder
 from brainray.models.pretext import PretextModel
 from brainray.orchestration.features import (
@@ -74,8 +75,6 @@ _OF_ROUNDS = {
     "tolerance",
     "patience",
 }
-
-Log = Callable[[str], None]
 History = list[dict[str, float]]
 
 

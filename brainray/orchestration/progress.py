@@ -2,7 +2,6 @@
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from datetime import timedelta
 from typing import Self
 
@@ -10,11 +9,10 @@ from brainray import layout
 from brainray.config import SelfSupervisionConfig, TrainConfig
 from brainray.engine.evaluate import Metrics
 from brainray.engine.recipe import image_side
+from brainray.log import Log
 from brainray.orchestration.run import Run
 from brainray.storage import Folder
 from brainray.tracking import LenientTracker
-
-Log = Callable[[str], None]
 
 POLL_S = 1.0
 

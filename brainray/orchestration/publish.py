@@ -3,7 +3,7 @@
 import hashlib
 import os
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,13 +13,12 @@ import brainray
 from brainray import layout
 from brainray.config import Config, flatten, parse_config, parse_yaml
 from brainray.errors import TrackingError
+from brainray.log import Log
 from brainray.orchestration.lock import is_held
 from brainray.orchestration.run import Run
 from brainray.redaction import redacted
 from brainray.storage import Folder
 from brainray.tracking import LenientTracker, MLflowTracker, artifact_location, default_uri
-
-Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)

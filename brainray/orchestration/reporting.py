@@ -19,6 +19,7 @@ from brainray.engine.evaluate import Metrics
 from brainray.engine.explain import class_activation_maps, rows_to_explain
 from brainray.engine.state import Checkpoint, load_checkpoint
 from brainray.errors import CheckpointError, ConfigError, DataError
+from brainray.log import Log
 from brainray.orchestration.publish import code_hash, git_revision
 from brainray.orchestration.run import Run, open_run
 from brainray.orchestration.store import ImageStore
@@ -26,8 +27,6 @@ from brainray.redaction import redacted
 from brainray.report.page import Explained, write_page
 from brainray.schema import TEST
 from brainray.storage import Folder
-
-Log = Callable[[str], None]
 
 LoadImages = Callable[[pa.Table], NDArray[np.uint8]]
 """Rows of predictions to their preprocessed slices (n, 1, S, S)."""

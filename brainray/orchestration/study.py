@@ -3,12 +3,13 @@
 Labels, where they exist, are read for scoring only: no encoder, clusterer or choice sees them.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from brainray import layout
 from brainray.config import Config, flatten, to_yaml
 from brainray.errors import BrainrayError, ConfigError
+from brainray.log import Log
 from brainray.orchestration.features import Weights, check_feature, read_weights
 from brainray.orchestration.grid import (
     Grid,
@@ -30,8 +31,6 @@ from brainray.orchestration.study_data import (
 from brainray.orchestration.study_report import StudyResults, write_report
 from brainray.schema import TRAIN
 from brainray.storage import Folder
-
-Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """What a study is made on: its data sets, their slices by subset, and their features."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import ray
 from brainray import layout
 from brainray.config import Config, FeatureConfig
 from brainray.errors import ConfigError, DataError
+from brainray.log import Log
 from brainray.models.features import PIXELS
 from brainray.mri.leakage import Fingerprints, exposure
 from brainray.orchestration.data import preprocess
@@ -31,7 +32,6 @@ from brainray.orchestration.store import ImageStore
 from brainray.schema import SEEN, SUBSETS, TEST, TRAIN, UNLABELLED
 from brainray.storage import Folder
 
-Log = Callable[[str], None]
 FeatureKey = tuple[str, str, int]
 """Data set, name in ``study.features``, and seed."""
 

@@ -1,6 +1,6 @@
 """What a study leaves behind: tables, figures, contact sheets, and a recommended K."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from brainray.clustering.stability import Stability, measure_stability, recommen
 from brainray.config import Config
 from brainray.engine.shard import sample_keys
 from brainray.errors import BrainrayError
+from brainray.log import Log
 from brainray.orchestration.features import content_key
 from brainray.orchestration.grid import (
     FITTED,
@@ -68,8 +69,6 @@ _SUBSET_TITLES = {
 }
 
 _NEIGHBOURS_TITLE = "share of a held-out slice's 10 nearest fitted ones with its label"
-
-Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from brainray import layout
 from brainray.config import Config, flatten, to_yaml
 from brainray.engine.evaluate import Metrics
 from brainray.errors import BrainrayError, ConfigError
+from brainray.log import Log
 from brainray.orchestration.driver import check_training
 from brainray.orchestration.export import served_files
 from brainray.orchestration.inference import find_predictor
@@ -37,8 +38,6 @@ from brainray.report.sweep_figures import TrialOutcome, draw_sweep_figures
 from brainray.report.table import markdown_table
 from brainray.storage import Folder
 from brainray.tracking import PARENT_TAG
-
-Log = Callable[[str], None]
 
 _TUNE = "tune"  # Tune's own state, inside the sweep's folder
 _SETTINGS = "sweep.json"  # what must not change when it goes on
