@@ -162,7 +162,10 @@ PREDICTED = pa.schema(
         ("nearest_distance", pa.list_(pa.float32())),  # theirs, in the mixture's PCA space
     ]
 )
-"""What ``jobs/predict.py`` says of a slice, or of a file that cannot be read."""
+"""What a model says of a slice, or of a file that cannot be read."""
+
+PREDICTED_FILES = pa.schema([*PREDICTED, ("num_bytes", pa.int64()), ("mtime_ns", pa.int64())])
+"""The same with what tells whether a file is still the one that was predicted."""
 
 FEATURES = pa.schema(
     [

@@ -4,12 +4,13 @@ import sys
 
 from brainray.config import Config
 from brainray.log import log
-from brainray.orchestration.evaluation import evaluate
 from brainray.orchestration.job import JobResult, run_job
-from brainray.report.table import results_table
 
 
 def work(config: Config) -> JobResult:
+    from brainray.orchestration.evaluation import evaluate
+    from brainray.report.table import results_table
+
     evaluation = evaluate(config, log)
     log(results_table(evaluation.metrics, evaluation.classes))
     log(f"predictions, figures and report.html: {evaluation.folder}")

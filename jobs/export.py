@@ -4,11 +4,12 @@ import sys
 
 from brainray.config import Config
 from brainray.log import log
-from brainray.orchestration.export import export
 from brainray.orchestration.job import JobResult, run_job
 
 
 def work(config: Config) -> JobResult:
+    from brainray.orchestration.export import export
+
     exported = export(config, log)
     log(f"files and model card: {exported.folder}")
     return JobResult(str(exported.folder), exported.mlflow_run_id, exported.metrics)

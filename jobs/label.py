@@ -6,10 +6,11 @@ from brainray import layout
 from brainray.config import Config
 from brainray.log import log
 from brainray.orchestration.job import JobResult, run_job
-from brainray.orchestration.labels import choose_next_labels
 
 
 def work(config: Config) -> JobResult:
+    from brainray.orchestration.labels import choose_next_labels
+
     chosen = choose_next_labels(config, log)
     log(f"{chosen.table.num_rows} slices to label: {chosen.folder}/{layout.NEXT_LABELS}")
     return JobResult(str(chosen.folder), metrics=chosen.metrics)

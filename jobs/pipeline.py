@@ -5,15 +5,16 @@ import sys
 from brainray.config import Config
 from brainray.errors import ConfigError
 from brainray.log import log
-from brainray.orchestration.data import preprocess
-from brainray.orchestration.driver import train
-from brainray.orchestration.evaluation import evaluate
 from brainray.orchestration.job import TRAINING_SECTIONS, JobResult, run_job
-from brainray.orchestration.resources import alive_nodes, plan_workers
-from brainray.report.table import results_table
 
 
 def work(config: Config) -> JobResult:
+    from brainray.orchestration.data import preprocess
+    from brainray.orchestration.driver import train
+    from brainray.orchestration.evaluation import evaluate
+    from brainray.orchestration.resources import alive_nodes, plan_workers
+    from brainray.report.table import results_table
+
     if config.name is None:
         raise ConfigError("the pipeline needs a name: --set name=NAME")
     if config.evaluation.num_label_draws > 1:

@@ -5,10 +5,11 @@ import sys
 from brainray.config import Config
 from brainray.log import log
 from brainray.orchestration.job import JobResult, run_job
-from brainray.orchestration.predict import predict
 
 
 def work(config: Config) -> JobResult:
+    from brainray.orchestration.predict import predict
+
     prediction = predict(config, log)
     counts = prediction.metrics
     log(

@@ -5,11 +5,12 @@ import sys
 from brainray import layout
 from brainray.config import Config
 from brainray.log import log
-from brainray.orchestration.data import preprocess
 from brainray.orchestration.job import JobResult, run_job
 
 
 def work(config: Config) -> JobResult:
+    from brainray.orchestration.data import preprocess
+
     store = preprocess(config, log)
     counts = {
         f"num_slices/{split}/{label or 'unlabelled'}": float(count)

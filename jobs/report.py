@@ -6,10 +6,11 @@ from brainray import layout
 from brainray.config import Config
 from brainray.log import log
 from brainray.orchestration.job import JobResult, run_job
-from brainray.orchestration.reporting import report
 
 
 def work(config: Config) -> JobResult:
+    from brainray.orchestration.reporting import report
+
     written = report(config, log)
     log(f"page: {written.folder}/{layout.REPORT}")
     return JobResult(str(written.folder), metrics=written.metrics)

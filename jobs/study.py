@@ -5,10 +5,11 @@ import sys
 from brainray.config import Config
 from brainray.log import log
 from brainray.orchestration.job import JobResult, run_job
-from brainray.orchestration.study import run_study
 
 
 def work(config: Config) -> JobResult:
+    from brainray.orchestration.study import run_study
+
     finished = run_study(config, log)
     log(finished.text)
     log(f"tables and figures: {finished.folder}")

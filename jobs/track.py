@@ -6,12 +6,13 @@ from brainray.config import Config
 from brainray.errors import ConfigError
 from brainray.log import log
 from brainray.orchestration.job import JobResult, run_job
-from brainray.orchestration.publish import publish
-from brainray.orchestration.run import open_run
-from brainray.storage import Folder
 
 
 def work(config: Config) -> JobResult:
+    from brainray.orchestration.publish import publish
+    from brainray.orchestration.run import open_run
+    from brainray.storage import Folder
+
     if config.run is None:
         raise ConfigError("name the run to send: --set run=NAME")
     run = open_run(Folder(config.storage), config.run)

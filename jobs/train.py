@@ -4,16 +4,15 @@ import sys
 
 from brainray.config import Config
 from brainray.log import log
-from brainray.orchestration.draws import train_draws
-from brainray.orchestration.driver import train
 from brainray.orchestration.job import TRAINING_SECTIONS, JobResult, run_job
-from brainray.report.draws_table import draws_table
-from brainray.report.table import results_table
 
 
 def work(config: Config) -> JobResult:
     if config.evaluation.num_label_draws > 1:
         return work_on_draws(config)
+    from brainray.orchestration.driver import train
+    from brainray.report.table import results_table
+
     trained = train(config, log)
     log(results_table(trained.metrics, trained.run.classes))
     log(f"figures: {trained.run.folder}/figures")
@@ -22,6 +21,9 @@ def work(config: Config) -> JobResult:
 
 
 def work_on_draws(config: Config) -> JobResult:
+    from brainray.orchestration.draws import train_draws
+    from brainray.report.draws_table import draws_table
+
     drawn = train_draws(config, log)
     log(draws_table(drawn.metrics))
     log(f"compare runs: mlflow ui --backend-store-uri {drawn.runs[0].tracking_uri}")

@@ -5,10 +5,11 @@ import sys
 from brainray.config import Config
 from brainray.log import log
 from brainray.orchestration.job import TRAINING_SECTIONS, JobResult, run_job
-from brainray.orchestration.sweep import sweep
 
 
 def work(config: Config) -> JobResult:
+    from brainray.orchestration.sweep import sweep
+
     finished = sweep(config, log)
     log(finished.table)
     log(f"best settings: {finished.folder}/best.yaml")

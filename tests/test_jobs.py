@@ -4,6 +4,7 @@ import json
 import os
 import runpy
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -64,6 +65,31 @@ def test_help_explains_the_jobs_settings(
     assert f"python jobs/{name}.py" in text
     assert "storage" in text
     assert "[~/brainray]" in text
+
+
+def test_help_and_typing_errors_do_not_wait_for_heavy_imports() -> None:
+    script = """
+import contextlib, io, runpy, sys
+for name in sys.argv.pop(1).split():
+    for arguments, code in (["--help"], 0), (["--set", "nmae=x"], 2):
+        sys.argv[1:] = arguments
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            try:
+                runpy.run_path(f"jobs/{name}.py", run_name="__main__")
+            except SystemExit as stop:
+                assert stop.code == code, (name, arguments, stop.code)
+print(*{"matplotlib", "mlflow", "pyarrow", "ray", "torch"} & set(sys.modules))
+"""
+    told = subprocess.run(
+        [sys.executable, "-c", script, " ".join(JOBS)],
+        cwd=PROJECT,
+        env=os.environ | {"PYTHONPATH": str(PROJECT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert told.stdout.split() == [], told.stderr
+    assert told.returncode == 0, told.stderr
 
 
 def test_every_setting_is_explained_by_some_job(

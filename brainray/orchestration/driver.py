@@ -27,8 +27,8 @@ from brainray.orchestration.publish import begin_tracking, send_run
 from brainray.orchestration.ray_train import (
     OF_RAY_TRAIN,
     forget_rays_checkpoints,
-    print_once,
     run_trainer,
+    settle_ray_train,
 )
 from brainray.orchestration.reporting import about_software, check_compared_runs, write_run_page
 from brainray.orchestration.resources import WorkerResources, alive_nodes, plan_workers
@@ -142,7 +142,7 @@ def fit(training: Training, log: Log, callbacks: Sequence[Any] = ()) -> None:
         ray.train.TrainingFailedError: workers were lost more often than ``train.max_failures``.
     """
     config, run, workers = training.config, training.run, training.workers
-    print_once()
+    settle_ray_train()
     worker: Any = train_worker  # Ray's annotation forbids the return value that Result carries
     scaling: Any = ScalingConfig  # type checkers see the one of Ray Train's first version
     trainer = TorchTrainer(

@@ -208,7 +208,7 @@ def _tasks(files: Sequence[SourceFile]) -> list[list[int]]:
 
 _STORED_COLUMNS = ["split", "sample_id", "path", "frame", "height", "width", "thumbnail", "image"]
 
-_CARRIED = ["subject_id", "subject_source", "sha256", "num_bytes", "reason", "detail"]
+_CARRIED = ["subject_id", "subject_source", "sha256", "num_bytes", "mtime_ns", "reason", "detail"]
 """Columns that a prediction's row keeps beside its own."""
 
 

@@ -18,10 +18,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import ray
-import ray.data
-import ray.exceptions
-
 from brainray.config import Config, described_keys, load_config
 from brainray.errors import BrainrayError, ConfigError
 from brainray.log import log
@@ -117,12 +113,19 @@ def run_command(name: str, work: Callable[[], JobResult]) -> int:
 @contextlib.contextmanager
 def _own_connection() -> Iterator[None]:
     """Leave Ray at the end, if the block has joined it: what workers have printed comes before."""
-    joined_before = ray.is_initialized()
+    ray = _ray_if_needed_yet()
+    joined_before = ray is not None and ray.is_initialized()
     try:
         yield
     finally:
-        if not joined_before:
+        ray = _ray_if_needed_yet()
+        if ray is not None and not joined_before:
             ray.shutdown()
+
+
+def _ray_if_needed_yet() -> Any:
+    """Ray takes seconds to import: too long for ``--help``, or to be told of a typing error."""
+    return sys.modules.get("ray")
 
 
 class Terminated(KeyboardInterrupt):
@@ -242,6 +245,9 @@ def _describe(keys: Sequence[str]) -> str:
 
 def attach_to_ray() -> None:
     """The running Ray cluster where there is one (``RAY_ADDRESS``), else a local one."""
+    import ray
+    import ray.data
+
     if not ray.is_initialized():
         ray.init(logging_level=logging.ERROR)
         _end_in_order_on_sigterm()  # Ray has put a handler of its own in place
@@ -272,7 +278,8 @@ def _fail(name: str, error: Exception | Terminated) -> int:
 
 def _user_error(error: BaseException | None) -> BrainrayError | None:
     """The brainray error in a chain that Ray may have wrapped around it."""
-    if isinstance(error, ray.exceptions.RayTaskError):
+    ray = _ray_if_needed_yet()
+    if ray is not None and isinstance(error, ray.exceptions.RayTaskError):
         # It is of its cause's class besides, with the worker's traceback for a message.
         return _user_error(error.cause)
     if error is None or isinstance(error, BrainrayError):

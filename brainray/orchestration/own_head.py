@@ -23,6 +23,7 @@ import psutil
 
 from brainray.log import Log
 from brainray.orchestration.publish import git_revision
+from brainray.orchestration.ray_train import WITHOUT_PREEMPTION
 
 START_TIMEOUT_S = 180.0  # a cold disk takes most of a minute to import Ray
 STOP_TIMEOUT_S = 20.0
@@ -230,7 +231,7 @@ def submit(
     command = ["job", "submit", "--address", head.url, "--submission-id", submission_id]
     command += ["--log-color", "false", "--working-dir", "."]
     # The copy that a job runs in has no .git to ask.
-    variables = {"env_vars": {"BRAINRAY_GIT_REVISION": git_revision()}}
+    variables = {"env_vars": {"BRAINRAY_GIT_REVISION": git_revision(), **WITHOUT_PREEMPTION}}
     command += ["--runtime-env-json", json.dumps(variables), "--", *entrypoint]
     say(f"ray {shlex.join(command)}")
     process = subprocess.Popen(

@@ -1,6 +1,7 @@
 """Predictions for any folder of slices or volumes, resumable, however many there are."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +24,9 @@ from brainray.orchestration.inference import (
 from brainray.orchestration.lock import held
 from brainray.orchestration.preparation import CHANGED, UNREADABLE
 from brainray.orchestration.publish import code_hash
-from brainray.orchestration.source import SourceFile, find_images
+from brainray.orchestration.source import FoundFile, SourceFile, find_images
 from brainray.orchestration.store import differing_settings
+from brainray.schema import PREDICTED_FILES
 from brainray.storage import Folder
 
 _SETTINGS = "settings.json"
@@ -43,8 +45,9 @@ class Prediction:
 def predict(config: Config, log: Log = print) -> Prediction:
     """A row for every slice below ``config.source``, and for every file that cannot be read.
 
-    Rows go to ``storage/predictions/NAME/part-*.parquet`` (``PREDICTED``) as they come. The same
-    name goes on with the files that no part names yet, and with those that could not be read.
+    Rows go to ``storage/predictions/NAME/part-*.parquet`` (``PREDICTED_FILES``) as they come. The
+    same name goes on with the files that no part names yet, that could not be read, or that have
+    been replaced since; rows of files that are gone stay.
 
     Raises:
         ConfigError: neither run nor checkpoint, no source, or a name that was used otherwise.
@@ -63,12 +66,14 @@ def _predict(config: Config, predictor: Predictor, folder: Folder, log: Log) -> 
     found, num_ignored = find_images(Folder(str(config.source)))
     _begin(config, predictor, folder)
     _forget_unread(folder)
+    num_replaced = _forget_replaced(folder, found)
     done = _done(folder)
     files = [SourceFile(file, None, None, None) for file in found if file.path not in done]
     log(
         f"predicting {len(found)} files with {predictor.folder} (epoch "
         f"{predictor.checkpoint.epoch})"
         + (f"; {len(done)} are done" if done else "")
+        + (f"; {num_replaced} were replaced and are predicted anew" if num_replaced else "")
         + (f"; {num_ignored} other files are ignored" if num_ignored else "")
     )
     reference = Reference(predictor.fitted())
@@ -111,9 +116,26 @@ def _forget_unread(folder: Folder) -> None:
     passing = pa.array([UNREADABLE, CHANGED])
     for name in _parts(folder):
         reasons = folder.read_table(name, columns=["reason"])["reason"]
-        if pc.any(pc.is_in(reasons, passing)).as_py():
-            part = folder.read_table(name)
-            folder.write_table(name, part.filter(pc.invert(pc.is_in(part["reason"], passing))))
+        _drop(folder, name, pc.is_in(reasons, passing))
+
+
+def _forget_replaced(folder: Folder, found: Iterable[FoundFile]) -> int:
+    """Files that are others now, by size or time of modification; how many they are."""
+    now = {file.path: (file.num_bytes, file.mtime_ns) for file in found}
+    replaced: set[str] = set()
+    for name in _parts(folder):
+        rows = folder.read_table(name, columns=["path", "num_bytes", "mtime_ns"]).to_pylist()
+        stamps = [(row["path"], (row["num_bytes"], row["mtime_ns"])) for row in rows]
+        is_other = [now.get(path, stamp) != stamp for path, stamp in stamps]
+        replaced.update(path for (path, _), other in zip(stamps, is_other, strict=True) if other)
+        _drop(folder, name, pa.array(is_other, pa.bool_()))
+    return len(replaced)
+
+
+def _drop(folder: Folder, name: str, rows: pa.Array) -> None:
+    """Write a part without these rows, if there are any."""
+    if pc.any(rows).as_py():
+        folder.write_table(name, folder.read_table(name).filter(pc.invert(rows)))
 
 
 def _done(folder: Folder) -> set[str]:
@@ -141,7 +163,9 @@ def _write_parts(
             number, waiting = number + 1, []
 
     for block in with_progress(blocks, len(files), "predicted", log):
-        waiting.append(reference.rows(block))
+        stamps = block.select(["num_bytes", "mtime_ns"])
+        columns = [*reference.rows(block).columns, *stamps.columns]
+        waiting.append(pa.table(columns, schema=PREDICTED_FILES))
         if sum(table.num_rows for table in waiting) >= _ROWS_PER_PART:
             flush()
     flush()

@@ -57,9 +57,9 @@ from brainray.orchestration.progress import PretrainingFollower
 from brainray.orchestration.ray_train import (
     OF_RAY_TRAIN,
     forget_rays_checkpoints,
-    print_once,
     quiet_worker,
     run_trainer,
+    settle_ray_train,
 )
 from brainray.orchestration.resources import WorkerResources, alive_nodes, plan_workers
 from brainray.orchestration.seen import seen_by_weights, training_slices
@@ -185,7 +185,7 @@ def _train(
     target: Folder,
     log: Log,
 ) -> None:
-    print_once()
+    settle_ray_train()
     worker: Any = _pretrain_worker
     trainer = TorchTrainer(
         worker,

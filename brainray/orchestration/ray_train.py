@@ -20,9 +20,17 @@ _RAYS_LIST = "checkpoint_manager_snapshot.json"
 OF_RAY_TRAIN = LoggingConfig(log_level="WARNING")
 
 
-def print_once() -> None:
-    """Before Ray Train starts workers: a line that they print is not to be logged besides."""
+WITHOUT_PREEMPTION = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+"""Where nobody takes nodes away: what watches for it is a process, and an error in Ray's log."""
+
+
+def settle_ray_train() -> None:
+    """Before Ray Train starts workers: what it is to leave out."""
+    # A line that workers print is not to be logged besides.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    if "RAY_ADDRESS" not in os.environ:  # a Ray of our own, on this machine alone
+        for name, value in WITHOUT_PREEMPTION.items():
+            os.environ.setdefault(name, value)
 
 
 def quiet_worker() -> None:

@@ -1,5 +1,7 @@
 """Prediction for a folder as users have them: mixed formats, broken files, cut and resumed."""
 
+import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from brainray.orchestration.inference import find_predictor, predicted_blocks
 from brainray.orchestration.predict import Prediction, predict
 from brainray.orchestration.preparation import UNREADABLE
 from brainray.orchestration.source import SourceFile, find_images
-from brainray.schema import PREDICTED
+from brainray.schema import PREDICTED_FILES
 from brainray.storage import Folder
 from tests.conftest import tiny_config
 from tests.mri.test_nifti import ball, make_nifti
@@ -76,7 +78,7 @@ def test_every_file_has_a_row(prediction: Prediction, trained: TrainedRun) -> No
     assert len(rows) == 9
     assert {path for path, row in rows.items() if row["reason"]} == {"text.jpg", "empty.jpg"}
     for row in rows.values():
-        assert set(row) == set(PREDICTED.names)
+        assert set(row) == set(PREDICTED_FILES.names)
         if row["reason"] is not None:
             assert row["class"] is None
             continue
@@ -123,13 +125,39 @@ def test_what_could_not_be_read_is_tried_again(
     rows = pq.read_table(part).to_pylist()
     for row in rows:
         if row["path"] in {"scan1.jpg", "scan2.jpg"}:  # as a mount that is away leaves them
-            row |= dict.fromkeys(set(row) - {"path", "frame"}) | {"reason": UNREADABLE}
-    pq.write_table(pa.Table.from_pylist(rows, PREDICTED), part)
+            kept = {"path", "frame", "num_bytes", "mtime_ns"}
+            row |= dict.fromkeys(set(row) - kept) | {"reason": UNREADABLE}
+    pq.write_table(pa.Table.from_pylist(rows, PREDICTED_FILES), part)
     said: list[str] = []
     again = predict(config_of(trained, inbox, "name=again"), said.append)
     assert "; 7 are done" in said[0]
     assert again.metrics == prediction.metrics
     assert rows_of(again)["scan1.jpg"]["class"] is not None
+
+
+def test_a_file_that_was_replaced_is_predicted_anew(
+    trained: TrainedRun, inbox: Path, prediction: Prediction, tmp_path: Path
+) -> None:
+    source = tmp_path / "inbox"
+    shutil.copytree(inbox, source)
+    first = Path(str(prediction.folder))
+    again = first.with_name("replaced")
+    shutil.copytree(first, again)
+    settings = json.loads((again / "settings.json").read_text()) | {"source": str(source)}
+    (again / "settings.json").write_text(json.dumps(settings))
+    os.utime(source / "scan2.jpg", ns=(0, 10**18))  # another file of the same size, it may be
+    (source / "scan1.jpg").write_bytes((source / "deep" / "er" / "known.jpg").read_bytes())
+    (source / "scan3.jpg").unlink()
+
+    said: list[str] = []
+    after = predict(config_of(trained, source, "name=replaced"), said.append)
+
+    assert "; 7 are done; 2 were replaced and are predicted anew" in said[0]
+    rows = rows_of(after)
+    assert rows["scan1.jpg"]["sample_id"] == rows["deep/er/known.jpg"]["sample_id"]
+    assert rows["scan2.jpg"]["mtime_ns"] == 10**18
+    assert rows["scan3.jpg"] == rows_of(prediction)["scan3.jpg"]
+    assert predict(config_of(trained, source, "name=replaced")).metrics == after.metrics
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """What Ray Train leaves behind when it has trained."""
 
+import os
 import signal
 from types import FrameType, SimpleNamespace
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 
 from brainray.errors import BrainrayError, DivergenceError
-from brainray.orchestration.ray_train import run_trainer
+from brainray.orchestration.ray_train import WITHOUT_PREEMPTION, run_trainer, settle_ray_train
 
 
 class Trainer:
@@ -44,3 +45,16 @@ def test_ctrl_c_interrupts_again_after_a_training(
             run_trainer(trainer)
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize(("address", "watches"), [("10.0.0.1:6379", None), (None, "0")])
+def test_nodes_are_watched_for_where_they_may_be_taken_away(
+    address: str | None, watches: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RAY_ADDRESS", *WITHOUT_PREEMPTION, "RAY_TRAIN_ENABLE_PRINT_PATCH"):
+        monkeypatch.setenv(name, "")  # what is missing now is to be missing afterwards
+        monkeypatch.delenv(name)
+    if address is not None:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+    settle_ray_train()
+    assert [os.environ.get(name) for name in WITHOUT_PREEMPTION] == [watches]
