@@ -11,7 +11,7 @@ def test_progress_is_told_every_ten_seconds_with_the_time_left(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seconds = itertools.count(0.0, 4.0)
-    monkeypatch.setattr(log.time, "monotonic", lambda: next(seconds))
+    monkeypatch.setattr("brainray.log.time.monotonic", lambda: next(seconds))
     said: list[str] = []
     progress = log.ProgressLines("decoded", "files", said.append)
 
