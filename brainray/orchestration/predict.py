@@ -65,8 +65,7 @@ def predict(config: Config, log: Log = print) -> Prediction:
 def _predict(config: Config, predictor: Predictor, folder: Folder, log: Log) -> Prediction:
     found, num_ignored = find_images(Folder(str(config.source)))
     _begin(config, predictor, folder)
-    _forget_unread(folder)
-    num_replaced = _forget_replaced(folder, found)
+    num_replaced = _forget_stale(folder, found)
     done = _done(folder)
     files = [SourceFile(file, None, None, None) for file in found if file.path not in done]
     log(
@@ -111,31 +110,25 @@ def _parts(folder: Folder) -> list[str]:
     return [name for name in folder.names() if _PART.fullmatch(name)]
 
 
-def _forget_unread(folder: Folder) -> None:
-    """Files that a mount, a network or a writer kept from us are tried again."""
-    passing = pa.array([UNREADABLE, CHANGED])
-    for name in _parts(folder):
-        reasons = folder.read_table(name, columns=["reason"])["reason"]
-        _drop(folder, name, pc.is_in(reasons, passing))
-
-
-def _forget_replaced(folder: Folder, found: Iterable[FoundFile]) -> int:
-    """Files that are others now, by size or time of modification; how many they are."""
+def _forget_stale(folder: Folder, found: Iterable[FoundFile]) -> int:
+    """Drop rows of files that a mount, a network or a writer kept from us, and of those that are
+    others now, by size or time of modification; how many were replaced so.
+    """
     now = {file.path: (file.num_bytes, file.mtime_ns) for file in found}
     replaced: set[str] = set()
     for name in _parts(folder):
-        rows = folder.read_table(name, columns=["path", "num_bytes", "mtime_ns"]).to_pylist()
-        stamps = [(row["path"], (row["num_bytes"], row["mtime_ns"])) for row in rows]
-        is_other = [now.get(path, stamp) != stamp for path, stamp in stamps]
-        replaced.update(path for (path, _), other in zip(stamps, is_other, strict=True) if other)
-        _drop(folder, name, pa.array(is_other, pa.bool_()))
+        told = folder.read_table(name, columns=["path", "reason", "num_bytes", "mtime_ns"])
+        kept = []
+        for row in told.to_pylist():
+            stamp = (row["num_bytes"], row["mtime_ns"])
+            is_unread = row["reason"] in {UNREADABLE, CHANGED}
+            is_other = now.get(row["path"], stamp) != stamp
+            if is_other and not is_unread:
+                replaced.add(row["path"])
+            kept.append(not is_unread and not is_other)
+        if not all(kept):
+            folder.write_table(name, folder.read_table(name).filter(pa.array(kept, pa.bool_())))
     return len(replaced)
-
-
-def _drop(folder: Folder, name: str, rows: pa.Array) -> None:
-    """Write a part without these rows, if there are any."""
-    if pc.any(rows).as_py():
-        folder.write_table(name, folder.read_table(name).filter(pc.invert(rows)))
 
 
 def _done(folder: Folder) -> set[str]:
