@@ -19,6 +19,7 @@ from brainray.report.table import markdown_table
 FRACTIONS = (0.01, 0.02, 0.05, 0.1, 0.2, 1.0)
 QUICK_FRACTIONS = (0.1, 0.5)
 SUBSET = "clean"
+_NUM_DRAWS = 3
 _PREDICTORS = ("head", "cluster", "thumbnail_1nn")
 
 
@@ -27,7 +28,8 @@ def run(options: CaseOptions) -> BenchmarkResult:
 
     At every share, ``evaluation.num_label_draws`` draws (3, if the config says nothing) are trained
     on by the recipe and by cross entropy alone, with the same image passes, seeds and labels. All
-    are runs under storage: what is finished is never repeated.
+    are runs under storage: what is finished is never repeated. Each share's figures are
+    printed when it is done.
 
     Raises:
         ConfigError: no slices to train on.
@@ -44,7 +46,10 @@ def run(options: CaseOptions) -> BenchmarkResult:
         made = {"name": config.dataset, "source": str(options.source)}
         preprocess(config.model_copy(update=made), options.log)
     fractions = QUICK_FRACTIONS if options.quick else FRACTIONS
-    found = {share: _at(config, name, share, options) for share in fractions}
+    found: dict[float, Metrics] = {}
+    for share in fractions:
+        found[share] = _at(config, name, share, options)
+        options.log(_line(share, found[share]))
     measures = []
     for share, metrics in found.items():
         for predictor in _PREDICTORS:
@@ -61,7 +66,7 @@ def run(options: CaseOptions) -> BenchmarkResult:
 
 def _at(config: Config, name: str, share: float, options: CaseOptions) -> Metrics:
     """Figures over the draws of one share, the control's among them."""
-    num_draws = 1 if options.quick else max(config.evaluation.num_label_draws, 3)
+    num_draws = _num_draws(config, quick=options.quick)
     split = config.split.model_copy(update={"labelled_fraction": share, "seed": options.seed})
     recipe = f"{name}-{share:g}"
     control = f"{recipe}-control"
@@ -82,6 +87,20 @@ def _at(config: Config, name: str, share: float, options: CaseOptions) -> Metric
         }
         drawn = train_draws(config.model_copy(update=update), options.log).metrics
     return drawn
+
+
+def _num_draws(config: Config, *, quick: bool) -> int:
+    if "num_label_draws" in config.evaluation.model_fields_set:
+        return config.evaluation.num_label_draws
+    return 1 if quick else _NUM_DRAWS
+
+
+def _line(share: float, metrics: Metrics) -> str:
+    key = f"test/{SUBSET}/head/accuracy"
+    return (
+        f"{share:.0%} labels, {SUBSET} test slices: head {mean_and_deviation(metrics, key)}, "
+        f"control's head {metrics.get(f'control/{key}', math.nan):.3f}"
+    )
 
 
 def _table(found: Mapping[float, Metrics]) -> str:
