@@ -3,8 +3,9 @@
 import argparse
 import sys
 
-from brainray.benchmarks.cases import CASES, run_case
-from brainray.orchestration.job import run_command
+from brainray.benchmarks.cases import CASES
+from brainray.config import load_config
+from brainray.orchestration.job import JobResult, run_command
 
 DESCRIPTION = """
 Measure a claim against a named peer in the same run; print a table of the figures, each with its
@@ -15,9 +16,7 @@ Example: python jobs/benchmark.py duplicates --source /data/brain-tumor-mri --qu
 
 
 def parser() -> argparse.ArgumentParser:
-    cases = "\n".join(
-        f"  {name:<12} {(case.__doc__ or '').splitlines()[0]}" for name, case in CASES.items()
-    )
+    cases = "\n".join(f"  {name:<12} {tells}" for name, tells in CASES.items())
     made = argparse.ArgumentParser(
         prog="jobs/benchmark.py",
         description=DESCRIPTION,
@@ -38,6 +37,14 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+def work(arguments: argparse.Namespace) -> JobResult:
+    overrides = [item for group in arguments.set for item in group]
+    config = load_config(arguments.config, overrides)
+    from brainray.benchmarks.runner import run_case
+
+    return run_case(arguments, config)
+
+
 if __name__ == "__main__":
     arguments = parser().parse_args()
-    sys.exit(run_command("benchmark", lambda: run_case(arguments)))
+    sys.exit(run_command("benchmark", lambda: work(arguments)))

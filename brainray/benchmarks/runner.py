@@ -1,0 +1,58 @@
+"""Running a case of ``jobs/benchmark.py``, and what is done with its result."""
+
+from argparse import Namespace
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import cast
+
+from brainray.benchmarks.result import BenchmarkResult, CaseOptions, measures_table
+from brainray.config import Config
+from brainray.errors import DataError
+from brainray.log import log
+from brainray.orchestration.job import JobResult
+from brainray.report.style import png_bytes
+from brainray.storage import Folder
+
+Case = Callable[[CaseOptions], BenchmarkResult]
+
+
+def load_case(name: str) -> Case:
+    return cast(Case, import_module(f"brainray.benchmarks.{name}").run)
+
+
+def run_case(arguments: Namespace, config: Config) -> JobResult:
+    """Run one case, print its table, and keep the result under ``storage/benchmarks/CASE``."""
+    source = None if arguments.source is None else Path(arguments.source).expanduser().absolute()
+    if source is not None and not source.is_dir():
+        raise DataError(f"no such folder: --source {source}")
+    storage = Path(arguments.storage).expanduser().absolute()
+    options = CaseOptions(
+        quick=arguments.quick,
+        source=source,
+        seed=arguments.seed,
+        storage=storage,
+        config=config,
+        log=log,
+    )
+    result = load_case(arguments.case)(options)
+    folder = Folder(storage) / "benchmarks" / arguments.case
+    measures = [
+        {
+            "name": item.name,
+            "value": item.value,
+            "unit": item.unit,
+            "target": item.target,
+            "verdict": item.verdict,
+        }
+        for item in result.measures
+    ]
+    folder.write_json("result.json", {"measures": measures, "details": result.details})
+    if result.figure is not None:
+        folder.write_bytes("figure.png", png_bytes(result.figure))
+    if result.report is not None:
+        folder.write_bytes("report.md", result.report.encode())
+        log(result.report)
+    log(measures_table(result.measures))
+    log(f"details and plot: {folder}")
+    return JobResult(str(folder), metrics={item.name: item.value for item in result.measures})
