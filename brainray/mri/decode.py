@@ -57,6 +57,7 @@ _SIGNATURES = (
     (b"BM", "BMP"),
 )
 _GZIP = b"\x1f\x8b"
+_PHOTOMETRIC, _WHITE_IS_ZERO = 262, 0  # a TIFF's tag, and its value for negatives
 _NIFTI_HEAD_BYTES = 348
 # Their messages quote header fields.
 _TALKATIVE_LOGGERS = {"TIFF": "PIL", "DICOM": "pydicom", "NIfTI": "nibabel"}
@@ -224,6 +225,8 @@ def _check_picture(picture: Image.Image, options: DecodeOptions) -> None:
 def _to_grayscale(picture: Image.Image) -> NDArray[np.uint8]:
     if picture.mode in {"I", "F"} or picture.mode.startswith("I;"):
         values = replace_non_finite(np.array(_upright(picture), dtype=np.float64))
+        if getattr(picture, "tag_v2", {}).get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+            values = -values  # as Pillow does with 8 bits
         low, rest, high = np.percentile(values, [0.0, 99.9, 100.0])
         return to_uint8(values, low, rest if 0 < 4 * (rest - low) < high - low else high)
     picture = _upright(picture)
@@ -238,6 +241,7 @@ def _to_grayscale(picture: Image.Image) -> NDArray[np.uint8]:
 
 def _upright(picture: Image.Image) -> Image.Image:
     """As viewers show it, which is what its label was given to."""
+    picture.load()  # a PNG may tell its orientation after its pixels
     if "exif" not in picture.info:
         return picture
     return ImageOps.exif_transpose(picture)

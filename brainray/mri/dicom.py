@@ -196,10 +196,12 @@ def _to_grayscale(
         pixels, _attributes(dataset, "PixelValueTransformationSequence", index)
     )
     values = replace_non_finite(real.astype(np.float32))
+    inverted = interpretation == "MONOCHROME1"  # the least value is white
     image = _window(values, _attributes(dataset, "FrameVOILUTSequence", index))
-    if image is None:
-        image = to_uint8(values, *foreground_window(values, options.window_percentiles))
-    return 255 - image if interpretation == "MONOCHROME1" else image
+    if image is not None:
+        return 255 - image if inverted else image
+    shown = -values if inverted else values  # air must be dark for the foreground to be found
+    return to_uint8(shown, *foreground_window(shown, options.window_percentiles))
 
 
 def _luminance(colours: NDArray[Any], *, bits: int) -> NDArray[np.uint8]:

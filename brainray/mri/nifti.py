@@ -75,7 +75,8 @@ def decode_nifti(content: bytes, options: DecodeOptions) -> list[DecodedSlice]:
     slices = []
     for number in range(layout.shape[3]):
         part = stored[_volume_index(stored.shape, number)]
-        values = np.asarray(part, dtype=np.float32).reshape(layout.shape[:3])
+        # A copy: of four dimensions nibabel gives a view that may not be written to.
+        values = np.array(part, dtype=np.float32).reshape(layout.shape[:3])
         volume = apply_orientation(replace_non_finite(values), orientation)
         axis = _slicing_axis(volume.shape, options)
         spacing = _display_spacing(sizes, axis)

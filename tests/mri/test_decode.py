@@ -139,6 +139,27 @@ def test_exif_orientation_is_applied(file_format: str) -> None:
     assert np.abs(image.astype(int) - np.rot90(RAMP, -1)).max() <= 4
 
 
+def test_an_orientation_behind_the_pixels_of_a_png_is_applied() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = encode(RAMP, "PNG", exif=exif)
+    start = content.index(b"eXIf") - 4
+    (length,) = struct.unpack(">I", content[start : start + 4])
+    chunk = content[start : start + 12 + length]
+    end = content.index(b"IEND") - 4
+    moved = content[:start] + content[start + len(chunk) : end] + chunk + content[end:]
+    np.testing.assert_array_equal(decode_one(moved), np.rot90(RAMP, -1))
+
+
+def test_a_tiff_of_sixteen_bits_whose_zero_is_white_is_no_negative() -> None:
+    deep = RAMP.astype(np.uint16) * 100
+    content = encode(deep.max() - deep, "TIFF")
+    told = struct.pack("<HHIH", 262, 3, 1, 1)
+    assert content.count(told) == 1
+    white_is_zero = content.replace(told, struct.pack("<HHIH", 262, 3, 1, 0))
+    np.testing.assert_array_equal(decode_one(white_is_zero), decode_one(encode(deep, "TIFF")))
+
+
 def test_every_page_of_a_tiff_is_a_slice_and_they_share_a_subject() -> None:
     pages = [RAMP, RAMP[::-1, ::-1], RAMP // 2]
     content = stack(*pages)

@@ -136,9 +136,19 @@ def test_a_lookup_table_stands_in_for_a_window() -> None:
 
 
 def test_monochrome1_is_inverted() -> None:
-    plain = decode_one(make_dicom(RAMP)).image
-    inverted = decode_one(make_dicom(RAMP, PhotometricInterpretation="MONOCHROME1")).image
+    window: dict[str, Any] = {"WindowCenter": 1000, "WindowWidth": 2000}
+    plain = decode_one(make_dicom(RAMP, **window)).image
+    inverted = decode_one(make_dicom(RAMP, PhotometricInterpretation="MONOCHROME1", **window)).image
     np.testing.assert_array_equal(inverted, 255 - plain)
+
+
+def test_monochrome1_without_a_window_is_as_the_same_picture_in_monochrome2() -> None:
+    picture = np.zeros((64, 64), np.uint16)
+    picture[16:48, 16:48] = RAMP[:32, :32] + 500
+    plain = decode_one(make_dicom(picture)).image
+    stored = picture.max() - picture
+    inverted = decode_one(make_dicom(stored, PhotometricInterpretation="MONOCHROME1")).image
+    np.testing.assert_array_equal(inverted, plain)
 
 
 def test_colours_become_luminance() -> None:

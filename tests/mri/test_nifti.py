@@ -218,6 +218,10 @@ def test_few_broken_voxels_are_replaced_and_many_refused() -> None:
     volume[0, 0, :3] = np.nan, np.inf, -np.inf  # in the air, where the minimum is
     for one, other in zip(slices_of(make_nifti(volume)), expected, strict=True):
         np.testing.assert_array_equal(one.image, other.image)
+    for series in (volume[..., None], np.stack([volume, volume], axis=-1)):
+        again = slices_of(make_nifti(series))
+        for one, other in zip(again, expected * series.shape[3], strict=True):
+            np.testing.assert_array_equal(one.image, other.image)
     volume[:, :, 0] = np.nan
     assert rejection_of(make_nifti(volume)).reason == "non-finite pixels"
 
