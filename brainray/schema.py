@@ -18,7 +18,7 @@ TRAIN, TEST = "train", "test"
 """Values of the ``split`` column."""
 
 LABELLED, VALIDATION, UNLABELLED_ROLE = "labelled", "validation", "unlabelled"
-LEFT_OUT = "left_out"  # an unlabelled mate of a validation slice: neither trained on nor scored
+LEFT_OUT = "left_out"  # an unlabelled mate of a validation slice: neither fitted nor scored
 """Values of a training slice's ``role`` in one run."""
 
 THUMBNAIL_SIDE = 96

@@ -53,8 +53,8 @@ def draw_roles(
     least. Every n-th kin of that order, from the second on, is validation, with n the rounded
     inverse of ``validation_fraction``: whether a group is for validation does not depend on the
     fraction, so the labelled and the validation part are each nested. In a drawn group slices
-    without a label stay unlabelled; in a validation group, whose slices must not be trained on,
-    they are left out altogether.
+    without a label stay unlabelled; in a validation group, whose slices must not be fitted, they
+    are left out. (A warm-up, which reads no label, sees every slice.)
 
     Args:
         labels: of each slice; None where unknown.
@@ -148,6 +148,12 @@ class _Group:
     place: float  # in [0, 1): a draw of a fraction takes the groups below it
 
 
+@dataclass(frozen=True)
+class _Unplaced:
+    slices: list[int]
+    num_founders: int  # of them, those that came with the group
+
+
 def _groups_by_class(
     labels: Sequence[str | None],
     groups: Sequence[str],
@@ -156,23 +162,37 @@ def _groups_by_class(
     purpose: str,
     seed: int,
 ) -> dict[str | None, list[_Group]]:
-    """Groups of each class, by generation (of its oldest slice), each generation in hash order.
+    """Groups of each class, by generation, each generation in hash order.
 
     A group with some unlabelled slices counts for the class of its labelled ones; one of several
-    classes, as of a patient with and without a lesion in view, for the rarest of them.
+    classes, as of a patient with and without a lesion in view, for the rarest of them. Its
+    generation is that of its oldest slice (to draw labels, of its oldest labelled one). What joins
+    it later goes along, and counts neither for its class nor for the room that it takes: else it
+    would move the others.
     """
-    frequency = Counter(label for label in labels if label is not None)
+    born = [0] * len(labels) if generations is None else generations
     members: dict[str, list[int]] = defaultdict(list)
-    oldest: dict[str, int] = {}
     for index, group in enumerate(groups):
-        generation = 0 if generations is None else generations[index]
         members[group].append(index)
-        oldest[group] = min(oldest.get(group, generation), generation)
-    ordered: dict[str | None, dict[int, list[list[int]]]] = defaultdict(lambda: defaultdict(list))
-    for group in sorted(members, key=lambda name: (oldest[name], _hash(purpose, seed, name))):
-        names = {label for index in members[group] if (label := labels[index]) is not None}
-        label = min(names, key=lambda name: (frequency[name], name), default=None)
-        ordered[label][oldest[group]].append(members[group])
+    frequency = {
+        generation: Counter(
+            label
+            for label, since in zip(labels, born, strict=True)
+            if label is not None and since <= generation
+        )
+        for generation in set(born)
+    }
+    founded: dict[str, int] = {}
+    for group, indices in members.items():
+        counted = [i for i in indices if labels[i] is not None] if purpose == "labels" else []
+        founded[group] = min(born[i] for i in counted or indices)
+    ordered: dict[str | None, dict[int, list[_Unplaced]]] = defaultdict(lambda: defaultdict(list))
+    for group in sorted(members, key=lambda name: (founded[name], _hash(purpose, seed, name))):
+        generation = founded[group]
+        founders = [i for i in members[group] if born[i] <= generation]
+        names = {label for i in founders if (label := labels[i]) is not None}
+        label = min(names, key=lambda name: (frequency[generation][name], name), default=None)
+        ordered[label][generation].append(_Unplaced(members[group], len(founders)))
     return {
         label: [
             group
@@ -183,17 +203,17 @@ def _groups_by_class(
     }
 
 
-def _placed(generation: list[list[int]], turn: float) -> list[_Group]:
+def _placed(generation: list[_Unplaced], turn: float) -> list[_Group]:
     """Groups one after another on a circle of length 1, each as long as its share of the slices.
 
     A group's place is its middle, so that a draw is right to half a group.
     """
-    num_slices = sum(len(indices) for indices in generation)
+    num_slices = sum(group.num_founders for group in generation)
     passed, placed = 0, []
-    for indices in generation:
-        middle = (passed + len(indices) / 2) / num_slices
-        placed.append(_Group(indices, (middle + turn) % 1.0))
-        passed += len(indices)
+    for group in generation:
+        middle = (passed + group.num_founders / 2) / num_slices
+        placed.append(_Group(group.slices, (middle + turn) % 1.0))
+        passed += group.num_founders
     return placed
 
 

@@ -18,9 +18,20 @@ def slices(num_per_class: int = 200, group_size: int = 1) -> tuple[list[str | No
     return labels, groups
 
 
-def roles(labels: list[str | None], groups: list[str], fraction: float, seed: int = 0) -> list[str]:
+def roles(
+    labels: list[str | None],
+    groups: list[str],
+    fraction: float,
+    seed: int = 0,
+    generations: list[int] | None = None,
+) -> list[str]:
     return draw_roles(
-        labels, groups, labelled_fraction=fraction, validation_fraction=0.2, seed=seed
+        labels,
+        groups,
+        generations,
+        labelled_fraction=fraction,
+        validation_fraction=0.2,
+        seed=seed,
     )
 
 
@@ -189,6 +200,35 @@ def test_new_slices_move_no_old_one_in_any_draw() -> None:
         np.testing.assert_array_equal(after[: len(before)], before)
     of_new = draw_test(all_labels, all_groups, generations, fraction=0.25, seed=3)[len(labels) :]
     assert 25 <= of_new.sum() <= 31
+
+
+@pytest.mark.parametrize("joined", range(0, 60, 7))
+def test_a_patient_who_comes_back_moves_nobody_else(joined: int) -> None:
+    sizes = np.random.default_rng(0).integers(2, 20, size=60)
+    labels: list[str | None] = []
+    groups: list[str] = []
+    for patient, size in enumerate(sizes):  # class "rare" has the fewest slices, for now
+        labels += [("rare" if patient % 4 == 0 else "b" if patient % 2 else "a")] * size
+        groups += [f"p{patient:02d}"] * size
+        labels[-1] = "a"  # most patients have slices of two classes
+    new = 700  # of which "rare" is the commonest class
+    grown_labels, grown_groups = [*labels, *["rare"] * new], [*groups, *[f"p{joined:02d}"] * new]
+    generations = [0] * len(labels) + [1] * new
+    after = roles(grown_labels, grown_groups, 0.3, generations=generations)
+    assert after[: len(labels)] == roles(labels, groups, 0.3)
+    assert set(after[len(labels) :]) == {after[groups.index(f"p{joined:02d}")]}
+    was_drawn = draw_test(labels, groups, fraction=0.2, seed=1)
+    is_drawn = draw_test(grown_labels, grown_groups, generations, fraction=0.2, seed=1)
+    np.testing.assert_array_equal(is_drawn[: len(labels)], was_drawn)
+
+
+def test_an_old_group_that_gets_its_first_label_is_drawn_like_a_new_one() -> None:
+    labels, groups = slices(20)
+    labels, groups = [*labels, None], [*groups, "late"]
+    generations = [*[0] * len(labels), 1]
+    after = roles([*labels, "a"], [*groups, "late"], 1.0, generations=generations)
+    assert after[:60] == roles(labels, groups, 1.0)[:60]
+    assert after[-1] in {LABELLED, VALIDATION}
 
 
 def test_draws_stay_nested_over_generations_of_single_slices() -> None:
