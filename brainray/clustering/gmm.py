@@ -25,6 +25,7 @@ from brainray.clustering.gaussian import (
     precisions_cholesky,
 )
 from brainray.clustering.kmeans import KMeans
+from brainray.clustering.seeding import seed_of
 from brainray.errors import ClusteringError
 
 # A component with less responsibility than this, in rows, explains nothing: its mean and
@@ -156,7 +157,9 @@ class GaussianMixture(FittedModule):
         best: dict[str, Any] = {}
         best_bound = -math.inf
         for number in range(self.num_init if drawn else 1):
-            self._begin(x, origin, row_keys, start, init_responsibilities, self.seed + number)
+            # Neighbouring seeds must not share starts: they would be found equal.
+            seed = self.seed if number == 0 else seed_of(self.seed, number)
+            self._begin(x, origin, row_keys, start, init_responsibilities, seed)
             self._iterate(x, origin, row_keys, allowed)
             # The margin keeps rounding from choosing between two starts with the same outcome.
             if not best or self.lower_bound_ > best_bound + 1e-9 * abs(best_bound):

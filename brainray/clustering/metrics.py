@@ -45,12 +45,21 @@ def silhouette(
     if len(z) > MAX_SILHOUETTE_ROWS:
         rows = np.random.default_rng(0).choice(len(z), MAX_SILHOUETTE_ROWS, replace=False)
         z, clusters = z[rows], clusters[rows]
-    num_clusters = len(np.unique(clusters))
-    if not 2 <= num_clusters < len(clusters):
-        return None
     norms = np.linalg.norm(z, axis=1, keepdims=True)
-    directions = z / np.maximum(norms, np.finfo(z.dtype).tiny)
-    return float(sk_metrics.silhouette_score(directions, clusters))
+    return euclidean_silhouette(z / np.maximum(norms, np.finfo(z.dtype).tiny), clusters)
+
+
+def euclidean_silhouette(
+    x: NDArray[np.floating],  # (N, D)
+    clusters: NDArray[np.integer],  # (N,)
+) -> float | None:
+    """Mean silhouette (Rousseeuw 1987) by Euclidean distance in `x`, in [-1, 1].
+
+    None where it is not defined: fewer than two clusters, or as many as rows.
+    """
+    if not 2 <= len(np.unique(clusters)) < len(clusters):
+        return None
+    return float(sk_metrics.silhouette_score(x, clusters))
 
 
 def classification_metrics(

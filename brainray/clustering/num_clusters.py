@@ -13,7 +13,7 @@ from brainray.clustering import shards
 from brainray.clustering.gaussian import CovarianceType
 from brainray.clustering.gmm import GaussianMixture
 from brainray.clustering.kmeans import KMeans
-from brainray.clustering.metrics import silhouette
+from brainray.clustering.metrics import euclidean_silhouette
 from brainray.clustering.seeding import draw_rows, uniform_from_keys
 from brainray.errors import ClusteringError
 
@@ -100,15 +100,22 @@ def score_num_clusters(
     scores = NumClustersScores(ks, [], [], [], [])
     for k in ks:
         kmeans = KMeans(k, seed=seed, num_init=_NUM_STARTS).fit(x, row_keys=row_keys)
-        found = silhouette(sample.double().cpu().numpy(), kmeans.predict(sample).cpu().numpy())
+        found = euclidean_silhouette(
+            sample.double().cpu().numpy(), kmeans.predict(sample).cpu().numpy()
+        )
         scores.silhouettes.append(math.nan if found is None else found)
         mixture = GaussianMixture(k, covariance_type, seed=seed)
         hard = torch.nn.functional.one_hot(kmeans.predict(x), k).to(x.dtype)
         scores.bic.append(mixture.fit(x, init_responsibilities=hard, row_keys=row_keys).bic(x))
         expected = np.array(
             [
-                _log_inertia(KMeans(k, seed=seed, num_init=1).fit(reference, row_keys=row_keys))
-                for reference in references
+                # Seeds of their own: those rows are made of the random numbers of `seed`.
+                _log_inertia(
+                    KMeans(k, seed=seed + 1 + number, num_init=_NUM_STARTS).fit(
+                        reference, row_keys=row_keys
+                    )
+                )
+                for number, reference in enumerate(references)
             ]
         )
         scores.gap.append(float(expected.mean()) - _log_inertia(kmeans))

@@ -3,12 +3,15 @@
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
-from sklearn import metrics as sk_metrics
 from sklearn.metrics.cluster import contingency_matrix
 from sklearn.neighbors import NearestNeighbors
 
 from brainray.clustering.clusterers import draw_sample
-from brainray.clustering.metrics import MAX_SILHOUETTE_ROWS, clustering_metrics
+from brainray.clustering.metrics import (
+    MAX_SILHOUETTE_ROWS,
+    clustering_metrics,
+    euclidean_silhouette,
+)
 from brainray.schema import NOISE, UNLABELLED
 
 
@@ -41,8 +44,9 @@ def score_partition(
     }
     rows = np.flatnonzero(clustered)
     rows = rows[draw_sample(len(rows), MAX_SILHOUETTE_ROWS, seed)]
-    if 2 <= len(np.unique(clusters[rows])) < len(rows):
-        scores["silhouette"] = float(sk_metrics.silhouette_score(x[rows], clusters[rows]))
+    separation = euclidean_silhouette(x[rows], clusters[rows])
+    if separation is not None:
+        scores["silhouette"] = separation
     labelled = labels != UNLABELLED
     both = labelled & clustered
     if both.any():

@@ -6,6 +6,7 @@ with u uniform, -log(u) / w is exponential with rate w, and the first arrival is
 probability w_i / sum(w) (the Gumbel-max trick without its outer logarithm).
 """
 
+import hashlib
 import math
 
 import torch
@@ -14,6 +15,12 @@ from torch import Tensor
 from brainray import dist
 from brainray.clustering import shards
 from brainray.errors import ClusteringError
+
+
+def seed_of(*parts: int) -> int:
+    """A seed that differs between any two tuples of parts; below 2^56."""
+    digest = hashlib.sha256(repr(parts).encode()).digest()
+    return int.from_bytes(digest[:7], "big")
 
 
 def uniform_from_keys(seed: int, step: int, row_keys: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ def measure_stability(
             )
             indices.append(adjusted_rand_score(labels[0][first], labels[1][second]))
         result.mean.append(float(np.mean(indices)))
-        result.error.append(float(np.std(indices) / math.sqrt(num_pairs)))
+        result.error.append(float(np.std(indices, ddof=1) / math.sqrt(num_pairs)))
     return result
 
 

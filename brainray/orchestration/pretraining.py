@@ -27,6 +27,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from brainray import dist, layout
 from brainray.clustering.collapse import check_collapse, measure_health
+from brainray.clustering.seeding import seed_of
 from brainray.config import Config, FeatureConfig, parse_config
 from brainray.engine.recipe import build_optimizer, resolve_precision
 from brainray.engine.recluster import ClusterModel
@@ -64,7 +65,7 @@ from brainray.orchestration.ray_train import (
 from brainray.orchestration.resources import WorkerResources, alive_nodes, plan_workers
 from brainray.orchestration.seen import seen_by_weights, training_slices
 from brainray.orchestration.store import ImageStore
-from brainray.orchestration.worker import failing_together, seed_of, use_threads_of_worker
+from brainray.orchestration.worker import failing_together, use_threads_of_worker
 from brainray.schema import TRAIN
 from brainray.storage import Folder
 

@@ -1,5 +1,6 @@
 import io
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -306,6 +307,21 @@ def test_more_starts_never_explain_the_rows_worse() -> None:
     assert bounds[-1] > bounds[0]
     kept = GaussianMixture(7, "diag", num_init=5).fit(x)
     assert kept.score(x) >= kept.lower_bound_ - 1e-9  # the parameters are those of the bound
+
+
+def test_neighbouring_seeds_have_no_start_in_common(monkeypatch: pytest.MonkeyPatch) -> None:
+    starts: list[int] = []
+    begin = GaussianMixture._begin
+
+    def noted(self: GaussianMixture, *given: Any) -> None:
+        starts.append(given[-1])
+        begin(self, *given)
+
+    monkeypatch.setattr(GaussianMixture, "_begin", noted)
+    for seed in range(3):
+        GaussianMixture(2, "diag", num_init=3, seed=seed).fit(mixture_rows())
+    assert len(starts) == len(set(starts)) == 9
+    assert starts[::3] == [0, 1, 2]  # the only start of a fit without others
 
 
 @pytest.mark.parametrize("covariance_type", TYPES)

@@ -18,6 +18,13 @@ def test_all_criteria_find_well_separated_clusters() -> None:
     assert all(error > 0 for error in scores.gap_error)
 
 
+def test_the_silhouette_is_by_the_distances_that_the_clusters_are_made_by() -> None:
+    centers = [[-9.0, 0.0], [-3.0, 0.0], [3.0, 0.0], [9.0, 0.0]]  # two in each direction
+    rows, _ = make_blobs(200, centers=centers, cluster_std=0.3, random_state=0)
+    scores = score_num_clusters(torch.from_numpy(rows), range(2, 7), num_references=2)
+    assert scores.chosen["silhouette"] == 4
+
+
 def test_rows_without_clusters_have_no_gap() -> None:
     rows = torch.rand(300, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     # Longer than wide, so that the principal axes are those of the box.
