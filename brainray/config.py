@@ -686,23 +686,12 @@ class Config(_Section):
         return self
 
     @model_validator(mode="after")
-    def _sizes_fit(self) -> "Config":
-        if self.train.image_size > self.preprocess.image_size:
-            raise ValueError(
-                f"train.image_size ({self.train.image_size}) exceeds preprocess.image_size "
-                f"({self.preprocess.image_size}): lower the first or raise the second"
-            )
-        side = self.encoder.pretext_image_size
-        if self.encoder.pretext != "none" and side > self.preprocess.image_size:
-            raise ValueError(
-                f"encoder.pretext_image_size ({side}) exceeds preprocess.image_size "
-                f"({self.preprocess.image_size}): lower the first or raise the second"
-            )
+    def _inherited_labels_are_of_use(self) -> "Config":
         objective = self.objective
         if objective.inherit_labels != "none" and objective.name in ("joint", "prototype"):
             raise ValueError(
                 f"objective.inherit_labels={objective.inherit_labels} is of no use to "
-                f"objective.name={objective.name}, which has no pseudo-labels: take "
+                f"objective.name={objective.name}, which learns no pseudo-labels: take "
                 "consistency or anchored, or leave it out"
             )
         return self

@@ -10,7 +10,7 @@ from brainray.orchestration.job import TRAINING_SECTIONS, JobResult, run_job
 
 def work(config: Config) -> JobResult:
     from brainray.orchestration.data import preprocess
-    from brainray.orchestration.driver import train
+    from brainray.orchestration.driver import check_sides, train
     from brainray.orchestration.evaluation import evaluate
     from brainray.orchestration.resources import alive_nodes, plan_workers
     from brainray.report.table import results_table
@@ -22,7 +22,9 @@ def work(config: Config) -> JobResult:
             "the pipeline trains one run: leave out evaluation.num_label_draws, then draw labels "
             "with jobs/train.py on the pipeline's store"
         )
-    plan_workers(config.train, alive_nodes())  # what cannot train is refused before it preprocesses
+    # What cannot train is refused before it preprocesses.
+    check_sides(config)
+    plan_workers(config.train, alive_nodes())
     # The name may change between runs on one store; the store keeps its own.
     dataset = config.dataset or config.name
     preprocess(config.model_copy(update={"name": dataset}), log)

@@ -44,7 +44,6 @@ def test_an_override_wins_over_the_file(tmp_path: Path) -> None:
         ("train.num_epochs=0", "train.num_epochs: Input should be greater than or equal to 1"),
         ("train.learning_rate=.nan", "the value must be finite"),
         ("split.labelled_fraction=1.5", "split.labelled_fraction"),
-        ("train.image_size=512", "exceeds preprocess.image_size (256): lower the first"),
         ("train.growth_epochs=20", "leaves no epoch of train.num_epochs (20)"),
         ("name=../escape", "not a plain name"),
         ("storage", "write dotted.key=value"),

@@ -122,6 +122,11 @@ def test_settings_that_a_job_does_not_read_are_told() -> None:
         ("evaluate", ["run=absent", "source=/tmp"], "no run 'absent'"),
         ("pipeline", ["source=/tmp"], "the pipeline needs a name"),
         ("pipeline", ["name=x", "evaluation.num_label_draws=3"], "the pipeline trains one run"),
+        (
+            "pipeline",
+            ["name=x", "source=/tmp", "train.image_size=512"],
+            "train.image_size (512) exceeds preprocess.image_size (256)",
+        ),
         ("evaluate", ["run=x", "source=~nobody.here/x"], "source=~nobody.here/x: "),
         ("study", ["name=x", "source=/tmp"], "study.features is empty"),
         ("track", ["run=absent"], "no run 'absent'"),

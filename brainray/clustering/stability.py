@@ -118,7 +118,7 @@ def recommend(scores: NumClustersScores, stability: Stability) -> Recommendation
     )
     if votes[chosen] == 1:
         reasons.append("no two criteria agree: take it as a guess, and look at the contact sheets")
-    elif votes[chosen] < len(choices):
+    else:
         reasons.append(f"{votes[chosen]} of {len(choices)} criteria agree")
     ends = scores.num_clusters[0], scores.num_clusters[-1]
     if chosen in ends:

@@ -7,7 +7,6 @@ from typing import Any
 
 import pyarrow.compute as pc
 import ray
-from pydantic import BaseModel
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from torch import Tensor
@@ -34,7 +33,7 @@ from brainray.orchestration.reporting import about_software, check_compared_runs
 from brainray.orchestration.resources import WorkerResources, alive_nodes, plan_workers
 from brainray.orchestration.run import Run, begin_run, name_of_run
 from brainray.orchestration.seen import is_of_no_slice
-from brainray.orchestration.store import ImageStore, differing_settings, with_defaults
+from brainray.orchestration.store import ImageStore, as_store_was_made
 from brainray.orchestration.worker import train_worker
 from brainray.report.run_figures import draw_run_figures
 from brainray.schema import LABELLED, TRAIN, VALIDATION
@@ -57,7 +56,7 @@ class TrainedRun:
 class Training:
     """A run that is begun or resumed, and what trains it."""
 
-    config: Config  # with the preprocessing of the store
+    config: Config  # with preprocessing and split of the store
     store: ImageStore
     run: Run
     workers: WorkerResources
@@ -112,7 +111,7 @@ def begun_training(config: Config, log: Log) -> Iterator[Training]:
 
 
 def check_training(config: Config) -> tuple[Config, ImageStore, WorkerResources]:
-    """The config with the store's preprocessing, the store, and the workers that will train.
+    """The config with the store's own settings, the store, and the workers that will train.
 
     Raises:
         BrainrayError: no such store, or settings that fit neither it nor the Ray cluster.
@@ -120,10 +119,9 @@ def check_training(config: Config) -> tuple[Config, ImageStore, WorkerResources]
     if config.dataset is None:
         raise ConfigError("training needs the name of an image store: --set dataset=NAME")
     store = ImageStore.open(Folder(config.storage) / layout.DATASETS / config.dataset)
-    _check_store_fits(config, store)
+    config = as_store_was_made(config, store)
+    check_sides(config)
     check_compared_runs(config, store.data_hash)
-    # What the config leaves out is as the store was made: prediction preprocesses by it.
-    config = config.model_copy(update={"preprocess": store.preprocess})
     workers = plan_workers(config.train, alive_nodes())
     if config.encoder.weights not in {"random", "imagenet"}:
         # Found here in a second rather than on every worker in half a minute.
@@ -209,36 +207,17 @@ def _about(training: Training) -> dict[str, str]:
     }
 
 
-def _check_store_fits(config: Config, store: ImageStore) -> None:
-    """Refuse a store that was made otherwise than the config says; what it leaves out is free."""
-    slices = store.preprocess.model_dump(mode="json", exclude={"files_per_task"})
-    split = {key: value for key, value in store.manifest["split"].items() if key != "seed"}
-    problems = [
-        _difference(config.preprocess, slices, "preprocess."),
-        _difference(config.split, split, "split."),  # its seed draws labels too: free
-    ]
-    difference = "; ".join(problem for problem in problems if problem)
-    if difference:
-        raise ConfigError(
-            f"the image store {store.folder} was made with other settings ({difference}): "
-            "choose another dataset, or preprocess anew under another name"
-        )
+def check_sides(config: Config) -> None:
+    """Raises ConfigError where slices would be trained on larger than they are kept."""
     sides = {"train.image_size": config.train.image_size}
     if config.encoder.pretext != "none":
         sides["encoder.pretext_image_size"] = config.encoder.pretext_image_size
     for key, side in sides.items():
-        if side > store.preprocess.image_size:
+        if side > config.preprocess.image_size:
             raise ConfigError(
-                f"{key}={side} exceeds the {store.preprocess.image_size} pixels of the image store "
-                f"{store.folder}: lower it"
+                f"{key} ({side}) exceeds preprocess.image_size ({config.preprocess.image_size}): "
+                "lower the first, or preprocess anew with a larger one"
             )
-
-
-def _difference(asked: BaseModel, made: dict[str, Any], prefix: str) -> str:
-    """What the config says of a store's settings, and the store was made without."""
-    told = asked.model_dump(mode="json", exclude_unset=True, include=set(made))
-    made = {key: made[key] for key in told}
-    return differing_settings(made, with_defaults(told, made), prefix)  # also within its sections
 
 
 def _summarise(config: Config, run: Run) -> Metrics:

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from brainray import layout
-from brainray.config import PreprocessConfig, SplitConfig
-from brainray.errors import DataError
+from brainray.config import Config, PreprocessConfig, SplitConfig
+from brainray.errors import ConfigError, DataError
 from brainray.schema import IMAGE_INDEX_COLUMNS, TRAIN
 from brainray.storage import Folder
 
@@ -164,6 +164,36 @@ def settings_of(
         parts |= {"test_fraction": split.test_fraction, "seed": split.seed}
     images = preprocess.model_dump(mode="json", exclude={"files_per_task"})
     return {"preprocess": images, "split": parts, "classes_map": dict(class_map)}
+
+
+def as_store_was_made(config: Config, store: ImageStore) -> Config:
+    """The config with the preprocessing and the split of a store that exists.
+
+    Raises:
+        ConfigError: it says otherwise itself; what it leaves out is free.
+    """
+    slices = store.preprocess.model_dump(mode="json", exclude={"files_per_task"})
+    # The seed draws labels, too: it is free.
+    split = {key: value for key, value in store.manifest["split"].items() if key != "seed"}
+    problems = [
+        _difference(config.preprocess, slices, "preprocess."),
+        _difference(config.split, split, "split."),
+    ]
+    difference = "; ".join(problem for problem in problems if problem)
+    if difference:
+        raise ConfigError(
+            f"the image store {store.folder} was made with other settings ({difference}): "
+            "choose another dataset, or preprocess anew under another name"
+        )
+    made = {"preprocess": store.preprocess, "split": config.split.model_copy(update=split)}
+    return config.model_copy(update=made)
+
+
+def _difference(asked: BaseModel, made: dict[str, Any], prefix: str) -> str:
+    """What the config says of a store's settings, and the store was made without."""
+    told = asked.model_dump(mode="json", exclude_unset=True, include=set(made))
+    made = {key: made[key] for key in told}
+    return differing_settings(made, with_defaults(told, made), prefix)  # also within its sections
 
 
 def with_defaults(stored: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:

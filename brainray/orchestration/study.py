@@ -20,7 +20,7 @@ from brainray.orchestration.grid import (
 )
 from brainray.orchestration.lock import held
 from brainray.orchestration.publish import open_tracking
-from brainray.orchestration.store import ImageStore
+from brainray.orchestration.store import ImageStore, as_store_was_made
 from brainray.orchestration.study_data import (
     key_of_seen,
     open_stores,
@@ -64,6 +64,7 @@ def run_study(config: Config, log: Log = print) -> FinishedStudy:
             be computed.
         ray.train.TrainingFailedError: workers were lost more often than ``train.max_failures``.
     """
+    config = _of_its_store(config)
     _check_settings(config)
     weights = {name: read_weights(config, each) for name, each in config.study.features.items()}
     stores = open_stores(config, log)
@@ -100,6 +101,14 @@ def _study(
     tracking.tracker.log_files([layout.CONFIG, layout.SUMMARY, *report.files])
     tracking.tracker.finish()
     return FinishedStudy(folder, report.metrics, report.text, tracking.mlflow_run_id, tracking.uri)
+
+
+def _of_its_store(config: Config) -> Config:
+    """With the settings of the store that it names, where it is made on one that exists."""
+    if config.dataset is None or config.source is not None or config.sources:
+        return config
+    store = ImageStore.open(Folder(config.storage) / layout.DATASETS / config.dataset)
+    return as_store_was_made(config, store)
 
 
 def _check_settings(config: Config) -> None:

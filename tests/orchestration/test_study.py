@@ -150,6 +150,7 @@ def test_the_same_name_goes_on_and_repeats_nothing_finished(
         (PIXELS, [], "a study needs slices"),
         (PIXELS, ["source=/tmp", "sources.a=/tmp"], "give source or sources, not both"),
         (PIXELS, ["dataset=absent"], "no image store"),
+        (PIXELS, ["dataset=mri", "preprocess.resize=letterbox"], "stretch here, letterbox asked"),
         ({"x": {"encoder": "resnet19"}}, ["dataset=mri"], "unknown encoder 'resnet19'"),
         ({"x": {"weights": "/no/such.pt"}}, ["dataset=mri"], "/no/such.pt: no such file"),
         ({"x": {"weights": "run:absent"}}, ["dataset=mri"], "no run 'absent'"),

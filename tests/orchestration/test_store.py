@@ -1,0 +1,40 @@
+"""The settings of a store that exists, and a config that names it."""
+
+from pathlib import Path
+
+import pytest
+
+from brainray.config import PreprocessConfig, load_config, parse_config
+from brainray.errors import ConfigError
+from brainray.orchestration.store import ImageStore, as_store_was_made
+from brainray.storage import Folder
+
+SPLIT = {"mode": "grouped", "test_fraction": 0.25, "seed": 3}
+
+
+def made(folder: Path) -> ImageStore:
+    preprocess = PreprocessConfig(resize="letterbox", image_size=128).model_dump(mode="json")
+    return ImageStore(Folder(folder), {"preprocess": preprocess, "split": SPLIT})
+
+
+def test_what_a_config_leaves_out_is_as_the_store_was_made(tmp_path: Path) -> None:
+    config = as_store_was_made(load_config(None, ["split.labelled_fraction=0.1"]), made(tmp_path))
+    assert (config.preprocess.resize, config.preprocess.image_size) == ("letterbox", 128)
+    assert (config.split.mode, config.split.test_fraction) == ("grouped", 0.25)
+    assert (config.split.labelled_fraction, config.split.seed) == (0.1, 0)
+    # A trial of a sweep and a saved config.yaml say all of it themselves.
+    told = parse_config(config.model_dump(mode="json"))
+    assert as_store_was_made(told, made(tmp_path)) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("split.mode=official", r"\(split\.mode: grouped here, official asked\)"),
+        ("split.test_fraction=0.2", r"test_fraction: 0\.25 here, 0\.2 asked"),
+        ("preprocess.resize=stretch", r"preprocess\.resize: letterbox here, stretch asked"),
+    ],
+)
+def test_what_it_says_otherwise_is_refused(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        as_store_was_made(load_config(None, [override]), made(tmp_path))
