@@ -13,6 +13,13 @@ class DataError(BrainrayError):
     """Images, labels or an image store with which nothing useful can be done."""
 
 
+class StorageError(DataError):
+    """Files that cannot be read or written: the disk is full, a right is missing, a server is away.
+
+    Settings are not to blame: the same job may succeed later.
+    """
+
+
 class ClusteringError(BrainrayError):
     """A clustering that cannot be fitted, or one that has collapsed."""
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from brainray.errors import ConfigError, DataError
+from brainray.errors import ConfigError, DataError, StorageError
 
 _DISK_IS_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
@@ -62,23 +62,45 @@ class Folder:
         return Path(self.path) if isinstance(self.filesystem, pafs.LocalFileSystem) else None
 
     def exists(self, name: str = "") -> bool:
-        info = self.filesystem.get_file_info(self._join(name))
+        with self._told_why_not_read(name):
+            info = self.filesystem.get_file_info(self._join(name))
         return bool(info.type != pafs.FileType.NotFound)
 
     def names(self) -> list[str]:
         """Names of the folder's files and folders, sorted; none where it does not exist."""
         selector = pafs.FileSelector(self.path, allow_not_found=True)
-        names = (info.base_name for info in self.filesystem.get_file_info(selector))
-        return sorted(name for name in names if not _is_temporary(name))
+        with self._told_why_not_read(""):
+            infos = self.filesystem.get_file_info(selector)
+        return sorted(info.base_name for info in infos if not _is_temporary(info.base_name))
 
     def read_bytes(self, name: str) -> bytes:
+        with (
+            self._told_why_not_read(name),
+            self.filesystem.open_input_file(self._join(name)) as stream,
+        ):
+            return bytes(stream.read())
+
+    @contextlib.contextmanager
+    def _told_why_not_read(self, name: str) -> Iterator[None]:
+        """What a user can mend, in place of the system's error."""
         try:
-            with self.filesystem.open_input_file(self._join(name)) as stream:
-                return stream.read()
+            yield
         except FileNotFoundError:
             raise DataError(f"no such file: {self.uri}/{name}") from None
         except PermissionError:
-            raise DataError(f"{self.uri}/{name} may not be read by this user") from None
+            raise StorageError(
+                f"{self.uri}/{name} may not be read by this user: give the right to, or another "
+                "path"
+            ) from None
+        except OSError as error:
+            if error.errno is not None:
+                raise
+            # Of an object store, whose answers have no number.
+            reason = " ".join(str(error).split())
+            raise StorageError(
+                f"{self.uri}/{name} cannot be reached ({reason}): check the address, the network "
+                "and the credentials"
+            ) from None
 
     def write_bytes(self, name: str, content: bytes) -> None:
         target = self._join(name)
@@ -100,12 +122,12 @@ class Folder:
             yield
         except OSError as error:
             if error.errno in _DISK_IS_FULL:
-                raise DataError(
+                raise StorageError(
                     f"no space left to write {self.uri}/{name} ({num_bytes:,} bytes): free some "
                     "and submit again; what was written before is whole"
                 ) from None
             if error.errno in _NOT_ALLOWED:
-                raise DataError(
+                raise StorageError(
                     f"{self.uri}/{name} cannot be written ({os.strerror(error.errno)}): give "
                     "another storage, or the right to write there"
                 ) from None

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pytest
 
-from brainray.errors import ConfigError, DataError
+from brainray.errors import ConfigError, DataError, StorageError
 from brainray.storage import Folder, _temporary
 
 
@@ -130,16 +130,29 @@ def test_what_cannot_be_written_or_read_is_named(
             write("a", b"x")
     folder = Folder(tmp_path)
     folder.write_bytes("secret", b"x")
-    monkeypatch.setattr(folder, "filesystem", _Refusing())
-    with pytest.raises(DataError, match="secret may not be read by this user"):
-        folder.read_bytes("secret")
+    monkeypatch.setattr(
+        folder, "filesystem", _Failing(PermissionError(errno.EACCES, "Permission denied"))
+    )
+    for read in (folder.read_bytes, folder.exists):
+        with pytest.raises(StorageError, match="secret may not be read by this user"):
+            read("secret")
+    monkeypatch.setattr(folder, "filesystem", _Failing(OSError("AWS Error NETWORK_CONNECTION")))
+    for ask in (lambda: folder.read_bytes("secret"), lambda: folder.exists("x"), folder.names):
+        with pytest.raises(StorageError, match=r"cannot be reached \(AWS Error NETWORK_CONN"):
+            ask()
 
 
-class _Refusing:
-    """As a file system is to those without rights; tests may run as root, who has them all."""
+class _Failing:
+    """As a file system is to those without rights, which tests may have as root, or one away."""
+
+    def __init__(self, error: OSError) -> None:
+        self._error = error
 
     def open_input_file(self, path: str) -> None:
-        raise PermissionError(errno.EACCES, "Permission denied", path)
+        raise self._error
+
+    def get_file_info(self, asked: object) -> None:
+        raise self._error
 
 
 @pytest.mark.usefixtures("small_files")

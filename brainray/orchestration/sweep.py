@@ -153,7 +153,7 @@ def _tuner(config: Config, folder: Folder, workers: WorkerResources, log: Log) -
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
     path = str(folder / _TUNE)
     if tune.Tuner.can_restore(path):
-        return tune.Tuner.restore(path, trainable, resume_unfinished=True)
+        return tune.Tuner.restore(path, trainable, resume_errored=True)
     settings = config.tune
     concurrent = settings.max_concurrent_trials or max(1, workers.room // workers.num_workers)
     log(f"{concurrent} trial(s) at a time, {workers.num_workers} worker(s) each")
@@ -236,9 +236,10 @@ def _errors(results: tune.ResultGrid) -> dict[str, str]:
 
 
 def _ranked(config: Config, trials: list[Trial]) -> list[Trial]:
-    """Trials with a figure, best first."""
+    """Trials with a figure, best first; one that failed is none to train again."""
     metric, mode = config.tune.metric, config.tune.mode
-    scored = [(best[0], trial) for trial in trials if (best := trial.best(metric, mode))]
+    sound = [trial for trial in trials if trial.problem is None]
+    scored = [(best[0], trial) for trial in sound if (best := trial.best(metric, mode))]
     scored.sort(key=lambda pair: pair[0], reverse=mode == "max")
     return [trial for _, trial in scored]
 
@@ -393,7 +394,9 @@ def _conclude(
         "mlflow_run_id": tracking.mlflow_run_id,
         "tracking_uri": tracking.uri,
     }
-    if config.tune.algorithm != "grid" and len(trials) < config.tune.num_trials:
+    if follower.errors:
+        log(f"{len(follower.errors)} trials were lost: submit the sweep again to go on with them")
+    elif config.tune.algorithm != "grid" and len(trials) < config.tune.num_trials:
         log(f"{len(trials)} of {config.tune.num_trials} trials: submit the sweep again to go on")
     elif tracking.tracker.problem is not None:
         log("MLflow has not got everything: submit the sweep again to send it")

@@ -19,7 +19,7 @@ from brainray.config import (
     parse_config,
     parse_yaml,
 )
-from brainray.errors import BrainrayError, ConfigError
+from brainray.errors import BrainrayError, ConfigError, StorageError
 from brainray.orchestration.driver import begun_training, complete_run, fit
 from brainray.orchestration.run import Run, read_run_info
 from brainray.orchestration.worker import reported_metrics
@@ -68,7 +68,8 @@ class Trial:
 def run_trial(parameters: dict[str, Any], *, base: dict[str, Any], sweep: str) -> None:
     """Train one trial, or go on with it; in an actor of Ray Tune.
 
-    What a user can act on is kept in the sweep's folder, not raised: Tune would try it again.
+    What a trial's settings are to blame for is kept in the sweep's folder, not raised: Tune would
+    try it again. What they are not to blame for is raised, and tried again.
     """
     config = parse_config(base)
     trial_id = tune.get_context().get_trial_id()
@@ -81,6 +82,8 @@ def run_trial(parameters: dict[str, Any], *, base: dict[str, Any], sweep: str) -
                 return
             fit(training, print, callbacks=[TuneReportCallback()])
             complete_run(training)
+    except StorageError:
+        raise
     except BrainrayError as error:
         folder = sweep_folder(config, sweep) / FAILED
         folder.write_json(f"{trial_id}.json", {"parameters": parameters, "problem": str(error)})

@@ -2,7 +2,9 @@
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import mlflow
@@ -11,13 +13,15 @@ import pandas as pd
 import pytest
 import ray
 from mlflow import MlflowClient
+from ray import tune
 
 from brainray.config import AugmentConfig, Config, load_config
-from brainray.errors import ConfigError
+from brainray.errors import BrainrayError, ClusteringError, ConfigError, StorageError
+from brainray.orchestration import trials
 from brainray.orchestration.lock import held
 from brainray.orchestration.run import Run
-from brainray.orchestration.sweep import FinishedSweep, _Follower, _table, sweep
-from brainray.orchestration.trials import Trial, check_space, trial_config
+from brainray.orchestration.sweep import FinishedSweep, _Follower, _ranked, _table, sweep
+from brainray.orchestration.trials import Trial, check_space, run_trial, trial_config
 from brainray.storage import Folder
 from tests.browser import CHROMIUM, mlflow_ui
 from tests.conftest import tiny_config
@@ -299,6 +303,41 @@ def test_numbers_without_a_point_are_numbers(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, space)
     check_space(config)
     assert config.tune.space["train.learning_rate"]["log_uniform"] == [1e-4, 1e-2]
+
+
+def test_a_trial_that_failed_is_not_the_best(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, "name=search", f"tune.space={json.dumps(SPACE)}")
+    metric = config.tune.metric
+    diverged, sound = (
+        Trial(name, None, {}, [{"epoch": 1.0, metric: value}], config.train, problem)
+        for name, value, problem in (("a", 0.9, "epoch 2: the loss is NaN"), ("b", 0.8, None))
+    )
+    assert _ranked(config, [diverged, sound]) == [sound]
+
+
+def test_a_trial_is_not_to_blame_for_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reported: list[dict[str, float]] = []
+    monkeypatch.setattr(tune, "report", reported.append)
+    context = SimpleNamespace(get_trial_id=lambda: "abc_00000")
+    monkeypatch.setattr(tune, "get_context", lambda: context)
+    base = tiny_config(tmp_path, "dataset=mri").model_dump(mode="json")
+    failed = Folder(tmp_path) / "sweeps" / "search" / trials.FAILED
+
+    def raising(error: BrainrayError) -> Callable[..., None]:
+        def begin(*_: object) -> None:
+            raise error
+
+        return begin
+
+    monkeypatch.setattr(trials, "begun_training", raising(StorageError("no space left")))
+    with pytest.raises(StorageError, match="no space left"):
+        run_trial({}, base=base, sweep="search")
+    assert (failed.names(), reported) == ([], [])
+    monkeypatch.setattr(trials, "begun_training", raising(ClusteringError("K is too small")))
+    run_trial({}, base=base, sweep="search")
+    assert (failed.names(), len(reported)) == (["abc_00000.json"], 1)
 
 
 def test_the_table_while_it_runs_shows_every_trial_that_does(tmp_path: Path) -> None:
