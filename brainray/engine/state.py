@@ -6,6 +6,7 @@ import zipfile
 from dataclasses import dataclass, field
 from typing import Any
 
+import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -144,18 +145,33 @@ class Resumable:
     trainer: TrainerState
 
 
-def save_resumable(run: Folder, saved: Resumable) -> None:
+def save_resumable(run: Folder, saved: Resumable, fitted: pa.Table | None = None) -> None:
     """Keep what the next epoch starts from in a folder of the run, and the one before it.
 
-    Each file appears whole, and ``model.pt`` last: a folder without it is no checkpoint.
+    ``fitted`` are the slices (``schema.FITTED``) of an epoch that is to be kept as the best. Each
+    file appears whole, and ``model.pt`` last: a folder without it is no checkpoint.
     """
     folder = run / layout.checkpoint_folder(saved.checkpoint.epoch)
     folder.delete()  # what an interrupted job has left there is of other files
+    if fitted is not None:
+        folder.write_table(layout.FITTED, fitted)
     folder.write_bytes(layout.TRAINER, trainer_bytes(saved.trainer))
     folder.write_bytes(layout.MODEL, checkpoint_bytes(saved.checkpoint))
     epochs = [epoch for epoch in _epochs_kept(run) if epoch <= saved.checkpoint.epoch]
     for epoch in epochs[:-_NUM_KEPT]:
         (run / layout.checkpoint_folder(epoch)).delete()
+
+
+def keep_as_best(run: Folder, epoch: int) -> None:
+    """Make a saved epoch the run's best, if it was chosen when it was saved.
+
+    Done last: were the epoch lost after that, the run would go on from the one before, and keep
+    as its best an epoch that it never had.
+    """
+    folder, best = run / layout.checkpoint_folder(epoch), run / layout.BEST
+    if folder.exists(layout.FITTED):
+        for name in (layout.FITTED, layout.MODEL):
+            best.write_bytes(name, folder.read_bytes(name))
 
 
 def newest_resumable(run: Folder, say: Log) -> Resumable | None:

@@ -1,6 +1,5 @@
 """What each rank of Ray Train does: hold its slices, train, re-cluster, evaluate, report."""
 
-import hashlib
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from brainray import dist, layout
 from brainray.clustering.collapse import ClusteringHealth, check_collapse, measure_health
+from brainray.clustering.seeding import seed_of
 from brainray.config import Config, parse_config
 from brainray.engine.epoch import (
     EpochResult,
@@ -58,6 +58,7 @@ from brainray.engine.state import (
     Resumable,
     TrainerState,
     checkpoint_bytes,
+    keep_as_best,
     load_checkpoint,
     load_resumable,
     newest_resumable,
@@ -265,6 +266,7 @@ class _Trainer:
         self.history = [logged.get(row["epoch"], row) for row in state.history]
         if dist.rank() == 0:
             print(f"resuming run after epoch {self.epoch}", flush=True)
+            keep_as_best(self.run, self.epoch)  # which a job that was cut may not have done
             self.run.write_json_lines(layout.METRICS, self.history)
 
     def run_epoch(self) -> None:
@@ -583,15 +585,15 @@ class _Trainer:
         writing = time.monotonic()
         checkpoint = self._checkpoint()
         is_chosen = chosen_epoch(self.history) == self.epoch
-        if is_chosen:
-            fitted = self._fitted_table(state.keys, coordinates, log_likelihood)
-            (self.run / layout.BEST).write_table(layout.FITTED, fitted)
-            (self.run / layout.BEST).write_bytes(layout.MODEL, checkpoint_bytes(checkpoint))
         kept = {*self.config.evaluation.tsne_epochs, self.config.train.num_epochs}
         if test is not None and len(test.labels) and (is_chosen or self.epoch in kept):
             table = predictions_table(test, self.classes, self.test_slices)
             self.run.write_table(layout.predictions_file(self.epoch), table)
-        save_resumable(self.run, Resumable(checkpoint, state))
+        fitted = None
+        if is_chosen:
+            fitted = self._fitted_table(state.keys, coordinates, log_likelihood)
+        save_resumable(self.run, Resumable(checkpoint, state), fitted)
+        keep_as_best(self.run, self.epoch)
         metrics = self.history[-1]
         metrics["time/report_s"] = time.monotonic() - writing
         metrics["time/epoch_s"] = time.monotonic() - started
@@ -626,9 +628,3 @@ def reported_metrics(metrics: dict[str, float]) -> dict[str, float]:
         for name, value in metrics.items()
         if name == "epoch" or name.startswith("validation/")
     }
-
-
-def seed_of(*parts: int) -> int:
-    """A seed that differs between any two tuples of parts; below 2^56."""
-    digest = hashlib.sha256(repr(parts).encode()).digest()
-    return int.from_bytes(digest[:7], "big")

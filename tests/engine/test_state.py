@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from brainray.engine.state import (
     Resumable,
     TrainerState,
     checkpoint_bytes,
+    keep_as_best,
     load_checkpoint,
     load_trainer,
     newest_resumable,
@@ -29,6 +31,7 @@ from brainray.engine.state import (
 )
 from brainray.errors import CheckpointError
 from brainray.models.encoder import Encoder
+from brainray.schema import FITTED
 from brainray.storage import Folder
 
 
@@ -150,6 +153,18 @@ def test_the_newest_checkpoint_that_is_whole_is_the_one_to_go_on_from(
     assert found.checkpoint.epoch == 2
     assert f"epoch-0003/{name} is not" in said[0] or f"epoch-0003 holds no {name}" in said[0]
     assert not (tmp_path / "epoch-0003" / "harm").exists()
+
+
+def test_the_best_is_an_epoch_that_the_run_goes_on_from(tmp_path: Path) -> None:
+    run = Folder(tmp_path)
+    fitted = pa.table({"sample_id": ["a"], "coordinates": [[0.5]], "log_likelihood": [1.0]})
+    save_resumable(run, resumable(1), fitted.cast(FITTED))
+    assert not run.exists(layout.BEST), "a job may end here: the next one keeps it"
+    keep_as_best(run, 1)
+    save_resumable(run, resumable(2))  # not chosen
+    keep_as_best(run, 2)
+    assert load_checkpoint(run / layout.BEST).epoch == 1
+    assert (run / layout.BEST).read_table(layout.FITTED).equals(fitted.cast(FITTED))
 
 
 def loads_without_weights_only(source: str) -> list[int]:
