@@ -4,7 +4,8 @@ import re
 
 HIDDEN = "***"
 
-_USER_INFO = re.compile(r"(?<=://)[^/@\s'\"]*(?=@)")
+# Of user:password@, also with a slash or quote in the password, but not of host:port/path@...
+_USER_INFO = re.compile(r"(?<=://)(?:[^/@\s'\"]*|[^/@\s:'\"]+:(?!\d{1,5}(?:/|$))[^@\s]*)(?=@)")
 _QUERY = re.compile(
     r"(?i)\b((?:[a-z0-9_.-]*?(?:password|passwd|pwd|secret|token|signature|credential|access_key|"
     r"api_?key))[a-z0-9_-]*|(?<=[?&])sig)=([^&\s'\",;)]+)"
