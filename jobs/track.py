@@ -26,9 +26,10 @@ if __name__ == "__main__":
         run_job(
             "track",
             """
-            Send a run's epochs, figures and config to MLflow. Nothing is sent twice.
+            Send a run's epochs, figures and config to MLflow: to where its training was to be
+            tracked, or where tracking.uri says. Nothing is sent twice.
 
-            Example: python jobs/track.py --set run=first tracking.uri=http://mlflow:5000
+            Example: python jobs/track.py --set run=first
             """,
             work,
             keys=["run", "storage", "tracking"],

@@ -27,7 +27,7 @@ from brainray.log import Log
 from brainray.mri.duplicates import thumbnail_matrix
 from brainray.orchestration import serving
 from brainray.orchestration.inference import Predictor, find_predictor
-from brainray.orchestration.publish import begin_tracking, code_hash
+from brainray.orchestration.publish import begin_tracking, code_hash, config_to_track
 from brainray.orchestration.run import Run, open_run, read_run_info
 from brainray.report.model_card import CardFacts, model_card
 from brainray.schema import PREDICTED, THUMBNAIL_SIDE
@@ -196,10 +196,7 @@ def _put(local: Path, target: Folder) -> None:
 
 def _register(config: Config, run: Run, served: ServedFiles, log: Log) -> str | None:
     """Log the model to the run's own MLflow run and register it."""
-    where = f"{run.folder}/{layout.CONFIG}"
-    saved = parse_config(parse_yaml(run.folder.read_bytes(layout.CONFIG), where))
-    here = {"tracking": config.tracking, "storage": config.storage}
-    tracking = begin_tracking(saved.model_copy(update=here), run, log)
+    tracking = begin_tracking(config_to_track(config, run), run, log)
     tracking.mlflow.log_model(served, config.registry.name)
     tracking.tracker.finish()
     log(f"registered as {config.registry.name}")

@@ -12,13 +12,16 @@ import ray
 import brainray
 from brainray import layout
 from brainray.config import Config, flatten, parse_config, parse_yaml
-from brainray.errors import TrackingError
+from brainray.errors import ConfigError, TrackingError
 from brainray.log import Log
 from brainray.orchestration.lock import is_held
 from brainray.orchestration.run import Run
-from brainray.redaction import redacted
+from brainray.redaction import HIDDEN, redacted
 from brainray.storage import Folder
 from brainray.tracking import LenientTracker, MLflowTracker, artifact_location, default_uri
+
+URI_VARIABLE = "MLFLOW_TRACKING_URI"
+"""MLflow's own; it wins over ``tracking.uri``."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ def open_tracking(
 ) -> Tracking:
     """An MLflow run named as the folder, which remembers it and keeps what cannot be sent."""
     storage = Folder(config.storage)
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or config.tracking.uri or default_uri(storage)
+    uri = os.environ.get(URI_VARIABLE) or config.tracking.uri or default_uri(storage)
     mlflow = MLflowTracker(folder, uri, config.tracking.experiment, artifact_location(uri, storage))
     tracker = LenientTracker(
         mlflow, warn=lambda problem: log(f"{problem}; figures are kept in {folder}")
@@ -71,14 +74,13 @@ def open_tracking(
 def publish(config: Config, run: Run, log: Log = print) -> Tracking:
     """Send a run's folder to MLflow: what training could not send, or a run trained elsewhere.
 
+    It goes where training meant it to, unless another place is named.
+
     Raises:
         TrackingError: the server still cannot be used.
+        ConfigError: its password is needed again.
     """
-    saved = parse_config(
-        parse_yaml(run.folder.read_bytes(layout.CONFIG), where=f"{run.folder}/{layout.CONFIG}")
-    )
-    here = {"tracking": config.tracking, "storage": config.storage}
-    tracking = begin_tracking(saved.model_copy(update=here), run, log)
+    tracking = begin_tracking(config_to_track(config, run), run, log)
     send_run(run, tracking.tracker)
     name = str(run.info["name"])
     if not run.is_complete and not is_held(Folder(config.storage), layout.RUNS, name):
@@ -86,6 +88,24 @@ def publish(config: Config, run: Run, log: Log = print) -> Tracking:
     if tracking.tracker.problem is not None:
         raise TrackingError(tracking.tracker.problem)
     return tracking
+
+
+def config_to_track(config: Config, run: Run) -> Config:
+    """The run's saved config, with the storage and what is said of tracking now.
+
+    Raises:
+        ConfigError: the run was tracked by a server whose password is nowhere kept.
+    """
+    where = f"{run.folder}/{layout.CONFIG}"
+    saved = parse_config(parse_yaml(run.folder.read_bytes(layout.CONFIG), where=where))
+    said = config.tracking.model_dump(exclude_unset=True)
+    tracking = saved.tracking.model_copy(update=said)
+    if HIDDEN in (tracking.uri or "") and not os.environ.get(URI_VARIABLE):
+        raise ConfigError(
+            f"{where} keeps tracking.uri without its password ({tracking.uri}): give it again with "
+            f"--set tracking.uri=... or {URI_VARIABLE}"
+        )
+    return saved.model_copy(update={"tracking": tracking, "storage": config.storage})
 
 
 def send_run(run: Run, tracker: LenientTracker) -> None:

@@ -34,6 +34,8 @@ _FREE_TO_CHANGE = {
     "classes",
     "study",
     "tracking",
+    "registry",
+    "tune",
     "label",
 }
 _FREE_KEYS = {
@@ -180,7 +182,7 @@ def _keep_records(store: Folder, kept: Folder) -> None:
 
 def _settings(config: Config) -> dict[str, Any]:
     """All that must stay as it is when a run resumes."""
-    settings = _without_free(config.model_dump(mode="json", exclude=_FREE_TO_CHANGE))
+    settings = _without_free(config.model_dump(mode="json"))
     if config.encoder.pretext == "none":
         del settings["self_supervision"]
     return settings
@@ -188,7 +190,8 @@ def _settings(config: Config) -> dict[str, Any]:
 
 def _without_free(settings: dict[str, Any]) -> dict[str, Any]:
     """Also of a run that was begun when fewer of them were free."""
-    return settings | {
+    kept = {name: value for name, value in settings.items() if name not in _FREE_TO_CHANGE}
+    return kept | {
         section: {key: value for key, value in settings[section].items() if key not in free}
         for section, free in _FREE_KEYS.items()
     }
@@ -231,6 +234,8 @@ def _test_slices(store: ImageStore, run: Folder) -> pa.Table:
     test = index.filter(pc.equal(index["split"], TEST)).sort_by(
         [(name, "ascending") for name in ("sample_id", "path", "frame")]
     )
+    if test["label"].null_count == test.num_rows:
+        test = test.slice(0, 0)  # nothing to score: jobs/predict.py tells what they are
     seen = fingerprints_of_seen(run)
     assert seen is not None, "written before"
     exposed = exposure(Fingerprints.of(test), seen, store.preprocess)

@@ -14,7 +14,7 @@ import torch
 from mlflow import MlflowClient
 from ray.util.state import list_actors
 
-from brainray.config import Config
+from brainray.config import Config, TrackingConfig
 from brainray.engine.state import Checkpoint, load_checkpoint
 from brainray.errors import (
     BrainrayError,
@@ -27,7 +27,7 @@ from brainray.models.encoder import build_encoder
 from brainray.orchestration.data import preprocess
 from brainray.orchestration.driver import TrainedRun, _log_beginning, train
 from brainray.orchestration.evaluation import evaluate
-from brainray.orchestration.publish import publish
+from brainray.orchestration.publish import config_to_track, publish
 from brainray.orchestration.rank_data import load_rank_data
 from brainray.orchestration.run import begin_run, open_run
 from brainray.orchestration.store import ImageStore
@@ -40,6 +40,11 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 def config_of(storage: Path, name: str, *overrides: str) -> Config:
     return tiny_config(storage, f"name={name}", "dataset=mri", *overrides)
+
+
+def without_tracking(config: Config) -> Config:
+    """As of a command that says nothing of it."""
+    return config.model_copy(update={"tracking": TrackingConfig()})
 
 
 PUBLISHED: tuple[str, ...] = ()
@@ -221,6 +226,8 @@ def test_a_server_that_is_away_stops_nothing_and_gets_all_later(
     assert not [path for path in kept if PASSWORD.encode() in path.read_bytes()]
     assert not [line for line in said_by_reference if PASSWORD in line]
     assert "python jobs/track.py --set run=reference" in said_by_reference[-1]
+    with pytest.raises(ConfigError, match=r"keeps tracking\.uri without its password"):
+        publish(without_tracking(config_of(storage, "reference")), reference.run)
     sent = publish(config_of(storage, "reference"), reference.run)
     assert sent.mlflow_run_id is not None
     client = MlflowClient(sent.uri)
@@ -237,6 +244,37 @@ def test_what_is_sent_of_an_unfinished_run_is_not_said_to_run(storage: Path) -> 
     sent = publish(config, begun)
     assert sent.mlflow_run_id is not None
     assert MlflowClient(sent.uri).get_run(sent.mlflow_run_id).info.status == "KILLED"
+
+
+def test_test_slices_without_any_label_are_not_scored(
+    storage: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = ImageStore.open(Folder(storage) / "datasets" / "mri")
+    whole = store.index()
+    labels = pc.if_else(pc.equal(whole["split"], "test"), None, whole["label"])
+    hidden = whole.set_column(whole.schema.get_field_index("label"), "label", labels)
+    monkeypatch.setattr(ImageStore, "index", lambda _: hidden)
+    begun, _ = begin_run(config_of(storage, "hidden-labels"), store, num_workers=1)
+    assert begun.folder.read_table("test.parquet").num_rows == 0
+    assert begun.test_paths() == set()
+
+
+def test_a_run_goes_on_where_what_is_done_with_it_has_changed(storage: Path) -> None:
+    store = ImageStore.open(Folder(storage) / "datasets" / "mri")
+    begin_run(config_of(storage, "registered"), store, 1)
+    changed = ["registry.name=mri", "tune.num_trials=3"]
+    assert begin_run(config_of(storage, "registered", *changed), store, 1)[1]
+
+
+def test_where_a_run_was_to_be_tracked_is_where_it_is_sent(storage: Path) -> None:
+    store = ImageStore.open(Folder(storage) / "datasets" / "mri")
+    meant = ["tracking.uri=http://mlflow:5000", "tracking.experiment=tumours"]
+    run, _ = begin_run(config_of(storage, "tracked", *meant), store, 1)
+    found = config_to_track(without_tracking(config_of(storage, "tracked")), run).tracking
+    assert (found.uri, found.experiment) == ("http://mlflow:5000", "tumours")
+    other = config_of(storage, "tracked", "tracking.uri=http://other:5000")
+    found = config_to_track(other, run).tracking
+    assert (found.uri, found.experiment) == ("http://other:5000", "tumours")
 
 
 def test_a_run_to_compare_with_is_looked_for_before_training(storage: Path) -> None:
