@@ -32,6 +32,7 @@ from brainray.orchestration.lock import held
 from brainray.orchestration.plan import plan_store
 from brainray.orchestration.preparation import (
     CHANGED,
+    SALT_VARIABLE,
     UNREADABLE,
     salt_id,
     subject_salt,
@@ -105,6 +106,8 @@ def _build(
     clock = _Clock()
     source, parts = Folder(str(config.source)), building / "parts"
     earlier = Earlier.of(previous)
+    salt = salt_id(subject_salt(Folder(config.storage)))
+    _check_salt(previous, earlier, salt)
     fingerprints = RowFile(THUMBNAIL_SIDE**2, np.uint8)
     slices, num_decoded = _slices_of_all_files(config, listing, earlier, parts, fingerprints, log)
     clock.passed("decode")
@@ -129,7 +132,7 @@ def _build(
         "num_files_decoded": num_decoded,
         "num_ignored_files": listing.num_ignored,
         **settings,
-        "subject_salt": salt_id(subject_salt(Folder(config.storage))),
+        "subject_salt": salt,
         **plan.statistics,
         "num_rejected": rejected.num_rows,
         "rejected_reasons": dict(Counter(rejected["reason"].to_pylist()).most_common()),
@@ -178,6 +181,24 @@ def _previous_store(target: Folder, settings: dict[str, Any]) -> ImageStore | No
             "choose another name or delete it"
         )
     return store
+
+
+def _check_salt(previous: ImageStore | None, earlier: Earlier, salt: str) -> None:
+    """One salt for all of a store's subjects: with two, a patient would be two, and be parted.
+
+    Raises:
+        DataError: the subjects that headers name were hashed with another one.
+    """
+    if previous is None:
+        return
+    made_with = previous.manifest.get("subject_salt", salt)
+    names_subjects = pc.any(pc.is_valid(earlier.files["header_subject"])).as_py()
+    if names_subjects and made_with != salt:
+        raise DataError(
+            f"the subjects of the image store {previous.folder} were hashed with another salt than "
+            f"{SALT_VARIABLE} or storage now gives: give the one that it was made with, or choose "
+            "another name"
+        )
 
 
 def _slices_of_all_files(

@@ -8,6 +8,7 @@ import pytest
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import UID, ExplicitVRLittleEndian, MRImageStorage
 
+from brainray.errors import DataError
 from brainray.mri.phantom import make_series
 from brainray.orchestration import data
 from brainray.orchestration.data import preprocess
@@ -113,6 +114,36 @@ def test_no_name_number_or_date_is_left_anywhere(
     for name, planted in PLANTED.items():
         for part in planted.split("^"):
             assert part not in left, name
+
+
+def test_new_files_of_a_patient_are_not_hashed_with_another_salt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slices = make_series("notumor", np.random.default_rng(0), num_slices=3, size=64)
+    source = tmp_path / "s"
+
+    def add(number: int) -> None:
+        image = slices[number].image
+        for label in ("a", "b"):
+            write_dicom(source / label / f"{number}.dcm", image, PatientID=f"{label}-1")
+            image = image[:, ::-1].copy()
+
+    config = tiny_config(tmp_path, "name=mri", f"source={source}")
+    monkeypatch.setenv("BRAINRAY_SALT", "a secret of sixteen letters")
+    add(0)
+    add(1)
+    before = preprocess(config)
+    add(2)
+    monkeypatch.setenv("BRAINRAY_SALT", "another one of sixteen letters")
+    with pytest.raises(DataError, match=r"hashed with another salt than BRAINRAY_SALT or storage"):
+        preprocess(config)
+    monkeypatch.setenv("BRAINRAY_SALT", "a secret of sixteen letters")
+    assert (
+        before.index()["subject_id"]
+        .unique()
+        .sort()
+        .equals(preprocess(config).index()["subject_id"].unique().sort())
+    )
 
 
 def test_the_salt_is_kept_outside_the_stores_and_rules_the_hashes(
