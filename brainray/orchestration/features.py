@@ -27,6 +27,7 @@ from brainray.log import Log
 from brainray.models.encoder import local_state
 from brainray.models.features import PIXELS, build_feature_encoder, num_features
 from brainray.mri.resize import stretch
+from brainray.orchestration.lock import held
 from brainray.orchestration.resources import alive_nodes, plan_actors
 from brainray.orchestration.run import open_run
 from brainray.orchestration.store import ImageStore
@@ -173,10 +174,26 @@ def extract_features(
     }
     key = content_key(made_by)
     target = Folder(config.storage) / layout.FEATURES / f"{name}-{key}"
-    if target.exists(layout.MANIFEST):
-        log(f"features {target}: reused")
-        return FeatureStore(target, target.read_json(layout.MANIFEST))
-    building = Folder(config.storage) / layout.FEATURES / f".{name}-{key}.building"
+    # Studies that begin together share them: the later ones wait, and find them.
+    with held(Folder(config.storage), layout.FEATURES, target.name, log, in_turn=True):
+        if target.exists(layout.MANIFEST):
+            log(f"features {target}: reused")
+            return FeatureStore(target, target.read_json(layout.MANIFEST))
+        return _extract(config, store, feature, weights, seed, made_by | {"key": key}, target, log)
+
+
+def _extract(
+    config: Config,
+    store: ImageStore,
+    feature: FeatureConfig,
+    weights: Weights,
+    seed: int,
+    made_by: dict[str, Any],
+    target: Folder,
+    log: Log,
+) -> FeatureStore:
+    """Whole or not at all; ``made_by`` begins the manifest."""
+    building = target.parent / f".{target.name}.building"
     building.delete()
     started = time.monotonic()
     try:
@@ -188,7 +205,7 @@ def extract_features(
                 "store and preprocess again"
             )
         seconds = time.monotonic() - started
-        manifest = made_by | {"key": key, "num_rows": num_rows, "seconds": round(seconds, 2)}
+        manifest = made_by | {"num_rows": num_rows, "seconds": round(seconds, 2)}
         building.write_json(layout.MANIFEST, manifest)
         target.delete()
         building.move_to(target, last=layout.MANIFEST)

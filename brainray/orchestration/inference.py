@@ -165,6 +165,7 @@ def _embedded(slices: ray.data.Dataset, config: Config, predictor: Predictor) ->
         _Embedder,
         fn_constructor_kwargs={
             "folder": predictor.folder,
+            "epoch": predictor.checkpoint.epoch,
             "precision": config.train.precision,
             "device": device,
         },
@@ -215,8 +216,15 @@ _CARRIED = ["subject_id", "subject_source", "sha256", "num_bytes", "mtime_ns", "
 class _Embedder:
     """Holds the checkpoint on one actor's device."""
 
-    def __init__(self, folder: Folder, precision: str, device: str) -> None:
-        self.model = SliceModel(load_checkpoint(folder), torch.device(device), precision)
+    def __init__(self, folder: Folder, epoch: int, precision: str, device: str) -> None:
+        """Raises CheckpointError where another epoch has taken the place of the one asked for."""
+        checkpoint = load_checkpoint(folder)
+        if checkpoint.epoch != epoch:
+            raise CheckpointError(
+                f"{folder} holds epoch {checkpoint.epoch} now, and held {epoch} when prediction "
+                "began: wait until the run is complete, or name an epoch that it keeps (epoch=N)"
+            )
+        self.model = SliceModel(checkpoint, torch.device(device), precision)
         if self.model.device.type == "cpu":
             use_all_threads()
 

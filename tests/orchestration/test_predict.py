@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from brainray.config import Config
-from brainray.errors import ConfigError, DataError
+from brainray.errors import CheckpointError, ConfigError, DataError
 from brainray.orchestration.driver import TrainedRun
 from brainray.orchestration.evaluation import evaluate
-from brainray.orchestration.inference import find_predictor, predicted_blocks
+from brainray.orchestration.inference import _Embedder, find_predictor, predicted_blocks
 from brainray.orchestration.predict import Prediction, predict
 from brainray.orchestration.preparation import UNREADABLE
 from brainray.orchestration.source import SourceFile, find_images
@@ -71,6 +71,14 @@ def test_files_are_decoded_apart_from_the_actor_that_embeds(
     assert "MapBatches(decode_files)" in stages
     assert "MapBatches(_Embedder)" in stages
     assert "MapBatches(decode_files)->MapBatches(_Embedder)" not in stages
+
+
+def test_an_actor_does_not_predict_with_another_epoch_than_the_rest(trained: TrainedRun) -> None:
+    best = trained.run.folder / "best"
+    chosen = int(trained.metrics["chosen_epoch"])
+    assert _Embedder(best, chosen, "fp32", "cpu").model.checkpoint.epoch == chosen
+    with pytest.raises(CheckpointError, match=rf"holds epoch {chosen} now, and held 99 when"):
+        _Embedder(best, 99, "fp32", "cpu")
 
 
 def test_every_file_has_a_row(prediction: Prediction, trained: TrainedRun) -> None:
