@@ -13,10 +13,11 @@ from brainray.models.objective import StepOutputs, StepSizes, StepTargets
 class PrototypeObjective:
     """L = L_CE(labelled) + lambda * [ramp * L_prototype(unlabelled) + L_anchor(labelled)].
 
-    METHOD A's second term pulls z towards its mean, and nothing keeps the means apart. Here z must
-    be nearer to its own prototype than to the others (Li et al. 2021, "Prototypical Contrastive
-    Learning", equation 10, with the mixture's soft assignments), and a labelled slice to those
-    of its class.
+    L_prototype = -(1/N_u) sum_i c_i sum_k gamma_ik log p_ik, where c_i is how far the head's
+    pseudo-label of the slice is believed: clusters follow what the head is sure of. METHOD A's
+    second term pulls z towards its mean, and nothing keeps the means apart. Here z must be nearer
+    to its own prototype than to the others (Li et al. 2021, "Prototypical Contrastive Learning",
+    equation 10, with the mixture's soft assignments), and a labelled slice to those of its class.
     """
 
     lambda_cluster: float
