@@ -8,6 +8,7 @@ import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
@@ -174,14 +175,11 @@ def _groups_by_class(
     members: dict[str, list[int]] = defaultdict(list)
     for index, group in enumerate(groups):
         members[group].append(index)
-    frequency = {
-        generation: Counter(
-            label
-            for label, since in zip(labels, born, strict=True)
-            if label is not None and since <= generation
-        )
-        for generation in set(born)
-    }
+    arrived: dict[int, Counter[str]] = {generation: Counter() for generation in sorted(set(born))}
+    for label, generation in zip(labels, born, strict=True):
+        if label is not None:
+            arrived[generation][label] += 1
+    frequency = dict(zip(arrived, accumulate(arrived.values()), strict=True))  # up to each
     founded: dict[str, int] = {}
     for group, indices in members.items():
         counted = [i for i in indices if labels[i] is not None] if purpose == "labels" else []
