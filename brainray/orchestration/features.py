@@ -174,12 +174,14 @@ def extract_features(
     }
     key = content_key(made_by)
     target = Folder(config.storage) / layout.FEATURES / f"{name}-{key}"
-    # Studies that begin together share them: the later ones wait, and find them.
-    with held(Folder(config.storage), layout.FEATURES, target.name, log, in_turn=True):
-        if target.exists(layout.MANIFEST):
-            log(f"features {target}: reused")
-            return FeatureStore(target, target.read_json(layout.MANIFEST))
-        return _extract(config, store, feature, weights, seed, made_by | {"key": key}, target, log)
+    if not target.exists(layout.MANIFEST):
+        # Studies that begin together share them: the later ones wait, and find them.
+        with held(Folder(config.storage), layout.FEATURES, target.name, log, in_turn=True):
+            if not target.exists(layout.MANIFEST):
+                made_by["key"] = key
+                return _extract(config, store, feature, weights, seed, made_by, target, log)
+    log(f"features {target}: reused")
+    return FeatureStore(target, target.read_json(layout.MANIFEST))
 
 
 def _extract(

@@ -10,12 +10,14 @@ from brainray.config import load_config
     ("asked", "quick", "expected"),
     [([], False, 3), ([], True, 1), (["evaluation.num_label_draws=1"], False, 1)],
 )
-def test_it_trains_on_as_many_draws_as_it_is_asked_for(asked, quick, expected):
+def test_it_trains_on_as_many_draws_as_it_is_asked_for(
+    asked: list[str], quick: bool, expected: int
+) -> None:
     config = load_config(None, asked)
     assert labels._num_draws(config, quick=quick) == expected
 
 
-def test_the_table_has_a_row_for_every_share_and_no_deviation_of_one_draw():
+def test_the_table_has_a_row_for_every_share_and_no_deviation_of_one_draw() -> None:
     key = "test/clean/head/accuracy"
     one = {"num_label_draws": 1.0, key: 0.9, f"control/{key}": 0.8, f"fewer_errors/{key}": 0.5}
     table = labels._table({0.01: one, 0.2: one})
