@@ -40,8 +40,10 @@ def ray_cluster() -> Iterator[None]:
     import ray
     import ray.data
 
+    from brainray.orchestration.job import init_ray
+
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-    ray.init(num_cpus=2, logging_level=logging.ERROR, object_store_memory=300_000_000)
+    init_ray(num_cpus=2, object_store_memory=300_000_000)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
     yield

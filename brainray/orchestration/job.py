@@ -8,6 +8,7 @@ import math
 import os
 import re
 import signal
+import socket
 import sys
 import textwrap
 import threading
@@ -38,6 +39,9 @@ TRAINING_SECTIONS = (
     "tracking",
 )
 """Sections of the config that training on a store reads: for ``--help`` of the jobs that train."""
+
+_DASHBOARD_VARIABLE = "RAY_API_SERVER_ADDRESS"
+_USUAL_DASHBOARD_PORT = 8265
 
 # What Ray Data appends to the message of whatever a task raises.
 _RAYS_ADVICE = re.compile(r"\nFailed to .+ after \d+/\d+ attempts")
@@ -249,7 +253,7 @@ def attach_to_ray() -> None:
     import ray.data
 
     if not ray.is_initialized():
-        ray.init(logging_level=logging.ERROR)
+        init_ray()
         _end_in_order_on_sigterm()  # Ray has put a handler of its own in place
     # Jobs print their own progress and errors, which also read well in a log.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
@@ -257,6 +261,34 @@ def attach_to_ray() -> None:
     context.enable_progress_bars = False
     context.raise_original_map_exception = True  # wrapped, it would lose its class on the way
     context.memory_usage_poll_interval_s = None  # statistics that nobody reads cost tasks a tenth
+
+
+def init_ray(**options: Any) -> None:
+    """``ray.init`` with these options; a Ray that it starts is not mistaken for another one here.
+
+    Ray's processes ask its dashboard of one another. Those of a Ray that starts inherit where it
+    is: they would look for it by themselves, and stop where the machine has several Rays.
+    """
+    import ray
+
+    port = _dashboard_port()
+    before = os.environ.get(_DASHBOARD_VARIABLE)
+    os.environ[_DASHBOARD_VARIABLE] = f"http://127.0.0.1:{port}"
+    try:
+        ray.init(logging_level=logging.ERROR, dashboard_port=port, **options)
+    finally:
+        if before is None:
+            del os.environ[_DASHBOARD_VARIABLE]
+        else:
+            os.environ[_DASHBOARD_VARIABLE] = before
+
+
+def _dashboard_port() -> int:
+    """Ray's usual one, or a free one where another Ray has that."""
+    for port in (_USUAL_DASHBOARD_PORT, 0):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)) as listener:
+            return int(listener.getsockname()[1])
+    raise RuntimeError("no port is free for Ray's dashboard")
 
 
 def _fail(name: str, error: Exception | Terminated) -> int:

@@ -1,7 +1,9 @@
-"""What Ray Train leaves behind when it has trained."""
+"""What Ray Train needs, and what it leaves behind when it has trained."""
 
 import os
 import signal
+import subprocess
+import sys
 from types import FrameType, SimpleNamespace
 from typing import Any
 
@@ -58,3 +60,28 @@ def test_nodes_are_watched_for_where_they_may_be_taken_away(
         monkeypatch.setenv("RAY_ADDRESS", address)
     settle_ray_train()
     assert [os.environ.get(name) for name in WITHOUT_PREEMPTION] == [watches]
+
+
+OTHER_RAY = """
+import ray
+from ray.util.state import get_actor
+from brainray.orchestration.job import init_ray
+
+@ray.remote(num_cpus=0)
+class Actor:
+    def state(self):
+        return get_actor(ray.get_runtime_context().get_actor_id(), timeout=20).state
+
+init_ray(num_cpus=1, object_store_memory=80_000_000)
+print(ray.get(Actor.remote().state.remote()))
+"""
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_actors_find_their_own_ray_beside_another() -> None:
+    """As Ray Train's actor does that frees the CPUs of a training whose controller is gone."""
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    told = subprocess.run(
+        [sys.executable, "-c", OTHER_RAY], env=environment, capture_output=True, text=True
+    )
+    assert told.stdout.split() == ["ALIVE"], told.stderr
