@@ -25,7 +25,8 @@ if __name__ == "__main__":
             with runs of other seeds, which tell the sub-types that are stable from those that are
             not. jobs/track.py sends it to MLflow.
 
-            Example: python jobs/report.py --set run=k8 evaluation.siblings=[k8-seed1,k8-seed2]
+            Examples: python jobs/report.py --set run=strong evaluation.control=strong-control
+                      python jobs/report.py --set run=k8 evaluation.siblings=[k8-seed1,k8-seed2]
             """,
             work,
             keys=[

@@ -29,7 +29,12 @@ from brainray.orchestration.ray_train import (
     run_trainer,
     settle_ray_train,
 )
-from brainray.orchestration.reporting import about_software, check_compared_runs, write_run_page
+from brainray.orchestration.reporting import (
+    about_software,
+    against_control,
+    check_compared_runs,
+    write_run_page,
+)
 from brainray.orchestration.resources import WorkerResources, alive_nodes, plan_workers
 from brainray.orchestration.run import Run, begin_run, name_of_run
 from brainray.orchestration.seen import is_of_no_slice
@@ -181,7 +186,9 @@ def complete_run(training: Training) -> None:
     """Figures and the summary, which is written last: with it the run is complete."""
     config, run = training.config, training.run
     metrics = _summarise(config, run)
-    draw_run_figures(run.folder, run.classes, config.evaluation, int(metrics["chosen_epoch"]))
+    chosen = int(metrics["chosen_epoch"])
+    metrics |= against_control(config, run, chosen, training.store)
+    draw_run_figures(run.folder, run.classes, config.evaluation, chosen)
     about = _about(training)
     run.folder.write_json(layout.ABOUT, about)
     write_run_page(config, run, metrics, about, training.store)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 import brainray
 from brainray import layout
 from brainray.config import Config, parse_config, parse_yaml
+from brainray.engine.compare import compare
 from brainray.engine.evaluate import Metrics
 from brainray.engine.explain import class_activation_maps, rows_to_explain
 from brainray.engine.state import Checkpoint, load_checkpoint
@@ -24,6 +25,7 @@ from brainray.orchestration.publish import code_hash, git_revision
 from brainray.orchestration.run import Run, open_run
 from brainray.orchestration.store import ImageStore
 from brainray.redaction import redacted
+from brainray.report.comparison_table import comparison_table
 from brainray.report.page import Explained, write_page
 from brainray.schema import TEST
 from brainray.storage import Folder
@@ -65,12 +67,38 @@ def report(config: Config, log: Log = print) -> Report:
     except DataError as error:
         log(f"no activation maps: {error}")
         store = None
-    metrics = run.folder.read_json(layout.SUMMARY)
+    summary = run.folder.read_json(layout.SUMMARY)
+    comparison = against_control(merged, run, int(summary["chosen_epoch"]), store)
+    metrics = summary | comparison
     known = run.folder.exists(layout.ABOUT)
     about = run.folder.read_json(layout.ABOUT) if known else about_software()
     if write_run_page(merged, run, metrics, about, store) is None:
         raise DataError(f"the run {run.folder} has no test slices: there is nothing to show")
+    if comparison:
+        log(f"against {evaluation.control}:\n{comparison_table(comparison)}")
     return Report(run.folder, metrics)
+
+
+def against_control(
+    config: Config, run: Run, chosen_epoch: int, store: ImageStore | None
+) -> Metrics:
+    """What the run gains over ``evaluation.control``, slice by slice, where that is complete.
+
+    Intervals draw copies and likely subjects as a whole; without the store, every slice by itself.
+    """
+    if config.evaluation.control is None:
+        return {}
+    control = _compared_run(config, config.evaluation.control, run.info["data_hash"])
+    ours, theirs = _predictions(run, chosen_epoch), _chosen_predictions(control)
+    if ours is None or theirs is None:
+        return {}
+    groups: Mapping[str, str] = {}
+    if store is not None:
+        columns = ["sample_id", "split_group_id"]
+        rows = store.folder.read_table(layout.IMAGES, columns=columns).to_pydict()
+        groups = dict(zip(rows["sample_id"], rows["split_group_id"], strict=True))
+    resamples = config.evaluation.bootstrap_resamples
+    return compare(ours, theirs, groups, num_resamples=resamples, seed=config.seed)
 
 
 def write_run_page(
@@ -170,13 +198,20 @@ def _figures_of_control(config: Config, run: Run) -> Metrics | None:
 
 def _predictions_of_siblings(config: Config, run: Run) -> dict[str, pa.Table]:
     """By name, what complete runs of other seeds predict for the same test slices."""
-    found = {}
-    for name in config.evaluation.siblings:
-        sibling = _compared_run(config, name, run.info["data_hash"])
-        if not sibling.is_complete:
-            continue
-        summary = sibling.folder.read_json(layout.SUMMARY)
-        chosen = layout.predictions_file(int(summary["chosen_epoch"]))
-        if sibling.folder.exists(chosen):
-            found[name] = sibling.folder.read_table(chosen)
-    return found
+    siblings = {
+        name: _chosen_predictions(_compared_run(config, name, run.info["data_hash"]))
+        for name in config.evaluation.siblings
+    }
+    return {name: table for name, table in siblings.items() if table is not None}
+
+
+def _chosen_predictions(run: Run) -> pa.Table | None:
+    """``PREDICTIONS`` rows of a complete run's chosen epoch; None where there are none."""
+    if not run.is_complete:
+        return None
+    return _predictions(run, int(run.folder.read_json(layout.SUMMARY)["chosen_epoch"]))
+
+
+def _predictions(run: Run, epoch: int) -> pa.Table | None:
+    name = layout.predictions_file(epoch)
+    return run.folder.read_table(name) if run.folder.exists(name) else None

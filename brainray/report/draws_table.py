@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from brainray.report.comparison_table import interval, share
 from brainray.report.table import markdown_table
 from brainray.schema import SUBSETS
 
@@ -24,8 +25,8 @@ def draws_table(metrics: Mapping[str, float]) -> str:
                     subset,
                     mean_and_deviation(metrics, name),
                     _figure(metrics, f"control/{name}"),
-                    _interval(metrics, f"difference/{name}"),
-                    _share(metrics, f"fewer_errors/{name}"),
+                    interval(metrics, f"difference/{name}"),
+                    share(metrics, f"fewer_errors/{name}"),
                 ]
             )
     return markdown_table(header, rows, num_text_columns=2)
@@ -41,15 +42,3 @@ def mean_and_deviation(metrics: Mapping[str, float], name: str) -> str:
 
 def _figure(metrics: Mapping[str, float], name: str) -> str:
     return f"{metrics[name]:.3f}" if name in metrics else _MISSING
-
-
-def _interval(metrics: Mapping[str, float], name: str) -> str:
-    if name not in metrics:
-        return _MISSING
-    low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
-    text = f"{metrics[name]:+.3f}"
-    return text if low is None or high is None else f"{text} [{low:+.3f}, {high:+.3f}]"
-
-
-def _share(metrics: Mapping[str, float], name: str) -> str:
-    return f"{100 * metrics[name]:.0f} %" if name in metrics else _MISSING

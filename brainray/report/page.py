@@ -21,6 +21,7 @@ from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
 from brainray import layout
 from brainray.clustering.subtypes import find_subtypes
 from brainray.config import EvaluationConfig
+from brainray.report.comparison_table import COMPARISON_COLUMNS, comparison_rows
 from brainray.report.leakage_table import LEVEL_COLUMNS, leakage_counts, subset_counts
 from brainray.report.style import BLUE, GREEN, GREY, VERMILLION, class_colours, cluster_colour
 from brainray.report.tsne import MIN_SLICES, tsne_sequence
@@ -111,7 +112,7 @@ def write_page(
         run: folder with the logs, the config and the predictions of the chosen epoch.
         classes: of the run, in its order.
         evaluation: which epochs are mapped, and with how many slices.
-        metrics: the reported figures.
+        metrics: the reported figures, with those of `engine.compare` where there is a control.
         about: what made the run: versions, machine, command.
         control: the reported figures of the control, to stand beside the run's.
         explained: slices of which activation maps are shown.
@@ -132,7 +133,7 @@ def write_page(
     contents = _Contents(
         title=f"brainray: {_last_part(run)}",
         summary=_summary(metrics, chosen, len(history), table.num_rows),
-        tables=[*_tables(metrics, classes, control), *_timings(metrics)],
+        tables=[*_tables(metrics, classes, control), *_comparison(metrics), *_timings(metrics)],
         quality=_quality(run),
         about=about,
         settings=run.read_bytes(layout.CONFIG).decode(),
@@ -467,6 +468,11 @@ def _tables(metrics: Metrics, classes: Sequence[str], control: Metrics | None) -
         Table("Precision / recall / F1", ["", *classes], by_class),
         Table("Clusters", ["", "silhouette", "NMI", "ARI", "FMI"], clusters),
     ]
+
+
+def _comparison(metrics: Metrics) -> list[Table]:
+    rows = comparison_rows(metrics)
+    return [Table("Against the control, slice by slice", COMPARISON_COLUMNS, rows)] if rows else []
 
 
 def _figure(metrics: Metrics, name: str) -> str:

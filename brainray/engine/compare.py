@@ -1,0 +1,144 @@
+"""A run against its control on the same test slices, slice by slice."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+from scipy import stats
+
+from brainray.errors import DataError
+from brainray.schema import subset_masks
+
+Metrics = dict[str, float]
+
+_PREDICTORS = {"head": "head", "cluster": "cluster_class"}  # in figures, and columns
+_CONFIDENCE = 0.95
+_SLICE = ["sample_id", "path", "frame"]
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """How much more accurate one classifier is than another, on the same rows."""
+
+    value: float  # accuracy minus the other's
+    low: float  # of the 95 % interval
+    high: float
+    fewer_errors: float | None  # share of the other's errors that is spared; None if it has none
+    only_one: int  # rows that it alone has right
+    only_other: int
+    p_value: float
+
+
+def paired_difference(
+    correct: NDArray[np.bool_],
+    other_correct: NDArray[np.bool_],
+    groups: Sequence[str] | NDArray[np.str_],
+    *,
+    num_resamples: int,
+    seed: int,
+) -> PairedDifference:
+    """Of two classifiers' right and wrong answers.
+
+    The interval is a percentile bootstrap (Efron 1979) over groups of rows: whole groups are drawn,
+    since rows of one are not independent (Davison & Hinkley 1997, section 3.8). The p value is that
+    of McNemar's exact test (1947), which takes rows for independent.
+
+    Args:
+        correct: (N,), of the first classifier.
+        other_correct: (N,), of the second.
+        groups: (N,) what rows belong together, such as those of one subject.
+        num_resamples: of the bootstrap.
+        seed: of the bootstrap.
+
+    Raises:
+        DataError: there are no rows.
+    """
+    if len(correct) == 0:
+        raise DataError("no rows to resample: a difference needs at least one prediction")
+    gains = correct.astype(np.int64) - other_correct
+    _, group_of_row = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
+    sizes = np.bincount(group_of_row)
+    gain_of_group = np.bincount(group_of_row, weights=gains)
+    generator = np.random.default_rng(seed)
+    resampled = np.empty(num_resamples)
+    for number in range(num_resamples):
+        drawn = generator.integers(len(sizes), size=len(sizes))
+        resampled[number] = gain_of_group[drawn].sum() / sizes[drawn].sum()
+    tail = (1 - _CONFIDENCE) / 2
+    low, high = np.quantile(resampled, [tail, 1 - tail])
+    num_errors = int((~other_correct).sum())
+    only_one, only_other = int((gains > 0).sum()), int((gains < 0).sum())
+    discordant = only_one + only_other
+    return PairedDifference(
+        value=float(gains.mean()),
+        low=float(low),
+        high=float(high),
+        fewer_errors=float(gains.sum() / num_errors) if num_errors else None,
+        only_one=only_one,
+        only_other=only_other,
+        p_value=float(stats.binomtest(only_one, discordant).pvalue) if discordant else 1.0,
+    )
+
+
+def compare(
+    predictions: pa.Table,
+    control: pa.Table,
+    group_of_slice: Mapping[str, str],
+    *,
+    num_resamples: int,
+    seed: int,
+) -> Metrics:
+    """Figures of a run's predictions beside those of its control, for each subset and predictor.
+
+    For every accuracy NAME, such as ``test/clean/head/accuracy``: ``difference/NAME`` with its 95 %
+    interval (``_low``, ``_high``), ``fewer_errors/NAME``, ``only_run/NAME`` and
+    ``only_control/NAME`` (slices that one of the two alone has right), and ``p/NAME``.
+
+    Args:
+        predictions: ``PREDICTIONS`` rows; those without a label are left out.
+        control: those of the control, of the same slices in the same order.
+        group_of_slice: by sample_id, what is drawn as a whole for the intervals; a slice that is
+            missing there is a group of its own.
+        num_resamples: of the bootstrap.
+        seed: of the bootstrap.
+
+    Raises:
+        DataError: the two are of different slices.
+    """
+    if not predictions.select(_SLICE).equals(control.select(_SLICE)):
+        raise DataError("the control predicts other test slices: compare runs on one image store")
+    is_labelled = pc.is_valid(predictions["label"])
+    predictions, control = predictions.filter(is_labelled), control.filter(is_labelled)
+    groups = np.array([group_of_slice.get(i, i) for i in predictions["sample_id"].to_pylist()])
+    metrics: Metrics = {}
+    for subset, mask in subset_masks(predictions).items():
+        if not mask.any():
+            continue
+        for predictor, column in _PREDICTORS.items():
+            found = paired_difference(
+                _is_right(predictions, column)[mask],
+                _is_right(control, column)[mask],
+                groups[mask],
+                num_resamples=num_resamples,
+                seed=seed,
+            )
+            name = f"test/{subset}/{predictor}/accuracy"
+            metrics |= {
+                f"difference/{name}": found.value,
+                f"difference/{name}_low": found.low,
+                f"difference/{name}_high": found.high,
+                f"only_run/{name}": float(found.only_one),
+                f"only_control/{name}": float(found.only_other),
+                f"p/{name}": found.p_value,
+            }
+            if found.fewer_errors is not None:
+                metrics[f"fewer_errors/{name}"] = found.fewer_errors
+    return metrics
+
+
+def _is_right(predictions: pa.Table, column: str) -> NDArray[np.bool_]:
+    """(N,) of a column with predicted classes."""
+    return np.asarray(pc.equal(predictions[column], predictions["label"]).to_numpy(), np.bool_)

@@ -1,0 +1,57 @@
+"""A run beside its control, slice by slice, as Markdown and for the run's page."""
+
+from collections.abc import Mapping
+
+from brainray.report.table import markdown_table
+from brainray.schema import SUBSETS
+
+COMPARISON_COLUMNS = [
+    "prediction",
+    "test slices",
+    "difference [95 % interval]",
+    "fewer errors",
+    "right where the other is wrong",
+    "McNemar's p",
+]
+
+_PREDICTORS = {"head": "head", "cluster": "clusters"}
+_MISSING = "–"
+
+
+def comparison_table(metrics: Mapping[str, float]) -> str:
+    """Of the figures that `engine.compare` gives."""
+    return markdown_table(COMPARISON_COLUMNS, comparison_rows(metrics), num_text_columns=2)
+
+
+def comparison_rows(metrics: Mapping[str, float]) -> list[list[str]]:
+    """A row for each predictor and subset that were compared; none without a control."""
+    return [
+        [title, subset, *_figures(metrics, f"test/{subset}/{predictor}/accuracy")]
+        for predictor, title in _PREDICTORS.items()
+        for subset in SUBSETS
+        if f"p/test/{subset}/{predictor}/accuracy" in metrics
+    ]
+
+
+def _figures(metrics: Mapping[str, float], name: str) -> list[str]:
+    wins, losses = (metrics[f"{whose}/{name}"] for whose in ("only_run", "only_control"))
+    return [
+        interval(metrics, f"difference/{name}"),
+        share(metrics, f"fewer_errors/{name}"),
+        f"{wins:,.0f} of {wins + losses:,.0f}",
+        f"{metrics[f'p/{name}']:.2g}",
+    ]
+
+
+def interval(metrics: Mapping[str, float], name: str) -> str:
+    """Such as ``+0.016 [+0.002, +0.029]``; a dash where there is no such figure."""
+    if name not in metrics:
+        return _MISSING
+    low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
+    text = f"{metrics[name]:+.3f}"
+    return text if low is None or high is None else f"{text} [{low:+.3f}, {high:+.3f}]"
+
+
+def share(metrics: Mapping[str, float], name: str) -> str:
+    """Such as ``17 %``."""
+    return f"{100 * metrics[name]:.0f} %" if name in metrics else _MISSING
