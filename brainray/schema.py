@@ -24,8 +24,12 @@ LEFT_OUT = "left_out"  # an unlabelled mate of a validation slice: neither fitte
 THUMBNAIL_SIDE = 96
 """Side of the thumbnails that serve as fingerprints, in pixels."""
 
-GIVEN, ESTIMATED = "given", "estimated"
-"""Values of ``subject_source``: from a labels table or a header, or guessed by looks."""
+TABLE, HEADER, VOLUME, ESTIMATED = "table", "header", "volume", "estimated"
+"""Values of ``subject_source``: a labels table or a DICOM header names the subject; the slices are
+of one file that names nobody; guessed by looks."""
+
+NAMED = frozenset({TABLE, HEADER, VOLUME, "given"})  # "given": in runs made before they were told
+"""Sources whose equal subjects are one. (Of a volume's, different ones may be one as well.)"""
 
 IMAGE_STORE = pa.schema(
     [
@@ -40,7 +44,7 @@ IMAGE_STORE = pa.schema(
         ("label", pa.string()),  # null where unknown
         ("duplicate_group_id", pa.string()),  # smallest sample_id of the near-duplicates
         ("subject_id", pa.string()),  # null where neither given nor estimated
-        ("subject_source", pa.string()),  # given | estimated
+        ("subject_source", pa.string()),  # table | header | volume | estimated
         ("draw_group_id", pa.string()),  # what no draw of labels parts: copies, given subjects
         (
             "kin_group_id",

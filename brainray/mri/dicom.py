@@ -41,6 +41,7 @@ from brainray.mri.slices import (
     check_num_voxels,
     check_size,
     foreground_window,
+    names_nobody,
     replace_non_finite,
     subject_hash,
     to_square_pixels,
@@ -52,10 +53,6 @@ if TYPE_CHECKING:
 
 _PIXEL_KEYWORDS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 _NO_SCANS = ("SEG", "RTDOSE")  # modalities whose pixels are drawn or computed
-# What de-identification leaves in place of a number; as an identity it would join all patients.
-_NO_PATIENT_IDS = frozenset(
-    {"", "0", "anon", "anonymous", "anonymized", "anonymised", "none", "n/a", "na", "unknown"}
-)
 _PLUGIN = "imagecodecs"
 _END_OF_IMAGE = b"\xff\xd9"
 _START_OF_FRAME = frozenset({0xC0, 0xC1, 0xC2, 0xC3, 0xF7})  # JPEG and JPEG-LS
@@ -97,11 +94,11 @@ def decode_dicom(content: bytes, options: DecodeOptions) -> list[DecodedSlice]:
 
 
 def _read(content: bytes) -> FileDataset:
-    if content[128:132] == b"DICM":
+    has_preamble = content[128:132] == b"DICM"
+    if has_preamble or content[:2] == b"\x02\0":
         # Inflated by pydicom without limit: looked for before it reads the file.
-        meta = read_dataset(
-            io.BytesIO(content[132:]), False, True, stop_when=lambda tag, *_: tag.group != 2
-        )
+        start = io.BytesIO(content[132:] if has_preamble else content)
+        meta = read_dataset(start, False, True, stop_when=lambda tag, *_: tag.group != 2)
         if meta.get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
             raise _unsupported(DeflatedExplicitVRLittleEndian, "store the file uncompressed")
     dataset = dcmread(io.BytesIO(content), force=True)
@@ -136,7 +133,7 @@ def _check_announced_size(dataset: Dataset, options: DecodeOptions) -> int:
 
 def _subject(dataset: Dataset, salt: bytes) -> str | None:
     patient = str(dataset.get("PatientID") or "").strip()
-    if patient.casefold() not in _NO_PATIENT_IDS:
+    if not names_nobody(patient.strip("0")):
         return subject_hash("patient", patient, salt)
     # A study is one patient's and holds several series: the wider of the two.
     for keyword in ("StudyInstanceUID", "SeriesInstanceUID"):
@@ -189,19 +186,43 @@ def _to_grayscale(
     interpretation = properties["photometric_interpretation"]
     if interpretation == "PALETTE COLOR":
         colours = apply_color_lut(pixels, dataset)
-        return _luminance(colours, bits=8 * colours.dtype.itemsize)
+        is_wide = colours.dtype.itemsize > 1 and colours.max() > 255  # some keep 8 bits in words
+        return _luminance(colours, bits=8 * colours.dtype.itemsize if is_wide else 8)
     if pixels.ndim == 3:
         return _luminance(pixels, bits=int(properties["bits_stored"]))
-    real = apply_modality_lut(
-        pixels, _attributes(dataset, "PixelValueTransformationSequence", index)
-    )
-    values = replace_non_finite(real.astype(np.float32))
+    attributes = _attributes(dataset, "PixelValueTransformationSequence", index)
+    values = replace_non_finite(_rescaled(pixels, attributes).astype(np.float32))
     inverted = interpretation == "MONOCHROME1"  # the least value is white
+    padding = _is_padding(pixels, dataset)
+    if padding.any() and not padding.all():
+        scanned = values[~padding]
+        values[padding] = scanned.max() if inverted else scanned.min()
     image = _window(values, _attributes(dataset, "FrameVOILUTSequence", index))
     if image is not None:
         return 255 - image if inverted else image
     shown = -values if inverted else values  # air must be dark for the foreground to be found
     return to_uint8(shown, *foreground_window(shown, options.window_percentiles))
+
+
+def _rescaled(pixels: NDArray[Any], attributes: Dataset) -> NDArray[Any]:
+    """Real values; as they are stored where slope or intercept is left empty."""
+    linear = [attributes.get(name) for name in ("RescaleSlope", "RescaleIntercept")]
+    if None in linear and not attributes.get("ModalityLUTSequence"):
+        return pixels
+    return np.asarray(apply_modality_lut(pixels, attributes))
+
+
+def _is_padding(pixels: NDArray[Any], dataset: Dataset) -> NDArray[np.bool_]:
+    """(H, W), where there is nothing of the scan: the padding value, or all up to its limit.
+
+    Source: DICOM PS3.3, C.7.5.1.1.2.
+    """
+    value = dataset.get("PixelPaddingValue")
+    if value is None:
+        return np.zeros(pixels.shape, dtype=np.bool_)
+    limit = dataset.get("PixelPaddingRangeLimit")
+    low, high = sorted((int(value), int(value if limit is None else limit)))
+    return np.asarray((pixels >= low) & (pixels <= high))
 
 
 def _luminance(colours: NDArray[Any], *, bits: int) -> NDArray[np.uint8]:

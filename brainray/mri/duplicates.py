@@ -116,7 +116,7 @@ def near_duplicate_pairs(
             of each other, so that links within a volume are dropped. None for slices without.
         on_compared: called with how many candidates have been verified, and how many there are.
     """
-    firsts, position = _distinct(fingerprints)
+    firsts, position = distinct_rows(fingerprints)
     distinct = SelectedRows(fingerprints, firsts)
     candidates = _candidates(distinct, distinct, settings)
     first, second, kind, similarity = _accepted(
@@ -153,7 +153,7 @@ def find_twins(queries: Rows, references: Rows, settings: NearDuplicateConfig) -
         references: (R, 9216) uint8.
         settings: as in `near_duplicate_pairs`, which decides alike.
     """
-    firsts, _ = _distinct(references)
+    firsts, _ = distinct_rows(references)
     distinct = SelectedRows(references, firsts)
     candidates = _candidates(queries, distinct, settings)
     query, found, kind, similarity = _accepted(queries, distinct, candidates, settings)
@@ -247,7 +247,7 @@ def _correlation_blocks(
         yield start, block @ standard_references.T
 
 
-def _distinct(fingerprints: Rows) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def distinct_rows(fingerprints: Rows) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Index of the first of each distinct fingerprint, in an order that depends on the content
     alone, and for each fingerprint the position of its own in that list.
     """

@@ -16,7 +16,7 @@ from brainray.config import PreprocessConfig
 from brainray.mri.duplicates import COPY, KINDS, find_twins, thumbnail_matrix
 from brainray.mri.row_file import Rows, SelectedRows
 from brainray.mri.subjects import find_same_subject
-from brainray.schema import GIVEN
+from brainray.schema import HEADER, NAMED, TABLE
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class Fingerprints:
 
     sample_ids: Sequence[str]
     thumbnails: Rows  # (N, 9216) uint8
-    subjects: Sequence[str | None]  # as a table or a header gave them, never estimated
+    subjects: Sequence[str | None]  # as a table or a header named them, never estimated
+    sources: Sequence[str | None]  # what named them
 
     @classmethod
     def of(cls, table: pa.Table, thumbnails: Rows | None = None) -> "Fingerprints":
@@ -34,18 +35,17 @@ class Fingerprints:
         Thumbnails are a column of the table unless they are given beside it.
         """
         subjects: list[str | None] = [None] * table.num_rows
+        sources = subjects
         if "subject_source" in table.column_names:
+            told = table["subject_source"].to_pylist()
+            sources = [source if source in NAMED else None for source in told]
             subjects = [
-                subject if source == GIVEN else None
-                for subject, source in zip(
-                    table["subject_id"].to_pylist(),
-                    table["subject_source"].to_pylist(),
-                    strict=True,
-                )
+                None if source is None else subject
+                for subject, source in zip(table["subject_id"].to_pylist(), sources, strict=True)
             ]
         if thumbnails is None:
             thumbnails = thumbnail_matrix(table["thumbnail"].to_pylist())
-        return cls(table["sample_id"].to_pylist(), thumbnails, subjects)
+        return cls(table["sample_id"].to_pylist(), thumbnails, subjects, sources)
 
 
 @dataclass(frozen=True)
@@ -73,17 +73,22 @@ class Exposure:
 def exposure(queries: Fingerprints, seen: Fingerprints, config: PreprocessConfig) -> Exposure:
     """Compare each query with all that was seen.
 
-    Subjects that both sides name are compared by name; all others by looks, unless the settings
-    switch that off: a query that names none with all that was seen, another with what names none.
+    Slices whose subjects are named alike are of one subject. All others are compared by looks,
+    unless the settings switch that off or they are named by one source, a table or headers, which
+    would name one subject alike. (Different files, or a table and a header, may name one subject
+    differently.)
     """
     exact = _first_match(queries.sample_ids, seen.sample_ids)
     twins = find_twins(queries.thumbnails, seen.thumbnails, config.near_duplicate)
     mate = _first_match(queries.subjects, seen.subjects)
     mate_similarity = np.where(mate >= 0, 1.0, 0.0).astype(np.float32)
-    unnamed = np.array([name is None for name in queries.subjects], dtype=np.bool_)
-    everything = np.arange(len(seen.subjects))
-    nameless = np.flatnonzero([name is None for name in seen.subjects])
-    for asking, rows in ((unnamed, everything), (~unnamed & (mate < 0), nameless)):
+    asked_by = np.array([source or "" for source in queries.sources], dtype=object)
+    seen_by = np.array([source or "" for source in seen.sources], dtype=object)
+    for source in sorted(set(asked_by)):
+        asking = (asked_by == source) & (mate < 0)
+        rows = np.arange(len(seen_by))
+        if source in {TABLE, HEADER}:
+            rows = np.flatnonzero(seen_by != source)
         if not config.subject.estimate or not asking.any() or len(rows) == 0:
             continue
         looking = SelectedRows(queries.thumbnails, np.flatnonzero(asking))

@@ -12,6 +12,14 @@ from numpy.typing import NDArray
 Values: TypeAlias = NDArray[np.floating]
 
 MAX_NON_FINITE_SHARE = 0.01
+# As an identity, each would join all patients.
+_NOBODY = frozenset(
+    {
+        *("anon", "anonymous", "anonymouspatient", "anonymized", "anonymised"),
+        *("none", "null", "na", "nan", "unknown", "unspecified", "notavailable", "notapplicable"),
+        *("removed", "redacted", "deleted", "deidentified", "deid", "patient", "patientid"),
+    }
+)
 MAX_ASPECT_RATIO = 10.0  # sides of a slice on screen; heads stay below 2, panoramas below 8
 SQUARE_PIXEL_TOLERANCE = 1.03  # ratio of two spacings that still counts as square
 
@@ -91,6 +99,12 @@ def check_num_voxels(num_voxels: int, max_voxels: int) -> None:
     """
     if num_voxels > max_voxels:
         raise RejectedImage("too large", f"{num_voxels} voxels, limit {max_voxels}")
+
+
+def names_nobody(identity: str) -> bool:
+    """Whether it is a word that de-identification and tables write where nobody is named."""
+    word = "".join(letter for letter in identity.casefold() if letter.isalnum())
+    return word in _NOBODY or set(word) <= {"x"}
 
 
 def subject_hash(kind: str, identity: str, salt: bytes) -> str:

@@ -27,14 +27,18 @@ def draw_test(
 ) -> NDArray[np.bool_]:
     """Whether each slice is held out for testing: about ``fraction`` of every class, whole groups.
 
-    Unlabelled slices are drawn like a class of their own. ``generations`` as in ``draw_roles``.
+    Of a class with two groups or more, one at least is held out and one is not; a single one is
+    not. Unlabelled slices are drawn like a class of their own. ``generations`` as in
+    ``draw_roles``.
     """
     drawn = np.zeros(len(labels), dtype=np.bool_)
     by_class = _groups_by_class(labels, groups, generations, purpose="test", seed=seed)
     for members in by_class.values():
-        for group in members:
-            if group.place < fraction:
-                drawn[group.slices] = True
+        in_order = sorted(members, key=lambda group: group.place)
+        num_below = sum(group.place < fraction for group in in_order)
+        num_held_out = min(max(num_below, 1), len(in_order) - 1)
+        for group in in_order[:num_held_out]:
+            drawn[group.slices] = True
     return drawn
 
 

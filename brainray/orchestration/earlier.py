@@ -79,6 +79,13 @@ class Earlier:
         names = zip(accepted["sample_id"].to_pylist(), accepted[column].to_pylist(), strict=True)
         return {sample: name for sample, name in names if name is not None}
 
+    def splits(self) -> dict[str, str]:
+        """``train`` or ``test`` by sample_id, of what the store holds."""
+        if self.images is None:
+            return {}
+        held = self.images.parent.read_table(self.images.name, columns=["sample_id", "split"])
+        return dict(zip(held["sample_id"].to_pylist(), held["split"].to_pylist(), strict=True))
+
     def generations(self) -> dict[str, int]:
         """First generation of each sample_id."""
         accepted = self.files.filter(pc.is_null(self.files["reason"]))

@@ -87,7 +87,7 @@ def _evaluate(
     predictions = accepted.select(PREDICTIONS.names).cast(PREDICTIONS)
     fingerprints = fingerprints_of_seen(predictor.run_folder)
     if fingerprints is not None:
-        asked = Fingerprints.of(with_comparable_names(accepted, files, config, predictor))
+        asked = Fingerprints.of(with_comparable_names(accepted, config, predictor))
         exposed = exposure(asked, fingerprints, predictor.preprocess)
         for name, flags in (("clean", exposed.clean), ("strict", exposed.strict)):
             position = PREDICTIONS.get_field_index(name)
@@ -157,20 +157,13 @@ def _files_to_score(
     return labelled, listing.num_ignored
 
 
-def with_comparable_names(
-    accepted: pa.Table, files: list[SourceFile], config: Config, predictor: Predictor
-) -> pa.Table:
-    """Subjects that headers name are known to the run by hashes with its own salt: with another
-    they are nameless, so that their slices are compared by looks.
+def with_comparable_names(accepted: pa.Table, config: Config, predictor: Predictor) -> pa.Table:
+    """Subjects are known to the run by hashes with its own salt: with another they are nameless,
+    so that their slices are compared by looks.
     """
     if predictor.subject_salt() in {None, salt_id(subject_salt(Folder(config.storage)))}:
         return accepted
-    named = pa.array([file.path for file in files if file.subject is not None], pa.string())
-    names = pc.if_else(
-        pc.is_in(accepted["path"], named), accepted["subject_id"], pa.scalar(None, pa.string())
-    )
-    position = accepted.column_names.index("subject_id")
-    return accepted.set_column(position, "subject_id", names)
+    return accepted.drop_columns("subject_source")
 
 
 def _load_again(config: Config, predictor: Predictor, rows: pa.Table) -> NDArray[np.uint8]:

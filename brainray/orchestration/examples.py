@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from brainray.config import PreprocessConfig
 from brainray.mri.decode import RejectedImage, decode_file
-from brainray.mri.skull_strip import apply_mask
+from brainray.mri.skull_strip import apply_mask, without_frame
 from brainray.orchestration.plan import StorePlan
 from brainray.orchestration.preparation import decode_options, preprocess_file, read_file, strip
 from brainray.orchestration.source import FoundFile
@@ -74,6 +74,8 @@ def _stripped(source: Folder, rows: pa.Table, config: PreprocessConfig) -> list[
         image = _decode(source, row["path"], row["frame"], config)
         if image is None:
             continue
+        if config.frame == "remove":
+            image = without_frame(image)
         mask, method = strip(image, config.skull_strip)
         whole = np.ones(image.shape, dtype=np.bool_)
         after = image if mask is None else apply_mask(image, mask)

@@ -1,6 +1,6 @@
 """The leakage report of a store: which slices have a twin or a mate, within and across splits."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from typing import Any
 
 import numpy as np
@@ -8,7 +8,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from brainray.config import PreprocessConfig
-from brainray.mri.duplicates import COPY, KINDS, DuplicatePairs
+from brainray.mri.duplicates import COPY, KINDS, DuplicatePairs, distinct_rows
 from brainray.mri.leakage import Exposure, Fingerprints, exposure
 from brainray.mri.row_file import Rows, SelectedRows
 from brainray.schema import TEST, TRAIN
@@ -67,8 +67,8 @@ def leakage_report(
         "num_test": {name: int(of.sum()) for name, of in subsets.items()},
         "num_test_by_class": by_class,
         "across_splits": _across(test, train, exposed),
-        "within_train": _within(table, pairs, TRAIN),
-        "within_test": _within(table, pairs, TEST),
+        "within_train": _within(table, looks, pairs, TRAIN),
+        "within_test": _within(table, looks, pairs, TEST),
         "label_conflicts": [
             place | {"label": label, "duplicate_group_id": group}
             for place, label, group in zip(
@@ -102,30 +102,58 @@ def _across(test: pa.Table, train: pa.Table, exposed: Exposure) -> dict[str, lis
     return found
 
 
-def _within(table: pa.Table, pairs: DuplicatePairs, split: str) -> dict[str, list[dict[str, Any]]]:
+def _within(
+    table: pa.Table, looks: Rows, pairs: DuplicatePairs, split: str
+) -> dict[str, list[dict[str, Any]]]:
     """Each slice of the split that copies an earlier one of it, by level."""
     places, twins = _places(table, "path"), _places(table, "twin")
-    ids = table["sample_id"].to_pylist()
+    digests, frames = table["sha256"].to_pylist(), table["frame"].to_pylist()
     inside = np.array([of == split for of in table["split"].to_pylist()], dtype=np.bool_)
     exact: list[dict[str, Any]] = []
-    first: dict[str, int] = {}
+    first: dict[tuple[str, str], int] = {}
     for row in np.flatnonzero(inside).tolist():
-        original = first.setdefault(ids[row], row)
+        original = first.setdefault((digests[row], frames[row]), row)
         if original != row:
             exact.append(places[row] | twins[original])
-    near: dict[str, dict[int, dict[str, Any]]] = {"near": {}, "turned": {}}
-    for pair in np.lexsort((pairs.first, pairs.second)).tolist():
-        one, other = int(pairs.first[pair]), int(pairs.second[pair])
-        if inside[one] and inside[other] and ids[one] != ids[other]:
-            about = {
-                "kind": KINDS[pairs.kind[pair]],
-                "similarity": round(float(pairs.similarity[pair]), 6),
-            }
-            level = "near" if pairs.kind[pair] == COPY else "turned"
-            near[level].setdefault(other, places[other] | twins[one] | about)
+    found: dict[str, dict[int, dict[str, Any]]] = {"near": {}, "turned": {}}
+    for one, other, kind, similarity in _links_of(np.flatnonzero(inside), looks, pairs):
+        if digests[one] == digests[other]:
+            continue  # the same bytes, or another slice of the volume
+        about = {"kind": KINDS[kind], "similarity": round(similarity, 6)}
+        level = found["near" if kind == COPY else "turned"]
+        level.setdefault(other, places[other] | twins[one] | about)
     return {"exact": exact} | {
-        level: [found[row] for row in sorted(found)] for level, found in near.items()
+        name: [level[row] for row in sorted(level)] for name, level in found.items()
     }
+
+
+def _links_of(
+    rows: NDArray[np.int64], looks: Rows, pairs: DuplicatePairs
+) -> list[tuple[int, int, int, float]]:
+    """(earlier row, later row, kind, similarity) of near-duplicates among these rows.
+
+    Of equal fingerprints ``pairs`` links the first alone to others, which may be none of the rows:
+    here all of them are linked to the first of the rows. Earlier partners come first.
+    """
+    _, position = distinct_rows(looks)
+    alike: dict[int, list[int]] = defaultdict(list)
+    for row in rows.tolist():
+        alike[int(position[row])].append(row)
+    links = [(equal[0], other, COPY, 1.0) for equal in alike.values() for other in equal[1:]]
+    for first, second, kind, similarity in zip(
+        pairs.first.tolist(),
+        pairs.second.tolist(),
+        pairs.kind.tolist(),
+        pairs.similarity.tolist(),
+        strict=True,
+    ):
+        if position[first] == position[second]:
+            continue
+        ends = alike.get(int(position[first])), alike.get(int(position[second]))
+        for here, there in (ends, ends[::-1]):
+            if here and there:
+                links += [(here[0], row, kind, similarity) for row in there if here[0] < row]
+    return sorted(links, key=lambda link: (link[1], link[0]))
 
 
 def _places(table: pa.Table, name: str) -> list[dict[str, Any]]:

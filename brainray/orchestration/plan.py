@@ -30,9 +30,11 @@ from brainray.mri.split import draw_test
 from brainray.mri.subjects import estimate_subjects
 from brainray.orchestration.earlier import FILES, Earlier
 from brainray.orchestration.leakage import leakage_report
+from brainray.orchestration.preparation import named_subject, subject_salt
 from brainray.orchestration.source import Listing, renaming_advice
 from brainray.orchestration.store import count_by_split_and_class
-from brainray.schema import DUPLICATES, ESTIMATED, GIVEN, TEST, TRAIN
+from brainray.schema import DUPLICATES, ESTIMATED, NAMED, TABLE, TEST, TRAIN, VOLUME
+from brainray.storage import Folder
 
 
 @dataclass(frozen=True)
@@ -69,10 +71,10 @@ def plan_store(
     copies = pairs.of_kind(COPY)
     groups = keep_names(connected_groups(ids, copies.first, copies.second), _was(ids, earlier))
     also_turned = connected_groups(ids, pairs.first, pairs.second)
-    subjects, subject_sources = _subjects(accepted, looks, listing, groups, config, earlier)
+    subjects, subject_sources = _subjects(accepted, looks, listing, groups, config, earlier, log)
     # A draw of labels may part likely neighbours, as the published protocol does; a split may not.
     named = [
-        subject if source == GIVEN else None
+        subject if source in NAMED else None
         for subject, source in zip(subjects, subject_sources, strict=True)
     ]
     draw_groups = keep_names(
@@ -91,7 +93,9 @@ def plan_store(
     first_copy = _first_copies(ids, splits, labels)
     kept = np.array([copy is None for copy in first_copy], dtype=np.bool_)
     if splits is None:
-        splits = _drawn_splits(kept, labels, split_groups, generations, config)
+        before = earlier.splits()
+        held_before = [before.get(identity) for identity in ids]
+        splits = _drawn_splits(kept, labels, split_groups, generations, held_before, config)
     else:
         # Copies are removed from training only: a published test set stays what it is.
         kept |= np.array([split == TEST for split in splits], dtype=np.bool_)
@@ -178,27 +182,53 @@ def _subjects(
     groups: list[str],
     config: Config,
     earlier: Earlier,
+    log: Log,
 ) -> tuple[list[str | None], list[str | None]]:
     """Subject of each slice and where it is from: the labels table, the header, or its looks.
 
-    Looks are asked only where nothing names a subject. A slice keeps the subject that it was
-    once guessed to be of.
+    Where a table names some files of a patient whom headers name, the others are of that subject
+    as well. Looks are asked only where nothing names a subject. A slice keeps the subject that it
+    was once guessed to be of.
     """
-    of_file = {file.path: file.subject for file in listing.files}
-    given: list[str | None] = [
-        of_file[path] or header
-        for path, header in zip(
-            accepted["path"].to_pylist(), accepted["header_subject"].to_pylist(), strict=True
+    in_table = {file.path: file.subject for file in listing.files}
+    headers = accepted["header_subject"].to_pylist()
+    salt = subject_salt(Folder(config.storage))
+    given, sources = [], []
+    for path, header, sha256 in zip(
+        accepted["path"].to_pylist(), headers, accepted["sha256"].to_pylist(), strict=True
+    ):
+        subject, source = named_subject(in_table[path], header, sha256, salt)
+        given.append(subject)
+        sources.append(source)
+    num_volumes = len({h for h, source in zip(headers, sources, strict=True) if source == VOLUME})
+    if num_volumes > 1:
+        log(
+            f"note: {num_volumes} volume files name no patient, and count as a subject each: where "
+            "patients have several, name them in a labels table (path,label,subject)"
         )
-    ]
     if any(given) or not config.preprocess.subject.estimate:
-        return given, [None if subject is None else GIVEN for subject in given]
+        return _as_tables_name_them(given, sources, headers), sources
     ids = accepted["sample_id"].to_pylist()
     estimated = estimate_subjects(looks, ids, groups, config.preprocess.subject)
     before = _was(ids, earlier, column="subject_id")
     joined = keep_names(estimated, before)
     subjects: list[str | None] = [old or new for old, new in zip(before, joined, strict=True)]
     return subjects, [ESTIMATED] * len(subjects)
+
+
+def _as_tables_name_them(
+    given: list[str | None], sources: list[str | None], headers: list[str | None]
+) -> list[str | None]:
+    """With the table's name for all slices of a patient of whom it names some.
+
+    A header's name that stands for several of the table's is none (what de-identification leaves).
+    """
+    names: dict[str, set[str]] = {}
+    for subject, source, header in zip(given, sources, headers, strict=True):
+        if source == TABLE and header is not None and subject is not None:
+            names.setdefault(header, set()).add(subject)
+    known = {header: min(found) for header, found in names.items() if len(found) == 1}
+    return [subject if subject is None else known.get(subject, subject) for subject in given]
 
 
 def _official_splits(
@@ -244,9 +274,15 @@ def _drawn_splits(
     labels: list[str | None],
     split_groups: list[str],
     generations: list[int],
+    held_before: list[str | None],
     config: Config,
 ) -> list[str]:
-    """Our own split: stratified, whole groups; copies go with the slice that they copy."""
+    """Our own split: stratified, whole groups; copies go with the slice that they copy.
+
+    A group stays where the store had it before, whatever labels and slices have come or gone: what
+    was held out of a training is held out of the next. Of groups that have become one, with a
+    slice on either side, all are held out.
+    """
     rows = np.flatnonzero(kept).tolist()
     is_test = draw_test(
         [labels[row] for row in rows],
@@ -255,8 +291,13 @@ def _drawn_splits(
         fraction=config.split.test_fraction,
         seed=config.split.seed,
     )
-    of_group = {split_groups[row]: bool(flag) for row, flag in zip(rows, is_test, strict=True)}
-    return [TEST if of_group[group] else TRAIN for group in split_groups]
+    of_group = {
+        split_groups[row]: TEST if held_out else TRAIN
+        for row, held_out in zip(rows, is_test, strict=True)
+    }
+    of_group |= {g: TRAIN for g, was in zip(split_groups, held_before, strict=True) if was == TRAIN}
+    of_group |= {g: TEST for g, was in zip(split_groups, held_before, strict=True) if was == TEST}
+    return [of_group[group] for group in split_groups]
 
 
 def _twins_of_test(groups: list[str], splits: list[str]) -> NDArray[np.bool_]:
@@ -357,6 +398,11 @@ def _statistics(
     rows: pa.Table, classes: list[str], duplicates: pa.Table, config: PreprocessConfig
 ) -> dict[str, Any]:
     train = rows.filter(pc.equal(rows["split"], TRAIN))
+    if train.num_rows == 0:
+        raise DataError(
+            "no training slice is left: with split.mode=purge each is a copy of a test slice, "
+            "otherwise all are of one subject or group of copies"
+        )
     num_pixels = train.num_rows * config.image_size**2
     mean = pc.sum(train["pixel_sum"]).as_py() / num_pixels / 255
     square = pc.sum(train["pixel_square_sum"]).as_py() / num_pixels / 255**2

@@ -25,6 +25,7 @@ from brainray.mri.decode import (
 from brainray.mri.identity import content_hash, sample_id
 from brainray.mri.intracranial import MIN_CONFIDENCE, intracranial_mask
 from brainray.mri.skull_strip import apply_mask, otsu_mask, without_frame
+from brainray.mri.slices import subject_hash
 from brainray.orchestration.source import FoundFile, SourceFile
 from brainray.storage import Folder
 
@@ -76,8 +77,10 @@ def subject_salt(storage: Folder) -> bytes:
             raise ConfigError(f"{SALT_VARIABLE} is too short: give 16 characters or more")
         return given.encode()
     if not storage.exists(_SALT_FILE):
-        storage.write_bytes(_SALT_FILE, secrets.token_hex(32).encode())
-        if storage.local_path is not None:
+        secret = secrets.token_hex(32).encode()
+        if storage.local_path is None:
+            storage.write_bytes(_SALT_FILE, secret)
+        elif storage.create_file(_SALT_FILE, secret):  # of two jobs that begin at once, one does
             (storage.local_path / _SALT_FILE).chmod(0o600)
     return storage.read_bytes(_SALT_FILE)
 
@@ -113,11 +116,30 @@ def decode_to_predict(
         rows = [rejected_row(asked.file, read, rejection)]
     decoded = []
     for row in rows:
-        subject = asked.subject or row.get("header_subject")
-        about = {"label": asked.label, "subject_id": subject}
-        about["subject_source"] = None if subject is None else schema.GIVEN
+        header = row.get("header_subject")
+        subject, source = named_subject(asked.subject, header, row["sha256"], salt)
+        about = {"label": asked.label, "subject_id": subject, "subject_source": source}
         decoded.append(dict.fromkeys(DECODED.names) | row | about)
     return decoded
+
+
+def named_subject(
+    in_table: str | None, in_header: str | None, sha256: str | None, salt: bytes
+) -> tuple[str | None, str | None]:
+    """A slice's subject, as a keyed hash, and what names it; a table is believed before a header.
+
+    Args:
+        in_table: as the labels table writes it.
+        in_header: hash of the patient, the study or the volume, as decoding gives it.
+        sha256: of the file.
+        salt: of the hashes.
+    """
+    if in_table is not None:
+        return subject_hash("patient", in_table, salt), schema.TABLE
+    if in_header is None or sha256 is None:
+        return None, None
+    is_volume = in_header == subject_hash("volume", sha256, salt)
+    return in_header, schema.VOLUME if is_volume else schema.HEADER
 
 
 def read_file(source: Folder, file: FoundFile) -> bytes:

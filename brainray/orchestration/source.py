@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from brainray.errors import BrainrayError, DataError
 from brainray.mri.decode import DICOM_HEAD_BYTES, SUFFIXES, looks_like_dicom
+from brainray.mri.slices import names_nobody
 from brainray.schema import TEST, TRAIN
 from brainray.storage import Folder
 
@@ -184,7 +185,7 @@ def _walk(source: Folder) -> Iterator[FoundFile]:
         for info in source.filesystem.get_file_info(selector):
             if info.type == pafs.FileType.File:
                 path = info.path.removeprefix(source.path).lstrip("/")
-                if any(part.startswith(".") for part in path.split("/")):
+                if any(_is_hidden(part) for part in path.split("/")):
                     continue
                 yield FoundFile(path, int(info.size or 0), int(info.mtime_ns or 0))
         return
@@ -196,19 +197,23 @@ def _walk(source: Folder) -> Iterator[FoundFile]:
             subfolders.clear()
             continue
         visited.add((status.st_dev, status.st_ino))
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        subfolders[:] = sorted(name for name in subfolders if not _is_hidden(name))
         relative = os.path.relpath(folder, source.local_path)
         prefix = "" if relative == "." else f"{relative}/"
         for name in [name for name in subfolders if _leads_out(f"{folder}/{name}", root)]:
             subfolders.remove(name)
             yield FoundFile(_printable(prefix + name), 0, 0, problem=_LINK_OUT)
         for name in names:
-            if name.startswith("."):
+            if _is_hidden(name):
                 continue
             if _leads_out(f"{folder}/{name}", root):
                 yield FoundFile(_printable(prefix + name), 0, 0, problem=_LINK_OUT)
             else:
                 yield _found(folder, prefix + name, name)
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"  # macOS's notes in an archive
 
 
 def _refuse(error: OSError) -> None:
@@ -248,6 +253,7 @@ def _from_folders(found: list[FoundFile]) -> list[SourceFile]:
             f"the source holds {', '.join(sorted(with_splits))} beside {', '.join(stray)}: "
             "keep either split folders or class folders at the top"
         )
+    _check_depth(found, top_folders)
     files = []
     for file in found:
         *folders, _ = file.path.split("/")
@@ -256,6 +262,29 @@ def _from_folders(found: list[FoundFile]) -> list[SourceFile]:
             split = _SPLIT_FOLDERS[folders.pop(0).lower()]
         files.append(SourceFile(file, split, _text(folders[0]) if folders else None, None))
     return files
+
+
+def _check_depth(found: list[FoundFile], top_folders: set[str]) -> None:
+    """Refuse folders that look like splits or classes one level too low: they would not be read.
+
+    Raises:
+        DataError: with the folder to give in place of the source.
+    """
+    for file in found:
+        top, *below = file.path.split("/")[:-1] or [""]
+        inner = [name for name in below if name.lower() in _SPLIT_FOLDERS]
+        if inner:
+            raise DataError(
+                f"the source holds the folder {inner[0]} within {top}, where it names no split: "
+                "split folders stand at the top, with class folders in them; give the folder that "
+                "holds them as source, or a labels table"
+            )
+        repeated = sorted(top_folders.intersection(below[:1]) - {top})
+        if repeated:
+            raise DataError(
+                f"the source holds the class folder {repeated[0]} at the top and within {top}: "
+                "keep one of the two, or give a labels table"
+            )
 
 
 def _from_table(found: list[FoundFile], labels: Folder) -> list[SourceFile]:
@@ -274,11 +303,12 @@ def _from_table(found: list[FoundFile], labels: Folder) -> list[SourceFile]:
         split = _text(row.get("split"))
         if split is not None and split.lower() not in _SPLIT_FOLDERS:
             raise DataError(f"labels={labels}: split {split!r} of {path!r} is not train or test")
+        subject = _text(row.get("subject"))
         rows[path] = SourceFile(
             known[path],
             None if split is None else _SPLIT_FOLDERS[split.lower()],
             _text(row.get("label")),
-            _text(row.get("subject")),
+            None if subject is None or names_nobody(subject) else subject,
         )
     splits = Counter(file.split for file in rows.values())
     # Files without a row are unlabelled training slices where the table speaks of splits.
@@ -321,7 +351,12 @@ def _read_labels(labels: Folder) -> list[dict[str, Any]]:
 
 
 def _text(value: object) -> str | None:
-    """Of a cell or a folder's name, without blanks around it; None where nothing is said."""
+    """Of a cell or a folder's name, without blanks around it; None where nothing is said.
+
+    Numbers of a column with gaps are floats in Parquet: 7.0 is written 7, as in CSV.
+    """
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     text = "" if value is None else str(value).strip()
     return None if text in _MISSING else text
 

@@ -151,6 +151,38 @@ def test_monochrome1_without_a_window_is_as_the_same_picture_in_monochrome2() ->
     np.testing.assert_array_equal(inverted, plain)
 
 
+def test_an_empty_rescale_changes_nothing() -> None:
+    plain = decode_one(make_dicom(RAMP)).image
+    empty = decode_one(make_dicom(RAMP, RescaleSlope=None, RescaleIntercept=None)).image
+    np.testing.assert_array_equal(empty, plain)
+
+
+@pytest.mark.parametrize("interpretation", ["MONOCHROME1", "MONOCHROME2"])
+def test_padding_is_dark_whatever_its_value(interpretation: str) -> None:
+    picture = np.zeros((64, 64), np.uint16)
+    picture[16:48, 16:48] = RAMP[:32, :32] + 500
+    kind: dict[str, Any] = {"PhotometricInterpretation": interpretation}
+    stored = picture.max() - picture if interpretation == "MONOCHROME1" else picture
+    plain = decode_one(make_dicom(stored, **kind)).image
+    padded = stored.copy()
+    padded[:, :4] = 65000
+    shown = decode_one(make_dicom(padded, PixelPaddingValue=65000, **kind)).image
+    np.testing.assert_array_equal(shown, plain)
+    limits: dict[str, Any] = {"PixelPaddingValue": 64000, "PixelPaddingRangeLimit": 65535}
+    np.testing.assert_array_equal(decode_one(make_dicom(padded, **limits, **kind)).image, plain)
+
+
+def test_a_palette_of_8_bits_in_words_is_no_blank_picture() -> None:
+    indices = np.tile(np.arange(48, dtype=np.uint8), (32, 1))
+    palette: dict[str, Any] = {"PhotometricInterpretation": "PALETTE COLOR"}
+    for colour in ("Red", "Green", "Blue"):
+        palette[f"{colour}PaletteColorLookupTableDescriptor"] = [48, 0, 16]
+        table = np.arange(0, 240, 5, dtype=np.uint16).tobytes()
+        palette[f"{colour}PaletteColorLookupTableData"] = table
+    image = decode_one(make_dicom(indices, **palette)).image
+    np.testing.assert_array_equal(image, indices * 5)
+
+
 def test_colours_become_luminance() -> None:
     colours = np.zeros((16, 48, 3), np.uint8)
     for channel in range(3):
@@ -329,7 +361,7 @@ def test_one_patient_is_one_subject_over_all_studies_and_series() -> None:
     assert int(first, 16)
 
 
-@pytest.mark.parametrize("patient", ["", "  ", "ANONYMOUS", "Unknown"])
+@pytest.mark.parametrize("patient", ["", "  ", "ANONYMOUS", "Unknown", "000", "XX-XX", "null"])
 def test_without_a_patient_the_study_is_the_subject_then_the_series(patient: str) -> None:
     study = subject_of(PatientID=patient, StudyInstanceUID="1.1", SeriesInstanceUID="1.1.1")
     assert study == subject_of(StudyInstanceUID="1.1", SeriesInstanceUID="1.1.2")

@@ -1,6 +1,7 @@
 """What was seen of a test slice, level by level."""
 
 import numpy as np
+import pytest
 
 from brainray.config import PreprocessConfig
 from brainray.mri.leakage import Fingerprints, exposure
@@ -15,9 +16,14 @@ def heads(count: int, seed: int) -> np.ndarray:
 
 
 def fingerprints(
-    thumbnails: np.ndarray, names: str, subjects: list[str | None] | None = None
+    thumbnails: np.ndarray,
+    names: str,
+    subjects: list[str | None] | None = None,
+    source: str = "table",
 ) -> Fingerprints:
-    return Fingerprints(list(names), thumbnails, subjects or [None] * len(thumbnails))
+    subjects = subjects or [None] * len(thumbnails)
+    sources = [None if subject is None else source for subject in subjects]
+    return Fingerprints(list(names), thumbnails, subjects, sources)
 
 
 def test_bytes_looks_and_subjects_are_three_levels() -> None:
@@ -54,6 +60,26 @@ def test_a_named_subject_is_compared_by_looks_with_what_names_none() -> None:
         PreprocessConfig(),
     )
     assert found.mate.tolist() == [0, -1, 2]
+
+
+@pytest.mark.parametrize(
+    ("asked_by", "seen_by", "mates"),
+    [
+        ("header", "header", [0, -1]),
+        ("header", "table", [0, 1]),  # p2 of the one may be p9 of the other
+        ("volume", "volume", [0, 1]),  # a patient may have several files
+    ],
+)
+def test_names_prove_a_difference_within_one_way_of_naming(
+    asked_by: str, seen_by: str, mates: list[int]
+) -> None:
+    seen = heads(2, seed=0)
+    found = exposure(
+        fingerprints(seen, "xy", ["p1", "p9"], asked_by),
+        fingerprints(seen, "ab", ["p1", "p2"], seen_by),
+        PreprocessConfig(),
+    )
+    assert found.mate.tolist() == mates
 
 
 def test_nothing_seen_leaks_nothing() -> None:

@@ -176,6 +176,16 @@ def test_the_test_draw_is_stratified_and_keeps_groups_together() -> None:
         assert len({bool(held_out[row]) for row in range(300) if groups[row] == group}) == 1
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_two_patients_of_a_class_are_one_to_learn_from_and_one_to_test(seed: int) -> None:
+    labels = [name for name in "abcd" for _ in range(8)] + ["e"] * 4
+    groups = [f"{name}{number // 4}" for name in "abcd" for number in range(8)] + ["e"] * 4
+    held_out = draw_test(labels, groups, fraction=0.2, seed=seed)
+    for name in "abcd":
+        assert held_out[np.array(labels) == name].sum() == 4
+    assert not held_out[np.array(labels) == "e"].any()  # there would be nothing to learn from
+
+
 def test_new_slices_move_no_old_one_in_any_draw() -> None:
     labels, groups = slices(100, group_size=2)
     new_labels, new_groups = slices(37, group_size=1)

@@ -160,6 +160,10 @@ def test_new_labels_need_no_decoding(source: Path, tmp_path: Path) -> None:
     again = labelled(40)
     assert again.manifest["num_files_decoded"] == 0
     assert first["label"].notna().sum() < index(again)["label"].notna().sum()
+    # What was held out before somebody labelled more of it is held out still.
+    pd.testing.assert_series_equal(
+        *(table.set_index("sample_id")["split"].sort_index() for table in (first, index(again)))
+    )
 
 
 def test_a_store_from_before_a_setting_came_is_gone_on_with(source: Path, tmp_path: Path) -> None:

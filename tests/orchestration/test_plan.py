@@ -4,9 +4,16 @@ import numpy as np
 import pyarrow as pa
 
 from brainray.config import Config
+from brainray.mri.duplicates import COPY, MIRRORED, DuplicatePairs
 from brainray.mri.row_file import RowFile
 from brainray.orchestration.earlier import LIGHT, Earlier
-from brainray.orchestration.plan import StorePlan, _first_copies, plan_store
+from brainray.orchestration.leakage import _links_of
+from brainray.orchestration.plan import (
+    StorePlan,
+    _as_tables_name_them,
+    _first_copies,
+    plan_store,
+)
 from brainray.orchestration.source import FoundFile, Listing, SourceFile
 
 
@@ -55,3 +62,30 @@ def test_of_identical_files_the_training_one_with_a_label_is_kept() -> None:
     assert _first_copies(ids, None, [None, "a", "a", None]) == [1, None, 1, None]
     splits = ["test", "train", "train", "train"]
     assert _first_copies(ids, splits, ["a", None, "a", None]) == [2, 2, None, None]
+
+
+def test_copies_within_a_split_are_counted_whatever_the_other_split_holds() -> None:
+    """The first of equal fingerprints, of which alone the pairs speak, is a test slice here."""
+    rng = np.random.default_rng(0)
+    looks = rng.integers(0, 255, (3, 96 * 96)).astype(np.uint8)
+    looks = looks[[0, 0, 0, 1]]
+    pairs = DuplicatePairs(
+        first=np.array([0, 0, 0]),
+        second=np.array([1, 2, 3]),
+        kind=np.array([COPY, COPY, MIRRORED], np.int8),
+        similarity=np.array([1, 1, 0.9], np.float32),
+    )
+    everything = [(0, 1, COPY, 1.0), (0, 2, COPY, 1.0), (0, 3, MIRRORED, 0.9)]
+    found = _links_of(np.arange(4), looks, pairs)
+    np.testing.assert_allclose(found, everything, rtol=1e-6)
+    of_training = _links_of(np.array([1, 2, 3]), looks, pairs)
+    assert [link[:3] for link in of_training] == [(1, 2, COPY), (1, 3, MIRRORED)]
+
+
+def test_a_patient_whom_a_table_names_in_part_stays_one() -> None:
+    given = ["t1", "h1", "t2", "h2", "t3", "h2", "h3", None]
+    sources = ["table", "header", "table", "header", "table", "header", "header", None]
+    headers = ["h1", "h1", "h2", "h2", "h2", "h2", "h3", None]
+    named = _as_tables_name_them(given, sources, headers)
+    # h2 stands for two of the table's patients: it names nobody.
+    assert named == ["t1", "t1", "t2", "h2", "t3", "h2", "h3", None]

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pytest
 
 from brainray.errors import ConfigError
+from brainray.mri.leakage import Fingerprints
 from brainray.orchestration.data import preprocess
 from brainray.orchestration.draws import draw_name, train_draws
 from brainray.orchestration.driver import TrainedRun
@@ -15,7 +16,6 @@ from brainray.orchestration.inference import find_predictor
 from brainray.orchestration.preparation import SALT_VARIABLE
 from brainray.orchestration.run import begin_run
 from brainray.orchestration.seen import fingerprints_of_seen, seen_by_weights, training_slices
-from brainray.orchestration.source import FoundFile, SourceFile
 from brainray.orchestration.store import ImageStore
 from brainray.orchestration.study_data import seen_by_features, study_set
 from brainray.storage import Folder
@@ -98,14 +98,20 @@ def test_names_hashed_with_another_salt_are_not_compared(
 ) -> None:
     config = tiny_config(storage, f"run={trained.run.info['name']}")
     predictor = find_predictor(config, "this test")
-    by_table, by_header = (SourceFile(FoundFile(name, 1, 0), None, "glioma", None) for name in "ab")
-    by_table = SourceFile(by_table.file, None, "glioma", "patient 7")
-    accepted = pa.table({"path": ["a", "b"], "subject_id": ["patient 7", "0f3c"]})
-    files = [by_table, by_header]
-    assert with_comparable_names(accepted, files, config, predictor) == accepted
+    blank = bytes(96 * 96)
+    accepted = pa.table(
+        {
+            "sample_id": ["a", "b"],
+            "subject_id": ["12ab", "0f3c"],
+            "subject_source": ["table", "header"],
+            "thumbnail": [blank, blank],
+        }
+    )
+    named = Fingerprints.of(with_comparable_names(accepted, config, predictor))
+    assert named.subjects == ["12ab", "0f3c"]
     monkeypatch.setenv(SALT_VARIABLE, "another salt than the run's")
-    named = with_comparable_names(accepted, files, config, predictor)
-    assert named["subject_id"].to_pylist() == ["patient 7", None]
+    nameless = Fingerprints.of(with_comparable_names(accepted, config, predictor))
+    assert nameless.subjects == [None, None]
 
 
 def test_draws_are_compared_with_a_control_of_the_same_draws_only(storage: Path) -> None:

@@ -114,6 +114,47 @@ def test_an_absent_an_empty_and_a_mixed_folder_are_refused(tmp_path: Path) -> No
         list_source(mixed, None, {})
 
 
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["set/Training/a/1.jpg", "set/Testing/a/2.jpg"], "folder Testing within set"),
+        (["a/train/1.jpg", "a/test/2.jpg", "b/train/3.jpg"], "folder test within a"),
+        # As an archive that is much used unpacks.
+        (["yes/1.jpg", "no/2.jpg", "brain_tumor_dataset/yes/1.jpg"], "folder yes at the top and"),
+    ],
+)
+def test_folders_one_level_too_low_are_not_taken_for_classes(
+    tmp_path: Path, names: list[str], message: str
+) -> None:
+    source = make(tmp_path / "source", *names)
+    with pytest.raises(DataError, match=message):
+        list_source(source, None, {})
+    (tmp_path / "labels.csv").write_text(f"path,label\n{names[0]},a\n")
+    assert len(listed(source, Folder(tmp_path / "labels.csv"))) == len(names)
+
+
+def test_what_an_archive_of_a_mac_adds_is_no_folder_of_slices(tmp_path: Path) -> None:
+    source = make(tmp_path, "Training/a/1.jpg", "__MACOSX/Training/a/._1.jpg", "__MACOSX/2.jpg")
+    assert [row[0] for row in listed(source)] == ["Training/a/1.jpg"]
+
+
+def test_words_for_nobody_name_no_subject_and_numbers_have_no_fraction(tmp_path: Path) -> None:
+    names = [f"{number}.jpg" for number in range(6)]
+    source = make(tmp_path / "s", *names)
+    subjects = ["None", "unknown", "-", "XXXX", "0", "P0X"]
+    rows = [f"{name},1,{subject}" for name, subject in zip(names, subjects, strict=True)]
+    (tmp_path / "labels.csv").write_text("\n".join(["path,label,subject", *rows]))
+    found = [row[3] for row in listed(source, Folder(tmp_path / "labels.csv"))]
+    assert found == [None, None, None, None, "0", "P0X"]
+    table = pa.table({"path": names[:3], "label": [0.0, 1.0, None], "subject": [7.0, None, 8.5]})
+    pq.write_table(table, tmp_path / "labels.parquet")
+    assert [row[2:] for row in listed(source, Folder(tmp_path / "labels.parquet"))[:3]] == [
+        ("0", "7"),
+        ("1", None),
+        (None, "8.5"),
+    ]
+
+
 def test_a_link_back_into_the_tree_ends(tmp_path: Path) -> None:
     source = make(tmp_path, "a/1.jpg")
     (tmp_path / "a" / "loop").symlink_to(tmp_path)
