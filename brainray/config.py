@@ -625,7 +625,7 @@ class Config(_Section):
     """Several folders of slices by name, instead of ``source``, for a study."""
     labels: Location | None = None
     """CSV or Parquet with ``path``, ``label`` and optionally ``split``, ``subject``."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     """Seed of weights, batches, augmentation and clustering."""
     classes: ClassesConfig = ClassesConfig()
     preprocess: PreprocessConfig = PreprocessConfig()

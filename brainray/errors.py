@@ -5,6 +5,10 @@ class BrainrayError(Exception):
     """Base of every error that names a culprit and a remedy; what else escapes is a bug."""
 
 
+class TransientError(BrainrayError):
+    """What settings are not to blame for: the same job may succeed later."""
+
+
 class ConfigError(BrainrayError):
     """A configuration key or value with which the job cannot start."""
 
@@ -13,11 +17,18 @@ class DataError(BrainrayError):
     """Images, labels or an image store with which nothing useful can be done."""
 
 
-class StorageError(DataError):
-    """Files that cannot be read or written: the disk is full, a right is missing, a server is away.
-
-    Settings are not to blame: the same job may succeed later.
+class StorageError(DataError, TransientError):
+    """Files that cannot be read or written: the disk is full, a right is missing, a server is
+    away.
     """
+
+
+class RoomError(ConfigError, TransientError):
+    """Workers for which the Ray cluster has no room, at present at least."""
+
+
+class BusyError(ConfigError, TransientError):
+    """Another job is at work on what this one would write."""
 
 
 class ClusteringError(BrainrayError):

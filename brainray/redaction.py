@@ -10,7 +10,9 @@ _QUERY = re.compile(
     r"(?i)\b((?:[a-z0-9_.-]*?(?:password|passwd|pwd|secret|token|signature|credential|access_key|"
     r"api_?key))[a-z0-9_-]*|(?<=[?&])sig)=([^&\s'\",;)]+)"
 )
-_HEADER = re.compile(r"(?i)\b(bearer|basic)\s+[a-z0-9+/=._~-]{8,}")
+_HEADER = re.compile(
+    r"(?i)\b(bearer|authorization['\"]?\s*[:=]\s*['\"]?basic)\s+[a-z0-9+/=._~-]{8,}"
+)
 
 
 def redacted(text: str) -> str:

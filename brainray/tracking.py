@@ -5,6 +5,8 @@ got yet, so it may be called after every epoch, after an outage, and after a res
 sends anything twice.
 """
 
+import hashlib
+import json
 import logging
 import math
 import os
@@ -144,8 +146,13 @@ class MLflowTracker:
                 self._save()
 
     def log_summary(self, metrics: Mapping[str, float]) -> None:
+        digest = hashlib.sha256(json.dumps(metrics, sort_keys=True).encode()).hexdigest()
+        if self._state.get("summary_sent") == digest:
+            return
         with _readable_errors(self._uri):
             self._log({f"final/{name}": value for name, value in metrics.items()}, step=0)
+            self._state["summary_sent"] = digest
+            self._save()
 
     def log_files(self, names: Iterable[str]) -> None:
         with _readable_errors(self._uri), tempfile.TemporaryDirectory() as temporary:
@@ -328,8 +335,12 @@ def _tags(tags: Mapping[str, str]) -> list[RunTag]:
 
 
 def _key(name: str) -> str:
+    """The name in MLflow's alphabet; names that would become one keep a mark of what they were."""
     parts = [part for part in _FORBIDDEN.sub("_", name).split("/") if part not in {"", ".", ".."}]
-    return "/".join(parts)
+    plain = "/".join(parts)
+    if plain == name:
+        return plain
+    return f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
 
 
 @contextmanager

@@ -27,12 +27,12 @@ def work(config: Config) -> JobResult:
     plan_workers(config.train, alive_nodes())
     # The name may change between runs on one store; the store keeps its own.
     dataset = config.dataset or config.name
-    preprocess(config.model_copy(update={"name": dataset}), log)
+    store = preprocess(config.model_copy(update={"name": dataset}), log)
     trained = train(config.model_copy(update={"dataset": dataset}), log)
-    test_paths = trained.run.test_paths()
+    test_paths = store.test_paths()
     if test_paths:
         # The raw files once more, through prediction's own path: it must tell the same.
-        again = config.model_copy(update={"run": config.name})
+        again = config.model_copy(update={"run": config.name, "epoch": None, "checkpoint": None})
         evaluation = evaluate(again, log, only_paths=test_paths)
         log(results_table(evaluation.metrics, evaluation.classes))
     log(f"figures: {trained.run.folder}/figures")

@@ -20,6 +20,8 @@ from brainray.redaction import redacted
         ("AWS_SECRET_ACCESS_KEY=hunter2 next", "AWS_SECRET_ACCESS_KEY=*** next"),
         ("https://a.blob/x?sp=r&sig=hunter2%3D", "https://a.blob/x?sp=r&sig=***"),
         ("Authorization: Bearer hunter2hunter2", "Authorization: Bearer ***"),
+        ('{"Authorization": "Basic aHVudGVyMjpodW50ZXIy"}', '{"Authorization": "Basic ***"}'),
+        ("/data/Basic radiology/x", "/data/Basic radiology/x"),
         ("--set tracking.uri=http://u:hunter2@h a.b=1", "--set tracking.uri=http://***@h a.b=1"),
         ("mail me@host, augment.max_blur_sigma=1", "mail me@host, augment.max_blur_sigma=1"),
         ("sqlite:////home/a@b/mlflow.db", "sqlite:////home/a@b/mlflow.db"),

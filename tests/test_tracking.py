@@ -36,7 +36,8 @@ def test_a_restarted_driver_goes_on_in_the_same_run_without_repeating(run: Folde
     second = tracker(run, uri)
     second.begin("first", {"train.num_epochs": 3}, {"brainray.data_hash": "abc"})
     second.log_epochs(HISTORY)
-    second.log_summary({"test/all/head/accuracy": 0.9, "undefined": float("nan")})
+    for _ in range(2):
+        second.log_summary({"test/all/head/accuracy": 0.9, "undefined": float("nan")})
     second.log_files(["figures/a.png"])
     second.finish()
 
@@ -52,6 +53,8 @@ def test_a_restarted_driver_goes_on_in_the_same_run_without_repeating(run: Folde
     assert [(metric.step, metric.value) for metric in logged] == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
     assert "epoch" not in runs[0].data.metrics  # it is the step
     assert runs[0].data.metrics["final/test/all/head/accuracy"] == 0.9
+    sent = client.get_metric_history(runs[0].info.run_id, "final/test/all/head/accuracy")
+    assert len(sent) == 1
     assert "final/undefined" not in runs[0].data.metrics
     artifact = client.list_artifacts(runs[0].info.run_id, "figures")[0]
     assert artifact.path == "figures/a.png"
@@ -101,10 +104,13 @@ def test_a_run_that_the_server_has_lost_is_made_anew(run: Folder) -> None:
 def test_odd_class_names_do_not_stop_the_others(run: Folder) -> None:
     odd = tracker(run, database(run))
     odd.begin("first", {}, {})
-    odd.log_epochs([{"epoch": 1.0, "recall//x": 0.5, "recall/..": 0.25, "recall/a+b": 1.0}])
+    names = ["recall//x", "recall/..", "recall/<2cm", "recall/>2cm", "recall/a b"]
+    values = {name: (place + 1) / 8 for place, name in enumerate(names)}
+    odd.log_epochs([{"epoch": 1.0} | values])
     metrics = MlflowClient(database(run)).get_run(str(odd.run_id)).data.metrics
-    assert metrics["recall/x"] == 0.5
-    assert metrics["recall/a_b"] == 1.0
+    assert sorted(metrics.values()) == sorted(values.values())  # none hides another
+    assert metrics["recall/a b"] == 5 / 8
+    assert any(name.startswith("recall/_2cm-") for name in metrics)
 
 
 def test_the_default_is_a_database_in_storage(tmp_path: Path) -> None:

@@ -57,9 +57,10 @@ def run(options: CaseOptions) -> BenchmarkResult:
             if key in metrics:
                 measures.append(Measure(f"{share:.0%} labels: {predictor}", metrics[key]))
         difference = f"difference/test/{SUBSET}/head/accuracy"
-        measures.append(
-            Measure(f"{share:.0%} labels: head against the control", metrics[difference])
-        )
+        if difference in metrics:  # not where no test slice is clean
+            measures.append(
+                Measure(f"{share:.0%} labels: head against the control", metrics[difference])
+            )
     details = {"metrics": {str(share): metrics for share, metrics in found.items()}}
     return BenchmarkResult(measures, details, _plot(found), report=_table(found))
 

@@ -164,7 +164,7 @@ def _embed_rate(store: ImageStore, predictor: Predictor) -> tuple[float, float, 
     use_all_threads()
     model = SliceModel(predictor.checkpoint)
     ids = _training_ids(store)
-    side = predictor.checkpoint.config.train.image_size
+    side = predictor.checkpoint.image_size
     images = torch.from_numpy(store.images(ids, TRAIN, side)).to(model.device)
     scale = predictor.checkpoint.scale
     batch_size = predictor.checkpoint.config.train.embed_batch_size

@@ -23,6 +23,7 @@ from brainray.orchestration.preparation import (
     decode_to_predict,
     read_file,
 )
+from brainray.orchestration.run import open_run
 from brainray.orchestration.seen import fingerprints_of_seen
 from brainray.orchestration.source import SourceFile, list_source
 from brainray.report.style import BLUE, ORANGE, new_figure, tidy
@@ -93,10 +94,16 @@ def run(options: CaseOptions) -> BenchmarkResult:
 
 
 def _test_slices(options: CaseOptions, predictor: Predictor) -> list[tuple[SourceFile, Image]]:
-    """The test part of the source, or all of it where it has none; one slice a file."""
+    """What the run is tested on, where the source holds it, else the source's own test part, or all
+    of a source that has none and that the run has never seen; one slice a file.
+    """
     source = Folder(str(options.source))
-    files = list_source(source, None, options.config.classes.map).files
-    if any(file.split == TEST for file in files):
+    table = None if options.config.labels is None else Folder(options.config.labels)
+    files = list_source(source, table, options.config.classes.map).files
+    tested = open_run(Folder(str(options.storage)), str(options.config.run)).test_paths()
+    if tested.intersection(file.path for file in files):
+        files = [file for file in files if file.path in tested]
+    elif any(file.split == TEST for file in files):
         files = [file for file in files if file.split == TEST]
     files = [file for file in files if file.label in predictor.checkpoint.classes]
     if options.quick:

@@ -28,18 +28,19 @@ def choose_to_label(
     After Cluster-Margin (Citovsky et al. 2021, "Batch active learning at scale"): a few times as
     many of the most uncertain slices as are asked for compete, and clusters take turns, each with
     its most uncertain slice. Departures: the clusters are the mixture's, which users know; and a
-    slice stands back for each slice of one of its groups that is labelled or more uncertain, since
-    a copy or a neighbour teaches little.
+    slice stands back, behind all clusters' turns, for each slice of one of its groups that is
+    labelled or more uncertain, since a copy or a neighbour teaches little.
     """
     order = np.argsort(-uncertainty, kind="stable")
     turn = _turns(order, groups, known)
     order = order[np.argsort(turn[order], kind="stable")][: _BREADTH * num_slices]
+    # One of each group first, of which clusters take turns, each with its most uncertain one.
     place = np.empty(len(order), dtype=np.int64)
-    for cluster in np.unique(clusters[order]):
-        rows = np.flatnonzero(clusters[order] == cluster)
-        place[rows] = np.arange(len(rows))
-    # By turns of the clusters; within a turn those of lone groups, then the most uncertain.
-    ranked = np.lexsort((-uncertainty[order], turn[order], place))
+    passed: Counter[tuple[int, int]] = Counter()
+    for position, at in enumerate(zip(clusters[order].tolist(), turn[order].tolist(), strict=True)):
+        place[position] = passed[at]
+        passed[at] += 1
+    ranked = np.lexsort((-uncertainty[order], place, turn[order]))
     return np.asarray(order[ranked][:num_slices], dtype=np.int64)
 
 

@@ -15,8 +15,8 @@ from brainray.schema import subset_masks
 Metrics = dict[str, float]
 
 _PREDICTORS = {"head": "head", "cluster": "cluster_class"}  # in figures, and columns
+_COMPARED = ("difference/", "fewer_errors/", "only_run/", "only_control/", "p/")
 _CONFIDENCE = 0.95
-_SLICE = ["sample_id", "path", "frame"]
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def compare(
     Raises:
         DataError: the two are of different slices.
     """
-    if not predictions.select(_SLICE).equals(control.select(_SLICE)):
+    if not predictions["sample_id"].equals(control["sample_id"]):
         raise DataError("the control predicts other test slices: compare runs on one image store")
     is_labelled = pc.is_valid(predictions["label"])
     predictions, control = predictions.filter(is_labelled), control.filter(is_labelled)
@@ -137,6 +137,11 @@ def compare(
             if found.fewer_errors is not None:
                 metrics[f"fewer_errors/{name}"] = found.fewer_errors
     return metrics
+
+
+def without_comparison(metrics: Metrics) -> Metrics:
+    """Figures without those that `compare` gave."""
+    return {name: value for name, value in metrics.items() if not name.startswith(_COMPARED)}
 
 
 def _is_right(predictions: pa.Table, column: str) -> NDArray[np.bool_]:

@@ -59,13 +59,29 @@ class EpochResult:
     data_wait_s: float  # this rank's time until its batches were at hand
 
 
-def num_steps(num_unlabelled: int, batch_size_per_worker: int, num_ranks: int) -> int:
-    """Batches of an epoch on each rank, the same on every rank and for every objective.
+@dataclass(frozen=True)
+class EpochPlan:
+    """What an epoch is made of, the same on every rank and for every objective."""
 
-    An epoch is one pass over the unlabelled slices of all ranks; a control that takes labelled
-    slices in their place has as many steps and image passes.
+    num_steps: int  # batches on each rank
+    has_pool: bool  # whether the unlabelled term looks at unlabelled slices, not at labelled ones
+    is_mostly_unlabelled: bool  # else the labelled slices tell what slices are like
+
+
+def plan_epoch(
+    num_labelled: int, num_unlabelled: int, batch_size_per_worker: int, num_ranks: int
+) -> EpochPlan:
+    """One pass over the unlabelled slices of all ranks, or over the labelled ones if they are more.
+
+    A control, which takes labelled slices in the place of the unlabelled ones, has as many steps
+    and image passes. Unlabelled slices too few for the ranks are clustered, and not learned from.
     """
-    return -(-num_unlabelled // (batch_size_per_worker * num_ranks))
+    num_slices = max(num_labelled, num_unlabelled)
+    return EpochPlan(
+        num_steps=-(-num_slices // (batch_size_per_worker * num_ranks)),
+        has_pool=num_unlabelled >= num_ranks,
+        is_mostly_unlabelled=num_unlabelled >= num_labelled,
+    )
 
 
 def train_epoch(
@@ -92,7 +108,7 @@ def train_epoch(
 ) -> EpochResult:
     """Train on ``steps`` batches, the same number on every rank.
 
-    The labelled slices cycle; the unlabelled ones are seen once. Order and augmentation follow
+    Whichever of labelled and unlabelled slices are fewer cycle. Order and augmentation follow
     from ``seed`` alone, which must differ between epochs and ranks; slices are resized to ``side``
     where one is given, and labelled ones mixed where alpha is above 0. The gradients of
     ``accumulation`` batches are averaged for one step of the optimiser, after which ``on_update``

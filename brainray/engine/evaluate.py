@@ -158,12 +158,11 @@ def validation_metrics(predictions: Predictions) -> Metrics:
     decides, which enters with a weight too small to outvote a slice.
     """
     labels = predictions.labels
-    recalls = [
-        float((predictions.head[labels == index] == index).mean()) for index in np.unique(labels)
-    ]
+    num_of_class = np.unique(labels, return_counts=True)[1]
+    num_right = np.array([(predictions.head[labels == c] == c).sum() for c in np.unique(labels)])
     likelihood = predictions.probabilities[np.arange(len(labels)), labels]
     loss = float(-np.log(np.clip(likelihood, 1e-12, None)).mean())
-    balanced = float(np.mean(recalls))
+    balanced = float(np.mean(num_right / num_of_class))
     return {
         "validation/head/accuracy": float((predictions.head == labels).mean()),
         "validation/head/balanced_accuracy": balanced,
@@ -173,7 +172,20 @@ def validation_metrics(predictions: Predictions) -> Metrics:
         "validation/temperature": fit_temperature(predictions.probabilities, labels),
         "validation/num_slices": float(len(labels)),
         "validation/score": balanced - 1e-6 * loss,
+        "validation/score_error": _standard_error(num_right, num_of_class),
     }
+
+
+def _standard_error(num_right: NDArray[np.int64], num_of_class: NDArray[np.int64]) -> float:
+    """Of a balanced accuracy, the mean of the classes' recalls, from counts (C,).
+
+    Four slices more, half of them right, are spread over the classes (Agresti & Coull 1998): it is
+    above 0 where none is wrong.
+    """
+    num_classes = len(num_of_class)
+    counts = num_of_class + 4 / num_classes
+    recalls = (num_right + 2 / num_classes) / counts
+    return float(np.sqrt((recalls * (1 - recalls) / counts).sum()) / num_classes)
 
 
 def chosen_epoch(history: Sequence[Metrics]) -> int:
@@ -181,8 +193,7 @@ def chosen_epoch(history: Sequence[Metrics]) -> int:
 
     About as good is within one standard error of the best epoch's score (Breiman et al. 1984,
     "Classification and Regression Trees", section 3.4.3), which no slices of that number can tell
-    from it; of such epochs the last one has learned at the smallest rate. The error is that of a
-    share of ``validation/num_slices`` (Agresti & Coull 1998: it is above 0 where none is wrong).
+    from it; of such epochs the last one has learned at the smallest rate.
     Where slices grow, only the last size is the one at which the run predicts. The choice moves
     to the newest epoch or stays: no other needs to be kept.
 
@@ -197,9 +208,14 @@ def chosen_epoch(history: Sequence[Metrics]) -> int:
         if metrics.get(side, largest) == largest
     }
     best = max(scores, key=lambda epoch: scores[epoch])
-    num_slices = history[best - 1]["validation/num_slices"] + 4
-    share = (scores[best] * (num_slices - 4) + 2) / num_slices
-    least = scores[best] - math.sqrt(share * (1 - share) / num_slices)
+    told = history[best - 1]
+    if "validation/score_error" in told:
+        error = told["validation/score_error"]
+    else:  # of runs made before it was told: as of a share of all slices
+        num_slices = told["validation/num_slices"] + 4
+        share = (scores[best] * (num_slices - 4) + 2) / num_slices
+        error = math.sqrt(share * (1 - share) / num_slices)
+    least = scores[best] - error
     return max(epoch for epoch, score in scores.items() if score >= least)
 
 

@@ -63,7 +63,7 @@ def onnx_bytes(checkpoint: Checkpoint) -> bytes:
     Raises:
         ImportError: onnx or onnxscript is not installed.
     """
-    side = checkpoint.config.train.image_size
+    side = checkpoint.image_size
     # Two slices: a batch of one would be taken for a constant.
     example = torch.zeros(2, 1, side, side)
     with tempfile.TemporaryDirectory() as temporary:
@@ -103,10 +103,9 @@ def largest_difference(
     """Between the ONNX model's probabilities and responsibilities of images and our own."""
     ours = SliceNet(checkpoint).cpu()(torch.from_numpy(images))
     theirs = run_onnx(content, images)
-    return max(
-        float(np.abs(getattr(ours, name).numpy() - theirs[name]).max())
-        for name in ("probabilities", "responsibilities")
-    )
+    names = ("probabilities", "responsibilities")
+    differences = [np.abs(getattr(ours, name).numpy() - theirs[name]).max() for name in names]
+    return float(np.max(differences))  # NaN where one is, which Python's max may pass over
 
 
 def safetensors_bytes(checkpoint: Checkpoint, preprocess: PreprocessConfig) -> bytes:

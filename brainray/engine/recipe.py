@@ -83,11 +83,14 @@ def build_optimizer(
         {"params": others, "weight_decay": 0.0},
     ]
     optimizer = AdamW(groups, lr=config.learning_rate, fused=True)
+    # OneCycleLR rejects one step more than its total, and a cycle needs a rise and a fall.
+    length = max(total_steps + 1, 10)
+    if config.warmup_fraction * length == 1.0:
+        length += 1  # it would divide by the length of a rise of no step
     scheduler = OneCycleLR(
         optimizer,
         max_lr=config.learning_rate,
-        # OneCycleLR rejects one step more than its total, and a cycle needs a rise and a fall.
-        total_steps=max(total_steps + 1, 10),
+        total_steps=length,
         pct_start=config.warmup_fraction,
     )
     return optimizer, scheduler

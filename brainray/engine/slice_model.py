@@ -65,7 +65,7 @@ class SliceModel:
         return pa.concat_tables([output, pa.table(empty, schema=output.schema)])
 
     def _predict(self, slices: pa.Table) -> pa.Table:
-        side = self.checkpoint.config.train.image_size
+        side = self.checkpoint.image_size
         output = embed(
             self.encoder,
             CachedImages(torch.from_numpy(stored_pixels(slices, side)).to(self.device)),

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from brainray import layout
 from brainray.config import Config, parse_config
+from brainray.engine.recipe import image_side
 from brainray.engine.recluster import ClusterModel
 from brainray.engine.shard import PixelScale
 from brainray.errors import CheckpointError
@@ -33,6 +34,11 @@ class Checkpoint:
     epoch: int
     encoder: Encoder
     clusters: ClusterModel
+
+    @property
+    def image_size(self) -> int:
+        """Pixels along either axis of the slices that this epoch's mixture was fitted on."""
+        return image_side(self.epoch, self.config.train)
 
 
 @dataclass

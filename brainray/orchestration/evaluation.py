@@ -15,6 +15,7 @@ from brainray.engine.evaluate import Metrics, summarise
 from brainray.engine.slice_model import stored_pixels
 from brainray.errors import ConfigError, DataError
 from brainray.log import Log
+from brainray.mri.decode import RejectedImage
 from brainray.mri.leakage import Fingerprints, exposure
 from brainray.orchestration.data import with_progress
 from brainray.orchestration.inference import (
@@ -34,7 +35,7 @@ from brainray.orchestration.source import (
     renaming_advice,
 )
 from brainray.report.evaluation_figures import draw_evaluation_figures
-from brainray.report.page import write_evaluation_page
+from brainray.report.page import Explained, write_evaluation_page
 from brainray.schema import PREDICTIONS, REJECTED, TEST
 from brainray.storage import Folder
 
@@ -121,8 +122,8 @@ def _evaluate(
         config.evaluation,
         metrics,
         about_software() | {"model": str(predictor.folder), "source": str(config.source)},
-        to_yaml(config),
-        explain(predictions, checkpoint, partial(_load_again, config, predictor)),
+        to_yaml(config.model_copy(update={"preprocess": predictor.preprocess})),
+        _explained(predictions, config, predictor, log),
     )
     if target.exists():
         log(f"{target}: the evaluation of that name is replaced")
@@ -166,6 +167,16 @@ def with_comparable_names(accepted: pa.Table, config: Config, predictor: Predict
     return accepted.drop_columns("subject_source")
 
 
+def _explained(
+    predictions: pa.Table, config: Config, predictor: Predictor, log: Log
+) -> list[Explained]:
+    try:
+        return explain(predictions, predictor.checkpoint, partial(_load_again, config, predictor))
+    except RejectedImage as rejection:  # of a file that was there a moment ago
+        log(f"no activation maps: a file has changed or gone meanwhile ({rejection.reason})")
+        return []
+
+
 def _load_again(config: Config, predictor: Predictor, rows: pa.Table) -> NDArray[np.uint8]:
     """Slices (n, 1, S, S) of a few predictions: pixels do not come back from the actors."""
     source, salt = Folder(str(config.source)), subject_salt(Folder(config.storage))
@@ -175,7 +186,7 @@ def _load_again(config: Config, predictor: Predictor, rows: pa.Table) -> NDArray
         slices = preprocess_file(read_file(source, file), file, predictor.preprocess, salt)
         found += [dict(part) for part in slices if part["frame"] == row["frame"]]
     columns = {name: [part[name] for part in found] for name in ("image", "height", "width")}
-    return stored_pixels(pa.table(columns), predictor.checkpoint.config.train.image_size)
+    return stored_pixels(pa.table(columns), predictor.checkpoint.image_size)
 
 
 def _predict_files(

@@ -27,7 +27,12 @@ from brainray.log import Log
 from brainray.mri.duplicates import thumbnail_matrix
 from brainray.orchestration import serving
 from brainray.orchestration.inference import Predictor, find_predictor
-from brainray.orchestration.publish import begin_tracking, code_hash, config_to_track
+from brainray.orchestration.publish import (
+    begin_tracking,
+    code_hash,
+    config_to_track,
+    tags_of_training,
+)
 from brainray.orchestration.run import Run, open_run, read_run_info
 from brainray.report.model_card import CardFacts, model_card
 from brainray.schema import PREDICTED, THUMBNAIL_SIDE
@@ -140,7 +145,7 @@ def _write_onnx(predictor: Predictor, folder: Path, log: Log) -> Metrics:
 
 def _slices_to_try(predictor: Predictor) -> NDArray[np.float32]:
     """(n, 1, S, S) grey values: thumbnails of slices that the run saw, else noise."""
-    side = predictor.checkpoint.config.train.image_size
+    side = predictor.checkpoint.image_size
     seen = predictor.seen()
     if seen is None:
         noise = np.random.default_rng(0).uniform(0, 255, (_NUM_TRIED, 1, side, side))
@@ -160,13 +165,15 @@ def _facts(predictor: Predictor, name: str, metrics: Metrics) -> CardFacts:
         classes=checkpoint.classes,
         encoder=config.encoder.name,
         num_clusters=config.clustering.num_clusters,
-        image_size=config.train.image_size,
+        image_size=checkpoint.image_size,
         epoch=checkpoint.epoch,
         preprocessing=(
-            f"grayscale, skull strip `{preprocess.skull_strip}`, crop `{preprocess.crop}`, "
+            f"grayscale, white frame `{preprocess.frame}`, skull strip "
+            f"`{preprocess.skull_strip}`, crop `{preprocess.crop}`, "
             f"intensities `{preprocess.intensity}`, `{preprocess.resize}` to "
-            f"{preprocess.image_size} pixels, then area-averaged to {config.train.image_size}"
+            f"{preprocess.image_size} pixels, then area-averaged to {checkpoint.image_size}"
         ),
+        has_fitted=predictor.fitted() is not None,
         num_slices=read_run_info(predictor.run_folder)["num_slices"] if in_run else {},
         objective=config.objective.name,
         code=f"{brainray.__version__} ({code_hash()})",
@@ -196,7 +203,7 @@ def _put(local: Path, target: Folder) -> None:
 
 def _register(config: Config, run: Run, served: ServedFiles, log: Log) -> str | None:
     """Log the model to the run's own MLflow run and register it."""
-    tracking = begin_tracking(config_to_track(config, run), run, log)
+    tracking = begin_tracking(config_to_track(config, run), run, log, tags_of_training(run))
     tracking.mlflow.log_model(served, config.registry.name)
     tracking.tracker.finish()
     log(f"registered as {config.registry.name}")

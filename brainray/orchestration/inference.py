@@ -1,5 +1,6 @@
 """Prediction on raw files: Ray Data decodes, actors embed; what evaluation and prediction share."""
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -98,8 +99,9 @@ def find_predictor(config: Config, purpose: str) -> Predictor:
 
 
 def default_name(config: Config, predictor: Predictor) -> str:
-    """Of what is made of ``config.source``: RUN-on-FOLDER."""
-    return f"{predictor.run_folder.name}-on-{Folder(str(config.source)).name}"
+    """Of what is made of ``config.source``: RUN-on-FOLDER, of plain characters."""
+    folder = Folder(str(config.source)).path.rpartition("/")[2]
+    return re.sub(r"[^\w.-]+", "-", f"{predictor.run_folder.name}-on-{folder}", flags=re.ASCII)
 
 
 def _checkpoint_folder(run: Run, epoch: int | None) -> Folder:

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from brainray import layout
-from brainray.errors import BrainrayError, ConfigError
+from brainray.errors import BrainrayError, BusyError
 from brainray.log import Log
 from brainray.storage import Folder
 
@@ -57,10 +57,6 @@ class Claim:
         if not self.place or self.place != _place():
             return None
         return _born(self.pid) == self.born
-
-
-class _Refused(ConfigError):
-    """Another job that is alive holds the lock."""
 
 
 @contextmanager
@@ -135,7 +131,7 @@ class _Lock:
         while True:
             try:
                 self.acquire(say_once)
-            except _Refused as refusal:
+            except BusyError as refusal:
                 say_once(f"{str(refusal).partition(':')[0]}: waiting for its end")
                 time.sleep(self._pace.beat_s)
             else:
@@ -191,9 +187,9 @@ class _Lock:
             if (now.owner, now.beat) != (first.owner, first.beat):
                 raise self._refusal(now)
 
-    def _refusal(self, holder: Claim | None) -> _Refused:
+    def _refusal(self, holder: Claim | None) -> BusyError:
         by = "" if holder is None else f" (process {holder.pid} of {holder.host})"
-        return _Refused(
+        return BusyError(
             f"another job{by} is at work on {self._what}: wait for its end, or choose another name"
         )
 

@@ -14,6 +14,7 @@ from brainray.engine.evaluate import Metrics
 from brainray.engine.slice_model import Reference
 from brainray.errors import ConfigError, DataError
 from brainray.log import Log
+from brainray.mri.identity import content_hash
 from brainray.orchestration.data import with_progress
 from brainray.orchestration.inference import (
     Predictor,
@@ -25,7 +26,7 @@ from brainray.orchestration.lock import held
 from brainray.orchestration.preparation import CHANGED, UNREADABLE
 from brainray.orchestration.publish import code_hash
 from brainray.orchestration.source import FoundFile, SourceFile, find_images
-from brainray.orchestration.store import differing_settings
+from brainray.orchestration.store import differing_settings, with_defaults
 from brainray.schema import PREDICTED_FILES
 from brainray.storage import Folder
 
@@ -93,13 +94,16 @@ def _begin(config: Config, predictor: Predictor, folder: Folder) -> None:
         "source": str(config.source),
         "checkpoint": str(predictor.folder),
         "epoch": predictor.checkpoint.epoch,
+        "weights": content_hash(predictor.folder.read_bytes(layout.MODEL))[:12],
         "classes": predictor.checkpoint.classes,
         "code": code_hash(),
     }
     if not folder.exists(_SETTINGS):
         folder.write_json(_SETTINGS, settings)
         return
-    difference = differing_settings(folder.read_json(_SETTINGS), settings)
+    # Predictions begun before weights were recorded are gone on with.
+    begun_with = with_defaults(folder.read_json(_SETTINGS), {"weights": settings["weights"]})
+    difference = differing_settings(begun_with, settings)
     if difference:
         raise ConfigError(
             f"the predictions {folder} were made otherwise ({difference}): choose another name"

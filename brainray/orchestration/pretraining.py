@@ -26,11 +26,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from brainray import dist, layout
-from brainray.clustering.collapse import check_collapse, measure_health
+from brainray.clustering.collapse import ClusteringHealth, check_collapse, measure_health
 from brainray.clustering.seeding import seed_of
 from brainray.config import Config, FeatureConfig, parse_config
 from brainray.engine.recipe import build_optimizer, resolve_precision
-from brainray.engine.recluster import ClusterModel
+from brainray.engine.recluster import ClusterModel, Reclustering
 from brainray.engine.self_supervised import (
     Convergence,
     Groups,
@@ -43,7 +43,7 @@ from brainray.engine.self_supervised import (
     pretext_epoch,
 )
 from brainray.engine.shard import CachedImages, Images, sample_keys
-from brainray.errors import BrainrayError, DivergenceError
+from brainray.errors import BrainrayError, ClusteringError, DivergenceError
 from brainray.log import Log
 from brainray.models.features import build_feature_encoder
 from brainray.models.pretext import PretextModel
@@ -240,7 +240,8 @@ def _made_by(
         "seed": seed,
     }
     if is_refined:
-        made_by["clustering"] = config.clustering.model_dump(mode="json")
+        settings = config.clustering.model_dump(mode="json", exclude={"on_collapse"})
+        made_by["clustering"] = settings
     return made_by
 
 
@@ -367,21 +368,8 @@ class _Learner:
             number = len(changes) + 1
             losses = self._train_round(number, SoftTargets(responsibilities, self.clusters.centers))
             z = self._embed()
-            found = cluster_without_labels(
-                z,
-                self.keys,
-                config=self.config.clustering,
-                seed=self.seed,
-                previous=self.clusters,
-                previous_responsibilities=responsibilities,
-            )
+            found, health = self._cluster_in_health(z, self.clusters, responsibilities, number)
             changes.append(changed_share(responsibilities, found.responsibilities))
-            health = measure_health(z, found.responsibilities, responsibilities)
-            check_collapse(
-                health,
-                max_share=self.config.clustering.max_cluster_share,
-                min_spread=self.config.clustering.min_spread,
-            )
             self.clusters, responsibilities = found.model, found.responsibilities
             self._keep_assignments(responsibilities, number)
             figures = losses | {
@@ -392,6 +380,40 @@ class _Learner:
                 "effective_rank": health.effective_rank,
             }
             self._save(figures, started)
+
+    def _cluster_in_health(
+        self, z: Tensor, previous: ClusterModel, responsibilities: Tensor, number: int
+    ) -> tuple[Reclustering, ClusteringHealth]:
+        """Cluster anew; what a collapse does, ``clustering.on_collapse`` says.
+
+        Raises:
+            ClusteringError: on every rank alike, where it has collapsed.
+        """
+        config = self.config.clustering
+        starts = ((previous, self.seed), (None, seed_of(self.seed, number)))
+        for start, seed in starts if config.on_collapse == "reseed" else starts[:1]:
+            found = cluster_without_labels(
+                z,
+                self.keys,
+                config=config,
+                seed=seed,
+                previous=start,
+                previous_responsibilities=responsibilities,
+            )
+            health = measure_health(z, found.responsibilities, responsibilities)
+            try:
+                check_collapse(
+                    health, max_share=config.max_cluster_share, min_spread=config.min_spread
+                )
+            except ClusteringError as problem:
+                collapse = ClusteringError(f"round {number}: {problem}")
+            else:
+                return found, health
+            if dist.rank() == 0 and config.on_collapse != "stop":
+                print(f"{config.on_collapse}: {collapse}", flush=True)
+        if config.on_collapse == "warn":
+            return found, health
+        raise collapse
 
     def _train_round(self, number: int, soft: SoftTargets) -> dict[str, float]:
         """``round_epochs`` epochs of both losses, with a schedule of their own."""

@@ -1,5 +1,6 @@
 """What made a run, in each submission that trained it: enough to make it again."""
 
+import os
 import platform
 import shlex
 import sys
@@ -59,6 +60,7 @@ def provenance(config: Config, run: Run, workers: WorkerResources) -> dict[str, 
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in PACKAGES},
         "ray_job_id": ray.get_runtime_context().get_job_id(),
+        "ray_submission_id": os.environ.get("RAY_JOB_SUBMISSION_ID", ""),
         "num_workers": workers.num_workers,
         "cpus_per_worker": workers.cpus_per_worker,
         "device": "cuda" if workers.use_gpu else "cpu",

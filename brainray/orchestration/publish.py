@@ -67,7 +67,7 @@ def open_tracking(
     tracker = LenientTracker(
         mlflow, warn=lambda problem: log(f"{problem}; figures are kept in {folder}")
     )
-    tracker.begin(folder.name, params, _tags_of_code() | dict(tags))
+    tracker.begin(folder.name, params, tags_of_code() | dict(tags))
     return Tracking(tracker, mlflow, redacted(uri))
 
 
@@ -80,7 +80,7 @@ def publish(config: Config, run: Run, log: Log = print) -> Tracking:
         TrackingError: the server still cannot be used.
         ConfigError: its password is needed again.
     """
-    tracking = begin_tracking(config_to_track(config, run), run, log)
+    tracking = begin_tracking(config_to_track(config, run), run, log, tags_of_training(run))
     send_run(run, tracking.tracker)
     name = str(run.info["name"])
     if not run.is_complete and not is_held(Folder(config.storage), layout.RUNS, name):
@@ -99,13 +99,41 @@ def config_to_track(config: Config, run: Run) -> Config:
     where = f"{run.folder}/{layout.CONFIG}"
     saved = parse_config(parse_yaml(run.folder.read_bytes(layout.CONFIG), where=where))
     said = config.tracking.model_dump(exclude_unset=True)
-    tracking = saved.tracking.model_copy(update=said)
+    was = _where_it_was_sent(run)
+    tracking = saved.tracking.model_copy(update=({} if was is None else {"uri": was}) | said)
     if HIDDEN in (tracking.uri or "") and not os.environ.get(URI_VARIABLE):
         raise ConfigError(
             f"{where} keeps tracking.uri without its password ({tracking.uri}): give it again with "
             f"--set tracking.uri=... or {URI_VARIABLE}"
         )
     return saved.model_copy(update={"tracking": tracking, "storage": config.storage})
+
+
+def _where_it_was_sent(run: Run) -> str | None:
+    """By training, which may have been told by a variable that is set no more; None where that
+    was a database that is not there, as that of a storage that has moved.
+    """
+    if not run.folder.exists(layout.TRACKING):
+        return None
+    uri = str(run.folder.read_json(layout.TRACKING)["uri"])
+    database = uri.removeprefix("sqlite:///")
+    return None if database != uri and not Path(database).exists() else uri
+
+
+def tags_of_training(run: Run) -> dict[str, str]:
+    """What trained the run at last, whatever sends it."""
+    submissions = run.folder.read_json_lines(layout.PROVENANCE)
+    if not submissions:
+        return {}
+    last = submissions[-1]
+    told = {
+        "brainray.version": "brainray",
+        "brainray.code_hash": "code_hash",
+        "brainray.ray_job_id": "ray_job_id",
+        "brainray.ray_submission_id": "ray_submission_id",
+        "brainray.git_revision": "git_revision",
+    }
+    return {tag: last[key] for tag, key in told.items() if last.get(key)}
 
 
 def send_run(run: Run, tracker: LenientTracker) -> None:
@@ -123,7 +151,7 @@ def send_run(run: Run, tracker: LenientTracker) -> None:
         tracker.finish()
 
 
-def _tags_of_code() -> dict[str, str]:
+def tags_of_code() -> dict[str, str]:
     job_id = ray.get_runtime_context().get_job_id() if ray.is_initialized() else ""
     tags = {
         "brainray.version": brainray.__version__,

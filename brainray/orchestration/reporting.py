@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 import brainray
 from brainray import layout
 from brainray.config import Config, parse_config, parse_yaml
-from brainray.engine.compare import compare
+from brainray.engine.compare import compare, without_comparison
 from brainray.engine.evaluate import Metrics
 from brainray.engine.explain import class_activation_maps, rows_to_explain
 from brainray.engine.state import Checkpoint, load_checkpoint
@@ -67,7 +67,7 @@ def report(config: Config, log: Log = print) -> Report:
     except DataError as error:
         log(f"no activation maps: {error}")
         store = None
-    summary = run.folder.read_json(layout.SUMMARY)
+    summary = without_comparison(run.folder.read_json(layout.SUMMARY))
     comparison = against_control(merged, run, int(summary["chosen_epoch"]), store)
     metrics = summary | comparison
     known = run.folder.exists(layout.ABOUT)

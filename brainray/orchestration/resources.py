@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import ray
 
 from brainray.config import TrainConfig
-from brainray.errors import ConfigError
+from brainray.errors import ConfigError, RoomError
 
 KEEPING_MEMORY = {
     "GLIBC_TUNABLES": ":".join(
@@ -68,7 +68,8 @@ def plan_workers(config: TrainConfig, nodes: Sequence[NodeResources]) -> WorkerR
     """Fill in what the config leaves to the Ray cluster, and check that it fits on its nodes.
 
     Raises:
-        ConfigError: the nodes cannot hold the workers, for which Ray would wait for ever.
+        ConfigError: the nodes cannot hold the workers (RoomError), for which Ray would wait for
+            ever, or settings that contradict one another.
     """
     num_gpus, waits = _num_gpus(nodes), config.wait_for_nodes
     use_gpu = _use_gpus(config, num_gpus)
@@ -93,7 +94,7 @@ def plan_workers(config: TrainConfig, nodes: Sequence[NodeResources]) -> WorkerR
         )
     if room < needed and not waits:
         needs = f"{cpus} CPU(s)" + (f" and {gpus:g} GPU(s)" if use_gpu else "")
-        raise ConfigError(
+        raise RoomError(
             f"{needed} workers with {needs} each do not fit: the Ray cluster has room for "
             f"{room}; lower train.num_workers or train.cpus_per_worker, or set "
             "train.wait_for_nodes=true where an autoscaler brings more"
@@ -156,6 +157,7 @@ def _use_gpus(config: TrainConfig, num_gpus: int) -> bool:
 
 def _share_of_cpus(nodes: Sequence[NodeResources], num_workers: int, gpus: float) -> int:
     """CPUs of a worker when every node's are shared among the workers that it will hold."""
+    nodes = [node for node in nodes if node.get("CPU", 0) >= 1]  # a head may have none to give
     if not nodes:
         return 1
     evenly = -(-num_workers // len(nodes))

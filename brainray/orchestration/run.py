@@ -145,6 +145,7 @@ def begin_run(config: Config, store: ImageStore, num_workers: int) -> tuple[Run,
     before = seen_by_weights(config.encoder.weights, Folder(config.storage))
     check_validation_is_new(config, seen, before)
     folder.write_table(layout.SEEN, seen)
+    folder.delete_file(layout.SEEN_BEFORE, missing_ok=True)  # of a beginning that was cut
     if before is not None:
         folder.write_table(layout.SEEN_BEFORE, before)
     folder.write_table(layout.TEST_SLICES, _test_slices(store, folder))
@@ -246,13 +247,12 @@ def _test_slices(store: ImageStore, run: Folder) -> pa.Table:
 
 
 def _check_ranks(counts: dict[str, int], num_workers: int) -> None:
-    """Every rank needs slices of every role that a step is made of."""
-    for role in (LABELLED, UNLABELLED_ROLE):
-        if 0 < counts.get(role, 0) < num_workers:
-            raise ConfigError(
-                f"{num_workers} workers cannot share {counts[role]} {role} training slice(s): "
-                "lower train.num_workers"
-            )
+    """Every rank needs a labelled slice."""
+    if counts[LABELLED] < num_workers:
+        raise ConfigError(
+            f"{num_workers} workers cannot share {counts[LABELLED]} labelled training slice(s): "
+            "lower train.num_workers"
+        )
 
 
 def _role_counts(seen: pa.Table) -> dict[str, int]:

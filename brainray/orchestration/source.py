@@ -318,7 +318,7 @@ def _from_table(found: list[FoundFile], labels: Folder) -> list[SourceFile]:
 
 def _read_labels(labels: Folder) -> list[dict[str, Any]]:
     try:
-        content = labels.parent.read_bytes(labels.name)
+        content = labels.parent.read_bytes(labels.path.rpartition("/")[2])  # not as a URI has it
         if labels.name.lower().endswith((".parquet", ".pq")):
             table = pq.read_table(io.BytesIO(content))
         else:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from brainray import layout
 from brainray.config import Config, PreprocessConfig, SplitConfig
 from brainray.errors import ConfigError, DataError
-from brainray.schema import IMAGE_INDEX_COLUMNS, TRAIN
+from brainray.schema import IMAGE_INDEX_COLUMNS, TEST, TRAIN
 from brainray.storage import Folder
 
 
@@ -98,6 +98,12 @@ class ImageStore:
         """Every column but the pixels, ordered by split and sample_id."""
         table = self.folder.read_table(layout.IMAGES, columns=IMAGE_INDEX_COLUMNS)
         return table.sort_by([("split", "descending"), ("sample_id", "ascending")])
+
+    def test_paths(self) -> set[str]:
+        """Paths, relative to the source, of the labelled test slices."""
+        index = self.index()
+        wanted = pc.and_(pc.equal(index["split"], TEST), pc.is_valid(index["label"]))
+        return set(index.filter(wanted)["path"].to_pylist())
 
     def images(self, sample_ids: list[str], split: str, side: int) -> NDArray[np.uint8]:
         """Slices (n, 1, side, side) uint8 of one split, in the order asked for."""

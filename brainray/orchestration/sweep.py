@@ -8,7 +8,12 @@ from typing import Any
 
 from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler, MedianStoppingRule, TrialScheduler
-from ray.tune.search import Searcher
+from ray.tune.search import (
+    BasicVariantGenerator,
+    ConcurrencyLimiter,
+    SearchAlgorithm,
+    Searcher,
+)
 from ray.tune.search.optuna import OptunaSearch
 
 from brainray import layout
@@ -165,9 +170,8 @@ def _tuner(config: Config, folder: Folder, workers: WorkerResources, log: Log) -
             metric=settings.metric,
             mode=settings.mode,
             num_samples=1 if settings.algorithm == "grid" else settings.num_trials,
-            search_alg=_search(config),
+            search_alg=_search(config, concurrent),
             scheduler=_scheduler(config),
-            max_concurrent_trials=concurrent,
             time_budget_s=None if budget is None else 60 * budget,
         ),
         run_config=tune.RunConfig(
@@ -194,10 +198,13 @@ def _param_space(config: Config) -> dict[str, Any]:
     }
 
 
-def _search(config: Config) -> Searcher | None:
+def _search(config: Config, concurrent: int) -> Searcher | SearchAlgorithm:
+    """Which trials come, ``concurrent`` of them at a time; the same ones for the same ``seed``."""
     if config.tune.algorithm == "optuna":
-        return OptunaSearch(metric=config.tune.metric, mode=config.tune.mode, seed=config.seed)
-    return None
+        settings = config.tune
+        optuna = OptunaSearch(metric=settings.metric, mode=settings.mode, seed=config.seed)
+        return ConcurrencyLimiter(optuna, max_concurrent=concurrent)
+    return BasicVariantGenerator(max_concurrent=concurrent, random_state=config.seed)
 
 
 def _scheduler(config: Config) -> TrialScheduler | None:
@@ -239,7 +246,7 @@ def _ranked(config: Config, trials: list[Trial]) -> list[Trial]:
     """Trials with a figure, best first; one that failed is none to train again."""
     metric, mode = config.tune.metric, config.tune.mode
     sound = [trial for trial in trials if trial.problem is None]
-    scored = [(best[0], trial) for trial in sound if (best := trial.best(metric, mode))]
+    scored = [(best[0], trial) for trial in sound if (best := trial.chosen(metric))]
     scored.sort(key=lambda pair: pair[0], reverse=mode == "max")
     return [trial for _, trial in scored]
 
@@ -352,7 +359,7 @@ def _conclude(
     """Best config, table and figures, in the sweep's folder and in MLflow."""
     metric, mode = config.tune.metric, config.tune.mode
     best = ranked[0]
-    scored = best.best(metric, mode)
+    scored = best.chosen(metric)
     assert scored is not None
     value, epoch = scored
     best_config = trial_config(config, best.parameters, f"{config.name}-best")
@@ -406,14 +413,14 @@ def _conclude(
 
 
 def _outcome(config: Config, trial: Trial) -> TrialOutcome:
-    best = trial.best(config.tune.metric, config.tune.mode)
+    best = trial.chosen(config.tune.metric)
     assert best is not None, "a trial without a figure has no outcome"
     curve = [epoch[config.tune.metric] for epoch in trial.history]
     return TrialOutcome(trial.trial_id, trial.parameters, best[0], curve)
 
 
 def _row(config: Config, trial: Trial, outcome: str) -> dict[str, Any]:
-    best = trial.best(config.tune.metric, config.tune.mode)
+    best = trial.chosen(config.tune.metric)
     return {
         "trial_id": trial.trial_id,
         "parameters": trial.parameters,
@@ -429,12 +436,12 @@ def _table(
     config: Config, trials: list[Trial], outcome: Callable[[Trial], str], limit: int | None
 ) -> str:
     """The trials as a Markdown table, best first: ``limit`` of them, and all that run."""
-    metric, mode = config.tune.metric, config.tune.mode
+    metric = config.tune.metric
     ranked = _ranked(config, trials)
     others = [trial for trial in trials if trial not in ranked]
     rows = []
     for place, trial in enumerate([*ranked, *others]):
-        best, said = trial.best(metric, mode), outcome(trial)
+        best, said = trial.chosen(metric), outcome(trial)
         if limit is not None and place >= limit and not said.startswith(_RUNNING):
             continue
         rows.append(
@@ -447,7 +454,7 @@ def _table(
                 f"{trial.history[-1]['time/images_per_s']:.0f}" if trial.history else "–",
             ]
         )
-    header = ["trial", "outcome", *config.tune.space, metric, "best epoch", "images/s"]
+    header = ["trial", "outcome", *config.tune.space, metric, "chosen epoch", "images/s"]
     return markdown_table(header, rows, num_text_columns=2)
 
 

@@ -19,7 +19,8 @@ from brainray.config import (
     parse_config,
     parse_yaml,
 )
-from brainray.errors import BrainrayError, ConfigError, StorageError
+from brainray.engine.evaluate import chosen_epoch
+from brainray.errors import BrainrayError, ConfigError, TransientError
 from brainray.orchestration.driver import begun_training, complete_run, fit
 from brainray.orchestration.run import Run, read_run_info
 from brainray.orchestration.worker import reported_metrics
@@ -56,13 +57,12 @@ class Trial:
     problem: str | None = None
     """Why it could not be trained."""
 
-    def best(self, metric: str, mode: str) -> tuple[float, int] | None:
-        """(value, epoch) of the best epoch, or None before the first one."""
-        scored = [(epoch[metric], int(epoch["epoch"])) for epoch in self.history if metric in epoch]
-        if not scored:
+    def chosen(self, metric: str) -> tuple[float, int] | None:
+        """(value, epoch) of the epoch whose model the run keeps; None before the first one."""
+        if not self.history:
             return None
-        value = (max if mode == "max" else min)(score for score, _ in scored)
-        return next(pair for pair in scored if pair[0] == value)
+        epoch = self.history[chosen_epoch(self.history) - 1]
+        return (epoch[metric], int(epoch["epoch"])) if metric in epoch else None
 
 
 def run_trial(parameters: dict[str, Any], *, base: dict[str, Any], sweep: str) -> None:
@@ -82,7 +82,7 @@ def run_trial(parameters: dict[str, Any], *, base: dict[str, Any], sweep: str) -
                 return
             fit(training, print, callbacks=[TuneReportCallback()])
             complete_run(training)
-    except StorageError:
+    except TransientError:
         raise
     except BrainrayError as error:
         folder = sweep_folder(config, sweep) / FAILED

@@ -1,5 +1,6 @@
 """What each rank of Ray Train does: hold its slices, train, re-cluster, evaluate, report."""
 
+import json
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +15,7 @@ import ray.train.torch
 import torch
 from torch import Tensor, nn
 
-from brainray import dist, layout
+from brainray import dist, errors, layout
 from brainray.clustering.collapse import ClusteringHealth, check_collapse, measure_health
 from brainray.clustering.seeding import seed_of
 from brainray.config import Config, parse_config
@@ -23,7 +24,7 @@ from brainray.engine.epoch import (
     EpochTargets,
     embed,
     measure_batch_statistics,
-    num_steps,
+    plan_epoch,
     train_epoch,
 )
 from brainray.engine.evaluate import (
@@ -79,6 +80,7 @@ from brainray.storage import Folder
 
 _HEARTBEAT_S = 30.0
 _MAX_NAMED = 8  # slices in an error
+_MAX_CONFUSED = 20  # classes: of more, a confusion matrix is no figure to log every epoch
 
 
 def train_worker(settings: dict[str, Any]) -> dict[str, str]:
@@ -136,12 +138,14 @@ def failing_together(device: torch.device) -> Iterator[None]:
         yield
     except BrainrayError as error:
         problem = error
-    text = b"" if problem is None else str(problem).encode()
-    messages = dist.gather_rows(torch.tensor(list(text), dtype=torch.uint8, device=device))
+    told = b"" if problem is None else json.dumps([type(problem).__name__, str(problem)]).encode()
+    line = torch.tensor(list(told + b"\n"), dtype=torch.uint8, device=device)
+    lines = bytes(dist.gather_rows(line).tolist()).splitlines()
     if problem is not None:
         raise problem
-    if len(messages):
-        raise BrainrayError(bytes(messages.tolist()).decode())
+    for told in filter(None, lines):
+        name, message = json.loads(told)
+        raise getattr(errors, name, BrainrayError)(message)
 
 
 def use_threads_of_worker() -> None:
@@ -190,11 +194,15 @@ class _Trainer:
             config.train.labelled_batch_size_per_worker, config.train.batch_size_per_worker
         )
         self.encoder: Encoder = encoder.to(device).to(memory_format=torch.channels_last)
-        # Without unlabelled slices the clustering term looks at the labelled ones' images.
-        self.pool = data.unlabelled if self._count(data.unlabelled) else data.labelled
-        self.steps = num_steps(
-            self._count(self.pool), config.train.batch_size_per_worker, dist.world_size()
+        plan = plan_epoch(
+            self._count(data.labelled),
+            self._count(data.unlabelled),
+            config.train.batch_size_per_worker,
+            dist.world_size(),
         )
+        self.steps = plan.num_steps
+        self.pool = data.unlabelled if plan.has_pool else data.labelled
+        self.typical = data.unlabelled if plan.is_mostly_unlabelled else data.labelled
         self.updates = -(-self.steps // config.train.accumulation_steps)  # of each epoch
         self.optimizer, self.scheduler = build_optimizer(
             self.encoder, config.train, self.updates * config.train.num_epochs
@@ -397,7 +405,7 @@ class _Trainer:
         if self.average is not None:
             measure_batch_statistics(
                 self.evaluated,
-                self.pool.images,
+                self.typical.images,
                 augmentation=self.config.augment_unlabelled,
                 scale=self.scale,
                 batch_size=self.config.train.embed_batch_size,
@@ -525,7 +533,8 @@ class _Trainer:
         for subset, mask in subset_masks(self.test_slices).items():
             chosen = test.select(mask)
             metrics |= subset_metrics(chosen, self.classes, subset)
-            metrics |= confusion_metrics(chosen, self.classes, f"test/{subset}")
+            if len(self.classes) <= _MAX_CONFUSED:
+                metrics |= confusion_metrics(chosen, self.classes, f"test/{subset}")
         for name in ("silhouette", "nmi", "ari", "fmi"):
             if f"test/clean/cluster/{name}" in metrics:
                 metrics[f"cluster/{name}"] = metrics[f"test/clean/cluster/{name}"]

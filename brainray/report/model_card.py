@@ -19,6 +19,7 @@ class CardFacts:
     image_size: int  # side of the slices that the encoder sees, in pixels
     epoch: int
     preprocessing: str  # in words
+    has_fitted: bool  # whether the training slices that others are compared with are there
     num_slices: Mapping[str, int]  # of training, by role
     objective: str
     code: str  # version and hash
@@ -55,7 +56,7 @@ def model_card(facts: CardFacts, metrics: Metrics) -> str:
         "## Figures",
         results_table(dict(metrics), list(facts.classes))
         if metrics
-        else "not recorded: exported from a checkpoint without its run",
+        else "not recorded: the run reports those of another epoch, or the checkpoint has no run",
         "`clean` are the test slices without a near-duplicate among anything that the run saw; "
         "`all` overstates what a slice of a new patient would give.",
         "## Limits",
@@ -70,10 +71,13 @@ def model_card(facts: CardFacts, metrics: Metrics) -> str:
 def _files(facts: CardFacts) -> str:
     lines = [
         "- `model.safetensors`: all weights, PCA and mixture; the header holds settings as JSON",
-        "- `fitted.parquet`: the training slices that new ones are compared with (no pixels)",
         "- `mlflow/`: an MLflow pyfunc model that takes file paths or image bytes and does all of "
         "the preprocessing",
     ]
+    if facts.has_fitted:
+        lines.append(
+            "- `fitted.parquet`: the training slices that new ones are compared with (no pixels)"
+        )
     if facts.opset is not None:
         lines.append(
             f"- `model.onnx`: opset {facts.opset}; input `images` (batch, 1, {facts.image_size}, "

@@ -132,7 +132,7 @@ def write_page(
     }
     contents = _Contents(
         title=f"brainray: {_last_part(run)}",
-        summary=_summary(metrics, chosen, len(history), table.num_rows),
+        summary=_summary(metrics, chosen, len(history), _told_shown(table, whole)),
         tables=[*_tables(metrics, classes, control), *_comparison(metrics), *_timings(metrics)],
         quality=_quality(run),
         about=about,
@@ -175,7 +175,7 @@ def write_evaluation_page(
     }
     contents = _Contents(
         title=f"brainray: evaluation {_last_part(folder)}",
-        summary=_evaluation_summary(metrics, table.num_rows),
+        summary=_evaluation_summary(metrics, _told_shown(table, predictions)),
         tables=_tables(metrics, classes, None),
         quality=[_rejected_files(rejected)] if rejected.num_rows else [],
         about=about,
@@ -367,11 +367,12 @@ def _cards(table: pa.Table, num_clusters: int) -> list[dict[str, Any]]:
 
 def _subtypes(table: pa.Table, siblings: Mapping[str, pa.Table]) -> list[dict[str, Any]]:
     """Clusters that share a class, with how stable they are among the runs."""
-    keys = _keys(table)
+    ids = table["sample_id"].to_pylist()  # a file may have been renamed between two runs
     others = []
     for sibling in siblings.values():
-        cluster = dict(zip(_keys(sibling), sibling["cluster"].to_pylist(), strict=True))
-        others.append(np.array([cluster[key] for key in keys]))
+        columns = (sibling[name].to_pylist() for name in ("sample_id", "cluster"))
+        cluster = dict(zip(*columns, strict=True))
+        others.append(np.array([cluster[identity] for identity in ids]))
     found = find_subtypes(
         np.asarray(table["cluster"].to_numpy()), table["cluster_class"].to_pylist(), others
     )
@@ -399,22 +400,31 @@ def _percent(metrics: Metrics, name: str) -> str:
     return "an unknown share" if value is None else f"{100 * value:.1f} %"
 
 
-def _summary(metrics: Metrics, chosen: int, num_epochs: int, num_shown: int) -> list[str]:
+def _told_shown(shown: pa.Table, whole: pa.Table) -> str:
+    if shown.num_rows == whole.num_rows:
+        return f"{shown.num_rows:,} test slices are shown below."
+    return (
+        f"{shown.num_rows:,} of {whole.num_rows:,} test slices, drawn at random, are shown below: "
+        "the map, the confusion matrices and the clusters' cards are of these, the tables of all. "
+        "(evaluation.tsne_max_slices shows more.)"
+    )
+
+
+def _summary(metrics: Metrics, chosen: int, num_epochs: int, shown: str) -> list[str]:
     return [
         "An encoder was trained on brain MRI slices of which few have a label. After every epoch "
         "the embeddings of all training slices were clustered, and the clusters guided the next.",
         f"Epoch {chosen} of {num_epochs} was chosen on labelled slices held out for that. "
         + _scores(metrics),
-        f"{num_shown:,} test slices are shown below.",
+        shown,
     ]
 
 
-def _evaluation_summary(metrics: Metrics, num_shown: int) -> list[str]:
+def _evaluation_summary(metrics: Metrics, shown: str) -> list[str]:
     return [
         f"A trained encoder, after its epoch {int(metrics['epoch'])}, predicted slices that were "
         "preprocessed from their files with the settings of its training. " + _scores(metrics),
-        f"{num_shown:,} slices are shown below; {metrics['num_rejected']:,.0f} files could not be "
-        "used.",
+        f"{shown} {metrics['num_rejected']:,.0f} files or slices could not be used.",
     ]
 
 
@@ -422,7 +432,11 @@ def _scores(metrics: Metrics) -> str:
     text = f"The head gets {_percent(metrics, 'test/all/head/accuracy')} of all test slices right"
     clusters = f"its clusters {_percent(metrics, 'test/all/cluster/accuracy')}"
     if "test/clean/head/accuracy" not in metrics:
-        return f"{text}, {clusters}. Which slices are clean of copies is not known."
+        known = metrics.get("test/clean/num_slices")
+        why = "Which slices are clean of copies is not known."
+        if known == 0:
+            why = "None of them is clean: the run saw a copy of each."
+        return f"{text}, {clusters}. {why}"
     return (
         f"{text}, and {_percent(metrics, 'test/clean/head/accuracy')} of the clean ones, which "
         f"have no copy among what the run saw; {clusters} and "

@@ -38,6 +38,12 @@ def test_clusters_take_turns() -> None:
     assert choose(uncertainty, [0, 0, 0, 1, 1], num_slices=4) == [0, 3, 1, 4]
 
 
+def test_one_of_each_group_comes_before_a_second_of_any_whatever_its_cluster() -> None:
+    uncertainty = [0.9, 0.8, 0.7, 0.4, 0.3, 0.2]
+    groups: list[list[str | None]] = [["x", "x", "x", None, None, None]]
+    assert choose(uncertainty, [0, 0, 0, 1, 1, 1], groups, num_slices=5) == [0, 3, 4, 5, 1]
+
+
 def test_a_cluster_without_doubt_gets_no_turn() -> None:
     # Nine compete for three places: the sure cluster's slice is the tenth.
     uncertainty = [0.9 - 0.01 * place for place in range(9)] + [0.0]

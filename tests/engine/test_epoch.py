@@ -7,7 +7,13 @@ import pytest
 import torch
 
 from brainray.config import AugmentConfig, TrainConfig
-from brainray.engine.epoch import embed, measure_batch_statistics, num_steps, train_epoch
+from brainray.engine.epoch import (
+    EpochPlan,
+    embed,
+    measure_batch_statistics,
+    plan_epoch,
+    train_epoch,
+)
 from brainray.engine.recipe import build_average, build_optimizer, resolve_precision
 from brainray.engine.shard import (
     CachedImages,
@@ -43,9 +49,16 @@ def streamed(cached: SliceShard) -> SliceShard:
 
 
 def test_an_epoch_is_one_pass_over_the_unlabelled_slices_of_all_ranks() -> None:
-    assert num_steps(1000, 64, num_ranks=1) == math.ceil(1000 / 64)
-    assert num_steps(1000, 64, num_ranks=2) == math.ceil(1000 / 128)
-    assert num_steps(64, 64, num_ranks=1) == 1
+    assert plan_epoch(200, 1000, 64, num_ranks=1).num_steps == math.ceil(1000 / 64)
+    assert plan_epoch(200, 1000, 64, num_ranks=2).num_steps == math.ceil(1000 / 128)
+    assert plan_epoch(10, 64, 64, num_ranks=1) == EpochPlan(1, True, True)
+
+
+def test_a_few_unlabelled_slices_do_not_make_an_epoch() -> None:
+    """As of a data set that is labelled but for what nobody could tell."""
+    assert plan_epoch(3428, 0, 64, num_ranks=1) == EpochPlan(54, False, False)
+    assert plan_epoch(3428, 3, 64, num_ranks=1) == EpochPlan(54, True, False)
+    assert plan_epoch(3428, 3, 64, num_ranks=4) == EpochPlan(14, False, False)
 
 
 def train(

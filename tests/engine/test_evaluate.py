@@ -4,11 +4,13 @@ import math
 
 import numpy as np
 import pyarrow as pa
+import pytest
 import torch
 
 from brainray.config import VALIDATION_FIGURES, ClusteringConfig
 from brainray.engine.evaluate import (
     Predictions,
+    _standard_error,
     chosen_epoch,
     confusion_metrics,
     gather_predictions,
@@ -102,10 +104,11 @@ def test_the_score_is_balanced_accuracy_and_ties_go_to_the_lower_loss() -> None:
     assert math.isclose(metrics["validation/loss"], loss, rel_tol=1e-5)
     assert metrics["validation/head/balanced_accuracy"] == 0.75
     assert math.isclose(metrics["validation/score"], 0.75 - 1e-6 * loss)
-    # A sweep may choose by any of them but a count and a parameter of the calibration.
+    # A sweep may choose by any of them but a count, an error and a parameter of the calibration.
     assert metrics.keys() == {
         *VALIDATION_FIGURES,
         "validation/num_slices",
+        "validation/score_error",
         "validation/temperature",
     }
 
@@ -196,6 +199,26 @@ def test_the_last_epoch_that_is_about_as_good_as_the_best_is_chosen() -> None:
     # None of 40 slices is wrong: one of them does not make an epoch worse.
     assert chosen_epoch(history((64, 1.0), (64, 0.975), num_slices=40)) == 2
     assert chosen_epoch(history((64, 1.0), (64, 0.95), num_slices=40)) == 1
+
+
+def test_a_rare_class_makes_the_score_less_certain() -> None:
+    labels = np.repeat(np.arange(4), [100, 100, 100, 2])
+
+    def metrics(num_wrong: int) -> dict[str, float]:
+        """Where so many of the last slices are wrong."""
+        probabilities = np.eye(4, dtype=np.float32)[labels]
+        probabilities[len(labels) - num_wrong :] = [1, 0, 0, 0]
+        nobody = np.zeros((len(labels), 4), np.float32)
+        keys, classes = np.arange(len(labels)), np.arange(4)
+        return validation_metrics(
+            Predictions(keys, labels, probabilities, nobody, classes, nobody[:, 0], nobody)
+        )
+
+    sure, less = metrics(0), metrics(1)
+    assert sure["validation/score"] - less["validation/score"] == pytest.approx(0.125, abs=1e-3)
+    assert less["validation/score_error"] > 0.06  # of 302 slices alone it were 0.005
+    even = _standard_error(np.array([23, 22, 23, 24]), np.full(4, 25))
+    assert even == pytest.approx(np.sqrt(0.9038 * 0.0962 / 104), abs=5e-4)  # as of 92 of 100
 
 
 def test_an_epoch_with_smaller_slices_is_chosen_only_until_they_grow() -> None:

@@ -1,9 +1,11 @@
 """From configuration to the parts of training."""
 
+import pytest
 import torch
+from torch import nn
 
 from brainray.config import TrainConfig
-from brainray.engine.recipe import image_side
+from brainray.engine.recipe import build_optimizer, image_side
 from brainray.engine.shard import PixelScale
 
 
@@ -25,3 +27,15 @@ def test_resized_slices_are_area_averages() -> None:
     small = scale.to_unit(checks, 4)
     assert small.shape == (1, 1, 4, 4)
     torch.testing.assert_close(small[..., 1:-1, 1:-1], torch.full((1, 1, 2, 2), 0.5))
+
+
+@pytest.mark.parametrize(("warmup", "steps"), [(0.1, 5), (0.05, 19), (0.02, 49), (0.3, 1)])
+def test_a_schedule_of_any_length_has_a_rise_and_a_fall(warmup: float, steps: int) -> None:
+    config = TrainConfig(warmup_fraction=warmup, learning_rate=0.01)
+    optimizer, scheduler = build_optimizer(nn.Linear(2, 2), config, steps)
+    rates = []
+    for _ in range(steps):
+        rates += scheduler.get_last_lr()[:1]
+        optimizer.step()
+        scheduler.step()
+    assert all(0 < rate <= 0.01 for rate in rates)

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from brainray.errors import CheckpointError, ConfigError, DataError
 from brainray.orchestration.driver import TrainedRun
 from brainray.orchestration.evaluation import evaluate
 from brainray.orchestration.inference import _Embedder, find_predictor, predicted_blocks
-from brainray.orchestration.predict import Prediction, predict
+from brainray.orchestration.predict import Prediction, _begin, predict
 from brainray.orchestration.preparation import UNREADABLE
 from brainray.orchestration.source import SourceFile, find_images
 from brainray.schema import PREDICTED_FILES
@@ -189,6 +190,21 @@ def test_the_same_name_goes_on_with_what_is_missing(
         "part-000001.parquet",
         "part-000002.parquet",
     ]
+
+
+def test_another_model_under_the_same_name_does_not_go_on(
+    trained: TrainedRun, inbox: Path, tmp_path: Path
+) -> None:
+    """As after a run was deleted and trained anew."""
+    predictor = find_predictor(config_of(trained, inbox), "this test")
+    config, folder = config_of(trained, inbox, "name=retrained"), Folder(tmp_path / "predictions")
+    _begin(config, predictor, folder)
+    _begin(config, predictor, folder)
+    shutil.copytree(str(predictor.folder), tmp_path / "run" / "best")
+    (tmp_path / "run" / "best" / "model.pt").open("ab").write(b" ")
+    other = replace(predictor, folder=Folder(tmp_path / "run" / "best"))
+    with pytest.raises(ConfigError, match="weights: "):
+        _begin(config, other, folder)
 
 
 @pytest.mark.slow

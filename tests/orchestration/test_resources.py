@@ -48,6 +48,13 @@ def test_workers_that_share_a_gpu_share_its_cpus_too() -> None:
     assert plan([GPU_NODE], num_workers=1, gpus_per_worker=0.6).room == 1
 
 
+def test_a_head_without_cpus_to_give_takes_none_from_the_workers() -> None:
+    """As on Kubernetes."""
+    bare, node = {"memory": 1e9}, {"CPU": 16.0}
+    assert plan([bare, node]) == WorkerResources(1, 16, gpus_per_worker=0, room=1)
+    assert plan([{"CPU": 0.0}, node, node], num_workers=2).cpus_per_worker == 16
+
+
 def test_what_no_node_can_hold_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"64 workers .* has room for 2; lower"):
         plan([LAPTOP], num_workers=64)

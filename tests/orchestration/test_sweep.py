@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -16,7 +17,14 @@ from mlflow import MlflowClient
 from ray import tune
 
 from brainray.config import AugmentConfig, Config, load_config
-from brainray.errors import BrainrayError, ClusteringError, ConfigError, StorageError
+from brainray.errors import (
+    BrainrayError,
+    BusyError,
+    ClusteringError,
+    ConfigError,
+    RoomError,
+    StorageError,
+)
 from brainray.orchestration import trials
 from brainray.orchestration.lock import held
 from brainray.orchestration.run import Run
@@ -313,13 +321,34 @@ def test_a_trial_that_failed_is_not_the_best(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, "name=search", f"tune.space={json.dumps(SPACE)}")
     metric = config.tune.metric
     diverged, sound = (
-        Trial(name, None, {}, [{"epoch": 1.0, metric: value}], config.train, problem)
+        Trial(
+            name,
+            None,
+            {},
+            [{"epoch": 1.0, metric: value, "validation/num_slices": 9.0}],
+            config.train,
+            problem,
+        )
         for name, value, problem in (("a", 0.9, "epoch 2: the loss is NaN"), ("b", 0.8, None))
     )
     assert _ranked(config, [diverged, sound]) == [sound]
 
 
-def test_a_trial_is_not_to_blame_for_a_full_disk(
+def test_a_trial_counts_by_the_epoch_whose_model_it_keeps(tmp_path: Path) -> None:
+    score = "validation/score"
+    sizes_and_scores = ((64, 0.80), (64, 0.93), (128, 0.90), (128, 0.89))
+    history = [
+        {"epoch": float(n), "train/image_size": float(side), score: value, "validation/loss": 1 / n}
+        | {"validation/num_slices": 100.0, "validation/score_error": 0.03}
+        for n, (side, value) in enumerate(sizes_and_scores, start=1)
+    ]
+    trial = Trial("a", None, {}, history, tiny_config(tmp_path).train)
+    assert trial.chosen(score) == (0.89, 4)  # about as good as 0.90; 0.93 is of smaller slices
+    assert trial.chosen("validation/loss") == (0.25, 4)
+    assert replace(trial, history=[]).chosen(score) is None
+
+
+def test_a_trial_is_not_to_blame_for_what_passes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reported: list[dict[str, float]] = []
@@ -335,9 +364,10 @@ def test_a_trial_is_not_to_blame_for_a_full_disk(
 
         return begin
 
-    monkeypatch.setattr(trials, "begun_training", raising(StorageError("no space left")))
-    with pytest.raises(StorageError, match="no space left"):
-        run_trial({}, base=base, sweep="search")
+    for passing in (StorageError("no space left"), RoomError("2 workers do not"), BusyError("by")):
+        monkeypatch.setattr(trials, "begun_training", raising(passing))
+        with pytest.raises(type(passing), match=str(passing)):
+            run_trial({}, base=base, sweep="search")
     assert (failed.names(), reported) == ([], [])
     monkeypatch.setattr(trials, "begun_training", raising(ClusteringError("K is too small")))
     run_trial({}, base=base, sweep="search")
@@ -354,6 +384,7 @@ def test_the_table_while_it_runs_shows_every_trial_that_does(tmp_path: Path) -> 
         epoch = {
             "epoch": 1.0,
             "validation/score": 0.9 - 0.1 * number,
+            "validation/num_slices": 20.0,
             "time/epoch_s": 10.0,
             "time/images_per_s": 123.0,
             "train/image_size": 32.0,

@@ -27,7 +27,7 @@ from brainray.models.encoder import build_encoder
 from brainray.orchestration.data import preprocess
 from brainray.orchestration.driver import TrainedRun, _log_beginning, train
 from brainray.orchestration.evaluation import evaluate
-from brainray.orchestration.publish import config_to_track, publish
+from brainray.orchestration.publish import config_to_track, publish, tags_of_training
 from brainray.orchestration.rank_data import load_rank_data
 from brainray.orchestration.run import begin_run, open_run
 from brainray.orchestration.store import ImageStore
@@ -256,7 +256,7 @@ def test_test_slices_without_any_label_are_not_scored(
     monkeypatch.setattr(ImageStore, "index", lambda _: hidden)
     begun, _ = begin_run(config_of(storage, "hidden-labels"), store, num_workers=1)
     assert begun.folder.read_table("test.parquet").num_rows == 0
-    assert begun.test_paths() == set()
+    assert begun.test_paths() == store.test_paths() == set()
 
 
 def test_a_run_goes_on_where_what_is_done_with_it_has_changed(storage: Path) -> None:
@@ -275,6 +275,29 @@ def test_where_a_run_was_to_be_tracked_is_where_it_is_sent(storage: Path) -> Non
     other = config_of(storage, "tracked", "tracking.uri=http://other:5000")
     found = config_to_track(other, run).tracking
     assert (found.uri, found.experiment) == ("http://other:5000", "tumours")
+
+
+def test_a_run_is_sent_where_training_sent_it_and_says_what_trained_it(storage: Path) -> None:
+    store = ImageStore.open(Folder(storage) / "datasets" / "mri")
+    run, _ = begin_run(config_of(storage, "sent-elsewhere"), store, 1)
+    run.folder.write_json("tracking.json", {"uri": "http://server:5000"})
+    found = config_to_track(without_tracking(config_of(storage, "sent-elsewhere")), run).tracking
+    assert found.uri == "http://server:5000"
+    run.folder.write_json("tracking.json", {"uri": "sqlite:////gone/mlflow.db"})
+    found = config_to_track(without_tracking(config_of(storage, "sent-elsewhere")), run).tracking
+    assert found.uri == f"sqlite:///{storage}/mlflow.db"  # as the run's config says
+    run.folder.write_json_lines(
+        "provenance.jsonl", [{"git_revision": "a"}, {"git_revision": "b", "code_hash": "c"}]
+    )
+    assert tags_of_training(run) == {"brainray.git_revision": "b", "brainray.code_hash": "c"}
+
+
+def test_a_beginning_that_was_cut_leaves_no_fingerprints(storage: Path) -> None:
+    store = ImageStore.open(Folder(storage) / "datasets" / "mri")
+    (storage / "runs" / "begun-anew").mkdir()
+    (storage / "runs" / "begun-anew" / "seen_before.parquet").touch()
+    run, _ = begin_run(config_of(storage, "begun-anew"), store, 1)
+    assert not run.folder.exists("seen_before.parquet")
 
 
 def test_a_run_to_compare_with_is_looked_for_before_training(storage: Path) -> None:
