@@ -5,6 +5,7 @@ import sys
 
 from brainray.benchmarks.cases import CASES
 from brainray.config import load_config
+from brainray.errors import ConfigError
 from brainray.orchestration.job import JobResult, run_command
 
 DESCRIPTION = """
@@ -39,6 +40,9 @@ def parser() -> argparse.ArgumentParser:
 
 def work(arguments: argparse.Namespace) -> JobResult:
     overrides = [item for group in arguments.set for item in group]
+    for key in ("source", "storage"):
+        if any(item.partition("=")[0].strip() == key for item in overrides):
+            raise ConfigError(f"give --{key} DIR, not --set {key}=DIR: a benchmark reads that")
     config = load_config(arguments.config, overrides)
     from brainray.benchmarks.runner import run_case
 

@@ -62,13 +62,14 @@ def leakage_report(
     by_class = {
         name: dict(sorted(Counter(labels[of].tolist()).items())) for name, of in subsets.items()
     }
+    _, look = distinct_rows(looks)
     return {
         "levels": LEVELS,
         "num_test": {name: int(of.sum()) for name, of in subsets.items()},
         "num_test_by_class": by_class,
         "across_splits": _across(test, train, exposed),
-        "within_train": _within(table, looks, pairs, TRAIN),
-        "within_test": _within(table, looks, pairs, TEST),
+        "within_train": _within(table, look, pairs, TRAIN),
+        "within_test": _within(table, look, pairs, TEST),
         "label_conflicts": [
             place | {"label": label, "duplicate_group_id": group}
             for place, label, group in zip(
@@ -103,9 +104,12 @@ def _across(test: pa.Table, train: pa.Table, exposed: Exposure) -> dict[str, lis
 
 
 def _within(
-    table: pa.Table, looks: Rows, pairs: DuplicatePairs, split: str
+    table: pa.Table, look: NDArray[np.int64], pairs: DuplicatePairs, split: str
 ) -> dict[str, list[dict[str, Any]]]:
-    """Each slice of the split that copies an earlier one of it, by level."""
+    """Each slice of the split that copies an earlier one of it, by level.
+
+    Rows with the same ``look``, (N,), have equal fingerprints.
+    """
     places, twins = _places(table, "path"), _places(table, "twin")
     digests, frames = table["sha256"].to_pylist(), table["frame"].to_pylist()
     inside = np.array([of == split for of in table["split"].to_pylist()], dtype=np.bool_)
@@ -116,7 +120,7 @@ def _within(
         if original != row:
             exact.append(places[row] | twins[original])
     found: dict[str, dict[int, dict[str, Any]]] = {"near": {}, "turned": {}}
-    for one, other, kind, similarity in _links_of(np.flatnonzero(inside), looks, pairs):
+    for one, other, kind, similarity in _links_of(np.flatnonzero(inside), look, pairs):
         if digests[one] == digests[other]:
             continue  # the same bytes, or another slice of the volume
         about = {"kind": KINDS[kind], "similarity": round(similarity, 6)}
@@ -128,17 +132,16 @@ def _within(
 
 
 def _links_of(
-    rows: NDArray[np.int64], looks: Rows, pairs: DuplicatePairs
+    rows: NDArray[np.int64], look: NDArray[np.int64], pairs: DuplicatePairs
 ) -> list[tuple[int, int, int, float]]:
     """(earlier row, later row, kind, similarity) of near-duplicates among these rows.
 
     Of equal fingerprints ``pairs`` links the first alone to others, which may be none of the rows:
     here all of them are linked to the first of the rows. Earlier partners come first.
     """
-    _, position = distinct_rows(looks)
     alike: dict[int, list[int]] = defaultdict(list)
     for row in rows.tolist():
-        alike[int(position[row])].append(row)
+        alike[int(look[row])].append(row)
     links = [(equal[0], other, COPY, 1.0) for equal in alike.values() for other in equal[1:]]
     for first, second, kind, similarity in zip(
         pairs.first.tolist(),
@@ -147,9 +150,9 @@ def _links_of(
         pairs.similarity.tolist(),
         strict=True,
     ):
-        if position[first] == position[second]:
+        if look[first] == look[second]:
             continue
-        ends = alike.get(int(position[first])), alike.get(int(position[second]))
+        ends = alike.get(int(look[first])), alike.get(int(look[second]))
         for here, there in (ends, ends[::-1]):
             if here and there:
                 links += [(here[0], row, kind, similarity) for row in there if here[0] < row]
