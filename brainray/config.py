@@ -608,9 +608,9 @@ class Config(_Section):
     """What jobs read; ``--help`` tells which settings are a job's own."""
 
     name: PlainName | None = None
-    """Name of what this job makes; the same name resumes."""
+    """Name of what this job makes; the same name resumes (an evaluation or export is replaced)."""
     dataset: PlainName | None = None
-    """Name of the image store that training reads."""
+    """Name of the image store that training reads; the pipeline's is its ``name`` by default."""
     run: PlainName | None = None
     """Name of the run that is evaluated, predicts, is labelled for, exported, reported or sent."""
     checkpoint: Location | None = None

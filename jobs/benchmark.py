@@ -25,7 +25,9 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument("case", choices=sorted(CASES), metavar="CASE", help="see below")
-    made.add_argument("--quick", action="store_true", help="smaller sizes, under 5 minutes")
+    made.add_argument(
+        "--quick", action="store_true", help="smaller sizes (labels: fewer trainings)"
+    )
     made.add_argument("--source", metavar="DIR", help="real slices; else phantoms, if they do")
     made.add_argument("--seed", type=int, default=0, help="of all that is drawn [0]")
     made.add_argument("--config", metavar="FILE", help="settings of cases that train or judge runs")
