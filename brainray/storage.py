@@ -227,6 +227,22 @@ class Folder:
         self.move_to(target, last)
         target._aside().delete()
 
+    @contextlib.contextmanager
+    def rebuilt(self, last: str) -> Iterator["Folder"]:
+        """An empty folder to fill, which takes the place of this one when the block has ended well.
+
+        Of a block that fails nothing is left. ``last`` is the file that makes the folder complete.
+        """
+        self.restore()
+        building = self.parent / f".{self.name}.building"
+        building.delete()
+        try:
+            yield building
+            building.replace(self, last)
+        except BaseException:
+            building.delete()
+            raise
+
     def restore(self) -> None:
         """Put back what an interrupted ``replace`` has left aside."""
         aside = self._aside()

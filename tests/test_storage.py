@@ -71,6 +71,19 @@ def test_moving_needs_no_parent(tmp_path: Path) -> None:
     assert not source.exists()
 
 
+def test_a_folder_is_rebuilt_whole_or_not_at_all(tmp_path: Path) -> None:
+    folder = Folder(tmp_path) / "kept"
+    with folder.rebuilt("last") as building:
+        building.write_bytes("last", b"1")
+    with pytest.raises(DataError, match="leads out"), folder.rebuilt("last") as building:
+        building.write_bytes("../last", b"2")
+    assert folder.read_bytes("last") == b"1"
+    with folder.rebuilt("last") as building:
+        building.write_bytes("last", b"3")
+    assert folder.read_bytes("last") == b"3"
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
 def test_a_relative_path_and_a_missing_file_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="relative/path"):
         Folder("relative/path")

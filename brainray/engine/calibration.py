@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
+from scipy.special import softmax
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 _MAX_LOG_TEMPERATURE = math.log(20.0)
@@ -31,8 +32,7 @@ def fit_temperature(probabilities: NDArray[np.floating], labels: NDArray[np.int6
 def temper(probabilities: NDArray[np.floating], temperature: float) -> NDArray[np.float64]:
     """softmax(log p / T), (N, C), of probabilities p (N, C)."""
     scaled = np.log(probabilities.astype(np.float64).clip(1e-12)) / temperature
-    powers = np.exp(scaled - scaled.max(axis=1, keepdims=True))
-    return np.asarray(powers / powers.sum(axis=1, keepdims=True))
+    return np.asarray(softmax(scaled, axis=1))
 
 
 def calibration_error(probabilities: NDArray[np.floating], labels: NDArray[np.int64]) -> float:

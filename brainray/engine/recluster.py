@@ -1,5 +1,6 @@
 """The re-clustering that closes an epoch and opens the next: PCA, K-means, Gaussian mixture."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -8,11 +9,13 @@ from torch import Tensor, nn
 
 from brainray import dist
 from brainray.clustering.align import cluster_to_class, match_components
+from brainray.clustering.collapse import ClusteringHealth, check_collapse, measure_health
 from brainray.clustering.gmm import GaussianMixture
 from brainray.clustering.kmeans import KMeans
 from brainray.clustering.pca import PCA
 from brainray.config import ClusteringConfig
 from brainray.errors import ClusteringError
+from brainray.log import Log
 
 _INITIAL_RESTARTS = 10
 
@@ -140,6 +143,49 @@ def recluster(
         gmm_iterations=int(model.gmm.n_iter_),
         num_reseeded=start.num_reseeded + int(model.gmm.num_reseeded_),
     )
+
+
+def recluster_in_health(
+    attempt: Callable[[bool], Reclustering],
+    z: Tensor,
+    previous_responsibilities: Tensor,
+    config: ClusteringConfig,
+    *,
+    where: str,
+    say: Log,
+) -> tuple[Reclustering, ClusteringHealth, bool]:
+    """Re-cluster; what a collapse does, ``clustering.on_collapse`` says (collective).
+
+    Args:
+        attempt: re-clusters, from the last centres or, where it is given True, anew.
+        z: (n, E), this rank's embeddings that are clustered.
+        previous_responsibilities: (n, K).
+        config: the limits, and what a collapse does.
+        where: epoch or round, for messages.
+        say: tells, on the first rank, of a collapse that does not stop the run.
+
+    Returns:
+        The re-clustering, its health, and whether it has collapsed and goes on all the same.
+
+    Raises:
+        ClusteringError: on every rank alike, where it has collapsed, and so when reseeded.
+    """
+    for anew in (False, True):
+        found = attempt(anew)
+        health = measure_health(z, found.responsibilities, previous_responsibilities)
+        try:
+            check_collapse(health, max_share=config.max_cluster_share, min_spread=config.min_spread)
+        except ClusteringError as problem:
+            collapse = f"{where}{', also reseeded' if anew else ''}: {problem}"
+        else:
+            return found, health, False
+        if config.on_collapse == "stop":
+            break
+        if dist.rank() == 0:
+            say(f"{config.on_collapse}: {collapse}")
+        if config.on_collapse == "warn":
+            return found, health, True
+    raise ClusteringError(collapse)
 
 
 class _Start(NamedTuple):

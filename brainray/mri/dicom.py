@@ -133,7 +133,7 @@ def _check_announced_size(dataset: Dataset, options: DecodeOptions) -> int:
 
 def _subject(dataset: Dataset, salt: bytes) -> str | None:
     patient = str(dataset.get("PatientID") or "").strip()
-    if not names_nobody(patient.strip("0")):
+    if patient.strip("0") and not names_nobody(patient):
         return subject_hash("patient", patient, salt)
     # A study is one patient's and holds several series: the wider of the two.
     for keyword in ("StudyInstanceUID", "SeriesInstanceUID"):
@@ -186,8 +186,8 @@ def _to_grayscale(
     interpretation = properties["photometric_interpretation"]
     if interpretation == "PALETTE COLOR":
         colours = apply_color_lut(pixels, dataset)
-        is_wide = colours.dtype.itemsize > 1 and colours.max() > 255  # some keep 8 bits in words
-        return _luminance(colours, bits=8 * colours.dtype.itemsize if is_wide else 8)
+        bits = 8 * colours.dtype.itemsize
+        return _luminance(colours, bits=8 if bits > 8 and _keeps_bytes(dataset) else bits)
     if pixels.ndim == 3:
         return _luminance(pixels, bits=int(properties["bits_stored"]))
     attributes = _attributes(dataset, "PixelValueTransformationSequence", index)
@@ -217,12 +217,20 @@ def _is_padding(pixels: NDArray[Any], dataset: Dataset) -> NDArray[np.bool_]:
 
     Source: DICOM PS3.3, C.7.5.1.1.2.
     """
-    value = dataset.get("PixelPaddingValue")
-    if value is None:
-        return np.zeros(pixels.shape, dtype=np.bool_)
-    limit = dataset.get("PixelPaddingRangeLimit")
-    low, high = sorted((int(value), int(value if limit is None else limit)))
-    return np.asarray((pixels >= low) & (pixels <= high))
+    value, limit = (
+        _first(dataset, name) for name in ("PixelPaddingValue", "PixelPaddingRangeLimit")
+    )
+    low, high = sorted((value, value if math.isnan(limit) else limit))
+    return np.asarray((pixels >= low) & (pixels <= high))  # nowhere where there is no value
+
+
+def _keeps_bytes(dataset: Dataset) -> bool:
+    """Whether the entries of a palette of 16 bits are of 8, as some write them."""
+    tables = [
+        np.frombuffer(dataset.get(f"{colour}PaletteColorLookupTableData") or b"", np.uint16)
+        for colour in ("Red", "Green", "Blue")
+    ]
+    return max((int(table.max()) for table in tables if len(table)), default=2**16) <= 255
 
 
 def _luminance(colours: NDArray[Any], *, bits: int) -> NDArray[np.uint8]:

@@ -6,7 +6,7 @@ groups of an order that does not depend on the fraction, a smaller draw lies wit
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -21,25 +21,38 @@ def draw_test(
     labels: Sequence[str | None],
     groups: Sequence[str],
     generations: Sequence[int] | None = None,
+    before: Mapping[str, bool] | None = None,
     *,
     fraction: float,
     seed: int,
 ) -> NDArray[np.bool_]:
     """Whether each slice is held out for testing: about ``fraction`` of every class, whole groups.
 
-    Of a class with two groups or more, one at least is held out and one is not; a single one is
-    not. Unlabelled slices are drawn like a class of their own. ``generations`` as in
-    ``draw_roles``.
+    Of a class with two groups or more, one at least is held out and one is not, as far as those
+    allow that were drawn ``before``; a single one is not. Unlabelled slices are drawn like a class
+    of their own.
+
+    Args:
+        labels: of each slice; None where unknown.
+        groups: of each slice, drawn as a whole.
+        generations: as in ``draw_roles``.
+        before: whether a group was held out when it was drawn, by its name; it stays so.
+        fraction: of the slices of a class.
+        seed: of the hash order.
     """
-    drawn = np.zeros(len(labels), dtype=np.bool_)
+    before = before or {}
+    held_out = np.array([before.get(group, False) for group in groups], dtype=np.bool_)
     by_class = _groups_by_class(labels, groups, generations, purpose="test", seed=seed)
     for members in by_class.values():
-        in_order = sorted(members, key=lambda group: group.place)
-        num_below = sum(group.place < fraction for group in in_order)
-        num_held_out = min(max(num_below, 1), len(in_order) - 1)
-        for group in in_order[:num_held_out]:
-            drawn[group.slices] = True
-    return drawn
+        decided = [before[name] for g in members if (name := groups[g.slices[0]]) in before]
+        new = [group for group in members if groups[group.slices[0]] not in before]
+        new.sort(key=lambda group: group.place)
+        num_below = sum(group.place < fraction for group in new)
+        at_least = int(not any(decided) and len(members) > 1)
+        at_most = len(new) - int(all(decided))
+        for group in new[: min(max(num_below, at_least), at_most)]:
+            held_out[group.slices] = True
+    return held_out
 
 
 def draw_roles(

@@ -65,8 +65,7 @@ def preprocess(config: Config, log: Log = print) -> ImageStore:
     if config.name is None or config.source is None:
         raise ConfigError("preprocessing needs --set name=NAME source=DIR")
     source = Folder(config.source)
-    datasets = Folder(config.storage) / layout.DATASETS
-    target, building = datasets / config.name, datasets / f".{config.name}.building"
+    target = Folder(config.storage) / layout.DATASETS / config.name
     labels = None if config.labels is None else Folder(config.labels)
     listing = list_source(source, labels, config.classes.map)
     drawn = config.split.mode == "grouped" or not any(file.split for file in listing.files)
@@ -74,20 +73,15 @@ def preprocess(config: Config, log: Log = print) -> ImageStore:
     with held(Folder(config.storage), layout.DATASETS, config.name, log):
         previous = _previous_store(target, settings)
         is_same = previous is not None and previous.manifest["listing"] == listing.fingerprint
-        if previous is not None and is_same and not _may_be_readable_now(previous):
+        if previous is not None and is_same and not _may_change(previous):
             log(f"image store {target}: made with the same settings and files, reused")
             return previous
         ignored = (
             f"; {listing.num_ignored} of other types are ignored" if listing.num_ignored else ""
         )
         log(f"preprocessing {len(listing.files)} files of {source}{ignored}")
-        building.delete()
-        try:
+        with target.rebuilt(layout.MANIFEST) as building:
             manifest = _build(config, listing, settings, previous, building, log)
-            building.replace(target, last=layout.MANIFEST)
-        except BaseException:
-            building.delete()
-            raise
     store = ImageStore(target, manifest)
     log(describe(store))
     log(store.folder.read_bytes(layout.LEAKAGE_TABLE).decode())
@@ -157,9 +151,12 @@ class _Clock:
         self._last = now
 
 
-def _may_be_readable_now(store: ImageStore) -> bool:
-    """Whether files were rejected that a mount, a network or a writer may have kept from us."""
-    return not set(store.manifest["rejected_reasons"]).isdisjoint({UNREADABLE, CHANGED})
+def _may_change(store: ImageStore) -> bool:
+    """Whether files were rejected that a mount, a network or a writer may have kept from us, or
+    an earlier version has kept a table's subjects in clear.
+    """
+    unread = not set(store.manifest["rejected_reasons"]).isdisjoint({UNREADABLE, CHANGED})
+    return unread or "subject_sources" not in store.manifest
 
 
 def _previous_store(target: Folder, settings: dict[str, Any]) -> ImageStore | None:

@@ -107,27 +107,26 @@ def _evaluate(
         "num_ignored_files": float(num_ignored),
         "epoch": float(checkpoint.epoch),
     }
-    target.restore()
-    folder = target.parent / f".{target.name}.building"
-    folder.delete()
-    folder.write_table(layout.PREDICTIONS, predictions)
-    folder.write_table(layout.REJECTED, rejected)
-    folder.write_json(layout.EVALUATION_METRICS, metrics)
-    draw_evaluation_figures(folder, predictions, checkpoint.classes)
-    write_evaluation_page(
-        folder,
-        predictions,
-        rejected,
-        checkpoint.classes,
-        config.evaluation,
-        metrics,
-        about_software() | {"model": str(predictor.folder), "source": str(config.source)},
-        to_yaml(config.model_copy(update={"preprocess": predictor.preprocess})),
-        _explained(predictions, config, predictor, log),
-    )
     if target.exists():
         log(f"{target}: the evaluation of that name is replaced")
-    folder.replace(target, last=layout.EVALUATION_METRICS)
+    explained = _explained(predictions, config, predictor, log)
+    with target.rebuilt(layout.EVALUATION_METRICS) as folder:
+        folder.write_table(layout.PREDICTIONS, predictions)
+        folder.write_table(layout.REJECTED, rejected)
+        folder.write_json(layout.EVALUATION_METRICS, metrics)
+        draw_evaluation_figures(folder, predictions, checkpoint.classes)
+        write_evaluation_page(
+            folder,
+            target.name,
+            predictions,
+            rejected,
+            checkpoint.classes,
+            config.evaluation,
+            metrics,
+            about_software() | {"model": str(predictor.folder), "source": str(config.source)},
+            to_yaml(config.model_copy(update={"preprocess": predictor.preprocess})),
+            explained,
+        )
     return Evaluation(target, metrics, checkpoint.classes)
 
 

@@ -31,7 +31,6 @@ from brainray.orchestration.publish import (
     begin_tracking,
     code_hash,
     config_to_track,
-    tags_of_training,
 )
 from brainray.orchestration.run import Run, open_run, read_run_info
 from brainray.report.model_card import CardFacts, model_card
@@ -192,18 +191,15 @@ def _figures(run: Run | None, predictor: Predictor) -> Metrics:
 
 def _put(local: Path, target: Folder) -> None:
     """All files at once in the place of an earlier export."""
-    target.restore()
-    building = target.parent / f".{target.name}.building"
-    building.delete()
-    for path in sorted(local.rglob("*")):
-        if path.is_file():
-            building.write_bytes(path.relative_to(local).as_posix(), path.read_bytes())
-    building.replace(target, last=layout.CARD)
+    with target.rebuilt(layout.CARD) as building:
+        for path in sorted(local.rglob("*")):
+            if path.is_file():
+                building.write_bytes(path.relative_to(local).as_posix(), path.read_bytes())
 
 
 def _register(config: Config, run: Run, served: ServedFiles, log: Log) -> str | None:
     """Log the model to the run's own MLflow run and register it."""
-    tracking = begin_tracking(config_to_track(config, run), run, log, tags_of_training(run))
+    tracking = begin_tracking(config_to_track(config, run), run, log)
     tracking.mlflow.log_model(served, config.registry.name)
     tracking.tracker.finish()
     log(f"registered as {config.registry.name}")

@@ -26,6 +26,7 @@ from brainray.errors import ConfigError, DataError
 from brainray.log import Log
 from brainray.models.encoder import local_state
 from brainray.models.features import PIXELS, build_feature_encoder, num_features
+from brainray.mri.identity import content_hash
 from brainray.mri.resize import stretch
 from brainray.orchestration.lock import held
 from brainray.orchestration.resources import alive_nodes, plan_actors
@@ -104,7 +105,7 @@ def read_weights(config: Config, feature: FeatureConfig) -> Weights:
         folder = open_run(Folder(config.storage), name).folder / layout.BEST
         return weights_from(folder, layout.MODEL)
     path = Path(feature.weights)
-    return Weights(local_state(path), _file_hash(path.read_bytes()))
+    return Weights(local_state(path), content_hash(path.read_bytes()))
 
 
 def weights_from(folder: Folder, name: str) -> Weights:
@@ -113,7 +114,7 @@ def weights_from(folder: Folder, name: str) -> Weights:
     with tempfile.TemporaryDirectory() as temporary:
         copy = Path(temporary, name)
         copy.write_bytes(content)
-        return Weights(local_state(copy), _file_hash(content))
+        return Weights(local_state(copy), content_hash(content))
 
 
 def check_feature(store: ImageStore, name: str, feature: FeatureConfig, weights: Weights) -> int:
@@ -194,11 +195,9 @@ def _extract(
     target: Folder,
     log: Log,
 ) -> FeatureStore:
-    """Whole or not at all; ``made_by`` begins the manifest."""
-    building = target.parent / f".{target.name}.building"
-    building.delete()
+    """``made_by`` begins the manifest."""
     started = time.monotonic()
-    try:
+    with target.rebuilt(layout.MANIFEST) as building:
         num_rows = _write_parts(config, store, feature, weights, seed, building / layout.PARTS)
         expected = store.index().num_rows
         if num_rows != expected:
@@ -209,11 +208,6 @@ def _extract(
         seconds = time.monotonic() - started
         manifest = made_by | {"num_rows": num_rows, "seconds": round(seconds, 2)}
         building.write_json(layout.MANIFEST, manifest)
-        target.delete()
-        building.move_to(target, last=layout.MANIFEST)
-    except BaseException:
-        building.delete()
-        raise
     log(f"features {target}: {num_rows} slices in {seconds:.0f} s")
     return FeatureStore(target, manifest)
 
@@ -221,10 +215,6 @@ def _extract(
 def content_key(made_by: Mapping[str, Any]) -> str:
     """Twelve hex digits of plain values, in whatever order they are given."""
     return hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def _file_hash(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
 
 
 def _write_parts(

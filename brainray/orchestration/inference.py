@@ -16,6 +16,7 @@ from brainray.config import Config, PreprocessConfig
 from brainray.engine.slice_model import SliceModel, use_all_threads
 from brainray.engine.state import Checkpoint, load_checkpoint
 from brainray.errors import CheckpointError, ConfigError
+from brainray.mri.identity import content_hash
 from brainray.orchestration.preparation import subject_salt
 from brainray.orchestration.resources import alive_nodes, plan_actors
 from brainray.orchestration.run import Run, open_run, read_run_info
@@ -101,7 +102,10 @@ def find_predictor(config: Config, purpose: str) -> Predictor:
 def default_name(config: Config, predictor: Predictor) -> str:
     """Of what is made of ``config.source``: RUN-on-FOLDER, of plain characters."""
     folder = Folder(str(config.source)).path.rpartition("/")[2]
-    return re.sub(r"[^\w.-]+", "-", f"{predictor.run_folder.name}-on-{folder}", flags=re.ASCII)
+    plain = re.sub(r"[^\w.-]+", "-", folder, flags=re.ASCII)
+    if plain != folder:  # two such folders must not have one name
+        plain = f"{plain}-{content_hash(folder.encode())[:6]}"
+    return f"{predictor.run_folder.name}-on-{plain}"
 
 
 def _checkpoint_folder(run: Run, epoch: int | None) -> Folder:

@@ -41,7 +41,6 @@ TRAINING_SECTIONS = (
 """Sections of the config that training on a store reads: for ``--help`` of the jobs that train."""
 
 _DASHBOARD_VARIABLE = "RAY_API_SERVER_ADDRESS"
-_USUAL_DASHBOARD_PORT = 8265
 
 # What Ray Data appends to the message of whatever a task raises.
 _RAYS_ADVICE = re.compile(r"\nFailed to .+ after \d+/\d+ attempts")
@@ -271,7 +270,8 @@ def init_ray(**options: Any) -> None:
     """
     import ray
 
-    port = _dashboard_port()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]  # not the usual one: others may take that meanwhile
     before = os.environ.get(_DASHBOARD_VARIABLE)
     os.environ[_DASHBOARD_VARIABLE] = f"http://127.0.0.1:{port}"
     try:
@@ -281,14 +281,6 @@ def init_ray(**options: Any) -> None:
             del os.environ[_DASHBOARD_VARIABLE]
         else:
             os.environ[_DASHBOARD_VARIABLE] = before
-
-
-def _dashboard_port() -> int:
-    """Ray's usual one, or a free one where another Ray has that."""
-    for port in (_USUAL_DASHBOARD_PORT, 0):
-        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)) as listener:
-            return int(listener.getsockname()[1])
-    raise RuntimeError("no port is free for Ray's dashboard")
 
 
 def _fail(name: str, error: Exception | Terminated) -> int:

@@ -99,7 +99,7 @@ def own_ray_head(say: Log, *, num_cpus: int | None = None) -> Iterator[RayHead]:
         with _undisturbed():
             if process is not None:
                 say("stopping our Ray head")
-                _end_processes(process, token)
+                _end_processes(process, token, say)
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -265,7 +265,7 @@ def _exit_code(head: RayHead, submission_id: str, submit_code: int) -> int:
         return submit_code  # it never ran, or Ray is gone
 
 
-def _end_processes(head: subprocess.Popen[bytes], token: str) -> None:
+def _end_processes(head: subprocess.Popen[bytes], token: str, say: Log) -> None:
     """End the head in order, then, by their ids, all that is left of what it started."""
     if head.poll() is None:
         head.terminate()
@@ -277,7 +277,7 @@ def _end_processes(head: subprocess.Popen[bytes], token: str) -> None:
                 process.kill()
     head.wait()
     for process in _wait_until_gone(_family(head, token), timeout_s=5):
-        print(f"demo: process {process.pid} does not end", file=sys.stderr)
+        say(f"process {process.pid} does not end")
 
 
 def _family(head: subprocess.Popen[bytes], token: str) -> list[psutil.Process]:

@@ -33,7 +33,7 @@ from brainray.orchestration.leakage import leakage_report
 from brainray.orchestration.preparation import named_subject, subject_salt
 from brainray.orchestration.source import Listing, renaming_advice
 from brainray.orchestration.store import count_by_split_and_class
-from brainray.schema import DUPLICATES, ESTIMATED, NAMED, TABLE, TEST, TRAIN, VOLUME
+from brainray.schema import DUPLICATES, ESTIMATED, HEADER, NAMED, TABLE, TEST, TRAIN, VOLUME
 from brainray.storage import Folder
 
 
@@ -124,7 +124,7 @@ def plan_store(
     ):
         table = table.append_column(name, pa.array(column, kind))
     rows = table.filter(pa.array(kept))
-    classes = _check_classes(rows)
+    classes = _check_classes(rows, is_update=earlier.generation > 0)
     duplicates = _duplicates_table(table, kept, first_copy, also_turned, pairs)
     told = table.set_column(table.column_names.index("label"), "label", pa.array(labels))
     return StorePlan(
@@ -207,7 +207,7 @@ def _subjects(
             "patients have several, name them in a labels table (path,label,subject)"
         )
     if any(given) or not config.preprocess.subject.estimate:
-        return _as_tables_name_them(given, sources, headers), sources
+        return _as_tables_name_them(given, sources, headers)
     ids = accepted["sample_id"].to_pylist()
     estimated = estimate_subjects(looks, ids, groups, config.preprocess.subject)
     before = _was(ids, earlier, column="subject_id")
@@ -218,17 +218,21 @@ def _subjects(
 
 def _as_tables_name_them(
     given: list[str | None], sources: list[str | None], headers: list[str | None]
-) -> list[str | None]:
-    """With the table's name for all slices of a patient of whom it names some.
+) -> tuple[list[str | None], list[str | None]]:
+    """Subjects and sources, with the table's name for all slices of a patient of whom it has some.
 
-    A header's name that stands for several of the table's is none (what de-identification leaves).
+    A header's name that the table has several for (as de-identification leaves one) stays.
     """
     names: dict[str, set[str]] = {}
     for subject, source, header in zip(given, sources, headers, strict=True):
         if source == TABLE and header is not None and subject is not None:
             names.setdefault(header, set()).add(subject)
     known = {header: min(found) for header, found in names.items() if len(found) == 1}
-    return [subject if subject is None else known.get(subject, subject) for subject in given]
+    renamed = [
+        (known[header], TABLE) if source == HEADER and header in known else (subject, source)
+        for subject, source, header in zip(given, sources, headers, strict=True)
+    ]
+    return [subject for subject, _ in renamed], [source for _, source in renamed]
 
 
 def _official_splits(
@@ -284,20 +288,20 @@ def _drawn_splits(
     slice on either side, all are held out.
     """
     rows = np.flatnonzero(kept).tolist()
+    was_held_out: dict[str, bool] = {}
+    for group, split in zip(split_groups, held_before, strict=True):
+        if split is not None:
+            was_held_out[group] = was_held_out.get(group, False) or split == TEST
     is_test = draw_test(
         [labels[row] for row in rows],
         [split_groups[row] for row in rows],
         [generations[row] for row in rows],
+        was_held_out,
         fraction=config.split.test_fraction,
         seed=config.split.seed,
     )
-    of_group = {
-        split_groups[row]: TEST if held_out else TRAIN
-        for row, held_out in zip(rows, is_test, strict=True)
-    }
-    of_group |= {g: TRAIN for g, was in zip(split_groups, held_before, strict=True) if was == TRAIN}
-    of_group |= {g: TEST for g, was in zip(split_groups, held_before, strict=True) if was == TEST}
-    return [of_group[group] for group in split_groups]
+    of_group = {split_groups[row]: bool(flag) for row, flag in zip(rows, is_test, strict=True)}
+    return [TEST if of_group[group] else TRAIN for group in split_groups]
 
 
 def _twins_of_test(groups: list[str], splits: list[str]) -> NDArray[np.bool_]:
@@ -368,13 +372,18 @@ def _duplicates_table(
     return pa.Table.from_pylist(found, schema=DUPLICATES)
 
 
-def _check_classes(rows: pa.Table) -> list[str]:
+def _check_classes(rows: pa.Table, *, is_update: bool) -> list[str]:
     """The training classes; a test class that training lacks could never be predicted."""
     by_split = {
         split: set(rows.filter(pc.equal(rows["split"], split))["label"].to_pylist()) - {None}
         for split in (TRAIN, TEST)
     }
     unknown = sorted(by_split[TEST] - by_split[TRAIN])
+    if unknown and is_update:
+        raise DataError(
+            f"all slices of class {', '.join(map(repr, unknown))} are of subjects that the store "
+            "holds out for testing: label some of the others, or draw anew under another name"
+        )
     if unknown and by_split[TRAIN]:
         raise DataError(
             f"the test slices have class {', '.join(map(repr, unknown))}, the training slices have "
@@ -415,9 +424,7 @@ def _statistics(
         "num_slices": count_by_split_and_class(rows),
         "num_removed_copies": int(pc.sum(duplicates["removed"]).as_py() or 0),
         "skull_strip_used": dict(sorted(Counter(rows["skull_strip"].to_pylist()).items())),
-        "subject_source": next(
-            iter(sorted(set(rows["subject_source"].to_pylist()) - {None})), None
-        ),
+        "subject_sources": sorted(set(rows["subject_source"].to_pylist()) - {None}),
         "pixel_mean": mean,
         "pixel_std": max(square - mean * mean, 1e-8) ** 0.5,
         "data_hash": hashlib.sha256(identity.encode()).hexdigest()[:12],

@@ -26,7 +26,7 @@ from brainray.orchestration.lock import held
 from brainray.orchestration.preparation import CHANGED, UNREADABLE
 from brainray.orchestration.publish import code_hash
 from brainray.orchestration.source import FoundFile, SourceFile, find_images
-from brainray.orchestration.store import differing_settings, with_defaults
+from brainray.orchestration.store import differing_settings
 from brainray.schema import PREDICTED_FILES
 from brainray.storage import Folder
 
@@ -101,9 +101,7 @@ def _begin(config: Config, predictor: Predictor, folder: Folder) -> None:
     if not folder.exists(_SETTINGS):
         folder.write_json(_SETTINGS, settings)
         return
-    # Predictions begun before weights were recorded are gone on with.
-    begun_with = with_defaults(folder.read_json(_SETTINGS), {"weights": settings["weights"]})
-    difference = differing_settings(begun_with, settings)
+    difference = differing_settings(folder.read_json(_SETTINGS), settings)
     if difference:
         raise ConfigError(
             f"the predictions {folder} were made otherwise ({difference}): choose another name"

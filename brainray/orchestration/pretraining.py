@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,11 +27,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from brainray import dist, layout
-from brainray.clustering.collapse import ClusteringHealth, check_collapse, measure_health
 from brainray.clustering.seeding import seed_of
 from brainray.config import Config, FeatureConfig, parse_config
 from brainray.engine.recipe import build_optimizer, resolve_precision
-from brainray.engine.recluster import ClusterModel, Reclustering
+from brainray.engine.recluster import ClusterModel, Reclustering, recluster_in_health
 from brainray.engine.self_supervised import (
     Convergence,
     Groups,
@@ -43,7 +43,7 @@ from brainray.engine.self_supervised import (
     pretext_epoch,
 )
 from brainray.engine.shard import CachedImages, Images, sample_keys
-from brainray.errors import BrainrayError, ClusteringError, DivergenceError
+from brainray.errors import BrainrayError, DivergenceError
 from brainray.log import Log
 from brainray.models.features import build_feature_encoder
 from brainray.models.pretext import PretextModel
@@ -240,8 +240,8 @@ def _made_by(
         "seed": seed,
     }
     if is_refined:
-        settings = config.clustering.model_dump(mode="json", exclude={"on_collapse"})
-        made_by["clustering"] = settings
+        settings = config.clustering.model_dump(mode="json")
+        made_by["clustering"] = settings | {"on_collapse": "stop"}  # changes no finished encoder
     return made_by
 
 
@@ -368,7 +368,14 @@ class _Learner:
             number = len(changes) + 1
             losses = self._train_round(number, SoftTargets(responsibilities, self.clusters.centers))
             z = self._embed()
-            found, health = self._cluster_in_health(z, self.clusters, responsibilities, number)
+            found, health, _ = recluster_in_health(
+                partial(self._cluster, z, responsibilities, number),
+                z,
+                responsibilities,
+                self.config.clustering,
+                where=f"round {number}",
+                say=lambda line: print(line, flush=True),
+            )
             changes.append(changed_share(responsibilities, found.responsibilities))
             self.clusters, responsibilities = found.model, found.responsibilities
             self._keep_assignments(responsibilities, number)
@@ -381,39 +388,17 @@ class _Learner:
             }
             self._save(figures, started)
 
-    def _cluster_in_health(
-        self, z: Tensor, previous: ClusterModel, responsibilities: Tensor, number: int
-    ) -> tuple[Reclustering, ClusteringHealth]:
-        """Cluster anew; what a collapse does, ``clustering.on_collapse`` says.
-
-        Raises:
-            ClusteringError: on every rank alike, where it has collapsed.
-        """
-        config = self.config.clustering
-        starts = ((previous, self.seed), (None, seed_of(self.seed, number)))
-        for start, seed in starts if config.on_collapse == "reseed" else starts[:1]:
-            found = cluster_without_labels(
-                z,
-                self.keys,
-                config=config,
-                seed=seed,
-                previous=start,
-                previous_responsibilities=responsibilities,
-            )
-            health = measure_health(z, found.responsibilities, responsibilities)
-            try:
-                check_collapse(
-                    health, max_share=config.max_cluster_share, min_spread=config.min_spread
-                )
-            except ClusteringError as problem:
-                collapse = ClusteringError(f"round {number}: {problem}")
-            else:
-                return found, health
-            if dist.rank() == 0 and config.on_collapse != "stop":
-                print(f"{config.on_collapse}: {collapse}", flush=True)
-        if config.on_collapse == "warn":
-            return found, health
-        raise collapse
+    def _cluster(
+        self, z: Tensor, responsibilities: Tensor, number: int, anew: bool
+    ) -> Reclustering:
+        return cluster_without_labels(
+            z,
+            self.keys,
+            config=self.config.clustering,
+            seed=seed_of(self.seed, number) if anew else self.seed,
+            previous=None if anew else self.clusters,
+            previous_responsibilities=responsibilities,
+        )
 
     def _train_round(self, number: int, soft: SoftTargets) -> dict[str, float]:
         """``round_epochs`` epochs of both losses, with a schedule of their own."""

@@ -1,18 +1,14 @@
 """What made a run, in each submission that trained it: enough to make it again."""
 
-import os
 import platform
 import shlex
 import sys
 from importlib import metadata
 from typing import Any
 
-import ray
-
-import brainray
 from brainray import layout
 from brainray.config import Config
-from brainray.orchestration.publish import code_hash, git_revision
+from brainray.orchestration.publish import about_code
 from brainray.orchestration.resources import WorkerResources
 from brainray.orchestration.run import Run
 from brainray.redaction import redacted
@@ -53,14 +49,10 @@ def provenance(config: Config, run: Run, workers: WorkerResources) -> dict[str, 
         "seeds": {"seed": config.seed, "split.seed": config.split.seed},
         "dataset": run.info["dataset"],
         "data_hash": run.info["data_hash"],
-        "brainray": brainray.__version__,
-        "code_hash": code_hash(),
-        "git_revision": git_revision(),
+        **about_code(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in PACKAGES},
-        "ray_job_id": ray.get_runtime_context().get_job_id(),
-        "ray_submission_id": os.environ.get("RAY_JOB_SUBMISSION_ID", ""),
         "num_workers": workers.num_workers,
         "cpus_per_worker": workers.cpus_per_worker,
         "device": "cuda" if workers.use_gpu else "cpu",

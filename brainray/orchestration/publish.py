@@ -23,6 +23,15 @@ from brainray.tracking import LenientTracker, MLflowTracker, artifact_location, 
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
 """MLflow's own; it wins over ``tracking.uri``."""
 
+_TAGS_OF_CODE = {
+    "brainray.version": "brainray",
+    "brainray.code_hash": "code_hash",
+    "brainray.ray_job_id": "ray_job_id",
+    "brainray.ray_submission_id": "ray_submission_id",
+    "brainray.git_revision": "git_revision",
+}
+"""By tag, what `about_code` calls it."""
+
 
 @dataclass(frozen=True)
 class Tracking:
@@ -50,7 +59,8 @@ def begin_tracking(
         "brainray.data_hash": str(run.info["data_hash"]),
         "brainray.run_folder": str(run.folder),
     }
-    return open_tracking(config, run.folder, params, about | dict(tags or {}), log)
+    tags = about | dict(tags or {})
+    return open_tracking(config, run.folder, params, tags, log, made_by=_last_submission(run))
 
 
 def open_tracking(
@@ -59,15 +69,22 @@ def open_tracking(
     params: Mapping[str, object],
     tags: Mapping[str, str],
     log: Log,
+    *,
+    made_by: Mapping[str, object] | None = None,
 ) -> Tracking:
-    """An MLflow run named as the folder, which remembers it and keeps what cannot be sent."""
+    """An MLflow run named as the folder, which remembers it and keeps what cannot be sent.
+
+    ``made_by`` is what `about_code` said when it was made; by default, what it says now.
+    """
     storage = Folder(config.storage)
     uri = os.environ.get(URI_VARIABLE) or config.tracking.uri or default_uri(storage)
     mlflow = MLflowTracker(folder, uri, config.tracking.experiment, artifact_location(uri, storage))
     tracker = LenientTracker(
         mlflow, warn=lambda problem: log(f"{problem}; figures are kept in {folder}")
     )
-    tracker.begin(folder.name, params, tags_of_code() | dict(tags))
+    made_by = about_code() if made_by is None else made_by
+    code = {tag: str(made_by[key]) for tag, key in _TAGS_OF_CODE.items() if made_by.get(key)}
+    tracker.begin(folder.name, params, code | dict(tags))
     return Tracking(tracker, mlflow, redacted(uri))
 
 
@@ -80,7 +97,7 @@ def publish(config: Config, run: Run, log: Log = print) -> Tracking:
         TrackingError: the server still cannot be used.
         ConfigError: its password is needed again.
     """
-    tracking = begin_tracking(config_to_track(config, run), run, log, tags_of_training(run))
+    tracking = begin_tracking(config_to_track(config, run), run, log)
     send_run(run, tracking.tracker)
     name = str(run.info["name"])
     if not run.is_complete and not is_held(Folder(config.storage), layout.RUNS, name):
@@ -120,20 +137,10 @@ def _where_it_was_sent(run: Run) -> str | None:
     return None if database != uri and not Path(database).exists() else uri
 
 
-def tags_of_training(run: Run) -> dict[str, str]:
+def _last_submission(run: Run) -> dict[str, object] | None:
     """What trained the run at last, whatever sends it."""
     submissions = run.folder.read_json_lines(layout.PROVENANCE)
-    if not submissions:
-        return {}
-    last = submissions[-1]
-    told = {
-        "brainray.version": "brainray",
-        "brainray.code_hash": "code_hash",
-        "brainray.ray_job_id": "ray_job_id",
-        "brainray.ray_submission_id": "ray_submission_id",
-        "brainray.git_revision": "git_revision",
-    }
-    return {tag: last[key] for tag, key in told.items() if last.get(key)}
+    return submissions[-1] if submissions else None
 
 
 def send_run(run: Run, tracker: LenientTracker) -> None:
@@ -151,16 +158,15 @@ def send_run(run: Run, tracker: LenientTracker) -> None:
         tracker.finish()
 
 
-def tags_of_code() -> dict[str, str]:
-    job_id = ray.get_runtime_context().get_job_id() if ray.is_initialized() else ""
-    tags = {
-        "brainray.version": brainray.__version__,
-        "brainray.code_hash": code_hash(),
-        "brainray.ray_job_id": job_id,
-        "brainray.ray_submission_id": os.environ.get("RAY_JOB_SUBMISSION_ID", ""),
-        "brainray.git_revision": git_revision(),
+def about_code() -> dict[str, str]:
+    """What runs here: versions, and the job that Ray knows."""
+    return {
+        "brainray": brainray.__version__,
+        "code_hash": code_hash(),
+        "git_revision": git_revision(),
+        "ray_job_id": ray.get_runtime_context().get_job_id() if ray.is_initialized() else "",
+        "ray_submission_id": os.environ.get("RAY_JOB_SUBMISSION_ID", ""),
     }
-    return {key: value for key, value in tags.items() if value}
 
 
 def code_hash() -> str:

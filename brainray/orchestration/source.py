@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shlex
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -131,11 +132,11 @@ def _guided(num_left: int, num_cpus: int) -> int:
 
 def _check_class_name(name: str) -> None:
     """Names go into metrics, tables and pages: one that is a path or a text is a mistake."""
-    if len(name) > _MAX_CLASS_NAME or not name.isprintable() or set(name) & set("/\\"):
+    if len(name) > _MAX_CLASS_NAME or not name.isprintable() or set(name) & set("/\\$"):
         shown = name if len(name) <= _MAX_CLASS_NAME else f"{name[:_MAX_CLASS_NAME]} ..."
         raise DataError(
             f"{shown!r} is no class name: up to {_MAX_CLASS_NAME} printable characters without "
-            "slashes; rename it in the labels table or by classes.map"
+            "slashes and $; rename it in the labels table or by classes.map"
         )
 
 
@@ -353,11 +354,11 @@ def _read_labels(labels: Folder) -> list[dict[str, Any]]:
 def _text(value: object) -> str | None:
     """Of a cell or a folder's name, without blanks around it; None where nothing is said.
 
-    Numbers of a column with gaps are floats in Parquet: 7.0 is written 7, as in CSV.
+    Whole numbers of a column with gaps are floats to pandas: its 7.0 is 7.
     """
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
     text = "" if value is None else str(value).strip()
+    if re.fullmatch(r"-?\d+\.0", text):
+        text = text.removesuffix(".0")
     return None if text in _MISSING else text
 
 

@@ -199,7 +199,7 @@ def _param_space(config: Config) -> dict[str, Any]:
 
 
 def _search(config: Config, concurrent: int) -> Searcher | SearchAlgorithm:
-    """Which trials come, ``concurrent`` of them at a time; the same ones for the same ``seed``."""
+    """Which trials come, ``concurrent`` of them at a time; ``seed`` draws them."""
     if config.tune.algorithm == "optuna":
         settings = config.tune
         optuna = OptunaSearch(metric=settings.metric, mode=settings.mode, seed=config.seed)

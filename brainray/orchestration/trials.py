@@ -41,6 +41,15 @@ _OF_WARM_UP = (
 )
 """What a warm-up depends on: trials share one."""
 
+_OF_RESOURCES = (
+    "train.device",
+    "train.num_workers",
+    "train.min_workers",
+    "train.cpus_per_worker",
+    "train.gpus_per_worker",
+    "train.wait_for_nodes",
+)
+
 _TRIAL_ID = r"([0-9a-f]{5}_[0-9]{5,}|[0-9a-f]{8})"
 """As Ray Tune gives them to variants that it makes itself, and to a search algorithm's."""
 
@@ -134,6 +143,10 @@ def check_space(config: Config) -> None:
             raise ConfigError(
                 f"tune.space cannot vary {key}: trials share the store, the labels and the way "
                 "they are scored, else their figures would not compare"
+            )
+        if key in _OF_RESOURCES:
+            raise ConfigError(
+                f"tune.space cannot vary {key}: trials share the Ray cluster, in equal parts"
             )
         warms_up = config.encoder.pretext != "none"
         if key.startswith("encoder.pretext") or (warms_up and key.startswith(_OF_WARM_UP)):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from brainray import dist, errors, layout
-from brainray.clustering.collapse import ClusteringHealth, check_collapse, measure_health
+from brainray.clustering.collapse import ClusteringHealth
 from brainray.clustering.seeding import seed_of
 from brainray.config import Config, parse_config
 from brainray.engine.epoch import (
@@ -46,7 +46,7 @@ from brainray.engine.recipe import (
     ramp,
     resolve_precision,
 )
-from brainray.engine.recluster import ClusterModel, Reclustering, recluster
+from brainray.engine.recluster import ClusterModel, Reclustering, recluster, recluster_in_health
 from brainray.engine.shard import (
     Images,
     PixelScale,
@@ -66,7 +66,7 @@ from brainray.engine.state import (
     rows_of_keys,
     save_resumable,
 )
-from brainray.errors import BrainrayError, ClusteringError, DivergenceError
+from brainray.errors import BrainrayError, DivergenceError
 from brainray.models.encoder import Encoder, EncoderOutput, build_encoder
 from brainray.orchestration.rank_data import load_rank_data
 from brainray.orchestration.ray_train import quiet_worker
@@ -126,8 +126,12 @@ def _train(
 
 def _newest_epoch(run: Folder) -> int:
     """Of the checkpoint to go on from; 0 where there is none."""
-    newest = newest_resumable(run, say=lambda line: print(line, flush=True))
+    newest = newest_resumable(run, say=_say)
     return 0 if newest is None else newest.checkpoint.epoch
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
 
 
 @contextmanager
@@ -470,36 +474,22 @@ class _Trainer:
     def _recluster_in_health(
         self, fitted: EncoderOutput
     ) -> tuple[Reclustering, ClusteringHealth, bool]:
-        """Re-cluster; the last value tells whether it has collapsed and goes on all the same.
+        before = self._clustering
 
-        Raises:
-            ClusteringError: on every rank alike, where it has collapsed, as
-                ``clustering.on_collapse`` says.
-        """
-        config, before = self.config.clustering, self._clustering
-        previous = self.responsibilities
-        reclustering = self._recluster(fitted)
-        health = measure_health(fitted.z, self.responsibilities, previous)
-        limits = {"max_share": config.max_cluster_share, "min_spread": config.min_spread}
-        try:
-            check_collapse(health, **limits)
-        except ClusteringError as problem:
-            if config.on_collapse == "stop":
-                raise ClusteringError(f"epoch {self.epoch}: {problem}") from None
-            if dist.rank() == 0:
-                print(f"epoch {self.epoch}: {config.on_collapse}: {problem}", flush=True)
-            if config.on_collapse == "warn":
-                return reclustering, health, True
-        else:
-            return reclustering, health, False
-        self._clustering = before
-        reclustering = self._recluster(fitted, seed=seed_of(self.config.seed, self.epoch))
-        health = measure_health(fitted.z, self.responsibilities, previous)
-        try:
-            check_collapse(health, **limits)
-        except ClusteringError as problem:
-            raise ClusteringError(f"epoch {self.epoch}, also reseeded: {problem}") from None
-        return reclustering, health, False
+        def attempt(anew: bool) -> Reclustering:
+            self._clustering = before
+            return self._recluster(
+                fitted, seed=seed_of(self.config.seed, self.epoch) if anew else None
+            )
+
+        return recluster_in_health(
+            attempt,
+            fitted.z,
+            self.responsibilities,
+            self.config.clustering,
+            where=f"epoch {self.epoch}",
+            say=_say,
+        )
 
     def _recluster(self, fitted: EncoderOutput, seed: int | None = None) -> Reclustering:
         """From the previous centres, or from K-means++ where there are none or a seed is given."""

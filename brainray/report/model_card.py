@@ -99,7 +99,8 @@ def _use(facts: CardFacts) -> str:
             "```",
             "",
             f"Preprocessing, which `mlflow/` does by itself and `model.onnx` expects: "
-            f"{facts.preprocessing}. All that is exported computes in float32; on hardware with "
-            "bfloat16 `jobs/predict.py` rounds as training did, unless `train.precision=fp32`.",
+            f"{facts.preprocessing}. The encoder computes in float32, PCA and mixture in "
+            "float64; on hardware with bfloat16 `jobs/predict.py` rounds as training did, unless "
+            "`train.precision=fp32`.",
         ]
     )

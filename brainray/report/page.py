@@ -131,7 +131,7 @@ def write_page(
         "subtypes": _subtypes(whole, siblings or {}),
     }
     contents = _Contents(
-        title=f"brainray: {_last_part(run)}",
+        title=f"brainray: {run.name}",
         summary=_summary(metrics, chosen, len(history), _told_shown(table, whole)),
         tables=[*_tables(metrics, classes, control), *_comparison(metrics), *_timings(metrics)],
         quality=_quality(run),
@@ -144,6 +144,7 @@ def write_page(
 
 def write_evaluation_page(
     folder: Folder,
+    name: str,
     predictions: pa.Table,
     rejected: pa.Table,
     classes: Sequence[str],
@@ -156,7 +157,8 @@ def write_evaluation_page(
     """Write ``report.html`` of an evaluation; its name.
 
     Args:
-        folder: of the evaluation.
+        folder: where the page is written.
+        name: of the evaluation.
         predictions: ``PREDICTIONS`` rows.
         rejected: ``REJECTED`` rows.
         classes: of the run that predicts, in its order.
@@ -174,7 +176,7 @@ def write_evaluation_page(
         "subtypes": _subtypes(predictions, {}),
     }
     contents = _Contents(
-        title=f"brainray: evaluation {_last_part(folder)}",
+        title=f"brainray: evaluation {name}",
         summary=_evaluation_summary(metrics, _told_shown(table, predictions)),
         tables=_tables(metrics, classes, None),
         quality=[_rejected_files(rejected)] if rejected.num_rows else [],
@@ -196,10 +198,6 @@ def _write(folder: Folder, contents: _Contents) -> str:
     )
     folder.write_bytes(layout.REPORT, html.encode())
     return layout.REPORT
-
-
-def _last_part(folder: Folder) -> str:
-    return folder.name
 
 
 def _shown(table: pa.Table, limit: int) -> pa.Table:
@@ -404,9 +402,9 @@ def _told_shown(shown: pa.Table, whole: pa.Table) -> str:
     if shown.num_rows == whole.num_rows:
         return f"{shown.num_rows:,} test slices are shown below."
     return (
-        f"{shown.num_rows:,} of {whole.num_rows:,} test slices, drawn at random, are shown below: "
-        "the map, the confusion matrices and the clusters' cards are of these, the tables of all. "
-        "(evaluation.tsne_max_slices shows more.)"
+        f"{shown.num_rows:,} of {whole.num_rows:,} test slices, from all over the list, are shown "
+        "below: the map, the confusion matrices and the clusters' cards are of these, the tables "
+        "of all. (evaluation.tsne_max_slices shows more.)"
     )
 
 

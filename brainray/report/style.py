@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from io import BytesIO
 from typing import Literal
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -31,8 +30,6 @@ _CLUSTER_COLOURS = (
 GREY = "#8C8C8C"
 
 _DOTS_PER_INCH = 120
-
-matplotlib.rcParams["text.parse_math"] = False  # a class may be called a$b
 
 
 def class_colours(classes: Sequence[str]) -> dict[str, str]:

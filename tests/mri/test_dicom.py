@@ -357,11 +357,13 @@ def test_one_patient_is_one_subject_over_all_studies_and_series() -> None:
         PatientID="1234",
     )
     assert first is not None
+    assert subject_of(PatientID="patient_000") != subject_of(PatientID="patient_001")
+    assert subject_of(PatientID="X") is not None
     assert len(first) == 32
     assert int(first, 16)
 
 
-@pytest.mark.parametrize("patient", ["", "  ", "ANONYMOUS", "Unknown", "000", "XX-XX", "null"])
+@pytest.mark.parametrize("patient", ["", "  ", "ANONYMOUS", "Unknown", "000", "XX-XX", "null", "-"])
 def test_without_a_patient_the_study_is_the_subject_then_the_series(patient: str) -> None:
     study = subject_of(PatientID=patient, StudyInstanceUID="1.1", SeriesInstanceUID="1.1.1")
     assert study == subject_of(StudyInstanceUID="1.1", SeriesInstanceUID="1.1.2")

@@ -186,6 +186,17 @@ def test_two_patients_of_a_class_are_one_to_learn_from_and_one_to_test(seed: int
     assert not held_out[np.array(labels) == "e"].any()  # there would be nothing to learn from
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_what_was_drawn_before_stays_and_the_new_fill_up(seed: int) -> None:
+    labels, groups = ["a"] * 6, ["old", "old", "new", "new", "newer", "newest"]
+    born = [0, 0, 1, 1, 1, 1]
+    kept = draw_test(labels, groups, born, {"old": False}, fraction=0.2, seed=seed)
+    assert not kept[:2].any()
+    assert kept[2:].any()  # now that there are others
+    alone = draw_test(labels[:4], groups[:4], born[:4], {"old": True}, fraction=0.9, seed=seed)
+    assert alone.tolist() == [True, True, False, False]  # there is one to learn from
+
+
 def test_new_slices_move_no_old_one_in_any_draw() -> None:
     labels, groups = slices(100, group_size=2)
     new_labels, new_groups = slices(37, group_size=1)

@@ -84,6 +84,7 @@ def test_a_patient_whom_a_table_names_in_part_stays_one() -> None:
     given = ["t1", "h1", "t2", "h2", "t3", "h2", "h3", None]
     sources = ["table", "header", "table", "header", "table", "header", "header", None]
     headers = ["h1", "h1", "h2", "h2", "h2", "h2", "h3", None]
-    named = _as_tables_name_them(given, sources, headers)
-    # h2 stands for two of the table's patients: it names nobody.
+    named, named_by = _as_tables_name_them(given, sources, headers)
+    # h2 stands for two of the table's patients.
     assert named == ["t1", "t1", "t2", "h2", "t3", "h2", "h3", None]
+    assert named_by == ["table"] * 3 + ["header", "table", "header", "header", None]

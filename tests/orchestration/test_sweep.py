@@ -317,6 +317,12 @@ def test_numbers_without_a_point_are_numbers(tmp_path: Path) -> None:
     assert config.tune.space["train.learning_rate"]["log_uniform"] == [1e-4, 1e-2]
 
 
+def test_trials_share_the_ray_cluster_in_equal_parts(tmp_path: Path) -> None:
+    space = "tune.space={train.num_workers: {choice: [1, 2]}}"
+    with pytest.raises(ConfigError, match=r"cannot vary train\.num_workers: trials share"):
+        check_space(tiny_config(tmp_path, space))
+
+
 def test_a_trial_that_failed_is_not_the_best(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, "name=search", f"tune.space={json.dumps(SPACE)}")
     metric = config.tune.metric

@@ -27,8 +27,9 @@ from brainray.models.encoder import build_encoder
 from brainray.orchestration.data import preprocess
 from brainray.orchestration.driver import TrainedRun, _log_beginning, train
 from brainray.orchestration.evaluation import evaluate
-from brainray.orchestration.publish import config_to_track, publish, tags_of_training
+from brainray.orchestration.publish import _last_submission, config_to_track, publish
 from brainray.orchestration.rank_data import load_rank_data
+from brainray.orchestration.reporting import report
 from brainray.orchestration.run import begin_run, open_run
 from brainray.orchestration.store import ImageStore
 from brainray.schema import SEEN, UNLABELLED_ROLE
@@ -187,6 +188,21 @@ def test_a_finished_run_is_reported_again_not_trained_again(
     assert "complete, nothing to train" in said[0]
 
 
+def test_a_report_compares_slice_by_slice(storage: Path, trained: TrainedRun) -> None:
+    """A run with itself: it gains nothing, and other figures stay."""
+    said: list[str] = []
+    same = ["run=two-ranks", "evaluation.control=two-ranks"]
+    metrics = report(tiny_config(storage, *same), said.append).metrics
+    name = "test/all/head/accuracy"
+    gained = [metrics[f"difference/{name}{bound}"] for bound in ("", "_low", "_high")]
+    assert gained == [0, 0, 0]
+    assert metrics[f"p/{name}"] == 1
+    assert metrics[name] == trained.metrics[name]
+    assert "against two-ranks" in said[-1]
+    page = trained.run.folder.read_bytes("report.html").decode()
+    assert "Against the control, slice by slice" in page
+
+
 @pytest.mark.faults
 @pytest.mark.parametrize("recipe", [PUBLISHED, ANCHORED])
 def test_a_killed_worker_costs_nothing_but_time(storage: Path, recipe: tuple[str, ...]) -> None:
@@ -289,7 +305,7 @@ def test_a_run_is_sent_where_training_sent_it_and_says_what_trained_it(storage: 
     run.folder.write_json_lines(
         "provenance.jsonl", [{"git_revision": "a"}, {"git_revision": "b", "code_hash": "c"}]
     )
-    assert tags_of_training(run) == {"brainray.git_revision": "b", "brainray.code_hash": "c"}
+    assert _last_submission(run) == {"git_revision": "b", "code_hash": "c"}
 
 
 def test_a_beginning_that_was_cut_leaves_no_fingerprints(storage: Path) -> None:

@@ -140,6 +140,7 @@ def test_an_evaluation_has_a_page_too(tmp_path: Path) -> None:
     )
     name = write_evaluation_page(
         folder,
+        "scored",
         predictions(1),
         rejected,
         CLASSES,
