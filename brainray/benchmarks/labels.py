@@ -12,7 +12,7 @@ from brainray.errors import ConfigError
 from brainray.orchestration.data import preprocess
 from brainray.orchestration.draws import train_draws
 from brainray.orchestration.job import attach_to_ray
-from brainray.report.draws_table import mean_and_deviation
+from brainray.report.cells import mean_and_deviation
 from brainray.report.style import BLUE, GREY, ORANGE, new_figure, tidy
 from brainray.report.table import markdown_table
 

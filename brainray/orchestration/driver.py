@@ -7,8 +7,6 @@ from typing import Any
 
 import pyarrow.compute as pc
 import ray
-from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
 from torch import Tensor
 
 from brainray import layout
@@ -24,10 +22,7 @@ from brainray.orchestration.progress import Follower
 from brainray.orchestration.provenance import record_submission, version_tags
 from brainray.orchestration.publish import begin_tracking, send_run
 from brainray.orchestration.ray_train import (
-    OF_RAY_TRAIN,
-    forget_rays_checkpoints,
-    run_trainer,
-    settle_ray_train,
+    train_on_workers,
 )
 from brainray.orchestration.reporting import (
     about_software,
@@ -43,8 +38,6 @@ from brainray.orchestration.worker import train_worker
 from brainray.report.run_figures import draw_run_figures
 from brainray.schema import LABELLED, TRAIN, VALIDATION
 from brainray.storage import Folder
-
-_RESIZE_INTERVAL_S = 60.0  # between looks for room for more workers
 
 
 @dataclass(frozen=True)
@@ -145,35 +138,20 @@ def fit(training: Training, log: Log, callbacks: Sequence[Any] = ()) -> None:
         ray.train.TrainingFailedError: workers were lost more often than ``train.max_failures``.
     """
     config, run, workers = training.config, training.run, training.workers
-    settle_ray_train()
-    worker: Any = train_worker  # Ray's annotation forbids the return value that Result carries
-    scaling: Any = ScalingConfig  # type checkers see the one of Ray Train's first version
-    trainer = TorchTrainer(
-        worker,
-        train_loop_config={
-            "config": config.without_secrets().model_dump(mode="json"),
-            "run": str(run.folder),
-            "store": str(training.store.folder),
-            "start": ray.put(_start(training, log)),
-        },
-        torch_config=TorchConfig(timeout_s=config.train.collective_timeout_s),
-        scaling_config=scaling(
-            num_workers=workers.asked_for,
-            use_gpu=workers.use_gpu,
-            resources_per_worker=workers.of_worker,
-            elastic_resize_monitor_interval_s=_RESIZE_INTERVAL_S,
-        ),
-        run_config=RunConfig(  # type: ignore[call-arg]  # its types are of the older one
-            name=config.name,
-            storage_path=str(run.folder.parent),
-            worker_runtime_env=workers.runtime_env,
-            failure_config=FailureConfig(max_failures=config.train.max_failures),
-            callbacks=list(callbacks),
-            logging_config=OF_RAY_TRAIN,
-        ),
+    settings = {
+        "config": config.without_secrets().model_dump(mode="json"),
+        "run": str(run.folder),
+        "store": str(training.store.folder),
+        "start": ray.put(_start(training, log)),
+    }
+    train_on_workers(
+        train_worker,
+        settings,
+        folder=run.folder,
+        workers=workers,
+        config=config.train,
+        callbacks=callbacks,
     )
-    forget_rays_checkpoints(run.folder)
-    run_trainer(trainer)
 
 
 def _start(training: Training, log: Log) -> str | Mapping[str, Tensor]:

@@ -20,8 +20,6 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
-from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -56,16 +54,14 @@ from brainray.orchestration.features import (
 from brainray.orchestration.lock import held
 from brainray.orchestration.progress import PretrainingFollower
 from brainray.orchestration.ray_train import (
-    OF_RAY_TRAIN,
-    forget_rays_checkpoints,
-    quiet_worker,
-    run_trainer,
-    settle_ray_train,
+    returning_errors,
+    settle_worker,
+    train_on_workers,
 )
 from brainray.orchestration.resources import WorkerResources, alive_nodes, plan_workers
 from brainray.orchestration.seen import seen_by_weights, training_slices
 from brainray.orchestration.store import ImageStore
-from brainray.orchestration.worker import failing_together, use_threads_of_worker
+from brainray.orchestration.worker import failing_together
 from brainray.schema import TRAIN
 from brainray.storage import Folder
 
@@ -186,36 +182,19 @@ def _train(
     target: Folder,
     log: Log,
 ) -> None:
-    settle_ray_train()
-    worker: Any = _pretrain_worker
-    trainer = TorchTrainer(
-        worker,
-        train_loop_config={
-            "config": config.without_secrets().model_dump(mode="json"),
-            "feature": feature.model_dump(mode="json"),
-            "state": ray.put(weights.state),
-            "head": ray.put(head),
-            "seed": seed,
-            "folder": str(target),
-            "store": str(store.folder),
-        },
-        torch_config=TorchConfig(timeout_s=config.train.collective_timeout_s),
-        scaling_config=ScalingConfig(
-            num_workers=workers.num_workers,
-            use_gpu=workers.use_gpu,
-            resources_per_worker=workers.of_worker,
-        ),
-        run_config=RunConfig(  # type: ignore[call-arg]  # its types are of the older one
-            name=target.name,
-            storage_path=str(target.parent),
-            worker_runtime_env=workers.runtime_env,
-            failure_config=FailureConfig(max_failures=config.train.max_failures),
-            logging_config=OF_RAY_TRAIN,
-        ),
-    )
-    forget_rays_checkpoints(target)
+    settings = {
+        "config": config.without_secrets().model_dump(mode="json"),
+        "feature": feature.model_dump(mode="json"),
+        "state": ray.put(weights.state),
+        "head": ray.put(head),
+        "seed": seed,
+        "folder": str(target),
+        "store": str(store.folder),
+    }
     with PretrainingFollower(config.self_supervision, target, log):
-        run_trainer(trainer)
+        train_on_workers(
+            _pretrain_worker, settings, folder=target, workers=workers, config=config.train
+        )
     target.delete_file(layout.STATE, missing_ok=True)
 
 
@@ -245,21 +224,17 @@ def _made_by(
     return made_by
 
 
-def _pretrain_worker(settings: dict[str, Any]) -> dict[str, str]:
-    """Ray Train's entry on every rank; see `worker.train_worker` for why errors are returned."""
-    try:
-        config = parse_config(settings["config"])
-        feature = FeatureConfig.model_validate(settings["feature"])
-        quiet_worker()
-        use_threads_of_worker()
-        device = ray.train.torch.get_device()
-        torch.manual_seed(settings["seed"])
-        with failing_together(device):
-            learner = _Learner(config, feature, settings, device)
-        learner.learn()
-    except BrainrayError as error:
-        return {"error": type(error).__name__, "message": str(error)}
-    return {}
+@returning_errors
+def _pretrain_worker(settings: dict[str, Any]) -> None:
+    """Ray Train's entry on every rank."""
+    config = parse_config(settings["config"])
+    feature = FeatureConfig.model_validate(settings["feature"])
+    settle_worker()
+    device = ray.train.torch.get_device()
+    torch.manual_seed(settings["seed"])
+    with failing_together(device):
+        learner = _Learner(config, feature, settings, device)
+    learner.learn()
 
 
 class _Learner:

@@ -1,23 +1,31 @@
-"""What every training asks of Ray Train: few logs, since progress is told by the followers, and to
-go on from our own files.
+"""Trainings on Ray Train: few logs, since progress is told by the followers, errors that a user can
+act on told as what they are, and to go on from our own files.
 """
 
+import functools
 import logging
 import os
 import signal
 import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from ray.train import LoggingConfig
-from ray.train.torch import TorchTrainer
+import cv2
+import ray
+import torch
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
 
 from brainray import errors
+from brainray.config import TrainConfig
 from brainray.errors import BrainrayError
+from brainray.orchestration.resources import WorkerResources
 from brainray.storage import Folder
 
 _RAYS_LIST = "checkpoint_manager_snapshot.json"
+_RESIZE_INTERVAL_S = 60.0  # between looks for room for more workers
 
-OF_RAY_TRAIN = LoggingConfig(log_level="WARNING")
+Settings = dict[str, Any]
 
 
 WITHOUT_PREEMPTION = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
@@ -33,9 +41,84 @@ def settle_ray_train() -> None:
             os.environ.setdefault(name, value)
 
 
-def quiet_worker() -> None:
-    """In a worker: Ray Train tells every report through a logger that its own level misses."""
+def settle_worker() -> None:
+    """In a worker: few logs, and as many threads as CPUs were reserved.
+
+    Ray Train tells every report through a logger that its own level misses; ranks on one node
+    would starve each other.
+    """
     logging.getLogger().setLevel(logging.WARNING)
+    resources = ray.get_runtime_context().get_assigned_resources()
+    threads = max(1, int(resources.get("CPU", 1)))
+    torch.set_num_threads(threads)
+    cv2.setNumThreads(threads)
+
+
+def returning_errors(work: Callable[[Settings], None]) -> Callable[[Settings], dict[str, str]]:
+    """What every rank does, for `train_on_workers`.
+
+    An error that a user can act on is returned, not raised: Ray would take a raised one for a
+    lost worker and start again.
+    """
+
+    @functools.wraps(work)
+    def worker(settings: Settings) -> dict[str, str]:
+        try:
+            work(settings)
+        except BrainrayError as error:
+            return {"error": type(error).__name__, "message": str(error)}
+        return {}
+
+    return worker
+
+
+def train_on_workers(
+    worker: Callable[[Settings], dict[str, str]],
+    settings: Settings,
+    *,
+    folder: Folder,
+    workers: WorkerResources,
+    config: TrainConfig,
+    callbacks: Sequence[Any] = (),
+) -> None:
+    """Do ``worker(settings)`` on every rank; what it leaves goes to the folder.
+
+    Args:
+        worker: `returning_errors` of a function.
+        settings: plain values.
+        folder: of the run or encoder.
+        workers: how many there are, and what each has.
+        config: how patient to be.
+        callbacks: Ray Train's ``UserCallback``s.
+
+    Raises:
+        BrainrayError: that a worker has returned, as what it was.
+        ray.train.TrainingFailedError: workers were lost more often than ``train.max_failures``.
+    """
+    settle_ray_train()
+    train_loop: Any = worker  # Ray's annotation forbids the return value that Result carries
+    scaling: Any = ScalingConfig  # type checkers see the one of Ray Train's first version
+    trainer = TorchTrainer(
+        train_loop,
+        train_loop_config=settings,
+        torch_config=TorchConfig(timeout_s=config.collective_timeout_s),
+        scaling_config=scaling(
+            num_workers=workers.asked_for,
+            use_gpu=workers.use_gpu,
+            resources_per_worker=workers.of_worker,
+            elastic_resize_monitor_interval_s=_RESIZE_INTERVAL_S,
+        ),
+        run_config=RunConfig(  # type: ignore[call-arg]  # its types are of the older one
+            name=folder.name,
+            storage_path=str(folder.parent),
+            worker_runtime_env=workers.runtime_env,
+            failure_config=FailureConfig(max_failures=config.max_failures),
+            callbacks=list(callbacks),
+            logging_config=LoggingConfig(log_level="WARNING"),
+        ),
+    )
+    _forget_rays_checkpoints(folder)
+    run_trainer(trainer)
 
 
 def run_trainer(trainer: TorchTrainer) -> None:
@@ -57,7 +140,7 @@ def run_trainer(trainer: TorchTrainer) -> None:
         raise error_class(problem["message"])
 
 
-def forget_rays_checkpoints(folder: Folder) -> None:
+def _forget_rays_checkpoints(folder: Folder) -> None:
     """Before an attempt: what lies in the folder tells what to go on from. Ray's own list, which is
     not written whole or not at all, would stop the attempt if it were cut.
     """

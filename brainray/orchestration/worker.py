@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
-import cv2
 import pyarrow as pa
 import ray.train
 import ray.train.torch
@@ -69,7 +68,7 @@ from brainray.engine.state import (
 from brainray.errors import BrainrayError, DivergenceError
 from brainray.models.encoder import Encoder, EncoderOutput, build_encoder
 from brainray.orchestration.rank_data import load_rank_data
-from brainray.orchestration.ray_train import quiet_worker
+from brainray.orchestration.ray_train import returning_errors, settle_worker
 from brainray.orchestration.store import ImageStore
 from brainray.schema import (
     FITTED,
@@ -83,18 +82,11 @@ _MAX_NAMED = 8  # slices in an error
 _MAX_CONFUSED = 20  # classes: of more, a confusion matrix is no figure to log every epoch
 
 
-def train_worker(settings: dict[str, Any]) -> dict[str, str]:
-    """Ray Train's entry on every rank.
-
-    An error that a user can act on is returned, not raised: Ray would take a raised one for a
-    lost worker and start again.
-    """
-    try:
-        config, start = parse_config(settings["config"]), ray.get(settings["start"])
-        _train(config, start, Folder(settings["run"]), Folder(settings["store"]))
-    except BrainrayError as error:
-        return {"error": type(error).__name__, "message": str(error)}
-    return {}
+@returning_errors
+def train_worker(settings: dict[str, Any]) -> None:
+    """Ray Train's entry on every rank."""
+    config, start = parse_config(settings["config"]), ray.get(settings["start"])
+    _train(config, start, Folder(settings["run"]), Folder(settings["store"]))
 
 
 def _train(
@@ -102,8 +94,7 @@ def _train(
 ) -> None:
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
-    quiet_worker()
-    use_threads_of_worker()
+    settle_worker()
     torch.manual_seed(config.seed)
     with failing_together(device):
         store = ImageStore.open(store_folder)
@@ -150,14 +141,6 @@ def failing_together(device: torch.device) -> Iterator[None]:
     for told in filter(None, lines):
         name, message = json.loads(told)
         raise getattr(errors, name, BrainrayError)(message)
-
-
-def use_threads_of_worker() -> None:
-    """As many threads as CPUs were reserved: ranks on one node would starve each other."""
-    resources = ray.get_runtime_context().get_assigned_resources()
-    threads = max(1, int(resources.get("CPU", 1)))
-    torch.set_num_threads(threads)
-    cv2.setNumThreads(threads)
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from brainray.report.cells import difference, share
 from brainray.report.table import markdown_table
 from brainray.schema import SUBSETS
 
@@ -15,7 +16,6 @@ COMPARISON_COLUMNS = [
 ]
 
 _PREDICTORS = {"head": "head", "cluster": "clusters"}
-_MISSING = "–"
 
 
 def comparison_table(metrics: Mapping[str, float]) -> str:
@@ -36,22 +36,8 @@ def comparison_rows(metrics: Mapping[str, float]) -> list[list[str]]:
 def _figures(metrics: Mapping[str, float], name: str) -> list[str]:
     wins, losses = (metrics[f"{whose}/{name}"] for whose in ("only_run", "only_control"))
     return [
-        interval(metrics, f"difference/{name}"),
+        difference(metrics, f"difference/{name}"),
         share(metrics, f"fewer_errors/{name}"),
         f"{wins:,.0f} of {wins + losses:,.0f}",
         f"{metrics[f'p/{name}']:.2g}",
     ]
-
-
-def interval(metrics: Mapping[str, float], name: str) -> str:
-    """Such as ``+0.016 [+0.002, +0.029]``; a dash where there is no such figure."""
-    if name not in metrics:
-        return _MISSING
-    low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
-    text = f"{metrics[name]:+.3f}"
-    return text if low is None or high is None else f"{text} [{low:+.3f}, {high:+.3f}]"
-
-
-def share(metrics: Mapping[str, float], name: str) -> str:
-    """Such as ``17 %``."""
-    return f"{100 * metrics[name]:.0f} %" if name in metrics else _MISSING

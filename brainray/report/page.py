@@ -21,6 +21,7 @@ from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
 from brainray import layout
 from brainray.clustering.subtypes import find_subtypes
 from brainray.config import EvaluationConfig
+from brainray.report.cells import figure, with_interval
 from brainray.report.comparison_table import COMPARISON_COLUMNS, comparison_rows
 from brainray.report.leakage_table import LEVEL_COLUMNS, leakage_counts, subset_counts
 from brainray.report.style import BLUE, GREEN, GREY, VERMILLION, class_colours, cluster_colour
@@ -448,8 +449,8 @@ def _tables(metrics: Metrics, classes: Sequence[str], control: Metrics | None) -
     runs = {"this run": metrics} | ({} if control is None else {"control": control})
     accuracy = [
         [f"{whose}, {title}"]
-        + [_with_interval(values, f"test/{subset}/{predictor}/accuracy") for subset in SUBSETS]
-        + [_figure(values, f"test/all_as_clean/{predictor}/accuracy")]
+        + [with_interval(values, f"test/{subset}/{predictor}/accuracy") for subset in SUBSETS]
+        + [figure(values, f"test/all_as_clean/{predictor}/accuracy")]
         for whose, values in runs.items()
         for predictor, title in _PREDICTORS.items()
     ]
@@ -457,8 +458,8 @@ def _tables(metrics: Metrics, classes: Sequence[str], control: Metrics | None) -
         [f"{whose}, {_PREDICTORS[predictor]}, {subset}"]
         + [
             " / ".join(
-                _figure(values, f"test/{subset}/{predictor}/{figure}/{name}")
-                for figure in ("precision", "recall", "f1")
+                figure(values, f"test/{subset}/{predictor}/{kind}/{name}")
+                for kind in ("precision", "recall", "f1")
             )
             for name in classes
         ]
@@ -469,7 +470,7 @@ def _tables(metrics: Metrics, classes: Sequence[str], control: Metrics | None) -
     clusters = [
         [f"{whose}, {subset}"]
         + [
-            _figure(values, f"test/{subset}/cluster/{name}")
+            figure(values, f"test/{subset}/cluster/{name}")
             for name in ("silhouette", "nmi", "ari", "fmi")
         ]
         for whose, values in runs.items()
@@ -485,16 +486,6 @@ def _tables(metrics: Metrics, classes: Sequence[str], control: Metrics | None) -
 def _comparison(metrics: Metrics) -> list[Table]:
     rows = comparison_rows(metrics)
     return [Table("Against the control, slice by slice", COMPARISON_COLUMNS, rows)] if rows else []
-
-
-def _figure(metrics: Metrics, name: str) -> str:
-    value = metrics.get(name)
-    return "–" if value is None else f"{value:.3f}"
-
-
-def _with_interval(metrics: Metrics, name: str) -> str:
-    low, high = (_figure(metrics, f"{name}_{side}") for side in ("low", "high"))
-    return f"{_figure(metrics, name)} [{low}, {high}]" if "–" not in (low, high) else "–"
 
 
 def _timings(metrics: Metrics) -> list[Table]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
+from brainray.report.cells import MISSING
 from brainray.report.table import markdown_table
 
 FIGURES = ("silhouette", "ari", "nmi", "fmi", "accuracy")
@@ -21,7 +22,6 @@ _TITLES = {
     "noise_share": "noise",
 }
 _METHOD = ("features", "clusterer", "pca_dim")
-_MISSING = "–"
 
 Row = Mapping[str, Any]
 
@@ -104,7 +104,7 @@ def datasets_table(averaged: Sequence[Row], figure: str) -> str | None:
             if f"{figure}_mean" in by_dataset.get(name, {})
         ]
         # A mean over fewer data sets than the others' would not compare.
-        mean = f"{fmean(means):.3f}" if len(means) == len(datasets) else _MISSING
+        mean = f"{fmean(means):.3f}" if len(means) == len(datasets) else MISSING
         cells = [_cell(by_dataset.get(name, {}), figure) for name in datasets]
         rows.append([feature, clusterer, str(pca_dim), *cells, mean])
     header = ["features", "clusterer", "PCA", *datasets, f"mean {_TITLES[figure]}"]
@@ -125,7 +125,7 @@ def csv_text(rows: Sequence[Row]) -> str:
 def _cell(row: Row, name: str) -> str:
     mean, std = row.get(f"{name}_mean"), row.get(f"{name}_std")
     if mean is None or std is None:
-        return _MISSING
+        return MISSING
     if name == "num_clusters":
         return f"{mean:.0f}" if std == 0 else f"{mean:.1f} ± {std:.1f}"
     if name == "noise_share":

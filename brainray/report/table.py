@@ -1,15 +1,14 @@
 """The reported figures as Markdown that also reads well as plain text."""
 
 from collections.abc import Mapping, Sequence
-from math import isnan
 
+from brainray.report.cells import MISSING, count, figure, with_interval
 from brainray.schema import SUBSETS
 
 _PREDICTORS = ("head", "cluster", "thumbnail_1nn")
 _AVERAGES = ("balanced_accuracy", "f1_macro")
 _BY_CLASS = ("precision", "recall", "f1")
 _OF_CLUSTERS = {"silhouette": "silhouette", "nmi": "NMI", "ari": "ARI", "fmi": "FMI"}
-_MISSING = "–"
 
 
 def results_table(metrics: Mapping[str, float], classes: Sequence[str]) -> str:
@@ -19,7 +18,7 @@ def results_table(metrics: Mapping[str, float], classes: Sequence[str]) -> str:
     accuracy over all slices re-weighted to the class mix of clean; then precision, recall and F1
     by class; then the clusters' own figures.
     """
-    sizes = ", ".join(f"{_count(metrics, f'test/{s}/num_slices')} {s}" for s in SUBSETS)
+    sizes = ", ".join(f"{count(metrics, f'test/{s}/num_slices')} {s}" for s in SUBSETS)
     return "\n\n".join(
         [
             f"Test slices: {sizes}.",
@@ -36,10 +35,12 @@ def _predictor_table(metrics: Mapping[str, float]) -> str:
     for predictor in _PREDICTORS:
         for subset in SUBSETS:
             prefix = f"test/{subset}/{predictor}"
-            averages = [_figure(metrics, f"{prefix}/{name}") for name in _AVERAGES]
-            rows.append([predictor, subset, _accuracy(metrics, prefix), *averages])
-        reweighted = _accuracy(metrics, f"test/all_as_clean/{predictor}")
-        rows.append([predictor, "all at clean's class mix", reweighted, _MISSING, _MISSING])
+            averages = [figure(metrics, f"{prefix}/{name}") for name in _AVERAGES]
+            rows.append(
+                [predictor, subset, with_interval(metrics, f"{prefix}/accuracy"), *averages]
+            )
+        reweighted = with_interval(metrics, f"test/all_as_clean/{predictor}/accuracy")
+        rows.append([predictor, "all at clean's class mix", reweighted, MISSING, MISSING])
     return markdown_table(header, rows, num_text_columns=2)
 
 
@@ -49,11 +50,11 @@ def _class_table(metrics: Mapping[str, float], classes: Sequence[str]) -> str:
     rows = []
     for subset in SUBSETS:
         for name in classes:
-            row = [subset, name, _count(metrics, f"test/{subset}/head/support/{name}")]
+            row = [subset, name, count(metrics, f"test/{subset}/head/support/{name}")]
             for predictor in ("head", "cluster"):
                 row += [
-                    _figure(metrics, f"test/{subset}/{predictor}/{figure}/{name}")
-                    for figure in _BY_CLASS
+                    figure(metrics, f"test/{subset}/{predictor}/{kind}/{name}")
+                    for kind in _BY_CLASS
                 ]
             rows.append(row)
     return markdown_table(header, rows, num_text_columns=2)
@@ -63,28 +64,11 @@ def _cluster_line(metrics: Mapping[str, float]) -> str:
     parts = []
     for subset in SUBSETS:
         figures = [
-            f"{label} {_figure(metrics, f'test/{subset}/cluster/{name}')}"
+            f"{label} {figure(metrics, f'test/{subset}/cluster/{name}')}"
             for name, label in _OF_CLUSTERS.items()
         ]
         parts.append(f"{subset}: {', '.join(figures)}")
     return f"Clusters, {'; '.join(parts)}."
-
-
-def _accuracy(metrics: Mapping[str, float], prefix: str) -> str:
-    accuracy = _figure(metrics, f"{prefix}/accuracy")
-    low = _figure(metrics, f"{prefix}/accuracy_low")
-    high = _figure(metrics, f"{prefix}/accuracy_high")
-    return accuracy if _MISSING in (low, high) else f"{accuracy} [{low}, {high}]"
-
-
-def _figure(metrics: Mapping[str, float], name: str) -> str:
-    value = metrics.get(name)
-    return _MISSING if value is None or isnan(value) else f"{value:.3f}"
-
-
-def _count(metrics: Mapping[str, float], name: str) -> str:
-    value = metrics.get(name)
-    return _MISSING if value is None else f"{value:,.0f}"
 
 
 def markdown_table(header: list[str], rows: list[list[str]], *, num_text_columns: int) -> str:

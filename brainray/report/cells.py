@@ -1,0 +1,47 @@
+"""Figures as the cells of a table show them; a dash where there is none."""
+
+from collections.abc import Mapping
+from math import isnan
+
+Metrics = Mapping[str, float]
+
+MISSING = "–"
+
+
+def figure(metrics: Metrics, name: str) -> str:
+    """Such as ``0.924``."""
+    value = metrics.get(name)
+    return MISSING if value is None or isnan(value) else f"{value:.3f}"
+
+
+def count(metrics: Metrics, name: str) -> str:
+    """Such as ``1,221``."""
+    value = metrics.get(name)
+    return MISSING if value is None else f"{value:,.0f}"
+
+
+def share(metrics: Metrics, name: str) -> str:
+    """Such as ``17 %``."""
+    value = metrics.get(name)
+    return MISSING if value is None or isnan(value) else f"{100 * value:.0f} %"
+
+
+def with_interval(metrics: Metrics, name: str) -> str:
+    """Such as ``0.924 [0.909, 0.939]``; without the interval where that is missing."""
+    low, high = (figure(metrics, f"{name}_{side}") for side in ("low", "high"))
+    value = figure(metrics, name)
+    return value if MISSING in (low, high) else f"{value} [{low}, {high}]"
+
+
+def difference(metrics: Metrics, name: str) -> str:
+    """Such as ``+0.016 [+0.002, +0.029]``; without the interval where that is missing."""
+    told = [metrics.get(key) for key in (name, f"{name}_low", f"{name}_high")]
+    value, low, high = (MISSING if figure is None else f"{figure:+.3f}" for figure in told)
+    return value if MISSING in (low, high) else f"{value} [{low}, {high}]"
+
+
+def mean_and_deviation(metrics: Metrics, name: str) -> str:
+    """Such as ``0.930 ± 0.012``; without the deviation where that is missing."""
+    deviation = figure(metrics, f"{name}_std")
+    value = figure(metrics, name)
+    return value if deviation == MISSING else f"{value} ± {deviation}"
