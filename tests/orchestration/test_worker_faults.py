@@ -17,6 +17,7 @@ from ray import cloudpickle
 
 from brainray import layout
 from brainray.config import Config
+from brainray.engine import recluster
 from brainray.engine.state import load_checkpoint, newest_resumable
 from brainray.errors import BrainrayError, ClusteringError, DataError, DivergenceError
 from brainray.orchestration import driver, worker
@@ -32,7 +33,8 @@ cloudpickle.register_pickle_by_value(sys.modules[__name__])
 Fault = Callable[[Path], None]
 
 WORKER: Any = worker
-"""The module whose functions faults replace, in the worker's own process."""
+RECLUSTER: Any = recluster
+"""The modules whose functions faults replace, in the worker's own process."""
 
 
 def config_of(storage: Path, name: str, *overrides: str) -> Config:
@@ -282,18 +284,18 @@ def test_a_collapse_is_handled_as_the_config_says(storage: Path, policy: str) ->
 
 def gather_all_in_one_cluster(once: Path) -> None:
     """What is seen of the first re-clustering after epoch 1 is a collapse."""
-    original = WORKER.measure_health
+    original = RECLUSTER.measure_health
     calls = 0
 
     def measure_health(*arguments: Any) -> Any:
         nonlocal calls
         calls += 1
         health = original(*arguments)
-        return WORKER.ClusteringHealth(
+        return RECLUSTER.ClusteringHealth(
             **vars(health) | {"largest_share": 1.0 if calls == 1 else 0.5}
         )
 
-    WORKER.measure_health = measure_health
+    RECLUSTER.measure_health = measure_health
 
 
 def test_reseeding_helps_where_the_clusters_alone_have_collapsed(
