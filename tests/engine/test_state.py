@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from brainray import layout
-from brainray.config import load_config
+from brainray.config import TrainConfig, load_config
 from brainray.engine.recluster import recluster
 from brainray.engine.shard import PixelScale
 from brainray.engine.state import (
@@ -42,6 +42,14 @@ def checkpoint() -> tuple[Checkpoint, Tensor]:
     labels = torch.arange(60) % 2
     fitted = recluster(z, torch.arange(60), labels, config=config.clustering, num_classes=2, seed=0)
     return Checkpoint(config, ["a", "b"], PixelScale(0.2, 0.3), 7, encoder, fitted.model), z
+
+
+def test_an_epoch_of_smaller_slices_predicts_at_its_own_size() -> None:
+    saved, _ = checkpoint()
+    growing = {"image_size": 128, "start_image_size": 64, "growth_epochs": 8, "num_epochs": 10}
+    config = saved.config.model_copy(update={"train": TrainConfig.model_validate(growing)})
+    sides = [replace(saved, config=config, epoch=epoch).image_size for epoch in (1, 7, 9)]
+    assert sides == [64, 96, 128]
 
 
 def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path) -> None:
