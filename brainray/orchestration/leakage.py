@@ -113,20 +113,20 @@ def _within(
     places, twins = _places(table, "path"), _places(table, "twin")
     digests, frames = table["sha256"].to_pylist(), table["frame"].to_pylist()
     inside = np.array([of == split for of in table["split"].to_pylist()], dtype=np.bool_)
-    exact: list[dict[str, Any]] = []
+    exact: dict[int, dict[str, Any]] = {}
     first: dict[tuple[str, str], int] = {}
     for row in np.flatnonzero(inside).tolist():
         original = first.setdefault((digests[row], frames[row]), row)
         if original != row:
-            exact.append(places[row] | twins[original])
+            exact[row] = places[row] | twins[original]
     found: dict[str, dict[int, dict[str, Any]]] = {"near": {}, "turned": {}}
     for one, other, kind, similarity in _links_of(np.flatnonzero(inside), look, pairs):
-        if digests[one] == digests[other]:
-            continue  # the same bytes, or another slice of the volume
+        if other in exact or digests[one] == digests[other]:
+            continue  # of a level of its own, or another slice of the volume
         about = {"kind": KINDS[kind], "similarity": round(similarity, 6)}
         level = found["near" if kind == COPY else "turned"]
         level.setdefault(other, places[other] | twins[one] | about)
-    return {"exact": exact} | {
+    return {"exact": list(exact.values())} | {
         name: [level[row] for row in sorted(level)] for name, level in found.items()
     }
 

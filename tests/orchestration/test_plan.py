@@ -7,7 +7,7 @@ from brainray.config import Config
 from brainray.mri.duplicates import COPY, MIRRORED, DuplicatePairs
 from brainray.mri.row_file import RowFile
 from brainray.orchestration.earlier import LIGHT, Earlier
-from brainray.orchestration.leakage import _links_of
+from brainray.orchestration.leakage import _links_of, _within
 from brainray.orchestration.plan import (
     StorePlan,
     _as_tables_name_them,
@@ -88,3 +88,24 @@ def test_a_patient_whom_a_table_names_in_part_stays_one() -> None:
     # h2 stands for two of the table's patients.
     assert named == ["t1", "t1", "t2", "h2", "t3", "h2", "h3", None]
     assert named_by == ["table"] * 3 + ["header", "table", "header", "header", None]
+
+
+def test_a_slice_within_a_split_is_told_of_on_one_level() -> None:
+    """Two byte-identical files and a copy of theirs: one exact, one near."""
+    table = pa.table(
+        {
+            "path": ["a", "b", "c"],
+            "frame": [""] * 3,
+            "sha256": ["x", "y", "x"],
+            "split": ["train"] * 3,
+        }
+    )
+    pairs = DuplicatePairs(
+        first=np.array([0, 0]),
+        second=np.array([1, 2]),
+        kind=np.array([COPY, COPY], np.int8),
+        similarity=np.ones(2, np.float32),
+    )
+    found = _within(table, np.array([0, 1, 0]), pairs, "train")
+    told = {level: [(row["path"], row["twin"]) for row in rows] for level, rows in found.items()}
+    assert told == {"exact": [("c", "a")], "near": [("b", "a")], "turned": []}
