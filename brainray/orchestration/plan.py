@@ -92,6 +92,7 @@ def plan_store(
     splits = _official_splits([file.split for file in files], accepted, config)
     first_copy = _first_copies(ids, splits, labels)
     kept = np.array([copy is None for copy in first_copy], dtype=np.bool_)
+    is_drawn = splits is None
     if splits is None:
         before = earlier.splits()
         held_before = [before.get(identity) for identity in ids]
@@ -124,7 +125,7 @@ def plan_store(
     ):
         table = table.append_column(name, pa.array(column, kind))
     rows = table.filter(pa.array(kept))
-    classes = _check_classes(rows, is_update=earlier.generation > 0)
+    classes = _check_classes(rows, was_drawn_before=is_drawn and earlier.generation > 0)
     duplicates = _duplicates_table(table, kept, first_copy, also_turned, pairs)
     told = table.set_column(table.column_names.index("label"), "label", pa.array(labels))
     return StorePlan(
@@ -372,14 +373,14 @@ def _duplicates_table(
     return pa.Table.from_pylist(found, schema=DUPLICATES)
 
 
-def _check_classes(rows: pa.Table, *, is_update: bool) -> list[str]:
+def _check_classes(rows: pa.Table, *, was_drawn_before: bool) -> list[str]:
     """The training classes; a test class that training lacks could never be predicted."""
     by_split = {
         split: set(rows.filter(pc.equal(rows["split"], split))["label"].to_pylist()) - {None}
         for split in (TRAIN, TEST)
     }
     unknown = sorted(by_split[TEST] - by_split[TRAIN])
-    if unknown and is_update:
+    if unknown and was_drawn_before:
         raise DataError(
             f"all slices of class {', '.join(map(repr, unknown))} are of subjects that the store "
             "holds out for testing: label some of the others, or draw anew under another name"

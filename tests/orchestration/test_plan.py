@@ -2,8 +2,10 @@
 
 import numpy as np
 import pyarrow as pa
+import pytest
 
 from brainray.config import Config
+from brainray.errors import DataError
 from brainray.mri.duplicates import COPY, MIRRORED, DuplicatePairs
 from brainray.mri.row_file import RowFile
 from brainray.orchestration.earlier import LIGHT, Earlier
@@ -11,6 +13,7 @@ from brainray.orchestration.leakage import _links_of, _within
 from brainray.orchestration.plan import (
     StorePlan,
     _as_tables_name_them,
+    _check_classes,
     _first_copies,
     plan_store,
 )
@@ -109,3 +112,11 @@ def test_a_slice_within_a_split_is_told_of_on_one_level() -> None:
     found = _within(table, np.array([0, 1, 0]), pairs, "train")
     told = {level: [(row["path"], row["twin"]) for row in rows] for level, rows in found.items()}
     assert told == {"exact": [("c", "a")], "near": [("b", "a")], "turned": []}
+
+
+def test_what_to_do_about_a_class_of_test_slices_alone_depends_on_who_held_them_out() -> None:
+    rows = pa.table({"split": ["train", "test"], "label": ["a", "b"]})
+    with pytest.raises(DataError, match=r"rename with --set classes\.map\.b=NAME"):
+        _check_classes(rows, was_drawn_before=False)
+    with pytest.raises(DataError, match="the store holds out for testing: label some of the"):
+        _check_classes(rows, was_drawn_before=True)
