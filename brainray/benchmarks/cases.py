@@ -6,6 +6,7 @@ They are named here without being imported: with Ray and PyTorch that takes seco
 CASES = {
     "duplicates": "recall of altered copies, neighbours kept apart, cost by number of slices",
     "gmm": "Gaussian mixtures against scikit-learn, and on two ranks",
+    "intracranial": "overlap of the intracranial strip with brains that are known, beside Otsu's",
     "kmeans": "K-means against scikit-learn (Lloyd, Elkan) and faiss, and on two ranks",
     "labels": "accuracy against the share of labels, the recipe of --config and its control",
     "next_labels": "accuracy after labelling what jobs/label.py proposes, against random slices",

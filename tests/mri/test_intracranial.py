@@ -89,12 +89,15 @@ def test_a_caption_is_not_brain() -> None:
 
 def test_inverted_tissue_contrast_is_no_obstacle() -> None:
     # Fluid bright and tissue darker, as in T2; bone, air and scalp stay as they are.
-    for phantom in phantoms("axial")[:8]:
+    overlaps = []
+    for phantom in phantoms("axial"):
         values = phantom.image.astype(np.float32)
         level = float(np.median(values[phantom.brain_mask]))
         inverted = np.clip(2.0 * level - values, 0.3 * level, 255.0)
         image = np.where(phantom.brain_mask, inverted, values).astype(np.uint8)
-        assert dice(intracranial_mask(image).mask, phantom.brain_mask) >= 0.85
+        overlaps.append(dice(intracranial_mask(image).mask, phantom.brain_mask))
+    assert np.mean(overlaps) >= 0.92
+    assert np.quantile(overlaps, 0.1) >= 0.85
 
 
 def test_the_mask_is_one_piece_without_holes() -> None:
