@@ -7,29 +7,32 @@ that the atlas was made of would flatter it. Phantoms, which are measured as wel
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
-import cv2
 import numpy as np
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 
 from brainray.benchmarks.result import BenchmarkResult, CaseOptions, Measure
+from brainray.benchmarks.timing import one_thread
 from brainray.mri.intracranial import MIN_CONFIDENCE, intracranial_mask
 from brainray.mri.phantom import CLASSES, make_slice
-from brainray.mri.reference_heads import PLANES, ReferenceSlice, find_heads, reference_slices
+from brainray.mri.reference_heads import ReferenceSlice, dice, find_heads, reference_slices
 from brainray.mri.skull_strip import otsu_mask
+from brainray.mri.slices import ORIENTATIONS, Orientation
+from brainray.report.style import new_figure
 
 _MIN_BRAIN = 0.1  # of the largest brain in the plane: less is the tip of a lobe, or the spinal cord
-_NUM_PHANTOMS = 40  # in each plane
+_STEP, _QUICK_STEP = 2, 5  # every so manieth slice
+_NUM_PHANTOMS, _NUM_QUICK_PHANTOMS = 20, 8  # in each orientation
+_PHANTOMS = "phantoms"
 
 
 @dataclass(frozen=True)
 class _Scored:
     head: str
-    plane: str
+    orientation: str
     brain: int  # pixels
-    largest: int  # of its head and plane
+    largest: int  # of its head and orientation
     dice: float  # of what preprocessing keeps: of Otsu's strip where the mask is not trusted
     otsu: float
     trusted: bool
@@ -37,111 +40,112 @@ class _Scored:
 
 
 def run(options: CaseOptions) -> BenchmarkResult:
-    """Mean Dice by head and plane, how many masks are trusted, and the time that a slice takes.
+    """Mean Dice by head and orientation, how many masks are trusted, the time that a slice takes.
 
     Raises:
         DataError: ``--source`` holds no volume with a mask, or they do not fit.
     """
-    step = 5 if options.quick else 2
-    scored = list(_of_phantoms(_NUM_PHANTOMS // step, options.seed))
-    heads = [] if options.source is None else find_heads(options.source)
-    for head in heads:
-        options.log(f"{head.name}")
-        for plane in PLANES:
-            slices = list(reference_slices(head, plane))[::step]
+    step = _QUICK_STEP if options.quick else _STEP
+    scored = []
+    for orientation in ORIENTATIONS:
+        number = _NUM_QUICK_PHANTOMS if options.quick else _NUM_PHANTOMS
+        scored += _score(_PHANTOMS, list(_phantoms(number, options.seed, orientation)))
+    for head in [] if options.source is None else find_heads(options.source):
+        options.log(head.name)
+        for orientation in ORIENTATIONS:
+            slices = list(reference_slices(head, orientation))[::step]
             scored += _score(head.name.removesuffix(".nii.gz"), slices)
     enough = [one for one in scored if one.brain >= _MIN_BRAIN * one.largest]
+    of_phantoms = [one for one in enough if one.head == _PHANTOMS]
+    of_heads = [one for one in enough if one.head != _PHANTOMS]
     measures = [
-        Measure(
-            f"phantoms, {plane}", _mean_dice(enough, head="phantoms", plane=plane), "Dice", 0.93
-        )
-        for plane in PLANES
+        Measure(f"phantoms, {orientation}", _by_head(its, "dice"), "Dice", at_least=0.93)
+        for orientation, its in _grouped(of_phantoms, "orientation").items()
     ]
-    if heads:
-        measures += _of_heads([one for one in enough if one.head != "phantoms"])
+    if of_heads:
+        measures += _measures_of(of_heads)
     measures.append(
         Measure("a slice", float(np.median([one.milliseconds for one in scored])), "ms")
     )
-    details = {"slices": [one.__dict__ for one in scored], "min_brain": _MIN_BRAIN}
+    details = {"slices": [asdict(one) for one in scored], "min_brain": _MIN_BRAIN}
     return BenchmarkResult(measures, details, _figure(scored))
 
 
-def _of_phantoms(number: int, seed: int) -> Iterator[_Scored]:
-    for plane in PLANES:
-        drawn = [
-            make_slice(
-                CLASSES[row % len(CLASSES)], np.random.default_rng([seed, row]), orientation=plane
-            )
-            for row in range(number)
-        ]
-        yield from _score(
-            "phantoms", [ReferenceSlice(plane, one.image, one.brain_mask) for one in drawn]
-        )
+def _phantoms(number: int, seed: int, orientation: Orientation) -> Iterator[ReferenceSlice]:
+    for row in range(number):
+        rng = np.random.default_rng([seed, row])
+        drawn = make_slice(CLASSES[row % len(CLASSES)], rng, orientation=orientation)
+        yield ReferenceSlice(orientation, drawn.image, drawn.brain_mask)
 
 
-def _score(head: str, slices: list[ReferenceSlice]) -> Iterator[_Scored]:
-    """Slices of one head and plane; OpenCV on one thread, as in preprocessing."""
+def _score(head: str, slices: list[ReferenceSlice]) -> list[_Scored]:
+    """Slices of one head and orientation; on one thread, as in preprocessing."""
     largest = max((np.count_nonzero(one.brain) for one in slices), default=0)
-    num_threads = cv2.getNumThreads()
-    cv2.setNumThreads(1)
-    for one in slices:
-        started = time.perf_counter()
-        found = intracranial_mask(one.image)
-        milliseconds = 1000.0 * (time.perf_counter() - started)
-        of_otsu = otsu_mask(one.image)
-        trusted = found.confidence >= MIN_CONFIDENCE
-        yield _Scored(
-            head,
-            one.plane,
-            int(np.count_nonzero(one.brain)),
-            int(largest),
-            dice(found.mask if trusted else of_otsu, one.brain),
-            dice(of_otsu, one.brain),
-            trusted,
-            milliseconds,
-        )
-    cv2.setNumThreads(num_threads)
+    scored = []
+    with one_thread():
+        for one in slices:
+            started = time.perf_counter()
+            found = intracranial_mask(one.image)
+            milliseconds = 1000.0 * (time.perf_counter() - started)
+            of_otsu = otsu_mask(one.image)
+            trusted = found.confidence >= MIN_CONFIDENCE
+            scored.append(
+                _Scored(
+                    head,
+                    one.orientation,
+                    int(np.count_nonzero(one.brain)),
+                    int(largest),
+                    dice(found.mask if trusted else of_otsu, one.brain),
+                    dice(of_otsu, one.brain),
+                    trusted,
+                    milliseconds,
+                )
+            )
+    return scored
 
 
-def dice(mask: NDArray[np.bool_], reference: NDArray[np.bool_]) -> float:
-    """Overlap of two masks (H, W), from 0 to 1 (Dice 1945)."""
-    return float(2.0 * (mask & reference).sum() / (mask.sum() + reference.sum()))
-
-
-def _of_heads(scored: list[_Scored]) -> list[Measure]:
-    heads = sorted({one.head for one in scored})
-    measures = [Measure(head, _mean_dice(scored, head=head), "Dice") for head in heads]
-    measures += [
-        Measure(f"heads, {plane}", _mean_dice(scored, plane=plane), "Dice") for plane in PLANES
-    ]
-    mean = float(np.mean([measure.value for measure in measures[: len(heads)]]))
+def _measures_of(scored: list[_Scored]) -> list[Measure]:
+    """Every head counts alike, however many slices it has."""
     return [
-        *measures,
-        Measure("heads, mean", mean, "Dice", 0.9),
-        Measure("heads, Otsu's strip", float(np.mean([one.otsu for one in scored])), "Dice"),
-        Measure("heads, masks trusted", float(np.mean([one.trusted for one in scored])), "share"),
+        *(
+            Measure(head, _by_head(its, "dice"), "Dice")
+            for head, its in _grouped(scored, "head").items()
+        ),
+        *(
+            Measure(f"heads, {orientation}", _by_head(its, "dice"), "Dice")
+            for orientation, its in _grouped(scored, "orientation").items()
+        ),
+        Measure("heads, mean", _by_head(scored, "dice"), "Dice", at_least=0.9),
+        Measure("heads, Otsu's strip", _by_head(scored, "otsu"), "Dice"),
+        Measure("heads, masks trusted", _by_head(scored, "trusted"), "share"),
     ]
 
 
-def _mean_dice(scored: list[_Scored], head: str | None = None, plane: str | None = None) -> float:
-    wanted = [one for one in scored if head in (None, one.head) and plane in (None, one.plane)]
-    return float(np.mean([one.dice for one in wanted]))
+def _by_head(scored: list[_Scored], figure: str) -> float:
+    """Mean over the heads' means."""
+    heads = _grouped(scored, "head").values()
+    return float(np.mean([np.mean([getattr(one, figure) for one in its]) for its in heads]))
+
+
+def _grouped(scored: list[_Scored], key: str) -> dict[str, list[_Scored]]:
+    groups: dict[str, list[_Scored]] = defaultdict(list)
+    for one in scored:
+        groups[getattr(one, key)].append(one)
+    return groups
 
 
 def _figure(scored: list[_Scored]) -> Figure:
-    """Dice against the size of the brain in the slice, by plane."""
-    figure = Figure(figsize=(9.0, 3.2), layout="constrained")
-    for axes, plane in zip(figure.subplots(1, len(PLANES), sharey=True), PLANES, strict=True):
-        by_head: dict[str, list[_Scored]] = defaultdict(list)
-        for one in scored:
-            if one.plane == plane:
-                by_head[one.head].append(one)
-        for head, its in by_head.items():
+    """Dice against the size of the brain in the slice, by orientation."""
+    figure = new_figure(9.0, 3.2)
+    panels = figure.subplots(1, len(ORIENTATIONS), sharey=True)
+    by_orientation = _grouped(scored, "orientation")
+    for axes, orientation in zip(panels, ORIENTATIONS, strict=True):
+        for head, its in _grouped(by_orientation[orientation], "head").items():
             share = [one.brain / one.largest for one in its]
             axes.plot(share, [one.dice for one in its], ".", markersize=3, label=head)
         axes.axvline(_MIN_BRAIN, color="grey", linewidth=0.8)
-        axes.set_title(plane)
+        axes.set_title(orientation)
         axes.set_xlabel("brain / largest brain")
-    figure.axes[0].set_ylabel("Dice")
-    figure.axes[-1].legend(fontsize="x-small")
+    panels[0].set_ylabel("Dice")
+    panels[-1].legend(fontsize="x-small")
     return figure

@@ -7,7 +7,6 @@ the machinery and are a bound on what real heads can give, not an estimate of it
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import cv2
 import numpy as np
@@ -20,7 +19,7 @@ from brainray.errors import DataError
 from brainray.mri.nifti import decode_nifti
 from brainray.mri.phantom import CLASSES, make_series
 from brainray.mri.resize import thumbnail
-from brainray.mri.slices import DecodeOptions, RejectedImage
+from brainray.mri.slices import ORIENTATIONS, DecodeOptions, RejectedImage
 from brainray.mri.split import draw_test
 from brainray.mri.subjects import (
     Described,
@@ -36,7 +35,6 @@ _PHANTOM_SIDE = 128  # pixels
 _SLICES_PER_PLANE = 24  # of a volume: as far apart as in a clinical series
 _TEST_FRACTION = 0.2
 _SWEEP = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # least similarity
-_PLANES: tuple[Literal["axial", "coronal", "sagittal"], ...] = ("axial", "coronal", "sagittal")
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,7 @@ def _phantoms(num_subjects: int, seed: int) -> KnownSlices:
 def _volumes(paths: list[Path], seed: int) -> KnownSlices:
     thumbnails, subjects, series = [], [], []
     for path in paths:
-        for plane in _PLANES:
+        for plane in ORIENTATIONS:
             options = DecodeOptions(
                 min_side=_MIN_SIDE,
                 max_pixels=2**24,

@@ -1,28 +1,25 @@
 """Where the brain likely is in a slice, by slices of other heads whose brain is known.
 
 Multi-atlas segmentation (Iglesias and Sabuncu, "Multi-atlas segmentation of biomedical images: a
-survey", 2015): each of some 200 atlas slices is laid over the head by the shift, scale, stretch and
-turn of most mutual information (Viola and Wells, "Alignment by maximization of mutual information",
-1997); the brains of those that fit best are averaged. An atlas slice knows six kinds of cells
-(air; dark, medium and bright outside of the brain; dark and bright within it), and mutual
-information asks only that a kind looks alike all over a slice, not how: no contrast is assumed.
+survey", 2015): each of 200 atlas slices is laid over the head by the scale, translation, stretch
+and rotation of most mutual information in a joint histogram (Maes et al., "Multimodality image
+registration by maximization of mutual information", 1997), less a penalty for poses far off; the
+brains of those that fit best are averaged. The atlas has six labels (air; dark, medium and bright
+outside of the brain; dark and bright within it), and mutual information asks only that a label
+looks alike all over a slice, not how: no contrast is assumed.
 
-``brain_atlas.npz`` was made by this module's command of three heads, whose brains MindGrab
-(Fani et al. 2025) had outlined: OpenNeuro's ds000031 (sub-01, ses-006; CC0), pydeface's mean head
-(MIT) and the ICBM 152 nonlinear template of 2009 (copyright (C) 1993-2009 Louis Collins, McConnell
-Brain Imaging Centre, Montreal Neurological Institute, McGill University, whose permission to
-copy, modify and distribute it holds where this notice appears).
-
-    python -m brainray.mri.brain_atlas --out FILE.npz DIR
-
-DIR holds volumes, NAME.nii.gz, and masks of their brains, NAME_mask.nii.gz.
+``brain_atlas.npz`` was made by `make_brain_atlas.py` of one head and two averages of many:
+OpenNeuro's ds000031 (sub-01, ses-006; CC0), pydeface's mean head (MIT License, copyright (c) 2015)
+and the ICBM 152 nonlinear template of 2009 (copyright (C) 1993-2009 Louis Collins, McConnell Brain
+Imaging Centre, Montreal Neurological Institute, McGill University, whose permission to copy, modify
+and distribute it holds where this notice appears). Their brains were outlined by MindGrab (Fani et
+al., "MindGrab for BrainChop", 2025). The settings below were chosen by the overlap with brains of
+five other heads and of phantoms, and by looking at public slices.
 """
 
-import argparse
-import sys
-from collections.abc import Iterator
+import math
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 from itertools import product
 from pathlib import Path
 
@@ -30,9 +27,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from brainray.errors import BrainrayError, DataError
-from brainray.mri.head import Head, Plane, find_head, sample
-from brainray.mri.reference_heads import ReferenceSlice, find_heads, reference_slices
+from brainray.mri.head import Head, Plane, sample
 
 _FILE = Path(__file__).with_suffix(".npz")
 
@@ -43,15 +38,11 @@ _BLUR = 0.35  # cells
 _AXIS = (np.arange(GRID, dtype=np.float32) + 0.5) * _CELL - _REACH
 _COLUMNS, _ROWS = np.meshgrid(_AXIS, _AXIS)
 
-# Kinds of cells: 0 is air, then three outside of the brain and two within it, by grey value.
-_OUTSIDE_QUANTILES = (1 / 3, 2 / 3)
-_INSIDE_QUANTILES = (0.35,)
-_FIRST_INSIDE = 4
-_NUM_KINDS = 6
+NUM_LABELS = 6  # 0 is air
 _NUM_GREYS = 16  # of the slice in question, by quantiles
 _NUM_BINS = _NUM_GREYS + 1  # 0 is air
 
-# A pose is (scale, x, y, stretch, turn): lengths in radii, the turn in radians.
+# A pose is (scale, x, y, stretch, rotation): lengths in radii, rotation in radians.
 _SCALES = (0.9, 1.0, 1.12)
 _FIRST_POSES = np.array(
     [
@@ -70,13 +61,6 @@ _PRIOR = 0.005  # nats for a part of the pose that lies one such width off
 _NUM_FUSED = 16
 _TEMPERATURE = 0.025  # nats
 
-# Making an atlas.
-_NUM_SLICES = 200
-_SPACING = 6  # slices
-_CUT = 0.3  # of coronal and sagittal slices, as clinical scans often lack the neck and more
-_MIN_BRAIN = 0.02  # of the largest brain in the plane
-_LABEL_WEIGHT = 0.7
-
 Poses = NDArray[np.float32]  # (P, 5)
 
 
@@ -84,60 +68,56 @@ Poses = NDArray[np.float32]  # (P, 5)
 class BrainAtlas:
     """N slices of heads, each on the square about its own head's centre."""
 
-    kinds: NDArray[np.uint8]
-    """(N, GRID, GRID) kind of each cell."""
+    labels: NDArray[np.uint8]
+    """(N, GRID, GRID) of the cells."""
     brains: Plane
-    """(N, GRID, GRID) share of the cell that is brain."""
+    """(N, GRID, GRID) share of the cell that is brain, from 0 to 1."""
 
     @classmethod
     def read(cls, path: Path = _FILE) -> "BrainAtlas":
-        """With the mirror images of slices that face a side."""
+        """With the mirror images of sagittal slices: a face may look either way."""
         with np.load(path) as stored:
-            kinds, sides = stored["kinds"], stored["faces_side"]
+            labels, is_sagittal = stored["labels"], stored["is_sagittal"]
             brains = stored["brains"].astype(np.float32) / 255.0
-        mirrored = kinds[sides, :, ::-1], brains[sides, :, ::-1]
         return cls(
-            np.concatenate([kinds, mirrored[0]]),
-            np.ascontiguousarray(np.concatenate([brains, mirrored[1]])),
+            np.concatenate([labels, labels[is_sagittal, :, ::-1]]),
+            np.concatenate([brains, brains[is_sagittal, :, ::-1]]),
         )
 
-    def likely_brain(self, head: Head) -> Plane:
-        """(H, W), from 0 to 1, at the head's working size: how likely each pixel is brain."""
-        bins = _bins(head)
-        scores, chosen, poses = self._refined(bins, head, *self._first_choice(bins, head))
+    def brain_probability(self, head: Head) -> Plane:
+        """(H, W), from 0 to 1, of each pixel at the head's working size."""
+        bins = grey_bins(head)
+        chosen, poses = self._first_choice(bins, head)
+        scores, poses = self._refined(bins, head, self.labels[chosen], poses)
         best = np.argsort(-scores, kind="stable")[:_NUM_FUSED]
         weights = np.exp((scores[best] - scores[best[0]]) / _TEMPERATURE)
-        laid = [_laid_over(head, self.brains[chosen[item]], poses[item]) for item in best]
-        return np.average(laid, axis=0, weights=weights).astype(np.float32)
-
-    @cached_property
-    def _coarse_cells(self) -> NDArray[np.float32]:
-        """(N * kinds, cells) 1 where a coarse cell is of that kind."""
-        coarse = self.kinds[:, ::_FIRST_STRIDE, ::_FIRST_STRIDE].reshape(len(self.kinds), 1, -1)
-        is_kind = coarse == np.arange(_NUM_KINDS)[:, None]
-        return is_kind.reshape(-1, coarse.shape[-1]).astype(np.float32)
+        warped = [_warped(head, self.brains[chosen[item]], poses[item]) for item in best]
+        return np.average(warped, axis=0, weights=weights).astype(np.float32)
 
     def _first_choice(self, bins: Plane, head: Head) -> tuple[NDArray[np.intp], Poses]:
         """The slices worth refining, and the best of a few poses of each."""
-        looked = _looked_up(bins, head, _FIRST_POSES)
-        coarse = looked.reshape(-1, GRID, GRID)[:, ::_FIRST_STRIDE, ::_FIRST_STRIDE]
+        coarse = _looked_up(bins, head, _FIRST_POSES)[:, ::_FIRST_STRIDE, ::_FIRST_STRIDE]
         coarse = coarse.reshape(len(_FIRST_POSES), -1)
-        is_bin = (coarse.T[:, :, None] == np.arange(_NUM_BINS)).astype(np.float32)
-        counts = self._coarse_cells @ is_bin.reshape(len(is_bin), -1)
-        counts = counts.reshape(len(self.kinds), _NUM_KINDS, len(_FIRST_POSES), _NUM_BINS)
-        scores = _mutual_information(counts.transpose(2, 0, 1, 3) * _FIRST_STRIDE**2)
-        scores -= _departure(_FIRST_POSES)[:, None]
+        is_bin = (coarse[:, :, None] == np.arange(_NUM_BINS)).astype(np.float32)
+        counts = np.tensordot(self._is_label, is_bin, axes=([2], [1]))  # (N, labels, P, bins)
+        counts = (counts * _FIRST_STRIDE**2).astype(np.intp).transpose(2, 0, 1, 3)
+        scores = _mutual_information(counts) - _departure(_FIRST_POSES)[:, None]
         chosen = np.argsort(-scores.max(axis=0), kind="stable")[:_NUM_REFINED]
         return chosen, _FIRST_POSES[scores[:, chosen].argmax(axis=0)]
 
+    @cached_property
+    def _is_label(self) -> NDArray[np.float32]:
+        """(N, labels, coarse cells) 1 where a cell has that label."""
+        coarse = self.labels[:, ::_FIRST_STRIDE, ::_FIRST_STRIDE].reshape(len(self.labels), 1, -1)
+        return (coarse == np.arange(NUM_LABELS)[:, None]).astype(np.float32)
+
     def _refined(
-        self, bins: Plane, head: Head, chosen: NDArray[np.intp], poses: Poses
-    ) -> tuple[NDArray[np.float32], NDArray[np.intp], Poses]:
-        """Scores, slices and poses after a search along one part of the pose after another."""
-        kinds = self.kinds[chosen].reshape(len(chosen), -1)
-        scores = _scores(bins, head, kinds, poses)
-        both = np.concatenate([kinds, kinds])
-        rows = np.arange(len(chosen))
+        self, bins: Plane, head: Head, labels: NDArray[np.uint8], poses: Poses
+    ) -> tuple[NDArray[np.float32], Poses]:
+        """Scores and poses after a search along one part of the pose after another."""
+        scores = _scores(bins, head, labels, poses)
+        both = np.concatenate([labels, labels])
+        rows = np.arange(len(labels))
         for size, part in product(_STEP_SIZES, range(len(_STEPS))):
             tried = np.stack([poses, poses])
             step = _STEPS[part] * np.float32(size)
@@ -150,172 +130,91 @@ class BrainAtlas:
             better = found[side, rows] > scores
             poses = np.where(better[:, None], tried[side, rows], poses)
             scores = np.where(better, found[side, rows], scores)
-        return scores, chosen, poses
+        return scores, poses
 
 
-@lru_cache(maxsize=1)
+@cache
 def brain_atlas() -> BrainAtlas:
     """The atlas that comes along."""
     return BrainAtlas.read()
 
 
-def _bins(head: Head) -> Plane:
-    """(H, W): 0 in air, else from 1 on by quantiles of the head's grey values."""
-    grey = _smooth(head.signal, head)
+def grey_bins(head: Head) -> Plane:
+    """(H, W): 0 in air, else 1 to 16 by quantiles of the head's grey values."""
+    grey = smooth(head.signal, head)
     inside = head.mask > 0
     ranked = np.sort(grey[inside])
     bounds = ranked[len(ranked) * np.arange(1, _NUM_GREYS) // _NUM_GREYS]
     return np.where(inside, 1 + np.searchsorted(bounds, grey), 0).astype(np.float32)
 
 
-def _smooth(plane: Plane, head: Head) -> Plane:
+def smooth(plane: Plane, head: Head) -> Plane:
+    """A plane of the head (H, W) as its cells see it."""
     return cv2.GaussianBlur(plane, (0, 0), max(0.3, _BLUR * _CELL * head.radius))
 
 
+def on_square(plane: Plane, head: Head) -> Plane:
+    """A plane of the head (H, W) at the cells (GRID, GRID)."""
+    x, y = head.centre
+    return sample(plane, x + head.radius * _COLUMNS, y + head.radius * _ROWS)
+
+
 def _looked_up(bins: Plane, head: Head, poses: Poses) -> NDArray[np.intp]:
-    """(P, GRID * GRID) bins of the cells of the atlas' square in each pose."""
-    scale, x, y, stretch, turn = (part[:, None, None] for part in poses.T)
+    """(P, GRID, GRID) bins at the cells of the atlas' square in each pose."""
+    scale, x, y, stretch, rotation = (part[:, None, None] for part in poses.T)
     across, down = scale * stretch * _COLUMNS, scale / stretch * _ROWS
-    columns = head.centre[0] + head.radius * (np.cos(turn) * across - np.sin(turn) * down + x)
-    rows = head.centre[1] + head.radius * (np.sin(turn) * across + np.cos(turn) * down + y)
+    cosine, sine = np.cos(rotation), np.sin(rotation)
+    columns = head.centre[0] + head.radius * (cosine * across - sine * down + x)
+    rows = head.centre[1] + head.radius * (sine * across + cosine * down + y)
     found = cv2.remap(
         bins, columns.reshape(-1, GRID), rows.reshape(-1, GRID), cv2.INTER_NEAREST, borderValue=0
     )
-    return found.reshape(len(poses), -1).astype(np.intp)
+    return found.reshape(len(poses), GRID, GRID).astype(np.intp)
 
 
-def _laid_over(head: Head, brain: Plane, pose: NDArray[np.float32]) -> Plane:
-    """(H, W) an atlas slice's brain in a pose, at the head's pixels."""
-    scale, x, y, stretch, turn = (float(part) for part in pose)
-    columns, rows = np.meshgrid(
-        *(np.arange(side, dtype=np.float32) for side in head.mask.shape[::-1])
-    )
-    right = (columns - head.centre[0]) / head.radius - x
-    down = (rows - head.centre[1]) / head.radius - y
-    across = (np.cos(turn) * right + np.sin(turn) * down) / (scale * stretch)
-    along = (np.cos(turn) * down - np.sin(turn) * right) / (scale / stretch)
+def _warped(head: Head, brain: Plane, pose: NDArray[np.float32]) -> Plane:
+    """An atlas slice's brain (GRID, GRID) in a pose, at the head's pixels (H, W)."""
+    scale, x, y, stretch, rotation = (float(part) for part in pose)
+    cosine, sine = math.cos(rotation), math.sin(rotation)
+    height, width = head.mask.shape
+    right = (np.arange(width, dtype=np.float32) - head.centre[0]) / head.radius - x
+    down = ((np.arange(height, dtype=np.float32) - head.centre[1]) / head.radius - y)[:, None]
+    across = (cosine * right + sine * down) / (scale * stretch)
+    along = (cosine * down - sine * right) / (scale / stretch)
     return sample(brain, (across + _REACH) / _CELL - 0.5, (along + _REACH) / _CELL - 0.5)
 
 
-def _scores(bins: Plane, head: Head, kinds: NDArray[np.uint8], poses: Poses) -> NDArray[np.float32]:
-    """(P,) nats of mutual information, less a prior's, of atlas slices (P, cells) in poses."""
-    size = _NUM_KINDS * _NUM_BINS
-    places = kinds.astype(np.intp) * _NUM_BINS + _looked_up(bins, head, poses)
-    places += size * np.arange(len(poses))[:, None]
-    counts = np.bincount(places.ravel(), minlength=size * len(poses)).astype(np.float32)
-    joint = counts.reshape(len(poses), _NUM_KINDS, _NUM_BINS)
-    return _mutual_information(joint) - _departure(poses)
+def _scores(
+    bins: Plane, head: Head, labels: NDArray[np.uint8], poses: Poses
+) -> NDArray[np.float32]:
+    """(P,) nats of mutual information, less the penalty, of slices (P, GRID, GRID) in poses."""
+    size = NUM_LABELS * _NUM_BINS
+    places = labels.astype(np.intp) * _NUM_BINS + _looked_up(bins, head, poses)
+    places += size * np.arange(len(poses))[:, None, None]
+    counts = np.bincount(places.ravel(), minlength=size * len(poses))
+    counts = counts.reshape(len(poses), NUM_LABELS, _NUM_BINS)
+    return _mutual_information(counts) - _departure(poses)
 
 
-def _mutual_information(counts: NDArray[np.float32]) -> NDArray[np.float32]:
-    """(...) in nats between the last two axes of counts (..., kinds, bins)."""
-    counts = counts + np.float32(0.1)
-    shares = counts / counts.sum(axis=(-2, -1), keepdims=True)
-    return (
-        _entropy(shares.sum(axis=-1)).sum(axis=-1)
-        + _entropy(shares.sum(axis=-2)).sum(axis=-1)
-        - _entropy(shares).sum(axis=(-2, -1))
-    )
+def _entropy_terms(num_pooled: int) -> NDArray[np.float32]:
+    """-p log p by the number of cells, 0 to all of the square, with 0.1 added to each count."""
+    added = 0.1
+    counts = np.arange(GRID * GRID + 1) + added * num_pooled
+    shares = counts / (GRID * GRID + added * NUM_LABELS * _NUM_BINS)
+    return (-shares * np.log(shares)).astype(np.float32)
 
 
-def _entropy(shares: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Each share's part of the entropy, in nats."""
-    return -shares * np.log(shares)
+_OF_LABEL, _OF_BIN, _OF_BOTH = (_entropy_terms(n) for n in (_NUM_BINS, NUM_LABELS, 1))
+
+
+def _mutual_information(counts: NDArray[np.intp]) -> NDArray[np.float32]:
+    """(...) in nats, of counts (..., labels, bins) of the square's cells."""
+    of_label = _OF_LABEL[counts.sum(axis=-1)].sum(axis=-1)
+    of_bin = _OF_BIN[counts.sum(axis=-2)].sum(axis=-1)
+    return np.asarray(of_label + of_bin - _OF_BOTH[counts].sum(axis=(-2, -1)))
 
 
 def _departure(poses: Poses) -> NDArray[np.float32]:
-    """(P,) what poses cost that lie far off."""
+    """(P,) the penalty of poses (P, 5) that lie far off, in nats."""
     parts = np.where(_IS_FACTOR, np.log(np.maximum(poses, 1e-3)), poses)
     return _PRIOR * ((parts / _PRIOR_WIDTHS) ** 2).sum(axis=1)
-
-
-def describe(image: NDArray[np.uint8], brain: NDArray[np.bool_]) -> BrainAtlas | None:
-    """A slice (H, W) and its brain as an atlas of one; None where either is too small."""
-    head = find_head(image)
-    if head is None:
-        return None
-    height, width = head.mask.shape
-    shrunk = cv2.resize(brain.astype(np.float32), (width, height), interpolation=cv2.INTER_AREA)
-    columns, rows = head.centre[0] + head.radius * _COLUMNS, head.centre[1] + head.radius * _ROWS
-    share = sample(_smooth(shrunk, head), columns, rows)
-    grey = sample(_smooth(head.signal, head), columns, rows)
-    inside = share > 0.5
-    outside = (sample(head.mask.astype(np.float32), columns, rows) > 0.5) & ~inside
-    if np.count_nonzero(inside) < 3 or np.count_nonzero(outside) < 6:
-        return None
-    kinds = np.zeros((GRID, GRID), np.uint8)
-    for cells, first, quantiles in (
-        (outside, 1, _OUTSIDE_QUANTILES),
-        (inside, _FIRST_INSIDE, _INSIDE_QUANTILES),
-    ):
-        kinds[cells] = first + np.searchsorted(np.quantile(grey[cells], quantiles), grey[cells])
-    return BrainAtlas(kinds[None], share[None])
-
-
-def make_atlas(
-    slices: Iterator[ReferenceSlice], num_slices: int
-) -> tuple[BrainAtlas, NDArray[np.bool_]]:
-    """The slices that stand for all best, and which of them face a side.
-
-    One after another is taken: that which brings all slices nearest to one that is taken.
-    """
-    described, faces_side = [], []
-    for one in slices:
-        found = describe(one.image, one.brain)
-        if found is not None:
-            described.append(found)
-            faces_side.append(one.plane == "sagittal")
-    if not described:
-        raise DataError("no slice of these volumes shows a head with a brain in it")
-    kinds = np.concatenate([one.kinds for one in described])
-    brains = np.concatenate([one.brains for one in described])
-    flat_kinds, flat = kinds.reshape(len(kinds), -1), brains.reshape(len(brains), -1)
-    size = flat.sum(axis=1)
-    distance = np.empty((len(flat), len(flat)), np.float32)
-    for row in range(len(flat)):
-        overlap = 2.0 * np.minimum(flat[row], flat).sum(axis=1) / (size[row] + size)
-        agreement = (flat_kinds[row] == flat_kinds).mean(axis=1)
-        distance[row] = 1.0 - overlap + _LABEL_WEIGHT * (1.0 - agreement)
-    nearest = np.full(len(flat), np.inf, np.float32)
-    taken: list[int] = []
-    for _ in range(min(num_slices, len(flat))):
-        taken.append(int(np.minimum(nearest, distance).mean(axis=1).argmin()))
-        nearest = np.minimum(nearest, distance[taken[-1]])
-    return BrainAtlas(kinds[taken], brains[taken]), np.array(faces_side)[taken]
-
-
-def _slices_to_make_it_of(folder: Path) -> Iterator[ReferenceSlice]:
-    """Every sixth slice that shows enough brain; coronal and sagittal ones also without neck."""
-    for head in find_heads(folder):
-        for plane in ("axial", "coronal", "sagittal"):
-            found = list(reference_slices(head, plane))
-            largest = max(np.count_nonzero(one.brain) for one in found)
-            enough = [one for one in found if np.count_nonzero(one.brain) > _MIN_BRAIN * largest]
-            for one in enough[::_SPACING]:
-                yield one
-                if plane != "axial":
-                    kept = round((1.0 - _CUT) * len(one.image))
-                    yield ReferenceSlice(plane, one.image[:kept], one.brain[:kept])
-
-
-def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m brainray.mri.brain_atlas",
-        description="Make an atlas of brains of NAME.nii.gz and NAME_mask.nii.gz in a folder.",
-    )
-    parser.add_argument("folder", metavar="DIR", type=Path)
-    parser.add_argument("--out", metavar="FILE.npz", type=Path, required=True)
-    given = parser.parse_args(arguments)
-    try:
-        atlas, faces_side = make_atlas(_slices_to_make_it_of(given.folder), _NUM_SLICES)
-    except BrainrayError as error:
-        print(f"brain_atlas: {error}", file=sys.stderr)
-        return 2
-    brains = np.round(atlas.brains * 255.0).astype(np.uint8)
-    np.savez_compressed(given.out, kinds=atlas.kinds, brains=brains, faces_side=faces_side)
-    print(f"{given.out}: {len(brains)} slices")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -19,8 +19,11 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from brainray.mri.brain_atlas import brain_atlas
+from brainray.mri.brain_atlas import brain_atlas, grey_bins
 from brainray.mri.head import Head, Plane, find_head, sample
+
+VERSION = 2
+"""Of the masks: stores made with another one are not gone on from."""
 
 MIN_CONFIDENCE = 0.45
 """Masks less sure than this are not to be used: `otsu_mask` takes their place."""
@@ -55,6 +58,7 @@ _MAX_JUMP = 4
 
 # Confidence.
 _SCALP_RISE = 0.3  # of the brain's grey value
+_LEAST_INFORMATION = 0.02  # share of inside/outside that greys explain: noise has .008
 
 
 @dataclass(frozen=True)
@@ -64,8 +68,9 @@ class IntracranialMask:
     mask: NDArray[np.bool_]
     """(H, W) True on brain, fluid around it and lesions."""
     confidence: float
-    """0 to 1: the share of the outline beyond which scalp is seen. It is low where there is no
-    skull or the outline lies amiss."""
+    """0 to 1: the share of the outline beyond which scalp is seen, less where grey values hardly
+    tell inside from outside. It is low where there is no skull and in noise; an outline that lies
+    amiss in a whole head, such as one upside down, may be trusted."""
 
 
 @dataclass(frozen=True)
@@ -77,22 +82,26 @@ class _Outline:
 def intracranial_mask(image: NDArray[np.uint8]) -> IntracranialMask:
     """Mask of the brain in a slice (H, W), and how far to trust it.
 
-    A slice without a head gets an all True mask at confidence 0.
+    A slice in which no head or no brain is found gets an all True mask at confidence 0.
     """
     head = find_head(image)
-    start = None if head is None else _outline_of(brain_atlas().likely_brain(head), head)
-    if head is None or start is None:
+    if head is None:
+        return IntracranialMask(np.ones(image.shape, np.bool_), 0.0)
+    probability = brain_atlas().brain_probability(head)
+    start = _outline_of(probability, head)
+    if start is None:
         return IntracranialMask(np.ones(image.shape, np.bool_), 0.0)
     outline = replace(start, radii=_trace_outline(head, start))
     points = head.centre + head.radius * (outline.origin + outline.radii[:, None] * _RAYS)
     mask = _fill(points, head.mask.shape) & head.mask
     full = cv2.resize(mask.astype(np.float32), image.shape[::-1], interpolation=cv2.INTER_LINEAR)
-    return IntracranialMask(np.asarray(full > 0.5), _share_of_shell(head, outline))
+    informed = min(1.0, _explained_by_greys(head, probability > 0.5) / _LEAST_INFORMATION)
+    return IntracranialMask(np.asarray(full > 0.5), _share_of_shell(head, outline) * informed)
 
 
-def _outline_of(likely: Plane, head: Head) -> _Outline | None:
+def _outline_of(probability: Plane, head: Head) -> _Outline | None:
     """The farthest reach of what is likely brain, about the middle of its largest piece."""
-    brain = ((likely > 0.5) & (head.mask > 0)).astype(np.uint8)
+    brain = ((probability > 0.5) & (head.mask > 0)).astype(np.uint8)
     num_labels, labels, stats, centroids = cv2.connectedComponentsWithStats(brain)
     if num_labels == 1:
         return None
@@ -102,7 +111,7 @@ def _outline_of(likely: Plane, head: Head) -> _Outline | None:
         depth = cv2.distanceTransform((labels == largest).astype(np.uint8), cv2.DIST_L2, 5)
         y, x = np.unravel_index(depth.argmax(), depth.shape)
     origin = ((np.array([x, y]) - head.centre) / head.radius).astype(np.float32)
-    inside = _polar(likely, head, origin) > 0.5
+    inside = _polar(probability, head, origin) > 0.5
     farthest = _NUM_RADII - 1 - inside[:, ::-1].argmax(axis=1)
     return _Outline(origin, _RADII[np.where(inside.any(axis=1), farthest, 0)])
 
@@ -155,6 +164,20 @@ def _share_of_shell(head: Head, outline: _Outline) -> float:
     rises = np.where(beyond, relative - darkest, 0.0).max(axis=1) > _SCALP_RISE
     bright = np.where(beyond, relative, 0.0).max(axis=1) > 1.0 + _SCALP_RISE
     return float((rises | bright).mean())
+
+
+def _explained_by_greys(head: Head, inside: NDArray[np.bool_]) -> float:
+    """Mutual information of inside (H, W) and grey within the head, over the entropy of inside."""
+    in_head = head.mask > 0
+    greys = grey_bins(head)[in_head].astype(np.intp)
+    counts = np.bincount(2 * greys + inside[in_head], minlength=2 * (greys.max() + 1))
+    shares = (counts.reshape(-1, 2) + 0.1) / (counts + 0.1).sum()
+    of_side = _entropy(shares.sum(axis=0))
+    return (of_side + _entropy(shares.sum(axis=1)) - _entropy(shares)) / of_side
+
+
+def _entropy(shares: NDArray[np.float64]) -> float:
+    return float(-(shares * np.log(shares)).sum())
 
 
 def _relative_to_brain(head: Head, outline: _Outline) -> Polar:

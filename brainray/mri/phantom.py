@@ -27,9 +27,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from brainray.errors import BrainrayError, DataError
+from brainray.mri.slices import ORIENTATIONS
 
 CLASSES: tuple[str, ...] = ("glioma", "meningioma", "notumor", "pituitary")
-ORIENTATIONS: tuple[str, ...] = ("axial", "coronal", "sagittal")
 SPLITS: tuple[str, ...] = ("Training", "Testing")
 
 JPEG_QUALITY = 90

@@ -3,17 +3,15 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
+import nibabel
 import numpy as np
 from numpy.typing import NDArray
 
 from brainray.errors import DataError
 from brainray.mri.nifti import decode_nifti
-from brainray.mri.slices import DecodedSlice, DecodeOptions, RejectedImage
-
-Plane = Literal["axial", "coronal", "sagittal"]
-PLANES: tuple[Plane, ...] = ("axial", "coronal", "sagittal")
+from brainray.mri.slices import DecodedSlice, DecodeOptions, Orientation
 
 _VOLUME, _MASK = ".nii.gz", "_mask.nii.gz"
 
@@ -22,7 +20,7 @@ _VOLUME, _MASK = ".nii.gz", "_mask.nii.gz"
 class ReferenceSlice:
     """A slice as it is shown on screen, and where its brain is."""
 
-    plane: Plane
+    orientation: Orientation
     image: NDArray[np.uint8]  # (H, W)
     brain: NDArray[np.bool_]  # (H, W)
 
@@ -43,36 +41,53 @@ def find_heads(folder: Path) -> list[Path]:
     return heads
 
 
-def reference_slices(head: Path, plane: Plane) -> Iterator[ReferenceSlice]:
+def reference_slices(head: Path, orientation: Orientation) -> Iterator[ReferenceSlice]:
     """The slices of a volume that show some brain, in their order.
 
     Raises:
-        DataError: the volume or its mask cannot be read, or they do not lie on the same voxels.
+        DataError: the volume or its mask cannot be read, or they do not fit.
     """
-    brains = {one.frame: one.image for one in _decoded(_mask_of(head), plane)}
-    for one in _decoded(head, plane):
-        brain = brains.get(one.frame)
-        if brain is None or brain.shape != one.image.shape:
-            raise DataError(f"{_mask_of(head)} has other voxels than {head}")
-        if (brain > 127).any():
-            yield ReferenceSlice(plane, one.image, brain > 127)
+    mask = _mask_of(head)
+    try:
+        _check(nibabel.load(head), nibabel.load(mask), mask)
+        brains = {one.frame: one.image > 127 for one in _decoded(mask, orientation)}
+        for one in _decoded(head, orientation):
+            brain = brains[one.frame]
+            if brain.any():
+                yield ReferenceSlice(orientation, one.image, brain)
+    except DataError:
+        raise
+    except Exception as error:  # nibabel and zlib raise what they like
+        raise DataError(f"{head.name} or {mask.name} cannot be read: {error}") from None
+
+
+def dice(mask: NDArray[np.bool_], reference: NDArray[np.bool_]) -> float:
+    """Overlap of two masks (H, W), from 0 to 1 (Dice 1945)."""
+    return float(2.0 * (mask & reference).sum() / (mask.sum() + reference.sum()))
+
+
+def _check(head: Any, mask: Any, path: Path) -> None:
+    if head.shape != mask.shape or not np.allclose(head.affine, mask.affine, atol=1e-3):
+        raise DataError(f"{path} has other voxels than the volume beside it")
+    if min(head.shape) < 2 or head.ndim != 3:
+        raise DataError(f"the volume beside {path} is no volume of slices, but {head.shape}")
+    values = np.unique(np.asarray(mask.dataobj))
+    if len(values) != 2 or values[0] != 0:
+        raise DataError(f"{path} must hold 0 and one value for brain; it holds {values[:5]}")
 
 
 def _mask_of(head: Path) -> Path:
     return head.with_name(head.name.removesuffix(_VOLUME) + _MASK)
 
 
-def _decoded(path: Path, plane: Plane) -> list[DecodedSlice]:
+def _decoded(path: Path, orientation: Orientation) -> list[DecodedSlice]:
     options = DecodeOptions(
         min_side=1,
         max_pixels=2**24,
         max_voxels=2**28,
-        axis=plane,
+        axis=orientation,
         window_percentiles=(0.5, 99.5),
         min_foreground=0.0,
         salt=b"none is named",
     )
-    try:
-        return decode_nifti(path.read_bytes(), options)
-    except RejectedImage as rejection:
-        raise DataError(f"{path}: {rejection}") from None
+    return decode_nifti(path.read_bytes(), options)

@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 
 Values: TypeAlias = NDArray[np.floating]
 
+Orientation = Literal["axial", "coronal", "sagittal"]
+ORIENTATIONS: tuple[Orientation, ...] = ("axial", "coronal", "sagittal")
+
 MAX_NON_FINITE_SHARE = 0.01
 # As an identity, each would join all patients.
 _NOBODY = frozenset(
@@ -51,7 +54,7 @@ class DecodeOptions:
     """Of one slice, checked on the header."""
     max_voxels: int
     """Of all frames or volumes of a file together, checked on the header."""
-    axis: Literal["axial", "coronal", "sagittal"]
+    axis: Orientation
     """The plane in which NIfTI volumes are sliced."""
     window_percentiles: tuple[float, float]
     """Foreground percentiles that become 0 and 255 where the file states no window."""

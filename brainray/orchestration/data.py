@@ -170,7 +170,8 @@ def _previous_store(target: Folder, settings: dict[str, Any]) -> ImageStore | No
     store = ImageStore.open(target)
     # What an earlier version did not know, it did as the default does.
     defaults = settings_of(PreprocessConfig(), SplitConfig(), {}, drawn=False)
-    stored = with_defaults({key: store.manifest[key] for key in settings}, defaults)
+    told = {key: store.manifest[key] for key in settings if key in store.manifest}
+    stored = with_defaults(told, defaults)
     difference = differing_settings(stored, settings)
     if difference:
         raise DataError(

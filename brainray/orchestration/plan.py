@@ -32,7 +32,7 @@ from brainray.orchestration.earlier import FILES, Earlier
 from brainray.orchestration.leakage import leakage_report
 from brainray.orchestration.preparation import named_subject, subject_salt
 from brainray.orchestration.source import Listing, renaming_advice
-from brainray.orchestration.store import count_by_split_and_class
+from brainray.orchestration.store import count_by_split_and_class, versions_of
 from brainray.schema import DUPLICATES, ESTIMATED, HEADER, NAMED, TABLE, TEST, TRAIN, VOLUME
 from brainray.storage import Folder
 
@@ -419,7 +419,8 @@ def _statistics(
     told = ["split", "sample_id", "label", "draw_group_id", "kin_group_id"]
     content = rows.select(told).sort_by([(name, "ascending") for name in told])
     settings = config.model_copy(update={"files_per_task": 0})  # which changes no slice
-    identity = json.dumps([settings.model_dump(mode="json"), content.to_pylist()])
+    made_by = settings.model_dump(mode="json") | versions_of(config)
+    identity = json.dumps([made_by, content.to_pylist()])
     return {
         "classes": classes,
         "num_slices": count_by_split_and_class(rows),

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from brainray import layout
 from brainray.config import Config, PreprocessConfig, SplitConfig
 from brainray.errors import ConfigError, DataError
+from brainray.mri import intracranial
 from brainray.schema import IMAGE_INDEX_COLUMNS, TEST, TRAIN
 from brainray.storage import Folder
 
@@ -169,7 +170,15 @@ def settings_of(
     if drawn:
         parts |= {"test_fraction": split.test_fraction, "seed": split.seed}
     images = preprocess.model_dump(mode="json", exclude={"files_per_task"})
-    return {"preprocess": images, "split": parts, "classes_map": dict(class_map)}
+    settings = {"preprocess": images, "split": parts, "classes_map": dict(class_map)}
+    return settings | versions_of(preprocess)
+
+
+def versions_of(preprocess: PreprocessConfig) -> dict[str, int]:
+    """Of the methods in use whose slices are not what they were: a store has those of one."""
+    if preprocess.skull_strip == "intracranial":
+        return {"intracranial_version": intracranial.VERSION}
+    return {}
 
 
 def as_store_was_made(config: Config, store: ImageStore) -> Config:

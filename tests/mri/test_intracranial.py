@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from brainray.mri.intracranial import MIN_CONFIDENCE, intracranial_mask
-from brainray.mri.phantom import CLASSES, ORIENTATIONS, PhantomSlice, make_slice
+from brainray.mri.phantom import CLASSES, PhantomSlice, make_slice
+from brainray.mri.reference_heads import dice
 from brainray.mri.skull_strip import otsu_mask
+from brainray.mri.slices import ORIENTATIONS
 
 NUM_SLICES = 16  # of each orientation
 
@@ -19,10 +21,6 @@ def phantoms(orientation: str) -> tuple[PhantomSlice, ...]:
         make_slice(CLASSES[seed % 4], np.random.default_rng(seed), orientation=orientation)
         for seed in range(NUM_SLICES)
     )
-
-
-def dice(mask: np.ndarray, reference: np.ndarray) -> float:
-    return float(2.0 * (mask & reference).sum() / (mask.sum() + reference.sum()))
 
 
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
@@ -108,11 +106,13 @@ def test_the_mask_is_one_piece_without_holes() -> None:
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (100, 300), (1, 1), (1, 500)])
-def test_without_a_head_nothing_is_removed_and_nothing_trusted(shape: tuple[int, int]) -> None:
-    for value in (0, 200):
-        found = intracranial_mask(np.full(shape, value, np.uint8))
+def test_a_slice_without_a_head_is_not_trusted(shape: tuple[int, int]) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    for image in (np.zeros(shape, np.uint8), np.full(shape, 200, np.uint8), noise):
+        found = intracranial_mask(image)
         assert found.mask.shape == shape
         assert found.confidence < MIN_CONFIDENCE
+    assert intracranial_mask(np.zeros(shape, np.uint8)).mask.all()
 
 
 def test_the_same_slice_gives_the_same_mask() -> None:

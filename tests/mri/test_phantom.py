@@ -21,12 +21,12 @@ from brainray.errors import DataError
 from brainray.mri import phantom
 from brainray.mri.phantom import (
     CLASSES,
-    ORIENTATIONS,
     PhantomSlice,
     make_series,
     make_slice,
     write_phantoms,
 )
+from brainray.mri.slices import ORIENTATIONS
 
 TUMOURS = tuple(name for name in CLASSES if name != "notumor")
 NUM_SUBJECTS = 16  # per class and orientation, where a claim is checked on every one of them

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from brainray.mri.phantom import CLASSES, ORIENTATIONS, make_slice
+from brainray.mri.phantom import CLASSES, make_slice
 from brainray.mri.skull_strip import (
     KERNEL_RADIUS,
     _dilate,
@@ -14,6 +14,7 @@ from brainray.mri.skull_strip import (
     otsu_mask,
     without_frame,
 )
+from brainray.mri.slices import ORIENTATIONS
 
 
 def straightforward_otsu_mask(image: NDArray[np.uint8]) -> NDArray[np.bool_]:

@@ -10,9 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from brainray.errors import DataError
+from brainray.mri import intracranial
 from brainray.mri.decode import decode_file
 from brainray.mri.resize import stretch
 from brainray.mri.skull_strip import apply_mask, otsu_mask
+from brainray.orchestration import data
 from brainray.orchestration.data import _previous_store, preprocess
 from brainray.orchestration.preparation import decode_options
 from brainray.orchestration.store import ImageStore
@@ -111,6 +113,24 @@ def test_an_equal_store_is_reused_and_other_settings_are_refused(
         preprocess(
             tiny_config(storage, "name=mri", f"source={phantoms}", "preprocess.skull_strip=none")
         )
+
+
+def test_a_store_of_masks_that_are_made_otherwise_now_is_refused(
+    phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "draw_figures", lambda *_: None)
+    config = tiny_config(
+        tmp_path, "name=brains", f"source={phantoms}", "preprocess.skull_strip=intracranial"
+    )
+    before = preprocess(config)
+    monkeypatch.setattr(intracranial, "VERSION", intracranial.VERSION + 1)
+    with pytest.raises(DataError, match=r"intracranial_version: 2 here, 3 asked"):
+        preprocess(config)
+    told = before.manifest.copy()
+    del told["intracranial_version"]  # as stores from before there were versions
+    before.folder.write_json("manifest.json", told)
+    with pytest.raises(DataError, match=r"intracranial_version: None here, 3 asked"):
+        preprocess(config)
 
 
 def test_a_store_of_another_version_is_refused(tmp_path: Path) -> None:
