@@ -27,6 +27,7 @@ _NUM_SLICES = 200
 _SPACING = 6  # slices
 _CUT = 0.3  # of coronal and sagittal slices, as clinical scans often lack the neck and more
 _MIN_BRAIN = 0.02  # of the largest brain in the plane
+_MIN_WITHIN_HEAD = 0.95  # of the brain
 _LABEL_WEIGHT = 0.7
 
 
@@ -62,12 +63,17 @@ def write_atlas(path: Path, slices: Iterable[ReferenceSlice], num_slices: int) -
 def describe(
     image: NDArray[np.uint8], brain: NDArray[np.bool_]
 ) -> tuple[NDArray[np.uint8], Plane] | None:
-    """Labels and share of brain (GRID, GRID) of a slice (H, W); None where either is too small."""
+    """Labels and share of brain (GRID, GRID) of a slice (H, W) and its brain.
+
+    None where head or brain is too small, or something else was taken for the head.
+    """
     head = find_head(image)
     if head is None:
         return None
     height, width = head.mask.shape
     shrunk = cv2.resize(brain.astype(np.float32), (width, height), interpolation=cv2.INTER_AREA)
+    if shrunk[head.mask > 0].sum() < _MIN_WITHIN_HEAD * shrunk.sum():
+        return None
     share, grey = (on_square(smooth(plane, head), head) for plane in (shrunk, head.signal))
     inside = share > 0.5
     outside = (on_square(head.mask.astype(np.float32), head) > 0.5) & ~inside
