@@ -4,7 +4,9 @@ Three steps at a fixed working size, so that neither speed nor result hangs on t
 
 1. **Head** (`head.py`): what stands out from the background, and its largest inscribed circle,
    whose centre and radius serve as origin and unit of length from here on.
-2. **Atlas** (`brain_atlas.py`): where the brain lies in the most similar slices of other heads.
+2. **Atlas** (`brain_atlas.py`): where the brain lies in the most similar slices of other heads; in
+   a head that is an ellipse, cut above the face, its own outline moved inwards where that parts
+   grey values better.
 3. **Outline**: around that the closed path of most support in polar coordinates, found by dynamic
    programming (Amini, Weymouth and Jain, "Using dynamic programming for solving variational
    problems in vision", 1990): it seeks steps from brain to the dark skull, stays off the scalp,
@@ -56,6 +58,11 @@ _VAULT_FREEDOM = 0.7  # share of that remitted outwards under the vault
 _STIFFNESS = 0.05  # for a jump of one radius between neighbouring angles
 _MAX_JUMP = 4
 
+# Where the outline begins.
+_ELLIPTIC = 0.955  # overlap with an ellipse: heads above it are cut across, without face and neck
+_RING_DEPTHS = (0.08, 0.12, 0.16, 0.2, 0.26)
+_RING_LEAD = 0.05  # nats
+
 # Confidence.
 _SCALP_RISE = 0.3  # of the brain's grey value
 _LEAST_INFORMATION = 0.02  # share of inside/outside that greys explain: noise has .008
@@ -87,21 +94,46 @@ def intracranial_mask(image: NDArray[np.uint8]) -> IntracranialMask:
     head = find_head(image)
     if head is None:
         return IntracranialMask(np.ones(image.shape, np.bool_), 0.0)
-    probability = brain_atlas().brain_probability(head)
-    start = _outline_of(probability, head)
+    likely = _likely_brain(head)
+    start = _outline_of(likely, head)
     if start is None:
         return IntracranialMask(np.ones(image.shape, np.bool_), 0.0)
     outline = replace(start, radii=_trace_outline(head, start))
     points = head.centre + head.radius * (outline.origin + outline.radii[:, None] * _RAYS)
     mask = _fill(points, head.mask.shape) & head.mask
     full = cv2.resize(mask.astype(np.float32), image.shape[::-1], interpolation=cv2.INTER_LINEAR)
-    informed = min(1.0, _explained_by_greys(head, probability > 0.5) / _LEAST_INFORMATION)
+    informed = min(1.0, _information(head, likely)[1] / _LEAST_INFORMATION)
     return IntracranialMask(np.asarray(full > 0.5), _share_of_shell(head, outline) * informed)
 
 
-def _outline_of(probability: Plane, head: Head) -> _Outline | None:
+def _likely_brain(head: Head) -> NDArray[np.bool_]:
+    """(H, W) True where the outline is to begin, at the head's working size."""
+    of_atlas = brain_atlas().brain_probability(head) > 0.5
+    if _ellipticity(head.mask) < _ELLIPTIC:
+        return of_atlas
+    rings = [head.depth > depth for depth in _RING_DEPTHS]
+    gains = [_information(head, ring)[0] for ring in rings]
+    better = max(gains) > _information(head, of_atlas)[0] + _RING_LEAD
+    return rings[int(np.argmax(gains))] if better else of_atlas
+
+
+def _ellipticity(mask: NDArray[np.uint8]) -> float:
+    """Intersection over union with the ellipse of equal moments."""
+    moments = cv2.moments(mask, binaryImage=True)
+    area = moments["m00"]
+    covariance = np.array([[moments["mu20"], moments["mu11"]], [moments["mu11"], moments["mu02"]]])
+    variances, axes = np.linalg.eigh(covariance / area)
+    minor, major = (float(axis) for axis in 4.0 * np.sqrt(np.maximum(variances, 1e-6)))
+    angle = float(np.degrees(np.arctan2(axes[1, 1], axes[0, 1])))
+    centre = (moments["m10"] / area, moments["m01"] / area)
+    ellipse = np.zeros_like(mask)
+    cv2.ellipse(ellipse, (centre, (major, minor), angle), 1, cv2.FILLED)
+    return float((ellipse & mask).sum() / (ellipse | mask).sum())
+
+
+def _outline_of(likely: NDArray[np.bool_], head: Head) -> _Outline | None:
     """The farthest reach of what is likely brain, about the middle of its largest piece."""
-    brain = ((probability > 0.5) & (head.mask > 0)).astype(np.uint8)
+    brain = (likely & (head.mask > 0)).astype(np.uint8)
     num_labels, labels, stats, centroids = cv2.connectedComponentsWithStats(brain)
     if num_labels == 1:
         return None
@@ -111,7 +143,7 @@ def _outline_of(probability: Plane, head: Head) -> _Outline | None:
         depth = cv2.distanceTransform((labels == largest).astype(np.uint8), cv2.DIST_L2, 5)
         y, x = np.unravel_index(depth.argmax(), depth.shape)
     origin = ((np.array([x, y]) - head.centre) / head.radius).astype(np.float32)
-    inside = _polar(probability, head, origin) > 0.5
+    inside = _polar(likely.astype(np.float32), head, origin) > 0.5
     farthest = _NUM_RADII - 1 - inside[:, ::-1].argmax(axis=1)
     return _Outline(origin, _RADII[np.where(inside.any(axis=1), farthest, 0)])
 
@@ -166,14 +198,17 @@ def _share_of_shell(head: Head, outline: _Outline) -> float:
     return float((rises | bright).mean())
 
 
-def _explained_by_greys(head: Head, inside: NDArray[np.bool_]) -> float:
-    """Mutual information of inside (H, W) and grey within the head, over the entropy of inside."""
+def _information(head: Head, inside: NDArray[np.bool_]) -> tuple[float, float]:
+    """Mutual information of inside (H, W) and grey within the head: in nats, and as a share of
+    the entropy of inside.
+    """
     in_head = head.mask > 0
     greys = grey_bins(head)[in_head].astype(np.intp)
     counts = np.bincount(2 * greys + inside[in_head], minlength=2 * (greys.max() + 1))
     shares = (counts.reshape(-1, 2) + 0.1) / (counts + 0.1).sum()
     of_side = _entropy(shares.sum(axis=0))
-    return (of_side + _entropy(shares.sum(axis=1)) - _entropy(shares)) / of_side
+    information = of_side + _entropy(shares.sum(axis=1)) - _entropy(shares)
+    return information, information / of_side
 
 
 def _entropy(shares: NDArray[np.float64]) -> float:
