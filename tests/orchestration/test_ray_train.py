@@ -8,9 +8,12 @@ from types import FrameType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from brainray.errors import BrainrayError, DivergenceError
+from brainray import dist
+from brainray.errors import BrainrayError, DivergenceError, StorageError
 from brainray.orchestration.ray_train import WITHOUT_PREEMPTION, run_trainer, settle_ray_train
+from brainray.orchestration.worker import failing_together
 
 
 class Trainer:
@@ -85,3 +88,18 @@ def test_actors_find_their_own_ray_beside_another() -> None:
         [sys.executable, "-c", OTHER_RAY], env=environment, capture_output=True, text=True
     )
     assert told.stdout.split() == ["ALIVE"], told.stderr
+
+
+def error_of_this_rank() -> tuple[str, str]:
+    try:
+        with failing_together(torch.device("cpu")):
+            if dist.rank() == 1:
+                raise StorageError('no room for "model.pt"\non /mnt')
+    except BrainrayError as error:
+        return type(error).__name__, str(error)
+    return "", ""
+
+
+def test_an_error_of_one_rank_is_what_it_is_on_every_rank() -> None:
+    found = dist.run_on_ranks(error_of_this_rank, 2)
+    assert found == [("StorageError", 'no room for "model.pt"\non /mnt')] * 2
