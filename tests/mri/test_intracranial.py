@@ -6,6 +6,7 @@ import cv2
 import numpy as np
 import pytest
 
+from brainray.mri import intracranial
 from brainray.mri.intracranial import MIN_CONFIDENCE, intracranial_mask
 from brainray.mri.phantom import CLASSES, PhantomSlice, make_slice
 from brainray.mri.reference_heads import dice
@@ -75,6 +76,22 @@ def test_a_wider_background_moves_nothing_but_the_frame() -> None:
     assert not mask[:, :60].any()
     assert not mask[:, -60:].any()
     assert dice(mask[:, 60:-60], intracranial_mask(image).mask) >= 0.95
+
+
+def test_a_head_squeezed_in_width_keeps_its_brain(monkeypatch: pytest.MonkeyPatch) -> None:
+    def mean_overlap() -> float:
+        overlaps = []
+        for phantom in phantoms("axial"):
+            height, width = phantom.image.shape
+            image = cv2.resize(phantom.image, (7 * width // 10, height))
+            brain = cv2.resize(phantom.brain_mask.astype(np.uint8), (7 * width // 10, height)) > 0
+            overlaps.append(dice(intracranial_mask(image).mask, brain))
+        return float(np.mean(overlaps))
+
+    with_own_outline = mean_overlap()
+    monkeypatch.setattr(intracranial, "_ELLIPTIC", 1.1)  # never
+    assert with_own_outline >= 0.93
+    assert with_own_outline > mean_overlap()
 
 
 def test_a_caption_is_not_brain() -> None:
