@@ -94,7 +94,8 @@ def intracranial_mask(image: NDArray[np.uint8]) -> IntracranialMask:
     head = find_head(image)
     if head is None:
         return IntracranialMask(np.ones(image.shape, np.bool_), 0.0)
-    likely = _likely_brain(head)
+    bins = grey_bins(head)
+    likely = _likely_brain(head, bins)
     start = _outline_of(likely, head)
     if start is None:
         return IntracranialMask(np.ones(image.shape, np.bool_), 0.0)
@@ -102,18 +103,18 @@ def intracranial_mask(image: NDArray[np.uint8]) -> IntracranialMask:
     points = head.centre + head.radius * (outline.origin + outline.radii[:, None] * _RAYS)
     mask = _fill(points, head.mask.shape) & head.mask
     full = cv2.resize(mask.astype(np.float32), image.shape[::-1], interpolation=cv2.INTER_LINEAR)
-    informed = min(1.0, _information(head, likely)[1] / _LEAST_INFORMATION)
+    informed = min(1.0, _information(head, bins, likely)[1] / _LEAST_INFORMATION)
     return IntracranialMask(np.asarray(full > 0.5), _share_of_shell(head, outline) * informed)
 
 
-def _likely_brain(head: Head) -> NDArray[np.bool_]:
+def _likely_brain(head: Head, bins: Plane) -> NDArray[np.bool_]:
     """(H, W) True where the outline is to begin, at the head's working size."""
     of_atlas = brain_atlas().brain_probability(head) > 0.5
     if _ellipticity(head.mask) < _ELLIPTIC:
         return of_atlas
     rings = [head.depth > depth for depth in _RING_DEPTHS]
-    gains = [_information(head, ring)[0] for ring in rings]
-    better = max(gains) > _information(head, of_atlas)[0] + _RING_LEAD
+    gains = [_information(head, bins, ring)[0] for ring in rings]
+    better = max(gains) > _information(head, bins, of_atlas)[0] + _RING_LEAD
     return rings[int(np.argmax(gains))] if better else of_atlas
 
 
@@ -198,12 +199,12 @@ def _share_of_shell(head: Head, outline: _Outline) -> float:
     return float((rises | bright).mean())
 
 
-def _information(head: Head, inside: NDArray[np.bool_]) -> tuple[float, float]:
-    """Mutual information of inside (H, W) and grey within the head: in nats, and as a share of
-    the entropy of inside.
+def _information(head: Head, bins: Plane, inside: NDArray[np.bool_]) -> tuple[float, float]:
+    """Mutual information of inside (H, W) and `grey_bins` within the head: in nats, and as a share
+    of the entropy of inside.
     """
     in_head = head.mask > 0
-    greys = grey_bins(head)[in_head].astype(np.intp)
+    greys = bins[in_head].astype(np.intp)
     counts = np.bincount(2 * greys + inside[in_head], minlength=2 * (greys.max() + 1))
     shares = (counts.reshape(-1, 2) + 0.1) / (counts + 0.1).sum()
     of_side = _entropy(shares.sum(axis=0))
