@@ -180,6 +180,10 @@ class SplitConfig(_Section):
     every label that there is."""
     validation_fraction: Annotated[float, Field(gt=0.0, le=0.5)] = 0.15
     """Share of the labelled draw that is held out to choose the epoch."""
+    validation: Literal["slice", "subject"] = "slice"
+    """What is held out for it: ``slice``, slices and their copies, whose subjects may be learned
+    from as well, unless they are named; ``subject``, subjects, named or estimated, of whom nothing
+    else is learned from: nearer to what a new subject would give, with less to learn from."""
 
 
 class EncoderConfig(_Section):

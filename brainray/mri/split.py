@@ -61,6 +61,7 @@ def draw_roles(
     generations: Sequence[int] | None = None,
     *,
     kin: Sequence[str] | None = None,
+    leave_out_kin: bool = False,
     labelled_fraction: float,
     validation_fraction: float,
     seed: int,
@@ -79,6 +80,7 @@ def draw_roles(
         groups: of each slice, drawn as a whole.
         kin: of each slice; groups of one kin are never parted into labelled and validation. Each
             group by itself where not given.
+        leave_out_kin: also leave out what is of the kin of validation slices and not drawn.
         generations: in which run of preprocessing each slice first came. A later generation is
             drawn from for itself, so that it moves no slice of an earlier one.
         labelled_fraction: of the labelled slices.
@@ -96,28 +98,24 @@ def draw_roles(
         raise DataError(
             "no labelled training slice: training needs class folders or a labels table"
         )
-    stride = max(2, round(1 / validation_fraction))
     kin = groups if kin is None else kin
-    is_validation: dict[str, bool] = {}
-    for name, members in sorted(by_class.items(), key=lambda item: str(item[0])):
+    validates = _kin_that_validate(by_class, kin, max(2, round(1 / validation_fraction)))
+    for name, members in by_class.items():
         kin_of = [kin[group.slices[0]] for group in members]
-        order: dict[str, int] = {}
-        for own in kin_of:
-            order.setdefault(own, len(order))
-        if len(order) < 2:
+        if len(set(kin_of)) < 2:
             raise DataError(
                 f"class {name!r} has {list(labels).count(name)} labelled training slice(s), of one "
                 "subject or group of copies; two are needed, to learn from and to validate: "
                 "label more slices or drop the class"
             )
         # One to learn from and one to validate, however small the fraction.
-        always = {kin_of.index(own) for own in list(order)[:2]}
+        uses = [validates[own] for own in kin_of]
+        always = {uses.index(use) for use in (False, True) if use in uses}
         for position, (group, own) in enumerate(zip(members, kin_of, strict=True)):
             if group.place >= labelled_fraction and position not in always:
                 continue
-            validates = is_validation.setdefault(own, order[own] % stride == 1)
-            role = VALIDATION if validates else LABELLED
-            without_label = LEFT_OUT if validates else UNLABELLED_ROLE
+            role = VALIDATION if validates[own] else LABELLED
+            without_label = LEFT_OUT if validates[own] else UNLABELLED_ROLE
             for index in group.slices:
                 roles[index] = without_label if labels[index] is None else role
     for name in sorted(set(labels) - {None}, key=str):
@@ -127,6 +125,11 @@ def draw_roles(
                 f"the draw of whole subjects leaves class {name!r} no slice to learn from or none "
                 "to validate: raise split.labelled_fraction or label more subjects"
             )
+    if leave_out_kin:
+        validated = {own for own, role in zip(kin, roles, strict=True) if role == VALIDATION}
+        for index, own in enumerate(kin):
+            if own in validated and roles[index] == UNLABELLED_ROLE:
+                roles[index] = LEFT_OUT
     return roles
 
 
@@ -163,6 +166,7 @@ class _Group:
     """Slices that are drawn together."""
 
     slices: list[int]
+    generation: int
     place: float  # in [0, 1): a draw of a fraction takes the groups below it
 
 
@@ -170,6 +174,27 @@ class _Group:
 class _Unplaced:
     slices: list[int]
     num_founders: int  # of them, those that came with the group
+
+
+def _kin_that_validate(
+    by_class: dict[str | None, list[_Group]], kin: Sequence[str], stride: int
+) -> dict[str, bool]:
+    """Whether each kin is for validation: every ``stride``-th of its class, from the second on.
+
+    Kin of several classes count for the one in which they came first: neither what is drawn nor
+    what comes later moves them.
+    """
+    home: dict[str, tuple[int, str]] = {}
+    for name, members in by_class.items():
+        for group in members:
+            own, here = kin[group.slices[0]], (group.generation, str(name))
+            home[own] = min(home.get(own, here), here)
+    return {
+        own: place % stride == 1
+        for name, members in by_class.items()
+        for place, own in enumerate(dict.fromkeys(kin[group.slices[0]] for group in members))
+        if home[own][1] == str(name)
+    }
 
 
 def _groups_by_class(
@@ -212,22 +237,22 @@ def _groups_by_class(
         label: [
             group
             for generation, of_generation in by_generation.items()
-            for group in _placed(of_generation, _turn(purpose, seed, generation))
+            for group in _placed(of_generation, generation, _turn(purpose, seed, generation))
         ]
         for label, by_generation in ordered.items()
     }
 
 
-def _placed(generation: list[_Unplaced], turn: float) -> list[_Group]:
+def _placed(unplaced: list[_Unplaced], generation: int, turn: float) -> list[_Group]:
     """Groups one after another on a circle of length 1, each as long as its share of the slices.
 
     A group's place is its middle, so that a draw is right to half a group.
     """
-    num_slices = sum(group.num_founders for group in generation)
+    num_slices = sum(group.num_founders for group in unplaced)
     passed, placed = 0, []
-    for group in generation:
+    for group in unplaced:
         middle = (passed + group.num_founders / 2) / num_slices
-        placed.append(_Group(group.slices, (middle + turn) % 1.0))
+        placed.append(_Group(group.slices, generation, (middle + turn) % 1.0))
         passed += group.num_founders
     return placed
 

@@ -202,11 +202,19 @@ def _draw(config: Config, store: ImageStore) -> pa.Table:
     index = store.index()
     train = index.filter(pc.equal(index["split"], TRAIN))
     labels = train["label"].to_pylist()
+    by_subject = config.split.validation == "subject"
+    if by_subject and train["subject_id"].null_count == train.num_rows:
+        raise ConfigError(
+            f"split.validation=subject: the image store {store.folder} names no subjects and has "
+            "guessed none; preprocess with subjects in a labels table or "
+            "preprocess.subject.estimate=true, or set split.validation=slice"
+        )
     roles = draw_roles(
         labels,
         train["draw_group_id"].to_pylist(),
         train["generation"].to_pylist(),
-        kin=train["kin_group_id"].to_pylist(),
+        kin=train["split_group_id" if by_subject else "kin_group_id"].to_pylist(),
+        leave_out_kin=by_subject,
         labelled_fraction=config.split.labelled_fraction,
         validation_fraction=config.split.validation_fraction,
         seed=config.split.seed,

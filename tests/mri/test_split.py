@@ -134,6 +134,51 @@ def test_kin_are_never_parted_into_learning_and_validating() -> None:
     assert len(readable(drawn)) == 36
 
 
+def test_what_is_of_the_kin_of_validation_slices_can_be_left_out() -> None:
+    labels, groups = slices(60)
+    kin = [f"{group[0]}{int(group[1:]) // 3}" for group in groups]
+    options = {"kin": kin, "labelled_fraction": 0.2, "validation_fraction": 0.2, "seed": 0}
+    kept = draw_roles(labels, groups, **options)
+    drawn = draw_roles(labels, groups, **options, leave_out_kin=True)
+    validated = {own for own, role in zip(kin, drawn, strict=True) if role == VALIDATION}
+    assert {LEFT_OUT, UNLABELLED_ROLE} <= set(drawn)
+    for own, before, role in zip(kin, kept, drawn, strict=True):
+        expected = LEFT_OUT if before == UNLABELLED_ROLE and own in validated else before
+        assert role == expected
+
+
+def test_kin_of_several_classes_are_nested_and_take_no_class_away() -> None:
+    # Every subject has slices of two classes; which is drawn first depends on the fraction.
+    labels: list[str | None] = [name for _ in range(20) for name in ("a", "b", "b")]
+    groups = [f"g{row}" for row in range(60)]
+    kin = [f"subject{row // 3}" for row in range(60)]
+    before: list[str] | None = None
+    for fraction in (0.01, 0.05, 0.1, 0.3, 1.0):
+        drawn = draw_roles(
+            labels, groups, kin=kin, labelled_fraction=fraction, validation_fraction=0.2, seed=2
+        )
+        for name in ("a", "b"):
+            of_class = {role for role, label in zip(drawn, labels, strict=True) if label == name}
+            assert {LABELLED, VALIDATION} <= of_class
+        for was, is_now in zip(before or drawn, drawn, strict=True):
+            assert was in {UNLABELLED_ROLE, is_now}
+        before = drawn
+
+
+def test_slices_of_another_class_that_come_later_move_no_kin() -> None:
+    labels: list[str | None] = ["b"] * 20 + ["a"] * 10
+    groups = [f"g{row}" for row in range(30)]
+    kin = [f"subject{row}" for row in range(30)]
+    options = {"labelled_fraction": 1.0, "validation_fraction": 0.3, "seed": 0}
+    before = draw_roles(labels, groups, kin=kin, **options)
+    labels += ["a"] * 20  # of every subject that had none
+    groups += [f"later{row}" for row in range(20)]
+    kin += [f"subject{row}" for row in range(20)]
+    after = draw_roles(labels, groups, [0] * 30 + [1] * 20, kin=kin, **options)
+    assert after[:30] == before
+    assert after[30:] == before[:20]
+
+
 def test_patients_with_slices_of_two_classes_take_no_class_away() -> None:
     labels: list[str | None] = []
     groups: list[str] = []

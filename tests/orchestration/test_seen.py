@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pyarrow as pa
 import pytest
 
 from brainray.errors import ConfigError
 from brainray.mri.leakage import Fingerprints
+from brainray.mri.phantom import CLASSES, make_series
 from brainray.orchestration.data import preprocess
 from brainray.orchestration.draws import draw_name, train_draws
 from brainray.orchestration.driver import TrainedRun
@@ -114,6 +116,45 @@ def test_names_hashed_with_another_salt_are_not_compared(
     assert nameless.subjects == [None, None]
 
 
+def test_validation_by_subject_shares_no_subject_with_what_is_fitted(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    for subject in range(24):
+        name = CLASSES[subject % 4]
+        (source / name).mkdir(parents=True, exist_ok=True)
+        series = make_series(name, np.random.default_rng([7, subject]), 6, 128)
+        for number, phantom in enumerate(series):
+            cv2.imwrite(str(source / name / f"{subject:02d}-{number}.png"), phantom.image)
+    store = preprocess(tiny_config(tmp_path, "name=series", f"source={source}"))
+    subjects_of = {}
+    for unit in ("slice", "subject"):
+        config = tiny_config(
+            tmp_path,
+            f"name={unit}",
+            "dataset=series",
+            "split.validation_fraction=0.3",
+            f"split.validation={unit}",
+        )
+        seen = begin_run(config, store, 1)[0].folder.read_table("seen.parquet").to_pylist()
+        found: dict[str, set[str]] = {}
+        for row in seen:
+            found.setdefault(row["role"], set()).add(row["subject_id"])
+        subjects_of[unit] = found
+    parted, whole = subjects_of["slice"], subjects_of["subject"]
+    assert parted["validation"] & parted["labelled"]
+    assert parted["validation"] & parted["unlabelled"]
+    assert not whole["validation"] & (whole["labelled"] | whole["unlabelled"])
+    assert whole["left_out"] <= whole["validation"]
+
+    nameless = preprocess(
+        tiny_config(
+            tmp_path, "name=nameless", f"source={source}", "preprocess.subject.estimate=false"
+        )
+    )
+    asked = tiny_config(tmp_path, "name=refused", "dataset=nameless", "split.validation=subject")
+    with pytest.raises(ConfigError, match=r"names no subjects.*split\.validation=slice"):
+        begin_run(asked, nameless, 1)
+
+
 def test_draws_are_compared_with_a_control_of_the_same_draws_only(storage: Path) -> None:
     store = ImageStore.open(Folder(storage) / "datasets" / "mri")
     for number in range(2):
@@ -126,3 +167,5 @@ def test_draws_are_compared_with_a_control_of_the_same_draws_only(storage: Path)
     message = r"other labels \(split\.labelled_fraction: 0\.5 here, 0\.9 asked\)"
     with pytest.raises(ConfigError, match=message):
         train_draws(tiny_config(storage, *asked, "split.labelled_fraction=0.9"))
+    with pytest.raises(ConfigError, match=r"split\.validation: slice here, subject asked"):
+        train_draws(tiny_config(storage, *asked, "split.validation=subject"))
