@@ -186,7 +186,16 @@ class Folder:
 
     def write_table(self, name: str, table: pa.Table, row_group_size: int | None = None) -> None:
         sink = pa.BufferOutputStream()
-        pq.write_table(table, sink, compression="lz4", row_group_size=row_group_size)
+        # To look for equal images, or for the least of them, takes longer than to write them.
+        described = [field.name for field in table.schema if not _holds_bytes(field.type)]
+        pq.write_table(
+            table,
+            sink,
+            compression="lz4",
+            row_group_size=row_group_size,
+            use_dictionary=described,
+            write_statistics=described,
+        )
         self.write_bytes(name, sink.getvalue().to_pybytes())
 
     def delete(self) -> None:
@@ -270,3 +279,7 @@ def _temporary(path: str) -> str:
 
 def _is_temporary(name: str) -> bool:
     return name.startswith(".") and ".tmp-" in name
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_fixed_size_binary(kind)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.fs as pafs
+import pyarrow.parquet as pq
 import pytest
 
 from brainray.errors import ConfigError, DataError, StorageError
@@ -35,6 +36,27 @@ def test_tables_and_names(tmp_path: Path) -> None:
     assert folder.names() == ["t.parquet"]
     assert (folder / "absent").names() == []
     assert not (folder / "absent").exists()
+
+
+def test_only_columns_without_pixels_are_indexed(tmp_path: Path) -> None:
+    """A dictionary and bounds of images would take longer than writing them, and serve nobody."""
+    folder = Folder(tmp_path)
+    table = pa.table(
+        {
+            "split": ["train", "test"],
+            "image": [b"ab", b"abc"],
+            "thumbnail": pa.array([b"ab", b"cd"], pa.binary(2)),
+        }
+    )
+    folder.write_table("part.parquet", table)
+    assert folder.read_table("part.parquet") == table
+    written = pq.ParquetFile(tmp_path / "part.parquet").metadata.row_group(0)
+    about = {written.column(i).path_in_schema: written.column(i) for i in range(3)}
+    assert about["split"].statistics.min == "test"
+    assert about["split"].has_dictionary_page
+    for name in ("image", "thumbnail"):
+        assert about[name].statistics is None
+        assert not about[name].has_dictionary_page
 
 
 def test_what_a_killed_writer_left_behind_is_passed_over(tmp_path: Path) -> None:
