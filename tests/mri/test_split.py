@@ -1,5 +1,7 @@
 """Draws are whole by group, stratified, nested, and independent of label values."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 
@@ -137,9 +139,10 @@ def test_kin_are_never_parted_into_learning_and_validating() -> None:
 def test_what_is_of_the_kin_of_validation_slices_can_be_left_out() -> None:
     labels, groups = slices(60)
     kin = [f"{group[0]}{int(group[1:]) // 3}" for group in groups]
-    options = {"kin": kin, "labelled_fraction": 0.2, "validation_fraction": 0.2, "seed": 0}
-    kept = draw_roles(labels, groups, **options)
-    drawn = draw_roles(labels, groups, **options, leave_out_kin=True)
+    draw = partial(
+        draw_roles, labels, groups, kin=kin, labelled_fraction=0.2, validation_fraction=0.2, seed=0
+    )
+    kept, drawn = draw(), draw(leave_out_kin=True)
     validated = {own for own, role in zip(kin, drawn, strict=True) if role == VALIDATION}
     assert {LEFT_OUT, UNLABELLED_ROLE} <= set(drawn)
     for own, before, role in zip(kin, kept, drawn, strict=True):
@@ -166,15 +169,15 @@ def test_kin_of_several_classes_are_nested_and_take_no_class_away() -> None:
 
 
 def test_slices_of_another_class_that_come_later_move_no_kin() -> None:
-    labels: list[str | None] = ["b"] * 20 + ["a"] * 10
+    labels = ["b"] * 20 + ["a"] * 10
     groups = [f"g{row}" for row in range(30)]
     kin = [f"subject{row}" for row in range(30)]
-    options = {"labelled_fraction": 1.0, "validation_fraction": 0.3, "seed": 0}
-    before = draw_roles(labels, groups, kin=kin, **options)
+    draw = partial(draw_roles, labelled_fraction=1.0, validation_fraction=0.3, seed=0)
+    before = draw(labels, groups, kin=kin)
     labels += ["a"] * 20  # of every subject that had none
     groups += [f"later{row}" for row in range(20)]
     kin += [f"subject{row}" for row in range(20)]
-    after = draw_roles(labels, groups, [0] * 30 + [1] * 20, kin=kin, **options)
+    after = draw(labels, groups, [0] * 30 + [1] * 20, kin=kin)
     assert after[:30] == before
     assert after[30:] == before[:20]
 
