@@ -450,7 +450,8 @@ class TuneConfig(_Section):
     max_concurrent_trials: Annotated[int, Field(ge=0)] = 0
     """Trials at a time; 0 takes as many as the Ray cluster holds."""
     time_budget_min: Annotated[float, Field(gt=0.0)] | None = None
-    """No trial goes on after so many minutes of this submission."""
+    """No trial goes on after so many minutes of searching, in one submission or several: then the
+    sweep is complete."""
 
     @field_validator("space")
     @classmethod
@@ -701,6 +702,11 @@ class Config(_Section):
         return self
 
 
+_SPACE_KEY = re.compile(
+    r"tune\.space\.(?P<setting>.+)\.(?P<kind>choice|uniform|log_uniform|integer)"
+)
+
+
 def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
     """Read a YAML file (or the defaults), apply ``key=value`` overrides, and validate.
 
@@ -772,6 +778,17 @@ class _PlainLoader(yaml.SafeLoader):
             raise yaml.MarkedYAMLError(problem="aliases (*name) are not read", problem_mark=mark)
         return super().compose_node(parent, index)
 
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Refuses a key that occurs twice, of which the last would win without a word."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {key.value!r} occurs twice", problem_mark=key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
 
 class _PlainDumper(yaml.SafeDumper):
     """Quotes what a reader of either YAML would take for no text."""
@@ -796,8 +813,19 @@ for _kind, _pattern, _first in (
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved configuration without secrets, as a file that ``--config`` reads back."""
+    """The resolved configuration without secrets, as a file that ``--config`` reads back.
+
+    What a policy of augmentation brings by itself is left out: another policy brings its own.
+    """
     tree = config.without_secrets().model_dump(mode="json")
+    for section in (
+        tree["augment"],
+        tree["augment_unlabelled"],
+        tree["self_supervision"]["augment"],
+    ):
+        own = AugmentConfig(policy=section["policy"]).model_dump(mode="json")
+        for key in [key for key, value in section.items() if key != "policy" and value == own[key]]:
+            del section[key]
     return yaml.dump(tree, Dumper=_PlainDumper, sort_keys=False, allow_unicode=True)
 
 
@@ -816,6 +844,9 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     if key.startswith(_CLASS_MAP):  # names of classes may hold '.' and '='
         key, _, text = override.rpartition("=")
         parents, leaf = ["classes", "map"], key.removeprefix(_CLASS_MAP).strip()
+    of_space = _SPACE_KEY.fullmatch(key.strip())
+    if of_space is not None:  # the key of a setting, which has dots of its own
+        parents, leaf = ["tune", "space", of_space["setting"]], of_space["kind"]
     try:
         # YAML would take the rest of a path with " #" in it for a comment.
         value = text if " #" in text else yaml.load(text, _PlainLoader)

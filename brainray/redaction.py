@@ -1,6 +1,8 @@
 """What may be shown or kept: text without passwords, tokens and keys."""
 
 import re
+import shlex
+import sys
 
 HIDDEN = "***"
 
@@ -13,6 +15,12 @@ _QUERY = re.compile(
 _HEADER = re.compile(
     r"(?i)\b(bearer|authorization['\"]?\s*[:=]\s*['\"]?basic)\s+[a-z0-9+/=._~-]{8,}"
 )
+
+
+def command_line() -> str:
+    """What this process was called with, without secrets; bytes that are no text are escaped."""
+    called = redacted(shlex.join(sys.argv))
+    return called.encode(errors="backslashreplace").decode()
 
 
 def redacted(text: str) -> str:

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from brainray.errors import ConfigError, DataError, StorageError
 
 _DISK_IS_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_REFUSED = ("ACCESS_DENIED", "NO_SUCH_BUCKET")  # by an object store; its outages may pass
 _NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
 
 
@@ -130,6 +131,12 @@ class Folder:
                 raise StorageError(
                     f"{self.uri}/{name} cannot be written ({os.strerror(error.errno)}): give "
                     "another storage, or the right to write there"
+                ) from None
+            if error.errno is None and any(word in str(error) for word in _REFUSED):
+                reason = " ".join(str(error).split())
+                raise StorageError(
+                    f"{self.uri}/{name} cannot be written ({reason}): check the bucket's name and "
+                    "the credentials' right to write there"
                 ) from None
             raise
 

@@ -237,43 +237,48 @@ class LenientTracker:
         self._tracker = tracker
         self._warn = warn
         self._begin: Callable[[], None] | None = None
-        self.problem: str | None = None
-        """The last failure, or None when all was sent."""
+        self._problems: dict[str, str] = {}  # by what failed, until the same succeeds
+
+    @property
+    def problem(self) -> str | None:
+        """The last failure of what has not been sent since, or None when all was."""
+        return next(reversed(self._problems.values()), None)
 
     def begin(self, name: str, params: Mapping[str, object], tags: Mapping[str, str]) -> None:
         self._begin = lambda: self._tracker.begin(name, params, tags)
-        self._try(lambda: None)
+        self._try("begin", lambda: None)
 
     def log_epochs(self, history: list[dict[str, float]]) -> None:
-        self._try(lambda: self._tracker.log_epochs(history))
+        self._try("epochs", lambda: self._tracker.log_epochs(history))
 
     def log_summary(self, metrics: Mapping[str, float]) -> None:
-        self._try(lambda: self._tracker.log_summary(metrics))
+        self._try("summary", lambda: self._tracker.log_summary(metrics))
 
     def log_files(self, names: Iterable[str]) -> None:
         chosen = list(names)
-        self._try(lambda: self._tracker.log_files(chosen))
+        self._try("files", lambda: self._tracker.log_files(chosen))
 
     def log_tags(self, tags: Mapping[str, str]) -> None:
-        self._try(lambda: self._tracker.log_tags(tags))
+        self._try("tags", lambda: self._tracker.log_tags(tags))
 
     def log_model(self, served: ServedFiles, registered_name: str | None) -> None:
-        self._try(lambda: self._tracker.log_model(served, registered_name))
+        self._try("model", lambda: self._tracker.log_model(served, registered_name))
 
     def finish(self, status: str = "FINISHED") -> None:
-        self._try(lambda: self._tracker.finish(status))
+        self._try("status", lambda: self._tracker.finish(status))
 
-    def _try(self, action: Callable[[], None]) -> None:
+    def _try(self, what: str, action: Callable[[], None]) -> None:
         try:
             if self._begin is not None:
                 self._begin()
                 self._begin = None
+                self._problems.pop("begin", None)
             action()
-            self.problem = None
+            self._problems.pop(what, None)
         except TrackingError as error:
-            if self.problem is None:
+            if not self._problems:
                 self._warn(str(error))
-            self.problem = str(error)
+            self._problems[what] = str(error)
 
 
 def save_served(path: Path, served: ServedFiles) -> None:

@@ -37,6 +37,16 @@ if __name__ == "__main__":
             Example: python jobs/preprocess.py --set name=mri source=/data/brain-tumor-mri
             """,
             work,
-            keys=["name", "source", "labels", "storage", "classes", "preprocess", "split"],
+            keys=[
+                "name",
+                "source",
+                "labels",
+                "storage",
+                "classes",
+                "preprocess",
+                "split.mode",
+                "split.test_fraction",
+                "split.seed",
+            ],
         )
     )

@@ -36,6 +36,7 @@ if __name__ == "__main__":
                 "evaluation.siblings",
                 "evaluation.tsne_epochs",
                 "evaluation.tsne_max_slices",
+                "evaluation.bootstrap_resamples",
             ],
         )
     )

@@ -4,7 +4,7 @@ import sys
 
 from brainray.config import Config
 from brainray.log import log
-from brainray.orchestration.job import JobResult, run_job
+from brainray.orchestration.job import WORKER_KEYS, JobResult, run_job
 
 
 def work(config: Config) -> JobResult:
@@ -42,11 +42,26 @@ if __name__ == "__main__":
                 "storage",
                 "classes",
                 "preprocess",
-                "split",
-                "clustering",
+                "split.mode",
+                "split.test_fraction",
+                "split.seed",
+                "clustering.num_clusters",
+                "clustering.pca_dim",
+                "clustering.covariance_type",
+                "clustering.kmeans_max_iter",
+                "clustering.gmm_max_iter",
+                "clustering.gmm_tol",
+                "clustering.reg_covar",
+                "clustering.max_cluster_share",
+                "clustering.min_spread",
+                "clustering.on_collapse",
                 "study",
                 "self_supervision",
-                "train",
+                *WORKER_KEYS,
+                "train.embed_batch_size",
+                "train.weight_decay",
+                "train.warmup_fraction",
+                "train.precision",
                 "evaluation.tsne_max_slices",
                 "tracking",
             ],

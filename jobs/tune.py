@@ -38,7 +38,8 @@ if __name__ == "__main__":
                 "preprocess",
                 "tune",
                 "registry",
-                *TRAINING_SECTIONS,
+                *(section for section in TRAINING_SECTIONS if section != "tracking"),
+                "tracking.uri",  # its experiment is the sweep's
             ],
         )
     )

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from brainray.config import (
+    AugmentConfig,
     flatten,
     known_keys,
     load_config,
@@ -108,11 +109,23 @@ BOMB = "a: &a [x, x]\n" + "".join(
         (NESTED, "is not valid YAML"),
         ("seed: 2024-99-99", "seed: Input should be a valid integer"),
         ("name: x\n" + "#" * 1_000_000, "larger than 1000000 bytes"),
+        ("seed: 1\nname: a\nseed: 2", "the key 'seed' occurs twice .*line 3"),
         ("train: {learning_rate: .inf}", "train.learning_rate: Input should be a finite number"),
         ("name: " + "x" * 900_000, "not a plain name"),
         ("train: {num_epochs: " + "x" * 900_000 + "}", "train.num_epochs: "),
     ],
-    ids=["apply", "name", "bomb", "nested", "date", "oversized", "infinite", "long", "input"],
+    ids=[
+        "apply",
+        "name",
+        "bomb",
+        "nested",
+        "date",
+        "oversized",
+        "twice",
+        "infinite",
+        "long",
+        "input",
+    ],
 )
 def test_a_hostile_file_is_refused_in_a_short_line(
     tmp_path: Path, content: str, reason: str
@@ -140,6 +153,24 @@ def test_a_missing_file_is_named() -> None:
 def test_yaml_round_trip_changes_nothing() -> None:
     config = load_config(None, ["classes.map.glioma_tumor=glioma", "train.learning_rate=3e-4"])
     assert parse_config(yaml.safe_load(to_yaml(config))) == config
+
+
+def test_a_policy_wins_over_what_another_brought_to_a_saved_config() -> None:
+    saved = parse_yaml(to_yaml(load_config("configs/strong.yaml")).encode(), "saved")
+    assert parse_config(saved) == load_config("configs/strong.yaml")
+    saved["augment"]["policy"] = "strong"
+    changed = parse_config(saved).augment
+    assert changed.cutout_probability == AugmentConfig(policy="strong").cutout_probability > 0
+    assert changed.bias_field == 0.15  # set by hand
+
+
+def test_a_domain_of_a_search_can_be_set_by_its_dotted_key() -> None:
+    overrides = ["tune.space.train.learning_rate.log_uniform=[1e-4, 1e-3]"]
+    overrides += ["tune.space.objective.name.choice=[joint]"]
+    assert load_config(None, overrides).tune.space == {
+        "train.learning_rate": {"log_uniform": [1e-4, 1e-3]},
+        "objective.name": {"choice": ["joint"]},
+    }
 
 
 def test_flatten_gives_every_set_value_its_dotted_key() -> None:

@@ -19,6 +19,7 @@ from brainray.config import Config, known_keys, load_config
 from brainray.errors import ConfigError, DataError
 from brainray.orchestration.job import (
     JobResult,
+    _check_address,
     resolve_paths,
     run_command,
     run_job,
@@ -222,6 +223,33 @@ def test_relative_paths_are_resolved_here_and_refused_in_a_submitted_job(
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     with pytest.raises(ConfigError, match="source=data is relative: a submitted job"):
         resolve_paths(config)
+
+
+def test_a_database_for_tracking_is_not_left_in_the_copy_of_a_submitted_job(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = load_config(None, ["tracking.uri=sqlite:///m.db?timeout=3"])
+    assert resolve_paths(config).tracking.uri == f"sqlite:///{tmp_path}/m.db?timeout=3"
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    with pytest.raises(ConfigError, match=r"tracking\.uri=m\.db.* is relative: a submitted job"):
+        resolve_paths(config)
+    for absolute in ("sqlite:////m.db", "http://host:5000", "postgresql://u@h/m"):
+        config = load_config(None, [f"tracking.uri={absolute}"])
+        assert resolve_paths(config).tracking.uri == absolute
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "127.0.0.1:99999", "no.such.host.invalid:6379"])
+def test_a_ray_that_is_gone_is_said_at_once(address: str) -> None:
+    with pytest.raises(ConfigError, match=f"no Ray answers at RAY_ADDRESS={address} .*unset"):
+        _check_address(address)
+
+
+@pytest.mark.parametrize(
+    "address", ["", "auto", "local", "ray://127.0.0.1:9", "http://127.0.0.1:9"]
+)
+def test_addresses_of_other_kinds_are_left_to_ray(address: str) -> None:
+    _check_address(address)
 
 
 @pytest.mark.usefixtures("ctrl_c")

@@ -1,10 +1,20 @@
 """What is secret is shown nowhere."""
 
+import sys
+
 import pytest
 
 from brainray.config import flatten, load_config, to_yaml
 from brainray.errors import ConfigError
-from brainray.redaction import redacted
+from brainray.redaction import command_line, redacted
+
+
+def test_a_command_with_bytes_that_are_no_text_can_be_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", "--set", "source=/data/\udce9", "api_key=abc"])
+    assert command_line() == r"train.py --set 'source=/data/\udce9' api_key=***"
+    assert command_line().encode()
 
 
 @pytest.mark.parametrize(

@@ -146,6 +146,20 @@ def test_what_is_no_json_is_named(tmp_path: Path, content: bytes) -> None:
                 read("x.json")
 
 
+@pytest.mark.parametrize("answer", ["ACCESS_DENIED", "NO_SUCH_BUCKET"])
+def test_an_object_store_that_refuses_writes_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: str
+) -> None:
+    folder = Folder(tmp_path)
+    error = OSError(f"When creating key 'x' in bucket 'ro': AWS Error {answer} during PutObject")
+    monkeypatch.setattr(folder, "filesystem", _Failing(error))
+    with pytest.raises(StorageError, match=rf"{answer}.*check the bucket's name and the cred"):
+        folder.write_bytes("a", b"x")
+    monkeypatch.setattr(folder, "filesystem", _Failing(OSError("AWS Error NETWORK_CONNECTION")))
+    with pytest.raises(OSError, match="NETWORK_CONNECTION"):  # it may pass: tasks try again
+        folder.write_bytes("a", b"x")
+
+
 @pytest.fixture
 def small_files() -> Iterator[None]:
     """Files of this process end at 100 kB, as on a disk that is full."""
@@ -187,6 +201,9 @@ class _Failing:
         raise self._error
 
     def get_file_info(self, asked: object) -> None:
+        raise self._error
+
+    def create_dir(self, path: str, *, recursive: bool) -> None:
         raise self._error
 
 

@@ -82,6 +82,24 @@ def test_an_unreachable_server_is_said_once_and_nothing_is_lost(run: Folder) -> 
     assert len(client.get_metric_history(run_id, "train/loss/ce")) == 3
 
 
+def test_what_was_not_sent_is_known_until_it_is(run: Folder) -> None:
+    said: list[str] = []
+    barred = run.parent / "barred"
+    barred.parent.write_bytes("barred", b"a file where artifacts should go")
+    uri = database(run)
+    made = MLflowTracker(run, uri, "barred", f"file://{barred.path}/artifacts")
+    lenient = LenientTracker(made, said.append)
+    lenient.begin("first", {}, {})
+    lenient.log_files(["figures/a.png"])
+    lenient.log_epochs(HISTORY)
+    lenient.finish()
+    assert len(said) == 1
+    assert lenient.problem is not None
+    barred.parent.delete_file("barred")
+    lenient.log_files(["figures/a.png"])
+    assert lenient.problem is None
+
+
 def test_passwords_stay_out_of_messages(run: Folder) -> None:
     secret = tracker(run, "http://user:hunter2@127.0.0.1:9")
     with pytest.raises(TrackingError) as error:

@@ -101,7 +101,7 @@ ASSUMED = {
     "latency": Rate(50e-6, "s", "assumption: of one collective over nodes"),
     "node_cpus": Rate(96, "CPUs", "assumption: with 8 GPUs each"),
     "cpu_efficiency": Rate(0.5, "of perfect", "assumption: of many CPUs at work together"),
-    "search_copies": Rate(5e-3, "CPU s", "a slice of 500,000 here, by the benchmark duplicates"),
+    "search_copies": Rate(2.9e-3, "CPU s", "a slice of 500,000 here, by the benchmark duplicates"),
     "gpu_hour": Rate(2.5, "USD", "assumption: on-demand price of one such GPU"),
 }
 

@@ -45,5 +45,6 @@ def summarise_draws(draws: Sequence[Metrics], control: Sequence[Metrics] | None 
 
 def _common_names(runs: Sequence[Metrics]) -> set[str]:
     names = set.intersection(*(set(run) for run in runs))
-    bounds = ("_low", "_high")  # of one run's bootstrap: their means bound nothing
-    return {name for name in names if name.startswith("test/") and not name.endswith(bounds)}
+    tested = {name for name in names if name.startswith("test/")}
+    # Of one run's bootstrap: their means bound nothing.
+    return tested - {f"{name}{bound}" for name in tested for bound in ("_low", "_high")}

@@ -24,8 +24,9 @@ from numpy.typing import NDArray
 from brainray.mri.brain_atlas import brain_atlas, grey_bins
 from brainray.mri.head import Head, Plane, find_head, sample
 
-VERSION = 2
-"""Of the masks: stores made with another one are not gone on from."""
+VERSION = 3
+"""Of the masks: stores made with another are not gone on from, and runs trained on others do not
+predict. To be raised with every change of a mask."""
 
 MIN_CONFIDENCE = 0.45
 """Masks less sure than this are not to be used: `otsu_mask` takes their place."""

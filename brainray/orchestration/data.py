@@ -37,7 +37,7 @@ from brainray.orchestration.preparation import (
     salt_id,
     subject_salt,
 )
-from brainray.orchestration.slice_tasks import FOUND, TOLD, decode_part, write_parts
+from brainray.orchestration.slice_tasks import TO_PART, TOLD, decode_part, write_parts
 from brainray.orchestration.source import FoundFile, Listing, files_of_tasks, list_source
 from brainray.orchestration.store import (
     ImageStore,
@@ -287,7 +287,7 @@ def _decode_all(
     tables: list[pa.Table] = []
     for chunk in files_of_tasks(files, config.preprocess.files_per_task, _num_cpus()):
         part = {"part": f"part-{generation:04d}-{len(tables):06d}.parquet"}
-        tables.append(pa.Table.from_pylist([asdict(file) | part for file in chunk], schema=FOUND))
+        tables.append(pa.Table.from_pylist([asdict(file) | part for file in chunk], schema=TO_PART))
     dataset = ray.data.from_arrow(tables).map_batches(
         decode, batch_size=None, batch_format="pyarrow"
     )

@@ -3,18 +3,16 @@
 from dataclasses import dataclass
 
 from brainray import layout
-from brainray.config import Config, SplitConfig
+from brainray.config import Config
 from brainray.engine.draws import Metrics, summarise_draws
 from brainray.errors import ConfigError
 from brainray.log import Log
 from brainray.orchestration.driver import TrainedRun, train
-from brainray.orchestration.run import open_run
-from brainray.orchestration.store import differing_settings, with_defaults
+from brainray.orchestration.run import check_same_draw, open_run
 from brainray.report.draws_table import draws_table
 from brainray.storage import Folder
 
 _TABLE = "table.md"
-_OF_DRAW = ("labelled_fraction", "validation_fraction", "validation", "seed")
 
 
 @dataclass(frozen=True)
@@ -81,14 +79,6 @@ def _figures_of(config: Config, control: str, number: int) -> Metrics:
             f"evaluation.control={control}: its run {draw_name(control, number)} is not complete; "
             "train the control on as many draws first"
         )
-    drawn = _of_draw(config, number).split
-    asked = {name: getattr(drawn, name) for name in _OF_DRAW}
-    of_control = with_defaults(run.info["settings"]["split"], SplitConfig().model_dump(mode="json"))
-    difference = differing_settings({name: of_control[name] for name in _OF_DRAW}, asked, "split.")
-    if difference:
-        raise ConfigError(
-            f"evaluation.control={control}: its run {draw_name(control, number)} was trained on "
-            f"other labels ({difference}); give both the same"
-        )
+    check_same_draw(_of_draw(config, number).split, run, f"evaluation.control={control}")
     metrics: Metrics = run.folder.read_json(layout.SUMMARY)
     return metrics

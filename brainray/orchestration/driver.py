@@ -19,7 +19,7 @@ from brainray.models.encoder import build_encoder
 from brainray.orchestration.lock import held
 from brainray.orchestration.pretraining import warm_up
 from brainray.orchestration.progress import Follower
-from brainray.orchestration.provenance import record_submission, version_tags
+from brainray.orchestration.provenance import record_submission
 from brainray.orchestration.publish import begin_tracking, send_run
 from brainray.orchestration.ray_train import (
     train_on_workers,
@@ -58,7 +58,6 @@ class Training:
     store: ImageStore
     run: Run
     workers: WorkerResources
-    tags: dict[str, str]  # of what trains it, for MLflow
 
 
 def train(config: Config, log: Log = print) -> TrainedRun:
@@ -70,12 +69,12 @@ def train(config: Config, log: Log = print) -> TrainedRun:
     """
     with begun_training(config, log) as training:
         config, run = training.config, training.run
-        tracking = begin_tracking(config, run, log, training.tags)
+        tracking = begin_tracking(config, run, log)
         if not run.is_complete:
             try:
                 with Follower(config.train, run, tracking.tracker, log):
                     fit(training, log)
-                complete_run(training)
+                complete_run(training, log)
             except BaseException as stop:
                 tracking.tracker.finish("FAILED" if isinstance(stop, Exception) else "KILLED")
                 raise
@@ -102,10 +101,9 @@ def begun_training(config: Config, log: Log) -> Iterator[Training]:
     with held(Folder(config.storage), layout.RUNS, name_of_run(config), log):
         run, resumed = begin_run(config, store, workers.num_workers)
         _log_beginning(run, resumed, config, store, log)
-        tags = {}
         if not run.is_complete:
-            tags = version_tags(record_submission(config, run, workers))
-        yield Training(config, store, run, workers, tags)
+            record_submission(config, run, workers)
+        yield Training(config, store, run, workers)
 
 
 def check_training(config: Config) -> tuple[Config, ImageStore, WorkerResources]:
@@ -160,12 +158,12 @@ def _start(training: Training, log: Log) -> str | Mapping[str, Tensor]:
     return "random" if has_epochs else warm_up(training.config, training.store, log)
 
 
-def complete_run(training: Training) -> None:
+def complete_run(training: Training, log: Log) -> None:
     """Figures and the summary, which is written last: with it the run is complete."""
     config, run = training.config, training.run
     metrics = _summarise(config, run)
     chosen = int(metrics["chosen_epoch"])
-    metrics |= against_control(config, run, chosen, training.store)
+    metrics |= against_control(config, run, chosen, log)
     draw_run_figures(run.folder, run.classes, config.evaluation, chosen)
     about = _about(training)
     run.folder.write_json(layout.ABOUT, about)

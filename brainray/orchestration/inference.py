@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 
 import pyarrow as pa
@@ -20,15 +20,13 @@ from brainray.mri.identity import content_hash
 from brainray.orchestration.preparation import subject_salt
 from brainray.orchestration.resources import alive_nodes, plan_actors
 from brainray.orchestration.run import Run, open_run, read_run_info
-from brainray.orchestration.slice_tasks import decode_files, select_slices
-from brainray.orchestration.source import SourceFile
-from brainray.orchestration.store import ImageStore
+from brainray.orchestration.slice_tasks import TO_PREDICT, decode_files, select_slices
+from brainray.orchestration.source import SourceFile, files_of_tasks
+from brainray.orchestration.store import ImageStore, differing_settings, versions_of
 from brainray.storage import Folder
 
-_FILES_PER_TASK = 256
-_VOLUMES_PER_TASK = 4  # a volume has hundreds of slices
+_FILES_PER_TASK = 256  # the embedder waits for the whole of one
 _EMBEDDER_BYTES = 2**29  # of memory: an encoder and a batch
-_VOLUME_SUFFIXES = (".nii", ".nii.gz")
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,8 @@ def find_predictor(config: Config, purpose: str) -> Predictor:
     Raises:
         ConfigError: neither of them, or both.
         DataError: no such run.
-        CheckpointError: the checkpoint is missing or is not one, or of no such epoch.
+        CheckpointError: the checkpoint is missing or is not one, of no such epoch, or trained on
+            slices that this version would make otherwise.
     """
     if (config.run is None) == (config.checkpoint is None):
         raise ConfigError(f"{purpose} needs one of --set run=NAME and --set checkpoint=PATH")
@@ -96,6 +95,14 @@ def find_predictor(config: Config, purpose: str) -> Predictor:
     preprocess = PreprocessConfig.model_validate(
         info.get("preprocess", checkpoint.config.preprocess.model_dump())
     )
+    made_with, now = info.get("versions", {}), versions_of(preprocess)
+    if info and made_with != now:
+        difference = differing_settings(made_with, now)
+        raise CheckpointError(
+            f"the run {run_folder} was trained on slices of another version of brainray "
+            f"({difference}), and new slices would not be preprocessed like them: preprocess and "
+            "train anew under other names"
+        )
     return Predictor(folder, run_folder, checkpoint, preprocess)
 
 
@@ -142,12 +149,21 @@ def predicted_blocks(
     decode = partial(
         decode_files,
         source=Folder(str(config.source)),
-        listed=ray.put(list(files)),
         preprocess=predictor.preprocess,
         salt=subject_salt(Folder(config.storage)),
     )
+    tables = [
+        pa.Table.from_pylist(
+            [
+                asdict(asked.file) | {"label": asked.label, "subject": asked.subject}
+                for asked in task
+            ],
+            schema=TO_PREDICT,
+        )
+        for task in files_of_tasks(files, _FILES_PER_TASK)
+    ]
     with _whole_blocks():
-        tasks = ray.data.from_arrow([pa.table({"number": task}) for task in _tasks(files)])
+        tasks = ray.data.from_arrow(tables)
     decoded = tasks.map_batches(decode, batch_size=None, batch_format="pyarrow")
     return _embedded(decoded, config, predictor)
 
@@ -198,19 +214,6 @@ def _whole_blocks() -> Iterator[None]:
         yield
     finally:
         context.target_max_block_size = before
-
-
-def _tasks(files: Sequence[SourceFile]) -> list[list[int]]:
-    """Numbers of the files of each task."""
-    volumes: list[int] = []
-    images: list[int] = []
-    for number, asked in enumerate(files):
-        (volumes if asked.path.lower().endswith(_VOLUME_SUFFIXES) else images).append(number)
-    return [
-        numbers[start : start + size]
-        for numbers, size in ((images, _FILES_PER_TASK), (volumes, _VOLUMES_PER_TASK))
-        for start in range(0, len(numbers), size)
-    ]
 
 
 _STORED_COLUMNS = ["split", "sample_id", "path", "frame", "height", "width", "thumbnail", "image"]

@@ -40,6 +40,19 @@ TRAINING_SECTIONS = (
 )
 """Sections of the config that training on a store reads: for ``--help`` of the jobs that train."""
 
+WORKER_KEYS = (
+    "train.num_workers",
+    "train.min_workers",
+    "train.cpus_per_worker",
+    "train.gpus_per_worker",
+    "train.device",
+    "train.wait_for_nodes",
+    "train.max_failures",
+    "train.collective_timeout_s",
+)
+"""Settings of the workers, whatever they learn."""
+
+_ANSWERS_WITHIN_S = 10.0
 _DASHBOARD_VARIABLE = "RAY_API_SERVER_ADDRESS"
 
 # What Ray Data appends to the message of whatever a task raises.
@@ -157,7 +170,8 @@ def _end_in_order_on_sigterm() -> None:
 
 
 def resolve_paths(config: Config) -> Config:
-    """Make ``source``, ``labels``, ``checkpoint``, ``storage`` and local weights absolute.
+    """Make ``source``, ``labels``, ``checkpoint``, ``storage``, local weights and a database for
+    tracking absolute.
 
     Raises:
         ConfigError: a relative path in a submitted job, which runs in a throw-away copy.
@@ -180,6 +194,11 @@ def resolve_paths(config: Config) -> Config:
     if config.encoder.weights not in {"random", "imagenet"}:
         weights = _resolve("encoder.weights", config.encoder.weights)
         resolved["encoder"] = config.encoder.model_copy(update={"weights": weights})
+    database = (config.tracking.uri or "").removeprefix("sqlite:///")
+    if database != (config.tracking.uri or ""):
+        path = _resolve("tracking.uri", database)
+        tracking = config.tracking.model_copy(update={"uri": f"sqlite:///{path}"})
+        resolved["tracking"] = tracking
     return config.model_copy(update=resolved)
 
 
@@ -252,6 +271,7 @@ def attach_to_ray() -> None:
     import ray.data
 
     if not ray.is_initialized():
+        _check_address(os.environ.get("RAY_ADDRESS", ""))
         init_ray()
         _end_in_order_on_sigterm()  # Ray has put a handler of its own in place
     # Jobs print their own progress and errors, which also read well in a log.
@@ -260,6 +280,24 @@ def attach_to_ray() -> None:
     context.enable_progress_bars = False
     context.raise_original_map_exception = True  # wrapped, it would lose its class on the way
     context.memory_usage_poll_interval_s = None  # statistics that nobody reads cost tasks a tenth
+
+
+def _check_address(address: str) -> None:
+    """Ray itself waits for minutes, and says nothing that tells what for.
+
+    Raises:
+        ConfigError: nothing listens at a HOST:PORT.
+    """
+    found = re.fullmatch(r"(?P<host>[^/]+):(?P<port>\d+)", address)
+    if found is None:  # another kind of address, as local or ray://HOST:PORT
+        return
+    try:
+        socket.create_connection((found["host"], int(found["port"])), _ANSWERS_WITHIN_S).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(
+            f"no Ray answers at RAY_ADDRESS={address} ({error}): start that cluster, or unset the "
+            "variable for a Ray of the job's own"
+        ) from None
 
 
 def init_ray(**options: Any) -> None:

@@ -21,6 +21,17 @@ from brainray.schema import NEXT_LABELS, UNLABELLED_ROLE
 from brainray.storage import Folder
 
 _GROUPS = ("duplicate_group_id", "subject_id")
+_NEEDED = [
+    "sample_id",
+    "path",
+    "frame",
+    "head",
+    "confidence",
+    "probabilities",
+    "cluster",
+    "cluster_class",
+]
+"""Columns of predictions."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +57,8 @@ def choose_next_labels(config: Config, log: Log = print) -> NextLabels:
         raise ConfigError("name the run to label for: --set run=NAME")
     run = open_run(Folder(config.storage), config.run)
     predictor = find_predictor(config, "labelling")
-    store = ImageStore.open(Folder(config.storage) / layout.DATASETS / str(run.info["dataset"]))
-    if store.data_hash != run.info["data_hash"]:
-        raise DataError(
-            f"the image store {store.folder} was changed after the run {config.run} (hash "
-            f"{store.data_hash}, then {run.info['data_hash']}): train anew on it first"
-        )
+    folder = Folder(config.storage) / layout.DATASETS / str(run.info["dataset"])
+    store = ImageStore.open(folder, run.info["data_hash"])
     seen = run.folder.read_table(layout.SEEN)
     is_pool = pc.equal(seen["role"], UNLABELLED_ROLE)
     pool, others = seen.filter(is_pool), seen.filter(pc.invert(is_pool))
@@ -59,12 +66,15 @@ def choose_next_labels(config: Config, log: Log = print) -> NextLabels:
         raise DataError(f"the run {run.folder} has no unlabelled slice: there is nothing to label")
     log(f"predicting {pool.num_rows} unlabelled slices with {predictor.folder}")
     blocks = predicted_slices(store, pool["sample_id"].to_pylist(), config, predictor)
-    batches = list(with_progress(blocks, pool.num_rows, "predicted", log, of_store=True))
+    batches = [
+        # Taken, not selected: what is not needed, as thumbnails, is let go of.
+        batch.select(_NEEDED).take(pa.array(range(batch.num_rows), pa.int64()))
+        for batch in with_progress(blocks, pool.num_rows, "predicted", log, of_store=True)
+    ]
     rows = pa.concat_tables(batches).sort_by("sample_id")
     pool = pool.sort_by("sample_id")
     assert rows["sample_id"].equals(pool["sample_id"]), "every slice has a prediction"
     for name in _GROUPS:
-        rows = rows.drop_columns([name] if name in rows.column_names else [])
         rows = rows.append_column(name, pool[name])
     uncertainty = margin_uncertainty(matrix_of(rows["probabilities"]))
     chosen = choose_to_label(

@@ -190,6 +190,7 @@ def _train(
         "seed": seed,
         "folder": str(target),
         "store": str(store.folder),
+        "data_hash": store.data_hash,
     }
     with PretrainingFollower(config.self_supervision, target, log):
         train_on_workers(
@@ -243,7 +244,7 @@ class _Learner:
     def __init__(
         self, config: Config, feature: FeatureConfig, settings: dict[str, Any], device: torch.device
     ) -> None:
-        store = ImageStore.open(Folder(settings["store"]))
+        store = ImageStore.open(Folder(settings["store"]), settings["data_hash"])
         self.config = config
         self.settings = config.self_supervision
         self.feature = feature

@@ -1,8 +1,6 @@
 """What made a run, in each submission that trained it: enough to make it again."""
 
 import platform
-import shlex
-import sys
 from importlib import metadata
 from typing import Any
 
@@ -11,7 +9,7 @@ from brainray.config import Config
 from brainray.orchestration.publish import about_code
 from brainray.orchestration.resources import WorkerResources
 from brainray.orchestration.run import Run
-from brainray.redaction import redacted
+from brainray.redaction import command_line
 
 PACKAGES = (
     "faiss-cpu",
@@ -44,7 +42,7 @@ def record_submission(config: Config, run: Run, workers: WorkerResources) -> dic
 def provenance(config: Config, run: Run, workers: WorkerResources) -> dict[str, Any]:
     """Versions, seeds, data hash, command and workers; no secret."""
     return {
-        "command": redacted(shlex.join(sys.argv)),
+        "command": command_line(),
         "config": config.without_secrets().model_dump(mode="json"),
         "seeds": {"seed": config.seed, "split.seed": config.split.seed},
         "dataset": run.info["dataset"],
@@ -57,13 +55,6 @@ def provenance(config: Config, run: Run, workers: WorkerResources) -> dict[str, 
         "cpus_per_worker": workers.cpus_per_worker,
         "device": "cuda" if workers.use_gpu else "cpu",
     }
-
-
-def version_tags(record: dict[str, Any]) -> dict[str, str]:
-    """The versions as MLflow shows and compares them."""
-    tags = {"brainray.python": record["python"], "brainray.platform": record["platform"]}
-    tags |= {f"brainray.{name}": version for name, version in record["packages"].items()}
-    return tags
 
 
 def _version(name: str) -> str:

@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ray
 
@@ -59,8 +60,9 @@ def begin_tracking(
         "brainray.data_hash": str(run.info["data_hash"]),
         "brainray.run_folder": str(run.folder),
     }
-    tags = about | dict(tags or {})
-    return open_tracking(config, run.folder, params, tags, log, made_by=_last_submission(run))
+    made_by = _last_submission(run)
+    tags = about | _version_tags(made_by or {}) | dict(tags or {})
+    return open_tracking(config, run.folder, params, tags, log, made_by=made_by)
 
 
 def open_tracking(
@@ -137,10 +139,17 @@ def _where_it_was_sent(run: Run) -> str | None:
     return None if database != uri and not Path(database).exists() else uri
 
 
-def _last_submission(run: Run) -> dict[str, object] | None:
+def _last_submission(run: Run) -> dict[str, Any] | None:
     """What trained the run at last, whatever sends it."""
     submissions = run.folder.read_json_lines(layout.PROVENANCE)
     return submissions[-1] if submissions else None
+
+
+def _version_tags(made_by: Mapping[str, Any]) -> dict[str, str]:
+    """The versions behind a run as MLflow shows and compares them."""
+    versions = {name: made_by[name] for name in ("python", "platform") if name in made_by}
+    versions |= made_by.get("packages", {})
+    return {f"brainray.{name}": version for name, version in versions.items()}
 
 
 def send_run(run: Run, tracker: LenientTracker) -> None:

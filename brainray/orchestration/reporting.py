@@ -1,8 +1,6 @@
 """The page of a run or of an evaluation: what its figures need from elsewhere, gathered."""
 
 import platform
-import shlex
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -22,9 +20,9 @@ from brainray.engine.state import Checkpoint, load_checkpoint
 from brainray.errors import CheckpointError, ConfigError, DataError
 from brainray.log import Log
 from brainray.orchestration.publish import code_hash, git_revision
-from brainray.orchestration.run import Run, open_run
+from brainray.orchestration.run import Run, check_same_draw, open_run
 from brainray.orchestration.store import ImageStore
-from brainray.redaction import redacted
+from brainray.redaction import command_line
 from brainray.report.comparison_table import comparison_table
 from brainray.report.page import Explained, write_page
 from brainray.schema import TEST
@@ -48,7 +46,7 @@ def report(config: Config, log: Log = print) -> Report:
     Raises:
         ConfigError: no run named.
         DataError: no such run, or one to compare with that does not fit.
-        CheckpointError: the run is still training.
+        CheckpointError: the run, or one to compare with, is still training.
     """
     if config.run is None:
         raise ConfigError("name the run to report: --set run=NAME")
@@ -61,14 +59,16 @@ def report(config: Config, log: Log = print) -> Report:
     evaluation = saved.evaluation.model_copy(update=asked)
     merged = saved.model_copy(update={"storage": config.storage, "evaluation": evaluation})
     try:
-        store = ImageStore.open(Folder(config.storage) / layout.DATASETS / str(saved.dataset))
-        if store.data_hash != run.info["data_hash"]:
-            raise DataError(f"the image store {store.folder} was changed since")
+        folder = Folder(config.storage) / layout.DATASETS / str(saved.dataset)
+        store = ImageStore.open(folder, run.info["data_hash"])
     except DataError as error:
         log(f"no activation maps: {error}")
         store = None
     summary = without_comparison(run.folder.read_json(layout.SUMMARY))
-    comparison = against_control(merged, run, int(summary["chosen_epoch"]), store)
+    for name in filter(None, [evaluation.control, *evaluation.siblings]):
+        if not open_run(Folder(config.storage), name).is_complete:
+            raise CheckpointError(f"the run {name} is still training: wait for its end")
+    comparison = against_control(merged, run, int(summary["chosen_epoch"]), log)
     metrics = summary | comparison
     known = run.folder.exists(layout.ABOUT)
     about = run.folder.read_json(layout.ABOUT) if known else about_software()
@@ -79,24 +79,32 @@ def report(config: Config, log: Log = print) -> Report:
     return Report(run.folder, metrics)
 
 
-def against_control(
-    config: Config, run: Run, chosen_epoch: int, store: ImageStore | None
-) -> Metrics:
+def against_control(config: Config, run: Run, chosen_epoch: int, log: Log) -> Metrics:
     """What the run gains over ``evaluation.control``, slice by slice, where that is complete.
 
-    Intervals draw copies and likely subjects as a whole; without the store, every slice by itself.
+    Intervals draw copies and likely subjects as a whole.
     """
     if config.evaluation.control is None:
         return {}
-    control = _compared_run(config, config.evaluation.control, run.info["data_hash"])
+    control = _control(config, run.info["data_hash"])
+    if not control.is_complete:
+        log(
+            f"not compared: the run {config.evaluation.control} is still training; "
+            f"jobs/report.py --set run={config.name} does it later"
+        )
     ours, theirs = _predictions(run, chosen_epoch), _chosen_predictions(control)
     if ours is None or theirs is None:
         return {}
+    tested = run.folder.read_table(layout.TEST_SLICES)
     groups: Mapping[str, str] = {}
-    if store is not None:
-        columns = ["sample_id", "split_group_id"]
-        rows = store.folder.read_table(layout.IMAGES, columns=columns).to_pydict()
+    if "split_group_id" in tested.column_names:
+        rows = tested.select(["sample_id", "split_group_id"]).to_pydict()
         groups = dict(zip(rows["sample_id"], rows["split_group_id"], strict=True))
+    else:
+        log(
+            f"note: the run {config.name} was begun before test slices were kept with their "
+            "subjects: the intervals take slices for independent, and are too narrow"
+        )
     resamples = config.evaluation.bootstrap_resamples
     return compare(ours, theirs, groups, num_resamples=resamples, seed=config.seed)
 
@@ -157,7 +165,7 @@ def explain(predictions: pa.Table, checkpoint: Checkpoint, load: LoadImages) -> 
 def about_software() -> dict[str, str]:
     """The command and the versions behind a page."""
     return {
-        "command": redacted(shlex.join(sys.argv)),
+        "command": command_line(),
         "code": f"brainray {brainray.__version__}, {code_hash()} {git_revision()}".strip(),
         "python": f"{platform.python_version()} on {platform.platform()}",
         "torch": torch.__version__,
@@ -169,10 +177,26 @@ def check_compared_runs(config: Config, data_hash: str) -> None:
     """Find the runs that the page will set beside this one: before training, not after.
 
     Raises:
+        ConfigError: the control was trained on other labels.
         DataError: there is no run of such a name, or it was trained on other data.
     """
-    for name in filter(None, [config.evaluation.control, *config.evaluation.siblings]):
+    if config.evaluation.control is not None:
+        _control(config, data_hash)
+    for name in config.evaluation.siblings:
         _compared_run(config, name, data_hash)
+
+
+def _control(config: Config, data_hash: str) -> Run:
+    """``evaluation.control``: a run on the same labels.
+
+    Raises:
+        ConfigError: it is of other labels.
+        DataError: there is no run of that name, or it was trained on other data.
+    """
+    name = str(config.evaluation.control)
+    control = _compared_run(config, name, data_hash)
+    check_same_draw(config.split, control, f"evaluation.control={name}")
+    return control
 
 
 def _compared_run(config: Config, name: str, data_hash: str) -> Run:
@@ -189,7 +213,7 @@ def _figures_of_control(config: Config, run: Run) -> Metrics | None:
     """The reported figures of ``evaluation.control``, where that run is complete."""
     if config.evaluation.control is None:
         return None
-    control = _compared_run(config, config.evaluation.control, run.info["data_hash"])
+    control = _control(config, run.info["data_hash"])
     metrics: Metrics | None = None
     if control.is_complete:
         metrics = control.folder.read_json(layout.SUMMARY)

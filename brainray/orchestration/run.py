@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from brainray import layout
-from brainray.config import Config, to_yaml
+from brainray.config import Config, SplitConfig, to_yaml
 from brainray.engine.recluster import check_num_clusters
 from brainray.errors import ClusteringError, ConfigError, DataError
 from brainray.mri.leakage import Fingerprints, exposure
@@ -55,6 +55,8 @@ _FREE_KEYS = {
     "split": {"mode", "test_fraction"},
 }
 """The same of keys in other sections."""
+
+_OF_DRAW = {"labelled_fraction", "validation_fraction", "validation", "seed"}
 
 
 @dataclass(frozen=True)
@@ -158,12 +160,26 @@ def begin_run(config: Config, store: ImageStore, num_workers: int) -> tuple[Run,
         "data_hash": store.data_hash,
         "classes": store.classes,
         "preprocess": store.preprocess.model_dump(mode="json"),
+        "versions": store.versions,
         "subject_salt": store.manifest.get("subject_salt"),
         "num_slices": counts,
         "settings": settings,
     }
     folder.write_json(layout.RUN, info)
     return Run(folder, info), False
+
+
+def check_same_draw(split: SplitConfig, other: Run, purpose: str) -> None:
+    """Raises ConfigError where another run on the same data reads or validates on other labels."""
+    asked = split.model_dump(mode="json", include=_OF_DRAW)
+    defaults = SplitConfig().model_dump(mode="json")
+    theirs = {key: (defaults | other.info["settings"]["split"])[key] for key in _OF_DRAW}
+    difference = differing_settings(theirs, asked, "split.")
+    if difference:
+        raise ConfigError(
+            f"{purpose}: its run {other.folder.name} was trained on other labels ({difference}); "
+            "give both the same"
+        )
 
 
 def name_of_run(config: Config) -> str:
@@ -248,7 +264,7 @@ def _test_slices(store: ImageStore, run: Folder) -> pa.Table:
     seen = fingerprints_of_seen(run)
     assert seen is not None, "written before"
     exposed = exposure(Fingerprints.of(test), seen, store.preprocess)
-    test = test.select(["sample_id", "path", "frame", "label", "thumbnail"])
+    test = test.select(["sample_id", "path", "frame", "label", "thumbnail", "split_group_id"])
     for name, flags in (("clean", exposed.clean), ("strict", exposed.strict)):
         test = test.append_column(name, pa.array(flags, pa.bool_()))
     return test

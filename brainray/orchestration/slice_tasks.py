@@ -33,16 +33,18 @@ from brainray.orchestration.source import FoundFile, SourceFile
 from brainray.schema import IMAGE_STORE, TRAIN
 from brainray.storage import Folder
 
-FOUND = pa.schema(
-    [
-        ("path", pa.string()),
-        ("num_bytes", pa.int64()),
-        ("mtime_ns", pa.int64()),
-        ("problem", pa.string()),
-        PART,
-    ]
-)
+_FOUND = [
+    pa.field("path", pa.string()),
+    pa.field("num_bytes", pa.int64()),
+    pa.field("mtime_ns", pa.int64()),
+    pa.field("problem", pa.string()),
+]
+
+TO_PART = pa.schema([*_FOUND, PART])
 """Files of a task, and the part that their slices go to."""
+
+TO_PREDICT = pa.schema([*_FOUND, ("label", pa.string()), ("subject", pa.string())])
+"""Files of a task, and what a labels table says of them."""
 
 TOLD = pa.schema([*(SLICES.field(name) for name in LIGHT_COLUMNS), SLICES.field("thumbnail"), PART])
 """What a task tells of the slices whose pixels it has written."""
@@ -61,13 +63,13 @@ def decode_part(
     known_hashes: "ray.ObjectRef[set[str]]",
     parts: Folder,
 ) -> pa.Table:
-    """``TOLD`` rows of the files in ``FOUND`` rows, whose pixels go to their part of the store.
+    """``TOLD`` rows of the files in ``TO_PART`` rows, whose pixels go to their part of the store.
 
     Files whose bytes are among the known hashes are not decoded: their rows have no sample_id.
     """
     settle_worker()
     name = batch["part"][0].as_py()
-    found = [FoundFile(**row) for row in batch.drop_columns("part").to_pylist()]
+    found = _files(batch)
     known: set[str] = ray.get(known_hashes)
     part = _decode(found, source, preprocess, salt, known)
     has_pixels = pc.is_valid(part["image"])
@@ -100,6 +102,10 @@ def _decode(
         except RejectedImage as rejection:
             rows.append(rejected_row(file, content, rejection))
     return pa.Table.from_pylist([dict.fromkeys(SLICES.names) | row for row in rows], schema=SLICES)
+
+
+def _files(batch: pa.Table) -> list[FoundFile]:
+    return [FoundFile(**row) for row in batch.select([f.name for f in _FOUND]).to_pylist()]
 
 
 def _read_ahead(source: Folder, files: Sequence[FoundFile]) -> Iterator[Callable[[], bytes]]:
@@ -149,19 +155,15 @@ def _write_part(name: str, final: pa.Table, source: Folder, images: Folder) -> N
 
 
 def decode_files(
-    batch: pa.Table,
-    *,
-    source: Folder,
-    listed: "ray.ObjectRef[list[SourceFile]]",
-    preprocess: PreprocessConfig,
-    salt: bytes,
+    batch: pa.Table, *, source: Folder, preprocess: PreprocessConfig, salt: bytes
 ) -> pa.Table:
-    """``DECODED`` rows of the listed files whose ``number`` the batch has."""
+    """``DECODED`` rows of the files in ``TO_PREDICT`` rows."""
     settle_worker()
-    all_files = ray.get(listed)
-    files = [all_files[number] for number in batch["number"].to_pylist()]
+    files = _files(batch)
+    said = batch.select(["label", "subject"]).to_pylist()
     rows = []
-    for asked, read in zip(files, _read_ahead(source, [f.file for f in files]), strict=True):
+    for file, about, read in zip(files, said, _read_ahead(source, files), strict=True):
+        asked = SourceFile(file, None, about["label"], about["subject"])
         rows += decode_to_predict(asked, read, preprocess, salt)
     return pa.Table.from_pylist(rows, schema=DECODED)
 

@@ -9,7 +9,7 @@ import shlex
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.csv as pa_csv
@@ -63,6 +63,13 @@ class SourceFile:
     def path(self) -> str:
         return self.file.path
 
+    @property
+    def num_bytes(self) -> int:
+        return self.file.num_bytes
+
+
+AnyFile = TypeVar("AnyFile", FoundFile, SourceFile)
+
 
 @dataclass(frozen=True)
 class Listing:
@@ -105,9 +112,9 @@ def list_source(
 
 
 def files_of_tasks(
-    files: Sequence[FoundFile], files_per_task: int, num_cpus: int
-) -> Iterator[Sequence[FoundFile]]:
-    """The files of each task, in order.
+    files: Sequence[AnyFile], files_per_task: int, num_cpus: int = 1
+) -> Iterator[Sequence[AnyFile]]:
+    """The files of each task, in order: as many as asked for, or fewer where they are large.
 
     ``files_per_task`` of 0 chooses their number: guided self-scheduling (Polychronopoulos & Kuck
     1987), whose tasks get shorter towards the end, so that no CPU waits long for the others.

@@ -44,8 +44,15 @@ class ImageStore:
     manifest: dict[str, Any]
 
     @classmethod
-    def open(cls, folder: Folder) -> "ImageStore":
-        """Raises DataError where there is no finished store, or one of another version."""
+    def open(cls, folder: Folder, data_hash: str | None = None) -> "ImageStore":
+        """
+        Args:
+            folder: the store's.
+            data_hash: what it must be still.
+
+        Raises:
+            DataError: there is no finished store, one of another version, or one with other slices.
+        """
         if not folder.exists(layout.MANIFEST):
             raise DataError(
                 f"no image store at {folder}: run jobs/preprocess.py with --set name=... first, "
@@ -69,6 +76,11 @@ class ImageStore:
                 f"{folder}/{layout.MANIFEST} is damaged ({key}: {first['msg']}): delete the store "
                 "and preprocess again"
             ) from None
+        if data_hash is not None and manifest["data_hash"] != data_hash:
+            raise DataError(
+                f"the image store {folder} was changed meanwhile (hash {data_hash} before, "
+                f"{manifest['data_hash']} now): train anew on it under another name"
+            )
         return cls(folder, manifest)
 
     @property
@@ -94,6 +106,11 @@ class ImageStore:
     @property
     def preprocess(self) -> PreprocessConfig:
         return PreprocessConfig.model_validate(self.manifest["preprocess"])
+
+    @property
+    def versions(self) -> dict[str, int | None]:
+        """Of the methods that made the slices, as `versions_of` tells them of today's."""
+        return {name: self.manifest.get(name) for name in versions_of(self.preprocess)}
 
     def index(self) -> pa.Table:
         """Every column but the pixels, ordered by split and sample_id."""

@@ -78,7 +78,11 @@ def _study(
     config: Config, stores: Mapping[str, ImageStore], weights: Mapping[str, Weights], log: Log
 ) -> FinishedStudy:
     folder = Folder(config.storage) / layout.STUDIES / str(config.name)
-    folder.write_bytes(layout.CONFIG, to_yaml(config).encode())
+    settings = to_yaml(config).encode()
+    if folder.exists(layout.CONFIG) and folder.read_bytes(layout.CONFIG) != settings:
+        # MLflow keeps the parameters that a run began with: other settings, another run there.
+        folder.delete_file(layout.TRACKING, missing_ok=True)
+    folder.write_bytes(layout.CONFIG, settings)
     hashes = {f"brainray.data_hash.{name}": store.data_hash for name, store in stores.items()}
     tracking = open_tracking(config, folder, flatten(config.without_secrets()), hashes, log)
     try:

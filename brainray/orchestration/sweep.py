@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -77,6 +78,11 @@ def sweep(config: Config, log: Log = print) -> FinishedSweep:
     """
     if config.name is None:
         raise ConfigError("a sweep needs a name: --set name=NAME")
+    if config.evaluation.num_label_draws > 1:
+        raise ConfigError(
+            "evaluation.num_label_draws: trials share one draw of labels; train the best settings "
+            "on several with jobs/train.py"
+        )
     check_space(config)
     base, store, workers = check_training(config)
     # An experiment of its own for each sweep.
@@ -97,19 +103,23 @@ def _sweep(
     tracking = open_tracking(
         base, folder, flatten(base.without_secrets()), {"brainray.data_hash": store.data_hash}, log
     )
+    follower = _Follower(base, name, tracking, log)
     try:
         warm_up(base, store, log)  # once, for all trials
-        with _Follower(base, name, tracking, log) as follower:
+        with follower:
             results = _tuner(base, folder, workers, log).fit()
             follower.errors = _errors(results)
     except BaseException as stop:
-        tracking.tracker.finish("FAILED" if isinstance(stop, Exception) else "KILLED")
+        status = "FAILED" if isinstance(stop, Exception) else "KILLED"
+        follower.end(status)
+        tracking.tracker.finish(status)
         raise
     trials = read_trials(base, name)
     ranked = _ranked(base, trials)
     if not ranked:
         problems = sorted({trial.problem for trial in trials if trial.problem})
         problems += sorted(set(follower.errors.values()))
+        follower.end("FAILED")
         tracking.tracker.finish("FAILED")
         raise BrainrayError(f"no trial could be trained: {'; '.join(problems) or 'see the log'}")
     return _conclude(base, folder, trials, ranked, follower, tracking, log)
@@ -147,7 +157,10 @@ def _begin(config: Config, store: ImageStore, folder: Folder, log: Log) -> None:
 def _tuner(config: Config, folder: Folder, workers: WorkerResources, log: Log) -> tune.Tuner:
     trainable = tune.with_resources(
         tune.with_parameters(
-            run_trial, base=config.without_secrets().model_dump(mode="json"), sweep=config.name
+            run_trial,
+            base=config.without_secrets().model_dump(mode="json"),
+            sweep=config.name,
+            command=sys.argv,
         ),
         # Trials wait for their workers: they take no CPU, and stay beside the driver.
         {"node:__internal_head__": 0.001},
@@ -300,6 +313,20 @@ class _Follower(Watcher):
         if not trial.run.is_complete:
             child.tracker.finish("FAILED" if outcome.startswith("failed") else "KILLED")
 
+    def end(self, status: str) -> None:
+        """Say in MLflow that trials which were begun here train no more."""
+        for trial in read_trials(self._config, self._name):
+            child = self._children.get(trial.trial_id)
+            if child is not None:
+                is_complete = trial.run is not None and trial.run.is_complete
+                child.tracker.finish("FINISHED" if is_complete else status)
+
+    @property
+    def problem(self) -> str | None:
+        """Of sending a trial to MLflow; None when all were."""
+        problems = (child.tracker.problem for child in self._children.values())
+        return next((problem for problem in problems if problem is not None), None)
+
     def look(self) -> None:
         self._quiet_s += POLL_S
         trials = read_trials(self._config, self._name)
@@ -403,12 +430,13 @@ def _conclude(
     }
     if follower.errors:
         log(f"{len(follower.errors)} trials were lost: submit the sweep again to go on with them")
-    elif config.tune.algorithm != "grid" and len(trials) < config.tune.num_trials:
-        log(f"{len(trials)} of {config.tune.num_trials} trials: submit the sweep again to go on")
-    elif tracking.tracker.problem is not None:
+    elif (tracking.tracker.problem or follower.problem) is not None:
         log("MLflow has not got everything: submit the sweep again to send it")
     else:
         folder.write_json(layout.SUMMARY, result)
+        if config.tune.algorithm != "grid" and len(trials) < config.tune.num_trials:
+            done = f"{len(trials)} of {config.tune.num_trials} trials"
+            log(f"tune.time_budget_min ended it after {done}")
     return FinishedSweep(folder=folder, **result)
 
 

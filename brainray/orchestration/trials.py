@@ -2,6 +2,7 @@
 
 import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -29,8 +30,16 @@ from brainray.storage import Folder
 FAILED = "failed"
 """Folder of a sweep with a file for each trial that cannot be trained."""
 
-_FIXED = ("preprocess.", "split.", "evaluation.", "tracking.", "tune.", "registry.", "classes.")
-"""Trials share one store, one draw of labels and one way of scoring, else they do not compare."""
+_SEARCHED = (
+    "encoder",
+    "self_supervision",
+    "augment",
+    "augment_unlabelled",
+    "objective",
+    "clustering",
+    "train",
+)
+"""Sections in which trials may differ."""
 
 _OF_WARM_UP = (
     "encoder.",
@@ -48,6 +57,7 @@ _OF_RESOURCES = (
     "train.cpus_per_worker",
     "train.gpus_per_worker",
     "train.wait_for_nodes",
+    "train.max_failures",
 )
 
 _TRIAL_ID = r"([0-9a-f]{5}_[0-9]{5,}|[0-9a-f]{8})"
@@ -74,13 +84,16 @@ class Trial:
         return (epoch[metric], int(epoch["epoch"])) if metric in epoch else None
 
 
-def run_trial(parameters: dict[str, Any], *, base: dict[str, Any], sweep: str) -> None:
-    """Train one trial, or go on with it; in an actor of Ray Tune.
+def run_trial(
+    parameters: dict[str, Any], *, base: dict[str, Any], sweep: str, command: list[str]
+) -> None:
+    """Train one trial, or go on with it; in an actor of Ray Tune, which ``command`` asked for.
 
     What a trial's settings are to blame for is kept in the sweep's folder, not raised: Tune would
     try it again. What they are not to blame for is raised, and tried again.
     """
     config = parse_config(base)
+    sys.argv = command  # of what made the run; the process's own is Ray's
     trial_id = tune.get_context().get_trial_id()
     try:
         config = trial_config(config, parameters, run_name(sweep, trial_id))
@@ -90,7 +103,7 @@ def run_trial(parameters: dict[str, Any], *, base: dict[str, Any], sweep: str) -
                 tune.report(reported_metrics(history[-1]))
                 return
             fit(training, print, callbacks=[TuneReportCallback()])
-            complete_run(training)
+            complete_run(training, print)
     except TransientError:
         raise
     except BrainrayError as error:
@@ -139,10 +152,11 @@ def check_space(config: Config) -> None:
     for key, entry in space.items():
         if key not in known_keys():
             raise ConfigError(f"tune.space names the unknown key {key!r}")
-        if key.startswith(_FIXED) or "." not in key:
+        if key.partition(".")[0] not in _SEARCHED:
             raise ConfigError(
-                f"tune.space cannot vary {key}: trials share the store, the labels and the way "
-                "they are scored, else their figures would not compare"
+                f"tune.space cannot vary {key}: trials differ in {', '.join(_SEARCHED)} alone, and "
+                "share the store, the labels and the way they are scored, else their figures would "
+                "not compare"
             )
         if key in _OF_RESOURCES:
             raise ConfigError(
@@ -153,6 +167,10 @@ def check_space(config: Config) -> None:
             raise ConfigError(
                 f"tune.space cannot vary {key}: trials share the warm-up without labels "
                 "(encoder.pretext), which depends on it"
+            )
+        if key.startswith("self_supervision."):
+            raise ConfigError(
+                f"tune.space varies {key}, which nothing reads without a warm-up (encoder.pretext)"
             )
         if len(entry) != 1:
             raise ConfigError(
@@ -165,8 +183,11 @@ def check_space(config: Config) -> None:
             _check_range(key, kind, values)
             if config.tune.algorithm == "grid":
                 raise ConfigError(f"tune.algorithm=grid takes choices only: tune.space.{key}")
-    corners = {key: _example(entry) for key, entry in space.items()}
-    trial_config(config, corners, "check")
+    corners = {key: _examples(entry)[0] for key, entry in space.items()}
+    name = run_name(str(config.name), "00000_00000")  # as long as Tune's
+    for key, entry in space.items():
+        for value in _examples(entry):
+            trial_config(config, corners | {key: value}, name)
 
 
 def _check_range(key: str, kind: str, values: list[Any]) -> None:
@@ -177,9 +198,13 @@ def _check_range(key: str, kind: str, values: list[Any]) -> None:
         raise ConfigError(f"tune.space.{key}.log_uniform must begin above 0, not at {values[0]}")
 
 
-def _example(entry: SearchDomain) -> Any:
-    ((_, values),) = entry.items()
-    return values[0]
+def _examples(entry: SearchDomain) -> list[Any]:
+    """Values that stand for all of a range or choice."""
+    ((kind, values),) = entry.items()
+    if kind in {"uniform", "log_uniform"}:
+        low, high = values
+        return [low, low + (high - low) / math.pi, high]  # the second is no round number
+    return values
 
 
 def sweep_folder(config: Config, name: str) -> Folder:

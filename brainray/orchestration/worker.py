@@ -69,6 +69,7 @@ from brainray.errors import BrainrayError, DivergenceError
 from brainray.models.encoder import Encoder, EncoderOutput, build_encoder
 from brainray.orchestration.rank_data import load_rank_data
 from brainray.orchestration.ray_train import returning_errors, settle_worker
+from brainray.orchestration.run import read_run_info
 from brainray.orchestration.store import ImageStore
 from brainray.schema import (
     FITTED,
@@ -97,7 +98,7 @@ def _train(
     settle_worker()
     torch.manual_seed(config.seed)
     with failing_together(device):
-        store = ImageStore.open(store_folder)
+        store = ImageStore.open(store_folder, read_run_info(run)["data_hash"])
         rank, num_ranks = context.get_world_rank(), context.get_world_size()
         data = load_rank_data(config, run, store, device, rank, num_ranks)
         encoder = build_encoder(config.encoder.name, start, len(store.classes))

@@ -95,7 +95,8 @@ def _use(facts: CardFacts) -> str:
             "```console",
             "$ mlflow models serve -m mlflow --env-manager local --port 5001",
             "$ curl http://127.0.0.1:5001/invocations -H 'Content-Type: application/json' \\",
-            """    -d '{"dataframe_records": [{"image": "'$(base64 -w0 scan.jpg)'"}]}'""",
+            """    -d @<(echo '{"dataframe_records": [{"image": "'$(base64 < scan.jpg | """
+            """tr -d '\\n')'"}]}')""",
             "```",
             "",
             f"Preprocessing, which `mlflow/` does by itself and `model.onnx` expects: "

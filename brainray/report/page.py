@@ -454,6 +454,19 @@ def _tables(metrics: Metrics, classes: Sequence[str], control: Metrics | None) -
         for whose, values in runs.items()
         for predictor, title in _PREDICTORS.items()
     ]
+    accuracy += [
+        [f"{whose}, {_PREDICTORS[predictor]}, balanced"]
+        + [
+            figure(values, f"test/{subset}/{predictor}/balanced_accuracy")
+            for subset in (*SUBSETS, "all_as_clean")
+        ]
+        for whose, values in runs.items()
+        for predictor in ("head", "cluster")
+    ]
+    sizes = {subset: metrics.get(f"test/{subset}/num_slices") for subset in SUBSETS}
+    subsets = [
+        subset if size is None else f"{subset} ({size:,.0f})" for subset, size in sizes.items()
+    ]
     by_class = [
         [f"{whose}, {_PREDICTORS[predictor]}, {subset}"]
         + [
@@ -477,7 +490,7 @@ def _tables(metrics: Metrics, classes: Sequence[str], control: Metrics | None) -
         for subset in ("all", "clean")
     ]
     return [
-        Table("Accuracy [95 % interval]", ["", *SUBSETS, "all, at clean's class mix"], accuracy),
+        Table("Accuracy [95 % interval]", ["", *subsets, "all, at clean's class mix"], accuracy),
         Table("Precision / recall / F1", ["", *classes], by_class),
         Table("Clusters", ["", "silhouette", "NMI", "ARI", "FMI"], clusters),
     ]

@@ -46,7 +46,7 @@ def draw_run_figures(
     if run.exists(layout.predictions_file(chosen_epoch)):
         predictions = run.read_table(layout.predictions_file(chosen_epoch))
         names += draw_evaluation_figures(run, predictions, classes)
-    return names + _draw_maps(run, classes, evaluation)
+    return names + _draw_maps(run, classes, evaluation, chosen_epoch)
 
 
 def _draw_curves(run: Folder, history: History, chosen: int) -> list[str]:
@@ -62,10 +62,14 @@ def _draw_curves(run: Folder, history: History, chosen: int) -> list[str]:
     return list(drawn)
 
 
-def _draw_maps(run: Folder, classes: list[str], evaluation: EvaluationConfig) -> list[str]:
+def _draw_maps(
+    run: Folder, classes: list[str], evaluation: EvaluationConfig, chosen_epoch: int
+) -> list[str]:
+    """Of the epochs asked for, and, where there are any, of the chosen one."""
+    epochs = {*evaluation.tsne_epochs, chosen_epoch} if evaluation.tsne_epochs else set()
     tables = {
         epoch: run.read_table(layout.predictions_file(epoch), _MAP_COLUMNS)
-        for epoch in sorted(set(evaluation.tsne_epochs))
+        for epoch in sorted(epochs)
         if run.exists(layout.predictions_file(epoch))
     }
     if not tables:

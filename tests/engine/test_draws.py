@@ -31,6 +31,12 @@ def test_differences_are_paired_by_draw() -> None:
     assert found[f"fewer_errors/{NAME}"] == pytest.approx(0.08 / 0.15)
 
 
+def test_a_class_may_be_called_as_a_bound_is() -> None:
+    name = "test/all/head/f1/grade_low"
+    found = summarise_draws([{name: value} for value in (0.8, 0.9)])
+    assert found[name] == pytest.approx(0.85)
+
+
 def test_one_draw_has_no_deviation_and_no_interval() -> None:
     found = summarise_draws(DRAWS[:1], CONTROL[:1])
     assert f"{NAME}_std" not in found

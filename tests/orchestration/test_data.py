@@ -124,12 +124,12 @@ def test_a_store_of_masks_that_are_made_otherwise_now_is_refused(
     )
     before = preprocess(config)
     monkeypatch.setattr(intracranial, "VERSION", intracranial.VERSION + 1)
-    with pytest.raises(DataError, match=r"intracranial_version: 2 here, 3 asked"):
+    with pytest.raises(DataError, match=r"intracranial_version: 3 here, 4 asked"):
         preprocess(config)
     told = before.manifest.copy()
     del told["intracranial_version"]  # as stores from before there were versions
     before.folder.write_json("manifest.json", told)
-    with pytest.raises(DataError, match=r"intracranial_version: None here, 3 asked"):
+    with pytest.raises(DataError, match=r"intracranial_version: None here, 4 asked"):
         preprocess(config)
 
 

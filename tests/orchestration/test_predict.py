@@ -15,6 +15,8 @@ import pytest
 
 from brainray.config import Config
 from brainray.errors import CheckpointError, ConfigError, DataError
+from brainray.mri import intracranial
+from brainray.mri.intracranial import VERSION
 from brainray.orchestration.driver import TrainedRun
 from brainray.orchestration.evaluation import evaluate
 from brainray.orchestration.inference import _Embedder, find_predictor, predicted_blocks
@@ -125,6 +127,25 @@ def test_prediction_and_evaluation_agree(
     assert compared >= 6
 
 
+def test_a_run_on_slices_that_would_be_made_otherwise_now_does_not_predict(
+    trained: TrainedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(str(trained.run.folder), tmp_path / "runs" / "brains")
+    run = Folder(tmp_path) / "runs" / "brains"
+    config = tiny_config(tmp_path, "run=brains")
+    info = run.read_json("run.json")
+    assert info["versions"] == {}
+    info["preprocess"]["skull_strip"] = "intracranial"
+    run.write_json("run.json", info)  # as a run that was begun before versions were kept
+    with pytest.raises(CheckpointError, match=r"intracranial_version: None here, \d+ asked"):
+        find_predictor(config, "this test")
+    run.write_json("run.json", info | {"versions": {"intracranial_version": VERSION}})
+    assert find_predictor(config, "this test").preprocess.skull_strip == "intracranial"
+    monkeypatch.setattr(intracranial, "VERSION", VERSION + 1)
+    with pytest.raises(CheckpointError, match="preprocess and train anew"):
+        find_predictor(config, "this test")
+
+
 def test_what_could_not_be_read_is_tried_again(
     trained: TrainedRun, inbox: Path, prediction: Prediction
 ) -> None:
@@ -141,6 +162,7 @@ def test_what_could_not_be_read_is_tried_again(
     again = predict(config_of(trained, inbox, "name=again"), said.append)
     assert "; 7 are done" in said[0]
     assert again.metrics == prediction.metrics
+    assert pq.read_table(str(again.folder)).num_rows == len(rows_of(again))  # as others read it
     assert rows_of(again)["scan1.jpg"]["class"] is not None
 
 
@@ -152,8 +174,9 @@ def test_a_file_that_was_replaced_is_predicted_anew(
     first = Path(str(prediction.folder))
     again = first.with_name("replaced")
     shutil.copytree(first, again)
-    settings = json.loads((again / "settings.json").read_text()) | {"source": str(source)}
-    (again / "settings.json").write_text(json.dumps(settings))
+    settings = json.loads((again / "_settings.json").read_text()) | {"source": str(source)}
+    (again / "_settings.json").unlink()
+    (again / "settings.json").write_text(json.dumps(settings))  # its name in earlier versions
     os.utime(source / "scan2.jpg", ns=(0, 10**18))  # another file of the same size, it may be
     (source / "scan1.jpg").write_bytes((source / "deep" / "er" / "known.jpg").read_bytes())
     (source / "scan3.jpg").unlink()

@@ -1,6 +1,8 @@
 """Sweeps on a real Ray cluster: choosing by validation, going on by name, MLflow's parent."""
 
 import json
+import shutil
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,10 +28,19 @@ from brainray.errors import (
     StorageError,
 )
 from brainray.orchestration import trials
+from brainray.orchestration.driver import TrainedRun
 from brainray.orchestration.lock import held
+from brainray.orchestration.publish import open_tracking
 from brainray.orchestration.run import Run
 from brainray.orchestration.sweep import FinishedSweep, _Follower, _ranked, _table, sweep
-from brainray.orchestration.trials import Trial, check_space, run_trial, trial_config
+from brainray.orchestration.trials import (
+    Trial,
+    check_space,
+    read_trials,
+    run_trial,
+    trial_config,
+)
+from brainray.redaction import command_line
 from brainray.storage import Folder
 from tests.browser import CHROMIUM, mlflow_ui
 from tests.conftest import tiny_config
@@ -209,6 +220,24 @@ def test_a_poor_trial_is_stopped_and_its_resources_come_back(storage: Path) -> N
 
 
 @pytest.mark.slow
+def test_a_sweep_whose_time_is_up_is_complete(storage: Path) -> None:
+    lines: list[str] = []
+    config = sweep_config(
+        storage,
+        "name=short",
+        "tune.algorithm=random",
+        "tune.num_trials=40",
+        "tune.time_budget_min=0.5",
+        'tune.space={"objective.lambda_cluster": {"uniform": [0.1, 0.5]}}',
+    )
+    found = sweep(config, lines.append)
+    assert 1 <= found.metrics["num_trials"] < 40
+    assert any("tune.time_budget_min ended it after" in line for line in lines)
+    assert sweep(config, lines.append).metrics == found.metrics
+    assert lines[-1].endswith("complete, nothing to search")
+
+
+@pytest.mark.slow
 def test_trials_of_a_search_algorithm_are_found_too(storage: Path) -> None:
     rates = {"train.learning_rate": {"log_uniform": [1e-4, 1e-2]}}
     config = sweep_config(
@@ -271,6 +300,12 @@ def test_a_trial_that_no_cluster_holds_is_refused_at_once(storage: Path) -> None
         ({"train.learning_rate": {"choice": [1], "uniform": [1, 2]}}, "exactly one of"),
         ({"train.learning_rate": {"choice": [-1.0]}}, "greater than 0"),
         ({"objective.name": {"choice": []}}, "is empty"),
+        ({"objective.name": {"choice": ["joint", "supervsed"]}}, "not 'supervsed'"),
+        ({"augment.horizontal_flip": {"uniform": [0.0, 2.0]}}, "less than or equal to 1"),
+        ({"clustering.num_clusters": {"uniform": [4, 8]}}, "valid integer"),
+        ({"label.num_slices": {"choice": [10]}}, "trials differ in encoder"),
+        ({"self_supervision.num_epochs": {"choice": [1]}}, "nothing reads without a warm-up"),
+        ({"train.max_failures": {"choice": [1]}}, "share the Ray cluster"),
     ],
 )
 def test_a_space_that_makes_no_sense_is_refused(
@@ -279,6 +314,18 @@ def test_a_space_that_makes_no_sense_is_refused(
     config = tiny_config(tmp_path, f"tune.space={json.dumps(space)}")
     with pytest.raises(ConfigError, match=message):
         check_space(config)
+
+
+def test_a_name_that_leaves_no_room_for_those_of_trials_is_refused(tmp_path: Path) -> None:
+    space = f"tune.space={json.dumps(SPACE | {'clustering.num_clusters': {'choice': [4]}})}"
+    check_space(tiny_config(tmp_path, space, f"name={80 * 'a'}"))
+    with pytest.raises(ConfigError, match="name: "):
+        check_space(tiny_config(tmp_path, space, f"name={92 * 'a'}"))
+
+
+def test_trials_share_one_draw_of_labels(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"evaluation\.num_label_draws: trials share one draw"):
+        sweep(sweep_config(tmp_path, "evaluation.num_label_draws=3"))
 
 
 def test_trials_share_the_warm_up(tmp_path: Path) -> None:
@@ -361,6 +408,7 @@ def test_a_trial_is_not_to_blame_for_what_passes(
     monkeypatch.setattr(tune, "report", reported.append)
     context = SimpleNamespace(get_trial_id=lambda: "abc_00000")
     monkeypatch.setattr(tune, "get_context", lambda: context)
+    monkeypatch.setattr(sys, "argv", ["default_worker.py"])
     base = tiny_config(tmp_path, "dataset=mri").model_dump(mode="json")
     failed = Folder(tmp_path) / "sweeps" / "search" / trials.FAILED
 
@@ -373,11 +421,36 @@ def test_a_trial_is_not_to_blame_for_what_passes(
     for passing in (StorageError("no space left"), RoomError("2 workers do not"), BusyError("by")):
         monkeypatch.setattr(trials, "begun_training", raising(passing))
         with pytest.raises(type(passing), match=str(passing)):
-            run_trial({}, base=base, sweep="search")
+            run_trial({}, base=base, sweep="search", command=["tune.py"])
     assert (failed.names(), reported) == ([], [])
     monkeypatch.setattr(trials, "begun_training", raising(ClusteringError("K is too small")))
-    run_trial({}, base=base, sweep="search")
+    run_trial({}, base=base, sweep="search", command=["tune.py"])
     assert (failed.names(), len(reported)) == (["abc_00000.json"], 1)
+    assert command_line() == "tune.py"  # what its provenance tells
+
+
+def test_trials_that_a_stop_has_cut_are_told_so_in_mlflow(
+    storage: Path, trained: TrainedRun, tmp_path: Path
+) -> None:
+    config = tiny_config(tmp_path, "name=cut", f"tune.space={json.dumps(SPACE)}")
+    for trial_id in ("abc12_00000", "abc12_00001"):
+        folder = tmp_path / "runs" / f"cut-{trial_id}"
+        shutil.copytree(str(trained.run.folder), folder)
+        (folder / "tracking.json").unlink()
+    (folder / "summary.json").unlink()  # of the second
+    parent = open_tracking(config, Folder(tmp_path) / "sweeps" / "cut", {}, {}, print)
+    follower = _Follower(config, "cut", parent, print)
+    for trial in read_trials(config, "cut"):
+        assert follower._child(trial) is not None
+    follower.end("KILLED")
+    client = MlflowClient(parent.uri)
+    experiment = client.get_experiment_by_name("brainray")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    status = {run.info.run_name: run.info.status for run in runs}
+    assert status["cut-abc12_00000"] == "FINISHED"
+    assert status["cut-abc12_00001"] == "KILLED"
+    assert all("brainray.torch" in run.data.tags for run in runs if run.info.run_name != "cut")
 
 
 def test_the_table_while_it_runs_shows_every_trial_that_does(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 import os
 import re
 import signal
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
@@ -24,12 +26,19 @@ from brainray.errors import (
     DivergenceError,
 )
 from brainray.models.encoder import build_encoder
+from brainray.orchestration import reporting
 from brainray.orchestration.data import preprocess
-from brainray.orchestration.driver import TrainedRun, _log_beginning, train
+from brainray.orchestration.driver import (
+    TrainedRun,
+    _log_beginning,
+    begun_training,
+    fit,
+    train,
+)
 from brainray.orchestration.evaluation import evaluate
 from brainray.orchestration.publish import _last_submission, config_to_track, publish
 from brainray.orchestration.rank_data import load_rank_data
-from brainray.orchestration.reporting import report
+from brainray.orchestration.reporting import against_control, report
 from brainray.orchestration.run import begin_run, open_run
 from brainray.orchestration.store import ImageStore
 from brainray.schema import SEEN, UNLABELLED_ROLE
@@ -203,6 +212,48 @@ def test_a_report_compares_slice_by_slice(storage: Path, trained: TrainedRun) ->
     assert "Against the control, slice by slice" in page
 
 
+def test_subjects_are_drawn_as_a_whole_whatever_became_of_the_store(
+    storage: Path, trained: TrainedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Mapping[str, str]] = []
+
+    def compare(_: Any, __: Any, groups: Mapping[str, str], **___: Any) -> dict[str, float]:
+        asked.append(groups)
+        return {}
+
+    monkeypatch.setattr(reporting, "compare", compare)
+    against_control(
+        config_of(storage, "two-ranks", "evaluation.control=two-ranks"), trained.run, 1, print
+    )
+    rows = ImageStore.open(Folder(storage) / "datasets" / "mri").index().to_pylist()
+    expected = {row["sample_id"]: row["split_group_id"] for row in rows if row["split"] == "test"}
+    assert asked == [expected]
+
+
+def test_a_run_on_other_labels_is_no_control(storage: Path) -> None:
+    store = ImageStore.open(Folder(storage) / "datasets" / "mri")
+    begin_run(config_of(storage, "other-labels", "split.seed=5"), store, 1)
+    with pytest.raises(ConfigError, match=r"other labels \(split\.seed: 5 here, 0 asked"):
+        train(config_of(storage, "compared", "evaluation.control=other-labels"))
+    assert not (storage / "runs" / "compared").exists()
+
+
+def test_what_is_still_training_is_not_compared_and_said(
+    storage: Path, trained: TrainedRun
+) -> None:
+    store = ImageStore.open(Folder(storage) / "datasets" / "mri")
+    begin_run(config_of(storage, "unfinished"), store, 1)
+    before = trained.run.folder.read_bytes("report.html")
+    for asked in ("evaluation.control=unfinished", "evaluation.siblings=[unfinished]"):
+        with pytest.raises(CheckpointError, match="the run unfinished is still training"):
+            report(tiny_config(storage, "run=two-ranks", asked))
+    assert trained.run.folder.read_bytes("report.html") == before
+    said: list[str] = []
+    config = config_of(storage, "two-ranks", "evaluation.control=unfinished")
+    assert against_control(config, trained.run, 1, said.append) == {}
+    assert "not compared: the run unfinished is still training" in said[0]
+
+
 @pytest.mark.faults
 @pytest.mark.parametrize("recipe", [PUBLISHED, ANCHORED])
 def test_a_killed_worker_costs_nothing_but_time(storage: Path, recipe: tuple[str, ...]) -> None:
@@ -314,6 +365,19 @@ def test_a_beginning_that_was_cut_leaves_no_fingerprints(storage: Path) -> None:
     (storage / "runs" / "begun-anew" / "seen_before.parquet").touch()
     run, _ = begin_run(config_of(storage, "begun-anew"), store, 1)
     assert not run.folder.exists("seen_before.parquet")
+
+
+def test_a_store_that_changes_under_a_run_is_not_learned_from(
+    phantoms: Path, ray_cluster: None, tmp_path: Path
+) -> None:
+    store = preprocess(tiny_config(tmp_path, "name=mri", f"source={phantoms}"))
+    for name, settings in (("plain", ()), ("warmed-up", WARMED_UP)):
+        config = tiny_config(tmp_path, f"name={name}", "dataset=mri", *settings)
+        with begun_training(config, print) as training:
+            store.folder.write_json("manifest.json", store.manifest | {"data_hash": "changed"})
+            with pytest.raises(DataError, match=r"was changed meanwhile \(hash .* changed now\)"):
+                fit(training, print)
+        store.folder.write_json("manifest.json", store.manifest)
 
 
 def test_a_run_to_compare_with_is_looked_for_before_training(storage: Path) -> None:

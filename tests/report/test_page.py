@@ -79,6 +79,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run.write_table(layout.predictions_file(epoch), predictions(epoch))
     compared = {"difference": 0.25, "only_run": 3.0, "only_control": 1.0, "p": 0.625}
     metrics = {"chosen_epoch": 2.0, "test/all/head/accuracy": 0.75, "time/embed_s": 3.5}
+    metrics |= {"test/all/num_slices": 1221.0, "test/all/head/balanced_accuracy": 0.7125}
     metrics |= {f"{name}/test/all/head/accuracy": value for name, value in compared.items()}
     about = {"command": "python jobs/train.py --set name=<run>"}
     run.write_json(
@@ -113,6 +114,7 @@ def test_the_page_needs_no_network_and_escapes_what_it_shows(page: Path) -> None
     assert data["cards"][0]["labels"] == {"glioma": 4}
     assert "blank &lt;slice&gt;" in text
     assert all(cell in text for cell in ("slice by slice", "+0.250", "3 of 4", "0.62"))
+    assert all(cell in text for cell in ("all (1,221)", "this run, head, balanced", "0.713"))
 
 
 def test_evidence_glows_on_the_slice_and_the_rest_stays_grey(page: Path) -> None:

@@ -96,6 +96,20 @@ def test_maps_need_no_predictions_of_the_chosen_epoch(tmp_path: Path) -> None:
     assert names == [*CURVES, "figures/tsne.png"]
 
 
+def test_the_chosen_epoch_is_mapped_whichever_else_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Folder(tmp_path)
+    run.write_json_lines("metrics.jsonl", _history(0.5, 0.6, 0.7))
+    run.write_table("predictions/epoch-0002.parquet", _predictions(24))
+    assert "figures/tsne.png" in draw_run_figures(
+        run, CLASSES, EvaluationConfig(tsne_epochs=(3,)), 2
+    )
+    assert "figures/tsne.png" not in draw_run_figures(
+        run, CLASSES, EvaluationConfig(tsne_epochs=()), 2
+    )
+
+
 def test_a_run_without_an_epoch_gets_nothing(tmp_path: Path) -> None:
     assert draw_run_figures(Folder(tmp_path), CLASSES, EvaluationConfig(), 1) == []
     assert list(tmp_path.iterdir()) == []
