@@ -369,7 +369,7 @@ class TrainConfig(_Section):
     """Compile the encoder with torch.compile: minutes at the start, faster steps on a GPU."""
     cache_gib: Annotated[float, Field(ge=0.0)] = 4.0
     """A worker's slices, in GiB, that may stay in the memory of its device; what is beyond is
-    streamed from a file of its node."""
+    streamed from a file of its node. (A warm-up holds all of its smaller ones.)"""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """``auto`` is bf16 autocast where the hardware computes it, else fp32."""
     wait_for_nodes: bool = False

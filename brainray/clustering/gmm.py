@@ -159,7 +159,7 @@ class GaussianMixture(FittedModule):
         for number in range(self.num_init if drawn else 1):
             # Neighbouring seeds must not share starts: they would be found equal.
             seed = self.seed if number == 0 else seed_of(self.seed, number)
-            self._begin(x, origin, row_keys, start, init_responsibilities, seed)
+            self._begin(x, origin, row_keys, start, init_responsibilities, allowed, seed)
             self._iterate(x, origin, row_keys, allowed)
             # The margin keeps rounding from choosing between two starts with the same outcome.
             if not best or self.lower_bound_ > best_bound + 1e-9 * abs(best_bound):
@@ -175,6 +175,7 @@ class GaussianMixture(FittedModule):
         row_keys: Tensor,
         start: "_Start",
         responsibilities: Tensor | None,
+        allowed: Tensor | None,
         seed: int,
     ) -> None:
         """Parameters from responsibilities (by default K-means labels) and from what is given."""
@@ -191,7 +192,7 @@ class GaussianMixture(FittedModule):
                     "sum to 1"
                 )
             vanished = self._m_step(statistics, origin)
-            self._reseed(vanished, x, row_keys)
+            self._reseed(vanished, x, row_keys, allowed)
         self._override(start, x.device)
 
     def _iterate(self, x: Tensor, origin: Tensor, row_keys: Tensor, allowed: Tensor | None) -> None:
@@ -204,7 +205,7 @@ class GaussianMixture(FittedModule):
             self.n_iter_ += 1
             statistics = self._e_step(x, origin, allowed, scratch)
             vanished = self._m_step(statistics, origin)
-            num_reseeded = self._reseed(vanished, x, row_keys)
+            num_reseeded = self._reseed(vanished, x, row_keys, allowed)
             previous, self.lower_bound_ = self.lower_bound_, statistics.mean_log_likelihood()
             # A mixture with a component just placed has not settled, whatever the likelihood.
             self.converged_ = not num_reseeded and abs(self.lower_bound_ - previous) < self.tol
@@ -293,18 +294,28 @@ class GaussianMixture(FittedModule):
         self.precisions_cholesky_ = precisions_cholesky(self.covariances_, self.covariance_type)
         return vanished
 
-    def _reseed(self, vanished: Tensor, x: Tensor, row_keys: Tensor) -> int:
-        """Put vanished components (weight 0) on the rows explained worst; returns how many."""
-        num_vanished = int(vanished.sum())
-        if num_vanished == 0:
+    def _reseed(self, vanished: Tensor, x: Tensor, row_keys: Tensor, allowed: Tensor | None) -> int:
+        """Put vanished components (weight 0) on the rows explained worst of those that they may
+        hold; returns how many.
+        """
+        if not vanished.any():
             return 0
         # In float32: likelihoods equal but for rounding are a tie, which the row keys settle.
         surprise = -self.score_samples(x).float()
-        self.means_[vanished] = shards.top_rows(x, surprise, row_keys, num_vanished).rows.double()
-        share = 1 / self.num_components
-        self.weights_ = torch.where(vanished, share, self.weights_ * (1 - num_vanished * share))
-        self.num_reseeded_ += num_vanished
-        return num_vanished
+        found = torch.zeros_like(vanished)
+        for component in torch.nonzero(vanished).flatten().tolist():
+            wanted = surprise
+            if allowed is not None:
+                wanted = surprise.masked_fill(~allowed[:, component], -math.inf)
+            worst = shards.top_rows(x, wanted, row_keys, 1)
+            if worst.scores[0] > -math.inf:  # else no row may be its, and it stays away
+                found[component] = True
+                self.means_[component] = worst.rows[0].double()
+                surprise = surprise.masked_fill((x == worst.rows).all(dim=1), -math.inf)
+        num_found, share = int(found.sum()), 1 / self.num_components
+        self.weights_ = torch.where(found, share, self.weights_ * (1 - num_found * share))
+        self.num_reseeded_ += num_found
+        return num_found
 
     def _kmeans_labels(
         self, x: Tensor, row_keys: Tensor, init_means: Tensor | None, seed: int

@@ -53,7 +53,9 @@ class KMeans(FittedModule):
             tol: stop when the centres' summed squared shift is at most `tol` times the mean
                 variance of a feature.
             seed: with the row keys, determines the k-means++ draws.
-            num_init: k-means++ starts, of which the one with the least inertia is kept.
+            num_init: k-means++ starts, of which the one with the least inertia is kept. (Of float32
+                rows it is right to their rounding: of tight clusters far apart, to none of its
+                digits.)
             block_rows: rows per matrix product, which bounds the memory to block_rows x (D + K); by
                 default as many as a processor's cache holds. (The compiled pass of Lloyd's
                 algorithm on processors has small blocks of its own.)

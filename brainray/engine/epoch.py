@@ -74,12 +74,14 @@ def plan_epoch(
     """One pass over the unlabelled slices of all ranks, or over the labelled ones if they are more.
 
     A control, which takes labelled slices in the place of the unlabelled ones, has as many steps
-    and image passes. Unlabelled slices too few for the ranks are clustered, and not learned from.
+    and image passes. Unlabelled slices that do not fill a batch on every rank are clustered, and
+    not learned from: their pseudo-labels, which are aligned with the classes of the labelled ones,
+    would say more of these than of them.
     """
     num_slices = max(num_labelled, num_unlabelled)
     return EpochPlan(
         num_steps=-(-num_slices // (batch_size_per_worker * num_ranks)),
-        has_pool=num_unlabelled >= num_ranks,
+        has_pool=num_unlabelled >= batch_size_per_worker * num_ranks,
         is_mostly_unlabelled=num_unlabelled >= num_labelled,
     )
 

@@ -23,7 +23,9 @@ def pseudo_labels(probabilities: Tensor, class_shares: Tensor) -> PseudoLabels:
     """SoftMatch (Chen et al. 2023, equations 7 to 9) over all slices of all ranks (collective).
 
     Departures: mean and variance of the confidence are of this epoch's slices, not running ones,
-    and the distribution is aligned with the labelled slices' by Sinkhorn's iterations.
+    and the distribution is aligned with the labelled slices' by Sinkhorn's iterations. That takes
+    the classes to be mixed alike in both, as they are where labels were drawn at random
+    (`class_shift` tells how far what the encoder believes is from it).
 
     Args:
         probabilities: (n, C), this rank's rows; may be empty.
@@ -39,6 +41,20 @@ def pseudo_labels(probabilities: Tensor, class_shares: Tensor) -> PseudoLabels:
     below = (mean - confidence).clamp_min(0)
     weights = torch.exp(-below.square() / (2 * variance / _WIDTH**2))
     return PseudoLabels(labels, weights.float())
+
+
+@torch.no_grad()
+def class_shift(probabilities: Tensor, class_shares: Tensor) -> float:
+    """Share of the unlabelled slices that the encoder believes of other classes than the labelled
+    ones' mix has room for: total variation of the two distributions, 0 to 1 (collective).
+
+    Args:
+        probabilities: (n, C), this rank's rows; may be empty.
+        class_shares: (C,), of the labelled slices; sums to 1.
+    """
+    believed = dist.sum_across_ranks(probabilities.double().sum(dim=0))
+    believed = believed / believed.sum().clamp_min(1e-12)
+    return float((believed - class_shares).abs().sum() / 2)
 
 
 @torch.no_grad()

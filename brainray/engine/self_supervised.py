@@ -98,8 +98,8 @@ def pretext_epoch(
     """Train for one pass over the slices; mean losses over all steps and ranks.
 
     Loss: pretext + lambda * (1/V) sum over views of sum_k gamma_k |z - mu_k|^2, the second term
-    where ``soft`` is given. Order and augmentation follow from ``seed`` alone, which must differ
-    between epochs and ranks.
+    where ``soft`` is given. Order, augmentation and dropout follow from ``seed`` alone, which must
+    differ between epochs and ranks.
 
     Args:
         model: a `PretextModel`, or DDP around it.
@@ -117,6 +117,7 @@ def pretext_epoch(
     """
     device = images.device
     model.train()
+    torch.manual_seed(seed)  # of dropout and stochastic depth, which some encoders have
     generator = Generator(device).manual_seed(seed)
     of_order = Generator().manual_seed(seed)  # on the CPU: the same order on every device
     order = torch.randperm(len(images), generator=of_order)

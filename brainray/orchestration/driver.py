@@ -39,6 +39,9 @@ from brainray.report.run_figures import draw_run_figures
 from brainray.schema import LABELLED, TRAIN, VALIDATION
 from brainray.storage import Folder
 
+_ALIGNED = ("consistency", "anchored")  # objectives that learn pseudo-labels
+_MAX_CLASS_SHIFT = 0.2
+
 
 @dataclass(frozen=True)
 class TrainedRun:
@@ -163,6 +166,13 @@ def complete_run(training: Training, log: Log) -> None:
     config, run = training.config, training.run
     metrics = _summarise(config, run)
     chosen = int(metrics["chosen_epoch"])
+    shift = run.folder.read_json_lines(layout.METRICS)[-1].get("train/class_shift", 0.0)
+    if config.objective.name in _ALIGNED and shift > _MAX_CLASS_SHIFT:
+        log(
+            f"note: the encoder takes {shift:.0%} of the unlabelled slices for other classes than "
+            "their pseudo-labels, which are held to the mix of the labelled ones: label slices "
+            "drawn at random, or compare with objective.name=supervised"
+        )
     metrics |= against_control(config, run, chosen, log)
     draw_run_figures(run.folder, run.classes, config.evaluation, chosen)
     about = _about(training)

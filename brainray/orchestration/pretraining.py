@@ -54,6 +54,7 @@ from brainray.orchestration.features import (
 from brainray.orchestration.lock import held
 from brainray.orchestration.progress import PretrainingFollower
 from brainray.orchestration.ray_train import (
+    distributed,
     returning_errors,
     settle_worker,
     train_on_workers,
@@ -283,7 +284,7 @@ class _Learner:
 
     def learn(self) -> None:
         """The pretext's epochs, or rounds of refinement until assignments settle."""
-        self.ddp = ray.train.torch.prepare_model(self.model)
+        self.ddp = distributed(self.model)
         with failing_together(self.device):
             state = _saved_state(self.folder)
         self._check_all_go_on_from_one(0 if state is None else len(state["history"]))
@@ -410,12 +411,16 @@ class _Learner:
                 )
 
     def _check_finite(self, losses: dict[str, float]) -> None:
-        """Of all ranks' steps, so that all stop: what is saved would be reused by every run."""
-        if not math.isfinite(losses["total"]):
+        """So that all ranks stop: what is saved would be reused by every run.
+
+        Losses are those before each step; what the last one has made of the weights, they tell.
+        """
+        are_finite = all(bool(part.isfinite().all()) for part in self.model.parameters())
+        if not (math.isfinite(losses["total"]) and are_finite):
             raise DivergenceError(
-                f"learning without labels, epoch {len(self.history) + 1}: the loss is NaN or "
-                "infinite: lower self_supervision.learning_rate (or round_learning_rate), or set "
-                "train.precision=fp32"
+                f"learning without labels, epoch {len(self.history) + 1}: the loss or a weight "
+                "is NaN or infinite: lower self_supervision.learning_rate (or round_learning_rate) "
+                "or set train.precision=fp32"
             )
 
     def _optimizer(self, learning_rate: float, steps: int) -> tuple[Optimizer, LRScheduler]:

@@ -15,6 +15,7 @@ import ray
 import torch
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from torch import nn
 
 from brainray import errors
 from brainray.config import TrainConfig
@@ -39,6 +40,18 @@ def settle_ray_train() -> None:
     if "RAY_ADDRESS" not in os.environ:  # a Ray of our own, on this machine alone
         for name, value in WITHOUT_PREEMPTION.items():
             os.environ.setdefault(name, value)
+
+
+DDP_OPTIONS: dict[str, Any] = {"find_unused_parameters": True}
+"""Nothing is unused: it keeps the gradients in the buckets that they begin in. Else DDP orders them
+anew after its first step, and three ranks or more would sum them in another order in the first step
+of a run that goes on than one that was not disturbed."""
+
+
+def distributed(model: nn.Module) -> nn.Module:
+    """The model with gradients averaged over all ranks, where there are several."""
+    wrapped: nn.Module = ray.train.torch.prepare_model(model, parallel_strategy_kwargs=DDP_OPTIONS)
+    return wrapped
 
 
 def settle_worker() -> None:

@@ -9,6 +9,8 @@ import ray
 from brainray.config import TrainConfig
 from brainray.errors import ConfigError, RoomError
 
+QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # else DDP doubts its options in every run
+
 KEEPING_MEMORY = {
     "GLIBC_TUNABLES": ":".join(
         [
@@ -59,9 +61,9 @@ class WorkerResources:
 
     @property
     def runtime_env(self) -> dict[str, dict[str, str]]:
-        """What each worker's process is started with; the user's own tunables stay."""
-        keeps = not self.use_gpu and "GLIBC_TUNABLES" not in os.environ
-        return {"env_vars": KEEPING_MEMORY} if keeps else {}
+        """What each worker's process is started with; the user's own variables stay."""
+        variables = QUIET | ({} if self.use_gpu else KEEPING_MEMORY)
+        return {"env_vars": {k: v for k, v in variables.items() if k not in os.environ}}
 
 
 def plan_workers(config: TrainConfig, nodes: Sequence[NodeResources]) -> WorkerResources:

@@ -36,7 +36,7 @@ from brainray.engine.evaluate import (
     validation_metrics,
 )
 from brainray.engine.finite import NonFiniteStep
-from brainray.engine.pseudo_labels import pseudo_labels
+from brainray.engine.pseudo_labels import class_shift, pseudo_labels
 from brainray.engine.recipe import (
     build_average,
     build_objective,
@@ -68,7 +68,7 @@ from brainray.engine.state import (
 from brainray.errors import BrainrayError, DivergenceError
 from brainray.models.encoder import Encoder, EncoderOutput, build_encoder
 from brainray.orchestration.rank_data import load_rank_data
-from brainray.orchestration.ray_train import returning_errors, settle_worker
+from brainray.orchestration.ray_train import distributed, returning_errors, settle_worker
 from brainray.orchestration.run import read_run_info
 from brainray.orchestration.store import ImageStore
 from brainray.schema import (
@@ -195,7 +195,7 @@ class _Trainer:
         self.optimizer, self.scheduler = build_optimizer(
             self.encoder, config.train, self.updates * config.train.num_epochs
         )
-        self.model: nn.Module = ray.train.torch.prepare_model(self.encoder)
+        self.model = distributed(self.encoder)
         self.average = build_average(self.encoder, config.train.ema_decay)
         if config.train.compile:
             self.model.compile()
@@ -205,6 +205,7 @@ class _Trainer:
         self.history: list[dict[str, float]] = []
         self._clustering: tuple[ClusterModel, Tensor] | None = None
         self._probabilities = torch.empty(0)
+        self._class_shift = 0.0
 
     @property
     def evaluated(self) -> Encoder:
@@ -283,6 +284,8 @@ class _Trainer:
             test = self._predict(self.data.test) if self._tests_each_epoch else None
         metrics: dict[str, float] = {"epoch": float(self.epoch)}
         metrics |= {f"train/loss/{name}": value for name, value in trained.losses.items()}
+        if self.pool is self.data.unlabelled:
+            metrics["train/class_shift"] = self._class_shift
         metrics["time/data_wait_s"] = trained.data_wait_s
         metrics["train/image_size"] = float(self._side)
         metrics["train/num_workers"] = float(dist.world_size())
@@ -366,7 +369,9 @@ class _Trainer:
         rows = slice(offset, offset + len(self.pool))
         known = nn.functional.one_hot(self.data.labelled.labels, len(self.classes))
         counts = dist.sum_across_ranks(known.sum(dim=0).double())
-        labels, confidences = pseudo_labels(self._probabilities[rows], counts / counts.sum())
+        probabilities, shares = self._probabilities[rows], counts / counts.sum()
+        labels, confidences = pseudo_labels(probabilities, shares)
+        self._class_shift = class_shift(probabilities, shares)
         if self.pool is self.data.unlabelled:
             inherits = self.data.inherited != UNLABELLED
             labels = torch.where(inherits, self.data.inherited, labels)
@@ -525,7 +530,7 @@ class _Trainer:
         """Checkpoint, then the logs: what is logged can always be gone on from."""
         for part in ("train", "embed", "recluster", "evaluate"):
             metrics[f"time/{part}_s"] = timer.seconds[part]
-        num_images = self.steps * (self.sizes.labelled + self.sizes.unlabelled)
+        num_images = self.steps * (self.sizes.labelled + self.sizes.unlabelled) * dist.world_size()
         metrics["time/epoch_s"] = time.monotonic() - started  # until the checkpoint
         metrics["time/images_per_s"] = num_images / timer.seconds["train"]
         self.history.append(metrics)

@@ -195,6 +195,28 @@ def test_vanished_component_is_reseeded_on_the_row_explained_worst(
 
 
 @pytest.mark.parametrize("covariance_type", TYPES)
+def test_a_vanished_component_takes_no_row_that_is_not_its(covariance_type: CovarianceType) -> None:
+    x = torch.cat([mixture_rows(), mixture_rows(6) + 300])
+    allowed = torch.ones(len(x), K, dtype=torch.bool)
+    allowed[-6:, 2] = False  # the rows explained worst
+    gamma = torch.softmax(x[:, :K] / 10, dim=1) * allowed
+    gamma[:, 2] = 0
+    gamma /= gamma.sum(dim=1, keepdim=True)
+    mixture = GaussianMixture(K, covariance_type, max_iter=200)
+    mixture.fit(x, init_responsibilities=gamma, allowed=allowed)
+    assert mixture.converged_
+    assert 1 <= mixture.num_reseeded_ < 10
+    assert not (mixture.predict(x)[-6:] == 2).any()
+    # A component that no row may be of stays away, and keeps no one from converging.
+    allowed[:, 2] = False
+    mixture.fit(x, init_responsibilities=gamma, allowed=allowed)
+    assert mixture.converged_
+    assert mixture.num_reseeded_ == 0
+    assert float(mixture.weights_[2]) == 0
+    assert bool(torch.isfinite(mixture.predict_proba(x)).all())
+
+
+@pytest.mark.parametrize("covariance_type", TYPES)
 def test_component_that_starts_where_no_row_is_comes_back(covariance_type: CovarianceType) -> None:
     x = mixture_rows()
     parameters = start(x, covariance_type)

@@ -57,8 +57,9 @@ def test_an_epoch_is_one_pass_over_the_unlabelled_slices_of_all_ranks() -> None:
 def test_a_few_unlabelled_slices_do_not_make_an_epoch() -> None:
     """As of a data set that is labelled but for what nobody could tell."""
     assert plan_epoch(3428, 0, 64, num_ranks=1) == EpochPlan(54, False, False)
-    assert plan_epoch(3428, 3, 64, num_ranks=1) == EpochPlan(54, True, False)
-    assert plan_epoch(3428, 3, 64, num_ranks=4) == EpochPlan(14, False, False)
+    assert plan_epoch(3428, 63, 64, num_ranks=1) == EpochPlan(54, False, False)
+    assert plan_epoch(3428, 64, 64, num_ranks=1) == EpochPlan(54, True, False)
+    assert plan_epoch(3428, 255, 64, num_ranks=4) == EpochPlan(14, False, False)
 
 
 def train(

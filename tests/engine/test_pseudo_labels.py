@@ -8,10 +8,16 @@ from torch import Tensor
 
 from brainray import dist
 from brainray.dist import run_on_ranks
-from brainray.engine.pseudo_labels import balance_assignments, pseudo_labels
+from brainray.engine.pseudo_labels import balance_assignments, class_shift, pseudo_labels
 from brainray.engine.recipe import ramp
 
 SHARES = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+
+
+def test_the_class_shift_is_the_share_that_is_elsewhere() -> None:
+    sure = torch.eye(3)[[0, 0, 0, 1]]
+    assert class_shift(sure, torch.tensor([0.75, 0.25, 0.0])) == pytest.approx(0.0)
+    assert class_shift(sure, torch.tensor([0.25, 0.25, 0.5])) == pytest.approx(0.5)
 
 
 def probabilities(num: int = 4000) -> Tensor:

@@ -74,6 +74,29 @@ def train(pretext_name: str, num_epochs: int, seed: int = 0) -> tuple[PretextMod
     return model, losses
 
 
+def test_dropout_follows_from_the_seed_whatever_came_before() -> None:
+    """An epoch in a new process, after a kill, is that of a process that went on."""
+    weights = []
+    for drawn_before in (0, 7):
+        model = small_model("rotation")
+        model.encoder = FeatureEncoder(
+            torch.nn.Sequential(model.encoder.backbone, torch.nn.Dropout(0.5))
+        )
+        torch.rand(drawn_before)
+        pretext_epoch(
+            model,
+            *build_optimizer(model, TrainConfig(), 3),
+            build_pretext("rotation", SETTINGS),
+            CachedImages(striped_images()),
+            Groups(torch.arange(NUM_IMAGES)),
+            plan=plan_steps(NUM_IMAGES, 16, num_ranks=1),
+            seed=5,
+            precision="fp32",
+        )
+        weights.append(torch.cat([part.flatten() for part in model.parameters()]).detach())
+    assert torch.equal(*weights)
+
+
 def test_a_mate_is_the_slice_itself_or_another_of_its_group() -> None:
     numbers = torch.tensor([7, 3, 7, 9, 3, 7])
     groups = Groups(numbers)

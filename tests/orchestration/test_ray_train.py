@@ -9,10 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from brainray import dist
 from brainray.errors import BrainrayError, DivergenceError, StorageError
-from brainray.orchestration.ray_train import WITHOUT_PREEMPTION, run_trainer, settle_ray_train
+from brainray.models.encoder import build_encoder
+from brainray.orchestration.ray_train import (
+    DDP_OPTIONS,
+    WITHOUT_PREEMPTION,
+    run_trainer,
+    settle_ray_train,
+)
 from brainray.orchestration.worker import failing_together
 
 
@@ -88,6 +95,30 @@ def test_actors_find_their_own_ray_beside_another() -> None:
         [sys.executable, "-c", OTHER_RAY], env=environment, capture_output=True, text=True
     )
     assert told.stdout.split() == ["ALIVE"], told.stderr
+
+
+def weights_of_two_steps(is_wrapped_again: bool) -> torch.Tensor:
+    """Of DDP; the model is wrapped again between the steps, as in a process that goes on."""
+    torch.manual_seed(0)
+    encoder = build_encoder("resnet18", "random", 3)
+    optimizer = torch.optim.SGD(encoder.parameters(), lr=0.1)
+    model = DistributedDataParallel(encoder, **DDP_OPTIONS)
+    images = torch.randn(2, 4, 1, 32, 32, generator=torch.Generator().manual_seed(dist.rank()))
+    for step in range(2):
+        if step and is_wrapped_again:
+            model = DistributedDataParallel(encoder, **DDP_OPTIONS)
+        optimizer.zero_grad()
+        model(images[step]).logits.square().mean().backward()
+        optimizer.step()
+    return torch.cat([part.detach().flatten() for part in encoder.parameters()])
+
+
+def ends_alike() -> bool:
+    return torch.equal(weights_of_two_steps(False), weights_of_two_steps(True))
+
+
+def test_three_ranks_that_go_on_end_with_the_weights_of_undisturbed_ones() -> None:
+    assert dist.run_on_ranks(ends_alike, 3) == [True] * 3
 
 
 def error_of_this_rank() -> tuple[str, str]:

@@ -11,6 +11,7 @@ from brainray.config import TrainConfig
 from brainray.errors import ConfigError
 from brainray.orchestration.resources import (
     KEEPING_MEMORY,
+    QUIET,
     ActorResources,
     WorkerResources,
     plan_actors,
@@ -107,10 +108,10 @@ def test_actors_embed_where_training_would_train() -> None:
 
 def test_workers_on_cpus_keep_the_memory_that_a_step_frees(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
-    assert plan([LAPTOP]).runtime_env == {"env_vars": KEEPING_MEMORY}
-    assert plan([GPU_NODE]).runtime_env == {}
+    assert plan([LAPTOP]).runtime_env == {"env_vars": QUIET | KEEPING_MEMORY}
+    assert plan([GPU_NODE]).runtime_env == {"env_vars": QUIET}
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=3")
-    assert plan([LAPTOP]).runtime_env == {}  # what the user has set stays
+    assert plan([LAPTOP]).runtime_env == {"env_vars": QUIET}  # what the user has set stays
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")

@@ -159,6 +159,14 @@ def test_a_run_may_have_no_unlabelled_slice(storage: Path) -> None:
     assert bool((data.labelled.labels >= 0).all())
 
 
+def test_the_rate_is_that_of_all_ranks(trained: TrainedRun) -> None:
+    *_, last = trained.run.folder.read_json_lines("metrics.jsonl")
+    counts = trained.run.info["num_slices"]
+    num_steps = -(-max(counts["labelled"], counts["unlabelled"]) // (2 * 8))
+    assert last["time/images_per_s"] * last["time/train_s"] == pytest.approx(num_steps * 2 * 16)
+    assert 0 <= last["train/class_shift"] <= 1
+
+
 def test_a_run_records_what_made_it(trained: TrainedRun) -> None:
     (record,) = trained.run.folder.read_json_lines("provenance.jsonl")
     assert record["packages"]["torch"] == torch.__version__.partition("+")[0]
