@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 import brainray
 from brainray import layout
-from brainray.config import Config, parse_config, parse_yaml
+from brainray.config import Config
 from brainray.engine.evaluate import Metrics
 from brainray.engine.export import (
     ONNX_OPSET,
@@ -110,7 +110,7 @@ def served_files(predictor: Predictor) -> Iterator[ServedFiles]:
 
 def _still_training(run: Run) -> str:
     history = run.folder.read_json_lines(layout.METRICS)
-    asked = parse_config(parse_yaml(run.folder.read_bytes(layout.CONFIG), str(run.folder)))
+    asked = run.saved_config()
     return (
         f"the run {run.folder} is still training ({len(history)} of {asked.train.num_epochs} "
         "epochs are done): export it when it is complete, or its newest checkpoint with "

@@ -12,7 +12,7 @@ import ray
 
 import brainray
 from brainray import layout
-from brainray.config import Config, flatten, parse_config, parse_yaml
+from brainray.config import Config, flatten
 from brainray.errors import ConfigError, TrackingError
 from brainray.log import Log
 from brainray.orchestration.lock import is_held
@@ -115,15 +115,14 @@ def config_to_track(config: Config, run: Run) -> Config:
     Raises:
         ConfigError: the run was tracked by a server whose password is nowhere kept.
     """
-    where = f"{run.folder}/{layout.CONFIG}"
-    saved = parse_config(parse_yaml(run.folder.read_bytes(layout.CONFIG), where=where))
+    saved = run.saved_config()
     said = config.tracking.model_dump(exclude_unset=True)
     was = _where_it_was_sent(run)
     tracking = saved.tracking.model_copy(update=({} if was is None else {"uri": was}) | said)
     if HIDDEN in (tracking.uri or "") and not os.environ.get(URI_VARIABLE):
         raise ConfigError(
-            f"{where} keeps tracking.uri without its password ({tracking.uri}): give it again with "
-            f"--set tracking.uri=... or {URI_VARIABLE}"
+            f"{run.folder}/{layout.CONFIG} keeps tracking.uri without its password "
+            f"({tracking.uri}): give it again with --set tracking.uri=... or {URI_VARIABLE}"
         )
     return saved.model_copy(update={"tracking": tracking, "storage": config.storage})
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 import brainray
 from brainray import layout
-from brainray.config import Config, parse_config, parse_yaml
+from brainray.config import Config
 from brainray.engine.compare import compare, without_comparison
 from brainray.engine.evaluate import Metrics
 from brainray.engine.explain import class_activation_maps, rows_to_explain
@@ -53,8 +53,7 @@ def report(config: Config, log: Log = print) -> Report:
     run = open_run(Folder(config.storage), config.run)
     if not run.is_complete:
         raise CheckpointError(f"the run {run.folder} is still training: wait for its end")
-    where = f"{run.folder}/{layout.CONFIG}"
-    saved = parse_config(parse_yaml(run.folder.read_bytes(layout.CONFIG), where))
+    saved = run.saved_config()
     asked = config.evaluation.model_dump(exclude_unset=True)
     evaluation = saved.evaluation.model_copy(update=asked)
     merged = saved.model_copy(update={"storage": config.storage, "evaluation": evaluation})

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from brainray import layout
-from brainray.config import Config, SplitConfig, to_yaml
+from brainray.config import Config, SplitConfig, parse_config, parse_yaml, to_yaml
 from brainray.engine.recluster import check_num_clusters
 from brainray.errors import ClusteringError, ConfigError, DataError
 from brainray.mri.leakage import Fingerprints, exposure
@@ -73,6 +73,11 @@ class Run:
     @property
     def is_complete(self) -> bool:
         return self.folder.exists(layout.SUMMARY)
+
+    def saved_config(self) -> Config:
+        """As it was when the run was begun, without secrets."""
+        where = f"{self.folder}/{layout.CONFIG}"
+        return parse_config(parse_yaml(self.folder.read_bytes(layout.CONFIG), where))
 
     def test_paths(self) -> set[str]:
         """Paths, relative to the source, of the labelled slices that the run is tested on."""

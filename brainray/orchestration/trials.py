@@ -18,7 +18,6 @@ from brainray.config import (
     flatten,
     known_keys,
     parse_config,
-    parse_yaml,
 )
 from brainray.engine.evaluate import chosen_epoch
 from brainray.errors import BrainrayError, ConfigError, TransientError
@@ -226,12 +225,12 @@ def read_trials(config: Config, sweep: str) -> list[Trial]:
         folder, matched = runs / name, of_sweep.fullmatch(name)
         if matched is None or not folder.exists(layout.RUN):
             continue
-        trial_id = matched.group(1)
-        saved = parse_config(parse_yaml(folder.read_bytes(layout.CONFIG), where=str(folder)))
+        trial_id, run = matched.group(1), Run(folder, read_run_info(folder))
+        saved = run.saved_config()
         flat = flatten(saved)
         trials[trial_id] = Trial(
             trial_id,
-            Run(folder, read_run_info(folder)),
+            run,
             {key: flat.get(key) for key in space},
             folder.read_json_lines(layout.METRICS),
             saved.train,
