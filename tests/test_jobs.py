@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -239,9 +240,9 @@ def test_a_database_for_tracking_is_not_left_in_the_copy_of_a_submitted_job(
         assert resolve_paths(config).tracking.uri == absolute
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1:9", "127.0.0.1:99999", "no.such.host.invalid:6379"])
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "127.0.0.1:99999", "a..b:6379", "[::1]:9"])
 def test_a_ray_that_is_gone_is_said_at_once(address: str) -> None:
-    with pytest.raises(ConfigError, match=f"no Ray answers at RAY_ADDRESS={address} .*unset"):
+    with pytest.raises(ConfigError, match=re.escape(f"no Ray answers at RAY_ADDRESS={address} (")):
         _check_address(address)
 
 

@@ -13,7 +13,7 @@ from brainray import layout
 from brainray.config import Config
 from brainray.engine.evaluate import Metrics, summarise
 from brainray.engine.state import load_checkpoint
-from brainray.errors import ConfigError
+from brainray.errors import ConfigError, DataError
 from brainray.log import Log
 from brainray.models.encoder import build_encoder
 from brainray.orchestration.lock import held
@@ -33,7 +33,12 @@ from brainray.orchestration.reporting import (
 from brainray.orchestration.resources import WorkerResources, alive_nodes, plan_workers
 from brainray.orchestration.run import Run, begin_run, name_of_run
 from brainray.orchestration.seen import is_of_no_slice
-from brainray.orchestration.store import ImageStore, as_store_was_made
+from brainray.orchestration.store import (
+    ImageStore,
+    as_store_was_made,
+    differing_settings,
+    versions_of,
+)
 from brainray.orchestration.worker import train_worker
 from brainray.report.run_figures import draw_run_figures
 from brainray.schema import LABELLED, TRAIN, VALIDATION
@@ -119,6 +124,13 @@ def check_training(config: Config) -> tuple[Config, ImageStore, WorkerResources]
         raise ConfigError("training needs the name of an image store: --set dataset=NAME")
     store = ImageStore.open(Folder(config.storage) / layout.DATASETS / config.dataset)
     config = as_store_was_made(config, store)
+    difference = differing_settings(store.versions, versions_of(store.preprocess))
+    if difference:
+        raise DataError(
+            f"the image store {store.folder} was made by another version of brainray "
+            f"({difference}), and new slices would not be made like its: preprocess anew under "
+            "another name"
+        )
     check_sides(config)
     check_compared_runs(config, store.data_hash)
     workers = plan_workers(config.train, alive_nodes())

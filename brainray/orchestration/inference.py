@@ -26,6 +26,8 @@ from brainray.orchestration.store import ImageStore, differing_settings, version
 from brainray.storage import Folder
 
 _FILES_PER_TASK = 256  # the embedder waits for the whole of one
+_VOLUMES_PER_TASK = 4  # a volume has hundreds of slices
+_VOLUME_SUFFIXES = (".nii", ".nii.gz")
 _EMBEDDER_BYTES = 2**29  # of memory: an encoder and a batch
 
 
@@ -67,15 +69,15 @@ class Predictor:
         return found
 
 
-def find_predictor(config: Config, purpose: str) -> Predictor:
+def find_predictor(config: Config, purpose: str, *, of_new_files: bool = True) -> Predictor:
     """The epoch ``config.epoch`` of ``config.run``, by default the chosen one, or the checkpoint
     ``config.checkpoint``.
 
     Raises:
         ConfigError: neither of them, or both.
         DataError: no such run.
-        CheckpointError: the checkpoint is missing or is not one, of no such epoch, or trained on
-            slices that this version would make otherwise.
+        CheckpointError: the checkpoint is missing or is not one, of no such epoch, or it is to
+            predict new files and was trained on slices that this version would make otherwise.
     """
     if (config.run is None) == (config.checkpoint is None):
         raise ConfigError(f"{purpose} needs one of --set run=NAME and --set checkpoint=PATH")
@@ -96,7 +98,7 @@ def find_predictor(config: Config, purpose: str) -> Predictor:
         info.get("preprocess", checkpoint.config.preprocess.model_dump())
     )
     made_with, now = info.get("versions", {}), versions_of(preprocess)
-    if info and made_with != now:
+    if of_new_files and info and made_with != now:
         difference = differing_settings(made_with, now)
         raise CheckpointError(
             f"the run {run_folder} was trained on slices of another version of brainray "
@@ -152,6 +154,8 @@ def predicted_blocks(
         preprocess=predictor.preprocess,
         salt=subject_salt(Folder(config.storage)),
     )
+    volumes = [asked for asked in files if asked.path.lower().endswith(_VOLUME_SUFFIXES)]
+    images = [asked for asked in files if not asked.path.lower().endswith(_VOLUME_SUFFIXES)]
     tables = [
         pa.Table.from_pylist(
             [
@@ -160,7 +164,10 @@ def predicted_blocks(
             ],
             schema=TO_PREDICT,
         )
-        for task in files_of_tasks(files, _FILES_PER_TASK)
+        for task in (
+            *files_of_tasks(images, _FILES_PER_TASK),
+            *files_of_tasks(volumes, _VOLUMES_PER_TASK),
+        )
     ]
     with _whole_blocks():
         tasks = ray.data.from_arrow(tables)

@@ -292,8 +292,9 @@ def _check_address(address: str) -> None:
     if found is None:  # another kind of address, as local or ray://HOST:PORT
         return
     try:
-        socket.create_connection((found["host"], int(found["port"])), _ANSWERS_WITHIN_S).close()
-    except (OSError, OverflowError) as error:
+        host, port = found["host"].strip("[]"), int(found["port"])
+        socket.create_connection((host, port), _ANSWERS_WITHIN_S).close()
+    except (OSError, OverflowError, UnicodeError) as error:
         raise ConfigError(
             f"no Ray answers at RAY_ADDRESS={address} ({error}): start that cluster, or unset the "
             "variable for a Ray of the job's own"

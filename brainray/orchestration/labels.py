@@ -56,7 +56,7 @@ def choose_next_labels(config: Config, log: Log = print) -> NextLabels:
     if config.run is None:
         raise ConfigError("name the run to label for: --set run=NAME")
     run = open_run(Folder(config.storage), config.run)
-    predictor = find_predictor(config, "labelling")
+    predictor = find_predictor(config, "labelling", of_new_files=False)
     folder = Folder(config.storage) / layout.DATASETS / str(run.info["dataset"])
     store = ImageStore.open(folder, run.info["data_hash"])
     seen = run.folder.read_table(layout.SEEN)

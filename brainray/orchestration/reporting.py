@@ -17,7 +17,7 @@ from brainray.engine.compare import compare, without_comparison
 from brainray.engine.evaluate import Metrics
 from brainray.engine.explain import class_activation_maps, rows_to_explain
 from brainray.engine.state import Checkpoint, load_checkpoint
-from brainray.errors import CheckpointError, ConfigError, DataError
+from brainray.errors import BrainrayError, CheckpointError, ConfigError, DataError
 from brainray.log import Log
 from brainray.orchestration.publish import code_hash, git_revision
 from brainray.orchestration.run import Run, check_same_draw, open_run
@@ -25,7 +25,7 @@ from brainray.orchestration.store import ImageStore
 from brainray.redaction import command_line
 from brainray.report.comparison_table import comparison_table
 from brainray.report.page import Explained, write_page
-from brainray.schema import TEST
+from brainray.schema import LABELLED, TEST, VALIDATION
 from brainray.storage import Folder
 
 LoadImages = Callable[[pa.Table], NDArray[np.uint8]]
@@ -57,6 +57,13 @@ def report(config: Config, log: Log = print) -> Report:
     asked = config.evaluation.model_dump(exclude_unset=True)
     evaluation = saved.evaluation.model_copy(update=asked)
     merged = saved.model_copy(update={"storage": config.storage, "evaluation": evaluation})
+    if "control" not in asked and evaluation.control is not None:
+        try:
+            _control(merged, run.info["data_hash"])
+        except BrainrayError as problem:  # what training was told may be gone
+            log(f"not compared: {problem}")
+            evaluation = evaluation.model_copy(update={"control": None})
+            merged = merged.model_copy(update={"evaluation": evaluation})
     try:
         folder = Folder(config.storage) / layout.DATASETS / str(saved.dataset)
         store = ImageStore.open(folder, run.info["data_hash"])
@@ -64,8 +71,8 @@ def report(config: Config, log: Log = print) -> Report:
         log(f"no activation maps: {error}")
         store = None
     summary = without_comparison(run.folder.read_json(layout.SUMMARY))
-    for name in filter(None, [evaluation.control, *evaluation.siblings]):
-        if not open_run(Folder(config.storage), name).is_complete:
+    for name in (asked.get("control"), *asked.get("siblings", ())):
+        if name is not None and not open_run(Folder(config.storage), name).is_complete:
             raise CheckpointError(f"the run {name} is still training: wait for its end")
     comparison = against_control(merged, run, int(summary["chosen_epoch"]), log)
     metrics = summary | comparison
@@ -93,6 +100,9 @@ def against_control(config: Config, run: Run, chosen_epoch: int, log: Log) -> Me
         )
     ours, theirs = _predictions(run, chosen_epoch), _chosen_predictions(control)
     if ours is None or theirs is None:
+        return {}
+    if _labels_read(run) != _labels_read(control):  # drawn by another version
+        log(f"not compared: the run {config.evaluation.control} was trained on other labels")
         return {}
     tested = run.folder.read_table(layout.TEST_SLICES)
     groups: Mapping[str, str] = {}
@@ -226,6 +236,12 @@ def _predictions_of_siblings(config: Config, run: Run) -> dict[str, pa.Table]:
         for name in config.evaluation.siblings
     }
     return {name: table for name, table in siblings.items() if table is not None}
+
+
+def _labels_read(run: Run) -> set[tuple[str, str]]:
+    """(sample_id, role) of the slices whose label the run reads."""
+    rows = run.folder.read_table(layout.SEEN, columns=["sample_id", "role"]).to_pylist()
+    return {(r["sample_id"], r["role"]) for r in rows if r["role"] in (LABELLED, VALIDATION)}
 
 
 def _chosen_predictions(run: Run) -> pa.Table | None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from brainray import layout
-from brainray.config import Config, flatten, to_yaml
+from brainray.config import Config, flatten, parse_config, parse_yaml, to_yaml
 from brainray.errors import BrainrayError, ConfigError
 from brainray.log import Log
 from brainray.orchestration.features import Weights, check_feature, read_weights
@@ -78,11 +78,12 @@ def _study(
     config: Config, stores: Mapping[str, ImageStore], weights: Mapping[str, Weights], log: Log
 ) -> FinishedStudy:
     folder = Folder(config.storage) / layout.STUDIES / str(config.name)
-    settings = to_yaml(config).encode()
-    if folder.exists(layout.CONFIG) and folder.read_bytes(layout.CONFIG) != settings:
-        # MLflow keeps the parameters that a run began with: other settings, another run there.
-        folder.delete_file(layout.TRACKING, missing_ok=True)
-    folder.write_bytes(layout.CONFIG, settings)
+    if folder.exists(layout.CONFIG):
+        before = parse_config(parse_yaml(folder.read_bytes(layout.CONFIG), str(folder)))
+        if flatten(before) != flatten(config.without_secrets()):
+            # MLflow keeps the parameters that a run began with: other settings, another run there.
+            folder.delete_file(layout.TRACKING, missing_ok=True)
+    folder.write_bytes(layout.CONFIG, to_yaml(config).encode())
     hashes = {f"brainray.data_hash.{name}": store.data_hash for name, store in stores.items()}
     tracking = open_tracking(config, folder, flatten(config.without_secrets()), hashes, log)
     try:

@@ -121,6 +121,10 @@ def _sweep(
         problems += sorted(set(follower.errors.values()))
         follower.end("FAILED")
         tracking.tracker.finish("FAILED")
+        if not problems and base.tune.time_budget_min is not None:
+            problems = [
+                f"none ended an epoch within tune.time_budget_min={base.tune.time_budget_min}"
+            ]
         raise BrainrayError(f"no trial could be trained: {'; '.join(problems) or 'see the log'}")
     return _conclude(base, folder, trials, ranked, follower, tracking, log)
 
@@ -144,7 +148,7 @@ def _begin(config: Config, store: ImageStore, folder: Folder, log: Log) -> None:
     begun_with.pop("preprocess", None)  # kept by earlier versions, which left out what follows
     for key in ("max_concurrent_trials", "time_budget_min"):  # Tune goes on with its first ones
         begun_with["tune"].setdefault(key, settings["tune"][key])
-    for key in ("encoder", "objective"):
+    for key in ("encoder", "objective", "split"):
         begun_with[key] = with_defaults(begun_with[key], Config().model_dump(mode="json")[key])
     difference = differing_settings(begun_with, settings)
     if difference:
@@ -434,9 +438,13 @@ def _conclude(
         log("MLflow has not got everything: submit the sweep again to send it")
     else:
         folder.write_json(layout.SUMMARY, result)
-        if config.tune.algorithm != "grid" and len(trials) < config.tune.num_trials:
-            done = f"{len(trials)} of {config.tune.num_trials} trials"
-            log(f"tune.time_budget_min ended it after {done}")
+        num_cut = sum(follower.outcome(trial).startswith("stopped") for trial in trials)
+        is_short = config.tune.algorithm != "grid" and len(trials) < config.tune.num_trials
+        if config.tune.time_budget_min is not None and (is_short or num_cut):
+            log(
+                f"{len(trials)} trials, {num_cut} of them stopped by the scheduler or as "
+                "tune.time_budget_min was used up"
+            )
     return FinishedSweep(folder=folder, **result)
 
 

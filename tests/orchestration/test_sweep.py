@@ -32,7 +32,7 @@ from brainray.orchestration.driver import TrainedRun
 from brainray.orchestration.lock import held
 from brainray.orchestration.publish import open_tracking
 from brainray.orchestration.run import Run
-from brainray.orchestration.sweep import FinishedSweep, _Follower, _ranked, _table, sweep
+from brainray.orchestration.sweep import FinishedSweep, _begin, _Follower, _ranked, _table, sweep
 from brainray.orchestration.trials import (
     Trial,
     check_space,
@@ -321,6 +321,18 @@ def test_a_name_that_leaves_no_room_for_those_of_trials_is_refused(tmp_path: Pat
     check_space(tiny_config(tmp_path, space, f"name={80 * 'a'}"))
     with pytest.raises(ConfigError, match="name: "):
         check_space(tiny_config(tmp_path, space, f"name={92 * 'a'}"))
+
+
+def test_a_sweep_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
+    config = sweep_config(tmp_path)
+    folder, store = Folder(tmp_path) / "sweeps" / "search", SimpleNamespace(data_hash="abc")
+    _begin(config, cast(Any, store), folder, print)
+    settings = folder.read_json("sweep.json")
+    del settings["split"]["validation"], settings["encoder"]["pretext"]
+    folder.write_json("sweep.json", settings)
+    lines: list[str] = []
+    _begin(config, cast(Any, store), folder, lines.append)
+    assert lines == [f"sweep {folder}: resumed"]
 
 
 def test_trials_share_one_draw_of_labels(tmp_path: Path) -> None:

@@ -1,13 +1,16 @@
 """Training on a real Ray cluster: DDP, resuming after a kill, and labels that must not be read."""
 
+import json
 import os
 import re
+import shutil
 import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
@@ -16,7 +19,7 @@ import torch
 from mlflow import MlflowClient
 from ray.util.state import list_actors
 
-from brainray.config import Config, TrackingConfig
+from brainray.config import Config, TrackingConfig, parse_config, parse_yaml, to_yaml
 from brainray.engine.state import Checkpoint, load_checkpoint
 from brainray.errors import (
     BrainrayError,
@@ -246,6 +249,29 @@ def test_a_run_on_other_labels_is_no_control(storage: Path) -> None:
     assert not (storage / "runs" / "compared").exists()
 
 
+def test_a_control_that_was_drawn_otherwise_or_is_gone_is_said_and_left_out(
+    storage: Path, trained: TrainedRun
+) -> None:
+    """As one of another version, whose settings tell nothing of it."""
+    shutil.copytree(str(trained.run.folder), storage / "runs" / "redrawn")
+    folder = Folder(storage) / "runs" / "redrawn"
+    seen = folder.read_table("seen.parquet")
+    roles = ["validation" if role == "labelled" else role for role in seen["role"].to_pylist()]
+    column = seen.column_names.index("role")
+    folder.write_table("seen.parquet", seen.set_column(column, "role", pa.array(roles)))
+    said: list[str] = []
+    asked = config_of(storage, "two-ranks", "evaluation.control=redrawn")
+    assert against_control(asked, trained.run, 1, said.append) == {}
+    assert said == ["not compared: the run redrawn was trained on other labels"]
+
+    saved = parse_yaml(folder.read_bytes("config.yaml"), "config.yaml")
+    saved["evaluation"]["control"] = "gone"
+    folder.write_bytes("config.yaml", to_yaml(parse_config(saved)).encode())
+    written = report(tiny_config(storage, "run=redrawn"), said.append)
+    assert said[1].startswith("not compared: no run 'gone'")
+    assert "Against the control" not in written.folder.read_bytes("report.html").decode()
+
+
 def test_what_is_still_training_is_not_compared_and_said(
     storage: Path, trained: TrainedRun
 ) -> None:
@@ -375,6 +401,31 @@ def test_a_beginning_that_was_cut_leaves_no_fingerprints(storage: Path) -> None:
     assert not run.folder.exists("seen_before.parquet")
 
 
+def test_a_store_is_opened_as_what_it_was_or_not_at_all(storage: Path) -> None:
+    folder = Folder(storage) / "datasets" / "mri"
+    was = ImageStore.open(folder).data_hash
+    assert ImageStore.open(folder, was).data_hash == was
+    with pytest.raises(DataError, match=rf"was changed meanwhile \(hash 0123 before, {was} now\)"):
+        ImageStore.open(folder, "0123")
+
+
+def test_a_store_of_other_masks_than_todays_is_not_trained_on(
+    storage: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(storage / "datasets" / "mri", tmp_path / "datasets" / "mri")
+    path = tmp_path / "datasets" / "mri" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["preprocess"]["skull_strip"] = "intracranial"
+    path.write_text(json.dumps(manifest | {"intracranial_version": 1}))
+    config = config_of(tmp_path, "old", "preprocess.skull_strip=intracranial")
+    with pytest.raises(
+        DataError, match=r"intracranial_version: 1 here, \d+ asked.*preprocess anew"
+    ):
+        train(config)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
 def test_a_store_that_changes_under_a_run_is_not_learned_from(
     phantoms: Path, ray_cluster: None, tmp_path: Path
 ) -> None:
