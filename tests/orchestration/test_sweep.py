@@ -232,7 +232,7 @@ def test_a_sweep_whose_time_is_up_is_complete(storage: Path) -> None:
     )
     found = sweep(config, lines.append)
     assert 1 <= found.metrics["num_trials"] < 40
-    assert any("tune.time_budget_min ended it after" in line for line in lines)
+    assert any("tune.time_budget_min was used up" in line for line in lines)
     assert sweep(config, lines.append).metrics == found.metrics
     assert lines[-1].endswith("complete, nothing to search")
 
