@@ -40,6 +40,7 @@ from brainray.orchestration.trials import (
     sweep_folder,
     trial_config,
 )
+from brainray.redaction import redacted
 from brainray.report.sweep_figures import TrialOutcome, draw_sweep_figures
 from brainray.report.table import markdown_table
 from brainray.storage import Folder
@@ -164,7 +165,7 @@ def _tuner(config: Config, folder: Folder, workers: WorkerResources, log: Log) -
             run_trial,
             base=config.without_secrets().model_dump(mode="json"),
             sweep=config.name,
-            command=sys.argv,
+            command=[redacted(part) for part in sys.argv],  # it lies in Ray and in storage
         ),
         # Trials wait for their workers: they take no CPU, and stay beside the driver.
         {"node:__internal_head__": 0.001},
