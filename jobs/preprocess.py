@@ -5,7 +5,7 @@ import sys
 from brainray import layout
 from brainray.config import Config
 from brainray.log import log
-from brainray.orchestration.job import JobResult, run_job
+from brainray.orchestration.job import STORE_KEYS, JobResult, run_job
 
 
 def work(config: Config) -> JobResult:
@@ -37,16 +37,6 @@ if __name__ == "__main__":
             Example: python jobs/preprocess.py --set name=mri source=/data/brain-tumor-mri
             """,
             work,
-            keys=[
-                "name",
-                "source",
-                "labels",
-                "storage",
-                "classes",
-                "preprocess",
-                "split.mode",
-                "split.test_fraction",
-                "split.seed",
-            ],
+            keys=["name", "source", "labels", "storage", *STORE_KEYS],
         )
     )

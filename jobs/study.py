@@ -4,7 +4,7 @@ import sys
 
 from brainray.config import Config
 from brainray.log import log
-from brainray.orchestration.job import WORKER_KEYS, JobResult, run_job
+from brainray.orchestration.job import STORE_KEYS, WORKER_KEYS, JobResult, run_job
 
 
 def work(config: Config) -> JobResult:
@@ -40,11 +40,7 @@ if __name__ == "__main__":
                 "sources",
                 "labels",
                 "storage",
-                "classes",
-                "preprocess",
-                "split.mode",
-                "split.test_fraction",
-                "split.seed",
+                *STORE_KEYS,
                 "clustering.num_clusters",
                 "clustering.pca_dim",
                 "clustering.covariance_type",

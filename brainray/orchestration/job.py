@@ -40,6 +40,9 @@ TRAINING_SECTIONS = (
 )
 """Sections of the config that training on a store reads: for ``--help`` of the jobs that train."""
 
+STORE_KEYS = ("classes", "preprocess", "split.mode", "split.test_fraction", "split.seed")
+"""Settings that make an image store of a source."""
+
 WORKER_KEYS = (
     "train.num_workers",
     "train.min_workers",

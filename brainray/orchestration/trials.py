@@ -22,6 +22,7 @@ from brainray.config import (
 from brainray.engine.evaluate import chosen_epoch
 from brainray.errors import BrainrayError, ConfigError, TransientError
 from brainray.orchestration.driver import begun_training, complete_run, fit
+from brainray.orchestration.job import TRAINING_SECTIONS
 from brainray.orchestration.run import Run, read_run_info
 from brainray.orchestration.worker import reported_metrics
 from brainray.storage import Folder
@@ -29,15 +30,7 @@ from brainray.storage import Folder
 FAILED = "failed"
 """Folder of a sweep with a file for each trial that cannot be trained."""
 
-_SEARCHED = (
-    "encoder",
-    "self_supervision",
-    "augment",
-    "augment_unlabelled",
-    "objective",
-    "clustering",
-    "train",
-)
+_SEARCHED = [name for name in TRAINING_SECTIONS if name not in {"split", "evaluation", "tracking"}]
 """Sections in which trials may differ."""
 
 _OF_WARM_UP = (
