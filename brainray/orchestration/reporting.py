@@ -93,16 +93,12 @@ def against_control(config: Config, run: Run, chosen_epoch: int, log: Log) -> Me
     if config.evaluation.control is None:
         return {}
     control = _control(config, run.info["data_hash"])
-    if not control.is_complete:
-        log(
-            f"not compared: the run {config.evaluation.control} is still training; "
-            f"jobs/report.py --set run={config.name} does it later"
-        )
+    problem = _not_comparable(run, control)
+    if problem is not None:
+        log(f"not compared: the run {config.evaluation.control} {problem}")
+        return {}
     ours, theirs = _predictions(run, chosen_epoch), _chosen_predictions(control)
     if ours is None or theirs is None:
-        return {}
-    if _labels_read(run) != _labels_read(control):  # drawn by another version
-        log(f"not compared: the run {config.evaluation.control} was trained on other labels")
         return {}
     tested = run.folder.read_table(layout.TEST_SLICES)
     groups: Mapping[str, str] = {}
@@ -219,14 +215,23 @@ def _compared_run(config: Config, name: str, data_hash: str) -> Run:
 
 
 def _figures_of_control(config: Config, run: Run) -> Metrics | None:
-    """The reported figures of ``evaluation.control``, where that run is complete."""
+    """The reported figures of ``evaluation.control``, where they can stand beside the run's."""
     if config.evaluation.control is None:
         return None
     control = _control(config, run.info["data_hash"])
-    metrics: Metrics | None = None
-    if control.is_complete:
-        metrics = control.folder.read_json(layout.SUMMARY)
+    if _not_comparable(run, control) is not None:
+        return None
+    metrics: Metrics = control.folder.read_json(layout.SUMMARY)
     return metrics
+
+
+def _not_comparable(run: Run, control: Run) -> str | None:
+    """What keeps a control's figures from standing beside a run's; None if nothing does."""
+    if not control.is_complete:
+        return f"is still training; jobs/report.py --set run={run.folder.name} does it later"
+    if _labels_read(run) != _labels_read(control):  # drawn by another version
+        return "was trained on other labels"
+    return None
 
 
 def _predictions_of_siblings(config: Config, run: Run) -> dict[str, pa.Table]:

@@ -221,6 +221,7 @@ def test_a_report_compares_slice_by_slice(storage: Path, trained: TrainedRun) ->
     assert "against two-ranks" in said[-1]
     page = trained.run.folder.read_bytes("report.html").decode()
     assert "Against the control, slice by slice" in page
+    assert "<td>control, " in page
 
 
 def test_subjects_are_drawn_as_a_whole_whatever_became_of_the_store(
@@ -263,6 +264,8 @@ def test_a_control_that_was_drawn_otherwise_or_is_gone_is_said_and_left_out(
     asked = config_of(storage, "two-ranks", "evaluation.control=redrawn")
     assert against_control(asked, trained.run, 1, said.append) == {}
     assert said == ["not compared: the run redrawn was trained on other labels"]
+    reporting.write_run_page(asked, trained.run, trained.metrics, {}, None)
+    assert "<td>control, " not in trained.run.folder.read_bytes("report.html").decode()
 
     saved = parse_yaml(folder.read_bytes("config.yaml"), "config.yaml")
     saved["evaluation"]["control"] = "gone"
