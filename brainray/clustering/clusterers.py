@@ -168,6 +168,10 @@ class SpectralClusterer:
 
     def fit(self, x: Rows) -> Clustered:
         sample = draw_sample(len(x), self.max_rows, self.seed)
+        if len(sample) < self.num_clusters:
+            raise ClusteringError(
+                f"{self.num_clusters} clusters cannot be made of {len(sample)} rows"
+            )
         spectral = SpectralClustering(
             n_clusters=self.num_clusters,
             affinity="nearest_neighbors",
@@ -195,6 +199,10 @@ class HDBSCANClusterer:
 
     def fit(self, x: Rows) -> Clustered:
         sample = draw_sample(len(x), self.max_rows, self.seed)
+        if len(sample) < self.min_samples:
+            raise ClusteringError(
+                f"HDBSCAN: min_samples ({self.min_samples}) exceeds the {len(sample)} rows"
+            )
         fitted = HDBSCAN(min_cluster_size=self.min_samples, copy=True).fit(x[sample])
         labels = fitted.labels_.astype(np.int64)
         return _completed(x, sample, labels, _NearestRow(x[sample], labels))

@@ -16,10 +16,14 @@ _NUM_BINS = 15
 def fit_temperature(probabilities: NDArray[np.floating], labels: NDArray[np.int64]) -> float:
     """The temperature T with the least cross entropy of softmax(log p / T); Guo et al. 2017.
 
+    1 where all are right: the entropy falls with T then, and tells nothing of it.
+
     Args:
         probabilities: p, (N, C), of slices held out of training.
         labels: (N,) in [0, C).
     """
+    if (probabilities.argmax(axis=1) == labels).all():
+        return 1.0
 
     def cross_entropy(log_temperature: float) -> float:
         tempered = temper(probabilities, math.exp(log_temperature))

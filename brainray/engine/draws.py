@@ -21,12 +21,12 @@ def summarise_draws(draws: Sequence[Metrics], control: Sequence[Metrics] | None 
     the share of the control's mean errors that is spared.
     """
     metrics: Metrics = {"num_label_draws": float(len(draws))}
-    for name in sorted(_common_names([*draws, *(control or [])])):
+    for name in sorted(_common_names(draws)):
         values = np.array([draw[name] for draw in draws])
         metrics[name] = float(values.mean())
         if len(draws) > 1:
             metrics[f"{name}_std"] = float(values.std(ddof=1))
-        if control is None:
+        if control is None or not all(name in draw for draw in control):
             continue
         others = np.array([draw[name] for draw in control])
         differences = values - others

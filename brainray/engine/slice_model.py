@@ -35,7 +35,7 @@ class SliceModel:
         Args:
             checkpoint: the pair, with the config that it was trained with.
             device: by default CUDA where there is a GPU.
-            precision: bf16 or fp32; ``auto`` is as in training.
+            precision: bf16 or fp32; ``auto`` is what the run's setting means on this device.
         """
         self.checkpoint = checkpoint
         if device is None:

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
+from PIL.ExifTags import Base
 
 from brainray.mri.slices import (
     DecodedSlice,
@@ -58,6 +59,16 @@ _SIGNATURES = (
 )
 _GZIP = b"\x1f\x8b"
 _PHOTOMETRIC, _WHITE_IS_ZERO = 262, 0  # a TIFF's tag, and its value for negatives
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What brings a picture of an EXIF orientation upright; 1 is upright."""
 _NIFTI_HEAD_BYTES = 348
 # Their messages quote header fields.
 _TALKATIVE_LOGGERS = {"TIFF": "PIL", "DICOM": "pydicom", "NIfTI": "nibabel"}
@@ -244,4 +255,9 @@ def _upright(picture: Image.Image) -> Image.Image:
     picture.load()  # a PNG may tell its orientation after its pixels
     if "exif" not in picture.info:
         return picture
-    return ImageOps.exif_transpose(picture)
+    try:
+        orientation = picture.getexif().get(Base.Orientation)
+    except Exception:  # Pillow raises nearly anything on metadata that are none
+        return picture
+    turn = _TURNS.get(orientation)
+    return picture if turn is None else picture.transpose(turn)

@@ -255,12 +255,24 @@ def _window(values: Values, attributes: Dataset) -> NDArray[np.uint8] | None:
         else:
             image = to_uint8(values, centre - width / 2.0, centre + width / 2.0)
     elif attributes.get("VOILUTSequence"):
-        bits = int(attributes.VOILUTSequence[0].LUTDescriptor[2])
-        shown = apply_voi(values.round().astype(np.int64), attributes)
-        image = to_uint8(shown.astype(np.float64), 0.0, 2.0**bits - 1.0)
+        image = _looked_up(values, attributes)
     else:
         return None
     return image if image.max() > image.min() else None
+
+
+def _looked_up(values: Values, attributes: Dataset) -> NDArray[np.uint8]:
+    """Through the VOI LUT; what lies outside of it is as its first or last entry."""
+    table = attributes.VOILUTSequence[0]
+    num_entries, first, bits = (int(value) for value in table.LUTDescriptor)
+    places = np.clip(values.round(), first, first + (num_entries or 2**16) - 1)
+    # pydicom counts places in numbers as wide as the entries: those of 8 bits begin anew at 256.
+    table.LUTDescriptor = [num_entries, first, 16]
+    try:
+        shown = apply_voi(places.astype(np.int64), attributes)
+    finally:
+        table.LUTDescriptor = [num_entries, first, bits]  # the next frame may share the table
+    return to_uint8(shown.astype(np.float64), 0.0, 2.0**bits - 1.0)
 
 
 def _first(attributes: Dataset, keyword: str) -> float:

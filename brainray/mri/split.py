@@ -123,7 +123,8 @@ def draw_roles(
         if not {LABELLED, VALIDATION} <= drawn:
             raise DataError(
                 f"the draw of whole subjects leaves class {name!r} no slice to learn from or none "
-                "to validate: raise split.labelled_fraction or label more subjects"
+                "to validate: raise split.labelled_fraction, label more subjects or try another "
+                "split.seed"
             )
     if leave_out_kin:
         validated = {own for own, role in zip(kin, roles, strict=True) if role == VALIDATION}

@@ -140,6 +140,21 @@ def test_above_the_limit_a_drawn_sample_is_clustered_and_says_so(clusterer: Clus
     np.testing.assert_array_equal(found.labels, again.labels)
 
 
+@pytest.mark.parametrize(
+    "clusterer",
+    [
+        SpectralClusterer(20, seed=0, max_rows=10),
+        DBSCANClusterer(min_samples=20, seed=0, max_rows=10),
+        HDBSCANClusterer(min_samples=20, seed=0, max_rows=10),
+    ],
+    ids=lambda clusterer: type(clusterer).__name__,
+)
+def test_a_sample_too_small_for_the_settings_is_refused(clusterer: Clusterer) -> None:
+    x, _ = blobs(300, seed=3)
+    with pytest.raises(ClusteringError):
+        clusterer.fit(x)
+
+
 def test_more_clusters_than_rows_are_refused() -> None:
     x, _ = blobs(2, seed=0)
     for name in ("kmeans", "gmm"):

@@ -39,6 +39,10 @@ def test_the_temperature_undoes_overconfidence() -> None:
     assert calibration_error(temper(overconfident, temperature), labels) < 0.01
 
 
+def test_slices_that_are_all_right_ask_for_no_temperature() -> None:
+    assert fit_temperature(np.array([[0.7, 0.3], [0.4, 0.6]]), np.array([0, 1])) == 1.0
+
+
 def test_tempering_is_a_softmax_and_keeps_the_order() -> None:
     tempered = temper(np.array([[0.7, 0.2, 0.1], [1.0, 0.0, 0.0]]), 2.0)
     assert tempered.sum(axis=1) == pytest.approx(1.0)

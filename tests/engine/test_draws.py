@@ -31,6 +31,13 @@ def test_differences_are_paired_by_draw() -> None:
     assert found[f"fewer_errors/{NAME}"] == pytest.approx(0.08 / 0.15)
 
 
+def test_what_a_draw_of_the_control_lacks_keeps_the_mean_and_is_not_compared() -> None:
+    found = summarise_draws(DRAWS, [*CONTROL[:2], {}])
+    assert found[NAME] == pytest.approx(0.93)
+    assert f"{NAME}_std" in found
+    assert not any(name.startswith(("control/", "difference/", "fewer")) for name in found)
+
+
 def test_a_class_may_be_called_as_a_bound_is() -> None:
     name = "test/all/head/f1/grade_low"
     found = summarise_draws([{name: value} for value in (0.8, 0.9)])

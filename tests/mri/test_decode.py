@@ -10,7 +10,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, TiffImagePlugin
+from PIL import Image, ImageOps, TiffImagePlugin
 
 from brainray.mri import decode
 from brainray.mri.decode import (
@@ -137,6 +137,20 @@ def test_exif_orientation_is_applied(file_format: str) -> None:
     exif[0x0112] = 6  # to be turned clockwise by a quarter
     image = decode_one(encode(RAMP, file_format, exif=exif))
     assert np.abs(image.astype(int) - np.rot90(RAMP, -1)).max() <= 4
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_exif_orientation_is_brought_upright_as_pillow_does(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = encode(RAMP[:, :40], "PNG", exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
+    np.testing.assert_array_equal(decode_one(content), np.asarray(expected))
+
+
+def test_a_picture_whose_exif_is_none_is_kept_as_it_is() -> None:
+    content = encode(RAMP, "PNG", exif=b"Exif\0\0no header of a TIFF")
+    np.testing.assert_array_equal(decode_one(content), RAMP)
 
 
 def test_an_orientation_behind_the_pixels_of_a_png_is_applied() -> None:

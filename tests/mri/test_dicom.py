@@ -135,6 +135,21 @@ def test_a_lookup_table_stands_in_for_a_window() -> None:
     np.testing.assert_array_equal(image, 255 - RAMP // 16)
 
 
+@pytest.mark.parametrize(("num_entries", "lowest"), [(4096, 0), (256, 500)])
+def test_a_lookup_table_of_eight_bits_takes_any_number_of_values(
+    num_entries: int, lowest: int
+) -> None:
+    """Values below and above it are as its first and last entry."""
+    table = Dataset()
+    table.LUTDescriptor = [num_entries, lowest, 8]
+    entries = np.arange(num_entries) * 256 // num_entries
+    table.LUTData = entries.astype(np.uint16).tobytes()
+    table["LUTData"].VR = "OW"
+    image = decode_one(make_dicom(RAMP, VOILUTSequence=[table])).image
+    expected = entries[np.clip(RAMP.astype(int) - lowest, 0, num_entries - 1)]
+    np.testing.assert_array_equal(image, expected)
+
+
 def test_monochrome1_is_inverted() -> None:
     window: dict[str, Any] = {"WindowCenter": 1000, "WindowWidth": 2000}
     plain = decode_one(make_dicom(RAMP, **window)).image
