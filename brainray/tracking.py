@@ -36,6 +36,9 @@ from brainray.log import Log
 from brainray.redaction import redacted
 from brainray.storage import Folder
 
+URI_VARIABLE = "MLFLOW_TRACKING_URI"
+"""MLflow's own; it wins over ``tracking.uri``."""
+
 _BATCH = 500  # MLflow refuses batches of more than 1,000 metrics
 _MAX_PARAMS = 100
 _FORBIDDEN = re.compile(r"[^\w\-. :/]")
@@ -168,10 +171,8 @@ class MLflowTracker:
             self._connect().log_batch(self._id, tags=_tags(tags))
 
     def log_model(self, served: ServedFiles, registered_name: str | None) -> None:
-        with _readable_errors(self._uri):
+        with _readable_errors(self._uri), _globally(self._uri):
             self._connect()
-            # Models are logged through MLflow's global state only.
-            mlflow.set_tracking_uri(self._uri)
             with mlflow.start_run(run_id=self._id), _without_advice():
                 mlflow.pyfunc.log_model(
                     name="model", registered_model_name=registered_name, **_pyfunc(served)
@@ -346,6 +347,22 @@ def _key(name: str) -> str:
     if plain == name:
         return plain
     return f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
+
+
+@contextmanager
+def _globally(uri: str) -> Iterator[None]:
+    """MLflow logs models through its global state only, which it also puts into the environment:
+    there it would win over what later runs of the process are told.
+    """
+    before = os.environ.get(URI_VARIABLE)
+    mlflow.set_tracking_uri(uri)
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(URI_VARIABLE, None)
+        else:
+            os.environ[URI_VARIABLE] = before
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from brainray.config import Config
 from brainray.errors import ConfigError
 from brainray.log import log
 from brainray.orchestration.job import TRAINING_SECTIONS, JobResult, run_job
+from brainray.storage import Folder
 
 
 def work(config: Config) -> JobResult:
@@ -13,6 +14,7 @@ def work(config: Config) -> JobResult:
     from brainray.orchestration.driver import check_sides, train
     from brainray.orchestration.evaluation import evaluate
     from brainray.orchestration.resources import alive_nodes, plan_workers
+    from brainray.orchestration.run import data_hash_of
     from brainray.report.table import results_table
 
     if config.name is None:
@@ -27,7 +29,8 @@ def work(config: Config) -> JobResult:
     plan_workers(config.train, alive_nodes())
     # The name may change between runs on one store; the store keeps its own.
     dataset = config.dataset or config.name
-    store = preprocess(config.model_copy(update={"name": dataset}), log)
+    needed = data_hash_of(Folder(config.storage), config.name)
+    store = preprocess(config.model_copy(update={"name": dataset}), log, data_hash=needed)
     trained = train(config.model_copy(update={"dataset": dataset}), log)
     test_paths = store.test_paths()
     if test_paths:

@@ -40,10 +40,11 @@ def ray_cluster() -> Iterator[None]:
     import ray
     import ray.data
 
-    from brainray.orchestration.job import init_ray
+    from brainray.orchestration.job import attach_to_ray, init_ray
 
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     init_ray(num_cpus=2, object_store_memory=300_000_000)
+    attach_to_ray()  # its settings of Ray Data
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
     yield

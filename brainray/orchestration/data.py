@@ -53,12 +53,18 @@ from brainray.storage import Folder
 _WRITES_PER_CPU = 4
 
 
-def preprocess(config: Config, log: Log = print) -> ImageStore:
+def preprocess(config: Config, log: Log = print, *, data_hash: str | None = None) -> ImageStore:
     """Make the store ``config.name`` of ``config.source``, reuse an equal one, or bring it up to
     date: then only files that are new or have changed are decoded.
 
+    Args:
+        config: name, source and labels; how slices are preprocessed, split and called.
+        log: progress, and what has been found.
+        data_hash: what the store must become, of the run that goes on with it; None: anything.
+
     Raises:
-        ConfigError: name or source is missing.
+        ConfigError: name or source is missing, or the source makes other slices than those of
+            ``data_hash``: the store is left as it was.
         DataError: nothing readable, too much rejected, classes that do not fit, or an existing
             store of that name with other settings.
     """
@@ -76,12 +82,15 @@ def preprocess(config: Config, log: Log = print) -> ImageStore:
         if previous is not None and is_same and not _may_change(previous):
             log(f"image store {target}: made with the same settings and files, reused")
             return previous
-        ignored = (
-            f"; {listing.num_ignored} of other types are ignored" if listing.num_ignored else ""
-        )
-        log(f"preprocessing {len(listing.files)} files of {source}{ignored}")
+        log(f"preprocessing {len(listing.files)} files of {source}{listing.remarks}")
         with target.rebuilt(layout.MANIFEST) as building:
             manifest = _build(config, listing, settings, previous, building, log)
+            if data_hash not in {None, manifest["data_hash"]}:
+                raise ConfigError(
+                    f"{source} makes other slices (hash {manifest['data_hash']}) than the run of "
+                    f"that name was begun on ({data_hash}): choose another name; the image store "
+                    f"{target} is left as it was"
+                )
     store = ImageStore(target, manifest)
     log(describe(store))
     log(store.folder.read_bytes(layout.LEAKAGE_TABLE).decode())

@@ -30,6 +30,7 @@ from brainray.orchestration.reporting import about_software, explain
 from brainray.orchestration.seen import fingerprints_of_seen
 from brainray.orchestration.source import (
     FoundFile,
+    Listing,
     SourceFile,
     list_source,
     renaming_advice,
@@ -73,10 +74,12 @@ def _evaluate(
     config: Config, predictor: Predictor, target: Folder, log: Log, only_paths: set[str] | None
 ) -> Evaluation:
     checkpoint, seen = predictor.checkpoint, predictor.seen()
-    files, num_ignored = _files_to_score(config, checkpoint.classes, only_paths)
+    labels = None if config.labels is None else Folder(config.labels)
+    listing = list_source(Folder(str(config.source)), labels, config.classes.map)
+    files = _files_to_score(listing, config, checkpoint.classes, only_paths)
     log(
         f"evaluating {predictor.folder} (epoch {checkpoint.epoch}) on {len(files)} files"
-        + (f"; {num_ignored} of other types are ignored" if num_ignored else "")
+        f"{listing.remarks}"
     )
     rows = _predict_files(files, config, predictor, log)
     rejected = rows.filter(pc.is_valid(rows["reason"])).select(REJECTED.names).cast(REJECTED)
@@ -104,7 +107,7 @@ def _evaluate(
     )
     metrics |= {
         "num_rejected": float(rejected.num_rows),
-        "num_ignored_files": float(num_ignored),
+        "num_ignored_files": float(listing.num_ignored),
         "epoch": float(checkpoint.epoch),
     }
     if target.exists():
@@ -131,11 +134,9 @@ def _evaluate(
 
 
 def _files_to_score(
-    config: Config, classes: list[str], only_paths: set[str] | None
-) -> tuple[list[SourceFile], int]:
-    """Those with a label; and how many files of the source are of types that nothing here reads."""
-    labels = None if config.labels is None else Folder(config.labels)
-    listing = list_source(Folder(str(config.source)), labels, config.classes.map)
+    listing: Listing, config: Config, classes: list[str], only_paths: set[str] | None
+) -> list[SourceFile]:
+    """Those with a label, of the test split where there is one."""
     files = listing.files
     if only_paths is not None:
         files = [file for file in files if file.path in only_paths]
@@ -154,7 +155,7 @@ def _files_to_score(
             f"{config.source} has classes that the run does not know ({', '.join(classes)}): "
             f"{named}; {renaming_advice(unknown)}"
         )
-    return labelled, listing.num_ignored
+    return labelled
 
 
 def with_comparable_names(accepted: pa.Table, config: Config, predictor: Predictor) -> pa.Table:

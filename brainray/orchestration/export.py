@@ -196,7 +196,9 @@ def _put(local: Path, target: Folder) -> None:
 def _register(config: Config, run: Run, served: ServedFiles, log: Log) -> str | None:
     """Log the model to the run's own MLflow run and register it."""
     tracking = begin_tracking(config_to_track(config, run), run, log)
-    tracking.mlflow.log_model(served, config.registry.name)
-    tracking.tracker.finish()
+    try:
+        tracking.mlflow.log_model(served, config.registry.name)
+    finally:
+        tracking.tracker.finish()  # MLflow marks a run as FAILED whose block has failed
     log(f"registered as {config.registry.name}")
     return tracking.mlflow_run_id

@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +26,7 @@ from brainray.engine.recipe import resolve_precision
 from brainray.errors import ConfigError, DataError
 from brainray.log import Log
 from brainray.models.encoder import local_state
-from brainray.models.features import PIXELS, build_feature_encoder, num_features
+from brainray.models.features import PIXELS, FeatureEncoder, build_feature_encoder, num_features
 from brainray.mri.identity import content_hash
 from brainray.mri.resize import stretch
 from brainray.orchestration.lock import held
@@ -252,7 +253,11 @@ def _write_parts(
 
 
 class _Extractor:
-    """Holds the encoder on one actor's device."""
+    """Holds the encoder on one actor's device.
+
+    It is built with the first block: what an actor's ``__init__`` raises is a lost actor to Ray
+    Data, and not the error that it is.
+    """
 
     def __init__(
         self,
@@ -264,19 +269,13 @@ class _Extractor:
         precision: str,
         device: str,
     ) -> None:
-        self.side = FeatureConfig.model_validate(feature).image_size
+        self.feature = FeatureConfig.model_validate(feature)
+        self.state = state
+        self.seed = seed
+        self.pixel_mean = pixel_mean
+        self.pixel_std = pixel_std
+        self.precision = precision
         self.device = torch.device(device)
-        if self.device.type == "cpu":
-            torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-        self.precision = resolve_precision(precision, self.device)
-        self.encoder = build_feature_encoder(
-            feature["encoder"],
-            state,
-            seed=seed,
-            pixel_mean=pixel_mean,
-            pixel_std=pixel_std,
-        )
-        self.encoder = self.encoder.to(self.device).to(memory_format=torch.channels_last)
 
     def __call__(self, block: pa.Table) -> pa.Table:
         parts = [
@@ -286,13 +285,28 @@ class _Extractor:
         values = pa.array(rows, FEATURES.field("features").type)
         return pa.table([*(block[name] for name in ROW), values], schema=FEATURES)
 
+    @cached_property
+    def encoder(self) -> FeatureEncoder:
+        if self.device.type == "cpu":
+            torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+        encoder = build_feature_encoder(
+            self.feature.encoder,
+            self.state,
+            seed=self.seed,
+            pixel_mean=self.pixel_mean,
+            pixel_std=self.pixel_std,
+        )
+        return encoder.to(self.device).to(memory_format=torch.channels_last)
+
     @torch.inference_mode()
     def _encode(self, batch: pa.Table) -> NDArray[np.float32]:
-        images = np.empty((batch.num_rows, 1, self.side, self.side), dtype=np.uint8)
+        side = self.feature.image_size
+        precision = resolve_precision(self.precision, self.device)
+        images = np.empty((batch.num_rows, 1, side, side), dtype=np.uint8)
         for number, row in enumerate(batch.select(["image", "height", "width"]).to_pylist()):
             image = np.frombuffer(row["image"], dtype=np.uint8).reshape(row["height"], row["width"])
-            images[number, 0] = stretch(image, self.side)
+            images[number, 0] = stretch(image, side)
         pixels = torch.from_numpy(images).to(self.device).float() / 255
-        with forward_passes(self.encoder, self.device, self.precision) as forward:
+        with forward_passes(self.encoder, self.device, precision) as forward:
             features = torch.cat(forward(pixels))
         return np.asarray(features.float().cpu().numpy())

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import pyarrow as pa
 import ray
@@ -230,19 +230,31 @@ _CARRIED = ["subject_id", "subject_source", "sha256", "num_bytes", "mtime_ns", "
 
 
 class _Embedder:
-    """Holds the checkpoint on one actor's device."""
+    """Holds the checkpoint on one actor's device.
+
+    It is loaded with the first batch: what an actor's ``__init__`` raises is a lost actor to Ray
+    Data, and not the error that it is.
+    """
 
     def __init__(self, folder: Folder, epoch: int, precision: str, device: str) -> None:
-        """Raises CheckpointError where another epoch has taken the place of the one asked for."""
-        checkpoint = load_checkpoint(folder)
-        if checkpoint.epoch != epoch:
-            raise CheckpointError(
-                f"{folder} holds epoch {checkpoint.epoch} now, and held {epoch} when prediction "
-                "began: wait until the run is complete, or name an epoch that it keeps (epoch=N)"
-            )
-        self.model = SliceModel(checkpoint, torch.device(device), precision)
-        if self.model.device.type == "cpu":
-            use_all_threads()
+        self.folder = folder
+        self.epoch = epoch
+        self.precision = precision
+        self.device = torch.device(device)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
+        """Raises CheckpointError where another epoch has taken the place of the one asked for."""
         return self.model.predict(batch, _CARRIED)
+
+    @cached_property
+    def model(self) -> SliceModel:
+        checkpoint = load_checkpoint(self.folder)
+        if checkpoint.epoch != self.epoch:
+            raise CheckpointError(
+                f"{self.folder} holds epoch {checkpoint.epoch} now, and held {self.epoch} when "
+                "prediction began: wait until the run is complete, or name an epoch that it keeps "
+                "(epoch=N)"
+            )
+        if self.device.type == "cpu":
+            use_all_threads()
+        return SliceModel(checkpoint, self.device, self.precision)

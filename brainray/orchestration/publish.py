@@ -19,10 +19,13 @@ from brainray.orchestration.lock import is_held
 from brainray.orchestration.run import Run
 from brainray.redaction import HIDDEN, redacted
 from brainray.storage import Folder
-from brainray.tracking import LenientTracker, MLflowTracker, artifact_location, default_uri
-
-URI_VARIABLE = "MLFLOW_TRACKING_URI"
-"""MLflow's own; it wins over ``tracking.uri``."""
+from brainray.tracking import (
+    URI_VARIABLE,
+    LenientTracker,
+    MLflowTracker,
+    artifact_location,
+    default_uri,
+)
 
 _TAGS_OF_CODE = {
     "brainray.version": "brainray",

@@ -1,8 +1,9 @@
 """The page of a run or of an evaluation: what its figures need from elsewhere, gathered."""
 
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 import brainray
 from brainray import layout
-from brainray.config import Config
+from brainray.config import Config, EvaluationConfig
 from brainray.engine.compare import compare, without_comparison
 from brainray.engine.evaluate import Metrics
 from brainray.engine.explain import class_activation_maps, rows_to_explain
@@ -57,13 +58,8 @@ def report(config: Config, log: Log = print) -> Report:
     asked = config.evaluation.model_dump(exclude_unset=True)
     evaluation = saved.evaluation.model_copy(update=asked)
     merged = saved.model_copy(update={"storage": config.storage, "evaluation": evaluation})
-    if "control" not in asked and evaluation.control is not None:
-        try:
-            _control(merged, run.info["data_hash"])
-        except BrainrayError as problem:  # what training was told may be gone
-            log(f"not compared: {problem}")
-            evaluation = evaluation.model_copy(update={"control": None})
-            merged = merged.model_copy(update={"evaluation": evaluation})
+    evaluation = _without_lost_runs(merged, asked, run.info["data_hash"], log)
+    merged = merged.model_copy(update={"evaluation": evaluation})
     try:
         folder = Folder(config.storage) / layout.DATASETS / str(saved.dataset)
         store = ImageStore.open(folder, run.info["data_hash"])
@@ -83,6 +79,35 @@ def report(config: Config, log: Log = print) -> Report:
     if comparison:
         log(f"against {evaluation.control}:\n{comparison_table(comparison)}")
     return Report(run.folder, metrics)
+
+
+def _without_lost_runs(
+    config: Config, asked: Container[str], data_hash: str, log: Log
+) -> EvaluationConfig:
+    """What to set beside the run, but for what training was told of and is there no more; names
+    that are ``asked`` for now stay.
+    """
+
+    def is_there(find: Callable[[], Run]) -> bool:
+        try:
+            find()
+        except BrainrayError as problem:
+            log(f"not compared: {problem}")
+            return False
+        return True
+
+    evaluation = config.evaluation
+    has_control = "control" not in asked and evaluation.control is not None
+    if has_control and not is_there(partial(_control, config, data_hash)):
+        evaluation = evaluation.model_copy(update={"control": None})
+    if "siblings" not in asked:
+        siblings = [
+            name
+            for name in evaluation.siblings
+            if is_there(partial(_compared_run, config, name, data_hash))
+        ]
+        evaluation = evaluation.model_copy(update={"siblings": siblings})
+    return evaluation
 
 
 def against_control(config: Config, run: Run, chosen_epoch: int, log: Log) -> Metrics:

@@ -93,6 +93,12 @@ def open_run(storage: Folder, name: str) -> Run:
     return Run(folder, read_run_info(folder))
 
 
+def data_hash_of(storage: Folder, name: str) -> str | None:
+    """Of the slices that the run of that name was begun on; None where there is no such run."""
+    folder = storage / layout.RUNS / name
+    return str(read_run_info(folder)["data_hash"]) if folder.exists(layout.RUN) else None
+
+
 def read_run_info(folder: Folder) -> dict[str, Any]:
     """A run's ``run.json``.
 

@@ -77,6 +77,17 @@ class Listing:
 
     files: list[SourceFile]
     num_ignored: int  # files without the suffix of an image
+    idle_renames: list[str]  # classes that ``classes.map`` names and no slice has
+
+    @property
+    def remarks(self) -> str:
+        """What was passed over, to end a line of the log; empty where nothing was."""
+        remarks = f"; {self.num_ignored} of other types are ignored" if self.num_ignored else ""
+        if self.idle_renames:
+            remarks += (
+                f"; classes.map names what no slice is called: {', '.join(self.idle_renames)}"
+            )
+        return remarks
 
     @property
     def fingerprint(self) -> str:
@@ -108,7 +119,7 @@ def list_source(
     ]
     for name in sorted({file.label for file in renamed if file.label is not None}):
         _check_class_name(name)
-    return Listing(renamed, num_ignored)
+    return Listing(renamed, num_ignored, sorted(set(class_map) - {file.label for file in files}))
 
 
 def files_of_tasks(
@@ -347,8 +358,11 @@ def _read_labels(labels: Folder) -> list[dict[str, Any]]:
     except BrainrayError:
         raise
     except (pa.ArrowException, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"labels={labels} is neither CSV nor Parquet: {reason}") from None
+        # Arrow quotes the row that does not fit, and a row may name a patient.
+        reason = " ".join(re.sub(r"(got \d+).*", r"\1", str(error), flags=re.DOTALL).split())[:200]
+        raise DataError(
+            f"labels={labels} is neither CSV nor Parquet: {reason} (quote cells with commas)"
+        ) from None
     missing = {"path", "label"} - set(columns)
     if missing:
         raise DataError(

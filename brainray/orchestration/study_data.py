@@ -67,9 +67,11 @@ def open_stores(config: Config, log: Log) -> dict[str, ImageStore]:
     """
     if bool(config.sources) + (config.source is not None) > 1:
         raise ConfigError("give source or sources, not both")
+    if config.labels is not None and config.source is None:
+        raise ConfigError(
+            f"labels={config.labels} names the slices of one source: give source, too"
+        )
     if config.sources:
-        if config.labels is not None:
-            raise ConfigError("labels names the slices of one source: give source, not sources")
         stores = {}
         for name, source in config.sources.items():
             update = {"name": f"{config.name}-{name}", "source": source}

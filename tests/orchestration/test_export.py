@@ -29,7 +29,7 @@ from brainray.config import Config
 from brainray.engine.export import SliceNet, load_safetensors, run_onnx, safetensors_bytes
 from brainray.engine.slice_model import SliceModel, stored_pixels
 from brainray.engine.state import load_checkpoint
-from brainray.errors import CheckpointError, ConfigError, DataError
+from brainray.errors import CheckpointError, ConfigError, DataError, TrackingError
 from brainray.mri.phantom import write_phantoms
 from brainray.orchestration import serving
 from brainray.orchestration.driver import TrainedRun
@@ -41,6 +41,7 @@ from brainray.orchestration.preparation import preprocess_file
 from brainray.orchestration.source import FoundFile
 from brainray.schema import PREDICTED
 from brainray.storage import Folder
+from brainray.tracking import URI_VARIABLE
 from tests.conftest import tiny_config
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -284,6 +285,17 @@ def test_what_cannot_be_exported_is_named(
 ) -> None:
     with pytest.raises(error, match=message):
         export(config_of(trained, *overrides))
+
+
+def test_a_registration_that_fails_leaves_the_run_finished_and_the_server_as_it_was(
+    trained: TrainedRun,
+) -> None:
+    with pytest.raises(TrackingError, match="cannot be used"):
+        export(config_of(trained, "registry.name=a/b", "name=unregistered"))
+    assert trained.mlflow_run_id is not None
+    run = MlflowClient(trained.tracking_uri).get_run(trained.mlflow_run_id)
+    assert run.info.status == "FINISHED"
+    assert URI_VARIABLE not in os.environ
 
 
 def test_a_path_that_cannot_be_is_a_row_with_its_reason(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from brainray.errors import DataError
+from brainray.errors import ConfigError, DataError
 from brainray.mri.phantom import write_phantoms
 from brainray.mri.split import draw_roles
 from brainray.orchestration import data
@@ -97,6 +97,22 @@ def test_only_new_bytes_are_decoded_and_the_store_is_as_if_made_anew(
     for key in ("pixel_mean", "pixel_std", "num_slices", "num_removed_copies"):
         assert after.manifest[key] == fresh.manifest[key], key
     assert not (tmp_path / "a" / "datasets" / ".mri.replaced").exists()
+
+
+def test_a_store_that_a_run_goes_on_with_is_not_replaced_by_other_slices(
+    source: Path, tmp_path: Path
+) -> None:
+    before = opened(tmp_path / "a")
+    config = tiny_config(tmp_path / "a", "name=mri", f"source={source}")
+    touched = next((source / "Training").rglob("*.jpg"))
+    os.utime(touched, (1, 1))
+    assert preprocess(config, data_hash=before.data_hash).data_hash == before.data_hash
+    grow(source)
+    with pytest.raises(
+        ConfigError, match=r"choose another name; the image store .* left as it was"
+    ):
+        preprocess(config, data_hash=before.data_hash)
+    assert index(opened(tmp_path / "a")).equals(index(before))
 
 
 @pytest.mark.parametrize("mode", ["official", "grouped"])

@@ -46,7 +46,9 @@ def plan(test_label: str) -> StorePlan:
             }
         )
     slices = pa.Table.from_pylist(rows, schema=LIGHT)
-    return plan_store(slices, fingerprints, Listing(files, 0), Config(), Earlier.of(None), print)
+    return plan_store(
+        slices, fingerprints, Listing(files, 0, []), Config(), Earlier.of(None), print
+    )
 
 
 def test_a_test_label_decides_nothing_about_its_training_twin() -> None:

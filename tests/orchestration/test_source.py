@@ -103,6 +103,24 @@ def test_a_table_that_does_not_fit_is_explained(tmp_path: Path, content: str, me
         list_source(source, Folder(tmp_path / "labels.csv"), {})
 
 
+def test_a_row_that_does_not_fit_is_not_quoted(tmp_path: Path) -> None:
+    source = make(tmp_path / "s", "1.jpg")
+    (tmp_path / "labels.csv").write_text("path,label,subject\n1.jpg,a,Doe, Jane\n")
+    with pytest.raises(DataError, match=r"Expected 3 columns, got 4 \(quote") as refused:
+        list_source(source, Folder(tmp_path / "labels.csv"), {})
+    assert "Doe" not in str(refused.value)
+    assert "Jane" not in str(refused.value)
+
+
+def test_a_class_that_is_renamed_and_not_there_is_told(tmp_path: Path) -> None:
+    source = make(tmp_path, "a/1.jpg", "b/2.jpg", "notes.txt")
+    remarks = list_source(source, None, {"a": "glioma", "gliom": "glioma", "B": None}).remarks
+    assert remarks == (
+        "; 1 of other types are ignored; classes.map names what no slice is called: B, gliom"
+    )
+    assert list_source(make(tmp_path / "a"), None, {}).remarks == ""
+
+
 def test_an_absent_an_empty_and_a_mixed_folder_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such folder"):
         list_source(Folder(tmp_path / "absent"), None, {})

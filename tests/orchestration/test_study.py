@@ -149,6 +149,11 @@ def test_the_same_name_goes_on_and_repeats_nothing_finished(
         ({}, ["dataset=mri"], "study.features is empty"),
         (PIXELS, [], "a study needs slices"),
         (PIXELS, ["source=/tmp", "sources.a=/tmp"], "give source or sources, not both"),
+        (
+            PIXELS,
+            ["dataset=mri", "labels=/tmp/l.csv"],
+            "labels=/tmp/l.csv names the slices of one source: give source",
+        ),
         (PIXELS, ["dataset=absent"], "no image store"),
         (PIXELS, ["dataset=mri", "preprocess.resize=letterbox"], "stretch here, letterbox asked"),
         ({"x": {"encoder": "resnet19"}}, ["dataset=mri"], "unknown encoder 'resnet19'"),

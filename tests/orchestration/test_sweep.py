@@ -442,9 +442,8 @@ def test_a_trial_is_not_to_blame_for_what_passes(
 
 
 def test_trials_that_a_stop_has_cut_are_told_so_in_mlflow(
-    trained: TrainedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: TrainedRun, tmp_path: Path
 ) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)  # as MLflow leaves it
     config = tiny_config(tmp_path, "name=cut", f"tune.space={json.dumps(SPACE)}")
     for trial_id in ("abc12_00000", "abc12_00001"):
         folder = tmp_path / "runs" / f"cut-{trial_id}"

@@ -268,10 +268,11 @@ def test_a_control_that_was_drawn_otherwise_or_is_gone_is_said_and_left_out(
     assert "<td>control, " not in trained.run.folder.read_bytes("report.html").decode()
 
     saved = parse_yaml(folder.read_bytes("config.yaml"), "config.yaml")
-    saved["evaluation"]["control"] = "gone"
+    saved["evaluation"] |= {"control": "gone", "siblings": ["two-ranks", "lost"]}
     folder.write_bytes("config.yaml", to_yaml(parse_config(saved)).encode())
     written = report(tiny_config(storage, "run=redrawn"), said.append)
     assert said[1].startswith("not compared: no run 'gone'")
+    assert said[2].startswith("not compared: no run 'lost'")
     assert "Against the control" not in written.folder.read_bytes("report.html").decode()
 
 
