@@ -613,7 +613,8 @@ class Config(_Section):
     """What jobs read; ``--help`` tells which settings are a job's own."""
 
     name: PlainName | None = None
-    """Name of what this job makes; the same name resumes (an evaluation or export is replaced)."""
+    """Name of what this job makes; the same name resumes (an export is replaced, and so is an
+    evaluation of the same source)."""
     dataset: PlainName | None = None
     """Name of the image store that training reads; the pipeline's is its ``name`` by default."""
     run: PlainName | None = None

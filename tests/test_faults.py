@@ -53,6 +53,7 @@ def job(
 
 def result(process: subprocess.Popen[str]) -> dict:
     out, _ = process.communicate(timeout=900)
+    print(out)  # for the report of a test that fails
     return dict(json.loads(out.splitlines()[-1]))
 
 

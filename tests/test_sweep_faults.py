@@ -80,12 +80,12 @@ def start(phantoms: Path, tmp_path: Path) -> Start:
     return begin
 
 
-def assert_complete(storage: Path, tracking_uri: str) -> None:
+def assert_complete(storage: Path, tracking_uri: str, num_epochs: int = NUM_EPOCHS) -> None:
     """Every trial has all of its epochs, in its run's folder and in MLflow, once and in order."""
     names = list(summaries(storage))
     assert len(names) == NUM_TRIALS
     for history in histories(storage).values():
-        assert [epoch["epoch"] for epoch in history] == [*range(1, NUM_EPOCHS + 1)]
+        assert [epoch["epoch"] for epoch in history] == [*range(1, num_epochs + 1)]
     client = MlflowClient(tracking_uri)
     experiment = client.get_experiment_by_name("search")
     assert experiment is not None
@@ -95,7 +95,7 @@ def assert_complete(storage: Path, tracking_uri: str) -> None:
     for run in runs:
         if run.info.run_name != "search":
             logged = client.get_metric_history(run.info.run_id, "validation/score")
-            assert [metric.step for metric in logged] == [*range(1, NUM_EPOCHS + 1)]
+            assert [metric.step for metric in logged] == [*range(1, num_epochs + 1)]
 
 
 def assert_nothing_repeated(
@@ -144,11 +144,12 @@ def test_a_sweep_goes_on_after_its_ray_head_alone_is_killed(start: Start, tmp_pa
 def test_four_trials_at_once_lose_nothing_when_one_is_killed_and_the_server_is_away(
     start: Start, tmp_path: Path
 ) -> None:
+    num_epochs = 3 * NUM_EPOCHS  # no trial may end before the server is there again
     store, port = f"sqlite:///{tmp_path}/server.db", free_port()
     options = ["--artifacts-destination", str(tmp_path / "artifacts")]
     with ray_head(4) as head:
         with mlflow_server(store, port, *options) as address:
-            process = start(head, f"tracking.uri={address}")
+            process = start(head, f"tracking.uri={address}", f"train.num_epochs={num_epochs}")
             wait_for(lambda: len(histories(tmp_path)) == NUM_TRIALS and has_begun(tmp_path))
         away_since = histories(tmp_path)
         worker = next(
@@ -168,5 +169,5 @@ def test_four_trials_at_once_lose_nothing_when_one_is_killed_and_the_server_is_a
             assert done["status"] == "ok"
             assert done["metrics"]["num_trials"] == NUM_TRIALS
             assert done["metrics"]["num_failed"] == 0
-            assert_complete(tmp_path, address)
+            assert_complete(tmp_path, address, num_epochs)
     assert_nothing_repeated(tmp_path, {}, away_since)

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from brainray import layout
-from brainray.config import Config, to_yaml
+from brainray.config import Config, parse_yaml, to_yaml
 from brainray.engine.evaluate import Metrics, summarise
 from brainray.engine.slice_model import stored_pixels
 from brainray.errors import ConfigError, DataError
@@ -58,7 +58,8 @@ def evaluate(config: Config, log: Log = print, only_paths: set[str] | None = Non
     fingerprints that the run carries; a checkpoint without its run has none, and no such figures.
 
     Raises:
-        ConfigError: neither run nor checkpoint, or no source.
+        ConfigError: neither run nor checkpoint, no source, or a name that has the evaluation of
+            another source.
         DataError: nothing readable or labelled, or a class that the run does not know.
         CheckpointError: the checkpoint is missing or is not one.
     """
@@ -73,6 +74,7 @@ def evaluate(config: Config, log: Log = print, only_paths: set[str] | None = Non
 def _evaluate(
     config: Config, predictor: Predictor, target: Folder, log: Log, only_paths: set[str] | None
 ) -> Evaluation:
+    _check_source(config, target)
     checkpoint, seen = predictor.checkpoint, predictor.seen()
     labels = None if config.labels is None else Folder(config.labels)
     listing = list_source(Folder(str(config.source)), labels, config.classes.map)
@@ -114,6 +116,8 @@ def _evaluate(
         log(f"{target}: the evaluation of that name is replaced")
     explained = _explained(predictions, config, predictor, log)
     with target.rebuilt(layout.EVALUATION_METRICS) as folder:
+        made_by = to_yaml(config.model_copy(update={"preprocess": predictor.preprocess}))
+        folder.write_bytes(layout.CONFIG, made_by.encode())
         folder.write_table(layout.PREDICTIONS, predictions)
         folder.write_table(layout.REJECTED, rejected)
         folder.write_json(layout.EVALUATION_METRICS, metrics)
@@ -127,10 +131,26 @@ def _evaluate(
             config.evaluation,
             metrics,
             about_software() | {"model": str(predictor.folder), "source": str(config.source)},
-            to_yaml(config.model_copy(update={"preprocess": predictor.preprocess})),
+            made_by,
             explained,
         )
     return Evaluation(target, metrics, checkpoint.classes)
+
+
+def _check_source(config: Config, target: Folder) -> None:
+    """Folders of different places may have one name, and so their evaluations.
+
+    Raises:
+        ConfigError: that name has the evaluation of another source.
+    """
+    if not target.exists(layout.CONFIG):
+        return
+    before = parse_yaml(target.read_bytes(layout.CONFIG), f"{target}/{layout.CONFIG}")["source"]
+    if before != config.source:
+        raise ConfigError(
+            f"the evaluation {target} is of another source ({before}): choose another name with "
+            "--set name=NAME, or delete it"
+        )
 
 
 def _files_to_score(

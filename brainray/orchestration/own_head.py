@@ -80,7 +80,8 @@ def own_ray_head(say: Log, *, num_cpus: int | None = None) -> Iterator[RayHead]:
         f"--ray-client-server-port={ports[6]}",
         *([] if num_cpus is None else [f"--num-cpus={num_cpus}"]),
     ]
-    environment = _environment(token)
+    url = f"http://127.0.0.1:{ports[1]}"
+    environment = _environment(token, url)
     process: subprocess.Popen[bytes] | None = None
     say("starting a Ray head of our own")
     try:
@@ -93,7 +94,6 @@ def own_ray_head(say: Log, *, num_cpus: int | None = None) -> Iterator[RayHead]:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C reaches us alone, and we end the head in order
             )
-        url = f"http://127.0.0.1:{ports[1]}"
         yield RayHead(process, url, f"127.0.0.1:{ports[0]}", token, environment, log)
     finally:
         with _undisturbed():
@@ -172,7 +172,7 @@ def _ray(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "ray.scripts.scripts", *arguments]
 
 
-def _environment(token: str) -> dict[str, str]:
+def _environment(token: str, url: str) -> dict[str, str]:
     """Ours, without what points to other Ray clusters or tracking servers."""
     inherited = {
         key: value
@@ -188,6 +188,8 @@ def _environment(token: str) -> dict[str, str]:
         # A token of our own: the user's token file is neither needed nor written.
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": token,
+        # Ray's processes ask its dashboard of one another: not of another Ray on this machine.
+        "RAY_API_SERVER_ADDRESS": url,
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # nothing is served: nothing to drain
     }
 

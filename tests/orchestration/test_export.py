@@ -343,6 +343,13 @@ def test_an_evaluation_leaves_out_what_it_is_told_to_and_replaces_the_last_one_w
     assert f"{last}: the evaluation of that name is replaced" in said
     assert not last.exists("of the last one")
     assert last.read_json("metrics.json") == scored.metrics
+    (tmp_path / "hospital").rename(tmp_path / "another")
+    moved = config.model_copy(update={"source": str(tmp_path / "another" / "Training")})
+    with pytest.raises(
+        ConfigError, match=r"elsewhere is of another source \(.*hospital/Training\)"
+    ):
+        evaluate(moved)
+    assert last.read_json("metrics.json") == scored.metrics
 
 
 def test_a_served_model_is_given_all_that_its_code_imports() -> None:
