@@ -319,7 +319,7 @@ class ClusteringConfig(_Section):
     """A smaller mean squared distance of normalised embeddings to their mean is a collapse."""
     on_collapse: Literal["stop", "reseed", "warn"] = "stop"
     """``reseed`` fits the epoch's clusters anew from fresh seeds, and stops where that does not
-    help; ``warn`` says so and goes on."""
+    help; ``warn`` says so and goes on, where clusters could be fitted at all."""
 
 
 class TrainConfig(_Section):

@@ -23,6 +23,7 @@ STUDIES = "studies"
 MANIFEST = "manifest.json"  # written last: a folder without one is no store
 IMAGES = "images"  # a folder of Parquet parts of schema.IMAGE_STORE
 FILES = "files.parquet"  # every slice of every file, without pixels: what the next run goes on from
+HELD_OUT = "held_out.parquet"  # sample_ids that a split of our own holds out, or ever held out
 REJECTED = "rejected.parquet"
 DUPLICATES = "duplicates.parquet"
 LEAKAGE = "leakage.json"
@@ -76,7 +77,17 @@ CELLS = "cells"  # a JSON file for each finished cell of the grid, and its assig
 TABLES = "tables"
 
 FIGURES = "figures"
-OF_STORE = {MANIFEST, IMAGES, FILES, REJECTED, DUPLICATES, LEAKAGE, LEAKAGE_TABLE, FIGURES}
+OF_STORE = {
+    MANIFEST,
+    IMAGES,
+    FILES,
+    HELD_OUT,
+    REJECTED,
+    DUPLICATES,
+    LEAKAGE,
+    LEAKAGE_TABLE,
+    FIGURES,
+}
 REPORT = "report.html"  # all of a run, or of an evaluation, on one page
 
 

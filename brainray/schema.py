@@ -21,15 +21,18 @@ LABELLED, VALIDATION, UNLABELLED_ROLE = "labelled", "validation", "unlabelled"
 LEFT_OUT = "left_out"  # an unlabelled mate of a validation slice: neither fitted nor scored
 """Values of a training slice's ``role`` in one run."""
 
+MIN_STRICT_SUPPORT = 30
+"""Strict slices of a class of which figures by class are told."""
+
 THUMBNAIL_SIDE = 96
 """Side of the thumbnails that serve as fingerprints, in pixels."""
 
-TABLE, HEADER, VOLUME, ESTIMATED = "table", "header", "volume", "estimated"
-"""Values of ``subject_source``: a labels table or a DICOM header names the subject; the slices are
-of one file that names nobody; guessed by looks."""
+TABLE, HEADER, STUDY, VOLUME, ESTIMATED = "table", "header", "study", "volume", "estimated"
+"""Values of ``subject_source``: a labels table or a DICOM header names the patient; the slices are
+of one study, or of one file, that names nobody; guessed by looks."""
 
-NAMED = frozenset({TABLE, HEADER, VOLUME, "given"})  # "given": in runs made before they were told
-"""Sources whose equal subjects are one. (Of a volume's, different ones may be one as well.)"""
+NAMED = frozenset({TABLE, HEADER, STUDY, VOLUME, "given"})  # "given": in runs of earlier versions
+"""Sources whose equal subjects are one. (Of studies and volumes, different ones may be, too.)"""
 
 IMAGE_STORE = pa.schema(
     [
@@ -44,7 +47,7 @@ IMAGE_STORE = pa.schema(
         ("label", pa.string()),  # null where unknown
         ("duplicate_group_id", pa.string()),  # smallest sample_id of the near-duplicates
         ("subject_id", pa.string()),  # null where neither given nor estimated
-        ("subject_source", pa.string()),  # table | header | volume | estimated
+        ("subject_source", pa.string()),  # table | header | study | volume | estimated
         ("draw_group_id", pa.string()),  # what no draw of labels parts: copies, given subjects
         (
             "kin_group_id",

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import mlflow
 import mlflow.pyfunc
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import LifecycleStage, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, Schema
@@ -189,14 +189,13 @@ class MLflowTracker:
         return self.run_id
 
     def _is_known(self, client: MlflowClient) -> bool:
-        """Whether the server still has the run: a database may have been deleted or replaced."""
+        """Whether the server still has the run: it, or the database, may have been deleted."""
         try:
-            client.get_run(self._id)
+            return bool(client.get_run(self._id).info.lifecycle_stage == LifecycleStage.ACTIVE)
         except MlflowException as error:
             if error.error_code == "RESOURCE_DOES_NOT_EXIST":
                 return False
             raise
-        return True
 
     def _connect(self) -> MlflowClient:
         if self._client is None:
@@ -210,6 +209,12 @@ class MLflowTracker:
     def _experiment_id(self, client: MlflowClient) -> str:
         experiment = client.get_experiment_by_name(self._experiment)
         if experiment is not None:
+            if experiment.lifecycle_stage != LifecycleStage.ACTIVE:
+                raise TrackingError(
+                    f"the MLflow experiment {self._experiment!r} has been deleted: restore it "
+                    f"(mlflow experiments restore -x {experiment.experiment_id}), or name another "
+                    "with --set tracking.experiment=NAME"
+                )
             return str(experiment.experiment_id)
         return str(client.create_experiment(self._experiment, artifact_location=self._artifacts))
 
@@ -383,6 +388,8 @@ def _quiet() -> None:
 def _readable_errors(uri: str) -> Iterator[None]:
     try:
         yield
+    except TrackingError:
+        raise
     except Exception as error:  # of databases, HTTP, and stores of artifacts: any of a dozen
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
         message = f"MLflow at {uri} cannot be used: {reason}"

@@ -6,7 +6,6 @@ from brainray.config import Config
 from brainray.errors import ConfigError
 from brainray.log import log
 from brainray.orchestration.job import TRAINING_SECTIONS, JobResult, run_job
-from brainray.storage import Folder
 
 
 def work(config: Config) -> JobResult:
@@ -16,6 +15,7 @@ def work(config: Config) -> JobResult:
     from brainray.orchestration.resources import alive_nodes, plan_workers
     from brainray.orchestration.run import data_hash_of
     from brainray.report.table import results_table
+    from brainray.storage import Folder
 
     if config.name is None:
         raise ConfigError("the pipeline needs a name: --set name=NAME")

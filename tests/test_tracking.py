@@ -135,3 +135,22 @@ def test_the_default_is_a_database_in_storage(tmp_path: Path) -> None:
     storage = Folder(tmp_path / "storage")
     assert default_uri(storage) == f"sqlite:///{tmp_path}/storage/mlflow.db"
     assert artifact_location("http://server", storage) is None
+
+
+def test_what_has_been_deleted_in_mlflow_is_no_end(run: Folder) -> None:
+    uri = database(run)
+    first = tracker(run, uri)
+    first.begin("first", {}, {})
+    first.log_epochs(HISTORY)
+    client = MlflowClient(uri)
+    assert first.run_id is not None
+    client.delete_run(first.run_id)
+    second = tracker(run, uri)
+    second.begin("first", {}, {})
+    second.log_epochs(HISTORY)
+    assert second.run_id not in {None, first.run_id}
+    experiment = client.get_experiment_by_name("tests")
+    assert experiment is not None
+    client.delete_experiment(experiment.experiment_id)
+    with pytest.raises(TrackingError, match=r"'tests' has been deleted: restore .*experiment=NAME"):
+        tracker(Folder(run.uri) / "another", uri).begin("another", {}, {})

@@ -168,7 +168,7 @@ class SpectralClusterer:
 
     def fit(self, x: Rows) -> Clustered:
         sample = draw_sample(len(x), self.max_rows, self.seed)
-        if len(sample) < self.num_clusters:
+        if len(sample) <= self.num_clusters:  # as many eigenvectors as rows cannot be had
             raise ClusteringError(
                 f"{self.num_clusters} clusters cannot be made of {len(sample)} rows"
             )
@@ -176,7 +176,7 @@ class SpectralClusterer:
             n_clusters=self.num_clusters,
             affinity="nearest_neighbors",
             n_neighbors=min(self.num_neighbors, len(sample)),
-            random_state=self.seed,
+            random_state=self.seed % 2**32,
         )
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")

@@ -49,7 +49,7 @@ def score_partition(
         scores["silhouette"] = separation
     labelled = labels != UNLABELLED
     both = labelled & clustered
-    if both.any():
+    if len(np.unique(labels[both])) > 1:  # of one class there is nothing to agree with
         scores |= clustering_metrics(labels[both], clusters[both])
     if labelled.any():
         scores["accuracy"] = clustering_accuracy(labels[labelled], clusters[labelled])

@@ -45,7 +45,8 @@ def calibration_error(probabilities: NDArray[np.floating], labels: NDArray[np.in
     Mean difference, over N slices, between confidence and accuracy: 0 is perfect.
     """
     found = multiclass_calibration_error(
-        torch.from_numpy(probabilities.astype(np.float64)),
+        # A confidence of exactly 1 would have a bin of its own.
+        torch.from_numpy(probabilities.astype(np.float64).clip(max=1 - 1e-9)),
         torch.from_numpy(labels),
         num_classes=probabilities.shape[1],
         n_bins=_NUM_BINS,

@@ -22,12 +22,15 @@ from brainray.clustering.metrics import (
 from brainray.engine.calibration import calibration_error, fit_temperature, temper
 from brainray.engine.recluster import ClusterModel
 from brainray.mri.duplicates import coarse, most_similar, thumbnail_matrix
-from brainray.schema import LABELLED, PREDICTIONS, UNLABELLED, subset_masks
+from brainray.schema import (
+    LABELLED,
+    MIN_STRICT_SUPPORT,
+    PREDICTIONS,
+    UNLABELLED,
+    subset_masks,
+)
 
 Metrics = dict[str, float]
-
-MIN_STRICT_SUPPORT = 30
-"""Strict slices that a class needs for figures of its own."""
 
 
 @dataclass(frozen=True)
@@ -113,8 +116,9 @@ def subset_metrics(predictions: Predictions, classes: Sequence[str], subset: str
         figures = classification_metrics(scored.labels, predicted, classes)
         for name, value in _reportable(figures, subset).items():
             metrics[f"{prefix}/{predictor}/{name}"] = value
-    for name, value in clustering_metrics(scored.labels, scored.clusters).items():
-        metrics[f"{prefix}/cluster/{name}"] = value
+    if len(np.unique(scored.labels)) > 1:  # of one class there is nothing to agree with
+        for name, value in clustering_metrics(scored.labels, scored.clusters).items():
+            metrics[f"{prefix}/cluster/{name}"] = value
     separation = silhouette(scored.embeddings, scored.clusters)
     if separation is not None:
         metrics[f"{prefix}/cluster/silhouette"] = separation
@@ -135,6 +139,13 @@ def _reportable(figures: Metrics, subset: str) -> Metrics:
         for name, value in figures.items()
         if name.startswith("support/") or name.partition("/")[2] not in small
     }
+
+
+def tells_of_classes(predictions: Predictions, subset: str) -> bool:
+    """Whether all classes of a subset have enough slices for figures by class, as its confusion."""
+    labels = predictions.labels[predictions.labels != UNLABELLED]
+    counts = np.unique(labels, return_counts=True)[1]
+    return subset != "strict" or bool((counts >= MIN_STRICT_SUPPORT).all())
 
 
 def confusion_metrics(predictions: Predictions, classes: Sequence[str], prefix: str) -> Metrics:

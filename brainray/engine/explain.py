@@ -17,6 +17,7 @@ from brainray.engine.state import Checkpoint
 
 _NUM_RIGHT = 4  # slices of each class that are predicted rightly
 _NUM_WRONG = 12
+_AT_ONCE = 4  # slices: of large ones each takes hundreds of megabytes
 
 
 def class_activation_maps(
@@ -40,9 +41,12 @@ def class_activation_maps(
     attribution = LayerGradientXActivation(
         lambda batch: encoder(batch).logits, encoder.backbone.layer1
     )
-    products = attribution.attribute(inputs, target=classes).detach()  # (N, C, h, w)
-    # The stage ends in a ReLU: no activation is negative, so the sign is the gradient's.
-    grid = products.relu().sum(dim=1, keepdim=True)
+    grids = []
+    for few, target in zip(inputs.split(_AT_ONCE), classes.split(_AT_ONCE), strict=True):
+        products = attribution.attribute(few, target=target).detach()  # (n, C, h, w)
+        # The stage ends in a ReLU: no activation is negative, so the sign is the gradient's.
+        grids.append(products.relu().sum(dim=1, keepdim=True))
+    grid = torch.cat(grids)
     side = images.shape[-1]
     maps = on_pixels(grid, side)
     stride = -(-side // grid.shape[-1])

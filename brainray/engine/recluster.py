@@ -171,19 +171,20 @@ def recluster_in_health(
         ClusteringError: on every rank alike, where it has collapsed, and so when reseeded.
     """
     for anew in (False, True):
-        found = attempt(anew)
-        health = measure_health(z, found.responsibilities, previous_responsibilities)
+        found = None
         try:
+            found = attempt(anew)
+            health = measure_health(z, found.responsibilities, previous_responsibilities)
             check_collapse(health, max_share=config.max_cluster_share, min_spread=config.min_spread)
         except ClusteringError as problem:
             collapse = f"{where}{', also reseeded' if anew else ''}: {problem}"
         else:
             return found, health, False
-        if config.on_collapse == "stop":
-            break
+        if config.on_collapse == "stop" or (found is None and config.on_collapse == "warn"):
+            break  # of embeddings that are all alike nothing can be fitted to go on with
         if dist.rank() == 0:
             say(f"{config.on_collapse}: {collapse}")
-        if config.on_collapse == "warn":
+        if found is not None and config.on_collapse == "warn":
             return found, health, True
     raise ClusteringError(collapse)
 

@@ -84,7 +84,7 @@ def load_checkpoint(folder: Folder) -> Checkpoint:
             "such as storage/runs/NAME/best"
         )
     where = f"{folder}/{layout.MODEL}"
-    return restore_checkpoint(_from_bytes(folder.read_bytes(layout.MODEL), where), where)
+    return restore_checkpoint(state_from_bytes(folder.read_bytes(layout.MODEL), where), where)
 
 
 def restore_checkpoint(saved: dict[str, Any], where: str) -> Checkpoint:
@@ -139,7 +139,7 @@ def load_trainer(folder: Folder) -> TrainerState:
     if not folder.exists(layout.TRAINER):
         raise CheckpointError(f"{folder} holds no {layout.TRAINER}: training cannot go on from it")
     return TrainerState(
-        **_from_bytes(folder.read_bytes(layout.TRAINER), f"{folder}/{layout.TRAINER}")
+        **state_from_bytes(folder.read_bytes(layout.TRAINER), f"{folder}/{layout.TRAINER}")
     )
 
 
@@ -249,7 +249,12 @@ def _to_bytes(value: dict[str, Any]) -> bytes:
     return buffer.getvalue()
 
 
-def _from_bytes(content: bytes, where: str) -> dict[str, Any]:
+def state_from_bytes(content: bytes, where: str) -> dict[str, Any]:
+    """What ``torch.save`` wrote, of tensors and plain values; ``where`` names the file in errors.
+
+    Raises:
+        CheckpointError: it cannot be read whole.
+    """
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             broken = archive.testzip()  # torch does not look at the checksums

@@ -239,7 +239,14 @@ def _to_grayscale(picture: Image.Image) -> NDArray[np.uint8]:
         if getattr(picture, "tag_v2", {}).get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
             values = -values  # as Pillow does with 8 bits
         low, rest, high = np.percentile(values, [0.0, 99.9, 100.0])
+        above = values[values > low].min(initial=high)
+        if 0 < 4 * (rest - above) < above - low:  # the value that stands for no data
+            low = above
         return to_uint8(values, low, rest if 0 < 4 * (rest - low) < high - low else high)
+    if len(picture.getbands()) > 1 and ";16" in str(
+        getattr(picture, "tile", "")
+    ):  # Pillow would halve the bits
+        raise RejectedImage("unsupported data type", "colour of 16 bits: store it as grey, or as 8")
     picture = _upright(picture)
     if picture.has_transparency_data:
         colour = picture.convert("RGBA")

@@ -34,6 +34,7 @@ from pydicom.uid import (
 )
 
 from brainray.mri.slices import (
+    STUDY_PREFIX,
     DecodedSlice,
     DecodeOptions,
     RejectedImage,
@@ -46,6 +47,7 @@ from brainray.mri.slices import (
     subject_hash,
     to_square_pixels,
     to_uint8,
+    volume_hash,
 )
 
 if TYPE_CHECKING:
@@ -71,7 +73,8 @@ def decode_dicom(content: bytes, options: DecodeOptions) -> list[DecodedSlice]:
     VOI LUT; where it has none, or one that leaves nothing to see, by percentiles of the frame's
     foreground. MONOCHROME1 is inverted, colour converted by luminance, pixels made square.
 
-    The subject is the patient number; without a usable one the study, else the series.
+    The subject is the patient number; without a usable one the study, else the series, else, of
+    several frames, the file.
 
     Raises:
         RejectedImage: no pixels, no scan, pixels that name the patient, a transfer syntax that
@@ -82,6 +85,8 @@ def decode_dicom(content: bytes, options: DecodeOptions) -> list[DecodedSlice]:
     _check_kind(dataset)
     num_frames = _check_announced_size(dataset, options)
     subject = _subject(dataset, options.salt)
+    if subject is None and num_frames > 1:
+        subject = volume_hash(content, options.salt)
     slices = []
     for index, (pixels, properties) in enumerate(_frames(dataset, num_frames)):
         image = _to_grayscale(pixels, properties, dataset, index, options)
@@ -139,7 +144,7 @@ def _subject(dataset: Dataset, salt: bytes) -> str | None:
     for keyword in ("StudyInstanceUID", "SeriesInstanceUID"):
         uid = str(dataset.get(keyword) or "").strip()
         if uid:
-            return subject_hash("study", uid, salt)
+            return STUDY_PREFIX + subject_hash("study", uid, salt)
     return None
 
 

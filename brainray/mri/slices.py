@@ -104,6 +104,10 @@ def check_num_voxels(num_voxels: int, max_voxels: int) -> None:
         raise RejectedImage("too large", f"{num_voxels} voxels, limit {max_voxels}")
 
 
+STUDY_PREFIX = "study-"
+"""Begins the subject of slices whose header names a study and no patient."""
+
+
 def names_nobody(identity: str) -> bool:
     """Whether it is a word that de-identification and tables write where nobody is named."""
     word = "".join(letter for letter in identity.casefold() if letter.isalnum())

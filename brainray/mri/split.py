@@ -50,7 +50,10 @@ def draw_test(
         num_below = sum(group.place < fraction for group in new)
         at_least = int(not any(decided) and len(members) > 1)
         at_most = len(new) - int(all(decided))
-        for group in new[: min(max(num_below, at_least), at_most)]:
+        chosen = new[: min(num_below, at_most)]
+        if not chosen and min(at_least, at_most):  # of few groups the first may be half of a class
+            chosen = [min(new, key=lambda group: (len(group.slices), group.place))]
+        for group in chosen:
             held_out[group.slices] = True
     return held_out
 

@@ -47,7 +47,7 @@ from brainray.orchestration.store import (
     with_defaults,
 )
 from brainray.report.leakage_table import leakage_table
-from brainray.schema import IMAGE_STORE, REJECTED, THUMBNAIL_SIDE
+from brainray.schema import IMAGE_STORE, REJECTED, TEST, THUMBNAIL_SIDE
 from brainray.storage import Folder
 
 _WRITES_PER_CPU = 4
@@ -73,12 +73,14 @@ def preprocess(config: Config, log: Log = print, *, data_hash: str | None = None
     source = Folder(config.source)
     target = Folder(config.storage) / layout.DATASETS / config.name
     labels = None if config.labels is None else Folder(config.labels)
-    listing = list_source(source, labels, config.classes.map)
+    reads_splits = config.split.mode != "grouped"
+    listing = list_source(source, labels, config.classes.map, reads_splits=reads_splits)
+    fingerprint = listing.fingerprint(subject_salt(Folder(config.storage)))
     drawn = config.split.mode == "grouped" or not any(file.split for file in listing.files)
     settings = settings_of(config.preprocess, config.split, config.classes.map, drawn=drawn)
     with held(Folder(config.storage), layout.DATASETS, config.name, log):
         previous = _previous_store(target, settings)
-        is_same = previous is not None and previous.manifest["listing"] == listing.fingerprint
+        is_same = previous is not None and previous.manifest["listing"] == fingerprint
         if previous is not None and is_same and not _may_change(previous):
             log(f"image store {target}: made with the same settings and files, reused")
             return previous
@@ -120,6 +122,9 @@ def _build(
     parts.delete()
     clock.passed("write")
     building.write_table(layout.FILES, plan.files)
+    tested = plan.rows.filter(pc.equal(plan.rows["split"], TEST))["sample_id"].to_pylist()
+    held_out = pa.array(sorted({*tested, *earlier.held_out()}), pa.string())
+    building.write_table(layout.HELD_OUT, pa.table({"sample_id": held_out}))
     rejected = slices.filter(pc.is_valid(slices["reason"])).select(REJECTED.names).cast(REJECTED)
     building.write_table(layout.REJECTED, rejected)
     building.write_table(layout.DUPLICATES, plan.duplicates)
@@ -129,7 +134,7 @@ def _build(
         "format": layout.STORE_FORMAT,
         "name": config.name,
         "source": config.source,
-        "listing": listing.fingerprint,
+        "listing": listing.fingerprint(subject_salt(Folder(config.storage))),
         "generation": earlier.generation,
         "num_files": len(listing.files),
         "num_files_decoded": num_decoded,

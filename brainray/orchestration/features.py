@@ -115,7 +115,10 @@ def weights_from(folder: Folder, name: str) -> Weights:
     with tempfile.TemporaryDirectory() as temporary:
         copy = Path(temporary, name)
         copy.write_bytes(content)
-        return Weights(local_state(copy), content_hash(content))
+        try:
+            return Weights(local_state(copy), content_hash(content))
+        except ConfigError as error:
+            raise ConfigError(str(error).replace(str(copy), f"{folder}/{name}")) from None
 
 
 def check_feature(store: ImageStore, name: str, feature: FeatureConfig, weights: Weights) -> int:

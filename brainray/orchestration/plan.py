@@ -33,7 +33,7 @@ from brainray.orchestration.leakage import leakage_report
 from brainray.orchestration.preparation import named_subject, subject_salt
 from brainray.orchestration.source import Listing, renaming_advice
 from brainray.orchestration.store import count_by_split_and_class, versions_of
-from brainray.schema import DUPLICATES, ESTIMATED, HEADER, NAMED, TABLE, TEST, TRAIN, VOLUME
+from brainray.schema import DUPLICATES, ESTIMATED, HEADER, NAMED, STUDY, TABLE, TEST, TRAIN, VOLUME
 from brainray.storage import Folder
 
 
@@ -201,12 +201,13 @@ def _subjects(
         subject, source = named_subject(in_table[path], header, sha256, salt)
         given.append(subject)
         sources.append(source)
-    num_volumes = len({h for h, source in zip(headers, sources, strict=True) if source == VOLUME})
-    if num_volumes > 1:
-        log(
-            f"note: {num_volumes} volume files name no patient, and count as a subject each: where "
-            "patients have several, name them in a labels table (path,label,subject)"
-        )
+    for kind, told in ((VOLUME, "volume files"), (STUDY, "DICOM studies")):
+        count = len({h for h, source in zip(headers, sources, strict=True) if source == kind})
+        if count > 1:
+            log(
+                f"note: {count} {told} name no patient, and count as a subject each: where "
+                "patients have several, name them in a labels table (path,label,subject)"
+            )
     if any(given) or not config.preprocess.subject.estimate:
         return _as_tables_name_them(given, sources, headers)
     ids = accepted["sample_id"].to_pylist()
@@ -230,7 +231,9 @@ def _as_tables_name_them(
             names.setdefault(header, set()).add(subject)
     known = {header: min(found) for header, found in names.items() if len(found) == 1}
     renamed = [
-        (known[header], TABLE) if source == HEADER and header in known else (subject, source)
+        (known[header], TABLE)
+        if source in {HEADER, STUDY} and header in known
+        else (subject, source)
         for subject, source, header in zip(given, sources, headers, strict=True)
     ]
     return [subject for subject, _ in renamed], [source for _, source in renamed]
@@ -240,12 +243,12 @@ def _official_splits(
     given: list[str | None], accepted: pa.Table, config: Config
 ) -> list[str] | None:
     """The source's own split of every slice, or None where the split must be drawn."""
+    if config.split.mode == "purge" and TEST not in given:
+        raise DataError(
+            f"split.mode=purge needs a test split, and {config.source} has none: give it "
+            "Training/ and Testing/ folders or a split column, or set split.mode=grouped"
+        )
     if config.split.mode == "grouped" or not any(given):
-        if config.split.mode == "purge":
-            raise DataError(
-                f"split.mode=purge needs a test split, and {config.source} has none: give it "
-                "Training/ and Testing/ folders or a split column, or set split.mode=grouped"
-            )
         return None
     if None in given:
         path = accepted["path"][given.index(None)].as_py()

@@ -25,7 +25,7 @@ from brainray.mri.decode import (
 from brainray.mri.identity import content_hash, sample_id
 from brainray.mri.intracranial import MIN_CONFIDENCE, intracranial_mask
 from brainray.mri.skull_strip import apply_mask, otsu_mask, without_frame
-from brainray.mri.slices import subject_hash
+from brainray.mri.slices import STUDY_PREFIX, subject_hash
 from brainray.orchestration.source import FoundFile, SourceFile
 from brainray.storage import Folder
 
@@ -138,6 +138,8 @@ def named_subject(
         return subject_hash("patient", in_table, salt), schema.TABLE
     if in_header is None or sha256 is None:
         return None, None
+    if in_header.startswith(STUDY_PREFIX):
+        return in_header, schema.STUDY
     is_volume = in_header == subject_hash("volume", sha256, salt)
     return in_header, schema.VOLUME if is_volume else schema.HEADER
 

@@ -41,7 +41,8 @@ from brainray.engine.self_supervised import (
     pretext_epoch,
 )
 from brainray.engine.shard import CachedImages, Images, sample_keys
-from brainray.errors import BrainrayError, DivergenceError
+from brainray.engine.state import state_from_bytes
+from brainray.errors import BrainrayError, CheckpointError, DivergenceError
 from brainray.log import Log
 from brainray.models.features import build_feature_encoder
 from brainray.models.pretext import PretextModel
@@ -507,17 +508,20 @@ class _Learner:
 
 def _read_head(folder: Folder) -> dict[str, Tensor]:
     """The pretext's head that was trained with an encoder."""
-    content = io.BytesIO(folder.read_bytes(layout.ENCODER))
-    head: dict[str, Tensor] = torch.load(content, map_location="cpu", weights_only=True)["head"]
+    where = f"{folder}/{layout.ENCODER}"
+    head: dict[str, Tensor] = state_from_bytes(folder.read_bytes(layout.ENCODER), where)["head"]
     return head
 
 
 def _saved_state(folder: Folder) -> dict[str, Any] | None:
     if not folder.exists(layout.STATE):
         return None
-    content = io.BytesIO(folder.read_bytes(layout.STATE))
-    state: dict[str, Any] = torch.load(content, map_location="cpu", weights_only=True)
-    return state
+    try:
+        return state_from_bytes(folder.read_bytes(layout.STATE), f"{folder}/{layout.STATE}")
+    except CheckpointError as damage:
+        if dist.rank() == 0:
+            print(f"{damage}; the warm-up begins anew", flush=True)
+        return None
 
 
 def _rows_of_store(store: ImageStore) -> pa.Table:

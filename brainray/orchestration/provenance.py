@@ -12,9 +12,11 @@ from brainray.orchestration.run import Run
 from brainray.redaction import command_line
 
 PACKAGES = (
+    "captum",
     "faiss-cpu",
     "mlflow",
     "nibabel",
+    "numba",
     "numpy",
     "opencv-python-headless",
     "pillow",
@@ -25,6 +27,7 @@ PACKAGES = (
     "scikit-learn",
     "scipy",
     "torch",
+    "torchmetrics",
     "torchvision",
 )
 """Whose version may change a result."""

@@ -104,7 +104,7 @@ def _without_lost_runs(
         siblings = [
             name
             for name in evaluation.siblings
-            if is_there(partial(_compared_run, config, name, data_hash))
+            if is_there(partial(_sibling, config, name, data_hash))
         ]
         evaluation = evaluation.model_copy(update={"siblings": siblings})
     return evaluation
@@ -213,7 +213,7 @@ def check_compared_runs(config: Config, data_hash: str) -> None:
     if config.evaluation.control is not None:
         _control(config, data_hash)
     for name in config.evaluation.siblings:
-        _compared_run(config, name, data_hash)
+        _sibling(config, name, data_hash)
 
 
 def _control(config: Config, data_hash: str) -> Run:
@@ -227,6 +227,22 @@ def _control(config: Config, data_hash: str) -> Run:
     control = _compared_run(config, name, data_hash)
     check_same_draw(config.split, control, f"evaluation.control={name}")
     return control
+
+
+def _sibling(config: Config, name: str, data_hash: str) -> Run:
+    """A run of ``evaluation.siblings``: what it finds again, it finds by another seed.
+
+    Raises:
+        ConfigError: it is of this run's seed, or this run.
+        DataError: there is no run of that name, or it was trained on other data.
+    """
+    sibling = _compared_run(config, name, data_hash)
+    if sibling.saved_config().seed == config.seed:
+        raise ConfigError(
+            f"evaluation.siblings: the run {name} has this run's own seed ({config.seed}), and "
+            "would find its clusters again by itself: name runs of other seeds"
+        )
+    return sibling
 
 
 def _compared_run(config: Config, name: str, data_hash: str) -> Run:
@@ -262,7 +278,7 @@ def _not_comparable(run: Run, control: Run) -> str | None:
 def _predictions_of_siblings(config: Config, run: Run) -> dict[str, pa.Table]:
     """By name, what complete runs of other seeds predict for the same test slices."""
     siblings = {
-        name: _chosen_predictions(_compared_run(config, name, run.info["data_hash"]))
+        name: _chosen_predictions(_sibling(config, name, run.info["data_hash"]))
         for name in config.evaluation.siblings
     }
     return {name: table for name, table in siblings.items() if table is not None}

@@ -1,11 +1,13 @@
 """Which files a source holds, and what their folders or a labels table say of them."""
 
 import hashlib
+import hmac
 import io
 import json
 import os
 import re
 import shlex
+import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -89,30 +91,35 @@ class Listing:
             )
         return remarks
 
-    @property
-    def fingerprint(self) -> str:
-        """Changes when a file or what is said of it does."""
+    def fingerprint(self, salt: bytes) -> str:
+        """Changes when a file or what is said of it does; a keyed hash, since subjects are said."""
         rows = [
             (f.path, f.file.num_bytes, f.file.mtime_ns, f.split, f.label, f.subject)
             for f in self.files
         ]
-        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:12]
+        return hmac.new(salt, json.dumps(rows).encode(), hashlib.sha256).hexdigest()[:12]
 
 
 def list_source(
-    source: Folder, labels: Folder | None, class_map: Mapping[str, str | None]
+    source: Folder,
+    labels: Folder | None,
+    class_map: Mapping[str, str | None],
+    *,
+    reads_splits: bool = True,
 ) -> Listing:
     """Find the image files below ``source`` and what is known of each.
 
     Understood are Training/ and Testing/ folders of class folders, class folders, and bare files;
-    with a labels table the folders name no classes and files without a row are unlabelled.
+    with a labels table the folders name no classes and files without a row are unlabelled. The
+    splits that a table names are passed over where they are not to be read.
 
     Raises:
         DataError: no such folder, no image file in it, a folder beside Training/ and Testing/, or
             a labels table that does not fit.
     """
     found, num_ignored = find_images(source)
-    files = _from_folders(found) if labels is None else _from_table(found, labels)
+    files = _from_folders(found) if labels is None else _from_table(found, labels, reads_splits)
+    class_map = {_normal(name): to for name, to in class_map.items()}
     renamed = [
         replace(file, label=None if file.label is None else class_map.get(file.label, file.label))
         for file in files
@@ -150,7 +157,8 @@ def _guided(num_left: int, num_cpus: int) -> int:
 
 def _check_class_name(name: str) -> None:
     """Names go into metrics, tables and pages: one that is a path or a text is a mistake."""
-    if len(name) > _MAX_CLASS_NAME or not name.isprintable() or set(name) & set("/\\$"):
+    is_plain = name == name.strip() != "" and name.isprintable() and not set(name) & set("/\\$")
+    if len(name) > _MAX_CLASS_NAME or not is_plain:
         shown = name if len(name) <= _MAX_CLASS_NAME else f"{name[:_MAX_CLASS_NAME]} ..."
         raise DataError(
             f"{shown!r} is no class name: up to {_MAX_CLASS_NAME} printable characters without "
@@ -306,20 +314,21 @@ def _check_depth(found: list[FoundFile], top_folders: set[str]) -> None:
             )
 
 
-def _from_table(found: list[FoundFile], labels: Folder) -> list[SourceFile]:
+def _from_table(found: list[FoundFile], labels: Folder, reads_splits: bool) -> list[SourceFile]:
     rows: dict[str, SourceFile] = {}
-    known = {file.path: file for file in found}
+    known = {_normal(file.path): file for file in found} | {file.path: file for file in found}
     for row in _read_labels(labels):
         path = str(row["path"] or "").replace("\\", "/").removeprefix("./")
-        path = path if path in known else path.strip()
+        path = next((p for p in (path, path.strip(), _normal(path.strip())) if p in known), path)
         if path not in known:
             raise DataError(
                 f"labels={labels} names {path!r}, which is no image file below the source: "
                 "paths are relative to it"
             )
+        path = known[path].path
         if path in rows:
             raise DataError(f"labels={labels} names {path!r} twice")
-        split = _text(row.get("split"))
+        split = _text(row.get("split")) if reads_splits else None
         if split is not None and split.lower() not in _SPLIT_FOLDERS:
             raise DataError(f"labels={labels}: split {split!r} of {path!r} is not train or test")
         subject = _text(row.get("subject"))
@@ -377,10 +386,15 @@ def _text(value: object) -> str | None:
 
     Whole numbers of a column with gaps are floats to pandas: its 7.0 is 7.
     """
-    text = "" if value is None else str(value).strip()
+    text = "" if value is None else _normal(str(value).strip())
     if re.fullmatch(r"-?\d+\.0", text):
         text = text.removesuffix(".0")
     return None if text in _MISSING else text
+
+
+def _normal(name: str) -> str:
+    """In Unicode's composed form (NFC): some systems take the accents of names apart."""
+    return unicodedata.normalize("NFC", name)
 
 
 def renaming_advice(unknown: Collection[str]) -> str:

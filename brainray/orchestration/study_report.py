@@ -226,7 +226,9 @@ def _panel(title: str, rows: list[dict[str, Any]], key: str) -> Varied:
         [str(row[key]) for row in averaged],
         {
             label: [
-                (row[f"{name}_mean"], row[f"{name}_std"]) if f"{name}_mean" in row else None
+                (row[f"{name}_mean"], row.get(f"{name}_std", 0.0))
+                if f"{name}_mean" in row
+                else None
                 for row in averaged
             ]
             for label, name in shown.items()

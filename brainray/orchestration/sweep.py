@@ -222,7 +222,7 @@ def _search(config: Config, concurrent: int) -> Searcher | SearchAlgorithm:
         settings = config.tune
         optuna = OptunaSearch(metric=settings.metric, mode=settings.mode, seed=config.seed)
         return ConcurrencyLimiter(optuna, max_concurrent=concurrent)
-    return BasicVariantGenerator(max_concurrent=concurrent, random_state=config.seed)
+    return BasicVariantGenerator(max_concurrent=concurrent, random_state=config.seed % 2**32)
 
 
 def _scheduler(config: Config) -> TrialScheduler | None:

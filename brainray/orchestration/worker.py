@@ -33,6 +33,7 @@ from brainray.engine.evaluate import (
     gather_predictions,
     predictions_table,
     subset_metrics,
+    tells_of_classes,
     validation_metrics,
 )
 from brainray.engine.finite import NonFiniteStep
@@ -102,7 +103,8 @@ def _train(
         rank, num_ranks = context.get_world_rank(), context.get_world_size()
         data = load_rank_data(config, run, store, device, rank, num_ranks)
         encoder = build_encoder(config.encoder.name, start, len(store.classes))
-    trainer = _Trainer(config, run, store, data, encoder, device)
+        test_slices = run.read_table(layout.TEST_SLICES)
+    trainer = _Trainer(config, run, store, data, test_slices, encoder, device)
     with failing_together(device):
         newest = _newest_epoch(run) if rank == 0 else 0
     # All go on from one checkpoint, also where storage shows a new file to some ranks only.
@@ -167,6 +169,7 @@ class _Trainer:
         run: Folder,
         store: ImageStore,
         data: RankData,
+        test_slices: pa.Table,
         encoder: Encoder,
         device: torch.device,
     ) -> None:
@@ -190,6 +193,13 @@ class _Trainer:
         )
         self.steps = plan.num_steps
         self.pool = data.unlabelled if plan.has_pool else data.labelled
+        num_unlabelled = self._count(data.unlabelled)
+        if num_unlabelled and not plan.has_pool and self.sizes.unlabelled and dist.rank() == 0:
+            _say(
+                f"note: {num_unlabelled} unlabelled slices are fewer than a batch of "
+                f"{config.train.batch_size_per_worker} on each of {dist.world_size()} ranks: they "
+                "are clustered, and not learned from"
+            )
         self.typical = data.unlabelled if plan.is_mostly_unlabelled else data.labelled
         self.updates = -(-self.steps // config.train.accumulation_steps)  # of each epoch
         self.optimizer, self.scheduler = build_optimizer(
@@ -199,7 +209,7 @@ class _Trainer:
         self.average = build_average(self.encoder, config.train.ema_decay)
         if config.train.compile:
             self.model.compile()
-        self.test_slices = run.read_table(layout.TEST_SLICES)
+        self.test_slices = test_slices
         self._tests_each_epoch = config.evaluation.test_each_epoch
         self.epoch = 0
         self.history: list[dict[str, float]] = []
@@ -512,7 +522,7 @@ class _Trainer:
         for subset, mask in subset_masks(self.test_slices).items():
             chosen = test.select(mask)
             metrics |= subset_metrics(chosen, self.classes, subset)
-            if len(self.classes) <= _MAX_CONFUSED:
+            if len(self.classes) <= _MAX_CONFUSED and tells_of_classes(chosen, subset):
                 metrics |= confusion_metrics(chosen, self.classes, f"test/{subset}")
         for name in ("silhouette", "nmi", "ari", "fmi"):
             if f"test/clean/cluster/{name}" in metrics:

@@ -23,7 +23,7 @@ def count(metrics: Metrics, name: str) -> str:
 def share(metrics: Metrics, name: str) -> str:
     """Such as ``17 %``."""
     value = metrics.get(name)
-    return MISSING if value is None or isnan(value) else f"{100 * value:.0f} %"
+    return MISSING if value is None or isnan(value) else f"{round(100 * value)} %"
 
 
 def with_interval(metrics: Metrics, name: str) -> str:

@@ -6,14 +6,15 @@ import pyarrow.compute as pc
 
 from brainray.report.figures import Confusion, confusion_counts, confusion_matrices
 from brainray.report.style import png_bytes
-from brainray.schema import subset_masks
+from brainray.schema import MIN_STRICT_SUPPORT, subset_masks
 from brainray.storage import Folder
 
 _PREDICTORS = {"head": "head (softmax)", "cluster_class": "clusters (mixture)"}
 
 
 def draw_evaluation_figures(folder: Folder, predictions: pa.Table, classes: list[str]) -> list[str]:
-    """Write ``figures/confusion_all.png`` and, where they are known, ``_clean`` and ``_strict``.
+    """Write ``figures/confusion_all.png`` and, where they are known, ``_clean`` and ``_strict``,
+    this where no class has too few slices for figures by class.
 
     Args:
         folder: of the evaluation, or of the run.
@@ -30,7 +31,9 @@ def draw_evaluation_figures(folder: Folder, predictions: pa.Table, classes: list
     names = []
     for subset, mask in subset_masks(labelled).items():
         rows = labelled.filter(pa.array(mask))
-        if rows.num_rows:
+        of_class = [count["counts"] for count in pc.value_counts(rows["label"]).to_pylist()]
+        is_withheld = subset == "strict" and min(of_class, default=0) < MIN_STRICT_SUPPORT
+        if rows.num_rows and not is_withheld:
             panels = [_confusion(rows, column, classes) for column in _PREDICTORS]
             title = f"Confusion matrices, test slices: {subset} ({rows.num_rows:,})"
             figure = confusion_matrices(panels, classes, title)

@@ -41,7 +41,7 @@ def model_card(facts: CardFacts, metrics: Metrics) -> str:
         f"# {facts.name}",
         "**For research only. This is not a medical device, and nothing it says is clinical "
         "advice.**",
-        f"A {facts.encoder} that was trained on brain MRI slices of which few have a label "
+        f"A {facts.encoder} that was trained on brain MRI slices, some or all of them labelled "
         f"(objective `{facts.objective}`), after epoch {facts.epoch}, with a Gaussian mixture of "
         f"{facts.num_clusters} components over its embeddings. It tells a slice's class "
         f"({', '.join(facts.classes)}), how sure it is, the cluster that the slice belongs to, how "

@@ -411,8 +411,8 @@ def _told_shown(shown: pa.Table, whole: pa.Table) -> str:
 
 def _summary(metrics: Metrics, chosen: int, num_epochs: int, shown: str) -> list[str]:
     return [
-        "An encoder was trained on brain MRI slices of which few have a label. After every epoch "
-        "the embeddings of all training slices were clustered, and the clusters guided the next.",
+        "An encoder was trained on brain MRI slices, some or all of them labelled. After every "
+        "epoch the embeddings of all training slices were clustered.",
         f"Epoch {chosen} of {num_epochs} was chosen on labelled slices held out for that. "
         + _scores(metrics),
         shown,

@@ -29,7 +29,7 @@ Row = Mapping[str, Any]
 def average_over_seeds(rows: Iterable[Row], by: Sequence[str]) -> list[dict[str, Any]]:
     """One row for each combination of ``by``, in the order of first appearance.
 
-    A figure becomes ``NAME_mean`` and ``NAME_std`` (sample standard deviation, 0 for one seed)
+    A figure becomes ``NAME_mean`` and ``NAME_std`` (sample standard deviation; none for one seed)
     over the rows that have it, ``num_seeds`` of all of them; one that no row has is left out.
     """
     groups: dict[tuple[Any, ...], list[Row]] = {}
@@ -43,7 +43,8 @@ def average_over_seeds(rows: Iterable[Row], by: Sequence[str]) -> list[dict[str,
             found = [float(row[name]) for row in members if row.get(name) is not None]
             if found:
                 result[f"{name}_mean"] = fmean(found)
-                result[f"{name}_std"] = stdev(found) if len(found) > 1 else 0.0
+            if len(found) > 1:
+                result[f"{name}_std"] = stdev(found)
         averaged.append(result)
     return averaged
 
@@ -124,10 +125,10 @@ def csv_text(rows: Sequence[Row]) -> str:
 
 def _cell(row: Row, name: str) -> str:
     mean, std = row.get(f"{name}_mean"), row.get(f"{name}_std")
-    if mean is None or std is None:
+    if mean is None:
         return MISSING
     if name == "num_clusters":
-        return f"{mean:.0f}" if std == 0 else f"{mean:.1f} ± {std:.1f}"
+        return f"{mean:.1f} ± {std:.1f}" if std else f"{mean:.0f}"
     if name == "noise_share":
         return f"{mean:.1%}"
-    return f"{mean:.3f} ± {std:.3f}"
+    return f"{mean:.3f}" if std is None else f"{mean:.3f} ± {std:.3f}"

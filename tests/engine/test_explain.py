@@ -34,8 +34,8 @@ def test_a_map_is_activation_times_positive_gradient() -> None:
     torch.manual_seed(0)
     encoder = Encoder("resnet18", 3).eval()
     checkpoint = checkpoint_of(encoder, 3)
-    images = torch.randint(0, 256, (4, 1, 64, 64), dtype=torch.uint8)
-    classes = torch.tensor([0, 1, 2, 1])
+    images = torch.randint(0, 256, (6, 1, 64, 64), dtype=torch.uint8)  # more than go at once
+    classes = torch.tensor([0, 1, 2, 1, 0, 2])
     maps = class_activation_maps(checkpoint, images, classes)
     kept: list[Tensor] = []
 
@@ -45,7 +45,7 @@ def test_a_map_is_activation_times_positive_gradient() -> None:
 
     encoder.backbone.layer1.register_forward_hook(keep)
     logits = encoder(checkpoint.scale.standardise(checkpoint.scale.to_unit(images))).logits
-    logits[torch.arange(4), classes].sum().backward()
+    logits[torch.arange(6), classes].sum().backward()
     gradient = kept[0].grad
     assert gradient is not None
     grid = (gradient.clamp_min(0) * kept[0].detach()).sum(dim=1, keepdim=True)

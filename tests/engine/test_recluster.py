@@ -1,13 +1,20 @@
 """Re-clustering: the mixture, its classes and its numbering."""
 
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor
 
 from brainray.config import ClusteringConfig
-from brainray.engine.recluster import Reclustering, check_num_clusters, recluster, weighted_means
+from brainray.engine.recluster import (
+    Reclustering,
+    check_num_clusters,
+    recluster,
+    recluster_in_health,
+    weighted_means,
+)
 from brainray.errors import ClusteringError
 from brainray.schema import UNLABELLED
 
@@ -125,3 +132,18 @@ def test_k_must_fit_classes_and_slices() -> None:
     with pytest.raises(ClusteringError, match=r"num_clusters=9 exceeds .* \(8\)"):
         check_num_clusters(9, 4, 8)
     check_num_clusters(4, 4, 4)
+
+
+@pytest.mark.parametrize(("on_collapse", "num_said"), [("stop", 0), ("reseed", 2), ("warn", 0)])
+def test_embeddings_that_are_all_alike_stop_with_the_epoch(
+    on_collapse: Literal["stop", "reseed", "warn"], num_said: int
+) -> None:
+    z, labels = torch.ones(300, 16) / 4, torch.full((300,), UNLABELLED)
+    config = CONFIG.model_copy(update={"on_collapse": on_collapse})
+    said: list[str] = []
+    attempt = partial(lambda anew: fit(z, labels, config))
+    with pytest.raises(ClusteringError, match=r"^epoch 3(, also reseeded)?: 3 clusters need"):
+        recluster_in_health(
+            attempt, z, torch.ones(300, 3) / 3, config, where="epoch 3", say=said.append
+        )
+    assert len(said) == num_said

@@ -8,6 +8,7 @@ import struct
 import tracemalloc
 import zlib
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image, ImageOps, TiffImagePlugin
@@ -88,6 +89,23 @@ def test_a_dead_pixel_does_not_darken_the_rest() -> None:
     assert image[5, 5] == 255
     others = np.arange(RAMP.size) != 5 * RAMP.shape[1] + 5
     np.testing.assert_allclose(image.ravel()[others], whole.ravel()[others].astype(int), atol=2)
+
+
+@pytest.mark.parametrize("share", [0.001, 0.4])
+def test_a_value_for_no_data_does_not_take_the_range(share: float) -> None:
+    values = np.random.default_rng(0).uniform(0.2, 1.0, (64, 64)).astype(np.float32)
+    values.flat[: round(share * values.size)] = -9999.0
+    image = decode_one(encode(values, "TIFF"))
+    assert len(np.unique(image)) > 200
+    assert image.flat[0] == 0
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tiff"])
+def test_colour_of_sixteen_bits_is_refused_and_not_cut_to_eight(suffix: str) -> None:
+    grey = np.random.default_rng(0).integers(0, 4096, (64, 64)).astype(np.uint16)
+    for image in (np.dstack([grey] * 3), np.dstack([grey] * 4)):
+        assert reason_of(cv2.imencode(suffix, image)[1].tobytes()) == "unsupported data type"
+    assert len(np.unique(decode_one(cv2.imencode(suffix, grey)[1].tobytes()))) > 200
 
 
 def test_floats_of_any_size_are_scaled_from_their_own_range() -> None:

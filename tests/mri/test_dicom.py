@@ -385,7 +385,11 @@ def test_without_a_patient_the_study_is_the_subject_then_the_series(patient: str
     series = subject_of(PatientID=patient, SeriesInstanceUID="1.1.1")
     assert series == subject_of(SeriesInstanceUID="1.1.1")
     assert len({study, series, None}) == 3
+    assert study is not None
+    assert study.startswith("study-")  # a patient may have several
     assert subject_of(PatientID=patient) is None
+    frames = decode_file(make_dicom(np.stack([RAMP, RAMP.T.reshape(RAMP.shape)])), OPTIONS)
+    assert len({one.subject_id for one in frames} - {None}) == 1
 
 
 SECRETS: dict[str, str] = {

@@ -68,6 +68,7 @@ def test_a_named_subject_is_compared_by_looks_with_what_names_none() -> None:
         ("header", "header", [0, -1]),
         ("header", "table", [0, 1]),  # p2 of the one may be p9 of the other
         ("volume", "volume", [0, 1]),  # a patient may have several files
+        ("study", "study", [0, 1]),  # and several studies
     ],
 )
 def test_names_prove_a_difference_within_one_way_of_naming(

@@ -359,3 +359,10 @@ def test_broken_bytes_are_decoded_or_rejected_and_nothing_else(compressed: bool)
         except RejectedImage:
             rejected += 1
     assert rejected
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_voxels_do_not_begin_within_the_header(version: int) -> None:
+    content = make_nifti(ball(), version=version)
+    place, kind = (108, np.float32) if version == 1 else (168, np.int64)
+    assert rejection_of(with_header(content, place, kind(0))).detail == "voxels outside the file"

@@ -338,3 +338,10 @@ def test_an_unlabelled_slice_inherits_what_most_labelled_ones_of_its_subject_are
     inherited = inherited_labels(subjects, drawn, labels)
     assert inherited[3] == "a"
     assert [label for row, label in enumerate(inherited) if row != 3] == [None] * 11
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_of_a_class_with_few_groups_the_smallest_is_held_out(seed: int) -> None:
+    groups = [name for name, size in (("a", 80), ("b", 12), ("c", 8)) for _ in range(size)]
+    held_out = draw_test(["rare"] * 100, groups, fraction=0.01, seed=seed)
+    assert {groups[row] for row in np.flatnonzero(held_out)} == {"c"}

@@ -158,6 +158,22 @@ def test_old_slices_keep_split_group_and_role(
         assert roles[0].items() <= roles[1].items()
 
 
+def test_held_out_slices_that_were_away_come_back_held_out(
+    source: Path, stores: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(stores["grouped"], tmp_path / "g")
+    before = index(opened(tmp_path / "g"))
+    tested = [path for path, split in before["split"].items() if split == "test"]
+    for path in tested:
+        (source / path).rename(tmp_path / path.replace("/", "-"))
+    without = index(made(tmp_path / "g", source, "split.mode=grouped"))
+    assert not set(without.index) & set(tested)
+    for path in tested:
+        (tmp_path / path.replace("/", "-")).rename(source / path)
+    after = index(made(tmp_path / "g", source, "split.mode=grouped"))
+    assert set(after.loc[tested, "split"]) == {"test"}
+
+
 def test_new_labels_need_no_decoding(source: Path, tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     bare.mkdir()

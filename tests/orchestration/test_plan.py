@@ -15,6 +15,7 @@ from brainray.orchestration.plan import (
     _as_tables_name_them,
     _check_classes,
     _first_copies,
+    _official_splits,
     plan_store,
 )
 from brainray.orchestration.source import FoundFile, Listing, SourceFile
@@ -122,3 +123,13 @@ def test_what_to_do_about_a_class_of_test_slices_alone_depends_on_who_held_them_
         _check_classes(rows, was_drawn_before=False)
     with pytest.raises(DataError, match="the store holds out for testing: label some of the"):
         _check_classes(rows, was_drawn_before=True)
+
+
+def test_a_purge_needs_a_test_part_of_the_source() -> None:
+    config = Config.model_validate({"split": {"mode": "purge"}, "source": "/data"})
+    rows = pa.table({"path": ["a", "b"]})
+    with pytest.raises(
+        DataError, match=r"split\.mode=purge needs a test split, and /data has none"
+    ):
+        _official_splits(["train", "train"], rows, config)
+    assert _official_splits(["train", "test"], rows, config) == ["train", "test"]

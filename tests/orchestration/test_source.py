@@ -230,11 +230,11 @@ def test_a_class_name_that_is_a_path_or_a_text_is_refused(tmp_path: Path, name: 
 
 def test_the_fingerprint_follows_paths_and_labels(tmp_path: Path) -> None:
     source = make(tmp_path, "a/1.jpg")
-    before = list_source(source, None, {}).fingerprint
-    assert list_source(source, None, {}).fingerprint == before
-    assert list_source(source, None, {"a": "b"}).fingerprint != before
+    before = list_source(source, None, {}).fingerprint(b"salt")
+    assert list_source(source, None, {}).fingerprint(b"salt") == before
+    assert list_source(source, None, {"a": "b"}).fingerprint(b"salt") != before
     make(tmp_path, "a/2.jpg")
-    assert list_source(source, None, {}).fingerprint != before
+    assert list_source(source, None, {}).fingerprint(b"salt") != before
 
 
 @pytest.mark.parametrize(
@@ -269,3 +269,31 @@ def test_large_files_share_no_task_with_many() -> None:
     files = [FoundFile(f"{i}.nii", size * 2**20, 0) for i, size in enumerate(megabytes)]
     tasks = [[file.num_bytes // 2**20 for file in task] for task in files_of_tasks(files, 9, 1)]
     assert tasks == [[1, 1, 40], [30], [100], [1]]
+
+
+def test_a_split_of_our_own_reads_none_of_the_tables(tmp_path: Path) -> None:
+    source = make(tmp_path / "s", "1.jpg", "2.jpg")
+    (tmp_path / "labels.csv").write_text("path,label,split\n1.jpg,a,val\n2.jpg,b,test\n")
+    listing = list_source(source, Folder(tmp_path / "labels.csv"), {}, reads_splits=False)
+    assert [(file.split, file.label) for file in listing.files] == [(None, "a"), (None, "b")]
+
+
+def test_accents_are_the_same_however_they_are_written(tmp_path: Path) -> None:
+    composed, apart = "T\u00fcmor", "Tu\u0308mor"
+    source = make(tmp_path / "s", f"{composed}/1.jpg", f"{apart}/2.jpg")
+    assert {row[2] for row in listed(source)} == {composed}
+    assert {file.label for file in list_source(source, None, {apart: "glioma"}).files} == {"glioma"}
+    rows = f"{apart}/1.jpg,a,Zoe\u0308\n{apart}/2.jpg,b,Zo\u00eb\n"
+    (tmp_path / "labels.csv").write_text(f"path,label,subject\n{rows}")
+    assert {row[3] for row in listed(source, Folder(tmp_path / "labels.csv"))} == {"Zo\u00eb"}
+
+
+def test_the_fingerprint_of_a_listing_is_keyed(tmp_path: Path) -> None:
+    listing = list_source(make(tmp_path, "a/1.jpg"), None, {})
+    assert listing.fingerprint(b"one") != listing.fingerprint(b"another")
+
+
+@pytest.mark.parametrize("name", ["", " ", " a"])
+def test_a_class_needs_a_name(tmp_path: Path, name: str) -> None:
+    with pytest.raises(DataError, match="is no class name"):
+        list_source(make(tmp_path, "a/1.jpg"), None, {"a": name})

@@ -272,7 +272,8 @@ def test_a_control_that_was_drawn_otherwise_or_is_gone_is_said_and_left_out(
     folder.write_bytes("config.yaml", to_yaml(parse_config(saved)).encode())
     written = report(tiny_config(storage, "run=redrawn"), said.append)
     assert said[1].startswith("not compared: no run 'gone'")
-    assert said[2].startswith("not compared: no run 'lost'")
+    assert "the run two-ranks has this run's own seed (0)" in said[2]
+    assert said[3].startswith("not compared: no run 'lost'")
     assert "Against the control" not in written.folder.read_bytes("report.html").decode()
 
 
