@@ -34,7 +34,7 @@ from brainray.mri.phantom import write_phantoms
 from brainray.orchestration import serving
 from brainray.orchestration.driver import TrainedRun
 from brainray.orchestration.evaluation import evaluate
-from brainray.orchestration.export import Export, export, served_files
+from brainray.orchestration.export import Export, _register, export, served_files
 from brainray.orchestration.inference import find_predictor
 from brainray.orchestration.predict import predict
 from brainray.orchestration.preparation import preprocess_file
@@ -290,8 +290,12 @@ def test_what_cannot_be_exported_is_named(
 def test_a_registration_that_fails_leaves_the_run_finished_and_the_server_as_it_was(
     trained: TrainedRun,
 ) -> None:
-    with pytest.raises(TrackingError, match="cannot be used"):
-        export(config_of(trained, "registry.name=a/b", "name=unregistered"))
+    config = config_of(trained, "registry.name=a/b")
+    with (
+        served_files(find_predictor(config, "the test")) as served,
+        pytest.raises(TrackingError, match="cannot be used"),
+    ):
+        _register(config, trained.run, served, print)
     assert trained.mlflow_run_id is not None
     run = MlflowClient(trained.tracking_uri).get_run(trained.mlflow_run_id)
     assert run.info.status == "FINISHED"
