@@ -243,9 +243,8 @@ def _to_grayscale(picture: Image.Image) -> NDArray[np.uint8]:
         if 0 < 4 * (rest - above) < above - low:  # the value that stands for no data
             low = above
         return to_uint8(values, low, rest if 0 < 4 * (rest - low) < high - low else high)
-    if len(picture.getbands()) > 1 and ";16" in str(
-        getattr(picture, "tile", "")
-    ):  # Pillow would halve the bits
+    how_stored = str(getattr(picture, "tile", ""))
+    if len(picture.getbands()) > 1 and ";16" in how_stored:  # Pillow would read half of the bits
         raise RejectedImage("unsupported data type", "colour of 16 bits: store it as grey, or as 8")
     picture = _upright(picture)
     if picture.has_transparency_data:
