@@ -1,6 +1,5 @@
 """Fixtures that are slow to make are made once: a Ray cluster, phantom folders, a trained run."""
 
-import logging
 import os
 import signal
 from collections.abc import Iterator
@@ -38,15 +37,12 @@ def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ray_cluster() -> Iterator[None]:
     """A local Ray cluster of two CPUs for the whole session."""
     import ray
-    import ray.data
 
     from brainray.orchestration.job import attach_to_ray, init_ray
 
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     init_ray(num_cpus=2, object_store_memory=300_000_000)
     attach_to_ray()  # its settings of Ray Data
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    ray.data.DataContext.get_current().enable_progress_bars = False
     yield
     ray.shutdown()
 

@@ -1,5 +1,6 @@
 """The encoder of METHOD A: a torchvision network without its last layer, and a linear head."""
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -87,14 +88,23 @@ def imagenet_state(name: str) -> dict[str, Tensor]:
 
 
 def local_state(path: Path) -> dict[str, Tensor]:
-    """A torchvision state dict, or the encoder of a brainray checkpoint."""
+    """A torchvision state dict, or the encoder of a brainray checkpoint, in a local file."""
     if not path.is_file():
         raise ConfigError(f"encoder.weights={path}: no such file")
+    return encoder_state(path.read_bytes(), f"encoder.weights={path}")
+
+
+def encoder_state(content: bytes, where: str) -> dict[str, Tensor]:
+    """The same of a file's bytes; ``where`` names it in errors.
+
+    Raises:
+        ConfigError: it is neither.
+    """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises nearly anything on a file that is not one
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"encoder.weights={path} is not a state dict: {reason}") from None
+        raise ConfigError(f"{where} is not a state dict: {reason}") from None
     if isinstance(state, dict) and isinstance(state.get("encoder"), dict):
         state = {
             key.removeprefix("backbone."): value
@@ -102,5 +112,5 @@ def local_state(path: Path) -> dict[str, Tensor]:
             if key.startswith("backbone.")
         }
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ConfigError(f"encoder.weights={path} is not a state dict of tensors")
+        raise ConfigError(f"{where} is not a state dict of tensors")
     return state

@@ -114,7 +114,7 @@ def _read_layout(content: bytes, options: DecodeOptions) -> _Layout:
     num_voxels = math.prod(shape)
     check_num_voxels(num_voxels, options.max_voxels)
     offset = int(header.get_data_offset())
-    if not (544 if is_nifti2 else 352) <= offset <= _MAX_EXTENSION_BYTES:  # header and extender
+    if not header.single_vox_offset <= offset <= _MAX_EXTENSION_BYTES:
         raise RejectedImage("corrupt or truncated", "voxels outside the file")
     num_bytes = offset + num_voxels * header.get_data_dtype().itemsize
     shape = shape if len(shape) == 4 else (*shape, 1)

@@ -75,7 +75,8 @@ def preprocess(config: Config, log: Log = print, *, data_hash: str | None = None
     labels = None if config.labels is None else Folder(config.labels)
     reads_splits = config.split.mode != "grouped"
     listing = list_source(source, labels, config.classes.map, reads_splits=reads_splits)
-    fingerprint = listing.fingerprint(subject_salt(Folder(config.storage)))
+    salt = subject_salt(Folder(config.storage))
+    fingerprint = listing.fingerprint(salt)
     drawn = config.split.mode == "grouped" or not any(file.split for file in listing.files)
     settings = settings_of(config.preprocess, config.split, config.classes.map, drawn=drawn)
     with held(Folder(config.storage), layout.DATASETS, config.name, log):
@@ -86,7 +87,8 @@ def preprocess(config: Config, log: Log = print, *, data_hash: str | None = None
             return previous
         log(f"preprocessing {len(listing.files)} files of {source}{listing.remarks}")
         with target.rebuilt(layout.MANIFEST) as building:
-            manifest = _build(config, listing, settings, previous, building, log)
+            about = {"listing": fingerprint, "subject_salt": salt_id(salt), **settings}
+            manifest = _build(config, listing, about, previous, building, log)
             if data_hash not in {None, manifest["data_hash"]}:
                 raise ConfigError(
                     f"{source} makes other slices (hash {manifest['data_hash']}) than the run of "
@@ -102,17 +104,16 @@ def preprocess(config: Config, log: Log = print, *, data_hash: str | None = None
 def _build(
     config: Config,
     listing: Listing,
-    settings: dict[str, Any],
+    about: dict[str, Any],
     previous: ImageStore | None,
     building: Folder,
     log: Log,
 ) -> dict[str, Any]:
-    """Make the whole store in ``building``; returns its manifest."""
+    """Make the whole store in ``building``; returns its manifest, of which ``about`` is a part."""
     clock = _Clock()
     source, parts = Folder(str(config.source)), building / "parts"
     earlier = Earlier.of(previous)
-    salt = salt_id(subject_salt(Folder(config.storage)))
-    _check_salt(previous, earlier, salt)
+    _check_salt(previous, earlier, about["subject_salt"])
     fingerprints = RowFile(THUMBNAIL_SIDE**2, np.uint8)
     slices, num_decoded = _slices_of_all_files(config, listing, earlier, parts, fingerprints, log)
     clock.passed("decode")
@@ -134,13 +135,11 @@ def _build(
         "format": layout.STORE_FORMAT,
         "name": config.name,
         "source": config.source,
-        "listing": listing.fingerprint(subject_salt(Folder(config.storage))),
         "generation": earlier.generation,
         "num_files": len(listing.files),
         "num_files_decoded": num_decoded,
         "num_ignored_files": listing.num_ignored,
-        **settings,
-        "subject_salt": salt,
+        **about,
         **plan.statistics,
         "num_rejected": rejected.num_rows,
         "rejected_reasons": dict(Counter(rejected["reason"].to_pylist()).most_common()),

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from brainray.engine.forward import forward_passes
 from brainray.engine.recipe import resolve_precision
 from brainray.errors import ConfigError, DataError
 from brainray.log import Log
-from brainray.models.encoder import local_state
+from brainray.models.encoder import encoder_state, local_state
 from brainray.models.features import PIXELS, FeatureEncoder, build_feature_encoder, num_features
 from brainray.mri.identity import content_hash
 from brainray.mri.resize import stretch
@@ -112,13 +111,7 @@ def read_weights(config: Config, feature: FeatureConfig) -> Weights:
 def weights_from(folder: Folder, name: str) -> Weights:
     """Of a checkpoint in a folder, which may be remote."""
     content = folder.read_bytes(name)
-    with tempfile.TemporaryDirectory() as temporary:
-        copy = Path(temporary, name)
-        copy.write_bytes(content)
-        try:
-            return Weights(local_state(copy), content_hash(content))
-        except ConfigError as error:
-            raise ConfigError(str(error).replace(str(copy), f"{folder}/{name}")) from None
+    return Weights(encoder_state(content, f"{folder}/{name}"), content_hash(content))
 
 
 def check_feature(store: ImageStore, name: str, feature: FeatureConfig, weights: Weights) -> int:

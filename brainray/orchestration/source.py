@@ -157,12 +157,13 @@ def _guided(num_left: int, num_cpus: int) -> int:
 
 def _check_class_name(name: str) -> None:
     """Names go into metrics, tables and pages: one that is a path or a text is a mistake."""
-    is_plain = name == name.strip() != "" and name.isprintable() and not set(name) & set("/\\$")
-    if len(name) > _MAX_CLASS_NAME or not is_plain:
+    is_bare = name != "" and name == name.strip()
+    is_plain = name.isprintable() and not set(name) & set("/\\$")
+    if len(name) > _MAX_CLASS_NAME or not (is_bare and is_plain):
         shown = name if len(name) <= _MAX_CLASS_NAME else f"{name[:_MAX_CLASS_NAME]} ..."
         raise DataError(
             f"{shown!r} is no class name: up to {_MAX_CLASS_NAME} printable characters without "
-            "slashes and $; rename it in the labels table or by classes.map"
+            "blanks around, slashes and $; rename it in the labels table or by classes.map"
         )
 
 

@@ -185,15 +185,15 @@ class _Trainer:
             config.train.labelled_batch_size_per_worker, config.train.batch_size_per_worker
         )
         self.encoder: Encoder = encoder.to(device).to(memory_format=torch.channels_last)
+        num_unlabelled = self._count(data.unlabelled)
         plan = plan_epoch(
             self._count(data.labelled),
-            self._count(data.unlabelled),
+            num_unlabelled,
             config.train.batch_size_per_worker,
             dist.world_size(),
         )
         self.steps = plan.num_steps
         self.pool = data.unlabelled if plan.has_pool else data.labelled
-        num_unlabelled = self._count(data.unlabelled)
         if num_unlabelled and not plan.has_pool and self.sizes.unlabelled and dist.rank() == 0:
             _say(
                 f"note: {num_unlabelled} unlabelled slices are fewer than a batch of "

@@ -1,6 +1,5 @@
 """Re-clustering: the mixture, its classes and its numbering."""
 
-from functools import partial
 from typing import Any, Literal
 
 import pytest
@@ -141,9 +140,11 @@ def test_embeddings_that_are_all_alike_stop_with_the_epoch(
     z, labels = torch.ones(300, 16) / 4, torch.full((300,), UNLABELLED)
     config = CONFIG.model_copy(update={"on_collapse": on_collapse})
     said: list[str] = []
-    attempt = partial(lambda anew: fit(z, labels, config))
+    uniform = torch.ones(300, 3) / 3
+
+    def attempt(_: bool) -> Reclustering:
+        return fit(z, labels, config)
+
     with pytest.raises(ClusteringError, match=r"^epoch 3(, also reseeded)?: 3 clusters need"):
-        recluster_in_health(
-            attempt, z, torch.ones(300, 3) / 3, config, where="epoch 3", say=said.append
-        )
+        recluster_in_health(attempt, z, uniform, config, where="epoch 3", say=said.append)
     assert len(said) == num_said
