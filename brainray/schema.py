@@ -68,6 +68,7 @@ IMAGE_INDEX_COLUMNS = [name for name in IMAGE_STORE.names if name != "image"]
 REJECTED = pa.schema(
     [
         ("path", pa.string()),
+        ("frame", pa.string()),  # empty where the file as a whole is left out
         ("reason", pa.string()),  # a short fixed phrase, so that reasons can be counted
         ("detail", pa.string()),
         ("num_bytes", pa.int64()),

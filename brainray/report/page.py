@@ -529,12 +529,13 @@ def _quality(run: Folder) -> list[Table]:
         reasons = folder.read_json(layout.MANIFEST)["rejected_reasons"]
         if reasons:
             counted = [[reason, f"{count:,}"] for reason, count in reasons.items()]
-            tables.append(Table("Rejected files", ["reason", "files"], counted))
+            tables.append(Table("Rejected", ["reason", "files or slices"], counted))
     return tables
 
 
 def _rejected_files(rejected: pa.Table) -> Table:
-    rows = rejected.slice(0, _MAX_REJECTED).select(["path", "reason", "detail"]).to_pylist()
+    columns = ["path", "frame", "reason", "detail"]
+    rows = rejected.slice(0, _MAX_REJECTED).select(columns).to_pylist()
     more = "" if rejected.num_rows <= _MAX_REJECTED else f", the first {_MAX_REJECTED}"
-    cells = [[row["path"], row["reason"], row["detail"] or ""] for row in rows]
-    return Table(f"Rejected files ({rejected.num_rows:,}{more})", ["path", "reason", ""], cells)
+    cells = [[row[column] or "" for column in columns] for row in rows]
+    return Table(f"Rejected ({rejected.num_rows:,}{more})", ["path", "frame", "reason", ""], cells)

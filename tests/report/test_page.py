@@ -138,7 +138,7 @@ def test_clusters_of_one_class_are_its_subtypes(page: Path) -> None:
 def test_an_evaluation_has_a_page_too(tmp_path: Path) -> None:
     folder = Folder(tmp_path / "scored")
     rejected = pa.Table.from_pylist(
-        [{"path": "<a>.jpg", "reason": "not an image"}], schema=REJECTED
+        [{"path": "<a>.dcm", "frame": "frame=7", "reason": "blank image"}], schema=REJECTED
     )
     name = write_evaluation_page(
         folder,
@@ -152,8 +152,9 @@ def test_an_evaluation_has_a_page_too(tmp_path: Path) -> None:
         "run: a\n",
     )
     text = (tmp_path / "scored" / name).read_text()
-    assert "Rejected files (1)" in text
-    assert "&lt;a&gt;.jpg" in text
+    assert "Rejected (1)" in text
+    assert "&lt;a&gt;.dcm" in text
+    assert "frame=7" in text
     assert "75.0 % of all test slices" in text
     shown = data_of(tmp_path / "scored" / name)
     assert len(shown["slices"]) == 10
