@@ -104,28 +104,34 @@ class Folder:
             ) from None
 
     def write_bytes(self, name: str, content: bytes) -> None:
+        with self._new_file(name) as stream:
+            stream.write(content)
+
+    @contextlib.contextmanager
+    def _new_file(self, name: str) -> Iterator[pa.NativeFile]:
+        """Where to write a file that gets its name when the block has ended well."""
         target = self._join(name)
         temporary = _temporary(target)
-        with self._told_why_not(name, len(content)):
+        with self._told_why_not(name):
             self.filesystem.create_dir(target.rpartition("/")[0], recursive=True)
             try:
                 with self.filesystem.open_output_stream(temporary) as stream:
-                    stream.write(content)
-            except OSError:
+                    yield stream
+            except BaseException:
                 self._delete_cut_file(temporary)
                 raise
             self.filesystem.move(temporary, target)
 
     @contextlib.contextmanager
-    def _told_why_not(self, name: str, num_bytes: int) -> Iterator[None]:
+    def _told_why_not(self, name: str) -> Iterator[None]:
         """What a user can mend, in place of the system's error."""
         try:
             yield
         except OSError as error:
             if error.errno in _DISK_IS_FULL:
                 raise StorageError(
-                    f"no space left to write {self.uri}/{name} ({num_bytes:,} bytes): free some "
-                    "and submit again; what was written before is whole"
+                    f"no space left to write {self.uri}/{name}: free some and submit again; what "
+                    "was written before is whole"
                 ) from None
             if error.errno in _NOT_ALLOWED:
                 raise StorageError(
@@ -148,7 +154,7 @@ class Folder:
         """Write a file that must not exist, on a local or mounted folder; whether it did not."""
         target = self._join(name)
         temporary = _temporary(target)
-        with self._told_why_not(name, len(content)):
+        with self._told_why_not(name):
             self.filesystem.create_dir(target.rpartition("/")[0], recursive=True)
             with self.filesystem.open_output_stream(temporary) as stream:
                 stream.write(content)
@@ -191,19 +197,33 @@ class Folder:
         """A Parquet file, or all Parquet files of a folder."""
         return pq.read_table(self._join(name), columns=columns, filesystem=self.filesystem)
 
-    def write_table(self, name: str, table: pa.Table, row_group_size: int | None = None) -> None:
-        sink = pa.BufferOutputStream()
+    def row_groups(self, name: str, columns: list[str]) -> Iterator[pa.Table]:
+        """Those of a Parquet file, one in memory at a time."""
+        with self.filesystem.open_input_file(self._join(name)) as stream:
+            file = pq.ParquetFile(stream, pre_buffer=True)
+            for number in range(file.num_row_groups):
+                yield file.read_row_group(number, columns=columns)
+
+    def write_table(self, name: str, table: pa.Table) -> None:
+        with self.table_writer(name, table.schema) as writer:
+            writer.write_table(table)
+
+    @contextlib.contextmanager
+    def table_writer(self, name: str, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
+        """A Parquet file that is written table by table: each becomes a row group."""
         # To look for equal images, or for the least of them, takes longer than to write them.
-        described = [field.name for field in table.schema if not _holds_bytes(field.type)]
-        pq.write_table(
-            table,
-            sink,
-            compression="lz4",
-            row_group_size=row_group_size,
-            use_dictionary=described,
-            write_statistics=described,
-        )
-        self.write_bytes(name, sink.getvalue().to_pybytes())
+        described = [field.name for field in schema if not _holds_bytes(field.type)]
+        with (
+            self._new_file(name) as stream,
+            pq.ParquetWriter(
+                stream,
+                schema,
+                compression="lz4",
+                use_dictionary=described,
+                write_statistics=described,
+            ) as writer,
+        ):
+            yield writer
 
     def delete(self) -> None:
         """Remove the folder and all it holds, if it exists."""

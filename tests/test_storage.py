@@ -59,6 +59,22 @@ def test_only_columns_without_pixels_are_indexed(tmp_path: Path) -> None:
         assert not about[name].has_dictionary_page
 
 
+def test_of_a_table_that_fails_midway_nothing_is_left(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    table = pa.table({"x": [1, 2]})
+    folder.write_table("part.parquet", table)
+
+    def fail() -> None:
+        with folder.table_writer("part.parquet", table.schema) as writer:
+            writer.write_table(pa.table({"x": [3]}))
+            raise ValueError("midway")
+
+    with pytest.raises(ValueError, match="midway"):
+        fail()
+    assert folder.read_table("part.parquet") == table
+    assert list(tmp_path.iterdir()) == [tmp_path / "part.parquet"]
+
+
 def test_what_a_killed_writer_left_behind_is_passed_over(tmp_path: Path) -> None:
     folder = Folder(tmp_path / "parts")
     folder.write_table("part-0.parquet", pa.table({"x": [1, 2]}))
