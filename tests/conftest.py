@@ -41,7 +41,7 @@ def ray_cluster() -> Iterator[None]:
     from brainray.orchestration.job import attach_to_ray, init_ray
 
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-    init_ray(num_cpus=2, object_store_memory=300_000_000)
+    init_ray(num_cpus=2, num_gpus=0, object_store_memory=300_000_000)
     attach_to_ray()  # its settings of Ray Data
     yield
     ray.shutdown()

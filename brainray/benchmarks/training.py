@@ -147,7 +147,7 @@ def _pixels(slices: list[NDArray[np.uint8]], count: int, side: int) -> Tensor:
 
 def _shard(images: Images) -> SliceShard:
     labels = torch.arange(len(images), device=images.device) % NUM_CLASSES
-    return SliceShard(images, torch.arange(len(images)), labels)
+    return SliceShard(images, torch.arange(len(images), device=images.device), labels)
 
 
 def _ours(

@@ -245,11 +245,11 @@ def measure_batch_statistics(
     generator = Generator(images.device).manual_seed(0)
 
     def seen(batch: Tensor) -> Tensor:
-        unit = scale.to_unit(batch, side)
-        as_they_are, augmented = unit.tensor_split(2)
-        return scale.standardise(
-            torch.cat([as_they_are, augment(augmented, augmentation, generator)])
-        )
+        with autocast(images.device, "fp32"):  # as in training: a view's grid is no product
+            unit = scale.to_unit(batch, side)
+            as_they_are, augmented = unit.tensor_split(2)
+            views = augment(augmented, augmentation, generator)
+            return scale.standardise(torch.cat([as_they_are, views]))
 
     with autocast(images.device, precision):
         update_bn(map(seen, batches), model)

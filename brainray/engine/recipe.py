@@ -9,6 +9,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from brainray.config import ObjectiveConfig, TrainConfig
+from brainray.dist import sum_across_ranks
 from brainray.models.anchored import AnchoredObjective
 from brainray.models.consistency import ConsistencyObjective
 from brainray.models.joint import JointObjective
@@ -94,6 +95,13 @@ def build_optimizer(
         pct_start=config.warmup_fraction,
     )
     return optimizer, scheduler
+
+
+def agreed_precision(precision: str, device: torch.device) -> str:
+    """`resolve_precision` on all ranks together: fp32 where one of them has no other."""
+    resolved = resolve_precision(precision, device)
+    num_fp32 = sum_across_ranks(torch.tensor(int(resolved == "fp32"), device=device))
+    return "fp32" if num_fp32 > 0 else resolved
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:

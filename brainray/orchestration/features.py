@@ -29,7 +29,7 @@ from brainray.models.features import PIXELS, FeatureEncoder, build_feature_encod
 from brainray.mri.identity import content_hash
 from brainray.mri.resize import stretch
 from brainray.orchestration.lock import held
-from brainray.orchestration.resources import alive_nodes, plan_actors
+from brainray.orchestration.resources import alive_nodes, blocks_on_actors, plan_actors
 from brainray.orchestration.run import open_run
 from brainray.orchestration.store import ImageStore
 from brainray.schema import FEATURES
@@ -226,23 +226,18 @@ def _write_parts(
     images = store.folder / layout.IMAGES
     slices = ray.data.read_parquet(images.path, filesystem=images.filesystem)
     device, actors = plan_actors(config.train, alive_nodes(), one_per_node=False)
-    dataset = slices.select_columns([*ROW, "height", "width", "image"]).map_batches(
-        _Extractor,
-        fn_constructor_kwargs={
-            "feature": feature.model_dump(mode="json"),
-            "state": weights.state,
-            "seed": seed,
-            "pixel_mean": store.pixel_mean,
-            "pixel_std": store.pixel_std,
-            "precision": config.train.precision,
-            "device": device,
-        },
-        batch_size=None,  # whole blocks: the same slices together in every run
-        batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=actors.num_actors),
-        num_cpus=actors.num_cpus,
-        num_gpus=actors.num_gpus,
-    )
+    slices = slices.select_columns([*ROW, "height", "width", "image"])
+    arguments = {
+        "feature": feature.model_dump(mode="json"),
+        "state": weights.state,
+        "seed": seed,
+        "pixel_mean": store.pixel_mean,
+        "pixel_std": store.pixel_std,
+        "precision": config.train.precision,
+        "device": device,
+    }
+    # Whole blocks: the same slices are together in every run.
+    dataset = blocks_on_actors(slices, _Extractor, arguments, actors)
     parts.filesystem.create_dir(parts.path, recursive=True)
     dataset.write_parquet(parts.path, filesystem=parts.filesystem)
     return int(parts.read_table("", columns=["sample_id"]).num_rows)

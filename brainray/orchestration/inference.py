@@ -18,7 +18,7 @@ from brainray.engine.state import Checkpoint, load_checkpoint
 from brainray.errors import CheckpointError, ConfigError
 from brainray.mri.identity import content_hash
 from brainray.orchestration.preparation import subject_salt
-from brainray.orchestration.resources import alive_nodes, plan_actors
+from brainray.orchestration.resources import alive_nodes, blocks_on_actors, plan_actors
 from brainray.orchestration.run import Run, open_run, read_run_info
 from brainray.orchestration.slice_tasks import TO_PREDICT, decode_files, select_slices
 from brainray.orchestration.source import SourceFile, files_of_tasks
@@ -190,23 +190,15 @@ def predicted_slices(
 def _embedded(slices: ray.data.Dataset, config: Config, predictor: Predictor) -> ray.data.Dataset:
     """By an actor on every GPU, or on every node without one, which leaves a CPU for decoding."""
     device, actors = plan_actors(config.train, alive_nodes(), one_per_node=True)
-    return slices.map_batches(
-        _Embedder,
-        fn_constructor_kwargs={
-            "folder": predictor.folder,
-            "epoch": predictor.checkpoint.epoch,
-            "precision": config.train.precision,
-            "device": device,
-        },
-        batch_size=None,
-        batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=actors.num_actors),
-        num_cpus=actors.num_cpus,
-        num_gpus=actors.num_gpus,
-        # Tasks that ask for the same as the actor would be fused with it by Ray Data, as on two
-        # CPUs: files would be decoded between two batches, and nothing meanwhile.
-        memory=_EMBEDDER_BYTES,
-    )
+    arguments = {
+        "folder": predictor.folder,
+        "epoch": predictor.checkpoint.epoch,
+        "precision": config.train.precision,
+        "device": device,
+    }
+    # Tasks that ask for the same as the actor would be fused with it by Ray Data, as on two CPUs:
+    # files would be decoded between two batches, and nothing meanwhile.
+    return blocks_on_actors(slices, _Embedder, arguments, actors, memory=_EMBEDDER_BYTES)
 
 
 @contextmanager

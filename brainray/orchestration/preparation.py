@@ -4,6 +4,7 @@ import hashlib
 import hmac
 import os
 import secrets
+import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from brainray import schema
 from brainray.config import PreprocessConfig
-from brainray.errors import ConfigError
+from brainray.errors import ConfigError, DataError
 from brainray.mri import resize
 from brainray.mri.decode import (
     DecodedSlice,
@@ -158,6 +159,10 @@ def read_file(source: Folder, file: FoundFile) -> bytes:
             content = bytes(stream.read())
         now = source.filesystem.get_file_info(path)
     except (OSError, UnicodeError) as error:
+        if not source.exists():
+            raise DataError(
+                f"{source} does not exist on node {socket.gethostname()}: every node must see it"
+            ) from None
         raise RejectedImage(UNREADABLE, type(error).__name__) from None
     if file.mtime_ns and (now.size, now.mtime_ns) != (len(content), file.mtime_ns):
         raise RejectedImage(CHANGED)

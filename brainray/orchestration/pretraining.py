@@ -27,7 +27,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from brainray import dist, layout
 from brainray.clustering.seeding import seed_of
 from brainray.config import Config, FeatureConfig, parse_config
-from brainray.engine.recipe import build_optimizer, resolve_precision
+from brainray.engine.recipe import agreed_precision, build_optimizer
 from brainray.engine.recluster import ClusterModel, Reclustering, recluster_in_health
 from brainray.engine.self_supervised import (
     Convergence,
@@ -83,19 +83,20 @@ def warm_up(config: Config, store: ImageStore, log: Log) -> str | Mapping[str, T
     Raises:
         BrainrayError, ray.train.TrainingFailedError: as `pretrain` does.
     """
-    if config.encoder.pretext == "none":
-        return config.encoder.weights
     feature = FeatureConfig(
         encoder=config.encoder.name,
         weights=config.encoder.weights,
         image_size=config.encoder.pretext_image_size,
         pretext=config.encoder.pretext,
     )
+    weights = read_weights(config, feature)  # here: a worker's node may not have the file
+    if config.encoder.pretext == "none":
+        return weights.state
     learned = pretrain(
         config,
         store,
         feature,
-        read_weights(config, feature),
+        weights,
         dataset=str(config.dataset),
         seed=config.seed,
         log=log,
@@ -253,7 +254,7 @@ class _Learner:
         self.folder = Folder(settings["folder"])
         self.seed: int = settings["seed"]
         self.device = device
-        self.precision = resolve_precision(config.train.precision, device)
+        self.precision = agreed_precision(config.train.precision, device)
         self.pixel_mean, self.pixel_std = store.pixel_mean, store.pixel_std
         self.pretext = build_pretext(feature.pretext, self.settings)
         self.rows = _rows_of_store(store)

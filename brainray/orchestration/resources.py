@@ -3,8 +3,10 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import ray
+import ray.data
 
 from brainray.config import TrainConfig
 from brainray.errors import ConfigError, RoomError
@@ -137,6 +139,38 @@ def plan_actors(
         num_actors = min(len(counts), (sum(counts) - 1) // num_cpus)
         return "cpu", ActorResources(num_actors, num_cpus)
     return "cpu", ActorResources(sum(counts) - 1, num_cpus=1)
+
+
+def blocks_on_actors(
+    dataset: ray.data.Dataset,
+    actor: type,
+    arguments: Mapping[str, Any],
+    resources: ActorResources,
+    *,
+    memory: float | None = None,
+) -> ray.data.Dataset:
+    """The data set's blocks, each as it is, through actors that are built of these arguments.
+
+    ``map_batches`` refuses whole blocks where GPUs are asked for, and with a size of batches would
+    part a file's slices; ``map_groups`` goes this way, too.
+
+    Args:
+        dataset: of Arrow blocks.
+        actor: its ``__call__`` takes a table and returns one.
+        arguments: of its constructor.
+        resources: how many actors there may be, and what Ray reserves for each.
+        memory: that Ray reserves for each, in bytes.
+    """
+    return dataset.map_batches_internal(
+        actor,
+        fn_constructor_kwargs=dict(arguments),
+        batch_size=None,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=resources.num_actors),
+        num_cpus=resources.num_cpus,
+        num_gpus=resources.num_gpus,
+        memory=memory,
+    )
 
 
 def alive_nodes() -> list[NodeResources]:

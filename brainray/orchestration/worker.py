@@ -39,12 +39,12 @@ from brainray.engine.evaluate import (
 from brainray.engine.finite import NonFiniteStep
 from brainray.engine.pseudo_labels import class_shift, pseudo_labels
 from brainray.engine.recipe import (
+    agreed_precision,
     build_average,
     build_objective,
     build_optimizer,
     image_side,
     ramp,
-    resolve_precision,
 )
 from brainray.engine.recluster import ClusterModel, Reclustering, recluster, recluster_in_health
 from brainray.engine.shard import (
@@ -179,7 +179,7 @@ class _Trainer:
         self.scale = PixelScale(store.pixel_mean, store.pixel_std)
         self.data = data
         self.device = device
-        self.precision = resolve_precision(config.train.precision, device)
+        self.precision = agreed_precision(config.train.precision, device)
         self.objective = build_objective(config.objective)
         self.sizes = self.objective.step_sizes(
             config.train.labelled_batch_size_per_worker, config.train.batch_size_per_worker

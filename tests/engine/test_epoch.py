@@ -6,7 +6,9 @@ from typing import cast
 import pytest
 import torch
 
+from brainray import dist
 from brainray.config import AugmentConfig, TrainConfig
+from brainray.engine import recipe
 from brainray.engine.epoch import (
     EpochPlan,
     embed,
@@ -160,6 +162,27 @@ def test_batch_statistics_are_of_slices_as_they_are_and_of_augmented_ones() -> N
     in_parts = measured(by_parts, CachedImages(images), batch_size=11)
     torch.testing.assert_close(in_parts.running_mean, norm.running_mean, rtol=0.02, atol=0.02)
     assert norm.momentum == 0.1
+
+
+def test_views_for_batch_statistics_are_made_in_full_precision() -> None:
+    images = torch.randint(0, 256, (8, 1, 64, 64), dtype=torch.uint8)
+    seen: dict[str, torch.Tensor] = {}
+    for precision in ("fp32", "bf16"):
+        encoder = Encoder("resnet18", num_classes=2)
+
+        def keep(_: torch.nn.Module, batch: tuple[torch.Tensor], key: str = precision) -> None:
+            seen[key] = batch[0]
+
+        encoder.register_forward_pre_hook(keep)
+        measure_batch_statistics(
+            encoder,
+            CachedImages(images),
+            augmentation=AugmentConfig(policy="weak", max_rotation_deg=30.0, max_blur_sigma=1.0),
+            scale=SCALE,
+            batch_size=8,
+            precision=precision,
+        )
+    assert torch.equal(seen["bf16"], seen["fp32"])
 
 
 def test_no_batch_of_statistics_is_a_slice_alone() -> None:
@@ -319,6 +342,18 @@ def test_standardised_pixels_by_hand() -> None:
 def test_keys_are_the_leading_bits_of_sample_ids() -> None:
     keys = sample_keys(["0" * 15 + "a" + "f" * 16, "f" * 32])
     assert keys.tolist() == [10, -1]
+
+
+def precision_beside_a_rank_without_bf16() -> tuple[str, str]:
+    recipe.resolve_precision = lambda *_: "fp32" if dist.rank() else "bf16"
+    mixed = recipe.agreed_precision("auto", torch.device("cpu"))
+    recipe.resolve_precision = lambda *_: "bf16"
+    return mixed, recipe.agreed_precision("auto", torch.device("cpu"))
+
+
+def test_all_ranks_of_a_run_compute_in_one_precision() -> None:
+    found = dist.run_on_ranks(precision_beside_a_rank_without_bf16, 2)
+    assert found == [("fp32", "bf16")] * 2
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from brainray.config import PreprocessConfig
-from brainray.errors import ConfigError
+from brainray.errors import ConfigError, DataError
 from brainray.mri.decode import RejectedImage
 from brainray.mri.resize import auto_gamma, min_max
 from brainray.orchestration.preparation import preprocess_file, read_file, subject_salt
@@ -31,6 +31,8 @@ def test_a_file_that_changes_or_vanishes_is_left_out(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(RejectedImage, match="unreadable file"):
         read_file(Folder(tmp_path), listed.file)
+    with pytest.raises(DataError, match=r"absent does not exist on node .*every node must see it"):
+        read_file(Folder(tmp_path / "absent"), listed.file)
 
 
 def test_a_known_problem_is_told_without_reading(tmp_path: Path) -> None:

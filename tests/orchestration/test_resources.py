@@ -5,7 +5,10 @@ import platform
 import subprocess
 import sys
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
+import ray.data
 
 from brainray.config import TrainConfig
 from brainray.errors import ConfigError
@@ -14,6 +17,7 @@ from brainray.orchestration.resources import (
     QUIET,
     ActorResources,
     WorkerResources,
+    blocks_on_actors,
     plan_actors,
     plan_workers,
 )
@@ -104,6 +108,25 @@ def test_actors_embed_where_training_would_train() -> None:
     assert actors([GPU_NODE], device="cpu") == ("cpu", ActorResources(1, num_cpus=7))
     with pytest.raises(ConfigError, match="no GPU"):
         actors([HEAD], device="cuda")
+
+
+class AddOne:
+    def __init__(self, amount: int) -> None:
+        self.amount = amount
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        return pa.table({"x": pc.add(block["x"], self.amount), "rows": [len(block)] * len(block)})
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_actors_get_whole_blocks_also_on_gpus() -> None:
+    blocks = [pa.table({"x": [1, 2, 3]}), pa.table({"x": [4]})]
+    dataset = ray.data.from_arrow(blocks)
+    on_cpu = blocks_on_actors(dataset, AddOne, {"amount": 1}, ActorResources(1))
+    rows = sorted((row["x"], row["rows"]) for row in on_cpu.take_all())
+    assert rows == [(2, 3), (3, 3), (4, 3), (5, 1)]
+    # No GPU is here to run it; Ray's own map_batches would refuse it already now.
+    blocks_on_actors(dataset, AddOne, {"amount": 1}, ActorResources(1, num_gpus=1))
 
 
 def test_workers_on_cpus_keep_the_memory_that_a_step_frees(monkeypatch: pytest.MonkeyPatch) -> None:

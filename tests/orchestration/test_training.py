@@ -39,6 +39,7 @@ from brainray.orchestration.driver import (
     train,
 )
 from brainray.orchestration.evaluation import evaluate
+from brainray.orchestration.pretraining import warm_up
 from brainray.orchestration.publish import _last_submission, config_to_track, publish
 from brainray.orchestration.rank_data import load_rank_data
 from brainray.orchestration.reporting import against_control, report
@@ -588,6 +589,16 @@ def test_a_new_run_tells_how_many_labels_it_reads_and_what_nothing_tells(
             assert 0.4 < num_read / num_labels < 0.6
             assert told[0].startswith(f"the run reads {num_read} of {num_labels} labels")
         assert f"nothing beside {weights} tells what it was trained on" in lines[-1]
+
+
+def test_a_file_of_weights_is_read_where_the_driver_runs(
+    storage: Path, trained: TrainedRun
+) -> None:
+    path = f"{trained.run.folder}/best/model.pt"
+    config = config_of(storage, "from-file", f"encoder.weights={path}")
+    start = warm_up(config, ImageStore.open(Folder(storage) / "datasets" / "mri"), print)
+    assert not isinstance(start, str)
+    assert "conv1.weight" in start
 
 
 def test_a_run_is_not_resumed_with_other_settings(storage: Path, trained: TrainedRun) -> None:
