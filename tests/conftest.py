@@ -99,6 +99,7 @@ def tiny_config(storage: Path, *overrides: str) -> Config:
         "train.num_epochs=2",
         "train.num_workers=1",
         "train.cpus_per_worker=1",
+        "train.device=cpu",  # also where there is a GPU: two workers have no room on one
         "train.batch_size_per_worker=8",
         "train.labelled_batch_size_per_worker=8",
         "train.precision=fp32",
