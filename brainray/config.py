@@ -15,6 +15,7 @@ import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -276,6 +277,15 @@ class AugmentConfig(_Section):
         return strengths == AugmentConfig(policy="none").model_dump(exclude={"policy"})
 
 
+def _of_policy(default: str) -> BeforeValidator:
+    """Of a section that sets strengths and names no policy: this one, not `AugmentConfig`'s."""
+
+    def fill(values: Any) -> Any:
+        return {"policy": default} | values if isinstance(values, dict) else values
+
+    return BeforeValidator(fill)
+
+
 class ObjectiveConfig(_Section):
     name: Literal["joint", "supervised", "consistency", "prototype", "anchored"] = "joint"
     """``joint`` is METHOD A's; ``supervised`` its control: cross entropy on the labelled only;
@@ -528,7 +538,7 @@ class SelfSupervisionConfig(_Section):
     slices that are likely of one subject, which are then never held against each other."""
     projection_dim: Positive = 128
     """Dimensions in which views are contrasted."""
-    augment: AugmentConfig = AugmentConfig(policy="weak")
+    augment: Annotated[AugmentConfig, _of_policy("weak")] = AugmentConfig(policy="weak")
     """How views differ; the rotation pretext flips none upside down and turns them little. Short
     trainings learn nothing from ``strong`` views (docs/study.md)."""
     batch_size_per_worker: Positive = 128
@@ -638,7 +648,7 @@ class Config(_Section):
     split: SplitConfig = SplitConfig()
     encoder: EncoderConfig = EncoderConfig()
     augment: AugmentConfig = AugmentConfig()
-    augment_unlabelled: AugmentConfig = AugmentConfig(policy="none")
+    augment_unlabelled: Annotated[AugmentConfig, _of_policy("none")] = AugmentConfig(policy="none")
     objective: ObjectiveConfig = ObjectiveConfig()
     clustering: ClusteringConfig = ClusteringConfig()
     train: TrainConfig = TrainConfig()
@@ -849,8 +859,10 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     if of_space is not None:  # the key of a setting, which has dots of its own
         parents, leaf = ["tune", "space", of_space["setting"]], of_space["kind"]
     try:
-        # YAML would take the rest of a path with " #" in it for a comment.
+        # Of a path, YAML would take what follows " #" for a comment, and ": " for a mapping.
         value = text if " #" in text else yaml.load(text, _PlainLoader)
+        if isinstance(value, dict) and not text.lstrip().startswith("{"):
+            value = text
     except Exception:  # as in a file: PyYAML raises nearly anything
         value = text
     node = tree

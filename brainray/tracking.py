@@ -27,6 +27,7 @@ from mlflow import MlflowClient
 from mlflow.entities import LifecycleStage, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
+from mlflow.store.db import utils as db_utils
 from mlflow.types import ColSpec, DataType, Schema
 from mlflow.types.schema import Array
 
@@ -41,6 +42,7 @@ URI_VARIABLE = "MLFLOW_TRACKING_URI"
 
 _BATCH = 500  # MLflow refuses batches of more than 1,000 metrics
 _MAX_PARAMS = 100
+_DATABASE_RETRIES = 3  # in half a second; MLflow's own ten take two minutes, for every call
 _FORBIDDEN = re.compile(r"[^\w\-. :/]")
 
 
@@ -118,19 +120,20 @@ class MLflowTracker:
     def begin(self, name: str, params: Mapping[str, object], tags: Mapping[str, str]) -> None:
         with _readable_errors(self._uri):
             client = self._connect()
-            if self._run.exists(layout.TRACKING):
-                self._state = self._run.read_json(layout.TRACKING)
-            if self._state.get("uri") == redacted(self._uri) and self._is_known(client):
+            uri = redacted(self._uri)  # a file in storage is no place for a password
+            self._state = self._read_state(uri)
+            if self._state.get("run_id") is not None and self._is_known(client):
                 client.update_run(self._id, status="RUNNING")
                 client.log_batch(self._id, tags=_tags(tags))
             else:
                 run = client.create_run(self._experiment_id(client), run_name=name, tags=dict(tags))
                 self._state = {
-                    "uri": redacted(self._uri),  # a file in storage is no place for a password
+                    "uri": uri,
                     "run_id": run.info.run_id,
                     "epochs_sent": 0,
+                    "elsewhere": self._state["elsewhere"],
                 }
-                self._save()
+            self._save()
             if not self._state.get("params_sent"):
                 flat = [Param(_key(key), str(value)) for key, value in params.items()]
                 for start in range(0, len(flat), _MAX_PARAMS):
@@ -188,6 +191,16 @@ class MLflowTracker:
             raise TrackingError("the MLflow run has not begun")
         return self.run_id
 
+    def _read_state(self, uri: str) -> dict[str, object]:
+        """What has been sent to this server; ``elsewhere``, to each other one."""
+        if not self._run.exists(layout.TRACKING):
+            return {"elsewhere": {}}
+        saved = self._run.read_json(layout.TRACKING)
+        elsewhere = saved.pop("elsewhere", {})
+        servers = elsewhere | {saved["uri"]: saved}
+        state = servers.pop(uri, {})
+        return state | {"elsewhere": servers}
+
     def _is_known(self, client: MlflowClient) -> bool:
         """Whether the server still has the run: it, or the database, may have been deleted."""
         try:
@@ -202,6 +215,7 @@ class MLflowTracker:
             # An unreachable server must cost seconds, not the minutes of MLflow's defaults.
             os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
             os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+            db_utils.MAX_RETRY_COUNT = _DATABASE_RETRIES  # there is no variable for it
             _quiet()
             self._client = MlflowClient(tracking_uri=self._uri)
         return self._client
@@ -326,7 +340,8 @@ def default_uri(storage: Folder) -> str:
     """A SQLite file in a local storage, else in ~/brainray."""
     folder = storage.local_path or Path.home() / "brainray"
     folder.mkdir(parents=True, exist_ok=True)
-    return f"sqlite:///{folder}/mlflow.db"
+    path = str(folder).replace("%", "%25").replace("?", "%3F")  # as SQLAlchemy reads it
+    return f"sqlite:///{path}/mlflow.db"
 
 
 def artifact_location(uri: str, storage: Folder) -> str | None:

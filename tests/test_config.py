@@ -164,6 +164,22 @@ def test_a_policy_wins_over_what_another_brought_to_a_saved_config() -> None:
     assert changed.bias_field == 0.15  # set by hand
 
 
+def test_one_strength_leaves_the_others_of_its_section_as_they_were() -> None:
+    overrides = ["augment_unlabelled.max_noise_std=0.1", "self_supervision.augment.max_zoom=0.3"]
+    config, default = load_config(None, overrides), load_config(None)
+    noisy = default.augment_unlabelled.model_copy(update={"max_noise_std": 0.1})
+    assert config.augment_unlabelled == noisy
+    zoomed = default.self_supervision.augment.model_copy(update={"max_zoom": 0.3})
+    assert config.self_supervision.augment == zoomed
+    assert config.augment == default.augment
+
+
+def test_a_path_with_a_colon_is_a_path() -> None:
+    assert load_config(None, ["source=/data/new scans: A"]).source == "/data/new scans: A"
+    mapped = load_config(None, ["classes.map={a: b}"])
+    assert mapped.classes.map == {"a": "b"}
+
+
 def test_a_domain_of_a_search_can_be_set_by_its_dotted_key() -> None:
     overrides = ["tune.space.train.learning_rate.log_uniform=[1e-4, 1e-3]"]
     overrides += ["tune.space.objective.name.choice=[joint]"]

@@ -1,5 +1,6 @@
 """MLflow shows the run's folder: nothing twice, nothing lost, and no server is not the end."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,28 @@ def test_a_run_that_the_server_has_lost_is_made_anew(run: Folder) -> None:
     assert client.get_run(str(after.run_id)).data.params == {"a": "1"}
 
 
+def test_a_run_is_sent_once_to_each_server(run: Folder) -> None:
+    first, second = database(run), f"sqlite:///{run.path}/other.db"
+    for uri in (first, second, first, second):
+        sending = tracker(run, uri)
+        sending.begin("first", {"a": 1}, {})
+        sending.log_epochs(HISTORY)
+        assert run.read_json("tracking.json")["uri"] == uri
+    for uri in (first, second):
+        client = MlflowClient(uri)
+        experiment = client.get_experiment_by_name("tests")
+        assert experiment is not None
+        (found,) = client.search_runs([experiment.experiment_id])
+        assert len(client.get_metric_history(found.info.run_id, "train/loss/ce")) == 3
+
+
+def test_a_database_that_cannot_be_opened_costs_seconds(run: Folder, tmp_path: Path) -> None:
+    began = time.monotonic()
+    with pytest.raises(TrackingError, match="cannot be used"):
+        tracker(run, f"sqlite:///{tmp_path}").begin("first", {}, {})  # a folder
+    assert time.monotonic() - began < 5
+
+
 def test_odd_class_names_do_not_stop_the_others(run: Folder) -> None:
     odd = tracker(run, database(run))
     odd.begin("first", {}, {})
@@ -135,6 +158,9 @@ def test_the_default_is_a_database_in_storage(tmp_path: Path) -> None:
     storage = Folder(tmp_path / "storage")
     assert default_uri(storage) == f"sqlite:///{tmp_path}/storage/mlflow.db"
     assert artifact_location("http://server", storage) is None
+    odd = Folder(tmp_path / "50 %25 é?")
+    tracker(odd / "run", default_uri(odd)).begin("first", {}, {})
+    assert (tmp_path / "50 %25 é?" / "mlflow.db").exists()
 
 
 def test_what_has_been_deleted_in_mlflow_is_no_end(run: Folder) -> None:

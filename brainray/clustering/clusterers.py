@@ -53,10 +53,13 @@ class KMeansClusterer:
 
     num_clusters: int
     seed: int
+    max_iter: int = 100
     num_init: int = 10
 
     def fit(self, x: Rows) -> Clustered:
-        kmeans = KMeans(self.num_clusters, seed=self.seed, num_init=self.num_init)
+        kmeans = KMeans(
+            self.num_clusters, seed=self.seed, max_iter=self.max_iter, num_init=self.num_init
+        )
         kmeans.fit(torch.from_numpy(x))
 
         def assign(rows: Rows) -> Labels:
@@ -73,6 +76,8 @@ class MixtureClusterer:
     seed: int
     covariance_type: CovarianceType = "full"
     reg_covar: float = 1e-6
+    max_iter: int = 100
+    tol: float = 1e-3
     num_init: int = 3
 
     def fit(self, x: Rows) -> Clustered:
@@ -80,6 +85,8 @@ class MixtureClusterer:
             self.num_clusters,
             self.covariance_type,
             reg_covar=self.reg_covar,
+            max_iter=self.max_iter,
+            tol=self.tol,
             seed=self.seed,
             num_init=self.num_init,
         )

@@ -1,5 +1,6 @@
 """Training from the driver's side: begin or resume the run, fit, follow, report."""
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import ray
 from torch import Tensor
 
 from brainray import layout
-from brainray.config import Config
+from brainray.config import Config, EvaluationConfig
 from brainray.engine.evaluate import Metrics, summarise
 from brainray.engine.state import load_checkpoint
 from brainray.errors import ConfigError, DataError
@@ -86,14 +87,27 @@ def train(config: Config, log: Log = print) -> TrainedRun:
             except BaseException as stop:
                 tracking.tracker.finish("FAILED" if isinstance(stop, Exception) else "KILLED")
                 raise
+        elif _names_other_runs(config.evaluation, run):
+            log(
+                f"{run.folder} is complete: jobs/report.py --set run={config.name} "
+                "evaluation.control=... writes its page anew with other runs beside it"
+            )
         metrics = run.folder.read_json(layout.SUMMARY)
         send_run(run, tracking.tracker)
     if tracking.tracker.problem is not None:
         log(
             f"MLflow has not got everything; it is kept in {run.folder}. Send it later with: "
-            f"python jobs/track.py --set run={config.name} storage={config.storage}"
+            f"python jobs/track.py --set run={config.name} "
+            + shlex.quote(f"storage={config.storage}")
         )
     return TrainedRun(run, metrics, tracking.mlflow_run_id, tracking.uri)
+
+
+def _names_other_runs(evaluation: EvaluationConfig, run: Run) -> bool:
+    """To set beside the run than it was begun with."""
+    saved = run.saved_config().evaluation
+    asked = (evaluation.control, evaluation.siblings)
+    return asked not in [(None, ()), (saved.control, saved.siblings)]
 
 
 @contextmanager

@@ -74,10 +74,14 @@ def evaluate(config: Config, log: Log = print, only_paths: set[str] | None = Non
 def _evaluate(
     config: Config, predictor: Predictor, target: Folder, log: Log, only_paths: set[str] | None
 ) -> Evaluation:
-    _check_source(config, target)
+    if only_paths is None:
+        _check_source(config, target)
     checkpoint, seen = predictor.checkpoint, predictor.seen()
     labels = None if config.labels is None else Folder(config.labels)
-    listing = list_source(Folder(str(config.source)), labels, config.classes.map)
+    # Of chosen paths the split is known already; a table may call it something else.
+    listing = list_source(
+        Folder(str(config.source)), labels, config.classes.map, reads_splits=only_paths is None
+    )
     files = _files_to_score(listing, config, checkpoint.classes, only_paths)
     log(
         f"evaluating {predictor.folder} (epoch {checkpoint.epoch}) on {len(files)} files"

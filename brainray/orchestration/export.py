@@ -27,6 +27,7 @@ from brainray.log import Log
 from brainray.mri.duplicates import thumbnail_matrix
 from brainray.orchestration import serving
 from brainray.orchestration.inference import Predictor, find_predictor
+from brainray.orchestration.lock import held
 from brainray.orchestration.publish import begin_tracking, code_hash, config_to_track
 from brainray.orchestration.run import Run, open_run, read_run_info
 from brainray.report.model_card import CardFacts, model_card
@@ -70,8 +71,13 @@ def export(config: Config, log: Log = print) -> Export:
     name = config.name or config.run
     if name is None:
         raise ConfigError("export of a checkpoint needs --set name=NAME")
-    target = Folder(config.storage) / layout.EXPORTS / name
-    with served_files(predictor) as served, tempfile.TemporaryDirectory() as temporary:
+    storage = Folder(config.storage)
+    target = storage / layout.EXPORTS / name
+    with (
+        held(storage, layout.EXPORTS, name, log),
+        served_files(predictor) as served,
+        tempfile.TemporaryDirectory() as temporary,
+    ):
         local = Path(temporary)
         for made in served.data.iterdir():
             (local / made.name).write_bytes(made.read_bytes())

@@ -103,10 +103,15 @@ def build_clusterer(cell: Cell, study: StudyConfig, clustering: ClusteringConfig
     limits = (cell.seed, study.max_quadratic_rows)
     match cell.clusterer:
         case "kmeans":
-            return KMeansClusterer(cell.num_clusters, cell.seed)
+            return KMeansClusterer(cell.num_clusters, cell.seed, clustering.kmeans_max_iter)
         case "gmm":
             return MixtureClusterer(
-                cell.num_clusters, cell.seed, clustering.covariance_type, clustering.reg_covar
+                cell.num_clusters,
+                cell.seed,
+                clustering.covariance_type,
+                clustering.reg_covar,
+                clustering.gmm_max_iter,
+                clustering.gmm_tol,
             )
         case "agglomerative":
             return AgglomerativeClusterer(cell.num_clusters, *limits, linkage=cell.linkage)
@@ -278,6 +283,10 @@ class Grid:
             "study": [study.depth, study.min_samples, study.max_quadratic_rows],
             "mixture": [clustering.covariance_type, clustering.reg_covar],
         }
+        limits = ("kmeans_max_iter", "gmm_max_iter", "gmm_tol")
+        changed = clustering.model_dump(include=set(limits), exclude_defaults=True)
+        if changed:  # cells of before, which knew no others, stay
+            settings["limits"] = changed
         if self._seen_before:
             settings["seen_before"] = self._seen_before
         return content_key(settings)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import ray
 
@@ -138,7 +139,7 @@ def _where_it_was_sent(run: Run) -> str | None:
         return None
     uri = str(run.folder.read_json(layout.TRACKING)["uri"])
     database = uri.removeprefix("sqlite:///")
-    return None if database != uri and not Path(database).exists() else uri
+    return None if database != uri and not Path(unquote(database)).exists() else uri
 
 
 def _last_submission(run: Run) -> dict[str, Any] | None:

@@ -211,6 +211,9 @@ def as_store_was_made(config: Config, store: ImageStore) -> Config:
         _difference(config.preprocess, slices, "preprocess."),
         _difference(config.split, split, "split."),
     ]
+    if config.classes.map:
+        made_map = store.manifest["classes_map"]
+        problems.append(differing_settings(made_map, config.classes.map, "classes.map."))
     difference = "; ".join(problem for problem in problems if problem)
     if difference:
         raise ConfigError(

@@ -20,7 +20,7 @@ from ray.tune.search.optuna import OptunaSearch
 from brainray import layout
 from brainray.config import Config, flatten, to_yaml
 from brainray.engine.evaluate import Metrics
-from brainray.errors import BrainrayError, ConfigError
+from brainray.errors import BrainrayError, ConfigError, TrackingError
 from brainray.log import Log
 from brainray.orchestration.driver import check_training
 from brainray.orchestration.export import served_files
@@ -44,7 +44,7 @@ from brainray.redaction import redacted
 from brainray.report.sweep_figures import TrialOutcome, draw_sweep_figures
 from brainray.report.table import markdown_table
 from brainray.storage import Folder
-from brainray.tracking import PARENT_TAG
+from brainray.tracking import PARENT_TAG, LenientTracker
 
 _TUNE = "tune"  # Tune's own state, inside the sweep's folder
 _SETTINGS = "sweep.json"  # what must not change when it goes on
@@ -98,12 +98,23 @@ def _sweep(
 ) -> FinishedSweep:
     folder = sweep_folder(base, name)
     _begin(base, store, folder, log)
-    if folder.exists(layout.SUMMARY):
+    summary = folder.read_json(layout.SUMMARY) if folder.exists(layout.SUMMARY) else None
+    registered = None if summary is None else summary.pop("registered", None)
+    to_register = base.registry.name is not None and base.registry.name != registered
+    if summary is not None and not to_register:
         log(f"sweep {folder}: complete, nothing to search")
-        return FinishedSweep(folder=folder, **folder.read_json(layout.SUMMARY))
+        return FinishedSweep(folder=folder, **summary)
     tracking = open_tracking(
         base, folder, flatten(base.without_secrets()), {"brainray.data_hash": store.data_hash}, log
     )
+    if summary is not None:
+        log(f"sweep {folder}: complete, its best model is registered as {base.registry.name}")
+        _log_model(base, _ranked(base, read_trials(base, name))[0], tracking.tracker)
+        tracking.tracker.finish()
+        if tracking.tracker.problem is not None:
+            raise TrackingError(tracking.tracker.problem)
+        folder.write_json(layout.SUMMARY, summary | {"registered": base.registry.name})
+        return FinishedSweep(folder=folder, **summary)
     follower = _Follower(base, name, tracking, log)
     try:
         warm_up(base, store, log)  # once, for all trials
@@ -134,7 +145,7 @@ def _begin(config: Config, store: ImageStore, folder: Folder, log: Log) -> None:
     """Remember what the sweep is, or check that it is still the same.
 
     Raises:
-        ConfigError: a sweep of that name was begun with other settings or data.
+        ConfigError: a sweep of that name was begun with other settings or data, or has left runs.
     """
     settings = config.model_dump(mode="json", exclude={"storage", "tracking", "registry", "study"})
     settings["data_hash"] = store.data_hash
@@ -142,8 +153,16 @@ def _begin(config: Config, store: ImageStore, folder: Folder, log: Log) -> None:
     if config.encoder.pretext == "none":
         del settings["self_supervision"]
     if not folder.exists(_SETTINGS):
+        left = [trial.trial_id for trial in read_trials(config, folder.name)]
+        if left:
+            raise ConfigError(
+                f"runs of an earlier sweep {folder.name!r}, which is gone, would count as this "
+                f"one's: choose another name, or delete {Folder(config.storage) / layout.RUNS}/"
+                f"{run_name(folder.name, left[0])} and its like"
+            )
         folder.write_json(_SETTINGS, settings)
-        log(f"sweep {folder}: new, {config.tune.num_trials} trials")
+        of_grid = config.tune.algorithm == "grid"
+        log(f"sweep {folder}: new" + ("" if of_grid else f", {config.tune.num_trials} trials"))
         return
     begun_with = folder.read_json(_SETTINGS)
     begun_with.pop("preprocess", None)  # kept by earlier versions, which left out what follows
@@ -422,10 +441,7 @@ def _conclude(
     figures = [f"{layout.FIGURES}/{name}" for name in (folder / layout.FIGURES).names()]
     tracking.tracker.log_files([_BEST, _TABLE, _TRIALS, _SETTINGS, *figures])
     tracking.tracker.log_tags({"brainray.best_trial": best.trial_id})
-    if best.run is not None:
-        of_best = config.model_copy(update={"run": str(best.run.info["name"]), "epoch": None})
-        with served_files(find_predictor(of_best, "the sweep's model")) as served:
-            tracking.tracker.log_model(served, config.registry.name)
+    _log_model(config, best, tracking.tracker)
     tracking.tracker.finish()
     result: dict[str, Any] = {
         "metrics": metrics,
@@ -438,7 +454,7 @@ def _conclude(
     elif (tracking.tracker.problem or follower.problem) is not None:
         log("MLflow has not got everything: submit the sweep again to send it")
     else:
-        folder.write_json(layout.SUMMARY, result)
+        folder.write_json(layout.SUMMARY, result | {"registered": config.registry.name})
         num_cut = sum(follower.outcome(trial).startswith("stopped") for trial in trials)
         is_short = config.tune.algorithm != "grid" and len(trials) < config.tune.num_trials
         if config.tune.time_budget_min is not None and (is_short or num_cut):
@@ -447,6 +463,15 @@ def _conclude(
                 "tune.time_budget_min was used up"
             )
     return FinishedSweep(folder=folder, **result)
+
+
+def _log_model(config: Config, best: Trial, tracker: LenientTracker) -> None:
+    """To the sweep's MLflow run, and under ``registry.name`` where it has one."""
+    if best.run is None:
+        return
+    of_best = config.model_copy(update={"run": str(best.run.info["name"]), "epoch": None})
+    with served_files(find_predictor(of_best, "the sweep's model")) as served:
+        tracker.log_model(served, config.registry.name)
 
 
 def _outcome(config: Config, trial: Trial) -> TrialOutcome:

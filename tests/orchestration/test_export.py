@@ -29,13 +29,14 @@ from brainray.config import Config
 from brainray.engine.export import SliceNet, load_safetensors, run_onnx, safetensors_bytes
 from brainray.engine.slice_model import SliceModel, stored_pixels
 from brainray.engine.state import load_checkpoint
-from brainray.errors import CheckpointError, ConfigError, DataError, TrackingError
+from brainray.errors import BusyError, CheckpointError, ConfigError, DataError, TrackingError
 from brainray.mri.phantom import write_phantoms
 from brainray.orchestration import serving
 from brainray.orchestration.driver import TrainedRun
 from brainray.orchestration.evaluation import evaluate
 from brainray.orchestration.export import Export, _register, export, served_files
 from brainray.orchestration.inference import find_predictor
+from brainray.orchestration.lock import held
 from brainray.orchestration.predict import predict
 from brainray.orchestration.preparation import preprocess_file
 from brainray.orchestration.source import FoundFile
@@ -255,6 +256,15 @@ def test_a_run_that_is_still_training_is_not_exported(trained: TrainedRun) -> No
     with pytest.raises(CheckpointError, match="still training \\(2 of 2 epochs"):
         export(config_of(trained, "run=unfinished"))
     assert not (Folder(runs.parent) / "exports" / "unfinished").exists()
+
+
+def test_two_exports_of_one_name_do_not_mix(trained: TrainedRun, tmp_path: Path) -> None:
+    config = config_of(trained, "name=twice")
+    with (
+        held(Folder(config.storage), "exports", "twice", print),
+        pytest.raises(BusyError, match="twice"),
+    ):
+        export(config)
 
 
 def test_an_epoch_is_looked_for_in_what_best_really_holds(trained: TrainedRun) -> None:

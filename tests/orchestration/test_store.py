@@ -14,7 +14,8 @@ SPLIT = {"mode": "grouped", "test_fraction": 0.25, "seed": 3}
 
 def made(folder: Path) -> ImageStore:
     preprocess = PreprocessConfig(resize="letterbox", image_size=128).model_dump(mode="json")
-    return ImageStore(Folder(folder), {"preprocess": preprocess, "split": SPLIT})
+    manifest = {"preprocess": preprocess, "split": SPLIT, "classes_map": {"tumor": "glioma"}}
+    return ImageStore(Folder(folder), manifest)
 
 
 def test_what_a_config_leaves_out_is_as_the_store_was_made(tmp_path: Path) -> None:
@@ -32,6 +33,7 @@ def test_what_a_config_leaves_out_is_as_the_store_was_made(tmp_path: Path) -> No
     [
         ("split.mode=official", r"\(split\.mode: grouped here, official asked\)"),
         ("split.test_fraction=0.2", r"test_fraction: 0\.25 here, 0\.2 asked"),
+        ("classes.map.tumor=meningioma", r"classes\.map\.tumor: glioma here, meningioma asked"),
         ("preprocess.resize=stretch", r"preprocess\.resize: letterbox here, stretch asked"),
     ],
 )

@@ -3,6 +3,8 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -12,11 +14,13 @@ import torch
 import torchvision
 from mlflow import MlflowClient
 
+from brainray.clustering.clusterers import KMeansClusterer, MixtureClusterer
 from brainray.config import Config
 from brainray.engine.shard import sample_keys
 from brainray.errors import BrainrayError, ConfigError, DataError
 from brainray.models.encoder import build_encoder
 from brainray.orchestration.features import check_features
+from brainray.orchestration.grid import Cell, Grid, build_clusterer
 from brainray.orchestration.store import ImageStore
 from brainray.orchestration.study import FinishedStudy, run_study
 from brainray.schema import FEATURES
@@ -350,3 +354,25 @@ def test_every_clusterer_runs_on_features_of_an_encoder(storage: Path) -> None:
     rows = finished.folder.read_bytes("tables/cells.csv").decode().splitlines()
     assert len(rows) == 1 + 7 * 2 * 2 * 4  # clusterers, seeds, dimensions, subsets
     assert len(list((storage / "features").glob("mri-random-seed*"))) == 2
+
+
+def test_limits_of_iterations_reach_the_clusterers_and_leave_old_cells_valid(
+    tmp_path: Path,
+) -> None:
+    kmeans, mixture = (Cell("mri", "pixels", 0, name, 2, 4) for name in ("kmeans", "gmm"))
+    stores = {("mri", "pixels", 0): SimpleNamespace(key="features")}
+
+    def key(*settings: str) -> str:
+        config = tiny_config(tmp_path, *settings)
+        grid = Grid(config, Folder(tmp_path), cast(Any, stores), {}, "", print)
+        return grid._key(mixture)
+
+    assert key("clustering.gmm_max_iter=100", "clustering.gmm_tol=0.001") == key()
+    few = ["clustering.gmm_max_iter=1", "clustering.gmm_tol=10", "clustering.kmeans_max_iter=2"]
+    assert key(*few) != key()
+    config = tiny_config(tmp_path, *few)
+    fast = [build_clusterer(cell, config.study, config.clustering) for cell in (kmeans, mixture)]
+    assert fast[0] == KMeansClusterer(4, seed=0, max_iter=2)
+    assert fast[1] == MixtureClusterer(
+        4, 0, config.clustering.covariance_type, config.clustering.reg_covar, max_iter=1, tol=10.0
+    )

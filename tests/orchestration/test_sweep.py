@@ -184,6 +184,17 @@ def test_a_finished_sweep_trains_nothing_again(finished: FinishedSweep, storage:
 
 
 @pytest.mark.slow
+def test_a_finished_sweep_registers_its_best_model_once_under_a_new_name(
+    finished: FinishedSweep, storage: Path
+) -> None:
+    for _ in range(2):
+        sweep(sweep_config(storage, "registry.name=also"), print)
+    client = MlflowClient(finished.tracking_uri)
+    versions = client.search_model_versions("name = 'also'")
+    assert [found.run_id for found in versions] == [finished.mlflow_run_id]
+
+
+@pytest.mark.slow
 def test_a_poor_trial_is_stopped_and_its_resources_come_back(storage: Path) -> None:
     # Of the few validation slices that there are, the share right tells too little.
     rates = {"train.learning_rate": {"choice": [1e-4, 0.1]}}
@@ -333,6 +344,18 @@ def test_a_sweep_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
     lines: list[str] = []
     _begin(config, cast(Any, store), folder, lines.append)
     assert lines == [f"sweep {folder}: resumed"]
+
+
+def test_runs_that_a_deleted_sweep_has_left_are_not_this_ones(
+    trained: TrainedRun, tmp_path: Path
+) -> None:
+    left = tmp_path / "runs" / "search-0a1b2_00000"
+    shutil.copytree(str(trained.run.folder), left)
+    store = SimpleNamespace(data_hash="abc")
+    folder = Folder(tmp_path) / "sweeps" / "search"
+    with pytest.raises(ConfigError, match=r"earlier sweep 'search'.*runs/search-0a1b2_00000 and"):
+        _begin(sweep_config(tmp_path), cast(Any, store), folder, print)
+    assert not folder.exists()
 
 
 def test_trials_share_one_draw_of_labels(tmp_path: Path) -> None:

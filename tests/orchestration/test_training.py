@@ -521,6 +521,25 @@ def test_evaluation_of_the_raw_files_tells_what_training_told(
     assert scored.folder.exists("predictions.parquet")
 
 
+def test_a_pipeline_evaluates_its_test_slices_wherever_they_lie_and_whatever_a_table_calls_them(
+    storage: Path, phantoms: Path, trained: TrainedRun, tmp_path: Path
+) -> None:
+    moved, labels = tmp_path / "moved", tmp_path / "labels.csv"
+    shutil.copytree(phantoms, moved)
+    files = [path.relative_to(moved) for path in sorted(moved.rglob("*.jpg"))]
+    rows = [f"{path},{path.parent.name},fold{number % 3}" for number, path in enumerate(files)]
+    labels.write_text("\n".join(["path,label,split", *rows]))
+    test_paths = {str(path) for path in files if path.parts[0] == "Testing"}
+    settings = ["run=two-ranks", f"labels={labels}"]
+    for source in (phantoms, moved):
+        config = config_of(storage, "by-pipeline", f"source={source}", *settings)
+        scored = evaluate(config, print, only_paths=test_paths)
+        accuracy = scored.metrics["test/all/head/accuracy"]
+        assert accuracy == trained.metrics["test/all/head/accuracy"]
+    with pytest.raises(DataError, match=r"split 'fold0' of .* is not train or test"):
+        evaluate(config_of(storage, "by-hand", f"source={phantoms}", *settings))
+
+
 @pytest.mark.slow
 def test_a_checkpoint_without_its_run_has_no_clean_figures(
     storage: Path, phantoms: Path, trained: TrainedRun, tmp_path: Path
@@ -599,6 +618,17 @@ def test_a_file_of_weights_is_read_where_the_driver_runs(
     start = warm_up(config, ImageStore.open(Folder(storage) / "datasets" / "mri"), print)
     assert not isinstance(start, str)
     assert "conv1.weight" in start
+
+
+def test_a_complete_run_says_how_another_is_set_beside_it(
+    storage: Path, trained: TrainedRun
+) -> None:
+    shutil.copytree(str(trained.run.folder), Path(storage) / "runs" / "its-control")
+    for control, says in (("evaluation.control=its-control", True), ("seed=0", False)):
+        lines: list[str] = []
+        settings = ["train.num_workers=2", "dataset=mri", control]
+        train(tiny_config(storage, "name=two-ranks", *settings), lines.append)
+        assert any("jobs/report.py --set run=two-ranks" in line for line in lines) == says
 
 
 def test_a_run_is_not_resumed_with_other_settings(storage: Path, trained: TrainedRun) -> None:
