@@ -6,7 +6,6 @@ from typing import cast
 import pytest
 import torch
 
-from brainray import dist
 from brainray.config import AugmentConfig, TrainConfig
 from brainray.engine import recipe
 from brainray.engine.epoch import (
@@ -344,16 +343,13 @@ def test_keys_are_the_leading_bits_of_sample_ids() -> None:
     assert keys.tolist() == [10, -1]
 
 
-def precision_beside_a_rank_without_bf16() -> tuple[str, str]:
-    recipe.resolve_precision = lambda *_: "fp32" if dist.rank() else "bf16"
-    mixed = recipe.agreed_precision("auto", torch.device("cpu"))
-    recipe.resolve_precision = lambda *_: "bf16"
-    return mixed, recipe.agreed_precision("auto", torch.device("cpu"))
-
-
-def test_all_ranks_of_a_run_compute_in_one_precision() -> None:
-    found = dist.run_on_ranks(precision_beside_a_rank_without_bf16, 2)
-    assert found == [("fp32", "bf16")] * 2
+@pytest.mark.parametrize(("num_without", "precision"), [(0, "bf16"), (1, "fp32")])
+def test_all_ranks_of_a_run_compute_in_one_precision(
+    monkeypatch: pytest.MonkeyPatch, num_without: int, precision: str
+) -> None:
+    monkeypatch.setattr(recipe, "resolve_precision", lambda *_: "bf16")  # of this rank
+    monkeypatch.setattr(recipe, "sum_across_ranks", lambda of_this: of_this + num_without)
+    assert recipe.agreed_precision("auto", torch.device("cpu")) == precision
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
