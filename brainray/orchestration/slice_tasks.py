@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 import ray
 
 from brainray.config import PreprocessConfig
+from brainray.errors import DataError
 from brainray.mri.decode import RejectedImage
 from brainray.mri.identity import content_hash
 from brainray.orchestration.preparation import (
@@ -167,7 +168,11 @@ def _write_part(name: str, final: pa.Table, source: Folder, images: Folder) -> N
                 taken = pixels[column].take(pa.array(places, pa.int64()))
                 slices = slices.append_column(column, taken)
             writer.write_table(slices.select(IMAGE_STORE.names).cast(IMAGE_STORE))
-    assert not waiting, f"{source}/{name} lacks {len(waiting)} of its slices"
+    if waiting:
+        raise DataError(
+            f"{source}/{name} lacks {len(waiting)} of its slices, such as {min(waiting)}: delete "
+            "the store and preprocess again"
+        )
 
 
 def decode_files(
