@@ -63,7 +63,7 @@ IMAGE_STORE = pa.schema(
     ]
 )
 
-IMAGE_INDEX_COLUMNS = [name for name in IMAGE_STORE.names if name != "image"]
+IMAGE_INDEX_COLUMNS = [name for name in IMAGE_STORE.names if name not in {"image", "thumbnail"}]
 
 REJECTED = pa.schema(
     [

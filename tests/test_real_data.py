@@ -26,7 +26,7 @@ def test_copies_and_clean_test_slices_are_those_that_were_measured(
     assert store.manifest["num_rejected"] == 0
     assert store.manifest["classes"] == ["glioma", "meningioma", "notumor", "pituitary"]
     # Its rule for twins: a correlation of thumbnails above 0.999.
-    index = store.index()
+    index = store.index(thumbnails=True)
     test, train = (index.filter(pc.equal(index["split"], split)) for split in ("test", "train"))
     correlation, _ = most_similar(
         coarse(thumbnail_matrix(test["thumbnail"].to_pylist())),

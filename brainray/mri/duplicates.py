@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import faiss
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -39,6 +40,8 @@ COPY, MIRRORED, ROTATED = range(3)
 
 _BLOCK_ROWS = 2048
 _READ_ROWS = 1024  # fingerprints read and described at a time: 40 MB of floats
+_QUERIES_AT_ONCE = 4096  # in the index
+_MAX_OF_ONE_VOLUME = 1024  # slices that are passed over in favour of other volumes'
 _VERIFIED_PAIRS = 64  # pairs aligned at a time: their planes stay in the processor's cache
 
 _LAYOUT_SIDE = 32  # pixels: descriptors look at no more
@@ -113,12 +116,13 @@ def near_duplicate_pairs(
         fingerprints: (N, 9216) uint8; they are read in blocks.
         settings: when two slices are one.
         not_together: N ids of volumes; slices at different positions of one volume are no copies
-            of each other, so that links within a volume are dropped. None for slices without.
+            of each other, and take no candidate's place. None for slices without.
         on_compared: called with how many candidates have been verified, and how many there are.
     """
     firsts, position = distinct_rows(fingerprints)
     distinct = SelectedRows(fingerprints, firsts)
-    candidates = _candidates(distinct, distinct, settings)
+    volumes = None if not_together is None else _codes([not_together[row] for row in firsts])
+    candidates = _candidates(distinct, distinct, settings, volumes)
     first, second, kind, similarity = _accepted(
         distinct, distinct, candidates, settings, on_compared
     )
@@ -140,6 +144,12 @@ def near_duplicate_pairs(
             dtype=np.int64,
         )
     return DuplicatePairs(first[order], second[order], kind[order], similarity[order])
+
+
+def _codes(ids: Sequence[str | None]) -> NDArray[np.int64]:
+    """A number for each distinct id (N,); -1 for None."""
+    numbers: dict[str | None, int] = {None: -1}
+    return np.array([numbers.setdefault(one, len(numbers)) for one in ids], dtype=np.int64)
 
 
 def find_twins(queries: Rows, references: Rows, settings: NearDuplicateConfig) -> Twins:
@@ -328,9 +338,14 @@ def _oriented(pictures: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8
     return np.rot90(pictures, orientation % 4, axes=(1, 2))
 
 
-def _candidates(queries: Rows, references: Rows, settings: NearDuplicateConfig) -> _Candidates:
+def _candidates(
+    queries: Rows,
+    references: Rows,
+    settings: NearDuplicateConfig,
+    volumes: NDArray[np.int64] | None = None,
+) -> _Candidates:
     """Pairs whose descriptors are alike. Where the queries are the references, each pair once and
-    none with itself.
+    none with itself, nor within one of the ``volumes`` (N,), where a slice has one (not -1).
     """
     within = queries is references
     query_descriptors = describe(queries)
@@ -347,9 +362,7 @@ def _candidates(queries: Rows, references: Rows, settings: NearDuplicateConfig) 
             )
             turned = _oriented_descriptors(query_descriptors, orientation)
             # One more than wanted: within a set a slice finds itself.
-            cosine, neighbour = index.search(turned, min(wanted + 1, len(references)))
-            row, column = np.nonzero((cosine >= least * _DESCRIPTOR_LENGTH**2) & (neighbour >= 0))
-            other = neighbour[row, column]
+            row, other = _alike(index, turned, wanted + 1, least * _DESCRIPTOR_LENGTH**2, volumes)
             code = np.full(len(row), orientation)
             if within:
                 swap = row > other
@@ -361,6 +374,33 @@ def _candidates(queries: Rows, references: Rows, settings: NearDuplicateConfig) 
     pair, orientation_codes = np.divmod(np.unique(np.concatenate(found)), len(_INVERSE))
     query, reference = np.divmod(pair, max(num_slices, 1))
     return _Candidates(query, reference, orientation_codes.astype(np.int8))
+
+
+def _alike(
+    index: faiss.Index,
+    descriptors: NDArray[np.float32],
+    wanted: int,
+    least: float,
+    volumes: NDArray[np.int64] | None,
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The nearest rows of the index of each descriptor: at most so many, and of other volumes."""
+    places = wanted
+    if volumes is not None and (volumes >= 0).any():
+        largest = np.bincount(volumes[volumes >= 0]).max()
+        places += min(int(largest), _MAX_OF_ONE_VOLUME)
+    places = min(places, index.ntotal)
+    rows, others = [], []
+    for start in range(0, len(descriptors), _QUERIES_AT_ONCE):
+        cosine, neighbour = index.search(descriptors[start : start + _QUERIES_AT_ONCE], places)
+        alike = (cosine >= least) & (neighbour >= 0)
+        if volumes is not None:
+            own = volumes[start : start + len(neighbour), None]
+            alike &= (own < 0) | (volumes[neighbour] != own)
+            alike &= alike.cumsum(axis=1) <= wanted
+        row, column = np.nonzero(alike)
+        rows.append(row + start)
+        others.append(neighbour[row, column])
+    return np.concatenate(rows), np.concatenate(others)
 
 
 def _accepted(

@@ -158,7 +158,8 @@ def _version_tags(made_by: Mapping[str, Any]) -> dict[str, str]:
 def send_run(run: Run, tracker: LenientTracker) -> None:
     """Epochs, summary, figures and config, as far as the run's folder holds them."""
     tracker.log_epochs(run.folder.read_json_lines(layout.METRICS))
-    files = [layout.CONFIG, layout.PROVENANCE, layout.SEEN, layout.METRICS, layout.REPORT]
+    # Not what was seen: its fingerprints are gigabytes of a large store.
+    files = [layout.CONFIG, layout.PROVENANCE, layout.METRICS, layout.REPORT]
     for folder in (layout.FIGURES, layout.DATASET, f"{layout.DATASET}/{layout.FIGURES}"):
         names = [f"{folder}/{name}" for name in (run.folder / folder).names()]
         files += [name for name in names if not name.endswith(f"/{layout.FIGURES}")]

@@ -20,6 +20,7 @@ from brainray.orchestration.store import ImageStore
 from brainray.schema import (
     ESTIMATED,
     LABELLED,
+    SEEN,
     TEST,
     TRAIN,
     UNLABELLED,
@@ -72,7 +73,7 @@ def load_rank_data(
         mine = of_role(role)
         return shard(mine, TRAIN, sample_keys(mine["sample_id"].to_pylist()).tolist())
 
-    seen = run.read_table(layout.SEEN)
+    seen = run.read_table(layout.SEEN, [name for name in SEEN.names if name != "thumbnail"])
     # Subjects that are named are drawn as a whole: who labelled some of their slices only has left
     # the others out. Their slices may be of several classes, too.
     guessed = pc.equal(seen["subject_source"], ESTIMATED)
@@ -84,7 +85,7 @@ def load_rank_data(
             count = sum(label is not None for label in inherited)
             print(f"{count} unlabelled slices inherit a label of their likely subject", flush=True)
     seen = seen.append_column("inherited", pa.array(inherited, pa.string()))
-    test = run.read_table(layout.TEST_SLICES)
+    test = run.read_table(layout.TEST_SLICES, ["sample_id", "label"])
     test_rows = list(range(rank, test.num_rows, num_ranks))
     unlabelled = of_role(UNLABELLED_ROLE)
     # Labelled slices are read most often, so they are the first to stay in memory.

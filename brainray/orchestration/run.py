@@ -226,7 +226,7 @@ def _without_free(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _draw(config: Config, store: ImageStore) -> pa.Table:
-    index = store.index()
+    index = store.index(thumbnails=True)
     train = index.filter(pc.equal(index["split"], TRAIN))
     labels = train["label"].to_pylist()
     by_subject = config.split.validation == "subject"
@@ -266,7 +266,7 @@ def _draw(config: Config, store: ImageStore) -> pa.Table:
 
 def _test_slices(store: ImageStore, run: Folder) -> pa.Table:
     """The store's test slices, in the order of their predictions, with ``clean``, ``strict``."""
-    index = store.index()
+    index = store.index(thumbnails=True)
     test = index.filter(pc.equal(index["split"], TEST)).sort_by(
         [(name, "ascending") for name in ("sample_id", "path", "frame")]
     )

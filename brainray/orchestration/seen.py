@@ -48,7 +48,7 @@ def is_of_no_slice(weights: str) -> bool:
 
 def training_slices(store: ImageStore) -> pa.Table:
     """``SEEN`` rows of a store's training slices, as what learns without labels sees them."""
-    index = store.index()
+    index = store.index(thumbnails=True)
     train = index.filter(pc.equal(index["split"], TRAIN))
     told = {
         "role": pa.array([UNLABELLED_ROLE] * train.num_rows, pa.string()),

@@ -10,6 +10,7 @@ import shlex
 import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -39,6 +40,7 @@ _MISSING = ("", "NA", "N/A", "n/a", "<NA>", "NaN", "nan", "NULL", "null")  # as 
 
 _TASKS_OF_REST = 2  # of a CPU, were all that is left done in tasks as long as the next
 _MIN_FILES_PER_TASK, _MAX_FILES_PER_TASK = 16, 1024
+_NUM_OPENERS = 32
 _MAX_BYTES_PER_TASK = 64 * 2**20  # of files: volumes hold many slices
 
 
@@ -175,12 +177,11 @@ def find_images(source: Folder) -> tuple[list[FoundFile], int]:
     """
     if not source.exists():
         raise DataError(f"no such folder: source={source}")
-    found, num_ignored = [], 0
-    for file in _walk(source):
-        if _may_hold_slices(file, source):
-            found.append(file)
-        else:
-            num_ignored += 1
+    files = list(_walk(source))
+    with ThreadPoolExecutor(_NUM_OPENERS) as pool:  # a network's answers are waited for together
+        may_hold = list(pool.map(lambda file: _may_hold_slices(file, source), files))
+    found = [file for file, may in zip(files, may_hold, strict=True) if may]
+    num_ignored = len(files) - len(found)
     if not found:
         raise DataError(
             f"source={source} holds no image file ({', '.join(SUFFIXES)}, or DICOM without suffix)"

@@ -112,9 +112,13 @@ class ImageStore:
         """Of the methods that made the slices, as `versions_of` tells them of today's."""
         return {name: self.manifest.get(name) for name in versions_of(self.preprocess)}
 
-    def index(self) -> pa.Table:
-        """Every column but the pixels, ordered by split and sample_id."""
-        table = self.folder.read_table(layout.IMAGES, columns=IMAGE_INDEX_COLUMNS)
+    def index(self, *, thumbnails: bool = False) -> pa.Table:
+        """Every column but the pixels, ordered by split and sample_id.
+
+        Of hundreds of thousands of slices, ``thumbnails`` are gigabytes.
+        """
+        columns = [*IMAGE_INDEX_COLUMNS, *(["thumbnail"] if thumbnails else [])]
+        table = self.folder.read_table(layout.IMAGES, columns=columns)
         return table.sort_by([("split", "descending"), ("sample_id", "ascending")])
 
     def test_paths(self) -> set[str]:

@@ -125,7 +125,7 @@ def study_set(store: ImageStore, folder: Folder, seen_before: pa.Table) -> Studi
     labels = np.array([position.get(name, UNLABELLED) for name in names], dtype=np.int64)
     subsets = {FITTED: fitted}
     if not fitted.all():
-        held_out = _held_out(store, index, folder, seen_before)
+        held_out = _held_out(store, folder, seen_before)
         for subset in SUBSETS:
             rows = np.zeros(len(fitted), dtype=np.bool_)
             rows[~fitted] = held_out[subset]
@@ -134,13 +134,12 @@ def study_set(store: ImageStore, folder: Folder, seen_before: pa.Table) -> Studi
     return StudiedSet(store, slices, classes, ray.put(slices))
 
 
-def _held_out(
-    store: ImageStore, index: pa.Table, folder: Folder, seen_before: pa.Table
-) -> dict[str, np.ndarray]:
-    """Which test slices, in the index's order, belong to each subset; kept with the study."""
+def _held_out(store: ImageStore, folder: Folder, seen_before: pa.Table) -> dict[str, np.ndarray]:
+    """Which test slices, in ``ROW_ORDER``, belong to each subset; kept with the study."""
     keys = (store.data_hash, key_of_seen(seen_before))
     name = f"subsets-{'-'.join(filter(None, keys))}.parquet"
     if not folder.exists(name):
+        index = store.index(thumbnails=True).sort_by(ROW_ORDER)
         test = index.filter(pc.equal(index["split"], TEST))
         seen = pa.concat_tables([training_slices(store), seen_before])
         found = ray.get(

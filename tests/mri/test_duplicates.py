@@ -118,6 +118,19 @@ def test_slices_of_one_volume_are_never_linked(fingerprints: np.ndarray) -> None
     assert as_tuples(found) == [(1, 3, COPY)]
 
 
+def test_the_slices_of_a_volume_do_not_hide_those_of_its_copy() -> None:
+    rng = np.random.default_rng(5)
+    series = [piece.image for piece in make_series("glioma", rng, num_slices=40, size=128)]
+    crop = PERTURBATIONS["crop"][0]
+    cropped = [crop(image, np.random.default_rng(6)) for image in series]  # one crop of all
+    looks = np.stack([fingerprint(image) for image in [*series, *cropped]])
+    volumes = [*["first"] * 40, *["second"] * 40]
+    found = near_duplicate_pairs(looks, SETTINGS, not_together=volumes)
+    assert all(first < 40 <= second for first, second, _ in as_tuples(found))
+    linked = {(first, second) for first, second, _ in as_tuples(found)}
+    assert sum((place, place + 40) in linked for place in range(40)) >= 32
+
+
 def test_nothing_has_no_twins(fingerprints: np.ndarray) -> None:
     nothing = fingerprints[:0]
     assert len(near_duplicate_pairs(nothing, SETTINGS)) == 0

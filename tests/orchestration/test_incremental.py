@@ -38,7 +38,7 @@ def pixels(store: ImageStore) -> dict[str, bytes]:
 
 
 def index(store: ImageStore) -> pd.DataFrame:
-    return store.index().to_pandas().set_index("path").sort_index()
+    return store.index(thumbnails=True).to_pandas().set_index("path").sort_index()
 
 
 @pytest.fixture(scope="module")

@@ -110,6 +110,33 @@ def test_actors_embed_where_training_would_train() -> None:
         actors([HEAD], device="cuda")
 
 
+@pytest.mark.parametrize(
+    ("environment", "threads"),
+    [
+        ({"OMP_NUM_THREADS": "1"}, "1"),
+        ({"OMP_NUM_THREADS": "1", "RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"}, "None"),
+        (
+            {
+                "OMP_NUM_THREADS": "1",
+                "RAY_JOB_CONFIG_JSON_ENV_VAR": '{"env_vars": {"OMP_NUM_THREADS": "1"}}',
+            },
+            "1",
+        ),
+    ],
+)
+def test_a_submitted_driver_has_all_cores_unless_it_is_told_otherwise(
+    environment: dict[str, str], threads: str
+) -> None:
+    program = "import brainray, os; print(os.environ.get('OMP_NUM_THREADS'))"
+    told = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert told.stdout.strip() == threads, told.stderr
+
+
 class AddOne:
     def __init__(self, amount: int) -> None:
         self.amount = amount

@@ -147,10 +147,10 @@ def test_validation_by_subject_shares_no_subject_with_what_is_fitted(
     assert not whole["validation"] & (whole["labelled"] | whole["unlabelled"])
     assert whole["left_out"] <= whole["validation"]
 
-    index = store.index()
+    index = store.index(thumbnails=True)
     column = index.column_names.index("subject_id")
     nameless = index.set_column(column, "subject_id", pa.nulls(index.num_rows, pa.string()))
-    monkeypatch.setattr(ImageStore, "index", lambda _: nameless)
+    monkeypatch.setattr(ImageStore, "index", lambda *_, **__: nameless)
     asked = tiny_config(tmp_path, "name=refused", "dataset=series", "split.validation=subject")
     with pytest.raises(ConfigError, match=r"names no subjects.*split\.validation=slice"):
         begin_run(asked, store, 1)

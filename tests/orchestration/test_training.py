@@ -357,10 +357,10 @@ def test_test_slices_without_any_label_are_not_scored(
     storage: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = ImageStore.open(Folder(storage) / "datasets" / "mri")
-    whole = store.index()
+    whole = store.index(thumbnails=True)
     labels = pc.if_else(pc.equal(whole["split"], "test"), None, whole["label"])
     hidden = whole.set_column(whole.schema.get_field_index("label"), "label", labels)
-    monkeypatch.setattr(ImageStore, "index", lambda _: hidden)
+    monkeypatch.setattr(ImageStore, "index", lambda *_, **__: hidden)
     begun, _ = begin_run(config_of(storage, "hidden-labels"), store, num_workers=1)
     assert begun.folder.read_table("test.parquet").num_rows == 0
     assert begun.test_paths() == store.test_paths() == set()
