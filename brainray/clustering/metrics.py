@@ -96,27 +96,58 @@ def classification_metrics(
     return result
 
 
-def bootstrap_interval(
-    correct: NDArray[np.bool_],  # (N,)
+def bootstrap_means(
+    values: NDArray[np.number | np.bool_],
+    groups: Sequence[str] | NDArray[np.str_],
+    *,
+    num_resamples: int,
     seed: int,
-    num_resamples: int = 1000,
-    confidence: float = 0.95,
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of the accuracy (Efron 1979).
+) -> NDArray[np.float64]:
+    """Means of rows' values (N,) over resamples, (num_resamples,), of whole groups of rows.
 
-    Rows are resampled as if independent. Slices of one patient are not, so the interval is too
-    narrow for a statement about patients; where every row is right it has no width.
+    Rows of one group, such as a subject's, are not independent: groups are drawn with replacement
+    (Davison & Hinkley 1997, section 3.8).
 
     Raises:
         DataError: if there are no rows.
     """
-    if len(correct) == 0:
+    if len(values) == 0:
         raise DataError("no rows to resample: an interval needs at least one prediction")
-    # The number of right rows in a resample of N rows is binomial: no need to draw rows.
+    _, group_of_row = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
+    sizes = np.bincount(group_of_row)
+    sums = np.bincount(group_of_row, weights=values)
     generator = np.random.default_rng(seed)
-    num_correct = generator.binomial(len(correct), np.mean(correct), size=num_resamples)
+    means = np.empty(num_resamples)
+    for number in range(num_resamples):
+        drawn = generator.integers(len(sizes), size=len(sizes))
+        means[number] = sums[drawn].sum() / sizes[drawn].sum()
+    return means
+
+
+def bootstrap_interval(
+    correct: NDArray[np.bool_],
+    groups: Sequence[str] | NDArray[np.str_],
+    seed: int,
+    num_resamples: int = 1000,
+    confidence: float = 0.95,
+) -> tuple[float, float]:
+    """Percentile bootstrap interval (Efron 1979) of the accuracy, over whole groups of rows.
+
+    Where every row is right it has no width.
+
+    Args:
+        correct: (N,).
+        groups: (N,) what rows belong together; a row that belongs to none has one of its own.
+        seed: of the resamples.
+        num_resamples: how many.
+        confidence: of the interval.
+
+    Raises:
+        DataError: if there are no rows.
+    """
+    means = bootstrap_means(correct, groups, num_resamples=num_resamples, seed=seed)
     tail = (1 - confidence) / 2
-    low, high = np.quantile(num_correct / len(correct), [tail, 1 - tail])
+    low, high = np.quantile(means, [tail, 1 - tail])
     return float(low), float(high)
 
 

@@ -46,7 +46,7 @@ def calibration_error(probabilities: NDArray[np.floating], labels: NDArray[np.in
     """
     found = multiclass_calibration_error(
         # A confidence of exactly 1 would have a bin of its own.
-        torch.from_numpy(probabilities.astype(np.float64).clip(max=1 - 1e-9)),
+        torch.from_numpy(probabilities.astype(np.float64).clip(max=1 - 1e-6)),
         torch.from_numpy(labels),
         num_classes=probabilities.shape[1],
         n_bins=_NUM_BINS,

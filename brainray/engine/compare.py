@@ -9,6 +9,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from scipy import stats
 
+from brainray.clustering.metrics import bootstrap_means
 from brainray.errors import DataError
 from brainray.schema import subset_masks
 
@@ -56,17 +57,8 @@ def paired_difference(
     Raises:
         DataError: there are no rows.
     """
-    if len(correct) == 0:
-        raise DataError("no rows to resample: a difference needs at least one prediction")
     gains = correct.astype(np.int64) - other_correct
-    _, group_of_row = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
-    sizes = np.bincount(group_of_row)
-    gain_of_group = np.bincount(group_of_row, weights=gains)
-    generator = np.random.default_rng(seed)
-    resampled = np.empty(num_resamples)
-    for number in range(num_resamples):
-        drawn = generator.integers(len(sizes), size=len(sizes))
-        resampled[number] = gain_of_group[drawn].sum() / sizes[drawn].sum()
+    resampled = bootstrap_means(gains, groups, num_resamples=num_resamples, seed=seed)
     tail = (1 - _CONFIDENCE) / 2
     low, high = np.quantile(resampled, [tail, 1 - tail])
     num_errors = int((~other_correct).sum())

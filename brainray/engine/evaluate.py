@@ -1,7 +1,7 @@
 """From predictions to the figures that are reported: for all, clean and strict test slices."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -272,12 +272,14 @@ def summarise(
     *,
     num_resamples: int,
     seed: int,
+    groups: Mapping[str, str] | None = None,
     temperature: float | None = None,
 ) -> Metrics:
     """The reported figures of a table of predictions.
 
     For ``all``, ``clean`` and ``strict``: both predictors and the memory baseline (nearest
-    labelled thumbnail, ``thumbnail_1nn``), with bootstrap intervals of the accuracies; and
+    labelled thumbnail, ``thumbnail_1nn``), with bootstrap intervals of the accuracies over
+    ``groups`` (by sample_id, such as subjects; a slice that has none is a group alone); and
     ``all_as_clean``, the accuracies over all slices re-weighted to the class mix of clean. Without
     fingerprints of what the run saw (``seen``), only ``all``, without the baseline. The head's
     calibration error is given as it is and, with a ``temperature`` fitted on validation, tempered.
@@ -286,6 +288,8 @@ def summarise(
     predictions = _from_table(table, classes, class_of_cluster)
     baseline = None if seen is None else _nearest_thumbnail(table, seen, classes)
     subsets = subset_masks(table)
+    ids = table["sample_id"].to_pylist()
+    group_of = np.array([(groups or {}).get(identity, identity) for identity in ids], dtype=str)
     metrics: Metrics = {}
     for subset, mask in subsets.items():
         chosen = predictions.select(mask)
@@ -307,7 +311,7 @@ def summarise(
                 metrics[f"test/{subset}/thumbnail_1nn/{name}"] = value
         for name, predicted in predictors.items():
             low, high = bootstrap_interval(
-                predicted == chosen.labels, seed=seed, num_resamples=num_resamples
+                predicted == chosen.labels, group_of[mask], seed, num_resamples
             )
             metrics[f"test/{subset}/{name}/accuracy_low"] = low
             metrics[f"test/{subset}/{name}/accuracy_high"] = high

@@ -32,7 +32,7 @@ from brainray.orchestration.reporting import (
     write_run_page,
 )
 from brainray.orchestration.resources import WorkerResources, alive_nodes, plan_workers
-from brainray.orchestration.run import Run, begin_run, name_of_run
+from brainray.orchestration.run import Run, begin_run, groups_of_test_slices, name_of_run
 from brainray.orchestration.seen import is_of_no_slice
 from brainray.orchestration.store import (
     ImageStore,
@@ -256,6 +256,7 @@ def _summarise(config: Config, run: Run) -> Metrics:
                 checkpoint.clusters.class_of_cluster.numpy(),
                 num_resamples=config.evaluation.bootstrap_resamples,
                 seed=config.seed,
+                groups=groups_of_test_slices(run.folder),
                 temperature=logged["validation/temperature"],
             )
             metrics |= {f"{prefix}{name}": value for name, value in figures.items()}

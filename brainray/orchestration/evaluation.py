@@ -27,6 +27,7 @@ from brainray.orchestration.inference import (
 from brainray.orchestration.lock import held
 from brainray.orchestration.preparation import preprocess_file, read_file, salt_id, subject_salt
 from brainray.orchestration.reporting import about_software, explain
+from brainray.orchestration.run import groups_of_test_slices
 from brainray.orchestration.seen import fingerprints_of_seen
 from brainray.orchestration.source import (
     FoundFile,
@@ -109,6 +110,7 @@ def _evaluate(
         checkpoint.clusters.class_of_cluster.numpy(),
         num_resamples=config.evaluation.bootstrap_resamples,
         seed=config.seed,
+        groups=_groups(accepted) | groups_of_test_slices(predictor.run_folder),
         temperature=predictor.temperature(),
     )
     metrics |= {
@@ -139,6 +141,12 @@ def _evaluate(
             explained,
         )
     return Evaluation(target, metrics, checkpoint.classes)
+
+
+def _groups(accepted: pa.Table) -> dict[str, str]:
+    """Slices that a table or a header gives to one subject; others are compared with none."""
+    rows = accepted.filter(pc.is_valid(accepted["subject_id"]))
+    return dict(zip(rows["sample_id"].to_pylist(), rows["subject_id"].to_pylist(), strict=True))
 
 
 def _check_source(config: Config, target: Folder) -> None:

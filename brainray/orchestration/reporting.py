@@ -21,7 +21,7 @@ from brainray.engine.state import Checkpoint, load_checkpoint
 from brainray.errors import BrainrayError, CheckpointError, ConfigError, DataError
 from brainray.log import Log
 from brainray.orchestration.publish import code_hash, git_revision
-from brainray.orchestration.run import Run, check_same_draw, open_run
+from brainray.orchestration.run import Run, check_same_draw, groups_of_test_slices, open_run
 from brainray.orchestration.store import ImageStore
 from brainray.redaction import command_line
 from brainray.report.comparison_table import comparison_table
@@ -125,12 +125,8 @@ def against_control(config: Config, run: Run, chosen_epoch: int, log: Log) -> Me
     ours, theirs = _predictions(run, chosen_epoch), _chosen_predictions(control)
     if ours is None or theirs is None:
         return {}
-    tested = run.folder.read_table(layout.TEST_SLICES)
-    groups: Mapping[str, str] = {}
-    if "split_group_id" in tested.column_names:
-        rows = tested.select(["sample_id", "split_group_id"]).to_pydict()
-        groups = dict(zip(rows["sample_id"], rows["split_group_id"], strict=True))
-    else:
+    groups = groups_of_test_slices(run.folder)
+    if not groups:
         log(
             f"note: the run {config.name} was begun before test slices were kept with their "
             "subjects: the intervals take slices for independent, and are too narrow"

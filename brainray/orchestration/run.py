@@ -281,6 +281,21 @@ def _test_slices(store: ImageStore, run: Folder) -> pa.Table:
     return test
 
 
+def groups_of_test_slices(run: Folder) -> dict[str, str]:
+    """What each of a run's test slices is drawn with in intervals: copies and likely subject.
+
+    Empty for a checkpoint alone, and for a run that was begun before groups were kept.
+    """
+    if not run.exists(layout.TEST_SLICES):
+        return {}
+    try:
+        rows = run.read_table(layout.TEST_SLICES, ["sample_id", "split_group_id"])
+    except pa.ArrowInvalid:  # no such column
+        return {}
+    ids, groups = (rows[name].to_pylist() for name in ("sample_id", "split_group_id"))
+    return dict(zip(ids, groups, strict=True))
+
+
 def _check_ranks(counts: dict[str, int], num_workers: int) -> None:
     """Every rank needs a labelled slice."""
     if counts[LABELLED] < num_workers:

@@ -488,7 +488,11 @@ def _tables(metrics: Metrics, classes: Sequence[str], control: Metrics | None) -
         for subset in ("all", "clean")
     ]
     return [
-        Table("Accuracy [95 % interval]", ["", *subsets, "all, at clean's class mix"], accuracy),
+        Table(
+            "Accuracy [95 % interval over subjects, where known]",
+            ["", *subsets, "all, at clean's class mix"],
+            accuracy,
+        ),
         Table("Precision / recall / F1", ["", *classes], by_class),
         Table("Clusters", ["", "silhouette", "NMI", "ARI", "FMI"], clusters),
     ]

@@ -89,22 +89,29 @@ def test_unlabelled_rows_are_not_scored_in_silence() -> None:
 
 def test_bootstrap_interval_agrees_with_resampled_rows_and_with_the_normal_approximation() -> None:
     correct = np.arange(400) < 320
-    low, high = bootstrap_interval(correct, seed=0, num_resamples=20_000)
+    alone = np.arange(400).astype(str)
+    low, high = bootstrap_interval(correct, alone, seed=0, num_resamples=20_000)
     half_width = 1.96 * (0.8 * 0.2 / 400) ** 0.5
     assert (low, high) == pytest.approx((0.8 - half_width, 0.8 + half_width), abs=0.004)
     generator = np.random.default_rng(1)
     resampled = correct[generator.integers(0, 400, size=(4000, 400))].mean(axis=1)
     assert (low, high) == pytest.approx(np.quantile(resampled, [0.025, 0.975]), abs=0.005)
-    assert bootstrap_interval(correct, seed=0) == bootstrap_interval(correct, seed=0)
-    wide = bootstrap_interval(correct, seed=0, confidence=0.99)
-    narrow = bootstrap_interval(correct, seed=0, confidence=0.5)
+    again = bootstrap_interval(correct, alone, seed=0)
+    assert bootstrap_interval(correct, alone, seed=0) == again
+    wide = bootstrap_interval(correct, alone, seed=0, confidence=0.99)
+    narrow = bootstrap_interval(correct, alone, seed=0, confidence=0.5)
     assert wide[0] < narrow[0] < narrow[1] < wide[1]
+    # Subjects of ten slices that are right or wrong together: as if there were 40 slices.
+    subjects = (np.arange(400) // 10).astype(str)
+    of_subjects = bootstrap_interval(correct, subjects, seed=0, num_resamples=4000)
+    half_width = 1.96 * (0.8 * 0.2 / 40) ** 0.5
+    assert of_subjects == pytest.approx((0.8 - half_width, 0.8 + half_width), abs=0.03)
 
 
 def test_bootstrap_interval_needs_rows() -> None:
-    assert bootstrap_interval(np.ones(5, dtype=bool), seed=0) == (1, 1)
+    assert bootstrap_interval(np.ones(5, dtype=bool), ["a", "a", "b", "c", "d"], seed=0) == (1, 1)
     with pytest.raises(DataError, match="no rows"):
-        bootstrap_interval(np.ones(0, dtype=bool), seed=0)
+        bootstrap_interval(np.ones(0, dtype=bool), [], seed=0)
 
 
 def test_reweighted_accuracy_by_hand() -> None:

@@ -27,7 +27,8 @@ def test_the_error_by_hand() -> None:
 def test_a_confidence_of_one_has_no_bin_of_its_own() -> None:
     # Of one bin: mean confidence 0.98, of which half are right.
     probabilities = np.array([[1.0, 0.0], [0.96, 0.04]])
-    assert calibration_error(probabilities, np.array([0, 1])) == pytest.approx(0.48)
+    assert calibration_error(probabilities, np.array([0, 1])) == pytest.approx(0.48, abs=1e-5)
+    assert calibration_error(probabilities, np.array([1, 0])) == pytest.approx(0.48, abs=1e-5)
 
 
 def test_true_probabilities_are_calibrated_and_need_no_temperature() -> None:
