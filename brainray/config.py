@@ -184,7 +184,8 @@ class SplitConfig(_Section):
     validation: Literal["slice", "subject"] = "slice"
     """What is held out for it: ``slice``, slices and their copies, whose subjects may be learned
     from as well, unless they are named; ``subject``, subjects, named or estimated, of whom nothing
-    else is learned from: nearer to what a new subject would give, with less to learn from."""
+    else is learned from, but by a warm-up without labels: nearer to what a new subject would give,
+    with less to learn from."""
 
 
 class EncoderConfig(_Section):
