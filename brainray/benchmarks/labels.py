@@ -136,7 +136,7 @@ def _plot(found: Mapping[float, Metrics]) -> Figure:
     ):
         name = f"{prefix}/accuracy"
         values: Sequence[float] = [metrics.get(name, math.nan) for metrics in found.values()]
-        spread = [metrics.get(f"{name}_std", 0.0) for metrics in found.values()]
+        spread = [metrics.get(f"{name}_std", math.nan) for metrics in found.values()]
         axes.errorbar(shares, values, yerr=spread, marker="o", capsize=3, color=colour, label=label)
     axes.set_xscale("log")
     axes.set_xticks(shares, [f"{share:.0%}" for share in shares], minor=False)

@@ -16,9 +16,9 @@ def summarise_draws(draws: Sequence[Metrics], control: Sequence[Metrics] | None 
 
     For every ``test/...`` figure that all draws have: its mean under its own name, and the sample
     standard deviation as ``NAME_std``. With a control, whose runs have the same labels draw by
-    draw: the mean paired difference ``difference/NAME``, its 95 % interval by Student's t over
-    draws (``_low``, ``_high``; absent with one draw), and for accuracies ``fewer_errors/NAME``,
-    the share of the control's mean errors that is spared.
+    draw: its mean and deviation ``control/NAME``, the mean paired difference ``difference/NAME``,
+    its 95 % interval by Student's t over draws (``_low``, ``_high``; absent with one draw), and for
+    accuracies ``fewer_errors/NAME``, the share of the control's mean errors that is spared.
     """
     metrics: Metrics = {"num_label_draws": float(len(draws))}
     for name in sorted(_common_names(draws)):
@@ -33,6 +33,7 @@ def summarise_draws(draws: Sequence[Metrics], control: Sequence[Metrics] | None 
         metrics[f"control/{name}"] = float(others.mean())
         metrics[f"difference/{name}"] = float(differences.mean())
         if len(draws) > 1:
+            metrics[f"control/{name}_std"] = float(others.std(ddof=1))
             half = stats.t.ppf((1 + _CONFIDENCE) / 2, len(draws) - 1)
             half *= differences.std(ddof=1) / math.sqrt(len(draws))
             metrics[f"difference/{name}_low"] = float(differences.mean() - half)

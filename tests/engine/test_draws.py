@@ -1,6 +1,7 @@
 """Figures over draws of labels, by hand."""
 
 import math
+import statistics
 
 import pytest
 
@@ -25,6 +26,8 @@ def test_differences_are_paired_by_draw() -> None:
     # Differences 0.10, 0.08, 0.06; t of 2 degrees of freedom at 97.5 % is 4.3027.
     half = 4.30265 * 0.02 / math.sqrt(3)
     assert found[f"control/{NAME}"] == pytest.approx(0.85)
+    deviation = statistics.stdev(draw[NAME] for draw in CONTROL)
+    assert found[f"control/{NAME}_std"] == pytest.approx(deviation)
     assert found[f"difference/{NAME}"] == pytest.approx(0.08)
     assert found[f"difference/{NAME}_low"] == pytest.approx(0.08 - half, abs=1e-6)
     assert found[f"difference/{NAME}_high"] == pytest.approx(0.08 + half, abs=1e-6)
