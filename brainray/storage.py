@@ -197,6 +197,11 @@ class Folder:
         """A Parquet file, or all Parquet files of a folder."""
         return pq.read_table(self._join(name), columns=columns, filesystem=self.filesystem)
 
+    def columns(self, name: str) -> list[str]:
+        """Those of a Parquet file."""
+        names: list[str] = pq.read_schema(self._join(name), filesystem=self.filesystem).names
+        return names
+
     def row_groups(self, name: str, columns: list[str]) -> Iterator[pa.Table]:
         """Those of a Parquet file, one in memory at a time."""
         with self.filesystem.open_input_file(self._join(name)) as stream:

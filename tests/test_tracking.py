@@ -139,7 +139,7 @@ def test_a_database_that_cannot_be_opened_costs_seconds(run: Folder, tmp_path: P
     began = time.monotonic()
     with pytest.raises(TrackingError, match="cannot be used"):
         tracker(run, f"sqlite:///{tmp_path}").begin("first", {}, {})  # a folder
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30  # MLflow's own patience is above a minute and a half
 
 
 def test_odd_class_names_do_not_stop_the_others(run: Folder) -> None:

@@ -121,8 +121,9 @@ def near_duplicate_pairs(
     """
     firsts, position = distinct_rows(fingerprints)
     distinct = SelectedRows(fingerprints, firsts)
-    volumes = None if not_together is None else _codes([not_together[row] for row in firsts])
-    candidates = _candidates(distinct, distinct, settings, volumes)
+    volumes = None if not_together is None else _codes(not_together)
+    of_distinct = None if volumes is None else volumes[firsts]
+    candidates = _candidates(distinct, distinct, settings, of_distinct)
     first, second, kind, similarity = _accepted(
         distinct, distinct, candidates, settings, on_compared
     )
@@ -133,16 +134,9 @@ def near_duplicate_pairs(
     similarity = np.concatenate([np.ones(len(repeated), np.float32), similarity])
     first, second = np.minimum(first, second), np.maximum(first, second)
     order = np.lexsort((second, first))
-    if not_together is not None:
-        order = np.array(
-            [
-                link
-                for link in order.tolist()
-                if not_together[first[link]] is None
-                or not_together[first[link]] != not_together[second[link]]
-            ],
-            dtype=np.int64,
-        )
+    if volumes is not None:  # equal rows are linked within a volume, too
+        one, other = volumes[first[order]], volumes[second[order]]
+        order = order[(one < 0) | (one != other)]
     return DuplicatePairs(first[order], second[order], kind[order], similarity[order])
 
 

@@ -286,13 +286,11 @@ def groups_of_test_slices(run: Folder) -> dict[str, str]:
 
     Empty for a checkpoint alone, and for a run that was begun before groups were kept.
     """
-    if not run.exists(layout.TEST_SLICES):
+    told = ["sample_id", "split_group_id"]
+    if not run.exists(layout.TEST_SLICES) or not set(told) <= set(run.columns(layout.TEST_SLICES)):
         return {}
-    try:
-        rows = run.read_table(layout.TEST_SLICES, ["sample_id", "split_group_id"])
-    except pa.ArrowInvalid:  # no such column
-        return {}
-    ids, groups = (rows[name].to_pylist() for name in ("sample_id", "split_group_id"))
+    rows = run.read_table(layout.TEST_SLICES, told)
+    ids, groups = (rows[name].to_pylist() for name in told)
     return dict(zip(ids, groups, strict=True))
 
 

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ray import tune
@@ -98,23 +99,24 @@ def _sweep(
 ) -> FinishedSweep:
     folder = sweep_folder(base, name)
     _begin(base, store, folder, log)
-    summary = folder.read_json(layout.SUMMARY) if folder.exists(layout.SUMMARY) else None
-    registered = None if summary is None else summary.pop("registered", None)
-    to_register = base.registry.name is not None and base.registry.name != registered
-    if summary is not None and not to_register:
-        log(f"sweep {folder}: complete, nothing to search")
-        return FinishedSweep(folder=folder, **summary)
-    tracking = open_tracking(
-        base, folder, flatten(base.without_secrets()), {"brainray.data_hash": store.data_hash}, log
+    open_parent = partial(
+        open_tracking,
+        base,
+        folder,
+        flatten(base.without_secrets()),
+        {"brainray.data_hash": store.data_hash},
+        log,
     )
-    if summary is not None:
-        log(f"sweep {folder}: complete, its best model is registered as {base.registry.name}")
-        _log_model(base, _ranked(base, read_trials(base, name))[0], tracking.tracker)
-        tracking.tracker.finish()
-        if tracking.tracker.problem is not None:
-            raise TrackingError(tracking.tracker.problem)
-        folder.write_json(layout.SUMMARY, summary | {"registered": base.registry.name})
+    if folder.exists(layout.SUMMARY):
+        log(f"sweep {folder}: complete, nothing to search")
+        summary = folder.read_json(layout.SUMMARY)
+        registered = summary.pop("registered", None)
+        if base.registry.name not in {None, registered}:
+            _register_later(base, name, open_parent())
+            folder.write_json(layout.SUMMARY, summary | {"registered": base.registry.name})
+            log(f"its best model is registered as {base.registry.name}")
         return FinishedSweep(folder=folder, **summary)
+    tracking = open_parent()
     follower = _Follower(base, name, tracking, log)
     try:
         warm_up(base, store, log)  # once, for all trials
@@ -472,6 +474,18 @@ def _log_model(config: Config, best: Trial, tracker: LenientTracker) -> None:
     of_best = config.model_copy(update={"run": str(best.run.info["name"]), "epoch": None})
     with served_files(find_predictor(of_best, "the sweep's model")) as served:
         tracker.log_model(served, config.registry.name)
+
+
+def _register_later(config: Config, sweep: str, tracking: Tracking) -> None:
+    """The best model of a complete sweep, under a name that is given now.
+
+    Raises:
+        TrackingError: the server cannot be used.
+    """
+    _log_model(config, _ranked(config, read_trials(config, sweep))[0], tracking.tracker)
+    tracking.tracker.finish()
+    if tracking.tracker.problem is not None:
+        raise TrackingError(tracking.tracker.problem)
 
 
 def _outcome(config: Config, trial: Trial) -> TrialOutcome:

@@ -258,7 +258,7 @@ def test_a_run_that_is_still_training_is_not_exported(trained: TrainedRun) -> No
     assert not (Folder(runs.parent) / "exports" / "unfinished").exists()
 
 
-def test_two_exports_of_one_name_do_not_mix(trained: TrainedRun, tmp_path: Path) -> None:
+def test_two_exports_of_one_name_do_not_mix(trained: TrainedRun) -> None:
     config = config_of(trained, "name=twice")
     with (
         held(Folder(config.storage), "exports", "twice", print),
