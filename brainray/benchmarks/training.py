@@ -234,8 +234,9 @@ def _wait(device: torch.device) -> None:
 
 def _streaming(pixels: Tensor, device: torch.device, steps: int) -> list[Measure]:
     """Training from a file that holds four times what may be cached, against the cache."""
-    rows = (([row], image[0].numpy()) for row, image in enumerate(pixels))
-    streamed = StreamedImages(len(pixels), pixels.shape[-1], rows, device)
+    streamed = StreamedImages(len(pixels), pixels.shape[-1], device)
+    for row, image in enumerate(pixels):
+        streamed.put(row, image[0].numpy())
     cached = CachedImages(pixels[: 4 * BATCH].to(device))
     from_file = _ours(streamed, steps)
     from_file()

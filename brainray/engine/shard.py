@@ -45,6 +45,10 @@ class Images(Protocol):
 
     def __len__(self) -> int: ...
 
+    def put(self, row: int, image: NDArray[np.uint8]) -> None:
+        """Keeps a slice (side, side); each has to come before the first batch is read."""
+        ...
+
     def batches(self, rows: Iterable[Tensor]) -> Iterator[Tensor]:
         """For each index (B,) int64 on the CPU, those slices: (B, 1, side, side) uint8."""
         ...
@@ -62,6 +66,9 @@ class CachedImages:
     def __len__(self) -> int:
         return len(self.images)
 
+    def put(self, row: int, image: NDArray[np.uint8]) -> None:
+        self.images[row, 0] = torch.from_numpy(image)
+
     def batches(self, rows: Iterable[Tensor]) -> Iterator[Tensor]:
         for index in rows:
             yield self.images[index.to(self.device)]
@@ -74,20 +81,8 @@ class StreamedImages:
     pinned memory without waiting.
     """
 
-    def __init__(
-        self,
-        num_images: int,
-        side: int,
-        pixels: Iterable[tuple[list[int], NDArray[np.uint8]]],
-        device: torch.device,
-    ) -> None:
-        """
-        Args:
-            num_images: n.
-            side: height and width in pixels.
-            pixels: every slice (side, side) with the rows that hold it.
-            device: where batches go.
-        """
+    def __init__(self, num_images: int, side: int, device: torch.device) -> None:
+        """``device``: where batches go."""
         self.device = device
         self.side = side
         self._num_images = num_images
@@ -95,12 +90,12 @@ class StreamedImages:
         self._file = tempfile.TemporaryFile(prefix="brainray-slices-")  # noqa: SIM115
         self._num_bytes = side * side
         os.truncate(self._file.fileno(), num_images * self._num_bytes)
-        for rows, image in pixels:
-            for row in rows:
-                os.pwrite(self._file.fileno(), image.tobytes(), row * self._num_bytes)
 
     def __len__(self) -> int:
         return self._num_images
+
+    def put(self, row: int, image: NDArray[np.uint8]) -> None:
+        os.pwrite(self._file.fileno(), image.tobytes(), row * self._num_bytes)
 
     def batches(self, rows: Iterable[Tensor]) -> Iterator[Tensor]:
         waiting: deque[Future[Tensor]] = deque()

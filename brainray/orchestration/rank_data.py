@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from brainray import layout
-from brainray.config import Config
+from brainray.config import Config, TrainConfig
 from brainray.engine.shard import (
     CachedImages,
     Images,
@@ -40,60 +40,91 @@ def load_rank_data(
 ) -> RankData:
     """Every num_ranks-th slice of each role. Labels come from the run's draw, not the store."""
     class_index = {name: index for index, name in enumerate(store.classes)}
+    seen = _seen_with_inherited_labels(config, run, tell=rank == 0)
+    test = run.read_table(layout.TEST_SLICES, ["sample_id", "label"])
 
-    side = config.train.image_size
-    room = int(config.train.cache_gib * 2**30)
+    def share(rows: pa.Table) -> pa.Table:
+        return rows.take(pa.array(range(rank, rows.num_rows, num_ranks), pa.int64()))
 
-    def load(sample_ids: list[str], split: str) -> Images:
-        nonlocal room
-        num_bytes = len(sample_ids) * side * side
-        if num_bytes <= room:
-            room -= num_bytes
-            return CachedImages(torch.from_numpy(store.images(sample_ids, split, side)).to(device))
-        if rank == 0:
-            print(f"streaming {len(sample_ids)} slices from disk: train.cache_gib is full")
-        return StreamedImages(len(sample_ids), side, store.scan(sample_ids, split, side), device)
+    def of_role(role: str) -> pa.Table:
+        return share(seen.filter(pc.equal(seen["role"], role)).sort_by("sample_id"))
+
+    shares = {  # labelled slices are read most often, so they are the first to stay in memory
+        LABELLED: of_role(LABELLED),
+        VALIDATION: of_role(VALIDATION),
+        TEST: share(test),
+        UNLABELLED_ROLE: of_role(UNLABELLED_ROLE),
+    }
+    images = _load_images(config.train, store, shares, device, tell=rank == 0)
 
     def classes_of(names: pa.ChunkedArray) -> Tensor:
         indices = [class_index.get(name, UNLABELLED) for name in names.to_pylist()]
         return torch.tensor(indices, dtype=torch.int64, device=device)
 
-    def shard(rows: pa.Table, split: str, keys: list[int]) -> SliceShard:
+    def shard(role: str) -> SliceShard:
+        rows = shares[role]
+        if role == TEST:  # test sets keep byte-identical copies, so the row is the key there
+            keys = list(range(rank, test.num_rows, num_ranks))
+        else:
+            keys = sample_keys(rows["sample_id"].to_pylist()).tolist()
         return SliceShard(
-            load(rows["sample_id"].to_pylist(), split),
+            images[role],
             torch.tensor(keys, dtype=torch.int64, device=device),
             classes_of(rows["label"]),
         )
 
-    def of_role(role: str) -> pa.Table:
-        rows = seen.filter(pc.equal(seen["role"], role)).sort_by("sample_id")
-        return rows.take(pa.array(range(rank, rows.num_rows, num_ranks), pa.int64()))
+    return RankData(
+        labelled=shard(LABELLED),
+        validation=shard(VALIDATION),
+        test=shard(TEST),
+        unlabelled=shard(UNLABELLED_ROLE),
+        inherited=classes_of(shares[UNLABELLED_ROLE]["inherited"]),
+    )
 
-    def training_shard(role: str) -> SliceShard:
-        mine = of_role(role)
-        return shard(mine, TRAIN, sample_keys(mine["sample_id"].to_pylist()).tolist())
 
+def _seen_with_inherited_labels(config: Config, run: Folder, *, tell: bool) -> pa.Table:
+    """What the run sees, with the label that each unlabelled slice inherits, if any."""
     seen = run.read_table(layout.SEEN, [name for name in SEEN.names if name != "thumbnail"])
-    # Subjects that are named are drawn as a whole: who labelled some of their slices only has left
-    # the others out. Their slices may be of several classes, too.
-    guessed = pc.equal(seen["subject_source"], ESTIMATED)
-    subjects = pc.if_else(guessed, seen["subject_id"], None).to_pylist()
     inherited: list[str | None] = [None] * seen.num_rows
     if config.objective.inherit_labels == "subject":
+        # Subjects that are named are drawn as a whole: who labelled some of their slices only has
+        # left the others out. Their slices may be of several classes, too.
+        guessed = pc.equal(seen["subject_source"], ESTIMATED)
+        subjects = pc.if_else(guessed, seen["subject_id"], None).to_pylist()
         inherited = inherited_labels(subjects, seen["role"].to_pylist(), seen["label"].to_pylist())
-        if rank == 0:
+        if tell:
             count = sum(label is not None for label in inherited)
             print(f"{count} unlabelled slices inherit a label of their likely subject", flush=True)
-    seen = seen.append_column("inherited", pa.array(inherited, pa.string()))
-    test = run.read_table(layout.TEST_SLICES, ["sample_id", "label"])
-    test_rows = list(range(rank, test.num_rows, num_ranks))
-    unlabelled = of_role(UNLABELLED_ROLE)
-    # Labelled slices are read most often, so they are the first to stay in memory.
-    return RankData(
-        labelled=training_shard(LABELLED),
-        validation=training_shard(VALIDATION),
-        # Test sets keep byte-identical copies, so the row is the key there.
-        test=shard(test.take(pa.array(test_rows, pa.int64())), TEST, test_rows),
-        unlabelled=training_shard(UNLABELLED_ROLE),
-        inherited=classes_of(unlabelled["inherited"]),
-    )
+    return seen.append_column("inherited", pa.array(inherited, pa.string()))
+
+
+def _load_images(
+    config: TrainConfig,
+    store: ImageStore,
+    shares: dict[str, pa.Table],
+    device: torch.device,
+    *,
+    tell: bool,
+) -> dict[str, Images]:
+    """The slices of each role, from one reading of the store: in memory while there is room."""
+    side = config.image_size
+    room = int(config.cache_gib * 2**30)
+    images: dict[str, Images] = {}
+    places: dict[tuple[str, str], list[tuple[Images, int]]] = {}
+    for role, rows in shares.items():
+        num_bytes = rows.num_rows * side * side
+        if num_bytes <= room:
+            room -= num_bytes
+            empty = torch.empty((rows.num_rows, 1, side, side), dtype=torch.uint8, device=device)
+            images[role] = CachedImages(empty)
+        else:
+            if tell:
+                print(f"streaming {rows.num_rows} slices from disk: train.cache_gib is full")
+            images[role] = StreamedImages(rows.num_rows, side, device)
+        split = TEST if role == TEST else TRAIN
+        for row, identity in enumerate(rows["sample_id"].to_pylist()):
+            places.setdefault((split, identity), []).append((images[role], row))
+    for key, image in store.scan(places, side):
+        for kept, row in places[key]:
+            kept.put(row, image)
+    return images

@@ -1,6 +1,6 @@
 """The image store: what preprocessing leaves and everything after it reads."""
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Collection, Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -130,50 +130,48 @@ class ImageStore:
     def images(self, sample_ids: list[str], split: str, side: int) -> NDArray[np.uint8]:
         """Slices (n, 1, side, side) uint8 of one split, in the order asked for."""
         images = np.empty((len(sample_ids), 1, side, side), dtype=np.uint8)
-        for rows, image in self.scan(sample_ids, split, side):
-            images[rows, 0] = image
+        rows: dict[tuple[str, str], list[int]] = {}
+        for row, identity in enumerate(sample_ids):
+            rows.setdefault((split, identity), []).append(row)
+        for key, image in self.scan(rows, side):
+            images[rows[key], 0] = image
         return images
 
     def scan(
-        self, sample_ids: list[str], split: str, side: int
-    ) -> Iterator[tuple[list[int], NDArray[np.uint8]]]:
-        """Each slice (side, side) uint8 with its places among ``sample_ids``, in stored order.
+        self, wanted: Collection[tuple[str, str]], side: int
+    ) -> Iterator[tuple[tuple[str, str], NDArray[np.uint8]]]:
+        """Each wanted (split, sample_id) with its slice (side, side) uint8, in stored order.
 
-        One row group of the store is in memory at a time.
+        The store is read once, one row group in memory at a time.
         """
-        rows: dict[str, list[int]] = {}
-        for row, identity in enumerate(sample_ids):
-            rows.setdefault(identity, []).append(row)
-        missing = set(rows)
-        for identity, image in self._scan(rows, split):
-            shrunk = np.asarray(cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA))
-            missing.discard(identity)
-            yield rows[identity], shrunk
+        missing = set(wanted)
+        for key, image in self._scan(wanted):
+            missing.discard(key)
+            yield key, np.asarray(cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA))
         if missing:
             raise DataError(
-                f"{self.folder} lacks {len(missing)} slices of its index, such as {min(missing)}: "
-                "delete the store and preprocess again"
+                f"{self.folder} lacks {len(missing)} slices of its index, such as "
+                f"{min(missing)[1]}: delete the store and preprocess again"
             )
 
     def _scan(
-        self, sample_ids: Container[str], split: str
-    ) -> Iterator[tuple[str, NDArray[np.uint8]]]:
-        """(sample_id, image (H, W)) of the wanted rows, one row group in memory at a time."""
+        self, wanted: Container[tuple[str, str]]
+    ) -> Iterator[tuple[tuple[str, str], NDArray[np.uint8]]]:
+        """Each wanted (split, sample_id) with its slice (H, W) as it is stored."""
         folder = self.folder / layout.IMAGES
         for name in folder.names():
             with folder.filesystem.open_input_file(f"{folder.path}/{name}") as stream:
                 part = pq.ParquetFile(stream)
                 for number in range(part.num_row_groups):
-                    keys = part.read_row_group(number, columns=["sample_id", "split"])
-                    asked = [identity in sample_ids for identity in keys["sample_id"].to_pylist()]
-                    wanted = pc.and_(pa.array(asked, pa.bool_()), pc.equal(keys["split"], split))
-                    if not pc.any(wanted).as_py():
+                    names = part.read_row_group(number, columns=["split", "sample_id"])
+                    keys = list(zip(*names.to_pydict().values(), strict=True))
+                    rows = [row for row, key in enumerate(keys) if key in wanted]
+                    if not rows:
                         continue
-                    columns = ["sample_id", "height", "width", "image"]
-                    group = part.read_row_group(number, columns=columns).filter(wanted)
-                    for row in group.to_pylist():
-                        pixels = np.frombuffer(row["image"], dtype=np.uint8)
-                        yield row["sample_id"], pixels.reshape(row["height"], row["width"])
+                    group = part.read_row_group(number, columns=["height", "width", "image"])
+                    for row, stored in zip(rows, group.take(rows).to_pylist(), strict=True):
+                        pixels = np.frombuffer(stored["image"], dtype=np.uint8)
+                        yield keys[row], pixels.reshape(stored["height"], stored["width"])
 
 
 def settings_of(

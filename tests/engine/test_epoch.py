@@ -44,8 +44,9 @@ def shard(num: int, seed: int = 0) -> SliceShard:
 def streamed(cached: SliceShard) -> SliceShard:
     """The same slices in a file."""
     assert isinstance(cached.images, CachedImages)
-    pixels = (([row], image[0].numpy()) for row, image in enumerate(cached.images.images))
-    images = StreamedImages(len(cached), cached.images.side, pixels, torch.device("cpu"))
+    images = StreamedImages(len(cached), cached.images.side, torch.device("cpu"))
+    for row, image in enumerate(cached.images.images):
+        images.put(row, image[0].numpy())
     return SliceShard(images, cached.keys, cached.labels)
 
 

@@ -163,6 +163,35 @@ def test_a_run_may_have_no_unlabelled_slice(storage: Path) -> None:
     assert bool((data.labelled.labels >= 0).all())
 
 
+@pytest.mark.parametrize("cache_gib", [1.0, 0.0])
+def test_a_rank_reads_the_store_once(
+    storage: Path, monkeypatch: pytest.MonkeyPatch, cache_gib: float
+) -> None:
+    """In memory or streamed, the ranks' slices of all roles are the store's, each on one rank."""
+    config = config_of(storage, "read-once", f"train.cache_gib={cache_gib}")
+    store = ImageStore.open(Folder(storage / "datasets" / "mri"))
+    begun, _ = begin_run(config, store, num_workers=1)
+    scans = []
+    scan = ImageStore.scan
+    monkeypatch.setattr(ImageStore, "scan", lambda *args: scans.append(1) or scan(*args))
+    ranks = [
+        load_rank_data(config, begun.folder, store, torch.device("cpu"), rank, 2) for rank in (0, 1)
+    ]
+    assert len(scans) == 2
+    monkeypatch.undo()
+    seen = begun.folder.read_table("seen.parquet", ["sample_id", "role"])
+    for role, shards in {
+        UNLABELLED_ROLE: [data.unlabelled for data in ranks],
+        "labelled": [data.labelled for data in ranks],
+        "validation": [data.validation for data in ranks],
+    }.items():
+        rows = seen.filter(pc.equal(seen["role"], role)).sort_by("sample_id")
+        expected = store.images(rows["sample_id"].to_pylist(), "train", config.train.image_size)
+        for rank, shard in enumerate(shards):
+            (found,) = shard.images.batches([torch.arange(len(shard))])
+            np.testing.assert_array_equal(found.numpy(), expected[rank::2])
+
+
 def test_the_rate_is_that_of_all_ranks(trained: TrainedRun) -> None:
     *_, last = trained.run.folder.read_json_lines("metrics.jsonl")
     counts = trained.run.info["num_slices"]
