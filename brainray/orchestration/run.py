@@ -156,7 +156,7 @@ def begin_run(config: Config, store: ImageStore, num_workers: int) -> tuple[Run,
         )
     _check_ranks(counts, num_workers)
     before = seen_by_weights(config.encoder.weights, Folder(config.storage))
-    check_validation_is_new(config, seen, before)
+    check_validation_is_new(config, seen, before, store.preprocess)
     folder.write_table(layout.SEEN, seen)
     folder.delete_file(layout.SEEN_BEFORE, missing_ok=True)  # of a beginning that was cut
     if before is not None:

@@ -6,9 +6,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from brainray import layout
-from brainray.config import Config
+from brainray.config import Config, PreprocessConfig
 from brainray.errors import ConfigError
-from brainray.mri.leakage import Fingerprints
+from brainray.mri.leakage import Fingerprints, exposure
 from brainray.orchestration.store import ImageStore
 from brainray.schema import LABELLED, SEEN, TRAIN, UNLABELLED_ROLE, VALIDATION
 from brainray.storage import Folder
@@ -58,18 +58,26 @@ def training_slices(store: ImageStore) -> pa.Table:
     return pa.table(columns, schema=SEEN)
 
 
-def check_validation_is_new(config: Config, seen: pa.Table, before: pa.Table | None) -> None:
-    """Raises ConfigError where the starting weights have learned labels of validation slices."""
+def check_validation_is_new(
+    config: Config, seen: pa.Table, before: pa.Table | None, preprocess: PreprocessConfig
+) -> None:
+    """Raises ConfigError where the starting weights have learned labels of validation slices.
+
+    Or of their copies, upright or turned; ``preprocess`` tells what a copy is.
+    """
     if before is None:
         return
-    learned = before.filter(pc.equal(before["role"], LABELLED))["sample_id"]
-    validation = seen.filter(pc.equal(seen["role"], VALIDATION))["sample_id"]
-    num_learned = pc.sum(pc.is_in(validation, learned.combine_chunks())).as_py()
+    own = seen.filter(pc.equal(seen["role"], LABELLED))["sample_id"].combine_chunks()
+    learned = before.filter(pc.equal(before["role"], LABELLED))
+    learned = learned.filter(pc.invert(pc.is_in(learned["sample_id"], own)))
+    validation = seen.filter(pc.equal(seen["role"], VALIDATION))
+    exposed = exposure(Fingerprints.of(validation), Fingerprints.of(learned), preprocess)
+    num_learned = int(((exposed.exact >= 0) | (exposed.twin >= 0)).sum())
     if num_learned:
         raise ConfigError(
             f"encoder.weights={config.encoder.weights} has learned the labels of {num_learned} of "
-            f"this run's {len(validation)} validation slices, which would choose its epoch: give "
-            "both the same split.seed"
+            f"this run's {validation.num_rows} validation slices, or of their copies, which would "
+            "choose its epoch: give both the same split.seed"
         )
 
 

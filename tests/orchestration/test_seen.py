@@ -1,5 +1,6 @@
 """Test slices are held against all that a run has seen, also before it began."""
 
+import shutil
 from pathlib import Path
 
 import cv2
@@ -93,6 +94,27 @@ def test_weights_that_know_the_validation_labels_are_refused(
         begin_run(other, store, 1)
     assert not (storage / "runs" / "other-draw").exists()
     begin_run(tiny_config(storage, "name=same-draw", "dataset=mri", weights), store, 1)
+
+
+def test_weights_that_know_copies_of_validation_slices_are_refused(
+    storage: Path, trained: TrainedRun, tmp_path: Path
+) -> None:
+    """The bytes are others, the slice is the same."""
+    store = ImageStore.open(Folder(storage) / "datasets" / "mri")
+    shutil.copytree(f"{trained.run.folder}", tmp_path / "copied")
+    copied = Folder(tmp_path / "copied")
+    seen = copied.read_table("seen.parquet")
+    others = pa.array([identity[::-1] for identity in seen["sample_id"].to_pylist()])
+    roles = ["labelled" if role == "validation" else role for role in seen["role"].to_pylist()]
+    for name, column in {"sample_id": others, "role": pa.array(roles)}.items():
+        seen = seen.set_column(seen.column_names.index(name), name, column)
+    copied.write_table("seen.parquet", seen)
+    weights = f"encoder.weights={copied}/best/model.pt"
+    config = tiny_config(storage, "name=of-copies", "dataset=mri", weights)
+    num_validation = trained.run.info["num_slices"]["validation"]
+    told = f"labels of {num_validation} of this run's {num_validation} validation slices, or of"
+    with pytest.raises(ConfigError, match=told):
+        begin_run(config, store, 1)
 
 
 def test_names_hashed_with_another_salt_are_not_compared(
