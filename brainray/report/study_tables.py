@@ -30,7 +30,8 @@ def average_over_seeds(rows: Iterable[Row], by: Sequence[str]) -> list[dict[str,
     """One row for each combination of ``by``, in the order of first appearance.
 
     A figure becomes ``NAME_mean`` and ``NAME_std`` (sample standard deviation; none for one seed)
-    over the rows that have it, ``num_seeds`` of all of them; one that no row has is left out.
+    over the rows that have it: ``num_seeds``, or ``NAME_seeds`` where they are fewer. One that no
+    row has is left out.
     """
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
@@ -45,6 +46,8 @@ def average_over_seeds(rows: Iterable[Row], by: Sequence[str]) -> list[dict[str,
                 result[f"{name}_mean"] = fmean(found)
             if len(found) > 1:
                 result[f"{name}_std"] = stdev(found)
+            if 0 < len(found) < result["num_seeds"]:
+                result[f"{name}_seeds"] = len(found)
         averaged.append(result)
     return averaged
 
@@ -131,4 +134,6 @@ def _cell(row: Row, name: str) -> str:
         return f"{mean:.1f} ± {std:.1f}" if std else f"{mean:.0f}"
     if name == "noise_share":
         return f"{mean:.1%}"
-    return f"{mean:.3f}" if std is None else f"{mean:.3f} ± {std:.3f}"
+    told = f"{mean:.3f}" if std is None else f"{mean:.3f} ± {std:.3f}"
+    fewer = row.get(f"{name}_seeds")  # of DBSCAN's, one may have found a cluster
+    return told if fewer is None else f"{told} ({fewer} of {row['num_seeds']})"

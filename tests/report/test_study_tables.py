@@ -33,7 +33,8 @@ def test_means_and_sample_deviations_over_the_seeds_that_have_the_figure() -> No
     assert abs(one["nmi_std"] - 0.02**0.5) < 1e-12
     assert one["silhouette_mean"] == 0.5
     assert "silhouette_std" not in one  # one seed has no deviation
-    assert one["num_seeds"] == 2
+    assert (one["num_seeds"], one["silhouette_seeds"]) == (2, 1)
+    assert "nmi_seeds" not in one
     assert "ari_mean" not in one
     assert (two["nmi_mean"], two["num_seeds"]) == (0.6, 1)
 
@@ -51,7 +52,7 @@ def test_the_methods_table_shows_what_there_is() -> None:
         "silhouette",
         "NMI",
     ]
-    assert first == ["pixels", "kmeans", "8", "2", "4", "0.0%", "0.500", "0.300 ± 0.141"]
+    assert first == ["pixels", "kmeans", "8", "2", "4", "0.0%", "0.500 (1 of 2)", "0.300 ± 0.141"]
     assert second == ["pixels", "kmeans", "8", "1", "3", "25.0%", "–", "0.600"]
 
 
