@@ -21,7 +21,7 @@ def results_table(metrics: Mapping[str, float], classes: Sequence[str]) -> str:
     sizes = ", ".join(f"{count(metrics, f'test/{s}/num_slices')} {s}" for s in SUBSETS)
     return "\n\n".join(
         [
-            f"Test slices: {sizes}.",
+            f"Test slices: {sizes}. In brackets: 95 % intervals, over subjects where known.",
             _predictor_table(metrics),
             _class_table(metrics, classes),
             _cluster_line(metrics),

@@ -41,7 +41,7 @@ def test_figures_are_found_in_their_cells() -> None:
     }
     text = results_table(metrics, CLASSES)
     rows = _rows(text)
-    assert text.startswith("Test slices: 1,311 all, 4 clean, 3 strict.\n")
+    assert text.startswith("Test slices: 1,311 all, 4 clean, 3 strict. In brackets: 95 % intervals")
     assert rows["head/all"] == ["0.935 [0.920, 0.949]", "0.900", "0.800"]
     assert rows["head/clean"] == ["0.750", "–", "–"]
     assert rows["head/strict"] == ["0.600", "–", "–"]
