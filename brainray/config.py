@@ -392,6 +392,19 @@ class TrainConfig(_Section):
     """How long a worker waits for the others in a collective before it gives up."""
 
 
+WORKER_SETTINGS = (
+    "num_workers",
+    "min_workers",
+    "cpus_per_worker",
+    "gpus_per_worker",
+    "device",
+    "wait_for_nodes",
+    "max_failures",
+    "collective_timeout_s",
+)
+"""Those of ``train`` that tell of the workers, whatever they learn."""
+
+
 class EvaluationConfig(_Section):
     test_each_epoch: bool = True
     """Test slices are embedded and scored after every epoch, as METHOD A reports; or once, by the

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as torch_dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 
 _PATIENCE = timedelta(minutes=10)
@@ -94,6 +94,12 @@ def broadcast_from_first(tensor: Tensor) -> Tensor:
     shared = tensor.clone().contiguous()
     torch_dist.broadcast(shared, src=0)
     return shared
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Rank 0's buffers, such as batch statistics, on every rank."""
+    for buffer in model.buffers():
+        buffer.copy_(broadcast_from_first(buffer))
 
 
 def run_on_ranks(

@@ -1,5 +1,8 @@
 """Column names, dtypes and shapes at every stage boundary."""
 
+from collections import Counter
+from collections.abc import Hashable, Iterable
+
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
@@ -205,3 +208,8 @@ def subset_masks(slices: pa.Table) -> dict[str, NDArray[np.bool_]]:
             flags = slices[name].to_numpy(zero_copy_only=False)
             masks[name] = np.asarray(flags, dtype=np.bool_)
     return masks
+
+
+def tells_of_classes(labels: Iterable[Hashable], subset: str) -> bool:
+    """Whether every class among a subset's labels has enough slices for figures by class."""
+    return subset != "strict" or min(Counter(labels).values(), default=0) >= MIN_STRICT_SUPPORT

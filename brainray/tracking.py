@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import mlflow
 import mlflow.pyfunc
@@ -58,38 +58,6 @@ class ServedFiles:
     outputs: Mapping[str, str]  # Arrow's type by column
 
 
-class Tracker(Protocol):
-    """Where a run's figures are shown."""
-
-    def begin(self, name: str, params: Mapping[str, object], tags: Mapping[str, str]) -> None:
-        """Open the run, or find it again."""
-        ...
-
-    def log_epochs(self, history: list[dict[str, float]]) -> None:
-        """Send the epochs that were not sent yet."""
-        ...
-
-    def log_summary(self, metrics: Mapping[str, float]) -> None:
-        """Send the figures that stand for the whole run."""
-        ...
-
-    def log_files(self, names: Iterable[str]) -> None:
-        """Send files of the run's folder as artifacts."""
-        ...
-
-    def log_tags(self, tags: Mapping[str, str]) -> None:
-        """Set tags on the run."""
-        ...
-
-    def log_model(self, served: ServedFiles, registered_name: str | None) -> None:
-        """Keep a model that can be served; register it where a name is given."""
-        ...
-
-    def finish(self, status: str = "FINISHED") -> None:
-        """Mark the run as FINISHED, FAILED or KILLED."""
-        ...
-
-
 class MLflowTracker:
     """One brainray run in one MLflow run, whose id is kept in the run's folder.
 
@@ -118,6 +86,7 @@ class MLflowTracker:
         return None if run_id is None else str(run_id)
 
     def begin(self, name: str, params: Mapping[str, object], tags: Mapping[str, str]) -> None:
+        """Open the run, or find it again."""
         with _readable_errors(self._uri):
             client = self._connect()
             uri = redacted(self._uri)  # a file in storage is no place for a password
@@ -142,6 +111,7 @@ class MLflowTracker:
                 self._save()
 
     def log_epochs(self, history: list[dict[str, float]]) -> None:
+        """Send the epochs that were not sent yet."""
         sent = int(str(self._state["epochs_sent"]))
         with _readable_errors(self._uri):
             for metrics in history[sent:]:
@@ -152,6 +122,7 @@ class MLflowTracker:
                 self._save()
 
     def log_summary(self, metrics: Mapping[str, float]) -> None:
+        """Send the figures that stand for the whole run."""
         digest = hashlib.sha256(json.dumps(metrics, sort_keys=True).encode()).hexdigest()
         if self._state.get("summary_sent") == digest:
             return
@@ -161,6 +132,7 @@ class MLflowTracker:
             self._save()
 
     def log_files(self, names: Iterable[str]) -> None:
+        """Send files of the run's folder as artifacts."""
         with _readable_errors(self._uri), tempfile.TemporaryDirectory() as temporary:
             # Through a local copy, since the run's folder may be a bucket.
             for name in names:
@@ -170,10 +142,12 @@ class MLflowTracker:
             self._connect().log_artifacts(self._id, temporary)
 
     def log_tags(self, tags: Mapping[str, str]) -> None:
+        """Set tags on the run."""
         with _readable_errors(self._uri):
             self._connect().log_batch(self._id, tags=_tags(tags))
 
     def log_model(self, served: ServedFiles, registered_name: str | None) -> None:
+        """Keep a model that can be served; register it where a name is given."""
         with _readable_errors(self._uri), _globally(self._uri):
             self._connect()
             with mlflow.start_run(run_id=self._id), _without_advice():
@@ -182,6 +156,7 @@ class MLflowTracker:
                 )
 
     def finish(self, status: str = "FINISHED") -> None:
+        """Mark the run as FINISHED, FAILED or KILLED."""
         with _readable_errors(self._uri):
             self._connect().set_terminated(self._id, status=status)
 
@@ -253,7 +228,7 @@ class LenientTracker:
     catch up in order.
     """
 
-    def __init__(self, tracker: Tracker, warn: Log) -> None:
+    def __init__(self, tracker: MLflowTracker, warn: Log) -> None:
         self._tracker = tracker
         self._warn = warn
         self._begin: Callable[[], None] | None = None

@@ -26,7 +26,7 @@ if __name__ == "__main__":
             not. jobs/track.py sends it to MLflow.
 
             Examples: python jobs/report.py --set run=strong evaluation.control=strong-control
-                      python jobs/report.py --set run=k8 evaluation.siblings=[k8-seed1,k8-seed2]
+                      python jobs/report.py --set run=k8 'evaluation.siblings=[k8-seed1,k8-seed2]'
             """,
             work,
             keys=[

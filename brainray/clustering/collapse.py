@@ -67,21 +67,20 @@ def measure_health(
     )
 
 
-def check_collapse(health: ClusteringHealth, max_share: float, min_spread: float) -> None:
+def check_collapse(
+    health: ClusteringHealth, max_share: float, min_spread: float, remedy: str
+) -> None:
     """Stop a run whose clusters or embeddings have collapsed.
 
     Args:
         health: of the present epoch.
         max_share: largest share of the rows that one cluster may hold.
         min_spread: least mean squared distance of normalised embeddings to their mean.
+        remedy: what to do, for the error.
 
     Raises:
         ClusteringError: with what was measured, the threshold, and what to do.
     """
-    remedy = (
-        "lower objective.lambda_cluster or train.learning_rate, or warm the encoder up before "
-        "the cluster loss sets in"
-    )
     # Negated, so that a NaN counts as collapse too.
     if not health.largest_share <= max_share:
         raise ClusteringError(

@@ -141,13 +141,6 @@ def _reportable(figures: Metrics, subset: str) -> Metrics:
     }
 
 
-def tells_of_classes(predictions: Predictions, subset: str) -> bool:
-    """Whether all classes of a subset have enough slices for figures by class, as its confusion."""
-    labels = predictions.labels[predictions.labels != UNLABELLED]
-    counts = np.unique(labels, return_counts=True)[1]
-    return subset != "strict" or bool((counts >= MIN_STRICT_SUPPORT).all())
-
-
 def confusion_metrics(predictions: Predictions, classes: Sequence[str], prefix: str) -> Metrics:
     """Confusion matrices as flat counts: ``PREFIX/head/confusion/LABEL/PREDICTION``."""
     scored = predictions.select(predictions.labels != UNLABELLED)

@@ -1,11 +1,12 @@
 """From configuration to the parts that training composes."""
 
 import math
+import warnings
 
 import torch
 from torch import nn
 from torch.optim import AdamW
-from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from brainray.config import ObjectiveConfig, TrainConfig
@@ -95,6 +96,14 @@ def build_optimizer(
         pct_start=config.warmup_fraction,
     )
     return optimizer, scheduler
+
+
+def resume_schedule(scheduler: LRScheduler, num_steps: int) -> None:
+    """As after so many steps; the optimiser, whose state was loaded, has made them."""
+    scheduler.last_epoch = num_steps - 1
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+        scheduler.step()
 
 
 def agreed_precision(precision: str, device: torch.device) -> str:

@@ -152,6 +152,7 @@ def recluster_in_health(
     config: ClusteringConfig,
     *,
     where: str,
+    remedy: str,
     say: Log,
 ) -> tuple[Reclustering, ClusteringHealth, bool]:
     """Re-cluster; what a collapse does, ``clustering.on_collapse`` says (collective).
@@ -162,6 +163,7 @@ def recluster_in_health(
         previous_responsibilities: (n, K).
         config: the limits, and what a collapse does.
         where: epoch or round, for messages.
+        remedy: what to do against a collapse, for the error.
         say: tells, on the first rank, of a collapse that does not stop the run.
 
     Returns:
@@ -175,7 +177,7 @@ def recluster_in_health(
         try:
             found = attempt(anew)
             health = measure_health(z, found.responsibilities, previous_responsibilities)
-            check_collapse(health, max_share=config.max_cluster_share, min_spread=config.min_spread)
+            check_collapse(health, config.max_cluster_share, config.min_spread, remedy)
         except ClusteringError as problem:
             collapse = f"{where}{', also reseeded' if anew else ''}: {problem}"
         else:

@@ -55,7 +55,7 @@ class TrainerState:
 
 def checkpoint_bytes(checkpoint: Checkpoint) -> bytes:
     """The content of a checkpoint's ``model.pt``: tensors and plain values only."""
-    return _to_bytes(checkpoint_state(checkpoint))
+    return state_to_bytes(checkpoint_state(checkpoint))
 
 
 def checkpoint_state(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -118,7 +118,7 @@ def restore_checkpoint(saved: dict[str, Any], where: str) -> Checkpoint:
 
 def trainer_bytes(state: TrainerState) -> bytes:
     """The content of a checkpoint's ``trainer.pt``."""
-    return _to_bytes(
+    return state_to_bytes(
         {
             "optimizer": state.optimizer,
             "keys": state.keys.cpu(),
@@ -243,14 +243,15 @@ def _on_cpu(state: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _to_bytes(value: dict[str, Any]) -> bytes:
+def state_to_bytes(value: dict[str, Any]) -> bytes:
+    """Tensors and plain values as ``torch.save`` writes them."""
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return buffer.getvalue()
 
 
 def state_from_bytes(content: bytes, where: str) -> dict[str, Any]:
-    """What ``torch.save`` wrote, of tensors and plain values; ``where`` names the file in errors.
+    """What `state_to_bytes` wrote, of tensors and plain values; ``where`` names the file in errors.
 
     Raises:
         CheckpointError: it cannot be read whole.

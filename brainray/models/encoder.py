@@ -70,28 +70,37 @@ def build_encoder(name: str, weights: str | Mapping[str, Tensor], num_classes: i
     try:
         encoder.backbone.load_state_dict(state)
     except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
+        reason = str(error).splitlines()[-1].strip()[:300]
         shown = f"encoder.weights={weights}" if isinstance(weights, str) else "the warm-up"
         raise ConfigError(f"{shown} does not fit {name}: {reason}") from None
     return encoder
 
 
-def imagenet_state(name: str) -> dict[str, Tensor]:
+def imagenet_state(name: str, setting: str = "encoder.weights") -> dict[str, Tensor]:
+    """torchvision's, downloaded where they are not in its cache.
+
+    Raises:
+        ConfigError: they cannot be downloaded, or there are none; it names the ``setting``.
+    """
     try:
         weights = torchvision.models.get_model_weights(name).DEFAULT
         return dict(weights.get_state_dict(progress=False))
     except OSError as error:
         raise ConfigError(
-            f"encoder.weights=imagenet: torchvision cannot download the weights of {name} "
+            f"{setting}=imagenet: torchvision cannot download the weights of {name} "
             f"({error}): connect to the internet, or give the path of a local file"
         ) from None
 
 
-def local_state(path: Path) -> dict[str, Tensor]:
-    """A torchvision state dict, or the encoder of a brainray checkpoint, in a local file."""
+def local_state(path: Path, setting: str = "encoder.weights") -> dict[str, Tensor]:
+    """A torchvision state dict, or the encoder of a brainray checkpoint, in a local file.
+
+    Raises:
+        ConfigError: it is neither, or not there; it names the ``setting``.
+    """
     if not path.is_file():
-        raise ConfigError(f"encoder.weights={path}: no such file")
-    return encoder_state(path.read_bytes(), f"encoder.weights={path}")
+        raise ConfigError(f"{setting}={path}: no such file")
+    return encoder_state(path.read_bytes(), f"{setting}={path}")
 
 
 def encoder_state(content: bytes, where: str) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """Encoders of the study: raw pixels, or a torchvision network without its last layer."""
 
 import difflib
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self, cast
 
@@ -9,7 +10,6 @@ import torchvision
 from torch import Tensor, nn
 
 from brainray.errors import ConfigError
-from brainray.models.encoder import imagenet_state
 from brainray.models.small_maps import with_fast_small_maps
 
 PIXELS = "pixels"
@@ -84,7 +84,7 @@ class _Pixels(nn.Module):
 
 def build_feature_encoder(
     name: str,
-    weights: Mapping[str, Tensor] | Literal["random", "imagenet"],
+    weights: Mapping[str, Tensor] | Literal["random"],
     *,
     seed: int,
     pixel_mean: float,
@@ -100,7 +100,7 @@ def build_feature_encoder(
 
     Args:
         name: as in ``torchvision.models.list_models()``.
-        weights: ``random``, ``imagenet`` or a network's state dict.
+        weights: ``random`` or a network's state dict.
         seed: of random weights; the global random state is left as it was.
         pixel_mean: of the training slices' intensities, in units of [0, 1].
         pixel_std: the same of the standard deviation.
@@ -118,21 +118,24 @@ def build_feature_encoder(
     with_fast_small_maps(network)
     scale: tuple[Sequence[float], Sequence[float]] = ((pixel_mean,), (pixel_std,))
     if weights != "random":
-        state = imagenet_state(name) if weights == "imagenet" else weights
+        expected = network.state_dict()
         state = {
             key: value
-            for key, value in state.items()
+            for key, value in weights.items()
             if not key.startswith((*_AUXILIARY, f"{last}."))
         }
-        state, was_grey = _with_colour_stem(state, network.state_dict())
+        state, was_grey = _with_colour_stem(state, expected)
         if not was_grey:
             scale = (_IMAGENET_MEAN, _IMAGENET_STD)
             if hasattr(network, "transform_input"):  # undoes ImageNet's scale for its own
                 network.transform_input = True
+        versioned: Any = OrderedDict(state)
+        # MNASNet looks for its version there, which a plain dict does not keep.
+        versioned._metadata = getattr(expected, "_metadata", None)
         try:
-            network.load_state_dict(state)
+            network.load_state_dict(versioned)
         except RuntimeError as error:
-            reason = str(error).splitlines()[-1].strip()
+            reason = str(error).splitlines()[-1].strip()[:300]
             raise ConfigError(f"the weights do not fit encoder {name}: {reason}") from None
     return FeatureEncoder(network, *scale).eval()
 

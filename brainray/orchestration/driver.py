@@ -41,6 +41,7 @@ from brainray.orchestration.store import (
     versions_of,
 )
 from brainray.orchestration.worker import train_worker
+from brainray.report.maps import run_maps
 from brainray.report.run_figures import draw_run_figures
 from brainray.schema import LABELLED, TRAIN, VALIDATION
 from brainray.storage import Folder
@@ -200,10 +201,11 @@ def complete_run(training: Training, log: Log) -> None:
             "drawn at random, or compare with objective.name=supervised"
         )
     metrics |= against_control(config, run, chosen, log)
-    draw_run_figures(run.folder, run.classes, config.evaluation, chosen)
+    maps = run_maps(run.folder, config.evaluation, chosen)
+    draw_run_figures(run.folder, run.classes, chosen, maps)
     about = _about(training)
     run.folder.write_json(layout.ABOUT, about)
-    write_run_page(config, run, metrics, about, training.store)
+    write_run_page(config, run, metrics, about, maps, training.store)
     run.folder.write_json(layout.SUMMARY, metrics)
 
 

@@ -26,9 +26,10 @@ from brainray.errors import CheckpointError, ConfigError
 from brainray.log import Log
 from brainray.mri.duplicates import thumbnail_matrix
 from brainray.orchestration import serving
+from brainray.orchestration.code_version import code_hash
 from brainray.orchestration.inference import Predictor, find_predictor
 from brainray.orchestration.lock import held
-from brainray.orchestration.publish import begin_tracking, code_hash, config_to_track
+from brainray.orchestration.publish import begin_tracking, config_to_track
 from brainray.orchestration.run import Run, open_run, read_run_info
 from brainray.report.model_card import CardFacts, model_card
 from brainray.schema import PREDICTED, THUMBNAIL_SIDE

@@ -24,8 +24,14 @@ from brainray.engine.forward import forward_passes
 from brainray.engine.recipe import resolve_precision
 from brainray.errors import ConfigError, DataError
 from brainray.log import Log
-from brainray.models.encoder import encoder_state, local_state
-from brainray.models.features import PIXELS, FeatureEncoder, build_feature_encoder, num_features
+from brainray.models.encoder import encoder_state, imagenet_state, local_state
+from brainray.models.features import (
+    PIXELS,
+    FeatureEncoder,
+    build_feature_encoder,
+    check_encoder_name,
+    num_features,
+)
 from brainray.mri.identity import content_hash
 from brainray.mri.resize import stretch
 from brainray.orchestration.lock import held
@@ -44,7 +50,7 @@ ROW_ORDER = [(name, "ascending") for name in ROW]
 class Weights:
     """Where an encoder starts, and what tells it from others."""
 
-    state: Mapping[str, Tensor] | Literal["random", "imagenet"]
+    state: Mapping[str, Tensor] | Literal["random"]
     identity: str
 
 
@@ -89,23 +95,23 @@ def check_features(features: NDArray[np.float32], where: str) -> None:
         )
 
 
-def read_weights(config: Config, feature: FeatureConfig) -> Weights:
+def read_weights(config: Config, feature: FeatureConfig, setting: str) -> Weights:
     """The weights that a feature's config names, read where the driver runs.
 
     Raises:
-        BrainrayError: no such file or run, or no state dict in it.
+        BrainrayError: no such file or run, or no state dict in it; it names the ``setting``.
     """
-    if feature.weights in ("random", "imagenet"):
-        # The comparison does not narrow a str to a Literal.
-        named: Literal["random", "imagenet"]
-        named = "random" if feature.weights == "random" else "imagenet"
-        return Weights(named, named)
+    if feature.weights == "random":
+        return Weights("random", "random")
+    if feature.weights == "imagenet":
+        check_encoder_name(feature.encoder)
+        return Weights(imagenet_state(feature.encoder, setting), "imagenet")
     name = feature.weights.removeprefix("run:")
     if name != feature.weights:
         folder = open_run(Folder(config.storage), name).folder / layout.BEST
         return weights_from(folder, layout.MODEL)
     path = Path(feature.weights)
-    return Weights(local_state(path), content_hash(path.read_bytes()))
+    return Weights(local_state(path, setting), content_hash(path.read_bytes()))
 
 
 def weights_from(folder: Folder, name: str) -> Weights:
@@ -121,16 +127,15 @@ def check_feature(store: ImageStore, name: str, feature: FeatureConfig, weights:
         store: of the slices.
         name: of the feature, for errors.
         feature: the encoder and the size of the slices.
-        weights: which of ImageNet's are only downloaded where they are used.
+        weights: of the encoder.
 
     Raises:
         ConfigError: an unknown encoder, or weights or a size of slices that do not fit it.
     """
-    state = "random" if weights.state == "imagenet" else weights.state
     try:
         encoder = build_feature_encoder(
             feature.encoder,
-            state,
+            weights.state,
             seed=0,
             pixel_mean=store.pixel_mean,
             pixel_std=store.pixel_std,
@@ -163,7 +168,7 @@ def extract_features(
     """
     made_by = {
         "format": layout.FEATURES_FORMAT,
-        "data_hash": store.data_hash,
+        "data_hash": store.slices_hash,
         "encoder": feature.encoder,
         "weights": weights.identity,
         "image_size": feature.image_size,
@@ -253,7 +258,7 @@ class _Extractor:
     def __init__(
         self,
         feature: dict[str, Any],
-        state: Mapping[str, Tensor] | Literal["random", "imagenet"],
+        state: Mapping[str, Tensor] | Literal["random"],
         seed: int,
         pixel_mean: float,
         pixel_std: float,

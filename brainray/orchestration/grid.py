@@ -37,7 +37,8 @@ FITTED = "fitted"
 """Subset of the slices that a clusterer is fitted to; the others are held out."""
 
 _SILENT_S = 20.0
-_CELL_FORMAT = 2  # 2: agreement of neighbours
+_CELL_FORMAT = 3  # 2: agreement of neighbours; 3: the mixture's seeding
+_MAX_FEATURES = 4096  # PCA of so many takes a quarter of a minute and 0.7 GB
 
 
 @dataclass(frozen=True)
@@ -184,6 +185,12 @@ def check_sizes(
             raise ConfigError(
                 f"{key} asks for {needed} slices, but {dataset} has {num_fitted} to fit: lower it "
                 "or add slices"
+            )
+    for name, width in num_features.items():
+        if width > _MAX_FEATURES:
+            raise ConfigError(
+                f"study.features.{name} has {width:,} features, more than the {_MAX_FEATURES:,} "
+                f"whose covariance PCA takes: lower study.features.{name}.image_size"
             )
     largest = max(study.pca_dims)
     for name, width in (("slices to fit", num_fitted), *num_features.items()):

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from brainray.config import Config, described_keys, load_config
+from brainray.config import WORKER_SETTINGS, Config, described_keys, load_config
 from brainray.errors import BrainrayError, ConfigError
 from brainray.log import log
 from brainray.redaction import redacted
@@ -43,16 +43,7 @@ TRAINING_SECTIONS = (
 STORE_KEYS = ("classes", "preprocess", "split.mode", "split.test_fraction", "split.seed")
 """Settings that make an image store of a source."""
 
-WORKER_KEYS = (
-    "train.num_workers",
-    "train.min_workers",
-    "train.cpus_per_worker",
-    "train.gpus_per_worker",
-    "train.device",
-    "train.wait_for_nodes",
-    "train.max_failures",
-    "train.collective_timeout_s",
-)
+WORKER_KEYS = tuple(f"train.{name}" for name in WORKER_SETTINGS)
 """Settings of the workers, whatever they learn."""
 
 _ANSWERS_WITHIN_S = 10.0

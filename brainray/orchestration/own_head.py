@@ -22,13 +22,16 @@ from typing import Any
 import psutil
 
 from brainray.log import Log
-from brainray.orchestration.publish import git_revision
-from brainray.orchestration.ray_train import WITHOUT_PREEMPTION
+from brainray.orchestration.code_version import git_revision
 
 START_TIMEOUT_S = 180.0  # a cold disk takes most of a minute to import Ray
 STOP_TIMEOUT_S = 20.0
 OBJECT_STORE_BYTES = 500_000_000  # the default is a third of the memory
 LOG_TAIL_LINES = 20
+
+
+WITHOUT_PREEMPTION = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+"""Where nobody takes nodes away: what watches for it is a process, and an error in Ray's log."""
 
 
 class RayDidNotStart(Exception):

@@ -419,11 +419,14 @@ def _statistics(
     num_pixels = train.num_rows * config.image_size**2
     mean = pc.sum(train["pixel_sum"]).as_py() / num_pixels / 255
     square = pc.sum(train["pixel_square_sum"]).as_py() / num_pixels / 255**2
-    told = ["split", "sample_id", "label", "draw_group_id", "kin_group_id"]
-    content = rows.select(told).sort_by([(name, "ascending") for name in told])
     settings = config.model_copy(update={"files_per_task": 0})  # which changes no slice
     made_by = settings.model_dump(mode="json") | versions_of(config)
-    identity = json.dumps([made_by, content.to_pylist()])
+
+    def hash_of(*names: str) -> str:
+        content = rows.select(names).sort_by([(name, "ascending") for name in names])
+        identity = json.dumps([made_by, content.to_pylist()])
+        return hashlib.sha256(identity.encode()).hexdigest()[:12]
+
     return {
         "classes": classes,
         "num_slices": count_by_split_and_class(rows),
@@ -432,5 +435,6 @@ def _statistics(
         "subject_sources": sorted(set(rows["subject_source"].to_pylist()) - {None}),
         "pixel_mean": mean,
         "pixel_std": max(square - mean * mean, 1e-8) ** 0.5,
-        "data_hash": hashlib.sha256(identity.encode()).hexdigest()[:12],
+        "data_hash": hash_of("split", "sample_id", "label", "draw_group_id", "kin_group_id"),
+        "slices_hash": hash_of("split", "sample_id", "split_group_id"),
     }

@@ -15,6 +15,7 @@ from brainray.engine.slice_model import Reference
 from brainray.errors import ConfigError, DataError
 from brainray.log import Log
 from brainray.mri.identity import content_hash
+from brainray.orchestration.code_version import code_hash
 from brainray.orchestration.data import with_progress
 from brainray.orchestration.inference import (
     Predictor,
@@ -24,7 +25,6 @@ from brainray.orchestration.inference import (
 )
 from brainray.orchestration.lock import held
 from brainray.orchestration.preparation import CHANGED, UNREADABLE
-from brainray.orchestration.publish import code_hash
 from brainray.orchestration.source import FoundFile, SourceFile, find_images
 from brainray.orchestration.store import differing_settings
 from brainray.schema import PREDICTED_FILES

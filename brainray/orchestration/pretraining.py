@@ -5,7 +5,6 @@ too, so that it is also a warm-up of the semi-supervised training.
 """
 
 import hashlib
-import io
 import math
 import time
 from collections.abc import Mapping
@@ -27,7 +26,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from brainray import dist, layout
 from brainray.clustering.seeding import seed_of
 from brainray.config import Config, FeatureConfig, parse_config
-from brainray.engine.recipe import agreed_precision, build_optimizer
+from brainray.engine.recipe import agreed_precision, build_optimizer, resume_schedule
 from brainray.engine.recluster import ClusterModel, Reclustering, recluster_in_health
 from brainray.engine.self_supervised import (
     Convergence,
@@ -41,9 +40,9 @@ from brainray.engine.self_supervised import (
     pretext_epoch,
 )
 from brainray.engine.shard import CachedImages, Images, sample_keys
-from brainray.engine.state import state_from_bytes
+from brainray.engine.state import state_from_bytes, state_to_bytes
 from brainray.errors import BrainrayError, CheckpointError, DivergenceError
-from brainray.log import Log
+from brainray.log import Log, log
 from brainray.models.features import build_feature_encoder
 from brainray.models.pretext import PretextModel
 from brainray.orchestration.features import (
@@ -56,6 +55,7 @@ from brainray.orchestration.lock import held
 from brainray.orchestration.progress import PretrainingFollower
 from brainray.orchestration.ray_train import (
     distributed,
+    failing_together,
     returning_errors,
     settle_worker,
     train_on_workers,
@@ -63,7 +63,6 @@ from brainray.orchestration.ray_train import (
 from brainray.orchestration.resources import WorkerResources, alive_nodes, plan_workers
 from brainray.orchestration.seen import seen_by_weights, training_slices
 from brainray.orchestration.store import ImageStore
-from brainray.orchestration.worker import failing_together
 from brainray.schema import TRAIN
 from brainray.storage import Folder
 
@@ -89,7 +88,8 @@ def warm_up(config: Config, store: ImageStore, log: Log) -> str | Mapping[str, T
         image_size=config.encoder.pretext_image_size,
         pretext=config.encoder.pretext,
     )
-    weights = read_weights(config, feature)  # here: a worker's node may not have the file
+    # Read here: a worker's node may not have the file.
+    weights = read_weights(config, feature, "encoder.weights")
     if config.encoder.pretext == "none":
         return weights.state
     learned = pretrain(
@@ -215,7 +215,7 @@ def _made_by(
     unused = {"num_epochs"} if is_refined else _OF_ROUNDS
     made_by = {
         "format": layout.ENCODER_FORMAT,
-        "data_hash": store.data_hash,
+        "data_hash": store.slices_hash,
         "feature": feature.model_dump(mode="json", exclude={"weights"}),
         "weights": weights.identity,
         "self_supervision": config.self_supervision.model_dump(mode="json", exclude=unused),
@@ -307,8 +307,7 @@ class _Learner:
         )
         if state is not None:
             optimizer.load_state_dict(state["optimizer"])
-            scheduler.last_epoch = len(self.history) * self.plan.num_steps - 1
-            scheduler.step()
+            resume_schedule(scheduler, len(self.history) * self.plan.num_steps)
         while len(self.history) < num_epochs:
             started = time.monotonic()
             epoch = len(self.history) + 1
@@ -324,7 +323,7 @@ class _Learner:
                 precision=self.precision,
             )
             self._check_finite(losses)
-            self._share_batch_statistics()
+            dist.share_buffers(self.model)  # all embed with the encoder that is saved
             self._save(losses, started, optimizer)
 
     def _refine(self) -> None:
@@ -352,8 +351,10 @@ class _Learner:
                 z,
                 responsibilities,
                 self.config.clustering,
-                where=f"round {number}",
-                say=lambda line: print(line, flush=True),
+                where=f"{self.folder.name}, round {number}",
+                remedy="lower the feature's lambda_cluster or "
+                "self_supervision.round_learning_rate, or set clustering.on_collapse=warn",
+                say=log,
             )
             changes.append(changed_share(responsibilities, found.responsibilities))
             self.clusters, responsibilities = found.model, found.responsibilities
@@ -399,7 +400,7 @@ class _Learner:
                 soft=soft,
             )
         self._check_finite(losses)
-        self._share_batch_statistics()
+        dist.share_buffers(self.model)
         return losses
 
     def _check_all_go_on_from_one(self, num_done: int) -> None:
@@ -437,11 +438,6 @@ class _Learner:
             precision=self.precision,
         )
 
-    def _share_batch_statistics(self) -> None:
-        """Rank 0's running statistics on every rank: all embed with the encoder that is saved."""
-        for buffer in self.model.buffers():
-            buffer.copy_(dist.broadcast_from_first(buffer))
-
     def _keep_assignments(self, responsibilities: Tensor, number: int) -> None:
         """Every slice's cluster after a round, for those who may look at labels."""
         keys = dist.gather_rows(self.keys).cpu()
@@ -471,9 +467,7 @@ class _Learner:
                     "optimizer": None if optimizer is None else optimizer.state_dict(),
                     "clusters": None if self.clusters is None else self.clusters.state_dict(),
                 }
-                buffer = io.BytesIO()
-                torch.save(state, buffer)
-                self.folder.write_bytes(layout.STATE, buffer.getvalue())
+                self.folder.write_bytes(layout.STATE, state_to_bytes(state))
                 self.folder.write_json_lines(layout.METRICS, self.history)
         ray.train.report({"epoch": row["epoch"]})
 
@@ -492,19 +486,15 @@ class _Learner:
     def _write_encoder(self) -> None:
         """Last: with it the encoder is complete."""
         state = {name: value.cpu() for name, value in self.model.encoder.grey_state().items()}
-        buffer = io.BytesIO()
-        torch.save(
-            {
-                "format": layout.ENCODER_FORMAT,
-                "name": self.feature.encoder,
-                "encoder": state,
-                "head": {name: value.cpu() for name, value in self.model.head.state_dict().items()},
-                "pixel_mean": self.pixel_mean,
-                "pixel_std": self.pixel_std,
-            },
-            buffer,
-        )
-        self.folder.write_bytes(layout.ENCODER, buffer.getvalue())
+        encoder = {
+            "format": layout.ENCODER_FORMAT,
+            "name": self.feature.encoder,
+            "encoder": state,
+            "head": {name: value.cpu() for name, value in self.model.head.state_dict().items()},
+            "pixel_mean": self.pixel_mean,
+            "pixel_std": self.pixel_std,
+        }
+        self.folder.write_bytes(layout.ENCODER, state_to_bytes(encoder))
 
 
 def _read_head(folder: Folder) -> dict[str, Tensor]:
@@ -521,7 +511,7 @@ def _saved_state(folder: Folder) -> dict[str, Any] | None:
         return state_from_bytes(folder.read_bytes(layout.STATE), f"{folder}/{layout.STATE}")
     except CheckpointError as damage:
         if dist.rank() == 0:
-            print(f"{damage}; the warm-up begins anew", flush=True)
+            log(f"{damage}; the warm-up begins anew")
         return None
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from brainray import layout
 from brainray.config import Config
-from brainray.orchestration.publish import about_code
+from brainray.orchestration.code_version import about_code
 from brainray.orchestration.resources import WorkerResources
 from brainray.orchestration.run import Run
 from brainray.redaction import command_line
@@ -33,13 +33,12 @@ PACKAGES = (
 """Whose version may change a result."""
 
 
-def record_submission(config: Config, run: Run, workers: WorkerResources) -> dict[str, Any]:
+def record_submission(config: Config, run: Run, workers: WorkerResources) -> None:
     """Add a line to the run's ``provenance.jsonl``, one for each submission that trains it."""
     earlier = run.folder.read_json_lines(layout.PROVENANCE)
     record = provenance(config, run, workers)
     record["first_epoch"] = len(run.folder.read_json_lines(layout.METRICS)) + 1
     run.folder.write_json_lines(layout.PROVENANCE, [*earlier, record])
-    return record
 
 
 def provenance(config: Config, run: Run, workers: WorkerResources) -> dict[str, Any]:

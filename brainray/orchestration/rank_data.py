@@ -15,6 +15,7 @@ from brainray.engine.shard import (
     StreamedImages,
     sample_keys,
 )
+from brainray.log import log
 from brainray.mri.split import inherited_labels
 from brainray.orchestration.store import ImageStore
 from brainray.schema import (
@@ -94,7 +95,7 @@ def _seen_with_inherited_labels(config: Config, run: Folder, *, tell: bool) -> p
         inherited = inherited_labels(subjects, seen["role"].to_pylist(), seen["label"].to_pylist())
         if tell:
             count = sum(label is not None for label in inherited)
-            print(f"{count} unlabelled slices inherit a label of their likely subject", flush=True)
+            log(f"{count} unlabelled slices inherit a label of their likely subject")
     return seen.append_column("inherited", pa.array(inherited, pa.string()))
 
 
@@ -119,7 +120,7 @@ def _load_images(
             images[role] = CachedImages(empty)
         else:
             if tell:
-                print(f"streaming {rows.num_rows} slices from disk: train.cache_gib is full")
+                log(f"streaming {rows.num_rows} slices from disk: train.cache_gib is full")
             images[role] = StreamedImages(rows.num_rows, side, device)
         split = TEST if role == TEST else TRAIN
         for row, identity in enumerate(rows["sample_id"].to_pylist()):

@@ -3,11 +3,13 @@ act on told as what they are, and to go on from our own files.
 """
 
 import functools
+import json
 import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import cv2
@@ -17,9 +19,10 @@ from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from torch import nn
 
-from brainray import errors
+from brainray import dist, errors
 from brainray.config import TrainConfig
 from brainray.errors import BrainrayError
+from brainray.orchestration.own_head import WITHOUT_PREEMPTION
 from brainray.orchestration.resources import WorkerResources
 from brainray.storage import Folder
 
@@ -27,10 +30,6 @@ _RAYS_LIST = "checkpoint_manager_snapshot.json"
 _RESIZE_INTERVAL_S = 60.0  # between looks for room for more workers
 
 Settings = dict[str, Any]
-
-
-WITHOUT_PREEMPTION = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
-"""Where nobody takes nodes away: what watches for it is a process, and an error in Ray's log."""
 
 
 def settle_ray_train() -> None:
@@ -79,10 +78,36 @@ def returning_errors(work: Callable[[Settings], None]) -> Callable[[Settings], d
         try:
             work(settings)
         except BrainrayError as error:
-            return {"error": type(error).__name__, "message": str(error)}
+            return _told(error)
         return {}
 
     return worker
+
+
+@contextmanager
+def failing_together(device: torch.device) -> Iterator[None]:
+    """Raise one rank's error on every rank: the others would wait for it in a collective."""
+    problem: BrainrayError | None = None
+    try:
+        yield
+    except BrainrayError as error:
+        problem = error
+    told = b"" if problem is None else json.dumps(_told(problem)).encode()
+    line = torch.tensor(list(told + b"\n"), dtype=torch.uint8, device=device)
+    lines = bytes(dist.gather_rows(line).tolist()).splitlines()
+    if problem is not None:
+        raise problem
+    for told in filter(None, lines):
+        raise _as_raised(json.loads(told))
+
+
+def _told(error: BrainrayError) -> dict[str, str]:
+    return {"error": type(error).__name__, "message": str(error)}
+
+
+def _as_raised(told: dict[str, str]) -> BrainrayError:
+    error_class: type[BrainrayError] = getattr(errors, told["error"], BrainrayError)
+    return error_class(told["message"])
 
 
 def train_on_workers(
@@ -147,10 +172,8 @@ def run_trainer(trainer: TorchTrainer) -> None:
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, before)
-    problem = result.return_value
-    if problem:
-        error_class = getattr(errors, problem["error"], BrainrayError)
-        raise error_class(problem["message"])
+    if result.return_value:
+        raise _as_raised(result.return_value)
 
 
 def _forget_rays_checkpoints(folder: Folder) -> None:

@@ -1,7 +1,7 @@
 """The page of a run or of an evaluation: what its figures need from elsewhere, gathered."""
 
 import platform
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,11 +20,12 @@ from brainray.engine.explain import class_activation_maps, rows_to_explain
 from brainray.engine.state import Checkpoint, load_checkpoint
 from brainray.errors import BrainrayError, CheckpointError, ConfigError, DataError
 from brainray.log import Log
-from brainray.orchestration.publish import code_hash, git_revision
+from brainray.orchestration.code_version import code_hash, git_revision
 from brainray.orchestration.run import Run, check_same_draw, groups_of_test_slices, open_run
 from brainray.orchestration.store import ImageStore
 from brainray.redaction import command_line
 from brainray.report.comparison_table import comparison_table
+from brainray.report.maps import SliceMap, run_maps
 from brainray.report.page import Explained, write_page
 from brainray.schema import LABELLED, TEST, VALIDATION
 from brainray.storage import Folder
@@ -74,7 +75,8 @@ def report(config: Config, log: Log = print) -> Report:
     metrics = summary | comparison
     known = run.folder.exists(layout.ABOUT)
     about = run.folder.read_json(layout.ABOUT) if known else about_software()
-    if write_run_page(merged, run, metrics, about, store) is None:
+    maps = run_maps(run.folder, evaluation, int(metrics["chosen_epoch"]))
+    if write_run_page(merged, run, metrics, about, maps, store) is None:
         raise DataError(f"the run {run.folder} has no test slices: there is nothing to show")
     if comparison:
         log(f"against {evaluation.control}:\n{comparison_table(comparison)}")
@@ -136,7 +138,12 @@ def against_control(config: Config, run: Run, chosen_epoch: int, log: Log) -> Me
 
 
 def write_run_page(
-    config: Config, run: Run, metrics: Metrics, about: Mapping[str, str], store: ImageStore | None
+    config: Config,
+    run: Run,
+    metrics: Metrics,
+    about: Mapping[str, str],
+    maps: Sequence[SliceMap],
+    store: ImageStore | None,
 ) -> str | None:
     """Write a run's ``report.html``; without its store there are no activation maps."""
     explained = []
@@ -155,6 +162,7 @@ def write_run_page(
         config.evaluation,
         metrics,
         about,
+        maps,
         control=_figures_of_control(config, run),
         explained=explained,
         siblings=_predictions_of_siblings(config, run),

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from brainray import layout
-from brainray.config import Config, SplitConfig, parse_config, parse_yaml, to_yaml
+from brainray.config import WORKER_SETTINGS, Config, SplitConfig, parse_config, parse_yaml, to_yaml
 from brainray.engine.recluster import check_num_clusters
 from brainray.errors import ClusteringError, ConfigError, DataError
 from brainray.mri.leakage import Fingerprints, exposure
@@ -39,17 +39,7 @@ _FREE_TO_CHANGE = {
     "label",
 }
 _FREE_KEYS = {
-    "train": {
-        "num_workers",
-        "min_workers",
-        "cpus_per_worker",
-        "gpus_per_worker",
-        "cache_gib",
-        "max_failures",
-        "collective_timeout_s",
-        "device",
-        "wait_for_nodes",
-    },
+    "train": {*WORKER_SETTINGS, "cache_gib"},
     "evaluation": {"control", "num_label_draws", "siblings"},
     "clustering": {"on_collapse"},  # what one changes after a stop
     "split": {"mode", "test_fraction"},

@@ -104,6 +104,11 @@ class ImageStore:
         return str(self.manifest["data_hash"])
 
     @property
+    def slices_hash(self) -> str:
+        """The same without labels: of all that learning without labels reads."""
+        return str(self.manifest.get("slices_hash", self.data_hash))
+
+    @property
     def preprocess(self) -> PreprocessConfig:
         return PreprocessConfig.model_validate(self.manifest["preprocess"])
 

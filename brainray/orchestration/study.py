@@ -20,6 +20,7 @@ from brainray.orchestration.grid import (
 )
 from brainray.orchestration.lock import held
 from brainray.orchestration.publish import open_tracking
+from brainray.orchestration.resources import alive_nodes, plan_workers
 from brainray.orchestration.store import ImageStore, as_store_was_made
 from brainray.orchestration.study_data import (
     key_of_seen,
@@ -66,7 +67,10 @@ def run_study(config: Config, log: Log = print) -> FinishedStudy:
     """
     config = _of_its_store(config)
     _check_settings(config)
-    weights = {name: read_weights(config, each) for name, each in config.study.features.items()}
+    weights = {
+        name: read_weights(config, each, f"study.features.{name}.weights")
+        for name, each in config.study.features.items()
+    }
     stores = open_stores(config, log)
     for name, store in stores.items():
         _check_store(config, name, store, weights)
@@ -122,8 +126,11 @@ def _check_settings(config: Config) -> None:
     if not config.study.features:
         raise ConfigError(
             "study.features is empty: name at least one, such as --set "
-            "study.features.pixels.encoder=pixels, or start from configs/study.yaml"
+            "study.features.pixels.encoder=pixels study.features.pixels.image_size=32, or start "
+            "from configs/study.yaml"
         )
+    if any(feature.is_trained for feature in config.study.features.values()):
+        plan_workers(config.train, alive_nodes())  # refused now, not after preprocessing
     for name, feature in config.study.features.items():
         if feature.is_trained and feature.image_size > config.preprocess.image_size:
             raise ConfigError(

@@ -56,9 +56,9 @@ from brainray.report.tsne import MIN_SLICES, tsne_sequence
 from brainray.schema import NOISE, UNLABELLED
 from brainray.storage import Folder
 
+_DRAWING_FORMAT = 2  # of the figures and the recommended K
 _DRAWN = "drawn"  # a JSON file for what was drawn or chosen from a feature set
 _METHOD = ("dataset", "slices", "features", "clusterer", "pca_dim")
-_VARIED = ("dataset", "slices", "features", "clusterer")
 _NUM_TILES = 7
 _MAX_SHEET_CLUSTERS = 12
 _SUBSET_TITLES = {
@@ -333,6 +333,7 @@ def _drawing_key(results: StudyResults, cell: Cell) -> str:
     config = results.config
     return content_key(
         {
+            "format": _DRAWING_FORMAT,
             "features": results.grid.store(cell).key,
             "cell": cell.file,
             "study": config.study.model_dump(
@@ -373,7 +374,7 @@ def _draw_feature_set(
                 figures[f"{prefix}-{name}.png"] = draw(sample, config)
             except BrainrayError:  # the cells that need it have said why
                 continue
-        advice = _choose_num_clusters(fitted, config, cell.seed)
+        advice = _choose_num_clusters(sample, config, cell.seed)
         if "scores" in advice:
             scores = NumClustersScores(**advice["scores"])
             figures[f"{prefix}-num_clusters.png"] = png_bytes(num_clusters_figure(scores))

@@ -22,7 +22,7 @@ from brainray.config import (
 from brainray.engine.evaluate import chosen_epoch
 from brainray.errors import BrainrayError, ConfigError, TransientError
 from brainray.orchestration.driver import begun_training, complete_run, fit
-from brainray.orchestration.job import TRAINING_SECTIONS
+from brainray.orchestration.job import TRAINING_SECTIONS, WORKER_KEYS
 from brainray.orchestration.run import Run, read_run_info
 from brainray.orchestration.worker import reported_metrics
 from brainray.storage import Folder
@@ -42,15 +42,7 @@ _OF_WARM_UP = (
 )
 """What a warm-up depends on: trials share one."""
 
-_OF_RESOURCES = (
-    "train.device",
-    "train.num_workers",
-    "train.min_workers",
-    "train.cpus_per_worker",
-    "train.gpus_per_worker",
-    "train.wait_for_nodes",
-    "train.max_failures",
-)
+_OF_RESOURCES = (*WORKER_KEYS, "train.cache_gib")
 
 _TRIAL_ID = r"([0-9a-f]{5}_[0-9]{5,}|[0-9a-f]{8})"
 """As Ray Tune gives them to variants that it makes itself, and to a search algorithm's."""

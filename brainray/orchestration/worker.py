@@ -1,8 +1,6 @@
 """What each rank of Ray Train does: hold its slices, train, re-cluster, evaluate, report."""
 
-import json
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +12,7 @@ import ray.train.torch
 import torch
 from torch import Tensor, nn
 
-from brainray import dist, errors, layout
+from brainray import dist, layout
 from brainray.clustering.collapse import ClusteringHealth
 from brainray.clustering.seeding import seed_of
 from brainray.config import Config, parse_config
@@ -33,7 +31,6 @@ from brainray.engine.evaluate import (
     gather_predictions,
     predictions_table,
     subset_metrics,
-    tells_of_classes,
     validation_metrics,
 )
 from brainray.engine.finite import NonFiniteStep
@@ -45,6 +42,7 @@ from brainray.engine.recipe import (
     build_optimizer,
     image_side,
     ramp,
+    resume_schedule,
 )
 from brainray.engine.recluster import ClusterModel, Reclustering, recluster, recluster_in_health
 from brainray.engine.shard import (
@@ -66,16 +64,23 @@ from brainray.engine.state import (
     rows_of_keys,
     save_resumable,
 )
-from brainray.errors import BrainrayError, DivergenceError
+from brainray.errors import DivergenceError
+from brainray.log import log
 from brainray.models.encoder import Encoder, EncoderOutput, build_encoder
 from brainray.orchestration.rank_data import load_rank_data
-from brainray.orchestration.ray_train import distributed, returning_errors, settle_worker
+from brainray.orchestration.ray_train import (
+    distributed,
+    failing_together,
+    returning_errors,
+    settle_worker,
+)
 from brainray.orchestration.run import read_run_info
 from brainray.orchestration.store import ImageStore
 from brainray.schema import (
     FITTED,
     UNLABELLED,
     subset_masks,
+    tells_of_classes,
 )
 from brainray.storage import Folder
 
@@ -120,30 +125,8 @@ def _train(
 
 def _newest_epoch(run: Folder) -> int:
     """Of the checkpoint to go on from; 0 where there is none."""
-    newest = newest_resumable(run, say=_say)
+    newest = newest_resumable(run, say=log)
     return 0 if newest is None else newest.checkpoint.epoch
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
-
-
-@contextmanager
-def failing_together(device: torch.device) -> Iterator[None]:
-    """Raise one rank's error on every rank: the others would wait for it in a collective."""
-    problem: BrainrayError | None = None
-    try:
-        yield
-    except BrainrayError as error:
-        problem = error
-    told = b"" if problem is None else json.dumps([type(problem).__name__, str(problem)]).encode()
-    line = torch.tensor(list(told + b"\n"), dtype=torch.uint8, device=device)
-    lines = bytes(dist.gather_rows(line).tolist()).splitlines()
-    if problem is not None:
-        raise problem
-    for told in filter(None, lines):
-        name, message = json.loads(told)
-        raise getattr(errors, name, BrainrayError)(message)
 
 
 @dataclass
@@ -195,7 +178,7 @@ class _Trainer:
         self.steps = plan.num_steps
         self.pool = data.unlabelled if plan.has_pool else data.labelled
         if num_unlabelled and not plan.has_pool and self.sizes.unlabelled and dist.rank() == 0:
-            _say(
+            log(
                 f"note: {num_unlabelled} unlabelled slices are fewer than a batch of "
                 f"{config.train.batch_size_per_worker} on each of {dist.world_size()} ranks: they "
                 "are clustered, and not learned from"
@@ -263,16 +246,12 @@ class _Trainer:
         self._probabilities = probabilities.to(self.device)
         self.epoch = saved.epoch
         # The schedule is a function of the step, also where the number of ranks has changed.
-        self.scheduler.last_epoch = self.epoch * self.updates - 1
-        with warnings.catch_warnings():
-            # This optimiser has made its steps before the checkpoint.
-            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
-            self.scheduler.step()
+        resume_schedule(self.scheduler, self.epoch * self.updates)
         # The log knows of an epoch's report what its checkpoint could not know yet.
         logged = {row["epoch"]: row for row in self.run.read_json_lines(layout.METRICS)}
         self.history = [logged.get(row["epoch"], row) for row in state.history]
         if dist.rank() == 0:
-            print(f"resuming run after epoch {self.epoch}", flush=True)
+            log(f"resuming run after epoch {self.epoch}")
             keep_as_best(self.run, self.epoch)  # which a job that was cut may not have done
             self.run.write_json_lines(layout.METRICS, self.history)
 
@@ -417,8 +396,7 @@ class _Trainer:
             )
         encoders = [self.encoder] if self.average is None else [self.encoder, self.evaluated]
         for encoder in encoders:
-            for buffer in encoder.buffers():
-                buffer.copy_(dist.broadcast_from_first(buffer))
+            dist.share_buffers(encoder)
 
     def _heartbeat(self) -> Callable[[int], None]:
         last = time.monotonic()
@@ -427,7 +405,7 @@ class _Trainer:
             nonlocal last
             if dist.rank() == 0 and time.monotonic() - last > _HEARTBEAT_S:
                 last = time.monotonic()
-                print(f"epoch {self.epoch}: step {step + 1} of {self.steps}", flush=True)
+                log(f"epoch {self.epoch}: step {step + 1} of {self.steps}")
 
         return on_step
 
@@ -487,7 +465,9 @@ class _Trainer:
             self.responsibilities,
             self.config.clustering,
             where=f"epoch {self.epoch}",
-            say=_say,
+            remedy="lower objective.lambda_cluster or train.learning_rate, or warm the encoder up "
+            "before the cluster loss sets in",
+            say=log,
         )
 
     def _recluster(self, fitted: EncoderOutput, seed: int | None = None) -> Reclustering:
@@ -522,7 +502,9 @@ class _Trainer:
         for subset, mask in subset_masks(self.test_slices).items():
             chosen = test.select(mask)
             metrics |= subset_metrics(chosen, self.classes, subset)
-            if len(self.classes) <= _MAX_CONFUSED and tells_of_classes(chosen, subset):
+            if len(self.classes) <= _MAX_CONFUSED and tells_of_classes(
+                chosen.labels.tolist(), subset
+            ):
                 metrics |= confusion_metrics(chosen, self.classes, f"test/{subset}")
         for name in ("silhouette", "nmi", "ari", "fmi"):
             if f"test/clean/cluster/{name}" in metrics:

@@ -6,7 +6,7 @@ import pyarrow.compute as pc
 
 from brainray.report.figures import Confusion, confusion_counts, confusion_matrices
 from brainray.report.style import png_bytes
-from brainray.schema import MIN_STRICT_SUPPORT, subset_masks
+from brainray.schema import subset_masks, tells_of_classes
 from brainray.storage import Folder
 
 _PREDICTORS = {"head": "head (softmax)", "cluster_class": "clusters (mixture)"}
@@ -31,9 +31,7 @@ def draw_evaluation_figures(folder: Folder, predictions: pa.Table, classes: list
     names = []
     for subset, mask in subset_masks(labelled).items():
         rows = labelled.filter(pa.array(mask))
-        of_class = [count["counts"] for count in pc.value_counts(rows["label"]).to_pylist()]
-        is_withheld = subset == "strict" and min(of_class, default=0) < MIN_STRICT_SUPPORT
-        if rows.num_rows and not is_withheld:
+        if rows.num_rows and tells_of_classes(rows["label"].to_pylist(), subset):
             panels = [_confusion(rows, column, classes) for column in _PREDICTORS]
             title = f"Confusion matrices, test slices: {subset} ({rows.num_rows:,})"
             figure = confusion_matrices(panels, classes, title)

@@ -24,9 +24,9 @@ from brainray.config import EvaluationConfig
 from brainray.report.cells import figure, with_interval
 from brainray.report.comparison_table import COMPARISON_COLUMNS, comparison_rows
 from brainray.report.leakage_table import LEVEL_COLUMNS, leakage_counts, subset_counts
+from brainray.report.maps import SliceMap, map_sequence, shown
 from brainray.report.style import BLUE, GREEN, GREY, VERMILLION, class_colours, cluster_colour
-from brainray.report.tsne import MIN_SLICES, tsne_sequence
-from brainray.schema import SUBSETS, THUMBNAIL_SIDE, subset_masks
+from brainray.schema import SUBSETS, THUMBNAIL_SIDE, subset_masks, tells_of_classes
 from brainray.storage import Folder
 
 Metrics = Mapping[str, float]
@@ -35,7 +35,6 @@ _NUM_IMAGES = 6  # of each kind on a cluster's card
 _MAX_REJECTED = 100  # rejected files that an evaluation lists
 _JPEG_QUALITY = 60
 _GLOW = 0.6  # share of the colour where the activation is highest
-_SEED = 0
 _PREDICTORS = {"head": "head", "cluster": "clusters", "thumbnail_1nn": "nearest thumbnail"}
 _CHARTS = {
     "Loss": {
@@ -102,6 +101,7 @@ def write_page(
     evaluation: EvaluationConfig,
     metrics: Metrics,
     about: Mapping[str, str],
+    maps: Sequence[SliceMap],
     *,
     control: Metrics | None = None,
     explained: Sequence[Explained] = (),
@@ -112,9 +112,10 @@ def write_page(
     Args:
         run: folder with the logs, the config and the predictions of the chosen epoch.
         classes: of the run, in its order.
-        evaluation: which epochs are mapped, and with how many slices.
+        evaluation: how many slices are shown.
         metrics: the reported figures, with those of `engine.compare` where there is a control.
         about: what made the run: versions, machine, command.
+        maps: of the slices that are shown (`maps.run_maps`).
         control: the reported figures of the control, to stand beside the run's.
         explained: slices of which activation maps are shown.
         siblings: by name, predictions for the same slices by runs of other seeds, which tell
@@ -124,10 +125,11 @@ def write_page(
     if not run.exists(layout.predictions_file(chosen)):
         return None
     whole = run.read_table(layout.predictions_file(chosen))
-    table = _shown(whole, evaluation.tsne_max_slices)
+    table = shown(whole, evaluation.tsne_max_slices)
     history = run.read_json_lines(layout.METRICS)
     data = _data(table, classes, chosen, explained) | {
-        "maps": _maps(run, table, evaluation, chosen),
+        "maps": _maps(maps),
+        "confusion_subsets": _confusion_subsets(whole),
         "charts": _charts(history),
         "subtypes": _subtypes(whole, siblings or {}),
     }
@@ -169,10 +171,11 @@ def write_evaluation_page(
         settings: of the evaluation, as YAML.
         explained: slices of which activation maps are shown.
     """
-    table = _shown(predictions, evaluation.tsne_max_slices)
+    table = shown(predictions, evaluation.tsne_max_slices)
     epoch = int(metrics["epoch"])
     data = _data(table, classes, epoch, explained) | {
-        "maps": _map_sequence({epoch: table}),
+        "maps": _maps(map_sequence({epoch: table})),
+        "confusion_subsets": _confusion_subsets(predictions),
         "charts": [],
         "subtypes": _subtypes(predictions, {}),
     }
@@ -199,13 +202,6 @@ def _write(folder: Folder, contents: _Contents) -> str:
     )
     folder.write_bytes(layout.REPORT, html.encode())
     return layout.REPORT
-
-
-def _shown(table: pa.Table, limit: int) -> pa.Table:
-    """At most so many rows, from all over the table: its order may be that of class folders."""
-    if table.num_rows <= limit:
-        return table
-    return table.take(np.linspace(0, table.num_rows - 1, limit).round().astype(np.int64))
 
 
 def _data(
@@ -273,51 +269,33 @@ def _jpeg(pixels: NDArray[np.uint8]) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
+def _confusion_subsets(table: pa.Table) -> list[str]:
+    """Of which figures by class may be told."""
+    labels = np.array(table["label"].to_pylist(), dtype=object)
+    return [
+        subset
+        for subset, mask in subset_masks(table).items()
+        if tells_of_classes(filter(None, labels[mask]), subset)
+    ]
+
+
 def _predicted(table: pa.Table) -> dict[str, list[Any]]:
     columns = {name: table[name].to_pylist() for name in ("head", "cluster_class", "cluster")}
     columns["confidence"] = [round(value, 4) for value in table["confidence"].to_pylist()]
     return columns
 
 
-def _maps(
-    run: Folder, chosen_table: pa.Table, evaluation: EvaluationConfig, chosen: int
-) -> list[dict[str, Any]]:
-    """A map of the same slices after each epoch whose predictions were kept."""
-    epochs = sorted(
-        epoch
-        for epoch in {*evaluation.tsne_epochs, chosen}
-        if run.exists(layout.predictions_file(epoch))
-    )
-    keys = _keys(chosen_table)
-    tables = {}
-    for epoch in epochs:
-        table = run.read_table(layout.predictions_file(epoch))
-        place = {key: row for row, key in enumerate(_keys(table))}
-        tables[epoch] = table.take([place[key] for key in keys])
-    return _map_sequence(tables)
-
-
-def _map_sequence(tables: Mapping[int, pa.Table]) -> list[dict[str, Any]]:
-    """A map of the same slices, by epoch; none of too few slices."""
-    if any(table.num_rows < MIN_SLICES for table in tables.values()):
-        return []
-    embeddings = [np.stack(table["embedding"].to_numpy()) for table in tables.values()]
-    points = tsne_sequence(embeddings, _SEED)
+def _maps(maps: Sequence[SliceMap]) -> list[dict[str, Any]]:
     return [
         {
-            "epoch": epoch,
-            "rows": list(range(table.num_rows)),
-            "x": np.round(xy[:, 0], 2).tolist(),
-            "y": np.round(xy[:, 1], 2).tolist(),
+            "epoch": each.epoch,
+            "rows": list(range(each.rows.num_rows)),
+            "x": np.round(each.points[:, 0], 2).tolist(),
+            "y": np.round(each.points[:, 1], 2).tolist(),
         }
-        | _predicted(table)
-        for (epoch, table), xy in zip(tables.items(), points, strict=True)
+        | _predicted(each.rows)
+        for each in maps
     ]
-
-
-def _keys(table: pa.Table) -> list[tuple[str, ...]]:
-    columns = (table[name].to_pylist() for name in ("sample_id", "path", "frame"))
-    return list(zip(*columns, strict=True))
 
 
 def _charts(history: Sequence[Metrics]) -> list[dict[str, Any]]:

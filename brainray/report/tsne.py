@@ -56,4 +56,4 @@ def _start(
     """What scikit-learn takes as ``init``; it divides by the spread of the first component."""
     if previous is not None:
         return np.asarray(previous / previous[:, 0].std() * _START_STD, dtype=np.float32)
-    return "random" if np.allclose(z, z[0]) else "pca"
+    return "random" if z.shape[1] < 2 or np.allclose(z, z[0]) else "pca"

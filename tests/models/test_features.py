@@ -86,6 +86,13 @@ def test_what_is_saved_of_a_trained_encoder_loads_into_training(tmp_path: Path) 
     torch.testing.assert_close(features(again), features(trained), atol=1e-4, rtol=1e-4)
 
 
+def test_weights_that_carry_a_version_beside_them_load_from_a_file() -> None:
+    """MNASNet refuses a state dict that does not tell its version."""
+    trained = build("mnasnet0_5", seed=3)
+    state = {key.removeprefix("backbone."): value for key, value in trained.grey_state().items()}
+    torch.testing.assert_close(features(build("mnasnet0_5", state)), features(trained))
+
+
 def test_an_unknown_encoder_is_refused_with_the_nearest_names() -> None:
     with pytest.raises(ConfigError, match=r"unknown encoder 'resnet19'.*resnet18"):
         build("resnet19")

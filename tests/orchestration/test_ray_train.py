@@ -14,13 +14,13 @@ from torch.nn.parallel import DistributedDataParallel
 from brainray import dist
 from brainray.errors import BrainrayError, DivergenceError, StorageError
 from brainray.models.encoder import build_encoder
+from brainray.orchestration.own_head import WITHOUT_PREEMPTION
 from brainray.orchestration.ray_train import (
     DDP_OPTIONS,
-    WITHOUT_PREEMPTION,
+    failing_together,
     run_trainer,
     settle_ray_train,
 )
-from brainray.orchestration.worker import failing_together
 
 
 class Trainer:

@@ -161,7 +161,21 @@ def test_the_same_name_goes_on_and_repeats_nothing_finished(
         (PIXELS, ["dataset=absent"], "no image store"),
         (PIXELS, ["dataset=mri", "preprocess.resize=letterbox"], "stretch here, letterbox asked"),
         ({"x": {"encoder": "resnet19"}}, ["dataset=mri"], "unknown encoder 'resnet19'"),
-        ({"x": {"weights": "/no/such.pt"}}, ["dataset=mri"], "/no/such.pt: no such file"),
+        (
+            {"x": {"weights": "/no/such.pt"}},
+            ["dataset=mri"],
+            "study.features.x.weights=/no/such.pt: no such file",
+        ),
+        (
+            {"raw": {"encoder": "pixels"}},
+            ["dataset=mri"],
+            "study.features.raw has 16,384 features, more than the 4,096",
+        ),
+        (
+            {"tiny": {"encoder": "resnet18", "image_size": 32, "pretext": "rotation"}},
+            ["dataset=mri", "train.num_workers=99"],
+            "99",
+        ),
         ({"x": {"weights": "run:absent"}}, ["dataset=mri"], "no run 'absent'"),
         (
             PIXELS,

@@ -317,6 +317,8 @@ def test_a_trial_that_no_cluster_holds_is_refused_at_once(storage: Path) -> None
         ({"label.num_slices": {"choice": [10]}}, "trials differ in encoder"),
         ({"self_supervision.num_epochs": {"choice": [1]}}, "nothing reads without a warm-up"),
         ({"train.max_failures": {"choice": [1]}}, "share the Ray cluster"),
+        ({"train.collective_timeout_s": {"choice": [60]}}, "share the Ray cluster"),
+        ({"train.cache_gib": {"choice": [1]}}, "share the Ray cluster"),
     ],
 )
 def test_a_space_that_makes_no_sense_is_refused(

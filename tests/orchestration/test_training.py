@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -171,13 +171,18 @@ def test_a_rank_reads_the_store_once(
     config = config_of(storage, "read-once", f"train.cache_gib={cache_gib}")
     store = ImageStore.open(Folder(storage / "datasets" / "mri"))
     begun, _ = begin_run(config, store, num_workers=1)
-    scans = []
     scan = ImageStore.scan
-    monkeypatch.setattr(ImageStore, "scan", lambda *args: scans.append(1) or scan(*args))
+    sides = []
+
+    def counted(self: ImageStore, wanted: Collection[tuple[str, str]], side: int) -> Any:
+        sides.append(side)
+        return scan(self, wanted, side)
+
+    monkeypatch.setattr(ImageStore, "scan", counted)
     ranks = [
         load_rank_data(config, begun.folder, store, torch.device("cpu"), rank, 2) for rank in (0, 1)
     ]
-    assert len(scans) == 2
+    assert len(sides) == 2
     monkeypatch.undo()
     seen = begun.folder.read_table("seen.parquet", ["sample_id", "role"])
     for role, shards in {
@@ -294,7 +299,7 @@ def test_a_control_that_was_drawn_otherwise_or_is_gone_is_said_and_left_out(
     asked = config_of(storage, "two-ranks", "evaluation.control=redrawn")
     assert against_control(asked, trained.run, 1, said.append) == {}
     assert said == ["not compared: the run redrawn was trained on other labels"]
-    reporting.write_run_page(asked, trained.run, trained.metrics, {}, None)
+    reporting.write_run_page(asked, trained.run, trained.metrics, {}, [], None)
     assert "<td>control, " not in trained.run.folder.read_bytes("report.html").decode()
 
     saved = parse_yaml(folder.read_bytes("config.yaml"), "config.yaml")

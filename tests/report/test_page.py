@@ -17,6 +17,7 @@ from PIL import Image
 
 from brainray import layout
 from brainray.config import EvaluationConfig
+from brainray.report.maps import run_maps
 from brainray.report.page import Explained, write_evaluation_page, write_page
 from brainray.schema import PREDICTIONS, REJECTED, THUMBNAIL_SIDE
 from brainray.storage import Folder
@@ -85,12 +86,14 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run.write_json(
         f"{layout.DATASET}/{layout.MANIFEST}", {"rejected_reasons": {"blank <slice>": 7}}
     )
+    evaluation = EvaluationConfig(tsne_epochs=(1, 2))
     name = write_page(
         run,
         CLASSES,
-        EvaluationConfig(tsne_epochs=(1, 2)),
+        evaluation,
         metrics,
         about,
+        run_maps(run, evaluation, 2),
         control=metrics,
         explained=explained(),
         siblings={"seed1": predictions(3)},
@@ -110,6 +113,8 @@ def test_the_page_needs_no_network_and_escapes_what_it_shows(page: Path) -> None
     assert data["slices"][3]["path"] == "Testing/<glioma>/3.jpg"
     assert data["slices"][3]["subsets"] == ["all"]
     assert [shown["epoch"] for shown in data["maps"]] == [1, 2]
+    assert data["subsets"] == ["all", "clean", "strict"]
+    assert data["confusion_subsets"] == ["all", "clean"]  # too few are strict for figures by class
     assert sum(card["size"] for card in data["cards"]) == NUM_SLICES
     assert data["cards"][0]["labels"] == {"glioma": 4}
     assert "blank &lt;slice&gt;" in text
@@ -176,7 +181,7 @@ def picture_of(uri: str) -> np.ndarray:
 
 def test_a_run_without_test_slices_has_no_page(tmp_path: Path) -> None:
     run = Folder(tmp_path / "run")
-    assert write_page(run, CLASSES, EvaluationConfig(), {"chosen_epoch": 1.0}, {}) is None
+    assert write_page(run, CLASSES, EvaluationConfig(), {"chosen_epoch": 1.0}, {}, []) is None
 
 
 ACTIONS = """
@@ -292,7 +297,7 @@ def test_six_thousand_points_stay_fluid(tmp_path: Path) -> None:
     run.write_bytes(layout.CONFIG, b"name: run\n")
     run.write_table(layout.predictions_file(1), table)
     shown = EvaluationConfig(tsne_epochs=(1,), tsne_max_slices=num_slices)
-    write_page(run, CLASSES, shown, {"chosen_epoch": 1.0}, {})
+    write_page(run, CLASSES, shown, {"chosen_epoch": 1.0}, {}, run_maps(run, shown, 1))
     page_file = tmp_path / "run" / "report.html"
     assert page_file.stat().st_size < 25e6
 

@@ -12,7 +12,8 @@ from brainray.config import EvaluationConfig
 from brainray.report import evaluation_figures, run_figures
 from brainray.report.evaluation_figures import draw_evaluation_figures
 from brainray.report.figures import Confusion, EmbeddingMap
-from brainray.report.run_figures import choose_slices, draw_run_figures
+from brainray.report.maps import run_maps, shown
+from brainray.report.run_figures import draw_run_figures
 from brainray.report.store_figures import SlicePair, StrippedSlice, draw_store_figures
 from brainray.report.style import new_figure
 from brainray.report.tsne import tsne_sequence
@@ -74,7 +75,7 @@ def test_a_run_gets_all_its_figures(tmp_path: Path) -> None:
     run.write_json_lines("metrics.jsonl", _history(0.5, 0.9, 0.7))
     for epoch in (1, 2, 3):
         run.write_table(f"predictions/epoch-{epoch:04d}.parquet", _predictions(12, seed=epoch))
-    names = draw_run_figures(run, CLASSES, EvaluationConfig(tsne_epochs=(1, 3, 20)), 2)
+    names = _draw(run, 2, (1, 3, 20))
     maps = ["confusion_all", "confusion_clean", "tsne"]  # too few are strict for one of theirs
     assert names == [*CURVES, *(f"figures/{name}.png" for name in maps)]
     _assert_pictures(run, names)
@@ -83,7 +84,7 @@ def test_a_run_gets_all_its_figures(tmp_path: Path) -> None:
 def test_a_run_without_test_slices_gets_its_curves(tmp_path: Path) -> None:
     run = Folder(tmp_path)
     run.write_json_lines("metrics.jsonl", _history(0.5))
-    names = draw_run_figures(run, CLASSES, EvaluationConfig(), 1)
+    names = _draw(run, 1)
     assert names == CURVES
     _assert_pictures(run, names)
 
@@ -92,26 +93,20 @@ def test_maps_need_no_predictions_of_the_chosen_epoch(tmp_path: Path) -> None:
     run = Folder(tmp_path)
     run.write_json_lines("metrics.jsonl", _history(0.5, 0.9))
     run.write_table("predictions/epoch-0001.parquet", _predictions(6))
-    names = draw_run_figures(run, CLASSES, EvaluationConfig(tsne_epochs=(1,)), 2)
+    names = _draw(run, 2, (1,))
     assert names == [*CURVES, "figures/tsne.png"]
 
 
-def test_the_chosen_epoch_is_mapped_whichever_else_are(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_chosen_epoch_is_mapped_whichever_else_are(tmp_path: Path) -> None:
     run = Folder(tmp_path)
     run.write_json_lines("metrics.jsonl", _history(0.5, 0.6, 0.7))
     run.write_table("predictions/epoch-0002.parquet", _predictions(24))
-    assert "figures/tsne.png" in draw_run_figures(
-        run, CLASSES, EvaluationConfig(tsne_epochs=(3,)), 2
-    )
-    assert "figures/tsne.png" not in draw_run_figures(
-        run, CLASSES, EvaluationConfig(tsne_epochs=()), 2
-    )
+    for epochs in ((3,), ()):
+        assert "figures/tsne.png" in _draw(run, 2, epochs)
 
 
 def test_a_run_without_an_epoch_gets_nothing(tmp_path: Path) -> None:
-    assert draw_run_figures(Folder(tmp_path), CLASSES, EvaluationConfig(), 1) == []
+    assert _draw(Folder(tmp_path), 1) == []
     assert list(tmp_path.iterdir()) == []
 
 
@@ -120,7 +115,7 @@ def test_too_few_slices_are_not_mapped(tmp_path: Path, monkeypatch: pytest.Monke
     run = Folder(tmp_path)
     run.write_json_lines("metrics.jsonl", _history(0.5))
     run.write_table("predictions/epoch-0001.parquet", _predictions(4))
-    assert "figures/tsne.png" not in draw_run_figures(run, CLASSES, EvaluationConfig(), 1)
+    assert "figures/tsne.png" not in _draw(run, 1)
 
 
 def test_confusions_are_those_of_the_chosen_epoch(
@@ -132,7 +127,7 @@ def test_confusions_are_those_of_the_chosen_epoch(
     run.write_json_lines("metrics.jsonl", _history(0.5, 0.9, 0.9))
     for epoch, num_slices in ((1, 2), (2, 4), (3, 8)):  # 2 and 3 tie
         run.write_table(f"predictions/epoch-{epoch:04d}.parquet", _predictions(num_slices))
-    draw_run_figures(run, CLASSES, EvaluationConfig(tsne_epochs=()), 2)
+    _draw(run, 2, ())
     assert [panel.counts.sum() for panel in drawn] == [4, 4, 4, 4]
 
 
@@ -187,22 +182,27 @@ def test_the_same_slices_are_mapped_in_every_epoch(
     run.write_table("predictions/epoch-0001.parquet", table)
     run.write_table("predictions/epoch-0002.parquet", table.take(list(range(19, -1, -1))))
     evaluation = EvaluationConfig(tsne_epochs=(2, 1), tsne_max_slices=8)
-    draw_run_figures(run, CLASSES, evaluation, 2)
+    draw_run_figures(run, CLASSES, 2, run_maps(run, evaluation, 2))
     assert [each.epoch for each in drawn] == [1, 2]
     assert [each.points.shape for each in drawn] == [(8, 2), (8, 2)]
     for each in drawn:
         assert [CLASSES[cluster] for cluster in each.clusters] == given
 
 
-def test_the_choice_of_slices_ignores_the_order_of_rows_and_parts_copies() -> None:
+def test_slices_shown_are_from_all_over_the_table_and_copies_are_told_apart(
+    tmp_path: Path,
+) -> None:
     table = _predictions(10)
     copies = table.set_column(0, "sample_id", pa.array(["a" * 32] * 10, pa.string()))
-    shuffled = copies.take([3, 1, 4, 0, 5, 9, 2, 6, 8, 7])
-    chosen = choose_slices(copies, 6, seed=1)
-    assert chosen == choose_slices(shuffled, 6, seed=1)
-    assert len(set(chosen)) == 6
-    assert chosen != choose_slices(copies, 6, seed=2)
-    assert len(choose_slices(copies, 99, seed=1)) == 10
+    assert shown(copies, 4)["path"].to_pylist() == ["0.jpg", "3.jpg", "6.jpg", "9.jpg"]
+    assert shown(copies, 99).num_rows == 10
+    run = Folder(tmp_path)
+    run.write_table("predictions/epoch-0001.parquet", copies)
+    run.write_table("predictions/epoch-0002.parquet", copies.take(list(range(9, -1, -1))))
+    maps = run_maps(run, EvaluationConfig(tsne_epochs=(1,), tsne_max_slices=5), 2)
+    paths = [each.rows["path"].to_pylist() for each in maps]
+    assert paths[0] == paths[1]
+    assert len(set(paths[0])) == 5
 
 
 def test_groups_that_persist_keep_their_place_from_map_to_map() -> None:
@@ -220,6 +220,11 @@ def test_groups_that_persist_keep_their_place_from_map_to_map() -> None:
 def test_maps_are_the_same_whenever_they_are_drawn() -> None:
     z = np.random.default_rng(0).normal(size=(12, 4)).astype(np.float32)
     np.testing.assert_array_equal(tsne_sequence([z], seed=3)[0], tsne_sequence([z], seed=3)[0])
+
+
+def test_one_dimension_can_be_mapped() -> None:
+    z = np.random.default_rng(0).normal(size=(12, 1)).astype(np.float32)
+    assert tsne_sequence([z], seed=0)[0].shape == (12, 2)
 
 
 def test_copies_of_one_slice_can_be_mapped() -> None:
@@ -246,6 +251,11 @@ def test_a_store_gets_its_figures(tmp_path: Path) -> None:
         for name in ("class_distribution", "skull_strip", "contact_sheet", "leakage_pairs")
     ]
     _assert_pictures(store, names)
+
+
+def _draw(run: Folder, chosen: int, tsne_epochs: tuple[int, ...] = (1, 5, 10)) -> list[str]:
+    evaluation = EvaluationConfig(tsne_epochs=tsne_epochs)
+    return draw_run_figures(run, CLASSES, chosen, run_maps(run, evaluation, chosen))
 
 
 def _skip_curves(monkeypatch: pytest.MonkeyPatch) -> None:
