@@ -58,7 +58,10 @@ _SIGNATURES = (
     (b"BM", "BMP"),
 )
 _GZIP = b"\x1f\x8b"
-_PHOTOMETRIC, _WHITE_IS_ZERO = 262, 0  # a TIFF's tag, and its value for negatives
+# Tags of a TIFF, and values of theirs.
+_SUBFILE_TYPE, _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 254, 258, 262, 339
+_WHITE_IS_ZERO = 0
+_UNSIGNED, _SIGNED = 1, 2
 _TURNS: dict[object, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -198,7 +201,8 @@ def _decode_picture(content: bytes, file_format: str, options: DecodeOptions) ->
                 raise RejectedImage("animated image", "several frames")
             _check_picture(picture, options)
             return [DecodedSlice(_to_grayscale(picture), file_format)]
-    raise RejectedImage(failure, f"the header of a {file_format}")
+    kinds = ", or a data type that Pillow does not read" if file_format == "TIFF" else ""
+    raise RejectedImage(failure, f"the header of a {file_format}{kinds}")
 
 
 def _decode_pages(
@@ -224,8 +228,7 @@ def _decode_pages(
 
 def _is_preview(picture: Image.Image) -> bool:
     """A page that repeats another one in lower resolution (tag NewSubfileType, bit 0)."""
-    tags = getattr(picture, "tag_v2", {})
-    return bool(int(tags.get(254, 0)) & 1)
+    return bool(_tag(picture, _SUBFILE_TYPE) & 1)
 
 
 def _check_picture(picture: Image.Image, options: DecodeOptions) -> None:
@@ -235,17 +238,22 @@ def _check_picture(picture: Image.Image, options: DecodeOptions) -> None:
 
 def _to_grayscale(picture: Image.Image) -> NDArray[np.uint8]:
     if picture.mode in {"I", "F"} or picture.mode.startswith("I;"):
-        values = replace_non_finite(np.array(_upright(picture), dtype=np.float64))
-        if getattr(picture, "tag_v2", {}).get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+        pixels = np.array(_upright(picture))
+        if picture.mode == "I" and _tag(picture, _SAMPLE_FORMAT, _UNSIGNED) == _UNSIGNED:
+            pixels = pixels.view(np.uint32)  # which Pillow has no mode for
+        values = replace_non_finite(pixels.astype(np.float64))
+        if _tag(picture, _PHOTOMETRIC, 1) == _WHITE_IS_ZERO:
             values = -values  # as Pillow does with 8 bits
         low, rest, high = np.percentile(values, [0.0, 99.9, 100.0])
         above = values[values > low].min(initial=high)
         if 0 < 4 * (rest - above) < above - low:  # the value that stands for no data
             low = above
         return to_uint8(values, low, rest if 0 < 4 * (rest - low) < high - low else high)
-    how_stored = str(getattr(picture, "tile", ""))
-    if len(picture.getbands()) > 1 and ";16" in how_stored:  # Pillow would read half of the bits
+    has_16_bits = ";16" in str(getattr(picture, "tile", "")) or _tag(picture, _BITS, 8) > 8
+    if len(picture.getbands()) > 1 and has_16_bits:  # Pillow would read half of the bits
         raise RejectedImage("unsupported data type", "colour of 16 bits: store it as grey, or as 8")
+    if _tag(picture, _SAMPLE_FORMAT) == _SIGNED:  # Pillow would wrap what is below 0
+        raise RejectedImage("unsupported data type", "signed 8 bits: store them as 16, or unsigned")
     picture = _upright(picture)
     if picture.has_transparency_data:
         colour = picture.convert("RGBA")
@@ -254,6 +262,12 @@ def _to_grayscale(picture: Image.Image) -> NDArray[np.uint8]:
     elif picture.mode not in {"L", "RGB", "YCbCr", "P", "1"}:
         picture = picture.convert("RGB")  # not all modes know the way to luminance
     return np.asarray(picture if picture.mode == "L" else picture.convert("L"))
+
+
+def _tag(picture: Image.Image, tag: int, default: int = 0) -> int:
+    """Of a TIFF, for its first channel; the default where it is absent, as in other pictures."""
+    value = getattr(picture, "tag_v2", {}).get(tag, default)
+    return int(value[0] if isinstance(value, tuple) else value)
 
 
 def _upright(picture: Image.Image) -> Image.Image:

@@ -121,6 +121,8 @@ def _check_kind(dataset: Dataset) -> None:
         raise RejectedImage("no pixel data", "a report, a plan, a directory or the like")
     if dataset.get("Modality") in _NO_SCANS:
         raise RejectedImage("no scan", "a segmentation or a dose")
+    if "MOSAIC" in (dataset.get("ImageType") or ()):
+        raise RejectedImage("no scan", "many slices in one picture (mosaic): convert it to NIfTI")
     if dataset.get("BurnedInAnnotation") == "YES":
         raise RejectedImage("burned-in annotation", "the pixels may show who the patient is")
 
@@ -166,6 +168,9 @@ def _frames(
         decoder = get_decoder(syntax)
         plugin = "pydicom"
     elif syntax in (ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian):
+        bits = int(dataset.get("BitsStored") or 0)
+        if int(dataset.get("HighBit") or 0) > bits - 1 > 0:  # of which pydicom reads the lowest
+            raise RejectedImage("unsupported data type", "bits above the lowest of each pixel")
         decoder = get_decoder(syntax)
     else:
         raise _unsupported(syntax, "store the file uncompressed")
@@ -225,8 +230,21 @@ def _is_padding(pixels: NDArray[Any], dataset: Dataset) -> NDArray[np.bool_]:
     value, limit = (
         _first(dataset, name) for name in ("PixelPaddingValue", "PixelPaddingRangeLimit")
     )
-    low, high = sorted((value, value if math.isnan(limit) else limit))
+    low, high = sorted(
+        _of_sign(bound, pixels) for bound in (value, value if math.isnan(limit) else limit)
+    )
     return np.asarray((pixels >= low) & (pixels <= high))  # nowhere where there is no value
+
+
+def _of_sign(bound: float, pixels: NDArray[Any]) -> float:
+    """A value that was written in the other signedness than the pixels'."""
+    if pixels.dtype.kind not in "iu":
+        return bound
+    range_ = np.iinfo(pixels.dtype)
+    modulus = 2.0**range_.bits
+    if bound < range_.min:
+        return bound + modulus
+    return bound - modulus if bound > range_.max else bound
 
 
 def _keeps_bytes(dataset: Dataset) -> bool:

@@ -30,6 +30,9 @@ from brainray.mri.slices import (
 _AXES = ("sagittal", "coronal", "axial")  # of a volume (X, Y, Z) towards right, front and top
 _MAX_EXTENSION_BYTES = 64 * 2**20  # header extensions: a whole DICOM header, or an XML
 _MAX_TRAILING_BYTES = 2**20
+_MIN_GREYS = 16
+_SAMPLED = 4  # every so many voxels along each axis are looked at first
+_INTENT_LABEL = 1002  # NIFTI_INTENT_LABEL
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,8 @@ def decode_nifti(content: bytes, options: DecodeOptions) -> list[DecodedSlice]:
     uncompressed, the slices, and one volume in double precision.
 
     Raises:
-        RejectedImage: nothing to see, non-finite voxels, an unsupported type or number of
-            dimensions, truncated, or limits exceeded.
+        RejectedImage: nothing to see, a map of labels, non-finite voxels, an unsupported type or
+            number of dimensions, truncated, or limits exceeded.
         Exception: whatever nibabel raises on corrupt bytes.
     """
     layout = _read_layout(content, options)
@@ -77,7 +80,8 @@ def decode_nifti(content: bytes, options: DecodeOptions) -> list[DecodedSlice]:
         part = stored[_volume_index(stored.shape, number)]
         # A copy: of four dimensions nibabel gives a view that may not be written to.
         values = np.array(part, dtype=np.float32).reshape(layout.shape[:3])
-        volume = apply_orientation(replace_non_finite(values), orientation)
+        _check_greys(replace_non_finite(values))
+        volume = apply_orientation(values, orientation)
         axis = _slicing_axis(volume.shape, options)
         spacing = _display_spacing(sizes, axis)
         for position, plane in _planes(volume, axis, options):
@@ -103,6 +107,8 @@ def _read_layout(content: bytes, options: DecodeOptions) -> _Layout:
     )
     if header.get_data_dtype().kind not in "iuf":
         raise RejectedImage("unsupported data type", "neither integer nor float")
+    if int(header["intent_code"]) == _INTENT_LABEL:
+        raise RejectedImage("no scan", "a map of labels")
     shape = tuple(int(length) for length in header.get_data_shape())
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
@@ -119,6 +125,17 @@ def _read_layout(content: bytes, options: DecodeOptions) -> _Layout:
     num_bytes = offset + num_voxels * header.get_data_dtype().itemsize
     shape = shape if len(shape) == 4 else (*shape, 1)
     return _Layout(Nifti2Image if is_nifti2 else Nifti1Image, shape, num_bytes)
+
+
+def _check_greys(values: Values) -> None:
+    """Refuse maps of labels and masks, which have few values where a scan has hundreds."""
+    few = _count_values(values[::_SAMPLED, ::_SAMPLED, ::_SAMPLED]) < _MIN_GREYS
+    if few and 1 < _count_values(values) < _MIN_GREYS:
+        raise RejectedImage("no scan", f"fewer than {_MIN_GREYS} greys: a mask or map of labels")
+
+
+def _count_values(values: Values) -> int:
+    return len(np.unique(values))
 
 
 def _uncompressed(content: bytes, num_bytes: int) -> bytes:
@@ -138,15 +155,23 @@ def _is_gzip(content: bytes) -> bool:
 
 
 def _usable_affine(image: Nifti1Image) -> NDArray[np.float64]:
-    """The voxel-to-patient matrix, or the header's voxel sizes where it is none."""
-    affine = np.asarray(image.affine, dtype=np.float64)
-    with np.errstate(all="ignore"):
-        sound = np.isfinite(affine).all() and np.linalg.matrix_rank(affine[:3, :3]) == 3
-    if not sound:
-        affine = np.asarray(image.header.get_base_affine(), dtype=np.float64)
-        if not np.isfinite(affine).all() or np.linalg.matrix_rank(affine[:3, :3]) < 3:
-            return np.eye(4)
-    return affine
+    """The voxel-to-patient matrix: sform, else qform, else the header's voxel sizes."""
+    header = image.header
+    for matrix in (image.affine, _quaternion_affine(header), header.get_base_affine()):
+        affine = np.asarray(matrix, dtype=np.float64)
+        with np.errstate(all="ignore"):
+            if np.isfinite(affine).all() and np.linalg.matrix_rank(affine[:3, :3]) == 3:
+                return affine
+    return np.eye(4)
+
+
+def _quaternion_affine(header: Nifti1Header) -> NDArray[np.float64]:
+    """The qform, where it says that it holds; else no usable matrix."""
+    try:
+        qform = header.get_qform(coded=True)[0]
+    except ValueError:  # quaternions that are none
+        qform = None
+    return np.full((4, 4), np.nan) if qform is None else np.asarray(qform, dtype=np.float64)
 
 
 def _volume_index(shape: tuple[int, ...], number: int) -> tuple[slice | int, ...]:

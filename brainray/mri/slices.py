@@ -14,7 +14,8 @@ Values: TypeAlias = NDArray[np.floating]
 Orientation = Literal["axial", "coronal", "sagittal"]
 ORIENTATIONS: tuple[Orientation, ...] = ("axial", "coronal", "sagittal")
 
-MAX_NON_FINITE_SHARE = 0.01
+MAX_INFINITE_SHARE = 0.01
+MAX_NAN_SHARE = 0.95
 # As an identity, each would join all patients.
 _NOBODY = frozenset(
     {
@@ -129,17 +130,23 @@ def volume_hash(content: bytes, salt: bytes) -> str:
 
 
 def replace_non_finite(values: Values) -> Values:
-    """NaN and infinities become the smallest finite value, in place, if at most 1 % are so.
+    """NaN and infinities become the smallest finite value, in place.
+
+    NaN stands for no data, as around a brain that was cut out: up to 95 % may be so. Of infinities,
+    which are errors, 1 %.
 
     Raises:
         RejectedImage: more of them.
     """
     finite = np.isfinite(values)
-    share = 1.0 - np.count_nonzero(finite) / values.size
-    if share > MAX_NON_FINITE_SHARE:
-        raise RejectedImage("non-finite pixels", f"{share:.1%} of {values.size}")
-    if share > 0.0:
-        values[~finite] = values[finite].min()
+    if finite.all():
+        return values
+    nan, infinite = np.isnan(values).mean(), np.isinf(values).mean()
+    if nan > MAX_NAN_SHARE or infinite > MAX_INFINITE_SHARE:
+        raise RejectedImage(
+            "non-finite pixels", f"{nan:.1%} NaN, {infinite:.1%} infinite of {values.size}"
+        )
+    values[~finite] = values[finite].min()
     return values
 
 

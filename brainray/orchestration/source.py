@@ -289,7 +289,8 @@ def _from_folders(found: list[FoundFile]) -> list[SourceFile]:
         split = None
         if folders and folders[0].lower() in _SPLIT_FOLDERS:
             split = _SPLIT_FOLDERS[folders.pop(0).lower()]
-        files.append(SourceFile(file, split, _text(folders[0]) if folders else None, None))
+        label = _normal(folders[0].strip()) if folders else ""
+        files.append(SourceFile(file, split, label or None, None))
     return files
 
 
@@ -384,7 +385,7 @@ def _read_labels(labels: Folder) -> list[dict[str, Any]]:
 
 
 def _text(value: object) -> str | None:
-    """Of a cell or a folder's name, without blanks around it; None where nothing is said.
+    """Of a cell, without blanks around it; None where nothing is said.
 
     Whole numbers of a column with gaps are floats to pandas: its 7.0 is 7.
     """

@@ -55,6 +55,40 @@ def stack(*pages: np.ndarray, file_format: str = "TIFF") -> bytes:
     return encode(first, file_format, save_all=True, append_images=others)
 
 
+def raw_tiff(
+    pixels: np.ndarray, bits: int, sample_format: int, num_channels: int = 1, planar: int = 1
+) -> bytes:
+    """A little-endian file of one strip (or one a channel) that no library here writes."""
+    height, width = pixels.shape[-2:]
+    data = pixels.tobytes()
+    num_strips = num_channels if planar == 2 else 1
+    tags: list[tuple[int, int, list[int]]] = [
+        (256, 4, [width]),
+        (257, 4, [height]),
+        (258, 3, [bits] * num_channels),
+        (259, 3, [1]),
+        (262, 3, [2 if num_channels == 3 else 1]),
+        (273, 4, [8 + number * len(data) // num_strips for number in range(num_strips)]),
+        (277, 3, [num_channels]),
+        (278, 4, [height]),
+        (279, 4, [len(data) // num_strips] * num_strips),
+        (284, 3, [planar]),
+        (339, 3, [sample_format] * num_channels),
+    ]
+    directory, beside = struct.pack("<H", len(tags)), b""
+    end = 8 + len(data) + 2 + 12 * len(tags) + 4
+    for tag, kind, values in tags:
+        packed = struct.pack(f"<{len(values)}{'H' if kind == 3 else 'I'}", *values)
+        if len(packed) > 4:
+            place = struct.pack("<I", end + len(beside))
+            beside += packed
+        else:
+            place = packed.ljust(4, b"\0")
+        directory += struct.pack("<HHI", tag, kind, len(values)) + place
+    header = b"II*\0" + struct.pack("<I", 8 + len(data))
+    return header + data + directory + bytes(4) + beside
+
+
 # --- What is read --------------------------------------------------------------------------------
 
 
@@ -64,6 +98,24 @@ def test_lossless_formats_give_the_pixels_back(file_format: str) -> None:
     assert sniff(content) == file_format
     assert decode_file(content, OPTIONS)[0].format == file_format
     np.testing.assert_array_equal(decode_one(content), RAMP)
+
+
+def test_unsigned_words_of_32_bits_are_read_as_such() -> None:
+    image = decode_one(raw_tiff(RAMP.astype(np.uint32) << 24, 32, sample_format=1))
+    np.testing.assert_allclose(image, RAMP * (255.0 / 252.0), atol=0.51)
+    signed = (RAMP.astype(np.int32) - 126) << 20
+    image = decode_one(raw_tiff(signed, 32, sample_format=2))
+    np.testing.assert_allclose(image, RAMP * (255.0 / 252.0), atol=0.51)
+
+
+def test_what_pillow_would_read_wrongly_is_refused() -> None:
+    colour = np.stack([RAMP.astype(np.uint16) << 8] * 3)
+    for content in (
+        raw_tiff(colour, 16, sample_format=1, num_channels=3, planar=2),
+        raw_tiff((RAMP.astype(int) - 126).astype(np.int8), 8, sample_format=2),
+    ):
+        assert reason_of(content) == "unsupported data type"
+    np.testing.assert_array_equal(decode_one(raw_tiff(RAMP, 8, sample_format=1)), RAMP)
 
 
 def test_jpeg_is_close_and_colour_of_equal_channels_is_grey() -> None:
@@ -114,7 +166,7 @@ def test_floats_of_any_size_are_scaled_from_their_own_range() -> None:
         np.testing.assert_allclose(image, RAMP * (255.0 / 252.0), atol=0.51)
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("bad", [np.inf, -np.inf])
 def test_a_few_broken_floats_become_the_minimum_and_more_are_refused(bad: float) -> None:
     values = RAMP.astype(np.float32) + 100.0
     values[0, :30] = bad  # 30 of 3,072 pixels are just below one per cent
@@ -122,6 +174,16 @@ def test_a_few_broken_floats_become_the_minimum_and_more_are_refused(bad: float)
     assert (image[0, :30] == 0).all()
     assert image.max() == 255
     values[1, 0] = bad
+    assert reason_of(encode(values, "TIFF")) == "non-finite pixels"
+
+
+def test_nan_is_no_data_and_nearly_nothing_else_is_refused() -> None:
+    values = RAMP.astype(np.float32) + 100.0
+    values[8:] = np.nan  # around a brain that was cut out
+    image = decode_one(encode(values, "TIFF"))
+    assert (image[8:] == 0).all()
+    assert image.max() == 255
+    values[1:] = np.nan
     assert reason_of(encode(values, "TIFF")) == "non-finite pixels"
 
 

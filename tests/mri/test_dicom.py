@@ -83,6 +83,31 @@ def to_range(values: np.ndarray, low: float, high: float) -> np.ndarray:
     return np.clip((values.astype(np.float64) - low) / (high - low), 0.0, 1.0) * 255.0
 
 
+def test_a_mosaic_of_slices_is_no_slice() -> None:
+    content = make_dicom(RAMP, ImageType=["ORIGINAL", "PRIMARY", "M", "ND", "MOSAIC"])
+    assert rejection_of(content).reason == "no scan"
+
+
+def test_bits_that_pydicom_would_not_read_are_refused() -> None:
+    content = make_dicom(RAMP << 4, BitsStored=12, HighBit=15)
+    assert str(rejection_of(content)).startswith("unsupported data type: bits above the lowest")
+    assert decode_one(make_dicom(RAMP, BitsStored=12, HighBit=11)).image.max() == 255
+
+
+def test_padding_is_known_whatever_its_sign() -> None:
+    """Written as -2000, held as 63536."""
+    padded = RAMP.copy()
+    padded[:8] = 63536
+    for syntax in (uid.ExplicitVRLittleEndian, uid.ImplicitVRLittleEndian):
+        dataset = pydicom.dcmread(io.BytesIO(make_dicom(padded, syntax=syntax)))
+        dataset.add_new(0x00280120, "SS", -2000)
+        buffer = io.BytesIO()
+        dataset.save_as(buffer, enforce_file_format=True)
+        image = decode_one(buffer.getvalue()).image
+        assert (image[:8] == 0).all()
+        assert image[8:].max() == 255
+
+
 # --- Intensities ---------------------------------------------------------------------------------
 
 

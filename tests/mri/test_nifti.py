@@ -81,6 +81,7 @@ def test_slices_are_shown_in_radiological_order(
 ) -> None:
     volume = np.full((24, 28, 20), 10.0, np.float32)
     volume[:12] = 20.0
+    volume[12:] -= np.linspace(0.0, 1.0, 20, dtype=np.float32)  # of two greys it would be a mask
     volume[20, 24, 16] = 1000.0  # three voxels from the right, the front and the top
     index = {"sagittal": 20, "coronal": 24, "axial": 16}[axis]
     options = dataclasses.replace(OPTIONS, axis=axis, min_foreground=0.0)
@@ -222,8 +223,34 @@ def test_few_broken_voxels_are_replaced_and_many_refused() -> None:
         again = slices_of(make_nifti(series))
         for one, other in zip(again, expected * series.shape[3], strict=True):
             np.testing.assert_array_equal(one.image, other.image)
-    volume[:, :, 0] = np.nan
+    air = volume <= np.median(volume)
+    for one, other in zip(
+        slices_of(make_nifti(np.where(air, np.nan, volume))), expected, strict=True
+    ):  # NaN is no data, as around a brain that was cut out
+        assert one.image.shape == other.image.shape
+    volume[:, :, 0] = np.inf
     assert rejection_of(make_nifti(volume)).reason == "non-finite pixels"
+    assert rejection_of(make_nifti(np.full_like(volume, np.nan))).reason == "non-finite pixels"
+
+
+def test_masks_and_maps_of_labels_are_no_scans() -> None:
+    mask = (ball() > 0).astype(np.float32)
+    labels = np.where(ball() > 600, 4, 1).astype(np.int16) * (ball() > 0)
+    for volume in (mask, labels.astype(np.int16), labels.astype(np.float32)):
+        rejection = rejection_of(make_nifti(volume))
+        assert str(rejection) == "no scan: fewer than 16 greys: a mask or map of labels"
+    told = with_header(make_nifti(ball()), 68, np.int16(1002))  # the intent
+    assert rejection_of(told).reason == "no scan"
+
+
+def test_where_the_sform_is_unusable_the_qform_holds() -> None:
+    content = make_nifti(ball(), axes="PIR")
+    expected = slices_of(content)
+    broken = with_header(content, 252, np.int16(1))  # qform_code
+    for offset in range(280, 328, 4):  # srow_x, srow_y and srow_z
+        broken = with_header(broken, offset, np.float32(0))
+    for one, other in zip(slices_of(broken), expected, strict=True):
+        np.testing.assert_array_equal(one.image, other.image)
 
 
 @pytest.mark.parametrize("value", [0.0, 7.0, -1e30])
