@@ -23,7 +23,7 @@ STUDIES = "studies"
 MANIFEST = "manifest.json"  # written last: a folder without one is no store
 IMAGES = "images"  # a folder of Parquet parts of schema.IMAGE_STORE
 FILES = "files.parquet"  # every slice of every file, without pixels: what the next run goes on from
-HELD_OUT = "held_out.parquet"  # sample_ids that a split of our own holds out, or ever held out
+SPLITS = "splits.parquet"  # the split of every slice that the store holds or ever held
 REJECTED = "rejected.parquet"
 DUPLICATES = "duplicates.parquet"
 LEAKAGE = "leakage.json"
@@ -81,7 +81,7 @@ OF_STORE = {
     MANIFEST,
     IMAGES,
     FILES,
-    HELD_OUT,
+    SPLITS,
     REJECTED,
     DUPLICATES,
     LEAKAGE,

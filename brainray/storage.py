@@ -150,13 +150,17 @@ class Folder:
         with contextlib.suppress(OSError):  # the reason why it was cut is told already
             self.filesystem.delete_file(path)
 
-    def create_file(self, name: str, content: bytes) -> bool:
-        """Write a file that must not exist, on a local or mounted folder; whether it did not."""
+    def create_file(self, name: str, content: bytes, *, mode: int = 0o666) -> bool:
+        """Write a file that must not exist, on a local or mounted folder; whether it did not.
+
+        ``mode``: who may read and write it, less the umask.
+        """
         target = self._join(name)
         temporary = _temporary(target)
         with self._told_why_not(name):
             self.filesystem.create_dir(target.rpartition("/")[0], recursive=True)
-            with self.filesystem.open_output_stream(temporary) as stream:
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+            with os.fdopen(descriptor, "wb") as stream:
                 stream.write(content)
         try:
             os.link(temporary, target)  # unlike opening exclusively, never seen half-written

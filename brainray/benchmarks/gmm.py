@@ -147,7 +147,10 @@ def _start(rows: Matrix, size: Size, seed: int) -> _Start:
 
 
 def _ours(rows: Matrix, size: Size, start: _Start) -> float:
-    return _fitted(torch.from_numpy(rows), size, start).lower_bound_
+    tensor = torch.from_numpy(rows)
+    mixture = _fitted(tensor, size, start)
+    mixture.predict(tensor)  # as scikit-learn's fit ends with an E-step for it
+    return mixture.lower_bound_
 
 
 def _fitted(

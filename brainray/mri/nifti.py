@@ -44,7 +44,9 @@ class _Layout:
     num_bytes: int  # of header, extensions and voxels
 
 
-def decode_nifti(content: bytes, options: DecodeOptions) -> list[DecodedSlice]:
+def decode_nifti(
+    content: bytes, options: DecodeOptions, *, maps: bool = False
+) -> list[DecodedSlice]:
     """Slice a NIfTI-1 or NIfTI-2 file, `.nii` or `.nii.gz`, of one or several volumes.
 
     Volumes are turned to the closest axes of the patient, not resampled to them, and shown in
@@ -59,12 +61,14 @@ def decode_nifti(content: bytes, options: DecodeOptions) -> list[DecodedSlice]:
     Whoever the volume is of, the file is the subject: the hash of its content. Memory: the file
     uncompressed, the slices, and one volume in double precision.
 
+    Masks and maps of labels are no scans, and read with ``maps`` alone.
+
     Raises:
         RejectedImage: nothing to see, a map of labels, non-finite voxels, an unsupported type or
             number of dimensions, truncated, or limits exceeded.
         Exception: whatever nibabel raises on corrupt bytes.
     """
-    layout = _read_layout(content, options)
+    layout = _read_layout(content, options, maps)
     raw = _uncompressed(content, layout.num_bytes)
     image = layout.image_class.from_bytes(raw)
     affine = _usable_affine(image)
@@ -80,7 +84,9 @@ def decode_nifti(content: bytes, options: DecodeOptions) -> list[DecodedSlice]:
         part = stored[_volume_index(stored.shape, number)]
         # A copy: of four dimensions nibabel gives a view that may not be written to.
         values = np.array(part, dtype=np.float32).reshape(layout.shape[:3])
-        _check_greys(replace_non_finite(values))
+        values = replace_non_finite(values)
+        if not maps:
+            _check_greys(values)
         volume = apply_orientation(values, orientation)
         axis = _slicing_axis(volume.shape, options)
         spacing = _display_spacing(sizes, axis)
@@ -95,7 +101,7 @@ def decode_nifti(content: bytes, options: DecodeOptions) -> list[DecodedSlice]:
     return slices
 
 
-def _read_layout(content: bytes, options: DecodeOptions) -> _Layout:
+def _read_layout(content: bytes, options: DecodeOptions, maps: bool) -> _Layout:
     """Read and check the header alone, so that no absurd volume is ever unpacked."""
     with io.BytesIO(content) as stream:
         head = gzip.GzipFile(fileobj=stream).read(540) if _is_gzip(content) else stream.read(540)
@@ -107,7 +113,7 @@ def _read_layout(content: bytes, options: DecodeOptions) -> _Layout:
     )
     if header.get_data_dtype().kind not in "iuf":
         raise RejectedImage("unsupported data type", "neither integer nor float")
-    if int(header["intent_code"]) == _INTENT_LABEL:
+    if int(header["intent_code"]) == _INTENT_LABEL and not maps:
         raise RejectedImage("no scan", "a map of labels")
     shape = tuple(int(length) for length in header.get_data_shape())
     while len(shape) > 3 and shape[-1] == 1:

@@ -90,4 +90,4 @@ def _decoded(path: Path, orientation: Orientation) -> list[DecodedSlice]:
         min_foreground=0.0,
         salt=b"none is named",
     )
-    return decode_nifti(path.read_bytes(), options)
+    return decode_nifti(path.read_bytes(), options, maps=True)

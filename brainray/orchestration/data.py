@@ -47,7 +47,7 @@ from brainray.orchestration.store import (
     with_defaults,
 )
 from brainray.report.leakage_table import leakage_table
-from brainray.schema import IMAGE_STORE, REJECTED, TEST, THUMBNAIL_SIDE
+from brainray.schema import IMAGE_STORE, REJECTED, THUMBNAIL_SIDE
 from brainray.storage import Folder
 
 _WRITES_PER_CPU = 4
@@ -123,9 +123,11 @@ def _build(
     parts.delete()
     clock.passed("write")
     building.write_table(layout.FILES, plan.files)
-    tested = plan.rows.filter(pc.equal(plan.rows["split"], TEST))["sample_id"].to_pylist()
-    held_out = pa.array(sorted({*tested, *earlier.held_out()}), pa.string())
-    building.write_table(layout.HELD_OUT, pa.table({"sample_id": held_out}))
+    splits = earlier.splits() | dict(
+        zip(plan.rows["sample_id"].to_pylist(), plan.rows["split"].to_pylist(), strict=True)
+    )
+    placed = {"sample_id": sorted(splits), "split": [splits[name] for name in sorted(splits)]}
+    building.write_table(layout.SPLITS, pa.table(placed))
     rejected = slices.filter(pc.is_valid(slices["reason"])).select(REJECTED.names).cast(REJECTED)
     building.write_table(layout.REJECTED, rejected)
     building.write_table(layout.DUPLICATES, plan.duplicates)

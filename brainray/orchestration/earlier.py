@@ -11,7 +11,7 @@ from brainray.mri.row_file import RowFile
 from brainray.orchestration.preparation import LIGHT_COLUMNS, PART, SLICES
 from brainray.orchestration.source import FoundFile
 from brainray.orchestration.store import ImageStore
-from brainray.schema import IMAGE_STORE, TEST
+from brainray.schema import IMAGE_STORE
 from brainray.storage import Folder
 
 GROUPS = [
@@ -80,22 +80,15 @@ class Earlier:
         return {sample: name for sample, name in names if name is not None}
 
     def splits(self) -> dict[str, str]:
-        """``train`` or ``test`` by sample_id, of what the store holds; of slices that are gone,
-        those of the test part, which may come back.
+        """``train`` or ``test`` by sample_id, of all that the store or an earlier one of its name
+        held: what is gone may come back.
         """
         if self.images is None:
             return {}
         store = self.images.parent
-        held = store.read_table(self.images.name, columns=["sample_id", "split"]).to_pydict()
-        splits = dict(zip(held["sample_id"], held["split"], strict=True))
-        return dict.fromkeys(self.held_out(), TEST) | splits
-
-    def held_out(self) -> list[str]:
-        """The sample_ids that the store, or an earlier one of its name, holds out for testing."""
-        if self.images is None or not self.images.parent.exists(layout.HELD_OUT):
-            return []
-        table = self.images.parent.read_table(layout.HELD_OUT)
-        return [str(identity) for identity in table["sample_id"].to_pylist()]
+        kept = layout.SPLITS if store.exists(layout.SPLITS) else self.images.name
+        table = store.read_table(kept, columns=["sample_id", "split"])
+        return dict(zip(table["sample_id"].to_pylist(), table["split"].to_pylist(), strict=True))
 
     def generations(self) -> dict[str, int]:
         """First generation of each sample_id."""

@@ -188,13 +188,14 @@ def _subjects(
     """Subject of each slice and where it is from: the labels table, the header, or its looks.
 
     Where a table names some files of a patient whom headers name, the others are of that subject
-    as well. Looks are asked only where nothing names a subject. A slice keeps the subject that it
-    was once guessed to be of.
+    as well. Looks are asked of the slices that nothing names. Such a slice keeps the subject that
+    it was once guessed to be of.
     """
     in_table = {file.path: file.subject for file in listing.files}
     headers = accepted["header_subject"].to_pylist()
     salt = subject_salt(Folder(config.storage))
-    given, sources = [], []
+    given: list[str | None] = []
+    sources: list[str | None] = []
     for path, header, sha256 in zip(
         accepted["path"].to_pylist(), headers, accepted["sha256"].to_pylist(), strict=True
     ):
@@ -208,14 +209,27 @@ def _subjects(
                 f"note: {count} {told} name no patient, and count as a subject each: where "
                 "patients have several, name them in a labels table (path,label,subject)"
             )
-    if any(given) or not config.preprocess.subject.estimate:
-        return _as_tables_name_them(given, sources, headers)
-    ids = accepted["sample_id"].to_pylist()
-    estimated = estimate_subjects(looks, ids, groups, config.preprocess.subject)
+    subjects, sources = _as_tables_name_them(given, sources, headers)
+    nameless = [row for row, subject in enumerate(subjects) if subject is None]
+    if not nameless or not config.preprocess.subject.estimate:
+        return subjects, sources
+    if len(nameless) < len(subjects):
+        log(
+            f"note: nothing names the subjects of {len(nameless):,} of {len(subjects):,} slices: "
+            "they are estimated, of these slices among themselves, by their looks"
+        )
+    ids = [accepted["sample_id"][row].as_py() for row in nameless]
+    estimated = estimate_subjects(
+        SelectedRows(looks, np.array(nameless, np.int64)),
+        ids,
+        [groups[row] for row in nameless],
+        config.preprocess.subject,
+    )
     before = _was(ids, earlier, column="subject_id")
     joined = keep_names(estimated, before)
-    subjects: list[str | None] = [old or new for old, new in zip(before, joined, strict=True)]
-    return subjects, [ESTIMATED] * len(subjects)
+    for row, old, new in zip(nameless, before, joined, strict=True):
+        subjects[row], sources[row] = old or new, ESTIMATED
+    return subjects, sources
 
 
 def _as_tables_name_them(

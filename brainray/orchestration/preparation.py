@@ -81,8 +81,8 @@ def subject_salt(storage: Folder) -> bytes:
         secret = secrets.token_hex(32).encode()
         if storage.local_path is None:
             storage.write_bytes(_SALT_FILE, secret)
-        elif storage.create_file(_SALT_FILE, secret):  # of two jobs that begin at once, one does
-            (storage.local_path / _SALT_FILE).chmod(0o600)
+        else:  # of two jobs that begin at once, one does
+            storage.create_file(_SALT_FILE, secret, mode=0o600)
     return storage.read_bytes(_SALT_FILE)
 
 

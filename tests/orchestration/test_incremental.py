@@ -158,20 +158,21 @@ def test_old_slices_keep_split_group_and_role(
         assert roles[0].items() <= roles[1].items()
 
 
-def test_held_out_slices_that_were_away_come_back_held_out(
-    source: Path, stores: dict[str, Path], tmp_path: Path
+@pytest.mark.parametrize(("side", "every"), [("test", 1), ("train", 2)])
+def test_slices_that_were_away_come_back_to_their_side_of_the_split(
+    source: Path, stores: dict[str, Path], tmp_path: Path, side: str, every: int
 ) -> None:
     shutil.copytree(stores["grouped"], tmp_path / "g")
     before = index(opened(tmp_path / "g"))
-    tested = [path for path, split in before["split"].items() if split == "test"]
-    for path in tested:
+    away = [path for path, split in before["split"].items() if split == side][::every]
+    for path in away:
         (source / path).rename(tmp_path / path.replace("/", "-"))
     without = index(made(tmp_path / "g", source, "split.mode=grouped"))
-    assert not set(without.index) & set(tested)
-    for path in tested:
+    assert not set(without.index) & set(away)
+    for path in away:
         (tmp_path / path.replace("/", "-")).rename(source / path)
     after = index(made(tmp_path / "g", source, "split.mode=grouped"))
-    assert set(after.loc[tested, "split"]) == {"test"}
+    assert set(after.loc[away, "split"]) == {side}
 
 
 def test_new_labels_need_no_decoding(source: Path, tmp_path: Path) -> None:

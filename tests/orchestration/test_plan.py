@@ -21,8 +21,11 @@ from brainray.orchestration.plan import (
 from brainray.orchestration.source import FoundFile, Listing, SourceFile
 
 
-def plan(test_label: str) -> StorePlan:
-    """Two training slices of each of two classes; the test slice copies the first of them."""
+def plan(test_label: str, headers: dict[int, str] | None = None) -> StorePlan:
+    """Two training slices of each of two classes; the test slice copies the first of them.
+
+    ``headers`` name the subjects of some.
+    """
     rng = np.random.default_rng(0)
     fingerprints = RowFile(96 * 96, np.uint8)
     fingerprints.append(rng.integers(0, 255, (4, 96 * 96)).astype(np.uint8))
@@ -42,6 +45,7 @@ def plan(test_label: str) -> StorePlan:
                 "pixel_sum": 1000,
                 "pixel_square_sum": 9_000_000,
                 "skull_strip": "otsu",
+                "header_subject": (headers or {}).get(number),
                 "fingerprint": picture,
                 "part": "part.parquet",
             }
@@ -50,6 +54,15 @@ def plan(test_label: str) -> StorePlan:
     return plan_store(
         slices, fingerprints, Listing(files, 0, []), Config(), Earlier.of(None), print
     )
+
+
+def test_slices_that_nothing_names_are_estimated_beside_named_ones() -> None:
+    rows = {row["path"]: row for row in plan("a", {1: "12ab", 3: "12ab"}).rows.to_pylist()}
+    sources = [rows[f"{number}.jpg"]["subject_source"] for number in range(5)]
+    assert sources == ["estimated", "header", "estimated", "header", "estimated"]
+    subjects = [rows[f"{number}.jpg"]["subject_id"] for number in range(5)]
+    assert subjects[1] == subjects[3] == "12ab"
+    assert subjects[0] == subjects[4]  # copies
 
 
 def test_a_test_label_decides_nothing_about_its_training_twin() -> None:
