@@ -7,6 +7,8 @@ from brainray.redaction import redacted
 
 Log = Callable[[str], None]
 
+_EVERY_S = 10.0
+
 
 def log(message: str) -> None:
     """A line of progress on stdout, at once."""
@@ -16,15 +18,15 @@ def log(message: str) -> None:
 class ProgressLines:
     """Of work that is counted: a line every ten seconds, with the time that is left."""
 
-    def __init__(self, verb: str, noun: str, log: Log, every_s: float = 10.0) -> None:
+    def __init__(self, verb: str, noun: str, log: Log) -> None:
         """For lines such as "VERB 10 of 20 NOUN, 5 s left"."""
-        self._verb, self._noun, self._log, self._every_s = verb, noun, log, every_s
+        self._verb, self._noun, self._log = verb, noun, log
         self._started = self._last = time.monotonic()
 
     def tell(self, done: int, total: int) -> None:
         """How much is done by now; between two lines it says nothing."""
         now = time.monotonic()
-        if done and now - self._last >= self._every_s:
+        if done and now - self._last >= _EVERY_S:
             self._last = now
             left = (total - done) * (now - self._started) / done
             self._log(f"{self._verb} {done:,} of {total:,} {self._noun}, {left:.0f} s left")

@@ -176,20 +176,17 @@ def reweighted_accuracy(
     return float(np.average(recall, weights=mix[wanted]))
 
 
-def effective_rank(
-    z: Tensor,  # (n_rank, E)
-    block_rows: int = 16_384,
-) -> float:
+def effective_rank(z: Tensor) -> float:
     """Exponential of the entropy of the covariance's normalised eigenvalues (collective).
 
-    Roy & Vetterli 2007, equation 2, applied to the covariance of all ranks' rows. Between 1 and
-    E; 0 if all rows coincide.
+    Roy & Vetterli 2007, equation 2, applied to the covariance of all ranks' rows z (n_rank, E).
+    Between 1 and E; 0 if all rows coincide.
     """
     num_rows = shards.check_rows(z)
     if num_rows == 0:
         return 0.0
     mean = shards.mean_of_rows(z, num_rows)
-    eigenvalues = torch.linalg.eigvalsh(shards.scatter_of_rows(z, mean, block_rows)).clamp(min=0)
+    eigenvalues = torch.linalg.eigvalsh(shards.scatter_of_rows(z, mean)).clamp(min=0)
     total = eigenvalues.sum()
     if total <= shards.IDENTICAL_ROWS_RATIO * num_rows * mean.square().sum():
         return 0.0

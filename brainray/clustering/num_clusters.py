@@ -132,7 +132,7 @@ def _uniform_reference(
 ) -> Tensor:
     """Rows (n_rank, D) uniform in the box around all ranks' rows along their principal axes."""
     mean = shards.mean_of_rows(x, num_rows)
-    scatter = shards.scatter_of_rows(x, mean, block_rows=16_384)
+    scatter = shards.scatter_of_rows(x, mean)
     axes = dist.broadcast_from_first(torch.linalg.eigh(scatter).eigenvectors)
     rotated = (x.double() - mean) @ axes
     extremes = dist.gather_rows(

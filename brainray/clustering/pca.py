@@ -30,14 +30,11 @@ class PCA(FittedModule):
     explained_variance_: Tensor
     explained_variance_ratio_: Tensor
 
-    def __init__(self, num_components: int, block_rows: int = 16_384) -> None:
+    def __init__(self, num_components: int) -> None:
         super().__init__()
-        if min(num_components, block_rows) < 1:
-            raise ClusteringError(
-                f"num_components={num_components} and block_rows={block_rows} must be at least 1"
-            )
+        if num_components < 1:
+            raise ClusteringError(f"num_components={num_components} must be at least 1")
         self.num_components = num_components
-        self.block_rows = block_rows
         self._register_fitted(
             "mean_", "components_", "explained_variance_", "explained_variance_ratio_"
         )
@@ -59,7 +56,7 @@ class PCA(FittedModule):
                 "than the smaller of the two numbers"
             )
         mean = shards.mean_of_rows(x, num_rows)
-        scatter = shards.scatter_of_rows(x, mean, self.block_rows)
+        scatter = shards.scatter_of_rows(x, mean)
         eigenvalues, eigenvectors = torch.linalg.eigh(scatter / (num_rows - 1))
         # Ranks on unlike machines may round differently: all take the first one's answer.
         variances = dist.broadcast_from_first(eigenvalues.flip(0).clamp(min=0))
@@ -76,7 +73,7 @@ class PCA(FittedModule):
         """Coordinates (n, k) of rows (n, D), in their dtype. Not collective."""
         self._check_is_fitted()
         coordinates = x.new_empty(x.shape[0], self.num_components)
-        for block in shards.blocks(x.shape[0], self.block_rows):
+        for block in shards.blocks(x.shape[0], shards.ROWS_AT_A_TIME):
             centered = x[block].double() - self.mean_
             coordinates[block] = (centered @ self.components_.T).to(x.dtype)
         return coordinates

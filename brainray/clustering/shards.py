@@ -13,6 +13,9 @@ from torch import Tensor
 from brainray import dist
 from brainray.errors import ClusteringError
 
+ROWS_AT_A_TIME = 16_384
+"""Where a copy in float64 bounds the memory."""
+
 # Squared distances below this share of the mean squared distance to the mean are rounding.
 IDENTICAL_ROWS_RATIO = 1e-24
 
@@ -117,13 +120,13 @@ def sum_of_rows(x: Tensor) -> Tensor:
     return total
 
 
-def scatter_of_rows(x: Tensor, mean: Tensor, block_rows: int) -> Tensor:
+def scatter_of_rows(x: Tensor, mean: Tensor) -> Tensor:
     """Sum over all rows of (x - mean)(x - mean)^T, (D, D) float64 (collective).
 
     Two passes (mean first), since the one-pass formula loses all digits far from the origin.
     """
     scatter = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
-    for block in blocks(x.shape[0], block_rows):
+    for block in blocks(x.shape[0], ROWS_AT_A_TIME):
         rows = x[block].double() - mean
         scatter.addmm_(rows.T, rows)
     return dist.sum_across_ranks(scatter)

@@ -4,7 +4,6 @@ An epoch here gives an encoder that the semi-supervised training can start from:
 read by ``encoder.weights=PATH``.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -93,7 +92,6 @@ def pretext_epoch(
     precision: str,
     lambda_cluster: float = 0.0,
     soft: SoftTargets | None = None,
-    on_step: Callable[[int], None] = lambda step: None,
 ) -> dict[str, float]:
     """Train for one pass over the slices; mean losses over all steps and ranks.
 
@@ -113,7 +111,6 @@ def pretext_epoch(
         precision: ``bf16`` or ``fp32``.
         lambda_cluster: weight of the clustering loss.
         soft: gamma of this rank's slices, rows as in ``images``, and mu.
-        on_step: called after each step.
     """
     device = images.device
     model.train()
@@ -142,7 +139,6 @@ def pretext_epoch(
         scheduler.step()
         for name, value in terms.items():
             sums[name] = sums.get(name, torch.zeros((), device=device)) + value.detach()
-        on_step(step)
     totals = dist.sum_across_ranks(torch.stack(list(sums.values())).double())
     means = (totals / (plan.num_steps * dist.world_size())).tolist()
     return dict(zip(sums, means, strict=True))

@@ -23,7 +23,7 @@ import ray.data
 from brainray import layout
 from brainray.config import Config, PreprocessConfig, SplitConfig
 from brainray.errors import ConfigError, DataError
-from brainray.log import Log, ProgressLines
+from brainray.log import Log, ProgressLines, log
 from brainray.mri.duplicates import thumbnail_matrix
 from brainray.mri.row_file import RowFile
 from brainray.orchestration.earlier import LIGHT, Earlier, unchanged
@@ -53,7 +53,7 @@ from brainray.storage import Folder
 _WRITES_PER_CPU = 4
 
 
-def preprocess(config: Config, log: Log = print, *, data_hash: str | None = None) -> ImageStore:
+def preprocess(config: Config, log: Log = log, *, data_hash: str | None = None) -> ImageStore:
     """Make the store ``config.name`` of ``config.source``, reuse an equal one, or bring it up to
     date: then only files that are new or have changed are decoded.
 

@@ -6,7 +6,7 @@ from brainray import layout
 from brainray.config import Config
 from brainray.engine.draws import Metrics, summarise_draws
 from brainray.errors import ConfigError
-from brainray.log import Log
+from brainray.log import Log, log
 from brainray.orchestration.driver import TrainedRun, train
 from brainray.orchestration.run import check_same_draw, open_run
 from brainray.report.draws_table import draws_table
@@ -24,7 +24,7 @@ class DrawnRuns:
     metrics: Metrics
 
 
-def train_draws(config: Config, log: Log = print) -> DrawnRuns:
+def train_draws(config: Config, log: Log = log) -> DrawnRuns:
     """Train ``config`` on ``evaluation.num_label_draws`` draws, or go on with them.
 
     Each is a run of its own, ``NAME-draw1`` and so on, so that what is finished is never

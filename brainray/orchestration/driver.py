@@ -15,7 +15,7 @@ from brainray.config import Config, EvaluationConfig
 from brainray.engine.evaluate import Metrics, summarise
 from brainray.engine.state import load_checkpoint
 from brainray.errors import ConfigError, DataError
-from brainray.log import Log
+from brainray.log import Log, log
 from brainray.models.encoder import build_encoder
 from brainray.orchestration.lock import held
 from brainray.orchestration.pretraining import warm_up
@@ -70,7 +70,7 @@ class Training:
     workers: WorkerResources
 
 
-def train(config: Config, log: Log = print) -> TrainedRun:
+def train(config: Config, log: Log = log) -> TrainedRun:
     """Train the run ``config.name`` on the store ``config.dataset``, or go on with it.
 
     Raises:

@@ -14,7 +14,7 @@ from brainray.config import Config, parse_yaml, to_yaml
 from brainray.engine.evaluate import Metrics, summarise
 from brainray.engine.slice_model import stored_pixels
 from brainray.errors import ConfigError, DataError
-from brainray.log import Log
+from brainray.log import Log, log
 from brainray.mri.decode import RejectedImage
 from brainray.mri.leakage import Fingerprints, exposure
 from brainray.orchestration.data import with_progress
@@ -51,7 +51,7 @@ class Evaluation:
     classes: list[str]
 
 
-def evaluate(config: Config, log: Log = print, only_paths: set[str] | None = None) -> Evaluation:
+def evaluate(config: Config, log: Log = log, only_paths: set[str] | None = None) -> Evaluation:
     """Predict the labelled slices of ``config.source`` with a run's chosen epoch, and score them.
 
     Slices are preprocessed with the run's own settings. Where the source has a test split, only

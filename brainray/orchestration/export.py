@@ -23,7 +23,7 @@ from brainray.engine.export import (
     safetensors_bytes,
 )
 from brainray.errors import CheckpointError, ConfigError
-from brainray.log import Log
+from brainray.log import Log, log
 from brainray.mri.duplicates import thumbnail_matrix
 from brainray.orchestration import serving
 from brainray.orchestration.code_version import code_hash
@@ -49,7 +49,7 @@ class Export:
     mlflow_run_id: str | None = None
 
 
-def export(config: Config, log: Log = print) -> Export:
+def export(config: Config, log: Log = log) -> Export:
     """Write ``storage/exports/NAME``: safetensors, ONNX, an MLflow model, and their card.
 
     With ``registry.name`` the MLflow model is also logged to the run's MLflow run and registered.

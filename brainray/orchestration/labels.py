@@ -12,7 +12,7 @@ from brainray.clustering.next_labels import choose_to_label, margin_uncertainty
 from brainray.config import Config
 from brainray.engine.evaluate import Metrics, matrix_of
 from brainray.errors import ConfigError, DataError
-from brainray.log import Log
+from brainray.log import Log, log
 from brainray.orchestration.data import with_progress
 from brainray.orchestration.inference import find_predictor, predicted_slices
 from brainray.orchestration.run import open_run
@@ -43,7 +43,7 @@ class NextLabels:
     metrics: Metrics
 
 
-def choose_next_labels(config: Config, log: Log = print) -> NextLabels:
+def choose_next_labels(config: Config, log: Log = log) -> NextLabels:
     """Rank the run's unlabelled training slices into ``labels/next.parquet`` of its folder.
 
     The labels of these slices are not read, also where the store has them.

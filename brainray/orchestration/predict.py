@@ -13,7 +13,7 @@ from brainray.config import Config
 from brainray.engine.evaluate import Metrics
 from brainray.engine.slice_model import Reference
 from brainray.errors import ConfigError, DataError
-from brainray.log import Log
+from brainray.log import Log, log
 from brainray.mri.identity import content_hash
 from brainray.orchestration.code_version import code_hash
 from brainray.orchestration.data import with_progress
@@ -44,7 +44,7 @@ class Prediction:
     metrics: Metrics
 
 
-def predict(config: Config, log: Log = print) -> Prediction:
+def predict(config: Config, log: Log = log) -> Prediction:
     """A row for every slice below ``config.source``, and for every file that cannot be read.
 
     Rows go to ``storage/predictions/NAME/part-*.parquet`` (``PREDICTED_FILES``) as they come. The

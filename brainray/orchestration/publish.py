@@ -10,7 +10,7 @@ from urllib.parse import unquote
 from brainray import layout
 from brainray.config import Config, flatten
 from brainray.errors import ConfigError, TrackingError
-from brainray.log import Log
+from brainray.log import Log, log
 from brainray.orchestration.code_version import about_code
 from brainray.orchestration.lock import is_held
 from brainray.orchestration.run import Run
@@ -90,7 +90,7 @@ def open_tracking(
     return Tracking(tracker, mlflow, redacted(uri))
 
 
-def publish(config: Config, run: Run, log: Log = print) -> Tracking:
+def publish(config: Config, run: Run, log: Log = log) -> Tracking:
     """Send a run's folder to MLflow: what training could not send, or a run trained elsewhere.
 
     It goes where training meant it to, unless another place is named.

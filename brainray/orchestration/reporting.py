@@ -19,7 +19,7 @@ from brainray.engine.evaluate import Metrics
 from brainray.engine.explain import class_activation_maps, rows_to_explain
 from brainray.engine.state import Checkpoint, load_checkpoint
 from brainray.errors import BrainrayError, CheckpointError, ConfigError, DataError
-from brainray.log import Log
+from brainray.log import Log, log
 from brainray.orchestration.code_version import code_hash, git_revision
 from brainray.orchestration.run import Run, check_same_draw, groups_of_test_slices, open_run
 from brainray.orchestration.store import ImageStore
@@ -42,7 +42,7 @@ class Report:
     metrics: Metrics
 
 
-def report(config: Config, log: Log = print) -> Report:
+def report(config: Config, log: Log = log) -> Report:
     """Write the page of a complete run anew, with a control or with runs of other seeds beside it.
 
     Raises:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from brainray import layout
 from brainray.config import Config, flatten, parse_config, parse_yaml, to_yaml
 from brainray.errors import BrainrayError, ConfigError
-from brainray.log import Log
+from brainray.log import Log, log
 from brainray.orchestration.features import Weights, check_feature, read_weights
 from brainray.orchestration.grid import (
     Grid,
@@ -54,7 +54,7 @@ class FinishedStudy:
         }
 
 
-def run_study(config: Config, log: Log = print) -> FinishedStudy:
+def run_study(config: Config, log: Log = log) -> FinishedStudy:
     """Compare features and clusterers on one or several data sets, or go on comparing.
 
     The same name goes on: encoders, features and cells that are finished are read from their

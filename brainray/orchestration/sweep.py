@@ -22,7 +22,7 @@ from brainray import layout
 from brainray.config import Config, flatten, to_yaml
 from brainray.engine.evaluate import Metrics
 from brainray.errors import BrainrayError, ConfigError, TrackingError
-from brainray.log import Log
+from brainray.log import Log, log
 from brainray.orchestration.driver import check_training
 from brainray.orchestration.export import served_files
 from brainray.orchestration.inference import find_predictor
@@ -68,7 +68,7 @@ class FinishedSweep:
     tracking_uri: str
 
 
-def sweep(config: Config, log: Log = print) -> FinishedSweep:
+def sweep(config: Config, log: Log = log) -> FinishedSweep:
     """Search ``tune.space`` for the best figure on the validation slices, or go on searching.
 
     All trials train on the store ``config.dataset``, each as a run named ``NAME-TRIAL``. The same

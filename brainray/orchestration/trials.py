@@ -21,6 +21,7 @@ from brainray.config import (
 )
 from brainray.engine.evaluate import chosen_epoch
 from brainray.errors import BrainrayError, ConfigError, TransientError
+from brainray.log import log
 from brainray.orchestration.driver import begun_training, complete_run, fit
 from brainray.orchestration.job import TRAINING_SECTIONS, WORKER_KEYS
 from brainray.orchestration.run import Run, read_run_info
@@ -81,13 +82,13 @@ def run_trial(
     trial_id = tune.get_context().get_trial_id()
     try:
         config = trial_config(config, parameters, run_name(sweep, trial_id))
-        with begun_training(config, print) as training:
+        with begun_training(config, log) as training:
             if training.run.is_complete:  # the trial was cut after its last epoch
                 history = training.run.folder.read_json_lines(layout.METRICS)
                 tune.report(reported_metrics(history[-1]))
                 return
-            fit(training, print, callbacks=[TuneReportCallback()])
-            complete_run(training, print)
+            fit(training, log, callbacks=[TuneReportCallback()])
+            complete_run(training, log)
     except TransientError:
         raise
     except BrainrayError as error:
