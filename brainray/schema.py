@@ -11,6 +11,12 @@ SUBSETS = ("all", "clean", "strict")
 """Test slices for which every figure is given: all; those without a near-duplicate among what the
 run saw; and of these the ones without a slice likely of their subject."""
 
+PREDICTORS = ("head", "cluster", "thumbnail_1nn")
+"""Of a test slice's class: the linear classifier, the mixture, the memory baseline."""
+
+PREDICTED_BY = {"head": "head", "cluster": "cluster_class"}
+"""The column of ``PREDICTIONS`` that holds a predictor's class."""
+
 UNLABELLED = -1
 """Class index of a slice whose label is unknown or must not be read."""
 

@@ -15,12 +15,12 @@ from brainray.orchestration.job import attach_to_ray
 from brainray.report.cells import mean_and_deviation
 from brainray.report.style import BLUE, GREY, ORANGE, new_figure, tidy
 from brainray.report.table import markdown_table
+from brainray.schema import PREDICTORS
 
 FRACTIONS = (0.01, 0.02, 0.05, 0.1, 0.2, 1.0)
 QUICK_FRACTIONS = (0.1, 0.5)
 SUBSET = "clean"
 _NUM_DRAWS = 3
-_PREDICTORS = ("head", "cluster", "thumbnail_1nn")
 
 
 def run(options: CaseOptions) -> BenchmarkResult:
@@ -52,7 +52,7 @@ def run(options: CaseOptions) -> BenchmarkResult:
         options.log(_line(share, found[share]))
     measures = []
     for share, metrics in found.items():
-        for predictor in _PREDICTORS:
+        for predictor in PREDICTORS:
             key = f"test/{SUBSET}/{predictor}/accuracy"
             if key in metrics:
                 measures.append(Measure(f"{share:.0%} labels: {predictor}", metrics[key]))

@@ -28,7 +28,7 @@ from brainray.orchestration.seen import fingerprints_of_seen
 from brainray.orchestration.source import SourceFile, list_source
 from brainray.report.style import BLUE, ORANGE, new_figure, tidy
 from brainray.report.table import markdown_table
-from brainray.schema import TEST
+from brainray.schema import PREDICTED_BY, TEST
 from brainray.storage import Folder
 
 Image = NDArray[np.uint8]  # (H, W)
@@ -40,7 +40,6 @@ BLUR_STD = 1 / 170  # of the longer side
 
 _RUN, _CONTROL = "run", "control"
 _MEAN = "mean of the altered ones"
-_PREDICTORS = {"head": "head", "cluster": "cluster_class"}
 
 
 def run(options: CaseOptions) -> BenchmarkResult:
@@ -153,7 +152,7 @@ def _accuracies(predictions: pa.Table, num_slices: int, clean: set[str]) -> dict
     return {
         f"{subset} {name}": (pc.sum(pc.equal(rows[column], rows["label"])).as_py() or 0) / count
         for subset, (rows, count) in subsets.items()
-        for name, column in _PREDICTORS.items()
+        for name, column in PREDICTED_BY.items()
     }
 
 

@@ -10,12 +10,10 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from brainray.clustering.metrics import bootstrap_means
+from brainray.engine.evaluate import Metrics
 from brainray.errors import DataError
-from brainray.schema import subset_masks
+from brainray.schema import PREDICTED_BY, subset_masks
 
-Metrics = dict[str, float]
-
-_PREDICTORS = {"head": "head", "cluster": "cluster_class"}  # in figures, and columns
 _COMPARED = ("difference/", "fewer_errors/", "only_run/", "only_control/", "p/")
 _CONFIDENCE = 0.95
 
@@ -109,7 +107,7 @@ def compare(
     for subset, mask in subset_masks(predictions).items():
         if not mask.any():
             continue
-        for predictor, column in _PREDICTORS.items():
+        for predictor, column in PREDICTED_BY.items():
             found = paired_difference(
                 _is_right(predictions, column)[mask],
                 _is_right(control, column)[mask],

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import stats
 
-Metrics = dict[str, float]
+from brainray.engine.evaluate import Metrics
 
 _CONFIDENCE = 0.95
 

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from brainray import layout
 from brainray.config import Config
-from brainray.engine.draws import Metrics, summarise_draws
+from brainray.engine.draws import summarise_draws
+from brainray.engine.evaluate import Metrics
 from brainray.errors import ConfigError
 from brainray.log import Log, log
 from brainray.orchestration.driver import TrainedRun, train

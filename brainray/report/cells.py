@@ -1,9 +1,12 @@
 """Figures as the cells of a table show them; a dash where there is none."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import isnan
 
 Metrics = Mapping[str, float]
+
+History = Sequence[Metrics]
+"""What a run logged: one flat dict of metrics an epoch, oldest first."""
 
 MISSING = "–"
 

@@ -4,16 +4,14 @@ from collections.abc import Mapping
 
 from brainray.report.cells import difference, figure, mean_and_deviation, share
 from brainray.report.table import markdown_table
-from brainray.schema import SUBSETS
-
-_PREDICTORS = ("head", "cluster", "thumbnail_1nn")
+from brainray.schema import PREDICTORS, SUBSETS
 
 
 def draws_table(metrics: Mapping[str, float]) -> str:
     """Mean accuracy and deviation by predictor and test slices, beside the control's."""
     header = ["prediction", "test slices", "accuracy", "control", "difference", "fewer errors"]
     rows = []
-    for predictor in _PREDICTORS:
+    for predictor in PREDICTORS:
         for subset in SUBSETS:
             name = f"test/{subset}/{predictor}/accuracy"
             if name not in metrics:

@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from brainray.errors import DataError
-from brainray.report.history import History
+from brainray.report.cells import History
 from brainray.report.style import (
     BLACK,
     BLUE,

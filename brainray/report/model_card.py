@@ -3,9 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from brainray.report.cells import Metrics
 from brainray.report.table import results_table
-
-Metrics = Mapping[str, float]
 
 
 @dataclass(frozen=True)

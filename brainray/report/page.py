@@ -21,15 +21,13 @@ from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
 from brainray import layout
 from brainray.clustering.subtypes import find_subtypes
 from brainray.config import EvaluationConfig
-from brainray.report.cells import figure, with_interval
+from brainray.report.cells import Metrics, figure, with_interval
 from brainray.report.comparison_table import COMPARISON_COLUMNS, comparison_rows
 from brainray.report.leakage_table import LEVEL_COLUMNS, leakage_counts, subset_counts
 from brainray.report.maps import SliceMap, map_sequence, shown
 from brainray.report.style import BLUE, GREEN, GREY, VERMILLION, class_colours, cluster_colour
 from brainray.schema import SUBSETS, THUMBNAIL_SIDE, subset_masks, tells_of_classes
 from brainray.storage import Folder
-
-Metrics = Mapping[str, float]
 
 _NUM_IMAGES = 6  # of each kind on a cluster's card
 _MAX_REJECTED = 100  # rejected files that an evaluation lists

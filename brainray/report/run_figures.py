@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from brainray import layout
+from brainray.report.cells import History
 from brainray.report.evaluation_figures import draw_evaluation_figures
 from brainray.report.figures import (
     UNLABELLED_CLASS,
@@ -13,7 +14,6 @@ from brainray.report.figures import (
     loss_curves,
     timing_breakdown,
 )
-from brainray.report.history import History
 from brainray.report.maps import SliceMap
 from brainray.report.style import png_bytes
 from brainray.storage import Folder

@@ -3,9 +3,8 @@
 from collections.abc import Mapping, Sequence
 
 from brainray.report.cells import MISSING, count, figure, with_interval
-from brainray.schema import SUBSETS
+from brainray.schema import PREDICTORS, SUBSETS
 
-_PREDICTORS = ("head", "cluster", "thumbnail_1nn")
 _AVERAGES = ("balanced_accuracy", "f1_macro")
 _BY_CLASS = ("precision", "recall", "f1")
 _OF_CLUSTERS = {"silhouette": "silhouette", "nmi": "NMI", "ari": "ARI", "fmi": "FMI"}
@@ -32,7 +31,7 @@ def results_table(metrics: Mapping[str, float], classes: Sequence[str]) -> str:
 def _predictor_table(metrics: Mapping[str, float]) -> str:
     header = ["prediction", "test slices", "accuracy", "balanced accuracy", "macro F1"]
     rows = []
-    for predictor in _PREDICTORS:
+    for predictor in PREDICTORS:
         for subset in SUBSETS:
             prefix = f"test/{subset}/{predictor}"
             averages = [figure(metrics, f"{prefix}/{name}") for name in _AVERAGES]
