@@ -73,6 +73,7 @@ _OF_ROUNDS = {
     "tolerance",
     "patience",
 }
+_OF_CONTRASTIVE = {"temperature", "positives", "projection_dim"}
 History = list[dict[str, float]]
 
 
@@ -209,22 +210,33 @@ def _made_by(
     weights: Weights,
     seed: int,
 ) -> dict[str, Any]:
-    """What tells the trained weights from others, but for the number of workers."""
+    """What tells the trained weights from others, but for the number of workers.
+
+    Settings at their defaults are left out, so that one that comes later, and is off, changes
+    nothing: who changes a default raises the format.
+    """
     train = config.train.model_dump(mode="json", include={"weight_decay", "warmup_fraction"})
     is_refined = feature.lambda_cluster > 0
     unused = {"num_epochs"} if is_refined else _OF_ROUNDS
+    if feature.pretext != "contrastive":
+        unused = unused | _OF_CONTRASTIVE
+    if feature.pretext == "none":
+        unused = unused | {"learning_rate"}
     made_by = {
         "format": layout.ENCODER_FORMAT,
         "data_hash": store.slices_hash,
-        "feature": feature.model_dump(mode="json", exclude={"weights"}),
+        "feature": feature.model_dump(mode="json", exclude={"weights"}, exclude_defaults=True),
         "weights": weights.identity,
-        "self_supervision": config.self_supervision.model_dump(mode="json", exclude=unused),
+        "self_supervision": config.self_supervision.model_dump(
+            mode="json", exclude=unused, exclude_defaults=True
+        ),
         "train": train | {"precision": config.train.precision},
         "seed": seed,
     }
     if is_refined:
-        settings = config.clustering.model_dump(mode="json")
-        made_by["clustering"] = settings | {"on_collapse": "stop"}  # changes no finished encoder
+        made_by["clustering"] = config.clustering.model_dump(
+            mode="json", exclude={"on_collapse"}, exclude_defaults=True
+        )
     return made_by
 
 
