@@ -251,6 +251,9 @@ class AugmentConfig(_Section):
     """Shifts along either axis are uniform between minus and plus this share of the side."""
     max_log_gamma: Annotated[float, Field(ge=0.0, le=2.0)] = 0.0
     """Intensities are raised to exp(g), g uniform between minus and plus this."""
+    intensity_curve: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """Standard deviation of the logarithm of a smooth function of intensity that multiplies the
+    slice, as another contrast or an export with another tone curve does."""
     bias_field: Annotated[float, Field(ge=0.0, le=2.0)] = 0.0
     """Standard deviation of the logarithm of a smooth field that multiplies the slice, as the
     uneven sensitivity of a receive coil does."""

@@ -224,6 +224,11 @@ def _noisy(image: Image, rng: np.random.Generator) -> Image:
     return np.clip(image + rng.normal(0.0, NOISE_STD, image.shape), 0, 255).astype(np.uint8)
 
 
+def _equalised(image: Image, rng: np.random.Generator) -> Image:
+    """CLAHE (Zuiderveld 1994), as viewers and teaching collections brighten what is dark."""
+    return np.asarray(cv2.createCLAHE(clipLimit=2.0, tileGridSize=(8, 8)).apply(image), np.uint8)
+
+
 ALTERATIONS: dict[str, Callable[[Image, np.random.Generator], Image]] = {
     "as they are": lambda image, rng: image,
     "field of view 1.3 times as wide": partial(_padded, share=0.15),
@@ -233,6 +238,7 @@ ALTERATIONS: dict[str, Callable[[Image, np.random.Generator], Image]] = {
     "turned by 12 degrees": partial(_turned, degrees=12.0),
     "gamma 0.6": partial(_toned, gamma=0.6, brightness=1.0),
     "gamma 1.6": partial(_toned, gamma=1.6, brightness=1.0),
+    "contrast equalised (CLAHE)": _equalised,
     "half as bright": partial(_toned, gamma=1.0, brightness=0.5),
     "shaded to half at one side": _shaded,
     "blurred": _blurred,

@@ -9,6 +9,7 @@ from torch import Generator, Tensor
 from brainray.config import AugmentConfig
 
 _BIAS_KNOTS = 4  # of the bias field along either axis
+_CURVE_TERMS = 4  # cosines over the range of intensities
 _BLUR_RADIUS = 4  # pixels
 
 
@@ -31,6 +32,8 @@ def augment(images: Tensor, config: AugmentConfig, generator: Generator) -> Tens
     theta = _random_affine(len(images), config, generator)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     warped = F.grid_sample(images, grid, mode="bilinear", align_corners=False)
+    if config.intensity_curve:
+        warped.mul_(_intensity_factor(warped, config.intensity_curve, generator)).clamp_(0, 1)
     contrast = 1 + config.max_intensity_shift * _signed(len(images), generator)
     brightness = config.max_intensity_shift * _signed(len(images), generator)
     # The background stays black, as it is in every slice that is not augmented. In place from here
@@ -75,6 +78,20 @@ def _random_affine(num_images: int, config: AugmentConfig, generator: Generator)
         ],
         dim=1,
     )
+
+
+def _intensity_factor(images: Tensor, strength: float, generator: Generator) -> Tensor:
+    """(B, 1, H, W) positive factors: each slice's own smooth function of intensity.
+
+    Its logarithm is a sum of cosines with normal weights, which fall off with the frequency.
+    """
+    shape = (_CURVE_TERMS, len(images), 1, 1, 1)
+    weights = strength * torch.randn(shape, generator=generator, device=generator.device)
+    log_factor = weights[0].expand_as(images).clone()
+    for frequency in range(1, _CURVE_TERMS):
+        wave = torch.cos(math.pi * frequency * images)
+        log_factor += weights[frequency] / frequency * wave
+    return log_factor.exp_()
 
 
 def _bias_field(images: Tensor, strength: float, generator: Generator) -> Tensor:

@@ -69,6 +69,18 @@ def test_intensities_stay_in_range_and_differ_between_slices() -> None:
     assert len({round(float(image.mean()), 4) for image in changed}) == 6
 
 
+def test_an_intensity_curve_is_a_function_of_the_intensity() -> None:
+    """Of each slice another one, which leaves black black."""
+    ramp = torch.linspace(0, 1, 256).repeat(20, 1, 4, 1)
+    curved = apply(NOTHING.model_copy(update={"intensity_curve": 0.35}), ramp)
+    assert torch.equal(curved[:, :, :1].expand_as(curved), curved)  # equal greys stay equal
+    assert curved[..., 0].max() == 0
+    assert (curved.diff(dim=-1).abs() < 0.05).all()  # smooth
+    middle = curved[:, 0, 0, 100]
+    assert middle.min() < 0.8 * ramp[0, 0, 0, 100]
+    assert middle.max() > 1.2 * ramp[0, 0, 0, 100]
+
+
 def test_the_background_stays_black() -> None:
     images = IMAGES.clone()
     images[..., :4] = 0
