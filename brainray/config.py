@@ -106,7 +106,8 @@ class NearDuplicateConfig(_Section):
 
 class SubjectConfig(_Section):
     estimate: bool = True
-    """Guess by looks which slices are of one subject, where no table or header names subjects."""
+    """Guess by looks which slices are of one subject, of those that no table, header or volume's
+    file names."""
     same_view_similarity: Annotated[float, Field(gt=0.0, le=1.0)] = 0.95
     """Similarity from which two slices show the same and are one view."""
     min_similarity: Annotated[float, Field(gt=0.0, le=1.0)] = 0.6
@@ -252,8 +253,9 @@ class AugmentConfig(_Section):
     max_log_gamma: Annotated[float, Field(ge=0.0, le=2.0)] = 0.0
     """Intensities are raised to exp(g), g uniform between minus and plus this."""
     intensity_curve: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
-    """Standard deviation of the logarithm of a smooth function of intensity that multiplies the
-    slice, as another contrast or an export with another tone curve does."""
+    """How far greys go through a random tone curve, as of another contrast or export: a factor
+    whose logarithm is a sum of cosines of the intensity, of weights with this standard deviation
+    (the k-th a k-th of it)."""
     bias_field: Annotated[float, Field(ge=0.0, le=2.0)] = 0.0
     """Standard deviation of the logarithm of a smooth field that multiplies the slice, as the
     uneven sensitivity of a receive coil does."""

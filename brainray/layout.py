@@ -24,6 +24,7 @@ MANIFEST = "manifest.json"  # written last: a folder without one is no store
 IMAGES = "images"  # a folder of Parquet parts of schema.IMAGE_STORE
 FILES = "files.parquet"  # every slice of every file, without pixels: what the next run goes on from
 SPLITS = "splits.parquet"  # the split of every slice that the store holds or ever held
+HELD_OUT = "held_out.parquet"  # sample_ids of test slices: what stores kept before SPLITS
 REJECTED = "rejected.parquet"
 DUPLICATES = "duplicates.parquet"
 LEAKAGE = "leakage.json"
@@ -82,6 +83,7 @@ OF_STORE = {
     IMAGES,
     FILES,
     SPLITS,
+    HELD_OUT,
     REJECTED,
     DUPLICATES,
     LEAKAGE,

@@ -217,5 +217,9 @@ def subset_masks(slices: pa.Table) -> dict[str, NDArray[np.bool_]]:
 
 
 def tells_of_classes(labels: Iterable[Hashable], subset: str) -> bool:
-    """Whether every class among a subset's labels has enough slices for figures by class."""
-    return subset != "strict" or min(Counter(labels).values(), default=0) >= MIN_STRICT_SUPPORT
+    """Whether every class among a subset's labels has enough slices for figures by class.
+
+    Labels are names or indices; unlabelled slices (None, UNLABELLED) do not count.
+    """
+    counts = Counter(label for label in labels if label not in {None, UNLABELLED})
+    return subset != "strict" or min(counts.values(), default=0) >= MIN_STRICT_SUPPORT

@@ -80,7 +80,7 @@ def imagenet_state(name: str, setting: str = "encoder.weights") -> dict[str, Ten
     """torchvision's, downloaded where they are not in its cache.
 
     Raises:
-        ConfigError: they cannot be downloaded, or there are none; it names the ``setting``.
+        ConfigError: they cannot be downloaded; it names the ``setting``.
     """
     try:
         weights = torchvision.models.get_model_weights(name).DEFAULT

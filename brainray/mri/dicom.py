@@ -230,21 +230,15 @@ def _is_padding(pixels: NDArray[Any], dataset: Dataset) -> NDArray[np.bool_]:
     value, limit = (
         _first(dataset, name) for name in ("PixelPaddingValue", "PixelPaddingRangeLimit")
     )
-    low, high = sorted(
-        _of_sign(bound, pixels) for bound in (value, value if math.isnan(limit) else limit)
-    )
+    low, high = sorted((value, value if math.isnan(limit) else limit))
+    if pixels.dtype.kind in "iu" and pixels.dtype.itemsize > 1:
+        # Written in the other signedness than the pixels': -2000 for 63536.
+        held = np.iinfo(pixels.dtype)
+        if high < held.min:
+            low, high = low + 2.0**held.bits, high + 2.0**held.bits
+        elif low > held.max:
+            low, high = low - 2.0**held.bits, high - 2.0**held.bits
     return np.asarray((pixels >= low) & (pixels <= high))  # nowhere where there is no value
-
-
-def _of_sign(bound: float, pixels: NDArray[Any]) -> float:
-    """A value that was written in the other signedness than the pixels'."""
-    if pixels.dtype.kind not in "iu":
-        return bound
-    range_ = np.iinfo(pixels.dtype)
-    modulus = 2.0**range_.bits
-    if bound < range_.min:
-        return bound + modulus
-    return bound - modulus if bound > range_.max else bound
 
 
 def _keeps_bytes(dataset: Dataset) -> bool:

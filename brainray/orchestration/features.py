@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,7 +29,6 @@ from brainray.models.features import (
     PIXELS,
     FeatureEncoder,
     build_feature_encoder,
-    check_encoder_name,
     num_features,
 )
 from brainray.mri.identity import content_hash
@@ -46,12 +45,20 @@ ROW = ["sample_id", "split", "path", "frame"]
 ROW_ORDER = [(name, "ascending") for name in ROW]
 
 
+State = Mapping[str, Tensor] | Literal["random"]
+
+
 @dataclass(frozen=True)
 class Weights:
     """Where an encoder starts, and what tells it from others."""
 
-    state: Mapping[str, Tensor] | Literal["random"]
     identity: str
+    load: Callable[[], State]
+
+    @cached_property
+    def state(self) -> State:
+        """Loaded (ImageNet's: downloaded) when it is asked for, where the driver runs."""
+        return self.load()
 
 
 @dataclass(frozen=True)
@@ -102,22 +109,23 @@ def read_weights(config: Config, feature: FeatureConfig, setting: str) -> Weight
         BrainrayError: no such file or run, or no state dict in it; it names the ``setting``.
     """
     if feature.weights == "random":
-        return Weights("random", "random")
+        return Weights("random", lambda: "random")
     if feature.weights == "imagenet":
-        check_encoder_name(feature.encoder)
-        return Weights(imagenet_state(feature.encoder, setting), "imagenet")
+        return Weights("imagenet", lambda: imagenet_state(feature.encoder, setting))
     name = feature.weights.removeprefix("run:")
     if name != feature.weights:
         folder = open_run(Folder(config.storage), name).folder / layout.BEST
         return weights_from(folder, layout.MODEL)
     path = Path(feature.weights)
-    return Weights(local_state(path, setting), content_hash(path.read_bytes()))
+    state = local_state(path, setting)
+    return Weights(content_hash(path.read_bytes()), lambda: state)
 
 
 def weights_from(folder: Folder, name: str) -> Weights:
     """Of a checkpoint in a folder, which may be remote."""
     content = folder.read_bytes(name)
-    return Weights(encoder_state(content, f"{folder}/{name}"), content_hash(content))
+    state = encoder_state(content, f"{folder}/{name}")
+    return Weights(content_hash(content), lambda: state)
 
 
 def check_feature(store: ImageStore, name: str, feature: FeatureConfig, weights: Weights) -> int:
@@ -127,7 +135,7 @@ def check_feature(store: ImageStore, name: str, feature: FeatureConfig, weights:
         store: of the slices.
         name: of the feature, for errors.
         feature: the encoder and the size of the slices.
-        weights: of the encoder.
+        weights: of the encoder; ImageNet's, which fit, are not loaded for it.
 
     Raises:
         ConfigError: an unknown encoder, or weights or a size of slices that do not fit it.
@@ -135,7 +143,7 @@ def check_feature(store: ImageStore, name: str, feature: FeatureConfig, weights:
     try:
         encoder = build_feature_encoder(
             feature.encoder,
-            weights.state,
+            "random" if weights.identity == "imagenet" else weights.state,
             seed=0,
             pixel_mean=store.pixel_mean,
             pixel_std=store.pixel_std,
@@ -258,7 +266,7 @@ class _Extractor:
     def __init__(
         self,
         feature: dict[str, Any],
-        state: Mapping[str, Tensor] | Literal["random"],
+        state: State,
         seed: int,
         pixel_mean: float,
         pixel_std: float,

@@ -188,9 +188,11 @@ def check_sizes(
             )
     for name, width in num_features.items():
         if width > _MAX_FEATURES:
+            is_pixels = study.features[name].encoder == PIXELS
+            remedy = "lower its image_size" if is_pixels else "choose another encoder"
             raise ConfigError(
                 f"study.features.{name} has {width:,} features, more than the {_MAX_FEATURES:,} "
-                f"whose covariance PCA takes: lower study.features.{name}.image_size"
+                f"whose covariance PCA takes: {remedy}"
             )
     largest = max(study.pca_dims)
     for name, width in (("slices to fit", num_fitted), *num_features.items()):

@@ -225,7 +225,11 @@ def _subjects(
         [groups[row] for row in nameless],
         config.preprocess.subject,
     )
-    before = _was(ids, earlier, column="subject_id")
+    was_by = _was(ids, earlier, column="subject_source")
+    before = [
+        subject if source == ESTIMATED else None
+        for subject, source in zip(_was(ids, earlier, column="subject_id"), was_by, strict=True)
+    ]
     joined = keep_names(estimated, before)
     for row, old, new in zip(nameless, before, joined, strict=True):
         subjects[row], sources[row] = old or new, ESTIMATED

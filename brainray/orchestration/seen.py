@@ -2,13 +2,15 @@
 
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from brainray import layout
 from brainray.config import Config, PreprocessConfig
 from brainray.errors import ConfigError
-from brainray.mri.leakage import Fingerprints, exposure
+from brainray.mri.duplicates import find_twins, thumbnail_matrix
+from brainray.mri.leakage import Fingerprints
 from brainray.orchestration.store import ImageStore
 from brainray.schema import LABELLED, SEEN, TRAIN, UNLABELLED_ROLE, VALIDATION
 from brainray.storage import Folder
@@ -71,8 +73,13 @@ def check_validation_is_new(
     learned = before.filter(pc.equal(before["role"], LABELLED))
     learned = learned.filter(pc.invert(pc.is_in(learned["sample_id"], own)))
     validation = seen.filter(pc.equal(seen["role"], VALIDATION))
-    exposed = exposure(Fingerprints.of(validation), Fingerprints.of(learned), preprocess)
-    num_learned = int(((exposed.exact >= 0) | (exposed.twin >= 0)).sum())
+    ids, learned_ids = validation["sample_id"], learned["sample_id"].combine_chunks()
+    is_same = np.asarray(pc.is_in(ids, learned_ids).to_numpy(), dtype=np.bool_)
+    looks, learned_looks = (
+        thumbnail_matrix(table["thumbnail"].to_pylist()) for table in (validation, learned)
+    )
+    twins = find_twins(looks, learned_looks, preprocess.near_duplicate)
+    num_learned = int((is_same | (twins.reference >= 0)).sum())
     if num_learned:
         raise ConfigError(
             f"encoder.weights={config.encoder.weights} has learned the labels of {num_learned} of "

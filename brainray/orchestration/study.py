@@ -10,6 +10,7 @@ from brainray import layout
 from brainray.config import Config, flatten, parse_config, parse_yaml, to_yaml
 from brainray.errors import BrainrayError, ConfigError
 from brainray.log import Log, log
+from brainray.models.features import check_encoder_name
 from brainray.orchestration.features import Weights, check_feature, read_weights
 from brainray.orchestration.grid import (
     Grid,
@@ -71,6 +72,8 @@ def run_study(config: Config, log: Log = log) -> FinishedStudy:
         name: read_weights(config, each, f"study.features.{name}.weights")
         for name, each in config.study.features.items()
     }
+    if not (Folder(config.storage) / layout.STUDIES / str(config.name)).exists(layout.CONFIG):
+        _check_what_it_needs(config, weights)
     stores = open_stores(config, log)
     for name, store in stores.items():
         _check_store(config, name, store, weights)
@@ -129,14 +132,21 @@ def _check_settings(config: Config) -> None:
             "study.features.pixels.encoder=pixels study.features.pixels.image_size=32, or start "
             "from configs/study.yaml"
         )
-    if any(feature.is_trained for feature in config.study.features.values()):
-        plan_workers(config.train, alive_nodes())  # refused now, not after preprocessing
     for name, feature in config.study.features.items():
         if feature.is_trained and feature.image_size > config.preprocess.image_size:
             raise ConfigError(
                 f"study.features.{name}.image_size ({feature.image_size}) exceeds "
                 f"preprocess.image_size ({config.preprocess.image_size}): lower it"
             )
+
+
+def _check_what_it_needs(config: Config, weights: Mapping[str, Weights]) -> None:
+    """Refuse a study that begins before preprocessing, and not where it trains or extracts."""
+    if any(feature.is_trained for feature in config.study.features.values()):
+        plan_workers(config.train, alive_nodes())
+    for name, feature in config.study.features.items():
+        check_encoder_name(feature.encoder)
+        _ = weights[name].state  # downloaded, where they are ImageNet's
 
 
 def _check_store(

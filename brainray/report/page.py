@@ -273,7 +273,7 @@ def _confusion_subsets(table: pa.Table) -> list[str]:
     return [
         subset
         for subset, mask in subset_masks(table).items()
-        if tells_of_classes(filter(None, labels[mask]), subset)
+        if tells_of_classes(labels[mask].tolist(), subset)
     ]
 
 

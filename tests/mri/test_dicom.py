@@ -99,13 +99,33 @@ def test_padding_is_known_whatever_its_sign() -> None:
     padded = RAMP.copy()
     padded[:8] = 63536
     for syntax in (uid.ExplicitVRLittleEndian, uid.ImplicitVRLittleEndian):
-        dataset = pydicom.dcmread(io.BytesIO(make_dicom(padded, syntax=syntax)))
-        dataset.add_new(0x00280120, "SS", -2000)
-        buffer = io.BytesIO()
-        dataset.save_as(buffer, enforce_file_format=True)
-        image = decode_one(buffer.getvalue()).image
+        content = with_padding(make_dicom(padded, syntax=syntax), PixelPaddingValue=-2000)
+        image = decode_one(content).image
         assert (image[:8] == 0).all()
         assert image[8:].max() == 255
+
+
+def test_a_range_of_padding_around_zero_takes_no_more_than_zero() -> None:
+    padded = RAMP + 1000
+    padded[:8] = 0
+    crossing, zero = (
+        decode_one(with_padding(make_dicom(padded), **tags)).image
+        for tags in (
+            {"PixelPaddingValue": -1024, "PixelPaddingRangeLimit": 0},
+            {"PixelPaddingValue": 0},
+        )
+    )
+    np.testing.assert_array_equal(crossing, zero)
+    assert not np.array_equal(zero, decode_one(make_dicom(padded)).image)
+
+
+def with_padding(content: bytes, **signed: int) -> bytes:
+    dataset = pydicom.dcmread(io.BytesIO(content))
+    for name, value in signed.items():
+        dataset.add_new(pydicom.datadict.tag_for_keyword(name) or 0, "SS", value)
+    buffer = io.BytesIO()
+    dataset.save_as(buffer, enforce_file_format=True)
+    return buffer.getvalue()
 
 
 # --- Intensities ---------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ STORE: Any = SimpleNamespace(slices_hash="abc")
 
 def made_by(feature: FeatureConfig, storage: Path, *overrides: str) -> dict[str, Any]:
     config = tiny_config(storage, *overrides)
-    return _made_by(config, STORE, feature, Weights("random", "random"), seed=0)
+    return _made_by(config, STORE, feature, Weights("random", lambda: "random"), seed=0)
 
 
 @pytest.mark.parametrize(
