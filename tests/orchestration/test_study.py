@@ -309,7 +309,8 @@ def test_encoders_learn_without_labels_on_two_ranks_and_start_a_training(
         found
         for found in (storage / "encoders").glob("mri-resnet18-contrastive-seed0-*")
         # Not a warm-up of other tests on this storage.
-        if Folder(found).read_json("manifest.json")["self_supervision"]["positives"] == "slice"
+        if Folder(found).read_json("manifest.json")["self_supervision"].get("positives", "slice")
+        == "slice"
     )
     assert len((before / "metrics.jsonl").read_text().splitlines()) == 2
     encoder = build_encoder("resnet18", str(folder / "encoder.pt"), num_classes=4)
