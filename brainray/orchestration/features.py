@@ -25,12 +25,7 @@ from brainray.engine.recipe import resolve_precision
 from brainray.errors import ConfigError, DataError
 from brainray.log import Log
 from brainray.models.encoder import encoder_state, imagenet_state, local_state
-from brainray.models.features import (
-    PIXELS,
-    FeatureEncoder,
-    build_feature_encoder,
-    num_features,
-)
+from brainray.models.features import PIXELS, FeatureEncoder, build_feature_encoder, num_features
 from brainray.mri.identity import content_hash
 from brainray.mri.resize import stretch
 from brainray.orchestration.lock import held

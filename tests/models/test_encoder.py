@@ -31,6 +31,22 @@ def test_colour_weights_see_a_grey_slice_as_three_equal_channels(tmp_path: Path)
     torch.testing.assert_close(encoder(images).z, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_imagenet_weights_are_torchvisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From its cache, where it has downloaded them before."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    torch.manual_seed(0)
+    cache = tmp_path / "hub" / "checkpoints"
+    cache.mkdir(parents=True)
+    name = torchvision.models.ResNet18_Weights.DEFAULT.url.rpartition("/")[2]
+    torch.save(torchvision.models.resnet18(weights=None).state_dict(), cache / name)
+    images = torch.randn(2, 1, 64, 64)
+    found, expected = (
+        build_encoder("resnet18", weights, num_classes=4).eval()(images).z
+        for weights in ("imagenet", str(cache / name))
+    )
+    torch.testing.assert_close(found, expected)
+
+
 def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
     path = tmp_path / "weights.pt"
     torch.save(torchvision.models.resnet34(weights=None).state_dict(), path)
