@@ -28,6 +28,7 @@ from brainray.mri.slices import (
 __all__ = [
     "FORMATS",
     "SUFFIXES",
+    "VERSION",
     "DecodeOptions",
     "DecodedSlice",
     "RejectedImage",
@@ -36,6 +37,9 @@ __all__ = [
     "looks_like_dicom",
     "sniff",
 ]
+
+VERSION = 1
+"""Raised whenever files give other slices than before: those of two versions are not mixed."""
 
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "GIF", "DICOM", "NIfTI")
 SUFFIXES = (

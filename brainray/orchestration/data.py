@@ -186,7 +186,7 @@ def _previous_store(target: Folder, settings: dict[str, Any]) -> ImageStore | No
     # What an earlier version did not know, it did as the default does.
     defaults = settings_of(PreprocessConfig(), SplitConfig(), {}, drawn=False)
     told = {key: store.manifest[key] for key in settings if key in store.manifest}
-    stored = with_defaults(told, defaults)
+    stored = with_defaults(told | store.versions, defaults)
     difference = differing_settings(stored, settings)
     if difference:
         raise DataError(

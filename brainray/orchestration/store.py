@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from brainray import layout
 from brainray.config import Config, PreprocessConfig, SplitConfig
 from brainray.errors import ConfigError, DataError
-from brainray.mri import intracranial
+from brainray.mri import decode, intracranial
 from brainray.schema import IMAGE_INDEX_COLUMNS, TEST, TRAIN
 from brainray.storage import Folder
 
@@ -199,10 +199,11 @@ def settings_of(
 
 
 def versions_of(preprocess: PreprocessConfig) -> dict[str, int]:
-    """Of the methods in use whose slices are not what they were: a store has those of one."""
+    """Of the methods in use that may change what slices are: a store has those of one."""
+    versions = {"decode_version": decode.VERSION}
     if preprocess.skull_strip == "intracranial":
-        return {"intracranial_version": intracranial.VERSION}
-    return {}
+        versions["intracranial_version"] = intracranial.VERSION
+    return versions
 
 
 def as_store_was_made(config: Config, store: ImageStore) -> Config:

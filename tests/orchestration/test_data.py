@@ -115,7 +115,7 @@ def test_an_equal_store_is_reused_and_other_settings_are_refused(
         )
 
 
-def test_a_store_of_masks_that_are_made_otherwise_now_is_refused(
+def test_a_store_of_slices_that_are_made_otherwise_now_is_refused(
     phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(data, "draw_figures", lambda *_: None)
@@ -126,10 +126,11 @@ def test_a_store_of_masks_that_are_made_otherwise_now_is_refused(
     monkeypatch.setattr(intracranial, "VERSION", intracranial.VERSION + 1)
     with pytest.raises(DataError, match=r"intracranial_version: 3 here, 4 asked"):
         preprocess(config)
+    monkeypatch.setattr(intracranial, "VERSION", intracranial.VERSION - 1)
     told = before.manifest.copy()
-    del told["intracranial_version"]  # as stores from before there were versions
+    del told["decode_version"]  # as stores from before there were versions
     before.folder.write_json("manifest.json", told)
-    with pytest.raises(DataError, match=r"intracranial_version: None here, 4 asked"):
+    with pytest.raises(DataError, match=r"decode_version: None here, 1 asked"):
         preprocess(config)
 
 

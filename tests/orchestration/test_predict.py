@@ -16,7 +16,7 @@ from ray.exceptions import RayError
 
 from brainray.config import Config
 from brainray.errors import CheckpointError, ConfigError, DataError
-from brainray.mri import intracranial
+from brainray.mri import decode, intracranial
 from brainray.mri.intracranial import VERSION
 from brainray.orchestration.driver import TrainedRun
 from brainray.orchestration.evaluation import evaluate
@@ -146,12 +146,13 @@ def test_a_run_on_slices_that_would_be_made_otherwise_now_does_not_predict(
     run = Folder(tmp_path) / "runs" / "brains"
     config = tiny_config(tmp_path, "run=brains")
     info = run.read_json("run.json")
-    assert info["versions"] == {}
+    assert info["versions"] == {"decode_version": decode.VERSION}
     info["preprocess"]["skull_strip"] = "intracranial"
     run.write_json("run.json", info)  # as a run that was begun before versions were kept
     with pytest.raises(CheckpointError, match=r"intracranial_version: None here, \d+ asked"):
         find_predictor(config, "this test")
-    run.write_json("run.json", info | {"versions": {"intracranial_version": VERSION}})
+    versions = info["versions"] | {"intracranial_version": VERSION}
+    run.write_json("run.json", info | {"versions": versions})
     assert find_predictor(config, "this test").preprocess.skull_strip == "intracranial"
     monkeypatch.setattr(intracranial, "VERSION", VERSION + 1)
     with pytest.raises(CheckpointError, match="preprocess and train anew"):
