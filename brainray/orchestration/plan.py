@@ -17,24 +17,19 @@ from numpy.typing import NDArray
 
 from brainray.config import Config, PreprocessConfig
 from brainray.errors import DataError
-from brainray.log import Log, ProgressLines
+from brainray.log import Log
 from brainray.mri.duplicates import (
     COPY,
     KINDS,
-    DuplicatePairs,
-    near_duplicate_pairs,
 )
-from brainray.mri.groups import connected_groups, joint_groups, keep_names
-from brainray.mri.row_file import RowFile, Rows, SelectedRows
+from brainray.mri.row_file import RowFile, SelectedRows
 from brainray.mri.split import draw_test
-from brainray.mri.subjects import estimate_subjects
 from brainray.orchestration.earlier import FILES, Earlier
+from brainray.orchestration.grouping import SliceGroups, group_slices
 from brainray.orchestration.leakage import leakage_report
-from brainray.orchestration.preparation import named_subject, subject_salt
 from brainray.orchestration.source import Listing, renaming_advice
 from brainray.orchestration.store import count_by_split_and_class, versions_of
-from brainray.schema import DUPLICATES, ESTIMATED, HEADER, NAMED, STUDY, TABLE, TEST, TRAIN, VOLUME
-from brainray.storage import Folder
+from brainray.schema import DUPLICATES, IMAGE_STORE, TEST, TRAIN
 
 
 @dataclass(frozen=True)
@@ -63,78 +58,45 @@ def plan_store(
     """
     accepted = slices.filter(pc.is_null(slices["reason"]))
     _check_rejections(slices, len(listing.files), config)
+    looks = SelectedRows(fingerprints, accepted["fingerprint"].to_numpy())
+    groups = group_slices(accepted, looks, listing, config, earlier, log)
     said = {file.path: file for file in listing.files}
     files = [said[path] for path in accepted["path"].to_pylist()]
+    labels = [file.label for file in files]
     ids = accepted["sample_id"].to_pylist()
-    looks = SelectedRows(fingerprints, accepted["fingerprint"].to_numpy())
-    pairs = _near_duplicates(accepted, looks, config.preprocess, log)
-    copies = pairs.of_kind(COPY)
-    groups = keep_names(connected_groups(ids, copies.first, copies.second), _was(ids, earlier))
-    also_turned = connected_groups(ids, pairs.first, pairs.second)
-    subjects, subject_sources = _subjects(accepted, looks, listing, groups, config, earlier, log)
-    # A draw of labels may part likely neighbours, as the published protocol does; a split may not.
-    named = [
-        subject if source in NAMED else None
-        for subject, source in zip(subjects, subject_sources, strict=True)
-    ]
-    draw_groups = keep_names(
-        joint_groups(groups, named), _was(ids, earlier, column="draw_group_id")
-    )
-    kin_groups = keep_names(
-        joint_groups(draw_groups, also_turned), _was(ids, earlier, column="kin_group_id")
-    )
-    split_groups = keep_names(
-        joint_groups(kin_groups, subjects), _was(ids, earlier, column="split_group_id")
-    )
     born = earlier.generations()
     generations = [born.get(identity, earlier.generation) for identity in ids]
-    labels = [file.label for file in files]
-    splits = _official_splits([file.split for file in files], accepted, config)
-    first_copy = _first_copies(ids, splits, labels)
+    given = _official_splits([file.split for file in files], accepted, config)
+    first_copy = _first_copies(ids, given, labels)
     kept = np.array([copy is None for copy in first_copy], dtype=np.bool_)
-    is_drawn = splits is None
-    if splits is None:
+    if given is None:
         before = earlier.splits()
         held_before = [before.get(identity) for identity in ids]
-        splits = _drawn_splits(kept, labels, split_groups, generations, held_before, config)
+        splits = _drawn_splits(kept, labels, groups.split, generations, held_before, config)
     else:
+        splits = given
         # Copies are removed from training only: a published test set stays what it is.
         kept |= np.array([split == TEST for split in splits], dtype=np.bool_)
         if config.split.mode == "purge":
-            kept &= ~_twins_of_test(also_turned, splits)
-    # Test labels decide nothing about training slices: they may only be told of.
-    of_training = [
-        label if split == TRAIN else None for label, split in zip(labels, splits, strict=True)
-    ]
-    conflicting = _conflicting_groups(groups, of_training)
-    readable = [
-        None if split == TRAIN and group in conflicting else label
-        for label, group, split in zip(labels, groups, splits, strict=True)
-    ]
+            kept &= ~_twins_of_test(groups.also_turned, splits)
     table = accepted
-    for name, column, kind in (
-        ("split", splits, pa.string()),
-        ("label", readable, pa.string()),
-        ("duplicate_group_id", groups, pa.string()),
-        ("subject_id", subjects, pa.string()),
-        ("subject_source", subject_sources, pa.string()),
-        ("draw_group_id", draw_groups, pa.string()),
-        ("kin_group_id", kin_groups, pa.string()),
-        ("split_group_id", split_groups, pa.string()),
-        ("generation", generations, pa.int32()),
-    ):
-        table = table.append_column(name, pa.array(column, kind))
+    for name, column in {
+        "split": splits,
+        "label": _readable_labels(labels, groups.copies, splits),
+        **groups.columns(),
+        "generation": generations,
+    }.items():
+        table = table.append_column(name, pa.array(column, IMAGE_STORE.field(name).type))
     rows = table.filter(pa.array(kept))
-    classes = _check_classes(rows, was_drawn_before=is_drawn and earlier.generation > 0)
-    duplicates = _duplicates_table(table, kept, first_copy, also_turned, pairs)
+    classes = _check_classes(rows, was_drawn_before=given is None and earlier.generation > 0)
+    duplicates = _duplicates_table(table, kept, first_copy, groups)
     told = table.set_column(table.column_names.index("label"), "label", pa.array(labels))
+    conflicting = _conflicting_groups(groups.copies, labels)
     return StorePlan(
         rows,
         _memory(slices, table, rows),
         duplicates,
-        leakage_report(
-            told, looks, kept, pairs, _conflicting_groups(groups, labels), config.preprocess
-        ),
+        leakage_report(told, looks, kept, groups.pairs, conflicting, config.preprocess),
         _statistics(rows, classes, duplicates, config.preprocess),
     )
 
@@ -153,108 +115,6 @@ def _check_rejections(slices: pa.Table, num_files: int, config: Config) -> None:
             f"preprocess.max_rejected_fraction={config.preprocess.max_rejected_fraction}: "
             f"{commonest}"
         )
-
-
-def _near_duplicates(
-    accepted: pa.Table, looks: Rows, config: PreprocessConfig, log: Log
-) -> DuplicatePairs:
-    """Slices of one volume lie at different places: they are never copies of one another."""
-    volumes = [
-        digest if frame else None
-        for digest, frame in zip(
-            accepted["sha256"].to_pylist(), accepted["frame"].to_pylist(), strict=True
-        )
-    ]
-    progress = ProgressLines("compared", "pairs of slices that look alike", log)
-    return near_duplicate_pairs(
-        looks, config.near_duplicate, not_together=volumes, on_compared=progress.tell
-    )
-
-
-def _was(ids: list[str], earlier: Earlier, column: str = "duplicate_group_id") -> list[str | None]:
-    names = earlier.previous(column)
-    return [names.get(identity) for identity in ids]
-
-
-def _subjects(
-    accepted: pa.Table,
-    looks: Rows,
-    listing: Listing,
-    groups: list[str],
-    config: Config,
-    earlier: Earlier,
-    log: Log,
-) -> tuple[list[str | None], list[str | None]]:
-    """Subject of each slice and where it is from: the labels table, the header, or its looks.
-
-    Where a table names some files of a patient whom headers name, the others are of that subject
-    as well. Looks are asked of the slices that nothing names. Such a slice keeps the subject that
-    it was once guessed to be of.
-    """
-    in_table = {file.path: file.subject for file in listing.files}
-    headers = accepted["header_subject"].to_pylist()
-    salt = subject_salt(Folder(config.storage))
-    given: list[str | None] = []
-    sources: list[str | None] = []
-    for path, header, sha256 in zip(
-        accepted["path"].to_pylist(), headers, accepted["sha256"].to_pylist(), strict=True
-    ):
-        subject, source = named_subject(in_table[path], header, sha256, salt)
-        given.append(subject)
-        sources.append(source)
-    for kind, told in ((VOLUME, "volume files"), (STUDY, "DICOM studies")):
-        count = len({h for h, source in zip(headers, sources, strict=True) if source == kind})
-        if count > 1:
-            log(
-                f"note: {count} {told} name no patient, and count as a subject each: where "
-                "patients have several, name them in a labels table (path,label,subject)"
-            )
-    subjects, sources = _as_tables_name_them(given, sources, headers)
-    nameless = [row for row, subject in enumerate(subjects) if subject is None]
-    if not nameless or not config.preprocess.subject.estimate:
-        return subjects, sources
-    if len(nameless) < len(subjects):
-        log(
-            f"note: nothing names the subjects of {len(nameless):,} of {len(subjects):,} slices: "
-            "they are estimated, of these slices among themselves, by their looks"
-        )
-    ids = [accepted["sample_id"][row].as_py() for row in nameless]
-    estimated = estimate_subjects(
-        SelectedRows(looks, np.array(nameless, np.int64)),
-        ids,
-        [groups[row] for row in nameless],
-        config.preprocess.subject,
-    )
-    was_by = _was(ids, earlier, column="subject_source")
-    before = [
-        subject if source == ESTIMATED else None
-        for subject, source in zip(_was(ids, earlier, column="subject_id"), was_by, strict=True)
-    ]
-    joined = keep_names(estimated, before)
-    for row, old, new in zip(nameless, before, joined, strict=True):
-        subjects[row], sources[row] = old or new, ESTIMATED
-    return subjects, sources
-
-
-def _as_tables_name_them(
-    given: list[str | None], sources: list[str | None], headers: list[str | None]
-) -> tuple[list[str | None], list[str | None]]:
-    """Subjects and sources, with the table's name for all slices of a patient of whom it has some.
-
-    A header's name that the table has several for (as de-identification leaves one) stays.
-    """
-    names: dict[str, set[str]] = {}
-    for subject, source, header in zip(given, sources, headers, strict=True):
-        if source == TABLE and header is not None and subject is not None:
-            names.setdefault(header, set()).add(subject)
-    known = {header: min(found) for header, found in names.items() if len(found) == 1}
-    renamed = [
-        (known[header], TABLE)
-        if source in {HEADER, STUDY} and header in known
-        else (subject, source)
-        for subject, source, header in zip(given, sources, headers, strict=True)
-    ]
-    return [subject for subject, _ in renamed], [source for _, source in renamed]
 
 
 def _official_splits(
@@ -335,6 +195,23 @@ def _twins_of_test(groups: list[str], splits: list[str]) -> NDArray[np.bool_]:
     )
 
 
+def _readable_labels(
+    labels: list[str | None], copies: list[str], splits: list[str]
+) -> list[str | None]:
+    """What may be read: no label of training slices whose copies carry another one.
+
+    Test labels decide nothing about training slices.
+    """
+    of_training = [
+        label if split == TRAIN else None for label, split in zip(labels, splits, strict=True)
+    ]
+    conflicting = _conflicting_groups(copies, of_training)
+    return [
+        None if split == TRAIN and group in conflicting else label
+        for label, group, split in zip(labels, copies, splits, strict=True)
+    ]
+
+
 def _conflicting_groups(groups: list[str], labels: Sequence[str | None]) -> set[str]:
     """Groups of copies that carry more than one label."""
     names: dict[str, set[str]] = {}
@@ -348,34 +225,33 @@ def _duplicates_table(
     table: pa.Table,
     kept: NDArray[np.bool_],
     first_copy: list[int | None],
-    also_turned: list[str],
-    pairs: DuplicatePairs,
+    groups: SliceGroups,
 ) -> pa.Table:
     """Every slice that copies another: byte by byte, nearly, or turned.
 
     It is told of the first slice of its bytes, of its group of copies, or of its group of copies
     in any orientation; kept slices are first, training slices before test slices.
     """
+    pairs = groups.pairs
     columns = [name for name in DUPLICATES.names if name in table.column_names]
     rows = table.select(columns).to_pylist()
     kinds = {
         (int(first), int(second)): KINDS[kind]
         for first, second, kind in zip(pairs.first, pairs.second, pairs.kind, strict=True)
     }
-    groups = table["duplicate_group_id"].to_pylist()
     first_of_group: dict[str, int] = {}
     first_of_any: dict[str, int] = {}
     for number in sorted(
         range(len(rows)), key=lambda number: (not kept[number], rows[number]["split"] != TRAIN)
     ):
-        first_of_group.setdefault(groups[number], number)
-        first_of_any.setdefault(also_turned[number], number)
+        first_of_group.setdefault(groups.copies[number], number)
+        first_of_any.setdefault(groups.also_turned[number], number)
     found = []
     for number, row in enumerate(rows):
         originals = {
             "exact": first_copy[number],
-            "near": first_of_group[groups[number]],
-            "turned": first_of_any[also_turned[number]],
+            "near": first_of_group[groups.copies[number]],
+            "turned": first_of_any[groups.also_turned[number]],
         }
         for level, original in originals.items():
             if original is None or original == number:

@@ -9,10 +9,10 @@ from brainray.errors import DataError
 from brainray.mri.duplicates import COPY, MIRRORED, DuplicatePairs
 from brainray.mri.row_file import RowFile
 from brainray.orchestration.earlier import LIGHT, Earlier
+from brainray.orchestration.grouping import _as_tables_name_them
 from brainray.orchestration.leakage import _links_of, _within
 from brainray.orchestration.plan import (
     StorePlan,
-    _as_tables_name_them,
     _check_classes,
     _first_copies,
     _official_splits,

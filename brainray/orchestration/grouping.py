@@ -1,0 +1,175 @@
+"""Who belongs together: slices that are copies of one another, and slices of one subject."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from brainray.config import Config, PreprocessConfig
+from brainray.log import Log, ProgressLines
+from brainray.mri.duplicates import COPY, DuplicatePairs, near_duplicate_pairs
+from brainray.mri.groups import connected_groups, joint_groups, keep_names
+from brainray.mri.row_file import Rows, SelectedRows
+from brainray.mri.subjects import estimate_subjects
+from brainray.orchestration.earlier import Earlier
+from brainray.orchestration.preparation import named_subject, subject_salt
+from brainray.orchestration.source import Listing
+from brainray.schema import ESTIMATED, HEADER, NAMED, STUDY, TABLE, VOLUME
+from brainray.storage import Folder
+
+
+@dataclass(frozen=True)
+class SliceGroups:
+    """The groups of n accepted slices, a name each, of every level.
+
+    ``copies`` lie within ``draw``, these within ``kin``, these within ``split``.
+    """
+
+    pairs: DuplicatePairs
+    copies: list[str]
+    also_turned: list[str]  # copies in any orientation, not named as in earlier runs
+    subjects: list[str | None]
+    subject_sources: list[str | None]
+    draw: list[str]  # what no draw of labels parts: copies, and subjects that are named
+    kin: list[str]  # what validation and labelled slices do not share: also turned copies
+    split: list[str]  # what no split of ours parts: also likely subjects
+
+    def columns(self) -> dict[str, list[str] | list[str | None]]:
+        """As the image store keeps them."""
+        return {
+            "duplicate_group_id": self.copies,
+            "subject_id": self.subjects,
+            "subject_source": self.subject_sources,
+            "draw_group_id": self.draw,
+            "kin_group_id": self.kin,
+            "split_group_id": self.split,
+        }
+
+
+def group_slices(
+    accepted: pa.Table, looks: Rows, listing: Listing, config: Config, earlier: Earlier, log: Log
+) -> SliceGroups:
+    """Groups of the LIGHT rows of accepted slices, by their fingerprints ``looks`` and by what
+    names their subjects; groups that an earlier run knew keep their names.
+    """
+    ids = accepted["sample_id"].to_pylist()
+
+    def named_as_before(groups: list[str], column: str) -> list[str]:
+        return keep_names(groups, _was(ids, earlier, column))
+
+    pairs = _near_duplicates(accepted, looks, config.preprocess, log)
+    near = pairs.of_kind(COPY)
+    copies = named_as_before(connected_groups(ids, near.first, near.second), "duplicate_group_id")
+    also_turned = connected_groups(ids, pairs.first, pairs.second)
+    subjects, sources = _subjects(accepted, looks, listing, copies, config, earlier, log)
+    # A draw of labels may part likely neighbours, as the published protocol does; a split may not.
+    named = [
+        subject if source in NAMED else None
+        for subject, source in zip(subjects, sources, strict=True)
+    ]
+    draw = named_as_before(joint_groups(copies, named), "draw_group_id")
+    kin = named_as_before(joint_groups(draw, also_turned), "kin_group_id")
+    split = named_as_before(joint_groups(kin, subjects), "split_group_id")
+    return SliceGroups(pairs, copies, also_turned, subjects, sources, draw, kin, split)
+
+
+def _near_duplicates(
+    accepted: pa.Table, looks: Rows, config: PreprocessConfig, log: Log
+) -> DuplicatePairs:
+    """Slices of one volume lie at different places: they are never copies of one another."""
+    volumes = [
+        digest if frame else None
+        for digest, frame in zip(
+            accepted["sha256"].to_pylist(), accepted["frame"].to_pylist(), strict=True
+        )
+    ]
+    progress = ProgressLines("compared", "pairs of slices that look alike", log)
+    return near_duplicate_pairs(
+        looks, config.near_duplicate, not_together=volumes, on_compared=progress.tell
+    )
+
+
+def _was(ids: list[str], earlier: Earlier, column: str) -> list[str | None]:
+    names = earlier.previous(column)
+    return [names.get(identity) for identity in ids]
+
+
+def _subjects(
+    accepted: pa.Table,
+    looks: Rows,
+    listing: Listing,
+    copies: list[str],
+    config: Config,
+    earlier: Earlier,
+    log: Log,
+) -> tuple[list[str | None], list[str | None]]:
+    """Subject of each slice and where it is from: the labels table, the header, or its looks.
+
+    Where a table names some files of a patient whom headers name, the others are of that subject
+    as well. Looks are asked of the slices that nothing names. Such a slice keeps the subject that
+    it was once guessed to be of.
+    """
+    in_table = {file.path: file.subject for file in listing.files}
+    headers = accepted["header_subject"].to_pylist()
+    salt = subject_salt(Folder(config.storage))
+    given: list[str | None] = []
+    sources: list[str | None] = []
+    for path, header, sha256 in zip(
+        accepted["path"].to_pylist(), headers, accepted["sha256"].to_pylist(), strict=True
+    ):
+        subject, source = named_subject(in_table[path], header, sha256, salt)
+        given.append(subject)
+        sources.append(source)
+    for kind, told in ((VOLUME, "volume files"), (STUDY, "DICOM studies")):
+        count = len({h for h, source in zip(headers, sources, strict=True) if source == kind})
+        if count > 1:
+            log(
+                f"note: {count} {told} name no patient, and count as a subject each: where "
+                "patients have several, name them in a labels table (path,label,subject)"
+            )
+    subjects, sources = _as_tables_name_them(given, sources, headers)
+    nameless = [row for row, subject in enumerate(subjects) if subject is None]
+    if not nameless or not config.preprocess.subject.estimate:
+        return subjects, sources
+    if len(nameless) < len(subjects):
+        log(
+            f"note: nothing names the subjects of {len(nameless):,} of {len(subjects):,} slices: "
+            "they are estimated, of these slices among themselves, by their looks"
+        )
+    ids = [accepted["sample_id"][row].as_py() for row in nameless]
+    estimated = estimate_subjects(
+        SelectedRows(looks, np.array(nameless, np.int64)),
+        ids,
+        [copies[row] for row in nameless],
+        config.preprocess.subject,
+    )
+    was_by = _was(ids, earlier, "subject_source")
+    before = [
+        subject if source == ESTIMATED else None
+        for subject, source in zip(_was(ids, earlier, "subject_id"), was_by, strict=True)
+    ]
+    joined = keep_names(estimated, before)
+    for row, old, new in zip(nameless, before, joined, strict=True):
+        subjects[row], sources[row] = old or new, ESTIMATED
+    return subjects, sources
+
+
+def _as_tables_name_them(
+    given: list[str | None], sources: list[str | None], headers: list[str | None]
+) -> tuple[list[str | None], list[str | None]]:
+    """Subjects and sources, with the table's name for all slices of a patient of whom it has some.
+
+    A header's name that the table has several for (as de-identification leaves one) stays.
+    """
+    names: dict[str, set[str]] = {}
+    for subject, source, header in zip(given, sources, headers, strict=True):
+        if source == TABLE and header is not None and subject is not None:
+            names.setdefault(header, set()).add(subject)
+    known = {header: min(found) for header, found in names.items() if len(found) == 1}
+    renamed = [
+        (known[header], TABLE)
+        if source in {HEADER, STUDY} and header in known
+        else (subject, source)
+        for subject, source, header in zip(given, sources, headers, strict=True)
+    ]
+    return [subject for subject, _ in renamed], [source for _, source in renamed]
