@@ -27,10 +27,17 @@ from brainray.errors import ConfigError
 from brainray.redaction import redacted
 
 Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]  # 0 included
 Positive = Annotated[int, Field(ge=1)]
+Side = Annotated[int, Field(ge=16, le=2048)]  # of slices, in pixels
+
+PretextName = Literal["none", "rotation", "contrastive"]
 
 SearchDomain = dict[Literal["choice", "uniform", "log_uniform", "integer"], list[Any]]
 SearchSpace = dict[str, SearchDomain]
+
+WEIGHTS_OF_NO_SLICE = ("random", "imagenet")
+"""Names of starting weights that no MRI slice has made; others are paths or runs."""
 
 ClustererName = Literal[
     "kmeans", "gmm", "agglomerative", "agglomerative_depth", "dbscan", "spectral", "hdbscan"
@@ -39,10 +46,6 @@ ClustererName = Literal[
 _CLASS_MAP = "classes.map."
 _MAX_CONFIG_BYTES = 1_000_000
 _MAX_PROBLEMS = 10  # in one error
-_GONE = (  # settings of earlier versions: section, name, and the default, which did nothing
-    ("objective", "pseudo_labels", "slice"),
-    ("self_supervision", "first", {"num_epochs": 0, "image_size": 64, "learning_rate": 2e-3}),
-)
 _NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -90,9 +93,9 @@ class ClassesConfig(_Section):
 
 
 class NearDuplicateConfig(_Section):
-    similarity: Annotated[float, Field(gt=0.0, le=1.0)] = 0.996
+    similarity: Fraction = 0.996
     """Least similarity, after alignment, of two slices that are copies."""
-    turned_similarity: Annotated[float, Field(gt=0.0, le=1.0)] = 0.997
+    turned_similarity: Fraction = 0.997
     """The same of a mirrored or rotated copy; heads are nearly symmetric, so it is stricter."""
     num_candidates: Positive = 16
     """Slices with the most similar descriptors that are compared on pixels, for each slice."""
@@ -108,11 +111,11 @@ class SubjectConfig(_Section):
     estimate: bool = True
     """Guess by looks which slices are of one subject, of those that no table, header or volume's
     file names."""
-    same_view_similarity: Annotated[float, Field(gt=0.0, le=1.0)] = 0.95
+    same_view_similarity: Fraction = 0.95
     """Similarity from which two slices show the same and are one view."""
-    min_similarity: Annotated[float, Field(gt=0.0, le=1.0)] = 0.6
+    min_similarity: Fraction = 0.6
     """Least similarity of two mutual neighbours that are linked."""
-    min_lone_similarity: Annotated[float, Field(gt=0.0, le=1.0)] = 0.65
+    min_lone_similarity: Fraction = 0.65
     """Least similarity of a pair that is judged by itself, without the proof of mutuality."""
     min_group_similarity: Annotated[float, Field(ge=-1.0, le=1.0)] = 0.3
     """Least mean similarity between the views of two groups that a link may merge."""
@@ -136,7 +139,7 @@ class VolumeConfig(_Section):
 
 
 class PreprocessConfig(_Section):
-    image_size: Annotated[int, Field(ge=16, le=2048)] = 256
+    image_size: Side = 256
     """Height and width of the stored slices, in pixels."""
     skull_strip: Literal["otsu", "intracranial", "none"] = "otsu"
     """``otsu`` is METHOD A's: it removes the background and little else; ``intracranial`` removes
@@ -158,7 +161,7 @@ class PreprocessConfig(_Section):
     """Files whose header announces more pixels are rejected before they are decoded."""
     min_intensity_std: Annotated[float, Field(ge=0.0)] = 2.0
     """Slices with a smaller standard deviation (of 0..255) are rejected as blank."""
-    max_rejected_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
+    max_rejected_fraction: Share = 0.5
     """The job fails when a larger share of the files is rejected."""
     near_duplicate: NearDuplicateConfig = NearDuplicateConfig()
     subject: SubjectConfig = SubjectConfig()
@@ -194,11 +197,11 @@ class EncoderConfig(_Section):
     """The torchvision encoder, without its last layer."""
     weights: Location = "random"
     """``random``, ``imagenet`` (downloaded by torchvision) or the path of a local state dict."""
-    pretext: Literal["none", "rotation", "contrastive"] = "none"
+    pretext: PretextName = "none"
     """Warm-up: what the encoder learns on all training slices, without labels, before it is trained
     (``self_supervision``). Runs on one store share it if ``seed``, ``train.weight_decay``,
     ``train.warmup_fraction`` and ``train.precision`` are the same too."""
-    pretext_image_size: Annotated[int, Field(ge=16, le=2048)] = 64
+    pretext_image_size: Side = 64
     """Height and width of the slices in the warm-up, in pixels."""
 
 
@@ -236,11 +239,11 @@ class AugmentConfig(_Section):
     policy: Literal["published", "none", "weak", "strong"] = "published"
     """Strengths of what is not set here: METHOD A's kinds, nothing, few and small ones, or all of
     them."""
-    horizontal_flip: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
+    horizontal_flip: Share = 0.5
     """Probability of a left-right flip."""
-    vertical_flip: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
+    vertical_flip: Share = 0.1
     """Probability of an up-down flip."""
-    rotation_probability: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
+    rotation_probability: Share = 0.5
     """Probability of a rotation."""
     max_rotation_deg: Annotated[float, Field(ge=0.0, le=180.0)] = 90.0
     """Largest rotation either way; small ones are more frequent (half are below an eighth)."""
@@ -252,7 +255,7 @@ class AugmentConfig(_Section):
     """Shifts along either axis are uniform between minus and plus this share of the side."""
     max_log_gamma: Annotated[float, Field(ge=0.0, le=2.0)] = 0.0
     """Intensities are raised to exp(g), g uniform between minus and plus this."""
-    intensity_curve: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    intensity_curve: Share = 0.0
     """How far greys go through a random tone curve, as of another contrast or export: a factor
     whose logarithm is a sum of cosines of the intensity, of weights with this standard deviation
     (the k-th a k-th of it)."""
@@ -263,7 +266,7 @@ class AugmentConfig(_Section):
     """Gaussian noise of a standard deviation uniform between 0 and this, in units of [0, 1]."""
     max_blur_sigma: Annotated[float, Field(ge=0.0, le=3.0)] = 0.0
     """Gaussian blur of a sigma uniform between 0 and this, in pixels."""
-    cutout_probability: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    cutout_probability: Share = 0.0
     """Probability that a square is blacked out (DeVries & Taylor 2017)."""
     max_cutout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.3
     """Sides of the squares are uniform between 0 and this share of the slice's."""
@@ -329,7 +332,7 @@ class ClusteringConfig(_Section):
     anchors: Literal["none", "labelled"] = "none"
     """``labelled`` holds each labelled slice to the clusters of its class while the mixture is
     fitted; ``none`` clusters without labels, as METHOD A does."""
-    max_cluster_share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.99
+    max_cluster_share: Fraction = 0.99
     """A cluster that holds more of the slices is called a collapse."""
     min_spread: Annotated[float, Field(ge=0.0)] = 1e-4
     """A smaller mean squared distance of normalised embeddings to their mean is a collapse."""
@@ -339,12 +342,12 @@ class ClusteringConfig(_Section):
 
 
 class TrainConfig(_Section):
-    image_size: Annotated[int, Field(ge=16, le=2048)] = 256
+    image_size: Side = 256
     """Height and width at which the encoder sees the slices, in pixels."""
     growth_epochs: Annotated[int, Field(ge=0)] = 0
     """Epochs of progressive resizing, in which slices grow from ``start_image_size`` by steps of 32
     pixels; the epoch that predicts is chosen among the later ones. 0: ``image_size`` throughout."""
-    start_image_size: Annotated[int, Field(ge=16, le=2048)] = 64
+    start_image_size: Side = 64
     """Height and width in the first of the ``growth_epochs``."""
     num_epochs: Positive = 20
     """An epoch is one pass over the unlabelled slices; the labelled ones cycle."""
@@ -356,7 +359,7 @@ class TrainConfig(_Section):
     0 waits for all of them."""
     cpus_per_worker: Annotated[int, Field(ge=0)] = 0
     """CPUs (and threads) of each worker; 0 shares the Ray cluster's CPUs among the workers."""
-    gpus_per_worker: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    gpus_per_worker: Fraction = 1.0
     """Share of a GPU that a worker takes where it trains on one; trials of a sweep may share."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """``auto`` takes CUDA where the Ray cluster has GPUs."""
@@ -407,7 +410,7 @@ WORKER_SETTINGS = (
     "max_failures",
     "collective_timeout_s",
 )
-"""Those of ``train`` that tell of the workers, whatever they learn."""
+"""Settings of ``train`` that say where workers run and how many there are, not what they learn."""
 
 
 class EvaluationConfig(_Section):
@@ -438,13 +441,6 @@ class TrackingConfig(_Section):
     kept with results."""
     experiment: str = "brainray"
     """MLflow experiment; made when absent."""
-
-
-def _number(value: Any) -> Any:
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
 
 
 VALIDATION_FIGURES = {
@@ -482,15 +478,6 @@ class TuneConfig(_Section):
     """No trial goes on after so many minutes of searching, in one submission or several: then the
     sweep is complete."""
 
-    @field_validator("space")
-    @classmethod
-    def _read_numbers(cls, value: SearchSpace) -> SearchSpace:
-        """YAML takes ``1e-4``, which lacks a point, for text."""
-        return {
-            key: {kind: [_number(item) for item in items] for kind, items in domain.items()}
-            for key, domain in value.items()
-        }
-
     @field_validator("metric")
     @classmethod
     def _is_of_validation(cls, value: str) -> str:
@@ -524,9 +511,9 @@ class FeatureConfig(_Section):
     weights: Location = "random"
     """``random``, ``imagenet`` (downloaded by torchvision), ``run:NAME`` (the chosen epoch of a
     brainray run) or the path of a local state dict or brainray checkpoint."""
-    image_size: Annotated[int, Field(ge=16, le=2048)] = 128
+    image_size: Side = 128
     """Height and width at which the encoder sees the slices, in pixels."""
-    pretext: Literal["none", "rotation", "contrastive"] = "none"
+    pretext: PretextName = "none"
     """Self-supervision of the encoder on the fitted slices before features are extracted."""
     lambda_cluster: Annotated[float, Field(ge=0.0)] = 0.0
     """Weight of the clustering loss beside the pretext's in rounds of refinement, which follow the
@@ -570,7 +557,7 @@ class SelfSupervisionConfig(_Section):
     """Epochs of each round."""
     round_learning_rate: Annotated[float, Field(gt=0.0)] = 3e-4
     """Peak of the schedule of each round."""
-    tolerance: Annotated[float, Field(ge=0.0, le=1.0)] = 0.01
+    tolerance: Share = 0.01
     """Share of the slices that change their cluster at which assignments count as settled."""
     patience: Positive = 2
     """Refinement ends after so many settled rounds in a row."""
@@ -678,25 +665,6 @@ class Config(_Section):
     study: StudyConfig = StudyConfig()
     registry: RegistryConfig = RegistryConfig()
     label: LabelConfig = LabelConfig()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _of_earlier_versions(cls, values: Any) -> Any:
-        """Saved configs can be read in which ``self_supervision`` was a part of ``study``, or
-        that hold settings which are gone, at their defaults.
-        """
-        if not isinstance(values, dict):
-            return values
-        study = values.get("study")
-        if isinstance(study, dict) and "self_supervision" in study:
-            kept = {key: value for key, value in study.items() if key != "self_supervision"}
-            values = {"self_supervision": study["self_supervision"]} | values | {"study": kept}
-        for name, key, default in _GONE:
-            section = values.get(name)
-            if isinstance(section, dict) and section.get(key) == default:
-                kept = {other: value for other, value in section.items() if other != key}
-                values = values | {name: kept}
-        return values
 
     def without_secrets(self) -> "Config":
         """As it may be kept with results: without the password of ``tracking.uri``."""

@@ -39,6 +39,11 @@ def sum_across_ranks(tensor: Tensor) -> Tensor:
     return total
 
 
+def count_across_ranks(num_rows: int, device: torch.device) -> int:
+    """Sum of what each rank counts."""
+    return int(sum_across_ranks(torch.tensor(num_rows, device=device)))
+
+
 def gather_rows(rows: Tensor) -> Tensor:
     """Concatenate (n_rank, ...) tensors of all ranks along dimension 0, in rank order.
 

@@ -1,10 +1,10 @@
 """Names of the files that a store, a run and an evaluation consist of."""
 
+# What a manifest and a run.json say they are: changed when older code would misread the rest.
 STORE_FORMAT = "brainray-image-store/3"
 RUN_FORMAT = "brainray-run/2"
 FEATURES_FORMAT = "brainray-features/1"
 ENCODER_FORMAT = "brainray-encoder/1"
-# Of what a manifest and a run.json say: changed when older code would misread the rest.
 
 # Under storage, a folder each by name
 DATASETS = "datasets"
@@ -24,7 +24,6 @@ MANIFEST = "manifest.json"  # written last: a folder without one is no store
 IMAGES = "images"  # a folder of Parquet parts of schema.IMAGE_STORE
 FILES = "files.parquet"  # every slice of every file, without pixels: what the next run goes on from
 SPLITS = "splits.parquet"  # the split of every slice that the store holds or ever held
-HELD_OUT = "held_out.parquet"  # sample_ids of test slices: what stores kept before SPLITS
 REJECTED = "rejected.parquet"
 DUPLICATES = "duplicates.parquet"
 LEAKAGE = "leakage.json"
@@ -83,7 +82,6 @@ OF_STORE = {
     IMAGES,
     FILES,
     SPLITS,
-    HELD_OUT,
     REJECTED,
     DUPLICATES,
     LEAKAGE,

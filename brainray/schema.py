@@ -27,8 +27,10 @@ TRAIN, TEST = "train", "test"
 """Values of the ``split`` column."""
 
 LABELLED, VALIDATION, UNLABELLED_ROLE = "labelled", "validation", "unlabelled"
-LEFT_OUT = "left_out"  # an unlabelled mate of a validation slice: neither fitted nor scored
 """Values of a training slice's ``role`` in one run."""
+
+LEFT_OUT = "left_out"
+"""Another ``role``: an unlabelled mate of a validation slice, neither fitted nor scored."""
 
 MIN_STRICT_SUPPORT = 30
 """Strict slices of a class of which figures by class are told."""
@@ -40,7 +42,7 @@ TABLE, HEADER, STUDY, VOLUME, ESTIMATED = "table", "header", "study", "volume", 
 """Values of ``subject_source``: a labels table or a DICOM header names the patient; the slices are
 of one study, or of one file, that names nobody; guessed by looks."""
 
-NAMED = frozenset({TABLE, HEADER, STUDY, VOLUME, "given"})  # "given": in runs of earlier versions
+NAMED = frozenset({TABLE, HEADER, STUDY, VOLUME})
 """Sources whose equal subjects are one. (Of studies and volumes, different ones may be, too.)"""
 
 IMAGE_STORE = pa.schema(

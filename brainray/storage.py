@@ -151,7 +151,7 @@ class Folder:
             self.filesystem.delete_file(path)
 
     def create_file(self, name: str, content: bytes, *, mode: int = 0o666) -> bool:
-        """Write a file that must not exist, on a local or mounted folder; whether it did not.
+        """Make a file on a local or mounted folder; False where it exists already, and stays.
 
         ``mode``: who may read and write it, less the umask.
         """
@@ -200,11 +200,6 @@ class Folder:
     def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
         """A Parquet file, or all Parquet files of a folder."""
         return pq.read_table(self._join(name), columns=columns, filesystem=self.filesystem)
-
-    def columns(self, name: str) -> list[str]:
-        """Those of a Parquet file."""
-        names: list[str] = pq.read_schema(self._join(name), filesystem=self.filesystem).names
-        return names
 
     def row_groups(self, name: str, columns: list[str]) -> Iterator[pa.Table]:
         """Those of a Parquet file, one in memory at a time."""

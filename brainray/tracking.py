@@ -1,8 +1,8 @@
 """MLflow: the only module that imports it.
 
-A run's folder is the truth; MLflow shows a projection of it. ``sync`` sends what MLflow has not
-got yet, so it may be called after every epoch, after an outage, and after a restart, and never
-sends anything twice.
+A run's folder is the truth; MLflow shows a projection of it. What is logged again is sent only
+where MLflow has not got it yet: so it may be after every epoch, after an outage, and after a
+restart.
 """
 
 import hashlib

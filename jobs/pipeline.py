@@ -30,9 +30,9 @@ def work(config: Config) -> JobResult:
     # The name may change between runs on one store; the store keeps its own.
     dataset = config.dataset or config.name
     needed = data_hash_of(Folder(config.storage), config.name)
-    store = preprocess(config.model_copy(update={"name": dataset}), log, data_hash=needed)
+    preprocess(config.model_copy(update={"name": dataset}), log, data_hash=needed)
     trained = train(config.model_copy(update={"dataset": dataset}), log)
-    test_paths = store.test_paths()
+    test_paths = trained.run.test_paths()
     if test_paths:
         # The raw files once more, through prediction's own path: it must tell the same.
         again = config.model_copy(update={"run": config.name, "epoch": None, "checkpoint": None})

@@ -198,17 +198,6 @@ def test_flatten_gives_every_set_value_its_dotted_key() -> None:
     assert set(flat) <= {*known_keys(), "classes.map.a"}
 
 
-def test_a_config_of_an_earlier_version_can_be_read() -> None:
-    study = {"self_supervision": {"num_epochs": 7}, "depth": 3}
-    saved = {"study": study, "objective": {"pseudo_labels": "slice"}}
-    config = parse_config(saved)
-    assert config.self_supervision.num_epochs == 7
-    assert config.study.depth == 3
-    assert study["depth"] == 3  # left as it was
-    with pytest.raises(ConfigError, match=r"objective\.pseudo_labels"):
-        parse_config({"objective": {"pseudo_labels": "subject"}})  # it would be another run
-
-
 def test_an_objective_without_pseudo_labels_takes_none_of_a_subject() -> None:
     with pytest.raises(ConfigError, match=r"of no use to objective\.name=joint"):
         load_config(None, ["objective.inherit_labels=subject"])

@@ -24,7 +24,7 @@ from brainray.benchmarks.roofline import measured_peaks, training_work
 from brainray.benchmarks.samples import load_slices, perturbed
 from brainray.benchmarks.timing import OURS, relative_times, side_by_side
 from brainray.config import AugmentConfig, TrainConfig, load_config
-from brainray.engine.epoch import EpochTargets, train_epoch
+from brainray.engine.epoch import EpochData, EpochTargets, train_epoch
 from brainray.engine.forward import autocast
 from brainray.engine.recipe import build_optimizer, resolve_precision
 from brainray.engine.shard import CachedImages, Images, PixelScale, SliceShard, StreamedImages
@@ -174,16 +174,18 @@ def _ours(
             optimizer,
             scheduler,
             JointObjective(0.5),
-            shard,
-            shard,
-            targets,
-            sizes=StepSizes(BATCH, BATCH),
-            steps=steps,
-            scale=_SCALE,
-            augmentation=AugmentConfig(),
-            augmentation_unlabelled=AugmentConfig(policy="none"),
+            EpochData(
+                labelled=shard,
+                unlabelled=shard,
+                targets=targets,
+                sizes=StepSizes(BATCH, BATCH),
+                steps=steps,
+                scale=_SCALE,
+                augmentation=AugmentConfig(),
+                augmentation_unlabelled=AugmentConfig(policy="none"),
+                seed=0,
+            ),
             precision=resolve_precision("auto", device),
-            seed=0,
         )
         _wait(device)
 

@@ -184,7 +184,8 @@ class GaussianMixture(FittedModule):
             if responsibilities is None:
                 responsibilities = self._kmeans_labels(x, row_keys, start.means, seed)
             statistics = self._statistics(x, origin, responsibilities)
-            total, num_rows = float(statistics.counts.sum()), shards.count_rows(x)
+            num_rows = dist.count_across_ranks(len(x), x.device)
+            total = float(statistics.counts.sum())
             # Negated, so that a NaN is refused too.
             if not abs(total - num_rows) <= 1e-3 * num_rows:
                 raise ClusteringError(

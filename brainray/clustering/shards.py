@@ -77,11 +77,6 @@ def check_rows(x: Tensor, total: Tensor | None = None) -> int:
     return num_rows
 
 
-def count_rows(x: Tensor) -> int:
-    """Number of rows N on all ranks (collective)."""
-    return int(dist.sum_across_ranks(torch.tensor(x.shape[0], device=x.device)))
-
-
 def resolve_row_keys(x: Tensor, row_keys: Tensor | None) -> Tensor:
     """Keys (n_rank,) int64, unique on all ranks together; by default global row indices.
 

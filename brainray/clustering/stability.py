@@ -90,8 +90,8 @@ def recommend(scores: NumClustersScores, stability: Stability) -> Recommendation
     """The K that most of silhouette, BIC, gap and stability choose; the more stable one of two.
 
     Args:
-        scores: of the same numbers of clusters as
-        stability: measures.
+        scores: silhouette, BIC and gap.
+        stability: of the same numbers of clusters.
     """
     if scores.num_clusters != stability.num_clusters:
         raise ClusteringError(

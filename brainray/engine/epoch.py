@@ -11,10 +11,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import update_bn
 
-from brainray import dist
 from brainray.config import AugmentConfig
 from brainray.engine.finite import GradientWatch, carried_by_gradient
 from brainray.engine.forward import autocast, forward_passes
+from brainray.engine.mean_losses import MeanLosses
 from brainray.engine.shard import Images, PixelScale, SliceShard
 from brainray.models.augment import augment
 from brainray.models.encoder import EncoderOutput
@@ -86,98 +86,132 @@ def plan_epoch(
     )
 
 
+@dataclass(frozen=True)
+class StepBatch:
+    """One step's slices, augmented and standardised, and what its loss compares with."""
+
+    images: Tensor  # (B, 1, H, W) float32: labelled slices, then unlabelled ones
+    keys: Tensor  # (B,) int64
+    targets: StepTargets
+    mixup: Mixup | None
+
+    def loss(self, objective: Objective, output: EncoderOutput) -> dict[str, Tensor]:
+        """The objective's terms of what the encoder made of the images."""
+        num_labelled = len(self.targets.labels)
+        outputs = StepOutputs(
+            labelled=EncoderOutput(output.z[:num_labelled], output.logits[:num_labelled]),
+            unlabelled=EncoderOutput(output.z[num_labelled:], output.logits[num_labelled:]),
+        )
+        if self.mixup is not None:
+            return self.mixup.loss(objective, outputs, self.targets)
+        return objective.loss(outputs, self.targets)
+
+
+@dataclass(frozen=True)
+class EpochData:
+    """What an epoch learns from on this rank, and how it is seen.
+
+    Order and augmentation follow from ``seed`` alone, which must differ between epochs and ranks.
+    Whichever of labelled and unlabelled slices are fewer cycle.
+    """
+
+    labelled: SliceShard
+    unlabelled: SliceShard
+    targets: EpochTargets
+    sizes: StepSizes
+    steps: int  # the same on every rank
+    scale: PixelScale
+    augmentation: AugmentConfig
+    augmentation_unlabelled: AugmentConfig
+    seed: int
+    side: int | None = None  # that slices are resized to
+    mixup_alpha: float = 0.0  # labelled slices are mixed above 0
+
+    def batches(self) -> Iterator[StepBatch]:
+        """One for each step."""
+        device = self.labelled.images.device
+        generator = Generator(device).manual_seed(self.seed)
+        order = list(
+            _cycle_rows(len(self.labelled), self.sizes.labelled, self.steps, seed=2 * self.seed)
+        )
+        order_unlabelled = list(
+            _cycle_rows(
+                len(self.unlabelled), self.sizes.unlabelled, self.steps, seed=2 * self.seed + 1
+            )
+        )
+        drawn = self.labelled.images.batches(order)
+        drawn_unlabelled = self.unlabelled.images.batches(order_unlabelled)
+        for step in range(self.steps):
+            views = self._view(next(drawn), self.augmentation, generator)
+            views_unlabelled = self._view(
+                next(drawn_unlabelled), self.augmentation_unlabelled, generator
+            )
+            mixup = None
+            if self.mixup_alpha:
+                mixup = Mixup.draw(len(views), self.mixup_alpha, self.seed + step, device)
+                views = mixup.images(views)
+            rows, rows_unlabelled = order[step].to(device), order_unlabelled[step].to(device)
+            yield StepBatch(
+                self.scale.standardise(torch.cat([views, views_unlabelled])),
+                torch.cat([self.labelled.keys[rows], self.unlabelled.keys[rows_unlabelled]]),
+                self.targets.of_step(self.labelled.labels[rows], rows_unlabelled),
+                mixup,
+            )
+
+    def _view(self, images: Tensor, augmentation: AugmentConfig, generator: Generator) -> Tensor:
+        return augment(self.scale.to_unit(images, self.side), augmentation, generator)
+
+
 def train_epoch(
     model: nn.Module,
     optimizer: Optimizer,
     scheduler: LRScheduler,
     objective: Objective,
-    labelled: SliceShard,
-    unlabelled: SliceShard,
-    targets: EpochTargets,
+    data: EpochData,
     *,
-    sizes: StepSizes,
-    steps: int,
-    scale: PixelScale,
-    augmentation: AugmentConfig,
-    augmentation_unlabelled: AugmentConfig,
     precision: str,
-    seed: int,
-    side: int | None = None,
-    mixup_alpha: float = 0.0,
     accumulation: int = 1,
     on_update: Callable[[], None] = lambda: None,
     on_step: Callable[[int], None] = lambda step: None,
 ) -> EpochResult:
-    """Train on ``steps`` batches, the same number on every rank.
+    """One step for each batch of the data.
 
-    Whichever of labelled and unlabelled slices are fewer cycle. Order and augmentation follow
-    from ``seed`` alone, which must differ between epochs and ranks; slices are resized to ``side``
-    where one is given, and labelled ones mixed where alpha is above 0. The gradients of
-    ``accumulation`` batches are averaged for one step of the optimiser, after which ``on_update``
-    is called.
+    The gradients of ``accumulation`` batches are averaged for one step of the optimiser, after
+    which ``on_update`` is called.
 
     Raises:
         NonFiniteStep: on every rank alike, where the loss or the gradient is NaN or infinite.
     """
-    device = labelled.images.device
+    device = data.labelled.images.device
     model.train()
-    generator = Generator(device).manual_seed(seed)
-    order = list(_cycle_rows(len(labelled), sizes.labelled, steps, seed=2 * seed))
-    order_unlabelled = list(
-        _cycle_rows(len(unlabelled), sizes.unlabelled, steps, seed=2 * seed + 1)
-    )
-    kinds = (
-        (labelled.images.batches(order), augmentation),
-        (unlabelled.images.batches(order_unlabelled), augmentation_unlabelled),
-    )
     watch = GradientWatch(model.parameters(), device)
-    sums: dict[str, Tensor] = {}
+    losses = MeanLosses(device)
     data_wait_s = 0.0
+    batches = data.batches()
     optimizer.zero_grad(set_to_none=True)
-    for step in range(steps):
+    for step in range(data.steps):
         started = time.perf_counter()
-        views = [
-            augment(scale.to_unit(next(drawn), side), augmentation_of, generator)
-            for drawn, augmentation_of in kinds
-        ]
-        mixup = None
-        if mixup_alpha:
-            mixup = Mixup.draw(len(views[0]), mixup_alpha, seed + step, device)
-            views[0] = mixup.images(views[0])
-        images = scale.standardise(torch.cat(views))
+        batch = next(batches)
         data_wait_s += time.perf_counter() - started
-        rows, rows_unlabelled = order[step].to(device), order_unlabelled[step].to(device)
         first_of_update = step - step % accumulation
-        size_of_update = min(accumulation, steps - first_of_update)
+        size_of_update = min(accumulation, data.steps - first_of_update)
         updates = step + 1 == first_of_update + size_of_update
         with nullcontext() if updates else without_gradient_exchange(model):
             with autocast(device, precision):
-                output: EncoderOutput = model(images)
-            outputs = StepOutputs(
-                labelled=EncoderOutput(output.z[: len(rows)], output.logits[: len(rows)]),
-                unlabelled=EncoderOutput(output.z[len(rows) :], output.logits[len(rows) :]),
-            )
-            wanted = targets.of_step(labelled.labels[rows], rows_unlabelled)
-            terms = (
-                mixup.loss(objective, outputs, wanted) if mixup else objective.loss(outputs, wanted)
-            )
+                output: EncoderOutput = model(batch.images)
+            terms = batch.loss(objective, output)
             (carried_by_gradient(terms["total"]) / size_of_update).backward()
-        keys = torch.cat([labelled.keys[rows], unlabelled.keys[rows_unlabelled]])
-        watch.saw(keys, terms["total"], images, output.z, output.logits)
+        watch.saw(batch.keys, terms["total"], batch.images, output.z, output.logits)
         if updates:
             watch.check(step)
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad(set_to_none=True)
             on_update()
-        for name, value in terms.items():
-            # Summed on the device: reading a value every step would stop the queue.
-            sums[name] = sums.get(name, torch.zeros((), device=device)) + value.detach()
+        losses.add(terms)
         on_step(step)
     watch.finish()
-    totals = dist.sum_across_ranks(torch.stack(list(sums.values())).double())
-    means = (totals / (steps * dist.world_size())).tolist()
-    return EpochResult(dict(zip(sums, means, strict=True)), data_wait_s)
+    return EpochResult(losses.over_ranks(), data_wait_s)
 
 
 def without_gradient_exchange(model: nn.Module) -> AbstractContextManager[None]:

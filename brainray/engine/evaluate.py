@@ -1,6 +1,5 @@
 """From predictions to the figures that are reported: for all, clean and strict test slices."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -204,22 +203,15 @@ def chosen_epoch(history: Sequence[Metrics]) -> int:
     Args:
         history: of each epoch `validation_metrics` and ``train/image_size``.
     """
-    side = "train/image_size"  # not told by runs made before slices could grow: it was the last
-    largest = max((metrics[side] for metrics in history if side in metrics), default=0.0)
+    side = "train/image_size"
+    largest = max(metrics[side] for metrics in history)
     scores = {
         epoch: metrics["validation/score"]
         for epoch, metrics in enumerate(history, start=1)
-        if metrics.get(side, largest) == largest
+        if metrics[side] == largest
     }
     best = max(scores, key=lambda epoch: scores[epoch])
-    told = history[best - 1]
-    if "validation/score_error" in told:
-        error = told["validation/score_error"]
-    else:  # of runs made before it was told: as of a share of all slices
-        num_slices = told["validation/num_slices"] + 4
-        share = (scores[best] * (num_slices - 4) + 2) / num_slices
-        error = math.sqrt(share * (1 - share) / num_slices)
-    least = scores[best] - error
+    least = scores[best] - history[best - 1]["validation/score_error"]
     return max(epoch for epoch, score in scores.items() if score >= least)
 
 

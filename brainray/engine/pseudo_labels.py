@@ -63,9 +63,7 @@ def balance_assignments(probabilities: Tensor, shares: Tensor) -> Tensor:
 
     Sinkhorn & Knopp 1967; it ends with rows that sum to 1, and columns nearly in their shares.
     """
-    num_rows = dist.sum_across_ranks(
-        torch.tensor(len(probabilities), dtype=torch.float64, device=probabilities.device)
-    )
+    num_rows = dist.count_across_ranks(len(probabilities), probabilities.device)
     balanced = probabilities
     for _ in range(_NUM_BALANCING):
         mass = dist.sum_across_ranks(balanced.sum(dim=0))

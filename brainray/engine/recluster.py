@@ -108,7 +108,7 @@ def recluster(
         ClusteringError: K below C or above the number of slices, or embeddings that cannot be
             clustered.
     """
-    check_num_clusters(config.num_clusters, num_classes, _count(z))
+    check_num_clusters(config.num_clusters, num_classes, dist.count_across_ranks(len(z), z.device))
     model = ClusterModel(config, z.shape[1], num_classes, seed).to(z.device)
     wide = z.double()
     reduced = model.pca.fit(wide).transform(wide)
@@ -281,7 +281,3 @@ def weighted_means(z: Tensor, weights: Tensor) -> Tensor:
     totals = dist.sum_across_ranks(weights.T @ z)
     mass = dist.sum_across_ranks(weights.sum(dim=0))
     return totals / mass.clamp_min(torch.finfo(torch.float64).tiny)[:, None]
-
-
-def _count(z: Tensor) -> int:
-    return int(dist.sum_across_ranks(torch.tensor(len(z), device=z.device)))

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from brainray import dist
 from brainray.config import ClusteringConfig, SelfSupervisionConfig
 from brainray.engine.forward import autocast, forward_passes
+from brainray.engine.mean_losses import MeanLosses
 from brainray.engine.recluster import ClusterModel, Reclustering, recluster
 from brainray.engine.shard import Images
 from brainray.models.features import FeatureEncoder
@@ -121,7 +122,7 @@ def pretext_epoch(
     rows_of_steps = list(order[: plan.num_steps * plan.batch_size].split(plan.batch_size))
     if pretext.wants_mates:
         rows_of_steps = [torch.cat([rows, groups.mates(rows, of_order)]) for rows in rows_of_steps]
-    sums: dict[str, Tensor] = {}
+    losses = MeanLosses(device)
     for step, batch in enumerate(images.batches(rows_of_steps)):
         rows = rows_of_steps[step]
         views = pretext.views(batch.float() / 255, groups.numbers[rows].to(device), generator)
@@ -137,11 +138,8 @@ def pretext_epoch(
         total.backward()
         optimizer.step()
         scheduler.step()
-        for name, value in terms.items():
-            sums[name] = sums.get(name, torch.zeros((), device=device)) + value.detach()
-    totals = dist.sum_across_ranks(torch.stack(list(sums.values())).double())
-    means = (totals / (plan.num_steps * dist.world_size())).tolist()
-    return dict(zip(sums, means, strict=True))
+        losses.add(terms)
+    return losses.over_ranks()
 
 
 def _cluster_term(z: Tensor, views: Views, rows: Tensor, soft: SoftTargets) -> Tensor:

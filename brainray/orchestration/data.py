@@ -167,11 +167,8 @@ class _Clock:
 
 
 def _may_change(store: ImageStore) -> bool:
-    """Whether files were rejected that a mount, a network or a writer may have kept from us, or
-    an earlier version has kept a table's subjects in clear.
-    """
-    unread = not set(store.manifest["rejected_reasons"]).isdisjoint({UNREADABLE, CHANGED})
-    return unread or "subject_sources" not in store.manifest
+    """Whether files were rejected that a mount, a network or a writer may have kept from us."""
+    return not set(store.manifest["rejected_reasons"]).isdisjoint({UNREADABLE, CHANGED})
 
 
 def _previous_store(target: Folder, settings: dict[str, Any]) -> ImageStore | None:
@@ -204,7 +201,7 @@ def _check_salt(previous: ImageStore | None, earlier: Earlier, salt: str) -> Non
     """
     if previous is None:
         return
-    made_with = previous.manifest.get("subject_salt", salt)
+    made_with = previous.manifest["subject_salt"]
     names_subjects = pc.any(pc.is_valid(earlier.files["header_subject"])).as_py()
     if names_subjects and made_with != salt:
         raise DataError(

@@ -11,7 +11,7 @@ import ray
 from torch import Tensor
 
 from brainray import layout
-from brainray.config import Config, EvaluationConfig
+from brainray.config import WEIGHTS_OF_NO_SLICE, Config, EvaluationConfig
 from brainray.engine.evaluate import Metrics, summarise
 from brainray.engine.state import load_checkpoint
 from brainray.errors import ConfigError, DataError
@@ -33,7 +33,6 @@ from brainray.orchestration.reporting import (
 )
 from brainray.orchestration.resources import WorkerResources, alive_nodes, plan_workers
 from brainray.orchestration.run import Run, begin_run, groups_of_test_slices, name_of_run
-from brainray.orchestration.seen import is_of_no_slice
 from brainray.orchestration.store import (
     ImageStore,
     as_store_was_made,
@@ -149,7 +148,7 @@ def check_training(config: Config) -> tuple[Config, ImageStore, WorkerResources]
     check_sides(config)
     check_compared_runs(config, store.data_hash)
     workers = plan_workers(config.train, alive_nodes())
-    if config.encoder.weights not in {"random", "imagenet"}:
+    if config.encoder.weights not in WEIGHTS_OF_NO_SLICE:
         # Found here in a second rather than on every worker in half a minute.
         build_encoder(config.encoder.name, config.encoder.weights, len(store.classes))
     return config, store, workers
@@ -297,7 +296,7 @@ def _log_beginning(run: Run, resumed: bool, config: Config, store: ImageStore, l
                 f"(split.labelled_fraction={config.split.labelled_fraction:g}; 1 reads all)"
             )
         weights = config.encoder.weights
-        if not is_of_no_slice(weights) and not run.folder.exists(layout.SEEN_BEFORE):
+        if weights not in WEIGHTS_OF_NO_SLICE and not run.folder.exists(layout.SEEN_BEFORE):
             log(
                 f"note: nothing beside {weights} tells what it was trained on: clean and strict "
                 "are relative to the slices of this run alone"

@@ -11,7 +11,7 @@ from brainray.mri.row_file import RowFile
 from brainray.orchestration.preparation import LIGHT_COLUMNS, PART, SLICES
 from brainray.orchestration.source import FoundFile
 from brainray.orchestration.store import ImageStore
-from brainray.schema import IMAGE_STORE, TEST
+from brainray.schema import IMAGE_STORE
 from brainray.storage import Folder
 
 GROUPS = [
@@ -85,14 +85,8 @@ class Earlier:
         """
         if self.images is None:
             return {}
-        store = self.images.parent
-        kept = layout.SPLITS if store.exists(layout.SPLITS) else self.images.name
-        table = store.read_table(kept, columns=["sample_id", "split"])
-        splits = dict(zip(table["sample_id"].to_pylist(), table["split"].to_pylist(), strict=True))
-        if kept != layout.SPLITS and store.exists(layout.HELD_OUT):
-            held_out = store.read_table(layout.HELD_OUT)["sample_id"].to_pylist()
-            splits = dict.fromkeys(held_out, TEST) | splits
-        return splits
+        table = self.images.parent.read_table(layout.SPLITS)
+        return dict(zip(table["sample_id"].to_pylist(), table["split"].to_pylist(), strict=True))
 
     def generations(self) -> dict[str, int]:
         """First generation of each sample_id."""

@@ -37,7 +37,7 @@ FITTED = "fitted"
 """Subset of the slices that a clusterer is fitted to; the others are held out."""
 
 _SILENT_S = 20.0
-_CELL_FORMAT = 3  # 2: agreement of neighbours; 3: the mixture's seeding
+_CELL_FORMAT = 4  # raised whenever a cell is computed otherwise than before
 _MAX_FEATURES = 4096  # PCA of so many takes a quarter of a minute and 0.7 GB
 
 
@@ -291,11 +291,8 @@ class Grid:
             "varied": [cell.eps_factor, cell.linkage],
             "study": [study.depth, study.min_samples, study.max_quadratic_rows],
             "mixture": [clustering.covariance_type, clustering.reg_covar],
+            "limits": [clustering.kmeans_max_iter, clustering.gmm_max_iter, clustering.gmm_tol],
         }
-        limits = ("kmeans_max_iter", "gmm_max_iter", "gmm_tol")
-        changed = clustering.model_dump(include=set(limits), exclude_defaults=True)
-        if changed:  # cells of before, which knew no others, stay
-            settings["limits"] = changed
         if self._seen_before:
             settings["seen_before"] = self._seen_before
         return content_key(settings)

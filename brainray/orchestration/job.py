@@ -19,7 +19,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from brainray.config import WORKER_SETTINGS, Config, described_keys, load_config
+from brainray.config import (
+    WEIGHTS_OF_NO_SLICE,
+    WORKER_SETTINGS,
+    Config,
+    described_keys,
+    load_config,
+)
 from brainray.errors import BrainrayError, ConfigError
 from brainray.log import log
 from brainray.redaction import redacted
@@ -44,7 +50,7 @@ STORE_KEYS = ("classes", "preprocess", "split.mode", "split.test_fraction", "spl
 """Settings that make an image store of a source."""
 
 WORKER_KEYS = tuple(f"train.{name}" for name in WORKER_SETTINGS)
-"""Settings of the workers, whatever they learn."""
+"""Settings that say where workers run and how many there are."""
 
 _ANSWERS_WITHIN_S = 10.0
 _DASHBOARD_VARIABLE = "RAY_API_SERVER_ADDRESS"
@@ -185,7 +191,7 @@ def resolve_paths(config: Config) -> Config:
             for name, feature in config.study.features.items()
         }
         resolved["study"] = config.study.model_copy(update={"features": features})
-    if config.encoder.weights not in {"random", "imagenet"}:
+    if config.encoder.weights not in WEIGHTS_OF_NO_SLICE:
         weights = _resolve("encoder.weights", config.encoder.weights)
         resolved["encoder"] = config.encoder.model_copy(update={"weights": weights})
     database = (config.tracking.uri or "").removeprefix("sqlite:///")
@@ -212,7 +218,7 @@ def _resolve(key: str, value: str) -> str:
 
 
 def _resolve_weights(feature: str, weights: str) -> str:
-    if weights in {"random", "imagenet"} or weights.startswith("run:"):
+    if weights in WEIGHTS_OF_NO_SLICE or weights.startswith("run:"):
         return weights
     return _resolve(f"study.features.{feature}.weights", weights)
 

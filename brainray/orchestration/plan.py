@@ -326,7 +326,6 @@ def _statistics(
         "num_slices": count_by_split_and_class(rows),
         "num_removed_copies": int(pc.sum(duplicates["removed"]).as_py() or 0),
         "skull_strip_used": dict(sorted(Counter(rows["skull_strip"].to_pylist()).items())),
-        "subject_sources": sorted(set(rows["subject_source"].to_pylist()) - {None}),
         "pixel_mean": mean,
         "pixel_std": max(square - mean * mean, 1e-8) ** 0.5,
         "data_hash": hash_of("split", "sample_id", "label", "draw_group_id", "kin_group_id"),

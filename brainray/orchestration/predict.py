@@ -31,7 +31,6 @@ from brainray.schema import PREDICTED_FILES
 from brainray.storage import Folder
 
 _SETTINGS = "_settings.json"  # readers of folders of Parquet pass over such names
-_OLD_SETTINGS = "settings.json"
 _ROWS_PER_PART = 4096
 _PART = re.compile(r"part-(\d+)\.parquet")  # as `layout.PART` writes it
 
@@ -99,9 +98,6 @@ def _begin(config: Config, predictor: Predictor, folder: Folder) -> None:
         "classes": predictor.checkpoint.classes,
         "code": code_hash(),
     }
-    if folder.exists(_OLD_SETTINGS):
-        folder.write_bytes(_SETTINGS, folder.read_bytes(_OLD_SETTINGS))
-        folder.delete_file(_OLD_SETTINGS)
     if not folder.exists(_SETTINGS):
         folder.write_json(_SETTINGS, settings)
         return

@@ -159,8 +159,6 @@ def pretrain(
                 _keep_what_it_sees(config, store, feature, target)
                 _train(config, store, feature, weights, head, seed, workers, target, log)
                 return target
-    if not target.exists(layout.SEEN):  # trained when encoders did not tell
-        _keep_what_it_sees(config, store, feature, target)
     log(f"encoder {target}: trained before, reused")
     return target
 

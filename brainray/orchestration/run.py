@@ -21,7 +21,7 @@ from brainray.orchestration.store import ImageStore, differing_settings, with_de
 from brainray.schema import LABELLED, SEEN, TEST, TRAIN, UNLABELLED_ROLE, VALIDATION
 from brainray.storage import Folder
 
-_FREE_TO_CHANGE = {
+_FREE_SECTIONS = {
     "name",
     "storage",
     "source",
@@ -38,13 +38,15 @@ _FREE_TO_CHANGE = {
     "tune",
     "label",
 }
+"""What may be another when a run resumes: it changes nothing that the run learns."""
+
 _FREE_KEYS = {
     "train": {*WORKER_SETTINGS, "cache_gib"},
     "evaluation": {"control", "num_label_draws", "siblings"},
     "clustering": {"on_collapse"},  # what one changes after a stop
     "split": {"mode", "test_fraction"},
 }
-"""The same of keys in other sections."""
+"""Single keys of other sections, likewise."""
 
 _OF_DRAW = {"labelled_fraction", "validation_fraction", "validation", "seed"}
 
@@ -207,8 +209,7 @@ def _settings(config: Config) -> dict[str, Any]:
 
 
 def _without_free(settings: dict[str, Any]) -> dict[str, Any]:
-    """Also of a run that was begun when fewer of them were free."""
-    kept = {name: value for name, value in settings.items() if name not in _FREE_TO_CHANGE}
+    kept = {name: value for name, value in settings.items() if name not in _FREE_SECTIONS}
     return kept | {
         section: {key: value for key, value in settings[section].items() if key not in free}
         for section, free in _FREE_KEYS.items()
@@ -274,10 +275,10 @@ def _test_slices(store: ImageStore, run: Folder) -> pa.Table:
 def groups_of_test_slices(run: Folder) -> dict[str, str]:
     """What each of a run's test slices is drawn with in intervals: copies and likely subject.
 
-    Empty for a checkpoint alone, and for a run that was begun before groups were kept.
+    Empty for a checkpoint alone.
     """
     told = ["sample_id", "split_group_id"]
-    if not run.exists(layout.TEST_SLICES) or not set(told) <= set(run.columns(layout.TEST_SLICES)):
+    if not run.exists(layout.TEST_SLICES):
         return {}
     rows = run.read_table(layout.TEST_SLICES, told)
     ids, groups = (rows[name].to_pylist() for name in told)

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from brainray import layout
-from brainray.config import Config, PreprocessConfig
+from brainray.config import WEIGHTS_OF_NO_SLICE, Config, PreprocessConfig
 from brainray.errors import ConfigError
 from brainray.mri.duplicates import find_twins, thumbnail_matrix
 from brainray.mri.leakage import Fingerprints
@@ -32,7 +32,7 @@ def seen_by_weights(weights: str, storage: Folder) -> pa.Table | None:
             self-supervised encoder lie beside what they have seen.
         storage: where ``run:NAME`` is looked for.
     """
-    if is_of_no_slice(weights):
+    if weights in WEIGHTS_OF_NO_SLICE:
         return None
     if weights.startswith(_RUN_PREFIX):
         return _rows_of(storage / layout.RUNS / weights.removeprefix(_RUN_PREFIX))
@@ -41,11 +41,6 @@ def seen_by_weights(weights: str, storage: Folder) -> pa.Table | None:
         if rows is not None:
             return rows
     return None
-
-
-def is_of_no_slice(weights: str) -> bool:
-    """Whether starting weights were made without any MRI slice."""
-    return weights in {"random", "imagenet"}
 
 
 def training_slices(store: ImageStore) -> pa.Table:

@@ -7,7 +7,6 @@ from typing import Annotated, Any
 import cv2
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -16,7 +15,7 @@ from brainray import layout
 from brainray.config import Config, PreprocessConfig, SplitConfig
 from brainray.errors import ConfigError, DataError
 from brainray.mri import decode, intracranial
-from brainray.schema import IMAGE_INDEX_COLUMNS, TEST, TRAIN
+from brainray.schema import IMAGE_INDEX_COLUMNS, TRAIN
 from brainray.storage import Folder
 
 
@@ -29,7 +28,9 @@ class _Manifest(BaseModel):
     pixel_mean: float
     pixel_std: Annotated[float, Field(gt=0.0)]
     data_hash: str
+    slices_hash: str
     listing: str
+    subject_salt: str
     generation: Annotated[int, Field(ge=0)]
     preprocess: PreprocessConfig
     split: dict[str, Any]
@@ -106,7 +107,7 @@ class ImageStore:
     @property
     def slices_hash(self) -> str:
         """The same without labels: of all that learning without labels reads."""
-        return str(self.manifest.get("slices_hash", self.data_hash))
+        return str(self.manifest["slices_hash"])
 
     @property
     def preprocess(self) -> PreprocessConfig:
@@ -125,12 +126,6 @@ class ImageStore:
         columns = [*IMAGE_INDEX_COLUMNS, *(["thumbnail"] if thumbnails else [])]
         table = self.folder.read_table(layout.IMAGES, columns=columns)
         return table.sort_by([("split", "descending"), ("sample_id", "ascending")])
-
-    def test_paths(self) -> set[str]:
-        """Paths, relative to the source, of the labelled test slices."""
-        index = self.index()
-        wanted = pc.and_(pc.equal(index["split"], TEST), pc.is_valid(index["label"]))
-        return set(index.filter(wanted)["path"].to_pylist())
 
     def images(self, sample_ids: list[str], split: str, side: int) -> NDArray[np.uint8]:
         """Slices (n, 1, side, side) uint8 of one split, in the order asked for."""

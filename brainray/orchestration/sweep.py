@@ -167,9 +167,7 @@ def _begin(config: Config, store: ImageStore, folder: Folder, log: Log) -> None:
         log(f"sweep {folder}: new" + ("" if of_grid else f", {config.tune.num_trials} trials"))
         return
     begun_with = folder.read_json(_SETTINGS)
-    begun_with.pop("preprocess", None)  # kept by earlier versions, which left out what follows
-    for key in ("max_concurrent_trials", "time_budget_min"):  # Tune goes on with its first ones
-        begun_with["tune"].setdefault(key, settings["tune"][key])
+    # What an earlier version did not know, it did as the default does.
     for key in ("encoder", "objective", "split"):
         begun_with[key] = with_defaults(begun_with[key], Config().model_dump(mode="json")[key])
     difference = differing_settings(begun_with, settings)

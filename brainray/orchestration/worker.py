@@ -17,6 +17,7 @@ from brainray.clustering.collapse import ClusteringHealth
 from brainray.clustering.seeding import seed_of
 from brainray.config import Config, parse_config
 from brainray.engine.epoch import (
+    EpochData,
     EpochResult,
     EpochTargets,
     embed,
@@ -327,19 +328,21 @@ class _Trainer:
                 self.optimizer,
                 self.scheduler,
                 self.objective,
-                self.data.labelled,
-                self.pool,
-                self._targets(),
-                sizes=self.sizes,
-                steps=self.steps,
-                scale=self.scale,
-                augmentation=self.config.augment,
-                augmentation_unlabelled=self.config.augment_unlabelled,
+                EpochData(
+                    labelled=self.data.labelled,
+                    unlabelled=self.pool,
+                    targets=self._targets(),
+                    sizes=self.sizes,
+                    steps=self.steps,
+                    scale=self.scale,
+                    augmentation=self.config.augment,
+                    augmentation_unlabelled=self.config.augment_unlabelled,
+                    seed=seed_of(self.config.seed, self.epoch, dist.rank()),
+                    side=self._side,
+                    mixup_alpha=self.config.train.mixup_alpha,
+                ),
                 precision=self.precision,
                 accumulation=self.config.train.accumulation_steps,
-                seed=seed_of(self.config.seed, self.epoch, dist.rank()),
-                side=self._side,
-                mixup_alpha=self.config.train.mixup_alpha,
                 on_update=self._update_average,
                 on_step=self._heartbeat(),
             )
@@ -598,7 +601,7 @@ class _Trainer:
         return pa.table(arrays, schema=FITTED)
 
     def _count(self, shard: SliceShard) -> int:
-        return int(dist.sum_across_ranks(torch.tensor(len(shard), device=self.device)))
+        return dist.count_across_ranks(len(shard), self.device)
 
 
 def reported_metrics(metrics: dict[str, float]) -> dict[str, float]:

@@ -178,12 +178,14 @@ def test_predictions_come_in_the_order_of_their_keys() -> None:
 
 
 def history(*epochs: tuple[float, float], num_slices: int = 100) -> list[dict[str, float]]:
-    """Of (side, validation score)."""
+    """Of (side, validation score), of so many slices of one class."""
     return [
         {
             "train/image_size": side,
             "validation/score": score,
-            "validation/num_slices": float(num_slices),
+            "validation/score_error": _standard_error(
+                np.array([score * num_slices]), np.array([num_slices])
+            ),
         }
         for side, score in epochs
     ]
@@ -225,14 +227,6 @@ def test_an_epoch_with_smaller_slices_is_chosen_only_until_they_grow() -> None:
     growing = history((64, 0.9), (64, 0.95), (96, 0.8), (96, 0.7))
     assert chosen_epoch(growing[:2]) == 2
     assert chosen_epoch(growing) == 3
-
-
-def test_a_run_that_tells_no_size_is_of_one_size() -> None:
-    earlier = [
-        {"validation/score": score, "validation/num_slices": 100.0} for score in (0.5, 0.9, 0.7)
-    ]
-    assert chosen_epoch(earlier) == 2
-    assert chosen_epoch(earlier + history((128, 0.8))) == 2
 
 
 def test_the_choice_moves_to_the_newest_epoch_or_stays() -> None:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from brainray import dist
 from brainray.config import AugmentConfig
-from brainray.engine.epoch import train_epoch
+from brainray.engine.epoch import EpochData, train_epoch
 from brainray.engine.finite import GradientWatch, NonFiniteStep, carried_by_gradient
 from brainray.engine.shard import CachedImages, PixelScale, SliceShard
 from brainray.models.encoder import EncoderOutput
@@ -45,16 +45,18 @@ def train_one_epoch(value: float, accumulation: int = 1) -> FailsOnOneSlice:
         optimizer,
         torch.optim.lr_scheduler.ConstantLR(optimizer),
         JointObjective(0.1),
-        labelled,
-        unlabelled,
-        uninformed(12, embedding_dim=2),
-        sizes=StepSizes(4, 4),
-        steps=3,
-        scale=PixelScale(0.0, 1.0),
-        augmentation=AugmentConfig(max_intensity_shift=0.0),
-        augmentation_unlabelled=AugmentConfig(policy="none"),
+        EpochData(
+            labelled=labelled,
+            unlabelled=unlabelled,
+            targets=uninformed(12, embedding_dim=2),
+            sizes=StepSizes(4, 4),
+            steps=3,
+            scale=PixelScale(0.0, 1.0),
+            augmentation=AugmentConfig(max_intensity_shift=0.0),
+            augmentation_unlabelled=AugmentConfig(policy="none"),
+            seed=0,
+        ),
         precision="fp32",
-        seed=0,
         accumulation=accumulation,
     )
     return model

@@ -188,8 +188,7 @@ def test_a_file_that_was_replaced_is_predicted_anew(
     again = first.with_name("replaced")
     shutil.copytree(first, again)
     settings = json.loads((again / "_settings.json").read_text()) | {"source": str(source)}
-    (again / "_settings.json").unlink()
-    (again / "settings.json").write_text(json.dumps(settings))  # its name in earlier versions
+    (again / "_settings.json").write_text(json.dumps(settings))
     os.utime(source / "scan2.jpg", ns=(0, 10**18))  # another file of the same size, it may be
     (source / "scan1.jpg").write_bytes((source / "deep" / "er" / "known.jpg").read_bytes())
     (source / "scan3.jpg").unlink()

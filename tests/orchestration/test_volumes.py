@@ -70,7 +70,7 @@ def test_the_slices_of_a_volume_share_a_subject_and_no_group(tmp_path: Path) -> 
     config = tiny_config(tmp_path / "a", "name=mri", f"source={tmp_path / 's'}")
     store = preprocess(config)
     index = store.index().to_pandas()
-    assert store.manifest["subject_sources"] == ["volume"]
+    assert index["subject_source"].unique().tolist() == ["volume"]
     assert index["format"].unique().tolist() == ["NIfTI"]
     of_file = index.groupby("path")
     assert (of_file["subject_id"].nunique() == 1).all()

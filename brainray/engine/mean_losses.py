@@ -1,0 +1,30 @@
+"""Named losses of many steps, as one mean each."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from brainray import dist
+
+
+class MeanLosses:
+    """Sums scalars on their device: to read a value at every step would stop its queue."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._sums: dict[str, Tensor] = {}
+        self._num_steps = 0
+
+    def add(self, terms: Mapping[str, Tensor]) -> None:
+        """One step's terms, the same names at every step."""
+        for name, value in terms.items():
+            before = self._sums.get(name, torch.zeros((), device=self._device))
+            self._sums[name] = before + value.detach()
+        self._num_steps += 1
+
+    def over_ranks(self) -> dict[str, float]:
+        """Means over all steps and ranks (collective; as many steps on every rank)."""
+        totals = dist.sum_across_ranks(torch.stack(list(self._sums.values())).double())
+        means = (totals / (self._num_steps * dist.world_size())).tolist()
+        return dict(zip(self._sums, means, strict=True))
