@@ -3,9 +3,10 @@
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from brainray import dist
+from brainray.schema import UNLABELLED
 
 _NUM_BALANCING = 20
 _WIDTH = 2.0  # standard deviations, SoftMatch's n_sigma
@@ -16,6 +17,21 @@ class PseudoLabels(NamedTuple):
 
     labels: Tensor  # (n,) int64
     confidences: Tensor  # (n,) float32 in [0, 1]
+
+    def unless_inherited(self, inherited: Tensor) -> "PseudoLabels":
+        """The classes (n,) that slices inherit, fully trusted; these where that is UNLABELLED."""
+        inherits = inherited != UNLABELLED
+        return PseudoLabels(
+            torch.where(inherits, inherited, self.labels),
+            self.confidences.masked_fill(inherits, 1.0),
+        )
+
+
+def class_shares(labels: Tensor, num_classes: int) -> Tensor:
+    """(C,) float64, of the labels (n,) of all ranks (collective)."""
+    known = nn.functional.one_hot(labels, num_classes)
+    counts = dist.sum_across_ranks(known.sum(dim=0).double())
+    return counts / counts.sum()
 
 
 @torch.no_grad()

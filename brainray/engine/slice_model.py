@@ -7,7 +7,6 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-import cv2
 import faiss
 import numpy as np
 import pyarrow as pa
@@ -20,6 +19,7 @@ from brainray.engine.evaluate import gather_predictions, matrix_of, predictions_
 from brainray.engine.recipe import resolve_precision
 from brainray.engine.shard import CachedImages
 from brainray.engine.state import Checkpoint
+from brainray.mri.resize import stretch
 from brainray.schema import FITTED, PREDICTED, UNLABELLED
 
 NUM_NEAREST = 5
@@ -147,7 +147,7 @@ def stored_pixels(slices: pa.Table, side: int) -> NDArray[np.uint8]:
     images = np.empty((slices.num_rows, 1, side, side), dtype=np.uint8)
     for number, row in enumerate(slices.select(["image", "height", "width"]).to_pylist()):
         image = np.frombuffer(row["image"], dtype=np.uint8).reshape(row["height"], row["width"])
-        images[number, 0] = cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA)
+        images[number, 0] = stretch(image, side)
     return images
 
 

@@ -16,8 +16,6 @@ are drawn facing right; half of them are mirrored by the pose.
     python -m brainray.mri.phantom --out DIR --training-per-class 240 --testing-per-class 60
 """
 
-import argparse
-import sys
 import tempfile
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -26,7 +24,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from brainray.errors import BrainrayError, DataError
+from brainray.errors import DataError
 from brainray.mri.slices import ORIENTATIONS
 
 CLASSES: tuple[str, ...] = ("glioma", "meningioma", "notumor", "pituitary")
@@ -758,48 +756,3 @@ def _acquire(
     # A magnitude image has no negative values: noise in air is folded upwards.
     grey_values: NDArray[np.uint8] = np.clip(np.abs(image) * 255.0, 0.0, 255.0).astype(np.uint8)
     return grey_values
-
-
-def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m brainray.mri.phantom",
-        description="Draw head slices of four classes into Training/<class> and Testing/<class>.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument(
-        "--out", type=Path, required=True, help="folder to write: new, or empty", metavar="DIR"
-    )
-    parser.add_argument(
-        "--training-per-class", type=int, default=240, metavar="N", help="slices in Training"
-    )
-    parser.add_argument(
-        "--testing-per-class", type=int, default=60, metavar="M", help="slices in Testing"
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="same seed, same slices")
-    parser.add_argument(
-        "--size", type=int, default=224, metavar="PIXELS", help="height and width of a slice"
-    )
-    return parser.parse_args(arguments)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command; returns 0, or 2 after one line that says what to change."""
-    parsed = _parse_arguments(arguments)
-    try:
-        write_phantoms(
-            parsed.out,
-            num_training_per_class=parsed.training_per_class,
-            num_testing_per_class=parsed.testing_per_class,
-            seed=parsed.seed,
-            size=parsed.size,
-        )
-    except BrainrayError as error:
-        print(error, file=sys.stderr)
-        return 2
-    num_slices = len(CLASSES) * (parsed.training_per_class + parsed.testing_per_class)
-    print(f"Wrote {num_slices} slices to {parsed.out}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

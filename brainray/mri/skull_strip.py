@@ -1,5 +1,7 @@
 """Brain masks by classical image processing."""
 
+from dataclasses import dataclass
+
 import cv2
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +40,16 @@ def _fixed_point_gaussian(sigma: float) -> NDArray[np.float32]:
 
 
 _BLUR_WEIGHTS = _fixed_point_gaussian(BLUR_SIGMA)
+
+
+@dataclass(frozen=True)
+class StrippedSlice:
+    """A slice before and after the skull strip."""
+
+    before: NDArray[np.uint8]  # (H, W), without its frame where that is removed
+    mask: NDArray[np.bool_] | None  # (H, W), of head or brain; None where nothing is stripped
+    after: NDArray[np.uint8]  # (H, W)
+    method: str  # that made the mask
 
 
 def without_frame(image: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -9,11 +9,12 @@ from numpy.typing import NDArray
 
 from brainray.config import PreprocessConfig
 from brainray.mri.decode import RejectedImage, decode_file
-from brainray.mri.skull_strip import apply_mask, without_frame
+from brainray.mri.skull_strip import StrippedSlice
 from brainray.orchestration.plan import StorePlan
-from brainray.orchestration.preparation import decode_options, preprocess_file, read_file, strip
+from brainray.orchestration.preparation import decode_options, read_file, strip
 from brainray.orchestration.source import FoundFile
-from brainray.report.store_figures import SlicePair, StrippedSlice, draw_store_figures
+from brainray.orchestration.store import ImageStore
+from brainray.report.store_figures import SlicePair, draw_store_figures
 from brainray.schema import TRAIN
 from brainray.storage import Folder
 
@@ -30,14 +31,14 @@ def draw_figures(store: Folder, source: Folder, plan: StorePlan, config: Preproc
     draw_store_figures(
         store,
         plan.statistics["num_slices"],
-        before_after=_before_and_after(source, train, config),
+        before_after=_before_and_after(store, source, train, config),
         sheet=_stripped(source, rows.slice(0, _NUM_ON_SHEET), config),
         pairs=_pairs(source, plan.leakage["across_splits"], config),
     )
 
 
 def _before_and_after(
-    source: Folder, train: pa.Table, config: PreprocessConfig
+    store: Folder, source: Folder, train: pa.Table, config: PreprocessConfig
 ) -> list[tuple[str, NDArray[np.uint8], NDArray[np.uint8]]]:
     """(class, slice as read, slice as stored) of training slices, spread over the classes."""
     chosen: dict[str, list[dict[str, Any]]] = {}
@@ -48,39 +49,22 @@ def _before_and_after(
     for label, candidates in sorted(chosen.items()):
         for row in candidates[:num_each]:
             before = _decode(source, row["path"], row["frame"], config)
-            after = _as_stored(source, row, config)
-            if before is not None and after is not None:
-                samples.append((label, before, after))
-    return samples[:_NUM_BEFORE_AFTER]
-
-
-def _as_stored(
-    source: Folder, wanted: dict[str, Any], config: PreprocessConfig
-) -> NDArray[np.uint8] | None:
-    file = FoundFile(wanted["path"], 0, 0)
-    try:
-        rows = preprocess_file(read_file(source, file), file, config, _ANY_SALT)
-    except RejectedImage:
-        return None
-    for row in rows:
-        if row["sample_id"] == wanted["sample_id"]:
-            return np.frombuffer(row["image"], np.uint8).reshape(row["height"], row["width"])
-    return None
+            if before is not None:
+                samples.append((label, before, row["sample_id"]))
+    del samples[_NUM_BEFORE_AFTER:]
+    names = [identity for _, _, identity in samples]
+    stored = ImageStore(store, {}).images(names, TRAIN, config.image_size)
+    return [
+        (label, before, after[0]) for (label, before, _), after in zip(samples, stored, strict=True)
+    ]
 
 
 def _stripped(source: Folder, rows: pa.Table, config: PreprocessConfig) -> list[StrippedSlice]:
-    examples = []
-    for row in rows.select(["path", "frame"]).to_pylist():
-        image = _decode(source, row["path"], row["frame"], config)
-        if image is None:
-            continue
-        if config.frame == "remove":
-            image = without_frame(image)
-        mask, method = strip(image, config.skull_strip)
-        whole = np.ones(image.shape, dtype=np.bool_)
-        after = image if mask is None else apply_mask(image, mask)
-        examples.append(StrippedSlice(image, whole if mask is None else mask, after, method))
-    return examples
+    decoded = [
+        _decode(source, row["path"], row["frame"], config)
+        for row in rows.select(["path", "frame"]).to_pylist()
+    ]
+    return [strip(image, config) for image in decoded if image is not None]
 
 
 def _pairs(

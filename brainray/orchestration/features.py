@@ -22,12 +22,12 @@ from brainray import layout
 from brainray.config import Config, FeatureConfig
 from brainray.engine.forward import forward_passes
 from brainray.engine.recipe import resolve_precision
+from brainray.engine.slice_model import stored_pixels
 from brainray.errors import ConfigError, DataError
 from brainray.log import Log
 from brainray.models.encoder import encoder_state, imagenet_state, local_state
 from brainray.models.features import PIXELS, FeatureEncoder, build_feature_encoder, num_features
 from brainray.mri.identity import content_hash
-from brainray.mri.resize import stretch
 from brainray.orchestration.lock import held
 from brainray.orchestration.resources import alive_nodes, blocks_on_actors, plan_actors
 from brainray.orchestration.run import open_run
@@ -299,12 +299,8 @@ class _Extractor:
 
     @torch.inference_mode()
     def _encode(self, batch: pa.Table) -> NDArray[np.float32]:
-        side = self.feature.image_size
         precision = resolve_precision(self.precision, self.device)
-        images = np.empty((batch.num_rows, 1, side, side), dtype=np.uint8)
-        for number, row in enumerate(batch.select(["image", "height", "width"]).to_pylist()):
-            image = np.frombuffer(row["image"], dtype=np.uint8).reshape(row["height"], row["width"])
-            images[number, 0] = stretch(image, side)
+        images = stored_pixels(batch, self.feature.image_size)
         pixels = torch.from_numpy(images).to(self.device).float() / 255
         with forward_passes(self.encoder, self.device, precision) as forward:
             features = torch.cat(forward(pixels))

@@ -25,7 +25,7 @@ from brainray.mri.decode import (
 )
 from brainray.mri.identity import content_hash, sample_id
 from brainray.mri.intracranial import MIN_CONFIDENCE, intracranial_mask
-from brainray.mri.skull_strip import apply_mask, otsu_mask, without_frame
+from brainray.mri.skull_strip import StrippedSlice, apply_mask, otsu_mask, without_frame
 from brainray.mri.slices import STUDY_PREFIX, subject_hash
 from brainray.orchestration.source import FoundFile, SourceFile
 from brainray.storage import Folder
@@ -226,8 +226,14 @@ def decode_options(config: PreprocessConfig, salt: bytes) -> DecodeOptions:
     )
 
 
-def strip(image: NDArray[np.uint8], method: str) -> tuple[NDArray[np.bool_] | None, str]:
-    """The head or brain mask (H, W), None for ``none``, and the method that made it."""
+def strip(image: NDArray[np.uint8], config: PreprocessConfig) -> StrippedSlice:
+    """METHOD A, step 3, after the frame is removed where that is asked for."""
+    before = without_frame(image) if config.frame == "remove" else image
+    mask, method = _mask(before, config.skull_strip)
+    return StrippedSlice(before, mask, before if mask is None else apply_mask(before, mask), method)
+
+
+def _mask(image: NDArray[np.uint8], method: str) -> tuple[NDArray[np.bool_] | None, str]:
     if method == "none":
         return None, method
     if method == "intracranial":
@@ -239,9 +245,8 @@ def strip(image: NDArray[np.uint8], method: str) -> tuple[NDArray[np.bool_] | No
 
 def _slice_columns(decoded: DecodedSlice, config: PreprocessConfig) -> dict[str, Any]:
     """The thumbnail is of the slice before stripping: a fingerprint must not depend on a mask."""
-    image = without_frame(decoded.image) if config.frame == "remove" else decoded.image
-    mask, method = strip(image, config.skull_strip)
-    image = image if mask is None else apply_mask(image, mask)
+    stripped = strip(decoded.image, config)
+    image, mask = stripped.after, stripped.mask
     if config.crop == "foreground":
         image = resize.crop_foreground(image, otsu_mask(image) if mask is None else mask)
     if config.intensity == "min_max":
@@ -257,7 +262,7 @@ def _slice_columns(decoded: DecodedSlice, config: PreprocessConfig) -> dict[str,
         "header_subject": decoded.subject_id,
         "original_height": height,
         "original_width": width,
-        "skull_strip": method,
+        "skull_strip": stripped.method,
         "height": config.image_size,
         "width": config.image_size,
         "pixel_sum": int(wide.sum()),

@@ -4,7 +4,6 @@ from collections.abc import Collection, Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,6 +14,7 @@ from brainray import layout
 from brainray.config import Config, PreprocessConfig, SplitConfig
 from brainray.errors import ConfigError, DataError
 from brainray.mri import decode, intracranial
+from brainray.mri.resize import stretch
 from brainray.schema import IMAGE_INDEX_COLUMNS, TRAIN
 from brainray.storage import Folder
 
@@ -147,7 +147,7 @@ class ImageStore:
         missing = set(wanted)
         for key, image in self._scan(wanted):
             missing.discard(key)
-            yield key, np.asarray(cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA))
+            yield key, stretch(image, side)
         if missing:
             raise DataError(
                 f"{self.folder} lacks {len(missing)} slices of its index, such as "

@@ -10,7 +10,7 @@ import pyarrow as pa
 import ray.train
 import ray.train.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from brainray import dist, layout
 from brainray.clustering.collapse import ClusteringHealth
@@ -35,7 +35,7 @@ from brainray.engine.evaluate import (
     validation_metrics,
 )
 from brainray.engine.finite import NonFiniteStep
-from brainray.engine.pseudo_labels import class_shift, pseudo_labels
+from brainray.engine.pseudo_labels import class_shares, class_shift, pseudo_labels
 from brainray.engine.recipe import (
     agreed_precision,
     build_average,
@@ -79,7 +79,6 @@ from brainray.orchestration.run import read_run_info
 from brainray.orchestration.store import ImageStore
 from brainray.schema import (
     FITTED,
-    UNLABELLED,
     subset_masks,
     tells_of_classes,
 )
@@ -359,19 +358,16 @@ class _Trainer:
         """What the last epoch leaves for the pool's slices."""
         offset = len(self.data.labelled) if self.pool is self.data.unlabelled else 0
         rows = slice(offset, offset + len(self.pool))
-        known = nn.functional.one_hot(self.data.labelled.labels, len(self.classes))
-        counts = dist.sum_across_ranks(known.sum(dim=0).double())
-        probabilities, shares = self._probabilities[rows], counts / counts.sum()
-        labels, confidences = pseudo_labels(probabilities, shares)
+        probabilities = self._probabilities[rows]
+        shares = class_shares(self.data.labelled.labels, len(self.classes))
+        believed = pseudo_labels(probabilities, shares)
         self._class_shift = class_shift(probabilities, shares)
         if self.pool is self.data.unlabelled:
-            inherits = self.data.inherited != UNLABELLED
-            labels = torch.where(inherits, self.data.inherited, labels)
-            confidences = confidences.masked_fill(inherits, 1.0)
+            believed = believed.unless_inherited(self.data.inherited)
         return EpochTargets(
             responsibilities=self.responsibilities[rows],
-            pseudo_labels=labels,
-            confidences=confidences,
+            pseudo_labels=believed.labels,
+            confidences=believed.confidences,
             centers=self.clusters.centers,
             class_of_cluster=self.clusters.class_of_cluster,
             ramp=ramp(self.epoch, self.config.objective.ramp_epochs),
@@ -444,9 +440,7 @@ class _Trainer:
 
     def _samples(self, keys: Tensor) -> str:
         """The slices with these keys (n,), as an error names them."""
-        ids = self.run.read_table(layout.SEEN, columns=["sample_id"])["sample_id"].to_pylist()
-        identity = dict(zip(sample_keys(ids).tolist(), ids, strict=True))
-        found = sorted({identity[key] for key in keys.tolist()})
+        found = sorted(set(self._ids_of(keys)))
         shown = ", ".join(found[:_MAX_NAMED])
         more = f" and {len(found) - _MAX_NAMED} more" if len(found) > _MAX_NAMED else ""
         return f"sample_id {shown}{more}"
@@ -588,10 +582,8 @@ class _Trainer:
         )
 
     def _fitted_table(self, keys: Tensor, coordinates: Tensor, log_likelihood: Tensor) -> pa.Table:
-        ids = self.run.read_table(layout.SEEN, columns=["sample_id"])["sample_id"].to_pylist()
-        identity = dict(zip(sample_keys(ids).tolist(), ids, strict=True))
         columns = [
-            [identity[key] for key in keys.tolist()],
+            self._ids_of(keys),
             list(coordinates.cpu().numpy()),
             log_likelihood.cpu().numpy(),
         ]
@@ -599,6 +591,12 @@ class _Trainer:
             pa.array(column, field.type) for column, field in zip(columns, FITTED, strict=True)
         ]
         return pa.table(arrays, schema=FITTED)
+
+    def _ids_of(self, keys: Tensor) -> list[str]:
+        """``sample_id``s of the slices with these keys (n,)."""
+        ids = self.run.read_table(layout.SEEN, columns=["sample_id"])["sample_id"].to_pylist()
+        by_key = dict(zip(sample_keys(ids).tolist(), ids, strict=True))
+        return [by_key[key] for key in keys.tolist()]
 
     def _count(self, shard: SliceShard) -> int:
         return dist.count_across_ranks(len(shard), self.device)

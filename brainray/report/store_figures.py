@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from brainray.mri.skull_strip import StrippedSlice
 from brainray.report.figures import before_after_grid, class_distribution
 from brainray.report.style import new_figure, png_bytes
 from brainray.storage import Folder
@@ -16,16 +17,6 @@ _TILE = 96  # pixels
 _SHEET_COLUMNS = 4  # of slices, each three tiles wide
 _OUTLINE = (0, 220, 120)  # RGB
 _PAIR_COLUMNS = 6
-
-
-@dataclass(frozen=True)
-class StrippedSlice:
-    """A slice before and after the skull strip."""
-
-    before: NDArray[np.uint8]  # (H, W)
-    mask: NDArray[np.bool_]  # (H, W)
-    after: NDArray[np.uint8]  # (H, W)
-    method: str
 
 
 @dataclass(frozen=True)
@@ -106,10 +97,12 @@ def leakage_pairs(pairs: Sequence[SlicePair]) -> Figure:
 def _tiles(item: StrippedSlice) -> list[NDArray[np.uint8]]:
     """Before, outlined and after: three (_TILE, _TILE, 3) uint8 images."""
     before, after = (_tile(image) for image in (item.before, item.after))
-    mask = cv2.resize(item.mask.astype(np.uint8), (_TILE, _TILE), interpolation=cv2.INTER_NEAREST)
-    outline = cv2.morphologyEx(mask, cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8)) > 0
     outlined = before.copy()
-    outlined[outline] = _OUTLINE
+    if item.mask is not None:
+        mask = item.mask.astype(np.uint8)
+        mask = cv2.resize(mask, (_TILE, _TILE), interpolation=cv2.INTER_NEAREST)
+        outline = cv2.morphologyEx(mask, cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8)) > 0
+        outlined[outline] = _OUTLINE
     return [before, outlined, after]
 
 

@@ -136,21 +136,6 @@ def test_an_interruption_leaves_nothing_behind(
     assert not list(tmp_path.iterdir())
 
 
-def test_the_command_writes_readable_slices_and_refuses_to_do_it_twice(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = ["--out", str(tmp_path / "set"), "--training-per-class", "1"]
-    arguments += ["--testing-per-class", "1", "--seed", "2", "--size", "64"]
-    assert phantom.main(arguments) == 0
-    assert "Wrote 8 slices" in capsys.readouterr().out
-    for path in (tmp_path / "set").rglob("*.jpg"):
-        image = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
-        assert image is not None
-        assert image.shape == (64, 64)
-    assert phantom.main(arguments) == 2
-    assert "remove it or choose another folder" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("class_name", "size", "orientation", "message"),
     [

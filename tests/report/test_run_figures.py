@@ -9,12 +9,13 @@ import pytest
 from PIL import Image
 
 from brainray.config import EvaluationConfig
+from brainray.mri.skull_strip import StrippedSlice
 from brainray.report import evaluation_figures, run_figures
 from brainray.report.evaluation_figures import draw_evaluation_figures
 from brainray.report.figures import Confusion, EmbeddingMap
 from brainray.report.maps import run_maps, shown
 from brainray.report.run_figures import draw_run_figures
-from brainray.report.store_figures import SlicePair, StrippedSlice, draw_store_figures
+from brainray.report.store_figures import SlicePair, draw_store_figures
 from brainray.report.style import new_figure
 from brainray.report.tsne import tsne_sequence
 from brainray.schema import PREDICTIONS
