@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from brainray.benchmarks.cases import CASES
-from brainray.config import load_config
+from brainray.config_text import load_config
 from brainray.errors import ConfigError
 from brainray.orchestration.job import JobResult, run_command
 

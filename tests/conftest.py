@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from brainray.config import Config, load_config
+from brainray.config import Config
+from brainray.config_text import load_config
 from brainray.mri.phantom import write_phantoms
 
 if TYPE_CHECKING:

@@ -23,7 +23,19 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"orchestration"}),
     frozenset({"engine", "report", "tracking"}),
     frozenset({"models", "clustering", "mri"}),
-    frozenset({"dist", "config", "layout", "log", "redaction", "schema", "errors", "storage"}),
+    frozenset(
+        {
+            "dist",
+            "config",
+            "config_text",
+            "layout",
+            "log",
+            "redaction",
+            "schema",
+            "errors",
+            "storage",
+        }
+    ),
 )
 INDEPENDENT_SIBLINGS = LAYERS[2]
 MACHINERY = frozenset({"benchmarks", "orchestration", "tracking"})

@@ -6,15 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from brainray.config import (
-    AugmentConfig,
-    flatten,
-    known_keys,
-    load_config,
-    parse_config,
-    parse_yaml,
-    to_yaml,
-)
+from brainray.config import AugmentConfig
+from brainray.config_text import flatten, known_keys, load_config, parse_config, parse_yaml, to_yaml
 from brainray.errors import ConfigError
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))

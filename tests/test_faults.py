@@ -19,7 +19,7 @@ from mlflow import MlflowClient
 from ray._common.utils import get_system_memory
 from ray._private.utils import get_used_memory
 
-from brainray.config import to_yaml
+from brainray.config_text import to_yaml
 from brainray.engine.state import load_checkpoint
 from brainray.mri.phantom import write_phantoms
 from brainray.orchestration.store import ImageStore

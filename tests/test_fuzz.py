@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from nibabel.nifti1 import Nifti1Image
 from PIL import Image
 
-from brainray.config import known_keys, load_config
+from brainray.config_text import known_keys, load_config
 from brainray.errors import BrainrayError
 from brainray.layout import MANIFEST, RUN, RUN_FORMAT, STORE_FORMAT
 from brainray.mri.decode import RejectedImage, decode_file
@@ -226,6 +226,8 @@ WHOLE_MANIFEST: dict[str, Any] = {
     "pixel_mean": 0.2,
     "pixel_std": 0.1,
     "data_hash": "abc",
+    "slices_hash": "def",
+    "subject_salt": "0123",
     "listing": "abc",
     "generation": 0,
     "preprocess": {"image_size": 64},

@@ -16,7 +16,8 @@ import pytest
 import ray
 import ray.data
 
-from brainray.config import Config, known_keys, load_config
+from brainray.config import Config
+from brainray.config_text import known_keys, load_config
 from brainray.errors import ConfigError, DataError
 from brainray.orchestration.job import (
     JobResult,

@@ -20,7 +20,7 @@ import pytest
 from mlflow import MlflowClient
 
 from brainray import layout
-from brainray.config import to_yaml
+from brainray.config_text import to_yaml
 from brainray.orchestration.own_head import kill_with_children
 from brainray.storage import Folder
 from tests.conftest import tiny_config

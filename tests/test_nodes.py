@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from brainray import layout
-from brainray.config import to_yaml
+from brainray.config_text import to_yaml
 from brainray.engine.state import load_checkpoint
 from brainray.orchestration.own_head import (
     RayHead,

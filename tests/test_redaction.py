@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from brainray.config import flatten, load_config, to_yaml
+from brainray.config_text import flatten, load_config, to_yaml
 from brainray.errors import ConfigError
 from brainray.redaction import command_line, redacted
 

@@ -15,7 +15,7 @@ FEATURES = {"pixels": {"encoder": "pixels", "image_size": 16}}
 
 
 def test_a_killed_study_submitted_again_goes_on(phantoms: Path, tmp_path: Path) -> None:
-    from brainray.config import to_yaml
+    from brainray.config_text import to_yaml
 
     config_file = tmp_path / "config.yaml"
     settings = [

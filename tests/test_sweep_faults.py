@@ -11,7 +11,7 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
-from brainray.config import to_yaml
+from brainray.config_text import to_yaml
 from brainray.orchestration.own_head import (
     RayHead,
     kill_with_children,

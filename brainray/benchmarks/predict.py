@@ -14,7 +14,8 @@ import torch
 from brainray.benchmarks.result import BenchmarkResult, CaseOptions, Measure
 from brainray.benchmarks.samples import SALT
 from brainray.benchmarks.timing import OURS, one_thread, side_by_side
-from brainray.config import Config, load_config
+from brainray.config import Config
+from brainray.config_text import load_config
 from brainray.engine.epoch import embed
 from brainray.engine.forward import autocast
 from brainray.engine.shard import CachedImages

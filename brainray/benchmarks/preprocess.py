@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from brainray.benchmarks.result import BenchmarkResult, CaseOptions, Measure
 from brainray.benchmarks.samples import SALT, load_slices, perturbed
 from brainray.benchmarks.timing import one_thread
-from brainray.config import Config, load_config
+from brainray.config import Config
+from brainray.config_text import load_config
 from brainray.mri import resize
 from brainray.mri.decode import check_content, decode_file
 from brainray.mri.identity import content_hash

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from brainray import layout
 from brainray.benchmarks.result import BenchmarkResult, CaseOptions, Measure
-from brainray.config import Config, load_config
+from brainray.config import Config
+from brainray.config_text import load_config
 from brainray.errors import DataError
 from brainray.mri.phantom import write_phantoms
 from brainray.orchestration.data import preprocess

@@ -23,7 +23,8 @@ from brainray.benchmarks.result import BenchmarkResult, CaseOptions, Measure
 from brainray.benchmarks.roofline import measured_peaks, training_work
 from brainray.benchmarks.samples import load_slices, perturbed
 from brainray.benchmarks.timing import OURS, relative_times, side_by_side
-from brainray.config import AugmentConfig, TrainConfig, load_config
+from brainray.config import AugmentConfig, TrainConfig
+from brainray.config_text import load_config
 from brainray.engine.epoch import EpochData, EpochTargets, train_epoch
 from brainray.engine.forward import autocast
 from brainray.engine.recipe import build_optimizer, resolve_precision

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from brainray import layout
-from brainray.config import Config, parse_config
+from brainray.config import Config
+from brainray.config_text import parse_config
 from brainray.engine.recipe import image_side
 from brainray.engine.recluster import ClusterModel
 from brainray.engine.shard import PixelScale

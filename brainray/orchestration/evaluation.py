@@ -10,7 +10,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from brainray import layout
-from brainray.config import Config, parse_yaml, to_yaml
+from brainray.config import Config
+from brainray.config_text import parse_yaml, to_yaml
 from brainray.engine.evaluate import Metrics, summarise
 from brainray.engine.slice_model import stored_pixels
 from brainray.errors import ConfigError, DataError

@@ -19,13 +19,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from brainray.config import (
-    WEIGHTS_OF_NO_SLICE,
-    WORKER_SETTINGS,
-    Config,
-    described_keys,
-    load_config,
-)
+from brainray.config import WEIGHTS_OF_NO_SLICE, WORKER_SETTINGS, Config
+from brainray.config_text import described_keys, load_config
 from brainray.errors import BrainrayError, ConfigError
 from brainray.log import log
 from brainray.redaction import redacted

@@ -25,7 +25,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from brainray import dist, layout
 from brainray.clustering.seeding import seed_of
-from brainray.config import Config, FeatureConfig, parse_config
+from brainray.config import Config, FeatureConfig
+from brainray.config_text import parse_config
 from brainray.engine.recipe import agreed_precision, build_optimizer, resume_schedule
 from brainray.engine.recluster import ClusterModel, Reclustering, recluster_in_health
 from brainray.engine.self_supervised import (

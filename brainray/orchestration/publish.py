@@ -8,7 +8,8 @@ from typing import Any
 from urllib.parse import unquote
 
 from brainray import layout
-from brainray.config import Config, flatten
+from brainray.config import Config
+from brainray.config_text import flatten
 from brainray.errors import ConfigError, TrackingError
 from brainray.log import Log, log
 from brainray.orchestration.code_version import about_code

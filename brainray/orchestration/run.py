@@ -7,7 +7,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from brainray import layout
-from brainray.config import WORKER_SETTINGS, Config, SplitConfig, parse_config, parse_yaml, to_yaml
+from brainray.config import WORKER_SETTINGS, Config, SplitConfig
+from brainray.config_text import parse_config, parse_yaml, to_yaml
 from brainray.engine.recluster import check_num_clusters
 from brainray.errors import ClusteringError, ConfigError, DataError
 from brainray.mri.leakage import Fingerprints, exposure

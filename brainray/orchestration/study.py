@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from brainray import layout
-from brainray.config import Config, flatten, parse_config, parse_yaml, to_yaml
+from brainray.config import Config
+from brainray.config_text import flatten, parse_config, parse_yaml, to_yaml
 from brainray.errors import BrainrayError, ConfigError
 from brainray.log import Log, log
 from brainray.models.features import check_encoder_name

@@ -19,7 +19,8 @@ from ray.tune.search import (
 from ray.tune.search.optuna import OptunaSearch
 
 from brainray import layout
-from brainray.config import Config, flatten, to_yaml
+from brainray.config import Config
+from brainray.config_text import flatten, to_yaml
 from brainray.engine.evaluate import Metrics
 from brainray.errors import BrainrayError, ConfigError, TrackingError
 from brainray.log import Log, log

@@ -11,14 +11,8 @@ from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from brainray import layout
-from brainray.config import (
-    Config,
-    SearchDomain,
-    TrainConfig,
-    flatten,
-    known_keys,
-    parse_config,
-)
+from brainray.config import Config, SearchDomain, TrainConfig
+from brainray.config_text import flatten, known_keys, parse_config
 from brainray.engine.evaluate import chosen_epoch
 from brainray.errors import BrainrayError, ConfigError, TransientError
 from brainray.log import log

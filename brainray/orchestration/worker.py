@@ -15,7 +15,8 @@ from torch import Tensor
 from brainray import dist, layout
 from brainray.clustering.collapse import ClusteringHealth
 from brainray.clustering.seeding import seed_of
-from brainray.config import Config, parse_config
+from brainray.config import Config
+from brainray.config_text import parse_config
 from brainray.engine.epoch import (
     EpochData,
     EpochResult,

@@ -11,7 +11,7 @@ import pytest
 from brainray.benchmarks import intracranial
 from brainray.benchmarks.intracranial import _Scored, run
 from brainray.benchmarks.result import CaseOptions
-from brainray.config import load_config
+from brainray.config_text import load_config
 from brainray.mri.phantom import make_series
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from brainray.benchmarks import labels
-from brainray.config import load_config
+from brainray.config_text import load_config
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 from brainray import layout
 from brainray.benchmarks import robustness
 from brainray.benchmarks.result import CaseOptions
-from brainray.config import load_config
+from brainray.config_text import load_config
 from brainray.errors import ConfigError
 from brainray.mri.phantom import make_slice
 from brainray.orchestration.driver import TrainedRun

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from brainray import layout
-from brainray.config import TrainConfig, load_config
+from brainray.config import TrainConfig
+from brainray.config_text import load_config
 from brainray.engine.recluster import recluster
 from brainray.engine.shard import PixelScale
 from brainray.engine.state import (

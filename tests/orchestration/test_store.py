@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from brainray.config import PreprocessConfig, load_config, parse_config
+from brainray.config import PreprocessConfig
+from brainray.config_text import load_config, parse_config
 from brainray.errors import ConfigError
 from brainray.orchestration.store import ImageStore, as_store_was_made
 from brainray.storage import Folder

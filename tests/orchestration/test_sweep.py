@@ -18,7 +18,8 @@ import ray
 from mlflow import MlflowClient
 from ray import tune
 
-from brainray.config import AugmentConfig, Config, load_config
+from brainray.config import AugmentConfig, Config
+from brainray.config_text import load_config
 from brainray.errors import (
     BrainrayError,
     BusyError,

@@ -19,7 +19,8 @@ import torch
 from mlflow import MlflowClient
 from ray.util.state import list_actors
 
-from brainray.config import Config, TrackingConfig, parse_config, parse_yaml, to_yaml
+from brainray.config import Config, TrackingConfig
+from brainray.config_text import parse_config, parse_yaml, to_yaml
 from brainray.engine.state import Checkpoint, load_checkpoint
 from brainray.errors import (
     BrainrayError,

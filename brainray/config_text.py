@@ -1,0 +1,236 @@
+"""Settings as text: YAML files, ``--set key=value``, errors that name a key, and ``--help``."""
+
+import difflib
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from brainray.config import AugmentConfig, Config
+from brainray.errors import ConfigError
+from brainray.redaction import redacted
+
+_CLASS_MAP = "classes.map."
+_MAX_CONFIG_BYTES = 1_000_000
+_MAX_PROBLEMS = 10  # in one error
+
+_SPACE_KEY = re.compile(
+    r"tune\.space\.(?P<setting>.+)\.(?P<kind>choice|uniform|log_uniform|integer)"
+)
+
+
+def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
+    """Read a YAML file (or the defaults), apply ``key=value`` overrides, and validate.
+
+    Raises:
+        ConfigError: a missing or malformed file, an unknown key, or a value out of range.
+    """
+    tree = _read_yaml(Path(path)) if path is not None else {}
+    for override in overrides:
+        _apply_override(tree, override)
+    return parse_config(tree)
+
+
+def parse_config(tree: Mapping[str, Any]) -> Config:
+    """Validate a plain tree, as read from YAML or from a saved run."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(error)) from None
+
+
+def flatten(config: BaseModel) -> dict[str, str | int | float | bool]:
+    """``{"train.num_epochs": 20, ...}``; unset values are left out, sequences become text."""
+    flat: dict[str, str | int | float | bool] = {}
+
+    def visit(prefix: str, value: Any) -> None:
+        if isinstance(value, Mapping):
+            for key, child in value.items():
+                visit(f"{prefix}.{key}" if prefix else key, child)
+        elif isinstance(value, (list, tuple)):
+            flat[prefix] = ",".join(str(item) for item in value)
+        elif value is not None:
+            flat[prefix] = value
+
+    visit("", config.model_dump())
+    return flat
+
+
+def parse_yaml(content: bytes, where: str) -> dict[str, Any]:
+    """The mapping that a YAML file holds; ``where`` names the file in errors.
+
+    Raises:
+        ConfigError: it is not valid YAML, or no mapping.
+    """
+    if len(content) > _MAX_CONFIG_BYTES:
+        raise ConfigError(f"{where} is larger than {_MAX_CONFIG_BYTES} bytes: not a config file")
+    try:
+        tree = yaml.load(content.decode(), _PlainLoader)
+    except Exception as error:  # PyYAML raises nearly anything on dates and numbers that are none
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{where} is not valid YAML: {_shortened(reason)}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{where} must hold a mapping of keys, not a {type(tree).__name__}")
+    return tree
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Plain values: SafeLoader refuses tags of Python objects, and this one aliases.
+
+    A few lines of aliases to aliases stand for more values than any memory holds. Which words are
+    no text is by the core schema of YAML 1.2: ``no``, ``010``, ``1_000`` and ``12:30``, which 1.1
+    takes for a truth value and numbers, are names like any other.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.MarkedYAMLError(problem="aliases (*name) are not read", problem_mark=mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Refuses a key that occurs twice, of which the last would win without a word."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {key.value!r} occurs twice", problem_mark=key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+class _PlainDumper(yaml.SafeDumper):
+    """Quotes what a reader of either YAML would take for no text."""
+
+
+_PlainLoader.yaml_implicit_resolvers = {}
+for _kind, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?(0|[1-9][0-9]*)", list("-+0123456789")),
+    (
+        "float",
+        r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+"
+        r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+):
+    for _side in (_PlainLoader, _PlainDumper):
+        _side.add_implicit_resolver(
+            f"tag:yaml.org,2002:{_kind}", re.compile(f"^(?:{_pattern})$"), _first
+        )
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration without secrets, as a file that ``--config`` reads back.
+
+    What a policy of augmentation brings by itself is left out: another policy brings its own.
+    """
+    tree = config.without_secrets().model_dump(mode="json")
+    for section in (
+        tree["augment"],
+        tree["augment_unlabelled"],
+        tree["self_supervision"]["augment"],
+    ):
+        own = AugmentConfig(policy=section["policy"]).model_dump(mode="json")
+        for key in [key for key, value in section.items() if key != "policy" and value == own[key]]:
+            del section[key]
+    return yaml.dump(tree, Dumper=_PlainDumper, sort_keys=False, allow_unicode=True)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConfigError(f"no such config file: {path}; those that come along are in configs/")
+    with path.open("rb") as stream:
+        return parse_yaml(stream.read(_MAX_CONFIG_BYTES + 1), where=str(path))
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip():
+        raise ConfigError(f"--set {override!r}: write dotted.key=value")
+    *parents, leaf = key.strip().split(".")
+    if key.startswith(_CLASS_MAP):  # names of classes may hold '.' and '='
+        key, _, text = override.rpartition("=")
+        parents, leaf = ["classes", "map"], key.removeprefix(_CLASS_MAP).strip()
+    of_space = _SPACE_KEY.fullmatch(key.strip())
+    if of_space is not None:  # the key of a setting, which has dots of its own
+        parents, leaf = ["tune", "space", of_space["setting"]], of_space["kind"]
+    try:
+        # Of a path, YAML would take what follows " #" for a comment, and ": " for a mapping.
+        value = text if " #" in text else yaml.load(text, _PlainLoader)
+        if isinstance(value, dict) and not text.lstrip().startswith("{"):
+            value = text
+    except Exception:  # as in a file: PyYAML raises nearly anything
+        value = text
+    node = tree
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"--set {override!r}: {parent} is a value, not a section")
+        node = child
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"--set {override!r}: the value must be finite")
+    # A number in the place of a name is that name, as typed; elsewhere it becomes a number again.
+    node[leaf] = text.strip() if isinstance(value, bool | int | float) else value
+
+
+def _explain(error: ValidationError) -> str:
+    """One line for all problems, each with its dotted key and, for a typo, the nearest key."""
+    problems = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            problems.append(f"unknown key {key!r}{_nearest(key)}")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            if item["type"] != "value_error":
+                message += f", not {_shortened(redacted(repr(item['input'])), 100)}"
+            problems.append(f"{key}: {message}" if key else message)
+    shown = [_shortened(" ".join(problem.split())) for problem in problems[:_MAX_PROBLEMS]]
+    more = len(problems) - len(shown)
+    return "; ".join(shown) + (f"; and {more} more" if more else "")
+
+
+def _shortened(text: str, limit: int = 500) -> str:
+    """Both ends of a text that is too long for one line."""
+    return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
+
+
+def _nearest(key: str) -> str:
+    section, _, name = key.rpartition(".")
+    siblings = [known for known in known_keys() if known.rpartition(".")[0] == section]
+    elsewhere = [known for known in known_keys() if known.rpartition(".")[2] == name]
+    matches = elsewhere or difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.8)
+    if matches:
+        return f" (did you mean {' or '.join(map(repr, matches[:3]))}?)"
+    return f" (there are: {', '.join(siblings)})" if section and siblings else ""
+
+
+def known_keys() -> list[str]:
+    """Every dotted key that ``--set`` takes, sections left out."""
+    return [key for key, _ in described_keys()]
+
+
+def described_keys() -> list[tuple[str, str]]:
+    """(dotted key, one-line description with default) of every setting, for ``--help``."""
+
+    def visit(section: BaseModel, prefix: str) -> list[tuple[str, str]]:
+        rows = []
+        for field_name, field in type(section).model_fields.items():
+            key, default = f"{prefix}{field_name}", getattr(section, field_name)
+            if isinstance(default, BaseModel):
+                rows += visit(default, f"{key}.")
+            else:
+                text = " ".join((field.description or "").split())
+                rows.append((key, f"{text} [{default}]"))
+        return rows
+
+    return visit(Config(), "")
