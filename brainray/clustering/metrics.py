@@ -4,6 +4,7 @@ Those of numpy arrays are for gathered results; `effective_rank` takes each rank
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,9 @@ from torch import Tensor
 
 from brainray.clustering import shards
 from brainray.errors import DataError
+
+CONFIDENCE = 0.95
+"""Of every interval that is reported."""
 
 MAX_SILHOUETTE_ROWS = 5000
 """Of more rows, so many are drawn: the time of a silhouette is quadratic."""
@@ -96,17 +100,22 @@ def classification_metrics(
     return result
 
 
-def bootstrap_means(
-    values: NDArray[np.number | np.bool_],
+def bootstrap_interval(
+    values: NDArray[Any],
     groups: Sequence[str] | NDArray[np.str_],
-    *,
-    num_resamples: int,
     seed: int,
-) -> NDArray[np.float64]:
-    """Means of rows' values (N,) over resamples, (num_resamples,), of whole groups of rows.
+    num_resamples: int = 1000,
+) -> tuple[float, float]:
+    """95 % percentile bootstrap interval (Efron 1979) of the mean, over whole groups of rows.
 
     Rows of one group, such as a subject's, are not independent: groups are drawn with replacement
-    (Davison & Hinkley 1997, section 3.8).
+    (Davison & Hinkley 1997, section 3.8). Where all values are the same it has no width.
+
+    Args:
+        values: (N,), such as whether each row is right.
+        groups: (N,) what rows belong together; a row that belongs to none has one of its own.
+        seed: of the resamples.
+        num_resamples: how many.
 
     Raises:
         DataError: if there are no rows.
@@ -121,33 +130,7 @@ def bootstrap_means(
     for number in range(num_resamples):
         drawn = generator.integers(len(sizes), size=len(sizes))
         means[number] = sums[drawn].sum() / sizes[drawn].sum()
-    return means
-
-
-def bootstrap_interval(
-    correct: NDArray[np.bool_],
-    groups: Sequence[str] | NDArray[np.str_],
-    seed: int,
-    num_resamples: int = 1000,
-    confidence: float = 0.95,
-) -> tuple[float, float]:
-    """Percentile bootstrap interval (Efron 1979) of the accuracy, over whole groups of rows.
-
-    Where every row is right it has no width.
-
-    Args:
-        correct: (N,).
-        groups: (N,) what rows belong together; a row that belongs to none has one of its own.
-        seed: of the resamples.
-        num_resamples: how many.
-        confidence: of the interval.
-
-    Raises:
-        DataError: if there are no rows.
-    """
-    means = bootstrap_means(correct, groups, num_resamples=num_resamples, seed=seed)
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
+    low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return float(low), float(high)
 
 

@@ -9,13 +9,12 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from scipy import stats
 
-from brainray.clustering.metrics import bootstrap_means
+from brainray.clustering.metrics import bootstrap_interval
 from brainray.engine.evaluate import Metrics
 from brainray.errors import DataError
 from brainray.schema import PREDICTED_BY, subset_masks
 
 _COMPARED = ("difference/", "fewer_errors/", "only_run/", "only_control/", "p/")
-_CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -56,16 +55,14 @@ def paired_difference(
         DataError: there are no rows.
     """
     gains = correct.astype(np.int64) - other_correct
-    resampled = bootstrap_means(gains, groups, num_resamples=num_resamples, seed=seed)
-    tail = (1 - _CONFIDENCE) / 2
-    low, high = np.quantile(resampled, [tail, 1 - tail])
+    low, high = bootstrap_interval(gains, groups, seed, num_resamples)
     num_errors = int((~other_correct).sum())
     only_one, only_other = int((gains > 0).sum()), int((gains < 0).sum())
     discordant = only_one + only_other
     return PairedDifference(
         value=float(gains.mean()),
-        low=float(low),
-        high=float(high),
+        low=low,
+        high=high,
         fewer_errors=float(gains.sum() / num_errors) if num_errors else None,
         only_one=only_one,
         only_other=only_other,

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import stats
 
+from brainray.clustering.metrics import CONFIDENCE
 from brainray.engine.evaluate import Metrics
-
-_CONFIDENCE = 0.95
 
 
 def summarise_draws(draws: Sequence[Metrics], control: Sequence[Metrics] | None = None) -> Metrics:
@@ -34,7 +33,7 @@ def summarise_draws(draws: Sequence[Metrics], control: Sequence[Metrics] | None 
         metrics[f"difference/{name}"] = float(differences.mean())
         if len(draws) > 1:
             metrics[f"control/{name}_std"] = float(others.std(ddof=1))
-            half = stats.t.ppf((1 + _CONFIDENCE) / 2, len(draws) - 1)
+            half = stats.t.ppf((1 + CONFIDENCE) / 2, len(draws) - 1)
             half *= differences.std(ddof=1) / math.sqrt(len(draws))
             metrics[f"difference/{name}_low"] = float(differences.mean() - half)
             metrics[f"difference/{name}_high"] = float(differences.mean() + half)
