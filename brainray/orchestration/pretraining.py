@@ -4,67 +4,25 @@ No label is read anywhere here. What it leaves, ``encoder.pt``, is read by ``enc
 too, so that it is also a warm-up of the semi-supervised training.
 """
 
-import hashlib
-import math
-import time
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import ray
-import ray.train
-import ray.train.torch
-import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch import Tensor
 
-from brainray import dist, layout
-from brainray.clustering.seeding import seed_of
+from brainray import layout
 from brainray.config import Config, FeatureConfig
-from brainray.config_text import parse_config
-from brainray.engine.recipe import agreed_precision, build_optimizer, resume_schedule
-from brainray.engine.recluster import ClusterModel, Reclustering, recluster_in_health
-from brainray.engine.self_supervised import (
-    Convergence,
-    Groups,
-    SoftTargets,
-    build_pretext,
-    changed_share,
-    cluster_without_labels,
-    embed_slices,
-    plan_steps,
-    pretext_epoch,
-)
-from brainray.engine.shard import CachedImages, Images, sample_keys
-from brainray.engine.state import state_from_bytes, state_to_bytes
-from brainray.errors import BrainrayError, CheckpointError, DivergenceError
-from brainray.log import Log, log
-from brainray.models.features import build_feature_encoder
-from brainray.models.pretext import PretextModel
-from brainray.orchestration.features import (
-    Weights,
-    content_key,
-    read_weights,
-    weights_from,
-)
+from brainray.engine.state import state_from_bytes
+from brainray.log import Log
+from brainray.orchestration.features import Weights, content_key, read_weights, weights_from
 from brainray.orchestration.lock import held
+from brainray.orchestration.pretraining_worker import pretrain_worker
 from brainray.orchestration.progress import PretrainingFollower
-from brainray.orchestration.ray_train import (
-    distributed,
-    failing_together,
-    returning_errors,
-    settle_worker,
-    train_on_workers,
-)
+from brainray.orchestration.ray_train import train_on_workers
 from brainray.orchestration.resources import WorkerResources, alive_nodes, plan_workers
 from brainray.orchestration.seen import seen_by_weights, training_slices
 from brainray.orchestration.store import ImageStore
-from brainray.schema import TRAIN
 from brainray.storage import Folder
 
 _OF_ROUNDS = {
@@ -75,7 +33,6 @@ _OF_ROUNDS = {
     "patience",
 }
 _OF_CONTRASTIVE = {"temperature", "positives", "projection_dim"}
-History = list[dict[str, float]]
 
 
 def warm_up(config: Config, store: ImageStore, log: Log) -> str | Mapping[str, Tensor]:
@@ -167,7 +124,7 @@ def pretrain(
 def _keep_what_it_sees(
     config: Config, store: ImageStore, feature: FeatureConfig, target: Folder
 ) -> None:
-    """Whose training starts from it holds its test slices against that."""
+    """A training that starts from the encoder holds its test slices against that."""
     before = seen_by_weights(feature.weights, Folder(config.storage))
     if before is not None:
         target.write_table(layout.SEEN_BEFORE, before)
@@ -197,7 +154,7 @@ def _train(
     }
     with PretrainingFollower(config.self_supervision, target, log):
         train_on_workers(
-            _pretrain_worker, settings, folder=target, workers=workers, config=config.train
+            pretrain_worker, settings, folder=target, workers=workers, config=config.train
         )
     target.delete_file(layout.STATE, missing_ok=True)
 
@@ -239,317 +196,8 @@ def _made_by(
     return made_by
 
 
-@returning_errors
-def _pretrain_worker(settings: dict[str, Any]) -> None:
-    """Ray Train's entry on every rank."""
-    config = parse_config(settings["config"])
-    feature = FeatureConfig.model_validate(settings["feature"])
-    settle_worker()
-    device = ray.train.torch.get_device()
-    torch.manual_seed(settings["seed"])
-    with failing_together(device):
-        learner = _Learner(config, feature, settings, device)
-    learner.learn()
-
-
-class _Learner:
-    """One rank's state between epochs and rounds."""
-
-    def __init__(
-        self, config: Config, feature: FeatureConfig, settings: dict[str, Any], device: torch.device
-    ) -> None:
-        store = ImageStore.open(Folder(settings["store"]), settings["data_hash"])
-        self.config = config
-        self.settings = config.self_supervision
-        self.feature = feature
-        self.folder = Folder(settings["folder"])
-        self.seed: int = settings["seed"]
-        self.device = device
-        self.precision = agreed_precision(config.train.precision, device)
-        self.pixel_mean, self.pixel_std = store.pixel_mean, store.pixel_std
-        self.pretext = build_pretext(feature.pretext, self.settings)
-        self.rows = _rows_of_store(store)
-        self.images, self.keys, self.groups = _load_slices(
-            store, self.rows, self.settings.positives, feature.image_size, device
-        )
-        encoder = build_feature_encoder(
-            feature.encoder,
-            ray.get(settings["state"]),
-            seed=self.seed,
-            pixel_mean=store.pixel_mean,
-            pixel_std=store.pixel_std,
-        ).standardised_by(store.pixel_mean, store.pixel_std)
-        with torch.inference_mode():
-            side = feature.image_size
-            embedding_dim = encoder(torch.zeros(1, 1, side, side)).shape[1]
-        head = self.pretext.head(embedding_dim)
-        learned_head = ray.get(settings["head"])
-        if learned_head is not None:
-            head.load_state_dict(learned_head)
-        learner = PretextModel(encoder, head)
-        self.model = learner.to(device).to(memory_format=torch.channels_last)
-        self.plan = plan_steps(
-            self.rows.num_rows, self.settings.batch_size_per_worker, dist.world_size()
-        )
-        self.ddp: nn.Module = self.model  # until all ranks have come so far
-        self.history: History = []
-        self.clusters: ClusterModel | None = None
-
-    def learn(self) -> None:
-        """The pretext's epochs, or rounds of refinement until assignments settle."""
-        self.ddp = distributed(self.model)
-        with failing_together(self.device):
-            state = _saved_state(self.folder)
-        self._check_all_go_on_from_one(0 if state is None else len(state["history"]))
-        if state is not None:
-            self._restore(state)
-        if self.feature.lambda_cluster > 0:
-            self._refine()
-        else:
-            self._learn_pretext(state)
-        with failing_together(self.device):
-            if dist.rank() == 0:
-                self._write_encoder()
-
-    def _learn_pretext(self, state: dict[str, Any] | None) -> None:
-        num_epochs = self.settings.num_epochs
-        optimizer, scheduler = self._optimizer(
-            self.settings.learning_rate, num_epochs * self.plan.num_steps
-        )
-        if state is not None:
-            optimizer.load_state_dict(state["optimizer"])
-            resume_schedule(scheduler, len(self.history) * self.plan.num_steps)
-        while len(self.history) < num_epochs:
-            started = time.monotonic()
-            epoch = len(self.history) + 1
-            losses = pretext_epoch(
-                self.ddp,
-                optimizer,
-                scheduler,
-                self.pretext,
-                self.images,
-                self.groups,
-                plan=self.plan,
-                seed=seed_of(self.seed, epoch, dist.rank()),
-                precision=self.precision,
-            )
-            self._check_finite(losses)
-            dist.share_buffers(self.model)  # all embed with the encoder that is saved
-            self._save(losses, started, optimizer)
-
-    def _refine(self) -> None:
-        """Cluster, train on the clusters, cluster anew, until few slices change their cluster."""
-        convergence = Convergence(
-            self.settings.tolerance, self.settings.patience, self.settings.max_rounds
-        )
-        z = self._embed()
-        if self.clusters is None:
-            found = cluster_without_labels(
-                z, self.keys, config=self.config.clustering, seed=self.seed
-            )
-            self.clusters, responsibilities = found.model, found.responsibilities
-            self._keep_assignments(responsibilities, 0)
-        else:  # the pair that was saved matches: it gives the same responsibilities again
-            responsibilities = self.clusters.responsibilities(z)
-        changes = [row["changed_share"] for row in self.history]
-        while not convergence.is_reached(changes):
-            started = time.monotonic()
-            number = len(changes) + 1
-            losses = self._train_round(number, SoftTargets(responsibilities, self.clusters.centers))
-            z = self._embed()
-            found, health, _ = recluster_in_health(
-                partial(self._cluster, z, responsibilities, number),
-                z,
-                responsibilities,
-                self.config.clustering,
-                where=f"{self.folder.name}, round {number}",
-                remedy="lower the feature's lambda_cluster or "
-                "self_supervision.round_learning_rate, or set clustering.on_collapse=warn",
-                say=log,
-            )
-            changes.append(changed_share(responsibilities, found.responsibilities))
-            self.clusters, responsibilities = found.model, found.responsibilities
-            self._keep_assignments(responsibilities, number)
-            figures = losses | {
-                "round": float(number),
-                "changed_share": changes[-1],
-                "smallest_share": health.smallest_share,
-                "largest_share": health.largest_share,
-                "effective_rank": health.effective_rank,
-            }
-            self._save(figures, started)
-
-    def _cluster(
-        self, z: Tensor, responsibilities: Tensor, number: int, anew: bool
-    ) -> Reclustering:
-        return cluster_without_labels(
-            z,
-            self.keys,
-            config=self.config.clustering,
-            seed=seed_of(self.seed, number) if anew else self.seed,
-            previous=None if anew else self.clusters,
-            previous_responsibilities=responsibilities,
-        )
-
-    def _train_round(self, number: int, soft: SoftTargets) -> dict[str, float]:
-        """``round_epochs`` epochs of both losses, with a schedule of their own."""
-        steps = self.settings.round_epochs * self.plan.num_steps
-        optimizer, scheduler = self._optimizer(self.settings.round_learning_rate, steps)
-        losses: dict[str, float] = {}
-        for epoch in range(self.settings.round_epochs):
-            losses = pretext_epoch(
-                self.ddp,
-                optimizer,
-                scheduler,
-                self.pretext,
-                self.images,
-                self.groups,
-                plan=self.plan,
-                seed=seed_of(self.seed, -number, epoch, dist.rank()),
-                precision=self.precision,
-                lambda_cluster=self.feature.lambda_cluster,
-                soft=soft,
-            )
-        self._check_finite(losses)
-        dist.share_buffers(self.model)
-        return losses
-
-    def _check_all_go_on_from_one(self, num_done: int) -> None:
-        """A mounted file system may show a new file to some nodes only, for a while."""
-        of_first = int(dist.broadcast_from_first(torch.tensor(num_done, device=self.device)))
-        with failing_together(self.device):
-            if num_done != of_first:
-                raise BrainrayError(
-                    f"{self.folder}/{layout.STATE} is of epoch {of_first} on the first worker and "
-                    f"of {num_done} on another: submit again when storage shows all nodes the same"
-                )
-
-    def _check_finite(self, losses: dict[str, float]) -> None:
-        """So that all ranks stop: what is saved would be reused by every run.
-
-        Losses are those before each step; what the last one has made of the weights, they tell.
-        """
-        are_finite = all(bool(part.isfinite().all()) for part in self.model.parameters())
-        if not (math.isfinite(losses["total"]) and are_finite):
-            raise DivergenceError(
-                f"learning without labels, epoch {len(self.history) + 1}: the loss or a weight "
-                "is NaN or infinite: lower self_supervision.learning_rate (or round_learning_rate) "
-                "or set train.precision=fp32"
-            )
-
-    def _optimizer(self, learning_rate: float, steps: int) -> tuple[Optimizer, LRScheduler]:
-        train = self.config.train.model_copy(update={"learning_rate": learning_rate})
-        return build_optimizer(self.model, train, steps)
-
-    def _embed(self) -> Tensor:
-        return embed_slices(
-            self.model.encoder,
-            self.images,
-            batch_size=self.config.train.embed_batch_size,
-            precision=self.precision,
-        )
-
-    def _keep_assignments(self, responsibilities: Tensor, number: int) -> None:
-        """Every slice's cluster after a round, for those who may look at labels."""
-        keys = dist.gather_rows(self.keys).cpu()
-        clusters = dist.gather_rows(responsibilities.argmax(dim=1)).cpu()
-        with failing_together(self.device):
-            if dist.rank() == 0:
-                # Slices lie on the ranks by group; sorted by key, they have one order everywhere.
-                order = torch.argsort(keys)
-                table = pa.table({"key": keys[order].numpy(), "cluster": clusters[order].numpy()})
-                (self.folder / layout.ROUNDS).write_table(f"round-{number:03d}.parquet", table)
-
-    def _save(
-        self,
-        figures: dict[str, float],
-        started: float,
-        optimizer: torch.optim.Optimizer | None = None,
-    ) -> None:
-        """Log and checkpoint what the next epoch or round goes on from."""
-        seconds = time.monotonic() - started
-        row = {"epoch": float(len(self.history) + 1), **figures, "seconds": seconds}
-        self.history.append(row)
-        with failing_together(self.device):
-            if dist.rank() == 0:
-                state = {
-                    "model": self.model.state_dict(),
-                    "history": self.history,
-                    "optimizer": None if optimizer is None else optimizer.state_dict(),
-                    "clusters": None if self.clusters is None else self.clusters.state_dict(),
-                }
-                self.folder.write_bytes(layout.STATE, state_to_bytes(state))
-                self.folder.write_json_lines(layout.METRICS, self.history)
-        ray.train.report({"epoch": row["epoch"]})
-
-    def _restore(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
-        self.history = state["history"]
-        if state["clusters"] is not None:
-            embedding_dim = state["clusters"]["centers"].shape[1]
-            clusters = ClusterModel(self.config.clustering, embedding_dim, 0, self.seed)
-            clusters.load_state_dict(state["clusters"])
-            self.clusters = clusters.to(self.device)
-        with failing_together(self.device):
-            if dist.rank() == 0:
-                self.folder.write_json_lines(layout.METRICS, self.history)
-
-    def _write_encoder(self) -> None:
-        """Last: with it the encoder is complete."""
-        state = {name: value.cpu() for name, value in self.model.encoder.grey_state().items()}
-        encoder = {
-            "format": layout.ENCODER_FORMAT,
-            "name": self.feature.encoder,
-            "encoder": state,
-            "head": {name: value.cpu() for name, value in self.model.head.state_dict().items()},
-            "pixel_mean": self.pixel_mean,
-            "pixel_std": self.pixel_std,
-        }
-        self.folder.write_bytes(layout.ENCODER, state_to_bytes(encoder))
-
-
 def _read_head(folder: Folder) -> dict[str, Tensor]:
     """The pretext's head that was trained with an encoder."""
     where = f"{folder}/{layout.ENCODER}"
     head: dict[str, Tensor] = state_from_bytes(folder.read_bytes(layout.ENCODER), where)["head"]
     return head
-
-
-def _saved_state(folder: Folder) -> dict[str, Any] | None:
-    if not folder.exists(layout.STATE):
-        return None
-    try:
-        return state_from_bytes(folder.read_bytes(layout.STATE), f"{folder}/{layout.STATE}")
-    except CheckpointError as damage:
-        if dist.rank() == 0:
-            log(f"{damage}; the warm-up begins anew")
-        return None
-
-
-def _rows_of_store(store: ImageStore) -> pa.Table:
-    """The training slices without labels, those of one (likely) subject in a row.
-
-    A group's name tells of its size (it is the smallest sample_id); by a hash of it, every rank
-    gets large and small ones.
-    """
-    index = store.index()
-    rows = index.filter(pc.equal(index["split"], TRAIN)).select(["sample_id", "split_group_id"])
-    groups = rows["split_group_id"].to_pylist()
-    order = pa.array([hashlib.sha256(group.encode()).hexdigest() for group in groups], pa.string())
-    rows = rows.append_column("order", order)
-    return rows.sort_by([("order", "ascending"), ("sample_id", "ascending")])
-
-
-def _load_slices(
-    store: ImageStore, rows: pa.Table, positives: str, side: int, device: torch.device
-) -> tuple[Images, Tensor, Groups]:
-    """Of those rows this rank's: slices, keys, and which the pretext draws together."""
-    first, end = (
-        place * len(rows) // dist.world_size() for place in (dist.rank(), dist.rank() + 1)
-    )
-    mine = rows["sample_id"].to_pylist()[first:end]
-    keys = torch.from_numpy(sample_keys(mine)).to(device)
-    column = "split_group_id" if positives == "subject" else "sample_id"
-    _, groups = np.unique(rows[column].to_numpy(), return_inverse=True)
-    images = torch.from_numpy(store.images(mine, TRAIN, side)).to(device)
-    return CachedImages(images), keys, Groups(torch.from_numpy(groups[first:end]))

@@ -31,7 +31,8 @@ from brainray.errors import (
 from brainray.orchestration import driver, worker
 from brainray.orchestration.driver import TrainedRun, train
 from brainray.orchestration.features import weights_from
-from brainray.orchestration.pretraining import _read_head, _saved_state
+from brainray.orchestration.pretraining import _read_head
+from brainray.orchestration.pretraining_worker import _saved_state
 from brainray.storage import Folder
 from tests.conftest import tiny_config
 
