@@ -44,7 +44,7 @@ from brainray.orchestration.ray_train import (
     distributed,
     failing_together,
     returning_errors,
-    settle_worker,
+    settle_rank,
 )
 from brainray.orchestration.store import ImageStore
 from brainray.schema import TRAIN
@@ -58,7 +58,7 @@ def pretrain_worker(settings: dict[str, Any]) -> None:
     """Ray Train's entry on every rank."""
     config = parse_config(settings["config"])
     feature = FeatureConfig.model_validate(settings["feature"])
-    settle_worker()
+    settle_rank()
     device = ray.train.torch.get_device()
     torch.manual_seed(settings["seed"])
     with failing_together(device):

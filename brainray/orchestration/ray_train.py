@@ -53,7 +53,7 @@ def distributed(model: nn.Module) -> nn.Module:
     return wrapped
 
 
-def settle_worker() -> None:
+def settle_rank() -> None:
     """In a worker: few logs, and as many threads as CPUs were reserved.
 
     Ray Train tells every report through a logger that its own level misses; ranks on one node

@@ -74,7 +74,7 @@ from brainray.orchestration.ray_train import (
     distributed,
     failing_together,
     returning_errors,
-    settle_worker,
+    settle_rank,
 )
 from brainray.orchestration.run import read_run_info
 from brainray.orchestration.store import ImageStore
@@ -102,7 +102,7 @@ def _train(
 ) -> None:
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
-    settle_worker()
+    settle_rank()
     torch.manual_seed(config.seed)
     with failing_together(device):
         store = ImageStore.open(store_folder, read_run_info(run)["data_hash"])
