@@ -59,6 +59,11 @@ class Predictions:
         """(N,) class of the most likely component: no output of the head in it."""
         return np.asarray(self.class_of_cluster[self.clusters])
 
+    @property
+    def by_predictor(self) -> dict[str, NDArray[np.int64]]:
+        """(N,) classes of each of the model's two predictors."""
+        return {"head": self.head, "cluster": self.cluster_classes}
+
     def select(self, mask: NDArray[np.bool_]) -> "Predictions":
         """The slices for which the mask (N,) is true."""
         return Predictions(
@@ -111,10 +116,8 @@ def subset_metrics(predictions: Predictions, classes: Sequence[str], subset: str
     metrics: Metrics = {f"{prefix}/num_slices": float(len(scored.labels))}
     if len(scored.labels) == 0:
         return metrics
-    for predictor, predicted in (("head", scored.head), ("cluster", scored.cluster_classes)):
-        figures = classification_metrics(scored.labels, predicted, classes)
-        for name, value in _reportable(figures, subset).items():
-            metrics[f"{prefix}/{predictor}/{name}"] = value
+    for predictor, predicted in scored.by_predictor.items():
+        metrics |= _accuracy_metrics(scored.labels, predicted, classes, subset, predictor)
     if len(np.unique(scored.labels)) > 1:  # of one class there is nothing to agree with
         for name, value in clustering_metrics(scored.labels, scored.clusters).items():
             metrics[f"{prefix}/cluster/{name}"] = value
@@ -122,6 +125,17 @@ def subset_metrics(predictions: Predictions, classes: Sequence[str], subset: str
     if separation is not None:
         metrics[f"{prefix}/cluster/silhouette"] = separation
     return metrics
+
+
+def _accuracy_metrics(
+    labels: NDArray[np.int64],
+    predicted: NDArray[np.int64],
+    classes: Sequence[str],
+    subset: str,
+    predictor: str,
+) -> Metrics:
+    figures = _reportable(classification_metrics(labels, predicted, classes), subset)
+    return {f"test/{subset}/{predictor}/{name}": value for name, value in figures.items()}
 
 
 def _reportable(figures: Metrics, subset: str) -> Metrics:
@@ -144,7 +158,7 @@ def confusion_metrics(predictions: Predictions, classes: Sequence[str], prefix: 
     """Confusion matrices as flat counts: ``PREFIX/head/confusion/LABEL/PREDICTION``."""
     scored = predictions.select(predictions.labels != UNLABELLED)
     metrics: Metrics = {}
-    for predictor, predicted in (("head", scored.head), ("cluster", scored.cluster_classes)):
+    for predictor, predicted in scored.by_predictor.items():
         counts = np.zeros((len(classes), len(classes)))
         np.add.at(counts, (scored.labels, predicted), 1)
         for row, label in enumerate(classes):
@@ -271,7 +285,9 @@ def summarise(
     """
     table = table.filter(pc.is_valid(table["label"]))
     predictions = _from_table(table, classes, class_of_cluster)
-    baseline = None if seen is None else _nearest_thumbnail(table, seen, classes)
+    by_predictor = predictions.by_predictor
+    if seen is not None:
+        by_predictor["thumbnail_1nn"] = _nearest_thumbnail(table, seen, classes)
     subsets = subset_masks(table)
     ids = table["sample_id"].to_pylist()
     group_of = np.array([(groups or {}).get(identity, identity) for identity in ids], dtype=str)
@@ -286,28 +302,16 @@ def summarise(
         if temperature is not None:
             tempered = temper(chosen.probabilities, temperature)
             metrics[f"{prefix}_tempered"] = calibration_error(tempered, chosen.labels)
-        predictors = {"head": chosen.head, "cluster": chosen.cluster_classes}
-        if baseline is not None:
-            predictors["thumbnail_1nn"] = baseline[mask]
-            figures = _reportable(
-                classification_metrics(chosen.labels, predictors["thumbnail_1nn"], classes), subset
-            )
-            for name, value in figures.items():
-                metrics[f"test/{subset}/thumbnail_1nn/{name}"] = value
-        for name, predicted in predictors.items():
-            low, high = bootstrap_interval(
-                predicted == chosen.labels, group_of[mask], seed, num_resamples
-            )
+        for name, predicted in by_predictor.items():
+            if name not in chosen.by_predictor:  # the others are among the subset's figures
+                metrics |= _accuracy_metrics(chosen.labels, predicted[mask], classes, subset, name)
+            is_right = predicted[mask] == chosen.labels
+            low, high = bootstrap_interval(is_right, group_of[mask], seed, num_resamples)
             metrics[f"test/{subset}/{name}/accuracy_low"] = low
             metrics[f"test/{subset}/{name}/accuracy_high"] = high
     if "clean" in subsets and subsets["clean"].any():
-        mix = np.bincount(predictions.labels[subsets["clean"]], minlength=len(classes)).astype(
-            float
-        )
-        predictors = {"head": predictions.head, "cluster": predictions.cluster_classes}
-        if baseline is not None:
-            predictors["thumbnail_1nn"] = baseline
-        for name, predicted in predictors.items():
+        mix = np.bincount(predictions.labels[subsets["clean"]], minlength=len(classes))
+        for name, predicted in by_predictor.items():
             reweighted = reweighted_accuracy(predictions.labels, predicted, mix / mix.sum())
             if reweighted is not None:
                 metrics[f"test/all_as_clean/{name}/accuracy"] = reweighted
