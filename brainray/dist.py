@@ -52,44 +52,44 @@ def gather_rows(rows: Tensor) -> Tensor:
     """
     if world_size() == 1:
         return rows
-    num_rows = torch.zeros(world_size(), dtype=torch.int64, device=rows.device)
+    num_rows = torch.zeros(world_size(), dtype=torch.int64)
     num_rows[rank()] = rows.shape[0]
-    num_rows = sum_across_ranks(num_rows)
-    longest = int(num_rows.max())
+    counts = sum_across_ranks(num_rows.to(rows.device)).tolist()
+    longest = max(counts)
     # all_gather wants equal shapes: pad to the longest shard, cut again afterwards.
     padded = rows.new_zeros((longest, *rows.shape[1:]))
     padded[: rows.shape[0]] = rows
     gathered = [torch.empty_like(padded) for _ in range(world_size())]
     torch_dist.all_gather(gathered, padded)
-    return torch.cat(
-        [part[:count] for part, count in zip(gathered, num_rows.tolist(), strict=True)]
-    )
+    return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
 
 
-def gather_rows_with_gradient(rows: Tensor) -> Tensor:
-    """`gather_rows`, through which a loss of all ranks' rows reaches this rank's.
+def gather_equal_rows(rows: Tensor) -> Tensor:
+    """`gather_rows` of as many rows on every rank, through which a loss reaches this rank's.
 
-    Backward is collective too: a row's gradient is the sum of what every rank's loss sends back.
-    With the ranks' mean loss, as DDP averages gradients, that is the gradient of the mean.
+    Nothing is counted first, so no device is waited for. Backward is collective too: a row's
+    gradient is the sum of what every rank's loss sends back. With the ranks' mean loss, as DDP
+    averages gradients, that is the gradient of the mean.
     """
     if world_size() == 1:
         return rows
-    gathered: Tensor = _GatherRows.apply(rows)
+    gathered: Tensor = _GatherEqualRows.apply(rows)
     return gathered
 
 
-class _GatherRows(torch.autograd.Function):
+class _GatherEqualRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:
-        num_rows = gather_rows(torch.tensor([rows.shape[0]], device=rows.device))
-        ctx.first = int(num_rows[: rank()].sum())
-        ctx.num_rows = rows.shape[0]
-        return gather_rows(rows)
+        ctx.num_rows = len(rows)
+        gathered = rows.new_empty((world_size() * len(rows), *rows.shape[1:]))
+        torch_dist.all_gather_into_tensor(gathered, rows.contiguous())
+        return gathered
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         (gradient,) = gradients
-        return sum_across_ranks(gradient)[ctx.first : ctx.first + ctx.num_rows]
+        first = rank() * ctx.num_rows
+        return sum_across_ranks(gradient)[first : first + ctx.num_rows]
 
 
 def broadcast_from_first(tensor: Tensor) -> Tensor:

@@ -380,7 +380,9 @@ class GaussianMixture(FittedModule):
         width = 2 * x.shape[1] + self.num_components
         if self.covariance_type == "full":
             width = x.shape[1] * (self.num_components + 1)
-        return shards.blocks(x.shape[0], self.block_rows or shards.rows_in_cache(2 * width))
+        return shards.blocks(
+            x.shape[0], self.block_rows or shards.rows_of_block(2 * width, x.device)
+        )
 
     def _center(self) -> Tensor:
         """The mixture's mean, which after an M-step is the mean of the rows fitted."""

@@ -194,7 +194,7 @@ class KMeans(FittedModule):
         return shards.blocks(x.shape[0], self._rows_of_block(x))
 
     def _rows_of_block(self, x: Tensor) -> int:
-        return self.block_rows or shards.rows_in_cache(x.shape[1] + self.num_clusters)
+        return self.block_rows or shards.rows_of_block(x.shape[1] + self.num_clusters, x.device)
 
     def _checked(self, init_centers: Tensor, x: Tensor) -> Tensor:
         expected = (self.num_clusters, x.shape[1])

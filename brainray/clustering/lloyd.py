@@ -88,7 +88,7 @@ class TorchAssignment(Assignment):
         self, x: Tensor, row_squares: Tensor, num_clusters: int, block_rows: int | None = None
     ) -> None:
         super().__init__(x, row_squares, num_clusters)
-        self.block_rows = block_rows or shards.rows_in_cache(num_clusters)
+        self.block_rows = block_rows or shards.rows_of_block(num_clusters, x.device)
         self.is_new = True
         wide = torch.float64
         self.sums = torch.zeros(num_clusters, x.shape[1], dtype=wide, device=x.device)

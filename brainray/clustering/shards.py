@@ -20,6 +20,7 @@ ROWS_AT_A_TIME = 16_384
 IDENTICAL_ROWS_RATIO = 1e-24
 
 _CACHED_ELEMENTS = 2**20  # numbers that stay in a processor's cache
+_ELEMENTS_ON_GPU = 2**26  # there, many small blocks would take longer to begin than to compute
 _MIN_BLOCK_ROWS = 256
 
 _SUMMED_ROWS = 4096  # converted to float64 at a time: they stay in the processor's cache
@@ -35,9 +36,10 @@ def blocks(num_rows: int, block_rows: int) -> Iterator[slice]:
         yield slice(start, min(start + block_rows, num_rows))
 
 
-def rows_in_cache(elements_per_row: int) -> int:
+def rows_of_block(elements_per_row: int, device: torch.device) -> int:
     """Rows of a block of which so many numbers each are at hand at a time."""
-    return max(_CACHED_ELEMENTS // elements_per_row, _MIN_BLOCK_ROWS)
+    elements = _CACHED_ELEMENTS if device.type == "cpu" else _ELEMENTS_ON_GPU
+    return max(elements // elements_per_row, _MIN_BLOCK_ROWS)
 
 
 def check_form(x: Tensor) -> None:

@@ -141,6 +141,9 @@ class EpochData:
         )
         drawn = self.labelled.images.batches(order)
         drawn_unlabelled = self.unlabelled.images.batches(order_unlabelled)
+        # At once: a copy to a GPU waits for all that it is at work on.
+        rows_of_steps = torch.stack(order).to(device)
+        rows_of_steps_unlabelled = torch.stack(order_unlabelled).to(device)
         for step in range(self.steps):
             views = self._view(next(drawn), self.augmentation, generator)
             views_unlabelled = self._view(
@@ -150,7 +153,7 @@ class EpochData:
             if self.mixup_alpha:
                 mixup = Mixup.draw(len(views), self.mixup_alpha, self.seed + step, device)
                 views = mixup.images(views)
-            rows, rows_unlabelled = order[step].to(device), order_unlabelled[step].to(device)
+            rows, rows_unlabelled = rows_of_steps[step], rows_of_steps_unlabelled[step]
             yield StepBatch(
                 self.scale.standardise(torch.cat([views, views_unlabelled])),
                 torch.cat([self.labelled.keys[rows], self.unlabelled.keys[rows_unlabelled]]),

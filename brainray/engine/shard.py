@@ -70,8 +70,13 @@ class CachedImages:
         self.images[row, 0] = torch.from_numpy(image)
 
     def batches(self, rows: Iterable[Tensor]) -> Iterator[Tensor]:
-        for index in rows:
-            yield self.images[index.to(self.device)]
+        indices = list(rows)
+        if not indices:
+            return
+        # At once: a copy to a GPU waits for all that it is at work on.
+        on_device = torch.cat(indices).to(self.device)
+        for index in on_device.split([len(index) for index in indices]):
+            yield self.images[index]
 
 
 class StreamedImages:

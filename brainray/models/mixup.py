@@ -24,8 +24,9 @@ class Mixup:
         """
         share = random.Random(seed).betavariate(alpha, alpha)
         generator = torch.Generator().manual_seed(seed)  # on the CPU: the same on every device
-        partners = torch.randperm(num_slices, generator=generator).to(device)
-        return cls(max(share, 1 - share), partners)
+        pinned = device.type == "cuda"  # such a copy does not wait for what the GPU is at work on
+        partners = torch.randperm(num_slices, generator=generator, pin_memory=pinned)
+        return cls(max(share, 1 - share), partners.to(device, non_blocking=True))
 
     def images(self, images: Tensor) -> Tensor:
         """(B_l, 1, H, W) mixed with the partners'."""

@@ -62,5 +62,7 @@ def anchor_loss(log_near: Tensor, labels: Tensor, class_of_cluster: Tensor) -> T
     """
     belongs = labels[:, None] == class_of_cluster  # (N, K)
     has_cluster = belongs.any(dim=1)
-    own = log_near.masked_fill(~belongs, -torch.inf)[has_cluster].logsumexp(dim=1)
-    return -own.sum() / max(len(labels), 1)
+    # Rows without a cluster are kept whole, then left out: to pick the others would wait for a GPU.
+    kept = belongs | ~has_cluster[:, None]
+    own = log_near.masked_fill(~kept, -torch.inf).logsumexp(dim=1)
+    return -torch.where(has_cluster, own, 0.0).sum() / max(len(labels), 1)

@@ -41,7 +41,7 @@ class RotationPretext:
         turns = torch.arange(NUM_TURNS, device=images.device)
         rows = torch.arange(len(images), device=images.device)
         return Views(
-            torch.cat([images.rot90(int(turn), dims=(2, 3)) for turn in turns]),
+            torch.cat([images.rot90(turn, dims=(2, 3)) for turn in range(NUM_TURNS)]),
             rows.repeat(NUM_TURNS),
             turns.repeat_interleave(len(images)),
             num_clustered=len(images),  # the upright ones: turned ones must stay apart

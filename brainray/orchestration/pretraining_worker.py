@@ -61,8 +61,9 @@ def pretrain_worker(settings: dict[str, Any]) -> None:
     settle_rank()
     device = ray.train.torch.get_device()
     torch.manual_seed(settings["seed"])
-    with failing_together(device):
-        learner = _Learner(config, feature, settings, device)
+    precision = agreed_precision(config.train.precision, device)
+    with failing_together(device):  # no collective within: a rank may not come so far
+        learner = _Learner(config, feature, settings, device, precision)
     learner.learn()
 
 
@@ -70,7 +71,12 @@ class _Learner:
     """One rank's state between epochs and rounds."""
 
     def __init__(
-        self, config: Config, feature: FeatureConfig, settings: dict[str, Any], device: torch.device
+        self,
+        config: Config,
+        feature: FeatureConfig,
+        settings: dict[str, Any],
+        device: torch.device,
+        precision: str,
     ) -> None:
         store = ImageStore.open(Folder(settings["store"]), settings["data_hash"])
         self.config = config
@@ -79,7 +85,7 @@ class _Learner:
         self.folder = Folder(settings["folder"])
         self.seed: int = settings["seed"]
         self.device = device
-        self.precision = agreed_precision(config.train.precision, device)
+        self.precision = precision
         self.pixel_mean, self.pixel_std = store.pixel_mean, store.pixel_std
         self.pretext = build_pretext(feature.pretext, self.settings)
         self.rows = _rows_of_store(store)

@@ -15,18 +15,25 @@ from typing import Any
 import cv2
 import ray
 import torch
-from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train import (
+    FailureConfig,
+    LoggingConfig,
+    RunConfig,
+    ScalingConfig,
+    TrainingFailedError,
+)
 from ray.train.torch import TorchConfig, TorchTrainer
 from torch import nn
 
 from brainray import dist, errors
 from brainray.config import TrainConfig
-from brainray.errors import BrainrayError
+from brainray.errors import BrainrayError, ConfigError
 from brainray.orchestration.own_head import WITHOUT_PREEMPTION
 from brainray.orchestration.resources import WorkerResources
 from brainray.storage import Folder
 
 _RAYS_LIST = "checkpoint_manager_snapshot.json"
+_NO_CUDA = "ProcessGroupNCCL is only supported with GPUs"  # PyTorch's words
 _RESIZE_INTERVAL_S = 60.0  # between looks for room for more workers
 
 Settings = dict[str, Any]
@@ -41,15 +48,22 @@ def settle_ray_train() -> None:
             os.environ.setdefault(name, value)
 
 
-DDP_OPTIONS: dict[str, Any] = {"find_unused_parameters": True}
-"""Nothing is unused: it keeps the gradients in the buckets that they begin in. Else DDP orders them
-anew after its first step, and three ranks or more would sum them in another order in the first step
-of a run that goes on than one that was not disturbed."""
+def ddp_options(device: torch.device) -> dict[str, Any]:
+    """Of `torch.nn.parallel.DistributedDataParallel`.
+
+    On CPUs every parameter is looked for in the graph, though none is unused: it keeps the
+    gradients in the buckets that they begin in. Else DDP orders them anew after its first step, and
+    three ranks or more would sum them in another order in the first step of a run that goes on than
+    one that was not disturbed; on GPUs sums differ from run to run anyway. Buffers are not shared
+    at every step: training reads none, and `dist.share_buffers` does so where something will.
+    """
+    return {"find_unused_parameters": device.type == "cpu", "broadcast_buffers": False}
 
 
 def distributed(model: nn.Module) -> nn.Module:
     """The model with gradients averaged over all ranks, where there are several."""
-    wrapped: nn.Module = ray.train.torch.prepare_model(model, parallel_strategy_kwargs=DDP_OPTIONS)
+    options = ddp_options(ray.train.torch.get_device())
+    wrapped: nn.Module = ray.train.torch.prepare_model(model, parallel_strategy_kwargs=options)
     return wrapped
 
 
@@ -164,11 +178,19 @@ def run_trainer(trainer: TorchTrainer) -> None:
 
     Raises:
         BrainrayError: that a worker has returned, as what it was.
+        ConfigError: PyTorch cannot use the GPUs that Ray has found.
         ray.train.TrainingFailedError: workers were lost more often than is allowed.
     """
     before = signal.getsignal(signal.SIGINT)
     try:
         result: Any = trainer.fit()
+    except TrainingFailedError as error:
+        if _NO_CUDA in str(error):  # said before any code of ours runs in a worker
+            raise ConfigError(
+                "Ray has found GPUs that PyTorch cannot use on the workers' nodes: mend the driver "
+                "or install PyTorch with CUDA there, or set train.device=cpu"
+            ) from error
+        raise
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, before)

@@ -161,12 +161,14 @@ def blocks_on_actors(
         resources: how many actors there may be, and what Ray reserves for each.
         memory: that Ray reserves for each, in bytes.
     """
+    # Of few blocks, one actor would take all before another GPU had its own.
+    at_first = resources.num_actors if resources.num_gpus else 1
     return dataset.map_batches_internal(
         actor,
         fn_constructor_kwargs=dict(arguments),
         batch_size=None,
         batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=resources.num_actors),
+        compute=ray.data.ActorPoolStrategy(min_size=at_first, max_size=resources.num_actors),
         num_cpus=resources.num_cpus,
         num_gpus=resources.num_gpus,
         memory=memory,

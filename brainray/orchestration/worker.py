@@ -314,7 +314,8 @@ class _Trainer:
         with failing_together(self.device):
             chosen = load_checkpoint(self.run / layout.BEST)
         clusters = chosen.clusters.to(self.device)
-        output = self._embed(self.data.test.images, chosen.encoder.to(self.device))
+        encoder = chosen.encoder.to(self.device).to(memory_format=torch.channels_last)
+        output = self._embed(self.data.test.images, encoder)
         test = self._gathered(self.data.test, output, clusters)
         with failing_together(self.device):
             if dist.rank() == 0:

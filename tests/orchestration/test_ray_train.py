@@ -6,17 +6,19 @@ import subprocess
 import sys
 from types import FrameType, SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+import ray.train
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from brainray import dist
-from brainray.errors import BrainrayError, DivergenceError, StorageError
+from brainray.errors import BrainrayError, ConfigError, DivergenceError, StorageError
 from brainray.models.encoder import build_encoder
 from brainray.orchestration.own_head import WITHOUT_PREEMPTION
 from brainray.orchestration.ray_train import (
-    DDP_OPTIONS,
+    ddp_options,
     failing_together,
     run_trainer,
     settle_ray_train,
@@ -102,11 +104,11 @@ def weights_of_two_steps(is_wrapped_again: bool) -> torch.Tensor:
     torch.manual_seed(0)
     encoder = build_encoder("resnet18", "random", 3)
     optimizer = torch.optim.SGD(encoder.parameters(), lr=0.1)
-    model = DistributedDataParallel(encoder, **DDP_OPTIONS)
+    model = DistributedDataParallel(encoder, **ddp_options(torch.device("cpu")))
     images = torch.randn(2, 4, 1, 32, 32, generator=torch.Generator().manual_seed(dist.rank()))
     for step in range(2):
         if step and is_wrapped_again:
-            model = DistributedDataParallel(encoder, **DDP_OPTIONS)
+            model = DistributedDataParallel(encoder, **ddp_options(torch.device("cpu")))
         optimizer.zero_grad()
         model(images[step]).logits.square().mean().backward()
         optimizer.step()
@@ -134,3 +136,15 @@ def error_of_this_rank() -> tuple[str, str]:
 def test_an_error_of_one_rank_is_what_it_is_on_every_rank() -> None:
     found = dist.run_on_ranks(error_of_this_rank, 2)
     assert found == [("StorageError", 'no room for "model.pt"\non /mnt')] * 2
+
+
+def test_gpus_that_pytorch_cannot_use_are_told_as_that() -> None:
+    words = "ValueError: ProcessGroupNCCL is only supported with GPUs, no GPUs found!"
+
+    def trainer(said: str) -> Any:
+        return SimpleNamespace(fit=Mock(side_effect=ray.train.TrainingFailedError(said)))
+
+    with pytest.raises(ConfigError, match=r"set train\.device=cpu"):
+        run_trainer(trainer(words))
+    with pytest.raises(ray.train.TrainingFailedError, match="a worker died"):
+        run_trainer(trainer("a worker died"))
