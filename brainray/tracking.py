@@ -20,11 +20,12 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import mlflow
 import mlflow.pyfunc
 from mlflow import MlflowClient
-from mlflow.entities import LifecycleStage, Metric, Param, RunTag
+from mlflow.entities import LifecycleStage, Metric, Param, RunInfo, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.store.db import utils as db_utils
@@ -42,6 +43,7 @@ URI_VARIABLE = "MLFLOW_TRACKING_URI"
 
 _BATCH = 500  # MLflow refuses batches of more than 1,000 metrics
 _MAX_PARAMS = 100
+_ENDED = {"FINISHED", "FAILED", "KILLED"}
 _DATABASE_RETRIES = 3  # in half a second; MLflow's own ten take two minutes, for every call
 _FORBIDDEN = re.compile(r"[^\w\-. :/]")
 
@@ -78,6 +80,7 @@ class MLflowTracker:
         self._artifacts = artifacts
         self._client: MlflowClient | None = None
         self._state: dict[str, object] = {}
+        self._ended: RunInfo | None = None  # how and when, where the run has ended before
 
     @property
     def run_id(self) -> str | None:
@@ -86,13 +89,14 @@ class MLflowTracker:
         return None if run_id is None else str(run_id)
 
     def begin(self, name: str, params: Mapping[str, object], tags: Mapping[str, str]) -> None:
-        """Open the run, or find it again."""
+        """Open the run, or find it again; one that has ended stays so until it is `running`."""
         with _readable_errors(self._uri):
             client = self._connect()
             uri = redacted(self._uri)  # a file in storage is no place for a password
             self._state = self._read_state(uri)
-            if self._state.get("run_id") is not None and self._is_known(client):
-                client.update_run(self._id, status="RUNNING")
+            known = None if self.run_id is None else self._find(client)
+            if known is not None:
+                self._ended = known if known.status in _ENDED else None
                 client.log_batch(self._id, tags=_tags(tags))
             else:
                 run = client.create_run(self._experiment_id(client), run_name=name, tags=dict(tags))
@@ -110,8 +114,18 @@ class MLflowTracker:
                 self._state["params_sent"] = True
                 self._save()
 
+    def running(self) -> None:
+        """Mark the run as one that goes on."""
+        with _readable_errors(self._uri):
+            if self._ended is not None:
+                self._connect().update_run(self._id, status="RUNNING")
+                self._ended = None
+
     def log_epochs(self, history: list[dict[str, float]]) -> None:
-        """Send the epochs that were not sent yet."""
+        """Send the epochs that were not sent yet, by this process or another."""
+        told = self._read_state(redacted(self._uri))
+        if told.get("run_id") == self.run_id:
+            self._state = told
         sent = int(str(self._state["epochs_sent"]))
         with _readable_errors(self._uri):
             for metrics in history[sent:]:
@@ -146,19 +160,38 @@ class MLflowTracker:
         with _readable_errors(self._uri):
             self._connect().log_batch(self._id, tags=_tags(tags))
 
-    def log_model(self, served: ServedFiles, registered_name: str | None) -> None:
-        """Keep a model that can be served; register it where a name is given."""
+    def log_model(
+        self, served: ServedFiles, registered_name: str | None, *, anew: bool = True
+    ) -> None:
+        """Keep a model that can be served, and register it where a name is given.
+
+        Where not ``anew``, the one that was kept last is not kept again. MLflow takes the run for
+        ended then: `finish` says how it has.
+        """
+        digest = hashlib.sha256(str(registered_name).encode())
+        for path in sorted(path for path in served.data.rglob("*") if path.is_file()):
+            digest.update(path.read_bytes())
+        if not anew and self._state.get("model_sent") == digest.hexdigest():
+            return
         with _readable_errors(self._uri), _globally(self._uri):
             self._connect()
             with mlflow.start_run(run_id=self._id), _without_advice():
                 mlflow.pyfunc.log_model(
                     name="model", registered_model_name=registered_name, **_pyfunc(served)
                 )
+            self._state["model_sent"] = digest.hexdigest()
+            self._save()
 
     def finish(self, status: str = "FINISHED") -> None:
-        """Mark the run as FINISHED, FAILED or KILLED."""
+        """Mark the run as FINISHED, FAILED or KILLED; as it was, where it had ended like that, or
+        where nothing is known but that it has ended (KILLED).
+        """
         with _readable_errors(self._uri):
-            self._connect().set_terminated(self._id, status=status)
+            was = self._ended
+            if was is not None and status in {was.status, "KILLED"}:
+                self._connect().set_terminated(self._id, was.status, was.end_time)
+            else:
+                self._connect().set_terminated(self._id, status)
 
     @property
     def _id(self) -> str:
@@ -176,14 +209,15 @@ class MLflowTracker:
         state = servers.pop(uri, {})
         return state | {"elsewhere": servers}
 
-    def _is_known(self, client: MlflowClient) -> bool:
-        """Whether the server still has the run: it, or the database, may have been deleted."""
+    def _find(self, client: MlflowClient) -> RunInfo | None:
+        """None where the server has the run no more: it, or the database, may have been deleted."""
         try:
-            return bool(client.get_run(self._id).info.lifecycle_stage == LifecycleStage.ACTIVE)
+            info = client.get_run(self._id).info
         except MlflowException as error:
             if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-                return False
+                return None
             raise
+        return info if info.lifecycle_stage == LifecycleStage.ACTIVE else None
 
     def _connect(self) -> MlflowClient:
         if self._client is None:
@@ -192,6 +226,9 @@ class MLflowTracker:
             os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
             db_utils.MAX_RETRY_COUNT = _DATABASE_RETRIES  # there is no variable for it
             _quiet()
+            database = self._uri.removeprefix("sqlite:///")
+            if database != self._uri:
+                Path(unquote(database)).parent.mkdir(parents=True, exist_ok=True)
             self._client = MlflowClient(tracking_uri=self._uri)
         return self._client
 
@@ -243,6 +280,9 @@ class LenientTracker:
         self._begin = lambda: self._tracker.begin(name, params, tags)
         self._try("begin", lambda: None)
 
+    def running(self) -> None:
+        self._try("status", self._tracker.running)
+
     def log_epochs(self, history: list[dict[str, float]]) -> None:
         self._try("epochs", lambda: self._tracker.log_epochs(history))
 
@@ -256,8 +296,10 @@ class LenientTracker:
     def log_tags(self, tags: Mapping[str, str]) -> None:
         self._try("tags", lambda: self._tracker.log_tags(tags))
 
-    def log_model(self, served: ServedFiles, registered_name: str | None) -> None:
-        self._try("model", lambda: self._tracker.log_model(served, registered_name))
+    def log_model(
+        self, served: ServedFiles, registered_name: str | None, *, anew: bool = True
+    ) -> None:
+        self._try("model", lambda: self._tracker.log_model(served, registered_name, anew=anew))
 
     def finish(self, status: str = "FINISHED") -> None:
         self._try("status", lambda: self._tracker.finish(status))
@@ -314,7 +356,6 @@ def _mlflow_type(arrow: str) -> DataType | Array:
 def default_uri(storage: Folder) -> str:
     """A SQLite file in a local storage, else in ~/brainray."""
     folder = storage.local_path or Path.home() / "brainray"
-    folder.mkdir(parents=True, exist_ok=True)
     path = str(folder).replace("%", "%25").replace("?", "%3F")  # as SQLAlchemy reads it
     return f"sqlite:///{path}/mlflow.db"
 

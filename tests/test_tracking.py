@@ -62,6 +62,39 @@ def test_a_restarted_driver_goes_on_in_the_same_run_without_repeating(run: Folde
     assert experiment.artifact_location.startswith((run.local_path or Path()).as_uri())
 
 
+def test_a_run_that_has_ended_stays_so_until_it_goes_on(run: Folder) -> None:
+    client = MlflowClient(database(run))
+
+    def begun() -> MLflowTracker:
+        made = tracker(run, database(run))
+        made.begin("first", {}, {})
+        return made
+
+    first = begun()
+    first.finish("FAILED")
+    ended = client.get_run(str(first.run_id)).info
+    again = begun()
+    assert client.get_run(str(first.run_id)).info.status == "FAILED"
+    again.finish("KILLED")  # as of a run that has ended, nobody knows how
+    after = client.get_run(str(first.run_id)).info
+    assert (after.status, after.end_time) == (ended.status, ended.end_time)
+    again.running()
+    assert client.get_run(str(first.run_id)).info.status == "RUNNING"
+    again.finish()
+    assert client.get_run(str(first.run_id)).info.status == "FINISHED"
+
+
+def test_epochs_that_another_process_has_sent_are_not_sent_again(run: Folder) -> None:
+    first, other = tracker(run, database(run)), tracker(run, database(run))
+    first.begin("first", {}, {})
+    first.log_epochs(HISTORY[:1])
+    other.begin("first", {}, {})
+    other.log_epochs(HISTORY)
+    first.log_epochs(HISTORY)
+    logged = MlflowClient(database(run)).get_metric_history(str(first.run_id), "train/loss/ce")
+    assert [metric.step for metric in logged] == [1, 2, 3]
+
+
 def test_an_unreachable_server_is_said_once_and_nothing_is_lost(run: Folder) -> None:
     said: list[str] = []
     away = LenientTracker(tracker(run, NOWHERE), said.append)

@@ -80,6 +80,7 @@ def train(config: Config, log: Log = log) -> TrainedRun:
         config, run = training.config, training.run
         tracking = begin_tracking(config, run, log)
         if not run.is_complete:
+            tracking.tracker.running()
             try:
                 with Follower(config.train, run, tracking.tracker, log):
                     fit(training, log)

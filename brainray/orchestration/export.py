@@ -22,7 +22,7 @@ from brainray.engine.export import (
     onnx_bytes,
     safetensors_bytes,
 )
-from brainray.errors import CheckpointError, ConfigError
+from brainray.errors import CheckpointError, ConfigError, TrackingError
 from brainray.log import Log, log
 from brainray.mri.duplicates import thumbnail_matrix
 from brainray.orchestration import serving
@@ -203,6 +203,8 @@ def _put(local: Path, target: Folder) -> None:
 def _register(config: Config, run: Run, served: ServedFiles, log: Log) -> str | None:
     """Log the model to the run's own MLflow run and register it."""
     tracking = begin_tracking(config_to_track(config, run), run, log)
+    if tracking.tracker.problem is not None:
+        raise TrackingError(f"not registered: {tracking.tracker.problem}")
     try:
         tracking.mlflow.log_model(served, config.registry.name)
     finally:

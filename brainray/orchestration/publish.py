@@ -81,6 +81,11 @@ def open_tracking(
     """
     storage = Folder(config.storage)
     uri = os.environ.get(URI_VARIABLE) or config.tracking.uri or default_uri(storage)
+    if HIDDEN in uri:
+        raise ConfigError(
+            f"tracking.uri ({uri}) was kept without its password: give it again with "
+            f"--set tracking.uri=... or {URI_VARIABLE}"
+        )
     mlflow = MLflowTracker(folder, uri, config.tracking.experiment, artifact_location(uri, storage))
     tracker = LenientTracker(
         mlflow, warn=lambda problem: log(f"{problem}; figures are kept in {folder}")

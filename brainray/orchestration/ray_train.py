@@ -57,7 +57,7 @@ def ddp_options(device: torch.device) -> dict[str, Any]:
     one that was not disturbed; on GPUs sums differ from run to run anyway. Buffers are not shared
     at every step: training reads none, and `dist.share_buffers` does so where something will.
     """
-    return {"find_unused_parameters": device.type == "cpu", "broadcast_buffers": False}
+    return {"find_unused_parameters": device.type == "cpu", "forward_sync_buffers": False}
 
 
 def distributed(model: nn.Module) -> nn.Module:

@@ -94,6 +94,7 @@ def _study(
     folder.write_bytes(layout.CONFIG, to_yaml(config).encode())
     hashes = {f"brainray.data_hash.{name}": store.data_hash for name, store in stores.items()}
     tracking = open_tracking(config, folder, flatten(config.without_secrets()), hashes, log)
+    tracking.tracker.running()
     try:
         seen = seen_by_features(config)
         sets = {name: study_set(store, folder, seen) for name, store in stores.items()}

@@ -1,6 +1,7 @@
 """A sweep: trials of the training driver under Ray Tune, resumable by name."""
 
 import json
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -35,6 +36,7 @@ from brainray.orchestration.resources import WorkerResources
 from brainray.orchestration.store import ImageStore, differing_settings, with_defaults
 from brainray.orchestration.trials import (
     Trial,
+    TrialReader,
     check_space,
     read_trials,
     run_name,
@@ -118,30 +120,33 @@ def _sweep(
             log(f"its best model is registered as {base.registry.name}")
         return FinishedSweep(folder=folder, **summary)
     tracking = open_parent()
+    tracking.tracker.running()
     follower = _Follower(base, name, tracking, log)
     try:
         warm_up(base, store, log)  # once, for all trials
         with follower:
             results = _tuner(base, folder, workers, log).fit()
             follower.errors = _errors(results)
+        trials = read_trials(base, name)
+        ranked = _ranked(base, trials)
+        if not ranked:
+            raise BrainrayError(
+                f"no trial could be trained: {_why_none(base, trials, follower.errors)}"
+            )
+        return _conclude(base, folder, trials, ranked, follower, tracking, log)
     except BaseException as stop:
         status = "FAILED" if isinstance(stop, Exception) else "KILLED"
         follower.end(status)
         tracking.tracker.finish(status)
         raise
-    trials = read_trials(base, name)
-    ranked = _ranked(base, trials)
-    if not ranked:
-        problems = sorted({trial.problem for trial in trials if trial.problem})
-        problems += sorted(set(follower.errors.values()))
-        follower.end("FAILED")
-        tracking.tracker.finish("FAILED")
-        if not problems and base.tune.time_budget_min is not None:
-            problems = [
-                f"none ended an epoch within tune.time_budget_min={base.tune.time_budget_min}"
-            ]
-        raise BrainrayError(f"no trial could be trained: {'; '.join(problems) or 'see the log'}")
-    return _conclude(base, folder, trials, ranked, follower, tracking, log)
+
+
+def _why_none(config: Config, trials: list[Trial], errors: dict[str, str]) -> str:
+    problems = sorted({trial.problem for trial in trials if trial.problem})
+    problems += sorted(set(errors.values()))
+    if not problems and config.tune.time_budget_min is not None:
+        return f"none ended an epoch within tune.time_budget_min={config.tune.time_budget_min}"
+    return "; ".join(problems) or "see the log"
 
 
 def _begin(config: Config, store: ImageStore, folder: Folder, log: Log) -> None:
@@ -169,8 +174,8 @@ def _begin(config: Config, store: ImageStore, folder: Folder, log: Log) -> None:
         return
     begun_with = folder.read_json(_SETTINGS)
     # What an earlier version did not know, it did as the default does.
-    for key in ("encoder", "objective", "split"):
-        begun_with[key] = with_defaults(begun_with[key], Config().model_dump(mode="json")[key])
+    defaults = Config().model_dump(mode="json")
+    begun_with = with_defaults(begun_with, {key: defaults.get(key) for key in settings})
     difference = differing_settings(begun_with, settings)
     if difference:
         raise ConfigError(
@@ -195,8 +200,9 @@ def _tuner(config: Config, folder: Folder, workers: WorkerResources, log: Log) -
     # Tune's own handler would let an interrupted sweep end as if it were complete.
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
     path = str(folder / _TUNE)
-    if tune.Tuner.can_restore(path):
-        return tune.Tuner.restore(path, trainable, resume_errored=True)
+    if _has_state(config, folder / _TUNE) and tune.Tuner.can_restore(path):
+        space = _param_space(config)
+        return tune.Tuner.restore(path, trainable, resume_errored=True, param_space=space)
     settings = config.tune
     concurrent = settings.max_concurrent_trials or max(1, workers.room // workers.num_workers)
     log(f"{concurrent} trial(s) at a time, {workers.num_workers} worker(s) each")
@@ -221,6 +227,34 @@ def _tuner(config: Config, folder: Folder, workers: WorkerResources, log: Log) -
     )
 
 
+def _has_state(config: Config, folder: Folder) -> bool:
+    """Whether Tune has left a state to go on from; one that was cut while it was written is none.
+
+    Raises:
+        ConfigError: there is none, and trials have begun that it would not know.
+    """
+    is_whole = False
+    for name in folder.names():
+        if not name.startswith("experiment_state-"):
+            continue
+        try:
+            folder.read_json(name)
+            is_whole = True
+        except BrainrayError:
+            folder.delete_file(name)
+    if is_whole or not folder.names():
+        return is_whole
+    begun = read_trials(config, str(config.name))
+    if begun:
+        raise ConfigError(
+            f"{folder} has lost Tune's state, and with it which trials were drawn: choose another "
+            f"name for the sweep, or delete {folder.parent} and its {len(begun)} runs, such as "
+            f"{run_name(str(config.name), begun[0].trial_id)}"
+        )
+    folder.delete()
+    return False
+
+
 def _param_space(config: Config) -> dict[str, Any]:
     grid = config.tune.algorithm == "grid"
     domains: dict[str, Callable[[list[Any]], Any]] = {
@@ -240,7 +274,7 @@ def _search(config: Config, concurrent: int) -> Searcher | SearchAlgorithm:
     """Which trials come, ``concurrent`` of them at a time; ``seed`` draws them."""
     if config.tune.algorithm == "optuna":
         settings = config.tune
-        optuna = OptunaSearch(metric=settings.metric, mode=settings.mode, seed=config.seed)
+        optuna = OptunaSearch(metric=settings.metric, mode=settings.mode, seed=config.seed % 2**32)
         return ConcurrencyLimiter(optuna, max_concurrent=concurrent)
     return BasicVariantGenerator(max_concurrent=concurrent, random_state=config.seed % 2**32)
 
@@ -250,25 +284,44 @@ def _scheduler(config: Config) -> TrialScheduler | None:
     if settings.scheduler == "asha":
         return _Halving(
             config.train.num_epochs,
+            max_t=config.train.num_epochs,
             time_attr="epoch",
             grace_period=min(settings.min_epochs, config.train.num_epochs),
             reduction_factor=settings.reduction_factor,
         )
     if settings.scheduler == "median":
-        return MedianStoppingRule(time_attr="epoch", grace_period=settings.min_epochs)
+        return _MedianStopping(
+            config.train.num_epochs, time_attr="epoch", grace_period=settings.min_epochs
+        )
     return None
 
 
-class _Halving(AsyncHyperBandScheduler):
-    """Successive halving that lets a trial which has trained to its end draw its figures too."""
+class _LetsEnd(TrialScheduler):
+    """Of a scheduler: a trial that has trained to its end draws its figures too, and one that could
+    not be trained stands for no figure.
+    """
 
     def __init__(self, num_epochs: int, **settings: Any) -> None:
-        super().__init__(max_t=num_epochs, **settings)
+        super().__init__(**settings)
         self._num_epochs = num_epochs
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        if not math.isfinite(result.get(self.metric, math.nan)):
+            return self.CONTINUE
         action: str = super().on_trial_result(tune_controller, trial, result)
         return self.CONTINUE if result["epoch"] >= self._num_epochs else action
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        if math.isfinite(result.get(self.metric, math.nan)):
+            super().on_trial_complete(tune_controller, trial, result)
+
+
+class _Halving(_LetsEnd, AsyncHyperBandScheduler):
+    pass
+
+
+class _MedianStopping(_LetsEnd, MedianStoppingRule):
+    pass
 
 
 def _errors(results: tune.ResultGrid) -> dict[str, str]:
@@ -302,7 +355,10 @@ class _Follower(Watcher):
         self._parent = parent
         self._quiet_s = 0.0
         self._children: dict[str, Tracking] = {}
-        self._num_seen = {trial.trial_id: len(trial.history) for trial in read_trials(config, name)}
+        self._tried: set[str] = set()  # complete trials that have been sent, or could not be
+        self._sent: set[str] = set()
+        self._reader = TrialReader(config, name)
+        self._num_seen = {trial.trial_id: len(trial.history) for trial in self._reader.read()}
         self.errors: dict[str, str] = {}
 
     def outcome(self, trial: Trial) -> str:
@@ -330,13 +386,15 @@ class _Follower(Watcher):
     def close(self, trial: Trial) -> None:
         """Send the rest of a trial, and say in MLflow how it ended."""
         child = self._child(trial)
-        if child is None or trial.run is None:
+        if child is None or trial.run is None or trial.trial_id in self._sent:
             return
         outcome = self.outcome(trial)
         send_run(trial.run, child.tracker)
         child.tracker.log_tags({"brainray.outcome": outcome})
         if not trial.run.is_complete:
             child.tracker.finish("FAILED" if outcome.startswith("failed") else "KILLED")
+        if child.tracker.problem is None:
+            self._sent.add(trial.trial_id)
 
     def end(self, status: str) -> None:
         """Say in MLflow that trials which were begun here train no more."""
@@ -354,8 +412,13 @@ class _Follower(Watcher):
 
     def look(self) -> None:
         self._quiet_s += POLL_S
-        trials = read_trials(self._config, self._name)
+        trials = self._reader.read()
         news = [self._tell(trial) for trial in trials]
+        for trial in trials:
+            is_complete = trial.run is not None and trial.run.is_complete
+            if is_complete and trial.trial_id not in self._tried:
+                self._tried.add(trial.trial_id)
+                self.close(trial)
         if any(news) and self._quiet_s >= _TABLE_EVERY_S:
             self._log(_table(self._config, trials, self.state, limit=_NUM_SHOWN))
             self._quiet_s = 0.0
@@ -370,6 +433,7 @@ class _Follower(Watcher):
             return False
         child = self._child(trial)
         if child is not None:
+            child.tracker.running()
             child.tracker.log_epochs(trial.history)
         return True
 
@@ -442,7 +506,9 @@ def _conclude(
     figures = [f"{layout.FIGURES}/{name}" for name in (folder / layout.FIGURES).names()]
     tracking.tracker.log_files([_BEST, _TABLE, _TRIALS, _SETTINGS, *figures])
     tracking.tracker.log_tags({"brainray.best_trial": best.trial_id})
-    _log_model(config, best, tracking.tracker)
+    is_whole = not follower.errors
+    name = config.registry.name if is_whole else None
+    _log_model(config, best, tracking.tracker, name, anew=False)
     tracking.tracker.finish()
     result: dict[str, Any] = {
         "metrics": metrics,
@@ -466,13 +532,15 @@ def _conclude(
     return FinishedSweep(folder=folder, **result)
 
 
-def _log_model(config: Config, best: Trial, tracker: LenientTracker) -> None:
-    """To the sweep's MLflow run, and under ``registry.name`` where it has one."""
+def _log_model(
+    config: Config, best: Trial, tracker: LenientTracker, name: str | None, *, anew: bool
+) -> None:
+    """To the sweep's MLflow run, and to the registry where a name is given."""
     if best.run is None:
         return
     of_best = config.model_copy(update={"run": str(best.run.info["name"]), "epoch": None})
     with served_files(find_predictor(of_best, "the sweep's model")) as served:
-        tracker.log_model(served, config.registry.name)
+        tracker.log_model(served, name, anew=anew)
 
 
 def _register_later(config: Config, sweep: str, tracking: Tracking) -> None:
@@ -481,7 +549,8 @@ def _register_later(config: Config, sweep: str, tracking: Tracking) -> None:
     Raises:
         TrackingError: the server cannot be used.
     """
-    _log_model(config, _ranked(config, read_trials(config, sweep))[0], tracking.tracker)
+    best = _ranked(config, read_trials(config, sweep))[0]
+    _log_model(config, best, tracking.tracker, config.registry.name, anew=True)
     tracking.tracker.finish()
     if tracking.tracker.problem is not None:
         raise TrackingError(tracking.tracker.problem)

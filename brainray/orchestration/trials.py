@@ -4,7 +4,7 @@ import math
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ray import tune
@@ -79,7 +79,7 @@ def run_trial(
         with begun_training(config, log) as training:
             if training.run.is_complete:  # the trial was cut after its last epoch
                 history = training.run.folder.read_json_lines(layout.METRICS)
-                tune.report(reported_metrics(history[-1]))
+                tune.report(reported_metrics(history))
                 return
             fit(training, log, callbacks=[TuneReportCallback()])
             complete_run(training, log)
@@ -197,35 +197,50 @@ def run_name(sweep: str, trial_id: str) -> str:
 
 def read_trials(config: Config, sweep: str) -> list[Trial]:
     """Every trial of a sweep that has begun, in the order of their ids."""
-    space = config.tune.space
-    trials = {}
-    runs = Folder(config.storage) / layout.RUNS
-    of_sweep = re.compile(re.escape(run_name(sweep, "")) + _TRIAL_ID)
-    for name in runs.names():
-        folder, matched = runs / name, of_sweep.fullmatch(name)
-        if matched is None or not folder.exists(layout.RUN):
-            continue
-        trial_id, run = matched.group(1), Run(folder, read_run_info(folder))
-        saved = run.saved_config()
-        flat = flatten(saved)
-        trials[trial_id] = Trial(
-            trial_id,
-            run,
-            {key: flat.get(key) for key in space},
-            folder.read_json_lines(layout.METRICS),
-            saved.train,
-        )
-    failed = sweep_folder(config, sweep) / FAILED
-    for name in failed.names():
-        trial_id = name.removesuffix(".json")
-        said = failed.read_json(name)
-        begun = trials.get(trial_id)
-        trials[trial_id] = Trial(
-            trial_id,
-            None if begun is None else begun.run,
-            said["parameters"],
-            [] if begun is None else begun.history,
-            config.train if begun is None else begun.train,
-            problem=said["problem"],
-        )
-    return [trials[trial_id] for trial_id in sorted(trials)]
+    return TrialReader(config, sweep).read()
+
+
+class TrialReader:
+    """Reads the trials of a sweep again and again; what a run began with, once."""
+
+    def __init__(self, config: Config, sweep: str) -> None:
+        self._config = config
+        self._sweep = sweep
+        self._runs = Folder(config.storage) / layout.RUNS
+        self._pattern = re.compile(re.escape(run_name(sweep, "")) + _TRIAL_ID)
+        self._begun: dict[str, Trial | None] = {}  # by run; None of one that is no trial
+
+    def read(self) -> list[Trial]:
+        """Every trial that has begun, in the order of their ids."""
+        trials = {}
+        for name in self._runs.names():
+            begun = self._begun_trial(name)
+            if begun is not None:
+                history = (self._runs / name).read_json_lines(layout.METRICS)
+                trials[begun.trial_id] = replace(begun, history=history)
+        failed = sweep_folder(self._config, self._sweep) / FAILED
+        for name in failed.names():
+            trial_id, said = name.removesuffix(".json"), failed.read_json(name)
+            begun = trials.get(trial_id)
+            if begun is None:
+                begun = Trial(trial_id, None, {}, [], self._config.train)
+            trials[trial_id] = replace(
+                begun, parameters=said["parameters"], problem=said["problem"]
+            )
+        return [trials[trial_id] for trial_id in sorted(trials)]
+
+    def _begun_trial(self, name: str) -> Trial | None:
+        """The trial that a run is, without its epochs; None of any other run."""
+        matched, folder = self._pattern.fullmatch(name), self._runs / name
+        if matched is None or (name not in self._begun and not folder.exists(layout.RUN)):
+            return None
+        if name not in self._begun:
+            run = Run(folder, read_run_info(folder))
+            saved = run.saved_config()
+            flat = flatten(saved)
+            parameters = {key: flat.get(key) for key in self._config.tune.space}
+            # A run that somebody has named like a trial is tracked elsewhere.
+            is_trial = saved.tracking.experiment == self._sweep
+            begun = Trial(matched.group(1), run, parameters, [], saved.train)
+            self._begun[name] = begun if is_trial else None
+        return self._begun[name]

@@ -538,7 +538,7 @@ class _Trainer:
             None if self.average is None else self.encoder.state_dict(),
             self.history,
         )
-        reported = reported_metrics(metrics)
+        reported = reported_metrics(self.history)
         with failing_together(self.device):
             if dist.rank() == 0:
                 self._write(state, coordinates, log_likelihood, test, started)
@@ -604,10 +604,11 @@ class _Trainer:
         return dist.count_across_ranks(len(shard), self.device)
 
 
-def reported_metrics(metrics: dict[str, float]) -> dict[str, float]:
-    """What Ray is told of an epoch: figures of validation only, so that nothing else can choose."""
-    return {
-        name: value
-        for name, value in metrics.items()
-        if name == "epoch" or name.startswith("validation/")
-    }
+def reported_metrics(history: list[dict[str, float]]) -> dict[str, float]:
+    """What Ray is told after an epoch: figures of the one whose model the run would keep by now.
+
+    Of validation only, so that nothing else can choose.
+    """
+    kept = history[chosen_epoch(history) - 1]
+    figures = {name: value for name, value in kept.items() if name.startswith("validation/")}
+    return {"epoch": history[-1]["epoch"]} | figures

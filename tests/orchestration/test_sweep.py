@@ -1,14 +1,16 @@
 """Sweeps on a real Ray cluster: choosing by validation, going on by name, MLflow's parent."""
 
 import json
+import math
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest.mock import Mock
 
 import mlflow
 import numpy as np
@@ -17,9 +19,10 @@ import pytest
 import ray
 from mlflow import MlflowClient
 from ray import tune
+from ray.tune.schedulers import TrialScheduler
 
 from brainray.config import AugmentConfig, Config
-from brainray.config_text import load_config
+from brainray.config_text import load_config, to_yaml
 from brainray.errors import (
     BrainrayError,
     BusyError,
@@ -33,7 +36,16 @@ from brainray.orchestration.driver import TrainedRun
 from brainray.orchestration.lock import held
 from brainray.orchestration.publish import open_tracking
 from brainray.orchestration.run import Run
-from brainray.orchestration.sweep import FinishedSweep, _begin, _Follower, _ranked, _table, sweep
+from brainray.orchestration.sweep import (
+    FinishedSweep,
+    _begin,
+    _Follower,
+    _has_state,
+    _ranked,
+    _scheduler,
+    _table,
+    sweep,
+)
 from brainray.orchestration.trials import (
     Trial,
     check_space,
@@ -349,11 +361,71 @@ def test_a_sweep_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
     assert lines == [f"sweep {folder}: resumed"]
 
 
+def as_trial(trained: TrainedRun, storage: Path, sweep: str, trial_id: str) -> Path:
+    """A copy of a run as a trial of a sweep in ``storage``."""
+    folder = storage / "runs" / f"{sweep}-{trial_id}"
+    shutil.copytree(str(trained.run.folder), folder)
+    config = trained.run.saved_config()
+    tracked = config.tracking.model_copy(update={"experiment": sweep})
+    config = config.model_copy(update={"tracking": tracked})
+    (folder / "config.yaml").write_text(to_yaml(config))
+    return folder
+
+
+def test_a_run_that_is_named_like_a_trial_is_none(trained: TrainedRun, tmp_path: Path) -> None:
+    as_trial(trained, tmp_path, "search", "0a1b2_00000")
+    shutil.copytree(str(trained.run.folder), tmp_path / "runs" / "search-20261128")
+    found = read_trials(sweep_config(tmp_path), "search")
+    assert [trial.trial_id for trial in found] == ["0a1b2_00000"]
+
+
+def test_a_sweep_without_tunes_state_begins_anew_or_says_why_not(
+    trained: TrainedRun, tmp_path: Path
+) -> None:
+    config = sweep_config(tmp_path)
+    state = Folder(tmp_path) / "sweeps" / "search" / "tune"
+    assert not _has_state(config, state)
+    state.write_bytes("tuner.pkl", b"")
+    state.write_bytes("experiment_state-b.json", b'{"trial_data": [')  # a kill has cut it
+    state.write_json("experiment_state-a.json", {})
+    assert _has_state(config, state)
+    assert state.names() == ["experiment_state-a.json", "tuner.pkl"]
+    state.delete_file("experiment_state-a.json")
+    as_trial(trained, tmp_path, "search", "0a1b2_00000")
+    with pytest.raises(ConfigError, match=r"lost Tune's state.*1 runs, such as search-0a1b2_"):
+        _has_state(config, state)
+    shutil.rmtree(tmp_path / "runs")
+    assert not _has_state(config, state)
+    assert not state.exists()
+
+
+@pytest.mark.parametrize("scheduler", ["asha", "median"])
+def test_a_trial_that_has_trained_to_its_end_is_not_stopped(scheduler: str, tmp_path: Path) -> None:
+    config = sweep_config(tmp_path, f"tune.scheduler={scheduler}", "train.num_epochs=3")
+    made: Any = _scheduler(config)
+    made.set_search_properties("score", "max")
+    controller = Mock(get_live_trials=lambda: [])
+
+    def actions_of(name: str, values: Sequence[float]) -> list[str]:
+        trial = Mock(trial_id=name)
+        made.on_trial_add(controller, trial)
+        results = [{"epoch": epoch, "score": value} for epoch, value in enumerate(values, start=1)]
+        actions = [made.on_trial_result(controller, trial, result) for result in results]
+        made.on_trial_complete(controller, trial, results[-1])
+        return actions
+
+    going_on = [TrialScheduler.CONTINUE] * 3
+    for name in "abcd":
+        assert actions_of(name, [0.5, 0.5, 2.0]) == going_on
+    assert actions_of("could not be trained", [-math.inf] * 3) == going_on
+    assert actions_of("no match for the others at its end", [0.6] * 3) == going_on
+    assert actions_of("no match for them at once", [0.4] * 2)[1] == TrialScheduler.STOP
+
+
 def test_runs_that_a_deleted_sweep_has_left_are_not_this_ones(
     trained: TrainedRun, tmp_path: Path
 ) -> None:
-    left = tmp_path / "runs" / "search-0a1b2_00000"
-    shutil.copytree(str(trained.run.folder), left)
+    as_trial(trained, tmp_path, "search", "0a1b2_00000")
     store = SimpleNamespace(data_hash="abc")
     folder = Folder(tmp_path) / "sweeps" / "search"
     with pytest.raises(ConfigError, match=r"earlier sweep 'search'.*runs/search-0a1b2_00000 and"):
@@ -416,7 +488,14 @@ def test_a_trial_that_failed_is_not_the_best(tmp_path: Path) -> None:
             name,
             None,
             {},
-            [{"epoch": 1.0, metric: value, "validation/num_slices": 9.0}],
+            [
+                {
+                    "epoch": 1.0,
+                    "train/image_size": 32.0,
+                    "validation/score_error": 0.1,
+                    metric: value,
+                }
+            ],
             config.train,
             problem,
         )
@@ -430,7 +509,7 @@ def test_a_trial_counts_by_the_epoch_whose_model_it_keeps(tmp_path: Path) -> Non
     sizes_and_scores = ((64, 0.80), (64, 0.93), (128, 0.90), (128, 0.89))
     history = [
         {"epoch": float(n), "train/image_size": float(side), score: value, "validation/loss": 1 / n}
-        | {"validation/num_slices": 100.0, "validation/score_error": 0.03}
+        | {"validation/score_error": 0.03}
         for n, (side, value) in enumerate(sizes_and_scores, start=1)
     ]
     trial = Trial("a", None, {}, history, tiny_config(tmp_path).train)
@@ -472,8 +551,7 @@ def test_trials_that_a_stop_has_cut_are_told_so_in_mlflow(
 ) -> None:
     config = tiny_config(tmp_path, "name=cut", f"tune.space={json.dumps(SPACE)}")
     for trial_id in ("abc12_00000", "abc12_00001"):
-        folder = tmp_path / "runs" / f"cut-{trial_id}"
-        shutil.copytree(str(trained.run.folder), folder)
+        folder = as_trial(trained, tmp_path, "cut", trial_id)
         (folder / "tracking.json").unlink()
     (folder / "summary.json").unlink()  # of the second
     parent = open_tracking(config, Folder(tmp_path) / "sweeps" / "cut", {}, {}, print)
@@ -501,7 +579,7 @@ def test_the_table_while_it_runs_shows_every_trial_that_does(tmp_path: Path) -> 
         epoch = {
             "epoch": 1.0,
             "validation/score": 0.9 - 0.1 * number,
-            "validation/num_slices": 20.0,
+            "validation/score_error": 0.05,
             "time/epoch_s": 10.0,
             "time/images_per_s": 123.0,
             "train/image_size": 32.0,
