@@ -199,7 +199,16 @@ class Folder:
 
     def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
         """A Parquet file, or all Parquet files of a folder."""
-        return pq.read_table(self._join(name), columns=columns, filesystem=self.filesystem)
+        with self._told_why_not_read(name), self._told_if_damaged(name):
+            return pq.read_table(self._join(name), columns=columns, filesystem=self.filesystem)
+
+    @contextlib.contextmanager
+    def _told_if_damaged(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except pa.ArrowInvalid as error:
+            reason = str(error).splitlines()[0]
+            raise DataError(f"{self.uri}/{name} is damaged: {reason}") from None
 
     def row_groups(self, name: str, columns: list[str]) -> Iterator[pa.Table]:
         """Those of a Parquet file, one in memory at a time."""

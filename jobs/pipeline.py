@@ -12,6 +12,7 @@ def work(config: Config) -> JobResult:
     from brainray.orchestration.data import preprocess
     from brainray.orchestration.driver import check_sides, train
     from brainray.orchestration.evaluation import evaluate
+    from brainray.orchestration.publish import how_to_open
     from brainray.orchestration.resources import alive_nodes, plan_workers
     from brainray.orchestration.run import data_hash_of
     from brainray.report.table import results_table
@@ -39,7 +40,7 @@ def work(config: Config) -> JobResult:
         evaluation = evaluate(again, log, only_paths=test_paths)
         log(results_table(evaluation.metrics, evaluation.classes))
     log(f"figures: {trained.run.folder}/figures")
-    log(f"compare runs: mlflow ui --backend-store-uri {trained.tracking_uri}")
+    log(f"compare runs: {how_to_open(trained.tracking_uri)}")
     return JobResult(str(trained.run.folder), trained.mlflow_run_id, trained.metrics)
 
 

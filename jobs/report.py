@@ -12,7 +12,10 @@ def work(config: Config) -> JobResult:
     from brainray.orchestration.reporting import report
 
     written = report(config, log)
-    log(f"page: {written.folder}/{layout.REPORT}")
+    log(
+        f"page: {written.folder}/{layout.REPORT} (to MLflow it is sent by jobs/track.py "
+        f"--set run={config.run})"
+    )
     return JobResult(str(written.folder), metrics=written.metrics)
 
 

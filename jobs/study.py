@@ -8,12 +8,13 @@ from brainray.orchestration.job import STORE_KEYS, WORKER_KEYS, JobResult, run_j
 
 
 def work(config: Config) -> JobResult:
+    from brainray.orchestration.publish import how_to_open
     from brainray.orchestration.study import run_study
 
     finished = run_study(config, log)
     log(finished.text)
     log(f"tables and figures: {finished.folder}")
-    log(f"compare studies: mlflow ui --backend-store-uri {finished.tracking_uri}")
+    log(f"compare studies: {how_to_open(finished.tracking_uri)}")
     return JobResult(str(finished.folder), finished.mlflow_run_id, finished.headline)
 
 

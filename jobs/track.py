@@ -9,7 +9,7 @@ from brainray.orchestration.job import JobResult, run_job
 
 
 def work(config: Config) -> JobResult:
-    from brainray.orchestration.publish import publish
+    from brainray.orchestration.publish import how_to_open, publish
     from brainray.orchestration.run import open_run
     from brainray.storage import Folder
 
@@ -17,7 +17,7 @@ def work(config: Config) -> JobResult:
         raise ConfigError("name the run to send: --set run=NAME")
     run = open_run(Folder(config.storage), config.run)
     tracking = publish(config, run, log)
-    log(f"compare runs: mlflow ui --backend-store-uri {tracking.uri}")
+    log(f"compare runs: {how_to_open(tracking.uri)}")
     return JobResult(str(run.folder), tracking.mlflow_run_id)
 
 

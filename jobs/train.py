@@ -11,22 +11,24 @@ def work(config: Config) -> JobResult:
     if config.evaluation.num_label_draws > 1:
         return work_on_draws(config)
     from brainray.orchestration.driver import train
+    from brainray.orchestration.publish import how_to_open
     from brainray.report.table import results_table
 
     trained = train(config, log)
     log(results_table(trained.metrics, trained.run.classes))
     log(f"figures: {trained.run.folder}/figures")
-    log(f"compare runs: mlflow ui --backend-store-uri {trained.tracking_uri}")
+    log(f"compare runs: {how_to_open(trained.tracking_uri)}")
     return JobResult(str(trained.run.folder), trained.mlflow_run_id, trained.metrics)
 
 
 def work_on_draws(config: Config) -> JobResult:
     from brainray.orchestration.draws import train_draws
+    from brainray.orchestration.publish import how_to_open
     from brainray.report.draws_table import draws_table
 
     drawn = train_draws(config, log)
     log(draws_table(drawn.metrics))
-    log(f"compare runs: mlflow ui --backend-store-uri {drawn.runs[0].tracking_uri}")
+    log(f"compare runs: {how_to_open(drawn.runs[0].tracking_uri)}")
     return JobResult(str(drawn.folder), metrics=drawn.metrics)
 
 

@@ -8,13 +8,14 @@ from brainray.orchestration.job import TRAINING_SECTIONS, JobResult, run_job
 
 
 def work(config: Config) -> JobResult:
+    from brainray.orchestration.publish import how_to_open
     from brainray.orchestration.sweep import sweep
 
     finished = sweep(config, log)
     log(finished.table)
     log(f"best settings: {finished.folder}/best.yaml")
     log(f"figures: {finished.folder}/figures")
-    log(f"compare trials: mlflow ui --backend-store-uri {finished.tracking_uri}")
+    log(f"compare trials: {how_to_open(finished.tracking_uri)}")
     return JobResult(str(finished.folder), finished.mlflow_run_id, finished.metrics)
 
 

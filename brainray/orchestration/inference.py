@@ -28,6 +28,7 @@ from brainray.storage import Folder
 _FILES_PER_TASK = 256  # the embedder waits for the whole of one
 _VOLUMES_PER_TASK = 4  # a volume has hundreds of slices
 _VOLUME_SUFFIXES = (".nii", ".nii.gz")
+_MAX_NAME = 100  # characters of a source folder in what is named after it
 _EMBEDDER_BYTES = 2**29  # of memory: an encoder and a batch
 
 
@@ -112,8 +113,8 @@ def default_name(config: Config, predictor: Predictor) -> str:
     """Of what is made of ``config.source``: RUN-on-FOLDER, of plain characters."""
     folder = Folder(str(config.source)).path.rpartition("/")[2]
     plain = re.sub(r"[^\w.-]+", "-", folder, flags=re.ASCII)
-    if plain != folder:  # two such folders must not have one name
-        plain = f"{plain}-{content_hash(folder.encode())[:6]}"
+    if plain != folder or len(plain) > _MAX_NAME:  # two such folders must not have one name
+        plain = f"{plain[:_MAX_NAME]}-{content_hash(folder.encode())[:6]}"
     return f"{predictor.run_folder.name}-on-{plain}"
 
 

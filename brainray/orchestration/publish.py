@@ -1,6 +1,7 @@
 """From a run's folder to MLflow: while it trains, at its end, or later."""
 
 import os
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,13 @@ class Tracking:
     @property
     def mlflow_run_id(self) -> str | None:
         return self.mlflow.run_id
+
+
+def how_to_open(uri: str) -> str:
+    """The command that shows a database's runs, or the server's address."""
+    if uri.startswith(("http://", "https://")):
+        return uri
+    return f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
 
 
 def begin_tracking(

@@ -89,7 +89,7 @@ def _asked(request: dict[str, Any], number: int) -> tuple[SourceFile, Callable[[
     path, image = request.get("path"), request.get("image")
     name = path if isinstance(path, str) and path else f"image {number}"
     content: Callable[[], bytes]
-    if isinstance(image, bytes) and image:
+    if isinstance(image, bytes | bytearray | memoryview) and len(image):
         content = partial(bytes, image)
     elif name == path:
         content = partial(_read, path)

@@ -197,6 +197,7 @@ def _tuner(config: Config, folder: Folder, workers: WorkerResources, log: Log) -
     )
     # A stopped trial waits in Ray Train: it is ended by force, or its workers would stay.
     os.environ.setdefault("TUNE_FORCE_TRIAL_CLEANUP_S", "10")
+    os.environ.setdefault("AIR_VERBOSITY", "0")  # what a Tuner that is restored does not remember
     # Tune's own handler would let an interrupted sweep end as if it were complete.
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
     path = str(folder / _TUNE)

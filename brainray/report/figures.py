@@ -68,6 +68,8 @@ _LOSSES = (
     _Curve("train/loss/total", "total", BLACK),
     _Curve("train/loss/ce", "cross entropy (labelled)", BLUE, "--"),
     _Curve("train/loss/cluster", "clustering (unlabelled), before lambda", VERMILLION, "-."),
+    _Curve("train/loss/consistency", "consistency (unlabelled), before lambda", GREEN, ":"),
+    _Curve("train/loss/anchor", "anchors (labelled), before lambda", PURPLE, "--"),
 )
 _ACCURACIES = {
     predictor: (

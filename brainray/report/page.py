@@ -4,7 +4,7 @@ import base64
 import io
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -25,7 +25,15 @@ from brainray.report.cells import Metrics, figure, with_interval
 from brainray.report.comparison_table import COMPARISON_COLUMNS, comparison_rows
 from brainray.report.leakage_table import LEVEL_COLUMNS, leakage_counts, subset_counts
 from brainray.report.maps import SliceMap, map_sequence, shown
-from brainray.report.style import BLUE, GREEN, GREY, VERMILLION, class_colours, cluster_colour
+from brainray.report.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    PURPLE,
+    VERMILLION,
+    class_colours,
+    cluster_colour,
+)
 from brainray.schema import SUBSETS, THUMBNAIL_SIDE, subset_masks, tells_of_classes
 from brainray.storage import Folder
 
@@ -38,7 +46,9 @@ _CHARTS = {
     "Loss": {
         "total": "train/loss/total",
         "cross entropy": "train/loss/ce",
-        "clustering": "train/loss/cluster",
+        "clustering, before its weight": "train/loss/cluster",
+        "consistency, before its weight": "train/loss/consistency",
+        "anchors, before their weight": "train/loss/anchor",
     },
     "Accuracy of the head": {
         "validation": "validation/head/accuracy",
@@ -56,7 +66,14 @@ _CHARTS = {
         "silhouette": "cluster/silhouette",
     },
 }
-_LINES = ((BLUE, "solid"), (VERMILLION, "dash"), (GREEN, "dot"), (GREY, "dashdot"))
+_LINES = (
+    (BLUE, "solid"),
+    (VERMILLION, "dash"),
+    (GREEN, "dot"),
+    (GREY, "dashdot"),
+    (PURPLE, "longdash"),
+)
+_LEAST_RANGE = 0.1  # of accuracies: less is drawn no larger
 
 
 @dataclass(frozen=True)
@@ -119,7 +136,7 @@ def write_page(
         siblings: by name, predictions for the same slices by runs of other seeds, which tell
             what clusters are stable.
     """
-    chosen = int(metrics["chosen_epoch"])
+    chosen, whose = int(metrics["chosen_epoch"]), evaluation.control
     if not run.exists(layout.predictions_file(chosen)):
         return None
     whole = run.read_table(layout.predictions_file(chosen))
@@ -134,7 +151,11 @@ def write_page(
     contents = _Contents(
         title=f"brainray: {run.name}",
         summary=_summary(metrics, chosen, len(history), _told_shown(table, whole)),
-        tables=[*_tables(metrics, classes, control), *_comparison(metrics), *_timings(metrics)],
+        tables=[
+            *_tables(metrics, classes, {} if control is None else {f"control ({whose})": control}),
+            *_comparison(metrics, whose),
+            *_timings(metrics),
+        ],
         quality=_quality(run),
         about=about,
         settings=run.read_bytes(layout.CONFIG).decode(),
@@ -180,7 +201,7 @@ def write_evaluation_page(
     contents = _Contents(
         title=f"brainray: evaluation {name}",
         summary=_evaluation_summary(metrics, _told_shown(table, predictions)),
-        tables=_tables(metrics, classes, None),
+        tables=_tables(metrics, classes, {}),
         quality=[_rejected_files(rejected)] if rejected.num_rows else [],
         about=about,
         settings=settings,
@@ -302,15 +323,25 @@ def _charts(history: Sequence[Metrics]) -> list[dict[str, Any]]:
         logged = {
             label: [epoch.get(metric) for epoch in history] for label, metric in curves.items()
         }
-        drawn = [
+        drawn: list[dict[str, Any]] = [
             {"name": label, "values": values, "colour": colour, "dash": dash}
             for (label, values), (colour, dash) in zip(logged.items(), _LINES, strict=False)
             if any(value is not None for value in values)
         ]
         if drawn:
             epochs = [int(epoch["epoch"]) for epoch in history]
-            charts.append({"title": title, "epochs": epochs, "curves": drawn})
+            chart = {"title": title, "epochs": epochs, "curves": drawn}
+            if title.startswith("Accuracy"):
+                chart["range"] = _range_of(curve["values"] for curve in drawn)
+            charts.append(chart)
     return charts
+
+
+def _range_of(curves: Iterable[Sequence[float | None]]) -> list[float]:
+    """Of an axis of accuracies: what they span, with some room, and no more than 0 to 1."""
+    values = [value for curve in curves for value in curve if value is not None]
+    room = max(_LEAST_RANGE - (max(values) - min(values)), 0.02) / 2
+    return [max(min(values) - room, -0.02), min(max(values) + room, 1.02)]
 
 
 def _cards(table: pa.Table, num_clusters: int) -> list[dict[str, Any]]:
@@ -421,8 +452,9 @@ def _scores(metrics: Metrics) -> str:
     )
 
 
-def _tables(metrics: Metrics, classes: Sequence[str], control: Metrics | None) -> list[Table]:
-    runs = {"this run": metrics} | ({} if control is None else {"control": control})
+def _tables(metrics: Metrics, classes: Sequence[str], others: Mapping[str, Metrics]) -> list[Table]:
+    """Of a run and, by what they are called, of others."""
+    runs = {"this run": metrics} | dict(others)
     accuracy = [
         [f"{whose}, {title}"]
         + [with_interval(values, f"test/{subset}/{predictor}/accuracy") for subset in SUBSETS]
@@ -474,9 +506,10 @@ def _tables(metrics: Metrics, classes: Sequence[str], control: Metrics | None) -
     ]
 
 
-def _comparison(metrics: Metrics) -> list[Table]:
+def _comparison(metrics: Metrics, control: str | None) -> list[Table]:
     rows = comparison_rows(metrics)
-    return [Table("Against the control, slice by slice", COMPARISON_COLUMNS, rows)] if rows else []
+    title = f"Against the control ({control}), slice by slice"
+    return [Table(title, COMPARISON_COLUMNS, rows)] if rows else []
 
 
 def _timings(metrics: Metrics) -> list[Table]:
