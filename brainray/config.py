@@ -570,7 +570,8 @@ class SensitivityConfig(_Section):
 
 class StudyConfig(_Section):
     features: dict[PlainName, FeatureConfig] = {}
-    """The compared features, by name: each an encoder with its weights and how it is trained."""
+    """The compared features, by name: each an encoder with its weights and how it is trained; null
+    leaves out one that the file names."""
     pca_dims: tuple[Positive, ...] = (32,)
     """Principal components that are clustered; every value is tried."""
     clusterers: tuple[ClustererName, ...] = get_args(ClustererName)
@@ -597,6 +598,13 @@ class StudyConfig(_Section):
         if not value or len(set(value)) != len(value):
             raise ValueError(f"give one or more different values, not {list(value)}")
         return value
+
+    @field_validator("features", mode="before")
+    @classmethod
+    def _without_left_out(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {name: feature for name, feature in value.items() if feature is not None}
 
     @model_validator(mode="after")
     def _feature_is_known(self) -> "StudyConfig":

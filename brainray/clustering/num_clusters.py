@@ -33,7 +33,8 @@ class NumClustersScores:
     @property
     def chosen(self) -> dict[str, int]:
         """K with the largest silhouette, the least BIC, and the first K whose gap is not exceeded
-        by the next one's by more than its error (Tibshirani et al. 2001, equation 6).
+        by the next one's by more than its error (Tibshirani et al. 2001, equation 6); no ``gap``
+        where it rises to the end.
         """
         best_gap = next(
             (
@@ -47,13 +48,13 @@ class NumClustersScores:
                 )
                 if here >= following - error
             ),
-            self.num_clusters[-1],
+            None,
         )
-        return {
+        chosen = {
             "silhouette": self.num_clusters[int(np.nanargmax(self.silhouettes))],
             "bic": self.num_clusters[int(np.argmin(self.bic))],
-            "gap": best_gap,
         }
+        return chosen if best_gap is None else chosen | {"gap": best_gap}
 
 
 @torch.no_grad()

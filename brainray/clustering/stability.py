@@ -104,17 +104,20 @@ def recommend(scores: NumClustersScores, stability: Stability) -> Recommendation
     chosen = max(votes, key=lambda k: (votes[k], mean_of[k]))
     place = scores.num_clusters.index(chosen)
     explained = {
-        "silhouette": f"silhouette is largest at K = {choices['silhouette']}",
-        "bic": f"BIC is least at K = {choices['bic']}",
-        "gap": f"the gap statistic stops rising at K = {choices['gap']}",
-        "stability": f"clusterings of random samples agree up to K = {choices['stability']}",
+        "silhouette": "silhouette is largest at",
+        "bic": "BIC is least at",
+        "gap": "the gap statistic stops rising at",
+        "stability": "clusterings of random samples agree up to",
     }
     reasons = [
-        f"{'for' if k == chosen else 'against'}: {explained[name]}" for name, k in choices.items()
+        f"{'for' if k == chosen else 'against'}: {explained[name]} K = {k}"
+        for name, k in choices.items()
     ]
+    if "gap" not in choices:
+        reasons.append("undecided: the gap statistic rises to the end of the range")
     reasons.append(
-        f"at K = {chosen}: silhouette {scores.silhouettes[place]:.3f}, stability (ARI between "
-        f"samples) {mean_of[chosen]:.3f} +- {stability.error[place]:.3f}"
+        f"at K = {chosen}: silhouette {scores.silhouettes[place]:.3f} of one K-means, stability "
+        f"(ARI between samples) {mean_of[chosen]:.3f} +- {stability.error[place]:.3f}"
     )
     if votes[chosen] == 1:
         reasons.append("no two criteria agree: take it as a guess, and look at the contact sheets")

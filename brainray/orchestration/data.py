@@ -92,8 +92,10 @@ def preprocess(config: Config, log: Log = log, *, data_hash: str | None = None) 
             if data_hash not in {None, manifest["data_hash"]}:
                 raise ConfigError(
                     f"{source} makes other slices (hash {manifest['data_hash']}) than the run of "
-                    f"that name was begun on ({data_hash}): choose another name; the image store "
-                    f"{target} is left as it was"
+                    f"that name was begun on ({data_hash}), and the image store {target} is left "
+                    "as it was: bring it up to date with jobs/preprocess.py --set "
+                    f"name={config.name} (what it holds out for testing stays so), then train "
+                    "under another name"
                 )
     store = ImageStore(target, manifest)
     log(describe(store))

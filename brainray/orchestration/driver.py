@@ -47,6 +47,7 @@ from brainray.storage import Folder
 
 _ALIGNED = ("consistency", "anchored")  # objectives that learn pseudo-labels
 _MAX_CLASS_SHIFT = 0.2
+_FAR_MORE = 1.5  # times the share that was asked for
 
 
 @dataclass(frozen=True)
@@ -286,15 +287,22 @@ def _log_beginning(run: Run, resumed: bool, config: Config, store: ImageStore, l
         num_epochs = len(run.folder.read_json_lines(layout.METRICS))
         log(f"run {run.folder}: resumed, {num_epochs} epochs are done")
     else:
-        counts = ", ".join(f"{count} {role}" for role, count in run.info["num_slices"].items())
+        num_slices, split = run.info["num_slices"], config.split
+        counts = ", ".join(f"{count} {role}" for role, count in num_slices.items())
         log(f"run {run.folder}: new, training slices: {counts}")
-        if config.split.labelled_fraction < 1:
+        read = num_slices[LABELLED] + num_slices[VALIDATION]
+        if split.labelled_fraction < 1:
             index = store.index()
             labels = index.filter(pc.equal(index["split"], TRAIN))["label"]
-            read = run.info["num_slices"][LABELLED] + run.info["num_slices"][VALIDATION]
             log(
                 f"the run reads {read} of {len(labels) - labels.null_count} labels "
-                f"(split.labelled_fraction={config.split.labelled_fraction:g}; 1 reads all)"
+                f"(split.labelled_fraction={split.labelled_fraction:g}; 1 reads all)"
+            )
+        if num_slices[VALIDATION] > _FAR_MORE * split.validation_fraction * read:
+            log(
+                f"note: {num_slices[VALIDATION]} of these {read} slices validate, more than "
+                f"split.validation_fraction={split.validation_fraction:g} of them: copies, and "
+                "subjects that are named, are not parted"
             )
         weights = config.encoder.weights
         if weights not in WEIGHTS_OF_NO_SLICE and not run.folder.exists(layout.SEEN_BEFORE):

@@ -21,7 +21,7 @@ from typing import Any
 
 from brainray.config import WEIGHTS_OF_NO_SLICE, WORKER_SETTINGS, Config
 from brainray.config_text import described_keys, load_config
-from brainray.errors import BrainrayError, ConfigError
+from brainray.errors import BrainrayError, ConfigError, DataError
 from brainray.log import log
 from brainray.redaction import redacted
 
@@ -89,10 +89,33 @@ def run_job(
         config = resolve_paths(load_config(arguments.config, overrides))
         for key in unread_keys(overrides, keys):
             log(f"note: jobs/{name}.py does not read {key}; --help lists what it reads")
+        _check_places(name, config, keys)
         attach_to_ray()
         return work(config)
 
     return run_command(name, on_ray)
+
+
+def _check_places(name: str, config: Config, keys: Sequence[str]) -> None:
+    """What is named must be there: told before Ray starts, which takes many seconds.
+
+    Raises:
+        BrainrayError: it is not.
+    """
+    from brainray import layout
+    from brainray.orchestration.run import open_run
+    from brainray.orchestration.store import ImageStore
+    from brainray.storage import Folder
+
+    storage = Folder(config.storage)
+    if "source" in keys and config.source is not None and not Folder(config.source).exists():
+        raise DataError(f"no such folder: source={config.source}")
+    if "labels" in keys and config.labels is not None and not Folder(config.labels).exists():
+        raise DataError(f"no such file: labels={config.labels}")
+    if "run" in keys and config.run is not None:
+        open_run(storage, config.run)
+    if name in {"train", "tune"} and config.dataset is not None:
+        ImageStore.open(storage / layout.DATASETS / config.dataset)
 
 
 def run_command(name: str, work: Callable[[], JobResult]) -> int:
@@ -148,8 +171,8 @@ class Terminated(KeyboardInterrupt):
 
     def __init__(self, signal_name: str) -> None:
         super().__init__(
-            f"ended by {signal_name}: submit it again under the same name, it goes on after the "
-            "last finished epoch or stage"
+            f"ended by {signal_name}: what has a name goes on after its last finished epoch or "
+            "stage when it is submitted again"
         )
 
 
@@ -266,7 +289,11 @@ def attach_to_ray() -> None:
     import ray.data
 
     if not ray.is_initialized():
-        _check_address(os.environ.get("RAY_ADDRESS", ""))
+        address = os.environ.get("RAY_ADDRESS", "")
+        _check_address(address)
+        if not sys.stdout.isatty():
+            os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # marks in a file of what workers print
+        log(f"joining Ray at {address}" if address else "joining Ray, or starting it here")
         init_ray()
         _end_in_order_on_sigterm()  # Ray has put a handler of its own in place
     # Jobs print their own progress and errors, which also read well in a log.

@@ -126,8 +126,10 @@ def list_source(
         replace(file, label=None if file.label is None else class_map.get(file.label, file.label))
         for file in files
     ]
-    for name in sorted({file.label for file in renamed if file.label is not None}):
+    names = sorted({file.label for file in renamed if file.label is not None})
+    for name in names:
         _check_class_name(name)
+    _check_spellings(names)
     return Listing(renamed, num_ignored, sorted(set(class_map) - {file.label for file in files}))
 
 
@@ -167,6 +169,19 @@ def _check_class_name(name: str) -> None:
             f"{shown!r} is no class name: up to {_MAX_CLASS_NAME} printable characters without "
             "blanks around, slashes and $; rename it in the labels table or by classes.map"
         )
+
+
+def _check_spellings(names: Sequence[str]) -> None:
+    """Refuse names that differ in case alone: one class would be learned as two."""
+    seen: dict[str, str] = {}
+    for name in names:
+        other = seen.setdefault(name.casefold(), name)
+        if other != name:
+            rename = shlex.quote(f"classes.map.{other}={name}")
+            raise DataError(
+                f"the classes {other!r} and {name!r} differ in upper and lower case alone: join "
+                f"them with --set {rename}, or rename one"
+            )
 
 
 def find_images(source: Folder) -> tuple[list[FoundFile], int]:
@@ -372,16 +387,19 @@ def _read_labels(labels: Folder) -> list[dict[str, Any]]:
     except (pa.ArrowException, OSError, ValueError) as error:
         # Arrow quotes the row that does not fit, and a row may name a patient.
         reason = " ".join(re.sub(r"(got \d+).*", r"\1", str(error), flags=re.DOTALL).split())[:200]
+        advice = "save it as UTF-8" if "UTF8" in reason else "quote cells with commas"
         raise DataError(
-            f"labels={labels} is neither CSV nor Parquet: {reason} (quote cells with commas)"
+            f"labels={labels} is neither CSV nor Parquet: {reason} ({advice})"
         ) from None
     missing = {"path", "label"} - set(columns)
     if missing:
+        # Not their names: without a header they are the first row's, which may name a patient.
         raise DataError(
-            f"labels={labels} lacks the column {' and '.join(sorted(missing))}: "
-            "it needs path and label, and may have split and subject"
+            f"labels={labels} lacks the column {' and '.join(sorted(missing))} among its "
+            f"{table.num_columns}: it needs path and label, in lower case and parted by commas, "
+            "and may have split and subject"
         )
-    return rows
+    return [row for row in rows if any(_text(cell) is not None for cell in row.values())]
 
 
 def _text(value: object) -> str | None:

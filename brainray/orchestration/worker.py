@@ -226,6 +226,8 @@ class _Trainer:
     def start(self) -> None:
         """Fit the first mixture on the initial encoder, unless there is one to go on from."""
         if self._clustering is None:
+            if dist.rank() == 0:
+                log("clustering the slices as the encoder sees them before the first epoch")
             fitted = self._embed_fitted()
             self._recluster(fitted)
             self._probabilities = fitted.logits.softmax(dim=1)

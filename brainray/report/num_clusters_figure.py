@@ -18,11 +18,12 @@ def num_clusters_figure(scores: NumClustersScores) -> Figure:
         figure.subplots(1, len(panels)), panels.items(), strict=True
     ):
         axes.errorbar(scores.num_clusters, values, yerr=error, color=BLUE, marker="o", capsize=3)
-        chosen = scores.chosen[name]
-        axes.axvline(chosen, color=GREY, linestyle="--", label=f"K = {chosen}")
+        chosen = scores.chosen.get(name)
+        if chosen is not None:
+            axes.axvline(chosen, color=GREY, linestyle="--", label=f"K = {chosen}")
+            axes.legend()
         axes.set_title(title)
         axes.set_xlabel("number of clusters K")
         axes.set_xticks(scores.num_clusters)
-        axes.legend()
         tidy(axes, grid="y")
     return figure

@@ -56,6 +56,14 @@ def test_a_choice_at_the_end_of_the_range_is_said() -> None:
     assert any("end of the range 2..3" in reason for reason in found.reasons)
 
 
+def test_a_gap_that_rises_to_the_end_chooses_nothing() -> None:
+    scores = NumClustersScores([2, 3], [0.9, 0.1], [1.0, 2.0], [0.1, 0.5], [0.01] * 2)
+    assert "gap" not in scores.chosen
+    found = recommend(scores, Stability([2, 3], [0.9, 0.2], [0.01] * 2))
+    assert any(reason.startswith("undecided: the gap statistic") for reason in found.reasons)
+    assert any("3 of 3 criteria agree" in reason for reason in found.reasons)
+
+
 def test_too_few_slices_for_a_candidate_are_refused() -> None:
     with pytest.raises(ClusteringError, match=r"lower study\.candidate_num_clusters"):
         measure_stability(three_groups()[:5], KS)

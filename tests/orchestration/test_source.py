@@ -92,14 +92,26 @@ def test_blanks_make_no_class_and_null_takes_a_class_away(tmp_path: Path) -> Non
     [
         ("path,label\nabsent.jpg,a\n", "names 'absent.jpg', which is no image file"),
         ("path,label\n1.jpg,a\n1.jpg,b\n", "names '1.jpg' twice"),
-        ("file,label\n1.jpg,a\n", "lacks the column path"),
+        ("file,label\n1.jpg,a\n", "lacks the column path among its 2"),
+        ("path;label\n1.jpg;a\n", "lacks the column label and path among its 1: .* by commas"),
+        ("path,label\n1.jpg,a\n2.jpg,A\n", r"'A' and 'a' differ in upper .* classes\.map\.A=a"),
         ("path,label,split\n1.jpg,a,holdout\n", "split 'holdout' of '1.jpg'"),
     ],
 )
 def test_a_table_that_does_not_fit_is_explained(tmp_path: Path, content: str, message: str) -> None:
-    source = make(tmp_path / "s", "1.jpg")
+    source = make(tmp_path / "s", "1.jpg", "2.jpg")
     (tmp_path / "labels.csv").write_text(content)
     with pytest.raises(DataError, match=message):
+        list_source(source, Folder(tmp_path / "labels.csv"), {})
+
+
+def test_what_spreadsheets_leave_in_a_table_does_no_harm(tmp_path: Path) -> None:
+    source = make(tmp_path / "s", "1.jpg")
+    (tmp_path / "labels.csv").write_bytes(b"\xef\xbb\xbfpath,label\r\n1.jpg,a\r\n,\r\n , \r\n")
+    (file,) = list_source(source, Folder(tmp_path / "labels.csv"), {}).files
+    assert file.label == "a"
+    (tmp_path / "labels.csv").write_bytes("path,label\n1.jpg,tumör\n".encode("cp1252"))
+    with pytest.raises(DataError, match="save it as UTF-8"):
         list_source(source, Folder(tmp_path / "labels.csv"), {})
 
 
