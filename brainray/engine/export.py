@@ -58,7 +58,7 @@ class SliceNet(nn.Module):
 
 def onnx_bytes(checkpoint: Checkpoint) -> bytes:
     """``SliceNet`` as ONNX of opset ``ONNX_OPSET``: input ``images`` with any number of slices,
-    outputs named as the fields of ``NetOutput``.
+    outputs named as the fields of ``NetOutput``; its metadata has the ``classes``, as JSON.
 
     Raises:
         ImportError: onnx or onnxscript is not installed.
@@ -79,6 +79,7 @@ def onnx_bytes(checkpoint: Checkpoint) -> bytes:
             verbose=False,
         )
         assert program is not None, "without a path to write to, the program is returned"
+        program.model.metadata_props["classes"] = json.dumps(checkpoint.classes)
         program.save(path, external_data=False)
         return path.read_bytes()
 

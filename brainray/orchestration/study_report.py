@@ -56,7 +56,7 @@ from brainray.report.tsne import MIN_SLICES, tsne_sequence
 from brainray.schema import NOISE, UNLABELLED
 from brainray.storage import Folder
 
-_DRAWING_FORMAT = 2  # of the figures and the recommended K
+_DRAWING_FORMAT = 3  # of the figures and the recommended K
 _DRAWN = "drawn"  # a JSON file for what was drawn or chosen from a feature set
 _METHOD = ("dataset", "slices", "features", "clusterer", "pca_dim")
 _NUM_TILES = 7

@@ -18,6 +18,7 @@ from typing import Any
 
 import mlflow
 import numpy as np
+import onnx
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -125,6 +126,8 @@ def test_onnx_safetensors_and_mlflow_agree_with_prediction_on_200_slices(
     likelihood = np.array([predicted[str(path)]["log_likelihood"] for path in readable])
     np.testing.assert_allclose(outputs["log_likelihood"], likelihood, rtol=1e-3, atol=1e-2)
     one = run_onnx((local(exported) / "model.onnx").read_bytes(), images[:1])
+    told = onnx.load(local(exported) / "model.onnx").metadata_props
+    assert {entry.key: json.loads(entry.value) for entry in told}["classes"] == trained.run.classes
     np.testing.assert_allclose(one["probabilities"], outputs["probabilities"][:1], atol=1e-5)
 
 
