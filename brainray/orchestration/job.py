@@ -171,8 +171,8 @@ class Terminated(KeyboardInterrupt):
 
     def __init__(self, signal_name: str) -> None:
         super().__init__(
-            f"ended by {signal_name}: what has a name goes on after its last finished epoch or "
-            "stage when it is submitted again"
+            f"ended by {signal_name}: submit it again under the same name, it goes on after the "
+            "last finished epoch or stage"
         )
 
 

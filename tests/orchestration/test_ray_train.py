@@ -89,6 +89,7 @@ print(ray.get(Actor.remote().state.remote()))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_actors_find_their_own_ray_beside_another() -> None:
     """As Ray Train's actor does that frees the CPUs of a training whose controller is gone."""

@@ -256,8 +256,8 @@ def test_a_report_compares_slice_by_slice(storage: Path, trained: TrainedRun) ->
     assert metrics[name] == trained.metrics[name]
     assert "against two-ranks" in said[-1]
     page = trained.run.folder.read_bytes("report.html").decode()
-    assert "Against the control, slice by slice" in page
-    assert "<td>control, " in page
+    assert "Against the control (two-ranks), slice by slice" in page
+    assert "<td>control (two-ranks), " in page
 
 
 def test_subjects_are_drawn_as_a_whole_whatever_became_of_the_store(
