@@ -43,12 +43,12 @@ _JPEG_QUALITY = 60
 _GLOW = 0.6  # share of the colour where the activation is highest
 _PREDICTORS = {"head": "head", "cluster": "clusters", "thumbnail_1nn": "nearest thumbnail"}
 _CHARTS = {
-    "Loss": {
+    "Loss, and its parts before their weights": {
         "total": "train/loss/total",
         "cross entropy": "train/loss/ce",
-        "clustering, before its weight": "train/loss/cluster",
-        "consistency, before its weight": "train/loss/consistency",
-        "anchors, before their weight": "train/loss/anchor",
+        "clusters": "train/loss/cluster",
+        "consistency": "train/loss/consistency",
+        "anchors": "train/loss/anchor",
     },
     "Accuracy of the head": {
         "validation": "validation/head/accuracy",
