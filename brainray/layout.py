@@ -1,8 +1,8 @@
 """Names of the files that a store, a run and an evaluation consist of."""
 
 # What a manifest and a run.json say they are: changed when older code would misread the rest.
-STORE_FORMAT = "brainray-image-store/3"
-RUN_FORMAT = "brainray-run/2"
+STORE_FORMAT = "brainray-image-store/4"
+RUN_FORMAT = "brainray-run/3"
 FEATURES_FORMAT = "brainray-features/1"
 ENCODER_FORMAT = "brainray-encoder/1"
 

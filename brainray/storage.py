@@ -206,9 +206,14 @@ class Folder:
     def _told_if_damaged(self, name: str) -> Iterator[None]:
         try:
             yield
-        except pa.ArrowInvalid as error:
+        except (pa.ArrowInvalid, OSError) as error:
+            of_network = self.local_path is None and isinstance(error, OSError)
+            if of_network or (isinstance(error, OSError) and error.errno is not None):
+                raise
             reason = str(error).splitlines()[0]
-            raise DataError(f"{self.uri}/{name} is damaged: {reason}") from None
+            raise DataError(
+                f"{self.uri}/{name} cannot be read, it may be damaged: {reason}"
+            ) from None
 
     def row_groups(self, name: str, columns: list[str]) -> Iterator[pa.Table]:
         """Those of a Parquet file, one in memory at a time."""

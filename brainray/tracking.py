@@ -60,6 +60,16 @@ class ServedFiles:
     outputs: Mapping[str, str]  # Arrow's type by column
 
 
+@dataclass(frozen=True)
+class _Ending:
+    status: str
+    time_ms: int
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
 class MLflowTracker:
     """One brainray run in one MLflow run, whose id is kept in the run's folder.
 
@@ -80,7 +90,7 @@ class MLflowTracker:
         self._artifacts = artifacts
         self._client: MlflowClient | None = None
         self._state: dict[str, object] = {}
-        self._ended: RunInfo | None = None  # how and when, where the run has ended before
+        self._ended: _Ending | None = None
 
     @property
     def run_id(self) -> str | None:
@@ -96,7 +106,8 @@ class MLflowTracker:
             self._state = self._read_state(uri)
             known = None if self.run_id is None else self._find(client)
             if known is not None:
-                self._ended = known if known.status in _ENDED else None
+                if known.status in _ENDED:
+                    self._ended = _Ending(known.status, known.end_time)
                 client.log_batch(self._id, tags=_tags(tags))
             else:
                 run = client.create_run(self._experiment_id(client), run_name=name, tags=dict(tags))
@@ -123,25 +134,25 @@ class MLflowTracker:
 
     def log_epochs(self, history: list[dict[str, float]]) -> None:
         """Send the epochs that were not sent yet, by this process or another."""
-        told = self._read_state(redacted(self._uri))
-        if told.get("run_id") == self.run_id:
-            self._state = told
-        sent = int(str(self._state["epochs_sent"]))
         with _readable_errors(self._uri):
+            self._read_again()
+            sent = int(str(self._state["epochs_sent"]))
             for metrics in history[sent:]:
                 epoch = int(metrics["epoch"])
                 figures = {name: value for name, value in metrics.items() if name != "epoch"}
-                self._log(figures, step=epoch)
+                self._log(figures, step=epoch, timestamp=self._stamp(f"epoch {epoch}"))
                 self._state["epochs_sent"] = epoch
                 self._save()
 
     def log_summary(self, metrics: Mapping[str, float]) -> None:
         """Send the figures that stand for the whole run."""
         digest = hashlib.sha256(json.dumps(metrics, sort_keys=True).encode()).hexdigest()
-        if self._state.get("summary_sent") == digest:
-            return
         with _readable_errors(self._uri):
-            self._log({f"final/{name}": value for name, value in metrics.items()}, step=0)
+            self._read_again()
+            if self._state.get("summary_sent") == digest:
+                return
+            figures = {f"final/{name}": value for name, value in metrics.items()}
+            self._log(figures, step=0, timestamp=self._stamp(f"summary {digest}"))
             self._state["summary_sent"] = digest
             self._save()
 
@@ -182,22 +193,38 @@ class MLflowTracker:
             self._state["model_sent"] = digest.hexdigest()
             self._save()
 
-    def finish(self, status: str = "FINISHED") -> None:
-        """Mark the run as FINISHED, FAILED or KILLED; as it was, where it had ended like that, or
-        where nothing is known but that it has ended (KILLED).
+    def finish(self, status: str = "FINISHED", *, unless_ended: bool = False) -> None:
+        """Mark the run as FINISHED, FAILED or KILLED; what had ended so keeps its time.
+
+        ``unless_ended``: what had ended otherwise stays as it was, too.
         """
         with _readable_errors(self._uri):
-            was = self._ended
-            if was is not None and status in {was.status, "KILLED"}:
-                self._connect().set_terminated(self._id, was.status, was.end_time)
-            else:
-                self._connect().set_terminated(self._id, status)
+            ended = self._ended
+            if ended is None or (ended.status != status and not unless_ended):
+                ended = _Ending(status, _now_ms())
+            self._connect().set_terminated(self._id, ended.status, ended.time_ms)
+            self._ended = ended
 
     @property
     def _id(self) -> str:
         if self.run_id is None:
             raise TrackingError("the MLflow run has not begun")
         return self.run_id
+
+    def _read_again(self) -> None:
+        """What another process may have sent meanwhile."""
+        told = self._read_state(redacted(self._uri))
+        if told.get("run_id") == self.run_id:
+            self._state = told
+
+    def _stamp(self, what: str) -> int:
+        """When it was first tried to send this, in ms: MLflow takes a figure of one step and time
+        once, also where its answer was lost and it is sent again.
+        """
+        if self._state.get("sending") != what:
+            self._state |= {"sending": what, "sending_ms": _now_ms()}
+            self._save()
+        return int(str(self._state["sending_ms"]))
 
     def _read_state(self, uri: str) -> dict[str, object]:
         """What has been sent to this server; ``elsewhere``, to each other one."""
@@ -244,8 +271,7 @@ class MLflowTracker:
             return str(experiment.experiment_id)
         return str(client.create_experiment(self._experiment, artifact_location=self._artifacts))
 
-    def _log(self, metrics: Mapping[str, float], step: int) -> None:
-        timestamp = time.time_ns() // 1_000_000  # of sending, in ms: runs keep no clock times
+    def _log(self, metrics: Mapping[str, float], step: int, timestamp: int) -> None:
         batch = [
             Metric(_key(name), float(value), timestamp, step)
             for name, value in metrics.items()
@@ -281,7 +307,7 @@ class LenientTracker:
         self._try("begin", lambda: None)
 
     def running(self) -> None:
-        self._try("status", self._tracker.running)
+        self._try("running", self._tracker.running)
 
     def log_epochs(self, history: list[dict[str, float]]) -> None:
         self._try("epochs", lambda: self._tracker.log_epochs(history))
@@ -301,8 +327,8 @@ class LenientTracker:
     ) -> None:
         self._try("model", lambda: self._tracker.log_model(served, registered_name, anew=anew))
 
-    def finish(self, status: str = "FINISHED") -> None:
-        self._try("status", lambda: self._tracker.finish(status))
+    def finish(self, status: str = "FINISHED", *, unless_ended: bool = False) -> None:
+        self._try("status", lambda: self._tracker.finish(status, unless_ended=unless_ended))
 
     def _try(self, what: str, action: Callable[[], None]) -> None:
         try:
@@ -310,6 +336,9 @@ class LenientTracker:
                 self._begin()
                 self._begin = None
                 self._problems.pop("begin", None)
+            if "running" in self._problems:  # as a server that was away has not been told
+                self._tracker.running()
+                del self._problems["running"]
             action()
             self._problems.pop(what, None)
         except TrackingError as error:

@@ -232,3 +232,15 @@ def test_a_full_disk_is_said_and_the_old_file_stays_whole(tmp_path: Path) -> Non
         folder.write_table("part.parquet", pa.table({"x": noise}))
     assert folder.read_table("part.parquet")["x"].to_pylist() == [1, 2]
     assert folder.names() == ["part.parquet"]
+
+
+@pytest.mark.parametrize("place", [10, -6])  # a page, and the footer
+def test_a_damaged_table_is_not_taken_for_a_network(tmp_path: Path, place: int) -> None:
+    folder = Folder(tmp_path)
+    folder.write_table("t.parquet", pa.table({"x": list(range(10_000))}))
+    content = bytearray((tmp_path / "t.parquet").read_bytes())
+    content[place : place + 4] = b"\xff" * 4
+    (tmp_path / "t.parquet").write_bytes(content)
+    with pytest.raises(DataError, match=r"t\.parquet cannot be read, it may be damaged") as refused:
+        folder.read_table("t.parquet")
+    assert not isinstance(refused.value, StorageError)

@@ -2,6 +2,8 @@
 
 import time
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from mlflow import MlflowClient
@@ -75,13 +77,55 @@ def test_a_run_that_has_ended_stays_so_until_it_goes_on(run: Folder) -> None:
     ended = client.get_run(str(first.run_id)).info
     again = begun()
     assert client.get_run(str(first.run_id)).info.status == "FAILED"
-    again.finish("KILLED")  # as of a run that has ended, nobody knows how
+    again.finish("KILLED", unless_ended=True)
+    again.finish("FAILED")
     after = client.get_run(str(first.run_id)).info
     assert (after.status, after.end_time) == (ended.status, ended.end_time)
+    again.finish("KILLED")
+    assert client.get_run(str(first.run_id)).info.status == "KILLED"
     again.running()
     assert client.get_run(str(first.run_id)).info.status == "RUNNING"
     again.finish()
     assert client.get_run(str(first.run_id)).info.status == "FINISHED"
+
+
+def test_a_run_that_goes_on_while_the_server_is_away_is_said_to_run_when_it_is_back(
+    run: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = tracker(run, database(run))
+    ended.begin("first", {}, {})
+    ended.finish("FAILED")
+    made = tracker(run, database(run))
+    lenient = LenientTracker(made, print)
+    with monkeypatch.context() as away:
+        away.setattr(made, "_connect", Mock(side_effect=OSError("away")))
+        lenient.begin("first", {}, {})
+        lenient.running()
+    lenient.log_epochs(HISTORY)
+    assert lenient.problem is None
+    client = MlflowClient(database(run))
+    assert client.get_run(str(ended.run_id)).info.status == "RUNNING"
+
+
+def test_an_epoch_whose_answer_was_lost_is_kept_once(
+    run: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = tracker(run, database(run))
+    made.begin("first", {}, {})
+    send = MlflowClient.log_batch
+
+    def send_and_lose_the_answer(*arguments: Any, **named: Any) -> None:
+        send(*arguments, **named)
+        raise ConnectionError("the server went away")
+
+    with monkeypatch.context() as lossy:
+        lossy.setattr(MlflowClient, "log_batch", send_and_lose_the_answer)
+        with pytest.raises(TrackingError, match="went away"):
+            made.log_epochs(HISTORY)
+    time.sleep(0.01)  # the clock goes on
+    made.log_epochs(HISTORY)
+    logged = MlflowClient(database(run)).get_metric_history(str(made.run_id), "train/loss/ce")
+    assert [metric.step for metric in logged] == [1, 2, 3]
 
 
 def test_epochs_that_another_process_has_sent_are_not_sent_again(run: Folder) -> None:

@@ -35,7 +35,7 @@ def class_shares(labels: Tensor, num_classes: int) -> Tensor:
 
 
 @torch.no_grad()
-def pseudo_labels(probabilities: Tensor, class_shares: Tensor) -> PseudoLabels:
+def pseudo_labels(probabilities: Tensor, shares: Tensor) -> PseudoLabels:
     """SoftMatch (Chen et al. 2023, equations 7 to 9) over all slices of all ranks (collective).
 
     Departures: mean and variance of the confidence are of this epoch's slices, not running ones,
@@ -45,9 +45,9 @@ def pseudo_labels(probabilities: Tensor, class_shares: Tensor) -> PseudoLabels:
 
     Args:
         probabilities: (n, C), this rank's rows; may be empty.
-        class_shares: (C,), of the labelled slices; sums to 1.
+        shares: (C,), of the labelled slices; sums to 1.
     """
-    aligned = balance_assignments(probabilities.double(), class_shares)
+    aligned = balance_assignments(probabilities.double(), shares)
     confidence, labels = aligned.max(dim=1)
     count = aligned.new_tensor(len(aligned))
     moments = torch.stack([confidence.sum(), confidence.square().sum(), count])
@@ -60,17 +60,17 @@ def pseudo_labels(probabilities: Tensor, class_shares: Tensor) -> PseudoLabels:
 
 
 @torch.no_grad()
-def class_shift(probabilities: Tensor, class_shares: Tensor) -> float:
+def class_shift(probabilities: Tensor, shares: Tensor) -> float:
     """Share of the unlabelled slices that the encoder believes of other classes than the labelled
     ones' mix has room for: total variation of the two distributions, 0 to 1 (collective).
 
     Args:
         probabilities: (n, C), this rank's rows; may be empty.
-        class_shares: (C,), of the labelled slices; sums to 1.
+        shares: (C,), of the labelled slices; sums to 1.
     """
     believed = dist.sum_across_ranks(probabilities.double().sum(dim=0))
     believed = believed / believed.sum().clamp_min(1e-12)
-    return float((believed - class_shares).abs().sum() / 2)
+    return float((believed - shares).abs().sum() / 2)
 
 
 @torch.no_grad()

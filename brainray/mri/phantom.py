@@ -12,8 +12,6 @@ true to life: a real pituitary tumour is seen in basal slices only.
 
 Head coordinates: x to the right, y down, the canvas spans -1 to 1 on both axes. Sagittal heads
 are drawn facing right; half of them are mirrored by the pose.
-
-    python -m brainray.mri.phantom --out DIR --training-per-class 240 --testing-per-class 60
 """
 
 import tempfile

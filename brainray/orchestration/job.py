@@ -112,7 +112,10 @@ def _check_places(name: str, config: Config, keys: Sequence[str]) -> None:
         raise DataError(f"no such folder: source={config.source}")
     if "labels" in keys and config.labels is not None and not Folder(config.labels).exists():
         raise DataError(f"no such file: labels={config.labels}")
-    if "run" in keys and config.run is not None:
+    for key, source in (config.sources if "sources" in keys else {}).items():
+        if not Folder(source).exists():
+            raise DataError(f"no such folder: sources.{key}={source}")
+    if "run" in keys and config.run is not None and config.checkpoint is None:
         open_run(storage, config.run)
     if name in {"train", "tune"} and config.dataset is not None:
         ImageStore.open(storage / layout.DATASETS / config.dataset)

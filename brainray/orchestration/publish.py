@@ -91,8 +91,8 @@ def open_tracking(
     uri = os.environ.get(URI_VARIABLE) or config.tracking.uri or default_uri(storage)
     if HIDDEN in uri:
         raise ConfigError(
-            f"tracking.uri ({uri}) was kept without its password: give it again with "
-            f"--set tracking.uri=... or {URI_VARIABLE}"
+            f"a config keeps tracking.uri without its password ({uri}): give it again with --set "
+            f"tracking.uri=... or {URI_VARIABLE}"
         )
     mlflow = MLflowTracker(folder, uri, config.tracking.experiment, artifact_location(uri, storage))
     tracker = LenientTracker(
@@ -117,27 +117,19 @@ def publish(config: Config, run: Run, log: Log = log) -> Tracking:
     send_run(run, tracking.tracker)
     name = str(run.info["name"])
     if not run.is_complete and not is_held(Folder(config.storage), layout.RUNS, name):
-        tracking.tracker.finish("KILLED")  # it has ended without its job being able to say so
+        # It has ended; where its job could not say how, nobody knows more.
+        tracking.tracker.finish("KILLED", unless_ended=True)
     if tracking.tracker.problem is not None:
         raise TrackingError(tracking.tracker.problem)
     return tracking
 
 
 def config_to_track(config: Config, run: Run) -> Config:
-    """The run's saved config, with the storage and what is said of tracking now.
-
-    Raises:
-        ConfigError: the run was tracked by a server whose password is nowhere kept.
-    """
+    """The run's saved config, with the storage and what is said of tracking now."""
     saved = run.saved_config()
     said = config.tracking.model_dump(exclude_unset=True)
     was = _where_it_was_sent(run)
     tracking = saved.tracking.model_copy(update=({} if was is None else {"uri": was}) | said)
-    if HIDDEN in (tracking.uri or "") and not os.environ.get(URI_VARIABLE):
-        raise ConfigError(
-            f"{run.folder}/{layout.CONFIG} keeps tracking.uri without its password "
-            f"({tracking.uri}): give it again with --set tracking.uri=... or {URI_VARIABLE}"
-        )
     return saved.model_copy(update={"tracking": tracking, "storage": config.storage})
 
 

@@ -165,7 +165,7 @@ def begin_run(config: Config, store: ImageStore, num_workers: int) -> tuple[Run,
         "classes": store.classes,
         "preprocess": store.preprocess.model_dump(mode="json"),
         "versions": store.versions,
-        "subject_salt": store.manifest.get("subject_salt"),
+        "subject_salt": store.manifest["subject_salt"],
         "num_slices": counts,
         "settings": settings,
     }

@@ -23,7 +23,7 @@ from brainray import layout
 from brainray.config import Config
 from brainray.config_text import flatten, to_yaml
 from brainray.engine.evaluate import Metrics
-from brainray.errors import BrainrayError, ConfigError, TrackingError
+from brainray.errors import BrainrayError, ConfigError, DataError, StorageError, TrackingError
 from brainray.log import Log, log
 from brainray.orchestration.driver import check_training
 from brainray.orchestration.export import served_files
@@ -201,7 +201,7 @@ def _tuner(config: Config, folder: Folder, workers: WorkerResources, log: Log) -
     # Tune's own handler would let an interrupted sweep end as if it were complete.
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
     path = str(folder / _TUNE)
-    if _has_state(config, folder / _TUNE) and tune.Tuner.can_restore(path):
+    if _has_state(config, folder / _TUNE):
         space = _param_space(config)
         return tune.Tuner.restore(path, trainable, resume_errored=True, param_space=space)
     settings = config.tune
@@ -234,17 +234,21 @@ def _has_state(config: Config, folder: Folder) -> bool:
     Raises:
         ConfigError: there is none, and trials have begun that it would not know.
     """
-    is_whole = False
+    num_whole = 0
     for name in folder.names():
         if not name.startswith("experiment_state-"):
             continue
         try:
             folder.read_json(name)
-            is_whole = True
-        except BrainrayError:
+            num_whole += 1
+        except StorageError:  # which says nothing about the file
+            raise
+        except DataError:
             folder.delete_file(name)
-    if is_whole or not folder.names():
-        return is_whole
+    if num_whole and folder.exists("tuner.pkl"):
+        return True
+    if not folder.names():
+        return False
     begun = read_trials(config, str(config.name))
     if begun:
         raise ConfigError(
@@ -297,7 +301,7 @@ def _scheduler(config: Config) -> TrialScheduler | None:
     return None
 
 
-class _LetsEnd(TrialScheduler):
+class _FairToTrials(TrialScheduler):
     """Of a scheduler: a trial that has trained to its end draws its figures too, and one that could
     not be trained stands for no figure.
     """
@@ -317,11 +321,11 @@ class _LetsEnd(TrialScheduler):
             super().on_trial_complete(tune_controller, trial, result)
 
 
-class _Halving(_LetsEnd, AsyncHyperBandScheduler):
+class _Halving(_FairToTrials, AsyncHyperBandScheduler):
     pass
 
 
-class _MedianStopping(_LetsEnd, MedianStoppingRule):
+class _MedianStopping(_FairToTrials, MedianStoppingRule):
     pass
 
 
@@ -417,7 +421,8 @@ class _Follower(Watcher):
         news = [self._tell(trial) for trial in trials]
         for trial in trials:
             is_complete = trial.run is not None and trial.run.is_complete
-            if is_complete and trial.trial_id not in self._tried:
+            # At the end, whatever is left is sent anyway.
+            if is_complete and trial.trial_id not in self._tried and not self._stopped.is_set():
                 self._tried.add(trial.trial_id)
                 self.close(trial)
         if any(news) and self._quiet_s >= _TABLE_EVERY_S:

@@ -380,7 +380,7 @@ def test_a_run_that_is_named_like_a_trial_is_none(trained: TrainedRun, tmp_path:
 
 
 def test_a_sweep_without_tunes_state_begins_anew_or_says_why_not(
-    trained: TrainedRun, tmp_path: Path
+    trained: TrainedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = sweep_config(tmp_path)
     state = Folder(tmp_path) / "sweeps" / "search" / "tune"
@@ -389,6 +389,11 @@ def test_a_sweep_without_tunes_state_begins_anew_or_says_why_not(
     state.write_bytes("experiment_state-b.json", b'{"trial_data": [')  # a kill has cut it
     state.write_json("experiment_state-a.json", {})
     assert _has_state(config, state)
+    assert state.names() == ["experiment_state-a.json", "tuner.pkl"]
+    with monkeypatch.context() as away:
+        away.setattr(Folder, "read_json", Mock(side_effect=StorageError("storage is away")))
+        with pytest.raises(StorageError):
+            _has_state(config, state)
     assert state.names() == ["experiment_state-a.json", "tuner.pkl"]
     state.delete_file("experiment_state-a.json")
     as_trial(trained, tmp_path, "search", "0a1b2_00000")
