@@ -191,6 +191,12 @@ def test_flatten_gives_every_set_value_its_dotted_key() -> None:
     assert set(flat) <= {*known_keys(), "classes.map.a"}
 
 
+def test_a_feature_of_the_file_can_be_left_out(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("study: {features: {a: {encoder: pixels}, b: {}}}")
+    features = load_config(tmp_path / "c.yaml", ["study.features.b=null"]).study.features
+    assert list(features) == ["a"]
+
+
 def test_an_objective_without_pseudo_labels_takes_none_of_a_subject() -> None:
     with pytest.raises(ConfigError, match=r"of no use to objective\.name=joint"):
         load_config(None, ["objective.inherit_labels=subject"])

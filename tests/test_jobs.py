@@ -11,6 +11,7 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import ray
@@ -112,6 +113,34 @@ def test_every_setting_is_explained_by_some_job(
 def test_settings_that_a_job_does_not_read_are_told() -> None:
     overrides = ["run=x", "train.device=cpu", "classes.map.a=b", "preprocess.crop=none", "train={}"]
     assert unread_keys(overrides, ["run", "classes", "train.device"]) == ["preprocess.crop"]
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("predict", ["run=x", "source=/no/such"], "no such folder: source=/no/such"),
+        ("preprocess", ["name=x", "source=/tmp", "labels=/no.csv"], "no such file: labels=/no.csv"),
+        ("study", ["name=x", "sources.a=/no"], "no such folder: sources.a=/no"),
+        ("report", ["run=absent"], "no run 'absent'"),
+        ("train", ["name=x", "dataset=absent"], "no image store at"),
+    ],
+)
+def test_what_is_named_is_looked_for_before_ray_starts(
+    name: str,
+    settings: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(
+        "brainray.orchestration.job.attach_to_ray", Mock(side_effect=AssertionError)
+    )
+    monkeypatch.setattr(sys, "argv", [name, "--set", f"storage={tmp_path}", *settings])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(PROJECT / "jobs" / f"{name}.py"), run_name="__main__")
+    assert ended.value.code == 2
+    assert message in json.loads(capsys.readouterr().out.splitlines()[-1])["error"]
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -120,6 +120,12 @@ def ends_alike() -> bool:
     return torch.equal(weights_of_two_steps(False), weights_of_two_steps(True))
 
 
+def test_gpus_need_not_look_for_unused_parameters() -> None:
+    shared = {"forward_sync_buffers": False}
+    assert ddp_options(torch.device("cuda")) == shared | {"find_unused_parameters": False}
+    assert ddp_options(torch.device("cpu")) == shared | {"find_unused_parameters": True}
+
+
 def test_three_ranks_that_go_on_end_with_the_weights_of_undisturbed_ones() -> None:
     assert dist.run_on_ranks(ends_alike, 3) == [True] * 3
 

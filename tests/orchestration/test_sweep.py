@@ -53,6 +53,7 @@ from brainray.orchestration.trials import (
     run_trial,
     trial_config,
 )
+from brainray.orchestration.worker import reported_metrics
 from brainray.redaction import command_line
 from brainray.storage import Folder
 from tests.browser import CHROMIUM, mlflow_ui
@@ -507,6 +508,15 @@ def test_a_trial_that_failed_is_not_the_best(tmp_path: Path) -> None:
         for name, value, problem in (("a", 0.9, "epoch 2: the loss is NaN"), ("b", 0.8, None))
     )
     assert _ranked(config, [diverged, sound]) == [sound]
+
+
+def test_a_search_is_told_what_trials_are_ranked_by() -> None:
+    def epoch(number: int, score: float) -> dict[str, float]:
+        validation = {"validation/score": score, "validation/score_error": 0.01}
+        return {"epoch": float(number), "train/image_size": 64.0, "test/all": 0.5} | validation
+
+    told = reported_metrics([epoch(1, 0.9), epoch(2, 0.5)])
+    assert told == {"epoch": 2.0, "validation/score": 0.9, "validation/score_error": 0.01}
 
 
 def test_a_trial_counts_by_the_epoch_whose_model_it_keeps(tmp_path: Path) -> None:
