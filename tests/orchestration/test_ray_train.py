@@ -126,6 +126,7 @@ def test_gpus_need_not_look_for_unused_parameters() -> None:
     assert ddp_options(torch.device("cpu")) == shared | {"find_unused_parameters": True}
 
 
+@pytest.mark.slow
 def test_three_ranks_that_go_on_end_with_the_weights_of_undisturbed_ones() -> None:
     assert dist.run_on_ranks(ends_alike, 3) == [True] * 3
 
