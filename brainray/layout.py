@@ -1,6 +1,7 @@
 """Names of the files that a store, a run and an evaluation consist of."""
 
-# What a manifest and a run.json say they are: changed when older code would misread the rest.
+# What a manifest and a run.json say they are: changed when older code would misread what newer
+# code writes, or the other way round.
 STORE_FORMAT = "brainray-image-store/4"
 RUN_FORMAT = "brainray-run/3"
 FEATURES_FORMAT = "brainray-features/1"

@@ -243,7 +243,8 @@ def _has_state(config: Config, folder: Folder) -> bool:
             num_whole += 1
         except StorageError:  # which says nothing about the file
             raise
-        except DataError:
+        except DataError as damage:
+            log(f"{damage}: it was cut while it was written, and is left out")
             folder.delete_file(name)
     if num_whole and folder.exists("tuner.pkl"):
         return True
