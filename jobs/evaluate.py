@@ -9,10 +9,10 @@ from brainray.orchestration.job import JobResult, run_job
 
 def work(config: Config) -> JobResult:
     from brainray.orchestration.evaluation import evaluate
-    from brainray.report.table import results_table
+    from brainray.report.results import results_markdown
 
     evaluation = evaluate(config, log)
-    log(results_table(evaluation.metrics, evaluation.classes))
+    log(results_markdown(evaluation.metrics, evaluation.classes))
     log(f"predictions, figures and report.html: {evaluation.folder}")
     return JobResult(str(evaluation.folder), metrics=evaluation.metrics)
 

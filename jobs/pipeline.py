@@ -15,7 +15,7 @@ def work(config: Config) -> JobResult:
     from brainray.orchestration.publish import how_to_open
     from brainray.orchestration.resources import alive_nodes, plan_workers
     from brainray.orchestration.run import data_hash_of
-    from brainray.report.table import results_table
+    from brainray.report.results import results_markdown
     from brainray.storage import Folder
 
     if config.name is None:
@@ -38,7 +38,7 @@ def work(config: Config) -> JobResult:
         # The raw files once more, through prediction's own path: it must tell the same.
         again = config.model_copy(update={"run": config.name, "epoch": None, "checkpoint": None})
         evaluation = evaluate(again, log, only_paths=test_paths)
-        log(results_table(evaluation.metrics, evaluation.classes))
+        log(results_markdown(evaluation.metrics, evaluation.classes))
     log(f"figures: {trained.run.folder}/figures")
     log(f"compare runs: {how_to_open(trained.tracking_uri)}")
     return JobResult(str(trained.run.folder), trained.mlflow_run_id, trained.metrics)

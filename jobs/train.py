@@ -12,10 +12,10 @@ def work(config: Config) -> JobResult:
         return work_on_draws(config)
     from brainray.orchestration.driver import train
     from brainray.orchestration.publish import how_to_open
-    from brainray.report.table import results_table
+    from brainray.report.results import results_markdown
 
     trained = train(config, log)
-    log(results_table(trained.metrics, trained.run.classes))
+    log(results_markdown(trained.metrics, trained.run.classes))
     log(f"figures: {trained.run.folder}/figures")
     log(f"compare runs: {how_to_open(trained.tracking_uri)}")
     return JobResult(str(trained.run.folder), trained.mlflow_run_id, trained.metrics)

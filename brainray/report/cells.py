@@ -3,12 +3,16 @@
 from collections.abc import Mapping, Sequence
 from math import isnan
 
+from brainray.schema import PREDICTORS
+
 Metrics = Mapping[str, float]
 
 History = Sequence[Metrics]
 """What a run logged: one flat dict of metrics an epoch, oldest first."""
 
 MISSING = "–"
+
+PREDICTOR_TITLES = dict(zip(PREDICTORS, ("head", "clusters", "nearest thumbnail"), strict=True))
 
 
 def figure(metrics: Metrics, name: str) -> str:

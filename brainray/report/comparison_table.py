@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 
-from brainray.report.cells import difference, share
+from brainray.report.cells import PREDICTOR_TITLES, difference, share
 from brainray.report.table import markdown_table
-from brainray.schema import SUBSETS
+from brainray.schema import PREDICTED_BY, SUBSETS
 
 COMPARISON_COLUMNS = [
     "prediction",
@@ -15,8 +15,6 @@ COMPARISON_COLUMNS = [
     "McNemar's p",
 ]
 
-_PREDICTORS = {"head": "head", "cluster": "clusters"}
-
 
 def comparison_table(metrics: Mapping[str, float]) -> str:
     """Of the figures that `engine.compare` gives."""
@@ -26,8 +24,12 @@ def comparison_table(metrics: Mapping[str, float]) -> str:
 def comparison_rows(metrics: Mapping[str, float]) -> list[list[str]]:
     """A row for each predictor and subset that were compared; none without a control."""
     return [
-        [title, subset, *_figures(metrics, f"test/{subset}/{predictor}/accuracy")]
-        for predictor, title in _PREDICTORS.items()
+        [
+            PREDICTOR_TITLES[predictor],
+            subset,
+            *_figures(metrics, f"test/{subset}/{predictor}/accuracy"),
+        ]
+        for predictor in PREDICTED_BY
         for subset in SUBSETS
         if f"p/test/{subset}/{predictor}/accuracy" in metrics
     ]

@@ -2,23 +2,29 @@
 
 from collections.abc import Mapping
 
-from brainray.report.cells import difference, figure, mean_and_deviation, share
+from brainray.report.cells import (
+    PREDICTOR_TITLES,
+    difference,
+    figure,
+    mean_and_deviation,
+    share,
+)
 from brainray.report.table import markdown_table
-from brainray.schema import PREDICTORS, SUBSETS
+from brainray.schema import SUBSETS
 
 
 def draws_table(metrics: Mapping[str, float]) -> str:
     """Mean accuracy and deviation by predictor and test slices, beside the control's."""
     header = ["prediction", "test slices", "accuracy", "control", "difference", "fewer errors"]
     rows = []
-    for predictor in PREDICTORS:
+    for predictor, title in PREDICTOR_TITLES.items():
         for subset in SUBSETS:
             name = f"test/{subset}/{predictor}/accuracy"
             if name not in metrics:
                 continue
             rows.append(
                 [
-                    predictor,
+                    title,
                     subset,
                     mean_and_deviation(metrics, name),
                     figure(metrics, f"control/{name}"),

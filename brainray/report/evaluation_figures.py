@@ -4,12 +4,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from brainray.report.cells import PREDICTOR_TITLES
 from brainray.report.figures import Confusion, confusion_counts, confusion_matrices
 from brainray.report.style import png_bytes
-from brainray.schema import subset_masks, tells_of_classes
+from brainray.schema import PREDICTED_BY, subset_masks, tells_of_classes
 from brainray.storage import Folder
-
-_PREDICTORS = {"head": "head (softmax)", "cluster_class": "clusters (mixture)"}
 
 
 def draw_evaluation_figures(folder: Folder, predictions: pa.Table, classes: list[str]) -> list[str]:
@@ -32,7 +31,7 @@ def draw_evaluation_figures(folder: Folder, predictions: pa.Table, classes: list
     for subset, mask in subset_masks(labelled).items():
         rows = labelled.filter(pa.array(mask))
         if rows.num_rows and tells_of_classes(rows["label"].to_pylist(), subset):
-            panels = [_confusion(rows, column, classes) for column in _PREDICTORS]
+            panels = [_confusion(rows, predictor, classes) for predictor in PREDICTED_BY]
             title = f"Confusion matrices, test slices: {subset} ({rows.num_rows:,})"
             figure = confusion_matrices(panels, classes, title)
             names.append(f"figures/confusion_{subset}.png")
@@ -40,8 +39,9 @@ def draw_evaluation_figures(folder: Folder, predictions: pa.Table, classes: list
     return names
 
 
-def _confusion(rows: pa.Table, column: str, classes: list[str]) -> Confusion:
-    labels, predicted = rows["label"].to_pylist(), rows[column].to_pylist()
+def _confusion(rows: pa.Table, predictor: str, classes: list[str]) -> Confusion:
+    labels = rows["label"].to_pylist()
+    predicted = rows[PREDICTED_BY[predictor]].to_pylist()
     accuracy = np.mean([label == guess for label, guess in zip(labels, predicted, strict=True)])
     counts = confusion_counts(labels, predicted, classes)
-    return Confusion(f"{_PREDICTORS[column]}: accuracy {accuracy:.3f}", counts)
+    return Confusion(f"{PREDICTOR_TITLES[predictor]}: accuracy {accuracy:.3f}", counts)

@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from brainray.errors import DataError
-from brainray.report.cells import History
+from brainray.report.cells import PREDICTOR_TITLES, History
 from brainray.report.style import (
     BLACK,
     BLUE,
@@ -178,8 +178,8 @@ def accuracy_curves(history: History, chosen_epoch: int) -> Figure | None:
     ]
     if not any(drawn):
         return None
-    panels[0].set_title("Accuracy of the head (softmax)")
-    panels[1].set_title("Accuracy of the clusters (mixture)")
+    for axes, predictor in zip(panels, _ACCURACIES, strict=True):
+        axes.set_title(f"Accuracy of the {PREDICTOR_TITLES[predictor]}")
     panels[0].set_ylabel("accuracy")
     panels[0].set_ylim(panels[0].get_ylim()[0] - 0.03, 1.01)  # whole markers at either end
     legend_of = panels[drawn.index(True)]

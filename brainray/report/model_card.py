@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from brainray.report.cells import Metrics
-from brainray.report.table import results_table
+from brainray.report.results import results_markdown
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def model_card(facts: CardFacts, metrics: Metrics) -> str:
         ", ".join(f"{count:,} {role}" for role, count in facts.num_slices.items())
         or "not recorded: exported from a checkpoint without its run",
         "## Figures",
-        results_table(dict(metrics), list(facts.classes))
+        results_markdown(metrics, facts.classes)
         if metrics
         else "not recorded: the run reports those of another epoch, or the checkpoint has no run",
         "`clean` are the test slices without a near-duplicate among anything that the run saw; "

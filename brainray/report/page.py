@@ -21,10 +21,11 @@ from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
 from brainray import layout
 from brainray.clustering.subtypes import find_subtypes
 from brainray.config import EvaluationConfig
-from brainray.report.cells import Metrics, figure, with_interval
+from brainray.report.cells import Metrics
 from brainray.report.comparison_table import COMPARISON_COLUMNS, comparison_rows
 from brainray.report.leakage_table import LEVEL_COLUMNS, leakage_counts, subset_counts
 from brainray.report.maps import SliceMap, map_sequence, shown
+from brainray.report.results import results_tables
 from brainray.report.style import (
     BLUE,
     GREEN,
@@ -34,14 +35,14 @@ from brainray.report.style import (
     class_colours,
     cluster_colour,
 )
-from brainray.schema import SUBSETS, THUMBNAIL_SIDE, subset_masks, tells_of_classes
+from brainray.report.table import Table
+from brainray.schema import THUMBNAIL_SIDE, subset_masks, tells_of_classes
 from brainray.storage import Folder
 
 _NUM_IMAGES = 6  # of each kind on a cluster's card
 _MAX_REJECTED = 100  # rejected files that an evaluation lists
 _JPEG_QUALITY = 60
 _GLOW = 0.6  # share of the colour where the activation is highest
-_PREDICTORS = {"head": "head", "cluster": "clusters", "thumbnail_1nn": "nearest thumbnail"}
 _CHARTS = {
     "Loss, and its parts before their weights": {
         "total": "train/loss/total",
@@ -74,15 +75,6 @@ _LINES = (
     (PURPLE, "longdash"),
 )
 _LEAST_RANGE = 0.1  # of accuracies: less is drawn no larger
-
-
-@dataclass(frozen=True)
-class Table:
-    """Text cells with a header."""
-
-    title: str
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -152,7 +144,9 @@ def write_page(
         title=f"brainray: {run.name}",
         summary=_summary(metrics, chosen, len(history), _told_shown(table, whole)),
         tables=[
-            *_tables(metrics, classes, {} if control is None else {f"control ({whose})": control}),
+            *results_tables(
+                metrics, classes, {} if control is None else {f"control ({whose})": control}
+            ),
             *_comparison(metrics, whose),
             *_timings(metrics),
         ],
@@ -201,7 +195,7 @@ def write_evaluation_page(
     contents = _Contents(
         title=f"brainray: evaluation {name}",
         summary=_evaluation_summary(metrics, _told_shown(table, predictions)),
-        tables=_tables(metrics, classes, {}),
+        tables=results_tables(metrics, classes),
         quality=[_rejected_files(rejected)] if rejected.num_rows else [],
         about=about,
         settings=settings,
@@ -450,60 +444,6 @@ def _scores(metrics: Metrics) -> str:
         f"thumbnail gets {_percent(metrics, 'test/clean/thumbnail_1nn/accuracy')} of the clean "
         "ones."
     )
-
-
-def _tables(metrics: Metrics, classes: Sequence[str], others: Mapping[str, Metrics]) -> list[Table]:
-    """Of a run and, by what they are called, of others."""
-    runs = {"this run": metrics} | dict(others)
-    accuracy = [
-        [f"{whose}, {title}"]
-        + [with_interval(values, f"test/{subset}/{predictor}/accuracy") for subset in SUBSETS]
-        + [figure(values, f"test/all_as_clean/{predictor}/accuracy")]
-        for whose, values in runs.items()
-        for predictor, title in _PREDICTORS.items()
-    ]
-    accuracy += [
-        [f"{whose}, {_PREDICTORS[predictor]}, balanced"]
-        + [figure(values, f"test/{subset}/{predictor}/balanced_accuracy") for subset in SUBSETS]
-        + [""]  # whatever the class mix, as of all
-        for whose, values in runs.items()
-        for predictor in ("head", "cluster")
-    ]
-    sizes = {subset: metrics.get(f"test/{subset}/num_slices") for subset in SUBSETS}
-    subsets = [
-        subset if size is None else f"{subset} ({size:,.0f})" for subset, size in sizes.items()
-    ]
-    by_class = [
-        [f"{whose}, {_PREDICTORS[predictor]}, {subset}"]
-        + [
-            " / ".join(
-                figure(values, f"test/{subset}/{predictor}/{kind}/{name}")
-                for kind in ("precision", "recall", "f1")
-            )
-            for name in classes
-        ]
-        for whose, values in runs.items()
-        for predictor in ("head", "cluster")
-        for subset in ("all", "clean")
-    ]
-    clusters = [
-        [f"{whose}, {subset}"]
-        + [
-            figure(values, f"test/{subset}/cluster/{name}")
-            for name in ("silhouette", "nmi", "ari", "fmi")
-        ]
-        for whose, values in runs.items()
-        for subset in ("all", "clean")
-    ]
-    return [
-        Table(
-            "Accuracy [95 % interval over subjects, where known]",
-            ["", *subsets, "all, at clean's class mix"],
-            accuracy,
-        ),
-        Table("Precision / recall / F1", ["", *classes], by_class),
-        Table("Clusters", ["", "silhouette", "NMI", "ARI", "FMI"], clusters),
-    ]
 
 
 def _comparison(metrics: Metrics, control: str | None) -> list[Table]:

@@ -119,7 +119,7 @@ def test_the_page_needs_no_network_and_escapes_what_it_shows(page: Path) -> None
     assert data["cards"][0]["labels"] == {"glioma": 4}
     assert "blank &lt;slice&gt;" in text
     assert all(cell in text for cell in ("slice by slice", "+0.250", "3 of 4", "0.62"))
-    assert all(cell in text for cell in ("all (1,221)", "this run, head, balanced", "0.713"))
+    assert all(cell in text for cell in ("all (1,221)", "head, balanced accuracy", "0.713"))
 
 
 def test_evidence_glows_on_the_slice_and_the_rest_stays_grey(page: Path) -> None:

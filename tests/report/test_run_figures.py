@@ -148,8 +148,8 @@ def test_slices_without_a_label_are_not_scored_and_subsets_are_drawn_apart(
     np.testing.assert_array_equal(cluster_all.counts, [[0, 4], [5, 0]])
     np.testing.assert_array_equal(head_clean.counts, [[1, 0], [0, 2]])
     np.testing.assert_array_equal(cluster_clean.counts, [[0, 1], [2, 0]])
-    assert head_all.title == "head (softmax): accuracy 1.000"
-    assert cluster_all.title == "clusters (mixture): accuracy 0.000"
+    assert head_all.title == "head: accuracy 1.000"
+    assert cluster_all.title == "clusters: accuracy 0.000"
     # Figures by class of strict slices are told where there are thirty of each.
     for num_slices, is_drawn in ((58, False), (60, True)):
         names = draw_evaluation_figures(Folder(tmp_path), _predictions(num_slices), CLASSES)

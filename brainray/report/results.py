@@ -1,0 +1,110 @@
+"""The reported figures as tables, for a run's page, its log and its model card."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+from brainray.report.cells import (
+    MISSING,
+    PREDICTOR_TITLES,
+    Metrics,
+    count,
+    figure,
+    with_interval,
+)
+from brainray.report.table import Table, markdown_table
+from brainray.schema import PREDICTED_BY, SUBSETS
+
+_AVERAGES = {"balanced_accuracy": "balanced accuracy", "f1_macro": "macro F1"}
+_BY_CLASS = ("precision", "recall", "f1")
+_OF_CLUSTERS = {"silhouette": "silhouette", "nmi": "NMI", "ari": "ARI", "fmi": "FMI"}
+
+
+def results_markdown(metrics: Metrics, classes: Sequence[str]) -> str:
+    """`results_tables` of one run as Markdown."""
+    return "\n\n".join(
+        f"{table.title}:\n\n{markdown_table(table.header, table.rows, num_text_columns=1)}"
+        for table in results_tables(metrics, classes)
+    )
+
+
+def results_tables(
+    metrics: Metrics, classes: Sequence[str], others: Mapping[str, Metrics] | None = None
+) -> list[Table]:
+    """Test figures from flat metrics, for all, clean and strict slices; a dash where there is none.
+
+    First accuracies (with intervals, and over all slices re-weighted to the class mix of clean),
+    balanced accuracies and macro F1; then precision, recall and F1 by class; then the clusters' own
+    figures.
+
+    Args:
+        metrics: of a run.
+        classes: of the run, in its order.
+        others: metrics of other runs on the same test slices, by what they are called.
+    """
+    runs = {"": metrics} | {f", {whose}": theirs for whose, theirs in (others or {}).items()}
+    return [
+        _accuracies(metrics, runs),
+        _figures_by_class(metrics, runs, classes),
+        _clusters(runs),
+    ]
+
+
+def _accuracies(metrics: Metrics, runs: Mapping[str, Metrics]) -> Table:
+    def row(
+        title: str, values: Metrics, name: str, cell: Callable[[Metrics, str], str]
+    ) -> list[str]:
+        prefixes = ("all", "clean", "strict", "all_as_clean")
+        return [title, *(cell(values, f"test/{prefix}/{name}") for prefix in prefixes)]
+
+    rows = [
+        row(f"{title}{whose}", values, f"{predictor}/accuracy", with_interval)
+        for whose, values in runs.items()
+        for predictor, title in PREDICTOR_TITLES.items()
+    ]
+    rows += [
+        row(f"{PREDICTOR_TITLES[predictor]}{whose}, {title}", values, f"{predictor}/{name}", figure)
+        for whose, values in runs.items()
+        for predictor in PREDICTED_BY
+        for name, title in _AVERAGES.items()
+    ]
+    sizes = {subset: count(metrics, f"test/{subset}/num_slices") for subset in SUBSETS}
+    subsets = [
+        subset if size == MISSING else f"{subset} ({size})" for subset, size in sizes.items()
+    ]
+    return Table(
+        "Accuracy of test slices [95 % interval, over subjects where known]",
+        ["", *subsets, "all, at clean's class mix"],
+        rows,
+    )
+
+
+def _figures_by_class(
+    metrics: Metrics, runs: Mapping[str, Metrics], classes: Sequence[str]
+) -> Table:
+    rows = [
+        [f"slices, {subset}"]
+        + [count(metrics, f"test/{subset}/head/support/{name}") for name in classes]
+        for subset in SUBSETS
+    ]
+    rows += [
+        [f"{PREDICTOR_TITLES[predictor]}{whose}, {subset}"]
+        + [
+            " / ".join(
+                figure(values, f"test/{subset}/{predictor}/{kind}/{name}") for kind in _BY_CLASS
+            )
+            for name in classes
+        ]
+        for whose, values in runs.items()
+        for predictor in PREDICTED_BY
+        for subset in SUBSETS
+    ]
+    return Table("Precision / recall / F1 by class", ["", *classes], rows)
+
+
+def _clusters(runs: Mapping[str, Metrics]) -> Table:
+    rows = [
+        [f"{subset}{whose}"]
+        + [figure(values, f"test/{subset}/cluster/{name}") for name in _OF_CLUSTERS]
+        for whose, values in runs.items()
+        for subset in SUBSETS
+    ]
+    return Table("Clusters", ["", *_OF_CLUSTERS.values()], rows)

@@ -1,0 +1,77 @@
+"""The tables must show what was measured, and nothing where nothing was."""
+
+from brainray.report.results import results_markdown, results_tables
+
+CLASSES = ["glioma", "notumor"]
+
+METRICS = {
+    "test/all/num_slices": 1311.0,
+    "test/clean/num_slices": 4.0,
+    "test/strict/num_slices": 3.0,
+    "test/strict/head/accuracy": 0.6,
+    "test/all/head/accuracy": 0.93512,
+    "test/all/head/accuracy_low": 0.92,
+    "test/all/head/accuracy_high": 0.9494,
+    "test/all/head/balanced_accuracy": 0.9,
+    "test/all/head/f1_macro": 0.8,
+    "test/clean/head/accuracy": 0.75,
+    "test/clean/cluster/f1_macro": 0.625,
+    "test/all/thumbnail_1nn/accuracy": 0.962,
+    "test/all_as_clean/head/accuracy": 0.7,
+    "test/all/head/support/glioma": 150.0,
+    "test/all/head/precision/glioma": 0.1,
+    "test/all/head/recall/glioma": 0.2,
+    "test/all/head/f1/glioma": 0.3,
+    "test/all/cluster/f1/glioma": 0.4,
+    "test/clean/cluster/recall/notumor": 0.5,
+    "test/all/cluster/silhouette": 0.51249,
+    "test/clean/cluster/nmi": -0.0101,
+}
+
+
+def _cells(text: str) -> dict[str, list[str]]:
+    """Cells of each row of Markdown by its first cell."""
+    rows = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
+    return {first.strip(): [cell.strip() for cell in rest] for first, *rest in rows}
+
+
+def test_figures_are_found_in_their_cells() -> None:
+    text = results_markdown(METRICS, CLASSES)
+    rows = _cells(text)
+    assert text.startswith("Accuracy of test slices [95 % interval, over subjects where known]:")
+    assert "all (1,311) |" in text
+    assert rows["head"] == ["0.935 [0.920, 0.949]", "0.750", "0.600", "0.700"]
+    assert rows["head, balanced accuracy"] == ["0.900", "–", "–", "–"]
+    assert rows["head, macro F1"] == ["0.800", "–", "–", "–"]
+    assert rows["clusters, macro F1"] == ["–", "0.625", "–", "–"]
+    assert rows["nearest thumbnail"] == ["0.962", "–", "–", "–"]
+    assert rows["slices, all"] == ["150", "–"]
+    assert rows["head, all"] == ["0.100 / 0.200 / 0.300", "– / – / –"]
+    assert rows["clusters, all"] == ["– / – / 0.400", "– / – / –"]
+    assert rows["clusters, clean"] == ["– / – / –", "– / 0.500 / –"]
+    assert rows["all"] == ["0.512", "–", "–", "–"]
+    assert rows["clean"] == ["–", "-0.010", "–", "–"]
+
+
+def test_another_run_stands_beside_it_by_its_name() -> None:
+    control = {"test/all/head/accuracy": 0.5, "test/all/cluster/silhouette": 0.25}
+    accuracies, _, clusters = results_tables(METRICS, CLASSES, {"control (c)": control})
+    rows = {row[0]: row[1:] for row in (*accuracies.rows, *clusters.rows)}
+    assert rows["head"][0] == "0.935 [0.920, 0.949]"
+    assert rows["head, control (c)"][0] == "0.500"
+    assert rows["all, control (c)"][0] == "0.250"
+
+
+def test_without_metrics_every_cell_is_a_dash() -> None:
+    for table in results_tables({"test/all/head/accuracy": float("nan")}, CLASSES):
+        assert {cell for row in table.rows for cell in row[1:]} <= {"–", "– / – / –"}
+        assert {len(row) for row in table.rows} == {len(table.header)}
+
+
+def test_rows_are_as_wide_as_their_header_whatever_the_class_is_called() -> None:
+    blocks = results_markdown({}, ["a|b", "notumor"]).split("\n\n")
+    tables = [block.splitlines() for block in blocks if block.startswith("|")]
+    assert len(tables) == 3
+    for table in tables:
+        assert len({len(line) for line in table}) == 1
+        assert len({line.replace("\\|", "").count("|") for line in table}) == 1
