@@ -43,7 +43,7 @@ ABOUT = "about.json"  # what made the run: command, machine, versions
 SUMMARY = "summary.json"  # written last: the run is complete
 BEST = "best"  # checkpoint of the chosen epoch
 LAST = "last"  # checkpoint of the last epoch
-NEXT_LABELS = "labels/next.parquet"  # which unlabelled slices to label next
+NEXT_LABELS = "labels/next.csv"  # which unlabelled slices to label next, for people to fill in
 TRACKING = "tracking.json"  # what MLflow has got
 
 # A checkpoint's folder

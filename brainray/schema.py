@@ -150,6 +150,7 @@ NEXT_LABELS = pa.schema(
         ("rank", pa.int32()),  # from 1, the most useful
         ("path", pa.string()),  # relative to the source
         ("frame", pa.string()),
+        ("label", pa.string()),  # empty, to be filled in
         ("sample_id", pa.string()),
         ("uncertainty", pa.float32()),  # from 0 to 1: one minus the lead of the best class
         ("class", pa.string()),  # most probable class, of the head

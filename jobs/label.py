@@ -23,7 +23,8 @@ if __name__ == "__main__":
             """
             Rank the unlabelled training slices of a run by what a label would teach: those that
             the head is least sure of, in turns of the clusters, one of each group of copies and
-            of each subject first. Writes labels/next.parquet into the run's folder.
+            of each subject first. Writes labels/next.csv into the run's folder,
+            whose column `label` is for you to fill in.
 
             Example: python jobs/label.py --set run=nickparvar label.num_slices=200
             """,

@@ -21,6 +21,9 @@ from brainray.models.supervised import SupervisedObjective
 GROWTH_STEP = 32
 """Pixels by which slices grow between the stages of progressive resizing."""
 
+PRECISION_BITS = {"bf16": 16, "fp32": 32}
+"""Of the numbers that are multiplied."""
+
 
 def build_objective(config: ObjectiveConfig) -> Objective:
     """The configured objective; a new one is one file in models and one line here."""

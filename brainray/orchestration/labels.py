@@ -1,11 +1,13 @@
 """What to label next: the unlabelled slices of a run, ranked."""
 
+import io
 from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.csv as pa_csv
 
 from brainray import layout
 from brainray.clustering.next_labels import choose_to_label, margin_uncertainty
@@ -21,6 +23,7 @@ from brainray.schema import NEXT_LABELS, UNLABELLED_ROLE
 from brainray.storage import Folder
 
 _GROUPS = ("duplicate_group_id", "subject_id")
+_DECIMALS = 4  # of shares, in a table for people
 _NEEDED = [
     "sample_id",
     "path",
@@ -44,7 +47,7 @@ class NextLabels:
 
 
 def choose_next_labels(config: Config, log: Log = log) -> NextLabels:
-    """Rank the run's unlabelled training slices into ``labels/next.parquet`` of its folder.
+    """Rank the run's unlabelled training slices into ``labels/next.csv`` of its folder.
 
     The labels of these slices are not read, also where the store has them.
 
@@ -88,10 +91,14 @@ def choose_next_labels(config: Config, log: Log = log) -> NextLabels:
     columns = {name: picked[name] for name in NEXT_LABELS.names if name in picked.column_names}
     columns["rank"] = pa.array(range(1, len(chosen) + 1), pa.int32())
     columns["class"] = picked["head"]
-    columns["uncertainty"] = pa.array(uncertainty[chosen], pa.float32())
+    columns["label"] = pa.nulls(len(chosen), pa.string())
+    columns["uncertainty"] = pa.array(uncertainty[chosen].round(_DECIMALS))
+    columns["confidence"] = pc.round(picked["confidence"], _DECIMALS)
     ordered = [columns[name] for name in NEXT_LABELS.names]
     table = pa.table(ordered, names=NEXT_LABELS.names).cast(NEXT_LABELS)
-    run.folder.write_table(layout.NEXT_LABELS, table)
+    written = io.BytesIO()
+    pa_csv.write_csv(table, written)
+    run.folder.write_bytes(layout.NEXT_LABELS, written.getvalue())
     counts = Counter(table["cluster"].to_pylist())
     metrics = {"num_unlabelled": float(pool.num_rows), "num_chosen": float(table.num_rows)}
     metrics |= {f"num_chosen/cluster {k}": float(count) for k, count in sorted(counts.items())}

@@ -26,6 +26,7 @@ from brainray.tracking import (
     default_uri,
 )
 
+_SERVERS = ("http://", "https://", "databricks")  # which have a page of their own
 _TAGS_OF_CODE = {
     "brainray.version": "brainray",
     "brainray.code_hash": "code_hash",
@@ -51,8 +52,8 @@ class Tracking:
 
 
 def how_to_open(uri: str) -> str:
-    """The command that shows a database's runs, or the server's address."""
-    if uri.startswith(("http://", "https://")):
+    """The command that shows a database's runs, or the address of what has a page of its own."""
+    if uri.startswith(_SERVERS):
         return uri
     return f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
 

@@ -38,6 +38,7 @@ from brainray.engine.evaluate import (
 from brainray.engine.finite import NonFiniteStep
 from brainray.engine.pseudo_labels import class_shares, class_shift, pseudo_labels
 from brainray.engine.recipe import (
+    PRECISION_BITS,
     agreed_precision,
     build_average,
     build_objective,
@@ -225,6 +226,12 @@ class _Trainer:
 
     def start(self) -> None:
         """Fit the first mixture on the initial encoder, unless there is one to go on from."""
+        if dist.rank() == 0:
+            ranks = f"{dist.world_size()} rank" + ("s" if dist.world_size() > 1 else "")
+            log(
+                f"training on {ranks} ({self.device.type}, {self.precision}), "
+                f"{self.steps} steps an epoch"
+            )
         if self._clustering is None:
             if dist.rank() == 0:
                 log("clustering the slices as the encoder sees them before the first epoch")
@@ -281,6 +288,7 @@ class _Trainer:
         metrics["time/data_wait_s"] = trained.data_wait_s
         metrics["train/image_size"] = float(self._side)
         metrics["train/num_workers"] = float(dist.world_size())
+        metrics["train/precision_bits"] = float(PRECISION_BITS[self.precision])
         metrics["train/learning_rate"] = float(self.scheduler.get_last_lr()[0])
         metrics |= validation_metrics(validation)
         metrics |= {
