@@ -8,10 +8,10 @@ import os
 import re
 import shlex
 import unicodedata
-from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -333,33 +333,66 @@ def _check_depth(found: list[FoundFile], top_folders: set[str]) -> None:
 
 
 def _from_table(found: list[FoundFile], labels: Folder, reads_splits: bool) -> list[SourceFile]:
-    rows: dict[str, SourceFile] = {}
-    known = {_normal(file.path): file for file in found} | {file.path: file for file in found}
+    """A file's row tells of it, and the rows of its folders, the nearest first, what that leaves
+    open.
+    """
+    rows: dict[str, _Said] = {}
+    places = {folder for file in found for folder in _folders_of(file.path)}
+    places |= {file.path for file in found}
+    known = {_normal(place): place for place in places} | {place: place for place in places}
     for row in _read_labels(labels):
-        path = str(row["path"] or "").replace("\\", "/").removeprefix("./")
-        path = next((p for p in (path, path.strip(), _normal(path.strip())) if p in known), path)
-        if path not in known:
+        told = str(row["path"] or "").replace("\\", "/").removeprefix("./")
+        spellings = (told, told.strip(), _normal(told.strip()), _normal(told.strip()).rstrip("/"))
+        path = next((known[spelling] for spelling in spellings if spelling in known), None)
+        if path is None:
             raise DataError(
-                f"labels={labels} names {path!r}, which is no image file below the source: "
-                "paths are relative to it"
+                f"labels={labels} names {told!r}, which is no image file below the source and no "
+                "folder of any: paths are relative to it"
             )
-        path = known[path].path
         if path in rows:
             raise DataError(f"labels={labels} names {path!r} twice")
         split = _text(row.get("split")) if reads_splits else None
         if split is not None and split.lower() not in _SPLIT_FOLDERS:
             raise DataError(f"labels={labels}: split {split!r} of {path!r} is not train or test")
         subject = _text(row.get("subject"))
-        rows[path] = SourceFile(
-            known[path],
-            None if split is None else _SPLIT_FOLDERS[split.lower()],
-            _text(row.get("label")),
-            None if subject is None or names_nobody(subject) else subject,
+        rows[path] = _Said(
+            split=None if split is None else _SPLIT_FOLDERS[split.lower()],
+            label=_text(row.get("label")),
+            subject=None if subject is None or names_nobody(subject) else subject,
         )
-    splits = Counter(file.split for file in rows.values())
+    said = {}
+    for file in found:
+        of_file = [rows[place] for place in (file.path, *_folders_of(file.path)) if place in rows]
+        if of_file:
+            said[file.path] = reduce(_Said.completed_by, of_file)
     # Files without a row are unlabelled training slices where the table speaks of splits.
-    default_split = TRAIN if set(splits) - {None} else None
-    return [rows.get(file.path, SourceFile(file, default_split, None, None)) for file in found]
+    speaks_of_splits = any(row.split is not None for row in said.values())
+    nothing = _Said(split=TRAIN if speaks_of_splits else None)
+    return [
+        SourceFile(file, row.split, row.label, row.subject)
+        for file in found
+        for row in [said.get(file.path, nothing)]
+    ]
+
+
+@dataclass(frozen=True)
+class _Said:
+    """What a labels table says of a file, or of all files of a folder."""
+
+    split: str | None = None
+    label: str | None = None
+    subject: str | None = None
+
+    def completed_by(self, folder: "_Said") -> "_Said":
+        return _Said(
+            self.split or folder.split, self.label or folder.label, self.subject or folder.subject
+        )
+
+
+def _folders_of(path: str) -> list[str]:
+    """Paths of the folders that a file lies in, the nearest first."""
+    *folders, _ = path.split("/")
+    return ["/".join(folders[:end]) for end in range(len(folders), 0, -1)]
 
 
 def _read_labels(labels: Folder) -> list[dict[str, Any]]:

@@ -80,6 +80,32 @@ def test_a_table_as_spreadsheets_and_r_write_it(tmp_path: Path) -> None:
     ]
 
 
+def test_the_row_of_a_folder_tells_what_the_rows_of_its_files_leave_open(tmp_path: Path) -> None:
+    source = make(
+        tmp_path / "s", "p7/a/1.jpg", "p7/a/2.jpg", "p7/3.jpg", "p8/4.jpg", "p7b/5.jpg", "6.jpg"
+    )
+    table = tmp_path / "labels.csv"
+    table.write_text(
+        "path,label,split,subject\n"
+        "p7/,,train,seven\n"
+        "p7/a,glioma,,\n"
+        "p7/a/2.jpg,notumor,,\n"
+        "p8\\,glioma,test,eight\n"
+        "p7b/5.jpg,,test,\n"
+    )
+    assert listed(source, Folder(table)) == [
+        ("6.jpg", "train", None, None),
+        ("p7/3.jpg", "train", None, "seven"),
+        ("p7/a/1.jpg", "train", "glioma", "seven"),
+        ("p7/a/2.jpg", "train", "notumor", "seven"),
+        ("p7b/5.jpg", "test", None, None),
+        ("p8/4.jpg", "test", "glioma", "eight"),
+    ]
+    table.write_text("path,label\np7,glioma\np7/,glioma\n")
+    with pytest.raises(DataError, match="names 'p7' twice"):
+        listed(source, Folder(table))
+
+
 def test_blanks_make_no_class_and_null_takes_a_class_away(tmp_path: Path) -> None:
     source = make(tmp_path, "a/1.jpg", "a /2.jpg", "b/3.jpg")
     assert [label for _, _, label, _ in listed(source)] == ["a", "a", "b"]
