@@ -16,7 +16,10 @@ def log(message: str) -> None:
 
 
 class ProgressLines:
-    """Of work that is counted: a line every ten seconds, with the time that is left."""
+    """Of work that is counted: a line every ten seconds, with the time that is left.
+
+    Where there was one, there is a last one when all is done.
+    """
 
     def __init__(self, verb: str, noun: str, log: Log) -> None:
         """For lines such as "VERB 10 of 20 NOUN, 5 s left"."""
@@ -26,7 +29,8 @@ class ProgressLines:
     def tell(self, done: int, total: int) -> None:
         """How much is done by now; between two lines it says nothing."""
         now = time.monotonic()
-        if done and now - self._last >= _EVERY_S:
+        has_told = self._last > self._started
+        if done and (now - self._last >= _EVERY_S or (done == total and has_told)):
             self._last = now
             left = (total - done) * (now - self._started) / done
             self._log(f"{self._verb} {done:,} of {total:,} {self._noun}, {left:.0f} s left")

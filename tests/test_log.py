@@ -18,7 +18,10 @@ def test_progress_is_told_every_ten_seconds_with_the_time_left(
     for done in (0, 500, 1000, 1500, 2000):
         progress.tell(done, 2000)
 
-    assert said == ["decoded 1,000 of 2,000 files, 12 s left"]
+    assert said == [
+        "decoded 1,000 of 2,000 files, 12 s left",
+        "decoded 2,000 of 2,000 files, 0 s left",
+    ]
 
 
 def test_a_line_of_progress_keeps_secrets(capsys: pytest.CaptureFixture[str]) -> None:

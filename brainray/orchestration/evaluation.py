@@ -3,11 +3,13 @@
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
+from pydantic import BaseModel
 
 from brainray import layout
 from brainray.config import Config
@@ -19,17 +21,19 @@ from brainray.log import Log, log
 from brainray.mri.decode import RejectedImage
 from brainray.mri.leakage import Fingerprints, exposure
 from brainray.orchestration.data import with_progress
+from brainray.orchestration.grouping import group_strangers
 from brainray.orchestration.inference import (
     Predictor,
     default_name,
     find_predictor,
     predicted_blocks,
 )
+from brainray.orchestration.leakage import LEVELS, twins_of_test_slices
 from brainray.orchestration.lock import held
 from brainray.orchestration.preparation import preprocess_file, read_file, salt_id, subject_salt
 from brainray.orchestration.reporting import about_software, explain
 from brainray.orchestration.run import groups_of_test_slices
-from brainray.orchestration.seen import fingerprints_of_seen
+from brainray.orchestration.seen import seen_rows
 from brainray.orchestration.source import (
     FoundFile,
     Listing,
@@ -41,6 +45,8 @@ from brainray.report.evaluation_figures import draw_evaluation_figures
 from brainray.report.page import Explained, write_evaluation_page
 from brainray.schema import PREDICTIONS, REJECTED, TEST
 from brainray.storage import Folder
+
+_MAX_NAMED = 5  # classes in an error
 
 
 @dataclass(frozen=True)
@@ -84,26 +90,21 @@ def _evaluate(
     listing = list_source(
         Folder(str(config.source)), labels, config.classes.map, reads_splits=only_paths is None
     )
-    files = _files_to_score(listing, config, checkpoint.classes, only_paths)
+    files, left_out = _files_to_score(listing, config, checkpoint.classes, only_paths)
     log(
         f"evaluating {predictor.folder} (epoch {checkpoint.epoch}) on {len(files)} files"
-        f"{listing.remarks}"
+        f"{left_out}{listing.remarks}"
     )
     rows = _predict_files(files, config, predictor, log)
     rejected = rows.filter(pc.is_valid(rows["reason"])).select(REJECTED.names).cast(REJECTED)
     accepted = rows.filter(pc.is_null(rows["reason"]))
+    reasons = Counter(rejected["reason"].to_pylist()).most_common(3)
+    commonest = ", ".join(f"{reason} ({count})" for reason, count in reasons)
     if accepted.num_rows == 0:
-        reasons = Counter(rejected["reason"].to_pylist()).most_common(3)
-        commonest = ", ".join(f"{reason} ({count})" for reason, count in reasons)
         raise DataError(f"none of the {len(files)} files in {config.source} is usable: {commonest}")
-    predictions = accepted.select(PREDICTIONS.names).cast(PREDICTIONS)
-    fingerprints = fingerprints_of_seen(predictor.run_folder)
-    if fingerprints is not None:
-        asked = Fingerprints.of(with_comparable_names(accepted, config, predictor))
-        exposed = exposure(asked, fingerprints, predictor.preprocess)
-        for name, flags in (("clean", exposed.clean), ("strict", exposed.strict)):
-            position = PREDICTIONS.get_field_index(name)
-            predictions = predictions.set_column(position, name, pa.array(flags, pa.bool_()))
+    if rejected.num_rows:
+        log(f"{rejected.num_rows} files or slices could not be used: {commonest}")
+    predictions, twins = _with_subsets(accepted, config, predictor, log)
     metrics = summarise(
         predictions,
         seen,
@@ -111,7 +112,7 @@ def _evaluate(
         checkpoint.clusters.class_of_cluster.numpy(),
         num_resamples=config.evaluation.bootstrap_resamples,
         seed=config.seed,
-        groups=_groups(accepted) | groups_of_test_slices(predictor.run_folder),
+        groups=_groups(accepted, predictor, log),
         temperature=predictor.temperature(),
     )
     metrics |= {
@@ -123,9 +124,11 @@ def _evaluate(
         log(f"{target}: the evaluation of that name is replaced")
     explained = _explained(predictions, config, predictor, log)
     with target.rebuilt(layout.EVALUATION_METRICS) as folder:
-        made_by = to_yaml(config.model_copy(update={"preprocess": predictor.preprocess}))
+        made_by = to_yaml(_settings(config, predictor))
         folder.write_bytes(layout.CONFIG, made_by.encode())
         folder.write_table(layout.PREDICTIONS, predictions)
+        if twins is not None:
+            folder.write_json(layout.LEAKAGE, {"levels": LEVELS, "seen_by_run": twins})
         folder.write_table(layout.REJECTED, rejected)
         folder.write_json(layout.EVALUATION_METRICS, metrics)
         draw_evaluation_figures(folder, predictions, checkpoint.classes)
@@ -144,10 +147,71 @@ def _evaluate(
     return Evaluation(target, metrics, checkpoint.classes)
 
 
-def _groups(accepted: pa.Table) -> dict[str, str]:
-    """Slices that a table or a header gives to one subject; others are compared with none."""
-    rows = accepted.filter(pc.is_valid(accepted["subject_id"]))
-    return dict(zip(rows["sample_id"].to_pylist(), rows["subject_id"].to_pylist(), strict=True))
+def _with_subsets(
+    accepted: pa.Table, config: Config, predictor: Predictor, log: Log
+) -> tuple[pa.Table, dict[str, list[dict[str, Any]]] | None]:
+    """PREDICTIONS that tell which slices are clean and strict; and, by level, what the run has
+    seen of the others. None where nothing tells what it has seen.
+    """
+    predictions = accepted.select(PREDICTIONS.names).cast(PREDICTIONS)
+    seen = seen_rows(predictor.run_folder)
+    if seen is None:
+        log(f"{predictor.folder} does not tell what it was trained on: no slice is called clean")
+        return predictions, None
+    asked = Fingerprints.of(with_comparable_names(accepted, config, predictor))
+    exposed = exposure(asked, Fingerprints.of(seen), predictor.preprocess)
+    for name, flags in (("clean", exposed.clean), ("strict", exposed.strict)):
+        position = PREDICTIONS.get_field_index(name)
+        predictions = predictions.set_column(position, name, pa.array(flags, pa.bool_()))
+    twins = twins_of_test_slices(accepted, seen, exposed)
+    counts = ", ".join(f"{len(found)} {level}" for level, found in twins.items() if found)
+    if counts:
+        log(f"slices of which the run has seen a twin, by level: {counts} ({layout.LEAKAGE})")
+    return predictions, twins
+
+
+def _settings(config: Config, predictor: Predictor) -> Config:
+    """Of the run, with what an evaluation reads in place of its own."""
+    trained = predictor.checkpoint.config
+    read = ("run", "epoch", "checkpoint", "source", "labels", "classes", "name", "storage", "seed")
+    sections = {
+        "preprocess": predictor.preprocess,
+        "train": _updated(trained.train, config.train, "device", "precision"),
+        "evaluation": _updated(
+            trained.evaluation, config.evaluation, "bootstrap_resamples", "tsne_max_slices"
+        ),
+    }
+    return trained.model_copy(update={name: getattr(config, name) for name in read} | sections)
+
+
+Section = TypeVar("Section", bound=BaseModel)
+
+
+def _updated(section: Section, other: Section, *names: str) -> Section:
+    return section.model_copy(update={name: getattr(other, name) for name in names})
+
+
+def _groups(accepted: pa.Table, predictor: Predictor, log: Log) -> dict[str, str]:
+    """What each slice is drawn with in intervals: as the run has grouped its own test slices, the
+    others as they look and as their subjects are named.
+    """
+    known = groups_of_test_slices(predictor.run_folder)
+    is_new = [identity not in known for identity in accepted["sample_id"].to_pylist()]
+    new = accepted.filter(pa.array(is_new, pa.bool_()))
+    if new.num_rows == 0:
+        return known
+    groups = group_strangers(new, predictor.preprocess, log)
+    _tell_conflicts(groups.copies, new["label"].to_pylist(), log)
+    return known | dict(zip(new["sample_id"].to_pylist(), groups.dependent, strict=True))
+
+
+def _tell_conflicts(copies: list[str], labels: list[str], log: Log) -> None:
+    called: dict[str, set[str]] = {}
+    for group, label in zip(copies, labels, strict=True):
+        called.setdefault(group, set()).add(label)
+    num_conflicting = sum(len(called[group]) > 1 for group in copies)
+    if num_conflicting:
+        log(f"note: {num_conflicting} slices have a copy that is called otherwise")
 
 
 def _check_source(config: Config, target: Folder) -> None:
@@ -168,27 +232,38 @@ def _check_source(config: Config, target: Folder) -> None:
 
 def _files_to_score(
     listing: Listing, config: Config, classes: list[str], only_paths: set[str] | None
-) -> list[SourceFile]:
-    """Those with a label, of the test split where there is one."""
-    files = listing.files
+) -> tuple[list[SourceFile], str]:
+    """Those with a label, of the test split where there is one; and what is left out, in words."""
+    files, left_out = listing.files, ""
     if only_paths is not None:
         files = [file for file in files if file.path in only_paths]
     elif any(file.split == TEST for file in files):
         files = [file for file in files if file.split == TEST]
+        left_out = f"; {len(listing.files) - len(files)} outside of the test part are left out"
     labelled = [file for file in files if file.label is not None]
     if not labelled:
-        raise DataError(
-            f"source={config.source} names no class of any slice: evaluation needs class folders "
-            "or a labels table"
-        )
+        remedy = "evaluation needs class folders or a labels table"
+        if config.labels is not None:
+            remedy = (
+                f"evaluation needs some in labels={config.labels}, not all of which classes.map"
+            )
+            remedy += " may take away"
+        raise DataError(f"source={config.source} names no class of any slice: {remedy}")
+    if len(labelled) < len(files) and only_paths is None:
+        left_out += f"; {len(files) - len(labelled)} without a class are left out"
     unknown = Counter(str(file.label) for file in labelled if file.label not in classes)
     if unknown:
-        named = ", ".join(f"{name!r} ({count} files)" for name, count in sorted(unknown.items()))
         raise DataError(
             f"{config.source} has classes that the run does not know ({', '.join(classes)}): "
-            f"{named}; {renaming_advice(unknown)}"
+            f"{_counted(unknown)}; {renaming_advice(unknown, config.classes.map)}"
         )
-    return labelled
+    return labelled, left_out
+
+
+def _counted(names: Counter[str]) -> str:
+    told = [f"{name!r} ({count} files)" for name, count in sorted(names.items())[:_MAX_NAMED]]
+    more = len(names) - len(told)
+    return ", ".join(told) + (f" and {more} more" if more else "")
 
 
 def with_comparable_names(accepted: pa.Table, config: Config, predictor: Predictor) -> pa.Table:

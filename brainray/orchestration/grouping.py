@@ -7,7 +7,12 @@ import pyarrow as pa
 
 from brainray.config import Config, PreprocessConfig
 from brainray.log import Log, ProgressLines
-from brainray.mri.duplicates import COPY, DuplicatePairs, near_duplicate_pairs
+from brainray.mri.duplicates import (
+    COPY,
+    DuplicatePairs,
+    near_duplicate_pairs,
+    thumbnail_matrix,
+)
 from brainray.mri.groups import connected_groups, joint_groups, keep_names
 from brainray.mri.row_file import Rows, SelectedRows
 from brainray.mri.subjects import estimate_subjects
@@ -71,6 +76,41 @@ def group_slices(
     kin = named_as_before(joint_groups(draw, also_turned), "kin_group_id")
     split = named_as_before(joint_groups(kin, subjects), "split_group_id")
     return SliceGroups(pairs, copies, also_turned, subjects, sources, draw, kin, split)
+
+
+@dataclass(frozen=True)
+class StrangerGroups:
+    """Groups of n slices that no store holds, a name each."""
+
+    copies: list[str]
+    dependent: list[str]  # copies in any orientation, and slices of one subject, named or likely
+
+
+def group_strangers(accepted: pa.Table, preprocess: PreprocessConfig, log: Log) -> StrangerGroups:
+    """Groups of slices by their looks, and by what names their subjects.
+
+    Args:
+        accepted: rows with ``sample_id``, ``sha256``, ``frame``, ``thumbnail``, ``subject_id``.
+        preprocess: says what counts as a copy, and as likely of one subject.
+        log: progress.
+    """
+    ids, subjects = (accepted[name].to_pylist() for name in ("sample_id", "subject_id"))
+    looks = thumbnail_matrix(accepted["thumbnail"].to_pylist())
+    pairs = _near_duplicates(accepted, looks, preprocess, log)
+    near = pairs.of_kind(COPY)
+    copies = connected_groups(ids, near.first, near.second)
+    nameless = np.array([row for row, name in enumerate(subjects) if name is None], np.int64)
+    if len(nameless) and preprocess.subject.estimate:
+        estimated = estimate_subjects(
+            SelectedRows(looks, nameless),
+            [ids[row] for row in nameless],
+            [copies[row] for row in nameless],
+            preprocess.subject,
+        )
+        for row, name in zip(nameless, estimated, strict=True):
+            subjects[row] = name
+    also_turned = connected_groups(ids, pairs.first, pairs.second)
+    return StrangerGroups(copies, joint_groups(also_turned, subjects))
 
 
 def _near_duplicates(

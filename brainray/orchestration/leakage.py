@@ -67,7 +67,7 @@ def leakage_report(
         "levels": LEVELS,
         "num_test": {name: int(of.sum()) for name, of in subsets.items()},
         "num_test_by_class": by_class,
-        "across_splits": _across(test, train, exposed),
+        "across_splits": twins_of_test_slices(test, train, exposed),
         "within_train": _within(table, look, pairs, TRAIN),
         "within_test": _within(table, look, pairs, TEST),
         "label_conflicts": [
@@ -83,7 +83,16 @@ def leakage_report(
     }
 
 
-def _across(test: pa.Table, train: pa.Table, exposed: Exposure) -> dict[str, list[dict[str, Any]]]:
+def twins_of_test_slices(
+    test: pa.Table, train: pa.Table, exposed: Exposure
+) -> dict[str, list[dict[str, Any]]]:
+    """For each level the test slices that are concerned, each with its nearest training slice.
+
+    Args:
+        test: rows with ``path`` and ``frame``, of the exposed slices.
+        train: rows with ``path`` and, where it is known, ``frame``, of what they are exposed to.
+        exposed: `exposure` of the first to the second.
+    """
     found: dict[str, list[dict[str, Any]]] = {level: [] for level in LEVELS}
     trained = _places(train, "twin")
     for row, tested in enumerate(_places(test, "path")):
@@ -162,7 +171,9 @@ def _links_of(
 def _places(table: pa.Table, name: str) -> list[dict[str, Any]]:
     """Where each slice is, under ``name``: its path and, in a file with several, its frame."""
     frame_name = "frame" if name == "path" else f"{name}_frame"
+    knows_frames = "frame" in table.column_names
+    frames = table["frame"].to_pylist() if knows_frames else [""] * table.num_rows
     return [
         {name: path} | ({frame_name: frame} if frame else {})
-        for path, frame in zip(table["path"].to_pylist(), table["frame"].to_pylist(), strict=True)
+        for path, frame in zip(table["path"].to_pylist(), frames, strict=True)
     ]

@@ -6,7 +6,7 @@ It looks at the light columns only (hashes, fingerprints, labels, sums of pixels
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,7 +88,9 @@ def plan_store(
     }.items():
         table = table.append_column(name, pa.array(column, IMAGE_STORE.field(name).type))
     rows = table.filter(pa.array(kept))
-    classes = _check_classes(rows, was_drawn_before=given is None and earlier.generation > 0)
+    classes = _check_classes(
+        rows, config.classes.map, was_drawn_before=given is None and earlier.generation > 0
+    )
     duplicates = _duplicates_table(table, kept, first_copy, groups)
     told = table.set_column(table.column_names.index("label"), "label", pa.array(labels))
     conflicting = _conflicting_groups(groups.copies, labels)
@@ -270,7 +272,9 @@ def _duplicates_table(
     return pa.Table.from_pylist(found, schema=DUPLICATES)
 
 
-def _check_classes(rows: pa.Table, *, was_drawn_before: bool) -> list[str]:
+def _check_classes(
+    rows: pa.Table, class_map: Mapping[str, str | None], *, was_drawn_before: bool
+) -> list[str]:
     """The training classes; a test class that training lacks could never be predicted."""
     by_split = {
         split: set(rows.filter(pc.equal(rows["split"], split))["label"].to_pylist()) - {None}
@@ -285,7 +289,7 @@ def _check_classes(rows: pa.Table, *, was_drawn_before: bool) -> list[str]:
     if unknown and by_split[TRAIN]:
         raise DataError(
             f"the test slices have class {', '.join(map(repr, unknown))}, the training slices have "
-            f"{', '.join(sorted(by_split[TRAIN]))}: {renaming_advice(unknown)}"
+            f"{', '.join(sorted(by_split[TRAIN]))}: {renaming_advice(unknown, class_map)}"
         )
     return sorted(by_split[TRAIN])
 

@@ -25,7 +25,7 @@ from brainray.orchestration.inference import (
 )
 from brainray.orchestration.lock import held
 from brainray.orchestration.preparation import CHANGED, UNREADABLE
-from brainray.orchestration.source import FoundFile, SourceFile, find_images
+from brainray.orchestration.source import FoundFile, SourceFile, find_images, ignored_told
 from brainray.orchestration.store import differing_settings
 from brainray.schema import PREDICTED_FILES
 from brainray.storage import Folder
@@ -64,7 +64,7 @@ def predict(config: Config, log: Log = log) -> Prediction:
 
 
 def _predict(config: Config, predictor: Predictor, folder: Folder, log: Log) -> Prediction:
-    found, num_ignored = find_images(Folder(str(config.source)))
+    found, ignored = find_images(Folder(str(config.source)))
     _begin(config, predictor, folder)
     num_replaced = _forget_stale(folder, found)
     done = _done(folder)
@@ -74,7 +74,7 @@ def _predict(config: Config, predictor: Predictor, folder: Folder, log: Log) -> 
         f"{predictor.checkpoint.epoch})"
         + (f"; {len(done)} are done" if done else "")
         + (f"; {num_replaced} were replaced and are predicted anew" if num_replaced else "")
-        + (f"; {num_ignored} other files are ignored" if num_ignored else "")
+        + ignored_told(ignored)
     )
     reference = Reference(predictor.fitted())
     if reference.is_empty:

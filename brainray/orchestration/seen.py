@@ -20,7 +20,7 @@ _RUN_PREFIX = "run:"
 
 def fingerprints_of_seen(folder: Folder) -> Fingerprints | None:
     """Of all that the run in a folder has seen; None for a checkpoint without its run."""
-    rows = _rows_of(folder)
+    rows = seen_rows(folder)
     return None if rows is None else Fingerprints.of(rows)
 
 
@@ -35,9 +35,9 @@ def seen_by_weights(weights: str, storage: Folder) -> pa.Table | None:
     if weights in WEIGHTS_OF_NO_SLICE:
         return None
     if weights.startswith(_RUN_PREFIX):
-        return _rows_of(storage / layout.RUNS / weights.removeprefix(_RUN_PREFIX))
+        return seen_rows(storage / layout.RUNS / weights.removeprefix(_RUN_PREFIX))
     for place in list(Path(weights).absolute().parents)[:2]:
-        rows = _rows_of(Folder(place))
+        rows = seen_rows(Folder(place))
         if rows is not None:
             return rows
     return None
@@ -83,7 +83,7 @@ def check_validation_is_new(
         )
 
 
-def _rows_of(folder: Folder) -> pa.Table | None:
+def seen_rows(folder: Folder) -> pa.Table | None:
     tables = [
         folder.read_table(name) for name in (layout.SEEN, layout.SEEN_BEFORE) if folder.exists(name)
     ]

@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import unicodedata
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -41,6 +42,7 @@ _MISSING = ("", "NA", "N/A", "n/a", "<NA>", "NaN", "nan", "NULL", "null")  # as 
 _TASKS_OF_REST = 2  # of a CPU, were all that is left done in tasks as long as the next
 _MIN_FILES_PER_TASK, _MAX_FILES_PER_TASK = 16, 1024
 _NUM_OPENERS = 32
+_MAX_SUFFIXES, _MAX_SUFFIX = 4, 8  # of other files that are told, and their length
 _MAX_BYTES_PER_TASK = 64 * 2**20  # of files: volumes hold many slices
 
 
@@ -80,13 +82,17 @@ class Listing:
     """All image files of a source, in the order of their paths."""
 
     files: list[SourceFile]
-    num_ignored: int  # files without the suffix of an image
+    ignored: Counter[str]  # files of other types, by suffix
     idle_renames: list[str]  # classes that ``classes.map`` names and no slice has
+
+    @property
+    def num_ignored(self) -> int:
+        return self.ignored.total()
 
     @property
     def remarks(self) -> str:
         """What was passed over, to end a line of the log; empty where nothing was."""
-        remarks = f"; {self.num_ignored} of other types are ignored" if self.num_ignored else ""
+        remarks = ignored_told(self.ignored)
         if self.idle_renames:
             remarks += (
                 f"; classes.map names what no slice is called: {', '.join(self.idle_renames)}"
@@ -119,7 +125,7 @@ def list_source(
         DataError: no such folder, no image file in it, a folder beside Training/ and Testing/, or
             a labels table that does not fit.
     """
-    found, num_ignored = find_images(source)
+    found, ignored = find_images(source)
     files = _from_folders(found) if labels is None else _from_table(found, labels, reads_splits)
     class_map = {_normal(name): to for name, to in class_map.items()}
     renamed = [
@@ -130,7 +136,7 @@ def list_source(
     for name in names:
         _check_class_name(name)
     _check_spellings(names)
-    return Listing(renamed, num_ignored, sorted(set(class_map) - {file.label for file in files}))
+    return Listing(renamed, ignored, sorted(set(class_map) - {file.label for file in files}))
 
 
 def files_of_tasks(
@@ -184,25 +190,48 @@ def _check_spellings(names: Sequence[str]) -> None:
             )
 
 
-def find_images(source: Folder) -> tuple[list[FoundFile], int]:
-    """The image files below ``source`` in the order of their paths, and how many others there are.
+def find_images(source: Folder) -> tuple[list[FoundFile], Counter[str]]:
+    """The image files below ``source`` in the order of their paths, and how many others there are
+    of each suffix.
 
     Raises:
         DataError: no such folder, or no image file in it.
     """
     if not source.exists():
         raise DataError(f"no such folder: source={source}")
+    if source.local_path is not None and not source.local_path.is_dir():
+        raise DataError(f"source={source} is a file: name the folder that it is in")
     files = list(_walk(source))
     with ThreadPoolExecutor(_NUM_OPENERS) as pool:  # a network's answers are waited for together
         may_hold = list(pool.map(lambda file: _may_hold_slices(file, source), files))
     found = [file for file, may in zip(files, may_hold, strict=True) if may]
-    num_ignored = len(files) - len(found)
+    ignored = Counter(
+        _suffix(file.path) for file, may in zip(files, may_hold, strict=True) if not may
+    )
     if not found:
         raise DataError(
             f"source={source} holds no image file ({', '.join(SUFFIXES)}, or DICOM without suffix)"
-            + (f"; {num_ignored} other files were ignored" if num_ignored else "")
+            + ignored_told(ignored)
         )
-    return sorted(found, key=lambda file: file.path), num_ignored
+    return sorted(found, key=lambda file: file.path), ignored
+
+
+def ignored_told(ignored: Counter[str]) -> str:
+    """What files are passed over, to end a line of the log; empty where there are none."""
+    if not ignored:
+        return ""
+    suffixes = ", ".join(
+        f"{suffix or 'without suffix'} {count}"
+        for suffix, count in ignored.most_common(_MAX_SUFFIXES)
+    )
+    more = ", ..." if len(ignored) > _MAX_SUFFIXES else ""
+    return f"; {ignored.total()} of other types are ignored ({suffixes}{more})"
+
+
+def _suffix(path: str) -> str:
+    """Such as ``.webp``, in lower case; of a file's name, which may have none."""
+    _, dot, last = path.rpartition("/")[2].rpartition(".")
+    return f".{last.lower()}" if dot and len(last) <= _MAX_SUFFIX else ""
 
 
 def _may_hold_slices(file: FoundFile, source: Folder) -> bool:
@@ -347,7 +376,8 @@ def _from_table(found: list[FoundFile], labels: Folder, reads_splits: bool) -> l
         if path is None:
             raise DataError(
                 f"labels={labels} names {told!r}, which is no image file below the source and no "
-                "folder of any: paths are relative to it"
+                f"folder of any: paths are relative to it, and types that are read are "
+                f"{', '.join(SUFFIXES)}"
             )
         if path in rows:
             raise DataError(f"labels={labels} names {path!r} twice")
@@ -420,7 +450,9 @@ def _read_labels(labels: Folder) -> list[dict[str, Any]]:
     except (pa.ArrowException, OSError, ValueError) as error:
         # Arrow quotes the row that does not fit, and a row may name a patient.
         reason = " ".join(re.sub(r"(got \d+).*", r"\1", str(error), flags=re.DOTALL).split())[:200]
-        advice = "save it as UTF-8" if "UTF8" in reason else "quote cells with commas"
+        advice = "save it as CSV in UTF-8"
+        if re.search(r"Expected \d+ columns", reason):
+            advice = "quote cells with commas"
         raise DataError(
             f"labels={labels} is neither CSV nor Parquet: {reason} ({advice})"
         ) from None
@@ -451,8 +483,11 @@ def _normal(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def renaming_advice(unknown: Collection[str]) -> str:
-    """What to do about classes that do not fit."""
+def renaming_advice(unknown: Collection[str], class_map: Mapping[str, str | None]) -> str:
+    """What to do about classes that do not fit, some of which ``class_map`` may have made."""
+    made = [f"classes.map.{name}={to}" for name, to in class_map.items() if to in unknown]
+    if made:
+        return f"such as {min(made)} makes: rename to one that fits"
     rename, leave_out = (shlex.quote(f"classes.map.{min(unknown)}={to}") for to in ("NAME", "null"))
     others = f", and so for {len(unknown) - 1} more" if len(unknown) > 1 else ""
     return f"rename with --set {rename}, or leave its slices out with --set {leave_out}{others}"

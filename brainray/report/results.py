@@ -71,7 +71,8 @@ def _accuracies(metrics: Metrics, runs: Mapping[str, Metrics]) -> Table:
         subset if size == MISSING else f"{subset} ({size})" for subset, size in sizes.items()
     ]
     return Table(
-        "Accuracy of test slices [95 % interval, over subjects where known]",
+        "Accuracy of test slices [95 % interval, likely subjects drawn as a whole]; classes "
+        "without slices take no part",
         ["", *subsets, "all, at clean's class mix"],
         rows,
     )

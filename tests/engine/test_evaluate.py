@@ -125,12 +125,35 @@ def test_a_summary_tells_all_clean_and_the_memory_baseline() -> None:
     assert metrics["test/all/num_slices"] == 4
     assert metrics["test/clean/num_slices"] == 3
     assert metrics["test/clean/head/accuracy"] == 1.0
-    assert metrics["test/all/head/accuracy_low"] <= 0.75 <= metrics["test/all/head/accuracy_high"]
     # The nearest labelled thumbnails of slices 0 and 2 are those slices themselves.
     assert metrics["test/all/thumbnail_1nn/accuracy"] >= 0.5
     # Clean holds a : b = 1 : 2; of all, the head gets half of a and all of b.
     expected = (1 / 3) * 0.5 + (2 / 3) * 1.0
     assert math.isclose(metrics["test/all_as_clean/head/accuracy"], expected)
+
+
+def test_intervals_are_told_where_there_are_groups_enough_and_both_outcomes() -> None:
+    rows = table([True, False, True, True, True]).slice(0, 4)  # of which the second is wrong
+
+    def summary(num_copies: int, groups: dict[str, str] | None = None) -> dict[str, float]:
+        many = pa.concat_tables([rows] * num_copies)
+        ids = pa.array([f"slice-{row}" for row in range(many.num_rows)])
+        return summarise(
+            many.set_column(0, "sample_id", ids),
+            seen(),
+            CLASSES,
+            CLASS_OF_CLUSTER,
+            num_resamples=100,
+            seed=0,
+            groups=groups,
+        )
+
+    many, low, high = summary(3), "test/all/head/accuracy_low", "test/all/head/accuracy_high"
+    assert 0.4 < many[low] < 0.75 < many[high] < 1
+    assert many["test/clean/head/accuracy"] == 1.0
+    assert "test/clean/head/accuracy_low" not in many  # without a wrong one it has no width
+    assert low not in summary(2)
+    assert low not in summary(3, {f"slice-{row}": f"subject-{row % 4}" for row in range(12)})
 
 
 def test_strict_figures_of_small_classes_are_withheld() -> None:

@@ -21,12 +21,14 @@ import numpy as np
 import onnx
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
 from mlflow import MlflowClient
 
 from brainray.config import Config
+from brainray.config_text import parse_yaml
 from brainray.engine.export import SliceNet, load_safetensors, run_onnx, safetensors_bytes
 from brainray.engine.slice_model import SliceModel, stored_pixels
 from brainray.engine.state import load_checkpoint
@@ -353,7 +355,7 @@ def test_an_evaluation_leaves_out_what_it_is_told_to_and_replaces_the_last_one_w
     last.write_bytes("of the last one", b"")
     said: list[str] = []
     scored = evaluate(config, said.append)
-    assert "; 1 of other types are ignored" in said[0]
+    assert "; 2 without a class are left out; 1 of other types are ignored (.txt 1)" in said[0]
     assert scored.metrics["num_ignored_files"] == 1
     labels = scored.folder.read_table("predictions.parquet")["label"].to_pylist()
     assert sorted(set(labels)) == ["meningioma", "notumor", "pituitary"]
@@ -367,6 +369,38 @@ def test_an_evaluation_leaves_out_what_it_is_told_to_and_replaces_the_last_one_w
     ):
         evaluate(moved)
     assert last.read_json("metrics.json") == scored.metrics
+
+
+def test_an_evaluation_tells_what_the_run_has_seen_and_which_settings_made_it(
+    trained: TrainedRun, phantoms: Path, tmp_path: Path
+) -> None:
+    write_phantoms(
+        tmp_path / "hospital", num_training_per_class=3, num_testing_per_class=0, seed=1, size=64
+    )
+    source = tmp_path / "hospital" / "Training"
+    seen = trained.run.folder.read_table("seen.parquet").filter(pc.field("role") == "labelled")
+    known = phantoms / seen["path"][0].as_py()
+    for place in ("notumor", "pituitary"):
+        shutil.copy(known, source / place / "known.jpg")
+    (source / "glioma" / "empty.png").write_bytes(b"")
+    said: list[str] = []
+    scored = evaluate(config_of(trained, f"source={source}", "name=told"), said.append)
+    assert "; " not in said[0]  # nothing is left out
+    assert "1 files or slices could not be used: empty file (1)" in said
+    assert "note: 2 slices have a copy that is called otherwise" in said
+    twins = scored.folder.read_json("leakage.json")["seen_by_run"]
+    assert [(row["path"], row["twin"]) for row in twins["exact"]] == [
+        (f"{place}/known.jpg", seen["path"][0].as_py()) for place in ("notumor", "pituitary")
+    ]
+    clean = {
+        row["path"]: row["clean"]
+        for row in scored.folder.read_table("predictions.parquet").to_pylist()
+    }
+    not_clean = {row["path"] for level in ("exact", "near") for row in twins[level]}
+    assert {path for path, is_clean in clean.items() if not is_clean} == not_clean
+    told = parse_yaml(scored.folder.read_bytes("config.yaml"), "config.yaml")
+    assert told["train"]["num_epochs"] == trained.run.saved_config().train.num_epochs
+    assert (told["run"], told["source"]) == (trained.run.folder.name, str(source))
 
 
 def test_a_served_model_is_given_all_that_its_code_imports() -> None:

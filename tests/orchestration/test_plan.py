@@ -1,5 +1,7 @@
 """What a store will hold, decided from the light columns alone."""
 
+from collections import Counter
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -52,7 +54,7 @@ def plan(test_label: str, headers: dict[int, str] | None = None) -> StorePlan:
         )
     slices = pa.Table.from_pylist(rows, schema=LIGHT)
     return plan_store(
-        slices, fingerprints, Listing(files, 0, []), Config(), Earlier.of(None), print
+        slices, fingerprints, Listing(files, Counter(), []), Config(), Earlier.of(None), print
     )
 
 
@@ -133,9 +135,11 @@ def test_a_slice_within_a_split_is_told_of_on_one_level() -> None:
 def test_what_to_do_about_a_class_of_test_slices_alone_depends_on_who_held_them_out() -> None:
     rows = pa.table({"split": ["train", "test"], "label": ["a", "b"]})
     with pytest.raises(DataError, match=r"rename with --set classes\.map\.b=NAME"):
-        _check_classes(rows, was_drawn_before=False)
+        _check_classes(rows, {}, was_drawn_before=False)
     with pytest.raises(DataError, match="the store holds out for testing: label some of the"):
-        _check_classes(rows, was_drawn_before=True)
+        _check_classes(rows, {}, was_drawn_before=True)
+    with pytest.raises(DataError, match=r"classes\.map\.bb=b makes: rename to one that fits"):
+        _check_classes(rows, {"bb": "b"}, was_drawn_before=False)
 
 
 def test_a_purge_needs_a_test_part_of_the_source() -> None:

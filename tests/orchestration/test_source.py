@@ -106,6 +106,17 @@ def test_the_row_of_a_folder_tells_what_the_rows_of_its_files_leave_open(tmp_pat
         listed(source, Folder(table))
 
 
+def test_what_is_not_read_is_told_by_type(tmp_path: Path) -> None:
+    source = make(tmp_path / "s", "1.jpg", "2.webp", "b/3.WEBP", "Thumbs.db", "README")
+    remarks = list_source(source, None, {}).remarks
+    assert remarks == "; 4 of other types are ignored (.webp 2, .db 1, without suffix 1)"
+    (tmp_path / "labels.csv").write_text("path,label\n2.webp,a\n")
+    with pytest.raises(DataError, match=r"types that are read are \.jpg"):
+        listed(source, Folder(tmp_path / "labels.csv"))
+    with pytest.raises(DataError, match=r"1\.jpg is a file: name the folder"):
+        listed(source / "1.jpg")
+
+
 def test_blanks_make_no_class_and_null_takes_a_class_away(tmp_path: Path) -> None:
     source = make(tmp_path, "a/1.jpg", "a /2.jpg", "b/3.jpg")
     assert [label for _, _, label, _ in listed(source)] == ["a", "a", "b"]
@@ -137,7 +148,7 @@ def test_what_spreadsheets_leave_in_a_table_does_no_harm(tmp_path: Path) -> None
     (file,) = list_source(source, Folder(tmp_path / "labels.csv"), {}).files
     assert file.label == "a"
     (tmp_path / "labels.csv").write_bytes("path,label\n1.jpg,tumör\n".encode("cp1252"))
-    with pytest.raises(DataError, match="save it as UTF-8"):
+    with pytest.raises(DataError, match="save it as CSV in UTF-8"):
         list_source(source, Folder(tmp_path / "labels.csv"), {})
 
 
@@ -154,7 +165,8 @@ def test_a_class_that_is_renamed_and_not_there_is_told(tmp_path: Path) -> None:
     source = make(tmp_path, "a/1.jpg", "b/2.jpg", "notes.txt")
     remarks = list_source(source, None, {"a": "glioma", "gliom": "glioma", "B": None}).remarks
     assert remarks == (
-        "; 1 of other types are ignored; classes.map names what no slice is called: B, gliom"
+        "; 1 of other types are ignored (.txt 1)"
+        "; classes.map names what no slice is called: B, gliom"
     )
     assert list_source(make(tmp_path / "a"), None, {}).remarks == ""
 

@@ -38,7 +38,9 @@ def _cells(text: str) -> dict[str, list[str]]:
 def test_figures_are_found_in_their_cells() -> None:
     text = results_markdown(METRICS, CLASSES)
     rows = _cells(text)
-    assert text.startswith("Accuracy of test slices [95 % interval, over subjects where known]:")
+    assert text.startswith(
+        "Accuracy of test slices [95 % interval, likely subjects drawn as a whole]"
+    )
     assert "all (1,311) |" in text
     assert rows["head"] == ["0.935 [0.920, 0.949]", "0.750", "0.600", "0.700"]
     assert rows["head, balanced accuracy"] == ["0.900", "–", "–", "–"]
