@@ -35,7 +35,9 @@ from brainray.mri.duplicates import (
 )
 from brainray.mri.groups import connected_groups
 from brainray.mri.phantom import CLASSES, make_series
-from brainray.mri.resize import thumbnail
+from brainray.mri.reframe import find_twins_by_head
+from brainray.mri.resize import crop_foreground, thumbnail
+from brainray.mri.skull_strip import otsu_mask
 from brainray.schema import THUMBNAIL_SIDE
 
 Image = NDArray[np.uint8]  # (H, W)
@@ -75,6 +77,7 @@ def run(options: CaseOptions) -> BenchmarkResult:
     chosen = rng.choice(len(images), min(num_copied, len(images)), replace=False)
 
     recalls: dict[str, float] = {}
+    reframings: dict[str, tuple[float, float]] = {}
     copies: dict[str, NDArray[np.uint8]] = {}
     for name, (perturb, kind) in PERTURBATIONS.items():
         copies[name] = np.stack([fingerprint(perturb(images[number], rng)) for number in chosen])
@@ -90,6 +93,20 @@ def run(options: CaseOptions) -> BenchmarkResult:
         ]
         recalls[name] = float(np.mean(right))
         options.log(f"{name}: recall {recalls[name]:.3f}")
+
+    for name, perturb in FRAMINGS.items():
+        framed = np.stack([fingerprint(perturb(images[number], rng)) for number in chosen])
+        once, twice = (
+            np.mean(
+                [
+                    reference >= 0 and groups[reference] == groups[number]
+                    for number, reference in zip(chosen.tolist(), found.tolist(), strict=True)
+                ]
+            )
+            for found in _two_looks(framed, fingerprints, settings)
+        )
+        reframings[name] = float(twice), float(once)
+        options.log(f"{name}: {twice:.3f} by the head alone as well, {once:.3f} by whole frames")
 
     of_neighbours = pair_similarity(fingerprints[neighbours[:, 0]], fingerprints[neighbours[:, 1]])
     upright = [name for name, (_, kind) in PERTURBATIONS.items() if kind == COPY]
@@ -116,6 +133,10 @@ def run(options: CaseOptions) -> BenchmarkResult:
         *(
             Measure(f"recall/{name}", value, at_least=0.95 if name != "combined" else 0.9)
             for name, value in recalls.items()
+        ),
+        *(
+            Measure(f"from elsewhere/{name} (by whole frames {once:.2f})", twice)
+            for name, (twice, once) in reframings.items()
         ),
         Measure("neighbours kept apart", 1.0 - false_share, at_least=0.99 if known else None),
         Measure("precision", precision, at_least=0.99 if known else None),
@@ -144,6 +165,18 @@ def run(options: CaseOptions) -> BenchmarkResult:
     }
     shown = [np.hstack([_square(images[row]) for row in pair]) for pair in taken[:_SHOWN_PAIRS]]
     return BenchmarkResult(measures, details, _plot(curve, settings.similarity, shown))
+
+
+def _two_looks(
+    queries: NDArray[np.uint8],
+    references: NDArray[np.uint8],
+    settings: NearDuplicateConfig,
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(Q,) references found by whole frames, and with a second look at the heads alone."""
+    once = find_twins(queries, references, settings)
+    rows = np.flatnonzero(~once.is_upright)
+    twice = once.completed_by(rows, find_twins_by_head(queries[rows], references, settings))
+    return once.reference, twice.reference
 
 
 def fingerprint(image: Image) -> NDArray[np.uint8]:
@@ -296,6 +329,36 @@ PERTURBATIONS: dict[str, tuple[Perturbation, int]] = {
     "rotated": (rotate, ROTATED),
 }
 """What is done to a slice, and the kind of copy that it gives."""
+
+
+def _padded(share: float, colour: int = 0, *, sides_only: bool = False) -> Perturbation:
+    """In a border of that share of the height, or with it left and right alone."""
+
+    def pad(image: Image, rng: np.random.Generator) -> Image:
+        width = round(share * image.shape[0])
+        vertical = (0, 0) if sides_only else (width, width)
+        return np.pad(image, (vertical, (width, width)), constant_values=colour)
+
+    return pad
+
+
+def _cut_to_head(image: Image, rng: np.random.Generator) -> Image:
+    return crop_foreground(image, otsu_mask(image))
+
+
+def _darkened(image: Image, rng: np.random.Generator) -> Image:
+    return _clip(image * 0.2)
+
+
+FRAMINGS: dict[str, Perturbation] = {
+    "white border of 12 %": _padded(0.12, 255),
+    "black border of 12 %": _padded(0.12),
+    "black border of 25 %": _padded(0.25),
+    "18 % black left and right": _padded(0.18, sides_only=True),
+    "cut to the head": _cut_to_head,
+    "a fifth as bright": _darkened,
+}
+"""What other collections do to a slice, by more than whole frames are compared for."""
 
 
 def _clip(values: NDArray[np.floating]) -> Image:

@@ -93,6 +93,27 @@ class Twins:
     kind: NDArray[np.int8]  # COPY, MIRRORED or ROTATED; COPY where there is none
     similarity: NDArray[np.float32]  # 0 where there is none
 
+    @property
+    def is_upright(self) -> NDArray[np.bool_]:
+        """(Q,) whether there is an upright twin."""
+        return np.asarray((self.reference >= 0) & (self.kind == COPY))
+
+    def completed_by(self, rows: NDArray[np.int64], second: "Twins") -> "Twins":
+        """With what a second look at some queries, ``rows`` (R,), has found: an upright twin where
+        there was none, or any where there was none at all.
+        """
+        better = second.is_upright & ~self.is_upright[rows]
+        better |= (second.reference >= 0) & (self.reference[rows] < 0)
+        reference, kind, similarity = (
+            self.reference.copy(),
+            self.kind.copy(),
+            self.similarity.copy(),
+        )
+        reference[rows[better]] = second.reference[better]
+        kind[rows[better]] = second.kind[better]
+        similarity[rows[better]] = second.similarity[better]
+        return Twins(reference, kind, similarity)
+
 
 @dataclass(frozen=True)
 class _Candidates:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from brainray.config import PreprocessConfig
 from brainray.mri.duplicates import COPY, KINDS, find_twins, thumbnail_matrix
+from brainray.mri.reframe import find_twins_by_head
 from brainray.mri.row_file import Rows, SelectedRows
 from brainray.mri.subjects import find_same_subject
 from brainray.schema import HEADER, NAMED, TABLE
@@ -70,16 +71,28 @@ class Exposure:
         return np.asarray(self.clean & (self.twin < 0) & (self.mate < 0))
 
 
-def exposure(queries: Fingerprints, seen: Fingerprints, config: PreprocessConfig) -> Exposure:
+def exposure(
+    queries: Fingerprints,
+    seen: Fingerprints,
+    config: PreprocessConfig,
+    *,
+    from_elsewhere: NDArray[np.bool_] | None = None,
+) -> Exposure:
     """Compare each query with all that was seen.
 
     Slices whose subjects are named alike are of one subject. All others are compared by looks,
     unless the settings switch that off or they are named by one source, a table or headers, which
     would name one subject alike. (Different files, or a table and a header, may name one subject
-    differently.)
+    differently.) Queries ``from_elsewhere`` (Q,), which another collection may have padded, cropped
+    or darkened, are compared by their heads alone as well.
     """
     exact = _first_match(queries.sample_ids, seen.sample_ids)
     twins = find_twins(queries.thumbnails, seen.thumbnails, config.near_duplicate)
+    if from_elsewhere is not None:
+        rows = np.flatnonzero(from_elsewhere & ~twins.is_upright)
+        asked = SelectedRows(queries.thumbnails, rows)
+        by_head = find_twins_by_head(asked, seen.thumbnails, config.near_duplicate)
+        twins = twins.completed_by(rows, by_head)
     mate = _first_match(queries.subjects, seen.subjects)
     mate_similarity = np.where(mate >= 0, 1.0, 0.0).astype(np.float32)
     asked_by = np.array([source or "" for source in queries.sources], dtype=object)

@@ -159,7 +159,11 @@ def _with_subsets(
         log(f"{predictor.folder} does not tell what it was trained on: no slice is called clean")
         return predictions, None
     asked = Fingerprints.of(with_comparable_names(accepted, config, predictor))
-    exposed = exposure(asked, Fingerprints.of(seen), predictor.preprocess)
+    known = groups_of_test_slices(predictor.run_folder)
+    from_elsewhere = np.array([identity not in known for identity in asked.sample_ids], np.bool_)
+    exposed = exposure(
+        asked, Fingerprints.of(seen), predictor.preprocess, from_elsewhere=from_elsewhere
+    )
     for name, flags in (("clean", exposed.clean), ("strict", exposed.strict)):
         position = PREDICTIONS.get_field_index(name)
         predictions = predictions.set_column(position, name, pa.array(flags, pa.bool_()))

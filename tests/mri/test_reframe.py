@@ -1,0 +1,89 @@
+"""What is left of a slice whatever another collection has put around it."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from brainray.config import NearDuplicateConfig, PreprocessConfig
+from brainray.mri.duplicates import COPY, Twins
+from brainray.mri.leakage import Fingerprints, exposure
+from brainray.mri.phantom import CLASSES, make_series, make_slice
+from brainray.mri.reframe import find_twins_by_head, reframed
+from brainray.mri.resize import crop_foreground, thumbnail
+from brainray.mri.skull_strip import otsu_mask
+
+Image = NDArray[np.uint8]
+
+
+def fingerprints(images: list[Image]) -> NDArray[np.uint8]:
+    return np.stack([thumbnail(np.ascontiguousarray(image)).ravel() for image in images])
+
+
+@pytest.fixture(scope="module")
+def images() -> list[Image]:
+    rng = np.random.default_rng(0)
+    return [make_slice(CLASSES[number % len(CLASSES)], rng).image for number in range(16)]
+
+
+def known(images: list[Image], names: str) -> Fingerprints:
+    nobody = [None] * len(images)
+    ids = [f"{names}-{number}" for number in range(len(images))]
+    return Fingerprints(ids, fingerprints(images), nobody, nobody)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda image: np.pad(image, 40),
+        lambda image: np.pad(image, ((0, 0), (50, 50))),
+        lambda image: np.pad(image, 30, constant_values=255),
+        lambda image: crop_foreground(image, otsu_mask(image)),
+        lambda image: image // 6,
+    ],
+    ids=["padded", "padded left and right", "white border", "cut to the head", "dark"],
+)
+def test_a_copy_from_elsewhere_is_found_by_its_head(
+    images: list[Image], change: Callable[[Image], Image]
+) -> None:
+    queries, seen = known([change(image) for image in images], "elsewhere"), known(images, "seen")
+    config = PreprocessConfig()
+    once = exposure(queries, seen, config)
+    twice = exposure(queries, seen, config, from_elsewhere=np.ones(len(images), np.bool_))
+    its_own = twice.twin == np.arange(len(images))
+    assert once.clean.mean() > 0.5
+    assert its_own.mean() >= 0.5
+    assert not twice.clean[its_own].any()
+    np.testing.assert_array_equal(twice.twin[~its_own], -1)
+    of_none = exposure(queries, seen, config, from_elsewhere=np.zeros(len(images), np.bool_))
+    np.testing.assert_array_equal(of_none.twin, once.twin)
+
+
+def test_neighbouring_slices_and_other_heads_are_no_copies(images: list[Image]) -> None:
+    series = [phantom.image for phantom in make_series("glioma", np.random.default_rng(1), 6)]
+    references = fingerprints(series[::2])
+    for others in (series[1::2], images):
+        found = find_twins_by_head(fingerprints(others), references, NearDuplicateConfig())
+        np.testing.assert_array_equal(found.reference, -1)
+
+
+def test_a_picture_without_a_head_stays_as_it_is() -> None:
+    blank = np.zeros((2, 96 * 96), np.uint8)
+    np.testing.assert_array_equal(reframed(blank), blank)
+    assert reframed(blank[:0]).shape == (0, 96 * 96)
+
+
+def test_a_second_look_replaces_none_and_turned_twins_alone() -> None:
+    def twins(*found: tuple[int, int]) -> Twins:
+        reference, kind = np.array(found).T
+        return Twins(reference, kind.astype(np.int8), (reference >= 0).astype(np.float32))
+
+    first = twins((4, COPY), (5, 1), (-1, COPY), (-1, COPY), (6, 2))
+    merged = first.completed_by(
+        np.array([1, 2, 3, 4]), twins((7, COPY), (8, 1), (-1, COPY), (9, 1))
+    )
+    assert merged.reference.tolist() == [4, 7, 8, -1, 6]
+    assert merged.kind.tolist() == [COPY, COPY, 1, COPY, 2]
+    assert merged.is_upright.tolist() == [True, True, False, False, False]
+    assert first.reference.tolist() == [4, 5, -1, -1, 6]
