@@ -143,6 +143,7 @@ def _evaluate(
             about_software() | {"model": str(predictor.folder), "source": str(config.source)},
             made_by,
             explained,
+            None if twins is None else {level: len(found) for level, found in twins.items()},
         )
     return Evaluation(target, metrics, checkpoint.classes)
 

@@ -169,6 +169,7 @@ def write_evaluation_page(
     about: Mapping[str, str],
     settings: str,
     explained: Sequence[Explained] = (),
+    num_seen: Mapping[str, int] | None = None,
 ) -> str:
     """Write ``report.html`` of an evaluation; its name.
 
@@ -183,6 +184,7 @@ def write_evaluation_page(
         about: what made the evaluation: run, source, versions, command.
         settings: of the evaluation, as YAML.
         explained: slices of which activation maps are shown.
+        num_seen: by level, of how many slices the run has seen a twin; None where it is not known.
     """
     table = shown(predictions, evaluation.tsne_max_slices)
     epoch = int(metrics["epoch"])
@@ -196,7 +198,10 @@ def write_evaluation_page(
         title=f"brainray: evaluation {name}",
         summary=_evaluation_summary(metrics, _told_shown(table, predictions)),
         tables=results_tables(metrics, classes),
-        quality=[_rejected_files(rejected)] if rejected.num_rows else [],
+        quality=[
+            *([] if num_seen is None else [_seen_slices(num_seen)]),
+            *([_rejected_files(rejected)] if rejected.num_rows else []),
+        ],
         about=about,
         settings=settings,
         data=data,
@@ -484,6 +489,11 @@ def _quality(run: Folder) -> list[Table]:
             counted = [[reason, f"{count:,}"] for reason, count in reasons.items()]
             tables.append(Table("Rejected", ["reason", "files or slices"], counted))
     return tables
+
+
+def _seen_slices(num_seen: Mapping[str, int]) -> Table:
+    rows = [[level, f"{count:,}"] for level, count in num_seen.items()]
+    return Table("Slices of which the run has seen a twin", ["level", "slices"], rows)
 
 
 def _rejected_files(rejected: pa.Table) -> Table:

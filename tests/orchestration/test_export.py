@@ -392,6 +392,7 @@ def test_an_evaluation_tells_what_the_run_has_seen_and_which_settings_made_it(
     assert [(row["path"], row["twin"]) for row in twins["exact"]] == [
         (f"{place}/known.jpg", seen["path"][0].as_py()) for place in ("notumor", "pituitary")
     ]
+    assert b"Slices of which the run has seen a twin" in scored.folder.read_bytes("report.html")
     clean = {
         row["path"]: row["clean"]
         for row in scored.folder.read_table("predictions.parquet").to_pylist()

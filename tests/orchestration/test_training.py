@@ -257,7 +257,7 @@ def test_a_report_compares_slice_by_slice(storage: Path, trained: TrainedRun) ->
     assert "against two-ranks" in said[-1]
     page = trained.run.folder.read_bytes("report.html").decode()
     assert "Against the control (two-ranks), slice by slice" in page
-    assert "<td>control (two-ranks), " in page
+    assert "<td>head, control (two-ranks)</td>" in page
 
 
 def test_subjects_are_drawn_as_a_whole_whatever_became_of_the_store(
