@@ -244,7 +244,8 @@ def _files_to_score(
         files = [file for file in files if file.path in only_paths]
     elif any(file.split == TEST for file in files):
         files = [file for file in files if file.split == TEST]
-        left_out = f"; {len(listing.files) - len(files)} outside of the test part are left out"
+        if len(files) < len(listing.files):
+            left_out = f"; {len(listing.files) - len(files)} outside of the test part are left out"
     labelled = [file for file in files if file.label is not None]
     if not labelled:
         remedy = "evaluation needs class folders or a labels table"
