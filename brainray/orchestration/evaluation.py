@@ -251,9 +251,9 @@ def _files_to_score(
         remedy = "evaluation needs class folders or a labels table"
         if config.labels is not None:
             remedy = (
-                f"evaluation needs some in labels={config.labels}, not all of which classes.map"
+                f"evaluation needs some in labels={config.labels}, not all of which classes.map "
+                "may take away"
             )
-            remedy += " may take away"
         raise DataError(f"source={config.source} names no class of any slice: {remedy}")
     if len(labelled) < len(files) and only_paths is None:
         left_out += f"; {len(files) - len(labelled)} without a class are left out"

@@ -52,8 +52,8 @@ def _accuracies(metrics: Metrics, runs: Mapping[str, Metrics]) -> Table:
     def row(
         title: str, values: Metrics, name: str, cell: Callable[[Metrics, str], str]
     ) -> list[str]:
-        prefixes = ("all", "clean", "strict", "all_as_clean")
-        return [title, *(cell(values, f"test/{prefix}/{name}") for prefix in prefixes)]
+        subsets = (*SUBSETS, "all_as_clean")
+        return [title, *(cell(values, f"test/{subset}/{name}") for subset in subsets)]
 
     rows = [
         row(f"{title}{whose}", values, f"{predictor}/accuracy", with_interval)
