@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
+from scipy import stats
 from sklearn import metrics as sk_metrics
 from torch import Tensor
 
@@ -17,6 +18,9 @@ from brainray.errors import DataError
 
 CONFIDENCE = 0.95
 """Of every interval that is reported."""
+
+MIN_GROUPS = 10
+"""Of rows that are drawn together, for an interval."""
 
 MAX_SILHOUETTE_ROWS = 5000
 """Of more rows, so many are drawn: the time of a silhouette is quadratic."""
@@ -105,11 +109,15 @@ def bootstrap_interval(
     groups: Sequence[str] | NDArray[np.str_],
     seed: int,
     num_resamples: int = 1000,
-) -> tuple[float, float]:
-    """95 % percentile bootstrap interval (Efron 1979) of the mean, over whole groups of rows.
+) -> tuple[float, float] | None:
+    """95 % bootstrap interval of the mean, over whole groups of rows; None where it would mislead.
 
     Rows of one group, such as a subject's, are not independent: groups are drawn with replacement
-    (Davison & Hinkley 1997, section 3.8). Where all values are the same it has no width.
+    (Davison & Hinkley 1997, section 3.8). Percentiles of the resampled means (Efron 1979) are too
+    narrow for few groups; here they are expanded as Student's t is wider than a normal distribution
+    (Hesterberg 2015, "What Teachers Should Know About the Bootstrap"), for groups of unequal sizes
+    by their effective number (Kish 1965). Of fewer than `MIN_GROUPS` groups, or of values that are
+    all the same, no interval is known.
 
     Args:
         values: (N,), such as whether each row is right.
@@ -124,13 +132,18 @@ def bootstrap_interval(
         raise DataError("no rows to resample: an interval needs at least one prediction")
     _, group_of_row = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
     sizes = np.bincount(group_of_row)
+    if len(sizes) < MIN_GROUPS or values.min() == values.max():
+        return None
     sums = np.bincount(group_of_row, weights=values)
     generator = np.random.default_rng(seed)
     means = np.empty(num_resamples)
     for number in range(num_resamples):
         drawn = generator.integers(len(sizes), size=len(sizes))
         means[number] = sums[drawn].sum() / sizes[drawn].sum()
-    low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    num_effective = sizes.sum() ** 2 / (sizes**2).sum()
+    t = stats.t.ppf((1 + CONFIDENCE) / 2, num_effective - 1)
+    tail = stats.norm.sf(t * np.sqrt(num_effective / (num_effective - 1)))
+    low, high = np.quantile(means, [tail, 1 - tail])
     return float(low), float(high)
 
 

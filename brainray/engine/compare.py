@@ -1,6 +1,6 @@
-"""A run against its control on the same test slices, slice by slice."""
+"""Runs against their controls on the same test slices, slice by slice."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,8 +22,7 @@ class PairedDifference:
     """How much more accurate one classifier is than another, on the same rows."""
 
     value: float  # accuracy minus the other's
-    low: float  # of the 95 % interval
-    high: float
+    interval: tuple[float, float] | None  # 95 %; None where none is known
     fewer_errors: float | None  # share of the other's errors that is spared; None if it has none
     only_one: int  # rows that it alone has right
     only_other: int
@@ -40,9 +39,8 @@ def paired_difference(
 ) -> PairedDifference:
     """Of two classifiers' right and wrong answers.
 
-    The interval is a percentile bootstrap (Efron 1979) over groups of rows: whole groups are drawn,
-    since rows of one are not independent (Davison & Hinkley 1997, section 3.8). The p value is that
-    of McNemar's exact test (1947), which takes rows for independent.
+    The interval is `bootstrap_interval`'s, for which whole groups of rows are drawn. The p value is
+    that of McNemar's exact test (1947), which takes rows for independent.
 
     Args:
         correct: (N,), of the first classifier.
@@ -55,14 +53,13 @@ def paired_difference(
         DataError: there are no rows.
     """
     gains = correct.astype(np.int64) - other_correct
-    low, high = bootstrap_interval(gains, groups, seed, num_resamples)
+    interval = bootstrap_interval(gains, groups, seed, num_resamples)
     num_errors = int((~other_correct).sum())
     only_one, only_other = int((gains > 0).sum()), int((gains < 0).sum())
     discordant = only_one + only_other
     return PairedDifference(
         value=float(gains.mean()),
-        low=low,
-        high=high,
+        interval=interval,
         fewer_errors=float(gains.sum() / num_errors) if num_errors else None,
         only_one=only_one,
         only_other=only_other,
@@ -95,40 +92,90 @@ def compare(
     Raises:
         DataError: the two are of different slices.
     """
-    if not predictions["sample_id"].equals(control["sample_id"]):
-        raise DataError("the control predicts other test slices: compare runs on one image store")
-    is_labelled = pc.is_valid(predictions["label"])
-    predictions, control = predictions.filter(is_labelled), control.filter(is_labelled)
-    groups = np.array([group_of_slice.get(i, i) for i in predictions["sample_id"].to_pylist()])
+    predictions, control = _same_slices(predictions, control)
+    groups = _groups(predictions, group_of_slice)
     metrics: Metrics = {}
-    for subset, mask in subset_masks(predictions).items():
-        if not mask.any():
-            continue
-        for predictor, column in PREDICTED_BY.items():
-            found = paired_difference(
-                _is_right(predictions, column)[mask],
-                _is_right(control, column)[mask],
-                groups[mask],
-                num_resamples=num_resamples,
-                seed=seed,
-            )
-            name = f"test/{subset}/{predictor}/accuracy"
-            metrics |= {
-                f"difference/{name}": found.value,
-                f"difference/{name}_low": found.low,
-                f"difference/{name}_high": found.high,
-                f"only_run/{name}": float(found.only_one),
-                f"only_control/{name}": float(found.only_other),
-                f"p/{name}": found.p_value,
-            }
-            if found.fewer_errors is not None:
-                metrics[f"fewer_errors/{name}"] = found.fewer_errors
+    for name, mask, column in _accuracies(predictions):
+        found = paired_difference(
+            _is_right(predictions, column)[mask],
+            _is_right(control, column)[mask],
+            groups[mask],
+            num_resamples=num_resamples,
+            seed=seed,
+        )
+        metrics |= {
+            f"difference/{name}": found.value,
+            f"only_run/{name}": float(found.only_one),
+            f"only_control/{name}": float(found.only_other),
+            f"p/{name}": found.p_value,
+        }
+        if found.interval is not None:
+            metrics[f"difference/{name}_low"], metrics[f"difference/{name}_high"] = found.interval
+        if found.fewer_errors is not None:
+            metrics[f"fewer_errors/{name}"] = found.fewer_errors
     return metrics
+
+
+def intervals_of_mean_gains(
+    predictions: Sequence[pa.Table],
+    controls: Sequence[pa.Table],
+    group_of_slice: Mapping[str, str],
+    *,
+    num_resamples: int,
+    seed: int,
+) -> dict[str, tuple[float, float]]:
+    """By accuracy, the `bootstrap_interval` of how much more accurate several runs are on average.
+
+    Args:
+        predictions: ``PREDICTIONS`` rows of every run; those without a label are left out.
+        controls: those of each run's control, all of the same slices in the same order.
+        group_of_slice: as for `compare`.
+        num_resamples: of the bootstrap.
+        seed: of the bootstrap.
+
+    Raises:
+        DataError: two are of different slices.
+    """
+    ours, theirs = (
+        [_same_slices(predictions[0], each)[1] for each in side] for side in (predictions, controls)
+    )
+    groups = _groups(ours[0], group_of_slice)
+    intervals = {}
+    for name, mask, column in _accuracies(ours[0]):
+        right, other_right = (
+            np.mean([_is_right(each, column)[mask] for each in side], axis=0)
+            for side in (ours, theirs)
+        )
+        interval = bootstrap_interval(right - other_right, groups[mask], seed, num_resamples)
+        if interval is not None:
+            intervals[name] = interval
+    return intervals
 
 
 def without_comparison(metrics: Metrics) -> Metrics:
     """Figures without those that `compare` gave."""
     return {name: value for name, value in metrics.items() if not name.startswith(_COMPARED)}
+
+
+def _same_slices(predictions: pa.Table, control: pa.Table) -> tuple[pa.Table, pa.Table]:
+    """The rows of both whose label is known."""
+    if not predictions["sample_id"].equals(control["sample_id"]):
+        raise DataError("the control predicts other test slices: compare runs on one image store")
+    is_labelled = pc.is_valid(predictions["label"])
+    return predictions.filter(is_labelled), control.filter(is_labelled)
+
+
+def _groups(predictions: pa.Table, group_of_slice: Mapping[str, str]) -> NDArray[np.str_]:
+    """(N,)"""
+    return np.array([group_of_slice.get(i, i) for i in predictions["sample_id"].to_pylist()])
+
+
+def _accuracies(predictions: pa.Table) -> Iterator[tuple[str, NDArray[np.bool_], str]]:
+    """Name, slices (N,) and column of every accuracy that predictions have."""
+    for subset, mask in subset_masks(predictions).items():
+        if mask.any():
+            for predictor, column in PREDICTED_BY.items():
+                yield f"test/{subset}/{predictor}/accuracy", mask, column
 
 
 def _is_right(predictions: pa.Table, column: str) -> NDArray[np.bool_]:

@@ -1,23 +1,38 @@
 """Several draws of labels: means, deviations, and paired differences to a control."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import stats
 
 from brainray.clustering.metrics import CONFIDENCE
 from brainray.engine.evaluate import Metrics
 
 
-def summarise_draws(draws: Sequence[Metrics], control: Sequence[Metrics] | None = None) -> Metrics:
+def summarise_draws(
+    draws: Sequence[Metrics],
+    control: Sequence[Metrics] | None = None,
+    intervals: Mapping[str, tuple[float, float]] | None = None,
+) -> Metrics:
     """Figures over draws of labels, from the test figures of each draw's run.
 
     For every ``test/...`` figure that all draws have: its mean under its own name, and the sample
     standard deviation as ``NAME_std``. With a control, whose runs have the same labels draw by
     draw: its mean and deviation ``control/NAME``, the mean paired difference ``difference/NAME``,
-    its 95 % interval by Student's t over draws (``_low``, ``_high``; absent with one draw), and for
-    accuracies ``fewer_errors/NAME``, the share of the control's mean errors that is spared.
+    for accuracies its 95 % interval (``_low``, ``_high``) and ``fewer_errors/NAME``, the share of
+    the control's mean errors that is spared.
+
+    Other labels would change a difference and so would other test subjects. The interval is for
+    both: Student's t over draws and `intervals_of_mean_gains` over subjects are put together by
+    their squares (Zou & Donner 2008, "Construction of confidence limits about effect measures: a
+    general approach"). With one draw, or no interval over subjects, there is none.
+
+    Args:
+        draws: figures of each draw's run.
+        control: of the control's.
+        intervals: `intervals_of_mean_gains` of the same runs, by the names of the accuracies.
     """
     metrics: Metrics = {"num_label_draws": float(len(draws))}
     for name in sorted(_common_names(draws)):
@@ -33,14 +48,21 @@ def summarise_draws(draws: Sequence[Metrics], control: Sequence[Metrics] | None 
         metrics[f"difference/{name}"] = float(differences.mean())
         if len(draws) > 1:
             metrics[f"control/{name}_std"] = float(others.std(ddof=1))
-            half = stats.t.ppf((1 + CONFIDENCE) / 2, len(draws) - 1)
-            half *= differences.std(ddof=1) / math.sqrt(len(draws))
-            metrics[f"difference/{name}_low"] = float(differences.mean() - half)
-            metrics[f"difference/{name}_high"] = float(differences.mean() + half)
+            if intervals is not None and name in intervals:
+                low, high = _of_both(differences, *intervals[name])
+                metrics[f"difference/{name}_low"] = low
+                metrics[f"difference/{name}_high"] = high
         if name.endswith("/accuracy") and others.mean() < 1:
             spared = (others.mean() - values.mean()) / (others.mean() - 1)
             metrics[f"fewer_errors/{name}"] = float(spared)
     return metrics
+
+
+def _of_both(differences: NDArray[np.float64], low: float, high: float) -> tuple[float, float]:
+    """Limits for other draws than these (D,) and other subjects than those of low and high."""
+    mean, error = differences.mean(), differences.std(ddof=1) / math.sqrt(len(differences))
+    half = stats.t.ppf((1 + CONFIDENCE) / 2, len(differences) - 1) * error
+    return mean - math.hypot(half, mean - low), mean + math.hypot(half, high - mean)
 
 
 def _common_names(runs: Sequence[Metrics]) -> set[str]:

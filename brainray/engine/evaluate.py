@@ -31,9 +31,6 @@ from brainray.schema import (
 
 Metrics = dict[str, float]
 
-MIN_GROUPS = 10
-"""Of slices that are drawn together, for an interval."""
-
 
 @dataclass(frozen=True)
 class Predictions:
@@ -281,8 +278,7 @@ def summarise(
 
     For ``all``, ``clean`` and ``strict``: both predictors and the memory baseline (nearest
     labelled thumbnail, ``thumbnail_1nn``), with bootstrap intervals of the accuracies over
-    ``groups`` (by sample_id, such as subjects; a slice that has none is a group alone; none where
-    there are fewer than `MIN_GROUPS`, or all slices are right or all wrong: too narrow); and
+    ``groups`` (by sample_id, such as subjects; a slice that has none is a group alone); and
     ``all_as_clean``, the accuracies over all slices re-weighted to the class mix of clean. Without
     fingerprints of what the run saw (``seen``), only ``all``, without the baseline. The head's
     calibration error is given as it is and, with a ``temperature`` fitted on validation, tempered.
@@ -310,8 +306,9 @@ def summarise(
             if name not in chosen.by_predictor:  # the others are among the subset's figures
                 metrics |= _accuracy_metrics(chosen.labels, predicted[mask], classes, subset, name)
             is_right = predicted[mask] == chosen.labels
-            if len(np.unique(group_of[mask])) >= MIN_GROUPS and 0 < is_right.mean() < 1:
-                low, high = bootstrap_interval(is_right, group_of[mask], seed, num_resamples)
+            interval = bootstrap_interval(is_right, group_of[mask], seed, num_resamples)
+            if interval is not None:
+                low, high = interval
                 metrics[f"test/{subset}/{name}/accuracy_low"] = low
                 metrics[f"test/{subset}/{name}/accuracy_high"] = high
     if "clean" in subsets and subsets["clean"].any():

@@ -1,15 +1,17 @@
 """One recipe trained on several draws of labels."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from brainray import layout
 from brainray.config import Config
+from brainray.engine.compare import intervals_of_mean_gains
 from brainray.engine.draws import summarise_draws
 from brainray.engine.evaluate import Metrics
 from brainray.errors import ConfigError
 from brainray.log import Log, log
 from brainray.orchestration.driver import TrainedRun, train
-from brainray.orchestration.run import check_same_draw, open_run
+from brainray.orchestration.run import Run, check_same_draw, groups_of_test_slices, open_run
 from brainray.report.draws_table import draws_table
 from brainray.storage import Folder
 
@@ -38,14 +40,17 @@ def train_draws(config: Config, log: Log = log) -> DrawnRuns:
     if config.name is None:
         raise ConfigError("training needs a name for the run: --set name=NAME")
     num_draws = config.evaluation.num_label_draws
-    control = None
-    if config.evaluation.control is not None:
-        control = [_figures_of(config, config.evaluation.control, i) for i in range(num_draws)]
+    name = config.evaluation.control
+    controls = [] if name is None else [_control(config, name, i) for i in range(num_draws)]
     runs = []
     for number in range(num_draws):
         log(f"draw {number + 1} of {num_draws}: run {draw_name(config.name, number)}")
         runs.append(train(_of_draw(config, number), log))
-    metrics = summarise_draws([run.metrics for run in runs], control)
+    metrics = summarise_draws(
+        [run.metrics for run in runs],
+        [control.folder.read_json(layout.SUMMARY) for control in controls] or None,
+        _intervals([run.run for run in runs], controls, config),
+    )
     folder = Folder(config.storage) / layout.DRAWS / config.name
     folder.write_bytes(_TABLE, (draws_table(metrics) + "\n").encode())
     folder.write_json(layout.SUMMARY, metrics)
@@ -73,7 +78,7 @@ def _of_draw(config: Config, number: int) -> Config:
     )
 
 
-def _figures_of(config: Config, control: str, number: int) -> Metrics:
+def _control(config: Config, control: str, number: int) -> Run:
     run = open_run(Folder(config.storage), draw_name(control, number))
     if not run.is_complete:
         raise ConfigError(
@@ -81,5 +86,20 @@ def _figures_of(config: Config, control: str, number: int) -> Metrics:
             "train the control on as many draws first"
         )
     check_same_draw(_of_draw(config, number).split, run, f"evaluation.control={control}")
-    metrics: Metrics = run.folder.read_json(layout.SUMMARY)
-    return metrics
+    return run
+
+
+def _intervals(
+    runs: Sequence[Run], controls: Sequence[Run], config: Config
+) -> dict[str, tuple[float, float]]:
+    """Of the mean gains over the controls, for other subjects; empty without predictions."""
+    ours, theirs = ([run.predictions() for run in side] for side in (runs, controls))
+    if not theirs or any(each is None for each in [*ours, *theirs]):
+        return {}
+    return intervals_of_mean_gains(
+        ours,
+        theirs,
+        groups_of_test_slices(runs[0].folder),
+        num_resamples=config.evaluation.bootstrap_resamples,
+        seed=config.seed,
+    )

@@ -29,6 +29,7 @@ from brainray.config import ClustererName, ClusteringConfig, Config, StudyConfig
 from brainray.errors import BrainrayError, ConfigError, DataError
 from brainray.log import Log
 from brainray.models.features import PIXELS
+from brainray.mri.identity import content_hash
 from brainray.orchestration.features import FeatureStore, content_key
 from brainray.schema import ASSIGNED
 from brainray.storage import Folder
@@ -37,7 +38,7 @@ FITTED = "fitted"
 """Subset of the slices that a clusterer is fitted to; the others are held out."""
 
 _SILENT_S = 20.0
-_CELL_FORMAT = 4  # raised whenever a cell is computed otherwise than before
+_CELL_FORMAT = 5  # raised whenever a cell is computed otherwise than before
 _MAX_FEATURES = 4096  # PCA of so many takes a quarter of a minute and 0.7 GB
 
 
@@ -88,6 +89,12 @@ class Slices:
     @property
     def fitted(self) -> NDArray[np.bool_]:
         return self.subsets[FITTED]
+
+    @property
+    def key(self) -> str:
+        """Changes with the labels and the subsets, on which scores depend."""
+        parts = [self.labels, *(self.subsets[name] for name in sorted(self.subsets))]
+        return content_key({"parts": [content_hash(part.tobytes()) for part in parts]})
 
 
 @dataclass(frozen=True)
@@ -212,8 +219,7 @@ class Grid:
         config: Config,
         folder: Folder,
         stores: Mapping[tuple[str, str, int], FeatureStore],
-        slices: Mapping[str, ray.ObjectRef[Any]],
-        seen_before: str,
+        slices: Mapping[str, Slices],
         log: Log,
     ) -> None:
         """
@@ -221,16 +227,14 @@ class Grid:
             config: ``study`` and ``clustering``.
             folder: the study's.
             stores: features by data set, feature and seed.
-            slices: `Slices` by data set.
-            seen_before: a key of what starting weights have seen, on which the held-out subsets
-                depend; empty where that is nothing.
+            slices: by data set.
             log: progress.
         """
         self._config = config
         self._folder = folder
         self._stores = stores
-        self._slices = slices
-        self._seen_before = seen_before
+        self._slices = {name: ray.put(each) for name, each in slices.items()}
+        self._slices_keys = {name: each.key for name, each in slices.items()}
         self._log = log
         self._reduced: dict[str, ray.ObjectRef[Any]] = {}
 
@@ -264,7 +268,7 @@ class Grid:
                 cell = waiting.popleft()
                 task = _run_cell.remote(
                     cell,
-                    self._key(cell),
+                    self.key(cell),
                     self._config,
                     self._folder / layout.CELLS,
                     self._slices[cell.dataset],
@@ -281,20 +285,19 @@ class Grid:
                 self._log(f"grid: {len(outcomes)} of {len(distinct)} cells are finished")
         return [outcomes[cell] for cell in cells]
 
-    def _key(self, cell: Cell) -> str:
+    def key(self, cell: Cell) -> str:
         """Of all that the cell's figures depend on."""
         study, clustering = self._config.study, self._config.clustering
         settings = {
             "format": _CELL_FORMAT,
             "features": self.store(cell).key,
+            "slices": self._slices_keys[cell.dataset],
             "cell": [cell.clusterer, cell.pca_dim, cell.num_clusters, cell.seed],
             "varied": [cell.eps_factor, cell.linkage],
             "study": [study.depth, study.min_samples, study.max_quadratic_rows],
             "mixture": [clustering.covariance_type, clustering.reg_covar],
             "limits": [clustering.kmeans_max_iter, clustering.gmm_max_iter, clustering.gmm_tol],
         }
-        if self._seen_before:
-            settings["seen_before"] = self._seen_before
         return content_key(settings)
 
     def _finished(self, cell: Cell) -> Outcome | None:
@@ -302,7 +305,7 @@ class Grid:
         if not cells.exists(cell.file):
             return None
         saved = cells.read_json(cell.file)
-        if saved["key"] != self._key(cell):
+        if saved["key"] != self.key(cell):
             return None
         return Outcome(
             cell, saved["scores"], saved["details"], tuple(saved["notes"]), saved["seconds"]

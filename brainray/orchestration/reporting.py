@@ -124,7 +124,7 @@ def against_control(config: Config, run: Run, chosen_epoch: int, log: Log) -> Me
     if problem is not None:
         log(f"not compared: the run {config.evaluation.control} {problem}")
         return {}
-    ours, theirs = _predictions(run, chosen_epoch), _chosen_predictions(control)
+    ours, theirs = run.predictions(chosen_epoch), control.predictions()
     if ours is None or theirs is None:
         return {}
     groups = groups_of_test_slices(run.folder)
@@ -277,7 +277,7 @@ def _not_comparable(run: Run, control: Run) -> str | None:
 def _predictions_of_siblings(config: Config, run: Run) -> dict[str, pa.Table]:
     """By name, what complete runs of other seeds predict for the same test slices."""
     siblings = {
-        name: _chosen_predictions(_sibling(config, name, run.info["data_hash"]))
+        name: _sibling(config, name, run.info["data_hash"]).predictions()
         for name in config.evaluation.siblings
     }
     return {name: table for name, table in siblings.items() if table is not None}
@@ -287,15 +287,3 @@ def _labels_read(run: Run) -> set[tuple[str, str]]:
     """(sample_id, role) of the slices whose label the run reads."""
     rows = run.folder.read_table(layout.SEEN, columns=["sample_id", "role"]).to_pylist()
     return {(r["sample_id"], r["role"]) for r in rows if r["role"] in (LABELLED, VALIDATION)}
-
-
-def _chosen_predictions(run: Run) -> pa.Table | None:
-    """``PREDICTIONS`` rows of a complete run's chosen epoch; None where there are none."""
-    if not run.is_complete:
-        return None
-    return _predictions(run, int(run.folder.read_json(layout.SUMMARY)["chosen_epoch"]))
-
-
-def _predictions(run: Run, epoch: int) -> pa.Table | None:
-    name = layout.predictions_file(epoch)
-    return run.folder.read_table(name) if run.folder.exists(name) else None

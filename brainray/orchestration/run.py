@@ -72,6 +72,17 @@ class Run:
         where = f"{self.folder}/{layout.CONFIG}"
         return parse_config(parse_yaml(self.folder.read_bytes(layout.CONFIG), where))
 
+    def predictions(self, epoch: int | None = None) -> pa.Table | None:
+        """``PREDICTIONS`` rows of an epoch, by default of a complete run's chosen one; None where
+        there are none.
+        """
+        if epoch is None:
+            if not self.is_complete:
+                return None
+            epoch = int(self.folder.read_json(layout.SUMMARY)["chosen_epoch"])
+        name = layout.predictions_file(epoch)
+        return self.folder.read_table(name) if self.folder.exists(name) else None
+
     def test_paths(self) -> set[str]:
         """Paths, relative to the source, of the labelled slices that the run is tested on."""
         slices = self.folder.read_table(layout.TEST_SLICES, columns=["path", "label"])

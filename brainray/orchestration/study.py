@@ -25,7 +25,6 @@ from brainray.orchestration.publish import open_tracking
 from brainray.orchestration.resources import alive_nodes, plan_workers
 from brainray.orchestration.store import ImageStore, as_store_was_made
 from brainray.orchestration.study_data import (
-    key_of_seen,
     open_stores,
     seen_by_features,
     study_features,
@@ -99,8 +98,8 @@ def _study(
         seen = seen_by_features(config)
         sets = {name: study_set(store, folder, seen) for name, store in stores.items()}
         features = study_features(config, sets, weights, log)
-        slices = {name: each.reference for name, each in sets.items()}
-        grid = Grid(config, folder, features.stores, slices, key_of_seen(seen), log)
+        slices = {name: each.slices for name, each in sets.items()}
+        grid = Grid(config, folder, features.stores, slices, log)
         cells = [cell for name in sets for cell in main_cells(config, name)]
         varied = [cell for name in sets for cell in sensitivity_cells(config, name)]
         outcomes = grid.run([*cells, *varied])

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -43,7 +42,6 @@ class StudiedSet:
     store: ImageStore
     slices: Slices
     classes: list[str]  # names of the labels; empty where there are none
-    reference: ray.ObjectRef[Any]  # to the slices
 
     @property
     def names_of_labels(self) -> list[str]:
@@ -97,12 +95,6 @@ def seen_by_features(config: Config) -> pa.Table:
     return pa.concat_tables([SEEN.empty_table(), *(rows for rows in tables if rows is not None)])
 
 
-def key_of_seen(seen_before: pa.Table) -> str:
-    """Of those slices; empty where there are none."""
-    ids = seen_before["sample_id"].to_pylist()
-    return content_key({"sample_ids": ids}) if ids else ""
-
-
 def study_set(store: ImageStore, folder: Folder, seen_before: pa.Table) -> StudiedSet:
     """The slices of a store, which of them are fitted, held out, ``clean`` and ``strict``.
 
@@ -131,13 +123,17 @@ def study_set(store: ImageStore, folder: Folder, seen_before: pa.Table) -> Studi
             rows[~fitted] = held_out[subset]
             subsets[subset] = rows
     slices = Slices(index.select(ROW), labels, subsets)
-    return StudiedSet(store, slices, classes, ray.put(slices))
+    return StudiedSet(store, slices, classes)
 
 
 def _held_out(store: ImageStore, folder: Folder, seen_before: pa.Table) -> dict[str, np.ndarray]:
     """Which test slices, in ``ROW_ORDER``, belong to each subset; kept with the study."""
-    keys = (store.data_hash, key_of_seen(seen_before))
-    name = f"subsets-{'-'.join(filter(None, keys))}.parquet"
+    depends_on = {
+        "data_hash": store.data_hash,
+        "preprocess": store.preprocess.model_dump(mode="json"),
+        "seen_before": seen_before["sample_id"].to_pylist(),
+    }
+    name = f"subsets-{content_key(depends_on)}.parquet"
     if not folder.exists(name):
         index = store.index(thumbnails=True).sort_by(ROW_ORDER)
         test = index.filter(pc.equal(index["split"], TEST))

@@ -56,7 +56,7 @@ from brainray.report.tsne import MIN_SLICES, tsne_sequence
 from brainray.schema import NOISE, UNLABELLED
 from brainray.storage import Folder
 
-_DRAWING_FORMAT = 3  # of the figures and the recommended K
+_DRAWING_FORMAT = 4  # of the figures and the recommended K
 _DRAWN = "drawn"  # a JSON file for what was drawn or chosen from a feature set
 _METHOD = ("dataset", "slices", "features", "clusterer", "pca_dim")
 _NUM_TILES = 7
@@ -334,8 +334,8 @@ def _drawing_key(results: StudyResults, cell: Cell) -> str:
     return content_key(
         {
             "format": _DRAWING_FORMAT,
-            "features": results.grid.store(cell).key,
-            "cell": cell.file,
+            "cell": results.grid.key(cell),
+            "classes": results.sets[cell.dataset].classes,
             "study": config.study.model_dump(
                 mode="json",
                 include={"candidate_num_clusters", "depth", "min_samples", "max_quadratic_rows"},

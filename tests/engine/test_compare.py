@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from brainray.engine.compare import compare, paired_difference
+from brainray.engine.compare import compare, intervals_of_mean_gains, paired_difference
 from brainray.errors import DataError
 
 RIGHT = np.array([True] * 45 + [False] * 26 + [True] * 100 + [False] * 29)
@@ -20,8 +20,7 @@ def test_counts_and_mcnemars_test() -> None:
     assert found.p_value == pytest.approx(0.03195, abs=1e-4)  # R: binom.test(45, 71)
     # Of independent rows: 1.96 standard errors of the mean gain to either side.
     half = 1.96 * np.sqrt((71 / 200 - (19 / 200) ** 2) / 200)
-    assert found.low == pytest.approx(19 / 200 - half, abs=0.01)
-    assert found.high == pytest.approx(19 / 200 + half, abs=0.01)
+    assert found.interval == pytest.approx((19 / 200 - half, 19 / 200 + half), abs=0.01)
 
 
 def test_rows_of_one_subject_are_no_evidence_each() -> None:
@@ -34,14 +33,15 @@ def test_rows_of_one_subject_are_no_evidence_each() -> None:
         for groups in (subjects, alone)
     )
     assert whole.value == each.value
-    assert (whole.high - whole.low) / (each.high - each.low) == pytest.approx(2, abs=0.15)
+    assert whole.interval is not None
+    assert each.interval is not None
+    assert np.ptp(whole.interval) / np.ptp(each.interval) == pytest.approx(2, abs=0.15)
 
 
 def test_two_that_never_differ() -> None:
-    right = np.ones(5, dtype=bool)
-    found = paired_difference(right, right, ["a"] * 5, num_resamples=10, seed=0)
-    assert (found.value, found.low, found.high, found.p_value) == (0, 0, 0, 1)
-    assert found.fewer_errors is None
+    found = paired_difference(RIGHT, RIGHT, ALONE, num_resamples=10, seed=0)
+    assert (found.value, found.interval, found.p_value) == (0, None, 1)
+    assert found.fewer_errors == 0
 
 
 def test_nothing_to_compare() -> None:
@@ -59,7 +59,7 @@ def _predictions(head: str, clusters: str, labels: str = "aabb?") -> pa.Table:
             "label": [None if label == "?" else label for label in labels],
             "head": list(head),
             "cluster_class": list(clusters),
-            "clean": [True, False, True, False, True],
+            "clean": [number % 2 == 0 for number in range(len(labels))],
             "strict": pa.nulls(len(names), pa.bool_()),
         }
     )
@@ -80,3 +80,23 @@ def test_other_slices_are_refused() -> None:
     ours = _predictions("aabba", "aabaa")
     with pytest.raises(DataError, match="other test slices"):
         compare(ours, ours.slice(1), {}, num_resamples=50, seed=0)
+    with pytest.raises(DataError, match="other test slices"):
+        intervals_of_mean_gains([ours, ours], [ours, ours.slice(1)], {}, num_resamples=9, seed=0)
+
+
+def test_the_mean_gain_of_several_runs_varies_with_the_slices_that_they_share() -> None:
+    """Two runs that gain on the same slices know no more than one; on others, they do."""
+    labels = "a" * 200
+    control = _predictions("b" * 200, "b" * 200, labels)
+    first = _predictions("a" * 100 + "b" * 100, "b" * 200, labels)
+    second = _predictions("b" * 100 + "a" * 100, "b" * 200, labels)
+    name = "test/all/head/accuracy"
+
+    def width(*runs: pa.Table) -> float:
+        settings = {"num_resamples": 2000, "seed": 0}
+        found = intervals_of_mean_gains(runs, [control] * len(runs), {}, **settings)
+        return float(np.ptp(found[name])) if name in found else 0.0
+
+    assert width(first) == pytest.approx(2 * 1.96 * 0.5 / np.sqrt(200), rel=0.05)
+    assert width(first, first) == width(first)
+    assert width(first, second) == 0  # every slice gains the same

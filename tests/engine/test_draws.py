@@ -22,16 +22,24 @@ def test_means_and_deviations_over_draws() -> None:
 
 
 def test_differences_are_paired_by_draw() -> None:
-    found = summarise_draws(DRAWS, CONTROL)
+    found = summarise_draws(DRAWS, CONTROL, {NAME: (0.05, 0.12)})
     # Differences 0.10, 0.08, 0.06; t of 2 degrees of freedom at 97.5 % is 4.3027.
-    half = 4.30265 * 0.02 / math.sqrt(3)
+    half = 4.302653 * 0.02 / math.sqrt(3)
     assert found[f"control/{NAME}"] == pytest.approx(0.85)
     deviation = statistics.stdev(draw[NAME] for draw in CONTROL)
     assert found[f"control/{NAME}_std"] == pytest.approx(deviation)
     assert found[f"difference/{NAME}"] == pytest.approx(0.08)
-    assert found[f"difference/{NAME}_low"] == pytest.approx(0.08 - half, abs=1e-6)
-    assert found[f"difference/{NAME}_high"] == pytest.approx(0.08 + half, abs=1e-6)
+    assert found[f"difference/{NAME}_low"] == pytest.approx(0.08 - math.hypot(half, 0.03), abs=1e-6)
+    assert found[f"difference/{NAME}_high"] == pytest.approx(
+        0.08 + math.hypot(half, 0.04), abs=1e-6
+    )
     assert found[f"fewer_errors/{NAME}"] == pytest.approx(0.08 / 0.15)
+
+
+def test_without_an_interval_over_subjects_there_is_none_over_draws() -> None:
+    found = summarise_draws(DRAWS, CONTROL)
+    assert f"difference/{NAME}" in found
+    assert f"difference/{NAME}_low" not in found
 
 
 def test_what_a_draw_of_the_control_lacks_keeps_the_mean_and_is_not_compared() -> None:
@@ -48,7 +56,7 @@ def test_a_class_may_be_called_as_a_bound_is() -> None:
 
 
 def test_one_draw_has_no_deviation_and_no_interval() -> None:
-    found = summarise_draws(DRAWS[:1], CONTROL[:1])
+    found = summarise_draws(DRAWS[:1], CONTROL[:1], {NAME: (0.05, 0.12)})
     assert f"{NAME}_std" not in found
     assert f"difference/{NAME}_low" not in found
     assert found[f"difference/{NAME}"] == pytest.approx(0.10)

@@ -148,7 +148,7 @@ def test_intervals_are_told_where_there_are_groups_enough_and_both_outcomes() ->
             groups=groups,
         )
 
-    many, low, high = summary(3), "test/all/head/accuracy_low", "test/all/head/accuracy_high"
+    many, low, high = summary(5), "test/all/head/accuracy_low", "test/all/head/accuracy_high"
     assert 0.4 < many[low] < 0.75 < many[high] < 1
     assert many["test/clean/head/accuracy"] == 1.0
     assert "test/clean/head/accuracy_low" not in many  # without a wrong one it has no width

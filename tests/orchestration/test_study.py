@@ -8,11 +8,13 @@ from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
 import torchvision
 from mlflow import MlflowClient
+from sklearn.metrics import normalized_mutual_info_score
 
 from brainray.clustering.clusterers import KMeansClusterer, MixtureClusterer
 from brainray.config import Config
@@ -20,7 +22,7 @@ from brainray.engine.shard import sample_keys
 from brainray.errors import BrainrayError, ConfigError, DataError
 from brainray.models.encoder import build_encoder
 from brainray.orchestration.features import check_features
-from brainray.orchestration.grid import Cell, Grid, build_clusterer
+from brainray.orchestration.grid import Cell, Grid, Slices, build_clusterer
 from brainray.orchestration.store import ImageStore
 from brainray.orchestration.study import FinishedStudy, run_study
 from brainray.schema import FEATURES
@@ -145,6 +147,39 @@ def test_the_same_name_goes_on_and_repeats_nothing_finished(
     assert f"grid: {len(before)} cells, {len(before) - 1} of them finished before" in said
     assert any(line.endswith(": reused") for line in said)
     assert again.metrics == studied.metrics
+
+
+def test_corrected_labels_are_what_an_old_study_is_scored_on(
+    phantoms: Path, tmp_path: Path
+) -> None:
+    table = tmp_path / "labels.csv"
+    settings = [f"source={phantoms}", f"labels={table}", "study.clusterers=[kmeans]"]
+
+    def write_labels(shift: int) -> None:
+        paths = sorted(path.relative_to(phantoms) for path in phantoms.rglob("*.jpg"))
+        classes = sorted({path.parts[1] for path in paths})
+        table.write_text("path,label,split\n")
+        with table.open("a") as file:
+            for number, path in enumerate(paths):
+                label = (classes.index(path.parts[1]) + number % 2 * shift) % len(classes)
+                split = {"Training": "train", "Testing": "test"}[path.parts[0]]
+                file.write(f"{path},{classes[label]},{split}\n")
+
+    write_labels(shift=0)
+    config = study_config(tmp_path, "same", PIXELS, *settings)
+    before = run_study(config).metrics
+    write_labels(shift=1)
+    after = run_study(config)
+    assignments = after.folder.read_table("cells/same/pixels/pca4-kmeans-k4-seed0.parquet")
+    index = ImageStore.open(Folder(tmp_path / "datasets" / "same")).index()
+    rows = index.join(assignments, ["sample_id", "split", "path", "frame"])
+    is_scored = pc.and_(pc.equal(rows["split"], "train"), pc.is_valid(rows["label"]))
+    fitted = rows.filter(is_scored)
+    expected = normalized_mutual_info_score(fitted["label"], fitted["cluster"])
+    name = "same/fitted/pixels/kmeans/pca4"
+    assert after.metrics[f"{name}/nmi_mean"] == pytest.approx(expected)
+    assert before[f"{name}/nmi_mean"] != pytest.approx(expected)
+    assert after.metrics[f"{name}/silhouette_mean"] == before[f"{name}/silhouette_mean"]
 
 
 @pytest.mark.parametrize(
@@ -377,8 +412,9 @@ def test_limits_of_iterations_reach_the_clusterers(tmp_path: Path) -> None:
 
     def key(*settings: str) -> str:
         config = tiny_config(tmp_path, *settings)
-        grid = Grid(config, Folder(tmp_path), cast(Any, stores), {}, "", print)
-        return grid._key(mixture)
+        slices = Slices(pa.table({}), np.zeros(2, np.int64), {"fitted": np.ones(2, np.bool_)})
+        grid = Grid(config, Folder(tmp_path), cast(Any, stores), {"mri": slices}, print)
+        return grid.key(mixture)
 
     assert key("clustering.gmm_max_iter=100") == key()  # the default
     few = ["clustering.gmm_max_iter=1", "clustering.gmm_tol=10", "clustering.kmeans_max_iter=2"]
