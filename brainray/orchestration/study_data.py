@@ -130,7 +130,6 @@ def _held_out(store: ImageStore, folder: Folder, seen_before: pa.Table) -> dict[
     """Which test slices, in ``ROW_ORDER``, belong to each subset; kept with the study."""
     depends_on = {
         "data_hash": store.data_hash,
-        "preprocess": store.preprocess.model_dump(mode="json"),
         "seen_before": seen_before["sample_id"].to_pylist(),
     }
     name = f"subsets-{content_key(depends_on)}.parquet"
