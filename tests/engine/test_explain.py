@@ -13,12 +13,15 @@ from torchvision.transforms.functional import gaussian_blur
 from brainray.clustering.gmm import GaussianMixture
 from brainray.config import Config
 from brainray.engine.explain import class_activation_maps, on_pixels, rows_to_explain
+from brainray.engine.forward import autocast
+from brainray.engine.recipe import resolve_precision
 from brainray.engine.recluster import ClusterModel
 from brainray.engine.shard import PixelScale
 from brainray.engine.state import Checkpoint
 from brainray.models.encoder import Encoder
 from brainray.mri.phantom import CLASSES, make_slice
 
+CPU = torch.device("cpu")
 SIZE = 128  # pixels
 
 
@@ -110,7 +113,7 @@ def _trained(images: Tensor, labels: Tensor, scale: PixelScale, num_steps: int) 
         views = torch.where(mirrored, views.flip(3), views)
         shift = torch.randint(-SIZE // 16, SIZE // 16 + 1, (2,)).tolist()
         views = views.roll(shift, (2, 3)).contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with autocast(CPU, resolve_precision("auto", CPU)):
             logits = encoder(views).logits
         optimizer.zero_grad()
         F.cross_entropy(logits, labels[rows]).backward()

@@ -17,6 +17,8 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torchvision.models import resnet18
 
+from brainray.engine.forward import autocast
+from brainray.engine.recipe import resolve_precision
 from brainray.errors import DataError
 from brainray.mri import phantom
 from brainray.mri.phantom import (
@@ -29,6 +31,7 @@ from brainray.mri.phantom import (
 from brainray.mri.slices import ORIENTATIONS
 
 TUMOURS = tuple(name for name in CLASSES if name != "notumor")
+CPU = torch.device("cpu")
 NUM_SUBJECTS = 16  # per class and orientation, where a claim is checked on every one of them
 
 
@@ -358,7 +361,7 @@ def _train_resnet(train: LabelledImages, *, size: int, num_steps: int) -> nn.Mod
         views = torch.where(mirrored, inputs[batch].flip(3), inputs[batch])
         shift = torch.randint(-size // 16, size // 16 + 1, (2,)).tolist()
         views = views.roll(shift, (2, 3)).contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with autocast(CPU, resolve_precision("auto", CPU)):
             loss = nn.functional.cross_entropy(model(views), labels[batch])
         optimizer.zero_grad()
         loss.backward()
@@ -371,7 +374,7 @@ def _train_resnet(train: LabelledImages, *, size: int, num_steps: int) -> nn.Mod
 def test_an_encoder_beats_brightness_and_memory_by_25_points() -> None:
     train, test = _draw_set(0, 240, 224), _draw_set(1, 75, 224)
     model = _train_resnet(train, size=80, num_steps=240)
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.no_grad(), autocast(CPU, resolve_precision("auto", CPU)):
         predicted = model(_to_input(test.images, 80)).argmax(dim=1).numpy()
     accuracy = float((predicted == test.labels).mean())
     baselines = _baseline_accuracies(train, test)
