@@ -206,6 +206,8 @@ class Folder:
     def _told_if_damaged(self, name: str) -> Iterator[None]:
         try:
             yield
+        except (FileNotFoundError, PermissionError):  # Arrow's have no number
+            raise
         except (pa.ArrowInvalid, OSError) as error:
             of_network = self.local_path is None and isinstance(error, OSError)
             if of_network or (isinstance(error, OSError) and error.errno is not None):

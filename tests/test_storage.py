@@ -244,3 +244,8 @@ def test_a_damaged_table_is_not_taken_for_a_network(tmp_path: Path, place: int) 
     with pytest.raises(DataError, match=r"t\.parquet cannot be read, it may be damaged") as refused:
         folder.read_table("t.parquet")
     assert not isinstance(refused.value, StorageError)
+
+
+def test_a_missing_table_is_not_taken_for_a_damaged_one(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no such file: .*/t\.parquet"):
+        Folder(tmp_path).read_table("t.parquet")

@@ -78,30 +78,39 @@ def exposure(
     *,
     from_elsewhere: NDArray[np.bool_] | None = None,
 ) -> Exposure:
-    """Compare each query with all that was seen.
+    """Compare each query with everything that was seen.
 
-    Slices whose subjects are named alike are of one subject. All others are compared by looks,
-    unless the settings switch that off or they are named by one source, a table or headers, which
-    would name one subject alike. (Different files, or a table and a header, may name one subject
-    differently.) Queries ``from_elsewhere`` (Q,), which another collection may have padded, cropped
-    or darkened, are compared by their heads alone as well.
+    Slices whose subjects have the same name are of one subject. All others are compared by image
+    similarity, unless the settings switch that off or the same kind of source, a table or headers,
+    names both: within one collection different names are different subjects.
+
+    Args:
+        queries: Q slices.
+        seen: the slices to compare them with.
+        config: what counts as a near-duplicate, and as likely the same subject.
+        from_elsewhere: (Q,) queries of another collection. It may have padded, cropped or darkened
+            its copies, so these are also compared by the head alone; and it names subjects its own
+            way, so different names prove nothing.
     """
     exact = _first_match(queries.sample_ids, seen.sample_ids)
     twins = find_twins(queries.thumbnails, seen.thumbnails, config.near_duplicate)
+    unmatched = np.empty(0, np.int64)
     if from_elsewhere is not None:
-        rows = np.flatnonzero(from_elsewhere & ~twins.is_upright)
-        asked = SelectedRows(queries.thumbnails, rows)
-        by_head = find_twins_by_head(asked, seen.thumbnails, config.near_duplicate)
-        twins = twins.completed_by(rows, by_head)
+        unmatched = np.flatnonzero(from_elsewhere & ~twins.is_upright)
+    if len(unmatched):
+        looking = SelectedRows(queries.thumbnails, unmatched)
+        by_head = find_twins_by_head(looking, seen.thumbnails, config.near_duplicate)
+        twins = twins.completed_by(unmatched, by_head)
     mate = _first_match(queries.subjects, seen.subjects)
     mate_similarity = np.where(mate >= 0, 1.0, 0.0).astype(np.float32)
     asked_by = np.array([source or "" for source in queries.sources], dtype=object)
     seen_by = np.array([source or "" for source in seen.sources], dtype=object)
-    for source in sorted(set(asked_by)):
-        asking = (asked_by == source) & (mate < 0)
-        rows = np.arange(len(seen_by))
-        if source in {TABLE, HEADER}:
-            rows = np.flatnonzero(seen_by != source)
+    proves = np.isin(asked_by, [TABLE, HEADER])
+    if from_elsewhere is not None:
+        proves &= ~from_elsewhere
+    for source in ("", TABLE, HEADER):  # the first: whose names prove no difference
+        asking = (mate < 0) & (proves & (asked_by == source) if source else ~proves)
+        rows = np.flatnonzero(seen_by != source) if source else np.arange(len(seen_by))
         if not config.subject.estimate or not asking.any() or len(rows) == 0:
             continue
         looking = SelectedRows(queries.thumbnails, np.flatnonzero(asking))

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from brainray.config import NearDuplicateConfig
 from brainray.mri.duplicates import Twins, find_twins
-from brainray.mri.row_file import Rows, row_blocks
+from brainray.mri.row_file import RowFile, Rows, row_blocks
 from brainray.mri.skull_strip import without_frame
 from brainray.schema import THUMBNAIL_SIDE
 
@@ -35,16 +35,14 @@ def find_twins_by_head(queries: Rows, references: Rows, settings: NearDuplicateC
     return find_twins(reframed(queries), reframed(references), stricter)
 
 
-def reframed(fingerprints: Rows) -> NDArray[np.uint8]:
+def reframed(fingerprints: Rows) -> Rows:
     """(N, 9216) fingerprints of the same slices (N, 9216), cropped to the head and stretched to
-    the whole range of greys; one without a head as it is.
+    the whole range of greys; one without a head as it is. They are kept in a file.
     """
-    every = np.arange(len(fingerprints))
-    blocks = [
-        np.stack([_reframed(row) for row in fingerprints[block]])
-        for block in row_blocks(every, _READ_ROWS)
-    ]
-    return np.concatenate([np.empty((0, THUMBNAIL_SIDE**2), np.uint8), *blocks])
+    cropped = RowFile(THUMBNAIL_SIDE**2, np.uint8)
+    for block in row_blocks(np.arange(len(fingerprints)), _READ_ROWS):
+        cropped.append(np.stack([_reframed(row) for row in fingerprints[block]]))
+    return cropped
 
 
 def _reframed(fingerprint: NDArray[np.uint8]) -> NDArray[np.uint8]:

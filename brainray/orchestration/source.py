@@ -362,8 +362,8 @@ def _check_depth(found: list[FoundFile], top_folders: set[str]) -> None:
 
 
 def _from_table(found: list[FoundFile], labels: Folder, reads_splits: bool) -> list[SourceFile]:
-    """A file's row tells of it, and the rows of its folders, the nearest first, what that leaves
-    open.
+    """What the table says of each file: its own rows, completed by those of its folders, the
+    nearest first. Several rows of one path complete each other.
     """
     rows: dict[str, _Said] = {}
     places = {folder for file in found for folder in _folders_of(file.path)}
@@ -375,21 +375,25 @@ def _from_table(found: list[FoundFile], labels: Folder, reads_splits: bool) -> l
         path = next((known[spelling] for spelling in spellings if spelling in known), None)
         if path is None:
             raise DataError(
-                f"labels={labels} names {told!r}, which is no image file below the source and no "
-                f"folder of any: paths are relative to it, and types that are read are "
-                f"{', '.join(SUFFIXES)}"
+                f"labels={labels} names {row['path']!r}, which is neither an image file below the "
+                f"source nor a folder with one: paths are relative to the source, and the types "
+                f"that are read are {', '.join(SUFFIXES)}"
             )
-        if path in rows:
-            raise DataError(f"labels={labels} names {path!r} twice")
         split = _text(row.get("split")) if reads_splits else None
         if split is not None and split.lower() not in _SPLIT_FOLDERS:
             raise DataError(f"labels={labels}: split {split!r} of {path!r} is not train or test")
         subject = _text(row.get("subject"))
-        rows[path] = _Said(
+        new = _Said(
             split=None if split is None else _SPLIT_FOLDERS[split.lower()],
             label=_text(row.get("label")),
             subject=None if subject is None or names_nobody(subject) else subject,
         )
+        before = rows.get(path, _Said())
+        if before.contradicts(new):
+            raise DataError(
+                f"labels={labels} names {path!r} twice, with different values: keep one of the rows"
+            )
+        rows[path] = before.completed_by(new)
     said = {}
     for file in found:
         of_file = [rows[place] for place in (file.path, *_folders_of(file.path)) if place in rows]
@@ -413,10 +417,13 @@ class _Said:
     label: str | None = None
     subject: str | None = None
 
-    def completed_by(self, folder: "_Said") -> "_Said":
+    def completed_by(self, other: "_Said") -> "_Said":
         return _Said(
-            self.split or folder.split, self.label or folder.label, self.subject or folder.subject
+            self.split or other.split, self.label or other.label, self.subject or other.subject
         )
+
+    def contradicts(self, other: "_Said") -> bool:
+        return self.completed_by(other) != other.completed_by(self)
 
 
 def _folders_of(path: str) -> list[str]:

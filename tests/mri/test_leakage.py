@@ -83,6 +83,18 @@ def test_names_prove_a_difference_within_one_way_of_naming(
     assert found.mate.tolist() == mates
 
 
+def test_names_of_another_collection_prove_no_difference() -> None:
+    seen = heads(3, seed=0)
+    from_elsewhere = np.array([True, True, False])
+    found = exposure(
+        fingerprints(seen, "xyz", ["b-1", "b-2", "b-3"]),
+        fingerprints(seen, "abc", ["a-1", "a-2", "a-3"]),
+        PreprocessConfig(),
+        from_elsewhere=from_elsewhere,
+    )
+    assert found.mate.tolist() == [0, 1, -1]
+
+
 def test_nothing_seen_leaks_nothing() -> None:
     queries = heads(2, seed=0)
     found = exposure(fingerprints(queries, "xy"), fingerprints(queries[:0], ""), PreprocessConfig())

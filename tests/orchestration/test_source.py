@@ -101,9 +101,22 @@ def test_the_row_of_a_folder_tells_what_the_rows_of_its_files_leave_open(tmp_pat
         ("p7b/5.jpg", "test", None, None),
         ("p8/4.jpg", "test", "glioma", "eight"),
     ]
-    table.write_text("path,label\np7,glioma\np7/,glioma\n")
+    table.write_text("path,label\np7,glioma\np7/,notumor\n")
     with pytest.raises(DataError, match="names 'p7' twice"):
         listed(source, Folder(table))
+
+
+def test_rows_of_one_path_complete_each_other(tmp_path: Path) -> None:
+    """As when the slices to label next, of which a volume may have several, are appended."""
+    source = make(tmp_path / "s", "1.nii.gz", "2.jpg")
+    table = tmp_path / "labels.csv"
+    table.write_text(
+        "path,label,subject\n1.nii.gz,,p1\n2.jpg,,p2\n1.nii.gz,glioma,\n1.nii.gz,glioma,\n"
+    )
+    assert listed(source, Folder(table)) == [
+        ("1.nii.gz", None, "glioma", "p1"),
+        ("2.jpg", None, None, "p2"),
+    ]
 
 
 def test_what_is_not_read_is_told_by_type(tmp_path: Path) -> None:
@@ -127,7 +140,7 @@ def test_blanks_make_no_class_and_null_takes_a_class_away(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("path,label\nabsent.jpg,a\n", "names 'absent.jpg', which is no image file"),
+        ("path,label\nabsent.jpg,a\n", "names 'absent.jpg', which is neither an image file"),
         ("path,label\n1.jpg,a\n1.jpg,b\n", "names '1.jpg' twice"),
         ("file,label\n1.jpg,a\n", "lacks the column path among its 2"),
         ("path;label\n1.jpg;a\n", "lacks the column label and path among its 1: .* by commas"),
