@@ -19,6 +19,7 @@ from brainray.engine.slice_model import stored_pixels
 from brainray.errors import ConfigError, DataError
 from brainray.log import Log, log
 from brainray.mri.decode import RejectedImage
+from brainray.mri.groups import joint_groups
 from brainray.mri.leakage import Fingerprints, exposure
 from brainray.orchestration.data import with_progress
 from brainray.orchestration.grouping import group_strangers
@@ -47,6 +48,7 @@ from brainray.schema import PREDICTIONS, REJECTED, TEST
 from brainray.storage import Folder
 
 _MAX_NAMED = 5  # classes in an error
+_OUTSIDE_OF_TEST, _WITHOUT_CLASS = "outside of the test part", "without a class"
 
 
 @dataclass(frozen=True)
@@ -91,9 +93,10 @@ def _evaluate(
         Folder(str(config.source)), labels, config.classes.map, reads_splits=only_paths is None
     )
     files, left_out = _files_to_score(listing, config, checkpoint.classes, only_paths)
+    told = "".join(f"; {count} {why} are left out" for why, count in left_out.items() if count)
     log(
         f"evaluating {predictor.folder} (epoch {checkpoint.epoch}) on {len(files)} files"
-        f"{left_out}{listing.remarks}"
+        f"{told}{listing.remarks}"
     )
     rows = _predict_files(files, config, predictor, log)
     rejected = rows.filter(pc.is_valid(rows["reason"])).select(REJECTED.names).cast(REJECTED)
@@ -118,6 +121,8 @@ def _evaluate(
     metrics |= {
         "num_rejected": float(rejected.num_rows),
         "num_ignored_files": float(listing.num_ignored),
+        "num_outside_of_test": float(left_out[_OUTSIDE_OF_TEST]),
+        "num_without_class": float(left_out[_WITHOUT_CLASS]),
         "epoch": float(checkpoint.epoch),
     }
     if target.exists():
@@ -172,6 +177,16 @@ def _with_subsets(
     counts = ", ".join(f"{len(found)} {level}" for level, found in twins.items() if found)
     if counts:
         log(f"slices of which the run has seen a twin, by level: {counts} ({layout.LEAKAGE})")
+    num_conflicting = sum(
+        slice_["twin_label"] not in {None, slice_["label"]}
+        for level in ("exact", "near")
+        for slice_ in twins[level]
+    )
+    if num_conflicting:
+        log(
+            f"note: {num_conflicting} slices have another label here than the copy that the run "
+            f"has learned from ({layout.LEAKAGE})"
+        )
     return predictions, twins
 
 
@@ -197,17 +212,18 @@ def _updated(section: Section, other: Section, *names: str) -> Section:
 
 
 def _groups(accepted: pa.Table, predictor: Predictor, log: Log) -> dict[str, str]:
-    """What each slice is drawn with in intervals: as the run has grouped its own test slices, the
-    others as they look and as their subjects are named.
+    """What each slice is drawn with in intervals: as the run has grouped its own test slices, and
+    as all look and as their subjects are named.
     """
     known = groups_of_test_slices(predictor.run_folder)
-    is_new = [identity not in known for identity in accepted["sample_id"].to_pylist()]
-    new = accepted.filter(pa.array(is_new, pa.bool_()))
-    if new.num_rows == 0:
+    ids = accepted["sample_id"].to_pylist()
+    as_known = [known.get(identity) for identity in ids]
+    if None not in as_known:
         return known
-    groups = group_strangers(new, predictor.preprocess, log)
-    _tell_conflicts(groups.copies, new["label"].to_pylist(), log)
-    return known | dict(zip(new["sample_id"].to_pylist(), groups.dependent, strict=True))
+    # The run's own test slices among them, which some of the others may copy.
+    found = group_strangers(accepted, predictor.preprocess, log)
+    _tell_conflicts(found.copies, accepted["label"].to_pylist(), log)
+    return dict(zip(ids, joint_groups(found.dependent, as_known), strict=True))
 
 
 def _tell_conflicts(copies: list[str], labels: list[str], log: Log) -> None:
@@ -216,7 +232,7 @@ def _tell_conflicts(copies: list[str], labels: list[str], log: Log) -> None:
         called.setdefault(group, set()).add(label)
     num_conflicting = sum(len(called[group]) > 1 for group in copies)
     if num_conflicting:
-        log(f"note: {num_conflicting} slices have a copy that is called otherwise")
+        log(f"note: {num_conflicting} of these slices have a copy among them with another label")
 
 
 def _check_source(config: Config, target: Folder) -> None:
@@ -237,15 +253,16 @@ def _check_source(config: Config, target: Folder) -> None:
 
 def _files_to_score(
     listing: Listing, config: Config, classes: list[str], only_paths: set[str] | None
-) -> tuple[list[SourceFile], str]:
-    """Those with a label, of the test split where there is one; and what is left out, in words."""
-    files, left_out = listing.files, ""
+) -> tuple[list[SourceFile], Counter[str]]:
+    """Those with a label, of the test split where there is one; and how many are left out, by
+    reason.
+    """
+    files, left_out = listing.files, Counter[str]()
     if only_paths is not None:
         files = [file for file in files if file.path in only_paths]
     elif any(file.split == TEST for file in files):
         files = [file for file in files if file.split == TEST]
-        if len(files) < len(listing.files):
-            left_out = f"; {len(listing.files) - len(files)} outside of the test part are left out"
+        left_out[_OUTSIDE_OF_TEST] = len(listing.files) - len(files)
     labelled = [file for file in files if file.label is not None]
     if not labelled:
         remedy = "evaluation needs class folders or a labels table"
@@ -255,8 +272,8 @@ def _files_to_score(
                 "may take away"
             )
         raise DataError(f"source={config.source} names no class of any slice: {remedy}")
-    if len(labelled) < len(files) and only_paths is None:
-        left_out += f"; {len(files) - len(labelled)} without a class are left out"
+    if only_paths is None:
+        left_out[_WITHOUT_CLASS] = len(files) - len(labelled)
     unknown = Counter(str(file.label) for file in labelled if file.label not in classes)
     if unknown:
         raise DataError(

@@ -89,13 +89,14 @@ def twins_of_test_slices(
     """For each level the test slices that are concerned, each with its nearest training slice.
 
     Args:
-        test: rows with ``path`` and ``frame``, of the exposed slices.
-        train: rows with ``path`` and, where it is known, ``frame``, of what they are exposed to.
+        test: rows with ``path``, ``frame`` and ``label``, of the exposed slices.
+        train: rows with ``path``, ``label`` (null where it is not known) and, where they are known,
+            ``frame`` and ``role``, of what they are exposed to.
         exposed: `exposure` of the first to the second.
     """
     found: dict[str, list[dict[str, Any]]] = {level: [] for level in LEVELS}
-    trained = _places(train, "twin")
-    for row, tested in enumerate(_places(test, "path")):
+    trained = _described(train, "twin", "twin_")
+    for row, tested in enumerate(_described(test, "path", "")):
         if exposed.exact[row] >= 0:
             twin, level, kind, similarity = exposed.exact[row], "exact", "copy", 1.0
         elif exposed.twin[row] >= 0:
@@ -110,6 +111,13 @@ def twins_of_test_slices(
         about = {"kind": kind, "similarity": round(similarity, 6)}
         found[level].append(tested | trained[twin] | about)
     return found
+
+
+def _described(table: pa.Table, name: str, prefix: str) -> list[dict[str, Any]]:
+    """`_places`, with each slice's label and, where there is one, its role in a run."""
+    columns = [column for column in ("label", "role") if column in table.column_names]
+    told = table.select(columns).rename_columns([prefix + column for column in columns])
+    return [place | row for place, row in zip(_places(table, name), told.to_pylist(), strict=True)]
 
 
 def _within(

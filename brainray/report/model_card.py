@@ -1,4 +1,4 @@
-"""The model card of an exported run: what it is, how to use it, how good it was, what it is not."""
+"""The model card of an exported run: files, usage, training data, results, limits."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from brainray.report.results import results_markdown
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a card tells of a model beside its figures."""
+    """What a card says about a model besides its metrics."""
 
     name: str
     classes: Sequence[str]
@@ -35,16 +35,16 @@ tags: [brain-mri, deep-clustering, semi-supervised, research-only]
 
 
 def model_card(facts: CardFacts, metrics: Metrics) -> str:
-    """Markdown; ``metrics`` are the run's reported figures, or none for a lone checkpoint."""
+    """Markdown; ``metrics`` are those that the run reports, empty for a checkpoint alone."""
     sections = [
         f"# {facts.name}",
-        "**For research only. This is not a medical device, and nothing it says is clinical "
+        "**For research only. This is not a medical device, and its output is not clinical "
         "advice.**",
-        f"A {facts.encoder} that was trained on brain MRI slices, some or all of them labelled "
-        f"(objective `{facts.objective}`), after epoch {facts.epoch}, with a Gaussian mixture of "
-        f"{facts.num_clusters} components over its embeddings. It tells a slice's class "
-        f"({', '.join(facts.classes)}), how sure it is, the cluster that the slice belongs to, how "
-        "unusual it is, and which training slices are most like it.",
+        f"A {facts.encoder} trained on brain MRI slices, some or all of them labelled "
+        f"(objective `{facts.objective}`, epoch {facts.epoch}), with a Gaussian mixture of "
+        f"{facts.num_clusters} components over its embeddings. For a slice it returns the class "
+        f"({', '.join(facts.classes)}) with its confidence, the cluster, an outlier score and the "
+        "most similar training slices.",
         "## Files",
         _files(facts),
         "## Use",
@@ -52,16 +52,19 @@ def model_card(facts: CardFacts, metrics: Metrics) -> str:
         "## Training data",
         ", ".join(f"{count:,} {role}" for role, count in facts.num_slices.items())
         or "not recorded: exported from a checkpoint without its run",
-        "## Figures",
+        "## Results",
         results_markdown(metrics, facts.classes)
         if metrics
-        else "not recorded: the run reports those of another epoch, or the checkpoint has no run",
-        "`clean` are the test slices without a near-duplicate among anything that the run saw; "
-        "`all` overstates what a slice of a new patient would give.",
+        else "not recorded: the run reports another epoch, or the checkpoint has no run",
+        "`clean` test slices have no near-duplicate among the slices that the run saw; `strict` "
+        "ones have no mirrored or rotated copy there either, and no slice that is likely from the "
+        "same subject. *all, at clean's class mix* is the accuracy on `all` if its classes were as "
+        "frequent as among the `clean` slices: the rest of the difference between the two is due "
+        "to duplicates. Expect less than `all` on a new patient.",
         "## Limits",
-        "Slices of one plane, scanner or contrast that training did not hold are outside of what "
-        "the model knows; `outlier_score` near 1 says so for many of them, not for all. "
-        "`confidence` is not calibrated. Slices carry a label each; patients do not.",
+        "Planes, scanners and contrasts that training did not include are outside of what the "
+        "model knows; `outlier_score` is near 1 for many such slices, not for all. `confidence` is "
+        "not calibrated. Labels belong to slices, not to patients.",
         f"Made by brainray {facts.code}.",
     ]
     return _FRONT_MATTER + "\n\n".join(sections) + "\n"
@@ -70,20 +73,21 @@ def model_card(facts: CardFacts, metrics: Metrics) -> str:
 def _files(facts: CardFacts) -> str:
     lines = [
         "- `model.safetensors`: all weights, PCA and mixture; the header holds settings as JSON",
-        "- `mlflow/`: an MLflow pyfunc model that takes file paths or image bytes and does all of "
-        "the preprocessing",
+        "- `mlflow/`: an MLflow pyfunc model that takes file paths or image bytes and preprocesses "
+        "them",
     ]
     if facts.has_fitted:
         lines.append(
-            "- `fitted.parquet`: the training slices that new ones are compared with (no pixels)"
+            "- `fitted.parquet`: embeddings of the training slices, for outlier scores and nearest "
+            "slices (no pixels)"
         )
     if facts.opset is not None:
         lines.append(
             f"- `model.onnx`: opset {facts.opset}; input `images` (batch, 1, {facts.image_size}, "
-            f"{facts.image_size}) float32 of grey values 0 to 255, preprocessed; outputs "
-            "`probabilities`, `responsibilities`, `log_likelihood`. Its probabilities and "
-            f"responsibilities differ from ours by at most {facts.difference:.1e} on slices tried "
-            "at export"
+            f"{facts.image_size}) float32, preprocessed grey values from 0 to 255; outputs "
+            "`probabilities`, `responsibilities`, `log_likelihood`. Probabilities and "
+            f"responsibilities differed from PyTorch's by at most {facts.difference:.1e} on the "
+            "slices tried at export"
         )
     return "\n".join(lines)
 
@@ -98,9 +102,9 @@ def _use(facts: CardFacts) -> str:
             """tr -d '\\n')'"}]}')""",
             "```",
             "",
-            f"Preprocessing, which `mlflow/` does by itself and `model.onnx` expects: "
+            f"Preprocessing, which `mlflow/` includes and `model.onnx` expects: "
             f"{facts.preprocessing}. The encoder computes in float32, PCA and mixture in "
-            "float64; on hardware with bfloat16 `jobs/predict.py` rounds as training did, unless "
-            "`train.precision=fp32`.",
+            "float64; on hardware with bfloat16 `jobs/predict.py` uses it as training did, unless "
+            "`train.precision=fp32` is set.",
         ]
     )

@@ -1,4 +1,4 @@
-"""The reported figures as tables, for a run's page, its log and its model card."""
+"""The reported metrics as tables, for a run's report, its log and its model card."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -29,16 +29,16 @@ def results_markdown(metrics: Metrics, classes: Sequence[str]) -> str:
 def results_tables(
     metrics: Metrics, classes: Sequence[str], others: Mapping[str, Metrics] | None = None
 ) -> list[Table]:
-    """Test figures from flat metrics, for all, clean and strict slices; a dash where there is none.
+    """Test metrics on all, clean and strict slices; a dash where there is no value.
 
     First accuracies (with intervals, and over all slices re-weighted to the class mix of clean),
-    balanced accuracies and macro F1; then precision, recall and F1 by class; then the clusters' own
-    figures.
+    balanced accuracies and macro F1; then precision, recall and F1 by class; then clustering
+    metrics.
 
     Args:
-        metrics: of a run.
+        metrics: of a run, flat.
         classes: of the run, in its order.
-        others: metrics of other runs on the same test slices, by what they are called.
+        others: metrics of other runs on the same test slices, by the name to show.
     """
     runs = {"": metrics} | {f", {whose}": theirs for whose, theirs in (others or {}).items()}
     return [
@@ -71,8 +71,8 @@ def _accuracies(metrics: Metrics, runs: Mapping[str, Metrics]) -> Table:
         subset if size == MISSING else f"{subset} ({size})" for subset, size in sizes.items()
     ]
     return Table(
-        "Accuracy of test slices [95 % interval, likely subjects drawn as a whole]; classes "
-        "without slices take no part",
+        "Accuracy on test slices [95 % interval, resampled by likely subject]; classes without "
+        "slices are excluded",
         ["", *subsets, "all, at clean's class mix"],
         rows,
     )
@@ -81,10 +81,13 @@ def _accuracies(metrics: Metrics, runs: Mapping[str, Metrics]) -> Table:
 def _figures_by_class(
     metrics: Metrics, runs: Mapping[str, Metrics], classes: Sequence[str]
 ) -> Table:
+    def num_slices(subset: str, name: str) -> str:
+        if f"test/{subset}/num_slices" not in metrics:
+            return MISSING
+        return f"{metrics.get(f'test/{subset}/head/support/{name}', 0):,.0f}"
+
     rows = [
-        [f"slices, {subset}"]
-        + [count(metrics, f"test/{subset}/head/support/{name}") for name in classes]
-        for subset in SUBSETS
+        [f"slices, {subset}", *(num_slices(subset, name) for name in classes)] for subset in SUBSETS
     ]
     rows += [
         [f"{PREDICTOR_TITLES[predictor]}{whose}, {subset}"]

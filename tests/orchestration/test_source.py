@@ -277,7 +277,7 @@ def test_a_table_cannot_name_files_out_of_the_source(tmp_path: Path, path: str) 
     source = make(tmp_path / "source", "a/1.jpg")
     make(tmp_path / "private", "key.jpg")
     (tmp_path / "labels.csv").write_text(f"path,label\n{path},a\n")
-    with pytest.raises(DataError, match="no image file below the source"):
+    with pytest.raises(DataError, match="neither an image file below the source"):
         list_source(source, Folder(tmp_path / "labels.csv"), {})
 
 

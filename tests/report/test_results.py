@@ -38,16 +38,14 @@ def _cells(text: str) -> dict[str, list[str]]:
 def test_figures_are_found_in_their_cells() -> None:
     text = results_markdown(METRICS, CLASSES)
     rows = _cells(text)
-    assert text.startswith(
-        "Accuracy of test slices [95 % interval, likely subjects drawn as a whole]"
-    )
+    assert text.startswith("Accuracy on test slices [95 % interval, resampled by likely subject]")
     assert "all (1,311) |" in text
     assert rows["head"] == ["0.935 [0.920, 0.949]", "0.750", "0.600", "0.700"]
     assert rows["head, balanced accuracy"] == ["0.900", "–", "–", "–"]
     assert rows["head, macro F1"] == ["0.800", "–", "–", "–"]
     assert rows["clusters, macro F1"] == ["–", "0.625", "–", "–"]
     assert rows["nearest thumbnail"] == ["0.962", "–", "–", "–"]
-    assert rows["slices, all"] == ["150", "–"]
+    assert rows["slices, all"] == ["150", "0"]
     assert rows["head, all"] == ["0.100 / 0.200 / 0.300", "– / – / –"]
     assert rows["clusters, all"] == ["– / – / 0.400", "– / – / –"]
     assert rows["clusters, clean"] == ["– / – / –", "– / 0.500 / –"]
