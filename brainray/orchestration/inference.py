@@ -140,8 +140,8 @@ def _checkpoint_folder(run: Run, epoch: int | None) -> Folder:
     }
     if epoch not in kept:
         raise CheckpointError(
-            f"the run {run.folder} has no checkpoint of epoch {epoch}: choose one of its epochs "
-            f"{', '.join(str(number) for number in sorted(kept))} ({len(history)} were trained)"
+            f"the run {run.folder} has {len(history)} epochs but no checkpoint of epoch {epoch}: "
+            f"choose one that it keeps ({', '.join(str(number) for number in sorted(kept))})"
         )
     return run.folder / kept[epoch]
 
