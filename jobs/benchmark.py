@@ -1,4 +1,4 @@
-"""Measure a claim against a named peer, side by side in one run."""
+"""Benchmark brainray against a named reference, side by side in one run."""
 
 import argparse
 import sys
@@ -9,8 +9,8 @@ from brainray.errors import ConfigError
 from brainray.orchestration.job import JobResult, run_command
 
 DESCRIPTION = """
-Measure a claim against a named peer in the same run; print a table of the figures, each with its
-target and whether it was met, write them as JSON with a plot, and end with one JSON line.
+Benchmark brainray against a named reference in the same run. Print a table of values, each with
+its target and whether it was met, write them as JSON with a plot, and end with one JSON line.
 
 Example: python jobs/benchmark.py duplicates --source /data/brain-tumor-mri --quick
 """
@@ -26,16 +26,26 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("case", choices=sorted(CASES), metavar="CASE", help="see below")
     made.add_argument(
-        "--quick", action="store_true", help="smaller sizes (labels: fewer trainings)"
-    )
-    made.add_argument("--source", metavar="DIR", help="real slices; else phantoms, if they do")
-    made.add_argument("--seed", type=int, default=0, help="of all that is drawn [0]")
-    made.add_argument("--config", metavar="FILE", help="settings of cases that train or judge runs")
-    made.add_argument(
-        "--set", metavar="KEY=VALUE", nargs="+", action="append", default=[], help="over --config"
+        "--quick", action="store_true", help="smaller sizes (labels: fewer training runs)"
     )
     made.add_argument(
-        "--storage", metavar="DIR", default="~/brainray", help="results go to DIR/benchmarks/CASE"
+        "--source", metavar="DIR", help="real slices [phantoms, if the case can use them]"
+    )
+    made.add_argument("--seed", type=int, default=0, help="random seed [0]")
+    made.add_argument("--config", metavar="FILE", help="settings for cases that train or evaluate")
+    made.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        nargs="+",
+        action="append",
+        default=[],
+        help="override --config",
+    )
+    made.add_argument(
+        "--storage",
+        metavar="DIR",
+        default="~/brainray",
+        help="write results to DIR/benchmarks/CASE",
     )
     return made
 
@@ -44,7 +54,9 @@ def work(arguments: argparse.Namespace) -> JobResult:
     overrides = [item for group in arguments.set for item in group]
     for key in ("source", "storage"):
         if any(item.partition("=")[0].strip() == key for item in overrides):
-            raise ConfigError(f"give --{key} DIR, not --set {key}=DIR: a benchmark reads that")
+            raise ConfigError(
+                f"--set {key}=DIR: benchmarks do not read this setting; use --{key} DIR"
+            )
     config = load_config(arguments.config, overrides)
     from brainray.benchmarks.runner import run_case
 

@@ -1,8 +1,8 @@
-"""The whole method on drawn phantoms, on a Ray head of its own, in one command: `make demo`.
+"""Run the complete pipeline on generated phantoms, on its own Ray head: `make demo`.
 
-It draws slices, starts Ray beside whatever else runs on this machine, submits jobs/pipeline.py as
-a user would submit it, prints what came out, and ends every process that it started. What an
-earlier demo left in its folder is replaced.
+The demo generates slices, starts a separate Ray on this machine, submits jobs/pipeline.py as a user
+would, prints the results, and stops every process that it started. Results of an earlier demo in
+the same folder are replaced.
 """
 
 import argparse
@@ -55,11 +55,11 @@ def run_demo(
     out: Path,
     pipeline: Sequence[str] = ("jobs/pipeline.py", "--config", "configs/demo.yaml"),
 ) -> int:
-    """Run the pipeline on phantoms under `out`; returns its exit code.
+    """Run the pipeline on phantoms under `out` and return its exit code.
 
     Raises:
         DataError: the phantoms cannot be written.
-        RayDidNotStart: as it says.
+        RayDidNotStart: the Ray head did not start.
     """
     _make_folder(out)
     _remove_earlier(out)
@@ -75,8 +75,8 @@ def run_demo(
         entrypoint += ["--set", f"{key}={value}"]
 
     with own_ray_head(_say) as head:
-        # Ray needs seconds to come up: the phantoms are drawn meanwhile.
-        _say(f"drawing phantoms into {out / PHANTOMS}")
+        # Ray takes seconds to start: generate the phantoms meanwhile.
+        _say(f"generating phantoms in {out / PHANTOMS}")
         write_phantoms(
             out / PHANTOMS,
             num_training_per_class=NUM_TRAINING_PER_CLASS,
@@ -94,20 +94,20 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Exit code: the pipeline's (0 done, 1 failed, 2 bad input), 130 after Ctrl-C.",
+        epilog="Exit code: that of the pipeline (0 done, 1 failed, 2 bad input); 130 after Ctrl-C.",
     )
     parser.add_argument(
         "--out",
         type=Path,
         default=DEFAULT_OUT,
         metavar="DIR",
-        help="phantoms, results and tracking database go here (default: %(default)s)",
+        help="folder for phantoms, results and tracking database (default: %(default)s)",
     )
     return parser.parse_args(arguments)
 
 
 def _exit_on_signal(signal_number: int, _frame: FrameType | None) -> NoReturn:
-    """Unwinds as Ctrl-C does, so that what was started is ended."""
+    """Unwind as Ctrl-C does, so that started processes are stopped."""
     raise SystemExit(128 + signal_number)
 
 
@@ -115,11 +115,11 @@ def _make_folder(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DataError(f"cannot make {out} ({error.strerror}): choose another --out") from None
+        raise DataError(f"cannot create {out} ({error.strerror}): choose another --out") from None
 
 
 def _remove_earlier(out: Path) -> None:
-    """Slices and results of an earlier demo: another version may have made them."""
+    """Remove slices and results of an earlier demo: another version may have made them."""
     made = [f"{kind}/{RUN_NAME}" for kind in (layout.DATASETS, layout.RUNS, layout.EVALUATIONS)]
     for folder in (PHANTOMS, *made):
         shutil.rmtree(out / folder, ignore_errors=True)
@@ -162,7 +162,7 @@ def _print_summary(exit_code: int, result: dict[str, Any] | None, tracking_uri: 
 
 
 def _pictures(out: Path) -> list[Path]:
-    """Reports, and the folders that hold figures."""
+    """Reports, and the folders that contain figures."""
     reports = sorted(out.rglob("*.html"))
     return reports + sorted({path.parent for path in out.rglob("*.png")})
 

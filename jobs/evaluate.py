@@ -1,4 +1,4 @@
-"""Score a run on raw class folders that it has never seen."""
+"""Evaluate a run on raw class folders that it has not seen."""
 
 import sys
 
@@ -24,7 +24,7 @@ if __name__ == "__main__":
             """
             Predict the slices of class folders with a run's chosen epoch, preprocessed with the
             run's own settings, and score them: over all slices, and over those without a
-            near-duplicate among what the run saw. report.html shows all of it on one page.
+            near-duplicate among the slices that the run saw. report.html shows all results.
 
             Example: python jobs/evaluate.py --set run=first source=/data/other-hospital
             """,

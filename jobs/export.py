@@ -1,4 +1,4 @@
-"""Leave a run's model as safetensors, ONNX and an MLflow model that can be served."""
+"""Export a run's model as safetensors, ONNX and a servable MLflow model."""
 
 import sys
 
@@ -21,8 +21,8 @@ if __name__ == "__main__":
             "export",
             """
             Write the chosen epoch of a complete run to storage/exports/NAME: all weights as
-            safetensors with a model card, the network with its mixture as ONNX, and an MLflow
-            model that takes file paths or image bytes and answers as jobs/predict.py does.
+            safetensors with a model card, the network and its mixture as ONNX, and an MLflow model
+            that takes file paths or image bytes and returns the same as jobs/predict.py.
 
             Example: python jobs/export.py --set run=nickparvar registry.name=mri
             """,

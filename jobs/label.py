@@ -21,10 +21,10 @@ if __name__ == "__main__":
         run_job(
             "label",
             """
-            Rank the unlabelled training slices of a run by what a label would teach: those that
-            the head is least sure of, in turns of the clusters, one of each group of copies and
-            of each subject first. Writes labels/next.csv into the run's folder,
-            whose column `label` is for you to fill in.
+            Rank the unlabelled training slices of a run by how much their labels would help: the
+            least certain predictions of the head first, alternating between clusters, with one
+            slice of each group of copies and of each subject before any second one. Writes
+            labels/next.csv to the run's folder; fill in its column `label`.
 
             Example: python jobs/label.py --set run=nickparvar label.num_slices=200
             """,

@@ -19,13 +19,13 @@ def work(config: Config) -> JobResult:
     from brainray.storage import Folder
 
     if config.name is None:
-        raise ConfigError("the pipeline needs a name: --set name=NAME")
+        raise ConfigError("the pipeline needs a name: give --set name=NAME")
     if config.evaluation.num_label_draws > 1:
         raise ConfigError(
-            "the pipeline trains one run: leave out evaluation.num_label_draws, then draw labels "
-            "with jobs/train.py on the pipeline's store"
+            "evaluation.num_label_draws: the pipeline trains a single run; leave it out, then use "
+            "jobs/train.py on the pipeline's store for several label draws"
         )
-    # What cannot train is refused before it preprocesses.
+    # Refuse settings that cannot train before preprocessing.
     check_sides(config)
     plan_workers(config.train, alive_nodes())
     # The name may change between runs on one store; the store keeps its own.
@@ -35,7 +35,7 @@ def work(config: Config) -> JobResult:
     trained = train(config.model_copy(update={"dataset": dataset}), log)
     test_paths = trained.run.test_paths()
     if test_paths:
-        # The raw files once more, through prediction's own path: it must tell the same.
+        # The raw files again, through the prediction code: it must give the same results.
         again = config.model_copy(update={"run": config.name, "epoch": None, "checkpoint": None})
         evaluation = evaluate(again, log, only_paths=test_paths)
         log(results_markdown(evaluation.metrics, evaluation.classes))
@@ -50,8 +50,8 @@ if __name__ == "__main__":
             "pipeline",
             """
             Turn a folder of slices into a store, train on it, evaluate the chosen epoch on the
-            raw test files, and leave figures and MLflow records. Each stage that is already done
-            under the same name is reused.
+            raw test files, and write figures and MLflow records. Stages that are already done
+            under the same name are reused.
 
             Example: python jobs/pipeline.py --config configs/nickparvar.yaml
                      --set source=/data/brain-tumor-mri

@@ -1,4 +1,4 @@
-"""Predict class, cluster and how unusual each slice of a folder is."""
+"""Predict class, cluster and outlier score of every slice in a folder."""
 
 import sys
 
@@ -25,8 +25,9 @@ if __name__ == "__main__":
             "predict",
             """
             Predict every slice below SOURCE (images, DICOM, NIfTI) with the chosen epoch of a run:
-            class, confidence, cluster, outlier score and the nearest training slices, a row each,
-            in Parquet under storage/predictions/NAME. The same name goes on where it stopped.
+            class, confidence, cluster, outlier score and the nearest training slices, one row per
+            slice, as Parquet under storage/predictions/NAME. The same name resumes an interrupted
+            prediction.
 
             Example: python jobs/predict.py --set run=nickparvar source=/data/new-scans
             """,

@@ -1,4 +1,4 @@
-"""Slices to an image store: decode, check, strip, resize, hash, group, split."""
+"""Preprocess slices to an image store: decode, check, strip, resize, hash, group, split."""
 
 import sys
 
@@ -31,8 +31,8 @@ if __name__ == "__main__":
             "preprocess",
             """
             Turn a folder of brain MRI slices into an image store under storage/datasets/NAME.
-            The source holds Training/ and Testing/ class folders, class folders, or bare files;
-            or labels=FILE (CSV or Parquet: path, label, optional split, subject) names classes.
+            The source contains Training/ and Testing/ class folders, class folders, or bare files;
+            or labels=FILE (CSV or Parquet: path, label, optional split, subject) gives the classes.
 
             Example: python jobs/preprocess.py --set name=mri source=/data/brain-tumor-mri
             """,

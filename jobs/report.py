@@ -1,4 +1,4 @@
-"""Write the page of a complete run anew, beside a control or runs of other seeds."""
+"""Rewrite the report of a complete run, compared with a control or runs of other seeds."""
 
 import sys
 
@@ -13,7 +13,7 @@ def work(config: Config) -> JobResult:
 
     written = report(config, log)
     log(
-        f"page: {written.folder}/{layout.REPORT} (to MLflow it is sent by jobs/track.py "
+        f"report: {written.folder}/{layout.REPORT} (send it to MLflow with jobs/track.py "
         f"--set run={config.run})"
     )
     return JobResult(str(written.folder), metrics=written.metrics)
@@ -24,9 +24,9 @@ if __name__ == "__main__":
         run_job(
             "report",
             """
-            Write report.html of a complete run anew: with the figures of a control beside it, and
-            with runs of other seeds, which tell the sub-types that are stable from those that are
-            not. jobs/track.py sends it to MLflow.
+            Rewrite report.html of a complete run: compared with the metrics of a control, and with
+            runs of other seeds, which show which sub-types are stable. jobs/track.py sends it to
+            MLflow.
 
             Examples: python jobs/report.py --set run=strong evaluation.control=strong-control
                       python jobs/report.py --set run=k8 'evaluation.siblings=[k8-seed1,k8-seed2]'

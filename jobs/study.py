@@ -1,4 +1,4 @@
-"""Compare features and clusterers without labels, on one data set or several."""
+"""Compare features and clusterers without labels, on one or several data sets."""
 
 import sys
 
@@ -24,10 +24,10 @@ if __name__ == "__main__":
             "study",
             """
             Cluster slices without labels: every feature set (pixels, pretrained, random and
-            self-supervised encoders) with every clusterer, PCA dimension and seed; tables with
-            mean and standard deviation, figures, contact sheets and a recommended number of
-            clusters. Labels, where they exist, are read for scoring only. The same name goes on
-            after an interruption and repeats nothing that is finished.
+            self-supervised encoders) with every clusterer, PCA dimension and seed. Writes tables
+            with mean and standard deviation, figures, contact sheets and a recommended number of
+            clusters. Labels, where they exist, are used for scoring only. The same name resumes
+            an interrupted study without repeating finished work.
 
             Example: python jobs/study.py --config configs/study.yaml --set source=/data/mri
                      python jobs/study.py --config configs/study.yaml

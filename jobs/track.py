@@ -1,4 +1,4 @@
-"""Send a run's folder to MLflow: what training could not send while the server was away."""
+"""Send a run's folder to MLflow: whatever training could not send while the server was down."""
 
 import sys
 
@@ -14,7 +14,7 @@ def work(config: Config) -> JobResult:
     from brainray.storage import Folder
 
     if config.run is None:
-        raise ConfigError("name the run to send: --set run=NAME")
+        raise ConfigError("jobs/track.py needs a run: give --set run=NAME")
     run = open_run(Folder(config.storage), config.run)
     tracking = publish(config, run, log)
     log(f"compare runs: {how_to_open(tracking.uri)}")
@@ -26,8 +26,8 @@ if __name__ == "__main__":
         run_job(
             "track",
             """
-            Send a run's epochs, figures and config to MLflow: to where its training was to be
-            tracked, or where tracking.uri says. Nothing is sent twice.
+            Send a run's epochs, figures and config to MLflow: to the tracking server of its
+            training, or to tracking.uri. Nothing is sent twice.
 
             Example: python jobs/track.py --set run=first
             """,

@@ -38,7 +38,7 @@ if __name__ == "__main__":
             "train",
             """
             Train on the image store DATASET with DDP, re-clustering every epoch. The same name
-            resumes the run after an interruption; objective.name=supervised is the control.
+            resumes an interrupted run; objective.name=supervised is the control.
 
             Example: python jobs/train.py --config configs/nickparvar.yaml
                      --set name=first dataset=mri

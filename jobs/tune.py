@@ -1,4 +1,4 @@
-"""Search for the settings with the best figure on the validation slices."""
+"""Search for the settings with the best metric on the validation slices."""
 
 import sys
 
@@ -25,8 +25,8 @@ if __name__ == "__main__":
             "tune",
             """
             Train many trials on the image store DATASET, each with settings from tune.space, and
-            keep the best by a figure of the validation slices. The same name goes on after an
-            interruption and repeats no finished trial.
+            keep the best by a validation metric. The same name resumes an interrupted sweep
+            without repeating finished trials.
 
             Example: python jobs/tune.py --config configs/sweep.yaml --set dataset=nickparvar
             """,
@@ -40,7 +40,7 @@ if __name__ == "__main__":
                 "tune",
                 "registry",
                 *(section for section in TRAINING_SECTIONS if section != "tracking"),
-                "tracking.uri",  # its experiment is the sweep's
+                "tracking.uri",  # the experiment is the sweep's
             ],
         )
     )

@@ -185,8 +185,8 @@ def test_a_second_job_is_refused_and_sigterm_ends_the_first_in_order(
     refused = result(second)
     trainer.resume()
     assert second.returncode == 2
-    assert f"another job (process {first.pid} of" in refused["error"]
-    assert "wait for its end, or choose another name" in refused["error"]
+    assert f"another job (process {first.pid} on" in refused["error"]
+    assert "wait until it finishes, or choose another name" in refused["error"]
 
     assert first.poll() is None
     first.send_signal(signal.SIGTERM)

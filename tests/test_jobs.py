@@ -153,7 +153,11 @@ def test_what_is_named_is_looked_for_before_ray_starts(
         ("train", ["name=x"], "--set dataset=NAME"),
         ("evaluate", ["run=absent", "source=/tmp"], "no run 'absent'"),
         ("pipeline", ["source=/tmp"], "the pipeline needs a name"),
-        ("pipeline", ["name=x", "evaluation.num_label_draws=3"], "the pipeline trains one run"),
+        (
+            "pipeline",
+            ["name=x", "evaluation.num_label_draws=3"],
+            "the pipeline trains a single run",
+        ),
         (
             "pipeline",
             ["name=x", "source=/tmp", "train.image_size=512"],
@@ -163,7 +167,7 @@ def test_what_is_named_is_looked_for_before_ray_starts(
         ("study", ["name=x", "source=/tmp"], "study.features is empty"),
         ("track", ["run=absent"], "no run 'absent'"),
         ("label", ["run=absent"], "no run 'absent'"),
-        ("export", ["name=x"], "one of --set run=NAME and --set checkpoint=PATH"),
+        ("export", ["name=x"], "either --set run=NAME or --set checkpoint=PATH"),
         ("report", [], "name the run to report"),
     ],
 )
@@ -272,7 +276,9 @@ def test_a_database_for_tracking_is_not_left_in_the_copy_of_a_submitted_job(
 
 @pytest.mark.parametrize("address", ["127.0.0.1:9", "127.0.0.1:99999", "a..b:6379", "[::1]:9"])
 def test_a_ray_that_is_gone_is_said_at_once(address: str) -> None:
-    with pytest.raises(ConfigError, match=re.escape(f"no Ray answers at RAY_ADDRESS={address} (")):
+    with pytest.raises(
+        ConfigError, match=re.escape(f"RAY_ADDRESS={address}: no Ray cluster answers (")
+    ):
         _check_address(address)
 
 

@@ -1,4 +1,4 @@
-"""Which code runs here, and for which job."""
+"""Version of the running code, and the Ray job it runs for."""
 
 import hashlib
 import os
@@ -11,7 +11,7 @@ import brainray
 
 
 def about_code() -> dict[str, str]:
-    """What runs here: versions, and the job that Ray knows."""
+    """Versions of the running code, and the ids of its Ray job."""
     return {
         "brainray": brainray.__version__,
         "code_hash": code_hash(),
@@ -22,7 +22,7 @@ def about_code() -> dict[str, str]:
 
 
 def code_hash() -> str:
-    """Twelve hex digits over the package's sources: known even where no git is shipped."""
+    """Hash of the package's sources (12 hex digits); works without a git checkout."""
     root = Path(brainray.__file__).parent
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
@@ -31,7 +31,7 @@ def code_hash() -> str:
 
 
 def git_revision() -> str:
-    """The checkout's commit, ``BRAINRAY_GIT_REVISION`` where it is not shipped, or empty."""
+    """``BRAINRAY_GIT_REVISION`` if it is set, else the commit of the checkout, else empty."""
     given = os.environ.get("BRAINRAY_GIT_REVISION")
     if given:
         return given

@@ -1,10 +1,10 @@
 """Preprocessing on Ray Data: files to the image store, streaming, in two passes.
 
-The first pass decodes, checks, strips and resizes every new file into parts; what an earlier run
-made of unchanged files is taken over. The driver then looks at the light columns of all slices at
-once (hashes, fingerprints) to find copies, groups and splits. The second pass adds these to the
-parts and leaves removed copies out. The store appears whole: it is built under another name and
-renamed.
+The first pass decodes, checks, strips and resizes every new file into parts; slices of unchanged
+files are reused from an earlier run. The driver then reads the light columns (hashes, fingerprints)
+of all slices at once to find copies, groups and splits. The second pass adds these to the parts and
+leaves out removed copies. The store becomes visible only when it is complete: it is built under
+another name and renamed.
 """
 
 import time
@@ -54,19 +54,20 @@ _WRITES_PER_CPU = 4
 
 
 def preprocess(config: Config, log: Log = log, *, data_hash: str | None = None) -> ImageStore:
-    """Make the store ``config.name`` of ``config.source``, reuse an equal one, or bring it up to
-    date: then only files that are new or have changed are decoded.
+    """Make the store ``config.name`` from ``config.source``, or reuse it, or bring it up to date.
+
+    An update decodes only new and changed files.
 
     Args:
-        config: name, source and labels; how slices are preprocessed, split and called.
-        log: progress, and what has been found.
-        data_hash: what the store must become, of the run that goes on with it; None: anything.
+        config: name, source and labels; settings of preprocessing, split and class names.
+        log: receives progress and a summary of the store.
+        data_hash: hash that the store must have for the run that resumes on it; None accepts any.
 
     Raises:
-        ConfigError: name or source is missing, or the source makes other slices than those of
-            ``data_hash``: the store is left as it was.
-        DataError: nothing readable, too much rejected, classes that do not fit, or an existing
-            store of that name with other settings.
+        ConfigError: name or source is missing, or the source gives different slices from those of
+            ``data_hash``; the store is then left unchanged.
+        DataError: no readable file, too many rejected files, classes that do not fit, or an
+            existing store of that name with different settings.
     """
     if config.name is None or config.source is None:
         raise ConfigError("preprocessing needs --set name=NAME source=DIR")
@@ -83,7 +84,7 @@ def preprocess(config: Config, log: Log = log, *, data_hash: str | None = None) 
         previous = _previous_store(target, settings)
         is_same = previous is not None and previous.manifest["listing"] == fingerprint
         if previous is not None and is_same and not _may_change(previous):
-            log(f"image store {target}: made with the same settings and files, reused")
+            log(f"image store {target}: up to date (same settings and files), reusing it")
             return previous
         log(f"preprocessing {len(listing.files)} files of {source}{listing.remarks}")
         with target.rebuilt(layout.MANIFEST) as building:
@@ -91,11 +92,11 @@ def preprocess(config: Config, log: Log = log, *, data_hash: str | None = None) 
             manifest = _build(config, listing, about, previous, building, log)
             if data_hash not in {None, manifest["data_hash"]}:
                 raise ConfigError(
-                    f"{source} makes other slices (hash {manifest['data_hash']}) than the run of "
-                    f"that name was begun on ({data_hash}), and the image store {target} is left "
-                    "as it was: bring it up to date with jobs/preprocess.py --set "
-                    f"name={config.name} (what it holds out for testing stays so), then train "
-                    "under another name"
+                    f"{source} gives different slices (hash {manifest['data_hash']}) from those "
+                    f"that the run of that name started with ({data_hash}); the image store "
+                    f"{target} was left unchanged: update it with jobs/preprocess.py --set "
+                    f"name={config.name} (its test slices stay test slices), then train under "
+                    "another name"
                 )
     store = ImageStore(target, manifest)
     log(describe(store))
@@ -111,7 +112,7 @@ def _build(
     building: Folder,
     log: Log,
 ) -> dict[str, Any]:
-    """Make the whole store in ``building``; returns its manifest, of which ``about`` is a part."""
+    """Make the store in ``building``; returns its manifest, which includes ``about``."""
     clock = _Clock()
     source, parts = Folder(str(config.source)), building / "parts"
     earlier = Earlier.of(previous)
@@ -156,7 +157,7 @@ def _build(
 
 
 class _Clock:
-    """Seconds of each stage, one after another."""
+    """Measures the seconds of consecutive stages."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -169,7 +170,7 @@ class _Clock:
 
 
 def _may_change(store: ImageStore) -> bool:
-    """Whether files were rejected that a mount, a network or a writer may have kept from us."""
+    """Whether files were rejected for a reason that may be temporary (mount, network, writer)."""
     return not set(store.manifest["rejected_reasons"]).isdisjoint({UNREADABLE, CHANGED})
 
 
@@ -177,29 +178,29 @@ def _previous_store(target: Folder, settings: dict[str, Any]) -> ImageStore | No
     target.restore()
     if not target.exists(layout.MANIFEST):
         if target.local_path is None and set(target.names()) <= layout.OF_STORE:
-            target.delete()  # copied in part: an object store cannot rename a folder
+            target.delete()  # partial copy: an object store cannot rename a folder
         if target.names():
-            raise DataError(f"{target} exists and is no image store: choose another name")
+            raise DataError(f"{target} exists but is not an image store: choose another name")
         return None
     store = ImageStore.open(target)
-    # What an earlier version did not know, it did as the default does.
+    # Settings that an earlier version did not have: it behaved like today's defaults.
     defaults = settings_of(PreprocessConfig(), SplitConfig(), {}, drawn=False)
     told = {key: store.manifest[key] for key in settings if key in store.manifest}
     stored = with_defaults(told | store.versions, defaults)
     difference = differing_settings(stored, settings)
     if difference:
         raise DataError(
-            f"the image store {target} was made with other settings ({difference}): "
+            f"the image store {target} was made with different settings ({difference}): "
             "choose another name or delete it"
         )
     return store
 
 
 def _check_salt(previous: ImageStore | None, earlier: Earlier, salt: str) -> None:
-    """One salt for all of a store's subjects: with two, a patient would be two, and be parted.
+    """Check that all subjects of a store use one salt; two would turn one patient into two.
 
     Raises:
-        DataError: the subjects that headers name were hashed with another one.
+        DataError: the subjects given by file headers were hashed with a different salt.
     """
     if previous is None:
         return
@@ -207,9 +208,9 @@ def _check_salt(previous: ImageStore | None, earlier: Earlier, salt: str) -> Non
     names_subjects = pc.any(pc.is_valid(earlier.files["header_subject"])).as_py()
     if names_subjects and made_with != salt:
         raise DataError(
-            f"the subjects of the image store {previous.folder} were hashed with another salt than "
-            f"{SALT_VARIABLE} or storage now gives: give the one that it was made with, or choose "
-            "another name"
+            f"the subjects of the image store {previous.folder} were hashed with a different salt "
+            f"from that of {SALT_VARIABLE} or storage: use the salt that it was made with, or "
+            "choose another name"
         )
 
 
@@ -221,7 +222,7 @@ def _slices_of_all_files(
     fingerprints: RowFile,
     log: Log,
 ) -> tuple[pa.Table, int]:
-    """LIGHT rows of every file, ordered by path and frame; and how many files were decoded.
+    """LIGHT rows of every file, ordered by path and frame, and the number of decoded files.
 
     Fingerprints are appended to ``fingerprints``.
     """
@@ -242,14 +243,14 @@ def _slices_of_all_files(
     num_decoded = len(set(new["path"].to_pylist()))
     log(
         f"decoded {num_decoded} files in {time.monotonic() - started:.0f} s"
-        + (f"; {len(found) - num_decoded} are known from before" if earlier.generation else "")
+        + (f"; reused {len(found) - num_decoded} from before" if earlier.generation else "")
     )
     slices = pa.concat_tables([kept, _under_new_paths(known, reusable), new])
     return slices.sort_by([("path", "ascending"), ("frame", "ascending")]), num_decoded
 
 
 def _light_rows(block: pa.Table, fingerprints: RowFile) -> pa.Table:
-    """Rows with a thumbnail become rows with its number, and let go of the block's memory."""
+    """Replace thumbnails by their row number in ``fingerprints``; frees the block's memory."""
     has_one = pc.is_valid(block["thumbnail"])
     numbers = pc.add(pc.cumulative_sum(has_one.cast(pa.int64())), len(fingerprints) - 1)
     fingerprints.append(thumbnail_matrix(block["thumbnail"].filter(has_one).to_pylist()))
@@ -260,12 +261,12 @@ def _light_rows(block: pa.Table, fingerprints: RowFile) -> pa.Table:
 
 
 def _is_known(read: pa.Table) -> pa.ChunkedArray:
-    """Files whose bytes were decoded before, under whatever path."""
+    """Mask of files whose bytes were decoded before, under any path."""
     return pc.and_(pc.is_null(read["reason"]), pc.is_null(read["sample_id"]))
 
 
 def _under_new_paths(known: pa.Table, reusable: pa.Table) -> pa.Table:
-    """The slices of known bytes, with the path and the stamps that they have now."""
+    """The slices of known bytes, with their current path, size and modification time."""
     about_file = ["path", "num_bytes", "mtime_ns"]
     first_path = reusable.group_by("sha256").aggregate([("path", "min")])
     slices = reusable.filter(pc.is_in(reusable["path"], first_path["path_min"]))
@@ -285,7 +286,7 @@ def _decode_all(
     parts: Folder,
     log: Log,
 ) -> Iterator[pa.Table]:
-    """First pass; the files' rows without their pixels, as they come."""
+    """First pass: yields the files' rows without their pixels, as they are decoded."""
     parts.filesystem.create_dir(parts.path, recursive=True)
     yield TOLD.empty_table()
     if not files:
@@ -315,7 +316,7 @@ def _num_cpus() -> int:
 def _write_images(
     parts: Folder, previous: ImageStore | None, images: Folder, rows: pa.Table
 ) -> None:
-    """Second pass: the pixels of new and earlier parts to the store's final rows."""
+    """Second pass: write the store's final rows with the pixels of new and earlier parts."""
     images.filesystem.create_dir(images.path, recursive=True)
     new = set(parts.names())
     earlier = parts if previous is None else previous.folder / layout.IMAGES
@@ -324,7 +325,7 @@ def _write_images(
     write = partial(write_parts, parts=parts, new=new, earlier=earlier, images=images)
     final_rows = rows.select([*about_slice, "part"])
     names = pc.unique(rows["part"])
-    # A part alone is written sooner than the executor looks for the next task.
+    # Several parts per task: one alone is written faster than the executor schedules the next.
     at_once = -(-len(names) // (_WRITES_PER_CPU * _num_cpus()))
     tables = [
         final_rows.filter(pc.is_in(rows["part"], names[first : first + at_once]))
@@ -340,9 +341,9 @@ def _write_images(
 def with_progress(
     dataset: ray.data.Dataset, total: int, verb: str, log: Log, *, of_store: bool = False
 ) -> Iterator[pa.Table]:
-    """The dataset's blocks as they come, with a line of progress every ten seconds.
+    """The dataset's blocks as they come, with a progress line every ten seconds.
 
-    Files are counted, whose rows lie in one block under their ``path``, or a store's slices.
+    Counts files (all rows of a ``path`` are in one block), or slices with ``of_store``.
     """
     progress = ProgressLines(verb, "slices" if of_store else "files", log)
     done = 0
@@ -353,7 +354,7 @@ def with_progress(
 
 
 def _arrow_batches(dataset: ray.data.Dataset) -> Iterator[pa.Table]:
-    """The dataset's blocks, as they come."""
+    """The dataset's blocks as they come."""
     for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
         assert isinstance(batch, pa.Table)
         yield batch

@@ -1,4 +1,4 @@
-"""One recipe trained on several draws of labels."""
+"""Training of one recipe on several label draws."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ _TABLE = "table.md"
 
 @dataclass(frozen=True)
 class DrawnRuns:
-    """The runs of all draws, and the figures over them."""
+    """The runs of all draws, and the metrics over them."""
 
     folder: Folder
     runs: list[TrainedRun]
@@ -28,23 +28,23 @@ class DrawnRuns:
 
 
 def train_draws(config: Config, log: Log = log) -> DrawnRuns:
-    """Train ``config`` on ``evaluation.num_label_draws`` draws, or go on with them.
+    """Train ``config`` on ``evaluation.num_label_draws`` label draws, or resume them.
 
-    Each is a run of its own, ``NAME-draw1`` and so on, so that what is finished is never
-    repeated. ``evaluation.control`` names the runs of a control in the same way.
+    Each draw is a separate run, ``NAME-draw1`` and so on, so finished draws are never repeated.
+    ``evaluation.control`` refers to the runs of a control in the same way.
 
     Raises:
-        BrainrayError: settings or data with which training cannot start, or a control that lacks
-            a draw.
+        BrainrayError: settings or data with which training cannot start, or a control with a
+            missing draw.
     """
     if config.name is None:
-        raise ConfigError("training needs a name for the run: --set name=NAME")
+        raise ConfigError("training needs a run name: give --set name=NAME")
     num_draws = config.evaluation.num_label_draws
     name = config.evaluation.control
     controls = [] if name is None else [_control(config, name, i) for i in range(num_draws)]
     runs = []
     for number in range(num_draws):
-        log(f"draw {number + 1} of {num_draws}: run {draw_name(config.name, number)}")
+        log(f"label draw {number + 1} of {num_draws}: run {draw_name(config.name, number)}")
         runs.append(train(_of_draw(config, number), log))
     metrics = summarise_draws(
         [run.metrics for run in runs],
@@ -83,7 +83,7 @@ def _control(config: Config, control: str, number: int) -> Run:
     if not run.is_complete:
         raise ConfigError(
             f"evaluation.control={control}: its run {draw_name(control, number)} is not complete; "
-            "train the control on as many draws first"
+            "first train the control on the same number of label draws"
         )
     check_same_draw(_of_draw(config, number).split, run, f"evaluation.control={control}")
     return run
@@ -92,7 +92,9 @@ def _control(config: Config, control: str, number: int) -> Run:
 def _intervals(
     runs: Sequence[Run], controls: Sequence[Run], config: Config
 ) -> dict[str, tuple[float, float]]:
-    """Of the mean gains over the controls, for other subjects; empty without predictions."""
+    """Intervals of the mean gains over the controls, for new subjects; empty if predictions are
+    missing.
+    """
     ours, theirs = ([run.predictions() for run in side] for side in (runs, controls))
     if not theirs or any(each is None for each in [*ours, *theirs]):
         return {}

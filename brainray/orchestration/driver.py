@@ -1,4 +1,4 @@
-"""Training from the driver's side: begin or resume the run, fit, follow, report."""
+"""The driver of a training: start or resume the run, fit, follow its progress, report."""
 
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -47,12 +47,12 @@ from brainray.storage import Folder
 
 _ALIGNED = ("consistency", "anchored")  # objectives that learn pseudo-labels
 _MAX_CLASS_SHIFT = 0.2
-_FAR_MORE = 1.5  # times the share that was asked for
+_FAR_MORE = 1.5  # times the requested share
 
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A finished run and its reported figures."""
+    """A finished run and its reported metrics."""
 
     run: Run
     metrics: Metrics
@@ -62,16 +62,16 @@ class TrainedRun:
 
 @dataclass(frozen=True)
 class Training:
-    """A run that is begun or resumed, and what trains it."""
+    """A started or resumed run, and the workers that train it."""
 
-    config: Config  # with preprocessing and split of the store
+    config: Config  # with the preprocessing and split of the store
     store: ImageStore
     run: Run
     workers: WorkerResources
 
 
 def train(config: Config, log: Log = log) -> TrainedRun:
-    """Train the run ``config.name`` on the store ``config.dataset``, or go on with it.
+    """Train the run ``config.name`` on the store ``config.dataset``, or resume it.
 
     Raises:
         BrainrayError: settings or data with which training cannot start, or a collapse.
@@ -91,14 +91,14 @@ def train(config: Config, log: Log = log) -> TrainedRun:
                 raise
         elif _names_other_runs(config.evaluation, run):
             log(
-                f"{run.folder} is complete: jobs/report.py --set run={config.name} "
-                "evaluation.control=... writes its page anew with other runs beside it"
+                f"{run.folder} is complete: to compare it with other runs, rewrite its report with "
+                f"jobs/report.py --set run={config.name} evaluation.control=..."
             )
         metrics = run.folder.read_json(layout.SUMMARY)
         send_run(run, tracking.tracker)
     if tracking.tracker.problem is not None:
         log(
-            f"MLflow has not got everything; it is kept in {run.folder}. Send it later with: "
+            f"MLflow is missing records, which are kept in {run.folder}; send them later with: "
             f"python jobs/track.py --set run={config.name} "
             + shlex.quote(f"storage={config.storage}")
         )
@@ -106,7 +106,7 @@ def train(config: Config, log: Log = log) -> TrainedRun:
 
 
 def _names_other_runs(evaluation: EvaluationConfig, run: Run) -> bool:
-    """To set beside the run than it was begun with."""
+    """Whether the config compares the run with different runs from those it was started with."""
     saved = run.saved_config().evaluation
     asked = (evaluation.control, evaluation.siblings)
     return asked not in [(None, ()), (saved.control, saved.siblings)]
@@ -114,12 +114,13 @@ def _names_other_runs(evaluation: EvaluationConfig, run: Run) -> bool:
 
 @contextmanager
 def begun_training(config: Config, log: Log) -> Iterator[Training]:
-    """Check what can be checked before workers start, and begin the run or find it again.
+    """Check what can be checked before workers start, and start the run or find it again.
 
-    For the time of the block no other job can train the run.
+    Within the block no other job can train the run.
 
     Raises:
-        BrainrayError: settings or data with which training cannot start, or another job at work.
+        BrainrayError: settings or data with which training cannot start, or the run is in use by
+            another job.
     """
     config, store, workers = check_training(config)
     with held(Folder(config.storage), layout.RUNS, name_of_run(config), log):
@@ -131,39 +132,39 @@ def begun_training(config: Config, log: Log) -> Iterator[Training]:
 
 
 def check_training(config: Config) -> tuple[Config, ImageStore, WorkerResources]:
-    """The config with the store's own settings, the store, and the workers that will train.
+    """The config with the store's settings, the store, and the workers that will train.
 
     Raises:
-        BrainrayError: no such store, or settings that fit neither it nor the Ray cluster.
+        BrainrayError: no such store, or settings that do not fit it or the Ray cluster.
     """
     if config.dataset is None:
-        raise ConfigError("training needs the name of an image store: --set dataset=NAME")
+        raise ConfigError("training needs an image store: give --set dataset=NAME")
     store = ImageStore.open(Folder(config.storage) / layout.DATASETS / config.dataset)
     config = as_store_was_made(config, store)
     difference = differing_settings(store.versions, versions_of(store.preprocess))
     if difference:
         raise DataError(
             f"the image store {store.folder} was made by another version of brainray "
-            f"({difference}), and new slices would not be made like its: preprocess anew under "
+            f"({difference}), which preprocesses slices differently: preprocess again under "
             "another name"
         )
     check_sides(config)
     check_compared_runs(config, store.data_hash)
     workers = plan_workers(config.train, alive_nodes())
     if config.encoder.weights not in WEIGHTS_OF_NO_SLICE:
-        # Found here in a second rather than on every worker in half a minute.
+        # Fail here within a second rather than on every worker after half a minute.
         build_encoder(config.encoder.name, config.encoder.weights, len(store.classes))
     return config, store, workers
 
 
 def fit(training: Training, log: Log, callbacks: Sequence[Any] = ()) -> None:
-    """Train with DDP until the last epoch, from the newest checkpoint where there is one.
+    """Train with DDP until the last epoch, from the newest checkpoint if there is one.
 
-    Before the first epoch comes the warm-up, where one is asked for and not found.
+    A requested warm-up is trained before the first epoch, unless it exists already.
     ``callbacks`` are Ray Train's ``UserCallback``s.
 
     Raises:
-        BrainrayError: what a worker met that a user can act on, such as a collapse.
+        BrainrayError: an error in a worker that a user can act on, such as a collapse.
         ray.train.TrainingFailedError: workers were lost more often than ``train.max_failures``.
     """
     config, run, workers = training.config, training.run, training.workers
@@ -184,21 +185,21 @@ def fit(training: Training, log: Log, callbacks: Sequence[Any] = ()) -> None:
 
 
 def _start(training: Training, log: Log) -> str | Mapping[str, Tensor]:
-    """What the encoder is before the first epoch; later, its checkpoint takes the place of it."""
+    """Starting weights of the encoder; not needed once an epoch has left a checkpoint."""
     has_epochs = bool(training.run.folder.read_json_lines(layout.METRICS))
     return "random" if has_epochs else warm_up(training.config, training.store, log)
 
 
 def complete_run(training: Training, log: Log) -> None:
-    """Figures and the summary, which is written last: with it the run is complete."""
+    """Write figures, report and the summary, which comes last and marks the run as complete."""
     config, run = training.config, training.run
     metrics = _summarise(config, run)
     chosen = int(metrics["chosen_epoch"])
     shift = run.folder.read_json_lines(layout.METRICS)[-1].get("train/class_shift", 0.0)
     if config.objective.name in _ALIGNED and shift > _MAX_CLASS_SHIFT:
         log(
-            f"note: the encoder takes {shift:.0%} of the unlabelled slices for other classes than "
-            "their pseudo-labels, which are held to the mix of the labelled ones: label slices "
+            f"note: the encoder assigns {shift:.0%} of the unlabelled slices to other classes than "
+            "their pseudo-labels, which follow the class mix of the labelled slices: label slices "
             "drawn at random, or compare with objective.name=supervised"
         )
     metrics |= against_control(config, run, chosen, log)
@@ -211,7 +212,7 @@ def complete_run(training: Training, log: Log) -> None:
 
 
 def _about(training: Training) -> dict[str, str]:
-    """What made the run, as its report tells it."""
+    """How the run was made, for its report."""
     workers = training.workers
     kind = "GPU" if workers.use_gpu else "CPU"
     info = training.run.info
@@ -230,7 +231,7 @@ def _about(training: Training) -> dict[str, str]:
 
 
 def check_sides(config: Config) -> None:
-    """Raises ConfigError where slices would be trained on larger than they are kept."""
+    """Raises ConfigError if training uses a larger slice size than preprocessing stores."""
     sides = {"train.image_size": config.train.image_size}
     if config.encoder.pretext != "none":
         sides["encoder.pretext_image_size"] = config.encoder.pretext_image_size
@@ -238,14 +239,14 @@ def check_sides(config: Config) -> None:
         if side > config.preprocess.image_size:
             raise ConfigError(
                 f"{key} ({side}) exceeds preprocess.image_size ({config.preprocess.image_size}): "
-                "lower the first, or preprocess anew with a larger one"
+                "lower the former, or preprocess again with a larger preprocess.image_size"
             )
 
 
 def _summarise(config: Config, run: Run) -> Metrics:
-    """Figures of the chosen epoch, and under ``last/`` of the last one."""
+    """Metrics of the chosen epoch, and under ``last/`` those of the last epoch."""
     history = run.folder.read_json_lines(layout.METRICS)
-    # What is kept as the best: a run that was begun under another rule may have chosen another.
+    # The kept best epoch: a run that was started with another rule may have chosen another.
     chosen, last = load_checkpoint(run.folder / layout.BEST).epoch, len(history)
     metrics: Metrics = {"chosen_epoch": float(chosen), "num_epochs": float(last)}
     for epoch, folder, prefix in ((chosen, layout.BEST, ""), (last, layout.LAST, "last/")):
@@ -285,7 +286,7 @@ def _log_beginning(run: Run, resumed: bool, config: Config, store: ImageStore, l
         log(f"run {run.folder}: complete, nothing to train")
     elif resumed:
         num_epochs = len(run.folder.read_json_lines(layout.METRICS))
-        log(f"run {run.folder}: resumed, {num_epochs} epochs are done")
+        log(f"run {run.folder}: resuming after {num_epochs} epochs")
     else:
         num_slices, split = run.info["num_slices"], config.split
         counts = ", ".join(f"{count} {role}" for role, count in num_slices.items())
@@ -300,13 +301,13 @@ def _log_beginning(run: Run, resumed: bool, config: Config, store: ImageStore, l
             )
         if num_slices[VALIDATION] > _FAR_MORE * split.validation_fraction * read:
             log(
-                f"note: {num_slices[VALIDATION]} of these {read} slices validate, more than "
-                f"split.validation_fraction={split.validation_fraction:g} of them: copies, and "
-                "subjects that are named, are not parted"
+                f"note: {num_slices[VALIDATION]} of these {read} slices are used for validation, "
+                f"more than split.validation_fraction={split.validation_fraction:g}, to keep "
+                "copies and subjects given by metadata together"
             )
         weights = config.encoder.weights
         if weights not in WEIGHTS_OF_NO_SLICE and not run.folder.exists(layout.SEEN_BEFORE):
             log(
-                f"note: nothing beside {weights} tells what it was trained on: clean and strict "
-                "are relative to the slices of this run alone"
+                f"note: no record of what {weights} was trained on: clean and strict refer to the "
+                "slices of this run only"
             )

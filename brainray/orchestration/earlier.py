@@ -1,4 +1,4 @@
-"""What an earlier run of preprocessing under the same name has left to go on from."""
+"""What an earlier preprocessing under the same name has left to continue from."""
 
 from dataclasses import dataclass
 
@@ -27,19 +27,19 @@ GROUPS = [
 _REMEMBERED = [*(SLICES.field(name) for name in LIGHT_COLUMNS), PART]
 
 LIGHT = pa.schema([*_REMEMBERED, pa.field("fingerprint", pa.int64())])
-"""All slices without their pixels: a fingerprint is the number of a row in a file of them."""
+"""All slices without their pixels; ``fingerprint`` is a row number in the fingerprint file."""
 
 FILES = pa.schema([*_REMEMBERED, *(IMAGE_STORE.field(name) for name in GROUPS)])
-"""What a store remembers of every slice that it was made from, also of those left out."""
+"""What a store records of every slice that it was made from, including those left out."""
 
 
 @dataclass(frozen=True)
 class Earlier:
-    """The memory of a store; empty where there is none."""
+    """The records of an earlier store; empty if there is none."""
 
-    generation: int  # of the run that asks: 0 for the first
+    generation: int  # of the current preprocessing: 0 for the first
     files: pa.Table  # of the FILES schema
-    images: Folder | None  # the store's parts, with the thumbnails; None where there is no store
+    images: Folder | None  # the store's parts, with thumbnails; None without a store
 
     @classmethod
     def of(cls, store: ImageStore | None) -> "Earlier":
@@ -50,9 +50,9 @@ class Earlier:
         return cls(generation, files, store.folder / layout.IMAGES)
 
     def reusable(self, fingerprints: RowFile) -> pa.Table:
-        """LIGHT rows of files that need no second decoding: of each accepted slice we have pixels.
+        """LIGHT rows of files that need no decoding: pixels of all their accepted slices exist.
 
-        Files that gave no slice are read again: what was missing may be there now. The slices'
+        Files that gave no slice are read again, as their problem may be solved. The slices'
         fingerprints are appended to ``fingerprints``.
         """
         accepted = pc.is_null(self.files["reason"])
@@ -64,7 +64,7 @@ class Earlier:
         kept = self.files.filter(keep)
         row_of: dict[str, int] = {}
         for part in sorted(set(kept["part"].to_pylist()) - {None}):
-            assert self.images is not None, "what has a part is in a store"
+            assert self.images is not None, "slices with a part are in a store"
             told = self.images.read_table(part, columns=["sample_id", "thumbnail"])
             rows = range(len(fingerprints), len(fingerprints) + told.num_rows)
             row_of |= dict(zip(told["sample_id"].to_pylist(), rows, strict=True))
@@ -74,14 +74,14 @@ class Earlier:
         return told_of.select(LIGHT.names)
 
     def previous(self, column: str) -> dict[str, str]:
-        """A group column by sample_id."""
+        """Values of a group column by sample_id."""
         accepted = self.files.filter(pc.is_valid(self.files["sample_id"]))
         names = zip(accepted["sample_id"].to_pylist(), accepted[column].to_pylist(), strict=True)
         return {sample: name for sample, name in names if name is not None}
 
     def splits(self) -> dict[str, str]:
-        """``train`` or ``test`` by sample_id, of all that the store or an earlier one of its name
-        held: what is gone may come back.
+        """``train`` or ``test`` by sample_id, for all slices that this or an earlier store of the
+        name contained: removed slices may return.
         """
         if self.images is None:
             return {}
@@ -89,7 +89,7 @@ class Earlier:
         return dict(zip(table["sample_id"].to_pylist(), table["split"].to_pylist(), strict=True))
 
     def generations(self) -> dict[str, int]:
-        """First generation of each sample_id."""
+        """The generation that first contained each sample_id."""
         accepted = self.files.filter(pc.is_null(self.files["reason"]))
         return dict(
             zip(accepted["sample_id"].to_pylist(), accepted["generation"].to_pylist(), strict=True)
@@ -97,7 +97,7 @@ class Earlier:
 
 
 def unchanged(files: list[FoundFile], reusable: pa.Table) -> set[str]:
-    """Paths of files whose size and time of modification are those that were recorded."""
+    """Paths of files whose size and modification time equal the recorded ones."""
     stamps = {
         row["path"]: (row["num_bytes"], row["mtime_ns"])
         for row in reusable.select(["path", "num_bytes", "mtime_ns"]).to_pylist()

@@ -1,4 +1,4 @@
-"""Examples for a store's figures: source files decoded once more, a few of them."""
+"""Example slices for a store's figures: a few source files, decoded again."""
 
 from typing import Any
 
@@ -25,8 +25,8 @@ _ANY_SALT = b"figures name no subjects"
 
 
 def draw_figures(store: Folder, source: Folder, plan: StorePlan, config: PreprocessConfig) -> None:
-    """Draw the store's figures; a file that has vanished meanwhile is missing in them."""
-    rows = plan.rows.sort_by("sample_id")  # of a hash: an order as good as random
+    """Draw the store's figures; files that no longer exist are left out."""
+    rows = plan.rows.sort_by("sample_id")  # ids are hashes, so this order is effectively random
     train = rows.filter(pc.equal(rows["split"], TRAIN))
     draw_store_figures(
         store,
@@ -40,7 +40,7 @@ def draw_figures(store: Folder, source: Folder, plan: StorePlan, config: Preproc
 def _before_and_after(
     store: Folder, source: Folder, train: pa.Table, config: PreprocessConfig
 ) -> list[tuple[str, NDArray[np.uint8], NDArray[np.uint8]]]:
-    """(class, slice as read, slice as stored) of training slices, spread over the classes."""
+    """(class, original slice, stored slice) of training slices, spread over the classes."""
     chosen: dict[str, list[dict[str, Any]]] = {}
     for row in train.select(["label", "path", "frame", "sample_id"]).to_pylist():
         chosen.setdefault(row["label"] or "unlabelled", []).append(row)
@@ -70,7 +70,7 @@ def _stripped(source: Folder, rows: pa.Table, config: PreprocessConfig) -> list[
 def _pairs(
     source: Folder, across_splits: dict[str, list[dict[str, Any]]], config: PreprocessConfig
 ) -> list[SlicePair]:
-    """Test slices beside what training holds of them, spread over each level's list."""
+    """Test slices next to their duplicates in training, spread over each level's list."""
     examples = []
     for level, found in across_splits.items():
         step = max(1, len(found) // _NUM_PAIRS_PER_LEVEL)

@@ -1,4 +1,4 @@
-"""Export of a run: safetensors, ONNX and an MLflow model, with a card that says what they are."""
+"""Export of a run: safetensors, ONNX and an MLflow model, with a model card."""
 
 import tempfile
 from collections.abc import Iterator
@@ -36,13 +36,13 @@ from brainray.schema import PREDICTED, THUMBNAIL_SIDE
 from brainray.storage import Folder
 from brainray.tracking import ServedFiles, save_served
 
-_NUM_TRIED = 32  # slices on which the ONNX model is compared with ours
+_NUM_TRIED = 32  # slices on which the ONNX and PyTorch models are compared
 _ONNX_PACKAGES = {"onnx", "onnxscript", "onnxruntime"}
 
 
 @dataclass(frozen=True)
 class Export:
-    """Where the exported files are."""
+    """An export: its folder and metrics."""
 
     folder: Folder
     metrics: Metrics
@@ -50,14 +50,14 @@ class Export:
 
 
 def export(config: Config, log: Log = log) -> Export:
-    """Write ``storage/exports/NAME``: safetensors, ONNX, an MLflow model, and their card.
+    """Write ``storage/exports/NAME``: safetensors, ONNX, an MLflow model and a card.
 
     With ``registry.name`` the MLflow model is also logged to the run's MLflow run and registered.
 
     Raises:
-        ConfigError: neither run nor checkpoint.
+        ConfigError: neither or both of run and checkpoint, or no name.
         DataError: no such run.
-        CheckpointError: the run is still training, has no such epoch, or its ONNX model differs.
+        CheckpointError: the run is still training or has no such epoch, or its ONNX model differs.
         TrackingError: the model cannot be registered.
     """
     run = None if config.run is None else open_run(Folder(config.storage), config.run)
@@ -65,13 +65,13 @@ def export(config: Config, log: Log = log) -> Export:
         raise CheckpointError(_still_training(run))
     if run is None and config.registry.name is not None:
         raise ConfigError(
-            "registry.name registers the model of a run: name it with --set run=NAME, not "
+            "registry.name: only the model of a run can be registered; give --set run=NAME, not "
             "checkpoint=PATH"
         )
     predictor = find_predictor(config, "export")
     name = config.name or config.run
     if name is None:
-        raise ConfigError("export of a checkpoint needs --set name=NAME")
+        raise ConfigError("exporting a checkpoint needs a name: give --set name=NAME")
     storage = Folder(config.storage)
     target = storage / layout.EXPORTS / name
     with (
@@ -90,15 +90,15 @@ def export(config: Config, log: Log = log) -> Export:
         run_id = None
         if run is not None and config.registry.name is not None:
             run_id = _register(config, run, served, log)
-    log(f"serve it: mlflow models serve -m {target}/{layout.SERVED} --env-manager local")
+    log(f"serve the model: mlflow models serve -m {target}/{layout.SERVED} --env-manager local")
     return Export(target, metrics, run_id)
 
 
 @contextmanager
 def served_files(predictor: Predictor) -> Iterator[ServedFiles]:
-    """What a served model consists of, in a temporary folder."""
+    """The files of a served model, in a temporary folder."""
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary, "model")  # MLflow keeps this name
+        folder = Path(temporary, "model")  # MLflow keeps the folder name
         folder.mkdir()
         content = safetensors_bytes(predictor.checkpoint, predictor.preprocess)
         (folder / layout.SAFETENSORS).write_bytes(content)
@@ -120,13 +120,13 @@ def _still_training(run: Run) -> str:
     asked = run.saved_config()
     return (
         f"the run {run.folder} is still training ({len(history)} of {asked.train.num_epochs} "
-        "epochs are done): export it when it is complete, or its newest checkpoint with "
+        "epochs done): wait until it is complete, or export its newest checkpoint with "
         "--set checkpoint=PATH"
     )
 
 
 def _write_onnx(predictor: Predictor, folder: Path, log: Log) -> Metrics:
-    """The ONNX file, tried on real slices where the run has some; nothing without the extra."""
+    """Write the ONNX file and compare it with the checkpoint; skipped without the onnx extra."""
     images = _slices_to_try(predictor)
     try:
         content = onnx_bytes(predictor.checkpoint)
@@ -138,15 +138,16 @@ def _write_onnx(predictor: Predictor, folder: Path, log: Log) -> Metrics:
         return {}
     if not difference <= TOLERANCE:
         raise CheckpointError(
-            f"the ONNX model of {predictor.folder} differs from it by {difference:.2g}, more than "
-            f"{TOLERANCE:g}: report this with the versions of torch, onnx and onnxruntime"
+            f"the ONNX model of {predictor.folder} differs from the PyTorch model by "
+            f"{difference:.2g}, more than {TOLERANCE:g}: report this with the versions of torch, "
+            "onnx and onnxruntime"
         )
     (folder / layout.ONNX).write_bytes(content)
     return {"onnx/opset": float(ONNX_OPSET), "onnx/largest_difference": difference}
 
 
 def _slices_to_try(predictor: Predictor) -> NDArray[np.float32]:
-    """(n, 1, S, S) grey values: thumbnails of slices that the run saw, else noise."""
+    """(n, 1, S, S) grey values: thumbnails of slices that the run saw, or noise without a run."""
     side = predictor.checkpoint.image_size
     seen = predictor.seen()
     if seen is None:
@@ -185,7 +186,7 @@ def _facts(predictor: Predictor, name: str, metrics: Metrics) -> CardFacts:
 
 
 def _figures(run: Run | None, predictor: Predictor) -> Metrics:
-    """The run's reported figures, which are of its chosen epoch only."""
+    """The run's reported metrics, if the exported epoch is the chosen one, else none."""
     if run is None:
         return {}
     figures: Metrics = run.folder.read_json(layout.SUMMARY)
@@ -193,7 +194,7 @@ def _figures(run: Run | None, predictor: Predictor) -> Metrics:
 
 
 def _put(local: Path, target: Folder) -> None:
-    """All files at once in the place of an earlier export."""
+    """Replace an earlier export with all files at once."""
     with target.rebuilt(layout.CARD) as building:
         for path in sorted(local.rglob("*")):
             if path.is_file():
@@ -201,13 +202,13 @@ def _put(local: Path, target: Folder) -> None:
 
 
 def _register(config: Config, run: Run, served: ServedFiles, log: Log) -> str | None:
-    """Log the model to the run's own MLflow run and register it."""
+    """Log the model to the run's MLflow run and register it."""
     tracking = begin_tracking(config_to_track(config, run), run, log)
     if tracking.tracker.problem is not None:
         raise TrackingError(f"not registered: {tracking.tracker.problem}")
     try:
         tracking.mlflow.log_model(served, config.registry.name)
     finally:
-        tracking.tracker.finish()  # MLflow marks a run as FAILED whose block has failed
+        tracking.tracker.finish()  # otherwise MLflow marks the run as FAILED after an error
     log(f"registered as {config.registry.name}")
     return tracking.mlflow_run_id

@@ -1,4 +1,4 @@
-"""Features of every slice of an image store, by Ray Data, in a store that later runs reuse."""
+"""Features of every slice of an image store, extracted by Ray Data and kept for later runs."""
 
 import hashlib
 import json
@@ -45,34 +45,34 @@ State = Mapping[str, Tensor] | Literal["random"]
 
 @dataclass(frozen=True)
 class Weights:
-    """Where an encoder starts, and what tells it from others."""
+    """Starting weights of an encoder, and an identity that distinguishes them from others."""
 
     identity: str
     load: Callable[[], State]
 
     @cached_property
     def state(self) -> State:
-        """Loaded (ImageNet's: downloaded) when it is asked for, where the driver runs."""
+        """Loaded (ImageNet: downloaded) on first use, on the driver's node."""
         return self.load()
 
 
 @dataclass(frozen=True)
 class FeatureStore:
-    """Finished features; ``manifest`` is written last, so a folder without one is no store."""
+    """Finished features; ``manifest`` is written last, so a folder without one is incomplete."""
 
     folder: Folder
     manifest: dict[str, Any]
 
     @property
     def key(self) -> str:
-        """Changes with the slices, the encoder, its weights or how slices are shown to it."""
+        """Changes with the slices, the encoder, its weights or its input settings."""
         return str(self.manifest["key"])
 
     def read(self) -> tuple[pa.Table, NDArray[np.float32]]:
-        """The rows' names, ordered by them, and the features (N, E).
+        """The ``ROW`` columns, by which rows are ordered, and the features (N, E).
 
         Raises:
-            DataError: a feature is NaN or infinite, or all slices have the same.
+            DataError: a feature is NaN or infinite, or all slices have the same features.
         """
         table = (self.folder / layout.PARTS).read_table("").sort_by(ROW_ORDER)
         flat = table["features"].combine_chunks().flatten().to_numpy()
@@ -82,7 +82,7 @@ class FeatureStore:
 
 
 def check_features(features: NDArray[np.float32], where: str) -> None:
-    """Raises DataError for features (N, E) that no clusterer can do anything with."""
+    """Raises DataError for features (N, E) that cannot be clustered."""
     num_bad = int((~np.isfinite(features).all(axis=1)).sum())
     if num_bad:
         raise DataError(
@@ -92,16 +92,17 @@ def check_features(features: NDArray[np.float32], where: str) -> None:
         )
     if len(features) and np.ptp(features, axis=0).max() <= 1e-6 * np.abs(features).max():
         raise DataError(
-            f"all {len(features)} slices have the same features ({where}): nothing can be "
-            "clustered; the encoder has collapsed or the slices are copies"
+            f"all {len(features)} slices have the same features ({where}) and cannot be "
+            "clustered: the encoder has collapsed or the slices are copies; choose other weights "
+            "or slices"
         )
 
 
 def read_weights(config: Config, feature: FeatureConfig, setting: str) -> Weights:
-    """The weights that a feature's config names, read where the driver runs.
+    """The weights that a feature's config gives, read on the driver's node.
 
     Raises:
-        BrainrayError: no such file or run, or no state dict in it; it names the ``setting``.
+        BrainrayError: no such file or run, or no state dict in it; the message names ``setting``.
     """
     if feature.weights == "random":
         return Weights("random", lambda: "random")
@@ -117,23 +118,23 @@ def read_weights(config: Config, feature: FeatureConfig, setting: str) -> Weight
 
 
 def weights_from(folder: Folder, name: str) -> Weights:
-    """Of a checkpoint in a folder, which may be remote."""
+    """The weights of a checkpoint in a folder, which may be remote."""
     content = folder.read_bytes(name)
     state = encoder_state(content, f"{folder}/{name}")
     return Weights(content_hash(content), lambda: state)
 
 
 def check_feature(store: ImageStore, name: str, feature: FeatureConfig, weights: Weights) -> int:
-    """Number of features E; refuses what could only fail on every actor.
+    """Number of features E; refuses settings that would fail on every actor.
 
     Args:
-        store: of the slices.
-        name: of the feature, for errors.
+        store: the slices.
+        name: name of the feature, for errors.
         feature: the encoder and the size of the slices.
-        weights: of the encoder; ImageNet's, which fit, are not loaded for it.
+        weights: weights of the encoder; those of ImageNet always fit and are not loaded here.
 
     Raises:
-        ConfigError: an unknown encoder, or weights or a size of slices that do not fit it.
+        ConfigError: an unknown encoder, or weights or a slice size that do not fit it.
     """
     try:
         encoder = build_feature_encoder(
@@ -158,16 +159,16 @@ def extract_features(
     seed: int,
     log: Log,
 ) -> FeatureStore:
-    """Features of every slice of the store, or those that an earlier run has left.
+    """Features of every slice of the store, extracted now or by an earlier run.
 
     Args:
         config: storage, device and precision.
         store: the slices.
         feature: encoder and size of the slices.
-        weights: of the encoder.
-        name: for readers of the folder's name.
-        seed: of random weights.
-        log: one line about what is done.
+        weights: weights of the encoder.
+        name: readable part of the folder's name.
+        seed: seed of random weights.
+        log: receives one line on whether features were extracted or reused.
     """
     made_by = {
         "format": layout.FEATURES_FORMAT,
@@ -181,12 +182,12 @@ def extract_features(
     key = content_key(made_by)
     target = Folder(config.storage) / layout.FEATURES / f"{name}-{key}"
     if not target.exists(layout.MANIFEST):
-        # Studies that begin together share them: the later ones wait, and find them.
+        # Concurrent studies share features: the later ones wait, then find them.
         with held(Folder(config.storage), layout.FEATURES, target.name, log, in_turn=True):
             if not target.exists(layout.MANIFEST):
                 made_by["key"] = key
                 return _extract(config, store, feature, weights, seed, made_by, target, log)
-    log(f"features {target}: reused")
+    log(f"features {target}: up to date, reusing them")
     return FeatureStore(target, target.read_json(layout.MANIFEST))
 
 
@@ -200,15 +201,15 @@ def _extract(
     target: Folder,
     log: Log,
 ) -> FeatureStore:
-    """``made_by`` begins the manifest."""
+    """Extract and write features; ``made_by`` becomes part of the manifest."""
     started = time.monotonic()
     with target.rebuilt(layout.MANIFEST) as building:
         num_rows = _write_parts(config, store, feature, weights, seed, building / layout.PARTS)
         expected = store.index().num_rows
         if num_rows != expected:
             raise DataError(
-                f"{store.folder} lacks {expected - num_rows} slices of its index: delete the "
-                "store and preprocess again"
+                f"{store.folder}: {expected - num_rows} slices of its index are missing; delete "
+                "the store and preprocess again"
             )
         seconds = time.monotonic() - started
         manifest = made_by | {"num_rows": num_rows, "seconds": round(seconds, 2)}
@@ -218,7 +219,7 @@ def _extract(
 
 
 def content_key(made_by: Mapping[str, Any]) -> str:
-    """Twelve hex digits of plain values, in whatever order they are given."""
+    """Hash of plain values (12 hex digits), independent of the order of keys."""
     return hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -230,7 +231,7 @@ def _write_parts(
     seed: int,
     parts: Folder,
 ) -> int:
-    """Extract on actors and write Parquet; the number of rows."""
+    """Extract on actors and write Parquet; returns the number of rows."""
     images = store.folder / layout.IMAGES
     slices = ray.data.read_parquet(images.path, filesystem=images.filesystem)
     device, actors = plan_actors(config.train, alive_nodes(), one_per_node=False)
@@ -244,7 +245,7 @@ def _write_parts(
         "precision": config.train.precision,
         "device": device,
     }
-    # Whole blocks: the same slices are together in every run.
+    # Complete blocks: every run batches the same slices together.
     dataset = blocks_on_actors(slices, _Extractor, arguments, actors)
     parts.filesystem.create_dir(parts.path, recursive=True)
     dataset.write_parquet(parts.path, filesystem=parts.filesystem)
@@ -252,10 +253,10 @@ def _write_parts(
 
 
 class _Extractor:
-    """Holds the encoder on one actor's device.
+    """Keeps the encoder on one actor's device.
 
-    It is built with the first block: what an actor's ``__init__`` raises is a lost actor to Ray
-    Data, and not the error that it is.
+    The encoder is built with the first block: Ray Data reports an exception in an actor's
+    ``__init__`` as a lost actor, which would hide the error.
     """
 
     def __init__(

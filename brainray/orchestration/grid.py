@@ -1,4 +1,4 @@
-"""A study's grid: cells as Ray tasks, each kept as a file when it is finished."""
+"""The grid of a study: cells run as Ray tasks, and each finished cell is saved as a file."""
 
 import time
 from collections import deque
@@ -35,11 +35,11 @@ from brainray.schema import ASSIGNED
 from brainray.storage import Folder
 
 FITTED = "fitted"
-"""Subset of the slices that a clusterer is fitted to; the others are held out."""
+"""Subset of the slices to which a clusterer is fitted; the others are held out."""
 
 _SILENT_S = 20.0
-_CELL_FORMAT = 5  # raised whenever a cell is computed otherwise than before
-_MAX_FEATURES = 4096  # PCA of so many takes a quarter of a minute and 0.7 GB
+_CELL_FORMAT = 5  # increase when the computation of a cell changes
+_MAX_FEATURES = 4096  # PCA of this many takes 15 s and 0.7 GB
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Outcome:
     """A finished cell."""
 
     cell: Cell
-    scores: Mapping[str, Mapping[str, float]]  # figures of each subset of the slices
+    scores: Mapping[str, Mapping[str, float]]  # metrics of each subset of the slices
     details: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
@@ -92,22 +92,22 @@ class Slices:
 
     @property
     def key(self) -> str:
-        """Changes with the labels and the subsets, on which scores depend."""
+        """Changes with the labels and subsets, on which scores depend."""
         parts = [self.labels, *(self.subsets[name] for name in sorted(self.subsets))]
         return content_key({"parts": [content_hash(part.tobytes()) for part in parts]})
 
 
 @dataclass(frozen=True)
 class Reduced:
-    """Principal coordinates of every slice, from components of the fitted ones."""
+    """Principal coordinates of every slice; components are fitted to the fitted slices."""
 
-    coordinates: NDArray[np.float64]  # (N, D) for the largest D asked for
+    coordinates: NDArray[np.float64]  # (N, D) for the largest requested D
     explained: NDArray[np.float64]  # (D,) shares of the total variance
     problem: str | None = None  # why there are no coordinates
 
 
 def build_clusterer(cell: Cell, study: StudyConfig, clustering: ClusteringConfig) -> Clusterer:
-    """The clusterer of a cell; a new one is one class in clustering/ and one line here."""
+    """The clusterer of a cell; adding one takes a class in clustering/ and a case here."""
     limits = (cell.seed, study.max_quadratic_rows)
     match cell.clusterer:
         case "kmeans":
@@ -148,7 +148,7 @@ def main_cells(config: Config, dataset: str) -> list[Cell]:
 
 
 def sensitivity_cells(config: Config, dataset: str) -> list[Cell]:
-    """What the main grid keeps fixed, varied one at a time on one feature set."""
+    """Settings that the main grid keeps fixed, varied one at a time on one feature set."""
     settings, study = config.study.sensitivity, config.study
     feature = settings.feature or list(study.features)[-1]
     cells = []
@@ -173,10 +173,10 @@ def sensitivity_cells(config: Config, dataset: str) -> list[Cell]:
 def check_sizes(
     config: Config, dataset: str, num_fitted: int, num_features: dict[str, int]
 ) -> None:
-    """Refuse a grid that some data set or encoder is too small for.
+    """Refuse a grid for which a data set or encoder is too small.
 
     Raises:
-        ConfigError: with the key to lower.
+        ConfigError: names the key to lower.
     """
     study = config.study
     wanted = {
@@ -190,7 +190,7 @@ def check_sizes(
     for key, needed in wanted.items():
         if needed > num_fitted:
             raise ConfigError(
-                f"{key} asks for {needed} slices, but {dataset} has {num_fitted} to fit: lower it "
+                f"{key} needs {needed} slices, but {dataset} has {num_fitted} to fit: lower it "
                 "or add slices"
             )
     for name, width in num_features.items():
@@ -198,21 +198,21 @@ def check_sizes(
             is_pixels = study.features[name].encoder == PIXELS
             remedy = "lower its image_size" if is_pixels else "choose another encoder"
             raise ConfigError(
-                f"study.features.{name} has {width:,} features, more than the {_MAX_FEATURES:,} "
-                f"whose covariance PCA takes: {remedy}"
+                f"study.features.{name} has {width:,} features, but PCA takes at most "
+                f"{_MAX_FEATURES:,}: {remedy}"
             )
     largest = max(study.pca_dims)
     for name, width in (("slices to fit", num_fitted), *num_features.items()):
         if largest > width:
             what = name if name == "slices to fit" else f"features of {name!r}"
             raise ConfigError(
-                f"study.pca_dims asks for {largest} components, but {dataset} has {width} {what}: "
+                f"study.pca_dims needs {largest} components, but {dataset} has {width} {what}: "
                 "lower it"
             )
 
 
 class Grid:
-    """Runs cells that no file says are finished, a few at a time."""
+    """Runs the unfinished cells of a study, a few at a time."""
 
     def __init__(
         self,
@@ -224,11 +224,11 @@ class Grid:
     ) -> None:
         """
         Args:
-            config: ``study`` and ``clustering``.
-            folder: the study's.
+            config: sections ``study`` and ``clustering``.
+            folder: folder of the study.
             stores: features by data set, feature and seed.
-            slices: by data set.
-            log: progress.
+            slices: slices by data set.
+            log: receives progress.
         """
         self._config = config
         self._folder = folder
@@ -243,7 +243,7 @@ class Grid:
         return self._stores[cell.dataset, cell.feature, cell.seed]
 
     def reduced(self, cell: Cell) -> ray.ObjectRef[Any]:
-        """Their `Reduced`, made once for each feature store of this run."""
+        """The cell's features as `Reduced`, computed once per feature store."""
         store, study = self.store(cell), self._config.study
         if store.key not in self._reduced:
             is_encoded = study.features[cell.feature].encoder != PIXELS
@@ -253,11 +253,11 @@ class Grid:
         return self._reduced[store.key]
 
     def run(self, cells: Sequence[Cell]) -> list[Outcome]:
-        """Outcomes in the order of the cells; those with a file are read, not run."""
+        """Outcomes in the order of the cells; finished cells are read from their files."""
         outcomes = {cell: found for cell in cells if (found := self._finished(cell))}
         distinct = dict.fromkeys(cells)
         waiting = deque(cell for cell in distinct if cell not in outcomes)
-        self._log(f"grid: {len(distinct)} cells, {len(outcomes)} of them finished before")
+        self._log(f"grid: {len(distinct)} cells, {len(outcomes)} of them already finished")
         running: dict[ray.ObjectRef[Any], Cell] = {}
         limit = self._config.study.max_concurrent_cells or int(
             ray.cluster_resources().get("CPU", 1)
@@ -282,11 +282,11 @@ class Grid:
                 self._log(f"cell {outcome.cell.file}: {outcome.problem}")
             if time.monotonic() - last_said > _SILENT_S:
                 last_said = time.monotonic()
-                self._log(f"grid: {len(outcomes)} of {len(distinct)} cells are finished")
+                self._log(f"grid: {len(outcomes)} of {len(distinct)} cells finished")
         return [outcomes[cell] for cell in cells]
 
     def key(self, cell: Cell) -> str:
-        """Of all that the cell's figures depend on."""
+        """Hash of everything on which the cell's metrics depend."""
         study, clustering = self._config.study, self._config.clustering
         settings = {
             "format": _CELL_FORMAT,
@@ -318,12 +318,12 @@ def _reduce(store: FeatureStore, slices: Slices, num_components: int, normalise:
         torch.set_num_threads(1)
         try:
             table, features = store.read()
-        except DataError as error:  # one broken feature set does not end the others' study
+        except DataError as error:  # one broken feature set must not stop the study of the others
             return Reduced(np.empty((0, 0)), np.empty(0), str(error))
-        same = ["sample_id", "split", "frame"]  # files may have been renamed since
+        same = ["sample_id", "split", "frame"]  # paths may have changed since
         assert table.select(same).equals(slices.table.select(same)), "features of other slices"
         rows = torch.tensor(features, dtype=torch.float64)
-        if normalise:  # as training does: directions carry the meaning
+        if normalise:  # as in training: only directions matter
             rows = torch.nn.functional.normalize(rows)
         fitted = rows[torch.tensor(slices.fitted)]
         pca = PCA(num_components).fit(fitted)
@@ -334,7 +334,7 @@ def _reduce(store: FeatureStore, slices: Slices, num_components: int, normalise:
 def _run_cell(
     cell: Cell, key: str, config: Config, folder: Folder, slices: Slices, reduced: Reduced
 ) -> Outcome:
-    """Cluster the fitted slices, assign the others, score, and keep it."""
+    """Cluster the fitted slices, assign the others, score and save the cell."""
     started = time.monotonic()
     if reduced.problem:
         return Outcome(cell, {}, problem=reduced.problem)
@@ -391,7 +391,7 @@ def assignments(folder: Folder, cell: Cell) -> NDArray[np.int64]:
 
 
 def outcome_row(outcome: Outcome, subset: str) -> dict[str, Any]:
-    """A flat row of a table."""
+    """One flat table row of a cell's scores on a subset."""
     cell = outcome.cell
     return {
         "dataset": cell.dataset,

@@ -1,4 +1,4 @@
-"""The life that all jobs share: arguments, config, Ray, one JSON line, exit code."""
+"""The frame that all jobs share: arguments, config, Ray, one JSON line, exit code."""
 
 import argparse
 import contextlib
@@ -39,24 +39,24 @@ TRAINING_SECTIONS = (
     "evaluation",
     "tracking",
 )
-"""Sections of the config that training on a store reads: for ``--help`` of the jobs that train."""
+"""Config sections that training on a store reads, for ``--help`` of the training jobs."""
 
 STORE_KEYS = ("classes", "preprocess", "split.mode", "split.test_fraction", "split.seed")
-"""Settings that make an image store of a source."""
+"""Settings that determine how an image store is made from a source."""
 
 WORKER_KEYS = tuple(f"train.{name}" for name in WORKER_SETTINGS)
-"""Settings that say where workers run and how many there are."""
+"""Settings of where workers run and how many there are."""
 
 _ANSWERS_WITHIN_S = 10.0
 _DASHBOARD_VARIABLE = "RAY_API_SERVER_ADDRESS"
 
-# What Ray Data appends to the message of whatever a task raises.
+# Ray Data appends this to the message of any exception in a task.
 _RAYS_ADVICE = re.compile(r"\nFailed to .+ after \d+/\d+ attempts")
 
 
 @dataclass(frozen=True)
 class JobResult:
-    """What a job's last line says."""
+    """Content of a job's last line."""
 
     out: str
     run_id: str | None = None
@@ -70,17 +70,17 @@ def run_job(
     keys: Sequence[str],
     argv: Sequence[str] | None = None,
 ) -> int:
-    """Parse, load the config, attach to Ray, do the work, print the result; the exit code.
+    """Parse, load the config, attach to Ray, do the work, print the result; return the exit code.
 
     The last line on stdout is one JSON object, whatever happens after the arguments are parsed.
 
     Args:
-        name: of the job, as in ``jobs/NAME.py``.
+        name: name of the job, as in ``jobs/NAME.py``.
         description: first paragraph of ``--help``.
         work: the job itself.
-        keys: dotted config keys, or sections, that the job reads and ``--help`` explains; others
-            that are set by hand are told to have no effect.
-        argv: arguments; the process's own by default.
+        keys: dotted config keys, or sections, that the job reads and ``--help`` explains. Setting
+            others by hand logs a note.
+        argv: arguments; by default those of the process.
     """
     arguments = _parser(name, description, keys).parse_args(argv)
     overrides = [item for group in arguments.set for item in group]
@@ -97,10 +97,10 @@ def run_job(
 
 
 def _check_places(name: str, config: Config, keys: Sequence[str]) -> None:
-    """What is named must be there: told before Ray starts, which takes many seconds.
+    """Check that given paths, runs and stores exist, before Ray spends seconds on starting.
 
     Raises:
-        BrainrayError: it is not.
+        BrainrayError: one of them does not exist.
     """
     from brainray import layout
     from brainray.orchestration.run import open_run
@@ -122,7 +122,7 @@ def _check_places(name: str, config: Config, keys: Sequence[str]) -> None:
 
 
 def run_command(name: str, work: Callable[[], JobResult]) -> int:
-    """Do the work and print the one JSON line of its outcome; the exit code."""
+    """Do the work, print its outcome as one JSON line and return the exit code."""
     _end_in_order_on_sigterm()
     try:
         with _own_connection():
@@ -149,7 +149,7 @@ def run_command(name: str, work: Callable[[], JobResult]) -> int:
 
 @contextlib.contextmanager
 def _own_connection() -> Iterator[None]:
-    """Leave Ray at the end, if the block has joined it: what workers have printed comes before."""
+    """Leave Ray at the end if the block joined it, so that workers' output is printed first."""
     ray = _ray_if_needed_yet()
     joined_before = ray is not None and ray.is_initialized()
     try:
@@ -161,29 +161,29 @@ def _own_connection() -> Iterator[None]:
 
 
 def _ray_if_needed_yet() -> Any:
-    """Ray takes seconds to import: too long for ``--help``, or to be told of a typing error."""
+    """Ray takes seconds to import: too long for ``--help`` or for reporting a typing error."""
     return sys.modules.get("ray")
 
 
 class Terminated(KeyboardInterrupt):
-    """The process was asked to end by a signal; no ``except Exception`` is to hold it up.
+    """A signal asked the process to end; no ``except Exception`` may catch this.
 
-    Of what a signal handler raises, ``ray.get`` hands on a KeyboardInterrupt alone, as a plain
-    one; anything else it swallows, and waits on.
+    ``ray.get`` passes on only a KeyboardInterrupt (as a plain one) from a signal handler; it
+    swallows any other exception and keeps waiting.
     """
 
     def __init__(self, signal_name: str) -> None:
         super().__init__(
-            f"ended by {signal_name}: submit it again under the same name, it goes on after the "
+            f"ended by {signal_name}: submit it again under the same name to resume after the "
             "last finished epoch or stage"
         )
 
 
 def _end_in_order_on_sigterm() -> None:
-    """What has begun is ended as after an error: locks released, MLflow told, one JSON line."""
+    """End as after an error: release locks, update MLflow, print one JSON line."""
 
     def end(number: int, _frame: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_IGN)  # a second one must not interrupt the ending
+        signal.signal(number, signal.SIG_IGN)  # a second signal must not interrupt the cleanup
         raise Terminated(signal.Signals(number).name)
 
     if threading.current_thread() is threading.main_thread():
@@ -191,11 +191,11 @@ def _end_in_order_on_sigterm() -> None:
 
 
 def resolve_paths(config: Config) -> Config:
-    """Make ``source``, ``labels``, ``checkpoint``, ``storage``, local weights and a database for
-    tracking absolute.
+    """Make ``source``, ``labels``, ``checkpoint``, ``storage``, local weights and a tracking
+    database absolute.
 
     Raises:
-        ConfigError: a relative path in a submitted job, which runs in a throw-away copy.
+        ConfigError: a relative path in a submitted job, which runs in a temporary copy.
     """
     resolved: dict[str, Any] = {
         key: _resolve(key, value)
@@ -258,13 +258,13 @@ def _parser(name: str, description: str, keys: Sequence[str]) -> argparse.Argume
         nargs="+",
         action="append",
         default=[],
-        help="settings that win over the file, such as train.num_epochs=5; may be repeated",
+        help="settings that override the file, such as train.num_epochs=5; may be repeated",
     )
     return parser
 
 
 def unread_keys(overrides: Sequence[str], keys: Sequence[str]) -> list[str]:
-    """Keys of ``key=value`` overrides that neither are among ``keys`` nor hold or belong to any."""
+    """Keys of ``key=value`` overrides that are not, contain or belong to any of ``keys``."""
     given = [override.partition("=")[0].strip() for override in overrides]
     return [
         key
@@ -287,7 +287,7 @@ def _describe(keys: Sequence[str]) -> str:
 
 
 def attach_to_ray() -> None:
-    """The running Ray cluster where there is one (``RAY_ADDRESS``), else a local one."""
+    """Join the running Ray cluster if there is one (``RAY_ADDRESS``), else start a local one."""
     import ray
     import ray.data
 
@@ -295,47 +295,48 @@ def attach_to_ray() -> None:
         address = os.environ.get("RAY_ADDRESS", "")
         _check_address(address)
         if not sys.stdout.isatty():
-            os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # marks in a file of what workers print
-        log(f"joining Ray at {address}" if address else "joining Ray, or starting it here")
+            os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # no colour codes in files
+        log(f"joining Ray at {address}" if address else "joining or starting Ray on this machine")
         init_ray()
-        _end_in_order_on_sigterm()  # Ray has put a handler of its own in place
-    # Jobs print their own progress and errors, which also read well in a log.
+        _end_in_order_on_sigterm()  # Ray has installed its own handler
+    # Jobs print their own progress and errors, in a form that suits log files.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    context.raise_original_map_exception = True  # wrapped, it would lose its class on the way
-    context.memory_usage_poll_interval_s = None  # statistics that nobody reads cost tasks a tenth
+    context.raise_original_map_exception = True  # a wrapped exception loses its class
+    context.memory_usage_poll_interval_s = None  # unused statistics slow tasks by a tenth
 
 
 def _check_address(address: str) -> None:
-    """Ray itself waits for minutes, and says nothing that tells what for.
+    """Check that Ray is reachable; Ray itself waits for minutes without saying why.
 
     Raises:
         ConfigError: nothing listens at a HOST:PORT.
     """
     found = re.fullmatch(r"(?P<host>[^/]+):(?P<port>\d+)", address)
-    if found is None:  # another kind of address, as local or ray://HOST:PORT
+    if found is None:  # another kind of address, such as local or ray://HOST:PORT
         return
     try:
         host, port = found["host"].strip("[]"), int(found["port"])
         socket.create_connection((host, port), _ANSWERS_WITHIN_S).close()
     except (OSError, OverflowError, UnicodeError) as error:
         raise ConfigError(
-            f"no Ray answers at RAY_ADDRESS={address} ({error}): start that cluster, or unset the "
-            "variable for a Ray of the job's own"
+            f"RAY_ADDRESS={address}: no Ray cluster answers ({error}); start that cluster, or "
+            "unset the variable to let the job start its own"
         ) from None
 
 
 def init_ray(**options: Any) -> None:
-    """``ray.init`` with these options; a Ray that it starts is not mistaken for another one here.
+    """Call ``ray.init`` so that a Ray started here is not confused with others on this machine.
 
-    Ray's processes ask its dashboard of one another. Those of a Ray that starts inherit where it
-    is: they would look for it by themselves, and stop where the machine has several Rays.
+    Ray's processes find each other through its dashboard. Processes of a new Ray inherit the
+    dashboard's address; they would otherwise search for it, and stop if the machine runs several
+    Rays.
     """
     import ray
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]  # not the usual one: others may take that meanwhile
+        port = listener.getsockname()[1]  # not the usual port: another Ray may take that meanwhile
     before = os.environ.get(_DASHBOARD_VARIABLE)
     os.environ[_DASHBOARD_VARIABLE] = f"http://127.0.0.1:{port}"
     try:
@@ -353,7 +354,7 @@ def _fail(name: str, error: Exception | Terminated) -> int:
         message, code = str(error), EXIT_FAILED
     elif cause is None:
         print(redacted("".join(traceback.format_exception(error))), file=sys.stderr, end="")
-        # Ray puts every worker's traceback into the message: its last line is the reason.
+        # Ray puts every worker's traceback into the message; the last line is the reason.
         lines = [line for line in str(error).splitlines() if line.strip()] or [""]
         message, code = f"{type(error).__name__}: {lines[-1]}", EXIT_FAILED
     else:
@@ -365,10 +366,10 @@ def _fail(name: str, error: Exception | Terminated) -> int:
 
 
 def _user_error(error: BaseException | None) -> BrainrayError | None:
-    """The brainray error in a chain that Ray may have wrapped around it."""
+    """The brainray error in an exception chain, which Ray may have wrapped."""
     ray = _ray_if_needed_yet()
     if ray is not None and isinstance(error, ray.exceptions.RayTaskError):
-        # It is of its cause's class besides, with the worker's traceback for a message.
+        # It is also an instance of its cause's class, with the worker's traceback as message.
         return _user_error(error.cause)
     if error is None or isinstance(error, BrainrayError):
         return error

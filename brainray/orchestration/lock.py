@@ -1,9 +1,9 @@
-"""One job at a time on what has a name: a lock in storage whose holder is seen to be alive.
+"""Locks in storage that let one job at a time use a name, with a check that holders are alive.
 
-No clock is compared with another. The holder counts up a number in the lock every few seconds; who
-wants the lock watches, by a stopwatch of its own, whether the number moves. Where both are on one
-machine, its table of processes tells at once. A holder that finds another one's claim, as after a
-long pause of its machine, ends itself.
+Clocks of different machines are never compared. The holder increases a counter in the lock every
+few seconds; a job that wants the lock measures with its own stopwatch whether the counter changes.
+If both are on one machine, the process table answers at once. A holder that finds another job's
+claim, for example after its machine was suspended, ends itself.
 """
 
 import _thread
@@ -27,24 +27,24 @@ from brainray.storage import Folder
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds, by this process's own stopwatch."""
+    """Intervals of a lock, in seconds of this process's own stopwatch."""
 
     beat_s: float = 5.0
     patience_s: float = 30.0
-    """A holder that has not counted up for so long is taken for dead."""
+    """A holder whose counter has not changed for this long is considered dead."""
     settle_s: float = 2.0
-    """Between a claim and its confirmation, where storage cannot create a file exclusively."""
+    """Between a claim and its confirmation, if storage cannot create a file exclusively."""
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What a lock's file says."""
+    """Content of a lock file."""
 
-    owner: str  # of one process and one claim
+    owner: str  # unique to one claim of one process
     host: str
     pid: int
-    place: str  # boot of a machine and namespace of its process ids; empty where unknown
-    born: str  # when the process started, in the machine's ticks since boot
+    place: str  # boot id of the machine and its pid namespace; empty if unknown
+    born: str  # start of the process, in the machine's ticks since boot
     beat: int = 0
 
     @classmethod
@@ -53,7 +53,7 @@ class Claim:
         return cls(uuid.uuid4().hex, socket.gethostname(), pid, _place(), _born(pid) or "")
 
     def is_alive_here(self) -> bool | None:
-        """By this machine's table of processes; None where the holder may be on another one."""
+        """From this machine's process table; None if the holder may be on another machine."""
         if not self.place or self.place != _place():
             return None
         return _born(self.pid) == self.born
@@ -69,18 +69,18 @@ def held(
     *,
     in_turn: bool = False,
 ) -> Iterator[None]:
-    """Hold the lock of ``storage/kind/name`` for the time of the block.
+    """Hold the lock of ``storage/kind/name`` within the block.
 
     Args:
-        storage: where jobs meet.
-        kind: what is locked, such as runs.
-        name: of it.
-        log: told of a holder that has ended, or is waited for.
-        pace: of the lock's heartbeat.
-        in_turn: wait for the end of another job that holds it.
+        storage: storage that the jobs share.
+        kind: kind of what is locked, such as runs.
+        name: name of what is locked.
+        log: receives a line if a holder has ended or is waited for.
+        pace: intervals of the lock's heartbeat.
+        in_turn: wait until another job releases the lock.
 
     Raises:
-        ConfigError: another job that is alive holds it, and it is not waited for.
+        BusyError: another live job holds the lock, and ``in_turn`` is not set.
     """
     lock = _Lock(storage / layout.LOCKS, kind, name, pace or Pace())
     if in_turn:
@@ -94,9 +94,9 @@ def held(
 
 
 def is_held(storage: Folder, kind: str, name: str) -> bool:
-    """Whether a job is at work on ``storage/kind/name``.
+    """Whether a job is using ``storage/kind/name``.
 
-    One that was killed on another machine, or in another container, still counts as at work.
+    A job that was killed on another machine, or in another container, still counts.
     """
     claim = _read_claim(storage / layout.LOCKS, _file_of(kind, name))
     return claim is not None and claim.is_alive_here() is not False
@@ -120,7 +120,7 @@ class _Lock:
         self._thread.start()
 
     def acquire_in_turn(self, log: Log) -> None:
-        """Once nobody alive holds it; what is said while waiting is said once."""
+        """Acquire as soon as no live job holds the lock; logs each message once while waiting."""
         said: set[str] = set()
 
         def say_once(text: str) -> None:
@@ -132,7 +132,7 @@ class _Lock:
             try:
                 self.acquire(say_once)
             except BusyError as refusal:
-                say_once(f"{str(refusal).partition(':')[0]}: waiting for its end")
+                say_once(f"{str(refusal).partition(':')[0]}: waiting for it to finish")
                 time.sleep(self._pace.beat_s)
             else:
                 return
@@ -145,9 +145,9 @@ class _Lock:
             self._folder.delete_file(self._file)
 
     def _claim_new(self) -> bool:
-        """Take a lock that nobody holds; whether there was none."""
+        """Take the lock if nobody holds it; returns whether it was free."""
         if self._folder.local_path is not None:
-            with suppress(OSError):  # a mount that knows no hard links
+            with suppress(OSError):  # a mount without hard links
                 return self._folder.create_file(self._file, _encoded(self._mine))
         if self._read() is not None:
             return False
@@ -156,7 +156,7 @@ class _Lock:
         return True
 
     def _confirm(self) -> None:
-        """Of several that claim at once, the last to write has it."""
+        """Among simultaneous claims, the last one written gets the lock."""
         time.sleep(self._pace.settle_s)
         found = self._read()
         if found is None or found.owner != self._mine.owner:
@@ -171,11 +171,11 @@ class _Lock:
             raise self._refusal(first)
         if alive is None:
             log(
-                f"{self._what} was locked by process {first.pid} of {first.host}: watching for "
+                f"{self._what} was locked by process {first.pid} on {first.host}: watching for "
                 f"{self._pace.patience_s:g} s whether it is alive"
             )
             self._watch(first)
-        log(f"{self._what}: took over from process {first.pid} of {first.host}, which has ended")
+        log(f"{self._what}: took over from process {first.pid} on {first.host}, which has ended")
 
     def _watch(self, first: Claim) -> None:
         deadline = time.monotonic() + self._pace.patience_s
@@ -188,9 +188,9 @@ class _Lock:
                 raise self._refusal(now)
 
     def _refusal(self, holder: Claim | None) -> BusyError:
-        by = "" if holder is None else f" (process {holder.pid} of {holder.host})"
+        by = "" if holder is None else f" (process {holder.pid} on {holder.host})"
         return BusyError(
-            f"another job{by} is at work on {self._what}: wait for its end, or choose another name"
+            f"another job{by} is using {self._what}: wait until it finishes, or choose another name"
         )
 
     def _keep(self) -> None:
@@ -203,7 +203,7 @@ class _Lock:
                     return
                 mine = replace(mine, beat=mine.beat + 1)
                 self._write(mine)
-            except (OSError, BrainrayError):  # storage is away: nobody else can claim either
+            except (OSError, BrainrayError):  # storage is unreachable: nobody else can claim either
                 continue
 
     def _read(self) -> Claim | None:
@@ -218,7 +218,7 @@ def _file_of(kind: str, name: str) -> str:
 
 
 def _read_claim(folder: Folder, file: str) -> Claim | None:
-    """None where there is no lock, or one that is being written."""
+    """None if there is no lock, or if it is being written."""
     if not folder.exists(file):
         return None
     try:
@@ -232,7 +232,7 @@ def _encoded(claim: Claim) -> bytes:
 
 
 def _end_this_process(reason: str) -> None:
-    """As on SIGTERM, where a job handles it; else at once: two must not write one run."""
+    """End as on SIGTERM if a job handles it, else at once: two jobs must not write one run."""
     print(f"stopping: the lock was lost; {reason}", flush=True)
     if callable(signal.getsignal(signal.SIGTERM)):
         _thread.interrupt_main(signal.SIGTERM)
@@ -249,9 +249,9 @@ def _place() -> str:
 
 
 def _born(pid: int) -> str | None:
-    """When a process started, in ticks since boot, which no clock moves; None for the dead."""
+    """Start of a process in ticks since boot, independent of clocks; None if it is dead."""
     try:
-        # The name before the last bracket may hold anything.
+        # The name before the last bracket may contain anything.
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None

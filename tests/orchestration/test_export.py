@@ -289,9 +289,13 @@ def test_an_epoch_is_looked_for_in_what_best_really_holds(trained: TrainedRun) -
     ("overrides", "error", "message"),
     [
         (["run=absent"], DataError, "no run 'absent'"),
-        (["epoch=7"], CheckpointError, r"keeps the checkpoints of 1, 2, not of 7"),
+        (
+            ["epoch=7"],
+            CheckpointError,
+            r"no checkpoint of epoch 7: choose one that it keeps \(1, 2\)",
+        ),
         (["run=null", "checkpoint=/tmp"], CheckpointError, r"holds no model\.pt"),
-        (["run=null", "checkpoint=/tmp", "epoch=1"], ConfigError, "goes with --set run=NAME"),
+        (["run=null", "checkpoint=/tmp", "epoch=1"], ConfigError, "give --set run=NAME"),
         (["run=null", "checkpoint=/tmp", "registry.name=m", "name=x"], ConfigError, "of a run"),
     ],
 )

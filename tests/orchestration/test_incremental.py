@@ -109,7 +109,7 @@ def test_a_store_that_a_run_goes_on_with_is_not_replaced_by_other_slices(
     assert preprocess(config, data_hash=before.data_hash).data_hash == before.data_hash
     grow(source)
     with pytest.raises(
-        ConfigError, match=r"the image store .* left as it was: bring it up to date with jobs/pre"
+        ConfigError, match=r"the image store .* was left unchanged: update it with jobs/pre"
     ):
         preprocess(config, data_hash=before.data_hash)
     assert index(opened(tmp_path / "a")).equals(index(before))

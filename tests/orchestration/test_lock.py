@@ -69,7 +69,7 @@ def test_a_second_job_is_refused_at_once_in_one_line(
     tmp_path: Path, holder: subprocess.Popen[str]
 ) -> None:
     started = time.monotonic()
-    with pytest.raises(ConfigError, match=rf"another job \(process {holder.pid} of .*runs/first"):
+    with pytest.raises(ConfigError, match=rf"another job \(process {holder.pid} on .*runs/first"):
         take(tmp_path)
     assert time.monotonic() - started < 0.5
     with held(Folder(tmp_path), "runs", "second", print, QUICK):
@@ -98,7 +98,7 @@ def test_a_holder_elsewhere_is_alive_while_its_count_moves(tmp_path: Path) -> No
         folder.write_json(LOCK, asdict(replace(elsewhere, beat=next(beats))))
 
     with (
-        pytest.raises(ConfigError, match="process 1 of far"),
+        pytest.raises(ConfigError, match="process 1 on far"),
         held(folder, "runs", "first", beat, QUICK),
     ):
         pass
@@ -115,7 +115,7 @@ def test_a_holder_elsewhere_whose_count_stands_still_is_dead_whatever_the_clocks
     with held(Folder(tmp_path), "runs", "first", said.append, QUICK):
         assert time.monotonic() - started >= QUICK.patience_s
     assert "watching for 0.6 s" in said[0]
-    assert "took over from process 1 of far" in said[1]
+    assert "took over from process 1 on far" in said[1]
 
 
 def test_a_holder_that_was_paused_for_long_ends_itself(
@@ -166,7 +166,7 @@ def test_who_waits_for_its_turn_has_it_when_the_holder_ends(
     with held(Folder(tmp_path), "runs", "first", said.append, QUICK, in_turn=True):
         holder.wait(timeout=10)
     assert said[0].startswith("another job (process")
-    assert said[0].endswith("is at work on runs/first: waiting for its end")
+    assert said[0].endswith("is using runs/first: waiting for it to finish")
     assert len(said) == len(set(said))
     assert "took over" in said[-1]
 

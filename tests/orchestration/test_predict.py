@@ -80,7 +80,7 @@ def test_an_actor_does_not_predict_with_another_epoch_than_the_rest(trained: Tra
     best = trained.run.folder / "best"
     chosen = int(trained.metrics["chosen_epoch"])
     assert _Embedder(best, chosen, "fp32", "cpu").model.checkpoint.epoch == chosen
-    with pytest.raises(CheckpointError, match=f"holds epoch {chosen} now, and held 99 when"):
+    with pytest.raises(CheckpointError, match=f"now contains epoch {chosen}, not 99 as when"):
         _ = _Embedder(best, 99, "fp32", "cpu").model  # another has taken its place since
 
 
@@ -143,7 +143,7 @@ def test_a_run_on_slices_that_would_be_made_otherwise_now_does_not_predict(
     run.write_json("run.json", info | {"versions": versions})
     assert find_predictor(config, "this test").preprocess.skull_strip == "intracranial"
     monkeypatch.setattr(intracranial, "VERSION", VERSION + 1)
-    with pytest.raises(CheckpointError, match="preprocess and train anew"):
+    with pytest.raises(CheckpointError, match="preprocess and train again"):
         find_predictor(config, "this test")
 
 
@@ -245,7 +245,7 @@ def test_slices_of_a_volume_are_rows_of_their_own(trained: TrainedRun, tmp_path:
     [
         (["run=absent"], DataError, "no run 'absent'"),
         (["source=/absent"], DataError, "no such folder"),
-        (["checkpoint=/tmp"], ConfigError, "needs one of"),
+        (["checkpoint=/tmp"], ConfigError, "needs either"),
         (["name=inbox", "source=/tmp"], ConfigError, "made otherwise"),
     ],
 )

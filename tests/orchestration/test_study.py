@@ -144,8 +144,8 @@ def test_the_same_name_goes_on_and_repeats_nothing_finished(
         name: time for name, time in before.items() if name != first
     }
     assert after[first] > before[first]
-    assert f"grid: {len(before)} cells, {len(before) - 1} of them finished before" in said
-    assert any(line.endswith(": reused") for line in said)
+    assert f"grid: {len(before)} cells, {len(before) - 1} of them already finished" in said
+    assert any(line.endswith(": up to date, reusing them") for line in said)
     assert again.metrics == studied.metrics
 
 
@@ -204,7 +204,7 @@ def test_corrected_labels_are_what_an_old_study_is_scored_on(
         (
             {"raw": {"encoder": "pixels"}},
             ["dataset=mri"],
-            "study.features.raw has 16,384 features, more than the 4,096",
+            "study.features.raw has 16,384 features, but PCA takes at most 4,096",
         ),
         (
             {"tiny": {"encoder": "resnet18", "image_size": 32, "pretext": "rotation"}},
@@ -215,12 +215,12 @@ def test_corrected_labels_are_what_an_old_study_is_scored_on(
         (
             PIXELS,
             ["dataset=mri", "clustering.num_clusters=99"],
-            "clustering.num_clusters asks for 99 slices, but mri has 56 to fit",
+            "clustering.num_clusters needs 99 slices, but mri has 56 to fit",
         ),
         (
             PIXELS,
             ["dataset=mri", "study.pca_dims=[57]"],
-            "study.pca_dims asks for 57 components, but mri has 56 slices to fit",
+            "study.pca_dims needs 57 components, but mri has 56 slices to fit",
         ),
         (
             {"tiny": {"encoder": "resnet18", "image_size": 64, "pretext": "rotation"}},

@@ -460,7 +460,7 @@ def test_a_store_of_other_masks_than_todays_is_not_trained_on(
     path.write_text(json.dumps(manifest | {"intracranial_version": 1}))
     config = config_of(tmp_path, "old", "preprocess.skull_strip=intracranial")
     with pytest.raises(
-        DataError, match=r"intracranial_version: 1 here, \d+ asked.*preprocess anew"
+        DataError, match=r"intracranial_version: 1 here, \d+ asked.*preprocess again"
     ):
         train(config)
     assert not (tmp_path / "runs").exists()
@@ -633,7 +633,7 @@ def test_a_new_run_tells_how_many_labels_it_reads_and_what_nothing_tells(
         if others:
             assert 0.4 < num_read / num_labels < 0.6
             assert told[0].startswith(f"the run reads {num_read} of {num_labels} labels")
-        assert f"nothing beside {weights} tells what it was trained on" in lines[-1]
+        assert f"no record of what {weights} was trained on" in lines[-1]
 
 
 def test_a_file_of_weights_is_read_where_the_driver_runs(
@@ -675,7 +675,7 @@ def test_a_run_of_a_time_when_fewer_settings_were_free_goes_on(storage: Path) ->
     ("overrides", "error", "message"),
     [
         (["run=absent"], DataError, "no run 'absent'"),
-        ([], ConfigError, "one of --set run=NAME and --set checkpoint=PATH"),
+        ([], ConfigError, "either --set run=NAME or --set checkpoint=PATH"),
         (["checkpoint=/tmp"], CheckpointError, r"holds no model\.pt"),
     ],
 )

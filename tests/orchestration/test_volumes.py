@@ -135,7 +135,7 @@ def test_new_files_of_a_patient_are_not_hashed_with_another_salt(
     before = preprocess(config)
     add(2)
     monkeypatch.setenv("BRAINRAY_SALT", "another one of sixteen letters")
-    with pytest.raises(DataError, match=r"hashed with another salt than BRAINRAY_SALT or storage"):
+    with pytest.raises(DataError, match=r"a different salt from that of BRAINRAY_SALT or storage"):
         preprocess(config)
     monkeypatch.setenv("BRAINRAY_SALT", "a secret of sixteen letters")
     assert (
