@@ -1,4 +1,4 @@
-"""Settings as text: YAML files, ``--set key=value``, errors that name a key, and ``--help``."""
+"""Settings as text: YAML files, ``--set key=value``, errors that name the key, and ``--help``."""
 
 import difflib
 import math
@@ -44,7 +44,7 @@ def parse_config(tree: Mapping[str, Any]) -> Config:
 
 
 def flatten(config: BaseModel) -> dict[str, str | int | float | bool]:
-    """``{"train.num_epochs": 20, ...}``; unset values are left out, sequences become text."""
+    """``{"train.num_epochs": 20, ...}``; unset values are omitted, sequences become text."""
     flat: dict[str, str | int | float | bool] = {}
 
     def visit(prefix: str, value: Any) -> None:
@@ -61,41 +61,43 @@ def flatten(config: BaseModel) -> dict[str, str | int | float | bool]:
 
 
 def parse_yaml(content: bytes, where: str) -> dict[str, Any]:
-    """The mapping that a YAML file holds; ``where`` names the file in errors.
+    """The mapping in a YAML file; ``where`` names the file in errors.
 
     Raises:
-        ConfigError: it is not valid YAML, or no mapping.
+        ConfigError: it is not valid YAML, or not a mapping.
     """
     if len(content) > _MAX_CONFIG_BYTES:
         raise ConfigError(f"{where} is larger than {_MAX_CONFIG_BYTES} bytes: not a config file")
     try:
         tree = yaml.load(content.decode(), _PlainLoader)
-    except Exception as error:  # PyYAML raises nearly anything on dates and numbers that are none
+    except Exception as error:  # PyYAML raises nearly anything on invalid dates and numbers
         reason = " ".join(str(error).split())
         raise ConfigError(f"{where} is not valid YAML: {_shortened(reason)}") from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
-        raise ConfigError(f"{where} must hold a mapping of keys, not a {type(tree).__name__}")
+        raise ConfigError(f"{where} must contain a mapping of keys, not a {type(tree).__name__}")
     return tree
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Plain values: SafeLoader refuses tags of Python objects, and this one aliases.
+    """Loads plain values only: SafeLoader rejects Python object tags, this class also aliases.
 
-    A few lines of aliases to aliases stand for more values than any memory holds. Which words are
-    no text is by the core schema of YAML 1.2: ``no``, ``010``, ``1_000`` and ``12:30``, which 1.1
-    takes for a truth value and numbers, are names like any other.
+    A few lines of nested aliases can expand to more values than fit in memory. Scalars follow the
+    core schema of YAML 1.2: ``no``, ``010``, ``1_000`` and ``12:30``, which YAML 1.1 reads as a
+    boolean and numbers, are plain text.
     """
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             mark = self.peek_event().start_mark
-            raise yaml.MarkedYAMLError(problem="aliases (*name) are not read", problem_mark=mark)
+            raise yaml.MarkedYAMLError(
+                problem="aliases (*name) are not supported", problem_mark=mark
+            )
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Refuses a key that occurs twice, of which the last would win without a word."""
+        """Reject duplicate keys, of which the last one would silently win."""
         seen: set[str] = set()
         for key, _ in node.value:
             if key.value in seen:
@@ -107,7 +109,7 @@ class _PlainLoader(yaml.SafeLoader):
 
 
 class _PlainDumper(yaml.SafeDumper):
-    """Quotes what a reader of either YAML would take for no text."""
+    """Quotes text that a YAML 1.1 or 1.2 reader would otherwise take for another type."""
 
 
 _PlainLoader.yaml_implicit_resolvers = {}
@@ -129,9 +131,9 @@ for _kind, _pattern, _first in (
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved configuration without secrets, as a file that ``--config`` reads back.
+    """The resolved configuration without secrets, as a file that ``--config`` can read.
 
-    What a policy of augmentation brings by itself is left out: another policy brings its own.
+    Strengths set by an augmentation policy are omitted, so that changing the policy changes them.
     """
     tree = config.without_secrets().model_dump(mode="json")
     for section in (
@@ -147,7 +149,7 @@ def to_yaml(config: Config) -> str:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise ConfigError(f"no such config file: {path}; those that come along are in configs/")
+        raise ConfigError(f"no such config file: {path}; the bundled ones are in configs/")
     with path.open("rb") as stream:
         return parse_yaml(stream.read(_MAX_CONFIG_BYTES + 1), where=str(path))
 
@@ -157,18 +159,18 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     if not separator or not key.strip():
         raise ConfigError(f"--set {override!r}: write dotted.key=value")
     *parents, leaf = key.strip().split(".")
-    if key.startswith(_CLASS_MAP):  # names of classes may hold '.' and '='
+    if key.startswith(_CLASS_MAP):  # class names may contain '.' and '='
         key, _, text = override.rpartition("=")
         parents, leaf = ["classes", "map"], key.removeprefix(_CLASS_MAP).strip()
     of_space = _SPACE_KEY.fullmatch(key.strip())
-    if of_space is not None:  # the key of a setting, which has dots of its own
+    if of_space is not None:  # contains the key of a setting, which itself has dots
         parents, leaf = ["tune", "space", of_space["setting"]], of_space["kind"]
     try:
-        # Of a path, YAML would take what follows " #" for a comment, and ": " for a mapping.
+        # In a path, YAML would read " #" as a comment and ": " as a mapping.
         value = text if " #" in text else yaml.load(text, _PlainLoader)
         if isinstance(value, dict) and not text.lstrip().startswith("{"):
             value = text
-    except Exception:  # as in a file: PyYAML raises nearly anything
+    except Exception:  # as with files, PyYAML raises nearly anything
         value = text
     node = tree
     for parent in parents:
@@ -178,12 +180,12 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         node = child
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"--set {override!r}: the value must be finite")
-    # A number in the place of a name is that name, as typed; elsewhere it becomes a number again.
+    # Numbers stay text, so that a name stays as typed; numeric fields parse them again.
     node[leaf] = text.strip() if isinstance(value, bool | int | float) else value
 
 
 def _explain(error: ValidationError) -> str:
-    """One line for all problems, each with its dotted key and, for a typo, the nearest key."""
+    """All problems on one line, each with its dotted key and, for a typo, the nearest key."""
     problems = []
     for item in error.errors():
         key = ".".join(str(part) for part in item["loc"])
@@ -200,7 +202,7 @@ def _explain(error: ValidationError) -> str:
 
 
 def _shortened(text: str, limit: int = 500) -> str:
-    """Both ends of a text that is too long for one line."""
+    """The text, with its middle cut out if it is too long for one line."""
     return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
 
 
@@ -211,11 +213,11 @@ def _nearest(key: str) -> str:
     matches = elsewhere or difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.8)
     if matches:
         return f" (did you mean {' or '.join(map(repr, matches[:3]))}?)"
-    return f" (there are: {', '.join(siblings)})" if section and siblings else ""
+    return f" (known keys: {', '.join(siblings)})" if section and siblings else ""
 
 
 def known_keys() -> list[str]:
-    """Every dotted key that ``--set`` takes, sections left out."""
+    """Every dotted key that ``--set`` accepts, without sections."""
     return [key for key, _ in described_keys()]
 
 

@@ -1,7 +1,7 @@
-"""Collectives: the only module that talks to torch.distributed.
+"""Collectives: the only module that uses torch.distributed.
 
-Every collective is also correct without a process group, as on a single rank. Callers must call
-them unconditionally and in the same order on every rank.
+Every collective also works without a process group, as on a single rank. All ranks must call them
+unconditionally and in the same order.
 """
 
 import tempfile
@@ -31,7 +31,7 @@ def world_size() -> int:
 
 
 def sum_across_ranks(tensor: Tensor) -> Tensor:
-    """Elementwise sum over all ranks, the same on each; the argument is left as it is."""
+    """Elementwise sum over all ranks, the same on each; the argument is not modified."""
     if world_size() == 1:
         return tensor
     total = tensor.clone().contiguous()
@@ -40,14 +40,14 @@ def sum_across_ranks(tensor: Tensor) -> Tensor:
 
 
 def count_across_ranks(num_rows: int, device: torch.device) -> int:
-    """Sum of what each rank counts."""
+    """Sum of the ranks' counts."""
     return int(sum_across_ranks(torch.tensor(num_rows, device=device)))
 
 
 def gather_rows(rows: Tensor) -> Tensor:
     """Concatenate (n_rank, ...) tensors of all ranks along dimension 0, in rank order.
 
-    The numbers of rows may differ between ranks, also be zero; dtype and trailing dimensions
+    The number of rows may differ between ranks and may be zero; dtype and trailing dimensions
     must agree.
     """
     if world_size() == 1:
@@ -56,7 +56,7 @@ def gather_rows(rows: Tensor) -> Tensor:
     num_rows[rank()] = rows.shape[0]
     counts = sum_across_ranks(num_rows.to(rows.device)).tolist()
     longest = max(counts)
-    # all_gather wants equal shapes: pad to the longest shard, cut again afterwards.
+    # all_gather needs equal shapes: pad to the longest shard and cut afterwards.
     padded = rows.new_zeros((longest, *rows.shape[1:]))
     padded[: rows.shape[0]] = rows
     gathered = [torch.empty_like(padded) for _ in range(world_size())]
@@ -65,11 +65,11 @@ def gather_rows(rows: Tensor) -> Tensor:
 
 
 def gather_equal_rows(rows: Tensor) -> Tensor:
-    """`gather_rows` of as many rows on every rank, through which a loss reaches this rank's.
+    """Differentiable `gather_rows` for the same number of rows on every rank.
 
-    Nothing is counted first, so no device is waited for. Backward is collective too: a row's
-    gradient is the sum of what every rank's loss sends back. With the ranks' mean loss, as DDP
-    averages gradients, that is the gradient of the mean.
+    Rows are not counted first, so there is no device synchronisation. Backward is collective too: a
+    row's gradient is the sum of the gradients of all ranks' losses. As DDP averages gradients, this
+    gives the gradient of the mean loss.
     """
     if world_size() == 1:
         return rows
@@ -93,7 +93,9 @@ class _GatherEqualRows(torch.autograd.Function):
 
 
 def broadcast_from_first(tensor: Tensor) -> Tensor:
-    """Rank 0's values on every rank; the argument (same shape and dtype everywhere) is left."""
+    """Rank 0's values on every rank; the argument (same shape and dtype everywhere) is not
+    modified.
+    """
     if world_size() == 1:
         return tensor
     shared = tensor.clone().contiguous()
@@ -102,7 +104,7 @@ def broadcast_from_first(tensor: Tensor) -> Tensor:
 
 
 def share_buffers(model: nn.Module) -> None:
-    """Rank 0's buffers, such as batch statistics, on every rank."""
+    """Copy rank 0's buffers, such as batch statistics, to every rank."""
     for buffer in model.buffers():
         buffer.copy_(broadcast_from_first(buffer))
 
@@ -110,14 +112,14 @@ def share_buffers(model: nn.Module) -> None:
 def run_on_ranks(
     work: Callable[..., Any], num_ranks: int, *arguments: Any, num_threads: int = 1
 ) -> list[Any]:
-    """``work(*arguments)`` on new processes of this machine, one a rank of a gloo group, no Ray.
+    """Run ``work(*arguments)`` in new processes, one per rank of a gloo group, without Ray.
 
-    For tests and measurements of what must not depend on the number of ranks. ``work`` is a
-    module's top-level function, since it and its arguments are pickled. An exception on any rank
-    is raised here, with that rank's traceback.
+    For tests and measurements of results that must not depend on the number of ranks. ``work`` must
+    be a module's top-level function, because it is pickled with its arguments. An exception on any
+    rank is raised here, with that rank's traceback.
 
     Returns:
-        What each rank returned, in rank order.
+        The ranks' return values, in rank order.
     """
     with tempfile.TemporaryDirectory() as folder:
         spawn(_run_rank, (num_ranks, num_threads, folder, work, arguments), nprocs=num_ranks)

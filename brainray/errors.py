@@ -2,11 +2,11 @@
 
 
 class BrainrayError(Exception):
-    """Base of every error that names a culprit and a remedy; what else escapes is a bug."""
+    """Base of all errors that name a culprit and a remedy; other exceptions are bugs."""
 
 
 class TransientError(BrainrayError):
-    """What settings are not to blame for: the same job may succeed later."""
+    """An error not caused by the settings: the same job may succeed later."""
 
 
 class ConfigError(BrainrayError):
@@ -14,33 +14,31 @@ class ConfigError(BrainrayError):
 
 
 class DataError(BrainrayError):
-    """Images, labels or an image store with which nothing useful can be done."""
+    """Unusable images, labels or image store."""
 
 
 class StorageError(DataError, TransientError):
-    """Files that cannot be read or written: the disk is full, a right is missing, a server is
-    away.
-    """
+    """Files cannot be read or written: disk full, permission denied, server unavailable."""
 
 
 class RoomError(ConfigError, TransientError):
-    """Workers for which the Ray cluster has no room, at present at least."""
+    """The workers do not fit on the Ray cluster at present."""
 
 
 class BusyError(ConfigError, TransientError):
-    """Another job is at work on what this one would write."""
+    """Another job is using what this one would write."""
 
 
 class ClusteringError(BrainrayError):
-    """A clustering that cannot be fitted, or one that has collapsed."""
+    """A clustering cannot be fitted or has collapsed."""
 
 
 class DivergenceError(BrainrayError):
-    """A loss, gradient or embedding that is no longer finite."""
+    """A loss, gradient or embedding is no longer finite."""
 
 
 class CheckpointError(BrainrayError):
-    """A file that is not a brainray checkpoint, or one that does not fit the run."""
+    """A file is not a brainray checkpoint or does not fit the run."""
 
 
 class TrackingError(BrainrayError):

@@ -1,30 +1,30 @@
 """Names of the files that a store, a run and an evaluation consist of."""
 
-# What a manifest and a run.json say they are: changed when older code would misread what newer
-# code writes, or the other way round.
+# Format versions in manifests and run.json: changed when older code would misread what newer code
+# writes, or the other way round.
 STORE_FORMAT = "brainray-image-store/4"
 RUN_FORMAT = "brainray-run/3"
 FEATURES_FORMAT = "brainray-features/1"
 ENCODER_FORMAT = "brainray-encoder/1"
 
-# Under storage, a folder each by name
+# In storage: folders with a subfolder for each name
 DATASETS = "datasets"
 RUNS = "runs"
 EVALUATIONS = "evaluations"
 SWEEPS = "sweeps"
-DRAWS = "draws"  # of labels: figures over several runs
+DRAWS = "draws"  # label draws: metrics over several runs
 PREDICTED = "predictions"
-LOCKS = "locks"  # a file for each name that a job is at work on
+LOCKS = "locks"  # a file for each name in use by a job
 EXPORTS = "exports"
-FEATURES = "features"  # by data set, encoder and a hash of what made them
-ENCODERS = "encoders"  # self-supervised ones, named likewise
+FEATURES = "features"  # by data set, encoder and a hash of the settings and data
+ENCODERS = "encoders"  # self-supervised encoders, named likewise
 STUDIES = "studies"
 
 # An image store: storage/datasets/NAME/
-MANIFEST = "manifest.json"  # written last: a folder without one is no store
+MANIFEST = "manifest.json"  # written last: a folder without one is not a store
 IMAGES = "images"  # a folder of Parquet parts of schema.IMAGE_STORE
-FILES = "files.parquet"  # every slice of every file, without pixels: what the next run goes on from
-SPLITS = "splits.parquet"  # the split of every slice that the store holds or ever held
+FILES = "files.parquet"  # every slice of every file, without pixels: read by the next preprocessing
+SPLITS = "splits.parquet"  # the split of every slice that is or ever was in the store
 REJECTED = "rejected.parquet"
 DUPLICATES = "duplicates.parquet"
 LEAKAGE = "leakage.json"
@@ -33,23 +33,23 @@ LEAKAGE_TABLE = "leakage.md"
 # A run: storage/runs/NAME/
 RUN = "run.json"
 CONFIG = "config.yaml"
-DATASET = "dataset"  # what the store says of itself: manifest, leakage, figures
-SEEN = "seen.parquet"  # the labelled draw, and fingerprints of all that the run saw
-SEEN_BEFORE = "seen_before.parquet"  # the same of what made the weights that it started from
+DATASET = "dataset"  # the store's manifest, leakage report and figures
+SEEN = "seen.parquet"  # the label draw, and fingerprints of all slices that the run saw
+SEEN_BEFORE = "seen_before.parquet"  # the same for the training of its starting weights
 TEST_SLICES = "test.parquet"  # the slices that the run is tested on
-PROVENANCE = "provenance.jsonl"  # an object for each submission that trained the run
-METRICS = "metrics.jsonl"  # one object an epoch
-ABOUT = "about.json"  # what made the run: command, machine, versions
+PROVENANCE = "provenance.jsonl"  # one object per submission that trained the run
+METRICS = "metrics.jsonl"  # one object per epoch
+ABOUT = "about.json"  # origin of the run: command, machine, versions
 SUMMARY = "summary.json"  # written last: the run is complete
 BEST = "best"  # checkpoint of the chosen epoch
 LAST = "last"  # checkpoint of the last epoch
-NEXT_LABELS = "labels/next.csv"  # which unlabelled slices to label next, for people to fill in
-TRACKING = "tracking.json"  # what MLflow has got
+NEXT_LABELS = "labels/next.csv"  # the unlabelled slices to label next, to be filled in
+TRACKING = "tracking.json"  # what has been sent to MLflow
 
 # A checkpoint's folder
-MODEL = "model.pt"  # all that prediction needs
-TRAINER = "trainer.pt"  # what training needs beside it
-FITTED = "fitted.parquet"  # of the chosen epoch: the slices that the mixture was fitted on
+MODEL = "model.pt"  # everything that prediction needs
+TRAINER = "trainer.pt"  # what else training needs
+FITTED = "fitted.parquet"  # for the chosen epoch: the slices that the mixture was fitted on
 
 # A prediction: storage/predictions/NAME/
 PART = "part-{number:06d}.parquet"
@@ -68,12 +68,12 @@ CARD = "README.md"  # written last
 PARTS = "parts"  # a folder of Parquet parts of schema.FEATURES
 
 # A self-supervised encoder: storage/encoders/NAME-HASH/, with metrics.jsonl
-ENCODER = "encoder.pt"  # what encoder.weights=PATH reads; written last
-STATE = "state.pt"  # what an encoder that is not finished goes on from
+ENCODER = "encoder.pt"  # can be read by encoder.weights=PATH; written last
+STATE = "state.pt"  # from which an unfinished encoder resumes
 ROUNDS = "rounds"  # a Parquet file of assignments for each round of refinement
 
 # A study: storage/studies/NAME/, with config.yaml and summary.json
-STUDY = "study.json"  # what made it
+STUDY = "study.json"  # settings and data
 CELLS = "cells"  # a JSON file for each finished cell of the grid, and its assignments
 TABLES = "tables"
 
@@ -89,14 +89,14 @@ OF_STORE = {
     LEAKAGE_TABLE,
     FIGURES,
 }
-REPORT = "report.html"  # all of a run, or of an evaluation, on one page
+REPORT = "report.html"  # the report of a run or an evaluation
 
 
 CHECKPOINT_FOLDER = r"epoch-(\d+)"
 
 
 def checkpoint_folder(epoch: int) -> str:
-    """A run's checkpoint after an epoch, to go on from; the newest two are kept."""
+    """A run's checkpoint after an epoch, for resuming; the newest two are kept."""
     return f"epoch-{epoch:04d}"
 
 

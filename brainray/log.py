@@ -1,4 +1,4 @@
-"""Lines that tell a user what is done."""
+"""Log lines for the user."""
 
 import time
 from collections.abc import Callable
@@ -11,23 +11,23 @@ _EVERY_S = 10.0
 
 
 def log(message: str) -> None:
-    """A line of progress on stdout, at once."""
+    """Print a line to stdout immediately, without secrets."""
     print(redacted(message), flush=True)
 
 
 class ProgressLines:
-    """Of work that is counted: a line every ten seconds, with the time that is left.
+    """Progress of countable work: a line every ten seconds, with the remaining time.
 
-    Where there was one, there is a last one when all is done.
+    If any line was logged, there is also a final one.
     """
 
     def __init__(self, verb: str, noun: str, log: Log) -> None:
-        """For lines such as "VERB 10 of 20 NOUN, 5 s left"."""
+        """Lines read "VERB 10 of 20 NOUN, 5 s left"."""
         self._verb, self._noun, self._log = verb, noun, log
         self._started = self._last = time.monotonic()
 
     def tell(self, done: int, total: int) -> None:
-        """How much is done by now; between two lines it says nothing."""
+        """Report what is done so far; logs a line only if one is due."""
         now = time.monotonic()
         has_told = self._last > self._started
         if done and (now - self._last >= _EVERY_S or (done == total and has_told)):

@@ -1,4 +1,4 @@
-"""What may be shown or kept: text without passwords, tokens and keys."""
+"""Removes passwords, tokens and keys from text that is logged or saved."""
 
 import re
 import shlex
@@ -6,7 +6,7 @@ import sys
 
 HIDDEN = "***"
 
-# Of user:password@, also with a slash or quote in the password, but not of host:port/path@...
+# Matches user:password@, also with a slash or quote in the password, but not host:port/path@...
 _USER_INFO = re.compile(r"(?<=://)(?:[^/@\s'\"]*|[^/@\s:'\"]+:(?!\d{1,5}(?:/|$))[^@\s]*)(?=@)")
 _QUERY = re.compile(
     r"(?i)\b((?:[a-z0-9_.-]*?(?:password|passwd|pwd|secret|token|signature|credential|access_key|"
@@ -18,13 +18,15 @@ _HEADER = re.compile(
 
 
 def command_line() -> str:
-    """What this process was called with, without secrets; bytes that are no text are escaped."""
+    """The command line of this process without secrets; undecodable bytes are escaped."""
     called = redacted(shlex.join(sys.argv))
     return called.encode(errors="backslashreplace").decode()
 
 
 def redacted(text: str) -> str:
-    """The text with ``***`` for user and password of URLs, values of secret keys, and tokens."""
+    """The text with ``***`` in place of user and password in URLs, values of secret keys, and
+    tokens.
+    """
     text = _USER_INFO.sub(HIDDEN, text)
     text = _QUERY.sub(rf"\1={HIDDEN}", text)
     return _HEADER.sub(rf"\1 {HIDDEN}", text)

@@ -8,20 +8,21 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 SUBSETS = ("all", "clean", "strict")
-"""Test slices for which every figure is given: all; those without a near-duplicate among what the
-run saw; and of these the ones without a slice likely of their subject."""
+"""Subsets of the test slices for which every metric is reported: all; ``clean``, without a
+near-duplicate among the slices that the run saw; and ``strict``, those of them that also have no
+slice likely of their subject among these."""
 
 PREDICTORS = ("head", "cluster", "thumbnail_1nn")
-"""Of a test slice's class: the linear classifier, the mixture, the memory baseline."""
+"""Predictors of a test slice's class: linear classifier, mixture, nearest-thumbnail baseline."""
 
 PREDICTED_BY = {"head": "head", "cluster": "cluster_class"}
-"""The column of ``PREDICTIONS`` that holds a predictor's class."""
+"""Column of ``PREDICTIONS`` with each predictor's class."""
 
 UNLABELLED = -1
 """Class index of a slice whose label is unknown or must not be read."""
 
 NOISE = -1
-"""Cluster of a slice that a clusterer has left out of all clusters."""
+"""Cluster of a slice that a clusterer assigned to no cluster."""
 
 TRAIN, TEST = "train", "test"
 """Values of the ``split`` column."""
@@ -30,26 +31,28 @@ LABELLED, VALIDATION, UNLABELLED_ROLE = "labelled", "validation", "unlabelled"
 """Values of a training slice's ``role`` in one run."""
 
 LEFT_OUT = "left_out"
-"""Another ``role``: an unlabelled mate of a validation slice, neither fitted nor scored."""
+"""Another ``role``: an unlabelled slice grouped with a validation slice, neither fitted nor scored.
+"""
 
 MIN_STRICT_SUPPORT = 30
-"""Strict slices of a class of which figures by class are told."""
+"""Minimum number of strict slices of every class for which per-class metrics are reported."""
 
 THUMBNAIL_SIDE = 96
 """Side of the thumbnails that serve as fingerprints, in pixels."""
 
 TABLE, HEADER, STUDY, VOLUME, ESTIMATED = "table", "header", "study", "volume", "estimated"
-"""Values of ``subject_source``: a labels table or a DICOM header names the patient; the slices are
-of one study, or of one file, that names nobody; guessed by looks."""
+"""Values of ``subject_source``: the patient is given by a labels table or by a DICOM header; the
+slices are of one study or of one volume file without a patient; estimated by image similarity."""
 
 NAMED = frozenset({TABLE, HEADER, STUDY, VOLUME})
-"""Sources whose equal subjects are one. (Of studies and volumes, different ones may be, too.)"""
+"""Sources by which equal ids are certainly one subject. (Different studies or volumes may be, too.)
+"""
 
 IMAGE_STORE = pa.schema(
     [
         ("sample_id", pa.string()),  # 32 hex digits of the SHA-256 of the file's bytes (and frame)
         ("path", pa.string()),  # relative to the source, with forward slashes
-        ("frame", pa.string()),  # of a file with several slices, such as axial=63; else empty
+        ("frame", pa.string()),  # in a file with several slices, such as axial=63; else empty
         ("format", pa.string()),  # JPEG, PNG, ...
         ("num_bytes", pa.int64()),
         ("original_height", pa.int32()),
@@ -59,14 +62,14 @@ IMAGE_STORE = pa.schema(
         ("duplicate_group_id", pa.string()),  # smallest sample_id of the near-duplicates
         ("subject_id", pa.string()),  # null where neither given nor estimated
         ("subject_source", pa.string()),  # table | header | study | volume | estimated
-        ("draw_group_id", pa.string()),  # what no draw of labels parts: copies, given subjects
+        ("draw_group_id", pa.string()),  # kept together by label draws: copies, given subjects
         (
             "kin_group_id",
             pa.string(),
-        ),  # what labelled never shares with validation
-        ("split_group_id", pa.string()),  # what no split of ours parts: also estimated subjects
-        ("generation", pa.int32()),  # in which run of preprocessing the slice first came
-        ("skull_strip", pa.string()),  # the method used: otsu also where intracranial gave up
+        ),  # never in both labelled and validation slices
+        ("split_group_id", pa.string()),  # kept together by drawn splits: also estimated subjects
+        ("generation", pa.int32()),  # preprocessing run in which the slice first appeared
+        ("skull_strip", pa.string()),  # method used: otsu also where intracranial was not confident
         ("height", pa.int32()),
         ("width", pa.int32()),
         ("thumbnail", pa.binary(THUMBNAIL_SIDE * THUMBNAIL_SIDE)),  # uint8, row-major
@@ -79,7 +82,7 @@ IMAGE_INDEX_COLUMNS = [name for name in IMAGE_STORE.names if name not in {"image
 REJECTED = pa.schema(
     [
         ("path", pa.string()),
-        ("frame", pa.string()),  # empty where the file as a whole is left out
+        ("frame", pa.string()),  # empty where the whole file was rejected
         ("reason", pa.string()),  # a short fixed phrase, so that reasons can be counted
         ("detail", pa.string()),
         ("num_bytes", pa.int64()),
@@ -95,10 +98,10 @@ DUPLICATES = pa.schema(
         ("label", pa.string()),
         ("sample_id", pa.string()),
         ("level", pa.string()),  # exact: byte-identical to kept_path | near | turned
-        ("kind", pa.string()),  # copy | mirrored | rotated; null where linked through others
+        ("kind", pa.string()),  # copy | mirrored | rotated; null where linked through other slices
         ("duplicate_group_id", pa.string()),
         ("kept_path", pa.string()),  # the slice of the group that was kept or came first
-        ("removed", pa.bool_()),  # exact copies from training, and what split.mode=purge drops
+        ("removed", pa.bool_()),  # exact copies in training, and slices dropped by split.mode=purge
     ]
 )
 
@@ -114,7 +117,7 @@ SEEN = pa.schema(
         ("thumbnail", pa.binary(THUMBNAIL_SIDE * THUMBNAIL_SIDE)),
     ]
 )
-"""What a run saw: its labelled draw and its fingerprints, kept with the run."""
+"""The slices that a run saw: its label draw and their fingerprints, kept with the run."""
 
 PREDICTIONS = pa.schema(
     [
@@ -122,7 +125,7 @@ PREDICTIONS = pa.schema(
         ("path", pa.string()),
         ("frame", pa.string()),
         ("label", pa.string()),  # null where unknown
-        ("clean", pa.bool_()),  # without a near-duplicate among what the run saw
+        ("clean", pa.bool_()),  # without a near-duplicate among the slices that the run saw
         ("strict", pa.bool_()),  # nor a slice likely of its subject; null without fingerprints
         ("head", pa.string()),  # class predicted by the linear head
         ("cluster_class", pa.string()),  # class of the most likely component
@@ -143,7 +146,7 @@ FITTED = pa.schema(
         ("log_likelihood", pa.float32()),  # of the embedding under the mixture
     ]
 )
-"""The slices that a mixture was fitted on: what new slices are compared with."""
+"""The slices that a mixture was fitted on, with which new slices are compared."""
 
 NEXT_LABELS = pa.schema(
     [
@@ -156,12 +159,12 @@ NEXT_LABELS = pa.schema(
         ("class", pa.string()),  # most probable class, of the head
         ("confidence", pa.float32()),  # its probability
         ("cluster", pa.int32()),  # most likely component
-        ("cluster_class", pa.string()),  # class that this component stands for
+        ("cluster_class", pa.string()),  # class to which this component is mapped
         ("duplicate_group_id", pa.string()),
         ("subject_id", pa.string()),
     ]
 )
-"""What ``jobs/label.py`` proposes to label."""
+"""Slices that ``jobs/label.py`` proposes for labelling."""
 
 PREDICTED = pa.schema(
     [
@@ -174,18 +177,18 @@ PREDICTED = pa.schema(
         ("confidence", pa.float32()),  # its probability
         ("probabilities", pa.list_(pa.float32())),  # (C,), of the head
         ("cluster", pa.int32()),  # most likely component
-        ("cluster_class", pa.string()),  # class that this component stands for
+        ("cluster_class", pa.string()),  # class to which this component is mapped
         ("responsibilities", pa.list_(pa.float32())),  # (K,), of the mixture
         ("log_likelihood", pa.float32()),  # of the embedding under the mixture
-        ("outlier_score", pa.float32()),  # share of the training slices that are likelier
+        ("outlier_score", pa.float32()),  # share of training slices with a higher log_likelihood
         ("nearest", pa.list_(pa.string())),  # sample_ids of the most similar training slices
-        ("nearest_distance", pa.list_(pa.float32())),  # theirs, in the mixture's PCA space
+        ("nearest_distance", pa.list_(pa.float32())),  # their distances, in the mixture's PCA space
     ]
 )
-"""What a model says of a slice, or of a file that cannot be read."""
+"""A model's prediction for a slice, or a file that cannot be read."""
 
 PREDICTED_FILES = pa.schema([*PREDICTED, ("num_bytes", pa.int64()), ("mtime_ns", pa.int64())])
-"""The same with what tells whether a file is still the one that was predicted."""
+"""The same with a file's size and time of modification, to detect that it was replaced."""
 
 FEATURES = pa.schema(
     [
@@ -206,11 +209,11 @@ ASSIGNED = pa.schema(
         ("cluster", pa.int32()),  # -1: noise
     ]
 )
-"""What a cell of a study's grid says of every slice."""
+"""Assignments of all slices by one cell of a study's grid."""
 
 
 def subset_masks(slices: pa.Table) -> dict[str, NDArray[np.bool_]]:
-    """Which rows belong to each subset that is known: (N,) by name, ``all`` first."""
+    """Masks (N,) of the rows in each known subset, by name, ``all`` first."""
     masks = {"all": np.ones(slices.num_rows, dtype=np.bool_)}
     for name in SUBSETS[1:]:
         if slices[name].null_count == 0:
@@ -220,7 +223,7 @@ def subset_masks(slices: pa.Table) -> dict[str, NDArray[np.bool_]]:
 
 
 def tells_of_classes(labels: Iterable[Hashable], subset: str) -> bool:
-    """Whether every class among a subset's labels has enough slices for figures by class.
+    """Whether every class among a subset's labels has enough slices for per-class metrics.
 
     Labels are names or indices; unlabelled slices (None, UNLABELLED) do not count.
     """

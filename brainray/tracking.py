@@ -1,8 +1,8 @@
-"""MLflow: the only module that imports it.
+"""MLflow tracking: the only module that imports MLflow.
 
-A run's folder is the truth; MLflow shows a projection of it. What is logged again is sent only
-where MLflow has not got it yet: so it may be after every epoch, after an outage, and after a
-restart.
+The run's folder is the source of truth; MLflow shows a projection of it. Logging is idempotent:
+only what MLflow does not have yet is sent, so everything may be logged again after every epoch,
+outage or restart.
 """
 
 import hashlib
@@ -39,24 +39,24 @@ from brainray.redaction import redacted
 from brainray.storage import Folder
 
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
-"""MLflow's own; it wins over ``tracking.uri``."""
+"""MLflow's own variable; it takes precedence over ``tracking.uri``."""
 
-_BATCH = 500  # MLflow refuses batches of more than 1,000 metrics
+_BATCH = 500  # MLflow rejects batches of more than 1,000 metrics
 _MAX_PARAMS = 100
 _ENDED = {"FINISHED", "FAILED", "KILLED"}
-_DATABASE_RETRIES = 3  # in half a second; MLflow's own ten take two minutes, for every call
+_DATABASE_RETRIES = 3  # take half a second; MLflow's default of ten takes two minutes per call
 _FORBIDDEN = re.compile(r"[^\w\-. :/]")
 
 
 @dataclass(frozen=True)
 class ServedFiles:
-    """What MLflow needs to load a model: no pickled objects, its code goes along as source."""
+    """What MLflow needs to load a model: no pickled objects, the code is included as source."""
 
     data: Path  # local folder with the model's files
     loader: str  # module with _load_pyfunc(folder), imported from the code below
-    code: Path  # the package that the loader is in
-    requirements: Sequence[str]  # distributions that it needs, kept at the installed versions
-    inputs: Mapping[str, str]  # MLflow's type by column; each may be left out
+    code: Path  # the package that contains the loader
+    requirements: Sequence[str]  # required distributions, pinned to the installed versions
+    inputs: Mapping[str, str]  # MLflow's type by column; all optional
     outputs: Mapping[str, str]  # Arrow's type by column
 
 
@@ -71,9 +71,9 @@ def _now_ms() -> int:
 
 
 class MLflowTracker:
-    """One brainray run in one MLflow run, whose id is kept in the run's folder.
+    """Logs one brainray run to one MLflow run, whose id is kept in the run's folder.
 
-    Only one process may use it at a time: SQLite takes a single writer.
+    Only one process may use it at a time, because SQLite allows a single writer.
     """
 
     def __init__(self, run: Folder, uri: str, experiment: str, artifacts: str | None) -> None:
@@ -81,8 +81,8 @@ class MLflowTracker:
         Args:
             run: the brainray run's folder.
             uri: MLflow tracking URI.
-            experiment: its name; made when absent.
-            artifacts: where a new experiment keeps artifacts; None leaves it to the server.
+            experiment: its name; created if it does not exist.
+            artifacts: where a new experiment keeps artifacts; None lets the server decide.
         """
         self._run = run
         self._uri = uri
@@ -94,15 +94,15 @@ class MLflowTracker:
 
     @property
     def run_id(self) -> str | None:
-        """The MLflow run's id, once it has begun."""
+        """The MLflow run's id, once it has started."""
         run_id = self._state.get("run_id")
         return None if run_id is None else str(run_id)
 
     def begin(self, name: str, params: Mapping[str, object], tags: Mapping[str, str]) -> None:
-        """Open the run, or find it again; one that has ended stays so until it is `running`."""
+        """Create or find the run; an ended run stays ended until `running` is called."""
         with _readable_errors(self._uri):
             client = self._connect()
-            uri = redacted(self._uri)  # a file in storage is no place for a password
+            uri = redacted(self._uri)  # passwords must not be written to storage
             self._state = self._read_state(uri)
             known = None if self.run_id is None else self._find(client)
             if known is not None:
@@ -126,14 +126,14 @@ class MLflowTracker:
                 self._save()
 
     def running(self) -> None:
-        """Mark the run as one that goes on."""
+        """Mark the run as running."""
         with _readable_errors(self._uri):
             if self._ended is not None:
                 self._connect().update_run(self._id, status="RUNNING")
                 self._ended = None
 
     def log_epochs(self, history: list[dict[str, float]]) -> None:
-        """Send the epochs that were not sent yet, by this process or another."""
+        """Send the epochs that neither this process nor another has sent."""
         with _readable_errors(self._uri):
             self._read_again()
             sent = int(str(self._state["epochs_sent"]))
@@ -145,7 +145,7 @@ class MLflowTracker:
                 self._save()
 
     def log_summary(self, metrics: Mapping[str, float]) -> None:
-        """Send the figures that stand for the whole run."""
+        """Send the metrics of the whole run."""
         digest = hashlib.sha256(json.dumps(metrics, sort_keys=True).encode()).hexdigest()
         with _readable_errors(self._uri):
             self._read_again()
@@ -159,7 +159,7 @@ class MLflowTracker:
     def log_files(self, names: Iterable[str]) -> None:
         """Send files of the run's folder as artifacts."""
         with _readable_errors(self._uri), tempfile.TemporaryDirectory() as temporary:
-            # Through a local copy, since the run's folder may be a bucket.
+            # Through a local copy, because the run's folder may be a bucket.
             for name in names:
                 copy = Path(temporary, name)
                 copy.parent.mkdir(parents=True, exist_ok=True)
@@ -174,10 +174,10 @@ class MLflowTracker:
     def log_model(
         self, served: ServedFiles, registered_name: str | None, *, anew: bool = True
     ) -> None:
-        """Keep a model that can be served, and register it where a name is given.
+        """Log a model that can be served, and register it if a name is given.
 
-        Where not ``anew``, the one that was kept last is not kept again. MLflow takes the run for
-        ended then: `finish` says how it has.
+        Unless ``anew``, a model identical to the last one logged is skipped. MLflow then considers
+        the run ended; call `finish` to set its status.
         """
         digest = hashlib.sha256(str(registered_name).encode())
         for path in sorted(path for path in served.data.rglob("*") if path.is_file()):
@@ -194,9 +194,9 @@ class MLflowTracker:
             self._save()
 
     def finish(self, status: str = "FINISHED", *, unless_ended: bool = False) -> None:
-        """Mark the run as FINISHED, FAILED or KILLED; what had ended so keeps its time.
+        """Mark the run as FINISHED, FAILED or KILLED; one with that status keeps its end time.
 
-        ``unless_ended``: what had ended otherwise stays as it was, too.
+        With ``unless_ended``, a run that ended with another status is not changed either.
         """
         with _readable_errors(self._uri):
             ended = self._ended
@@ -208,18 +208,18 @@ class MLflowTracker:
     @property
     def _id(self) -> str:
         if self.run_id is None:
-            raise TrackingError("the MLflow run has not begun")
+            raise TrackingError("the MLflow run has not started")
         return self.run_id
 
     def _read_again(self) -> None:
-        """What another process may have sent meanwhile."""
+        """Pick up what another process may have sent in the meantime."""
         told = self._read_state(redacted(self._uri))
         if told.get("run_id") == self.run_id:
             self._state = told
 
     def _stamp(self, what: str) -> int:
-        """When it was first tried to send this, in ms: MLflow takes a figure of one step and time
-        once, also where its answer was lost and it is sent again.
+        """Time of the first attempt to send this, in ms: MLflow stores a metric of one step and
+        timestamp only once, even if it is sent again because the response was lost.
         """
         if self._state.get("sending") != what:
             self._state |= {"sending": what, "sending_ms": _now_ms()}
@@ -227,7 +227,7 @@ class MLflowTracker:
         return int(str(self._state["sending_ms"]))
 
     def _read_state(self, uri: str) -> dict[str, object]:
-        """What has been sent to this server; ``elsewhere``, to each other one."""
+        """What has been sent to this server, and under ``elsewhere`` to each other server."""
         if not self._run.exists(layout.TRACKING):
             return {"elsewhere": {}}
         saved = self._run.read_json(layout.TRACKING)
@@ -237,7 +237,7 @@ class MLflowTracker:
         return state | {"elsewhere": servers}
 
     def _find(self, client: MlflowClient) -> RunInfo | None:
-        """None where the server has the run no more: it, or the database, may have been deleted."""
+        """None if the server no longer has the run: it or the database may have been deleted."""
         try:
             info = client.get_run(self._id).info
         except MlflowException as error:
@@ -248,10 +248,10 @@ class MLflowTracker:
 
     def _connect(self) -> MlflowClient:
         if self._client is None:
-            # An unreachable server must cost seconds, not the minutes of MLflow's defaults.
+            # Fail within seconds if the server is unreachable: MLflow's defaults take minutes.
             os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
             os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-            db_utils.MAX_RETRY_COUNT = _DATABASE_RETRIES  # there is no variable for it
+            db_utils.MAX_RETRY_COUNT = _DATABASE_RETRIES  # no environment variable sets it
             _quiet()
             database = self._uri.removeprefix("sqlite:///")
             if database != self._uri:
@@ -265,8 +265,8 @@ class MLflowTracker:
             if experiment.lifecycle_stage != LifecycleStage.ACTIVE:
                 raise TrackingError(
                     f"the MLflow experiment {self._experiment!r} has been deleted: restore it "
-                    f"(mlflow experiments restore -x {experiment.experiment_id}), or name another "
-                    "with --set tracking.experiment=NAME"
+                    f"(mlflow experiments restore -x {experiment.experiment_id}) or set another "
+                    "name with --set tracking.experiment=NAME"
                 )
             return str(experiment.experiment_id)
         return str(client.create_experiment(self._experiment, artifact_location=self._artifacts))
@@ -285,21 +285,21 @@ class MLflowTracker:
 
 
 class LenientTracker:
-    """Passes everything on, but an unreachable server never stops the work.
+    """Forwards everything to a tracker, but an unreachable server never stops the work.
 
-    What fails is said once; the run's folder keeps all of it, and a later ``begin`` and ``log_*``
-    catch up in order.
+    The first failure is logged; the run's folder keeps everything, and a later ``begin`` and
+    ``log_*`` catch up in order.
     """
 
     def __init__(self, tracker: MLflowTracker, warn: Log) -> None:
         self._tracker = tracker
         self._warn = warn
         self._begin: Callable[[], None] | None = None
-        self._problems: dict[str, str] = {}  # by what failed, until the same succeeds
+        self._problems: dict[str, str] = {}  # by operation, until it succeeds
 
     @property
     def problem(self) -> str | None:
-        """The last failure of what has not been sent since, or None when all was."""
+        """The last failure that no later attempt has made up for; None if everything was sent."""
         return next(reversed(self._problems.values()), None)
 
     def begin(self, name: str, params: Mapping[str, object], tags: Mapping[str, str]) -> None:
@@ -336,7 +336,7 @@ class LenientTracker:
                 self._begin()
                 self._begin = None
                 self._problems.pop("begin", None)
-            if "running" in self._problems:  # as a server that was away has not been told
+            if "running" in self._problems:  # the server was unavailable when it was sent
                 self._tracker.running()
                 del self._problems["running"]
             action()
@@ -348,13 +348,13 @@ class LenientTracker:
 
 
 def save_served(path: Path, served: ServedFiles) -> None:
-    """Write a folder that ``mlflow models serve`` and ``mlflow.pyfunc.load_model`` take."""
+    """Write a folder for ``mlflow models serve`` and ``mlflow.pyfunc.load_model``."""
     with _without_advice():
         mlflow.pyfunc.save_model(path, **_pyfunc(served))
 
 
 def _pyfunc(served: ServedFiles) -> dict[str, Any]:
-    """How MLflow's pyfunc flavor is told of a model."""
+    """Arguments that describe a model to MLflow's pyfunc flavor."""
     inputs, outputs = (
         Schema([ColSpec(kind, name, required=False) for name, kind in columns.items()])
         for columns in (
@@ -374,7 +374,7 @@ def _pyfunc(served: ServedFiles) -> dict[str, Any]:
 
 
 def _mlflow_type(arrow: str) -> DataType | Array:
-    """Of a column of results, as lists and numbers of plain JSON."""
+    """MLflow's type of a result column, which is plain JSON lists and numbers."""
     if arrow.startswith("list<"):
         inner = arrow.removeprefix("list<").removesuffix(">").rpartition(": ")[2]
         return Array(_mlflow_type(inner))
@@ -383,14 +383,14 @@ def _mlflow_type(arrow: str) -> DataType | Array:
 
 
 def default_uri(storage: Folder) -> str:
-    """A SQLite file in a local storage, else in ~/brainray."""
+    """A SQLite file in a local storage, otherwise in ~/brainray."""
     folder = storage.local_path or Path.home() / "brainray"
     path = str(folder).replace("%", "%25").replace("?", "%3F")  # as SQLAlchemy reads it
     return f"sqlite:///{path}/mlflow.db"
 
 
 def artifact_location(uri: str, storage: Folder) -> str | None:
-    """Under ``storage`` for a database, whose default is the working directory."""
+    """In ``storage`` for a database, whose default is the working directory."""
     if uri.startswith(("http://", "https://", "databricks")):
         return None
     local = storage.local_path
@@ -398,7 +398,7 @@ def artifact_location(uri: str, storage: Folder) -> str | None:
 
 
 PARENT_TAG = "mlflow.parentRunId"
-"""Tag of a run that MLflow shows below another."""
+"""Tag of a run that MLflow shows as a child of another."""
 
 
 def _tags(tags: Mapping[str, str]) -> list[RunTag]:
@@ -406,7 +406,7 @@ def _tags(tags: Mapping[str, str]) -> list[RunTag]:
 
 
 def _key(name: str) -> str:
-    """The name in MLflow's alphabet; names that would become one keep a mark of what they were."""
+    """The name in MLflow's alphabet; changed names get a hash suffix, so that none coincide."""
     parts = [part for part in _FORBIDDEN.sub("_", name).split("/") if part not in {"", ".", ".."}]
     plain = "/".join(parts)
     if plain == name:
@@ -416,8 +416,8 @@ def _key(name: str) -> str:
 
 @contextmanager
 def _globally(uri: str) -> Iterator[None]:
-    """MLflow logs models through its global state only, which it also puts into the environment:
-    there it would win over what later runs of the process are told.
+    """Set MLflow's global tracking URI, which logging a model needs, for the block only: MLflow
+    also sets the environment variable, which would override the URI of later runs in the process.
     """
     before = os.environ.get(URI_VARIABLE)
     mlflow.set_tracking_uri(uri)
@@ -432,7 +432,7 @@ def _globally(uri: str) -> Iterator[None]:
 
 @contextmanager
 def _without_advice() -> Iterator[None]:
-    """MLflow asks for an example of the input, whose only use is to guess the signature."""
+    """Hide MLflow's advice to pass an input example, used only to infer the signature."""
     _quiet()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*[Ii]nput example")
@@ -450,7 +450,7 @@ def _readable_errors(uri: str) -> Iterator[None]:
         yield
     except TrackingError:
         raise
-    except Exception as error:  # of databases, HTTP, and stores of artifacts: any of a dozen
+    except Exception as error:  # databases, HTTP and artifact stores raise a dozen different ones
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
         message = f"MLflow at {uri} cannot be used: {reason}"
         # A password in the URI must reach neither logs nor the job's result.

@@ -47,7 +47,7 @@ def test_secrets_are_starred_and_the_rest_stays(text: str, expected: str) -> Non
 )
 def test_a_uri_with_a_secret_is_refused_without_showing_it(key: str) -> None:
     for uri in ("s3://KEY:hunter2@bucket/x", "s3://bucket/x?secret_key=hunter2"):
-        with pytest.raises(ConfigError, match=rf"{key}: .* holds a password or key") as error:
+        with pytest.raises(ConfigError, match=rf"{key}: .* contains a password or key") as error:
             load_config(None, [f"{key}={uri}"])
         assert "hunter2" not in str(error.value)
 

@@ -1,4 +1,4 @@
-"""A Ray head of our own, beside whatever else runs on this machine, and gone afterwards."""
+"""A temporary Ray head, isolated from anything else that runs on this machine."""
 
 import contextlib
 import http.client
@@ -31,40 +31,40 @@ LOG_TAIL_LINES = 20
 
 
 WITHOUT_PREEMPTION = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
-"""Where nobody takes nodes away: what watches for it is a process, and an error in Ray's log."""
+"""For machines that are never preempted: the watcher costs a process and logs an error."""
 
 
 class RayDidNotStart(Exception):
-    """The reason, for one line; the tail of Ray's log has been printed."""
+    """One-line reason why Ray did not start; the tail of its log has been printed."""
 
 
 @dataclass(frozen=True)
 class RayHead:
-    """A running `ray start --head --block`, in a session of its own."""
+    """A running `ray start --head --block` in its own session."""
 
     process: subprocess.Popen[bytes]
     url: str
-    """Of the dashboard and the job API."""
+    """URL of the dashboard and the job API."""
     address: str
-    """Where drivers and further nodes find it."""
+    """Address for drivers and further nodes."""
     token: str
     environment: Mapping[str, str]
-    """For whatever talks to this head."""
+    """Environment of processes that connect to this head."""
     log: Path
 
     @property
     def of_drivers(self) -> dict[str, str]:
-        """Environment of a process that runs a job on this head without submitting it."""
+        """Environment of a process that runs a job on this head without submission."""
         return {**self.environment, "RAY_ADDRESS": self.address}
 
 
 @contextlib.contextmanager
 def own_ray_head(say: Log, *, num_cpus: int | None = None) -> Iterator[RayHead]:
-    """A Ray head that meets no other: own ports, own folder, own token; gone on the way out.
+    """Start an isolated Ray head, with its own ports, folder and token, and stop it on exit.
 
-    ``num_cpus`` is what it offers to jobs; the machine's by default.
+    ``num_cpus`` is the number of CPUs that it offers to jobs; the machine's by default.
     """
-    # Ray puts sockets into this folder, and a socket's path holds about 100 characters at most.
+    # Ray creates sockets in this folder, and socket paths are limited to about 100 characters.
     folder = Path(tempfile.mkdtemp(prefix="brainray-", dir="/tmp"))
     token = secrets.token_hex(32)
     log = folder / "head.log"
@@ -86,7 +86,7 @@ def own_ray_head(say: Log, *, num_cpus: int | None = None) -> Iterator[RayHead]:
     url = f"http://127.0.0.1:{ports[1]}"
     environment = _environment(token, url)
     process: subprocess.Popen[bytes] | None = None
-    say("starting a Ray head of our own")
+    say("starting a temporary Ray head")
     try:
         with log.open("wb") as stream:
             process = subprocess.Popen(
@@ -95,29 +95,29 @@ def own_ray_head(say: Log, *, num_cpus: int | None = None) -> Iterator[RayHead]:
                 stdin=subprocess.DEVNULL,
                 stdout=stream,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C reaches us alone, and we end the head in order
+                start_new_session=True,  # only we receive Ctrl-C, and stop the head in order
             )
         yield RayHead(process, url, f"127.0.0.1:{ports[0]}", token, environment, log)
     finally:
         with _undisturbed():
             if process is not None:
-                say("stopping our Ray head")
+                say("stopping the temporary Ray head")
                 _end_processes(process, token, say)
             shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def own_ray_node(head: RayHead, *, num_cpus: int) -> Iterator[subprocess.Popen[bytes]]:
-    """Another node of the head's Ray cluster, on this machine; it goes with the head at the latest.
+    """Another node of the head's Ray cluster, on this machine; ends with the head at the latest.
 
-    It is there some seconds later: see ``wait_for_nodes``.
+    It takes some seconds to join: see ``wait_for_nodes``.
     """
     ports = _free_ports(4)
     command = [
         *_ray("start", "--block", "--disable-usage-stats", f"--address={head.address}"),
         f"--num-cpus={num_cpus}",
         f"--object-store-memory={OBJECT_STORE_BYTES // 4}",
-        # The defaults are one machine's: several nodes on it would take each other's ports.
+        # The default ports assume one node per machine: several would take each other's.
         "--min-worker-port=0",
         "--max-worker-port=0",
         f"--dashboard-agent-listen-port={ports[0]}",
@@ -142,7 +142,7 @@ def own_ray_node(head: RayHead, *, num_cpus: int) -> Iterator[subprocess.Popen[b
 
 
 def wait_for_nodes(head: RayHead, count: int) -> None:
-    """Until the Ray cluster has so many nodes that are alive."""
+    """Wait until the Ray cluster has this many live nodes."""
     deadline = time.monotonic() + START_TIMEOUT_S
     alive = -1
     while time.monotonic() < deadline:
@@ -159,7 +159,9 @@ def wait_for_nodes(head: RayHead, count: int) -> None:
 
 
 def kill_with_children(pid: int) -> None:
-    """SIGKILL for a process and all below it, as when a machine goes down; gone ones are fine."""
+    """Send SIGKILL to a process and its descendants, as if the machine went down; ignores ended
+    ones.
+    """
     try:
         root = psutil.Process(pid)
         family = [root, *root.children(recursive=True)]
@@ -171,12 +173,12 @@ def kill_with_children(pid: int) -> None:
 
 
 def _ray(*arguments: str) -> list[str]:
-    """The `ray` command of this very Python."""
+    """The `ray` command of this Python."""
     return [sys.executable, "-m", "ray.scripts.scripts", *arguments]
 
 
 def _environment(token: str, url: str) -> dict[str, str]:
-    """Ours, without what points to other Ray clusters or tracking servers."""
+    """The environment of Ray's processes: ours, without other Ray clusters or tracking servers."""
     inherited = {
         key: value
         for key, value in os.environ.items()
@@ -188,17 +190,17 @@ def _environment(token: str, url: str) -> dict[str, str]:
         "NO_PROXY": ",".join(filter(None, no_proxy)),
         "no_proxy": ",".join(filter(None, no_proxy)),
         "PYTHONUNBUFFERED": "1",
-        # A token of our own: the user's token file is neither needed nor written.
+        # Our own token: the user's token file is neither needed nor written.
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": token,
-        # Ray's processes ask its dashboard of one another: not of another Ray on this machine.
+        # Ray's processes find each other through its dashboard, not that of another local Ray.
         "RAY_API_SERVER_ADDRESS": url,
-        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # nothing is served: nothing to drain
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # nothing is served, so nothing to drain
     }
 
 
 def _free_ports(count: int) -> list[int]:
-    """Distinct ports that were free a moment ago; who takes one meanwhile makes Ray say so."""
+    """Distinct ports that are free now; if one is taken before Ray uses it, Ray reports it."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for listener in sockets:
@@ -215,11 +217,11 @@ def wait_until_ready(head: RayHead) -> None:
         time.sleep(0.2)
     tail = head.log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
     print("\n".join(tail), file=sys.stderr)
-    raise RayDidNotStart(f"no job API within {START_TIMEOUT_S:.0f} s: Ray's last words are above")
+    raise RayDidNotStart(f"no job API within {START_TIMEOUT_S:.0f} s: see Ray's log above")
 
 
 def _get(head: RayHead, path: str) -> Any:
-    """Ask the job API; raises OSError or HTTPException until it answers."""
+    """GET from the job API; raises OSError or HTTPException until it responds."""
     request = urllib.request.Request(
         head.url + path, headers={"Authorization": f"Bearer {head.token}"}
     )
@@ -231,11 +233,11 @@ def _get(head: RayHead, path: str) -> Any:
 def submit(
     head: RayHead, entrypoint: Sequence[str], *, name: str, working_dir: Path, say: Log
 ) -> tuple[int, str | None]:
-    """Run `ray job submit`, pass its output on; returns the job's exit code and its result line."""
+    """Run `ray job submit` and print its output; returns the job's exit code and result line."""
     submission_id = f"{name}-{secrets.token_hex(4)}"
     command = ["job", "submit", "--address", head.url, "--submission-id", submission_id]
     command += ["--log-color", "false", "--working-dir", "."]
-    # The copy that a job runs in has no .git to ask.
+    # The copy in which the job runs has no .git.
     variables = {"env_vars": {"BRAINRAY_GIT_REVISION": git_revision(), **WITHOUT_PREEMPTION}}
     command += ["--runtime-env-json", json.dumps(variables), "--", *entrypoint]
     say(f"ray {shlex.join(command)}")
@@ -248,7 +250,7 @@ def submit(
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        start_new_session=True,  # where we are interrupted, it is ended with the head
+        start_new_session=True,  # if we are interrupted, it is ended with the head
     )
     result_line: str | None = None
     assert process.stdout is not None
@@ -261,17 +263,17 @@ def submit(
 
 
 def _exit_code(head: RayHead, submission_id: str, submit_code: int) -> int:
-    """The job's own: `ray job submit` makes 1 of every failure."""
+    """The job's own exit code: `ray job submit` returns 1 for every failure."""
     if submit_code == 0:
         return 0
     try:
         return int(_get(head, f"/api/jobs/{submission_id}")["driver_exit_code"])
     except (OSError, http.client.HTTPException, KeyError, TypeError, ValueError):
-        return submit_code  # it never ran, or Ray is gone
+        return submit_code  # it never ran, or Ray has ended
 
 
 def _end_processes(head: subprocess.Popen[bytes], token: str, say: Log) -> None:
-    """End the head in order, then, by their ids, all that is left of what it started."""
+    """Stop the head in order, then kill by id whatever is left of the processes that it started."""
     if head.poll() is None:
         head.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -282,19 +284,18 @@ def _end_processes(head: subprocess.Popen[bytes], token: str, say: Log) -> None:
                 process.kill()
     head.wait()
     for process in _wait_until_gone(_family(head, token), timeout_s=5):
-        say(f"process {process.pid} does not end")
+        say(f"process {process.pid} is still running")
 
 
 def _family(head: subprocess.Popen[bytes], token: str) -> list[psutil.Process]:
     """The processes that belong to our head, dead or alive.
 
-    They are in its session, or they have inherited its token, unlike anybody else. Neither alone
-    would do: a job's driver opens a session of its own, and a worker writes its title over its
-    environment.
+    Only they are in its session or have inherited its token. Both checks are needed: a job's driver
+    opens its own session, and a worker overwrites its environment with its title.
     """
     members = []
     for process in psutil.process_iter():
-        # Not ours: gone meanwhile, or somebody else's.
+        # Not ours: already ended, or owned by another user.
         with contextlib.suppress(OSError, psutil.Error):
             in_session = os.getsid(process.pid) == head.pid
             if in_session or process.environ().get("RAY_AUTH_TOKEN") == token:
@@ -303,7 +304,7 @@ def _family(head: subprocess.Popen[bytes], token: str) -> list[psutil.Process]:
 
 
 def _wait_until_gone(processes: Iterable[psutil.Process], timeout_s: float) -> list[psutil.Process]:
-    """Those that are still there after the time."""
+    """The processes that are still alive after the timeout."""
     deadline = time.monotonic() + timeout_s
     while (left := [p for p in processes if _is_alive(p)]) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -311,7 +312,7 @@ def _wait_until_gone(processes: Iterable[psutil.Process], timeout_s: float) -> l
 
 
 def _is_alive(process: psutil.Process) -> bool:
-    """False for a zombie too: its parent, or process 1, has yet to look at its exit code."""
+    """False also for a zombie, whose exit code its parent or process 1 has yet to collect."""
     try:
         return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
@@ -320,7 +321,7 @@ def _is_alive(process: psutil.Process) -> bool:
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Puts off Ctrl-C and termination: ending what we started takes seconds, not minutes."""
+    """Ignore Ctrl-C and termination while stopping our processes, which takes seconds."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
     try:

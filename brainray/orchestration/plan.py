@@ -1,6 +1,6 @@
-"""What a store will hold: copies, groups, splits and statistics of all slices at once.
+"""Plans the content of a store: duplicates, groups, splits and statistics of all slices.
 
-It looks at the light columns only (hashes, fingerprints, labels, sums of pixels), in one process.
+Reads light columns only (hashes, fingerprints, labels, sums of pixels), in one process.
 """
 
 import hashlib
@@ -34,10 +34,10 @@ from brainray.schema import DUPLICATES, IMAGE_STORE, TEST, TRAIN
 
 @dataclass(frozen=True)
 class StorePlan:
-    """The decision about every accepted slice."""
+    """What happens to every accepted slice."""
 
-    rows: pa.Table  # every kept slice: IMAGE_STORE without image and thumbnail, and part
-    files: pa.Table  # every slice of every file, for the next run; FILES
+    rows: pa.Table  # every kept slice: IMAGE_STORE without image and thumbnail, plus part
+    files: pa.Table  # every slice of every file, for the next preprocessing; FILES
     duplicates: pa.Table
     leakage: dict[str, Any]
     statistics: dict[str, Any]
@@ -51,10 +51,10 @@ def plan_store(
     earlier: Earlier,
     log: Log,
 ) -> StorePlan:
-    """Copies, groups, splits and statistics from the LIGHT rows of all files.
+    """Plan duplicates, groups, splits and statistics from the LIGHT rows of all files.
 
     Raises:
-        DataError: nothing usable, too much rejected, or classes or splits that do not fit.
+        DataError: no usable file, too many rejected ones, or inconsistent classes or splits.
     """
     accepted = slices.filter(pc.is_null(slices["reason"]))
     _check_rejections(slices, len(listing.files), config)
@@ -75,7 +75,7 @@ def plan_store(
         splits = _drawn_splits(kept, labels, groups.split, generations, held_before, config)
     else:
         splits = given
-        # Copies are removed from training only: a published test set stays what it is.
+        # Copies are removed from training only: a published test set is not changed.
         kept |= np.array([split == TEST for split in splits], dtype=np.bool_)
         if config.split.mode == "purge":
             kept &= ~_twins_of_test(groups.also_turned, splits)
@@ -122,30 +122,33 @@ def _check_rejections(slices: pa.Table, num_files: int, config: Config) -> None:
 def _official_splits(
     given: list[str | None], accepted: pa.Table, config: Config
 ) -> list[str] | None:
-    """The source's own split of every slice, or None where the split must be drawn."""
+    """The source's own split of every slice, or None if the split must be drawn."""
     if config.split.mode == "purge" and TEST not in given:
         raise DataError(
-            f"split.mode=purge needs a test split, and {config.source} has none: give it "
-            "Training/ and Testing/ folders or a split column, or set split.mode=grouped"
+            f"split.mode=purge needs a test split, but {config.source} has none: add Training/ and "
+            "Testing/ folders or a split column, or set split.mode=grouped"
         )
     if config.split.mode == "grouped" or not any(given):
         return None
     if None in given:
         path = accepted["path"][given.index(None)].as_py()
         raise DataError(
-            f"{given.count(None)} slices belong to no split, such as {path}: give every row of "
-            "the labels table a split, or none and set split.mode=grouped"
+            f"{given.count(None)} slices have no split, such as {path}: give every row of the "
+            "labels table a split, or give none and set split.mode=grouped"
         )
     if TRAIN not in given:
-        raise DataError("the source has a test split and no readable training slice")
+        raise DataError(
+            "the source has a test split but no readable training slice: add training slices or "
+            "set split.mode=grouped"
+        )
     return [str(split) for split in given]
 
 
 def _first_copies(
     ids: list[str], splits: list[str] | None, labels: list[str | None]
 ) -> list[int | None]:
-    """For each slice, the row of an earlier byte-identical one: training rows before others, those
-    with a label before those without.
+    """For each slice, the row of the byte-identical slice that comes first, or None; training rows
+    come before others, labelled before unlabelled ones.
     """
     of_test = [splits is not None and split != TRAIN for split in splits or [TRAIN] * len(ids)]
     order = sorted(range(len(ids)), key=lambda row: (of_test[row], labels[row] is None))
@@ -165,11 +168,11 @@ def _drawn_splits(
     held_before: list[str | None],
     config: Config,
 ) -> list[str]:
-    """Our own split: stratified, whole groups; copies go with the slice that they copy.
+    """Draw a stratified split of whole groups; copies follow the slice that they copy.
 
-    A group stays where the store had it before, whatever labels and slices have come or gone: what
-    was held out of a training is held out of the next. Of groups that have become one, with a
-    slice on either side, all are held out.
+    A group keeps its previous split, whatever labels and slices were added or removed, so slices
+    held out of one training are held out of the next. If groups from both sides have merged, all of
+    their slices are held out.
     """
     rows = np.flatnonzero(kept).tolist()
     was_held_out: dict[str, bool] = {}
@@ -189,7 +192,7 @@ def _drawn_splits(
 
 
 def _twins_of_test(groups: list[str], splits: list[str]) -> NDArray[np.bool_]:
-    """Training slices whose group of copies reaches into the test split."""
+    """Mask of training slices whose group of copies also contains test slices."""
     tested = {group for group, split in zip(groups, splits, strict=True) if split == TEST}
     return np.array(
         [split == TRAIN and group in tested for group, split in zip(groups, splits, strict=True)],
@@ -200,9 +203,9 @@ def _twins_of_test(groups: list[str], splits: list[str]) -> NDArray[np.bool_]:
 def _readable_labels(
     labels: list[str | None], copies: list[str], splits: list[str]
 ) -> list[str | None]:
-    """What may be read: no label of training slices whose copies carry another one.
+    """Labels without those of training slices whose copies in training have a different label.
 
-    Test labels decide nothing about training slices.
+    Test labels have no influence on training slices.
     """
     of_training = [
         label if split == TRAIN else None for label, split in zip(labels, splits, strict=True)
@@ -215,7 +218,7 @@ def _readable_labels(
 
 
 def _conflicting_groups(groups: list[str], labels: Sequence[str | None]) -> set[str]:
-    """Groups of copies that carry more than one label."""
+    """Groups of copies with more than one label."""
     names: dict[str, set[str]] = {}
     for group, label in zip(groups, labels, strict=True):
         if label is not None:
@@ -229,10 +232,10 @@ def _duplicates_table(
     first_copy: list[int | None],
     groups: SliceGroups,
 ) -> pa.Table:
-    """Every slice that copies another: byte by byte, nearly, or turned.
+    """Every slice that is an exact, near or turned (mirrored or rotated) copy of another.
 
-    It is told of the first slice of its bytes, of its group of copies, or of its group of copies
-    in any orientation; kept slices are first, training slices before test slices.
+    Each is listed with the first slice with the same bytes, of its group of copies, or of its group
+    of copies in any orientation; kept slices come first, training slices before test slices.
     """
     pairs = groups.pairs
     columns = [name for name in DUPLICATES.names if name in table.column_names]
@@ -275,7 +278,7 @@ def _duplicates_table(
 def _check_classes(
     rows: pa.Table, class_map: Mapping[str, str | None], *, was_drawn_before: bool
 ) -> list[str]:
-    """The training classes; a test class that training lacks could never be predicted."""
+    """The training classes; a test class missing in training could never be predicted."""
     by_split = {
         split: set(rows.filter(pc.equal(rows["split"], split))["label"].to_pylist()) - {None}
         for split in (TRAIN, TEST)
@@ -283,19 +286,19 @@ def _check_classes(
     unknown = sorted(by_split[TEST] - by_split[TRAIN])
     if unknown and was_drawn_before:
         raise DataError(
-            f"all slices of class {', '.join(map(repr, unknown))} are of subjects that the store "
-            "holds out for testing: label some of the others, or draw anew under another name"
+            f"all slices of class {', '.join(map(repr, unknown))} are of subjects held out for "
+            "testing: label slices of other subjects, or draw a new split under another name"
         )
     if unknown and by_split[TRAIN]:
         raise DataError(
-            f"the test slices have class {', '.join(map(repr, unknown))}, the training slices have "
-            f"{', '.join(sorted(by_split[TRAIN]))}: {renaming_advice(unknown, class_map)}"
+            f"the test slices have class {', '.join(map(repr, unknown))}, but the training slices "
+            f"have {', '.join(sorted(by_split[TRAIN]))}: {renaming_advice(unknown, class_map)}"
         )
     return sorted(by_split[TRAIN])
 
 
 def _memory(slices: pa.Table, table: pa.Table, rows: pa.Table) -> pa.Table:
-    """FILES: also what was rejected or removed, with the part that will hold its pixels."""
+    """FILES rows, including rejected and removed slices, with the part that stores their pixels."""
     part_of = dict(zip(rows["sample_id"].to_pylist(), rows["part"].to_pylist(), strict=True))
     parts = [part_of.get(identity) for identity in table["sample_id"].to_pylist()]
     place = table.column_names.index("part")
@@ -311,13 +314,13 @@ def _statistics(
     train = rows.filter(pc.equal(rows["split"], TRAIN))
     if train.num_rows == 0:
         raise DataError(
-            "no training slice is left: with split.mode=purge each is a copy of a test slice, "
-            "otherwise all are of one subject or group of copies"
+            "no training slice is left: with split.mode=purge, all are copies of test slices; "
+            "otherwise, all are of one subject or group of copies: add slices of other subjects"
         )
     num_pixels = train.num_rows * config.image_size**2
     mean = pc.sum(train["pixel_sum"]).as_py() / num_pixels / 255
     square = pc.sum(train["pixel_square_sum"]).as_py() / num_pixels / 255**2
-    settings = config.model_copy(update={"files_per_task": 0})  # which changes no slice
+    settings = config.model_copy(update={"files_per_task": 0})  # does not affect slices
     made_by = settings.model_dump(mode="json") | versions_of(config)
 
     def hash_of(*names: str) -> str:

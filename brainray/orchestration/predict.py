@@ -1,4 +1,4 @@
-"""Predictions for any folder of slices or volumes, resumable, however many there are."""
+"""Resumable prediction for a folder with any number of slices or volumes."""
 
 import re
 from collections.abc import Iterable
@@ -30,30 +30,30 @@ from brainray.orchestration.store import differing_settings
 from brainray.schema import PREDICTED_FILES
 from brainray.storage import Folder
 
-_SETTINGS = "_settings.json"  # readers of folders of Parquet pass over such names
+_SETTINGS = "_settings.json"  # Parquet dataset readers ignore names with a leading underscore
 _ROWS_PER_PART = 4096
 _PART = re.compile(r"part-(\d+)\.parquet")  # as `layout.PART` writes it
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Where the predictions are, and what they amount to."""
+    """Location and summary of the predictions."""
 
     folder: Folder
     metrics: Metrics
 
 
 def predict(config: Config, log: Log = log) -> Prediction:
-    """A row for every slice below ``config.source``, and for every file that cannot be read.
+    """Write a row for every slice in ``config.source``, and for every unreadable file.
 
-    Rows go to ``storage/predictions/NAME/part-*.parquet`` (``PREDICTED_FILES``) as they come. The
-    same name goes on with the files that no part names yet, that could not be read, or that have
-    been replaced since; rows of files that are gone stay.
+    Rows are written to ``storage/predictions/NAME/part-*.parquet`` (``PREDICTED_FILES``) as they
+    are computed. With the same name, the job resumes: it predicts files that are new, were
+    unreadable or have been replaced. Rows of deleted files stay.
 
     Raises:
-        ConfigError: neither run nor checkpoint, no source, or a name that was used otherwise.
+        ConfigError: neither run nor checkpoint, no source, or a name used with other settings.
         DataError: no image file, or none that can be read.
-        CheckpointError: the checkpoint is missing or is not one.
+        CheckpointError: the checkpoint is missing or invalid.
     """
     predictor = find_predictor(config, "prediction")
     if config.source is None:
@@ -73,18 +73,22 @@ def _predict(config: Config, predictor: Predictor, folder: Folder, log: Log) -> 
         f"predicting {len(found)} files with {predictor.folder} (epoch "
         f"{predictor.checkpoint.epoch})"
         + (f"; {len(done)} are done" if done else "")
-        + (f"; {num_replaced} were replaced and are predicted anew" if num_replaced else "")
+        + (f"; {num_replaced} were replaced and are predicted again" if num_replaced else "")
         + ignored_told(ignored)
     )
     reference = Reference(predictor.fitted())
     if reference.is_empty:
-        log(f"{predictor.folder} keeps no training slices: outlier_score and nearest stay empty")
+        log(
+            f"{predictor.folder} has no record of its training slices: outlier_score and nearest "
+            "stay empty"
+        )
     if files:
         _write_parts(predicted_blocks(files, config, predictor), files, folder, reference, log)
     metrics = _summary(folder)
     if metrics["num_predicted"] == 0:
         raise DataError(
-            f"none of the {len(found)} files in {config.source} is usable: see reason in {folder}"
+            f"none of the {len(found)} files in {config.source} is usable: see column reason in "
+            f"{folder}"
         )
     return Prediction(folder, metrics)
 
@@ -104,7 +108,8 @@ def _begin(config: Config, predictor: Predictor, folder: Folder) -> None:
     difference = differing_settings(folder.read_json(_SETTINGS), settings)
     if difference:
         raise ConfigError(
-            f"the predictions {folder} were made otherwise ({difference}): choose another name"
+            f"the predictions {folder} were made with other settings ({difference}): choose "
+            "another name"
         )
 
 
@@ -113,8 +118,8 @@ def _parts(folder: Folder) -> list[str]:
 
 
 def _forget_stale(folder: Folder, found: Iterable[FoundFile]) -> int:
-    """Drop rows of files that a mount, a network or a writer kept from us, and of those that are
-    others now, by size or time of modification; how many were replaced so.
+    """Drop rows of files that could not be read (because of a mount, a network or a writer) or have
+    changed since, by size or modification time; returns the number of changed files.
     """
     now = {file.path: (file.num_bytes, file.mtime_ns) for file in found}
     replaced: set[str] = set()
@@ -134,7 +139,7 @@ def _forget_stale(folder: Folder, found: Iterable[FoundFile]) -> int:
 
 
 def _done(folder: Folder) -> set[str]:
-    """Paths of the files that the parts name."""
+    """Paths of the files that have rows in the parts."""
     done: set[str] = set()
     for name in _parts(folder):
         done.update(pc.unique(folder.read_table(name, columns=["path"])["path"]).to_pylist())
@@ -144,8 +149,8 @@ def _done(folder: Folder) -> set[str]:
 def _write_parts(
     blocks: Any, files: list[SourceFile], folder: Folder, reference: Reference, log: Log
 ) -> None:
-    """Parts of some thousand rows, each with whole files: a block holds all of a file."""
-    # One above the highest: a part may have been deleted to be made anew.
+    """Write parts of some thousand rows; files are not split, as a block contains whole files."""
+    # One above the highest: a part may have been deleted to be made again.
     numbers = [int(found[1]) for name in folder.names() if (found := _PART.fullmatch(name))]
     number = max(numbers, default=-1) + 1
     waiting: list[pa.Table] = []

@@ -1,4 +1,4 @@
-"""From one file to the rows of its slices: what preprocessing and prediction do alike."""
+"""From one file to the rows of its slices; shared by preprocessing and prediction."""
 
 import hashlib
 import hmac
@@ -41,7 +41,7 @@ SLICES = pa.schema(
         ("detail", pa.string()),
         ("sample_id", pa.string()),
         ("format", pa.string()),
-        ("header_subject", pa.string()),  # salted hash; null where the file names none
+        ("header_subject", pa.string()),  # salted hash; null where the file gives none
         ("original_height", pa.int32()),
         ("original_width", pa.int32()),
         ("skull_strip", pa.string()),
@@ -53,14 +53,14 @@ SLICES = pa.schema(
         ("image", pa.binary()),
     ]
 )
-"""One row for each slice of a file, or for the file as a whole where it was rejected."""
+"""One row per slice of a file, or a single row for a rejected file."""
 
 LIGHT_COLUMNS = [name for name in SLICES.names if name not in {"image", "thumbnail"}]
-PART = pa.field("part", pa.string())  # of images/ that holds the pixels; null where none does
+PART = pa.field("part", pa.string())  # part of images/ with the pixels; null where there are none
 
 SALT_VARIABLE = "BRAINRAY_SALT"
 
-# Reasons that may have passed when the file is read again.
+# Transient reasons: the file may be readable at the next attempt.
 UNREADABLE = "unreadable file"
 CHANGED = "file changed while being read"
 
@@ -68,26 +68,27 @@ _SALT_FILE = ".subject-salt"
 
 
 def subject_salt(storage: Folder) -> bytes:
-    """What subjects are hashed with: ``BRAINRAY_SALT``, or a secret that ``storage`` keeps.
+    """The salt of subject hashes: ``BRAINRAY_SALT``, or a secret kept in ``storage``.
 
-    It lies beside the stores, not in them: who gets a store cannot try out patients' numbers.
+    It is kept next to the stores, not in them, so that the recipient of a store cannot guess
+    patient numbers by hashing them.
     """
     given = os.environ.get(SALT_VARIABLE)
     if given is not None:
         if len(given) < 16:
-            raise ConfigError(f"{SALT_VARIABLE} is too short: give 16 characters or more")
+            raise ConfigError(f"{SALT_VARIABLE} is too short: use at least 16 characters")
         return given.encode()
     if not storage.exists(_SALT_FILE):
         secret = secrets.token_hex(32).encode()
         if storage.local_path is None:
             storage.write_bytes(_SALT_FILE, secret)
-        else:  # of two jobs that begin at once, one does
+        else:  # if two jobs start at once, only one creates it
             storage.create_file(_SALT_FILE, secret, mode=0o600)
     return storage.read_bytes(_SALT_FILE)
 
 
 def salt_id(salt: bytes) -> str:
-    """Tells one salt from another and does not give it away."""
+    """An id that distinguishes salts without revealing them."""
     return hmac.new(salt, b"brainray: which salt", hashlib.sha256).hexdigest()[:12]
 
 
@@ -99,15 +100,15 @@ DECODED = pa.schema(
         *(SLICES.field(name) for name in SLICES.names),
     ]
 )
-"""Of a decoded slice that is to be predicted."""
+"""A decoded slice for prediction."""
 
 
 def decode_to_predict(
     asked: SourceFile, content: Callable[[], bytes], config: PreprocessConfig, salt: bytes
 ) -> list[dict[str, Any]]:
-    """``DECODED`` rows of a file, or one with the reason for one that cannot be read.
+    """``DECODED`` rows of a file, or a single row with the reason if it cannot be read.
 
-    ``content`` gives the file's bytes, or raises RejectedImage.
+    ``content`` returns the file's bytes or raises RejectedImage.
     """
     read = None
     try:
@@ -127,13 +128,13 @@ def decode_to_predict(
 def named_subject(
     in_table: str | None, in_header: str | None, sha256: str | None, salt: bytes
 ) -> tuple[str | None, str | None]:
-    """A slice's subject, as a keyed hash, and what names it; a table is believed before a header.
+    """A slice's subject as a keyed hash, and its source; a table takes precedence over a header.
 
     Args:
-        in_table: as the labels table writes it.
-        in_header: hash of the patient, the study or the volume, as decoding gives it.
-        sha256: of the file.
-        salt: of the hashes.
+        in_table: subject as written in the labels table.
+        in_header: hash of the patient, study or volume, as returned by decoding.
+        sha256: hash of the file.
+        salt: salt of the hashes.
     """
     if in_table is not None:
         return subject_hash("patient", in_table, salt), schema.TABLE
@@ -149,7 +150,7 @@ def read_file(source: Folder, file: FoundFile) -> bytes:
     """A file's bytes.
 
     Raises:
-        RejectedImage: it cannot be read, has vanished, or changed while it was read.
+        RejectedImage: it cannot be read, no longer exists, or changed while being read.
     """
     if file.problem is not None:
         raise RejectedImage(file.problem)
@@ -161,7 +162,8 @@ def read_file(source: Folder, file: FoundFile) -> bytes:
     except (OSError, UnicodeError) as error:
         if not source.exists():
             raise DataError(
-                f"{source} does not exist on node {socket.gethostname()}: every node must see it"
+                f"{source} does not exist on node {socket.gethostname()}: make it available on "
+                "every node"
             ) from None
         raise RejectedImage(UNREADABLE, type(error).__name__) from None
     if file.mtime_ns and (now.size, now.mtime_ns) != (len(content), file.mtime_ns):
@@ -174,10 +176,10 @@ def preprocess_file(
 ) -> list[dict[str, Any]]:
     """The ``SLICES`` rows of a file: METHOD A, steps 1, 3 and 4, for each of its slices.
 
-    A slice that is left out has a row with the reason, the others go on.
+    A rejected slice has a row with the reason; the other slices are still processed.
 
     Raises:
-        RejectedImage: the file as a whole is left out.
+        RejectedImage: the whole file is rejected.
     """
     digest = content_hash(content)
     about_file = {
@@ -202,7 +204,7 @@ def preprocess_file(
 def rejected_row(
     file: FoundFile, content: bytes | None, rejection: RejectedImage
 ) -> dict[str, Any]:
-    """The ``SLICES`` row of a file that is left out; ``content`` is None where it was not read."""
+    """The ``SLICES`` row of a rejected file; ``content`` is None if it was not read."""
     return {
         "path": file.path,
         "frame": "",
@@ -227,7 +229,7 @@ def decode_options(config: PreprocessConfig, salt: bytes) -> DecodeOptions:
 
 
 def strip(image: NDArray[np.uint8], config: PreprocessConfig) -> StrippedSlice:
-    """METHOD A, step 3, after the frame is removed where that is asked for."""
+    """METHOD A, step 3, after removing the frame if requested."""
     before = without_frame(image) if config.frame == "remove" else image
     mask, method = _mask(before, config.skull_strip)
     return StrippedSlice(before, mask, before if mask is None else apply_mask(before, mask), method)
@@ -244,7 +246,7 @@ def _mask(image: NDArray[np.uint8], method: str) -> tuple[NDArray[np.bool_] | No
 
 
 def _slice_columns(decoded: DecodedSlice, config: PreprocessConfig) -> dict[str, Any]:
-    """The thumbnail is of the slice before stripping: a fingerprint must not depend on a mask."""
+    """The thumbnail shows the slice before stripping: fingerprints must not depend on the mask."""
     stripped = strip(decoded.image, config)
     image, mask = stripped.after, stripped.mask
     if config.crop == "foreground":

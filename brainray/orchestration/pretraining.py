@@ -1,7 +1,7 @@
-"""Self-supervised training on Ray Train: a pretext task, or rounds of refinement that follow one.
+"""Self-supervised training on Ray Train: a pretext task, or rounds of refinement after one.
 
-No label is read anywhere here. What it leaves, ``encoder.pt``, is read by ``encoder.weights=PATH``
-too, so that it is also a warm-up of the semi-supervised training.
+No labels are read. The result, ``encoder.pt``, can also be read by ``encoder.weights=PATH``, so it
+also serves as the warm-up of semi-supervised training.
 """
 
 from collections.abc import Mapping
@@ -36,10 +36,10 @@ _OF_CONTRASTIVE = {"temperature", "positives", "projection_dim"}
 
 
 def warm_up(config: Config, store: ImageStore, log: Log) -> str | Mapping[str, Tensor]:
-    """Where training's encoder starts: ``encoder.weights``, or what it has learned from there.
+    """Initial weights of the encoder: ``encoder.weights``, after the warm-up if there is one.
 
     Raises:
-        BrainrayError, ray.train.TrainingFailedError: as `pretrain` does.
+        BrainrayError, ray.train.TrainingFailedError: as in `pretrain`.
     """
     feature = FeatureConfig(
         encoder=config.encoder.name,
@@ -47,7 +47,7 @@ def warm_up(config: Config, store: ImageStore, log: Log) -> str | Mapping[str, T
         image_size=config.encoder.pretext_image_size,
         pretext=config.encoder.pretext,
     )
-    # Read here: a worker's node may not have the file.
+    # Read on the driver: the workers' nodes may not have the file.
     weights = read_weights(config, feature, "encoder.weights")
     if config.encoder.pretext == "none":
         return weights.state
@@ -73,22 +73,22 @@ def pretrain(
     seed: int,
     log: Log,
 ) -> Folder:
-    """Train an encoder on the store's training slices, or go on with it, or find it finished.
+    """Train an encoder on the store's training slices, resume its training, or reuse it.
 
-    An encoder that is refined goes on from the one that has learned the same pretext alone, which
-    is trained first, or found: features that share a pretext share its training.
+    Refinement starts from the encoder trained on the same pretext alone, which is trained first or
+    reused: features with the same pretext share its training.
 
     Args:
         config: ``self_supervision``, ``clustering`` (for refinement) and ``train``.
         store: the slices; its labels are not read.
         feature: encoder, size of the slices, pretext and weight of the clustering loss.
-        weights: where the encoder starts.
-        dataset: name of the store, for readers of the folder's name.
+        weights: initial weights of the encoder.
+        dataset: name of the store, used in the folder's name.
         seed: of weights, views and clusters.
-        log: one line about what is done.
+        log: for one line about what is done.
 
     Returns:
-        The folder of ``encoder.pt``, ``metrics.jsonl`` and, of a refined one, the assignments of
+        The folder with ``encoder.pt``, ``metrics.jsonl`` and, after refinement, the assignments of
         each round.
 
     Raises:
@@ -105,26 +105,26 @@ def pretrain(
     name = f"{dataset}-{feature.encoder}-{kind}-seed{seed}-{content_key(made_by)}"
     target = Folder(config.storage) / layout.ENCODERS / name
     if not target.exists(layout.ENCODER):
-        # Jobs that begin together share it too: the later ones wait, and find it.
+        # Concurrent jobs share it too: the later ones wait, then reuse it.
         with held(Folder(config.storage), layout.ENCODERS, name, log, in_turn=True):
             if not target.exists(layout.ENCODER):
                 log(f"encoder {target}: training")
                 workers = plan_workers(config.train, alive_nodes())
-                if workers.min_workers:  # what there is room for is enough
+                if workers.min_workers:  # as many as fit are enough
                     num_workers = min(workers.num_workers, workers.room)
                     workers = replace(workers, num_workers=num_workers, min_workers=0)
                 target.write_json(layout.MANIFEST, made_by | {"num_workers": workers.num_workers})
                 _keep_what_it_sees(config, store, feature, target)
                 _train(config, store, feature, weights, head, seed, workers, target, log)
                 return target
-    log(f"encoder {target}: trained before, reused")
+    log(f"encoder {target}: already trained, reusing it")
     return target
 
 
 def _keep_what_it_sees(
     config: Config, store: ImageStore, feature: FeatureConfig, target: Folder
 ) -> None:
-    """A training that starts from the encoder holds its test slices against that."""
+    """Record the seen slices, with which training from this encoder compares its test slices."""
     before = seen_by_weights(feature.weights, Folder(config.storage))
     if before is not None:
         target.write_table(layout.SEEN_BEFORE, before)
@@ -166,10 +166,10 @@ def _made_by(
     weights: Weights,
     seed: int,
 ) -> dict[str, Any]:
-    """What tells the trained weights from others, but for the number of workers.
+    """Everything that determines the trained weights, except the number of workers.
 
-    Settings at their defaults are left out, so that one that comes later, and is off, changes
-    nothing: who changes a default raises the format.
+    Settings at their defaults are omitted, so that adding a setting that is off by default changes
+    nothing. Whoever changes a default must raise the format version.
     """
     train = config.train.model_dump(mode="json", include={"weight_decay", "warmup_fraction"})
     is_refined = feature.lambda_cluster > 0
@@ -197,7 +197,7 @@ def _made_by(
 
 
 def _read_head(folder: Folder) -> dict[str, Tensor]:
-    """The pretext's head that was trained with an encoder."""
+    """The pretext head that was trained with an encoder."""
     where = f"{folder}/{layout.ENCODER}"
     head: dict[str, Tensor] = state_from_bytes(folder.read_bytes(layout.ENCODER), where)["head"]
     return head

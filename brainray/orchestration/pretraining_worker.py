@@ -1,4 +1,4 @@
-"""What each rank of a self-supervised training does: pretext epochs, or rounds of refinement."""
+"""Worker of self-supervised training: pretext epochs, or rounds of refinement."""
 
 import hashlib
 import math
@@ -55,14 +55,14 @@ History = list[dict[str, float]]
 
 @returning_errors
 def pretrain_worker(settings: dict[str, Any]) -> None:
-    """Ray Train's entry on every rank."""
+    """Ray Train's entry point on every rank."""
     config = parse_config(settings["config"])
     feature = FeatureConfig.model_validate(settings["feature"])
     settle_rank()
     device = ray.train.torch.get_device()
     torch.manual_seed(settings["seed"])
     precision = agreed_precision(config.train.precision, device)
-    with failing_together(device):  # no collective within: a rank may not come so far
+    with failing_together(device):  # no collectives inside: a rank may fail before reaching them
         learner = _Learner(config, feature, settings, device, precision)
     learner.learn()
 
@@ -111,12 +111,12 @@ class _Learner:
         self.plan = plan_steps(
             self.rows.num_rows, self.settings.batch_size_per_worker, dist.world_size()
         )
-        self.ddp: nn.Module = self.model  # until all ranks have come so far
+        self.ddp: nn.Module = self.model  # until all ranks have got this far
         self.history: History = []
         self.clusters: ClusterModel | None = None
 
     def learn(self) -> None:
-        """The pretext's epochs, or rounds of refinement until assignments settle."""
+        """Run the pretext's epochs, or rounds of refinement until assignments settle."""
         self.ddp = distributed(self.model)
         with failing_together(self.device):
             state = _saved_state(self.folder)
@@ -154,11 +154,11 @@ class _Learner:
                 precision=self.precision,
             )
             self._check_finite(losses)
-            dist.share_buffers(self.model)  # all embed with the encoder that is saved
+            dist.share_buffers(self.model)  # all ranks embed with the encoder that is saved
             self._save(losses, started, optimizer)
 
     def _refine(self) -> None:
-        """Cluster, train on the clusters, cluster anew, until few slices change their cluster."""
+        """Cluster and train on the clusters in turn until few slices change their cluster."""
         convergence = Convergence(
             self.settings.tolerance, self.settings.patience, self.settings.max_rounds
         )
@@ -169,7 +169,7 @@ class _Learner:
             )
             self.clusters, responsibilities = found.model, found.responsibilities
             self._keep_assignments(responsibilities, 0)
-        else:  # the pair that was saved matches: it gives the same responsibilities again
+        else:  # saved encoder and clusters match: they give the same responsibilities again
             responsibilities = self.clusters.responsibilities(z)
         changes = [row["changed_share"] for row in self.history]
         while not convergence.is_reached(changes):
@@ -212,7 +212,7 @@ class _Learner:
         )
 
     def _train_round(self, number: int, soft: SoftTargets) -> dict[str, float]:
-        """``round_epochs`` epochs of both losses, with a schedule of their own."""
+        """``round_epochs`` epochs of both losses, with their own schedule."""
         steps = self.settings.round_epochs * self.plan.num_steps
         optimizer, scheduler = self._optimizer(self.settings.round_learning_rate, steps)
         losses: dict[str, float] = {}
@@ -235,24 +235,26 @@ class _Learner:
         return losses
 
     def _check_all_go_on_from_one(self, num_done: int) -> None:
-        """A mounted file system may show a new file to some nodes only, for a while."""
+        """Check that all ranks resume from the same state: on a mounted file system, a new file may
+        be visible to only some nodes for a while.
+        """
         of_first = int(dist.broadcast_from_first(torch.tensor(num_done, device=self.device)))
         with failing_together(self.device):
             if num_done != of_first:
                 raise BrainrayError(
-                    f"{self.folder}/{layout.STATE} is of epoch {of_first} on the first worker and "
-                    f"of {num_done} on another: submit again when storage shows all nodes the same"
+                    f"{self.folder}/{layout.STATE} is from epoch {of_first} on the first worker "
+                    f"but {num_done} on another: submit again when all nodes see the same storage"
                 )
 
     def _check_finite(self, losses: dict[str, float]) -> None:
-        """So that all ranks stop: what is saved would be reused by every run.
+        """Stop all ranks on NaN or infinity: a saved encoder would be reused by every run.
 
-        Losses are those before each step; what the last one has made of the weights, they tell.
+        Losses are from before each step; the effect of the last step shows in the weights.
         """
         are_finite = all(bool(part.isfinite().all()) for part in self.model.parameters())
         if not (math.isfinite(losses["total"]) and are_finite):
             raise DivergenceError(
-                f"learning without labels, epoch {len(self.history) + 1}: the loss or a weight "
+                f"self-supervised training, epoch {len(self.history) + 1}: the loss or a weight "
                 "is NaN or infinite: lower self_supervision.learning_rate (or round_learning_rate) "
                 "or set train.precision=fp32"
             )
@@ -270,12 +272,12 @@ class _Learner:
         )
 
     def _keep_assignments(self, responsibilities: Tensor, number: int) -> None:
-        """Every slice's cluster after a round, for those who may look at labels."""
+        """Save every slice's cluster after a round, for later comparison with labels."""
         keys = dist.gather_rows(self.keys).cpu()
         clusters = dist.gather_rows(responsibilities.argmax(dim=1)).cpu()
         with failing_together(self.device):
             if dist.rank() == 0:
-                # Slices lie on the ranks by group; sorted by key, they have one order everywhere.
+                # Slices are distributed over ranks by group; sorting by key makes the order unique.
                 order = torch.argsort(keys)
                 table = pa.table({"key": keys[order].numpy(), "cluster": clusters[order].numpy()})
                 (self.folder / layout.ROUNDS).write_table(f"round-{number:03d}.parquet", table)
@@ -286,7 +288,7 @@ class _Learner:
         started: float,
         optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
-        """Log and checkpoint what the next epoch or round goes on from."""
+        """Log and checkpoint an epoch or round."""
         seconds = time.monotonic() - started
         row = {"epoch": float(len(self.history) + 1), **figures, "seconds": seconds}
         self.history.append(row)
@@ -315,7 +317,7 @@ class _Learner:
                 self.folder.write_json_lines(layout.METRICS, self.history)
 
     def _write_encoder(self) -> None:
-        """Last: with it the encoder is complete."""
+        """Write the final file, which marks the encoder as complete."""
         state = {name: value.cpu() for name, value in self.model.encoder.grey_state().items()}
         encoder = {
             "format": layout.ENCODER_FORMAT,
@@ -335,15 +337,15 @@ def _saved_state(folder: Folder) -> dict[str, Any] | None:
         return state_from_bytes(folder.read_bytes(layout.STATE), f"{folder}/{layout.STATE}")
     except CheckpointError as damage:
         if dist.rank() == 0:
-            log(f"{damage}; the warm-up begins anew")
+            log(f"{damage}; restarting the warm-up from scratch")
         return None
 
 
 def _rows_of_store(store: ImageStore) -> pa.Table:
-    """The training slices without labels, those of one (likely) subject in a row.
+    """The training slices without labels, with slices of one (likely) subject adjacent.
 
-    A group's name tells of its size (it is the smallest sample_id); by a hash of it, every rank
-    gets large and small ones.
+    A group's name depends on its size (it is the smallest sample_id), so groups are ordered by a
+    hash of it: every rank gets large and small ones.
     """
     index = store.index()
     rows = index.filter(pc.equal(index["split"], TRAIN)).select(["sample_id", "split_group_id"])
@@ -356,7 +358,7 @@ def _rows_of_store(store: ImageStore) -> pa.Table:
 def _load_slices(
     store: ImageStore, rows: pa.Table, positives: str, side: int, device: torch.device
 ) -> tuple[Images, Tensor, Groups]:
-    """Of those rows this rank's: slices, keys, and which the pretext draws together."""
+    """Slices, keys and groups of positives of this rank's share of the rows."""
     first, end = (
         place * len(rows) // dist.world_size() for place in (dist.rank(), dist.rank() + 1)
     )

@@ -1,4 +1,4 @@
-"""Progress of training as the driver sees it: a line an epoch, and MLflow."""
+"""Progress of training as seen by the driver: a line per epoch, and MLflow."""
 
 import threading
 from abc import ABC, abstractmethod
@@ -18,9 +18,9 @@ POLL_S = 1.0
 
 
 class Watcher(ABC):
-    """Looks at what workers leave, every second and a last time at the end of the block.
+    """Polls the workers' output every second and once more at the end of the block.
 
-    What spoils one look, such as storage that is away for a moment, is said; the next goes on.
+    Errors, such as storage that is temporarily unavailable, are logged; polling continues.
     """
 
     def __init__(self, log: Log) -> None:
@@ -39,7 +39,7 @@ class Watcher(ABC):
 
     @abstractmethod
     def look(self) -> None:
-        """Handle what is new since the last look."""
+        """Handle what is new since the last call."""
 
     def _watch(self) -> None:
         while not self._stopped.wait(POLL_S):
@@ -49,15 +49,15 @@ class Watcher(ABC):
     def _look(self) -> None:
         try:
             self.look()
-        except Exception as error:  # training goes on, whatever its progress meets
-            problem = f"progress cannot be told at the moment: {type(error).__name__}: {error}"
+        except Exception as error:  # must not stop the training
+            problem = f"progress is temporarily unavailable: {type(error).__name__}: {error}"
             if problem != self._said:
                 self._log(problem)
             self._said = problem
 
 
 class Follower(Watcher):
-    """Watches the run's metrics while workers train: a line an epoch, and MLflow."""
+    """Follows the run's metrics while workers train: a line per epoch, and MLflow."""
 
     def __init__(self, config: TrainConfig, run: Run, tracker: LenientTracker, log: Log) -> None:
         super().__init__(log)
@@ -92,7 +92,7 @@ class Follower(Watcher):
 
 
 class PretrainingFollower(Watcher):
-    """Watches a self-supervised encoder's metrics: a line for an epoch or a round."""
+    """Follows a self-supervised encoder's metrics: a line per epoch or round."""
 
     def __init__(self, config: SelfSupervisionConfig, folder: Folder, log: Log) -> None:
         super().__init__(log)
@@ -100,12 +100,12 @@ class PretrainingFollower(Watcher):
         self._folder = folder
         self._num_seen = len(folder.read_json_lines(layout.METRICS))
         if self._num_seen:
-            log(f"going on after {self._num_seen} epochs or rounds")
+            log(f"resuming after {self._num_seen} epochs or rounds")
 
     def look(self) -> None:
         history = self._folder.read_json_lines(layout.METRICS)
         if len(history) < self._num_seen:
-            self._log(f"begun anew after {len(history)} epochs or rounds")
+            self._log(f"restarted after {len(history)} epochs or rounds")
         for metrics in history[self._num_seen :]:
             self._log(self._line(metrics))
         self._num_seen = len(history)
@@ -119,7 +119,7 @@ class PretrainingFollower(Watcher):
             changed = metrics["changed_share"]
             return (
                 f"round {metrics['round']:.0f}/{self._config.max_rounds}: {losses}; {changed:.1%} "
-                f"of the slices changed their cluster; {seconds:.0f} s"
+                f"of the slices changed cluster; {seconds:.0f} s"
             )
         left = timedelta(seconds=round(seconds * (self._config.num_epochs - metrics["epoch"])))
         return (
@@ -129,7 +129,7 @@ class PretrainingFollower(Watcher):
 
 
 def time_left(metrics: Metrics, config: TrainConfig) -> timedelta:
-    """Until the last epoch ends, if pixels cost what they did in this one."""
+    """Time until the last epoch ends, assuming the same cost per pixel as in this one."""
     later = range(int(metrics["epoch"]) + 1, config.num_epochs + 1)
     pixels = sum(image_side(epoch, config) ** 2 for epoch in later)
     return timedelta(

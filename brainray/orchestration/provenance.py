@@ -1,4 +1,4 @@
-"""What made a run, in each submission that trained it: enough to make it again."""
+"""Provenance of a run: everything needed to reproduce it, for each submission that trained it."""
 
 import platform
 from importlib import metadata
@@ -30,11 +30,11 @@ PACKAGES = (
     "torchmetrics",
     "torchvision",
 )
-"""Whose version may change a result."""
+"""Packages whose version may change a result."""
 
 
 def record_submission(config: Config, run: Run, workers: WorkerResources) -> None:
-    """Add a line to the run's ``provenance.jsonl``, one for each submission that trains it."""
+    """Append a line for this submission to the run's ``provenance.jsonl``."""
     earlier = run.folder.read_json_lines(layout.PROVENANCE)
     record = provenance(config, run, workers)
     record["first_epoch"] = len(run.folder.read_json_lines(layout.METRICS)) + 1
@@ -42,7 +42,7 @@ def record_submission(config: Config, run: Run, workers: WorkerResources) -> Non
 
 
 def provenance(config: Config, run: Run, workers: WorkerResources) -> dict[str, Any]:
-    """Versions, seeds, data hash, command and workers; no secret."""
+    """Versions, seeds, data hash, command and workers, without secrets."""
     return {
         "command": command_line(),
         "config": config.without_secrets().model_dump(mode="json"),
@@ -62,5 +62,5 @@ def provenance(config: Config, run: Run, workers: WorkerResources) -> dict[str, 
 def _version(name: str) -> str:
     try:
         return metadata.version(name)
-    except metadata.PackageNotFoundError:  # installed by another name, as OpenCV may be
+    except metadata.PackageNotFoundError:  # may be installed under another name, such as OpenCV
         return ""

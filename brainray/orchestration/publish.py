@@ -1,4 +1,4 @@
-"""From a run's folder to MLflow: while it trains, at its end, or later."""
+"""Sends a run's folder to MLflow: while it trains, at its end, or later."""
 
 import os
 import shlex
@@ -26,7 +26,7 @@ from brainray.tracking import (
     default_uri,
 )
 
-_SERVERS = ("http://", "https://", "databricks")  # which have a page of their own
+_SERVERS = ("http://", "https://", "databricks")  # these have their own user interface
 _TAGS_OF_CODE = {
     "brainray.version": "brainray",
     "brainray.code_hash": "code_hash",
@@ -34,7 +34,7 @@ _TAGS_OF_CODE = {
     "brainray.ray_submission_id": "ray_submission_id",
     "brainray.git_revision": "git_revision",
 }
-"""By tag, what `about_code` calls it."""
+"""Key in `about_code` for each tag."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Tracking:
     tracker: LenientTracker
     mlflow: MLflowTracker
     uri: str
-    """As it may be shown."""
+    """URI without secrets."""
 
     @property
     def mlflow_run_id(self) -> str | None:
@@ -52,7 +52,7 @@ class Tracking:
 
 
 def how_to_open(uri: str) -> str:
-    """The command that shows a database's runs, or the address of what has a page of its own."""
+    """The command that shows the runs in a database, or the address of a server."""
     if uri.startswith(_SERVERS):
         return uri
     return f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
@@ -61,11 +61,11 @@ def how_to_open(uri: str) -> str:
 def begin_tracking(
     config: Config, run: Run, log: Log, tags: Mapping[str, str] | None = None
 ) -> Tracking:
-    """Open the run's MLflow run; an unreachable server is said and does not stop the work."""
+    """Open the run's MLflow run; an unreachable server is logged and does not stop the work."""
     params = flatten(config.without_secrets()) | {
         f"num_{k}": v for k, v in run.info["num_slices"].items()
     }
-    del params["name"]  # MLflow's own; a comparison of runs would show it as a setting
+    del params["name"]  # MLflow has its own; comparisons of runs would show it as a setting
     about = {
         "brainray.data_hash": str(run.info["data_hash"]),
         "brainray.run_folder": str(run.folder),
@@ -84,20 +84,20 @@ def open_tracking(
     *,
     made_by: Mapping[str, object] | None = None,
 ) -> Tracking:
-    """An MLflow run named as the folder, which remembers it and keeps what cannot be sent.
+    """Open an MLflow run named like the folder, which records it and keeps what cannot be sent.
 
-    ``made_by`` is what `about_code` said when it was made; by default, what it says now.
+    ``made_by`` is the `about_code` of the code that made the folder; by default, of this code.
     """
     storage = Folder(config.storage)
     uri = os.environ.get(URI_VARIABLE) or config.tracking.uri or default_uri(storage)
     if HIDDEN in uri:
         raise ConfigError(
-            f"a config keeps tracking.uri without its password ({uri}): give it again with --set "
+            f"the saved tracking.uri has no password ({uri}): set it again with --set "
             f"tracking.uri=... or {URI_VARIABLE}"
         )
     mlflow = MLflowTracker(folder, uri, config.tracking.experiment, artifact_location(uri, storage))
     tracker = LenientTracker(
-        mlflow, warn=lambda problem: log(f"{problem}; figures are kept in {folder}")
+        mlflow, warn=lambda problem: log(f"{problem}; metrics are kept in {folder}")
     )
     made_by = about_code() if made_by is None else made_by
     code = {tag: str(made_by[key]) for tag, key in _TAGS_OF_CODE.items() if made_by.get(key)}
@@ -108,17 +108,17 @@ def open_tracking(
 def publish(config: Config, run: Run, log: Log = log) -> Tracking:
     """Send a run's folder to MLflow: what training could not send, or a run trained elsewhere.
 
-    It goes where training meant it to, unless another place is named.
+    It is sent to the URI used in training, unless another one is given.
 
     Raises:
         TrackingError: the server still cannot be used.
-        ConfigError: its password is needed again.
+        ConfigError: its password must be given again.
     """
     tracking = begin_tracking(config_to_track(config, run), run, log)
     send_run(run, tracking.tracker)
     name = str(run.info["name"])
     if not run.is_complete and not is_held(Folder(config.storage), layout.RUNS, name):
-        # It has ended; where its job could not say how, nobody knows more.
+        # It has ended; if its job could not record how, that is unknown.
         tracking.tracker.finish("KILLED", unless_ended=True)
     if tracking.tracker.problem is not None:
         raise TrackingError(tracking.tracker.problem)
@@ -126,7 +126,7 @@ def publish(config: Config, run: Run, log: Log = log) -> Tracking:
 
 
 def config_to_track(config: Config, run: Run) -> Config:
-    """The run's saved config, with the storage and what is said of tracking now."""
+    """The run's saved config, with the storage and tracking settings given now."""
     saved = run.saved_config()
     said = config.tracking.model_dump(exclude_unset=True)
     was = _where_it_was_sent(run)
@@ -135,8 +135,8 @@ def config_to_track(config: Config, run: Run) -> Config:
 
 
 def _where_it_was_sent(run: Run) -> str | None:
-    """By training, which may have been told by a variable that is set no more; None where that
-    was a database that is not there, as that of a storage that has moved.
+    """The URI used by training, which may have come from an environment variable; None if it is a
+    database that no longer exists, for example because storage has moved.
     """
     if not run.folder.exists(layout.TRACKING):
         return None
@@ -146,22 +146,22 @@ def _where_it_was_sent(run: Run) -> str | None:
 
 
 def _last_submission(run: Run) -> dict[str, Any] | None:
-    """What trained the run at last, whatever sends it."""
+    """Provenance of the last submission that trained the run."""
     submissions = run.folder.read_json_lines(layout.PROVENANCE)
     return submissions[-1] if submissions else None
 
 
 def _version_tags(made_by: Mapping[str, Any]) -> dict[str, str]:
-    """The versions behind a run as MLflow shows and compares them."""
+    """Versions used by a run, as MLflow tags."""
     versions = {name: made_by[name] for name in ("python", "platform") if name in made_by}
     versions |= made_by.get("packages", {})
     return {f"brainray.{name}": version for name, version in versions.items()}
 
 
 def send_run(run: Run, tracker: LenientTracker) -> None:
-    """Epochs, summary, figures and config, as far as the run's folder holds them."""
+    """Send epochs, summary, figures and config, as far as the run's folder contains them."""
     tracker.log_epochs(run.folder.read_json_lines(layout.METRICS))
-    # Not what was seen: its fingerprints are gigabytes of a large store.
+    # Not seen.parquet: its fingerprints are gigabytes for a large store.
     files = [layout.CONFIG, layout.PROVENANCE, layout.METRICS, layout.REPORT]
     for folder in (layout.FIGURES, layout.DATASET, f"{layout.DATASET}/{layout.FIGURES}"):
         names = [f"{folder}/{name}" for name in (run.folder / folder).names()]

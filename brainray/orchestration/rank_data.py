@@ -1,4 +1,4 @@
-"""A rank's share of the slices of a run, in memory or streamed."""
+"""Loads a rank's share of a run's slices, in memory or streamed."""
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -39,7 +39,7 @@ def load_rank_data(
     rank: int,
     num_ranks: int,
 ) -> RankData:
-    """Every num_ranks-th slice of each role. Labels come from the run's draw, not the store."""
+    """Load every num_ranks-th slice of each role; labels are from the run's draw, not the store."""
     class_index = {name: index for index, name in enumerate(store.classes)}
     seen = _seen_with_inherited_labels(config, run, tell=rank == 0)
     test = run.read_table(layout.TEST_SLICES, ["sample_id", "label"])
@@ -50,7 +50,7 @@ def load_rank_data(
     def of_role(role: str) -> pa.Table:
         return share(seen.filter(pc.equal(seen["role"], role)).sort_by("sample_id"))
 
-    shares = {  # labelled slices are read most often, so they are the first to stay in memory
+    shares = {  # labelled slices are read most often, so they are cached first
         LABELLED: of_role(LABELLED),
         VALIDATION: of_role(VALIDATION),
         TEST: share(test),
@@ -64,7 +64,7 @@ def load_rank_data(
 
     def shard(role: str) -> SliceShard:
         rows = shares[role]
-        if role == TEST:  # test sets keep byte-identical copies, so the row is the key there
+        if role == TEST:  # test sets keep byte-identical copies, so the row number is the key
             keys = list(range(rank, test.num_rows, num_ranks))
         else:
             keys = sample_keys(rows["sample_id"].to_pylist()).tolist()
@@ -84,18 +84,18 @@ def load_rank_data(
 
 
 def _seen_with_inherited_labels(config: Config, run: Folder, *, tell: bool) -> pa.Table:
-    """What the run sees, with the label that each unlabelled slice inherits, if any."""
+    """The slices that the run sees, with the label that each unlabelled one inherits, if any."""
     seen = run.read_table(layout.SEEN, [name for name in SEEN.names if name != "thumbnail"])
     inherited: list[str | None] = [None] * seen.num_rows
     if config.objective.inherit_labels == "subject":
-        # Subjects that are named are drawn as a whole: who labelled some of their slices only has
-        # left the others out. Their slices may be of several classes, too.
+        # Subjects given by metadata are drawn as a whole: slices without a label were deliberately
+        # not labelled. They may also have slices of several classes.
         guessed = pc.equal(seen["subject_source"], ESTIMATED)
         subjects = pc.if_else(guessed, seen["subject_id"], None).to_pylist()
         inherited = inherited_labels(subjects, seen["role"].to_pylist(), seen["label"].to_pylist())
         if tell:
             count = sum(label is not None for label in inherited)
-            log(f"{count} unlabelled slices inherit a label of their likely subject")
+            log(f"{count} unlabelled slices inherit the label of their estimated subject")
     return seen.append_column("inherited", pa.array(inherited, pa.string()))
 
 
@@ -107,7 +107,7 @@ def _load_images(
     *,
     tell: bool,
 ) -> dict[str, Images]:
-    """The slices of each role, from one reading of the store: in memory while there is room."""
+    """Load the slices of each role in one pass over the store, in memory while there is room."""
     side = config.image_size
     room = int(config.cache_gib * 2**30)
     images: dict[str, Images] = {}

@@ -1,5 +1,5 @@
-"""Trainings on Ray Train: few logs, since progress is told by the followers, errors that a user can
-act on told as what they are, and to go on from our own files.
+"""Training on Ray Train: with little logging (followers log progress), with user errors passed on
+unchanged, and resuming from our own files.
 """
 
 import functools
@@ -33,45 +33,45 @@ from brainray.orchestration.resources import WorkerResources
 from brainray.storage import Folder
 
 _RAYS_LIST = "checkpoint_manager_snapshot.json"
-_NO_CUDA = "ProcessGroupNCCL is only supported with GPUs"  # PyTorch's words
-_RESIZE_INTERVAL_S = 60.0  # between looks for room for more workers
+_NO_CUDA = "ProcessGroupNCCL is only supported with GPUs"  # PyTorch's message
+_RESIZE_INTERVAL_S = 60.0  # between checks for room for more workers
 
 Settings = dict[str, Any]
 
 
 def settle_ray_train() -> None:
-    """Before Ray Train starts workers: what it is to leave out."""
-    # A line that workers print is not to be logged besides.
+    """Disable unneeded features of Ray Train; called before it starts workers."""
+    # Lines that workers print must not be logged a second time.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-    if "RAY_ADDRESS" not in os.environ:  # a Ray of our own, on this machine alone
+    if "RAY_ADDRESS" not in os.environ:  # our own Ray, on this machine only
         for name, value in WITHOUT_PREEMPTION.items():
             os.environ.setdefault(name, value)
 
 
 def ddp_options(device: torch.device) -> dict[str, Any]:
-    """Of `torch.nn.parallel.DistributedDataParallel`.
+    """Options of `torch.nn.parallel.DistributedDataParallel`.
 
-    On CPUs every parameter is looked for in the graph, though none is unused: it keeps the
-    gradients in the buckets that they begin in. Else DDP orders them anew after its first step, and
-    three ranks or more would sum them in another order in the first step of a run that goes on than
-    one that was not disturbed; on GPUs sums differ from run to run anyway. Buffers are not shared
-    at every step: training reads none, and `dist.share_buffers` does so where something will.
+    On CPUs unused parameters are searched for, although there are none, because this keeps the
+    gradients in their initial buckets. Otherwise DDP reorders them after its first step, and with
+    three or more ranks a resumed run would sum them in a different order in its first step than an
+    undisturbed one. On GPUs sums differ from run to run anyway. Buffers are not synchronised at
+    every step: training does not read them, and `dist.share_buffers` does it where needed.
     """
     return {"find_unused_parameters": device.type == "cpu", "forward_sync_buffers": False}
 
 
 def distributed(model: nn.Module) -> nn.Module:
-    """The model with gradients averaged over all ranks, where there are several."""
+    """The model, with gradients averaged over all ranks if there are several."""
     options = ddp_options(ray.train.torch.get_device())
     wrapped: nn.Module = ray.train.torch.prepare_model(model, parallel_strategy_kwargs=options)
     return wrapped
 
 
 def settle_rank() -> None:
-    """In a worker: few logs, and as many threads as CPUs were reserved.
+    """Set up a worker: little logging, and as many threads as reserved CPUs.
 
-    Ray Train tells every report through a logger that its own level misses; ranks on one node
-    would starve each other.
+    Ray Train logs every report through a logger that its log level does not cover. With more
+    threads, ranks on one node would starve each other.
     """
     logging.getLogger().setLevel(logging.WARNING)
     resources = ray.get_runtime_context().get_assigned_resources()
@@ -81,10 +81,10 @@ def settle_rank() -> None:
 
 
 def returning_errors(work: Callable[[Settings], None]) -> Callable[[Settings], dict[str, str]]:
-    """What every rank does, for `train_on_workers`.
+    """Decorate a worker function for `train_on_workers`.
 
-    An error that a user can act on is returned, not raised: Ray would take a raised one for a
-    lost worker and start again.
+    A BrainrayError is returned, not raised: Ray would treat an exception as a lost worker and
+    restart it.
     """
 
     @functools.wraps(work)
@@ -133,23 +133,23 @@ def train_on_workers(
     config: TrainConfig,
     callbacks: Sequence[Any] = (),
 ) -> None:
-    """Do ``worker(settings)`` on every rank; what it leaves goes to the folder.
+    """Run ``worker(settings)`` on every rank.
 
     Args:
-        worker: `returning_errors` of a function.
+        worker: function decorated with `returning_errors`.
         settings: plain values.
-        folder: of the run or encoder.
-        workers: how many there are, and what each has.
-        config: how patient to be.
+        folder: folder of the run or encoder, for the results.
+        workers: number of workers and resources of each.
+        config: timeouts and number of retries.
         callbacks: Ray Train's ``UserCallback``s.
 
     Raises:
-        BrainrayError: that a worker has returned, as what it was.
+        BrainrayError: the error that a worker returned, with its original type.
         ray.train.TrainingFailedError: workers were lost more often than ``train.max_failures``.
     """
     settle_ray_train()
     train_loop: Any = worker  # Ray's annotation forbids the return value that Result carries
-    scaling: Any = ScalingConfig  # type checkers see the one of Ray Train's first version
+    scaling: Any = ScalingConfig  # type checkers see Ray Train V1's class
     trainer = TorchTrainer(
         train_loop,
         train_loop_config=settings,
@@ -160,7 +160,7 @@ def train_on_workers(
             resources_per_worker=workers.of_worker,
             elastic_resize_monitor_interval_s=_RESIZE_INTERVAL_S,
         ),
-        run_config=RunConfig(  # type: ignore[call-arg]  # its types are of the older one
+        run_config=RunConfig(  # type: ignore[call-arg]  # its types are those of V1
             name=folder.name,
             storage_path=str(folder.parent),
             worker_runtime_env=workers.runtime_env,
@@ -174,20 +174,20 @@ def train_on_workers(
 
 
 def run_trainer(trainer: TorchTrainer) -> None:
-    """Train to the end; afterwards Ctrl-C does again what it did before, which Ray Train forgets.
+    """Train, then restore the handler of Ctrl-C, which Ray Train does not.
 
     Raises:
-        BrainrayError: that a worker has returned, as what it was.
-        ConfigError: PyTorch cannot use the GPUs that Ray has found.
-        ray.train.TrainingFailedError: workers were lost more often than is allowed.
+        BrainrayError: the error that a worker returned, with its original type.
+        ConfigError: PyTorch cannot use the GPUs that Ray detected.
+        ray.train.TrainingFailedError: workers were lost more often than allowed.
     """
     before = signal.getsignal(signal.SIGINT)
     try:
         result: Any = trainer.fit()
     except TrainingFailedError as error:
-        if _NO_CUDA in str(error):  # said before any code of ours runs in a worker
+        if _NO_CUDA in str(error):  # raised before any of our code runs in a worker
             raise ConfigError(
-                "Ray has found GPUs that PyTorch cannot use on the workers' nodes: mend the driver "
+                "Ray detected GPUs that PyTorch cannot use on the workers' nodes: fix the driver "
                 "or install PyTorch with CUDA there, or set train.device=cpu"
             ) from error
         raise
@@ -199,7 +199,7 @@ def run_trainer(trainer: TorchTrainer) -> None:
 
 
 def _forget_rays_checkpoints(folder: Folder) -> None:
-    """Before an attempt: what lies in the folder tells what to go on from. Ray's own list, which is
-    not written whole or not at all, would stop the attempt if it were cut.
+    """Delete Ray's list of checkpoints before an attempt: we resume from the files in the folder,
+    and a list that is truncated, since Ray does not write it atomically, would stop the attempt.
     """
     folder.delete_file(_RAYS_LIST, missing_ok=True)

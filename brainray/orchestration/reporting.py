@@ -1,4 +1,4 @@
-"""The page of a run or of an evaluation: what its figures need from elsewhere, gathered."""
+"""Gathers the data for the report of a run or an evaluation."""
 
 import platform
 from collections.abc import Callable, Container, Mapping, Sequence
@@ -31,30 +31,30 @@ from brainray.schema import LABELLED, TEST, VALIDATION
 from brainray.storage import Folder
 
 LoadImages = Callable[[pa.Table], NDArray[np.uint8]]
-"""Rows of predictions to their preprocessed slices (n, 1, S, S)."""
+"""Loads the preprocessed slices (n, 1, S, S) for rows of predictions."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """A page that was written."""
+    """A report that was written."""
 
     folder: Folder
     metrics: Metrics
 
 
 def report(config: Config, log: Log = log) -> Report:
-    """Write the page of a complete run anew, with a control or with runs of other seeds beside it.
+    """Rewrite the report of a complete run, comparing it with a control or runs with other seeds.
 
     Raises:
         ConfigError: no run named.
-        DataError: no such run, or one to compare with that does not fit.
+        DataError: no such run, or a run to compare with that does not fit.
         CheckpointError: the run, or one to compare with, is still training.
     """
     if config.run is None:
         raise ConfigError("name the run to report: --set run=NAME")
     run = open_run(Folder(config.storage), config.run)
     if not run.is_complete:
-        raise CheckpointError(f"the run {run.folder} is still training: wait for its end")
+        raise CheckpointError(f"the run {run.folder} is still training: wait until it finishes")
     saved = run.saved_config()
     asked = config.evaluation.model_dump(exclude_unset=True)
     evaluation = saved.evaluation.model_copy(update=asked)
@@ -70,24 +70,24 @@ def report(config: Config, log: Log = log) -> Report:
     summary = without_comparison(run.folder.read_json(layout.SUMMARY))
     for name in (asked.get("control"), *asked.get("siblings", ())):
         if name is not None and not open_run(Folder(config.storage), name).is_complete:
-            raise CheckpointError(f"the run {name} is still training: wait for its end")
+            raise CheckpointError(f"the run {name} is still training: wait until it finishes")
     comparison = against_control(merged, run, int(summary["chosen_epoch"]), log)
     metrics = summary | comparison
     known = run.folder.exists(layout.ABOUT)
     about = run.folder.read_json(layout.ABOUT) if known else about_software()
     maps = run_maps(run.folder, evaluation, int(metrics["chosen_epoch"]))
     if write_run_page(merged, run, metrics, about, maps, store) is None:
-        raise DataError(f"the run {run.folder} has no test slices: there is nothing to show")
+        raise DataError(f"the run {run.folder} has no test slices: there is nothing to report")
     if comparison:
-        log(f"against {evaluation.control}:\n{comparison_table(comparison)}")
+        log(f"compared with {evaluation.control}:\n{comparison_table(comparison)}")
     return Report(run.folder, metrics)
 
 
 def _without_lost_runs(
     config: Config, asked: Container[str], data_hash: str, log: Log
 ) -> EvaluationConfig:
-    """What to set beside the run, but for what training was told of and is there no more; names
-    that are ``asked`` for now stay.
+    """Evaluation settings without compared runs that were set for training and no longer exist;
+    names in ``asked``, set now, stay.
     """
 
     def is_there(find: Callable[[], Run]) -> bool:
@@ -113,9 +113,9 @@ def _without_lost_runs(
 
 
 def against_control(config: Config, run: Run, chosen_epoch: int, log: Log) -> Metrics:
-    """What the run gains over ``evaluation.control``, slice by slice, where that is complete.
+    """Paired comparison of the run with ``evaluation.control`` if that is complete.
 
-    Intervals draw copies and likely subjects as a whole.
+    Intervals resample copies and likely subjects as a whole.
     """
     if config.evaluation.control is None:
         return {}
@@ -165,7 +165,7 @@ def write_run_page(
 
 
 def explain(predictions: pa.Table, checkpoint: Checkpoint, load: LoadImages) -> list[Explained]:
-    """Activation maps for a sample of each class and of the errors."""
+    """Activation maps for samples of each class and of the errors."""
     chosen = predictions.take(rows_to_explain(predictions))
     if chosen.num_rows == 0:
         return []
@@ -192,7 +192,7 @@ def explain(predictions: pa.Table, checkpoint: Checkpoint, load: LoadImages) -> 
 
 
 def about_software() -> dict[str, str]:
-    """The command and the versions behind a page."""
+    """The command and the software versions for a report."""
     return {
         "command": command_line(),
         "code": f"brainray {brainray.__version__}, {code_hash()} {git_revision()}".strip(),
@@ -203,7 +203,7 @@ def about_software() -> dict[str, str]:
 
 
 def check_compared_runs(config: Config, data_hash: str) -> None:
-    """Find the runs that the page will set beside this one: before training, not after.
+    """Check the runs with which the report will compare this one; called before training.
 
     Raises:
         ConfigError: the control was trained on other labels.
@@ -219,7 +219,7 @@ def _control(config: Config, data_hash: str) -> Run:
     """``evaluation.control``: a run on the same labels.
 
     Raises:
-        ConfigError: it is of other labels.
+        ConfigError: it was trained on other labels.
         DataError: there is no run of that name, or it was trained on other data.
     """
     name = str(config.evaluation.control)
@@ -229,17 +229,17 @@ def _control(config: Config, data_hash: str) -> Run:
 
 
 def _sibling(config: Config, name: str, data_hash: str) -> Run:
-    """A run of ``evaluation.siblings``: what it finds again, it finds by another seed.
+    """A run of ``evaluation.siblings``, which must have a different seed.
 
     Raises:
-        ConfigError: it is of this run's seed, or this run.
+        ConfigError: it has this run's seed, or is this run.
         DataError: there is no run of that name, or it was trained on other data.
     """
     sibling = _compared_run(config, name, data_hash)
     if sibling.saved_config().seed == config.seed:
         raise ConfigError(
-            f"evaluation.siblings: the run {name} has this run's own seed ({config.seed}), and "
-            "would find its clusters again by itself: name runs of other seeds"
+            f"evaluation.siblings: the run {name} has the same seed ({config.seed}) and would find "
+            "the same clusters: name runs with other seeds"
         )
     return sibling
 
@@ -248,14 +248,14 @@ def _compared_run(config: Config, name: str, data_hash: str) -> Run:
     run = open_run(Folder(config.storage), name)
     if run.info["data_hash"] != data_hash:
         raise DataError(
-            f"evaluation.control and siblings: {name} was trained on other data: name runs on the "
-            "same image store"
+            f"evaluation.control and siblings: the run {name} was trained on other data: name runs "
+            "on the same image store"
         )
     return run
 
 
 def _figures_of_control(config: Config, run: Run) -> Metrics | None:
-    """The reported figures of ``evaluation.control``, where they can stand beside the run's."""
+    """The metrics of ``evaluation.control`` if they are comparable with the run's."""
     if config.evaluation.control is None:
         return None
     control = _control(config, run.info["data_hash"])
@@ -266,16 +266,16 @@ def _figures_of_control(config: Config, run: Run) -> Metrics | None:
 
 
 def _not_comparable(run: Run, control: Run) -> str | None:
-    """What keeps a control's figures from standing beside a run's; None if nothing does."""
+    """Why a control's metrics cannot be compared with a run's; None if they can."""
     if not control.is_complete:
-        return f"is still training; jobs/report.py --set run={run.folder.name} does it later"
+        return f"is still training; run jobs/report.py --set run={run.folder.name} later"
     if _labels_read(run) != _labels_read(control):  # drawn by another version
         return "was trained on other labels"
     return None
 
 
 def _predictions_of_siblings(config: Config, run: Run) -> dict[str, pa.Table]:
-    """By name, what complete runs of other seeds predict for the same test slices."""
+    """Predictions of complete runs with other seeds for the same test slices, by name."""
     siblings = {
         name: _sibling(config, name, run.info["data_hash"]).predictions()
         for name in config.evaluation.siblings
@@ -284,6 +284,6 @@ def _predictions_of_siblings(config: Config, run: Run) -> dict[str, pa.Table]:
 
 
 def _labels_read(run: Run) -> set[tuple[str, str]]:
-    """(sample_id, role) of the slices whose label the run reads."""
+    """(sample_id, role) of the slices whose labels the run reads."""
     rows = run.folder.read_table(layout.SEEN, columns=["sample_id", "role"]).to_pylist()
     return {(r["sample_id"], r["role"]) for r in rows if r["role"] in (LABELLED, VALIDATION)}

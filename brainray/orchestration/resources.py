@@ -1,4 +1,4 @@
-"""How many workers train, and with what, from the config and the nodes of the Ray cluster."""
+"""Number and resources of workers, from the config and the nodes of the Ray cluster."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ import ray.data
 from brainray.config import TrainConfig
 from brainray.errors import ConfigError, RoomError
 
-QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # else DDP doubts its options in every run
+QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # otherwise DDP warns about its options in every run
 
 KEEPING_MEMORY = {
     "GLIBC_TUNABLES": ":".join(
@@ -25,30 +25,30 @@ KEEPING_MEMORY = {
 }
 """Environment of a process that trains on CPUs: freed memory is kept for the next step.
 
-Every step frees and asks for the same hundreds of MB. By default glibc gives them back to the
-kernel, which hands out zeroed pages anew: a sixth of a step. Read when a process starts; other
-C libraries do not look at it. `jobs/benchmark.py training` measures what it gains.
+Every step frees and allocates the same hundreds of MB. By default glibc returns them to the kernel,
+which must zero the pages again: a sixth of the step time. Read when a process starts; ignored by
+other C libraries. `jobs/benchmark.py training` measures the gain.
 """
 
 NodeResources = Mapping[str, float]
-"""What one node has, as Ray tells it: ``{"CPU": 8.0, "GPU": 1.0, ...}``."""
+"""Resources of one node as reported by Ray: ``{"CPU": 8.0, "GPU": 1.0, ...}``."""
 
 
 @dataclass(frozen=True)
 class WorkerResources:
-    """A worker group that the Ray cluster can hold."""
+    """A worker group that fits on the Ray cluster."""
 
     num_workers: int
     cpus_per_worker: int
-    gpus_per_worker: float  # 0 where training is on CPUs
+    gpus_per_worker: float  # 0 for training on CPUs
     room: int
-    """Workers of this kind that the cluster's nodes hold together."""
+    """Number of such workers that fit on the cluster's nodes."""
     min_workers: int = 0
-    """Where their number may change, the least; 0 where it is fixed."""
+    """Minimum number of workers if it may change; 0 if it is fixed."""
 
     @property
     def asked_for(self) -> int | tuple[int, int]:
-        """Number of workers, or the least and the most, as Ray Train takes them."""
+        """Number of workers, or the minimum and the maximum, for Ray Train."""
         return (self.min_workers, self.num_workers) if self.min_workers else self.num_workers
 
     @property
@@ -57,34 +57,37 @@ class WorkerResources:
 
     @property
     def of_worker(self) -> dict[str, float]:
-        """What Ray reserves for each worker."""
+        """Resources that Ray reserves for each worker."""
         cpus = {"CPU": float(self.cpus_per_worker)}
         return cpus | ({"GPU": self.gpus_per_worker} if self.use_gpu else {})
 
     @property
     def runtime_env(self) -> dict[str, dict[str, str]]:
-        """What each worker's process is started with; the user's own variables stay."""
+        """Runtime environment of the workers; variables set by the user are not overridden."""
         variables = QUIET | ({} if self.use_gpu else KEEPING_MEMORY)
         return {"env_vars": {k: v for k, v in variables.items() if k not in os.environ}}
 
 
 def plan_workers(config: TrainConfig, nodes: Sequence[NodeResources]) -> WorkerResources:
-    """Fill in what the config leaves to the Ray cluster, and check that it fits on its nodes.
+    """Derive the settings that the config leaves open, and check that the workers fit.
 
     Raises:
-        ConfigError: the nodes cannot hold the workers (RoomError), for which Ray would wait for
-            ever, or settings that contradict one another.
+        ConfigError: the workers do not fit on the nodes (RoomError), in which case Ray would wait
+            forever, or settings contradict each other.
     """
     num_gpus, waits = _num_gpus(nodes), config.wait_for_nodes
     use_gpu = _use_gpus(config, num_gpus)
     gpus = config.gpus_per_worker if use_gpu else 0.0
     num_workers = config.num_workers or (num_gpus if use_gpu else 1)
     if num_workers == 0:
-        raise ConfigError("train.wait_for_nodes needs train.num_workers: there is no GPU to count")
+        raise ConfigError(
+            "train.wait_for_nodes: there is no GPU yet from which to derive the number of workers; "
+            "set train.num_workers"
+        )
     if config.min_workers > num_workers:
         raise ConfigError(
-            f"train.min_workers={config.min_workers} exceeds the {num_workers} of "
-            "train.num_workers: lower it"
+            f"train.min_workers={config.min_workers} exceeds the number of workers "
+            f"({num_workers}): lower it or raise train.num_workers"
         )
     needed = config.min_workers or num_workers
     eligible = [node for node in nodes if not use_gpu or node.get("GPU", 0) >= 1]
@@ -93,15 +96,15 @@ def plan_workers(config: TrainConfig, nodes: Sequence[NodeResources]) -> WorkerR
     if use_gpu and gpus < 1 and num_workers > 1:
         raise ConfigError(
             f"train.gpus_per_worker={gpus:g} could put two of a run's {num_workers} workers on one "
-            "GPU, which NCCL refuses: set train.num_workers=1 (trials of a sweep share GPUs so) or "
-            "train.gpus_per_worker=1"
+            "GPU, which NCCL does not support: set train.num_workers=1 (so that trials of a sweep "
+            "share GPUs) or train.gpus_per_worker=1"
         )
     if room < needed and not waits:
         needs = f"{cpus} CPU(s)" + (f" and {gpus:g} GPU(s)" if use_gpu else "")
         raise RoomError(
             f"{needed} workers with {needs} each do not fit: the Ray cluster has room for "
             f"{room}; lower train.num_workers or train.cpus_per_worker, or set "
-            "train.wait_for_nodes=true where an autoscaler brings more"
+            "train.wait_for_nodes=true if an autoscaler adds nodes"
         )
     if waits:
         room = max(room, num_workers)
@@ -110,7 +113,7 @@ def plan_workers(config: TrainConfig, nodes: Sequence[NodeResources]) -> WorkerR
 
 @dataclass(frozen=True)
 class ActorResources:
-    """Actors that each hold a model, and what Ray reserves for each of them."""
+    """Number of actors with a model each, and the resources that Ray reserves per actor."""
 
     num_actors: int
     num_cpus: int = 0
@@ -120,13 +123,14 @@ class ActorResources:
 def plan_actors(
     config: TrainConfig, nodes: Sequence[NodeResources], *, one_per_node: bool
 ) -> tuple[str, ActorResources]:
-    """The device of actors that embed, as training would choose it, and their resources.
+    """Device (chosen as for training) and resources of inference actors.
 
-    There is one on every GPU; without GPUs on every node, which leaves it one CPU, or on every CPU
-    but one. The only CPU of a Ray cluster is left to the tasks that read: they would wait for ever.
+    There is one actor per GPU. Without GPUs, there is one per node, which leaves one CPU free, or
+    one per CPU except one. If the Ray cluster has a single CPU, it is left to the reading tasks,
+    which would otherwise wait forever.
 
     Raises:
-        ConfigError: ``train.device=cuda``, and no GPU to wait for.
+        ConfigError: ``train.device=cuda``, but there is no GPU to wait for.
     """
     num_gpus = _num_gpus(nodes)
     if _use_gpus(config, num_gpus):
@@ -149,19 +153,19 @@ def blocks_on_actors(
     *,
     memory: float | None = None,
 ) -> ray.data.Dataset:
-    """The data set's blocks, each as it is, through actors that are built of these arguments.
+    """Map a data set's blocks, unchanged, through actors.
 
-    ``map_batches`` refuses whole blocks where GPUs are asked for, and with a size of batches would
-    part a file's slices; ``map_groups`` goes this way, too.
+    ``map_batches`` rejects whole blocks if GPUs are requested, and with a batch size it would
+    separate the slices of a file. Ray's ``map_groups`` uses the same internal method.
 
     Args:
-        dataset: of Arrow blocks.
-        actor: its ``__call__`` takes a table and returns one.
+        dataset: Arrow blocks.
+        actor: class whose ``__call__`` takes and returns a table.
         arguments: of its constructor.
-        resources: how many actors there may be, and what Ray reserves for each.
-        memory: that Ray reserves for each, in bytes.
+        resources: maximum number of actors, and what Ray reserves for each.
+        memory: that Ray reserves for each actor, in bytes.
     """
-    # Of few blocks, one actor would take all before another GPU had its own.
+    # With few blocks, the first actor would take all of them before the other GPUs have one.
     at_first = resources.num_actors if resources.num_gpus else 1
     return dataset.map_batches_internal(
         actor,
@@ -176,7 +180,7 @@ def blocks_on_actors(
 
 
 def alive_nodes() -> list[NodeResources]:
-    """What each node of the Ray cluster has."""
+    """Resources of each live node of the Ray cluster."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
@@ -188,14 +192,14 @@ def _use_gpus(config: TrainConfig, num_gpus: int) -> bool:
     if config.device == "cuda" and num_gpus == 0 and not config.wait_for_nodes:
         raise ConfigError(
             "train.device=cuda, but the Ray cluster has no GPU: set train.device=auto, or "
-            "train.wait_for_nodes=true where an autoscaler brings some"
+            "train.wait_for_nodes=true if an autoscaler adds GPU nodes"
         )
     return config.device == "cuda" or (config.device == "auto" and num_gpus > 0)
 
 
 def _share_of_cpus(nodes: Sequence[NodeResources], num_workers: int, gpus: float) -> int:
-    """CPUs of a worker when every node's are shared among the workers that it will hold."""
-    nodes = [node for node in nodes if node.get("CPU", 0) >= 1]  # a head may have none to give
+    """CPUs per worker when each node's CPUs are shared among its workers."""
+    nodes = [node for node in nodes if node.get("CPU", 0) >= 1]  # a head may offer none
     if not nodes:
         return 1
     evenly = -(-num_workers // len(nodes))
@@ -208,5 +212,5 @@ def _share_of_cpus(nodes: Sequence[NodeResources], num_workers: int, gpus: float
 
 def _workers_that_fit(node: NodeResources, cpus: int, gpus: float) -> int:
     by_cpu = int(node.get("CPU", 0)) // cpus
-    # A GPU is shared by whole workers: two of 0.6 do not fit on one.
+    # A worker's share must be on one GPU: two workers with 0.6 each do not fit on one.
     return min(by_cpu, int(node.get("GPU", 0)) * int(1 / gpus)) if gpus else by_cpu

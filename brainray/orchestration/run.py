@@ -1,4 +1,4 @@
-"""A run's folder: what it holds, how it is begun, and how it is found again."""
+"""A run's folder: its contents, how it is created, and how it is reopened."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -39,22 +39,22 @@ _FREE_SECTIONS = {
     "tune",
     "label",
 }
-"""What may be another when a run resumes: it changes nothing that the run learns."""
+"""Sections that may differ when a run resumes: they do not affect what it learns."""
 
 _FREE_KEYS = {
     "train": {*WORKER_SETTINGS, "cache_gib"},
     "evaluation": {"control", "num_label_draws", "siblings"},
-    "clustering": {"on_collapse"},  # what one changes after a stop
+    "clustering": {"on_collapse"},  # may be changed after a collapse
     "split": {"mode", "test_fraction"},
 }
-"""Single keys of other sections, likewise."""
+"""Single keys of other sections that may differ."""
 
 _OF_DRAW = {"labelled_fraction", "validation_fraction", "validation", "seed"}
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run that has begun; ``info`` is its ``run.json``."""
+    """An existing run; ``info`` is its ``run.json``."""
 
     folder: Folder
     info: dict[str, Any]
@@ -68,12 +68,12 @@ class Run:
         return self.folder.exists(layout.SUMMARY)
 
     def saved_config(self) -> Config:
-        """As it was when the run was begun, without secrets."""
+        """The config with which the run was created, without secrets."""
         where = f"{self.folder}/{layout.CONFIG}"
         return parse_config(parse_yaml(self.folder.read_bytes(layout.CONFIG), where))
 
     def predictions(self, epoch: int | None = None) -> pa.Table | None:
-        """``PREDICTIONS`` rows of an epoch, by default of a complete run's chosen one; None where
+        """``PREDICTIONS`` rows of an epoch, by default the chosen epoch of a complete run; None if
         there are none.
         """
         if epoch is None:
@@ -90,15 +90,15 @@ class Run:
 
 
 def open_run(storage: Folder, name: str) -> Run:
-    """Raises DataError where there is no run of that name."""
+    """Open a run; raises DataError if there is none of that name."""
     folder = storage / layout.RUNS / name
     if not folder.exists(layout.RUN):
-        raise DataError(f"no run {name!r} in {storage}: there are {_names(storage) or 'none'}")
+        raise DataError(f"no run {name!r} in {storage}; existing runs: {_names(storage) or 'none'}")
     return Run(folder, read_run_info(folder))
 
 
 def data_hash_of(storage: Folder, name: str) -> str | None:
-    """Of the slices that the run of that name was begun on; None where there is no such run."""
+    """Data hash of the run of that name; None if there is no such run."""
     folder = storage / layout.RUNS / name
     return str(read_run_info(folder)["data_hash"]) if folder.exists(layout.RUN) else None
 
@@ -111,25 +111,25 @@ def read_run_info(folder: Folder) -> dict[str, Any]:
     """
     info = folder.read_json(layout.RUN)
     if not isinstance(info, dict):
-        raise DataError(f"{folder}/{layout.RUN} is no record of a run: choose another name")
+        raise DataError(f"{folder}/{layout.RUN} is not a run record: choose another name")
     if info.get("format") != layout.RUN_FORMAT:
         raise DataError(
             f"the run {folder} was made by another version of brainray ({info.get('format')}, "
-            f"this one reads {layout.RUN_FORMAT}): train under another name"
+            f"this version reads {layout.RUN_FORMAT}): train under another name"
         )
     return info
 
 
 def begin_run(config: Config, store: ImageStore, num_workers: int) -> tuple[Run, bool]:
-    """Make the run's folder, or find it again; the second value tells whether it resumes.
+    """Create the run's folder or reopen it; the second value is whether the run resumes.
 
-    The labelled draw is made here and saved with the run, with the fingerprints of every slice
-    that the run sees in any role. Workers read labels from this draw only.
+    Labels are drawn here and saved with the run, together with the fingerprints of every slice that
+    the run sees in any role. Workers read labels from this draw only.
 
     Raises:
         ConfigError: the run exists with other settings or data, or has too many workers.
         DataError: no labels to learn from, or a class with too few.
-        ClusteringError: K does not fit the classes or the slices.
+        ClusteringError: K does not fit the number of classes or slices.
     """
     folder = Folder(config.storage) / layout.RUNS / name_of_run(config)
     settings = _settings(config)
@@ -144,7 +144,7 @@ def begin_run(config: Config, store: ImageStore, num_workers: int) -> tuple[Run,
             )
         if info["data_hash"] != store.data_hash:
             raise ConfigError(
-                f"run {config.name!r} was begun on other data ({info['dataset']}, hash "
+                f"run {config.name!r} exists with other data ({info['dataset']}, hash "
                 f"{info['data_hash']}, now {store.data_hash}): choose another name"
             )
         _check_ranks(info["num_slices"], num_workers)
@@ -162,7 +162,7 @@ def begin_run(config: Config, store: ImageStore, num_workers: int) -> tuple[Run,
     before = seen_by_weights(config.encoder.weights, Folder(config.storage))
     check_validation_is_new(config, seen, before, store.preprocess)
     folder.write_table(layout.SEEN, seen)
-    folder.delete_file(layout.SEEN_BEFORE, missing_ok=True)  # of a beginning that was cut
+    folder.delete_file(layout.SEEN_BEFORE, missing_ok=True)  # left by an interrupted start
     if before is not None:
         folder.write_table(layout.SEEN_BEFORE, before)
     folder.write_table(layout.TEST_SLICES, _test_slices(store, folder))
@@ -185,7 +185,7 @@ def begin_run(config: Config, store: ImageStore, num_workers: int) -> tuple[Run,
 
 
 def check_same_draw(split: SplitConfig, other: Run, purpose: str) -> None:
-    """Raises ConfigError where another run on the same data reads or validates on other labels."""
+    """Raises ConfigError if another run on the same data trains or validates on other labels."""
     asked = split.model_dump(mode="json", include=_OF_DRAW)
     defaults = SplitConfig().model_dump(mode="json")
     theirs = {key: (defaults | other.info["settings"]["split"])[key] for key in _OF_DRAW}
@@ -193,19 +193,19 @@ def check_same_draw(split: SplitConfig, other: Run, purpose: str) -> None:
     if difference:
         raise ConfigError(
             f"{purpose}: its run {other.folder.name} was trained on other labels ({difference}); "
-            "give both the same"
+            "use the same settings for both"
         )
 
 
 def name_of_run(config: Config) -> str:
-    """Raises ConfigError where it is not set."""
+    """The run's name; raises ConfigError if it is not set."""
     if config.name is None:
         raise ConfigError("training needs a name for the run: --set name=NAME")
     return config.name
 
 
 def _keep_records(store: Folder, kept: Folder) -> None:
-    """What the store says of itself goes with the run: the store may change or be deleted."""
+    """Copy the store's records to the run, because the store may change or be deleted."""
     names = [layout.MANIFEST, layout.LEAKAGE, layout.LEAKAGE_TABLE]
     names += [f"{layout.FIGURES}/{name}" for name in (store / layout.FIGURES).names()]
     for name in names:
@@ -213,7 +213,7 @@ def _keep_records(store: Folder, kept: Folder) -> None:
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    """All that must stay as it is when a run resumes."""
+    """All settings that must not change when a run resumes."""
     settings = _without_free(config.model_dump(mode="json"))
     if config.encoder.pretext == "none":
         del settings["self_supervision"]
@@ -235,8 +235,8 @@ def _draw(config: Config, store: ImageStore) -> pa.Table:
     by_subject = config.split.validation == "subject"
     if by_subject and train["subject_id"].null_count == train.num_rows:
         raise ConfigError(
-            f"split.validation=subject: the image store {store.folder} names no subjects and has "
-            "guessed none; preprocess with subjects in a labels table or "
+            f"split.validation=subject: the image store {store.folder} has no subjects, given or "
+            "estimated; preprocess with subjects in a labels table or with "
             "preprocess.subject.estimate=true, or set split.validation=slice"
         )
     roles = draw_roles(
@@ -251,7 +251,7 @@ def _draw(config: Config, store: ImageStore) -> pa.Table:
     )
     if len(store.classes) < 2:
         raise DataError(
-            f"the training slices have one class only ({store.classes[0]}): at least 2 are needed"
+            f"the training slices have only one class ({store.classes[0]}): at least 2 are needed"
         )
     readable = [
         label if role in {LABELLED, VALIDATION} else None
@@ -274,7 +274,7 @@ def _test_slices(store: ImageStore, run: Folder) -> pa.Table:
         [(name, "ascending") for name in ("sample_id", "path", "frame")]
     )
     if test["label"].null_count == test.num_rows:
-        test = test.slice(0, 0)  # nothing to score: jobs/predict.py tells what they are
+        test = test.slice(0, 0)  # nothing to score; use jobs/predict.py for these
     seen = fingerprints_of_seen(run)
     assert seen is not None, "written before"
     exposed = exposure(Fingerprints.of(test), seen, store.preprocess)
@@ -285,7 +285,7 @@ def _test_slices(store: ImageStore, run: Folder) -> pa.Table:
 
 
 def groups_of_test_slices(run: Folder) -> dict[str, str]:
-    """What each of a run's test slices is drawn with in intervals: copies and likely subject.
+    """Resampling group of each of a run's test slices: its copies and its likely subject.
 
     Empty for a checkpoint alone.
     """
@@ -312,6 +312,6 @@ def _role_counts(seen: pa.Table) -> dict[str, int]:
 
 
 def _names(storage: Folder) -> str:
-    """Of the runs; a folder whose job ended before it had begun is none."""
+    """Names of the runs, without folders whose job ended before the run was created."""
     runs = storage / layout.RUNS
     return ", ".join(name for name in runs.names() if (runs / name).exists(layout.RUN))

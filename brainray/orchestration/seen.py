@@ -1,4 +1,4 @@
-"""What a run, and whatever its encoder started from, have seen: test slices are held against it."""
+"""Slices seen by a run and by the training of its starting weights, to compare test slices with."""
 
 from pathlib import Path
 
@@ -19,18 +19,18 @@ _RUN_PREFIX = "run:"
 
 
 def fingerprints_of_seen(folder: Folder) -> Fingerprints | None:
-    """Of all that the run in a folder has seen; None for a checkpoint without its run."""
+    """Fingerprints of all slices that a folder's run has seen; None for a checkpoint alone."""
     rows = seen_rows(folder)
     return None if rows is None else Fingerprints.of(rows)
 
 
 def seen_by_weights(weights: str, storage: Folder) -> pa.Table | None:
-    """``SEEN`` rows of what made an encoder's starting weights; None where nothing tells.
+    """``SEEN`` rows of the training of an encoder's starting weights; None if there is no record.
 
     Args:
-        weights: as ``encoder.weights`` or a study's feature names them. A run's checkpoint and a
-            self-supervised encoder lie beside what they have seen.
-        storage: where ``run:NAME`` is looked for.
+        weights: as in ``encoder.weights`` or a study's feature. A run's checkpoint and a
+            self-supervised encoder are stored next to the record of what they have seen.
+        storage: where ``run:NAME`` is searched for.
     """
     if weights in WEIGHTS_OF_NO_SLICE:
         return None
@@ -44,7 +44,7 @@ def seen_by_weights(weights: str, storage: Folder) -> pa.Table | None:
 
 
 def training_slices(store: ImageStore) -> pa.Table:
-    """``SEEN`` rows of a store's training slices, as what learns without labels sees them."""
+    """``SEEN`` rows of a store's training slices, as seen by training without labels."""
     index = store.index(thumbnails=True)
     train = index.filter(pc.equal(index["split"], TRAIN))
     told = {
@@ -58,9 +58,9 @@ def training_slices(store: ImageStore) -> pa.Table:
 def check_validation_is_new(
     config: Config, seen: pa.Table, before: pa.Table | None, preprocess: PreprocessConfig
 ) -> None:
-    """Raises ConfigError where the starting weights have learned labels of validation slices.
+    """Raises ConfigError if the starting weights were trained on labels of validation slices.
 
-    Or of their copies, upright or turned; ``preprocess`` tells what a copy is.
+    Copies of validation slices in any orientation count too; ``preprocess`` defines copies.
     """
     if before is None:
         return
@@ -77,9 +77,9 @@ def check_validation_is_new(
     num_learned = int((is_same | (twins.reference >= 0)).sum())
     if num_learned:
         raise ConfigError(
-            f"encoder.weights={config.encoder.weights} has learned the labels of {num_learned} of "
-            f"this run's {validation.num_rows} validation slices, or of their copies, which would "
-            "choose its epoch: give both the same split.seed"
+            f"encoder.weights={config.encoder.weights} was trained on the labels of {num_learned} "
+            f"of this run's {validation.num_rows} validation slices, or of their copies, which "
+            "would bias the choice of the epoch: use the same split.seed for both"
         )
 
 

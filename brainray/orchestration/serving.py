@@ -1,4 +1,4 @@
-"""What a served model does with a request; MLflow imports this module, without Ray."""
+"""Handles requests to a served model; imported by MLflow, without Ray."""
 
 import secrets
 from collections.abc import Callable
@@ -41,27 +41,27 @@ REQUIREMENTS = (
     "torchmetrics",
     "torchvision",
 )
-"""Distributions that a served model needs beside its own code and MLflow."""
+"""Distributions that a served model needs in addition to its own code and MLflow."""
 
 
 class ServedModel:
-    """Files or bytes of images to the rows that ``jobs/predict.py`` writes."""
+    """Predicts image files or bytes; returns the rows that ``jobs/predict.py`` writes."""
 
     def __init__(self, folder: Path) -> None:
-        """``folder`` holds ``model.safetensors`` and, where there is one, ``fitted.parquet``."""
+        """``folder`` contains ``model.safetensors`` and optionally ``fitted.parquet``."""
         checkpoint, self._preprocess = load_safetensors(folder / layout.SAFETENSORS)
         self._model = SliceModel(checkpoint, precision="fp32")
         fitted = folder / layout.FITTED
         self._reference = Reference(pq.read_table(fitted) if fitted.exists() else None)
-        # Of a DICOM's patient only a hash is formed, and not even that leaves this object.
+        # Only a hash of a DICOM's patient is computed, and it never leaves this object.
         self._salt = secrets.token_bytes(32)
 
     def predict(self, model_input: pd.DataFrame, params: Any = None) -> pd.DataFrame:
-        """``PREDICTED`` rows in the order of the input, one for each slice.
+        """``PREDICTED`` rows in the order of the input, one per slice.
 
-        ``model_input`` has a column ``image`` (bytes of a file), or ``path`` (of a file that this
-        process can read), or both: then the path is a name only, unless the image is empty. What
-        cannot be read has a row with the reason.
+        ``model_input`` has a column ``image`` (bytes of a file), ``path`` (of a file that this
+        process can read), or both. With both, the path is only a name unless the image is empty.
+        An unreadable image has a row with the reason.
         """
         rows: list[dict[str, Any]] = []
         numbers: list[int] = []
@@ -75,17 +75,17 @@ class ServedModel:
         predictions = self._model.predict(slices, ["reason", "detail", "number"])
         order = pc.sort_indices(predictions["number"])
         predicted = self._reference.rows(predictions).take(order)
-        # As objects: what is missing stays None, which JSON has a word for.
+        # As objects, so that missing values stay None, which JSON can represent.
         return pd.DataFrame(predicted.to_pylist(), columns=predicted.column_names, dtype=object)
 
 
 def _load_pyfunc(path: str) -> ServedModel:
-    """MLflow's entry: the name is its convention."""
+    """MLflow's entry point; it requires this name."""
     return ServedModel(Path(path))
 
 
 def _asked(request: dict[str, Any], number: int) -> tuple[SourceFile, Callable[[], bytes]]:
-    """The file that a request means, and what reads it."""
+    """The file named by a request, and a function that reads it."""
     path, image = request.get("path"), request.get("image")
     name = path if isinstance(path, str) and path else f"image {number}"
     content: Callable[[], bytes]

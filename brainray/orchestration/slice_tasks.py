@@ -1,8 +1,8 @@
-"""What Ray Data's tasks do with files: decode them, and write a store's final rows.
+"""Ray Data tasks that decode files and write a store's final rows.
 
-They run in a process on every core, which starts with the job: nothing that is imported here, or by
-what is, may load PyTorch or a plotting library, which would cost each of them seconds and hundreds
-of megabytes. An import rule sees to it.
+They run in one process per core, started for the job. Nothing imported here, even indirectly, may
+load PyTorch or a plotting library, which would cost every process seconds and hundreds of
+megabytes. A test of the import rules checks this.
 """
 
 import gc
@@ -43,17 +43,17 @@ _FOUND = [
 ]
 
 TO_PART = pa.schema([*_FOUND, PART])
-"""Files of a task, and the part that their slices go to."""
+"""Files of a task, and the part to which their slices are written."""
 
 TO_PREDICT = pa.schema([*_FOUND, ("label", pa.string()), ("subject", pa.string())])
-"""Files of a task, and what a labels table says of them."""
+"""Files of a task, with label and subject from a labels table."""
 
 TOLD = pa.schema([*(SLICES.field(name) for name in LIGHT_COLUMNS), SLICES.field("thumbnail"), PART])
-"""What a task tells of the slices whose pixels it has written."""
+"""What a task returns about the slices whose pixels it has written."""
 
-_SLICES_AT_ONCE = 128  # in memory and in a row group: of 1,024, each takes 15 % longer
+_SLICES_AT_ONCE = 128  # in memory and per row group; with 1,024, each slice takes 15 % longer
 _NUM_READERS = 8  # files that a task reads at a time ...
-_MAX_BYTES_AHEAD = 2**26  # ... while they are no more than this together
+_MAX_BYTES_AHEAD = 2**26  # ... up to this total size
 
 
 def decode_part(
@@ -65,9 +65,9 @@ def decode_part(
     known_hashes: "ray.ObjectRef[set[str]]",
     parts: Folder,
 ) -> pa.Table:
-    """``TOLD`` rows of the files in ``TO_PART`` rows, whose pixels go to their part of the store.
+    """Decode the files in ``TO_PART`` rows and write their pixels to a part; ``TOLD`` rows.
 
-    Files whose bytes are among the known hashes are not decoded: their rows have no sample_id.
+    Files whose hash is already known are not decoded: their rows have no sample_id.
     """
     settle_task_process()
     name = batch["part"][0].as_py()
@@ -120,9 +120,9 @@ def _files(batch: pa.Table) -> list[FoundFile]:
 
 
 def _read_ahead(source: Folder, files: Sequence[FoundFile]) -> Iterator[Callable[[], bytes]]:
-    """For each file what gives its bytes, or raises RejectedImage, while further ones are read.
+    """For each file, a function that returns its bytes or raises RejectedImage; reads ahead.
 
-    An object store takes tens of milliseconds to answer, longer than a slice to be decoded.
+    An object store takes tens of milliseconds to respond, longer than decoding a slice.
     """
     reads: deque[tuple[int, Future[bytes]]] = deque()
     num_bytes = 0
@@ -141,9 +141,9 @@ def _read_ahead(source: Folder, files: Sequence[FoundFile]) -> Iterator[Callable
 def write_parts(
     batch: pa.Table, *, parts: Folder, new: Container[str], earlier: Folder, images: Folder
 ) -> pa.Table:
-    """The pixels of parts, new or earlier, with the final rows of their slices; how many there are.
+    """Write parts with the pixels of new or earlier parts and the final rows; the number of rows.
 
-    ``batch`` holds all rows of each of its parts.
+    ``batch`` contains all rows of each of its parts.
     """
     settle_task_process()
     for name in pc.unique(batch[PART.name]).to_pylist():
@@ -170,7 +170,7 @@ def _write_part(name: str, final: pa.Table, source: Folder, images: Folder) -> N
             writer.write_table(slices.select(IMAGE_STORE.names).cast(IMAGE_STORE))
     if waiting:
         raise DataError(
-            f"{source}/{name} lacks {len(waiting)} of its slices, such as {min(waiting)}: delete "
+            f"{source}/{name}: {len(waiting)} slices are missing, such as {min(waiting)}; delete "
             "the store and preprocess again"
         )
 
@@ -190,7 +190,7 @@ def decode_files(
 
 
 def select_slices(batch: pa.Table, *, sample_ids: "ray.ObjectRef[pa.Array]") -> pa.Table:
-    """``DECODED`` rows of those training slices among a store's rows; their labels are not read."""
+    """``DECODED`` rows of the given training slices in a store; their labels are not read."""
     wanted = pc.and_(
         pc.is_in(batch["sample_id"], ray.get(sample_ids)), pc.equal(batch["split"], TRAIN)
     )
@@ -205,8 +205,8 @@ def select_slices(batch: pa.Table, *, sample_ids: "ray.ObjectRef[pa.Array]") -> 
 
 @cache
 def settle_task_process() -> None:
-    """Once in each process that runs tasks: what costs them time for nothing is left out."""
+    """Avoid needless costs in a process that runs tasks; runs once per process."""
     cv2.setNumThreads(1)  # Ray runs a task on every core
-    # Ray asks for a garbage collection after every task; to look through all that has been
-    # imported takes a sixth of a second.
+    # Ray triggers a garbage collection after every task; traversing all imported modules takes a
+    # sixth of a second.
     gc.freeze()

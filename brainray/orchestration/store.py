@@ -1,4 +1,4 @@
-"""The image store: what preprocessing leaves and everything after it reads."""
+"""The image store: written by preprocessing and read by all later stages."""
 
 from collections.abc import Collection, Container, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from brainray.storage import Folder
 
 
 class _Manifest(BaseModel):
-    """What is read of a manifest; another program, or nobody, may have written it."""
+    """The parts of a manifest that are read; validated, because the file may be foreign."""
 
     model_config = ConfigDict(allow_inf_nan=False, extra="ignore")
 
@@ -39,7 +39,7 @@ class _Manifest(BaseModel):
 
 @dataclass(frozen=True)
 class ImageStore:
-    """A finished store; ``manifest`` is written last, so a folder without one is no store."""
+    """A finished store; ``manifest`` is written last, so a folder without one is not a store."""
 
     folder: Folder
     manifest: dict[str, Any]
@@ -48,11 +48,11 @@ class ImageStore:
     def open(cls, folder: Folder, data_hash: str | None = None) -> "ImageStore":
         """
         Args:
-            folder: the store's.
-            data_hash: what it must be still.
+            folder: the store's folder.
+            data_hash: expected hash, if given.
 
         Raises:
-            DataError: there is no finished store, one of another version, or one with other slices.
+            DataError: no finished store, or one of another version or with other slices.
         """
         if not folder.exists(layout.MANIFEST):
             raise DataError(
@@ -61,11 +61,11 @@ class ImageStore:
             )
         manifest = folder.read_json(layout.MANIFEST)
         if not isinstance(manifest, dict):
-            raise DataError(f"{folder}/{layout.MANIFEST} is no manifest: choose another name")
+            raise DataError(f"{folder}/{layout.MANIFEST} is not a manifest: choose another name")
         if manifest.get("format") != layout.STORE_FORMAT:
             raise DataError(
                 f"the image store {folder} was made by another version of brainray "
-                f"({manifest.get('format')}, this one reads {layout.STORE_FORMAT}): "
+                f"({manifest.get('format')}, this version reads {layout.STORE_FORMAT}): "
                 "choose another name, or delete it and preprocess again"
             )
         try:
@@ -79,8 +79,8 @@ class ImageStore:
             ) from None
         if data_hash is not None and manifest["data_hash"] != data_hash:
             raise DataError(
-                f"the image store {folder} was changed meanwhile (hash {data_hash} before, "
-                f"{manifest['data_hash']} now): train anew on it under another name"
+                f"the image store {folder} has changed (hash {data_hash} before, "
+                f"{manifest['data_hash']} now): train on it under another name"
             )
         return cls(folder, manifest)
 
@@ -91,12 +91,12 @@ class ImageStore:
 
     @property
     def pixel_mean(self) -> float:
-        """Of the training slices' intensities, in units of [0, 1]."""
+        """Mean intensity of the training slices, in units of [0, 1]."""
         return float(self.manifest["pixel_mean"])
 
     @property
     def pixel_std(self) -> float:
-        """Of the training slices' intensities, in units of [0, 1]."""
+        """Standard deviation of the training slices' intensities, in units of [0, 1]."""
         return float(self.manifest["pixel_std"])
 
     @property
@@ -106,7 +106,7 @@ class ImageStore:
 
     @property
     def slices_hash(self) -> str:
-        """The same without labels: of all that learning without labels reads."""
+        """The same without labels: covers everything that learning without labels reads."""
         return str(self.manifest["slices_hash"])
 
     @property
@@ -115,20 +115,20 @@ class ImageStore:
 
     @property
     def versions(self) -> dict[str, int | None]:
-        """Of the methods that made the slices, as `versions_of` tells them of today's."""
+        """Versions of the methods that made the slices, as `versions_of` returns them."""
         return {name: self.manifest.get(name) for name in versions_of(self.preprocess)}
 
     def index(self, *, thumbnails: bool = False) -> pa.Table:
-        """Every column but the pixels, ordered by split and sample_id.
+        """Every column except the pixels, ordered by split and sample_id.
 
-        Of hundreds of thousands of slices, ``thumbnails`` are gigabytes.
+        For hundreds of thousands of slices, ``thumbnails`` are gigabytes.
         """
         columns = [*IMAGE_INDEX_COLUMNS, *(["thumbnail"] if thumbnails else [])]
         table = self.folder.read_table(layout.IMAGES, columns=columns)
         return table.sort_by([("split", "descending"), ("sample_id", "ascending")])
 
     def images(self, sample_ids: list[str], split: str, side: int) -> NDArray[np.uint8]:
-        """Slices (n, 1, side, side) uint8 of one split, in the order asked for."""
+        """Slices (n, 1, side, side) uint8 of one split, in the order of ``sample_ids``."""
         images = np.empty((len(sample_ids), 1, side, side), dtype=np.uint8)
         rows: dict[tuple[str, str], list[int]] = {}
         for row, identity in enumerate(sample_ids):
@@ -150,14 +150,14 @@ class ImageStore:
             yield key, stretch(image, side)
         if missing:
             raise DataError(
-                f"{self.folder} lacks {len(missing)} slices of its index, such as "
-                f"{min(missing)[1]}: delete the store and preprocess again"
+                f"{self.folder}: {len(missing)} slices in the index are missing, such as "
+                f"{min(missing)[1]}; delete the store and preprocess again"
             )
 
     def _scan(
         self, wanted: Container[tuple[str, str]]
     ) -> Iterator[tuple[tuple[str, str], NDArray[np.uint8]]]:
-        """Each wanted (split, sample_id) with its slice (H, W) as it is stored."""
+        """Each wanted (split, sample_id) with its slice (H, W) as stored."""
         folder = self.folder / layout.IMAGES
         for name in folder.names():
             with folder.filesystem.open_input_file(f"{folder.path}/{name}") as stream:
@@ -181,9 +181,9 @@ def settings_of(
     *,
     drawn: bool,
 ) -> dict[str, Any]:
-    """The settings that make a store what it is; what is drawn at training is no part of them.
+    """The settings that determine a store, without those that are used only in training.
 
-    Seed and size of the split count only where it is ``drawn``, not taken from the source.
+    Seed and size of the split count only if it is ``drawn``, not taken from the source.
     """
     parts: dict[str, Any] = {"mode": split.mode}
     if drawn:
@@ -194,7 +194,7 @@ def settings_of(
 
 
 def versions_of(preprocess: PreprocessConfig) -> dict[str, int]:
-    """Of the methods in use that may change what slices are: a store has those of one."""
+    """Versions of the methods in use that affect slices; constant within a store."""
     versions = {"decode_version": decode.VERSION}
     if preprocess.skull_strip == "intracranial":
         versions["intracranial_version"] = intracranial.VERSION
@@ -202,13 +202,13 @@ def versions_of(preprocess: PreprocessConfig) -> dict[str, int]:
 
 
 def as_store_was_made(config: Config, store: ImageStore) -> Config:
-    """The config with the preprocessing and the split of a store that exists.
+    """The config with the preprocessing and the split of an existing store.
 
     Raises:
-        ConfigError: it says otherwise itself; what it leaves out is free.
+        ConfigError: it sets a different value; settings that it does not set are taken over.
     """
     slices = store.preprocess.model_dump(mode="json", exclude={"files_per_task"})
-    # The seed draws labels, too: it is free.
+    # The seed also draws labels, so it may differ.
     split = {key: value for key, value in store.manifest["split"].items() if key != "seed"}
     problems = [
         _difference(config.preprocess, slices, "preprocess."),
@@ -221,21 +221,21 @@ def as_store_was_made(config: Config, store: ImageStore) -> Config:
     if difference:
         raise ConfigError(
             f"the image store {store.folder} was made with other settings ({difference}): "
-            "choose another dataset, or preprocess anew under another name"
+            "choose another dataset, or preprocess again under another name"
         )
     made = {"preprocess": store.preprocess, "split": config.split.model_copy(update=split)}
     return config.model_copy(update=made)
 
 
 def _difference(asked: BaseModel, made: dict[str, Any], prefix: str) -> str:
-    """What the config says of a store's settings, and the store was made without."""
+    """Settings of the config that differ from those the store was made with."""
     told = asked.model_dump(mode="json", exclude_unset=True, include=set(made))
     made = {key: made[key] for key in told}
-    return differing_settings(made, with_defaults(told, made), prefix)  # also within its sections
+    return differing_settings(made, with_defaults(told, made), prefix)  # also within sections
 
 
 def with_defaults(stored: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """Settings that an earlier version kept, with those that have come since, as they were."""
+    """Settings saved by an earlier version, with newer settings at the given defaults."""
     return defaults | {
         key: with_defaults(value, defaults[key])
         if isinstance(value, dict) and isinstance(defaults.get(key), dict)
@@ -245,7 +245,7 @@ def with_defaults(stored: dict[str, Any], defaults: dict[str, Any]) -> dict[str,
 
 
 def differing_settings(stored: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> str:
-    """``preprocess.skull_strip: otsu here, none asked; ...`` for what differs; else empty."""
+    """``preprocess.skull_strip: otsu here, none requested; ...`` for what differs, or empty."""
     problems = []
     for key in sorted(stored.keys() | wanted.keys()):
         here, asked = stored.get(key), wanted.get(key)
@@ -254,12 +254,12 @@ def differing_settings(stored: dict[str, Any], wanted: dict[str, Any], prefix: s
         if isinstance(here, dict) and isinstance(asked, dict):
             problems.append(differing_settings(here, asked, f"{prefix}{key}."))
         else:
-            problems.append(f"{prefix}{key}: {here} here, {asked} asked")
+            problems.append(f"{prefix}{key}: {here} here, {asked} requested")
     return "; ".join(problems)
 
 
 def count_by_split_and_class(index: pa.Table) -> dict[str, dict[str, int]]:
-    """``{"train": {"glioma": 1321, ...}, "test": ...}``; unlabelled slices count as "" ."""
+    """``{"train": {"glioma": 1321, ...}, "test": ...}``; unlabelled slices count as ""."""
     counted = index.group_by(["split", "label"]).aggregate([([], "count_all")]).to_pylist()
     counts: dict[str, dict[str, int]] = {TRAIN: {}}
     for row in sorted(counted, key=lambda row: (row["split"], row["label"] or "")):
@@ -268,7 +268,7 @@ def count_by_split_and_class(index: pa.Table) -> dict[str, dict[str, int]]:
 
 
 def describe(store: ImageStore) -> str:
-    """What preprocessing has made, in a few lines."""
+    """A summary of the store in a few lines."""
     manifest = store.manifest
     lines = [f"image store {store.folder}:"]
     for split, by_class in manifest["num_slices"].items():

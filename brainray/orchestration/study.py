@@ -1,6 +1,6 @@
 """The unsupervised study: data sets, features, the grid of clusterings, tables and figures.
 
-Labels, where they exist, are read for scoring only: no encoder, clusterer or choice sees them.
+Labels, if any, are read for scoring only: no encoder, clusterer or selection sees them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,7 +37,7 @@ from brainray.storage import Folder
 
 @dataclass(frozen=True)
 class FinishedStudy:
-    """What a study has found."""
+    """Results of a study."""
 
     folder: Folder
     metrics: dict[str, float]
@@ -47,7 +47,7 @@ class FinishedStudy:
 
     @property
     def headline(self) -> dict[str, float]:
-        """The metrics that are not of single methods, of which there are hundreds."""
+        """The metrics without those of single methods, of which there are hundreds."""
         return {
             name: value
             for name, value in self.metrics.items()
@@ -56,14 +56,13 @@ class FinishedStudy:
 
 
 def run_study(config: Config, log: Log = log) -> FinishedStudy:
-    """Compare features and clusterers on one or several data sets, or go on comparing.
+    """Compare features and clusterers on one or several data sets, or resume a study.
 
-    The same name goes on: encoders, features and cells that are finished are read from their
-    files, whatever has been added to the grid since.
+    With the same name, the study resumes: finished encoders, features and cells are read from their
+    files, even if the grid has been extended.
 
     Raises:
-        BrainrayError: settings or data with which nothing can be compared, or no cell that could
-            be computed.
+        BrainrayError: unusable settings or data, or no cell could be computed.
         ray.train.TrainingFailedError: workers were lost more often than ``train.max_failures``.
     """
     config = _of_its_store(config)
@@ -88,7 +87,7 @@ def _study(
     if folder.exists(layout.CONFIG):
         before = parse_config(parse_yaml(folder.read_bytes(layout.CONFIG), str(folder)))
         if flatten(before) != flatten(config.without_secrets()):
-            # MLflow keeps the parameters that a run began with: other settings, another run there.
+            # MLflow runs keep their initial parameters, so changed settings need a new MLflow run.
             folder.delete_file(layout.TRACKING, missing_ok=True)
     folder.write_bytes(layout.CONFIG, to_yaml(config).encode())
     hashes = {f"brainray.data_hash.{name}": store.data_hash for name, store in stores.items()}
@@ -117,7 +116,7 @@ def _study(
 
 
 def _of_its_store(config: Config) -> Config:
-    """With the settings of the store that it names, where it is made on one that exists."""
+    """The config with the settings of its store, if it names an existing one."""
     if config.dataset is None or config.source is not None or config.sources:
         return config
     store = ImageStore.open(Folder(config.storage) / layout.DATASETS / config.dataset)
@@ -142,18 +141,18 @@ def _check_settings(config: Config) -> None:
 
 
 def _check_what_it_needs(config: Config, weights: Mapping[str, Weights]) -> None:
-    """Refuse a study that begins before preprocessing, and not where it trains or extracts."""
+    """Reject an invalid study before preprocessing, instead of during training or extraction."""
     if any(feature.is_trained for feature in config.study.features.values()):
         plan_workers(config.train, alive_nodes())
     for name, feature in config.study.features.items():
         check_encoder_name(feature.encoder)
-        _ = weights[name].state  # downloaded, where they are ImageNet's
+        _ = weights[name].state  # downloads ImageNet weights
 
 
 def _check_store(
     config: Config, name: str, store: ImageStore, weights: Mapping[str, Weights]
 ) -> None:
-    """Refuse in a second what would fail on workers after minutes."""
+    """Reject within a second what would fail on workers after minutes."""
     num_features = {
         feature_name: check_feature(store, feature_name, feature, weights[feature_name])
         for feature_name, feature in config.study.features.items()

@@ -1,4 +1,4 @@
-"""What a study is made on: its data sets, their slices by subset, and their features."""
+"""Input of a study: its data sets, their slices by subset, and their features."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -41,11 +41,11 @@ class StudiedSet:
 
     store: ImageStore
     slices: Slices
-    classes: list[str]  # names of the labels; empty where there are none
+    classes: list[str]  # names of the labels; empty if there are none
 
     @property
     def names_of_labels(self) -> list[str]:
-        """(N,) by slice, empty where unknown."""
+        """Label of each slice (N,), empty where unknown."""
         return ["" if i == UNLABELLED else self.classes[i] for i in self.slices.labels]
 
 
@@ -54,21 +54,19 @@ class StudiedFeatures:
     """Features and trained encoders of every data set."""
 
     stores: Mapping[FeatureKey, FeatureStore]
-    encoders: Mapping[FeatureKey, Folder]  # of the trained ones
+    encoders: Mapping[FeatureKey, Folder]  # trained encoders only
 
 
 def open_stores(config: Config, log: Log) -> dict[str, ImageStore]:
-    """The image stores by the data sets' names, made where they do not exist yet.
+    """The image stores by data set name, created if they do not exist yet.
 
     Raises:
-        BrainrayError: no data set is named, or too many ways at once, or one cannot be used.
+        BrainrayError: no data set or contradictory settings are given, or one cannot be used.
     """
     if bool(config.sources) + (config.source is not None) > 1:
         raise ConfigError("give source or sources, not both")
     if config.labels is not None and config.source is None:
-        raise ConfigError(
-            f"labels={config.labels} names the slices of one source: give source, too"
-        )
+        raise ConfigError(f"labels={config.labels} applies to a single source: also set source")
     if config.sources:
         stores = {}
         for name, source in config.sources.items():
@@ -80,14 +78,14 @@ def open_stores(config: Config, log: Log) -> dict[str, ImageStore]:
         return {name: preprocess(config.model_copy(update={"name": name}), log)}
     if config.dataset is None:
         raise ConfigError(
-            "a study needs slices: --set source=DIR, sources.NAME=DIR for several data sets, or "
-            "dataset=NAME of an image store"
+            "a study needs slices: use --set source=DIR, sources.NAME=DIR for several data sets, "
+            "or dataset=NAME for an image store"
         )
     return {name: ImageStore.open(Folder(config.storage) / layout.DATASETS / name)}
 
 
 def seen_by_features(config: Config) -> pa.Table:
-    """``SEEN`` rows of what made the starting weights of any of the study's features."""
+    """``SEEN`` rows of the training of the starting weights of all the study's features."""
     tables = [
         seen_by_weights(feature.weights, Folder(config.storage))
         for feature in config.study.features.values()
@@ -96,12 +94,12 @@ def seen_by_features(config: Config) -> pa.Table:
 
 
 def study_set(store: ImageStore, folder: Folder, seen_before: pa.Table) -> StudiedSet:
-    """The slices of a store, which of them are fitted, held out, ``clean`` and ``strict``.
+    """The slices of a store, with masks of those fitted, held out, ``clean`` and ``strict``.
 
     Args:
-        store: whose training slices are fitted.
-        folder: of the study, which keeps the subsets.
-        seen_before: ``SEEN`` rows of slices that are seen besides.
+        store: the store, whose training slices are fitted.
+        folder: of the study, where the subsets are saved.
+        seen_before: ``SEEN`` rows of further slices that were seen.
 
     Raises:
         DataError: no slice to fit.
@@ -127,7 +125,7 @@ def study_set(store: ImageStore, folder: Folder, seen_before: pa.Table) -> Studi
 
 
 def _held_out(store: ImageStore, folder: Folder, seen_before: pa.Table) -> dict[str, np.ndarray]:
-    """Which test slices, in ``ROW_ORDER``, belong to each subset; kept with the study."""
+    """Masks of the test slices, in ``ROW_ORDER``, in each subset; saved with the study."""
     depends_on = {
         "data_hash": store.data_hash,
         "seen_before": seen_before["sample_id"].to_pylist(),
@@ -156,13 +154,13 @@ def study_features(
     weights: Mapping[str, Weights],
     log: Log,
 ) -> StudiedFeatures:
-    """Train the encoders that learn, and extract every feature set for every seed.
+    """Train the encoders that need training, and extract every feature set for every seed.
 
     Args:
-        config: ``study`` and all that training needs.
-        sets: by the data sets' names.
-        weights: where the encoders start, by feature.
-        log: progress.
+        config: ``study`` and all settings of training.
+        sets: data sets by name.
+        weights: initial weights of the encoders, by feature.
+        log: for progress.
     """
     stores: dict[FeatureKey, FeatureStore] = {}
     encoders: dict[FeatureKey, Folder] = {}

@@ -1,4 +1,4 @@
-"""What a study leaves behind: tables, figures, contact sheets, and a recommended K."""
+"""Output of a study: tables, figures, contact sheets, and a recommended K."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -57,23 +57,23 @@ from brainray.schema import NOISE, UNLABELLED
 from brainray.storage import Folder
 
 _DRAWING_FORMAT = 4  # of the figures and the recommended K
-_DRAWN = "drawn"  # a JSON file for what was drawn or chosen from a feature set
+_DRAWN = "drawn"  # a JSON file per feature set for what was plotted or recommended
 _METHOD = ("dataset", "slices", "features", "clusterer", "pca_dim")
 _NUM_TILES = 7
 _MAX_SHEET_CLUSTERS = 12
 _SUBSET_TITLES = {
     FITTED: "fitted slices",
     "all": "held-out slices, all",
-    "clean": "held-out slices, clean (no near-duplicate among the fitted)",
-    "strict": "held-out slices, strict (nor a slice likely of a fitted subject)",
+    "clean": "held-out slices, clean (no near-duplicate among the fitted slices)",
+    "strict": "held-out slices, strict (also no likely subject in common with the fitted slices)",
 }
 
-_NEIGHBOURS_TITLE = "share of a held-out slice's 10 nearest fitted ones with its label"
+_NEIGHBOURS_TITLE = "share of the 10 nearest fitted slices with the same label, per held-out slice"
 
 
 @dataclass(frozen=True)
 class StudyResults:
-    """All that the report is made of."""
+    """Everything the report is made from."""
 
     config: Config
     folder: Folder
@@ -86,7 +86,7 @@ class StudyResults:
 
 @dataclass(frozen=True)
 class StudyReport:
-    """What was written."""
+    """The files and metrics of a written report."""
 
     metrics: dict[str, float]
     files: list[str]
@@ -120,7 +120,7 @@ def write_report(results: StudyResults, log: Log) -> StudyReport:
 
 
 def _tables(results: StudyResults) -> tuple[dict[str, str], str, dict[str, float]]:
-    """Files by name, the text to show, and flat figures."""
+    """Files by name, the text to show, and flat metrics."""
     subsets = list(
         dict.fromkeys(name for each in results.sets.values() for name in each.slices.subsets)
     )
@@ -166,7 +166,7 @@ def _tables(results: StudyResults) -> tuple[dict[str, str], str, dict[str, float
 
 
 def _flat(averaged: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Means and standard deviations by name, as MLflow and the job's last line show them."""
+    """Means and standard deviations by name, for MLflow and the job's last line."""
     return {
         f"{row['dataset']}/{row['slices']}/{row['features']}/{row['clusterer']}"
         f"/pca{row['pca_dim']}/{name}": value
@@ -237,7 +237,7 @@ def _panel(title: str, rows: list[dict[str, Any]], key: str) -> Varied:
 
 
 def _refinement_figure(results: StudyResults) -> dict[str, bytes]:
-    """The rounds of all refined encoders; labels, where they exist, only score them."""
+    """The rounds of all refined encoders; labels, if any, are only used for scoring."""
     histories: dict[str, list[dict[str, float]]] = {}
     for (dataset, feature, seed), folder in results.features.encoders.items():
         if results.config.study.features[feature].lambda_cluster == 0:
@@ -260,7 +260,7 @@ def _refinement_figure(results: StudyResults) -> dict[str, bytes]:
 
 
 def _agreement(slices: Slices, clusters: pa.Table) -> dict[str, float]:
-    """NMI of a round's clusters with the labels; nothing where there is no label."""
+    """NMI of a round's clusters with the labels; empty without labels."""
     fitted = np.flatnonzero(slices.fitted)
     keys = sample_keys(slices.table["sample_id"].take(fitted).to_pylist())
     position = np.searchsorted(clusters["key"].to_numpy(), keys)
@@ -280,7 +280,7 @@ def _draw_feature_sets(
 ) -> tuple[list[str], dict[tuple[str, str], Advice]]:
     """Maps, contact sheets, curves and the recommended K of every feature set's first seed.
 
-    What an earlier run has drawn of the same clusters is kept.
+    Plots that an earlier run made of the same clusters are kept.
     """
     shown = _shown_cells(results)
     config, folder = results.config, results.folder
@@ -295,7 +295,7 @@ def _draw_feature_sets(
             cell, keys[cell], config, folder, each, results.grid.reduced(cell)
         )
     if tasks:
-        log(f"drawing {len(tasks)} feature sets")
+        log(f"plotting {len(tasks)} feature sets")
         ray.get(list(tasks.values()))
     files: list[str] = []
     advice: dict[tuple[str, str], Advice] = {}
@@ -319,7 +319,7 @@ def _draw_feature_sets(
 
 
 def _shown_cells(results: StudyResults) -> list[Cell]:
-    """Of every feature set, the first seed's mixture (or first clusterer) that was computed."""
+    """One computed cell per feature set: the first seed's mixture, or else its first clusterer."""
     shown: dict[tuple[str, str], Cell] = {}
     order = sorted(results.main, key=lambda outcome: outcome.cell.clusterer != "gmm")
     for outcome in order:
@@ -356,7 +356,7 @@ def _draw_feature_set(
     studied: StudiedSet,
     reduced: Reduced,
 ) -> None:
-    """Everything that is drawn or chosen from one feature set; its JSON file is written last."""
+    """Plots and recommendation for one feature set; its JSON file is written last."""
     with threadpool_limits(1):
         torch.set_num_threads(1)
         x = reduced.coordinates[:, : cell.pca_dim]
@@ -372,7 +372,7 @@ def _draw_feature_set(
         for name, draw in (("dendrogram", _dendrogram), ("k_distances", _k_distances)):
             try:
                 figures[f"{prefix}-{name}.png"] = draw(sample, config)
-            except BrainrayError:  # the cells that need it have said why
+            except BrainrayError:  # reported by the cells that need it
                 continue
         advice = _choose_num_clusters(sample, config, cell.seed)
         if "scores" in advice:
@@ -410,7 +410,7 @@ def _tsne_figure(
 def _contact_sheet(
     cell: Cell, studied: StudiedSet, x: NDArray[np.float64], clusters: NDArray[np.int64]
 ) -> bytes:
-    """Of the fitted slices, by distance to their cluster's centroid; the largest clusters."""
+    """Fitted slices of the largest clusters, by distance to their cluster's centroid."""
     fitted = np.flatnonzero(studied.slices.fitted)
     found, sizes = np.unique(clusters[fitted], return_counts=True)
     largest = sorted(found[np.argsort(-sizes, kind="stable")][:_MAX_SHEET_CLUSTERS].tolist())
@@ -449,7 +449,7 @@ def _k_distances(x: NDArray[np.float64], config: Config) -> bytes:
 
 
 def _choose_num_clusters(x: NDArray[np.float64], config: Config, seed: int) -> Advice:
-    """Scores of every candidate K and the recommendation; or why there is none."""
+    """Scores of every candidate K and the recommendation, or why there is none."""
     candidates = sorted(config.study.candidate_num_clusters)
     try:
         scores = score_num_clusters(
@@ -472,7 +472,7 @@ def _choose_num_clusters(x: NDArray[np.float64], config: Config, seed: int) -> A
 
 def _advice_table(advice: Mapping[tuple[str, str], Advice]) -> str:
     """Recommended numbers of clusters with their reasons, as Markdown."""
-    lines = ["## Recommended number of clusters (no label is read)", ""]
+    lines = ["## Recommended number of clusters (without reading labels)", ""]
     for (dataset, feature), found in advice.items():
         number = found["num_clusters"]
         said = "no recommendation" if number is None else f"K = {number}"

@@ -1,4 +1,4 @@
-"""A sweep: trials of the training driver under Ray Tune, resumable by name."""
+"""Sweeps: trials of the training driver under Ray Tune, resumable by name."""
 
 import json
 import math
@@ -51,7 +51,7 @@ from brainray.storage import Folder
 from brainray.tracking import PARENT_TAG, LenientTracker
 
 _TUNE = "tune"  # Tune's own state, inside the sweep's folder
-_SETTINGS = "sweep.json"  # what must not change when it goes on
+_SETTINGS = "sweep.json"  # settings that must not change when it resumes
 _BEST = "best.yaml"
 _TRIALS = "trials.json"
 _TABLE = "trials.md"
@@ -62,7 +62,7 @@ _RUNNING = "running"
 
 @dataclass(frozen=True)
 class FinishedSweep:
-    """What a sweep has found."""
+    """Results of a sweep."""
 
     folder: Folder
     metrics: Metrics
@@ -72,25 +72,25 @@ class FinishedSweep:
 
 
 def sweep(config: Config, log: Log = log) -> FinishedSweep:
-    """Search ``tune.space`` for the best figure on the validation slices, or go on searching.
+    """Search ``tune.space`` for the best validation metric, or resume a search.
 
-    All trials train on the store ``config.dataset``, each as a run named ``NAME-TRIAL``. The same
-    name goes on: finished trials are not repeated, those that were cut go on from their last
-    checkpoint, and ``tune.num_trials`` counts them all.
+    All trials train on the store ``config.dataset``, each as a run named ``NAME-TRIAL``. With the
+    same name, the sweep resumes: finished trials are not repeated, interrupted ones continue from
+    their last checkpoint, and ``tune.num_trials`` counts them all.
 
     Raises:
-        BrainrayError: settings with which no trial could start, or no trial that could be trained.
+        BrainrayError: no trial can start with these settings, or no trial could be trained.
     """
     if config.name is None:
         raise ConfigError("a sweep needs a name: --set name=NAME")
     if config.evaluation.num_label_draws > 1:
         raise ConfigError(
-            "evaluation.num_label_draws: trials share one draw of labels; train the best settings "
-            "on several with jobs/train.py"
+            "evaluation.num_label_draws: trials share one label draw; train the best settings on "
+            "several draws with jobs/train.py"
         )
     check_space(config)
     base, store, workers = check_training(config)
-    # An experiment of its own for each sweep.
+    # Each sweep has its own MLflow experiment.
     tracked = base.tracking.model_copy(update={"experiment": config.name})
     base = base.model_copy(update={"tracking": tracked})
     with held(Folder(base.storage), layout.SWEEPS, config.name, log):
@@ -117,7 +117,7 @@ def _sweep(
         if base.registry.name not in {None, registered}:
             _register_later(base, name, open_parent())
             folder.write_json(layout.SUMMARY, summary | {"registered": base.registry.name})
-            log(f"its best model is registered as {base.registry.name}")
+            log(f"registered its best model as {base.registry.name}")
         return FinishedSweep(folder=folder, **summary)
     tracking = open_parent()
     tracking.tracker.running()
@@ -145,35 +145,35 @@ def _why_none(config: Config, trials: list[Trial], errors: dict[str, str]) -> st
     problems = sorted({trial.problem for trial in trials if trial.problem})
     problems += sorted(set(errors.values()))
     if not problems and config.tune.time_budget_min is not None:
-        return f"none ended an epoch within tune.time_budget_min={config.tune.time_budget_min}"
+        return f"none finished an epoch within tune.time_budget_min={config.tune.time_budget_min}"
     return "; ".join(problems) or "see the log"
 
 
 def _begin(config: Config, store: ImageStore, folder: Folder, log: Log) -> None:
-    """Remember what the sweep is, or check that it is still the same.
+    """Save the sweep's settings, or check that they are unchanged.
 
     Raises:
-        ConfigError: a sweep of that name was begun with other settings or data, or has left runs.
+        ConfigError: a sweep of that name exists with other settings or data, or has left runs.
     """
     settings = config.model_dump(mode="json", exclude={"storage", "tracking", "registry", "study"})
     settings["data_hash"] = store.data_hash
-    del settings["preprocess"]  # the store's, which its hash stands for
+    del settings["preprocess"]  # part of the store, covered by its hash
     if config.encoder.pretext == "none":
         del settings["self_supervision"]
     if not folder.exists(_SETTINGS):
         left = [trial.trial_id for trial in read_trials(config, folder.name)]
         if left:
             raise ConfigError(
-                f"runs of an earlier sweep {folder.name!r}, which is gone, would count as this "
-                f"one's: choose another name, or delete {Folder(config.storage) / layout.RUNS}/"
-                f"{run_name(folder.name, left[0])} and its like"
+                f"runs of a deleted sweep {folder.name!r} would be taken for trials of this one: "
+                f"choose another name, or delete {Folder(config.storage) / layout.RUNS}/"
+                f"{run_name(folder.name, left[0])} and similar runs"
             )
         folder.write_json(_SETTINGS, settings)
         of_grid = config.tune.algorithm == "grid"
         log(f"sweep {folder}: new" + ("" if of_grid else f", {config.tune.num_trials} trials"))
         return
     begun_with = folder.read_json(_SETTINGS)
-    # What an earlier version did not know, it did as the default does.
+    # Settings that an earlier version did not have are taken to be at their defaults.
     defaults = Config().model_dump(mode="json")
     begun_with = with_defaults(begun_with, {key: defaults.get(key) for key in settings})
     difference = differing_settings(begun_with, settings)
@@ -190,15 +190,15 @@ def _tuner(config: Config, folder: Folder, workers: WorkerResources, log: Log) -
             run_trial,
             base=config.without_secrets().model_dump(mode="json"),
             sweep=config.name,
-            command=[redacted(part) for part in sys.argv],  # it lies in Ray and in storage
+            command=[redacted(part) for part in sys.argv],  # saved by Ray and in storage
         ),
-        # Trials wait for their workers: they take no CPU, and stay beside the driver.
+        # Trials only wait for their workers: they need no CPU, and run on the driver's node.
         {"node:__internal_head__": 0.001},
     )
-    # A stopped trial waits in Ray Train: it is ended by force, or its workers would stay.
+    # A stopped trial is blocked in Ray Train: force it to end, or its workers would stay.
     os.environ.setdefault("TUNE_FORCE_TRIAL_CLEANUP_S", "10")
-    os.environ.setdefault("AIR_VERBOSITY", "0")  # what a Tuner that is restored does not remember
-    # Tune's own handler would let an interrupted sweep end as if it were complete.
+    os.environ.setdefault("AIR_VERBOSITY", "0")  # not remembered by a restored Tuner
+    # Tune's own handler would make an interrupted sweep look complete.
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
     path = str(folder / _TUNE)
     if _has_state(config, folder / _TUNE):
@@ -229,10 +229,10 @@ def _tuner(config: Config, folder: Folder, workers: WorkerResources, log: Log) -
 
 
 def _has_state(config: Config, folder: Folder) -> bool:
-    """Whether Tune has left a state to go on from; one that was cut while it was written is none.
+    """Whether Tune has saved a state to resume from, ignoring partially written files.
 
     Raises:
-        ConfigError: there is none, and trials have begun that it would not know.
+        ConfigError: there is none, but trials exist that Tune would not know about.
     """
     num_whole = 0
     for name in folder.names():
@@ -241,10 +241,10 @@ def _has_state(config: Config, folder: Folder) -> bool:
         try:
             folder.read_json(name)
             num_whole += 1
-        except StorageError:  # which says nothing about the file
+        except StorageError:  # does not mean that the file is damaged
             raise
         except DataError as damage:
-            log(f"{damage}: it was cut while it was written, and is left out")
+            log(f"{damage}: partially written, ignoring it")
             folder.delete_file(name)
     if num_whole and folder.exists("tuner.pkl"):
         return True
@@ -253,7 +253,7 @@ def _has_state(config: Config, folder: Folder) -> bool:
     begun = read_trials(config, str(config.name))
     if begun:
         raise ConfigError(
-            f"{folder} has lost Tune's state, and with it which trials were drawn: choose another "
+            f"{folder} has lost Tune's state, which records the sampled trials: choose another "
             f"name for the sweep, or delete {folder.parent} and its {len(begun)} runs, such as "
             f"{run_name(str(config.name), begun[0].trial_id)}"
         )
@@ -277,7 +277,7 @@ def _param_space(config: Config) -> dict[str, Any]:
 
 
 def _search(config: Config, concurrent: int) -> Searcher | SearchAlgorithm:
-    """Which trials come, ``concurrent`` of them at a time; ``seed`` draws them."""
+    """Search algorithm with ``concurrent`` trials at a time, seeded with ``seed``."""
     if config.tune.algorithm == "optuna":
         settings = config.tune
         optuna = OptunaSearch(metric=settings.metric, mode=settings.mode, seed=config.seed % 2**32)
@@ -303,8 +303,8 @@ def _scheduler(config: Config) -> TrialScheduler | None:
 
 
 class _FairToTrials(TrialScheduler):
-    """Of a scheduler: a trial that has trained to its end draws its figures too, and one that could
-    not be trained stands for no figure.
+    """Scheduler mixin: a trial that reached its last epoch is not stopped before it has made its
+    figures, and one that could not be trained contributes no value.
     """
 
     def __init__(self, num_epochs: int, **settings: Any) -> None:
@@ -331,7 +331,7 @@ class _MedianStopping(_FairToTrials, MedianStoppingRule):
 
 
 def _errors(results: tune.ResultGrid) -> dict[str, str]:
-    """The last line of what stopped each trial that Tune gave up."""
+    """The last line of the error of each trial that Tune gave up on."""
     return {
         str(result.metrics["trial_id"]): str(result.error).strip().splitlines()[-1]
         for result in (results[number] for number in range(len(results)))
@@ -340,7 +340,7 @@ def _errors(results: tune.ResultGrid) -> dict[str, str]:
 
 
 def _ranked(config: Config, trials: list[Trial]) -> list[Trial]:
-    """Trials with a figure, best first; one that failed is none to train again."""
+    """Trials with a metric, best first, without failed ones."""
     metric, mode = config.tune.metric, config.tune.mode
     sound = [trial for trial in trials if trial.problem is None]
     scored = [(best[0], trial) for trial in sound if (best := trial.chosen(metric))]
@@ -349,9 +349,9 @@ def _ranked(config: Config, trials: list[Trial]) -> list[Trial]:
 
 
 class _Follower(Watcher):
-    """Watches the trials' folders: a line an epoch, a table a minute, and MLflow.
+    """Follows the trials' folders: a line per epoch, a table per minute, and MLflow.
 
-    The only writer to MLflow: trials only leave files.
+    The only writer to MLflow: trials only write files.
     """
 
     def __init__(self, config: Config, name: str, parent: Tracking, log: Log) -> None:
@@ -361,7 +361,7 @@ class _Follower(Watcher):
         self._parent = parent
         self._quiet_s = 0.0
         self._children: dict[str, Tracking] = {}
-        self._tried: set[str] = set()  # complete trials that have been sent, or could not be
+        self._tried: set[str] = set()  # complete trials that it has tried to send
         self._sent: set[str] = set()
         self._reader = TrialReader(config, name)
         self._num_seen = {trial.trial_id: len(trial.history) for trial in self._reader.read()}
@@ -377,10 +377,10 @@ class _Follower(Watcher):
             return "complete"
         if num_epochs < trial.train.num_epochs:
             return f"stopped after epoch {num_epochs}"
-        return "complete but for its figures"
+        return "complete except for its figures"
 
     def state(self, trial: Trial) -> str:
-        """The same of a trial that may be running."""
+        """The same for a trial that may be running."""
         has_ended = trial.run is None or trial.problem is not None or trial.run.is_complete
         name = run_name(self._name, trial.trial_id)
         if has_ended or not is_held(Folder(self._config.storage), layout.RUNS, name):
@@ -390,7 +390,7 @@ class _Follower(Watcher):
         return f"{_RUNNING}, {time_left(trial.history[-1], trial.train)} left"
 
     def close(self, trial: Trial) -> None:
-        """Send the rest of a trial, and say in MLflow how it ended."""
+        """Send the rest of a trial to MLflow, with its outcome."""
         child = self._child(trial)
         if child is None or trial.run is None or trial.trial_id in self._sent:
             return
@@ -403,7 +403,7 @@ class _Follower(Watcher):
             self._sent.add(trial.trial_id)
 
     def end(self, status: str) -> None:
-        """Say in MLflow that trials which were begun here train no more."""
+        """Mark trials that were started here as ended in MLflow."""
         for trial in read_trials(self._config, self._name):
             child = self._children.get(trial.trial_id)
             if child is not None:
@@ -412,7 +412,7 @@ class _Follower(Watcher):
 
     @property
     def problem(self) -> str | None:
-        """Of sending a trial to MLflow; None when all were."""
+        """A problem with sending a trial to MLflow; None if all were sent."""
         problems = (child.tracker.problem for child in self._children.values())
         return next((problem for problem in problems if problem is not None), None)
 
@@ -422,7 +422,7 @@ class _Follower(Watcher):
         news = [self._tell(trial) for trial in trials]
         for trial in trials:
             is_complete = trial.run is not None and trial.run.is_complete
-            # At the end, whatever is left is sent anyway.
+            # At the end, everything that is left is sent anyway.
             if is_complete and trial.trial_id not in self._tried and not self._stopped.is_set():
                 self._tried.add(trial.trial_id)
                 self.close(trial)
@@ -431,7 +431,7 @@ class _Follower(Watcher):
             self._quiet_s = 0.0
 
     def _tell(self, trial: Trial) -> bool:
-        """A line for each new epoch; whether there was one."""
+        """Log a line for each new epoch; returns whether there was one."""
         seen = self._num_seen.get(trial.trial_id, 0)
         for epoch in trial.history[seen:]:
             self._log(self._line(trial, epoch))
@@ -456,7 +456,7 @@ class _Follower(Watcher):
         )
 
     def _child(self, trial: Trial) -> Tracking | None:
-        """The trial's MLflow run, below the sweep's."""
+        """The trial's MLflow run, a child of the sweep's."""
         if trial.run is None:
             return None
         if trial.trial_id not in self._children:
@@ -479,7 +479,7 @@ def _conclude(
     tracking: Tracking,
     log: Log,
 ) -> FinishedSweep:
-    """Best config, table and figures, in the sweep's folder and in MLflow."""
+    """Write best config, table and figures to the sweep's folder and to MLflow."""
     metric, mode = config.tune.metric, config.tune.mode
     best = ranked[0]
     scored = best.chosen(metric)
@@ -524,16 +524,16 @@ def _conclude(
         "tracking_uri": tracking.uri,
     }
     if follower.errors:
-        log(f"{len(follower.errors)} trials were lost: submit the sweep again to go on with them")
+        log(f"{len(follower.errors)} trials were lost: submit the sweep again to resume them")
     elif (tracking.tracker.problem or follower.problem) is not None:
-        log("MLflow has not got everything: submit the sweep again to send it")
+        log("MLflow did not receive everything: submit the sweep again to send it")
     else:
         folder.write_json(layout.SUMMARY, result | {"registered": config.registry.name})
         num_cut = sum(follower.outcome(trial).startswith("stopped") for trial in trials)
         is_short = config.tune.algorithm != "grid" and len(trials) < config.tune.num_trials
         if config.tune.time_budget_min is not None and (is_short or num_cut):
             log(
-                f"{len(trials)} trials, {num_cut} of them stopped by the scheduler or as "
+                f"{len(trials)} trials, {num_cut} of them stopped by the scheduler or because "
                 "tune.time_budget_min was used up"
             )
     return FinishedSweep(folder=folder, **result)
@@ -542,7 +542,7 @@ def _conclude(
 def _log_model(
     config: Config, best: Trial, tracker: LenientTracker, name: str | None, *, anew: bool
 ) -> None:
-    """To the sweep's MLflow run, and to the registry where a name is given."""
+    """Log the best model to the sweep's MLflow run, and register it if a name is given."""
     if best.run is None:
         return
     of_best = config.model_copy(update={"run": str(best.run.info["name"]), "epoch": None})
@@ -551,7 +551,7 @@ def _log_model(
 
 
 def _register_later(config: Config, sweep: str, tracking: Tracking) -> None:
-    """The best model of a complete sweep, under a name that is given now.
+    """Register the best model of a complete sweep under a name that is given now.
 
     Raises:
         TrackingError: the server cannot be used.
@@ -565,7 +565,7 @@ def _register_later(config: Config, sweep: str, tracking: Tracking) -> None:
 
 def _outcome(config: Config, trial: Trial) -> TrialOutcome:
     best = trial.chosen(config.tune.metric)
-    assert best is not None, "a trial without a figure has no outcome"
+    assert best is not None, "a trial without a metric has no outcome"
     curve = [epoch[config.tune.metric] for epoch in trial.history]
     return TrialOutcome(trial.trial_id, trial.parameters, best[0], curve)
 
@@ -586,7 +586,7 @@ def _row(config: Config, trial: Trial, outcome: str) -> dict[str, Any]:
 def _table(
     config: Config, trials: list[Trial], outcome: Callable[[Trial], str], limit: int | None
 ) -> str:
-    """The trials as a Markdown table, best first: ``limit`` of them, and all that run."""
+    """A Markdown table of trials, best first: the first ``limit``, plus all running ones."""
     metric = config.tune.metric
     ranked = _ranked(config, trials)
     others = [trial for trial in trials if trial not in ranked]

@@ -1,4 +1,4 @@
-"""What a trial is: its configuration, its run, and what its folder tells of it."""
+"""Trials of a sweep: their configuration, run, and state in storage."""
 
 import math
 import re
@@ -23,7 +23,7 @@ from brainray.orchestration.worker import reported_metrics
 from brainray.storage import Folder
 
 FAILED = "failed"
-"""Folder of a sweep with a file for each trial that cannot be trained."""
+"""Folder of a sweep with a file for each trial that could not be trained."""
 
 _SEARCHED = [name for name in TRAINING_SECTIONS if name not in {"split", "evaluation", "tracking"}]
 """Sections in which trials may differ."""
@@ -35,17 +35,17 @@ _OF_WARM_UP = (
     "train.warmup_fraction",
     "train.precision",
 )
-"""What a warm-up depends on: trials share one."""
+"""Settings that a warm-up depends on: all trials share one warm-up."""
 
 _OF_RESOURCES = (*WORKER_KEYS, "train.cache_gib")
 
 _TRIAL_ID = r"([0-9a-f]{5}_[0-9]{5,}|[0-9a-f]{8})"
-"""As Ray Tune gives them to variants that it makes itself, and to a search algorithm's."""
+"""Ray Tune's ids of variants that it generates itself, and of those from a search algorithm."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A trial as its run's folder tells of it."""
+    """A trial as recorded in its run's folder."""
 
     trial_id: str
     run: Run | None  # None for a trial that failed before its run began
@@ -56,7 +56,7 @@ class Trial:
     """Why it could not be trained."""
 
     def chosen(self, metric: str) -> tuple[float, int] | None:
-        """(value, epoch) of the epoch whose model the run keeps; None before the first one."""
+        """(value, epoch) of the epoch whose model the run keeps; None before the first epoch."""
         if not self.history:
             return None
         epoch = self.history[chosen_epoch(self.history) - 1]
@@ -66,18 +66,18 @@ class Trial:
 def run_trial(
     parameters: dict[str, Any], *, base: dict[str, Any], sweep: str, command: list[str]
 ) -> None:
-    """Train one trial, or go on with it; in an actor of Ray Tune, which ``command`` asked for.
+    """Train or resume one trial, in an actor of Ray Tune; ``command`` started the sweep.
 
-    What a trial's settings are to blame for is kept in the sweep's folder, not raised: Tune would
-    try it again. What they are not to blame for is raised, and tried again.
+    Errors caused by a trial's settings are saved in the sweep's folder instead of raised, because
+    Tune would retry the trial. Other errors are raised, so that it is retried.
     """
     config = parse_config(base)
-    sys.argv = command  # of what made the run; the process's own is Ray's
+    sys.argv = command  # for the run's records; the process's own command line is Ray's
     trial_id = tune.get_context().get_trial_id()
     try:
         config = trial_config(config, parameters, run_name(sweep, trial_id))
         with begun_training(config, log) as training:
-            if training.run.is_complete:  # the trial was cut after its last epoch
+            if training.run.is_complete:  # the trial was interrupted after its last epoch
                 history = training.run.folder.read_json_lines(layout.METRICS)
                 tune.report(reported_metrics(history))
                 return
@@ -88,18 +88,18 @@ def run_trial(
     except BrainrayError as error:
         folder = sweep_folder(config, sweep) / FAILED
         folder.write_json(f"{trial_id}.json", {"parameters": parameters, "problem": str(error)})
-        # Tune wants a figure of every trial: one that no other is worse than.
+        # Tune needs a value for every trial: report the worst possible one.
         worst = -math.inf if config.tune.mode == "max" else math.inf
         tune.report({"epoch": config.train.num_epochs, config.tune.metric: worst})
 
 
 def trial_config(base: Config, parameters: Mapping[str, Any], name: str) -> Config:
-    """The base with a trial's parameters (by dotted key) and name.
+    """The base config with a trial's parameters (by dotted key) and name.
 
-    A policy brings its own strengths: those of the base's section, which are of another policy, go.
+    A policy defines its own strengths, so those of the base's policy are removed.
 
     Raises:
-        ConfigError: a value that its key does not take.
+        ConfigError: a value that is invalid for its key.
     """
     tree = base.model_dump(mode="json")
     for key, value in parameters.items():
@@ -117,10 +117,10 @@ def trial_config(base: Config, parameters: Mapping[str, Any], name: str) -> Conf
 
 
 def check_space(config: Config) -> None:
-    """Refuse a search space that cannot be searched, or whose trials would not compare.
+    """Reject a search space that is invalid or whose trials would not be comparable.
 
     Raises:
-        ConfigError: it is empty, or a key or range makes no sense.
+        ConfigError: it is empty, or a key or range is invalid.
     """
     space = config.tune.space
     if not space:
@@ -130,16 +130,16 @@ def check_space(config: Config) -> None:
         )
     for key, entry in space.items():
         if key not in known_keys():
-            raise ConfigError(f"tune.space names the unknown key {key!r}")
+            raise ConfigError(f"tune.space contains the unknown key {key!r}")
         if key.partition(".")[0] not in _SEARCHED:
             raise ConfigError(
-                f"tune.space cannot vary {key}: trials differ in {', '.join(_SEARCHED)} alone, and "
-                "share the store, the labels and the way they are scored, else their figures would "
-                "not compare"
+                f"tune.space cannot vary {key}: trials may differ in {', '.join(_SEARCHED)} only; "
+                "they share the store, the labels and the scoring, so that their metrics are "
+                "comparable"
             )
         if key in _OF_RESOURCES:
             raise ConfigError(
-                f"tune.space cannot vary {key}: trials share the Ray cluster, in equal parts"
+                f"tune.space cannot vary {key}: trials share the Ray cluster in equal parts"
             )
         warms_up = config.encoder.pretext != "none"
         if key.startswith("encoder.pretext") or (warms_up and key.startswith(_OF_WARM_UP)):
@@ -149,7 +149,7 @@ def check_space(config: Config) -> None:
             )
         if key.startswith("self_supervision."):
             raise ConfigError(
-                f"tune.space varies {key}, which nothing reads without a warm-up (encoder.pretext)"
+                f"tune.space varies {key}, which has no effect without a warm-up (encoder.pretext)"
             )
         if len(entry) != 1:
             raise ConfigError(
@@ -161,7 +161,7 @@ def check_space(config: Config) -> None:
         if kind != "choice":
             _check_range(key, kind, values)
             if config.tune.algorithm == "grid":
-                raise ConfigError(f"tune.algorithm=grid takes choices only: tune.space.{key}")
+                raise ConfigError(f"tune.algorithm=grid accepts choice only: tune.space.{key}")
     corners = {key: _examples(entry)[0] for key, entry in space.items()}
     name = run_name(str(config.name), "00000_00000")  # as long as Tune's
     for key, entry in space.items():
@@ -174,15 +174,15 @@ def _check_range(key: str, kind: str, values: list[Any]) -> None:
     if len(values) != 2 or not numbers or not values[0] < values[1]:
         raise ConfigError(f"tune.space.{key}.{kind} needs two increasing numbers, not {values}")
     if kind == "log_uniform" and values[0] <= 0:
-        raise ConfigError(f"tune.space.{key}.log_uniform must begin above 0, not at {values[0]}")
+        raise ConfigError(f"tune.space.{key}.log_uniform must start above 0, not at {values[0]}")
 
 
 def _examples(entry: SearchDomain) -> list[Any]:
-    """Values that stand for all of a range or choice."""
+    """Representative values of a range or choice."""
     ((kind, values),) = entry.items()
     if kind in {"uniform", "log_uniform"}:
         low, high = values
-        return [low, low + (high - low) / math.pi, high]  # the second is no round number
+        return [low, low + (high - low) / math.pi, high]  # the second is not a round number
     return values
 
 
@@ -196,22 +196,22 @@ def run_name(sweep: str, trial_id: str) -> str:
 
 
 def read_trials(config: Config, sweep: str) -> list[Trial]:
-    """Every trial of a sweep that has begun, in the order of their ids."""
+    """All trials of a sweep that have started, in the order of their ids."""
     return TrialReader(config, sweep).read()
 
 
 class TrialReader:
-    """Reads the trials of a sweep again and again; what a run began with, once."""
+    """Reads the trials of a sweep repeatedly; the initial settings of each run only once."""
 
     def __init__(self, config: Config, sweep: str) -> None:
         self._config = config
         self._sweep = sweep
         self._runs = Folder(config.storage) / layout.RUNS
         self._pattern = re.compile(re.escape(run_name(sweep, "")) + _TRIAL_ID)
-        self._begun: dict[str, Trial | None] = {}  # by run; None of one that is no trial
+        self._begun: dict[str, Trial | None] = {}  # by run; None for one that is not a trial
 
     def read(self) -> list[Trial]:
-        """Every trial that has begun, in the order of their ids."""
+        """All trials that have started, in the order of their ids."""
         trials = {}
         for name in self._runs.names():
             begun = self._begun_trial(name)
@@ -230,7 +230,7 @@ class TrialReader:
         return [trials[trial_id] for trial_id in sorted(trials)]
 
     def _begun_trial(self, name: str) -> Trial | None:
-        """The trial that a run is, without its epochs; None of any other run."""
+        """The trial of a run, without its epochs; None if the run is not a trial."""
         matched, folder = self._pattern.fullmatch(name), self._runs / name
         if matched is None or (name not in self._begun and not folder.exists(layout.RUN)):
             return None
@@ -239,7 +239,7 @@ class TrialReader:
             saved = run.saved_config()
             flat = flatten(saved)
             parameters = {key: flat.get(key) for key in self._config.tune.space}
-            # A run that somebody has named like a trial is tracked elsewhere.
+            # A run that was merely named like a trial has another MLflow experiment.
             is_trial = saved.tracking.experiment == self._sweep
             begun = Trial(matched.group(1), run, parameters, [], saved.train)
             self._begun[name] = begun if is_trial else None

@@ -1,4 +1,4 @@
-"""What each rank of Ray Train does: hold its slices, train, re-cluster, evaluate, report."""
+"""Training worker on each rank of Ray Train: train, re-cluster, evaluate and report."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -88,12 +88,12 @@ from brainray.storage import Folder
 
 _HEARTBEAT_S = 30.0
 _MAX_NAMED = 8  # slices in an error
-_MAX_CONFUSED = 20  # classes: of more, a confusion matrix is no figure to log every epoch
+_MAX_CONFUSED = 20  # classes: with more, the confusion matrix is not logged every epoch
 
 
 @returning_errors
 def train_worker(settings: dict[str, Any]) -> None:
-    """Ray Train's entry on every rank."""
+    """Ray Train's entry point on every rank."""
     config, start = parse_config(settings["config"]), ray.get(settings["start"])
     _train(config, start, Folder(settings["run"]), Folder(settings["store"]))
 
@@ -114,7 +114,7 @@ def _train(
     trainer = _Trainer(config, run, store, data, test_slices, encoder, device)
     with failing_together(device):
         newest = _newest_epoch(run) if rank == 0 else 0
-    # All go on from one checkpoint, also where storage shows a new file to some ranks only.
+    # All ranks resume from one checkpoint, even if storage shows a new file to only some of them.
     epoch = int(dist.broadcast_from_first(torch.tensor(newest, device=device)))
     with failing_together(device):
         if epoch:
@@ -126,7 +126,7 @@ def _train(
 
 
 def _newest_epoch(run: Folder) -> int:
-    """Of the checkpoint to go on from; 0 where there is none."""
+    """Epoch of the checkpoint to resume from; 0 if there is none."""
     newest = newest_resumable(run, say=log)
     return 0 if newest is None else newest.checkpoint.epoch
 
@@ -146,7 +146,7 @@ class _Timer:
 
 
 class _Trainer:
-    """One rank's state between epochs, and the steps that lead from one to the next."""
+    """One rank's state between epochs, and the steps of an epoch."""
 
     def __init__(
         self,
@@ -181,12 +181,12 @@ class _Trainer:
         self.pool = data.unlabelled if plan.has_pool else data.labelled
         if num_unlabelled and not plan.has_pool and self.sizes.unlabelled and dist.rank() == 0:
             log(
-                f"note: {num_unlabelled} unlabelled slices are fewer than a batch of "
+                f"note: {num_unlabelled} unlabelled slices are fewer than one batch of "
                 f"{config.train.batch_size_per_worker} on each of {dist.world_size()} ranks: they "
-                "are clustered, and not learned from"
+                "are clustered but not used for training"
             )
         self.typical = data.unlabelled if plan.is_mostly_unlabelled else data.labelled
-        self.updates = -(-self.steps // config.train.accumulation_steps)  # of each epoch
+        self.updates = -(-self.steps // config.train.accumulation_steps)  # per epoch
         self.optimizer, self.scheduler = build_optimizer(
             self.encoder, config.train, self.updates * config.train.num_epochs
         )
@@ -204,50 +204,50 @@ class _Trainer:
 
     @property
     def evaluated(self) -> Encoder:
-        """The encoder that is embedded, evaluated and saved: the average, if there is one."""
+        """The encoder used for embedding, evaluation and checkpoints: the average, if enabled."""
         return self.encoder if self.average is None else cast(Encoder, self.average.module)
 
     @property
     def _side(self) -> int:
-        """Pixels along either axis in this epoch."""
+        """Height and width of the slices in this epoch, in pixels."""
         return image_side(max(self.epoch, 1), self.config.train)
 
     @property
     def clusters(self) -> ClusterModel:
-        """The mixture that closed the last epoch and opens the next."""
+        """The mixture fitted at the end of the last epoch, used in the next."""
         assert self._clustering is not None, "no mixture has been fitted yet"
         return self._clustering[0]
 
     @property
     def responsibilities(self) -> Tensor:
-        """(n, K) under that mixture, of this rank's labelled, then unlabelled slices."""
+        """(n, K) under that mixture, for this rank's labelled, then unlabelled slices."""
         assert self._clustering is not None, "no mixture has been fitted yet"
         return self._clustering[1]
 
     def start(self) -> None:
-        """Fit the first mixture on the initial encoder, unless there is one to go on from."""
+        """Fit the first mixture with the initial encoder, unless the run resumes with one."""
         if dist.rank() == 0:
             ranks = f"{dist.world_size()} rank" + ("s" if dist.world_size() > 1 else "")
             log(
                 f"training on {ranks} ({self.device.type}, {self.precision}), "
-                f"{self.steps} steps an epoch"
+                f"{self.steps} steps per epoch"
             )
         if self._clustering is None:
             if dist.rank() == 0:
-                log("clustering the slices as the encoder sees them before the first epoch")
+                log("clustering the slices with the initial encoder")
             fitted = self._embed_fitted()
             self._recluster(fitted)
             self._probabilities = fitted.logits.softmax(dim=1)
 
     def resume(self, epoch: int) -> None:
-        """Go on after an epoch's checkpoint; without collectives."""
+        """Resume from an epoch's checkpoint; uses no collectives."""
         newest = load_resumable(self.run, epoch)
         saved, state = newest.checkpoint, newest.trainer
         self.evaluated.load_state_dict(saved.encoder.state_dict())
         if self.average is not None:
             assert state.trained is not None, "an averaged run saves its trained weights"
             self.encoder.load_state_dict(state.trained)
-            self.average.n_averaged.fill_(1)  # not 0, at which the next update would start anew
+            self.average.n_averaged.fill_(1)  # with 0, the next update would restart the average
         self.optimizer.load_state_dict(state.optimizer)
         keys = self.data.fitted_keys.cpu()
         responsibilities = rows_of_keys(state.keys, state.responsibilities, keys)
@@ -255,14 +255,14 @@ class _Trainer:
         probabilities = rows_of_keys(state.keys, state.probabilities, keys)
         self._probabilities = probabilities.to(self.device)
         self.epoch = saved.epoch
-        # The schedule is a function of the step, also where the number of ranks has changed.
+        # The schedule is a function of the step, even if the number of ranks has changed.
         resume_schedule(self.scheduler, self.epoch * self.updates)
-        # The log knows of an epoch's report what its checkpoint could not know yet.
+        # The log has report times of an epoch that its checkpoint could not contain yet.
         logged = {row["epoch"]: row for row in self.run.read_json_lines(layout.METRICS)}
         self.history = [logged.get(row["epoch"], row) for row in state.history]
         if dist.rank() == 0:
             log(f"resuming run after epoch {self.epoch}")
-            keep_as_best(self.run, self.epoch)  # which a job that was cut may not have done
+            keep_as_best(self.run, self.epoch)  # an interrupted job may not have done so
             self.run.write_json_lines(layout.METRICS, self.history)
 
     def run_epoch(self) -> None:
@@ -311,9 +311,9 @@ class _Trainer:
             self._save(metrics, fitted.z, test, timer, started)
 
     def finish(self) -> None:
-        """Leave the last epoch's checkpoint beside the best one, and the test slices' predictions.
+        """Save the last epoch's checkpoint next to the best one, and predict the test slices.
 
-        Those of the chosen epoch, unless test slices were predicted after every epoch.
+        Prediction uses the chosen epoch, unless test slices were predicted after every epoch.
         """
         with failing_together(self.device):
             if dist.rank() == 0:
@@ -362,12 +362,12 @@ class _Trainer:
             named = culprits if len(culprits) else dist.gather_rows(stop.batch)
             raise DivergenceError(
                 f"epoch {self.epoch}, step {stop.step + 1} of {self.steps}: the loss or its "
-                f"gradient is NaN or infinite, with {self._samples(named)}: lower "
-                "train.learning_rate, or set train.precision=fp32"
+                f"gradient is NaN or infinite for {self._samples(named)}: lower "
+                "train.learning_rate or set train.precision=fp32"
             ) from None
 
     def _targets(self) -> EpochTargets:
-        """What the last epoch leaves for the pool's slices."""
+        """Targets for the pool's slices from the last epoch."""
         offset = len(self.data.labelled) if self.pool is self.data.unlabelled else 0
         rows = slice(offset, offset + len(self.pool))
         probabilities = self._probabilities[rows]
@@ -390,10 +390,10 @@ class _Trainer:
             self.average.update_parameters(self.encoder)
 
     def _settle_batch_statistics(self) -> None:
-        """The average's, measured; then rank 0's means and variances on every rank.
+        """Measure the average's batch statistics; then copy those of rank 0 to every rank.
 
-        Each rank's batch normalisation has its own since the last step; embeddings of all slices
-        must come from one encoder, the one that is saved.
+        Since the last step, each rank's batch normalisation has its own statistics, but all slices
+        must be embedded with one encoder, the one that is saved.
         """
         if self.average is not None:
             measure_batch_statistics(
@@ -431,10 +431,10 @@ class _Trainer:
         )
 
     def _embed_fitted(self) -> EncoderOutput:
-        """Of the slices that the mixture is fitted on: labelled, then unlabelled.
+        """Embed the slices that the mixture is fitted on: labelled, then unlabelled.
 
         Raises:
-            DivergenceError: on every rank alike, where embeddings are NaN or infinite.
+            DivergenceError: on every rank, if embeddings or logits are NaN or infinite.
         """
         parts = [self._embed(self.data.labelled.images), self._embed(self.data.unlabelled.images)]
         fitted = EncoderOutput(
@@ -445,13 +445,13 @@ class _Trainer:
         if len(bad):
             raise DivergenceError(
                 f"epoch {self.epoch}: NaN or infinite embeddings or logits after {self.steps} "
-                f"steps, of {self._samples(bad)}: lower train.learning_rate, or set "
+                f"steps for {self._samples(bad)}: lower train.learning_rate or set "
                 "train.precision=fp32"
             )
         return fitted
 
     def _samples(self, keys: Tensor) -> str:
-        """The slices with these keys (n,), as an error names them."""
+        """The slices with these keys (n,), for error messages."""
         found = sorted(set(self._ids_of(keys)))
         shown = ", ".join(found[:_MAX_NAMED])
         more = f" and {len(found) - _MAX_NAMED} more" if len(found) > _MAX_NAMED else ""
@@ -474,13 +474,13 @@ class _Trainer:
             self.responsibilities,
             self.config.clustering,
             where=f"epoch {self.epoch}",
-            remedy="lower objective.lambda_cluster or train.learning_rate, or warm the encoder up "
-            "before the cluster loss sets in",
+            remedy="lower objective.lambda_cluster or train.learning_rate, or warm up the encoder "
+            "before the cluster loss starts",
             say=log,
         )
 
     def _recluster(self, fitted: EncoderOutput, seed: int | None = None) -> Reclustering:
-        """From the previous centres, or from K-means++ where there are none or a seed is given."""
+        """Start from the previous centres, or from K-means++ if there are none or with a seed."""
         previous, previous_responsibilities = self._clustering or (None, None)
         reclustering = recluster(
             fitted.z,
@@ -504,7 +504,7 @@ class _Trainer:
         return gather_predictions(clusters, output.z, output.logits, shard.keys, shard.labels)
 
     def _test_metrics(self, test: Predictions) -> dict[str, float]:
-        """Write-only logs of this epoch: nothing in training reads them."""
+        """Test metrics of this epoch, for logging only: training never reads them."""
         if dist.rank() != 0 or len(test.labels) == 0:
             return {}
         metrics: dict[str, float] = {}
@@ -528,7 +528,7 @@ class _Trainer:
         timer: _Timer,
         started: float,
     ) -> None:
-        """Checkpoint, then the logs: what is logged can always be gone on from."""
+        """Write the checkpoint, then the logs: a logged epoch can always be resumed from."""
         for part in ("train", "embed", "recluster", "evaluate"):
             metrics[f"time/{part}_s"] = timer.seconds[part]
         num_images = self.steps * (self.sizes.labelled + self.sizes.unlabelled) * dist.world_size()
@@ -552,7 +552,7 @@ class _Trainer:
         with failing_together(self.device):
             if dist.rank() == 0:
                 self._write(state, coordinates, log_likelihood, test, started)
-        # The files are in storage already: Ray only learns of them, and of the figures.
+        # The files are already in storage: Ray is only given their location and the metrics.
         folder = self.run / layout.checkpoint_folder(self.epoch)
         checkpoint = ray.train.Checkpoint(folder.path, folder.filesystem)
         ray.train.report(
@@ -570,7 +570,7 @@ class _Trainer:
         test: Predictions | None,
         started: float,
     ) -> None:
-        """On rank 0: the epoch's files, and last the line by which it counts as finished."""
+        """Write the epoch's files (on rank 0), and last the log line that marks it as finished."""
         writing = time.monotonic()
         checkpoint = self._checkpoint()
         is_chosen = chosen_epoch(self.history) == self.epoch
@@ -615,9 +615,9 @@ class _Trainer:
 
 
 def reported_metrics(history: list[dict[str, float]]) -> dict[str, float]:
-    """What Ray is told after an epoch: figures of the one whose model the run would keep by now.
+    """Metrics reported to Ray after an epoch: those of the epoch whose model is currently the best.
 
-    Of validation only, so that nothing else can choose.
+    Validation metrics only, so that nothing else can be used for selection.
     """
     kept = history[chosen_epoch(history) - 1]
     figures = {name: value for name, value in kept.items() if name.startswith("validation/")}

@@ -109,7 +109,7 @@ def test_an_equal_store_is_reused_and_other_settings_are_refused(
     again = preprocess(tiny_config(storage, "name=mri", f"source={phantoms}"), said.append)
     assert again.manifest == store.manifest
     assert "reusing it" in said[0]
-    with pytest.raises(DataError, match=r"preprocess\.skull_strip: otsu here, none asked"):
+    with pytest.raises(DataError, match=r"preprocess\.skull_strip: otsu here, none requested"):
         preprocess(
             tiny_config(storage, "name=mri", f"source={phantoms}", "preprocess.skull_strip=none")
         )
@@ -124,11 +124,11 @@ def test_a_store_of_slices_that_are_made_otherwise_now_is_refused(
     )
     preprocess(config)
     monkeypatch.setattr(intracranial, "VERSION", intracranial.VERSION + 1)
-    with pytest.raises(DataError, match=r"intracranial_version: 3 here, 4 asked"):
+    with pytest.raises(DataError, match=r"intracranial_version: 3 here, 4 requested"):
         preprocess(config)
     monkeypatch.setattr(intracranial, "VERSION", intracranial.VERSION - 1)
     monkeypatch.setattr(decode, "VERSION", decode.VERSION + 1)
-    with pytest.raises(DataError, match=r"decode_version: 1 here, 2 asked"):
+    with pytest.raises(DataError, match=r"decode_version: 1 here, 2 requested"):
         preprocess(config)
 
 

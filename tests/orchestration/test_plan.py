@@ -136,7 +136,7 @@ def test_what_to_do_about_a_class_of_test_slices_alone_depends_on_who_held_them_
     rows = pa.table({"split": ["train", "test"], "label": ["a", "b"]})
     with pytest.raises(DataError, match=r"rename with --set classes\.map\.b=NAME"):
         _check_classes(rows, {}, was_drawn_before=False)
-    with pytest.raises(DataError, match="the store holds out for testing: label some of the"):
+    with pytest.raises(DataError, match="of subjects held out for testing: label slices of"):
         _check_classes(rows, {}, was_drawn_before=True)
     with pytest.raises(DataError, match=r"classes\.map\.bb=b makes: rename to one that fits"):
         _check_classes(rows, {"bb": "b"}, was_drawn_before=False)
@@ -146,7 +146,7 @@ def test_a_purge_needs_a_test_part_of_the_source() -> None:
     config = Config.model_validate({"split": {"mode": "purge"}, "source": "/data"})
     rows = pa.table({"path": ["a", "b"]})
     with pytest.raises(
-        DataError, match=r"split\.mode=purge needs a test split, and /data has none"
+        DataError, match=r"split\.mode=purge needs a test split, but /data has none"
     ):
         _official_splits(["train", "train"], rows, config)
     assert _official_splits(["train", "test"], rows, config) == ["train", "test"]

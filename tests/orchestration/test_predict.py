@@ -137,7 +137,7 @@ def test_a_run_on_slices_that_would_be_made_otherwise_now_does_not_predict(
     assert info["versions"] == {"decode_version": decode.VERSION}
     info["preprocess"]["skull_strip"] = "intracranial"
     run.write_json("run.json", info)  # as a run that was begun before versions were kept
-    with pytest.raises(CheckpointError, match=r"intracranial_version: None here, \d+ asked"):
+    with pytest.raises(CheckpointError, match=r"intracranial_version: None here, \d+ requested"):
         find_predictor(config, "this test")
     versions = info["versions"] | {"intracranial_version": VERSION}
     run.write_json("run.json", info | {"versions": versions})
@@ -184,7 +184,7 @@ def test_a_file_that_was_replaced_is_predicted_anew(
     said: list[str] = []
     after = predict(config_of(trained, source, "name=replaced"), said.append)
 
-    assert "; 7 are done; 2 were replaced and are predicted anew" in said[0]
+    assert "; 7 are done; 2 were replaced and are predicted again" in said[0]
     rows = rows_of(after)
     assert rows["scan1.jpg"]["sample_id"] == rows["deep/er/known.jpg"]["sample_id"]
     assert rows["scan2.jpg"]["mtime_ns"] == 10**18
@@ -246,7 +246,7 @@ def test_slices_of_a_volume_are_rows_of_their_own(trained: TrainedRun, tmp_path:
         (["run=absent"], DataError, "no run 'absent'"),
         (["source=/absent"], DataError, "no such folder"),
         (["checkpoint=/tmp"], ConfigError, "needs either"),
-        (["name=inbox", "source=/tmp"], ConfigError, "made otherwise"),
+        (["name=inbox", "source=/tmp"], ConfigError, "made with other settings"),
     ],
 )
 def test_what_cannot_be_predicted_is_named(

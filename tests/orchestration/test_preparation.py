@@ -31,7 +31,7 @@ def test_a_file_that_changes_or_vanishes_is_left_out(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(RejectedImage, match="unreadable file"):
         read_file(Folder(tmp_path), listed.file)
-    with pytest.raises(DataError, match=r"absent does not exist on node .*every node must see it"):
+    with pytest.raises(DataError, match=r"absent does not exist on node .*available on every node"):
         read_file(Folder(tmp_path / "absent"), listed.file)
 
 

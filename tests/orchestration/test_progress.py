@@ -28,7 +28,7 @@ def test_a_failed_look_is_said_once_and_the_next_goes_on() -> None:
         while flaky.num_looks < 3 and time.monotonic() < deadline:
             time.sleep(0.05)
     assert flaky.num_looks >= 4  # the last of them at the end of the block
-    assert said == ["progress cannot be told at the moment: OSError: storage is away"]
+    assert said == ["progress is temporarily unavailable: OSError: storage is away"]
 
 
 def test_time_left_counts_pixels() -> None:
@@ -52,7 +52,7 @@ def test_pretraining_tells_epochs_and_rounds(tmp_path: Path) -> None:
         )
         folder.write_json_lines(layout.METRICS, rows)
     assert said == [
-        "going on after 1 epochs or rounds",
+        "resuming after 1 epochs or rounds",
         "pretext epoch 2/3: pretext 1.250; 12 s, 0:00:12 left",
-        "round 1/5: cluster 0.500; 25.0% of the slices changed their cluster; 4 s",
+        "round 1/5: cluster 0.500; 25.0% of the slices changed cluster; 4 s",
     ]

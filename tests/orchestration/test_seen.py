@@ -90,7 +90,7 @@ def test_weights_that_know_the_validation_labels_are_refused(
     weights = f"encoder.weights={trained.run.folder}/best/model.pt"
     store = ImageStore.open(Folder(storage) / "datasets" / "mri")
     other = tiny_config(storage, "name=other-draw", "dataset=mri", weights, "split.seed=5")
-    with pytest.raises(ConfigError, match=r"has learned the labels of \d+ of this run's \d+ valid"):
+    with pytest.raises(ConfigError, match=r"was trained on the labels of \d+ of this run's \d+ va"):
         begin_run(other, store, 1)
     assert not (storage / "runs" / "other-draw").exists()
     begin_run(tiny_config(storage, "name=same-draw", "dataset=mri", weights), store, 1)
@@ -174,7 +174,7 @@ def test_validation_by_subject_shares_no_subject_with_what_is_fitted(
     nameless = index.set_column(column, "subject_id", pa.nulls(index.num_rows, pa.string()))
     monkeypatch.setattr(ImageStore, "index", lambda *_, **__: nameless)
     asked = tiny_config(tmp_path, "name=refused", "dataset=series", "split.validation=subject")
-    with pytest.raises(ConfigError, match=r"names no subjects.*split\.validation=slice"):
+    with pytest.raises(ConfigError, match=r"has no subjects.*split\.validation=slice"):
         begin_run(asked, store, 1)
 
 
@@ -187,8 +187,8 @@ def test_draws_are_compared_with_a_control_of_the_same_draws_only(storage: Path)
         run, _ = begin_run(control, store, 1)
         run.folder.write_json("summary.json", {})
     asked = ["name=more", "dataset=mri", "evaluation.num_label_draws=2", "evaluation.control=fewer"]
-    message = r"other labels \(split\.labelled_fraction: 0\.5 here, 0\.9 asked\)"
+    message = r"other labels \(split\.labelled_fraction: 0\.5 here, 0\.9 requested\)"
     with pytest.raises(ConfigError, match=message):
         train_draws(tiny_config(storage, *asked, "split.labelled_fraction=0.9"))
-    with pytest.raises(ConfigError, match=r"split\.validation: slice here, subject asked"):
+    with pytest.raises(ConfigError, match=r"split\.validation: slice here, subject requested"):
         train_draws(tiny_config(storage, *asked, "split.validation=subject"))

@@ -32,10 +32,10 @@ def test_what_a_config_leaves_out_is_as_the_store_was_made(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("split.mode=official", r"\(split\.mode: grouped here, official asked\)"),
-        ("split.test_fraction=0.2", r"test_fraction: 0\.25 here, 0\.2 asked"),
-        ("classes.map.tumor=meningioma", r"classes\.map\.tumor: glioma here, meningioma asked"),
-        ("preprocess.resize=stretch", r"preprocess\.resize: letterbox here, stretch asked"),
+        ("split.mode=official", r"\(split\.mode: grouped here, official requested\)"),
+        ("split.test_fraction=0.2", r"test_fraction: 0\.25 here, 0\.2 requested"),
+        ("classes.map.tumor=meningioma", r"classes\.map\.tumor: glioma here, meningioma requested"),
+        ("preprocess.resize=stretch", r"preprocess\.resize: letterbox here, stretch requested"),
     ],
 )
 def test_what_it_says_otherwise_is_refused(tmp_path: Path, override: str, message: str) -> None:

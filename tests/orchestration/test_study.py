@@ -93,7 +93,7 @@ def test_a_study_leaves_tables_figures_and_flat_figures(studied: FinishedStudy) 
     for subset in ("fitted slices", "held-out slices, all", "held-out slices, clean"):
         assert subset in table
     assert "| pixels   | dbscan" in table
-    assert "nearest fitted ones with its label" in table
+    assert "nearest fitted slices with the same label" in table
     assert 0 <= studied.metrics["mri/fitted/pixels/kmeans/pca4/nmi_mean"] <= 1
     assert studied.metrics["num_failed_cells"] == 0
     assert studied.metrics["mri/pixels/recommended_num_clusters"] in (2, 3)
@@ -191,10 +191,14 @@ def test_corrected_labels_are_what_an_old_study_is_scored_on(
         (
             PIXELS,
             ["dataset=mri", "labels=/tmp/l.csv"],
-            "labels=/tmp/l.csv names the slices of one source: give source",
+            "labels=/tmp/l.csv applies to a single source: also set source",
         ),
         (PIXELS, ["dataset=absent"], "no image store"),
-        (PIXELS, ["dataset=mri", "preprocess.resize=letterbox"], "stretch here, letterbox asked"),
+        (
+            PIXELS,
+            ["dataset=mri", "preprocess.resize=letterbox"],
+            "stretch here, letterbox requested",
+        ),
         ({"x": {"encoder": "resnet19"}}, ["dataset=mri"], "unknown encoder 'resnet19'"),
         (
             {"x": {"weights": "/no/such.pt"}},

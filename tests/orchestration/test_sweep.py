@@ -286,7 +286,7 @@ def test_trials_of_a_search_algorithm_are_found_too(storage: Path) -> None:
 def test_a_sweep_does_not_go_on_with_other_settings(finished: FinishedSweep, storage: Path) -> None:
     with pytest.raises(ConfigError, match=r"tune\.metric: validation/score here"):
         sweep(sweep_config(storage, "tune.metric=validation/cluster/accuracy"))
-    with pytest.raises(ConfigError, match=r"tune\.max_concurrent_trials: 0 here, 1 asked"):
+    with pytest.raises(ConfigError, match=r"tune\.max_concurrent_trials: 0 here, 1 requested"):
         sweep(sweep_config(storage, "tune.max_concurrent_trials=1"))
 
 
@@ -296,13 +296,13 @@ def test_test_figures_choose_nothing() -> None:
 
 
 def test_a_metric_is_not_sought_at_its_worst() -> None:
-    with pytest.raises(ConfigError, match="validation/loss is best where it is min"):
+    with pytest.raises(ConfigError, match="validation/loss is best at its min"):
         load_config(None, ["tune.metric=validation/loss"])
     assert load_config(None, ["tune.metric=validation/loss", "tune.mode=min"]).tune.mode == "min"
 
 
 def test_a_figure_that_no_epoch_reports_is_refused_at_once() -> None:
-    with pytest.raises(ConfigError, match=r"'validation/f1' is reported by no epoch: use one of"):
+    with pytest.raises(ConfigError, match=r"'validation/f1' is not reported after an epoch: use"):
         load_config(None, ["tune.metric=validation/f1"])
 
 
@@ -321,15 +321,15 @@ def test_a_trial_that_no_cluster_holds_is_refused_at_once(storage: Path) -> None
         ({"split.seed": {"choice": [1, 2]}}, r"cannot vary split\.seed"),
         ({"preprocess.image_size": {"choice": [64]}}, "cannot vary"),
         ({"train.learning_rate": {"uniform": [1e-3, 1e-4]}}, "two increasing numbers"),
-        ({"train.learning_rate": {"log_uniform": [0, 1]}}, "must begin above 0"),
+        ({"train.learning_rate": {"log_uniform": [0, 1]}}, "must start above 0"),
         ({"train.learning_rate": {"choice": [1], "uniform": [1, 2]}}, "exactly one of"),
         ({"train.learning_rate": {"choice": [-1.0]}}, "greater than 0"),
         ({"objective.name": {"choice": []}}, "is empty"),
         ({"objective.name": {"choice": ["joint", "supervsed"]}}, "not 'supervsed'"),
         ({"augment.horizontal_flip": {"uniform": [0.0, 2.0]}}, "less than or equal to 1"),
         ({"clustering.num_clusters": {"uniform": [4, 8]}}, "valid integer"),
-        ({"label.num_slices": {"choice": [10]}}, "trials differ in encoder"),
-        ({"self_supervision.num_epochs": {"choice": [1]}}, "nothing reads without a warm-up"),
+        ({"label.num_slices": {"choice": [10]}}, "trials may differ in encoder"),
+        ({"self_supervision.num_epochs": {"choice": [1]}}, "no effect without a warm-up"),
         ({"train.max_failures": {"choice": [1]}}, "share the Ray cluster"),
         ({"train.collective_timeout_s": {"choice": [60]}}, "share the Ray cluster"),
         ({"train.cache_gib": {"choice": [1]}}, "share the Ray cluster"),
@@ -434,13 +434,13 @@ def test_runs_that_a_deleted_sweep_has_left_are_not_this_ones(
     as_trial(trained, tmp_path, "search", "0a1b2_00000")
     store = SimpleNamespace(data_hash="abc")
     folder = Folder(tmp_path) / "sweeps" / "search"
-    with pytest.raises(ConfigError, match=r"earlier sweep 'search'.*runs/search-0a1b2_00000 and"):
+    with pytest.raises(ConfigError, match=r"deleted sweep 'search'.*runs/search-0a1b2_00000 and"):
         _begin(sweep_config(tmp_path), cast(Any, store), folder, print)
     assert not folder.exists()
 
 
 def test_trials_share_one_draw_of_labels(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"evaluation\.num_label_draws: trials share one draw"):
+    with pytest.raises(ConfigError, match=r"evaluation\.num_label_draws: trials share one label"):
         sweep(sweep_config(tmp_path, "evaluation.num_label_draws=3"))
 
 
