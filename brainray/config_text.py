@@ -1,9 +1,10 @@
 """Settings as text: YAML files, ``--set key=value``, errors that name the key, and ``--help``."""
 
 import difflib
+import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -218,21 +219,55 @@ def _nearest(key: str) -> str:
 
 def known_keys() -> list[str]:
     """Every dotted key that ``--set`` accepts, without sections."""
-    return [key for key, _ in described_keys()]
+
+    def visit(section: BaseModel, prefix: str) -> Iterator[str]:
+        for name in type(section).model_fields:
+            value = getattr(section, name)
+            if isinstance(value, BaseModel):
+                yield from visit(value, f"{prefix}{name}.")
+            else:
+                yield f"{prefix}{name}"
+
+    return list(visit(Config(), ""))
 
 
-def described_keys() -> list[tuple[str, str]]:
-    """(dotted key, one-line description with default) of every setting, for ``--help``."""
+def described_keys(is_read: Callable[[str], bool]) -> list[tuple[str, str]]:
+    """(dotted key, one-line description with default) of the settings to show in ``--help``.
+
+    A section like one that is listed already is one line that refers to it.
+    """
+    listed: dict[type[BaseModel], tuple[str, BaseModel]] = {}
 
     def visit(section: BaseModel, prefix: str) -> list[tuple[str, str]]:
         rows = []
         for field_name, field in type(section).model_fields.items():
             key, default = f"{prefix}{field_name}", getattr(section, field_name)
             if isinstance(default, BaseModel):
-                rows += visit(default, f"{key}.")
-            else:
-                text = " ".join((field.description or "").split())
-                rows.append((key, f"{text} [{default}]"))
+                if type(default) in listed:
+                    rows.append((f"{key}.*", _like(default, *listed[type(default)])))
+                    continue
+                of_section = visit(default, f"{key}.")
+                if of_section:
+                    listed[type(default)] = key, default
+                rows += of_section
+            elif is_read(key):
+                text = " ".join((field.description or "").split()).replace("``", "")
+                rows.append((key, f"{text} [{_shown(default)}]"))
         return rows
 
-    return visit(Config(), "")
+    return [row for row in visit(Config(), "") if is_read(row[0])]
+
+
+def _like(section: BaseModel, key: str, other: BaseModel) -> str:
+    """How a section differs from the same one under another key."""
+    values = {name: _shown(getattr(section, name)) for name in type(section).model_fields}
+    different = [f"{n}={v}" for n, v in values.items() if v != _shown(getattr(other, n))]
+    defaults = f"; different defaults: {', '.join(different)}" if different else ""
+    return f"The same settings as {key}.*{defaults}."
+
+
+def _shown(value: object) -> str:
+    """A default as one would write it in YAML."""
+    if value is None:
+        return "unset"
+    return value if isinstance(value, str) else json.dumps(value)

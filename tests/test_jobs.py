@@ -18,7 +18,7 @@ import ray
 import ray.data
 
 from brainray.config import Config
-from brainray.config_text import known_keys, load_config
+from brainray.config_text import described_keys, known_keys, load_config
 from brainray.errors import ConfigError, DataError
 from brainray.orchestration.job import (
     JobResult,
@@ -107,7 +107,19 @@ def test_every_setting_is_explained_by_some_job(
             runpy.run_path(str(PROJECT / "jobs" / f"{name}.py"), run_name="__main__")
         told += capsys.readouterr().out
     explained = {line.split()[0] for line in told.splitlines() if line.strip()}
-    assert not [key for key in known_keys() if key not in explained]
+    sections = tuple(key.removesuffix("*") for key in explained if key.endswith(".*"))
+    assert not [key for key in known_keys() if not (key in explained or key.startswith(sections))]
+
+
+def test_help_lists_like_sections_once_and_defaults_as_yaml_has_them() -> None:
+    rows = dict(described_keys(lambda key: key.startswith(("augment", "encoder.weights"))))
+    assert "augment.horizontal_flip" in rows
+    assert "augment_unlabelled.horizontal_flip" not in rows
+    assert rows["augment_unlabelled.*"].startswith("The same settings as augment.*; different")
+    assert not any("``" in text for text in rows.values())
+    alone = dict(described_keys(lambda key: key.startswith(("augment_unlabelled", "tune.time"))))
+    assert "augment_unlabelled.horizontal_flip" in alone
+    assert alone["tune.time_budget_min"].endswith("[unset]")
 
 
 def test_settings_that_a_job_does_not_read_are_told() -> None:

@@ -98,7 +98,7 @@ def train(config: Config, log: Log = log) -> TrainedRun:
         send_run(run, tracking.tracker)
     if tracking.tracker.problem is not None:
         log(
-            f"MLflow is missing records, which are kept in {run.folder}; send them later with: "
+            f"MLflow did not receive everything; it is kept in {run.folder}: send it later with "
             f"python jobs/track.py --set run={config.name} "
             + shlex.quote(f"storage={config.storage}")
         )

@@ -279,10 +279,9 @@ def _is_within(key: str, section: str) -> bool:
 
 def _describe(keys: Sequence[str]) -> str:
     lines = ["settings (in the file, or with --set) [default]:"]
-    for key, text in described_keys():
-        if any(_is_within(key, wanted) for wanted in keys):
-            lines.append(f"  {key}")
-            lines += textwrap.wrap(text, 88, initial_indent="      ", subsequent_indent="      ")
+    for key, text in described_keys(lambda key: any(_is_within(key, wanted) for wanted in keys)):
+        lines.append(f"  {key}")
+        lines += textwrap.wrap(text, 88, initial_indent="      ", subsequent_indent="      ")
     return "\n".join(lines)
 
 
