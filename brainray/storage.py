@@ -1,4 +1,4 @@
-"""Files under ``storage``: a local folder or any URI that pyarrow reads, through one interface."""
+"""Files under ``storage``: one interface to a local folder or any URI supported by pyarrow."""
 
 import contextlib
 import errno
@@ -15,32 +15,32 @@ import pyarrow.parquet as pq
 from brainray.errors import ConfigError, DataError, StorageError
 
 _DISK_IS_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_REFUSED = ("ACCESS_DENIED", "NO_SUCH_BUCKET")  # by an object store; its outages may pass
+_REFUSED = ("ACCESS_DENIED", "NO_SUCH_BUCKET")  # by an object store; outages may be temporary
 _NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
 
 
 class Folder:
     """A folder on a local or remote file system; small enough to pickle to workers.
 
-    Files appear whole or not at all: they are written under a temporary name and then moved. Names
-    that a killed writer has left behind are passed over, here and by pyarrow's readers of folders.
+    Files appear complete or not at all: they are written under a temporary name and then moved.
+    Temporary files left by a killed writer are ignored, here and by pyarrow's folder readers.
     """
 
     def __init__(self, uri: str | Path) -> None:
         base, question, query = str(uri).partition("?" if "://" in str(uri) else "\0")
         self._base = base.rstrip("/") or "/"
-        self._query = question + query  # such as ?region=eu-west-1, of everything in the folder
+        self._query = question + query  # such as ?region=eu-west-1, for everything in the folder
         self.uri = self._base + self._query
         try:
             self.filesystem, self.path = pafs.FileSystem.from_uri(self.uri)
         except (pa.ArrowInvalid, ValueError, OSError) as error:
             raise ConfigError(
-                f"{self.uri!r} is neither an absolute path nor a URI that pyarrow reads "
+                f"{self.uri!r} is neither an absolute path nor a URI supported by pyarrow "
                 f"({error}): write /a/path, s3://bucket/path, ..."
             ) from None
 
     def __truediv__(self, name: str) -> "Folder":
-        self._join(name)  # refuses what leads out of this folder
+        self._join(name)  # refuses names that lead out of this folder
         return Folder(f"{self._base}/{name}{self._query}")
 
     def __str__(self) -> str:
@@ -51,7 +51,7 @@ class Folder:
 
     @property
     def name(self) -> str:
-        """Its last part."""
+        """Last part of the path."""
         return self._base.rpartition("/")[2]
 
     @property
@@ -68,7 +68,7 @@ class Folder:
         return bool(info.type != pafs.FileType.NotFound)
 
     def names(self) -> list[str]:
-        """Names of the folder's files and folders, sorted; none where it does not exist."""
+        """Names of the folder's files and folders, sorted; empty if it does not exist."""
         selector = pafs.FileSelector(self.path, allow_not_found=True)
         with self._told_why_not_read(""):
             infos = self.filesystem.get_file_info(selector)
@@ -83,20 +83,20 @@ class Folder:
 
     @contextlib.contextmanager
     def _told_why_not_read(self, name: str) -> Iterator[None]:
-        """What a user can mend, in place of the system's error."""
+        """Replace the system's error with one that names the remedy."""
         try:
             yield
         except FileNotFoundError:
             raise DataError(f"no such file: {self.uri}/{name}") from None
         except PermissionError:
             raise StorageError(
-                f"{self.uri}/{name} may not be read by this user: give the right to, or another "
-                "path"
+                f"{self.uri}/{name} cannot be read by this user: grant read access, or give "
+                "another path"
             ) from None
         except OSError as error:
             if error.errno is not None:
                 raise
-            # Of an object store, whose answers have no number.
+            # From an object store: its errors have no errno.
             reason = " ".join(str(error).split())
             raise StorageError(
                 f"{self.uri}/{name} cannot be reached ({reason}): check the address, the network "
@@ -109,7 +109,7 @@ class Folder:
 
     @contextlib.contextmanager
     def _new_file(self, name: str) -> Iterator[pa.NativeFile]:
-        """Where to write a file that gets its name when the block has ended well."""
+        """Stream for a file that gets its name when the block ends without an error."""
         target = self._join(name)
         temporary = _temporary(target)
         with self._told_why_not(name):
@@ -124,36 +124,36 @@ class Folder:
 
     @contextlib.contextmanager
     def _told_why_not(self, name: str) -> Iterator[None]:
-        """What a user can mend, in place of the system's error."""
+        """Replace the system's error with one that names the remedy."""
         try:
             yield
         except OSError as error:
             if error.errno in _DISK_IS_FULL:
                 raise StorageError(
-                    f"no space left to write {self.uri}/{name}: free some and submit again; what "
-                    "was written before is whole"
+                    f"no space left to write {self.uri}/{name}: free some and submit again; files "
+                    "written earlier are complete"
                 ) from None
             if error.errno in _NOT_ALLOWED:
                 raise StorageError(
-                    f"{self.uri}/{name} cannot be written ({os.strerror(error.errno)}): give "
-                    "another storage, or the right to write there"
+                    f"{self.uri}/{name} cannot be written ({os.strerror(error.errno)}): grant "
+                    "write access, or give another storage"
                 ) from None
             if error.errno is None and any(word in str(error) for word in _REFUSED):
                 reason = " ".join(str(error).split())
                 raise StorageError(
                     f"{self.uri}/{name} cannot be written ({reason}): check the bucket's name and "
-                    "the credentials' right to write there"
+                    "the credentials' write permission"
                 ) from None
             raise
 
     def _delete_cut_file(self, path: str) -> None:
-        with contextlib.suppress(OSError):  # the reason why it was cut is told already
+        with contextlib.suppress(OSError):  # the original error is already reported
             self.filesystem.delete_file(path)
 
     def create_file(self, name: str, content: bytes, *, mode: int = 0o666) -> bool:
-        """Make a file on a local or mounted folder; False where it exists already, and stays.
+        """Create a file in a local or mounted folder; False if it exists, leaving it unchanged.
 
-        ``mode``: who may read and write it, less the umask.
+        ``mode``: its permissions, less the umask.
         """
         target = self._join(name)
         temporary = _temporary(target)
@@ -163,7 +163,7 @@ class Folder:
             with os.fdopen(descriptor, "wb") as stream:
                 stream.write(content)
         try:
-            os.link(temporary, target)  # unlike opening exclusively, never seen half-written
+            os.link(temporary, target)  # unlike an exclusive open, never visible half-written
         except FileExistsError:
             return False
         finally:
@@ -184,14 +184,14 @@ class Folder:
         self.write_bytes(name, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
     def read_json_lines(self, name: str) -> list[Any]:
-        """One value a line; an incomplete last line, as a crash leaves it, is left out."""
+        """One value per line; an incomplete last line, as left by a crash, is skipped."""
         if not self.exists(name):
             return []
         try:
             lines = self.read_bytes(name).decode().split("\n")[:-1]
             return [json.loads(line) for line in lines]
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{self.uri}/{name} is not JSON, line by line: {error}") from None
+            raise DataError(f"{self.uri}/{name} is not JSON Lines: {error}") from None
 
     def write_json_lines(self, name: str, values: list[Any]) -> None:
         text = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
@@ -206,7 +206,7 @@ class Folder:
     def _told_if_damaged(self, name: str) -> Iterator[None]:
         try:
             yield
-        except (FileNotFoundError, PermissionError):  # Arrow's have no number
+        except (FileNotFoundError, PermissionError):  # Arrow's have no errno
             raise
         except (pa.ArrowInvalid, OSError) as error:
             of_network = self.local_path is None and isinstance(error, OSError)
@@ -218,7 +218,7 @@ class Folder:
             ) from None
 
     def row_groups(self, name: str, columns: list[str]) -> Iterator[pa.Table]:
-        """Those of a Parquet file, one in memory at a time."""
+        """Row groups of a Parquet file, one in memory at a time."""
         with self.filesystem.open_input_file(self._join(name)) as stream:
             file = pq.ParquetFile(stream, pre_buffer=True)
             for number in range(file.num_row_groups):
@@ -230,8 +230,8 @@ class Folder:
 
     @contextlib.contextmanager
     def table_writer(self, name: str, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
-        """A Parquet file that is written table by table: each becomes a row group."""
-        # To look for equal images, or for the least of them, takes longer than to write them.
+        """Writer of a Parquet file; each table written becomes a row group."""
+        # For images, dictionaries and statistics take longer than writing them.
         described = [field.name for field in schema if not _holds_bytes(field.type)]
         with (
             self._new_file(name) as stream,
@@ -246,15 +246,15 @@ class Folder:
             yield writer
 
     def delete(self) -> None:
-        """Remove the folder and all it holds, if it exists."""
+        """Delete the folder and its contents, if it exists."""
         if self.exists():
             self.filesystem.delete_dir(self.path)
 
     def move_to(self, target: "Folder", last: str) -> None:
-        """Rename; ``target`` must not exist and must lie on the same file system.
+        """Rename; ``target`` must not exist and must be on the same file system.
 
-        Object stores cannot rename folders: there the files are copied, ``last``, the one that
-        makes the folder complete, after all others.
+        Object stores cannot rename folders: there the files are copied, with ``last``, the file
+        that marks the folder as complete, after all others.
         """
         if self.local_path is not None:
             self.filesystem.create_dir(target.path.rpartition("/")[0], recursive=True)
@@ -272,7 +272,7 @@ class Folder:
         self.delete()
 
     def replace(self, target: "Folder", last: str) -> None:
-        """Take the place of ``target``, whole: who is interrupted here calls ``restore`` later.
+        """Replace ``target`` completely; if interrupted, call ``restore`` afterwards.
 
         On object stores the old files are deleted first.
         """
@@ -285,9 +285,9 @@ class Folder:
 
     @contextlib.contextmanager
     def rebuilt(self, last: str) -> Iterator["Folder"]:
-        """An empty folder to fill, which takes the place of this one when the block has ended well.
+        """An empty folder to fill; replaces this one when the block ends without an error.
 
-        Of a block that fails nothing is left. ``last`` is the file that makes the folder complete.
+        If the block fails, nothing is left of it. ``last`` is the file that marks it as complete.
         """
         self.restore()
         building = self.parent / f".{self.name}.building"
@@ -300,7 +300,7 @@ class Folder:
             raise
 
     def restore(self) -> None:
-        """Put back what an interrupted ``replace`` has left aside."""
+        """Put back the folder that an interrupted ``replace`` moved aside."""
         aside = self._aside()
         if not aside.exists():
             return
@@ -314,12 +314,12 @@ class Folder:
 
     def _join(self, name: str) -> str:
         if ".." in name.split("/") or name.startswith("/") or "\0" in name:
-            raise DataError(f"{name!r} leads out of {self.uri}: names are relative, without '..'")
+            raise DataError(f"{name!r} leads out of {self.uri}: use a relative name without '..'")
         return f"{self.path}/{name}" if name else self.path
 
 
 def _temporary(path: str) -> str:
-    """Where a file is written before it is moved; pyarrow reads no folder's hidden files."""
+    """Path of a file until it is moved; pyarrow ignores hidden files in folders."""
     parent, _, name = path.rpartition("/")
     return f"{parent}/.{name}.tmp-{os.getpid()}"
 

@@ -199,7 +199,7 @@ def test_what_cannot_be_written_or_read_is_named(
         folder, "filesystem", _Failing(PermissionError(errno.EACCES, "Permission denied"))
     )
     for read in (folder.read_bytes, folder.exists):
-        with pytest.raises(StorageError, match="secret may not be read by this user"):
+        with pytest.raises(StorageError, match="secret cannot be read by this user"):
             read("secret")
     monkeypatch.setattr(folder, "filesystem", _Failing(OSError("AWS Error NETWORK_CONNECTION")))
     for ask in (lambda: folder.read_bytes("secret"), lambda: folder.exists("x"), folder.names):

@@ -1,8 +1,8 @@
-"""How much of each test slice a training split, or a run, has already seen.
+"""Exposure of test slices to a training split or to the data that a run has seen.
 
-Levels, kept apart: byte-identical files; near-duplicates; turned near-duplicates, mirrored or
-rotated; slices likely of one subject. A test slice is ``clean`` without the first two, as METHOD
-defines it, and ``strict`` without all four.
+Levels, reported separately: byte-identical files; near-duplicates; mirrored or rotated
+near-duplicates; slices likely of one subject. A test slice is ``clean`` without the first two, as
+METHOD defines it, and ``strict`` without all four.
 """
 
 from collections.abc import Sequence
@@ -22,18 +22,18 @@ from brainray.schema import HEADER, NAMED, TABLE
 
 @dataclass(frozen=True)
 class Fingerprints:
-    """What is kept of N slices so that others can be compared with them."""
+    """The data of N slices that is needed to compare others with them."""
 
     sample_ids: Sequence[str]
     thumbnails: Rows  # (N, 9216) uint8
-    subjects: Sequence[str | None]  # as a table or a header named them, never estimated
-    sources: Sequence[str | None]  # what named them
+    subjects: Sequence[str | None]  # from a table or a header, never estimated
+    sources: Sequence[str | None]  # where the subjects are from
 
     @classmethod
     def of(cls, table: pa.Table, thumbnails: Rows | None = None) -> "Fingerprints":
-        """From rows with ``sample_id``, and subjects where they are known.
+        """From rows with ``sample_id`` and, if known, subjects.
 
-        Thumbnails are a column of the table unless they are given beside it.
+        Thumbnails are read from the table unless given separately.
         """
         subjects: list[str | None] = [None] * table.num_rows
         sources = subjects
@@ -51,14 +51,14 @@ class Fingerprints:
 
 @dataclass(frozen=True)
 class Exposure:
-    """What was seen of each of Q slices; rows of the seen slices, -1 where there is none."""
+    """Matches of Q slices among the seen slices, as row indices; -1 if there is none."""
 
     exact: NDArray[np.int64]  # (Q,) the same bytes
-    twin: NDArray[np.int64]  # (Q,) the nearest near-duplicate, upright where there is one
-    kind: NDArray[np.str_]  # (Q,) copy (upright), mirrored or rotated; empty without a twin
+    twin: NDArray[np.int64]  # (Q,) the nearest near-duplicate, an upright one if possible
+    kind: NDArray[np.str_]  # (Q,) copy (upright), mirrored or rotated; empty without a duplicate
     twin_similarity: NDArray[np.float32]  # (Q,)
-    mate: NDArray[np.int64]  # (Q,) a slice of its subject, given or likely
-    mate_similarity: NDArray[np.float32]  # (Q,) 1 where the subject is given
+    mate: NDArray[np.int64]  # (Q,) a slice of the same subject, given or estimated
+    mate_similarity: NDArray[np.float32]  # (Q,) 1 if the subject is given
 
     @property
     def clean(self) -> NDArray[np.bool_]:
@@ -67,7 +67,7 @@ class Exposure:
 
     @property
     def strict(self) -> NDArray[np.bool_]:
-        """(Q,) clean, and without a turned copy or a slice likely of the same subject."""
+        """(Q,) clean, and without a mirrored or rotated copy or a slice likely of one subject."""
         return np.asarray(self.clean & (self.twin < 0) & (self.mate < 0))
 
 
@@ -80,17 +80,17 @@ def exposure(
 ) -> Exposure:
     """Compare each query with everything that was seen.
 
-    Slices whose subjects have the same name are of one subject. All others are compared by image
-    similarity, unless the settings switch that off or the same kind of source, a table or headers,
-    names both: within one collection different names are different subjects.
+    Slices with the same subject name are of one subject. All others are compared by image
+    similarity, unless this is switched off in the settings or both subjects come from the same kind
+    of source, a table or headers: within one collection different names are different subjects.
 
     Args:
         queries: Q slices.
         seen: the slices to compare them with.
-        config: what counts as a near-duplicate, and as likely the same subject.
-        from_elsewhere: (Q,) queries of another collection. It may have padded, cropped or darkened
-            its copies, so these are also compared by the head alone; and it names subjects its own
-            way, so different names prove nothing.
+        config: thresholds for near-duplicates and for slices likely of one subject.
+        from_elsewhere: (Q,) queries from another collection. Its copies may be padded, cropped or
+            darkened, so they are also compared by the head alone. It may name subjects differently,
+            so different names do not prove different subjects.
     """
     exact = _first_match(queries.sample_ids, seen.sample_ids)
     twins = find_twins(queries.thumbnails, seen.thumbnails, config.near_duplicate)
@@ -108,7 +108,7 @@ def exposure(
     proves = np.isin(asked_by, [TABLE, HEADER])
     if from_elsewhere is not None:
         proves &= ~from_elsewhere
-    for source in ("", TABLE, HEADER):  # the first: whose names prove no difference
+    for source in ("", TABLE, HEADER):  # "": queries whose names do not prove a difference
         asking = (mate < 0) & (proves & (asked_by == source) if source else ~proves)
         rows = np.flatnonzero(seen_by != source) if source else np.arange(len(seen_by))
         if not config.subject.estimate or not asking.any() or len(rows) == 0:

@@ -1,9 +1,8 @@
-"""Copies in another frame: fingerprints of the head alone, whatever field of view and brightness a
-slice came with.
+"""Copies in another frame: fingerprints of the head alone, independent of field of view and
+brightness.
 
-Collections pad slices to squares, cut them to the head, set them in a border or darken them, by
-more than alignment grants two fingerprints of whole frames. What is left of both after this can be
-compared.
+Collections pad slices to squares, crop them to the head, add a border or darken them, more than the
+alignment of whole-frame fingerprints tolerates. Fingerprints of the head alone remain comparable.
 """
 
 import cv2
@@ -16,17 +15,17 @@ from brainray.mri.row_file import RowFile, Rows, row_blocks
 from brainray.mri.skull_strip import without_frame
 from brainray.schema import THUMBNAIL_SIDE
 
-_MARGIN = 0.08  # around the head, of its own extent
-_BLUR_SIGMA = 1.4  # pixels: a small head is enlarged, and would be the smoother of two
-_THRESHOLD = 0.5  # of Otsu's: where a dim scalp begins
-_OPENING = np.ones((3, 3), np.uint8)  # letters and thin lines beside the head are none of it
-_LEAST_SIMILARITY = 0.9975  # neighbouring slices are the more alike, the smoother they are
-_QUANTILES = (1.0, 99.5)  # percent: black and white
+_MARGIN = 0.08  # around the head, as a fraction of its extent
+_BLUR_SIGMA = 1.4  # pixels: an enlarged small head would otherwise be the smoother of the two
+_THRESHOLD = 0.5  # of Otsu's threshold: includes a dim scalp
+_OPENING = np.ones((3, 3), np.uint8)  # removes letters and thin lines next to the head
+_LEAST_SIMILARITY = 0.9975  # high: smoothing makes neighbouring slices more alike
+_QUANTILES = (1.0, 99.5)  # percentiles mapped to black and white
 _READ_ROWS = 1024
 
 
 def find_twins_by_head(queries: Rows, references: Rows, settings: NearDuplicateConfig) -> Twins:
-    """`find_twins` of the heads alone, for queries (Q, 9216) and references (R, 9216)."""
+    """`find_twins` on the heads alone, for queries (Q, 9216) and references (R, 9216)."""
     least = {
         name: max(_LEAST_SIMILARITY, getattr(settings, name))
         for name in ("similarity", "turned_similarity")
@@ -36,8 +35,9 @@ def find_twins_by_head(queries: Rows, references: Rows, settings: NearDuplicateC
 
 
 def reframed(fingerprints: Rows) -> Rows:
-    """(N, 9216) fingerprints of the same slices (N, 9216), cropped to the head and stretched to
-    the whole range of greys; one without a head as it is. They are kept in a file.
+    """Fingerprints (N, 9216) cropped to the head and stretched to the full range of greys.
+
+    A fingerprint without a head is unchanged. The result is kept in a file.
     """
     cropped = RowFile(THUMBNAIL_SIDE**2, np.uint8)
     for block in row_blocks(np.arange(len(fingerprints)), _READ_ROWS):
@@ -58,7 +58,7 @@ def _reframed(fingerprint: NDArray[np.uint8]) -> NDArray[np.uint8]:
     axes = ((cv2.CC_STAT_LEFT, cv2.CC_STAT_WIDTH), (cv2.CC_STAT_TOP, cv2.CC_STAT_HEIGHT))
     first, extent = np.array([stats[largest, list(axis)] for axis in axes], np.float32).T
     scale = extent * (1 + 2 * _MARGIN) / side
-    start = first - _MARGIN * extent + scale / 2 - 0.5  # of the middle of the first pixel
+    start = first - _MARGIN * extent + scale / 2 - 0.5  # centre of the first pixel
     mapping = np.column_stack([np.diag(scale), start])
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
     cropped = cv2.warpAffine(picture.astype(np.float32), mapping, (side, side), flags=flags)

@@ -1,21 +1,22 @@
-"""Which slices are likely of one subject, judged by looks where no metadata tells.
+"""Estimates which slices are of one subject, by image similarity, if metadata is missing.
 
-Neighbouring slices of one series lie in the same frame and repeat the same bone, scalp and folds.
-What they share shows in the fine structure of a 64 x 64 picture, a band of spatial frequencies;
-its coarse shading is shared with every head in that plane. Thumbnails are deliberately not aligned:
-where a head lies in its frame is a mark of its series, and alignment makes strangers more alike
-than it makes neighbours. Flips are seen through, since public sets mix slices with mirror images.
+Neighbouring slices of one series lie in the same frame and show the same bone, scalp and folds.
+These show in the fine structure of a 64 x 64 image, a band of spatial frequencies; the coarse
+shading is common to all heads in that plane. Thumbnails are deliberately not aligned: the position
+of a head in its frame is characteristic of its series, and alignment raises the similarity of
+different subjects more than that of neighbours. Flipped slices are matched too, since public
+datasets contain mirror images.
 
 The estimate is per subject **and plane** (and mostly per contrast): an axial and a sagittal slice
-of one head have no looks in common, so that groups are parts of subjects. It errs both ways: a
-false link merges strangers of like anatomy, most often in slices near the vertex, which have little
-structure; a missed link leaves two slices of a subject in different groups, the likelier the
-further apart they lie. ``python jobs/benchmark.py subjects`` measures both where the truth is
-known. Where subjects or series are named, the names are used instead.
+of one head do not look alike, so groups are parts of subjects. There are errors of both kinds. A
+false link merges subjects of similar anatomy, most often in slices near the vertex, which have
+little structure. A missed link leaves two slices of a subject in different groups, more likely the
+further apart they are. ``python jobs/benchmark.py subjects`` measures both on data with known
+subjects. If subjects or series are named, the names are used instead.
 
-Up to 8,192 slices each is compared with each. Among more, each is compared with its nearest in an
-index of a few principal components, and descriptors (16 kB a slice) are kept in a file: time then
-grows little faster than N.
+Up to 8,192 slices are compared exhaustively. Above that, each slice is compared with its nearest
+neighbours in an index of a few principal components, and descriptors (16 kB per slice) are kept in
+a file; time then grows little faster than N.
 """
 
 import math
@@ -32,24 +33,24 @@ from brainray.config import SubjectConfig
 from brainray.mri.neighbours import neighbour_index
 from brainray.mri.row_file import RowFile, Rows, row_blocks
 
-COMPARED_SIDE = 64  # pixels: finer structure is noise between neighbouring slices
+COMPARED_SIDE = 64  # pixels: between neighbouring slices, finer structure is noise
 SUBJECT_PREFIX = "estimated-"
 """Marks a subject id as estimated."""
 
 _FINE_SIGMA, _COARSE_SIGMA = 0.5, 2.0  # of the band that is compared, in thumbnail pixels
-_MIN_LENGTH = 1e-3  # of a descriptor before scaling: below it lies rounding, no structure
+_MIN_LENGTH = 1e-3  # of a descriptor before scaling: below it there is only rounding error
 _BLOCK_ROWS = 256
 
 EXHAUSTIVE_ROWS = 8192
-"""Up to so many slices each is compared with each."""
-_CANDIDATES = 16  # compared with a slice
-_CANDIDATE_BLOCK_ROWS = 128  # whose candidates' descriptors are in memory at a time, 34 MB
+"""Up to this many slices, all pairs are compared."""
+_CANDIDATES = 16  # per slice
+_CANDIDATE_BLOCK_ROWS = 128  # queries whose candidates' descriptors are in memory at once, 34 MB
 _COMPONENTS_PER_PART = 32
 _PCA_ROWS = 4096
 
-# A flip negates the odd parts of an image along its axis. Rows: as is, left-right, upside down,
-# both; columns: the parts of `anatomy_descriptors`. Of two flips, one after the other is the one
-# whose number is the exclusive or of theirs.
+# A flip negates the odd parts of an image along its axis. Rows: none, left-right, upside down,
+# both; columns: the parts of `anatomy_descriptors`. The composition of two flips is the flip whose
+# number is the exclusive or of theirs.
 _FLIP_SIGNS = np.array(
     [[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]], dtype=np.float32
 )
@@ -62,11 +63,11 @@ _NO_DESCRIPTORS = np.empty((0, _NUM_PARTS, _PART_SIZE), np.float32)
 
 @dataclass(frozen=True)
 class Links:
-    """Pairs of slices, most similar first."""
+    """Pairs of similar slices, most similar first."""
 
     first: NDArray[np.int64]  # (L,)
-    second: NDArray[np.int64]  # (L,), above `first`
-    flip: NDArray[np.int64]  # (L,), which flip of the one looks like the other: 0 none
+    second: NDArray[np.int64]  # (L,), greater than `first`
+    flip: NDArray[np.int64]  # (L,), the flip of one that matches the other: 0 none
     similarity: NDArray[np.float32]  # (L,)
 
 
@@ -76,26 +77,26 @@ def estimate_subjects(
     duplicate_group_ids: Sequence[str],
     settings: SubjectConfig,
 ) -> list[str]:
-    """Estimated subject id of each slice, whatever the order of the slices.
+    """Estimated subject id of each slice, independent of the order of the slices.
 
-    Copies are of one subject by definition: each group of them enters by its slice of the smallest
-    id. Slices that show the same, flipped or in another contrast, come next, and enter as one view.
-    Mutual nearest views are linked, and links merge groups from the most similar pair downwards, as
-    long as the merged group stays small enough and its two parts alike on average.
+    Copies are of one subject by definition: each group of copies is represented by the slice with
+    the smallest id. Slices of the same view, flipped or in another contrast, are then merged.
+    Mutual nearest views are linked. Links merge groups, starting with the most similar pair, as
+    long as the merged group is small enough and its two parts are similar enough on average.
 
     Args:
-        thumbnails: (N, S * S) uint8, whole frames area-averaged to S x S, row-major.
+        thumbnails: (N, S * S) uint8, complete frames area-averaged to S x S, row-major.
         sample_ids: N ids.
         duplicate_group_ids: N ids of groups of copies.
-        settings: what is accepted.
+        settings: thresholds.
 
     Returns:
-        N ids: the smallest sample_id of the group behind `SUBJECT_PREFIX`.
+        N ids: `SUBJECT_PREFIX` and the smallest sample_id of the group.
     """
     smallest: dict[str, tuple[str, int]] = {}
     for index, (copies, identity) in enumerate(zip(duplicate_group_ids, sample_ids, strict=True)):
         smallest[copies] = min((identity, index), smallest.get(copies, (identity, index)))
-    # In the order of ids, so that neither rounding nor ties depend on the order of the input.
+    # Sorted by id: neither rounding nor ties then depend on the order of the input.
     nodes = sorted((identity, copies, index) for copies, (identity, index) in smallest.items())
     described = Described.of(thumbnails, np.array([index for _, _, index in nodes], np.int64))
     view = same_view_groups(described, min_similarity=settings.same_view_similarity)
@@ -112,22 +113,22 @@ def estimate_subjects(
 
 @dataclass(frozen=True)
 class Mates:
-    """For each of Q queries the most similar slice that is likely of its subject."""
+    """For each of Q queries, the most similar slice that is likely of the same subject."""
 
-    reference: NDArray[np.int64]  # (Q,) -1 where there is none
+    reference: NDArray[np.int64]  # (Q,) -1 if there is none
     similarity: NDArray[np.float32]  # (Q,) of the most similar slice, accepted or not
 
 
 def find_same_subject(queries: Rows, references: Rows, settings: SubjectConfig) -> Mates:
     """The reference slice most likely of the query's subject, by similarity alone.
 
-    The more references, the likelier one of them resembles a stranger: on a large set this rather
-    calls a stranger known than a known subject strange.
+    With more references, a match with a different subject becomes more likely: on a large set, it
+    errs towards false matches.
 
     Args:
         queries: (Q, S * S) uint8 thumbnails, as in `estimate_subjects`.
-        references: (R, S * S) uint8; of none, no query is known.
-        settings: of these, `min_lone_similarity` decides.
+        references: (R, S * S) uint8; if empty, no query is matched.
+        settings: only `min_lone_similarity` is used.
     """
     reference = [np.empty(0, np.int64)]
     similarity = [np.empty(0, np.float32)]
@@ -144,13 +145,13 @@ def find_same_subject(queries: Rows, references: Rows, settings: SubjectConfig) 
 
 
 def anatomy_descriptors(thumbnails: NDArray[np.uint8]) -> Descriptors:
-    """Fine structure of thumbnails (N, S * S) uint8, whatever their gain; blank ones become 0.
+    """Fine structure of thumbnails (N, S * S) uint8, independent of gain; 0 for blank ones.
 
-    Square roots keep bright scalp and lesions from outweighing the brain; the difference of two
-    Gaussians leaves out noise below and shading above the band. Each image is split by an
-    orthogonal change of basis into its parts (N, 4, 1024) that are even or odd from left to right
-    and from top to bottom, so that summed products of parts are the similarity of two slices, and
-    with some signs changed that of their flips, at no further cost.
+    Square roots keep bright scalp and lesions from outweighing the brain. The difference of two
+    Gaussians removes finer noise and coarser shading. An orthogonal change of basis splits each
+    image into parts (N, 4, 1024) that are even or odd from left to right and from top to bottom.
+    The sum of the products of parts is the similarity of two slices; with some signs changed, it is
+    the similarity of their flips, at no extra cost.
     """
     side = math.isqrt(thumbnails.shape[1])
     compared = (COMPARED_SIDE, COMPARED_SIDE)
@@ -173,10 +174,10 @@ def anatomy_descriptors(thumbnails: NDArray[np.uint8]) -> Descriptors:
 
 
 class Described:
-    """Descriptors of N slices, in memory or, where they are many, in a file."""
+    """Descriptors of N slices, in memory or, if there are many, in a file."""
 
     def __init__(self, num_rows: int, blocks: Iterable[Descriptors]) -> None:
-        """``blocks``: all rows, some at a time."""
+        """``blocks``: all rows, in blocks."""
         self._rows: NDArray[np.float32] | RowFile
         if num_rows <= EXHAUSTIVE_ROWS:
             self._rows = np.concatenate([_NO_DESCRIPTORS, *blocks]).reshape(
@@ -189,7 +190,7 @@ class Described:
 
     @classmethod
     def of(cls, thumbnails: Rows, rows: NDArray[np.int64] | None = None) -> "Described":
-        """Of these ``rows`` of thumbnails (., S * S), or of all."""
+        """Describe these ``rows`` of thumbnails (., S * S), or all."""
         wanted = np.arange(len(thumbnails)) if rows is None else rows
         blocks = (
             anatomy_descriptors(thumbnails[block]) for block in row_blocks(wanted, _BLOCK_ROWS)
@@ -197,7 +198,7 @@ class Described:
         return cls(len(wanted), blocks)
 
     def only(self, rows: NDArray[np.int64]) -> "Described":
-        """Of these rows (n,)."""
+        """The descriptors of these rows (n,)."""
         return Described(len(rows), (self[block] for block in row_blocks(rows, _BLOCK_ROWS)))
 
     def __len__(self) -> int:
@@ -211,7 +212,7 @@ class Described:
 
 
 def same_view_groups(described: Described, *, min_similarity: float) -> NDArray[np.int64]:
-    """Smallest index (N,) of the slices that show what this one shows, flipped or as it is."""
+    """Smallest index (N,) among the slices with the same view as each slice, flipped or not."""
     rows, columns = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     for start, found, by_flip in _compared(described, described):
         row, place = np.nonzero((by_flip >= min_similarity).any(axis=0))
@@ -225,7 +226,7 @@ def same_view_groups(described: Described, *, min_similarity: float) -> NDArray[
 
 
 def mutual_links(described: Described, settings: SubjectConfig) -> Links:
-    """Pairs of slices that are similar enough and each among the nearest of the other."""
+    """Pairs of slices that are similar enough and among each other's nearest."""
     num_slices = len(described)
     num_neighbours = min(settings.num_neighbours, num_slices - 1)
     if num_neighbours < 1:
@@ -251,9 +252,9 @@ def mutual_links(described: Described, settings: SubjectConfig) -> Links:
 def merge_links(described: Described, links: Links, settings: SubjectConfig) -> NDArray[np.int64]:
     """Smallest index (N,) in each slice's group: Kruskal's order, with two conditions on a merge.
 
-    Every slice carries the flip that brings it into the frame of its group's first one, so that
-    slices are compared across the group in one frame. The descriptors are used up: a group's sum
-    takes the place of its first one's.
+    Each slice has a flip that maps it to the frame of the first slice in its group, so that all
+    slices of a group are compared in one frame. The descriptors are overwritten: a group's sum
+    replaces the descriptor of its first slice.
     """
     group = list(range(len(described)))
     flip_in_group = [0] * len(described)
@@ -265,7 +266,7 @@ def merge_links(described: Described, links: Links, settings: SubjectConfig) -> 
         if kept == absorbed or len(members[kept]) + len(members[absorbed]) > settings.max_slices:
             continue
         turn = flip_in_group[first] ^ flip ^ flip_in_group[second]
-        # Of unit rows: the product of two sums is the sum over all pairs of slices.
+        # Rows have unit length: the product of two sums is the sum over all pairs of slices.
         sums, others = described[np.array([kept, absorbed])]
         turned = others * _FLIP_SIGNS[turn][:, None]
         num_pairs = len(members[kept]) * len(members[absorbed])
@@ -285,8 +286,8 @@ def _compared(
 ) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.float32]]]:
     """Blocks of queries with the references that they were compared with.
 
-    Of B queries: the first one's row, the references' rows (B, M), and similarities (4, B, M) by
-    flip. All references are compared where they are few.
+    For B queries: the row of the first, the references' rows (B, M), and similarities (4, B, M) by
+    flip. If there are few references, all are compared.
     """
     if len(references) > EXHAUSTIVE_ROWS:
         yield from _compared_with_candidates(queries, references)
@@ -302,7 +303,7 @@ def _compared(
 def _compared_with_candidates(
     queries: Described, references: Described
 ) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.float32]]]:
-    """As `_compared`, with the references that are nearest in a few components."""
+    """As `_compared`, with the nearest references in a few principal components."""
     step = max(1, len(references) // _PCA_ROWS)
     components = _principal_components(references[np.arange(0, len(references), step)])
     reduced = _reduced(references, components)
@@ -328,7 +329,7 @@ def _compared_with_candidates(
 def _likeliest(
     similarity: NDArray[np.float32], found: NDArray[np.int64], count: int
 ) -> NDArray[np.int64]:
-    """(B, count) of the rows found (B, M), each once; -1 where there are fewer."""
+    """(B, count) most similar of the rows found (B, M), each once; -1 if there are fewer."""
     order = np.lexsort((-similarity, found), axis=1)
     found = np.take_along_axis(found, order, axis=1)
     similarity = np.take_along_axis(similarity, order, axis=1)
@@ -340,7 +341,7 @@ def _likeliest(
 
 
 def _principal_components(sample: Descriptors) -> NDArray[np.float32]:
-    """(4, 1024, 32): of each part, the directions in which the sample varies most."""
+    """(4, 1024, 32): for each part, the directions in which the sample varies most."""
     return np.stack(
         [
             np.linalg.eigh(part.T @ part)[1][:, -_COMPONENTS_PER_PART:]
@@ -350,14 +351,14 @@ def _principal_components(sample: Descriptors) -> NDArray[np.float32]:
 
 
 def _project(descriptors: Descriptors, components: NDArray[np.float32]) -> NDArray[np.float32]:
-    """(N, 4, 32), of unit length."""
+    """Components (N, 4, 32), of unit length."""
     reduced = np.einsum("npd,pdk->npk", descriptors, components, optimize=True)
     length = np.linalg.norm(reduced, axis=(1, 2), keepdims=True)
     return np.asarray(reduced / np.maximum(length, _MIN_LENGTH), np.float32)
 
 
 def _reduced(described: Described, components: NDArray[np.float32]) -> NDArray[np.float32]:
-    """(N, 128) float32 of all slices."""
+    """Components (N, 128) float32 of all slices."""
     every = np.arange(len(described))
     blocks = [_project(described[rows], components) for rows in row_blocks(every, _BLOCK_ROWS)]
     return np.concatenate(blocks).reshape(len(described), -1)

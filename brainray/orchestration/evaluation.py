@@ -1,4 +1,4 @@
-"""Evaluation of a run on raw class folders, through prediction's own path."""
+"""Evaluation of a run on raw class folders, using the same code path as prediction."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -48,12 +48,12 @@ from brainray.schema import PREDICTIONS, REJECTED, TEST
 from brainray.storage import Folder
 
 _MAX_NAMED = 5  # classes in an error
-_OUTSIDE_OF_TEST, _WITHOUT_CLASS = "outside of the test part", "without a class"
+_OUTSIDE_OF_TEST, _WITHOUT_CLASS = "outside the test split", "without a class"
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A finished evaluation and where its files are."""
+    """A finished evaluation and the folder of its files."""
 
     folder: Folder
     metrics: Metrics
@@ -63,19 +63,20 @@ class Evaluation:
 def evaluate(config: Config, log: Log = log, only_paths: set[str] | None = None) -> Evaluation:
     """Predict the labelled slices of ``config.source`` with a run's chosen epoch, and score them.
 
-    Slices are preprocessed with the run's own settings. Where the source has a test split, only
-    that is scored; ``only_paths`` chooses otherwise. ``clean`` and ``strict`` are relative to the
-    fingerprints that the run carries; a checkpoint without its run has none, and no such figures.
+    Slices are preprocessed with the run's own settings. If the source has a test split, only that
+    split is scored, unless ``only_paths`` selects the files. ``clean`` and ``strict`` are relative
+    to the fingerprints stored with the run; a checkpoint without its run has none, so these metrics
+    are left out.
 
     Raises:
-        ConfigError: neither run nor checkpoint, no source, or a name that has the evaluation of
-            another source.
-        DataError: nothing readable or labelled, or a class that the run does not know.
+        ConfigError: neither run nor checkpoint, no source, or a name already used for the
+            evaluation of another source.
+        DataError: nothing readable or labelled, or a class that is unknown to the run.
         CheckpointError: the checkpoint is missing or is not one.
     """
     predictor = find_predictor(config, "evaluation")
     if config.source is None:
-        raise ConfigError("evaluation needs --set source=DIR")
+        raise ConfigError("evaluation needs a source: --set source=DIR")
     storage, name = Folder(config.storage), config.name or default_name(config, predictor)
     with held(storage, layout.EVALUATIONS, name, log):
         return _evaluate(config, predictor, storage / layout.EVALUATIONS / name, log, only_paths)
@@ -88,12 +89,12 @@ def _evaluate(
         _check_source(config, target)
     checkpoint, seen = predictor.checkpoint, predictor.seen()
     labels = None if config.labels is None else Folder(config.labels)
-    # Of chosen paths the split is known already; a table may call it something else.
+    # The split of selected paths is known; a table may use another name for it.
     listing = list_source(
         Folder(str(config.source)), labels, config.classes.map, reads_splits=only_paths is None
     )
     files, left_out = _files_to_score(listing, config, checkpoint.classes, only_paths)
-    told = "".join(f"; {count} {why} are left out" for why, count in left_out.items() if count)
+    told = "".join(f"; left out: {count} {why}" for why, count in left_out.items() if count)
     log(
         f"evaluating {predictor.folder} (epoch {checkpoint.epoch}) on {len(files)} files"
         f"{told}{listing.remarks}"
@@ -126,7 +127,7 @@ def _evaluate(
         "epoch": float(checkpoint.epoch),
     }
     if target.exists():
-        log(f"{target}: the evaluation of that name is replaced")
+        log(f"{target}: replacing the earlier evaluation of this name")
     explained = _explained(predictions, config, predictor, log)
     with target.rebuilt(layout.EVALUATION_METRICS) as folder:
         made_by = to_yaml(_settings(config, predictor))
@@ -156,13 +157,13 @@ def _evaluate(
 def _with_subsets(
     accepted: pa.Table, config: Config, predictor: Predictor, log: Log
 ) -> tuple[pa.Table, dict[str, list[dict[str, Any]]] | None]:
-    """PREDICTIONS that tell which slices are clean and strict; and, by level, what the run has
-    seen of the others. None where nothing tells what it has seen.
+    """PREDICTIONS with the ``clean`` and ``strict`` columns filled; and, by level, the slices
+    with a match in the run's data. None if there is no record of that data.
     """
     predictions = accepted.select(PREDICTIONS.names).cast(PREDICTIONS)
     seen = seen_rows(predictor.run_folder)
     if seen is None:
-        log(f"{predictor.folder} does not tell what it was trained on: no slice is called clean")
+        log(f"no record of what {predictor.folder} was trained on: no slice is marked as clean")
         return predictions, None
     asked = Fingerprints.of(with_comparable_names(accepted, config, predictor))
     known = groups_of_test_slices(predictor.run_folder)
@@ -176,7 +177,7 @@ def _with_subsets(
     twins = twins_of_test_slices(accepted, seen, exposed)
     counts = ", ".join(f"{len(found)} {level}" for level, found in twins.items() if found)
     if counts:
-        log(f"slices of which the run has seen a twin, by level: {counts} ({layout.LEAKAGE})")
+        log(f"slices with a match in the run's data, by level: {counts} ({layout.LEAKAGE})")
     num_conflicting = sum(
         slice_["twin_label"] not in {None, slice_["label"]}
         for level in ("exact", "near")
@@ -184,14 +185,14 @@ def _with_subsets(
     )
     if num_conflicting:
         log(
-            f"note: {num_conflicting} slices have another label here than the copy that the run "
-            f"has learned from ({layout.LEAKAGE})"
+            f"note: slices labelled differently from the copy in the run's data: {num_conflicting} "
+            f"({layout.LEAKAGE})"
         )
     return predictions, twins
 
 
 def _settings(config: Config, predictor: Predictor) -> Config:
-    """Of the run, with what an evaluation reads in place of its own."""
+    """The run's settings, with those that an evaluation reads taken from its own configuration."""
     trained = predictor.checkpoint.config
     read = ("run", "epoch", "checkpoint", "source", "labels", "classes", "name", "storage", "seed")
     sections = {
@@ -212,15 +213,15 @@ def _updated(section: Section, other: Section, *names: str) -> Section:
 
 
 def _groups(accepted: pa.Table, predictor: Predictor, log: Log) -> dict[str, str]:
-    """What each slice is drawn with in intervals: as the run has grouped its own test slices, and
-    as all look and as their subjects are named.
+    """Groups of slices that are resampled together for intervals: from the run for its own test
+    slices, otherwise also by image similarity and by subject.
     """
     known = groups_of_test_slices(predictor.run_folder)
     ids = accepted["sample_id"].to_pylist()
     as_known = [known.get(identity) for identity in ids]
     if None not in as_known:
         return known
-    # The run's own test slices among them, which some of the others may copy.
+    # The run's own test slices may be among them, and others may be copies of these.
     found = group_strangers(accepted, predictor.preprocess, log)
     _tell_conflicts(found.copies, accepted["label"].to_pylist(), log)
     return dict(zip(ids, joint_groups(found.dependent, as_known), strict=True))
@@ -232,21 +233,21 @@ def _tell_conflicts(copies: list[str], labels: list[str], log: Log) -> None:
         called.setdefault(group, set()).add(label)
     num_conflicting = sum(len(called[group]) > 1 for group in copies)
     if num_conflicting:
-        log(f"note: {num_conflicting} of these slices have a copy among them with another label")
+        log(f"note: slices with a copy of another label in this source: {num_conflicting}")
 
 
 def _check_source(config: Config, target: Folder) -> None:
-    """Folders of different places may have one name, and so their evaluations.
+    """Folders in different places may share a name, and so may their evaluations.
 
     Raises:
-        ConfigError: that name has the evaluation of another source.
+        ConfigError: the name is used for the evaluation of another source.
     """
     if not target.exists(layout.CONFIG):
         return
     before = parse_yaml(target.read_bytes(layout.CONFIG), f"{target}/{layout.CONFIG}")["source"]
     if before != config.source:
         raise ConfigError(
-            f"the evaluation {target} is of another source ({before}): choose another name with "
+            f"{target} is the evaluation of another source ({before}): choose another name with "
             "--set name=NAME, or delete it"
         )
 
@@ -254,9 +255,7 @@ def _check_source(config: Config, target: Folder) -> None:
 def _files_to_score(
     listing: Listing, config: Config, classes: list[str], only_paths: set[str] | None
 ) -> tuple[list[SourceFile], Counter[str]]:
-    """Those with a label, of the test split where there is one; and how many are left out, by
-    reason.
-    """
+    """Labelled files, of the test split if there is one; and the number left out, by reason."""
     files, left_out = listing.files, Counter[str]()
     if only_paths is not None:
         files = [file for file in files if file.path in only_paths]
@@ -268,16 +267,15 @@ def _files_to_score(
         remedy = "evaluation needs class folders or a labels table"
         if config.labels is not None:
             remedy = (
-                f"evaluation needs some in labels={config.labels}, not all of which classes.map "
-                "may take away"
+                f"evaluation needs some in labels={config.labels} that classes.map does not remove"
             )
-        raise DataError(f"source={config.source} names no class of any slice: {remedy}")
+        raise DataError(f"source={config.source}: no slice has a class; {remedy}")
     if only_paths is None:
         left_out[_WITHOUT_CLASS] = len(files) - len(labelled)
     unknown = Counter(str(file.label) for file in labelled if file.label not in classes)
     if unknown:
         raise DataError(
-            f"{config.source} has classes that the run does not know ({', '.join(classes)}): "
+            f"{config.source} has classes unknown to the run (it knows {', '.join(classes)}): "
             f"{_counted(unknown)}; {renaming_advice(unknown, config.classes.map)}"
         )
     return labelled, left_out
@@ -290,8 +288,8 @@ def _counted(names: Counter[str]) -> str:
 
 
 def with_comparable_names(accepted: pa.Table, config: Config, predictor: Predictor) -> pa.Table:
-    """Subjects are known to the run by hashes with its own salt: with another they are nameless,
-    so that their slices are compared by looks.
+    """Drop subject names unless they are hashed with the run's salt: others cannot be matched, and
+    their slices are compared by image similarity.
     """
     if predictor.subject_salt() in {None, salt_id(subject_salt(Folder(config.storage)))}:
         return accepted
@@ -303,13 +301,13 @@ def _explained(
 ) -> list[Explained]:
     try:
         return explain(predictions, predictor.checkpoint, partial(_load_again, config, predictor))
-    except RejectedImage as rejection:  # of a file that was there a moment ago
-        log(f"no activation maps: a file has changed or gone meanwhile ({rejection.reason})")
+    except RejectedImage as rejection:  # a file that was readable a moment ago
+        log(f"no activation maps: a file was changed or deleted meanwhile ({rejection.reason})")
         return []
 
 
 def _load_again(config: Config, predictor: Predictor, rows: pa.Table) -> NDArray[np.uint8]:
-    """Slices (n, 1, S, S) of a few predictions: pixels do not come back from the actors."""
+    """Slices (n, 1, S, S) of a few predictions: the actors do not return pixels."""
     source, salt = Folder(str(config.source)), subject_salt(Folder(config.storage))
     found = []
     for row in rows.select(["path", "frame"]).to_pylist():
@@ -323,7 +321,7 @@ def _load_again(config: Config, predictor: Predictor, rows: pa.Table) -> NDArray
 def _predict_files(
     files: list[SourceFile], config: Config, predictor: Predictor, log: Log
 ) -> pa.Table:
-    """One row per slice, in the order of paths: PREDICTIONS columns, or reason and detail."""
+    """One row per slice, sorted by path: PREDICTIONS columns, or reason and detail."""
     blocks = predicted_blocks(files, config, predictor)
     batches = list(with_progress(blocks, len(files), "predicted", log))
     return pa.concat_tables(batches).sort_by([("path", "ascending"), ("frame", "ascending")])

@@ -1,4 +1,4 @@
-"""Who belongs together: slices that are copies of one another, and slices of one subject."""
+"""Groups of slices: copies of one another, and slices of one subject."""
 
 from dataclasses import dataclass
 
@@ -25,22 +25,23 @@ from brainray.storage import Folder
 
 @dataclass(frozen=True)
 class SliceGroups:
-    """The groups of n accepted slices, a name each, of every level.
+    """Group names of n accepted slices, one per slice and level.
 
-    ``copies`` lie within ``draw``, these within ``kin``, these within ``split``.
+    Each group of ``copies`` is contained in one of ``draw``, each of these in one of ``kin``, and
+    each of these in one of ``split``.
     """
 
     pairs: DuplicatePairs
     copies: list[str]
-    also_turned: list[str]  # copies in any orientation, not named as in earlier runs
+    also_turned: list[str]  # copies in any orientation; names may change between runs
     subjects: list[str | None]
     subject_sources: list[str | None]
-    draw: list[str]  # what no draw of labels parts: copies, and subjects that are named
-    kin: list[str]  # what validation and labelled slices do not share: also turned copies
-    split: list[str]  # what no split of ours parts: also likely subjects
+    draw: list[str]  # kept together by label draws: copies, and subjects given by metadata
+    kin: list[str]  # not shared by validation and labelled slices: also mirrored or rotated copies
+    split: list[str]  # kept together by our own splits: also estimated subjects
 
     def columns(self) -> dict[str, list[str] | list[str | None]]:
-        """As the image store keeps them."""
+        """Columns of the image store."""
         return {
             "duplicate_group_id": self.copies,
             "subject_id": self.subjects,
@@ -54,8 +55,8 @@ class SliceGroups:
 def group_slices(
     accepted: pa.Table, looks: Rows, listing: Listing, config: Config, earlier: Earlier, log: Log
 ) -> SliceGroups:
-    """Groups of the LIGHT rows of accepted slices, by their fingerprints ``looks`` and by what
-    names their subjects; groups that an earlier run knew keep their names.
+    """Groups of the LIGHT rows of accepted slices, by their fingerprints ``looks`` and their
+    subjects from metadata; groups known from an earlier run keep their names.
     """
     ids = accepted["sample_id"].to_pylist()
 
@@ -67,7 +68,7 @@ def group_slices(
     copies = named_as_before(connected_groups(ids, near.first, near.second), "duplicate_group_id")
     also_turned = connected_groups(ids, pairs.first, pairs.second)
     subjects, sources = _subjects(accepted, looks, listing, copies, config, earlier, log)
-    # A draw of labels may part likely neighbours, as the published protocol does; a split may not.
+    # Like the published protocol, a label draw may separate likely neighbours; a split may not.
     named = [
         subject if source in NAMED else None
         for subject, source in zip(subjects, sources, strict=True)
@@ -80,18 +81,18 @@ def group_slices(
 
 @dataclass(frozen=True)
 class StrangerGroups:
-    """Groups of n slices that no store holds, a name each."""
+    """Group names of n slices that are not in a store, one per slice."""
 
     copies: list[str]
-    dependent: list[str]  # copies in any orientation, and slices of one subject, named or likely
+    dependent: list[str]  # copies in any orientation, and slices of one subject, named or estimated
 
 
 def group_strangers(accepted: pa.Table, preprocess: PreprocessConfig, log: Log) -> StrangerGroups:
-    """Groups of slices by their looks, and by what names their subjects.
+    """Groups of slices by image similarity and by subjects from metadata.
 
     Args:
         accepted: rows with ``sample_id``, ``sha256``, ``frame``, ``thumbnail``, ``subject_id``.
-        preprocess: says what counts as a copy, and as likely of one subject.
+        preprocess: thresholds for copies and for slices likely of one subject.
         log: progress.
     """
     ids, subjects = (accepted[name].to_pylist() for name in ("sample_id", "subject_id"))
@@ -116,14 +117,14 @@ def group_strangers(accepted: pa.Table, preprocess: PreprocessConfig, log: Log) 
 def _near_duplicates(
     accepted: pa.Table, looks: Rows, config: PreprocessConfig, log: Log
 ) -> DuplicatePairs:
-    """Slices of one volume lie at different places: they are never copies of one another."""
+    """Pairs of near-duplicates; slices at different positions of one volume are never copies."""
     volumes = [
         digest if frame else None
         for digest, frame in zip(
             accepted["sha256"].to_pylist(), accepted["frame"].to_pylist(), strict=True
         )
     ]
-    progress = ProgressLines("compared", "pairs of slices that look alike", log)
+    progress = ProgressLines("compared", "pairs of similar slices", log)
     return near_duplicate_pairs(
         looks, config.near_duplicate, not_together=volumes, on_compared=progress.tell
     )
@@ -143,11 +144,11 @@ def _subjects(
     earlier: Earlier,
     log: Log,
 ) -> tuple[list[str | None], list[str | None]]:
-    """Subject of each slice and where it is from: the labels table, the header, or its looks.
+    """Subject of each slice and its source: the labels table, the header, or an estimate.
 
-    Where a table names some files of a patient whom headers name, the others are of that subject
-    as well. Looks are asked of the slices that nothing names. Such a slice keeps the subject that
-    it was once guessed to be of.
+    If a table names some files of a patient given by headers, that patient's other files get the
+    same subject. Subjects of slices without metadata are estimated by image similarity; such a
+    slice keeps its subject from an earlier estimate.
     """
     in_table = {file.path: file.subject for file in listing.files}
     headers = accepted["header_subject"].to_pylist()
@@ -164,8 +165,8 @@ def _subjects(
         count = len({h for h, source in zip(headers, sources, strict=True) if source == kind})
         if count > 1:
             log(
-                f"note: {count} {told} name no patient, and count as a subject each: where "
-                "patients have several, name them in a labels table (path,label,subject)"
+                f"note: {count} {told} do not name a patient, so each counts as one subject: if a "
+                "patient has several, name subjects in a labels table (path,label,subject)"
             )
     subjects, sources = _as_tables_name_them(given, sources, headers)
     nameless = [row for row, subject in enumerate(subjects) if subject is None]
@@ -173,8 +174,8 @@ def _subjects(
         return subjects, sources
     if len(nameless) < len(subjects):
         log(
-            f"note: nothing names the subjects of {len(nameless):,} of {len(subjects):,} slices: "
-            "they are estimated, of these slices among themselves, by their looks"
+            f"note: {len(nameless):,} of {len(subjects):,} slices have no subject metadata: their "
+            "subjects are estimated by image similarity among these slices only"
         )
     ids = [accepted["sample_id"][row].as_py() for row in nameless]
     estimated = estimate_subjects(
@@ -197,9 +198,9 @@ def _subjects(
 def _as_tables_name_them(
     given: list[str | None], sources: list[str | None], headers: list[str | None]
 ) -> tuple[list[str | None], list[str | None]]:
-    """Subjects and sources, with the table's name for all slices of a patient of whom it has some.
+    """Subjects and sources, with the table's name for all slices of a patient if it names some.
 
-    A header's name that the table has several for (as de-identification leaves one) stays.
+    A header name that the table maps to several subjects (such as a de-identified one) is kept.
     """
     names: dict[str, set[str]] = {}
     for subject, source, header in zip(given, sources, headers, strict=True):

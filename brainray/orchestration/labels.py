@@ -1,4 +1,4 @@
-"""What to label next: the unlabelled slices of a run, ranked."""
+"""Which slices to label next: a ranking of a run's unlabelled slices."""
 
 import io
 from collections import Counter
@@ -23,7 +23,7 @@ from brainray.schema import NEXT_LABELS, UNLABELLED_ROLE
 from brainray.storage import Folder
 
 _GROUPS = ("duplicate_group_id", "subject_id")
-_DECIMALS = 4  # of shares, in a table for people
+_DECIMALS = 4  # of uncertainty and confidence, in a table for people
 _NEEDED = [
     "sample_id",
     "path",
@@ -39,7 +39,7 @@ _NEEDED = [
 
 @dataclass(frozen=True)
 class NextLabels:
-    """The list that was written."""
+    """The list of slices to label, as written."""
 
     folder: Folder  # of the run
     table: pa.Table  # NEXT_LABELS
@@ -49,15 +49,15 @@ class NextLabels:
 def choose_next_labels(config: Config, log: Log = log) -> NextLabels:
     """Rank the run's unlabelled training slices into ``labels/next.csv`` of its folder.
 
-    The labels of these slices are not read, also where the store has them.
+    The labels of these slices are not read, even if the store has them.
 
     Raises:
-        ConfigError: no run named.
-        DataError: no such run or store, a store that was changed, or nothing unlabelled.
-        CheckpointError: the run has finished no epoch, or has no such epoch.
+        ConfigError: no run given.
+        DataError: no such run or store, a modified store, or nothing unlabelled.
+        CheckpointError: the run has not finished an epoch, or has no such epoch.
     """
     if config.run is None:
-        raise ConfigError("name the run to label for: --set run=NAME")
+        raise ConfigError("name the run to choose slices for: --set run=NAME")
     run = open_run(Folder(config.storage), config.run)
     predictor = find_predictor(config, "labelling", of_new_files=False)
     folder = Folder(config.storage) / layout.DATASETS / str(run.info["dataset"])
@@ -66,11 +66,13 @@ def choose_next_labels(config: Config, log: Log = log) -> NextLabels:
     is_pool = pc.equal(seen["role"], UNLABELLED_ROLE)
     pool, others = seen.filter(is_pool), seen.filter(pc.invert(is_pool))
     if pool.num_rows == 0:
-        raise DataError(f"the run {run.folder} has no unlabelled slice: there is nothing to label")
+        raise DataError(
+            f"{run.folder}: the run has no unlabelled slices, so there is nothing to label"
+        )
     log(f"predicting {pool.num_rows} unlabelled slices with {predictor.folder}")
     blocks = predicted_slices(store, pool["sample_id"].to_pylist(), config, predictor)
     batches = [
-        # Taken, not selected: what is not needed, as thumbnails, is let go of.
+        # take() copies, so that unused columns such as thumbnails are freed.
         batch.select(_NEEDED).take(pa.array(range(batch.num_rows), pa.int64()))
         for batch in with_progress(blocks, pool.num_rows, "predicted", log, of_store=True)
     ]

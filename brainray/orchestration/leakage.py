@@ -1,4 +1,4 @@
-"""The leakage report of a store: which slices have a twin or a mate, within and across splits."""
+"""Leakage report of a store: duplicates and slices of one subject, within and across splits."""
 
 from collections import Counter, defaultdict
 from typing import Any
@@ -17,7 +17,7 @@ LEVELS = {
     "exact": "byte-identical files",
     "near": "near-duplicates that are not byte-identical",
     "turned": "near-duplicates after mirroring or rotation by 90, 180 or 270 degrees",
-    "subject": "slices likely of one subject that are no copies of one another",
+    "subject": "slices likely of one subject that are not copies of one another",
 }
 
 
@@ -29,19 +29,19 @@ def leakage_report(
     conflicting: set[str],
     config: PreprocessConfig,
 ) -> dict[str, Any]:
-    """What ``leakage.json`` says.
+    """Contents of ``leakage.json``.
 
     Args:
-        table: every accepted slice with its split and the label that the source gives it.
+        table: every accepted slice with its split and its label in the source.
         looks: (N, 9216) uint8, their fingerprints.
-        kept: (N,) which of them the store holds.
+        kept: (N,) which of them are in the store.
         pairs: the near-duplicates among them.
         conflicting: groups of copies with more than one label.
-        config: with which the store is made.
+        config: preprocessing settings of the store.
 
     Returns:
-        ``across_splits``: for each level the test slices that are concerned, each with its nearest
-        slice in training; ``within_train`` and ``within_test``: copies of an earlier slice of the
+        ``across_splits``: for each level the affected test slices, each with its nearest
+        training slice; ``within_train`` and ``within_test``: copies of an earlier slice of the
         same split; ``num_test`` and ``num_test_by_class``: how many test slices are ``all``,
         ``clean`` and ``strict``; ``label_conflicts``: slices of groups whose labels differ.
     """
@@ -86,13 +86,13 @@ def leakage_report(
 def twins_of_test_slices(
     test: pa.Table, train: pa.Table, exposed: Exposure
 ) -> dict[str, list[dict[str, Any]]]:
-    """For each level the test slices that are concerned, each with its nearest training slice.
+    """For each level the affected test slices, each with its nearest training slice.
 
     Args:
         test: rows with ``path``, ``frame`` and ``label``, of the exposed slices.
-        train: rows with ``path``, ``label`` (null where it is not known) and, where they are known,
-            ``frame`` and ``role``, of what they are exposed to.
-        exposed: `exposure` of the first to the second.
+        train: rows with ``path``, ``label`` (null if unknown) and, if known, ``frame`` and
+            ``role``, of the slices that they are exposed to.
+        exposed: `exposure` of ``test`` to ``train``.
     """
     found: dict[str, list[dict[str, Any]]] = {level: [] for level in LEVELS}
     trained = _described(train, "twin", "twin_")
@@ -114,7 +114,7 @@ def twins_of_test_slices(
 
 
 def _described(table: pa.Table, name: str, prefix: str) -> list[dict[str, Any]]:
-    """`_places`, with each slice's label and, where there is one, its role in a run."""
+    """`_places`, with each slice's label and, if known, its role in a run."""
     columns = [column for column in ("label", "role") if column in table.column_names]
     told = table.select(columns).rename_columns([prefix + column for column in columns])
     return [place | row for place, row in zip(_places(table, name), told.to_pylist(), strict=True)]
@@ -123,9 +123,9 @@ def _described(table: pa.Table, name: str, prefix: str) -> list[dict[str, Any]]:
 def _within(
     table: pa.Table, look: NDArray[np.int64], pairs: DuplicatePairs, split: str
 ) -> dict[str, list[dict[str, Any]]]:
-    """Each slice of the split that copies an earlier one of it, by level.
+    """Slices of the split that are copies of an earlier slice of the same split, by level.
 
-    Rows with the same ``look``, (N,), have equal fingerprints.
+    ``look``, (N,): rows with the same value have equal fingerprints.
     """
     places, twins = _places(table, "path"), _places(table, "twin")
     digests, frames = table["sha256"].to_pylist(), table["frame"].to_pylist()
@@ -139,7 +139,7 @@ def _within(
     found: dict[str, dict[int, dict[str, Any]]] = {"near": {}, "turned": {}}
     for one, other, kind, similarity in _links_of(np.flatnonzero(inside), look, pairs):
         if other in exact or digests[one] == digests[other]:
-            continue  # of a level of its own, or another slice of the volume
+            continue  # counted as exact, or another slice of the volume
         about = {"kind": KINDS[kind], "similarity": round(similarity, 6)}
         level = found["near" if kind == COPY else "turned"]
         level.setdefault(other, places[other] | twins[one] | about)
@@ -153,8 +153,8 @@ def _links_of(
 ) -> list[tuple[int, int, int, float]]:
     """(earlier row, later row, kind, similarity) of near-duplicates among these rows.
 
-    Of equal fingerprints ``pairs`` links the first alone to others, which may be none of the rows:
-    here all of them are linked to the first of the rows. Earlier partners come first.
+    For equal fingerprints, ``pairs`` links only the first one to others, and it may not be among
+    the rows: here each of them is linked to the first of the rows. Earlier partners come first.
     """
     alike: dict[int, list[int]] = defaultdict(list)
     for row in rows.tolist():
@@ -177,7 +177,7 @@ def _links_of(
 
 
 def _places(table: pa.Table, name: str) -> list[dict[str, Any]]:
-    """Where each slice is, under ``name``: its path and, in a file with several, its frame."""
+    """Location of each slice, under ``name``: its path and, in multi-slice files, its frame."""
     frame_name = "frame" if name == "path" else f"{name}_frame"
     knows_frames = "frame" in table.column_names
     frames = table["frame"].to_pylist() if knows_frames else [""] * table.num_rows

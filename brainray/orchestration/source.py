@@ -1,4 +1,4 @@
-"""Which files a source holds, and what their folders or a labels table say of them."""
+"""Image files of a source, with the split, class and subject from folders or a labels table."""
 
 import hashlib
 import hmac
@@ -34,34 +34,34 @@ _SPLIT_FOLDERS = {
 }
 
 
-_LINK_OUT = "link out of the source folder"  # whoever wrote the source may not read all of ours
+_LINK_OUT = "link out of the source folder"  # the author of the source may not read all our files
 _MAX_CLASS_NAME = 100
 _LABEL_COLUMNS = ("path", "label", "split", "subject")
-_MISSING = ("", "NA", "N/A", "n/a", "<NA>", "NaN", "nan", "NULL", "null")  # as R, pandas, SQL write
+_MISSING = ("", "NA", "N/A", "n/a", "<NA>", "NaN", "nan", "NULL", "null")  # of R, pandas, SQL
 
-_TASKS_OF_REST = 2  # of a CPU, were all that is left done in tasks as long as the next
+_TASKS_OF_REST = 2  # tasks per CPU, if all remaining tasks had the size of the next one
 _MIN_FILES_PER_TASK, _MAX_FILES_PER_TASK = 16, 1024
 _NUM_OPENERS = 32
-_MAX_SUFFIXES, _MAX_SUFFIX = 4, 8  # of other files that are told, and their length
-_MAX_BYTES_PER_TASK = 64 * 2**20  # of files: volumes hold many slices
+_MAX_SUFFIXES, _MAX_SUFFIX = 4, 8  # of ignored files: how many are logged, how long
+_MAX_BYTES_PER_TASK = 64 * 2**20  # file sizes: volumes contain many slices
 
 
 @dataclass(frozen=True)
 class FoundFile:
-    """A file below the source, as the file system shows it."""
+    """A file below the source, as listed by the file system."""
 
-    path: str  # relative to the source; printable also where the name is not UTF-8
+    path: str  # relative to the source; printable even if the name is not UTF-8
     num_bytes: int
-    mtime_ns: int  # 0 where the file system does not tell
-    problem: str | None = None  # why it cannot even be read
+    mtime_ns: int  # 0 if the file system does not report it
+    problem: str | None = None  # why it cannot be read at all
 
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file to preprocess, and what folders or a labels table say of it."""
+    """One file to preprocess, with its metadata from folders or a labels table."""
 
     file: FoundFile
-    split: str | None  # train | test, where the source says so
+    split: str | None  # train | test, if given by the source
     label: str | None
     subject: str | None
 
@@ -79,11 +79,11 @@ AnyFile = TypeVar("AnyFile", FoundFile, SourceFile)
 
 @dataclass(frozen=True)
 class Listing:
-    """All image files of a source, in the order of their paths."""
+    """All image files of a source, sorted by path."""
 
     files: list[SourceFile]
     ignored: Counter[str]  # files of other types, by suffix
-    idle_renames: list[str]  # classes that ``classes.map`` names and no slice has
+    idle_renames: list[str]  # classes in ``classes.map`` that no slice has
 
     @property
     def num_ignored(self) -> int:
@@ -91,16 +91,16 @@ class Listing:
 
     @property
     def remarks(self) -> str:
-        """What was passed over, to end a line of the log; empty where nothing was."""
+        """Suffix for a log line: ignored files and unused renames; empty if there are none."""
         remarks = ignored_told(self.ignored)
         if self.idle_renames:
             remarks += (
-                f"; classes.map names what no slice is called: {', '.join(self.idle_renames)}"
+                f"; no slice has these classes of classes.map: {', '.join(self.idle_renames)}"
             )
         return remarks
 
     def fingerprint(self, salt: bytes) -> str:
-        """Changes when a file or what is said of it does; a keyed hash, since subjects are said."""
+        """Changes with any file or its metadata; a keyed hash, since subjects are included."""
         rows = [
             (f.path, f.file.num_bytes, f.file.mtime_ns, f.split, f.label, f.subject)
             for f in self.files
@@ -115,15 +115,15 @@ def list_source(
     *,
     reads_splits: bool = True,
 ) -> Listing:
-    """Find the image files below ``source`` and what is known of each.
+    """Find the image files below ``source`` and the metadata of each.
 
-    Understood are Training/ and Testing/ folders of class folders, class folders, and bare files;
-    with a labels table the folders name no classes and files without a row are unlabelled. The
-    splits that a table names are passed over where they are not to be read.
+    Supported layouts: Training/ and Testing/ folders of class folders, class folders, and bare
+    files. With a labels table, folder names are not used as classes and files without a row are
+    unlabelled. If not ``reads_splits``, the table's split column is ignored.
 
     Raises:
-        DataError: no such folder, no image file in it, a folder beside Training/ and Testing/, or
-            a labels table that does not fit.
+        DataError: no such folder, no image file in it, another folder next to Training/ and
+            Testing/, or an invalid labels table.
     """
     found, ignored = find_images(source)
     files = _from_folders(found) if labels is None else _from_table(found, labels, reads_splits)
@@ -142,10 +142,10 @@ def list_source(
 def files_of_tasks(
     files: Sequence[AnyFile], files_per_task: int, num_cpus: int = 1
 ) -> Iterator[Sequence[AnyFile]]:
-    """The files of each task, in order: as many as asked for, or fewer where they are large.
+    """The files of each task, in order: as many as requested, or fewer if they are large.
 
-    ``files_per_task`` of 0 chooses their number: guided self-scheduling (Polychronopoulos & Kuck
-    1987), whose tasks get shorter towards the end, so that no CPU waits long for the others.
+    ``files_per_task=0`` chooses the number by guided self-scheduling (Polychronopoulos & Kuck
+    1987): tasks get shorter towards the end, so that no CPU waits long for the others.
     """
     start = num_bytes = 0
     limit = files_per_task or _guided(len(files), num_cpus)
@@ -160,39 +160,39 @@ def files_of_tasks(
 
 
 def _guided(num_left: int, num_cpus: int) -> int:
-    """Files of the next task."""
+    """Number of files in the next task."""
     share = -(-num_left // (_TASKS_OF_REST * num_cpus))
     return min(max(share, _MIN_FILES_PER_TASK), _MAX_FILES_PER_TASK)
 
 
 def _check_class_name(name: str) -> None:
-    """Names go into metrics, tables and pages: one that is a path or a text is a mistake."""
+    """Names appear in metrics, tables and reports: a path or a long text is a mistake."""
     is_bare = name != "" and name == name.strip()
     is_plain = name.isprintable() and not set(name) & set("/\\$")
     if len(name) > _MAX_CLASS_NAME or not (is_bare and is_plain):
         shown = name if len(name) <= _MAX_CLASS_NAME else f"{name[:_MAX_CLASS_NAME]} ..."
         raise DataError(
-            f"{shown!r} is no class name: up to {_MAX_CLASS_NAME} printable characters without "
-            "blanks around, slashes and $; rename it in the labels table or by classes.map"
+            f"{shown!r} is not a valid class name (up to {_MAX_CLASS_NAME} printable characters, "
+            "without slashes, $ or surrounding spaces): rename it in the labels table or by "
+            "classes.map"
         )
 
 
 def _check_spellings(names: Sequence[str]) -> None:
-    """Refuse names that differ in case alone: one class would be learned as two."""
+    """Refuse names that differ only in case: one class would be learned as two."""
     seen: dict[str, str] = {}
     for name in names:
         other = seen.setdefault(name.casefold(), name)
         if other != name:
             rename = shlex.quote(f"classes.map.{other}={name}")
             raise DataError(
-                f"the classes {other!r} and {name!r} differ in upper and lower case alone: join "
-                f"them with --set {rename}, or rename one"
+                f"the classes {other!r} and {name!r} differ only in case: merge them with --set "
+                f"{rename}, or rename one"
             )
 
 
 def find_images(source: Folder) -> tuple[list[FoundFile], Counter[str]]:
-    """The image files below ``source`` in the order of their paths, and how many others there are
-    of each suffix.
+    """The image files below ``source``, sorted by path, and the number of other files by suffix.
 
     Raises:
         DataError: no such folder, or no image file in it.
@@ -200,9 +200,9 @@ def find_images(source: Folder) -> tuple[list[FoundFile], Counter[str]]:
     if not source.exists():
         raise DataError(f"no such folder: source={source}")
     if source.local_path is not None and not source.local_path.is_dir():
-        raise DataError(f"source={source} is a file: name the folder that it is in")
+        raise DataError(f"source={source} is a file: give the folder that contains it")
     files = list(_walk(source))
-    with ThreadPoolExecutor(_NUM_OPENERS) as pool:  # a network's answers are waited for together
+    with ThreadPoolExecutor(_NUM_OPENERS) as pool:  # network requests wait in parallel
         may_hold = list(pool.map(lambda file: _may_hold_slices(file, source), files))
     found = [file for file, may in zip(files, may_hold, strict=True) if may]
     ignored = Counter(
@@ -210,37 +210,36 @@ def find_images(source: Folder) -> tuple[list[FoundFile], Counter[str]]:
     )
     if not found:
         raise DataError(
-            f"source={source} holds no image file ({', '.join(SUFFIXES)}, or DICOM without suffix)"
-            + ignored_told(ignored)
+            f"source={source} contains no image file ({', '.join(SUFFIXES)}, or DICOM without "
+            "suffix): check the folder" + ignored_told(ignored)
         )
     return sorted(found, key=lambda file: file.path), ignored
 
 
 def ignored_told(ignored: Counter[str]) -> str:
-    """What files are passed over, to end a line of the log; empty where there are none."""
+    """Suffix for a log line: the ignored files by type; empty if there are none."""
     if not ignored:
         return ""
     suffixes = ", ".join(
-        f"{suffix or 'without suffix'} {count}"
-        for suffix, count in ignored.most_common(_MAX_SUFFIXES)
+        f"{suffix or 'no suffix'} {count}" for suffix, count in ignored.most_common(_MAX_SUFFIXES)
     )
     more = ", ..." if len(ignored) > _MAX_SUFFIXES else ""
-    return f"; {ignored.total()} of other types are ignored ({suffixes}{more})"
+    return f"; ignored files of other types: {ignored.total()} ({suffixes}{more})"
 
 
 def _suffix(path: str) -> str:
-    """Such as ``.webp``, in lower case; of a file's name, which may have none."""
+    """Lower-case suffix of the file name, such as ``.webp``; empty if it has none."""
     _, dot, last = path.rpartition("/")[2].rpartition(".")
     return f".{last.lower()}" if dot and len(last) <= _MAX_SUFFIX else ""
 
 
 def _may_hold_slices(file: FoundFile, source: Folder) -> bool:
-    """By suffix; a name without one, as scanners write them, by the mark of DICOM."""
+    """Decides by suffix; a name without one, as written by scanners, by the DICOM signature."""
     if file.problem == _LINK_OUT:
-        return True  # to be listed among the rejected
+        return True  # so that it is listed as rejected
     if file.path.lower().endswith(SUFFIXES):
         return True
-    # Names such as MR.1.2.840.113619.2 end as UIDs do, not in a suffix.
+    # Names such as MR.1.2.840.113619.2 end in a UID, not in a suffix.
     _, dot, last = file.path.rpartition("/")[2].rpartition(".")
     if (dot and not last.isdigit()) or file.problem is not None:
         return False
@@ -252,7 +251,7 @@ def _may_hold_slices(file: FoundFile, source: Folder) -> bool:
 
 
 def _walk(source: Folder) -> Iterator[FoundFile]:
-    """All visible files below the source; linked folders within it are followed once."""
+    """All visible files below the source; links to folders within it are followed once."""
     if source.local_path is None:
         selector = pafs.FileSelector(source.path, recursive=True)
         for info in source.filesystem.get_file_info(selector):
@@ -286,18 +285,18 @@ def _walk(source: Folder) -> Iterator[FoundFile]:
 
 
 def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"  # macOS's notes in an archive
+    return name.startswith(".") or name == "__MACOSX"  # metadata that macOS adds to archives
 
 
 def _refuse(error: OSError) -> None:
     raise DataError(
-        f"the folder {error.filename} cannot be read ({error.strerror}): its slices would be "
-        "missing; give it the right permissions or take it out of the source"
+        f"cannot read the folder {error.filename} ({error.strerror}), so its slices would be "
+        "missing: fix its permissions or move it out of the source"
     )
 
 
 def _leads_out(path: str, root: str) -> bool:
-    """Whether a path is a link to what lies outside of the folder ``root``."""
+    """Whether a path is a link to a target outside the folder ``root``."""
     return os.path.islink(path) and os.path.commonpath([root, os.path.realpath(path)]) != root
 
 
@@ -312,7 +311,7 @@ def _found(folder: str, path: str, name: str) -> FoundFile:
         return FoundFile(_printable(path), 0, 0, problem="file name is not UTF-8")
     try:
         status = os.stat(os.path.join(folder, name))
-    except OSError:  # a broken link, or gone since: reading it will tell
+    except OSError:  # a broken link, or deleted meanwhile: reading it will fail
         return FoundFile(path, 0, 0)
     return FoundFile(path, status.st_size, status.st_mtime_ns)
 
@@ -323,8 +322,8 @@ def _from_folders(found: list[FoundFile]) -> list[SourceFile]:
     stray = sorted(top_folders - with_splits)
     if with_splits and stray:
         raise DataError(
-            f"the source holds {', '.join(sorted(with_splits))} beside {', '.join(stray)}: "
-            "keep either split folders or class folders at the top"
+            f"the source contains {', '.join(sorted(with_splits))} next to {', '.join(stray)}: "
+            "keep either split folders or class folders at the top level"
         )
     _check_depth(found, top_folders)
     files = []
@@ -339,31 +338,31 @@ def _from_folders(found: list[FoundFile]) -> list[SourceFile]:
 
 
 def _check_depth(found: list[FoundFile], top_folders: set[str]) -> None:
-    """Refuse folders that look like splits or classes one level too low: they would not be read.
+    """Refuse split or class folders one level too low: they would not be read as such.
 
     Raises:
-        DataError: with the folder to give in place of the source.
+        DataError: such a folder was found; the message gives the remedy.
     """
     for file in found:
         top, *below = file.path.split("/")[:-1] or [""]
         inner = [name for name in below if name.lower() in _SPLIT_FOLDERS]
         if inner:
             raise DataError(
-                f"the source holds the folder {inner[0]} within {top}, where it names no split: "
-                "split folders stand at the top, with class folders in them; give the folder that "
-                "holds them as source, or a labels table"
+                f"the source contains the folder {inner[0]} within {top}, where it is not read as "
+                "a split: split folders must be at the top level and contain class folders; give "
+                "their parent folder as source, or a labels table"
             )
         repeated = sorted(top_folders.intersection(below[:1]) - {top})
         if repeated:
             raise DataError(
-                f"the source holds the class folder {repeated[0]} at the top and within {top}: "
-                "keep one of the two, or give a labels table"
+                f"the source contains the class folder {repeated[0]} both at the top level and "
+                f"within {top}: keep one of the two, or give a labels table"
             )
 
 
 def _from_table(found: list[FoundFile], labels: Folder, reads_splits: bool) -> list[SourceFile]:
-    """What the table says of each file: its own rows, completed by those of its folders, the
-    nearest first. Several rows of one path complete each other.
+    """Metadata of each file: its own rows in the table, completed by the rows of its folders,
+    nearest first. Several rows for one path complete each other.
     """
     rows: dict[str, _Said] = {}
     places = {folder for file in found for folder in _folders_of(file.path)}
@@ -375,13 +374,15 @@ def _from_table(found: list[FoundFile], labels: Folder, reads_splits: bool) -> l
         path = next((known[spelling] for spelling in spellings if spelling in known), None)
         if path is None:
             raise DataError(
-                f"labels={labels} names {row['path']!r}, which is neither an image file below the "
-                f"source nor a folder with one: paths are relative to the source, and the types "
-                f"that are read are {', '.join(SUFFIXES)}"
+                f"labels={labels}: {row['path']!r} is neither an image file below the source nor a "
+                f"folder with one; paths must be relative to the source, and supported types are "
+                f"{', '.join(SUFFIXES)}"
             )
         split = _text(row.get("split")) if reads_splits else None
         if split is not None and split.lower() not in _SPLIT_FOLDERS:
-            raise DataError(f"labels={labels}: split {split!r} of {path!r} is not train or test")
+            raise DataError(
+                f"labels={labels}: split {split!r} of {path!r} is neither train nor test"
+            )
         subject = _text(row.get("subject"))
         new = _Said(
             split=None if split is None else _SPLIT_FOLDERS[split.lower()],
@@ -391,7 +392,7 @@ def _from_table(found: list[FoundFile], labels: Folder, reads_splits: bool) -> l
         before = rows.get(path, _Said())
         if before.contradicts(new):
             raise DataError(
-                f"labels={labels} names {path!r} twice, with different values: keep one of the rows"
+                f"labels={labels}: {path!r} has rows with different values; keep one of them"
             )
         rows[path] = before.completed_by(new)
     said = {}
@@ -399,7 +400,7 @@ def _from_table(found: list[FoundFile], labels: Folder, reads_splits: bool) -> l
         of_file = [rows[place] for place in (file.path, *_folders_of(file.path)) if place in rows]
         if of_file:
             said[file.path] = reduce(_Said.completed_by, of_file)
-    # Files without a row are unlabelled training slices where the table speaks of splits.
+    # If the table gives splits, files without a row are unlabelled training slices.
     speaks_of_splits = any(row.split is not None for row in said.values())
     nothing = _Said(split=TRAIN if speaks_of_splits else None)
     return [
@@ -411,7 +412,7 @@ def _from_table(found: list[FoundFile], labels: Folder, reads_splits: bool) -> l
 
 @dataclass(frozen=True)
 class _Said:
-    """What a labels table says of a file, or of all files of a folder."""
+    """A row of the labels table, for a file or for all files of a folder."""
 
     split: str | None = None
     label: str | None = None
@@ -427,14 +428,14 @@ class _Said:
 
 
 def _folders_of(path: str) -> list[str]:
-    """Paths of the folders that a file lies in, the nearest first."""
+    """Paths of the folders that contain a file, nearest first."""
     *folders, _ = path.split("/")
     return ["/".join(folders[:end]) for end in range(len(folders), 0, -1)]
 
 
 def _read_labels(labels: Folder) -> list[dict[str, Any]]:
     try:
-        content = labels.parent.read_bytes(labels.path.rpartition("/")[2])  # not as a URI has it
+        content = labels.parent.read_bytes(labels.path.rpartition("/")[2])  # name without escapes
         if labels.name.lower().endswith((".parquet", ".pq")):
             table = pq.read_table(io.BytesIO(content))
         else:
@@ -450,34 +451,36 @@ def _read_labels(labels: Folder) -> list[dict[str, Any]]:
         columns = [name for name in _LABEL_COLUMNS if name in table.column_names]
         repeated = [name for name in columns if table.column_names.count(name) > 1]
         if repeated:
-            raise DataError(f"labels={labels} has the column {repeated[0]} twice: drop one")
+            raise DataError(
+                f"labels={labels}: column {repeated[0]} appears more than once; drop one"
+            )
         rows = table.select(columns).to_pylist()
     except BrainrayError:
         raise
     except (pa.ArrowException, OSError, ValueError) as error:
-        # Arrow quotes the row that does not fit, and a row may name a patient.
+        # Arrow quotes the row that does not parse, and a row may name a patient.
         reason = " ".join(re.sub(r"(got \d+).*", r"\1", str(error), flags=re.DOTALL).split())[:200]
         advice = "save it as CSV in UTF-8"
         if re.search(r"Expected \d+ columns", reason):
             advice = "quote cells with commas"
         raise DataError(
-            f"labels={labels} is neither CSV nor Parquet: {reason} ({advice})"
+            f"labels={labels} cannot be read as CSV or Parquet: {reason} ({advice})"
         ) from None
     missing = {"path", "label"} - set(columns)
     if missing:
-        # Not their names: without a header they are the first row's, which may name a patient.
+        # Not the column names: without a header they are the first row, which may name a patient.
         raise DataError(
-            f"labels={labels} lacks the column {' and '.join(sorted(missing))} among its "
-            f"{table.num_columns}: it needs path and label, in lower case and parted by commas, "
-            "and may have split and subject"
+            f"labels={labels}: missing column {' and '.join(sorted(missing))} (columns found: "
+            f"{table.num_columns}); path and label are required, in lower case and separated by "
+            "commas, split and subject are optional"
         )
     return [row for row in rows if any(_text(cell) is not None for cell in row.values())]
 
 
 def _text(value: object) -> str | None:
-    """Of a cell, without blanks around it; None where nothing is said.
+    """Text of a cell, stripped; None if it is a missing value.
 
-    Whole numbers of a column with gaps are floats to pandas: its 7.0 is 7.
+    pandas writes whole numbers of a column with gaps as floats: 7.0 is read as 7.
     """
     text = "" if value is None else _normal(str(value).strip())
     if re.fullmatch(r"-?\d+\.0", text):
@@ -486,15 +489,15 @@ def _text(value: object) -> str | None:
 
 
 def _normal(name: str) -> str:
-    """In Unicode's composed form (NFC): some systems take the accents of names apart."""
+    """Unicode NFC form: some systems decompose accented characters in file names."""
     return unicodedata.normalize("NFC", name)
 
 
 def renaming_advice(unknown: Collection[str], class_map: Mapping[str, str | None]) -> str:
-    """What to do about classes that do not fit, some of which ``class_map`` may have made."""
+    """How to handle unknown classes, some of which ``class_map`` may have produced."""
     made = [f"classes.map.{name}={to}" for name, to in class_map.items() if to in unknown]
     if made:
-        return f"such as {min(made)} makes: rename to one that fits"
+        return f"{min(made)} makes such a class, map to a known one"
     rename, leave_out = (shlex.quote(f"classes.map.{min(unknown)}={to}") for to in ("NAME", "null"))
-    others = f", and so for {len(unknown) - 1} more" if len(unknown) > 1 else ""
+    others = f"; likewise for {len(unknown) - 1} more" if len(unknown) > 1 else ""
     return f"rename with --set {rename}, or leave its slices out with --set {leave_out}{others}"

@@ -359,18 +359,18 @@ def test_an_evaluation_leaves_out_what_it_is_told_to_and_replaces_the_last_one_w
     last.write_bytes("of the last one", b"")
     said: list[str] = []
     scored = evaluate(config, said.append)
-    assert "; 2 without a class are left out; 1 of other types are ignored (.txt 1)" in said[0]
+    assert "; left out: 2 without a class; ignored files of other types: 1 (.txt 1)" in said[0]
     assert scored.metrics["num_ignored_files"] == 1
     assert scored.metrics["num_without_class"] == 2
     labels = scored.folder.read_table("predictions.parquet")["label"].to_pylist()
     assert sorted(set(labels)) == ["meningioma", "notumor", "pituitary"]
-    assert f"{last}: the evaluation of that name is replaced" in said
+    assert f"{last}: replacing the earlier evaluation of this name" in said
     assert not last.exists("of the last one")
     assert last.read_json("metrics.json") == scored.metrics
     (tmp_path / "hospital").rename(tmp_path / "another")
     moved = config.model_copy(update={"source": str(tmp_path / "another" / "Training")})
     with pytest.raises(
-        ConfigError, match=r"elsewhere is of another source \(.*hospital/Training\)"
+        ConfigError, match=r"elsewhere is the evaluation of another source \(.*hospital/Training\)"
     ):
         evaluate(moved)
     assert last.read_json("metrics.json") == scored.metrics
@@ -392,7 +392,7 @@ def test_an_evaluation_tells_what_the_run_has_seen_and_which_settings_made_it(
     scored = evaluate(config_of(trained, f"source={source}", "name=told"), said.append)
     assert "; " not in said[0]  # nothing is left out
     assert "1 files or slices could not be used: empty file (1)" in said
-    assert "note: 2 of these slices have a copy among them with another label" in said
+    assert "note: slices with a copy of another label in this source: 2" in said
     twins = scored.folder.read_json("leakage.json")["seen_by_run"]
     assert [(row["path"], row["twin"]) for row in twins["exact"]] == [
         (f"{place}/known.jpg", seen["path"][0].as_py()) for place in ("notumor", "pituitary")
@@ -402,7 +402,7 @@ def test_an_evaluation_tells_what_the_run_has_seen_and_which_settings_made_it(
         (learned_as, "labelled")
     }
     num_others = sum(row["label"] != learned_as for row in twins["exact"])
-    assert f"note: {num_others} slices have another label here than the copy" in "\n".join(said)
+    assert f"differently from the copy in the run's data: {num_others} (" in "\n".join(said)
     assert b"Slices of which the run has seen a twin" in scored.folder.read_bytes("report.html")
     clean = {
         row["path"]: row["clean"]

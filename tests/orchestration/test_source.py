@@ -102,7 +102,7 @@ def test_the_row_of_a_folder_tells_what_the_rows_of_its_files_leave_open(tmp_pat
         ("p8/4.jpg", "test", "glioma", "eight"),
     ]
     table.write_text("path,label\np7,glioma\np7/,notumor\n")
-    with pytest.raises(DataError, match="names 'p7' twice"):
+    with pytest.raises(DataError, match="'p7' has rows with different values"):
         listed(source, Folder(table))
 
 
@@ -122,11 +122,11 @@ def test_rows_of_one_path_complete_each_other(tmp_path: Path) -> None:
 def test_what_is_not_read_is_told_by_type(tmp_path: Path) -> None:
     source = make(tmp_path / "s", "1.jpg", "2.webp", "b/3.WEBP", "Thumbs.db", "README")
     remarks = list_source(source, None, {}).remarks
-    assert remarks == "; 4 of other types are ignored (.webp 2, .db 1, without suffix 1)"
+    assert remarks == "; ignored files of other types: 4 (.webp 2, .db 1, no suffix 1)"
     (tmp_path / "labels.csv").write_text("path,label\n2.webp,a\n")
-    with pytest.raises(DataError, match=r"types that are read are \.jpg"):
+    with pytest.raises(DataError, match=r"supported types are \.jpg"):
         listed(source, Folder(tmp_path / "labels.csv"))
-    with pytest.raises(DataError, match=r"1\.jpg is a file: name the folder"):
+    with pytest.raises(DataError, match=r"1\.jpg is a file: give the folder"):
         listed(source / "1.jpg")
 
 
@@ -140,11 +140,14 @@ def test_blanks_make_no_class_and_null_takes_a_class_away(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("path,label\nabsent.jpg,a\n", "names 'absent.jpg', which is neither an image file"),
-        ("path,label\n1.jpg,a\n1.jpg,b\n", "names '1.jpg' twice"),
-        ("file,label\n1.jpg,a\n", "lacks the column path among its 2"),
-        ("path;label\n1.jpg;a\n", "lacks the column label and path among its 1: .* by commas"),
-        ("path,label\n1.jpg,a\n2.jpg,A\n", r"'A' and 'a' differ in upper .* classes\.map\.A=a"),
+        ("path,label\nabsent.jpg,a\n", "'absent.jpg' is neither an image file"),
+        ("path,label\n1.jpg,a\n1.jpg,b\n", "'1.jpg' has rows with different values"),
+        ("file,label\n1.jpg,a\n", r"missing column path \(columns found: 2\)"),
+        ("path;label\n1.jpg;a\n", r"missing column label and path .*found: 1\).* by commas"),
+        (
+            "path,label\n1.jpg,a\n2.jpg,A\n",
+            r"'A' and 'a' differ only in case: .* classes\.map\.A=a",
+        ),
         ("path,label,split\n1.jpg,a,holdout\n", "split 'holdout' of '1.jpg'"),
     ],
 )
@@ -178,8 +181,8 @@ def test_a_class_that_is_renamed_and_not_there_is_told(tmp_path: Path) -> None:
     source = make(tmp_path, "a/1.jpg", "b/2.jpg", "notes.txt")
     remarks = list_source(source, None, {"a": "glioma", "gliom": "glioma", "B": None}).remarks
     assert remarks == (
-        "; 1 of other types are ignored (.txt 1)"
-        "; classes.map names what no slice is called: B, gliom"
+        "; ignored files of other types: 1 (.txt 1)"
+        "; no slice has these classes of classes.map: B, gliom"
     )
     assert list_source(make(tmp_path / "a"), None, {}).remarks == ""
 
@@ -188,10 +191,10 @@ def test_an_absent_an_empty_and_a_mixed_folder_are_refused(tmp_path: Path) -> No
     with pytest.raises(DataError, match="no such folder"):
         list_source(Folder(tmp_path / "absent"), None, {})
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="holds no image file"):
+    with pytest.raises(DataError, match="contains no image file"):
         list_source(Folder(tmp_path / "empty"), None, {})
     mixed = make(tmp_path / "mixed", "Training/a/1.jpg", "other/2.jpg")
-    with pytest.raises(DataError, match="Training beside other"):
+    with pytest.raises(DataError, match="Training next to other"):
         list_source(mixed, None, {})
 
 
@@ -201,7 +204,7 @@ def test_an_absent_an_empty_and_a_mixed_folder_are_refused(tmp_path: Path) -> No
         (["set/Training/a/1.jpg", "set/Testing/a/2.jpg"], "folder Testing within set"),
         (["a/train/1.jpg", "a/test/2.jpg", "b/train/3.jpg"], "folder test within a"),
         # As an archive that is much used unpacks.
-        (["yes/1.jpg", "no/2.jpg", "brain_tumor_dataset/yes/1.jpg"], "folder yes at the top and"),
+        (["yes/1.jpg", "no/2.jpg", "brain_tumor_dataset/yes/1.jpg"], "folder yes both at the top"),
     ],
 )
 def test_folders_one_level_too_low_are_not_taken_for_classes(
@@ -286,7 +289,7 @@ def test_a_class_name_that_is_a_path_or_a_text_is_refused(tmp_path: Path, name: 
     source = make(tmp_path / "source", "1.jpg")
     pq.write_table(pa.table({"path": ["1.jpg"], "label": [name]}), tmp_path / "labels.parquet")
     labels = Folder(tmp_path / "labels.parquet")
-    with pytest.raises(DataError, match="is no class name"):
+    with pytest.raises(DataError, match="is not a valid class name"):
         list_source(source, labels, {})
     assert listed(source, labels, **{name: "glioma"})[0][2] == "glioma"
 
@@ -358,5 +361,5 @@ def test_the_fingerprint_of_a_listing_is_keyed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["", " ", " a"])
 def test_a_class_needs_a_name(tmp_path: Path, name: str) -> None:
-    with pytest.raises(DataError, match="is no class name"):
+    with pytest.raises(DataError, match="is not a valid class name"):
         list_source(make(tmp_path, "a/1.jpg"), None, {"a": name})

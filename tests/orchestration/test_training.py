@@ -562,7 +562,7 @@ def test_the_raw_test_files_tell_what_training_told_wherever_they_lie_and_whatev
         if name.startswith("test/"):
             assert scored.metrics[name] == pytest.approx(value, abs=1e-4), name
     assert scored.folder.exists("predictions.parquet")
-    with pytest.raises(DataError, match=r"split 'fold0' of .* is not train or test"):
+    with pytest.raises(DataError, match=r"split 'fold0' of .* is neither train nor test"):
         evaluate(config_of(storage, "by-hand", *settings))
 
 
