@@ -63,26 +63,26 @@ class Folder:
         return Path(self.path) if isinstance(self.filesystem, pafs.LocalFileSystem) else None
 
     def exists(self, name: str = "") -> bool:
-        with self._told_why_not_read(name):
+        with self._friendly_read_errors(name):
             info = self.filesystem.get_file_info(self._join(name))
         return bool(info.type != pafs.FileType.NotFound)
 
     def names(self) -> list[str]:
         """Names of the folder's files and folders, sorted; empty if it does not exist."""
         selector = pafs.FileSelector(self.path, allow_not_found=True)
-        with self._told_why_not_read(""):
+        with self._friendly_read_errors(""):
             infos = self.filesystem.get_file_info(selector)
         return sorted(info.base_name for info in infos if not _is_temporary(info.base_name))
 
     def read_bytes(self, name: str) -> bytes:
         with (
-            self._told_why_not_read(name),
+            self._friendly_read_errors(name),
             self.filesystem.open_input_file(self._join(name)) as stream,
         ):
             return bytes(stream.read())
 
     @contextlib.contextmanager
-    def _told_why_not_read(self, name: str) -> Iterator[None]:
+    def _friendly_read_errors(self, name: str) -> Iterator[None]:
         """Replace the system's error with one that names the remedy."""
         try:
             yield
@@ -112,7 +112,7 @@ class Folder:
         """Stream for a file that gets its name when the block ends without an error."""
         target = self._join(name)
         temporary = _temporary(target)
-        with self._told_why_not(name):
+        with self._friendly_write_errors(name):
             self.filesystem.create_dir(target.rpartition("/")[0], recursive=True)
             try:
                 with self.filesystem.open_output_stream(temporary) as stream:
@@ -123,7 +123,7 @@ class Folder:
             self.filesystem.move(temporary, target)
 
     @contextlib.contextmanager
-    def _told_why_not(self, name: str) -> Iterator[None]:
+    def _friendly_write_errors(self, name: str) -> Iterator[None]:
         """Replace the system's error with one that names the remedy."""
         try:
             yield
@@ -157,18 +157,18 @@ class Folder:
         """
         target = self._join(name)
         temporary = _temporary(target)
-        with self._told_why_not(name):
+        with self._friendly_write_errors(name):
             self.filesystem.create_dir(target.rpartition("/")[0], recursive=True)
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
-            with os.fdopen(descriptor, "wb") as stream:
-                stream.write(content)
-        try:
-            os.link(temporary, target)  # unlike an exclusive open, never visible half-written
-        except FileExistsError:
-            return False
-        finally:
-            os.unlink(temporary)
-        return True
+            try:
+                descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+                with os.fdopen(descriptor, "wb") as stream:
+                    stream.write(content)
+                os.link(temporary, target)  # unlike an exclusive open, never visible half-written
+            except FileExistsError:
+                return False
+            finally:
+                Path(temporary).unlink(missing_ok=True)
+            return True
 
     def delete_file(self, name: str, *, missing_ok: bool = False) -> None:
         if not missing_ok or self.exists(name):
@@ -199,11 +199,11 @@ class Folder:
 
     def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
         """A Parquet file, or all Parquet files of a folder."""
-        with self._told_why_not_read(name), self._told_if_damaged(name):
+        with self._friendly_read_errors(name), self._friendly_damage_errors(name):
             return pq.read_table(self._join(name), columns=columns, filesystem=self.filesystem)
 
     @contextlib.contextmanager
-    def _told_if_damaged(self, name: str) -> Iterator[None]:
+    def _friendly_damage_errors(self, name: str) -> Iterator[None]:
         try:
             yield
         except (FileNotFoundError, PermissionError):  # Arrow's have no errno
@@ -219,7 +219,11 @@ class Folder:
 
     def row_groups(self, name: str, columns: list[str]) -> Iterator[pa.Table]:
         """Row groups of a Parquet file, one in memory at a time."""
-        with self.filesystem.open_input_file(self._join(name)) as stream:
+        with (
+            self._friendly_read_errors(name),
+            self._friendly_damage_errors(name),
+            self.filesystem.open_input_file(self._join(name)) as stream,
+        ):
             file = pq.ParquetFile(stream, pre_buffer=True)
             for number in range(file.num_row_groups):
                 yield file.read_row_group(number, columns=columns)
