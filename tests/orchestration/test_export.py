@@ -226,7 +226,7 @@ def test_safetensors_keep_a_checkpoint_whole(trained: TrainedRun, tmp_path: Path
     images = np.random.default_rng(0).uniform(0, 255, (3, 1, 32, 32)).astype(np.float32)
     _assert_same_output(SliceNet(checkpoint), SliceNet(restored), images)
     path.write_bytes(b"no such thing")
-    with pytest.raises(CheckpointError, match="no exported model"):
+    with pytest.raises(CheckpointError, match="not an exported brainray model"):
         load_safetensors(path)
 
 
@@ -290,7 +290,7 @@ def test_an_epoch_is_looked_for_in_what_best_really_holds(trained: TrainedRun) -
     [
         (["run=absent"], DataError, "no run 'absent'"),
         (["epoch=7"], CheckpointError, r"keeps the checkpoints of 1, 2, not of 7"),
-        (["run=null", "checkpoint=/tmp"], CheckpointError, r"holds no model\.pt"),
+        (["run=null", "checkpoint=/tmp"], CheckpointError, r"contains no model\.pt"),
         (["run=null", "checkpoint=/tmp", "epoch=1"], ConfigError, "goes with --set run=NAME"),
         (["run=null", "checkpoint=/tmp", "registry.name=m", "name=x"], ConfigError, "of a run"),
     ],
@@ -392,7 +392,9 @@ def test_an_evaluation_tells_what_the_run_has_seen_and_which_settings_made_it(
     assert [(row["path"], row["twin"]) for row in twins["exact"]] == [
         (f"{place}/known.jpg", seen["path"][0].as_py()) for place in ("notumor", "pituitary")
     ]
-    assert b"Slices of which the run has seen a twin" in scored.folder.read_bytes("report.html")
+    assert b"Slices with a duplicate that the run has seen" in scored.folder.read_bytes(
+        "report.html"
+    )
     clean = {
         row["path"]: row["clean"]
         for row in scored.folder.read_table("predictions.parquet").to_pylist()
