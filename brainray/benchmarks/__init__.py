@@ -1,1 +1,1 @@
-"""Cases of ``jobs/benchmark.py``: each measures a claim against a named peer in the same run."""
+"""Cases of ``jobs/benchmark.py``; each measures a claim against a named peer in the same run."""

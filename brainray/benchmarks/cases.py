@@ -1,21 +1,21 @@
-"""The cases of ``jobs/benchmark.py``: the module of that name, and what it tells in a line.
+"""Names of the cases (modules) of ``jobs/benchmark.py``, with one-line descriptions.
 
-They are named here without being imported: with Ray and PyTorch that takes seconds.
+The modules are not imported here, since importing Ray and PyTorch takes seconds.
 """
 
 CASES = {
-    "duplicates": "recall of altered copies, neighbours kept apart, cost by number of slices",
-    "gmm": "Gaussian mixtures against scikit-learn, and on two ranks",
-    "intracranial": "overlap of the intracranial strip with brains that are known, beside Otsu's",
-    "kmeans": "K-means against scikit-learn (Lloyd, Elkan) and faiss, and on two ranks",
-    "labels": "accuracy against the share of labels, the recipe of --config and its control",
-    "next_labels": "accuracy after labelling what jobs/label.py proposes, against random slices",
-    "predict": "prediction of decoded slices and of files, against plain loops",
-    "preprocess": "images per second, memory and the skull strip, against plain loops",
-    "robustness": "accuracy of a run on test slices as other scanners may give them",
-    "scaling": "time of each stage against its work, carried to large runs",
-    "soak": "runs whose processes are killed at random, against an undisturbed one",
-    "subjects": "error of estimated subject groups, and leaks through a split by them",
-    "sweep": "four trials of a sweep against the same four runs begun by hand",
-    "training": "steps, epochs, streaming and two workers, against a bare loop in memory",
+    "duplicates": "near-duplicate search: recall, precision, time by number of slices",
+    "gmm": "Gaussian mixtures vs scikit-learn, and on two ranks",
+    "intracranial": "intracranial skull strip: overlap with known brains, vs Otsu",
+    "kmeans": "K-means vs scikit-learn (Lloyd, Elkan) and faiss, and on two ranks",
+    "labels": "accuracy by share of labels, for the recipe of --config and its control",
+    "next_labels": "accuracy after labelling the proposals of jobs/label.py vs random slices",
+    "predict": "throughput of prediction on decoded slices and on files, vs plain loops",
+    "preprocess": "throughput, memory and skull strip of preprocessing, vs plain loops",
+    "robustness": "accuracy of a run on test slices altered as by other scanners",
+    "scaling": "time of each stage by amount of work, extrapolated to large runs",
+    "soak": "runs whose processes are killed at random, vs an undisturbed run",
+    "subjects": "errors of estimated subject groups, and leakage through a grouped split",
+    "sweep": "overhead of a sweep: four trials vs the same four runs started by hand",
+    "training": "steps, epochs, streaming and two workers, vs a bare loop in memory",
 }

@@ -1,9 +1,9 @@
-"""Near-duplicates: what is found, what is kept apart, and what it costs.
+"""Near-duplicate search: recall, precision and cost.
 
-Truth comes from copies that are made here, by what copies of medical images go through, and from
-neighbours: adjacent slices of phantom series, or real slices whose 32 x 32 thumbnails correlate
-like those of neighbours (METHOD, "Data"). Some of these are copies in another contrast or frame,
-which no rule but the one under test can tell: the plot shows those that were taken for copies.
+The ground truth consists of copies made here, altered as copies of medical images usually are, and
+of neighbours: adjacent slices of phantom series, or real slices whose 32 x 32 thumbnails correlate
+like those of neighbours (METHOD, "Data"). Some of the latter are copies with a different contrast
+or frame, which only the rule under test can recognise; the plot shows those classified as copies.
 """
 
 import io
@@ -48,10 +48,10 @@ MAX_BRIGHTNESS = 0.2
 MAX_BORDER = 0.05
 MAX_CROP = 0.04
 
-_NEIGHBOUR_CORRELATION = (0.95, 0.975)  # of real thumbnails: above it true copies mix in
+_NEIGHBOUR_CORRELATION = (0.95, 0.975)  # of real thumbnails; above it, some are true copies
 _SERIES_LENGTH = 6
 _SHOWN_PAIRS, _SHOWN_PER_ROW, _SHOWN_SIDE = 12, 4, 128
-_FAMILY_SIZE = 4  # slices that look alike among the synthesised ones
+_FAMILY_SIZE = 4  # similar slices among the synthesised ones
 _HEAD_BEND, _NEIGHBOUR_BEND = 4.0, 1.2  # pixels of 96
 
 
@@ -59,7 +59,7 @@ def run(options: CaseOptions) -> BenchmarkResult:
     """Recall per perturbation, precision against neighbours, and cost by number of slices.
 
     Raises:
-        DataError: ``--source`` holds too few slices.
+        DataError: ``--source`` contains too few slices.
     """
     rng = np.random.default_rng(options.seed)
     settings = NearDuplicateConfig()
@@ -83,7 +83,7 @@ def run(options: CaseOptions) -> BenchmarkResult:
         copies[name] = np.stack([fingerprint(perturb(images[number], rng)) for number in chosen])
         twins = find_twins(copies[name], fingerprints, settings)
         right = [
-            # Another copy of the slice may be turned itself: then the kind says nothing.
+            # The match may be another copy that is itself mirrored or rotated; ignore its kind.
             reference >= 0
             and groups[reference] == groups[number]
             and (found == kind or reference != number)
@@ -106,7 +106,7 @@ def run(options: CaseOptions) -> BenchmarkResult:
             for found in _two_looks(framed, fingerprints, settings)
         )
         reframings[name] = float(twice), float(once)
-        options.log(f"{name}: {twice:.3f} by the head alone as well, {once:.3f} by whole frames")
+        options.log(f"{name}: recall {once:.3f} by whole frames, {twice:.3f} with heads as well")
 
     of_neighbours = pair_similarity(fingerprints[neighbours[:, 0]], fingerprints[neighbours[:, 1]])
     upright = [name for name, (_, kind) in PERTURBATIONS.items() if kind == COPY]
@@ -115,9 +115,9 @@ def run(options: CaseOptions) -> BenchmarkResult:
     )
     curve = _curve(of_copies, of_neighbours)
     accepted_copies = float(np.sum(of_copies >= settings.similarity))
-    known = options.source is None  # which neighbours are no copies
+    known = options.source is None  # all neighbours are known not to be copies
     taken = neighbours[of_neighbours >= settings.similarity].tolist()
-    # As many neighbours as copies: precision depends on the mix, which is ours to choose.
+    # Precision depends on the mix; it is computed for as many neighbours as copies.
     false_share = float(np.mean(of_neighbours >= settings.similarity))
     precision = accepted_copies / max(accepted_copies + false_share * len(of_copies), 1.0)
 
@@ -172,7 +172,7 @@ def _two_looks(
     references: NDArray[np.uint8],
     settings: NearDuplicateConfig,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(Q,) references found by whole frames, and with a second look at the heads alone."""
+    """(Q,) references found by whole frames, and with a second comparison of heads only."""
     once = find_twins(queries, references, settings)
     rows = np.flatnonzero(~once.is_upright)
     twice = once.completed_by(rows, find_twins_by_head(queries[rows], references, settings))
@@ -180,17 +180,17 @@ def _two_looks(
 
 
 def fingerprint(image: Image) -> NDArray[np.uint8]:
-    """(9216,) the whole frame, area-averaged: as preprocessing makes it."""
+    """(9216,) the area-averaged frame, as in preprocessing."""
     return thumbnail(image).ravel()
 
 
 def synthesise(
     fingerprints: NDArray[np.uint8], count: int, rng: np.random.Generator
 ) -> NDArray[np.uint8]:
-    """(count, 9216) slices like heads, in families: one, two neighbours of it, and a copy.
+    """(count, 9216) head-like slices in families of one head, two neighbours and one copy.
 
-    A head is a mixture of two, bent; a neighbour is bent a little more. A slice so has as many
-    candidates as a real one, and data grows by new heads.
+    A head is a warped mixture of two fingerprints; neighbours are warped a little more. So a slice
+    has as many candidates as a real one, and larger data means more heads.
     """
     shape = (THUMBNAIL_SIDE, THUMBNAIL_SIDE)
     result = np.empty((count, fingerprints.shape[1]), np.uint8)
@@ -207,7 +207,7 @@ def synthesise(
 
 
 def _bent(picture: NDArray[np.float32], pixels: float, rng: np.random.Generator) -> Any:
-    """(S, S) displaced by a smooth random field of that standard deviation."""
+    """(S, S) warped by a smooth random displacement with the given standard deviation."""
     side = len(picture)
     grid = np.stack(np.meshgrid(np.arange(side), np.arange(side)), axis=-1).astype(np.float32)
     field = rng.normal(0, pixels, (4, 4, 2)).astype(np.float32)
@@ -216,13 +216,13 @@ def _bent(picture: NDArray[np.float32], pixels: float, rng: np.random.Generator)
 
 
 def reencode(image: Image, rng: np.random.Generator) -> Image:
-    """Through JPEG."""
+    """Encode as JPEG and decode again."""
     _, encoded = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
     return np.asarray(cv2.imdecode(encoded, cv2.IMREAD_GRAYSCALE))
 
 
 def rescale(image: Image, rng: np.random.Generator) -> Image:
-    """By half to double."""
+    """Resize by a factor of 0.5 to 2."""
     factor = 2.0 ** rng.uniform(-1, 1)
     size = (round(image.shape[1] * factor), round(image.shape[0] * factor))
     interpolation = cv2.INTER_AREA if factor < 1 else cv2.INTER_CUBIC
@@ -230,25 +230,25 @@ def rescale(image: Image, rng: np.random.Generator) -> Image:
 
 
 def three_channels(image: Image, rng: np.random.Generator) -> Image:
-    """Stored in colour and read as grey again."""
+    """Store in colour and read as grey again."""
     _, encoded = cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_GRAY2BGR))
     with PIL.Image.open(io.BytesIO(encoded.tobytes())) as picture:
         return np.asarray(picture.convert("L"))
 
 
 def brighten(image: Image, rng: np.random.Generator) -> Image:
-    """Lighter or darker by up to 20 % of the range, clipped at black and white."""
+    """Make lighter or darker by up to 20 % of the range, clipped at black and white."""
     return _clip(image + 255.0 * rng.uniform(-MAX_BRIGHTNESS, MAX_BRIGHTNESS))
 
 
 def change_contrast(image: Image, rng: np.random.Generator) -> Image:
-    """Deviations from the mean grown or shrunk by up to 20 %, clipped at black and white."""
+    """Scale deviations from the mean by up to 20 % up or down, clipped at black and white."""
     mean = image.mean()
     return _clip((image - mean) * (1.0 + rng.uniform(-MAX_BRIGHTNESS, MAX_BRIGHTNESS)) + mean)
 
 
 def frame(image: Image, rng: np.random.Generator) -> Image:
-    """A white, grey or black border of up to 5 %, on one or all sides, around or over the image."""
+    """Add a white, grey or black border of up to 5 % on one or all sides, around or over it."""
     height, width = image.shape
     colour = int(rng.choice([0, 128, 255]))
     sides = np.ones(4) if rng.random() < 0.5 else np.eye(4)[rng.integers(4)]
@@ -264,7 +264,7 @@ def frame(image: Image, rng: np.random.Generator) -> Image:
 
 
 def caption(image: Image, rng: np.random.Generator) -> Image:
-    """A strip with text, of 5 % of the height, above or below, beside or over the image."""
+    """Add a strip with text, 5 % of the height, at the top or bottom, next to or over the image."""
     height, width = image.shape
     thickness = max(6, round(MAX_BORDER * height))
     paper = int(rng.choice([0, 255]))
@@ -281,7 +281,7 @@ def caption(image: Image, rng: np.random.Generator) -> Image:
 
 
 def crop(image: Image, rng: np.random.Generator) -> Image:
-    """Up to 4 % off every side."""
+    """Crop up to 4 % at every side."""
     height, width = image.shape
     top, bottom, left, right = rng.uniform(0, MAX_CROP, 4)
     return image[
@@ -291,7 +291,7 @@ def crop(image: Image, rng: np.random.Generator) -> Image:
 
 
 def combine(image: Image, rng: np.random.Generator) -> Image:
-    """Several of them, in the order in which they happen."""
+    """Apply a random subset of the alterations, in the order in which they usually happen."""
     if rng.random() < 0.5:
         image = crop(image, rng)
     if rng.random() < 0.5:
@@ -306,12 +306,12 @@ def combine(image: Image, rng: np.random.Generator) -> Image:
 
 
 def mirror(image: Image, rng: np.random.Generator) -> Image:
-    """Left to right or upside down, then through JPEG."""
+    """Mirror horizontally or vertically, then encode as JPEG."""
     return reencode(np.ascontiguousarray(np.flip(image, axis=int(rng.integers(2)))), rng)
 
 
 def rotate(image: Image, rng: np.random.Generator) -> Image:
-    """By 90, 180 or 270 degrees, then through JPEG."""
+    """Rotate by 90, 180 or 270 degrees, then encode as JPEG."""
     return reencode(np.ascontiguousarray(np.rot90(image, int(rng.integers(1, 4)))), rng)
 
 
@@ -328,11 +328,11 @@ PERTURBATIONS: dict[str, tuple[Perturbation, int]] = {
     "mirrored": (mirror, MIRRORED),
     "rotated": (rotate, ROTATED),
 }
-"""What is done to a slice, and the kind of copy that it gives."""
+"""Alterations of a slice, with the kind of copy that each produces."""
 
 
 def _padded(share: float, colour: int = 0, *, sides_only: bool = False) -> Perturbation:
-    """In a border of that share of the height, or with it left and right alone."""
+    """Add a border with the given share of the height, or only at the left and right."""
 
     def pad(image: Image, rng: np.random.Generator) -> Image:
         width = round(share * image.shape[0])
@@ -358,7 +358,7 @@ FRAMINGS: dict[str, Perturbation] = {
     "cut to the head": _cut_to_head,
     "a fifth as bright": _darkened,
 }
-"""What other collections do to a slice, by more than whole frames are compared for."""
+"""Alterations found in other collections, too large for a comparison of whole frames."""
 
 
 def _clip(values: NDArray[np.floating]) -> Image:
@@ -366,7 +366,7 @@ def _clip(values: NDArray[np.floating]) -> Image:
 
 
 def _phantoms(count: int, rng: np.random.Generator) -> tuple[list[Image], NDArray[np.int64]]:
-    """Series of phantoms, and the pairs (P, 2) of adjacent slices."""
+    """Series of phantoms and the pairs (P, 2) of adjacent slices."""
     images: list[Image] = []
     neighbours = []
     for number in range(count // _SERIES_LENGTH):
@@ -378,10 +378,12 @@ def _phantoms(count: int, rng: np.random.Generator) -> tuple[list[Image], NDArra
 
 
 def _real(source: Path, count: int, seed: int) -> tuple[list[Image], NDArray[np.int64]]:
-    """Slices drawn from a folder, and the pairs (P, 2) that look like neighbours."""
+    """Random slices of a folder and the pairs (P, 2) that look like neighbours."""
     images = load_slices(source, seed, limit=count)
     if len(images) < 2:
-        raise DataError(f"{source} holds {len(images)} images: the benchmark needs some hundreds")
+        raise DataError(
+            f"{source} contains {len(images)} images: the benchmark needs a few hundred"
+        )
     standard = standardise(coarse(np.stack([fingerprint(image) for image in images])))
     correlation = np.triu(standard @ standard.T, k=1)
     low, high = _NEIGHBOUR_CORRELATION
@@ -391,7 +393,7 @@ def _real(source: Path, count: int, seed: int) -> tuple[list[Image], NDArray[np.
 def _curve(
     of_copies: NDArray[np.float32], of_neighbours: NDArray[np.float32]
 ) -> dict[str, list[float]]:
-    """Precision and recall over the threshold, with as many neighbours as copies."""
+    """Precision and recall by threshold, with as many neighbours as copies."""
     thresholds = 1.0 - np.geomspace(1e-4, 0.2, 41)
     recall = np.array([np.mean(of_copies >= threshold) for threshold in thresholds])
     wrong = np.array([np.mean(of_neighbours >= threshold) for threshold in thresholds])
@@ -417,17 +419,17 @@ def _contact_sheet(pictures: list[Image]) -> Image:
 
 
 def _plot(curve: dict[str, list[float]], threshold: float, taken: list[Image]) -> Figure:
-    """The curve, and neighbours that were taken for copies."""
+    """The precision and recall curves, and neighbours that were classified as copies."""
     figure = Figure(figsize=(7.0, 3.6 + (2.4 if taken else 0.0)), layout="constrained")
     axes, *below = figure.subplots(1 + bool(taken), 1, squeeze=False)[:, 0]
     for pictures in below:
         pictures.imshow(_contact_sheet(taken), cmap="gray", vmin=0, vmax=255)
-        pictures.set_title("neighbours taken for copies", fontsize=9)
+        pictures.set_title("neighbours classified as copies", fontsize=9)
         pictures.set_axis_off()
     residual = 1.0 - np.array(curve["threshold"])
     axes.plot(residual, curve["precision"], label="precision")
     axes.plot(residual, curve["recall"], label="recall")
     axes.axvline(1.0 - threshold, color="grey", linestyle="--", label="threshold in use")
-    axes.set(xscale="log", xlabel="1 - least similarity", ylim=(0.0, 1.02))
+    axes.set(xscale="log", xlabel="1 - minimum similarity", ylim=(0.0, 1.02))
     axes.legend()
     return figure

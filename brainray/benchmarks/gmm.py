@@ -33,11 +33,11 @@ class Size(NamedTuple):
     num_features: int
     num_components: int
     covariance_type: CovarianceType
-    at_least: float  # times faster than scikit-learn
+    at_least: float  # speed-up over scikit-learn
 
     @property
     def iteration(self) -> Work:
-        """Of one: rows are read once, and multiplied twice by what the components are made of."""
+        """Work of an iteration: rows are read once and multiplied twice by the parameters."""
         width = self.num_features if self.covariance_type == "full" else 2
         products = self.num_rows * self.num_components * self.num_features * width
         return Work(4.0 * products, 4.0 * self.num_rows * self.num_features)
@@ -79,7 +79,7 @@ def run(options: CaseOptions) -> BenchmarkResult:
         bounds = {name: found.result for name, found in timed.items()}
         exact = bounds["scikit-learn float64"]
         difference = abs(bounds[OURS] / exact - 1)
-        # A peer that misses the likelihood is none.
+        # A contestant that misses the likelihood does not count.
         peers = [
             name
             for name in timed
@@ -136,7 +136,7 @@ class _Start(NamedTuple):
 
 
 def _start(rows: Matrix, size: Size, seed: int) -> _Start:
-    """Rows as means, equal weights, unit precisions: a start that knows nothing."""
+    """Uninformed start: random rows as means, equal weights, unit precisions."""
     chosen = np.random.default_rng(seed).choice(len(rows), size.num_components, replace=False)
     shape = covariance_shape(size.num_components, size.num_features, size.covariance_type)
     precisions = np.ones(shape)
@@ -149,7 +149,7 @@ def _start(rows: Matrix, size: Size, seed: int) -> _Start:
 def _ours(rows: Matrix, size: Size, start: _Start) -> float:
     tensor = torch.from_numpy(rows)
     mixture = _fitted(tensor, size, start)
-    mixture.predict(tensor)  # as scikit-learn's fit ends with an E-step for it
+    mixture.predict(tensor)  # since scikit-learn's fit ends with such an E-step
     return mixture.lower_bound_
 
 
@@ -184,7 +184,7 @@ def _sklearn(rows: NDArray[np.floating], size: Size, start: _Start) -> float:
 
 
 def _timed_shard(size: Size, seed: int) -> dict[str, float]:
-    """Seconds of a fit of this rank's share of the rows."""
+    """Seconds of a fit, with this rank's share of the rows."""
     rows = embedding_like(size.num_rows, size.num_features, size.num_components, seed)
     start = _start(rows, size, seed)
     keys = torch.arange(len(rows))[dist.rank() :: dist.world_size()].contiguous()

@@ -1,7 +1,8 @@
-"""The intracranial strip against brains that are known, beside METHOD's Otsu strip.
+"""Overlap of the intracranial skull strip with known brains, compared with METHOD's Otsu strip.
 
-``--source DIR`` holds volumes, NAME.nii.gz, each with a mask of its brain, NAME_mask.nii.gz. Heads
-that the atlas was made of would flatter it. Phantoms, which are measured as well, are caricatures.
+``--source DIR`` contains volumes, NAME.nii.gz, each with a mask of its brain, NAME_mask.nii.gz.
+Heads from which the atlas was built would bias the result. Phantoms, which are also measured, are
+only rough approximations.
 """
 
 import time
@@ -21,9 +22,9 @@ from brainray.mri.skull_strip import otsu_mask
 from brainray.mri.slices import ORIENTATIONS, Orientation
 from brainray.report.style import new_figure
 
-_MIN_BRAIN = 0.1  # of the largest brain in the plane: less is the tip of a lobe, or the spinal cord
-_STEP, _QUICK_STEP = 2, 5  # every so manieth slice
-_NUM_PHANTOMS, _NUM_QUICK_PHANTOMS = 20, 8  # in each orientation
+_MIN_BRAIN = 0.1  # of the largest brain in the plane; less is the tip of a lobe or the spinal cord
+_STEP, _QUICK_STEP = 2, 5  # every n-th slice
+_NUM_PHANTOMS, _NUM_QUICK_PHANTOMS = 20, 8  # per orientation
 _PHANTOMS = "phantoms"
 
 
@@ -33,17 +34,17 @@ class _Scored:
     orientation: str
     brain: int  # pixels
     largest: int  # of its head and orientation
-    dice: float  # of what preprocessing keeps: of Otsu's strip where the mask is not trusted
+    dice: float  # of the mask used in preprocessing: Otsu's if the mask is not trusted
     otsu: float
     trusted: bool
     milliseconds: float
 
 
 def run(options: CaseOptions) -> BenchmarkResult:
-    """Mean Dice by head and orientation, how many masks are trusted, the time that a slice takes.
+    """Mean Dice by head and orientation, share of trusted masks, and time per slice.
 
     Raises:
-        DataError: ``--source`` holds no volume with a mask, or they do not fit.
+        DataError: ``--source`` contains no volume with a mask, or they do not match.
     """
     step = _QUICK_STEP if options.quick else _STEP
     scored = []
@@ -79,7 +80,7 @@ def _phantoms(number: int, seed: int, orientation: Orientation) -> Iterator[Refe
 
 
 def _score(head: str, slices: list[ReferenceSlice]) -> list[_Scored]:
-    """Slices of one head and orientation; on one thread, as in preprocessing."""
+    """Score slices of one head and orientation, on one thread as in preprocessing."""
     largest = max((np.count_nonzero(one.brain) for one in slices), default=0)
     scored = []
     with one_thread():
@@ -105,7 +106,7 @@ def _score(head: str, slices: list[ReferenceSlice]) -> list[_Scored]:
 
 
 def _measures_of(scored: list[_Scored]) -> list[Measure]:
-    """Every head counts alike, however many slices it has."""
+    """Measures of the heads, each with the same weight regardless of its number of slices."""
     return [
         *(
             Measure(head, _by_head(its, "dice"), "Dice")
@@ -122,7 +123,7 @@ def _measures_of(scored: list[_Scored]) -> list[Measure]:
 
 
 def _by_head(scored: list[_Scored], figure: str) -> float:
-    """Mean over the heads' means."""
+    """Mean of the means of the heads."""
     heads = _grouped(scored, "head").values()
     return float(np.mean([np.mean([getattr(one, figure) for one in its]) for its in heads]))
 

@@ -34,7 +34,7 @@ class Size(NamedTuple):
 
     @property
     def iteration(self) -> Work:
-        """Of one that passes over no row: each is read once, and multiplied by every centre."""
+        """Work of an iteration: every row is read once and multiplied by every centre."""
         numbers = self.num_rows * self.num_features
         return Work(2.0 * numbers * self.num_clusters, 4.0 * numbers)
 
@@ -45,7 +45,7 @@ class Size(NamedTuple):
 SIZES = (Size(6_000, 512, 4), Size(100_000, 64, 16), Size(1_000_000, 64, 64))
 QUICK_SIZES = (Size(6_000, 512, 4), Size(100_000, 64, 16), Size(200_000, 64, 64))
 COLD_ITERATIONS = 20
-DRIFT = 0.1  # of the noise: how far rows move from one epoch to the next
+DRIFT = 0.1  # movement of rows between epochs, in units of the noise
 MAX_INERTIA_DIFFERENCE = 1e-4
 MIN_SPEEDUP = 1.0
 MIN_RANKS_SPEEDUP = 1.7
@@ -115,7 +115,7 @@ def _contest(
 ) -> tuple[dict[str, float], float]:
     """Seconds of each contestant, and the largest relative difference of inertia to ours.
 
-    As many iterations for all; those that come to rest earlier come to rest at the same.
+    All run the same number of iterations; those that converge earlier converge to the same result.
     """
     timed = side_by_side(
         {
@@ -151,7 +151,7 @@ def _faiss(data: Matrix, centers: Matrix, num_iter: int) -> Matrix:
         len(centers),
         niter=num_iter,
         min_points_per_centroid=1,
-        max_points_per_centroid=len(data),  # all rows, no sample
+        max_points_per_centroid=len(data),  # use all rows
     )
     kmeans.train(data, init_centroids=centers)
     return np.asarray(kmeans.centroids, np.float32)
@@ -168,7 +168,7 @@ def _inertia(data: Matrix, centers: Matrix) -> float:
 
 
 def _timed_shard(size: Size, seed: int) -> dict[str, float]:
-    """Seconds of a fit of this rank's share of the rows."""
+    """Seconds of a fit, with this rank's share of the rows."""
     rows = torch.from_numpy(embedding_like(*size, seed))
     centers = rows[: size.num_clusters].clone()
     keys = torch.arange(len(rows))[dist.rank() :: dist.world_size()].contiguous()

@@ -1,4 +1,4 @@
-"""How accuracy grows with the share of labels, for a recipe and for its control."""
+"""Accuracy by share of labels, for a recipe and its control."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -24,19 +24,19 @@ _NUM_DRAWS = 3
 
 
 def run(options: CaseOptions) -> BenchmarkResult:
-    """Accuracy against the share of labels, the recipe of --config against its control.
+    """Accuracy by share of labels, for the recipe of --config and its control.
 
-    At every share, ``evaluation.num_label_draws`` draws (3, if the config says nothing) are trained
-    on by the recipe and by cross entropy alone, with the same image passes, seeds and labels. All
-    are runs under storage: what is finished is never repeated. Each share's figures are
-    printed when it is done.
+    For every share, the recipe and cross entropy only are trained on
+    ``evaluation.num_label_draws`` label draws (default 3), with the same image passes, seeds and
+    labels. All runs are kept under storage, and finished runs are not repeated. The results of a
+    share are logged when it is done.
 
     Raises:
-        ConfigError: no slices to train on.
+        ConfigError: no slices to train on are given.
     """
     config = options.config
     if options.source is None and config.dataset is None:
-        raise ConfigError("labels needs --source DIR, or --set dataset=NAME with a config")
+        raise ConfigError("labels needs --source DIR, or --config FILE with --set dataset=NAME")
     attach_to_ray()
     name = config.name or "labels"
     config = config.model_copy(
@@ -57,7 +57,7 @@ def run(options: CaseOptions) -> BenchmarkResult:
             if key in metrics:
                 measures.append(Measure(f"{share:.0%} labels: {predictor}", metrics[key]))
         difference = f"difference/test/{SUBSET}/head/accuracy"
-        if difference in metrics:  # not where no test slice is clean
+        if difference in metrics:  # missing if no test slice is clean
             measures.append(
                 Measure(f"{share:.0%} labels: head against the control", metrics[difference])
             )
@@ -66,7 +66,7 @@ def run(options: CaseOptions) -> BenchmarkResult:
 
 
 def _at(config: Config, name: str, share: float, options: CaseOptions) -> Metrics:
-    """Figures over the draws of one share, the control's among them."""
+    """Metrics over the label draws of one share, including the control's."""
     num_draws = _num_draws(config, quick=options.quick)
     split = config.split.model_copy(update={"labelled_fraction": share, "seed": options.seed})
     recipe = f"{name}-{share:g}"
@@ -100,7 +100,7 @@ def _line(share: float, metrics: Metrics) -> str:
     key = f"test/{SUBSET}/head/accuracy"
     return (
         f"{share:.0%} labels, {SUBSET} test slices: head {mean_and_deviation(metrics, key)}, "
-        f"control's head {metrics.get(f'control/{key}', math.nan):.3f}"
+        f"head of the control {metrics.get(f'control/{key}', math.nan):.3f}"
     )
 
 

@@ -1,8 +1,8 @@
-"""What to label next, simulated: chosen labels against as many random ones, as users would work.
+"""Simulated active learning: slices proposed by ``jobs/label.py`` against random slices.
 
-Slices start with few labels. A run is trained, ``jobs/label.py``'s choice is made, the chosen
-slices get their true labels in the labels table, and a new run is trained on that; another gets
-labels of slices drawn at random. Test figures are read at the end, and choose nothing.
+Slices start with few labels. A run is trained, ``jobs/label.py`` proposes slices, these get their
+true labels in the labels table, and a new run is trained. Another run gets labels for the same
+number of random slices. Test metrics are only read at the end.
 """
 
 import csv
@@ -34,12 +34,12 @@ _SUBSETS = ("all", "clean")
 
 @dataclass(frozen=True)
 class _Size:
-    """How large a simulation is."""
+    """Size of a simulation."""
 
-    num_initial: int  # labels at first
-    num_added: int  # labels that are chosen, or drawn
+    num_initial: int  # initial labels
+    num_added: int  # labels added, proposed or random
     num_draws: int
-    settings: dict[str, Any]  # by dotted key, over those of --config
+    settings: dict[str, Any]  # by dotted key; they override --config
 
 
 _FULL = _Size(200, 200, 3, {})
@@ -62,12 +62,12 @@ _NUM_PHANTOMS = (60, 40)  # of each class, for training and for testing
 
 
 def run(options: CaseOptions) -> BenchmarkResult:
-    """Accuracy after labelling what jobs/label.py proposes, against random slices.
+    """Accuracy after labelling the proposals of jobs/label.py against random slices.
 
-    Three draws of 200 first labels, and 200 more in either way, trained with the settings of
-    --config; with ``quick`` one draw of 40, few epochs and small slices. ``source`` has
-    ``Training/`` and ``Testing/`` class folders; without one, phantoms. All runs are kept under
-    storage: what is finished is never repeated.
+    Three label draws with 200 initial and 200 added labels, trained with the settings of --config;
+    with ``quick`` one draw with 40 labels, few epochs and small slices. ``source`` has
+    ``Training/`` and ``Testing/`` class folders; without it, phantoms are used. All runs are kept
+    under storage, and finished runs are not repeated.
     """
     attach_to_ray()
     size = _QUICK if options.quick else _FULL
@@ -93,7 +93,7 @@ def run(options: CaseOptions) -> BenchmarkResult:
 
 
 class _Simulation:
-    """One draw of first labels, and what comes of adding more in either way."""
+    """One draw of initial labels, to which proposed or random ones are added."""
 
     def __init__(
         self, folder: Path, source: Path, size: _Size, options: CaseOptions, seed: int
@@ -105,7 +105,7 @@ class _Simulation:
         self.training = sorted(path for path, (_, split) in self.truth.items() if split != TEST)
 
     def run(self) -> dict[str, dict[str, float]]:
-        """Test figures by arm: at first, with random labels, with chosen ones."""
+        """Test metrics by arm: initial labels, with random labels added, with proposed ones."""
         rng = np.random.default_rng(self.seed)
         first = self._first(rng)
         config = self._config("first")
@@ -114,7 +114,7 @@ class _Simulation:
             config.model_copy(update={"run": config.name}), lambda _: None
         ).table
         seen = (Folder(self.storage) / layout.RUNS / str(config.name)).read_table(layout.SEEN)
-        # The same slices that the choice was made among: byte-identical copies are not.
+        # The same pool as for the proposals, which has no byte-identical copies.
         pool = sorted(seen.filter(pc.equal(seen["role"], UNLABELLED_ROLE))["path"].to_pylist())
         drawn = rng.choice(pool, self.size.num_added, replace=False).tolist()
         added = {"random": drawn, "chosen": chosen["path"].to_pylist()}
@@ -123,7 +123,7 @@ class _Simulation:
         return figures
 
     def _first(self, rng: np.random.Generator) -> list[str]:
-        """As many slices of each class, at random."""
+        """Random slices, the same number of each class."""
         classes = sorted({str(self.truth[path][0]) for path in self.training})
         each = self.size.num_initial // len(classes)
         chosen: list[str] = []
@@ -167,7 +167,7 @@ class _Simulation:
 
 
 def _measures(draws: Sequence[dict[str, dict[str, float]]]) -> list[Measure]:
-    """Means over the draws; the lead of chosen over random labels should be positive."""
+    """Means over the draws; the lead of proposed over random labels should be positive."""
     measures = []
     for subset in _SUBSETS:
         for figure in _FIGURES:

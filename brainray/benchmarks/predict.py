@@ -1,4 +1,4 @@
-"""Prediction on Ray Data against the bare model, and against what decoding and it allow."""
+"""Prediction on Ray Data against the bare model and the limit set by decoding and the model."""
 
 import os
 import tempfile
@@ -46,14 +46,14 @@ _NUM_CLASSES = 4
 def run(options: CaseOptions) -> BenchmarkResult:
     """Images per second of prediction, on decoded slices and on files, against plain loops.
 
-    Rates of Ray Data are marginal: of what the whole set takes longer than a quarter of it (medians
-    of three times), so that the start of Ray's processes, told apart, does not count.
+    Rates of Ray Data are marginal: they come from the difference in time between the whole set and
+    a quarter of it (medians of three). The start of Ray's processes is reported separately.
     """
     attach_to_ray()
     each = 300 if options.quick else 1500
     with tempfile.TemporaryDirectory(prefix="brainray-benchmark-") as temporary:
         storage = Path(temporary)
-        options.log(f"drawing {_NUM_CLASSES * each} phantoms of {SIDE} x {SIDE}")
+        options.log(f"generating {_NUM_CLASSES * each} phantoms of {SIDE} x {SIDE}")
         config = _config(storage, options.seed)
         quarter, store = (
             _store(config, storage / name, num_slices, options)
@@ -82,7 +82,7 @@ def run(options: CaseOptions) -> BenchmarkResult:
             partial(_predict_files, files, config, predictor),
         )
     cores = len(os.sched_getaffinity(0))
-    # On a GPU the slower of the two bounds; without one they share the cores.
+    # With a GPU, the slower of the two is the limit; without one, they share the cores.
     together = 1 / (1 / (cores * decode_rate) + 1 / embed_rate)
     limit = together if device == "cpu" else min(cores * decode_rate, embed_rate)
     return BenchmarkResult(
@@ -129,7 +129,7 @@ def _config(storage: Path, seed: int) -> Config:
 
 
 def _store(config: Config, source: Path, each: int, options: CaseOptions) -> ImageStore:
-    """Of so many phantoms of each class."""
+    """An image store with ``each`` phantoms of each class."""
     write_phantoms(
         source,
         num_training_per_class=each,
@@ -142,12 +142,12 @@ def _store(config: Config, source: Path, each: int, options: CaseOptions) -> Ima
 
 
 def _spread(files: list[SourceFile], count: int) -> list[SourceFile]:
-    """So many of them, of all classes, which differ in what they cost."""
+    """``count`` files, evenly spaced because classes differ in cost."""
     return files[:: max(1, len(files) // count)][:count]
 
 
 def _decode_rate(files: list[SourceFile], config: Config, predictor: Predictor) -> float:
-    """Files per second of one process on one thread."""
+    """Files decoded per second by one process on one thread."""
     source = Folder(str(config.source))
     with one_thread():
         started = time.perf_counter()
@@ -159,8 +159,8 @@ def _decode_rate(files: list[SourceFile], config: Config, predictor: Predictor) 
 
 
 def _embed_rate(store: ImageStore, predictor: Predictor) -> tuple[float, float, str]:
-    """Slices per second of the bare model in a plain loop on all threads, from memory; how many
-    times as fast our embedding is, in turns; and the device.
+    """Slices per second of the bare model in a plain loop on all threads, from memory; the speed-up
+    of our embedding over it; and the device.
     """
     use_all_threads()
     model = SliceModel(predictor.checkpoint)
@@ -178,7 +178,7 @@ def _embed_rate(store: ImageStore, predictor: Predictor) -> tuple[float, float, 
                 model.encoder(scale.standardise(scale.to_unit(batch))).logits
                 for batch in images.split(batch_size)
             ]
-        return torch.cat(logits).sum().item()  # on a GPU, waits for it
+        return torch.cat(logits).sum().item()  # synchronises a GPU
 
     def ours() -> float:
         output = embed(
@@ -202,7 +202,7 @@ def _training_ids(store: ImageStore) -> list[str]:
 
 
 def _marginal(some: Callable[[], int], all_of_them: Callable[[], int]) -> tuple[float, float]:
-    """(slices per second beyond the start, seconds of the start), from a part and the whole."""
+    """(slices per second without start-up, seconds of start-up), from a part and the whole."""
     timed = side_by_side({"some": some, "all": all_of_them}, rounds=3, warm_up=False)
     some_of_them, everything = timed["some"], timed["all"]
     rate = (everything.result - some_of_them.result) / (everything.seconds - some_of_them.seconds)

@@ -1,4 +1,4 @@
-"""Preprocessing on Ray Data against one plain loop of the same functions."""
+"""Preprocessing on Ray Data against a plain loop of the same functions."""
 
 import multiprocessing
 import os
@@ -46,13 +46,13 @@ MIN_STRIP_SPEEDUP = 2.0
 MIN_STRIP_IOU = 0.995
 
 _LOOP_FILES = 1000
-_LOOP_ROUNDS = 3  # before the jobs, and as many after them
+_LOOP_ROUNDS = 3  # before the jobs and again after them
 _ROWS_PER_PART = 128
-_RAY_STARTS_S = 10.0  # its dashboard imports on after `ray.init`; a cluster that is up has done so
+_RAY_STARTS_S = 10.0  # the dashboard keeps importing after `ray.init`; a running cluster is done
 
 
 def run(options: CaseOptions) -> BenchmarkResult:
-    """Ray Data's images per second, memory, and the skull strip, against plain loops."""
+    """Throughput and memory of Ray Data, and the skull strip, against plain loops."""
     num_timed, sizes = (2000, (500, 4000)) if options.quick else (20_000, (5000, 40_000))
     rng = np.random.default_rng(options.seed)
     with tempfile.TemporaryDirectory(prefix="brainray-benchmark-") as temporary:
@@ -68,7 +68,7 @@ def run(options: CaseOptions) -> BenchmarkResult:
         options.log("the plain loop")
         loop_rates = _loop_rates(files, folder / "before")
         cores = len(os.sched_getaffinity(0))
-        options.log(f"{cores} plain loops side by side")
+        options.log(f"{cores} plain loops in parallel")
         side_by_side = _loops_side_by_side(files, folder / "beside", cores)
         profile = _profile(files[:200], folder / "profile")
         runs = {}
@@ -112,14 +112,14 @@ def run(options: CaseOptions) -> BenchmarkResult:
         "side": SIDE,
     }
     for stage, milliseconds in profile.items():
-        options.log(f"  {stage:<10} {milliseconds:6.2f} ms a slice")
+        options.log(f"  {stage:<10} {milliseconds:6.2f} ms per slice")
     return BenchmarkResult(measures, details, _figure(profile))
 
 
 def _write_slices(
     folder: Path, slices: list[NDArray[np.uint8]], count: int, rng: np.random.Generator
 ) -> list[Path]:
-    """Real slices enlarged and each perturbed, so that no two are copies."""
+    """Write enlarged real slices, each perturbed so that no two are copies."""
     folder.mkdir(parents=True)
     files = []
     for number in range(count):
@@ -142,15 +142,15 @@ def _settings(source: Path, storage: Path) -> Config:
 
 
 def _loop_rates(files: list[Path], out: Path) -> list[float]:
-    """Of the plain loop, several times: what a machine does by the way must not slow the peer."""
+    """Several rates of the plain loop, so that other load on the machine does not distort them."""
     chosen = files[:_LOOP_FILES]
     return [_plain_loop(chosen, out / str(number)) for number in range(_LOOP_ROUNDS)]
 
 
 def _loops_side_by_side(files: list[Path], out: Path, num_loops: int) -> float:
-    """Images per second of so many plain loops together, each a process with files of its own.
+    """Images per second of ``num_loops`` parallel plain loops, each a process with its own files.
 
-    They share memory, cache and clock, and nothing else: no scheduler makes more of the cores.
+    They share only memory, caches and clock, so no scheduler can get more out of the cores.
     """
     chosen = files[: num_loops * _LOOP_FILES]
     shares = [chosen[number::num_loops] for number in range(num_loops)]
@@ -165,7 +165,7 @@ def _numbered(folder: Path, count: int) -> list[Path]:
 
 
 def _plain_loop(files: list[Path], out: Path) -> float:
-    """Images per second of one process on one thread: read, preprocess and write."""
+    """Images per second of reading, preprocessing and writing in one process with one thread."""
     config = _settings(files[0].parent, out).preprocess
     source, target = Folder(files[0].parent), Folder(out)
     with one_thread():
@@ -182,7 +182,7 @@ def _plain_loop(files: list[Path], out: Path) -> float:
 
 
 def _profile(files: list[Path], out: Path) -> dict[str, float]:
-    """Milliseconds a slice of each stage, on one thread."""
+    """Milliseconds per slice of each stage, on one thread."""
     config = _settings(files[0].parent, out)
     options = decode_options(config.preprocess, SALT)
     spent: dict[str, float] = defaultdict(float)
@@ -210,7 +210,7 @@ def _profile(files: list[Path], out: Path) -> dict[str, float]:
 
 
 def _strip_against_opencv(files: list[Path]) -> tuple[float, float]:
-    """(times faster, least IoU) of our ``otsu`` strip against the straightforward one."""
+    """(speed-up, minimum IoU) of our ``otsu`` strip against the straightforward one."""
     options = decode_options(_settings(files[0].parent, files[0].parent).preprocess, SALT)
     ours, theirs, overlaps = [], [], []
     with one_thread():
@@ -228,7 +228,7 @@ def _strip_against_opencv(files: list[Path]) -> tuple[float, float]:
 
 
 def straightforward_otsu_mask(image: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """METHOD A, step 3, as one writes it down with OpenCV: the peer of ``otsu_mask``."""
+    """METHOD A, step 3, written directly with OpenCV: the peer of ``otsu_mask``."""
     side = 2 * KERNEL_RADIUS + 1
     kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (side, side))
     blurred = cv2.GaussianBlur(image, (0, 0), BLUR_SIGMA)
@@ -243,7 +243,7 @@ def straightforward_otsu_mask(image: NDArray[np.uint8]) -> NDArray[np.bool_]:
 
 
 def _ray_job(source: Path, storage: Path) -> dict[str, Any]:
-    """Stages' seconds and peak memory of the job in a process and on a Ray of its own."""
+    """Seconds by stage and peak memory of the job in its own process and Ray cluster."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_preprocess_alone, args=(source, storage, sender))
@@ -264,13 +264,13 @@ def _preprocess_alone(source: Path, storage: Path, sender: Any) -> None:
 
 
 def _proportional_bytes(pid: int | None) -> int:
-    """Memory of a process and all below it, shared pages counted once."""
+    """Memory of a process and its descendants, counting shared pages once."""
     total = 0
     root = psutil.Process(pid)
     for process in [root, *root.children(recursive=True)]:
         try:
             total += process.memory_full_info().pss
-        except psutil.Error:  # it has just ended
+        except psutil.Error:  # the process has just ended
             continue
     return total
 
@@ -280,6 +280,6 @@ def _figure(profile: dict[str, float]) -> Any:
     axes = figure.subplots()
     axes.barh(list(profile), list(profile.values()), color=BLUE)
     axes.invert_yaxis()
-    axes.set_xlabel(f"milliseconds a slice of {SIDE} x {SIDE}, one thread")
-    axes.set_title("Where preprocessing spends its time")
+    axes.set_xlabel(f"milliseconds per slice of {SIDE} x {SIDE}, one thread")
+    axes.set_title("Preprocessing time by stage")
     return figure

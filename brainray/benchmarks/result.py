@@ -1,4 +1,4 @@
-"""What a benchmark case is given, and returns: figures with their targets, details, a plot."""
+"""Options and results of a benchmark case: measures with targets, details, a plot."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,19 +14,19 @@ from brainray.report.table import markdown_table
 
 @dataclass(frozen=True)
 class CaseOptions:
-    """What the command line says; a case reads what concerns it."""
+    """Command line options; a case uses those that it needs."""
 
     quick: bool  # smaller sizes, under 5 minutes
-    source: Path | None  # folder of real slices; phantoms or drawn rows where None
-    seed: int  # of all that is drawn
-    storage: Path  # where runs that a case makes are kept
-    config: Config  # of --config and --set, for cases that train
+    source: Path | None  # folder of real slices; phantoms or random rows if None
+    seed: int  # of everything random
+    storage: Path  # where runs of the case are kept
+    config: Config  # from --config and --set, for cases that train
     log: Log
 
 
 @dataclass(frozen=True)
 class Measure:
-    """One figure, and the target that it must reach where it has one."""
+    """A measured value, with its target if it has one."""
 
     name: str
     value: float
@@ -36,14 +36,14 @@ class Measure:
 
     @property
     def target(self) -> str:
-        """The bound in words; empty where there is none."""
+        """The bound as text; empty if there is none."""
         if self.at_least is not None:
             return f">= {self.at_least:g}"
         return "" if self.at_most is None else f"<= {self.at_most:g}"
 
     @property
     def verdict(self) -> str:
-        """``met``, ``missed``, or empty where there is no target."""
+        """``met``, ``missed``, or empty if there is no target."""
         if self.at_least is not None:
             return "met" if self.value >= self.at_least else "missed"
         if self.at_most is not None:
@@ -53,16 +53,16 @@ class Measure:
 
 @dataclass(frozen=True)
 class BenchmarkResult:
-    """What one case measured."""
+    """Result of a case."""
 
     measures: Sequence[Measure]
     details: dict[str, Any] = field(default_factory=dict)  # plain JSON: curves, settings, counts
     figure: Figure | None = None
-    report: str | None = None  # more than the measures, as Markdown
+    report: str | None = None  # Markdown, in addition to the measures
 
 
 def measures_table(measures: Sequence[Measure]) -> str:
-    """The measures as a Markdown table that also reads well as plain text."""
+    """The measures as a Markdown table that is also readable as plain text."""
     header = ["measure", "unit", "target", "verdict", "value"]
     rows = [
         [item.name, item.unit, item.target, item.verdict, f"{item.value:.4g}"] for item in measures

@@ -1,4 +1,4 @@
-"""What a run, and its control, get right when scans come from elsewhere: altered test slices."""
+"""Accuracy of a run and its control on test slices altered as if from other scanners."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -43,16 +43,16 @@ _MEAN = "mean of the altered ones"
 
 
 def run(options: CaseOptions) -> BenchmarkResult:
-    """Accuracy of a run, beside its control, on test slices as other scanners may give them.
+    """Accuracy of a run, and of its control, on test slices altered as if from other scanners.
 
-    --set run=NAME, and evaluation.control=NAME to compare. Every test slice of --source is altered
-    in one way at a time, and goes through prediction's own path. ``clean`` is relative to what the
-    run saw, and tells of the slice before it is altered.
+    Needs --set run=NAME, and evaluation.control=NAME for a comparison. Every test slice of --source
+    is altered in one way at a time and passes through the code of prediction. ``clean`` is relative
+    to the slices that the run saw, and refers to the slice before it is altered.
 
     Raises:
-        ConfigError: no run, or no slices.
-        DataError: no such run, or no slice with a class to score.
-        CheckpointError: a run without a checkpoint.
+        ConfigError: no run or no slices are given.
+        DataError: the run does not exist, or no slice has a class to score.
+        CheckpointError: the run has no checkpoint.
     """
     config = options.config.model_copy(update={"storage": str(options.storage)})
     if options.source is None or config.run is None:
@@ -93,8 +93,8 @@ def run(options: CaseOptions) -> BenchmarkResult:
 
 
 def _test_slices(options: CaseOptions, predictor: Predictor) -> list[tuple[SourceFile, Image]]:
-    """What the run is tested on, where the source holds it, else the source's own test part, or all
-    of a source that has none and that the run has never seen; one slice a file.
+    """Test slices, one per file: the run's own if they are in the source, else the test split of
+    the source, else all of it.
     """
     source = Folder(str(options.source))
     table = None if options.config.labels is None else Folder(options.config.labels)
@@ -116,12 +116,14 @@ def _test_slices(options: CaseOptions, predictor: Predictor) -> list[tuple[Sourc
             continue
         slices += [(file, part.image) for part in decoded[:1]]
     if not slices:
-        raise DataError(f"{options.source} holds no slice of the run's classes to score")
+        raise DataError(
+            f"{options.source} contains no slice of the run's classes: give a folder that does"
+        )
     return slices
 
 
 def _clean(slices: Sequence[tuple[SourceFile, Image]], predictor: Predictor) -> set[str]:
-    """Paths; none where a run has kept no fingerprints of what it saw."""
+    """Paths of clean slices; empty if the run has no fingerprints of the slices that it saw."""
     seen = fingerprints_of_seen(predictor.run_folder)
     if seen is None:
         return set()
@@ -135,7 +137,7 @@ def _png(image: Image) -> bytes:
 
 
 def _decoded(files: Sequence[tuple[SourceFile, bytes]], predictor: Predictor) -> pa.Table:
-    """``DECODED`` rows of those files that can be used."""
+    """``DECODED`` rows of the files that are usable."""
     rows = []
     for file, content in files:
         rows += decode_to_predict(file, partial(bytes, content), predictor.preprocess, SALT)
@@ -144,7 +146,7 @@ def _decoded(files: Sequence[tuple[SourceFile, bytes]], predictor: Predictor) ->
 
 
 def _accuracies(predictions: pa.Table, num_slices: int, clean: set[str]) -> dict[str, float]:
-    """A slice that can no longer be used counts as wrong."""
+    """Accuracies by subset and predictor; a slice that is no longer usable counts as wrong."""
     subsets = {"all": (predictions, num_slices)}
     if clean:
         is_clean = pc.is_in(predictions["path"], pa.array(sorted(clean)))
@@ -225,7 +227,7 @@ def _noisy(image: Image, rng: np.random.Generator) -> Image:
 
 
 def _equalised(image: Image, rng: np.random.Generator) -> Image:
-    """CLAHE (Zuiderveld 1994), as viewers and teaching collections brighten what is dark."""
+    """CLAHE (Zuiderveld 1994), used by viewers and teaching collections to brighten dark areas."""
     return np.asarray(cv2.createCLAHE(clipLimit=2.0, tileGridSize=(8, 8)).apply(image), np.uint8)
 
 
@@ -244,4 +246,4 @@ ALTERATIONS: dict[str, Callable[[Image, np.random.Generator], Image]] = {
     "blurred": _blurred,
     "noisy": _noisy,
 }
-"""What is done to a slice before it is preprocessed."""
+"""Alterations of a slice before preprocessing."""

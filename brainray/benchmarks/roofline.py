@@ -1,4 +1,4 @@
-"""What this machine could do at best: work in FLOPs and bytes against its measured peaks."""
+"""Roofline model of this machine: work in FLOPs and bytes against measured peaks."""
 
 import statistics
 import time
@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-_PRODUCT_SIDE = 2048  # of the square matrices whose product gives the arithmetic peak
-_READ_BYTES = 2**28  # more than any cache holds
+_PRODUCT_SIDE = 2048  # of the square matrices multiplied to measure the arithmetic peak
+_READ_BYTES = 2**28  # larger than any cache
 _ROUNDS = 5
 
 
 @dataclass(frozen=True)
 class Work:
-    """What must be done at least, however it is programmed."""
+    """Minimum work of a computation, regardless of its implementation."""
 
     flops: float
     num_bytes: float  # to and from memory
@@ -25,27 +25,27 @@ class Work:
 
 @dataclass(frozen=True)
 class Peaks:
-    """What the fastest dense product, and reading memory, reach here with this many threads."""
+    """Peaks of dense matrix products and of reading memory with the current number of threads."""
 
     flops_per_s: float
     bytes_per_s: float
 
     def seconds(self, work: Work) -> float:
-        """The roofline (Williams et al. 2009): no program is faster than its slower resource.
+        """Lower bound of the time by the roofline model (Williams et al. 2009).
 
-        Bytes are taken to come from memory: what stays in a cache from one pass to the next may
-        be read faster than this.
+        All bytes are assumed to come from memory; data that stay in a cache between passes may be
+        read faster.
         """
         return max(work.flops / self.flops_per_s, work.num_bytes / self.bytes_per_s)
 
     def limit(self, work: Work) -> str:
-        """Which resource that is: ``arithmetic`` or ``memory``."""
+        """The limiting resource: ``arithmetic`` or ``memory``."""
         by_arithmetic = work.flops / self.flops_per_s > work.num_bytes / self.bytes_per_s
         return "arithmetic" if by_arithmetic else "memory"
 
 
 def measured_peaks(dtype: torch.dtype, device: torch.device) -> Peaks:
-    """The median of five products of 2,048-square matrices, and of five sums over 256 MiB."""
+    """Medians of five products of 2,048 x 2,048 matrices and of five sums over 256 MiB."""
     left = torch.randn(_PRODUCT_SIDE, _PRODUCT_SIDE, device=device).to(dtype)
     right = left.T.contiguous()
     product_s = _median_seconds(lambda: left @ right, device)
@@ -55,10 +55,10 @@ def measured_peaks(dtype: torch.dtype, device: torch.device) -> Peaks:
 
 
 def training_work(model: nn.Module, images: Tensor, bytes_per_number: int) -> Work:
-    """Of one forward and backward pass.
+    """Work of a forward and backward pass.
 
-    Every layer without layers of its own reads its input and writes its output once, and moves
-    twice as much in the backward pass.
+    Every leaf layer reads its input and writes its output once, and moves twice as much in the
+    backward pass.
     """
     moved = 0
 
@@ -86,4 +86,4 @@ def _median_seconds(work: Callable[[], Tensor], device: torch.device) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds[1:])  # the first one warms up
+    return statistics.median(seconds[1:])  # without the warm-up

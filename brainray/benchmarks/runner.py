@@ -1,4 +1,4 @@
-"""Running a case of ``jobs/benchmark.py``, and what is done with its result."""
+"""Runs a case of ``jobs/benchmark.py`` and saves its result."""
 
 from argparse import Namespace
 from collections.abc import Callable
@@ -22,7 +22,7 @@ def load_case(name: str) -> Case:
 
 
 def run_case(arguments: Namespace, config: Config) -> JobResult:
-    """Run one case, print its table, and keep the result under ``storage/benchmarks/CASE``."""
+    """Run a case, print its table, and save the result under ``storage/benchmarks/CASE``."""
     source = None if arguments.source is None else Path(arguments.source).expanduser().absolute()
     if source is not None and not source.is_dir():
         raise DataError(f"no such folder: --source {source}")

@@ -1,4 +1,4 @@
-"""What is measured on: real slices where a folder is given, else phantoms; drawn embeddings."""
+"""Data for benchmarks: slices from a folder, else phantoms; random embeddings."""
 
 from pathlib import Path
 
@@ -12,15 +12,15 @@ from brainray.mri.phantom import CLASSES, make_slice
 SALT = b"plain images name no subjects"
 
 _NUM_PHANTOMS = 200
-_SEPARATION = 0.4  # of the clusters' noise, in each feature
+_SEPARATION = 0.4  # spread of the centres per feature, in units of the noise
 _SUFFIXES = {".jpg", ".jpeg", ".png"}
 
 
 def load_slices(source: Path | None, seed: int, limit: int = 2000) -> list[NDArray[np.uint8]]:
-    """Grayscale slices (H, W) in random order: at most ``limit`` of the folder's, or phantoms.
+    """Greyscale slices (H, W) in random order: at most ``limit`` from the folder, or phantoms.
 
     Raises:
-        DataError: the folder holds no JPEG or PNG.
+        DataError: the folder contains no JPEG or PNG.
     """
     rng = np.random.default_rng(seed)
     if source is None:
@@ -29,14 +29,14 @@ def load_slices(source: Path | None, seed: int, limit: int = 2000) -> list[NDArr
         ]
     files = sorted(path for path in source.rglob("*") if path.suffix.lower() in _SUFFIXES)
     if not files:
-        raise DataError(f"{source} holds no JPEG or PNG: give a folder of slices")
+        raise DataError(f"{source} contains no JPEG or PNG: give a folder of slices")
     chosen = rng.permutation(len(files))[:limit]
     images = [cv2.imread(str(files[row]), cv2.IMREAD_GRAYSCALE) for row in chosen]
     return [np.asarray(image, dtype=np.uint8) for image in images if image is not None]
 
 
 def perturbed(image: NDArray[np.uint8], side: int, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """The slice at (side, side), rotated, shifted and shaded enough to be no copy of itself."""
+    """The slice at (side, side), rotated, shifted and shaded too much to count as a copy."""
     enlarged = cv2.resize(image, (side, side), interpolation=cv2.INTER_LINEAR)
     turn = cv2.getRotationMatrix2D(
         (side / 2, side / 2), rng.uniform(-15.0, 15.0), rng.uniform(0.85, 1.1)

@@ -1,9 +1,9 @@
-"""A cost model: what each stage takes here, and what that says of clusters nobody has here.
+"""A cost model: measured time of each stage, extrapolated to runs on large clusters.
 
-Every stage is timed at four sizes or more, a line through the amount of its work is fitted, and the
-line is checked at a size that it has not seen. Two large runs are then reckoned: files and the
-silhouette from the lines found here, all else from counted work and assumed rates of GPUs, networks
-and the search for copies, each with its source and marked as unmeasured.
+Every stage is timed at four or more sizes, a line is fitted to time against work, and the line is
+checked at a held-out size. Two large runs are then estimated: file preprocessing and the silhouette
+from the fitted lines, everything else from counted work and assumed rates of GPUs, networks and the
+search for duplicates, each with its source and marked as unmeasured.
 """
 
 import math
@@ -54,7 +54,7 @@ _FILES = f"preprocess {_NUM_FILES} files"
 
 
 class Size(NamedTuple):
-    """What a stage's time depends on; a stage reads what concerns it."""
+    """Parameters of a stage's time; a stage uses those that it needs."""
 
     rows: int = 0
     side: int = 0  # pixels
@@ -64,29 +64,29 @@ class Size(NamedTuple):
 
 @dataclass(frozen=True)
 class Stage:
-    """Something that is timed: seconds = fixed + rate * work(size)."""
+    """A timed stage, modelled as seconds = fixed + rate * work(size)."""
 
     name: str
     unit: str  # of the work
     work: Callable[[Size], float]
-    prepare: Callable[[Size], Callable[[], object]]  # what is timed, made ready
+    prepare: Callable[[Size], Callable[[], object]]  # returns the callable to time
     sizes: Sequence[Size]
     held_out: Size
-    rounds: int = 4  # over all sizes, so that none has a slow minute to itself; the fastest counts
+    rounds: int = 4  # over all sizes, so that other load hits all alike; the fastest counts
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A stage's line, and how far it is off at the size held out."""
+    """The fitted line of a stage, and its error at the held-out size."""
 
     fixed_s: float
-    rate_s: float  # seconds for a unit of work
+    rate_s: float  # seconds per unit of work
     error: float  # relative, absolute value
-    points: list[tuple[float, float]]  # (work, seconds), the one held out last
+    points: list[tuple[float, float]]  # (work, seconds), the held-out one last
 
 
 class Rate(NamedTuple):
-    """An assumption about hardware that is not here."""
+    """An assumption about hardware that is not available here."""
 
     value: float
     unit: str
@@ -98,22 +98,22 @@ ASSUMED = {
     "gpu_fp64": Rate(9.7e12, "FLOP/s", "NVIDIA A100 data sheet, fp64 peak"),
     "utilisation": Rate(0.25, "of peak", "assumption: small convolutions reach a quarter"),
     "network": Rate(12.5e9, "B/s", "assumption: 100 Gbit/s between nodes"),
-    "latency": Rate(50e-6, "s", "assumption: of one collective over nodes"),
-    "node_cpus": Rate(96, "CPUs", "assumption: with 8 GPUs each"),
-    "cpu_efficiency": Rate(0.5, "of perfect", "assumption: of many CPUs at work together"),
-    "search_copies": Rate(2.9e-3, "CPU s", "a slice of 500,000 here, by the benchmark duplicates"),
+    "latency": Rate(50e-6, "s", "assumption: one collective between nodes"),
+    "node_cpus": Rate(96, "CPUs", "assumption: per node of 8 GPUs"),
+    "cpu_efficiency": Rate(0.5, "of ideal", "assumption: many CPUs working in parallel"),
+    "search_copies": Rate(2.9e-3, "CPU s", "per slice of 500,000, from benchmark duplicates"),
     "gpu_hour": Rate(2.5, "USD", "assumption: on-demand price of one such GPU"),
 }
 
 
 def run(options: CaseOptions) -> BenchmarkResult:
-    """Time of each stage against its work, checked at an unseen size, carried to large runs."""
+    """Time of each stage by work, checked at an unseen size and extrapolated to large runs."""
     fits: dict[str, Fit] = {}
     measures = []
     stages = _stages(options.quick, options.seed)
     for stage in stages:
         fits[stage.name] = fit = _fit(stage)
-        options.log(f"{stage.name}: off by {fit.error:.1%} at the size held out")
+        options.log(f"{stage.name}: error {fit.error:.1%} at the held-out size")
         measures += [
             Measure(f"{stage.name}: error at an unseen size", fit.error, at_most=MAX_ERROR),
             Measure(f"{stage.name}: rate", fit.rate_s, f"s/{stage.unit}"),
@@ -157,7 +157,7 @@ def _stages(quick: bool, seed: int) -> list[Stage]:
             "pixel",
             lambda size: _NUM_FILES * size.side**2,
             partial(_prepare_files, seed=seed),
-            # Smaller ones are enlarged for the store, by other means.
+            # Smaller ones are enlarged for the store, with a different interpolation.
             [Size(side=side) for side in (256, 320, 384, 512, 768)],
             Size(side=448),
         ),
@@ -166,7 +166,7 @@ def _stages(quick: bool, seed: int) -> list[Stage]:
             "slice",
             lambda size: size.rows,
             partial(_prepare_duplicates, seed=seed),
-            # Fewer than 8,192 are all compared with each other: another law, and no matter.
+            # Fewer than 8,192 are all compared with each other, which scales differently.
             [
                 Size(count)
                 for count in ((9_000, 10_000, 11_000, 12_000) if quick else _FINGERPRINTS)
@@ -221,7 +221,7 @@ def _stages(quick: bool, seed: int) -> list[Stage]:
 
 
 def _fit(stage: Stage) -> Fit:
-    """Least squares of relative errors, neither part negative."""
+    """Non-negative least squares of the relative errors."""
     works = {size: stage.prepare(size) for size in (*stage.sizes, stage.held_out)}
     rounds = [{size: _seconds(work) for size, work in works.items()} for _ in range(stage.rounds)]
     seconds = {size: min(found[size] for found in rounds) for size in works}
@@ -265,7 +265,7 @@ def _prepare_duplicates(size: Size, seed: int) -> Callable[[], object]:
 
 @cache
 def _fingerprint(number: int, seed: int) -> NDArray[np.uint8]:
-    """(9216,) of one of a row of slices, of which always so many look alike."""
+    """(9216,) fingerprint of a slice; groups of ``_NUM_ALIKE`` consecutive slices look alike."""
     rng = np.random.default_rng([seed, number])
     phantom = _phantom(number // _NUM_ALIKE, seed)
     return thumbnail(perturbed(phantom, phantom.shape[0], rng)).ravel()
@@ -347,7 +347,7 @@ def _drawn(num_features: int, num_clusters: int, seed: int) -> torch.Tensor:
 
 
 def _rows(size: Size, seed: int) -> torch.Tensor:
-    """The first of one draw: whatever their number, the same clusters from the same start."""
+    """The first rows of one random set, so that all sizes share their clusters and start."""
     return _drawn(size.features, size.clusters, seed)[: size.rows]
 
 
@@ -359,7 +359,7 @@ def _prepare_silhouette(size: Size, seed: int) -> Callable[[], object]:
 
 @cache
 def _forward_flops(side: int) -> float:
-    """Of one slice through the encoder, counted by torch."""
+    """FLOPs of a forward pass of one slice, counted by torch."""
     encoder = Encoder("resnet18", NUM_CLASSES).eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         encoder(torch.zeros(1, 1, side, side))
@@ -367,28 +367,28 @@ def _forward_flops(side: int) -> float:
 
 
 class Plan(NamedTuple):
-    """A run that nobody has made: slices of 256 px, on nodes of 8 GPUs each."""
+    """A hypothetical run: slices of 256 px, on nodes of 8 GPUs each."""
 
     num_slices: int
     num_gpus: int
     side: int = 256  # pixels
     num_clusters: int = 16
-    iterations: int = 20  # of K-means and of the mixture, each epoch
+    iterations: int = 20  # of K-means and of the mixture in each epoch
     num_epochs: int = 20
-    batch: int = 256  # slices of a step on each GPU
+    batch: int = 256  # slices per step on each GPU
 
     def __str__(self) -> str:
         return f"{self.num_slices:,} slices on {self.num_gpus} GPUs"
 
     def costs(self, fits: dict[str, Fit]) -> dict[str, float]:
-        """Seconds by stage, bytes by place, and dollars; rates of GPUs and networks assumed."""
+        """Seconds by stage, memory by location and cost in dollars, with the assumed rates."""
         mine = self.num_slices / self.num_gpus
         tensor_rate = ASSUMED["gpu_bf16"].value * ASSUMED["utilisation"].value
         double_rate = ASSUMED["gpu_fp64"].value * ASSUMED["utilisation"].value
         num_nodes = math.ceil(self.num_gpus / 8)
         cpus = ASSUMED["node_cpus"].value * num_nodes
         forward = _forward_flops(self.side)
-        # Unlabelled slices once, and as many labelled ones beside them.
+        # Every unlabelled slice once, and as many labelled ones.
         steps = mine / self.batch
         num_parameters = sum(p.numel() for p in Encoder("resnet18", NUM_CLASSES).parameters())
         exchange = 2 * 4 * num_parameters / ASSUMED["network"].value + ASSUMED["latency"].value
@@ -433,7 +433,7 @@ class Plan(NamedTuple):
 
 
 def _figure(fits: dict[str, Fit], units: dict[str, str]) -> Figure:
-    """Seconds against work for each stage, with its line and the size held out."""
+    """Seconds against work for each stage, with the fitted line and the held-out size."""
     columns = 3
     figure = new_figure(4.0 * columns, 3.0 * math.ceil(len(fits) / columns))
     for number, (name, fit) in enumerate(fits.items(), start=1):
@@ -454,9 +454,9 @@ def _figure(fits: dict[str, Fit], units: dict[str, str]) -> Figure:
 
 
 def _report(fits: dict[str, Fit], costs: dict[str, dict[str, float]]) -> str:
-    """The model in Markdown."""
+    """The cost model as Markdown."""
     fitted = markdown_table(
-        ["stage", "fixed (s)", "rate (s for a unit of work)", "error at an unseen size"],
+        ["stage", "fixed (s)", "rate (s per unit of work)", "error at an unseen size"],
         [
             [name, f"{fit.fixed_s:.3g}", f"{fit.rate_s:.3g}", f"{fit.error:.1%}"]
             for name, fit in fits.items()
@@ -476,4 +476,4 @@ def _report(fits: dict[str, Fit], costs: dict[str, dict[str, float]]) -> str:
         [[name, rate.source, f"{rate.value:.3g} {rate.unit}"] for name, rate in ASSUMED.items()],
         num_text_columns=2,
     )
-    return f"## Measured\n\n{fitted}\n\n## Carried to large runs\n\n{carried}\n\n{assumed}\n"
+    return f"## Measured\n\n{fitted}\n\n## Extrapolated to large runs\n\n{carried}\n\n{assumed}\n"

@@ -1,4 +1,4 @@
-"""Training under a killer: does it end with the weights of an undisturbed run, and not grow?"""
+"""Training while processes are killed: final weights equal to an undisturbed run, no growth."""
 
 import contextlib
 import json
@@ -47,11 +47,11 @@ _JOB_TIMEOUT_S = 900.0  # of one submission
 
 @dataclass(frozen=True)
 class Scale:
-    """How long, and how hard."""
+    """Duration and intensity."""
 
     minutes: float
     kill_every_s: tuple[float, float]
-    num_epochs: int  # of a run; a new one begins when it is complete
+    num_epochs: int  # of a run; when it is complete, a new one starts
 
 
 QUICK = Scale(minutes=4.0, kill_every_s=(30.0, 45.0), num_epochs=8)
@@ -59,10 +59,10 @@ FULL = Scale(minutes=20.0, kill_every_s=(60.0, 90.0), num_epochs=30)
 
 
 def run(options: CaseOptions) -> BenchmarkResult:
-    """Runs whose processes are killed at random, against an undisturbed one."""
+    """Compare runs whose processes are killed at random with an undisturbed run."""
     scale, source, log = QUICK if options.quick else FULL, options.source, options.log
     if not (JOBS / "train.py").is_file():
-        raise DataError(f"the soak runs the jobs of a checkout, and there are none in {JOBS}")
+        raise DataError(f"{JOBS} contains no jobs: run the soak benchmark from a checkout")
     with tempfile.TemporaryDirectory(prefix="brainray-soak-") as temporary:
         storage = Path(temporary)
         config = _write_config(storage, scale)
@@ -120,12 +120,12 @@ def _write_config(storage: Path, scale: Scale) -> Path:
         "evaluation": {"tsne_epochs": [1], "bootstrap_resamples": 50},
     }
     path = storage / "soak.yaml"
-    path.write_text(json.dumps(settings))  # which is YAML too
+    path.write_text(json.dumps(settings))  # JSON is valid YAML
     return path
 
 
 class _Cluster:
-    """A head and one more node, started again when they are gone."""
+    """A Ray head and another node, restarted when they are gone."""
 
     def __init__(self, log: Log) -> None:
         self._log = log
@@ -140,7 +140,7 @@ class _Cluster:
         self._stack.close()
 
     def start(self) -> RayHead:
-        """Both nodes, alive."""
+        """Start both nodes if they are not running."""
         if self.head is not None and self.head.process.poll() is not None:
             self._stack.close()
             self.head = self.node = None
@@ -173,13 +173,15 @@ def _finish(cluster: _Cluster, name: str, config: Path, *settings: str) -> None:
     finally:
         kill_with_children(process.pid)
     if code != 0:
-        raise DataError(f"the undisturbed job {name} ended with {code}: run it by hand to see why")
+        raise DataError(
+            f"the undisturbed job {name} exited with code {code}: run it by hand to see why"
+        )
 
 
 def _soak(
     cluster: _Cluster, config: Path, scale: Scale, dice: random.Random, log: Log
 ) -> tuple[Counter[str], list[str]]:
-    """Submit again and again, as a user's script would; what was killed, and the finished runs."""
+    """Resubmit jobs, as a user's script would; return counts of kills and the finished runs."""
     killed: Counter[str] = Counter()
     finished: list[str] = []
     ends = time.monotonic() + 60 * scale.minutes
@@ -226,13 +228,13 @@ def _kill_at_random(
         log(f"killing the {kind}")
         kill_with_children(victims[kind])
         killed[kind] += 1
-        if kind == "node":  # a spot machine that comes back
+        if kind == "node":  # like a spot instance that is replaced
             with contextlib.suppress(RayDidNotStart):
                 cluster.start()
 
 
 def _victims(cluster: _Cluster, driver: subprocess.Popen[str]) -> dict[str, int]:
-    """Process ids by kind; of workers any."""
+    """Process ids by kind; any one of the workers."""
     assert cluster.head is not None
     found = {"driver": driver.pid, "head": cluster.head.process.pid}
     roots = [cluster.head.process]
@@ -257,7 +259,7 @@ def _family(roots: list[subprocess.Popen[bytes]]) -> Iterator[psutil.Process]:
 
 @dataclass
 class _Growth:
-    """Memory and file descriptors of the processes that live as long as a run does."""
+    """Memory and file descriptors of the processes that exist during a run."""
 
     samples: list[dict[str, float]] = field(default_factory=list)
 
@@ -287,10 +289,10 @@ class _Growth:
                 self.samples.append({"bytes": float(memory), "descriptors": float(descriptors)})
 
     def ratios(self) -> tuple[float, float]:
-        """Median of the last third over that of the middle one: by then all is loaded."""
+        """Median of the last third over that of the middle third, when everything is loaded."""
         third = len(self.samples) // 3
         if third == 0:
-            raise DataError("the undisturbed run was too short to watch its memory")
+            raise DataError("the undisturbed run was too short to measure its memory")
         return tuple(  # type: ignore[return-value]
             median(sample[key] for sample in self.samples[-third:])
             / median(sample[key] for sample in self.samples[third : 2 * third])
@@ -320,7 +322,7 @@ def _equal(one: dict[str, Any], two: dict[str, Any]) -> bool:
 
 
 def _num_missing(storage: Path, name: str, num_epochs: int) -> int:
-    """Epochs that a run's log lacks or has twice."""
+    """Number of epochs that are missing or repeated in a run's log."""
     folder = Folder(storage) / layout.RUNS / name
     logged = Counter(int(row["epoch"]) for row in folder.read_json_lines(layout.METRICS))
     return sum(logged[epoch] != 1 for epoch in range(1, num_epochs + 1))

@@ -1,8 +1,8 @@
-"""Subject groups: how often a link or a group is right, and what still leaks through a split.
+"""Estimated subject groups: errors of links and groups, and leakage through a split by them.
 
-Truth comes from series of phantoms and, where a folder holds some, from NIfTI volumes in three
-planes. Phantoms are caricatures whose strangers differ more than people do: their figures check
-the machinery and are a bound on what real heads can give, not an estimate of it.
+The ground truth comes from series of phantoms and, if the folder contains some, from NIfTI volumes
+in three planes. Phantoms of different subjects differ more than people do, so their results check
+the method and are an upper bound, not an estimate for real heads.
 """
 
 from dataclasses import dataclass, replace
@@ -29,17 +29,17 @@ from brainray.mri.subjects import (
 )
 
 _JPEG_QUALITY = 80
-_MIN_SIDE = 32  # pixels, of a volume's slice
+_MIN_SIDE = 32  # pixels of a volume's slice
 _PHANTOM_SERIES_LENGTH = 8
 _PHANTOM_SIDE = 128  # pixels
-_SLICES_PER_PLANE = 24  # of a volume: as far apart as in a clinical series
+_SLICES_PER_PLANE = 24  # of a volume; spaced as in a clinical series
 _TEST_FRACTION = 0.2
-_SWEEP = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # least similarity
+_SWEEP = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # minimum similarity
 
 
 @dataclass(frozen=True)
 class KnownSlices:
-    """Slices whose subjects are known; neighbours in a series are neighbours in this order."""
+    """Slices with known subjects, in an order in which neighbours of a series are adjacent."""
 
     thumbnails: NDArray[np.uint8]  # (N, S * S)
     subjects: NDArray[np.str_]  # (N,)
@@ -47,7 +47,7 @@ class KnownSlices:
 
 
 def run(options: CaseOptions) -> BenchmarkResult:
-    """Error of estimated subject groups, and leaks through a split by them against a random one.
+    """Errors of estimated subject groups, and leakage of a split by them and of a random one.
 
     Raises:
         DataError: a volume cannot be read.
@@ -58,7 +58,7 @@ def run(options: CaseOptions) -> BenchmarkResult:
     if len(volumes) > 1:
         sets["volumes"] = _volumes(volumes, options.seed)
     else:
-        options.log(f"{len(volumes)} NIfTI volumes: two or more are needed to tell strangers")
+        options.log(f"{len(volumes)} NIfTI volumes: skipped, since at least two are needed")
     measures: list[Measure] = []
     sweeps: dict[str, list[dict[str, float]]] = {}
     for name, known in sets.items():
@@ -79,7 +79,7 @@ def run(options: CaseOptions) -> BenchmarkResult:
 
 
 def measure_errors(known: KnownSlices, settings: SubjectConfig, seed: int) -> list[Measure]:
-    """Errors of links, of groups, of a split by groups, and of the pairwise decision."""
+    """Errors of links, groups and the pairwise decision, and leakage of a split by groups."""
     links = mutual_links(Described.of(known.thumbnails), settings)
     is_right = known.subjects[links.first] == known.subjects[links.second]
     linked = set(zip(links.first.tolist(), links.second.tolist(), strict=True))
@@ -129,7 +129,7 @@ def _volumes(paths: list[Path], seed: int) -> KnownSlices:
             try:
                 slices = decode_nifti(path.read_bytes(), options)
             except RejectedImage as error:
-                raise DataError(f"{path}: {error}: take it out of the folder") from error
+                raise DataError(f"{path}: {error}: remove it from the folder") from error
             step = max(1, round(len(slices) / _SLICES_PER_PLANE))
             for shown in slices[::step]:
                 thumbnails.append(_compressed_thumbnail(shown.image))
@@ -150,9 +150,9 @@ def _estimate(known: KnownSlices, settings: SubjectConfig) -> NDArray[np.str_]:
 
 
 def _pair_errors(known: KnownSlices, settings: SubjectConfig) -> dict[str, float]:
-    """Of all pairs in a group the share of one subject; of all pairs of a series the share found.
+    """Precision: share of pairs in a group with the same subject; recall: share of pairs found.
 
-    Recall is of series: looks tell nothing of two planes.
+    Recall is over pairs of the same series, since image similarity cannot link two planes.
     """
     groups = _estimate(known, settings)
     found, one_subject, one_series = (
@@ -163,7 +163,7 @@ def _pair_errors(known: KnownSlices, settings: SubjectConfig) -> dict[str, float
 
 
 def _with_neighbour(known: KnownSlices, groups: NDArray[np.str_]) -> float:
-    """Share of slices with the next slice of their series, on either side, in their group."""
+    """Share of slices with an adjacent slice of their series in their group."""
     joined = (known.series[:-1] == known.series[1:]) & (groups[:-1] == groups[1:])
     return _mean(np.append(joined, False) | np.append(False, joined))
 
@@ -176,7 +176,7 @@ def _leak(known: KnownSlices, groups: NDArray[np.str_], seed: int) -> float:
 
 
 def _pairwise_decision(known: KnownSlices, settings: SubjectConfig) -> list[Measure]:
-    """Every other slice of one half of the subjects is known; strangers are the other half."""
+    """Errors if every other slice of half of the subjects is known and the rest are strangers."""
     _, number = np.unique(known.subjects, return_inverse=True)
     is_stranger = number % 2 == 1
     is_reference = ~is_stranger & (np.arange(len(number)) % 2 == 0)
@@ -189,7 +189,7 @@ def _pairwise_decision(known: KnownSlices, settings: SubjectConfig) -> list[Meas
 
 
 def _mean(flags: NDArray[np.bool_] | list[bool]) -> float:
-    """Share of True; NaN of nothing."""
+    """Share of True; NaN if empty."""
     return float(np.mean(flags)) if len(flags) else float("nan")
 
 
@@ -200,8 +200,8 @@ def _figure(sweeps: dict[str, list[dict[str, float]]]) -> Figure:
         least = [point["min_similarity"] for point in sweep]
         for error, style in (("precision", "-"), ("recall", "--")):
             axes.plot(least, [point[error] for point in sweep], style, label=f"{name}, {error}")
-    axes.set_xlabel("least similarity of linked slices")
-    axes.set_ylabel("share of pairs of slices")
+    axes.set_xlabel("minimum similarity of linked slices")
+    axes.set_ylabel("share of slice pairs")
     axes.set_ylim(0.0, 1.02)
     axes.legend()
     return figure

@@ -1,4 +1,4 @@
-"""What Tune and its tracking cost: trials of a sweep against the same runs begun by hand."""
+"""Overhead of Tune and its tracking: trials of a sweep against the same runs started by hand."""
 
 import tempfile
 import time
@@ -20,17 +20,17 @@ MAX_OVERHEAD = 1.10
 
 
 def run(options: CaseOptions) -> BenchmarkResult:
-    """Four trials of a sweep, one after another, against the same four runs begun by hand.
+    """Four consecutive trials of a sweep against the same four runs started by hand.
 
     Both train on phantoms with all CPUs and send everything to MLflow. Start-up is the time until
-    the first run begins; the sweep's includes Tune's own. Beyond it, the sweep also draws its
-    figures and logs its best model, once.
+    the first run begins, which includes Tune's start-up for the sweep. In addition, the sweep
+    plots its figures and logs its best model once.
     """
     attach_to_ray()
     num_slices, num_epochs = (80, 2) if options.quick else (300, 4)
     with tempfile.TemporaryDirectory(prefix="brainray-benchmark-") as temporary:
         storage = Path(temporary)
-        options.log(f"drawing {5 * num_slices} phantoms")
+        options.log(f"generating {5 * num_slices} phantoms")
         write_phantoms(
             storage / "source",
             num_training_per_class=num_slices,
@@ -44,18 +44,18 @@ def run(options: CaseOptions) -> BenchmarkResult:
             options.log,
         )
         _by_hand(config, "warm-up", LEARNING_RATES[0], options)
-        options.log("by hand")
-        started = time.time()  # compared with times of files
+        options.log("runs started by hand")
+        started = time.time()  # comparable with file times
         for number, rate in enumerate(LEARNING_RATES):
             _by_hand(config, f"hand-{number}", rate, options)
         hand_s, hand_start_s = _seconds(storage, "hand-*", started)
-        options.log("by a sweep")
+        options.log("sweep")
         started = time.time()
         finished = sweep(config.model_copy(update={"name": "tuned"}), options.log)
         sweep_s, sweep_start_s = _seconds(storage, "tuned-*", started)
         num_complete = len(list(storage.glob(f"runs/tuned-*/{layout.SUMMARY}")))
     if num_complete < len(LEARNING_RATES):
-        raise DataError(f"only {num_complete} trials were trained: see {finished.table}")
+        raise DataError(f"only {num_complete} trials were completed: see {finished.table}")
     return BenchmarkResult(
         [
             Measure("start-up by hand", hand_start_s, "s"),
@@ -101,7 +101,7 @@ def _by_hand(config: Config, name: str, learning_rate: float, options: CaseOptio
 
 
 def _seconds(storage: Path, runs: str, started: float) -> tuple[float, float]:
-    """Since the start until now, and until the first of the runs began."""
+    """Seconds since the start, and from the start until the first run began."""
     ended = time.time()
     begun = min(path.stat().st_mtime for path in storage.glob(f"runs/{runs}/{layout.RUN}"))
     return ended - started, begun - started

@@ -1,4 +1,4 @@
-"""Callables side by side: in turns, so that what else the machine does hits all alike."""
+"""Timing of callables in alternation, so that other load on the machine affects all alike."""
 
 import gc
 import statistics
@@ -16,12 +16,12 @@ from brainray import dist
 from brainray.report.style import BLUE, GREY, ORANGE, SKY, new_figure
 
 OURS = "brainray"
-"""Name of the contestant that the others are compared with."""
+"""Name of the contestant that others are compared with."""
 
 
 @dataclass(frozen=True)
 class Timed:
-    """What one contestant took, and what it returned last."""
+    """Time of a contestant and its last result."""
 
     seconds: float  # median over the rounds
     result: Any
@@ -30,11 +30,11 @@ class Timed:
 def side_by_side(
     contestants: Mapping[str, Callable[[], Any]], *, rounds: int, warm_up: bool = True
 ) -> dict[str, Timed]:
-    """Run all contestants once a round, each round in another order."""
+    """Run all contestants once per round, in a different order each round."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     results: dict[str, Any] = {}
     names = list(contestants)
-    if warm_up:  # allocators, thread pools, kernels chosen at the first call
+    if warm_up:  # allocators, thread pools, kernels selected at the first call
         for name in names:
             contestants[name]()
     for number in range(rounds):
@@ -48,8 +48,8 @@ def side_by_side(
 
 
 def ranks_reading_memory(num_bytes: int) -> float:
-    """How many times faster two ranks of one thread read so many bytes together than one does:
-    what work that memory alone limits would gain from a second rank of this machine.
+    """Speed-up of reading memory with two single-threaded ranks instead of one: the gain that a
+    second rank on this machine can bring to memory-bound work.
     """
     (alone,) = dist.run_on_ranks(_seconds_to_read, 1, num_bytes)
     return float(alone / max(dist.run_on_ranks(_seconds_to_read, 2, num_bytes // 2)))
@@ -60,7 +60,7 @@ def _seconds_to_read(num_bytes: int) -> float:
 
 
 def timed_on_rank(work: Callable[[], Any], *, rounds: int) -> Timed:
-    """A rank's part of some work, warmed up, each time from when all ranks are ready."""
+    """Time a rank's part of some work after a warm-up, each time starting with all ranks ready."""
     result = work()
     seconds = []
     for _ in range(rounds):
@@ -73,7 +73,7 @@ def timed_on_rank(work: Callable[[], Any], *, rounds: int) -> Timed:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """OpenCV on the calling thread alone, as in Ray's tasks."""
+    """Restrict OpenCV to the calling thread, as in Ray tasks."""
     before = cv2.getNumThreads()
     cv2.setNumThreads(1)
     try:
@@ -83,9 +83,9 @@ def one_thread() -> Iterator[None]:
 
 
 def relative_times(milliseconds: Mapping[str, Mapping[str, float]]) -> Figure:
-    """For each case, the contestants' times relative to ours, on a logarithmic axis.
+    """Times of the contestants of each case relative to ours, on a logarithmic axis.
 
-    ``milliseconds`` holds at most four contestants by name for each case, `OURS` among them.
+    ``milliseconds`` contains up to four contestants by name for each case, among them `OURS`.
     """
     figure = new_figure(8.0, 1.1 * len(milliseconds) + 1.0)
     axes = figure.subplots()

@@ -1,4 +1,4 @@
-"""Training and its epochs against a bare PyTorch loop over a tensor in memory, the upper bound."""
+"""Training steps and epochs against a bare PyTorch loop over a tensor in memory (upper bound)."""
 
 import os
 import tempfile
@@ -37,7 +37,7 @@ from brainray.orchestration.driver import train
 from brainray.orchestration.job import attach_to_ray
 from brainray.orchestration.resources import KEEPING_MEMORY
 
-BATCH = 64  # labelled and as many unlabelled
+BATCH = 64  # labelled slices, and the same number of unlabelled ones
 NUM_CLASSES, NUM_CLUSTERS = 4, 4
 MIN_STEP, MIN_EPOCH, MIN_STREAMING, MIN_SCALING = 0.97, 0.90, 0.85, 0.9
 MAX_RECLUSTERING, MAX_MEMORY_GROWTH = 0.03, 1.1
@@ -49,8 +49,8 @@ _SCALE = PixelScale(mean=0.3, std=0.25)
 def run(options: CaseOptions) -> BenchmarkResult:
     """Steps, epochs through Ray, streaming and two workers against a bare loop in memory.
 
-    Ours and the bare loop have a process each time that keeps freed memory, as Ray's workers have;
-    what that alone gains stands beside it.
+    Our training and the bare loop both run in processes that keep freed memory, as Ray workers do;
+    the gain from that alone is measured separately.
     """
     sides = (64, 128) if options.quick else (128, 224)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -94,20 +94,20 @@ def run(options: CaseOptions) -> BenchmarkResult:
 
 
 def _alone(work: Callable[..., Any], *arguments: Any) -> Any:
-    """``work(*arguments)`` in a process of its own with all threads."""
+    """Call ``work(*arguments)`` in its own process with all threads."""
     (result,) = dist.run_on_ranks(work, 1, *arguments, num_threads=torch.get_num_threads())
     return result
 
 
 def _as_worker(work: Callable[..., Any], *arguments: Any) -> Any:
-    """The same in a process that keeps freed memory, as workers' processes do."""
+    """Like `_alone`, in a process that keeps freed memory, as worker processes do."""
     with _keeping_memory():
         return _alone(work, *arguments)
 
 
 @contextmanager
 def _keeping_memory() -> Iterator[None]:
-    """Processes that start within are started as workers on CPUs are."""
+    """Start processes with the environment of CPU workers."""
     before = os.environ.copy()
     os.environ.update(KEEPING_MEMORY)
     try:
@@ -118,7 +118,7 @@ def _keeping_memory() -> Iterator[None]:
 
 
 def _timed_steps(pixels: Tensor, device: torch.device, steps: int) -> dict[str, float]:
-    """Median seconds of so many steps, ours and the bare loop's in turns."""
+    """Median seconds of ``steps`` steps of ours and the bare loop, alternating."""
     pixels = pixels.to(device)
     contestants = {OURS: _ours(CachedImages(pixels), steps), _BARE: _bare(pixels, steps)}
     timed = side_by_side(contestants, rounds=5)
@@ -130,7 +130,7 @@ def _timed_bare(pixels: Tensor, device: torch.device, steps: int) -> float:
 
 
 def _roofline(pixels: Tensor, device: torch.device, step_s: float, side: int) -> Measure:
-    """Of our step."""
+    """Share of the roofline that our step reaches."""
     low = resolve_precision("auto", device) == "bf16"
     peaks = measured_peaks(torch.bfloat16 if low else torch.float32, device)
     encoder = Encoder("resnet18", NUM_CLASSES).to(device).to(memory_format=torch.channels_last)
@@ -154,7 +154,7 @@ def _shard(images: Images) -> SliceShard:
 def _ours(
     images: Images, steps: int, wrap: Callable[[nn.Module], nn.Module] = lambda model: model
 ) -> Callable[[], None]:
-    """An epoch of the engine: joint objective, augmentation, as in real runs."""
+    """An epoch of the engine with joint objective and augmentation, as in real runs."""
     device = images.device
     encoder = Encoder("resnet18", NUM_CLASSES).to(device).to(memory_format=torch.channels_last)
     optimizer, scheduler = build_optimizer(encoder, TrainConfig(), 10_000)
@@ -194,7 +194,7 @@ def _ours(
 
 
 def _bare(pixels: Tensor, steps: int) -> Callable[[], None]:
-    """What a careful user writes: the same network, precision, batch and optimiser, no more."""
+    """The loop that a careful user would write: same network, precision, batch and optimiser."""
     device = pixels.device
     network = _torchvision_network(device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, fused=True)
@@ -236,7 +236,7 @@ def _wait(device: torch.device) -> None:
 
 
 def _streaming(pixels: Tensor, device: torch.device, steps: int) -> list[Measure]:
-    """Training from a file that holds four times what may be cached, against the cache."""
+    """Training from a file four times as large as the cache, against training from the cache."""
     streamed = StreamedImages(len(pixels), pixels.shape[-1], device)
     for row, image in enumerate(pixels):
         streamed.put(row, image[0].numpy())
@@ -254,7 +254,7 @@ def _streaming(pixels: Tensor, device: torch.device, steps: int) -> list[Measure
 
 
 def _timed_rank(side: int, seed: int) -> float:
-    """Seconds of an epoch of DDP on this rank, from when all ranks are ready."""
+    """Seconds of a DDP epoch on this rank, from the time when all ranks are ready."""
     torch.manual_seed(seed)
     pixels = torch.randint(0, 256, (4 * BATCH, 1, side, side), dtype=torch.uint8)
     epoch = _ours(CachedImages(pixels), steps=4, wrap=DistributedDataParallel)
@@ -292,7 +292,7 @@ def _whole_epoch(
         trained = train(config, lambda _: None)
         history = trained.run.folder.read_json_lines(layout.METRICS)
         num_fitted = trained.run.info["num_slices"]
-    last = history[-1]  # allocators and thread pools are warm by then
+    last = history[-1]  # with warm allocators and thread pools
     steps = -(-num_fitted["unlabelled"] // BATCH)
     num_embedded = num_fitted["unlabelled"] + num_fitted["labelled"]
     pixels, at_once = _pixels(slices, 8 * BATCH, side), config.train.embed_batch_size
@@ -318,7 +318,7 @@ def _whole_epoch(
 
 
 def _write_source(folder: Path, slices: list[NDArray[np.uint8]], count: int, seed: int) -> None:
-    """Class folders of slices, each perturbed enough to be no copy of another."""
+    """Write class folders of slices, perturbed so that no two are copies."""
     rng = np.random.default_rng(seed)
     for number in range(count):
         image = perturbed(slices[number % len(slices)], 224, rng)
@@ -330,7 +330,7 @@ def _write_source(folder: Path, slices: list[NDArray[np.uint8]], count: int, see
 def _bare_epoch(
     pixels: Tensor, device: torch.device, steps: int, num_embedded: int, embed_batch_size: int
 ) -> float:
-    """Seconds of the bare loop's training steps and of embedding, both measured on a part."""
+    """Seconds of training steps and embedding in the bare loop, extrapolated from a part."""
     pixels = pixels.to(device)
     part = 8
     network = _torchvision_network(device)

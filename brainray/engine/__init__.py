@@ -1,1 +1,1 @@
-"""One epoch, the re-clustering that closes it, and what is saved; knows nothing of Ray."""
+"""One epoch of training, the re-clustering after it, and checkpoints; independent of Ray."""

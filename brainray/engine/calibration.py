@@ -1,4 +1,4 @@
-"""Whether confidences can be believed: calibration error, and the temperature that mends it."""
+"""Calibration of confidences: calibration error and temperature scaling."""
 
 import math
 
@@ -14,12 +14,12 @@ _NUM_BINS = 15
 
 
 def fit_temperature(probabilities: NDArray[np.floating], labels: NDArray[np.int64]) -> float:
-    """The temperature T with the least cross entropy of softmax(log p / T); Guo et al. 2017.
+    """The temperature T that minimises the cross entropy of softmax(log p / T); Guo et al. 2017.
 
-    1 where all are right: the entropy falls with T then, and tells nothing of it.
+    1 if all predictions are right: the cross entropy then falls with T and has no minimum.
 
     Args:
-        probabilities: p, (N, C), of slices held out of training.
+        probabilities: p, (N, C), of slices not used in training.
         labels: (N,) in [0, C).
     """
     if (probabilities.argmax(axis=1) == labels).all():
@@ -34,18 +34,18 @@ def fit_temperature(probabilities: NDArray[np.floating], labels: NDArray[np.int6
 
 
 def temper(probabilities: NDArray[np.floating], temperature: float) -> NDArray[np.float64]:
-    """softmax(log p / T), (N, C), of probabilities p (N, C)."""
+    """Probabilities p (N, C) after temperature scaling: softmax(log p / T), (N, C)."""
     scaled = np.log(probabilities.astype(np.float64).clip(1e-12)) / temperature
     return np.asarray(softmax(scaled, axis=1))
 
 
 def calibration_error(probabilities: NDArray[np.floating], labels: NDArray[np.int64]) -> float:
-    """Expected calibration error in 15 bins of the confidence; Naeini et al. 2015.
+    """Expected calibration error with 15 confidence bins; Naeini et al. 2015.
 
-    Mean difference, over N slices, between confidence and accuracy: 0 is perfect.
+    Mean difference between confidence and accuracy over N slices; 0 is perfect.
     """
     found = multiclass_calibration_error(
-        # A confidence of exactly 1 would have a bin of its own.
+        # A confidence of exactly 1 would get a separate bin.
         torch.from_numpy(probabilities.astype(np.float64).clip(max=1 - 1e-6)),
         torch.from_numpy(labels),
         num_classes=probabilities.shape[1],

@@ -1,4 +1,4 @@
-"""Runs against their controls on the same test slices, slice by slice."""
+"""Paired comparison of runs with their controls on the same test slices."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,12 +19,12 @@ _COMPARED = ("difference/", "fewer_errors/", "only_run/", "only_control/", "p/")
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """How much more accurate one classifier is than another, on the same rows."""
+    """Difference in accuracy between two classifiers on the same rows."""
 
-    value: float  # accuracy minus the other's
-    interval: tuple[float, float] | None  # 95 %; None where none is known
-    fewer_errors: float | None  # share of the other's errors that is spared; None if it has none
-    only_one: int  # rows that it alone has right
+    value: float  # accuracy of the first minus accuracy of the second
+    interval: tuple[float, float] | None  # 95 %; None if unknown
+    fewer_errors: float | None  # relative reduction of the second's errors; None if it has none
+    only_one: int  # rows that only the first classifies correctly
     only_other: int
     p_value: float
 
@@ -37,15 +37,15 @@ def paired_difference(
     num_resamples: int,
     seed: int,
 ) -> PairedDifference:
-    """Of two classifiers' right and wrong answers.
+    """Difference in accuracy between two classifiers, with its interval and p value.
 
-    The interval is `bootstrap_interval`'s, for which whole groups of rows are drawn. The p value is
-    that of McNemar's exact test (1947), which takes rows for independent.
+    The interval is that of `bootstrap_interval`, which resamples whole groups of rows. The p value
+    is that of McNemar's exact test (1947), which assumes independent rows.
 
     Args:
-        correct: (N,), of the first classifier.
-        other_correct: (N,), of the second.
-        groups: (N,) what rows belong together, such as those of one subject.
+        correct: (N,) whether the first classifier is right.
+        other_correct: (N,) whether the second one is.
+        groups: (N,) group of each row, such as its subject.
         num_resamples: of the bootstrap.
         seed: of the bootstrap.
 
@@ -75,22 +75,22 @@ def compare(
     num_resamples: int,
     seed: int,
 ) -> Metrics:
-    """Figures of a run's predictions beside those of its control, for each subset and predictor.
+    """Compare a run's predictions with those of its control, for each subset and predictor.
 
     For every accuracy NAME, such as ``test/clean/head/accuracy``: ``difference/NAME`` with its 95 %
     interval (``_low``, ``_high``), ``fewer_errors/NAME``, ``only_run/NAME`` and
-    ``only_control/NAME`` (slices that one of the two alone has right), and ``p/NAME``.
+    ``only_control/NAME`` (slices that only one of the two classifies correctly), and ``p/NAME``.
 
     Args:
-        predictions: ``PREDICTIONS`` rows; those without a label are left out.
-        control: those of the control, of the same slices in the same order.
-        group_of_slice: by sample_id, what is drawn as a whole for the intervals; a slice that is
-            missing there is a group of its own.
+        predictions: ``PREDICTIONS`` rows; unlabelled rows are ignored.
+        control: rows of the control for the same slices in the same order.
+        group_of_slice: by sample_id, the group that is resampled as a whole for the intervals; a
+            slice without an entry is its own group.
         num_resamples: of the bootstrap.
         seed: of the bootstrap.
 
     Raises:
-        DataError: the two are of different slices.
+        DataError: the two predict different slices.
     """
     predictions, control = _same_slices(predictions, control)
     groups = _groups(predictions, group_of_slice)
@@ -124,17 +124,17 @@ def intervals_of_mean_gains(
     num_resamples: int,
     seed: int,
 ) -> dict[str, tuple[float, float]]:
-    """By accuracy, the `bootstrap_interval` of how much more accurate several runs are on average.
+    """Intervals (`bootstrap_interval`) of the mean gain of several runs, by accuracy.
 
     Args:
-        predictions: ``PREDICTIONS`` rows of every run; those without a label are left out.
-        controls: those of each run's control, all of the same slices in the same order.
+        predictions: ``PREDICTIONS`` rows of every run; unlabelled rows are ignored.
+        controls: rows of each run's control, all for the same slices in the same order.
         group_of_slice: as for `compare`.
         num_resamples: of the bootstrap.
         seed: of the bootstrap.
 
     Raises:
-        DataError: two are of different slices.
+        DataError: two of them predict different slices.
     """
     ours, theirs = (
         [_same_slices(predictions[0], each)[1] for each in side] for side in (predictions, controls)
@@ -153,25 +153,27 @@ def intervals_of_mean_gains(
 
 
 def without_comparison(metrics: Metrics) -> Metrics:
-    """Figures without those that `compare` gave."""
+    """The metrics without those added by `compare`."""
     return {name: value for name, value in metrics.items() if not name.startswith(_COMPARED)}
 
 
 def _same_slices(predictions: pa.Table, control: pa.Table) -> tuple[pa.Table, pa.Table]:
-    """The rows of both whose label is known."""
+    """The labelled rows of both."""
     if not predictions["sample_id"].equals(control["sample_id"]):
-        raise DataError("the control predicts other test slices: compare runs on one image store")
+        raise DataError(
+            "the control predicts different test slices: compare runs on the same image store"
+        )
     is_labelled = pc.is_valid(predictions["label"])
     return predictions.filter(is_labelled), control.filter(is_labelled)
 
 
 def _groups(predictions: pa.Table, group_of_slice: Mapping[str, str]) -> NDArray[np.str_]:
-    """(N,)"""
+    """(N,) group of each slice."""
     return np.array([group_of_slice.get(i, i) for i in predictions["sample_id"].to_pylist()])
 
 
 def _accuracies(predictions: pa.Table) -> Iterator[tuple[str, NDArray[np.bool_], str]]:
-    """Name, slices (N,) and column of every accuracy that predictions have."""
+    """Name, mask (N,) of the slices and column of every accuracy in the predictions."""
     for subset, mask in subset_masks(predictions).items():
         if mask.any():
             for predictor, column in PREDICTED_BY.items():
@@ -179,5 +181,5 @@ def _accuracies(predictions: pa.Table) -> Iterator[tuple[str, NDArray[np.bool_],
 
 
 def _is_right(predictions: pa.Table, column: str) -> NDArray[np.bool_]:
-    """(N,) of a column with predicted classes."""
+    """(N,) whether the class in a column is the label."""
     return np.asarray(pc.equal(predictions[column], predictions["label"]).to_numpy(), np.bool_)

@@ -1,4 +1,4 @@
-"""Several draws of labels: means, deviations, and paired differences to a control."""
+"""Metrics over several label draws: means, deviations and paired differences to a control."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,23 +16,23 @@ def summarise_draws(
     control: Sequence[Metrics] | None = None,
     intervals: Mapping[str, tuple[float, float]] | None = None,
 ) -> Metrics:
-    """Figures over draws of labels, from the test figures of each draw's run.
+    """Summarise the test metrics of one run per label draw.
 
-    For every ``test/...`` figure that all draws have: its mean under its own name, and the sample
-    standard deviation as ``NAME_std``. With a control, whose runs have the same labels draw by
-    draw: its mean and deviation ``control/NAME``, the mean paired difference ``difference/NAME``,
-    for accuracies its 95 % interval (``_low``, ``_high``) and ``fewer_errors/NAME``, the share of
-    the control's mean errors that is spared.
+    For every ``test/...`` metric that all draws have: its mean under its own name, and the sample
+    standard deviation as ``NAME_std``. With a control, whose runs use the same labels draw by draw:
+    its mean and deviation as ``control/NAME``, the mean paired difference as ``difference/NAME``;
+    for accuracies also a 95 % interval (``_low``, ``_high``) and ``fewer_errors/NAME``, the
+    relative reduction of the control's mean error.
 
-    Other labels would change a difference and so would other test subjects. The interval is for
-    both: Student's t over draws and `intervals_of_mean_gains` over subjects are put together by
-    their squares (Zou & Donner 2008, "Construction of confidence limits about effect measures: a
-    general approach"). With one draw, or no interval over subjects, there is none.
+    A difference depends on the labels drawn and on the test subjects. The interval covers both:
+    Student's t over draws and `intervals_of_mean_gains` over subjects are combined in quadrature
+    (Zou & Donner 2008, "Construction of confidence limits about effect measures: a general
+    approach"). There is no interval with one draw or without an interval over subjects.
 
     Args:
-        draws: figures of each draw's run.
-        control: of the control's.
-        intervals: `intervals_of_mean_gains` of the same runs, by the names of the accuracies.
+        draws: metrics of each draw's run.
+        control: metrics of the control's run for each draw.
+        intervals: `intervals_of_mean_gains` of the same runs, by name of the accuracy.
     """
     metrics: Metrics = {"num_label_draws": float(len(draws))}
     for name in sorted(_common_names(draws)):
@@ -59,7 +59,7 @@ def summarise_draws(
 
 
 def _of_both(differences: NDArray[np.float64], low: float, high: float) -> tuple[float, float]:
-    """Limits for other draws than these (D,) and other subjects than those of low and high."""
+    """Limits that cover both new label draws (from D differences) and new subjects (low, high)."""
     mean, error = differences.mean(), differences.std(ddof=1) / math.sqrt(len(differences))
     half = stats.t.ppf((1 + CONFIDENCE) / 2, len(differences) - 1) * error
     return mean - math.hypot(half, mean - low), mean + math.hypot(half, high - mean)
@@ -68,5 +68,5 @@ def _of_both(differences: NDArray[np.float64], low: float, high: float) -> tuple
 def _common_names(runs: Sequence[Metrics]) -> set[str]:
     names = set.intersection(*(set(run) for run in runs))
     tested = {name for name in names if name.startswith("test/")}
-    # Of one run's bootstrap: their means bound nothing.
+    # Interval limits of single runs: their means are not limits.
     return tested - {f"{name}{bound}" for name in tested for bound in ("_low", "_high")}

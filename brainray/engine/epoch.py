@@ -1,4 +1,4 @@
-"""One pass of training, and one of inference."""
+"""One pass of training and one pass of inference over a rank's slices."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -26,9 +26,9 @@ _SLICES_FOR_STATISTICS = 2048
 
 @dataclass(frozen=True)
 class EpochTargets:
-    """What the last epoch's encoder and mixture made of the unlabelled slices, for one epoch.
+    """Targets for the unlabelled slices from the last epoch's encoder and mixture.
 
-    Rows are as in the unlabelled shard, of n slices.
+    Rows are as in the unlabelled shard of n slices.
     """
 
     responsibilities: Tensor  # (n, K) float32
@@ -39,7 +39,7 @@ class EpochTargets:
     ramp: float  # in [0, 1]
 
     def of_step(self, labels: Tensor, rows: Tensor) -> StepTargets:
-        """Of a step with labelled slices of those labels and these unlabelled rows."""
+        """Targets of a step, from its labels and its unlabelled rows."""
         return StepTargets(
             labels=labels,
             responsibilities=self.responsibilities[rows],
@@ -53,30 +53,30 @@ class EpochTargets:
 
 @dataclass(frozen=True)
 class EpochResult:
-    """What one pass of training tells."""
+    """Result of one pass of training."""
 
     losses: dict[str, float]  # mean of each term over all steps and ranks
-    data_wait_s: float  # this rank's time until its batches were at hand
+    data_wait_s: float  # time that this rank waited for batches
 
 
 @dataclass(frozen=True)
 class EpochPlan:
-    """What an epoch is made of, the same on every rank and for every objective."""
+    """Layout of an epoch, the same on every rank and for every objective."""
 
     num_steps: int  # batches on each rank
-    has_pool: bool  # whether the unlabelled term looks at unlabelled slices, not at labelled ones
-    is_mostly_unlabelled: bool  # else the labelled slices tell what slices are like
+    has_pool: bool  # whether the unlabelled term uses unlabelled slices, else labelled ones
+    is_mostly_unlabelled: bool  # whether most slices are unlabelled
 
 
 def plan_epoch(
     num_labelled: int, num_unlabelled: int, batch_size_per_worker: int, num_ranks: int
 ) -> EpochPlan:
-    """One pass over the unlabelled slices of all ranks, or over the labelled ones if they are more.
+    """Plan one pass over the unlabelled slices of all ranks, or over the labelled ones if more.
 
-    A control, which takes labelled slices in the place of the unlabelled ones, has as many steps
-    and image passes. Unlabelled slices that do not fill a batch on every rank are clustered, and
-    not learned from: their pseudo-labels, which are aligned with the classes of the labelled ones,
-    would say more of these than of them.
+    A control, which uses labelled slices in place of unlabelled ones, has the same number of steps
+    and image passes. If there are too few unlabelled slices to fill a batch on every rank, they are
+    clustered but not trained on: their pseudo-labels, aligned with the class mix of the labelled
+    slices, would reflect that mix more than the slices themselves.
     """
     num_slices = max(num_labelled, num_unlabelled)
     return EpochPlan(
@@ -88,7 +88,7 @@ def plan_epoch(
 
 @dataclass(frozen=True)
 class StepBatch:
-    """One step's slices, augmented and standardised, and what its loss compares with."""
+    """Augmented and standardised slices of one step with their targets."""
 
     images: Tensor  # (B, 1, H, W) float32: labelled slices, then unlabelled ones
     keys: Tensor  # (B,) int64
@@ -96,7 +96,7 @@ class StepBatch:
     mixup: Mixup | None
 
     def loss(self, objective: Objective, output: EncoderOutput) -> dict[str, Tensor]:
-        """The objective's terms of what the encoder made of the images."""
+        """Terms of the objective for the encoder's output."""
         num_labelled = len(self.targets.labels)
         outputs = StepOutputs(
             labelled=EncoderOutput(output.z[:num_labelled], output.logits[:num_labelled]),
@@ -109,10 +109,10 @@ class StepBatch:
 
 @dataclass(frozen=True)
 class EpochData:
-    """What an epoch learns from on this rank, and how it is seen.
+    """Training slices of this rank for one epoch, with their augmentation.
 
-    Order and augmentation follow from ``seed`` alone, which must differ between epochs and ranks.
-    Whichever of labelled and unlabelled slices are fewer cycle.
+    ``seed`` alone determines order and augmentation; it must differ between epochs and ranks. The
+    smaller of the labelled and the unlabelled set is cycled.
     """
 
     labelled: SliceShard
@@ -125,10 +125,10 @@ class EpochData:
     augmentation_unlabelled: AugmentConfig
     seed: int
     side: int | None = None  # that slices are resized to
-    mixup_alpha: float = 0.0  # labelled slices are mixed above 0
+    mixup_alpha: float = 0.0  # mixup of labelled slices if above 0
 
     def batches(self) -> Iterator[StepBatch]:
-        """One for each step."""
+        """Yield one batch per step."""
         device = self.labelled.images.device
         generator = Generator(device).manual_seed(self.seed)
         order = list(
@@ -141,7 +141,7 @@ class EpochData:
         )
         drawn = self.labelled.images.batches(order)
         drawn_unlabelled = self.unlabelled.images.batches(order_unlabelled)
-        # At once: a copy to a GPU waits for all that it is at work on.
+        # In one copy, because each copy to a GPU waits for its pending work.
         rows_of_steps = torch.stack(order).to(device)
         rows_of_steps_unlabelled = torch.stack(order_unlabelled).to(device)
         for step in range(self.steps):
@@ -177,13 +177,13 @@ def train_epoch(
     on_update: Callable[[], None] = lambda: None,
     on_step: Callable[[int], None] = lambda step: None,
 ) -> EpochResult:
-    """One step for each batch of the data.
+    """Train on every batch of the data.
 
     The gradients of ``accumulation`` batches are averaged for one step of the optimiser, after
     which ``on_update`` is called.
 
     Raises:
-        NonFiniteStep: on every rank alike, where the loss or the gradient is NaN or infinite.
+        NonFiniteStep: on every rank, if the loss or the gradient is NaN or infinite.
     """
     device = data.labelled.images.device
     model.train()
@@ -218,7 +218,7 @@ def train_epoch(
 
 
 def without_gradient_exchange(model: nn.Module) -> AbstractContextManager[None]:
-    """Backward passes within add up on their rank; a model on one rank has nothing to exchange."""
+    """Accumulate gradients on each rank without exchange; does nothing for a single rank."""
     no_sync = getattr(model, "no_sync", None)
     context: AbstractContextManager[None] = nullcontext() if no_sync is None else no_sync()
     return context
@@ -234,14 +234,14 @@ def embed(
     precision: str,
     side: int | None = None,
 ) -> EncoderOutput:
-    """Embeddings (n, E) and logits (n, C) of n slices, seen at ``side`` if given, in inference."""
+    """Embeddings (n, E) and logits (n, C) of n slices in inference mode, resized to ``side``."""
     outputs: list[EncoderOutput] = []
     with forward_passes(model, images.device, precision) as forward:
         for batch in images.batches(torch.arange(len(images)).split(batch_size)):
             if len(batch) == 0:
                 break
             outputs += forward(scale.standardise(scale.to_unit(batch, side)))
-    if not outputs:  # a rank may hold no slice of a role
+    if not outputs:  # a rank may have no slice of a role
         probe = torch.zeros(1, 1, images.side, images.side, device=images.device)
         output = model(probe.contiguous(memory_format=torch.channels_last))
         return EncoderOutput(output.z[:0], output.logits[:0])
@@ -262,27 +262,26 @@ def measure_batch_statistics(
     precision: str,
     side: int | None = None,
 ) -> None:
-    """Set batch normalisation's means and variances to those of slices and of their views.
+    """Recompute the means and variances of batch normalisation from plain and augmented slices.
 
-    Averaged weights have no statistics of their own (Izmailov et al. 2018, section 3.2), and
-    running ones are of augmented slices alone. Measured afresh, as in Wu & Johnson 2021
-    ("Rethinking 'Batch' in BatchNorm", section 3), on 2,048 of the slices at most, the same ones
-    every time: half of each batch is seen as inference sees it, half augmented, which keeps the
-    encoder ready for slices that differ from these. Where there is but one slice, which may have
-    no variance, the model is left as it is.
+    Averaged weights have no statistics (Izmailov et al. 2018, section 3.2), and running ones are
+    those of augmented slices only. As in Wu & Johnson 2021 ("Rethinking 'Batch' in BatchNorm",
+    section 3), they are measured again, on a fixed sample of at most 2,048 slices. Half of each
+    batch is as in inference and half is augmented, which keeps the encoder robust to slices that
+    differ from these. With a single slice, which may have no variance, nothing changes.
     """
     order = torch.randperm(len(images), generator=Generator().manual_seed(0))
     chosen = order[:_SLICES_FOR_STATISTICS]
     if len(chosen) < 2:
         return
-    # Every batch counts the same in the mean, so all are of one size, but for one slice; none is
-    # a slice alone.
+    # All batches count the same in the mean, so their sizes differ by at most one slice; none has
+    # a single slice.
     num_batches = min(-(-len(chosen) // batch_size), len(chosen) // 2)
     batches = images.batches(chosen.tensor_split(num_batches))
     generator = Generator(images.device).manual_seed(0)
 
     def seen(batch: Tensor) -> Tensor:
-        with autocast(images.device, "fp32"):  # as in training: a view's grid is no product
+        with autocast(images.device, "fp32"):  # as in training, views are computed in fp32
             unit = scale.to_unit(batch, side)
             as_they_are, augmented = unit.tensor_split(2)
             views = augment(augmented, augmentation, generator)
@@ -293,9 +292,9 @@ def measure_batch_statistics(
 
 
 def _cycle_rows(num_rows: int, batch_size: int, steps: int, *, seed: int) -> Iterator[Tensor]:
-    """``steps`` batches of row indices from one shuffled pass after the other."""
+    """Yield ``steps`` batches of row indices from repeated shuffled passes."""
     generator = Generator().manual_seed(seed)  # on the CPU: the same order on every device
-    assert num_rows > 0 or batch_size == 0, "a rank without slices cannot fill its batches"
+    assert num_rows > 0 or batch_size == 0, "a rank without slices cannot fill batches"
     pool = torch.empty(0, dtype=torch.int64)
     for _ in range(steps):
         while len(pool) < batch_size:

@@ -1,4 +1,4 @@
-"""From predictions to the figures that are reported: for all, clean and strict test slices."""
+"""Computes the reported metrics from predictions, for all, clean and strict test slices."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -34,10 +34,10 @@ Metrics = dict[str, float]
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a matching pair of encoder and mixture says of N slices, in order of their keys."""
+    """Predictions of a matching pair of encoder and mixture for N slices, ordered by key."""
 
     keys: NDArray[np.int64]  # (N,)
-    labels: NDArray[np.int64]  # (N,) UNLABELLED where unknown
+    labels: NDArray[np.int64]  # (N,) UNLABELLED if unknown
     probabilities: NDArray[np.float32]  # (N, C) of the head
     responsibilities: NDArray[np.float32]  # (N, K) of the mixture
     class_of_cluster: NDArray[np.int64]  # (K,)
@@ -46,7 +46,7 @@ class Predictions:
 
     @property
     def head(self) -> NDArray[np.int64]:
-        """(N,) class of the head."""
+        """(N,) class predicted by the head."""
         return np.asarray(self.probabilities.argmax(axis=1))
 
     @property
@@ -56,12 +56,12 @@ class Predictions:
 
     @property
     def cluster_classes(self) -> NDArray[np.int64]:
-        """(N,) class of the most likely component: no output of the head in it."""
+        """(N,) class of the most likely component; independent of the head."""
         return np.asarray(self.class_of_cluster[self.clusters])
 
     @property
     def by_predictor(self) -> dict[str, NDArray[np.int64]]:
-        """(N,) classes of each of the model's two predictors."""
+        """(N,) classes by predictor, of which the model has two."""
         return {"head": self.head, "cluster": self.cluster_classes}
 
     def select(self, mask: NDArray[np.bool_]) -> "Predictions":
@@ -80,10 +80,10 @@ class Predictions:
 def gather_predictions(
     clusters: ClusterModel, z: Tensor, logits: Tensor, keys: Tensor, labels: Tensor
 ) -> Predictions:
-    """Predictions for the slices of all ranks, the same on each.
+    """Predictions for the slices of all ranks, the same on every rank (collective).
 
     Args:
-        clusters: the mixture fitted on embeddings of the same encoder.
+        clusters: mixture fitted on embeddings of the same encoder.
         z: (n, E) this rank's embeddings.
         logits: (n, C).
         keys: (n,) int64.
@@ -107,9 +107,9 @@ def gather_predictions(
 
 
 def subset_metrics(predictions: Predictions, classes: Sequence[str], subset: str) -> Metrics:
-    """Flat figures of one subset, such as ``test/all/head/accuracy``; absent where undefined.
+    """Flat metrics of one subset, such as ``test/all/head/accuracy``; left out if undefined.
 
-    Slices without a label are left out.
+    Unlabelled slices are ignored.
     """
     scored = predictions.select(predictions.labels != UNLABELLED)
     prefix = f"test/{subset}"
@@ -118,7 +118,7 @@ def subset_metrics(predictions: Predictions, classes: Sequence[str], subset: str
         return metrics
     for predictor, predicted in scored.by_predictor.items():
         metrics |= _accuracy_metrics(scored.labels, predicted, classes, subset, predictor)
-    if len(np.unique(scored.labels)) > 1:  # of one class there is nothing to agree with
+    if len(np.unique(scored.labels)) > 1:  # agreement is undefined with one class
         for name, value in clustering_metrics(scored.labels, scored.clusters).items():
             metrics[f"{prefix}/cluster/{name}"] = value
     separation = silhouette(scored.embeddings, scored.clusters)
@@ -139,7 +139,7 @@ def _accuracy_metrics(
 
 
 def _reportable(figures: Metrics, subset: str) -> Metrics:
-    """Without the strict figures of classes that have too few slices to say anything."""
+    """Drop strict metrics of classes that have too few slices."""
     if subset != "strict":
         return figures
     small = {
@@ -155,7 +155,7 @@ def _reportable(figures: Metrics, subset: str) -> Metrics:
 
 
 def confusion_metrics(predictions: Predictions, classes: Sequence[str], prefix: str) -> Metrics:
-    """Confusion matrices as flat counts: ``PREFIX/head/confusion/LABEL/PREDICTION``."""
+    """Confusion matrices as flat counts named ``PREFIX/head/confusion/LABEL/PREDICTION``."""
     scored = predictions.select(predictions.labels != UNLABELLED)
     metrics: Metrics = {}
     for predictor, predicted in scored.by_predictor.items():
@@ -169,10 +169,10 @@ def confusion_metrics(predictions: Predictions, classes: Sequence[str], prefix: 
 
 
 def validation_metrics(predictions: Predictions) -> Metrics:
-    """Figures by which the epoch is chosen, by ``validation/score`` (`chosen_epoch`).
+    """Validation metrics, among them ``validation/score``, which `chosen_epoch` uses.
 
-    The score is the head's balanced accuracy; where epochs tie in it, the lower cross entropy
-    decides, which enters with a weight too small to outvote a slice.
+    The score is the balanced accuracy of the head. Ties are broken by the lower cross entropy,
+    whose weight is too small to outweigh a slice.
     """
     labels = predictions.labels
     num_of_class = np.unique(labels, return_counts=True)[1]
@@ -194,10 +194,10 @@ def validation_metrics(predictions: Predictions) -> Metrics:
 
 
 def _standard_error(num_right: NDArray[np.int64], num_of_class: NDArray[np.int64]) -> float:
-    """Of a balanced accuracy, the mean of the classes' recalls, from counts (C,).
+    """Standard error of a balanced accuracy (mean recall over classes) from counts (C,).
 
-    Four slices more, half of them right, are spread over the classes (Agresti & Coull 1998): it is
-    above 0 where none is wrong.
+    Four pseudo-slices, half of them right, are spread over the classes (Agresti & Coull 1998), so
+    that the error is above 0 even if no prediction is wrong.
     """
     num_classes = len(num_of_class)
     counts = num_of_class + 4 / num_classes
@@ -206,16 +206,16 @@ def _standard_error(num_right: NDArray[np.int64], num_of_class: NDArray[np.int64
 
 
 def chosen_epoch(history: Sequence[Metrics]) -> int:
-    """The last epoch, of those with the largest slices, about as good as the best; 1-based.
+    """The last epoch within one standard error of the best score; 1-based.
 
-    About as good is within one standard error of the best epoch's score (Breiman et al. 1984,
-    "Classification and Regression Trees", section 3.4.3), which no slices of that number can tell
-    from it; of such epochs the last one has learned at the smallest rate.
-    Where slices grow, only the last size is the one at which the run predicts. The choice moves
-    to the newest epoch or stays: no other needs to be kept.
+    The one-standard-error rule is that of Breiman et al. 1984 ("Classification and Regression
+    Trees", section 3.4.3): such scores cannot be distinguished with that number of slices, and the
+    last of these epochs was trained at the lowest learning rate. If slices grow during training,
+    only epochs with the largest slices count, since the run predicts at that size. As epochs are
+    added, the choice either stays or moves to the newest epoch, so no other needs to be kept.
 
     Args:
-        history: of each epoch `validation_metrics` and ``train/image_size``.
+        history: for each epoch, `validation_metrics` and ``train/image_size``.
     """
     side = "train/image_size"
     largest = max(metrics[side] for metrics in history)
@@ -234,8 +234,8 @@ def predictions_table(
 ) -> pa.Table:
     """Rows of the ``PREDICTIONS`` schema.
 
-    ``slices``, in the order of the predictions, has the identity and the thumbnail of each, and
-    ``clean`` and ``strict`` where they are known.
+    ``slices``, in the order of the predictions, has the identity and thumbnail of each slice, and
+    ``clean`` and ``strict`` if known.
     """
     names = np.array(list(classes), dtype=object)
     labels = [
@@ -274,14 +274,15 @@ def summarise(
     groups: Mapping[str, str] | None = None,
     temperature: float | None = None,
 ) -> Metrics:
-    """The reported figures of a table of predictions.
+    """The reported metrics of a table of predictions.
 
-    For ``all``, ``clean`` and ``strict``: both predictors and the memory baseline (nearest
-    labelled thumbnail, ``thumbnail_1nn``), with bootstrap intervals of the accuracies over
-    ``groups`` (by sample_id, such as subjects; a slice that has none is a group alone); and
-    ``all_as_clean``, the accuracies over all slices re-weighted to the class mix of clean. Without
-    fingerprints of what the run saw (``seen``), only ``all``, without the baseline. The head's
-    calibration error is given as it is and, with a ``temperature`` fitted on validation, tempered.
+    For ``all``, ``clean`` and ``strict``: metrics of both predictors and of the memory baseline
+    (nearest labelled thumbnail, ``thumbnail_1nn``), with bootstrap intervals of the accuracies over
+    ``groups`` (by sample_id, such as subjects; a slice without a group is its own). In addition
+    ``all_as_clean``: accuracies over all slices, re-weighted to the class mix of clean. Without
+    fingerprints of the slices that the run saw (``seen``), only ``all``, without the baseline. The
+    calibration error of the head is also given after scaling with ``temperature``, fitted on
+    validation, if there is one.
     """
     table = table.filter(pc.is_valid(table["label"]))
     predictions = _from_table(table, classes, class_of_cluster)
@@ -303,7 +304,7 @@ def summarise(
             tempered = temper(chosen.probabilities, temperature)
             metrics[f"{prefix}_tempered"] = calibration_error(tempered, chosen.labels)
         for name, predicted in by_predictor.items():
-            if name not in chosen.by_predictor:  # the others are among the subset's figures
+            if name not in chosen.by_predictor:  # the others are in subset_metrics
                 metrics |= _accuracy_metrics(chosen.labels, predicted[mask], classes, subset, name)
             is_right = predicted[mask] == chosen.labels
             interval = bootstrap_interval(is_right, group_of[mask], seed, num_resamples)
@@ -323,7 +324,7 @@ def summarise(
 def _from_table(
     table: pa.Table, classes: Sequence[str], class_of_cluster: NDArray[np.int64]
 ) -> Predictions:
-    """The labelled rows' predictions; keys are row numbers."""
+    """Predictions of a table whose rows are labelled; keys are row numbers."""
     index = {name: position for position, name in enumerate(classes)}
     return Predictions(
         keys=np.arange(table.num_rows),
@@ -337,7 +338,7 @@ def _from_table(
 
 
 def matrix_of(column: pa.ChunkedArray) -> NDArray[np.float32]:
-    """(N, D) of a column of lists of equal length."""
+    """(N, D) float32 matrix of a column of lists of equal length."""
     values = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
     return np.ascontiguousarray(values.reshape(len(column), -1), dtype=np.float32)
 

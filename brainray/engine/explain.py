@@ -1,8 +1,4 @@
-"""Where the encoder finds the evidence for a class: maps over slices, by captum.
-
-captum is PyTorch's own library of attribution methods, and needs nothing that is not installed
-anyway.
-"""
+"""Class activation maps of the encoder with captum, PyTorch's library of attribution methods."""
 
 import numpy as np
 import pyarrow as pa
@@ -15,26 +11,26 @@ from torchvision.transforms.functional import gaussian_blur
 
 from brainray.engine.state import Checkpoint
 
-_NUM_RIGHT = 4  # slices of each class that are predicted rightly
+_NUM_RIGHT = 4  # correctly predicted slices of each class
 _NUM_WRONG = 12
-_AT_ONCE = 4  # slices: of large ones each takes hundreds of megabytes
+_AT_ONCE = 4  # slices; a large one takes hundreds of megabytes
 
 
 def class_activation_maps(
     checkpoint: Checkpoint,
     images: Tensor,  # (N, 1, S, S) uint8, preprocessed, on the encoder's device
-    classes: Tensor,  # (N,) int64: whose logit each map explains
+    classes: Tensor,  # (N,) int64: class whose logit the map explains
 ) -> Tensor:
     """LayerCAM (Jiang et al. 2021) at the encoder's first stage, blurred by half a cell.
 
-    At each place, the sum over the channels of activation times positive gradient of the logit.
-    Grad-CAM at the last stage, the usual choice, has a cell every 32 pixels. With an encoder
-    trained on phantoms of 128 pixels its peak lay in the lesion of 7 % of 216 phantoms; the peak
-    of these maps in that of 96 % of 216 phantoms on which nothing was chosen.
+    A map is the sum over channels of activation times positive gradient of the logit. Grad-CAM at
+    the last stage, the usual choice, has one cell per 32 pixels. With an encoder trained on
+    phantoms of 128 pixels, its peak lay inside the lesion in 7 % of 216 phantoms; the peak of
+    these maps did in 96 % of 216 phantoms that were not used for any choice.
 
     Returns:
-        (N, S, S) float32 between 0 and 1: the place that speaks most for the class has 1, unless
-        nothing does.
+        (N, S, S) float32 in [0, 1], with 1 at the strongest evidence for the class; all zero if
+        there is none.
     """
     encoder = checkpoint.encoder.eval()
     inputs = checkpoint.scale.standardise(checkpoint.scale.to_unit(images))
@@ -44,7 +40,7 @@ def class_activation_maps(
     grids = []
     for few, target in zip(inputs.split(_AT_ONCE), classes.split(_AT_ONCE), strict=True):
         products = attribution.attribute(few, target=target).detach()  # (n, C, h, w)
-        # The stage ends in a ReLU: no activation is negative, so the sign is the gradient's.
+        # The stage ends in a ReLU: activations are not negative, so the sign is the gradient's.
         grids.append(products.relu().sum(dim=1, keepdim=True))
     grid = torch.cat(grids)
     side = images.shape[-1]
@@ -56,10 +52,10 @@ def class_activation_maps(
 
 
 def on_pixels(grid: Tensor, side: int) -> Tensor:
-    """(N, 1, side, side) of a stage's grid (N, 1, h, h), each cell where it looks.
+    """Interpolate a stage's grid (N, 1, h, h) to pixels (N, 1, side, side).
 
     The padded strides of a ResNet centre cell i on pixel i times the stride. Interpolation that
-    takes the cells for tiles of the slice would move all of them by half a stride.
+    treats the cells as tiles of the slice would shift all of them by half a stride.
     """
     num_cells = grid.shape[-1]
     stride = -(-side // num_cells)
@@ -70,9 +66,9 @@ def on_pixels(grid: Tensor, side: int) -> Tensor:
 
 
 def rows_to_explain(predictions: pa.Table) -> NDArray[np.int64]:
-    """Rows of a sample of each class that the head gets right, and of the errors, surest first.
+    """Rows of a sample of correct predictions per class, then of errors by falling confidence.
 
-    Where no slice has a label, a sample of each class that is predicted.
+    Without labels, a sample of each predicted class.
     """
     head = np.asarray(predictions["head"].to_pylist(), dtype=object)
     given = np.asarray(predictions["label"].to_pylist(), dtype=object)
@@ -83,7 +79,7 @@ def rows_to_explain(predictions: pa.Table) -> NDArray[np.int64]:
     rows: list[int] = []
     for name in sorted(set(head[right])):
         of_class = np.flatnonzero(right & (head == name))
-        # From all over the table, not its first.
+        # Evenly spaced, not the first ones.
         places = np.linspace(0, len(of_class) - 1, min(_NUM_RIGHT, len(of_class)))
         rows += of_class[places.round().astype(int)].tolist()
     errors = np.flatnonzero(wrong)

@@ -1,4 +1,4 @@
-"""A checkpoint for those who load it without brainray, or serve it: ONNX and safetensors."""
+"""Export of checkpoints to ONNX and safetensors, for serving and for use without brainray."""
 
 import json
 import tempfile
@@ -18,22 +18,22 @@ from brainray.errors import CheckpointError
 
 ONNX_OPSET = 18
 TOLERANCE = 1e-4
-"""By how much an exported model's probabilities and responsibilities may differ from ours."""
+"""Largest difference allowed in probabilities and responsibilities of an exported model."""
 
 
 class NetOutput(NamedTuple):
-    """What is said of B slices."""
+    """Outputs for B slices."""
 
     probabilities: Tensor  # (B, C) float32 of the head
     responsibilities: Tensor  # (B, K) float32 of the mixture
-    log_likelihood: Tensor  # (B,) float32 under the mixture; low means outlying
+    log_likelihood: Tensor  # (B,) float32 under the mixture; low for outliers
 
 
 class SliceNet(nn.Module):
-    """Preprocessed slices (B, 1, S, S) of grey values 0..255, float32, to ``NetOutput``.
+    """Maps preprocessed slices (B, 1, S, S), float32 grey values 0..255, to ``NetOutput``.
 
-    One graph of encoder, head, PCA and mixture; S is the side that the encoder was trained at.
-    The mixture is computed in float64, as in training.
+    One graph of encoder, head, PCA and mixture. S is the side used in training. The mixture is
+    computed in float64, as in training.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -57,14 +57,16 @@ class SliceNet(nn.Module):
 
 
 def onnx_bytes(checkpoint: Checkpoint) -> bytes:
-    """``SliceNet`` as ONNX of opset ``ONNX_OPSET``: input ``images`` with any number of slices,
-    outputs named as the fields of ``NetOutput``; its metadata has the ``classes``, as JSON.
+    """``SliceNet`` as ONNX with opset ``ONNX_OPSET``.
+
+    The input ``images`` takes any number of slices; outputs are named like the fields of
+    ``NetOutput``; the metadata contain the ``classes`` as JSON.
 
     Raises:
         ImportError: onnx or onnxscript is not installed.
     """
     side = checkpoint.image_size
-    # Two slices: a batch of one would be taken for a constant.
+    # Two slices, because a batch size of one would be exported as a constant.
     example = torch.zeros(2, 1, side, side)
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary, "model.onnx")
@@ -85,12 +87,12 @@ def onnx_bytes(checkpoint: Checkpoint) -> bytes:
 
 
 def run_onnx(content: bytes, images: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
-    """Outputs by name of an ONNX model for images (B, 1, S, S), by ONNX Runtime on the CPU.
+    """Outputs by name of an ONNX model for images (B, 1, S, S), from ONNX Runtime on the CPU.
 
     Raises:
         ImportError: onnxruntime is not installed.
     """
-    import onnxruntime  # of an extra
+    import onnxruntime  # from an extra
 
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     outputs = session.run(list(NetOutput._fields), {"images": images})
@@ -101,16 +103,16 @@ def run_onnx(content: bytes, images: NDArray[np.float32]) -> dict[str, NDArray[n
 def largest_difference(
     checkpoint: Checkpoint, content: bytes, images: NDArray[np.float32]
 ) -> float:
-    """Between the ONNX model's probabilities and responsibilities of images and our own."""
+    """Largest difference in probabilities and responsibilities between the ONNX model and ours."""
     ours = SliceNet(checkpoint).cpu()(torch.from_numpy(images))
     theirs = run_onnx(content, images)
     names = ("probabilities", "responsibilities")
     differences = [np.abs(getattr(ours, name).numpy() - theirs[name]).max() for name in names]
-    return float(np.max(differences))  # NaN where one is, which Python's max may pass over
+    return float(np.max(differences))  # np.max propagates NaN, Python's max may not
 
 
 def safetensors_bytes(checkpoint: Checkpoint, preprocess: PreprocessConfig) -> bytes:
-    """All of a checkpoint's tensors; in the header, as JSON, what else prediction needs."""
+    """All tensors of a checkpoint; the header contains everything else for prediction as JSON."""
     state = checkpoint_state(checkpoint)
     tensors: dict[str, Tensor] = {}
     extra: dict[str, Any] = {}
@@ -126,10 +128,10 @@ def safetensors_bytes(checkpoint: Checkpoint, preprocess: PreprocessConfig) -> b
 
 
 def load_safetensors(path: Path) -> tuple[Checkpoint, PreprocessConfig]:
-    """What ``safetensors_bytes`` was given.
+    """Load what ``safetensors_bytes`` saved.
 
     Raises:
-        CheckpointError: the file is none of ours.
+        CheckpointError: the file is not an exported brainray model.
     """
     try:
         with safetensors.safe_open(path, framework="pt") as file:
@@ -137,7 +139,7 @@ def load_safetensors(path: Path) -> tuple[Checkpoint, PreprocessConfig]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         about = {key: json.loads(header[key]) for key in ("checkpoint", "extra", "preprocess")}
     except (OSError, safetensors.SafetensorError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{path} is no exported model of brainray: {error!r}") from None
+        raise CheckpointError(f"{path} is not an exported brainray model: {error!r}") from None
     saved = about["checkpoint"]
     for name, value in [*tensors.items(), *about["extra"].items()]:
         module, _, key = name.partition(".")

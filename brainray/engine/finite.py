@@ -1,9 +1,9 @@
-"""Numbers that are no longer finite: every rank stops at the same step, and no device waits.
+"""Detection of non-finite losses and gradients, at the same step on every rank.
 
-A loss that is not finite makes its gradient NaN (`carried_by_gradient`), and the ranks' average of
-the gradients takes that to all of them: no collective of its own is needed. Whether the gradient
-was finite is read at once on a CPU; on other devices it is copied while they go on, and read some
-updates later, the same number on every rank.
+A non-finite loss makes its gradient NaN (`carried_by_gradient`), and gradient averaging passes that
+on to all ranks, so no extra collective is needed. Whether the gradient is finite is read
+immediately on a CPU. Other devices copy it asynchronously, and it is read some updates later, the
+same number on every rank.
 """
 
 from collections import deque
@@ -13,14 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-_LAG = 2  # updates that a device other than the CPU may be ahead of what is read
+_LAG = 2  # updates by which the check lags behind on devices other than the CPU
 
 
 class NonFiniteStep(Exception):
-    """A step's loss or gradient is not finite; raised on every rank alike.
+    """A step's loss or gradient is not finite; raised on every rank.
 
-    ``culprits`` (n,) int64 are keys of this rank's slices whose own numbers are not finite, and
-    ``batch`` those of all slices that this rank has brought to the step.
+    ``culprits`` (n,) int64 are keys of this rank's slices with non-finite values, and ``batch`` the
+    keys of all of this rank's slices in the step.
     """
 
     def __init__(self, step: int, culprits: Tensor, batch: Tensor) -> None:
@@ -31,18 +31,18 @@ class NonFiniteStep(Exception):
 
 
 def carried_by_gradient(loss: Tensor) -> Tensor:
-    """The scalar loss, with a gradient of NaN where it is not finite; else bit by bit the same."""
+    """The scalar loss, with a gradient of NaN if it is not finite; otherwise bitwise unchanged."""
     return loss * torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan).to(loss.dtype)
 
 
 @dataclass(frozen=True)
 class _Batch:
     keys: Tensor  # (B,) int64
-    finite: Tensor  # (T, B) bool: of each watched tensor, whether the row is finite
+    finite: Tensor  # (T, B) bool: whether each row of each watched tensor is finite
     loss_is_finite: Tensor  # () bool
 
     def culprits(self) -> Tensor:
-        """Rows of the first tensor that has bad ones: a layer may spread one to all that follow."""
+        """Bad rows of the first tensor with any; later layers may have spread them to others."""
         for finite in self.finite:
             if not finite.all():
                 return self.keys[~finite]
@@ -58,7 +58,7 @@ class _Update:
 
 
 class GradientWatch:
-    """Looks at the gradient of every update before, or on a GPU soon after, it is applied."""
+    """Checks the gradient of every update before or, on a GPU, soon after it is applied."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], device: torch.device) -> None:
         self._parameters = list(parameters)
@@ -67,18 +67,19 @@ class GradientWatch:
         self._updates: deque[_Update] = deque()
 
     def saw(self, keys: Tensor, loss: Tensor, *values: Tensor) -> None:
-        """Remember a batch: keys (B,), its loss, and tensors (B, ...) in the order of computing."""
-        # A sum is finite where all values are, and one pass; a mask of the values costs a hundredth
-        # of a step. A sum that overflows is a diverged row's: it is asked for after a bad gradient.
+        """Record a batch: keys (B,), loss, and tensors (B, ...) in the order of computation."""
+        # A sum needs one pass and is finite if all values are; a mask of all values would cost 1 %
+        # of a step. A sum that overflows belongs to a diverged row; it matters only after a bad
+        # gradient.
         sums = torch.stack([value.detach().flatten(1).sum(dim=1).float() for value in values])
         finite = torch.isfinite(sums)
         self._batches.append(_Batch(keys, finite, torch.isfinite(loss.detach())))
 
     def check(self, step: int) -> None:
-        """To be called with an update's gradients in place.
+        """Check an update; to be called once its gradients are computed.
 
         Raises:
-            NonFiniteStep: of this update, or of one shortly before.
+            NonFiniteStep: for this update or one shortly before.
         """
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         finite = torch.isfinite(nn.utils.get_total_norm(gradients))
@@ -95,7 +96,7 @@ class GradientWatch:
             self._read(self._updates.popleft())
 
     def finish(self) -> None:
-        """Read what has not been read yet; raises as ``check`` does."""
+        """Check all pending updates; raises like ``check``."""
         while self._updates:
             self._read(self._updates.popleft())
 

@@ -1,4 +1,4 @@
-"""Forward passes: in which precision, and in inference mode on which threads."""
+"""Forward passes: precision, and threads in inference mode."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_MAX_PIXELS_AT_ONCE = 2**18  # of a thread: what a layer makes of more leaves its cache
+_MAX_PIXELS_AT_ONCE = 2**18  # per thread; the activations of more would not fit its cache
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:
@@ -20,10 +20,10 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Non
 def forward_passes(
     model: nn.Module, device: torch.device, precision: str
 ) -> Iterator[Callable[[Tensor], list[Any]]]:
-    """What a model makes of a batch (B, ...), in parts whose rows follow each other.
+    """Yield a function that returns the model's outputs for a batch (B, ...) as parts in row order.
 
-    On CPUs every thread takes rows of its own through all layers, which is faster than all threads
-    together at one layer after the other (measured by `jobs/benchmark.py predict`).
+    On CPUs every thread takes its own rows through all layers, which is faster than all threads
+    working on one layer at a time (measured by `jobs/benchmark.py predict`).
     """
     model.eval()
 
@@ -38,7 +38,7 @@ def forward_passes(
         return
 
     def side_by_side(images: Tensor) -> list[Any]:
-        if len(images) < num_threads:  # this thread has the others' help
+        if len(images) < num_threads:  # all threads share each layer
             return [forward(images)]
         at_most = max(_MAX_PIXELS_AT_ONCE // images[0].numel(), 1)
         rows_each = min(at_most, -(-len(images) // num_threads))
@@ -48,4 +48,4 @@ def forward_passes(
         with ThreadPoolExecutor(num_threads, "forward", torch.set_num_threads, (1,)) as pool:
             yield side_by_side
     finally:
-        torch.set_num_threads(num_threads)  # what new threads begin with is the process's
+        torch.set_num_threads(num_threads)  # the setting that new threads inherit

@@ -1,4 +1,4 @@
-"""Named losses of many steps, as one mean each."""
+"""Means of named losses over many steps."""
 
 from collections.abc import Mapping
 
@@ -9,7 +9,7 @@ from brainray import dist
 
 
 class MeanLosses:
-    """Sums scalars on their device: to read a value at every step would stop its queue."""
+    """Sums scalars on their device, because reading one per step would stall its queue."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -17,14 +17,14 @@ class MeanLosses:
         self._num_steps = 0
 
     def add(self, terms: Mapping[str, Tensor]) -> None:
-        """One step's terms, the same names at every step."""
+        """Add the terms of a step; every step must have the same names."""
         for name, value in terms.items():
             before = self._sums.get(name, torch.zeros((), device=self._device))
             self._sums[name] = before + value.detach()
         self._num_steps += 1
 
     def over_ranks(self) -> dict[str, float]:
-        """Means over all steps and ranks (collective; as many steps on every rank)."""
+        """Means over all steps and ranks (collective; every rank must have as many steps)."""
         totals = dist.sum_across_ranks(torch.stack(list(self._sums.values())).double())
         means = (totals / (self._num_steps * dist.world_size())).tolist()
         return dict(zip(self._sums, means, strict=True))

@@ -1,4 +1,4 @@
-"""What the encoder makes of unlabelled slices, as targets of the next epoch."""
+"""Pseudo-labels: predictions for unlabelled slices that are targets of the next epoch."""
 
 from typing import NamedTuple
 
@@ -13,13 +13,13 @@ _WIDTH = 2.0  # standard deviations, SoftMatch's n_sigma
 
 
 class PseudoLabels(NamedTuple):
-    """Classes of n unlabelled slices, and how far to trust each."""
+    """Classes of n unlabelled slices and their weights in the loss."""
 
     labels: Tensor  # (n,) int64
     confidences: Tensor  # (n,) float32 in [0, 1]
 
     def unless_inherited(self, inherited: Tensor) -> "PseudoLabels":
-        """The classes (n,) that slices inherit, fully trusted; these where that is UNLABELLED."""
+        """Inherited classes (n,) with confidence 1; these pseudo-labels where UNLABELLED."""
         inherits = inherited != UNLABELLED
         return PseudoLabels(
             torch.where(inherits, inherited, self.labels),
@@ -28,7 +28,7 @@ class PseudoLabels(NamedTuple):
 
 
 def class_shares(labels: Tensor, num_classes: int) -> Tensor:
-    """(C,) float64, of the labels (n,) of all ranks (collective)."""
+    """(C,) float64 shares of the classes among the labels (n,) of all ranks (collective)."""
     known = nn.functional.one_hot(labels, num_classes)
     counts = dist.sum_across_ranks(known.sum(dim=0).double())
     return counts / counts.sum()
@@ -38,10 +38,10 @@ def class_shares(labels: Tensor, num_classes: int) -> Tensor:
 def pseudo_labels(probabilities: Tensor, shares: Tensor) -> PseudoLabels:
     """SoftMatch (Chen et al. 2023, equations 7 to 9) over all slices of all ranks (collective).
 
-    Departures: mean and variance of the confidence are of this epoch's slices, not running ones,
-    and the distribution is aligned with the labelled slices' by Sinkhorn's iterations. That takes
-    the classes to be mixed alike in both, as they are where labels were drawn at random
-    (`class_shift` tells how far what the encoder believes is from it).
+    It differs from the paper in two ways. Mean and variance of the confidence are those of this
+    epoch's slices, not running ones. The class distribution is aligned with that of the labelled
+    slices by Sinkhorn iterations. This assumes the same class mix in both, which is the case if
+    labels were drawn at random; `class_shift` measures how far the encoder's predictions deviate.
 
     Args:
         probabilities: (n, C), this rank's rows; may be empty.
@@ -61,8 +61,10 @@ def pseudo_labels(probabilities: Tensor, shares: Tensor) -> PseudoLabels:
 
 @torch.no_grad()
 def class_shift(probabilities: Tensor, shares: Tensor) -> float:
-    """Share of the unlabelled slices that the encoder believes of other classes than the labelled
-    ones' mix has room for: total variation of the two distributions, 0 to 1 (collective).
+    """Total variation distance, 0 to 1, between predicted and labelled class mix (collective).
+
+    This is the share of unlabelled slices whose predicted class does not fit into the class mix of
+    the labelled ones.
 
     Args:
         probabilities: (n, C), this rank's rows; may be empty.
@@ -75,9 +77,9 @@ def class_shift(probabilities: Tensor, shares: Tensor) -> float:
 
 @torch.no_grad()
 def balance_assignments(probabilities: Tensor, shares: Tensor) -> Tensor:
-    """(n, C): rows scaled by column until all ranks' columns have the given shares (collective).
+    """Scale (n, C) so that the columns over all ranks get the given shares (collective).
 
-    Sinkhorn & Knopp 1967; it ends with rows that sum to 1, and columns nearly in their shares.
+    Sinkhorn & Knopp 1967. Rows of the result sum to 1; columns have their shares approximately.
     """
     num_rows = dist.count_across_ranks(len(probabilities), probabilities.device)
     balanced = probabilities

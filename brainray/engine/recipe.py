@@ -1,4 +1,4 @@
-"""From configuration to the parts that training composes."""
+"""Builds the parts of training from the configuration."""
 
 import math
 import warnings
@@ -19,14 +19,14 @@ from brainray.models.prototype import PrototypeObjective
 from brainray.models.supervised import SupervisedObjective
 
 GROWTH_STEP = 32
-"""Pixels by which slices grow between the stages of progressive resizing."""
+"""Pixels by which the slice side grows between the stages of progressive resizing."""
 
 PRECISION_BITS = {"bf16": 16, "fp32": 32}
-"""Of the numbers that are multiplied."""
+"""Bits per multiplied number."""
 
 
 def build_objective(config: ObjectiveConfig) -> Objective:
-    """The configured objective; a new one is one file in models and one line here."""
+    """The configured objective; a new one needs one file in models and one line here."""
     consistency = ConsistencyObjective(config.lambda_consistency)
     prototype = PrototypeObjective(config.lambda_cluster, config.temperature)
     match config.name:
@@ -43,19 +43,19 @@ def build_objective(config: ObjectiveConfig) -> Objective:
 
 
 def ramp(epoch: int, ramp_epochs: int) -> float:
-    """exp(-5 (1 - t)^2) with t rising from 0 to 1 in ``ramp_epochs``; Laine & Aila 2017.
+    """exp(-5 (1 - t)^2) with t rising from 0 to 1 over ``ramp_epochs``; Laine & Aila 2017.
 
-    ``epoch`` counts from 1.
+    ``epoch`` is 1-based.
     """
     progress = min((epoch - 1) / ramp_epochs, 1.0) if ramp_epochs else 1.0
     return math.exp(-5 * (1 - progress) ** 2)
 
 
 def image_side(epoch: int, config: TrainConfig) -> int:
-    """Pixels along either axis in an epoch, which counts from 1.
+    """Side of the slices in pixels in an epoch (1-based).
 
-    Small slices first, in stages of as many epochs each: as in Tan & Le 2021 (EfficientNetV2,
-    progressive learning), with one augmentation throughout.
+    It grows in stages of equal length, as in Tan & Le 2021 (EfficientNetV2, progressive learning),
+    but with the same augmentation throughout.
     """
     if epoch > config.growth_epochs:
         return config.image_size
@@ -64,10 +64,10 @@ def image_side(epoch: int, config: TrainConfig) -> int:
 
 
 def build_average(encoder: nn.Module, decay: float) -> AveragedModel | None:
-    """The exponential average of an encoder's weights, if there is to be one.
+    """Exponential moving average of an encoder's weights; None if ``decay`` is 0.
 
-    Polyak & Juditsky 1992; as a teacher, Tarvainen & Valpola 2017. Its batch statistics are to be
-    measured (`epoch.measure_batch_statistics`): until then they are the encoder's.
+    Polyak & Juditsky 1992; as a teacher, Tarvainen & Valpola 2017. Its batch statistics are those
+    of the encoder until they are measured (`epoch.measure_batch_statistics`).
     """
     if decay == 0:
         return None
@@ -79,7 +79,7 @@ def build_optimizer(
 ) -> tuple[AdamW, OneCycleLR]:
     """AdamW without weight decay on biases and norms, and a one-cycle schedule (Smith 2018).
 
-    Where the learning rate is highest, AdamW's beta1 is lowest: it moves between 0.95 and 0.85.
+    AdamW's beta1 moves between 0.95 and 0.85, opposite to the learning rate.
     """
     decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
@@ -88,10 +88,10 @@ def build_optimizer(
         {"params": others, "weight_decay": 0.0},
     ]
     optimizer = AdamW(groups, lr=config.learning_rate, fused=True)
-    # OneCycleLR rejects one step more than its total, and a cycle needs a rise and a fall.
+    # OneCycleLR rejects a step beyond its total, and a cycle needs a rise and a fall.
     length = max(total_steps + 1, 10)
     if config.warmup_fraction * length == 1.0:
-        length += 1  # it would divide by the length of a rise of no step
+        length += 1  # else it would divide by zero, the length of the rise
     scheduler = OneCycleLR(
         optimizer,
         max_lr=config.learning_rate,
@@ -102,7 +102,7 @@ def build_optimizer(
 
 
 def resume_schedule(scheduler: LRScheduler, num_steps: int) -> None:
-    """As after so many steps; the optimiser, whose state was loaded, has made them."""
+    """Set the schedule to its state after ``num_steps``; the optimiser's state is loaded."""
     scheduler.last_epoch = num_steps - 1
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
@@ -110,14 +110,14 @@ def resume_schedule(scheduler: LRScheduler, num_steps: int) -> None:
 
 
 def agreed_precision(precision: str, device: torch.device) -> str:
-    """`resolve_precision` on all ranks together: fp32 where one of them has no other."""
+    """`resolve_precision` agreed between all ranks: fp32 if any of them needs it."""
     resolved = resolve_precision(precision, device)
     num_fp32 = sum_across_ranks(torch.tensor(int(resolved == "fp32"), device=device))
     return "fp32" if num_fp32 > 0 else resolved
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """``auto`` becomes bf16 where the hardware multiplies it natively, else fp32."""
+    """Resolve ``auto`` to bf16 if the hardware supports it natively, else fp32."""
     if precision != "auto":
         return precision
     if device.type == "cuda":

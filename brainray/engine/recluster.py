@@ -1,4 +1,4 @@
-"""The re-clustering that closes an epoch and opens the next: PCA, K-means, Gaussian mixture."""
+"""Re-clustering between epochs: PCA, K-means, Gaussian mixture."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,9 +21,9 @@ _INITIAL_RESTARTS = 10
 
 
 class ClusterModel(nn.Module):
-    """A fitted mixture, with what leads from embeddings to clusters and from clusters to classes.
+    """A fitted mixture with the PCA before it and the mapping of clusters to classes.
 
-    A matching pair with the encoder whose embeddings it was fitted on; its state_dict restores it.
+    It is only valid with the encoder whose embeddings it was fitted on. Its state_dict restores it.
     """
 
     centers: Tensor  # (K, E) float32, mu in the space of z
@@ -50,17 +50,17 @@ class ClusterModel(nn.Module):
 
     @torch.no_grad()
     def coordinates(self, z: Tensor) -> Tensor:
-        """(N, P) float32 of embeddings (N, E), in the space in which the mixture is fitted."""
+        """(N, P) float32 coordinates of embeddings (N, E) in the space of the mixture."""
         return self.pca.transform(z)
 
     @torch.no_grad()
     def responsibilities(self, z: Tensor) -> Tensor:
-        """gamma, (N, K) float32, of embeddings (N, E)."""
+        """Responsibilities gamma (N, K) float32 of embeddings (N, E)."""
         return self.gmm.predict_proba(self.pca.transform(z.double())).float()
 
     @torch.no_grad()
     def log_likelihood(self, z: Tensor) -> Tensor:
-        """(N,) float32 log density of embeddings (N, E) under the mixture; low means outlying."""
+        """(N,) float32 log density of embeddings (N, E) under the mixture; low for outliers."""
         return self.gmm.score_samples(self.pca.transform(z.double())).float()
 
 
@@ -87,25 +87,26 @@ def recluster(
     previous: ClusterModel | None = None,
     previous_responsibilities: Tensor | None = None,
 ) -> Reclustering:
-    """Fit PCA, K-means and the mixture on the embeddings of all ranks; the same on every rank.
+    """Fit PCA, K-means and the mixture on the embeddings of all ranks (collective).
 
-    PCA serves only to compute gamma: the centres mu_k = sum_i gamma_ik z_i / sum_i gamma_ik live
-    in the space of z and are carried to the next epoch there, since PCA bases change. Components
-    are numbered as in the previous epoch (Hungarian on the overlap of responsibilities).
+    The result is the same on every rank. PCA is only used to compute gamma. The centres mu_k =
+    sum_i gamma_ik z_i / sum_i gamma_ik are kept in the space of z, since the PCA basis changes
+    between epochs. Components are numbered as in the previous epoch (Hungarian matching on the
+    overlap of responsibilities).
 
     Args:
-        z: this rank's embeddings, (n, E) float32, of all training slices but validation.
+        z: this rank's embeddings, (n, E) float32, of all training slices except validation.
         keys: (n,) int64, globally unique; they make the result independent of the sharding.
-        labels: (n,) int64, UNLABELLED where the label may not be read; the others alone decide
-            which class a cluster stands for.
+        labels: (n,) int64, UNLABELLED if the label may not be read; only the others decide which
+            class a cluster is mapped to.
         config: K, covariance type, PCA dimensions and limits.
-        num_classes: C; 0 where no label exists and clusters stand for nothing.
-        seed: of the first seeding.
-        previous: last epoch's mixture, whose centres start K-means.
-        previous_responsibilities: (n, K), last epoch's, rows as in z.
+        num_classes: C; 0 if there are no labels, and clusters are not mapped to classes.
+        seed: of the initial seeding.
+        previous: mixture of the last epoch, whose centres initialise K-means.
+        previous_responsibilities: (n, K), of the last epoch, rows as in z.
 
     Raises:
-        ClusteringError: K below C or above the number of slices, or embeddings that cannot be
+        ClusteringError: K is below C or above the number of slices, or the embeddings cannot be
             clustered.
     """
     check_num_clusters(config.num_clusters, num_classes, dist.count_across_ranks(len(z), z.device))
@@ -155,22 +156,23 @@ def recluster_in_health(
     remedy: str,
     say: Log,
 ) -> tuple[Reclustering, ClusteringHealth, bool]:
-    """Re-cluster; what a collapse does, ``clustering.on_collapse`` says (collective).
+    """Re-cluster, and handle a collapse according to ``clustering.on_collapse`` (collective).
 
     Args:
-        attempt: re-clusters, from the last centres or, where it is given True, anew.
-        z: (n, E), this rank's embeddings that are clustered.
+        attempt: re-clusters, starting from the last centres, or from scratch if called with True.
+        z: (n, E), this rank's embeddings.
         previous_responsibilities: (n, K).
-        config: the limits, and what a collapse does.
+        config: limits and ``on_collapse``.
         where: epoch or round, for messages.
-        remedy: what to do against a collapse, for the error.
-        say: tells, on the first rank, of a collapse that does not stop the run.
+        remedy: what to do about a collapse, for the error message.
+        say: logs, on the first rank, a collapse that does not stop the run.
 
     Returns:
-        The re-clustering, its health, and whether it has collapsed and goes on all the same.
+        The re-clustering, its health, and whether it has collapsed but the run continues.
 
     Raises:
-        ClusteringError: on every rank alike, where it has collapsed, and so when reseeded.
+        ClusteringError: on every rank, if the clusters have collapsed and reseeding, if configured,
+            did not help.
     """
     for anew in (False, True):
         found = None
@@ -179,11 +181,11 @@ def recluster_in_health(
             health = measure_health(z, found.responsibilities, previous_responsibilities)
             check_collapse(health, config.max_cluster_share, config.min_spread, remedy)
         except ClusteringError as problem:
-            collapse = f"{where}{', also reseeded' if anew else ''}: {problem}"
+            collapse = f"{where}{', also after reseeding' if anew else ''}: {problem}"
         else:
             return found, health, False
         if config.on_collapse == "stop" or (found is None and config.on_collapse == "warn"):
-            break  # of embeddings that are all alike nothing can be fitted to go on with
+            break  # without a fitted mixture the run cannot continue
         if dist.rank() == 0:
             say(f"{config.on_collapse}: {collapse}")
         if found is not None and config.on_collapse == "warn":
@@ -192,7 +194,7 @@ def recluster_in_health(
 
 
 class _Start(NamedTuple):
-    """What the mixture begins with."""
+    """Initial state of the mixture."""
 
     responsibilities: Tensor  # (n, K) float64, one-hot
     allowed: Tensor | None  # (n, K) bool
@@ -203,7 +205,7 @@ class _Start(NamedTuple):
 def _start_by_kmeans(
     reduced: Tensor, keys: Tensor, config: ClusteringConfig, seed: int, centers: Tensor | None
 ) -> _Start:
-    """METHOD A's: K-means from last epoch's centres (K, P), at first from its own."""
+    """Start of METHOD A: K-means from the last epoch's centres (K, P), if any."""
     kmeans = KMeans(
         config.num_clusters,
         max_iter=config.kmeans_max_iter,
@@ -225,10 +227,11 @@ def _start_anchored(
     centers: Tensor | None,
     class_of_cluster: Tensor | None,
 ) -> _Start:
-    """Each slice to the nearest of last epoch's centres, a labelled one to those of its class.
+    """Assign each slice to the nearest centre, and labelled slices to one of their class.
 
-    At first the centres are the classes' means or, where there are more clusters, K-means's. That
-    K-means does not iterate afterwards keeps a cluster from wandering from class to class.
+    The centres are those of the last epoch. In the first epoch they are the class means or, with
+    more clusters than classes, those of K-means. K-means does not iterate afterwards, so that a
+    cluster cannot drift from class to class.
     """
     readable = labels >= 0
     begun = _Start(reduced.new_empty(0), None)
@@ -252,22 +255,22 @@ def _start_anchored(
 def _classes_of(
     assignments: Tensor, labels: Tensor, num_classes: int, centers: Tensor, z: Tensor
 ) -> Tensor:
-    """(K,) int64: the class of each cluster, by labelled rows z (m, E) and labels (m,) alone."""
+    """(K,) int64 class of each cluster, from labelled rows z (m, E) and labels (m,) only."""
     means = _class_means(z, labels, num_classes)
     return cluster_to_class(assignments, labels, num_classes, centers=centers, class_means=means)
 
 
 def _class_means(z: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """(C, E) float64 over all ranks, of rows z (m, E) with labels (m,)."""
+    """(C, E) float64 class means over all ranks, of rows z (m, E) with labels (m,)."""
     return weighted_means(z, nn.functional.one_hot(labels, num_classes).double())
 
 
 def check_num_clusters(num_clusters: int, num_classes: int, num_slices: int) -> None:
-    """Refuse a K with which clusters cannot stand for classes, or cannot be fitted."""
+    """Reject a K below the number of classes or above the number of slices."""
     if num_clusters < num_classes:
         raise ClusteringError(
             f"clustering.num_clusters={num_clusters} is below the number of classes "
-            f"({num_classes}): clusters could not stand for all classes; raise it"
+            f"({num_classes}): every class needs a cluster; raise it"
         )
     if num_clusters > num_slices:
         raise ClusteringError(
@@ -277,7 +280,7 @@ def check_num_clusters(num_clusters: int, num_classes: int, num_slices: int) -> 
 
 
 def weighted_means(z: Tensor, weights: Tensor) -> Tensor:
-    """(K, E) float64: sum_i w_ik z_i / sum_i w_ik over all ranks, of z (n, E) and w (n, K)."""
+    """(K, E) float64: sum_i w_ik z_i / sum_i w_ik over all ranks, with z (n, E) and w (n, K)."""
     totals = dist.sum_across_ranks(weights.T @ z)
     mass = dist.sum_across_ranks(weights.sum(dim=0))
     return totals / mass.clamp_min(torch.finfo(torch.float64).tiny)[:, None]

@@ -1,7 +1,6 @@
-"""Learning without labels: a pretext task, alone or joined with the clustering loss.
+"""Training without labels: a pretext task, alone or with the clustering loss.
 
-An epoch here gives an encoder that the semi-supervised training can start from: what is saved is
-read by ``encoder.weights=PATH``.
+The resulting encoder can initialise semi-supervised training (``encoder.weights=PATH``).
 """
 
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from brainray.schema import UNLABELLED
 
 
 def build_pretext(name: str, config: SelfSupervisionConfig) -> Pretext:
-    """The configured pretext task; a new one is one file in models and one line here."""
+    """The configured pretext task; a new one needs one file in models and one line here."""
     match name:
         case "contrastive":
             return ContrastivePretext(config.augment, config.temperature, config.projection_dim)
@@ -36,12 +35,12 @@ def build_pretext(name: str, config: SelfSupervisionConfig) -> Pretext:
             return NoPretext(config.augment)
 
 
-_MATE_SHARE = 0.5  # of the mates that are drawn from the group
+_MATE_SHARE = 0.5  # of mates drawn from the group; the others are the slice itself
 
 
 @dataclass(frozen=True)
 class SoftTargets:
-    """The mixture's view of this rank's slices, fixed for one round of refinement."""
+    """Mixture targets of this rank's slices, fixed for one refinement round."""
 
     responsibilities: Tensor  # (n_rank, K) float32
     centers: Tensor  # (K, E) float32
@@ -49,24 +48,24 @@ class SoftTargets:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """Steps of an epoch: the same number and size on every rank."""
+    """Number and batch size of an epoch's steps, the same on every rank."""
 
     num_steps: int
     batch_size: int
 
 
 def plan_steps(num_images: int, batch_size_per_worker: int, num_ranks: int) -> StepPlan:
-    """An epoch is one pass; what does not fill a batch is left out, other slices each epoch."""
+    """Plan one pass; slices that do not fill a batch are left out, different ones each epoch."""
     on_each_rank = max(1, num_images // num_ranks)
     batch_size = min(batch_size_per_worker, on_each_rank)
     return StepPlan(on_each_rank // batch_size, batch_size)
 
 
 class Groups:
-    """Which of a rank's slices belong together, so that one can stand for another."""
+    """Groups of a rank's slices whose members can replace each other."""
 
     def __init__(self, numbers: Tensor) -> None:
-        """``numbers``: (n,) int64, of each slice's group over all ranks."""
+        """``numbers``: (n,) int64 group of each slice, numbered over all ranks."""
         self.numbers = numbers
         self._sorted = torch.argsort(numbers, stable=True)
         _, places, sizes = torch.unique(numbers, return_inverse=True, return_counts=True)
@@ -74,7 +73,7 @@ class Groups:
         self._sizes = sizes[places]
 
     def mates(self, rows: Tensor, generator: Generator) -> Tensor:
-        """For each of rows (B,) itself, or every other time some slice of its group."""
+        """For each of ``rows`` (B,), itself or, half of the time, a random slice of its group."""
         share, drawn = torch.rand(2, len(rows), generator=generator)
         others = self._sorted[self._first[rows] + (drawn * self._sizes[rows]).long()]
         return torch.where(share < _MATE_SHARE, others, rows)
@@ -94,28 +93,28 @@ def pretext_epoch(
     lambda_cluster: float = 0.0,
     soft: SoftTargets | None = None,
 ) -> dict[str, float]:
-    """Train for one pass over the slices; mean losses over all steps and ranks.
+    """Train for one pass over the slices; return mean losses over all steps and ranks.
 
-    Loss: pretext + lambda * (1/V) sum over views of sum_k gamma_k |z - mu_k|^2, the second term
-    where ``soft`` is given. Order, augmentation and dropout follow from ``seed`` alone, which must
-    differ between epochs and ranks.
+    The loss is pretext + lambda * (1/V) sum over views of sum_k gamma_k |z - mu_k|^2, with the
+    second term only if ``soft`` is given. ``seed`` alone determines order, augmentation and
+    dropout; it must differ between epochs and ranks.
 
     Args:
-        model: a `PretextModel`, or DDP around it.
+        model: a `PretextModel`, possibly wrapped in DDP.
         optimizer: of its parameters.
         scheduler: stepped with the optimiser.
-        pretext: the task.
+        pretext: the pretext task.
         images: this rank's slices, at least ``plan.num_steps * plan.batch_size``.
         groups: of these slices.
         plan: the same on every rank.
         seed: of order and views.
         precision: ``bf16`` or ``fp32``.
         lambda_cluster: weight of the clustering loss.
-        soft: gamma of this rank's slices, rows as in ``images``, and mu.
+        soft: gamma of this rank's slices, with rows as in ``images``, and mu.
     """
     device = images.device
     model.train()
-    torch.manual_seed(seed)  # of dropout and stochastic depth, which some encoders have
+    torch.manual_seed(seed)  # for dropout and stochastic depth of some encoders
     generator = Generator(device).manual_seed(seed)
     of_order = Generator().manual_seed(seed)  # on the CPU: the same order on every device
     order = torch.randperm(len(images), generator=of_order)
@@ -151,7 +150,7 @@ def _cluster_term(z: Tensor, views: Views, rows: Tensor, soft: SoftTargets) -> T
 def embed_slices(
     encoder: FeatureEncoder, images: Images, *, batch_size: int, precision: str
 ) -> Tensor:
-    """(n, E) float32, L2-normalised, of this rank's slices in inference mode."""
+    """L2-normalised features (n, E) float32 of this rank's slices, in inference mode."""
     parts: list[Tensor] = []
     with forward_passes(encoder, images.device, precision) as forward:
         for batch in images.batches(torch.arange(len(images)).split(batch_size)):
@@ -168,7 +167,7 @@ def cluster_without_labels(
     previous: ClusterModel | None = None,
     previous_responsibilities: Tensor | None = None,
 ) -> Reclustering:
-    """Training's re-clustering where no label exists, so that none can anchor it (collective)."""
+    """Re-cluster as in training, but without labels and so without anchors (collective)."""
     return recluster(
         z,
         keys,
@@ -182,7 +181,7 @@ def cluster_without_labels(
 
 
 def changed_share(before: Tensor, after: Tensor) -> float:
-    """Share of all ranks' slices whose most responsible component (n_rank, K) is another."""
+    """Share of all ranks' slices whose most likely component has changed; inputs (n_rank, K)."""
     changed = (before.argmax(dim=1) != after.argmax(dim=1)).sum()
     counts = torch.stack([changed, torch.tensor(len(after), device=after.device)])
     num_changed, num_rows = dist.sum_across_ranks(counts).tolist()
@@ -191,15 +190,15 @@ def changed_share(before: Tensor, after: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Convergence:
-    """When refinement ends."""
+    """Stopping criterion of refinement."""
 
     tolerance: float
     patience: int
     max_rounds: int
 
     def is_reached(self, changes: list[float]) -> bool:
-        """Whether the last ``patience`` of the rounds' changed shares are within the tolerance, or
-        there have been as many rounds as are allowed.
+        """Whether the changed shares of the last ``patience`` rounds are within the tolerance, or
+        ``max_rounds`` is reached.
         """
         settled = changes[-self.patience :]
         calm = len(settled) == self.patience and max(settled) <= self.tolerance

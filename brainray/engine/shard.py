@@ -1,4 +1,4 @@
-"""One rank's slices: on the training device where they fit, else in a file that is read ahead."""
+"""One rank's slices: on the training device if they fit, else in a file that is read ahead."""
 
 import os
 import tempfile
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-_READ_AHEAD = 3  # batches: one that trains, one at hand, one being read
+_READ_AHEAD = 3  # batches: one in training, one ready, one being read
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class PixelScale:
     std: float
 
     def to_unit(self, images: Tensor, side: int | None = None) -> Tensor:
-        """(B, 1, H, W) uint8 to float32 in [0, 1], (B, 1, side, side) where a side is given."""
+        """(B, 1, H, W) uint8 to float32 in [0, 1]; (B, 1, side, side) if a side is given."""
         unit = images.float() / 255
         if side is None or side == images.shape[-1]:
             return unit
@@ -38,7 +38,7 @@ class PixelScale:
 
 
 class Images(Protocol):
-    """n slices of side x side pixels, wherever they are kept."""
+    """n slices of side x side pixels, in any kind of storage."""
 
     device: torch.device
     side: int
@@ -46,11 +46,11 @@ class Images(Protocol):
     def __len__(self) -> int: ...
 
     def put(self, row: int, image: NDArray[np.uint8]) -> None:
-        """Keeps a slice (side, side); each has to come before the first batch is read."""
+        """Store a slice (side, side); all must be stored before the first batch is read."""
         ...
 
     def batches(self, rows: Iterable[Tensor]) -> Iterator[Tensor]:
-        """For each index (B,) int64 on the CPU, those slices: (B, 1, side, side) uint8."""
+        """Yield (B, 1, side, side) uint8 for each index (B,) int64 on the CPU."""
         ...
 
 
@@ -73,21 +73,21 @@ class CachedImages:
         indices = list(rows)
         if not indices:
             return
-        # At once: a copy to a GPU waits for all that it is at work on.
+        # In one copy, because each copy to a GPU waits for its pending work.
         on_device = torch.cat(indices).to(self.device)
         for index in on_device.split([len(index) for index in indices]):
             yield self.images[index]
 
 
 class StreamedImages:
-    """Slices in a nameless file of this node, which goes with the process.
+    """Slices in an anonymous file on this node, which is removed when the process ends.
 
-    A thread reads the next batches while the present one trains; on a GPU they are copied from
-    pinned memory without waiting.
+    A thread reads the next batches during training on the current one. Batches for a GPU are copied
+    asynchronously from pinned memory.
     """
 
     def __init__(self, num_images: int, side: int, device: torch.device) -> None:
-        """``device``: where batches go."""
+        """``device``: device of the batches."""
         self.device = device
         self.side = side
         self._num_images = num_images
@@ -121,7 +121,7 @@ class StreamedImages:
         for place, row in enumerate(index.tolist()):
             num_read = os.preadv(self._file.fileno(), [flat[place]], row * self._num_bytes)
             if num_read != self._num_bytes:
-                raise OSError(f"the file of streamed slices ends within slice {row}")
+                raise OSError(f"the file of streamed slices is truncated at slice {row}")
         return batch
 
     def _to_device(self, batch: Future[Tensor]) -> Tensor:
@@ -134,7 +134,7 @@ class SliceShard:
 
     images: Images
     keys: Tensor  # (n,) int64, from sample_id; unique within a split
-    labels: Tensor  # (n,) int64 class indices; UNLABELLED where the label may not be read
+    labels: Tensor  # (n,) int64 class indices; UNLABELLED if the label may not be read
 
     def __len__(self) -> int:
         return len(self.images)
@@ -142,13 +142,13 @@ class SliceShard:
 
 @dataclass(frozen=True)
 class RankData:
-    """Everything that one rank trains on and is evaluated with."""
+    """All slices that one rank trains and evaluates on."""
 
     labelled: SliceShard  # without the validation part
     unlabelled: SliceShard
     validation: SliceShard
     test: SliceShard
-    inherited: Tensor  # (n,) int64, of the unlabelled: class of labelled slices of their subject
+    inherited: Tensor  # (n,) int64 for unlabelled: class of their subject's labelled slices
 
     @property
     def fitted_keys(self) -> Tensor:
@@ -157,6 +157,6 @@ class RankData:
 
 
 def sample_keys(sample_ids: list[str]) -> NDArray[np.int64]:
-    """(n,) int64 from the first 64 bits of each sample_id: a key that tensors can hold."""
+    """(n,) int64 keys from the first 64 bits of each sample_id, for use in tensors."""
     values = np.array([int(identity[:16], 16) for identity in sample_ids], dtype=np.uint64)
     return values.view(np.int64)

@@ -1,6 +1,6 @@
-"""A checkpoint at work: preprocessed slices to predictions, and these beside the training slices.
+"""Inference with a checkpoint: predictions, and their comparison with the training slices.
 
-Prediction, evaluation and a served model all go through here, so that they tell the same.
+Prediction, evaluation and served models all use this module, so that their results agree.
 """
 
 import os
@@ -33,9 +33,9 @@ class SliceModel:
     ) -> None:
         """
         Args:
-            checkpoint: the pair, with the config that it was trained with.
-            device: by default CUDA where there is a GPU.
-            precision: bf16 or fp32; ``auto`` is what the run's setting means on this device.
+            checkpoint: the pair, with the config of its training.
+            device: by default CUDA if available, else the CPU.
+            precision: bf16 or fp32; ``auto`` resolves the run's setting on this device.
         """
         self.checkpoint = checkpoint
         if device is None:
@@ -47,11 +47,11 @@ class SliceModel:
         self.precision = resolve_precision(asked, device)
 
     def predict(self, slices: pa.Table, carried: Sequence[str] = ()) -> pa.Table:
-        """``PREDICTIONS`` rows with ``coordinates`` (``FITTED``), in the order asked for but with
-        those last that have a ``reason`` for why there is no slice; these are null elsewhere.
+        """``PREDICTIONS`` rows with ``coordinates`` (``FITTED``), in the order of ``slices``.
 
-        ``slices`` has ``image``, ``height``, ``width``, ``label``, ``reason``, what identifies
-        each, and the ``carried`` columns, which stay beside the prediction.
+        Rows with a ``reason``, for which there is no slice, come last and are otherwise null.
+        ``slices`` has ``image``, ``height``, ``width``, ``label``, ``reason``, the columns that
+        identify a slice, and the ``carried`` columns, which are copied to the output.
         """
         accepted = pc.is_null(slices["reason"])
         good, bad = slices.filter(accepted), slices.filter(pc.invert(accepted))
@@ -96,7 +96,7 @@ class Reference:
     """The training slices that new ones are compared with."""
 
     def __init__(self, fitted: pa.Table | None) -> None:
-        """``fitted``: ``FITTED`` rows; None or none where a checkpoint came without them."""
+        """``fitted``: ``FITTED`` rows; None or empty if the checkpoint came without them."""
         self.is_empty = fitted is None or fitted.num_rows == 0
         if fitted is None or self.is_empty:
             return
@@ -107,7 +107,7 @@ class Reference:
         self._likelihoods = np.sort(np.asarray(fitted["log_likelihood"].to_numpy()))
 
     def rows(self, predictions: pa.Table) -> pa.Table:
-        """``PREDICTED`` rows of what ``SliceModel.predict`` gives with reason and detail."""
+        """``PREDICTED`` rows from the output of ``SliceModel.predict`` with reason and detail."""
         columns: dict[str, Any] = {
             field.name: predictions[field.name]
             for field in PREDICTED
@@ -119,7 +119,7 @@ class Reference:
         return pa.table(ordered, names=PREDICTED.names).cast(PREDICTED)
 
     def _compare(self, predictions: pa.Table) -> dict[str, Any]:
-        """``outlier_score``, ``nearest`` and ``nearest_distance``; null for rejected files."""
+        """Columns ``outlier_score``, ``nearest``, ``nearest_distance``; null if rejected."""
         result: dict[str, list[Any]] = {
             name: [None] * predictions.num_rows
             for name in ("outlier_score", "nearest", "nearest_distance")
@@ -143,7 +143,7 @@ class Reference:
 
 
 def stored_pixels(slices: pa.Table, side: int) -> NDArray[np.uint8]:
-    """(n, 1, side, side) of rows with ``image``, ``height`` and ``width``."""
+    """(n, 1, side, side) uint8 images of rows with ``image``, ``height`` and ``width``."""
     images = np.empty((slices.num_rows, 1, side, side), dtype=np.uint8)
     for number, row in enumerate(slices.select(["image", "height", "width"]).to_pylist()):
         image = np.frombuffer(row["image"], dtype=np.uint8).reshape(row["height"], row["width"])
@@ -152,5 +152,5 @@ def stored_pixels(slices: pa.Table, side: int) -> NDArray[np.uint8]:
 
 
 def use_all_threads() -> None:
-    """Of this machine, for the encoder: decoding needs little of them."""
+    """Let the encoder use all threads of this machine: decoding needs little of them."""
     torch.set_num_threads(os.cpu_count() or 1)

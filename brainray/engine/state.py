@@ -1,4 +1,4 @@
-"""What is saved: checkpoints that predict on their own, and what a run needs to go on."""
+"""Saved state: self-contained checkpoints for prediction, and the state to resume a run."""
 
 import io
 import re
@@ -22,12 +22,12 @@ from brainray.models.encoder import Encoder
 from brainray.storage import Folder
 
 _FORMAT = "brainray-checkpoint/1"
-_NUM_KEPT = 2  # checkpoints to go on from: the newest may turn out to be broken
+_NUM_KEPT = 2  # resumable checkpoints, since the newest may be corrupt
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A matching pair of encoder and mixture, with all that prediction needs."""
+    """A matching pair of encoder and mixture, with everything that prediction needs."""
 
     config: Config
     classes: list[str]
@@ -38,29 +38,29 @@ class Checkpoint:
 
     @property
     def image_size(self) -> int:
-        """Pixels along either axis of the slices that this epoch's mixture was fitted on."""
+        """Side in pixels of the slices that this epoch's mixture was fitted on."""
         return image_side(self.epoch, self.config.train)
 
 
 @dataclass
 class TrainerState:
-    """What the next epoch reads beside the checkpoint."""
+    """State that the next epoch needs in addition to the checkpoint."""
 
     optimizer: dict[str, Any]
     keys: Tensor  # (N,) int64, of all fitted slices of all ranks
     responsibilities: Tensor  # (N, K) float32, rows as in keys
-    probabilities: Tensor  # (N, C) float32, the head's, rows as in keys
-    trained: dict[str, Any] | None  # the encoder's weights, where the checkpoint has their average
+    probabilities: Tensor  # (N, C) float32 of the head, rows as in keys
+    trained: dict[str, Any] | None  # the encoder's weights if the checkpoint has their average
     history: list[dict[str, float]] = field(default_factory=list)  # metrics of each epoch
 
 
 def checkpoint_bytes(checkpoint: Checkpoint) -> bytes:
-    """The content of a checkpoint's ``model.pt``: tensors and plain values only."""
+    """Content of a checkpoint's ``model.pt``: tensors and plain values only."""
     return state_to_bytes(checkpoint_state(checkpoint))
 
 
 def checkpoint_state(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Tensors by the names of their modules, and plain values: all of a checkpoint."""
+    """A checkpoint as tensors, by module name, and plain values."""
     return {
         "format": _FORMAT,
         "config": checkpoint.config.model_dump(mode="json"),
@@ -74,14 +74,14 @@ def checkpoint_state(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def load_checkpoint(folder: Folder) -> Checkpoint:
-    """Read a folder's ``model.pt``, on the CPU.
+    """Load a folder's ``model.pt`` to the CPU.
 
     Raises:
-        CheckpointError: there is none, or it is not a brainray checkpoint.
+        CheckpointError: the file is missing or is not a brainray checkpoint.
     """
     if not folder.exists(layout.MODEL):
         raise CheckpointError(
-            f"{folder} holds no {layout.MODEL}: give the folder of a checkpoint, "
+            f"{folder} contains no {layout.MODEL}: give the folder of a checkpoint, "
             "such as storage/runs/NAME/best"
         )
     where = f"{folder}/{layout.MODEL}"
@@ -89,7 +89,7 @@ def load_checkpoint(folder: Folder) -> Checkpoint:
 
 
 def restore_checkpoint(saved: dict[str, Any], where: str) -> Checkpoint:
-    """What ``checkpoint_state`` was given; ``where`` names its file in errors.
+    """Restore the checkpoint from a ``checkpoint_state``; ``where`` names its file in errors.
 
     Raises:
         CheckpointError: it is not a brainray checkpoint.
@@ -106,7 +106,7 @@ def restore_checkpoint(saved: dict[str, Any], where: str) -> Checkpoint:
         clusters.load_state_dict(saved["clusters"])
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
-        raise CheckpointError(f"{where} does not fit its config: {reason}") from None
+        raise CheckpointError(f"{where} does not match its config: {reason}") from None
     return Checkpoint(
         config=config,
         classes=saved["classes"],
@@ -118,7 +118,7 @@ def restore_checkpoint(saved: dict[str, Any], where: str) -> Checkpoint:
 
 
 def trainer_bytes(state: TrainerState) -> bytes:
-    """The content of a checkpoint's ``trainer.pt``."""
+    """Content of a checkpoint's ``trainer.pt``."""
     return state_to_bytes(
         {
             "optimizer": state.optimizer,
@@ -132,13 +132,15 @@ def trainer_bytes(state: TrainerState) -> bytes:
 
 
 def load_trainer(folder: Folder) -> TrainerState:
-    """Read a folder's ``trainer.pt``, on the CPU.
+    """Load a folder's ``trainer.pt`` to the CPU.
 
     Raises:
         CheckpointError: it is missing or unreadable.
     """
     if not folder.exists(layout.TRAINER):
-        raise CheckpointError(f"{folder} holds no {layout.TRAINER}: training cannot go on from it")
+        raise CheckpointError(
+            f"{folder} contains no {layout.TRAINER}: training cannot resume from it"
+        )
     return TrainerState(
         **state_from_bytes(folder.read_bytes(layout.TRAINER), f"{folder}/{layout.TRAINER}")
     )
@@ -146,20 +148,20 @@ def load_trainer(folder: Folder) -> TrainerState:
 
 @dataclass(frozen=True)
 class Resumable:
-    """A checkpoint that training goes on from."""
+    """A checkpoint that training can resume from."""
 
     checkpoint: Checkpoint
     trainer: TrainerState
 
 
 def save_resumable(run: Folder, saved: Resumable, fitted: pa.Table | None = None) -> None:
-    """Keep what the next epoch starts from in a folder of the run, and the one before it.
+    """Save the state after an epoch in a folder of the run, and keep the one before it.
 
-    ``fitted`` are the slices (``schema.FITTED``) of an epoch that is to be kept as the best. Each
-    file appears whole, and ``model.pt`` last: a folder without it is no checkpoint.
+    ``fitted`` are the slices (``schema.FITTED``) of an epoch that is to be kept as the best. Files
+    are written atomically and ``model.pt`` comes last: a folder without it is not a checkpoint.
     """
     folder = run / layout.checkpoint_folder(saved.checkpoint.epoch)
-    folder.delete()  # what an interrupted job has left there is of other files
+    folder.delete()  # an interrupted job may have left files that do not match
     if fitted is not None:
         folder.write_table(layout.FITTED, fitted)
     folder.write_bytes(layout.TRAINER, trainer_bytes(saved.trainer))
@@ -172,8 +174,8 @@ def save_resumable(run: Folder, saved: Resumable, fitted: pa.Table | None = None
 def keep_as_best(run: Folder, epoch: int) -> None:
     """Make a saved epoch the run's best, if it was chosen when it was saved.
 
-    Done last: were the epoch lost after that, the run would go on from the one before, and keep
-    as its best an epoch that it never had.
+    This has to come last. If the epoch were lost afterwards, the run would resume from the previous
+    one, with an epoch as its best that it does not have.
     """
     folder, best = run / layout.checkpoint_folder(epoch), run / layout.BEST
     if folder.exists(layout.FITTED):
@@ -182,10 +184,10 @@ def keep_as_best(run: Folder, epoch: int) -> None:
 
 
 def newest_resumable(run: Folder, say: Log) -> Resumable | None:
-    """The newest checkpoint of a run that can be read whole; what cannot is said.
+    """The newest readable checkpoint of a run; those that cannot be read are logged.
 
     Raises:
-        CheckpointError: the run has finished epochs, and none of its checkpoints can be read.
+        CheckpointError: the run has finished epochs but no readable checkpoint.
     """
     problems = []
     for epoch in reversed(_epochs_kept(run)):
@@ -193,19 +195,19 @@ def newest_resumable(run: Folder, say: Log) -> Resumable | None:
             found = load_resumable(run, epoch)
         except CheckpointError as error:
             problems.append(str(error))
-            say(f"{error}: trying the checkpoint before it")
+            say(f"{error}: trying the previous checkpoint")
         else:
             return found
     if run.read_json_lines(layout.METRICS):
         raise CheckpointError(
-            f"no checkpoint of {run} can be read ({'; '.join(problems) or 'there is none'}): "
-            "restore one from a backup, or train under another name"
+            f"no checkpoint of {run} can be read ({'; '.join(problems) or 'none exists'}): "
+            "restore one from a backup or train under another name"
         )
     return None
 
 
 def load_resumable(run: Folder, epoch: int) -> Resumable:
-    """The checkpoint after an epoch.
+    """Load the checkpoint saved after an epoch.
 
     Raises:
         CheckpointError: it is missing or unreadable.
@@ -220,24 +222,24 @@ def _epochs_kept(run: Folder) -> list[int]:
 
 
 def rows_of_keys(keys: Tensor, values: Tensor, wanted: Tensor) -> Tensor:
-    """The rows of values (N, ...) whose keys (N,) equal wanted (n,), in the order of wanted.
+    """The rows of ``values`` (N, ...) whose ``keys`` (N,) are ``wanted`` (n,), in that order.
 
     Raises:
-        CheckpointError: a wanted key is missing: the data differ from the checkpoint's.
+        CheckpointError: a wanted key is missing, because the data differ from the checkpoint's.
     """
     order = torch.argsort(keys)
     position = torch.searchsorted(keys[order], wanted).clamp_max(len(keys) - 1)
     rows = order[position]
     if not torch.equal(keys[rows], wanted):
         raise CheckpointError(
-            "the image store holds training slices that the checkpoint does not know: it was "
-            "changed under the run; start a run of another name"
+            "the image store contains training slices unknown to the checkpoint: it changed after "
+            "the run started; start a run with another name"
         )
     return values[rows]
 
 
 def _on_cpu(state: dict[str, Any]) -> dict[str, Any]:
-    """A state_dict's tensors on the CPU; what is no tensor (extra state) as it is."""
+    """A state_dict with its tensors on the CPU; other values (extra state) are unchanged."""
     return {
         name: value.detach().cpu() if isinstance(value, Tensor) else value
         for name, value in state.items()
@@ -245,27 +247,27 @@ def _on_cpu(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def state_to_bytes(value: dict[str, Any]) -> bytes:
-    """Tensors and plain values as ``torch.save`` writes them."""
+    """Tensors and plain values as written by ``torch.save``."""
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return buffer.getvalue()
 
 
 def state_from_bytes(content: bytes, where: str) -> dict[str, Any]:
-    """What `state_to_bytes` wrote, of tensors and plain values; ``where`` names the file in errors.
+    """Read what `state_to_bytes` wrote; ``where`` names the file in errors.
 
     Raises:
-        CheckpointError: it cannot be read whole.
+        CheckpointError: the content is incomplete or unreadable.
     """
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            broken = archive.testzip()  # torch does not look at the checksums
+            broken = archive.testzip()  # torch does not check the checksums
         if broken is not None:
             raise ValueError(f"the checksum of {broken} is wrong")
         saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises nearly anything on a file that is not one
+    except Exception as error:  # torch.load raises nearly anything on invalid files
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{where} is not a checkpoint: {reason}") from None
     if not isinstance(saved, dict):
-        raise CheckpointError(f"{where} is not a checkpoint: it holds a {type(saved).__name__}")
+        raise CheckpointError(f"{where} is not a checkpoint: it contains a {type(saved).__name__}")
     return saved

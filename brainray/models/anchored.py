@@ -1,4 +1,4 @@
-"""Consistency and anchored prototypes together: head and clusters learn the same classes."""
+"""The anchored objective: consistency and anchored prototypes, so head and clusters agree."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from brainray.models.prototype import PrototypeObjective
 
 @dataclass(frozen=True)
 class AnchoredObjective:
-    """The losses of `ConsistencyObjective` and `PrototypeObjective`, one cross entropy."""
+    """`ConsistencyObjective` plus `PrototypeObjective`, with a single cross entropy."""
 
     consistency: ConsistencyObjective
     prototype: PrototypeObjective

@@ -1,4 +1,4 @@
-"""Augmentation of slices, batched on their device: METHOD A's kinds, and what MRI scanners do."""
+"""Batched augmentation of slices on their device: METHOD A's kinds and MRI scanner effects."""
 
 import math
 
@@ -8,19 +8,19 @@ from torch import Generator, Tensor
 
 from brainray.config import AugmentConfig
 
-_BIAS_KNOTS = 4  # of the bias field along either axis
+_BIAS_KNOTS = 4  # knots of the bias field along each axis
 _CURVE_TERMS = 4  # cosines over the range of intensities
 _BLUR_RADIUS = 4  # pixels
 
 
 def augment(images: Tensor, config: AugmentConfig, generator: Generator) -> Tensor:
-    """Each slice is flipped, turned, zoomed, shifted, shaded, blurred and so on for itself.
+    """Flip, rotate, zoom, shift, shade, blur etc. each slice independently.
 
-    What has no strength draws no random numbers: a new kind does not change what others do. The
-    policy ``none`` returns the slices as they are.
+    Kinds with zero strength draw no random numbers, so that adding a kind does not change the
+    others. The policy ``none`` returns the slices unchanged.
 
     Args:
-        images: (B, 1, H, W) float in [0, 1]; outside the slice is black.
+        images: (B, 1, H, W) float in [0, 1] on a black background.
         config: strengths and probabilities.
         generator: on the images' device.
 
@@ -36,8 +36,8 @@ def augment(images: Tensor, config: AugmentConfig, generator: Generator) -> Tens
         warped.mul_(_intensity_factor(warped, config.intensity_curve, generator)).clamp_(0, 1)
     contrast = 1 + config.max_intensity_shift * _signed(len(images), generator)
     brightness = config.max_intensity_shift * _signed(len(images), generator)
-    # The background stays black, as it is in every slice that is not augmented. In place from here
-    # on: a batch has hundreds of megabytes, and each pass over it costs.
+    # The background stays black, as in slices that are not augmented. In place from here on, since
+    # a batch has hundreds of megabytes and every pass over it takes time.
     head = warped > 0
     shaded = warped.mul_(contrast[:, None, None, None])
     shaded.add_(brightness[:, None, None, None] * head)
@@ -60,7 +60,7 @@ def augment(images: Tensor, config: AugmentConfig, generator: Generator) -> Tens
 
 def _random_affine(num_images: int, config: AugmentConfig, generator: Generator) -> Tensor:
     """(B, 2, 3) matrices from output to input coordinates: rotation x zoom x flips, and shifts."""
-    # Heads are scanned nearly upright: cubed, half of the angles are below an eighth of the limit.
+    # Heads are scanned nearly upright, so angles are cubed: half are below 1/8 of the limit.
     angle = math.radians(config.max_rotation_deg) * _signed(num_images, generator) ** 3
     angle = angle * _chosen(num_images, config.rotation_probability, generator)
     zoom = 1 + config.max_zoom * _signed(num_images, generator)
@@ -68,7 +68,7 @@ def _random_affine(num_images: int, config: AugmentConfig, generator: Generator)
     flip_y = 1 - 2 * _chosen(num_images, config.vertical_flip, generator)
     cosine, sine = torch.cos(angle) / zoom, torch.sin(angle) / zoom
     shift_x = shift_y = torch.zeros_like(angle)
-    if config.max_shift:  # in coordinates that run from -1 to 1
+    if config.max_shift:  # in coordinates from -1 to 1
         shift_x = 2 * config.max_shift * _signed(num_images, generator)
         shift_y = 2 * config.max_shift * _signed(num_images, generator)
     return torch.stack(
@@ -81,9 +81,9 @@ def _random_affine(num_images: int, config: AugmentConfig, generator: Generator)
 
 
 def _intensity_factor(images: Tensor, strength: float, generator: Generator) -> Tensor:
-    """(B, 1, H, W) positive factors: each slice's own smooth function of intensity.
+    """(B, 1, H, W) positive factors, a random smooth function of intensity for each slice.
 
-    Its logarithm is a sum of cosines with normal weights, which fall off with the frequency.
+    Its logarithm is a sum of cosines with normal weights that decrease with the frequency.
     """
     shape = (_CURVE_TERMS, len(images), 1, 1, 1)
     weights = strength * torch.randn(shape, generator=generator, device=generator.device)
@@ -105,11 +105,11 @@ def _bias_field(images: Tensor, strength: float, generator: Generator) -> Tensor
 
 
 def _blur(images: Tensor, sigma: Tensor) -> Tensor:
-    """Each slice (1, H, W) of a batch blurred with its own sigma (B,), in pixels."""
+    """Blur each slice (1, H, W) of a batch with its own sigma (B,), in pixels."""
     offsets = torch.arange(-_BLUR_RADIUS, _BLUR_RADIUS + 1, device=images.device)
     kernels = torch.exp(-0.5 * (offsets / sigma.clamp_min(1e-3)[:, None]).square())
     kernels = kernels / kernels.sum(dim=1, keepdim=True)
-    as_channels = images.transpose(0, 1)  # one group of the convolution for each slice
+    as_channels = images.transpose(0, 1)  # one convolution group per slice
     for shape, padding in (
         ((-1, 1, 1, offsets.numel()), (0, _BLUR_RADIUS)),
         ((-1, 1, offsets.numel(), 1), (_BLUR_RADIUS, 0)),
@@ -121,7 +121,7 @@ def _blur(images: Tensor, sigma: Tensor) -> Tensor:
 
 
 def _outside_of_squares(images: Tensor, config: AugmentConfig, generator: Generator) -> Tensor:
-    """(B, 1, H, W) of 0 inside a random square of each chosen slice, else 1."""
+    """(B, 1, H, W): 0 inside a random square of each chosen slice, else 1."""
     num_images, height, width = len(images), images.shape[-2], images.shape[-1]
     half = config.max_cutout * _unsigned(num_images, generator) / 2
     half = half * _chosen(num_images, config.cutout_probability, generator)
@@ -144,6 +144,6 @@ def _signed(num_images: int, generator: Generator) -> Tensor:
 
 
 def _chosen(num_images: int, probability: float, generator: Generator) -> Tensor:
-    """(B,) of 0 and 1, where 1 has the given probability."""
+    """(B,) of 0 and 1, with the given probability of 1."""
     draws = torch.rand(num_images, generator=generator, device=generator.device)
     return (draws < probability).float()

@@ -1,4 +1,4 @@
-"""Cross entropy on confident pseudo-labels: the encoder must agree with its average under noise."""
+"""Consistency: cross entropy of augmented slices with pseudo-labels of the averaged encoder."""
 
 from dataclasses import dataclass
 
@@ -13,8 +13,8 @@ class ConsistencyObjective:
     """L = L_CE(labelled) + ramp * lambda * L_consistency(unlabelled).
 
     FixMatch (Sohn et al. 2020) with the soft confidence weights of SoftMatch (Chen et al. 2023)
-    and an averaged teacher (Tarvainen & Valpola 2017). Departure: the teacher speaks once an
-    epoch, when all slices are embedded anyway, and not in every step, which costs a forward pass.
+    and an averaged teacher (Tarvainen & Valpola 2017). Unlike there, the teacher predicts once per
+    epoch, when all slices are embedded anyway, and not in every step, which saves a forward pass.
     """
 
     lambda_consistency: float
@@ -36,7 +36,7 @@ class ConsistencyObjective:
 
 
 def consistency_loss(logits: Tensor, pseudo_labels: Tensor, confidences: Tensor) -> Tensor:
-    """(1/N) sum_i w_i CE(softmax(logits_i), y_i), a scalar; doubtful slices hardly count.
+    """(1/N) sum_i w_i CE(softmax(logits_i), y_i), a scalar; uncertain slices hardly count.
 
     Args:
         logits: (N, C), of the augmented slices.

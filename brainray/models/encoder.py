@@ -15,17 +15,17 @@ from brainray.models.small_maps import with_fast_small_maps
 
 
 class EncoderOutput(NamedTuple):
-    """What one forward gives for B slices."""
+    """Output of a forward pass for B slices."""
 
     z: Tensor  # (B, E) float32, L2-normalised
     logits: Tensor  # (B, C) float32
 
 
 class Encoder(nn.Module):
-    """Slices (B, 1, H, W) to normalised embeddings z (B, E) and class logits (B, C).
+    """Maps slices (B, 1, H, W) to normalised embeddings z (B, E) and class logits (B, C).
 
-    The head reads the pooled features themselves; clustering reads them L2-normalised, which
-    bounds the scale of z and so takes one trivial minimum from the clustering loss.
+    The head takes the pooled features, the clustering the L2-normalised ones. Normalising bounds
+    the scale of z, which removes a trivial minimum of the clustering loss.
     """
 
     def __init__(self, name: str, num_classes: int) -> None:
@@ -43,19 +43,19 @@ class Encoder(nn.Module):
 
     def forward(self, images: Tensor) -> EncoderOutput:
         features = self.backbone(images).float()
-        # Autocast would compute the head in low precision, for no gain in time.
+        # Autocast would compute the head in low precision without saving time.
         with torch.autocast(images.device.type, enabled=False):
             return EncoderOutput(z=F.normalize(features), logits=self.head(features))
 
 
 def build_encoder(name: str, weights: str | Mapping[str, Tensor], num_classes: int) -> Encoder:
-    """An encoder with ``random``, ``imagenet`` or local weights, or those of a state dict.
+    """Build an encoder with ``random``, ``imagenet`` or local weights, or with a state dict.
 
-    Pretrained colour weights become one-channel by summing the stem over its three channels,
-    which equals feeding the grey slice to each. The head is always new.
+    Weights for colour images become one-channel by summing the stem over its three channels, which
+    is equivalent to feeding the grey slice to each. The head is always new.
 
     Raises:
-        ConfigError: the weights cannot be downloaded or read, or are of another architecture.
+        ConfigError: the weights cannot be downloaded or read, or are for another architecture.
     """
     encoder = Encoder(name, num_classes)
     if weights == "random":
@@ -77,10 +77,10 @@ def build_encoder(name: str, weights: str | Mapping[str, Tensor], num_classes: i
 
 
 def imagenet_state(name: str, setting: str = "encoder.weights") -> dict[str, Tensor]:
-    """torchvision's, downloaded where they are not in its cache.
+    """ImageNet weights of torchvision, downloaded if they are not in its cache.
 
     Raises:
-        ConfigError: they cannot be downloaded; it names the ``setting``.
+        ConfigError: they cannot be downloaded; the message names the ``setting``.
     """
     try:
         weights = torchvision.models.get_model_weights(name).DEFAULT
@@ -88,15 +88,15 @@ def imagenet_state(name: str, setting: str = "encoder.weights") -> dict[str, Ten
     except OSError as error:
         raise ConfigError(
             f"{setting}=imagenet: torchvision cannot download the weights of {name} "
-            f"({error}): connect to the internet, or give the path of a local file"
+            f"({error}): connect to the internet or give the path of a local file"
         ) from None
 
 
 def local_state(path: Path, setting: str = "encoder.weights") -> dict[str, Tensor]:
-    """A torchvision state dict, or the encoder of a brainray checkpoint, in a local file.
+    """Load a torchvision state dict, or the encoder of a brainray checkpoint, from a local file.
 
     Raises:
-        ConfigError: it is neither, or not there; it names the ``setting``.
+        ConfigError: the file is missing or is neither; the message names the ``setting``.
     """
     if not path.is_file():
         raise ConfigError(f"{setting}={path}: no such file")
@@ -104,14 +104,14 @@ def local_state(path: Path, setting: str = "encoder.weights") -> dict[str, Tenso
 
 
 def encoder_state(content: bytes, where: str) -> dict[str, Tensor]:
-    """The same of a file's bytes; ``where`` names it in errors.
+    """Like `local_state`, from the bytes of a file; ``where`` names it in errors.
 
     Raises:
-        ConfigError: it is neither.
+        ConfigError: the file is neither.
     """
     try:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises nearly anything on a file that is not one
+    except Exception as error:  # torch.load raises nearly anything on invalid files
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(f"{where} is not a state dict: {reason}") from None
     if isinstance(state, dict) and isinstance(state.get("encoder"), dict):

@@ -1,4 +1,4 @@
-"""Encoders of the study: raw pixels, or a torchvision network without its last layer."""
+"""Feature encoders of a study: raw pixels, or a torchvision network without its last layer."""
 
 import difflib
 from collections import OrderedDict
@@ -20,9 +20,9 @@ _AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")
 
 
 class FeatureEncoder(nn.Module):
-    """Slices (B, 1, H, W) float in [0, 1] to features (B, E) float32.
+    """Maps slices (B, 1, H, W) float in [0, 1] to features (B, E) float32.
 
-    A slice is shown to the network as three equal channels, standardised as its weights expect.
+    The network gets a slice as three equal channels, standardised as its weights expect.
     """
 
     mean: Tensor  # (3,)
@@ -33,9 +33,9 @@ class FeatureEncoder(nn.Module):
     ) -> None:
         """
         Args:
-            backbone: (B, 3, H, W) to (B, E).
-            mean: of the intensities in [0, 1], one for each channel or one for all.
-            std: the same of the standard deviations.
+            backbone: maps (B, 3, H, W) to (B, E).
+            mean: of the intensities in [0, 1], one per channel or one for all.
+            std: standard deviation of the intensities, like ``mean``.
         """
         super().__init__()
         self.backbone = backbone
@@ -49,8 +49,8 @@ class FeatureEncoder(nn.Module):
         return features.float()
 
     def standardised_by(self, pixel_mean: float, pixel_std: float) -> Self:
-        """The same network fed with the data set's statistics, as everything that brainray trains:
-        its weights may then be saved with a one-channel stem.
+        """Standardise with the data set's statistics, as for all encoders trained by brainray, so
+        that the weights can be saved with a one-channel stem; returns self.
         """
         self.mean.fill_(pixel_mean)
         self.std.fill_(pixel_std)
@@ -59,10 +59,10 @@ class FeatureEncoder(nn.Module):
         return self
 
     def grey_state(self) -> dict[str, Tensor]:
-        """The weights with a one-channel stem, named as in a brainray checkpoint's encoder.
+        """The weights with a one-channel stem, named like the encoder in a brainray checkpoint.
 
-        On equal channels a stem does what the sum of its channels does, so features stay the same
-        where all channels are standardised alike.
+        On equal channels a stem is equivalent to the sum over its channels, so the features stay
+        the same if all channels are standardised alike.
         """
         stem = next(
             name
@@ -76,7 +76,7 @@ class FeatureEncoder(nn.Module):
 
 
 class _Pixels(nn.Module):
-    """The slice itself: one of the three equal channels, flattened."""
+    """The flattened slice, from one of the three equal channels."""
 
     def forward(self, images: Tensor) -> Tensor:
         return images[:, 0].flatten(start_dim=1)
@@ -90,23 +90,23 @@ def build_feature_encoder(
     pixel_mean: float,
     pixel_std: float,
 ) -> FeatureEncoder:
-    """``pixels``, or a torchvision classifier without its last layer, in evaluation mode.
+    """Build ``pixels`` or a torchvision classifier without its last layer, in evaluation mode.
 
-    Auxiliary heads (Inception's, GoogLeNet's) are left out. ImageNet weights, and any local
-    weights with a stem for colour images, are fed as they were trained: three equal channels,
-    standardised with ImageNet's statistics. Random weights and one-channel ones (a brainray
-    run's) are standardised with the data set's; a one-channel stem is shared out over three
-    channels, which gives the same features.
+    Auxiliary heads (Inception, GoogLeNet) are left out. With ImageNet weights, and any local
+    weights with a stem for colour images, inputs are as in their training: three equal channels
+    standardised with ImageNet's statistics. With random and one-channel weights (from a brainray
+    run) the data set's statistics are used. A one-channel stem is distributed over three channels,
+    which gives the same features.
 
     Args:
         name: as in ``torchvision.models.list_models()``.
         weights: ``random`` or a network's state dict.
-        seed: of random weights; the global random state is left as it was.
-        pixel_mean: of the training slices' intensities, in units of [0, 1].
-        pixel_std: the same of the standard deviation.
+        seed: of random weights; the global random state is not changed.
+        pixel_mean: mean of the training slices' intensities, in units of [0, 1].
+        pixel_std: their standard deviation, in the same units.
 
     Raises:
-        ConfigError: an unknown encoder, or weights that cannot be had or do not fit it.
+        ConfigError: the encoder is unknown, or the weights do not fit it.
     """
     if name == PIXELS:
         return FeatureEncoder(_Pixels()).eval()
@@ -127,10 +127,10 @@ def build_feature_encoder(
         state, was_grey = _with_colour_stem(state, expected)
         if not was_grey:
             scale = (_IMAGENET_MEAN, _IMAGENET_STD)
-            if hasattr(network, "transform_input"):  # undoes ImageNet's scale for its own
+            if hasattr(network, "transform_input"):  # converts ImageNet's scale to its own
                 network.transform_input = True
         versioned: Any = OrderedDict(state)
-        # MNASNet looks for its version there, which a plain dict does not keep.
+        # MNASNet reads its version from the metadata, which a plain dict does not keep.
         versioned._metadata = getattr(expected, "_metadata", None)
         try:
             network.load_state_dict(versioned)
@@ -141,30 +141,30 @@ def build_feature_encoder(
 
 
 def check_encoder_name(name: str) -> None:
-    """Raises ConfigError, with the nearest names, for what is neither pixels nor torchvision's."""
+    """Raise ConfigError, with similar names, unless ``name`` is pixels or in torchvision."""
     known = [PIXELS, *torchvision.models.list_models(module=torchvision.models)]
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
         hint = f"did you mean {', '.join(near)}?" if near else "such as resnet18 or inception_v3"
         raise ConfigError(
-            f"unknown encoder {name!r}: pixels or a torchvision classifier is needed ({hint})"
+            f"unknown encoder {name!r}: use pixels or a torchvision classifier ({hint})"
         )
 
 
 @torch.inference_mode()
 def num_features(encoder: FeatureEncoder, image_size: int) -> int:
-    """E, found by encoding one black slice.
+    """Number of features E, determined by encoding a black slice.
 
     Raises:
-        ConfigError: the network does not take slices of that size.
+        ConfigError: the network does not accept slices of that size.
     """
     try:
         return int(encoder.eval()(torch.zeros(1, 1, image_size, image_size)).shape[1])
-    except (RuntimeError, AssertionError) as error:  # torch's own checks of shapes
+    except (RuntimeError, AssertionError) as error:  # shape checks of torch
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(
-            f"the encoder does not take slices of {image_size} x {image_size} pixels ({reason}): "
-            "change the feature's image_size (inception_v3 needs 75 or more, vit_b_16 just 224)"
+            f"the encoder does not accept slices of {image_size} x {image_size} pixels ({reason}): "
+            "change the feature's image_size (at least 75 for inception_v3, only 224 for vit_b_16)"
         ) from None
 
 
@@ -176,7 +176,7 @@ _WITH_AUXILIARY = {"inception_v3", "googlenet"}
 
 
 def _remove_last_layer(network: nn.Module, name: str) -> str:
-    """Replace the layer that gives class logits by the identity; its dotted name."""
+    """Replace the layer with the class logits by the identity; return its dotted name."""
     layers = [
         path
         for path, module in network.named_modules()
@@ -184,7 +184,7 @@ def _remove_last_layer(network: nn.Module, name: str) -> str:
     ]
     if not layers:
         raise ConfigError(
-            f"encoder {name} has no linear last layer that could be left out: choose another, "
+            f"encoder {name} has no linear last layer that can be removed: choose another one, "
             "such as resnet18 or inception_v3"
         )
     parent, _, leaf = layers[-1].rpartition(".")
@@ -195,7 +195,7 @@ def _remove_last_layer(network: nn.Module, name: str) -> str:
 def _with_colour_stem(
     state: dict[str, Tensor], wanted: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], bool]:
-    """The state with a three-channel stem, and whether it had a one-channel one."""
+    """The state with a three-channel stem, and whether its stem had one channel."""
     for key, value in state.items():
         target = wanted.get(key)
         if target is None or target.ndim != 4 or target.shape[1] != 3:

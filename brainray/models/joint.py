@@ -1,4 +1,4 @@
-"""The joint objective of METHOD A: cross entropy and soft K-means around the mixture's means."""
+"""The joint objective of METHOD A: cross entropy plus soft K-means around the mixture means."""
 
 from dataclasses import dataclass
 
@@ -13,8 +13,8 @@ from brainray.models.objective import StepOutputs, StepSizes, StepTargets
 class JointObjective:
     """L = L_CE(labelled) + lambda * L_cluster(unlabelled); METHOD A, equations 1 and 2.
 
-    Departures from the report: z is L2-normalised, and lambda, which its text names but its
-    equation lacks, weighs the second term.
+    Differences from the report: z is L2-normalised, and the second term is weighted by lambda,
+    which is in the text of the report but not in its equation.
     """
 
     lambda_cluster: float
@@ -30,7 +30,7 @@ class JointObjective:
 
 
 def cluster_loss(z: Tensor, responsibilities: Tensor, centers: Tensor) -> Tensor:
-    """(1/N) sum_i sum_k gamma_ik ||z_i - mu_k||^2; equation 2, a scalar.
+    """(1/N) sum_i sum_k gamma_ik ||z_i - mu_k||^2, a scalar; equation 2.
 
     Args:
         z: (N, E).

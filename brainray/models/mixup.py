@@ -1,4 +1,4 @@
-"""Mixup (Zhang et al. 2018): the encoder sees two labelled slices at once, and answers for both."""
+"""Mixup (Zhang et al. 2018) of pairs of labelled slices and of their losses."""
 
 import random
 from dataclasses import dataclass
@@ -11,31 +11,31 @@ from brainray.models.objective import Objective, StepOutputs, StepTargets
 
 @dataclass(frozen=True)
 class Mixup:
-    """How the B_l labelled slices of one step are mixed in pairs."""
+    """How the B_l labelled slices of a step are mixed in pairs."""
 
-    share: float  # lambda, in [0.5, 1]: of the slice itself; the rest is its partner's
+    share: float  # lambda, in [0.5, 1]: weight of the slice itself; the rest is its partner's
     partners: Tensor  # (B_l,) int64
 
     @classmethod
     def draw(cls, num_slices: int, alpha: float, seed: int, device: torch.device) -> "Mixup":
-        """A share lambda ~ Beta(alpha, alpha), one for the step, and random partners.
+        """Draw one lambda ~ Beta(alpha, alpha) for the step, and random partners.
 
-        Departure: lambda is folded at 0.5, as a pair and its reverse are the same mixture.
+        Unlike in the paper, lambda is folded at 0.5, since swapping a pair gives the same mixture.
         """
         share = random.Random(seed).betavariate(alpha, alpha)
         generator = torch.Generator().manual_seed(seed)  # on the CPU: the same on every device
-        pinned = device.type == "cuda"  # such a copy does not wait for what the GPU is at work on
+        pinned = device.type == "cuda"  # lets the copy to a GPU be asynchronous
         partners = torch.randperm(num_slices, generator=generator, pin_memory=pinned)
         return cls(max(share, 1 - share), partners.to(device, non_blocking=True))
 
     def images(self, images: Tensor) -> Tensor:
-        """(B_l, 1, H, W) mixed with the partners'."""
+        """Images (B_l, 1, H, W) mixed with those of their partners."""
         return torch.lerp(images[self.partners], images, self.share)
 
     def loss(
         self, objective: Objective, outputs: StepOutputs, targets: StepTargets
     ) -> dict[str, Tensor]:
-        """Of outputs of the mixed slices; any objective's terms are linear in the mixed targets."""
+        """Loss terms for mixed slices; terms of all objectives are linear in the mixed targets."""
         own = objective.loss(outputs, targets)
         of_partners = objective.loss(
             outputs, targets._replace(labels=targets.labels[self.partners])

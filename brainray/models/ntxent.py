@@ -1,4 +1,4 @@
-"""The contrastive loss between two views of a slice and all others: NT-Xent."""
+"""The contrastive pretext task and its loss, NT-Xent."""
 
 from dataclasses import dataclass
 
@@ -14,10 +14,10 @@ from brainray.models.pretext import Views
 
 @dataclass(frozen=True)
 class ContrastivePretext:
-    """The augmented views of a slice and its mate are to be found among the views of all ranks.
+    """Match the augmented views of a slice and its mate among the views of all ranks.
 
-    Where mates are other slices of their subject, nothing has to be told apart within a subject
-    (Azizi et al. 2021, "Big self-supervised models advance medical image classification").
+    If mates are other slices of the same subject, slices of a subject are never negatives (Azizi et
+    al. 2021, "Big self-supervised models advance medical image classification").
     """
 
     wants_mates = True
@@ -27,7 +27,7 @@ class ContrastivePretext:
     projection_dim: int
 
     def head(self, embedding_dim: int) -> nn.Module:
-        """SimCLR's projection; without batch normalisation, which leaks between views of a rank."""
+        """SimCLR's projection, without batch normalisation, which leaks between views of a rank."""
         return nn.Sequential(
             nn.Linear(embedding_dim, embedding_dim),
             nn.ReLU(),
@@ -46,19 +46,19 @@ class ContrastivePretext:
 
 def nt_xent(
     first: Tensor,  # (B, P) projections of slices
-    second: Tensor,  # (B, P) and of their mates
+    second: Tensor,  # (B, P) projections of their mates
     first_groups: Tensor,  # (B,) int64, over all ranks
     second_groups: Tensor,  # (B,)
     temperature: float,
 ) -> Tensor:
-    """Mean over this rank's 2 B views of the normalised temperature-scaled cross entropy, a scalar.
+    """Normalised temperature-scaled cross entropy, a scalar: the mean over this rank's 2 B views.
 
     Chen et al. 2020, "A simple framework for contrastive learning", equation 1: for a view i with
-    positive j, -log exp(s_ij / t) / sum_{k != i} exp(s_ik / t), s the cosine similarity; the
-    denominator holds the positive and the views of all ranks but those of the view's own group,
-    itself among them. METHOD B's formula leaves out the temperature and the positive term of the
-    denominator. Collective, forwards and backwards, with equally many slices on every rank: the
-    ranks' mean loss is that of the global batch.
+    positive j, -log exp(s_ij / t) / sum_{k != i} exp(s_ik / t), with cosine similarity s. The
+    denominator is over the positive and the views of all ranks, except those of the view's own
+    group, which includes itself. METHOD B's formula has no temperature and no positive term in the
+    denominator. Forward and backward are collective, with the same number of slices on every rank;
+    the mean loss of the ranks is that of the global batch.
     """
     num_slices = len(first)
     mine = F.normalize(torch.cat([first, second]).float())

@@ -1,4 +1,4 @@
-"""What every objective is: a share of the batch, and a loss over what the encoder gave."""
+"""The protocol of objectives: the composition of a batch, and a loss of the encoder's outputs."""
 
 from typing import NamedTuple, Protocol
 
@@ -8,43 +8,43 @@ from brainray.models.encoder import EncoderOutput
 
 
 class StepSizes(NamedTuple):
-    """Slices of one step on one rank."""
+    """Numbers of slices in a step on one rank."""
 
     labelled: int
     unlabelled: int
 
 
 class StepOutputs(NamedTuple):
-    """What the encoder gave for the two parts of a step, with gradients."""
+    """Outputs of the encoder for the two parts of a step, with gradients."""
 
     labelled: EncoderOutput  # of B_l slices
     unlabelled: EncoderOutput  # of B_u slices
 
 
 class StepTargets(NamedTuple):
-    """What the loss of one step compares with; constants, not differentiated."""
+    """Targets of a step's loss; constants, not differentiated."""
 
     labels: Tensor  # (B_l,) int64 class indices
     responsibilities: Tensor  # (B_u, K) float32, gamma of the unlabelled slices
-    pseudo_labels: Tensor  # (B_u,) int64 classes, as last epoch's encoder sees them
-    confidences: Tensor  # (B_u,) float32 in [0, 1], weights of those
+    pseudo_labels: Tensor  # (B_u,) int64 classes, predicted by the last epoch's encoder
+    confidences: Tensor  # (B_u,) float32 in [0, 1], weights of the pseudo-labels
     centers: Tensor  # (K, E) float32, mu in the space of z
     class_of_cluster: Tensor  # (K,) int64
-    ramp: float  # in [0, 1]: how far targets that the run made itself are trusted by now
+    ramp: float  # in [0, 1]: weight of targets that the run generated itself
 
 
 class Objective(Protocol):
-    """The engine knows objectives by this protocol only.
+    """An objective as the engine uses it.
 
     ``loss`` returns named terms; the step minimises ``total``, the others are logged. Every rank
-    has equally many slices, so the mean of the ranks' losses, which is what DDP's gradient
-    averaging minimises, is the loss of the global batch.
+    has the same number of slices, so the mean of the ranks' losses, which DDP's gradient averaging
+    minimises, is the loss of the global batch.
     """
 
     def step_sizes(self, labelled: int, unlabelled: int) -> StepSizes:
-        """How many labelled and unlabelled slices a step of the configured sizes takes."""
+        """Numbers of slices that a step takes, from the configured batch sizes."""
         ...
 
     def loss(self, outputs: StepOutputs, targets: StepTargets) -> dict[str, Tensor]:
-        """Scalar terms of one step."""
+        """Scalar terms of a step."""
         ...

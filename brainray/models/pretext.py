@@ -1,4 +1,4 @@
-"""What every pretext task is: views of a batch, a head and a loss; and the model they train."""
+"""The protocol of pretext tasks (views of a batch, a head and a loss) and the model they train."""
 
 from typing import NamedTuple, Protocol
 
@@ -12,48 +12,48 @@ from brainray.models.features import FeatureEncoder
 
 
 class Views(NamedTuple):
-    """V views of a batch of B slices, as one batch: DDP wants one forward a step."""
+    """V views of a batch of B slices, as one batch because DDP needs one forward pass per step."""
 
     images: Tensor  # (V, 1, H, W) float in [0, 1]
-    rows: Tensor  # (V,) int64 in [0, B): the slice of the batch that is seen
-    targets: Tensor  # (V,) int64: what the pretext asks of the view
-    num_clustered: int  # leading views that a clustering loss may pull together
+    rows: Tensor  # (V,) int64 in [0, B): slice of the batch
+    targets: Tensor  # (V,) int64: target of the pretext task
+    num_clustered: int  # number of leading views used in the clustering loss
 
 
 class PretextOutput(NamedTuple):
-    """What one forward gives for V views."""
+    """Output of a forward pass for V views."""
 
     z: Tensor  # (V, E) float32, L2-normalised
-    outputs: Tensor  # (V, P) float32, of the pretext's head
+    outputs: Tensor  # (V, P) float32, of the pretext head
 
 
 class Pretext(Protocol):
-    """The engine knows pretext tasks by this protocol only.
+    """A pretext task as the engine uses it.
 
-    A batch of one that ``wants_mates`` is slices and, in the same order, a mate for each: itself,
-    or another slice of its group.
+    If it ``wants_mates``, a batch consists of slices followed, in the same order, by a mate for
+    each: itself or another slice of its group.
 
-    Every rank has equally many slices, so that the ranks' mean loss, which DDP's averaging of
-    gradients minimises, is the loss of the global batch.
+    Every rank has the same number of slices, so the mean of the ranks' losses, which DDP's gradient
+    averaging minimises, is the loss of the global batch.
     """
 
     wants_mates: bool
 
     def head(self, embedding_dim: int) -> nn.Module:
-        """Features (V, E) to what `loss` compares."""
+        """Module that maps features (V, E) to the outputs that `loss` takes."""
         ...
 
     def views(self, images: Tensor, groups: Tensor, generator: Generator) -> Views:
-        """Views of slices (B, 1, H, W) float in [0, 1], of groups (B,) int64 over all ranks."""
+        """Views of slices (B, 1, H, W) float in [0, 1] with groups (B,) int64 over all ranks."""
         ...
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """A scalar, from the head's outputs for the views and their targets."""
+        """Scalar loss from the head's outputs for the views and their targets."""
         ...
 
 
 class NoPretext:
-    """One augmented view and nothing to learn from it: deep clustering alone, the ablation."""
+    """One augmented view and no pretext loss: the ablation with deep clustering only."""
 
     wants_mates = False
 
@@ -72,7 +72,7 @@ class NoPretext:
 
 
 class PretextModel(nn.Module):
-    """An encoder and a pretext's head on its features."""
+    """An encoder with a pretext head on its features."""
 
     def __init__(self, encoder: FeatureEncoder, head: nn.Module) -> None:
         super().__init__()

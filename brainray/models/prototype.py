@@ -1,4 +1,4 @@
-"""The clustering term made sound: the mixture's means as prototypes, anchored by labels."""
+"""The prototype objective: a clustering term with mixture means as label-anchored prototypes."""
 
 from dataclasses import dataclass
 
@@ -13,11 +13,11 @@ from brainray.models.objective import StepOutputs, StepSizes, StepTargets
 class PrototypeObjective:
     """L = L_CE(labelled) + lambda * [ramp * L_prototype(unlabelled) + L_anchor(labelled)].
 
-    L_prototype = -(1/N_u) sum_i c_i sum_k gamma_ik log p_ik, where c_i is how far the head's
-    pseudo-label of the slice is believed: clusters follow what the head is sure of. METHOD A's
-    second term pulls z towards its mean, and nothing keeps the means apart. Here z must be nearer
-    to its own prototype than to the others (Li et al. 2021, "Prototypical Contrastive Learning",
-    equation 10, with the mixture's soft assignments), and a labelled slice to those of its class.
+    L_prototype = -(1/N_u) sum_i c_i sum_k gamma_ik log p_ik, where c_i is the confidence in the
+    head's pseudo-label of the slice. METHOD A's second term pulls z towards its mean, and nothing
+    keeps the means apart. Here z has to be nearer to its own prototype than to the others (Li et
+    al. 2021, "Prototypical Contrastive Learning", equation 10, with the soft assignments of the
+    mixture), and labelled slices have to be nearest to a prototype of their class.
     """
 
     lambda_cluster: float
@@ -53,16 +53,16 @@ def log_nearness(z: Tensor, centers: Tensor, temperature: float) -> Tensor:
 
 
 def anchor_loss(log_near: Tensor, labels: Tensor, class_of_cluster: Tensor) -> Tensor:
-    """-(1/N) sum_i log sum_{k of class y_i} p_ik, a scalar: any sub-type of the class will do.
+    """-(1/N) sum_i log sum_{k of class y_i} p_ik, a scalar; any cluster of the class is accepted.
 
     Args:
         log_near: log p, (N, K).
-        labels: y, (N,) int64; a class without a cluster gives nothing.
+        labels: y, (N,) int64; slices of classes without a cluster contribute nothing.
         class_of_cluster: (K,) int64.
     """
     belongs = labels[:, None] == class_of_cluster  # (N, K)
     has_cluster = belongs.any(dim=1)
-    # Rows without a cluster are kept whole, then left out: to pick the others would wait for a GPU.
+    # Rows without a cluster are masked at the end: to select the others would synchronise a GPU.
     kept = belongs | ~has_cluster[:, None]
     own = log_near.masked_fill(~kept, -torch.inf).logsumexp(dim=1)
     return -torch.where(has_cluster, own, 0.0).sum() / max(len(labels), 1)

@@ -1,4 +1,4 @@
-"""The rotation pretext: by how many quarter turns was the slice turned?"""
+"""The rotation pretext task: predict by how many quarter turns a slice was rotated."""
 
 from dataclasses import dataclass
 
@@ -17,10 +17,10 @@ _MAX_ROTATION_DEG = 15.0
 
 @dataclass(frozen=True)
 class RotationPretext:
-    """Cross entropy over 0, 90, 180 and 270 degrees (Gidaris et al. 2018), all four of each slice.
+    """Cross entropy over 0, 90, 180 and 270 degrees, all four for each slice (Gidaris et al. 2018).
 
-    What would make the answer ambiguous is left out of the augmentation: flips upside down, and
-    turns of more than 15 degrees.
+    Vertical flips and rotations by more than 15 degrees are excluded from the augmentation, since
+    they would make the answer ambiguous.
     """
 
     wants_mates = False
@@ -44,7 +44,7 @@ class RotationPretext:
             torch.cat([images.rot90(turn, dims=(2, 3)) for turn in range(NUM_TURNS)]),
             rows.repeat(NUM_TURNS),
             turns.repeat_interleave(len(images)),
-            num_clustered=len(images),  # the upright ones: turned ones must stay apart
+            num_clustered=len(images),  # the upright views only
         )
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""Convolutions of small maps with many channels, which oneDNN computes slowly, as matrix products.
+"""Convolutions of small maps with many channels as matrix products, since oneDNN is slow on them.
 
-ResNet's last stage has maps of 2 x 2 to 4 x 4 pixels where slices have 64 to 128 a side, and took
-half of a step at 64 px. Measured by `jobs/benchmark.py training`.
+ResNet's last stage has maps of 2 x 2 to 4 x 4 pixels for slices of 64 to 128 pixels, and took half
+of the time of a step at 64 px. Measured with `jobs/benchmark.py training`.
 """
 
 from typing import TypeVar
@@ -10,15 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_MAX_PIXELS = 16  # of the map that comes out
+_MAX_PIXELS = 16  # of the output map
 _MIN_CHANNELS = 512
 
 Network = TypeVar("Network", bound=nn.Module)
 
 
 class SmallMapConv2d(nn.Conv2d):
-    """3 x 3 convolution with a padding of 1; on CPUs and small maps by im2col (Chellapilla et al.
-    2006), else PyTorch's own, which is also what exported and compiled models hold.
+    """3 x 3 convolution with padding 1, using im2col (Chellapilla et al. 2006) for small maps on
+    CPUs, and PyTorch's implementation otherwise and in exported and compiled models.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -45,9 +45,9 @@ class SmallMapConv2d(nn.Conv2d):
 
 
 def with_fast_small_maps(network: Network) -> Network:
-    """The network, whose 3 x 3 convolutions with many channels are now `SmallMapConv2d`.
+    """Replace 3 x 3 convolutions with many channels by `SmallMapConv2d`, in place.
 
-    Parameters stay the same objects under the same names.
+    Parameters stay the same objects with the same names.
     """
     for parent in list(network.modules()):
         for name, module in parent.named_children():
@@ -59,7 +59,7 @@ def with_fast_small_maps(network: Network) -> Network:
                     stride=module.stride[0],
                     padding=1,
                     bias=module.bias is not None,
-                    device="meta",  # draws no random weights
+                    device="meta",  # to draw no random weights
                 )
                 fast.weight, fast.bias = module.weight, module.bias
                 setattr(parent, name, fast.train(module.training))

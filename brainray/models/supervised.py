@@ -1,4 +1,4 @@
-"""The control of every semi-supervised recipe: cross entropy on the labelled slices only."""
+"""The control of all semi-supervised recipes: cross entropy on labelled slices only."""
 
 from dataclasses import dataclass
 
@@ -10,9 +10,9 @@ from brainray.models.objective import StepOutputs, StepSizes, StepTargets
 
 @dataclass(frozen=True)
 class SupervisedObjective:
-    """Equation 1 alone, with as many image passes as the objective that it controls.
+    """Equation 1 only, with the same number of image passes as the objective it is compared with.
 
-    A step takes labelled slices in the place of the unlabelled ones.
+    A step takes labelled slices in place of unlabelled ones.
     """
 
     def step_sizes(self, labelled: int, unlabelled: int) -> StepSizes:

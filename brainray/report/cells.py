@@ -1,4 +1,4 @@
-"""Figures as the cells of a table show them; a dash where there is none."""
+"""Metrics formatted as table cells, with a dash for a missing value."""
 
 from collections.abc import Mapping, Sequence
 from math import isnan
@@ -8,7 +8,7 @@ from brainray.schema import PREDICTORS
 Metrics = Mapping[str, float]
 
 History = Sequence[Metrics]
-"""What a run logged: one flat dict of metrics an epoch, oldest first."""
+"""Metrics logged by a run: one flat dict per epoch, oldest first."""
 
 MISSING = "–"
 
@@ -16,39 +16,39 @@ PREDICTOR_TITLES = dict(zip(PREDICTORS, ("head", "clusters", "nearest thumbnail"
 
 
 def figure(metrics: Metrics, name: str) -> str:
-    """Such as ``0.924``."""
+    """For example ``0.924``."""
     value = metrics.get(name)
     return MISSING if value is None or isnan(value) else f"{value:.3f}"
 
 
 def count(metrics: Metrics, name: str) -> str:
-    """Such as ``1,221``."""
+    """For example ``1,221``."""
     value = metrics.get(name)
     return MISSING if value is None else f"{value:,.0f}"
 
 
 def share(metrics: Metrics, name: str) -> str:
-    """Such as ``17 %``."""
+    """For example ``17 %``."""
     value = metrics.get(name)
     return MISSING if value is None or isnan(value) else f"{round(100 * value)} %"
 
 
 def with_interval(metrics: Metrics, name: str) -> str:
-    """Such as ``0.924 [0.909, 0.939]``; without the interval where that is missing."""
+    """For example ``0.924 [0.909, 0.939]``; without the interval if it is missing."""
     low, high = (figure(metrics, f"{name}_{side}") for side in ("low", "high"))
     value = figure(metrics, name)
     return value if MISSING in (low, high) else f"{value} [{low}, {high}]"
 
 
 def difference(metrics: Metrics, name: str) -> str:
-    """Such as ``+0.016 [+0.002, +0.029]``; without the interval where that is missing."""
+    """For example ``+0.016 [+0.002, +0.029]``; without the interval if it is missing."""
     told = [metrics.get(key) for key in (name, f"{name}_low", f"{name}_high")]
     value, low, high = (MISSING if figure is None else f"{figure:+.3f}" for figure in told)
     return value if MISSING in (low, high) else f"{value} [{low}, {high}]"
 
 
 def mean_and_deviation(metrics: Metrics, name: str) -> str:
-    """Such as ``0.930 ± 0.012``; without the deviation where that is missing."""
+    """For example ``0.930 ± 0.012``; without the deviation if it is missing."""
     deviation = figure(metrics, f"{name}_std")
     value = figure(metrics, name)
     return value if deviation == MISSING else f"{value} ± {deviation}"

@@ -1,4 +1,4 @@
-"""A run beside its control, slice by slice, as Markdown and for the run's page."""
+"""Paired comparison of a run with its control, as Markdown and for the run's report."""
 
 from collections.abc import Mapping
 
@@ -11,18 +11,18 @@ COMPARISON_COLUMNS = [
     "test slices",
     "difference [95 % interval]",
     "fewer errors",
-    "right where the other is wrong",
+    "right where they disagree",
     "McNemar's p",
 ]
 
 
 def comparison_table(metrics: Mapping[str, float]) -> str:
-    """Of the figures that `engine.compare` gives."""
+    """Markdown table of the metrics returned by `engine.compare`."""
     return markdown_table(COMPARISON_COLUMNS, comparison_rows(metrics), num_text_columns=2)
 
 
 def comparison_rows(metrics: Mapping[str, float]) -> list[list[str]]:
-    """A row for each predictor and subset that were compared; none without a control."""
+    """One row per compared predictor and subset; none without a control."""
     return [
         [
             PREDICTOR_TITLES[predictor],

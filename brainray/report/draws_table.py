@@ -1,4 +1,4 @@
-"""Figures over draws of labels as Markdown."""
+"""Metrics over label draws as Markdown."""
 
 from collections.abc import Mapping
 
@@ -14,7 +14,7 @@ from brainray.schema import SUBSETS
 
 
 def draws_table(metrics: Mapping[str, float]) -> str:
-    """Mean accuracy and deviation by predictor and test slices, beside the control's."""
+    """Mean accuracy and deviation by predictor and test subset, next to the control's."""
     header = ["prediction", "test slices", "accuracy", "control", "difference", "fewer errors"]
     rows = []
     for predictor, title in PREDICTOR_TITLES.items():

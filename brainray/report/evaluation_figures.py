@@ -12,16 +12,17 @@ from brainray.storage import Folder
 
 
 def draw_evaluation_figures(folder: Folder, predictions: pa.Table, classes: list[str]) -> list[str]:
-    """Write ``figures/confusion_all.png`` and, where they are known, ``_clean`` and ``_strict``,
-    this where no class has too few slices for figures by class.
+    """Write ``figures/confusion_all.png`` and, if known, ``_clean`` and ``_strict``.
+
+    ``_strict`` is left out if a class has too few strict slices.
 
     Args:
-        folder: of the evaluation, or of the run.
-        predictions: rows of the ``PREDICTIONS`` schema; those without a label are left out.
-        classes: of the run, in its order.
+        folder: of the evaluation or the run.
+        predictions: rows of the ``PREDICTIONS`` schema; unlabelled rows are ignored.
+        classes: class names in the run's order.
 
     Returns:
-        Names of the files in the folder; none where no slice has a label.
+        Names of the files in the folder; none if no slice has a label.
 
     Raises:
         DataError: a label is not a class of the run.

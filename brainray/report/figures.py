@@ -1,6 +1,7 @@
-"""Figures of finished results: plain values in, a matplotlib ``Figure`` out; nothing is written.
+"""Figures of finished results; functions take plain values, return a matplotlib ``Figure``.
 
-A figure of a history leaves out what no epoch logged, and is None where nothing is left.
+Nothing is written. Figures of a history leave out metrics that no epoch logged; the result is None
+if no metric is left.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,7 +34,7 @@ from brainray.report.style import (
 )
 
 UNLABELLED_CLASS = ""
-"""Class of slices without a label, in counts and in labels."""
+"""Class name of unlabelled slices, in counts and labels."""
 
 _UNLABELLED_NAME = "(no label)"
 _MAX_COLUMNS = 5
@@ -41,7 +42,7 @@ _MAX_COLUMNS = 5
 
 @dataclass(frozen=True)
 class Confusion:
-    """A panel of a confusion figure: how often each class was taken for each."""
+    """One confusion matrix."""
 
     title: str
     counts: NDArray[np.int64]  # (C, C): row = label, column = prediction
@@ -49,11 +50,11 @@ class Confusion:
 
 @dataclass(frozen=True)
 class EmbeddingMap:
-    """The slices of one epoch in the plane."""
+    """The t-SNE map of one epoch."""
 
     epoch: int
     points: NDArray[np.floating]  # (N, 2)
-    clusters: NDArray[np.integer]  # (N,) most likely component
+    clusters: NDArray[np.integer]  # (N,) most likely mixture component
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,9 @@ class _Curve:
 _LOSSES = (
     _Curve("train/loss/total", "total", BLACK),
     _Curve("train/loss/ce", "cross entropy (labelled)", BLUE, "--"),
-    _Curve("train/loss/cluster", "clustering (unlabelled), before lambda", VERMILLION, "-."),
-    _Curve("train/loss/consistency", "consistency (unlabelled), before lambda", GREEN, ":"),
-    _Curve("train/loss/anchor", "anchors (labelled), before lambda", PURPLE, "--"),
+    _Curve("train/loss/cluster", "clustering (unlabelled), without lambda", VERMILLION, "-."),
+    _Curve("train/loss/consistency", "consistency (unlabelled), without lambda", GREEN, ":"),
+    _Curve("train/loss/anchor", "anchors (labelled), without lambda", PURPLE, "--"),
 )
 _ACCURACIES = {
     predictor: (
@@ -104,17 +105,17 @@ _TIMES = {
 
 
 def class_distribution(num_slices: Mapping[str, Mapping[str, int]]) -> Figure:
-    """Slices by class, a panel for each split that has any, on one scale.
+    """Slices by class, with one panel per non-empty split and a common scale.
 
     Args:
-        num_slices: counts by split and class; the class "" holds the slices without a label.
+        num_slices: counts by split and class; the class "" is that of unlabelled slices.
 
     Raises:
         DataError: no split has a slice.
     """
     splits = {split: counts for split, counts in num_slices.items() if sum(counts.values())}
     if not splits:
-        raise DataError("no slices to count: no split has any")
+        raise DataError("no slices to count: all splits are empty")
     names = sorted({name for counts in splits.values() for name in counts} - {UNLABELLED_CLASS})
     colours = class_colours(names)
     if any(counts.get(UNLABELLED_CLASS) for counts in splits.values()):
@@ -143,9 +144,9 @@ def class_distribution(num_slices: Mapping[str, Mapping[str, int]]) -> Figure:
 def before_after_grid(
     samples: Sequence[tuple[str, NDArray[np.uint8], NDArray[np.uint8]]],
 ) -> Figure:
-    """Slices (title, before, after) above one another; the images are (H, W) uint8."""
+    """Slices (title, before, after), before above after; images are (H, W) uint8."""
     figure, pairs = _paired_grid(len(samples), side=1.5)
-    figure.suptitle("Slices before and after the skull strip")
+    figure.suptitle("Slices before and after skull stripping")
     for (upper, lower), (title, before, after) in zip(pairs, samples, strict=True):
         upper.set_title(title)
         for axes, image in ((upper, before), (lower, after)):
@@ -164,12 +165,12 @@ def loss_curves(history: History) -> Figure | None:
         return None
     axes.set_title("Training loss by epoch")
     axes.legend(frameon=False)
-    axes.set_ylabel("mean loss of the epoch's steps")
+    axes.set_ylabel("mean loss over the epoch's steps")
     return figure
 
 
 def accuracy_curves(history: History, chosen_epoch: int) -> Figure | None:
-    """Accuracies of both predictions by epoch, and the epoch that validation chose."""
+    """Accuracies of both predictors by epoch, and the epoch chosen by validation."""
     figure = new_figure(8.0, 3.8)
     panels = figure.subplots(1, 2, sharey=True)
     drawn = [
@@ -181,7 +182,7 @@ def accuracy_curves(history: History, chosen_epoch: int) -> Figure | None:
     for axes, predictor in zip(panels, _ACCURACIES, strict=True):
         axes.set_title(f"Accuracy of the {PREDICTOR_TITLES[predictor]}")
     panels[0].set_ylabel("accuracy")
-    panels[0].set_ylim(panels[0].get_ylim()[0] - 0.03, 1.01)  # whole markers at either end
+    panels[0].set_ylim(panels[0].get_ylim()[0] - 0.03, 1.01)  # room for the outermost markers
     legend_of = panels[drawn.index(True)]
     figure.legend(
         *legend_of.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False
@@ -190,7 +191,7 @@ def accuracy_curves(history: History, chosen_epoch: int) -> Figure | None:
 
 
 def clustering_health(history: History, chosen_epoch: int) -> Figure | None:
-    """By epoch, what would show a collapse: a high silhouette alone means nothing."""
+    """Metrics by epoch that reveal a collapse, which a high silhouette alone would hide."""
     logged = {
         title: curves
         for title, curves in _HEALTH.items()
@@ -221,12 +222,12 @@ def timing_breakdown(history: History) -> Figure | None:
     axes = figure.subplots()
     bottom = np.zeros(len(history))
     for name in logged:
-        # An epoch after which the run was interrupted did not get to log its last parts.
+        # The last parts are missing for an epoch after which the run was interrupted.
         seconds = np.array([metrics.get(name, 0.0) for metrics in history])
         label, colour = _TIMES[name]
         axes.bar(epochs, seconds, bottom=bottom, color=colour, label=label)
         bottom += seconds
-    axes.set_title("Time by epoch and part")
+    axes.set_title("Time per epoch by part")
     axes.set_xlabel("epoch")
     axes.set_ylabel("seconds")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -247,7 +248,7 @@ def confusion_counts(
     if unknown:
         raise DataError(
             f"{unknown[0]!r} is not a class of the run ({', '.join(classes)}): "
-            "rename it with classes.map"
+            "map it to one with classes.map"
         )
     index = {name: position for position, name in enumerate(classes)}
     counts = np.zeros((len(classes), len(classes)), dtype=np.int64)
@@ -258,7 +259,7 @@ def confusion_counts(
 
 
 def confusion_matrices(panels: Sequence[Confusion], classes: Sequence[str], title: str) -> Figure:
-    """Counts with their share of the label's slices, by which the cells are shaded."""
+    """Confusion matrices; cells show counts and are shaded by their share of the row."""
     side = max(3.0, 0.85 * len(classes))
     figure = new_figure(1.4 + side * len(panels), 1.6 + side)
     figure.suptitle(title)
@@ -277,15 +278,15 @@ def confusion_matrices(panels: Sequence[Confusion], classes: Sequence[str], titl
 def embedding_maps(
     maps: Sequence[EmbeddingMap], labels: Sequence[str], classes: Sequence[str]
 ) -> Figure:
-    """The same slices in the plane, epoch by epoch: by class above, by cluster below.
+    """t-SNE maps of the same slices by epoch, coloured by class (top) and cluster (bottom).
 
     Args:
-        maps: whose rows are in the order of the labels.
-        labels: (N,) classes, "" where unknown.
-        classes: all classes; their order gives the colours.
+        maps: one per epoch, with rows in the order of ``labels``.
+        labels: (N,) classes, "" if unknown.
+        classes: all classes; their order determines the colours.
     """
     figure, pairs = _paired_grid(len(maps), side=2.2, room_beside=1.4)
-    figure.suptitle(f"t-SNE of {len(labels):,} test slices' embeddings (no unit)")
+    figure.suptitle(f"t-SNE of the embeddings of {len(labels):,} test slices")
     by_class = class_colours(classes)
     if UNLABELLED_CLASS in labels:
         by_class[UNLABELLED_CLASS] = GREY
@@ -310,7 +311,7 @@ def embedding_maps(
 def _draw_curves(
     axes: Axes, history: History, curves: Sequence[_Curve], chosen_epoch: int | None = None
 ) -> bool:
-    """Whether any of the curves has a point."""
+    """Plot the curves; return whether any has a point."""
     drawn = False
     for curve in curves:
         points = [(m["epoch"], m[curve.metric]) for m in history if curve.metric in m]
@@ -352,7 +353,7 @@ def _draw_confusion(axes: Axes, panel: Confusion, classes: Sequence[str]) -> Non
 
 
 def _draw_points(axes: Axes, points: NDArray[np.floating], colours: Sequence[str]) -> None:
-    """One scatter in the rows' order: drawn class by class, the last would hide the first."""
+    """One scatter plot in row order: plotted by class, the last class would hide the first."""
     axes.scatter(points[:, 0], points[:, 1], c=colours, s=5, linewidths=0)
     axes.set_box_aspect(1)
     axes.set_aspect("equal", adjustable="datalim")
@@ -369,7 +370,7 @@ def _legend_beside(axes: Axes, colours: Mapping[str, str]) -> None:
 def _paired_grid(
     num_pairs: int, *, side: float, room_beside: float = 0.0
 ) -> tuple[Figure, list[tuple[Axes, Axes]]]:
-    """Pairs of square panels without ticks, one above the other; lengths in inches."""
+    """Pairs of square panels without ticks, one above the other; sizes in inches."""
     num_columns = min(num_pairs, _MAX_COLUMNS)
     num_bands = ceil(num_pairs / _MAX_COLUMNS)
     width = max(5.0, 0.4 + side * num_columns + room_beside)

@@ -1,4 +1,4 @@
-"""The leakage report as Markdown that also reads well as plain text."""
+"""The leakage report as Markdown that is also readable as plain text."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,20 +6,22 @@ from typing import Any
 from brainray.report.table import markdown_table
 from brainray.schema import SUBSETS
 
-LEVEL_COLUMNS = ["level", "test slices with one in training", "within training", "within test"]
+LEVEL_COLUMNS = ["level", "test slices with a match in training", "within training", "within test"]
 
 
 def leakage_table(leakage: Mapping[str, Any]) -> str:
-    """How many slices have a twin where, and how much of the test split is clean and strict."""
+    """Counts of duplicates by level and split, and sizes of the clean and strict test subsets."""
     twins = markdown_table(LEVEL_COLUMNS, leakage_counts(leakage), num_text_columns=1)
     header, rows = subset_counts(leakage)
     subsets = markdown_table(header, rows, num_text_columns=1)
-    conflicts = f"Slices whose copies carry another label: {len(leakage['label_conflicts']):,}."
+    conflicts = (
+        f"Slices in duplicate groups with conflicting labels: {len(leakage['label_conflicts']):,}."
+    )
     return "\n\n".join([twins, subsets, conflicts])
 
 
 def leakage_counts(leakage: Mapping[str, Any]) -> list[list[str]]:
-    """Rows of `LEVEL_COLUMNS`."""
+    """Rows with the columns `LEVEL_COLUMNS`."""
     parts = [leakage[part] for part in ("across_splits", "within_train", "within_test")]
     return [
         [level, *(f"{len(part[level]):,}" if level in part else "" for part in parts)]
@@ -28,9 +30,9 @@ def leakage_counts(leakage: Mapping[str, Any]) -> list[list[str]]:
 
 
 def subset_counts(leakage: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: test slices of each subset by class."""
+    """Header and rows of a table of test slices by subset and class."""
     by_class = leakage["num_test_by_class"]
-    header = ["test slices", *(name or "unlabelled" for name in by_class["all"]), "together"]
+    header = ["test slices", *(name or "unlabelled" for name in by_class["all"]), "total"]
     rows = [
         [
             subset,

@@ -1,4 +1,4 @@
-"""Maps of a run's test slices, epoch by epoch: for its figure and its page."""
+"""t-SNE maps of a run's test slices by epoch, for its figure and its report."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ _COLUMNS += ["confidence", "embedding"]
 
 @dataclass(frozen=True)
 class SliceMap:
-    """The slices of one epoch in the plane."""
+    """The t-SNE map of one epoch."""
 
     epoch: int
     points: NDArray[np.float32]  # (N, 2)
@@ -27,9 +27,9 @@ class SliceMap:
 
 
 def run_maps(run: Folder, evaluation: EvaluationConfig, chosen_epoch: int) -> list[SliceMap]:
-    """Of the epochs asked for and the chosen one, as far as their predictions were kept.
+    """Maps of the requested epochs and the chosen one, as far as their predictions were kept.
 
-    The slices are those that `shown` takes of any of them.
+    All maps show the same slices, selected with `shown`.
     """
     tables = {
         epoch: run.read_table(layout.predictions_file(epoch), _COLUMNS)
@@ -48,7 +48,7 @@ def run_maps(run: Folder, evaluation: EvaluationConfig, chosen_epoch: int) -> li
 
 
 def map_sequence(tables: Mapping[int, pa.Table]) -> list[SliceMap]:
-    """A map of the same slices, by epoch; none of too few slices."""
+    """One map per epoch of the same slices; empty if there are too few slices."""
     if any(table.num_rows < MIN_SLICES for table in tables.values()):
         return []
     embeddings = [np.stack(table["embedding"].to_numpy()) for table in tables.values()]
@@ -60,13 +60,13 @@ def map_sequence(tables: Mapping[int, pa.Table]) -> list[SliceMap]:
 
 
 def shown(table: pa.Table, limit: int) -> pa.Table:
-    """At most so many rows, from all over the table: its order may be that of class folders."""
+    """At most ``limit`` rows, evenly spaced because rows may be ordered by class folder."""
     if table.num_rows <= limit:
         return table
     return table.take(np.linspace(0, table.num_rows - 1, limit).round().astype(np.int64))
 
 
 def _keys(table: pa.Table) -> list[tuple[str, ...]]:
-    """Test sets keep byte-identical copies, which share their sample_id: the path parts them."""
+    """Unique keys: byte-identical copies in a test set share their sample_id but not the path."""
     columns = (table[name].to_pylist() for name in ("sample_id", "path", "frame"))
     return list(zip(*columns, strict=True))

@@ -1,4 +1,4 @@
-"""How good each number of clusters is, by three criteria that need not agree."""
+"""Figure of three criteria for the number of clusters, which need not agree."""
 
 from matplotlib.figure import Figure
 
@@ -7,7 +7,7 @@ from brainray.report.style import BLUE, GREY, new_figure, tidy
 
 
 def num_clusters_figure(scores: NumClustersScores) -> Figure:
-    """Silhouette, BIC and gap (with its standard error) by K; each one's choice is marked."""
+    """Silhouette, BIC and gap (with standard error) by K; the K chosen by each is marked."""
     panels = {
         "silhouette": ("Silhouette (higher is better)", scores.silhouettes, None),
         "bic": ("BIC (lower is better)", scores.bic, None),

@@ -1,4 +1,4 @@
-"""A run's results as one self-contained interactive HTML page, without network."""
+"""The results of a run or an evaluation as one self-contained, interactive HTML report."""
 
 import base64
 import io
@@ -39,12 +39,12 @@ from brainray.report.table import Table
 from brainray.schema import THUMBNAIL_SIDE, subset_masks, tells_of_classes
 from brainray.storage import Folder
 
-_NUM_IMAGES = 6  # of each kind on a cluster's card
-_MAX_REJECTED = 100  # rejected files that an evaluation lists
+_NUM_IMAGES = 6  # of each kind on a cluster card
+_MAX_REJECTED = 100  # rejected files listed in an evaluation report
 _JPEG_QUALITY = 60
-_GLOW = 0.6  # share of the colour where the activation is highest
+_GLOW = 0.6  # opacity of the overlay where the activation is highest
 _CHARTS = {
-    "Loss, and its parts before their weights": {
+    "Loss and its unweighted terms": {
         "total": "train/loss/total",
         "cross entropy": "train/loss/ce",
         "clusters": "train/loss/cluster",
@@ -62,7 +62,7 @@ _CHARTS = {
         "test, clean": "test/clean/cluster/accuracy",
     },
     "Clustering": {
-        "NMI with the last epoch": "cluster/nmi_previous",
+        "NMI with the previous epoch": "cluster/nmi_previous",
         "NMI with the classes": "cluster/nmi",
         "silhouette": "cluster/silhouette",
     },
@@ -74,29 +74,29 @@ _LINES = (
     (GREY, "dashdot"),
     (PURPLE, "longdash"),
 )
-_LEAST_RANGE = 0.1  # of accuracies: less is drawn no larger
+_LEAST_RANGE = 0.1  # smallest range of an accuracy axis
 
 
 @dataclass(frozen=True)
 class Explained:
-    """A slice as the encoder sees it, and what of it speaks for the class that was predicted."""
+    """A slice as the encoder sees it, with the activation map of the predicted class."""
 
     path: str
     label: str | None
     predicted: str
     confidence: float
     image: NDArray[np.uint8]  # (S, S)
-    activation: NDArray[np.float32]  # (S, S) from 0 to 1
+    activation: NDArray[np.float32]  # (S, S) in [0, 1]
 
 
 @dataclass(frozen=True)
 class _Contents:
-    """What differs between the page of a run and that of an evaluation."""
+    """What differs between the report of a run and the report of an evaluation."""
 
     title: str
     summary: Sequence[str]
     tables: Sequence[Table]
-    quality: Sequence[Table]  # of the data: copies, leakage, rejected files
+    quality: Sequence[Table]  # of the data: duplicates, leakage, rejected files
     about: Mapping[str, str]
     settings: str
     data: Mapping[str, Any]
@@ -114,19 +114,22 @@ def write_page(
     explained: Sequence[Explained] = (),
     siblings: Mapping[str, pa.Table] | None = None,
 ) -> str | None:
-    """Write ``report.html`` of a trained run; its name, or None where there is nothing to show.
+    """Write ``report.html`` of a trained run.
 
     Args:
         run: folder with the logs, the config and the predictions of the chosen epoch.
-        classes: of the run, in its order.
-        evaluation: how many slices are shown.
-        metrics: the reported figures, with those of `engine.compare` where there is a control.
-        about: what made the run: versions, machine, command.
-        maps: of the slices that are shown (`maps.run_maps`).
-        control: the reported figures of the control, to stand beside the run's.
-        explained: slices of which activation maps are shown.
-        siblings: by name, predictions for the same slices by runs of other seeds, which tell
-            what clusters are stable.
+        classes: class names in the run's order.
+        evaluation: settings, among them how many slices are shown.
+        metrics: reported metrics, including those of `engine.compare` if there is a control.
+        about: provenance of the run: versions, machine, command.
+        maps: t-SNE maps of the slices that are shown (`maps.run_maps`).
+        control: reported metrics of the control, shown next to the run's.
+        explained: slices with activation maps.
+        siblings: by name, predictions for the same slices by runs with other seeds, used to
+            assess which clusters are stable.
+
+    Returns:
+        Name of the file; None if there is nothing to show.
     """
     chosen, whose = int(metrics["chosen_epoch"]), evaluation.control
     if not run.exists(layout.predictions_file(chosen)):
@@ -171,20 +174,21 @@ def write_evaluation_page(
     explained: Sequence[Explained] = (),
     num_seen: Mapping[str, int] | None = None,
 ) -> str:
-    """Write ``report.html`` of an evaluation; its name.
+    """Write ``report.html`` of an evaluation and return its file name.
 
     Args:
-        folder: where the page is written.
+        folder: where the report is written.
         name: of the evaluation.
         predictions: ``PREDICTIONS`` rows.
         rejected: ``REJECTED`` rows.
-        classes: of the run that predicts, in its order.
-        evaluation: how many slices are mapped.
-        metrics: the reported figures, with the ``epoch`` that predicts.
-        about: what made the evaluation: run, source, versions, command.
+        classes: class names of the predicting run, in its order.
+        evaluation: settings, among them how many slices are mapped.
+        metrics: reported metrics, including the ``epoch`` of the model.
+        about: provenance of the evaluation: run, source, versions, command.
         settings: of the evaluation, as YAML.
-        explained: slices of which activation maps are shown.
-        num_seen: by level, of how many slices the run has seen a twin; None where it is not known.
+        explained: slices with activation maps.
+        num_seen: by level, the number of slices with a duplicate that the run has seen; None if
+            unknown.
     """
     table = shown(predictions, evaluation.tsne_max_slices)
     epoch = int(metrics["epoch"])
@@ -215,7 +219,7 @@ def _write(folder: Folder, contents: _Contents) -> str:
     html = page.render(
         contents=contents,
         plotly=Markup(get_plotlyjs()),
-        # Nothing in it may end the script element.
+        # A "<" in the data must not end the script element.
         data=Markup(json.dumps(contents.data, allow_nan=False).replace("<", "\\u003c")),
     )
     folder.write_bytes(layout.REPORT, html.encode())
@@ -225,7 +229,7 @@ def _write(folder: Folder, contents: _Contents) -> str:
 def _data(
     table: pa.Table, classes: Sequence[str], epoch: int, explained: Sequence[Explained]
 ) -> dict[str, Any]:
-    """What the page's script knows of the slices that it shows."""
+    """Data of the shown slices for the report's script."""
     subsets = subset_masks(table)
     num_clusters = len(table["responsibilities"][0].as_py())
     return {
@@ -242,9 +246,9 @@ def _data(
 
 
 def _blended(explained: Explained) -> dict[str, Any]:
-    """The slice, and the slice under a glow where the activation is high."""
+    """The slice, and the slice with its activation map as an overlay."""
     grey = np.repeat(explained.image[:, :, None], 3, axis=2).astype(np.float32)
-    # Its brightness rises with the activation: no colour has to be told from another.
+    # Brightness rises with the activation, so that reading the map needs no colour vision.
     glow = 255 * colormaps["inferno"](explained.activation)[:, :, :3]
     weight = _GLOW * explained.activation[:, :, None]
     blended = (1 - weight) * grey + weight * glow
@@ -281,14 +285,14 @@ def _data_uri(thumbnail: bytes) -> str:
 
 
 def _jpeg(pixels: NDArray[np.uint8]) -> str:
-    """(H, W) grey or (H, W, 3) as a picture that the page holds itself."""
+    """(H, W) grey or (H, W, 3) RGB as a data URI."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=_JPEG_QUALITY)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _confusion_subsets(table: pa.Table) -> list[str]:
-    """Of which figures by class may be told."""
+    """Subsets that are large enough for metrics by class."""
     labels = np.array(table["label"].to_pylist(), dtype=object)
     return [
         subset
@@ -337,14 +341,14 @@ def _charts(history: Sequence[Metrics]) -> list[dict[str, Any]]:
 
 
 def _range_of(curves: Iterable[Sequence[float | None]]) -> list[float]:
-    """Of an axis of accuracies: what they span, with some room, and no more than 0 to 1."""
+    """Range of an accuracy axis: that of the values with a margin, at most about 0 to 1."""
     values = [value for curve in curves for value in curve if value is not None]
     room = max(_LEAST_RANGE - (max(values) - min(values)), 0.02) / 2
     return [max(min(values) - room, -0.02), min(max(values) + room, 1.02)]
 
 
 def _cards(table: pa.Table, num_clusters: int) -> list[dict[str, Any]]:
-    """What each cluster holds: sure members first, then those that nearly went elsewhere."""
+    """Size, labels, typical and borderline slices of each cluster."""
     responsibilities = np.stack(table["responsibilities"].to_numpy())
     likelihood = np.asarray(table["log_likelihood"].to_numpy())
     clusters = np.asarray(table["cluster"].to_numpy())
@@ -371,8 +375,8 @@ def _cards(table: pa.Table, num_clusters: int) -> list[dict[str, Any]]:
 
 
 def _subtypes(table: pa.Table, siblings: Mapping[str, pa.Table]) -> list[dict[str, Any]]:
-    """Clusters that share a class, with how stable they are among the runs."""
-    ids = table["sample_id"].to_pylist()  # a file may have been renamed between two runs
+    """Clusters that share a class, with their stability across runs."""
+    ids = table["sample_id"].to_pylist()  # not paths: files may be renamed between runs
     others = []
     for sibling in siblings.values():
         columns = (sibling[name].to_pylist() for name in ("sample_id", "cluster"))
@@ -407,19 +411,19 @@ def _percent(metrics: Metrics, name: str) -> str:
 
 def _told_shown(shown: pa.Table, whole: pa.Table) -> str:
     if shown.num_rows == whole.num_rows:
-        return f"{shown.num_rows:,} test slices are shown below."
+        return f"All {shown.num_rows:,} test slices are shown below."
     return (
-        f"{shown.num_rows:,} of {whole.num_rows:,} test slices, from all over the list, are shown "
-        "below: the map, the confusion matrices and the clusters' cards are of these, the tables "
-        "of all. (evaluation.tsne_max_slices shows more.)"
+        f"The map, the confusion matrices and the cluster cards show {shown.num_rows:,} of "
+        f"{whole.num_rows:,} test slices, sampled evenly; the tables cover all of them. Raise "
+        "evaluation.tsne_max_slices to show more."
     )
 
 
 def _summary(metrics: Metrics, chosen: int, num_epochs: int, shown: str) -> list[str]:
     return [
-        "An encoder was trained on brain MRI slices, some or all of them labelled. After every "
-        "epoch the embeddings of all training slices were clustered.",
-        f"Epoch {chosen} of {num_epochs} was chosen on labelled slices held out for that. "
+        "An encoder was trained on brain MRI slices, some or all of them labelled. The embeddings "
+        "of all training slices were clustered after every epoch.",
+        f"Epoch {chosen} of {num_epochs} was chosen on held-out labelled slices. "
         + _scores(metrics),
         shown,
     ]
@@ -427,38 +431,38 @@ def _summary(metrics: Metrics, chosen: int, num_epochs: int, shown: str) -> list
 
 def _evaluation_summary(metrics: Metrics, shown: str) -> list[str]:
     return [
-        f"A trained encoder, after its epoch {int(metrics['epoch'])}, predicted slices that were "
-        "preprocessed from their files with the settings of its training. " + _scores(metrics),
-        f"{shown} {metrics['num_rejected']:,.0f} files or slices could not be used.",
+        f"The encoder of epoch {int(metrics['epoch'])} predicted these slices. Their files were "
+        "preprocessed with the settings used in training. " + _scores(metrics),
+        f"{shown} {metrics['num_rejected']:,.0f} files or slices were rejected.",
     ]
 
 
 def _scores(metrics: Metrics) -> str:
-    text = f"The head gets {_percent(metrics, 'test/all/head/accuracy')} of all test slices right"
-    clusters = f"its clusters {_percent(metrics, 'test/all/cluster/accuracy')}"
+    text = f"The head classifies {_percent(metrics, 'test/all/head/accuracy')} of all test slices"
+    clusters = f"the clusters {_percent(metrics, 'test/all/cluster/accuracy')}"
     if "test/clean/head/accuracy" not in metrics:
         known = metrics.get("test/clean/num_slices")
-        why = "Which slices are clean of copies is not known."
+        why = "Which slices are clean (no duplicate in the data that the run saw) is unknown."
         if known == 0:
-            why = "None of them is clean: the run saw a copy of each."
-        return f"{text}, {clusters}. {why}"
+            why = "No slice is clean: the run saw a duplicate of each."
+        return f"{text} correctly, {clusters}. {why}"
     return (
-        f"{text}, and {_percent(metrics, 'test/clean/head/accuracy')} of the clean ones, which "
-        f"have no copy among what the run saw; {clusters} and "
-        f"{_percent(metrics, 'test/clean/cluster/accuracy')}. Looking up the most similar labelled "
-        f"thumbnail gets {_percent(metrics, 'test/clean/thumbnail_1nn/accuracy')} of the clean "
-        "ones."
+        f"{text} correctly and {_percent(metrics, 'test/clean/head/accuracy')} of the clean ones, "
+        f"which have no duplicate in the data that the run saw; {clusters} and "
+        f"{_percent(metrics, 'test/clean/cluster/accuracy')}. Copying the label of the most "
+        f"similar thumbnail gets {_percent(metrics, 'test/clean/thumbnail_1nn/accuracy')} of the "
+        "clean ones right."
     )
 
 
 def _comparison(metrics: Metrics, control: str | None) -> list[Table]:
     rows = comparison_rows(metrics)
-    title = f"Against the control ({control}), slice by slice"
+    title = f"Paired comparison with the control ({control}), slice by slice"
     return [Table(title, COMPARISON_COLUMNS, rows)] if rows else []
 
 
 def _timings(metrics: Metrics) -> list[Table]:
-    """Mean seconds of an epoch's parts."""
+    """Mean seconds of each part of an epoch."""
     parts = {
         name.removeprefix("time/").removesuffix("_s").replace("_", " "): value
         for name, value in metrics.items()
@@ -469,18 +473,18 @@ def _timings(metrics: Metrics) -> list[Table]:
     speed = metrics.get("time/images_per_s")
     header = ["", *parts] + ([] if speed is None else ["images/s in training"])
     row = ["seconds", *(f"{value:.1f}" for value in parts.values())]
-    return [Table("Time of an epoch", header, [row + ([] if speed is None else [f"{speed:.0f}"])])]
+    return [Table("Time per epoch", header, [row + ([] if speed is None else [f"{speed:.0f}"])])]
 
 
 def _quality(run: Folder) -> list[Table]:
-    """What the store said of its data: copies, what is clean of them, and rejected files."""
+    """Duplicates, test subsets and rejected files, as recorded by the image store."""
     folder = run / layout.DATASET
     tables = []
     if folder.exists(layout.LEAKAGE):
         leakage = folder.read_json(layout.LEAKAGE)
         header, rows = subset_counts(leakage)
         tables += [
-            Table("Copies", LEVEL_COLUMNS, leakage_counts(leakage)),
+            Table("Duplicates", LEVEL_COLUMNS, leakage_counts(leakage)),
             Table("Test slices", header, rows),
         ]
     if folder.exists(layout.MANIFEST):
@@ -493,12 +497,12 @@ def _quality(run: Folder) -> list[Table]:
 
 def _seen_slices(num_seen: Mapping[str, int]) -> Table:
     rows = [[level, f"{count:,}"] for level, count in num_seen.items()]
-    return Table("Slices of which the run has seen a twin", ["level", "slices"], rows)
+    return Table("Slices with a duplicate that the run has seen", ["level", "slices"], rows)
 
 
 def _rejected_files(rejected: pa.Table) -> Table:
     columns = ["path", "frame", "reason", "detail"]
     rows = rejected.slice(0, _MAX_REJECTED).select(columns).to_pylist()
-    more = "" if rejected.num_rows <= _MAX_REJECTED else f", the first {_MAX_REJECTED}"
+    more = "" if rejected.num_rows <= _MAX_REJECTED else f", first {_MAX_REJECTED} shown"
     cells = [[row[column] or "" for column in columns] for row in rows]
     return Table(f"Rejected ({rejected.num_rows:,}{more})", ["path", "frame", "reason", ""], cells)

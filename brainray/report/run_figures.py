@@ -1,4 +1,4 @@
-"""Figures of a run: curves over its epochs, confusion matrices, maps of its embeddings."""
+"""Figures of a run: curves over epochs, confusion matrices, embedding maps."""
 
 from collections.abc import Sequence
 
@@ -22,17 +22,17 @@ from brainray.storage import Folder
 def draw_run_figures(
     run: Folder, classes: list[str], chosen_epoch: int, maps: Sequence[SliceMap]
 ) -> list[str]:
-    """Write the figures that the run's logs and predictions allow.
+    """Write all figures for which the run has logs and predictions.
 
     Args:
         run: folder with ``metrics.jsonl`` and ``predictions/epoch-XXXX.parquet``.
-        classes: of the run, in its order.
-        chosen_epoch: whose confusion matrices are drawn, and which the curves mark; 1-based.
-        maps: of the run's test slices (`maps.run_maps`).
+        classes: class names in the run's order.
+        chosen_epoch: epoch of the confusion matrices, marked in the curves; 1-based.
+        maps: t-SNE maps of the run's test slices (`maps.run_maps`).
 
     Returns:
-        Names of the files in the folder, such as ``figures/loss.png``. Without test slices there
-        are curves alone, without a finished epoch there is nothing.
+        Names of the files in the folder, such as ``figures/loss.png``: only curves without test
+        slices, none without a finished epoch.
     """
     history = run.read_json_lines(layout.METRICS)
     if not history:

@@ -1,4 +1,4 @@
-"""Figures of an image store: what it holds, what preprocessing did to it, what leaks."""
+"""Figures of an image store: class distribution, preprocessing examples, leakage examples."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,18 +14,18 @@ from brainray.report.style import new_figure, png_bytes
 from brainray.storage import Folder
 
 _TILE = 96  # pixels
-_SHEET_COLUMNS = 4  # of slices, each three tiles wide
+_SHEET_COLUMNS = 4  # slices, each three tiles wide
 _OUTLINE = (0, 220, 120)  # RGB
 _PAIR_COLUMNS = 6
 
 
 @dataclass(frozen=True)
 class SlicePair:
-    """A test slice and what training holds of it."""
+    """A test slice and the training slice that it matches."""
 
     title: str
     tested: NDArray[np.uint8]  # (H, W)
-    trained: NDArray[np.uint8]  # (H, W), not necessarily of the same size
+    trained: NDArray[np.uint8]  # (H, W), possibly of a different size
 
 
 def draw_store_figures(
@@ -35,13 +35,13 @@ def draw_store_figures(
     sheet: Sequence[StrippedSlice],
     pairs: Sequence[SlicePair],
 ) -> list[str]:
-    """Write the class distribution and, where there are examples, the others.
+    """Write the class distribution and the figures for which there are examples.
 
     Args:
-        store: the image store's folder.
+        store: folder of the image store.
         num_slices: counts by split and class, as in the store's manifest.
-        before_after: (title, before, after), the images (H, W) uint8.
-        sheet: slices for the contact sheet of the skull strip.
+        before_after: (title, before, after), with images (H, W) uint8.
+        sheet: slices for the contact sheet of skull stripping.
         pairs: examples of leakage.
 
     Returns:
@@ -60,7 +60,7 @@ def draw_store_figures(
 
 
 def contact_sheet(slices: Sequence[StrippedSlice]) -> Figure:
-    """Each slice before, with the mask's outline, and after."""
+    """Each slice before skull stripping, with the outline of the mask, and after."""
     rows = []
     for start in range(0, len(slices), _SHEET_COLUMNS):
         tiles = [tile for item in slices[start : start + _SHEET_COLUMNS] for tile in _tiles(item)]
@@ -73,15 +73,15 @@ def contact_sheet(slices: Sequence[StrippedSlice]) -> Figure:
     axes = figure.subplots()
     axes.imshow(mosaic, interpolation="nearest")
     axes.set_axis_off()
-    axes.set_title(f"{len(slices)} random slices: before, outline of the mask, after ({counts})")
+    axes.set_title(f"{len(slices)} random slices: before, mask outline, after ({counts})")
     return figure
 
 
 def leakage_pairs(pairs: Sequence[SlicePair]) -> Figure:
-    """Test slices (above) and the training slices that resemble them (below)."""
+    """Test slices (top) and matching training slices (bottom)."""
     num_rows = -(-len(pairs) // _PAIR_COLUMNS)
     figure = new_figure(1.7 * _PAIR_COLUMNS, 3.6 * num_rows + 0.4)
-    figure.suptitle("Test slices (above) and what training holds of them (below)")
+    figure.suptitle("Test slices (top) and matching training slices (bottom)")
     grid = figure.subplots(2 * num_rows, _PAIR_COLUMNS, squeeze=False)
     for axes in grid.flat:
         axes.set_axis_off()

@@ -1,4 +1,4 @@
-"""Figures of a study: plain values in, a matplotlib ``Figure`` out."""
+"""Figures of a study; each function takes plain values and returns a matplotlib ``Figure``."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,10 +28,10 @@ _TILE = 80  # pixels
 
 
 def explained_variance(shares: Mapping[str, NDArray[np.floating]]) -> Figure:
-    """Cumulative share of the variance by number of principal components, a line each feature set.
+    """Cumulative explained variance by number of principal components, one line per feature set.
 
     Args:
-        shares: (D,) of each component, by name.
+        shares: by feature set, (D,) share of the variance of each component.
     """
     figure = new_figure(6.5, 3.6)
     axes = figure.subplots()
@@ -49,7 +49,7 @@ def explained_variance(shares: Mapping[str, NDArray[np.floating]]) -> Figure:
 
 
 def dendrogram(tree: NDArray[np.floating], depth: int) -> Figure:
-    """The upper ``depth`` levels of SciPy's linkage matrix (N - 1, 4) by cosine distance."""
+    """The upper ``depth`` levels of a SciPy linkage matrix (N - 1, 4) by cosine distance."""
     figure = new_figure(9.0, 4.0)
     axes = figure.subplots()
     hierarchy.dendrogram(
@@ -68,7 +68,7 @@ def dendrogram(tree: NDArray[np.floating], depth: int) -> Figure:
 
 
 def k_distance_curve(distances: NDArray[np.floating], knee: int, k: int) -> Figure:
-    """Ascending distances (N,) to the k-th neighbour, and the knee that DBSCAN's eps is put at."""
+    """Ascending distances (N,) to the k-th neighbour; the one at the knee is DBSCAN's eps."""
     figure = new_figure(6.5, 3.6)
     axes = figure.subplots()
     axes.plot(distances, color=BLUE)
@@ -76,9 +76,9 @@ def k_distance_curve(distances: NDArray[np.floating], knee: int, k: int) -> Figu
         distances[knee], color=VERMILLION, linestyle="--", label=f"eps = {distances[knee]:.3g}"
     )
     axes.axvline(knee, color=GREY, linestyle=":")
-    axes.set_xlabel("slices, by distance")
+    axes.set_xlabel("slices, sorted by distance")
     axes.set_ylabel(f"distance to neighbour {k}")
-    axes.set_title("k-distances and their knee")
+    axes.set_title("k-distance curve and its knee")
     axes.legend(loc="upper left")
     tidy(axes, grid="y")
     return figure
@@ -86,7 +86,7 @@ def k_distance_curve(distances: NDArray[np.floating], knee: int, k: int) -> Figu
 
 @dataclass(frozen=True)
 class Varied:
-    """One panel of a sensitivity figure: a setting and what came of its values."""
+    """One panel of a sensitivity figure: the values of a setting and their metrics."""
 
     title: str
     values: Sequence[str]
@@ -94,7 +94,7 @@ class Varied:
 
 
 def sensitivity(panels: Sequence[Varied]) -> Figure:
-    """Means with their standard deviation over seeds, a panel for each setting."""
+    """Means and standard deviations over seeds, one panel per setting."""
     colours = {"nmi": BLUE, "ari": GREEN, "silhouette": ORANGE, "noise share": GREY}
     figure = new_figure(4.2 * len(panels), 3.6)
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
@@ -114,11 +114,11 @@ def sensitivity(panels: Sequence[Varied]) -> Figure:
 
 
 def refinement(histories: Mapping[str, Sequence[Mapping[str, float]]], tolerance: float) -> Figure:
-    """Share of changed assignments and, where labels exist, NMI of each round of refinement.
+    """Share of changed assignments and, if labels exist, NMI of each refinement round.
 
     Args:
-        histories: rounds by encoder: ``round``, ``changed_share`` and possibly ``nmi``.
-        tolerance: below which assignments count as settled.
+        histories: by encoder, its rounds with ``round``, ``changed_share`` and possibly ``nmi``.
+        tolerance: share of changes below which refinement has converged.
     """
     figure = new_figure(11.0, 3.6)
     changed, agreement = figure.subplots(1, 2)
@@ -130,7 +130,7 @@ def refinement(histories: Mapping[str, Sequence[Mapping[str, float]]], tolerance
             if points:
                 axes.plot(*zip(*points, strict=True), marker="o", color=colour, label=name)
     changed.axhline(tolerance, color=GREY, linestyle="--", label="tolerance")
-    changed.set_ylabel("share that changed its cluster")
+    changed.set_ylabel("share of slices that changed cluster")
     agreement.set_ylabel("NMI with the labels (scoring only)")
     for axes in (changed, agreement):
         axes.set_xlabel("round")
@@ -144,10 +144,10 @@ def refinement(histories: Mapping[str, Sequence[Mapping[str, float]]], tolerance
 def cluster_map(
     points: NDArray[np.floating],  # (N, 2)
     clusters: NDArray[np.integer],  # (N,) or NOISE
-    labels: Sequence[str],  # (N,) "" where unknown
+    labels: Sequence[str],  # (N,) "" if unknown
     title: str,
 ) -> Figure:
-    """The same t-SNE map by cluster and by label; by cluster alone where there is no label."""
+    """One t-SNE map coloured by cluster and by label; by cluster only if there are no labels."""
     known = sorted({name for name in labels if name != UNLABELLED_CLASS})
     figure = new_figure(5.0 * (2 if known else 1) + 0.5, 4.6)
     panels = figure.subplots(1, 2 if known else 1, squeeze=False)[0]
@@ -189,7 +189,7 @@ class ClusterTiles:
 
 
 def cluster_sheet(clusters: Sequence[ClusterTiles], title: str) -> Figure:
-    """A row for each cluster: the slices nearest to its centroid, then the farthest."""
+    """One row per cluster: the slices nearest to its centroid, then the farthest."""
     width = max(len(row.nearest) + len(row.farthest) for row in clusters)
     figure = new_figure(1.2 + 0.72 * (width + 1), 0.6 + 0.85 * len(clusters))
     grid = figure.subplots(len(clusters), 1, squeeze=False)[:, 0]

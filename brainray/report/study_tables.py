@@ -27,11 +27,11 @@ Row = Mapping[str, Any]
 
 
 def average_over_seeds(rows: Iterable[Row], by: Sequence[str]) -> list[dict[str, Any]]:
-    """One row for each combination of ``by``, in the order of first appearance.
+    """One row per combination of ``by``, in the order of first appearance.
 
-    A figure becomes ``NAME_mean`` and ``NAME_std`` (sample standard deviation; none for one seed)
-    over the rows that have it: ``num_seeds``, or ``NAME_seeds`` where they are fewer. One that no
-    row has is left out.
+    A metric becomes ``NAME_mean`` and ``NAME_std`` (sample standard deviation; none for one seed)
+    over the rows that have it. Their number is ``num_seeds``, or ``NAME_seeds`` if it is smaller.
+    A metric that no row has is left out.
     """
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
@@ -53,7 +53,7 @@ def average_over_seeds(rows: Iterable[Row], by: Sequence[str]) -> list[dict[str,
 
 
 def methods_table(averaged: Sequence[Row]) -> str:
-    """Every method's figures on one subset of one data set's slices, in the order of the grid."""
+    """Metrics of every method on one subset of one data set, in the order of the grid."""
     shown = [name for name in FIGURES if any(f"{name}_mean" in row for row in averaged)]
     columns = (*_COUNTS, *shown)
     header = ["features", "clusterer", "PCA", "seeds", *(_TITLES[name] for name in columns)]
@@ -71,10 +71,10 @@ def methods_table(averaged: Sequence[Row]) -> str:
 
 
 def features_table(averaged: Sequence[Row]) -> str | None:
-    """Agreement of held-out slices with their nearest fitted ones, by features and subset.
+    """Label agreement of held-out slices with their nearest fitted slices, by features and subset.
 
-    The features' own figure: every clusterer's rows repeat it. None without labels or held-out
-    slices.
+    This metric depends on the features only, so the rows of all clusterers repeat it. None without
+    labels or held-out slices.
     """
     measured = [row for row in averaged if f"{_OF_FEATURES}_mean" in row]
     if not measured:
@@ -92,7 +92,7 @@ def features_table(averaged: Sequence[Row]) -> str | None:
 
 
 def datasets_table(averaged: Sequence[Row], figure: str) -> str | None:
-    """One figure of every method by data set, with the mean of the data sets; None without any."""
+    """One metric of every method by data set and on average; None if no row has the metric."""
     if not any(f"{figure}_mean" in row for row in averaged):
         return None
     datasets = list(dict.fromkeys(row["dataset"] for row in averaged))
@@ -107,7 +107,7 @@ def datasets_table(averaged: Sequence[Row], figure: str) -> str | None:
             for name in datasets
             if f"{figure}_mean" in by_dataset.get(name, {})
         ]
-        # A mean over fewer data sets than the others' would not compare.
+        # Means over different data sets are not comparable.
         mean = f"{fmean(means):.3f}" if len(means) == len(datasets) else MISSING
         cells = [_cell(by_dataset.get(name, {}), figure) for name in datasets]
         rows.append([feature, clusterer, str(pca_dim), *cells, mean])
@@ -116,7 +116,7 @@ def datasets_table(averaged: Sequence[Row], figure: str) -> str | None:
 
 
 def csv_text(rows: Sequence[Row]) -> str:
-    """All rows with the union of their columns; empty where a row lacks one."""
+    """All rows with the union of their columns; missing values are empty."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     stream = io.StringIO()
     writer = csv.DictWriter(stream, columns, restval="", lineterminator="\n")
@@ -135,5 +135,5 @@ def _cell(row: Row, name: str) -> str:
     if name == "noise_share":
         return f"{mean:.1%}"
     told = f"{mean:.3f}" if std is None else f"{mean:.3f} ± {std:.3f}"
-    fewer = row.get(f"{name}_seeds")  # of DBSCAN's, one may have found a cluster
+    fewer = row.get(f"{name}_seeds")  # such as DBSCAN with a single cluster
     return told if fewer is None else f"{told} ({fewer} of {row['num_seeds']})"

@@ -1,4 +1,4 @@
-"""What all figures share: colours that colour-blind readers can tell apart, plain axes, PNG."""
+"""Shared style of all figures: colour-blind safe colours, plain axes, PNG output."""
 
 from collections.abc import Sequence
 from io import BytesIO
@@ -9,12 +9,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-# Okabe and Ito, "Color universal design", 2008; yellow and black, the poorest as dots, come last.
+# Okabe and Ito, "Color universal design", 2008; yellow and black, least legible as dots, come last.
 BLUE, VERMILLION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 SKY, ORANGE, YELLOW, BLACK = "#56B4E9", "#E69F00", "#F0E442", "#000000"
 _CLASS_COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, SKY, ORANGE, YELLOW, BLACK)
 
-# Tol, "Colour schemes", 2021, "muted": clusters must not pass for the classes of those colours.
+# Tol, "Colour schemes", 2021, "muted": differs from the class colours, so that clusters are not
+# mistaken for classes.
 _CLUSTER_COLOURS = (
     "#CC6677",
     "#332288",
@@ -33,35 +34,35 @@ _DOTS_PER_INCH = 120
 
 
 def class_colours(classes: Sequence[str]) -> dict[str, str]:
-    """The same colour for a class in every figure: by its place, again from the ninth on."""
+    """Colours by position of the class, the same in every figure; they repeat from the ninth on."""
     return {name: _CLASS_COLOURS[i % len(_CLASS_COLOURS)] for i, name in enumerate(classes)}
 
 
 def cluster_colour(cluster: int) -> str:
-    """By the cluster's number, again from the tenth on."""
+    """Colour by cluster number; colours repeat from the tenth on."""
     return _CLUSTER_COLOURS[cluster % len(_CLUSTER_COLOURS)]
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure, in inches, outside pyplot's global state."""
+    """An empty figure outside pyplot's global state; sizes in inches."""
     return Figure(figsize=(width, height), dpi=_DOTS_PER_INCH, layout="constrained")
 
 
 def tidy(axes: Axes, *, grid: Literal["x", "y"]) -> None:
-    """A light grid behind the data, across one axis, and no frame."""
+    """Draw a light grid behind the data, across one axis, and remove the frame."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis=grid, color="#E0E0E0", linewidth=0.8)
     axes.set_axisbelow(True)
 
 
 def count_epochs(axes: Axes) -> None:
-    """Ticks of the horizontal axis at whole epochs."""
+    """Put the ticks of the horizontal axis at whole epochs."""
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
 
 
 def png_bytes(figure: Figure) -> bytes:
-    """The figure as PNG on white, in 256 colours: a third of the size, and no visible loss."""
+    """The figure as PNG on white in 256 colours: a third of the size without visible loss."""
     drawn, stored = BytesIO(), BytesIO()
     figure.savefig(drawn, format="png", facecolor="white")
     with Image.open(drawn) as image:

@@ -1,4 +1,4 @@
-"""Figures of a sweep: what its trials tried, and what came of it."""
+"""Figures of a sweep: the settings of its trials and their results."""
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -24,12 +24,12 @@ from brainray.config import SearchDomain, SearchSpace
 from brainray.report.style import BLUE, GREY, count_epochs, new_figure, png_bytes, tidy
 from brainray.storage import Folder
 
-_MIN_FOR_IMPORTANCE = 4  # trials: fewer say nothing about what mattered
+_MIN_FOR_IMPORTANCE = 4  # trials; fewer give no meaningful importances
 
 
 @dataclass(frozen=True)
 class TrialOutcome:
-    """A trial that reached at least one epoch."""
+    """A trial that completed at least one epoch."""
 
     trial_id: str
     parameters: Mapping[str, Any]
@@ -45,13 +45,13 @@ def draw_sweep_figures(
     metric: str,
     maximise: bool,
 ) -> None:
-    """Write learning curves, slices, parallel coordinates and importances as PNG files.
+    """Write learning curves, slice plots, parallel coordinates and importances as PNG files.
 
     Args:
-        folder: of the sweep; files go to its ``figures``.
+        folder: of the sweep; files go to its ``figures`` folder.
         trials: best first.
         space: kind and values of each searched key.
-        metric: its name.
+        metric: name of the optimised metric.
         maximise: whether larger is better.
     """
     figures = folder / layout.FIGURES
@@ -72,7 +72,7 @@ def draw_sweep_figures(
 
 
 def learning_curves(trials: Sequence[TrialOutcome], metric: str) -> Figure:
-    """The metric of every trial by epoch, the best one in colour."""
+    """The metric of every trial by epoch, with the best trial in colour."""
     figure = new_figure(7.0, 4.0)
     axes = figure.subplots()
     for place, trial in reversed(list(enumerate(trials))):
@@ -125,13 +125,13 @@ def _distribution(entry: SearchDomain) -> BaseDistribution:
 
 
 def _drawn_by_optuna(plot: Callable[[], Any]) -> bytes:
-    """PNG of what optuna draws: it uses pyplot's current figure."""
+    """PNG of a plot by Optuna, which draws into pyplot's current figure."""
     plt.switch_backend("Agg")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
-        warnings.simplefilter("ignore", UserWarning)  # of tight layouts
+        warnings.simplefilter("ignore", UserWarning)  # about tight layouts
         plot()
-    for axes in plt.gcf().axes:  # labels between the decades cover one another
+    for axes in plt.gcf().axes:  # labels between decades would overlap
         axes.xaxis.set_minor_formatter(NullFormatter())
     buffer = BytesIO()
     try:

@@ -1,4 +1,4 @@
-"""Tables of text, and how they are written in Markdown that also reads well as plain text."""
+"""Text tables and their rendering as Markdown that is also readable as plain text."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ class Table:
 def markdown_table(
     header: Sequence[str], rows: Sequence[Sequence[str]], *, num_text_columns: int
 ) -> str:
-    """Columns padded to their widest cell: text to the left, figures to the right."""
+    """Columns padded to their widest cell: text left-aligned, numbers right-aligned."""
     cells = [[cell.replace("|", "\\|") for cell in row] for row in (header, *rows)]
     widths = [max(len(cell) for cell in column) for column in zip(*cells, strict=True)]
 

@@ -1,4 +1,4 @@
-"""Maps of embeddings in the plane that can be compared from one epoch to the next."""
+"""t-SNE maps of embeddings that can be compared between epochs."""
 
 from collections.abc import Sequence
 
@@ -9,21 +9,21 @@ from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits
 
 MIN_SLICES = 5
-"""Fewer have no neighbourhoods to show."""
+"""Fewer slices have no neighbourhoods to show."""
 
 _PERPLEXITY = 30.0
-# Large starting distances hamper t-SNE: Kobak & Berens, "The art of using t-SNE", 2019.
+# Large initial distances impair t-SNE: Kobak & Berens, "The art of using t-SNE", 2019.
 _START_STD = 1e-4
 
 
 def tsne_sequence(
     embeddings: Sequence[NDArray[np.floating]], seed: int
 ) -> list[NDArray[np.float32]]:
-    """t-SNE (van der Maaten & Hinton 2008) of the same N rows under one encoder after another.
+    """t-SNE (van der Maaten & Hinton 2008) of the same N rows under successive encoders.
 
-    The first map starts from the embeddings' principal components, each later one from the map
-    before it, to which it is then turned: t-SNE measures distances alone, so a rotation or a
-    reflection leaves it as good, and groups that persist are found near their old place.
+    The first map is initialised with the principal components of the embeddings, each later one
+    with the previous map, to which it is then aligned by a rotation or reflection. t-SNE depends
+    on distances only, so the alignment costs nothing and persistent groups stay near their place.
 
     Args:
         embeddings: (N, E) each, N at least MIN_SLICES, rows in the same order.
@@ -39,8 +39,8 @@ def tsne_sequence(
         tsne = TSNE(
             perplexity=perplexity, init=start, random_state=seed % 2**32, learning_rate="auto"
         )
-        # A few thousand rows are too few to share: threads that wait for one another cost more
-        # than they bring, several times so on a busy machine.
+        # With a few thousand rows, more threads cost more in synchronisation than they gain,
+        # several times so on a busy machine.
         with threadpool_limits(1):
             points = tsne.fit_transform(z)
         points = points - points.mean(axis=0)
@@ -53,7 +53,7 @@ def tsne_sequence(
 def _start(
     z: NDArray[np.floating], previous: NDArray[np.float32] | None
 ) -> NDArray[np.float32] | str:
-    """What scikit-learn takes as ``init``; it divides by the spread of the first component."""
+    """Value of ``init`` for scikit-learn, which divides by the spread of the first component."""
     if previous is not None:
         return np.asarray(previous / previous[:, 0].std() * _START_STD, dtype=np.float32)
     return "random" if z.shape[1] < 2 or np.allclose(z, z[0]) else "pca"

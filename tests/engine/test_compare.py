@@ -78,9 +78,9 @@ def test_figures_by_subset_and_predictor() -> None:
 
 def test_other_slices_are_refused() -> None:
     ours = _predictions("aabba", "aabaa")
-    with pytest.raises(DataError, match="other test slices"):
+    with pytest.raises(DataError, match="different test slices"):
         compare(ours, ours.slice(1), {}, num_resamples=50, seed=0)
-    with pytest.raises(DataError, match="other test slices"):
+    with pytest.raises(DataError, match="different test slices"):
         intervals_of_mean_gains([ours, ours], [ours, ours.slice(1)], {}, num_resamples=9, seed=0)
 
 

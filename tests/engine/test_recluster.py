@@ -145,7 +145,9 @@ def test_embeddings_that_are_all_alike_stop_with_the_epoch(
     def attempt(_: bool) -> Reclustering:
         return fit(z, labels, config)
 
-    with pytest.raises(ClusteringError, match=r"^epoch 3(, also reseeded)?: 3 clusters need"):
+    with pytest.raises(
+        ClusteringError, match=r"^epoch 3(, also after reseeding)?: 3 clusters need"
+    ):
         recluster_in_health(
             attempt, z, uniform, config, where="epoch 3", remedy="lower it", say=said.append
         )

@@ -76,7 +76,7 @@ def test_a_state_dict_of_something_else_is_refused(tmp_path: Path) -> None:
     torch.save({"weights": torch.zeros(3)}, tmp_path / layout.MODEL)
     with pytest.raises(CheckpointError, match="is not a brainray-checkpoint/1"):
         load_checkpoint(Folder(tmp_path))
-    with pytest.raises(CheckpointError, match=rf"holds no {layout.MODEL}"):
+    with pytest.raises(CheckpointError, match=rf"contains no {layout.MODEL}"):
         load_checkpoint(Folder(tmp_path / "absent"))
 
 
@@ -160,7 +160,7 @@ def test_the_newest_checkpoint_that_is_whole_is_the_one_to_go_on_from(
     found = newest_resumable(run, said.append)
     assert found is not None
     assert found.checkpoint.epoch == 2
-    assert f"epoch-0003/{name} is not" in said[0] or f"epoch-0003 holds no {name}" in said[0]
+    assert f"epoch-0003/{name} is not" in said[0] or f"epoch-0003 contains no {name}" in said[0]
     assert not (tmp_path / "epoch-0003" / "harm").exists()
 
 
@@ -219,5 +219,5 @@ def test_rows_are_found_by_key_whatever_their_order() -> None:
     values = torch.tensor([[3.0], [1.0], [2.0]])
     found = rows_of_keys(keys, values, torch.tensor([-10, 20]))
     assert found.tolist() == [[1.0], [2.0]]
-    with pytest.raises(CheckpointError, match="does not know"):
+    with pytest.raises(CheckpointError, match="unknown to the checkpoint"):
         rows_of_keys(keys, values, torch.tensor([25]))

@@ -107,5 +107,5 @@ def test_weights_of_another_architecture_are_refused() -> None:
 
 
 def test_slices_too_small_for_the_network_are_refused() -> None:
-    with pytest.raises(ConfigError, match="does not take slices of 32 x 32 pixels"):
+    with pytest.raises(ConfigError, match="does not accept slices of 32 x 32 pixels"):
         num_features(build("inception_v3"), 32)

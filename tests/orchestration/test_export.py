@@ -226,7 +226,7 @@ def test_safetensors_keep_a_checkpoint_whole(trained: TrainedRun, tmp_path: Path
     images = np.random.default_rng(0).uniform(0, 255, (3, 1, 32, 32)).astype(np.float32)
     _assert_same_output(SliceNet(checkpoint), SliceNet(restored), images)
     path.write_bytes(b"no such thing")
-    with pytest.raises(CheckpointError, match="no exported model"):
+    with pytest.raises(CheckpointError, match="not an exported brainray model"):
         load_safetensors(path)
 
 
@@ -294,7 +294,7 @@ def test_an_epoch_is_looked_for_in_what_best_really_holds(trained: TrainedRun) -
             CheckpointError,
             r"no checkpoint of epoch 7: choose one that it keeps \(1, 2\)",
         ),
-        (["run=null", "checkpoint=/tmp"], CheckpointError, r"holds no model\.pt"),
+        (["run=null", "checkpoint=/tmp"], CheckpointError, r"contains no model\.pt"),
         (["run=null", "checkpoint=/tmp", "epoch=1"], ConfigError, "give --set run=NAME"),
         (["run=null", "checkpoint=/tmp", "registry.name=m", "name=x"], ConfigError, "of a run"),
     ],
@@ -403,7 +403,9 @@ def test_an_evaluation_tells_what_the_run_has_seen_and_which_settings_made_it(
     }
     num_others = sum(row["label"] != learned_as for row in twins["exact"])
     assert f"differently from the copy in the run's data: {num_others} (" in "\n".join(said)
-    assert b"Slices of which the run has seen a twin" in scored.folder.read_bytes("report.html")
+    assert b"Slices with a duplicate that the run has seen" in scored.folder.read_bytes(
+        "report.html"
+    )
     clean = {
         row["path"]: row["clean"]
         for row in scored.folder.read_table("predictions.parquet").to_pylist()

@@ -256,7 +256,7 @@ def test_a_report_compares_slice_by_slice(storage: Path, trained: TrainedRun) ->
     assert metrics[name] == trained.metrics[name]
     assert "against two-ranks" in said[-1]
     page = trained.run.folder.read_bytes("report.html").decode()
-    assert "Against the control (two-ranks), slice by slice" in page
+    assert "Paired comparison with the control (two-ranks), slice by slice" in page
     assert "<td>head, control (two-ranks)</td>" in page
 
 
@@ -310,7 +310,10 @@ def test_a_control_that_was_drawn_otherwise_or_is_gone_is_said_and_left_out(
     assert said[1].startswith("not compared: no run 'gone'")
     assert "the run two-ranks has the same seed (0)" in said[2]
     assert said[3].startswith("not compared: no run 'lost'")
-    assert "Against the control" not in written.folder.read_bytes("report.html").decode()
+    assert (
+        "Paired comparison with the control"
+        not in written.folder.read_bytes("report.html").decode()
+    )
 
 
 def test_what_is_still_training_is_not_compared_and_said(
@@ -676,7 +679,7 @@ def test_a_run_of_a_time_when_fewer_settings_were_free_goes_on(storage: Path) ->
     [
         (["run=absent"], DataError, "no run 'absent'"),
         ([], ConfigError, "either --set run=NAME or --set checkpoint=PATH"),
-        (["checkpoint=/tmp"], CheckpointError, r"holds no model\.pt"),
+        (["checkpoint=/tmp"], CheckpointError, r"contains no model\.pt"),
     ],
 )
 def test_evaluation_names_what_is_missing(

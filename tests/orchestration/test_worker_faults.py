@@ -285,7 +285,9 @@ def test_a_collapse_is_handled_as_the_config_says(storage: Path, policy: str) ->
     settings = ["clustering.min_spread=1.5", f"clustering.on_collapse={policy}"]
     config = config_of(storage, f"collapse-{policy}", "train.num_epochs=1", *settings)
     if policy == "reseed":
-        with pytest.raises(BrainrayError, match=r"epoch 1, also reseeded: .* have collapsed"):
+        with pytest.raises(
+            BrainrayError, match=r"epoch 1, also after reseeding: .* have collapsed"
+        ):
             train(config)
     else:
         found = train(config)

@@ -58,7 +58,7 @@ def test_counts_stand_beside_their_bars() -> None:
 
 
 def test_a_distribution_of_nothing_is_refused() -> None:
-    with pytest.raises(DataError, match="no split has any"):
+    with pytest.raises(DataError, match="all splits are empty"):
         class_distribution({"train": {}})
 
 
