@@ -1,1 +1,1 @@
-"""Distributed K-means, Gaussian mixture and PCA, with alignment, metrics and collapse watch."""
+"""Distributed K-means, Gaussian mixtures and PCA; alignment, metrics and collapse detection."""

@@ -1,4 +1,4 @@
-"""What clusters are called: the same number as an epoch ago, and the class they stand for."""
+"""Label alignment: match clusters across epochs, and map clusters to classes."""
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -12,18 +12,18 @@ def match_components(
     previous: Tensor,  # (n_rank, K) responsibilities
     current: Tensor,  # (n_rank, K) responsibilities of the same rows
 ) -> Tensor:  # (K,) int64
-    """Order in which current components line up with the previous ones (collective).
+    """Permutation that aligns the current components with the previous ones (collective).
 
     `current[:, order]` overlaps most with `previous`: the Hungarian assignment (Kuhn 1955)
     maximises sum_k sum_i previous_ik current_i,order(k) over the rows of all ranks.
 
     Raises:
-        ClusteringError: if rows or components of the two differ in number.
+        ClusteringError: the two differ in the number of rows or components.
     """
     if previous.shape != current.shape or previous.ndim != 2:
         raise ClusteringError(
-            f"responsibilities of shapes {tuple(previous.shape)} and {tuple(current.shape)} "
-            "cannot be matched: they must be of the same rows and number of components"
+            f"cannot match responsibilities of shapes {tuple(previous.shape)} and "
+            f"{tuple(current.shape)}: they need the same rows and number of components"
         )
     overlap = dist.sum_across_ranks(previous.double().T @ current.double())
     _, order = linear_sum_assignment(overlap.cpu().numpy(), maximize=True)
@@ -37,28 +37,27 @@ def cluster_to_class(
     centers: Tensor,  # (K, E), the same on every rank
     class_means: Tensor,  # (C, E), the same on every rank
 ) -> Tensor:  # (K,) int64
-    """The class that each cluster stands for, from labelled rows alone (collective).
+    """Map each cluster to a class, using labelled rows only (collective).
 
     K == C: the one-to-one assignment with the most labelled rows (or responsibility) in
-    agreement. K > C: each cluster takes its majority class. In both cases a cluster that no
-    labelled row falls into (with responsibilities: that is no row's largest) takes the class of
-    the nearest labelled class mean instead, be that class taken or not.
+    agreement. K > C: each cluster takes its majority class. In both cases a cluster without
+    labelled rows (for responsibilities: one that is not the largest of any row) takes the class of
+    the nearest labelled class mean instead, whether that class is already taken or not.
 
     Args:
         assignments: clusters of this rank's labelled rows.
         labels: their classes.
         num_classes: C.
         centers: of the clusters, in the space of `class_means`.
-        class_means: means of the labelled rows; those of classes without any are not read.
+        class_means: means of the labelled rows; not read for classes without labelled rows.
 
     Raises:
-        ClusteringError: on every rank alike: K < C, no labelled rows, labels or clusters out of
-            range.
+        ClusteringError: on all ranks: K < C, no labelled rows, labels or clusters out of range.
     """
     num_clusters = centers.shape[0]
     if num_clusters < num_classes:
         raise ClusteringError(
-            f"{num_clusters} clusters cannot stand for {num_classes} classes: raise "
+            f"{num_clusters} clusters cannot be mapped to {num_classes} classes: raise "
             f"clustering.num_clusters to at least {num_classes}"
         )
     votes, num_rows = _count_votes(assignments, labels, num_clusters, num_classes)
@@ -75,7 +74,7 @@ def cluster_to_class(
 def _count_votes(
     assignments: Tensor, labels: Tensor, num_clusters: int, num_classes: int
 ) -> tuple[Tensor, Tensor]:
-    """Responsibility and number of all ranks' rows by cluster and class, each (K, C) float64."""
+    """Responsibility and number of rows of all ranks by cluster and class, each (K, C) float64."""
     if assignments.ndim == 2:
         soft, clusters = assignments.double(), assignments.argmax(dim=1)
     else:
@@ -85,9 +84,9 @@ def _count_votes(
     num_valid, num_invalid = dist.sum_across_ranks(checks).tolist()
     if num_invalid or not num_valid:
         raise ClusteringError(
-            f"clusters are named by labelled rows, but of {num_valid + num_invalid} rows "
+            f"cannot map clusters to classes: of {num_valid + num_invalid} rows "
             f"{num_invalid} have a label outside 0..{num_classes - 1} or a cluster outside "
-            f"0..{num_clusters - 1}: pass labelled rows only, at least one"
+            f"0..{num_clusters - 1}: pass only labelled rows, at least one"
         )
     by_class = torch.nn.functional.one_hot(labels, num_classes).double()
     by_cluster = torch.nn.functional.one_hot(clusters, num_clusters).double()

@@ -1,4 +1,4 @@
-"""A rank's rows, relative to an origin in their midst."""
+"""A rank's rows, relative to an origin near their mean."""
 
 from typing import NamedTuple
 
@@ -11,10 +11,10 @@ from brainray.clustering.threads import shares, threads
 from brainray.errors import ClusteringError
 
 _FAR_MEAN = 0.7
-"""Rows are far from the origin where their mean's norm is more than this of their mean norm."""
+"""Rows are far from the origin if the norm of their mean exceeds this share of their mean norm."""
 
 _OVERFLOW_MARGIN = 16
-"""Squared distances are sums of squared norms and of products that are no larger."""
+"""Squared distances are sums of squared norms and of products that are at most as large."""
 
 
 class CentredRows(NamedTuple):
@@ -27,15 +27,15 @@ class CentredRows(NamedTuple):
 
 
 def centred(x: Tensor, row_keys: Tensor | None) -> tuple[CentredRows, Tensor]:
-    """The rows, and the origin (D,) that they are relative to now (collective).
+    """Centre the rows; returns them with their new origin (D,) (collective).
 
-    That is their mean, or the origin that they had: rows that lie around it lose hardly a digit in
-    their distances, and are not copied. (By their norms, not by squares: one outlier would hide
-    how far the others are.)
+    The origin is their mean, or remains 0: rows that lie around 0 lose hardly any precision in
+    their distances and are not copied. (The test uses norms, not squares, as a single outlier
+    would otherwise hide how far away the others are.)
 
     Raises:
-        ClusteringError: on every rank alike: rows that `shards.check_rows` refuses, or too large
-            to be squared; row keys that repeat or do not fit.
+        ClusteringError: on all ranks: rows that `shards.check_rows` rejects, or too large to be
+            squared; row keys that repeat or have the wrong shape or dtype.
     """
     shards.check_form(x)
     x = x.contiguous()
@@ -45,8 +45,8 @@ def centred(x: Tensor, row_keys: Tensor | None) -> tuple[CentredRows, Tensor]:
     norm_sum, energy = _sums_of_powers(norms)
     if not energy < torch.finfo(x.dtype).max / _OVERFLOW_MARGIN:  # the same on every rank
         raise ClusteringError(
-            f"the squared norms of {num_rows} rows sum to {energy:.3g}, more than {x.dtype} can "
-            "square safely: scale the rows down or convert them to float64"
+            f"the squared norms of {num_rows} rows sum to {energy:.3g}, too large for safe "
+            f"arithmetic in {x.dtype}: scale the rows down or convert them to float64"
         )
     mean = dist.sum_across_ranks(total) / num_rows
     mean_norm = float(torch.linalg.vector_norm(mean))
@@ -61,7 +61,7 @@ def centred(x: Tensor, row_keys: Tensor | None) -> tuple[CentredRows, Tensor]:
 
 
 def _measure(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows' norms (n_rank,), and the sum of this rank's rows (D,) float64."""
+    """Norms (n_rank,) of this rank's rows, and their sum (D,) float64."""
     if x.device.type != "cpu":
         return torch.linalg.vector_norm(x, dim=1), shards.sum_of_rows(x)
     norms = x.new_empty(len(x))
@@ -77,7 +77,7 @@ def _measure(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _moved(x: Tensor, origin: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows relative to an origin (D,), and their norms (n_rank,)."""
+    """The rows relative to an origin (D,), and their new norms (n_rank,)."""
     if x.device.type != "cpu":
         x = x - origin
         return x, torch.linalg.vector_norm(x, dim=1)

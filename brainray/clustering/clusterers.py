@@ -1,8 +1,8 @@
-"""The clusterers that a study compares, behind one protocol: arrays in, labels and a rule out.
+"""The clusterers compared by a study, with a common protocol: arrays in, labels and a rule out.
 
-K-means and the mixture are brainray's own; the others are scikit-learn's and SciPy's, which have
-no rule for rows they were not fitted to: these join the nearest centroid, core or fitted row, as
-each class says.
+K-means and the mixture are brainray's own. The others come from scikit-learn and SciPy, which do
+not assign rows that they were not fitted to; such rows join the nearest centroid, core or fitted
+row, as documented in each class.
 """
 
 import warnings
@@ -28,28 +28,28 @@ Labels = NDArray[np.int64]  # (N,) clusters from 0, or NOISE
 
 
 Assignment = Callable[[Rows], Labels]
-"""What a fitted clusterer says of any rows."""
+"""The rule of a fitted clusterer: assigns clusters to any rows."""
 
 
 @dataclass(frozen=True)
 class Clustered:
     """A fitted clustering."""
 
-    labels: Labels  # of the rows it was fitted to
-    assign: Assignment  # of others
-    details: Mapping[str, float] = field(default_factory=dict)  # what was chosen on the way
-    notes: tuple[str, ...] = ()  # what a reader must know
+    labels: Labels  # of the fitted rows
+    assign: Assignment  # for other rows
+    details: Mapping[str, float] = field(default_factory=dict)  # values found while fitting
+    notes: tuple[str, ...] = ()  # caveats for the reader
 
 
 class Clusterer(Protocol):
-    """Fits rows (N, D), finite and not all the same; raises ClusteringError where it cannot."""
+    """Fits rows (N, D), finite and not all identical; raises ClusteringError if it cannot."""
 
     def fit(self, x: Rows) -> Clustered: ...
 
 
 @dataclass(frozen=True)
 class KMeansClusterer:
-    """Lloyd's K-means, the best of several k-means++ starts."""
+    """Lloyd's K-means; the best of several k-means++ starts."""
 
     num_clusters: int
     seed: int
@@ -70,7 +70,7 @@ class KMeansClusterer:
 
 @dataclass(frozen=True)
 class MixtureClusterer:
-    """A Gaussian mixture from a K-means start; a row belongs to its most responsible component."""
+    """A Gaussian mixture initialised by K-means; rows join their most responsible component."""
 
     num_clusters: int
     seed: int
@@ -100,10 +100,10 @@ class MixtureClusterer:
 
 @dataclass(frozen=True)
 class AgglomerativeClusterer:
-    """A hierarchy by cosine distance, cut at K clusters, or at a depth below its root.
+    """Agglomerative clustering by cosine distance, cut at K clusters or at a depth below the root.
 
-    At most ``max_rows`` rows, drawn by ``seed``, are in the hierarchy, whose distances take
-    memory quadratic in them; others join the centroid with the least cosine distance.
+    At most ``max_rows`` rows, drawn with ``seed``, form the hierarchy, as its memory is quadratic
+    in the number of rows; other rows join the centroid with the smallest cosine distance.
     """
 
     num_clusters: int
@@ -131,9 +131,9 @@ class AgglomerativeClusterer:
 
 @dataclass(frozen=True)
 class DBSCANClusterer:
-    """Dense places by DBSCAN, its eps at the knee of the k-distances.
+    """DBSCAN with eps at the knee of the k-distances.
 
-    Rows it was not fitted to join the nearest core row within eps, else they are noise.
+    Rows that were not fitted join the nearest core row within eps, otherwise they are noise.
     """
 
     min_samples: int
@@ -147,8 +147,8 @@ class DBSCANClusterer:
         eps = self.eps_factor * distances[knee(distances)]
         if eps <= 0:
             raise ClusteringError(
-                f"DBSCAN finds no scale: at least half of the rows coincide with "
-                f"{self.min_samples} others; leave dbscan out or remove copies"
+                f"DBSCAN: cannot choose eps, as at least half of the rows coincide with "
+                f"{self.min_samples} others: leave dbscan out or remove duplicates"
             )
         fitted = DBSCAN(eps=eps, min_samples=self.min_samples).fit(x[sample])
         labels = fitted.labels_.astype(np.int64)
@@ -166,7 +166,7 @@ class DBSCANClusterer:
 
 @dataclass(frozen=True)
 class SpectralClusterer:
-    """Normalised cuts of the graph of nearest neighbours; others join the nearest centroid."""
+    """Normalised cuts of the nearest-neighbour graph; other rows join the nearest centroid."""
 
     num_clusters: int
     seed: int
@@ -175,9 +175,10 @@ class SpectralClusterer:
 
     def fit(self, x: Rows) -> Clustered:
         sample = draw_sample(len(x), self.max_rows, self.seed)
-        if len(sample) <= self.num_clusters:  # as many eigenvectors as rows cannot be had
+        if len(sample) <= self.num_clusters:  # the solver needs fewer eigenvectors than rows
             raise ClusteringError(
-                f"{self.num_clusters} clusters cannot be made of {len(sample)} rows"
+                f"spectral: {self.num_clusters} clusters need more than {len(sample)} rows: "
+                "leave spectral out or add images"
             )
         spectral = SpectralClustering(
             n_clusters=self.num_clusters,
@@ -189,7 +190,7 @@ class SpectralClusterer:
             warnings.simplefilter("always")
             labels = spectral.fit(x[sample]).labels_.astype(np.int64)
         apart = any("not fully connected" in str(warning.message) for warning in caught)
-        notes = ("the graph of nearest neighbours falls into unconnected parts",) if apart else ()
+        notes = ("the nearest-neighbour graph is not connected",) if apart else ()
         labels = _renumbered(labels)
         centroids = _centroids(x[sample], labels)
         assign = _NearestRow(centroids, np.arange(len(centroids)))
@@ -198,7 +199,7 @@ class SpectralClusterer:
 
 @dataclass(frozen=True)
 class HDBSCANClusterer:
-    """Dense places at every scale; others join the nearest fitted row, be it noise."""
+    """HDBSCAN: density at every scale; other rows join the nearest fitted row, even if noise."""
 
     min_samples: int
     seed: int
@@ -208,7 +209,8 @@ class HDBSCANClusterer:
         sample = draw_sample(len(x), self.max_rows, self.seed)
         if len(sample) < self.min_samples:
             raise ClusteringError(
-                f"HDBSCAN: min_samples ({self.min_samples}) exceeds the {len(sample)} rows"
+                f"HDBSCAN: min_samples ({self.min_samples}) exceeds the number of rows "
+                f"({len(sample)}): lower study.min_samples or add images"
             )
         fitted = HDBSCAN(min_cluster_size=self.min_samples, copy=True).fit(x[sample])
         labels = fitted.labels_.astype(np.int64)
@@ -216,7 +218,7 @@ class HDBSCANClusterer:
 
 
 class _NearestRow:
-    """The label of the nearest of some rows."""
+    """Assigns the label of the nearest of the given rows."""
 
     def __init__(self, rows: Rows, labels: Labels) -> None:
         self._neighbours = NearestNeighbors(n_neighbors=1).fit(rows)
@@ -229,7 +231,7 @@ class _NearestRow:
 
 
 def draw_sample(num_rows: int, max_rows: int, seed: int) -> NDArray[np.int64]:
-    """Sorted indices of at most ``max_rows`` rows, all of them where they are not more."""
+    """Sorted indices of at most ``max_rows`` rows drawn at random; all rows if there are fewer."""
     if num_rows <= max_rows:
         return np.arange(num_rows)
     return np.sort(np.random.default_rng(seed).choice(num_rows, max_rows, replace=False))
@@ -239,22 +241,25 @@ def hierarchy_of(x: Rows, linkage: str) -> Rows:
     """SciPy's linkage matrix (N - 1, 4) by cosine distance.
 
     Raises:
-        ClusteringError: a row of zeros, which has no direction, or fewer than two rows.
+        ClusteringError: a row is all zeros, which has no direction, or there are fewer than two.
     """
     if len(x) < 2:
-        raise ClusteringError(f"a hierarchy needs at least 2 rows, not {len(x)}")
+        raise ClusteringError(
+            f"agglomerative: at least 2 rows are needed, got {len(x)}: add images"
+        )
     num_zero = int((~x.any(axis=1)).sum())
     if num_zero:
         raise ClusteringError(
-            f"{num_zero} of {len(x)} rows are zero and have no cosine distance: the features of "
-            "these slices are no different from the mean; leave agglomerative out"
+            f"{num_zero} of {len(x)} rows are zero and have no cosine distance, as the features of "
+            "these slices equal the mean: leave agglomerative out"
         )
     return np.asarray(hierarchy.linkage(x, method=linkage, metric="cosine"))
 
 
 def cut_at_depth(tree: Rows, depth: int) -> Labels:
-    """(N,) clusters: the subtrees whose roots lie ``depth`` levels below the hierarchy's root, and
-    the leaves above. The root is at level 0, so there are at most 2 ** depth clusters.
+    """Clusters (N,): the subtrees rooted ``depth`` levels below the root, and leaves above that.
+
+    The root is at level 0, so there are at most 2 ** depth clusters.
     """
     num_rows = len(tree) + 1
     labels = np.empty(num_rows, dtype=np.int64)
@@ -271,22 +276,22 @@ def cut_at_depth(tree: Rows, depth: int) -> Labels:
 
 
 def k_distances(x: Rows, k: int) -> NDArray[np.float64]:
-    """(N,) distances of the rows to their k-th nearest other row, ascending.
+    """Distances (N,) of the rows to their k-th nearest other row, ascending.
 
     Raises:
-        ClusteringError: there are not more than k rows.
+        ClusteringError: there are k rows or fewer.
     """
     if len(x) <= k:
         raise ClusteringError(
             f"{len(x)} rows have no {k}-th neighbours: lower study.min_samples or add images"
         )
-    # A row asked for by itself is not its own neighbour.
+    # Without an argument, a row is not its own neighbour.
     distances, _ = NearestNeighbors(n_neighbors=k).fit(x).kneighbors()
     return np.sort(distances[:, -1])
 
 
 def knee(ascending: NDArray[np.float64]) -> int:
-    """Where a rising convex curve bends most: its point farthest below the chord of its ends.
+    """Index of the knee of a rising convex curve: its point farthest below the chord of its ends.
 
     Satopää et al. 2011, "Finding a kneedle in a haystack", without smoothing.
     """
@@ -317,12 +322,12 @@ def _completed(
     details: Mapping[str, float] | None = None,
     notes: tuple[str, ...] = (),
 ) -> Clustered:
-    """Labels of all rows: the sample's own, and what the rule says of the others."""
+    """Labels of all rows: the sample's own labels, and assigned ones for the others."""
     if len(sample) == len(x):
         return Clustered(sample_labels, assign, details or {}, notes)
     labels = assign(x)
     labels[sample] = sample_labels
-    said = f"fitted to a drawn sample of {len(sample):,} of {len(x):,} rows; others were assigned"
+    said = f"fitted to a random sample of {len(sample):,} of {len(x):,} rows; others were assigned"
     return Clustered(labels, assign, details or {}, (said, *notes))
 
 

@@ -1,4 +1,4 @@
-"""Watch for the trivial minimum of the cluster loss, where all embeddings meet in one point."""
+"""Detect the trivial minimum of the cluster loss, where all embeddings collapse to one point."""
 
 import math
 from dataclasses import dataclass
@@ -14,20 +14,20 @@ from brainray.errors import ClusteringError
 
 @dataclass(frozen=True)
 class ClusteringHealth:
-    """State of one epoch's clustering, over the rows of all ranks."""
+    """Health metrics of one epoch's clustering, over the rows of all ranks."""
 
     smallest_share: float
-    """Share of the rows, in responsibility, of the smallest cluster."""
+    """Share of the rows, by responsibility, in the smallest cluster."""
     largest_share: float
-    """The same of the largest cluster."""
+    """The same for the largest cluster."""
     mean_entropy: float
-    """Mean entropy of gamma over log K: 0 if each row is sure of its cluster, 1 if none knows."""
+    """Mean entropy of gamma divided by log K: 0 if assignments are hard, 1 if they are uniform."""
     effective_rank: float
-    """Dimensions that the embeddings use (Roy & Vetterli 2007)."""
+    """Number of dimensions that the embeddings use (Roy & Vetterli 2007)."""
     spread: float
-    """Mean squared distance of L2-normalised embeddings to their mean: 0 collapsed, at most 1."""
+    """Mean squared distance of L2-normalised embeddings to their mean: 0 (collapsed) to 1."""
     nmi_previous: float | None
-    """Normalised mutual information with the previous epoch's clusters, if there are any."""
+    """Normalised mutual information with the previous epoch's clusters, if any."""
 
 
 @torch.no_grad()
@@ -39,11 +39,11 @@ def measure_health(
     """Measure how far from collapse a clustering is (collective).
 
     Raises:
-        ClusteringError: if there are no rows, or `z` holds NaN or infinity.
+        ClusteringError: there are no rows, or `z` contains NaN or infinity.
     """
     num_rows = shards.check_rows(z)
     if num_rows == 0:
-        raise ClusteringError("no rank holds an embedding to measure: pass at least one row")
+        raise ClusteringError("no embeddings to measure on any rank: pass at least one row")
     gamma = responsibilities.double()
     num_clusters = gamma.shape[1]
     entropy = -torch.special.xlogy(gamma, gamma).sum()
@@ -73,18 +73,19 @@ def check_collapse(
     """Stop a run whose clusters or embeddings have collapsed.
 
     Args:
-        health: of the present epoch.
-        max_share: largest share of the rows that one cluster may hold.
-        min_spread: least mean squared distance of normalised embeddings to their mean.
-        remedy: what to do, for the error.
+        health: of the current epoch.
+        max_share: largest allowed share of the rows in one cluster.
+        min_spread: smallest allowed mean squared distance of normalised embeddings to their mean.
+        remedy: what to do, appended to the error.
 
     Raises:
-        ClusteringError: with what was measured, the threshold, and what to do.
+        ClusteringError: a threshold is exceeded; states the measured value, the threshold and the
+            remedy.
     """
-    # Negated, so that a NaN counts as collapse too.
+    # Negated, so that NaN also counts as collapse.
     if not health.largest_share <= max_share:
         raise ClusteringError(
-            f"the clustering has collapsed: one cluster holds {health.largest_share:.1%} of all "
+            f"the clustering has collapsed: one cluster contains {health.largest_share:.1%} of all "
             f"rows, more than the allowed {max_share:.1%} (effective rank of the embeddings "
             f"{health.effective_rank:.1f}): {remedy}"
         )
@@ -97,10 +98,10 @@ def check_collapse(
 
 
 def normalized_mutual_information(contingency: Tensor) -> float:
-    """Mutual information of two partitions over the mean of their entropies.
+    """Mutual information of two partitions divided by the mean of their entropies.
 
     Args:
-        contingency: (K', K) numbers of rows, float64. Two partitions of one cluster each agree: 1.
+        contingency: (K', K) numbers of rows, float64. For two single-cluster partitions it is 1.
     """
     joint = contingency / contingency.sum()
     first, second = joint.sum(dim=1), joint.sum(dim=0)
@@ -117,7 +118,7 @@ def _entropy(shares: Tensor) -> float:
 
 
 def _contingency(previous: Tensor, current: Tensor) -> Tensor:
-    """Rows of all ranks by most responsible component, then and now; (K', K) float64."""
+    """Rows of all ranks by most responsible component, previous and current; (K', K) float64."""
     then = torch.nn.functional.one_hot(previous.argmax(dim=1), previous.shape[1]).double()
     now = torch.nn.functional.one_hot(current.argmax(dim=1), current.shape[1]).double()
     return dist.sum_across_ranks(then.T @ now)

@@ -1,4 +1,4 @@
-"""What the clusterers share as modules: fitted tensors and numbers that travel in `state_dict`."""
+"""Base class of the clusterers: fitted tensors and numbers that are part of `state_dict`."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from brainray.errors import ClusteringError
 class FittedModule(nn.Module):
     """Base class: a buffer per fitted tensor, empty before `fit`, plus plain fitted numbers.
 
-    A state loads into a module that has not been fitted, or was fitted in another shape.
+    A state also loads into a module that is not fitted, or was fitted with different shapes.
     """
 
     _fitted_numbers: tuple[str, ...] = ()
@@ -23,7 +23,7 @@ class FittedModule(nn.Module):
     def _check_is_fitted(self) -> None:
         if any(buffer.numel() == 0 for buffer in self.buffers()):
             raise ClusteringError(
-                f"this {type(self).__name__} has not been fitted: call fit, or load a fitted state"
+                f"this {type(self).__name__} has not been fitted: call fit or load a fitted state"
             )
 
     def get_extra_state(self) -> dict[str, Any]:
@@ -38,7 +38,7 @@ class FittedModule(nn.Module):
     ) -> None:
         for name, buffer in list(self.named_buffers(recurse=False)):
             saved = state_dict.get(prefix + name)
-            # nn.Module copies into existing buffers and refuses any other shape.
+            # nn.Module copies into existing buffers and rejects different shapes.
             if isinstance(saved, Tensor):
                 setattr(self, name, torch.empty_like(saved, device=buffer.device))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -1,7 +1,7 @@
-"""Gaussian densities, and the statistics from which their parameters are estimated.
+"""Gaussian densities, and the sufficient statistics for estimating their parameters.
 
-Parameters and sums over rows are float64; products with rows are taken in the rows' own dtype,
-a block at a time. Shapes of covariances and of the Cholesky factors of precisions (upper triangular
+Parameters and sums over rows are float64; products with rows are computed in the rows' dtype, one
+block at a time. Shapes of covariances and of the Cholesky factors of precisions (upper triangular
 U with U U^T = precision), as in scikit-learn:
 
     spherical (K,)   diag (K, D)   tied (D, D)   full (K, D, D)
@@ -19,7 +19,7 @@ from brainray import dist
 from brainray.errors import ClusteringError
 
 _LEAST_LOG_SHARE = -80.0
-"""A responsibility below exp of this, beside the row's largest, is 0."""
+"""A responsibility below exp of this, relative to the row's largest, is 0."""
 
 CovarianceType = Literal["spherical", "diag", "tied", "full"]
 
@@ -36,9 +36,9 @@ def covariance_shape(
 
 
 class Scratch:
-    """Memory of named intermediate results that blocks of rows share, one block after the other.
+    """Named buffers for intermediate results, reused by one block of rows after another.
 
-    To be given fresh memory for each block by the system takes longer than the arithmetic.
+    Allocating fresh memory for each block would take longer than the arithmetic.
     """
 
     def __init__(self, like: Tensor) -> None:
@@ -46,7 +46,7 @@ class Scratch:
         self._memory: dict[str, Tensor] = {}
 
     def __call__(self, name: str, *shape: int) -> Tensor:
-        """Contiguous, of this shape, in the dtype and on the device of ``like``; not set."""
+        """An uninitialised contiguous buffer of this shape, with ``like``'s dtype and device."""
         size = math.prod(shape)
         memory = self._memory.get(name)
         if memory is None or memory.numel() < size:
@@ -56,9 +56,9 @@ class Scratch:
 
 @dataclass
 class SufficientStatistics:
-    """What the M-step needs to know of the rows, all relative to one origin; float64.
+    """Sums over the rows for the M-step, all relative to one origin; float64.
 
-    `squares` holds sum_i gamma_ik x_i x_i^T, or what the covariance type needs of it:
+    `squares` is sum_i gamma_ik x_i x_i^T, or the part of it that the covariance type needs:
     the diagonal (K, D) for "spherical" and "diag", the sum over k (D, D) for "tied".
     """
 
@@ -91,7 +91,7 @@ class SufficientStatistics:
     def add(
         self, features: Tensor, gamma: Tensor, log_likelihood: Tensor, scratch: Scratch
     ) -> None:
-        """Add rows' `features_of` with responsibilities (B, K), and their summed log-likelihood."""
+        """Add rows, as `features_of`, with responsibilities (B, K) and summed log-likelihood."""
         self.counts += gamma.sum(dim=0)
         self.log_likelihood += log_likelihood
         num_features = self.sums.shape[1]
@@ -108,7 +108,7 @@ class SufficientStatistics:
             self.squares += products[:, num_features:]
 
     def sum_across_ranks(self) -> "SufficientStatistics":
-        """The same of all ranks' rows, in a single collective."""
+        """The statistics of all ranks' rows, in a single collective."""
         parts = (self.counts, self.sums, self.squares, self.log_likelihood)
         packed = dist.sum_across_ranks(torch.cat([part.flatten() for part in parts]))
         totals = torch.split(packed, [part.numel() for part in parts])
@@ -141,7 +141,7 @@ def estimate_covariances(
         covariances = statistics.squares / per_component[:, None, None] - outer
         covariances = _symmetric(covariances, reg_covar)
     else:
-        # A variance of 0 may come out a rounding error below 0.
+        # A variance of 0 may be slightly negative due to rounding.
         variances = statistics.squares / per_component[:, None] - means.square()
         covariances = variances.clamp(min=0) + reg_covar
         if statistics.covariance_type == "spherical":
@@ -155,7 +155,7 @@ def precisions_cholesky(covariances: Tensor, covariance_type: CovarianceType) ->
     """Factors U with U U^T = covariance^-1.
 
     Raises:
-        ClusteringError: if a covariance is not positive definite.
+        ClusteringError: a covariance is not positive definite.
     """
     if covariance_type in ("spherical", "diag"):
         _require_positive_definite(bool((covariances > 0).all()), covariance_type)
@@ -170,7 +170,7 @@ def cholesky_of_precisions(precisions: Tensor, covariance_type: CovarianceType) 
     """Factors U with U U^T = precision, U upper triangular.
 
     Raises:
-        ClusteringError: if a precision is not positive definite.
+        ClusteringError: a precision is not positive definite.
     """
     if covariance_type in ("spherical", "diag"):
         _require_positive_definite(bool((precisions > 0).all()), covariance_type)
@@ -184,10 +184,10 @@ def cholesky_of_precisions(precisions: Tensor, covariance_type: CovarianceType) 
 def features_of(
     rows: Tensor, origin: Tensor, covariance_type: CovarianceType, scratch: Scratch | None = None
 ) -> Tensor:
-    """Rows (B, D) relative to an origin (D,); where variances are diagonal, with their squares
-    beside them (B, 2 D), so that one product has both.
+    """Rows (B, D) relative to an origin (D,).
 
-    Without scratch memory no operation writes into another's result, as exported graphs need it.
+    For diagonal variances their squares are appended (B, 2 D), so that one product covers both.
+    Without scratch memory no operation works in place, as required for exported graphs.
     """
     num_rows, num_features = rows.shape
     has_squares = covariance_type in ("spherical", "diag")
@@ -204,8 +204,8 @@ def features_of(
 class LogJoint(ABC):
     """log(weight_k N(x_i | mu_k, Sigma_k)) of blocks of rows, in the rows' dtype.
 
-    Squared distances are expanded as x^2 - 2 x mu + mu^2 (but for "full", which forms a (B, K, D)
-    tensor): shift rows and means to near 0 first.
+    Squared distances are expanded as x^2 - 2 x mu + mu^2 (except for "full", which forms a
+    (B, K, D) tensor): shift rows and means to near 0 first.
     """
 
     def __init__(
@@ -216,7 +216,7 @@ class LogJoint(ABC):
             weights: (K,).
             log_det: (K,) or (), of the factors.
             means: (K, D).
-            distances: (K,), squared ones of the origin from the means.
+            distances: (K,), squared distances of the means from the origin.
             dtype: of the rows.
         """
         self.num_components, self.num_features = means.shape
@@ -227,8 +227,9 @@ class LogJoint(ABC):
 
     @abstractmethod
     def __call__(self, features: Tensor, scratch: Scratch | None = None) -> Tensor:
-        """(B, K) of rows' `features_of`; in memory component by component, over which sums and
-        maxima of K values are faster.
+        """Log joint (B, K) of rows, as `features_of`.
+
+        It is stored component by component in memory, which speeds up sums and maxima over K.
         """
 
 
@@ -261,7 +262,7 @@ class _Diagonal(LogJoint):
     def __call__(self, features: Tensor, scratch: Scratch | None = None) -> Tensor:
         place = _memory(scratch, "log joint", self.num_components, features.shape[0])
         expanded = torch.addmm(self.at_origin, self.coefficients, features.T, out=place)
-        # A squared distance of 0 may come out a rounding error below 0.
+        # A squared distance of 0 may be slightly negative due to rounding.
         return torch.minimum(expanded, self.at_mean, out=place).T
 
 
@@ -301,25 +302,25 @@ class _Full(LogJoint):
 
 
 def _memory(scratch: Scratch | None, name: str, *shape: int) -> Tensor | None:
-    """None, without scratch memory: then operations make their own, as exported graphs need it."""
+    """A scratch buffer; None without scratch memory, as exported graphs must not use `out`."""
     return None if scratch is None else scratch(name, *shape)
 
 
 def normalise_(log_joint: Tensor) -> tuple[Tensor, Tensor]:
-    """Responsibilities (B, K), in the place of log(weight_k N(x_i | k)), and log-likelihoods (B,).
+    """Responsibilities (B, K), in place of log(weight_k N(x_i | k)), and log-likelihoods (B,).
 
     At least one component must be possible for each row.
     """
     largest = log_joint.amax(dim=1, keepdim=True)
     relative = log_joint.sub_(largest)
-    # Numbers too small for the dtype's usual form make all that follows several times slower.
+    # Subnormal numbers would make the following operations several times slower.
     gamma = torch.threshold_(relative, _LEAST_LOG_SHARE, -math.inf).exp_()
     total = gamma.sum(dim=1, keepdim=True)
     return gamma.mul_(total.reciprocal()), (total.log_() + largest).squeeze(1)
 
 
 def _symmetric(covariances: Tensor, reg_covar: float) -> Tensor:
-    """Symmetric to the last bit, with `reg_covar` on the diagonal."""
+    """Exactly symmetric covariances, with `reg_covar` added to the diagonal."""
     covariances = (covariances + covariances.mT) / 2
     covariances.diagonal(dim1=-2, dim2=-1).add_(reg_covar)
     return covariances
@@ -329,5 +330,5 @@ def _require_positive_definite(holds: bool, covariance_type: CovarianceType) -> 
     if not holds:
         raise ClusteringError(
             f"a {covariance_type} covariance is not positive definite: raise reg_covar, reduce "
-            "the embeddings with PCA, choose the diag or tied covariance, or use fewer components"
+            "the embeddings with PCA, use a diag or tied covariance, or use fewer components"
         )

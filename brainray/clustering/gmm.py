@@ -1,4 +1,4 @@
-"""Gaussian mixtures, fitted by expectation maximisation to rows that are spread over ranks."""
+"""Gaussian mixtures, fitted by expectation maximisation to rows distributed over ranks."""
 
 import math
 from collections.abc import Iterator
@@ -28,26 +28,25 @@ from brainray.clustering.kmeans import KMeans
 from brainray.clustering.seeding import seed_of
 from brainray.errors import ClusteringError
 
-# A component with less responsibility than this, in rows, explains nothing: its mean and
-# covariance would be 0 / 0. Nobody has tuned the value; any well-filled mixture is far above it.
+# A component with less responsibility than this, in rows, has vanished: its mean and covariance
+# would be 0 / 0. The value is not tuned; any well-filled mixture is far above it.
 _VANISHED_COUNT = 1e-3
 
 
 class GaussianMixture(FittedModule):
     """Expectation maximisation (Bishop 2006, section 9.2) with scikit-learn's conventions.
 
-    Rows are shifted by their mean and taken a block at a time: products with them are computed in
-    their dtype, sums over them and parameters in float64. float32 rows are faster and cost digits
-    where components are much narrower than their distances. Per iteration there is one
-    collective, the sum of the sufficient statistics. A component that vanishes is
-    put on the row that the others explain worst, with their average covariance and weight 1 / K,
-    and counted.
+    Rows are shifted by their mean and processed in blocks: products with rows are computed in
+    their dtype, sums over rows and parameters in float64. float32 rows are faster, but lose
+    precision if components are much narrower than the distances between them. Each iteration has
+    one collective, the sum of the sufficient statistics. A component that vanishes is moved to the
+    row that the others explain worst, with their average covariance and weight 1 / K, and counted.
 
     Fitted attributes (tensors float64):
         weights_ (K,), means_ (K, D), covariances_, precisions_cholesky_: the mixture.
         converged_, n_iter_: whether and when the lower bound changed by less than `tol`.
         lower_bound_: mean log-likelihood of a row, before the last M-step.
-        num_reseeded_: how often a vanished component was placed anew.
+        num_reseeded_: how often a vanished component was reseeded.
     """
 
     weights_: Tensor
@@ -79,20 +78,20 @@ class GaussianMixture(FittedModule):
             tol: stop when the mean log-likelihood changes by less than this.
             reg_covar: added to every variance, in squared units of the rows.
             max_iter: limit of EM iterations.
-            seed: of the K-means that gives the first responsibilities.
-            num_init: K-means starts, of which the mixture with the highest likelihood is kept.
-            block_rows: rows handled at a time, which bounds the memory to block_rows x (D + K), or
-                block_rows x K x D for "full"; by default as many as a processor's cache holds.
+            seed: of the K-means that gives the initial responsibilities.
+            num_init: number of K-means starts; the mixture with the highest likelihood is kept.
+            block_rows: rows processed at a time, which limits memory to block_rows x (D + K), or
+                block_rows x K x D for "full"; by default as many as fit the CPU cache.
         """
         super().__init__()
         if covariance_type not in get_args(CovarianceType):
             raise ClusteringError(
-                f"covariance_type {covariance_type!r} is none of {get_args(CovarianceType)}"
+                f"covariance_type {covariance_type!r} is not one of {get_args(CovarianceType)}"
             )
         if min(num_components, max_iter, num_init, block_rows or 1) < 1 or reg_covar < 0:
             raise ClusteringError(
                 f"num_components={num_components}, max_iter={max_iter}, num_init={num_init} and "
-                f"block_rows={block_rows} must be at least 1, reg_covar={reg_covar} at least 0"
+                f"block_rows={block_rows} must be at least 1, and reg_covar={reg_covar} at least 0"
             )
         self.num_components = num_components
         self.covariance_type: CovarianceType = covariance_type
@@ -122,32 +121,32 @@ class GaussianMixture(FittedModule):
     ) -> Self:
         """Fit the mixture to the rows of all ranks (collective).
 
-        The start is an M-step on `init_responsibilities`, by default K-means labels; means,
-        weights and precisions that are given replace what it finds (scikit-learn's means_init,
+        The initial parameters come from an M-step on `init_responsibilities`, by default K-means
+        labels; given means, weights and precisions replace its results (scikit-learn's means_init,
         weights_init, precisions_init). Departure: K-means starts from `init_means` if given, so
-        that its clusters are in their order.
+        that its clusters are in the same order.
 
         Args:
             x: this rank's rows; may be empty.
             init_responsibilities: of this rank's rows; each row sums to 1.
-            init_means: the same on every rank, as are
-            init_weights: which are positive and sum to 1, and
-            init_precisions: inverse covariances.
+            init_means: the same on every rank.
+            init_weights: positive, summing to 1; the same on every rank.
+            init_precisions: inverse covariances; the same on every rank.
             row_keys: unique over all ranks; by default the global row index in rank order.
-            allowed: components that may explain each row, at least one; by default all may. Rows
-                whose class is known are so held to its components (Shental et al. 2003, "Computing
+            allowed: components that may explain each row, at least one; by default all. This
+                restricts rows of a known class to its components (Shental et al. 2003, "Computing
                 Gaussian mixture models with EM using equivalence constraints").
 
         Raises:
-            ClusteringError: on every rank alike: rows with NaN or infinity, fewer rows (or, for
-                K-means, distinct rows) than components, a start that does not fit, a covariance
-                that is not positive definite.
+            ClusteringError: on all ranks: rows with NaN or infinity, fewer rows (or, for K-means,
+                distinct rows) than components, invalid initial parameters, a covariance that is not
+                positive definite.
         """
         num_rows = shards.check_rows(x)
         if num_rows < self.num_components:
             raise ClusteringError(
                 f"{self.num_components} components need at least as many rows, but all ranks "
-                f"together hold {num_rows}: lower clustering.num_clusters or add images"
+                f"together have {num_rows}: lower clustering.num_clusters or add images"
             )
         row_keys = shards.resolve_row_keys(x, row_keys)
         origin = shards.mean_of_rows(x, num_rows).to(x.dtype)
@@ -157,11 +156,11 @@ class GaussianMixture(FittedModule):
         best: dict[str, Any] = {}
         best_bound = -math.inf
         for number in range(self.num_init if drawn else 1):
-            # Neighbouring seeds must not share starts: they would be found equal.
+            # Consecutive seeds must not share starts, or their results would be equal.
             seed = self.seed if number == 0 else seed_of(self.seed, number)
             self._begin(x, origin, row_keys, start, init_responsibilities, allowed, seed)
             self._iterate(x, origin, row_keys, allowed)
-            # The margin keeps rounding from choosing between two starts with the same outcome.
+            # The margin prevents rounding from deciding between two starts with the same result.
             if not best or self.lower_bound_ > best_bound + 1e-9 * abs(best_bound):
                 best, best_bound = self.state_dict(), self.lower_bound_
         if self.lower_bound_ != best_bound:
@@ -178,7 +177,7 @@ class GaussianMixture(FittedModule):
         allowed: Tensor | None,
         seed: int,
     ) -> None:
-        """Parameters from responsibilities (by default K-means labels) and from what is given."""
+        """Initialise from responsibilities (by default K-means labels) and given parameters."""
         self.num_reseeded_ = 0
         if not start.is_complete():
             if responsibilities is None:
@@ -186,10 +185,10 @@ class GaussianMixture(FittedModule):
             statistics = self._statistics(x, origin, responsibilities)
             num_rows = dist.count_across_ranks(len(x), x.device)
             total = float(statistics.counts.sum())
-            # Negated, so that a NaN is refused too.
+            # Negated, so that NaN is rejected too.
             if not abs(total - num_rows) <= 1e-3 * num_rows:
                 raise ClusteringError(
-                    f"init_responsibilities of {num_rows} rows sum to {total:g}: each row's must "
+                    f"init_responsibilities of {num_rows} rows sum to {total:g}: each row must "
                     "sum to 1"
                 )
             vanished = self._m_step(statistics, origin)
@@ -197,7 +196,7 @@ class GaussianMixture(FittedModule):
         self._override(start, x.device)
 
     def _iterate(self, x: Tensor, origin: Tensor, row_keys: Tensor, allowed: Tensor | None) -> None:
-        """Expectation and maximisation until the likelihood rests."""
+        """Iterate expectation and maximisation until the likelihood converges."""
         self.converged_ = False
         self.lower_bound_ = -math.inf
         self.n_iter_ = 0
@@ -208,7 +207,7 @@ class GaussianMixture(FittedModule):
             vanished = self._m_step(statistics, origin)
             num_reseeded = self._reseed(vanished, x, row_keys, allowed)
             previous, self.lower_bound_ = self.lower_bound_, statistics.mean_log_likelihood()
-            # A mixture with a component just placed has not settled, whatever the likelihood.
+            # A mixture with a newly reseeded component has not converged, whatever the likelihood.
             self.converged_ = not num_reseeded and abs(self.lower_bound_ - previous) < self.tol
 
     @torch.no_grad()
@@ -232,7 +231,7 @@ class GaussianMixture(FittedModule):
         return log_likelihood
 
     def log_joint(self, x: Tensor) -> Tensor:
-        """log(weight_k N(x_i | k)) (n, K) of rows (n, D), in one piece, as exported graphs need it.
+        """log(weight_k N(x_i | k)) (n, K) of rows (n, D), without blocks, for exported graphs.
 
         Its softmax is ``predict_proba``, its logsumexp ``score_samples``. Not collective.
         """
@@ -261,7 +260,7 @@ class GaussianMixture(FittedModule):
         order = order.to(self.weights_.device)
         if order.sort().values.tolist() != list(range(self.num_components)):
             raise ClusteringError(
-                f"{order.tolist()} is no permutation of {self.num_components} components"
+                f"{order.tolist()} is not a permutation of {self.num_components} components"
             )
         self.weights_ = self.weights_[order]
         self.means_ = self.means_[order]
@@ -273,7 +272,7 @@ class GaussianMixture(FittedModule):
     def _e_step(
         self, x: Tensor, origin: Tensor, allowed: Tensor | None, scratch: Scratch
     ) -> SufficientStatistics:
-        """Sufficient statistics of all ranks' rows under the present mixture (collective)."""
+        """Sufficient statistics of all ranks' rows under the current mixture (collective)."""
         statistics = SufficientStatistics.zeros(
             self.num_components, x.shape[1], self.covariance_type, x.device
         )
@@ -288,7 +287,7 @@ class GaussianMixture(FittedModule):
         """Parameters from statistics; returns which components vanished, (K,) bool."""
         vanished = statistics.counts < _VANISHED_COUNT
         counts = torch.where(vanished, 0.0, statistics.counts)
-        means = statistics.sums / torch.where(vanished, torch.inf, counts)[:, None]  # theirs is 0
+        means = statistics.sums / torch.where(vanished, torch.inf, counts)[:, None]  # 0 if vanished
         self.weights_ = counts / counts.sum()
         self.means_ = means + origin
         self.covariances_ = estimate_covariances(statistics, means, vanished, self.reg_covar)
@@ -296,12 +295,13 @@ class GaussianMixture(FittedModule):
         return vanished
 
     def _reseed(self, vanished: Tensor, x: Tensor, row_keys: Tensor, allowed: Tensor | None) -> int:
-        """Put vanished components (weight 0) on the rows explained worst of those that they may
-        hold; returns how many.
+        """Move vanished components (weight 0) to the worst explained rows allowed for them.
+
+        Returns the number of reseeded components.
         """
         if not vanished.any():
             return 0
-        # In float32: likelihoods equal but for rounding are a tie, which the row keys settle.
+        # In float32, likelihoods that differ only by rounding are ties, broken by the row keys.
         surprise = -self.score_samples(x).float()
         found = torch.zeros_like(vanished)
         for component in torch.nonzero(vanished).flatten().tolist():
@@ -309,7 +309,7 @@ class GaussianMixture(FittedModule):
             if allowed is not None:
                 wanted = surprise.masked_fill(~allowed[:, component], -math.inf)
             worst = shards.top_rows(x, wanted, row_keys, 1)
-            if worst.scores[0] > -math.inf:  # else no row may be its, and it stays away
+            if worst.scores[0] > -math.inf:  # else no row is allowed, and it stays vanished
                 found[component] = True
                 self.means_[component] = worst.rows[0].double()
                 surprise = surprise.masked_fill((x == worst.rows).all(dim=1), -math.inf)
@@ -363,7 +363,7 @@ class GaussianMixture(FittedModule):
     ) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Yield blocks with their rows' features and log(weight_k N(x_i | k)) (B, K).
 
-        Both are in scratch memory, where the next block's take their place.
+        Both are in scratch memory and are overwritten by the next block.
         """
         origin = origin.to(x.dtype)
         log_joint = self._log_joint_from(origin)
@@ -372,7 +372,7 @@ class GaussianMixture(FittedModule):
             yield block, features, log_joint(features, scratch)
 
     def _log_joint_from(self, origin: Tensor) -> LogJoint:
-        """For rows relative to an origin (D,), in its dtype."""
+        """The log joint of rows relative to an origin (D,), in its dtype."""
         means, factors = self.means_ - origin, self.precisions_cholesky_
         return log_joint_of(self.weights_, means, factors, self.covariance_type, origin.dtype)
 
@@ -385,7 +385,7 @@ class GaussianMixture(FittedModule):
         )
 
     def _center(self) -> Tensor:
-        """The mixture's mean, which after an M-step is the mean of the rows fitted."""
+        """The mean of the mixture; after an M-step, the mean of the fitted rows."""
         self._check_is_fitted()
         return self.weights_ @ self.means_
 
@@ -394,11 +394,11 @@ class GaussianMixture(FittedModule):
         local = torch.stack([log_likelihood.sum(), log_likelihood.new_tensor(x.shape[0])])
         total, num_rows = dist.sum_across_ranks(local).tolist()
         if num_rows == 0:
-            raise ClusteringError("no rank holds a row to score: pass at least one row")
+            raise ClusteringError("no rows to score on any rank: pass at least one row")
         return total, int(num_rows)
 
     def _num_parameters(self) -> int:
-        """Free parameters: covariances, means, and weights that sum to 1."""
+        """Number of free parameters: covariances, means, and weights that sum to 1."""
         num_components, num_features = self.means_.shape
         triangle = num_features * (num_features + 1) // 2
         num_covariances = {
@@ -412,7 +412,7 @@ class GaussianMixture(FittedModule):
 
 @dataclass(frozen=True)
 class _Start:
-    """Parameters to begin with; what is None is estimated."""
+    """Initial parameters; those that are None are estimated."""
 
     means: Tensor | None
     weights: Tensor | None
@@ -438,8 +438,8 @@ class _Start:
             if tuple(value.shape) != shape or not bool(torch.isfinite(value).all()):
                 raise ClusteringError(
                     f"{name} must be finite and of shape {shape}, but has shape "
-                    f"{tuple(value.shape)}: was it fitted with another number of components, "
-                    "features or another covariance type?"
+                    f"{tuple(value.shape)}: was it fitted with a different number of components or "
+                    "features, or a different covariance type?"
                 )
         if self.weights is not None and not (
             bool((self.weights > 0).all()) and abs(float(self.weights.sum()) - 1) < 1e-3

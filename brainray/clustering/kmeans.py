@@ -1,4 +1,4 @@
-"""K-means on rows that are spread over ranks."""
+"""K-means on rows that are distributed over ranks."""
 
 from collections.abc import Iterator
 from typing import NamedTuple, Self
@@ -16,18 +16,19 @@ from brainray.errors import ClusteringError
 
 
 class KMeans(FittedModule):
-    """Lloyd's algorithm with scikit-learn's stopping rules; every rank brings its own rows.
+    """Lloyd's algorithm with scikit-learn's stopping criteria; every rank provides its own rows.
 
-    The result does not depend on how rows are spread over ranks, up to rounding, provided that
+    The result does not depend on how rows are distributed over ranks, up to rounding, provided that
     `row_keys` stay with their rows. Distances are computed in the rows' dtype, on rows that lie
-    around the origin or are moved there (one copy of the shard); sums, counts and inertia in
-    float64. Sums follow the rows that move, and rows that cannot are passed over (`lloyd`).
+    around the origin or are shifted there (one copy of the shard); sums, counts and inertia are
+    float64. Sums are updated incrementally for rows that change cluster, and rows that cannot
+    change are skipped (`lloyd`).
 
     Fitted attributes:
         cluster_centers_: (K, D), in the rows' dtype.
         inertia_: sum of squared distances to the nearest centre, over all ranks.
         n_iter_: iterations of the best start.
-        num_reseeded_: how often, in that start, an empty cluster was moved to the row farthest
+        num_reseeded_: how often, in the best start, an empty cluster was moved to the row farthest
             from its centre.
     """
 
@@ -49,16 +50,16 @@ class KMeans(FittedModule):
         """
         Args:
             num_clusters: K.
-            max_iter: limit of Lloyd iterations for each start.
-            tol: stop when the centres' summed squared shift is at most `tol` times the mean
+            max_iter: maximum number of Lloyd iterations per start.
+            tol: stop when the summed squared shift of the centres is at most `tol` times the mean
                 variance of a feature.
             seed: with the row keys, determines the k-means++ draws.
-            num_init: k-means++ starts, of which the one with the least inertia is kept. (Of float32
-                rows it is right to their rounding: of tight clusters far apart, to none of its
-                digits.)
-            block_rows: rows per matrix product, which bounds the memory to block_rows x (D + K); by
-                default as many as a processor's cache holds. (The compiled pass of Lloyd's
-                algorithm on processors has small blocks of its own.)
+            num_init: number of k-means++ starts; the one with the lowest inertia is kept. (For
+                float32 rows the inertia is only as accurate as their rounding: for tight clusters
+                far apart, no digit may be correct.)
+            block_rows: rows per matrix product, which limits memory to block_rows x (D + K); by
+                default as many as fit the CPU cache. (The compiled CPU pass of Lloyd's algorithm
+                uses its own small blocks.)
         """
         super().__init__()
         if min(num_clusters, max_iter, num_init, block_rows or 1) < 1:
@@ -93,14 +94,14 @@ class KMeans(FittedModule):
             init_centers: the same on every rank; replaces k-means++ (and its `num_init` starts).
 
         Raises:
-            ClusteringError: on every rank alike: rows with NaN or infinity, or too large to be
-                squared; fewer rows or fewer distinct rows than clusters; centres that do not fit.
+            ClusteringError: on all ranks: rows with NaN or infinity, or too large to be squared;
+                fewer rows or fewer distinct rows than clusters; centres of the wrong shape.
         """
         data, origin = centred(x, row_keys)
         if data.num_rows < self.num_clusters:
             raise ClusteringError(
                 f"{self.num_clusters} clusters need at least as many rows, but all ranks together "
-                f"hold {data.num_rows}: lower clustering.num_clusters or add images"
+                f"have {data.num_rows}: lower clustering.num_clusters or add images"
             )
         x = data.x
         if init_centers is not None:
@@ -117,7 +118,7 @@ class KMeans(FittedModule):
     def predict(self, x: Tensor) -> Tensor:
         """Index of the nearest centre, (n,) int64, for rows (n, D). Not collective."""
         self._check_is_fitted()
-        # Shifted to the centres' mean: far from the origin, squared distances lose their digits.
+        # Shifted to the centres' mean: squared distances lose precision far from the origin.
         origin = self.cluster_centers_.mean(dim=0)
         centers = (self.cluster_centers_ - origin).to(x.dtype)
         squares = centers.square().sum(dim=1)
@@ -139,7 +140,7 @@ class KMeans(FittedModule):
                 block_rows=self._rows_of_block(data.x),
             )
             solution = self._lloyd(data, centers)
-            # The margin keeps rounding from choosing between two starts with the same outcome.
+            # The margin prevents rounding from deciding between two starts with the same result.
             margin = max(1e-9, 10 * torch.finfo(data.x.dtype).eps)
             if best is None or solution.inertia < best.inertia * (1 - margin):
                 best = solution
@@ -147,7 +148,7 @@ class KMeans(FittedModule):
         return best
 
     def _lloyd(self, data: CentredRows, centers: Tensor) -> "_Solution":
-        """Iterate from `centers` (K, D) float64, relative to the rows' origin, until they rest."""
+        """Iterate from `centers` (K, D) float64, relative to the rows' origin, to convergence."""
         max_shift = self.tol * data.spread / (data.num_rows * data.x.shape[1])
         num_reseeded = num_iter = 0
         at_rest = False
@@ -179,7 +180,7 @@ class KMeans(FittedModule):
         inertia = dist.sum_across_ranks(distances.sum())
         if inertia <= shards.IDENTICAL_ROWS_RATIO * data.spread:
             raise too_few_distinct_rows(self.num_clusters - num_empty, self.num_clusters)
-        # In float32: distances equal but for rounding are a tie, which the row keys settle.
+        # In float32, distances that differ only by rounding are ties, broken by the row keys.
         return shards.top_rows(data.x, distances.float(), data.row_keys, num_empty).rows.double()
 
     def _distances(self, x: Tensor, centers: Tensor, labels: Tensor) -> Tensor:
@@ -201,8 +202,8 @@ class KMeans(FittedModule):
         if tuple(init_centers.shape) != expected or not bool(torch.isfinite(init_centers).all()):
             raise ClusteringError(
                 f"init_centers must be finite and of shape {expected}, but have shape "
-                f"{tuple(init_centers.shape)}: were they fitted with another number of clusters "
-                "or features?"
+                f"{tuple(init_centers.shape)}: were they fitted with a different number of "
+                "clusters or features?"
             )
         return init_centers.to(device=x.device, dtype=torch.float64)
 

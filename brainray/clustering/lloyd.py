@@ -1,4 +1,4 @@
-"""A pass of Lloyd's algorithm over a rank's rows: where they belong, and what that sums to."""
+"""Passes of Lloyd's algorithm over a rank's rows: assignments and the sums of each cluster."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ _WIDENED_ELEMENTS = 2**18  # converted to float64 at a time
 
 
 class Assignment(ABC):
-    """The clusters of this rank's rows.
+    """Cluster assignment of this rank's rows.
 
     Attributes:
         labels: (n_rank,) int64, -1 before the first pass.
@@ -37,14 +37,15 @@ class Assignment(ABC):
 
     @abstractmethod
     def move_rows(self, centers: Tensor) -> None:
-        """Each row goes to its nearest of `centers` (K, D), in the rows' dtype.
+        """Assign each row to the nearest of `centers` (K, D), in the rows' dtype.
 
-        A row that is as near to its own centre as to any stays.
+        In a tie with its current centre, a row stays.
         """
 
     def totals(self) -> tuple[Tensor, ...]:
-        """Of all ranks: sums (K, D) and sizes (K,) of the clusters, and how many rows moved in
-        this pass (1,), float64 (a single collective).
+        """Sums (K, D) and sizes (K,) of the clusters, and the number of moved rows (1,).
+
+        Totals over all ranks, float64 (a single collective).
         """
         sums, counts, moved = self._local_totals()
         packed = dist.sum_across_ranks(torch.cat([sums.flatten(), counts, moved]))
@@ -59,29 +60,29 @@ class Assignment(ABC):
 def assignment(
     x: Tensor, row_squares: Tensor, num_clusters: int, block_rows: int | None
 ) -> Iterator[Assignment]:
-    """The assignment of rows where they are: compiled for processors, PyTorch's on other devices.
+    """The assignment for the rows' device: compiled on CPUs, PyTorch on other devices.
 
-    `block_rows` bounds the rows at a time on other devices.
+    `block_rows` limits the rows processed at a time on other devices.
     """
     if x.device.type != "cpu":
         yield TorchAssignment(x, row_squares, num_clusters, block_rows)
         return
-    # BLAS inside a thread of ours would ask for threads of its own.
+    # BLAS would otherwise start its own threads inside each of ours.
     with _libraries().limit(limits=1, user_api="blas"), threads() as ours:
         yield CompiledAssignment(x, row_squares, num_clusters, ours)
 
 
 @cache
 def _libraries() -> ThreadpoolController:
-    """What this process has loaded; to look for it takes as long as some passes."""
+    """The libraries loaded by this process; detecting them takes as long as some passes."""
     return ThreadpoolController()
 
 
 class TorchAssignment(Assignment):
-    """With PyTorch's operations, on any device.
+    """Assignment with PyTorch operations, on any device.
 
-    Only rows that move are summed, and only their nearest centres are looked for: minima are found
-    many times faster than their places.
+    Only rows that move are summed, and only their nearest centres are searched for: a minimum is
+    computed many times faster than its index.
     """
 
     def __init__(
@@ -104,8 +105,9 @@ class TorchAssignment(Assignment):
         self.is_new = False
 
     def _move(self, x: Tensor, labels: Tensor, scores: Tensor) -> None:
-        """Rows x (B, D) go where their score (B, K), the squared distance less the row's own
-        square, is least; labels are updated.
+        """Move rows x (B, D) to the cluster with the lowest score (B, K), and update labels.
+
+        A score is the squared distance minus the squared norm of the row.
         """
         if self.is_new:
             labels.copy_(scores.argmin(dim=1))
@@ -122,7 +124,7 @@ class TorchAssignment(Assignment):
             labels[moved] = nearest
 
     def _add(self, rows: Tensor, clusters: Tensor, sign: int) -> None:
-        # In float64, or centres on one and on two ranks would differ by rounding and part ways.
+        # In float64, as otherwise rounding would make results on one and on two ranks diverge.
         for block in shards.blocks(len(rows), max(_WIDENED_ELEMENTS // rows.shape[1], 1)):
             self.sums.index_add_(0, clusters[block], rows[block].double(), alpha=sign)
         self.counts += sign * torch.bincount(clusters, minlength=len(self.counts))
@@ -132,7 +134,7 @@ class TorchAssignment(Assignment):
 
 
 class CompiledAssignment(Assignment):
-    """On processors: each thread passes over rows of its own, those that may move (`lloyd_cpu`)."""
+    """Assignment on CPUs: each thread processes those of its rows that may move (`lloyd_cpu`)."""
 
     def __init__(self, x: Tensor, row_squares: Tensor, num_clusters: int, threads: Threads) -> None:
         super().__init__(x.contiguous(), row_squares, num_clusters)
@@ -153,7 +155,7 @@ class CompiledAssignment(Assignment):
         ]
 
     def move_rows(self, centers: Tensor) -> None:
-        # NumPy's operations on such small arrays take a fraction of PyTorch's time.
+        # NumPy is much faster than PyTorch on such small arrays.
         new = centers.numpy()
         squares = np.square(new).sum(axis=1)
         largest = max(self.largest_square, float(squares.max()))
@@ -165,8 +167,8 @@ class CompiledAssignment(Assignment):
         self.centers = new
 
     def _shifts(self, centers: lloyd_cpu.Array) -> tuple[lloyd_cpu.Array, lloyd_cpu.Array]:
-        """How far each centre (K,) has moved since the last pass, and the farthest other (K,)."""
-        if self.centers is None or len(centers) == 1:  # without others there is nowhere to go
+        """Shift (K,) of each centre since the last pass, and the largest of the others (K,)."""
+        if self.centers is None or len(centers) == 1:  # with a single centre no row can move
             unmoved = np.zeros(len(centers), centers.dtype)
             return unmoved, unmoved
         shifts = np.sqrt(np.square(centers - self.centers).sum(axis=1))

@@ -1,8 +1,8 @@
-"""Passes of Lloyd's algorithm on processors, compiled: a block of rows is read once, from cache.
+"""Compiled passes of Lloyd's algorithm on CPUs, which read each block of rows from memory once.
 
-What PyTorch does in six operations, each of which passes over its operands in memory, happens here
-while a block of rows, their products with the centres and the sums are in a core's cache. The
-products themselves are BLAS's.
+PyTorch takes six operations, each of which passes over its operands in memory. Here everything is
+done while a block of rows, their products with the centres and the sums are in the core's cache.
+The products themselves are computed by BLAS.
 """
 
 from collections.abc import Callable
@@ -10,35 +10,35 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-import scipy.linalg.cython_blas  # noqa: F401  # what np.dot becomes: loaded before threads are counted
+import scipy.linalg.cython_blas  # noqa: F401  # BLAS of compiled np.dot: load before thread limits are set
 from numba import njit
 from numpy.typing import NDArray
 
 _BLOCK_ROWS = 128
 _COPYING_COST = 2.0
-"""To copy a row takes as long as its products with so many centres: if more would be copied than
-that saves, all of a block's rows are looked at where they lie."""
+"""Copying a row takes as long as its products with this many centres. If copying costs more than it
+saves, all rows of a block are processed in place."""
 _BOUNDS_ROUNDING = 1e-4
-"""Relative margin of bounds: some hundred float32 additions round by less."""
+"""Relative margin of bounds: the rounding of some hundred float32 additions is smaller."""
 
 Array = NDArray[Any]
 
 
 @cache
 def compiled(function: Callable[..., Any]) -> Any:
-    """One of these functions: not on import, since Numba makes the folder of its cache at once."""
+    """Compile a function of this module; not on import, as Numba then creates its cache folder."""
     try:
         return njit(nogil=True, error_model="numpy", cache=True)(function)
-    except RuntimeError:  # no folder may be written to: compiled anew by every process
+    except RuntimeError:  # no writable cache folder: compiled again by every process
         return njit(nogil=True, error_model="numpy")(function)
 
 
 def measure_rows(
     x: Array,  # (n, D) float32 or float64
-    norms: Array,  # (n,) of the rows: written
+    norms: Array,  # (n,) of the rows: output
     total: Array,  # (D,) float64, to which the rows are added
 ) -> None:
-    """The rows' norms and their sum."""
+    """Compute the norms of the rows and add up the rows."""
     for i in range(len(x)):
         norms[i] = np.sqrt(_square(x[i]))
         _add(x[i], total)
@@ -47,10 +47,10 @@ def measure_rows(
 def centre_rows(
     x: Array,  # (n, D)
     origin: Array,  # (D,)
-    centred: Array,  # (n, D): written
-    norms: Array,  # (n,) of the centred rows: written
+    centred: Array,  # (n, D): output
+    norms: Array,  # (n,) of the centred rows: output
 ) -> None:
-    """The rows relative to an origin, and their norms then."""
+    """Subtract an origin from the rows, and compute the new norms."""
     for i in range(len(x)):
         _subtract(x[i], origin, centred[i])
         norms[i] = np.sqrt(_square(centred[i]))
@@ -58,24 +58,24 @@ def centre_rows(
 
 def move_rows(
     x: Array,  # (n, D) float32 or float64, C-contiguous
-    row_squares: Array,  # (n,) of the rows' norms
-    labels: Array,  # (n,) int64, of the last pass, or -1; updated, as all to `counts` are
-    upper: Array,  # (n,) bound of the distance to the row's own centre, infinite at first
-    lower: Array,  # (n,) bound of the distance to any other
-    sums: Array,  # (K, D) float64, of the rows of each cluster
+    row_squares: Array,  # (n,) squared norms of the rows
+    labels: Array,  # (n,) int64, of the last pass, or -1; updated, like all down to `counts`
+    upper: Array,  # (n,) upper bound of the distance to the row's own centre, initially infinite
+    lower: Array,  # (n,) lower bound of the distance to any other centre
+    sums: Array,  # (K, D) float64, sum of the rows of each cluster
     counts: Array,  # (K,) float64
     factors: Array,  # (D, K): -2 times the centres, transposed
-    squares: Array,  # (K,) of the centres' norms
-    shifts: Array,  # (K,) how far each centre has moved since the last pass
-    other_shifts: Array,  # (K,) and the farthest of the others
-    slack: Array,  # (1,) what squared distances may be wrong by in the rows' dtype
+    squares: Array,  # (K,) squared norms of the centres
+    shifts: Array,  # (K,) shift of each centre since the last pass
+    other_shifts: Array,  # (K,) largest shift of the other centres
+    slack: Array,  # (1,) maximum error of squared distances in the rows' dtype
 ) -> int:
-    """Move rows to their nearest centres, and what they sum to; how many moved.
+    """Move rows to their nearest centres, update the sums, and return how many rows moved.
 
-    A row that is as near to its own centre as to any stays. Rows that certainly stay are passed
-    over (Hamerly 2010, "Making k-means even faster": a centre that has moved by s is nearer or
-    farther by s at most; his bound by the distances between centres is left out, for it seldom
-    decides in many dimensions).
+    In a tie with its current centre, a row stays. Rows that certainly stay are skipped (Hamerly
+    2010, "Making k-means even faster": if a centre moves by s, its distances change by at most s;
+    Hamerly's bound by the distances between centres is omitted, as it rarely helps in many
+    dimensions).
     """
     num_features, num_clusters = factors.shape
     products = np.empty(_BLOCK_ROWS * num_clusters, x.dtype)
@@ -128,7 +128,7 @@ def move_rows(
     return num_moved
 
 
-# Operations on rows (D,). Apart, since a loop that reads its row's place anew is not vectorised.
+# Operations on rows (D,). Separate functions, as a loop that indexes its row is not vectorised.
 
 
 @njit(nogil=True, error_model="numpy")
@@ -149,7 +149,7 @@ def _subtract(row: Array, other: Array, to: Array) -> None:
         to[d] = row[d] - other[d]
 
 
-@njit(nogil=True, error_model="numpy", fastmath={"reassoc"})  # in any order: many at a time
+@njit(nogil=True, error_model="numpy", fastmath={"reassoc"})  # any order, to vectorise
 def _square(row: Array) -> Any:
     square = row.dtype.type(0)
     for d in range(len(row)):
@@ -168,16 +168,16 @@ def _score(
     second: Array,
     nearest: Array,
 ) -> None:
-    """Squared distances less the rows' own squares, into scores (K, n), and the least of each row.
+    """Scores (K, n), squared distances minus the rows' squared norms, and the minima of the rows.
 
-    Centres in the outer loop: so rows are compared many at a time.
+    Centres are in the outer loop, so that the comparison is vectorised over rows.
     """
     num_rows, num_clusters = len(rows), len(squares)
     by_row = products[: num_rows * num_clusters].reshape(num_rows, num_clusters)
     np.dot(rows, factors, by_row)
     least[:] = np.inf
     second[:] = np.inf
-    nearest[:] = 0  # a place to write to, also where no score is below infinity
+    nearest[:] = 0  # a valid index even if no score is below infinity
     for k in range(num_clusters):
         square = squares[k]
         for i in range(num_rows):

@@ -1,6 +1,6 @@
-"""Figures of merit for clusters, predictions and embeddings.
+"""Metrics of clusters, predictions and embeddings.
 
-Those of numpy arrays are for gathered results; `effective_rank` takes each rank's own rows.
+Functions of NumPy arrays take gathered results; `effective_rank` takes each rank's own rows.
 """
 
 from collections.abc import Sequence
@@ -17,20 +17,20 @@ from brainray.clustering import shards
 from brainray.errors import DataError
 
 CONFIDENCE = 0.95
-"""Of every interval that is reported."""
+"""Level of every reported interval."""
 
 MIN_GROUPS = 10
-"""Of rows that are drawn together, for an interval."""
+"""Minimum number of groups of rows for an interval."""
 
 MAX_SILHOUETTE_ROWS = 5000
-"""Of more rows, so many are drawn: the time of a silhouette is quadratic."""
+"""If there are more rows, this many are sampled: the time of a silhouette is quadratic."""
 
 
 def clustering_metrics(labels_true: ArrayLike, labels_pred: ArrayLike) -> dict[str, float]:
-    """Agreement of two partitions (N,), whatever their numbering.
+    """Agreement of two partitions (N,), independent of their numbering.
 
     Returns:
-        nmi: mutual information over the mean of both entropies, in [0, 1].
+        nmi: mutual information divided by the mean of both entropies, in [0, 1].
         ari: adjusted Rand index, 0 by chance, at most 1.
         fmi: Fowlkes-Mallows index, in [0, 1].
     """
@@ -47,8 +47,8 @@ def silhouette(
 ) -> float | None:
     """Mean silhouette (Rousseeuw 1987) of L2-normalised embeddings, in [-1, 1].
 
-    Its cost is quadratic: of more than 5,000 rows it is that of 5,000 drawn ones. None where it is
-    not defined: fewer than two clusters, or as many as rows.
+    Its cost is quadratic: with more than 5,000 rows, a sample of 5,000 is used. None if undefined:
+    fewer than two clusters, or as many as rows.
     """
     if len(z) > MAX_SILHOUETTE_ROWS:
         rows = np.random.default_rng(0).choice(len(z), MAX_SILHOUETTE_ROWS, replace=False)
@@ -63,7 +63,7 @@ def euclidean_silhouette(
 ) -> float | None:
     """Mean silhouette (Rousseeuw 1987) by Euclidean distance in `x`, in [-1, 1].
 
-    None where it is not defined: fewer than two clusters, or as many as rows.
+    None if undefined: fewer than two clusters, or as many as rows.
     """
     if not 2 <= len(np.unique(clusters)) < len(clusters):
         return None
@@ -77,11 +77,11 @@ def classification_metrics(
 ) -> dict[str, float]:
     """Accuracy, balanced accuracy, macro F1, and per class precision, recall, F1 and support.
 
-    A class without a labelled row has no figures and no part in the averages; without any row at
-    all the result is empty. The precision of a class that is never predicted is 0.
+    A class without labelled rows has no metrics and is excluded from the averages; without any
+    rows the result is empty. The precision of a class that is never predicted is 0.
 
     Raises:
-        DataError: if a label is no index into `class_names`.
+        DataError: a label is not an index into `class_names`.
     """
     _check_labels(labels, predictions, len(class_names))
     if len(labels) == 0:
@@ -110,23 +110,23 @@ def bootstrap_interval(
     seed: int,
     num_resamples: int = 1000,
 ) -> tuple[float, float] | None:
-    """95 % bootstrap interval of the mean, over whole groups of rows; None where it would mislead.
+    """95 % bootstrap interval of the mean, over whole groups of rows; None if it would mislead.
 
-    Rows of one group, such as a subject's, are not independent: groups are drawn with replacement
-    (Davison & Hinkley 1997, section 3.8). Percentiles of the resampled means (Efron 1979) are too
-    narrow for few groups; here they are expanded as Student's t is wider than a normal distribution
-    (Hesterberg 2015, "What Teachers Should Know About the Bootstrap"), for groups of unequal sizes
-    by their effective number (Kish 1965). Of fewer than `MIN_GROUPS` groups, or of values that are
-    all the same, no interval is known.
+    Rows of one group, such as a subject's, are not independent, so groups are drawn with
+    replacement (Davison & Hinkley 1997, section 3.8). Percentiles of the resampled means (Efron
+    1979) are too narrow for few groups; they are expanded by the ratio of Student's t to the normal
+    distribution (Hesterberg 2015, "What Teachers Should Know About the Bootstrap"), with the
+    effective number of groups if their sizes differ (Kish 1965). With fewer than `MIN_GROUPS`
+    groups, or if all values are equal, there is no interval.
 
     Args:
-        values: (N,), such as whether each row is right.
-        groups: (N,) what rows belong together; a row that belongs to none has one of its own.
+        values: (N,), such as whether each row is correct.
+        groups: (N,) group of each row; a row without a group needs one of its own.
         seed: of the resamples.
-        num_resamples: how many.
+        num_resamples: number of resamples.
 
     Raises:
-        DataError: if there are no rows.
+        DataError: there are no rows.
     """
     if len(values) == 0:
         raise DataError("no rows to resample: an interval needs at least one prediction")
@@ -152,16 +152,16 @@ def reweighted_accuracy(
     predictions: NDArray[np.integer],  # (N,)
     class_mix: ArrayLike,  # (C,) shares or counts
 ) -> float | None:
-    """Accuracy had the classes occurred in the proportions of `class_mix`.
+    """Accuracy reweighted to the class proportions of `class_mix`.
 
-    None if a class with a positive share has no row, or no class has a share.
+    None if a class with a positive share has no rows, or no class has a positive share.
 
     Raises:
-        DataError: if a share is negative or not finite, or a label is out of range.
+        DataError: a share is negative or not finite, or a label is out of range.
     """
     mix = np.asarray(class_mix, dtype=np.float64)
     if not np.all(np.isfinite(mix)) or np.any(mix < 0):
-        raise DataError(f"class shares must be finite and not negative, not {mix.tolist()}")
+        raise DataError(f"class shares must be finite and not negative, got {mix.tolist()}")
     _check_labels(labels, predictions, len(mix))
     support = np.bincount(labels, minlength=len(mix))
     wanted = mix > 0
@@ -194,10 +194,12 @@ def _check_labels(
     labels: NDArray[np.integer], predictions: NDArray[np.integer], num_classes: int
 ) -> None:
     if len(labels) != len(predictions):
-        raise DataError(f"{len(labels)} labels for {len(predictions)} predictions")
+        raise DataError(
+            f"{len(labels)} labels for {len(predictions)} predictions: pass one label for each"
+        )
     out_of_range = (labels < 0) | (labels >= num_classes)
     if out_of_range.any():
         raise DataError(
-            f"{int(out_of_range.sum())} labels are outside 0..{num_classes - 1}: score labelled "
-            "rows only"
+            f"{int(out_of_range.sum())} labels are outside 0..{num_classes - 1}: pass "
+            "labelled rows only"
         )

@@ -1,4 +1,4 @@
-"""K-means in mini-batches, for rows that do not fit into memory."""
+"""Mini-batch K-means, for rows that do not fit into memory."""
 
 from typing import Self
 
@@ -13,16 +13,16 @@ from brainray.errors import ClusteringError
 
 
 class MiniBatchKMeans(FittedModule):
-    """Each centre is the running mean of all rows that ever chose it (Sculley 2010).
+    """Each centre is the running mean of all rows ever assigned to it (Sculley 2010).
 
-    A batch is what all ranks bring to one call of `partial_fit`; how its rows are spread over the
-    ranks makes no difference, up to rounding. A centre that no row has chosen yet is moved to the
-    row of the batch that is farthest from its own.
+    A batch consists of the rows of all ranks in one call of `partial_fit`; their distribution over
+    the ranks does not matter, up to rounding. A centre without any rows so far is moved to the row
+    of the batch that is farthest from its own centre.
 
     Fitted attributes:
         cluster_centers_: (K, D) float64.
-        counts_: (K,) float64, rows that chose each centre so far.
-        n_steps_: batches seen.
+        counts_: (K,) float64, number of rows assigned to each centre so far.
+        n_steps_: number of batches.
         num_reseeded_: how often a centre was moved to the farthest row.
     """
 
@@ -67,8 +67,8 @@ class MiniBatchKMeans(FittedModule):
             init_centers: the same on every rank; replaces k-means++ at the first batch.
 
         Raises:
-            ClusteringError: on every rank alike: rows with NaN or infinity, or a first batch with
-                fewer distinct rows than clusters.
+            ClusteringError: on all ranks: rows with NaN or infinity, or a first batch with fewer
+                distinct rows than clusters.
         """
         num_rows = shards.check_rows(x)
         if num_rows == 0:
@@ -118,7 +118,7 @@ class MiniBatchKMeans(FittedModule):
         elif num_rows < self.num_clusters:
             raise ClusteringError(
                 f"{self.num_clusters} clusters need a first batch of at least as many rows, but "
-                f"it has {num_rows}: enlarge it"
+                f"it has {num_rows}: increase the batch size"
             )
         else:
             origin = shards.mean_of_rows(x, num_rows).to(x.dtype)

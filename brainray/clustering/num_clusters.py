@@ -1,4 +1,4 @@
-"""How many clusters: silhouette, Bayesian information criterion and gap statistic over a range."""
+"""Number of clusters: silhouette, Bayesian information criterion and gap statistic for a range."""
 
 import math
 from collections.abc import Sequence
@@ -22,19 +22,21 @@ _NUM_STARTS = 5
 
 @dataclass(frozen=True)
 class NumClustersScores:
-    """Scores of each number of clusters; what each criterion would choose."""
+    """Scores for each number of clusters, and the choice of each criterion."""
 
     num_clusters: list[int]
-    silhouettes: list[float]  # nan where undefined
+    silhouettes: list[float]  # nan if undefined
     bic: list[float]
     gap: list[float]
     gap_error: list[float]  # standard error of the gap, Tibshirani's s_k
 
     @property
     def chosen(self) -> dict[str, int]:
-        """K with the largest silhouette, the least BIC, and the first K whose gap is not exceeded
-        by the next one's by more than its error (Tibshirani et al. 2001, equation 6); no ``gap``
-        where it rises to the end.
+        """The K chosen by each criterion.
+
+        These are the K with the largest silhouette, the K with the lowest BIC, and the first K
+        whose gap is not exceeded by the next one by more than its error (Tibshirani et al. 2001,
+        equation 6); without ``gap`` if it rises to the end of the range.
         """
         best_gap = next(
             (
@@ -70,25 +72,25 @@ def score_num_clusters(
 ) -> NumClustersScores:
     """Fit K-means and a mixture for each K, and score them (collective).
 
-    The gap compares log inertia with that of `num_references` uniform samples of the box that the
-    rows fill along their principal axes (Tibshirani et al. 2001, reference (b)).
+    The gap compares log inertia with that of `num_references` uniform samples from the bounding box
+    of the rows along their principal axes (Tibshirani et al. 2001, reference (b)).
 
     Args:
         x: this rank's rows.
         num_clusters: increasing, each at least 2.
         row_keys: unique over all ranks; by default the row's index in rank order.
-        covariance_type: of the mixture behind the BIC.
-        num_references: samples behind the gap.
-        max_silhouette_rows: the silhouette, quadratic in rows, is taken on so many drawn ones.
+        covariance_type: of the mixture used for the BIC.
+        num_references: number of uniform samples for the gap.
+        max_silhouette_rows: sample size for the silhouette, whose cost is quadratic.
         seed: of starts, samples and references.
 
     Raises:
-        ClusteringError: on every rank alike: an empty range or a K below 2, or rows that cannot
-            be clustered.
+        ClusteringError: on all ranks: an empty range, a K below 2, or rows that cannot be
+            clustered.
     """
     ks = list(num_clusters)
     if not ks or min(ks) < 2 or ks != sorted(set(ks)):
-        raise ClusteringError(f"numbers of clusters must increase from at least 2, not {ks}")
+        raise ClusteringError(f"numbers of clusters must increase from at least 2, got {ks}")
     num_rows = shards.check_rows(x)
     row_keys = shards.resolve_row_keys(x, row_keys)
     references = [
@@ -110,7 +112,7 @@ def score_num_clusters(
         scores.bic.append(mixture.fit(x, init_responsibilities=hard, row_keys=row_keys).bic(x))
         expected = np.array(
             [
-                # Seeds of their own: those rows are made of the random numbers of `seed`.
+                # Separate seeds, as the reference rows are made from the random numbers of `seed`.
                 _log_inertia(
                     KMeans(k, seed=seed + 1 + number, num_init=_NUM_STARTS).fit(
                         reference, row_keys=row_keys
@@ -131,7 +133,7 @@ def _log_inertia(kmeans: KMeans) -> float:
 def _uniform_reference(
     x: Tensor, num_rows: int, row_keys: Tensor, seed: int, number: int
 ) -> Tensor:
-    """Rows (n_rank, D) uniform in the box around all ranks' rows along their principal axes."""
+    """Uniform rows (n_rank, D) in the box around all ranks' rows along their principal axes."""
     mean = shards.mean_of_rows(x, num_rows)
     scatter = shards.scatter_of_rows(x, mean)
     axes = dist.broadcast_from_first(torch.linalg.eigh(scatter).eigenvectors)

@@ -1,4 +1,4 @@
-"""How good a partition is, where some rows may be noise and no row, or every row, has a label."""
+"""Scores of a partition in which rows may be noise and may have labels."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,21 +16,21 @@ from brainray.schema import NOISE, UNLABELLED
 
 
 def score_partition(
-    x: NDArray[np.floating],  # (N, D), what was clustered
+    x: NDArray[np.floating],  # (N, D), the clustered rows
     clusters: NDArray[np.integer],  # (N,) or NOISE
     labels: NDArray[np.integer],  # (N,) or UNLABELLED
     seed: int = 0,
 ) -> dict[str, float]:
-    """Figures of a partition; what is not defined is left out.
+    """Metrics of a partition; undefined metrics are left out.
 
-    Noise is no cluster: it is counted, and takes no part in silhouette, ARI, NMI and FMI, which
-    are of the clustered rows alone; to the accuracy its rows count as wrong. A partition that
-    calls most rows noise may so have high figures on the rest: read them beside ``noise_share``.
+    Noise is not a cluster: it is counted, but excluded from silhouette, ARI, NMI and FMI; in the
+    accuracy, noise rows count as wrong. A partition that labels most rows as noise may thus score
+    high on the rest: compare with ``noise_share``.
 
     Returns:
         num_rows, num_clusters, num_noise, noise_share: of all rows.
-        silhouette: mean over clustered rows (at most 5,000, drawn by ``seed``), by Euclidean
-            distance in ``x``; absent with fewer than two clusters or no two rows in any.
+        silhouette: mean over clustered rows (at most 5,000, drawn with ``seed``), by Euclidean
+            distance in ``x``; absent with fewer than two clusters or only singletons.
         nmi, ari, fmi: of clustered rows with a label; absent without any.
         accuracy: `clustering_accuracy` of rows with a label; absent without any.
     """
@@ -49,7 +49,7 @@ def score_partition(
         scores["silhouette"] = separation
     labelled = labels != UNLABELLED
     both = labelled & clustered
-    if len(np.unique(labels[both])) > 1:  # of one class there is nothing to agree with
+    if len(np.unique(labels[both])) > 1:  # agreement needs two classes
         scores |= clustering_metrics(labels[both], clusters[both])
     if labelled.any():
         scores["accuracy"] = clustering_accuracy(labels[labelled], clusters[labelled])
@@ -63,11 +63,11 @@ def neighbour_agreement(
     labels: NDArray[np.integer],  # (N,) or UNLABELLED
     num_neighbours: int = 10,
 ) -> float | None:
-    """Mean share of a row's nearest labelled fitted rows that carry its label, in [0, 1].
+    """Mean share of a row's nearest labelled fitted rows that have its label, in [0, 1].
 
-    What the features tell of the labels, whatever clusters are made of them: a partition into few
-    clusters may follow something else that varies more. None where no row, or fewer fitted rows
-    than neighbours, have a label.
+    It measures how well the features reflect the labels, independent of any clustering: a partition
+    into few clusters may follow another property that varies more. None if no row, or fewer fitted
+    rows than neighbours, have a label.
     """
     known, asked = fitted_labels != UNLABELLED, labels != UNLABELLED
     if not asked.any() or known.sum() < num_neighbours:
@@ -79,12 +79,12 @@ def neighbour_agreement(
 
 def clustering_accuracy(
     labels: NDArray[np.integer],  # (N,)
-    clusters: NDArray[np.integer],  # (N,) or NOISE, whose rows are wrong
+    clusters: NDArray[np.integer],  # (N,) or NOISE, which counts as wrong
 ) -> float:
-    """Share of the rows that are right when clusters are named one to one as suits them best.
+    """Share of correct rows under the best one-to-one mapping of clusters to classes.
 
-    The Hungarian assignment is fitted on the scored labels themselves (Yang et al. 2010): a
-    figure for comparing partitions, not the accuracy of a prediction.
+    The Hungarian assignment is fitted to the scored labels themselves (Yang et al. 2010): a metric
+    for comparing partitions, not the accuracy of a prediction.
     """
     clustered = clusters != NOISE
     if not clustered.any():

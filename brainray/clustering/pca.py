@@ -1,4 +1,4 @@
-"""Principal components of rows that are spread over ranks."""
+"""Principal component analysis of rows that are distributed over ranks."""
 
 from typing import Self
 
@@ -10,7 +10,7 @@ from brainray.clustering import shards
 from brainray.clustering.fitted import FittedModule
 from brainray.errors import ClusteringError
 
-# Entries this close to the largest magnitude count as equally large when signs are fixed.
+# Entries this close to the largest magnitude count as equally large when fixing signs.
 _SIGN_TIE = 1e-6
 
 
@@ -20,7 +20,7 @@ class PCA(FittedModule):
     Fitted attributes (float64):
         mean_: (D,).
         components_: (k, D), orthonormal rows; the first of the entries with the largest magnitude
-            is positive (scikit-learn has another convention of signs).
+            is positive (scikit-learn uses a different sign convention).
         explained_variance_: (k,), with N - 1 in the denominator.
         explained_variance_ratio_: (k,), shares of the total variance; 0 if all rows coincide.
     """
@@ -44,21 +44,21 @@ class PCA(FittedModule):
         """Fit to the rows (n_rank, D) of all ranks (collective).
 
         Raises:
-            ClusteringError: on every rank alike: rows with NaN or infinity, fewer than two rows,
-                more components than rows or features.
+            ClusteringError: on all ranks: rows with NaN or infinity, fewer than two rows, more
+                components than rows or features.
         """
         num_rows = shards.check_rows(x)
         num_features = x.shape[1]
         if num_rows < 2 or self.num_components > min(num_rows, num_features):
             raise ClusteringError(
-                f"{self.num_components} principal components cannot be had from {num_rows} rows "
-                f"of {num_features} features: at least 2 rows are needed, and no more components "
-                "than the smaller of the two numbers"
+                f"cannot compute {self.num_components} principal components from {num_rows} rows "
+                f"of {num_features} features: use at least 2 rows, and at most as many components "
+                "as the smaller of the two numbers"
             )
         mean = shards.mean_of_rows(x, num_rows)
         scatter = shards.scatter_of_rows(x, mean)
         eigenvalues, eigenvectors = torch.linalg.eigh(scatter / (num_rows - 1))
-        # Ranks on unlike machines may round differently: all take the first one's answer.
+        # Ranks on different machines may round differently: all use the result of the first.
         variances = dist.broadcast_from_first(eigenvalues.flip(0).clamp(min=0))
         components = dist.broadcast_from_first(eigenvectors.T.flip(0)[: self.num_components])
         self.mean_ = mean
@@ -80,7 +80,7 @@ class PCA(FittedModule):
 
     @torch.no_grad()
     def inverse_transform(self, coordinates: Tensor) -> Tensor:
-        """Rows (n, D) nearest to those with the given coordinates (n, k). Not collective."""
+        """Rows (n, D) reconstructed from coordinates (n, k). Not collective."""
         self._check_is_fitted()
         rows = torch.addmm(self.mean_, coordinates.double(), self.components_)
         return rows.to(coordinates.dtype)
@@ -88,7 +88,7 @@ class PCA(FittedModule):
 
 def _with_fixed_signs(components: Tensor) -> Tensor:
     magnitudes = components.abs()
-    # The first of nearly equal entries decides, so that rounding does not flip a component.
+    # The first of nearly equal entries decides, so that rounding cannot flip a component.
     largest = magnitudes >= (1 - _SIGN_TIE) * magnitudes.max(dim=1, keepdim=True).values
     first = largest.to(torch.int8).argmax(dim=1, keepdim=True)
     return components * components.gather(1, first).sign()

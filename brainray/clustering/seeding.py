@@ -1,9 +1,9 @@
-"""Random draws of rows, and k-means++, that come out the same however the rows are sharded.
+"""Random draws of rows, and k-means++, with results that are independent of the sharding.
 
-A generator's stream depends on how many numbers each rank takes from it. Here every row gets its
-own random number instead, a hash of (seed, step, row key), and the draw is an exponential race:
+The stream of a generator depends on how many numbers each rank takes from it. Here every row gets
+its own random number instead, a hash of (seed, step, row key), and a draw is an exponential race:
 with u uniform, -log(u) / w is exponential with rate w, and the first arrival is row i with
-probability w_i / sum(w) (the Gumbel-max trick without its outer logarithm).
+probability w_i / sum(w) (the Gumbel-max trick without the outer logarithm).
 """
 
 import hashlib
@@ -18,18 +18,18 @@ from brainray.errors import ClusteringError
 
 
 def seed_of(*parts: int) -> int:
-    """A seed that differs between any two tuples of parts; below 2^56."""
+    """A seed below 2^56 that is different for different tuples of parts."""
     digest = hashlib.sha256(repr(parts).encode()).digest()
     return int.from_bytes(digest[:7], "big")
 
 
 def uniform_from_keys(seed: int, step: int, row_keys: Tensor) -> Tensor:
-    """Numbers in the open interval (0, 1), float64, one a key; equal arguments, equal numbers."""
+    """One deterministic number per key in the open interval (0, 1), float64."""
     device = row_keys.device
     stream = _splitmix64(torch.tensor(_as_int64(seed), device=device))
     stream = _splitmix64(stream ^ torch.tensor(step, device=device))
     bits = _shift_right(_splitmix64(_splitmix64(row_keys) ^ stream), 12)
-    # 52 bits and a half: neither 0 nor 1 can come out, and each value is exact in float64.
+    # 52 bits plus one half: never 0 or 1, and each value is exact in float64.
     return (bits.double() + 0.5) * 2.0**-52
 
 
@@ -42,7 +42,7 @@ def draw_rows(
     step: int,
     count: int = 1,
 ) -> Tensor:  # (count, D)
-    """Draw rows of all ranks without replacement, in proportion to their weights (collective)."""
+    """Draw rows of all ranks without replacement, proportional to their weights (collective)."""
     race = weights / -uniform_from_keys(seed, step, row_keys).log()
     return shards.top_rows(x, race, row_keys, count).rows
 
@@ -58,12 +58,12 @@ def kmeans_plus_plus(
 ) -> Tensor:  # (K, D) float64
     """Greedy k-means++ (Arthur & Vassilvitskii 2007; greedy as in scikit-learn), collective.
 
-    Each further centre is, of 2 + log K rows drawn in proportion to their squared distance to the
-    nearest centre so far, the one that lowers the sum of these distances most. Departure: the
-    candidates are drawn without replacement.
+    For each further centre, 2 + log K candidate rows are drawn with probability proportional to
+    their squared distance to the nearest centre so far; the candidate that reduces the sum of these
+    distances most is kept. Departure: candidates are drawn without replacement.
 
     Raises:
-        ClusteringError: if there are fewer distinct rows than clusters.
+        ClusteringError: there are fewer distinct rows than clusters.
     """
     num_candidates = 2 + int(math.log(num_clusters))
     total = dist.sum_across_ranks(x.square().sum(dtype=torch.float64))
@@ -79,7 +79,7 @@ def kmeans_plus_plus(
             x, nearest, row_keys, seed=seed, step=first_step + step, count=num_candidates
         ).double()
         potentials = _potentials(x, candidates, nearest, block_rows)
-        # In float32: potentials equal but for rounding are a tie, which the first one wins.
+        # In float32, potentials that differ only by rounding are ties, won by the first.
         center = candidates[int(potentials.float().argmin())]
         centers.append(center)
         nearest = torch.minimum(nearest, _squared_distances_to(x, center, block_rows))
@@ -89,13 +89,13 @@ def kmeans_plus_plus(
 def too_few_distinct_rows(num_distinct: int, num_clusters: int) -> ClusteringError:
     return ClusteringError(
         f"{num_clusters} clusters need as many distinct rows, but there are only {num_distinct}: "
-        "lower clustering.num_clusters, or find out why the embeddings coincide (a collapsed or "
+        "lower clustering.num_clusters, or check why the embeddings coincide (a collapsed or "
         "constant encoder, duplicated images)"
     )
 
 
 def _squared_distances_to(x: Tensor, center: Tensor, block_rows: int) -> Tensor:
-    """(n_rank,) float64; by differences, so that a copy of the centre is at exactly 0."""
+    """(n_rank,) float64; from differences, so that a copy of the centre has distance exactly 0."""
     distances = torch.empty(x.shape[0], dtype=torch.float64, device=x.device)
     for block in shards.blocks(x.shape[0], block_rows):
         distances[block] = (x[block].double() - center).square().sum(dim=1)
@@ -103,7 +103,7 @@ def _squared_distances_to(x: Tensor, center: Tensor, block_rows: int) -> Tensor:
 
 
 def _potentials(x: Tensor, candidates: Tensor, nearest: Tensor, block_rows: int) -> Tensor:
-    """For each candidate, the sum of squared distances that would remain, (L,) (collective)."""
+    """Remaining sum of squared distances (L,) for each candidate (collective)."""
     potentials = torch.zeros(candidates.shape[0], dtype=torch.float64, device=x.device)
     for block in shards.blocks(x.shape[0], block_rows):
         rows = x[block].double()
@@ -114,7 +114,7 @@ def _potentials(x: Tensor, candidates: Tensor, nearest: Tensor, block_rows: int)
 
 
 def _splitmix64(state: Tensor) -> Tensor:
-    """One step of SplitMix64 (Steele et al. 2014); int64 products wrap as uint64 ones would."""
+    """One step of SplitMix64 (Steele et al. 2014); int64 products wrap like uint64 ones."""
     z = state + _as_int64(0x9E3779B97F4A7C15)
     z = (z ^ _shift_right(z, 30)) * _as_int64(0xBF58476D1CE4E5B9)
     z = (z ^ _shift_right(z, 27)) * _as_int64(0x94D049BB133111EB)
@@ -122,7 +122,7 @@ def _splitmix64(state: Tensor) -> Tensor:
 
 
 def _shift_right(bits: Tensor, places: int) -> Tensor:
-    """Logical shift: torch's own carries the sign bit along."""
+    """Logical right shift; torch's operator is an arithmetic shift."""
     return (bits >> places) & ((1 << (64 - places)) - 1)
 
 

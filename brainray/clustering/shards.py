@@ -1,7 +1,7 @@
-"""Questions about rows that are spread over ranks, answered alike on every rank.
+"""Functions of rows that are distributed over ranks, with the same result on every rank.
 
 Throughout, `x` (n_rank, D) is this rank's shard, which may be empty; N is the number of rows on
-all ranks together. Every function here with a collective says so.
+all ranks together. Functions that use a collective are marked as such.
 """
 
 from collections.abc import Iterator
@@ -14,16 +14,16 @@ from brainray import dist
 from brainray.errors import ClusteringError
 
 ROWS_AT_A_TIME = 16_384
-"""Where a copy in float64 bounds the memory."""
+"""Block size where a float64 copy limits memory."""
 
-# Squared distances below this share of the mean squared distance to the mean are rounding.
+# Squared distances below this share of the mean squared distance to the mean are rounding errors.
 IDENTICAL_ROWS_RATIO = 1e-24
 
-_CACHED_ELEMENTS = 2**20  # numbers that stay in a processor's cache
-_ELEMENTS_ON_GPU = 2**26  # there, many small blocks would take longer to begin than to compute
+_CACHED_ELEMENTS = 2**20  # numbers that fit the CPU cache
+_ELEMENTS_ON_GPU = 2**26  # launching many small blocks would dominate
 _MIN_BLOCK_ROWS = 256
 
-_SUMMED_ROWS = 4096  # converted to float64 at a time: they stay in the processor's cache
+_SUMMED_ROWS = 4096  # converted to float64 at a time: they fit the CPU cache
 
 
 class TopRows(NamedTuple):
@@ -37,7 +37,7 @@ def blocks(num_rows: int, block_rows: int) -> Iterator[slice]:
 
 
 def rows_of_block(elements_per_row: int, device: torch.device) -> int:
-    """Rows of a block of which so many numbers each are at hand at a time."""
+    """Number of rows per block, given how many numbers are kept per row."""
     elements = _CACHED_ELEMENTS if device.type == "cpu" else _ELEMENTS_ON_GPU
     return max(elements // elements_per_row, _MIN_BLOCK_ROWS)
 
@@ -45,12 +45,12 @@ def rows_of_block(elements_per_row: int, device: torch.device) -> int:
 def check_form(x: Tensor) -> None:
     """
     Raises:
-        ClusteringError: `x` is no float32 or float64 matrix.
+        ClusteringError: `x` is not a float32 or float64 matrix.
     """
     if x.ndim != 2 or x.dtype not in (torch.float32, torch.float64):
         raise ClusteringError(
-            f"clustering takes a float32 or float64 matrix (rows, features), not {x.dtype} of "
-            f"shape {tuple(x.shape)}: convert or reshape the embeddings first"
+            f"clustering needs a float32 or float64 matrix (rows, features), got {x.dtype} of "
+            f"shape {tuple(x.shape)}: convert or reshape the embeddings"
         )
 
 
@@ -59,14 +59,14 @@ def check_rows(x: Tensor, total: Tensor | None = None) -> int:
 
     Args:
         x: (n_rank, D) this rank's rows.
-        total: this rank's `sum_of_rows`, where it is known already.
+        total: this rank's `sum_of_rows`, if already known.
 
     Raises:
-        ClusteringError: on every rank alike, if any rank holds a row with NaN or infinity, or if
-            `x` is no float32 or float64 matrix.
+        ClusteringError: on all ranks: any rank has a row with NaN or infinity, or `x` is not a
+            float32 or float64 matrix.
     """
     check_form(x)
-    # A finite sum vouches for all of its terms; the rows are looked at only if it is not.
+    # If the sum is finite, so are all terms; rows are only checked if it is not.
     clean = bool(torch.isfinite((x if total is None else total).sum()))
     num_bad = x.new_zeros(()) if clean else (~torch.isfinite(x).all(dim=1)).sum()
     local = torch.stack([torch.tensor(x.shape[0], device=x.device), num_bad.long()])
@@ -80,9 +80,9 @@ def check_rows(x: Tensor, total: Tensor | None = None) -> int:
 
 
 def resolve_row_keys(x: Tensor, row_keys: Tensor | None) -> Tensor:
-    """Keys (n_rank,) int64, unique on all ranks together; by default global row indices.
+    """Keys (n_rank,) int64, unique over all ranks; by default global row indices (collective).
 
-    Keys make random draws and ties independent of which rank holds a row (collective).
+    Keys make random draws and ties independent of the rank that has a row.
     """
     if row_keys is None:
         num_rows = dist.gather_rows(torch.tensor([x.shape[0]], device=x.device))
@@ -90,7 +90,7 @@ def resolve_row_keys(x: Tensor, row_keys: Tensor | None) -> Tensor:
         return torch.arange(first, first + x.shape[0], device=x.device)
     if row_keys.shape != (x.shape[0],) or row_keys.dtype != torch.int64:
         raise ClusteringError(
-            f"row_keys must be int64 of shape ({x.shape[0]},), one key a row, not "
+            f"row_keys must be int64 of shape ({x.shape[0]},), one key per row, got "
             f"{row_keys.dtype} of shape {tuple(row_keys.shape)}"
         )
     row_keys = row_keys.to(x.device)
@@ -99,7 +99,7 @@ def resolve_row_keys(x: Tensor, row_keys: Tensor | None) -> Tensor:
     if num_repeated:
         raise ClusteringError(
             f"{num_repeated} of {everyones.shape[0]} row_keys repeat another: each row needs a "
-            "key of its own, also across ranks and splits"
+            "unique key, also across ranks and splits"
         )
     return row_keys
 
@@ -120,7 +120,7 @@ def sum_of_rows(x: Tensor) -> Tensor:
 def scatter_of_rows(x: Tensor, mean: Tensor) -> Tensor:
     """Sum over all rows of (x - mean)(x - mean)^T, (D, D) float64 (collective).
 
-    Two passes (mean first), since the one-pass formula loses all digits far from the origin.
+    Two passes (mean first), as the one-pass formula loses all precision far from the origin.
     """
     scatter = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
     for block in blocks(x.shape[0], ROWS_AT_A_TIME):
@@ -132,11 +132,11 @@ def scatter_of_rows(x: Tensor, mean: Tensor) -> Tensor:
 def top_rows(x: Tensor, scores: Tensor, row_keys: Tensor, count: int) -> TopRows:
     """The `count` rows with the largest scores on all ranks, best first (collective).
 
-    Equal scores go by the smaller key, so the answer does not depend on the sharding. Fewer than
-    `count` come back only where there are fewer rows in all.
+    Ties are broken by the smaller key, so the result does not depend on the sharding. Fewer than
+    `count` are returned only if there are fewer rows in total.
     """
     if scores.shape[0] > count:
-        # Everything that ties with the last place stays in, so that keys decide, not positions.
+        # Keep all ties with the last place, so that keys decide, not positions.
         kept = torch.nonzero(scores >= scores.topk(count).values[-1]).squeeze(1)
         kept = kept[_best_first(scores[kept], row_keys[kept])[:count]]
         x, scores, row_keys = x[kept], scores[kept], row_keys[kept]

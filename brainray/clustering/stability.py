@@ -1,4 +1,4 @@
-"""Choosing the number of clusters without labels: stability under resampling, and a vote."""
+"""Choose the number of clusters without labels: stability under resampling, and a vote."""
 
 import math
 from collections import Counter
@@ -19,17 +19,17 @@ _SAMPLE_SHARE = 0.8
 
 @dataclass(frozen=True)
 class Stability:
-    """How alike the clusterings of two random samples are, by number of clusters."""
+    """Agreement of the clusterings of two random samples, by number of clusters."""
 
     num_clusters: list[int]
-    mean: list[float]  # adjusted Rand index on the rows that both samples hold
+    mean: list[float]  # adjusted Rand index on the rows in both samples
     error: list[float]  # its standard error over pairs of samples
 
     @property
     def chosen(self) -> int:
-        """The largest K that is as stable as the most stable one, but for its standard error.
+        """The largest K within one standard error of the most stable one.
 
-        The largest, since few clusters are stable whatever the data.
+        The largest, as few clusters are stable whatever the data.
         """
         best = int(np.argmax(self.mean))
         floor = self.mean[best] - self.error[best]
@@ -43,19 +43,19 @@ def measure_stability(
     num_pairs: int = 10,
     seed: int = 0,
 ) -> Stability:
-    """K-means on pairs of random samples of 80 % of the rows, compared on what they share.
+    """K-means on pairs of random samples of 80 % of the rows, compared on their common rows.
 
     Ben-Hur, Elisseeff & Guyon 2002, "A stability based method for discovering structure in
     clustered data", with the adjusted Rand index, which does not favour few clusters.
 
     Raises:
-        ClusteringError: a sample holds fewer (distinct) rows than clusters.
+        ClusteringError: a sample has fewer (distinct) rows than clusters.
     """
     result = Stability(list(num_clusters), [], [])
     size = math.ceil(_SAMPLE_SHARE * len(x))
     if size < max(num_clusters):
         raise ClusteringError(
-            f"samples of {size} rows cannot hold {max(num_clusters)} clusters: lower "
+            f"samples of {size} rows are too small for {max(num_clusters)} clusters: lower "
             "study.candidate_num_clusters or add images"
         )
     for k in num_clusters:
@@ -80,14 +80,14 @@ def measure_stability(
 
 @dataclass(frozen=True)
 class Recommendation:
-    """A number of clusters, and why."""
+    """A number of clusters, with reasons."""
 
     num_clusters: int
     reasons: list[str]
 
 
 def recommend(scores: NumClustersScores, stability: Stability) -> Recommendation:
-    """The K that most of silhouette, BIC, gap and stability choose; the more stable one of two.
+    """The K chosen by most of silhouette, BIC, gap and stability; in a tie, the more stable K.
 
     Args:
         scores: silhouette, BIC and gap.
@@ -95,8 +95,8 @@ def recommend(scores: NumClustersScores, stability: Stability) -> Recommendation
     """
     if scores.num_clusters != stability.num_clusters:
         raise ClusteringError(
-            f"scores of K in {scores.num_clusters} and stability of K in "
-            f"{stability.num_clusters} do not compare"
+            f"scores are for K in {scores.num_clusters}, but stability is for K in "
+            f"{stability.num_clusters}: measure both for the same K"
         )
     choices = scores.chosen | {"stability": stability.chosen}
     votes = Counter(choices.values())
@@ -104,8 +104,8 @@ def recommend(scores: NumClustersScores, stability: Stability) -> Recommendation
     chosen = max(votes, key=lambda k: (votes[k], mean_of[k]))
     place = scores.num_clusters.index(chosen)
     explained = {
-        "silhouette": "silhouette is largest at",
-        "bic": "BIC is least at",
+        "silhouette": "the silhouette is highest at",
+        "bic": "BIC is lowest at",
         "gap": "the gap statistic stops rising at",
         "stability": "clusterings of random samples agree up to",
     }
@@ -116,11 +116,11 @@ def recommend(scores: NumClustersScores, stability: Stability) -> Recommendation
     if "gap" not in choices:
         reasons.append("undecided: the gap statistic rises to the end of the range")
     reasons.append(
-        f"at K = {chosen}: silhouette {scores.silhouettes[place]:.3f} of one K-means, stability "
+        f"at K = {chosen}: silhouette {scores.silhouettes[place]:.3f} of a K-means fit, stability "
         f"(ARI between samples) {mean_of[chosen]:.3f} +- {stability.error[place]:.3f}"
     )
     if votes[chosen] == 1:
-        reasons.append("no two criteria agree: take it as a guess, and look at the contact sheets")
+        reasons.append("no two criteria agree: treat K as a guess, and inspect the contact sheets")
     else:
         reasons.append(f"{votes[chosen]} of {len(choices)} criteria agree")
     ends = scores.num_clusters[0], scores.num_clusters[-1]

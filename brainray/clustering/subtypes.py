@@ -1,4 +1,4 @@
-"""Sub-types: clusters within one class, and whether runs of other seeds find them again."""
+"""Sub-types: clusters within a class, and whether they recur in runs with other seeds."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,17 +9,17 @@ from numpy.typing import NDArray
 from brainray.clustering.metrics import clustering_metrics
 
 STABLE = 0.75
-"""Mean Jaccard index from which a cluster counts as stable: Hennig 2007, section 3.2."""
+"""Mean Jaccard index at which a cluster counts as stable: Hennig 2007, section 3.2."""
 
 
 @dataclass(frozen=True)
 class SubType:
-    """One of several clusters that stand for the same class."""
+    """One of several clusters that are mapped to the same class."""
 
     cluster: int
     size: int  # slices
     stability: float | None
-    """Mean over the other runs of the Jaccard index with the cluster there that is most alike;
+    """Mean over the other runs of the Jaccard index with the most similar cluster of that run;
     None without other runs."""
 
     @property
@@ -29,7 +29,7 @@ class SubType:
 
 @dataclass(frozen=True)
 class ClassSubTypes:
-    """The clusters that stand for one class."""
+    """The clusters that are mapped to one class."""
 
     name: str
     ari: float | None  # mean over the other runs, on the slices of the class; None without runs
@@ -38,12 +38,12 @@ class ClassSubTypes:
 
 def find_subtypes(
     clusters: NDArray[np.integer],  # (N,)
-    classes: Sequence[str],  # (N,) that the slice's cluster stands for
+    classes: Sequence[str],  # (N,) class that the slice's cluster is mapped to
     others: Sequence[NDArray[np.integer]],  # (N,) clusters of the same slices in other runs
 ) -> list[ClassSubTypes]:
-    """Classes that more than one cluster stands for, in the order of their names.
+    """Classes with more than one cluster, in the order of their names.
 
-    No label is read: neither a class's slices nor a cluster's depend on them.
+    No labels are read: the slices of a class and of a cluster do not depend on them.
     """
     names = np.asarray(classes)
     found = []
@@ -66,7 +66,7 @@ def find_subtypes(
 
 
 def _stability(members: NDArray[np.bool_], others: Sequence[NDArray[np.integer]]) -> float | None:
-    """Mean over the other runs of the largest Jaccard index of a set of slices (N,)."""
+    """Mean over the other runs of the largest Jaccard index with a set of slices (N,)."""
     best = []
     for other in others:
         counts = np.bincount(other)

@@ -1,4 +1,4 @@
-"""A rank's rows, shared out among its processor threads."""
+"""Share a rank's rows among CPU threads."""
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,16 +13,16 @@ _MIN_ROWS_OF_THREAD = 1024
 
 
 def shares(num_rows: int) -> list[slice]:
-    """As many shares of rows as PyTorch may use threads, fewer where there are few rows."""
+    """Split rows into one share per PyTorch thread, or fewer if there are few rows."""
     num_shares = max(min(torch.get_num_threads(), num_rows // _MIN_ROWS_OF_THREAD), 1)
     return list(shards.blocks(num_rows, max(-(-num_rows // num_shares), 1)))
 
 
 class Threads:
-    """Threads beside the caller's for functions that release the interpreter's lock.
+    """Additional threads for functions that release the interpreter lock.
 
-    They are not PyTorch's, which wait busily for milliseconds after each operation of theirs, and
-    so take a core from the passes over a small shard.
+    PyTorch's own threads are not used, as they busy-wait for milliseconds after each operation and
+    would take cores from the passes over a small shard.
     """
 
     def __init__(self, pool: ThreadPoolExecutor) -> None:
@@ -31,7 +31,7 @@ class Threads:
     def call(
         self, function: Callable[..., Any], arguments: Sequence[Sequence[object]]
     ) -> list[Any]:
-        """What `function` returns for each of several lists of arguments: a thread each."""
+        """Results of `function` for several lists of arguments, each in its own thread."""
         others = [self._pool.submit(function, *each) for each in arguments[1:]]
         first = [function(*each) for each in arguments[:1]]
         return first + [other.result() for other in others]

@@ -1,20 +1,20 @@
-"""Where the brain likely is in a slice, by slices of other heads whose brain is known.
+"""Probability that a pixel of a slice is brain, from an atlas of slices with known brain masks.
 
 Multi-atlas segmentation (Iglesias and Sabuncu, "Multi-atlas segmentation of biomedical images: a
-survey", 2015): each of 200 atlas slices is laid over the head by the scale, translation, stretch
-and rotation of most mutual information in a joint histogram (Maes et al., "Multimodality image
-registration by maximization of mutual information", 1997), less a penalty for poses far off; the
-brains of those that fit best are averaged. The atlas has six labels (air; dark, medium and bright
-outside of the brain; dark and bright within it), and mutual information asks only that a label
-looks alike all over a slice, not how: no contrast is assumed.
+survey", 2015): each of 200 atlas slices is aligned with the head by the scale, translation, stretch
+and rotation that maximise the mutual information of a joint histogram (Maes et al., "Multimodality
+image registration by maximization of mutual information", 1997), minus a penalty for extreme poses.
+The brain masks of the best matches are averaged. The atlas has six labels (air; dark, medium and
+bright outside the brain; dark and bright inside it). Mutual information only requires that a label
+has a consistent appearance within a slice, so no contrast is assumed.
 
-``brain_atlas.npz`` was made by `make_brain_atlas.py` of one head and two averages of many:
+``brain_atlas.npz`` was made by `make_brain_atlas.py` from one head and two averages of many:
 OpenNeuro's ds000031 (sub-01, ses-006; CC0), pydeface's mean head (MIT License, copyright (c) 2015)
 and the ICBM 152 nonlinear template of 2009 (copyright (C) 1993-2009 Louis Collins, McConnell Brain
 Imaging Centre, Montreal Neurological Institute, McGill University, whose permission to copy, modify
-and distribute it holds where this notice appears). Their brains were outlined by MindGrab (Fani et
-al., "MindGrab for BrainChop", 2025). The settings below were chosen by the overlap with brains of
-five other heads and of phantoms, and by looking at public slices.
+and distribute it applies wherever this notice appears). Their brains were segmented by MindGrab
+(Fani et al., "MindGrab for BrainChop", 2025). The settings below were chosen by the overlap with
+the brains of five other heads and of phantoms, and by inspecting public slices.
 """
 
 import math
@@ -31,15 +31,15 @@ from brainray.mri.head import Head, Plane, sample
 
 _FILE = Path(__file__).with_suffix(".npz")
 
-GRID = 32  # cells a side of the square on which slices are compared
-_REACH = 1.5  # of the square from the head's centre, in radii of its inscribed circle
+GRID = 32  # cells per side of the square on which slices are compared
+_REACH = 1.5  # half side of the square around the head's centre, in radii of its inscribed circle
 _CELL = 2.0 * _REACH / GRID
 _BLUR = 0.35  # cells
 _AXIS = (np.arange(GRID, dtype=np.float32) + 0.5) * _CELL - _REACH
 _COLUMNS, _ROWS = np.meshgrid(_AXIS, _AXIS)
 
 NUM_LABELS = 6  # 0 is air
-_NUM_GREYS = 16  # of the slice in question, by quantiles
+_NUM_GREYS = 16  # of the slice to segment, by quantiles
 _NUM_BINS = _NUM_GREYS + 1  # 0 is air
 
 # A pose is (scale, x, y, stretch, rotation): lengths in radii, rotation in radians.
@@ -51,13 +51,13 @@ _FIRST_POSES = np.array(
     ],
     np.float32,
 )
-_FIRST_STRIDE = 2  # every second cell tells which atlas slices are worth a closer look
+_FIRST_STRIDE = 2  # every second cell is enough to select atlas slices for refinement
 _NUM_REFINED = 24
-_STEPS = np.array([0.05, 0.05, 0.05, 0.05, 0.07], np.float32)  # of each part of a pose
+_STEPS = np.array([0.05, 0.05, 0.05, 0.05, 0.07], np.float32)  # for each part of a pose
 _IS_FACTOR = np.array([True, False, False, True, False])
 _STEP_SIZES = (1.0, 1.0, 0.6, 0.4, 0.25)
 _PRIOR_WIDTHS = np.array([0.15, 0.15, 0.15, 0.08, 0.15], np.float32)
-_PRIOR = 0.005  # nats for a part of the pose that lies one such width off
+_PRIOR = 0.005  # penalty in nats for a part of the pose that is off by one such width
 _NUM_FUSED = 16
 _TEMPERATURE = 0.025  # nats
 
@@ -66,16 +66,16 @@ Poses = NDArray[np.float32]  # (P, 5)
 
 @dataclass(frozen=True)
 class BrainAtlas:
-    """N slices of heads, each on the square about its own head's centre."""
+    """N slices of heads, each on the square around its own head's centre."""
 
     labels: NDArray[np.uint8]
-    """(N, GRID, GRID) of the cells."""
+    """(N, GRID, GRID) label of each cell."""
     brains: Plane
-    """(N, GRID, GRID) share of the cell that is brain, from 0 to 1."""
+    """(N, GRID, GRID) fraction of the cell that is brain, from 0 to 1."""
 
     @classmethod
     def read(cls, path: Path = _FILE) -> "BrainAtlas":
-        """With the mirror images of sagittal slices: a face may look either way."""
+        """Read the atlas and add mirrored sagittal slices, as a face may look either way."""
         with np.load(path) as stored:
             labels, is_sagittal = stored["labels"], stored["is_sagittal"]
             brains = stored["brains"].astype(np.float32) / 255.0
@@ -85,7 +85,7 @@ class BrainAtlas:
         )
 
     def brain_probability(self, head: Head) -> Plane:
-        """(H, W), from 0 to 1, of each pixel at the head's working size."""
+        """Probability (H, W), from 0 to 1, of each pixel at the head's working size."""
         bins = grey_bins(head)
         chosen, poses = self._first_choice(bins, head)
         scores, poses = self._refined(bins, head, self.labels[chosen], poses)
@@ -95,7 +95,7 @@ class BrainAtlas:
         return np.average(warped, axis=0, weights=weights).astype(np.float32)
 
     def _first_choice(self, bins: Plane, head: Head) -> tuple[NDArray[np.intp], Poses]:
-        """The slices worth refining, and the best of a few poses of each."""
+        """The slices to refine, and the best of a few poses for each."""
         coarse = _looked_up(bins, head, _FIRST_POSES)[:, ::_FIRST_STRIDE, ::_FIRST_STRIDE]
         coarse = coarse.reshape(len(_FIRST_POSES), -1)
         is_bin = (coarse[:, :, None] == np.arange(_NUM_BINS)).astype(np.float32)
@@ -107,14 +107,14 @@ class BrainAtlas:
 
     @cached_property
     def _is_label(self) -> NDArray[np.float32]:
-        """(N, labels, coarse cells) 1 where a cell has that label."""
+        """(N, labels, coarse cells) 1 where the cell has the label."""
         coarse = self.labels[:, ::_FIRST_STRIDE, ::_FIRST_STRIDE].reshape(len(self.labels), 1, -1)
         return (coarse == np.arange(NUM_LABELS)[:, None]).astype(np.float32)
 
     def _refined(
         self, bins: Plane, head: Head, labels: NDArray[np.uint8], poses: Poses
     ) -> tuple[NDArray[np.float32], Poses]:
-        """Scores and poses after a search along one part of the pose after another."""
+        """Scores and poses after a coordinate-wise search over the parts of the pose."""
         scores = _scores(bins, head, labels, poses)
         both = np.concatenate([labels, labels])
         rows = np.arange(len(labels))
@@ -135,12 +135,12 @@ class BrainAtlas:
 
 @cache
 def brain_atlas() -> BrainAtlas:
-    """The atlas that comes along."""
+    """The atlas that is shipped with the package."""
     return BrainAtlas.read()
 
 
 def grey_bins(head: Head) -> Plane:
-    """(H, W): 0 in air, else 1 to 16 by quantiles of the head's grey values."""
+    """(H, W): 0 in air, otherwise 1 to 16 by quantiles of the head's grey values."""
     grey = smooth(head.signal, head)
     inside = head.mask > 0
     ranked = np.sort(grey[inside])
@@ -149,18 +149,18 @@ def grey_bins(head: Head) -> Plane:
 
 
 def smooth(plane: Plane, head: Head) -> Plane:
-    """A plane of the head (H, W) as its cells see it."""
+    """A plane of the head (H, W), blurred to the resolution of the cells."""
     return cv2.GaussianBlur(plane, (0, 0), max(0.3, _BLUR * _CELL * head.radius))
 
 
 def on_square(plane: Plane, head: Head) -> Plane:
-    """A plane of the head (H, W) at the cells (GRID, GRID)."""
+    """A plane of the head (H, W), sampled at the cells (GRID, GRID)."""
     x, y = head.centre
     return sample(plane, x + head.radius * _COLUMNS, y + head.radius * _ROWS)
 
 
 def _looked_up(bins: Plane, head: Head, poses: Poses) -> NDArray[np.intp]:
-    """(P, GRID, GRID) bins at the cells of the atlas' square in each pose."""
+    """Bins (P, GRID, GRID) at the cells of the atlas square in each pose."""
     scale, x, y, stretch, rotation = (part[:, None, None] for part in poses.T)
     across, down = scale * stretch * _COLUMNS, scale / stretch * _ROWS
     cosine, sine = np.cos(rotation), np.sin(rotation)
@@ -173,7 +173,7 @@ def _looked_up(bins: Plane, head: Head, poses: Poses) -> NDArray[np.intp]:
 
 
 def _warped(head: Head, brain: Plane, pose: NDArray[np.float32]) -> Plane:
-    """An atlas slice's brain (GRID, GRID) in a pose, at the head's pixels (H, W)."""
+    """The brain of an atlas slice (GRID, GRID) in a pose, at the head's pixels (H, W)."""
     scale, x, y, stretch, rotation = (float(part) for part in pose)
     cosine, sine = math.cos(rotation), math.sin(rotation)
     height, width = head.mask.shape
@@ -187,7 +187,7 @@ def _warped(head: Head, brain: Plane, pose: NDArray[np.float32]) -> Plane:
 def _scores(
     bins: Plane, head: Head, labels: NDArray[np.uint8], poses: Poses
 ) -> NDArray[np.float32]:
-    """(P,) nats of mutual information, less the penalty, of slices (P, GRID, GRID) in poses."""
+    """Mutual information minus penalty (P,), in nats, of slices (P, GRID, GRID) in their poses."""
     size = NUM_LABELS * _NUM_BINS
     places = labels.astype(np.intp) * _NUM_BINS + _looked_up(bins, head, poses)
     places += size * np.arange(len(poses))[:, None, None]
@@ -197,7 +197,7 @@ def _scores(
 
 
 def _entropy_terms(num_pooled: int) -> NDArray[np.float32]:
-    """-p log p by the number of cells, 0 to all of the square, with 0.1 added to each count."""
+    """-p log p for each number of cells, from 0 to GRID * GRID, with 0.1 added to each count."""
     added = 0.1
     counts = np.arange(GRID * GRID + 1) + added * num_pooled
     shares = counts / (GRID * GRID + added * NUM_LABELS * _NUM_BINS)
@@ -208,13 +208,13 @@ _OF_LABEL, _OF_BIN, _OF_BOTH = (_entropy_terms(n) for n in (_NUM_BINS, NUM_LABEL
 
 
 def _mutual_information(counts: NDArray[np.intp]) -> NDArray[np.float32]:
-    """(...) in nats, of counts (..., labels, bins) of the square's cells."""
+    """Mutual information (...), in nats, of cell counts (..., labels, bins)."""
     of_label = _OF_LABEL[counts.sum(axis=-1)].sum(axis=-1)
     of_bin = _OF_BIN[counts.sum(axis=-2)].sum(axis=-1)
     return np.asarray(of_label + of_bin - _OF_BOTH[counts].sum(axis=(-2, -1)))
 
 
 def _departure(poses: Poses) -> NDArray[np.float32]:
-    """(P,) the penalty of poses (P, 5) that lie far off, in nats."""
+    """Penalty (P,), in nats, for the distance of poses (P, 5) from the identity."""
     parts = np.where(_IS_FACTOR, np.log(np.maximum(poses, 1e-3)), poses)
     return _PRIOR * ((parts / _PRIOR_WIDTHS) ** 2).sum(axis=1)

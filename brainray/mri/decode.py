@@ -1,4 +1,4 @@
-"""From a file's bytes to its grayscale slices, or to the reason why not."""
+"""Decode a file's bytes to grayscale slices, or report why they are rejected."""
 
 import io
 import logging
@@ -39,14 +39,14 @@ __all__ = [
 ]
 
 VERSION = 1
-"""Raised whenever files give other slices than before: those of two versions are not mixed."""
+"""Increased whenever files decode to different slices: slices of two versions are never mixed."""
 
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "GIF", "DICOM", "NIfTI")
 SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".tif", ".tiff", ".bmp", ".gif"),
     *(".dcm", ".dicom", ".ima", ".nii", ".nii.gz"),
 )
-"""Lower-case endings of files that may hold slices; DICOM files often have none."""
+"""Lower-case suffixes of files that may contain slices; DICOM files often have none."""
 
 DICOM_HEAD_BYTES = 132
 
@@ -62,7 +62,7 @@ _SIGNATURES = (
     (b"BM", "BMP"),
 )
 _GZIP = b"\x1f\x8b"
-# Tags of a TIFF, and values of theirs.
+# TIFF tags and some of their values.
 _SUBFILE_TYPE, _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 254, 258, 262, 339
 _WHITE_IS_ZERO = 0
 _UNSIGNED, _SIGNED = 1, 2
@@ -75,48 +75,50 @@ _TURNS: dict[object, Image.Transpose] = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What brings a picture of an EXIF orientation upright; 1 is upright."""
+"""The transposition that makes a picture of an EXIF orientation upright; 1 is upright."""
 _NIFTI_HEAD_BYTES = 348
-# Their messages quote header fields.
+# The messages of these loggers quote header fields.
 _TALKATIVE_LOGGERS = {"TIFF": "PIL", "DICOM": "pydicom", "NIfTI": "nibabel"}
 
 
 def decode_file(content: bytes, options: DecodeOptions) -> list[DecodedSlice]:
-    """Decode all slices of a file to 8-bit grayscale, the whole file or nothing of it.
+    """Decode either all slices of a file to 8-bit grayscale or none.
 
-    The format is found by content, whatever the file is called.
+    The format is detected from the content, not from the file name.
 
-    - JPEG, PNG, BMP, GIF: one slice, turned as its EXIF orientation says. Colour is converted by
-      luminance (ITU-R 601), transparency laid on black; 16-bit and float images are scaled
-      linearly from their own minimum and maximum to 0..255, without the brightest thousandth where
-      that would leave the rest fewer than 64 greys (dead pixels). Animations are refused.
+    - JPEG, PNG, BMP, GIF: one slice, rotated according to its EXIF orientation. Colour is converted
+      to luminance (ITU-R 601), transparency is composited on black. 16-bit and float images are
+      scaled linearly from their own minimum and maximum to 0..255; the brightest thousandth is
+      clipped if it would leave fewer than 64 greys to the rest (dead pixels). Animations are
+      rejected.
     - TIFF: the same, and every page is a slice; the pages of a stack share a subject.
-    - DICOM: `brainray.mri.dicom`; NIfTI, also compressed: `brainray.mri.nifti`.
+    - DICOM: see `brainray.mri.dicom`; NIfTI, also compressed: see `brainray.mri.nifti`.
 
-    Nothing else that a file's header says is returned, raised, logged or warned of.
+    No other header content is returned, or appears in an exception, a log line or a warning.
 
     Raises:
-        RejectedImage: empty, not an image, truncated or corrupt, too small, too large, ...
+        RejectedImage: the file is empty, not an image, truncated or corrupt, too small, too
+            large, ...
     """
     if not content:
         raise RejectedImage("empty file")
     file_format = sniff(content)
     if not file_format:
-        raise RejectedImage("not an image", f"no header of {', '.join(FORMATS)}")
+        raise RejectedImage("not an image", f"no {', '.join(FORMATS)} header")
     try:
         with _silenced(_TALKATIVE_LOGGERS.get(file_format)):
             return _decode(content, file_format, options)
     except RejectedImage:
         raise
-    except Exception as error:  # decoders raise nearly anything on hostile bytes
+    except Exception as error:  # decoders may raise anything on hostile bytes
         failure = type(error).__name__
-    # Out here the decoder's exception, whose text may quote the header, is not chained.
-    raise RejectedImage("corrupt or truncated", f"the {file_format} decoder stopped at {failure}")
+    # Raised here so that the decoder's exception, which may quote the header, is not chained.
+    raise RejectedImage("corrupt or truncated", f"the {file_format} decoder raised {failure}")
 
 
 def sniff(content: bytes) -> str:
-    """One of `FORMATS` by the first bytes of a file, "" where they tell of none."""
-    # First: a DICOM file may begin with the signature of another format.
+    """One of `FORMATS`, from the first bytes of a file; "" if they match none."""
+    # Checked first, as a DICOM file may begin with the signature of another format.
     if looks_like_dicom(content):
         return "DICOM"
     for signature, file_format in _SIGNATURES:
@@ -129,24 +131,24 @@ def sniff(content: bytes) -> str:
 
 
 def looks_like_dicom(head: bytes) -> bool:
-    """Whether a file without a telling name is DICOM, by its first `DICOM_HEAD_BYTES`."""
+    """Whether a file without a known suffix is DICOM, from its first `DICOM_HEAD_BYTES`."""
     return head[128:DICOM_HEAD_BYTES] == b"DICM"
 
 
 def check_content(image: NDArray[np.uint8], *, min_intensity_std: float) -> None:
-    """Refuse a blank or near-constant slice.
+    """Reject a blank or near-constant slice.
 
     Raises:
         RejectedImage: the standard deviation (of 0..255) is below ``min_intensity_std``.
     """
-    deviation = float(cv2.meanStdDev(image)[1].item())  # NumPy's takes twenty times as long
+    deviation = float(cv2.meanStdDev(image)[1].item())  # twenty times as fast as NumPy
     if deviation < min_intensity_std:
         raise RejectedImage("blank", f"intensity standard deviation {deviation:.2f} of 0..255")
 
 
 @contextmanager
 def _silenced(logger_name: str | None) -> Iterator[None]:
-    """No warnings, and nothing from this logger and those below it."""
+    """Suppress warnings, and this logger and its children."""
     logger = logging.getLogger(logger_name) if logger_name else None
     level = logger.level if logger else logging.NOTSET
     try:
@@ -161,7 +163,7 @@ def _silenced(logger_name: str | None) -> Iterator[None]:
 
 
 def _decode(content: bytes, file_format: str, options: DecodeOptions) -> list[DecodedSlice]:
-    # Imported on demand: the two take a second, which folders of plain images need not spend.
+    # Imported on demand: both take a second, which folders of plain images do not need.
     if file_format == "DICOM":
         from brainray.mri import dicom
 
@@ -181,7 +183,7 @@ def _decompressed_head(content: bytes) -> bytes:
 
 
 def _begins_with_dicom_element(content: bytes) -> bool:
-    """DICOM as old archives wrote it, without preamble: a first element of group 2 or 8."""
+    """DICOM without a preamble, as in old archives: the first element is of group 2 or 8."""
     if len(content) < DICOM_HEAD_BYTES:
         return False
     group, element, length = struct.unpack_from("<HHI", content)
@@ -200,13 +202,13 @@ def _decode_picture(content: bytes, file_format: str, options: DecodeOptions) ->
         with picture:
             if file_format == "TIFF":
                 return _decode_pages(content, picture, options)
-            # Phones store a JPEG's preview as a second frame: that is no animation.
+            # Phones store a preview as a second JPEG frame, which is not an animation.
             if file_format != "JPEG" and getattr(picture, "is_animated", False):
                 raise RejectedImage("animated image", "several frames")
             _check_picture(picture, options)
             return [DecodedSlice(_to_grayscale(picture), file_format)]
-    kinds = ", or a data type that Pillow does not read" if file_format == "TIFF" else ""
-    raise RejectedImage(failure, f"the header of a {file_format}{kinds}")
+    kinds = ", or a data type that Pillow cannot read" if file_format == "TIFF" else ""
+    raise RejectedImage(failure, f"the {file_format} header{kinds}")
 
 
 def _decode_pages(
@@ -223,7 +225,7 @@ def _decode_pages(
         check_num_voxels(num_voxels, options.max_voxels)
         images.append((f"frame={page}", _to_grayscale(picture)))
     if not images:
-        raise RejectedImage("corrupt or truncated", "a TIFF without a full page")
+        raise RejectedImage("corrupt or truncated", "the TIFF has no full-resolution page")
     if len(images) == 1:
         return [DecodedSlice(images[0][1], "TIFF")]
     subject = volume_hash(content, options.salt)
@@ -231,7 +233,7 @@ def _decode_pages(
 
 
 def _is_preview(picture: Image.Image) -> bool:
-    """A page that repeats another one in lower resolution (tag NewSubfileType, bit 0)."""
+    """Whether the page is a low-resolution copy of another (tag NewSubfileType, bit 0)."""
     return bool(_tag(picture, _SUBFILE_TYPE) & 1)
 
 
@@ -244,44 +246,48 @@ def _to_grayscale(picture: Image.Image) -> NDArray[np.uint8]:
     if picture.mode in {"I", "F"} or picture.mode.startswith("I;"):
         pixels = np.array(_upright(picture))
         if picture.mode == "I" and _tag(picture, _SAMPLE_FORMAT, _UNSIGNED) == _UNSIGNED:
-            pixels = pixels.view(np.uint32)  # which Pillow has no mode for
+            pixels = pixels.view(np.uint32)  # Pillow has no mode for these
         values = replace_non_finite(pixels.astype(np.float64))
         if _tag(picture, _PHOTOMETRIC, 1) == _WHITE_IS_ZERO:
-            values = -values  # as Pillow does with 8 bits
+            values = -values  # as Pillow does for 8 bits
         low, rest, high = np.percentile(values, [0.0, 99.9, 100.0])
         above = values[values > low].min(initial=high)
-        if 0 < 4 * (rest - above) < above - low:  # the value that stands for no data
+        if 0 < 4 * (rest - above) < above - low:  # the lowest value marks missing data
             low = above
         return to_uint8(values, low, rest if 0 < 4 * (rest - low) < high - low else high)
     has_16_bits = ";16" in str(getattr(picture, "tile", "")) or _tag(picture, _BITS, 8) > 8
-    if len(picture.getbands()) > 1 and has_16_bits:  # Pillow would read half of the bits
-        raise RejectedImage("unsupported data type", "colour of 16 bits: store it as grey, or as 8")
-    if _tag(picture, _SAMPLE_FORMAT) == _SIGNED:  # Pillow would wrap what is below 0
-        raise RejectedImage("unsupported data type", "signed 8 bits: store them as 16, or unsigned")
+    if len(picture.getbands()) > 1 and has_16_bits:  # Pillow would drop half of the bits
+        raise RejectedImage(
+            "unsupported data type", "16-bit colour: convert it to grayscale or to 8 bits"
+        )
+    if _tag(picture, _SAMPLE_FORMAT) == _SIGNED:  # Pillow would wrap negative values
+        raise RejectedImage(
+            "unsupported data type", "signed 8-bit pixels: convert them to 16 bits or to unsigned"
+        )
     picture = _upright(picture)
     if picture.has_transparency_data:
         colour = picture.convert("RGBA")
         black = Image.new("RGBA", colour.size, (0, 0, 0, 255))
         picture = Image.alpha_composite(black, colour)
     elif picture.mode not in {"L", "RGB", "YCbCr", "P", "1"}:
-        picture = picture.convert("RGB")  # not all modes know the way to luminance
+        picture = picture.convert("RGB")  # not all modes convert to luminance directly
     return np.asarray(picture if picture.mode == "L" else picture.convert("L"))
 
 
 def _tag(picture: Image.Image, tag: int, default: int = 0) -> int:
-    """Of a TIFF, for its first channel; the default where it is absent, as in other pictures."""
+    """A TIFF tag of the first channel; the default if it is absent or this is not a TIFF."""
     value = getattr(picture, "tag_v2", {}).get(tag, default)
     return int(value[0] if isinstance(value, tuple) else value)
 
 
 def _upright(picture: Image.Image) -> Image.Image:
-    """As viewers show it, which is what its label was given to."""
-    picture.load()  # a PNG may tell its orientation after its pixels
+    """The picture as viewers show it, which is how it was labelled."""
+    picture.load()  # a PNG may store its orientation after its pixels
     if "exif" not in picture.info:
         return picture
     try:
         orientation = picture.getexif().get(Base.Orientation)
-    except Exception:  # Pillow raises nearly anything on metadata that are none
+    except Exception:  # Pillow may raise anything on invalid metadata
         return picture
     turn = _TURNS.get(orientation)
     return picture if turn is None else picture.transpose(turn)

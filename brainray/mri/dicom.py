@@ -1,9 +1,9 @@
-"""DICOM files: every frame a slice, windowed as the scanner says, and nothing of the header kept.
+"""Decode DICOM files: every frame is a slice, with the file's window; no header data is kept.
 
 Compressed pixels are decoded by imagecodecs (BSD-3-Clause; libjpeg-turbo, CharLS, OpenJPEG),
-offered to pydicom as a plug-in, and RLE by pydicom itself. Of pydicom's own plug-ins the one for
-GDCM ends the whole process on a corrupt stream, and no other with a permissive licence reads
-lossless JPEG, which archives use most.
+which is registered with pydicom as a plug-in; RLE is decoded by pydicom itself. Among pydicom's own
+plug-ins, GDCM kills the process on a corrupt stream, and no other plug-in with a permissive licence
+reads lossless JPEG, which archives use most.
 """
 
 import importlib.util
@@ -63,23 +63,24 @@ _START_OF_J2K = b"\xff\x4f\xff\x51"
 DECODER_DEPENDENCIES: dict[str, tuple[str, ...]] = dict.fromkeys(
     (*JPEGTransferSyntaxes, *JPEGLSTransferSyntaxes, *JPEG2000TransferSyntaxes), (_PLUGIN,)
 )
-"""Read by pydicom, as `is_available` is, when this module is offered as a plug-in."""
+"""Read by pydicom, like `is_available`, when this module is registered as a plug-in."""
 
 
 def decode_dicom(content: bytes, options: DecodeOptions) -> list[DecodedSlice]:
     """Decode every frame of a DICOM file.
 
-    Stored values become real ones (rescale or modality LUT), then 0..255 by the file's window or
-    VOI LUT; where it has none, or one that leaves nothing to see, by percentiles of the frame's
-    foreground. MONOCHROME1 is inverted, colour converted by luminance, pixels made square.
+    Stored values are converted to real values (rescale or modality LUT), then to 0..255 by the
+    file's window or VOI LUT. If it has none, or the result would be constant, percentiles of the
+    frame's foreground are used instead. MONOCHROME1 is inverted, colour is converted to luminance,
+    pixels are made square.
 
-    The subject is the patient number; without a usable one the study, else the series, else, of
-    several frames, the file.
+    The subject is the patient ID. Without a usable one it is the study, then the series, then, if
+    there are several frames, the file.
 
     Raises:
-        RejectedImage: no pixels, no scan, pixels that name the patient, a transfer syntax that
-            cannot be decoded, or limits exceeded.
-        Exception: whatever pydicom raises on corrupt bytes; its text may quote the header.
+        RejectedImage: there are no pixels, it is not a scan, the pixels may identify the patient,
+            the transfer syntax is not supported, or a limit is exceeded.
+        Exception: anything that pydicom raises on corrupt bytes; its text may quote the header.
     """
     dataset = _read(content)
     _check_kind(dataset)
@@ -101,7 +102,7 @@ def decode_dicom(content: bytes, options: DecodeOptions) -> list[DecodedSlice]:
 def _read(content: bytes) -> FileDataset:
     has_preamble = content[128:132] == b"DICM"
     if has_preamble or content[:2] == b"\x02\0":
-        # Inflated by pydicom without limit: looked for before it reads the file.
+        # pydicom inflates this syntax without a limit: reject it before pydicom reads the file.
         start = io.BytesIO(content[132:] if has_preamble else content)
         meta = read_dataset(start, False, True, stop_when=lambda tag, *_: tag.group != 2)
         if meta.get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
@@ -117,18 +118,18 @@ def _read(content: bytes) -> FileDataset:
 def _check_kind(dataset: Dataset) -> None:
     if not any(keyword in dataset for keyword in _PIXEL_KEYWORDS):
         if "Rows" in dataset:
-            raise RejectedImage("corrupt or truncated", "an image's header without its pixels")
-        raise RejectedImage("no pixel data", "a report, a plan, a directory or the like")
+            raise RejectedImage("corrupt or truncated", "an image header without pixels")
+        raise RejectedImage("no pixel data", "not an image object (report, plan, directory, ...)")
     if dataset.get("Modality") in _NO_SCANS:
-        raise RejectedImage("no scan", "a segmentation or a dose")
+        raise RejectedImage("no scan", "a segmentation or dose map")
     if "MOSAIC" in (dataset.get("ImageType") or ()):
-        raise RejectedImage("no scan", "many slices in one picture (mosaic): convert it to NIfTI")
+        raise RejectedImage("no scan", "a mosaic of many slices: convert it to NIfTI")
     if dataset.get("BurnedInAnnotation") == "YES":
-        raise RejectedImage("burned-in annotation", "the pixels may show who the patient is")
+        raise RejectedImage("burned-in annotation", "the pixels may identify the patient")
 
 
 def _check_announced_size(dataset: Dataset, options: DecodeOptions) -> int:
-    """The number of frames, once they are known to be within the limits."""
+    """Check the announced size against the limits and return the number of frames."""
     rows, columns = int(dataset.Rows), int(dataset.Columns)
     num_frames = int(dataset.get("NumberOfFrames") or 1)
     check_size(rows, columns, min_side=options.min_side, max_pixels=options.max_pixels)
@@ -142,7 +143,7 @@ def _subject(dataset: Dataset, salt: bytes) -> str | None:
     patient = str(dataset.get("PatientID") or "").strip()
     if patient.strip("0") and not names_nobody(patient):
         return subject_hash("patient", patient, salt)
-    # A study is one patient's and holds several series: the wider of the two.
+    # A study belongs to one patient and contains several series: prefer it as the wider group.
     for keyword in ("StudyInstanceUID", "SeriesInstanceUID"):
         uid = str(dataset.get(keyword) or "").strip()
         if uid:
@@ -156,11 +157,11 @@ def _subject(dataset: Dataset, salt: bytes) -> str | None:
 def _frames(
     dataset: FileDataset, num_frames: int
 ) -> "Iterator[tuple[NDArray[Any], dict[str, Any]]]":
-    """Frames (H, W) or (H, W, 3) and what pydicom says of each."""
+    """Frames (H, W) or (H, W, 3), each with its pydicom properties."""
     syntax = UID(dataset.file_meta.TransferSyntaxUID)
     plugin = ""
     if syntax in DECODER_DEPENDENCIES:
-        # An instance of our own: pydicom's are shared, and try GDCM where it is installed.
+        # Our own instance: pydicom's decoders are shared, and try GDCM if it is installed.
         decoder = Decoder(syntax)
         decoder.add_plugin(_PLUGIN, (__name__, "decode_frame"))
         plugin = _PLUGIN
@@ -169,8 +170,8 @@ def _frames(
         plugin = "pydicom"
     elif syntax in (ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian):
         bits = int(dataset.get("BitsStored") or 0)
-        if int(dataset.get("HighBit") or 0) > bits - 1 > 0:  # of which pydicom reads the lowest
-            raise RejectedImage("unsupported data type", "bits above the lowest of each pixel")
+        if int(dataset.get("HighBit") or 0) > bits - 1 > 0:  # pydicom reads the lowest bits
+            raise RejectedImage("unsupported data type", "pixels are not stored in the lowest bits")
         decoder = get_decoder(syntax)
     else:
         raise _unsupported(syntax, "store the file uncompressed")
@@ -181,7 +182,7 @@ def _frames(
 
 
 def _unsupported(syntax: UID, remedy: str) -> RejectedImage:
-    # A UID that is no known syntax is text of the file like any other.
+    # An unknown UID is arbitrary text from the file, so it is not quoted.
     name = syntax.name if syntax.is_transfer_syntax and not syntax.is_private else "unknown"
     return RejectedImage("unsupported transfer syntax", f"{name}: {remedy}")
 
@@ -202,7 +203,7 @@ def _to_grayscale(
         return _luminance(pixels, bits=int(properties["bits_stored"]))
     attributes = _attributes(dataset, "PixelValueTransformationSequence", index)
     values = replace_non_finite(_rescaled(pixels, attributes).astype(np.float32))
-    inverted = interpretation == "MONOCHROME1"  # the least value is white
+    inverted = interpretation == "MONOCHROME1"  # the lowest value is white
     padding = _is_padding(pixels, dataset)
     if padding.any() and not padding.all():
         scanned = values[~padding]
@@ -215,7 +216,7 @@ def _to_grayscale(
 
 
 def _rescaled(pixels: NDArray[Any], attributes: Dataset) -> NDArray[Any]:
-    """Real values; as they are stored where slope or intercept is left empty."""
+    """Real values; the stored values if slope or intercept is empty."""
     linear = [attributes.get(name) for name in ("RescaleSlope", "RescaleIntercept")]
     if None in linear and not attributes.get("ModalityLUTSequence"):
         return pixels
@@ -223,7 +224,7 @@ def _rescaled(pixels: NDArray[Any], attributes: Dataset) -> NDArray[Any]:
 
 
 def _is_padding(pixels: NDArray[Any], dataset: Dataset) -> NDArray[np.bool_]:
-    """(H, W), where there is nothing of the scan: the padding value, or all up to its limit.
+    """Mask (H, W) of pixels outside the scan: the padding value, or the range up to its limit.
 
     Source: DICOM PS3.3, C.7.5.1.1.2.
     """
@@ -232,17 +233,17 @@ def _is_padding(pixels: NDArray[Any], dataset: Dataset) -> NDArray[np.bool_]:
     )
     low, high = sorted((value, value if math.isnan(limit) else limit))
     if pixels.dtype.kind in "iu" and pixels.dtype.itemsize > 1:
-        # Written in the other signedness than the pixels': -2000 for 63536.
+        # Written with a different signedness from the pixels: -2000 for 63536.
         held = np.iinfo(pixels.dtype)
         if high < held.min:
             low, high = low + 2.0**held.bits, high + 2.0**held.bits
         elif low > held.max:
             low, high = low - 2.0**held.bits, high - 2.0**held.bits
-    return np.asarray((pixels >= low) & (pixels <= high))  # nowhere where there is no value
+    return np.asarray((pixels >= low) & (pixels <= high))  # NaN matches nothing
 
 
 def _keeps_bytes(dataset: Dataset) -> bool:
-    """Whether the entries of a palette of 16 bits are of 8, as some write them."""
+    """Whether a 16-bit palette only has 8-bit entries, as some software writes it."""
     tables = [
         np.frombuffer(dataset.get(f"{colour}PaletteColorLookupTableData") or b"", np.uint16)
         for colour in ("Red", "Green", "Blue")
@@ -257,7 +258,7 @@ def _luminance(colours: NDArray[Any], *, bits: int) -> NDArray[np.uint8]:
 
 
 def _window(values: Values, attributes: Dataset) -> NDArray[np.uint8] | None:
-    """Apply the window, else the VOI LUT; None without a usable one.
+    """Apply the window, or else the VOI LUT; None if neither is usable.
 
     Source: DICOM PS3.3, C.11.2.1.2 and C.11.2.1.3.
     """
@@ -279,11 +280,11 @@ def _window(values: Values, attributes: Dataset) -> NDArray[np.uint8] | None:
 
 
 def _looked_up(values: Values, attributes: Dataset) -> NDArray[np.uint8]:
-    """Through the VOI LUT; what lies outside of it is as its first or last entry."""
+    """Apply the VOI LUT; values outside it map to its first or last entry."""
     table = attributes.VOILUTSequence[0]
     num_entries, first, bits = (int(value) for value in table.LUTDescriptor)
     places = np.clip(values.round(), first, first + (num_entries or 2**16) - 1)
-    # pydicom counts places in numbers as wide as the entries: those of 8 bits begin anew at 256.
+    # pydicom indexes with integers as wide as the entries: 8-bit ones wrap around at 256.
     table.LUTDescriptor = [num_entries, first, 16]
     try:
         shown = apply_voi(places.astype(np.int64), attributes)
@@ -293,7 +294,7 @@ def _looked_up(values: Values, attributes: Dataset) -> NDArray[np.uint8]:
 
 
 def _first(attributes: Dataset, keyword: str) -> float:
-    """The first of one or several values, NaN where there is none."""
+    """The first of one or several values; NaN if there is none."""
     value = attributes.get(keyword)
     if value is None or value == "":
         return math.nan
@@ -301,7 +302,7 @@ def _first(attributes: Dataset, keyword: str) -> float:
 
 
 def _spacing(dataset: Dataset, index: int) -> tuple[float, float]:
-    """Distance of rows and of columns; in mm or, of the aspect ratio, without unit."""
+    """Distance between rows and between columns; in mm, or unitless from the aspect ratio."""
     attributes = _attributes(dataset, "PixelMeasuresSequence", index)
     for keyword in ("PixelSpacing", "PixelAspectRatio"):
         value = attributes.get(keyword)
@@ -311,7 +312,7 @@ def _spacing(dataset: Dataset, index: int) -> tuple[float, float]:
 
 
 def _attributes(dataset: Dataset, keyword: str, index: int) -> Dataset:
-    """Where a frame's attributes stand: its own functional group, the shared one, or the top."""
+    """The dataset with a frame's attributes: its functional group, the shared one, or the root."""
     for groups, position in (
         ("PerFrameFunctionalGroupsSequence", index),
         ("SharedFunctionalGroupsSequence", 0),
@@ -326,7 +327,7 @@ def _attributes(dataset: Dataset, keyword: str, index: int) -> Dataset:
 
 
 def is_available(uid: str) -> bool:
-    """Whether this plug-in can decode a transfer syntax here; called by pydicom."""
+    """Whether this plug-in can decode a transfer syntax in this environment; called by pydicom."""
     return uid in DECODER_DEPENDENCIES and importlib.util.find_spec(_PLUGIN) is not None
 
 
@@ -334,8 +335,8 @@ def decode_frame(source: bytes, runner: DecodeRunner) -> bytearray:
     """Decode one JPEG, JPEG-LS or JPEG 2000 stream; called by pydicom.
 
     Raises:
-        ValueError: the stream is not of the size that the header announces. Decoders allocate
-            what the stream says, which may be far more.
+        ValueError: the stream does not have the size that the header announces. Decoders allocate
+            what the stream announces, which may be far more.
     """
     import imagecodecs
 
@@ -350,12 +351,12 @@ def decode_frame(source: bytes, runner: DecodeRunner) -> bytearray:
         if runner.samples_per_pixel == 3:
             runner.set_option("photometric_interpretation", "RGB")  # OpenJPEG has converted
     elif syntax in JPEGLSTransferSyntaxes:
-        # CharLS may loop for ever on a stream that stops without its end marker.
+        # CharLS may loop forever on a stream without an end marker.
         if not source.rstrip(b"\0").endswith(_END_OF_IMAGE):
-            raise ValueError("frame without its end")
+            raise ValueError("frame without an end marker")
         array = imagecodecs.jpegls_decode(source)
     else:
-        # As stored: pydicom knows better than the stream which colours they are.
+        # Keep the stored colour space: the header is more reliable than the stream.
         stored = "RGB" if runner.photometric_interpretation == "RGB" else "YCBCR"
         space = stored if runner.samples_per_pixel == 3 else None
         array = imagecodecs.jpeg8_decode(source, colorspace=space, outcolorspace=space)
@@ -365,7 +366,7 @@ def decode_frame(source: bytes, runner: DecodeRunner) -> bytearray:
     if array.shape != shape:
         raise ValueError("frame and header differ in shape")
     runner.set_option("bits_allocated", 8 * array.dtype.itemsize)
-    return bytearray(array.tobytes())  # writable, for pydicom to correct signs in
+    return bytearray(array.tobytes())  # writable, as pydicom corrects signs in place
 
 
 def _stream_size(source: bytes) -> tuple[int, int] | None:

@@ -1,17 +1,17 @@
-"""Copies of one slice: byte-identical files, and near-duplicates by their fingerprints.
+"""Copies of a slice: byte-identical files, and near-duplicates found by their fingerprints.
 
-A fingerprint is the whole frame, area-averaged to 96 x 96 uint8. Near-duplicates are what copies of
-medical images become: encoded anew, resized, darker or brighter, framed, captioned, cropped,
-mirrored, rotated. They are found in two stages:
+A fingerprint is the whole frame, area-averaged to 96 x 96 uint8. Near-duplicates are copies that
+were re-encoded, resized, darkened or brightened, framed, captioned, cropped, mirrored or rotated.
+They are found in two stages:
 
-1. candidates: a descriptor of the bright region's layout in a frame of its own (centred, scaled),
-   so that borders and crops hardly matter, searched in an index of all slices;
+1. candidates: a descriptor of the bright region's layout in its own frame (centred and scaled, so
+   that borders and crops hardly matter) is searched for in an index of all slices;
 2. verification on the pixels: `brainray.mri.registration` aligns each pair and compares local
-   structure. Neighbouring slices of one volume look alike and stay apart.
+   structure. Neighbouring slices of a volume look alike but are kept apart.
 
-Both stages depend on the fingerprints alone, not on their order. Descriptors are vectors of small
-integers, so that float32 dot products are exact: neither the number of threads nor the size of a
-block changes what is found.
+Both stages depend only on the fingerprints, not on their order. Descriptors are vectors of small
+integers, so float32 dot products are exact: neither the number of threads nor the block size
+affects the result.
 """
 
 import hashlib
@@ -34,39 +34,39 @@ from brainray.schema import THUMBNAIL_SIDE
 COARSE_SIDE = 32
 
 KINDS = ("copy", "mirrored", "rotated")
-"""Names of the codes in `DuplicatePairs.kind` and `Twins.kind`: upright; mirrored at any axis, the
-diagonals included; turned by 90, 180 or 270 degrees."""
+"""Names of the codes in `DuplicatePairs.kind` and `Twins.kind`: upright; mirrored at any axis,
+including the diagonals; rotated by 90, 180 or 270 degrees."""
 COPY, MIRRORED, ROTATED = range(3)
 
 _BLOCK_ROWS = 2048
 _READ_ROWS = 1024  # fingerprints read and described at a time: 40 MB of floats
-_QUERIES_AT_ONCE = 4096  # in the index
-_MAX_OF_ONE_VOLUME = 1024  # slices that are passed over in favour of other volumes'
-_VERIFIED_PAIRS = 64  # pairs aligned at a time: their planes stay in the processor's cache
+_QUERIES_AT_ONCE = 4096  # per index search
+_MAX_OF_ONE_VOLUME = 1024  # slices skipped in favour of those of other volumes
+_VERIFIED_PAIRS = 64  # pairs aligned at a time: their planes stay in the CPU cache
 
-_LAYOUT_SIDE = 32  # pixels: descriptors look at no more
-_LAYOUT_MARGIN = 3  # pixels of it left out on every side: borders, captions
-_LAYOUT_QUANTILES = (0.6, 0.7)  # dark and bright: ranks survive any brightness and most clipping
-_LAYOUT_SPREAD = 1.7  # the canonical frame spans so many standard deviations on either side
+_LAYOUT_SIDE = 32  # pixels: the resolution of descriptors
+_LAYOUT_MARGIN = 3  # pixels ignored on every side: borders, captions
+_LAYOUT_QUANTILES = (0.6, 0.7)  # dark and bright: robust to brightness and most clipping
+_LAYOUT_SPREAD = 1.7  # standard deviations that the canonical frame spans on either side
 _CANONICAL_SIDE = 24  # pixels
 _NUM_FREQUENCIES = 8  # along each axis
 _DESCRIPTOR_LENGTH = 1000  # Euclidean; its square is below 2**24, where float32 stops being exact
 
 _UPRIGHT = 0
-_INVERSE = (0, 3, 2, 1, 4, 5, 6, 7)  # of the orientations: see `_oriented`
+_INVERSE = (0, 3, 2, 1, 4, 5, 6, 7)  # of each orientation, see `_oriented`
 _KIND_OF = (COPY, ROTATED, ROTATED, ROTATED, MIRRORED, MIRRORED, MIRRORED, MIRRORED)
 
 
 OnCompared = Callable[[int, int], None]
-"""Told how many candidates have been verified, and how many there are."""
+"""Called with the number of candidates verified so far and their total number."""
 
 
 @dataclass(frozen=True)
 class DuplicatePairs:
     """Links between slices that are copies of each other, sorted by (first, second); length P.
 
-    Fingerprints equal to the byte are linked to their first, not each to each, and only the
-    first stands for them in other links: enough for the groups.
+    Byte-identical fingerprints are linked to the first of them, not pairwise, and only the first
+    takes part in other links. This is enough to form groups.
     """
 
     first: NDArray[np.int64]
@@ -87,20 +87,21 @@ class DuplicatePairs:
 
 @dataclass(frozen=True)
 class Twins:
-    """The best twin of each query; length Q."""
+    """The best duplicate of each query; length Q."""
 
-    reference: NDArray[np.int64]  # -1 where there is none
-    kind: NDArray[np.int8]  # COPY, MIRRORED or ROTATED; COPY where there is none
-    similarity: NDArray[np.float32]  # 0 where there is none
+    reference: NDArray[np.int64]  # -1 if there is none
+    kind: NDArray[np.int8]  # COPY, MIRRORED or ROTATED; COPY if there is none
+    similarity: NDArray[np.float32]  # 0 if there is none
 
     @property
     def is_upright(self) -> NDArray[np.bool_]:
-        """(Q,) whether there is an upright twin."""
+        """(Q,) whether there is an upright duplicate."""
         return np.asarray((self.reference >= 0) & (self.kind == COPY))
 
     def completed_by(self, rows: NDArray[np.int64], second: "Twins") -> "Twins":
-        """With what a second look at some queries, ``rows`` (R,), has found: an upright twin where
-        there was none, or any where there was none at all.
+        """Merge in the results of a second search for the queries ``rows`` (R,).
+
+        They are taken where they add an upright duplicate, or any duplicate if there was none.
         """
         better = second.is_upright & ~self.is_upright[rows]
         better |= (second.reference >= 0) & (self.reference[rows] < 0)
@@ -117,7 +118,7 @@ class Twins:
 
 @dataclass(frozen=True)
 class _Candidates:
-    """Query, turned into the orientation, may be the reference; length C."""
+    """Queries that may match a reference once brought into the orientation; length C."""
 
     query: NDArray[np.int64]
     reference: NDArray[np.int64]
@@ -135,10 +136,10 @@ def near_duplicate_pairs(
 
     Args:
         fingerprints: (N, 9216) uint8; they are read in blocks.
-        settings: when two slices are one.
-        not_together: N ids of volumes; slices at different positions of one volume are no copies
-            of each other, and take no candidate's place. None for slices without.
-        on_compared: called with how many candidates have been verified, and how many there are.
+        settings: thresholds for duplicates.
+        not_together: N volume ids; slices at different positions of a volume are not copies of
+            each other and take up no candidate places. None for slices without a volume.
+        on_compared: called with the number of candidates verified so far and their total number.
     """
     firsts, position = distinct_rows(fingerprints)
     distinct = SelectedRows(fingerprints, firsts)
@@ -155,14 +156,14 @@ def near_duplicate_pairs(
     similarity = np.concatenate([np.ones(len(repeated), np.float32), similarity])
     first, second = np.minimum(first, second), np.maximum(first, second)
     order = np.lexsort((second, first))
-    if volumes is not None:  # equal rows are linked within a volume, too
+    if volumes is not None:  # identical rows were also linked within a volume
         one, other = volumes[first[order]], volumes[second[order]]
         order = order[(one < 0) | (one != other)]
     return DuplicatePairs(first[order], second[order], kind[order], similarity[order])
 
 
 def _codes(ids: Sequence[str | None]) -> NDArray[np.int64]:
-    """A number for each distinct id (N,); -1 for None."""
+    """An integer for each distinct id (N,); -1 for None."""
     numbers: dict[str | None, int] = {None: -1}
     return np.array([numbers.setdefault(one, len(numbers)) for one in ids], dtype=np.int64)
 
@@ -170,13 +171,13 @@ def _codes(ids: Sequence[str | None]) -> NDArray[np.int64]:
 def find_twins(queries: Rows, references: Rows, settings: NearDuplicateConfig) -> Twins:
     """The most similar near-duplicate of each query among the references.
 
-    Upright copies come before mirrored and rotated ones. Whether a query has a twin depends
-    neither on the other queries nor on the order of the references.
+    Upright copies are preferred to mirrored and rotated ones. Whether a query has a duplicate
+    depends neither on the other queries nor on the order of the references.
 
     Args:
         queries: (Q, 9216) uint8.
         references: (R, 9216) uint8.
-        settings: as in `near_duplicate_pairs`, which decides alike.
+        settings: as in `near_duplicate_pairs`, which applies the same criteria.
     """
     firsts, _ = distinct_rows(references)
     distinct = SelectedRows(references, firsts)
@@ -197,7 +198,7 @@ def find_twins(queries: Rows, references: Rows, settings: NearDuplicateConfig) -
 
 
 def coarse(fingerprints: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """The 32 x 32 thumbnails (N, 1024) of METHOD's figures: block means of fingerprints."""
+    """The 32 x 32 thumbnails (N, 1024) for METHOD's metrics: block means of fingerprints."""
     factor = THUMBNAIL_SIDE // COARSE_SIDE
     blocks = fingerprints.reshape(-1, COARSE_SIDE, factor, COARSE_SIDE, factor)
     return (
@@ -211,7 +212,7 @@ def describe(fingerprints: Rows) -> NDArray[np.float32]:
     """Descriptors (N, 64) of fingerprints (N, 9216): integers as float32, of length about 1000.
 
     The brightest part of the frame is centred and scaled by its own moments, and the low
-    frequencies of its cosine transform are kept. A constant picture gives zeros.
+    frequencies of its cosine transform are kept. A constant image gives zeros.
     """
     every = np.arange(len(fingerprints))
     blocks = [_describe_block(fingerprints[block]) for block in row_blocks(every, _READ_ROWS)]
@@ -219,11 +220,11 @@ def describe(fingerprints: Rows) -> NDArray[np.float32]:
 
 
 def pair_similarity(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """(P,) similarity of upright pairs, as the verification sees it; 0 for plainly different ones.
+    """(P,) similarity of upright pairs, as used for verification; 0 for clearly different ones.
 
     Args:
         first: (P, 9216) uint8.
-        second: as ``first``; which is which makes no difference.
+        second: as ``first``; the result is symmetric.
     """
     rows = np.arange(len(first))
     upright = np.full(len(first), _UPRIGHT, np.int8)
@@ -235,7 +236,7 @@ def most_similar(
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Highest correlation (N,) of each query thumbnail, and the index (N,) of that reference.
 
-    Without references the correlation is -1 and the index -1.
+    Without references both are -1.
     """
     if len(references) == 0:
         return np.full(len(queries), -1, np.float32), np.full(len(queries), -1, np.int64)
@@ -255,7 +256,7 @@ def thumbnail_matrix(thumbnails: Sequence[bytes]) -> NDArray[np.uint8]:
 
 
 def standardise(thumbnails: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Rows with mean 0 and length 1, so that dot products are correlations; constant rows 0."""
+    """Rows with mean 0 and length 1, so that dot products are correlations; 0 for constant rows."""
     values = thumbnails.astype(np.float32)
     values -= values.mean(axis=1, keepdims=True)
     length = np.linalg.norm(values, axis=1, keepdims=True)
@@ -273,8 +274,9 @@ def _correlation_blocks(
 
 
 def distinct_rows(fingerprints: Rows) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Index of the first of each distinct fingerprint, in an order that depends on the content
-    alone, and for each fingerprint the position of its own in that list.
+    """Index of the first of each distinct fingerprint, and the position of each one in that list.
+
+    The order of the list depends only on the content.
     """
     digests = np.array(
         [
@@ -308,7 +310,7 @@ def _describe_block(fingerprints: NDArray[np.uint8]) -> NDArray[np.float32]:
     spectrum = dctn(canonical, axes=(1, 2), norm="ortho")[:, :num, :num]
     vertical, horizontal = np.indices((num, num))
     radius = np.hypot(vertical, horizontal)
-    # The spectrum of pictures falls with frequency; weighted so, every coefficient has a say.
+    # The spectrum of images falls with frequency: these weights make all coefficients count.
     weighted = (spectrum * np.where(radius <= num, radius, 0.0)).reshape(len(spectrum), -1)
     length = np.linalg.norm(weighted, axis=1, keepdims=True)
     unit = np.divide(weighted, length, out=np.zeros_like(weighted), where=length > 1e-3)
@@ -316,7 +318,7 @@ def _describe_block(fingerprints: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 
 def _canonical_axis(profile: torch.Tensor) -> torch.Tensor:
-    """(N, 24, 32) resampling of one axis into the frame of its profile (N, 26): centre, spread."""
+    """Resampling (N, 24, 32) of an axis to the centre and spread of its profile (N, 26)."""
     side, margin = _LAYOUT_SIDE, _LAYOUT_MARGIN
     position = torch.arange(margin, side - margin, dtype=torch.float32)
     mass = profile / profile.sum(dim=1, keepdim=True).clamp_min(1e-6)
@@ -331,7 +333,7 @@ def _canonical_axis(profile: torch.Tensor) -> torch.Tensor:
 def _oriented_descriptors(
     descriptors: NDArray[np.float32], orientation: int
 ) -> NDArray[np.float32]:
-    """Descriptors of the slices in another orientation: `_oriented`, in frequencies."""
+    """Descriptors of the slices in another orientation: `_oriented` in the frequency domain."""
     num = _NUM_FREQUENCIES
     spectrum = descriptors.reshape(-1, num, num)
     odd = np.where(np.arange(num) % 2, np.float32(-1), np.float32(1))
@@ -345,8 +347,10 @@ def _oriented_descriptors(
 
 
 def _oriented(pictures: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
-    """(P, S, S) in one of the eight orientations of a square: mirrored left to right for 4 and
-    above, then turned by ``orientation % 4`` quarters counter-clockwise.
+    """Images (P, S, S) in one of the eight orientations of a square.
+
+    They are mirrored left to right for 4 and above, then rotated counter-clockwise by
+    ``orientation % 4`` quarter turns.
     """
     if orientation >= 4:
         pictures = pictures[:, :, ::-1]
@@ -359,8 +363,10 @@ def _candidates(
     settings: NearDuplicateConfig,
     volumes: NDArray[np.int64] | None = None,
 ) -> _Candidates:
-    """Pairs whose descriptors are alike. Where the queries are the references, each pair once and
-    none with itself, nor within one of the ``volumes`` (N,), where a slice has one (not -1).
+    """Pairs with similar descriptors.
+
+    If the queries are the references, each pair is listed once, and pairs of a slice with itself
+    or within one of the ``volumes`` (N,) (-1: none) are left out.
     """
     within = queries is references
     query_descriptors = describe(queries)
@@ -376,7 +382,7 @@ def _candidates(
                 settings.descriptor_similarity if upright else settings.turned_descriptor_similarity
             )
             turned = _oriented_descriptors(query_descriptors, orientation)
-            # One more than wanted: within a set a slice finds itself.
+            # One more than wanted, as a slice finds itself within a set.
             row, other = _alike(index, turned, wanted + 1, least * _DESCRIPTOR_LENGTH**2, volumes)
             code = np.full(len(row), orientation)
             if within:
@@ -398,7 +404,7 @@ def _alike(
     least: float,
     volumes: NDArray[np.int64] | None,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The nearest rows of the index of each descriptor: at most so many, and of other volumes."""
+    """At most ``wanted`` nearest rows of each descriptor in the index, all of other volumes."""
     places = wanted
     if volumes is not None and (volumes >= 0).any():
         largest = np.bincount(volumes[volumes >= 0]).max()
@@ -425,12 +431,12 @@ def _accepted(
     settings: NearDuplicateConfig,
     on_compared: OnCompared | None = None,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int8], NDArray[np.float32]]:
-    """Query, reference, kind and similarity of the pairs that the pixels confirm."""
+    """Query, reference, kind and similarity of the pairs confirmed by their pixels."""
     similarity = _verify(queries, references, candidates, on_compared)
     upright = candidates.orientation == _UPRIGHT
     accepted = similarity >= np.where(upright, settings.similarity, settings.turned_similarity)
     chosen = np.flatnonzero(accepted)
-    # One link a pair: upright where it can be, else the most similar orientation.
+    # One link per pair: upright if accepted, otherwise the most similar orientation.
     order = chosen[
         np.lexsort(
             (
@@ -454,7 +460,7 @@ def _verify(
     candidates: _Candidates,
     on_compared: OnCompared | None = None,
 ) -> NDArray[np.float32]:
-    """(C,) similarity of candidates; 0 for those that a coarse look rules out."""
+    """(C,) similarity of candidates; 0 for those ruled out at a coarse level."""
     num_pairs = len(candidates.query)
     similarity = np.empty(num_pairs, np.float32)
 
@@ -467,7 +473,7 @@ def _verify(
         )
         return registration.similarity(fixed, moving).numpy()
 
-    # Pictures are too small for threads to share one: each thread takes blocks of its own.
+    # Images are too small for multi-threaded operations: each thread processes its own blocks.
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -486,8 +492,10 @@ def _verify(
 def _facing(
     queries: NDArray[np.uint8], references: NDArray[np.uint8], orientations: NDArray[np.int8]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pairs in one orientation, (P, 96, 96) float32 each; which of the two is turned and stays
-    fixed depends on their content, not on which is the query, so that decisions are symmetric.
+    """Pairs in the same orientation, (P, 96, 96) float32 each.
+
+    Which of the two is turned and fixed depends on their content, not on which one is the query, so
+    that decisions are symmetric.
     """
     shape = (-1, THUMBNAIL_SIDE, THUMBNAIL_SIDE)
     fixed, moving = queries.reshape(shape).copy(), references.reshape(shape).copy()

@@ -1,4 +1,4 @@
-"""Names of groups: of copies, of subjects, and of what no draw may part."""
+"""Names for groups of copies, of subjects, and of slices that a split must keep together."""
 
 from collections.abc import Sequence
 
@@ -11,10 +11,10 @@ from scipy.sparse.csgraph import connected_components
 def connected_groups(
     names: Sequence[str], first: NDArray[np.int64], second: NDArray[np.int64]
 ) -> list[str]:
-    """The smallest name that a chain of links reaches, for each of N items.
+    """The smallest name in the connected component of each of N items.
 
     Args:
-        names: N names; equal names are one item.
+        names: N names; items with equal names are connected.
         first: (P,) one end of each link.
         second: (P,) the other end.
     """
@@ -32,9 +32,9 @@ def connected_groups(
 
 
 def joint_groups(*memberships: Sequence[str | None]) -> list[str]:
-    """Groups that no membership straddles: slices connected by any shared id; None connects none.
+    """Joint groups: slices are connected by any shared id; None connects nothing.
 
-    The id of a joint group is the smallest id of the first membership in it.
+    The id of a joint group is its smallest id in the first membership.
     """
     first_slice: dict[tuple[int, str], int] = {}
     links = [
@@ -48,9 +48,9 @@ def joint_groups(*memberships: Sequence[str | None]) -> list[str]:
 
 
 def keep_names(groups: Sequence[str], previous: Sequence[str | None]) -> list[str]:
-    """Groups under the smallest name that any of their members had before, if any had one.
+    """Rename each group to the smallest previous name of its members, if any has one.
 
-    So a group keeps its name, and with it its place in every draw, when new slices join it.
+    A group thus keeps its name, and with it its place in every draw, when new slices join it.
     """
     earlier: dict[str, str] = {}
     for group, name in zip(groups, previous, strict=True):

@@ -1,4 +1,4 @@
-"""Where the head lies in a slice, and how large it is: the frame that brains are looked for in."""
+"""Position and size of the head in a slice: the reference frame for brain segmentation."""
 
 from dataclasses import dataclass
 
@@ -9,30 +9,30 @@ from numpy.typing import NDArray
 Plane = NDArray[np.float32]  # (H, W)
 
 _WORK_SIZE = 160  # pixels on the longer side
-_HEAD_LEVEL = 0.45  # of the way from the background to Otsu's threshold
+_HEAD_LEVEL = 0.45  # fraction of the way from the background to Otsu's threshold
 _MIN_HEAD_RADIUS = 12.0  # pixels at the working size
 
 
 @dataclass(frozen=True)
 class Head:
-    """A head at the working size, whose largest inscribed circle is origin and unit of length."""
+    """A head at the working size; its largest inscribed circle gives the origin and unit length."""
 
     mask: NDArray[np.uint8]
     """(H, W) 0 or 1, without holes."""
     depth: Plane
-    """(H, W) distance to the background in radii."""
+    """(H, W) distance to the background, in radii."""
     centre: NDArray[np.float32]
     """(2,) x, y in pixels."""
     radius: float
     """Pixels."""
     signal: Plane
-    """(H, W) grey values above those of the background, smoothed a little."""
+    """(H, W) grey values above the background, slightly smoothed."""
 
 
 def find_head(image: NDArray[np.uint8]) -> Head | None:
-    """What stands out from the background of a slice (H, W); None where nothing does.
+    """Find the foreground of a slice (H, W); None if nothing stands out from the background.
 
-    It is looked for at a fixed working size, so that neither speed nor result hangs on the slice's.
+    The search is done at a fixed working size, so neither speed nor result depends on the slice's.
     """
     height, width = image.shape
     scale = _WORK_SIZE / max(height, width)
@@ -41,7 +41,7 @@ def find_head(image: NDArray[np.uint8]) -> Head | None:
     mask = _head_mask(small)
     if mask is None:
         return None
-    # The frame bounds the head too.
+    # The image border also bounds the head.
     framed = cv2.copyMakeBorder(mask, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=0)
     depth = cv2.distanceTransform(framed, cv2.DIST_L2, 5)[1:-1, 1:-1]
     radius = float(depth.max())
@@ -55,7 +55,7 @@ def find_head(image: NDArray[np.uint8]) -> Head | None:
 
 
 def sample(plane: Plane, columns: NDArray[np.float32], rows: NDArray[np.float32]) -> Plane:
-    """The plane's values at the given pixels, interpolated; 0 beyond its frame."""
+    """The plane's values at the given pixel positions, interpolated; 0 outside the plane."""
     return cv2.remap(plane, columns.astype(np.float32), rows.astype(np.float32), cv2.INTER_LINEAR)
 
 
@@ -63,7 +63,7 @@ def _head_mask(small: NDArray[np.uint8]) -> NDArray[np.uint8] | None:
     blurred = cv2.GaussianBlur(small, (0, 0), 1.2)
     otsu, _ = cv2.threshold(blurred, 0, 255, cv2.THRESH_BINARY | cv2.THRESH_OTSU)
     background = float(np.percentile(blurred, 3))
-    # Scalp may outshine everything: skin and neck are found nearly half of Otsu's step up.
+    # Bright scalp can dominate Otsu's threshold: about half of it also captures skin and neck.
     binary = (blurred > background + _HEAD_LEVEL * (otsu - background)).astype(np.uint8)
     opened = cv2.morphologyEx(binary, cv2.MORPH_OPEN, _disc(2))
     num_labels, labels, stats, _ = cv2.connectedComponentsWithStats(opened)
@@ -77,7 +77,7 @@ def _head_mask(small: NDArray[np.uint8]) -> NDArray[np.uint8] | None:
 
 
 def _close(mask: NDArray[np.uint8], radius: int) -> NDArray[np.uint8]:
-    """Closing with a disc; what lies beyond the frame counts as background."""
+    """Closing with a disc; pixels outside the image count as background."""
     framed = cv2.copyMakeBorder(mask, *(radius,) * 4, cv2.BORDER_CONSTANT, value=0)
     closed = cv2.morphologyEx(framed, cv2.MORPH_CLOSE, _disc(radius))
     return np.ascontiguousarray(closed[radius:-radius, radius:-radius])

@@ -1,4 +1,4 @@
-"""What tells one slice from another: the bytes of its file."""
+"""Identity of a slice, derived from the bytes of its file."""
 
 import hashlib
 
@@ -11,9 +11,9 @@ def content_hash(content: bytes) -> str:
 
 
 def sample_id(digest: str, frame: str = "") -> str:
-    """The identity of a slice: the first 128 bits of its file's content hash.
+    """The id of a slice: the first 128 bits of its file's content hash.
 
-    Of a file with several slices, of the hash of that hash and the frame.
+    For a file with several slices, the first 128 bits of the hash of that hash and the frame.
     """
     named = content_hash(f"{digest}#{frame}".encode()) if frame else digest
     return named[:SAMPLE_ID_DIGITS]

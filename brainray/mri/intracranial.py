@@ -1,16 +1,18 @@
-"""Brain masks without skull, scalp, eyes, face and neck, from one slice of any plane or contrast.
+"""Brain masks without skull, scalp, eyes, face and neck, for a slice of any plane or contrast.
 
-Three steps at a fixed working size, so that neither speed nor result hangs on the input's:
+There are three steps, at a fixed working size so that neither speed nor result depends on the
+input's:
 
-1. **Head** (`head.py`): what stands out from the background, and its largest inscribed circle,
-   whose centre and radius serve as origin and unit of length from here on.
-2. **Atlas** (`brain_atlas.py`): where the brain lies in the most similar slices of other heads; in
-   a head that is an ellipse, cut above the face, its own outline moved inwards where that parts
-   grey values better.
-3. **Outline**: around that the closed path of most support in polar coordinates, found by dynamic
-   programming (Amini, Weymouth and Jain, "Using dynamic programming for solving variational
-   problems in vision", 1990): it seeks steps from brain to the dark skull, stays off the scalp,
-   and passes outside a lesion at the rim, since a lesion is no step into darkness.
+1. **Head** (`head.py`): the foreground and its largest inscribed circle, whose centre and radius
+   are the origin and unit length from here on.
+2. **Atlas** (`brain_atlas.py`): the brain region of the most similar slices of other heads. For an
+   elliptic head, cut above the face, its own outline moved inwards is used if that separates grey
+   values better.
+3. **Outline**: starting from that region, the closed path with the best score in polar coordinates,
+   found by dynamic programming (Amini, Weymouth and Jain, "Using dynamic programming for solving
+   variational problems in vision", 1990). The score favours steps from brain to the dark skull and
+   penalises the scalp. The path passes outside a lesion at the rim, as a lesion is not a step into
+   darkness.
 
 The vertex (coronal, sagittal) or the face (axial) is expected at the top of the slice.
 """
@@ -25,17 +27,17 @@ from brainray.mri.brain_atlas import brain_atlas, grey_bins
 from brainray.mri.head import Head, Plane, find_head, sample
 
 VERSION = 3
-"""Of the masks: stores made with another are not gone on from, and runs trained on others do not
-predict. To be raised with every change of a mask."""
+"""Version of the masks, to be increased with every change of a mask. Stores made with a different
+version are not continued, and runs trained on a different version do not predict."""
 
 MIN_CONFIDENCE = 0.45
-"""Masks less sure than this are not to be used: `otsu_mask` takes their place."""
+"""Masks with a lower confidence should not be used: `otsu_mask` replaces them."""
 
 _NUM_ANGLES = 64
 _NUM_RADII = 64
 _RUN_IN = 16  # angles
 
-# Lengths from here on in radii of the head's inscribed circle.
+# Lengths from here on are in radii of the head's inscribed circle.
 _RADII = np.linspace(0.08, 1.75, _NUM_RADII, dtype=np.float32)
 _STEP = float(_RADII[1] - _RADII[0])
 _ANGLES = np.linspace(0.0, 2.0 * np.pi, _NUM_ANGLES, endpoint=False, dtype=np.float32)
@@ -43,42 +45,42 @@ _RAYS = np.stack([np.cos(_ANGLES), np.sin(_ANGLES)], axis=1)  # (angles, 2)
 
 Polar = NDArray[np.float32]  # (angles, radii)
 
-# Set by eye on slices of the public data set, by 24 outlines drawn on them by hand, and on five
+# Tuned by eye on slices of the public data set, with 24 outlines drawn on them by hand, and on five
 # heads with reference masks.
 
-# The path's score, for each angle.
+# Terms of the path's score, for each angle.
 _EDGE = 2.0  # for a step from brain to black
 _GROWTH = 4.0  # for a radius through tissue
-_BASE_GROWTH = 0.3  # share of growth that is granted outwards under the base
-_BARRIER = 1.0  # for a radius beyond darkness
+_BASE_GROWTH = 0.3  # share of growth allowed outwards at the base
+_BARRIER = 1.0  # for a radius beyond a dark region
 _SCALP_DEPTH = 0.14
-_SHALLOW = 0.5  # for lying 0.04 too shallow
+_SHALLOW = 0.5  # for being 0.04 too shallow
 _TOLERANCE = 0.13
-_PRIOR = 0.2  # for lying one tolerance off the expected radius
-_VAULT_FREEDOM = 0.7  # share of that remitted outwards under the vault
+_PRIOR = 0.2  # for being one tolerance off the expected radius
+_VAULT_FREEDOM = 0.7  # share of the prior waived outwards at the vault
 _STIFFNESS = 0.05  # for a jump of one radius between neighbouring angles
 _MAX_JUMP = 4
 
-# Where the outline begins.
-_ELLIPTIC = 0.955  # overlap with an ellipse: heads above it are cut across, without face and neck
+# The initial outline.
+_ELLIPTIC = 0.955  # overlap with an ellipse: heads above this show neither face nor neck
 _RING_DEPTHS = (0.08, 0.12, 0.16, 0.2, 0.26)
 _RING_LEAD = 0.05  # nats
 
 # Confidence.
 _SCALP_RISE = 0.3  # of the brain's grey value
-_LEAST_INFORMATION = 0.02  # share of inside/outside that greys explain: noise has .008
+_LEAST_INFORMATION = 0.02  # share of inside/outside explained by grey values: noise has .008
 
 
 @dataclass(frozen=True)
 class IntracranialMask:
-    """What lies within the skull."""
+    """Mask of the inside of the skull."""
 
     mask: NDArray[np.bool_]
     """(H, W) True on brain, fluid around it and lesions."""
     confidence: float
-    """0 to 1: the share of the outline beyond which scalp is seen, less where grey values hardly
-    tell inside from outside. It is low where there is no skull and in noise; an outline that lies
-    amiss in a whole head, such as one upside down, may be trusted."""
+    """0 to 1: the share of the outline with scalp beyond it, reduced if grey values hardly separate
+    inside from outside. It is low for noise and without a skull, but a wrong outline in a complete
+    head, such as one upside down, may still get a high value."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +90,9 @@ class _Outline:
 
 
 def intracranial_mask(image: NDArray[np.uint8]) -> IntracranialMask:
-    """Mask of the brain in a slice (H, W), and how far to trust it.
+    """Mask of the brain in a slice (H, W), and its confidence.
 
-    A slice in which no head or no brain is found gets an all True mask at confidence 0.
+    If no head or no brain is found, the mask is all True with confidence 0.
     """
     head = find_head(image)
     if head is None:
@@ -109,7 +111,7 @@ def intracranial_mask(image: NDArray[np.uint8]) -> IntracranialMask:
 
 
 def _likely_brain(head: Head, bins: Plane) -> NDArray[np.bool_]:
-    """(H, W) True where the outline is to begin, at the head's working size."""
+    """Initial brain mask (H, W), at the head's working size."""
     of_atlas = brain_atlas().brain_probability(head) > 0.5
     if _ellipticity(head.mask) < _ELLIPTIC:
         return of_atlas
@@ -120,7 +122,7 @@ def _likely_brain(head: Head, bins: Plane) -> NDArray[np.bool_]:
 
 
 def _ellipticity(mask: NDArray[np.uint8]) -> float:
-    """Intersection over union with the ellipse of equal moments."""
+    """Intersection over union with the ellipse that has the same moments."""
     moments = cv2.moments(mask, binaryImage=True)
     area = moments["m00"]
     covariance = np.array([[moments["mu20"], moments["mu11"]], [moments["mu11"], moments["mu02"]]])
@@ -134,14 +136,14 @@ def _ellipticity(mask: NDArray[np.uint8]) -> float:
 
 
 def _outline_of(likely: NDArray[np.bool_], head: Head) -> _Outline | None:
-    """The farthest reach of what is likely brain, about the middle of its largest piece."""
+    """The outer radii of the likely brain, around the centre of its largest component."""
     brain = (likely & (head.mask > 0)).astype(np.uint8)
     num_labels, labels, stats, centroids = cv2.connectedComponentsWithStats(brain)
     if num_labels == 1:
         return None
     largest = 1 + int(np.argmax(stats[1:, cv2.CC_STAT_AREA]))
     x, y = centroids[largest]
-    if labels[round(y), round(x)] != largest:  # bent around its centroid
+    if labels[round(y), round(x)] != largest:  # the component curves around its centroid
         depth = cv2.distanceTransform((labels == largest).astype(np.uint8), cv2.DIST_L2, 5)
         y, x = np.unravel_index(depth.argmax(), depth.shape)
     origin = ((np.array([x, y]) - head.centre) / head.radius).astype(np.float32)
@@ -151,7 +153,7 @@ def _outline_of(likely: NDArray[np.bool_], head: Head) -> _Outline | None:
 
 
 def _trace_outline(head: Head, start: _Outline) -> NDArray[np.float32]:
-    """Radii (angles,) of the best supported outline about the origin of the one to start from."""
+    """Radii (angles,) of the best-scoring outline, around the origin of the initial one."""
     expected = start.radii
     depth = _polar(head.depth, head, start.origin)
     relative = np.minimum(_relative_to_brain(head, start), 1.0)
@@ -161,8 +163,8 @@ def _trace_outline(head: Head, start: _Outline) -> NDArray[np.float32]:
     after = _mean_of_window(relative, 1, outer)
     step = np.clip(before - after, 0.0, 1.0) * np.clip((depth - 0.04) / 0.05, 0.0, 1.0)
 
-    # Under the vault, what lies deeper than the scalp is brain until darkness says otherwise:
-    # there the outline may leave the expected one outwards. Under the base are face and neck.
+    # At the vault, everything deeper than the scalp is brain up to the first dark region, so the
+    # outline may move outwards from the expected one. Below the base are face and neck.
     base_depth, transition = 0.55, 0.2
     at_outline = depth[np.arange(_NUM_ANGLES), _index_of(expected)]
     vault = np.clip((base_depth - at_outline) / transition, 0.0, 1.0)[:, None]
@@ -186,9 +188,9 @@ def _trace_outline(head: Head, start: _Outline) -> NDArray[np.float32]:
 
 
 def _share_of_shell(head: Head, outline: _Outline) -> float:
-    """Share of rays that meet scalp outside the outline: bright, or brighter than what precedes.
+    """Share of rays that cross scalp outside the outline: bright, or with a rise in brightness.
 
-    It is near 1 on whole heads and low on slices without a skull.
+    It is near 1 for complete heads and low for slices without a skull.
     """
     relative = _relative_to_brain(head, outline)
     beyond = (outline.radii[:, None] - _STEP < _RADII) & (
@@ -201,8 +203,9 @@ def _share_of_shell(head: Head, outline: _Outline) -> float:
 
 
 def _information(head: Head, bins: Plane, inside: NDArray[np.bool_]) -> tuple[float, float]:
-    """Mutual information of inside (H, W) and `grey_bins` within the head: in nats, and as a share
-    of the entropy of inside.
+    """Mutual information of ``inside`` (H, W) and `grey_bins` within the head.
+
+    Returned in nats, and as a share of the entropy of ``inside``.
     """
     in_head = head.mask > 0
     greys = bins[in_head].astype(np.intp)
@@ -218,7 +221,7 @@ def _entropy(shares: NDArray[np.float64]) -> float:
 
 
 def _relative_to_brain(head: Head, outline: _Outline) -> Polar:
-    """Polar grey values over those typical within the outline in about the same direction."""
+    """Polar grey values relative to those typical within the outline in a similar direction."""
     grey = _polar(head.signal, head, outline.origin)
     within = _index_of(outline.radii[:, None] * np.linspace(0.2, 0.85, 16, dtype=np.float32))
     level = np.median(np.take_along_axis(grey, within, axis=1), axis=1)
@@ -228,16 +231,16 @@ def _relative_to_brain(head: Head, outline: _Outline) -> Polar:
 
 
 def _index_of(radii: NDArray[np.float32]) -> NDArray[np.intp]:
-    """The nearest places in `_RADII`."""
+    """Indices of the nearest values in `_RADII`."""
     return np.clip(np.round((radii - _RADII[0]) / _STEP), 0, _NUM_RADII - 1).astype(np.intp)
 
 
 def _best_closed_path(score: Polar) -> NDArray[np.intp]:
-    """Radius index (angles,) of the closed path of the greatest sum of scores (angles, radii).
+    """Radius index (angles,) of the closed path with the largest sum of scores (angles, radii).
 
-    Neighbouring angles differ by at most `_MAX_JUMP` radii and pay for the square of it. The
-    search runs in before the turn that is kept and runs out after it, over the same scores, so
-    that both ends have forgotten where they began and meet.
+    Neighbouring angles differ by at most `_MAX_JUMP` radii, with a quadratic penalty. The search
+    starts before the turn that is kept and continues after it, over the same scores, so that both
+    ends are independent of the start and meet.
     """
     jumps = np.arange(-_MAX_JUMP, _MAX_JUMP + 1)
     cost = (_STIFFNESS * jumps**2).astype(np.float32)[:, None]
@@ -260,14 +263,14 @@ def _best_closed_path(score: Polar) -> NDArray[np.intp]:
 
 
 def _polar(plane: Plane, head: Head, origin: NDArray[np.float32]) -> Polar:
-    """The plane along rays from the origin: (angles, radii)."""
+    """The plane sampled along rays from the origin, (angles, radii)."""
     x, y = head.centre + head.radius * origin
     reach = head.radius * _RADII
     return sample(plane, x + _RAYS[:, :1] * reach, y + _RAYS[:, 1:] * reach)
 
 
 def _mean_of_window(values: Polar, first: int, last: int) -> Polar:
-    """Mean over the radii from `first` to `last`, relative to each one and inclusive."""
+    """Mean over the radii from `first` to `last`, relative to each radius and inclusive."""
     margin = max(-first, last)
     padded = np.pad(values, ((0, 0), (margin + 1, margin)), mode="edge")
     sums = np.cumsum(padded, axis=1)
@@ -285,7 +288,7 @@ def _smooth_circle(values: NDArray[np.float32], sigma: float) -> NDArray[np.floa
 
 
 def _fill(points: NDArray[np.float32], shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    """Polygon (V, 2) of x, y as a 0/1 mask."""
+    """Rasterise a polygon (V, 2) of x, y to a 0/1 mask."""
     mask = np.zeros(shape, np.uint8)
     cv2.fillPoly(mask, [np.round(points * 16.0).astype(np.int32)], 1, shift=4)
     return mask

@@ -1,8 +1,8 @@
-"""An atlas of brains, made of heads whose brains are known.
+"""Make a brain atlas from heads with known brain masks.
 
     python -m brainray.mri.make_brain_atlas --out FILE.npz DIR
 
-DIR holds volumes, NAME.nii.gz, and masks of their brains, NAME_mask.nii.gz.
+DIR contains volumes, NAME.nii.gz, and their brain masks, NAME_mask.nii.gz.
 """
 
 import argparse
@@ -25,17 +25,17 @@ _INSIDE_QUANTILES = (0.35,)  # between labels 4 and 5
 
 _NUM_SLICES = 200
 _SPACING = 6  # slices
-_CUT = 0.3  # of coronal and sagittal slices, as clinical scans often lack the neck and more
+_CUT = 0.3  # of coronal and sagittal slices, as clinical scans often omit the neck and more
 _MIN_BRAIN = 0.02  # of the largest brain in the plane
 _MIN_WITHIN_HEAD = 0.95  # of the brain
 _LABEL_WEIGHT = 0.7
 
 
 def write_atlas(path: Path, slices: Iterable[ReferenceSlice], num_slices: int) -> int:
-    """Write what `BrainAtlas.read` reads: those that best represent all; how many there are.
+    """Write the most representative slices for `BrainAtlas.read`, and return their number.
 
-    They are taken one by one, each the one that brings all slices nearest to one that is taken: the
-    BUILD step of partitioning around medoids (Kaufman and Rousseeuw 1990).
+    Slices are selected greedily, each minimising the mean distance of all slices to the nearest
+    selected one: the BUILD step of partitioning around medoids (Kaufman and Rousseeuw 1990).
 
     Raises:
         DataError: no slice shows a head with a brain.
@@ -47,7 +47,7 @@ def write_atlas(path: Path, slices: Iterable[ReferenceSlice], num_slices: int) -
             described.append(found)
             is_sagittal.append(one.orientation == "sagittal")
     if not described:
-        raise DataError("no slice of these volumes shows a head with a brain in it")
+        raise DataError("no slice of these volumes shows a head with a brain")
     labels, brains = (np.stack(part) for part in zip(*described, strict=True))
     taken = _medoids(_distances(labels, brains), num_slices)
     with path.open("wb") as file:
@@ -63,9 +63,9 @@ def write_atlas(path: Path, slices: Iterable[ReferenceSlice], num_slices: int) -
 def describe(
     image: NDArray[np.uint8], brain: NDArray[np.bool_]
 ) -> tuple[NDArray[np.uint8], Plane] | None:
-    """Labels and share of brain (GRID, GRID) of a slice (H, W) and its brain.
+    """Labels and brain fraction (GRID, GRID) of a slice (H, W) with its brain mask.
 
-    None where head or brain is too small, or something else was taken for the head.
+    None if the head or brain is too small, or something else was detected as the head.
     """
     head = find_head(image)
     if head is None:
@@ -88,7 +88,7 @@ def describe(
 
 
 def _distances(labels: NDArray[np.uint8], brains: Plane) -> NDArray[np.float32]:
-    """(N, N) from the overlap of brains and the agreement of labels (N, GRID, GRID)."""
+    """Distances (N, N) from the overlap of brains and the agreement of labels (N, GRID, GRID)."""
     labels, brains = labels.reshape(len(labels), -1), brains.reshape(len(brains), -1)
     size = brains.sum(axis=1)
     distances = np.empty((len(brains),) * 2, np.float32)
@@ -109,7 +109,7 @@ def _medoids(distances: NDArray[np.float32], number: int) -> list[int]:
 
 
 def _slices_of(folder: Path) -> Iterator[ReferenceSlice]:
-    """Every sixth slice that shows enough brain; coronal and sagittal ones also without neck."""
+    """Every sixth slice with enough brain; coronal and sagittal ones also without the neck."""
     for head in find_heads(folder):
         for orientation in ORIENTATIONS:
             found = list(reference_slices(head, orientation))
@@ -125,14 +125,14 @@ def _slices_of(folder: Path) -> Iterator[ReferenceSlice]:
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m brainray.mri.make_brain_atlas",
-        description="Make an atlas of brains of NAME.nii.gz and NAME_mask.nii.gz in a folder.",
+        description="Make a brain atlas from NAME.nii.gz and NAME_mask.nii.gz files in a folder.",
     )
     parser.add_argument("folder", metavar="DIR", type=Path)
     parser.add_argument("--out", metavar="FILE.npz", type=Path, required=True)
     given = parser.parse_args(arguments)
     try:
         if not given.out.parent.is_dir():
-            raise DataError(f"there is no folder {given.out.parent}")
+            raise DataError(f"folder {given.out.parent} does not exist")
         number = write_atlas(given.out, _slices_of(given.folder), _NUM_SLICES)
     except BrainrayError as error:
         print(f"make_brain_atlas: {error}", file=sys.stderr)

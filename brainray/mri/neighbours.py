@@ -1,18 +1,18 @@
-"""Nearest neighbours among descriptors, exact for few and approximate for many."""
+"""Nearest neighbours among descriptors: exact for few rows, approximate for many."""
 
 import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-_FLAT_ROWS = 8192  # up to so many every pair is compared
+_FLAT_ROWS = 8192  # up to this many rows every pair is compared
 _PROBED_CELLS = 16
 
 
 def neighbour_index(descriptors: NDArray[np.float32]) -> faiss.Index:
-    """An index of inner products with descriptors (N, D), all of one length.
+    """An inner-product index of descriptors (N, D), all of the same length.
 
-    Exhaustive for few; else cells around every n-th descriptor, of which some are searched.
-    Descriptors come in an order that depends on their content alone, so that the centres do too.
+    Exhaustive for few descriptors; otherwise cells around every n-th descriptor, some of which are
+    searched. The order of the descriptors depends only on their content, and so do the centres.
     """
     dimension = descriptors.shape[1]
     flat = faiss.IndexFlatIP(dimension)

@@ -1,4 +1,4 @@
-"""NIfTI volumes: sliced in a chosen plane, shown as radiologists are used to."""
+"""Decode NIfTI volumes: sliced in a chosen plane, shown in radiological convention."""
 
 import gzip
 import io
@@ -27,17 +27,17 @@ from brainray.mri.slices import (
     volume_hash,
 )
 
-_AXES = ("sagittal", "coronal", "axial")  # of a volume (X, Y, Z) towards right, front and top
-_MAX_EXTENSION_BYTES = 64 * 2**20  # header extensions: a whole DICOM header, or an XML
+_AXES = ("sagittal", "coronal", "axial")  # of a volume (X, Y, Z) pointing right, front and up
+_MAX_EXTENSION_BYTES = 64 * 2**20  # header extensions, such as a complete DICOM header or XML
 _MAX_TRAILING_BYTES = 2**20
 _MIN_GREYS = 16
-_SAMPLED = 4  # every so many voxels along each axis are looked at first
+_SAMPLED = 4  # stride along each axis for the first check
 _INTENT_LABEL = 1002  # NIFTI_INTENT_LABEL
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """What a header announces."""
+    """Contents that a header announces."""
 
     image_class: type[Nifti1Image]
     shape: tuple[int, ...]  # (X, Y, Z, T)
@@ -49,31 +49,31 @@ def decode_nifti(
 ) -> list[DecodedSlice]:
     """Slice a NIfTI-1 or NIfTI-2 file, `.nii` or `.nii.gz`, of one or several volumes.
 
-    Volumes are turned to the closest axes of the patient, not resampled to them, and shown in
-    radiological order: axial slices with the front up and the patient's right on the left,
-    coronal with the head up likewise, sagittal with the head up facing left. A file of a single
-    slice is shown in its own plane, whatever the chosen one. Pixels are made square.
+    Volumes are reoriented to the closest axes of the patient, without resampling, and shown in
+    radiological convention: axial slices with the front up and the patient's right on the left,
+    coronal slices likewise with the head up, sagittal slices with the head up, facing left. A file
+    with a single slice is shown in its own plane, whatever the chosen one. Pixels are made square.
 
-    Intensities: percentiles of the foreground of each volume become 0 and 255, so that slices of
-    one volume compare. Slices with too little foreground are skipped, and so are constant volumes
-    of a series; the slice numbers in ``frame`` count from the left, the back and the bottom.
+    Intensities: percentiles of the foreground of each volume map to 0 and 255, so that slices of
+    a volume are comparable. Slices with too little foreground and constant volumes of a series are
+    skipped; the slice numbers in ``frame`` count from the left, the back and the bottom.
 
-    Whoever the volume is of, the file is the subject: the hash of its content. Memory: the file
-    uncompressed, the slices, and one volume in double precision.
+    The subject is the file, as the hash of its content. Memory: the uncompressed file, the slices,
+    and one volume in double precision.
 
-    Masks and maps of labels are no scans, and read with ``maps`` alone.
+    Masks and label maps are not scans, and are only decoded with ``maps``.
 
     Raises:
-        RejectedImage: nothing to see, a map of labels, non-finite voxels, an unsupported type or
-            number of dimensions, truncated, or limits exceeded.
-        Exception: whatever nibabel raises on corrupt bytes.
+        RejectedImage: the volume is blank or a label map, has non-finite voxels, an unsupported
+            type or number of dimensions, is truncated, or exceeds a limit.
+        Exception: anything that nibabel raises on corrupt bytes.
     """
     layout = _read_layout(content, options, maps)
     raw = _uncompressed(content, layout.num_bytes)
     image = layout.image_class.from_bytes(raw)
     affine = _usable_affine(image)
     orientation = io_orientation(affine)
-    # Of the turned axes: the voxel size along X, Y and Z.
+    # Voxel size along the reoriented axes X, Y and Z.
     sizes = np.empty(3)
     sizes[orientation[:, 0].astype(int)] = voxel_sizes(affine)
 
@@ -82,7 +82,7 @@ def decode_nifti(
     slices = []
     for number in range(layout.shape[3]):
         part = stored[_volume_index(stored.shape, number)]
-        # A copy: of four dimensions nibabel gives a view that may not be written to.
+        # A copy: with four dimensions nibabel returns a read-only view.
         values = np.array(part, dtype=np.float32).reshape(layout.shape[:3])
         values = replace_non_finite(values)
         if not maps:
@@ -97,30 +97,30 @@ def decode_nifti(
                 frame = ""
             slices.append(DecodedSlice(shown, "NIfTI", frame, subject))
     if not slices:
-        raise RejectedImage("blank", "no slice holds enough of the head")
+        raise RejectedImage("blank", "no slice shows enough of the head")
     return slices
 
 
 def _read_layout(content: bytes, options: DecodeOptions, maps: bool) -> _Layout:
-    """Read and check the header alone, so that no absurd volume is ever unpacked."""
+    """Read and check the header only, so that an oversized volume is never decompressed."""
     with io.BytesIO(content) as stream:
         head = gzip.GzipFile(fileobj=stream).read(540) if _is_gzip(content) else stream.read(540)
     if head[344:348] == b"ni1\0" or head[4:8] == b"ni2\0":
-        raise RejectedImage("no pixel data", "a NIfTI header whose voxels are in an .img file")
+        raise RejectedImage("no pixel data", "a NIfTI header with its voxels in an .img file")
     is_nifti2 = head[4:8] == b"n+2\0"
     header = (Nifti2Header if is_nifti2 else Nifti1Header).from_fileobj(
         io.BytesIO(head), check=False
     )
     if header.get_data_dtype().kind not in "iuf":
-        raise RejectedImage("unsupported data type", "neither integer nor float")
+        raise RejectedImage("unsupported data type", "voxels are neither integer nor float")
     if int(header["intent_code"]) == _INTENT_LABEL and not maps:
-        raise RejectedImage("no scan", "a map of labels")
+        raise RejectedImage("no scan", "a label map")
     shape = tuple(int(length) for length in header.get_data_shape())
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
     shape += (1,) * (3 - len(shape))
     if len(shape) > 4:
-        raise RejectedImage("too many dimensions", f"{len(shape)} of at most 4")
+        raise RejectedImage("too many dimensions", f"{len(shape)}, limit 4")
     if min(shape) < 1:
         raise RejectedImage("corrupt or truncated", "no voxels")
     num_voxels = math.prod(shape)
@@ -134,10 +134,10 @@ def _read_layout(content: bytes, options: DecodeOptions, maps: bool) -> _Layout:
 
 
 def _check_greys(values: Values) -> None:
-    """Refuse maps of labels and masks, which have few values where a scan has hundreds."""
+    """Reject masks and label maps, which have few distinct values where a scan has hundreds."""
     few = _count_values(values[::_SAMPLED, ::_SAMPLED, ::_SAMPLED]) < _MIN_GREYS
     if few and 1 < _count_values(values) < _MIN_GREYS:
-        raise RejectedImage("no scan", f"fewer than {_MIN_GREYS} greys: a mask or map of labels")
+        raise RejectedImage("no scan", f"fewer than {_MIN_GREYS} greys: a mask or label map")
 
 
 def _count_values(values: Values) -> int:
@@ -147,7 +147,7 @@ def _count_values(values: Values) -> int:
 def _uncompressed(content: bytes, num_bytes: int) -> bytes:
     if _is_gzip(content):
         limit = num_bytes + _MAX_TRAILING_BYTES
-        # Up to the end, where the checksum stands.
+        # Read up to the end, where the checksum is.
         content = gzip.GzipFile(fileobj=io.BytesIO(content)).read(limit + 1)
         if len(content) > limit:
             raise RejectedImage("corrupt or truncated", "more bytes than the header announces")
@@ -161,7 +161,7 @@ def _is_gzip(content: bytes) -> bool:
 
 
 def _usable_affine(image: Nifti1Image) -> NDArray[np.float64]:
-    """The voxel-to-patient matrix: sform, else qform, else the header's voxel sizes."""
+    """The voxel-to-patient matrix: sform, else qform, else from the voxel sizes."""
     header = image.header
     for matrix in (image.affine, _quaternion_affine(header), header.get_base_affine()):
         affine = np.asarray(matrix, dtype=np.float64)
@@ -172,16 +172,16 @@ def _usable_affine(image: Nifti1Image) -> NDArray[np.float64]:
 
 
 def _quaternion_affine(header: Nifti1Header) -> NDArray[np.float64]:
-    """The qform, where it says that it holds; else no usable matrix."""
+    """The qform if its code marks it as valid, otherwise a matrix of NaN."""
     try:
         qform = header.get_qform(coded=True)[0]
-    except ValueError:  # quaternions that are none
+    except ValueError:  # invalid quaternions
         qform = None
     return np.full((4, 4), np.nan) if qform is None else np.asarray(qform, dtype=np.float64)
 
 
 def _volume_index(shape: tuple[int, ...], number: int) -> tuple[slice | int, ...]:
-    """Index of one volume of a file of any rank: only its voxels are read."""
+    """Index of one volume of a file of any rank, so that only its voxels are read."""
     if len(shape) <= 3:
         return (slice(None),) * len(shape)
     return (*(slice(None),) * 3, number, *(0,) * (len(shape) - 4))

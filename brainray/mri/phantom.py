@@ -1,14 +1,14 @@
-"""Phantoms: head slices drawn from a seed, in the data set's four classes, with their true masks.
+"""Phantoms: head slices generated from a seed, in the data set's four classes, with true masks.
 
-They stand in for patients in tests and demonstrations, and carry what the real slices lack: a
-brain mask, a lesion mask and a known subject. They are caricatures, good for checking machinery
-and worthless for judging how well anything works on people.
+They replace patients in tests and demonstrations, and provide what real slices do not have: a
+brain mask, a lesion mask and a known subject. They are caricatures, suitable for testing the code
+but not for judging how well anything works on patients.
 
 Only the lesion depends on the class. A generator's first draw seeds the head (anatomy, contrast,
-pose, bias field) and the second one the scanner's noise, both the same for every class, so that
-neither brightness nor pose betrays it: what tells the classes apart is where the lesion lies and
-how it looks. For the same reason the slice level is drawn alike for all of them, which is not
-true to life: a real pituitary tumour is seen in basal slices only.
+pose, bias field) and the second one the scanner's noise. Both are the same for every class, so
+neither brightness nor pose reveals it: classes differ only in the position and appearance of the
+lesion. For the same reason the slice level has the same distribution for all classes, which is not
+realistic: a real pituitary tumour is visible in basal slices only.
 
 Head coordinates: x to the right, y down, the canvas spans -1 to 1 on both axes. Sagittal heads
 are drawn facing right; half of them are mirrored by the pose.
@@ -34,8 +34,8 @@ MIN_SIZE = 32
 _NUM_VERTICES = 72
 _VERTEX_ANGLES = np.linspace(0.0, 2.0 * np.pi, _NUM_VERTICES, endpoint=False)
 _SUBPIXEL_BITS = 4  # OpenCV's fixed-point vertices: a sixteenth of a pixel
-_MAX_SERIES_STEP = 0.12  # distance of neighbouring slices in a series, in half depths of the head
-_MAX_SERIES_REACH = 0.7  # beyond it the lesion would be too small to deserve its label
+_MAX_SERIES_STEP = 0.12  # between neighbouring slices of a series, in half depths of the head
+_MAX_SERIES_REACH = 0.7  # beyond this the lesion would be too small for its label
 
 Curve = NDArray[np.float64]  # (V,): relative radii at _VERTEX_ANGLES
 Points = NDArray[np.float64]  # (V, 2): x, y of a closed polygon or of a line, in head coordinates
@@ -45,14 +45,14 @@ Mask = NDArray[np.bool_]  # (H, W)
 
 @dataclass(frozen=True)
 class PhantomSlice:
-    """One slice and what is true of it. All three arrays have the same (H, W)."""
+    """One slice and its ground truth. All three arrays have the same (H, W)."""
 
     image: NDArray[np.uint8]
     """(H, W) grey values; air is near zero."""
     brain_mask: Mask
-    """(H, W) True within the skull: parenchyma, ventricles, subarachnoid space and the lesion."""
+    """(H, W) True inside the skull: parenchyma, ventricles, subarachnoid space and the lesion."""
     lesion_mask: Mask
-    """(H, W) True on the tumour with its necrotic core, without oedema; no True in `notumor`."""
+    """(H, W) True on the tumour with its necrotic core, without oedema; all False in `notumor`."""
     orientation: str
     """One of `ORIENTATIONS`."""
 
@@ -64,13 +64,13 @@ def make_slice(
 
     Args:
         class_name: one of `CLASSES`.
-        rng: the only source of randomness. In equal states it gives the same head for every
-            class, differing in the lesion alone.
+        rng: the only source of randomness. The same state gives the same head for every class,
+            with a different lesion.
         size: height and width in pixels, at least `MIN_SIZE`.
         orientation: one of `ORIENTATIONS`; drawn at random when None.
 
     Raises:
-        DataError: the class, the orientation or the size is not one that can be drawn.
+        DataError: the class, the orientation or the size is not supported.
     """
     _check_request(class_name, size, orientation)
     subject_seed, noise_seed = (int(seed) for seed in rng.integers(2**63, size=2))
@@ -83,15 +83,15 @@ def make_series(
 ) -> list[PhantomSlice]:
     """Draw neighbouring parallel slices of one new subject: one head, one lesion, one contrast.
 
-    Anatomy and lesion change smoothly from slice to slice and the lesion shows in each; the
-    noise is drawn anew. Long series are spaced more finely, not continued out of the lesion.
+    Anatomy and lesion change smoothly from slice to slice, and every slice shows the lesion; each
+    slice has its own noise. Long series are spaced more finely instead of leaving the lesion.
 
     Raises:
         DataError: as in `make_slice`, or `num_slices` is below 1.
     """
     _check_request(class_name, size, None)
     if num_slices < 1:
-        raise DataError(f"num_slices is {num_slices}: ask for at least 1 slice in a series.")
+        raise DataError(f"num_slices is {num_slices}: a series needs at least 1 slice")
     subject_seed, noise_seed = (int(seed) for seed in rng.integers(2**63, size=2))
     subject = _draw_subject(subject_seed, class_name, None)
     noise_rng = np.random.default_rng(noise_seed)
@@ -110,24 +110,24 @@ def write_phantoms(
 ) -> None:
     """Write `Training/<class>/*.jpg` and `Testing/<class>/*.jpg` into a new folder.
 
-    A slice depends on (seed, split, class, index) alone: asking for more leaves the earlier files
-    as they are, byte for byte under the same version of OpenCV, which does the drawing and the
-    JPEG coding. Everything is written beside `folder` and renamed at the end, so that `folder` is
-    complete or absent.
+    A slice depends only on (seed, split, class, index): with larger counts, the earlier files are
+    unchanged, byte for byte with the same version of OpenCV, which does the drawing and the JPEG
+    encoding. Everything is written next to `folder` and renamed at the end, so that `folder` is
+    either complete or absent.
 
     Raises:
-        DataError: `folder` exists and holds something, or a count, the seed or the size is out
-            of range.
+        DataError: `folder` exists and is not empty, or a count, the seed or the size is out of
+            range.
     """
     folder = folder.expanduser().absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise DataError(f"{folder} exists and is not empty: remove it or choose another folder.")
+        raise DataError(f"{folder} exists and is not empty: remove it or choose another folder")
     num_per_class = dict(zip(SPLITS, (num_training_per_class, num_testing_per_class), strict=True))
     for split, count in num_per_class.items():
         if count < 0:
-            raise DataError(f"{count} {split} slices per class: ask for 0 or more.")
+            raise DataError(f"{count} {split} slices per class: choose 0 or more")
     if seed < 0:
-        raise DataError(f"The seed is {seed}: choose 0 or more.")
+        raise DataError(f"seed is {seed}: choose 0 or more")
     _check_request(CLASSES[0], size, None)
 
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -151,16 +151,16 @@ def _write_jpeg(path: Path, image: NDArray[np.uint8]) -> None:
 
 def _check_request(class_name: str, size: int, orientation: str | None) -> None:
     if class_name not in CLASSES:
-        raise DataError(f"Unknown phantom class {class_name!r}: choose from {', '.join(CLASSES)}.")
+        raise DataError(f"unknown phantom class {class_name!r}: choose from {', '.join(CLASSES)}")
     if orientation is not None and orientation not in ORIENTATIONS:
         raise DataError(
-            f"Unknown orientation {orientation!r}: choose from {', '.join(ORIENTATIONS)}."
+            f"unknown orientation {orientation!r}: choose from {', '.join(ORIENTATIONS)}"
         )
     if size < MIN_SIZE:
-        raise DataError(f"A slice of {size} pixels is too small: choose {MIN_SIZE} or more.")
+        raise DataError(f"a slice of {size} pixels is too small: choose {MIN_SIZE} or more")
 
 
-# --- What a subject is -------------------------------------------------------------------------
+# --- Subjects ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ class _Tissues:
     oedema: float
 
 
-# Stylised orders of intensity, not measured ones. T1 is with contrast agent, as in the data set.
+# Stylised intensities, not measured ones. T1 is with contrast agent, as in the data set.
 _CONTRASTS: dict[str, _Tissues] = {
     "t1": _Tissues(0.05, 0.12, 0.36, 0.46, 0.85, 0.30, 0.70, 0.88, 0.14, 0.25),
     "t2": _Tissues(0.04, 0.80, 0.50, 0.38, 0.66, 0.22, 0.10, 0.90, 1.00, 0.68),
@@ -190,17 +190,17 @@ _CONTRAST_SHARES = {"t1": 0.65, "t2": 0.1, "flair": 0.25}
 
 @dataclass(frozen=True)
 class _Subject:
-    """What neighbouring slices of one head share."""
+    """Properties shared by neighbouring slices of one head."""
 
     class_name: str
     orientation: str
     tissues: _Tissues
     anatomy_seed: int
-    """Replayed for every slice of the subject, so that the head differs by its offset alone."""
+    """Replayed for every slice of the subject, so that heads differ only by their offset."""
     lesion_seed: int
     pose_seed: int
     offset: float
-    """Where a lone slice of this subject lies, -1 to 1 along the slice axis; 0 is the centre."""
+    """Position of a single slice of this subject, -1 to 1 along the slice axis; 0 is the centre."""
 
 
 def _draw_subject(seed: int, class_name: str, orientation: str | None) -> _Subject:
@@ -225,14 +225,14 @@ def _draw_subject(seed: int, class_name: str, orientation: str | None) -> _Subje
 
 @dataclass(frozen=True)
 class _Skull:
-    """The inside of the skull, as the lesions need to know it."""
+    """Geometry of the inside of the skull, as needed to place lesions."""
 
     outline: Points
     """Inner table of the skull vault around the cerebrum."""
     mask: Mask
-    """True within the skull, hindbrain included."""
+    """True inside the skull, including the hindbrain."""
     sella: tuple[float, float]
-    """Where the pituitary gland sits."""
+    """Position of the pituitary gland."""
     vault: tuple[float, float]
     """Range of vertex angles (radians, clockwise from +x as y points down) above the base."""
 
@@ -240,7 +240,7 @@ class _Skull:
 def _render(
     subject: _Subject, offset: float, noise_rng: np.random.Generator, size: int
 ) -> PhantomSlice:
-    """Draw the head, then its lesion, then what the scanner makes of them."""
+    """Draw the head, then its lesion, then simulate the scanner."""
     signal: Plane = np.zeros((size, size), np.float32)
     anatomy_rng = np.random.default_rng(subject.anatomy_seed)
     draw_head = {"axial": _draw_axial, "coronal": _draw_coronal, "sagittal": _draw_sagittal}
@@ -251,7 +251,7 @@ def _render(
 
     pose_rng = np.random.default_rng(subject.pose_seed)
     columns, rows = _pose_maps(subject.orientation, size, pose_rng)
-    # Replicated, the neck runs out of the field of view, as it does in real slices.
+    # With replicated borders the neck extends out of the field of view, as in real slices.
     posed = cv2.remap(signal, columns, rows, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
     labels = (skull.mask | lesion).astype(np.uint8) + lesion
     posed_labels = cv2.remap(labels, columns, rows, cv2.INTER_NEAREST)
@@ -274,7 +274,7 @@ def _to_pixels(points: Points, size: int) -> NDArray[np.int32]:
 
 
 def _fill(plane: Plane | NDArray[np.uint8], points: Points, value: float) -> None:
-    """Fill a closed curve; one without area (what this slice does not show) leaves no trace."""
+    """Fill a closed curve; one without area (not visible in this slice) is skipped."""
     vertices = _to_pixels(points, plane.shape[0])
     if (vertices == vertices[0]).all():
         return  # OpenCV would paint a pixel
@@ -282,7 +282,7 @@ def _fill(plane: Plane | NDArray[np.uint8], points: Points, value: float) -> Non
 
 
 def _stroke(plane: Plane | NDArray[np.uint8], points: Points, value: float, width: float) -> None:
-    """Draw an open line; `width` is in head units."""
+    """Draw an open line; `width` is in head coordinates."""
     size = plane.shape[0]
     thickness = max(1, round(width * 0.5 * size))
     vertices = _to_pixels(points, size)
@@ -296,7 +296,7 @@ def _mask_of(points: Points, size: int) -> Mask:
 
 
 def _wobble(rng: np.random.Generator, amplitude: float, first: int = 2, last: int = 6) -> Curve:
-    """(V,) relative radii of an irregular closed curve, harmonics `first` to `last` about 1."""
+    """(V,) relative radii of an irregular closed curve: 1 plus harmonics `first` to `last`."""
     orders = np.arange(first, last + 1)
     phases = rng.uniform(0.0, 2.0 * np.pi, orders.size)
     weights = rng.normal(0.0, amplitude, orders.size) * first / orders
@@ -314,7 +314,7 @@ def _ellipse(
     tilt: float = 0.0,
     radii: Curve | float = 1.0,
 ) -> Points:
-    """Closed curve about (x, y), turned by `tilt` radians; `radii` as `_wobble` draws them."""
+    """Closed curve around (x, y), rotated by `tilt` radians; `radii` as returned by `_wobble`."""
     along = radii * radius_x * np.cos(_VERTEX_ANGLES)
     across = radii * radius_y * np.sin(_VERTEX_ANGLES)
     cos, sin = np.cos(tilt), np.sin(tilt)
@@ -328,12 +328,12 @@ def _scaled(points: Points, factor: float) -> Points:
 
 
 def _smooth_noise(rng: np.random.Generator, size: int, num_cells: int) -> Plane:
-    """(H, W) noise of about unit variance whose bumps measure about `size / num_cells` pixels."""
+    """(H, W) noise of about unit variance with bumps of about `size / num_cells` pixels."""
     return _enlarge(rng.standard_normal((num_cells, num_cells), np.float32), size)
 
 
 def _changing_noise(rng: np.random.Generator, size: int, num_cells: int, offset: float) -> Plane:
-    """Smooth noise that turns from one field into another along the slice axis."""
+    """Smooth noise that changes from one field to another along the slice axis."""
     here = rng.standard_normal((num_cells, num_cells), np.float32)
     there = rng.standard_normal((num_cells, num_cells), np.float32)
     return _enlarge(np.cos(1.5 * offset) * here + np.sin(1.5 * offset) * there, size)
@@ -523,7 +523,7 @@ def _draw_scalp(
 def _draw_parenchyma(
     signal: Plane, tissues: _Tissues, mask: Mask, offset: float, rng: np.random.Generator
 ) -> None:
-    """White matter under a grey ribbon, cut by sulci that open to the subarachnoid space."""
+    """White matter under a grey ribbon, with sulci that open to the subarachnoid space."""
     size = signal.shape[0]
     depth = cv2.distanceTransform(mask.astype(np.uint8), cv2.DIST_L2, 3) * (2.0 / size)
     folds = _changing_noise(rng, size, int(rng.integers(18, 26)), offset)
@@ -532,7 +532,7 @@ def _draw_parenchyma(
     tissue = tissues.grey + (tissues.white - tissues.grey) * ribbon
     tissue *= 1.0 + 0.03 * patches
 
-    # A sulcus follows the zero line of the noise, and thins out with depth.
+    # A sulcus follows the zero line of the noise and gets thinner with depth.
     sulcus_width = rng.uniform(0.1, 0.55) * np.clip(1.0 - depth * rng.uniform(3.0, 6.0), 0.0, 1.0)
     fluid = np.clip((sulcus_width - np.abs(folds)) * 8.0, 0.0, 1.0)
     fluid = np.maximum(fluid, np.clip((rng.uniform(0.005, 0.03) - depth) * 100.0, 0.0, 1.0))
@@ -547,7 +547,7 @@ def _draw_fissure(
     rng: np.random.Generator,
     reach: float = 0.95,
 ) -> None:
-    """The midline: fluid beside the falx, from the top down over the share `reach`."""
+    """The midline: fluid along the falx, from the top down over the fraction `reach`."""
     top = outline[:, 1].min()
     bottom = top + reach * np.ptp(outline[:, 1])
     line = np.stack([rng.normal(0.0, 0.008, 8), np.linspace(top, bottom, 8)], axis=1)
@@ -576,7 +576,7 @@ def _draw_soft_parts(
     y_range: tuple[float, float],
     rng: np.random.Generator,
 ) -> None:
-    """Fat pads, muscles, mucosa and air of face and neck; as bright as lesions, or brighter."""
+    """Fat pads, muscles, mucosa and air of face and neck, at least as bright as lesions."""
     values = (tissues.fat, 0.8 * tissues.fat, tissues.bone, 0.6 * tissues.muscle)
     for _ in range(12):
         part = _ellipse(
@@ -602,7 +602,7 @@ def _draw_choroid(
 def _draw_vessels(
     signal: Plane, tissues: _Tissues, outline: Points, rng: np.random.Generator
 ) -> None:
-    """Cut and running vessels, and small bright foci as in ageing white matter."""
+    """Vessels, and small bright foci as in ageing white matter."""
     centre = outline.mean(axis=0)
     for _ in range(6):
         vertex = outline[rng.integers(_NUM_VERTICES)]
@@ -625,7 +625,7 @@ def _draw_lesion(
     signal: Plane, subject: _Subject, skull: _Skull, offset: float, rng: np.random.Generator
 ) -> Mask:
     """Paint the class's lesion into the signal and return its mask, empty for `notumor`."""
-    extent = float(np.sqrt(1.0 - 0.8 * offset**2))  # radius of a ball's slice off its centre
+    extent = float(np.sqrt(1.0 - 0.8 * offset**2))  # radius of an off-centre slice of a ball
     if subject.class_name == "glioma":
         return _draw_glioma(signal, subject.tissues, skull, extent, offset, rng)
     if subject.class_name == "meningioma":
@@ -643,7 +643,7 @@ def _draw_glioma(
     offset: float,
     rng: np.random.Generator,
 ) -> Mask:
-    """Within the brain, off the midline: an uneven ragged ring about a dead core, in oedema."""
+    """In the brain, off the midline: a ragged, uneven ring around a necrotic core, in oedema."""
     size = signal.shape[0]
     centre = skull.outline.mean(axis=0)
     angle = rng.uniform(-0.7, 0.7) + np.pi * rng.integers(2)
@@ -675,7 +675,7 @@ def _draw_glioma(
 def _draw_meningioma(
     signal: Plane, tissues: _Tissues, skull: _Skull, extent: float, rng: np.random.Generator
 ) -> Mask:
-    """On the dura: round, even, bright, sharply bordered, with a cleft of fluid and a tail."""
+    """On the dura: round, uniform, bright, with a sharp border, a fluid cleft and a dural tail."""
     size = signal.shape[0]
     centre = skull.outline.mean(axis=0)
     position = int(rng.uniform(*skull.vault) / (2.0 * np.pi) * _NUM_VERTICES) % _NUM_VERTICES
@@ -697,7 +697,7 @@ def _draw_meningioma(
 def _draw_pituitary(
     signal: Plane, tissues: _Tissues, skull: _Skull, extent: float, rng: np.random.Generator
 ) -> Mask:
-    """In the sella: an even bright ovoid, often with a waist where it grows out of it."""
+    """In the sella: a uniform bright ovoid, often with a waist where it grows out of the sella."""
     size = signal.shape[0]
     x, y = np.asarray(skull.sella) + rng.normal(0.0, 0.02, 2)
     radius = rng.uniform(0.10, 0.15) * extent
@@ -717,7 +717,7 @@ def _draw_pituitary(
 
 
 def _pose_maps(orientation: str, size: int, rng: np.random.Generator) -> tuple[Plane, Plane]:
-    """For each output pixel its source column and row: mirror, turn, stretch, shift, bend."""
+    """Source column and row of each output pixel: mirror, rotate, scale, shift, bend."""
     mirror = -1.0 if orientation == "sagittal" and rng.random() < 0.5 else 1.0
     turn = np.deg2rad(rng.normal(0.0, 7.0))
     scale_x, scale_y = rng.uniform(0.84, 1.06) * rng.uniform(0.95, 1.05, 2)
@@ -738,7 +738,7 @@ def _pose_maps(orientation: str, size: int, rng: np.random.Generator) -> tuple[P
 def _acquire(
     signal: Plane, subject_rng: np.random.Generator, noise_rng: np.random.Generator
 ) -> NDArray[np.uint8]:
-    """Blur, coil shading, gain and gamma of the subject's scan, with fresh noise."""
+    """Apply the blur, coil shading, gain and gamma of the subject's scan, and new noise."""
     size = signal.shape[0]
     blur_px = subject_rng.uniform(0.6, 1.1) * size / 224
     shading = np.exp(0.14 * _smooth_noise(subject_rng, size, 3))

@@ -1,4 +1,4 @@
-"""Slices of volumes whose brain is known: what skull strips are made of and measured on."""
+"""Slices of volumes with known brain masks, for building and evaluating skull stripping."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ _VOLUME, _MASK = ".nii.gz", "_mask.nii.gz"
 
 @dataclass(frozen=True)
 class ReferenceSlice:
-    """A slice as it is shown on screen, and where its brain is."""
+    """A slice as shown on screen, with its brain mask."""
 
     orientation: Orientation
     image: NDArray[np.uint8]  # (H, W)
@@ -26,10 +26,10 @@ class ReferenceSlice:
 
 
 def find_heads(folder: Path) -> list[Path]:
-    """The volumes, NAME.nii.gz, that a mask, NAME_mask.nii.gz, lies beside.
+    """The volumes NAME.nii.gz that have a mask NAME_mask.nii.gz in the same folder.
 
     Raises:
-        DataError: there is none.
+        DataError: there are none.
     """
     heads = [
         path
@@ -37,15 +37,15 @@ def find_heads(folder: Path) -> list[Path]:
         if not path.name.endswith(_MASK) and _mask_of(path).exists()
     ]
     if not heads:
-        raise DataError(f"no NAME{_VOLUME} with a NAME{_MASK} beside it in {folder}")
+        raise DataError(f"{folder}: no NAME{_VOLUME} with a NAME{_MASK}")
     return heads
 
 
 def reference_slices(head: Path, orientation: Orientation) -> Iterator[ReferenceSlice]:
-    """The slices of a volume that show some brain, in their order.
+    """The slices of a volume that show some brain, in order.
 
     Raises:
-        DataError: the volume or its mask cannot be read, or they do not fit.
+        DataError: the volume or its mask cannot be read, or they do not match.
     """
     mask = _mask_of(head)
     try:
@@ -57,7 +57,7 @@ def reference_slices(head: Path, orientation: Orientation) -> Iterator[Reference
                 yield ReferenceSlice(orientation, one.image, brain)
     except DataError:
         raise
-    except Exception as error:  # nibabel and zlib raise what they like
+    except Exception as error:  # nibabel and zlib may raise anything
         raise DataError(f"{head.name} or {mask.name} cannot be read: {error}") from None
 
 
@@ -68,12 +68,14 @@ def dice(mask: NDArray[np.bool_], reference: NDArray[np.bool_]) -> float:
 
 def _check(head: Any, mask: Any, path: Path) -> None:
     if head.shape != mask.shape or not np.allclose(head.affine, mask.affine, atol=1e-3):
-        raise DataError(f"{path} has other voxels than the volume beside it")
+        raise DataError(f"{path} does not have the shape and affine of its volume")
     if min(head.shape) < 2 or head.ndim != 3:
-        raise DataError(f"the volume beside {path} is no volume of slices, but {head.shape}")
+        raise DataError(
+            f"the volume of {path} has shape {head.shape}: 3 axes of 2 or more are needed"
+        )
     values = np.unique(np.asarray(mask.dataobj))
     if len(values) != 2 or values[0] != 0:
-        raise DataError(f"{path} must hold 0 and one value for brain; it holds {values[:5]}")
+        raise DataError(f"{path} must contain 0 and one value for brain, but contains {values[:5]}")
 
 
 def _mask_of(head: Path) -> Path:

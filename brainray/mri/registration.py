@@ -1,13 +1,13 @@
-"""Whether two small pictures show the same slice: align each pair, then compare what is left.
+"""Decide whether two fingerprints show the same slice: align each pair, then compare the residual.
 
 Fingerprints of copies differ by a shift and a scale per axis (crops, borders, caption strips), by
 a gain and a bias that clip at black and white (brightness, contrast), and by interpolation and
-JPEG noise. `align` fits the first two by Gauss-Newton from coarse to fine, `compare` judges the
-rest. Everything runs on batches of pairs, and what holds for a pair does not depend on the other
-pairs of its batch.
+JPEG noise. `align` fits the first two by Gauss-Newton steps from coarse to fine, `compare` scores
+the rest. All functions take batches of pairs, and the result for a pair does not depend on the
+other pairs of its batch.
 
-A warp is separable: both axes are resampled by one (S, S) matrix each, so that warping a batch is
-two batched matrix products. Coordinates run from -1 to 1 across the frame.
+Warps are separable: each axis is resampled by an (S, S) matrix, so that warping a batch takes two
+batched matrix products. Coordinates run from -1 to 1 across the frame.
 """
 
 from dataclasses import dataclass
@@ -17,35 +17,35 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LEVELS = ((24, 8, None), (48, 4, 0.97), (96, 2, None))
-"""(side in pixels, Gauss-Newton steps, similarity below which a pair is given up), coarse to fine.
-Neighbouring slices mostly fail the second, which spares them the expensive third; the first is
-too coarse to judge by."""
+"""(side in pixels, Gauss-Newton steps, similarity below which a pair is dropped), coarse to fine.
+Most neighbouring slices fail at the second level, which avoids the expensive third; the first is
+too coarse for a decision."""
 
 MARGIN = 0.125
-"""Outer part of either frame that is not looked at, of its half side: 6 % of the side, where a
-border, a caption strip or the edge of a crop may lie."""
+"""Outer part of each frame that is ignored, as a fraction of its half side: 6 % of the side, where
+a border, a caption strip or the edge of a crop may be."""
 
-_MAX_SHIFT = 0.12  # of the half side; a crop of 4 % beside a border of 5 % needs 0.09
-_MIN_SCALE, _MAX_SCALE = 0.82, 1.22  # a crop (or border) of both sides by both slices of a pair
+_MAX_SHIFT = 0.12  # of the half side; a crop of 4 % and a border of 5 % need 0.09
+_MIN_SCALE, _MAX_SCALE = 0.82, 1.22  # both slices of a pair cropped (or framed) on both sides
 _MIN_GAIN, _MAX_GAIN = 0.4, 2.5
-_DAMPING = 1e-3  # of the normal equations: a flat picture has no gradient to solve for
+_DAMPING = 1e-3  # of the normal equations: a flat image has no gradient to solve for
 
-_FINE_SIGMA = 1.2  # pixels: removes what interpolation and JPEG change
+_FINE_SIGMA = 1.2  # pixels: removes interpolation and JPEG differences
 _COARSE_SIGMA = 1.5  # pixels: subtracted, so that edges and texture remain
-_LEAST_WEIGHT = 1e-12  # of a Gaussian, whose greatest is 1
+_LEAST_WEIGHT = 1e-12  # of a Gaussian with maximum 1
 _LOCAL_SIGMA = 1 / 16  # of the side: size of a neighbourhood
 _LOCAL_PER_SIDE = 24  # neighbourhoods along either axis
-_LEAST_COVERED = 0.2  # of a neighbourhood that is usable
-_NOISE_VARIANCE = 2.0  # grey values squared, after the band-pass: weaker structure is no evidence
-_WEAKEST_SHARE = 0.05  # the neighbourhoods that decide: a neighbouring slice differs in places
-_MIN_NEIGHBOURHOODS = 12  # with structure; fewer are no evidence for anything
-_CLIPPING_RANGE = 30.0  # grey values of lost range beyond which no more is forgiven
-_TAPER = 40.0  # grey values next to a clipped end that area-averaging has blurred
+_LEAST_COVERED = 0.2  # share of a usable neighbourhood
+_NOISE_VARIANCE = 2.0  # grey values squared, after the band-pass: weaker structure is not evidence
+_WEAKEST_SHARE = 0.05  # neighbourhoods that decide: a neighbouring slice differs in places
+_MIN_NEIGHBOURHOODS = 12  # with structure; fewer are not sufficient evidence
+_CLIPPING_RANGE = 30.0  # grey values of lost range at which the allowance is capped
+_TAPER = 40.0  # grey values next to a clipped end that are blurred by area averaging
 
 
 @dataclass(frozen=True)
 class Alignment:
-    """How the moving pictures map onto the fixed ones; all of length P."""
+    """Mapping of the moving images to the fixed ones; all of length P."""
 
     frame: Tensor
     """(P, 4) float32: shift and scale of y, shift and scale of x; y_moving = scale * y + shift."""
@@ -66,22 +66,22 @@ class Alignment:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What remains of the difference of aligned pairs; all (P,) float32."""
+    """Remaining differences of aligned pairs; all (P,) float32."""
 
     agreement: Tensor
-    """Correlation of local structure in the neighbourhoods where it is weakest; at most 1."""
+    """Correlation of local structure in the neighbourhoods where it is lowest; at most 1."""
     movement: Tensor
     """Largest displacement of a frame's corner, in pixels."""
     clipping: Tensor
     """Grey values by which the intensity ranges of the two slices differ at black or white."""
 
     def similarity(self) -> Tensor:
-        """Agreement, (P,), corrected for what movement and clipping cost a true copy; at most 1.
+        """Agreement (P,), corrected for the effect of movement and clipping on copies; at most 1.
 
-        The residual, 1 - agreement, of a copy grows by about exp(0.8) once it is resampled off
-        the pixel grid and by up to exp(1.75) with lost intensities. (A logistic fit on real
-        slices: copies against neighbouring slices. Neighbours hardly move, so that they are
-        granted no more than byte-identical geometry explains.)
+        The residual, 1 - agreement, of a copy grows by about exp(0.8) when it is resampled off
+        the pixel grid and by up to exp(1.75) with lost intensities (from a logistic fit on real
+        slices, copies versus neighbouring slices). Neighbouring slices hardly move, so they get
+        almost no allowance for movement.
         """
         allowance = 0.8 * self.movement.clamp_max(1.0)
         allowance = allowance + 1.75 * self.clipping.clamp_max(_CLIPPING_RANGE) / _CLIPPING_RANGE
@@ -91,7 +91,7 @@ class Comparison:
 def similarity(fixed: Tensor, moving: Tensor) -> Tensor:
     """(P,) similarity of pairs (P, 96, 96) of grey values after alignment; at most 1.
 
-    Pairs that a coarser level shows to be different slices are not looked at closer: they get 0.
+    Pairs that differ at a coarser level are dropped and get 0.
     """
     result = torch.zeros(len(fixed))
     alive = torch.arange(len(fixed))
@@ -114,8 +114,8 @@ def align(fixed: Tensor, moving: Tensor, start: Alignment, *, num_steps: int) ->
     Args:
         fixed: (P, S, S) float32 grey values, 0..255.
         moving: as ``fixed``.
-        start: where to begin; movements of more than about a pixel need a coarser level first.
-        num_steps: steps taken; there is no test of convergence.
+        start: initial alignment; movements of more than about a pixel need a coarser level first.
+        num_steps: number of steps; there is no convergence test.
     """
     side = fixed.shape[-1]
     fixed = _smooth(fixed)
@@ -127,7 +127,7 @@ def align(fixed: Tensor, moving: Tensor, start: Alignment, *, num_steps: int) ->
         scale = gain[:, None, None]
         predicted = scale * warped + bias[:, None, None]
         low, high = _common_range(gain, bias)
-        # Where either slice is clipped the intensities tell a bound, not a value.
+        # Where either slice is clipped, its intensity is a bound, not a value.
         residual = fixed.clamp(low, high) - predicted.clamp(low, high)
         informative = inner * (predicted >= low - 0.5) * (predicted <= high + 0.5)
         informative = informative * _unclipped((fixed + predicted) / 2, gain, bias)
@@ -157,7 +157,7 @@ def align(fixed: Tensor, moving: Tensor, start: Alignment, *, num_steps: int) ->
 
 
 def match_intensities(fixed: Tensor, moving: Tensor) -> Alignment:
-    """No movement, and the gain and bias that give both the same mean and deviation inside."""
+    """No movement, with the gain and bias that equalise mean and standard deviation inside."""
     unmoved = Alignment.identity(len(fixed))
     inner = _inner(unmoved.frame, fixed.shape[-1])
     mean_fixed, mean_moving = _mean(fixed, inner), _mean(moving, inner)
@@ -170,9 +170,9 @@ def match_intensities(fixed: Tensor, moving: Tensor) -> Alignment:
 def compare(fixed: Tensor, moving: Tensor, alignment: Alignment) -> Comparison:
     """Compare aligned pairs (P, S, S) by their local structure.
 
-    Both slices are band-passed and correlated in Gaussian neighbourhoods; the 5 % quantile over
-    the neighbourhoods that hold structure is the agreement, since a neighbouring slice is alike
-    nearly everywhere but not everywhere. Pairs with too little structure get an agreement of 0.
+    Both slices are band-passed and correlated in Gaussian neighbourhoods. The agreement is the 5 %
+    quantile over the neighbourhoods with structure, as a neighbouring slice is similar nearly
+    everywhere but not everywhere. Pairs with too little structure get an agreement of 0.
     """
     side = fixed.shape[-1]
     fixed, warped, weight = _comparable(fixed, moving, alignment)
@@ -212,7 +212,7 @@ def shrink(pictures: Tensor, side: int) -> Tensor:
 def _comparable(
     fixed: Tensor, moving: Tensor, alignment: Alignment
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Both slices in the fixed frame, limited to the range both can show, and their weights."""
+    """Both slices in the fixed frame, clipped to their common range, and their weights."""
     gain, bias = alignment.gain[:, None, None], alignment.bias[:, None, None]
     fixed = _smooth(fixed)
     predicted = gain * _warp(moving, alignment.frame) + bias
@@ -223,9 +223,9 @@ def _comparable(
 
 
 def _unclipped(values: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
-    """Weights 0..1 that leave out grey values near an end at which one of the slices is clipped.
+    """Weights 0..1 that exclude grey values near an end at which one of the slices is clipped.
 
-    Slices are averaged after clipping, so that near a clipped end their values are not exact.
+    Slices are averaged after clipping, so their values near a clipped end are not exact.
     """
     low, high = _common_range(gain, bias)
     lost_low, lost_high = bias.abs(), (255.0 * gain + bias - 255.0).abs()
@@ -236,20 +236,20 @@ def _unclipped(values: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
 
 
 def _ramp(distance: Tensor, width: Tensor, *, sharp_below: float) -> Tensor:
-    """0 to 1 over ``width``; 1 throughout where the width is too small to mean clipping."""
+    """0 to 1 over ``width``; 1 everywhere if the width is too small to indicate clipping."""
     ramp = (distance / width.clamp_min(1e-3)).clamp(0.0, 1.0)
     return torch.where(width < sharp_below, torch.ones_like(ramp), ramp)
 
 
 def _common_range(gain: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """(P, 1, 1) darkest and brightest fixed grey values that both slices can show."""
+    """(P, 1, 1) darkest and brightest fixed grey values that both slices can represent."""
     low = bias.clamp_min(0.0)
     high = torch.maximum((255.0 * gain + bias).clamp_max(255.0), low + 1.0)
     return low[:, None, None], high[:, None, None]
 
 
 def _band_pass(values: Tensor, weight: Tensor) -> Tensor:
-    """Fine minus coarse average, both over weighted pixels only: a border does not bleed in."""
+    """Fine minus coarse blur, both over weighted pixels only, so that borders do not bleed in."""
     fine = _weighted_blur(values, weight, _FINE_SIGMA)
     return fine - _weighted_blur(values, weight, _COARSE_SIGMA)
 
@@ -262,8 +262,8 @@ def _weighted_blur(values: Tensor, weight: Tensor, sigma: float) -> Tensor:
 def _gaussian(side: int, sigma: float) -> Tensor:
     """(S, S) symmetric: one row per centre, not normalised.
 
-    Weights that cannot be seen in a float32 sum are 0: the farthest would be subnormal numbers,
-    with which processors multiply matrices at a tenth of their speed.
+    Weights that are negligible in a float32 sum are set to 0: the smallest would be subnormal
+    numbers, which slow down matrix products tenfold.
     """
     position = torch.arange(side, dtype=torch.float32)
     weights = torch.exp(-0.5 * ((position[:, None] - position) / sigma).square())
@@ -271,7 +271,7 @@ def _gaussian(side: int, sigma: float) -> Tensor:
 
 
 def _mean(values: Tensor, weight: Tensor) -> Tensor:
-    """(P,) weighted mean over the picture."""
+    """(P,) weighted mean over the image."""
     return (values * weight).sum(dim=(1, 2)) / weight.sum(dim=(1, 2)).clamp_min(1e-6)
 
 
@@ -281,7 +281,7 @@ def _grid(side: int) -> Tensor:
 
 
 def _inner(frame: Tensor, side: int) -> Tensor:
-    """(P, S, S) 1 where a pixel lies inside the margins of both frames."""
+    """(P, S, S) 1 where a pixel is inside the margins of both frames."""
     grid = _grid(side)
     unmoved = grid.abs() <= 1.0 - MARGIN
     inner_y = unmoved & ((frame[:, 1:2] * grid + frame[:, 0:1]).abs() <= 1.0 - MARGIN)
@@ -303,7 +303,7 @@ def _bounded(frame: Tensor) -> Tensor:
 
 
 def _smooth(pictures: Tensor) -> Tensor:
-    """Resample where the pixels are: the blur that warping gives the other picture too."""
+    """Resample at the pixel centres: the same blur that warping applies to the other image."""
     unmoved = torch.tensor([[0.0, 1.0, 0.0, 1.0]])
     weights = _resampling(unmoved[:, :2], pictures.shape[-1])[0][0]
     return weights @ pictures @ weights.T
@@ -317,7 +317,7 @@ def _warp(pictures: Tensor, frame: Tensor) -> Tensor:
 
 
 def _warp_with_slopes(pictures: Tensor, frame: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The warped pictures and their derivatives by the y and x at which they are sampled."""
+    """The warped images and their derivatives with respect to the sampled y and x."""
     side = pictures.shape[-1]
     weights_y, slopes_y = _resampling(frame[:, :2], side)
     weights_x, slopes_x = _resampling(frame[:, 2:], side)
@@ -328,7 +328,7 @@ def _warp_with_slopes(pictures: Tensor, frame: Tensor) -> tuple[Tensor, Tensor, 
 def _resampling(shift_and_scale: Tensor, side: int) -> tuple[Tensor, Tensor]:
     """(P, S, S) weights of the source pixels for each target pixel, and their derivatives.
 
-    A quadratic B-spline: smooth, and three pixels wide, which damps the aliasing of thumbnails.
+    A quadratic B-spline: smooth and three pixels wide, which damps the aliasing of thumbnails.
     """
     position = shift_and_scale[:, 1:] * _grid(side) + shift_and_scale[:, :1]
     source = (((position + 1.0) * side - 1.0) / 2.0).clamp(0.0, side - 1.0)

@@ -1,4 +1,4 @@
-"""What every format yields, a grayscale slice or the reason why not, and what they share."""
+"""Decoded slices, rejections, and functions shared by all file formats."""
 
 import hashlib
 import hmac
@@ -16,7 +16,7 @@ ORIENTATIONS: tuple[Orientation, ...] = ("axial", "coronal", "sagittal")
 
 MAX_INFINITE_SHARE = 0.01
 MAX_NAN_SHARE = 0.95
-# As an identity, each would join all patients.
+# Each of these, used as an identity, would merge all patients.
 _NOBODY = frozenset(
     {
         *("anon", "anonymous", "anonymouspatient", "anonymized", "anonymised"),
@@ -31,9 +31,9 @@ _SUBJECT_ID_DIGITS = 32
 
 
 class RejectedImage(Exception):
-    """A file that is left out: ``reason`` is a fixed phrase to count, ``detail`` free text.
+    """A rejected file: ``reason`` is a fixed phrase that can be counted, ``detail`` is free text.
 
-    Neither ever quotes what the file says: headers hold names, dates and identifiers.
+    Neither ever quotes the file: headers contain names, dates and identifiers.
     """
 
     def __init__(self, reason: str, detail: str = "") -> None:
@@ -47,42 +47,42 @@ class RejectedImage(Exception):
 
 @dataclass(frozen=True)
 class DecodeOptions:
-    """Limits of what is decoded, and how volumes become slices."""
+    """Limits for decoding, and how volumes are sliced."""
 
     min_side: int
-    """Slices with a shorter height or width, in pixels, are rejected."""
+    """Slices with a smaller height or width, in pixels, are rejected."""
     max_pixels: int
-    """Of one slice, checked on the header."""
+    """Limit for one slice, checked on the header."""
     max_voxels: int
-    """Of all frames or volumes of a file together, checked on the header."""
+    """Limit for all frames or volumes of a file together, checked on the header."""
     axis: Orientation
     """The plane in which NIfTI volumes are sliced."""
     window_percentiles: tuple[float, float]
-    """Foreground percentiles that become 0 and 255 where the file states no window."""
+    """Foreground percentiles that map to 0 and 255 if the file has no window."""
     min_foreground: float
     """Slices of a NIfTI volume with a smaller share of foreground are skipped as empty."""
     salt: bytes
-    """Secret key of the subject hashes: without one, short patient numbers could be guessed."""
+    """Secret key of the subject hashes: without it, short patient IDs could be guessed."""
 
     def __post_init__(self) -> None:
         if not self.salt:
-            raise ValueError("salt must not be empty: patient numbers are easily guessed")
+            raise ValueError("salt must not be empty: patient IDs are easily guessed")
 
 
 @dataclass(frozen=True)
 class DecodedSlice:
-    """A grayscale slice as it is shown on screen."""
+    """A grayscale slice as shown on screen."""
 
     image: NDArray[np.uint8]  # (H, W)
     format: str  # JPEG, PNG, TIFF, BMP, GIF, DICOM or NIfTI
     frame: str = ""
-    """Which slice of its file, counted from 0, such as ``frame=3``; empty where it has one."""
+    """Position in its file, counted from 0, such as ``frame=3``; empty if it is the only slice."""
     subject_id: str | None = None
-    """Keyed hash of the patient or the volume; None where the file tells of neither."""
+    """Keyed hash of the patient or the volume; None if the file identifies neither."""
 
 
 def check_size(height: int, width: int, *, min_side: int, max_pixels: int) -> None:
-    """Refuse a slice that is too small, too large or no slice by its shape.
+    """Reject a slice that is too small, too large or too elongated.
 
     Raises:
         RejectedImage: with the reason.
@@ -96,21 +96,21 @@ def check_size(height: int, width: int, *, min_side: int, max_pixels: int) -> No
 
 
 def check_num_voxels(num_voxels: int, max_voxels: int) -> None:
-    """Refuse a file of many slices before it is decoded.
+    """Reject a file with too many voxels before it is decoded.
 
     Raises:
-        RejectedImage: it announces more voxels than the limit.
+        RejectedImage: the file announces more voxels than the limit.
     """
     if num_voxels > max_voxels:
         raise RejectedImage("too large", f"{num_voxels} voxels, limit {max_voxels}")
 
 
 STUDY_PREFIX = "study-"
-"""Begins the subject of slices whose header names a study and no patient."""
+"""Prefix of the subject id of slices whose header identifies a study but not a patient."""
 
 
 def names_nobody(identity: str) -> bool:
-    """Whether it is a word that de-identification and tables write where nobody is named."""
+    """Whether an identity is a placeholder, as written by de-identification tools and in tables."""
     word = "".join(letter for letter in identity.casefold() if letter.isalnum())
     return not word or word in _NOBODY or word == len(word) * "x" != "x"
 
@@ -118,25 +118,25 @@ def names_nobody(identity: str) -> bool:
 def subject_hash(kind: str, identity: str, salt: bytes) -> str:
     """HMAC-SHA256 of an identity, 32 hex digits; equal strings of two kinds differ.
 
-    Raises nothing and keeps nothing: with the salt secret, the identity cannot be guessed back.
+    As long as the salt is secret, the identity cannot be recovered by guessing.
     """
     digest = hmac.new(salt, f"{kind}\0{identity}".encode(), hashlib.sha256)
     return digest.hexdigest()[:_SUBJECT_ID_DIGITS]
 
 
 def volume_hash(content: bytes, salt: bytes) -> str:
-    """The subject of a file that is one volume and names no patient: its content."""
+    """The subject of a file that is one volume without a patient: a hash of its content."""
     return subject_hash("volume", hashlib.sha256(content).hexdigest(), salt)
 
 
 def replace_non_finite(values: Values) -> Values:
-    """NaN and infinities become the smallest finite value, in place.
+    """Replace NaN and infinities by the smallest finite value, in place.
 
-    NaN stands for no data, as around a brain that was cut out: up to 95 % may be so. Of infinities,
-    which are errors, 1 %.
+    NaN marks missing data, such as around an extracted brain: up to 95 % are allowed. Infinities
+    are errors: up to 1 % are allowed.
 
     Raises:
-        RejectedImage: more of them.
+        RejectedImage: there are more of them.
     """
     finite = np.isfinite(values)
     if finite.all():
@@ -151,17 +151,17 @@ def replace_non_finite(values: Values) -> Values:
 
 
 def foreground_threshold(values: Values) -> float:
-    """The value above which a voxel belongs to the head rather than to the air around it.
+    """The value above which a voxel belongs to the head rather than to the surrounding air.
 
-    A tenth of the way from the 2nd to the 98th percentile, which a few hot or dead voxels do not
-    move: Smith, "Fast robust automated brain extraction", 2002, section "Intensity estimation".
+    A tenth of the way from the 2nd to the 98th percentile, which is robust to a few hot or dead
+    voxels: Smith, "Fast robust automated brain extraction", 2002, section "Intensity estimation".
     """
     low, high = np.percentile(values, (2.0, 98.0))
     return float(low + 0.1 * (high - low))
 
 
 def foreground_window(values: Values, percentiles: tuple[float, float]) -> tuple[float, float]:
-    """Two percentiles of the foreground, or the whole range where they coincide."""
+    """Two percentiles of the foreground, or the full range if they coincide."""
     foreground = values[values > foreground_threshold(values)]
     if foreground.size:
         low, high = np.percentile(foreground, percentiles)
@@ -171,10 +171,10 @@ def foreground_window(values: Values, percentiles: tuple[float, float]) -> tuple
 
 
 def to_uint8(values: Values, low: float, high: float) -> NDArray[np.uint8]:
-    """Map ``low``..``high`` linearly to 0..255 and clip; all 0 where there is no range."""
+    """Map ``low``..``high`` linearly to 0..255 and clip; all 0 if the range is empty."""
     if not high > low:
         return np.zeros(values.shape, np.uint8)
-    # Before the subtraction: float32 values far outside could overflow.
+    # Clip before the subtraction: float32 values far outside could overflow.
     scaled = (np.clip(values, low, high) - low) * (255.0 / (high - low))
     return np.clip(scaled, 0.0, 255.0).round().astype(np.uint8)
 
@@ -186,9 +186,9 @@ def to_square_pixels(
 
     Args:
         image: (H, W).
-        spacing: distance of rows and of columns, in any one unit; unusable ones count as equal,
-            as do those within 3 %.
-        options: limits of the result.
+        spacing: distance between rows and between columns, in the same unit; unusable ones count
+            as equal, as do those within 3 %.
+        options: limits for the result.
 
     Raises:
         RejectedImage: the result is too small, too large or too elongated.

@@ -1,7 +1,7 @@
-"""Draws by the order of a seeded hash of groups: of a test split, of labels, of validation.
+"""Draw the test split, the labels and the validation set in the order of a seeded hash of groups.
 
-A group of near-duplicates or of one subject is drawn as a whole. Because a draw takes the first
-groups of an order that does not depend on the fraction, a smaller draw lies within a larger one.
+A group of near-duplicates or of one subject is drawn as a whole. A draw takes the first groups of
+an order that does not depend on the fraction, so a smaller draw is a subset of a larger one.
 """
 
 import hashlib
@@ -28,15 +28,15 @@ def draw_test(
 ) -> NDArray[np.bool_]:
     """Whether each slice is held out for testing: about ``fraction`` of every class, whole groups.
 
-    Of a class with two groups or more, one at least is held out and one is not, as far as those
-    allow that were drawn ``before``; a single one is not. Unlabelled slices are drawn like a class
-    of their own.
+    For a class with two or more groups, at least one is held out and at least one is not, as far as
+    the groups drawn ``before`` allow. The only group of a class is not held out. Unlabelled slices
+    are drawn like a separate class.
 
     Args:
-        labels: of each slice; None where unknown.
+        labels: of each slice; None if unknown.
         groups: of each slice, drawn as a whole.
         generations: as in ``draw_roles``.
-        before: whether a group was held out when it was drawn, by its name; it stays so.
+        before: whether a group, by name, was held out in an earlier draw; this is kept.
         fraction: of the slices of a class.
         seed: of the hash order.
     """
@@ -51,7 +51,7 @@ def draw_test(
         at_least = int(not any(decided) and len(members) > 1)
         at_most = len(new) - int(all(decided))
         chosen = new[: min(num_below, at_most)]
-        if not chosen and min(at_least, at_most):  # of few groups the first may be half of a class
+        if not chosen and min(at_least, at_most):  # the first group may be half of a class
             chosen = [min(new, key=lambda group: (len(group.slices), group.place))]
         for group in chosen:
             held_out[group.slices] = True
@@ -71,47 +71,46 @@ def draw_roles(
 ) -> list[str]:
     """Role of each training slice: labelled, validation (also labelled) or unlabelled.
 
-    Per class, ``labelled_fraction`` of its slices in the hash order of their groups, two groups at
-    least. Every n-th kin of that order, from the second on, is validation, with n the rounded
-    inverse of ``validation_fraction``: whether a group is for validation does not depend on the
-    fraction, so the labelled and the validation part are each nested. In a drawn group slices
-    without a label stay unlabelled; in a validation group, whose slices must not be fitted, they
-    are left out. (A warm-up, which reads no label, sees every slice.)
+    Per class, ``labelled_fraction`` of its slices is drawn in the hash order of their groups, at
+    least two groups. Every n-th kin of that order, from the second on, is validation, where n is
+    the rounded inverse of ``validation_fraction``. Whether a group is used for validation does not
+    depend on ``labelled_fraction``, so the labelled and the validation sets are each nested. In a
+    drawn group, slices without a label stay unlabelled; in a validation group, whose slices must
+    not be fitted, they are left out. (A warm-up reads no labels and sees every slice.)
 
     Args:
-        labels: of each slice; None where unknown.
+        labels: of each slice; None if unknown.
         groups: of each slice, drawn as a whole.
-        kin: of each slice; groups of one kin are never parted into labelled and validation. Each
-            group by itself where not given.
-        leave_out_kin: also leave out what is of the kin of validation slices and not drawn.
-        generations: in which run of preprocessing each slice first came. A later generation is
-            drawn from for itself, so that it moves no slice of an earlier one.
+        kin: of each slice; groups of the same kin are never split between labelled and validation.
+            By default each group is its own kin.
+        leave_out_kin: also leave out slices that share the kin of validation slices and are not
+            drawn.
+        generations: the preprocessing run in which each slice was added. Each generation is drawn
+            from separately, so that a later one does not change the roles of an earlier one.
         labelled_fraction: of the labelled slices.
         validation_fraction: of the drawn kin.
         seed: of the hash order.
 
     Raises:
-        DataError: no label at all, a class with a single group of slices, or a class that the draw
-            of whole groups leaves without a slice to learn from or to validate.
+        DataError: there are no labels, a class has a single group of slices, or the draw of whole
+            groups leaves a class without a slice for training or for validation.
     """
     roles = [UNLABELLED_ROLE] * len(labels)
     by_class = _groups_by_class(labels, groups, generations, purpose="labels", seed=seed)
     by_class.pop(None, None)
     if not by_class:
-        raise DataError(
-            "no labelled training slice: training needs class folders or a labels table"
-        )
+        raise DataError("no labelled training slice: provide class folders or a labels table")
     kin = groups if kin is None else kin
     validates = _kin_that_validate(by_class, kin, max(2, round(1 / validation_fraction)))
     for name, members in by_class.items():
         kin_of = [kin[group.slices[0]] for group in members]
         if len(set(kin_of)) < 2:
             raise DataError(
-                f"class {name!r} has {list(labels).count(name)} labelled training slice(s), of one "
-                "subject or group of copies; two are needed, to learn from and to validate: "
+                f"class {name!r} has {list(labels).count(name)} labelled training slice(s), all of "
+                "one subject or group of copies, but training and validation need one each: "
                 "label more slices or drop the class"
             )
-        # One to learn from and one to validate, however small the fraction.
+        # One for training and one for validation, however small the fraction.
         uses = [validates[own] for own in kin_of]
         always = {uses.index(use) for use in (False, True) if use in uses}
         for position, (group, own) in enumerate(zip(members, kin_of, strict=True)):
@@ -125,8 +124,8 @@ def draw_roles(
         drawn = {role for role, label in zip(roles, labels, strict=True) if label == name}
         if not {LABELLED, VALIDATION} <= drawn:
             raise DataError(
-                f"the draw of whole subjects leaves class {name!r} no slice to learn from or none "
-                "to validate: raise split.labelled_fraction, label more subjects or try another "
+                f"the draw of whole subjects leaves class {name!r} without a slice for training or "
+                "validation: raise split.labelled_fraction, label more subjects or try another "
                 "split.seed"
             )
     if leave_out_kin:
@@ -140,15 +139,15 @@ def draw_roles(
 def inherited_labels(
     subjects: Sequence[str | None], roles: Sequence[str], labels: Sequence[str | None]
 ) -> list[str | None]:
-    """For each unlabelled slice what most labelled slices of its subject are called, else None.
+    """The most frequent label of its subject for each unlabelled slice, else None.
 
-    Only labels of slices whose role is labelled are read, the validation part's are not. Where two
-    classes are equally frequent, nothing is inherited.
+    Only slices whose role is labelled count, not those of the validation set. If two classes are
+    equally frequent, no label is inherited.
 
     Args:
-        subjects: of each training slice, given or estimated; None where unknown.
-        roles: as `draw_roles` gives them.
-        labels: None where unknown or not to be read.
+        subjects: of each training slice, given or estimated; None if unknown.
+        roles: as returned by `draw_roles`.
+        labels: None if unknown or not to be read.
     """
     known: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for subject, role, label in zip(subjects, roles, labels, strict=True):
@@ -177,16 +176,16 @@ class _Group:
 @dataclass(frozen=True)
 class _Unplaced:
     slices: list[int]
-    num_founders: int  # of them, those that came with the group
+    num_founders: int  # slices that were present when the group was first seen
 
 
 def _kin_that_validate(
     by_class: dict[str | None, list[_Group]], kin: Sequence[str], stride: int
 ) -> dict[str, bool]:
-    """Whether each kin is for validation: every ``stride``-th of its class, from the second on.
+    """Whether each kin is used for validation: every ``stride``-th of its class, from the second.
 
-    Kin of several classes count for the one in which they came first: neither what is drawn nor
-    what comes later moves them.
+    Kin of several classes count for the class in which they first appeared, so that neither the
+    fraction drawn nor later slices change their role.
     """
     home: dict[str, tuple[int, str]] = {}
     for name, members in by_class.items():
@@ -211,11 +210,11 @@ def _groups_by_class(
 ) -> dict[str | None, list[_Group]]:
     """Groups of each class, by generation, each generation in hash order.
 
-    A group with some unlabelled slices counts for the class of its labelled ones; one of several
-    classes, as of a patient with and without a lesion in view, for the rarest of them. Its
-    generation is that of its oldest slice (to draw labels, of its oldest labelled one). What joins
-    it later goes along, and counts neither for its class nor for the room that it takes: else it
-    would move the others.
+    A group with some unlabelled slices counts for the class of its labelled ones. A group of
+    several classes, such as a patient with and without a visible lesion, counts for the rarest of
+    them. Its generation is that of its oldest slice (when drawing labels, of its oldest labelled
+    slice). Slices that join later get the role of the group, but affect neither its class nor its
+    size in the order, as this would move other groups.
     """
     born = [0] * len(labels) if generations is None else generations
     members: dict[str, list[int]] = defaultdict(list)
@@ -248,9 +247,9 @@ def _groups_by_class(
 
 
 def _placed(unplaced: list[_Unplaced], generation: int, turn: float) -> list[_Group]:
-    """Groups one after another on a circle of length 1, each as long as its share of the slices.
+    """Place groups consecutively on a circle of length 1, each as long as its share of slices.
 
-    A group's place is its middle, so that a draw is right to half a group.
+    The place of a group is its middle, so that a draw is accurate to half a group.
     """
     num_slices = sum(group.num_founders for group in unplaced)
     passed, placed = 0, []
@@ -262,7 +261,7 @@ def _placed(unplaced: list[_Unplaced], generation: int, turn: float) -> list[_Gr
 
 
 def _turn(purpose: str, seed: int, generation: int) -> float:
-    """Where a generation's circle begins: a later one may hold a single group, so at random."""
+    """Offset of a generation's circle: random for later ones, which may have a single group."""
     if generation == 0:
         return 0.0
     return int(_hash(f"{purpose}-turn", seed, str(generation))[:13], 16) / 16**13

@@ -135,7 +135,7 @@ def test_above_the_limit_a_drawn_sample_is_clustered_and_says_so(clusterer: Clus
     clustered = found.labels != NOISE
     assert clustered.mean() > 0.8
     assert adjusted_rand_score(truth[clustered], found.labels[clustered]) == 1
-    assert found.notes[0].startswith("fitted to a drawn sample of 60 of 300 rows")
+    assert found.notes[0].startswith("fitted to a random sample of 60 of 300 rows")
     again = clusterer.fit(x)
     np.testing.assert_array_equal(found.labels, again.labels)
 
@@ -158,7 +158,7 @@ def test_a_sample_too_small_for_the_settings_is_refused(clusterer: Clusterer) ->
 def test_spectral_takes_any_seed_and_fewer_clusters_than_rows() -> None:
     x, _ = blobs(40, seed=0)
     assert len(SpectralClusterer(K, seed=20260101120000, max_rows=1000).fit(x).labels) == 40
-    with pytest.raises(ClusteringError, match="6 clusters cannot be made of 6 rows"):
+    with pytest.raises(ClusteringError, match="6 clusters need more than 6 rows"):
         SpectralClusterer(6, seed=0, max_rows=1000).fit(x[:6])
 
 

@@ -183,7 +183,7 @@ def test_bad_rows_are_counted_in_the_error() -> None:
 
 def test_input_that_does_not_fit_is_refused_with_its_cause() -> None:
     x = overlapping_blobs()
-    with pytest.raises(ClusteringError, match=r"601 clusters .* hold 600"):
+    with pytest.raises(ClusteringError, match=r"601 clusters .* have 600"):
         KMeans(601).fit(x)
     with pytest.raises(ClusteringError, match=r"init_centers must be finite and of shape \(5, 8\)"):
         KMeans(5).fit(x, init_centers=x[:4])

@@ -79,6 +79,6 @@ def test_state_round_trips_into_a_module_that_was_not_fitted() -> None:
 def test_more_components_than_rows_or_features_are_refused(
     num_components: int, shape: tuple[int, int]
 ) -> None:
-    message = f"{num_components} principal components cannot be had from {shape[0]} rows of 6"
+    message = f"cannot compute {num_components} principal components from {shape[0]} rows of 6"
     with pytest.raises(ClusteringError, match=message):
         PCA(num_components).fit(stretched_rows(*shape))

@@ -166,8 +166,8 @@ MASK[30:60, 30:60, 10:40] = 1
 @pytest.mark.parametrize(
     ("mask", "affine", "message"),
     [
-        (MASK[:, :, :50], np.eye(4), "other voxels"),
-        (MASK, np.diag([-1.0, 1.0, 1.0, 1.0]), "other voxels"),
+        (MASK[:, :, :50], np.eye(4), "does not have the shape and affine"),
+        (MASK, np.diag([-1.0, 1.0, 1.0, 1.0]), "does not have the shape and affine"),
         (MASK * 3 + np.roll(MASK, 40, axis=0), np.eye(4), "0 and one value"),
         (np.zeros_like(MASK), np.eye(4), "0 and one value"),
     ],

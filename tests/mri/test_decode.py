@@ -383,7 +383,7 @@ def test_a_decoder_out_of_memory_rejects_the_file(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(decode, "_decode_picture", exhausted)
     with pytest.raises(RejectedImage) as rejection:
         decode_file(encode(RAMP, "PNG"), OPTIONS)
-    assert str(rejection.value) == "corrupt or truncated: the PNG decoder stopped at MemoryError"
+    assert str(rejection.value) == "corrupt or truncated: the PNG decoder raised MemoryError"
     assert rejection.value.__context__ is None
 
 

@@ -238,7 +238,7 @@ def test_masks_and_maps_of_labels_are_no_scans() -> None:
     labels = np.where(ball() > 600, 4, 1).astype(np.int16) * (ball() > 0)
     for volume in (mask, labels.astype(np.int16), labels.astype(np.float32)):
         rejection = rejection_of(make_nifti(volume))
-        assert str(rejection) == "no scan: fewer than 16 greys: a mask or map of labels"
+        assert str(rejection) == "no scan: fewer than 16 greys: a mask or label map"
     told = with_header(make_nifti(ball()), 68, np.int16(1002))  # the intent
     assert rejection_of(told).reason == "no scan"
 

@@ -142,8 +142,8 @@ def test_an_interruption_leaves_nothing_behind(
 @pytest.mark.parametrize(
     ("class_name", "size", "orientation", "message"),
     [
-        ("tumour", 64, None, "Unknown phantom class 'tumour': choose from glioma"),
-        ("glioma", 64, "oblique", "Unknown orientation 'oblique': choose from axial"),
+        ("tumour", 64, None, "unknown phantom class 'tumour': choose from glioma"),
+        ("glioma", 64, "oblique", "unknown orientation 'oblique': choose from axial"),
         ("glioma", 8, None, "8 pixels is too small"),
     ],
 )

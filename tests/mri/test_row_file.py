@@ -32,5 +32,5 @@ def test_a_row_is_written_in_its_place(rows: RowFile) -> None:
 
 
 def test_rows_that_are_not_there_are_refused(rows: RowFile) -> None:
-    with pytest.raises(IndexError, match="row 12 and on, of 12"):
+    with pytest.raises(IndexError, match="row 12 or a later one is out of range of 12 rows"):
         rows[np.array([12])]

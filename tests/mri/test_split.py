@@ -203,7 +203,7 @@ def test_a_class_that_only_whole_subjects_of_another_hold_is_named() -> None:
     # Each of ten subjects has a slice of the rare class, and one of them all of the common class.
     labels: list[str | None] = [*["rare"] * 10, *["common"] * 20]
     groups = [f"p{number}" for number in range(10)] + ["p5"] * 20
-    with pytest.raises(DataError, match="'common' no slice to learn from or none to validate"):
+    with pytest.raises(DataError, match="'common' without a slice for training or validation"):
         roles(labels, groups, 0.3)
 
 
