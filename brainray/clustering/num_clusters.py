@@ -36,7 +36,8 @@ class NumClustersScores:
 
         These are the K with the largest silhouette, the K with the lowest BIC, and the first K
         whose gap is not exceeded by the next one by more than its error (Tibshirani et al. 2001,
-        equation 6); without ``gap`` if it rises to the end of the range.
+        equation 6); without ``gap`` if it rises to the end of the range, and without ``silhouette`` if
+        that is undefined for every K.
         """
         best_gap = next(
             (
@@ -52,10 +53,10 @@ class NumClustersScores:
             ),
             None,
         )
-        chosen = {
-            "silhouette": self.num_clusters[int(np.nanargmax(self.silhouettes))],
-            "bic": self.num_clusters[int(np.argmin(self.bic))],
-        }
+        chosen = {}
+        if not np.isnan(self.silhouettes).all():
+            chosen["silhouette"] = self.num_clusters[int(np.nanargmax(self.silhouettes))]
+        chosen["bic"] = self.num_clusters[int(np.argmin(self.bic))]
         return chosen if best_gap is None else chosen | {"gap": best_gap}
 
 

@@ -113,6 +113,8 @@ def recommend(scores: NumClustersScores, stability: Stability) -> Recommendation
         f"{'for' if k == chosen else 'against'}: {explained[name]} K = {k}"
         for name, k in choices.items()
     ]
+    if "silhouette" not in choices:
+        reasons.append("undecided: no K has a defined silhouette")
     if "gap" not in choices:
         reasons.append("undecided: the gap statistic rises to the end of the range")
     reasons.append(

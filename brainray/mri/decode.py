@@ -195,20 +195,19 @@ def _decode_picture(content: bytes, file_format: str, options: DecodeOptions) ->
     try:
         picture = Image.open(io.BytesIO(content), formats=(file_format,))
     except UnidentifiedImageError:
-        failure = "corrupt or truncated"
+        kinds = ", or a data type that Pillow cannot read" if file_format == "TIFF" else ""
+        raise RejectedImage("corrupt or truncated", f"the {file_format} header{kinds}") from None
     except Image.DecompressionBombError:
-        failure = "too large"
-    else:
-        with picture:
-            if file_format == "TIFF":
-                return _decode_pages(content, picture, options)
-            # Phones store a preview as a second JPEG frame, which is not an animation.
-            if file_format != "JPEG" and getattr(picture, "is_animated", False):
-                raise RejectedImage("animated image", "several frames")
-            _check_picture(picture, options)
-            return [DecodedSlice(_to_grayscale(picture), file_format)]
-    kinds = ", or a data type that Pillow cannot read" if file_format == "TIFF" else ""
-    raise RejectedImage(failure, f"the {file_format} header{kinds}")
+        detail = f"the {file_format} header announces more pixels than Pillow opens"
+        raise RejectedImage("too large", detail) from None
+    with picture:
+        if file_format == "TIFF":
+            return _decode_pages(content, picture, options)
+        # Phones store a preview as a second JPEG frame, which is not an animation.
+        if file_format != "JPEG" and getattr(picture, "is_animated", False):
+            raise RejectedImage("animated image", "several frames")
+        _check_picture(picture, options)
+        return [DecodedSlice(_to_grayscale(picture), file_format)]
 
 
 def _decode_pages(

@@ -93,7 +93,7 @@ def preprocess(config: Config, log: Log = log, *, data_hash: str | None = None) 
             if data_hash not in {None, manifest["data_hash"]}:
                 raise ConfigError(
                     f"{source} gives different slices (hash {manifest['data_hash']}) from those "
-                    f"that the run of that name started with ({data_hash}); the image store "
+                    f"that the pipeline's run started with ({data_hash}); the image store "
                     f"{target} was left unchanged: update it with jobs/preprocess.py --set "
                     f"name={config.name} (its test slices stay test slices), then train under "
                     "another name"

@@ -432,13 +432,25 @@ def _summary(metrics: Metrics, chosen: int, num_epochs: int, shown: str) -> list
 def _evaluation_summary(metrics: Metrics, shown: str) -> list[str]:
     return [
         f"The encoder of epoch {int(metrics['epoch'])} predicted these slices. Their files were "
-        "preprocessed with the settings used in training. " + _scores(metrics),
-        f"{shown} {metrics['num_rejected']:,.0f} files or slices were rejected.",
+        "preprocessed with the settings used in training. " + _scores(metrics, "slices"),
+        f"{shown} Left out: {', '.join(_left_out(metrics)) or 'nothing'}.",
     ]
 
 
-def _scores(metrics: Metrics) -> str:
-    text = f"The head classifies {_percent(metrics, 'test/all/head/accuracy')} of all test slices"
+_LEFT_OUT = {
+    "num_rejected": "rejected files or slices",
+    "num_without_class": "files without a class",
+    "num_outside_of_test": "files outside of the test part",
+    "num_ignored_files": "files of other types",
+}
+
+
+def _left_out(metrics: Metrics) -> list[str]:
+    return [f"{metrics[name]:,.0f} {what}" for name, what in _LEFT_OUT.items() if metrics.get(name)]
+
+
+def _scores(metrics: Metrics, slices: str = "test slices") -> str:
+    text = f"The head classifies {_percent(metrics, 'test/all/head/accuracy')} of all {slices}"
     clusters = f"the clusters {_percent(metrics, 'test/all/cluster/accuracy')}"
     if "test/clean/head/accuracy" not in metrics:
         known = metrics.get("test/clean/num_slices")

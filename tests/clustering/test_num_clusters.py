@@ -6,7 +6,7 @@ import pytest
 import torch
 from sklearn.datasets import make_blobs
 
-from brainray.clustering.num_clusters import score_num_clusters
+from brainray.clustering.num_clusters import NumClustersScores, score_num_clusters
 from brainray.errors import ClusteringError
 
 
@@ -31,6 +31,12 @@ def test_rows_without_clusters_have_no_gap() -> None:
     rows *= torch.tensor([4.0, 1.0])
     scores = score_num_clusters(rows, [2, 3, 4], num_references=10)
     assert max(abs(value) for value in scores.gap) < 0.1
+
+
+def test_without_a_silhouette_the_other_criteria_choose() -> None:
+    undefined = [math.nan, math.nan]
+    scores = NumClustersScores([2, 3], undefined, [2.0, 1.0], [0.0, 1.0], [0.1, 0.1])
+    assert scores.chosen == {"bic": 3}
 
 
 @pytest.mark.parametrize("ks", [[], [1, 2], [3, 2], [2, 2]])

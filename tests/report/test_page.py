@@ -152,7 +152,8 @@ def test_an_evaluation_has_a_page_too(tmp_path: Path) -> None:
         rejected,
         CLASSES,
         EvaluationConfig(tsne_max_slices=10),
-        {"epoch": 2.0, "test/all/head/accuracy": 0.75, "num_rejected": 1.0},
+        {"epoch": 2.0, "test/all/head/accuracy": 0.75, "num_rejected": 1.0}
+        | {"num_without_class": 3.0, "num_outside_of_test": 0.0},
         {"model": "/runs/a/best"},
         "run: a\n",
     )
@@ -160,7 +161,8 @@ def test_an_evaluation_has_a_page_too(tmp_path: Path) -> None:
     assert "Rejected (1)" in text
     assert "&lt;a&gt;.dcm" in text
     assert "frame=7" in text
-    assert "75.0 % of all test slices" in text
+    assert "75.0 % of all slices correctly" in text
+    assert "Left out: 1 rejected files or slices, 3 files without a class." in text
     shown = data_of(tmp_path / "scored" / name)
     assert len(shown["slices"]) == 10
     assert shown["slices"][-1]["path"].endswith("/23.jpg")  # not the first ten
