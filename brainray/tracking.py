@@ -172,17 +172,17 @@ class MLflowTracker:
             self._connect().log_batch(self._id, tags=_tags(tags))
 
     def log_model(
-        self, served: ServedFiles, registered_name: str | None, *, anew: bool = True
+        self, served: ServedFiles, registered_name: str | None, *, force: bool = True
     ) -> None:
         """Log a model that can be served, and register it if a name is given.
 
-        Unless ``anew``, a model identical to the last one logged is skipped. MLflow then considers
+        Unless ``force``, a model identical to the last one logged is skipped. MLflow then considers
         the run ended; call `finish` to set its status.
         """
         digest = hashlib.sha256(str(registered_name).encode())
         for path in sorted(path for path in served.data.rglob("*") if path.is_file()):
             digest.update(path.read_bytes())
-        if not anew and self._state.get("model_sent") == digest.hexdigest():
+        if not force and self._state.get("model_sent") == digest.hexdigest():
             return
         with _readable_errors(self._uri), _globally(self._uri):
             self._connect()
@@ -323,9 +323,9 @@ class LenientTracker:
         self._try("tags", lambda: self._tracker.log_tags(tags))
 
     def log_model(
-        self, served: ServedFiles, registered_name: str | None, *, anew: bool = True
+        self, served: ServedFiles, registered_name: str | None, *, force: bool = True
     ) -> None:
-        self._try("model", lambda: self._tracker.log_model(served, registered_name, anew=anew))
+        self._try("model", lambda: self._tracker.log_model(served, registered_name, force=force))
 
     def finish(self, status: str = "FINISHED", *, unless_ended: bool = False) -> None:
         self._try("status", lambda: self._tracker.finish(status, unless_ended=unless_ended))

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import update_bn
 
 from brainray.config import AugmentConfig
-from brainray.engine.finite import GradientWatch, carried_by_gradient
+from brainray.engine.finite import GradientWatch, nan_gradient_unless_finite
 from brainray.engine.forward import autocast, forward_passes
 from brainray.engine.mean_losses import MeanLosses
 from brainray.engine.shard import Images, PixelScale, SliceShard
@@ -203,7 +203,7 @@ def train_epoch(
             with autocast(device, precision):
                 output: EncoderOutput = model(batch.images)
             terms = batch.loss(objective, output)
-            (carried_by_gradient(terms["total"]) / size_of_update).backward()
+            (nan_gradient_unless_finite(terms["total"]) / size_of_update).backward()
         watch.saw(batch.keys, terms["total"], batch.images, output.z, output.logits)
         if updates:
             watch.check(step)

@@ -1,9 +1,9 @@
 """Detection of non-finite losses and gradients, at the same step on every rank.
 
-A non-finite loss makes its gradient NaN (`carried_by_gradient`), and gradient averaging passes that
-on to all ranks, so no extra collective is needed. Whether the gradient is finite is read
-immediately on a CPU. Other devices copy it asynchronously, and it is read some updates later, the
-same number on every rank.
+A non-finite loss makes its gradient NaN (`nan_gradient_unless_finite`), and gradient averaging
+passes that on to all ranks, so no extra collective is needed. Whether the gradient is finite is
+read immediately on a CPU. Other devices copy it asynchronously, and it is read some updates later,
+the same number on every rank.
 """
 
 from collections import deque
@@ -30,7 +30,7 @@ class NonFiniteStep(Exception):
         self.batch = batch
 
 
-def carried_by_gradient(loss: Tensor) -> Tensor:
+def nan_gradient_unless_finite(loss: Tensor) -> Tensor:
     """The scalar loss, with a gradient of NaN if it is not finite; otherwise bitwise unchanged."""
     return loss * torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan).to(loss.dtype)
 

@@ -18,7 +18,7 @@ class PseudoLabels(NamedTuple):
     labels: Tensor  # (n,) int64
     confidences: Tensor  # (n,) float32 in [0, 1]
 
-    def unless_inherited(self, inherited: Tensor) -> "PseudoLabels":
+    def overridden_by(self, inherited: Tensor) -> "PseudoLabels":
         """Inherited classes (n,) with confidence 1; these pseudo-labels where UNLABELLED."""
         inherits = inherited != UNLABELLED
         return PseudoLabels(

@@ -174,14 +174,14 @@ def recluster_in_health(
         ClusteringError: on every rank, if the clusters have collapsed and reseeding, if configured,
             did not help.
     """
-    for anew in (False, True):
+    for reseed in (False, True):
         found = None
         try:
-            found = attempt(anew)
+            found = attempt(reseed)
             health = measure_health(z, found.responsibilities, previous_responsibilities)
             check_collapse(health, config.max_cluster_share, config.min_spread, remedy)
         except ClusteringError as problem:
-            collapse = f"{where}{', also after reseeding' if anew else ''}: {problem}"
+            collapse = f"{where}{', also after reseeding' if reseed else ''}: {problem}"
         else:
             return found, health, False
         if config.on_collapse == "stop" or (found is None and config.on_collapse == "warn"):

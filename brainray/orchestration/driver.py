@@ -217,15 +217,15 @@ def _about(training: Training) -> dict[str, str]:
     kind = "GPU" if workers.use_gpu else "CPU"
     info = training.run.info
     encoder, learning = training.config.encoder, training.config.self_supervision
-    warm_up_told = "none"
+    warm_up = "none"
     if encoder.pretext != "none":
-        warm_up_told = (
+        warm_up = (
             f"{encoder.pretext}, {learning.num_epochs} epochs at {encoder.pretext_image_size} px"
         )
     return about_software() | {
         "store": f"{info['dataset']} (data hash {info['data_hash']})",
         "slices": ", ".join(f"{n:,} {role}" for role, n in info["num_slices"].items()),
-        "warm-up without labels": warm_up_told,
+        "warm-up without labels": warm_up,
         "workers": f"{workers.num_workers} on {kind}, {workers.cpus_per_worker} CPU(s) each",
     }
 

@@ -223,11 +223,11 @@ def _groups(accepted: pa.Table, predictor: Predictor, log: Log) -> dict[str, str
         return known
     # The run's own test slices may be among them, and others may be copies of these.
     found = group_strangers(accepted, predictor.preprocess, log)
-    _tell_conflicts(found.copies, accepted["label"].to_pylist(), log)
+    _log_conflicts(found.copies, accepted["label"].to_pylist(), log)
     return dict(zip(ids, joint_groups(found.dependent, as_known), strict=True))
 
 
-def _tell_conflicts(copies: list[str], labels: list[str], log: Log) -> None:
+def _log_conflicts(copies: list[str], labels: list[str], log: Log) -> None:
     called: dict[str, set[str]] = {}
     for group, label in zip(copies, labels, strict=True):
         called.setdefault(group, set()).add(label)

@@ -25,7 +25,7 @@ from brainray.orchestration.inference import (
 )
 from brainray.orchestration.lock import held
 from brainray.orchestration.preparation import CHANGED, UNREADABLE
-from brainray.orchestration.source import FoundFile, SourceFile, find_images, ignored_told
+from brainray.orchestration.source import FoundFile, SourceFile, find_images, ignored_note
 from brainray.orchestration.store import differing_settings
 from brainray.schema import PREDICTED_FILES
 from brainray.storage import Folder
@@ -74,7 +74,7 @@ def _predict(config: Config, predictor: Predictor, folder: Folder, log: Log) -> 
         f"{predictor.checkpoint.epoch})"
         + (f"; {len(done)} are done" if done else "")
         + (f"; {num_replaced} were replaced and are predicted again" if num_replaced else "")
-        + ignored_told(ignored)
+        + ignored_note(ignored)
     )
     reference = Reference(predictor.fitted())
     if reference.is_empty:

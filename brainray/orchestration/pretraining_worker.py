@@ -41,10 +41,10 @@ from brainray.log import log
 from brainray.models.features import build_feature_encoder
 from brainray.models.pretext import PretextModel
 from brainray.orchestration.ray_train import (
+    configure_rank,
     distributed,
-    failing_together,
-    returning_errors,
-    settle_rank,
+    raise_on_all_ranks,
+    return_user_errors,
 )
 from brainray.orchestration.store import ImageStore
 from brainray.schema import TRAIN
@@ -53,16 +53,16 @@ from brainray.storage import Folder
 History = list[dict[str, float]]
 
 
-@returning_errors
+@return_user_errors
 def pretrain_worker(settings: dict[str, Any]) -> None:
     """Ray Train's entry point on every rank."""
     config = parse_config(settings["config"])
     feature = FeatureConfig.model_validate(settings["feature"])
-    settle_rank()
+    configure_rank()
     device = ray.train.torch.get_device()
     torch.manual_seed(settings["seed"])
     precision = agreed_precision(config.train.precision, device)
-    with failing_together(device):  # no collectives inside: a rank may fail before reaching them
+    with raise_on_all_ranks(device):  # no collectives inside: a rank may fail before reaching them
         learner = _Learner(config, feature, settings, device, precision)
     learner.learn()
 
@@ -118,7 +118,7 @@ class _Learner:
     def learn(self) -> None:
         """Run the pretext's epochs, or rounds of refinement until assignments settle."""
         self.ddp = distributed(self.model)
-        with failing_together(self.device):
+        with raise_on_all_ranks(self.device):
             state = _saved_state(self.folder)
         self._check_all_go_on_from_one(0 if state is None else len(state["history"]))
         if state is not None:
@@ -127,7 +127,7 @@ class _Learner:
             self._refine()
         else:
             self._learn_pretext(state)
-        with failing_together(self.device):
+        with raise_on_all_ranks(self.device):
             if dist.rank() == 0:
                 self._write_encoder()
 
@@ -200,14 +200,14 @@ class _Learner:
             self._save(figures, started)
 
     def _cluster(
-        self, z: Tensor, responsibilities: Tensor, number: int, anew: bool
+        self, z: Tensor, responsibilities: Tensor, number: int, reseed: bool
     ) -> Reclustering:
         return cluster_without_labels(
             z,
             self.keys,
             config=self.config.clustering,
-            seed=seed_of(self.seed, number) if anew else self.seed,
-            previous=None if anew else self.clusters,
+            seed=seed_of(self.seed, number) if reseed else self.seed,
+            previous=None if reseed else self.clusters,
             previous_responsibilities=responsibilities,
         )
 
@@ -239,7 +239,7 @@ class _Learner:
         be visible to only some nodes for a while.
         """
         of_first = int(dist.broadcast_from_first(torch.tensor(num_done, device=self.device)))
-        with failing_together(self.device):
+        with raise_on_all_ranks(self.device):
             if num_done != of_first:
                 raise BrainrayError(
                     f"{self.folder}/{layout.STATE} is from epoch {of_first} on the first worker "
@@ -275,7 +275,7 @@ class _Learner:
         """Save every slice's cluster after a round, for later comparison with labels."""
         keys = dist.gather_rows(self.keys).cpu()
         clusters = dist.gather_rows(responsibilities.argmax(dim=1)).cpu()
-        with failing_together(self.device):
+        with raise_on_all_ranks(self.device):
             if dist.rank() == 0:
                 # Slices are distributed over ranks by group; sorting by key makes the order unique.
                 order = torch.argsort(keys)
@@ -292,7 +292,7 @@ class _Learner:
         seconds = time.monotonic() - started
         row = {"epoch": float(len(self.history) + 1), **figures, "seconds": seconds}
         self.history.append(row)
-        with failing_together(self.device):
+        with raise_on_all_ranks(self.device):
             if dist.rank() == 0:
                 state = {
                     "model": self.model.state_dict(),
@@ -312,7 +312,7 @@ class _Learner:
             clusters = ClusterModel(self.config.clustering, embedding_dim, 0, self.seed)
             clusters.load_state_dict(state["clusters"])
             self.clusters = clusters.to(self.device)
-        with failing_together(self.device):
+        with raise_on_all_ranks(self.device):
             if dist.rank() == 0:
                 self.folder.write_json_lines(layout.METRICS, self.history)
 

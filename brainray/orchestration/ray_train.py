@@ -39,7 +39,7 @@ _RESIZE_INTERVAL_S = 60.0  # between checks for room for more workers
 Settings = dict[str, Any]
 
 
-def settle_ray_train() -> None:
+def configure_ray_train() -> None:
     """Disable unneeded features of Ray Train; called before it starts workers."""
     # Lines that workers print must not be logged a second time.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
@@ -67,7 +67,7 @@ def distributed(model: nn.Module) -> nn.Module:
     return wrapped
 
 
-def settle_rank() -> None:
+def configure_rank() -> None:
     """Set up a worker: little logging, and as many threads as reserved CPUs.
 
     Ray Train logs every report through a logger that its log level does not cover. With more
@@ -80,7 +80,7 @@ def settle_rank() -> None:
     cv2.setNumThreads(threads)
 
 
-def returning_errors(work: Callable[[Settings], None]) -> Callable[[Settings], dict[str, str]]:
+def return_user_errors(work: Callable[[Settings], None]) -> Callable[[Settings], dict[str, str]]:
     """Decorate a worker function for `train_on_workers`.
 
     A BrainrayError is returned, not raised: Ray would treat an exception as a lost worker and
@@ -92,21 +92,21 @@ def returning_errors(work: Callable[[Settings], None]) -> Callable[[Settings], d
         try:
             work(settings)
         except BrainrayError as error:
-            return _told(error)
+            return _as_dict(error)
         return {}
 
     return worker
 
 
 @contextmanager
-def failing_together(device: torch.device) -> Iterator[None]:
+def raise_on_all_ranks(device: torch.device) -> Iterator[None]:
     """Raise one rank's error on every rank: the others would wait for it in a collective."""
     problem: BrainrayError | None = None
     try:
         yield
     except BrainrayError as error:
         problem = error
-    told = b"" if problem is None else json.dumps(_told(problem)).encode()
+    told = b"" if problem is None else json.dumps(_as_dict(problem)).encode()
     line = torch.tensor(list(told + b"\n"), dtype=torch.uint8, device=device)
     lines = bytes(dist.gather_rows(line).tolist()).splitlines()
     if problem is not None:
@@ -115,7 +115,7 @@ def failing_together(device: torch.device) -> Iterator[None]:
         raise _as_raised(json.loads(told))
 
 
-def _told(error: BrainrayError) -> dict[str, str]:
+def _as_dict(error: BrainrayError) -> dict[str, str]:
     return {"error": type(error).__name__, "message": str(error)}
 
 
@@ -136,7 +136,7 @@ def train_on_workers(
     """Run ``worker(settings)`` on every rank.
 
     Args:
-        worker: function decorated with `returning_errors`.
+        worker: function decorated with `return_user_errors`.
         settings: plain values.
         folder: folder of the run or encoder, for the results.
         workers: number of workers and resources of each.
@@ -147,7 +147,7 @@ def train_on_workers(
         BrainrayError: the error that a worker returned, with its original type.
         ray.train.TrainingFailedError: workers were lost more often than ``train.max_failures``.
     """
-    settle_ray_train()
+    configure_ray_train()
     train_loop: Any = worker  # Ray's annotation forbids the return value that Result carries
     scaling: Any = ScalingConfig  # type checkers see Ray Train V1's class
     trainer = TorchTrainer(

@@ -69,7 +69,7 @@ def decode_part(
 
     Files whose hash is already known are not decoded: their rows have no sample_id.
     """
-    settle_task_process()
+    configure_task_process()
     name = batch["part"][0].as_py()
     known: set[str] = ray.get(known_hashes)
     told = []
@@ -145,7 +145,7 @@ def write_parts(
 
     ``batch`` contains all rows of each of its parts.
     """
-    settle_task_process()
+    configure_task_process()
     for name in pc.unique(batch[PART.name]).to_pylist():
         final = batch.filter(pc.equal(batch[PART.name], name))
         _write_part(name, final, parts if name in new else earlier, images)
@@ -179,7 +179,7 @@ def decode_files(
     batch: pa.Table, *, source: Folder, preprocess: PreprocessConfig, salt: bytes
 ) -> pa.Table:
     """``DECODED`` rows of the files in ``TO_PREDICT`` rows."""
-    settle_task_process()
+    configure_task_process()
     files = _files(batch)
     said = batch.select(["label", "subject"]).to_pylist()
     rows = []
@@ -204,7 +204,7 @@ def select_slices(batch: pa.Table, *, sample_ids: "ray.ObjectRef[pa.Array]") -> 
 
 
 @cache
-def settle_task_process() -> None:
+def configure_task_process() -> None:
     """Avoid needless costs in a process that runs tasks; runs once per process."""
     cv2.setNumThreads(1)  # Ray runs a task on every core
     # Ray triggers a garbage collection after every task; traversing all imported modules takes a

@@ -92,7 +92,7 @@ class Listing:
     @property
     def remarks(self) -> str:
         """Suffix for a log line: ignored files and unused renames; empty if there are none."""
-        remarks = ignored_told(self.ignored)
+        remarks = ignored_note(self.ignored)
         if self.idle_renames:
             remarks += (
                 f"; no slice has these classes of classes.map: {', '.join(self.idle_renames)}"
@@ -211,12 +211,12 @@ def find_images(source: Folder) -> tuple[list[FoundFile], Counter[str]]:
     if not found:
         raise DataError(
             f"source={source} contains no image file ({', '.join(SUFFIXES)}, or DICOM without "
-            "suffix): check the folder" + ignored_told(ignored)
+            "suffix): check the folder" + ignored_note(ignored)
         )
     return sorted(found, key=lambda file: file.path), ignored
 
 
-def ignored_told(ignored: Counter[str]) -> str:
+def ignored_note(ignored: Counter[str]) -> str:
     """Suffix for a log line: the ignored files by type; empty if there are none."""
     if not ignored:
         return ""

@@ -515,7 +515,7 @@ def _conclude(
     tracking.tracker.log_tags({"brainray.best_trial": best.trial_id})
     is_whole = not follower.errors
     name = config.registry.name if is_whole else None
-    _log_model(config, best, tracking.tracker, name, anew=False)
+    _log_model(config, best, tracking.tracker, name, force=False)
     tracking.tracker.finish()
     result: dict[str, Any] = {
         "metrics": metrics,
@@ -540,14 +540,14 @@ def _conclude(
 
 
 def _log_model(
-    config: Config, best: Trial, tracker: LenientTracker, name: str | None, *, anew: bool
+    config: Config, best: Trial, tracker: LenientTracker, name: str | None, *, force: bool
 ) -> None:
     """Log the best model to the sweep's MLflow run, and register it if a name is given."""
     if best.run is None:
         return
     of_best = config.model_copy(update={"run": str(best.run.info["name"]), "epoch": None})
     with served_files(find_predictor(of_best, "the sweep's model")) as served:
-        tracker.log_model(served, name, anew=anew)
+        tracker.log_model(served, name, force=force)
 
 
 def _register_later(config: Config, sweep: str, tracking: Tracking) -> None:
@@ -557,7 +557,7 @@ def _register_later(config: Config, sweep: str, tracking: Tracking) -> None:
         TrackingError: the server cannot be used.
     """
     best = _ranked(config, read_trials(config, sweep))[0]
-    _log_model(config, best, tracking.tracker, config.registry.name, anew=True)
+    _log_model(config, best, tracking.tracker, config.registry.name, force=True)
     tracking.tracker.finish()
     if tracking.tracker.problem is not None:
         raise TrackingError(tracking.tracker.problem)

@@ -72,10 +72,10 @@ from brainray.log import log
 from brainray.models.encoder import Encoder, EncoderOutput, build_encoder
 from brainray.orchestration.rank_data import load_rank_data
 from brainray.orchestration.ray_train import (
+    configure_rank,
     distributed,
-    failing_together,
-    returning_errors,
-    settle_rank,
+    raise_on_all_ranks,
+    return_user_errors,
 )
 from brainray.orchestration.run import read_run_info
 from brainray.orchestration.store import ImageStore
@@ -91,7 +91,7 @@ _MAX_NAMED = 8  # slices in an error
 _MAX_CONFUSED = 20  # classes: with more, the confusion matrix is not logged every epoch
 
 
-@returning_errors
+@return_user_errors
 def train_worker(settings: dict[str, Any]) -> None:
     """Ray Train's entry point on every rank."""
     config, start = parse_config(settings["config"]), ray.get(settings["start"])
@@ -103,20 +103,20 @@ def _train(
 ) -> None:
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
-    settle_rank()
+    configure_rank()
     torch.manual_seed(config.seed)
-    with failing_together(device):
+    with raise_on_all_ranks(device):
         store = ImageStore.open(store_folder, read_run_info(run)["data_hash"])
         rank, num_ranks = context.get_world_rank(), context.get_world_size()
         data = load_rank_data(config, run, store, device, rank, num_ranks)
         encoder = build_encoder(config.encoder.name, start, len(store.classes))
         test_slices = run.read_table(layout.TEST_SLICES)
     trainer = _Trainer(config, run, store, data, test_slices, encoder, device)
-    with failing_together(device):
+    with raise_on_all_ranks(device):
         newest = _newest_epoch(run) if rank == 0 else 0
     # All ranks resume from one checkpoint, even if storage shows a new file to only some of them.
     epoch = int(dist.broadcast_from_first(torch.tensor(newest, device=device)))
-    with failing_together(device):
+    with raise_on_all_ranks(device):
         if epoch:
             trainer.resume(epoch)
     trainer.start()
@@ -315,19 +315,19 @@ class _Trainer:
 
         Prediction uses the chosen epoch, unless test slices were predicted after every epoch.
         """
-        with failing_together(self.device):
+        with raise_on_all_ranks(self.device):
             if dist.rank() == 0:
                 last = checkpoint_bytes(self._checkpoint())
                 (self.run / layout.LAST).write_bytes(layout.MODEL, last)
         if self._tests_each_epoch or self._count(self.data.test) == 0:
             return
-        with failing_together(self.device):
+        with raise_on_all_ranks(self.device):
             chosen = load_checkpoint(self.run / layout.BEST)
         clusters = chosen.clusters.to(self.device)
         encoder = chosen.encoder.to(self.device).to(memory_format=torch.channels_last)
         output = self._embed(self.data.test.images, encoder)
         test = self._gathered(self.data.test, output, clusters)
-        with failing_together(self.device):
+        with raise_on_all_ranks(self.device):
             if dist.rank() == 0:
                 table = predictions_table(test, self.classes, self.test_slices)
                 self.run.write_table(layout.predictions_file(chosen.epoch), table)
@@ -375,7 +375,7 @@ class _Trainer:
         believed = pseudo_labels(probabilities, shares)
         self._class_shift = class_shift(probabilities, shares)
         if self.pool is self.data.unlabelled:
-            believed = believed.unless_inherited(self.data.inherited)
+            believed = believed.overridden_by(self.data.inherited)
         return EpochTargets(
             responsibilities=self.responsibilities[rows],
             pseudo_labels=believed.labels,
@@ -462,10 +462,10 @@ class _Trainer:
     ) -> tuple[Reclustering, ClusteringHealth, bool]:
         before = self._clustering
 
-        def attempt(anew: bool) -> Reclustering:
+        def attempt(reseed: bool) -> Reclustering:
             self._clustering = before
             return self._recluster(
-                fitted, seed=seed_of(self.config.seed, self.epoch) if anew else None
+                fitted, seed=seed_of(self.config.seed, self.epoch) if reseed else None
             )
 
         return recluster_in_health(
@@ -549,7 +549,7 @@ class _Trainer:
             self.history,
         )
         reported = reported_metrics(self.history)
-        with failing_together(self.device):
+        with raise_on_all_ranks(self.device):
             if dist.rank() == 0:
                 self._write(state, coordinates, log_likelihood, test, started)
         # The files are already in storage: Ray is only given their location and the metrics.

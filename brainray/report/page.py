@@ -145,7 +145,7 @@ def write_page(
     }
     contents = _Contents(
         title=f"brainray: {run.name}",
-        summary=_summary(metrics, chosen, len(history), _told_shown(table, whole)),
+        summary=_summary(metrics, chosen, len(history), _coverage_note(table, whole)),
         tables=[
             *results_tables(
                 metrics, classes, {} if control is None else {f"control ({whose})": control}
@@ -200,7 +200,7 @@ def write_evaluation_page(
     }
     contents = _Contents(
         title=f"brainray: evaluation {name}",
-        summary=_evaluation_summary(metrics, _told_shown(table, predictions)),
+        summary=_evaluation_summary(metrics, _coverage_note(table, predictions)),
         tables=results_tables(metrics, classes),
         quality=[
             *([] if num_seen is None else [_seen_slices(num_seen)]),
@@ -409,7 +409,7 @@ def _percent(metrics: Metrics, name: str) -> str:
     return "an unknown share" if value is None else f"{100 * value:.1f} %"
 
 
-def _told_shown(shown: pa.Table, whole: pa.Table) -> str:
+def _coverage_note(shown: pa.Table, whole: pa.Table) -> str:
     if shown.num_rows == whole.num_rows:
         return f"All {shown.num_rows:,} test slices are shown below."
     return (

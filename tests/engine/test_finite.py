@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from brainray import dist
 from brainray.config import AugmentConfig
 from brainray.engine.epoch import EpochData, train_epoch
-from brainray.engine.finite import GradientWatch, NonFiniteStep, carried_by_gradient
+from brainray.engine.finite import GradientWatch, NonFiniteStep, nan_gradient_unless_finite
 from brainray.engine.shard import CachedImages, PixelScale, SliceShard
 from brainray.models.encoder import EncoderOutput
 from brainray.models.joint import JointObjective
@@ -83,10 +83,10 @@ def test_finite_training_is_left_alone() -> None:
 def test_a_finite_loss_passes_bit_by_bit_and_a_bad_one_poisons_the_gradient() -> None:
     x = torch.tensor([0.1, 0.7], requires_grad=True)
     (expected,) = torch.autograd.grad((x**3).sum(), x)
-    (found,) = torch.autograd.grad(carried_by_gradient((x**3).sum()), x)
+    (found,) = torch.autograd.grad(nan_gradient_unless_finite((x**3).sum()), x)
     assert torch.equal(expected, found)
     # The gradient of the sum is 1, though the sum is infinite.
-    (poisoned,) = torch.autograd.grad(carried_by_gradient(x.sum() + torch.inf), x)
+    (poisoned,) = torch.autograd.grad(nan_gradient_unless_finite(x.sum() + torch.inf), x)
     assert poisoned.isnan().all()
 
 
@@ -97,7 +97,7 @@ def step_of_failure() -> tuple[int, list[int]]:
     for step in range(4):
         value = torch.full((1, 3), torch.nan if (dist.rank(), step) == (1, 2) else 1.0)
         loss = (weight * value).sum()
-        (gradient,) = torch.autograd.grad(carried_by_gradient(loss), weight)
+        (gradient,) = torch.autograd.grad(nan_gradient_unless_finite(loss), weight)
         weight.grad = dist.sum_across_ranks(gradient) / dist.world_size()
         watch.saw(torch.tensor([10 * dist.rank() + step]), loss, value)
         try:

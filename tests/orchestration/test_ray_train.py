@@ -18,10 +18,10 @@ from brainray.errors import BrainrayError, ConfigError, DivergenceError, Storage
 from brainray.models.encoder import build_encoder
 from brainray.orchestration.own_head import WITHOUT_PREEMPTION
 from brainray.orchestration.ray_train import (
+    configure_ray_train,
     ddp_options,
-    failing_together,
+    raise_on_all_ranks,
     run_trainer,
-    settle_ray_train,
 )
 
 
@@ -70,7 +70,7 @@ def test_nodes_are_watched_for_where_they_may_be_taken_away(
         monkeypatch.delenv(name)
     if address is not None:
         monkeypatch.setenv("RAY_ADDRESS", address)
-    settle_ray_train()
+    configure_ray_train()
     assert [os.environ.get(name) for name in WITHOUT_PREEMPTION] == [watches]
 
 
@@ -133,7 +133,7 @@ def test_three_ranks_that_go_on_end_with_the_weights_of_undisturbed_ones() -> No
 
 def error_of_this_rank() -> tuple[str, str]:
     try:
-        with failing_together(torch.device("cpu")):
+        with raise_on_all_ranks(torch.device("cpu")):
             if dist.rank() == 1:
                 raise StorageError('no room for "model.pt"\non /mnt')
     except BrainrayError as error:
