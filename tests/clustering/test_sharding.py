@@ -161,6 +161,6 @@ def test_every_rank_raises_the_same_error_when_one_has_bad_rows(
     for name in ("nan kmeans", "nan gmm", "nan pca", "nan health"):
         assert f"1 of {NUM_ROWS} rows contain NaN" in first[name]
     assert "only 1" in first["identical"]
-    assert f"hold {NUM_ROWS}" in first["too few"]
+    assert f"have {NUM_ROWS}" in first["too few"]
     assert f"37 of {NUM_ROWS} row_keys repeat" in first["repeated keys"]
     assert f"{NUM_ROWS - 37} have a label outside" in first["labels"]

@@ -87,7 +87,7 @@ def test_images_come_in_the_order_asked_for(store: ImageStore) -> None:
     forward = store.images(ids, "train", 16)
     np.testing.assert_array_equal(store.images(ids[::-1], "train", 16), forward[::-1])
     assert forward.shape == (56, 1, 16, 16)
-    with pytest.raises(DataError, match="1 slices of its index are missing"):
+    with pytest.raises(DataError, match="1 slices in the index are missing"):
         store.images(["0" * 32], "train", 16)
 
 

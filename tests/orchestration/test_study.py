@@ -149,6 +149,7 @@ def test_the_same_name_goes_on_and_repeats_nothing_finished(
     assert again.metrics == studied.metrics
 
 
+@pytest.mark.slow
 def test_corrected_labels_are_what_an_old_study_is_scored_on(
     phantoms: Path, tmp_path: Path
 ) -> None:
@@ -410,17 +411,19 @@ def test_every_clusterer_runs_on_features_of_an_encoder(storage: Path) -> None:
     assert len(list((storage / "features").glob("mri-random-seed*"))) == 2
 
 
-def test_limits_of_iterations_reach_the_clusterers(tmp_path: Path) -> None:
+def test_a_cell_is_known_by_its_limits_labels_and_subsets(tmp_path: Path) -> None:
     kmeans, mixture = (Cell("mri", "pixels", 0, name, 2, 4) for name in ("kmeans", "gmm"))
     stores = {("mri", "pixels", 0): SimpleNamespace(key="features")}
 
-    def key(*settings: str) -> str:
+    def key(*settings: str, labels: tuple[int, ...] = (0, 1), num_fitted: int = 2) -> str:
         config = tiny_config(tmp_path, *settings)
-        slices = Slices(pa.table({}), np.zeros(2, np.int64), {"fitted": np.ones(2, np.bool_)})
+        fitted = np.arange(2) < num_fitted
+        slices = Slices(pa.table({}), np.array(labels, np.int64), {"fitted": fitted})
         grid = Grid(config, Folder(tmp_path), cast(Any, stores), {"mri": slices}, print)
         return grid.key(mixture)
 
     assert key("clustering.gmm_max_iter=100") == key()  # the default
+    assert len({key(), key(labels=(1, 1)), key(num_fitted=1)}) == 3  # what scores depend on
     few = ["clustering.gmm_max_iter=1", "clustering.gmm_tol=10", "clustering.kmeans_max_iter=2"]
     assert key(*few) != key()
     config = tiny_config(tmp_path, *few)
