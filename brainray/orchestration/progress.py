@@ -80,7 +80,7 @@ class Follower(Watcher):
             "loss": "train/loss/total",
             "validation head": "validation/head/accuracy",
             "cluster": "validation/cluster/accuracy",
-            "nmi to previous": "cluster/nmi_previous",
+            "NMI vs previous": "cluster/nmi_previous",
         }
         figures = ", ".join(
             f"{label} {metrics[name]:.3f}" for label, name in shown.items() if name in metrics

@@ -440,7 +440,7 @@ def _evaluation_summary(metrics: Metrics, shown: str) -> list[str]:
 _LEFT_OUT = {
     "num_rejected": "rejected files or slices",
     "num_without_class": "files without a class",
-    "num_outside_of_test": "files outside of the test part",
+    "num_outside_of_test": "files outside the test split",
     "num_ignored_files": "files of other types",
 }
 
