@@ -4,6 +4,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from unittest.mock import Mock
 import pytest
 import ray
 import ray.data
+from ray._private.runtime_env.packaging import get_uri_for_directory
 
 from brainray.config import Config
 from brainray.config_text import described_keys, known_keys, load_config
@@ -328,3 +330,19 @@ def test_signals_end_a_job_that_waits_for_ray(
     assert time.monotonic() - started < 30
     outcome = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert outcome["error"].startswith(f"ended by {by.name}: submit it again under the same name")
+
+
+def test_a_log_in_the_working_directory_does_not_change_a_submitted_package(
+    tmp_path: Path,
+) -> None:
+    shutil.copy(PROJECT / ".rayignore", tmp_path)
+    (tmp_path / "code.py").touch()
+
+    def package() -> str:
+        return str(get_uri_for_directory(str(tmp_path), include_gitignore=True))
+
+    before = package()
+    (tmp_path / "demo.log").write_text("a line")
+    assert package() == before
+    (tmp_path / "code.py").write_text("x = 1")
+    assert package() != before
