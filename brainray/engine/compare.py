@@ -127,7 +127,8 @@ def intervals_of_mean_gains(
     """Intervals (`bootstrap_interval`) of the mean gain of several runs, by accuracy.
 
     Args:
-        predictions: ``PREDICTIONS`` rows of every run; unlabelled rows are ignored.
+        predictions: ``PREDICTIONS`` rows of every run, whose subsets are those of the first;
+            unlabelled rows are ignored.
         controls: rows of each run's control, all for the same slices in the same order.
         group_of_slice: as for `compare`.
         num_resamples: of the bootstrap.
