@@ -8,7 +8,7 @@ from brainray.orchestration.job import JobResult, run_job
 
 
 def work(config: Config) -> JobResult:
-    from brainray.orchestration.evaluation import evaluate
+    from brainray.orchestration.prediction.evaluation import evaluate
     from brainray.report.results import results_markdown
 
     evaluation = evaluate(config, log)

@@ -8,7 +8,7 @@ from brainray.orchestration.job import JobResult, run_job
 
 
 def work(config: Config) -> JobResult:
-    from brainray.orchestration.export import export
+    from brainray.orchestration.prediction.export import export
 
     exported = export(config, log)
     log(f"files and model card: {exported.folder}")

@@ -9,7 +9,7 @@ from brainray.orchestration.job import JobResult, run_job
 
 
 def work(config: Config) -> JobResult:
-    from brainray.orchestration.labels import choose_next_labels
+    from brainray.orchestration.prediction.labels import choose_next_labels
 
     chosen = choose_next_labels(config, log)
     log(f"{chosen.table.num_rows} slices to label: {chosen.folder}/{layout.NEXT_LABELS}")

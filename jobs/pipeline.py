@@ -9,12 +9,12 @@ from brainray.orchestration.job import TRAINING_SECTIONS, JobResult, run_job
 
 
 def work(config: Config) -> JobResult:
-    from brainray.orchestration.data import preprocess
-    from brainray.orchestration.driver import check_sides, train
-    from brainray.orchestration.evaluation import evaluate
+    from brainray.orchestration.prediction.evaluation import evaluate
+    from brainray.orchestration.preprocessing.driver import preprocess
     from brainray.orchestration.publish import how_to_open
     from brainray.orchestration.resources import alive_nodes, plan_workers
     from brainray.orchestration.run import data_hash_of
+    from brainray.orchestration.training.driver import check_sides, train
     from brainray.report.results import results_markdown
     from brainray.storage import Folder
 

@@ -8,7 +8,7 @@ from brainray.orchestration.job import JobResult, run_job
 
 
 def work(config: Config) -> JobResult:
-    from brainray.orchestration.predict import predict
+    from brainray.orchestration.prediction.predict import predict
 
     prediction = predict(config, log)
     counts = prediction.metrics

@@ -9,7 +9,7 @@ from brainray.orchestration.job import STORE_KEYS, JobResult, run_job
 
 
 def work(config: Config) -> JobResult:
-    from brainray.orchestration.data import preprocess
+    from brainray.orchestration.preprocessing.driver import preprocess
 
     store = preprocess(config, log)
     counts = {

@@ -9,7 +9,7 @@ from brainray.orchestration.job import STORE_KEYS, WORKER_KEYS, JobResult, run_j
 
 def work(config: Config) -> JobResult:
     from brainray.orchestration.publish import how_to_open
-    from brainray.orchestration.study import run_study
+    from brainray.orchestration.study.driver import run_study
 
     finished = run_study(config, log)
     log(finished.text)

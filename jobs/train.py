@@ -10,8 +10,8 @@ from brainray.orchestration.job import TRAINING_SECTIONS, JobResult, run_job
 def work(config: Config) -> JobResult:
     if config.evaluation.num_label_draws > 1:
         return work_on_draws(config)
-    from brainray.orchestration.driver import train
     from brainray.orchestration.publish import how_to_open
+    from brainray.orchestration.training.driver import train
     from brainray.report.results import results_markdown
 
     trained = train(config, log)
@@ -22,8 +22,8 @@ def work(config: Config) -> JobResult:
 
 
 def work_on_draws(config: Config) -> JobResult:
-    from brainray.orchestration.draws import train_draws
     from brainray.orchestration.publish import how_to_open
+    from brainray.orchestration.training.draws import train_draws
     from brainray.report.draws_table import draws_table
 
     drawn = train_draws(config, log)

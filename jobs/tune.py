@@ -9,7 +9,7 @@ from brainray.orchestration.job import TRAINING_SECTIONS, JobResult, run_job
 
 def work(config: Config) -> JobResult:
     from brainray.orchestration.publish import how_to_open
-    from brainray.orchestration.sweep import sweep
+    from brainray.orchestration.sweep.driver import sweep
 
     finished = sweep(config, log)
     log(finished.table)

@@ -13,7 +13,7 @@ from brainray.config_text import load_config
 from brainray.mri.phantom import write_phantoms
 
 if TYPE_CHECKING:
-    from brainray.orchestration.driver import TrainedRun
+    from brainray.orchestration.training.driver import TrainedRun
 
 # The checkout's sibling, or where the user says the real slices are.
 REAL_DATA = Path(
@@ -51,7 +51,7 @@ def ray_cluster() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def storage(phantoms: Path, ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Storage with the image store ``mri`` of the phantoms."""
-    from brainray.orchestration.data import preprocess
+    from brainray.orchestration.preprocessing.driver import preprocess
 
     folder = tmp_path_factory.mktemp("storage")
     preprocess(tiny_config(folder, "name=mri", f"source={phantoms}"))
@@ -61,7 +61,7 @@ def storage(phantoms: Path, ray_cluster: None, tmp_path_factory: pytest.TempPath
 @pytest.fixture(scope="session")
 def trained(storage: Path) -> "TrainedRun":
     """The run ``two-ranks`` in that storage: two DDP ranks, two epochs."""
-    from brainray.orchestration.driver import train
+    from brainray.orchestration.training.driver import train
 
     settings = ["name=two-ranks", "dataset=mri", "train.num_workers=2"]
     return train(tiny_config(storage, *settings))

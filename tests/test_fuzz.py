@@ -24,8 +24,8 @@ from brainray.config_text import known_keys, load_config
 from brainray.errors import BrainrayError
 from brainray.layout import MANIFEST, RUN, RUN_FORMAT, STORE_FORMAT
 from brainray.mri.decode import RejectedImage, decode_file
+from brainray.orchestration.preprocessing.source import list_source
 from brainray.orchestration.run import read_run_info
-from brainray.orchestration.source import list_source
 from brainray.orchestration.store import ImageStore
 from brainray.storage import Folder
 from tests.mri.decoding import OPTIONS

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.faults
 PROJECT = Path(__file__).parents[1]
 RUN = """
 import runpy, sys
-from brainray.orchestration import driver
+from brainray.orchestration.training import driver
 driver._RESIZE_INTERVAL_S = 5.0
 runpy.run_path(sys.argv.pop(1), run_name="__main__")
 """

@@ -6,7 +6,7 @@ import pyarrow.compute as pc
 import pytest
 
 from brainray.mri.duplicates import coarse, most_similar, thumbnail_matrix
-from brainray.orchestration.data import preprocess
+from brainray.orchestration.preprocessing.driver import preprocess
 from tests.conftest import tiny_config
 
 

@@ -9,9 +9,9 @@ from brainray.benchmarks.result import BenchmarkResult, CaseOptions, Measure
 from brainray.config import Config
 from brainray.engine.evaluate import Metrics
 from brainray.errors import ConfigError
-from brainray.orchestration.data import preprocess
-from brainray.orchestration.draws import train_draws
 from brainray.orchestration.job import attach_to_ray
+from brainray.orchestration.preprocessing.driver import preprocess
+from brainray.orchestration.training.draws import train_draws
 from brainray.report.cells import mean_and_deviation
 from brainray.report.style import BLUE, GREY, ORANGE, new_figure, tidy
 from brainray.report.table import markdown_table

@@ -19,12 +19,12 @@ from brainray import layout
 from brainray.benchmarks.result import BenchmarkResult, CaseOptions, Measure
 from brainray.config import Config
 from brainray.mri.phantom import write_phantoms
-from brainray.orchestration.data import preprocess
-from brainray.orchestration.driver import train
 from brainray.orchestration.job import attach_to_ray
-from brainray.orchestration.labels import choose_next_labels
-from brainray.orchestration.source import list_source
-from brainray.orchestration.trials import trial_config
+from brainray.orchestration.prediction.labels import choose_next_labels
+from brainray.orchestration.preprocessing.driver import preprocess
+from brainray.orchestration.preprocessing.source import list_source
+from brainray.orchestration.sweep.trials import trial_config
+from brainray.orchestration.training.driver import train
 from brainray.schema import TEST, UNLABELLED_ROLE
 from brainray.storage import Folder
 

@@ -21,18 +21,18 @@ from brainray.engine.forward import autocast
 from brainray.engine.shard import CachedImages
 from brainray.engine.slice_model import SliceModel, use_all_threads
 from brainray.mri.phantom import write_phantoms
-from brainray.orchestration.data import preprocess
-from brainray.orchestration.driver import train
-from brainray.orchestration.inference import (
+from brainray.orchestration.job import attach_to_ray
+from brainray.orchestration.prediction.inference import (
     Predictor,
     find_predictor,
     predicted_blocks,
     predicted_slices,
 )
-from brainray.orchestration.job import attach_to_ray
-from brainray.orchestration.preparation import decode_to_predict, read_file
-from brainray.orchestration.source import SourceFile, list_source
+from brainray.orchestration.preprocessing.driver import preprocess
+from brainray.orchestration.preprocessing.preparation import decode_to_predict, read_file
+from brainray.orchestration.preprocessing.source import SourceFile, list_source
 from brainray.orchestration.store import ImageStore
+from brainray.orchestration.training.driver import train
 from brainray.schema import TRAIN
 from brainray.storage import Folder
 

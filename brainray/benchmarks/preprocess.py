@@ -32,10 +32,15 @@ from brainray.mri.skull_strip import (
     apply_mask,
     otsu_mask,
 )
-from brainray.orchestration.data import preprocess
 from brainray.orchestration.job import attach_to_ray
-from brainray.orchestration.preparation import SLICES, decode_options, preprocess_file, read_file
-from brainray.orchestration.source import FoundFile
+from brainray.orchestration.preprocessing.driver import preprocess
+from brainray.orchestration.preprocessing.preparation import (
+    SLICES,
+    decode_options,
+    preprocess_file,
+    read_file,
+)
+from brainray.orchestration.preprocessing.source import FoundFile
 from brainray.report.style import BLUE, new_figure
 from brainray.storage import Folder
 

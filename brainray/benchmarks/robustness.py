@@ -16,16 +16,16 @@ from brainray.engine.slice_model import SliceModel, use_all_threads
 from brainray.errors import ConfigError, DataError
 from brainray.mri.decode import RejectedImage, decode_file
 from brainray.mri.leakage import Fingerprints, exposure
-from brainray.orchestration.inference import Predictor, find_predictor
-from brainray.orchestration.preparation import (
+from brainray.orchestration.prediction.inference import Predictor, find_predictor
+from brainray.orchestration.preprocessing.preparation import (
     DECODED,
     decode_options,
     decode_to_predict,
     read_file,
 )
+from brainray.orchestration.preprocessing.source import SourceFile, list_source
 from brainray.orchestration.run import open_run
 from brainray.orchestration.seen import fingerprints_of_seen
-from brainray.orchestration.source import SourceFile, list_source
 from brainray.report.style import BLUE, ORANGE, new_figure, tidy
 from brainray.report.table import markdown_table
 from brainray.schema import PREDICTED_BY, TEST

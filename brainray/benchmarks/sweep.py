@@ -10,10 +10,10 @@ from brainray.config import Config
 from brainray.config_text import load_config
 from brainray.errors import DataError
 from brainray.mri.phantom import write_phantoms
-from brainray.orchestration.data import preprocess
-from brainray.orchestration.driver import train
 from brainray.orchestration.job import attach_to_ray
-from brainray.orchestration.sweep import sweep
+from brainray.orchestration.preprocessing.driver import preprocess
+from brainray.orchestration.sweep.driver import sweep
+from brainray.orchestration.training.driver import train
 
 LEARNING_RATES = (3e-4, 6e-4, 1.2e-3, 2.4e-3)
 MAX_OVERHEAD = 1.10

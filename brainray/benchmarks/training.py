@@ -32,10 +32,10 @@ from brainray.engine.shard import CachedImages, Images, PixelScale, SliceShard, 
 from brainray.models.encoder import Encoder
 from brainray.models.joint import JointObjective
 from brainray.models.objective import StepSizes
-from brainray.orchestration.data import preprocess
-from brainray.orchestration.driver import train
 from brainray.orchestration.job import attach_to_ray
+from brainray.orchestration.preprocessing.driver import preprocess
 from brainray.orchestration.resources import KEEPING_MEMORY
+from brainray.orchestration.training.driver import train
 
 BATCH = 64  # labelled slices, and the same number of unlabelled ones
 NUM_CLASSES, NUM_CLUSTERS = 4, 4

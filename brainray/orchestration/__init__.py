@@ -1,1 +1,1 @@
-"""Where things run: Ray Data, Ray Train, and the shared life of a job."""
+"""Where things run: Ray Data, Ray Train, Ray Tune, and what all jobs share."""

@@ -9,7 +9,7 @@ from brainray.benchmarks.result import CaseOptions
 from brainray.config_text import load_config
 from brainray.errors import ConfigError
 from brainray.mri.phantom import make_slice
-from brainray.orchestration.driver import TrainedRun
+from brainray.orchestration.training.driver import TrainedRun
 
 
 def _options(storage: Path, source: Path | None, *settings: str) -> CaseOptions:

@@ -1,0 +1,1 @@
+"""Use of a trained run: evaluation, prediction, labels to collect, export."""

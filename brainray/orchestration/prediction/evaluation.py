@@ -1,0 +1,332 @@
+"""Evaluation of a run on raw class folders, using the same code path as prediction."""
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+from pydantic import BaseModel
+
+from brainray import layout
+from brainray.config import Config
+from brainray.config_text import parse_yaml, to_yaml
+from brainray.engine.evaluate import Metrics, summarise
+from brainray.engine.slice_model import stored_pixels
+from brainray.errors import ConfigError, DataError
+from brainray.log import Log, log
+from brainray.mri.decode import RejectedImage
+from brainray.mri.groups import joint_groups
+from brainray.mri.leakage import Fingerprints, exposure
+from brainray.orchestration.lock import held
+from brainray.orchestration.prediction.inference import (
+    Predictor,
+    default_name,
+    find_predictor,
+    predicted_blocks,
+)
+from brainray.orchestration.preprocessing.driver import with_progress
+from brainray.orchestration.preprocessing.grouping import group_strangers
+from brainray.orchestration.preprocessing.leakage import LEVELS, twins_of_test_slices
+from brainray.orchestration.preprocessing.preparation import (
+    preprocess_file,
+    read_file,
+    salt_id,
+    subject_salt,
+)
+from brainray.orchestration.preprocessing.source import (
+    FoundFile,
+    Listing,
+    SourceFile,
+    list_source,
+    renaming_advice,
+)
+from brainray.orchestration.reporting import about_software, explain
+from brainray.orchestration.run import groups_of_test_slices
+from brainray.orchestration.seen import seen_rows
+from brainray.report.evaluation_figures import draw_evaluation_figures
+from brainray.report.page import Explained, write_evaluation_page
+from brainray.schema import PREDICTIONS, REJECTED, TEST
+from brainray.storage import Folder
+
+_MAX_NAMED = 5  # classes in an error
+_OUTSIDE_OF_TEST, _WITHOUT_CLASS = "outside the test split", "without a class"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A finished evaluation and the folder of its files."""
+
+    folder: Folder
+    metrics: Metrics
+    classes: list[str]
+
+
+def evaluate(config: Config, log: Log = log, only_paths: set[str] | None = None) -> Evaluation:
+    """Predict the labelled slices of ``config.source`` with a run's chosen epoch, and score them.
+
+    Slices are preprocessed with the run's own settings. If the source has a test split, only that
+    split is scored, unless ``only_paths`` selects the files. ``clean`` and ``strict`` are relative
+    to the fingerprints stored with the run; a checkpoint without its run has none, so these metrics
+    are left out.
+
+    Raises:
+        ConfigError: neither run nor checkpoint, no source, or a name already used for the
+            evaluation of another source.
+        DataError: nothing readable or labelled, or a class that is unknown to the run.
+        CheckpointError: the checkpoint is missing or is not one.
+    """
+    predictor = find_predictor(config, "evaluation")
+    if config.source is None:
+        raise ConfigError("evaluation needs a source: --set source=DIR")
+    storage, name = Folder(config.storage), config.name or default_name(config, predictor)
+    with held(storage, layout.EVALUATIONS, name, log):
+        return _evaluate(config, predictor, storage / layout.EVALUATIONS / name, log, only_paths)
+
+
+def _evaluate(
+    config: Config, predictor: Predictor, target: Folder, log: Log, only_paths: set[str] | None
+) -> Evaluation:
+    if only_paths is None:
+        _check_source(config, target)
+    checkpoint, seen = predictor.checkpoint, predictor.seen()
+    labels = None if config.labels is None else Folder(config.labels)
+    # The split of selected paths is known; a table may use another name for it.
+    listing = list_source(
+        Folder(str(config.source)), labels, config.classes.map, reads_splits=only_paths is None
+    )
+    files, left_out = _files_to_score(listing, config, checkpoint.classes, only_paths)
+    told = "".join(f"; left out: {count} {why}" for why, count in left_out.items() if count)
+    log(
+        f"evaluating {predictor.folder} (epoch {checkpoint.epoch}) on {len(files)} files"
+        f"{told}{listing.remarks}"
+    )
+    rows = _predict_files(files, config, predictor, log)
+    rejected = rows.filter(pc.is_valid(rows["reason"])).select(REJECTED.names).cast(REJECTED)
+    accepted = rows.filter(pc.is_null(rows["reason"]))
+    reasons = Counter(rejected["reason"].to_pylist()).most_common(3)
+    commonest = ", ".join(f"{reason} ({count})" for reason, count in reasons)
+    if accepted.num_rows == 0:
+        raise DataError(f"none of the {len(files)} files in {config.source} is usable: {commonest}")
+    if rejected.num_rows:
+        log(f"{rejected.num_rows} files or slices could not be used: {commonest}")
+    predictions, twins = _with_subsets(accepted, config, predictor, log)
+    metrics = summarise(
+        predictions,
+        seen,
+        checkpoint.classes,
+        checkpoint.clusters.class_of_cluster.numpy(),
+        num_resamples=config.evaluation.bootstrap_resamples,
+        seed=config.seed,
+        groups=_groups(accepted, predictor, log),
+        temperature=predictor.temperature(),
+    )
+    metrics |= {
+        "num_rejected": float(rejected.num_rows),
+        "num_ignored_files": float(listing.num_ignored),
+        "num_outside_of_test": float(left_out[_OUTSIDE_OF_TEST]),
+        "num_without_class": float(left_out[_WITHOUT_CLASS]),
+        "epoch": float(checkpoint.epoch),
+    }
+    if target.exists():
+        log(f"{target}: replacing the earlier evaluation of this name")
+    explained = _explained(predictions, config, predictor, log)
+    with target.rebuilt(layout.EVALUATION_METRICS) as folder:
+        made_by = to_yaml(_settings(config, predictor))
+        folder.write_bytes(layout.CONFIG, made_by.encode())
+        folder.write_table(layout.PREDICTIONS, predictions)
+        if twins is not None:
+            folder.write_json(layout.LEAKAGE, {"levels": LEVELS, "seen_by_run": twins})
+        folder.write_table(layout.REJECTED, rejected)
+        folder.write_json(layout.EVALUATION_METRICS, metrics)
+        draw_evaluation_figures(folder, predictions, checkpoint.classes)
+        write_evaluation_page(
+            folder,
+            target.name,
+            predictions,
+            rejected,
+            checkpoint.classes,
+            config.evaluation,
+            metrics,
+            about_software() | {"model": str(predictor.folder), "source": str(config.source)},
+            made_by,
+            explained,
+            None if twins is None else {level: len(found) for level, found in twins.items()},
+        )
+    return Evaluation(target, metrics, checkpoint.classes)
+
+
+def _with_subsets(
+    accepted: pa.Table, config: Config, predictor: Predictor, log: Log
+) -> tuple[pa.Table, dict[str, list[dict[str, Any]]] | None]:
+    """PREDICTIONS with the ``clean`` and ``strict`` columns filled; and, by level, the slices
+    with a match in the run's data. None if there is no record of that data.
+    """
+    predictions = accepted.select(PREDICTIONS.names).cast(PREDICTIONS)
+    seen = seen_rows(predictor.run_folder)
+    if seen is None:
+        log(f"no record of what {predictor.folder} was trained on: no slice is marked as clean")
+        return predictions, None
+    asked = Fingerprints.of(with_comparable_names(accepted, config, predictor))
+    known = groups_of_test_slices(predictor.run_folder)
+    from_elsewhere = np.array([identity not in known for identity in asked.sample_ids], np.bool_)
+    exposed = exposure(
+        asked, Fingerprints.of(seen), predictor.preprocess, from_elsewhere=from_elsewhere
+    )
+    for name, flags in (("clean", exposed.clean), ("strict", exposed.strict)):
+        position = PREDICTIONS.get_field_index(name)
+        predictions = predictions.set_column(position, name, pa.array(flags, pa.bool_()))
+    twins = twins_of_test_slices(accepted, seen, exposed)
+    counts = ", ".join(f"{len(found)} {level}" for level, found in twins.items() if found)
+    if counts:
+        log(f"slices with a match in the run's data, by level: {counts} ({layout.LEAKAGE})")
+    num_conflicting = sum(
+        slice_["twin_label"] not in {None, slice_["label"]}
+        for level in ("exact", "near")
+        for slice_ in twins[level]
+    )
+    if num_conflicting:
+        log(
+            f"note: slices labelled differently from the copy in the run's data: {num_conflicting} "
+            f"({layout.LEAKAGE})"
+        )
+    return predictions, twins
+
+
+def _settings(config: Config, predictor: Predictor) -> Config:
+    """The run's settings, with those that an evaluation reads taken from its own configuration."""
+    trained = predictor.checkpoint.config
+    read = ("run", "epoch", "checkpoint", "source", "labels", "classes", "name", "storage", "seed")
+    sections = {
+        "preprocess": predictor.preprocess,
+        "train": _updated(trained.train, config.train, "device", "precision"),
+        "evaluation": _updated(
+            trained.evaluation, config.evaluation, "bootstrap_resamples", "tsne_max_slices"
+        ),
+    }
+    return trained.model_copy(update={name: getattr(config, name) for name in read} | sections)
+
+
+Section = TypeVar("Section", bound=BaseModel)
+
+
+def _updated(section: Section, other: Section, *names: str) -> Section:
+    return section.model_copy(update={name: getattr(other, name) for name in names})
+
+
+def _groups(accepted: pa.Table, predictor: Predictor, log: Log) -> dict[str, str]:
+    """Groups of slices that are resampled together for intervals: from the run for its own test
+    slices, otherwise also by image similarity and by subject.
+    """
+    known = groups_of_test_slices(predictor.run_folder)
+    ids = accepted["sample_id"].to_pylist()
+    as_known = [known.get(identity) for identity in ids]
+    if None not in as_known:
+        return known
+    # The run's own test slices may be among them, and others may be copies of these.
+    found = group_strangers(accepted, predictor.preprocess, log)
+    _log_conflicts(found.copies, accepted["label"].to_pylist(), log)
+    return dict(zip(ids, joint_groups(found.dependent, as_known), strict=True))
+
+
+def _log_conflicts(copies: list[str], labels: list[str], log: Log) -> None:
+    called: dict[str, set[str]] = {}
+    for group, label in zip(copies, labels, strict=True):
+        called.setdefault(group, set()).add(label)
+    num_conflicting = sum(len(called[group]) > 1 for group in copies)
+    if num_conflicting:
+        log(f"note: slices with a copy of another label in this source: {num_conflicting}")
+
+
+def _check_source(config: Config, target: Folder) -> None:
+    """Folders in different places may share a name, and so may their evaluations.
+
+    Raises:
+        ConfigError: the name is used for the evaluation of another source.
+    """
+    if not target.exists(layout.CONFIG):
+        return
+    before = parse_yaml(target.read_bytes(layout.CONFIG), f"{target}/{layout.CONFIG}")["source"]
+    if before != config.source:
+        raise ConfigError(
+            f"{target} is the evaluation of another source ({before}): choose another name with "
+            "--set name=NAME, or delete it"
+        )
+
+
+def _files_to_score(
+    listing: Listing, config: Config, classes: list[str], only_paths: set[str] | None
+) -> tuple[list[SourceFile], Counter[str]]:
+    """Labelled files, of the test split if there is one; and the number left out, by reason."""
+    files, left_out = listing.files, Counter[str]()
+    if only_paths is not None:
+        files = [file for file in files if file.path in only_paths]
+    elif any(file.split == TEST for file in files):
+        files = [file for file in files if file.split == TEST]
+        left_out[_OUTSIDE_OF_TEST] = len(listing.files) - len(files)
+    labelled = [file for file in files if file.label is not None]
+    if not labelled:
+        remedy = "evaluation needs class folders or a labels table"
+        if config.labels is not None:
+            remedy = (
+                f"evaluation needs some in labels={config.labels} that classes.map does not remove"
+            )
+        raise DataError(f"source={config.source}: no slice has a class; {remedy}")
+    if only_paths is None:
+        left_out[_WITHOUT_CLASS] = len(files) - len(labelled)
+    unknown = Counter(str(file.label) for file in labelled if file.label not in classes)
+    if unknown:
+        raise DataError(
+            f"{config.source} has classes unknown to the run (it knows {', '.join(classes)}): "
+            f"{_counted(unknown)}; {renaming_advice(unknown, config.classes.map)}"
+        )
+    return labelled, left_out
+
+
+def _counted(names: Counter[str]) -> str:
+    told = [f"{name!r} ({count} files)" for name, count in sorted(names.items())[:_MAX_NAMED]]
+    more = len(names) - len(told)
+    return ", ".join(told) + (f" and {more} more" if more else "")
+
+
+def with_comparable_names(accepted: pa.Table, config: Config, predictor: Predictor) -> pa.Table:
+    """Drop subject names unless they are hashed with the run's salt: others cannot be matched, and
+    their slices are compared by image similarity.
+    """
+    if predictor.subject_salt() in {None, salt_id(subject_salt(Folder(config.storage)))}:
+        return accepted
+    return accepted.drop_columns("subject_source")
+
+
+def _explained(
+    predictions: pa.Table, config: Config, predictor: Predictor, log: Log
+) -> list[Explained]:
+    try:
+        return explain(predictions, predictor.checkpoint, partial(_load_again, config, predictor))
+    except RejectedImage as rejection:  # a file that was readable a moment ago
+        log(f"no activation maps: a file was changed or deleted meanwhile ({rejection.reason})")
+        return []
+
+
+def _load_again(config: Config, predictor: Predictor, rows: pa.Table) -> NDArray[np.uint8]:
+    """Slices (n, 1, S, S) of a few predictions: the actors do not return pixels."""
+    source, salt = Folder(str(config.source)), subject_salt(Folder(config.storage))
+    found = []
+    for row in rows.select(["path", "frame"]).to_pylist():
+        file = FoundFile(row["path"], 0, 0)
+        slices = preprocess_file(read_file(source, file), file, predictor.preprocess, salt)
+        found += [dict(part) for part in slices if part["frame"] == row["frame"]]
+    columns = {name: [part[name] for part in found] for name in ("image", "height", "width")}
+    return stored_pixels(pa.table(columns), predictor.checkpoint.image_size)
+
+
+def _predict_files(
+    files: list[SourceFile], config: Config, predictor: Predictor, log: Log
+) -> pa.Table:
+    """One row per slice, sorted by path: PREDICTIONS columns, or reason and detail."""
+    blocks = predicted_blocks(files, config, predictor)
+    batches = list(with_progress(blocks, len(files), "predicted", log))
+    return pa.concat_tables(batches).sort_by([("path", "ascending"), ("frame", "ascending")])

@@ -1,0 +1,214 @@
+"""Export of a run: safetensors, ONNX and an MLflow model, with a model card."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+import brainray
+from brainray import layout
+from brainray.config import Config
+from brainray.engine.evaluate import Metrics
+from brainray.engine.export import (
+    ONNX_OPSET,
+    TOLERANCE,
+    largest_difference,
+    onnx_bytes,
+    safetensors_bytes,
+)
+from brainray.errors import CheckpointError, ConfigError, TrackingError
+from brainray.log import Log, log
+from brainray.mri.duplicates import thumbnail_matrix
+from brainray.orchestration.code_version import code_hash
+from brainray.orchestration.lock import held
+from brainray.orchestration.prediction import serving
+from brainray.orchestration.prediction.inference import Predictor, find_predictor
+from brainray.orchestration.publish import begin_tracking, config_to_track
+from brainray.orchestration.run import Run, open_run, read_run_info
+from brainray.report.model_card import CardFacts, model_card
+from brainray.schema import PREDICTED, THUMBNAIL_SIDE
+from brainray.storage import Folder
+from brainray.tracking import ServedFiles, save_served
+
+_NUM_TRIED = 32  # slices on which the ONNX and PyTorch models are compared
+_ONNX_PACKAGES = {"onnx", "onnxscript", "onnxruntime"}
+
+
+@dataclass(frozen=True)
+class Export:
+    """An export: its folder and metrics."""
+
+    folder: Folder
+    metrics: Metrics
+    mlflow_run_id: str | None = None
+
+
+def export(config: Config, log: Log = log) -> Export:
+    """Write ``storage/exports/NAME``: safetensors, ONNX, an MLflow model and a card.
+
+    With ``registry.name`` the MLflow model is also logged to the run's MLflow run and registered.
+
+    Raises:
+        ConfigError: neither or both of run and checkpoint, or no name.
+        DataError: no such run.
+        CheckpointError: the run is still training or has no such epoch, or its ONNX model differs.
+        TrackingError: the model cannot be registered.
+    """
+    run = None if config.run is None else open_run(Folder(config.storage), config.run)
+    if run is not None and not run.is_complete:
+        raise CheckpointError(_still_training(run))
+    if run is None and config.registry.name is not None:
+        raise ConfigError(
+            "registry.name: only the model of a run can be registered; give --set run=NAME, not "
+            "checkpoint=PATH"
+        )
+    predictor = find_predictor(config, "export")
+    name = config.name or config.run
+    if name is None:
+        raise ConfigError("exporting a checkpoint needs a name: give --set name=NAME")
+    storage = Folder(config.storage)
+    target = storage / layout.EXPORTS / name
+    with (
+        held(storage, layout.EXPORTS, name, log),
+        served_files(predictor) as served,
+        tempfile.TemporaryDirectory() as temporary,
+    ):
+        local = Path(temporary)
+        for made in served.data.iterdir():
+            (local / made.name).write_bytes(made.read_bytes())
+        metrics = _write_onnx(predictor, local, log)
+        save_served(local / layout.SERVED, served)
+        card = model_card(_facts(predictor, name, metrics), _figures(run, predictor))
+        (local / layout.CARD).write_text(card, encoding="utf-8")
+        _put(local, target)
+        run_id = None
+        if run is not None and config.registry.name is not None:
+            run_id = _register(config, run, served, log)
+    log(f"serve the model: mlflow models serve -m {target}/{layout.SERVED} --env-manager local")
+    return Export(target, metrics, run_id)
+
+
+@contextmanager
+def served_files(predictor: Predictor) -> Iterator[ServedFiles]:
+    """The files of a served model, in a temporary folder."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary, "model")  # MLflow keeps the folder name
+        folder.mkdir()
+        content = safetensors_bytes(predictor.checkpoint, predictor.preprocess)
+        (folder / layout.SAFETENSORS).write_bytes(content)
+        fitted = predictor.fitted()
+        if fitted is not None:
+            pq.write_table(fitted, folder / layout.FITTED, compression="zstd")
+        yield ServedFiles(
+            folder,
+            loader=serving.__name__,
+            code=Path(brainray.__file__).parent,
+            requirements=serving.REQUIREMENTS,
+            inputs={"path": "string", "image": "binary"},
+            outputs={field.name: str(field.type) for field in PREDICTED},
+        )
+
+
+def _still_training(run: Run) -> str:
+    history = run.folder.read_json_lines(layout.METRICS)
+    asked = run.saved_config()
+    return (
+        f"the run {run.folder} is still training ({len(history)} of {asked.train.num_epochs} "
+        "epochs done): wait until it is complete, or export its newest checkpoint with "
+        "--set checkpoint=PATH"
+    )
+
+
+def _write_onnx(predictor: Predictor, folder: Path, log: Log) -> Metrics:
+    """Write the ONNX file and compare it with the checkpoint; skipped without the onnx extra."""
+    images = _slices_to_try(predictor)
+    try:
+        content = onnx_bytes(predictor.checkpoint)
+        difference = largest_difference(predictor.checkpoint, content, images)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in _ONNX_PACKAGES:
+            raise
+        log(f"no ONNX file: {error.name} is missing; pip install -e '.[onnx]'")
+        return {}
+    if not difference <= TOLERANCE:
+        raise CheckpointError(
+            f"the ONNX model of {predictor.folder} differs from the PyTorch model by "
+            f"{difference:.2g}, more than {TOLERANCE:g}: report this with the versions of torch, "
+            "onnx and onnxruntime"
+        )
+    (folder / layout.ONNX).write_bytes(content)
+    return {"onnx/opset": float(ONNX_OPSET), "onnx/largest_difference": difference}
+
+
+def _slices_to_try(predictor: Predictor) -> NDArray[np.float32]:
+    """(n, 1, S, S) grey values: thumbnails of slices that the run saw, or noise without a run."""
+    side = predictor.checkpoint.image_size
+    seen = predictor.seen()
+    if seen is None:
+        noise = np.random.default_rng(0).uniform(0, 255, (_NUM_TRIED, 1, side, side))
+        return noise.astype(np.float32)
+    rows = thumbnail_matrix(seen["thumbnail"].slice(0, _NUM_TRIED).to_pylist())
+    pictures = rows.reshape(-1, THUMBNAIL_SIDE, THUMBNAIL_SIDE)
+    enlarged = [cv2.resize(picture, (side, side)) for picture in pictures]
+    return np.stack(enlarged)[:, None].astype(np.float32)
+
+
+def _facts(predictor: Predictor, name: str, metrics: Metrics) -> CardFacts:
+    checkpoint, preprocess = predictor.checkpoint, predictor.preprocess
+    config = checkpoint.config
+    in_run = predictor.run_folder.exists(layout.RUN)
+    return CardFacts(
+        name=name,
+        classes=checkpoint.classes,
+        encoder=config.encoder.name,
+        num_clusters=config.clustering.num_clusters,
+        image_size=checkpoint.image_size,
+        epoch=checkpoint.epoch,
+        preprocessing=(
+            f"grayscale, white frame `{preprocess.frame}`, skull strip "
+            f"`{preprocess.skull_strip}`, crop `{preprocess.crop}`, "
+            f"intensities `{preprocess.intensity}`, `{preprocess.resize}` to "
+            f"{preprocess.image_size} pixels, then area-averaged to {checkpoint.image_size}"
+        ),
+        has_fitted=predictor.fitted() is not None,
+        num_slices=read_run_info(predictor.run_folder)["num_slices"] if in_run else {},
+        objective=config.objective.name,
+        code=f"{brainray.__version__} ({code_hash()})",
+        opset=ONNX_OPSET if metrics else None,
+        difference=metrics.get("onnx/largest_difference"),
+    )
+
+
+def _figures(run: Run | None, predictor: Predictor) -> Metrics:
+    """The run's reported metrics, if the exported epoch is the chosen one, else none."""
+    if run is None:
+        return {}
+    figures: Metrics = run.folder.read_json(layout.SUMMARY)
+    return figures if figures["chosen_epoch"] == predictor.checkpoint.epoch else {}
+
+
+def _put(local: Path, target: Folder) -> None:
+    """Replace an earlier export with all files at once."""
+    with target.rebuilt(layout.CARD) as building:
+        for path in sorted(local.rglob("*")):
+            if path.is_file():
+                building.write_bytes(path.relative_to(local).as_posix(), path.read_bytes())
+
+
+def _register(config: Config, run: Run, served: ServedFiles, log: Log) -> str | None:
+    """Log the model to the run's MLflow run and register it."""
+    tracking = begin_tracking(config_to_track(config, run), run, log)
+    if tracking.tracker.problem is not None:
+        raise TrackingError(f"not registered: {tracking.tracker.problem}")
+    try:
+        tracking.mlflow.log_model(served, config.registry.name)
+    finally:
+        tracking.tracker.finish()  # otherwise MLflow marks the run as FAILED after an error
+    log(f"registered as {config.registry.name}")
+    return tracking.mlflow_run_id

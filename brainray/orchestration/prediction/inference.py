@@ -1,0 +1,259 @@
+"""Prediction on raw files: Ray Data decodes, actors embed. Shared by evaluation and prediction."""
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+
+import pyarrow as pa
+import ray
+import ray.data
+import torch
+
+from brainray import layout
+from brainray.config import Config, PreprocessConfig
+from brainray.engine.slice_model import SliceModel, use_all_threads
+from brainray.engine.state import Checkpoint, load_checkpoint
+from brainray.errors import CheckpointError, ConfigError
+from brainray.mri.identity import content_hash
+from brainray.orchestration.preprocessing.preparation import subject_salt
+from brainray.orchestration.preprocessing.slice_tasks import TO_PREDICT, decode_files, select_slices
+from brainray.orchestration.preprocessing.source import SourceFile, files_of_tasks
+from brainray.orchestration.resources import alive_nodes, blocks_on_actors, plan_actors
+from brainray.orchestration.run import Run, open_run, read_run_info
+from brainray.orchestration.store import ImageStore, differing_settings, versions_of
+from brainray.storage import Folder
+
+_FILES_PER_TASK = 256  # the embedder waits for a complete task
+_VOLUMES_PER_TASK = 4  # a volume has hundreds of slices
+_VOLUME_SUFFIXES = (".nii", ".nii.gz")
+_MAX_NAME = 100  # characters of a source folder in names made from it
+_EMBEDDER_BYTES = 2**29  # memory of an encoder and a batch
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A checkpoint for prediction, and the records of its run."""
+
+    folder: Folder  # of model.pt
+    run_folder: Folder  # of the checkpoint's run; may contain no records
+    checkpoint: Checkpoint
+    preprocess: PreprocessConfig
+
+    def fitted(self) -> pa.Table | None:
+        """``FITTED`` rows of the slices that the mixture was fitted on; None if not kept."""
+        if not self.folder.exists(layout.FITTED):
+            return None
+        return self.folder.read_table(layout.FITTED)
+
+    def seen(self) -> pa.Table | None:
+        """Fingerprints of the slices that the run saw; None for a checkpoint without its run."""
+        if not self.run_folder.exists(layout.SEEN):
+            return None
+        return self.run_folder.read_table(layout.SEEN)
+
+    def subject_salt(self) -> str | None:
+        """Id of the salt with which the run's subjects are hashed; None if not recorded."""
+        if not self.run_folder.exists(layout.RUN):
+            return None
+        found: str | None = read_run_info(self.run_folder).get("subject_salt")
+        return found
+
+    def temperature(self) -> float | None:
+        """Temperature fitted on the validation slices after this epoch; None without the run."""
+        if not self.run_folder.exists(layout.METRICS):
+            return None
+        history = self.run_folder.read_json_lines(layout.METRICS)
+        by_epoch = {int(row["epoch"]): row for row in history}
+        found: float | None = by_epoch.get(self.checkpoint.epoch, {}).get("validation/temperature")
+        return found
+
+
+def find_predictor(config: Config, purpose: str, *, of_new_files: bool = True) -> Predictor:
+    """The epoch ``config.epoch`` of ``config.run`` (default: the chosen epoch), or the checkpoint
+    ``config.checkpoint``.
+
+    Raises:
+        ConfigError: neither or both of run and checkpoint are given.
+        DataError: no such run.
+        CheckpointError: the checkpoint is missing or invalid, there is no such epoch, or with
+            ``of_new_files`` the run was trained on slices that this version preprocesses
+            differently.
+    """
+    if (config.run is None) == (config.checkpoint is None):
+        raise ConfigError(f"{purpose} needs either --set run=NAME or --set checkpoint=PATH")
+    if config.run is not None:
+        run = open_run(Folder(config.storage), config.run)
+        run_folder = run.folder
+        folder = _checkpoint_folder(run, config.epoch)
+    elif config.epoch is not None:
+        raise ConfigError(
+            "epoch=N selects an epoch of a run: give --set run=NAME, not checkpoint=PATH"
+        )
+    else:
+        folder = Folder(str(config.checkpoint))
+        folder = folder.parent if folder.name == layout.MODEL else folder
+        run_folder = folder.parent
+    checkpoint = load_checkpoint(folder)
+    info = read_run_info(run_folder) if run_folder.exists(layout.RUN) else {}
+    # The store's preprocessing may differ from that in the run's config file.
+    preprocess = PreprocessConfig.model_validate(
+        info.get("preprocess", checkpoint.config.preprocess.model_dump())
+    )
+    made_with, now = info.get("versions", {}), versions_of(preprocess)
+    if of_new_files and info and made_with != now:
+        difference = differing_settings(made_with, now)
+        raise CheckpointError(
+            f"the run {run_folder} was trained on slices made by another version of brainray "
+            f"({difference}), which preprocesses slices differently: preprocess and train again "
+            "under other names"
+        )
+    return Predictor(folder, run_folder, checkpoint, preprocess)
+
+
+def default_name(config: Config, predictor: Predictor) -> str:
+    """Default name of results on ``config.source``: RUN-on-FOLDER, in plain characters."""
+    folder = Folder(str(config.source)).path.rpartition("/")[2]
+    plain = re.sub(r"[^\w.-]+", "-", folder, flags=re.ASCII)
+    if plain != folder or len(plain) > _MAX_NAME:  # two such folders must not share a name
+        plain = f"{plain[:_MAX_NAME]}-{content_hash(folder.encode())[:6]}"
+    return f"{predictor.run_folder.name}-on-{plain}"
+
+
+def _checkpoint_folder(run: Run, epoch: int | None) -> Folder:
+    """Checkpoint folder of the chosen epoch, or of ``epoch`` if the run has kept it."""
+    history = run.folder.read_json_lines(layout.METRICS)
+    if not history or not run.folder.exists(f"{layout.BEST}/{layout.MODEL}"):
+        raise CheckpointError(f"the run {run.folder} has not finished an epoch yet: wait for one")
+    if epoch is None:
+        return run.folder / layout.BEST
+    places = {number: layout.checkpoint_folder(number) for number in range(1, len(history) + 1)}
+    if run.is_complete:
+        places[len(history)] = layout.LAST
+    # Runs trained with another rule of choice may keep a different epoch there.
+    places[load_checkpoint(run.folder / layout.BEST).epoch] = layout.BEST
+    kept = {
+        number: place
+        for number, place in places.items()
+        if run.folder.exists(f"{place}/{layout.MODEL}")
+    }
+    if epoch not in kept:
+        raise CheckpointError(
+            f"the run {run.folder} has {len(history)} epochs but no checkpoint of epoch {epoch}: "
+            f"choose one that it keeps ({', '.join(str(number) for number in sorted(kept))})"
+        )
+    return run.folder / kept[epoch]
+
+
+def predicted_blocks(
+    files: Sequence[SourceFile], config: Config, predictor: Predictor
+) -> ray.data.Dataset:
+    """Blocks as they come, with the columns of ``PREDICTIONS`` and those that `REJECTED` needs.
+
+    Each slice has a row; a file that cannot be read has one row with the reason. All rows of a file
+    are in one block.
+    """
+    decode = partial(
+        decode_files,
+        source=Folder(str(config.source)),
+        preprocess=predictor.preprocess,
+        salt=subject_salt(Folder(config.storage)),
+    )
+    volumes = [asked for asked in files if asked.path.lower().endswith(_VOLUME_SUFFIXES)]
+    images = [asked for asked in files if not asked.path.lower().endswith(_VOLUME_SUFFIXES)]
+    tables = [
+        pa.Table.from_pylist(
+            [
+                asdict(asked.file) | {"label": asked.label, "subject": asked.subject}
+                for asked in task
+            ],
+            schema=TO_PREDICT,
+        )
+        for task in (
+            *files_of_tasks(images, _FILES_PER_TASK),
+            *files_of_tasks(volumes, _VOLUMES_PER_TASK),
+        )
+    ]
+    with _whole_blocks():
+        tasks = ray.data.from_arrow(tables)
+    decoded = tasks.map_batches(decode, batch_size=None, batch_format="pyarrow")
+    return _embedded(decoded, config, predictor)
+
+
+def predicted_slices(
+    store: ImageStore, sample_ids: Sequence[str], config: Config, predictor: Predictor
+) -> ray.data.Dataset:
+    """The same for training slices of a store; their labels are not read."""
+    select = partial(select_slices, sample_ids=ray.put(pa.array(sample_ids, pa.string())))
+    images = store.folder / layout.IMAGES
+    slices = ray.data.read_parquet(images.path, filesystem=images.filesystem)
+    slices = slices.select_columns(_STORED_COLUMNS)
+    selected = slices.map_batches(select, batch_size=None, batch_format="pyarrow")
+    return _embedded(selected, config, predictor)
+
+
+def _embedded(slices: ray.data.Dataset, config: Config, predictor: Predictor) -> ray.data.Dataset:
+    """Embed with an actor per GPU, or per node without one, which leaves a CPU for decoding."""
+    device, actors = plan_actors(config.train, alive_nodes(), one_per_node=True)
+    arguments = {
+        "folder": predictor.folder,
+        "epoch": predictor.checkpoint.epoch,
+        "precision": config.train.precision,
+        "device": device,
+    }
+    # Ray Data fuses tasks with an actor of equal resources, as on two CPUs: files would then be
+    # decoded between two batches instead of during them.
+    return blocks_on_actors(slices, _Embedder, arguments, actors, memory=_EMBEDDER_BYTES)
+
+
+@contextmanager
+def _whole_blocks() -> Iterator[None]:
+    """Data sets made in this context keep the blocks that their functions return.
+
+    Splitting a block could separate the slices of a volume.
+    """
+    context = ray.data.DataContext.get_current()
+    before = context.target_max_block_size
+    context.target_max_block_size = None
+    try:
+        yield
+    finally:
+        context.target_max_block_size = before
+
+
+_STORED_COLUMNS = ["split", "sample_id", "path", "frame", "height", "width", "thumbnail", "image"]
+
+_CARRIED = ["subject_id", "subject_source", "sha256", "num_bytes", "mtime_ns", "reason", "detail"]
+"""Input columns that a prediction's row keeps."""
+
+
+class _Embedder:
+    """Keeps the checkpoint on one actor's device.
+
+    The checkpoint is loaded with the first batch: Ray Data reports an exception in an actor's
+    ``__init__`` as a lost actor, which would hide the error.
+    """
+
+    def __init__(self, folder: Folder, epoch: int, precision: str, device: str) -> None:
+        self.folder = folder
+        self.epoch = epoch
+        self.precision = precision
+        self.device = torch.device(device)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Raises CheckpointError if another epoch has replaced the requested one."""
+        return self.model.predict(batch, _CARRIED)
+
+    @cached_property
+    def model(self) -> SliceModel:
+        checkpoint = load_checkpoint(self.folder)
+        if checkpoint.epoch != self.epoch:
+            raise CheckpointError(
+                f"{self.folder} now contains epoch {checkpoint.epoch}, not {self.epoch} as when "
+                "prediction started: wait until the run is complete, or choose an epoch that it "
+                "keeps (epoch=N)"
+            )
+        if self.device.type == "cpu":
+            use_all_threads()
+        return SliceModel(checkpoint, self.device, self.precision)

@@ -1,0 +1,107 @@
+"""Which slices to label next: a ranking of a run's unlabelled slices."""
+
+import io
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pa_csv
+
+from brainray import layout
+from brainray.clustering.next_labels import choose_to_label, margin_uncertainty
+from brainray.config import Config
+from brainray.engine.evaluate import Metrics, matrix_of
+from brainray.errors import ConfigError, DataError
+from brainray.log import Log, log
+from brainray.orchestration.prediction.inference import find_predictor, predicted_slices
+from brainray.orchestration.preprocessing.driver import with_progress
+from brainray.orchestration.run import open_run
+from brainray.orchestration.store import ImageStore
+from brainray.schema import NEXT_LABELS, UNLABELLED_ROLE
+from brainray.storage import Folder
+
+_GROUPS = ("duplicate_group_id", "subject_id")
+_DECIMALS = 4  # of uncertainty and confidence, in a table for people
+_NEEDED = [
+    "sample_id",
+    "path",
+    "frame",
+    "head",
+    "confidence",
+    "probabilities",
+    "cluster",
+    "cluster_class",
+]
+"""Columns of predictions."""
+
+
+@dataclass(frozen=True)
+class NextLabels:
+    """The list of slices to label, as written."""
+
+    folder: Folder  # of the run
+    table: pa.Table  # NEXT_LABELS
+    metrics: Metrics
+
+
+def choose_next_labels(config: Config, log: Log = log) -> NextLabels:
+    """Rank the run's unlabelled training slices into ``labels/next.csv`` of its folder.
+
+    The labels of these slices are not read, even if the store has them.
+
+    Raises:
+        ConfigError: no run given.
+        DataError: no such run or store, a modified store, or nothing unlabelled.
+        CheckpointError: the run has not finished an epoch, or has no such epoch.
+    """
+    if config.run is None:
+        raise ConfigError("name the run to choose slices for: --set run=NAME")
+    run = open_run(Folder(config.storage), config.run)
+    predictor = find_predictor(config, "labelling", of_new_files=False)
+    folder = Folder(config.storage) / layout.DATASETS / str(run.info["dataset"])
+    store = ImageStore.open(folder, run.info["data_hash"])
+    seen = run.folder.read_table(layout.SEEN)
+    is_pool = pc.equal(seen["role"], UNLABELLED_ROLE)
+    pool, others = seen.filter(is_pool), seen.filter(pc.invert(is_pool))
+    if pool.num_rows == 0:
+        raise DataError(
+            f"{run.folder}: the run has no unlabelled slices, so there is nothing to label"
+        )
+    log(f"predicting {pool.num_rows} unlabelled slices with {predictor.folder}")
+    blocks = predicted_slices(store, pool["sample_id"].to_pylist(), config, predictor)
+    batches = [
+        # take() copies, so that unused columns such as thumbnails are freed.
+        batch.select(_NEEDED).take(pa.array(range(batch.num_rows), pa.int64()))
+        for batch in with_progress(blocks, pool.num_rows, "predicted", log, of_store=True)
+    ]
+    rows = pa.concat_tables(batches).sort_by("sample_id")
+    pool = pool.sort_by("sample_id")
+    assert rows["sample_id"].equals(pool["sample_id"]), "every slice has a prediction"
+    for name in _GROUPS:
+        rows = rows.append_column(name, pool[name])
+    uncertainty = margin_uncertainty(matrix_of(rows["probabilities"]))
+    chosen = choose_to_label(
+        uncertainty,
+        np.asarray(rows["cluster"].to_numpy()),
+        [rows[name].to_pylist() for name in _GROUPS],
+        [set(others[name].drop_null().to_pylist()) for name in _GROUPS],
+        config.label.num_slices,
+    )
+    picked = rows.take(chosen)
+    columns = {name: picked[name] for name in NEXT_LABELS.names if name in picked.column_names}
+    columns["rank"] = pa.array(range(1, len(chosen) + 1), pa.int32())
+    columns["class"] = picked["head"]
+    columns["label"] = pa.nulls(len(chosen), pa.string())
+    columns["uncertainty"] = pa.array(uncertainty[chosen].round(_DECIMALS))
+    columns["confidence"] = pc.round(picked["confidence"], _DECIMALS)
+    ordered = [columns[name] for name in NEXT_LABELS.names]
+    table = pa.table(ordered, names=NEXT_LABELS.names).cast(NEXT_LABELS)
+    written = io.BytesIO()
+    pa_csv.write_csv(table, written)
+    run.folder.write_bytes(layout.NEXT_LABELS, written.getvalue())
+    counts = Counter(table["cluster"].to_pylist())
+    metrics = {"num_unlabelled": float(pool.num_rows), "num_chosen": float(table.num_rows)}
+    metrics |= {f"num_chosen/cluster {k}": float(count) for k, count in sorted(counts.items())}
+    return NextLabels(run.folder, table, metrics)

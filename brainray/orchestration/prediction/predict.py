@@ -1,0 +1,191 @@
+"""Resumable prediction for a folder with any number of slices or volumes."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from brainray import layout
+from brainray.config import Config
+from brainray.engine.evaluate import Metrics
+from brainray.engine.slice_model import Reference
+from brainray.errors import ConfigError, DataError
+from brainray.log import Log, log
+from brainray.mri.identity import content_hash
+from brainray.orchestration.code_version import code_hash
+from brainray.orchestration.lock import held
+from brainray.orchestration.prediction.inference import (
+    Predictor,
+    default_name,
+    find_predictor,
+    predicted_blocks,
+)
+from brainray.orchestration.preprocessing.driver import with_progress
+from brainray.orchestration.preprocessing.preparation import CHANGED, UNREADABLE
+from brainray.orchestration.preprocessing.source import (
+    FoundFile,
+    SourceFile,
+    find_images,
+    ignored_note,
+)
+from brainray.orchestration.store import differing_settings
+from brainray.schema import PREDICTED_FILES
+from brainray.storage import Folder
+
+_SETTINGS = "_settings.json"  # Parquet dataset readers ignore names with a leading underscore
+_ROWS_PER_PART = 4096
+_PART = re.compile(r"part-(\d+)\.parquet")  # as `layout.PART` writes it
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Location and summary of the predictions."""
+
+    folder: Folder
+    metrics: Metrics
+
+
+def predict(config: Config, log: Log = log) -> Prediction:
+    """Write a row for every slice in ``config.source``, and for every unreadable file.
+
+    Rows are written to ``storage/predictions/NAME/part-*.parquet`` (``PREDICTED_FILES``) as they
+    are computed. With the same name, the job resumes: it predicts files that are new, were
+    unreadable or have been replaced. Rows of deleted files stay.
+
+    Raises:
+        ConfigError: neither run nor checkpoint, no source, or a name used with other settings.
+        DataError: no image file, or none that can be read.
+        CheckpointError: the checkpoint is missing or invalid.
+    """
+    predictor = find_predictor(config, "prediction")
+    if config.source is None:
+        raise ConfigError("prediction needs --set source=DIR")
+    storage, name = Folder(config.storage), config.name or default_name(config, predictor)
+    with held(storage, layout.PREDICTED, name, log):
+        return _predict(config, predictor, storage / layout.PREDICTED / name, log)
+
+
+def _predict(config: Config, predictor: Predictor, folder: Folder, log: Log) -> Prediction:
+    found, ignored = find_images(Folder(str(config.source)))
+    _begin(config, predictor, folder)
+    num_replaced = _forget_stale(folder, found)
+    done = _done(folder)
+    files = [SourceFile(file, None, None, None) for file in found if file.path not in done]
+    log(
+        f"predicting {len(found)} files with {predictor.folder} (epoch "
+        f"{predictor.checkpoint.epoch})"
+        + (f"; {len(done)} are done" if done else "")
+        + (f"; {num_replaced} were replaced and are predicted again" if num_replaced else "")
+        + ignored_note(ignored)
+    )
+    reference = Reference(predictor.fitted())
+    if reference.is_empty:
+        log(
+            f"{predictor.folder} has no record of its training slices: outlier_score and nearest "
+            "stay empty"
+        )
+    if files:
+        _write_parts(predicted_blocks(files, config, predictor), files, folder, reference, log)
+    metrics = _summary(folder)
+    if metrics["num_predicted"] == 0:
+        raise DataError(
+            f"none of the {len(found)} files in {config.source} is usable: see column reason in "
+            f"{folder}"
+        )
+    return Prediction(folder, metrics)
+
+
+def _begin(config: Config, predictor: Predictor, folder: Folder) -> None:
+    settings = {
+        "source": str(config.source),
+        "checkpoint": str(predictor.folder),
+        "epoch": predictor.checkpoint.epoch,
+        "weights": content_hash(predictor.folder.read_bytes(layout.MODEL))[:12],
+        "classes": predictor.checkpoint.classes,
+        "code": code_hash(),
+    }
+    if not folder.exists(_SETTINGS):
+        folder.write_json(_SETTINGS, settings)
+        return
+    difference = differing_settings(folder.read_json(_SETTINGS), settings)
+    if difference:
+        raise ConfigError(
+            f"the predictions {folder} were made with other settings ({difference}): choose "
+            "another name"
+        )
+
+
+def _parts(folder: Folder) -> list[str]:
+    return [name for name in folder.names() if _PART.fullmatch(name)]
+
+
+def _forget_stale(folder: Folder, found: Iterable[FoundFile]) -> int:
+    """Drop rows of files that could not be read (because of a mount, a network or a writer) or have
+    changed since, by size or modification time; returns the number of changed files.
+    """
+    now = {file.path: (file.num_bytes, file.mtime_ns) for file in found}
+    replaced: set[str] = set()
+    for name in _parts(folder):
+        told = folder.read_table(name, columns=["path", "reason", "num_bytes", "mtime_ns"])
+        kept = []
+        for row in told.to_pylist():
+            stamp = (row["num_bytes"], row["mtime_ns"])
+            is_unread = row["reason"] in {UNREADABLE, CHANGED}
+            is_other = now.get(row["path"], stamp) != stamp
+            if is_other and not is_unread:
+                replaced.add(row["path"])
+            kept.append(not is_unread and not is_other)
+        if not all(kept):
+            folder.write_table(name, folder.read_table(name).filter(pa.array(kept, pa.bool_())))
+    return len(replaced)
+
+
+def _done(folder: Folder) -> set[str]:
+    """Paths of the files that have rows in the parts."""
+    done: set[str] = set()
+    for name in _parts(folder):
+        done.update(pc.unique(folder.read_table(name, columns=["path"])["path"]).to_pylist())
+    return done
+
+
+def _write_parts(
+    blocks: Any, files: list[SourceFile], folder: Folder, reference: Reference, log: Log
+) -> None:
+    """Write parts of some thousand rows; files are not split, as a block contains whole files."""
+    # One above the highest: a part may have been deleted to be made again.
+    numbers = [int(found[1]) for name in folder.names() if (found := _PART.fullmatch(name))]
+    number = max(numbers, default=-1) + 1
+    waiting: list[pa.Table] = []
+
+    def flush() -> None:
+        nonlocal number, waiting
+        if waiting:
+            part = pa.concat_tables(waiting)
+            folder.write_table(layout.PART.format(number=number), part)
+            number, waiting = number + 1, []
+
+    for block in with_progress(blocks, len(files), "predicted", log):
+        stamps = block.select(["num_bytes", "mtime_ns"])
+        columns = [*reference.rows(block).columns, *stamps.columns]
+        waiting.append(pa.table(columns, schema=PREDICTED_FILES))
+        if sum(table.num_rows for table in waiting) >= _ROWS_PER_PART:
+            flush()
+    flush()
+
+
+def _summary(folder: Folder) -> Metrics:
+    """Counts over all parts, one in memory at a time."""
+    metrics: Metrics = {"num_files": 0.0, "num_predicted": 0.0, "num_rejected": 0.0}
+    for name in _parts(folder):
+        part = folder.read_table(name, columns=["path", "reason", "class"])
+        predicted = part.filter(pc.is_null(part["reason"]))
+        metrics["num_files"] += pc.count_distinct(part["path"]).as_py()
+        metrics["num_predicted"] += predicted.num_rows
+        metrics["num_rejected"] += part.num_rows - predicted.num_rows
+        for counted in pc.value_counts(predicted["class"]).to_pylist():
+            key = f"num_predicted/{counted['values']}"
+            metrics[key] = metrics.get(key, 0.0) + counted["counts"]
+    return metrics

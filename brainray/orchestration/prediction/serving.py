@@ -1,0 +1,116 @@
+"""Handles requests to a served model; imported by MLflow, without Ray."""
+
+import secrets
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from brainray import layout
+from brainray.engine.export import load_safetensors
+from brainray.engine.slice_model import Reference, SliceModel
+from brainray.errors import BrainrayError
+from brainray.mri.decode import RejectedImage
+from brainray.orchestration.preprocessing.preparation import (
+    DECODED,
+    UNREADABLE,
+    decode_to_predict,
+    read_file,
+)
+from brainray.orchestration.preprocessing.source import FoundFile, SourceFile
+from brainray.storage import Folder
+
+REQUIREMENTS = (
+    "faiss-cpu",
+    "nibabel",
+    "numba",
+    "numpy",
+    "opencv-python-headless",
+    "pandas",
+    "pillow",
+    "psutil",
+    "pyarrow",
+    "pydantic",
+    "pydicom",
+    "pyyaml",
+    "safetensors",
+    "scikit-learn",
+    "scipy",
+    "threadpoolctl",
+    "torch",
+    "torchmetrics",
+    "torchvision",
+)
+"""Distributions that a served model needs in addition to its own code and MLflow."""
+
+
+class ServedModel:
+    """Predicts image files or bytes; returns the rows that ``jobs/predict.py`` writes."""
+
+    def __init__(self, folder: Path) -> None:
+        """``folder`` contains ``model.safetensors`` and optionally ``fitted.parquet``."""
+        checkpoint, self._preprocess = load_safetensors(folder / layout.SAFETENSORS)
+        self._model = SliceModel(checkpoint, precision="fp32")
+        fitted = folder / layout.FITTED
+        self._reference = Reference(pq.read_table(fitted) if fitted.exists() else None)
+        # Only a hash of a DICOM's patient is computed, and it never leaves this object.
+        self._salt = secrets.token_bytes(32)
+
+    def predict(self, model_input: pd.DataFrame, params: Any = None) -> pd.DataFrame:
+        """``PREDICTED`` rows in the order of the input, one per slice.
+
+        ``model_input`` has a column ``image`` (bytes of a file), ``path`` (of a file that this
+        process can read), or both. With both, the path is only a name unless the image is empty.
+        An unreadable image has a row with the reason.
+        """
+        rows: list[dict[str, Any]] = []
+        numbers: list[int] = []
+        for number, request in enumerate(model_input.to_dict(orient="records")):
+            asked, content = _asked(request, number)
+            decoded = decode_to_predict(asked, content, self._preprocess, self._salt)
+            rows += decoded
+            numbers += [number] * len(decoded)
+        slices = pa.Table.from_pylist(rows, schema=DECODED)
+        slices = slices.append_column("number", pa.array(numbers, pa.int64()))
+        predictions = self._model.predict(slices, ["reason", "detail", "number"])
+        order = pc.sort_indices(predictions["number"])
+        predicted = self._reference.rows(predictions).take(order)
+        # As objects, so that missing values stay None, which JSON can represent.
+        return pd.DataFrame(predicted.to_pylist(), columns=predicted.column_names, dtype=object)
+
+
+def _load_pyfunc(path: str) -> ServedModel:
+    """MLflow's entry point; it requires this name."""
+    return ServedModel(Path(path))
+
+
+def _asked(request: dict[str, Any], number: int) -> tuple[SourceFile, Callable[[], bytes]]:
+    """The file named by a request, and a function that reads it."""
+    path, image = request.get("path"), request.get("image")
+    name = path if isinstance(path, str) and path else f"image {number}"
+    content: Callable[[], bytes]
+    if isinstance(image, bytes | bytearray | memoryview) and len(image):
+        content = partial(bytes, image)
+    elif name == path:
+        content = partial(_read, path)
+    else:
+        content = _nothing
+    return SourceFile(FoundFile(name, 0, 0), None, None, None), content
+
+
+def _read(path: str) -> bytes:
+    try:
+        whole = path if "://" in path else str(Path(path).expanduser().absolute())
+        parent, _, name = whole.rpartition("/")
+        return read_file(Folder(parent or "/"), FoundFile(name, 0, 0))
+    except (BrainrayError, RuntimeError, ValueError) as error:  # such as an unknown ~user, or a NUL
+        raise RejectedImage(UNREADABLE, str(error)) from None
+
+
+def _nothing() -> bytes:
+    raise RejectedImage("nothing to predict", "give path or image")

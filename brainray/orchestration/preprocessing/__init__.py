@@ -1,0 +1,1 @@
+"""Preprocessing: from files to the image store, on Ray Data."""

@@ -1,0 +1,365 @@
+"""Preprocessing on Ray Data: files to the image store, streaming, in two passes.
+
+The first pass decodes, checks, strips and resizes every new file into parts; slices of unchanged
+files are reused from an earlier run. The driver then reads the light columns (hashes, fingerprints)
+of all slices at once to find copies, groups and splits. The second pass adds these to the parts and
+leaves out removed copies. The store becomes visible only when it is complete: it is built under
+another name and renamed.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+import ray.data
+
+from brainray import layout
+from brainray.config import Config, PreprocessConfig, SplitConfig
+from brainray.errors import ConfigError, DataError
+from brainray.log import Log, ProgressLines, log
+from brainray.mri.duplicates import thumbnail_matrix
+from brainray.mri.row_file import RowFile
+from brainray.orchestration.lock import held
+from brainray.orchestration.preprocessing.earlier import LIGHT, Earlier, unchanged
+from brainray.orchestration.preprocessing.examples import draw_figures
+from brainray.orchestration.preprocessing.plan import plan_store
+from brainray.orchestration.preprocessing.preparation import (
+    CHANGED,
+    SALT_VARIABLE,
+    UNREADABLE,
+    salt_id,
+    subject_salt,
+)
+from brainray.orchestration.preprocessing.slice_tasks import TO_PART, TOLD, decode_part, write_parts
+from brainray.orchestration.preprocessing.source import (
+    FoundFile,
+    Listing,
+    files_of_tasks,
+    list_source,
+)
+from brainray.orchestration.store import (
+    ImageStore,
+    describe,
+    differing_settings,
+    settings_of,
+    with_defaults,
+)
+from brainray.report.leakage_table import leakage_table
+from brainray.schema import IMAGE_STORE, REJECTED, THUMBNAIL_SIDE
+from brainray.storage import Folder
+
+_WRITES_PER_CPU = 4
+
+
+def preprocess(config: Config, log: Log = log, *, data_hash: str | None = None) -> ImageStore:
+    """Make the store ``config.name`` from ``config.source``, or reuse it, or bring it up to date.
+
+    An update decodes only new and changed files.
+
+    Args:
+        config: name, source and labels; settings of preprocessing, split and class names.
+        log: receives progress and a summary of the store.
+        data_hash: hash that the store must have for the run that resumes on it; None accepts any.
+
+    Raises:
+        ConfigError: name or source is missing, or the source gives different slices from those of
+            ``data_hash``; the store is then left unchanged.
+        DataError: no readable file, too many rejected files, classes that do not fit, or an
+            existing store of that name with different settings.
+    """
+    if config.name is None or config.source is None:
+        raise ConfigError("preprocessing needs --set name=NAME source=DIR")
+    source = Folder(config.source)
+    target = Folder(config.storage) / layout.DATASETS / config.name
+    labels = None if config.labels is None else Folder(config.labels)
+    reads_splits = config.split.mode != "grouped"
+    listing = list_source(source, labels, config.classes.map, reads_splits=reads_splits)
+    salt = subject_salt(Folder(config.storage))
+    fingerprint = listing.fingerprint(salt)
+    drawn = config.split.mode == "grouped" or not any(file.split for file in listing.files)
+    settings = settings_of(config.preprocess, config.split, config.classes.map, drawn=drawn)
+    with held(Folder(config.storage), layout.DATASETS, config.name, log):
+        previous = _previous_store(target, settings)
+        is_same = previous is not None and previous.manifest["listing"] == fingerprint
+        if previous is not None and is_same and not _may_change(previous):
+            log(f"image store {target}: up to date (same settings and files), reusing it")
+            return previous
+        log(f"preprocessing {len(listing.files)} files of {source}{listing.remarks}")
+        with target.rebuilt(layout.MANIFEST) as building:
+            about = {"listing": fingerprint, "subject_salt": salt_id(salt), **settings}
+            manifest = _build(config, listing, about, previous, building, log)
+            if data_hash not in {None, manifest["data_hash"]}:
+                raise ConfigError(
+                    f"{source} gives different slices (hash {manifest['data_hash']}) from those "
+                    f"that the pipeline's run started with ({data_hash}); the image store "
+                    f"{target} was left unchanged: update it with jobs/preprocess.py --set "
+                    f"name={config.name} (its test slices stay test slices), then train under "
+                    "another name"
+                )
+    store = ImageStore(target, manifest)
+    log(describe(store))
+    log(store.folder.read_bytes(layout.LEAKAGE_TABLE).decode())
+    return store
+
+
+def _build(
+    config: Config,
+    listing: Listing,
+    about: dict[str, Any],
+    previous: ImageStore | None,
+    building: Folder,
+    log: Log,
+) -> dict[str, Any]:
+    """Make the store in ``building``; returns its manifest, which includes ``about``."""
+    clock = _Clock()
+    source, parts = Folder(str(config.source)), building / "parts"
+    earlier = Earlier.of(previous)
+    _check_salt(previous, earlier, about["subject_salt"])
+    fingerprints = RowFile(THUMBNAIL_SIDE**2, np.uint8)
+    slices, num_decoded = _slices_of_all_files(config, listing, earlier, parts, fingerprints, log)
+    clock.passed("decode")
+    plan = plan_store(slices, fingerprints, listing, config, earlier, log)
+    clock.passed("plan")
+    _write_images(parts, previous, building / layout.IMAGES, plan.rows)
+    parts.delete()
+    clock.passed("write")
+    building.write_table(layout.FILES, plan.files)
+    splits = earlier.splits() | dict(
+        zip(plan.rows["sample_id"].to_pylist(), plan.rows["split"].to_pylist(), strict=True)
+    )
+    placed = {"sample_id": sorted(splits), "split": [splits[name] for name in sorted(splits)]}
+    building.write_table(layout.SPLITS, pa.table(placed))
+    rejected = slices.filter(pc.is_valid(slices["reason"])).select(REJECTED.names).cast(REJECTED)
+    building.write_table(layout.REJECTED, rejected)
+    building.write_table(layout.DUPLICATES, plan.duplicates)
+    building.write_json(layout.LEAKAGE, plan.leakage)
+    building.write_bytes(layout.LEAKAGE_TABLE, leakage_table(plan.leakage).encode() + b"\n")
+    manifest = {
+        "format": layout.STORE_FORMAT,
+        "name": config.name,
+        "source": config.source,
+        "generation": earlier.generation,
+        "num_files": len(listing.files),
+        "num_files_decoded": num_decoded,
+        "num_ignored_files": listing.num_ignored,
+        **about,
+        **plan.statistics,
+        "num_rejected": rejected.num_rows,
+        "rejected_reasons": dict(Counter(rejected["reason"].to_pylist()).most_common()),
+    }
+    draw_figures(building, source, plan, config.preprocess)
+    clock.passed("figures")
+    manifest["seconds"] = clock.seconds
+    building.write_json(layout.MANIFEST, manifest)
+    return manifest
+
+
+class _Clock:
+    """Measures the seconds of consecutive stages."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def passed(self, stage: str) -> None:
+        now = time.monotonic()
+        self.seconds[stage] = round(now - self._last, 2)
+        self._last = now
+
+
+def _may_change(store: ImageStore) -> bool:
+    """Whether files were rejected for a reason that may be temporary (mount, network, writer)."""
+    return not set(store.manifest["rejected_reasons"]).isdisjoint({UNREADABLE, CHANGED})
+
+
+def _previous_store(target: Folder, settings: dict[str, Any]) -> ImageStore | None:
+    target.restore()
+    if not target.exists(layout.MANIFEST):
+        if target.local_path is None and set(target.names()) <= layout.OF_STORE:
+            target.delete()  # partial copy: an object store cannot rename a folder
+        if target.names():
+            raise DataError(f"{target} exists but is not an image store: choose another name")
+        return None
+    store = ImageStore.open(target)
+    # Settings that an earlier version did not have: it behaved like today's defaults.
+    defaults = settings_of(PreprocessConfig(), SplitConfig(), {}, drawn=False)
+    told = {key: store.manifest[key] for key in settings if key in store.manifest}
+    stored = with_defaults(told | store.versions, defaults)
+    difference = differing_settings(stored, settings)
+    if difference:
+        raise DataError(
+            f"the image store {target} was made with different settings ({difference}): "
+            "choose another name or delete it"
+        )
+    return store
+
+
+def _check_salt(previous: ImageStore | None, earlier: Earlier, salt: str) -> None:
+    """Check that all subjects of a store use one salt; two would turn one patient into two.
+
+    Raises:
+        DataError: the subjects given by file headers were hashed with a different salt.
+    """
+    if previous is None:
+        return
+    made_with = previous.manifest["subject_salt"]
+    names_subjects = pc.any(pc.is_valid(earlier.files["header_subject"])).as_py()
+    if names_subjects and made_with != salt:
+        raise DataError(
+            f"the subjects of the image store {previous.folder} were hashed with a different salt "
+            f"from that of {SALT_VARIABLE} or storage: use the salt that it was made with, or "
+            "choose another name"
+        )
+
+
+def _slices_of_all_files(
+    config: Config,
+    listing: Listing,
+    earlier: Earlier,
+    parts: Folder,
+    fingerprints: RowFile,
+    log: Log,
+) -> tuple[pa.Table, int]:
+    """LIGHT rows of every file, ordered by path and frame, and the number of decoded files.
+
+    Fingerprints are appended to ``fingerprints``.
+    """
+    reusable = earlier.reusable(fingerprints)
+    found = [file.file for file in listing.files]
+    same = unchanged(found, reusable)
+    to_read = [file for file in found if file.path not in same]
+    kept = reusable.filter(pc.is_in(reusable["path"], pa.array(sorted(same), pa.string())))
+    started = time.monotonic()
+    read = pa.concat_tables(
+        _light_rows(block, fingerprints)
+        for block in _decode_all(
+            config, to_read, reusable["sha256"], earlier.generation, parts, log
+        )
+    ).cast(LIGHT)
+    known = read.filter(_is_known(read))
+    new = read.filter(pc.invert(_is_known(read)))
+    num_decoded = len(set(new["path"].to_pylist()))
+    log(
+        f"decoded {num_decoded} files in {time.monotonic() - started:.0f} s"
+        + (f"; reused {len(found) - num_decoded} from before" if earlier.generation else "")
+    )
+    slices = pa.concat_tables([kept, _under_new_paths(known, reusable), new])
+    return slices.sort_by([("path", "ascending"), ("frame", "ascending")]), num_decoded
+
+
+def _light_rows(block: pa.Table, fingerprints: RowFile) -> pa.Table:
+    """Replace thumbnails by their row number in ``fingerprints``; frees the block's memory."""
+    has_one = pc.is_valid(block["thumbnail"])
+    numbers = pc.add(pc.cumulative_sum(has_one.cast(pa.int64())), len(fingerprints) - 1)
+    fingerprints.append(thumbnail_matrix(block["thumbnail"].filter(has_one).to_pylist()))
+    light = block.drop_columns("thumbnail").append_column(
+        "fingerprint", pc.if_else(has_one, numbers, pa.scalar(None, pa.int64()))
+    )
+    return light.take(pa.array(range(light.num_rows), pa.int64()))
+
+
+def _is_known(read: pa.Table) -> pa.ChunkedArray:
+    """Mask of files whose bytes were decoded before, under any path."""
+    return pc.and_(pc.is_null(read["reason"]), pc.is_null(read["sample_id"]))
+
+
+def _under_new_paths(known: pa.Table, reusable: pa.Table) -> pa.Table:
+    """The slices of known bytes, with their current path, size and modification time."""
+    about_file = ["path", "num_bytes", "mtime_ns"]
+    first_path = reusable.group_by("sha256").aggregate([("path", "min")])
+    slices = reusable.filter(pc.is_in(reusable["path"], first_path["path_min"]))
+    joined = known.select(["sha256", *about_file]).to_pylist()
+    by_hash: dict[str, list[dict[str, Any]]] = {}
+    for row in slices.filter(pc.is_in(slices["sha256"], known["sha256"])).to_pylist():
+        by_hash.setdefault(row["sha256"], []).append(row)
+    rows = [row | file for file in joined for row in by_hash[file["sha256"]]]
+    return pa.Table.from_pylist(rows, schema=LIGHT)
+
+
+def _decode_all(
+    config: Config,
+    files: list[FoundFile],
+    known_hashes: pa.ChunkedArray,
+    generation: int,
+    parts: Folder,
+    log: Log,
+) -> Iterator[pa.Table]:
+    """First pass: yields the files' rows without their pixels, as they are decoded."""
+    parts.filesystem.create_dir(parts.path, recursive=True)
+    yield TOLD.empty_table()
+    if not files:
+        return
+    decode = partial(
+        decode_part,
+        source=Folder(str(config.source)),
+        preprocess=config.preprocess,
+        salt=subject_salt(Folder(config.storage)),
+        known_hashes=ray.put(set(known_hashes.to_pylist())),
+        parts=parts,
+    )
+    tables: list[pa.Table] = []
+    for chunk in files_of_tasks(files, config.preprocess.files_per_task, _num_cpus()):
+        part = {"part": f"part-{generation:04d}-{len(tables):06d}.parquet"}
+        tables.append(pa.Table.from_pylist([asdict(file) | part for file in chunk], schema=TO_PART))
+    dataset = ray.data.from_arrow(tables).map_batches(
+        decode, batch_size=None, batch_format="pyarrow"
+    )
+    yield from with_progress(dataset, len(files), "decoded", log)
+
+
+def _num_cpus() -> int:
+    return max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+
+def _write_images(
+    parts: Folder, previous: ImageStore | None, images: Folder, rows: pa.Table
+) -> None:
+    """Second pass: write the store's final rows with the pixels of new and earlier parts."""
+    images.filesystem.create_dir(images.path, recursive=True)
+    new = set(parts.names())
+    earlier = parts if previous is None else previous.folder / layout.IMAGES
+    about_slice = [name for name in IMAGE_STORE.names if name not in {"image", "thumbnail"}]
+
+    write = partial(write_parts, parts=parts, new=new, earlier=earlier, images=images)
+    final_rows = rows.select([*about_slice, "part"])
+    names = pc.unique(rows["part"])
+    # Several parts per task: one alone is written faster than the executor schedules the next.
+    at_once = -(-len(names) // (_WRITES_PER_CPU * _num_cpus()))
+    tables = [
+        final_rows.filter(pc.is_in(rows["part"], names[first : first + at_once]))
+        for first in range(0, len(names), at_once)
+    ]
+    written = ray.data.from_arrow(tables).map_batches(
+        write, batch_size=None, batch_format="pyarrow"
+    )
+    total = sum(pc.sum(batch["num_rows"]).as_py() for batch in _arrow_batches(written))
+    assert total == rows.num_rows, f"{total} of {rows.num_rows} slices written"
+
+
+def with_progress(
+    dataset: ray.data.Dataset, total: int, verb: str, log: Log, *, of_store: bool = False
+) -> Iterator[pa.Table]:
+    """The dataset's blocks as they come, with a progress line every ten seconds.
+
+    Counts files (all rows of a ``path`` are in one block), or slices with ``of_store``.
+    """
+    progress = ProgressLines(verb, "slices" if of_store else "files", log)
+    done = 0
+    for batch in _arrow_batches(dataset):
+        done += batch.num_rows if of_store else pc.count_distinct(batch["path"]).as_py()
+        progress.tell(done, total)
+        yield batch
+
+
+def _arrow_batches(dataset: ray.data.Dataset) -> Iterator[pa.Table]:
+    """The dataset's blocks as they come."""
+    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+        assert isinstance(batch, pa.Table)
+        yield batch

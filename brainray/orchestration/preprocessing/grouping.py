@@ -1,0 +1,216 @@
+"""Groups of slices: copies of one another, and slices of one subject."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from brainray.config import Config, PreprocessConfig
+from brainray.log import Log, ProgressLines
+from brainray.mri.duplicates import (
+    COPY,
+    DuplicatePairs,
+    near_duplicate_pairs,
+    thumbnail_matrix,
+)
+from brainray.mri.groups import connected_groups, joint_groups, keep_names
+from brainray.mri.row_file import Rows, SelectedRows
+from brainray.mri.subjects import estimate_subjects
+from brainray.orchestration.preprocessing.earlier import Earlier
+from brainray.orchestration.preprocessing.preparation import named_subject, subject_salt
+from brainray.orchestration.preprocessing.source import Listing
+from brainray.schema import ESTIMATED, HEADER, NAMED, STUDY, TABLE, VOLUME
+from brainray.storage import Folder
+
+
+@dataclass(frozen=True)
+class SliceGroups:
+    """Group names of n accepted slices, one per slice and level.
+
+    Each group of ``copies`` is contained in one of ``draw``, each of these in one of ``kin``, and
+    each of these in one of ``split``.
+    """
+
+    pairs: DuplicatePairs
+    copies: list[str]
+    also_turned: list[str]  # copies in any orientation; names may change between runs
+    subjects: list[str | None]
+    subject_sources: list[str | None]
+    draw: list[str]  # kept together by label draws: copies, and subjects given by metadata
+    kin: list[str]  # not shared by validation and labelled slices: also mirrored or rotated copies
+    split: list[str]  # kept together by our own splits: also estimated subjects
+
+    def columns(self) -> dict[str, list[str] | list[str | None]]:
+        """Columns of the image store."""
+        return {
+            "duplicate_group_id": self.copies,
+            "subject_id": self.subjects,
+            "subject_source": self.subject_sources,
+            "draw_group_id": self.draw,
+            "kin_group_id": self.kin,
+            "split_group_id": self.split,
+        }
+
+
+def group_slices(
+    accepted: pa.Table, looks: Rows, listing: Listing, config: Config, earlier: Earlier, log: Log
+) -> SliceGroups:
+    """Groups of the LIGHT rows of accepted slices, by their fingerprints ``looks`` and their
+    subjects from metadata; groups known from an earlier run keep their names.
+    """
+    ids = accepted["sample_id"].to_pylist()
+
+    def named_as_before(groups: list[str], column: str) -> list[str]:
+        return keep_names(groups, _was(ids, earlier, column))
+
+    pairs = _near_duplicates(accepted, looks, config.preprocess, log)
+    near = pairs.of_kind(COPY)
+    copies = named_as_before(connected_groups(ids, near.first, near.second), "duplicate_group_id")
+    also_turned = connected_groups(ids, pairs.first, pairs.second)
+    subjects, sources = _subjects(accepted, looks, listing, copies, config, earlier, log)
+    # Like the published protocol, a label draw may separate likely neighbours; a split may not.
+    named = [
+        subject if source in NAMED else None
+        for subject, source in zip(subjects, sources, strict=True)
+    ]
+    draw = named_as_before(joint_groups(copies, named), "draw_group_id")
+    kin = named_as_before(joint_groups(draw, also_turned), "kin_group_id")
+    split = named_as_before(joint_groups(kin, subjects), "split_group_id")
+    return SliceGroups(pairs, copies, also_turned, subjects, sources, draw, kin, split)
+
+
+@dataclass(frozen=True)
+class StrangerGroups:
+    """Group names of n slices that are not in a store, one per slice."""
+
+    copies: list[str]
+    dependent: list[str]  # copies in any orientation, and slices of one subject, named or estimated
+
+
+def group_strangers(accepted: pa.Table, preprocess: PreprocessConfig, log: Log) -> StrangerGroups:
+    """Groups of slices by image similarity and by subjects from metadata.
+
+    Args:
+        accepted: rows with ``sample_id``, ``sha256``, ``frame``, ``thumbnail``, ``subject_id``.
+        preprocess: thresholds for copies and for slices likely of one subject.
+        log: progress.
+    """
+    ids, subjects = (accepted[name].to_pylist() for name in ("sample_id", "subject_id"))
+    looks = thumbnail_matrix(accepted["thumbnail"].to_pylist())
+    pairs = _near_duplicates(accepted, looks, preprocess, log)
+    near = pairs.of_kind(COPY)
+    copies = connected_groups(ids, near.first, near.second)
+    nameless = np.array([row for row, name in enumerate(subjects) if name is None], np.int64)
+    if len(nameless) and preprocess.subject.estimate:
+        estimated = estimate_subjects(
+            SelectedRows(looks, nameless),
+            [ids[row] for row in nameless],
+            [copies[row] for row in nameless],
+            preprocess.subject,
+        )
+        for row, name in zip(nameless, estimated, strict=True):
+            subjects[row] = name
+    also_turned = connected_groups(ids, pairs.first, pairs.second)
+    return StrangerGroups(copies, joint_groups(also_turned, subjects))
+
+
+def _near_duplicates(
+    accepted: pa.Table, looks: Rows, config: PreprocessConfig, log: Log
+) -> DuplicatePairs:
+    """Pairs of near-duplicates; slices at different positions of one volume are never copies."""
+    volumes = [
+        digest if frame else None
+        for digest, frame in zip(
+            accepted["sha256"].to_pylist(), accepted["frame"].to_pylist(), strict=True
+        )
+    ]
+    progress = ProgressLines("compared", "pairs of similar slices", log)
+    return near_duplicate_pairs(
+        looks, config.near_duplicate, not_together=volumes, on_compared=progress.tell
+    )
+
+
+def _was(ids: list[str], earlier: Earlier, column: str) -> list[str | None]:
+    names = earlier.previous(column)
+    return [names.get(identity) for identity in ids]
+
+
+def _subjects(
+    accepted: pa.Table,
+    looks: Rows,
+    listing: Listing,
+    copies: list[str],
+    config: Config,
+    earlier: Earlier,
+    log: Log,
+) -> tuple[list[str | None], list[str | None]]:
+    """Subject of each slice and its source: the labels table, the header, or an estimate.
+
+    If a table names some files of a patient given by headers, that patient's other files get the
+    same subject. Subjects of slices without metadata are estimated by image similarity; such a
+    slice keeps its subject from an earlier estimate.
+    """
+    in_table = {file.path: file.subject for file in listing.files}
+    headers = accepted["header_subject"].to_pylist()
+    salt = subject_salt(Folder(config.storage))
+    given: list[str | None] = []
+    sources: list[str | None] = []
+    for path, header, sha256 in zip(
+        accepted["path"].to_pylist(), headers, accepted["sha256"].to_pylist(), strict=True
+    ):
+        subject, source = named_subject(in_table[path], header, sha256, salt)
+        given.append(subject)
+        sources.append(source)
+    for kind, told in ((VOLUME, "volume files"), (STUDY, "DICOM studies")):
+        count = len({h for h, source in zip(headers, sources, strict=True) if source == kind})
+        if count > 1:
+            log(
+                f"note: {count} {told} do not name a patient, so each counts as one subject: if a "
+                "patient has several, name subjects in a labels table (path,label,subject)"
+            )
+    subjects, sources = _as_tables_name_them(given, sources, headers)
+    nameless = [row for row, subject in enumerate(subjects) if subject is None]
+    if not nameless or not config.preprocess.subject.estimate:
+        return subjects, sources
+    if len(nameless) < len(subjects):
+        log(
+            f"note: {len(nameless):,} of {len(subjects):,} slices have no subject metadata: their "
+            "subjects are estimated by image similarity among these slices only"
+        )
+    ids = [accepted["sample_id"][row].as_py() for row in nameless]
+    estimated = estimate_subjects(
+        SelectedRows(looks, np.array(nameless, np.int64)),
+        ids,
+        [copies[row] for row in nameless],
+        config.preprocess.subject,
+    )
+    was_by = _was(ids, earlier, "subject_source")
+    before = [
+        subject if source == ESTIMATED else None
+        for subject, source in zip(_was(ids, earlier, "subject_id"), was_by, strict=True)
+    ]
+    joined = keep_names(estimated, before)
+    for row, old, new in zip(nameless, before, joined, strict=True):
+        subjects[row], sources[row] = old or new, ESTIMATED
+    return subjects, sources
+
+
+def _as_tables_name_them(
+    given: list[str | None], sources: list[str | None], headers: list[str | None]
+) -> tuple[list[str | None], list[str | None]]:
+    """Subjects and sources, with the table's name for all slices of a patient if it names some.
+
+    A header name that the table maps to several subjects (such as a de-identified one) is kept.
+    """
+    names: dict[str, set[str]] = {}
+    for subject, source, header in zip(given, sources, headers, strict=True):
+        if source == TABLE and header is not None and subject is not None:
+            names.setdefault(header, set()).add(subject)
+    known = {header: min(found) for header, found in names.items() if len(found) == 1}
+    renamed = [
+        (known[header], TABLE)
+        if source in {HEADER, STUDY} and header in known
+        else (subject, source)
+        for subject, source, header in zip(given, sources, headers, strict=True)
+    ]
+    return [subject for subject, _ in renamed], [source for _, source in renamed]

@@ -1,0 +1,274 @@
+"""From one file to the rows of its slices; shared by preprocessing and prediction."""
+
+import hashlib
+import hmac
+import os
+import secrets
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from brainray import schema
+from brainray.config import PreprocessConfig
+from brainray.errors import ConfigError, DataError
+from brainray.mri import resize
+from brainray.mri.decode import (
+    DecodedSlice,
+    DecodeOptions,
+    RejectedImage,
+    check_content,
+    decode_file,
+)
+from brainray.mri.identity import content_hash, sample_id
+from brainray.mri.intracranial import MIN_CONFIDENCE, intracranial_mask
+from brainray.mri.skull_strip import StrippedSlice, apply_mask, otsu_mask, without_frame
+from brainray.mri.slices import STUDY_PREFIX, subject_hash
+from brainray.orchestration.preprocessing.source import FoundFile, SourceFile
+from brainray.storage import Folder
+
+SLICES = pa.schema(
+    [
+        ("path", pa.string()),
+        ("frame", pa.string()),
+        ("sha256", pa.string()),  # of the file; null where it could not be read
+        ("num_bytes", pa.int64()),
+        ("mtime_ns", pa.int64()),
+        ("reason", pa.string()),  # null where the slice was accepted
+        ("detail", pa.string()),
+        ("sample_id", pa.string()),
+        ("format", pa.string()),
+        ("header_subject", pa.string()),  # salted hash; null where the file gives none
+        ("original_height", pa.int32()),
+        ("original_width", pa.int32()),
+        ("skull_strip", pa.string()),
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+        ("pixel_sum", pa.int64()),
+        ("pixel_square_sum", pa.int64()),
+        ("thumbnail", schema.IMAGE_STORE.field("thumbnail").type),
+        ("image", pa.binary()),
+    ]
+)
+"""One row per slice of a file, or a single row for a rejected file."""
+
+LIGHT_COLUMNS = [name for name in SLICES.names if name not in {"image", "thumbnail"}]
+PART = pa.field("part", pa.string())  # part of images/ with the pixels; null where there are none
+
+SALT_VARIABLE = "BRAINRAY_SALT"
+
+# Transient reasons: the file may be readable at the next attempt.
+UNREADABLE = "unreadable file"
+CHANGED = "file changed while being read"
+
+_SALT_FILE = ".subject-salt"
+
+
+def subject_salt(storage: Folder) -> bytes:
+    """The salt of subject hashes: ``BRAINRAY_SALT``, or a secret kept in ``storage``.
+
+    It is kept next to the stores, not in them, so that the recipient of a store cannot guess
+    patient numbers by hashing them.
+    """
+    given = os.environ.get(SALT_VARIABLE)
+    if given is not None:
+        if len(given) < 16:
+            raise ConfigError(f"{SALT_VARIABLE} is too short: use at least 16 characters")
+        return given.encode()
+    if not storage.exists(_SALT_FILE):
+        secret = secrets.token_hex(32).encode()
+        if storage.local_path is None:
+            storage.write_bytes(_SALT_FILE, secret)
+        else:  # if two jobs start at once, only one creates it
+            storage.create_file(_SALT_FILE, secret, mode=0o600)
+    return storage.read_bytes(_SALT_FILE)
+
+
+def salt_id(salt: bytes) -> str:
+    """An id that distinguishes salts without revealing them."""
+    return hmac.new(salt, b"brainray: which salt", hashlib.sha256).hexdigest()[:12]
+
+
+DECODED = pa.schema(
+    [
+        ("label", pa.string()),
+        ("subject_id", pa.string()),
+        ("subject_source", pa.string()),
+        *(SLICES.field(name) for name in SLICES.names),
+    ]
+)
+"""A decoded slice for prediction."""
+
+
+def decode_to_predict(
+    asked: SourceFile, content: Callable[[], bytes], config: PreprocessConfig, salt: bytes
+) -> list[dict[str, Any]]:
+    """``DECODED`` rows of a file, or a single row with the reason if it cannot be read.
+
+    ``content`` returns the file's bytes or raises RejectedImage.
+    """
+    read = None
+    try:
+        read = content()
+        rows = preprocess_file(read, asked.file, config, salt)
+    except RejectedImage as rejection:
+        rows = [rejected_row(asked.file, read, rejection)]
+    decoded = []
+    for row in rows:
+        header = row.get("header_subject")
+        subject, source = named_subject(asked.subject, header, row["sha256"], salt)
+        about = {"label": asked.label, "subject_id": subject, "subject_source": source}
+        decoded.append(dict.fromkeys(DECODED.names) | row | about)
+    return decoded
+
+
+def named_subject(
+    in_table: str | None, in_header: str | None, sha256: str | None, salt: bytes
+) -> tuple[str | None, str | None]:
+    """A slice's subject as a keyed hash, and its source; a table takes precedence over a header.
+
+    Args:
+        in_table: subject as written in the labels table.
+        in_header: hash of the patient, study or volume, as returned by decoding.
+        sha256: hash of the file.
+        salt: salt of the hashes.
+    """
+    if in_table is not None:
+        return subject_hash("patient", in_table, salt), schema.TABLE
+    if in_header is None or sha256 is None:
+        return None, None
+    if in_header.startswith(STUDY_PREFIX):
+        return in_header, schema.STUDY
+    is_volume = in_header == subject_hash("volume", sha256, salt)
+    return in_header, schema.VOLUME if is_volume else schema.HEADER
+
+
+def read_file(source: Folder, file: FoundFile) -> bytes:
+    """A file's bytes.
+
+    Raises:
+        RejectedImage: it cannot be read, no longer exists, or changed while being read.
+    """
+    if file.problem is not None:
+        raise RejectedImage(file.problem)
+    path = f"{source.path}/{file.path}"
+    try:
+        with source.filesystem.open_input_file(path) as stream:
+            content = bytes(stream.read())
+        now = source.filesystem.get_file_info(path)
+    except (OSError, UnicodeError) as error:
+        if not source.exists():
+            raise DataError(
+                f"{source} does not exist on node {socket.gethostname()}: make it available on "
+                "every node"
+            ) from None
+        raise RejectedImage(UNREADABLE, type(error).__name__) from None
+    if file.mtime_ns and (now.size, now.mtime_ns) != (len(content), file.mtime_ns):
+        raise RejectedImage(CHANGED)
+    return content
+
+
+def preprocess_file(
+    content: bytes, file: FoundFile, config: PreprocessConfig, salt: bytes
+) -> list[dict[str, Any]]:
+    """The ``SLICES`` rows of a file: METHOD A, steps 1, 3 and 4, for each of its slices.
+
+    A rejected slice has a row with the reason; the other slices are still processed.
+
+    Raises:
+        RejectedImage: the whole file is rejected.
+    """
+    digest = content_hash(content)
+    about_file = {
+        "path": file.path,
+        "frame": "",
+        "sha256": digest,
+        "num_bytes": len(content),
+        "mtime_ns": file.mtime_ns,
+    }
+    rows = []
+    for decoded in decode_file(content, decode_options(config, salt)):
+        row = about_file | {"frame": decoded.frame, "sample_id": sample_id(digest, decoded.frame)}
+        try:
+            check_content(decoded.image, min_intensity_std=config.min_intensity_std)
+        except RejectedImage as rejection:
+            rows.append(row | {"reason": rejection.reason, "detail": rejection.detail})
+        else:
+            rows.append(row | _slice_columns(decoded, config))
+    return rows
+
+
+def rejected_row(
+    file: FoundFile, content: bytes | None, rejection: RejectedImage
+) -> dict[str, Any]:
+    """The ``SLICES`` row of a rejected file; ``content`` is None if it was not read."""
+    return {
+        "path": file.path,
+        "frame": "",
+        "sha256": None if content is None else content_hash(content),
+        "num_bytes": file.num_bytes if content is None else len(content),
+        "mtime_ns": file.mtime_ns,
+        "reason": rejection.reason,
+        "detail": rejection.detail,
+    }
+
+
+def decode_options(config: PreprocessConfig, salt: bytes) -> DecodeOptions:
+    return DecodeOptions(
+        min_side=config.min_side,
+        max_pixels=config.max_pixels,
+        max_voxels=config.volume.max_voxels,
+        axis=config.volume.axis,
+        window_percentiles=(config.volume.window_low, config.volume.window_high),
+        min_foreground=config.volume.min_foreground,
+        salt=salt,
+    )
+
+
+def strip(image: NDArray[np.uint8], config: PreprocessConfig) -> StrippedSlice:
+    """METHOD A, step 3, after removing the frame if requested."""
+    before = without_frame(image) if config.frame == "remove" else image
+    mask, method = _mask(before, config.skull_strip)
+    return StrippedSlice(before, mask, before if mask is None else apply_mask(before, mask), method)
+
+
+def _mask(image: NDArray[np.uint8], method: str) -> tuple[NDArray[np.bool_] | None, str]:
+    if method == "none":
+        return None, method
+    if method == "intracranial":
+        found = intracranial_mask(image)
+        if found.confidence >= MIN_CONFIDENCE:
+            return found.mask, method
+    return otsu_mask(image), "otsu"
+
+
+def _slice_columns(decoded: DecodedSlice, config: PreprocessConfig) -> dict[str, Any]:
+    """The thumbnail shows the slice before stripping: fingerprints must not depend on the mask."""
+    stripped = strip(decoded.image, config)
+    image, mask = stripped.after, stripped.mask
+    if config.crop == "foreground":
+        image = resize.crop_foreground(image, otsu_mask(image) if mask is None else mask)
+    if config.intensity == "min_max":
+        image = resize.min_max(image)
+    elif config.intensity == "auto_gamma":
+        image = resize.auto_gamma(image)
+    shape = resize.letterbox if config.resize == "letterbox" else resize.stretch
+    image = shape(image, config.image_size)
+    height, width = decoded.image.shape
+    wide = image.astype(np.int64)
+    return {
+        "format": decoded.format,
+        "header_subject": decoded.subject_id,
+        "original_height": height,
+        "original_width": width,
+        "skull_strip": stripped.method,
+        "height": config.image_size,
+        "width": config.image_size,
+        "pixel_sum": int(wide.sum()),
+        "pixel_square_sum": int((wide * wide).sum()),
+        "thumbnail": resize.thumbnail(decoded.image).tobytes(),
+        "image": image.tobytes(),
+    }

@@ -1,0 +1,1 @@
+"""Self-supervised encoders and their features, trained and extracted without labels."""

@@ -1,0 +1,208 @@
+"""Self-supervised training on Ray Train: a pretext task, or rounds of refinement after one.
+
+No labels are read. The result, ``encoder.pt``, can also be read by ``encoder.weights=PATH``, so it
+also serves as the warm-up of semi-supervised training.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import ray
+from torch import Tensor
+
+from brainray import layout
+from brainray.config import Config, FeatureConfig
+from brainray.engine.state import state_from_bytes
+from brainray.log import Log
+from brainray.orchestration.lock import held
+from brainray.orchestration.pretraining.features import (
+    Weights,
+    content_key,
+    read_weights,
+    weights_from,
+)
+from brainray.orchestration.pretraining.worker import pretrain_worker
+from brainray.orchestration.progress import PretrainingFollower
+from brainray.orchestration.ray_train import train_on_workers
+from brainray.orchestration.resources import WorkerResources, alive_nodes, plan_workers
+from brainray.orchestration.seen import seen_by_weights, training_slices
+from brainray.orchestration.store import ImageStore
+from brainray.storage import Folder
+
+_OF_ROUNDS = {
+    "max_rounds",
+    "round_epochs",
+    "round_learning_rate",
+    "tolerance",
+    "patience",
+}
+_OF_CONTRASTIVE = {"temperature", "positives", "projection_dim"}
+
+
+def warm_up(config: Config, store: ImageStore, log: Log) -> str | Mapping[str, Tensor]:
+    """Initial weights of the encoder: ``encoder.weights``, after the warm-up if there is one.
+
+    Raises:
+        BrainrayError, ray.train.TrainingFailedError: as in `pretrain`.
+    """
+    feature = FeatureConfig(
+        encoder=config.encoder.name,
+        weights=config.encoder.weights,
+        image_size=config.encoder.pretext_image_size,
+        pretext=config.encoder.pretext,
+    )
+    # Read on the driver: the workers' nodes may not have the file.
+    weights = read_weights(config, feature, "encoder.weights")
+    if config.encoder.pretext == "none":
+        return weights.state
+    learned = pretrain(
+        config,
+        store,
+        feature,
+        weights,
+        dataset=str(config.dataset),
+        seed=config.seed,
+        log=log,
+    )
+    return weights_from(learned, layout.ENCODER).state
+
+
+def pretrain(
+    config: Config,
+    store: ImageStore,
+    feature: FeatureConfig,
+    weights: Weights,
+    *,
+    dataset: str,
+    seed: int,
+    log: Log,
+) -> Folder:
+    """Train an encoder on the store's training slices, resume its training, or reuse it.
+
+    Refinement starts from the encoder trained on the same pretext alone, which is trained first or
+    reused: features with the same pretext share its training.
+
+    Args:
+        config: ``self_supervision``, ``clustering`` (for refinement) and ``train``.
+        store: the slices; its labels are not read.
+        feature: encoder, size of the slices, pretext and weight of the clustering loss.
+        weights: initial weights of the encoder.
+        dataset: name of the store, used in the folder's name.
+        seed: of weights, views and clusters.
+        log: for one line about what is done.
+
+    Returns:
+        The folder with ``encoder.pt``, ``metrics.jsonl`` and, after refinement, the assignments of
+        each round.
+
+    Raises:
+        BrainrayError: the workers do not fit the Ray cluster, or the clusters have collapsed.
+        ray.train.TrainingFailedError: workers were lost more often than ``train.max_failures``.
+    """
+    head: dict[str, Tensor] | None = None
+    if feature.lambda_cluster > 0 and feature.pretext != "none":
+        alone = feature.model_copy(update={"lambda_cluster": 0.0})
+        before = pretrain(config, store, alone, weights, dataset=dataset, seed=seed, log=log)
+        weights, head = weights_from(before, layout.ENCODER), _read_head(before)
+    made_by = _made_by(config, store, feature, weights, seed)
+    kind = feature.pretext + ("-refined" if feature.lambda_cluster > 0 else "")
+    name = f"{dataset}-{feature.encoder}-{kind}-seed{seed}-{content_key(made_by)}"
+    target = Folder(config.storage) / layout.ENCODERS / name
+    if not target.exists(layout.ENCODER):
+        # Concurrent jobs share it too: the later ones wait, then reuse it.
+        with held(Folder(config.storage), layout.ENCODERS, name, log, in_turn=True):
+            if not target.exists(layout.ENCODER):
+                log(f"encoder {target}: training")
+                workers = plan_workers(config.train, alive_nodes())
+                if workers.min_workers:  # as many as fit are enough
+                    num_workers = min(workers.num_workers, workers.room)
+                    workers = replace(workers, num_workers=num_workers, min_workers=0)
+                target.write_json(layout.MANIFEST, made_by | {"num_workers": workers.num_workers})
+                _keep_what_it_sees(config, store, feature, target)
+                _train(config, store, feature, weights, head, seed, workers, target, log)
+                return target
+    log(f"encoder {target}: already trained, reusing it")
+    return target
+
+
+def _keep_what_it_sees(
+    config: Config, store: ImageStore, feature: FeatureConfig, target: Folder
+) -> None:
+    """Record the seen slices, with which training from this encoder compares its test slices."""
+    before = seen_by_weights(feature.weights, Folder(config.storage))
+    if before is not None:
+        target.write_table(layout.SEEN_BEFORE, before)
+    target.write_table(layout.SEEN, training_slices(store))
+
+
+def _train(
+    config: Config,
+    store: ImageStore,
+    feature: FeatureConfig,
+    weights: Weights,
+    head: dict[str, Tensor] | None,
+    seed: int,
+    workers: WorkerResources,
+    target: Folder,
+    log: Log,
+) -> None:
+    settings = {
+        "config": config.without_secrets().model_dump(mode="json"),
+        "feature": feature.model_dump(mode="json"),
+        "state": ray.put(weights.state),
+        "head": ray.put(head),
+        "seed": seed,
+        "folder": str(target),
+        "store": str(store.folder),
+        "data_hash": store.data_hash,
+    }
+    with PretrainingFollower(config.self_supervision, target, log):
+        train_on_workers(
+            pretrain_worker, settings, folder=target, workers=workers, config=config.train
+        )
+    target.delete_file(layout.STATE, missing_ok=True)
+
+
+def _made_by(
+    config: Config,
+    store: ImageStore,
+    feature: FeatureConfig,
+    weights: Weights,
+    seed: int,
+) -> dict[str, Any]:
+    """Everything that determines the trained weights, except the number of workers.
+
+    Settings at their defaults are omitted, so that adding a setting that is off by default changes
+    nothing. Whoever changes a default must raise the format version.
+    """
+    train = config.train.model_dump(mode="json", include={"weight_decay", "warmup_fraction"})
+    is_refined = feature.lambda_cluster > 0
+    unused = {"num_epochs"} if is_refined else _OF_ROUNDS
+    if feature.pretext != "contrastive":
+        unused = unused | _OF_CONTRASTIVE
+    if feature.pretext == "none":
+        unused = unused | {"learning_rate"}
+    made_by = {
+        "format": layout.ENCODER_FORMAT,
+        "data_hash": store.slices_hash,
+        "feature": feature.model_dump(mode="json", exclude={"weights"}, exclude_defaults=True),
+        "weights": weights.identity,
+        "self_supervision": config.self_supervision.model_dump(
+            mode="json", exclude=unused, exclude_defaults=True
+        ),
+        "train": train | {"precision": config.train.precision},
+        "seed": seed,
+    }
+    if is_refined:
+        made_by["clustering"] = config.clustering.model_dump(
+            mode="json", exclude={"on_collapse"}, exclude_defaults=True
+        )
+    return made_by
+
+
+def _read_head(folder: Folder) -> dict[str, Tensor]:
+    """The pretext head that was trained with an encoder."""
+    where = f"{folder}/{layout.ENCODER}"
+    head: dict[str, Tensor] = state_from_bytes(folder.read_bytes(layout.ENCODER), where)["head"]
+    return head

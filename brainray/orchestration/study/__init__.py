@@ -1,0 +1,1 @@
+"""The study: clusterings of frozen features, compared without labels."""

@@ -1,0 +1,190 @@
+"""Input of a study: its data sets, their slices by subset, and their features."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+
+from brainray import layout
+from brainray.config import Config, FeatureConfig
+from brainray.errors import ConfigError, DataError
+from brainray.log import Log
+from brainray.models.features import PIXELS
+from brainray.mri.leakage import Fingerprints, exposure
+from brainray.orchestration.preprocessing.driver import preprocess
+from brainray.orchestration.pretraining.driver import pretrain
+from brainray.orchestration.pretraining.features import (
+    ROW,
+    ROW_ORDER,
+    FeatureStore,
+    Weights,
+    content_key,
+    extract_features,
+    weights_from,
+)
+from brainray.orchestration.seen import seen_by_weights, training_slices
+from brainray.orchestration.store import ImageStore
+from brainray.orchestration.study.grid import FITTED, Slices
+from brainray.schema import SEEN, SUBSETS, TEST, TRAIN, UNLABELLED
+from brainray.storage import Folder
+
+FeatureKey = tuple[str, str, int]
+"""Data set, name in ``study.features``, and seed."""
+
+
+@dataclass(frozen=True)
+class StudiedSet:
+    """A data set of a study."""
+
+    store: ImageStore
+    slices: Slices
+    classes: list[str]  # names of the labels; empty if there are none
+
+    @property
+    def names_of_labels(self) -> list[str]:
+        """Label of each slice (N,), empty where unknown."""
+        return ["" if i == UNLABELLED else self.classes[i] for i in self.slices.labels]
+
+
+@dataclass(frozen=True)
+class StudiedFeatures:
+    """Features and trained encoders of every data set."""
+
+    stores: Mapping[FeatureKey, FeatureStore]
+    encoders: Mapping[FeatureKey, Folder]  # trained encoders only
+
+
+def open_stores(config: Config, log: Log) -> dict[str, ImageStore]:
+    """The image stores by data set name, created if they do not exist yet.
+
+    Raises:
+        BrainrayError: no data set or contradictory settings are given, or one cannot be used.
+    """
+    if bool(config.sources) + (config.source is not None) > 1:
+        raise ConfigError("give source or sources, not both")
+    if config.labels is not None and config.source is None:
+        raise ConfigError(f"labels={config.labels} applies to a single source: also set source")
+    if config.sources:
+        stores = {}
+        for name, source in config.sources.items():
+            update = {"name": f"{config.name}-{name}", "source": source}
+            stores[name] = preprocess(config.model_copy(update=update), log)
+        return stores
+    name = config.dataset or str(config.name)
+    if config.source is not None:
+        return {name: preprocess(config.model_copy(update={"name": name}), log)}
+    if config.dataset is None:
+        raise ConfigError(
+            "a study needs slices: use --set source=DIR, sources.NAME=DIR for several data sets, "
+            "or dataset=NAME for an image store"
+        )
+    return {name: ImageStore.open(Folder(config.storage) / layout.DATASETS / name)}
+
+
+def seen_by_features(config: Config) -> pa.Table:
+    """``SEEN`` rows of the training of the starting weights of all the study's features."""
+    tables = [
+        seen_by_weights(feature.weights, Folder(config.storage))
+        for feature in config.study.features.values()
+    ]
+    return pa.concat_tables([SEEN.empty_table(), *(rows for rows in tables if rows is not None)])
+
+
+def study_set(store: ImageStore, folder: Folder, seen_before: pa.Table) -> StudiedSet:
+    """The slices of a store, with masks of those fitted, held out, ``clean`` and ``strict``.
+
+    Args:
+        store: the store, whose training slices are fitted.
+        folder: of the study, where the subsets are saved.
+        seen_before: ``SEEN`` rows of further slices that were seen.
+
+    Raises:
+        DataError: no slice to fit.
+    """
+    index = store.index().sort_by(ROW_ORDER)
+    training = pc.equal(index["split"], TRAIN)
+    fitted = np.asarray(training.to_numpy(), dtype=np.bool_)
+    if not fitted.any():
+        raise DataError(f"{store.folder} has no training slices to fit")
+    names = index["label"].to_pylist()
+    classes = sorted({name for name in names if name is not None})
+    position = {name: number for number, name in enumerate(classes)}
+    labels = np.array([position.get(name, UNLABELLED) for name in names], dtype=np.int64)
+    subsets = {FITTED: fitted}
+    if not fitted.all():
+        held_out = _held_out(store, folder, seen_before)
+        for subset in SUBSETS:
+            rows = np.zeros(len(fitted), dtype=np.bool_)
+            rows[~fitted] = held_out[subset]
+            subsets[subset] = rows
+    slices = Slices(index.select(ROW), labels, subsets)
+    return StudiedSet(store, slices, classes)
+
+
+def _held_out(store: ImageStore, folder: Folder, seen_before: pa.Table) -> dict[str, np.ndarray]:
+    """Masks of the test slices, in ``ROW_ORDER``, in each subset; saved with the study."""
+    depends_on = {
+        "data_hash": store.data_hash,
+        "seen_before": seen_before["sample_id"].to_pylist(),
+    }
+    name = f"subsets-{content_key(depends_on)}.parquet"
+    if not folder.exists(name):
+        index = store.index(thumbnails=True).sort_by(ROW_ORDER)
+        test = index.filter(pc.equal(index["split"], TEST))
+        seen = pa.concat_tables([training_slices(store), seen_before])
+        found = ray.get(
+            _expose.remote(Fingerprints.of(test), Fingerprints.of(seen), store.preprocess)
+        )
+        table = pa.table({"clean": found.clean, "strict": found.strict})
+        folder.write_table(name, table)
+    table = folder.read_table(name)
+    flags = {each: np.asarray(table[each].to_numpy()) for each in ("clean", "strict")}
+    return {"all": np.ones(table.num_rows, dtype=np.bool_), **flags}
+
+
+_expose = ray.remote(num_cpus=1)(exposure)
+
+
+def study_features(
+    config: Config,
+    sets: Mapping[str, StudiedSet],
+    weights: Mapping[str, Weights],
+    log: Log,
+) -> StudiedFeatures:
+    """Train the encoders that need training, and extract every feature set for every seed.
+
+    Args:
+        config: ``study`` and all settings of training.
+        sets: data sets by name.
+        weights: initial weights of the encoders, by feature.
+        log: for progress.
+    """
+    stores: dict[FeatureKey, FeatureStore] = {}
+    encoders: dict[FeatureKey, Folder] = {}
+    for dataset, each in sets.items():
+        for feature_name, feature in config.study.features.items():
+            for seed in config.study.seeds:
+                key = (dataset, feature_name, seed)
+                if not _depends_on_seed(feature) and seed != config.study.seeds[0]:
+                    stores[key] = stores[dataset, feature_name, config.study.seeds[0]]
+                    continue
+                start, name = weights[feature_name], f"{dataset}-{feature_name}"
+                if _depends_on_seed(feature):
+                    name += f"-seed{seed}"
+                if feature.is_trained:
+                    encoders[key] = pretrain(
+                        config, each.store, feature, start, dataset=dataset, seed=seed, log=log
+                    )
+                    start = weights_from(encoders[key], layout.ENCODER)
+                stores[key] = extract_features(
+                    config, each.store, feature, start, name=name, seed=seed, log=log
+                )
+    return StudiedFeatures(stores, encoders)
+
+
+def _depends_on_seed(feature: FeatureConfig) -> bool:
+    has_drawn_weights = feature.weights == "random" and feature.encoder != PIXELS
+    return feature.is_trained or has_drawn_weights

@@ -1,0 +1,167 @@
+"""The unsupervised study: data sets, features, the grid of clusterings, tables and figures.
+
+Labels, if any, are read for scoring only: no encoder, clusterer or selection sees them.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from brainray import layout
+from brainray.config import Config
+from brainray.config_text import flatten, parse_config, parse_yaml, to_yaml
+from brainray.errors import BrainrayError, ConfigError
+from brainray.log import Log, log
+from brainray.models.features import check_encoder_name
+from brainray.orchestration.lock import held
+from brainray.orchestration.pretraining.features import Weights, check_feature, read_weights
+from brainray.orchestration.publish import open_tracking
+from brainray.orchestration.resources import alive_nodes, plan_workers
+from brainray.orchestration.store import ImageStore, as_store_was_made
+from brainray.orchestration.study.data import (
+    open_stores,
+    seen_by_features,
+    study_features,
+    study_set,
+)
+from brainray.orchestration.study.grid import (
+    Grid,
+    Outcome,
+    check_sizes,
+    main_cells,
+    sensitivity_cells,
+)
+from brainray.orchestration.study.report import StudyResults, write_report
+from brainray.schema import TRAIN
+from brainray.storage import Folder
+
+
+@dataclass(frozen=True)
+class FinishedStudy:
+    """Results of a study."""
+
+    folder: Folder
+    metrics: dict[str, float]
+    text: str  # the main tables and recommendations
+    mlflow_run_id: str | None
+    tracking_uri: str
+
+    @property
+    def headline(self) -> dict[str, float]:
+        """The metrics without those of single methods, of which there are hundreds."""
+        return {
+            name: value
+            for name, value in self.metrics.items()
+            if name.startswith("num_") or name.endswith("/recommended_num_clusters")
+        }
+
+
+def run_study(config: Config, log: Log = log) -> FinishedStudy:
+    """Compare features and clusterers on one or several data sets, or resume a study.
+
+    With the same name, the study resumes: finished encoders, features and cells are read from their
+    files, even if the grid has been extended.
+
+    Raises:
+        BrainrayError: unusable settings or data, or no cell could be computed.
+        ray.train.TrainingFailedError: workers were lost more often than ``train.max_failures``.
+    """
+    config = _of_its_store(config)
+    _check_settings(config)
+    weights = {
+        name: read_weights(config, each, f"study.features.{name}.weights")
+        for name, each in config.study.features.items()
+    }
+    if not (Folder(config.storage) / layout.STUDIES / str(config.name)).exists(layout.CONFIG):
+        _check_what_it_needs(config, weights)
+    stores = open_stores(config, log)
+    for name, store in stores.items():
+        _check_store(config, name, store, weights)
+    with held(Folder(config.storage), layout.STUDIES, str(config.name), log):
+        return _study(config, stores, weights, log)
+
+
+def _study(
+    config: Config, stores: Mapping[str, ImageStore], weights: Mapping[str, Weights], log: Log
+) -> FinishedStudy:
+    folder = Folder(config.storage) / layout.STUDIES / str(config.name)
+    if folder.exists(layout.CONFIG):
+        before = parse_config(parse_yaml(folder.read_bytes(layout.CONFIG), str(folder)))
+        if flatten(before) != flatten(config.without_secrets()):
+            # MLflow runs keep their initial parameters, so changed settings need a new MLflow run.
+            folder.delete_file(layout.TRACKING, missing_ok=True)
+    folder.write_bytes(layout.CONFIG, to_yaml(config).encode())
+    hashes = {f"brainray.data_hash.{name}": store.data_hash for name, store in stores.items()}
+    tracking = open_tracking(config, folder, flatten(config.without_secrets()), hashes, log)
+    tracking.tracker.running()
+    try:
+        seen = seen_by_features(config)
+        sets = {name: study_set(store, folder, seen) for name, store in stores.items()}
+        features = study_features(config, sets, weights, log)
+        slices = {name: each.slices for name, each in sets.items()}
+        grid = Grid(config, folder, features.stores, slices, log)
+        cells = [cell for name in sets for cell in main_cells(config, name)]
+        varied = [cell for name in sets for cell in sensitivity_cells(config, name)]
+        outcomes = grid.run([*cells, *varied])
+        _check_outcomes(outcomes)
+        main, others = outcomes[: len(cells)], outcomes[len(cells) :]
+        report = write_report(StudyResults(config, folder, sets, features, grid, main, others), log)
+    except BaseException as stop:
+        tracking.tracker.finish("FAILED" if isinstance(stop, Exception) else "KILLED")
+        raise
+    folder.write_json(layout.SUMMARY, report.metrics)
+    tracking.tracker.log_summary(report.metrics)
+    tracking.tracker.log_files([layout.CONFIG, layout.SUMMARY, *report.files])
+    tracking.tracker.finish()
+    return FinishedStudy(folder, report.metrics, report.text, tracking.mlflow_run_id, tracking.uri)
+
+
+def _of_its_store(config: Config) -> Config:
+    """The config with the settings of its store, if it names an existing one."""
+    if config.dataset is None or config.source is not None or config.sources:
+        return config
+    store = ImageStore.open(Folder(config.storage) / layout.DATASETS / config.dataset)
+    return as_store_was_made(config, store)
+
+
+def _check_settings(config: Config) -> None:
+    if config.name is None:
+        raise ConfigError("a study needs a name: --set name=NAME")
+    if not config.study.features:
+        raise ConfigError(
+            "study.features is empty: name at least one, such as --set "
+            "study.features.pixels.encoder=pixels study.features.pixels.image_size=32, or start "
+            "from configs/study.yaml"
+        )
+    for name, feature in config.study.features.items():
+        if feature.is_trained and feature.image_size > config.preprocess.image_size:
+            raise ConfigError(
+                f"study.features.{name}.image_size ({feature.image_size}) exceeds "
+                f"preprocess.image_size ({config.preprocess.image_size}): lower it"
+            )
+
+
+def _check_what_it_needs(config: Config, weights: Mapping[str, Weights]) -> None:
+    """Reject an invalid study before preprocessing, instead of during training or extraction."""
+    if any(feature.is_trained for feature in config.study.features.values()):
+        plan_workers(config.train, alive_nodes())
+    for name, feature in config.study.features.items():
+        check_encoder_name(feature.encoder)
+        _ = weights[name].state  # downloads ImageNet weights
+
+
+def _check_store(
+    config: Config, name: str, store: ImageStore, weights: Mapping[str, Weights]
+) -> None:
+    """Reject within a second what would fail on workers after minutes."""
+    num_features = {
+        feature_name: check_feature(store, feature_name, feature, weights[feature_name])
+        for feature_name, feature in config.study.features.items()
+    }
+    num_fitted = store.index()["split"].to_pylist().count(TRAIN)
+    check_sizes(config, name, num_fitted, num_features)
+
+
+def _check_outcomes(outcomes: Sequence[Outcome]) -> None:
+    problems = sorted({outcome.problem for outcome in outcomes if outcome.problem})
+    if len(problems) and all(outcome.problem for outcome in outcomes):
+        raise BrainrayError(f"no cell of the grid could be computed: {'; '.join(problems)}")

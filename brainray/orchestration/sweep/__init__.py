@@ -1,0 +1,1 @@
+"""Sweeps: many trainings under Ray Tune."""

@@ -1,0 +1,246 @@
+"""Trials of a sweep: their configuration, run, and state in storage."""
+
+import math
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ray import tune
+from ray.tune.integration.ray_train import TuneReportCallback
+
+from brainray import layout
+from brainray.config import Config, SearchDomain, TrainConfig
+from brainray.config_text import flatten, known_keys, parse_config
+from brainray.engine.evaluate import chosen_epoch
+from brainray.errors import BrainrayError, ConfigError, TransientError
+from brainray.log import log
+from brainray.orchestration.job import TRAINING_SECTIONS, WORKER_KEYS
+from brainray.orchestration.run import Run, read_run_info
+from brainray.orchestration.training.driver import begun_training, complete_run, fit
+from brainray.orchestration.training.worker import reported_metrics
+from brainray.storage import Folder
+
+FAILED = "failed"
+"""Folder of a sweep with a file for each trial that could not be trained."""
+
+_SEARCHED = [name for name in TRAINING_SECTIONS if name not in {"split", "evaluation", "tracking"}]
+"""Sections in which trials may differ."""
+
+_OF_WARM_UP = (
+    "encoder.",
+    "self_supervision.",
+    "train.weight_decay",
+    "train.warmup_fraction",
+    "train.precision",
+)
+"""Settings that a warm-up depends on: all trials share one warm-up."""
+
+_OF_RESOURCES = (*WORKER_KEYS, "train.cache_gib")
+
+_TRIAL_ID = r"([0-9a-f]{5}_[0-9]{5,}|[0-9a-f]{8})"
+"""Ray Tune's ids of variants that it generates itself, and of those from a search algorithm."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A trial as recorded in its run's folder."""
+
+    trial_id: str
+    run: Run | None  # None for a trial that failed before its run began
+    parameters: dict[str, Any]
+    history: list[dict[str, float]]
+    train: TrainConfig  # with the trial's own parameters
+    problem: str | None = None
+    """Why it could not be trained."""
+
+    def chosen(self, metric: str) -> tuple[float, int] | None:
+        """(value, epoch) of the epoch whose model the run keeps; None before the first epoch."""
+        if not self.history:
+            return None
+        epoch = self.history[chosen_epoch(self.history) - 1]
+        return (epoch[metric], int(epoch["epoch"])) if metric in epoch else None
+
+
+def run_trial(
+    parameters: dict[str, Any], *, base: dict[str, Any], sweep: str, command: list[str]
+) -> None:
+    """Train or resume one trial, in an actor of Ray Tune; ``command`` started the sweep.
+
+    Errors caused by a trial's settings are saved in the sweep's folder instead of raised, because
+    Tune would retry the trial. Other errors are raised, so that it is retried.
+    """
+    config = parse_config(base)
+    sys.argv = command  # for the run's records; the process's own command line is Ray's
+    trial_id = tune.get_context().get_trial_id()
+    try:
+        config = trial_config(config, parameters, run_name(sweep, trial_id))
+        with begun_training(config, log) as training:
+            if training.run.is_complete:  # the trial was interrupted after its last epoch
+                history = training.run.folder.read_json_lines(layout.METRICS)
+                tune.report(reported_metrics(history))
+                return
+            fit(training, log, callbacks=[TuneReportCallback()])
+            complete_run(training, log)
+    except TransientError:
+        raise
+    except BrainrayError as error:
+        folder = sweep_folder(config, sweep) / FAILED
+        folder.write_json(f"{trial_id}.json", {"parameters": parameters, "problem": str(error)})
+        # Tune needs a value for every trial: report the worst possible one.
+        worst = -math.inf if config.tune.mode == "max" else math.inf
+        tune.report({"epoch": config.train.num_epochs, config.tune.metric: worst})
+
+
+def trial_config(base: Config, parameters: Mapping[str, Any], name: str) -> Config:
+    """The base config with a trial's parameters (by dotted key) and name.
+
+    A policy defines its own strengths, so those of the base's policy are removed.
+
+    Raises:
+        ConfigError: a value that is invalid for its key.
+    """
+    tree = base.model_dump(mode="json")
+    for key, value in parameters.items():
+        *parents, leaf = key.split(".")
+        node = tree
+        for parent in parents:
+            node = node[parent]
+        if leaf == "policy":
+            prefix = key.removesuffix(leaf)
+            kept = {part: node[part] for part in node if f"{prefix}{part}" in parameters}
+            node.clear()
+            node.update(kept)
+        node[leaf] = value
+    return parse_config(tree | {"name": name})
+
+
+def check_space(config: Config) -> None:
+    """Reject a search space that is invalid or whose trials would not be comparable.
+
+    Raises:
+        ConfigError: it is empty, or a key or range is invalid.
+    """
+    space = config.tune.space
+    if not space:
+        raise ConfigError(
+            "tune.space is empty: name at least one key, such as "
+            "train.learning_rate: {log_uniform: [1e-4, 1e-2]}"
+        )
+    for key, entry in space.items():
+        if key not in known_keys():
+            raise ConfigError(f"tune.space contains the unknown key {key!r}")
+        if key.partition(".")[0] not in _SEARCHED:
+            raise ConfigError(
+                f"tune.space cannot vary {key}: trials may differ in {', '.join(_SEARCHED)} only; "
+                "they share the store, the labels and the scoring, so that their metrics are "
+                "comparable"
+            )
+        if key in _OF_RESOURCES:
+            raise ConfigError(
+                f"tune.space cannot vary {key}: trials share the Ray cluster in equal parts"
+            )
+        warms_up = config.encoder.pretext != "none"
+        if key.startswith("encoder.pretext") or (warms_up and key.startswith(_OF_WARM_UP)):
+            raise ConfigError(
+                f"tune.space cannot vary {key}: trials share the warm-up without labels "
+                "(encoder.pretext), which depends on it"
+            )
+        if key.startswith("self_supervision."):
+            raise ConfigError(
+                f"tune.space varies {key}, which has no effect without a warm-up (encoder.pretext)"
+            )
+        if len(entry) != 1:
+            raise ConfigError(
+                f"tune.space.{key} needs exactly one of choice, uniform, log_uniform and integer"
+            )
+        ((kind, values),) = entry.items()
+        if not values:
+            raise ConfigError(f"tune.space.{key}.{kind} is empty")
+        if kind != "choice":
+            _check_range(key, kind, values)
+            if config.tune.algorithm == "grid":
+                raise ConfigError(f"tune.algorithm=grid accepts choice only: tune.space.{key}")
+    corners = {key: _examples(entry)[0] for key, entry in space.items()}
+    name = run_name(str(config.name), "00000_00000")  # as long as Tune's
+    for key, entry in space.items():
+        for value in _examples(entry):
+            trial_config(config, corners | {key: value}, name)
+
+
+def _check_range(key: str, kind: str, values: list[Any]) -> None:
+    numbers = all(isinstance(value, (int, float)) for value in values)
+    if len(values) != 2 or not numbers or not values[0] < values[1]:
+        raise ConfigError(f"tune.space.{key}.{kind} needs two increasing numbers, not {values}")
+    if kind == "log_uniform" and values[0] <= 0:
+        raise ConfigError(f"tune.space.{key}.log_uniform must start above 0, not at {values[0]}")
+
+
+def _examples(entry: SearchDomain) -> list[Any]:
+    """Representative values of a range or choice."""
+    ((kind, values),) = entry.items()
+    if kind in {"uniform", "log_uniform"}:
+        low, high = values
+        return [low, low + (high - low) / math.pi, high]  # the second is not a round number
+    return values
+
+
+def sweep_folder(config: Config, name: str) -> Folder:
+    return Folder(config.storage) / layout.SWEEPS / name
+
+
+def run_name(sweep: str, trial_id: str) -> str:
+    """Name of the run of a trial."""
+    return f"{sweep}-{trial_id}"
+
+
+def read_trials(config: Config, sweep: str) -> list[Trial]:
+    """All trials of a sweep that have started, in the order of their ids."""
+    return TrialReader(config, sweep).read()
+
+
+class TrialReader:
+    """Reads the trials of a sweep repeatedly; the initial settings of each run only once."""
+
+    def __init__(self, config: Config, sweep: str) -> None:
+        self._config = config
+        self._sweep = sweep
+        self._runs = Folder(config.storage) / layout.RUNS
+        self._pattern = re.compile(re.escape(run_name(sweep, "")) + _TRIAL_ID)
+        self._begun: dict[str, Trial | None] = {}  # by run; None for one that is not a trial
+
+    def read(self) -> list[Trial]:
+        """All trials that have started, in the order of their ids."""
+        trials = {}
+        for name in self._runs.names():
+            begun = self._begun_trial(name)
+            if begun is not None:
+                history = (self._runs / name).read_json_lines(layout.METRICS)
+                trials[begun.trial_id] = replace(begun, history=history)
+        failed = sweep_folder(self._config, self._sweep) / FAILED
+        for name in failed.names():
+            trial_id, said = name.removesuffix(".json"), failed.read_json(name)
+            begun = trials.get(trial_id)
+            if begun is None:
+                begun = Trial(trial_id, None, {}, [], self._config.train)
+            trials[trial_id] = replace(
+                begun, parameters=said["parameters"], problem=said["problem"]
+            )
+        return [trials[trial_id] for trial_id in sorted(trials)]
+
+    def _begun_trial(self, name: str) -> Trial | None:
+        """The trial of a run, without its epochs; None if the run is not a trial."""
+        matched, folder = self._pattern.fullmatch(name), self._runs / name
+        if matched is None or (name not in self._begun and not folder.exists(layout.RUN)):
+            return None
+        if name not in self._begun:
+            run = Run(folder, read_run_info(folder))
+            saved = run.saved_config()
+            flat = flatten(saved)
+            parameters = {key: flat.get(key) for key in self._config.tune.space}
+            # A run that was merely named like a trial has another MLflow experiment.
+            is_trial = saved.tracking.experiment == self._sweep
+            begun = Trial(matched.group(1), run, parameters, [], saved.train)
+            self._begun[name] = begun if is_trial else None
+        return self._begun[name]

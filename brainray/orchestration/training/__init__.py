@@ -1,0 +1,1 @@
+"""Training of a run: one driver, and a worker on every rank."""

@@ -1,0 +1,107 @@
+"""Training of one recipe on several label draws."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from brainray import layout
+from brainray.config import Config
+from brainray.engine.compare import intervals_of_mean_gains
+from brainray.engine.draws import summarise_draws
+from brainray.engine.evaluate import Metrics
+from brainray.errors import ConfigError
+from brainray.log import Log, log
+from brainray.orchestration.run import Run, check_same_draw, groups_of_test_slices, open_run
+from brainray.orchestration.training.driver import TrainedRun, train
+from brainray.report.draws_table import draws_table
+from brainray.storage import Folder
+
+_TABLE = "table.md"
+
+
+@dataclass(frozen=True)
+class DrawnRuns:
+    """The runs of all draws, and the metrics over them."""
+
+    folder: Folder
+    runs: list[TrainedRun]
+    metrics: Metrics
+
+
+def train_draws(config: Config, log: Log = log) -> DrawnRuns:
+    """Train ``config`` on ``evaluation.num_label_draws`` label draws, or resume them.
+
+    Each draw is a separate run, ``NAME-draw1`` and so on, so finished draws are never repeated.
+    ``evaluation.control`` refers to the runs of a control in the same way.
+
+    Raises:
+        BrainrayError: settings or data with which training cannot start, or a control with a
+            missing draw.
+    """
+    if config.name is None:
+        raise ConfigError("training needs a run name: give --set name=NAME")
+    num_draws = config.evaluation.num_label_draws
+    name = config.evaluation.control
+    controls = [] if name is None else [_control(config, name, i) for i in range(num_draws)]
+    runs = []
+    for number in range(num_draws):
+        log(f"label draw {number + 1} of {num_draws}: run {draw_name(config.name, number)}")
+        runs.append(train(_of_draw(config, number), log))
+    metrics = summarise_draws(
+        [run.metrics for run in runs],
+        [control.folder.read_json(layout.SUMMARY) for control in controls] or None,
+        _intervals([run.run for run in runs], controls, config),
+    )
+    folder = Folder(config.storage) / layout.DRAWS / config.name
+    folder.write_bytes(_TABLE, (draws_table(metrics) + "\n").encode())
+    folder.write_json(layout.SUMMARY, metrics)
+    return DrawnRuns(folder, runs, metrics)
+
+
+def draw_name(name: str, number: int) -> str:
+    """Name of a draw's run; ``number`` counts from 0."""
+    return f"{name}-draw{number + 1}"
+
+
+def _of_draw(config: Config, number: int) -> Config:
+    assert config.name is not None, "checked by the caller"
+    control = config.evaluation.control
+    split = config.split.model_copy(update={"seed": config.split.seed + number})
+    evaluation = config.evaluation.model_copy(
+        update={"control": None if control is None else draw_name(control, number)}
+    )
+    return config.model_copy(
+        update={
+            "name": draw_name(config.name, number),
+            "split": split,
+            "evaluation": evaluation,
+        }
+    )
+
+
+def _control(config: Config, control: str, number: int) -> Run:
+    run = open_run(Folder(config.storage), draw_name(control, number))
+    if not run.is_complete:
+        raise ConfigError(
+            f"evaluation.control={control}: its run {draw_name(control, number)} is not complete; "
+            "first train the control on the same number of label draws"
+        )
+    check_same_draw(_of_draw(config, number).split, run, f"evaluation.control={control}")
+    return run
+
+
+def _intervals(
+    runs: Sequence[Run], controls: Sequence[Run], config: Config
+) -> dict[str, tuple[float, float]]:
+    """Intervals of the mean gains over the controls, for new subjects; empty if predictions are
+    missing.
+    """
+    ours, theirs = ([run.predictions() for run in side] for side in (runs, controls))
+    if not theirs or any(each is None for each in [*ours, *theirs]):
+        return {}
+    return intervals_of_mean_gains(
+        ours,
+        theirs,
+        groups_of_test_slices(runs[0].folder),
+        num_resamples=config.evaluation.bootstrap_resamples,
+        seed=config.seed,
+    )

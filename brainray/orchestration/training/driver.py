@@ -1,0 +1,313 @@
+"""The driver of a training: start or resume the run, fit, follow its progress, report."""
+
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow.compute as pc
+import ray
+from torch import Tensor
+
+from brainray import layout
+from brainray.config import WEIGHTS_OF_NO_SLICE, Config, EvaluationConfig
+from brainray.engine.evaluate import Metrics, summarise
+from brainray.engine.state import load_checkpoint
+from brainray.errors import ConfigError, DataError
+from brainray.log import Log, log
+from brainray.models.encoder import build_encoder
+from brainray.orchestration.lock import held
+from brainray.orchestration.pretraining.driver import warm_up
+from brainray.orchestration.progress import Follower
+from brainray.orchestration.publish import begin_tracking, send_run
+from brainray.orchestration.ray_train import (
+    train_on_workers,
+)
+from brainray.orchestration.reporting import (
+    about_software,
+    against_control,
+    check_compared_runs,
+    write_run_page,
+)
+from brainray.orchestration.resources import WorkerResources, alive_nodes, plan_workers
+from brainray.orchestration.run import Run, begin_run, groups_of_test_slices, name_of_run
+from brainray.orchestration.store import (
+    ImageStore,
+    as_store_was_made,
+    differing_settings,
+    versions_of,
+)
+from brainray.orchestration.training.provenance import record_submission
+from brainray.orchestration.training.worker import train_worker
+from brainray.report.maps import run_maps
+from brainray.report.run_figures import draw_run_figures
+from brainray.schema import LABELLED, TRAIN, VALIDATION
+from brainray.storage import Folder
+
+_ALIGNED = ("consistency", "anchored")  # objectives that learn pseudo-labels
+_MAX_CLASS_SHIFT = 0.2
+_FAR_MORE = 1.5  # times the requested share
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A finished run and its reported metrics."""
+
+    run: Run
+    metrics: Metrics
+    mlflow_run_id: str | None
+    tracking_uri: str
+
+
+@dataclass(frozen=True)
+class Training:
+    """A started or resumed run, and the workers that train it."""
+
+    config: Config  # with the preprocessing and split of the store
+    store: ImageStore
+    run: Run
+    workers: WorkerResources
+
+
+def train(config: Config, log: Log = log) -> TrainedRun:
+    """Train the run ``config.name`` on the store ``config.dataset``, or resume it.
+
+    Raises:
+        BrainrayError: settings or data with which training cannot start, or a collapse.
+        ray.train.TrainingFailedError: workers were lost more often than ``train.max_failures``.
+    """
+    with begun_training(config, log) as training:
+        config, run = training.config, training.run
+        tracking = begin_tracking(config, run, log)
+        if not run.is_complete:
+            tracking.tracker.running()
+            try:
+                with Follower(config.train, run, tracking.tracker, log):
+                    fit(training, log)
+                complete_run(training, log)
+            except BaseException as stop:
+                tracking.tracker.finish("FAILED" if isinstance(stop, Exception) else "KILLED")
+                raise
+        elif _names_other_runs(config.evaluation, run):
+            log(
+                f"{run.folder} is complete: to compare it with other runs, rewrite its report with "
+                f"jobs/report.py --set run={config.name} evaluation.control=..."
+            )
+        metrics = run.folder.read_json(layout.SUMMARY)
+        send_run(run, tracking.tracker)
+    if tracking.tracker.problem is not None:
+        log(
+            f"MLflow did not receive everything; it is kept in {run.folder}: send it later with "
+            f"python jobs/track.py --set run={config.name} "
+            + shlex.quote(f"storage={config.storage}")
+        )
+    return TrainedRun(run, metrics, tracking.mlflow_run_id, tracking.uri)
+
+
+def _names_other_runs(evaluation: EvaluationConfig, run: Run) -> bool:
+    """Whether the config compares the run with different runs from those it was started with."""
+    saved = run.saved_config().evaluation
+    asked = (evaluation.control, evaluation.siblings)
+    return asked not in [(None, ()), (saved.control, saved.siblings)]
+
+
+@contextmanager
+def begun_training(config: Config, log: Log) -> Iterator[Training]:
+    """Check what can be checked before workers start, and start the run or find it again.
+
+    Within the block no other job can train the run.
+
+    Raises:
+        BrainrayError: settings or data with which training cannot start, or the run is in use by
+            another job.
+    """
+    config, store, workers = check_training(config)
+    with held(Folder(config.storage), layout.RUNS, name_of_run(config), log):
+        run, resumed = begin_run(config, store, workers.num_workers)
+        _log_beginning(run, resumed, config, store, log)
+        if not run.is_complete:
+            record_submission(config, run, workers)
+        yield Training(config, store, run, workers)
+
+
+def check_training(config: Config) -> tuple[Config, ImageStore, WorkerResources]:
+    """The config with the store's settings, the store, and the workers that will train.
+
+    Raises:
+        BrainrayError: no such store, or settings that do not fit it or the Ray cluster.
+    """
+    if config.dataset is None:
+        raise ConfigError("training needs an image store: give --set dataset=NAME")
+    store = ImageStore.open(Folder(config.storage) / layout.DATASETS / config.dataset)
+    config = as_store_was_made(config, store)
+    difference = differing_settings(store.versions, versions_of(store.preprocess))
+    if difference:
+        raise DataError(
+            f"the image store {store.folder} was made by another version of brainray "
+            f"({difference}), which preprocesses slices differently: preprocess again under "
+            "another name"
+        )
+    check_sides(config)
+    check_compared_runs(config, store.data_hash)
+    workers = plan_workers(config.train, alive_nodes())
+    if config.encoder.weights not in WEIGHTS_OF_NO_SLICE:
+        # Fail here within a second rather than on every worker after half a minute.
+        build_encoder(config.encoder.name, config.encoder.weights, len(store.classes))
+    return config, store, workers
+
+
+def fit(training: Training, log: Log, callbacks: Sequence[Any] = ()) -> None:
+    """Train with DDP until the last epoch, from the newest checkpoint if there is one.
+
+    A requested warm-up is trained before the first epoch, unless it exists already.
+    ``callbacks`` are Ray Train's ``UserCallback``s.
+
+    Raises:
+        BrainrayError: an error in a worker that a user can act on, such as a collapse.
+        ray.train.TrainingFailedError: workers were lost more often than ``train.max_failures``.
+    """
+    config, run, workers = training.config, training.run, training.workers
+    settings = {
+        "config": config.without_secrets().model_dump(mode="json"),
+        "run": str(run.folder),
+        "store": str(training.store.folder),
+        "start": ray.put(_start(training, log)),
+    }
+    train_on_workers(
+        train_worker,
+        settings,
+        folder=run.folder,
+        workers=workers,
+        config=config.train,
+        callbacks=callbacks,
+    )
+
+
+def _start(training: Training, log: Log) -> str | Mapping[str, Tensor]:
+    """Starting weights of the encoder; not needed once an epoch has left a checkpoint."""
+    has_epochs = bool(training.run.folder.read_json_lines(layout.METRICS))
+    return "random" if has_epochs else warm_up(training.config, training.store, log)
+
+
+def complete_run(training: Training, log: Log) -> None:
+    """Write figures, report and the summary, which comes last and marks the run as complete."""
+    config, run = training.config, training.run
+    metrics = _summarise(config, run)
+    chosen = int(metrics["chosen_epoch"])
+    shift = run.folder.read_json_lines(layout.METRICS)[-1].get("train/class_shift", 0.0)
+    if config.objective.name in _ALIGNED and shift > _MAX_CLASS_SHIFT:
+        log(
+            f"note: the encoder assigns {shift:.0%} of the unlabelled slices to other classes than "
+            "their pseudo-labels, which follow the class mix of the labelled slices: label slices "
+            "drawn at random, or compare with objective.name=supervised"
+        )
+    metrics |= against_control(config, run, chosen, log)
+    maps = run_maps(run.folder, config.evaluation, chosen)
+    draw_run_figures(run.folder, run.classes, chosen, maps)
+    about = _about(training)
+    run.folder.write_json(layout.ABOUT, about)
+    write_run_page(config, run, metrics, about, maps, training.store)
+    run.folder.write_json(layout.SUMMARY, metrics)
+
+
+def _about(training: Training) -> dict[str, str]:
+    """How the run was made, for its report."""
+    workers = training.workers
+    kind = "GPU" if workers.use_gpu else "CPU"
+    info = training.run.info
+    encoder, learning = training.config.encoder, training.config.self_supervision
+    warm_up = "none"
+    if encoder.pretext != "none":
+        warm_up = (
+            f"{encoder.pretext}, {learning.num_epochs} epochs at {encoder.pretext_image_size} px"
+        )
+    return about_software() | {
+        "store": f"{info['dataset']} (data hash {info['data_hash']})",
+        "slices": ", ".join(f"{n:,} {role}" for role, n in info["num_slices"].items()),
+        "warm-up without labels": warm_up,
+        "workers": f"{workers.num_workers} on {kind}, {workers.cpus_per_worker} CPU(s) each",
+    }
+
+
+def check_sides(config: Config) -> None:
+    """Raises ConfigError if training uses a larger slice size than preprocessing stores."""
+    sides = {"train.image_size": config.train.image_size}
+    if config.encoder.pretext != "none":
+        sides["encoder.pretext_image_size"] = config.encoder.pretext_image_size
+    for key, side in sides.items():
+        if side > config.preprocess.image_size:
+            raise ConfigError(
+                f"{key} ({side}) exceeds preprocess.image_size ({config.preprocess.image_size}): "
+                "lower the former, or preprocess again with a larger preprocess.image_size"
+            )
+
+
+def _summarise(config: Config, run: Run) -> Metrics:
+    """Metrics of the chosen epoch, and under ``last/`` those of the last epoch."""
+    history = run.folder.read_json_lines(layout.METRICS)
+    # The kept best epoch: a run that was started with another rule may have chosen another.
+    chosen, last = load_checkpoint(run.folder / layout.BEST).epoch, len(history)
+    metrics: Metrics = {"chosen_epoch": float(chosen), "num_epochs": float(last)}
+    for epoch, folder, prefix in ((chosen, layout.BEST, ""), (last, layout.LAST, "last/")):
+        checkpoint = load_checkpoint(run.folder / folder)
+        logged = history[epoch - 1]
+        if run.folder.exists(layout.predictions_file(epoch)):
+            figures = summarise(
+                run.folder.read_table(layout.predictions_file(epoch)),
+                run.folder.read_table(layout.SEEN),
+                run.classes,
+                checkpoint.clusters.class_of_cluster.numpy(),
+                num_resamples=config.evaluation.bootstrap_resamples,
+                seed=config.seed,
+                groups=groups_of_test_slices(run.folder),
+                temperature=logged["validation/temperature"],
+            )
+            metrics |= {f"{prefix}{name}": value for name, value in figures.items()}
+        metrics |= {
+            f"{prefix}{name}": value
+            for name, value in logged.items()
+            if name.startswith(("validation/", "cluster/", "train/loss/"))
+        }
+    metrics |= {f"time/{key}": value for key, value in _mean_times(history).items()}
+    return metrics
+
+
+def _mean_times(history: list[dict[str, float]]) -> dict[str, float]:
+    names = [name for name in history[-1] if name.startswith("time/")]
+    return {
+        name.removeprefix("time/"): sum(epoch.get(name, 0.0) for epoch in history) / len(history)
+        for name in names
+    }
+
+
+def _log_beginning(run: Run, resumed: bool, config: Config, store: ImageStore, log: Log) -> None:
+    if run.is_complete:
+        log(f"run {run.folder}: complete, nothing to train")
+    elif resumed:
+        num_epochs = len(run.folder.read_json_lines(layout.METRICS))
+        log(f"run {run.folder}: resuming after {num_epochs} epochs")
+    else:
+        num_slices, split = run.info["num_slices"], config.split
+        counts = ", ".join(f"{count} {role}" for role, count in num_slices.items())
+        log(f"run {run.folder}: new, training slices: {counts}")
+        read = num_slices[LABELLED] + num_slices[VALIDATION]
+        if split.labelled_fraction < 1:
+            index = store.index()
+            labels = index.filter(pc.equal(index["split"], TRAIN))["label"]
+            log(
+                f"the run reads {read} of {len(labels) - labels.null_count} labels "
+                f"(split.labelled_fraction={split.labelled_fraction:g}; 1 reads all)"
+            )
+        if num_slices[VALIDATION] > _FAR_MORE * split.validation_fraction * read:
+            log(
+                f"note: {num_slices[VALIDATION]} of these {read} slices are used for validation, "
+                f"more than split.validation_fraction={split.validation_fraction:g}, to keep "
+                "copies and subjects given by metadata together"
+            )
+        weights = config.encoder.weights
+        if weights not in WEIGHTS_OF_NO_SLICE and not run.folder.exists(layout.SEEN_BEFORE):
+            log(
+                f"note: no record of what {weights} was trained on: clean and strict refer to the "
+                "slices of this run only"
+            )

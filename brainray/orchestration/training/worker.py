@@ -1,0 +1,624 @@
+"""Training worker on each rank of Ray Train: train, re-cluster, evaluate and report."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import pyarrow as pa
+import ray.train
+import ray.train.torch
+import torch
+from torch import Tensor
+
+from brainray import dist, layout
+from brainray.clustering.collapse import ClusteringHealth
+from brainray.clustering.seeding import seed_of
+from brainray.config import Config
+from brainray.config_text import parse_config
+from brainray.engine.epoch import (
+    EpochData,
+    EpochResult,
+    EpochTargets,
+    embed,
+    measure_batch_statistics,
+    plan_epoch,
+    train_epoch,
+)
+from brainray.engine.evaluate import (
+    Predictions,
+    chosen_epoch,
+    confusion_metrics,
+    gather_predictions,
+    predictions_table,
+    subset_metrics,
+    validation_metrics,
+)
+from brainray.engine.finite import NonFiniteStep
+from brainray.engine.pseudo_labels import class_shares, class_shift, pseudo_labels
+from brainray.engine.recipe import (
+    PRECISION_BITS,
+    agreed_precision,
+    build_average,
+    build_objective,
+    build_optimizer,
+    image_side,
+    ramp,
+    resume_schedule,
+)
+from brainray.engine.recluster import ClusterModel, Reclustering, recluster, recluster_in_health
+from brainray.engine.shard import (
+    Images,
+    PixelScale,
+    RankData,
+    SliceShard,
+    sample_keys,
+)
+from brainray.engine.state import (
+    Checkpoint,
+    Resumable,
+    TrainerState,
+    checkpoint_bytes,
+    keep_as_best,
+    load_checkpoint,
+    load_resumable,
+    newest_resumable,
+    rows_of_keys,
+    save_resumable,
+)
+from brainray.errors import DivergenceError
+from brainray.log import log
+from brainray.models.encoder import Encoder, EncoderOutput, build_encoder
+from brainray.orchestration.ray_train import (
+    configure_rank,
+    distributed,
+    raise_on_all_ranks,
+    return_user_errors,
+)
+from brainray.orchestration.run import read_run_info
+from brainray.orchestration.store import ImageStore
+from brainray.orchestration.training.rank_data import load_rank_data
+from brainray.schema import (
+    FITTED,
+    subset_masks,
+    tells_of_classes,
+)
+from brainray.storage import Folder
+
+_HEARTBEAT_S = 30.0
+_MAX_NAMED = 8  # slices in an error
+_MAX_CONFUSED = 20  # classes: with more, the confusion matrix is not logged every epoch
+
+
+@return_user_errors
+def train_worker(settings: dict[str, Any]) -> None:
+    """Ray Train's entry point on every rank."""
+    config, start = parse_config(settings["config"]), ray.get(settings["start"])
+    _train(config, start, Folder(settings["run"]), Folder(settings["store"]))
+
+
+def _train(
+    config: Config, start: str | Mapping[str, Tensor], run: Folder, store_folder: Folder
+) -> None:
+    context = ray.train.get_context()
+    device = ray.train.torch.get_device()
+    configure_rank()
+    torch.manual_seed(config.seed)
+    with raise_on_all_ranks(device):
+        store = ImageStore.open(store_folder, read_run_info(run)["data_hash"])
+        rank, num_ranks = context.get_world_rank(), context.get_world_size()
+        data = load_rank_data(config, run, store, device, rank, num_ranks)
+        encoder = build_encoder(config.encoder.name, start, len(store.classes))
+        test_slices = run.read_table(layout.TEST_SLICES)
+    trainer = _Trainer(config, run, store, data, test_slices, encoder, device)
+    with raise_on_all_ranks(device):
+        newest = _newest_epoch(run) if rank == 0 else 0
+    # All ranks resume from one checkpoint, even if storage shows a new file to only some of them.
+    epoch = int(dist.broadcast_from_first(torch.tensor(newest, device=device)))
+    with raise_on_all_ranks(device):
+        if epoch:
+            trainer.resume(epoch)
+    trainer.start()
+    while trainer.epoch < config.train.num_epochs:
+        trainer.run_epoch()
+    trainer.finish()
+
+
+def _newest_epoch(run: Folder) -> int:
+    """Epoch of the checkpoint to resume from; 0 if there is none."""
+    newest = newest_resumable(run, say=log)
+    return 0 if newest is None else newest.checkpoint.epoch
+
+
+@dataclass
+class _Timer:
+    """Seconds spent in the parts of one epoch."""
+
+    seconds: dict[str, float]
+
+    @contextmanager
+    def measure(self, part: str) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        elapsed = time.monotonic() - started
+        self.seconds[part] = self.seconds.get(part, 0.0) + elapsed
+
+
+class _Trainer:
+    """One rank's state between epochs, and the steps of an epoch."""
+
+    def __init__(
+        self,
+        config: Config,
+        run: Folder,
+        store: ImageStore,
+        data: RankData,
+        test_slices: pa.Table,
+        encoder: Encoder,
+        device: torch.device,
+    ) -> None:
+        self.config = config
+        self.run = run
+        self.classes = store.classes
+        self.scale = PixelScale(store.pixel_mean, store.pixel_std)
+        self.data = data
+        self.device = device
+        self.precision = agreed_precision(config.train.precision, device)
+        self.objective = build_objective(config.objective)
+        self.sizes = self.objective.step_sizes(
+            config.train.labelled_batch_size_per_worker, config.train.batch_size_per_worker
+        )
+        self.encoder: Encoder = encoder.to(device).to(memory_format=torch.channels_last)
+        num_unlabelled = self._count(data.unlabelled)
+        plan = plan_epoch(
+            self._count(data.labelled),
+            num_unlabelled,
+            config.train.batch_size_per_worker,
+            dist.world_size(),
+        )
+        self.steps = plan.num_steps
+        self.pool = data.unlabelled if plan.has_pool else data.labelled
+        if num_unlabelled and not plan.has_pool and self.sizes.unlabelled and dist.rank() == 0:
+            log(
+                f"note: {num_unlabelled} unlabelled slices are fewer than one batch of "
+                f"{config.train.batch_size_per_worker} on each of {dist.world_size()} ranks: they "
+                "are clustered but not used for training"
+            )
+        self.typical = data.unlabelled if plan.is_mostly_unlabelled else data.labelled
+        self.updates = -(-self.steps // config.train.accumulation_steps)  # per epoch
+        self.optimizer, self.scheduler = build_optimizer(
+            self.encoder, config.train, self.updates * config.train.num_epochs
+        )
+        self.model = distributed(self.encoder)
+        self.average = build_average(self.encoder, config.train.ema_decay)
+        if config.train.compile:
+            self.model.compile()
+        self.test_slices = test_slices
+        self._tests_each_epoch = config.evaluation.test_each_epoch
+        self.epoch = 0
+        self.history: list[dict[str, float]] = []
+        self._clustering: tuple[ClusterModel, Tensor] | None = None
+        self._probabilities = torch.empty(0)
+        self._class_shift = 0.0
+
+    @property
+    def evaluated(self) -> Encoder:
+        """The encoder used for embedding, evaluation and checkpoints: the average, if enabled."""
+        return self.encoder if self.average is None else cast(Encoder, self.average.module)
+
+    @property
+    def _side(self) -> int:
+        """Height and width of the slices in this epoch, in pixels."""
+        return image_side(max(self.epoch, 1), self.config.train)
+
+    @property
+    def clusters(self) -> ClusterModel:
+        """The mixture fitted at the end of the last epoch, used in the next."""
+        assert self._clustering is not None, "no mixture has been fitted yet"
+        return self._clustering[0]
+
+    @property
+    def responsibilities(self) -> Tensor:
+        """(n, K) under that mixture, for this rank's labelled, then unlabelled slices."""
+        assert self._clustering is not None, "no mixture has been fitted yet"
+        return self._clustering[1]
+
+    def start(self) -> None:
+        """Fit the first mixture with the initial encoder, unless the run resumes with one."""
+        if dist.rank() == 0:
+            ranks = f"{dist.world_size()} rank" + ("s" if dist.world_size() > 1 else "")
+            log(
+                f"training on {ranks} ({self.device.type}, {self.precision}), "
+                f"{self.steps} steps per epoch"
+            )
+        if self._clustering is None:
+            if dist.rank() == 0:
+                log("clustering the slices with the initial encoder")
+            fitted = self._embed_fitted()
+            self._recluster(fitted)
+            self._probabilities = fitted.logits.softmax(dim=1)
+
+    def resume(self, epoch: int) -> None:
+        """Resume from an epoch's checkpoint; uses no collectives."""
+        newest = load_resumable(self.run, epoch)
+        saved, state = newest.checkpoint, newest.trainer
+        self.evaluated.load_state_dict(saved.encoder.state_dict())
+        if self.average is not None:
+            assert state.trained is not None, "an averaged run saves its trained weights"
+            self.encoder.load_state_dict(state.trained)
+            self.average.n_averaged.fill_(1)  # with 0, the next update would restart the average
+        self.optimizer.load_state_dict(state.optimizer)
+        keys = self.data.fitted_keys.cpu()
+        responsibilities = rows_of_keys(state.keys, state.responsibilities, keys)
+        self._clustering = saved.clusters.to(self.device), responsibilities.to(self.device)
+        probabilities = rows_of_keys(state.keys, state.probabilities, keys)
+        self._probabilities = probabilities.to(self.device)
+        self.epoch = saved.epoch
+        # The schedule is a function of the step, even if the number of ranks has changed.
+        resume_schedule(self.scheduler, self.epoch * self.updates)
+        # The log has report times of an epoch that its checkpoint could not contain yet.
+        logged = {row["epoch"]: row for row in self.run.read_json_lines(layout.METRICS)}
+        self.history = [logged.get(row["epoch"], row) for row in state.history]
+        if dist.rank() == 0:
+            log(f"resuming run after epoch {self.epoch}")
+            keep_as_best(self.run, self.epoch)  # an interrupted job may not have done so
+            self.run.write_json_lines(layout.METRICS, self.history)
+
+    def run_epoch(self) -> None:
+        """Train, embed, re-cluster, evaluate the matching pair, and save it."""
+        timer = _Timer({})
+        started = time.monotonic()
+        self.epoch += 1
+        with timer.measure("train"):
+            trained = self._train_epoch()
+        with timer.measure("embed"):
+            self._settle_batch_statistics()
+            fitted = self._embed_fitted()
+        with timer.measure("recluster"):
+            reclustering, health, collapsed = self._recluster_in_health(fitted)
+            self._probabilities = fitted.logits.softmax(dim=1)
+        with timer.measure("evaluate"):
+            validation = self._predict(self.data.validation)
+            test = self._predict(self.data.test) if self._tests_each_epoch else None
+        metrics: dict[str, float] = {"epoch": float(self.epoch)}
+        metrics |= {f"train/loss/{name}": value for name, value in trained.losses.items()}
+        if self.pool is self.data.unlabelled:
+            metrics["train/class_shift"] = self._class_shift
+        metrics["time/data_wait_s"] = trained.data_wait_s
+        metrics["train/image_size"] = float(self._side)
+        metrics["train/num_workers"] = float(dist.world_size())
+        metrics["train/precision_bits"] = float(PRECISION_BITS[self.precision])
+        metrics["train/learning_rate"] = float(self.scheduler.get_last_lr()[0])
+        metrics |= validation_metrics(validation)
+        metrics |= {
+            "cluster/smallest_share": health.smallest_share,
+            "cluster/largest_share": health.largest_share,
+            "cluster/entropy": health.mean_entropy,
+            "cluster/effective_rank": health.effective_rank,
+            "cluster/spread": health.spread,
+            "cluster/collapsed": float(collapsed),
+            "cluster/kmeans_iterations": float(reclustering.kmeans_iterations),
+            "cluster/gmm_iterations": float(reclustering.gmm_iterations),
+            "cluster/num_reseeded": float(reclustering.num_reseeded),
+        }
+        if health.nmi_previous is not None:
+            metrics["cluster/nmi_previous"] = health.nmi_previous
+        if test is not None:
+            with timer.measure("evaluate"):
+                metrics |= self._test_metrics(test)
+        with timer.measure("report"):
+            self._save(metrics, fitted.z, test, timer, started)
+
+    def finish(self) -> None:
+        """Save the last epoch's checkpoint next to the best one, and predict the test slices.
+
+        Prediction uses the chosen epoch, unless test slices were predicted after every epoch.
+        """
+        with raise_on_all_ranks(self.device):
+            if dist.rank() == 0:
+                last = checkpoint_bytes(self._checkpoint())
+                (self.run / layout.LAST).write_bytes(layout.MODEL, last)
+        if self._tests_each_epoch or self._count(self.data.test) == 0:
+            return
+        with raise_on_all_ranks(self.device):
+            chosen = load_checkpoint(self.run / layout.BEST)
+        clusters = chosen.clusters.to(self.device)
+        encoder = chosen.encoder.to(self.device).to(memory_format=torch.channels_last)
+        output = self._embed(self.data.test.images, encoder)
+        test = self._gathered(self.data.test, output, clusters)
+        with raise_on_all_ranks(self.device):
+            if dist.rank() == 0:
+                table = predictions_table(test, self.classes, self.test_slices)
+                self.run.write_table(layout.predictions_file(chosen.epoch), table)
+
+    def _train_epoch(self) -> EpochResult:
+        try:
+            return train_epoch(
+                self.model,
+                self.optimizer,
+                self.scheduler,
+                self.objective,
+                EpochData(
+                    labelled=self.data.labelled,
+                    unlabelled=self.pool,
+                    targets=self._targets(),
+                    sizes=self.sizes,
+                    steps=self.steps,
+                    scale=self.scale,
+                    augmentation=self.config.augment,
+                    augmentation_unlabelled=self.config.augment_unlabelled,
+                    seed=seed_of(self.config.seed, self.epoch, dist.rank()),
+                    side=self._side,
+                    mixup_alpha=self.config.train.mixup_alpha,
+                ),
+                precision=self.precision,
+                accumulation=self.config.train.accumulation_steps,
+                on_update=self._update_average,
+                on_step=self._heartbeat(),
+            )
+        except NonFiniteStep as stop:
+            culprits = dist.gather_rows(stop.culprits)
+            named = culprits if len(culprits) else dist.gather_rows(stop.batch)
+            raise DivergenceError(
+                f"epoch {self.epoch}, step {stop.step + 1} of {self.steps}: the loss or its "
+                f"gradient is NaN or infinite for {self._samples(named)}: lower "
+                "train.learning_rate or set train.precision=fp32"
+            ) from None
+
+    def _targets(self) -> EpochTargets:
+        """Targets for the pool's slices from the last epoch."""
+        offset = len(self.data.labelled) if self.pool is self.data.unlabelled else 0
+        rows = slice(offset, offset + len(self.pool))
+        probabilities = self._probabilities[rows]
+        shares = class_shares(self.data.labelled.labels, len(self.classes))
+        believed = pseudo_labels(probabilities, shares)
+        self._class_shift = class_shift(probabilities, shares)
+        if self.pool is self.data.unlabelled:
+            believed = believed.overridden_by(self.data.inherited)
+        return EpochTargets(
+            responsibilities=self.responsibilities[rows],
+            pseudo_labels=believed.labels,
+            confidences=believed.confidences,
+            centers=self.clusters.centers,
+            class_of_cluster=self.clusters.class_of_cluster,
+            ramp=ramp(self.epoch, self.config.objective.ramp_epochs),
+        )
+
+    def _update_average(self) -> None:
+        if self.average is not None:
+            self.average.update_parameters(self.encoder)
+
+    def _settle_batch_statistics(self) -> None:
+        """Measure the average's batch statistics; then copy those of rank 0 to every rank.
+
+        Since the last step, each rank's batch normalisation has its own statistics, but all slices
+        must be embedded with one encoder, the one that is saved.
+        """
+        if self.average is not None:
+            measure_batch_statistics(
+                self.evaluated,
+                self.typical.images,
+                augmentation=self.config.augment_unlabelled,
+                scale=self.scale,
+                batch_size=self.config.train.embed_batch_size,
+                precision=self.precision,
+                side=self._side,
+            )
+        encoders = [self.encoder] if self.average is None else [self.encoder, self.evaluated]
+        for encoder in encoders:
+            dist.share_buffers(encoder)
+
+    def _heartbeat(self) -> Callable[[int], None]:
+        last = time.monotonic()
+
+        def on_step(step: int) -> None:
+            nonlocal last
+            if dist.rank() == 0 and time.monotonic() - last > _HEARTBEAT_S:
+                last = time.monotonic()
+                log(f"epoch {self.epoch}: step {step + 1} of {self.steps}")
+
+        return on_step
+
+    def _embed(self, images: Images, encoder: Encoder | None = None) -> EncoderOutput:
+        return embed(
+            self.evaluated if encoder is None else encoder,
+            images,
+            scale=self.scale,
+            batch_size=self.config.train.embed_batch_size,
+            precision=self.precision,
+            side=self._side,
+        )
+
+    def _embed_fitted(self) -> EncoderOutput:
+        """Embed the slices that the mixture is fitted on: labelled, then unlabelled.
+
+        Raises:
+            DivergenceError: on every rank, if embeddings or logits are NaN or infinite.
+        """
+        parts = [self._embed(self.data.labelled.images), self._embed(self.data.unlabelled.images)]
+        fitted = EncoderOutput(
+            torch.cat([part.z for part in parts]), torch.cat([part.logits for part in parts])
+        )
+        finite = torch.isfinite(fitted.z).all(dim=1) & torch.isfinite(fitted.logits).all(dim=1)
+        bad = dist.gather_rows(self.data.fitted_keys[~finite])
+        if len(bad):
+            raise DivergenceError(
+                f"epoch {self.epoch}: NaN or infinite embeddings or logits after {self.steps} "
+                f"steps for {self._samples(bad)}: lower train.learning_rate or set "
+                "train.precision=fp32"
+            )
+        return fitted
+
+    def _samples(self, keys: Tensor) -> str:
+        """The slices with these keys (n,), for error messages."""
+        found = sorted(set(self._ids_of(keys)))
+        shown = ", ".join(found[:_MAX_NAMED])
+        more = f" and {len(found) - _MAX_NAMED} more" if len(found) > _MAX_NAMED else ""
+        return f"sample_id {shown}{more}"
+
+    def _recluster_in_health(
+        self, fitted: EncoderOutput
+    ) -> tuple[Reclustering, ClusteringHealth, bool]:
+        before = self._clustering
+
+        def attempt(reseed: bool) -> Reclustering:
+            self._clustering = before
+            return self._recluster(
+                fitted, seed=seed_of(self.config.seed, self.epoch) if reseed else None
+            )
+
+        return recluster_in_health(
+            attempt,
+            fitted.z,
+            self.responsibilities,
+            self.config.clustering,
+            where=f"epoch {self.epoch}",
+            remedy="lower objective.lambda_cluster or train.learning_rate, or warm up the encoder "
+            "before the cluster loss starts",
+            say=log,
+        )
+
+    def _recluster(self, fitted: EncoderOutput, seed: int | None = None) -> Reclustering:
+        """Start from the previous centres, or from K-means++ if there are none or with a seed."""
+        previous, previous_responsibilities = self._clustering or (None, None)
+        reclustering = recluster(
+            fitted.z,
+            self.data.fitted_keys,
+            torch.cat([self.data.labelled.labels, self.data.unlabelled.labels]),
+            config=self.config.clustering,
+            num_classes=len(self.classes),
+            seed=self.config.seed if seed is None else seed,
+            previous=previous if seed is None else None,
+            previous_responsibilities=previous_responsibilities,
+        )
+        self._clustering = reclustering.model, reclustering.responsibilities
+        return reclustering
+
+    def _predict(self, shard: SliceShard) -> Predictions:
+        return self._gathered(shard, self._embed(shard.images), self.clusters)
+
+    def _gathered(
+        self, shard: SliceShard, output: EncoderOutput, clusters: ClusterModel
+    ) -> Predictions:
+        return gather_predictions(clusters, output.z, output.logits, shard.keys, shard.labels)
+
+    def _test_metrics(self, test: Predictions) -> dict[str, float]:
+        """Test metrics of this epoch, for logging only: training never reads them."""
+        if dist.rank() != 0 or len(test.labels) == 0:
+            return {}
+        metrics: dict[str, float] = {}
+        for subset, mask in subset_masks(self.test_slices).items():
+            chosen = test.select(mask)
+            metrics |= subset_metrics(chosen, self.classes, subset)
+            if len(self.classes) <= _MAX_CONFUSED and tells_of_classes(
+                chosen.labels.tolist(), subset
+            ):
+                metrics |= confusion_metrics(chosen, self.classes, f"test/{subset}")
+        for name in ("silhouette", "nmi", "ari", "fmi"):
+            if f"test/clean/cluster/{name}" in metrics:
+                metrics[f"cluster/{name}"] = metrics[f"test/clean/cluster/{name}"]
+        return metrics
+
+    def _save(
+        self,
+        metrics: dict[str, float],
+        z: Tensor,
+        test: Predictions | None,
+        timer: _Timer,
+        started: float,
+    ) -> None:
+        """Write the checkpoint, then the logs: a logged epoch can always be resumed from."""
+        for part in ("train", "embed", "recluster", "evaluate"):
+            metrics[f"time/{part}_s"] = timer.seconds[part]
+        num_images = self.steps * (self.sizes.labelled + self.sizes.unlabelled) * dist.world_size()
+        metrics["time/epoch_s"] = time.monotonic() - started  # until the checkpoint
+        metrics["time/images_per_s"] = num_images / timer.seconds["train"]
+        self.history.append(metrics)
+        keys = dist.gather_rows(self.data.fitted_keys)
+        responsibilities = dist.gather_rows(self.responsibilities)
+        probabilities = dist.gather_rows(self._probabilities)
+        coordinates = dist.gather_rows(self.clusters.coordinates(z))
+        log_likelihood = dist.gather_rows(self.clusters.log_likelihood(z))
+        state = TrainerState(
+            self.optimizer.state_dict(),
+            keys,
+            responsibilities,
+            probabilities,
+            None if self.average is None else self.encoder.state_dict(),
+            self.history,
+        )
+        reported = reported_metrics(self.history)
+        with raise_on_all_ranks(self.device):
+            if dist.rank() == 0:
+                self._write(state, coordinates, log_likelihood, test, started)
+        # The files are already in storage: Ray is only given their location and the metrics.
+        folder = self.run / layout.checkpoint_folder(self.epoch)
+        checkpoint = ray.train.Checkpoint(folder.path, folder.filesystem)
+        ray.train.report(
+            reported,
+            checkpoint=checkpoint if dist.rank() == 0 else None,
+            checkpoint_dir_name=layout.checkpoint_folder(self.epoch),
+            checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD,
+        )
+
+    def _write(
+        self,
+        state: TrainerState,
+        coordinates: Tensor,
+        log_likelihood: Tensor,
+        test: Predictions | None,
+        started: float,
+    ) -> None:
+        """Write the epoch's files (on rank 0), and last the log line that marks it as finished."""
+        writing = time.monotonic()
+        checkpoint = self._checkpoint()
+        is_chosen = chosen_epoch(self.history) == self.epoch
+        kept = {*self.config.evaluation.tsne_epochs, self.config.train.num_epochs}
+        if test is not None and len(test.labels) and (is_chosen or self.epoch in kept):
+            table = predictions_table(test, self.classes, self.test_slices)
+            self.run.write_table(layout.predictions_file(self.epoch), table)
+        fitted = None
+        if is_chosen:
+            fitted = self._fitted_table(state.keys, coordinates, log_likelihood)
+        save_resumable(self.run, Resumable(checkpoint, state), fitted)
+        keep_as_best(self.run, self.epoch)
+        metrics = self.history[-1]
+        metrics["time/report_s"] = time.monotonic() - writing
+        metrics["time/epoch_s"] = time.monotonic() - started
+        self.run.write_json_lines(layout.METRICS, self.history)
+
+    def _checkpoint(self) -> Checkpoint:
+        return Checkpoint(
+            self.config, self.classes, self.scale, self.epoch, self.evaluated, self.clusters
+        )
+
+    def _fitted_table(self, keys: Tensor, coordinates: Tensor, log_likelihood: Tensor) -> pa.Table:
+        columns = [
+            self._ids_of(keys),
+            list(coordinates.cpu().numpy()),
+            log_likelihood.cpu().numpy(),
+        ]
+        arrays = [
+            pa.array(column, field.type) for column, field in zip(columns, FITTED, strict=True)
+        ]
+        return pa.table(arrays, schema=FITTED)
+
+    def _ids_of(self, keys: Tensor) -> list[str]:
+        """``sample_id``s of the slices with these keys (n,)."""
+        ids = self.run.read_table(layout.SEEN, columns=["sample_id"])["sample_id"].to_pylist()
+        by_key = dict(zip(sample_keys(ids).tolist(), ids, strict=True))
+        return [by_key[key] for key in keys.tolist()]
+
+    def _count(self, shard: SliceShard) -> int:
+        return dist.count_across_ranks(len(shard), self.device)
+
+
+def reported_metrics(history: list[dict[str, float]]) -> dict[str, float]:
+    """Metrics reported to Ray after an epoch: those of the epoch whose model is currently the best.
+
+    Validation metrics only, so that nothing else can be used for selection.
+    """
+    kept = history[chosen_epoch(history) - 1]
+    figures = {name: value for name, value in kept.items() if name.startswith("validation/")}
+    return {"epoch": history[-1]["epoch"]} | figures

@@ -1,0 +1,446 @@
+"""Exported models say what prediction says: as ONNX, as safetensors, in MLflow and when served."""
+
+import ast
+import base64
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from importlib.metadata import packages_distributions
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import onnx
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+import torch
+from mlflow import MlflowClient
+
+from brainray.config import Config
+from brainray.config_text import parse_yaml
+from brainray.engine.export import SliceNet, load_safetensors, run_onnx, safetensors_bytes
+from brainray.engine.slice_model import SliceModel, stored_pixels
+from brainray.engine.state import load_checkpoint
+from brainray.errors import BusyError, CheckpointError, ConfigError, DataError, TrackingError
+from brainray.mri.phantom import write_phantoms
+from brainray.orchestration.lock import held
+from brainray.orchestration.prediction import serving
+from brainray.orchestration.prediction.evaluation import evaluate
+from brainray.orchestration.prediction.export import Export, _register, export, served_files
+from brainray.orchestration.prediction.inference import find_predictor
+from brainray.orchestration.prediction.predict import predict
+from brainray.orchestration.preprocessing.preparation import preprocess_file
+from brainray.orchestration.preprocessing.source import FoundFile
+from brainray.orchestration.training.driver import TrainedRun
+from brainray.schema import PREDICTED
+from brainray.storage import Folder
+from brainray.tracking import URI_VARIABLE
+from tests.conftest import tiny_config
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+NUMBERS = ("probabilities", "responsibilities", "confidence", "outlier_score")
+
+
+def config_of(trained: TrainedRun, *overrides: str) -> Config:
+    storage = Path(str(trained.run.folder)).parents[1]
+    return tiny_config(storage, "run=two-ranks", *overrides)
+
+
+@pytest.fixture(scope="module")
+def slices(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """200 slices that the run has not seen, and a file that is none."""
+    folder = tmp_path_factory.mktemp("new") / "slices"
+    write_phantoms(folder, num_training_per_class=50, num_testing_per_class=0, seed=11, size=64)
+    (folder / "broken.jpg").write_text("no image")
+    return sorted(folder.rglob("*.jpg"))
+
+
+@pytest.fixture(scope="module")
+def exported(trained: TrainedRun) -> Export:
+    return export(config_of(trained, "registry.name=brainray-test"), lambda _: None)
+
+
+@pytest.fixture(scope="module")
+def predicted(trained: TrainedRun, slices: list[Path]) -> dict[str, dict[str, Any]]:
+    """What ``jobs/predict.py`` says, by file."""
+    source = slices[0].parents[2]
+    prediction = predict(config_of(trained, f"source={source}", "name=exported"), lambda _: None)
+    parts = [pq.read_table(path) for path in Path(str(prediction.folder)).glob("part-*.parquet")]
+    return {str(source / row["path"]): row for row in pa.concat_tables(parts).to_pylist()}
+
+
+def local(exported: Export) -> Path:
+    return Path(str(exported.folder))
+
+
+def assert_same(rows: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    assert len(rows) == len(expected)
+    for row, wanted in zip(rows, expected, strict=True):
+        for name in ("class", "cluster", "cluster_class", "sample_id", "reason"):
+            assert row[name] == wanted[name], name
+        for name in NUMBERS:
+            if wanted[name] is None:
+                assert row[name] is None
+            else:
+                np.testing.assert_allclose(row[name], wanted[name], atol=1e-4)
+
+
+@pytest.mark.slow
+def test_onnx_safetensors_and_mlflow_agree_with_prediction_on_200_slices(
+    trained: TrainedRun,
+    exported: Export,
+    slices: list[Path],
+    predicted: dict[str, dict[str, Any]],
+) -> None:
+    readable = [path for path in slices if path.name != "broken.jpg"]
+    assert len(readable) == 200
+    model = mlflow.pyfunc.load_model(str(local(exported) / "mlflow"))
+    from_paths = model.predict(pd.DataFrame({"path": [str(path) for path in slices]}))
+    assert list(from_paths.columns) == PREDICTED.names
+    assert_same(from_paths.to_dict("records"), [predicted[str(path)] for path in slices])
+    from_bytes = model.predict(pd.DataFrame({"image": [path.read_bytes() for path in slices]}))
+    assert_same(from_bytes.to_dict("records"), [predicted[str(path)] for path in slices])
+
+    checkpoint, preprocess = load_safetensors(local(exported) / "model.safetensors")
+    rows = [
+        dict(row)
+        for path in readable
+        for row in preprocess_file(path.read_bytes(), FoundFile("", 0, 0), preprocess, b"salt")
+    ]
+    stored = pa.table({name: [row[name] for row in rows] for name in ("image", "height", "width")})
+    images = stored_pixels(stored, checkpoint.config.train.image_size).astype(np.float32)
+    outputs = run_onnx((local(exported) / "model.onnx").read_bytes(), images)
+    for name in ("probabilities", "responsibilities"):
+        expected = np.stack([predicted[str(path)][name] for path in readable])
+        np.testing.assert_allclose(outputs[name], expected, atol=1e-4)
+    likelihood = np.array([predicted[str(path)]["log_likelihood"] for path in readable])
+    np.testing.assert_allclose(outputs["log_likelihood"], likelihood, rtol=1e-3, atol=1e-2)
+    one = run_onnx((local(exported) / "model.onnx").read_bytes(), images[:1])
+    told = onnx.load(local(exported) / "model.onnx").metadata_props
+    assert {entry.key: json.loads(entry.value) for entry in told}["classes"] == trained.run.classes
+    np.testing.assert_allclose(one["probabilities"], outputs["probabilities"][:1], atol=1e-5)
+
+
+@pytest.mark.slow
+def test_an_export_says_what_it_is(exported: Export, trained: TrainedRun) -> None:
+    names = {path.name for path in local(exported).iterdir()}
+    assert names == {"README.md", "fitted.parquet", "mlflow", "model.onnx", "model.safetensors"}
+    card = (local(exported) / "README.md").read_text()
+    assert "For research only" in card
+    assert "opset 18" in card
+    assert f"{trained.metrics['test/clean/head/accuracy']:.3f}" in card
+    assert exported.metrics["onnx/largest_difference"] <= 1e-4
+    pickles = [path for path in local(exported).rglob("*") if path.suffix in {".pkl", ".pt"}]
+    assert not pickles
+    client = MlflowClient(trained.tracking_uri)
+    (registered,) = client.search_model_versions("name='brainray-test'")
+    assert registered.run_id == trained.mlflow_run_id == exported.mlflow_run_id
+
+
+@pytest.mark.slow
+def test_a_served_model_answers_a_request(
+    exported: Export, slices: list[Path], predicted: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    model = ["-m", str(local(exported) / "mlflow"), "--env-manager", "local"]
+    where = ["--host", "127.0.0.1", "--port", str(port)]
+    # Without the checkout on its path: the model brings its code along.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "mlflow", "models", "serve", *model, *where],
+            cwd=tmp_path,
+            env=environment,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    try:
+        _wait_until_up(server, address, tmp_path / "log")
+        encoded = [base64.b64encode(path.read_bytes()).decode() for path in slices[:2]]
+        from_bytes = _ask(address, [{"image": text} for text in encoded])
+        paths = [*map(str, slices[:2]), str(tmp_path / "absent.jpg")]
+        from_paths = _ask(address, [{"path": path} for path in paths])
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(timeout=60)
+    expected = [predicted[str(path)] for path in slices[:2]]
+    assert_same(from_bytes, expected)
+    assert_same(from_paths[:2], expected)
+    assert from_paths[2]["reason"] == "unreadable file"
+    assert from_paths[2]["class"] is None
+
+
+def _ask(address: str, records: list[dict[str, str]]) -> list[dict[str, Any]]:
+    request = urllib.request.Request(
+        f"{address}/invocations",
+        json.dumps({"dataframe_records": records}).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=120) as response:
+        rows: list[dict[str, Any]] = json.loads(response.read())["predictions"]
+    return rows
+
+
+def _wait_until_up(server: "subprocess.Popen[bytes]", address: str, log: Path) -> None:
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        assert server.poll() is None, log.read_text()
+        try:
+            urllib.request.urlopen(f"{address}/ping", timeout=5).close()
+            return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.5)
+    raise AssertionError(log.read_text())
+
+
+def test_safetensors_keep_a_checkpoint_whole(trained: TrainedRun, tmp_path: Path) -> None:
+    checkpoint = load_checkpoint(trained.run.folder / "best")
+    preprocess = checkpoint.config.preprocess
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(safetensors_bytes(checkpoint, preprocess))
+    restored, settings = load_safetensors(path)
+    assert settings == preprocess
+    assert restored.config == checkpoint.config
+    assert (restored.classes, restored.scale, restored.epoch) == (
+        checkpoint.classes,
+        checkpoint.scale,
+        checkpoint.epoch,
+    )
+    images = np.random.default_rng(0).uniform(0, 255, (3, 1, 32, 32)).astype(np.float32)
+    _assert_same_output(SliceNet(checkpoint), SliceNet(restored), images)
+    path.write_bytes(b"no such thing")
+    with pytest.raises(CheckpointError, match="not an exported brainray model"):
+        load_safetensors(path)
+
+
+def _assert_same_output(one: SliceNet, two: SliceNet, images: np.ndarray) -> None:
+    with torch.inference_mode():
+        for ours, theirs in zip(
+            one(torch.from_numpy(images)), two(torch.from_numpy(images)), strict=True
+        ):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_the_exported_graph_computes_what_prediction_computes(trained: TrainedRun) -> None:
+    checkpoint = load_checkpoint(trained.run.folder / "best")
+    pixels = np.random.default_rng(1).integers(0, 256, (5, 1, 32, 32), dtype=np.uint8)
+    columns: dict[str, Any] = {name: [f"{row}" for row in range(5)] for name in ("path", "frame")}
+    columns |= {"sample_id": columns["path"], "label": pa.nulls(5, pa.string())}
+    columns |= {"reason": pa.nulls(5, pa.string()), "height": [32] * 5, "width": [32] * 5}
+    columns["image"] = [image.tobytes() for image in pixels]
+    columns["thumbnail"] = pa.array([bytes(96 * 96)] * 5, pa.binary(96 * 96))
+    rows = SliceModel(checkpoint, torch.device("cpu"), "fp32").predict(pa.table(columns))
+    with torch.inference_mode():
+        output = SliceNet(checkpoint)(torch.from_numpy(pixels.astype(np.float32)))
+    for name in ("probabilities", "responsibilities", "log_likelihood"):
+        expected = np.stack(rows[name].to_numpy(zero_copy_only=False))
+        np.testing.assert_allclose(getattr(output, name).numpy(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_run_that_is_still_training_is_not_exported(trained: TrainedRun) -> None:
+    runs = Path(str(trained.run.folder)).parent
+    shutil.copytree(runs / "two-ranks", runs / "unfinished")
+    (runs / "unfinished" / "summary.json").unlink()
+    with pytest.raises(CheckpointError, match="still training \\(2 of 2 epochs"):
+        export(config_of(trained, "run=unfinished"))
+    assert not (Folder(runs.parent) / "exports" / "unfinished").exists()
+
+
+def test_two_exports_of_one_name_do_not_mix(trained: TrainedRun) -> None:
+    config = config_of(trained, "name=twice")
+    with (
+        held(Folder(config.storage), "exports", "twice", print),
+        pytest.raises(BusyError, match="twice"),
+    ):
+        export(config)
+
+
+def test_an_epoch_is_looked_for_in_what_best_really_holds(trained: TrainedRun) -> None:
+    """Runs of an earlier version chose their epoch by another rule than today's."""
+    runs = Path(str(trained.run.folder)).parent
+    shutil.copytree(runs / "two-ranks", runs / "other-rule")
+    run = runs / "other-rule"
+    shutil.rmtree(run / "best")
+    (run / "epoch-0001").rename(run / "best")
+    (run / "epoch-0002").rename(run / "elsewhere")
+    for epoch, folder in ((1, "best"), (2, "last")):
+        found = find_predictor(config_of(trained, "run=other-rule", f"epoch={epoch}"), "the test")
+        assert (found.folder.name, found.checkpoint.epoch) == (folder, epoch)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "message"),
+    [
+        (["run=absent"], DataError, "no run 'absent'"),
+        (
+            ["epoch=7"],
+            CheckpointError,
+            r"no checkpoint of epoch 7: choose one that it keeps \(1, 2\)",
+        ),
+        (["run=null", "checkpoint=/tmp"], CheckpointError, r"contains no model\.pt"),
+        (["run=null", "checkpoint=/tmp", "epoch=1"], ConfigError, "give --set run=NAME"),
+        (["run=null", "checkpoint=/tmp", "registry.name=m", "name=x"], ConfigError, "of a run"),
+    ],
+)
+def test_what_cannot_be_exported_is_named(
+    trained: TrainedRun, overrides: list[str], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        export(config_of(trained, *overrides))
+
+
+def test_a_registration_that_fails_leaves_the_run_finished_and_the_server_as_it_was(
+    trained: TrainedRun,
+) -> None:
+    config = config_of(trained, "registry.name=a/b")
+    with (
+        served_files(find_predictor(config, "the test")) as served,
+        pytest.raises(TrackingError, match="cannot be used"),
+    ):
+        _register(config, trained.run, served, print)
+    assert trained.mlflow_run_id is not None
+    run = MlflowClient(trained.tracking_uri).get_run(trained.mlflow_run_id)
+    assert run.info.status == "FINISHED"
+    assert URI_VARIABLE not in os.environ
+
+
+def test_a_path_that_cannot_be_is_a_row_with_its_reason(
+    trained: TrainedRun, tmp_path: Path
+) -> None:
+    predictor = find_predictor(config_of(trained), "the test")
+    with served_files(predictor) as served:
+        model = serving.ServedModel(served.data)
+    answers = model.predict(
+        pd.DataFrame({"path": ["~nobody.here/a.png", "/a\0b.png", "/none.png"]})
+    )
+    assert answers["reason"].tolist() == ["unreadable file"] * 3
+
+
+def test_a_class_map_that_misses_a_class_is_named(trained: TrainedRun, tmp_path: Path) -> None:
+    write_phantoms(
+        tmp_path / "hospital", num_training_per_class=1, num_testing_per_class=0, seed=1, size=64
+    )
+    source = tmp_path / "hospital" / "Training"
+    (source / "glioma").rename(source / "glioma_tumor")
+    (source / "pituitary").rename(source / "pituitary_tumor")
+    config = config_of(trained, f"source={source}", "classes.map={glioma_tumor: glioma}")
+    with pytest.raises(DataError, match=r"'pituitary_tumor' \(1 files\); .*_tumor=NAME, or leave"):
+        evaluate(config)
+
+
+def test_an_evaluation_leaves_out_what_it_is_told_to_and_replaces_the_last_one_whole(
+    trained: TrainedRun, tmp_path: Path
+) -> None:
+    write_phantoms(
+        tmp_path / "hospital", num_training_per_class=2, num_testing_per_class=0, seed=1, size=64
+    )
+    source = tmp_path / "hospital" / "Training"
+    (source / "glioma").rename(source / "metastasis")
+    (source / "pituitary" / "read me.txt").touch()
+    config = config_of(trained, f"source={source}", "name=elsewhere", "classes.map.metastasis=null")
+    last = Folder(config.storage) / "evaluations" / "elsewhere"
+    last.write_bytes("of the last one", b"")
+    said: list[str] = []
+    scored = evaluate(config, said.append)
+    assert "; left out: 2 without a class; ignored files of other types: 1 (.txt 1)" in said[0]
+    assert scored.metrics["num_ignored_files"] == 1
+    assert scored.metrics["num_without_class"] == 2
+    labels = scored.folder.read_table("predictions.parquet")["label"].to_pylist()
+    assert sorted(set(labels)) == ["meningioma", "notumor", "pituitary"]
+    assert f"{last}: replacing the earlier evaluation of this name" in said
+    assert not last.exists("of the last one")
+    assert last.read_json("metrics.json") == scored.metrics
+    (tmp_path / "hospital").rename(tmp_path / "another")
+    moved = config.model_copy(update={"source": str(tmp_path / "another" / "Training")})
+    with pytest.raises(
+        ConfigError, match=r"elsewhere is the evaluation of another source \(.*hospital/Training\)"
+    ):
+        evaluate(moved)
+    assert last.read_json("metrics.json") == scored.metrics
+
+
+def test_an_evaluation_tells_what_the_run_has_seen_and_which_settings_made_it(
+    trained: TrainedRun, phantoms: Path, tmp_path: Path
+) -> None:
+    write_phantoms(
+        tmp_path / "hospital", num_training_per_class=3, num_testing_per_class=0, seed=1, size=64
+    )
+    source = tmp_path / "hospital" / "Training"
+    seen = trained.run.folder.read_table("seen.parquet").filter(pc.field("role") == "labelled")
+    known = phantoms / seen["path"][0].as_py()
+    for place in ("notumor", "pituitary"):
+        shutil.copy(known, source / place / "known.jpg")
+    (source / "glioma" / "empty.png").write_bytes(b"")
+    said: list[str] = []
+    scored = evaluate(config_of(trained, f"source={source}", "name=told"), said.append)
+    assert "; " not in said[0]  # nothing is left out
+    assert "1 files or slices could not be used: empty file (1)" in said
+    assert "note: slices with a copy of another label in this source: 2" in said
+    twins = scored.folder.read_json("leakage.json")["seen_by_run"]
+    assert [(row["path"], row["twin"]) for row in twins["exact"]] == [
+        (f"{place}/known.jpg", seen["path"][0].as_py()) for place in ("notumor", "pituitary")
+    ]
+    learned_as = seen["label"][0].as_py()
+    assert {(row["twin_label"], row["twin_role"]) for row in twins["exact"]} == {
+        (learned_as, "labelled")
+    }
+    num_others = sum(row["label"] != learned_as for row in twins["exact"])
+    assert f"differently from the copy in the run's data: {num_others} (" in "\n".join(said)
+    assert b"Slices with a duplicate that the run has seen" in scored.folder.read_bytes(
+        "report.html"
+    )
+    clean = {
+        row["path"]: row["clean"]
+        for row in scored.folder.read_table("predictions.parquet").to_pylist()
+    }
+    not_clean = {row["path"] for level in ("exact", "near") for row in twins[level]}
+    assert {path for path, is_clean in clean.items() if not is_clean} == not_clean
+    told = parse_yaml(scored.folder.read_bytes("config.yaml"), "config.yaml")
+    assert told["train"]["num_epochs"] == trained.run.saved_config().train.num_epochs
+    assert (told["run"], told["source"]) == (trained.run.folder.name, str(source))
+
+
+def test_a_served_model_is_given_all_that_its_code_imports() -> None:
+    script = """
+import json, sys
+import brainray.orchestration.prediction.serving
+print(json.dumps([m.__file__ for n, m in sys.modules.items() if n.startswith("brainray.")]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[3],
+    )
+    imported: set[str] = set()
+    for file in json.loads(done.stdout):
+        for node in ast.parse(Path(file).read_text()).body:  # what importing imports
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                imported.add(node.module.partition(".")[0])
+    distributions = packages_distributions()
+    needed = imported - {"brainray"} - sys.stdlib_module_names
+    assert {"torch", "numba"} <= needed
+    given = {name.lower() for name in serving.REQUIREMENTS}
+    for module in needed:
+        names = {name.lower() for name in distributions[module]}
+        assert names & given, f"{module}, of {names}, is not among REQUIREMENTS"

@@ -1,0 +1,271 @@
+"""Prediction for a folder as users have them: mixed formats, broken files, cut and resumed."""
+
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from brainray.config import Config
+from brainray.errors import CheckpointError, ConfigError, DataError
+from brainray.mri import decode, intracranial
+from brainray.mri.intracranial import VERSION
+from brainray.orchestration.prediction.evaluation import evaluate
+from brainray.orchestration.prediction.inference import _Embedder, find_predictor, predicted_blocks
+from brainray.orchestration.prediction.predict import Prediction, _begin, predict
+from brainray.orchestration.preprocessing.preparation import UNREADABLE
+from brainray.orchestration.preprocessing.source import SourceFile, find_images
+from brainray.orchestration.training.driver import TrainedRun
+from brainray.schema import PREDICTED_FILES
+from brainray.storage import Folder
+from tests.conftest import tiny_config
+from tests.mri.test_nifti import ball, make_nifti
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+@pytest.fixture(scope="module")
+def inbox(phantoms: Path, trained: TrainedRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Slices without class folders, one of training, a text file and an empty one named .jpg."""
+    folder = tmp_path_factory.mktemp("inbox")
+    for number, path in enumerate(sorted((phantoms / "Testing").rglob("*.jpg"))[:6]):
+        (folder / f"scan{number}.jpg").write_bytes(path.read_bytes())
+    seen = trained.run.folder.read_table("seen.parquet").to_pylist()
+    learned = next(row["path"] for row in seen if row["role"] == "labelled")
+    (folder / "deep" / "er").mkdir(parents=True)
+    (folder / "deep" / "er" / "known.jpg").write_bytes((phantoms / learned).read_bytes())
+    (folder / "text.jpg").write_text("no image")
+    (folder / "empty.jpg").touch()
+    (folder / "notes.txt").write_text("ignored")
+    return folder
+
+
+def config_of(trained: TrainedRun, source: Path, *overrides: str) -> Config:
+    storage = Path(str(trained.run.folder)).parents[1]
+    return tiny_config(storage, "run=two-ranks", f"source={source}", *overrides)
+
+
+@pytest.fixture(scope="module")
+def prediction(trained: TrainedRun, inbox: Path) -> Prediction:
+    return predict(config_of(trained, inbox, "name=inbox"))
+
+
+def rows_of(prediction: Prediction) -> dict[str, dict[str, Any]]:
+    parts = [pq.read_table(path) for path in sorted(Path(str(prediction.folder)).glob("part-*"))]
+    rows = pa.concat_tables(parts).to_pylist()
+    assert len({(row["path"], row["frame"]) for row in rows}) == len(rows)
+    return {row["path"]: row for row in rows}
+
+
+def test_files_are_decoded_apart_from_the_actor_that_embeds(
+    trained: TrainedRun, inbox: Path
+) -> None:
+    config = config_of(trained, inbox)
+    files = [SourceFile(file, None, None, None) for file in find_images(Folder(inbox))[0]]
+    blocks = predicted_blocks(files, config, find_predictor(config, "the test")).materialize()
+    stages = blocks.stats()
+    assert "MapBatches(decode_files)" in stages
+    assert "MapBatches(_Embedder)" in stages
+    assert "MapBatches(decode_files)->MapBatches(_Embedder)" not in stages
+
+
+def test_an_actor_does_not_predict_with_another_epoch_than_the_rest(trained: TrainedRun) -> None:
+    best = trained.run.folder / "best"
+    chosen = int(trained.metrics["chosen_epoch"])
+    assert _Embedder(best, chosen, "fp32", "cpu").model.checkpoint.epoch == chosen
+    with pytest.raises(CheckpointError, match=f"now contains epoch {chosen}, not 99 as when"):
+        _ = _Embedder(best, 99, "fp32", "cpu").model  # another has taken its place since
+
+
+def test_every_file_has_a_row(prediction: Prediction, trained: TrainedRun) -> None:
+    rows = rows_of(prediction)
+    assert len(rows) == 9
+    assert {path for path, row in rows.items() if row["reason"]} == {"text.jpg", "empty.jpg"}
+    for row in rows.values():
+        assert set(row) == set(PREDICTED_FILES.names)
+        if row["reason"] is not None:
+            assert row["class"] is None
+            continue
+        assert row["class"] in trained.run.classes
+        assert np.isclose(sum(row["probabilities"]), 1, atol=1e-5)
+        assert np.isclose(sum(row["responsibilities"]), 1, atol=1e-5)
+        assert np.isclose(row["confidence"], max(row["probabilities"]))
+        assert 0 <= row["outlier_score"] <= 1
+        assert len(row["nearest"]) == 5
+        assert row["nearest_distance"] == sorted(row["nearest_distance"])
+    assert prediction.metrics["num_predicted"] == 7
+    assert prediction.metrics["num_rejected"] == 2
+
+
+def test_a_slice_of_the_training_set_is_its_own_nearest(prediction: Prediction) -> None:
+    row = rows_of(prediction)["deep/er/known.jpg"]
+    assert row["nearest"][0] == row["sample_id"]
+    assert row["nearest_distance"][0] < 1e-2
+
+
+def test_prediction_and_evaluation_agree(
+    prediction: Prediction, trained: TrainedRun, phantoms: Path
+) -> None:
+    scored = evaluate(config_of(trained, phantoms, "name=scored"))
+    by_id = {
+        row["sample_id"]: row for row in scored.folder.read_table("predictions.parquet").to_pylist()
+    }
+    compared = 0
+    for row in rows_of(prediction).values():
+        if row["sample_id"] in by_id:
+            expected = by_id[row["sample_id"]]
+            np.testing.assert_allclose(row["probabilities"], expected["probabilities"], atol=1e-4)
+            assert row["cluster"] == expected["cluster"]
+            compared += 1
+    assert compared >= 6
+
+
+def test_a_run_on_slices_that_would_be_made_otherwise_now_does_not_predict(
+    trained: TrainedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(str(trained.run.folder), tmp_path / "runs" / "brains")
+    run = Folder(tmp_path) / "runs" / "brains"
+    config = tiny_config(tmp_path, "run=brains")
+    info = run.read_json("run.json")
+    assert info["versions"] == {"decode_version": decode.VERSION}
+    info["preprocess"]["skull_strip"] = "intracranial"
+    run.write_json("run.json", info)  # as a run that was begun before versions were kept
+    with pytest.raises(CheckpointError, match=r"intracranial_version: None here, \d+ requested"):
+        find_predictor(config, "this test")
+    versions = info["versions"] | {"intracranial_version": VERSION}
+    run.write_json("run.json", info | {"versions": versions})
+    assert find_predictor(config, "this test").preprocess.skull_strip == "intracranial"
+    monkeypatch.setattr(intracranial, "VERSION", VERSION + 1)
+    with pytest.raises(CheckpointError, match="preprocess and train again"):
+        find_predictor(config, "this test")
+
+
+def test_what_could_not_be_read_is_tried_again(
+    trained: TrainedRun, inbox: Path, prediction: Prediction
+) -> None:
+    first = Path(str(prediction.folder))
+    shutil.copytree(first, first.with_name("again"))
+    part = first.with_name("again") / "part-000000.parquet"
+    rows = pq.read_table(part).to_pylist()
+    for row in rows:
+        if row["path"] in {"scan1.jpg", "scan2.jpg"}:  # as a mount that is away leaves them
+            kept = {"path", "frame", "num_bytes", "mtime_ns"}
+            row |= dict.fromkeys(set(row) - kept) | {"reason": UNREADABLE}
+    pq.write_table(pa.Table.from_pylist(rows, PREDICTED_FILES), part)
+    said: list[str] = []
+    again = predict(config_of(trained, inbox, "name=again"), said.append)
+    assert "; 7 are done" in said[0]
+    assert again.metrics == prediction.metrics
+    assert pq.read_table(str(again.folder)).num_rows == len(rows_of(again))  # as others read it
+    assert rows_of(again)["scan1.jpg"]["class"] is not None
+
+
+def test_a_file_that_was_replaced_is_predicted_anew(
+    trained: TrainedRun, inbox: Path, prediction: Prediction, tmp_path: Path
+) -> None:
+    source = tmp_path / "inbox"
+    shutil.copytree(inbox, source)
+    first = Path(str(prediction.folder))
+    again = first.with_name("replaced")
+    shutil.copytree(first, again)
+    settings = json.loads((again / "_settings.json").read_text()) | {"source": str(source)}
+    (again / "_settings.json").write_text(json.dumps(settings))
+    os.utime(source / "scan2.jpg", ns=(0, 10**18))  # another file of the same size, it may be
+    (source / "scan1.jpg").write_bytes((source / "deep" / "er" / "known.jpg").read_bytes())
+    (source / "scan3.jpg").unlink()
+
+    said: list[str] = []
+    after = predict(config_of(trained, source, "name=replaced"), said.append)
+
+    assert "; 7 are done; 2 were replaced and are predicted again" in said[0]
+    rows = rows_of(after)
+    assert rows["scan1.jpg"]["sample_id"] == rows["deep/er/known.jpg"]["sample_id"]
+    assert rows["scan2.jpg"]["mtime_ns"] == 10**18
+    assert rows["scan3.jpg"] == rows_of(prediction)["scan3.jpg"]
+    assert predict(config_of(trained, source, "name=replaced")).metrics == after.metrics
+
+
+@pytest.mark.slow
+def test_the_same_name_goes_on_with_what_is_missing(
+    trained: TrainedRun, inbox: Path, prediction: Prediction
+) -> None:
+    config = config_of(trained, inbox, "name=cut")
+    whole = predict(config)
+    folder = Path(str(whole.folder))
+    part = pq.read_table(folder / "part-000000.parquet")
+    pq.write_table(part.slice(0, 4), folder / "part-000000.parquet")
+    said: list[str] = []
+    resumed = predict(config, said.append)
+    assert "4 are done" in said[0]
+    assert resumed.metrics == whole.metrics
+    assert rows_of(resumed).keys() == rows_of(prediction).keys()
+    assert len(list(folder.glob("part-*"))) == 2
+    (folder / "part-000000.parquet").unlink()
+    assert predict(config).metrics == whole.metrics
+    assert [path.name for path in sorted(folder.glob("part-*"))] == [
+        "part-000001.parquet",
+        "part-000002.parquet",
+    ]
+
+
+def test_another_model_under_the_same_name_does_not_go_on(
+    trained: TrainedRun, inbox: Path, tmp_path: Path
+) -> None:
+    """As after a run was deleted and trained anew."""
+    predictor = find_predictor(config_of(trained, inbox), "this test")
+    config, folder = config_of(trained, inbox, "name=retrained"), Folder(tmp_path / "predictions")
+    _begin(config, predictor, folder)
+    _begin(config, predictor, folder)
+    shutil.copytree(str(predictor.folder), tmp_path / "run" / "best")
+    (tmp_path / "run" / "best" / "model.pt").open("ab").write(b" ")
+    other = replace(predictor, folder=Folder(tmp_path / "run" / "best"))
+    with pytest.raises(ConfigError, match="weights: "):
+        _begin(config, other, folder)
+
+
+@pytest.mark.slow
+def test_slices_of_a_volume_are_rows_of_their_own(trained: TrainedRun, tmp_path: Path) -> None:
+    (tmp_path / "head.nii").write_bytes(make_nifti(ball((48, 52, 40))))
+    prediction = predict(config_of(trained, tmp_path, "name=volume"))
+    part = pq.read_table(Path(str(prediction.folder)) / "part-000000.parquet")
+    assert part.num_rows > 3
+    assert set(part["path"].to_pylist()) == {"head.nii"}
+    assert len(set(part["frame"].to_pylist())) == part.num_rows
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "message"),
+    [
+        (["run=absent"], DataError, "no run 'absent'"),
+        (["source=/absent"], DataError, "no such folder"),
+        (["checkpoint=/tmp"], ConfigError, "needs either"),
+        (["name=inbox", "source=/tmp"], ConfigError, "made with other settings"),
+    ],
+)
+def test_what_cannot_be_predicted_is_named(
+    trained: TrainedRun,
+    inbox: Path,
+    prediction: Prediction,
+    overrides: list[str],
+    error: type[Exception],
+    message: str,
+    tmp_path: Path,
+) -> None:
+    cv2.imwrite(str(tmp_path / "one.png"), np.zeros((64, 64), np.uint8))
+    overrides = [item.replace("source=/tmp", f"source={tmp_path}") for item in overrides]
+    with pytest.raises(error, match=message):
+        predict(config_of(trained, inbox, *overrides))
+
+
+@pytest.mark.slow
+def test_a_folder_without_a_usable_slice_is_refused(trained: TrainedRun, tmp_path: Path) -> None:
+    cv2.imwrite(str(tmp_path / "blank.png"), np.zeros((64, 64), np.uint8))
+    with pytest.raises(DataError, match="none of the 1 files"):
+        predict(config_of(trained, tmp_path, "name=blank"))

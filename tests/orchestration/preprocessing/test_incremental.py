@@ -1,0 +1,253 @@
+"""A second run decodes what is new, and moves nothing that is old."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from brainray.errors import ConfigError, DataError
+from brainray.mri.phantom import write_phantoms
+from brainray.mri.split import draw_roles
+from brainray.orchestration.preprocessing import driver
+from brainray.orchestration.preprocessing.driver import preprocess
+from brainray.orchestration.store import ImageStore
+from brainray.storage import Folder
+from tests.conftest import tiny_config
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_figures() -> Iterator[None]:
+    """Drawing takes most of the time, and nothing here looks at it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(driver, "draw_figures", lambda *_: None)
+        yield
+
+
+def made(storage: Path, source: Path, *overrides: str) -> ImageStore:
+    return preprocess(tiny_config(storage, "name=mri", f"source={source}", *overrides))
+
+
+def pixels(store: ImageStore) -> dict[str, bytes]:
+    table = store.folder.read_table("images", ["path", "image"])
+    return dict(zip(table["path"].to_pylist(), table["image"].to_pylist(), strict=True))
+
+
+def index(store: ImageStore) -> pd.DataFrame:
+    return store.index(thumbnails=True).to_pandas().set_index("path").sort_index()
+
+
+@pytest.fixture(scope="module")
+def stores(
+    phantoms: Path, ray_cluster: None, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """Storage of a store made with the official split, and with one of our own."""
+    folders = {mode: tmp_path_factory.mktemp(mode) for mode in ("official", "grouped")}
+    for mode, folder in folders.items():
+        made(folder, phantoms, f"split.mode={mode}")
+    return folders
+
+
+@pytest.fixture
+def source(phantoms: Path, stores: dict[str, Path], tmp_path: Path) -> Path:
+    """A source that changes, beside ``a``, the storage of its store."""
+    folder = tmp_path / "source"
+    shutil.copytree(phantoms, folder)
+    shutil.copytree(stores["official"], tmp_path / "a")
+    return folder
+
+
+def opened(storage: Path) -> ImageStore:
+    return ImageStore.open(Folder(storage) / "datasets" / "mri")
+
+
+def grow(source: Path) -> set[str]:
+    """Add four slices; touch one, rename one, and replace one by other bytes."""
+    write_phantoms(
+        source.parent / "more", num_training_per_class=1, num_testing_per_class=0, seed=9, size=64
+    )
+    new = set()
+    for path in sorted((source.parent / "more" / "Training").rglob("*.jpg")):
+        target = source / "Training" / path.parent.name / f"new-{path.name}"
+        shutil.copy(path, target)
+        new.add(str(target.relative_to(source)))
+    folder = source / "Training" / "notumor"
+    files = sorted(path for path in folder.iterdir() if not path.name.startswith("new-"))
+    os.utime(files[0], (1, 1))
+    files[1].rename(files[1].with_name("renamed.jpg"))
+    return new
+
+
+def test_only_new_bytes_are_decoded_and_the_store_is_as_if_made_anew(
+    source: Path, tmp_path: Path
+) -> None:
+    before = opened(tmp_path / "a")
+    assert before.manifest["num_files_decoded"] == before.manifest["num_files"]
+    new = grow(source)
+    after = made(tmp_path / "a", source)
+    assert after.manifest["num_files_decoded"] == len(new)
+    fresh = made(tmp_path / "b", source)
+    assert pixels(after) == pixels(fresh)
+    same = ["sample_id", "label", "split", "duplicate_group_id", "thumbnail", "num_bytes"]
+    pd.testing.assert_frame_equal(index(after)[same], index(fresh)[same])
+    for key in ("pixel_mean", "pixel_std", "num_slices", "num_removed_copies"):
+        assert after.manifest[key] == fresh.manifest[key], key
+    assert not (tmp_path / "a" / "datasets" / ".mri.replaced").exists()
+
+
+def test_a_store_that_a_run_goes_on_with_is_not_replaced_by_other_slices(
+    source: Path, tmp_path: Path
+) -> None:
+    before = opened(tmp_path / "a")
+    config = tiny_config(tmp_path / "a", "name=mri", f"source={source}")
+    touched = next((source / "Training").rglob("*.jpg"))
+    os.utime(touched, (1, 1))
+    assert preprocess(config, data_hash=before.data_hash).data_hash == before.data_hash
+    grow(source)
+    with pytest.raises(
+        ConfigError, match=r"the image store .* was left unchanged: update it with jobs/pre"
+    ):
+        preprocess(config, data_hash=before.data_hash)
+    assert index(opened(tmp_path / "a")).equals(index(before))
+
+
+@pytest.mark.parametrize("mode", ["official", "grouped"])
+def test_old_slices_keep_split_group_and_role(
+    source: Path, stores: dict[str, Path], tmp_path: Path, mode: str
+) -> None:
+    before = index(opened(stores[mode]))
+    grow(source)
+    shutil.copytree(stores[mode], tmp_path / mode)
+    after = index(made(tmp_path / mode, source, f"split.mode={mode}"))
+    keys = ["sample_id", "split"]
+    old = before.set_index(keys).sort_index()
+    now = after.set_index(keys).sort_index()
+    assert set(old.index) <= set(now.index)
+    for column in (
+        "duplicate_group_id",
+        "draw_group_id",
+        "kin_group_id",
+        "split_group_id",
+        "generation",
+    ):
+        pd.testing.assert_series_equal(old[column], now.loc[old.index, column])
+    assert set(now.drop(old.index)["generation"]) == {1}
+    for fraction in (0.2, 0.5):
+        roles = [
+            dict(
+                zip(
+                    train["sample_id"],
+                    draw_roles(
+                        train["label"].tolist(),
+                        train["draw_group_id"].tolist(),
+                        train["generation"].tolist(),
+                        kin=train["kin_group_id"].tolist(),
+                        labelled_fraction=fraction,
+                        validation_fraction=0.2,
+                        seed=0,
+                    ),
+                    strict=True,
+                )
+            )
+            for train in (frame[frame["split"] == "train"] for frame in (before, after))
+        ]
+        assert roles[0].items() <= roles[1].items()
+
+
+@pytest.mark.parametrize(("side", "every"), [("test", 1), ("train", 2)])
+def test_slices_that_were_away_come_back_to_their_side_of_the_split(
+    source: Path, stores: dict[str, Path], tmp_path: Path, side: str, every: int
+) -> None:
+    shutil.copytree(stores["grouped"], tmp_path / "g")
+    before = index(opened(tmp_path / "g"))
+    away = [path for path, split in before["split"].items() if split == side][::every]
+    for path in away:
+        (source / path).rename(tmp_path / path.replace("/", "-"))
+    without = index(made(tmp_path / "g", source, "split.mode=grouped"))
+    assert not set(without.index) & set(away)
+    for path in away:
+        (tmp_path / path.replace("/", "-")).rename(source / path)
+    after = index(made(tmp_path / "g", source, "split.mode=grouped"))
+    assert set(after.loc[away, "split"]) == {side}
+
+
+def test_new_labels_need_no_decoding(source: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    paths = sorted((source / "Training").rglob("*.jpg"))
+    for number, path in enumerate(paths):
+        shutil.copy(path, bare / f"{number:03d}.jpg")
+    table = tmp_path / "labels.csv"
+    names = [path.parent.name for path in paths]
+
+    def labelled(count: int) -> ImageStore:
+        rows = [f"{number:03d}.jpg,{name}" for number, name in enumerate(names[:count])]
+        table.write_text("\n".join(["path,label", *rows]) + "\n")
+        return made(tmp_path / "b", bare, f"labels={table}")
+
+    before = labelled(20)
+    first = index(before)
+    again = labelled(40)
+    # A warm-up and features, which read no label, are found again.
+    assert again.slices_hash == before.slices_hash
+    assert again.data_hash != before.data_hash
+    assert again.manifest["num_files_decoded"] == 0
+    assert first["label"].notna().sum() < index(again)["label"].notna().sum()
+    # What was held out before somebody labelled more of it is held out still.
+    pd.testing.assert_series_equal(
+        *(table.set_index("sample_id")["split"].sort_index() for table in (first, index(again)))
+    )
+
+
+def test_a_store_from_before_a_setting_came_is_gone_on_with(source: Path, tmp_path: Path) -> None:
+    folder = Folder(tmp_path / "a" / "datasets" / "mri")
+    manifest = folder.read_json("manifest.json")
+    del manifest["preprocess"]["frame"]  # came later than the first stores
+    folder.write_json("manifest.json", manifest)
+    (source / "Training" / "glioma" / "copied.jpg").unlink()
+    assert made(tmp_path / "a", source).manifest["preprocess"]["frame"] == "keep"
+    with pytest.raises(DataError, match=r"preprocess\.frame: keep here, remove requested"):
+        made(tmp_path / "a", source, "preprocess.frame=remove")
+
+
+def test_a_rejected_file_is_read_again(source: Path, tmp_path: Path) -> None:
+    folder = source / "Training" / "notumor"
+    (folder / "broken.jpg").write_bytes(b"\xff\xd8 cut")
+    assert made(tmp_path / "a", source).manifest["num_rejected"] == 1
+    shutil.copy(sorted(folder.glob("notumor_*.jpg"))[0], folder / "copy.jpg")
+    after = made(tmp_path / "a", source)
+    assert after.manifest["num_files_decoded"] == 1  # the copy's bytes are known
+
+
+def test_a_deleted_file_leaves_the_store(source: Path, tmp_path: Path) -> None:
+    before = index(opened(tmp_path / "a"))
+    gone = sorted((source / "Training" / "notumor").glob("*.jpg"))[0]
+    gone.unlink()
+    after = made(tmp_path / "a", source)
+    assert after.manifest["num_files_decoded"] == 0
+    assert set(before.index) - set(index(after).index) == {str(gone.relative_to(source))}
+
+
+def test_an_original_may_go_when_its_copy_stays(source: Path, tmp_path: Path) -> None:
+    before = opened(tmp_path / "a")
+    (removed,) = [
+        row for row in before.folder.read_table("duplicates.parquet").to_pylist() if row["removed"]
+    ]
+    picture = pixels(before)[removed["kept_path"]]
+    (source / removed["kept_path"]).unlink()
+    after = made(tmp_path / "a", source)
+    assert removed["path"] in index(after).index
+    assert pixels(after)[removed["path"]] == picture
+
+
+def test_an_interrupted_exchange_is_mended(source: Path, tmp_path: Path) -> None:
+    before = opened(tmp_path / "a")
+    datasets = tmp_path / "a" / "datasets"
+    (datasets / "mri").rename(datasets / ".mri.replaced")
+    again = made(tmp_path / "a", source)
+    assert again.manifest == before.manifest
+    assert sorted(path.name for path in datasets.iterdir()) == ["mri"]

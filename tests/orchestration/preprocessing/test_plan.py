@@ -1,0 +1,154 @@
+"""What a store will hold, decided from the light columns alone."""
+
+from collections import Counter
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from brainray.config import Config
+from brainray.errors import DataError
+from brainray.mri.duplicates import COPY, MIRRORED, DuplicatePairs
+from brainray.mri.row_file import RowFile
+from brainray.orchestration.preprocessing.earlier import LIGHT, Earlier
+from brainray.orchestration.preprocessing.grouping import _as_tables_name_them
+from brainray.orchestration.preprocessing.leakage import _links_of, _within
+from brainray.orchestration.preprocessing.plan import (
+    StorePlan,
+    _check_classes,
+    _first_copies,
+    _official_splits,
+    plan_store,
+)
+from brainray.orchestration.preprocessing.source import FoundFile, Listing, SourceFile
+
+
+def plan(test_label: str, headers: dict[int, str] | None = None) -> StorePlan:
+    """Two training slices of each of two classes; the test slice copies the first of them.
+
+    ``headers`` name the subjects of some.
+    """
+    rng = np.random.default_rng(0)
+    fingerprints = RowFile(96 * 96, np.uint8)
+    fingerprints.append(rng.integers(0, 255, (4, 96 * 96)).astype(np.uint8))
+    files, rows = [], []
+    for number, (label, picture) in enumerate(
+        zip(["a", "a", "b", "b", test_label], [0, 1, 2, 3, 0], strict=True)
+    ):
+        found = FoundFile(f"{number}.jpg", 1, 1)
+        files.append(SourceFile(found, "train" if number < 4 else "test", label, None))
+        rows.append(
+            dict.fromkeys(LIGHT.names)
+            | {
+                "path": found.path,
+                "frame": "",
+                "sha256": str(picture).ljust(64, "0"),
+                "sample_id": str(picture).ljust(32, "0"),
+                "pixel_sum": 1000,
+                "pixel_square_sum": 9_000_000,
+                "skull_strip": "otsu",
+                "header_subject": (headers or {}).get(number),
+                "fingerprint": picture,
+                "part": "part.parquet",
+            }
+        )
+    slices = pa.Table.from_pylist(rows, schema=LIGHT)
+    return plan_store(
+        slices, fingerprints, Listing(files, Counter(), []), Config(), Earlier.of(None), print
+    )
+
+
+def test_slices_that_nothing_names_are_estimated_beside_named_ones() -> None:
+    rows = {row["path"]: row for row in plan("a", {1: "12ab", 3: "12ab"}).rows.to_pylist()}
+    sources = [rows[f"{number}.jpg"]["subject_source"] for number in range(5)]
+    assert sources == ["estimated", "header", "estimated", "header", "estimated"]
+    subjects = [rows[f"{number}.jpg"]["subject_id"] for number in range(5)]
+    assert subjects[1] == subjects[3] == "12ab"
+    assert subjects[0] == subjects[4]  # copies
+
+
+def test_a_test_label_decides_nothing_about_its_training_twin() -> None:
+    agreeing, conflicting = plan("a"), plan("b")
+    for made in (agreeing, conflicting):
+        assert made.rows["label"].to_pylist()[:4] == ["a", "a", "b", "b"]
+    assert agreeing.leakage["label_conflicts"] == []
+    paths = [row["path"] for row in conflicting.leakage["label_conflicts"]]
+    assert paths == ["0.jpg", "4.jpg"]
+    (twin,) = agreeing.leakage["across_splits"]["exact"]
+    assert (twin["path"], twin["twin"]) == ("4.jpg", "0.jpg")
+
+
+def test_of_identical_files_the_training_one_with_a_label_is_kept() -> None:
+    ids = ["x", "x", "x", "y"]
+    assert _first_copies(ids, None, [None, "a", "a", None]) == [1, None, 1, None]
+    splits = ["test", "train", "train", "train"]
+    assert _first_copies(ids, splits, ["a", None, "a", None]) == [2, 2, None, None]
+
+
+def test_copies_within_a_split_are_counted_whatever_the_other_split_holds() -> None:
+    """The first of equal fingerprints, of which alone the pairs speak, is a test slice here."""
+    look = np.array([0, 0, 0, 1])
+    pairs = DuplicatePairs(
+        first=np.array([0, 0, 0]),
+        second=np.array([1, 2, 3]),
+        kind=np.array([COPY, COPY, MIRRORED], np.int8),
+        similarity=np.array([1, 1, 0.9], np.float32),
+    )
+    everything = [(0, 1, COPY, 1.0), (0, 2, COPY, 1.0), (0, 3, MIRRORED, 0.9)]
+    found = _links_of(np.arange(4), look, pairs)
+    np.testing.assert_allclose(found, everything, rtol=1e-6)
+    of_training = _links_of(np.array([1, 2, 3]), look, pairs)
+    assert [link[:3] for link in of_training] == [(1, 2, COPY), (1, 3, MIRRORED)]
+
+
+def test_a_patient_whom_a_table_names_in_part_stays_one() -> None:
+    given = ["t1", "h1", "t2", "h2", "t3", "h2", "h3", None]
+    sources = ["table", "header", "table", "header", "table", "header", "header", None]
+    headers = ["h1", "h1", "h2", "h2", "h2", "h2", "h3", None]
+    named, named_by = _as_tables_name_them(given, sources, headers)
+    # h2 stands for two of the table's patients.
+    assert named == ["t1", "t1", "t2", "h2", "t3", "h2", "h3", None]
+    assert named_by == ["table"] * 3 + ["header", "table", "header", "header", None]
+
+
+def test_a_slice_within_a_split_is_told_of_on_one_level() -> None:
+    """Two byte-identical files and a copy of theirs: one exact, one near."""
+    table = pa.table(
+        {
+            "path": ["a", "b", "c"],
+            "frame": [""] * 3,
+            "sha256": ["x", "y", "x"],
+            "split": ["train"] * 3,
+        }
+    )
+    pairs = DuplicatePairs(
+        first=np.array([0, 0]),
+        second=np.array([1, 2]),
+        kind=np.array([COPY, COPY], np.int8),
+        similarity=np.ones(2, np.float32),
+    )
+    found = _within(table, np.array([0, 1, 0]), pairs, "train")
+    told = {level: [(row["path"], row["twin"]) for row in rows] for level, rows in found.items()}
+    assert told == {"exact": [("c", "a")], "near": [("b", "a")], "turned": []}
+
+
+def test_what_to_do_about_a_class_of_test_slices_alone_depends_on_who_held_them_out() -> None:
+    rows = pa.table({"split": ["train", "test"], "label": ["a", "b"]})
+    with pytest.raises(DataError, match=r"rename with --set classes\.map\.b=NAME"):
+        _check_classes(rows, {}, was_drawn_before=False)
+    with pytest.raises(DataError, match="of subjects held out for testing: label slices of"):
+        _check_classes(rows, {}, was_drawn_before=True)
+    with pytest.raises(
+        DataError, match=r"classes\.map\.bb=b makes such a class, map to a known one"
+    ):
+        _check_classes(rows, {"bb": "b"}, was_drawn_before=False)
+
+
+def test_a_purge_needs_a_test_part_of_the_source() -> None:
+    config = Config.model_validate({"split": {"mode": "purge"}, "source": "/data"})
+    rows = pa.table({"path": ["a", "b"]})
+    with pytest.raises(
+        DataError, match=r"split\.mode=purge needs a test split, but /data has none"
+    ):
+        _official_splits(["train", "train"], rows, config)
+    assert _official_splits(["train", "test"], rows, config) == ["train", "test"]

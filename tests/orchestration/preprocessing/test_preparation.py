@@ -1,0 +1,117 @@
+"""Files that change or vanish while they are read; salts; what is stored of a slice."""
+
+import os
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from brainray.config import PreprocessConfig
+from brainray.errors import ConfigError, DataError
+from brainray.mri.decode import RejectedImage
+from brainray.mri.resize import auto_gamma, min_max
+from brainray.orchestration.preprocessing.preparation import (
+    preprocess_file,
+    read_file,
+    subject_salt,
+)
+from brainray.orchestration.preprocessing.source import FoundFile, list_source
+from brainray.storage import Folder
+
+
+def test_a_file_that_changes_or_vanishes_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "a.jpg"
+    path.write_bytes(b"first")
+    (listed,) = list_source(Folder(tmp_path), None, {}).files
+    assert read_file(Folder(tmp_path), listed.file) == b"first"
+    path.write_bytes(b"longer than before")
+    with pytest.raises(RejectedImage, match="changed while being read"):
+        read_file(Folder(tmp_path), listed.file)
+    path.write_bytes(b"other")
+    os.utime(path, (1, 1))
+    with pytest.raises(RejectedImage, match="changed while being read"):
+        read_file(Folder(tmp_path), listed.file)
+    path.unlink()
+    with pytest.raises(RejectedImage, match="unreadable file"):
+        read_file(Folder(tmp_path), listed.file)
+    with pytest.raises(DataError, match=r"absent does not exist on node .*available on every node"):
+        read_file(Folder(tmp_path / "absent"), listed.file)
+
+
+def test_a_known_problem_is_told_without_reading(tmp_path: Path) -> None:
+    with pytest.raises(RejectedImage, match="not UTF-8"):
+        read_file(Folder(tmp_path), FoundFile("a", 0, 0, "file name is not UTF-8"))
+
+
+@pytest.mark.parametrize("skull_strip", ["none", "otsu"])
+def test_a_cropped_head_fills_the_slice_and_keeps_its_fingerprint(skull_strip: str) -> None:
+    # Noise in a frame of 100 x 50 pixels: a slice without contrast would be rejected.
+    image = np.zeros((200, 200), np.uint8)
+    image[40:140, 60:110] = np.random.default_rng(0).integers(90, 160, (100, 50))
+    content = cv2.imencode(".png", image)[1].tobytes()
+
+    def stored(**settings: str) -> tuple[np.ndarray, bytes]:
+        config = PreprocessConfig.model_validate(
+            {"image_size": 64, "skull_strip": skull_strip, "resize": "letterbox"} | settings
+        )
+        (row,) = preprocess_file(content, FoundFile("", 0, 0), config, b"salt")
+        return np.frombuffer(row["image"], np.uint8).reshape(64, 64), row["thumbnail"]
+
+    whole, fingerprint = stored()
+    cropped, fingerprint_of_cropped = stored(crop="foreground")
+    assert cv2.boundingRect(whole)[3] <= 36  # 100 of 200 rows, and what the mask adds
+    assert cv2.boundingRect(cropped)[3] >= 60
+    assert abs(cv2.boundingRect(cropped)[2] - 32) <= 6  # half as wide as high, as the head is
+    assert fingerprint == fingerprint_of_cropped
+
+
+def test_a_white_frame_goes_where_it_is_asked_for() -> None:
+    image = np.zeros((200, 200), np.uint8)
+    image[40:160, 50:150] = np.random.default_rng(0).integers(90, 160, (120, 100))
+    content = cv2.imencode(".png", np.pad(image, 20, constant_values=255))[1].tobytes()
+
+    def stored(frame: str) -> tuple[np.ndarray, bytes]:
+        config = PreprocessConfig.model_validate({"image_size": 240, "frame": frame})
+        (row,) = preprocess_file(content, FoundFile("", 0, 0), config, b"salt")
+        return np.frombuffer(row["image"], np.uint8).reshape(240, 240), row["thumbnail"]
+
+    kept, fingerprint = stored("keep")
+    assert kept[120, 120] == 0
+    removed, fingerprint_of_removed = stored("remove")
+    np.testing.assert_array_equal(removed[70:170, 80:160], image[50:150, 60:140])
+    assert removed[0].max() == 0
+    assert fingerprint == fingerprint_of_removed
+
+
+def test_intensities_are_stored_as_configured_and_leave_the_fingerprint() -> None:
+    image = np.zeros((80, 80), np.uint8)
+    image[10:70, 10:70] = np.random.default_rng(0).integers(40, 160, (60, 60))
+    content = cv2.imencode(".png", image)[1].tobytes()
+
+    def stored(intensity: str) -> tuple[np.ndarray, bytes]:
+        settings = {"image_size": 80, "skull_strip": "none", "intensity": intensity}
+        config = PreprocessConfig.model_validate(settings)
+        (row,) = preprocess_file(content, FoundFile("", 0, 0), config, b"salt")
+        return np.frombuffer(row["image"], np.uint8).reshape(80, 80), row["thumbnail"]
+
+    for intensity, expected in (
+        ("as_is", image),
+        ("min_max", min_max(image)),
+        ("auto_gamma", auto_gamma(image)),
+    ):
+        found, fingerprint = stored(intensity)
+        np.testing.assert_array_equal(found, expected)
+        assert fingerprint == stored("as_is")[1]
+
+
+def test_the_salt_stays_and_a_short_one_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("BRAINRAY_SALT", raising=False)
+    made = subject_salt(Folder(tmp_path))
+    assert len(made) == 64
+    assert subject_salt(Folder(tmp_path)) == made
+    monkeypatch.setenv("BRAINRAY_SALT", "short")
+    with pytest.raises(ConfigError, match="16 characters"):
+        subject_salt(Folder(tmp_path))

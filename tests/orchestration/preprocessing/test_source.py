@@ -1,0 +1,365 @@
+"""What a folder and a labels table say of its files."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from brainray.errors import DataError
+from brainray.mri.decode import RejectedImage
+from brainray.orchestration.preprocessing.preparation import read_file
+from brainray.orchestration.preprocessing.source import FoundFile, files_of_tasks, list_source
+from brainray.storage import Folder
+
+
+def make(folder: Path, *names: str) -> Folder:
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+    return Folder(folder)
+
+
+def listed(source: Folder, labels: Folder | None = None, **renames: str) -> list[tuple]:
+    listing = list_source(source, labels, renames)
+    return [(file.path, file.split, file.label, file.subject) for file in listing.files]
+
+
+def test_split_folders_with_class_folders(tmp_path: Path) -> None:
+    source = make(tmp_path, "Training/a/1.jpg", "Training/b/2.PNG", "Testing/a/3.jpg")
+    assert listed(source, a="glioma") == [
+        ("Testing/a/3.jpg", "test", "glioma", None),
+        ("Training/a/1.jpg", "train", "glioma", None),
+        ("Training/b/2.PNG", "train", "b", None),
+    ]
+
+
+def test_class_folders_and_bare_files(tmp_path: Path) -> None:
+    source = make(tmp_path, "a/1.jpg", "a/deep/2.jpg", "bare.tif", ".hidden/3.jpg", "notes.txt")
+    assert listed(source) == [
+        ("a/1.jpg", None, "a", None),
+        ("a/deep/2.jpg", None, "a", None),
+        ("bare.tif", None, None, None),
+    ]
+    assert list_source(source, None, {}).num_ignored == 1
+
+
+def test_dicom_files_may_be_named_by_a_uid(tmp_path: Path) -> None:
+    source = make(tmp_path, "a/MR.1.2.840.113619", "a/1.2.840.10008.7", "a/notes.1")
+    for name in ("MR.1.2.840.113619", "1.2.840.10008.7"):
+        (tmp_path / "a" / name).write_bytes(bytes(128) + b"DICM")
+    assert [path for path, *_ in listed(source)] == ["a/1.2.840.10008.7", "a/MR.1.2.840.113619"]
+
+
+def test_a_labels_table_names_classes_splits_and_subjects(tmp_path: Path) -> None:
+    source = make(tmp_path / "s", "x/1.jpg", "x/2.jpg", "3.jpg")
+    table = tmp_path / "labels.csv"
+    table.write_text("path,label,split,subject\nx/1.jpg,0,train,007\nx/2.jpg,,test,\n")
+    expected = [
+        ("3.jpg", "train", None, None),
+        ("x/1.jpg", "train", "0", "007"),
+        ("x/2.jpg", "test", None, None),
+    ]
+    assert listed(source, Folder(table)) == expected
+    parquet = tmp_path / "labels.parquet"
+    columns = {"path": ["x/1.jpg"], "label": ["0"], "split": ["train"], "subject": ["007"]}
+    pq.write_table(pa.table(columns), parquet)
+    assert listed(source, Folder(parquet))[1] == expected[1]
+
+
+def test_a_table_as_spreadsheets_and_r_write_it(tmp_path: Path) -> None:
+    source = make(tmp_path / "s", "1.jpg", "2.jpg", "3.jpg")
+    table = tmp_path / "labels.csv"
+    lines = ["\ufeffpath, label ,subject", "1.jpg, glioma ,007", "2.jpg,NA,NA", "3.jpg ,glioma,8"]
+    table.write_text("\r\n".join(lines), encoding="utf-8")
+    assert listed(source, Folder(table)) == [
+        ("1.jpg", None, "glioma", "007"),
+        ("2.jpg", None, None, None),
+        ("3.jpg", None, "glioma", "8"),
+    ]
+
+
+def test_the_row_of_a_folder_tells_what_the_rows_of_its_files_leave_open(tmp_path: Path) -> None:
+    source = make(
+        tmp_path / "s", "p7/a/1.jpg", "p7/a/2.jpg", "p7/3.jpg", "p8/4.jpg", "p7b/5.jpg", "6.jpg"
+    )
+    table = tmp_path / "labels.csv"
+    table.write_text(
+        "path,label,split,subject\n"
+        "p7/,,train,seven\n"
+        "p7/a,glioma,,\n"
+        "p7/a/2.jpg,notumor,,\n"
+        "p8\\,glioma,test,eight\n"
+        "p7b/5.jpg,,test,\n"
+    )
+    assert listed(source, Folder(table)) == [
+        ("6.jpg", "train", None, None),
+        ("p7/3.jpg", "train", None, "seven"),
+        ("p7/a/1.jpg", "train", "glioma", "seven"),
+        ("p7/a/2.jpg", "train", "notumor", "seven"),
+        ("p7b/5.jpg", "test", None, None),
+        ("p8/4.jpg", "test", "glioma", "eight"),
+    ]
+    table.write_text("path,label\np7,glioma\np7/,notumor\n")
+    with pytest.raises(DataError, match="'p7' has rows with different values"):
+        listed(source, Folder(table))
+
+
+def test_rows_of_one_path_complete_each_other(tmp_path: Path) -> None:
+    """As when the slices to label next, of which a volume may have several, are appended."""
+    source = make(tmp_path / "s", "1.nii.gz", "2.jpg")
+    table = tmp_path / "labels.csv"
+    table.write_text(
+        "path,label,subject\n1.nii.gz,,p1\n2.jpg,,p2\n1.nii.gz,glioma,\n1.nii.gz,glioma,\n"
+    )
+    assert listed(source, Folder(table)) == [
+        ("1.nii.gz", None, "glioma", "p1"),
+        ("2.jpg", None, None, "p2"),
+    ]
+
+
+def test_what_is_not_read_is_told_by_type(tmp_path: Path) -> None:
+    source = make(tmp_path / "s", "1.jpg", "2.webp", "b/3.WEBP", "Thumbs.db", "README")
+    remarks = list_source(source, None, {}).remarks
+    assert remarks == "; ignored files of other types: 4 (.webp 2, .db 1, no suffix 1)"
+    (tmp_path / "labels.csv").write_text("path,label\n2.webp,a\n")
+    with pytest.raises(DataError, match=r"supported types are \.jpg"):
+        listed(source, Folder(tmp_path / "labels.csv"))
+    with pytest.raises(DataError, match=r"1\.jpg is a file: give the folder"):
+        listed(source / "1.jpg")
+
+
+def test_blanks_make_no_class_and_null_takes_a_class_away(tmp_path: Path) -> None:
+    source = make(tmp_path, "a/1.jpg", "a /2.jpg", "b/3.jpg")
+    assert [label for _, _, label, _ in listed(source)] == ["a", "a", "b"]
+    taken = list_source(source, None, {"b": None}).files
+    assert [file.label for file in taken] == ["a", "a", None]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("path,label\nabsent.jpg,a\n", "'absent.jpg' is neither an image file"),
+        ("path,label\n1.jpg,a\n1.jpg,b\n", "'1.jpg' has rows with different values"),
+        ("file,label\n1.jpg,a\n", r"missing column path \(columns found: 2\)"),
+        ("path;label\n1.jpg;a\n", r"missing column label and path .*found: 1\).* by commas"),
+        (
+            "path,label\n1.jpg,a\n2.jpg,A\n",
+            r"'A' and 'a' differ only in case: .* classes\.map\.A=a",
+        ),
+        ("path,label,split\n1.jpg,a,holdout\n", "split 'holdout' of '1.jpg'"),
+    ],
+)
+def test_a_table_that_does_not_fit_is_explained(tmp_path: Path, content: str, message: str) -> None:
+    source = make(tmp_path / "s", "1.jpg", "2.jpg")
+    (tmp_path / "labels.csv").write_text(content)
+    with pytest.raises(DataError, match=message):
+        list_source(source, Folder(tmp_path / "labels.csv"), {})
+
+
+def test_what_spreadsheets_leave_in_a_table_does_no_harm(tmp_path: Path) -> None:
+    source = make(tmp_path / "s", "1.jpg")
+    (tmp_path / "labels.csv").write_bytes(b"\xef\xbb\xbfpath,label\r\n1.jpg,a\r\n,\r\n , \r\n")
+    (file,) = list_source(source, Folder(tmp_path / "labels.csv"), {}).files
+    assert file.label == "a"
+    (tmp_path / "labels.csv").write_bytes("path,label\n1.jpg,tumör\n".encode("cp1252"))
+    with pytest.raises(DataError, match="save it as CSV in UTF-8"):
+        list_source(source, Folder(tmp_path / "labels.csv"), {})
+
+
+def test_a_row_that_does_not_fit_is_not_quoted(tmp_path: Path) -> None:
+    source = make(tmp_path / "s", "1.jpg")
+    (tmp_path / "labels.csv").write_text("path,label,subject\n1.jpg,a,Doe, Jane\n")
+    with pytest.raises(DataError, match=r"Expected 3 columns, got 4 \(quote") as refused:
+        list_source(source, Folder(tmp_path / "labels.csv"), {})
+    assert "Doe" not in str(refused.value)
+    assert "Jane" not in str(refused.value)
+
+
+def test_a_class_that_is_renamed_and_not_there_is_told(tmp_path: Path) -> None:
+    source = make(tmp_path, "a/1.jpg", "b/2.jpg", "notes.txt")
+    remarks = list_source(source, None, {"a": "glioma", "gliom": "glioma", "B": None}).remarks
+    assert remarks == (
+        "; ignored files of other types: 1 (.txt 1)"
+        "; no slice has these classes of classes.map: B, gliom"
+    )
+    assert list_source(make(tmp_path / "a"), None, {}).remarks == ""
+
+
+def test_an_absent_an_empty_and_a_mixed_folder_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such folder"):
+        list_source(Folder(tmp_path / "absent"), None, {})
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="contains no image file"):
+        list_source(Folder(tmp_path / "empty"), None, {})
+    mixed = make(tmp_path / "mixed", "Training/a/1.jpg", "other/2.jpg")
+    with pytest.raises(DataError, match="Training next to other"):
+        list_source(mixed, None, {})
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["set/Training/a/1.jpg", "set/Testing/a/2.jpg"], "folder Testing within set"),
+        (["a/train/1.jpg", "a/test/2.jpg", "b/train/3.jpg"], "folder test within a"),
+        # As an archive that is much used unpacks.
+        (["yes/1.jpg", "no/2.jpg", "brain_tumor_dataset/yes/1.jpg"], "folder yes both at the top"),
+    ],
+)
+def test_folders_one_level_too_low_are_not_taken_for_classes(
+    tmp_path: Path, names: list[str], message: str
+) -> None:
+    source = make(tmp_path / "source", *names)
+    with pytest.raises(DataError, match=message):
+        list_source(source, None, {})
+    (tmp_path / "labels.csv").write_text(f"path,label\n{names[0]},a\n")
+    assert len(listed(source, Folder(tmp_path / "labels.csv"))) == len(names)
+
+
+def test_what_an_archive_of_a_mac_adds_is_no_folder_of_slices(tmp_path: Path) -> None:
+    source = make(tmp_path, "Training/a/1.jpg", "__MACOSX/Training/a/._1.jpg", "__MACOSX/2.jpg")
+    assert [row[0] for row in listed(source)] == ["Training/a/1.jpg"]
+
+
+def test_words_for_nobody_name_no_subject_and_numbers_have_no_fraction(tmp_path: Path) -> None:
+    names = [f"{number}.jpg" for number in range(6)]
+    source = make(tmp_path / "s", *names)
+    subjects = ["None", "unknown", "-", "XXXX", "0", "P0X"]
+    rows = [f"{name},1,{subject}" for name, subject in zip(names, subjects, strict=True)]
+    (tmp_path / "labels.csv").write_text("\n".join(["path,label,subject", *rows]))
+    found = [row[3] for row in listed(source, Folder(tmp_path / "labels.csv"))]
+    assert found == [None, None, None, None, "0", "P0X"]
+    table = pa.table({"path": names[:3], "label": [0.0, 1.0, None], "subject": [7.0, None, 8.5]})
+    pq.write_table(table, tmp_path / "labels.parquet")
+    assert [row[2:] for row in listed(source, Folder(tmp_path / "labels.parquet"))[:3]] == [
+        ("0", "7"),
+        ("1", None),
+        (None, "8.5"),
+    ]
+
+
+def test_a_link_back_into_the_tree_ends(tmp_path: Path) -> None:
+    source = make(tmp_path, "a/1.jpg")
+    (tmp_path / "a" / "loop").symlink_to(tmp_path)
+    assert [row[0] for row in listed(source)] == ["a/1.jpg"]
+
+
+def test_links_out_of_the_source_are_listed_and_not_followed(tmp_path: Path) -> None:
+    source = make(tmp_path / "source", "a/1.jpg", "b/2.jpg")
+    make(tmp_path / "private", "key.jpg", "deep/3.jpg")
+    (tmp_path / "source" / "a" / "out.jpg").symlink_to(tmp_path / "private" / "key.jpg")
+    (tmp_path / "source" / "a" / "up.jpg").symlink_to("../../private/key.jpg")
+    (tmp_path / "source" / "b" / "folder").symlink_to(tmp_path / "private")
+    (tmp_path / "source" / "b" / "within.jpg").symlink_to("../a/1.jpg")
+    listing = list_source(source, None, {})
+    problems = {file.path: file.file.problem for file in listing.files}
+    out = "link out of the source folder"
+    assert problems == {
+        "a/1.jpg": None,
+        "a/out.jpg": out,
+        "a/up.jpg": out,
+        "b/2.jpg": None,
+        "b/folder": out,
+        "b/within.jpg": None,
+    }
+    for file in listing.files:
+        if file.file.problem is not None:
+            with pytest.raises(RejectedImage, match=out):
+                read_file(source, file.file)
+
+
+def test_a_source_may_be_a_link_itself(tmp_path: Path) -> None:
+    make(tmp_path / "real", "a/1.jpg")
+    (tmp_path / "link").symlink_to("real")
+    assert [row[0] for row in listed(Folder(tmp_path / "link"))] == ["a/1.jpg"]
+
+
+@pytest.mark.parametrize("path", ["../private/key.jpg", "/etc/passwd", "a/../../private/key.jpg"])
+def test_a_table_cannot_name_files_out_of_the_source(tmp_path: Path, path: str) -> None:
+    source = make(tmp_path / "source", "a/1.jpg")
+    make(tmp_path / "private", "key.jpg")
+    (tmp_path / "labels.csv").write_text(f"path,label\n{path},a\n")
+    with pytest.raises(DataError, match="neither an image file below the source"):
+        list_source(source, Folder(tmp_path / "labels.csv"), {})
+
+
+@pytest.mark.parametrize("name", ["../../etc/x", "a/b", "a\\b", "tab\there", "x" * 101])
+def test_a_class_name_that_is_a_path_or_a_text_is_refused(tmp_path: Path, name: str) -> None:
+    source = make(tmp_path / "source", "1.jpg")
+    pq.write_table(pa.table({"path": ["1.jpg"], "label": [name]}), tmp_path / "labels.parquet")
+    labels = Folder(tmp_path / "labels.parquet")
+    with pytest.raises(DataError, match="is not a valid class name"):
+        list_source(source, labels, {})
+    assert listed(source, labels, **{name: "glioma"})[0][2] == "glioma"
+
+
+def test_the_fingerprint_follows_paths_and_labels(tmp_path: Path) -> None:
+    source = make(tmp_path, "a/1.jpg")
+    before = list_source(source, None, {}).fingerprint(b"salt")
+    assert list_source(source, None, {}).fingerprint(b"salt") == before
+    assert list_source(source, None, {"a": "b"}).fingerprint(b"salt") != before
+    make(tmp_path, "a/2.jpg")
+    assert list_source(source, None, {}).fingerprint(b"salt") != before
+
+
+@pytest.mark.parametrize(
+    ("num_files", "files_per_task", "num_cpus", "sizes"),
+    [
+        (10, 4, 2, [4, 4, 2]),
+        (0, 4, 2, []),
+        (100, 0, 1, [50, 25, 16, 9]),  # half a CPU's share of what is left
+        (100, 0, 4, [16] * 6 + [4]),  # no task is shorter, however few there are
+        (300, 0, 2, [75, 57, 42, 32, 24, 18, 16, 16, 16, 4]),
+    ],
+)
+def test_tasks_are_long_but_enough_for_every_cpu(
+    num_files: int, files_per_task: int, num_cpus: int, sizes: list[int]
+) -> None:
+    files = [FoundFile(f"{number}.jpg", 2_000, 0) for number in range(num_files)]
+    tasks = list(files_of_tasks(files, files_per_task, num_cpus))
+    assert [len(task) for task in tasks] == sizes
+    assert [file for task in tasks for file in task] == files
+
+
+def test_the_first_of_many_tasks_are_long_and_the_last_short() -> None:
+    files = [FoundFile(f"{number}.jpg", 2_000, 0) for number in range(20_000)]
+    sizes = [len(task) for task in files_of_tasks(files, 0, 2)]
+    assert sizes[:16] == [1024] * 16  # and none is longer
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-3] == 16
+
+
+def test_large_files_share_no_task_with_many() -> None:
+    megabytes = [1, 1, 40, 30, 100, 1]
+    files = [FoundFile(f"{i}.nii", size * 2**20, 0) for i, size in enumerate(megabytes)]
+    tasks = [[file.num_bytes // 2**20 for file in task] for task in files_of_tasks(files, 9, 1)]
+    assert tasks == [[1, 1, 40], [30], [100], [1]]
+
+
+def test_a_split_of_our_own_reads_none_of_the_tables(tmp_path: Path) -> None:
+    source = make(tmp_path / "s", "1.jpg", "2.jpg")
+    (tmp_path / "labels.csv").write_text("path,label,split\n1.jpg,a,val\n2.jpg,b,test\n")
+    listing = list_source(source, Folder(tmp_path / "labels.csv"), {}, reads_splits=False)
+    assert [(file.split, file.label) for file in listing.files] == [(None, "a"), (None, "b")]
+
+
+def test_accents_are_the_same_however_they_are_written(tmp_path: Path) -> None:
+    composed, apart = "T\u00fcmor", "Tu\u0308mor"
+    source = make(tmp_path / "s", f"{composed}/1.jpg", f"{apart}/2.jpg")
+    assert {row[2] for row in listed(source)} == {composed}
+    assert {file.label for file in list_source(source, None, {apart: "glioma"}).files} == {"glioma"}
+    rows = f"{apart}/1.jpg,a,Zoe\u0308\n{apart}/2.jpg,b,Zo\u00eb\n"
+    (tmp_path / "labels.csv").write_text(f"path,label,subject\n{rows}")
+    assert {row[3] for row in listed(source, Folder(tmp_path / "labels.csv"))} == {"Zo\u00eb"}
+
+
+def test_the_fingerprint_of_a_listing_is_keyed(tmp_path: Path) -> None:
+    listing = list_source(make(tmp_path, "a/1.jpg"), None, {})
+    assert listing.fingerprint(b"one") != listing.fingerprint(b"another")
+
+
+@pytest.mark.parametrize("name", ["", " ", " a"])
+def test_a_class_needs_a_name(tmp_path: Path, name: str) -> None:
+    with pytest.raises(DataError, match="is not a valid class name"):
+        list_source(make(tmp_path, "a/1.jpg"), None, {"a": name})

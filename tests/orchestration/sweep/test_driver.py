@@ -1,0 +1,614 @@
+"""Sweeps on a real Ray cluster: choosing by validation, going on by name, MLflow's parent."""
+
+import json
+import math
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+from unittest.mock import Mock
+
+import mlflow
+import numpy as np
+import pandas as pd
+import pytest
+import ray
+from mlflow import MlflowClient
+from ray import tune
+from ray.tune.schedulers import TrialScheduler
+
+from brainray.config import AugmentConfig, Config
+from brainray.config_text import load_config, to_yaml
+from brainray.errors import (
+    BrainrayError,
+    BusyError,
+    ClusteringError,
+    ConfigError,
+    RoomError,
+    StorageError,
+)
+from brainray.orchestration.lock import held
+from brainray.orchestration.publish import open_tracking
+from brainray.orchestration.run import Run
+from brainray.orchestration.sweep import trials
+from brainray.orchestration.sweep.driver import (
+    FinishedSweep,
+    _begin,
+    _Follower,
+    _has_state,
+    _ranked,
+    _scheduler,
+    _table,
+    sweep,
+)
+from brainray.orchestration.sweep.trials import (
+    Trial,
+    check_space,
+    read_trials,
+    run_trial,
+    trial_config,
+)
+from brainray.orchestration.training.driver import TrainedRun
+from brainray.orchestration.training.worker import reported_metrics
+from brainray.redaction import command_line
+from brainray.storage import Folder
+from tests.browser import CHROMIUM, mlflow_ui
+from tests.conftest import tiny_config
+
+SPACE = {
+    "objective.lambda_cluster": {"choice": [0.1, 0.5]},
+    "clustering.num_clusters": {"choice": [3, 4]},  # 3 is below the number of classes
+}
+
+
+def sweep_config(storage: Path, *overrides: str) -> Config:
+    return tiny_config(
+        storage,
+        "name=search",
+        "dataset=mri",
+        "tune.algorithm=grid",
+        f"tune.space={json.dumps(SPACE)}",
+        "train.num_epochs=2",
+        "evaluation.tsne_epochs=[]",
+        "registry.name=mri-classifier",
+        *overrides,
+    )
+
+
+said: list[str] = []
+
+
+@pytest.fixture(scope="module")
+def finished(storage: Path) -> FinishedSweep:
+    return sweep(sweep_config(storage), said.append)
+
+
+@pytest.mark.slow
+def test_the_best_trial_is_the_best_on_the_validation_slices(finished: FinishedSweep) -> None:
+    trials = finished.folder.read_json("trials.json")
+    assert len(trials) == 4
+    by_outcome = {
+        outcome: [trial for trial in trials if trial["outcome"].startswith(outcome)]
+        for outcome in ("complete", "failed")
+    }
+    assert len(by_outcome["complete"]) == len(by_outcome["failed"]) == 2
+    for trial in by_outcome["failed"]:
+        assert "below the number of classes" in trial["outcome"]
+    best = max(trial["best"]["value"] for trial in by_outcome["complete"])
+    assert finished.metrics["best/validation/score"] == best
+    assert finished.metrics["num_failed"] == 2
+    lines = [line for line in said if line.startswith("trial ")]
+    assert len(lines) == 4  # two trials, two epochs each
+    assert all("validation/score" in line and "images/s" in line for line in lines)
+
+
+@pytest.mark.slow
+def test_the_best_settings_can_be_trained_as_they_are(
+    finished: FinishedSweep, storage: Path
+) -> None:
+    config = load_config(f"{finished.folder}/best.yaml")
+    trials = finished.folder.read_json("trials.json")
+    winner = max(
+        (trial for trial in trials if trial["best"]), key=lambda trial: trial["best"]["value"]
+    )
+    assert config.objective.lambda_cluster == winner["parameters"]["objective.lambda_cluster"]
+    assert config.name == "search-best"
+    assert config.dataset == "mri"
+
+
+@pytest.mark.slow
+def test_mlflow_shows_the_trials_below_the_sweep(finished: FinishedSweep) -> None:
+    client = MlflowClient(finished.tracking_uri)
+    experiment = client.get_experiment_by_name("search")
+    assert experiment is not None
+    assert finished.mlflow_run_id is not None
+    runs = client.search_runs([experiment.experiment_id])
+    parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    assert [run.info.run_id for run in parents] == [finished.mlflow_run_id]
+    children = [run for run in runs if run not in parents]
+    assert len(children) == 2
+    for child in children:
+        assert child.data.tags["mlflow.parentRunId"] == finished.mlflow_run_id
+        assert child.data.tags["brainray.outcome"] == "complete"
+        assert child.info.status == "FINISHED"
+        logged = client.get_metric_history(child.info.run_id, "validation/score")
+        assert [metric.step for metric in logged] == [1, 2]
+    artifacts = {found.path for found in client.list_artifacts(finished.mlflow_run_id)}
+    assert {"best.yaml", "trials.md", "figures"} <= artifacts
+    figures = client.list_artifacts(finished.mlflow_run_id, "figures")
+    assert {Path(found.path).name for found in figures} >= {
+        "learning_curves.png",
+        "slices.png",
+        "parallel_coordinates.png",
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_the_pages_that_people_open_afterwards_show_the_sweep(finished: FinishedSweep) -> None:
+    client = MlflowClient(finished.tracking_uri)
+    experiment = client.get_experiment_by_name("search")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    trials = [run for run in runs if run.info.run_id != finished.mlflow_run_id]
+    with mlflow_ui(finished.tracking_uri) as ui:
+        shown = ui.open_experiment(experiment.experiment_id, "search")
+        assert sorted(shown) == sorted(str(run.info.run_name) for run in runs)
+        axes = ui.open_comparison(experiment.experiment_id, [run.info.run_id for run in trials])
+        assert {"objective.lambda_cluster"} == {axis for axis in axes if "/" not in axis}
+        for run_id, figure in (
+            (finished.mlflow_run_id, "parallel_coordinates.png"),
+            (trials[0].info.run_id, "accuracy.png"),
+        ):
+            assert ui.open_figure(experiment.experiment_id, str(run_id), f"figures/{figure}") > 300
+        assert ui.errors == []
+
+
+@pytest.mark.slow
+def test_the_best_model_is_registered_and_can_be_loaded_alone(
+    finished: FinishedSweep, phantoms: Path
+) -> None:
+    mlflow.set_tracking_uri(finished.tracking_uri)
+    model = mlflow.pyfunc.load_model("models:/mri-classifier/1")
+    assert set(model.metadata.signature.inputs.input_names()) == {"path", "image"}
+    files = sorted((phantoms / "Testing").rglob("*.jpg"))[:5]
+    told = model.predict(pd.DataFrame({"path": [str(file) for file in files]}))
+    assert [row["reason"] for row in told.to_dict("records")] == [None] * len(files)
+    probabilities = np.stack(told["probabilities"])
+    assert probabilities.shape == (5, 4)
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1.0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_finished_sweep_trains_nothing_again(finished: FinishedSweep, storage: Path) -> None:
+    lines: list[str] = []
+    again = sweep(sweep_config(storage), lines.append)
+    assert again.metrics == finished.metrics
+    assert again.mlflow_run_id == finished.mlflow_run_id
+    assert not [line for line in lines if line.startswith("trial ")]
+    assert any("complete, nothing to search" in line for line in lines)
+    client = MlflowClient(finished.tracking_uri)
+    experiment = client.get_experiment_by_name("search")
+    assert experiment is not None
+    assert len(client.search_runs([experiment.experiment_id])) == 3
+
+
+@pytest.mark.slow
+def test_a_finished_sweep_registers_its_best_model_once_under_a_new_name(
+    finished: FinishedSweep, storage: Path
+) -> None:
+    for _ in range(2):
+        sweep(sweep_config(storage, "registry.name=also"), print)
+    client = MlflowClient(finished.tracking_uri)
+    versions = client.search_model_versions("name = 'also'")
+    assert [found.run_id for found in versions] == [finished.mlflow_run_id]
+
+
+@pytest.mark.slow
+def test_a_poor_trial_is_stopped_and_its_resources_come_back(storage: Path) -> None:
+    # Of the few validation slices that there are, the share right tells too little.
+    rates = {"train.learning_rate": {"choice": [1e-4, 0.1]}}
+    config = sweep_config(
+        storage,
+        "name=halving",
+        f"tune.space={json.dumps(rates)}",
+        "tune.metric=validation/loss",
+        "tune.mode=min",
+        "clustering.on_collapse=warn",
+        "tune.max_concurrent_trials=1",
+        "tune.min_epochs=2",
+        "tune.reduction_factor=2",
+        "train.num_epochs=6",
+        "registry.name=null",
+    )
+    stopped = sweep(config)
+    outcomes = {
+        trial["parameters"]["train.learning_rate"]: trial["outcome"]
+        for trial in stopped.folder.read_json("trials.json")
+    }
+    assert outcomes[1e-4] == "complete"
+    # Tune decides after the second epoch; a quick third may be over before it is heard.
+    assert outcomes[0.1] in {"stopped after epoch 2", "stopped after epoch 3"}
+    client = MlflowClient(stopped.tracking_uri)
+    experiment = client.get_experiment_by_name("halving")
+    assert experiment is not None
+    statuses = [run.info.status for run in client.search_runs([experiment.experiment_id])]
+    assert sorted(statuses) == ["FINISHED", "FINISHED", "KILLED"]
+    deadline = time.monotonic() + 60
+    while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"]:
+        assert time.monotonic() < deadline, ray.available_resources()
+        time.sleep(1)
+
+
+@pytest.mark.slow
+def test_a_sweep_whose_time_is_up_is_complete(storage: Path) -> None:
+    lines: list[str] = []
+    config = sweep_config(
+        storage,
+        "name=short",
+        "tune.algorithm=random",
+        "tune.num_trials=40",
+        "tune.time_budget_min=0.5",
+        'tune.space={"objective.lambda_cluster": {"uniform": [0.1, 0.5]}}',
+    )
+    found = sweep(config, lines.append)
+    assert 1 <= found.metrics["num_trials"] < 40
+    assert any("tune.time_budget_min was used up" in line for line in lines)
+    assert sweep(config, lines.append).metrics == found.metrics
+    assert lines[-1].endswith("complete, nothing to search")
+
+
+@pytest.mark.slow
+def test_trials_of_a_search_algorithm_are_found_too(storage: Path) -> None:
+    rates = {"train.learning_rate": {"log_uniform": [1e-4, 1e-2]}}
+    config = sweep_config(
+        storage,
+        "name=searched",
+        f"tune.space={json.dumps(rates)}",
+        "tune.algorithm=optuna",
+        "tune.num_trials=2",
+        "train.num_epochs=1",
+        "registry.name=null",
+    )
+    searched = sweep(config)
+    trials = searched.folder.read_json("trials.json")
+    assert [trial["outcome"] for trial in trials] == ["complete", "complete"]
+    first, second = (trial["parameters"]["train.learning_rate"] for trial in trials)
+    assert first != second
+    assert searched.folder.exists("summary.json")
+
+
+@pytest.mark.slow
+def test_a_sweep_does_not_go_on_with_other_settings(finished: FinishedSweep, storage: Path) -> None:
+    with pytest.raises(ConfigError, match=r"tune\.metric: validation/score here"):
+        sweep(sweep_config(storage, "tune.metric=validation/cluster/accuracy"))
+    with pytest.raises(ConfigError, match=r"tune\.max_concurrent_trials: 0 here, 1 requested"):
+        sweep(sweep_config(storage, "tune.max_concurrent_trials=1"))
+
+
+def test_test_figures_choose_nothing() -> None:
+    with pytest.raises(ConfigError, match="would fit the sweep to the test slices"):
+        load_config(None, ["tune.metric=test/clean/head/accuracy"])
+
+
+def test_a_metric_is_not_sought_at_its_worst() -> None:
+    with pytest.raises(ConfigError, match="validation/loss is best at its min"):
+        load_config(None, ["tune.metric=validation/loss"])
+    assert load_config(None, ["tune.metric=validation/loss", "tune.mode=min"]).tune.mode == "min"
+
+
+def test_a_figure_that_no_epoch_reports_is_refused_at_once() -> None:
+    with pytest.raises(ConfigError, match=r"'validation/f1' is not reported after an epoch: use"):
+        load_config(None, ["tune.metric=validation/f1"])
+
+
+def test_a_trial_that_no_cluster_holds_is_refused_at_once(storage: Path) -> None:
+    started = time.monotonic()
+    with pytest.raises(ConfigError, match=r"train\.num_workers"):
+        sweep(sweep_config(storage, "name=crowded", "train.num_workers=64"))
+    assert time.monotonic() - started < 30
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        ({}, r"tune\.space is empty"),
+        ({"train.lr": {"choice": [1]}}, r"unknown key 'train\.lr'"),
+        ({"split.seed": {"choice": [1, 2]}}, r"cannot vary split\.seed"),
+        ({"preprocess.image_size": {"choice": [64]}}, "cannot vary"),
+        ({"train.learning_rate": {"uniform": [1e-3, 1e-4]}}, "two increasing numbers"),
+        ({"train.learning_rate": {"log_uniform": [0, 1]}}, "must start above 0"),
+        ({"train.learning_rate": {"choice": [1], "uniform": [1, 2]}}, "exactly one of"),
+        ({"train.learning_rate": {"choice": [-1.0]}}, "greater than 0"),
+        ({"objective.name": {"choice": []}}, "is empty"),
+        ({"objective.name": {"choice": ["joint", "supervsed"]}}, "not 'supervsed'"),
+        ({"augment.horizontal_flip": {"uniform": [0.0, 2.0]}}, "less than or equal to 1"),
+        ({"clustering.num_clusters": {"uniform": [4, 8]}}, "valid integer"),
+        ({"label.num_slices": {"choice": [10]}}, "trials may differ in encoder"),
+        ({"self_supervision.num_epochs": {"choice": [1]}}, "no effect without a warm-up"),
+        ({"train.max_failures": {"choice": [1]}}, "share the Ray cluster"),
+        ({"train.collective_timeout_s": {"choice": [60]}}, "share the Ray cluster"),
+        ({"train.cache_gib": {"choice": [1]}}, "share the Ray cluster"),
+    ],
+)
+def test_a_space_that_makes_no_sense_is_refused(
+    space: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    config = tiny_config(tmp_path, f"tune.space={json.dumps(space)}")
+    with pytest.raises(ConfigError, match=message):
+        check_space(config)
+
+
+def test_a_name_that_leaves_no_room_for_those_of_trials_is_refused(tmp_path: Path) -> None:
+    space = f"tune.space={json.dumps(SPACE | {'clustering.num_clusters': {'choice': [4]}})}"
+    check_space(tiny_config(tmp_path, space, f"name={80 * 'a'}"))
+    with pytest.raises(ConfigError, match="name: "):
+        check_space(tiny_config(tmp_path, space, f"name={92 * 'a'}"))
+
+
+def test_a_sweep_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
+    config = sweep_config(tmp_path)
+    folder, store = Folder(tmp_path) / "sweeps" / "search", SimpleNamespace(data_hash="abc")
+    _begin(config, cast(Any, store), folder, print)
+    settings = folder.read_json("sweep.json")
+    del settings["split"]["validation"], settings["encoder"]["pretext"]
+    folder.write_json("sweep.json", settings)
+    lines: list[str] = []
+    _begin(config, cast(Any, store), folder, lines.append)
+    assert lines == [f"sweep {folder}: resumed"]
+
+
+def as_trial(trained: TrainedRun, storage: Path, sweep: str, trial_id: str) -> Path:
+    """A copy of a run as a trial of a sweep in ``storage``."""
+    folder = storage / "runs" / f"{sweep}-{trial_id}"
+    shutil.copytree(str(trained.run.folder), folder)
+    config = trained.run.saved_config()
+    tracked = config.tracking.model_copy(update={"experiment": sweep})
+    config = config.model_copy(update={"tracking": tracked})
+    (folder / "config.yaml").write_text(to_yaml(config))
+    return folder
+
+
+def test_a_run_that_is_named_like_a_trial_is_none(trained: TrainedRun, tmp_path: Path) -> None:
+    as_trial(trained, tmp_path, "search", "0a1b2_00000")
+    shutil.copytree(str(trained.run.folder), tmp_path / "runs" / "search-20261128")
+    found = read_trials(sweep_config(tmp_path), "search")
+    assert [trial.trial_id for trial in found] == ["0a1b2_00000"]
+
+
+def test_a_sweep_without_tunes_state_begins_anew_or_says_why_not(
+    trained: TrainedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = sweep_config(tmp_path)
+    state = Folder(tmp_path) / "sweeps" / "search" / "tune"
+    assert not _has_state(config, state)
+    state.write_bytes("tuner.pkl", b"")
+    state.write_bytes("experiment_state-b.json", b'{"trial_data": [')  # a kill has cut it
+    state.write_json("experiment_state-a.json", {})
+    assert _has_state(config, state)
+    assert state.names() == ["experiment_state-a.json", "tuner.pkl"]
+    with monkeypatch.context() as away:
+        away.setattr(Folder, "read_json", Mock(side_effect=StorageError("storage is away")))
+        with pytest.raises(StorageError):
+            _has_state(config, state)
+    assert state.names() == ["experiment_state-a.json", "tuner.pkl"]
+    state.delete_file("experiment_state-a.json")
+    as_trial(trained, tmp_path, "search", "0a1b2_00000")
+    with pytest.raises(ConfigError, match=r"lost Tune's state.*1 runs, such as search-0a1b2_"):
+        _has_state(config, state)
+    shutil.rmtree(tmp_path / "runs")
+    assert not _has_state(config, state)
+    assert not state.exists()
+
+
+@pytest.mark.parametrize("scheduler", ["asha", "median"])
+def test_a_trial_that_has_trained_to_its_end_is_not_stopped(scheduler: str, tmp_path: Path) -> None:
+    config = sweep_config(tmp_path, f"tune.scheduler={scheduler}", "train.num_epochs=3")
+    made: Any = _scheduler(config)
+    made.set_search_properties("score", "max")
+    controller = Mock(get_live_trials=lambda: [])
+
+    def actions_of(name: str, values: Sequence[float]) -> list[str]:
+        trial = Mock(trial_id=name)
+        made.on_trial_add(controller, trial)
+        results = [{"epoch": epoch, "score": value} for epoch, value in enumerate(values, start=1)]
+        actions = [made.on_trial_result(controller, trial, result) for result in results]
+        made.on_trial_complete(controller, trial, results[-1])
+        return actions
+
+    going_on = [TrialScheduler.CONTINUE] * 3
+    for name in "abcd":
+        assert actions_of(name, [0.5, 0.5, 2.0]) == going_on
+    assert actions_of("could not be trained", [-math.inf] * 3) == going_on
+    assert actions_of("no match for the others at its end", [0.6] * 3) == going_on
+    assert actions_of("no match for them at once", [0.4] * 2)[1] == TrialScheduler.STOP
+
+
+def test_runs_that_a_deleted_sweep_has_left_are_not_this_ones(
+    trained: TrainedRun, tmp_path: Path
+) -> None:
+    as_trial(trained, tmp_path, "search", "0a1b2_00000")
+    store = SimpleNamespace(data_hash="abc")
+    folder = Folder(tmp_path) / "sweeps" / "search"
+    with pytest.raises(ConfigError, match=r"deleted sweep 'search'.*runs/search-0a1b2_00000 and"):
+        _begin(sweep_config(tmp_path), cast(Any, store), folder, print)
+    assert not folder.exists()
+
+
+def test_trials_share_one_draw_of_labels(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"evaluation\.num_label_draws: trials share one label"):
+        sweep(sweep_config(tmp_path, "evaluation.num_label_draws=3"))
+
+
+def test_trials_share_the_warm_up(tmp_path: Path) -> None:
+    space = {"self_supervision.temperature": {"choice": [0.1, 0.2]}}
+    settings = [f"tune.space={json.dumps(space)}", "encoder.pretext=contrastive"]
+    settings += ["encoder.pretext_image_size=16"]
+    with pytest.raises(
+        ConfigError, match=r"cannot vary self_supervision\.temperature: trials share"
+    ):
+        check_space(tiny_config(tmp_path, *settings))
+
+
+def test_parameters_reach_their_keys(tmp_path: Path) -> None:
+    config = trial_config(
+        tiny_config(tmp_path), {"train.learning_rate": 0.01, "objective.name": "supervised"}, "one"
+    )
+    assert config.train.learning_rate == 0.01
+    assert config.objective.name == "supervised"
+    assert config.name == "one"
+
+
+def test_a_policy_brings_its_own_strengths(tmp_path: Path) -> None:
+    base = tiny_config(tmp_path, "augment.bias_field=0.05")
+    parameters = {"augment.policy": "strong", "augment.max_zoom": 0.3}
+    augmented = trial_config(base, parameters, "one").augment
+    expected = AugmentConfig(policy="strong", max_zoom=0.3)
+    assert augmented == expected
+    assert augmented.bias_field > 0.05
+    assert trial_config(base, {"seed": 1}, "two").augment.bias_field == 0.05
+
+
+def test_numbers_without_a_point_are_numbers(tmp_path: Path) -> None:
+    space = "tune.space={train.learning_rate: {log_uniform: [1e-4, 1e-2]}}"
+    config = tiny_config(tmp_path, space)
+    check_space(config)
+    assert config.tune.space["train.learning_rate"]["log_uniform"] == [1e-4, 1e-2]
+
+
+def test_trials_share_the_ray_cluster_in_equal_parts(tmp_path: Path) -> None:
+    space = "tune.space={train.num_workers: {choice: [1, 2]}}"
+    with pytest.raises(ConfigError, match=r"cannot vary train\.num_workers: trials share"):
+        check_space(tiny_config(tmp_path, space))
+
+
+def test_a_trial_that_failed_is_not_the_best(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, "name=search", f"tune.space={json.dumps(SPACE)}")
+    metric = config.tune.metric
+    diverged, sound = (
+        Trial(
+            name,
+            None,
+            {},
+            [
+                {
+                    "epoch": 1.0,
+                    "train/image_size": 32.0,
+                    "validation/score_error": 0.1,
+                    metric: value,
+                }
+            ],
+            config.train,
+            problem,
+        )
+        for name, value, problem in (("a", 0.9, "epoch 2: the loss is NaN"), ("b", 0.8, None))
+    )
+    assert _ranked(config, [diverged, sound]) == [sound]
+
+
+def test_a_search_is_told_what_trials_are_ranked_by() -> None:
+    def epoch(number: int, score: float) -> dict[str, float]:
+        validation = {"validation/score": score, "validation/score_error": 0.01}
+        return {"epoch": float(number), "train/image_size": 64.0, "test/all": 0.5} | validation
+
+    told = reported_metrics([epoch(1, 0.9), epoch(2, 0.5)])
+    assert told == {"epoch": 2.0, "validation/score": 0.9, "validation/score_error": 0.01}
+
+
+def test_a_trial_counts_by_the_epoch_whose_model_it_keeps(tmp_path: Path) -> None:
+    score = "validation/score"
+    sizes_and_scores = ((64, 0.80), (64, 0.93), (128, 0.90), (128, 0.89))
+    history = [
+        {"epoch": float(n), "train/image_size": float(side), score: value, "validation/loss": 1 / n}
+        | {"validation/score_error": 0.03}
+        for n, (side, value) in enumerate(sizes_and_scores, start=1)
+    ]
+    trial = Trial("a", None, {}, history, tiny_config(tmp_path).train)
+    assert trial.chosen(score) == (0.89, 4)  # about as good as 0.90; 0.93 is of smaller slices
+    assert trial.chosen("validation/loss") == (0.25, 4)
+    assert replace(trial, history=[]).chosen(score) is None
+
+
+def test_a_trial_is_not_to_blame_for_what_passes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reported: list[dict[str, float]] = []
+    monkeypatch.setattr(tune, "report", reported.append)
+    context = SimpleNamespace(get_trial_id=lambda: "abc_00000")
+    monkeypatch.setattr(tune, "get_context", lambda: context)
+    monkeypatch.setattr(sys, "argv", ["default_worker.py"])
+    base = tiny_config(tmp_path, "dataset=mri").model_dump(mode="json")
+    failed = Folder(tmp_path) / "sweeps" / "search" / trials.FAILED
+
+    def raising(error: BrainrayError) -> Callable[..., None]:
+        def begin(*_: object) -> None:
+            raise error
+
+        return begin
+
+    for passing in (StorageError("no space left"), RoomError("2 workers do not"), BusyError("by")):
+        monkeypatch.setattr(trials, "begun_training", raising(passing))
+        with pytest.raises(type(passing), match=str(passing)):
+            run_trial({}, base=base, sweep="search", command=["tune.py"])
+    assert (failed.names(), reported) == ([], [])
+    monkeypatch.setattr(trials, "begun_training", raising(ClusteringError("K is too small")))
+    run_trial({}, base=base, sweep="search", command=["tune.py"])
+    assert (failed.names(), len(reported)) == (["abc_00000.json"], 1)
+    assert command_line() == "tune.py"  # what its provenance tells
+
+
+def test_trials_that_a_stop_has_cut_are_told_so_in_mlflow(
+    trained: TrainedRun, tmp_path: Path
+) -> None:
+    config = tiny_config(tmp_path, "name=cut", f"tune.space={json.dumps(SPACE)}")
+    for trial_id in ("abc12_00000", "abc12_00001"):
+        folder = as_trial(trained, tmp_path, "cut", trial_id)
+        (folder / "tracking.json").unlink()
+    (folder / "summary.json").unlink()  # of the second
+    parent = open_tracking(config, Folder(tmp_path) / "sweeps" / "cut", {}, {}, print)
+    follower = _Follower(config, "cut", parent, print)
+    for trial in read_trials(config, "cut"):
+        assert follower._child(trial) is not None
+    follower.end("KILLED")
+    client = MlflowClient(parent.uri)
+    experiment = client.get_experiment_by_name("brainray")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    status = {run.info.run_name: run.info.status for run in runs}
+    assert status["cut-abc12_00000"] == "FINISHED"
+    assert status["cut-abc12_00001"] == "KILLED"
+    assert all("brainray.torch" in run.data.tags for run in runs if run.info.run_name != "cut")
+
+
+def test_the_table_while_it_runs_shows_every_trial_that_does(tmp_path: Path) -> None:
+    config = tiny_config(
+        tmp_path, "name=search", f"tune.space={json.dumps(SPACE)}", "train.num_epochs=4"
+    )
+    trials = []
+    for number in range(5):
+        trial_id = f"abc_{number:05d}"
+        epoch = {
+            "epoch": 1.0,
+            "validation/score": 0.9 - 0.1 * number,
+            "validation/score_error": 0.05,
+            "time/epoch_s": 10.0,
+            "time/images_per_s": 123.0,
+            "train/image_size": 32.0,
+        }
+        run = Run(Folder(tmp_path / "runs" / f"search-{trial_id}"), {})
+        trials.append(Trial(trial_id, run, {}, [epoch], config.train))
+    follower = _Follower(config, "search", cast(Any, None), print)
+    with held(Folder(tmp_path), "runs", "search-abc_00004", print):  # the worst
+        table = _table(config, trials, follower.state, limit=2).splitlines()
+    assert [line.split("|")[1].strip() for line in table[2:]] == [
+        "abc_00000",
+        "abc_00001",
+        "abc_00004",
+    ]
+    assert "stopped after epoch 1" in table[2]
+    assert "running, 0:00:30 left" in table[4]
+    assert "123" in table[4]

@@ -1,0 +1,58 @@
+"""Several draws of labels on a real Ray cluster, beside a control's."""
+
+from pathlib import Path
+
+import pytest
+
+from brainray.config import Config
+from brainray.errors import DataError
+from brainray.orchestration.training.draws import DrawnRuns, train_draws
+from tests.conftest import tiny_config
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+def drawn_config(storage: Path, name: str, *overrides: str) -> Config:
+    return tiny_config(
+        storage,
+        f"name={name}",
+        "dataset=mri",
+        "evaluation.num_label_draws=2",
+        "evaluation.tsne_epochs=[]",
+        "train.num_epochs=1",
+        *overrides,
+    )
+
+
+def labelled(drawn: DrawnRuns, number: int) -> set[str]:
+    seen = drawn.runs[number].run.folder.read_table("seen.parquet").to_pylist()
+    return {row["sample_id"] for row in seen if row["label"] is not None}
+
+
+@pytest.mark.slow
+def test_draws_are_runs_of_their_own_paired_with_the_control(storage: Path) -> None:
+    control = train_draws(drawn_config(storage, "plain", "objective.name=supervised"))
+    config = drawn_config(storage, "paired", "evaluation.control=plain")
+    recipe = train_draws(config)
+    assert [run.run.folder.path.rpartition("/")[2] for run in recipe.runs] == [
+        "paired-draw1",
+        "paired-draw2",
+    ]
+    for number in range(2):
+        assert labelled(recipe, number) == labelled(control, number)
+    assert labelled(recipe, 0) != labelled(recipe, 1)
+    name = "test/all/head/accuracy"
+    values, others = ([run.metrics[name] for run in drawn.runs] for drawn in (recipe, control))
+    assert recipe.metrics[name] == pytest.approx(sum(values) / 2)
+    assert recipe.metrics[f"difference/{name}"] == pytest.approx((sum(values) - sum(others)) / 2)
+    assert "| head" in recipe.folder.read_bytes("table.md").decode()
+    said: list[str] = []
+    again = train_draws(config, said.append)
+    assert sum("complete, nothing to train" in line for line in said) == 2
+    assert again.metrics == recipe.metrics
+
+
+def test_a_control_that_was_not_trained_is_named_at_once(storage: Path) -> None:
+    with pytest.raises(DataError, match="no run 'absent-draw1'"):
+        train_draws(drawn_config(storage, "alone", "evaluation.control=absent"))
+    assert not (storage / "runs" / "alone-draw1").exists()

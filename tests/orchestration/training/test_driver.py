@@ -1,0 +1,731 @@
+"""Training on a real Ray cluster: DDP, resuming after a kill, and labels that must not be read."""
+
+import json
+import os
+import re
+import shutil
+import signal
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+import ray
+import torch
+from mlflow import MlflowClient
+from ray.util.state import list_actors
+
+from brainray.config import Config, TrackingConfig
+from brainray.config_text import parse_config, parse_yaml, to_yaml
+from brainray.engine.state import Checkpoint, load_checkpoint
+from brainray.errors import (
+    BrainrayError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DivergenceError,
+)
+from brainray.models.encoder import build_encoder
+from brainray.orchestration import reporting
+from brainray.orchestration.prediction.evaluation import evaluate
+from brainray.orchestration.preprocessing.driver import preprocess
+from brainray.orchestration.pretraining.driver import warm_up
+from brainray.orchestration.publish import _last_submission, config_to_track, publish
+from brainray.orchestration.reporting import against_control, report
+from brainray.orchestration.run import begin_run, open_run
+from brainray.orchestration.store import ImageStore
+from brainray.orchestration.training.driver import (
+    TrainedRun,
+    _log_beginning,
+    begun_training,
+    fit,
+    train,
+)
+from brainray.orchestration.training.rank_data import load_rank_data
+from brainray.schema import SEEN, UNLABELLED_ROLE
+from brainray.storage import Folder
+from tests.conftest import tiny_config
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+def config_of(storage: Path, name: str, *overrides: str) -> Config:
+    return tiny_config(storage, f"name={name}", "dataset=mri", *overrides)
+
+
+def without_tracking(config: Config) -> Config:
+    """As of a command that says nothing of it."""
+    return config.model_copy(update={"tracking": TrackingConfig()})
+
+
+PUBLISHED: tuple[str, ...] = ()
+WARMED_UP = (
+    "encoder.pretext=contrastive",
+    "encoder.pretext_image_size=16",
+    "self_supervision.num_epochs=2",
+    "self_supervision.positives=subject",
+    "self_supervision.batch_size_per_worker=16",
+)
+ANCHORED = (
+    *WARMED_UP,
+    "objective.name=anchored",
+    "objective.ramp_epochs=1",
+    "objective.inherit_labels=subject",
+    "clustering.anchors=labelled",
+    "augment_unlabelled.policy=strong",
+    "train.ema_decay=0.9",
+    "train.growth_epochs=1",
+    "train.mixup_alpha=0.2",
+    "evaluation.test_each_epoch=false",
+    "train.start_image_size=16",
+)
+
+PASSWORD = "hunter2"
+said_by_reference: list[str] = []
+
+
+@pytest.fixture(scope="module")
+def reference(storage: Path) -> TrainedRun:
+    """One rank, undisturbed but for MLflow, whose server is away."""
+    config = slow_config(storage, "reference", f"tracking.uri=http://user:{PASSWORD}@127.0.0.1:9")
+    return train(config, said_by_reference.append)
+
+
+def slow_config(storage: Path, name: str, *overrides: str) -> Config:
+    """Steps slow enough for a worker to be killed between epochs."""
+    return config_of(
+        storage,
+        name,
+        "train.num_epochs=3",
+        "evaluation.tsne_epochs=[]",
+        "train.batch_size_per_worker=2",
+        "train.labelled_batch_size_per_worker=2",
+        *overrides,
+    )
+
+
+def checkpoint_of(run: TrainedRun, folder: str) -> Checkpoint:
+    return load_checkpoint(run.run.folder / folder)
+
+
+def assert_same_models(one: Checkpoint, two: Checkpoint) -> None:
+    assert one.epoch == two.epoch
+    for module in ("encoder", "clusters"):
+        expected = getattr(one, module).state_dict()
+        found = getattr(two, module).state_dict()
+        assert expected.keys() == found.keys()
+        for name, value in expected.items():
+            same = torch.equal(value, found[name]) if torch.is_tensor(value) else True
+            assert same, f"{module}.{name} differs"
+
+
+def test_a_run_leaves_what_it_promises(trained: TrainedRun) -> None:
+    folder = trained.run.folder
+    history = folder.read_json_lines("metrics.jsonl")
+    assert [metrics["epoch"] for metrics in history] == [1.0, 2.0]
+    for name in (
+        "train/loss/ce",
+        "train/loss/cluster",
+        "validation/score",
+        "test/all/head/accuracy",
+        "test/clean/cluster/f1_macro",
+        "test/all/head/recall/glioma",
+        "cluster/nmi_previous",
+        "cluster/effective_rank",
+        "time/epoch_s",
+        "time/images_per_s",
+    ):
+        assert np.isfinite(history[-1][name]), name
+    seen = folder.read_table("seen.parquet")
+    assert seen.schema.equals(SEEN)
+    for row in seen.to_pylist():
+        assert (row["label"] is None) == (row["role"] == UNLABELLED_ROLE)
+    assert {"confusion_all.png", "loss.png"} <= set((folder / "figures").names())
+    metrics = trained.metrics
+    assert metrics["test/all/num_slices"] == 17
+    assert metrics["test/clean/num_slices"] == 16
+    low, high = (metrics[f"test/all/head/accuracy_{side}"] for side in ("low", "high"))
+    assert low <= metrics["test/all/head/accuracy"] <= high
+    assert "test/all/thumbnail_1nn/accuracy" in metrics
+    assert "last/test/all/cluster/accuracy" in metrics
+
+
+def test_a_run_may_have_no_unlabelled_slice(storage: Path) -> None:
+    config = config_of(storage, "all-labelled", "split.labelled_fraction=1.0")
+    store = ImageStore.open(Folder(storage / "datasets" / "mri"))
+    begun, _ = begin_run(config, store, num_workers=1)
+    data = load_rank_data(config, begun.folder, store, torch.device("cpu"), 0, 1)
+    assert len(data.unlabelled) == len(data.inherited) == 0
+    assert len(data.labelled) == begun.info["num_slices"]["labelled"] > 0
+    assert bool((data.labelled.labels >= 0).all())
+
+
+@pytest.mark.parametrize("cache_gib", [1.0, 0.0])
+def test_a_rank_reads_the_store_once(
+    storage: Path, monkeypatch: pytest.MonkeyPatch, cache_gib: float
+) -> None:
+    """In memory or streamed, the ranks' slices of all roles are the store's, each on one rank."""
+    config = config_of(storage, "read-once", f"train.cache_gib={cache_gib}")
+    store = ImageStore.open(Folder(storage / "datasets" / "mri"))
+    begun, _ = begin_run(config, store, num_workers=1)
+    scan = ImageStore.scan
+    sides = []
+
+    def counted(self: ImageStore, wanted: Collection[tuple[str, str]], side: int) -> Any:
+        sides.append(side)
+        return scan(self, wanted, side)
+
+    monkeypatch.setattr(ImageStore, "scan", counted)
+    ranks = [
+        load_rank_data(config, begun.folder, store, torch.device("cpu"), rank, 2) for rank in (0, 1)
+    ]
+    assert len(sides) == 2
+    monkeypatch.undo()
+    seen = begun.folder.read_table("seen.parquet", ["sample_id", "role"])
+    for role, shards in {
+        UNLABELLED_ROLE: [data.unlabelled for data in ranks],
+        "labelled": [data.labelled for data in ranks],
+        "validation": [data.validation for data in ranks],
+    }.items():
+        rows = seen.filter(pc.equal(seen["role"], role)).sort_by("sample_id")
+        expected = store.images(rows["sample_id"].to_pylist(), "train", config.train.image_size)
+        for rank, shard in enumerate(shards):
+            (found,) = shard.images.batches([torch.arange(len(shard))])
+            np.testing.assert_array_equal(found.numpy(), expected[rank::2])
+
+
+def test_the_rate_is_that_of_all_ranks(trained: TrainedRun) -> None:
+    *_, last = trained.run.folder.read_json_lines("metrics.jsonl")
+    counts = trained.run.info["num_slices"]
+    num_steps = -(-max(counts["labelled"], counts["unlabelled"]) // (2 * 8))
+    assert last["time/images_per_s"] * last["time/train_s"] == pytest.approx(num_steps * 2 * 16)
+    assert 0 <= last["train/class_shift"] <= 1
+
+
+def test_a_run_records_what_made_it(trained: TrainedRun) -> None:
+    (record,) = trained.run.folder.read_json_lines("provenance.jsonl")
+    assert record["packages"]["torch"] == torch.__version__.partition("+")[0]
+    assert record["packages"]["ray"] == ray.__version__
+    assert all(record["packages"].values())
+    assert record["seeds"] == {"seed": 0, "split.seed": 0}
+    assert record["data_hash"] == trained.run.info["data_hash"]
+    assert record["config"]["train"]["num_epochs"] == 2
+    assert (record["num_workers"], record["device"], record["first_epoch"]) == (2, "cpu", 1)
+    assert len(record["code_hash"]) == 12
+    assert trained.mlflow_run_id is not None
+    tags = MlflowClient(trained.tracking_uri).get_run(trained.mlflow_run_id).data.tags
+    assert tags["brainray.numpy"] == np.__version__
+    assert tags["brainray.code_hash"] == record["code_hash"]
+
+
+def test_mlflow_holds_the_run_once(trained: TrainedRun) -> None:
+    client = MlflowClient(trained.tracking_uri)
+    assert trained.mlflow_run_id is not None
+    run = client.get_run(trained.mlflow_run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["train.num_epochs"] == "2"
+    assert run.data.tags["brainray.data_hash"] == trained.run.info["data_hash"]
+    assert len(client.get_metric_history(run.info.run_id, "train/loss/ce")) == 2
+    figures = {found.path for found in client.list_artifacts(run.info.run_id, "figures")}
+    assert "figures/loss.png" in figures
+
+
+def test_a_finished_run_is_reported_again_not_trained_again(
+    storage: Path, trained: TrainedRun
+) -> None:
+    said: list[str] = []
+    again = train(config_of(storage, "two-ranks", "train.num_workers=1"), said.append)
+    assert again.metrics == trained.metrics
+    assert again.mlflow_run_id == trained.mlflow_run_id
+    assert "complete, nothing to train" in said[0]
+
+
+def test_a_report_compares_slice_by_slice(storage: Path, trained: TrainedRun) -> None:
+    """A run with itself: it gains nothing, and other figures stay."""
+    said: list[str] = []
+    same = ["run=two-ranks", "evaluation.control=two-ranks"]
+    metrics = report(tiny_config(storage, *same), said.append).metrics
+    name = "test/all/head/accuracy"
+    assert metrics[f"difference/{name}"] == 0
+    assert f"difference/{name}_low" not in metrics  # without any difference it would have no width
+    assert metrics[f"p/{name}"] == 1
+    assert metrics[name] == trained.metrics[name]
+    assert "compared with two-ranks" in said[-1]
+    page = trained.run.folder.read_bytes("report.html").decode()
+    assert "Paired comparison with the control (two-ranks), slice by slice" in page
+    assert "<td>head, control (two-ranks)</td>" in page
+
+
+def test_subjects_are_drawn_as_a_whole_whatever_became_of_the_store(
+    storage: Path, trained: TrainedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Mapping[str, str]] = []
+
+    def compare(_: Any, __: Any, groups: Mapping[str, str], **___: Any) -> dict[str, float]:
+        asked.append(groups)
+        return {}
+
+    monkeypatch.setattr(reporting, "compare", compare)
+    against_control(
+        config_of(storage, "two-ranks", "evaluation.control=two-ranks"), trained.run, 1, print
+    )
+    rows = ImageStore.open(Folder(storage) / "datasets" / "mri").index().to_pylist()
+    expected = {row["sample_id"]: row["split_group_id"] for row in rows if row["split"] == "test"}
+    assert asked == [expected]
+
+
+def test_a_run_on_other_labels_is_no_control(storage: Path) -> None:
+    store = ImageStore.open(Folder(storage) / "datasets" / "mri")
+    begin_run(config_of(storage, "other-labels", "split.seed=5"), store, 1)
+    with pytest.raises(ConfigError, match=r"other labels \(split\.seed: 5 here, 0 requested"):
+        train(config_of(storage, "compared", "evaluation.control=other-labels"))
+    assert not (storage / "runs" / "compared").exists()
+
+
+def test_a_control_that_was_drawn_otherwise_or_is_gone_is_said_and_left_out(
+    storage: Path, trained: TrainedRun
+) -> None:
+    """As one of another version, whose settings tell nothing of it."""
+    shutil.copytree(str(trained.run.folder), storage / "runs" / "redrawn")
+    folder = Folder(storage) / "runs" / "redrawn"
+    seen = folder.read_table("seen.parquet")
+    roles = ["validation" if role == "labelled" else role for role in seen["role"].to_pylist()]
+    column = seen.column_names.index("role")
+    folder.write_table("seen.parquet", seen.set_column(column, "role", pa.array(roles)))
+    said: list[str] = []
+    asked = config_of(storage, "two-ranks", "evaluation.control=redrawn")
+    assert against_control(asked, trained.run, 1, said.append) == {}
+    assert said == ["not compared: the run redrawn was trained on other labels"]
+    reporting.write_run_page(asked, trained.run, trained.metrics, {}, [], None)
+    assert "<td>control, " not in trained.run.folder.read_bytes("report.html").decode()
+
+    saved = parse_yaml(folder.read_bytes("config.yaml"), "config.yaml")
+    saved["evaluation"] |= {"control": "gone", "siblings": ["two-ranks", "lost"]}
+    folder.write_bytes("config.yaml", to_yaml(parse_config(saved)).encode())
+    written = report(tiny_config(storage, "run=redrawn"), said.append)
+    assert said[1].startswith("not compared: no run 'gone'")
+    assert "the run two-ranks has the same seed (0)" in said[2]
+    assert said[3].startswith("not compared: no run 'lost'")
+    assert (
+        "Paired comparison with the control"
+        not in written.folder.read_bytes("report.html").decode()
+    )
+
+
+def test_what_is_still_training_is_not_compared_and_said(
+    storage: Path, trained: TrainedRun
+) -> None:
+    store = ImageStore.open(Folder(storage) / "datasets" / "mri")
+    begin_run(config_of(storage, "unfinished"), store, 1)
+    before = trained.run.folder.read_bytes("report.html")
+    for asked in ("evaluation.control=unfinished", "evaluation.siblings=[unfinished]"):
+        with pytest.raises(CheckpointError, match="the run unfinished is still training"):
+            report(tiny_config(storage, "run=two-ranks", asked))
+    assert trained.run.folder.read_bytes("report.html") == before
+    said: list[str] = []
+    config = config_of(storage, "two-ranks", "evaluation.control=unfinished")
+    assert against_control(config, trained.run, 1, said.append) == {}
+    assert "not compared: the run unfinished is still training" in said[0]
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("recipe", [PUBLISHED, ANCHORED])
+def test_a_killed_worker_costs_nothing_but_time(storage: Path, recipe: tuple[str, ...]) -> None:
+    undisturbed = train(slow_config(storage, f"undisturbed-{len(recipe)}", *recipe))
+    killed: list[int] = []
+
+    def kill_after_the_first_epoch(line: str) -> None:
+        if line.startswith("epoch ") and not killed:
+            actors = list_actors(
+                address=ray.get_runtime_context().gcs_address,
+                filters=[("class_name", "=", "RayTrainWorker")],
+            )
+            killed.extend(actor.pid for actor in actors if actor.state == "ALIVE" and actor.pid)
+            for pid in killed:
+                os.kill(pid, signal.SIGKILL)
+
+    config = slow_config(storage, f"killed-{len(recipe)}", *recipe)
+    resumed = train(config, kill_after_the_first_epoch)
+    assert killed
+    history = resumed.run.folder.read_json_lines("metrics.jsonl")
+    assert [metrics["epoch"] for metrics in history] == [1.0, 2.0, 3.0]
+    for folder in ("last", "best"):
+        assert_same_models(checkpoint_of(undisturbed, folder), checkpoint_of(resumed, folder))
+    client = MlflowClient(resumed.tracking_uri)
+    assert resumed.mlflow_run_id is not None
+    logged = client.get_metric_history(resumed.mlflow_run_id, "train/loss/ce")
+    assert [metric.step for metric in logged] == [1, 2, 3]
+
+
+def test_a_server_that_is_away_stops_nothing_and_gets_all_later(
+    storage: Path, reference: TrainedRun
+) -> None:
+    assert reference.mlflow_run_id is None
+    assert sum("127.0.0.1:9 cannot be used" in line for line in said_by_reference) == 1
+    kept = [path for path in storage.rglob("*") if path.is_file() and "reference" in str(path)]
+    assert len(kept) > 10
+    assert not [path for path in kept if PASSWORD.encode() in path.read_bytes()]
+    assert not [line for line in said_by_reference if PASSWORD in line]
+    assert "python jobs/track.py --set run=reference" in said_by_reference[-1]
+    with pytest.raises(ConfigError, match=r"saved tracking\.uri has no password"):
+        publish(without_tracking(config_of(storage, "reference")), reference.run)
+    sent = publish(config_of(storage, "reference"), reference.run)
+    assert sent.mlflow_run_id is not None
+    client = MlflowClient(sent.uri)
+    logged = client.get_metric_history(sent.mlflow_run_id, "train/loss/ce")
+    assert [metric.step for metric in logged] == [1, 2, 3]
+    final = client.get_run(sent.mlflow_run_id).data.metrics
+    assert final["final/chosen_epoch"] == reference.metrics["chosen_epoch"]
+
+
+def test_what_is_sent_of_an_unfinished_run_is_not_said_to_run(storage: Path) -> None:
+    config = config_of(storage, "begun-only")
+    store = ImageStore.open(Folder(storage) / "datasets" / "mri")
+    begun, _ = begin_run(config, store, num_workers=1)
+    sent = publish(config, begun)
+    assert sent.mlflow_run_id is not None
+    assert MlflowClient(sent.uri).get_run(sent.mlflow_run_id).info.status == "KILLED"
+
+
+def test_test_slices_without_any_label_are_not_scored(
+    storage: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = ImageStore.open(Folder(storage) / "datasets" / "mri")
+    whole = store.index(thumbnails=True)
+    labels = pc.if_else(pc.equal(whole["split"], "test"), None, whole["label"])
+    hidden = whole.set_column(whole.schema.get_field_index("label"), "label", labels)
+    monkeypatch.setattr(ImageStore, "index", lambda *_, **__: hidden)
+    begun, _ = begin_run(config_of(storage, "hidden-labels"), store, num_workers=1)
+    assert begun.folder.read_table("test.parquet").num_rows == 0
+    assert begun.test_paths() == set()
+
+
+def test_a_run_goes_on_where_what_is_done_with_it_has_changed(storage: Path) -> None:
+    store = ImageStore.open(Folder(storage) / "datasets" / "mri")
+    begin_run(config_of(storage, "registered"), store, 1)
+    changed = ["registry.name=mri", "tune.num_trials=3"]
+    assert begin_run(config_of(storage, "registered", *changed), store, 1)[1]
+
+
+def test_where_a_run_was_to_be_tracked_is_where_it_is_sent(storage: Path) -> None:
+    store = ImageStore.open(Folder(storage) / "datasets" / "mri")
+    meant = ["tracking.uri=http://mlflow:5000", "tracking.experiment=tumours"]
+    run, _ = begin_run(config_of(storage, "tracked", *meant), store, 1)
+    found = config_to_track(without_tracking(config_of(storage, "tracked")), run).tracking
+    assert (found.uri, found.experiment) == ("http://mlflow:5000", "tumours")
+    other = config_of(storage, "tracked", "tracking.uri=http://other:5000")
+    found = config_to_track(other, run).tracking
+    assert (found.uri, found.experiment) == ("http://other:5000", "tumours")
+
+
+def test_a_run_is_sent_where_training_sent_it_and_says_what_trained_it(storage: Path) -> None:
+    store = ImageStore.open(Folder(storage) / "datasets" / "mri")
+    run, _ = begin_run(config_of(storage, "sent-elsewhere"), store, 1)
+    run.folder.write_json("tracking.json", {"uri": "http://server:5000"})
+    found = config_to_track(without_tracking(config_of(storage, "sent-elsewhere")), run).tracking
+    assert found.uri == "http://server:5000"
+    run.folder.write_json("tracking.json", {"uri": "sqlite:////gone/mlflow.db"})
+    found = config_to_track(without_tracking(config_of(storage, "sent-elsewhere")), run).tracking
+    assert found.uri == f"sqlite:///{storage}/mlflow.db"  # as the run's config says
+    run.folder.write_json_lines(
+        "provenance.jsonl", [{"git_revision": "a"}, {"git_revision": "b", "code_hash": "c"}]
+    )
+    assert _last_submission(run) == {"git_revision": "b", "code_hash": "c"}
+
+
+def test_a_beginning_that_was_cut_leaves_no_fingerprints(storage: Path) -> None:
+    store = ImageStore.open(Folder(storage) / "datasets" / "mri")
+    (storage / "runs" / "begun-anew").mkdir()
+    (storage / "runs" / "begun-anew" / "seen_before.parquet").touch()
+    run, _ = begin_run(config_of(storage, "begun-anew"), store, 1)
+    assert not run.folder.exists("seen_before.parquet")
+
+
+def test_a_store_is_opened_as_what_it_was_or_not_at_all(storage: Path) -> None:
+    folder = Folder(storage) / "datasets" / "mri"
+    was = ImageStore.open(folder).data_hash
+    assert ImageStore.open(folder, was).data_hash == was
+    with pytest.raises(DataError, match=rf"has changed \(hash 0123 before, {was} now\)"):
+        ImageStore.open(folder, "0123")
+
+
+def test_a_store_of_other_masks_than_todays_is_not_trained_on(
+    storage: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(storage / "datasets" / "mri", tmp_path / "datasets" / "mri")
+    path = tmp_path / "datasets" / "mri" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["preprocess"]["skull_strip"] = "intracranial"
+    path.write_text(json.dumps(manifest | {"intracranial_version": 1}))
+    config = config_of(tmp_path, "old", "preprocess.skull_strip=intracranial")
+    with pytest.raises(
+        DataError, match=r"intracranial_version: 1 here, \d+ requested.*preprocess again"
+    ):
+        train(config)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_a_store_that_changes_under_a_run_is_not_learned_from(
+    phantoms: Path, ray_cluster: None, tmp_path: Path
+) -> None:
+    store = preprocess(tiny_config(tmp_path, "name=mri", f"source={phantoms}"))
+    for name, settings in (("plain", ()), ("warmed-up", WARMED_UP)):
+        config = tiny_config(tmp_path, f"name={name}", "dataset=mri", *settings)
+        with begun_training(config, print) as training:
+            store.folder.write_json("manifest.json", store.manifest | {"data_hash": "changed"})
+            with pytest.raises(DataError, match=r"has changed \(hash .* changed now\)"):
+                fit(training, print)
+        store.folder.write_json("manifest.json", store.manifest)
+
+
+def test_a_run_to_compare_with_is_looked_for_before_training(storage: Path) -> None:
+    with pytest.raises(DataError, match="no run 'absent'"):
+        train(config_of(storage, "compared", "evaluation.control=absent"))
+    assert not (storage / "runs" / "compared").exists()
+
+
+def test_a_folder_whose_job_ended_before_it_began_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "runs" / "half").mkdir(parents=True)
+    (tmp_path / "runs" / "half" / "seen.parquet").touch()
+    (tmp_path / "runs" / "whole").mkdir()
+    (tmp_path / "runs" / "whole" / "run.json").write_text("{}")
+    with pytest.raises(DataError, match=r"no run 'half' in .*; existing runs: whole$"):
+        open_run(Folder(tmp_path), "half")
+
+
+@pytest.mark.parametrize("recipe", [PUBLISHED, pytest.param(ANCHORED, marks=pytest.mark.slow)])
+def test_labels_of_unlabelled_and_test_slices_change_nothing(
+    storage: Path,
+    phantoms: Path,
+    reference: TrainedRun,
+    recipe: tuple[str, ...],
+    tmp_path: Path,
+) -> None:
+    if recipe:
+        reference = train(slow_config(storage, "anchored", *recipe))
+    config = slow_config(tmp_path, "permuted", *recipe)
+    preprocess(tiny_config(tmp_path, "name=mri", f"source={phantoms}"))
+    store = ImageStore.open(Folder(tmp_path) / "datasets" / "mri")
+    begun, _ = begin_run(config, store, num_workers=1)
+    seen = begun.folder.read_table("seen.parquet").to_pandas()
+    unlabelled = set(seen[seen["role"] == UNLABELLED_ROLE]["sample_id"])
+    num_changed = 0
+    for path in sorted((tmp_path / "datasets" / "mri" / "images").iterdir()):
+        table = pq.read_table(path)
+        frame = table.select(["sample_id", "split", "label"]).to_pandas()
+        hidden = frame["sample_id"].isin(unlabelled) & (frame["split"] == "train")
+        hidden |= frame["split"] == "test"
+        rotated = dict(zip(store.classes, [*store.classes[1:], store.classes[0]], strict=True))
+        frame.loc[hidden, "label"] = frame.loc[hidden, "label"].map(rotated)
+        num_changed += int(hidden.sum())
+        column = table.schema.get_field_index("label")
+        labels = frame["label"].tolist()
+        pq.write_table(table.set_column(column, table.schema.field(column), [labels]), path)
+    assert num_changed > 30
+    slices = begun.folder.read_table("test.parquet").to_pandas()
+    slices["label"] = slices["label"].map(rotated)
+    column_table = begun.folder.read_table("test.parquet")
+    begun.folder.write_table(
+        "test.parquet",
+        column_table.set_column(
+            column_table.schema.get_field_index("label"), "label", [slices["label"].tolist()]
+        ),
+    )
+    permuted = train(config)
+    for folder in ("last", "best"):
+        assert_same_models(checkpoint_of(reference, folder), checkpoint_of(permuted, folder))
+    assert permuted.metrics["chosen_epoch"] == reference.metrics["chosen_epoch"]
+    assert permuted.metrics["test/all/num_slices"] == 17
+    if recipe:
+        chosen = int(permuted.metrics["chosen_epoch"])
+        predicted = (permuted.run.folder / "predictions").names()
+        assert predicted == [f"epoch-{chosen:04d}.parquet"]
+        history = permuted.run.folder.read_json_lines("metrics.jsonl")
+        assert not [name for metrics in history for name in metrics if name.startswith("test/")]
+
+
+def test_the_raw_test_files_tell_what_training_told_wherever_they_lie_and_whatever_a_table_says(
+    storage: Path, phantoms: Path, trained: TrainedRun, tmp_path: Path
+) -> None:
+    files = [path.relative_to(phantoms) for path in sorted(phantoms.rglob("*.jpg"))]
+    rows = [f"{path},{path.parent.name},fold{number % 3}" for number, path in enumerate(files)]
+    labels = tmp_path / "labels.csv"
+    labels.write_text("\n".join(["path,label,split", *rows]))
+    settings = ["run=two-ranks", f"source={phantoms}", f"labels={labels}"]
+    before = Folder(storage) / "evaluations" / "by-pipeline"
+    before.write_bytes("config.yaml", b"source: /where/they/were\n")
+    test_paths = {str(path) for path in files if path.parts[0] == "Testing"}
+    scored = evaluate(config_of(storage, "by-pipeline", *settings), print, only_paths=test_paths)
+    for name, value in trained.metrics.items():
+        if name.startswith("test/"):
+            assert scored.metrics[name] == pytest.approx(value, abs=1e-4), name
+    assert scored.folder.exists("predictions.parquet")
+    with pytest.raises(DataError, match=r"split 'fold0' of .* is neither train nor test"):
+        evaluate(config_of(storage, "by-hand", *settings))
+
+
+@pytest.mark.slow
+def test_a_checkpoint_without_its_run_has_no_clean_figures(
+    storage: Path, phantoms: Path, trained: TrainedRun, tmp_path: Path
+) -> None:
+    alone = Folder(tmp_path) / "alone" / "epoch"
+    alone.write_bytes("model.pt", (trained.run.folder / "best").read_bytes("model.pt"))
+    scored = evaluate(
+        tiny_config(storage, "name=alone", f"checkpoint={alone}", f"source={phantoms}")
+    )
+    assert scored.metrics["test/all/num_slices"] == 17
+    assert not [name for name in scored.metrics if "clean" in name]
+    predictions = scored.folder.read_table("predictions.parquet")
+    assert predictions["clean"].null_count == predictions.num_rows
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "message"),
+    [
+        (["clustering.num_clusters=3"], BrainrayError, "below the number of classes"),
+        (["clustering.num_clusters=500"], BrainrayError, "exceeds the number of training slices"),
+        (["train.num_workers=64"], ConfigError, "the Ray cluster has room for 2; lower"),
+        (["train.device=cuda"], ConfigError, "has no GPU"),
+        (["dataset=absent"], DataError, "no image store at"),
+        (["encoder.weights=/absent.pt"], ConfigError, "no such file"),
+        (["train.image_size=48"], ConfigError, "exceeds"),
+        (["encoder.pretext=rotation"], ConfigError, r"pretext_image_size \(64\) exceeds"),
+        (["preprocess.skull_strip=none"], ConfigError, "skull_strip: otsu here, none requested"),
+        (["split.mode=grouped"], ConfigError, r"\(split\.mode: official here, grouped requested\)"),
+        (
+            ["preprocess.subject.estimate=false"],
+            ConfigError,
+            r"\(preprocess\.subject\.estimate: True here, False requested\)",
+        ),
+    ],
+)
+def test_what_cannot_train_is_refused_before_anything_is_left(
+    storage: Path, overrides: list[str], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        train(config_of(storage, "refused", *overrides))
+    assert not (storage / "runs" / "refused").exists()
+
+
+def test_a_new_run_tells_how_many_labels_it_reads_and_what_nothing_tells(
+    storage: Path, tmp_path: Path
+) -> None:
+    weights = tmp_path / "given.pt"
+    weights.write_bytes(b"not read here")
+    store = ImageStore.open(Folder(storage) / "datasets" / "mri")
+    index = store.index()
+    train_labels = index.filter(pc.equal(index["split"], "train"))["label"]
+    num_labels = len(train_labels) - train_labels.null_count
+    for name, share, others in [("told-half", 0.5, 1), ("told-all", 1.0, 0)]:
+        config = config_of(
+            storage, name, f"split.labelled_fraction={share}", f"encoder.weights={weights}"
+        )
+        run, _ = begin_run(config, store, 1)
+        lines: list[str] = []
+        _log_beginning(run, False, config, store, lines.append)
+        slices = run.info["num_slices"]
+        num_read = slices["labelled"] + slices["validation"]
+        assert f"{slices['labelled']} labelled" in lines[0]
+        told = [line for line in lines if line.startswith("the run reads")]
+        assert len(told) == others
+        if others:
+            assert 0.4 < num_read / num_labels < 0.6
+            assert told[0].startswith(f"the run reads {num_read} of {num_labels} labels")
+        assert f"no record of what {weights} was trained on" in lines[-1]
+
+
+def test_a_file_of_weights_is_read_where_the_driver_runs(
+    storage: Path, trained: TrainedRun
+) -> None:
+    path = f"{trained.run.folder}/best/model.pt"
+    config = config_of(storage, "from-file", f"encoder.weights={path}")
+    start = warm_up(config, ImageStore.open(Folder(storage) / "datasets" / "mri"), print)
+    assert not isinstance(start, str)
+    assert "conv1.weight" in start
+
+
+def test_a_complete_run_says_how_another_is_set_beside_it(
+    storage: Path, trained: TrainedRun
+) -> None:
+    shutil.copytree(str(trained.run.folder), Path(storage) / "runs" / "its-control")
+    for control, says in (("evaluation.control=its-control", True), ("seed=0", False)):
+        lines: list[str] = []
+        settings = ["train.num_workers=2", "dataset=mri", control]
+        train(tiny_config(storage, "name=two-ranks", *settings), lines.append)
+        assert any("jobs/report.py --set run=two-ranks" in line for line in lines) == says
+
+
+def test_a_run_is_not_resumed_with_other_settings(storage: Path, trained: TrainedRun) -> None:
+    with pytest.raises(ConfigError, match=r"train\.learning_rate: 0\.0015 here, 0\.001 requested"):
+        train(config_of(storage, "two-ranks", "train.learning_rate=1e-3"))
+
+
+def test_a_run_of_a_time_when_fewer_settings_were_free_goes_on(storage: Path) -> None:
+    store = ImageStore.open(Folder(storage) / "datasets" / "mri")
+    run, _ = begin_run(config_of(storage, "earlier"), store, 1)
+    info = run.folder.read_json("run.json")
+    info["settings"]["train"]["cache_gib"] = 4.0
+    run.folder.write_json("run.json", info)
+    assert begin_run(config_of(storage, "earlier", "train.cache_gib=2"), store, 1)[1]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "message"),
+    [
+        (["run=absent"], DataError, "no run 'absent'"),
+        ([], ConfigError, "either --set run=NAME or --set checkpoint=PATH"),
+        (["checkpoint=/tmp"], CheckpointError, r"contains no model\.pt"),
+    ],
+)
+def test_evaluation_names_what_is_missing(
+    storage: Path, phantoms: Path, overrides: list[str], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        evaluate(tiny_config(storage, f"source={phantoms}", *overrides))
+
+
+@pytest.mark.slow
+def test_a_warm_up_is_learned_once_and_starts_every_run_of_its_store(storage: Path) -> None:
+    settings = [*WARMED_UP, "train.num_epochs=1", "train.num_workers=2"]
+    settings += ["train.learning_rate=1e-9", "train.weight_decay=0"]  # weights stay as they were
+    runs, said = {}, {}
+    for name, more in {"first": (), "second": ("split.seed=5",)}.items():
+        lines: list[str] = []
+        runs[name] = train(config_of(storage, f"warm-{name}", *settings, *more), lines.append)
+        said[name] = "\n".join(lines)
+    assert "pretext epoch 2/2" in said["first"]
+    assert "already trained, reusing it" in said["second"]
+    folder = Path(re.findall(r"^encoder (.*): training$", said["first"], re.MULTILINE)[0])
+    learned = build_encoder("resnet18", str(folder / "encoder.pt"), num_classes=4)
+    for run in runs.values():
+        trained = checkpoint_of(run, "last").encoder
+        torch.testing.assert_close(trained.backbone.conv1.weight, learned.backbone.conv1.weight)
+        assert run.run.folder.read_json("about.json")["warm-up without labels"] == (
+            "contrastive, 2 epochs at 16 px"
+        )
+
+
+@pytest.mark.slow
+def test_a_warm_up_that_diverges_stops_the_job_and_leaves_no_encoder(storage: Path) -> None:
+    settings = [*WARMED_UP, "self_supervision.learning_rate=1e30", "train.num_workers=2"]
+    said: list[str] = []
+    with pytest.raises(
+        DivergenceError, match=r"self-supervised training, epoch \d: .* lower self_s"
+    ):
+        train(config_of(storage, "diverging", *settings), said.append)
+    folder = Path(re.findall(r"^encoder (.*): training$", "\n".join(said), re.MULTILINE)[0])
+    assert not (folder / "encoder.pt").exists()
+    assert not Folder(storage / "runs" / "diverging").read_json_lines("metrics.jsonl")
+
+
+@pytest.mark.slow
+def test_a_collapse_stops_the_run_and_says_why(storage: Path) -> None:
+    with pytest.raises(BrainrayError, match="lambda_cluster"):
+        train(config_of(storage, "collapsed", "clustering.min_spread=1.5"))
+    state = (Folder(storage) / "runs" / "collapsed").read_json("tracking.json")
+    assert MlflowClient(state["uri"]).get_run(state["run_id"]).info.status == "FAILED"
