@@ -1,11 +1,8 @@
 """Log lines for the user."""
 
 import time
-from collections.abc import Callable
 
 from brainray.redaction import redacted
-
-Log = Callable[[str], None]
 
 _EVERY_S = 10.0
 
@@ -21,9 +18,9 @@ class ProgressLines:
     If any line was logged, there is also a final one.
     """
 
-    def __init__(self, verb: str, noun: str, log: Log) -> None:
+    def __init__(self, verb: str, noun: str) -> None:
         """Lines read "VERB 10 of 20 NOUN, 5 s left"."""
-        self._verb, self._noun, self._log = verb, noun, log
+        self._verb, self._noun = verb, noun
         self._started = self._last = time.monotonic()
 
     def tell(self, done: int, total: int) -> None:
@@ -33,4 +30,4 @@ class ProgressLines:
         if done and (now - self._last >= _EVERY_S or (done == total and has_told)):
             self._last = now
             left = (total - done) * (now - self._started) / done
-            self._log(f"{self._verb} {done:,} of {total:,} {self._noun}, {left:.0f} s left")
+            log(f"{self._verb} {done:,} of {total:,} {self._noun}, {left:.0f} s left")

@@ -34,7 +34,7 @@ from mlflow.types.schema import Array
 
 from brainray import layout
 from brainray.errors import TrackingError
-from brainray.log import Log
+from brainray.log import log
 from brainray.redaction import redacted
 from brainray.storage import Folder
 
@@ -287,13 +287,13 @@ class MLflowTracker:
 class LenientTracker:
     """Forwards everything to a tracker, but an unreachable server never stops the work.
 
-    The first failure is logged; the run's folder keeps everything, and a later ``begin`` and
+    The first failure is logged; the folder keeps everything, and a later ``begin`` and
     ``log_*`` catch up in order.
     """
 
-    def __init__(self, tracker: MLflowTracker, warn: Log) -> None:
+    def __init__(self, tracker: MLflowTracker, folder: Folder) -> None:
         self._tracker = tracker
-        self._warn = warn
+        self._folder = folder
         self._begin: Callable[[], None] | None = None
         self._problems: dict[str, str] = {}  # by operation, until it succeeds
 
@@ -343,7 +343,7 @@ class LenientTracker:
             self._problems.pop(what, None)
         except TrackingError as error:
             if not self._problems:
-                self._warn(str(error))
+                log(f"{error}; metrics are kept in {self._folder}")
             self._problems[what] = str(error)
 
 

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 from brainray import layout
 from brainray.errors import BrainrayError, DataError
+from brainray.log import log
 from brainray.mri.phantom import write_phantoms
 from brainray.orchestration.own_head import (
     RayDidNotStart,
@@ -74,9 +75,9 @@ def run_demo(
     for key, value in settings.items():
         entrypoint += ["--set", f"{key}={value}"]
 
-    with own_ray_head(_say) as head:
+    with own_ray_head() as head:
         # Ray takes seconds to start: generate the phantoms meanwhile.
-        _say(f"generating phantoms in {out / PHANTOMS}")
+        log(f"demo: generating phantoms in {out / PHANTOMS}")
         write_phantoms(
             out / PHANTOMS,
             num_training_per_class=NUM_TRAINING_PER_CLASS,
@@ -84,7 +85,7 @@ def run_demo(
             seed=0,
         )
         wait_until_ready(head)
-        exit_code, line = submit(head, entrypoint, name=RUN_NAME, working_dir=PROJECT, say=_say)
+        exit_code, line = submit(head, entrypoint, name=RUN_NAME, working_dir=PROJECT)
     result = _parse_result(line)
     _print_summary(exit_code, result, tracking_uri)
     return exit_code if result is not None else exit_code or 1
@@ -136,14 +137,15 @@ def _parse_result(line: str | None) -> dict[str, Any] | None:
 def _print_summary(exit_code: int, result: dict[str, Any] | None, tracking_uri: str) -> None:
     print()
     if result is None:
-        _say(f"the pipeline printed no result (exit code {exit_code}): see its output above")
+        log(f"demo: the pipeline printed no result (exit code {exit_code}): see its output above")
         return
     if result.get("status") != "ok":
-        _say(
-            f"the pipeline failed (exit code {exit_code}): {result.get('error', 'no reason given')}"
+        log(
+            f"demo: the pipeline failed (exit code {exit_code}): "
+            f"{result.get('error', 'no reason given')}"
         )
         return
-    _say("done")
+    log("demo: done")
     metrics = {
         name: value
         for name, value in (result.get("metrics") or {}).items()
@@ -165,10 +167,6 @@ def _pictures(out: Path) -> list[Path]:
     """Reports, and the folders that contain figures."""
     reports = sorted(out.rglob("*.html"))
     return reports + sorted({path.parent for path in out.rglob("*.png")})
-
-
-def _say(text: str) -> None:
-    print(f"demo: {text}", flush=True)
 
 
 if __name__ == "__main__":

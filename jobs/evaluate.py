@@ -11,7 +11,7 @@ def work(config: Config) -> JobResult:
     from brainray.orchestration.prediction.evaluation import evaluate
     from brainray.report.results import results_markdown
 
-    evaluation = evaluate(config, log)
+    evaluation = evaluate(config)
     log(results_markdown(evaluation.metrics, evaluation.classes))
     log(f"predictions, figures and report.html: {evaluation.folder}")
     return JobResult(str(evaluation.folder), metrics=evaluation.metrics)

@@ -10,7 +10,7 @@ from brainray.orchestration.job import JobResult, run_job
 def work(config: Config) -> JobResult:
     from brainray.orchestration.prediction.export import export
 
-    exported = export(config, log)
+    exported = export(config)
     log(f"files and model card: {exported.folder}")
     return JobResult(str(exported.folder), exported.mlflow_run_id, exported.metrics)
 

@@ -11,7 +11,7 @@ from brainray.orchestration.job import JobResult, run_job
 def work(config: Config) -> JobResult:
     from brainray.orchestration.prediction.labels import choose_next_labels
 
-    chosen = choose_next_labels(config, log)
+    chosen = choose_next_labels(config)
     log(f"{chosen.table.num_rows} slices to label: {chosen.folder}/{layout.NEXT_LABELS}")
     return JobResult(str(chosen.folder), metrics=chosen.metrics)
 

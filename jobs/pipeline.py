@@ -31,13 +31,13 @@ def work(config: Config) -> JobResult:
     # The name may change between runs on one store; the store keeps its own.
     dataset = config.dataset or config.name
     needed = data_hash_of(Folder(config.storage), config.name)
-    preprocess(config.model_copy(update={"name": dataset}), log, data_hash=needed)
-    trained = train(config.model_copy(update={"dataset": dataset}), log)
+    preprocess(config.model_copy(update={"name": dataset}), data_hash=needed)
+    trained = train(config.model_copy(update={"dataset": dataset}))
     test_paths = trained.run.test_paths()
     if test_paths:
         # The raw files again, through the prediction code: it must give the same results.
         again = config.model_copy(update={"run": config.name, "epoch": None, "checkpoint": None})
-        evaluation = evaluate(again, log, only_paths=test_paths)
+        evaluation = evaluate(again, only_paths=test_paths)
         log(results_markdown(evaluation.metrics, evaluation.classes))
     log(f"figures: {trained.run.folder}/figures")
     log(f"compare runs: {how_to_open(trained.tracking_uri)}")

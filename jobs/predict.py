@@ -10,7 +10,7 @@ from brainray.orchestration.job import JobResult, run_job
 def work(config: Config) -> JobResult:
     from brainray.orchestration.prediction.predict import predict
 
-    prediction = predict(config, log)
+    prediction = predict(config)
     counts = prediction.metrics
     log(
         f"{counts['num_predicted']:,.0f} slices predicted, {counts['num_rejected']:,.0f} rejected: "

@@ -4,14 +4,13 @@ import sys
 
 from brainray import layout
 from brainray.config import Config
-from brainray.log import log
 from brainray.orchestration.job import STORE_KEYS, JobResult, run_job
 
 
 def work(config: Config) -> JobResult:
     from brainray.orchestration.preprocessing.driver import preprocess
 
-    store = preprocess(config, log)
+    store = preprocess(config)
     counts = {
         f"num_slices/{split}/{label or 'unlabelled'}": float(count)
         for split, by_class in store.manifest["num_slices"].items()

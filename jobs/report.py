@@ -11,7 +11,7 @@ from brainray.orchestration.job import JobResult, run_job
 def work(config: Config) -> JobResult:
     from brainray.orchestration.reporting import report
 
-    written = report(config, log)
+    written = report(config)
     log(
         f"report: {written.folder}/{layout.REPORT} (send it to MLflow with jobs/track.py "
         f"--set run={config.run})"

@@ -11,7 +11,7 @@ def work(config: Config) -> JobResult:
     from brainray.orchestration.publish import how_to_open
     from brainray.orchestration.study.driver import run_study
 
-    finished = run_study(config, log)
+    finished = run_study(config)
     log(finished.text)
     log(f"tables and figures: {finished.folder}")
     log(f"compare studies: {how_to_open(finished.tracking_uri)}")

@@ -16,7 +16,7 @@ def work(config: Config) -> JobResult:
     if config.run is None:
         raise ConfigError("jobs/track.py needs a run: give --set run=NAME")
     run = open_run(Folder(config.storage), config.run)
-    tracking = publish(config, run, log)
+    tracking = publish(config, run)
     log(f"compare runs: {how_to_open(tracking.uri)}")
     return JobResult(str(run.folder), tracking.mlflow_run_id)
 

@@ -14,7 +14,7 @@ def work(config: Config) -> JobResult:
     from brainray.orchestration.training.driver import train
     from brainray.report.results import results_markdown
 
-    trained = train(config, log)
+    trained = train(config)
     log(results_markdown(trained.metrics, trained.run.classes))
     log(f"figures: {trained.run.folder}/figures")
     log(f"compare runs: {how_to_open(trained.tracking_uri)}")
@@ -26,7 +26,7 @@ def work_on_draws(config: Config) -> JobResult:
     from brainray.orchestration.training.draws import train_draws
     from brainray.report.draws_table import draws_table
 
-    drawn = train_draws(config, log)
+    drawn = train_draws(config)
     log(draws_table(drawn.metrics))
     log(f"compare runs: {how_to_open(drawn.runs[0].tracking_uri)}")
     return JobResult(str(drawn.folder), metrics=drawn.metrics)

@@ -11,7 +11,7 @@ def work(config: Config) -> JobResult:
     from brainray.orchestration.publish import how_to_open
     from brainray.orchestration.sweep.driver import sweep
 
-    finished = sweep(config, log)
+    finished = sweep(config)
     log(finished.table)
     log(f"best settings: {finished.folder}/best.yaml")
     log(f"figures: {finished.folder}/figures")

@@ -8,17 +8,16 @@ from brainray import log
 
 
 def test_progress_is_told_every_ten_seconds_with_the_time_left(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     seconds = itertools.count(0.0, 4.0)
     monkeypatch.setattr("brainray.log.time.monotonic", lambda: next(seconds))
-    said: list[str] = []
-    progress = log.ProgressLines("decoded", "files", said.append)
+    progress = log.ProgressLines("decoded", "files")
 
     for done in (0, 500, 1000, 1500, 2000):
         progress.tell(done, 2000)
 
-    assert said == [
+    assert capsys.readouterr().out.splitlines() == [
         "decoded 1,000 of 2,000 files, 12 s left",
         "decoded 2,000 of 2,000 files, 0 s left",
     ]

@@ -43,7 +43,7 @@ def nodes(*num_cpus: int) -> Iterator[tuple[RayHead, list[subprocess.Popen[bytes
     """A head and further nodes with so many CPUs each."""
     first, *others = num_cpus
     with contextlib.ExitStack() as stack:
-        head = stack.enter_context(own_ray_head(print, num_cpus=first))
+        head = stack.enter_context(own_ray_head(num_cpus=first))
         wait_until_ready(head)
         started = []
         for count in others:

@@ -34,7 +34,7 @@ SPACE = {"train.learning_rate": {"log_uniform": [1e-4, 1e-2]}}
 
 @contextlib.contextmanager
 def ray_head(num_cpus: int) -> Iterator[RayHead]:
-    with own_ray_head(print, num_cpus=num_cpus) as head:
+    with own_ray_head(num_cpus=num_cpus) as head:
         wait_until_ready(head)
         yield head
 

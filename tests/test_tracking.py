@@ -96,7 +96,7 @@ def test_a_run_that_goes_on_while_the_server_is_away_is_said_to_run_when_it_is_b
     ended.begin("first", {}, {})
     ended.finish("FAILED")
     made = tracker(run, database(run))
-    lenient = LenientTracker(made, print)
+    lenient = LenientTracker(made, run)
     with monkeypatch.context() as away:
         away.setattr(made, "_connect", Mock(side_effect=OSError("away")))
         lenient.begin("first", {}, {})
@@ -139,19 +139,21 @@ def test_epochs_that_another_process_has_sent_are_not_sent_again(run: Folder) ->
     assert [metric.step for metric in logged] == [1, 2, 3]
 
 
-def test_an_unreachable_server_is_said_once_and_nothing_is_lost(run: Folder) -> None:
-    said: list[str] = []
-    away = LenientTracker(tracker(run, NOWHERE), said.append)
+def test_an_unreachable_server_is_said_once_and_nothing_is_lost(
+    run: Folder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    away = LenientTracker(tracker(run, NOWHERE), run)
     away.begin("first", {}, {})
     for count in (1, 2, 3):
         away.log_epochs(HISTORY[:count])
     away.log_files(["figures/a.png"])
     away.finish()
+    said = capsys.readouterr().out.splitlines()
     assert len(said) == 1
     assert "127.0.0.1:9 cannot be used" in said[0]
     assert away.problem is not None
 
-    back = LenientTracker(tracker(run, database(run)), said.append)
+    back = LenientTracker(tracker(run, database(run)), run)
     back.begin("first", {}, {})
     back.log_epochs(HISTORY)
     assert back.problem is None
@@ -160,18 +162,19 @@ def test_an_unreachable_server_is_said_once_and_nothing_is_lost(run: Folder) -> 
     assert len(client.get_metric_history(run_id, "train/loss/ce")) == 3
 
 
-def test_what_was_not_sent_is_known_until_it_is(run: Folder) -> None:
-    said: list[str] = []
+def test_what_was_not_sent_is_known_until_it_is(
+    run: Folder, capsys: pytest.CaptureFixture[str]
+) -> None:
     barred = run.parent / "barred"
     barred.parent.write_bytes("barred", b"a file where artifacts should go")
     uri = database(run)
     made = MLflowTracker(run, uri, "barred", f"file://{barred.path}/artifacts")
-    lenient = LenientTracker(made, said.append)
+    lenient = LenientTracker(made, run)
     lenient.begin("first", {}, {})
     lenient.log_files(["figures/a.png"])
     lenient.log_epochs(HISTORY)
     lenient.finish()
-    assert len(said) == 1
+    assert len(capsys.readouterr().out.splitlines()) == 1
     assert lenient.problem is not None
     barred.parent.delete_file("barred")
     lenient.log_files(["figures/a.png"])

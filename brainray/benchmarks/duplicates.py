@@ -22,6 +22,7 @@ from brainray.benchmarks.result import BenchmarkResult, CaseOptions, Measure
 from brainray.benchmarks.samples import load_slices
 from brainray.config import NearDuplicateConfig
 from brainray.errors import DataError
+from brainray.log import log
 from brainray.mri.duplicates import (
     COPY,
     KINDS,
@@ -70,7 +71,7 @@ def run(options: CaseOptions) -> BenchmarkResult:
         else _real(options.source, num_slices, options.seed)
     )
     fingerprints = np.stack([fingerprint(image) for image in images])
-    options.log(f"{len(images)} slices, {len(neighbours)} neighbouring pairs")
+    log(f"{len(images)} slices, {len(neighbours)} neighbouring pairs")
     own_pairs = near_duplicate_pairs(fingerprints, settings)
     names = [f"{number:06d}" for number in range(len(images))]
     groups = connected_groups(names, own_pairs.first, own_pairs.second)
@@ -92,7 +93,7 @@ def run(options: CaseOptions) -> BenchmarkResult:
             )
         ]
         recalls[name] = float(np.mean(right))
-        options.log(f"{name}: recall {recalls[name]:.3f}")
+        log(f"{name}: recall {recalls[name]:.3f}")
 
     for name, perturb in FRAMINGS.items():
         framed = np.stack([fingerprint(perturb(images[number], rng)) for number in chosen])
@@ -106,7 +107,7 @@ def run(options: CaseOptions) -> BenchmarkResult:
             for found in _two_looks(framed, fingerprints, settings)
         )
         reframings[name] = float(twice), float(once)
-        options.log(f"{name}: recall {once:.3f} by whole frames, {twice:.3f} with heads as well")
+        log(f"{name}: recall {once:.3f} by whole frames, {twice:.3f} with heads as well")
 
     of_neighbours = pair_similarity(fingerprints[neighbours[:, 0]], fingerprints[neighbours[:, 1]])
     upright = [name for name, (_, kind) in PERTURBATIONS.items() if kind == COPY]
@@ -128,7 +129,7 @@ def run(options: CaseOptions) -> BenchmarkResult:
         start = time.perf_counter()
         found = near_duplicate_pairs(synthesised, settings)
         seconds[size] = time.perf_counter() - start
-        options.log(f"{size} fingerprints: {seconds[size]:.1f} s, {len(found)} pairs")
+        log(f"{size} fingerprints: {seconds[size]:.1f} s, {len(found)} pairs")
     measures = [
         *(
             Measure(f"recall/{name}", value, at_least=0.95 if name != "combined" else 0.9)

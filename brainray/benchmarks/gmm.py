@@ -24,6 +24,7 @@ from brainray.benchmarks.timing import (
 )
 from brainray.clustering.gaussian import CovarianceType, covariance_shape
 from brainray.clustering.gmm import GaussianMixture
+from brainray.log import log
 
 Matrix = NDArray[np.float32]
 
@@ -87,9 +88,7 @@ def run(options: CaseOptions) -> BenchmarkResult:
         ]
         best = min(peers, key=lambda name: timed[name].seconds)
         speedup = timed[best].seconds / timed[OURS].seconds
-        options.log(
-            f"{size}: " + ", ".join(f"{k} {1e3 * v.seconds:.1f} ms" for k, v in timed.items())
-        )
+        log(f"{size}: " + ", ".join(f"{k} {1e3 * v.seconds:.1f} ms" for k, v in timed.items()))
         milliseconds[str(size)] = {name: 1e3 * found.seconds for name, found in timed.items()}
         measures += [
             Measure(f"{size}: against {best}", speedup, "x", at_least=size.at_least),
@@ -100,7 +99,7 @@ def run(options: CaseOptions) -> BenchmarkResult:
             ),
         ]
     largest = (QUICK_SIZES if options.quick else SIZES)[-1]
-    options.log(f"two ranks of one thread against one, {largest}")
+    log(f"two ranks of one thread against one, {largest}")
     (one,) = dist.run_on_ranks(_timed_shard, 1, largest, options.seed)
     two = dist.run_on_ranks(_timed_shard, 2, largest, options.seed)
     measures += [

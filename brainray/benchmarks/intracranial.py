@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 from brainray.benchmarks.result import BenchmarkResult, CaseOptions, Measure
 from brainray.benchmarks.timing import one_thread
+from brainray.log import log
 from brainray.mri.intracranial import MIN_CONFIDENCE, intracranial_mask
 from brainray.mri.phantom import CLASSES, make_slice
 from brainray.mri.reference_heads import ReferenceSlice, dice, find_heads, reference_slices
@@ -52,7 +53,7 @@ def run(options: CaseOptions) -> BenchmarkResult:
         number = _NUM_QUICK_PHANTOMS if options.quick else _NUM_PHANTOMS
         scored += _score(_PHANTOMS, list(_phantoms(number, options.seed, orientation)))
     for head in [] if options.source is None else find_heads(options.source):
-        options.log(head.name)
+        log(head.name)
         for orientation in ORIENTATIONS:
             slices = list(reference_slices(head, orientation))[::step]
             scored += _score(head.name.removesuffix(".nii.gz"), slices)

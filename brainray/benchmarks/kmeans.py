@@ -23,6 +23,7 @@ from brainray.benchmarks.timing import (
     timed_on_rank,
 )
 from brainray.clustering.kmeans import KMeans
+from brainray.log import log
 
 Matrix = NDArray[np.float32]
 
@@ -73,7 +74,7 @@ def run(options: CaseOptions) -> BenchmarkResult:
             peers = {peer: value for peer, value in found.items() if peer != OURS}
             best = min(peers, key=lambda peer: peers[peer])
             speedup = peers[best] / found[OURS]
-            options.log(f"{name}: " + ", ".join(f"{k} {1e3 * v:.1f} ms" for k, v in found.items()))
+            log(f"{name}: " + ", ".join(f"{k} {1e3 * v:.1f} ms" for k, v in found.items()))
             milliseconds[name] = {peer: 1e3 * value for peer, value in found.items()}
             measures += [
                 Measure(f"{name}: against {best}", speedup, "x", at_least=MIN_SPEEDUP),
@@ -84,7 +85,7 @@ def run(options: CaseOptions) -> BenchmarkResult:
                 ),
             ]
     largest = sizes[-1]
-    options.log(f"two ranks of one thread against one, {largest}")
+    log(f"two ranks of one thread against one, {largest}")
     (one,) = dist.run_on_ranks(_timed_shard, 1, largest, options.seed)
     two = dist.run_on_ranks(_timed_shard, 2, largest, options.seed)
     difference = abs(two[0]["inertia"] - one["inertia"]) / one["inertia"]

@@ -9,6 +9,7 @@ from brainray.benchmarks.result import BenchmarkResult, CaseOptions, Measure
 from brainray.config import Config
 from brainray.engine.evaluate import Metrics
 from brainray.errors import ConfigError
+from brainray.log import log
 from brainray.orchestration.job import attach_to_ray
 from brainray.orchestration.preprocessing.driver import preprocess
 from brainray.orchestration.training.draws import train_draws
@@ -44,12 +45,12 @@ def run(options: CaseOptions) -> BenchmarkResult:
     )
     if options.source is not None:
         made = {"name": config.dataset, "source": str(options.source)}
-        preprocess(config.model_copy(update=made), options.log)
+        preprocess(config.model_copy(update=made))
     fractions = QUICK_FRACTIONS if options.quick else FRACTIONS
     found: dict[float, Metrics] = {}
     for share in fractions:
         found[share] = _at(config, name, share, options)
-        options.log(_line(share, found[share]))
+        log(_line(share, found[share]))
     measures = []
     for share, metrics in found.items():
         for predictor in PREDICTORS:
@@ -76,7 +77,7 @@ def _at(config: Config, name: str, share: float, options: CaseOptions) -> Metric
         (control, "supervised", None),
         (recipe, config.objective.name, control),
     ):
-        options.log(f"{share:.0%} labels: {run_name}")
+        log(f"{share:.0%} labels: {run_name}")
         evaluation = config.evaluation.model_copy(
             update={"num_label_draws": num_draws, "control": compared}
         )
@@ -86,7 +87,7 @@ def _at(config: Config, name: str, share: float, options: CaseOptions) -> Metric
             "objective": config.objective.model_copy(update={"name": objective}),
             "evaluation": evaluation,
         }
-        drawn = train_draws(config.model_copy(update=update), options.log).metrics
+        drawn = train_draws(config.model_copy(update=update)).metrics
     return drawn
 
 

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from brainray import layout
 from brainray.benchmarks.result import BenchmarkResult, CaseOptions, Measure
 from brainray.config import Config
+from brainray.log import log
 from brainray.mri.phantom import write_phantoms
 from brainray.orchestration.job import attach_to_ray
 from brainray.orchestration.prediction.labels import choose_next_labels
@@ -99,7 +100,7 @@ class _Simulation:
         self, folder: Path, source: Path, size: _Size, options: CaseOptions, seed: int
     ) -> None:
         self.folder, self.source, self.size, self.seed = folder, source, size, seed
-        self.storage, self.base, self.log = options.storage, options.config, options.log
+        self.storage, self.base = options.storage, options.config
         files = list_source(Folder(source), None, {}).files
         self.truth = {file.path: (file.label, file.split) for file in files}
         self.training = sorted(path for path, (_, split) in self.truth.items() if split != TEST)
@@ -110,9 +111,7 @@ class _Simulation:
         first = self._first(rng)
         config = self._config("first")
         figures = {"first": self._train(config, first)}
-        chosen = choose_next_labels(
-            config.model_copy(update={"run": config.name}), lambda _: None
-        ).table
+        chosen = choose_next_labels(config.model_copy(update={"run": config.name})).table
         seen = (Folder(self.storage) / layout.RUNS / str(config.name)).read_table(layout.SEEN)
         # The same pool as for the proposals, which has no byte-identical copies.
         pool = sorted(seen.filter(pc.equal(seen["role"], UNLABELLED_ROLE))["path"].to_pylist())
@@ -148,7 +147,7 @@ class _Simulation:
         return trial_config(self.base, settings, name)
 
     def _train(self, config: Config, labelled: Sequence[str]) -> dict[str, float]:
-        self.log(f"{config.name}: {len(labelled)} labels")
+        log(f"{config.name}: {len(labelled)} labels")
         readable = set(labelled)
         with Path(str(config.labels)).open("w", newline="") as table:
             rows = csv.writer(table)
@@ -156,8 +155,8 @@ class _Simulation:
             for path, (label, split) in sorted(self.truth.items()):
                 known = split == TEST or path in readable
                 rows.writerow([path, label if known else "", split])
-        preprocess(config, lambda _: None)
-        metrics = train(config, lambda _: None).metrics
+        preprocess(config)
+        metrics = train(config).metrics
         return {
             f"{subset}/{predictor}/{figure}": metrics[f"test/{subset}/{predictor}/{figure}"]
             for subset in _SUBSETS

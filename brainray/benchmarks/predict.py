@@ -20,6 +20,7 @@ from brainray.engine.epoch import embed
 from brainray.engine.forward import autocast
 from brainray.engine.shard import CachedImages
 from brainray.engine.slice_model import SliceModel, use_all_threads
+from brainray.log import log
 from brainray.mri.phantom import write_phantoms
 from brainray.orchestration.job import attach_to_ray
 from brainray.orchestration.prediction.inference import (
@@ -53,13 +54,13 @@ def run(options: CaseOptions) -> BenchmarkResult:
     each = 300 if options.quick else 1500
     with tempfile.TemporaryDirectory(prefix="brainray-benchmark-") as temporary:
         storage = Path(temporary)
-        options.log(f"generating {_NUM_CLASSES * each} phantoms of {SIDE} x {SIDE}")
+        log(f"generating {_NUM_CLASSES * each} phantoms of {SIDE} x {SIDE}")
         config = _config(storage, options.seed)
         quarter, store = (
             _store(config, storage / name, num_slices, options)
             for name, num_slices in (("quarter", each // 4), ("slices", each))
         )
-        train(config.model_copy(update={"name": "model", "dataset": "slices"}), options.log)
+        train(config.model_copy(update={"name": "model", "dataset": "slices"}))
         config = config.model_copy(update={"run": "model"})
         predictor = find_predictor(config, "the benchmark")
         files = [
@@ -67,16 +68,16 @@ def run(options: CaseOptions) -> BenchmarkResult:
             for file in list_source(Folder(storage / "slices"), None, {}).files
             if file.split == TRAIN
         ]
-        options.log("the plain loops")
+        log("the plain loops")
         config = config.model_copy(update={"source": str(storage / "slices")})
         decode_rate = _decode_rate(_spread(files, _NUM_LOOPED), config, predictor)
         embed_rate, gain, device = _embed_rate(store, predictor)
-        options.log("Ray Data on decoded slices")
+        log("Ray Data on decoded slices")
         slices_rate, _ = _marginal(
             partial(_predict_slices, quarter, config, predictor),
             partial(_predict_slices, store, config, predictor),
         )
-        options.log("Ray Data on files")
+        log("Ray Data on files")
         files_rate, start_s = _marginal(
             partial(_predict_files, _spread(files, each), config, predictor),
             partial(_predict_files, files, config, predictor),
@@ -138,7 +139,7 @@ def _store(config: Config, source: Path, each: int, options: CaseOptions) -> Ima
         size=SIDE,
     )
     named = {"name": source.name, "source": str(source)}
-    return preprocess(config.model_copy(update=named), options.log)
+    return preprocess(config.model_copy(update=named))
 
 
 def _spread(files: list[SourceFile], count: int) -> list[SourceFile]:

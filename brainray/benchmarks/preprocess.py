@@ -22,6 +22,7 @@ from brainray.benchmarks.samples import SALT, load_slices, perturbed
 from brainray.benchmarks.timing import one_thread
 from brainray.config import Config
 from brainray.config_text import load_config
+from brainray.log import log
 from brainray.mri import resize
 from brainray.mri.decode import check_content, decode_file
 from brainray.mri.identity import content_hash
@@ -62,7 +63,7 @@ def run(options: CaseOptions) -> BenchmarkResult:
     rng = np.random.default_rng(options.seed)
     with tempfile.TemporaryDirectory(prefix="brainray-benchmark-") as temporary:
         folder = Path(temporary)
-        options.log(f"writing {max(num_timed, *sizes)} distinct slices of {SIDE} x {SIDE}")
+        log(f"writing {max(num_timed, *sizes)} distinct slices of {SIDE} x {SIDE}")
         files = _write_slices(
             folder / "slices",
             load_slices(options.source, options.seed),
@@ -70,15 +71,15 @@ def run(options: CaseOptions) -> BenchmarkResult:
             rng,
         )
         speedup, iou = _strip_against_opencv(files[: 40 if options.quick else 200])
-        options.log("the plain loop")
+        log("the plain loop")
         loop_rates = _loop_rates(files, folder / "before")
         cores = len(os.sched_getaffinity(0))
-        options.log(f"{cores} plain loops in parallel")
+        log(f"{cores} plain loops in parallel")
         side_by_side = _loops_side_by_side(files, folder / "beside", cores)
         profile = _profile(files[:200], folder / "profile")
         runs = {}
         for count in sorted({num_timed, *sizes}):
-            options.log(f"the Ray Data job on {count} slices")
+            log(f"the Ray Data job on {count} slices")
             runs[count] = _ray_job(_linked(files[:count], folder / f"{count}"), folder / "storage")
         loop_rates += _loop_rates(files, folder / "after")
     loop_rate = statistics.median(loop_rates)
@@ -117,7 +118,7 @@ def run(options: CaseOptions) -> BenchmarkResult:
         "side": SIDE,
     }
     for stage, milliseconds in profile.items():
-        options.log(f"  {stage:<10} {milliseconds:6.2f} ms per slice")
+        log(f"  {stage:<10} {milliseconds:6.2f} ms per slice")
     return BenchmarkResult(measures, details, _figure(profile))
 
 
@@ -264,7 +265,7 @@ def _ray_job(source: Path, storage: Path) -> dict[str, Any]:
 def _preprocess_alone(source: Path, storage: Path, sender: Any) -> None:
     attach_to_ray()
     time.sleep(_RAY_STARTS_S)
-    store = preprocess(_settings(source, storage), log=lambda _: None)
+    store = preprocess(_settings(source, storage))
     sender.send(store.manifest["seconds"])
 
 

@@ -8,7 +8,6 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from brainray.config import Config
-from brainray.log import Log
 from brainray.report.table import markdown_table
 
 
@@ -21,7 +20,6 @@ class CaseOptions:
     seed: int  # of everything random
     storage: Path  # where runs of the case are kept
     config: Config  # from --config and --set, for cases that train
-    log: Log
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from brainray.benchmarks.result import BenchmarkResult, CaseOptions, Measure
 from brainray.benchmarks.samples import SALT
 from brainray.engine.slice_model import SliceModel, use_all_threads
 from brainray.errors import ConfigError, DataError
+from brainray.log import log
 from brainray.mri.decode import RejectedImage, decode_file
 from brainray.mri.leakage import Fingerprints, exposure
 from brainray.orchestration.prediction.inference import Predictor, find_predictor
@@ -64,7 +65,7 @@ def run(options: CaseOptions) -> BenchmarkResult:
         if name is not None
     }
     slices = _test_slices(options, predictors[_RUN])
-    options.log(f"{len(slices)} slices, {len(ALTERATIONS)} alterations")
+    log(f"{len(slices)} slices, {len(ALTERATIONS)} alterations")
     use_all_threads()
     models = {role: SliceModel(predictor.checkpoint) for role, predictor in predictors.items()}
     clean = _clean(slices, predictors[_RUN])
@@ -75,7 +76,7 @@ def run(options: CaseOptions) -> BenchmarkResult:
         for role, model in models.items():
             predictions = model.predict(_decoded(altered, predictors[role]))
             found[role][alteration] = _accuracies(predictions, len(slices), clean)
-            options.log(f"{names[role]}, {alteration}: {found[role][alteration]['all head']:.3f}")
+            log(f"{names[role]}, {alteration}: {found[role][alteration]['all head']:.3f}")
     for table in found.values():
         altered_only = list(table.values())[1:]
         table[_MEAN] = {

@@ -33,7 +33,6 @@ def run_case(arguments: Namespace, config: Config) -> JobResult:
         seed=arguments.seed,
         storage=storage,
         config=config,
-        log=log,
     )
     result = load_case(arguments.case)(options)
     folder = Folder(storage) / "benchmarks" / arguments.case

@@ -32,6 +32,7 @@ from brainray.clustering.pca import PCA
 from brainray.config import NearDuplicateConfig, PreprocessConfig, TrainConfig
 from brainray.engine.forward import autocast
 from brainray.engine.recipe import build_optimizer, resolve_precision
+from brainray.log import log
 from brainray.models.encoder import Encoder
 from brainray.mri.duplicates import near_duplicate_pairs
 from brainray.mri.phantom import CLASSES, make_slice
@@ -113,7 +114,7 @@ def run(options: CaseOptions) -> BenchmarkResult:
     stages = _stages(options.quick, options.seed)
     for stage in stages:
         fits[stage.name] = fit = _fit(stage)
-        options.log(f"{stage.name}: error {fit.error:.1%} at the held-out size")
+        log(f"{stage.name}: error {fit.error:.1%} at the held-out size")
         measures += [
             Measure(f"{stage.name}: error at an unseen size", fit.error, at_most=MAX_ERROR),
             Measure(f"{stage.name}: rate", fit.rate_s, f"s/{stage.unit}"),

@@ -24,7 +24,7 @@ from brainray import layout
 from brainray.benchmarks.result import BenchmarkResult, CaseOptions, Measure
 from brainray.engine.state import load_checkpoint
 from brainray.errors import DataError
-from brainray.log import Log
+from brainray.log import log
 from brainray.mri.phantom import write_phantoms
 from brainray.orchestration.own_head import (
     RayDidNotStart,
@@ -60,7 +60,7 @@ FULL = Scale(minutes=20.0, kill_every_s=(60.0, 90.0), num_epochs=30)
 
 def run(options: CaseOptions) -> BenchmarkResult:
     """Compare runs whose processes are killed at random with an undisturbed run."""
-    scale, source, log = QUICK if options.quick else FULL, options.source, options.log
+    scale, source = QUICK if options.quick else FULL, options.source
     if not (JOBS / "train.py").is_file():
         raise DataError(f"{JOBS} contains no jobs: run the soak benchmark from a checkout")
     with tempfile.TemporaryDirectory(prefix="brainray-soak-") as temporary:
@@ -75,7 +75,7 @@ def run(options: CaseOptions) -> BenchmarkResult:
                 seed=options.seed,
                 size=96,
             )
-        with _Cluster(log) as cluster:
+        with _Cluster() as cluster:
             cluster.start()
             _finish(cluster, "preprocess", config, f"source={source}", "name=mri")
             log("an undisturbed run")
@@ -83,7 +83,7 @@ def run(options: CaseOptions) -> BenchmarkResult:
             with growth.watching():
                 _finish(cluster, "train", config, "name=undisturbed", "dataset=mri")
             log(f"killing for {scale.minutes:g} minutes")
-            killed, names = _soak(cluster, config, scale, random.Random(options.seed), log)
+            killed, names = _soak(cluster, config, scale, random.Random(options.seed))
         expected = _weights(storage, "undisturbed")
         num_same = sum(_equal(expected, _weights(storage, name)) for name in names)
         num_lost = sum(_num_missing(storage, name, scale.num_epochs) for name in names)
@@ -127,8 +127,7 @@ def _write_config(storage: Path, scale: Scale) -> Path:
 class _Cluster:
     """A Ray head and another node, restarted when they are gone."""
 
-    def __init__(self, log: Log) -> None:
-        self._log = log
+    def __init__(self) -> None:
         self._stack = contextlib.ExitStack()
         self.head: RayHead | None = None
         self.node: subprocess.Popen[bytes] | None = None
@@ -145,7 +144,7 @@ class _Cluster:
             self._stack.close()
             self.head = self.node = None
         if self.head is None:
-            self.head = self._stack.enter_context(own_ray_head(self._log, num_cpus=1))
+            self.head = self._stack.enter_context(own_ray_head(num_cpus=1))
             wait_until_ready(self.head)
         if self.node is None or self.node.poll() is not None:
             self.node = self._stack.enter_context(own_ray_node(self.head, num_cpus=1))
@@ -179,7 +178,7 @@ def _finish(cluster: _Cluster, name: str, config: Path, *settings: str) -> None:
 
 
 def _soak(
-    cluster: _Cluster, config: Path, scale: Scale, dice: random.Random, log: Log
+    cluster: _Cluster, config: Path, scale: Scale, dice: random.Random
 ) -> tuple[Counter[str], list[str]]:
     """Resubmit jobs, as a user's script would; return counts of kills and the finished runs."""
     killed: Counter[str] = Counter()
@@ -194,7 +193,7 @@ def _soak(
             continue
         stop = threading.Event()
         killer = threading.Thread(
-            target=_kill_at_random, args=(cluster, process, scale, dice, ends, stop, killed, log)
+            target=_kill_at_random, args=(cluster, process, scale, dice, ends, stop, killed)
         )
         killer.start()
         try:
@@ -220,7 +219,6 @@ def _kill_at_random(
     ends: float,
     stop: threading.Event,
     killed: Counter[str],
-    log: Log,
 ) -> None:
     while not stop.wait(dice.uniform(*scale.kill_every_s)) and time.monotonic() < ends:
         victims = _victims(cluster, driver)

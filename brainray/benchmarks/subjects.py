@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from brainray.benchmarks.result import BenchmarkResult, CaseOptions, Measure
 from brainray.config import SubjectConfig
 from brainray.errors import DataError
+from brainray.log import log
 from brainray.mri.nifti import decode_nifti
 from brainray.mri.phantom import CLASSES, make_series
 from brainray.mri.resize import thumbnail
@@ -58,11 +59,11 @@ def run(options: CaseOptions) -> BenchmarkResult:
     if len(volumes) > 1:
         sets["volumes"] = _volumes(volumes, options.seed)
     else:
-        options.log(f"{len(volumes)} NIfTI volumes: skipped, since at least two are needed")
+        log(f"{len(volumes)} NIfTI volumes: skipped, since at least two are needed")
     measures: list[Measure] = []
     sweeps: dict[str, list[dict[str, float]]] = {}
     for name, known in sets.items():
-        options.log(f"{name}: {len(known.subjects)} slices of {len(set(known.subjects))} subjects")
+        log(f"{name}: {len(known.subjects)} slices of {len(set(known.subjects))} subjects")
         measures += [
             replace(measure, name=f"{name}/{measure.name}")
             for measure in measure_errors(known, settings, options.seed)

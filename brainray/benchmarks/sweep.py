@@ -9,6 +9,7 @@ from brainray.benchmarks.result import BenchmarkResult, CaseOptions, Measure
 from brainray.config import Config
 from brainray.config_text import load_config
 from brainray.errors import DataError
+from brainray.log import log
 from brainray.mri.phantom import write_phantoms
 from brainray.orchestration.job import attach_to_ray
 from brainray.orchestration.preprocessing.driver import preprocess
@@ -30,7 +31,7 @@ def run(options: CaseOptions) -> BenchmarkResult:
     num_slices, num_epochs = (80, 2) if options.quick else (300, 4)
     with tempfile.TemporaryDirectory(prefix="brainray-benchmark-") as temporary:
         storage = Path(temporary)
-        options.log(f"generating {5 * num_slices} phantoms")
+        log(f"generating {5 * num_slices} phantoms")
         write_phantoms(
             storage / "source",
             num_training_per_class=num_slices,
@@ -39,19 +40,16 @@ def run(options: CaseOptions) -> BenchmarkResult:
             size=128,
         )
         config = _config(storage, num_epochs, options.seed)
-        preprocess(
-            config.model_copy(update={"name": "slices", "source": str(storage / "source")}),
-            options.log,
-        )
+        preprocess(config.model_copy(update={"name": "slices", "source": str(storage / "source")}))
         _by_hand(config, "warm-up", LEARNING_RATES[0], options)
-        options.log("runs started by hand")
+        log("runs started by hand")
         started = time.time()  # comparable with file times
         for number, rate in enumerate(LEARNING_RATES):
             _by_hand(config, f"hand-{number}", rate, options)
         hand_s, hand_start_s = _seconds(storage, "hand-*", started)
-        options.log("sweep")
+        log("sweep")
         started = time.time()
-        finished = sweep(config.model_copy(update={"name": "tuned"}), options.log)
+        finished = sweep(config.model_copy(update={"name": "tuned"}))
         sweep_s, sweep_start_s = _seconds(storage, "tuned-*", started)
         num_complete = len(list(storage.glob(f"runs/tuned-*/{layout.SUMMARY}")))
     if num_complete < len(LEARNING_RATES):
@@ -97,7 +95,7 @@ def _config(storage: Path, num_epochs: int, seed: int) -> Config:
 
 def _by_hand(config: Config, name: str, learning_rate: float, options: CaseOptions) -> None:
     settings = config.train.model_copy(update={"learning_rate": learning_rate})
-    train(config.model_copy(update={"name": name, "train": settings}), options.log)
+    train(config.model_copy(update={"name": name, "train": settings}))
 
 
 def _seconds(storage: Path, runs: str, started: float) -> tuple[float, float]:

@@ -29,6 +29,7 @@ from brainray.engine.epoch import EpochData, EpochTargets, train_epoch
 from brainray.engine.forward import autocast
 from brainray.engine.recipe import build_optimizer, resolve_precision
 from brainray.engine.shard import CachedImages, Images, PixelScale, SliceShard, StreamedImages
+from brainray.log import log
 from brainray.models.encoder import Encoder
 from brainray.models.joint import JointObjective
 from brainray.models.objective import StepSizes
@@ -59,7 +60,7 @@ def run(options: CaseOptions) -> BenchmarkResult:
     milliseconds: dict[str, dict[str, float]] = {}
     steps = 4 if options.quick else 6
     for side in sides:
-        options.log(f"steps at {side} px")
+        log(f"steps at {side} px")
         pixels = _pixels(slices, 4 * BATCH, side)
         seconds = _as_worker(_timed_steps, pixels, device, steps)
         seconds[_PLAIN] = _alone(_timed_bare, pixels, device, steps)
@@ -73,11 +74,11 @@ def run(options: CaseOptions) -> BenchmarkResult:
             Measure(f"step at {side} px", 2 * BATCH * steps / seconds[OURS], "images/s"),
             _as_worker(_roofline, pixels, device, seconds[OURS] / steps, side),
         ]
-    options.log("streaming, four times the cache")
+    log("streaming, four times the cache")
     pixels = _pixels(slices, 16 * BATCH, sides[0])
     measures += _as_worker(_streaming, pixels, device, 8 if options.quick else 16)
     if device.type == "cpu":
-        options.log("one and two workers of one thread")
+        log("one and two workers of one thread")
         with _keeping_memory():
             one = max(dist.run_on_ranks(_timed_rank, 1, sides[0], options.seed))
             two = max(dist.run_on_ranks(_timed_rank, 2, sides[0], options.seed))
@@ -87,7 +88,7 @@ def run(options: CaseOptions) -> BenchmarkResult:
             )
         )
     num_slices = 1500 if options.quick else 5600
-    options.log(f"whole epochs through Ray Train, {num_slices} slices at {sides[0]} px")
+    log(f"whole epochs through Ray Train, {num_slices} slices at {sides[0]} px")
     measures += _whole_epoch(slices, num_slices, sides[0], options.seed, device)
     details = {"milliseconds": milliseconds, "threads": torch.get_num_threads(), "batch": BATCH}
     return BenchmarkResult(measures, details, relative_times(milliseconds))
@@ -287,9 +288,9 @@ def _whole_epoch(
             "train.num_epochs=3",
             "evaluation.tsne_epochs=[]",
         ]
-        preprocess(load_config(None, [*settings, "name=slices"]), log=lambda _: None)
+        preprocess(load_config(None, [*settings, "name=slices"]))
         config = load_config(None, [*settings, "name=run", "dataset=slices"])
-        trained = train(config, lambda _: None)
+        trained = train(config)
         history = trained.run.folder.read_json_lines(layout.METRICS)
         num_fitted = trained.run.info["num_slices"]
     last = history[-1]  # with warm allocators and thread pools

@@ -15,7 +15,7 @@ from brainray.clustering.kmeans import KMeans
 from brainray.clustering.pca import PCA
 from brainray.config import ClusteringConfig
 from brainray.errors import ClusteringError
-from brainray.log import Log
+from brainray.log import log
 
 _INITIAL_RESTARTS = 10
 
@@ -154,7 +154,6 @@ def recluster_in_health(
     *,
     where: str,
     remedy: str,
-    say: Log,
 ) -> tuple[Reclustering, ClusteringHealth, bool]:
     """Re-cluster, and handle a collapse according to ``clustering.on_collapse`` (collective).
 
@@ -165,7 +164,6 @@ def recluster_in_health(
         config: limits and ``on_collapse``.
         where: epoch or round, for messages.
         remedy: what to do about a collapse, for the error message.
-        say: logs, on the first rank, a collapse that does not stop the run.
 
     Returns:
         The re-clustering, its health, and whether it has collapsed but the run continues.
@@ -187,7 +185,7 @@ def recluster_in_health(
         if config.on_collapse == "stop" or (found is None and config.on_collapse == "warn"):
             break  # without a fitted mixture the run cannot continue
         if dist.rank() == 0:
-            say(f"{config.on_collapse}: {collapse}")
+            log(f"{config.on_collapse}: {collapse}")
         if found is not None and config.on_collapse == "warn":
             return found, health, True
     raise ClusteringError(collapse)

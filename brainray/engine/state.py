@@ -17,7 +17,7 @@ from brainray.engine.recipe import image_side
 from brainray.engine.recluster import ClusterModel
 from brainray.engine.shard import PixelScale
 from brainray.errors import CheckpointError
-from brainray.log import Log
+from brainray.log import log
 from brainray.models.encoder import Encoder
 from brainray.storage import Folder
 
@@ -183,7 +183,7 @@ def keep_as_best(run: Folder, epoch: int) -> None:
             best.write_bytes(name, folder.read_bytes(name))
 
 
-def newest_resumable(run: Folder, say: Log) -> Resumable | None:
+def newest_resumable(run: Folder) -> Resumable | None:
     """The newest readable checkpoint of a run; those that cannot be read are logged.
 
     Raises:
@@ -195,7 +195,7 @@ def newest_resumable(run: Folder, say: Log) -> Resumable | None:
             found = load_resumable(run, epoch)
         except CheckpointError as error:
             problems.append(str(error))
-            say(f"{error}: trying the previous checkpoint")
+            log(f"{error}: trying the previous checkpoint")
         else:
             return found
     if run.read_json_lines(layout.METRICS):

@@ -14,14 +14,14 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from brainray import layout
 from brainray.errors import BrainrayError, BusyError
-from brainray.log import Log
+from brainray.log import log
 from brainray.storage import Folder
 
 
@@ -64,7 +64,6 @@ def held(
     storage: Folder,
     kind: str,
     name: str,
-    log: Log,
     pace: Pace | None = None,
     *,
     in_turn: bool = False,
@@ -75,7 +74,6 @@ def held(
         storage: storage that the jobs share.
         kind: kind of what is locked, such as runs.
         name: name of what is locked.
-        log: receives a line if a holder has ended or is waited for.
         pace: intervals of the lock's heartbeat.
         in_turn: wait until another job releases the lock.
 
@@ -84,7 +82,7 @@ def held(
     """
     lock = _Lock(storage / layout.LOCKS, kind, name, pace or Pace())
     if in_turn:
-        lock.acquire_in_turn(log)
+        lock.acquire_in_turn()
     else:
         lock.acquire(log)
     try:
@@ -112,14 +110,14 @@ class _Lock:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._keep, daemon=True)
 
-    def acquire(self, log: Log) -> None:
+    def acquire(self, say: Callable[[str], None]) -> None:
         if not self._claim_new():
-            self._check_holder_is_dead(log)
+            self._check_holder_is_dead(say)
             self._write(self._mine)
             self._confirm()
         self._thread.start()
 
-    def acquire_in_turn(self, log: Log) -> None:
+    def acquire_in_turn(self) -> None:
         """Acquire as soon as no live job holds the lock; logs each message once while waiting."""
         said: set[str] = set()
 
@@ -162,7 +160,7 @@ class _Lock:
         if found is None or found.owner != self._mine.owner:
             raise self._refusal(found)
 
-    def _check_holder_is_dead(self, log: Log) -> None:
+    def _check_holder_is_dead(self, say: Callable[[str], None]) -> None:
         first = self._read()
         if first is None:  # released meanwhile
             return
@@ -170,12 +168,12 @@ class _Lock:
         if alive:
             raise self._refusal(first)
         if alive is None:
-            log(
+            say(
                 f"{self._what} was locked by process {first.pid} on {first.host}: watching for "
                 f"{self._pace.patience_s:g} s whether it is alive"
             )
             self._watch(first)
-        log(f"{self._what}: took over from process {first.pid} on {first.host}, which has ended")
+        say(f"{self._what}: took over from process {first.pid} on {first.host}, which has ended")
 
     def _watch(self, first: Claim) -> None:
         deadline = time.monotonic() + self._pace.patience_s

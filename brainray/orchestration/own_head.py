@@ -21,7 +21,7 @@ from typing import Any
 
 import psutil
 
-from brainray.log import Log
+from brainray.log import log
 from brainray.orchestration.code_version import git_revision
 
 START_TIMEOUT_S = 180.0  # a cold disk takes most of a minute to import Ray
@@ -59,7 +59,7 @@ class RayHead:
 
 
 @contextlib.contextmanager
-def own_ray_head(say: Log, *, num_cpus: int | None = None) -> Iterator[RayHead]:
+def own_ray_head(*, num_cpus: int | None = None) -> Iterator[RayHead]:
     """Start an isolated Ray head, with its own ports, folder and token, and stop it on exit.
 
     ``num_cpus`` is the number of CPUs that it offers to jobs; the machine's by default.
@@ -67,7 +67,7 @@ def own_ray_head(say: Log, *, num_cpus: int | None = None) -> Iterator[RayHead]:
     # Ray creates sockets in this folder, and socket paths are limited to about 100 characters.
     folder = Path(tempfile.mkdtemp(prefix="brainray-", dir="/tmp"))
     token = secrets.token_hex(32)
-    log = folder / "head.log"
+    output = folder / "head.log"
     ports = _free_ports(7)
     command = [
         *_ray("start", "--head", "--block", "--disable-usage-stats", "--include-dashboard=true"),
@@ -86,9 +86,9 @@ def own_ray_head(say: Log, *, num_cpus: int | None = None) -> Iterator[RayHead]:
     url = f"http://127.0.0.1:{ports[1]}"
     environment = _environment(token, url)
     process: subprocess.Popen[bytes] | None = None
-    say("starting a temporary Ray head")
+    log("starting a temporary Ray head")
     try:
-        with log.open("wb") as stream:
+        with output.open("wb") as stream:
             process = subprocess.Popen(
                 command,
                 env=environment,
@@ -97,12 +97,12 @@ def own_ray_head(say: Log, *, num_cpus: int | None = None) -> Iterator[RayHead]:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # only we receive Ctrl-C, and stop the head in order
             )
-        yield RayHead(process, url, f"127.0.0.1:{ports[0]}", token, environment, log)
+        yield RayHead(process, url, f"127.0.0.1:{ports[0]}", token, environment, output)
     finally:
         with _undisturbed():
             if process is not None:
-                say("stopping the temporary Ray head")
-                _end_processes(process, token, say)
+                log("stopping the temporary Ray head")
+                _end_processes(process, token)
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -152,9 +152,9 @@ def wait_for_nodes(head: RayHead, count: int) -> None:
             if alive == count:
                 return
         time.sleep(0.5)
-    for log in sorted(head.log.parent.glob("node-*.log")):
-        tail = log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
-        print(f"{log.name}:", *tail, sep="\n", file=sys.stderr)
+    for path in sorted(head.log.parent.glob("node-*.log")):
+        tail = path.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
+        print(f"{path.name}:", *tail, sep="\n", file=sys.stderr)
     raise RayDidNotStart(f"{alive} instead of {count} nodes after {START_TIMEOUT_S:.0f} s")
 
 
@@ -231,7 +231,7 @@ def _get(head: RayHead, path: str) -> Any:
 
 
 def submit(
-    head: RayHead, entrypoint: Sequence[str], *, name: str, working_dir: Path, say: Log
+    head: RayHead, entrypoint: Sequence[str], *, name: str, working_dir: Path
 ) -> tuple[int, str | None]:
     """Run `ray job submit` and print its output; returns the job's exit code and result line."""
     submission_id = f"{name}-{secrets.token_hex(4)}"
@@ -240,7 +240,7 @@ def submit(
     # The copy in which the job runs has no .git.
     variables = {"env_vars": {"BRAINRAY_GIT_REVISION": git_revision(), **WITHOUT_PREEMPTION}}
     command += ["--runtime-env-json", json.dumps(variables), "--", *entrypoint]
-    say(f"ray {shlex.join(command)}")
+    log(f"ray {shlex.join(command)}")
     process = subprocess.Popen(
         _ray(*command),
         cwd=working_dir,
@@ -272,7 +272,7 @@ def _exit_code(head: RayHead, submission_id: str, submit_code: int) -> int:
         return submit_code  # it never ran, or Ray has ended
 
 
-def _end_processes(head: subprocess.Popen[bytes], token: str, say: Log) -> None:
+def _end_processes(head: subprocess.Popen[bytes], token: str) -> None:
     """Stop the head in order, then kill by id whatever is left of the processes that it started."""
     if head.poll() is None:
         head.terminate()
@@ -284,7 +284,7 @@ def _end_processes(head: subprocess.Popen[bytes], token: str, say: Log) -> None:
                 process.kill()
     head.wait()
     for process in _wait_until_gone(_family(head, token), timeout_s=5):
-        say(f"process {process.pid} is still running")
+        log(f"process {process.pid} is still running")
 
 
 def _family(head: subprocess.Popen[bytes], token: str) -> list[psutil.Process]:

@@ -9,7 +9,7 @@ from brainray import layout
 from brainray.config import SelfSupervisionConfig, TrainConfig
 from brainray.engine.evaluate import Metrics
 from brainray.engine.recipe import image_side
-from brainray.log import Log
+from brainray.log import log
 from brainray.orchestration.run import Run
 from brainray.storage import Folder
 from brainray.tracking import LenientTracker
@@ -23,8 +23,7 @@ class Watcher(ABC):
     Errors, such as storage that is temporarily unavailable, are logged; polling continues.
     """
 
-    def __init__(self, log: Log) -> None:
-        self._log = log
+    def __init__(self) -> None:
         self._said = ""
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -52,15 +51,15 @@ class Watcher(ABC):
         except Exception as error:  # must not stop the training
             problem = f"progress is temporarily unavailable: {type(error).__name__}: {error}"
             if problem != self._said:
-                self._log(problem)
+                log(problem)
             self._said = problem
 
 
 class Follower(Watcher):
     """Follows the run's metrics while workers train: a line per epoch, and MLflow."""
 
-    def __init__(self, config: TrainConfig, run: Run, tracker: LenientTracker, log: Log) -> None:
-        super().__init__(log)
+    def __init__(self, config: TrainConfig, run: Run, tracker: LenientTracker) -> None:
+        super().__init__()
         self._config = config
         self._run = run
         self._tracker = tracker
@@ -69,7 +68,7 @@ class Follower(Watcher):
     def look(self) -> None:
         history = self._run.folder.read_json_lines(layout.METRICS)
         for metrics in history[self._num_seen :]:
-            self._log(self._line(metrics))
+            log(self._line(metrics))
         if len(history) > self._num_seen:
             self._tracker.log_epochs(history)
         self._num_seen = len(history)
@@ -94,8 +93,8 @@ class Follower(Watcher):
 class PretrainingFollower(Watcher):
     """Follows a self-supervised encoder's metrics: a line per epoch or round."""
 
-    def __init__(self, config: SelfSupervisionConfig, folder: Folder, log: Log) -> None:
-        super().__init__(log)
+    def __init__(self, config: SelfSupervisionConfig, folder: Folder) -> None:
+        super().__init__()
         self._config = config
         self._folder = folder
         self._num_seen = len(folder.read_json_lines(layout.METRICS))
@@ -105,9 +104,9 @@ class PretrainingFollower(Watcher):
     def look(self) -> None:
         history = self._folder.read_json_lines(layout.METRICS)
         if len(history) < self._num_seen:
-            self._log(f"restarted after {len(history)} epochs or rounds")
+            log(f"restarted after {len(history)} epochs or rounds")
         for metrics in history[self._num_seen :]:
-            self._log(self._line(metrics))
+            log(self._line(metrics))
         self._num_seen = len(history)
 
     def _line(self, metrics: Metrics) -> str:

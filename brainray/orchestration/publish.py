@@ -12,7 +12,6 @@ from brainray import layout
 from brainray.config import Config
 from brainray.config_text import flatten
 from brainray.errors import ConfigError, TrackingError
-from brainray.log import Log, log
 from brainray.orchestration.code_version import about_code
 from brainray.orchestration.lock import is_held
 from brainray.orchestration.run import Run
@@ -58,9 +57,7 @@ def how_to_open(uri: str) -> str:
     return f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
 
 
-def begin_tracking(
-    config: Config, run: Run, log: Log, tags: Mapping[str, str] | None = None
-) -> Tracking:
+def begin_tracking(config: Config, run: Run, tags: Mapping[str, str] | None = None) -> Tracking:
     """Open the run's MLflow run; an unreachable server is logged and does not stop the work."""
     params = flatten(config.without_secrets()) | {
         f"num_{k}": v for k, v in run.info["num_slices"].items()
@@ -72,7 +69,7 @@ def begin_tracking(
     }
     made_by = _last_submission(run)
     tags = about | _version_tags(made_by or {}) | dict(tags or {})
-    return open_tracking(config, run.folder, params, tags, log, made_by=made_by)
+    return open_tracking(config, run.folder, params, tags, made_by=made_by)
 
 
 def open_tracking(
@@ -80,7 +77,6 @@ def open_tracking(
     folder: Folder,
     params: Mapping[str, object],
     tags: Mapping[str, str],
-    log: Log,
     *,
     made_by: Mapping[str, object] | None = None,
 ) -> Tracking:
@@ -96,16 +92,14 @@ def open_tracking(
             f"tracking.uri=... or {URI_VARIABLE}"
         )
     mlflow = MLflowTracker(folder, uri, config.tracking.experiment, artifact_location(uri, storage))
-    tracker = LenientTracker(
-        mlflow, warn=lambda problem: log(f"{problem}; metrics are kept in {folder}")
-    )
+    tracker = LenientTracker(mlflow, folder)
     made_by = about_code() if made_by is None else made_by
     code = {tag: str(made_by[key]) for tag, key in _TAGS_OF_CODE.items() if made_by.get(key)}
     tracker.begin(folder.name, params, code | dict(tags))
     return Tracking(tracker, mlflow, redacted(uri))
 
 
-def publish(config: Config, run: Run, log: Log = log) -> Tracking:
+def publish(config: Config, run: Run) -> Tracking:
     """Send a run's folder to MLflow: what training could not send, or a run trained elsewhere.
 
     It is sent to the URI used in training, unless another one is given.
@@ -114,7 +108,7 @@ def publish(config: Config, run: Run, log: Log = log) -> Tracking:
         TrackingError: the server still cannot be used.
         ConfigError: its password must be given again.
     """
-    tracking = begin_tracking(config_to_track(config, run), run, log)
+    tracking = begin_tracking(config_to_track(config, run), run)
     send_run(run, tracking.tracker)
     name = str(run.info["name"])
     if not run.is_complete and not is_held(Folder(config.storage), layout.RUNS, name):

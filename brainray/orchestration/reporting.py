@@ -19,7 +19,7 @@ from brainray.engine.evaluate import Metrics
 from brainray.engine.explain import class_activation_maps, rows_to_explain
 from brainray.engine.state import Checkpoint, load_checkpoint
 from brainray.errors import BrainrayError, CheckpointError, ConfigError, DataError
-from brainray.log import Log, log
+from brainray.log import log
 from brainray.orchestration.code_version import code_hash, git_revision
 from brainray.orchestration.run import Run, check_same_draw, groups_of_test_slices, open_run
 from brainray.orchestration.store import ImageStore
@@ -42,7 +42,7 @@ class Report:
     metrics: Metrics
 
 
-def report(config: Config, log: Log = log) -> Report:
+def report(config: Config) -> Report:
     """Rewrite the report of a complete run, comparing it with a control or runs with other seeds.
 
     Raises:
@@ -59,7 +59,7 @@ def report(config: Config, log: Log = log) -> Report:
     asked = config.evaluation.model_dump(exclude_unset=True)
     evaluation = saved.evaluation.model_copy(update=asked)
     merged = saved.model_copy(update={"storage": config.storage, "evaluation": evaluation})
-    evaluation = _without_lost_runs(merged, asked, run.info["data_hash"], log)
+    evaluation = _without_lost_runs(merged, asked, run.info["data_hash"])
     merged = merged.model_copy(update={"evaluation": evaluation})
     try:
         folder = Folder(config.storage) / layout.DATASETS / str(saved.dataset)
@@ -71,7 +71,7 @@ def report(config: Config, log: Log = log) -> Report:
     for name in (asked.get("control"), *asked.get("siblings", ())):
         if name is not None and not open_run(Folder(config.storage), name).is_complete:
             raise CheckpointError(f"the run {name} is still training: wait until it finishes")
-    comparison = against_control(merged, run, int(summary["chosen_epoch"]), log)
+    comparison = against_control(merged, run, int(summary["chosen_epoch"]))
     metrics = summary | comparison
     known = run.folder.exists(layout.ABOUT)
     about = run.folder.read_json(layout.ABOUT) if known else about_software()
@@ -83,9 +83,7 @@ def report(config: Config, log: Log = log) -> Report:
     return Report(run.folder, metrics)
 
 
-def _without_lost_runs(
-    config: Config, asked: Container[str], data_hash: str, log: Log
-) -> EvaluationConfig:
+def _without_lost_runs(config: Config, asked: Container[str], data_hash: str) -> EvaluationConfig:
     """Evaluation settings without compared runs that were set for training and no longer exist;
     names in ``asked``, set now, stay.
     """
@@ -112,7 +110,7 @@ def _without_lost_runs(
     return evaluation
 
 
-def against_control(config: Config, run: Run, chosen_epoch: int, log: Log) -> Metrics:
+def against_control(config: Config, run: Run, chosen_epoch: int) -> Metrics:
     """Paired comparison of the run with ``evaluation.control`` if that is complete.
 
     Intervals resample copies and likely subjects as a whole.

@@ -25,7 +25,7 @@ def test_heads_are_measured_beside_phantoms(
         voxels = stack.repeat(8, axis=2).transpose(1, 0, 2)[::-1, ::-1]
         nibabel.save(nibabel.Nifti1Image(voxels, np.eye(4)), tmp_path / f"head{kind}.nii.gz")
     num_threads = cv2.getNumThreads()
-    options = CaseOptions(True, tmp_path, 0, tmp_path, load_config(None, []), lambda _: None)
+    options = CaseOptions(True, tmp_path, 0, tmp_path, load_config(None, []))
     found = {measure.name: measure for measure in run(options).measures}
     assert cv2.getNumThreads() == num_threads
     assert found["head"].value == found["heads, mean"].value

@@ -14,7 +14,7 @@ from brainray.orchestration.training.driver import TrainedRun
 
 def _options(storage: Path, source: Path | None, *settings: str) -> CaseOptions:
     config = load_config(None, list(settings))
-    return CaseOptions(False, source, 0, storage, config, lambda line: None)
+    return CaseOptions(False, source, 0, storage, config)
 
 
 def test_alterations_leave_slices_that_differ_by_what_they_say() -> None:

@@ -135,11 +135,12 @@ def test_k_must_fit_classes_and_slices() -> None:
 
 @pytest.mark.parametrize(("on_collapse", "num_said"), [("stop", 0), ("reseed", 2), ("warn", 0)])
 def test_embeddings_that_are_all_alike_stop_with_the_epoch(
-    on_collapse: Literal["stop", "reseed", "warn"], num_said: int
+    on_collapse: Literal["stop", "reseed", "warn"],
+    num_said: int,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     z, labels = torch.ones(300, 16) / 4, torch.full((300,), UNLABELLED)
     config = CONFIG.model_copy(update={"on_collapse": on_collapse})
-    said: list[str] = []
     uniform = torch.ones(300, 3) / 3
 
     def attempt(_: bool) -> Reclustering:
@@ -148,7 +149,6 @@ def test_embeddings_that_are_all_alike_stop_with_the_epoch(
     with pytest.raises(
         ClusteringError, match=r"^epoch 3(, also after reseeding)?: 3 clusters need"
     ):
-        recluster_in_health(
-            attempt, z, uniform, config, where="epoch 3", remedy="lower it", say=said.append
-        )
+        recluster_in_health(attempt, z, uniform, config, where="epoch 3", remedy="lower it")
+    said = capsys.readouterr().out.splitlines()
     assert len(said) == num_said

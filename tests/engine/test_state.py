@@ -139,11 +139,13 @@ def poison(path: Path) -> None:
     torch.save({"format": Harmful()}, path)
 
 
-def test_two_checkpoints_are_kept_and_the_newest_is_found(run_of_three_epochs: Path) -> None:
+def test_two_checkpoints_are_kept_and_the_newest_is_found(
+    run_of_three_epochs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = Folder(run_of_three_epochs)
     assert run.names() == ["epoch-0002", "epoch-0003"]
-    said: list[str] = []
-    found = newest_resumable(run, said.append)
+    found = newest_resumable(run)
+    said = capsys.readouterr().out.splitlines()
     assert found is not None
     assert (found.checkpoint.epoch, said) == (3, [])
 
@@ -151,13 +153,17 @@ def test_two_checkpoints_are_kept_and_the_newest_is_found(run_of_three_epochs: P
 @pytest.mark.parametrize("harm", [cut, flip_a_bit, poison, Path.unlink])
 @pytest.mark.parametrize("name", [layout.MODEL, layout.TRAINER])
 def test_the_newest_checkpoint_that_is_whole_is_the_one_to_go_on_from(
-    run_of_three_epochs: Path, tmp_path: Path, harm: Callable[[Path], None], name: str
+    run_of_three_epochs: Path,
+    tmp_path: Path,
+    harm: Callable[[Path], None],
+    name: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     shutil.copytree(run_of_three_epochs, tmp_path, dirs_exist_ok=True)
     run = Folder(tmp_path)
-    said: list[str] = []
     harm(tmp_path / "epoch-0003" / name)
-    found = newest_resumable(run, said.append)
+    found = newest_resumable(run)
+    said = capsys.readouterr().out.splitlines()
     assert found is not None
     assert found.checkpoint.epoch == 2
     assert f"epoch-0003/{name} is not" in said[0] or f"epoch-0003 contains no {name}" in said[0]
@@ -208,10 +214,10 @@ def test_without_any_checkpoint_a_run_begins_unless_it_has_finished_epochs(tmp_p
     run = Folder(tmp_path)
     save_resumable(run, resumable(1))
     cut(tmp_path / "epoch-0001" / layout.MODEL)
-    assert newest_resumable(run, print) is None
+    assert newest_resumable(run) is None
     run.write_json_lines(layout.METRICS, [{"epoch": 1.0}])
     with pytest.raises(CheckpointError, match=r"no checkpoint of .* can be read"):
-        newest_resumable(run, print)
+        newest_resumable(run)
 
 
 def test_rows_are_found_by_key_whatever_their_order() -> None:

@@ -26,7 +26,7 @@ HOLDER = """
 import sys, time
 from brainray.orchestration.lock import Pace, held
 from brainray.storage import Folder
-with held(Folder(sys.argv[1]), "runs", "first", print, Pace(beat_s=0.1)):
+with held(Folder(sys.argv[1]), "runs", "first", Pace(beat_s=0.1)):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -48,8 +48,8 @@ def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     process.wait()
 
 
-def take(storage: Path, said: list[str] | None = None) -> None:
-    with held(Folder(storage), "runs", "first", (said or []).append, QUICK):
+def take(storage: Path) -> None:
+    with held(Folder(storage), "runs", "first", QUICK):
         assert (storage / LOCK).exists()
 
 
@@ -72,23 +72,24 @@ def test_a_second_job_is_refused_at_once_in_one_line(
     with pytest.raises(ConfigError, match=rf"another job \(process {holder.pid} on .*runs/first"):
         take(tmp_path)
     assert time.monotonic() - started < 0.5
-    with held(Folder(tmp_path), "runs", "second", print, QUICK):
+    with held(Folder(tmp_path), "runs", "second", QUICK):
         pass
 
 
 def test_the_lock_of_a_killed_job_is_taken_over_at_once(
-    tmp_path: Path, holder: subprocess.Popen[str]
+    tmp_path: Path, holder: subprocess.Popen[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     holder.kill()
     time.sleep(0.2)  # not reaped: a zombie is dead
-    said: list[str] = []
     started = time.monotonic()
-    with held(Folder(tmp_path), "runs", "first", said.append, QUICK):
+    with held(Folder(tmp_path), "runs", "first", QUICK):
         assert time.monotonic() - started < 0.5
-    assert "took over" in said[0]
+    assert "took over" in capsys.readouterr().out.splitlines()[0]
 
 
-def test_a_holder_elsewhere_is_alive_while_its_count_moves(tmp_path: Path) -> None:
+def test_a_holder_elsewhere_is_alive_while_its_count_moves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     elsewhere = Claim("another", "far", 1, "elsewhere", "0", beat=7)
     folder = Folder(tmp_path)
     folder.write_json(LOCK, asdict(elsewhere))
@@ -97,23 +98,24 @@ def test_a_holder_elsewhere_is_alive_while_its_count_moves(tmp_path: Path) -> No
     def beat(_: str) -> None:
         folder.write_json(LOCK, asdict(replace(elsewhere, beat=next(beats))))
 
+    monkeypatch.setattr("brainray.orchestration.lock.log", beat)
     with (
         pytest.raises(ConfigError, match="process 1 on far"),
-        held(folder, "runs", "first", beat, QUICK),
+        held(folder, "runs", "first", QUICK),
     ):
         pass
 
 
 def test_a_holder_elsewhere_whose_count_stands_still_is_dead_whatever_the_clocks_say(
-    tmp_path: Path,
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Folder(tmp_path).write_json(LOCK, asdict(Claim("another", "far", 1, "elsewhere", "0")))
     for stamp in (0, 4_000_000_000):  # a file of 1970, and one of 2096
         os.utime(tmp_path / LOCK, (stamp, stamp))
     started = time.monotonic()
-    said: list[str] = []
-    with held(Folder(tmp_path), "runs", "first", said.append, QUICK):
+    with held(Folder(tmp_path), "runs", "first", QUICK):
         assert time.monotonic() - started >= QUICK.patience_s
+    said = capsys.readouterr().out.splitlines()
     assert "watching for 0.6 s" in said[0]
     assert "took over from process 1 on far" in said[1]
 
@@ -123,7 +125,7 @@ def test_a_holder_that_was_paused_for_long_ends_itself(
 ) -> None:
     holder.send_signal(signal.SIGSTOP)
     from_elsewhere(tmp_path)
-    with held(Folder(tmp_path), "runs", "first", print, QUICK):
+    with held(Folder(tmp_path), "runs", "first", QUICK):
         holder.send_signal(signal.SIGCONT)
         assert holder.wait(timeout=10) == 1
     assert holder.stdout is not None
@@ -140,9 +142,9 @@ def test_storage_without_exclusive_creation_settles_who_was_last(tmp_path: Path)
 
     storage = Remote(tmp_path)
     with (
-        held(storage, "runs", "first", print, QUICK),
+        held(storage, "runs", "first", QUICK),
         pytest.raises(ConfigError, match="another job"),
-        held(storage, "runs", "first", print, QUICK),
+        held(storage, "runs", "first", QUICK),
     ):
         pass
     assert not (tmp_path / LOCK).exists()
@@ -159,12 +161,12 @@ def test_others_see_whether_a_job_is_at_work(holder: subprocess.Popen[str], tmp_
 
 
 def test_who_waits_for_its_turn_has_it_when_the_holder_ends(
-    tmp_path: Path, holder: subprocess.Popen[str]
+    tmp_path: Path, holder: subprocess.Popen[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     threading.Timer(1.0, holder.kill).start()
-    said: list[str] = []
-    with held(Folder(tmp_path), "runs", "first", said.append, QUICK, in_turn=True):
+    with held(Folder(tmp_path), "runs", "first", QUICK, in_turn=True):
         holder.wait(timeout=10)
+    said = capsys.readouterr().out.splitlines()
     assert said[0].startswith("another job (process")
     assert said[0].endswith("is using runs/first: waiting for it to finish")
     assert len(said) == len(set(said))
@@ -172,10 +174,9 @@ def test_who_waits_for_its_turn_has_it_when_the_holder_ends(
 
 
 def test_who_waits_for_its_turn_does_not_wait_for_the_dead_of_another_machine(
-    tmp_path: Path,
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Folder(tmp_path).write_json(LOCK, asdict(Claim("another", "far", 1, "elsewhere", "0")))
-    said: list[str] = []
-    with held(Folder(tmp_path), "runs", "first", said.append, QUICK, in_turn=True):
+    with held(Folder(tmp_path), "runs", "first", QUICK, in_turn=True):
         pass
-    assert "took over" in said[-1]
+    assert "took over" in capsys.readouterr().out.splitlines()[-1]

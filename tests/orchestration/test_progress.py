@@ -4,6 +4,8 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
+import pytest
+
 from brainray import layout
 from brainray.config import SelfSupervisionConfig, TrainConfig
 from brainray.orchestration.progress import PretrainingFollower, Watcher, time_left
@@ -21,12 +23,14 @@ class Flaky(Watcher):
             raise OSError("storage is away")
 
 
-def test_a_failed_look_is_said_once_and_the_next_goes_on() -> None:
-    said: list[str] = []
-    with Flaky(said.append) as flaky:
+def test_a_failed_look_is_said_once_and_the_next_goes_on(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with Flaky() as flaky:
         deadline = time.monotonic() + 20
         while flaky.num_looks < 3 and time.monotonic() < deadline:
             time.sleep(0.05)
+    said = capsys.readouterr().out.splitlines()
     assert flaky.num_looks >= 4  # the last of them at the end of the block
     assert said == ["progress is temporarily unavailable: OSError: storage is away"]
 
@@ -39,18 +43,20 @@ def test_time_left_counts_pixels() -> None:
     assert time_left(last, growing) == timedelta(0)
 
 
-def test_pretraining_tells_epochs_and_rounds(tmp_path: Path) -> None:
+def test_pretraining_tells_epochs_and_rounds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = Folder(tmp_path)
     rows: list[dict[str, float]] = [{"epoch": 1.0, "pretext": 1.5, "seconds": 10.0}]
     folder.write_json_lines(layout.METRICS, rows)
-    said: list[str] = []
     settings = SelfSupervisionConfig(num_epochs=3, max_rounds=5)
-    with PretrainingFollower(settings, folder, said.append):
+    with PretrainingFollower(settings, folder):
         rows.append({"epoch": 2.0, "pretext": 1.25, "seconds": 12.0})
         rows.append(
             {"epoch": 3.0, "round": 1.0, "cluster": 0.5, "changed_share": 0.25, "seconds": 4.0}
         )
         folder.write_json_lines(layout.METRICS, rows)
+    said = capsys.readouterr().out.splitlines()
     assert said == [
         "resuming after 1 epochs or rounds",
         "pretext epoch 2/3: pretext 1.250; 12 s, 0:00:12 left",

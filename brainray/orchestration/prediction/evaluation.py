@@ -17,7 +17,7 @@ from brainray.config_text import parse_yaml, to_yaml
 from brainray.engine.evaluate import Metrics, summarise
 from brainray.engine.slice_model import stored_pixels
 from brainray.errors import ConfigError, DataError
-from brainray.log import Log, log
+from brainray.log import log
 from brainray.mri.decode import RejectedImage
 from brainray.mri.groups import joint_groups
 from brainray.mri.leakage import Fingerprints, exposure
@@ -65,7 +65,7 @@ class Evaluation:
     classes: list[str]
 
 
-def evaluate(config: Config, log: Log = log, only_paths: set[str] | None = None) -> Evaluation:
+def evaluate(config: Config, only_paths: set[str] | None = None) -> Evaluation:
     """Predict the labelled slices of ``config.source`` with a run's chosen epoch, and score them.
 
     Slices are preprocessed with the run's own settings. If the source has a test split, only that
@@ -83,12 +83,12 @@ def evaluate(config: Config, log: Log = log, only_paths: set[str] | None = None)
     if config.source is None:
         raise ConfigError("evaluation needs a source: --set source=DIR")
     storage, name = Folder(config.storage), config.name or default_name(config, predictor)
-    with held(storage, layout.EVALUATIONS, name, log):
-        return _evaluate(config, predictor, storage / layout.EVALUATIONS / name, log, only_paths)
+    with held(storage, layout.EVALUATIONS, name):
+        return _evaluate(config, predictor, storage / layout.EVALUATIONS / name, only_paths)
 
 
 def _evaluate(
-    config: Config, predictor: Predictor, target: Folder, log: Log, only_paths: set[str] | None
+    config: Config, predictor: Predictor, target: Folder, only_paths: set[str] | None
 ) -> Evaluation:
     if only_paths is None:
         _check_source(config, target)
@@ -104,7 +104,7 @@ def _evaluate(
         f"evaluating {predictor.folder} (epoch {checkpoint.epoch}) on {len(files)} files"
         f"{told}{listing.remarks}"
     )
-    rows = _predict_files(files, config, predictor, log)
+    rows = _predict_files(files, config, predictor)
     rejected = rows.filter(pc.is_valid(rows["reason"])).select(REJECTED.names).cast(REJECTED)
     accepted = rows.filter(pc.is_null(rows["reason"]))
     reasons = Counter(rejected["reason"].to_pylist()).most_common(3)
@@ -113,7 +113,7 @@ def _evaluate(
         raise DataError(f"none of the {len(files)} files in {config.source} is usable: {commonest}")
     if rejected.num_rows:
         log(f"{rejected.num_rows} files or slices could not be used: {commonest}")
-    predictions, twins = _with_subsets(accepted, config, predictor, log)
+    predictions, twins = _with_subsets(accepted, config, predictor)
     metrics = summarise(
         predictions,
         seen,
@@ -121,7 +121,7 @@ def _evaluate(
         checkpoint.clusters.class_of_cluster.numpy(),
         num_resamples=config.evaluation.bootstrap_resamples,
         seed=config.seed,
-        groups=_groups(accepted, predictor, log),
+        groups=_groups(accepted, predictor),
         temperature=predictor.temperature(),
     )
     metrics |= {
@@ -133,7 +133,7 @@ def _evaluate(
     }
     if target.exists():
         log(f"{target}: replacing the earlier evaluation of this name")
-    explained = _explained(predictions, config, predictor, log)
+    explained = _explained(predictions, config, predictor)
     with target.rebuilt(layout.EVALUATION_METRICS) as folder:
         made_by = to_yaml(_settings(config, predictor))
         folder.write_bytes(layout.CONFIG, made_by.encode())
@@ -160,7 +160,7 @@ def _evaluate(
 
 
 def _with_subsets(
-    accepted: pa.Table, config: Config, predictor: Predictor, log: Log
+    accepted: pa.Table, config: Config, predictor: Predictor
 ) -> tuple[pa.Table, dict[str, list[dict[str, Any]]] | None]:
     """PREDICTIONS with the ``clean`` and ``strict`` columns filled; and, by level, the slices
     with a match in the run's data. None if there is no record of that data.
@@ -217,7 +217,7 @@ def _updated(section: Section, other: Section, *names: str) -> Section:
     return section.model_copy(update={name: getattr(other, name) for name in names})
 
 
-def _groups(accepted: pa.Table, predictor: Predictor, log: Log) -> dict[str, str]:
+def _groups(accepted: pa.Table, predictor: Predictor) -> dict[str, str]:
     """Groups of slices that are resampled together for intervals: from the run for its own test
     slices, otherwise also by image similarity and by subject.
     """
@@ -227,12 +227,12 @@ def _groups(accepted: pa.Table, predictor: Predictor, log: Log) -> dict[str, str
     if None not in as_known:
         return known
     # The run's own test slices may be among them, and others may be copies of these.
-    found = group_strangers(accepted, predictor.preprocess, log)
-    _log_conflicts(found.copies, accepted["label"].to_pylist(), log)
+    found = group_strangers(accepted, predictor.preprocess)
+    _log_conflicts(found.copies, accepted["label"].to_pylist())
     return dict(zip(ids, joint_groups(found.dependent, as_known), strict=True))
 
 
-def _log_conflicts(copies: list[str], labels: list[str], log: Log) -> None:
+def _log_conflicts(copies: list[str], labels: list[str]) -> None:
     called: dict[str, set[str]] = {}
     for group, label in zip(copies, labels, strict=True):
         called.setdefault(group, set()).add(label)
@@ -301,9 +301,7 @@ def with_comparable_names(accepted: pa.Table, config: Config, predictor: Predict
     return accepted.drop_columns("subject_source")
 
 
-def _explained(
-    predictions: pa.Table, config: Config, predictor: Predictor, log: Log
-) -> list[Explained]:
+def _explained(predictions: pa.Table, config: Config, predictor: Predictor) -> list[Explained]:
     try:
         return explain(predictions, predictor.checkpoint, partial(_load_again, config, predictor))
     except RejectedImage as rejection:  # a file that was readable a moment ago
@@ -323,10 +321,8 @@ def _load_again(config: Config, predictor: Predictor, rows: pa.Table) -> NDArray
     return stored_pixels(pa.table(columns), predictor.checkpoint.image_size)
 
 
-def _predict_files(
-    files: list[SourceFile], config: Config, predictor: Predictor, log: Log
-) -> pa.Table:
+def _predict_files(files: list[SourceFile], config: Config, predictor: Predictor) -> pa.Table:
     """One row per slice, sorted by path: PREDICTIONS columns, or reason and detail."""
     blocks = predicted_blocks(files, config, predictor)
-    batches = list(with_progress(blocks, len(files), "predicted", log))
+    batches = list(with_progress(blocks, len(files), "predicted"))
     return pa.concat_tables(batches).sort_by([("path", "ascending"), ("frame", "ascending")])

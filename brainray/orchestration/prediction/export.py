@@ -23,7 +23,7 @@ from brainray.engine.export import (
     safetensors_bytes,
 )
 from brainray.errors import CheckpointError, ConfigError, TrackingError
-from brainray.log import Log, log
+from brainray.log import log
 from brainray.mri.duplicates import thumbnail_matrix
 from brainray.orchestration.code_version import code_hash
 from brainray.orchestration.lock import held
@@ -49,7 +49,7 @@ class Export:
     mlflow_run_id: str | None = None
 
 
-def export(config: Config, log: Log = log) -> Export:
+def export(config: Config) -> Export:
     """Write ``storage/exports/NAME``: safetensors, ONNX, an MLflow model and a card.
 
     With ``registry.name`` the MLflow model is also logged to the run's MLflow run and registered.
@@ -75,21 +75,21 @@ def export(config: Config, log: Log = log) -> Export:
     storage = Folder(config.storage)
     target = storage / layout.EXPORTS / name
     with (
-        held(storage, layout.EXPORTS, name, log),
+        held(storage, layout.EXPORTS, name),
         served_files(predictor) as served,
         tempfile.TemporaryDirectory() as temporary,
     ):
         local = Path(temporary)
         for made in served.data.iterdir():
             (local / made.name).write_bytes(made.read_bytes())
-        metrics = _write_onnx(predictor, local, log)
+        metrics = _write_onnx(predictor, local)
         save_served(local / layout.SERVED, served)
         card = model_card(_facts(predictor, name, metrics), _figures(run, predictor))
         (local / layout.CARD).write_text(card, encoding="utf-8")
         _put(local, target)
         run_id = None
         if run is not None and config.registry.name is not None:
-            run_id = _register(config, run, served, log)
+            run_id = _register(config, run, served)
     log(f"serve the model: mlflow models serve -m {target}/{layout.SERVED} --env-manager local")
     return Export(target, metrics, run_id)
 
@@ -125,7 +125,7 @@ def _still_training(run: Run) -> str:
     )
 
 
-def _write_onnx(predictor: Predictor, folder: Path, log: Log) -> Metrics:
+def _write_onnx(predictor: Predictor, folder: Path) -> Metrics:
     """Write the ONNX file and compare it with the checkpoint; skipped without the onnx extra."""
     images = _slices_to_try(predictor)
     try:
@@ -201,9 +201,9 @@ def _put(local: Path, target: Folder) -> None:
                 building.write_bytes(path.relative_to(local).as_posix(), path.read_bytes())
 
 
-def _register(config: Config, run: Run, served: ServedFiles, log: Log) -> str | None:
+def _register(config: Config, run: Run, served: ServedFiles) -> str | None:
     """Log the model to the run's MLflow run and register it."""
-    tracking = begin_tracking(config_to_track(config, run), run, log)
+    tracking = begin_tracking(config_to_track(config, run), run)
     if tracking.tracker.problem is not None:
         raise TrackingError(f"not registered: {tracking.tracker.problem}")
     try:

@@ -14,7 +14,7 @@ from brainray.clustering.next_labels import choose_to_label, margin_uncertainty
 from brainray.config import Config
 from brainray.engine.evaluate import Metrics, matrix_of
 from brainray.errors import ConfigError, DataError
-from brainray.log import Log, log
+from brainray.log import log
 from brainray.orchestration.prediction.inference import find_predictor, predicted_slices
 from brainray.orchestration.preprocessing.driver import with_progress
 from brainray.orchestration.run import open_run
@@ -46,7 +46,7 @@ class NextLabels:
     metrics: Metrics
 
 
-def choose_next_labels(config: Config, log: Log = log) -> NextLabels:
+def choose_next_labels(config: Config) -> NextLabels:
     """Rank the run's unlabelled training slices into ``labels/next.csv`` of its folder.
 
     The labels of these slices are not read, even if the store has them.
@@ -74,7 +74,7 @@ def choose_next_labels(config: Config, log: Log = log) -> NextLabels:
     batches = [
         # take() copies, so that unused columns such as thumbnails are freed.
         batch.select(_NEEDED).take(pa.array(range(batch.num_rows), pa.int64()))
-        for batch in with_progress(blocks, pool.num_rows, "predicted", log, of_store=True)
+        for batch in with_progress(blocks, pool.num_rows, "predicted", of_store=True)
     ]
     rows = pa.concat_tables(batches).sort_by("sample_id")
     pool = pool.sort_by("sample_id")

@@ -13,7 +13,7 @@ from brainray.config import Config
 from brainray.engine.evaluate import Metrics
 from brainray.engine.slice_model import Reference
 from brainray.errors import ConfigError, DataError
-from brainray.log import Log, log
+from brainray.log import log
 from brainray.mri.identity import content_hash
 from brainray.orchestration.code_version import code_hash
 from brainray.orchestration.lock import held
@@ -48,7 +48,7 @@ class Prediction:
     metrics: Metrics
 
 
-def predict(config: Config, log: Log = log) -> Prediction:
+def predict(config: Config) -> Prediction:
     """Write a row for every slice in ``config.source``, and for every unreadable file.
 
     Rows are written to ``storage/predictions/NAME/part-*.parquet`` (``PREDICTED_FILES``) as they
@@ -64,11 +64,11 @@ def predict(config: Config, log: Log = log) -> Prediction:
     if config.source is None:
         raise ConfigError("prediction needs --set source=DIR")
     storage, name = Folder(config.storage), config.name or default_name(config, predictor)
-    with held(storage, layout.PREDICTED, name, log):
-        return _predict(config, predictor, storage / layout.PREDICTED / name, log)
+    with held(storage, layout.PREDICTED, name):
+        return _predict(config, predictor, storage / layout.PREDICTED / name)
 
 
-def _predict(config: Config, predictor: Predictor, folder: Folder, log: Log) -> Prediction:
+def _predict(config: Config, predictor: Predictor, folder: Folder) -> Prediction:
     found, ignored = find_images(Folder(str(config.source)))
     _begin(config, predictor, folder)
     num_replaced = _forget_stale(folder, found)
@@ -88,7 +88,7 @@ def _predict(config: Config, predictor: Predictor, folder: Folder, log: Log) -> 
             "stay empty"
         )
     if files:
-        _write_parts(predicted_blocks(files, config, predictor), files, folder, reference, log)
+        _write_parts(predicted_blocks(files, config, predictor), files, folder, reference)
     metrics = _summary(folder)
     if metrics["num_predicted"] == 0:
         raise DataError(
@@ -152,7 +152,7 @@ def _done(folder: Folder) -> set[str]:
 
 
 def _write_parts(
-    blocks: Any, files: list[SourceFile], folder: Folder, reference: Reference, log: Log
+    blocks: Any, files: list[SourceFile], folder: Folder, reference: Reference
 ) -> None:
     """Write parts of some thousand rows; files are not split, as a block contains whole files."""
     # One above the highest: a part may have been deleted to be made again.
@@ -167,7 +167,7 @@ def _write_parts(
             folder.write_table(layout.PART.format(number=number), part)
             number, waiting = number + 1, []
 
-    for block in with_progress(blocks, len(files), "predicted", log):
+    for block in with_progress(blocks, len(files), "predicted"):
         stamps = block.select(["num_bytes", "mtime_ns"])
         columns = [*reference.rows(block).columns, *stamps.columns]
         waiting.append(pa.table(columns, schema=PREDICTED_FILES))

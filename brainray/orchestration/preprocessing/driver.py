@@ -23,7 +23,7 @@ import ray.data
 from brainray import layout
 from brainray.config import Config, PreprocessConfig, SplitConfig
 from brainray.errors import ConfigError, DataError
-from brainray.log import Log, ProgressLines, log
+from brainray.log import ProgressLines, log
 from brainray.mri.duplicates import thumbnail_matrix
 from brainray.mri.row_file import RowFile
 from brainray.orchestration.lock import held
@@ -58,14 +58,13 @@ from brainray.storage import Folder
 _WRITES_PER_CPU = 4
 
 
-def preprocess(config: Config, log: Log = log, *, data_hash: str | None = None) -> ImageStore:
+def preprocess(config: Config, *, data_hash: str | None = None) -> ImageStore:
     """Make the store ``config.name`` from ``config.source``, or reuse it, or bring it up to date.
 
     An update decodes only new and changed files.
 
     Args:
         config: name, source and labels; settings of preprocessing, split and class names.
-        log: receives progress and a summary of the store.
         data_hash: hash that the store must have for the run that resumes on it; None accepts any.
 
     Raises:
@@ -85,7 +84,7 @@ def preprocess(config: Config, log: Log = log, *, data_hash: str | None = None) 
     fingerprint = listing.fingerprint(salt)
     drawn = config.split.mode == "grouped" or not any(file.split for file in listing.files)
     settings = settings_of(config.preprocess, config.split, config.classes.map, drawn=drawn)
-    with held(Folder(config.storage), layout.DATASETS, config.name, log):
+    with held(Folder(config.storage), layout.DATASETS, config.name):
         previous = _previous_store(target, settings)
         is_same = previous is not None and previous.manifest["listing"] == fingerprint
         if previous is not None and is_same and not _may_change(previous):
@@ -94,7 +93,7 @@ def preprocess(config: Config, log: Log = log, *, data_hash: str | None = None) 
         log(f"preprocessing {len(listing.files)} files of {source}{listing.remarks}")
         with target.rebuilt(layout.MANIFEST) as building:
             about = {"listing": fingerprint, "subject_salt": salt_id(salt), **settings}
-            manifest = _build(config, listing, about, previous, building, log)
+            manifest = _build(config, listing, about, previous, building)
             if data_hash not in {None, manifest["data_hash"]}:
                 raise ConfigError(
                     f"{source} gives different slices (hash {manifest['data_hash']}) from those "
@@ -115,7 +114,6 @@ def _build(
     about: dict[str, Any],
     previous: ImageStore | None,
     building: Folder,
-    log: Log,
 ) -> dict[str, Any]:
     """Make the store in ``building``; returns its manifest, which includes ``about``."""
     clock = _Clock()
@@ -123,9 +121,9 @@ def _build(
     earlier = Earlier.of(previous)
     _check_salt(previous, earlier, about["subject_salt"])
     fingerprints = RowFile(THUMBNAIL_SIDE**2, np.uint8)
-    slices, num_decoded = _slices_of_all_files(config, listing, earlier, parts, fingerprints, log)
+    slices, num_decoded = _slices_of_all_files(config, listing, earlier, parts, fingerprints)
     clock.passed("decode")
-    plan = plan_store(slices, fingerprints, listing, config, earlier, log)
+    plan = plan_store(slices, fingerprints, listing, config, earlier)
     clock.passed("plan")
     _write_images(parts, previous, building / layout.IMAGES, plan.rows)
     parts.delete()
@@ -225,7 +223,6 @@ def _slices_of_all_files(
     earlier: Earlier,
     parts: Folder,
     fingerprints: RowFile,
-    log: Log,
 ) -> tuple[pa.Table, int]:
     """LIGHT rows of every file, ordered by path and frame, and the number of decoded files.
 
@@ -239,9 +236,7 @@ def _slices_of_all_files(
     started = time.monotonic()
     read = pa.concat_tables(
         _light_rows(block, fingerprints)
-        for block in _decode_all(
-            config, to_read, reusable["sha256"], earlier.generation, parts, log
-        )
+        for block in _decode_all(config, to_read, reusable["sha256"], earlier.generation, parts)
     ).cast(LIGHT)
     known = read.filter(_is_known(read))
     new = read.filter(pc.invert(_is_known(read)))
@@ -289,7 +284,6 @@ def _decode_all(
     known_hashes: pa.ChunkedArray,
     generation: int,
     parts: Folder,
-    log: Log,
 ) -> Iterator[pa.Table]:
     """First pass: yields the files' rows without their pixels, as they are decoded."""
     parts.filesystem.create_dir(parts.path, recursive=True)
@@ -311,7 +305,7 @@ def _decode_all(
     dataset = ray.data.from_arrow(tables).map_batches(
         decode, batch_size=None, batch_format="pyarrow"
     )
-    yield from with_progress(dataset, len(files), "decoded", log)
+    yield from with_progress(dataset, len(files), "decoded")
 
 
 def _num_cpus() -> int:
@@ -344,13 +338,13 @@ def _write_images(
 
 
 def with_progress(
-    dataset: ray.data.Dataset, total: int, verb: str, log: Log, *, of_store: bool = False
+    dataset: ray.data.Dataset, total: int, verb: str, *, of_store: bool = False
 ) -> Iterator[pa.Table]:
     """The dataset's blocks as they come, with a progress line every ten seconds.
 
     Counts files (all rows of a ``path`` are in one block), or slices with ``of_store``.
     """
-    progress = ProgressLines(verb, "slices" if of_store else "files", log)
+    progress = ProgressLines(verb, "slices" if of_store else "files")
     done = 0
     for batch in _arrow_batches(dataset):
         done += batch.num_rows if of_store else pc.count_distinct(batch["path"]).as_py()

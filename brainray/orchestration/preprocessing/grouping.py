@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 
 from brainray.config import Config, PreprocessConfig
-from brainray.log import Log, ProgressLines
+from brainray.log import ProgressLines, log
 from brainray.mri.duplicates import (
     COPY,
     DuplicatePairs,
@@ -53,7 +53,7 @@ class SliceGroups:
 
 
 def group_slices(
-    accepted: pa.Table, looks: Rows, listing: Listing, config: Config, earlier: Earlier, log: Log
+    accepted: pa.Table, looks: Rows, listing: Listing, config: Config, earlier: Earlier
 ) -> SliceGroups:
     """Groups of the LIGHT rows of accepted slices, by their fingerprints ``looks`` and their
     subjects from metadata; groups known from an earlier run keep their names.
@@ -63,11 +63,11 @@ def group_slices(
     def named_as_before(groups: list[str], column: str) -> list[str]:
         return keep_names(groups, _was(ids, earlier, column))
 
-    pairs = _near_duplicates(accepted, looks, config.preprocess, log)
+    pairs = _near_duplicates(accepted, looks, config.preprocess)
     near = pairs.of_kind(COPY)
     copies = named_as_before(connected_groups(ids, near.first, near.second), "duplicate_group_id")
     also_turned = connected_groups(ids, pairs.first, pairs.second)
-    subjects, sources = _subjects(accepted, looks, listing, copies, config, earlier, log)
+    subjects, sources = _subjects(accepted, looks, listing, copies, config, earlier)
     # Like the published protocol, a label draw may separate likely neighbours; a split may not.
     named = [
         subject if source in NAMED else None
@@ -87,17 +87,16 @@ class StrangerGroups:
     dependent: list[str]  # copies in any orientation, and slices of one subject, named or estimated
 
 
-def group_strangers(accepted: pa.Table, preprocess: PreprocessConfig, log: Log) -> StrangerGroups:
+def group_strangers(accepted: pa.Table, preprocess: PreprocessConfig) -> StrangerGroups:
     """Groups of slices by image similarity and by subjects from metadata.
 
     Args:
         accepted: rows with ``sample_id``, ``sha256``, ``frame``, ``thumbnail``, ``subject_id``.
         preprocess: thresholds for copies and for slices likely of one subject.
-        log: progress.
     """
     ids, subjects = (accepted[name].to_pylist() for name in ("sample_id", "subject_id"))
     looks = thumbnail_matrix(accepted["thumbnail"].to_pylist())
-    pairs = _near_duplicates(accepted, looks, preprocess, log)
+    pairs = _near_duplicates(accepted, looks, preprocess)
     near = pairs.of_kind(COPY)
     copies = connected_groups(ids, near.first, near.second)
     nameless = np.array([row for row, name in enumerate(subjects) if name is None], np.int64)
@@ -114,9 +113,7 @@ def group_strangers(accepted: pa.Table, preprocess: PreprocessConfig, log: Log) 
     return StrangerGroups(copies, joint_groups(also_turned, subjects))
 
 
-def _near_duplicates(
-    accepted: pa.Table, looks: Rows, config: PreprocessConfig, log: Log
-) -> DuplicatePairs:
+def _near_duplicates(accepted: pa.Table, looks: Rows, config: PreprocessConfig) -> DuplicatePairs:
     """Pairs of near-duplicates; slices at different positions of one volume are never copies."""
     volumes = [
         digest if frame else None
@@ -124,7 +121,7 @@ def _near_duplicates(
             accepted["sha256"].to_pylist(), accepted["frame"].to_pylist(), strict=True
         )
     ]
-    progress = ProgressLines("compared", "pairs of similar slices", log)
+    progress = ProgressLines("compared", "pairs of similar slices")
     return near_duplicate_pairs(
         looks, config.near_duplicate, not_together=volumes, on_compared=progress.tell
     )
@@ -142,7 +139,6 @@ def _subjects(
     copies: list[str],
     config: Config,
     earlier: Earlier,
-    log: Log,
 ) -> tuple[list[str | None], list[str | None]]:
     """Subject of each slice and its source: the labels table, the header, or an estimate.
 

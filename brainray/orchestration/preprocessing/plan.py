@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from brainray.config import Config, PreprocessConfig
 from brainray.errors import DataError
-from brainray.log import Log
 from brainray.mri.duplicates import (
     COPY,
     KINDS,
@@ -49,7 +48,6 @@ def plan_store(
     listing: Listing,
     config: Config,
     earlier: Earlier,
-    log: Log,
 ) -> StorePlan:
     """Plan duplicates, groups, splits and statistics from the LIGHT rows of all files.
 
@@ -59,7 +57,7 @@ def plan_store(
     accepted = slices.filter(pc.is_null(slices["reason"]))
     _check_rejections(slices, len(listing.files), config)
     looks = SelectedRows(fingerprints, accepted["fingerprint"].to_numpy())
-    groups = group_slices(accepted, looks, listing, config, earlier, log)
+    groups = group_slices(accepted, looks, listing, config, earlier)
     said = {file.path: file for file in listing.files}
     files = [said[path] for path in accepted["path"].to_pylist()]
     labels = [file.label for file in files]

@@ -14,7 +14,7 @@ from torch import Tensor
 from brainray import layout
 from brainray.config import Config, FeatureConfig
 from brainray.engine.state import state_from_bytes
-from brainray.log import Log
+from brainray.log import log
 from brainray.orchestration.lock import held
 from brainray.orchestration.pretraining.features import (
     Weights,
@@ -40,7 +40,7 @@ _OF_ROUNDS = {
 _OF_CONTRASTIVE = {"temperature", "positives", "projection_dim"}
 
 
-def warm_up(config: Config, store: ImageStore, log: Log) -> str | Mapping[str, Tensor]:
+def warm_up(config: Config, store: ImageStore) -> str | Mapping[str, Tensor]:
     """Initial weights of the encoder: ``encoder.weights``, after the warm-up if there is one.
 
     Raises:
@@ -63,7 +63,6 @@ def warm_up(config: Config, store: ImageStore, log: Log) -> str | Mapping[str, T
         weights,
         dataset=str(config.dataset),
         seed=config.seed,
-        log=log,
     )
     return weights_from(learned, layout.ENCODER).state
 
@@ -76,7 +75,6 @@ def pretrain(
     *,
     dataset: str,
     seed: int,
-    log: Log,
 ) -> Folder:
     """Train an encoder on the store's training slices, resume its training, or reuse it.
 
@@ -90,7 +88,6 @@ def pretrain(
         weights: initial weights of the encoder.
         dataset: name of the store, used in the folder's name.
         seed: of weights, views and clusters.
-        log: for one line about what is done.
 
     Returns:
         The folder with ``encoder.pt``, ``metrics.jsonl`` and, after refinement, the assignments of
@@ -103,7 +100,7 @@ def pretrain(
     head: dict[str, Tensor] | None = None
     if feature.lambda_cluster > 0 and feature.pretext != "none":
         alone = feature.model_copy(update={"lambda_cluster": 0.0})
-        before = pretrain(config, store, alone, weights, dataset=dataset, seed=seed, log=log)
+        before = pretrain(config, store, alone, weights, dataset=dataset, seed=seed)
         weights, head = weights_from(before, layout.ENCODER), _read_head(before)
     made_by = _made_by(config, store, feature, weights, seed)
     kind = feature.pretext + ("-refined" if feature.lambda_cluster > 0 else "")
@@ -111,7 +108,7 @@ def pretrain(
     target = Folder(config.storage) / layout.ENCODERS / name
     if not target.exists(layout.ENCODER):
         # Concurrent jobs share it too: the later ones wait, then reuse it.
-        with held(Folder(config.storage), layout.ENCODERS, name, log, in_turn=True):
+        with held(Folder(config.storage), layout.ENCODERS, name, in_turn=True):
             if not target.exists(layout.ENCODER):
                 log(f"encoder {target}: training")
                 workers = plan_workers(config.train, alive_nodes())
@@ -120,7 +117,7 @@ def pretrain(
                     workers = replace(workers, num_workers=num_workers, min_workers=0)
                 target.write_json(layout.MANIFEST, made_by | {"num_workers": workers.num_workers})
                 _keep_what_it_sees(config, store, feature, target)
-                _train(config, store, feature, weights, head, seed, workers, target, log)
+                _train(config, store, feature, weights, head, seed, workers, target)
                 return target
     log(f"encoder {target}: already trained, reusing it")
     return target
@@ -145,7 +142,6 @@ def _train(
     seed: int,
     workers: WorkerResources,
     target: Folder,
-    log: Log,
 ) -> None:
     settings = {
         "config": config.without_secrets().model_dump(mode="json"),
@@ -157,7 +153,7 @@ def _train(
         "store": str(store.folder),
         "data_hash": store.data_hash,
     }
-    with PretrainingFollower(config.self_supervision, target, log):
+    with PretrainingFollower(config.self_supervision, target):
         train_on_workers(
             pretrain_worker, settings, folder=target, workers=workers, config=config.train
         )

@@ -24,7 +24,7 @@ from brainray.engine.forward import forward_passes
 from brainray.engine.recipe import resolve_precision
 from brainray.engine.slice_model import stored_pixels
 from brainray.errors import ConfigError, DataError
-from brainray.log import Log
+from brainray.log import log
 from brainray.models.encoder import encoder_state, imagenet_state, local_state
 from brainray.models.features import PIXELS, FeatureEncoder, build_feature_encoder, num_features
 from brainray.mri.identity import content_hash
@@ -157,7 +157,6 @@ def extract_features(
     *,
     name: str,
     seed: int,
-    log: Log,
 ) -> FeatureStore:
     """Features of every slice of the store, extracted now or by an earlier run.
 
@@ -168,7 +167,6 @@ def extract_features(
         weights: weights of the encoder.
         name: readable part of the folder's name.
         seed: seed of random weights.
-        log: receives one line on whether features were extracted or reused.
     """
     made_by = {
         "format": layout.FEATURES_FORMAT,
@@ -183,10 +181,10 @@ def extract_features(
     target = Folder(config.storage) / layout.FEATURES / f"{name}-{key}"
     if not target.exists(layout.MANIFEST):
         # Concurrent studies share features: the later ones wait, then find them.
-        with held(Folder(config.storage), layout.FEATURES, target.name, log, in_turn=True):
+        with held(Folder(config.storage), layout.FEATURES, target.name, in_turn=True):
             if not target.exists(layout.MANIFEST):
                 made_by["key"] = key
-                return _extract(config, store, feature, weights, seed, made_by, target, log)
+                return _extract(config, store, feature, weights, seed, made_by, target)
     log(f"features {target}: up to date, reusing them")
     return FeatureStore(target, target.read_json(layout.MANIFEST))
 
@@ -199,7 +197,6 @@ def _extract(
     seed: int,
     made_by: dict[str, Any],
     target: Folder,
-    log: Log,
 ) -> FeatureStore:
     """Extract and write features; ``made_by`` becomes part of the manifest."""
     started = time.monotonic()

@@ -185,7 +185,6 @@ class _Learner:
                 where=f"{self.folder.name}, round {number}",
                 remedy="lower the feature's lambda_cluster or "
                 "self_supervision.round_learning_rate, or set clustering.on_collapse=warn",
-                say=log,
             )
             changes.append(changed_share(responsibilities, found.responsibilities))
             self.clusters, responsibilities = found.model, found.responsibilities

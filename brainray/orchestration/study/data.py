@@ -11,7 +11,6 @@ import ray
 from brainray import layout
 from brainray.config import Config, FeatureConfig
 from brainray.errors import ConfigError, DataError
-from brainray.log import Log
 from brainray.models.features import PIXELS
 from brainray.mri.leakage import Fingerprints, exposure
 from brainray.orchestration.preprocessing.driver import preprocess
@@ -57,7 +56,7 @@ class StudiedFeatures:
     encoders: Mapping[FeatureKey, Folder]  # trained encoders only
 
 
-def open_stores(config: Config, log: Log) -> dict[str, ImageStore]:
+def open_stores(config: Config) -> dict[str, ImageStore]:
     """The image stores by data set name, created if they do not exist yet.
 
     Raises:
@@ -71,11 +70,11 @@ def open_stores(config: Config, log: Log) -> dict[str, ImageStore]:
         stores = {}
         for name, source in config.sources.items():
             update = {"name": f"{config.name}-{name}", "source": source}
-            stores[name] = preprocess(config.model_copy(update=update), log)
+            stores[name] = preprocess(config.model_copy(update=update))
         return stores
     name = config.dataset or str(config.name)
     if config.source is not None:
-        return {name: preprocess(config.model_copy(update={"name": name}), log)}
+        return {name: preprocess(config.model_copy(update={"name": name}))}
     if config.dataset is None:
         raise ConfigError(
             "a study needs slices: use --set source=DIR, sources.NAME=DIR for several data sets, "
@@ -152,7 +151,6 @@ def study_features(
     config: Config,
     sets: Mapping[str, StudiedSet],
     weights: Mapping[str, Weights],
-    log: Log,
 ) -> StudiedFeatures:
     """Train the encoders that need training, and extract every feature set for every seed.
 
@@ -160,7 +158,6 @@ def study_features(
         config: ``study`` and all settings of training.
         sets: data sets by name.
         weights: initial weights of the encoders, by feature.
-        log: for progress.
     """
     stores: dict[FeatureKey, FeatureStore] = {}
     encoders: dict[FeatureKey, Folder] = {}
@@ -176,11 +173,11 @@ def study_features(
                     name += f"-seed{seed}"
                 if feature.is_trained:
                     encoders[key] = pretrain(
-                        config, each.store, feature, start, dataset=dataset, seed=seed, log=log
+                        config, each.store, feature, start, dataset=dataset, seed=seed
                     )
                     start = weights_from(encoders[key], layout.ENCODER)
                 stores[key] = extract_features(
-                    config, each.store, feature, start, name=name, seed=seed, log=log
+                    config, each.store, feature, start, name=name, seed=seed
                 )
     return StudiedFeatures(stores, encoders)
 

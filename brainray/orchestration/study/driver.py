@@ -10,7 +10,6 @@ from brainray import layout
 from brainray.config import Config
 from brainray.config_text import flatten, parse_config, parse_yaml, to_yaml
 from brainray.errors import BrainrayError, ConfigError
-from brainray.log import Log, log
 from brainray.models.features import check_encoder_name
 from brainray.orchestration.lock import held
 from brainray.orchestration.pretraining.features import Weights, check_feature, read_weights
@@ -55,7 +54,7 @@ class FinishedStudy:
         }
 
 
-def run_study(config: Config, log: Log = log) -> FinishedStudy:
+def run_study(config: Config) -> FinishedStudy:
     """Compare features and clusterers on one or several data sets, or resume a study.
 
     With the same name, the study resumes: finished encoders, features and cells are read from their
@@ -73,15 +72,15 @@ def run_study(config: Config, log: Log = log) -> FinishedStudy:
     }
     if not (Folder(config.storage) / layout.STUDIES / str(config.name)).exists(layout.CONFIG):
         _check_what_it_needs(config, weights)
-    stores = open_stores(config, log)
+    stores = open_stores(config)
     for name, store in stores.items():
         _check_store(config, name, store, weights)
-    with held(Folder(config.storage), layout.STUDIES, str(config.name), log):
-        return _study(config, stores, weights, log)
+    with held(Folder(config.storage), layout.STUDIES, str(config.name)):
+        return _study(config, stores, weights)
 
 
 def _study(
-    config: Config, stores: Mapping[str, ImageStore], weights: Mapping[str, Weights], log: Log
+    config: Config, stores: Mapping[str, ImageStore], weights: Mapping[str, Weights]
 ) -> FinishedStudy:
     folder = Folder(config.storage) / layout.STUDIES / str(config.name)
     if folder.exists(layout.CONFIG):
@@ -91,20 +90,20 @@ def _study(
             folder.delete_file(layout.TRACKING, missing_ok=True)
     folder.write_bytes(layout.CONFIG, to_yaml(config).encode())
     hashes = {f"brainray.data_hash.{name}": store.data_hash for name, store in stores.items()}
-    tracking = open_tracking(config, folder, flatten(config.without_secrets()), hashes, log)
+    tracking = open_tracking(config, folder, flatten(config.without_secrets()), hashes)
     tracking.tracker.running()
     try:
         seen = seen_by_features(config)
         sets = {name: study_set(store, folder, seen) for name, store in stores.items()}
-        features = study_features(config, sets, weights, log)
+        features = study_features(config, sets, weights)
         slices = {name: each.slices for name, each in sets.items()}
-        grid = Grid(config, folder, features.stores, slices, log)
+        grid = Grid(config, folder, features.stores, slices)
         cells = [cell for name in sets for cell in main_cells(config, name)]
         varied = [cell for name in sets for cell in sensitivity_cells(config, name)]
         outcomes = grid.run([*cells, *varied])
         _check_outcomes(outcomes)
         main, others = outcomes[: len(cells)], outcomes[len(cells) :]
-        report = write_report(StudyResults(config, folder, sets, features, grid, main, others), log)
+        report = write_report(StudyResults(config, folder, sets, features, grid, main, others))
     except BaseException as stop:
         tracking.tracker.finish("FAILED" if isinstance(stop, Exception) else "KILLED")
         raise

@@ -27,7 +27,7 @@ from brainray.clustering.partition import neighbour_agreement, score_partition
 from brainray.clustering.pca import PCA
 from brainray.config import ClustererName, ClusteringConfig, Config, StudyConfig
 from brainray.errors import BrainrayError, ConfigError, DataError
-from brainray.log import Log
+from brainray.log import log
 from brainray.models.features import PIXELS
 from brainray.mri.identity import content_hash
 from brainray.orchestration.pretraining.features import FeatureStore, content_key
@@ -220,7 +220,6 @@ class Grid:
         folder: Folder,
         stores: Mapping[tuple[str, str, int], FeatureStore],
         slices: Mapping[str, Slices],
-        log: Log,
     ) -> None:
         """
         Args:
@@ -228,14 +227,12 @@ class Grid:
             folder: folder of the study.
             stores: features by data set, feature and seed.
             slices: slices by data set.
-            log: receives progress.
         """
         self._config = config
         self._folder = folder
         self._stores = stores
         self._slices = {name: ray.put(each) for name, each in slices.items()}
         self._slices_keys = {name: each.key for name, each in slices.items()}
-        self._log = log
         self._reduced: dict[str, ray.ObjectRef[Any]] = {}
 
     def store(self, cell: Cell) -> FeatureStore:
@@ -257,7 +254,7 @@ class Grid:
         outcomes = {cell: found for cell in cells if (found := self._finished(cell))}
         distinct = dict.fromkeys(cells)
         waiting = deque(cell for cell in distinct if cell not in outcomes)
-        self._log(f"grid: {len(distinct)} cells, {len(outcomes)} of them already finished")
+        log(f"grid: {len(distinct)} cells, {len(outcomes)} of them already finished")
         running: dict[ray.ObjectRef[Any], Cell] = {}
         limit = self._config.study.max_concurrent_cells or int(
             ray.cluster_resources().get("CPU", 1)
@@ -279,10 +276,10 @@ class Grid:
             outcome = ray.get(done)
             outcomes[running.pop(done)] = outcome
             if outcome.problem:
-                self._log(f"cell {outcome.cell.file}: {outcome.problem}")
+                log(f"cell {outcome.cell.file}: {outcome.problem}")
             if time.monotonic() - last_said > _SILENT_S:
                 last_said = time.monotonic()
-                self._log(f"grid: {len(outcomes)} of {len(distinct)} cells finished")
+                log(f"grid: {len(outcomes)} of {len(distinct)} cells finished")
         return [outcomes[cell] for cell in cells]
 
     def key(self, cell: Cell) -> str:

@@ -19,7 +19,7 @@ from brainray.clustering.stability import Stability, measure_stability, recommen
 from brainray.config import Config
 from brainray.engine.shard import sample_keys
 from brainray.errors import BrainrayError
-from brainray.log import Log
+from brainray.log import log
 from brainray.orchestration.pretraining.features import content_key
 from brainray.orchestration.study.data import StudiedFeatures, StudiedSet
 from brainray.orchestration.study.grid import (
@@ -93,7 +93,7 @@ class StudyReport:
     text: str
 
 
-def write_report(results: StudyResults, log: Log) -> StudyReport:
+def write_report(results: StudyResults) -> StudyReport:
     """Write tables and figures into the study's folder."""
     tables, text, metrics = _tables(results)
     figures = {
@@ -104,7 +104,7 @@ def write_report(results: StudyResults, log: Log) -> StudyReport:
         results.folder.write_bytes(f"{layout.TABLES}/{name}", content.encode())
     for name, image in figures.items():
         results.folder.write_bytes(f"{layout.FIGURES}/{name}", image)
-    drawn, advice = _draw_feature_sets(results, log)
+    drawn, advice = _draw_feature_sets(results)
     advice_text = _advice_table(advice)
     results.folder.write_bytes(f"{layout.TABLES}/num_clusters.md", advice_text.encode())
     for (dataset, feature), found in advice.items():
@@ -275,9 +275,7 @@ def _agreement(slices: Slices, clusters: pa.Table) -> dict[str, float]:
 Advice = dict[str, Any]
 
 
-def _draw_feature_sets(
-    results: StudyResults, log: Log
-) -> tuple[list[str], dict[tuple[str, str], Advice]]:
+def _draw_feature_sets(results: StudyResults) -> tuple[list[str], dict[tuple[str, str], Advice]]:
     """Maps, contact sheets, curves and the recommended K of every feature set's first seed.
 
     Plots that an earlier run made of the same clusters are kept.

@@ -24,7 +24,7 @@ from brainray.config import Config
 from brainray.config_text import flatten, to_yaml
 from brainray.engine.evaluate import Metrics
 from brainray.errors import BrainrayError, ConfigError, DataError, StorageError, TrackingError
-from brainray.log import Log, log
+from brainray.log import log
 from brainray.orchestration.lock import held, is_held
 from brainray.orchestration.prediction.export import served_files
 from brainray.orchestration.prediction.inference import find_predictor
@@ -71,7 +71,7 @@ class FinishedSweep:
     tracking_uri: str
 
 
-def sweep(config: Config, log: Log = log) -> FinishedSweep:
+def sweep(config: Config) -> FinishedSweep:
     """Search ``tune.space`` for the best validation metric, or resume a search.
 
     All trials train on the store ``config.dataset``, each as a run named ``NAME-TRIAL``. With the
@@ -93,22 +93,19 @@ def sweep(config: Config, log: Log = log) -> FinishedSweep:
     # Each sweep has its own MLflow experiment.
     tracked = base.tracking.model_copy(update={"experiment": config.name})
     base = base.model_copy(update={"tracking": tracked})
-    with held(Folder(base.storage), layout.SWEEPS, config.name, log):
-        return _sweep(base, config.name, store, workers, log)
+    with held(Folder(base.storage), layout.SWEEPS, config.name):
+        return _sweep(base, config.name, store, workers)
 
 
-def _sweep(
-    base: Config, name: str, store: ImageStore, workers: WorkerResources, log: Log
-) -> FinishedSweep:
+def _sweep(base: Config, name: str, store: ImageStore, workers: WorkerResources) -> FinishedSweep:
     folder = sweep_folder(base, name)
-    _begin(base, store, folder, log)
+    _begin(base, store, folder)
     open_parent = partial(
         open_tracking,
         base,
         folder,
         flatten(base.without_secrets()),
         {"brainray.data_hash": store.data_hash},
-        log,
     )
     if folder.exists(layout.SUMMARY):
         log(f"sweep {folder}: complete, nothing to search")
@@ -121,11 +118,11 @@ def _sweep(
         return FinishedSweep(folder=folder, **summary)
     tracking = open_parent()
     tracking.tracker.running()
-    follower = _Follower(base, name, tracking, log)
+    follower = _Follower(base, name, tracking)
     try:
-        warm_up(base, store, log)  # once, for all trials
+        warm_up(base, store)  # once, for all trials
         with follower:
-            results = _tuner(base, folder, workers, log).fit()
+            results = _tuner(base, folder, workers).fit()
             follower.errors = _errors(results)
         trials = read_trials(base, name)
         ranked = _ranked(base, trials)
@@ -133,7 +130,7 @@ def _sweep(
             raise BrainrayError(
                 f"no trial could be trained: {_why_none(base, trials, follower.errors)}"
             )
-        return _conclude(base, folder, trials, ranked, follower, tracking, log)
+        return _conclude(base, folder, trials, ranked, follower, tracking)
     except BaseException as stop:
         status = "FAILED" if isinstance(stop, Exception) else "KILLED"
         follower.end(status)
@@ -149,7 +146,7 @@ def _why_none(config: Config, trials: list[Trial], errors: dict[str, str]) -> st
     return "; ".join(problems) or "see the log"
 
 
-def _begin(config: Config, store: ImageStore, folder: Folder, log: Log) -> None:
+def _begin(config: Config, store: ImageStore, folder: Folder) -> None:
     """Save the sweep's settings, or check that they are unchanged.
 
     Raises:
@@ -184,7 +181,7 @@ def _begin(config: Config, store: ImageStore, folder: Folder, log: Log) -> None:
     log(f"sweep {folder}: resumed")
 
 
-def _tuner(config: Config, folder: Folder, workers: WorkerResources, log: Log) -> tune.Tuner:
+def _tuner(config: Config, folder: Folder, workers: WorkerResources) -> tune.Tuner:
     trainable = tune.with_resources(
         tune.with_parameters(
             run_trial,
@@ -354,8 +351,8 @@ class _Follower(Watcher):
     The only writer to MLflow: trials only write files.
     """
 
-    def __init__(self, config: Config, name: str, parent: Tracking, log: Log) -> None:
-        super().__init__(log)
+    def __init__(self, config: Config, name: str, parent: Tracking) -> None:
+        super().__init__()
         self._config = config
         self._name = name
         self._parent = parent
@@ -427,14 +424,14 @@ class _Follower(Watcher):
                 self._tried.add(trial.trial_id)
                 self.close(trial)
         if any(news) and self._quiet_s >= _TABLE_EVERY_S:
-            self._log(_table(self._config, trials, self.state, limit=_NUM_SHOWN))
+            log(_table(self._config, trials, self.state, limit=_NUM_SHOWN))
             self._quiet_s = 0.0
 
     def _tell(self, trial: Trial) -> bool:
         """Log a line for each new epoch; returns whether there was one."""
         seen = self._num_seen.get(trial.trial_id, 0)
         for epoch in trial.history[seen:]:
-            self._log(self._line(trial, epoch))
+            log(self._line(trial, epoch))
         self._num_seen[trial.trial_id] = len(trial.history)
         if len(trial.history) == seen:
             return False
@@ -466,7 +463,7 @@ class _Follower(Watcher):
             tags = {"brainray.trial_id": trial.trial_id, "brainray.sweep": self._name}
             if self._parent.mlflow_run_id is not None:
                 tags[PARENT_TAG] = self._parent.mlflow_run_id
-            self._children[trial.trial_id] = begin_tracking(config, trial.run, self._log, tags)
+            self._children[trial.trial_id] = begin_tracking(config, trial.run, tags)
         return self._children[trial.trial_id]
 
 
@@ -477,7 +474,6 @@ def _conclude(
     ranked: list[Trial],
     follower: _Follower,
     tracking: Tracking,
-    log: Log,
 ) -> FinishedSweep:
     """Write best config, table and figures to the sweep's folder and to MLflow."""
     metric, mode = config.tune.metric, config.tune.mode

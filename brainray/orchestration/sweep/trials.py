@@ -15,7 +15,6 @@ from brainray.config import Config, SearchDomain, TrainConfig
 from brainray.config_text import flatten, known_keys, parse_config
 from brainray.engine.evaluate import chosen_epoch
 from brainray.errors import BrainrayError, ConfigError, TransientError
-from brainray.log import log
 from brainray.orchestration.job import TRAINING_SECTIONS, WORKER_KEYS
 from brainray.orchestration.run import Run, read_run_info
 from brainray.orchestration.training.driver import begun_training, complete_run, fit
@@ -76,13 +75,13 @@ def run_trial(
     trial_id = tune.get_context().get_trial_id()
     try:
         config = trial_config(config, parameters, run_name(sweep, trial_id))
-        with begun_training(config, log) as training:
+        with begun_training(config) as training:
             if training.run.is_complete:  # the trial was interrupted after its last epoch
                 history = training.run.folder.read_json_lines(layout.METRICS)
                 tune.report(reported_metrics(history))
                 return
-            fit(training, log, callbacks=[TuneReportCallback()])
-            complete_run(training, log)
+            fit(training, callbacks=[TuneReportCallback()])
+            complete_run(training)
     except TransientError:
         raise
     except BrainrayError as error:

@@ -9,7 +9,7 @@ from brainray.engine.compare import intervals_of_mean_gains
 from brainray.engine.draws import summarise_draws
 from brainray.engine.evaluate import Metrics
 from brainray.errors import ConfigError
-from brainray.log import Log, log
+from brainray.log import log
 from brainray.orchestration.run import Run, check_same_draw, groups_of_test_slices, open_run
 from brainray.orchestration.training.driver import TrainedRun, train
 from brainray.report.draws_table import draws_table
@@ -27,7 +27,7 @@ class DrawnRuns:
     metrics: Metrics
 
 
-def train_draws(config: Config, log: Log = log) -> DrawnRuns:
+def train_draws(config: Config) -> DrawnRuns:
     """Train ``config`` on ``evaluation.num_label_draws`` label draws, or resume them.
 
     Each draw is a separate run, ``NAME-draw1`` and so on, so finished draws are never repeated.
@@ -45,7 +45,7 @@ def train_draws(config: Config, log: Log = log) -> DrawnRuns:
     runs = []
     for number in range(num_draws):
         log(f"label draw {number + 1} of {num_draws}: run {draw_name(config.name, number)}")
-        runs.append(train(_of_draw(config, number), log))
+        runs.append(train(_of_draw(config, number)))
     metrics = summarise_draws(
         [run.metrics for run in runs],
         [control.folder.read_json(layout.SUMMARY) for control in controls] or None,

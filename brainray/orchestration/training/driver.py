@@ -15,7 +15,7 @@ from brainray.config import WEIGHTS_OF_NO_SLICE, Config, EvaluationConfig
 from brainray.engine.evaluate import Metrics, summarise
 from brainray.engine.state import load_checkpoint
 from brainray.errors import ConfigError, DataError
-from brainray.log import Log, log
+from brainray.log import log
 from brainray.models.encoder import build_encoder
 from brainray.orchestration.lock import held
 from brainray.orchestration.pretraining.driver import warm_up
@@ -70,22 +70,22 @@ class Training:
     workers: WorkerResources
 
 
-def train(config: Config, log: Log = log) -> TrainedRun:
+def train(config: Config) -> TrainedRun:
     """Train the run ``config.name`` on the store ``config.dataset``, or resume it.
 
     Raises:
         BrainrayError: settings or data with which training cannot start, or a collapse.
         ray.train.TrainingFailedError: workers were lost more often than ``train.max_failures``.
     """
-    with begun_training(config, log) as training:
+    with begun_training(config) as training:
         config, run = training.config, training.run
-        tracking = begin_tracking(config, run, log)
+        tracking = begin_tracking(config, run)
         if not run.is_complete:
             tracking.tracker.running()
             try:
-                with Follower(config.train, run, tracking.tracker, log):
-                    fit(training, log)
-                complete_run(training, log)
+                with Follower(config.train, run, tracking.tracker):
+                    fit(training)
+                complete_run(training)
             except BaseException as stop:
                 tracking.tracker.finish("FAILED" if isinstance(stop, Exception) else "KILLED")
                 raise
@@ -113,7 +113,7 @@ def _names_other_runs(evaluation: EvaluationConfig, run: Run) -> bool:
 
 
 @contextmanager
-def begun_training(config: Config, log: Log) -> Iterator[Training]:
+def begun_training(config: Config) -> Iterator[Training]:
     """Check what can be checked before workers start, and start the run or find it again.
 
     Within the block no other job can train the run.
@@ -123,9 +123,9 @@ def begun_training(config: Config, log: Log) -> Iterator[Training]:
             another job.
     """
     config, store, workers = check_training(config)
-    with held(Folder(config.storage), layout.RUNS, name_of_run(config), log):
+    with held(Folder(config.storage), layout.RUNS, name_of_run(config)):
         run, resumed = begin_run(config, store, workers.num_workers)
-        _log_beginning(run, resumed, config, store, log)
+        _log_beginning(run, resumed, config, store)
         if not run.is_complete:
             record_submission(config, run, workers)
         yield Training(config, store, run, workers)
@@ -157,7 +157,7 @@ def check_training(config: Config) -> tuple[Config, ImageStore, WorkerResources]
     return config, store, workers
 
 
-def fit(training: Training, log: Log, callbacks: Sequence[Any] = ()) -> None:
+def fit(training: Training, callbacks: Sequence[Any] = ()) -> None:
     """Train with DDP until the last epoch, from the newest checkpoint if there is one.
 
     A requested warm-up is trained before the first epoch, unless it exists already.
@@ -172,7 +172,7 @@ def fit(training: Training, log: Log, callbacks: Sequence[Any] = ()) -> None:
         "config": config.without_secrets().model_dump(mode="json"),
         "run": str(run.folder),
         "store": str(training.store.folder),
-        "start": ray.put(_start(training, log)),
+        "start": ray.put(_start(training)),
     }
     train_on_workers(
         train_worker,
@@ -184,13 +184,13 @@ def fit(training: Training, log: Log, callbacks: Sequence[Any] = ()) -> None:
     )
 
 
-def _start(training: Training, log: Log) -> str | Mapping[str, Tensor]:
+def _start(training: Training) -> str | Mapping[str, Tensor]:
     """Starting weights of the encoder; not needed once an epoch has left a checkpoint."""
     has_epochs = bool(training.run.folder.read_json_lines(layout.METRICS))
-    return "random" if has_epochs else warm_up(training.config, training.store, log)
+    return "random" if has_epochs else warm_up(training.config, training.store)
 
 
-def complete_run(training: Training, log: Log) -> None:
+def complete_run(training: Training) -> None:
     """Write figures, report and the summary, which comes last and marks the run as complete."""
     config, run = training.config, training.run
     metrics = _summarise(config, run)
@@ -202,7 +202,7 @@ def complete_run(training: Training, log: Log) -> None:
             "their pseudo-labels, which follow the class mix of the labelled slices: label slices "
             "drawn at random, or compare with objective.name=supervised"
         )
-    metrics |= against_control(config, run, chosen, log)
+    metrics |= against_control(config, run, chosen)
     maps = run_maps(run.folder, config.evaluation, chosen)
     draw_run_figures(run.folder, run.classes, chosen, maps)
     about = _about(training)
@@ -281,7 +281,7 @@ def _mean_times(history: list[dict[str, float]]) -> dict[str, float]:
     }
 
 
-def _log_beginning(run: Run, resumed: bool, config: Config, store: ImageStore, log: Log) -> None:
+def _log_beginning(run: Run, resumed: bool, config: Config, store: ImageStore) -> None:
     if run.is_complete:
         log(f"run {run.folder}: complete, nothing to train")
     elif resumed:

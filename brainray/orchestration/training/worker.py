@@ -127,7 +127,7 @@ def _train(
 
 def _newest_epoch(run: Folder) -> int:
     """Epoch of the checkpoint to resume from; 0 if there is none."""
-    newest = newest_resumable(run, say=log)
+    newest = newest_resumable(run)
     return 0 if newest is None else newest.checkpoint.epoch
 
 
@@ -476,7 +476,6 @@ class _Trainer:
             where=f"epoch {self.epoch}",
             remedy="lower objective.lambda_cluster or train.learning_rate, or warm up the encoder "
             "before the cluster loss starts",
-            say=log,
         )
 
     def _recluster(self, fitted: EncoderOutput, seed: int | None = None) -> Reclustering:

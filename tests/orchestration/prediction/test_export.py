@@ -69,14 +69,14 @@ def slices(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def exported(trained: TrainedRun) -> Export:
-    return export(config_of(trained, "registry.name=brainray-test"), lambda _: None)
+    return export(config_of(trained, "registry.name=brainray-test"))
 
 
 @pytest.fixture(scope="module")
 def predicted(trained: TrainedRun, slices: list[Path]) -> dict[str, dict[str, Any]]:
     """What ``jobs/predict.py`` says, by file."""
     source = slices[0].parents[2]
-    prediction = predict(config_of(trained, f"source={source}", "name=exported"), lambda _: None)
+    prediction = predict(config_of(trained, f"source={source}", "name=exported"))
     parts = [pq.read_table(path) for path in Path(str(prediction.folder)).glob("part-*.parquet")]
     return {str(source / row["path"]): row for row in pa.concat_tables(parts).to_pylist()}
 
@@ -266,7 +266,7 @@ def test_a_run_that_is_still_training_is_not_exported(trained: TrainedRun) -> No
 def test_two_exports_of_one_name_do_not_mix(trained: TrainedRun) -> None:
     config = config_of(trained, "name=twice")
     with (
-        held(Folder(config.storage), "exports", "twice", print),
+        held(Folder(config.storage), "exports", "twice"),
         pytest.raises(BusyError, match="twice"),
     ):
         export(config)
@@ -314,7 +314,7 @@ def test_a_registration_that_fails_leaves_the_run_finished_and_the_server_as_it_
         served_files(find_predictor(config, "the test")) as served,
         pytest.raises(TrackingError, match="cannot be used"),
     ):
-        _register(config, trained.run, served, print)
+        _register(config, trained.run, served)
     assert trained.mlflow_run_id is not None
     run = MlflowClient(trained.tracking_uri).get_run(trained.mlflow_run_id)
     assert run.info.status == "FINISHED"
@@ -346,7 +346,7 @@ def test_a_class_map_that_misses_a_class_is_named(trained: TrainedRun, tmp_path:
 
 
 def test_an_evaluation_leaves_out_what_it_is_told_to_and_replaces_the_last_one_whole(
-    trained: TrainedRun, tmp_path: Path
+    trained: TrainedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_phantoms(
         tmp_path / "hospital", num_training_per_class=2, num_testing_per_class=0, seed=1, size=64
@@ -357,8 +357,8 @@ def test_an_evaluation_leaves_out_what_it_is_told_to_and_replaces_the_last_one_w
     config = config_of(trained, f"source={source}", "name=elsewhere", "classes.map.metastasis=null")
     last = Folder(config.storage) / "evaluations" / "elsewhere"
     last.write_bytes("of the last one", b"")
-    said: list[str] = []
-    scored = evaluate(config, said.append)
+    scored = evaluate(config)
+    said = capsys.readouterr().out.splitlines()
     assert "; left out: 2 without a class; ignored files of other types: 1 (.txt 1)" in said[0]
     assert scored.metrics["num_ignored_files"] == 1
     assert scored.metrics["num_without_class"] == 2
@@ -377,7 +377,7 @@ def test_an_evaluation_leaves_out_what_it_is_told_to_and_replaces_the_last_one_w
 
 
 def test_an_evaluation_tells_what_the_run_has_seen_and_which_settings_made_it(
-    trained: TrainedRun, phantoms: Path, tmp_path: Path
+    trained: TrainedRun, phantoms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_phantoms(
         tmp_path / "hospital", num_training_per_class=3, num_testing_per_class=0, seed=1, size=64
@@ -388,8 +388,8 @@ def test_an_evaluation_tells_what_the_run_has_seen_and_which_settings_made_it(
     for place in ("notumor", "pituitary"):
         shutil.copy(known, source / place / "known.jpg")
     (source / "glioma" / "empty.png").write_bytes(b"")
-    said: list[str] = []
-    scored = evaluate(config_of(trained, f"source={source}", "name=told"), said.append)
+    scored = evaluate(config_of(trained, f"source={source}", "name=told"))
+    said = capsys.readouterr().out.splitlines()
     assert "; " not in said[0]  # nothing is left out
     assert "1 files or slices could not be used: empty file (1)" in said
     assert "note: slices with a copy of another label in this source: 2" in said

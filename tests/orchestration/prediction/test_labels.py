@@ -18,9 +18,7 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.slow
 def test_unlabelled_slices_are_ranked_and_the_list_stays_with_the_run(trained: TrainedRun) -> None:
     storage = Path(str(trained.run.folder)).parents[1]
-    chosen = choose_next_labels(
-        tiny_config(storage, "run=two-ranks", "label.num_slices=12"), lambda _: None
-    )
+    chosen = choose_next_labels(tiny_config(storage, "run=two-ranks", "label.num_slices=12"))
     content = trained.run.folder.read_bytes("labels/next.csv")
     types = {field.name: field.type for field in NEXT_LABELS}
     as_written = pa_csv.ConvertOptions(column_types=types, strings_can_be_null=True)

@@ -148,7 +148,7 @@ def test_a_run_on_slices_that_would_be_made_otherwise_now_does_not_predict(
 
 
 def test_what_could_not_be_read_is_tried_again(
-    trained: TrainedRun, inbox: Path, prediction: Prediction
+    trained: TrainedRun, inbox: Path, prediction: Prediction, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = Path(str(prediction.folder))
     shutil.copytree(first, first.with_name("again"))
@@ -159,8 +159,8 @@ def test_what_could_not_be_read_is_tried_again(
             kept = {"path", "frame", "num_bytes", "mtime_ns"}
             row |= dict.fromkeys(set(row) - kept) | {"reason": UNREADABLE}
     pq.write_table(pa.Table.from_pylist(rows, PREDICTED_FILES), part)
-    said: list[str] = []
-    again = predict(config_of(trained, inbox, "name=again"), said.append)
+    again = predict(config_of(trained, inbox, "name=again"))
+    said = capsys.readouterr().out.splitlines()
     assert "; 7 are done" in said[0]
     assert again.metrics == prediction.metrics
     assert pq.read_table(str(again.folder)).num_rows == len(rows_of(again))  # as others read it
@@ -168,7 +168,11 @@ def test_what_could_not_be_read_is_tried_again(
 
 
 def test_a_file_that_was_replaced_is_predicted_anew(
-    trained: TrainedRun, inbox: Path, prediction: Prediction, tmp_path: Path
+    trained: TrainedRun,
+    inbox: Path,
+    prediction: Prediction,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     source = tmp_path / "inbox"
     shutil.copytree(inbox, source)
@@ -181,8 +185,8 @@ def test_a_file_that_was_replaced_is_predicted_anew(
     (source / "scan1.jpg").write_bytes((source / "deep" / "er" / "known.jpg").read_bytes())
     (source / "scan3.jpg").unlink()
 
-    said: list[str] = []
-    after = predict(config_of(trained, source, "name=replaced"), said.append)
+    after = predict(config_of(trained, source, "name=replaced"))
+    said = capsys.readouterr().out.splitlines()
 
     assert "; 7 are done; 2 were replaced and are predicted again" in said[0]
     rows = rows_of(after)
@@ -194,15 +198,15 @@ def test_a_file_that_was_replaced_is_predicted_anew(
 
 @pytest.mark.slow
 def test_the_same_name_goes_on_with_what_is_missing(
-    trained: TrainedRun, inbox: Path, prediction: Prediction
+    trained: TrainedRun, inbox: Path, prediction: Prediction, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = config_of(trained, inbox, "name=cut")
     whole = predict(config)
     folder = Path(str(whole.folder))
     part = pq.read_table(folder / "part-000000.parquet")
     pq.write_table(part.slice(0, 4), folder / "part-000000.parquet")
-    said: list[str] = []
-    resumed = predict(config, said.append)
+    resumed = predict(config)
+    said = capsys.readouterr().out.splitlines()
     assert "4 are done" in said[0]
     assert resumed.metrics == whole.metrics
     assert rows_of(resumed).keys() == rows_of(prediction).keys()

@@ -101,12 +101,12 @@ def test_figures_are_drawn(store: ImageStore) -> None:
 
 
 def test_an_equal_store_is_reused_and_other_settings_are_refused(
-    store: ImageStore, phantoms: Path
+    store: ImageStore, phantoms: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert store.folder.local_path is not None
     storage = store.folder.local_path.parents[1]
-    said: list[str] = []
-    again = preprocess(tiny_config(storage, "name=mri", f"source={phantoms}"), said.append)
+    again = preprocess(tiny_config(storage, "name=mri", f"source={phantoms}"))
+    said = capsys.readouterr().out.splitlines()
     assert again.manifest == store.manifest
     assert "reusing it" in said[0]
     with pytest.raises(DataError, match=r"preprocess\.skull_strip: otsu here, none requested"):

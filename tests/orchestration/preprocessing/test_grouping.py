@@ -57,7 +57,7 @@ def reencoded(image: np.ndarray) -> np.ndarray:
 def test_copies_and_likely_subjects_are_grouped(series: list[list[np.ndarray]]) -> None:
     first, second = series
     table = accepted([*first, reencoded(first[0]), *second, second[1][:, ::-1]], "abcdefgh")
-    groups = group_strangers(table, CONFIG, print)
+    groups = group_strangers(table, CONFIG)
     assert parts(groups.copies, "abcdefgh") == {"ad", "b", "c", "e", "f", "g", "h"}
     assert parts(groups.dependent, "abcdefgh") == {"abcd", "efgh"}
 
@@ -69,7 +69,7 @@ def test_names_and_copies_in_any_orientation_are_grouped_without_an_estimate(
     images = [*first, second[0], second[2], second[2][:, ::-1]]
     table = accepted(images, "abcdef", ["p1", None, None, "p1", None, None])
     config = CONFIG.model_copy(update={"subject": SubjectConfig(estimate=False)})
-    groups = group_strangers(table, config, print)
+    groups = group_strangers(table, config)
     assert parts(groups.dependent, "abcdef") == {"ad", "b", "c", "ef"}
 
 
@@ -81,6 +81,6 @@ def test_a_copy_of_a_runs_own_test_slice_is_drawn_with_it(
     Folder(tmp_path).write_table("test.parquet", known)
     predictor = cast(Any, SimpleNamespace(run_folder=Folder(tmp_path), preprocess=CONFIG))
     table = accepted([first[0], second[0], reencoded(first[0]), second[1]], "abcd")
-    groups = _groups(table, predictor, print)
+    groups = _groups(table, predictor)
     assert parts([groups[name] for name in "abcd"], "abcd") == {"ac", "bd"}
-    assert _groups(table.slice(0, 2), predictor, print) == {"a": "one", "b": "other"}
+    assert _groups(table.slice(0, 2), predictor) == {"a": "one", "b": "other"}

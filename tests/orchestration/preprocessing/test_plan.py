@@ -54,7 +54,7 @@ def plan(test_label: str, headers: dict[int, str] | None = None) -> StorePlan:
         )
     slices = pa.Table.from_pylist(rows, schema=LIGHT)
     return plan_store(
-        slices, fingerprints, Listing(files, Counter(), []), Config(), Earlier.of(None), print
+        slices, fingerprints, Listing(files, Counter(), []), Config(), Earlier.of(None)
     )
 
 

@@ -82,7 +82,7 @@ def test_the_slices_of_a_volume_share_a_subject_and_no_group(tmp_path: Path) -> 
 
 
 def test_no_name_number_or_date_is_left_anywhere(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     rng = np.random.default_rng(0)
     for subject in range(6):
@@ -94,10 +94,8 @@ def test_no_name_number_or_date_is_left_anywhere(
     broken = tmp_path / "s" / "glioma" / "broken.dcm"
     write_dicom(broken, images[0].image)
     broken.write_bytes(broken.read_bytes()[:-500])
-    said: list[str] = []
-    store = preprocess(
-        tiny_config(tmp_path / "a", "name=mri", f"source={tmp_path / 's'}"), said.append
-    )
+    store = preprocess(tiny_config(tmp_path / "a", "name=mri", f"source={tmp_path / 's'}"))
+    said = capsys.readouterr().out.splitlines()
     index = store.index().to_pandas()
     assert len(index) == 12
     assert index["subject_id"].nunique() == 6

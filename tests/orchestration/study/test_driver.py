@@ -130,15 +130,15 @@ def test_features_are_kept_by_sample_and_read_by_plain_pyarrow(
 
 
 def test_the_same_name_goes_on_and_repeats_nothing_finished(
-    studied: FinishedStudy, storage: Path
+    studied: FinishedStudy, storage: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = cell_files(studied.folder)
     (first, *_) = before
     assert studied.folder.local_path is not None
     (studied.folder.local_path / "cells" / first).unlink()
-    said: list[str] = []
     config = study_config(storage, "pixels", PIXELS, "dataset=mri")
-    again = run_study(config, said.append)
+    again = run_study(config)
+    said = capsys.readouterr().out.splitlines()
     after = cell_files(again.folder)
     assert {name: after[name] for name in before if name != first} == {
         name: time for name, time in before.items() if name != first
@@ -419,7 +419,7 @@ def test_a_cell_is_known_by_its_limits_labels_and_subsets(tmp_path: Path) -> Non
         config = tiny_config(tmp_path, *settings)
         fitted = np.arange(2) < num_fitted
         slices = Slices(pa.table({}), np.array(labels, np.int64), {"fitted": fitted})
-        grid = Grid(config, Folder(tmp_path), cast(Any, stores), {"mri": slices}, print)
+        grid = Grid(config, Folder(tmp_path), cast(Any, stores), {"mri": slices})
         return grid.key(mixture)
 
     assert key("clustering.gmm_max_iter=100") == key()  # the default

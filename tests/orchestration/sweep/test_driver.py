@@ -1,5 +1,7 @@
 """Sweeps on a real Ray cluster: choosing by validation, going on by name, MLflow's parent."""
 
+import contextlib
+import io
 import json
 import math
 import shutil
@@ -79,12 +81,13 @@ def sweep_config(storage: Path, *overrides: str) -> Config:
     )
 
 
-said: list[str] = []
+said = io.StringIO()
 
 
 @pytest.fixture(scope="module")
 def finished(storage: Path) -> FinishedSweep:
-    return sweep(sweep_config(storage), said.append)
+    with contextlib.redirect_stdout(said):
+        return sweep(sweep_config(storage))
 
 
 @pytest.mark.slow
@@ -101,7 +104,7 @@ def test_the_best_trial_is_the_best_on_the_validation_slices(finished: FinishedS
     best = max(trial["best"]["value"] for trial in by_outcome["complete"])
     assert finished.metrics["best/validation/score"] == best
     assert finished.metrics["num_failed"] == 2
-    lines = [line for line in said if line.startswith("trial ")]
+    lines = [line for line in said.getvalue().splitlines() if line.startswith("trial ")]
     assert len(lines) == 4  # two trials, two epochs each
     assert all("validation/score" in line and "images/s" in line for line in lines)
 
@@ -184,9 +187,11 @@ def test_the_best_model_is_registered_and_can_be_loaded_alone(
 
 
 @pytest.mark.slow
-def test_a_finished_sweep_trains_nothing_again(finished: FinishedSweep, storage: Path) -> None:
-    lines: list[str] = []
-    again = sweep(sweep_config(storage), lines.append)
+def test_a_finished_sweep_trains_nothing_again(
+    finished: FinishedSweep, storage: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    again = sweep(sweep_config(storage))
+    lines = capsys.readouterr().out.splitlines()
     assert again.metrics == finished.metrics
     assert again.mlflow_run_id == finished.mlflow_run_id
     assert not [line for line in lines if line.startswith("trial ")]
@@ -202,7 +207,7 @@ def test_a_finished_sweep_registers_its_best_model_once_under_a_new_name(
     finished: FinishedSweep, storage: Path
 ) -> None:
     for _ in range(2):
-        sweep(sweep_config(storage, "registry.name=also"), print)
+        sweep(sweep_config(storage, "registry.name=also"))
     client = MlflowClient(finished.tracking_uri)
     versions = client.search_model_versions("name = 'also'")
     assert [found.run_id for found in versions] == [finished.mlflow_run_id]
@@ -245,8 +250,9 @@ def test_a_poor_trial_is_stopped_and_its_resources_come_back(storage: Path) -> N
 
 
 @pytest.mark.slow
-def test_a_sweep_whose_time_is_up_is_complete(storage: Path) -> None:
-    lines: list[str] = []
+def test_a_sweep_whose_time_is_up_is_complete(
+    storage: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = sweep_config(
         storage,
         "name=short",
@@ -255,10 +261,12 @@ def test_a_sweep_whose_time_is_up_is_complete(storage: Path) -> None:
         "tune.time_budget_min=0.5",
         'tune.space={"objective.lambda_cluster": {"uniform": [0.1, 0.5]}}',
     )
-    found = sweep(config, lines.append)
+    found = sweep(config)
+    lines = capsys.readouterr().out.splitlines()
     assert 1 <= found.metrics["num_trials"] < 40
     assert any("tune.time_budget_min was used up" in line for line in lines)
-    assert sweep(config, lines.append).metrics == found.metrics
+    assert sweep(config).metrics == found.metrics
+    lines = capsys.readouterr().out.splitlines()
     assert lines[-1].endswith("complete, nothing to search")
 
 
@@ -350,15 +358,17 @@ def test_a_name_that_leaves_no_room_for_those_of_trials_is_refused(tmp_path: Pat
         check_space(tiny_config(tmp_path, space, f"name={92 * 'a'}"))
 
 
-def test_a_sweep_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
+def test_a_sweep_of_an_earlier_version_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = sweep_config(tmp_path)
     folder, store = Folder(tmp_path) / "sweeps" / "search", SimpleNamespace(data_hash="abc")
-    _begin(config, cast(Any, store), folder, print)
+    _begin(config, cast(Any, store), folder)
     settings = folder.read_json("sweep.json")
     del settings["split"]["validation"], settings["encoder"]["pretext"]
     folder.write_json("sweep.json", settings)
-    lines: list[str] = []
-    _begin(config, cast(Any, store), folder, lines.append)
+    _begin(config, cast(Any, store), folder)
+    lines = capsys.readouterr().out.splitlines()
     assert lines == [f"sweep {folder}: resumed"]
 
 
@@ -435,7 +445,7 @@ def test_runs_that_a_deleted_sweep_has_left_are_not_this_ones(
     store = SimpleNamespace(data_hash="abc")
     folder = Folder(tmp_path) / "sweeps" / "search"
     with pytest.raises(ConfigError, match=r"deleted sweep 'search'.*runs/search-0a1b2_00000 and"):
-        _begin(sweep_config(tmp_path), cast(Any, store), folder, print)
+        _begin(sweep_config(tmp_path), cast(Any, store), folder)
     assert not folder.exists()
 
 
@@ -569,8 +579,8 @@ def test_trials_that_a_stop_has_cut_are_told_so_in_mlflow(
         folder = as_trial(trained, tmp_path, "cut", trial_id)
         (folder / "tracking.json").unlink()
     (folder / "summary.json").unlink()  # of the second
-    parent = open_tracking(config, Folder(tmp_path) / "sweeps" / "cut", {}, {}, print)
-    follower = _Follower(config, "cut", parent, print)
+    parent = open_tracking(config, Folder(tmp_path) / "sweeps" / "cut", {}, {})
+    follower = _Follower(config, "cut", parent)
     for trial in read_trials(config, "cut"):
         assert follower._child(trial) is not None
     follower.end("KILLED")
@@ -601,8 +611,8 @@ def test_the_table_while_it_runs_shows_every_trial_that_does(tmp_path: Path) -> 
         }
         run = Run(Folder(tmp_path / "runs" / f"search-{trial_id}"), {})
         trials.append(Trial(trial_id, run, {}, [epoch], config.train))
-    follower = _Follower(config, "search", cast(Any, None), print)
-    with held(Folder(tmp_path), "runs", "search-abc_00004", print):  # the worst
+    follower = _Follower(config, "search", cast(Any, None))
+    with held(Folder(tmp_path), "runs", "search-abc_00004"):  # the worst
         table = _table(config, trials, follower.state, limit=2).splitlines()
     assert [line.split("|")[1].strip() for line in table[2:]] == [
         "abc_00000",

@@ -1,5 +1,7 @@
 """Training on a real Ray cluster: DDP, resuming after a kill, and labels that must not be read."""
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -85,14 +87,15 @@ ANCHORED = (
 )
 
 PASSWORD = "hunter2"
-said_by_reference: list[str] = []
+said_by_reference = io.StringIO()
 
 
 @pytest.fixture(scope="module")
 def reference(storage: Path) -> TrainedRun:
     """One rank, undisturbed but for MLflow, whose server is away."""
     config = slow_config(storage, "reference", f"tracking.uri=http://user:{PASSWORD}@127.0.0.1:9")
-    return train(config, said_by_reference.append)
+    with contextlib.redirect_stdout(said_by_reference):
+        return train(config)
 
 
 def slow_config(storage: Path, name: str, *overrides: str) -> Config:
@@ -235,20 +238,22 @@ def test_mlflow_holds_the_run_once(trained: TrainedRun) -> None:
 
 
 def test_a_finished_run_is_reported_again_not_trained_again(
-    storage: Path, trained: TrainedRun
+    storage: Path, trained: TrainedRun, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    said: list[str] = []
-    again = train(config_of(storage, "two-ranks", "train.num_workers=1"), said.append)
+    again = train(config_of(storage, "two-ranks", "train.num_workers=1"))
+    said = capsys.readouterr().out.splitlines()
     assert again.metrics == trained.metrics
     assert again.mlflow_run_id == trained.mlflow_run_id
     assert "complete, nothing to train" in said[0]
 
 
-def test_a_report_compares_slice_by_slice(storage: Path, trained: TrainedRun) -> None:
+def test_a_report_compares_slice_by_slice(
+    storage: Path, trained: TrainedRun, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A run with itself: it gains nothing, and other figures stay."""
-    said: list[str] = []
     same = ["run=two-ranks", "evaluation.control=two-ranks"]
-    metrics = report(tiny_config(storage, *same), said.append).metrics
+    metrics = report(tiny_config(storage, *same)).metrics
+    said = capsys.readouterr().out.splitlines()
     name = "test/all/head/accuracy"
     assert metrics[f"difference/{name}"] == 0
     assert f"difference/{name}_low" not in metrics  # without any difference it would have no width
@@ -270,9 +275,7 @@ def test_subjects_are_drawn_as_a_whole_whatever_became_of_the_store(
         return {}
 
     monkeypatch.setattr(reporting, "compare", compare)
-    against_control(
-        config_of(storage, "two-ranks", "evaluation.control=two-ranks"), trained.run, 1, print
-    )
+    against_control(config_of(storage, "two-ranks", "evaluation.control=two-ranks"), trained.run, 1)
     rows = ImageStore.open(Folder(storage) / "datasets" / "mri").index().to_pylist()
     expected = {row["sample_id"]: row["split_group_id"] for row in rows if row["split"] == "test"}
     assert asked == [expected]
@@ -287,7 +290,7 @@ def test_a_run_on_other_labels_is_no_control(storage: Path) -> None:
 
 
 def test_a_control_that_was_drawn_otherwise_or_is_gone_is_said_and_left_out(
-    storage: Path, trained: TrainedRun
+    storage: Path, trained: TrainedRun, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As one of another version, whose settings tell nothing of it."""
     shutil.copytree(str(trained.run.folder), storage / "runs" / "redrawn")
@@ -296,9 +299,9 @@ def test_a_control_that_was_drawn_otherwise_or_is_gone_is_said_and_left_out(
     roles = ["validation" if role == "labelled" else role for role in seen["role"].to_pylist()]
     column = seen.column_names.index("role")
     folder.write_table("seen.parquet", seen.set_column(column, "role", pa.array(roles)))
-    said: list[str] = []
     asked = config_of(storage, "two-ranks", "evaluation.control=redrawn")
-    assert against_control(asked, trained.run, 1, said.append) == {}
+    assert against_control(asked, trained.run, 1) == {}
+    said = capsys.readouterr().out.splitlines()
     assert said == ["not compared: the run redrawn was trained on other labels"]
     reporting.write_run_page(asked, trained.run, trained.metrics, {}, [], None)
     assert "<td>control, " not in trained.run.folder.read_bytes("report.html").decode()
@@ -306,7 +309,8 @@ def test_a_control_that_was_drawn_otherwise_or_is_gone_is_said_and_left_out(
     saved = parse_yaml(folder.read_bytes("config.yaml"), "config.yaml")
     saved["evaluation"] |= {"control": "gone", "siblings": ["two-ranks", "lost"]}
     folder.write_bytes("config.yaml", to_yaml(parse_config(saved)).encode())
-    written = report(tiny_config(storage, "run=redrawn"), said.append)
+    written = report(tiny_config(storage, "run=redrawn"))
+    said = capsys.readouterr().out.splitlines()
     assert said[1].startswith("not compared: no run 'gone'")
     assert "the run two-ranks has the same seed (0)" in said[2]
     assert said[3].startswith("not compared: no run 'lost'")
@@ -317,7 +321,7 @@ def test_a_control_that_was_drawn_otherwise_or_is_gone_is_said_and_left_out(
 
 
 def test_what_is_still_training_is_not_compared_and_said(
-    storage: Path, trained: TrainedRun
+    storage: Path, trained: TrainedRun, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store = ImageStore.open(Folder(storage) / "datasets" / "mri")
     begin_run(config_of(storage, "unfinished"), store, 1)
@@ -326,15 +330,17 @@ def test_what_is_still_training_is_not_compared_and_said(
         with pytest.raises(CheckpointError, match="the run unfinished is still training"):
             report(tiny_config(storage, "run=two-ranks", asked))
     assert trained.run.folder.read_bytes("report.html") == before
-    said: list[str] = []
     config = config_of(storage, "two-ranks", "evaluation.control=unfinished")
-    assert against_control(config, trained.run, 1, said.append) == {}
+    assert against_control(config, trained.run, 1) == {}
+    said = capsys.readouterr().out.splitlines()
     assert "not compared: the run unfinished is still training" in said[0]
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("recipe", [PUBLISHED, ANCHORED])
-def test_a_killed_worker_costs_nothing_but_time(storage: Path, recipe: tuple[str, ...]) -> None:
+def test_a_killed_worker_costs_nothing_but_time(
+    storage: Path, recipe: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     undisturbed = train(slow_config(storage, f"undisturbed-{len(recipe)}", *recipe))
     killed: list[int] = []
 
@@ -349,7 +355,8 @@ def test_a_killed_worker_costs_nothing_but_time(storage: Path, recipe: tuple[str
                 os.kill(pid, signal.SIGKILL)
 
     config = slow_config(storage, f"killed-{len(recipe)}", *recipe)
-    resumed = train(config, kill_after_the_first_epoch)
+    monkeypatch.setattr("brainray.orchestration.progress.log", kill_after_the_first_epoch)
+    resumed = train(config)
     assert killed
     history = resumed.run.folder.read_json_lines("metrics.jsonl")
     assert [metrics["epoch"] for metrics in history] == [1.0, 2.0, 3.0]
@@ -365,12 +372,13 @@ def test_a_server_that_is_away_stops_nothing_and_gets_all_later(
     storage: Path, reference: TrainedRun
 ) -> None:
     assert reference.mlflow_run_id is None
-    assert sum("127.0.0.1:9 cannot be used" in line for line in said_by_reference) == 1
+    said = said_by_reference.getvalue()
+    assert said.count("127.0.0.1:9 cannot be used") == 1
     kept = [path for path in storage.rglob("*") if path.is_file() and "reference" in str(path)]
     assert len(kept) > 10
     assert not [path for path in kept if PASSWORD.encode() in path.read_bytes()]
-    assert not [line for line in said_by_reference if PASSWORD in line]
-    assert "python jobs/track.py --set run=reference" in said_by_reference[-1]
+    assert PASSWORD not in said
+    assert "python jobs/track.py --set run=reference" in said.splitlines()[-1]
     with pytest.raises(ConfigError, match=r"saved tracking\.uri has no password"):
         publish(without_tracking(config_of(storage, "reference")), reference.run)
     sent = publish(config_of(storage, "reference"), reference.run)
@@ -476,10 +484,10 @@ def test_a_store_that_changes_under_a_run_is_not_learned_from(
     store = preprocess(tiny_config(tmp_path, "name=mri", f"source={phantoms}"))
     for name, settings in (("plain", ()), ("warmed-up", WARMED_UP)):
         config = tiny_config(tmp_path, f"name={name}", "dataset=mri", *settings)
-        with begun_training(config, print) as training:
+        with begun_training(config) as training:
             store.folder.write_json("manifest.json", store.manifest | {"data_hash": "changed"})
             with pytest.raises(DataError, match=r"has changed \(hash .* changed now\)"):
-                fit(training, print)
+                fit(training)
         store.folder.write_json("manifest.json", store.manifest)
 
 
@@ -560,7 +568,7 @@ def test_the_raw_test_files_tell_what_training_told_wherever_they_lie_and_whatev
     before = Folder(storage) / "evaluations" / "by-pipeline"
     before.write_bytes("config.yaml", b"source: /where/they/were\n")
     test_paths = {str(path) for path in files if path.parts[0] == "Testing"}
-    scored = evaluate(config_of(storage, "by-pipeline", *settings), print, only_paths=test_paths)
+    scored = evaluate(config_of(storage, "by-pipeline", *settings), only_paths=test_paths)
     for name, value in trained.metrics.items():
         if name.startswith("test/"):
             assert scored.metrics[name] == pytest.approx(value, abs=1e-4), name
@@ -613,7 +621,7 @@ def test_what_cannot_train_is_refused_before_anything_is_left(
 
 
 def test_a_new_run_tells_how_many_labels_it_reads_and_what_nothing_tells(
-    storage: Path, tmp_path: Path
+    storage: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     weights = tmp_path / "given.pt"
     weights.write_bytes(b"not read here")
@@ -626,8 +634,8 @@ def test_a_new_run_tells_how_many_labels_it_reads_and_what_nothing_tells(
             storage, name, f"split.labelled_fraction={share}", f"encoder.weights={weights}"
         )
         run, _ = begin_run(config, store, 1)
-        lines: list[str] = []
-        _log_beginning(run, False, config, store, lines.append)
+        _log_beginning(run, False, config, store)
+        lines = capsys.readouterr().out.splitlines()
         slices = run.info["num_slices"]
         num_read = slices["labelled"] + slices["validation"]
         assert f"{slices['labelled']} labelled" in lines[0]
@@ -644,19 +652,19 @@ def test_a_file_of_weights_is_read_where_the_driver_runs(
 ) -> None:
     path = f"{trained.run.folder}/best/model.pt"
     config = config_of(storage, "from-file", f"encoder.weights={path}")
-    start = warm_up(config, ImageStore.open(Folder(storage) / "datasets" / "mri"), print)
+    start = warm_up(config, ImageStore.open(Folder(storage) / "datasets" / "mri"))
     assert not isinstance(start, str)
     assert "conv1.weight" in start
 
 
 def test_a_complete_run_says_how_another_is_set_beside_it(
-    storage: Path, trained: TrainedRun
+    storage: Path, trained: TrainedRun, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(str(trained.run.folder), Path(storage) / "runs" / "its-control")
     for control, says in (("evaluation.control=its-control", True), ("seed=0", False)):
-        lines: list[str] = []
         settings = ["train.num_workers=2", "dataset=mri", control]
-        train(tiny_config(storage, "name=two-ranks", *settings), lines.append)
+        train(tiny_config(storage, "name=two-ranks", *settings))
+        lines = capsys.readouterr().out.splitlines()
         assert any("jobs/report.py --set run=two-ranks" in line for line in lines) == says
 
 
@@ -690,14 +698,15 @@ def test_evaluation_names_what_is_missing(
 
 
 @pytest.mark.slow
-def test_a_warm_up_is_learned_once_and_starts_every_run_of_its_store(storage: Path) -> None:
+def test_a_warm_up_is_learned_once_and_starts_every_run_of_its_store(
+    storage: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     settings = [*WARMED_UP, "train.num_epochs=1", "train.num_workers=2"]
     settings += ["train.learning_rate=1e-9", "train.weight_decay=0"]  # weights stay as they were
     runs, said = {}, {}
     for name, more in {"first": (), "second": ("split.seed=5",)}.items():
-        lines: list[str] = []
-        runs[name] = train(config_of(storage, f"warm-{name}", *settings, *more), lines.append)
-        said[name] = "\n".join(lines)
+        runs[name] = train(config_of(storage, f"warm-{name}", *settings, *more))
+        said[name] = capsys.readouterr().out
     assert "pretext epoch 2/2" in said["first"]
     assert "already trained, reusing it" in said["second"]
     folder = Path(re.findall(r"^encoder (.*): training$", said["first"], re.MULTILINE)[0])
@@ -711,14 +720,16 @@ def test_a_warm_up_is_learned_once_and_starts_every_run_of_its_store(storage: Pa
 
 
 @pytest.mark.slow
-def test_a_warm_up_that_diverges_stops_the_job_and_leaves_no_encoder(storage: Path) -> None:
+def test_a_warm_up_that_diverges_stops_the_job_and_leaves_no_encoder(
+    storage: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     settings = [*WARMED_UP, "self_supervision.learning_rate=1e30", "train.num_workers=2"]
-    said: list[str] = []
     with pytest.raises(
         DivergenceError, match=r"self-supervised training, epoch \d: .* lower self_s"
     ):
-        train(config_of(storage, "diverging", *settings), said.append)
-    folder = Path(re.findall(r"^encoder (.*): training$", "\n".join(said), re.MULTILINE)[0])
+        train(config_of(storage, "diverging", *settings))
+    said = capsys.readouterr().out
+    folder = Path(re.findall(r"^encoder (.*): training$", said, re.MULTILINE)[0])
     assert not (folder / "encoder.pt").exists()
     assert not Folder(storage / "runs" / "diverging").read_json_lines("metrics.jsonl")
 

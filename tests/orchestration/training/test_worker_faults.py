@@ -154,8 +154,7 @@ def test_a_worker_killed_anywhere_costs_the_epoch_under_way_only(
     fault: Fault,
 ) -> None:
     plant(monkeypatch, fault, tmp_path / "done")
-    said: list[str] = []
-    found = train(config_of(storage, fault.__name__.replace("_", "-")), said.append)
+    found = train(config_of(storage, fault.__name__.replace("_", "-")))
     assert (tmp_path / "done").exists()
     assert_same_weights(undisturbed, found)
     assert found.mlflow_run_id is not None
@@ -189,7 +188,7 @@ def test_a_full_disk_and_a_cut_checkpoint_leave_the_one_before(
         with pytest.raises(DataError, match="no space left to write"):
             train(config)
     folder = Folder(storage) / "runs" / "full-disk"
-    newest = newest_resumable(folder, print)
+    newest = newest_resumable(folder)
     assert newest is not None
     assert newest.checkpoint.epoch == 2
     model = storage / "runs" / "full-disk" / "epoch-0002" / layout.MODEL
@@ -227,7 +226,7 @@ def test_a_disk_that_fills_at_the_end_stops_all_ranks_and_keeps_the_last_epoch(
         plant(patch, fill_the_disk_at_the_end, tmp_path / "done")
         with pytest.raises(DataError, match="no space left to write"):
             train(config)
-    newest = newest_resumable(Folder(storage) / "runs" / "full-at-the-end", print)
+    newest = newest_resumable(Folder(storage) / "runs" / "full-at-the-end")
     assert newest is not None
     assert newest.checkpoint.epoch == 3
     assert_same_weights(undisturbed, train(config))
