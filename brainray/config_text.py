@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -242,20 +242,29 @@ def described_keys(is_read: Callable[[str], bool]) -> list[tuple[str, str]]:
         rows = []
         for field_name, field in type(section).model_fields.items():
             key, default = f"{prefix}{field_name}", getattr(section, field_name)
-            if isinstance(default, BaseModel):
-                if type(default) in listed:
-                    rows.append((f"{key}.*", _like(default, *listed[type(default)])))
-                    continue
-                of_section = visit(default, f"{key}.")
-                if of_section:
+            if not isinstance(default, BaseModel):
+                if is_read(key):
+                    text = " ".join((field.description or "").split()).replace("``", "")
+                    text += _choices(field.annotation, text)
+                    rows.append((key, f"{text} [{_shown(default)}]"))
+            elif type(default) not in listed:
+                if of_section := visit(default, f"{key}."):
                     listed[type(default)] = key, default
-                rows += of_section
-            elif is_read(key):
-                text = " ".join((field.description or "").split()).replace("``", "")
-                rows.append((key, f"{text} [{_shown(default)}]"))
+                    rows += of_section
+            elif is_read(f"{key}.*"):
+                rows.append((f"{key}.*", _like(default, *listed[type(default)])))
         return rows
 
-    return [row for row in visit(Config(), "") if is_read(row[0])]
+    return visit(Config(), "")
+
+
+def _choices(annotation: object, text: str) -> str:
+    """The values that a setting can have, unless its description names all of them."""
+    while (parts := get_args(annotation)) and get_origin(annotation) is not Literal:
+        annotation = parts[0]
+    names = [str(part) for part in parts]
+    is_told = all(re.search(rf"\b{re.escape(name)}\b", text) for name in names)
+    return "" if is_told else f" One of {', '.join(names)}."
 
 
 def _like(section: BaseModel, key: str, other: BaseModel) -> str:

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 SUBSETS = ("all", "clean", "strict")
 """Subsets of the test slices for which every metric is reported: all; ``clean``, without a
-near-duplicate among the slices that the run saw; and ``strict``, those of them that also have no
-slice likely of their subject among these."""
+upright near-duplicate among the slices that the run saw; and ``strict``, those of them that also
+have no mirrored or rotated copy and no slice likely of their subject among these."""
 
 PREDICTORS = ("head", "cluster", "thumbnail_1nn")
 """Predictors of a test slice's class: linear classifier, mixture, nearest-thumbnail baseline."""
@@ -125,8 +125,8 @@ PREDICTIONS = pa.schema(
         ("path", pa.string()),
         ("frame", pa.string()),
         ("label", pa.string()),  # null where unknown
-        ("clean", pa.bool_()),  # without a near-duplicate among the slices that the run saw
-        ("strict", pa.bool_()),  # nor a slice likely of its subject; null without fingerprints
+        ("clean", pa.bool_()),  # no upright near-duplicate among the slices that the run saw
+        ("strict", pa.bool_()),  # nor a turned one, nor one likely of its subject; null if unknown
         ("head", pa.string()),  # class predicted by the linear head
         ("cluster_class", pa.string()),  # class of the most likely component
         ("cluster", pa.int32()),  # most likely component

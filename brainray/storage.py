@@ -217,14 +217,19 @@ class Folder:
                 f"{self.uri}/{name} cannot be read, it may be damaged: {reason}"
             ) from None
 
-    def row_groups(self, name: str, columns: list[str]) -> Iterator[pa.Table]:
-        """Row groups of a Parquet file, one in memory at a time."""
+    @contextlib.contextmanager
+    def open_table(self, name: str) -> Iterator[pq.ParquetFile]:
+        """A Parquet file, to read some of its row groups within the block."""
         with (
             self._friendly_read_errors(name),
             self._friendly_damage_errors(name),
             self.filesystem.open_input_file(self._join(name)) as stream,
         ):
-            file = pq.ParquetFile(stream, pre_buffer=True)
+            yield pq.ParquetFile(stream, pre_buffer=True)
+
+    def row_groups(self, name: str, columns: list[str]) -> Iterator[pa.Table]:
+        """Row groups of a Parquet file, one in memory at a time."""
+        with self.open_table(name) as file:
             for number in range(file.num_row_groups):
                 yield file.read_row_group(number, columns=columns)
 

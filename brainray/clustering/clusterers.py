@@ -177,8 +177,8 @@ class SpectralClusterer:
         sample = draw_sample(len(x), self.max_rows, self.seed)
         if len(sample) <= self.num_clusters:  # the solver needs fewer eigenvectors than rows
             raise ClusteringError(
-                f"spectral: {self.num_clusters} clusters need more than {len(sample)} rows: "
-                "leave spectral out or add images"
+                f"spectral: {self.num_clusters} clusters need more than {self.num_clusters} rows, "
+                f"got {len(sample)}: leave spectral out or add images"
             )
         spectral = SpectralClustering(
             n_clusters=self.num_clusters,

@@ -116,8 +116,9 @@ def bootstrap_interval(
     replacement (Davison & Hinkley 1997, section 3.8). Percentiles of the resampled means (Efron
     1979) are too narrow for few groups; they are expanded by the ratio of Student's t to the normal
     distribution (Hesterberg 2015, "What Teachers Should Know About the Bootstrap"), with the
-    effective number of groups if their sizes differ (Kish 1965). With fewer than `MIN_GROUPS`
-    groups, or if all values are equal, there is no interval.
+    effective number of groups if their sizes differ (Kish 1965). Without variation between groups,
+    or with fewer than `MIN_GROUPS` groups, there is no interval. If a few groups hold nearly all
+    rows, the interval approaches the range of the resamples.
 
     Args:
         values: (N,), such as whether each row is correct.
@@ -132,7 +133,7 @@ def bootstrap_interval(
         raise DataError("no rows to resample: an interval needs at least one prediction")
     _, group_of_row = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
     sizes = np.bincount(group_of_row)
-    if len(sizes) < MIN_GROUPS or values.min() == values.max():
+    if len(sizes) < MIN_GROUPS:
         return None
     sums = np.bincount(group_of_row, weights=values)
     generator = np.random.default_rng(seed)
@@ -144,7 +145,7 @@ def bootstrap_interval(
     t = stats.t.ppf((1 + CONFIDENCE) / 2, num_effective - 1)
     tail = stats.norm.sf(t * np.sqrt(num_effective / (num_effective - 1)))
     low, high = np.quantile(means, [tail, 1 - tail])
-    return float(low), float(high)
+    return None if np.isclose(low, high, rtol=1e-9, atol=1e-12) else (float(low), float(high))
 
 
 def reweighted_accuracy(

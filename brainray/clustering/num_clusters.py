@@ -36,8 +36,8 @@ class NumClustersScores:
 
         These are the K with the largest silhouette, the K with the lowest BIC, and the first K
         whose gap is not exceeded by the next one by more than its error (Tibshirani et al. 2001,
-        equation 6). A criterion that chooses none is left out: the gap that rises to the end of the
-        range, the silhouette that is undefined for every K.
+        equation 6). A criterion that chooses none is left out: a gap that rises to the end of the
+        range, or silhouettes that are undefined for every K.
         """
         best_gap = next(
             (

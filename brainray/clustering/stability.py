@@ -117,9 +117,11 @@ def recommend(scores: NumClustersScores, stability: Stability) -> Recommendation
         reasons.append("undecided: no K has a defined silhouette")
     if "gap" not in choices:
         reasons.append("undecided: the gap statistic rises to the end of the range")
+    silhouette = scores.silhouettes[place]
+    of_fit = "" if math.isnan(silhouette) else f"silhouette {silhouette:.3f} of a K-means fit, "
     reasons.append(
-        f"at K = {chosen}: silhouette {scores.silhouettes[place]:.3f} of a K-means fit, stability "
-        f"(ARI between samples) {mean_of[chosen]:.3f} +- {stability.error[place]:.3f}"
+        f"at K = {chosen}: {of_fit}stability (ARI between samples) {mean_of[chosen]:.3f} +- "
+        f"{stability.error[place]:.3f}"
     )
     if votes[chosen] == 1:
         reasons.append("no two criteria agree: treat K as a guess, and inspect the contact sheets")

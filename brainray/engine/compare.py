@@ -92,7 +92,8 @@ def compare(
     Raises:
         DataError: the two predict different slices.
     """
-    predictions, control = _same_slices(predictions, control)
+    _check_same_slices(predictions, control)
+    predictions, control = _labelled(predictions), _labelled(control)
     groups = _groups(predictions, group_of_slice)
     metrics: Metrics = {}
     for name, mask, column in _accuracies(predictions):
@@ -137,9 +138,9 @@ def intervals_of_mean_gains(
     Raises:
         DataError: two of them predict different slices.
     """
-    ours, theirs = (
-        [_same_slices(predictions[0], each)[1] for each in side] for side in (predictions, controls)
-    )
+    for each in (*predictions, *controls):
+        _check_same_slices(predictions[0], each)
+    ours, theirs = ([_labelled(each) for each in side] for side in (predictions, controls))
     groups = _groups(ours[0], group_of_slice)
     intervals = {}
     for name, mask, column in _accuracies(ours[0]):
@@ -158,14 +159,15 @@ def without_comparison(metrics: Metrics) -> Metrics:
     return {name: value for name, value in metrics.items() if not name.startswith(_COMPARED)}
 
 
-def _same_slices(predictions: pa.Table, control: pa.Table) -> tuple[pa.Table, pa.Table]:
-    """The labelled rows of both."""
+def _check_same_slices(predictions: pa.Table, control: pa.Table) -> None:
     if not predictions["sample_id"].equals(control["sample_id"]):
         raise DataError(
             "the control predicts different test slices: compare runs on the same image store"
         )
-    is_labelled = pc.is_valid(predictions["label"])
-    return predictions.filter(is_labelled), control.filter(is_labelled)
+
+
+def _labelled(predictions: pa.Table) -> pa.Table:
+    return predictions.filter(pc.is_valid(predictions["label"]))
 
 
 def _groups(predictions: pa.Table, group_of_slice: Mapping[str, str]) -> NDArray[np.str_]:

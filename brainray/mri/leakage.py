@@ -80,9 +80,10 @@ def exposure(
 ) -> Exposure:
     """Compare each query with everything that was seen.
 
-    Slices with the same subject name are of one subject. All others are compared by image
-    similarity, unless this is switched off in the settings or both subjects come from the same kind
-    of source, a table or headers: within one collection different names are different subjects.
+    Slices with the same subject name are of one subject, whatever collection names them. All others
+    are compared by image similarity, unless this is switched off in the settings or both subjects
+    come from the same kind of source, a table or headers: within one collection different names are
+    different subjects.
 
     Args:
         queries: Q slices.
@@ -103,15 +104,17 @@ def exposure(
         twins = twins.completed_by(unmatched, by_head)
     mate = _first_match(queries.subjects, seen.subjects)
     mate_similarity = np.where(mate >= 0, 1.0, 0.0).astype(np.float32)
-    asked_by = np.array([source or "" for source in queries.sources], dtype=object)
     seen_by = np.array([source or "" for source in seen.sources], dtype=object)
-    proves = np.isin(asked_by, [TABLE, HEADER])
+    # The kind of source in which other names prove another subject.
+    proven_by = np.array(
+        [source if source in (TABLE, HEADER) else "" for source in queries.sources], dtype=object
+    )
     if from_elsewhere is not None:
-        proves &= ~from_elsewhere
-    for source in ("", TABLE, HEADER):  # "": queries whose names do not prove a difference
-        asking = (mate < 0) & (proves & (asked_by == source) if source else ~proves)
-        rows = np.flatnonzero(seen_by != source) if source else np.arange(len(seen_by))
-        if not config.subject.estimate or not asking.any() or len(rows) == 0:
+        proven_by[from_elsewhere] = ""
+    for source in ("", TABLE, HEADER) if config.subject.estimate else ():
+        asking = (mate < 0) & (proven_by == source)
+        rows = np.flatnonzero((source == "") | (seen_by != source))
+        if not asking.any() or len(rows) == 0:
             continue
         looking = SelectedRows(queries.thumbnails, np.flatnonzero(asking))
         likely = find_same_subject(looking, SelectedRows(seen.thumbnails, rows), config.subject)

@@ -6,7 +6,6 @@ from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -160,8 +159,7 @@ class ImageStore:
         """Each wanted (split, sample_id) with its slice (H, W) as stored."""
         folder = self.folder / layout.IMAGES
         for name in folder.names():
-            with folder.filesystem.open_input_file(f"{folder.path}/{name}") as stream:
-                part = pq.ParquetFile(stream)
+            with folder.open_table(name) as part:
                 for number in range(part.num_row_groups):
                     names = part.read_row_group(number, columns=["split", "sample_id"])
                     keys = list(zip(*names.to_pydict().values(), strict=True))

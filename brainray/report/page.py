@@ -411,10 +411,10 @@ def _percent(metrics: Metrics, name: str) -> str:
 
 def _coverage_note(shown: pa.Table, whole: pa.Table) -> str:
     if shown.num_rows == whole.num_rows:
-        return f"All {shown.num_rows:,} test slices are shown below."
+        return f"All {shown.num_rows:,} slices are shown below."
     return (
         f"The map, the confusion matrices and the cluster cards show {shown.num_rows:,} of "
-        f"{whole.num_rows:,} test slices, sampled evenly; the tables cover all of them. Raise "
+        f"{whole.num_rows:,} slices, sampled evenly; the tables cover all of them. Raise "
         "evaluation.tsne_max_slices to show more."
     )
 
@@ -438,10 +438,10 @@ def _evaluation_summary(metrics: Metrics, shown: str) -> list[str]:
 
 
 _LEFT_OUT = {
-    "num_rejected": "rejected files or slices",
-    "num_without_class": "files without a class",
-    "num_outside_of_test": "files outside the test split",
-    "num_ignored_files": "files of other types",
+    "num_rejected": "unreadable",
+    "num_without_class": "without a class",
+    "num_outside_of_test": "outside the test split",
+    "num_ignored_files": "of other types",
 }
 
 

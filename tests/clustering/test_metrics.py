@@ -127,6 +127,7 @@ def test_bootstrap_interval_is_none_where_it_would_mislead() -> None:
     assert bootstrap_interval(mixed, ten, seed=0) is not None
     assert bootstrap_interval(mixed, [*ten[:9], "0"], seed=0) is None  # nine groups
     assert bootstrap_interval(np.ones(10, dtype=bool), ten, seed=0) is None
+    assert bootstrap_interval(np.tile([True, False], 10), np.repeat(ten, 2), seed=0) is None
     with pytest.raises(DataError, match="no rows"):
         bootstrap_interval(np.ones(0, dtype=bool), [], seed=0)
 

@@ -99,7 +99,8 @@ def _evaluate(
         Folder(str(config.source)), labels, config.classes.map, reads_splits=only_paths is None
     )
     files, left_out = _files_to_score(listing, config, checkpoint.classes, only_paths)
-    told = "".join(f"; left out: {count} {why}" for why, count in left_out.items() if count)
+    counts = ", ".join(f"{count} {why}" for why, count in left_out.items() if count)
+    told = f"; left out: {counts}" if counts else ""
     log(
         f"evaluating {predictor.folder} (epoch {checkpoint.epoch}) on {len(files)} files"
         f"{told}{listing.remarks}"
@@ -269,12 +270,10 @@ def _files_to_score(
         left_out[_OUTSIDE_OF_TEST] = len(listing.files) - len(files)
     labelled = [file for file in files if file.label is not None]
     if not labelled:
-        remedy = "evaluation needs class folders or a labels table"
+        remedy = "give class folders or a labels table"
         if config.labels is not None:
-            remedy = (
-                f"evaluation needs some in labels={config.labels} that classes.map does not remove"
-            )
-        raise DataError(f"source={config.source}: no slice has a class; {remedy}")
+            remedy = f"add labels to {config.labels}, or check that classes.map keeps them"
+        raise DataError(f"source={config.source}: no slice has a class to score; {remedy}")
     if only_paths is None:
         left_out[_WITHOUT_CLASS] = len(files) - len(labelled)
     unknown = Counter(str(file.label) for file in labelled if file.label not in classes)

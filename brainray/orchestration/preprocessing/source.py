@@ -11,7 +11,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import reduce
 from typing import Any, TypeVar
 
@@ -372,6 +372,8 @@ def _from_table(found: list[FoundFile], labels: Folder, reads_splits: bool) -> l
         told = str(row["path"] or "").replace("\\", "/").removeprefix("./")
         spellings = (told, told.strip(), _normal(told.strip()), _normal(told.strip()).rstrip("/"))
         path = next((known[spelling] for spelling in spellings if spelling in known), None)
+        if not told:
+            raise DataError(f"labels={labels}: a row has no path; add it or delete the row")
         if path is None:
             raise DataError(
                 f"labels={labels}: {row['path']!r} is neither an image file below the source nor a "
@@ -390,9 +392,10 @@ def _from_table(found: list[FoundFile], labels: Folder, reads_splits: bool) -> l
             subject=None if subject is None or names_nobody(subject) else subject,
         )
         before = rows.get(path, _Said())
-        if before.contradicts(new):
+        if column := before.contradicted_by(new):
             raise DataError(
-                f"labels={labels}: {path!r} has rows with different values; keep one of them"
+                f"labels={labels}: rows of {path!r} have different values in column {column!r}; "
+                "keep one of them"
             )
         rows[path] = before.completed_by(new)
     said = {}
@@ -423,8 +426,11 @@ class _Said:
             self.split or other.split, self.label or other.label, self.subject or other.subject
         )
 
-    def contradicts(self, other: "_Said") -> bool:
-        return self.completed_by(other) != other.completed_by(self)
+    def contradicted_by(self, other: "_Said") -> str | None:
+        """The first column in which both have a value, but not the same one."""
+        mine, theirs = self.completed_by(other), other.completed_by(self)
+        columns = (field.name for field in fields(self))
+        return next((c for c in columns if getattr(mine, c) != getattr(theirs, c)), None)
 
 
 def _folders_of(path: str) -> list[str]:
@@ -497,7 +503,7 @@ def renaming_advice(unknown: Collection[str], class_map: Mapping[str, str | None
     """How to handle unknown classes, some of which ``class_map`` may have produced."""
     made = [f"classes.map.{name}={to}" for name, to in class_map.items() if to in unknown]
     if made:
-        return f"{min(made)} makes such a class, map to a known one"
+        return f"{min(made)} makes such a class: map to a known one instead"
     rename, leave_out = (shlex.quote(f"classes.map.{min(unknown)}={to}") for to in ("NAME", "null"))
     others = f"; likewise for {len(unknown) - 1} more" if len(unknown) > 1 else ""
     return f"rename with --set {rename}, or leave its slices out with --set {leave_out}{others}"

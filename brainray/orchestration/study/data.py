@@ -127,6 +127,7 @@ def _held_out(store: ImageStore, folder: Folder, seen_before: pa.Table) -> dict[
     """Masks of the test slices, in ``ROW_ORDER``, in each subset; saved with the study."""
     depends_on = {
         "data_hash": store.data_hash,
+        "listing": store.manifest["listing"],  # names of subjects
         "seen_before": seen_before["sample_id"].to_pylist(),
     }
     name = f"subsets-{content_key(depends_on)}.parquet"

@@ -65,7 +65,7 @@ _SUBSET_TITLES = {
     FITTED: "fitted slices",
     "all": "held-out slices, all",
     "clean": "held-out slices, clean (no near-duplicate among the fitted slices)",
-    "strict": "held-out slices, strict (also no likely subject in common with the fitted slices)",
+    "strict": "held-out slices, strict (also no turned copy and no likely subject in common)",
 }
 
 _NEIGHBOURS_TITLE = "share of the 10 nearest fitted slices with the same label, per held-out slice"

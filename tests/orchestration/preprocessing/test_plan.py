@@ -139,7 +139,7 @@ def test_what_to_do_about_a_class_of_test_slices_alone_depends_on_who_held_them_
     with pytest.raises(DataError, match="of subjects held out for testing: label slices of"):
         _check_classes(rows, {}, was_drawn_before=True)
     with pytest.raises(
-        DataError, match=r"classes\.map\.bb=b makes such a class, map to a known one"
+        DataError, match=r"classes\.map\.bb=b makes such a class: map to a known one instead"
     ):
         _check_classes(rows, {"bb": "b"}, was_drawn_before=False)
 

@@ -102,7 +102,7 @@ def test_the_row_of_a_folder_tells_what_the_rows_of_its_files_leave_open(tmp_pat
         ("p8/4.jpg", "test", "glioma", "eight"),
     ]
     table.write_text("path,label\np7,glioma\np7/,notumor\n")
-    with pytest.raises(DataError, match="'p7' has rows with different values"):
+    with pytest.raises(DataError, match="rows of 'p7' have different values in column 'subject'"):
         listed(source, Folder(table))
 
 
@@ -141,7 +141,10 @@ def test_blanks_make_no_class_and_null_takes_a_class_away(tmp_path: Path) -> Non
     ("content", "message"),
     [
         ("path,label\nabsent.jpg,a\n", "'absent.jpg' is neither an image file"),
-        ("path,label\n1.jpg,a\n1.jpg,b\n", "'1.jpg' has rows with different values"),
+        (
+            "path,label\n1.jpg,a\n1.jpg,b\n",
+            "rows of '1.jpg' have different values in column 'label'",
+        ),
         ("file,label\n1.jpg,a\n", r"missing column path \(columns found: 2\)"),
         ("path;label\n1.jpg;a\n", r"missing column label and path .*found: 1\).* by commas"),
         (
