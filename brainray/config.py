@@ -22,6 +22,11 @@ from brainray.redaction import redacted
 Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]  # 0 included
 Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+AtLeastTwo = Annotated[int, Field(ge=2)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]  # 0 included
 Side = Annotated[int, Field(ge=16, le=2048)]  # of slices, in pixels
 
 PretextName = Literal["none", "rotation", "contrastive"]
@@ -124,7 +129,7 @@ class VolumeConfig(_Section):
     """Intensity percentile mapped to black if the file specifies no window."""
     window_high: Annotated[float, Field(gt=50.0, le=100.0)] = 99.5
     """Intensity percentile mapped to white if the file specifies no window."""
-    min_foreground: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
+    min_foreground: BelowOne = 0.05
     """Volume slices in which the head covers a smaller share of the area are skipped as empty."""
     max_voxels: Positive = 1_000_000_000
     """Volumes with more voxels, according to their header, are rejected before decoding."""
@@ -152,14 +157,14 @@ class PreprocessConfig(_Section):
     """Files with a shorter height or width, in pixels, are rejected."""
     max_pixels: Positive = 64_000_000
     """Files with more pixels, according to their header, are rejected before decoding."""
-    min_intensity_std: Annotated[float, Field(ge=0.0)] = 2.0
+    min_intensity_std: NonNegative = 2.0
     """Slices with a smaller standard deviation of intensities (0..255) are rejected as blank."""
     max_rejected_fraction: Share = 0.5
     """The job fails when a larger share of the files is rejected."""
     near_duplicate: NearDuplicateConfig = NearDuplicateConfig()
     subject: SubjectConfig = SubjectConfig()
     volume: VolumeConfig = VolumeConfig()
-    files_per_task: Annotated[int, Field(ge=0)] = 0
+    files_per_task: Count = 0
     """Files that one Ray Data task decodes, fewer if they are large (64 MiB in total). 0 uses 1,024
     to 16 files per task, with smaller tasks towards the end."""
 
@@ -242,11 +247,11 @@ class AugmentConfig(_Section):
     max_rotation_deg: Annotated[float, Field(ge=0.0, le=180.0)] = 90.0
     """Maximum rotation in either direction; small angles are more frequent (half are below an
     eighth of it)."""
-    max_zoom: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    max_zoom: BelowOne = 0.1
     """Zoom factors are uniform in 1 +- this value."""
-    max_intensity_shift: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    max_intensity_shift: BelowOne = 0.1
     """Maximum contrast change and brightness offset, in units of [0, 1] intensity."""
-    max_shift: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    max_shift: BelowOne = 0.0
     """Shifts along either axis are uniform in +- this share of the side."""
     max_log_gamma: Annotated[float, Field(ge=0.0, le=2.0)] = 0.0
     """Intensities are raised to the power exp(g), with g uniform in +- this value."""
@@ -257,13 +262,13 @@ class AugmentConfig(_Section):
     bias_field: Annotated[float, Field(ge=0.0, le=2.0)] = 0.0
     """Standard deviation of the logarithm of a smooth multiplicative field, which imitates the
     uneven sensitivity of a receive coil."""
-    max_noise_std: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    max_noise_std: BelowOne = 0.0
     """Standard deviation of Gaussian noise is uniform between 0 and this, in units of [0, 1]."""
     max_blur_sigma: Annotated[float, Field(ge=0.0, le=3.0)] = 0.0
     """Sigma of Gaussian blur is uniform between 0 and this, in pixels."""
     cutout_probability: Share = 0.0
     """Probability that a square is blacked out (DeVries & Taylor 2017)."""
-    max_cutout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.3
+    max_cutout: BelowOne = 0.3
     """Side of the square is uniform between 0 and this share of the slice's side."""
 
     @model_validator(mode="before")
@@ -295,13 +300,13 @@ class ObjectiveConfig(_Section):
     """``joint`` is METHOD A's; ``supervised`` is its control, with cross entropy on labelled slices
     only; ``consistency`` trains on confident pseudo-labels, ``prototype`` on assignments to the
     mixture's means, ``anchored`` on both."""
-    lambda_cluster: Annotated[float, Field(ge=0.0)] = 0.5
+    lambda_cluster: NonNegative = 0.5
     """Weight of the clustering term."""
-    lambda_consistency: Annotated[float, Field(ge=0.0)] = 1.0
+    lambda_consistency: NonNegative = 1.0
     """Weight of the cross entropy on pseudo-labels."""
-    temperature: Annotated[float, Field(gt=0.0)] = 0.1
+    temperature: PositiveFloat = 0.1
     """Temperature of the softmax over cosines to the prototypes; lower is sharper."""
-    ramp_epochs: Annotated[int, Field(ge=0)] = 5
+    ramp_epochs: Count = 5
     """Epochs over which the weight of pseudo-labels and prototype assignments is ramped up."""
     inherit_labels: Literal["none", "subject"] = "none"
     """With ``subject``, unlabelled slices of an estimated subject take the most frequent label of
@@ -310,7 +315,7 @@ class ObjectiveConfig(_Section):
 
 
 class ClusteringConfig(_Section):
-    num_clusters: Annotated[int, Field(ge=2)] = 4
+    num_clusters: AtLeastTwo = 4
     """Number of clusters, K."""
     pca_dim: Positive = 32
     """Dimensions of the PCA space in which the mixture is fitted; at most those of the embedding.
@@ -321,16 +326,16 @@ class ClusteringConfig(_Section):
     """Maximum number of Lloyd iterations."""
     gmm_max_iter: Positive = 100
     """Maximum number of EM iterations."""
-    gmm_tol: Annotated[float, Field(gt=0.0)] = 1e-3
+    gmm_tol: PositiveFloat = 1e-3
     """EM stops when the mean log-likelihood improves by less than this."""
-    reg_covar: Annotated[float, Field(gt=0.0)] = 1e-6
+    reg_covar: PositiveFloat = 1e-6
     """Added to the diagonal of the covariances."""
     anchors: Literal["none", "labelled"] = "none"
     """``labelled`` restricts each labelled slice to the clusters of its class while the mixture is
     fitted; ``none`` clusters without labels, as METHOD A does."""
     max_cluster_share: Fraction = 0.99
     """A cluster with a larger share of the slices counts as a collapse."""
-    min_spread: Annotated[float, Field(ge=0.0)] = 1e-4
+    min_spread: NonNegative = 1e-4
     """A smaller mean squared distance of the normalised embeddings to their mean counts as a
     collapse."""
     on_collapse: Literal["stop", "reseed", "warn"] = "stop"
@@ -341,7 +346,7 @@ class ClusteringConfig(_Section):
 class TrainConfig(_Section):
     image_size: Side = 256
     """Height and width at which the encoder sees the slices, in pixels."""
-    growth_epochs: Annotated[int, Field(ge=0)] = 0
+    growth_epochs: Count = 0
     """Epochs of progressive resizing, in which slices grow from ``start_image_size`` in steps of 32
     pixels; the epoch used for prediction is chosen among the later ones. 0: always ``image_size``.
     """
@@ -349,13 +354,13 @@ class TrainConfig(_Section):
     """Height and width in the first of the ``growth_epochs``."""
     num_epochs: Positive = 20
     """An epoch is one pass over the unlabelled slices; the labelled ones cycle."""
-    num_workers: Annotated[int, Field(ge=0)] = 0
+    num_workers: Count = 0
     """Number of DDP ranks; 0 uses every GPU of the Ray cluster, or one CPU worker without GPUs."""
-    min_workers: Annotated[int, Field(ge=0)] = 0
+    min_workers: Count = 0
     """Minimum number of ranks to start with, or to continue with when nodes are lost; more join, up
     to ``num_workers``, when nodes appear (checked once a minute; the current epoch restarts). 0
     waits for ``num_workers``."""
-    cpus_per_worker: Annotated[int, Field(ge=0)] = 0
+    cpus_per_worker: Count = 0
     """CPUs (and threads) per worker; 0 divides the CPUs of the Ray cluster among the workers."""
     gpus_per_worker: Fraction = 1.0
     """Share of a GPU reserved per worker when training on GPUs; trials of a sweep may share one."""
@@ -367,15 +372,15 @@ class TrainConfig(_Section):
     """Labelled slices per step and worker."""
     embed_batch_size: Positive = 256
     """Slices per inference batch."""
-    learning_rate: Annotated[float, Field(gt=0.0)] = 1.5e-3
+    learning_rate: PositiveFloat = 1.5e-3
     """Peak learning rate of the one-cycle schedule (AdamW)."""
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.05
+    weight_decay: NonNegative = 0.05
     """AdamW's decoupled weight decay."""
-    ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    ema_decay: BelowOne = 0.0
     """Decay of the exponential moving average of the weights that is used for embedding, evaluation
     and checkpoints (its batch statistics are measured on slices, half of them augmented); 0 uses
     the trained weights."""
-    mixup_alpha: Annotated[float, Field(ge=0.0)] = 0.0
+    mixup_alpha: NonNegative = 0.0
     """Parameter of the Beta distribution for mixup of labelled slices and their labels; 0 disables
     mixup."""
     warmup_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.15
@@ -384,7 +389,7 @@ class TrainConfig(_Section):
     """Batches whose gradients are averaged for one optimiser step."""
     compile: bool = False
     """Compile the encoder with torch.compile: adds minutes at the start, faster steps on a GPU."""
-    cache_gib: Annotated[float, Field(ge=0.0)] = 4.0
+    cache_gib: NonNegative = 4.0
     """Slices kept in each worker's device memory, in GiB; the rest is streamed from a file on its
     node. (A warm-up keeps all of its smaller slices in memory.)"""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -392,7 +397,7 @@ class TrainConfig(_Section):
     wait_for_nodes: bool = False
     """Wait for an autoscaler to add missing resources instead of failing; also set ``num_workers``,
     ``cpus_per_worker`` and ``device``."""
-    max_failures: Annotated[int, Field(ge=0)] = 2
+    max_failures: Count = 2
     """Number of times lost workers are replaced before the job fails."""
     collective_timeout_s: Positive = 1800
     """Seconds that a worker waits for the others in a collective before it fails."""
@@ -475,9 +480,9 @@ class TuneConfig(_Section):
     """Epochs that every trial trains for before it may be stopped."""
     reduction_factor: Annotated[float, Field(gt=1.0)] = 3.0
     """Successive halving keeps one in this many trials at each rung."""
-    max_concurrent_trials: Annotated[int, Field(ge=0)] = 0
+    max_concurrent_trials: Count = 0
     """Trials that run at a time; 0 runs as many as fit on the Ray cluster."""
-    time_budget_min: Annotated[float, Field(gt=0.0)] | None = None
+    time_budget_min: PositiveFloat | None = None
     """Minutes of search, over all submissions, after which all trials stop and the sweep is
     complete."""
 
@@ -520,7 +525,7 @@ class FeatureConfig(_Section):
     pretext: PretextName = "none"
     """Self-supervised training of the encoder on the fitted slices before features are extracted.
     """
-    lambda_cluster: Annotated[float, Field(ge=0.0)] = 0.0
+    lambda_cluster: NonNegative = 0.0
     """Weight of the clustering loss, relative to the pretext loss, in the rounds of refinement that
     follow the epochs of the pretext alone; 0: no refinement."""
 
@@ -542,7 +547,7 @@ class FeatureConfig(_Section):
 class SelfSupervisionConfig(_Section):
     num_epochs: Positive = 20
     """Epochs of the pretext alone; none without a pretext."""
-    temperature: Annotated[float, Field(gt=0.0)] = 0.2
+    temperature: PositiveFloat = 0.2
     """Temperature of the contrastive loss (NT-Xent)."""
     positives: Literal["slice", "subject"] = "slice"
     """Positive pairs of the contrastive pretext: two views of one slice, or, half of the time, of
@@ -554,13 +559,13 @@ class SelfSupervisionConfig(_Section):
     rotations. Short training learns nothing from ``strong`` views (docs/study.md)."""
     batch_size_per_worker: Positive = 128
     """Slices per step and worker; the contrastive pretext uses two views of each."""
-    learning_rate: Annotated[float, Field(gt=0.0)] = 1.5e-3
+    learning_rate: PositiveFloat = 1.5e-3
     """Peak learning rate of the pretext's one-cycle schedule (AdamW)."""
     max_rounds: Positive = 10
     """Maximum number of rounds of refinement: train on the clusters, then cluster again."""
     round_epochs: Positive = 1
     """Epochs per round."""
-    round_learning_rate: Annotated[float, Field(gt=0.0)] = 3e-4
+    round_learning_rate: PositiveFloat = 3e-4
     """Peak learning rate of each round."""
     tolerance: Share = 0.01
     """A round is settled if at most this share of the slices changes cluster."""
@@ -572,9 +577,9 @@ class SensitivityConfig(_Section):
     feature: str | None = None
     """Name of the features for which settings are varied; defaults to the last of
     ``study.features``."""
-    num_clusters: tuple[Annotated[int, Field(ge=2)], ...] = (2, 3, 4, 5, 6, 8, 10)
+    num_clusters: tuple[AtLeastTwo, ...] = (2, 3, 4, 5, 6, 8, 10)
     """Values of K for K-means."""
-    eps_factors: tuple[Annotated[float, Field(gt=0.0)], ...] = (0.6, 0.8, 1.0, 1.25, 1.5)
+    eps_factors: tuple[PositiveFloat, ...] = (0.6, 0.8, 1.0, 1.25, 1.5)
     """Values of DBSCAN's eps, in units of the knee of the k-distances."""
     linkages: tuple[Literal["average", "complete", "single"], ...] = (
         "average",
@@ -593,19 +598,19 @@ class StudyConfig(_Section):
     clusterers: tuple[ClustererName, ...] = get_args(ClustererName)
     """K-means, Gaussian mixture, agglomerative (average linkage, cosine; cut at K, or at
     ``depth``), DBSCAN, spectral and HDBSCAN."""
-    seeds: tuple[Annotated[int, Field(ge=0)], ...] = (0, 1, 2)
+    seeds: tuple[Count, ...] = (0, 1, 2)
     """Seeds of encoders and clusterers; tables give mean and standard deviation over seeds."""
     depth: Positive = 10
     """Levels below the root at which ``agglomerative_depth`` cuts the hierarchy."""
-    min_samples: Annotated[int, Field(ge=2)] = 10
+    min_samples: AtLeastTwo = 10
     """Neighbours of a core point (DBSCAN, HDBSCAN); also the k of the k-distances."""
     max_quadratic_rows: Annotated[int, Field(ge=10)] = 8000
     """With more slices than this, clusterers with quadratic memory run on a random sample of this
     size; the other slices join the nearest centroid (or core)."""
-    candidate_num_clusters: tuple[Annotated[int, Field(ge=2)], ...] = (2, 3, 4, 5, 6, 7, 8)
+    candidate_num_clusters: tuple[AtLeastTwo, ...] = (2, 3, 4, 5, 6, 7, 8)
     """Candidates for the number of clusters recommended without labels."""
     sensitivity: SensitivityConfig = SensitivityConfig()
-    max_concurrent_cells: Annotated[int, Field(ge=0)] = 0
+    max_concurrent_cells: Count = 0
     """Cells of the grid computed at a time; 0 uses one CPU per cell."""
 
     @field_validator("pca_dims", "clusterers", "seeds", "candidate_num_clusters")
@@ -651,7 +656,7 @@ class Config(_Section):
     """Name of the run to evaluate, predict with, label for, export, report or send to MLflow."""
     checkpoint: Location | None = None
     """Path of a checkpoint folder to evaluate, predict with or export, instead of ``run``."""
-    epoch: Annotated[int, Field(ge=1)] | None = None
+    epoch: Positive | None = None
     """Epoch of ``run`` to use, if its checkpoint was kept; defaults to the chosen epoch."""
     storage: Location = "~/brainray"
     """Where stores and runs are kept: an absolute path or a URI that pyarrow reads."""
@@ -662,7 +667,7 @@ class Config(_Section):
     labels: Location | None = None
     """CSV or Parquet table with columns ``path``, ``label`` and optionally ``split``, ``subject``.
     """
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Count = 0
     """Seed of weights, batches, augmentation and clustering."""
     classes: ClassesConfig = ClassesConfig()
     preprocess: PreprocessConfig = PreprocessConfig()

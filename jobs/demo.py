@@ -52,10 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGINT
 
 
-def run_demo(
-    out: Path,
-    pipeline: Sequence[str] = ("jobs/pipeline.py", "--config", "configs/demo.yaml"),
-) -> int:
+def run_demo(out: Path) -> int:
     """Run the pipeline on phantoms under `out` and return its exit code.
 
     Raises:
@@ -71,7 +68,7 @@ def run_demo(
         "tracking.uri": tracking_uri,
         "name": RUN_NAME,
     }
-    entrypoint = [sys.executable, *pipeline]
+    entrypoint = [sys.executable, "jobs/pipeline.py", "--config", "configs/demo.yaml"]
     for key, value in settings.items():
         entrypoint += ["--set", f"{key}={value}"]
 

@@ -23,7 +23,8 @@ from PIL import Image
 from brainray.config_text import known_keys, load_config
 from brainray.errors import BrainrayError
 from brainray.layout import MANIFEST, RUN, RUN_FORMAT, STORE_FORMAT
-from brainray.mri.decode import RejectedImage, decode_file
+from brainray.mri.decode import decode_file
+from brainray.mri.slices import RejectedImage
 from brainray.orchestration.preprocessing.source import list_source
 from brainray.orchestration.run import read_run_info
 from brainray.orchestration.store import ImageStore

@@ -15,8 +15,9 @@ from brainray.benchmarks.samples import SALT
 from brainray.engine.slice_model import SliceModel, use_all_threads
 from brainray.errors import ConfigError, DataError
 from brainray.log import log
-from brainray.mri.decode import RejectedImage, decode_file
+from brainray.mri.decode import decode_file
 from brainray.mri.leakage import Fingerprints, exposure
+from brainray.mri.slices import RejectedImage
 from brainray.orchestration.prediction.inference import Predictor, find_predictor
 from brainray.orchestration.preprocessing.preparation import (
     DECODED,

@@ -74,11 +74,13 @@ def classification_metrics(
     labels: NDArray[np.integer],  # (N,) in [0, C)
     predictions: NDArray[np.integer],  # (N,)
     class_names: Sequence[str],
+    min_support: int = 1,
 ) -> dict[str, float]:
     """Accuracy, balanced accuracy, macro F1, and per class precision, recall, F1 and support.
 
-    A class without labelled rows has no metrics and is excluded from the averages; without any
-    rows the result is empty. The precision of a class that is never predicted is 0.
+    A class without labelled rows has no metrics and is excluded from the averages; one with fewer
+    rows than `min_support` has only its support. Without any rows the result is empty. The
+    precision of a class that is never predicted is 0.
 
     Raises:
         DataError: a label is not an index into `class_names`.
@@ -97,10 +99,11 @@ def classification_metrics(
     }
     for i, class_index in enumerate(present):
         name = class_names[class_index]
-        result[f"precision/{name}"] = float(precision[i])
-        result[f"recall/{name}"] = float(recall[i])
-        result[f"f1/{name}"] = float(f1[i])
         result[f"support/{name}"] = float(support[i])
+        if support[i] >= min_support:
+            result[f"precision/{name}"] = float(precision[i])
+            result[f"recall/{name}"] = float(recall[i])
+            result[f"f1/{name}"] = float(f1[i])
     return result
 
 

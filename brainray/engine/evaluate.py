@@ -34,9 +34,8 @@ Metrics = dict[str, float]
 
 @dataclass(frozen=True)
 class Predictions:
-    """Predictions of a matching pair of encoder and mixture for N slices, ordered by key."""
+    """Predictions of a matching pair of encoder and mixture for N slices."""
 
-    keys: NDArray[np.int64]  # (N,)
     labels: NDArray[np.int64]  # (N,) UNLABELLED if unknown
     probabilities: NDArray[np.float32]  # (N, C) of the head
     responsibilities: NDArray[np.float32]  # (N, K) of the mixture
@@ -67,7 +66,6 @@ class Predictions:
     def select(self, mask: NDArray[np.bool_]) -> "Predictions":
         """The slices for which the mask (N,) is true."""
         return Predictions(
-            self.keys[mask],
             self.labels[mask],
             self.probabilities[mask],
             self.responsibilities[mask],
@@ -80,7 +78,7 @@ class Predictions:
 def gather_predictions(
     clusters: ClusterModel, z: Tensor, logits: Tensor, keys: Tensor, labels: Tensor
 ) -> Predictions:
-    """Predictions for the slices of all ranks, the same on every rank (collective).
+    """Predictions for the slices of all ranks, ordered by key, the same on every rank (collective).
 
     Args:
         clusters: mixture fitted on embeddings of the same encoder.
@@ -89,14 +87,12 @@ def gather_predictions(
         keys: (n,) int64.
         labels: (n,) int64.
     """
-    gathered_keys = dist.gather_rows(keys)
-    order = torch.argsort(gathered_keys)
+    order = torch.argsort(dist.gather_rows(keys))
 
     def gather(rows: Tensor) -> NDArray[np.float32]:
         return np.asarray(dist.gather_rows(rows.contiguous())[order].float().cpu().numpy())
 
     return Predictions(
-        keys=gathered_keys[order].cpu().numpy(),
         labels=dist.gather_rows(labels)[order].cpu().numpy(),
         probabilities=gather(logits.softmax(dim=1)),
         responsibilities=gather(clusters.responsibilities(z)),
@@ -134,24 +130,9 @@ def _accuracy_metrics(
     subset: str,
     predictor: str,
 ) -> Metrics:
-    figures = _reportable(classification_metrics(labels, predicted, classes), subset)
+    min_support = MIN_STRICT_SUPPORT if subset == "strict" else 1
+    figures = classification_metrics(labels, predicted, classes, min_support)
     return {f"test/{subset}/{predictor}/{name}": value for name, value in figures.items()}
-
-
-def _reportable(figures: Metrics, subset: str) -> Metrics:
-    """Drop strict metrics of classes that have too few slices."""
-    if subset != "strict":
-        return figures
-    small = {
-        name.removeprefix("support/")
-        for name, count in figures.items()
-        if name.startswith("support/") and count < MIN_STRICT_SUPPORT
-    }
-    return {
-        name: value
-        for name, value in figures.items()
-        if name.startswith("support/") or name.partition("/")[2] not in small
-    }
 
 
 def confusion_metrics(predictions: Predictions, classes: Sequence[str], prefix: str) -> Metrics:
@@ -324,10 +305,9 @@ def summarise(
 def _from_table(
     table: pa.Table, classes: Sequence[str], class_of_cluster: NDArray[np.int64]
 ) -> Predictions:
-    """Predictions of a table whose rows are labelled; keys are row numbers."""
+    """Predictions of a table whose rows are labelled."""
     index = {name: position for position, name in enumerate(classes)}
     return Predictions(
-        keys=np.arange(table.num_rows),
         labels=np.array([index[name] for name in table["label"].to_pylist()], dtype=np.int64),
         probabilities=matrix_of(table["probabilities"]),
         responsibilities=matrix_of(table["responsibilities"]),

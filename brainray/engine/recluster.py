@@ -29,9 +29,7 @@ class ClusterModel(nn.Module):
     centers: Tensor  # (K, E) float32, mu in the space of z
     class_of_cluster: Tensor  # (K,) int64
 
-    def __init__(
-        self, config: ClusteringConfig, embedding_dim: int, num_classes: int, seed: int
-    ) -> None:
+    def __init__(self, config: ClusteringConfig, embedding_dim: int) -> None:
         super().__init__()
         num_components = min(config.pca_dim, embedding_dim)
         self.pca = PCA(num_components)
@@ -41,7 +39,6 @@ class ClusterModel(nn.Module):
             max_iter=config.gmm_max_iter,
             tol=config.gmm_tol,
             reg_covar=config.reg_covar,
-            seed=seed,
         )
         self.register_buffer("centers", torch.zeros(config.num_clusters, embedding_dim))
         self.register_buffer(
@@ -110,15 +107,16 @@ def recluster(
             clustered.
     """
     check_num_clusters(config.num_clusters, num_classes, dist.count_across_ranks(len(z), z.device))
-    model = ClusterModel(config, z.shape[1], num_classes, seed).to(z.device)
+    model = ClusterModel(config, z.shape[1]).to(z.device)
     wide = z.double()
     reduced = model.pca.fit(wide).transform(wide)
-    centers = None if previous is None else model.pca.transform(previous.centers.double())
+    last = None
+    if previous is not None:
+        last = model.pca.transform(previous.centers.double()), previous.class_of_cluster
     if config.anchors == "labelled":
-        classes = None if previous is None else previous.class_of_cluster
-        start = _start_anchored(reduced, keys, labels, config, num_classes, seed, centers, classes)
+        start = _start_anchored(reduced, keys, labels, config, num_classes, seed, last)
     else:
-        start = _start_by_kmeans(reduced, keys, config, seed, centers)
+        start = _start_by_kmeans(reduced, keys, config, seed, last and last[0])
     model.gmm.fit(
         reduced,
         init_responsibilities=start.responsibilities,
@@ -135,7 +133,7 @@ def recluster(
     readable = labels >= 0
     if num_classes:
         model.class_of_cluster.copy_(
-            _classes_of(gamma[readable], labels[readable], num_classes, centers, wide[readable])
+            _classes_of(gamma[readable], wide[readable], labels[readable], num_classes, centers)
         )
     return Reclustering(
         model=model,
@@ -173,21 +171,22 @@ def recluster_in_health(
             did not help.
     """
     for reseed in (False, True):
-        found = None
+        usable = None  # a mixture with which the run could continue
         try:
             found = attempt(reseed)
             health = measure_health(z, found.responsibilities, previous_responsibilities)
+            usable = found, health
             check_collapse(health, config.max_cluster_share, config.min_spread, remedy)
         except ClusteringError as problem:
             collapse = f"{where}{', also after reseeding' if reseed else ''}: {problem}"
         else:
             return found, health, False
-        if config.on_collapse == "stop" or (found is None and config.on_collapse == "warn"):
-            break  # without a fitted mixture the run cannot continue
+        if config.on_collapse == "stop" or (config.on_collapse == "warn" and usable is None):
+            break
         if dist.rank() == 0:
             log(f"{config.on_collapse}: {collapse}")
-        if found is not None and config.on_collapse == "warn":
-            return found, health, True
+        if config.on_collapse == "warn" and usable is not None:
+            return *usable, True
     raise ClusteringError(collapse)
 
 
@@ -209,7 +208,7 @@ def _start_by_kmeans(
         max_iter=config.kmeans_max_iter,
         seed=seed,
         num_init=1 if centers is not None else _INITIAL_RESTARTS,
-    ).to(reduced.device)
+    )
     kmeans.fit(reduced, row_keys=keys, init_centers=centers)
     hard = nn.functional.one_hot(kmeans.predict(reduced), config.num_clusters).double()
     return _Start(hard, None, int(kmeans.n_iter_), int(kmeans.num_reseeded_))
@@ -222,36 +221,38 @@ def _start_anchored(
     config: ClusteringConfig,
     num_classes: int,
     seed: int,
-    centers: Tensor | None,
-    class_of_cluster: Tensor | None,
+    last: tuple[Tensor, Tensor] | None,
 ) -> _Start:
     """Assign each slice to the nearest centre, and labelled slices to one of their class.
 
-    The centres are those of the last epoch. In the first epoch they are the class means or, with
-    more clusters than classes, those of K-means. K-means does not iterate afterwards, so that a
-    cluster cannot drift from class to class.
+    The centres (K, P) and their classes (K,) are those of the ``last`` epoch. In the first epoch
+    they are the class means or, with more clusters than classes, those of K-means. K-means does not
+    iterate afterwards, so that a cluster cannot drift from class to class.
     """
     readable = labels >= 0
-    begun = _Start(reduced.new_empty(0), None)
-    if centers is None and config.num_clusters == num_classes:
-        centers = _class_means(reduced[readable], labels[readable], num_classes)
+    known = reduced[readable], labels[readable]
+    kmeans = None
+    if last is not None:
+        centers, class_of_cluster = last
+    elif config.num_clusters == num_classes:
+        centers = _class_means(*known, num_classes)
         class_of_cluster = torch.arange(num_classes, device=labels.device)
-    elif centers is None or class_of_cluster is None:
-        begun = _start_by_kmeans(reduced, keys, config, seed, None)
-        centers = weighted_means(reduced, begun.responsibilities)
-        votes = begun.responsibilities[readable]
-        class_of_cluster = _classes_of(
-            votes, labels[readable], num_classes, centers, reduced[readable]
-        )
+    else:
+        kmeans = _start_by_kmeans(reduced, keys, config, seed, None)
+        centers = weighted_means(reduced, kmeans.responsibilities)
+        votes = kmeans.responsibilities[readable]
+        class_of_cluster = _classes_of(votes, *known, num_classes, centers)
     belongs = labels[:, None] == class_of_cluster
     allowed = belongs | ~belongs.any(dim=1, keepdim=True)  # also where a class has no cluster
     distances = torch.cdist(reduced, centers).masked_fill(~allowed, torch.inf)
     hard = nn.functional.one_hot(distances.argmin(dim=1), config.num_clusters).double()
-    return begun._replace(responsibilities=hard, allowed=allowed)
+    if kmeans is None:
+        return _Start(hard, allowed)
+    return kmeans._replace(responsibilities=hard, allowed=allowed)
 
 
 def _classes_of(
-    assignments: Tensor, labels: Tensor, num_classes: int, centers: Tensor, z: Tensor
+    assignments: Tensor, z: Tensor, labels: Tensor, num_classes: int, centers: Tensor
 ) -> Tensor:
     """(K,) int64 class of each cluster, from labelled rows z (m, E) and labels (m,) only."""
     means = _class_means(z, labels, num_classes)

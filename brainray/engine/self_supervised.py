@@ -188,18 +188,10 @@ def changed_share(before: Tensor, after: Tensor) -> float:
     return float(num_changed / num_rows)
 
 
-@dataclass(frozen=True)
-class Convergence:
-    """Stopping criterion of refinement."""
-
-    tolerance: float
-    patience: int
-    max_rounds: int
-
-    def is_reached(self, changes: list[float]) -> bool:
-        """Whether the changed shares of the last ``patience`` rounds are within the tolerance, or
-        ``max_rounds`` is reached.
-        """
-        settled = changes[-self.patience :]
-        calm = len(settled) == self.patience and max(settled) <= self.tolerance
-        return calm or len(changes) >= self.max_rounds
+def is_refined(changes: list[float], config: SelfSupervisionConfig) -> bool:
+    """Whether refinement ends: the changed shares of the last ``patience`` rounds are within the
+    tolerance, or ``max_rounds`` is reached.
+    """
+    last = changes[-config.patience :]
+    is_settled = len(last) == config.patience and max(last) <= config.tolerance
+    return is_settled or len(changes) >= config.max_rounds

@@ -98,9 +98,7 @@ def restore_checkpoint(saved: dict[str, Any], where: str) -> Checkpoint:
         raise CheckpointError(f"{where} is not a {_FORMAT} file")
     config = parse_config(saved["config"])
     encoder = Encoder(config.encoder.name, len(saved["classes"]))
-    clusters = ClusterModel(
-        config.clustering, encoder.embedding_dim, len(saved["classes"]), config.seed
-    )
+    clusters = ClusterModel(config.clustering, encoder.embedding_dim)
     try:
         encoder.load_state_dict(saved["encoder"])
         clusters.load_state_dict(saved["clusters"])

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from brainray.models.consistency import ConsistencyObjective
-from brainray.models.objective import StepOutputs, StepSizes, StepTargets
+from brainray.models.objective import StepOutputs, StepTargets
 from brainray.models.prototype import PrototypeObjective
 
 
@@ -16,8 +16,7 @@ class AnchoredObjective:
     consistency: ConsistencyObjective
     prototype: PrototypeObjective
 
-    def step_sizes(self, labelled: int, unlabelled: int) -> StepSizes:
-        return StepSizes(labelled, unlabelled)
+    uses_unlabelled = True
 
     def loss(self, outputs: StepOutputs, targets: StepTargets) -> dict[str, Tensor]:
         terms = self.consistency.loss(outputs, targets)

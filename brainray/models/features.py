@@ -17,6 +17,8 @@ PIXELS = "pixels"
 _NUM_IMAGENET_CLASSES = 1000
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")
+_WITHOUT_AUXILIARY = {"aux_logits": False, "init_weights": True}
+_OPTIONS = {"inception_v3": _WITHOUT_AUXILIARY, "googlenet": _WITHOUT_AUXILIARY}
 
 
 class FeatureEncoder(nn.Module):
@@ -113,7 +115,7 @@ def build_feature_encoder(
     check_encoder_name(name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = torchvision.models.get_model(name, weights=None, **_without_auxiliary(name))
+        network = torchvision.models.get_model(name, weights=None, **_OPTIONS.get(name, {}))
     last = _remove_last_layer(network, name)
     with_fast_small_maps(network)
     scale: tuple[Sequence[float], Sequence[float]] = ((pixel_mean,), (pixel_std,))
@@ -166,13 +168,6 @@ def num_features(encoder: FeatureEncoder, image_size: int) -> int:
             f"the encoder does not accept slices of {image_size} x {image_size} pixels ({reason}): "
             "change the feature's image_size (at least 75 for inception_v3, only 224 for vit_b_16)"
         ) from None
-
-
-def _without_auxiliary(name: str) -> dict[str, bool]:
-    return {"aux_logits": False, "init_weights": True} if name in _WITH_AUXILIARY else {}
-
-
-_WITH_AUXILIARY = {"inception_v3", "googlenet"}
 
 
 def _remove_last_layer(network: nn.Module, name: str) -> str:

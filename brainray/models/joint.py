@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from brainray.models.objective import StepOutputs, StepSizes, StepTargets
+from brainray.models.objective import StepOutputs, StepTargets
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,7 @@ class JointObjective:
 
     lambda_cluster: float
 
-    def step_sizes(self, labelled: int, unlabelled: int) -> StepSizes:
-        return StepSizes(labelled, unlabelled)
+    uses_unlabelled = True
 
     def loss(self, outputs: StepOutputs, targets: StepTargets) -> dict[str, Tensor]:
         cross_entropy = F.cross_entropy(outputs.labelled.logits, targets.labels)

@@ -1,4 +1,4 @@
-"""The protocol of objectives: the composition of a batch, and a loss of the encoder's outputs."""
+"""The protocol of objectives: a loss of the encoder's outputs for a batch."""
 
 from typing import NamedTuple, Protocol
 
@@ -41,8 +41,9 @@ class Objective(Protocol):
     minimises, is the loss of the global batch.
     """
 
-    def step_sizes(self, labelled: int, unlabelled: int) -> StepSizes:
-        """Numbers of slices that a step takes, from the configured batch sizes."""
+    @property
+    def uses_unlabelled(self) -> bool:
+        """Whether a step takes unlabelled slices; if not, it takes labelled ones in their place."""
         ...
 
     def loss(self, outputs: StepOutputs, targets: StepTargets) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from brainray.models.objective import StepOutputs, StepSizes, StepTargets
+from brainray.models.objective import StepOutputs, StepTargets
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,7 @@ class PrototypeObjective:
     lambda_cluster: float
     temperature: float
 
-    def step_sizes(self, labelled: int, unlabelled: int) -> StepSizes:
-        return StepSizes(labelled, unlabelled)
+    uses_unlabelled = True
 
     def loss(self, outputs: StepOutputs, targets: StepTargets) -> dict[str, Tensor]:
         cross_entropy = F.cross_entropy(outputs.labelled.logits, targets.labels)

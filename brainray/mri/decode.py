@@ -18,25 +18,10 @@ from brainray.mri.slices import (
     DecodedSlice,
     DecodeOptions,
     RejectedImage,
-    check_num_voxels,
-    check_size,
     replace_non_finite,
     to_uint8,
     volume_hash,
 )
-
-__all__ = [
-    "FORMATS",
-    "SUFFIXES",
-    "VERSION",
-    "DecodeOptions",
-    "DecodedSlice",
-    "RejectedImage",
-    "check_content",
-    "decode_file",
-    "looks_like_dicom",
-    "sniff",
-]
 
 VERSION = 1
 """Increased whenever files decode to different slices: slices of two versions are never mixed."""
@@ -221,7 +206,7 @@ def _decode_pages(
             continue
         _check_picture(picture, options)
         num_voxels += picture.width * picture.height
-        check_num_voxels(num_voxels, options.max_voxels)
+        options.check_num_voxels(num_voxels)
         images.append((f"frame={page}", _to_grayscale(picture)))
     if not images:
         raise RejectedImage("corrupt or truncated", "the TIFF has no full-resolution page")
@@ -238,7 +223,7 @@ def _is_preview(picture: Image.Image) -> bool:
 
 def _check_picture(picture: Image.Image, options: DecodeOptions) -> None:
     width, height = picture.size
-    check_size(height, width, min_side=options.min_side, max_pixels=options.max_pixels)
+    options.check_size(height, width)
 
 
 def _to_grayscale(picture: Image.Image) -> NDArray[np.uint8]:

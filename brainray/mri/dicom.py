@@ -10,8 +10,9 @@ import importlib.util
 import io
 import math
 import struct
+from collections.abc import Iterator
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,8 +40,6 @@ from brainray.mri.slices import (
     DecodeOptions,
     RejectedImage,
     Values,
-    check_num_voxels,
-    check_size,
     foreground_window,
     names_nobody,
     replace_non_finite,
@@ -49,9 +48,6 @@ from brainray.mri.slices import (
     to_uint8,
     volume_hash,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 _PIXEL_KEYWORDS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 _NO_SCANS = ("SEG", "RTDOSE")  # modalities whose pixels are drawn or computed
@@ -132,10 +128,10 @@ def _check_announced_size(dataset: Dataset, options: DecodeOptions) -> int:
     """Check the announced size against the limits and return the number of frames."""
     rows, columns = int(dataset.Rows), int(dataset.Columns)
     num_frames = int(dataset.get("NumberOfFrames") or 1)
-    check_size(rows, columns, min_side=options.min_side, max_pixels=options.max_pixels)
+    options.check_size(rows, columns)
     if num_frames < 1 or int(dataset.SamplesPerPixel) not in (1, 3):
         raise RejectedImage("corrupt or truncated", "impossible number of frames or samples")
-    check_num_voxels(rows * columns * num_frames, options.max_voxels)
+    options.check_num_voxels(rows * columns * num_frames)
     return num_frames
 
 
@@ -154,9 +150,7 @@ def _subject(dataset: Dataset, salt: bytes) -> str | None:
 # --- Pixels --------------------------------------------------------------------------------------
 
 
-def _frames(
-    dataset: FileDataset, num_frames: int
-) -> "Iterator[tuple[NDArray[Any], dict[str, Any]]]":
+def _frames(dataset: FileDataset, num_frames: int) -> Iterator[tuple[NDArray[Any], dict[str, Any]]]:
     """Frames (H, W) or (H, W, 3), each with its pydicom properties."""
     syntax = UID(dataset.file_meta.TransferSyntaxUID)
     plugin = ""

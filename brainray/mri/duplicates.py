@@ -15,9 +15,10 @@ affects the result.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import faiss
 import numpy as np
@@ -105,15 +106,17 @@ class Twins:
         """
         better = second.is_upright & ~self.is_upright[rows]
         better |= (second.reference >= 0) & (self.reference[rows] < 0)
-        reference, kind, similarity = (
-            self.reference.copy(),
-            self.kind.copy(),
-            self.similarity.copy(),
+
+        def merged(mine: NDArray[Any], theirs: NDArray[Any]) -> NDArray[Any]:
+            mine = mine.copy()
+            mine[rows[better]] = theirs[better]
+            return mine
+
+        return Twins(
+            merged(self.reference, second.reference),
+            merged(self.kind, second.kind),
+            merged(self.similarity, second.similarity),
         )
-        reference[rows[better]] = second.reference[better]
-        kind[rows[better]] = second.kind[better]
-        similarity[rows[better]] = second.similarity[better]
-        return Twins(reference, kind, similarity)
 
 
 @dataclass(frozen=True)
@@ -242,7 +245,9 @@ def most_similar(
         return np.full(len(queries), -1, np.float32), np.full(len(queries), -1, np.int64)
     best = [np.empty(0, np.float32)]
     index = [np.empty(0, np.int64)]
-    for _, correlation in _correlation_blocks(queries, references):
+    columns = standardise(references).T
+    for start in range(0, len(queries), _BLOCK_ROWS):
+        correlation = standardise(queries[start : start + _BLOCK_ROWS]) @ columns
         nearest = correlation.argmax(axis=1)
         index.append(nearest.astype(np.int64))
         best.append(np.take_along_axis(correlation, nearest[:, None], axis=1)[:, 0])
@@ -261,16 +266,6 @@ def standardise(thumbnails: NDArray[np.uint8]) -> NDArray[np.float32]:
     values -= values.mean(axis=1, keepdims=True)
     length = np.linalg.norm(values, axis=1, keepdims=True)
     return np.divide(values, length, out=np.zeros_like(values), where=length > 0)
-
-
-def _correlation_blocks(
-    queries: NDArray[np.uint8], references: NDArray[np.uint8]
-) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    """(first query row, correlations of a block of queries with all references)."""
-    standard_queries, standard_references = standardise(queries), standardise(references)
-    for start in range(0, len(queries), _BLOCK_ROWS):
-        block = standard_queries[start : start + _BLOCK_ROWS]
-        yield start, block @ standard_references.T
 
 
 def distinct_rows(fingerprints: Rows) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -18,7 +18,6 @@ from brainray.mri.slices import (
     DecodeOptions,
     RejectedImage,
     Values,
-    check_num_voxels,
     foreground_threshold,
     foreground_window,
     replace_non_finite,
@@ -124,7 +123,7 @@ def _read_layout(content: bytes, options: DecodeOptions, maps: bool) -> _Layout:
     if min(shape) < 1:
         raise RejectedImage("corrupt or truncated", "no voxels")
     num_voxels = math.prod(shape)
-    check_num_voxels(num_voxels, options.max_voxels)
+    options.check_num_voxels(num_voxels)
     offset = int(header.get_data_offset())
     if not header.single_vox_offset <= offset <= _MAX_EXTENSION_BYTES:
         raise RejectedImage("corrupt or truncated", "voxels outside the file")

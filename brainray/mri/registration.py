@@ -64,30 +64,6 @@ class Alignment:
         return Alignment(self.frame[chosen], self.gain[chosen], self.bias[chosen])
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Remaining differences of aligned pairs; all (P,) float32."""
-
-    agreement: Tensor
-    """Correlation of local structure in the neighbourhoods where it is lowest; at most 1."""
-    movement: Tensor
-    """Largest displacement of a frame's corner, in pixels."""
-    clipping: Tensor
-    """Grey values by which the intensity ranges of the two slices differ at black or white."""
-
-    def similarity(self) -> Tensor:
-        """Agreement (P,), corrected for the effect of movement and clipping on copies; at most 1.
-
-        The residual, 1 - agreement, of a copy grows by about exp(0.8) when it is resampled off
-        the pixel grid and by up to exp(1.75) with lost intensities (from a logistic fit on real
-        slices, copies versus neighbouring slices). Neighbouring slices hardly move, so they get
-        almost no allowance for movement.
-        """
-        allowance = 0.8 * self.movement.clamp_max(1.0)
-        allowance = allowance + 1.75 * self.clipping.clamp_max(_CLIPPING_RANGE) / _CLIPPING_RANGE
-        return 1.0 - (1.0 - self.agreement) * torch.exp(-allowance)
-
-
 def similarity(fixed: Tensor, moving: Tensor) -> Tensor:
     """(P,) similarity of pairs (P, 96, 96) of grey values after alignment; at most 1.
 
@@ -100,11 +76,11 @@ def similarity(fixed: Tensor, moving: Tensor) -> Tensor:
         small_fixed, small_moving = shrink(fixed[alive], side), shrink(moving[alive], side)
         alignment = align(small_fixed, small_moving, alignment, num_steps=num_steps)
         if least is not None:
-            keep = compare(small_fixed, small_moving, alignment).similarity() >= least
+            keep = compare(small_fixed, small_moving, alignment) >= least
             alive, alignment = alive[keep], alignment[keep]
             if not len(alive):
                 return result
-    result[alive] = compare(fixed[alive], moving[alive], alignment).similarity()
+    result[alive] = compare(fixed[alive], moving[alive], alignment)
     return result
 
 
@@ -167,12 +143,17 @@ def match_intensities(fixed: Tensor, moving: Tensor) -> Alignment:
     return Alignment(frame=unmoved.frame, gain=gain, bias=mean_fixed - gain * mean_moving)
 
 
-def compare(fixed: Tensor, moving: Tensor, alignment: Alignment) -> Comparison:
-    """Compare aligned pairs (P, S, S) by their local structure.
+def compare(fixed: Tensor, moving: Tensor, alignment: Alignment) -> Tensor:
+    """Similarity (P,) of aligned pairs (P, S, S) by their local structure; at most 1.
 
     Both slices are band-passed and correlated in Gaussian neighbourhoods. The agreement is the 5 %
     quantile over the neighbourhoods with structure, as a neighbouring slice is similar nearly
     everywhere but not everywhere. Pairs with too little structure get an agreement of 0.
+
+    The residual, 1 - agreement, of a copy grows by about exp(0.8) when it is resampled off the
+    pixel grid and by up to exp(1.75) with lost intensities (from a logistic fit on real slices,
+    copies versus neighbouring slices), which the similarity allows for. Neighbouring slices hardly
+    move, so they get almost no allowance for movement.
     """
     side = fixed.shape[-1]
     fixed, warped, weight = _comparable(fixed, moving, alignment)
@@ -195,13 +176,15 @@ def compare(fixed: Tensor, moving: Tensor, alignment: Alignment) -> Comparison:
     ranked = torch.where(usable, agreement, torch.inf).sort(dim=1).values
     rank = (_WEAKEST_SHARE * num_usable).long()
     weakest = ranked.gather(1, rank[:, None])[:, 0]
-    return Comparison(
-        agreement=torch.where(num_usable >= _MIN_NEIGHBOURHOODS, weakest, 0.0),
-        movement=_movement(alignment.frame) * side / 2,
-        clipping=torch.maximum(
-            alignment.bias.abs(), (255.0 * alignment.gain + alignment.bias - 255.0).abs()
-        ),
+    agreement = torch.where(num_usable >= _MIN_NEIGHBOURHOODS, weakest, 0.0)
+    pixels_moved = _movement(alignment.frame) * side / 2
+    # Grey values by which the intensity ranges of the two slices differ at black or white.
+    clipping = torch.maximum(
+        alignment.bias.abs(), (255.0 * alignment.gain + alignment.bias - 255.0).abs()
     )
+    allowance = 0.8 * pixels_moved.clamp_max(1.0)
+    allowance = allowance + 1.75 * clipping.clamp_max(_CLIPPING_RANGE) / _CLIPPING_RANGE
+    return 1.0 - (1.0 - agreement) * torch.exp(-allowance)
 
 
 def shrink(pictures: Tensor, side: int) -> Tensor:

@@ -68,6 +68,29 @@ class DecodeOptions:
         if not self.salt:
             raise ValueError("salt must not be empty: patient IDs are easily guessed")
 
+    def check_size(self, height: int, width: int) -> None:
+        """Reject a slice that is too small, too large or too elongated.
+
+        Raises:
+            RejectedImage: with the reason.
+        """
+        size = f"{width} x {height} pixels"
+        if height * width > self.max_pixels:
+            raise RejectedImage("too large", f"{size}, limit {self.max_pixels}")
+        if min(height, width) < max(self.min_side, 1):
+            raise RejectedImage("too small", f"{size}, shortest side {self.min_side}")
+        if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+            raise RejectedImage("too elongated", size)
+
+    def check_num_voxels(self, num_voxels: int) -> None:
+        """Reject a file with too many voxels before it is decoded.
+
+        Raises:
+            RejectedImage: the file announces more voxels than the limit.
+        """
+        if num_voxels > self.max_voxels:
+            raise RejectedImage("too large", f"{num_voxels} voxels, limit {self.max_voxels}")
+
 
 @dataclass(frozen=True)
 class DecodedSlice:
@@ -79,30 +102,6 @@ class DecodedSlice:
     """Position in its file, counted from 0, such as ``frame=3``; empty if it is the only slice."""
     subject_id: str | None = None
     """Keyed hash of the patient or the volume; None if the file identifies neither."""
-
-
-def check_size(height: int, width: int, *, min_side: int, max_pixels: int) -> None:
-    """Reject a slice that is too small, too large or too elongated.
-
-    Raises:
-        RejectedImage: with the reason.
-    """
-    if height * width > max_pixels:
-        raise RejectedImage("too large", f"{width} x {height} pixels, limit {max_pixels}")
-    if min(height, width) < max(min_side, 1):
-        raise RejectedImage("too small", f"{width} x {height} pixels, shortest side {min_side}")
-    if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
-        raise RejectedImage("too elongated", f"{width} x {height} pixels")
-
-
-def check_num_voxels(num_voxels: int, max_voxels: int) -> None:
-    """Reject a file with too many voxels before it is decoded.
-
-    Raises:
-        RejectedImage: the file announces more voxels than the limit.
-    """
-    if num_voxels > max_voxels:
-        raise RejectedImage("too large", f"{num_voxels} voxels, limit {max_voxels}")
 
 
 STUDY_PREFIX = "study-"
@@ -200,7 +199,7 @@ def to_square_pixels(
         if max(spacing) > SQUARE_PIXEL_TOLERANCE * finest:
             height = round(height * row_distance / finest)
             width = round(width * column_distance / finest)
-    check_size(height, width, min_side=options.min_side, max_pixels=options.max_pixels)
+    options.check_size(height, width)
     if (height, width) == image.shape:
         return image
     return np.asarray(cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR))

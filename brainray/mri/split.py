@@ -120,6 +120,16 @@ def draw_roles(
             without_label = LEFT_OUT if validates[own] else UNLABELLED_ROLE
             for index in group.slices:
                 roles[index] = without_label if labels[index] is None else role
+    _check_every_class(labels, roles)
+    if leave_out_kin:
+        validated = {own for own, role in zip(kin, roles, strict=True) if role == VALIDATION}
+        for index, own in enumerate(kin):
+            if own in validated and roles[index] == UNLABELLED_ROLE:
+                roles[index] = LEFT_OUT
+    return roles
+
+
+def _check_every_class(labels: Sequence[str | None], roles: Sequence[str]) -> None:
     for name in sorted(set(labels) - {None}, key=str):
         drawn = {role for role, label in zip(roles, labels, strict=True) if label == name}
         if not {LABELLED, VALIDATION} <= drawn:
@@ -128,12 +138,6 @@ def draw_roles(
                 "validation: raise split.labelled_fraction, label more subjects or try another "
                 "split.seed"
             )
-    if leave_out_kin:
-        validated = {own for own, role in zip(kin, roles, strict=True) if role == VALIDATION}
-        for index, own in enumerate(kin):
-            if own in validated and roles[index] == UNLABELLED_ROLE:
-                roles[index] = LEFT_OUT
-    return roles
 
 
 def inherited_labels(

@@ -32,7 +32,6 @@ CLASS_OF_CLUSTER = np.array([1, 0])  # cluster 0 stands for b, cluster 1 for a
 def predictions() -> Predictions:
     eye = np.eye(2, dtype=np.float32)
     return Predictions(
-        keys=np.arange(5),
         labels=np.array(LABELS),
         probabilities=0.8 * eye[HEAD] + 0.1,
         responsibilities=eye[CLUSTERS],
@@ -195,7 +194,6 @@ def test_predictions_come_in_the_order_of_their_keys() -> None:
     model = recluster(z, torch.arange(30), labels, config=config, num_classes=2, seed=0).model
     keys = torch.arange(30).flip(0)
     found = gather_predictions(model, z, torch.zeros(30, 2), keys, labels)
-    np.testing.assert_array_equal(found.keys, np.arange(30))
     np.testing.assert_array_equal(found.labels, labels.flip(0).numpy())
     np.testing.assert_allclose(found.embeddings, z.flip(0).numpy())
 
@@ -234,9 +232,9 @@ def test_a_rare_class_makes_the_score_less_certain() -> None:
         probabilities = np.eye(4, dtype=np.float32)[labels]
         probabilities[len(labels) - num_wrong :] = [1, 0, 0, 0]
         nobody = np.zeros((len(labels), 4), np.float32)
-        keys, classes = np.arange(len(labels)), np.arange(4)
+        classes = np.arange(4)
         return validation_metrics(
-            Predictions(keys, labels, probabilities, nobody, classes, nobody[:, 0], nobody)
+            Predictions(labels, probabilities, nobody, classes, nobody[:, 0], nobody)
         )
 
     sure, less = metrics(0), metrics(1)

@@ -27,7 +27,7 @@ SIZE = 128  # pixels
 
 def checkpoint_of(encoder: Encoder, num_classes: int) -> Checkpoint:
     config = Config()
-    clusters = ClusterModel(config.clustering, encoder.embedding_dim, num_classes, 0)
+    clusters = ClusterModel(config.clustering, encoder.embedding_dim)
     assert isinstance(clusters.gmm, GaussianMixture)
     names = [f"class{number}" for number in range(num_classes)]
     return Checkpoint(config, names, PixelScale(0.3, 0.2), 1, encoder, clusters)

@@ -12,13 +12,13 @@ from brainray.config import (
 )
 from brainray.engine.recipe import build_optimizer
 from brainray.engine.self_supervised import (
-    Convergence,
     Groups,
     SoftTargets,
     build_pretext,
     changed_share,
     cluster_without_labels,
     embed_slices,
+    is_refined,
     plan_steps,
     pretext_epoch,
 )
@@ -175,12 +175,12 @@ def test_an_epoch_is_one_pass_in_equal_steps() -> None:
 
 
 def test_refinement_ends_when_calm_for_as_long_as_asked_or_at_the_limit() -> None:
-    convergence = Convergence(tolerance=0.05, patience=2, max_rounds=5)
-    assert not convergence.is_reached([])
-    assert not convergence.is_reached([0.01])
-    assert not convergence.is_reached([0.04, 0.2, 0.01])
-    assert convergence.is_reached([0.3, 0.05, 0.01])
-    assert convergence.is_reached([0.5] * 5)
+    config = SelfSupervisionConfig(tolerance=0.05, patience=2, max_rounds=5)
+    assert not is_refined([], config)
+    assert not is_refined([0.01], config)
+    assert not is_refined([0.04, 0.2, 0.01], config)
+    assert is_refined([0.3, 0.05, 0.01], config)
+    assert is_refined([0.5] * 5, config)
 
 
 def test_changed_assignments_are_counted() -> None:

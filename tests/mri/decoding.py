@@ -1,6 +1,6 @@
 """Options for tests of decoding: small limits, so that small files reach them."""
 
-from brainray.mri.decode import DecodeOptions
+from brainray.mri.slices import DecodeOptions
 
 OPTIONS = DecodeOptions(
     min_side=16,

@@ -14,15 +14,8 @@ import pytest
 from PIL import Image, ImageOps, TiffImagePlugin
 
 from brainray.mri import decode
-from brainray.mri.decode import (
-    DecodedSlice,
-    DecodeOptions,
-    RejectedImage,
-    check_content,
-    decode_file,
-    looks_like_dicom,
-    sniff,
-)
+from brainray.mri.decode import check_content, decode_file, looks_like_dicom, sniff
+from brainray.mri.slices import DecodedSlice, DecodeOptions, RejectedImage
 from tests.mri.decoding import OPTIONS
 
 RAMP = np.tile(np.arange(64, dtype=np.uint8) * 4, (48, 1))  # (48, 64)

@@ -17,7 +17,8 @@ from pydicom import uid
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 
-from brainray.mri.decode import DecodedSlice, DecodeOptions, RejectedImage, decode_file, sniff
+from brainray.mri.decode import decode_file, sniff
+from brainray.mri.slices import DecodedSlice, DecodeOptions, RejectedImage
 from tests.mri import decoding
 
 OPTIONS = dataclasses.replace(decoding.OPTIONS, max_voxels=2_000_000)

@@ -11,7 +11,8 @@ import nibabel
 import numpy as np
 import pytest
 
-from brainray.mri.decode import DecodedSlice, DecodeOptions, RejectedImage, decode_file
+from brainray.mri.decode import decode_file
+from brainray.mri.slices import DecodedSlice, DecodeOptions, RejectedImage
 from tests.mri import decoding
 
 OPTIONS = dataclasses.replace(decoding.OPTIONS, min_side=8)

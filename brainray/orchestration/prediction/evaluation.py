@@ -18,9 +18,9 @@ from brainray.engine.evaluate import Metrics, summarise
 from brainray.engine.slice_model import stored_pixels
 from brainray.errors import ConfigError, DataError
 from brainray.log import log
-from brainray.mri.decode import RejectedImage
 from brainray.mri.groups import joint_groups
 from brainray.mri.leakage import Fingerprints, exposure
+from brainray.mri.slices import RejectedImage
 from brainray.orchestration.lock import held
 from brainray.orchestration.prediction.inference import (
     Predictor,

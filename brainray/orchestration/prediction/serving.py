@@ -15,7 +15,7 @@ from brainray import layout
 from brainray.engine.export import load_safetensors
 from brainray.engine.slice_model import Reference, SliceModel
 from brainray.errors import BrainrayError
-from brainray.mri.decode import RejectedImage
+from brainray.mri.slices import RejectedImage
 from brainray.orchestration.preprocessing.preparation import (
     DECODED,
     UNREADABLE,

@@ -8,8 +8,9 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from brainray.config import PreprocessConfig
-from brainray.mri.decode import RejectedImage, decode_file
+from brainray.mri.decode import decode_file
 from brainray.mri.skull_strip import StrippedSlice
+from brainray.mri.slices import RejectedImage
 from brainray.orchestration.preprocessing.plan import StorePlan
 from brainray.orchestration.preprocessing.preparation import decode_options, read_file, strip
 from brainray.orchestration.preprocessing.source import FoundFile

@@ -16,17 +16,17 @@ from brainray import schema
 from brainray.config import PreprocessConfig
 from brainray.errors import ConfigError, DataError
 from brainray.mri import resize
-from brainray.mri.decode import (
-    DecodedSlice,
-    DecodeOptions,
-    RejectedImage,
-    check_content,
-    decode_file,
-)
+from brainray.mri.decode import check_content, decode_file
 from brainray.mri.identity import content_hash, sample_id
 from brainray.mri.intracranial import MIN_CONFIDENCE, intracranial_mask
 from brainray.mri.skull_strip import StrippedSlice, apply_mask, otsu_mask, without_frame
-from brainray.mri.slices import STUDY_PREFIX, subject_hash
+from brainray.mri.slices import (
+    STUDY_PREFIX,
+    DecodedSlice,
+    DecodeOptions,
+    RejectedImage,
+    subject_hash,
+)
 from brainray.orchestration.preprocessing.source import FoundFile, SourceFile
 from brainray.storage import Folder
 

@@ -19,8 +19,8 @@ import ray
 
 from brainray.config import PreprocessConfig
 from brainray.errors import DataError
-from brainray.mri.decode import RejectedImage
 from brainray.mri.identity import content_hash
+from brainray.mri.slices import RejectedImage
 from brainray.orchestration.preprocessing.preparation import (
     DECODED,
     LIGHT_COLUMNS,

@@ -24,13 +24,13 @@ from brainray.config_text import parse_config
 from brainray.engine.recipe import agreed_precision, build_optimizer, resume_schedule
 from brainray.engine.recluster import ClusterModel, Reclustering, recluster_in_health
 from brainray.engine.self_supervised import (
-    Convergence,
     Groups,
     SoftTargets,
     build_pretext,
     changed_share,
     cluster_without_labels,
     embed_slices,
+    is_refined,
     plan_steps,
     pretext_epoch,
 )
@@ -159,9 +159,6 @@ class _Learner:
 
     def _refine(self) -> None:
         """Cluster and train on the clusters in turn until few slices change their cluster."""
-        convergence = Convergence(
-            self.settings.tolerance, self.settings.patience, self.settings.max_rounds
-        )
         z = self._embed()
         if self.clusters is None:
             found = cluster_without_labels(
@@ -172,7 +169,7 @@ class _Learner:
         else:  # saved encoder and clusters match: they give the same responsibilities again
             responsibilities = self.clusters.responsibilities(z)
         changes = [row["changed_share"] for row in self.history]
-        while not convergence.is_reached(changes):
+        while not is_refined(changes, self.settings):
             started = time.monotonic()
             number = len(changes) + 1
             losses = self._train_round(number, SoftTargets(responsibilities, self.clusters.centers))
@@ -308,7 +305,7 @@ class _Learner:
         self.history = state["history"]
         if state["clusters"] is not None:
             embedding_dim = state["clusters"]["centers"].shape[1]
-            clusters = ClusterModel(self.config.clustering, embedding_dim, 0, self.seed)
+            clusters = ClusterModel(self.config.clustering, embedding_dim)
             clusters.load_state_dict(state["clusters"])
             self.clusters = clusters.to(self.device)
         with raise_on_all_ranks(self.device):

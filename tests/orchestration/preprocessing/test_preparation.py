@@ -9,8 +9,8 @@ import pytest
 
 from brainray.config import PreprocessConfig
 from brainray.errors import ConfigError, DataError
-from brainray.mri.decode import RejectedImage
 from brainray.mri.resize import auto_gamma, min_max
+from brainray.mri.slices import RejectedImage
 from brainray.orchestration.preprocessing.preparation import (
     preprocess_file,
     read_file,

@@ -11,8 +11,8 @@ import pytest
 
 from brainray.config import PreprocessConfig
 from brainray.errors import DataError
-from brainray.mri.decode import RejectedImage
 from brainray.mri.identity import content_hash
+from brainray.mri.slices import RejectedImage
 from brainray.orchestration.preprocessing import slice_tasks
 from brainray.orchestration.preprocessing.preparation import SLICES, read_file
 from brainray.orchestration.preprocessing.slice_tasks import _decoded, _read_ahead, _write_part

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from brainray.errors import DataError
-from brainray.mri.decode import RejectedImage
+from brainray.mri.slices import RejectedImage
 from brainray.orchestration.preprocessing.preparation import read_file
 from brainray.orchestration.preprocessing.source import FoundFile, files_of_tasks, list_source
 from brainray.storage import Folder
