@@ -1,6 +1,7 @@
 """Evaluation of a run on raw class folders, using the same code path as prediction."""
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from brainray import layout
-from brainray.config import Config
+from brainray.config import Config, PreprocessConfig
 from brainray.config_text import parse_yaml, to_yaml
 from brainray.engine.evaluate import Metrics, summarise
 from brainray.engine.slice_model import stored_pixels
@@ -105,16 +106,9 @@ def _evaluate(
         f"evaluating {predictor.folder} (epoch {checkpoint.epoch}) on {len(files)} files"
         f"{told}{listing.remarks}"
     )
-    rows = _predict_files(files, config, predictor)
-    rejected = rows.filter(pc.is_valid(rows["reason"])).select(REJECTED.names).cast(REJECTED)
-    accepted = rows.filter(pc.is_null(rows["reason"]))
-    reasons = Counter(rejected["reason"].to_pylist()).most_common(3)
-    commonest = ", ".join(f"{reason} ({count})" for reason, count in reasons)
-    if accepted.num_rows == 0:
-        raise DataError(f"none of the {len(files)} files in {config.source} is usable: {commonest}")
-    if rejected.num_rows:
-        log(f"{rejected.num_rows} files or slices could not be used: {commonest}")
-    predictions, twins = _with_subsets(accepted, config, predictor)
+    accepted, rejected = _by_usability(_predict_files(files, config, predictor), config)
+    known = groups_of_test_slices(predictor.run_folder)
+    predictions, twins = _with_subsets(accepted, config, predictor, known)
     metrics = summarise(
         predictions,
         seen,
@@ -122,7 +116,7 @@ def _evaluate(
         checkpoint.clusters.class_of_cluster.numpy(),
         num_resamples=config.evaluation.bootstrap_resamples,
         seed=config.seed,
-        groups=_groups(accepted, predictor),
+        groups=_groups(accepted, predictor.preprocess, known),
         temperature=predictor.temperature(),
     )
     metrics |= {
@@ -161,10 +155,11 @@ def _evaluate(
 
 
 def _with_subsets(
-    accepted: pa.Table, config: Config, predictor: Predictor
+    accepted: pa.Table, config: Config, predictor: Predictor, known: Mapping[str, str]
 ) -> tuple[pa.Table, dict[str, list[dict[str, Any]]] | None]:
     """PREDICTIONS with the ``clean`` and ``strict`` columns filled; and, by level, the slices
-    with a match in the run's data. None if there is no record of that data.
+    with a match in the run's data. None if there is no record of that data. Slices that are not
+    ``known`` test slices of the run are from elsewhere.
     """
     predictions = accepted.select(PREDICTIONS.names).cast(PREDICTIONS)
     seen = seen_rows(predictor.run_folder)
@@ -172,7 +167,6 @@ def _with_subsets(
         log(f"no record of what {predictor.folder} was trained on: no slice is marked as clean")
         return predictions, None
     asked = Fingerprints.of(with_comparable_names(accepted, config, predictor))
-    known = groups_of_test_slices(predictor.run_folder)
     from_elsewhere = np.array([identity not in known for identity in asked.sample_ids], np.bool_)
     exposed = exposure(
         asked, Fingerprints.of(seen), predictor.preprocess, from_elsewhere=from_elsewhere
@@ -218,17 +212,31 @@ def _updated(section: Section, other: Section, *names: str) -> Section:
     return section.model_copy(update={name: getattr(other, name) for name in names})
 
 
-def _groups(accepted: pa.Table, predictor: Predictor) -> dict[str, str]:
-    """Groups of slices that are resampled together for intervals: from the run for its own test
-    slices, otherwise also by image similarity and by subject.
+def _by_usability(rows: pa.Table, config: Config) -> tuple[pa.Table, pa.Table]:
+    """Predictions, and ``REJECTED`` rows of what could not be used."""
+    rejected = rows.filter(pc.is_valid(rows["reason"])).select(REJECTED.names).cast(REJECTED)
+    accepted = rows.filter(pc.is_null(rows["reason"]))
+    reasons = Counter(rejected["reason"].to_pylist()).most_common(3)
+    commonest = ", ".join(f"{reason} ({count})" for reason, count in reasons)
+    if accepted.num_rows == 0:
+        raise DataError(f"none of the files in {config.source} is usable: {commonest}")
+    if rejected.num_rows:
+        log(f"{rejected.num_rows} files or slices could not be used: {commonest}")
+    return accepted, rejected
+
+
+def _groups(
+    accepted: pa.Table, preprocess: PreprocessConfig, known: Mapping[str, str]
+) -> Mapping[str, str]:
+    """Groups of slices that are resampled together for intervals: as ``known`` for the run's own
+    test slices, otherwise also by image similarity and by subject.
     """
-    known = groups_of_test_slices(predictor.run_folder)
     ids = accepted["sample_id"].to_pylist()
     as_known = [known.get(identity) for identity in ids]
     if None not in as_known:
         return known
     # The run's own test slices may be among them, and others may be copies of these.
-    found = group_strangers(accepted, predictor.preprocess)
+    found = group_strangers(accepted, preprocess)
     _log_conflicts(found.copies, accepted["label"].to_pylist())
     return dict(zip(ids, joint_groups(found.dependent, as_known), strict=True))
 

@@ -99,15 +99,9 @@ def group_strangers(accepted: pa.Table, preprocess: PreprocessConfig) -> Strange
     pairs = _near_duplicates(accepted, looks, preprocess)
     near = pairs.of_kind(COPY)
     copies = connected_groups(ids, near.first, near.second)
-    nameless = np.array([row for row, name in enumerate(subjects) if name is None], np.int64)
-    if len(nameless) and preprocess.subject.estimate:
-        estimated = estimate_subjects(
-            SelectedRows(looks, nameless),
-            [ids[row] for row in nameless],
-            [copies[row] for row in nameless],
-            preprocess.subject,
-        )
-        for row, name in zip(nameless, estimated, strict=True):
+    nameless = [row for row, name in enumerate(subjects) if name is None]
+    if preprocess.subject.estimate:
+        for row, name in _estimated(nameless, ids, looks, copies, preprocess).items():
             subjects[row] = name
     also_turned = connected_groups(ids, pairs.first, pairs.second)
     return StrangerGroups(copies, joint_groups(also_turned, subjects))
@@ -142,9 +136,49 @@ def _subjects(
 ) -> tuple[list[str | None], list[str | None]]:
     """Subject of each slice and its source: the labels table, the header, or an estimate.
 
+    A slice without metadata keeps its subject from an earlier estimate.
+    """
+    ids = accepted["sample_id"].to_pylist()
+    subjects, sources = _subjects_in_metadata(accepted, listing, config)
+    nameless = [row for row, subject in enumerate(subjects) if subject is None]
+    if not nameless or not config.preprocess.subject.estimate:
+        return subjects, sources
+    if len(nameless) < len(subjects):
+        log(
+            f"note: {len(nameless):,} of {len(subjects):,} slices have no subject metadata: their "
+            "subjects are estimated by image similarity among these slices only"
+        )
+    estimated = _estimated(nameless, ids, looks, copies, config.preprocess)
+    was, was_by = _was(ids, earlier, "subject_id"), _was(ids, earlier, "subject_source")
+    before = [was[row] if was_by[row] == ESTIMATED else None for row in nameless]
+    joined = keep_names(list(estimated.values()), before)
+    for row, old, new in zip(nameless, before, joined, strict=True):
+        subjects[row], sources[row] = old or new, ESTIMATED
+    return subjects, sources
+
+
+def _estimated(
+    nameless: list[int], ids: list[str], looks: Rows, copies: list[str], config: PreprocessConfig
+) -> dict[int, str]:
+    """Subjects by image similarity among the slices at the rows ``nameless``, by row."""
+    if not nameless:
+        return {}
+    names = estimate_subjects(
+        SelectedRows(looks, np.array(nameless, np.int64)),
+        [ids[row] for row in nameless],
+        [copies[row] for row in nameless],
+        config.subject,
+    )
+    return dict(zip(nameless, names, strict=True))
+
+
+def _subjects_in_metadata(
+    accepted: pa.Table, listing: Listing, config: Config
+) -> tuple[list[str | None], list[str | None]]:
+    """Subject of each slice and its source, None where neither table nor header gives one.
+
     If a table names some files of a patient given by headers, that patient's other files get the
-    same subject. Subjects of slices without metadata are estimated by image similarity; such a
-    slice keeps its subject from an earlier estimate.
+    same subject.
     """
     in_table = {file.path: file.subject for file in listing.files}
     headers = accepted["header_subject"].to_pylist()
@@ -164,31 +198,7 @@ def _subjects(
                 f"note: {count} {told} do not name a patient, so each counts as one subject: if a "
                 "patient has several, name subjects in a labels table (path,label,subject)"
             )
-    subjects, sources = _as_tables_name_them(given, sources, headers)
-    nameless = [row for row, subject in enumerate(subjects) if subject is None]
-    if not nameless or not config.preprocess.subject.estimate:
-        return subjects, sources
-    if len(nameless) < len(subjects):
-        log(
-            f"note: {len(nameless):,} of {len(subjects):,} slices have no subject metadata: their "
-            "subjects are estimated by image similarity among these slices only"
-        )
-    ids = [accepted["sample_id"][row].as_py() for row in nameless]
-    estimated = estimate_subjects(
-        SelectedRows(looks, np.array(nameless, np.int64)),
-        ids,
-        [copies[row] for row in nameless],
-        config.preprocess.subject,
-    )
-    was_by = _was(ids, earlier, "subject_source")
-    before = [
-        subject if source == ESTIMATED else None
-        for subject, source in zip(_was(ids, earlier, "subject_id"), was_by, strict=True)
-    ]
-    joined = keep_names(estimated, before)
-    for row, old, new in zip(nameless, before, joined, strict=True):
-        subjects[row], sources[row] = old or new, ESTIMATED
-    return subjects, sources
+    return _as_tables_name_them(given, sources, headers)
 
 
 def _as_tables_name_them(

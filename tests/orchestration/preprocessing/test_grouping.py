@@ -1,9 +1,5 @@
 """Groups of slices that no store holds, as an evaluation of files from elsewhere meets them."""
 
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
-
 import cv2
 import numpy as np
 import pyarrow as pa
@@ -14,7 +10,6 @@ from brainray.mri.phantom import make_series
 from brainray.mri.resize import thumbnail
 from brainray.orchestration.prediction.evaluation import _groups
 from brainray.orchestration.preprocessing.grouping import group_strangers
-from brainray.storage import Folder
 
 CONFIG = PreprocessConfig()
 
@@ -73,14 +68,10 @@ def test_names_and_copies_in_any_orientation_are_grouped_without_an_estimate(
     assert parts(groups.dependent, "abcdef") == {"ad", "b", "c", "ef"}
 
 
-def test_a_copy_of_a_runs_own_test_slice_is_drawn_with_it(
-    series: list[list[np.ndarray]], tmp_path: Path
-) -> None:
+def test_a_copy_of_a_runs_own_test_slice_is_drawn_with_it(series: list[list[np.ndarray]]) -> None:
     first, second = series
-    known = pa.table({"sample_id": ["a", "b"], "split_group_id": ["one", "other"]})
-    Folder(tmp_path).write_table("test.parquet", known)
-    predictor = cast(Any, SimpleNamespace(run_folder=Folder(tmp_path), preprocess=CONFIG))
+    known = {"a": "one", "b": "other"}
     table = accepted([first[0], second[0], reencoded(first[0]), second[1]], "abcd")
-    groups = _groups(table, predictor)
+    groups = _groups(table, CONFIG, known)
     assert parts([groups[name] for name in "abcd"], "abcd") == {"ac", "bd"}
-    assert _groups(table.slice(0, 2), predictor) == {"a": "one", "b": "other"}
+    assert _groups(table.slice(0, 2), CONFIG, known) == known
