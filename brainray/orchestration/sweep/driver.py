@@ -200,7 +200,13 @@ def _tuner(config: Config, folder: Folder, workers: WorkerResources) -> tune.Tun
     path = str(folder / _TUNE)
     if _has_state(config, folder / _TUNE):
         space = _param_space(config)
-        return tune.Tuner.restore(path, trainable, resume_errored=True, param_space=space)
+        try:
+            return tune.Tuner.restore(path, trainable, resume_errored=True, param_space=space)
+        except (AttributeError, ImportError) as error:  # from unpickling
+            raise ConfigError(
+                f"{path} was written by another version of brainray or Ray ({error}): resume the "
+                "sweep with that version, or choose another name"
+            ) from None
     settings = config.tune
     concurrent = settings.max_concurrent_trials or max(1, workers.room // workers.num_workers)
     log(f"{concurrent} trial(s) at a time, {workers.num_workers} worker(s) each")

@@ -35,6 +35,7 @@ from brainray.errors import (
 )
 from brainray.orchestration.lock import held
 from brainray.orchestration.publish import open_tracking
+from brainray.orchestration.resources import WorkerResources
 from brainray.orchestration.run import Run
 from brainray.orchestration.sweep import trials
 from brainray.orchestration.sweep.driver import (
@@ -45,6 +46,7 @@ from brainray.orchestration.sweep.driver import (
     _ranked,
     _scheduler,
     _table,
+    _tuner,
     sweep,
 )
 from brainray.orchestration.sweep.trials import (
@@ -413,6 +415,16 @@ def test_a_sweep_without_tunes_state_begins_anew_or_says_why_not(
     shutil.rmtree(tmp_path / "runs")
     assert not _has_state(config, state)
     assert not state.exists()
+
+
+def test_a_state_of_another_version_is_refused_in_one_line(
+    tmp_path: Path, ray_cluster: None
+) -> None:
+    state = Folder(tmp_path) / "sweeps" / "search" / "tune"
+    state.write_bytes("tuner.pkl", b"cbrainray.orchestration.sweep\n_Moved\n.")  # pickled by name
+    state.write_json("experiment_state-a.json", {})
+    with pytest.raises(ConfigError, match=r"another version of brainray or Ray \(.*_Moved"):
+        _tuner(sweep_config(tmp_path), state.parent, WorkerResources(1, 1, 0, 1))
 
 
 @pytest.mark.parametrize("scheduler", ["asha", "median"])
