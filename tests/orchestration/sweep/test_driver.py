@@ -370,8 +370,7 @@ def test_a_sweep_of_an_earlier_version_goes_on(
     del settings["split"]["validation"], settings["encoder"]["pretext"]
     folder.write_json("sweep.json", settings)
     _begin(config, cast(Any, store), folder)
-    lines = capsys.readouterr().out.splitlines()
-    assert lines == [f"sweep {folder}: resumed"]
+    assert capsys.readouterr().out.splitlines()[1:] == [f"sweep {folder}: resumed"]
 
 
 def as_trial(trained: TrainedRun, storage: Path, sweep: str, trial_id: str) -> Path:
