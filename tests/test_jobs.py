@@ -124,6 +124,12 @@ def test_help_lists_like_sections_once_and_defaults_as_yaml_has_them() -> None:
     assert alone["tune.time_budget_min"].endswith("[unset]")
 
 
+def test_help_names_the_values_that_a_description_leaves_out() -> None:
+    told = dict(described_keys(lambda key: key in {"encoder.name", "split.mode", "study.seeds"}))
+    assert "One of resnet18, resnet34, resnet50. [resnet18]" in told["encoder.name"]
+    assert not any("One of" in told[key] for key in ("split.mode", "study.seeds"))
+
+
 def test_settings_that_a_job_does_not_read_are_told() -> None:
     overrides = ["run=x", "train.device=cpu", "classes.map.a=b", "preprocess.crop=none", "train={}"]
     assert unread_keys(overrides, ["run", "classes", "train.device"]) == ["preprocess.crop"]

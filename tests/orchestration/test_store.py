@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
 from brainray.config import PreprocessConfig
 from brainray.config_text import load_config, parse_config
-from brainray.errors import ConfigError
+from brainray.errors import ConfigError, DataError
 from brainray.orchestration.store import ImageStore, as_store_was_made
 from brainray.storage import Folder
 
@@ -27,6 +29,22 @@ def test_what_a_config_leaves_out_is_as_the_store_was_made(tmp_path: Path) -> No
     # A trial of a sweep and a saved config.yaml say all of it themselves.
     told = parse_config(config.model_dump(mode="json"))
     assert as_store_was_made(told, made(tmp_path)) == config
+
+
+def test_a_damaged_part_is_told_by_name(tmp_path: Path) -> None:
+    store = made(tmp_path)
+    pixels = np.random.default_rng(0).integers(0, 255, (20, 64), np.uint8)
+    ids = [f"{number:02d}" for number in range(20)]
+    columns = {"split": ["train"] * 20, "sample_id": ids, "height": [8] * 20, "width": [8] * 20}
+    table = pa.table(columns | {"image": [row.tobytes() for row in pixels]})
+    store.folder.write_table("images/part-0.parquet", table)
+    assert store.images(["07"], "train", 8).ravel().tolist() == pixels[7].tolist()
+    file = tmp_path / "images" / "part-0.parquet"
+    content = bytearray(file.read_bytes())
+    content[4:40] = b"\xff" * 36
+    file.write_bytes(content)
+    with pytest.raises(DataError, match=r"images/part-0\.parquet cannot be read, it may be damag"):
+        store.images(["07"], "train", 8)
 
 
 @pytest.mark.parametrize(
