@@ -243,3 +243,12 @@ class TrialReader:
             begun = Trial(matched.group(1), run, parameters, [], saved.train)
             self._begun[name] = begun if is_trial else None
         return self._begun[name]
+
+
+def ranked_trials(config: Config, trials: list[Trial]) -> list[Trial]:
+    """Trials with a metric, best first, without failed ones."""
+    metric, mode = config.tune.metric, config.tune.mode
+    sound = [trial for trial in trials if trial.problem is None]
+    scored = [(best[0], trial) for trial in sound if (best := trial.chosen(metric))]
+    scored.sort(key=lambda pair: pair[0], reverse=mode == "max")
+    return [trial for _, trial in scored]

@@ -38,24 +38,17 @@ from brainray.orchestration.publish import open_tracking
 from brainray.orchestration.resources import WorkerResources
 from brainray.orchestration.run import Run
 from brainray.orchestration.sweep import trials
-from brainray.orchestration.sweep.driver import (
-    FinishedSweep,
-    _begin,
-    _Follower,
-    _has_state,
-    _ranked,
-    _scheduler,
-    _table,
-    _tuner,
-    sweep,
-)
+from brainray.orchestration.sweep.driver import FinishedSweep, _begin, sweep
+from brainray.orchestration.sweep.follower import Follower, trials_table
 from brainray.orchestration.sweep.trials import (
     Trial,
     check_space,
+    ranked_trials,
     read_trials,
     run_trial,
     trial_config,
 )
+from brainray.orchestration.sweep.tuner import _has_state, _scheduler, build_tuner
 from brainray.orchestration.training.driver import TrainedRun
 from brainray.orchestration.training.worker import reported_metrics
 from brainray.redaction import command_line
@@ -423,7 +416,7 @@ def test_a_state_of_another_version_is_refused_in_one_line(
     state.write_bytes("tuner.pkl", b"cbrainray.orchestration.sweep\n_Moved\n.")  # pickled by name
     state.write_json("experiment_state-a.json", {})
     with pytest.raises(ConfigError, match=r"another version of brainray or Ray \(.*_Moved"):
-        _tuner(sweep_config(tmp_path), state.parent, WorkerResources(1, 1, 0, 1))
+        build_tuner(sweep_config(tmp_path), state.parent, WorkerResources(1, 1, 0, 1))
 
 
 @pytest.mark.parametrize("scheduler", ["asha", "median"])
@@ -528,7 +521,7 @@ def test_a_trial_that_failed_is_not_the_best(tmp_path: Path) -> None:
         )
         for name, value, problem in (("a", 0.9, "epoch 2: the loss is NaN"), ("b", 0.8, None))
     )
-    assert _ranked(config, [diverged, sound]) == [sound]
+    assert ranked_trials(config, [diverged, sound]) == [sound]
 
 
 def test_a_search_is_told_what_trials_are_ranked_by() -> None:
@@ -591,7 +584,7 @@ def test_trials_that_a_stop_has_cut_are_told_so_in_mlflow(
         (folder / "tracking.json").unlink()
     (folder / "summary.json").unlink()  # of the second
     parent = open_tracking(config, Folder(tmp_path) / "sweeps" / "cut", {}, {})
-    follower = _Follower(config, "cut", parent)
+    follower = Follower(config, "cut", parent)
     for trial in read_trials(config, "cut"):
         assert follower._child(trial) is not None
     follower.end("KILLED")
@@ -622,9 +615,9 @@ def test_the_table_while_it_runs_shows_every_trial_that_does(tmp_path: Path) -> 
         }
         run = Run(Folder(tmp_path / "runs" / f"search-{trial_id}"), {})
         trials.append(Trial(trial_id, run, {}, [epoch], config.train))
-    follower = _Follower(config, "search", cast(Any, None))
+    follower = Follower(config, "search", cast(Any, None))
     with held(Folder(tmp_path), "runs", "search-abc_00004"):  # the worst
-        table = _table(config, trials, follower.state, limit=2).splitlines()
+        table = trials_table(config, trials, follower.state, limit=2).splitlines()
     assert [line.split("|")[1].strip() for line in table[2:]] == [
         "abc_00000",
         "abc_00001",
