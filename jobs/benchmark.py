@@ -26,7 +26,9 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("case", choices=sorted(CASES), metavar="CASE", help="see below")
     made.add_argument(
-        "--quick", action="store_true", help="smaller sizes (labels: fewer training runs)"
+        "--quick",
+        action="store_true",
+        help="smaller sizes (labels: fewer training runs)",
     )
     made.add_argument(
         "--source", metavar="DIR", help="real slices [phantoms, if the case can use them]"
@@ -45,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
         "--storage",
         metavar="DIR",
         default="~/brainray",
-        help="write results to DIR/benchmarks/CASE",
+        help="write results to DIR/benchmarks/CASE [~/brainray]",
     )
     return made
 

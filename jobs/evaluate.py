@@ -44,5 +44,6 @@ if __name__ == "__main__":
                 "evaluation.bootstrap_resamples",
                 "evaluation.tsne_max_slices",
             ],
+            needs=("run", "source"),
         )
     )

@@ -28,5 +28,6 @@ if __name__ == "__main__":
             """,
             work,
             keys=["name", "run", "epoch", "checkpoint", "storage", "registry", "tracking"],
+            needs=("run",),
         )
     )

@@ -30,5 +30,6 @@ if __name__ == "__main__":
             """,
             work,
             keys=["run", "epoch", "storage", "label", "train.device", "train.precision"],
+            needs=("run",),
         )
     )

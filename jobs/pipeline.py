@@ -11,15 +11,13 @@ from brainray.orchestration.job import TRAINING_SECTIONS, JobResult, run_job
 def work(config: Config) -> JobResult:
     from brainray.orchestration.prediction.evaluation import evaluate
     from brainray.orchestration.preprocessing.driver import preprocess
-    from brainray.orchestration.publish import how_to_open
     from brainray.orchestration.resources import alive_nodes, plan_workers
     from brainray.orchestration.run import data_hash_of
-    from brainray.orchestration.training.driver import check_sides, train
+    from brainray.orchestration.training.driver import check_sides, log_where, train
     from brainray.report.results import results_markdown
     from brainray.storage import Folder
 
-    if config.name is None:
-        raise ConfigError("the pipeline needs a name: give --set name=NAME")
+    assert config.name is not None, "checked by run_job"
     if config.evaluation.num_label_draws > 1:
         raise ConfigError(
             "evaluation.num_label_draws: the pipeline trains a single run; leave it out, then use "
@@ -39,8 +37,7 @@ def work(config: Config) -> JobResult:
         again = config.model_copy(update={"run": config.name, "epoch": None, "checkpoint": None})
         evaluation = evaluate(again, only_paths=test_paths)
         log(results_markdown(evaluation.metrics, evaluation.classes))
-    log(f"figures: {trained.run.folder}/figures")
-    log(f"compare runs: {how_to_open(trained.tracking_uri)}")
+    log_where(trained)
     return JobResult(str(trained.run.folder), trained.mlflow_run_id, trained.metrics)
 
 
@@ -68,5 +65,6 @@ if __name__ == "__main__":
                 "preprocess",
                 *TRAINING_SECTIONS,
             ],
+            needs=("name", "source"),
         )
     )

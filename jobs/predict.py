@@ -42,5 +42,6 @@ if __name__ == "__main__":
                 "train.device",
                 "train.precision",
             ],
+            needs=("run", "source"),
         )
     )

@@ -37,5 +37,6 @@ if __name__ == "__main__":
             """,
             work,
             keys=["name", "source", "labels", "storage", *STORE_KEYS],
+            needs=("name", "source"),
         )
     )

@@ -41,5 +41,6 @@ if __name__ == "__main__":
                 "evaluation.tsne_max_slices",
                 "evaluation.bootstrap_resamples",
             ],
+            needs=("run",),
         )
     )

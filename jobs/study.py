@@ -62,5 +62,6 @@ if __name__ == "__main__":
                 "evaluation.tsne_max_slices",
                 "tracking",
             ],
+            needs=("name",),
         )
     )

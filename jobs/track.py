@@ -3,7 +3,6 @@
 import sys
 
 from brainray.config import Config
-from brainray.errors import ConfigError
 from brainray.log import log
 from brainray.orchestration.job import JobResult, run_job
 
@@ -13,10 +12,10 @@ def work(config: Config) -> JobResult:
     from brainray.orchestration.run import open_run
     from brainray.storage import Folder
 
-    if config.run is None:
-        raise ConfigError("jobs/track.py needs a run: give --set run=NAME")
+    assert config.run is not None, "checked by run_job"
     run = open_run(Folder(config.storage), config.run)
     tracking = publish(config, run)
+    log(f"run {run.folder}: MLflow has everything")
     log(f"compare runs: {how_to_open(tracking.uri)}")
     return JobResult(str(run.folder), tracking.mlflow_run_id)
 
@@ -33,5 +32,6 @@ if __name__ == "__main__":
             """,
             work,
             keys=["run", "storage", "tracking"],
+            needs=("run",),
         )
     )

@@ -10,14 +10,12 @@ from brainray.orchestration.job import TRAINING_SECTIONS, JobResult, run_job
 def work(config: Config) -> JobResult:
     if config.evaluation.num_label_draws > 1:
         return work_on_draws(config)
-    from brainray.orchestration.publish import how_to_open
-    from brainray.orchestration.training.driver import train
+    from brainray.orchestration.training.driver import log_where, train
     from brainray.report.results import results_markdown
 
     trained = train(config)
     log(results_markdown(trained.metrics, trained.run.classes))
-    log(f"figures: {trained.run.folder}/figures")
-    log(f"compare runs: {how_to_open(trained.tracking_uri)}")
+    log_where(trained)
     return JobResult(str(trained.run.folder), trained.mlflow_run_id, trained.metrics)
 
 
@@ -52,5 +50,6 @@ if __name__ == "__main__":
                 "preprocess",
                 *TRAINING_SECTIONS,
             ],
+            needs=("name", "dataset"),
         )
     )

@@ -42,5 +42,6 @@ if __name__ == "__main__":
                 *(section for section in TRAINING_SECTIONS if section != "tracking"),
                 "tracking.uri",  # the experiment is the sweep's
             ],
+            needs=("name", "dataset"),
         )
     )

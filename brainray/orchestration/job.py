@@ -69,6 +69,8 @@ def run_job(
     work: Callable[[Config], JobResult],
     keys: Sequence[str],
     argv: Sequence[str] | None = None,
+    *,
+    needs: Sequence[str] = (),
 ) -> int:
     """Parse, load the config, attach to Ray, do the work, print the result; return the exit code.
 
@@ -81,19 +83,35 @@ def run_job(
         keys: dotted config keys, or sections, that the job reads and ``--help`` explains. Setting
             others by hand logs a note.
         argv: arguments; by default those of the process.
+        needs: keys of ``keys`` that must have a value.
     """
-    arguments = _parser(name, description, keys).parse_args(argv)
+    parser = _parser(name, description, keys)
+    arguments, others = parser.parse_known_args(argv)
+    if others:
+        hint = ": write --set KEY=VALUE" if "=" in others[0] else ""
+        parser.error(f"unrecognized arguments: {' '.join(others)}{hint}")
     overrides = [item for group in arguments.set for item in group]
 
     def on_ray() -> JobResult:
         config = resolve_paths(load_config(arguments.config, overrides))
         for key in unread_keys(overrides, keys):
             log(f"note: jobs/{name}.py does not read {key}; --help lists what it reads")
+        _check_given(config, keys, needs)
         _check_places(name, config, keys)
         attach_to_ray()
         return work(config)
 
     return run_command(name, on_ray)
+
+
+def _check_given(config: Config, keys: Sequence[str], needs: Sequence[str]) -> None:
+    absent = [key for key in needs if getattr(config, key) is None]
+    if "run" in absent and "checkpoint" in keys and config.checkpoint is not None:
+        absent.remove("run")
+    if absent:
+        missing = " ".join(f"{key}={'DIR' if key == 'source' else 'NAME'}" for key in absent)
+        instead = " (or checkpoint=PATH)" if "run" in absent and "checkpoint" in keys else ""
+        raise ConfigError(f"give --set {missing}{instead}")
 
 
 def _check_places(name: str, config: Config, keys: Sequence[str]) -> None:
@@ -123,6 +141,7 @@ def _check_places(name: str, config: Config, keys: Sequence[str]) -> None:
 
 def run_command(name: str, work: Callable[[], JobResult]) -> int:
     """Do the work, print its outcome as one JSON line and return the exit code."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # nothing is sent but what is asked
     _end_in_order_on_sigterm()
     try:
         with _own_connection():
@@ -173,10 +192,7 @@ class Terminated(KeyboardInterrupt):
     """
 
     def __init__(self, signal_name: str) -> None:
-        super().__init__(
-            f"ended by {signal_name}: submit it again under the same name to resume after the "
-            "last finished epoch or stage"
-        )
+        super().__init__(f"ended by {signal_name}")
 
 
 def _end_in_order_on_sigterm() -> None:
@@ -298,12 +314,24 @@ def attach_to_ray() -> None:
         log(f"joining Ray at {address}" if address else "joining or starting Ray on this machine")
         init_ray()
         _end_in_order_on_sigterm()  # Ray has installed its own handler
+        log(f"Ray at {ray.get_runtime_context().gcs_address}: {_resources()}")
     # Jobs print their own progress and errors, in a form that suits log files.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.raise_original_map_exception = True  # a wrapped exception loses its class
     context.memory_usage_poll_interval_s = None  # unused statistics slow tasks by a tenth
+
+
+def _resources() -> str:
+    """What the Ray cluster offers, such as 8 CPUs, 1 GPU on 1 node."""
+    import ray
+
+    offered = ray.cluster_resources()
+    counts = [(offered.get("CPU", 0), "CPU"), (offered.get("GPU", 0), "GPU")]
+    told = ", ".join(f"{n:g} {kind}{'s' * (n != 1)}" for n, kind in counts if n)
+    num_nodes = sum(node["Alive"] for node in ray.nodes())
+    return f"{told or 'no CPUs'} on {num_nodes} node{'s' * (num_nodes != 1)}"
 
 
 def _check_address(address: str) -> None:
@@ -351,6 +379,11 @@ def _fail(name: str, error: Exception | Terminated) -> int:
     cause = _user_error(error)
     if isinstance(error, Terminated):
         message, code = str(error), EXIT_FAILED
+        if name != "benchmark":
+            message += (
+                ": submit it again under the same name to resume after the last finished epoch or "
+                "stage"
+            )
     elif cause is None:
         print(redacted("".join(traceback.format_exception(error))), file=sys.stderr, end="")
         # Ray puts every worker's traceback into the message; the last line is the reason.

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 import brainray
 from brainray import layout
-from brainray.config import Config, EvaluationConfig
+from brainray.config import WORKER_SETTINGS, Config, EvaluationConfig
+from brainray.config_text import flatten
 from brainray.engine.compare import compare, without_comparison
 from brainray.engine.evaluate import Metrics
 from brainray.engine.explain import class_activation_maps, rows_to_explain
@@ -29,6 +30,9 @@ from brainray.report.maps import SliceMap, run_maps
 from brainray.report.page import Explained, write_page
 from brainray.schema import LABELLED, TEST, VALIDATION
 from brainray.storage import Folder
+
+_TRAINED_WITH = ("seed", "encoder.", "self_supervision.", "augment", "clustering.", "train.")
+"""Beginnings of the settings that a run and its control should share, with the label draw."""
 
 LoadImages = Callable[[pa.Table], NDArray[np.uint8]]
 """Loads the preprocessed slices (n, 1, S, S) for rows of predictions."""
@@ -122,6 +126,8 @@ def against_control(config: Config, run: Run, chosen_epoch: int) -> Metrics:
     if problem is not None:
         log(f"not compared: the run {config.evaluation.control} {problem}")
         return {}
+    if others := _other_settings(run, control):
+        log(f"note: the control was also trained with other settings: {others}")
     ours, theirs = run.predictions(chosen_epoch), control.predictions()
     if ours is None or theirs is None:
         return {}
@@ -149,6 +155,11 @@ def write_run_page(
 
         checkpoint = load_checkpoint(run.folder / layout.BEST)
         explained = explain(run.folder.read_table(chosen), checkpoint, load)
+    figures_of_control = _figures_of_control(config, run)
+    if figures_of_control is not None:
+        others = _other_settings(run, _control(config, run.info["data_hash"]))
+        other = f", also trained with other settings: {others}" if others else ""
+        about = {**about, "control": f"{config.evaluation.control}{other}"}
     return write_page(
         run.folder,
         run.classes,
@@ -156,7 +167,7 @@ def write_run_page(
         metrics,
         about,
         maps,
-        control=_figures_of_control(config, run),
+        control=figures_of_control,
         explained=explained,
         siblings=_predictions_of_siblings(config, run),
     )
@@ -270,6 +281,22 @@ def _not_comparable(run: Run, control: Run) -> str | None:
     if _labels_read(run) != _labels_read(control):  # drawn by another version
         return "was trained on other labels"
     return None
+
+
+def _other_settings(run: Run, control: Run) -> str:
+    """Settings of training other than the objective's in which a control differs, or empty."""
+    try:
+        ours, theirs = (flatten(each.saved_config()) for each in (run, control))
+    except ConfigError:  # saved by another version
+        return ""
+    placement = {f"train.{name}" for name in WORKER_SETTINGS}
+    return ", ".join(
+        f"{key} {theirs.get(key, 'unset')} (here {ours.get(key, 'unset')})"
+        for key in sorted(ours.keys() | theirs.keys())
+        if key.startswith(_TRAINED_WITH)
+        and key not in placement
+        and ours.get(key) != theirs.get(key)
+    )
 
 
 def _predictions_of_siblings(config: Config, run: Run) -> dict[str, pa.Table]:

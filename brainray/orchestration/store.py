@@ -244,16 +244,18 @@ def with_defaults(stored: dict[str, Any], defaults: dict[str, Any]) -> dict[str,
 
 def differing_settings(stored: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> str:
     """``preprocess.skull_strip: otsu here, none requested; ...`` for what differs, or empty."""
-    problems = []
+    problems, of_one_side = [], []  # the latter follow from a difference, if there is another
     for key in sorted(stored.keys() | wanted.keys()):
         here, asked = stored.get(key), wanted.get(key)
         if here == asked:
             continue
         if isinstance(here, dict) and isinstance(asked, dict):
             problems.append(differing_settings(here, asked, f"{prefix}{key}."))
-        else:
+        elif key in stored and key in wanted:
             problems.append(f"{prefix}{key}: {here} here, {asked} requested")
-    return "; ".join(problems)
+        else:
+            of_one_side.append(f"{prefix}{key}: {here} here, {asked} requested")
+    return "; ".join(problems or of_one_side)
 
 
 def count_by_split_and_class(index: pa.Table) -> dict[str, dict[str, int]]:

@@ -11,7 +11,7 @@ from brainray.report.cells import (
     with_interval,
 )
 from brainray.report.table import Table, markdown_table
-from brainray.schema import PREDICTED_BY, SUBSETS
+from brainray.schema import MIN_STRICT_SUPPORT, PREDICTED_BY, SUBSETS
 
 _AVERAGES = {"balanced_accuracy": "balanced accuracy", "f1_macro": "macro F1"}
 _BY_CLASS = ("precision", "recall", "f1")
@@ -101,7 +101,8 @@ def _figures_by_class(
         for predictor in PREDICTED_BY
         for subset in SUBSETS
     ]
-    return Table("Precision / recall / F1 by class", ["", *classes], rows)
+    title = f"Precision / recall / F1 by class (strict: of {MIN_STRICT_SUPPORT} slices or more)"
+    return Table(title, ["", *classes], rows)
 
 
 def _clusters(runs: Mapping[str, Metrics]) -> Table:

@@ -90,7 +90,10 @@ def export(config: Config) -> Export:
         run_id = None
         if run is not None and config.registry.name is not None:
             run_id = _register(config, run, served)
-    log(f"serve the model: mlflow models serve -m {target}/{layout.SERVED} --env-manager local")
+    log(
+        f"serve the model: mlflow models serve -m {target}/{layout.SERVED} --env-manager local "
+        "--port 5001"
+    )
     return Export(target, metrics, run_id)
 
 

@@ -1,7 +1,8 @@
 """Resumable prediction for a folder with any number of slices or volumes."""
 
+import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,7 +89,8 @@ def _predict(config: Config, predictor: Predictor, folder: Folder) -> Prediction
             "stay empty"
         )
     if files:
-        _write_parts(predicted_blocks(files, config, predictor), files, folder, reference)
+        blocks = predicted_blocks(files, config, predictor)
+        _write_parts(blocks, files, folder, reference, predictor.checkpoint.classes)
     metrics = _summary(folder)
     if metrics["num_predicted"] == 0:
         raise DataError(
@@ -152,9 +154,16 @@ def _done(folder: Folder) -> set[str]:
 
 
 def _write_parts(
-    blocks: Any, files: list[SourceFile], folder: Folder, reference: Reference
+    blocks: Any,
+    files: list[SourceFile],
+    folder: Folder,
+    reference: Reference,
+    classes: Sequence[str],
 ) -> None:
-    """Write parts of some thousand rows; files are not split, as a block contains whole files."""
+    """Write parts of some thousand rows, with the order of the probabilities as metadata.
+
+    Files are not split, as a block contains whole files.
+    """
     # One above the highest: a part may have been deleted to be made again.
     numbers = [int(found[1]) for name in folder.names() if (found := _PART.fullmatch(name))]
     number = max(numbers, default=-1) + 1
@@ -170,7 +179,8 @@ def _write_parts(
     for block in with_progress(blocks, len(files), "predicted"):
         stamps = block.select(["num_bytes", "mtime_ns"])
         columns = [*reference.rows(block).columns, *stamps.columns]
-        waiting.append(pa.table(columns, schema=PREDICTED_FILES))
+        rows = pa.table(columns, schema=PREDICTED_FILES)
+        waiting.append(rows.replace_schema_metadata({"classes": json.dumps(classes)}))
         if sum(table.num_rows for table in waiting) >= _ROWS_PER_PART:
             flush()
     flush()

@@ -67,7 +67,15 @@ class ServedModel:
         ``model_input`` has a column ``image`` (bytes of a file), ``path`` (of a file that this
         process can read), or both. With both, the path is only a name unless the image is empty.
         An unreadable image has a row with the reason.
+
+        Raises:
+            ValueError: the input has neither column.
         """
+        if not {"path", "image"} & set(model_input.columns):  # MLflow has dropped all others
+            raise ValueError(
+                'nothing to predict: send records with "path" (of a file that the server can read) '
+                'or "image" (the bytes of a file, in JSON as base64)'
+            )
         rows: list[dict[str, Any]] = []
         numbers: list[int] = []
         for number, request in enumerate(model_input.to_dict(orient="records")):

@@ -46,6 +46,7 @@ def build_tuner(config: Config, folder: Folder, workers: WorkerResources) -> tun
     # A stopped trial is blocked in Ray Train: force it to end, or its workers would stay.
     os.environ.setdefault("TUNE_FORCE_TRIAL_CLEANUP_S", "10")
     os.environ.setdefault("AIR_VERBOSITY", "0")  # not remembered by a restored Tuner
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # prints a banner whatever the verbosity
     # Tune's own handler would make an interrupted sweep look complete.
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
     path = str(folder / _TUNE)

@@ -8,7 +8,7 @@ from brainray.config import Config
 from brainray.engine.compare import intervals_of_mean_gains
 from brainray.engine.draws import summarise_draws
 from brainray.engine.evaluate import Metrics
-from brainray.errors import ConfigError
+from brainray.errors import ConfigError, DataError
 from brainray.log import log
 from brainray.orchestration.run import Run, check_same_draw, groups_of_test_slices, open_run
 from brainray.orchestration.training.driver import TrainedRun, train
@@ -79,11 +79,15 @@ def _of_draw(config: Config, number: int) -> Config:
 
 
 def _control(config: Config, control: str, number: int) -> Run:
-    run = open_run(Folder(config.storage), draw_name(control, number))
+    advice = "first train the control on the same number of label draws"
+    try:
+        run = open_run(Folder(config.storage), draw_name(control, number))
+    except DataError as error:
+        raise DataError(f"evaluation.control={control}: {error}; {advice}") from None
     if not run.is_complete:
         raise ConfigError(
             f"evaluation.control={control}: its run {draw_name(control, number)} is not complete; "
-            "first train the control on the same number of label draws"
+            f"{advice}"
         )
     check_same_draw(_of_draw(config, number).split, run, f"evaluation.control={control}")
     return run

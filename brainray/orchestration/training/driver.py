@@ -20,7 +20,7 @@ from brainray.models.encoder import build_encoder
 from brainray.orchestration.lock import held
 from brainray.orchestration.pretraining.driver import warm_up
 from brainray.orchestration.progress import Follower
-from brainray.orchestration.publish import begin_tracking, send_run
+from brainray.orchestration.publish import begin_tracking, how_to_open, send_run
 from brainray.orchestration.ray_train import (
     train_on_workers,
 )
@@ -110,6 +110,15 @@ def _names_other_runs(evaluation: EvaluationConfig, run: Run) -> bool:
     saved = run.saved_config().evaluation
     asked = (evaluation.control, evaluation.siblings)
     return asked not in [(None, ()), (saved.control, saved.siblings)]
+
+
+def log_where(trained: TrainedRun) -> None:
+    """Log where the results of a run can be looked at."""
+    folder = trained.run.folder
+    if folder.exists(layout.REPORT):
+        log(f"report: {folder}/{layout.REPORT}")
+    log(f"figures: {folder}/{layout.FIGURES}")
+    log(f"compare runs: {how_to_open(trained.tracking_uri)}")
 
 
 @contextmanager
@@ -302,8 +311,8 @@ def _log_beginning(run: Run, resumed: bool, config: Config, store: ImageStore) -
         if num_slices[VALIDATION] > _FAR_MORE * split.validation_fraction * read:
             log(
                 f"note: {num_slices[VALIDATION]} of these {read} slices are used for validation, "
-                f"more than split.validation_fraction={split.validation_fraction:g}, to keep "
-                "copies and subjects given by metadata together"
+                f"more than split.validation_fraction={split.validation_fraction:g}: every class "
+                "needs one, and copies and subjects given by metadata stay together"
             )
         weights = config.encoder.weights
         if weights not in WEIGHTS_OF_NO_SLICE and not run.folder.exists(layout.SEEN_BEFORE):

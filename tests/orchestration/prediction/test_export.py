@@ -177,6 +177,8 @@ def test_a_served_model_answers_a_request(
         from_bytes = _ask(address, [{"image": text} for text in encoded])
         paths = [*map(str, slices[:2]), str(tmp_path / "absent.jpg")]
         from_paths = _ask(address, [{"path": path} for path in paths])
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            _ask(address, [{"img": "a.png"}])
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         server.wait(timeout=60)
@@ -185,6 +187,8 @@ def test_a_served_model_answers_a_request(
     assert_same(from_paths[:2], expected)
     assert from_paths[2]["reason"] == "unreadable file"
     assert from_paths[2]["class"] is None
+    assert refused.value.code == 400
+    assert "send records with" in refused.value.read().decode()
 
 
 def _ask(address: str, records: list[dict[str, str]]) -> list[dict[str, Any]]:
@@ -331,6 +335,8 @@ def test_a_path_that_cannot_be_is_a_row_with_its_reason(
         pd.DataFrame({"path": ["~nobody.here/a.png", "/a\0b.png", "/none.png"]})
     )
     assert answers["reason"].tolist() == ["unreadable file"] * 3
+    with pytest.raises(ValueError, match='records with "path" .* or "image"'):
+        model.predict(pd.DataFrame(index=range(2)))  # as MLflow passes on records of other columns
 
 
 def test_a_class_map_that_misses_a_class_is_named(trained: TrainedRun, tmp_path: Path) -> None:

@@ -64,6 +64,16 @@ def rows_of(prediction: Prediction) -> dict[str, dict[str, Any]]:
     return {row["path"]: row for row in rows}
 
 
+def test_a_part_names_the_classes_in_the_order_of_its_probabilities(
+    trained: TrainedRun, prediction: Prediction
+) -> None:
+    for path in Path(str(prediction.folder)).glob("part-*"):
+        classes = json.loads(pq.read_schema(path).metadata[b"classes"])
+        assert classes == trained.run.classes
+        for row in pq.read_table(path).to_pylist():
+            assert row["class"] is None or row["class"] == classes[np.argmax(row["probabilities"])]
+
+
 def test_files_are_decoded_apart_from_the_actor_that_embeds(
     trained: TrainedRun, inbox: Path
 ) -> None:

@@ -320,6 +320,24 @@ def test_a_control_that_was_drawn_otherwise_or_is_gone_is_said_and_left_out(
     )
 
 
+def test_a_control_with_other_settings_is_compared_and_they_are_said(
+    storage: Path, trained: TrainedRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = storage / "runs" / "shorter"
+    shutil.copytree(str(trained.run.folder), folder)
+    saved = parse_yaml((folder / "config.yaml").read_bytes(), "config.yaml")
+    saved["train"] |= {"num_epochs": 1, "num_workers": 7}
+    saved["objective"] |= {"name": "supervised"}
+    (folder / "config.yaml").write_text(to_yaml(parse_config(saved)))
+    asked = config_of(storage, "two-ranks", "evaluation.control=shorter")
+    assert against_control(asked, trained.run, 1)["p/test/all/head/accuracy"] == 1
+    differs = "also trained with other settings: train.num_epochs 1 (here 2)"
+    assert capsys.readouterr().out == f"note: the control was {differs}\n"
+    reporting.write_run_page(asked, trained.run, trained.metrics, {}, [], None)
+    page = trained.run.folder.read_bytes("report.html").decode()
+    assert f"shorter, {differs}" in page
+
+
 def test_what_is_still_training_is_not_compared_and_said(
     storage: Path, trained: TrainedRun, capsys: pytest.CaptureFixture[str]
 ) -> None:
