@@ -335,7 +335,7 @@ def test_a_path_that_cannot_be_is_a_row_with_its_reason(
         pd.DataFrame({"path": ["~nobody.here/a.png", "/a\0b.png", "/none.png"]})
     )
     assert answers["reason"].tolist() == ["unreadable file"] * 3
-    with pytest.raises(ValueError, match='records with "path" .* or "image"'):
+    with pytest.raises(ValueError, match=r'records with "path" .* or "image"'):
         model.predict(pd.DataFrame(index=range(2)))  # as MLflow passes on records of other columns
 
 
