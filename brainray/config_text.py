@@ -245,7 +245,7 @@ def described_keys(is_read: Callable[[str], bool]) -> list[tuple[str, str]]:
             if not isinstance(default, BaseModel):
                 if is_read(key):
                     text = " ".join((field.description or "").split()).replace("``", "")
-                    text += _choices(field.annotation, text)
+                    text += _choices(field.annotation, field.description or "")
                     rows.append((key, f"{text} [{_shown(default)}]"))
             elif type(default) not in listed:
                 if of_section := visit(default, f"{key}."):
@@ -258,12 +258,12 @@ def described_keys(is_read: Callable[[str], bool]) -> list[tuple[str, str]]:
     return visit(Config(), "")
 
 
-def _choices(annotation: object, text: str) -> str:
-    """The values that a setting can have, unless its description names all of them."""
+def _choices(annotation: object, description: str) -> str:
+    """The values that a setting can have, unless its description names all of them (as ``X``)."""
     while (parts := get_args(annotation)) and get_origin(annotation) is not Literal:
         annotation = parts[0]
     names = [str(part) for part in parts]
-    is_told = all(re.search(rf"\b{re.escape(name)}\b", text) for name in names)
+    is_told = all(f"``{name}``" in description for name in names)
     return "" if is_told else f" One of {', '.join(names)}."
 
 

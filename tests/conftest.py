@@ -1,6 +1,7 @@
 """Fixtures that are slow to make are made once: a Ray cluster, phantom folders, a trained run."""
 
 import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,6 +88,12 @@ def ctrl_c() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+def logged(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """Lines printed by this process since the last call, without those that Ray passes on."""
+    lines = capsys.readouterr().out.splitlines()
+    return [line for line in lines if not re.match(r"\(.*pid=", line)]
 
 
 def tiny_config(storage: Path, *overrides: str) -> Config:

@@ -32,8 +32,8 @@ pytestmark = pytest.mark.faults
 PROJECT = Path(__file__).parents[1]
 RUN = """
 import runpy, sys
-from brainray.orchestration.training import driver
-driver._RESIZE_INTERVAL_S = 5.0
+from brainray.orchestration import ray_train
+ray_train._RESIZE_INTERVAL_S = 5.0
 runpy.run_path(sys.argv.pop(1), run_name="__main__")
 """
 

@@ -41,11 +41,11 @@ def run(options: CaseOptions) -> BenchmarkResult:
         )
         config = _config(storage, num_epochs, options.seed)
         preprocess(config.model_copy(update={"name": "slices", "source": str(storage / "source")}))
-        _by_hand(config, "warm-up", LEARNING_RATES[0], options)
+        _by_hand(config, "warm-up", LEARNING_RATES[0])
         log("runs started by hand")
         started = time.time()  # comparable with file times
         for number, rate in enumerate(LEARNING_RATES):
-            _by_hand(config, f"hand-{number}", rate, options)
+            _by_hand(config, f"hand-{number}", rate)
         hand_s, hand_start_s = _seconds(storage, "hand-*", started)
         log("sweep")
         started = time.time()
@@ -93,7 +93,7 @@ def _config(storage: Path, num_epochs: int, seed: int) -> Config:
     )
 
 
-def _by_hand(config: Config, name: str, learning_rate: float, options: CaseOptions) -> None:
+def _by_hand(config: Config, name: str, learning_rate: float) -> None:
     settings = config.train.model_copy(update={"learning_rate": learning_rate})
     train(config.model_copy(update={"name": name, "train": settings}))
 

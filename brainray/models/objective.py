@@ -49,3 +49,10 @@ class Objective(Protocol):
     def loss(self, outputs: StepOutputs, targets: StepTargets) -> dict[str, Tensor]:
         """Scalar terms of a step."""
         ...
+
+
+def step_sizes(objective: Objective, labelled: int, unlabelled: int) -> StepSizes:
+    """Sizes of a step from the configured batch sizes; their sum is the same for all objectives."""
+    if objective.uses_unlabelled:
+        return StepSizes(labelled, unlabelled)
+    return StepSizes(labelled + unlabelled, 0)

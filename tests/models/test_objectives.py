@@ -12,7 +12,7 @@ from brainray.models.anchored import AnchoredObjective
 from brainray.models.consistency import ConsistencyObjective
 from brainray.models.encoder import Encoder, EncoderOutput
 from brainray.models.joint import JointObjective, cluster_loss
-from brainray.models.objective import Objective, StepOutputs, StepTargets
+from brainray.models.objective import Objective, StepOutputs, StepTargets, step_sizes
 from brainray.models.prototype import PrototypeObjective, anchor_loss
 from brainray.models.supervised import SupervisedObjective
 
@@ -110,13 +110,14 @@ def test_the_anchored_objective_adds_both_with_one_cross_entropy() -> None:
     assert set(both) == {"total", "ce", "consistency", "cluster", "anchor"}
 
 
-def test_the_control_is_cross_entropy_alone() -> None:
+def test_the_control_is_cross_entropy_alone_with_as_many_images() -> None:
     control = SupervisedObjective()
     empty = EncoderOutput(Z[:0], LOGITS[:0])
     terms = control.loss(OUTPUTS._replace(unlabelled=empty), TARGETS)
     assert set(terms) == {"total", "ce"}
     torch.testing.assert_close(terms["total"], -(torch.tensor([0.75, 0.5]).log().mean()))
-    assert not control.uses_unlabelled
+    assert step_sizes(control, 32, 64) == (96, 0)
+    assert step_sizes(JointObjective(1.0), 32, 64) == (32, 64)
 
 
 def step(objective: Objective, model: nn.Module, images: Tensor, rows: slice) -> dict[str, Tensor]:

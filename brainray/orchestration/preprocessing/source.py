@@ -372,7 +372,7 @@ def _from_table(found: list[FoundFile], labels: Folder, reads_splits: bool) -> l
         told = str(row["path"] or "").replace("\\", "/").removeprefix("./")
         spellings = (told, told.strip(), _normal(told.strip()), _normal(told.strip()).rstrip("/"))
         path = next((known[spelling] for spelling in spellings if spelling in known), None)
-        if not told:
+        if not told.strip():
             raise DataError(f"labels={labels}: a row has no path; add it or delete the row")
         if path is None:
             raise DataError(

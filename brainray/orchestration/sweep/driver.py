@@ -95,13 +95,14 @@ def _sweep(base: Config, name: str, store: ImageStore, workers: WorkerResources)
             folder.write_json(layout.SUMMARY, summary | {"registered": base.registry.name})
             log(f"registered its best model as {base.registry.name}")
         return FinishedSweep(folder=folder, **summary)
+    tuner = build_tuner(base, folder, workers)
     tracking = open_parent()
     tracking.tracker.running()
     follower = Follower(base, name, tracking)
     try:
         warm_up(base, store)  # once, for all trials
         with follower:
-            results = build_tuner(base, folder, workers).fit()
+            results = tuner.fit()
             follower.errors = errors_of(results)
         trials = read_trials(base, name)
         ranked = ranked_trials(base, trials)

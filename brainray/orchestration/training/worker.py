@@ -70,7 +70,7 @@ from brainray.engine.state import (
 from brainray.errors import DivergenceError
 from brainray.log import log
 from brainray.models.encoder import Encoder, EncoderOutput, build_encoder
-from brainray.models.objective import StepSizes
+from brainray.models.objective import step_sizes
 from brainray.orchestration.ray_train import (
     configure_rank,
     distributed,
@@ -167,10 +167,11 @@ class _Trainer:
         self.device = device
         self.precision = agreed_precision(config.train.precision, device)
         self.objective = build_objective(config.objective)
-        sizes = StepSizes(
-            config.train.labelled_batch_size_per_worker, config.train.batch_size_per_worker
+        self.sizes = step_sizes(
+            self.objective,
+            config.train.labelled_batch_size_per_worker,
+            config.train.batch_size_per_worker,
         )
-        self.sizes = sizes if self.objective.uses_unlabelled else StepSizes(sum(sizes), 0)
         self.encoder: Encoder = encoder.to(device).to(memory_format=torch.channels_last)
         num_unlabelled = self._count(data.unlabelled)
         plan = plan_epoch(

@@ -46,7 +46,7 @@ from brainray.orchestration.training.driver import TrainedRun
 from brainray.schema import PREDICTED
 from brainray.storage import Folder
 from brainray.tracking import URI_VARIABLE
-from tests.conftest import tiny_config
+from tests.conftest import logged, tiny_config
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -364,7 +364,7 @@ def test_an_evaluation_leaves_out_what_it_is_told_to_and_replaces_the_last_one_w
     last = Folder(config.storage) / "evaluations" / "elsewhere"
     last.write_bytes("of the last one", b"")
     scored = evaluate(config)
-    said = capsys.readouterr().out.splitlines()
+    said = logged(capsys)
     assert "; left out: 2 without a class; ignored files of other types: 1 (.txt 1)" in said[0]
     assert scored.metrics["num_ignored_files"] == 1
     assert scored.metrics["num_without_class"] == 2
@@ -395,7 +395,7 @@ def test_an_evaluation_tells_what_the_run_has_seen_and_which_settings_made_it(
         shutil.copy(known, source / place / "known.jpg")
     (source / "glioma" / "empty.png").write_bytes(b"")
     scored = evaluate(config_of(trained, f"source={source}", "name=told"))
-    said = capsys.readouterr().out.splitlines()
+    said = logged(capsys)
     assert "; " not in said[0]  # nothing is left out
     assert "1 files or slices could not be used: empty file (1)" in said
     assert "note: slices with a copy of another label in this source: 2" in said

@@ -25,7 +25,7 @@ from brainray.orchestration.preprocessing.source import SourceFile, find_images
 from brainray.orchestration.training.driver import TrainedRun
 from brainray.schema import PREDICTED_FILES
 from brainray.storage import Folder
-from tests.conftest import tiny_config
+from tests.conftest import logged, tiny_config
 from tests.mri.test_nifti import ball, make_nifti
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -170,7 +170,7 @@ def test_what_could_not_be_read_is_tried_again(
             row |= dict.fromkeys(set(row) - kept) | {"reason": UNREADABLE}
     pq.write_table(pa.Table.from_pylist(rows, PREDICTED_FILES), part)
     again = predict(config_of(trained, inbox, "name=again"))
-    said = capsys.readouterr().out.splitlines()
+    said = logged(capsys)
     assert "; 7 are done" in said[0]
     assert again.metrics == prediction.metrics
     assert pq.read_table(str(again.folder)).num_rows == len(rows_of(again))  # as others read it
@@ -196,7 +196,7 @@ def test_a_file_that_was_replaced_is_predicted_anew(
     (source / "scan3.jpg").unlink()
 
     after = predict(config_of(trained, source, "name=replaced"))
-    said = capsys.readouterr().out.splitlines()
+    said = logged(capsys)
 
     assert "; 7 are done; 2 were replaced and are predicted again" in said[0]
     rows = rows_of(after)
@@ -215,8 +215,9 @@ def test_the_same_name_goes_on_with_what_is_missing(
     folder = Path(str(whole.folder))
     part = pq.read_table(folder / "part-000000.parquet")
     pq.write_table(part.slice(0, 4), folder / "part-000000.parquet")
+    capsys.readouterr()
     resumed = predict(config)
-    said = capsys.readouterr().out.splitlines()
+    said = logged(capsys)
     assert "4 are done" in said[0]
     assert resumed.metrics == whole.metrics
     assert rows_of(resumed).keys() == rows_of(prediction).keys()

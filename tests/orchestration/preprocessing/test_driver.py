@@ -20,7 +20,7 @@ from brainray.orchestration.preprocessing.preparation import decode_options
 from brainray.orchestration.store import ImageStore
 from brainray.schema import IMAGE_STORE
 from brainray.storage import Folder
-from tests.conftest import tiny_config
+from tests.conftest import logged, tiny_config
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -106,7 +106,7 @@ def test_an_equal_store_is_reused_and_other_settings_are_refused(
     assert store.folder.local_path is not None
     storage = store.folder.local_path.parents[1]
     again = preprocess(tiny_config(storage, "name=mri", f"source={phantoms}"))
-    said = capsys.readouterr().out.splitlines()
+    said = logged(capsys)
     assert again.manifest == store.manifest
     assert "reusing it" in said[0]
     with pytest.raises(DataError, match=r"preprocess\.skull_strip: otsu here, none requested"):

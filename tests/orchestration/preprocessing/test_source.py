@@ -102,7 +102,7 @@ def test_the_row_of_a_folder_tells_what_the_rows_of_its_files_leave_open(tmp_pat
         ("p8/4.jpg", "test", "glioma", "eight"),
     ]
     table.write_text("path,label\np7,glioma\np7/,notumor\n")
-    with pytest.raises(DataError, match="rows of 'p7' have different values in column 'subject'"):
+    with pytest.raises(DataError, match="rows of 'p7' have different values in column 'label'"):
         listed(source, Folder(table))
 
 

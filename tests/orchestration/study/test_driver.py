@@ -27,7 +27,7 @@ from brainray.orchestration.study.driver import FinishedStudy, run_study
 from brainray.orchestration.study.grid import Cell, Grid, Slices, build_clusterer
 from brainray.schema import FEATURES
 from brainray.storage import Folder
-from tests.conftest import tiny_config
+from tests.conftest import logged, tiny_config
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -138,7 +138,7 @@ def test_the_same_name_goes_on_and_repeats_nothing_finished(
     (studied.folder.local_path / "cells" / first).unlink()
     config = study_config(storage, "pixels", PIXELS, "dataset=mri")
     again = run_study(config)
-    said = capsys.readouterr().out.splitlines()
+    said = logged(capsys)
     after = cell_files(again.folder)
     assert {name: after[name] for name in before if name != first} == {
         name: time for name, time in before.items() if name != first

@@ -54,7 +54,7 @@ from brainray.orchestration.training.worker import reported_metrics
 from brainray.redaction import command_line
 from brainray.storage import Folder
 from tests.browser import CHROMIUM, mlflow_ui
-from tests.conftest import tiny_config
+from tests.conftest import logged, tiny_config
 
 SPACE = {
     "objective.lambda_cluster": {"choice": [0.1, 0.5]},
@@ -186,7 +186,7 @@ def test_a_finished_sweep_trains_nothing_again(
     finished: FinishedSweep, storage: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     again = sweep(sweep_config(storage))
-    lines = capsys.readouterr().out.splitlines()
+    lines = logged(capsys)
     assert again.metrics == finished.metrics
     assert again.mlflow_run_id == finished.mlflow_run_id
     assert not [line for line in lines if line.startswith("trial ")]
@@ -257,11 +257,11 @@ def test_a_sweep_whose_time_is_up_is_complete(
         'tune.space={"objective.lambda_cluster": {"uniform": [0.1, 0.5]}}',
     )
     found = sweep(config)
-    lines = capsys.readouterr().out.splitlines()
+    lines = logged(capsys)
     assert 1 <= found.metrics["num_trials"] < 40
     assert any("tune.time_budget_min was used up" in line for line in lines)
     assert sweep(config).metrics == found.metrics
-    lines = capsys.readouterr().out.splitlines()
+    lines = logged(capsys)
     assert lines[-1].endswith("complete, nothing to search")
 
 
@@ -363,7 +363,7 @@ def test_a_sweep_of_an_earlier_version_goes_on(
     del settings["split"]["validation"], settings["encoder"]["pretext"]
     folder.write_json("sweep.json", settings)
     _begin(config, cast(Any, store), folder)
-    assert capsys.readouterr().out.splitlines()[1:] == [f"sweep {folder}: resumed"]
+    assert logged(capsys)[1:] == [f"sweep {folder}: resumed"]
 
 
 def as_trial(trained: TrainedRun, storage: Path, sweep: str, trial_id: str) -> Path:

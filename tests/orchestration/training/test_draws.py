@@ -7,7 +7,7 @@ import pytest
 from brainray.config import Config
 from brainray.errors import DataError
 from brainray.orchestration.training.draws import DrawnRuns, train_draws
-from tests.conftest import tiny_config
+from tests.conftest import logged, tiny_config
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -49,7 +49,7 @@ def test_draws_are_runs_of_their_own_paired_with_the_control(
     assert recipe.metrics[f"difference/{name}"] == pytest.approx((sum(values) - sum(others)) / 2)
     assert "| head" in recipe.folder.read_bytes("table.md").decode()
     again = train_draws(config)
-    said = capsys.readouterr().out.splitlines()
+    said = logged(capsys)
     assert sum("complete, nothing to train" in line for line in said) == 2
     assert again.metrics == recipe.metrics
 

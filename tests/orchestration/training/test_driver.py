@@ -50,7 +50,7 @@ from brainray.orchestration.training.driver import (
 from brainray.orchestration.training.rank_data import load_rank_data
 from brainray.schema import SEEN, UNLABELLED_ROLE
 from brainray.storage import Folder
-from tests.conftest import tiny_config
+from tests.conftest import logged, tiny_config
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -241,7 +241,7 @@ def test_a_finished_run_is_reported_again_not_trained_again(
     storage: Path, trained: TrainedRun, capsys: pytest.CaptureFixture[str]
 ) -> None:
     again = train(config_of(storage, "two-ranks", "train.num_workers=1"))
-    said = capsys.readouterr().out.splitlines()
+    said = logged(capsys)
     assert again.metrics == trained.metrics
     assert again.mlflow_run_id == trained.mlflow_run_id
     assert "complete, nothing to train" in said[0]
@@ -301,7 +301,7 @@ def test_a_control_that_was_drawn_otherwise_or_is_gone_is_said_and_left_out(
     folder.write_table("seen.parquet", seen.set_column(column, "role", pa.array(roles)))
     asked = config_of(storage, "two-ranks", "evaluation.control=redrawn")
     assert against_control(asked, trained.run, 1) == {}
-    said = capsys.readouterr().out.splitlines()
+    said = logged(capsys)
     assert said == ["not compared: the run redrawn was trained on other labels"]
     reporting.write_run_page(asked, trained.run, trained.metrics, {}, [], None)
     assert "<td>control, " not in trained.run.folder.read_bytes("report.html").decode()
@@ -310,7 +310,7 @@ def test_a_control_that_was_drawn_otherwise_or_is_gone_is_said_and_left_out(
     saved["evaluation"] |= {"control": "gone", "siblings": ["two-ranks", "lost"]}
     folder.write_bytes("config.yaml", to_yaml(parse_config(saved)).encode())
     written = report(tiny_config(storage, "run=redrawn"))
-    said = capsys.readouterr().out.splitlines()
+    said = logged(capsys)
     assert said[0].startswith("not compared: no run 'gone'")
     assert "the run two-ranks has the same seed (0)" in said[1]
     assert said[2].startswith("not compared: no run 'lost'")
@@ -350,7 +350,7 @@ def test_what_is_still_training_is_not_compared_and_said(
     assert trained.run.folder.read_bytes("report.html") == before
     config = config_of(storage, "two-ranks", "evaluation.control=unfinished")
     assert against_control(config, trained.run, 1) == {}
-    said = capsys.readouterr().out.splitlines()
+    said = logged(capsys)
     assert "not compared: the run unfinished is still training" in said[0]
 
 
@@ -653,7 +653,7 @@ def test_a_new_run_tells_how_many_labels_it_reads_and_what_nothing_tells(
         )
         run, _ = begin_run(config, store, 1)
         _log_beginning(run, False, config, store)
-        lines = capsys.readouterr().out.splitlines()
+        lines = logged(capsys)
         slices = run.info["num_slices"]
         num_read = slices["labelled"] + slices["validation"]
         assert f"{slices['labelled']} labelled" in lines[0]
@@ -682,7 +682,7 @@ def test_a_complete_run_says_how_another_is_set_beside_it(
     for control, says in (("evaluation.control=its-control", True), ("seed=0", False)):
         settings = ["train.num_workers=2", "dataset=mri", control]
         train(tiny_config(storage, "name=two-ranks", *settings))
-        lines = capsys.readouterr().out.splitlines()
+        lines = logged(capsys)
         assert any("jobs/report.py --set run=two-ranks" in line for line in lines) == says
 
 
