@@ -253,7 +253,7 @@ def test_a_sweep_whose_time_is_up_is_complete(
         "name=short",
         "tune.algorithm=random",
         "tune.num_trials=40",
-        "tune.time_budget_min=0.5",
+        "tune.time_budget_min=1.5",
         'tune.space={"objective.lambda_cluster": {"uniform": [0.1, 0.5]}}',
     )
     found = sweep(config)
