@@ -155,9 +155,9 @@ def write_run_page(
 
         checkpoint = load_checkpoint(run.folder / layout.BEST)
         explained = explain(run.folder.read_table(chosen), checkpoint, load)
-    figures_of_control = _figures_of_control(config, run)
-    if figures_of_control is not None:
-        others = _other_settings(run, _control(config, run.info["data_hash"]))
+    control = _comparable_control(config, run)
+    if control is not None:
+        others = _other_settings(run, control)
         other = f", also trained with other settings: {others}" if others else ""
         about = {**about, "control": f"{config.evaluation.control}{other}"}
     return write_page(
@@ -167,7 +167,7 @@ def write_run_page(
         metrics,
         about,
         maps,
-        control=figures_of_control,
+        control=None if control is None else control.folder.read_json(layout.SUMMARY),
         explained=explained,
         siblings=_predictions_of_siblings(config, run),
     )
@@ -263,15 +263,12 @@ def _compared_run(config: Config, name: str, data_hash: str) -> Run:
     return run
 
 
-def _figures_of_control(config: Config, run: Run) -> Metrics | None:
-    """The metrics of ``evaluation.control`` if they are comparable with the run's."""
+def _comparable_control(config: Config, run: Run) -> Run | None:
+    """The run ``evaluation.control`` if its metrics are comparable with the run's."""
     if config.evaluation.control is None:
         return None
     control = _control(config, run.info["data_hash"])
-    if _not_comparable(run, control) is not None:
-        return None
-    metrics: Metrics = control.folder.read_json(layout.SUMMARY)
-    return metrics
+    return control if _not_comparable(run, control) is None else None
 
 
 def _not_comparable(run: Run, control: Run) -> str | None:
