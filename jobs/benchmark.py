@@ -67,4 +67,4 @@ def work(arguments: argparse.Namespace) -> JobResult:
 
 if __name__ == "__main__":
     arguments = parser().parse_args()
-    sys.exit(run_command("benchmark", lambda: work(arguments)))
+    sys.exit(run_command("benchmark", lambda: work(arguments), is_resumable=False))

@@ -47,6 +47,7 @@ STORE_KEYS = ("classes", "preprocess", "split.mode", "split.test_fraction", "spl
 WORKER_KEYS = tuple(f"train.{name}" for name in WORKER_SETTINGS)
 """Settings of where workers run and how many there are."""
 
+_RESUMING = ": submit it again under the same name to resume after the last finished epoch or stage"
 _ANSWERS_WITHIN_S = 10.0
 _DASHBOARD_VARIABLE = "RAY_API_SERVER_ADDRESS"
 
@@ -139,18 +140,22 @@ def _check_places(name: str, config: Config, keys: Sequence[str]) -> None:
         ImageStore.open(storage / layout.DATASETS / config.dataset)
 
 
-def run_command(name: str, work: Callable[[], JobResult]) -> int:
-    """Do the work, print its outcome as one JSON line and return the exit code."""
+def run_command(name: str, work: Callable[[], JobResult], *, is_resumable: bool = True) -> int:
+    """Do the work, print its outcome as one JSON line and return the exit code.
+
+    If ``is_resumable``, the message about a signal says how to resume.
+    """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # nothing is sent but what is asked
     _end_in_order_on_sigterm()
     try:
         with _own_connection():
             result = work()
     except Exception as error:  # the contract: every outcome ends in one JSON line
-        return _fail(name, error)
+        return _fail(name, *_explained(error))
     except (KeyboardInterrupt, SystemExit):  # Ray Train's handler of SIGINT exits
         by_sigterm = signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
-        return _fail(name, Terminated("SIGTERM" if by_sigterm else "SIGINT"))
+        ended = f"ended by {'SIGTERM' if by_sigterm else 'SIGINT'}"
+        return _fail(name, ended + (_RESUMING if is_resumable else ""), EXIT_FAILED)
     _print_json(
         {
             "job": name,
@@ -190,9 +195,6 @@ class Terminated(KeyboardInterrupt):
     ``ray.get`` passes on only a KeyboardInterrupt (as a plain one) from a signal handler; it
     swallows any other exception and keeps waiting.
     """
-
-    def __init__(self, signal_name: str) -> None:
-        super().__init__(f"ended by {signal_name}")
 
 
 def _end_in_order_on_sigterm() -> None:
@@ -375,22 +377,18 @@ def init_ray(**options: Any) -> None:
             os.environ[_DASHBOARD_VARIABLE] = before
 
 
-def _fail(name: str, error: Exception | Terminated) -> int:
+def _explained(error: Exception) -> tuple[str, int]:
+    """The message and the exit code for an error; prints the traceback of an unexpected one."""
     cause = _user_error(error)
-    if isinstance(error, Terminated):
-        message, code = str(error), EXIT_FAILED
-        if name != "benchmark":
-            message += (
-                ": submit it again under the same name to resume after the last finished epoch or "
-                "stage"
-            )
-    elif cause is None:
-        print(redacted("".join(traceback.format_exception(error))), file=sys.stderr, end="")
-        # Ray puts every worker's traceback into the message; the last line is the reason.
-        lines = [line for line in str(error).splitlines() if line.strip()] or [""]
-        message, code = f"{type(error).__name__}: {lines[-1]}", EXIT_FAILED
-    else:
-        message, code = _RAYS_ADVICE.split(str(cause))[0], EXIT_BAD_INPUT
+    if cause is not None:
+        return _RAYS_ADVICE.split(str(cause))[0], EXIT_BAD_INPUT
+    print(redacted("".join(traceback.format_exception(error))), file=sys.stderr, end="")
+    # Ray puts every worker's traceback into the message; the last line is the reason.
+    lines = [line for line in str(error).splitlines() if line.strip()] or [""]
+    return f"{type(error).__name__}: {lines[-1]}", EXIT_FAILED
+
+
+def _fail(name: str, message: str, code: int) -> int:
     line = redacted(" ".join(message.split()))
     print(f"jobs/{name}.py: error: {line}", file=sys.stderr, flush=True)
     _print_json({"job": name, "status": "error", "error": line})

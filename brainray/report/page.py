@@ -438,7 +438,7 @@ def _evaluation_summary(metrics: Metrics, shown: str) -> list[str]:
 
 
 _LEFT_OUT = {
-    "num_rejected": "unreadable",
+    "num_rejected": "rejected",
     "num_without_class": "without a class",
     "num_outside_of_test": "outside the test split",
     "num_ignored_files": "of other types",

@@ -162,7 +162,7 @@ def test_an_evaluation_has_a_page_too(tmp_path: Path) -> None:
     assert "&lt;a&gt;.dcm" in text
     assert "frame=7" in text
     assert "75.0 % of all slices correctly" in text
-    assert "Left out: 1 unreadable, 3 without a class." in text
+    assert "Left out: 1 rejected, 3 without a class." in text
     shown = data_of(tmp_path / "scored" / name)
     assert len(shown["slices"]) == 10
     assert shown["slices"][-1]["path"].endswith("/23.jpg")  # not the first ten

@@ -219,7 +219,8 @@ def _by_usability(rows: pa.Table, config: Config) -> tuple[pa.Table, pa.Table]:
     reasons = Counter(rejected["reason"].to_pylist()).most_common(3)
     commonest = ", ".join(f"{reason} ({count})" for reason, count in reasons)
     if accepted.num_rows == 0:
-        raise DataError(f"none of the files in {config.source} is usable: {commonest}")
+        num_files = len(set(rejected["path"].to_pylist()))
+        raise DataError(f"none of the {num_files} files in {config.source} is usable: {commonest}")
     if rejected.num_rows:
         log(f"{rejected.num_rows} files or slices could not be used: {commonest}")
     return accepted, rejected

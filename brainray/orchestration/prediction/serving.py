@@ -43,7 +43,6 @@ REQUIREMENTS = (
     "scipy",
     "threadpoolctl",
     "torch",
-    "torchmetrics",
     "torchvision",
 )
 """Distributions that a served model needs in addition to its own code and MLflow."""

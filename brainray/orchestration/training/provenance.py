@@ -27,7 +27,6 @@ PACKAGES = (
     "scikit-learn",
     "scipy",
     "torch",
-    "torchmetrics",
     "torchvision",
 )
 """Packages whose version may change a result."""
