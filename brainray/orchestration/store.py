@@ -244,17 +244,18 @@ def with_defaults(stored: dict[str, Any], defaults: dict[str, Any]) -> dict[str,
 
 def differing_settings(stored: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> str:
     """``preprocess.skull_strip: otsu here, none requested; ...`` for what differs, or empty."""
-    problems, of_one_side = [], []  # the latter follow from a difference, if there is another
+    problems: list[str] = []
+    of_one_side: list[str] = []  # these follow from another difference, if there is one
     for key in sorted(stored.keys() | wanted.keys()):
-        here, asked = stored.get(key), wanted.get(key)
-        if here == asked:
+        in_both = key in stored and key in wanted  # null differs from unset: a class map has nulls
+        here, asked = stored.get(key, "unset"), wanted.get(key, "unset")
+        if in_both and here == asked:
             continue
         if isinstance(here, dict) and isinstance(asked, dict):
             problems.append(differing_settings(here, asked, f"{prefix}{key}."))
-        elif key in stored and key in wanted:
-            problems.append(f"{prefix}{key}: {here} here, {asked} requested")
         else:
-            of_one_side.append(f"{prefix}{key}: {here} here, {asked} requested")
+            told = problems if in_both else of_one_side
+            told.append(f"{prefix}{key}: {here} here, {asked} requested")
     return "; ".join(problems or of_one_side)
 
 

@@ -9,7 +9,7 @@ import pytest
 from brainray.config import PreprocessConfig
 from brainray.config_text import load_config, parse_config
 from brainray.errors import ConfigError, DataError
-from brainray.orchestration.store import ImageStore, as_store_was_made
+from brainray.orchestration.store import ImageStore, as_store_was_made, differing_settings
 from brainray.storage import Folder
 
 SPLIT = {"mode": "grouped", "test_fraction": 0.25, "seed": 3}
@@ -59,3 +59,10 @@ def test_a_damaged_part_is_told_by_name(tmp_path: Path) -> None:
 def test_what_it_says_otherwise_is_refused(tmp_path: Path, override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         as_store_was_made(load_config(None, [override]), made(tmp_path))
+
+
+def test_a_class_that_is_ignored_differs_from_one_that_is_not_mentioned() -> None:
+    assert differing_settings({"map": {}}, {"map": {"other": None}}) == (
+        "map.other: unset here, None requested"
+    )
+    assert differing_settings({"map": {"other": None}}, {"map": {"other": None}}) == ""
