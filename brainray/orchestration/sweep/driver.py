@@ -8,7 +8,7 @@ from brainray import layout
 from brainray.config import Config
 from brainray.config_text import flatten, to_yaml
 from brainray.engine.evaluate import Metrics
-from brainray.errors import BrainrayError, ConfigError, TrackingError
+from brainray.errors import BrainrayError, ConfigError, DataError, TrackingError
 from brainray.log import log
 from brainray.orchestration.lock import held
 from brainray.orchestration.prediction.export import served_files
@@ -17,7 +17,7 @@ from brainray.orchestration.pretraining.driver import warm_up
 from brainray.orchestration.publish import Tracking, open_tracking
 from brainray.orchestration.resources import WorkerResources
 from brainray.orchestration.store import ImageStore, differing_settings, with_defaults
-from brainray.orchestration.sweep.follower import NUM_SHOWN, Follower, trials_table
+from brainray.orchestration.sweep.follower import NUM_SHOWN, SweepFollower, trials_table
 from brainray.orchestration.sweep.trials import (
     Trial,
     check_space,
@@ -89,16 +89,16 @@ def _sweep(base: Config, name: str, store: ImageStore, workers: WorkerResources)
     if folder.exists(layout.SUMMARY):
         log(f"sweep {folder}: complete, nothing to search")
         summary = folder.read_json(layout.SUMMARY)
-        registered = summary.pop("registered", None)
-        if base.registry.name not in {None, registered}:
-            _register_later(base, name, open_parent())
+        if base.registry.name not in {None, summary["registered"]}:
+            best = _best_trial(base, folder, summary["best_trial"])
+            _register_later(base, best, open_parent())
             folder.write_json(layout.SUMMARY, summary | {"registered": base.registry.name})
             log(f"registered its best model as {base.registry.name}")
-        return FinishedSweep(folder=folder, **summary)
+        return _finished(folder, summary)
     tuner = build_tuner(base, folder, workers)
     tracking = open_parent()
+    follower = SweepFollower(base, name, tracking)
     tracking.tracker.running()
-    follower = Follower(base, name, tracking)
     try:
         warm_up(base, store)  # once, for all trials
         with follower:
@@ -166,7 +166,7 @@ def _conclude(
     folder: Folder,
     trials: list[Trial],
     ranked: list[Trial],
-    follower: Follower,
+    follower: SweepFollower,
     tracking: Tracking,
 ) -> FinishedSweep:
     """Write best config, table and figures to the sweep's folder and to MLflow."""
@@ -207,7 +207,9 @@ def _conclude(
     name = config.registry.name if is_whole else None
     _log_model(config, best, tracking.tracker, name, force=False)
     tracking.tracker.finish()
-    result: dict[str, Any] = {
+    summary: dict[str, Any] = {
+        "best_trial": best.trial_id,
+        "registered": config.registry.name,
         "metrics": metrics,
         "table": trials_table(config, trials, follower.outcome, limit=NUM_SHOWN),
         "mlflow_run_id": tracking.mlflow_run_id,
@@ -218,7 +220,7 @@ def _conclude(
     elif (tracking.tracker.problem or follower.problem) is not None:
         log("MLflow did not receive everything: submit the sweep again to send it")
     else:
-        folder.write_json(layout.SUMMARY, result | {"registered": config.registry.name})
+        folder.write_json(layout.SUMMARY, summary)
         num_cut = sum(follower.outcome(trial).startswith("stopped") for trial in trials)
         is_short = config.tune.algorithm != "grid" and len(trials) < config.tune.num_trials
         if config.tune.time_budget_min is not None and (is_short or num_cut):
@@ -226,7 +228,27 @@ def _conclude(
                 f"{len(trials)} trials, {num_cut} of them stopped by the scheduler or because "
                 "tune.time_budget_min was used up"
             )
-    return FinishedSweep(folder=folder, **result)
+    return _finished(folder, summary)
+
+
+def _finished(folder: Folder, summary: dict[str, Any]) -> FinishedSweep:
+    names = ("metrics", "table", "mlflow_run_id", "tracking_uri")
+    return FinishedSweep(folder, **{name: summary[name] for name in names})
+
+
+def _best_trial(config: Config, folder: Folder, trial_id: str) -> Trial:
+    """The best trial of a complete sweep.
+
+    Raises:
+        DataError: its run has been deleted.
+    """
+    for trial in read_trials(config, folder.name):
+        if trial.trial_id == trial_id:
+            return trial
+    raise DataError(
+        f"the run of the best trial, {run_name(folder.name, trial_id)}, no longer exists: train "
+        f"{folder}/{_BEST} again, and register it with jobs/export.py"
+    )
 
 
 def _log_model(
@@ -240,13 +262,12 @@ def _log_model(
         tracker.log_model(served, name, force=force)
 
 
-def _register_later(config: Config, sweep: str, tracking: Tracking) -> None:
+def _register_later(config: Config, best: Trial, tracking: Tracking) -> None:
     """Register the best model of a complete sweep under a name that is given now.
 
     Raises:
         TrackingError: the server cannot be used.
     """
-    best = ranked_trials(config, read_trials(config, sweep))[0]
     _log_model(config, best, tracking.tracker, config.registry.name, force=True)
     tracking.tracker.finish()
     if tracking.tracker.problem is not None:

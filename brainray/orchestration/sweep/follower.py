@@ -29,7 +29,7 @@ _TABLE_EVERY_S = 60.0
 _RUNNING = "running"
 
 
-class Follower(Watcher):
+class SweepFollower(Watcher):
     """Follows the trials' folders: a line per epoch, a table per minute, and MLflow.
 
     The only writer to MLflow: trials only write files.

@@ -45,7 +45,6 @@ def build_tuner(config: Config, folder: Folder, workers: WorkerResources) -> tun
     )
     # A stopped trial is blocked in Ray Train: force it to end, or its workers would stay.
     os.environ.setdefault("TUNE_FORCE_TRIAL_CLEANUP_S", "10")
-    os.environ.setdefault("AIR_VERBOSITY", "0")  # not remembered by a restored Tuner
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # prints a banner whatever the verbosity
     # Tune's own handler would make an interrupted sweep look complete.
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
@@ -170,7 +169,8 @@ class _FairToTrials(TrialScheduler):
         if not math.isfinite(result.get(self.metric, math.nan)):
             return self.CONTINUE
         action: str = super().on_trial_result(tune_controller, trial, result)
-        return self.CONTINUE if result["epoch"] >= self._num_epochs else action
+        num_epochs = trial.config.get("train.num_epochs", self._num_epochs)
+        return self.CONTINUE if result["epoch"] >= num_epochs else action
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
         if math.isfinite(result.get(self.metric, math.nan)):

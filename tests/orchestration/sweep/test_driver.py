@@ -30,6 +30,7 @@ from brainray.errors import (
     BusyError,
     ClusteringError,
     ConfigError,
+    DataError,
     RoomError,
     StorageError,
 )
@@ -38,8 +39,8 @@ from brainray.orchestration.publish import open_tracking
 from brainray.orchestration.resources import WorkerResources
 from brainray.orchestration.run import Run
 from brainray.orchestration.sweep import trials
-from brainray.orchestration.sweep.driver import FinishedSweep, _begin, sweep
-from brainray.orchestration.sweep.follower import Follower, trials_table
+from brainray.orchestration.sweep.driver import FinishedSweep, _begin, _best_trial, sweep
+from brainray.orchestration.sweep.follower import SweepFollower, trials_table
 from brainray.orchestration.sweep.trials import (
     Trial,
     check_space,
@@ -366,6 +367,19 @@ def test_a_sweep_of_an_earlier_version_goes_on(
     assert logged(capsys)[1:] == [f"sweep {folder}: resumed"]
 
 
+def test_a_best_trial_whose_run_was_deleted_is_not_replaced_by_the_next(
+    trained: TrainedRun, tmp_path: Path
+) -> None:
+    config = sweep_config(tmp_path)
+    folder = Folder(tmp_path) / "sweeps" / "search"
+    as_trial(trained, tmp_path, "search", "abcde_00001")
+    assert _best_trial(config, folder, "abcde_00001").trial_id == "abcde_00001"
+    with pytest.raises(
+        DataError, match=r"search-abcde_00000, no longer exists: train .*best\.yaml"
+    ):
+        _best_trial(config, folder, "abcde_00000")
+
+
 def as_trial(trained: TrainedRun, storage: Path, sweep: str, trial_id: str) -> Path:
     """A copy of a run as a trial of a sweep in ``storage``."""
     folder = storage / "runs" / f"{sweep}-{trial_id}"
@@ -426,8 +440,8 @@ def test_a_trial_that_has_trained_to_its_end_is_not_stopped(scheduler: str, tmp_
     made.set_search_properties("score", "max")
     controller = Mock(get_live_trials=lambda: [])
 
-    def actions_of(name: str, values: Sequence[float]) -> list[str]:
-        trial = Mock(trial_id=name)
+    def actions_of(name: str, values: Sequence[float], **parameters: int) -> list[str]:
+        trial = Mock(trial_id=name, config=parameters)
         made.on_trial_add(controller, trial)
         results = [{"epoch": epoch, "score": value} for epoch, value in enumerate(values, start=1)]
         actions = [made.on_trial_result(controller, trial, result) for result in results]
@@ -440,6 +454,8 @@ def test_a_trial_that_has_trained_to_its_end_is_not_stopped(scheduler: str, tmp_
     assert actions_of("could not be trained", [-math.inf] * 3) == going_on
     assert actions_of("no match for the others at its end", [0.6] * 3) == going_on
     assert actions_of("no match for them at once", [0.4] * 2)[1] == TrialScheduler.STOP
+    shorter = actions_of("trained for two epochs only", [0.4] * 2, **{"train.num_epochs": 2})
+    assert shorter == going_on[:2]
 
 
 def test_runs_that_a_deleted_sweep_has_left_are_not_this_ones(
@@ -584,7 +600,7 @@ def test_trials_that_a_stop_has_cut_are_told_so_in_mlflow(
         (folder / "tracking.json").unlink()
     (folder / "summary.json").unlink()  # of the second
     parent = open_tracking(config, Folder(tmp_path) / "sweeps" / "cut", {}, {})
-    follower = Follower(config, "cut", parent)
+    follower = SweepFollower(config, "cut", parent)
     for trial in read_trials(config, "cut"):
         assert follower._child(trial) is not None
     follower.end("KILLED")
@@ -615,7 +631,7 @@ def test_the_table_while_it_runs_shows_every_trial_that_does(tmp_path: Path) -> 
         }
         run = Run(Folder(tmp_path / "runs" / f"search-{trial_id}"), {})
         trials.append(Trial(trial_id, run, {}, [epoch], config.train))
-    follower = Follower(config, "search", cast(Any, None))
+    follower = SweepFollower(config, "search", cast(Any, None))
     with held(Folder(tmp_path), "runs", "search-abc_00004"):  # the worst
         table = trials_table(config, trials, follower.state, limit=2).splitlines()
     assert [line.split("|")[1].strip() for line in table[2:]] == [
