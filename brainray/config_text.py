@@ -44,7 +44,9 @@ def parse_config(tree: Mapping[str, Any]) -> Config:
         raise ConfigError(_explain(error)) from None
 
 
-def flatten(config: BaseModel) -> dict[str, str | int | float | bool]:
+def flatten(
+    settings: BaseModel | Mapping[str, Any],
+) -> dict[str, str | int | float | bool]:
     """``{"train.num_epochs": 20, ...}``; unset values are omitted, sequences become text."""
     flat: dict[str, str | int | float | bool] = {}
 
@@ -57,7 +59,7 @@ def flatten(config: BaseModel) -> dict[str, str | int | float | bool]:
         elif value is not None:
             flat[prefix] = value
 
-    visit("", config.model_dump())
+    visit("", settings if isinstance(settings, Mapping) else settings.model_dump())
     return flat
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 import brainray
 from brainray import layout
-from brainray.config import WORKER_SETTINGS, Config, EvaluationConfig
+from brainray.config import Config, EvaluationConfig
 from brainray.config_text import flatten
 from brainray.engine.compare import compare, without_comparison
 from brainray.engine.evaluate import Metrics
@@ -31,8 +31,10 @@ from brainray.report.page import Explained, write_page
 from brainray.schema import LABELLED, TEST, VALIDATION
 from brainray.storage import Folder
 
-_TRAINED_WITH = ("seed", "encoder.", "self_supervision.", "augment", "clustering.", "train.")
-"""Beginnings of the settings that a run and its control should share, with the label draw."""
+_MAY_DIFFER = {"objective", "split", "evaluation"}
+"""Sections that need not be a control's own: what is compared, the label draw, which is compared by
+its slices, and the scoring.
+"""
 
 LoadImages = Callable[[pa.Table], NDArray[np.uint8]]
 """Loads the preprocessed slices (n, 1, S, S) for rows of predictions."""
@@ -75,12 +77,13 @@ def report(config: Config) -> Report:
     for name in (asked.get("control"), *asked.get("siblings", ())):
         if name is not None and not open_run(Folder(config.storage), name).is_complete:
             raise CheckpointError(f"the run {name} is still training: wait until it finishes")
-    comparison = against_control(merged, run, int(summary["chosen_epoch"]))
+    control = comparable_control(merged, run)
+    comparison = against_control(merged, run, control, int(summary["chosen_epoch"]))
     metrics = summary | comparison
     known = run.folder.exists(layout.ABOUT)
     about = run.folder.read_json(layout.ABOUT) if known else about_software()
     maps = run_maps(run.folder, evaluation, int(metrics["chosen_epoch"]))
-    if write_run_page(merged, run, metrics, about, maps, store) is None:
+    if write_run_page(merged, run, control, metrics, about, maps, store) is None:
         raise DataError(f"the run {run.folder} has no test slices: there is nothing to report")
     if comparison:
         log(f"compared with {evaluation.control}:\n{comparison_table(comparison)}")
@@ -114,21 +117,42 @@ def _without_lost_runs(config: Config, asked: Container[str], data_hash: str) ->
     return evaluation
 
 
-def against_control(config: Config, run: Run, chosen_epoch: int) -> Metrics:
-    """Paired comparison of the run with ``evaluation.control`` if that is complete.
+@dataclass(frozen=True)
+class Control:
+    """A complete run on the same labels."""
 
-    Intervals resample copies and likely subjects as a whole.
+    run: Run
+    other_settings: str  # of training, apart from the objective's; empty if there are none
+
+
+def comparable_control(config: Config, run: Run) -> Control | None:
+    """The run ``evaluation.control`` if its metrics can be compared with the run's.
+
+    Logs why they cannot, or what else the two differ in.
     """
     if config.evaluation.control is None:
-        return {}
+        return None
     control = _control(config, run.info["data_hash"])
     problem = _not_comparable(run, control)
     if problem is not None:
         log(f"not compared: the run {config.evaluation.control} {problem}")
-        return {}
-    if others := _other_settings(run, control):
+        return None
+    others = _other_settings(run, control)
+    if others:
         log(f"note: the control was also trained with other settings: {others}")
-    ours, theirs = run.predictions(chosen_epoch), control.predictions()
+    return Control(control, others)
+
+
+def against_control(
+    config: Config, run: Run, control: Control | None, chosen_epoch: int
+) -> Metrics:
+    """Paired comparison of the run with its control, if there is one.
+
+    Intervals resample copies and likely subjects as a whole.
+    """
+    if control is None:
+        return {}
+    ours, theirs = run.predictions(chosen_epoch), control.run.predictions()
     if ours is None or theirs is None:
         return {}
     groups = groups_of_test_slices(run.folder)
@@ -139,6 +163,7 @@ def against_control(config: Config, run: Run, chosen_epoch: int) -> Metrics:
 def write_run_page(
     config: Config,
     run: Run,
+    control: Control | None,
     metrics: Metrics,
     about: Mapping[str, str],
     maps: Sequence[SliceMap],
@@ -155,9 +180,8 @@ def write_run_page(
 
         checkpoint = load_checkpoint(run.folder / layout.BEST)
         explained = explain(run.folder.read_table(chosen), checkpoint, load)
-    control = _comparable_control(config, run)
     if control is not None:
-        others = _other_settings(run, control)
+        others = control.other_settings
         other = f", also trained with other settings: {others}" if others else ""
         about = {**about, "control": f"{config.evaluation.control}{other}"}
     return write_page(
@@ -167,7 +191,7 @@ def write_run_page(
         metrics,
         about,
         maps,
-        control=None if control is None else control.folder.read_json(layout.SUMMARY),
+        control=None if control is None else control.run.folder.read_json(layout.SUMMARY),
         explained=explained,
         siblings=_predictions_of_siblings(config, run),
     )
@@ -263,14 +287,6 @@ def _compared_run(config: Config, name: str, data_hash: str) -> Run:
     return run
 
 
-def _comparable_control(config: Config, run: Run) -> Run | None:
-    """The run ``evaluation.control`` if its metrics are comparable with the run's."""
-    if config.evaluation.control is None:
-        return None
-    control = _control(config, run.info["data_hash"])
-    return control if _not_comparable(run, control) is None else None
-
-
 def _not_comparable(run: Run, control: Run) -> str | None:
     """Why a control's metrics cannot be compared with a run's; None if they can."""
     if not control.is_complete:
@@ -282,18 +298,18 @@ def _not_comparable(run: Run, control: Run) -> str | None:
 
 def _other_settings(run: Run, control: Run) -> str:
     """Settings of training other than the objective's in which a control differs, or empty."""
-    try:
-        ours, theirs = (flatten(each.saved_config()) for each in (run, control))
-    except ConfigError:  # saved by another version
-        return ""
-    placement = {f"train.{name}" for name in WORKER_SETTINGS}
+    ours, theirs = (_trained_with(each) for each in (run, control))
     return ", ".join(
         f"{key} {theirs.get(key, 'unset')} (here {ours.get(key, 'unset')})"
         for key in sorted(ours.keys() | theirs.keys())
-        if key.startswith(_TRAINED_WITH)
-        and key not in placement
-        and ours.get(key) != theirs.get(key)
+        if ours.get(key) != theirs.get(key)
     )
+
+
+def _trained_with(run: Run) -> dict[str, str | int | float | bool]:
+    sections = {key: value for key, value in run.settings.items() if key not in _MAY_DIFFER}
+    last = run.folder.read_json_lines(layout.METRICS)[-1]
+    return flatten(sections) | {"train.num_workers": int(last["train/num_workers"])}
 
 
 def _predictions_of_siblings(config: Config, run: Run) -> dict[str, pa.Table]:

@@ -67,6 +67,11 @@ class Run:
     def is_complete(self) -> bool:
         return self.folder.exists(layout.SUMMARY)
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings that must not change when the run resumes, as nested sections."""
+        return with_defaults(_without_free(self.info["settings"]), _settings(Config()))
+
     def saved_config(self) -> Config:
         """The config with which the run was created, without secrets."""
         where = f"{self.folder}/{layout.CONFIG}"
@@ -135,8 +140,7 @@ def begin_run(config: Config, store: ImageStore, num_workers: int) -> tuple[Run,
     settings = _settings(config)
     if folder.exists(layout.RUN):
         info = read_run_info(folder)
-        begun_with = with_defaults(_without_free(info["settings"]), _settings(Config()))
-        difference = differing_settings(begun_with, settings)
+        difference = differing_settings(Run(folder, info).settings, settings)
         if difference:
             raise ConfigError(
                 f"run {config.name!r} exists with other settings ({difference}): "

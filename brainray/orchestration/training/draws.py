@@ -8,7 +8,7 @@ from brainray.config import Config
 from brainray.engine.compare import intervals_of_mean_gains
 from brainray.engine.draws import summarise_draws
 from brainray.engine.evaluate import Metrics
-from brainray.errors import ConfigError, DataError
+from brainray.errors import ConfigError
 from brainray.log import log
 from brainray.orchestration.run import Run, check_same_draw, groups_of_test_slices, open_run
 from brainray.orchestration.training.driver import TrainedRun, train
@@ -80,15 +80,12 @@ def _of_draw(config: Config, number: int) -> Config:
 
 def _control(config: Config, control: str, number: int) -> Run:
     advice = "first train the control on the same number of label draws"
-    try:
-        run = open_run(Folder(config.storage), draw_name(control, number))
-    except DataError as error:
-        raise DataError(f"evaluation.control={control}: {error}; {advice}") from None
-    if not run.is_complete:
+    storage, name = Folder(config.storage), draw_name(control, number)
+    if not (storage / layout.RUNS / name).exists(layout.SUMMARY):
         raise ConfigError(
-            f"evaluation.control={control}: its run {draw_name(control, number)} is not complete; "
-            f"{advice}"
+            f"evaluation.control={control}: there is no complete run {name} in {storage}; {advice}"
         )
+    run = open_run(storage, name)
     check_same_draw(_of_draw(config, number).split, run, f"evaluation.control={control}")
     return run
 

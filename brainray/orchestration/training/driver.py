@@ -28,6 +28,7 @@ from brainray.orchestration.reporting import (
     about_software,
     against_control,
     check_compared_runs,
+    comparable_control,
     write_run_page,
 )
 from brainray.orchestration.resources import WorkerResources, alive_nodes, plan_workers
@@ -211,12 +212,13 @@ def complete_run(training: Training) -> None:
             "their pseudo-labels, which follow the class mix of the labelled slices: label slices "
             "drawn at random, or compare with objective.name=supervised"
         )
-    metrics |= against_control(config, run, chosen)
+    control = comparable_control(config, run)
+    metrics |= against_control(config, run, control, chosen)
     maps = run_maps(run.folder, config.evaluation, chosen)
     draw_run_figures(run.folder, run.classes, chosen, maps)
     about = _about(training)
     run.folder.write_json(layout.ABOUT, about)
-    write_run_page(config, run, metrics, about, maps, training.store)
+    write_run_page(config, run, control, metrics, about, maps, training.store)
     run.folder.write_json(layout.SUMMARY, metrics)
 
 

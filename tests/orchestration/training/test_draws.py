@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from brainray.config import Config
-from brainray.errors import DataError
 from brainray.orchestration.training.draws import DrawnRuns, train_draws
 from tests.conftest import logged, tiny_config
 
@@ -55,6 +54,6 @@ def test_draws_are_runs_of_their_own_paired_with_the_control(
 
 
 def test_a_control_that_was_not_trained_is_named_at_once(storage: Path) -> None:
-    with pytest.raises(DataError, match=r"no run 'absent-draw1'.* the same number of label draws"):
+    with pytest.raises(ConfigError, match=r"no complete run absent-draw1 in .* label draws"):
         train_draws(drawn_config(storage, "alone", "evaluation.control=absent"))
     assert not (storage / "runs" / "alone-draw1").exists()

@@ -37,7 +37,7 @@ from brainray.orchestration.prediction.evaluation import evaluate
 from brainray.orchestration.preprocessing.driver import preprocess
 from brainray.orchestration.pretraining.driver import warm_up
 from brainray.orchestration.publish import _last_submission, config_to_track, publish
-from brainray.orchestration.reporting import against_control, report
+from brainray.orchestration.reporting import against_control, comparable_control, report
 from brainray.orchestration.run import begin_run, open_run
 from brainray.orchestration.store import ImageStore
 from brainray.orchestration.training.driver import (
@@ -275,7 +275,8 @@ def test_subjects_are_drawn_as_a_whole_whatever_became_of_the_store(
         return {}
 
     monkeypatch.setattr(reporting, "compare", compare)
-    against_control(config_of(storage, "two-ranks", "evaluation.control=two-ranks"), trained.run, 1)
+    itself = config_of(storage, "two-ranks", "evaluation.control=two-ranks")
+    against_control(itself, trained.run, comparable_control(itself, trained.run), 1)
     rows = ImageStore.open(Folder(storage) / "datasets" / "mri").index().to_pylist()
     expected = {row["sample_id"]: row["split_group_id"] for row in rows if row["split"] == "test"}
     assert asked == [expected]
@@ -300,11 +301,9 @@ def test_a_control_that_was_drawn_otherwise_or_is_gone_is_said_and_left_out(
     column = seen.column_names.index("role")
     folder.write_table("seen.parquet", seen.set_column(column, "role", pa.array(roles)))
     asked = config_of(storage, "two-ranks", "evaluation.control=redrawn")
-    assert against_control(asked, trained.run, 1) == {}
+    assert comparable_control(asked, trained.run) is None
     said = logged(capsys)
     assert said == ["not compared: the run redrawn was trained on other labels"]
-    reporting.write_run_page(asked, trained.run, trained.metrics, {}, [], None)
-    assert "<td>control, " not in trained.run.folder.read_bytes("report.html").decode()
 
     saved = parse_yaml(folder.read_bytes("config.yaml"), "config.yaml")
     saved["evaluation"] |= {"control": "gone", "siblings": ["two-ranks", "lost"]}
@@ -325,15 +324,24 @@ def test_a_control_with_other_settings_is_compared_and_they_are_said(
 ) -> None:
     folder = storage / "runs" / "shorter"
     shutil.copytree(str(trained.run.folder), folder)
-    saved = parse_yaml((folder / "config.yaml").read_bytes(), "config.yaml")
-    saved["train"] |= {"num_epochs": 1, "num_workers": 7}
-    saved["objective"] |= {"name": "supervised"}
-    (folder / "config.yaml").write_text(to_yaml(parse_config(saved)))
+    info = json.loads((folder / "run.json").read_text())
+    info["settings"]["train"]["num_epochs"] = 1
+    info["settings"]["objective"]["name"] = "supervised"
+    info["settings"]["clustering"]["on_collapse"] = "warn"  # says nothing of what is learned
+    (folder / "run.json").write_text(json.dumps(info))
+    epochs = (folder / "metrics.jsonl").read_text()
+    assert '"train/num_workers": 2.0' in epochs
+    epochs = epochs.replace('"train/num_workers": 2.0', '"train/num_workers": 4.0')
+    (folder / "metrics.jsonl").write_text(epochs)
     asked = config_of(storage, "two-ranks", "evaluation.control=shorter")
-    assert against_control(asked, trained.run, 1)["p/test/all/head/accuracy"] == 1
-    differs = "also trained with other settings: train.num_epochs 1 (here 2)"
-    assert capsys.readouterr().out == f"note: the control was {differs}\n"
-    reporting.write_run_page(asked, trained.run, trained.metrics, {}, [], None)
+    control = comparable_control(asked, trained.run)
+    differs = (
+        "also trained with other settings: train.num_epochs 1 (here 2), "
+        "train.num_workers 4 (here 2)"
+    )
+    assert logged(capsys) == [f"note: the control was {differs}"]
+    assert against_control(asked, trained.run, control, 1)["p/test/all/head/accuracy"] == 1
+    reporting.write_run_page(asked, trained.run, control, trained.metrics, {}, [], None)
     page = trained.run.folder.read_bytes("report.html").decode()
     assert f"shorter, {differs}" in page
 
@@ -349,7 +357,7 @@ def test_what_is_still_training_is_not_compared_and_said(
             report(tiny_config(storage, "run=two-ranks", asked))
     assert trained.run.folder.read_bytes("report.html") == before
     config = config_of(storage, "two-ranks", "evaluation.control=unfinished")
-    assert against_control(config, trained.run, 1) == {}
+    assert comparable_control(config, trained.run) is None
     said = logged(capsys)
     assert "not compared: the run unfinished is still training" in said[0]
 
