@@ -15,7 +15,7 @@ MISSING = "–"
 PREDICTOR_TITLES = dict(zip(PREDICTORS, ("head", "clusters", "nearest thumbnail"), strict=True))
 
 
-def figure(metrics: Metrics, name: str) -> str:
+def decimal(metrics: Metrics, name: str) -> str:
     """For example ``0.924``."""
     value = metrics.get(name)
     return MISSING if value is None or isnan(value) else f"{value:.3f}"
@@ -35,20 +35,20 @@ def share(metrics: Metrics, name: str) -> str:
 
 def with_interval(metrics: Metrics, name: str) -> str:
     """For example ``0.924 [0.909, 0.939]``; without the interval if it is missing."""
-    low, high = (figure(metrics, f"{name}_{side}") for side in ("low", "high"))
-    value = figure(metrics, name)
+    low, high = (decimal(metrics, f"{name}_{side}") for side in ("low", "high"))
+    value = decimal(metrics, name)
     return value if MISSING in (low, high) else f"{value} [{low}, {high}]"
 
 
 def difference(metrics: Metrics, name: str) -> str:
     """For example ``+0.016 [+0.002, +0.029]``; without the interval if it is missing."""
     told = [metrics.get(key) for key in (name, f"{name}_low", f"{name}_high")]
-    value, low, high = (MISSING if figure is None else f"{figure:+.3f}" for figure in told)
+    value, low, high = (MISSING if value is None else f"{value:+.3f}" for value in told)
     return value if MISSING in (low, high) else f"{value} [{low}, {high}]"
 
 
 def mean_and_deviation(metrics: Metrics, name: str) -> str:
     """For example ``0.930 ± 0.012``; without the deviation if it is missing."""
-    deviation = figure(metrics, f"{name}_std")
-    value = figure(metrics, name)
+    deviation = decimal(metrics, f"{name}_std")
+    value = decimal(metrics, name)
     return value if deviation == MISSING else f"{value} ± {deviation}"

@@ -27,7 +27,7 @@ def comparison_rows(metrics: Mapping[str, float]) -> list[list[str]]:
         [
             PREDICTOR_TITLES[predictor],
             subset,
-            *_figures(metrics, f"test/{subset}/{predictor}/accuracy"),
+            *_cells(metrics, f"test/{subset}/{predictor}/accuracy"),
         ]
         for predictor in PREDICTED_BY
         for subset in SUBSETS
@@ -35,7 +35,7 @@ def comparison_rows(metrics: Mapping[str, float]) -> list[list[str]]:
     ]
 
 
-def _figures(metrics: Mapping[str, float], name: str) -> list[str]:
+def _cells(metrics: Mapping[str, float], name: str) -> list[str]:
     wins, losses = (metrics[f"{whose}/{name}"] for whose in ("only_run", "only_control"))
     return [
         difference(metrics, f"difference/{name}"),

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 
 from brainray.report.cells import (
     PREDICTOR_TITLES,
+    decimal,
     difference,
-    figure,
     mean_and_deviation,
     share,
 )
@@ -27,7 +27,7 @@ def draws_table(metrics: Mapping[str, float]) -> str:
                     title,
                     subset,
                     mean_and_deviation(metrics, name),
-                    figure(metrics, f"control/{name}"),
+                    decimal(metrics, f"control/{name}"),
                     difference(metrics, f"difference/{name}"),
                     share(metrics, f"fewer_errors/{name}"),
                 ]

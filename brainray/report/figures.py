@@ -17,6 +17,15 @@ from numpy.typing import NDArray
 
 from brainray.errors import DataError
 from brainray.report.cells import PREDICTOR_TITLES, History
+from brainray.report.curves import (
+    ACCURACIES,
+    AGREEMENT,
+    EFFECTIVE_RANK,
+    LOSSES,
+    SHARES,
+    SILHOUETTE,
+    Curve,
+)
 from brainray.report.style import (
     BLACK,
     BLUE,
@@ -25,7 +34,6 @@ from brainray.report.style import (
     ORANGE,
     PURPLE,
     SKY,
-    VERMILLION,
     class_colours,
     cluster_colour,
     count_epochs,
@@ -50,50 +58,18 @@ class Confusion:
 
 @dataclass(frozen=True)
 class EmbeddingMap:
-    """The t-SNE map of one epoch."""
+    """Points of the t-SNE map of one epoch, and their clusters."""
 
     epoch: int
     points: NDArray[np.floating]  # (N, 2)
     clusters: NDArray[np.integer]  # (N,) most likely mixture component
 
 
-@dataclass(frozen=True)
-class _Curve:
-    metric: str
-    label: str
-    colour: str
-    line: str = "-"
-
-
-_LOSSES = (
-    _Curve("train/loss/total", "total", BLACK),
-    _Curve("train/loss/ce", "cross entropy (labelled)", BLUE, "--"),
-    _Curve("train/loss/cluster", "clustering (unlabelled), without lambda", VERMILLION, "-."),
-    _Curve("train/loss/consistency", "consistency (unlabelled), without lambda", GREEN, ":"),
-    _Curve("train/loss/anchor", "anchors (labelled), without lambda", PURPLE, "--"),
-)
-_ACCURACIES = {
-    predictor: (
-        _Curve(f"validation/{predictor}/accuracy", "validation", GREY, "--"),
-        _Curve(f"test/all/{predictor}/accuracy", "test, all", BLUE),
-        _Curve(f"test/clean/{predictor}/accuracy", "test, clean", VERMILLION, "-."),
-        _Curve(f"test/strict/{predictor}/accuracy", "test, strict", GREEN, ":"),
-    )
-    for predictor in ("head", "cluster")
-}
 _HEALTH = {
-    "NMI of the clusters": (
-        _Curve("cluster/nmi_previous", "with the previous epoch", BLUE),
-        _Curve("cluster/nmi", "with the classes (clean test)", VERMILLION, "--"),
-    ),
-    "Silhouette (clean test)": (_Curve("cluster/silhouette", "silhouette", GREEN),),
-    "Effective rank of the embeddings": (
-        _Curve("cluster/effective_rank", "effective rank", PURPLE),
-    ),
-    "Share of the slices in a cluster": (
-        _Curve("cluster/largest_share", "largest cluster", ORANGE),
-        _Curve("cluster/smallest_share", "smallest cluster", SKY, "--"),
-    ),
+    "NMI of the clusters": AGREEMENT,
+    "Silhouette (clean test)": SILHOUETTE,
+    "Effective rank of the embeddings": EFFECTIVE_RANK,
+    "Share of the slices in a cluster": SHARES,
 }
 _TIMES = {
     "time/train_s": ("train", BLUE),
@@ -161,7 +137,7 @@ def loss_curves(history: History) -> Figure | None:
     """Training losses by epoch."""
     figure = new_figure(8.0, 3.6)
     axes = figure.subplots()
-    if not _draw_curves(axes, history, _LOSSES):
+    if not _draw_curves(axes, history, LOSSES):
         return None
     axes.set_title("Training loss by epoch")
     axes.legend(frameon=False)
@@ -175,11 +151,11 @@ def accuracy_curves(history: History, chosen_epoch: int) -> Figure | None:
     panels = figure.subplots(1, 2, sharey=True)
     drawn = [
         _draw_curves(axes, history, curves, chosen_epoch)
-        for axes, curves in zip(panels, _ACCURACIES.values(), strict=True)
+        for axes, curves in zip(panels, ACCURACIES.values(), strict=True)
     ]
     if not any(drawn):
         return None
-    for axes, predictor in zip(panels, _ACCURACIES, strict=True):
+    for axes, predictor in zip(panels, ACCURACIES, strict=True):
         axes.set_title(f"Accuracy of the {PREDICTOR_TITLES[predictor]}")
     panels[0].set_ylabel("accuracy")
     panels[0].set_ylim(panels[0].get_ylim()[0] - 0.03, 1.01)  # room for the outermost markers
@@ -309,7 +285,7 @@ def embedding_maps(
 
 
 def _draw_curves(
-    axes: Axes, history: History, curves: Sequence[_Curve], chosen_epoch: int | None = None
+    axes: Axes, history: History, curves: Sequence[Curve], chosen_epoch: int | None = None
 ) -> bool:
     """Plot the curves; return whether any has a point."""
     drawn = False

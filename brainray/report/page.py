@@ -23,15 +23,12 @@ from brainray.clustering.subtypes import find_subtypes
 from brainray.config import EvaluationConfig
 from brainray.report.cells import Metrics
 from brainray.report.comparison_table import COMPARISON_COLUMNS, comparison_rows
+from brainray.report.curves import ACCURACIES, AGREEMENT, LOSSES, SILHOUETTE
 from brainray.report.leakage_table import LEVEL_COLUMNS, leakage_counts, subset_counts
 from brainray.report.maps import SliceMap, map_sequence, shown
 from brainray.report.results import results_tables
 from brainray.report.style import (
-    BLUE,
-    GREEN,
     GREY,
-    PURPLE,
-    VERMILLION,
     class_colours,
     cluster_colour,
 )
@@ -44,36 +41,12 @@ _MAX_REJECTED = 100  # rejected files listed in an evaluation report
 _JPEG_QUALITY = 60
 _GLOW = 0.6  # opacity of the overlay where the activation is highest
 _CHARTS = {
-    "Loss and its unweighted terms": {
-        "total": "train/loss/total",
-        "cross entropy": "train/loss/ce",
-        "clusters": "train/loss/cluster",
-        "consistency": "train/loss/consistency",
-        "anchors": "train/loss/anchor",
-    },
-    "Accuracy of the head": {
-        "validation": "validation/head/accuracy",
-        "test, all": "test/all/head/accuracy",
-        "test, clean": "test/clean/head/accuracy",
-    },
-    "Accuracy of the clusters": {
-        "validation": "validation/cluster/accuracy",
-        "test, all": "test/all/cluster/accuracy",
-        "test, clean": "test/clean/cluster/accuracy",
-    },
-    "Clustering": {
-        "NMI with the previous epoch": "cluster/nmi_previous",
-        "NMI with the classes": "cluster/nmi",
-        "silhouette": "cluster/silhouette",
-    },
+    "Loss and its unweighted terms": LOSSES,
+    "Accuracy of the head": ACCURACIES["head"],
+    "Accuracy of the clusters": ACCURACIES["cluster"],
+    "Clustering": (*AGREEMENT, *SILHOUETTE),
 }
-_LINES = (
-    (BLUE, "solid"),
-    (VERMILLION, "dash"),
-    (GREEN, "dot"),
-    (GREY, "dashdot"),
-    (PURPLE, "longdash"),
-)
+_DASHES = {"-": "solid", "--": "dash", "-.": "dashdot", ":": "dot"}  # Plotly's names
 _LEAST_RANGE = 0.1  # smallest range of an accuracy axis
 
 
@@ -311,7 +284,6 @@ def _maps(maps: Sequence[SliceMap]) -> list[dict[str, Any]]:
     return [
         {
             "epoch": each.epoch,
-            "rows": list(range(each.rows.num_rows)),
             "x": np.round(each.points[:, 0], 2).tolist(),
             "y": np.round(each.points[:, 1], 2).tolist(),
         }
@@ -323,13 +295,15 @@ def _maps(maps: Sequence[SliceMap]) -> list[dict[str, Any]]:
 def _charts(history: Sequence[Metrics]) -> list[dict[str, Any]]:
     charts = []
     for title, curves in _CHARTS.items():
-        logged = {
-            label: [epoch.get(metric) for epoch in history] for label, metric in curves.items()
-        }
         drawn: list[dict[str, Any]] = [
-            {"name": label, "values": values, "colour": colour, "dash": dash}
-            for (label, values), (colour, dash) in zip(logged.items(), _LINES, strict=False)
-            if any(value is not None for value in values)
+            {
+                "name": curve.label,
+                "values": [epoch.get(curve.metric) for epoch in history],
+                "colour": curve.colour,
+                "dash": _DASHES[curve.line],
+            }
+            for curve in curves
+            if any(curve.metric in epoch for epoch in history)
         ]
         if drawn:
             epochs = [int(epoch["epoch"]) for epoch in history]

@@ -7,7 +7,7 @@ from brainray.report.cells import (
     PREDICTOR_TITLES,
     Metrics,
     count,
-    figure,
+    decimal,
     with_interval,
 )
 from brainray.report.table import Table, markdown_table
@@ -43,7 +43,7 @@ def results_tables(
     runs = {"": metrics} | {f", {whose}": theirs for whose, theirs in (others or {}).items()}
     return [
         _accuracies(metrics, runs),
-        _figures_by_class(metrics, runs, classes),
+        _metrics_by_class(metrics, runs, classes),
         _clusters(runs),
     ]
 
@@ -61,7 +61,9 @@ def _accuracies(metrics: Metrics, runs: Mapping[str, Metrics]) -> Table:
         for predictor, title in PREDICTOR_TITLES.items()
     ]
     rows += [
-        row(f"{PREDICTOR_TITLES[predictor]}{whose}, {title}", values, f"{predictor}/{name}", figure)
+        row(
+            f"{PREDICTOR_TITLES[predictor]}{whose}, {title}", values, f"{predictor}/{name}", decimal
+        )
         for whose, values in runs.items()
         for predictor in PREDICTED_BY
         for name, title in _AVERAGES.items()
@@ -78,7 +80,7 @@ def _accuracies(metrics: Metrics, runs: Mapping[str, Metrics]) -> Table:
     )
 
 
-def _figures_by_class(
+def _metrics_by_class(
     metrics: Metrics, runs: Mapping[str, Metrics], classes: Sequence[str]
 ) -> Table:
     def num_slices(subset: str, name: str) -> str:
@@ -93,7 +95,7 @@ def _figures_by_class(
         [f"{PREDICTOR_TITLES[predictor]}{whose}, {subset}"]
         + [
             " / ".join(
-                figure(values, f"test/{subset}/{predictor}/{kind}/{name}") for kind in _BY_CLASS
+                decimal(values, f"test/{subset}/{predictor}/{kind}/{name}") for kind in _BY_CLASS
             )
             for name in classes
         ]
@@ -108,7 +110,7 @@ def _figures_by_class(
 def _clusters(runs: Mapping[str, Metrics]) -> Table:
     rows = [
         [f"{subset}{whose}"]
-        + [figure(values, f"test/{subset}/cluster/{name}") for name in _OF_CLUSTERS]
+        + [decimal(values, f"test/{subset}/cluster/{name}") for name in _OF_CLUSTERS]
         for whose, values in runs.items()
         for subset in SUBSETS
     ]

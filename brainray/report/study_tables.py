@@ -9,7 +9,7 @@ from typing import Any
 from brainray.report.cells import MISSING
 from brainray.report.table import markdown_table
 
-FIGURES = ("silhouette", "ari", "nmi", "fmi", "accuracy")
+METRICS = ("silhouette", "ari", "nmi", "fmi", "accuracy")
 _OF_FEATURES = "neighbours"
 _COUNTS = ("num_clusters", "noise_share")
 _TITLES = {
@@ -40,7 +40,7 @@ def average_over_seeds(rows: Iterable[Row], by: Sequence[str]) -> list[dict[str,
     for values, members in groups.items():
         result: dict[str, Any] = dict(zip(by, values, strict=True))
         result["num_seeds"] = sum(row.get("problem") is None for row in members)
-        for name in (*_COUNTS, *FIGURES, _OF_FEATURES):
+        for name in (*_COUNTS, *METRICS, _OF_FEATURES):
             found = [float(row[name]) for row in members if row.get(name) is not None]
             if found:
                 result[f"{name}_mean"] = fmean(found)
@@ -54,7 +54,7 @@ def average_over_seeds(rows: Iterable[Row], by: Sequence[str]) -> list[dict[str,
 
 def methods_table(averaged: Sequence[Row]) -> str:
     """Metrics of every method on one subset of one data set, in the order of the grid."""
-    shown = [name for name in FIGURES if any(f"{name}_mean" in row for row in averaged)]
+    shown = [name for name in METRICS if any(f"{name}_mean" in row for row in averaged)]
     columns = (*_COUNTS, *shown)
     header = ["features", "clusterer", "PCA", "seeds", *(_TITLES[name] for name in columns)]
     rows = [
@@ -91,9 +91,9 @@ def features_table(averaged: Sequence[Row]) -> str | None:
     return markdown_table(["features", "PCA", *subsets], rows, num_text_columns=1)
 
 
-def datasets_table(averaged: Sequence[Row], figure: str) -> str | None:
+def datasets_table(averaged: Sequence[Row], metric: str) -> str | None:
     """One metric of every method by data set and on average; None if no row has the metric."""
-    if not any(f"{figure}_mean" in row for row in averaged):
+    if not any(f"{metric}_mean" in row for row in averaged):
         return None
     datasets = list(dict.fromkeys(row["dataset"] for row in averaged))
     methods: dict[tuple[Any, ...], dict[str, Row]] = {}
@@ -103,15 +103,15 @@ def datasets_table(averaged: Sequence[Row], figure: str) -> str | None:
     rows = []
     for (feature, clusterer, pca_dim), by_dataset in methods.items():
         means = [
-            by_dataset[name][f"{figure}_mean"]
+            by_dataset[name][f"{metric}_mean"]
             for name in datasets
-            if f"{figure}_mean" in by_dataset.get(name, {})
+            if f"{metric}_mean" in by_dataset.get(name, {})
         ]
         # Means over different data sets are not comparable.
         mean = f"{fmean(means):.3f}" if len(means) == len(datasets) else MISSING
-        cells = [_cell(by_dataset.get(name, {}), figure) for name in datasets]
+        cells = [_cell(by_dataset.get(name, {}), metric) for name in datasets]
         rows.append([feature, clusterer, str(pca_dim), *cells, mean])
-    header = ["features", "clusterer", "PCA", *datasets, f"mean {_TITLES[figure]}"]
+    header = ["features", "clusterer", "PCA", *datasets, f"mean {_TITLES[metric]}"]
     return markdown_table(header, rows, num_text_columns=2)
 
 

@@ -102,7 +102,7 @@ def test_curves_pass_through_the_logged_values() -> None:
     np.testing.assert_array_equal(_curve(losses, "total"), [[1, 3], [2, 2]])
     np.testing.assert_array_equal(_curve(accuracies, "validation"), [[1, 0.5]])
     np.testing.assert_array_equal(_curve(accuracies, "chosen epoch (2)")[:, 0], [2, 2])
-    np.testing.assert_array_equal(_curve(health, "with the previous epoch"), [[2, 0.75]])
+    np.testing.assert_array_equal(_curve(health, "NMI with the previous epoch"), [[2, 0.75]])
 
 
 def test_what_no_epoch_logged_is_left_out() -> None:
