@@ -353,7 +353,8 @@ class TrainConfig(_Section):
     start_image_size: Side = 64
     """Height and width in the first of the ``growth_epochs``."""
     num_epochs: Positive = 20
-    """An epoch is one pass over the unlabelled slices; the labelled ones cycle."""
+    """An epoch is one pass over the unlabelled slices, or the labelled ones if these are more; the
+    others cycle."""
     num_workers: Count = 0
     """Number of DDP ranks; 0 uses every GPU of the Ray cluster, or one CPU worker without GPUs."""
     min_workers: Count = 0
@@ -413,8 +414,8 @@ WORKER_SETTINGS = (
     "max_failures",
     "collective_timeout_s",
 )
-"""Settings of ``train`` for the placement and number of workers, which do not affect what is
-learned.
+"""Settings of ``train`` for the placement and number of workers, which may change when a run
+resumes. Only the number affects what is learned: a step has a batch of every worker.
 """
 
 
@@ -448,7 +449,7 @@ class TrackingConfig(_Section):
     """MLflow experiment; created if it does not exist."""
 
 
-VALIDATION_FIGURES = {
+VALIDATION_METRICS = {
     "validation/score": "max",
     "validation/head/accuracy": "max",
     "validation/head/balanced_accuracy": "max",
@@ -494,16 +495,16 @@ class TuneConfig(_Section):
                 f"{value!r} is not a validation metric: selecting by test metrics would fit the "
                 "sweep to the test slices; use one under validation/, such as validation/score"
             )
-        if value not in VALIDATION_FIGURES:
+        if value not in VALIDATION_METRICS:
             raise ValueError(
                 f"{value!r} is not reported after an epoch: use one of "
-                f"{', '.join(VALIDATION_FIGURES)}"
+                f"{', '.join(VALIDATION_METRICS)}"
             )
         return value
 
     @model_validator(mode="after")
     def _mode_fits_the_metric(self) -> "TuneConfig":
-        wanted = VALIDATION_FIGURES[self.metric]
+        wanted = VALIDATION_METRICS[self.metric]
         if self.mode != wanted:
             raise ValueError(f"{self.metric} is best at its {wanted}: set tune.mode={wanted}")
         return self
@@ -603,7 +604,8 @@ class StudyConfig(_Section):
     depth: Positive = 10
     """Levels below the root at which ``agglomerative_depth`` cuts the hierarchy."""
     min_samples: AtLeastTwo = 10
-    """Neighbours of a core point (DBSCAN, HDBSCAN); also the k of the k-distances."""
+    """Neighbours of a core point (for DBSCAN with itself) and the k of the k-distances; for HDBSCAN
+    also the size of the smallest cluster."""
     max_quadratic_rows: Annotated[int, Field(ge=10)] = 8000
     """With more slices than this, clusterers with quadratic memory run on a random sample of this
     size; the other slices join the nearest centroid (or core)."""

@@ -8,7 +8,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 SUBSETS = ("all", "clean", "strict")
-"""Subsets of the test slices for which every metric is reported: all; ``clean``, without a
+"""Subsets of the test slices for which every metric is reported: all; ``clean``, without an
 upright near-duplicate among the slices that the run saw; and ``strict``, those of them that also
 have no mirrored or rotated copy and no slice likely of their subject among these."""
 

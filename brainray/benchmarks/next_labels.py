@@ -29,7 +29,7 @@ from brainray.orchestration.training.driver import train
 from brainray.schema import TEST, UNLABELLED_ROLE
 from brainray.storage import Folder
 
-_FIGURES = ("accuracy", "balanced_accuracy")
+_METRICS = ("accuracy", "balanced_accuracy")
 _SUBSETS = ("all", "clean")
 
 
@@ -158,10 +158,10 @@ class _Simulation:
         preprocess(config)
         metrics = train(config).metrics
         return {
-            f"{subset}/{predictor}/{figure}": metrics[f"test/{subset}/{predictor}/{figure}"]
+            f"{subset}/{predictor}/{metric}": metrics[f"test/{subset}/{predictor}/{metric}"]
             for subset in _SUBSETS
             for predictor in ("head", "cluster")
-            for figure in _FIGURES
+            for metric in _METRICS
         }
 
 
@@ -169,8 +169,8 @@ def _measures(draws: Sequence[dict[str, dict[str, float]]]) -> list[Measure]:
     """Means over the draws; the lead of proposed over random labels should be positive."""
     measures = []
     for subset in _SUBSETS:
-        for figure in _FIGURES:
-            key = f"{subset}/head/{figure}"
+        for metric in _METRICS:
+            key = f"{subset}/head/{metric}"
             means = {
                 arm: float(np.mean([draw[arm][key] for draw in draws]))
                 for arm in ("first", "random", "chosen")

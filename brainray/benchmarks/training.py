@@ -178,10 +178,10 @@ def _ours(
             JointObjective(0.5),
             EpochData(
                 labelled=shard,
-                unlabelled=shard,
+                pool=shard,
                 targets=targets,
                 sizes=StepSizes(BATCH, BATCH),
-                steps=steps,
+                num_steps=steps,
                 scale=_SCALE,
                 augmentation=AugmentConfig(),
                 augmentation_unlabelled=AugmentConfig(policy="none"),

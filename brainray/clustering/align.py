@@ -31,7 +31,7 @@ def match_components(
 
 
 def cluster_to_class(
-    assignments: Tensor,  # (n_rank, K) responsibilities or (n_rank,) int64 clusters
+    responsibilities: Tensor,  # (n_rank, K) of this rank's labelled rows
     labels: Tensor,  # (n_rank,) int64 in [0, C)
     num_classes: int,
     centers: Tensor,  # (K, E), the same on every rank
@@ -39,20 +39,20 @@ def cluster_to_class(
 ) -> Tensor:  # (K,) int64
     """Map each cluster to a class, using labelled rows only (collective).
 
-    K == C: the one-to-one assignment with the most labelled rows (or responsibility) in
-    agreement. K > C: each cluster takes its majority class. In both cases a cluster without
-    labelled rows (for responsibilities: one that is not the largest of any row) takes the class of
-    the nearest labelled class mean instead, whether that class is already taken or not.
+    K == C: the one-to-one assignment with the most responsibility for labelled rows in agreement.
+    K > C: each cluster takes its majority class. In both cases a cluster that is not the most
+    responsible one of any labelled row takes the class of the nearest labelled class mean instead,
+    whether that class is already taken or not.
 
     Args:
-        assignments: clusters of this rank's labelled rows.
+        responsibilities: of the labelled rows; one-hot for hard clusters.
         labels: their classes.
         num_classes: C.
         centers: of the clusters, in the space of `class_means`.
         class_means: means of the labelled rows; not read for classes without labelled rows.
 
     Raises:
-        ClusteringError: on all ranks: K < C, no labelled rows, labels or clusters out of range.
+        ClusteringError: on all ranks: K < C, no labelled rows, or a label out of range.
     """
     num_clusters = centers.shape[0]
     if num_clusters < num_classes:
@@ -60,7 +60,7 @@ def cluster_to_class(
             f"{num_clusters} clusters cannot be mapped to {num_classes} classes: raise "
             f"clustering.num_clusters to at least {num_classes}"
         )
-    votes, num_rows = _count_votes(assignments, labels, num_clusters, num_classes)
+    votes, num_rows = _count_votes(responsibilities, labels, num_classes)
     if num_clusters == num_classes:
         _, classes = linear_sum_assignment(votes.cpu().numpy(), maximize=True)
         mapping = torch.from_numpy(classes).to(device=centers.device, dtype=torch.int64)
@@ -72,24 +72,22 @@ def cluster_to_class(
 
 
 def _count_votes(
-    assignments: Tensor, labels: Tensor, num_clusters: int, num_classes: int
+    responsibilities: Tensor, labels: Tensor, num_classes: int
 ) -> tuple[Tensor, Tensor]:
-    """Responsibility and number of rows of all ranks by cluster and class, each (K, C) float64."""
-    if assignments.ndim == 2:
-        soft, clusters = assignments.double(), assignments.argmax(dim=1)
-    else:
-        soft, clusters = None, assignments
-    valid = (labels >= 0) & (labels < num_classes) & (clusters >= 0) & (clusters < num_clusters)
+    """Responsibility and number of rows of all ranks by cluster and class, each (K, C) float64.
+
+    A row counts for its most responsible cluster.
+    """
+    valid = (labels >= 0) & (labels < num_classes)
     checks = torch.stack([valid.sum(), (~valid).sum()])
     num_valid, num_invalid = dist.sum_across_ranks(checks).tolist()
     if num_invalid or not num_valid:
         raise ClusteringError(
-            f"cannot map clusters to classes: of {num_valid + num_invalid} rows "
-            f"{num_invalid} have a label outside 0..{num_classes - 1} or a cluster outside "
-            f"0..{num_clusters - 1}: pass only labelled rows, at least one"
+            f"cannot map clusters to classes: of {num_valid + num_invalid} rows {num_invalid} "
+            f"have a label outside 0..{num_classes - 1}: pass only labelled rows, at least one"
         )
     by_class = torch.nn.functional.one_hot(labels, num_classes).double()
-    by_cluster = torch.nn.functional.one_hot(clusters, num_clusters).double()
-    num_rows = dist.sum_across_ranks(by_cluster.T @ by_class)
-    votes = num_rows if soft is None else dist.sum_across_ranks(soft.T @ by_class)
-    return votes, num_rows
+    largest = responsibilities.argmax(dim=1)
+    by_cluster = torch.nn.functional.one_hot(largest, responsibilities.shape[1]).double()
+    votes = dist.sum_across_ranks(responsibilities.double().T @ by_class)
+    return votes, dist.sum_across_ranks(by_cluster.T @ by_class)

@@ -27,7 +27,7 @@ Rows = NDArray[np.float64]  # (N, D)
 Labels = NDArray[np.int64]  # (N,) clusters from 0, or NOISE
 
 
-Assignment = Callable[[Rows], Labels]
+AssignmentRule = Callable[[Rows], Labels]
 """The rule of a fitted clusterer: assigns clusters to any rows."""
 
 
@@ -36,7 +36,7 @@ class Clustered:
     """A fitted clustering."""
 
     labels: Labels  # of the fitted rows
-    assign: Assignment  # for other rows
+    assign: AssignmentRule  # for other rows
     details: Mapping[str, float] = field(default_factory=dict)  # values found while fitting
     notes: tuple[str, ...] = ()  # caveats for the reader
 
@@ -147,8 +147,8 @@ class DBSCANClusterer:
         eps = self.eps_factor * distances[knee(distances)]
         if eps <= 0:
             raise ClusteringError(
-                f"DBSCAN: cannot choose eps, as at least half of the rows coincide with "
-                f"{self.min_samples} others: leave dbscan out or remove duplicates"
+                f"DBSCAN: cannot choose eps, as the k-distances bend at 0: too many rows coincide "
+                f"with {self.min_samples} others; leave dbscan out or remove duplicates"
             )
         fitted = DBSCAN(eps=eps, min_samples=self.min_samples).fit(x[sample])
         labels = fitted.labels_.astype(np.int64)
@@ -261,16 +261,15 @@ def cut_at_depth(tree: Rows, depth: int) -> Labels:
 
     The root is at level 0, so there are at most 2 ** depth clusters.
     """
-    num_rows = len(tree) + 1
-    labels = np.empty(num_rows, dtype=np.int64)
-    subtrees = [(2 * num_rows - 2, 0)]
+    labels = np.empty(len(tree) + 1, dtype=np.int64)
+    subtrees = [(hierarchy.to_tree(tree), 0)]
     num_clusters = 0
     while subtrees:
         node, level = subtrees.pop()
-        if node >= num_rows and level < depth:
-            subtrees += [(int(child), level + 1) for child in tree[node - num_rows, :2]]
+        if not node.is_leaf() and level < depth:
+            subtrees += [(node.left, level + 1), (node.right, level + 1)]
             continue
-        labels[_leaves(tree, node)] = num_clusters
+        labels[node.pre_order()] = num_clusters
         num_clusters += 1
     return labels
 
@@ -302,23 +301,11 @@ def knee(ascending: NDArray[np.float64]) -> int:
     return int(np.argmax(along - (ascending - ascending[0]) / height))
 
 
-def _leaves(tree: Rows, node: int) -> list[int]:
-    num_rows = len(tree) + 1
-    leaves, waiting = [], [node]
-    while waiting:
-        current = waiting.pop()
-        if current < num_rows:
-            leaves.append(current)
-        else:
-            waiting += [int(child) for child in tree[current - num_rows, :2]]
-    return leaves
-
-
 def _completed(
     x: Rows,
     sample: NDArray[np.int64],
     sample_labels: Labels,
-    assign: Assignment,
+    assign: AssignmentRule,
     details: Mapping[str, float] | None = None,
     notes: tuple[str, ...] = (),
 ) -> Clustered:

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from sklearn.metrics import normalized_mutual_info_score
 from torch import Tensor
 
 from brainray import dist
@@ -26,15 +27,15 @@ class ClusteringHealth:
     """Number of dimensions that the embeddings use (Roy & Vetterli 2007)."""
     spread: float
     """Mean squared distance of L2-normalised embeddings to their mean: 0 (collapsed) to 1."""
-    nmi_previous: float | None
-    """Normalised mutual information with the previous epoch's clusters, if any."""
+    nmi_previous: float
+    """Normalised mutual information with the previous epoch's clusters."""
 
 
 @torch.no_grad()
 def measure_health(
     z: Tensor,  # (n_rank, E)
     responsibilities: Tensor,  # (n_rank, K)
-    previous_responsibilities: Tensor | None,  # (n_rank, K') of the same rows; None on all ranks
+    previous_responsibilities: Tensor,  # (n_rank, K') of the same rows
 ) -> ClusteringHealth:
     """Measure how far from collapse a clustering is (collective).
 
@@ -52,18 +53,17 @@ def measure_health(
     max_entropy = num_rows * math.log(num_clusters)
     directions = torch.nn.functional.normalize(z.double(), dim=1)
     distances = (directions - shards.mean_of_rows(directions, num_rows)).square().sum()
-    nmi_previous = None
-    if previous_responsibilities is not None:
-        nmi_previous = normalized_mutual_information(
-            _contingency(previous_responsibilities, responsibilities)
-        )
+    before, now = (
+        dist.gather_rows(each.argmax(dim=1)).cpu().numpy()
+        for each in (previous_responsibilities, responsibilities)
+    )
     return ClusteringHealth(
         smallest_share=float(shares.min()),
         largest_share=float(shares.max()),
         mean_entropy=float(totals[-1]) / max_entropy if num_clusters > 1 else 0.0,
         effective_rank=effective_rank(z),
         spread=float(dist.sum_across_ranks(distances)) / num_rows,
-        nmi_previous=nmi_previous,
+        nmi_previous=float(normalized_mutual_info_score(before, now)),
     )
 
 
@@ -95,30 +95,3 @@ def check_collapse(
             f"{health.spread:.2g}, less than the allowed {min_spread:.2g} (effective rank "
             f"{health.effective_rank:.1f}): {remedy}"
         )
-
-
-def normalized_mutual_information(contingency: Tensor) -> float:
-    """Mutual information of two partitions divided by the mean of their entropies.
-
-    Args:
-        contingency: (K', K) numbers of rows, float64. For two single-cluster partitions it is 1.
-    """
-    joint = contingency / contingency.sum()
-    first, second = joint.sum(dim=1), joint.sum(dim=0)
-    entropy_first, entropy_second = _entropy(first), _entropy(second)
-    mean_entropy = (entropy_first + entropy_second) / 2
-    if mean_entropy == 0:
-        return 1.0
-    mutual_information = entropy_first + entropy_second - _entropy(joint)
-    return max(0.0, mutual_information / mean_entropy)
-
-
-def _entropy(shares: Tensor) -> float:
-    return -float(torch.special.xlogy(shares, shares).sum())
-
-
-def _contingency(previous: Tensor, current: Tensor) -> Tensor:
-    """Rows of all ranks by most responsible component, previous and current; (K', K) float64."""
-    then = torch.nn.functional.one_hot(previous.argmax(dim=1), previous.shape[1]).double()
-    now = torch.nn.functional.one_hot(current.argmax(dim=1), current.shape[1]).double()
-    return dist.sum_across_ranks(then.T @ now)

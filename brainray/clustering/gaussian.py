@@ -27,6 +27,7 @@ CovarianceType = Literal["spherical", "diag", "tied", "full"]
 def covariance_shape(
     num_components: int, num_features: int, covariance_type: CovarianceType
 ) -> tuple[int, ...]:
+    """Shape of the covariances of K components in D dimensions, as in scikit-learn."""
     return {
         "spherical": (num_components,),
         "diag": (num_components, num_features),
@@ -240,6 +241,7 @@ def log_joint_of(
     covariance_type: CovarianceType,
     dtype: torch.dtype,  # of the rows
 ) -> LogJoint:
+    """The function from rows (n, D) to log pi_k + log N(x_i; mu_k, Sigma_k), (n, K)."""
     match covariance_type:
         case "full":
             return _Full(weights, means, factors, dtype)

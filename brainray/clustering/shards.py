@@ -27,11 +27,14 @@ _SUMMED_ROWS = 4096  # converted to float64 at a time: they fit the CPU cache
 
 
 class TopRows(NamedTuple):
+    """Rows of all ranks with the largest scores, best first."""
+
     rows: Tensor  # (M, D)
     scores: Tensor  # (M,)
 
 
 def blocks(num_rows: int, block_rows: int) -> Iterator[slice]:
+    """Consecutive slices of at most ``block_rows`` rows that cover ``num_rows`` rows."""
     for start in range(0, num_rows, block_rows):
         yield slice(start, min(start + block_rows, num_rows))
 

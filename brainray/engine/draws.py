@@ -53,7 +53,7 @@ def summarise_draws(
                 metrics[f"difference/{name}_low"] = low
                 metrics[f"difference/{name}_high"] = high
         if name.endswith("/accuracy") and others.mean() < 1:
-            spared = (others.mean() - values.mean()) / (others.mean() - 1)
+            spared = (values.mean() - others.mean()) / (1 - others.mean())
             metrics[f"fewer_errors/{name}"] = float(spared)
     return metrics
 

@@ -26,9 +26,9 @@ _SLICES_FOR_STATISTICS = 2048
 
 @dataclass(frozen=True)
 class EpochTargets:
-    """Targets for the unlabelled slices from the last epoch's encoder and mixture.
+    """Targets for the pool's slices from the last epoch's encoder and mixture.
 
-    Rows are as in the unlabelled shard of n slices.
+    Rows are as in the pool's shard of n slices.
     """
 
     responsibilities: Tensor  # (n, K) float32
@@ -64,7 +64,7 @@ class EpochPlan:
     """Layout of an epoch, the same on every rank and for every objective."""
 
     num_steps: int  # batches on each rank
-    has_pool: bool  # whether the unlabelled term uses unlabelled slices, else labelled ones
+    trains_on_unlabelled: bool  # whether the unlabelled term uses them, else labelled slices
     is_mostly_unlabelled: bool  # whether most slices are unlabelled
 
 
@@ -81,7 +81,7 @@ def plan_epoch(
     num_slices = max(num_labelled, num_unlabelled)
     return EpochPlan(
         num_steps=-(-num_slices // (batch_size_per_worker * num_ranks)),
-        has_pool=num_unlabelled >= batch_size_per_worker * num_ranks,
+        trains_on_unlabelled=num_unlabelled >= batch_size_per_worker * num_ranks,
         is_mostly_unlabelled=num_unlabelled >= num_labelled,
     )
 
@@ -112,14 +112,14 @@ class EpochData:
     """Training slices of this rank for one epoch, with their augmentation.
 
     ``seed`` alone determines order and augmentation; it must differ between epochs and ranks. The
-    smaller of the labelled and the unlabelled set is cycled.
+    smaller of the labelled set and the pool is cycled.
     """
 
     labelled: SliceShard
-    unlabelled: SliceShard
+    pool: SliceShard  # of the unlabelled term: unlabelled slices, or labelled ones (`EpochPlan`)
     targets: EpochTargets
     sizes: StepSizes
-    steps: int  # the same on every rank
+    num_steps: int  # the same on every rank
     scale: PixelScale
     augmentation: AugmentConfig
     augmentation_unlabelled: AugmentConfig
@@ -132,19 +132,19 @@ class EpochData:
         device = self.labelled.images.device
         generator = Generator(device).manual_seed(self.seed)
         order = list(
-            _cycle_rows(len(self.labelled), self.sizes.labelled, self.steps, seed=2 * self.seed)
+            _cycle_rows(len(self.labelled), self.sizes.labelled, self.num_steps, seed=2 * self.seed)
         )
         order_unlabelled = list(
             _cycle_rows(
-                len(self.unlabelled), self.sizes.unlabelled, self.steps, seed=2 * self.seed + 1
+                len(self.pool), self.sizes.unlabelled, self.num_steps, seed=2 * self.seed + 1
             )
         )
         drawn = self.labelled.images.batches(order)
-        drawn_unlabelled = self.unlabelled.images.batches(order_unlabelled)
+        drawn_unlabelled = self.pool.images.batches(order_unlabelled)
         # In one copy, because each copy to a GPU waits for its pending work.
         rows_of_steps = torch.stack(order).to(device)
         rows_of_steps_unlabelled = torch.stack(order_unlabelled).to(device)
-        for step in range(self.steps):
+        for step in range(self.num_steps):
             views = self._view(next(drawn), self.augmentation, generator)
             views_unlabelled = self._view(
                 next(drawn_unlabelled), self.augmentation_unlabelled, generator
@@ -156,7 +156,7 @@ class EpochData:
             rows, rows_unlabelled = rows_of_steps[step], rows_of_steps_unlabelled[step]
             yield StepBatch(
                 self.scale.standardise(torch.cat([views, views_unlabelled])),
-                torch.cat([self.labelled.keys[rows], self.unlabelled.keys[rows_unlabelled]]),
+                torch.cat([self.labelled.keys[rows], self.pool.keys[rows_unlabelled]]),
                 self.targets.of_step(self.labelled.labels[rows], rows_unlabelled),
                 mixup,
             )
@@ -179,8 +179,16 @@ def train_epoch(
 ) -> EpochResult:
     """Train on every batch of the data.
 
-    The gradients of ``accumulation`` batches are averaged for one step of the optimiser, after
-    which ``on_update`` is called.
+    Args:
+        model: an `Encoder`, possibly wrapped in DDP.
+        optimizer: of its parameters.
+        scheduler: stepped with the optimiser.
+        objective: the loss.
+        data: this rank's slices, with targets, augmentation and number of batches.
+        precision: ``bf16`` or ``fp32``.
+        accumulation: number of batches whose gradients are averaged for one step of the optimiser.
+        on_update: called after each step of the optimiser.
+        on_step: called after each batch with its number, from 0.
 
     Raises:
         NonFiniteStep: on every rank, if the loss or the gradient is NaN or infinite.
@@ -192,12 +200,12 @@ def train_epoch(
     data_wait_s = 0.0
     batches = data.batches()
     optimizer.zero_grad(set_to_none=True)
-    for step in range(data.steps):
+    for step in range(data.num_steps):
         started = time.perf_counter()
         batch = next(batches)
         data_wait_s += time.perf_counter() - started
         first_of_update = step - step % accumulation
-        size_of_update = min(accumulation, data.steps - first_of_update)
+        size_of_update = min(accumulation, data.num_steps - first_of_update)
         updates = step + 1 == first_of_update + size_of_update
         with nullcontext() if updates else without_gradient_exchange(model):
             with autocast(device, precision):
@@ -291,13 +299,13 @@ def measure_batch_statistics(
         update_bn(map(seen, batches), model)
 
 
-def _cycle_rows(num_rows: int, batch_size: int, steps: int, *, seed: int) -> Iterator[Tensor]:
-    """Yield ``steps`` batches of row indices from repeated shuffled passes."""
+def _cycle_rows(num_rows: int, batch_size: int, num_steps: int, *, seed: int) -> Iterator[Tensor]:
+    """Yield ``num_steps`` batches of row indices from repeated shuffled passes."""
     generator = Generator().manual_seed(seed)  # on the CPU: the same order on every device
     assert num_rows > 0 or batch_size == 0, "a rank without slices cannot fill batches"
-    pool = torch.empty(0, dtype=torch.int64)
-    for _ in range(steps):
-        while len(pool) < batch_size:
-            pool = torch.cat([pool, torch.randperm(num_rows, generator=generator)])
-        yield pool[:batch_size]
-        pool = pool[batch_size:]
+    waiting = torch.empty(0, dtype=torch.int64)
+    for _ in range(num_steps):
+        while len(waiting) < batch_size:
+            waiting = torch.cat([waiting, torch.randperm(num_rows, generator=generator)])
+        yield waiting[:batch_size]
+        waiting = waiting[batch_size:]

@@ -131,8 +131,8 @@ def _accuracy_metrics(
     predictor: str,
 ) -> Metrics:
     min_support = MIN_STRICT_SUPPORT if subset == "strict" else 1
-    figures = classification_metrics(labels, predicted, classes, min_support)
-    return {f"test/{subset}/{predictor}/{name}": value for name, value in figures.items()}
+    metrics = classification_metrics(labels, predicted, classes, min_support)
+    return {f"test/{subset}/{predictor}/{name}": value for name, value in metrics.items()}
 
 
 def confusion_metrics(predictions: Predictions, classes: Sequence[str], prefix: str) -> Metrics:
@@ -258,12 +258,21 @@ def summarise(
     """The reported metrics of a table of predictions.
 
     For ``all``, ``clean`` and ``strict``: metrics of both predictors and of the memory baseline
-    (nearest labelled thumbnail, ``thumbnail_1nn``), with bootstrap intervals of the accuracies over
-    ``groups`` (by sample_id, such as subjects; a slice without a group is its own). In addition
-    ``all_as_clean``: accuracies over all slices, re-weighted to the class mix of clean. Without
-    fingerprints of the slices that the run saw (``seen``), only ``all``, without the baseline. The
-    calibration error of the head is also given after scaling with ``temperature``, fitted on
-    validation, if there is one.
+    (nearest labelled thumbnail, ``thumbnail_1nn``), with bootstrap intervals of the accuracies. In
+    addition ``all_as_clean``: accuracies over all slices, re-weighted to the class mix of clean.
+
+    Args:
+        table: ``PREDICTIONS`` rows; those without a label are left out.
+        seen: ``SEEN`` rows with the fingerprints of the slices that the run saw; without them, only
+            ``all`` is reported, without the baseline.
+        classes: C class names in the run's order.
+        class_of_cluster: (K,) class index of each cluster.
+        num_resamples: of the bootstrap.
+        seed: of the bootstrap.
+        groups: by sample_id, what is resampled as a whole, such as a subject; a slice without a
+            group is its own.
+        temperature: fitted on validation; the calibration error of the head is also given after
+            scaling with it.
     """
     table = table.filter(pc.is_valid(table["label"]))
     predictions = _from_table(table, classes, class_of_cluster)

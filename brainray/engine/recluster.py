@@ -72,6 +72,14 @@ class Reclustering:
     num_reseeded: int
 
 
+class CheckedReclustering(NamedTuple):
+    """A re-clustering with which the run continues."""
+
+    reclustering: Reclustering
+    health: ClusteringHealth
+    has_collapsed: bool  # although `clustering.on_collapse` lets the run continue
+
+
 @torch.no_grad()
 def recluster(
     z: Tensor,
@@ -110,13 +118,16 @@ def recluster(
     model = ClusterModel(config, z.shape[1]).to(z.device)
     wide = z.double()
     reduced = model.pca.fit(wide).transform(wide)
-    last = None
+    last_centers = last_classes = None
     if previous is not None:
-        last = model.pca.transform(previous.centers.double()), previous.class_of_cluster
+        last_centers = model.pca.transform(previous.centers.double())
+        last_classes = previous.class_of_cluster
     if config.anchors == "labelled":
-        start = _start_anchored(reduced, keys, labels, config, num_classes, seed, last)
+        start = _start_anchored(
+            reduced, keys, labels, config, num_classes, seed, last_centers, last_classes
+        )
     else:
-        start = _start_by_kmeans(reduced, keys, config, seed, last and last[0])
+        start = _start_by_kmeans(reduced, keys, config, seed, last_centers)
     model.gmm.fit(
         reduced,
         init_responsibilities=start.responsibilities,
@@ -152,7 +163,7 @@ def recluster_in_health(
     *,
     where: str,
     remedy: str,
-) -> tuple[Reclustering, ClusteringHealth, bool]:
+) -> CheckedReclustering:
     """Re-cluster, and handle a collapse according to ``clustering.on_collapse`` (collective).
 
     Args:
@@ -162,9 +173,6 @@ def recluster_in_health(
         config: limits and ``on_collapse``.
         where: epoch or round, for messages.
         remedy: what to do about a collapse, for the error message.
-
-    Returns:
-        The re-clustering, its health, and whether it has collapsed but the run continues.
 
     Raises:
         ClusteringError: on every rank, if the clusters have collapsed and reseeding, if configured,
@@ -180,13 +188,13 @@ def recluster_in_health(
         except ClusteringError as problem:
             collapse = f"{where}{', also after reseeding' if reseed else ''}: {problem}"
         else:
-            return found, health, False
+            return CheckedReclustering(found, health, has_collapsed=False)
         if config.on_collapse == "stop" or (config.on_collapse == "warn" and usable is None):
             break
         if dist.rank() == 0:
             log(f"{config.on_collapse}: {collapse}")
         if config.on_collapse == "warn" and usable is not None:
-            return *usable, True
+            return CheckedReclustering(*usable, has_collapsed=True)
     raise ClusteringError(collapse)
 
 
@@ -221,19 +229,20 @@ def _start_anchored(
     config: ClusteringConfig,
     num_classes: int,
     seed: int,
-    last: tuple[Tensor, Tensor] | None,
+    last_centers: Tensor | None,
+    last_classes: Tensor | None,
 ) -> _Start:
     """Assign each slice to the nearest centre, and labelled slices to one of their class.
 
-    The centres (K, P) and their classes (K,) are those of the ``last`` epoch. In the first epoch
-    they are the class means or, with more clusters than classes, those of K-means. K-means does not
+    The centres (K, P) and their classes (K,) are those of the last epoch. In the first epoch they
+    are the class means or, with more clusters than classes, those of K-means. K-means does not
     iterate afterwards, so that a cluster cannot drift from class to class.
     """
     readable = labels >= 0
     known = reduced[readable], labels[readable]
     kmeans = None
-    if last is not None:
-        centers, class_of_cluster = last
+    if last_centers is not None and last_classes is not None:
+        centers, class_of_cluster = last_centers, last_classes
     elif config.num_clusters == num_classes:
         centers = _class_means(*known, num_classes)
         class_of_cluster = torch.arange(num_classes, device=labels.device)
@@ -252,11 +261,13 @@ def _start_anchored(
 
 
 def _classes_of(
-    assignments: Tensor, z: Tensor, labels: Tensor, num_classes: int, centers: Tensor
+    gamma: Tensor, z: Tensor, labels: Tensor, num_classes: int, centers: Tensor
 ) -> Tensor:
-    """(K,) int64 class of each cluster, from labelled rows z (m, E) and labels (m,) only."""
+    """(K,) int64 class of each cluster, from labelled rows only: gamma (m, K), z (m, E), labels
+    (m,).
+    """
     means = _class_means(z, labels, num_classes)
-    return cluster_to_class(assignments, labels, num_classes, centers=centers, class_means=means)
+    return cluster_to_class(gamma, labels, num_classes, centers=centers, class_means=means)
 
 
 def _class_means(z: Tensor, labels: Tensor, num_classes: int) -> Tensor:

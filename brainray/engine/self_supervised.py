@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from brainray import dist
-from brainray.config import ClusteringConfig, SelfSupervisionConfig
+from brainray.config import ClusteringConfig, PretextName, SelfSupervisionConfig
 from brainray.engine.forward import autocast, forward_passes
 from brainray.engine.mean_losses import MeanLosses
 from brainray.engine.recluster import ClusterModel, Reclustering, recluster
@@ -24,14 +24,14 @@ from brainray.models.rotation import RotationPretext
 from brainray.schema import UNLABELLED
 
 
-def build_pretext(name: str, config: SelfSupervisionConfig) -> Pretext:
+def build_pretext(name: PretextName, config: SelfSupervisionConfig) -> Pretext:
     """The configured pretext task; a new one needs one file in models and one line here."""
     match name:
         case "contrastive":
             return ContrastivePretext(config.augment, config.temperature, config.projection_dim)
         case "rotation":
             return RotationPretext(config.augment)
-        case _:
+        case "none":
             return NoPretext(config.augment)
 
 
@@ -95,9 +95,9 @@ def pretext_epoch(
 ) -> dict[str, float]:
     """Train for one pass over the slices; return mean losses over all steps and ranks.
 
-    The loss is pretext + lambda * (1/V) sum over views of sum_k gamma_k |z - mu_k|^2, with the
-    second term only if ``soft`` is given. ``seed`` alone determines order, augmentation and
-    dropout; it must differ between epochs and ranks.
+    The loss is pretext + lambda * the mean of sum_k gamma_k |z - mu_k|^2 over the clustered views,
+    with the second term only if ``soft`` is given. ``seed`` alone determines order, augmentation
+    and dropout; it must differ between epochs and ranks.
 
     Args:
         model: a `PretextModel`, possibly wrapped in DDP.

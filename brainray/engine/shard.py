@@ -130,10 +130,10 @@ class StreamedImages:
 
 @dataclass(frozen=True)
 class SliceShard:
-    """Slices of one role on one rank, ordered by sample_id."""
+    """Slices of one role on one rank."""
 
     images: Images
-    keys: Tensor  # (n,) int64, from sample_id; unique within a split
+    keys: Tensor  # (n,) int64, unique: from sample_id, or of test slices their rows in all ranks'
     labels: Tensor  # (n,) int64 class indices; UNLABELLED if the label may not be read
 
     def __len__(self) -> int:

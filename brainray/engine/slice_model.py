@@ -97,14 +97,19 @@ class Reference:
 
     def __init__(self, fitted: pa.Table | None) -> None:
         """``fitted``: ``FITTED`` rows; None or empty if the checkpoint came without them."""
-        self.is_empty = fitted is None or fitted.num_rows == 0
-        if fitted is None or self.is_empty:
+        self._index: Any = None
+        if fitted is None or fitted.num_rows == 0:
             return
         coordinates = matrix_of(fitted["coordinates"])
         self._ids = np.array(fitted["sample_id"].to_pylist(), dtype=object)
         self._index = faiss.IndexFlatL2(coordinates.shape[1])
         self._index.add(coordinates)
         self._likelihoods = np.sort(np.asarray(fitted["log_likelihood"].to_numpy()))
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is no slice to compare with."""
+        return self._index is None
 
     def rows(self, predictions: pa.Table) -> pa.Table:
         """``PREDICTED`` rows from the output of ``SliceModel.predict`` with reason and detail."""

@@ -1,5 +1,6 @@
 """The protocol of pretext tasks (views of a batch, a head and a loss) and the model they train."""
 
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
@@ -52,13 +53,13 @@ class Pretext(Protocol):
         ...
 
 
+@dataclass(frozen=True)
 class NoPretext:
     """One augmented view and no pretext loss: the ablation with deep clustering only."""
 
-    wants_mates = False
+    augmentation: AugmentConfig
 
-    def __init__(self, augmentation: AugmentConfig) -> None:
-        self.augmentation = augmentation
+    wants_mates = False
 
     def head(self, embedding_dim: int) -> nn.Module:
         return nn.Identity()

@@ -3,6 +3,7 @@ import itertools
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from brainray.clustering.align import cluster_to_class, match_components
 from brainray.errors import ClusteringError
@@ -40,14 +41,14 @@ def test_as_many_clusters_as_classes_are_mapped_one_to_one() -> None:
     # Both clusters have a majority of class 0; one-to-one, 5 + 1 rows agree against 4 + 0.
     clusters = torch.tensor([0, 0, 0, 0, 0, 1, 1, 1, 1, 1])
     labels = torch.tensor([0, 0, 0, 0, 0, 0, 0, 0, 0, 1])
-    mapping = cluster_to_class(clusters, labels, 2, torch.eye(2), torch.eye(2))
+    mapping = cluster_to_class(one_hot(clusters), labels, 2, torch.eye(2), torch.eye(2))
     assert mapping.tolist() == [0, 1]
 
 
 def test_more_clusters_than_classes_take_their_majority() -> None:
     clusters = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2])
     labels = torch.tensor([1, 1, 0, 0, 0, 1, 0, 1])
-    mapping = cluster_to_class(clusters, labels, 2, torch.zeros(3, 2), torch.eye(2))
+    mapping = cluster_to_class(one_hot(clusters), labels, 2, torch.zeros(3, 2), torch.eye(2))
     assert mapping.tolist() == [1, 0, 1]
 
 
@@ -58,7 +59,8 @@ def test_cluster_without_labelled_rows_takes_the_nearest_labelled_class(num_clus
     # Class 2 has no labelled row: its mean is not read, nor can it be anybody's nearest.
     class_means = torch.tensor([[0.0, 0.0], [10.0, 0.0], [float("nan"), 0.0]])
     centers = torch.tensor([[0.0, 0.0], [10.0, 0.0], [9.0, 1.0], [2.0, 5.0]])[:num_clusters]
-    mapping = cluster_to_class(clusters, labels, 3, centers, class_means)
+    gamma = one_hot(clusters, num_clusters)
+    mapping = cluster_to_class(gamma, labels, 3, centers, class_means)
     assert mapping.tolist() == [0, 1, 1, 0][:num_clusters]
 
 
@@ -73,10 +75,10 @@ def test_responsibilities_vote_with_their_weight_and_fill_a_cluster_by_their_lar
 
 
 def test_what_cannot_be_mapped_is_refused_with_its_cause() -> None:
-    clusters, labels = torch.tensor([0, 1]), torch.tensor([0, 1])
+    gamma, labels = torch.eye(2), torch.tensor([0, 1])
     with pytest.raises(ClusteringError, match=r"2 clusters cannot be mapped to 3 classes: raise"):
-        cluster_to_class(clusters, labels, 3, torch.eye(2), torch.zeros(3, 2))
+        cluster_to_class(gamma, labels, 3, torch.eye(2), torch.zeros(3, 2))
     with pytest.raises(ClusteringError, match=r"1 have a label outside 0\.\.1"):
-        cluster_to_class(clusters, torch.tensor([0, -1]), 2, torch.eye(2), torch.eye(2))
+        cluster_to_class(gamma, torch.tensor([0, -1]), 2, torch.eye(2), torch.eye(2))
     with pytest.raises(ClusteringError, match="at least one"):
-        cluster_to_class(clusters[:0], labels[:0], 2, torch.eye(2), torch.eye(2))
+        cluster_to_class(gamma[:0], labels[:0], 2, torch.eye(2), torch.eye(2))

@@ -110,11 +110,11 @@ def messages_of_errors() -> dict[str, str]:
         "nan kmeans": lambda: KMeans(K).fit(bad),
         "nan gmm": lambda: GaussianMixture(K).fit(bad),
         "nan pca": lambda: PCA(2).fit(bad),
-        "nan health": lambda: measure_health(bad, torch.ones(len(bad), 2) / 2, None),
+        "nan health": lambda: measure_health(bad, torch.ones(len(bad), 2), torch.ones(len(bad), 2)),
         "identical": lambda: KMeans(K).fit(same),
         "too few": lambda: KMeans(NUM_ROWS + 1).fit(x),
         "repeated keys": lambda: KMeans(K).fit(x, row_keys=torch.arange(x.shape[0])),
-        "labels": lambda: cluster_to_class(own_label.abs(), own_label, 2, x[:2], x[:2]),
+        "labels": lambda: cluster_to_class(torch.ones(len(x), 2), own_label, 2, x[:2], x[:2]),
     }
     messages = {}
     for name, fault in faults.items():

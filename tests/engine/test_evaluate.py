@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from brainray.config import VALIDATION_FIGURES, ClusteringConfig
+from brainray.config import VALIDATION_METRICS, ClusteringConfig
 from brainray.engine.evaluate import (
     Predictions,
     _standard_error,
@@ -105,7 +105,7 @@ def test_the_score_is_balanced_accuracy_and_ties_go_to_the_lower_loss() -> None:
     assert math.isclose(metrics["validation/score"], 0.75 - 1e-6 * loss)
     # A sweep may choose by any of them but a count, an error and a parameter of the calibration.
     assert metrics.keys() == {
-        *VALIDATION_FIGURES,
+        *VALIDATION_METRICS,
         "validation/num_slices",
         "validation/score_error",
         "validation/temperature",

@@ -47,10 +47,10 @@ def train_one_epoch(value: float, accumulation: int = 1) -> FailsOnOneSlice:
         JointObjective(0.1),
         EpochData(
             labelled=labelled,
-            unlabelled=unlabelled,
+            pool=unlabelled,
             targets=uninformed(12, embedding_dim=2),
             sizes=StepSizes(4, 4),
-            steps=3,
+            num_steps=3,
             scale=PixelScale(0.0, 1.0),
             augmentation=AugmentConfig(max_intensity_shift=0.0),
             augmentation_unlabelled=AugmentConfig(policy="none"),

@@ -7,6 +7,7 @@ from torch import Tensor
 from brainray.config import (
     AugmentConfig,
     ClusteringConfig,
+    PretextName,
     SelfSupervisionConfig,
     TrainConfig,
 )
@@ -40,7 +41,7 @@ def striped_images() -> Tensor:
     return images
 
 
-def small_model(pretext_name: str) -> PretextModel:
+def small_model(pretext_name: PretextName) -> PretextModel:
     torch.manual_seed(0)
     network = torch.nn.Sequential(
         torch.nn.Conv2d(3, 8, 5, stride=2),
@@ -51,7 +52,9 @@ def small_model(pretext_name: str) -> PretextModel:
     return PretextModel(FeatureEncoder(network), build_pretext(pretext_name, SETTINGS).head(16))
 
 
-def train(pretext_name: str, num_epochs: int, seed: int = 0) -> tuple[PretextModel, list[float]]:
+def train(
+    pretext_name: PretextName, num_epochs: int, seed: int = 0
+) -> tuple[PretextModel, list[float]]:
     images = CachedImages(striped_images())
     model = small_model(pretext_name)
     plan = plan_steps(NUM_IMAGES, 16, num_ranks=1)
@@ -112,7 +115,7 @@ def test_a_mate_is_the_slice_itself_or_another_of_its_group() -> None:
 
 
 @pytest.mark.parametrize("name", ["rotation", "contrastive"])
-def test_a_pretext_is_learned(name: str) -> None:
+def test_a_pretext_is_learned(name: PretextName) -> None:
     _, losses = train(name, num_epochs=12)
     assert losses[-1] < 0.75 * losses[0]  # slices of one width cannot be told apart
 

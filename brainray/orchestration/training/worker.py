@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from brainray import dist, layout
-from brainray.clustering.collapse import ClusteringHealth
 from brainray.clustering.seeding import seed_of
 from brainray.config import Config
 from brainray.config_text import parse_config
@@ -47,7 +46,13 @@ from brainray.engine.recipe import (
     ramp,
     resume_schedule,
 )
-from brainray.engine.recluster import ClusterModel, Reclustering, recluster, recluster_in_health
+from brainray.engine.recluster import (
+    CheckedReclustering,
+    ClusterModel,
+    Reclustering,
+    recluster,
+    recluster_in_health,
+)
 from brainray.engine.shard import (
     Images,
     PixelScale,
@@ -180,16 +185,17 @@ class _Trainer:
             config.train.batch_size_per_worker,
             dist.world_size(),
         )
-        self.steps = plan.num_steps
-        self.pool = data.unlabelled if plan.has_pool else data.labelled
-        if num_unlabelled and not plan.has_pool and self.sizes.unlabelled and dist.rank() == 0:
+        self.num_steps = plan.num_steps
+        self.pool = data.unlabelled if plan.trains_on_unlabelled else data.labelled
+        leaves_out = num_unlabelled and not plan.trains_on_unlabelled and self.sizes.unlabelled
+        if leaves_out and dist.rank() == 0:
             log(
                 f"note: {num_unlabelled} unlabelled slices are fewer than one batch of "
                 f"{config.train.batch_size_per_worker} on each of {dist.world_size()} ranks: they "
                 "are clustered but not used for training"
             )
         self.typical = data.unlabelled if plan.is_mostly_unlabelled else data.labelled
-        self.updates = -(-self.steps // config.train.accumulation_steps)  # per epoch
+        self.updates = -(-self.num_steps // config.train.accumulation_steps)  # per epoch
         self.optimizer, self.scheduler = build_optimizer(
             self.encoder, config.train, self.updates * config.train.num_epochs
         )
@@ -233,7 +239,7 @@ class _Trainer:
             ranks = f"{dist.world_size()} rank" + ("s" if dist.world_size() > 1 else "")
             log(
                 f"training on {ranks} ({self.device.type}, {self.precision}), "
-                f"{self.steps} steps per epoch"
+                f"{self.num_steps} steps per epoch"
             )
         if self._clustering is None:
             if dist.rank() == 0:
@@ -304,9 +310,8 @@ class _Trainer:
             "cluster/kmeans_iterations": float(reclustering.kmeans_iterations),
             "cluster/gmm_iterations": float(reclustering.gmm_iterations),
             "cluster/num_reseeded": float(reclustering.num_reseeded),
+            "cluster/nmi_previous": health.nmi_previous,
         }
-        if health.nmi_previous is not None:
-            metrics["cluster/nmi_previous"] = health.nmi_previous
         if test is not None:
             with timer.measure("evaluate"):
                 metrics |= self._test_metrics(test)
@@ -344,10 +349,10 @@ class _Trainer:
                 self.objective,
                 EpochData(
                     labelled=self.data.labelled,
-                    unlabelled=self.pool,
+                    pool=self.pool,
                     targets=self._targets(),
                     sizes=self.sizes,
-                    steps=self.steps,
+                    num_steps=self.num_steps,
                     scale=self.scale,
                     augmentation=self.config.augment,
                     augmentation_unlabelled=self.config.augment_unlabelled,
@@ -364,7 +369,7 @@ class _Trainer:
             culprits = dist.gather_rows(stop.culprits)
             named = culprits if len(culprits) else dist.gather_rows(stop.batch)
             raise DivergenceError(
-                f"epoch {self.epoch}, step {stop.step + 1} of {self.steps}: the loss or its "
+                f"epoch {self.epoch}, step {stop.step + 1} of {self.num_steps}: the loss or its "
                 f"gradient is NaN or infinite for {self._samples(named)}: lower "
                 "train.learning_rate or set train.precision=fp32"
             ) from None
@@ -419,7 +424,7 @@ class _Trainer:
             nonlocal last
             if dist.rank() == 0 and time.monotonic() - last > _HEARTBEAT_S:
                 last = time.monotonic()
-                log(f"epoch {self.epoch}: step {step + 1} of {self.steps}")
+                log(f"epoch {self.epoch}: step {step + 1} of {self.num_steps}")
 
         return on_step
 
@@ -447,7 +452,7 @@ class _Trainer:
         bad = dist.gather_rows(self.data.fitted_keys[~finite])
         if len(bad):
             raise DivergenceError(
-                f"epoch {self.epoch}: NaN or infinite embeddings or logits after {self.steps} "
+                f"epoch {self.epoch}: NaN or infinite embeddings or logits after {self.num_steps} "
                 f"steps for {self._samples(bad)}: lower train.learning_rate or set "
                 "train.precision=fp32"
             )
@@ -460,9 +465,7 @@ class _Trainer:
         more = f" and {len(found) - _MAX_NAMED} more" if len(found) > _MAX_NAMED else ""
         return f"sample_id {shown}{more}"
 
-    def _recluster_in_health(
-        self, fitted: EncoderOutput
-    ) -> tuple[Reclustering, ClusteringHealth, bool]:
+    def _recluster_in_health(self, fitted: EncoderOutput) -> CheckedReclustering:
         before = self._clustering
 
         def attempt(reseed: bool) -> Reclustering:
@@ -533,9 +536,9 @@ class _Trainer:
         """Write the checkpoint, then the logs: a logged epoch can always be resumed from."""
         for part in ("train", "embed", "recluster", "evaluate"):
             metrics[f"time/{part}_s"] = timer.seconds[part]
-        num_images = self.steps * (self.sizes.labelled + self.sizes.unlabelled) * dist.world_size()
+        of_step = (self.sizes.labelled + self.sizes.unlabelled) * dist.world_size()
         metrics["time/epoch_s"] = time.monotonic() - started  # until the checkpoint
-        metrics["time/images_per_s"] = num_images / timer.seconds["train"]
+        metrics["time/images_per_s"] = self.num_steps * of_step / timer.seconds["train"]
         self.history.append(metrics)
         keys = dist.gather_rows(self.data.fitted_keys)
         responsibilities = dist.gather_rows(self.responsibilities)

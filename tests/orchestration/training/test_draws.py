@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from brainray.config import Config
+from brainray.errors import ConfigError
 from brainray.orchestration.training.draws import DrawnRuns, train_draws
 from tests.conftest import logged, tiny_config
 
