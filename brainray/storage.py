@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,10 @@ class Folder:
 
     Files appear complete or not at all: they are written under a temporary name and then moved.
     Temporary files left by a killed writer are ignored, here and by pyarrow's folder readers.
+
+    Names are relative; those that lead out of the folder raise DataError. Methods that read raise
+    DataError if there is no such file or it is damaged, and StorageError if it cannot be reached or
+    read by this user; those that write raise StorageError if the storage is full or refuses it.
     """
 
     def __init__(self, uri: str | Path) -> None:
@@ -63,6 +68,7 @@ class Folder:
         return Path(self.path) if isinstance(self.filesystem, pafs.LocalFileSystem) else None
 
     def exists(self, name: str = "") -> bool:
+        """Whether there is such a file or folder; without a name, whether this folder exists."""
         with self._friendly_read_errors(name):
             info = self.filesystem.get_file_info(self._join(name))
         return bool(info.type != pafs.FileType.NotFound)
@@ -75,6 +81,7 @@ class Folder:
         return sorted(info.base_name for info in infos if not _is_temporary(info.base_name))
 
     def read_bytes(self, name: str) -> bytes:
+        """The content of a file."""
         with (
             self._friendly_read_errors(name),
             self.filesystem.open_input_file(self._join(name)) as stream,
@@ -104,6 +111,7 @@ class Folder:
             ) from None
 
     def write_bytes(self, name: str, content: bytes) -> None:
+        """Write or replace a file, and the folders above it."""
         with self._new_file(name) as stream:
             stream.write(content)
 
@@ -330,7 +338,7 @@ class Folder:
 def _temporary(path: str) -> str:
     """Path of a file until it is moved; pyarrow ignores hidden files in folders."""
     parent, _, name = path.rpartition("/")
-    return f"{parent}/.{name}.tmp-{os.getpid()}"
+    return f"{parent}/.{name}.tmp-{uuid.uuid4().hex[:12]}"
 
 
 def _is_temporary(name: str) -> bool:

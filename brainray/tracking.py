@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 from urllib.parse import unquote
 
 import mlflow
@@ -66,6 +66,20 @@ class _Ending:
     time_ms: int
 
 
+class _Sent(TypedDict, total=False):
+    """What a server has received of a run, as kept in the run's folder."""
+
+    uri: str
+    run_id: str
+    params_sent: bool
+    epochs_sent: int
+    summary_sent: str  # digest
+    model_sent: str  # digest
+    sending: str  # what is being sent, or was when the connection was lost
+    sending_ms: int  # time of the first attempt
+    elsewhere: "dict[str, _Sent]"  # the same for each other server, by URI
+
+
 def _now_ms() -> int:
     return time.time_ns() // 1_000_000
 
@@ -73,7 +87,8 @@ def _now_ms() -> int:
 class MLflowTracker:
     """Logs one brainray run to one MLflow run, whose id is kept in the run's folder.
 
-    Only one process may use it at a time, because SQLite allows a single writer.
+    Only one process may use it at a time, because SQLite allows a single writer. All methods but
+    `run_id` raise TrackingError if the server cannot be used.
     """
 
     def __init__(self, run: Folder, uri: str, experiment: str, artifacts: str | None) -> None:
@@ -89,14 +104,13 @@ class MLflowTracker:
         self._experiment = experiment
         self._artifacts = artifacts
         self._client: MlflowClient | None = None
-        self._state: dict[str, object] = {}
+        self._state: _Sent = {}
         self._ended: _Ending | None = None
 
     @property
     def run_id(self) -> str | None:
         """The MLflow run's id, once it has started."""
-        run_id = self._state.get("run_id")
-        return None if run_id is None else str(run_id)
+        return self._state.get("run_id")
 
     def begin(self, name: str, params: Mapping[str, object], tags: Mapping[str, str]) -> None:
         """Create or find the run; an ended run stays ended until `running` is called."""
@@ -136,11 +150,10 @@ class MLflowTracker:
         """Send the epochs that neither this process nor another has sent."""
         with _readable_errors(self._uri):
             self._read_again()
-            sent = int(str(self._state["epochs_sent"]))
-            for metrics in history[sent:]:
+            for metrics in history[self._state["epochs_sent"] :]:
                 epoch = int(metrics["epoch"])
-                figures = {name: value for name, value in metrics.items() if name != "epoch"}
-                self._log(figures, step=epoch, timestamp=self._stamp(f"epoch {epoch}"))
+                values = {name: value for name, value in metrics.items() if name != "epoch"}
+                self._log(values, step=epoch, timestamp=self._stamp(f"epoch {epoch}"))
                 self._state["epochs_sent"] = epoch
                 self._save()
 
@@ -151,8 +164,8 @@ class MLflowTracker:
             self._read_again()
             if self._state.get("summary_sent") == digest:
                 return
-            figures = {f"final/{name}": value for name, value in metrics.items()}
-            self._log(figures, step=0, timestamp=self._stamp(f"summary {digest}"))
+            final = {f"final/{name}": value for name, value in metrics.items()}
+            self._log(final, step=0, timestamp=self._stamp(f"summary {digest}"))
             self._state["summary_sent"] = digest
             self._save()
 
@@ -224,17 +237,18 @@ class MLflowTracker:
         if self._state.get("sending") != what:
             self._state |= {"sending": what, "sending_ms": _now_ms()}
             self._save()
-        return int(str(self._state["sending_ms"]))
+        return self._state["sending_ms"]
 
-    def _read_state(self, uri: str) -> dict[str, object]:
+    def _read_state(self, uri: str) -> _Sent:
         """What has been sent to this server, and under ``elsewhere`` to each other server."""
         if not self._run.exists(layout.TRACKING):
             return {"elsewhere": {}}
-        saved = self._run.read_json(layout.TRACKING)
-        elsewhere = saved.pop("elsewhere", {})
-        servers = elsewhere | {saved["uri"]: saved}
-        state = servers.pop(uri, {})
-        return state | {"elsewhere": servers}
+        saved: _Sent = self._run.read_json(layout.TRACKING)
+        servers = saved.pop("elsewhere", {})
+        servers[saved["uri"]] = saved
+        state = servers.pop(uri, _Sent())
+        state["elsewhere"] = servers
+        return state
 
     def _find(self, client: MlflowClient) -> RunInfo | None:
         """None if the server no longer has the run: it or the database may have been deleted."""
@@ -416,8 +430,8 @@ def _key(name: str) -> str:
 
 @contextmanager
 def _globally(uri: str) -> Iterator[None]:
-    """Set MLflow's global tracking URI, which logging a model needs, for the block only: MLflow
-    also sets the environment variable, which would override the URI of later runs in the process.
+    """Set MLflow's global tracking URI, which logging a model needs. The environment variable that
+    MLflow also sets would override the URI of later runs in the process: it lasts for the block.
     """
     before = os.environ.get(URI_VARIABLE)
     mlflow.set_tracking_uri(uri)

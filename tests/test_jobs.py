@@ -339,6 +339,39 @@ def test_signals_end_a_job_that_waits_for_ray(
     assert outcome["error"].startswith(f"ended by {by.name}: submit it again under the same name")
 
 
+def test_only_what_can_be_resumed_is_said_to_be(capsys: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert (
+            run_command("benchmark", Mock(side_effect=KeyboardInterrupt), is_resumable=False) == 1
+        )
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert json.loads(capsys.readouterr().out)["error"] == "ended by SIGINT"
+
+
+@pytest.mark.parametrize(("by_user", "expected"), [(None, "true"), ("false", "false")])
+def test_mlflows_telemetry_is_off_unless_the_user_wants_it(
+    by_user: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if by_user is None:
+        monkeypatch.delenv("MLFLOW_DISABLE_TELEMETRY", raising=False)
+    else:
+        monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", by_user)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        run_command("train", lambda: JobResult(out="/tmp"))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == expected
+
+
+def test_a_setting_without_set_is_told_where_it_goes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        run_job("train", "Train.", Mock(), ["name"], ["name=mine"])
+    assert "unrecognized arguments: name=mine: write --set KEY=VALUE" in capsys.readouterr().err
+
+
 def test_a_log_in_the_working_directory_does_not_change_a_submitted_package(
     tmp_path: Path,
 ) -> None:

@@ -149,11 +149,11 @@ def _tables(results: StudyResults) -> tuple[dict[str, str], str, dict[str, float
     wanted = (_SUBSET_TITLES[FITTED], _NEIGHBOURS_TITLE)
     shown = [part for part in parts if any(title in part for title in wanted)]
     by_dataset = []
-    for figure in ("nmi", "fmi"):
+    for metric in ("nmi", "fmi"):
         for subset in subsets:
-            table = datasets_table([r for r in averaged if r["slices"] == subset], figure)
+            table = datasets_table([r for r in averaged if r["slices"] == subset], metric)
             if table is not None:
-                title = f"## {figure.upper()} by data set, {_SUBSET_TITLES[subset]}"
+                title = f"## {metric.upper()} by data set, {_SUBSET_TITLES[subset]}"
                 by_dataset.append(f"{title}\n\n{table}\n")
     files["datasets.md"] = "\n".join(by_dataset)
     varied = [
