@@ -29,5 +29,6 @@ if __name__ == "__main__":
             work,
             keys=["name", "run", "epoch", "checkpoint", "storage", "registry", "tracking"],
             needs=("run",),
+            uses_ray=False,
         )
     )

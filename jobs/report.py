@@ -42,5 +42,6 @@ if __name__ == "__main__":
                 "evaluation.bootstrap_resamples",
             ],
             needs=("run",),
+            uses_ray=False,
         )
     )

@@ -33,5 +33,6 @@ if __name__ == "__main__":
             work,
             keys=["run", "storage", "tracking"],
             needs=("run",),
+            uses_ray=False,
         )
     )

@@ -30,6 +30,7 @@ from brainray.orchestration.job import (
     run_job,
     unread_keys,
 )
+from brainray.orchestration.training.driver import TrainedRun
 
 PROJECT = Path(__file__).parents[1]
 JOBS = [
@@ -167,6 +168,25 @@ def test_what_is_named_is_looked_for_before_ray_starts(
         runpy.run_path(str(PROJECT / "jobs" / f"{name}.py"), run_name="__main__")
     assert ended.value.code == 2
     assert message in json.loads(capsys.readouterr().out.splitlines()[-1])["error"]
+
+
+@pytest.mark.parametrize("name", ["report", "track"])
+def test_what_needs_no_ray_starts_none(
+    name: str,
+    trained: TrainedRun,
+    storage: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(
+        "brainray.orchestration.job.attach_to_ray", Mock(side_effect=AssertionError)
+    )
+    monkeypatch.setattr(sys, "argv", [name, "--set", "run=two-ranks", f"storage={storage}"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(PROJECT / "jobs" / f"{name}.py"), run_name="__main__")
+    assert ended.value.code == 0
+    outcome = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (outcome["status"], outcome["out"]) == ("ok", str(trained.run.folder))
 
 
 @pytest.mark.usefixtures("ray_cluster")

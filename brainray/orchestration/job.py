@@ -72,6 +72,7 @@ def run_job(
     argv: Sequence[str] | None = None,
     *,
     needs: Sequence[str] = (),
+    uses_ray: bool = True,
 ) -> int:
     """Parse, load the config, attach to Ray, do the work, print the result; return the exit code.
 
@@ -85,6 +86,7 @@ def run_job(
             others by hand logs a note.
         argv: arguments; by default those of the process.
         needs: keys of ``keys`` that must have a value.
+        uses_ray: whether the job joins or starts a Ray cluster.
     """
     parser = _parser(name, description, keys)
     arguments, others = parser.parse_known_args(argv)
@@ -93,16 +95,17 @@ def run_job(
         parser.error(f"unrecognized arguments: {' '.join(others)}{hint}")
     overrides = [item for group in arguments.set for item in group]
 
-    def on_ray() -> JobResult:
+    def checked_work() -> JobResult:
         config = resolve_paths(load_config(arguments.config, overrides))
         for key in unread_keys(overrides, keys):
             log(f"note: jobs/{name}.py does not read {key}; --help lists what it reads")
         _check_given(config, keys, needs)
         _check_places(name, config, keys)
-        attach_to_ray()
+        if uses_ray:
+            attach_to_ray()
         return work(config)
 
-    return run_command(name, on_ray)
+    return run_command(name, checked_work)
 
 
 def _check_given(config: Config, keys: Sequence[str], needs: Sequence[str]) -> None:
