@@ -604,8 +604,8 @@ class StudyConfig(_Section):
     depth: Positive = 10
     """Levels below the root at which ``agglomerative_depth`` cuts the hierarchy."""
     min_samples: AtLeastTwo = 10
-    """Neighbours of a core point (for DBSCAN with itself) and the k of the k-distances; for HDBSCAN
-    also the size of the smallest cluster."""
+    """Neighbours of a core point, itself included, and the k of the k-distances, without itself;
+    for HDBSCAN also the size of the smallest cluster."""
     max_quadratic_rows: Annotated[int, Field(ge=10)] = 8000
     """With more slices than this, clusterers with quadratic memory run on a random sample of this
     size; the other slices join the nearest centroid (or core)."""

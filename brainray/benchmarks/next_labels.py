@@ -110,7 +110,7 @@ class _Simulation:
         rng = np.random.default_rng(self.seed)
         first = self._first(rng)
         config = self._config("first")
-        figures = {"first": self._train(config, first)}
+        metrics = {"first": self._train(config, first)}
         chosen = choose_next_labels(config.model_copy(update={"run": config.name})).table
         seen = (Folder(self.storage) / layout.RUNS / str(config.name)).read_table(layout.SEEN)
         # The same pool as for the proposals, which has no byte-identical copies.
@@ -118,8 +118,8 @@ class _Simulation:
         drawn = rng.choice(pool, self.size.num_added, replace=False).tolist()
         added = {"random": drawn, "chosen": chosen["path"].to_pylist()}
         for arm, paths in added.items():
-            figures[arm] = self._train(self._config(arm), [*first, *paths])
-        return figures
+            metrics[arm] = self._train(self._config(arm), [*first, *paths])
+        return metrics
 
     def _first(self, rng: np.random.Generator) -> list[str]:
         """Random slices, the same number of each class."""

@@ -81,11 +81,11 @@ class Follower(Watcher):
             "cluster": "validation/cluster/accuracy",
             "NMI vs previous": "cluster/nmi_previous",
         }
-        figures = ", ".join(
+        values = ", ".join(
             f"{label} {metrics[name]:.3f}" for label, name in shown.items() if name in metrics
         )
         return (
-            f"epoch {metrics['epoch']:.0f}/{self._config.num_epochs}: {figures}; {seconds:.0f} s, "
+            f"epoch {metrics['epoch']:.0f}/{self._config.num_epochs}: {values}; {seconds:.0f} s, "
             f"{metrics['time/images_per_s']:.0f} images/s, {time_left(metrics, self._config)} left"
         )
 

@@ -31,9 +31,9 @@ from brainray.report.page import Explained, write_page
 from brainray.schema import LABELLED, TEST, VALIDATION
 from brainray.storage import Folder
 
-_MAY_DIFFER = {"objective", "split", "evaluation"}
-"""Sections that need not be a control's own: what is compared, the label draw, which is compared by
-its slices, and the scoring.
+_MAY_DIFFER = {"objective", "dataset", "split", "evaluation"}
+"""Settings that are not compared with a control's: what it is a control for, data and label draw,
+which are compared themselves, and the scoring.
 """
 
 LoadImages = Callable[[pa.Table], NDArray[np.uint8]]
@@ -300,9 +300,9 @@ def _other_settings(run: Run, control: Run) -> str:
     """Settings of training other than the objective's in which a control differs, or empty."""
     ours, theirs = (_trained_with(each) for each in (run, control))
     return ", ".join(
-        f"{key} {theirs.get(key, 'unset')} (here {ours.get(key, 'unset')})"
-        for key in sorted(ours.keys() | theirs.keys())
-        if ours.get(key) != theirs.get(key)
+        f"{key} {theirs[key]} (here {ours[key]})"
+        for key in sorted(ours.keys() & theirs.keys())  # without those of one's warm-up alone
+        if ours[key] != theirs[key]
     )
 
 

@@ -45,7 +45,7 @@ def test_a_point_has_no_spread_and_one_cluster_no_entropy() -> None:
 
 
 @pytest.mark.parametrize("num_previous", [1, 3, 5])
-def test_nmi_with_the_previous_epoch_agrees_with_scikit_learn(num_previous: int) -> None:
+def test_nmi_is_that_of_the_most_responsible_clusters(num_previous: int) -> None:
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(200, 4, generator=generator)
     current = torch.softmax(z, dim=1)
@@ -55,6 +55,11 @@ def test_nmi_with_the_previous_epoch_agrees_with_scikit_learn(num_previous: int)
     nmi = measure_health(z, current, previous).nmi_previous
     assert nmi == pytest.approx(expected, abs=1e-12)
     assert measure_health(z, current, current.flip(1)).nmi_previous == pytest.approx(1)
+
+
+def test_nmi_by_hand() -> None:
+    before, now = torch.eye(2)[[0, 0, 1, 1]], torch.eye(3)[[0, 0, 1, 2]]
+    assert measure_health(torch.eye(4), now, before).nmi_previous == pytest.approx(0.8)
 
 
 def test_healthy_clustering_passes() -> None:

@@ -84,7 +84,7 @@ def export(config: Config) -> Export:
             (local / made.name).write_bytes(made.read_bytes())
         metrics = _write_onnx(predictor, local)
         save_served(local / layout.SERVED, served)
-        card = model_card(_facts(predictor, name, metrics), _figures(run, predictor))
+        card = model_card(_facts(predictor, name, metrics), _reported_metrics(run, predictor))
         (local / layout.CARD).write_text(card, encoding="utf-8")
         _put(local, target)
         run_id = None
@@ -188,12 +188,12 @@ def _facts(predictor: Predictor, name: str, metrics: Metrics) -> CardFacts:
     )
 
 
-def _figures(run: Run | None, predictor: Predictor) -> Metrics:
+def _reported_metrics(run: Run | None, predictor: Predictor) -> Metrics:
     """The run's reported metrics, if the exported epoch is the chosen one, else none."""
     if run is None:
         return {}
-    figures: Metrics = run.folder.read_json(layout.SUMMARY)
-    return figures if figures["chosen_epoch"] == predictor.checkpoint.epoch else {}
+    metrics: Metrics = run.folder.read_json(layout.SUMMARY)
+    return metrics if metrics["chosen_epoch"] == predictor.checkpoint.epoch else {}
 
 
 def _put(local: Path, target: Folder) -> None:

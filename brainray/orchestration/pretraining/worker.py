@@ -186,14 +186,14 @@ class _Learner:
             changes.append(changed_share(responsibilities, found.responsibilities))
             self.clusters, responsibilities = found.model, found.responsibilities
             self._keep_assignments(responsibilities, number)
-            figures = losses | {
+            metrics = losses | {
                 "round": float(number),
                 "changed_share": changes[-1],
                 "smallest_share": health.smallest_share,
                 "largest_share": health.largest_share,
                 "effective_rank": health.effective_rank,
             }
-            self._save(figures, started)
+            self._save(metrics, started)
 
     def _cluster(
         self, z: Tensor, responsibilities: Tensor, number: int, reseed: bool
@@ -280,13 +280,13 @@ class _Learner:
 
     def _save(
         self,
-        figures: dict[str, float],
+        metrics: dict[str, float],
         started: float,
         optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
         """Log and checkpoint an epoch or round."""
         seconds = time.monotonic() - started
-        row = {"epoch": float(len(self.history) + 1), **figures, "seconds": seconds}
+        row = {"epoch": float(len(self.history) + 1), **metrics, "seconds": seconds}
         self.history.append(row)
         with raise_on_all_ranks(self.device):
             if dist.rank() == 0:

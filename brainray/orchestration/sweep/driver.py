@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from ray import tune
+
 from brainray import layout
 from brainray.config import Config
 from brainray.config_text import flatten, to_yaml
@@ -89,14 +91,25 @@ def _sweep(base: Config, name: str, store: ImageStore, workers: WorkerResources)
     if folder.exists(layout.SUMMARY):
         log(f"sweep {folder}: complete, nothing to search")
         summary = folder.read_json(layout.SUMMARY)
-        if base.registry.name not in {None, summary["registered"]}:
-            best = _best_trial(base, folder, summary["best_trial"])
+        if base.registry.name not in {None, summary.get("registered")}:
+            best = _best_trial(base, folder, summary.get("best_trial"))
             _register_later(base, best, open_parent())
             folder.write_json(layout.SUMMARY, summary | {"registered": base.registry.name})
             log(f"registered its best model as {base.registry.name}")
         return _finished(folder, summary)
     tuner = build_tuner(base, folder, workers)
     tracking = open_parent()
+    try:
+        return _search(base, folder, store, tuner, tracking)
+    except BaseException as stop:
+        tracking.tracker.finish(_status_after(stop))
+        raise
+
+
+def _search(
+    base: Config, folder: Folder, store: ImageStore, tuner: tune.Tuner, tracking: Tracking
+) -> FinishedSweep:
+    name = folder.name
     follower = SweepFollower(base, name, tracking)
     tracking.tracker.running()
     try:
@@ -112,10 +125,13 @@ def _sweep(base: Config, name: str, store: ImageStore, workers: WorkerResources)
             )
         return _conclude(base, folder, trials, ranked, follower, tracking)
     except BaseException as stop:
-        status = "FAILED" if isinstance(stop, Exception) else "KILLED"
-        follower.end(status)
-        tracking.tracker.finish(status)
+        follower.end(_status_after(stop))
         raise
+
+
+def _status_after(stop: BaseException) -> str:
+    """MLflow's status of what an exception has ended."""
+    return "FAILED" if isinstance(stop, Exception) else "KILLED"
 
 
 def _why_none(config: Config, trials: list[Trial], errors: dict[str, str]) -> str:
@@ -236,18 +252,19 @@ def _finished(folder: Folder, summary: dict[str, Any]) -> FinishedSweep:
     return FinishedSweep(folder, **{name: summary[name] for name in names})
 
 
-def _best_trial(config: Config, folder: Folder, trial_id: str) -> Trial:
-    """The best trial of a complete sweep.
+def _best_trial(config: Config, folder: Folder, trial_id: str | None) -> Trial:
+    """The best trial of a complete sweep; its id is None if an earlier version completed it.
 
     Raises:
         DataError: its run has been deleted.
     """
-    for trial in read_trials(config, folder.name):
-        if trial.trial_id == trial_id:
+    for trial in ranked_trials(config, read_trials(config, folder.name)):
+        if trial_id in {None, trial.trial_id}:
             return trial
+    which = "" if trial_id is None else f" ({trial_id})"
     raise DataError(
-        f"the run of the best trial, {run_name(folder.name, trial_id)}, no longer exists: train "
-        f"{folder}/{_BEST} again, and register it with jobs/export.py"
+        f"the run of the sweep's best trial{which} no longer exists: train {folder}/{_BEST} again, "
+        "and register it with jobs/export.py"
     )
 
 

@@ -169,8 +169,10 @@ class _FairToTrials(TrialScheduler):
         if not math.isfinite(result.get(self.metric, math.nan)):
             return self.CONTINUE
         action: str = super().on_trial_result(tune_controller, trial, result)
-        num_epochs = trial.config.get("train.num_epochs", self._num_epochs)
-        return self.CONTINUE if result["epoch"] >= num_epochs else action
+        of_trial = trial.config.get("train.num_epochs", self._num_epochs)
+        # Halving also stops at the base's number of epochs, which a trial may exceed.
+        is_late = result["epoch"] >= min(of_trial, self._num_epochs)
+        return self.CONTINUE if is_late else action
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
         if math.isfinite(result.get(self.metric, math.nan)):

@@ -264,7 +264,7 @@ def _summarise(config: Config, run: Run) -> Metrics:
         checkpoint = load_checkpoint(run.folder / folder)
         logged = history[epoch - 1]
         if run.folder.exists(layout.predictions_file(epoch)):
-            figures = summarise(
+            found = summarise(
                 run.folder.read_table(layout.predictions_file(epoch)),
                 run.folder.read_table(layout.SEEN),
                 run.classes,
@@ -274,7 +274,7 @@ def _summarise(config: Config, run: Run) -> Metrics:
                 groups=groups_of_test_slices(run.folder),
                 temperature=logged["validation/temperature"],
             )
-            metrics |= {f"{prefix}{name}": value for name, value in figures.items()}
+            metrics |= {f"{prefix}{name}": value for name, value in found.items()}
         metrics |= {
             f"{prefix}{name}": value
             for name, value in logged.items()

@@ -625,5 +625,5 @@ def reported_metrics(history: list[dict[str, float]]) -> dict[str, float]:
     Validation metrics only, so that nothing else can be used for selection.
     """
     kept = history[chosen_epoch(history) - 1]
-    figures = {name: value for name, value in kept.items() if name.startswith("validation/")}
-    return {"epoch": history[-1]["epoch"]} | figures
+    validation = {name: value for name, value in kept.items() if name.startswith("validation/")}
+    return {"epoch": history[-1]["epoch"]} | validation

@@ -373,10 +373,9 @@ def test_a_best_trial_whose_run_was_deleted_is_not_replaced_by_the_next(
     config = sweep_config(tmp_path)
     folder = Folder(tmp_path) / "sweeps" / "search"
     as_trial(trained, tmp_path, "search", "abcde_00001")
-    assert _best_trial(config, folder, "abcde_00001").trial_id == "abcde_00001"
-    with pytest.raises(
-        DataError, match=r"search-abcde_00000, no longer exists: train .*best\.yaml"
-    ):
+    for told in ("abcde_00001", None):  # an earlier version named none
+        assert _best_trial(config, folder, told).trial_id == "abcde_00001"
+    with pytest.raises(DataError, match=r"\(abcde_00000\) no longer exists: train .*best\.yaml"):
         _best_trial(config, folder, "abcde_00000")
 
 
@@ -456,6 +455,8 @@ def test_a_trial_that_has_trained_to_its_end_is_not_stopped(scheduler: str, tmp_
     assert actions_of("no match for them at once", [0.4] * 2)[1] == TrialScheduler.STOP
     shorter = actions_of("trained for two epochs only", [0.4] * 2, **{"train.num_epochs": 2})
     assert shorter == going_on[:2]
+    longer = actions_of("trained for longer", [0.4, 2.0, 2.0, 2.0], **{"train.num_epochs": 4})
+    assert longer[2:] == [TrialScheduler.CONTINUE] * 2
 
 
 def test_runs_that_a_deleted_sweep_has_left_are_not_this_ones(

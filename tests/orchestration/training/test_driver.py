@@ -301,9 +301,11 @@ def test_a_control_that_was_drawn_otherwise_or_is_gone_is_said_and_left_out(
     column = seen.column_names.index("role")
     folder.write_table("seen.parquet", seen.set_column(column, "role", pa.array(roles)))
     asked = config_of(storage, "two-ranks", "evaluation.control=redrawn")
-    assert comparable_control(asked, trained.run) is None
+    control = comparable_control(asked, trained.run)
     said = logged(capsys)
     assert said == ["not compared: the run redrawn was trained on other labels"]
+    reporting.write_run_page(asked, trained.run, control, trained.metrics, {}, [], None)
+    assert "control (redrawn)" not in trained.run.folder.read_bytes("report.html").decode()
 
     saved = parse_yaml(folder.read_bytes("config.yaml"), "config.yaml")
     saved["evaluation"] |= {"control": "gone", "siblings": ["two-ranks", "lost"]}
