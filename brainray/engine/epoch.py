@@ -76,7 +76,8 @@ def plan_epoch(
     A control, which uses labelled slices in place of unlabelled ones, has the same number of steps
     and image passes. If there are too few unlabelled slices to fill a batch on every rank, they are
     clustered but not trained on: their pseudo-labels, aligned with the class mix of the labelled
-    slices, would reflect that mix more than the slices themselves.
+    slices, would reflect that mix more than the slices themselves. Labelled slices then take their
+    place, with their labels as pseudo-labels.
     """
     num_slices = max(num_labelled, num_unlabelled)
     return EpochPlan(

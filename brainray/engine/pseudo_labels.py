@@ -18,12 +18,12 @@ class PseudoLabels(NamedTuple):
     labels: Tensor  # (n,) int64
     confidences: Tensor  # (n,) float32 in [0, 1]
 
-    def overridden_by(self, inherited: Tensor) -> "PseudoLabels":
-        """Inherited classes (n,) with confidence 1; these pseudo-labels where UNLABELLED."""
-        inherits = inherited != UNLABELLED
+    def overridden_by(self, known: Tensor) -> "PseudoLabels":
+        """Known classes (n,) with confidence 1; these pseudo-labels where UNLABELLED."""
+        is_known = known != UNLABELLED
         return PseudoLabels(
-            torch.where(inherits, inherited, self.labels),
-            self.confidences.masked_fill(inherits, 1.0),
+            torch.where(is_known, known, self.labels),
+            self.confidences.masked_fill(is_known, 1.0),
         )
 
 

@@ -26,7 +26,7 @@ class StepTargets(NamedTuple):
 
     labels: Tensor  # (B_l,) int64 class indices
     responsibilities: Tensor  # (B_u, K) float32, gamma of the unlabelled slices
-    pseudo_labels: Tensor  # (B_u,) int64 classes, predicted by the last epoch's encoder
+    pseudo_labels: Tensor  # (B_u,) int64 classes: known, or predicted by the last epoch's encoder
     confidences: Tensor  # (B_u,) float32 in [0, 1], weights of the pseudo-labels
     centers: Tensor  # (K, E) float32, mu in the space of z
     class_of_cluster: Tensor  # (K,) int64

@@ -380,10 +380,11 @@ class _Trainer:
         rows = slice(offset, offset + len(self.pool))
         probabilities = self._probabilities[rows]
         shares = class_shares(self.data.labelled.labels, len(self.classes))
-        believed = pseudo_labels(probabilities, shares)
-        self._class_shift = class_shift(probabilities, shares)
+        known = self.data.labelled.labels
         if self.pool is self.data.unlabelled:
-            believed = believed.overridden_by(self.data.inherited)
+            known = self.data.inherited
+        believed = pseudo_labels(probabilities, shares).overridden_by(known)
+        self._class_shift = class_shift(probabilities, shares)
         return EpochTargets(
             responsibilities=self.responsibilities[rows],
             pseudo_labels=believed.labels,
