@@ -77,7 +77,7 @@ def plan_epoch(
     and image passes. If there are too few unlabelled slices to fill a batch on every rank, they are
     clustered but not trained on: their pseudo-labels, aligned with the class mix of the labelled
     slices, would reflect that mix more than the slices themselves. Labelled slices then take their
-    place, with their labels as pseudo-labels.
+    place, with their labels as pseudo-labels, augmented like the others.
     """
     num_slices = max(num_labelled, num_unlabelled)
     return EpochPlan(

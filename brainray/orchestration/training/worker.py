@@ -186,6 +186,7 @@ class _Trainer:
             dist.world_size(),
         )
         self.num_steps = plan.num_steps
+        self._trains_on_unlabelled = plan.trains_on_unlabelled
         self.pool = data.unlabelled if plan.trains_on_unlabelled else data.labelled
         leaves_out = num_unlabelled and not plan.trains_on_unlabelled and self.sizes.unlabelled
         if leaves_out and dist.rank() == 0:
@@ -292,7 +293,7 @@ class _Trainer:
             test = self._predict(self.data.test) if self._tests_each_epoch else None
         metrics: dict[str, float] = {"epoch": float(self.epoch)}
         metrics |= {f"train/loss/{name}": value for name, value in trained.losses.items()}
-        if self.pool is self.data.unlabelled:
+        if self._trains_on_unlabelled:
             metrics["train/class_shift"] = self._class_shift
         metrics["time/data_wait_s"] = trained.data_wait_s
         metrics["train/image_size"] = float(self._side)
@@ -341,6 +342,8 @@ class _Trainer:
                 self.run.write_table(layout.predictions_file(chosen.epoch), table)
 
     def _train_epoch(self) -> EpochResult:
+        config = self.config
+        of_pool = config.augment_unlabelled if self._trains_on_unlabelled else config.augment
         try:
             return train_epoch(
                 self.model,
@@ -354,14 +357,14 @@ class _Trainer:
                     sizes=self.sizes,
                     num_steps=self.num_steps,
                     scale=self.scale,
-                    augmentation=self.config.augment,
-                    augmentation_unlabelled=self.config.augment_unlabelled,
-                    seed=seed_of(self.config.seed, self.epoch, dist.rank()),
+                    augmentation=config.augment,
+                    augmentation_unlabelled=of_pool,
+                    seed=seed_of(config.seed, self.epoch, dist.rank()),
                     side=self._side,
-                    mixup_alpha=self.config.train.mixup_alpha,
+                    mixup_alpha=config.train.mixup_alpha,
                 ),
                 precision=self.precision,
-                accumulation=self.config.train.accumulation_steps,
+                accumulation=config.train.accumulation_steps,
                 on_update=self._update_average,
                 on_step=self._heartbeat(),
             )
@@ -376,13 +379,11 @@ class _Trainer:
 
     def _targets(self) -> EpochTargets:
         """Targets for the pool's slices from the last epoch."""
-        offset = len(self.data.labelled) if self.pool is self.data.unlabelled else 0
+        offset = len(self.data.labelled) if self._trains_on_unlabelled else 0
         rows = slice(offset, offset + len(self.pool))
         probabilities = self._probabilities[rows]
         shares = class_shares(self.data.labelled.labels, len(self.classes))
-        known = self.data.labelled.labels
-        if self.pool is self.data.unlabelled:
-            known = self.data.inherited
+        known = self.data.inherited if self._trains_on_unlabelled else self.data.labelled.labels
         believed = pseudo_labels(probabilities, shares).overridden_by(known)
         self._class_shift = class_shift(probabilities, shares)
         return EpochTargets(

@@ -15,6 +15,7 @@ def test_labelled_slices_in_place_of_unlabelled_ones_keep_their_labels() -> None
     trainer = SimpleNamespace(
         data=SimpleNamespace(labelled=labelled, unlabelled=None),
         pool=labelled,
+        _trains_on_unlabelled=False,
         classes=["glioma", "pituitary"],
         _probabilities=torch.tensor([[0.1, 0.9]] * 4),  # wrong about half of them
         responsibilities=torch.eye(4),
