@@ -21,7 +21,13 @@ import pytest
 import ray
 from mlflow import MlflowClient
 from ray import tune
+from ray._raylet import PlacementGroupID
 from ray.tune.schedulers import TrialScheduler
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group_table,
+    remove_placement_group,
+)
 
 from brainray.config import AugmentConfig, Config
 from brainray.config_text import load_config, to_yaml
@@ -264,6 +270,16 @@ def test_a_sweep_whose_time_is_up_is_complete(
     assert sweep(config).metrics == found.metrics
     lines = logged(capsys)
     assert lines[-1].endswith("complete, nothing to search")
+    release_placement_groups()
+
+
+def release_placement_groups() -> None:
+    """Release what a job's end would: Ray Train keeps the placement group of a trial that was
+    killed while its workers were starting, and the next sweep would wait for its CPUs.
+    """
+    for identity, group in placement_group_table().items():
+        if group["state"] != "REMOVED":
+            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(identity))))
 
 
 @pytest.mark.slow
