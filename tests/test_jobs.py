@@ -136,6 +136,14 @@ def test_settings_that_a_job_does_not_read_are_told() -> None:
     assert unread_keys(overrides, ["run", "classes", "train.device"]) == ["preprocess.crop"]
 
 
+@pytest.fixture
+def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever would join or start Ray fails."""
+    attach = "brainray.orchestration.job.attach_to_ray"
+    monkeypatch.setattr(attach, Mock(side_effect=AssertionError))
+
+
+@pytest.mark.usefixtures("without_ray")
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
@@ -160,9 +168,6 @@ def test_what_is_named_is_looked_for_before_ray_starts(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(
-        "brainray.orchestration.job.attach_to_ray", Mock(side_effect=AssertionError)
-    )
     monkeypatch.setattr(sys, "argv", [name, "--set", f"storage={tmp_path}", *settings])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(PROJECT / "jobs" / f"{name}.py"), run_name="__main__")
@@ -170,6 +175,7 @@ def test_what_is_named_is_looked_for_before_ray_starts(
     assert message in json.loads(capsys.readouterr().out.splitlines()[-1])["error"]
 
 
+@pytest.mark.usefixtures("without_ray")
 @pytest.mark.parametrize("name", ["report", "track"])
 def test_what_needs_no_ray_starts_none(
     name: str,
@@ -178,9 +184,6 @@ def test_what_needs_no_ray_starts_none(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(
-        "brainray.orchestration.job.attach_to_ray", Mock(side_effect=AssertionError)
-    )
     monkeypatch.setattr(sys, "argv", [name, "--set", "run=two-ranks", f"storage={storage}"])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(PROJECT / "jobs" / f"{name}.py"), run_name="__main__")

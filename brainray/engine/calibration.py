@@ -40,7 +40,7 @@ def temper(probabilities: NDArray[np.floating], temperature: float) -> NDArray[n
 def calibration_error(probabilities: NDArray[np.floating], labels: NDArray[np.int64]) -> float:
     """Expected calibration error with 15 confidence bins; Naeini et al. 2015.
 
-    The difference between a bin's mean confidence and accuracy, averaged over the slices' bins.
+    The absolute difference between a bin's mean confidence and accuracy, averaged over the slices.
     0 is perfect.
 
     Args:
