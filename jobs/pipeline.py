@@ -8,29 +8,38 @@ from brainray.log import log
 from brainray.orchestration.job import TRAINING_SECTIONS, JobResult, run_job
 
 
-def work(config: Config) -> JobResult:
-    from brainray.orchestration.prediction.evaluation import evaluate
-    from brainray.orchestration.preprocessing.driver import preprocess
-    from brainray.orchestration.resources import alive_nodes, plan_workers
-    from brainray.orchestration.run import data_hash_of
-    from brainray.orchestration.training.driver import check_sides, log_where, train
-    from brainray.report.results import results_markdown
-    from brainray.storage import Folder
+def check(config: Config) -> None:
+    from brainray.orchestration.run import run_to_resume
+    from brainray.orchestration.store import check_sides
 
-    assert config.name is not None, "checked by run_job"
     if config.evaluation.num_label_draws > 1:
         raise ConfigError(
             "evaluation.num_label_draws: the pipeline trains a single run; leave it out, then use "
             "jobs/train.py on the pipeline's store for several label draws"
         )
-    # Refuse settings that cannot train before preprocessing.
     check_sides(config)
-    plan_workers(config.train, alive_nodes())
-    # The name may change between runs on one store; the store keeps its own.
-    dataset = config.dataset or config.name
-    needed = data_hash_of(Folder(config.storage), config.name)
-    preprocess(config.model_copy(update={"name": dataset}), data_hash=needed)
-    trained = train(config.model_copy(update={"dataset": dataset}))
+    run_to_resume(_on_own_store(config))
+
+
+def _on_own_store(config: Config) -> Config:
+    """The store is named like the run, unless the run was given another name later."""
+    return config.model_copy(update={"dataset": config.dataset or config.name})
+
+
+def work(config: Config) -> JobResult:
+    from brainray.orchestration.prediction.evaluation import evaluate
+    from brainray.orchestration.preprocessing.driver import preprocess
+    from brainray.orchestration.resources import alive_nodes, plan_workers
+    from brainray.orchestration.run import run_to_resume
+    from brainray.orchestration.training.driver import log_where, train
+    from brainray.report.results import results_markdown
+
+    config = _on_own_store(config)
+    plan_workers(config.train, alive_nodes())  # refused before preprocessing if it cannot train
+    existing = run_to_resume(config)
+    needed = None if existing is None else existing.info["data_hash"]
+    preprocess(config.model_copy(update={"name": config.dataset}), data_hash=needed)
+    trained = train(config)
     test_paths = trained.run.test_paths()
     if test_paths:
         # The raw files again, through the prediction code: it must give the same results.
@@ -66,5 +75,6 @@ if __name__ == "__main__":
                 *TRAINING_SECTIONS,
             ],
             needs=("name", "source"),
+            check=check,
         )
     )

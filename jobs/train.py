@@ -7,6 +7,15 @@ from brainray.log import log
 from brainray.orchestration.job import TRAINING_SECTIONS, JobResult, run_job
 
 
+def check(config: Config) -> None:
+    from brainray.orchestration.run import run_to_resume
+    from brainray.orchestration.store import store_to_train_on
+
+    config, _ = store_to_train_on(config)
+    if config.evaluation.num_label_draws == 1:  # else each draw has a run of its own
+        run_to_resume(config)
+
+
 def work(config: Config) -> JobResult:
     if config.evaluation.num_label_draws > 1:
         return work_on_draws(config)
@@ -51,5 +60,6 @@ if __name__ == "__main__":
                 *TRAINING_SECTIONS,
             ],
             needs=("name", "dataset"),
+            check=check,
         )
     )

@@ -7,6 +7,12 @@ from brainray.log import log
 from brainray.orchestration.job import TRAINING_SECTIONS, JobResult, run_job
 
 
+def check(config: Config) -> None:
+    from brainray.orchestration.store import store_to_train_on
+
+    store_to_train_on(config)
+
+
 def work(config: Config) -> JobResult:
     from brainray.orchestration.publish import how_to_open
     from brainray.orchestration.sweep.driver import sweep
@@ -43,5 +49,6 @@ if __name__ == "__main__":
                 "tracking.uri",  # the experiment is the sweep's
             ],
             needs=("name", "dataset"),
+            check=check,
         )
     )

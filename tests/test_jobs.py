@@ -74,19 +74,29 @@ def test_help_explains_the_jobs_settings(
     assert "[~/brainray]" in text
 
 
-def test_help_and_typing_errors_do_not_wait_for_heavy_imports() -> None:
+def test_help_and_simple_errors_do_not_wait_for_heavy_imports() -> None:
     script = """
 import contextlib, io, runpy, sys
-for name in sys.argv.pop(1).split():
+
+def run(name, arguments, code):
+    sys.argv[1:] = arguments
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            runpy.run_path(f"jobs/{name}.py", run_name="__main__")
+        except SystemExit as stop:
+            assert stop.code == code, (name, arguments, stop.code)
+
+names = sys.argv.pop(1).split()
+for name in names:
     case = ["kmeans"] if name == "benchmark" else []
     for arguments, code in (["--help"], 0), (["--set", "nmae=x"], 2):
-        sys.argv[1:] = case + arguments
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            try:
-                runpy.run_path(f"jobs/{name}.py", run_name="__main__")
-            except SystemExit as stop:
-                assert stop.code == code, (name, arguments, stop.code)
+        run(name, case + arguments, code)
 print(*{"matplotlib", "mlflow", "pyarrow", "ray", "torch"} & set(sys.modules))
+
+absent = ["--set", "name=x", "run=x", "source=/no/such", "dataset=x", "storage=/no/such"]
+for name in set(names) - {"benchmark"}:
+    run(name, absent, 2)
+print(*{"matplotlib", "mlflow", "ray", "torch"} & set(sys.modules))
 """
     told = subprocess.run(
         [sys.executable, "-c", script, " ".join([*JOBS, "benchmark"])],
@@ -158,9 +168,19 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
         ("evaluate", ["source=/tmp"], "give --set run=NAME (or checkpoint=PATH)"),
         ("predict", ["checkpoint=/tmp/x"], "give --set source=DIR"),
         ("report", [], "give --set run=NAME"),
+        (
+            "pipeline",
+            ["name=x", "source=/tmp", "evaluation.num_label_draws=3"],
+            "the pipeline trains a single run",
+        ),
+        (
+            "pipeline",
+            ["name=x", "source=/tmp", "train.image_size=512"],
+            "train.image_size (512) exceeds preprocess.image_size (256)",
+        ),
     ],
 )
-def test_what_is_named_is_looked_for_before_ray_starts(
+def test_what_can_be_refused_is_refused_before_ray_starts(
     name: str,
     settings: list[str],
     message: str,
@@ -168,11 +188,26 @@ def test_what_is_named_is_looked_for_before_ray_starts(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(sys, "argv", [name, "--set", f"storage={tmp_path}", *settings])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(PROJECT / "jobs" / f"{name}.py"), run_name="__main__")
-    assert ended.value.code == 2
-    assert message in json.loads(capsys.readouterr().out.splitlines()[-1])["error"]
+    arguments = ["--set", f"storage={tmp_path}", *settings]
+    code, last, _ = run(name, arguments, capsys, monkeypatch)
+    assert code == 2
+    assert message in last["error"]
+
+
+@pytest.mark.usefixtures("without_ray")
+@pytest.mark.parametrize("name", ["train", "pipeline"])
+def test_a_taken_name_is_refused_before_ray_starts(
+    name: str,
+    trained: TrainedRun,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = f"{trained.run.folder}/config.yaml"
+    arguments = ["--config", config, "--set", "train.learning_rate=0.5", f"source={tmp_path}"]
+    code, last, _ = run(name, arguments, capsys, monkeypatch)
+    assert code == 2
+    assert "run 'two-ranks' exists with other settings (train.learning_rate: " in last["error"]
 
 
 @pytest.mark.usefixtures("without_ray")
@@ -199,16 +234,6 @@ def test_what_needs_no_ray_starts_none(
         ("preprocess", ["name=x", "source=/no/such/folder"], "no such folder: source=/no/such"),
         ("train", ["name=x", "train.lr=1"], "unknown key 'train.lr'"),
         ("evaluate", ["run=absent", "source=/tmp"], "no run 'absent'"),
-        (
-            "pipeline",
-            ["name=x", "source=/tmp", "evaluation.num_label_draws=3"],
-            "the pipeline trains a single run",
-        ),
-        (
-            "pipeline",
-            ["name=x", "source=/tmp", "train.image_size=512"],
-            "train.image_size (512) exceeds preprocess.image_size (256)",
-        ),
         ("evaluate", ["run=x", "source=~nobody.here/x"], "source=~nobody.here/x: "),
         ("study", ["name=x", "source=/tmp"], "study.features is empty"),
         ("track", ["run=absent"], "no run 'absent'"),

@@ -72,6 +72,7 @@ def run_job(
     argv: Sequence[str] | None = None,
     *,
     needs: Sequence[str] = (),
+    check: Callable[[Config], None] | None = None,
     uses_ray: bool = True,
 ) -> int:
     """Parse, load the config, attach to Ray, do the work, print the result; return the exit code.
@@ -86,6 +87,7 @@ def run_job(
             others by hand logs a note.
         argv: arguments; by default those of the process.
         needs: keys of ``keys`` that must have a value.
+        check: refuses what the job can refuse before Ray, which takes seconds to start.
         uses_ray: whether the job joins or starts a Ray cluster.
     """
     parser = _parser(name, description, keys)
@@ -100,7 +102,9 @@ def run_job(
         for key in unread_keys(overrides, keys):
             log(f"note: jobs/{name}.py does not read {key}; --help lists what it reads")
         _check_given(config, keys, needs)
-        _check_places(name, config, keys)
+        _check_places(config, keys)
+        if check is not None:
+            check(config)
         if uses_ray:
             attach_to_ray()
         return work(config)
@@ -118,18 +122,15 @@ def _check_given(config: Config, keys: Sequence[str], needs: Sequence[str]) -> N
         raise ConfigError(f"give --set {missing}{instead}")
 
 
-def _check_places(name: str, config: Config, keys: Sequence[str]) -> None:
-    """Check that given paths, runs and stores exist, before Ray spends seconds on starting.
+def _check_places(config: Config, keys: Sequence[str]) -> None:
+    """Check that given paths and runs exist.
 
     Raises:
         BrainrayError: one of them does not exist.
     """
-    from brainray import layout
     from brainray.orchestration.run import open_run
-    from brainray.orchestration.store import ImageStore
     from brainray.storage import Folder
 
-    storage = Folder(config.storage)
     if "source" in keys and config.source is not None and not Folder(config.source).exists():
         raise DataError(f"no such folder: source={config.source}")
     if "labels" in keys and config.labels is not None and not Folder(config.labels).exists():
@@ -138,9 +139,7 @@ def _check_places(name: str, config: Config, keys: Sequence[str]) -> None:
         if not Folder(source).exists():
             raise DataError(f"no such folder: sources.{key}={source}")
     if "run" in keys and config.run is not None and config.checkpoint is None:
-        open_run(storage, config.run)
-    if name in {"train", "tune"} and config.dataset is not None:
-        ImageStore.open(storage / layout.DATASETS / config.dataset)
+        open_run(Folder(config.storage), config.run)
 
 
 def run_command(name: str, work: Callable[[], JobResult], *, is_resumable: bool = True) -> int:

@@ -225,6 +225,41 @@ def as_store_was_made(config: Config, store: ImageStore) -> Config:
     return config.model_copy(update=made)
 
 
+def store_to_train_on(config: Config) -> tuple[Config, ImageStore]:
+    """The config with the settings of the image store ``config.dataset``, and the store.
+
+    Raises:
+        ConfigError: the config names no store, or does not fit it.
+        DataError: no such store, or another version of brainray made it.
+    """
+    if config.dataset is None:
+        raise ConfigError("training needs an image store: give --set dataset=NAME")
+    store = ImageStore.open(Folder(config.storage) / layout.DATASETS / config.dataset)
+    config = as_store_was_made(config, store)
+    difference = differing_settings(store.versions, versions_of(store.preprocess))
+    if difference:
+        raise DataError(
+            f"the image store {store.folder} was made by another version of brainray "
+            f"({difference}), which preprocesses slices differently: preprocess again under "
+            "another name"
+        )
+    check_sides(config)
+    return config, store
+
+
+def check_sides(config: Config) -> None:
+    """Raises ConfigError if training uses a larger slice size than preprocessing stores."""
+    sides = {"train.image_size": config.train.image_size}
+    if config.encoder.pretext != "none":
+        sides["encoder.pretext_image_size"] = config.encoder.pretext_image_size
+    for key, side in sides.items():
+        if side > config.preprocess.image_size:
+            raise ConfigError(
+                f"{key} ({side}) exceeds preprocess.image_size ({config.preprocess.image_size}): "
+                "lower the former, or preprocess again with a larger preprocess.image_size"
+            )
+
+
 def _difference(asked: BaseModel, made: dict[str, Any], prefix: str) -> str:
     """Settings of the config that differ from those the store was made with."""
     told = asked.model_dump(mode="json", exclude_unset=True, include=set(made))

@@ -15,10 +15,10 @@ from brainray.orchestration.prediction.evaluation import with_comparable_names
 from brainray.orchestration.prediction.inference import find_predictor
 from brainray.orchestration.preprocessing.driver import preprocess
 from brainray.orchestration.preprocessing.preparation import SALT_VARIABLE
-from brainray.orchestration.run import begin_run
 from brainray.orchestration.seen import fingerprints_of_seen, seen_by_weights, training_slices
 from brainray.orchestration.store import ImageStore
 from brainray.orchestration.study.data import seen_by_features, study_set
+from brainray.orchestration.training.beginning import begin_run
 from brainray.orchestration.training.draws import draw_name, train_draws
 from brainray.orchestration.training.driver import TrainedRun
 from brainray.storage import Folder

@@ -14,7 +14,6 @@ from brainray import layout
 from brainray.config import WEIGHTS_OF_NO_SLICE, Config, EvaluationConfig
 from brainray.engine.evaluate import Metrics, summarise
 from brainray.engine.state import load_checkpoint
-from brainray.errors import ConfigError, DataError
 from brainray.log import log
 from brainray.models.encoder import build_encoder
 from brainray.orchestration.lock import held
@@ -32,13 +31,9 @@ from brainray.orchestration.reporting import (
     write_run_page,
 )
 from brainray.orchestration.resources import WorkerResources, alive_nodes, plan_workers
-from brainray.orchestration.run import Run, begin_run, groups_of_test_slices, name_of_run
-from brainray.orchestration.store import (
-    ImageStore,
-    as_store_was_made,
-    differing_settings,
-    versions_of,
-)
+from brainray.orchestration.run import Run, groups_of_test_slices, name_of_run
+from brainray.orchestration.store import ImageStore, store_to_train_on
+from brainray.orchestration.training.beginning import begin_run
 from brainray.orchestration.training.provenance import record_submission
 from brainray.orchestration.training.worker import train_worker
 from brainray.report.maps import run_maps
@@ -147,18 +142,7 @@ def check_training(config: Config) -> tuple[Config, ImageStore, WorkerResources]
     Raises:
         BrainrayError: no such store, or settings that do not fit it or the Ray cluster.
     """
-    if config.dataset is None:
-        raise ConfigError("training needs an image store: give --set dataset=NAME")
-    store = ImageStore.open(Folder(config.storage) / layout.DATASETS / config.dataset)
-    config = as_store_was_made(config, store)
-    difference = differing_settings(store.versions, versions_of(store.preprocess))
-    if difference:
-        raise DataError(
-            f"the image store {store.folder} was made by another version of brainray "
-            f"({difference}), which preprocesses slices differently: preprocess again under "
-            "another name"
-        )
-    check_sides(config)
+    config, store = store_to_train_on(config)
     check_compared_runs(config, store.data_hash)
     workers = plan_workers(config.train, alive_nodes())
     if config.encoder.weights not in WEIGHTS_OF_NO_SLICE:
@@ -239,19 +223,6 @@ def _about(training: Training) -> dict[str, str]:
         "warm-up without labels": warm_up,
         "workers": f"{workers.num_workers} on {kind}, {workers.cpus_per_worker} CPU(s) each",
     }
-
-
-def check_sides(config: Config) -> None:
-    """Raises ConfigError if training uses a larger slice size than preprocessing stores."""
-    sides = {"train.image_size": config.train.image_size}
-    if config.encoder.pretext != "none":
-        sides["encoder.pretext_image_size"] = config.encoder.pretext_image_size
-    for key, side in sides.items():
-        if side > config.preprocess.image_size:
-            raise ConfigError(
-                f"{key} ({side}) exceeds preprocess.image_size ({config.preprocess.image_size}): "
-                "lower the former, or preprocess again with a larger preprocess.image_size"
-            )
 
 
 def _summarise(config: Config, run: Run) -> Metrics:

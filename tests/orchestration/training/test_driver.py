@@ -38,8 +38,9 @@ from brainray.orchestration.preprocessing.driver import preprocess
 from brainray.orchestration.pretraining.driver import warm_up
 from brainray.orchestration.publish import _last_submission, config_to_track, publish
 from brainray.orchestration.reporting import against_control, comparable_control, report
-from brainray.orchestration.run import begin_run, open_run
+from brainray.orchestration.run import open_run
 from brainray.orchestration.store import ImageStore
+from brainray.orchestration.training.beginning import begin_run
 from brainray.orchestration.training.driver import (
     TrainedRun,
     _log_beginning,

@@ -1,0 +1,156 @@
+"""The beginning of a run: the labels drawn for it, and what it sees, saved in its folder."""
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from brainray import layout
+from brainray.config import Config
+from brainray.config_text import to_yaml
+from brainray.engine.recluster import check_num_clusters
+from brainray.errors import ClusteringError, ConfigError, DataError
+from brainray.mri.leakage import Fingerprints, exposure
+from brainray.mri.split import draw_roles
+from brainray.orchestration.run import Run, lasting_settings, name_of_run, run_to_resume
+from brainray.orchestration.seen import (
+    check_validation_is_new,
+    fingerprints_of_seen,
+    seen_by_weights,
+)
+from brainray.orchestration.store import ImageStore
+from brainray.schema import LABELLED, SEEN, TEST, TRAIN, UNLABELLED_ROLE, VALIDATION
+from brainray.storage import Folder
+
+
+def begin_run(config: Config, store: ImageStore, num_workers: int) -> tuple[Run, bool]:
+    """Create the run's folder or reopen it; the second value is whether the run resumes.
+
+    Labels are drawn here and saved with the run, together with the fingerprints of every slice that
+    the run sees in any role. Workers read labels from this draw only.
+
+    Raises:
+        ConfigError: the run exists with other settings or data, or has too many workers.
+        DataError: no labels to learn from, or a class with too few.
+        ClusteringError: K does not fit the number of classes or slices.
+    """
+    existing = run_to_resume(config)
+    if existing is not None:
+        info = existing.info
+        if info["data_hash"] != store.data_hash:
+            raise ConfigError(
+                f"run {config.name!r} exists with other data ({info['dataset']}, hash "
+                f"{info['data_hash']}, now {store.data_hash}): choose another name"
+            )
+        _check_ranks(info["num_slices"], num_workers)
+        return existing, True
+    folder = Folder(config.storage) / layout.RUNS / name_of_run(config)
+    seen = _draw(config, store)
+    counts = _role_counts(seen)
+    num_fitted = counts[LABELLED] + counts.get(UNLABELLED_ROLE, 0)
+    check_num_clusters(config.clustering.num_clusters, len(store.classes), num_fitted)
+    if config.clustering.pca_dim > num_fitted:
+        raise ClusteringError(
+            f"clustering.pca_dim={config.clustering.pca_dim} exceeds the number of training "
+            f"slices ({num_fitted}): lower it"
+        )
+    _check_ranks(counts, num_workers)
+    before = seen_by_weights(config.encoder.weights, Folder(config.storage))
+    check_validation_is_new(config, seen, before, store.preprocess)
+    folder.write_table(layout.SEEN, seen)
+    folder.delete_file(layout.SEEN_BEFORE, missing_ok=True)  # left by an interrupted start
+    if before is not None:
+        folder.write_table(layout.SEEN_BEFORE, before)
+    folder.write_table(layout.TEST_SLICES, _test_slices(store, folder))
+    _keep_records(store.folder, folder / layout.DATASET)
+    folder.write_bytes(layout.CONFIG, to_yaml(config).encode())
+    info = {
+        "format": layout.RUN_FORMAT,
+        "name": config.name,
+        "dataset": config.dataset,
+        "data_hash": store.data_hash,
+        "classes": store.classes,
+        "preprocess": store.preprocess.model_dump(mode="json"),
+        "versions": store.versions,
+        "subject_salt": store.manifest["subject_salt"],
+        "num_slices": counts,
+        "settings": lasting_settings(config),
+    }
+    folder.write_json(layout.RUN, info)
+    return Run(folder, info), False
+
+
+def _keep_records(store: Folder, kept: Folder) -> None:
+    """Copy the store's records to the run, because the store may change or be deleted."""
+    names = [layout.MANIFEST, layout.LEAKAGE, layout.LEAKAGE_TABLE]
+    names += [f"{layout.FIGURES}/{name}" for name in (store / layout.FIGURES).names()]
+    for name in names:
+        kept.write_bytes(name, store.read_bytes(name))
+
+
+def _draw(config: Config, store: ImageStore) -> pa.Table:
+    index = store.index(thumbnails=True)
+    train = index.filter(pc.equal(index["split"], TRAIN))
+    labels = train["label"].to_pylist()
+    by_subject = config.split.validation == "subject"
+    if by_subject and train["subject_id"].null_count == train.num_rows:
+        raise ConfigError(
+            f"split.validation=subject: the image store {store.folder} has no subjects, given or "
+            "estimated; preprocess with subjects in a labels table or with "
+            "preprocess.subject.estimate=true, or set split.validation=slice"
+        )
+    roles = draw_roles(
+        labels,
+        train["draw_group_id"].to_pylist(),
+        train["generation"].to_pylist(),
+        kin=train["split_group_id" if by_subject else "kin_group_id"].to_pylist(),
+        leave_out_kin=by_subject,
+        labelled_fraction=config.split.labelled_fraction,
+        validation_fraction=config.split.validation_fraction,
+        seed=config.split.seed,
+    )
+    if len(store.classes) < 2:
+        raise DataError(
+            f"the training slices have only one class ({store.classes[0]}): at least 2 are needed"
+        )
+    readable = [
+        label if role in {LABELLED, VALIDATION} else None
+        for label, role in zip(labels, roles, strict=True)
+    ]
+    columns = {
+        "role": pa.array(roles, pa.string()),
+        "label": pa.array(readable, pa.string()),
+    }
+    return pa.table(
+        [columns[name] if name in columns else train[name] for name in SEEN.names],
+        schema=SEEN,
+    )
+
+
+def _test_slices(store: ImageStore, run: Folder) -> pa.Table:
+    """The store's test slices, in the order of their predictions, with ``clean``, ``strict``."""
+    index = store.index(thumbnails=True)
+    test = index.filter(pc.equal(index["split"], TEST)).sort_by(
+        [(name, "ascending") for name in ("sample_id", "path", "frame")]
+    )
+    if test["label"].null_count == test.num_rows:
+        test = test.slice(0, 0)  # nothing to score; use jobs/predict.py for these
+    seen = fingerprints_of_seen(run)
+    assert seen is not None, "written before"
+    exposed = exposure(Fingerprints.of(test), seen, store.preprocess)
+    test = test.select(["sample_id", "path", "frame", "label", "thumbnail", "split_group_id"])
+    for name, flags in (("clean", exposed.clean), ("strict", exposed.strict)):
+        test = test.append_column(name, pa.array(flags, pa.bool_()))
+    return test
+
+
+def _check_ranks(counts: dict[str, int], num_workers: int) -> None:
+    """Every rank needs a labelled slice."""
+    if counts[LABELLED] < num_workers:
+        raise ConfigError(
+            f"{num_workers} workers cannot share {counts[LABELLED]} labelled training slice(s): "
+            "lower train.num_workers"
+        )
+
+
+def _role_counts(seen: pa.Table) -> dict[str, int]:
+    counted = seen.group_by("role").aggregate([([], "count_all")]).to_pylist()
+    return {row["role"]: row["count_all"] for row in sorted(counted, key=lambda row: row["role"])}
