@@ -97,14 +97,15 @@ class PretrainingFollower(Watcher):
         super().__init__()
         self._config = config
         self._folder = folder
-        self._num_seen = len(folder.read_json_lines(layout.METRICS))
-        if self._num_seen:
-            log(f"resuming after {self._num_seen} epochs or rounds")
+        history = folder.read_json_lines(layout.METRICS)
+        self._num_seen = len(history)
+        if history:
+            log(f"resuming after {_name(history[-1])}")
 
     def look(self) -> None:
         history = self._folder.read_json_lines(layout.METRICS)
         if len(history) < self._num_seen:
-            log(f"restarted after {len(history)} epochs or rounds")
+            log(f"restarted after {_name(history[-1])}" if history else "restarted")
         for metrics in history[self._num_seen :]:
             log(self._line(metrics))
         self._num_seen = len(history)
@@ -117,14 +118,17 @@ class PretrainingFollower(Watcher):
         if "round" in metrics:
             changed = metrics["changed_share"]
             return (
-                f"round {metrics['round']:.0f}/{self._config.max_rounds}: {losses}; {changed:.1%} "
-                f"of the slices changed cluster; {seconds:.0f} s"
+                f"{_name(metrics)}/{self._config.max_rounds}: {losses}; {changed:.1%} of the "
+                f"slices changed cluster; {seconds:.0f} s"
             )
         left = timedelta(seconds=round(seconds * (self._config.num_epochs - metrics["epoch"])))
-        return (
-            f"pretext epoch {metrics['epoch']:.0f}/{self._config.num_epochs}: {losses}; "
-            f"{seconds:.0f} s, {left} left"
-        )
+        return f"{_name(metrics)}/{self._config.num_epochs}: {losses}; {seconds:.0f} s, {left} left"
+
+
+def _name(metrics: Metrics) -> str:
+    if "round" in metrics:
+        return f"round {metrics['round']:.0f}"
+    return f"pretext epoch {metrics['epoch']:.0f}"
 
 
 def time_left(metrics: Metrics, config: TrainConfig) -> timedelta:

@@ -56,9 +56,17 @@ def test_pretraining_tells_epochs_and_rounds(
             {"epoch": 3.0, "round": 1.0, "cluster": 0.5, "changed_share": 0.25, "seconds": 4.0}
         )
         folder.write_json_lines(layout.METRICS, rows)
+    follower = PretrainingFollower(settings, folder)
+    for lost in (1, 2, 3):  # by workers that restart from an earlier checkpoint
+        folder.write_json_lines(layout.METRICS, rows[:-lost])
+        follower.look()
     said = capsys.readouterr().out.splitlines()
     assert said == [
-        "resuming after 1 epochs or rounds",
+        "resuming after pretext epoch 1",
         "pretext epoch 2/3: pretext 1.250; 12 s, 0:00:12 left",
         "round 1/5: cluster 0.500; 25.0% of the slices changed cluster; 4 s",
+        "resuming after round 1",
+        "restarted after pretext epoch 2",
+        "restarted after pretext epoch 1",
+        "restarted",
     ]

@@ -267,8 +267,8 @@ def _log_beginning(run: Run, resumed: bool, config: Config, store: ImageStore) -
     if run.is_complete:
         log(f"run {run.folder}: complete, nothing to train")
     elif resumed:
-        num_epochs = len(run.folder.read_json_lines(layout.METRICS))
-        log(f"run {run.folder}: resuming after {num_epochs} epochs")
+        num_done = len(run.folder.read_json_lines(layout.METRICS))
+        log(f"run {run.folder}: resuming at epoch {num_done + 1}")
     else:
         num_slices, split = run.info["num_slices"], config.split
         counts = ", ".join(f"{count} {role}" for role, count in num_slices.items())
