@@ -394,7 +394,8 @@ class TrainConfig(_Section):
     """Slices kept in each worker's device memory, in GiB; the rest is streamed from a file on its
     node. (A warm-up keeps all of its smaller slices in memory.)"""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """``auto`` uses bf16 autocast if the hardware supports it, otherwise fp32."""
+    """``auto`` uses bf16 autocast if the hardware supports it, otherwise fp32. On a GPU,
+    convolutions in fp32 multiply in TF32 where it has that, which is PyTorch's default."""
     wait_for_nodes: bool = False
     """Wait for an autoscaler to add missing resources instead of failing; also set ``num_workers``,
     ``cpus_per_worker`` and ``device``."""

@@ -109,6 +109,7 @@ def _write_config(storage: Path, scale: Scale) -> Path:
             "image_size": 64,
             "num_epochs": scale.num_epochs,
             "num_workers": NUM_WORKERS,
+            "device": "cpu",  # both nodes are this machine, and would take the same GPU
             "cpus_per_worker": 1,
             "batch_size_per_worker": 16,
             "labelled_batch_size_per_worker": 16,

@@ -63,15 +63,32 @@ def image_side(epoch: int, config: TrainConfig) -> int:
     return stages[(epoch - 1) * len(stages) // config.growth_epochs]
 
 
-def build_average(encoder: nn.Module, decay: float) -> AveragedModel | None:
-    """Exponential moving average of an encoder's weights; None if ``decay`` is 0.
+class MovingAverage(AveragedModel):
+    """Exponential moving average of a module's weights.
 
     Polyak & Juditsky 1992; as a teacher, Tarvainen & Valpola 2017. Its batch statistics are those
-    of the encoder until they are measured (`epoch.measure_batch_statistics`).
+    of the module until they are measured (`epoch.measure_batch_statistics`).
     """
-    if decay == 0:
-        return None
-    return AveragedModel(encoder, multi_avg_fn=get_ema_multi_avg_fn(decay))
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        super().__init__(module)
+        self._move = get_ema_multi_avg_fn(decay)
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """As `AveragedModel`, which copies its counter to a GPU every time and waits for that."""
+        mine, theirs = tuple(self.module.parameters()), tuple(model.parameters())
+        if self.n_averaged == 0:  # on the CPU
+            torch._foreach_copy_(mine, theirs)
+        else:
+            self._move(mine, theirs, self.n_averaged)
+        torch._foreach_copy_(tuple(self.module.buffers()), tuple(model.buffers()))
+        self.n_averaged += 1
+
+
+def build_average(encoder: nn.Module, decay: float) -> MovingAverage | None:
+    """The average of an encoder's weights; None if ``decay`` is 0."""
+    return MovingAverage(encoder, decay) if decay else None
 
 
 def build_optimizer(

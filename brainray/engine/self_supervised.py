@@ -121,16 +121,19 @@ def pretext_epoch(
     rows_of_steps = list(order[: plan.num_steps * plan.batch_size].split(plan.batch_size))
     if pretext.wants_mates:
         rows_of_steps = [torch.cat([rows, groups.mates(rows, of_order)]) for rows in rows_of_steps]
+    # In one copy, because each copy to a GPU waits for its pending work.
+    rows_on_device = torch.stack(rows_of_steps).to(device)
+    groups_on_device = groups.numbers.to(device)
     losses = MeanLosses(device)
     for step, batch in enumerate(images.batches(rows_of_steps)):
-        rows = rows_of_steps[step]
-        views = pretext.views(batch.float() / 255, groups.numbers[rows].to(device), generator)
+        rows = rows_on_device[step]
+        views = pretext.views(batch.float() / 255, groups_on_device[rows], generator)
         with autocast(device, precision):
             output: PretextOutput = model(views.images)
         terms = {"pretext": pretext.loss(output.outputs, views.targets)}
         total = terms["pretext"]
         if soft is not None:
-            terms["cluster"] = _cluster_term(output.z, views, rows.to(device), soft)
+            terms["cluster"] = _cluster_term(output.z, views, rows, soft)
             total = total + lambda_cluster * terms["cluster"]
         terms["total"] = total
         optimizer.zero_grad(set_to_none=True)

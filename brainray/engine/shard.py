@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -29,6 +30,8 @@ class PixelScale:
         unit = images.float() / 255
         if side is None or side == images.shape[-1]:
             return unit
+        if len(images) == 0:  # CUDA cannot launch a resize of no slices
+            return unit.new_empty((0, 1, side, side))
         return F.interpolate(unit, size=(side, side), mode="bilinear", antialias=True)
 
     def standardise(self, images: Tensor) -> Tensor:
@@ -91,6 +94,7 @@ class StreamedImages:
         self.device = device
         self.side = side
         self._num_images = num_images
+        self._pins_memory = device.type == "cuda"
         # Open for as long as this object lives.
         self._file = tempfile.TemporaryFile(prefix="brainray-slices-")  # noqa: SIM115
         self._num_bytes = side * side
@@ -104,7 +108,9 @@ class StreamedImages:
 
     def batches(self, rows: Iterable[Tensor]) -> Iterator[Tensor]:
         waiting: deque[Future[Tensor]] = deque()
-        with ThreadPoolExecutor(max_workers=1) as reader:
+        # A new thread would pin memory by way of the node's first GPU, which is another rank's.
+        on_gpu = partial(torch.cuda.set_device, self.device) if self._pins_memory else None
+        with ThreadPoolExecutor(max_workers=1, initializer=on_gpu) as reader:
             for index in rows:
                 waiting.append(reader.submit(self._read, index))
                 if len(waiting) == _READ_AHEAD:
@@ -113,9 +119,8 @@ class StreamedImages:
                 yield self._to_device(waiting.popleft())
 
     def _read(self, index: Tensor) -> Tensor:
-        pinned = self.device.type == "cuda"
         batch = torch.empty(
-            (len(index), 1, self.side, self.side), dtype=torch.uint8, pin_memory=pinned
+            (len(index), 1, self.side, self.side), dtype=torch.uint8, pin_memory=self._pins_memory
         )
         flat = batch.numpy().reshape(len(index), self._num_bytes)
         for place, row in enumerate(index.tolist()):

@@ -5,6 +5,7 @@ from typing import cast
 
 import pytest
 import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from brainray.config import AugmentConfig, TrainConfig
 from brainray.engine import recipe
@@ -133,6 +134,24 @@ def test_the_average_follows_the_weights_from_behind() -> None:
     averaged = average.module.state_dict()
     torch.testing.assert_close(averaged["head.bias"], torch.full((2,), 3.75))
     assert build_average(encoder, decay=0.0) is None
+
+
+def test_the_average_is_pytorchs() -> None:
+    torch.manual_seed(0)
+    encoder = Encoder("resnet18", num_classes=2)
+    ours = build_average(encoder, decay=0.75)
+    assert ours is not None
+    theirs = AveragedModel(encoder, multi_avg_fn=get_ema_multi_avg_fn(0.75))
+    for _ in range(3):
+        encoder(torch.rand(2, 1, 32, 32))  # moves the batch statistics
+        with torch.no_grad():
+            for parameter in encoder.parameters():
+                parameter.add_(torch.rand_like(parameter))
+        ours.update_parameters(encoder)
+        theirs.update_parameters(encoder)
+    states = zip(ours.state_dict().items(), theirs.state_dict().items(), strict=True)
+    for (name, mine), (_, peer) in states:
+        assert torch.equal(mine, peer), name
 
 
 def measured(encoder: Encoder, slices: CachedImages, *, batch_size: int) -> torch.nn.BatchNorm2d:
