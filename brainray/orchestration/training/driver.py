@@ -38,7 +38,7 @@ from brainray.orchestration.training.provenance import record_submission
 from brainray.orchestration.training.worker import train_worker
 from brainray.report.maps import run_maps
 from brainray.report.run_figures import draw_run_figures
-from brainray.schema import LABELLED, TRAIN, VALIDATION
+from brainray.schema import LABELLED, TRAIN, UNLABELLED_ROLE, VALIDATION
 from brainray.storage import Folder
 
 _ALIGNED = ("consistency", "anchored")  # objectives that learn pseudo-labels
@@ -286,6 +286,11 @@ def _log_beginning(run: Run, resumed: bool, config: Config, store: ImageStore) -
                 f"note: {num_slices[VALIDATION]} of these {read} slices are used for validation, "
                 f"more than split.validation_fraction={split.validation_fraction:g}: every class "
                 "needs one, and copies and subjects given by metadata stay together"
+            )
+        if UNLABELLED_ROLE not in num_slices and config.objective.name != "supervised":
+            log(
+                f"note: no unlabelled slices: objective.name={config.objective.name} is made for "
+                "them; where all are labelled, objective.name=supervised has been more accurate"
             )
         weights = config.encoder.weights
         if weights not in WEIGHTS_OF_NO_SLICE and not run.folder.exists(layout.SEEN_BEFORE):

@@ -670,6 +670,7 @@ def test_a_new_run_tells_how_many_labels_it_reads_and_what_nothing_tells(
         assert f"{slices['labelled']} labelled" in lines[0]
         told = [line for line in lines if line.startswith("the run reads")]
         assert len(told) == others
+        assert any("note: no unlabelled slices" in line for line in lines) == (not others)
         if others:
             assert 0.4 < num_read / num_labels < 0.6
             assert told[0].startswith(f"the run reads {num_read} of {num_labels} labels")
