@@ -466,6 +466,8 @@ def _readable_errors(uri: str) -> Iterator[None]:
         raise
     except Exception as error:  # databases, HTTP and artifact stores raise a dozen different ones
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+        if isinstance(error, ModuleNotFoundError) and error.name == "boto3":
+            reason = "its artifacts are on S3, which needs boto3: pip install -e '.[s3]'"
         message = f"MLflow at {uri} cannot be used: {reason}"
         # A password in the URI must reach neither logs nor the job's result.
         raise TrackingError(redacted(message)) from None

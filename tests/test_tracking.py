@@ -1,5 +1,6 @@
 """MLflow shows the run's folder: nothing twice, nothing lost, and no server is not the end."""
 
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -220,6 +221,15 @@ def test_a_database_that_cannot_be_opened_costs_seconds(run: Folder, tmp_path: P
     with pytest.raises(TrackingError, match="cannot be used"):
         tracker(run, f"sqlite:///{tmp_path}").begin("first", {}, {})  # a folder
     assert time.monotonic() - began < 30  # MLflow's own patience is above a minute and a half
+
+
+def test_artifacts_on_s3_say_what_they_need(run: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "boto3", None)  # as if it were not installed
+    run.write_bytes("report.html", b"")
+    sending = MLflowTracker(run, database(run), "tests", "s3://bucket/artifacts")
+    sending.begin("first", {}, {})
+    with pytest.raises(TrackingError, match=r"boto3: pip install -e '\.\[s3\]'$"):
+        sending.log_files(["report.html"])
 
 
 def test_odd_class_names_do_not_stop_the_others(run: Folder) -> None:
