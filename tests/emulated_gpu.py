@@ -1,9 +1,9 @@
 """Tensors that are said to be on a GPU, computed on the CPU: for tests of devices without a GPU.
 
-Within `emulated_gpu`, whatever CUDA or NCCL refuses raises an error: operations between a GPU's and
-the CPU's tensors, generators of another device, tensors that become NumPy arrays without a copy to
-the CPU, launches over nothing, collectives of the CPU's tensors. Speed, memory and the order of
-asynchronous work are not emulated.
+Within `emulated_gpu`, mixed devices raise an error as with CUDA and NCCL: operations between a
+GPU's and the CPU's tensors, generators of another device, tensors that become NumPy arrays without
+a copy to the CPU, launches over nothing, collectives of the CPU's tensors. Speed, memory, the order
+of asynchronous work, and dtypes that some operations lack on a GPU are not emulated.
 """
 
 from collections.abc import Callable, Iterator
@@ -142,6 +142,8 @@ def _check_devices(name: str, args: Any, of_cpu: list[Tensor]) -> None:
         assert args[0].numel(), f"{name} of no slices: an invalid launch"
     if name in _COPIES:
         return
+    if name.endswith("_"):  # in place
+        assert not any(args[0] is tensor for tensor in of_cpu), f"{name} of a tensor on the CPU"
     if name in _INDEXED:
         assert isinstance(args[0], GpuTensor), f"{name}: a GPU's indices of the CPU's tensor"
         of_cpu = [tensor for tensor in args[2:3] if not isinstance(tensor, GpuTensor)]
@@ -161,6 +163,10 @@ class _Generator:
     def manual_seed(self, seed: int) -> "_Generator":
         self.on_host.manual_seed(seed)
         return self
+
+
+def _set_device(device: torch.device) -> None:
+    assert device == GPU, f"a thread on {device}"
 
 
 class _Event:
@@ -194,7 +200,7 @@ def _collective(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tens
 
 def _replacements() -> Iterator[tuple[str, Any]]:
     yield "torch.cuda._lazy_init", lambda: None
-    yield "torch.cuda.set_device", lambda device: None
+    yield "torch.cuda.set_device", _set_device
     yield "torch.cuda.Event", _Event
     for module in ("torch", "brainray.engine.epoch", "brainray.engine.self_supervised"):
         yield f"{module}.Generator", _Generator

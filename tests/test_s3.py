@@ -19,6 +19,15 @@ from brainray.storage import Folder
 from tests.conftest import tiny_config
 
 PROJECT = Path(__file__).parents[1]
+_OF_OTHERS = (
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_PROFILE",
+    "AWS_SESSION_TOKEN",
+    "MLFLOW_S3_ENDPOINT_URL",
+    "RAY_ADDRESS",
+)
+"""Variables by which a user's own services would be meant."""
+
 QUICK = Pace(beat_s=0.1, patience_s=0.6, settle_s=0.05)
 
 
@@ -28,15 +37,19 @@ def bucket() -> Iterator[str]:
     server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(name, "of-this-test")
-        filesystem, path = pafs.FileSystem.from_uri("s3://bucket?allow_bucket_creation=true")
-        filesystem.create_dir(path)
-        yield "s3://bucket"
-    server.stop()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            for name in _OF_OTHERS:
+                patch.delenv(name, raising=False)
+            patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+            patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+            for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+                patch.setenv(name, "of-this-test")
+            filesystem, path = pafs.FileSystem.from_uri("s3://bucket?allow_bucket_creation=true")
+            filesystem.create_dir(path)
+            yield "s3://bucket"
+    finally:
+        server.stop()
 
 
 def test_a_folder_of_an_object_store_is_rebuilt_whole_or_not_at_all(bucket: str) -> None:

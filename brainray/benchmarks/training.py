@@ -54,7 +54,7 @@ def run(options: CaseOptions) -> BenchmarkResult:
     the gain from that alone is measured separately.
     """
     sides = (64, 128) if options.quick else (128, 224)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     slices = load_slices(options.source, options.seed)
     measures: list[Measure] = []
     milliseconds: dict[str, dict[str, float]] = {}

@@ -82,7 +82,8 @@ class MovingAverage(AveragedModel):
             torch._foreach_copy_(mine, theirs)
         else:
             self._move(mine, theirs, self.n_averaged)
-        torch._foreach_copy_(tuple(self.module.buffers()), tuple(model.buffers()))
+        if buffers := tuple(self.module.buffers()):
+            torch._foreach_copy_(buffers, tuple(model.buffers()))
         self.n_averaged += 1
 
 

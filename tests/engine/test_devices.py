@@ -53,6 +53,7 @@ def slices_on_gpu(num: int, *, streamed: bool = False) -> SliceShard:
     ("work", "message"),
     [
         (lambda x: x + torch.ones(2), r"aten::add: tensors \[\(2,\)\] are on the CPU"),
+        (lambda x: torch.zeros(()).add_(x[0]), "of a tensor on the CPU"),
         (lambda x: torch.cat([x, torch.ones(2)]), "are on the CPU"),
         (lambda x: torch.ones(2)[x.long()], "a GPU's indices of the CPU's tensor"),
         (lambda x: torch.rand(2, generator=torch.Generator(), device=GPU), "a generator on cpu"),

@@ -268,7 +268,10 @@ def _log_beginning(run: Run, resumed: bool, config: Config, store: ImageStore) -
         log(f"run {run.folder}: complete, nothing to train")
     elif resumed:
         num_done = len(run.folder.read_json_lines(layout.METRICS))
-        log(f"run {run.folder}: resuming at epoch {num_done + 1}")
+        where = (
+            f"resuming after epoch {num_done}" if num_done else "resuming before its first epoch"
+        )
+        log(f"run {run.folder}: {where}")
     else:
         num_slices, split = run.info["num_slices"], config.split
         counts = ", ".join(f"{count} {role}" for role, count in num_slices.items())
