@@ -35,6 +35,7 @@ def work_on_draws(config: Config) -> JobResult:
 
     drawn = train_draws(config)
     log(draws_table(drawn.metrics))
+    log(f"table and metrics: {drawn.folder}")
     log(f"compare runs: {how_to_open(drawn.runs[0].tracking_uri)}")
     return JobResult(str(drawn.folder), metrics=drawn.metrics)
 

@@ -128,7 +128,7 @@ def recommend(scores: NumClustersScores, stability: Stability) -> Recommendation
     else:
         reasons.append(f"{votes[chosen]} of {len(choices)} criteria agree")
     ends = scores.num_clusters[0], scores.num_clusters[-1]
-    if chosen in ends:
+    if chosen == ends[1] or chosen == ends[0] > 2:  # a K below 2 is no clustering
         reasons.append(
             f"K = {chosen} is at the end of the range {ends[0]}..{ends[1]}: widen "
             "study.candidate_num_clusters to be sure"

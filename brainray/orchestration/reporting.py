@@ -280,6 +280,12 @@ def _sibling(config: Config, name: str, data_hash: str) -> Run:
 def _compared_run(config: Config, name: str, data_hash: str) -> Run:
     run = open_run(Folder(config.storage), name)
     if run.info["data_hash"] != data_hash:
+        if run.info["dataset"] == config.dataset:
+            raise DataError(
+                f"evaluation.control and siblings: the image store {config.dataset} has been "
+                f"updated since the run {name} was trained on it, or was before: train both on one "
+                "state of it, under other names"
+            )
         raise DataError(
             f"evaluation.control and siblings: the run {name} was trained on other data: name runs "
             "on the same image store"

@@ -50,10 +50,12 @@ def test_the_most_stable_of_contradicting_choices_wins_and_the_doubt_is_said() -
 
 
 def test_a_choice_at_the_end_of_the_range_is_said() -> None:
-    scores = NumClustersScores([2, 3], [0.9, 0.1], [1.0, 2.0], [0.9, 0.1], [0.0] * 2)
-    found = recommend(scores, Stability([2, 3], [0.9, 0.2], [0.01] * 2))
-    assert found.num_clusters == 2
-    assert any("end of the range 2..3" in reason for reason in found.reasons)
+    for first, is_said in ((3, True), (2, False)):  # nothing can be tried below 2
+        candidates = [first, first + 1]
+        scores = NumClustersScores(candidates, [0.9, 0.1], [1.0, 2.0], [0.9, 0.1], [0.0] * 2)
+        found = recommend(scores, Stability(candidates, [0.9, 0.2], [0.01] * 2))
+        assert found.num_clusters == first
+        assert any("end of the range 3..4" in reason for reason in found.reasons) == is_said
 
 
 def test_a_gap_that_rises_to_the_end_chooses_nothing() -> None:

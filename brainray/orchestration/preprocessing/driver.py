@@ -7,6 +7,7 @@ leaves out removed copies. The store becomes visible only when it is complete: i
 another name and renamed.
 """
 
+import shlex
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -95,12 +96,14 @@ def preprocess(config: Config, *, data_hash: str | None = None) -> ImageStore:
             about = {"listing": fingerprint, "subject_salt": salt_id(salt), **settings}
             manifest = _build(config, listing, about, previous, building)
             if data_hash not in {None, manifest["data_hash"]}:
+                given = [f"name={config.name}", f"source={config.source}"]
+                given += [f"labels={config.labels}"] if config.labels else []
                 raise ConfigError(
                     f"{source} gives different slices (hash {manifest['data_hash']}) from those "
                     f"that the pipeline's run started with ({data_hash}); the image store "
                     f"{target} was left unchanged: update it with jobs/preprocess.py --set "
-                    f"name={config.name} (its test slices stay test slices), then train under "
-                    "another name"
+                    f"{shlex.join(given)} and the settings of the pipeline (its test slices stay "
+                    "test slices), then train under another name"
                 )
     store = ImageStore(target, manifest)
     log(describe(store))

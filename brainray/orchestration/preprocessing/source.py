@@ -368,6 +368,7 @@ def _from_table(found: list[FoundFile], labels: Folder, reads_splits: bool) -> l
     places = {folder for file in found for folder in _folders_of(file.path)}
     places |= {file.path for file in found}
     known = {_normal(place): place for place in places} | {place: place for place in places}
+    unknown: list[str] = []
     for row in _read_labels(labels):
         told = str(row["path"] or "").replace("\\", "/").removeprefix("./")
         spellings = (told, told.strip(), _normal(told.strip()), _normal(told.strip()).rstrip("/"))
@@ -375,11 +376,8 @@ def _from_table(found: list[FoundFile], labels: Folder, reads_splits: bool) -> l
         if not told.strip():
             raise DataError(f"labels={labels}: a row has no path; add it or delete the row")
         if path is None:
-            raise DataError(
-                f"labels={labels}: {row['path']!r} is neither an image file below the source nor a "
-                f"folder with one; paths must be relative to the source, and supported types are "
-                f"{', '.join(SUFFIXES)}"
-            )
+            unknown.append(told)
+            continue
         split = _text(row.get("split")) if reads_splits else None
         if split is not None and split.lower() not in _SPLIT_FOLDERS:
             raise DataError(
@@ -398,6 +396,13 @@ def _from_table(found: list[FoundFile], labels: Folder, reads_splits: bool) -> l
                 "keep one of them"
             )
         rows[path] = before.completed_by(new)
+    if unknown:
+        more = f" (nor are the paths of {len(unknown) - 1} more rows)" if len(unknown) > 1 else ""
+        raise DataError(
+            f"labels={labels}: {unknown[0]!r} is neither an image file below the source nor a "
+            f"folder with one{more}; paths must be relative to the source, and supported types are "
+            f"{', '.join(SUFFIXES)}"
+        )
     said = {}
     for file in found:
         of_file = [rows[place] for place in (file.path, *_folders_of(file.path)) if place in rows]
@@ -445,15 +450,21 @@ def _read_labels(labels: Folder) -> list[dict[str, Any]]:
         if labels.name.lower().endswith((".parquet", ".pq")):
             table = pq.read_table(io.BytesIO(content))
         else:
+            # Where numbers have decimal commas, spreadsheets separate cells by semicolons.
+            first_line = content.partition(b"\n")[0]
+            has_semicolons = b";" in first_line and b"," not in first_line
+            cells = pa_csv.ParseOptions(delimiter=";" if has_semicolons else ",")
             # Labels such as 0 and 1, or a subject 007, are names, not numbers.
-            header = pa_csv.open_csv(io.BytesIO(content)).schema.names
+            header = pa_csv.open_csv(io.BytesIO(content), parse_options=cells).schema.names
             options = pa_csv.ConvertOptions(
                 column_types=dict.fromkeys(header, pa.string()),
                 strings_can_be_null=True,
                 null_values=_MISSING,
             )
-            table = pa_csv.read_csv(io.BytesIO(content), convert_options=options)
-        table = table.rename_columns([name.strip() for name in table.column_names])
+            table = pa_csv.read_csv(
+                io.BytesIO(content), parse_options=cells, convert_options=options
+            )
+        table = table.rename_columns([name.strip().lower() for name in table.column_names])
         columns = [name for name in _LABEL_COLUMNS if name in table.column_names]
         repeated = [name for name in columns if table.column_names.count(name) > 1]
         if repeated:
@@ -477,8 +488,8 @@ def _read_labels(labels: Folder) -> list[dict[str, Any]]:
         # Not the column names: without a header they are the first row, which may name a patient.
         raise DataError(
             f"labels={labels}: missing column {' and '.join(sorted(missing))} (columns found: "
-            f"{table.num_columns}); path and label are required, in lower case and separated by "
-            "commas, split and subject are optional"
+            f"{table.num_columns}); path and label are required and separated by commas or "
+            "semicolons, split and subject are optional"
         )
     return [row for row in rows if any(_text(cell) is not None for cell in row.values())]
 

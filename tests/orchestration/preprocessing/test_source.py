@@ -146,7 +146,7 @@ def test_blanks_make_no_class_and_null_takes_a_class_away(tmp_path: Path) -> Non
             "rows of '1.jpg' have different values in column 'label'",
         ),
         ("file,label\n1.jpg,a\n", r"missing column path \(columns found: 2\)"),
-        ("path;label\n1.jpg;a\n", r"missing column label and path .*found: 1\).* by commas"),
+        ("path label\n1.jpg a\n", r"missing column label and path .*found: 1\).* by commas"),
         (
             "path,label\n1.jpg,a\n2.jpg,A\n",
             r"'A' and 'a' differ only in case: .* classes\.map\.A=a",
@@ -168,6 +168,20 @@ def test_what_spreadsheets_leave_in_a_table_does_no_harm(tmp_path: Path) -> None
     assert file.label == "a"
     (tmp_path / "labels.csv").write_bytes("path,label\n1.jpg,tumör\n".encode("cp1252"))
     with pytest.raises(DataError, match="save it as CSV in UTF-8"):
+        list_source(source, Folder(tmp_path / "labels.csv"), {})
+
+
+def test_a_table_may_come_from_a_spreadsheet(tmp_path: Path) -> None:
+    source = make(tmp_path / "s", "a,b.jpg")
+    (tmp_path / "labels.csv").write_text("Path;Label ;SUBJECT\na,b.jpg;glioma;Doe, Jane\n")
+    rows = listed(source, Folder(tmp_path / "labels.csv"))
+    assert rows == [("a,b.jpg", None, "glioma", "Doe, Jane")]
+
+
+def test_all_rows_without_a_file_are_counted(tmp_path: Path) -> None:
+    source = make(tmp_path / "s", "1.jpg")
+    (tmp_path / "labels.csv").write_text("path,label\n1.jpg,a\n2.jpg,a\n3.jpg,a\n")
+    with pytest.raises(DataError, match=r"'2.jpg' is .* \(nor are the paths of 1 more rows\)"):
         list_source(source, Folder(tmp_path / "labels.csv"), {})
 
 
