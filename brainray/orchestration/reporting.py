@@ -7,6 +7,7 @@ from functools import partial
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 import torch
 from numpy.typing import NDArray
@@ -68,8 +69,7 @@ def report(config: Config) -> Report:
     evaluation = _without_lost_runs(merged, asked, run.info["data_hash"])
     merged = merged.model_copy(update={"evaluation": evaluation})
     try:
-        folder = Folder(config.storage) / layout.DATASETS / str(saved.dataset)
-        store = ImageStore.open(folder, run.info["data_hash"])
+        store = _store_with_test_slices(merged, run)
     except DataError as error:
         log(f"no activation maps: {error}")
         store = None
@@ -88,6 +88,27 @@ def report(config: Config) -> Report:
     if comparison:
         log(f"compared with {evaluation.control}:\n{comparison_table(comparison)}")
     return Report(run.folder, metrics)
+
+
+def _store_with_test_slices(config: Config, run: Run) -> ImageStore:
+    """The run's image store, also if it was updated since, which leaves earlier slices unchanged.
+
+    Raises:
+        DataError: there is none, or it no longer has the run's test slices as they were.
+    """
+    store = ImageStore.open(Folder(config.storage) / layout.DATASETS / str(config.dataset))
+    if store.data_hash == run.info["data_hash"]:
+        return store
+    index = store.index()
+    there = index.filter(pc.equal(index["split"], TEST))["sample_id"]
+    tested = run.folder.read_table(layout.TEST_SLICES, columns=["sample_id"])["sample_id"]
+    settings = store.preprocess.model_dump(mode="json"), store.versions
+    if (
+        settings != (run.info["preprocess"], run.info.get("versions"))
+        or not pc.all(pc.is_in(tested, value_set=there)).as_py()
+    ):
+        raise DataError(f"the image store {store.folder} no longer has the run's test slices")
+    return store
 
 
 def _without_lost_runs(config: Config, asked: Container[str], data_hash: str) -> EvaluationConfig:

@@ -322,6 +322,26 @@ def test_a_control_that_was_drawn_otherwise_or_is_gone_is_said_and_left_out(
     )
 
 
+def test_a_report_shows_maps_as_long_as_the_store_has_the_test_slices(
+    storage: Path, trained: TrainedRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = storage / "runs" / "updated"
+    shutil.copytree(str(trained.run.folder), folder)
+    info = json.loads((folder / "run.json").read_text())
+    changes: list[tuple[dict[str, object], bool]] = [
+        ({"data_hash": "of before an update"}, True),
+        ({"preprocess": info["preprocess"] | {"skull_strip": "none"}}, False),
+    ]
+    for change, has_maps in changes:
+        info |= change
+        (folder / "run.json").write_text(json.dumps(info))
+        report(tiny_config(storage, "run=updated"))
+        said = "\n".join(logged(capsys))
+        assert ("no activation maps: " in said) != has_maps
+        assert ("no longer has the run's test slices" in said) != has_maps
+    shutil.rmtree(folder)
+
+
 def test_a_control_with_other_settings_is_compared_and_they_are_said(
     storage: Path, trained: TrainedRun, capsys: pytest.CaptureFixture[str]
 ) -> None:
