@@ -67,9 +67,6 @@ class GpuTensor(Tensor):
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"GpuTensor({self.on_host})"
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.on_host.__reduce_ex__(protocol)  # as if loaded with map_location="cpu"
-
     def numpy(self, **_: Any) -> Any:
         raise TypeError("a tensor on a GPU has no NumPy array")
 

@@ -303,9 +303,9 @@ def _compared_run(config: Config, name: str, data_hash: str) -> Run:
     if run.info["data_hash"] != data_hash:
         if run.info["dataset"] == config.dataset:
             raise DataError(
-                f"evaluation.control and siblings: the image store {config.dataset} has been "
-                f"updated since the run {name} was trained on it, or was before: train both on one "
-                "state of it, under other names"
+                f"evaluation.control and siblings: the image store {config.dataset} was updated "
+                f"between this run and the run {name}: train both on its current state, under "
+                "other names"
             )
         raise DataError(
             f"evaluation.control and siblings: the run {name} was trained on other data: name runs "

@@ -38,6 +38,11 @@ SCALE = PixelScale(mean=0.5, std=0.25)
 VIEWS = AugmentConfig(policy="strong", intensity_curve=0.2)
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
 def slices_on_gpu(num: int, *, streamed: bool = False) -> SliceShard:
     images: Images
     if streamed:
