@@ -339,6 +339,7 @@ def test_a_report_shows_maps_as_long_as_the_store_has_the_test_slices(
         said = "\n".join(logged(capsys))
         assert ("no activation maps: " in said) != has_maps
         assert ("no longer has the run's test slices" in said) != has_maps
+        assert ('<section id="explained">' in (folder / "report.html").read_text()) == has_maps
     shutil.rmtree(folder)
 
 
