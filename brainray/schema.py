@@ -52,7 +52,7 @@ IMAGE_STORE = pa.schema(
     [
         ("sample_id", pa.string()),  # 32 hex digits of the SHA-256 of the file's bytes (and frame)
         ("path", pa.string()),  # relative to the source, with forward slashes
-        ("frame", pa.string()),  # in a file with several slices, such as axial=63; else empty
+        ("frame", pa.string()),  # in a file of several slices, as volume=0/axial=63; else empty
         ("format", pa.string()),  # JPEG, PNG, ...
         ("num_bytes", pa.int64()),
         ("original_height", pa.int32()),

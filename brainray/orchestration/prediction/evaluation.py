@@ -42,6 +42,7 @@ from brainray.orchestration.preprocessing.source import (
     FoundFile,
     Listing,
     SourceFile,
+    check_frames,
     list_source,
     renaming_advice,
 )
@@ -106,7 +107,9 @@ def _evaluate(
         f"evaluating {predictor.folder} (epoch {checkpoint.epoch}) on {len(files)} files"
         f"{told}{listing.remarks}"
     )
-    accepted, rejected = _by_usability(_predict_files(files, config, predictor), config)
+    rows = _predict_files(files, config, predictor)
+    check_frames(files, rows)
+    accepted, rejected = _by_usability(rows, config)
     known = groups_of_test_slices(predictor.run_folder)
     predictions, twins = _with_subsets(accepted, config, predictor, known)
     metrics = summarise(
@@ -213,7 +216,7 @@ def _updated(section: Section, other: Section, *names: str) -> Section:
 
 
 def _by_usability(rows: pa.Table, config: Config) -> tuple[pa.Table, pa.Table]:
-    """Predictions, and ``REJECTED`` rows of what could not be used."""
+    """Predictions of labelled slices, and ``REJECTED`` rows of what could not be used."""
     rejected = rows.filter(pc.is_valid(rows["reason"])).select(REJECTED.names).cast(REJECTED)
     accepted = rows.filter(pc.is_null(rows["reason"]))
     reasons = Counter(rejected["reason"].to_pylist()).most_common(3)
@@ -223,7 +226,12 @@ def _by_usability(rows: pa.Table, config: Config) -> tuple[pa.Table, pa.Table]:
         raise DataError(f"none of the {num_files} files in {config.source} is usable: {commonest}")
     if rejected.num_rows:
         log(f"{rejected.num_rows} files or slices could not be used: {commonest}")
-    return accepted, rejected
+    labelled = accepted.filter(pc.is_valid(accepted["label"]))
+    if labelled.num_rows == 0:
+        raise DataError(f"none of the labelled slices in {config.source} is usable")
+    if num_others := accepted.num_rows - labelled.num_rows:
+        log(f"left out: {num_others} slices without a class in files with labelled slices")
+    return labelled, rejected
 
 
 def _groups(
@@ -277,7 +285,7 @@ def _files_to_score(
     elif any(file.split == TEST for file in files):
         files = [file for file in files if file.split == TEST]
         left_out[_OUTSIDE_OF_TEST] = len(listing.files) - len(files)
-    labelled = [file for file in files if file.label is not None]
+    labelled = [file for file in files if file.labels]
     if not labelled:
         remedy = "give class folders or a labels table"
         if config.labels is not None:
@@ -285,7 +293,7 @@ def _files_to_score(
         raise DataError(f"source={config.source}: no slice has a class to score; {remedy}")
     if only_paths is None:
         left_out[_WITHOUT_CLASS] = len(files) - len(labelled)
-    unknown = Counter(str(file.label) for file in labelled if file.label not in classes)
+    unknown = Counter(label for file in labelled for label in file.labels - set(classes))
     if unknown:
         raise DataError(
             f"{config.source} has classes unknown to the run (it knows {', '.join(classes)}): "

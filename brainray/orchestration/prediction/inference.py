@@ -165,7 +165,8 @@ def predicted_blocks(
     tables = [
         pa.Table.from_pylist(
             [
-                asdict(asked.file) | {"label": asked.label, "subject": asked.subject}
+                asdict(asked.file)
+                | {name: getattr(asked, name) for name in ("label", "subject", "label_of_frame")}
                 for asked in task
             ],
             schema=TO_PREDICT,

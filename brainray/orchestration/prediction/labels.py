@@ -101,12 +101,6 @@ def choose_next_labels(config: Config) -> NextLabels:
     written = io.BytesIO()
     pa_csv.write_csv(table, written)
     run.folder.write_bytes(layout.NEXT_LABELS, written.getvalue())
-    num_frames = sum(1 for frame in table["frame"].to_pylist() if frame)
-    if num_frames:
-        log(
-            f"note: {num_frames} of these slices are part of a volume or a multi-frame file: in a "
-            "labels table, a label applies to all slices of a file"
-        )
     counts = Counter(table["cluster"].to_pylist())
     metrics = {"num_unlabelled": float(pool.num_rows), "num_chosen": float(table.num_rows)}
     metrics |= {f"num_chosen/cluster {k}": float(count) for k, count in sorted(counts.items())}

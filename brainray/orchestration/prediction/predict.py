@@ -74,7 +74,7 @@ def _predict(config: Config, predictor: Predictor, folder: Folder) -> Prediction
     _begin(config, predictor, folder)
     num_replaced = _forget_stale(folder, found)
     done = _done(folder)
-    files = [SourceFile(file, None, None, None) for file in found if file.path not in done]
+    files = [SourceFile(file) for file in found if file.path not in done]
     log(
         f"predicting {len(found)} files with {predictor.folder} (epoch "
         f"{predictor.checkpoint.epoch})"

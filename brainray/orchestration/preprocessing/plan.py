@@ -26,7 +26,7 @@ from brainray.mri.split import draw_test
 from brainray.orchestration.preprocessing.earlier import FILES, Earlier
 from brainray.orchestration.preprocessing.grouping import SliceGroups, group_slices
 from brainray.orchestration.preprocessing.leakage import leakage_report
-from brainray.orchestration.preprocessing.source import Listing, renaming_advice
+from brainray.orchestration.preprocessing.source import Listing, check_frames, renaming_advice
 from brainray.orchestration.store import count_by_split_and_class, versions_of
 from brainray.schema import DUPLICATES, IMAGE_STORE, TEST, TRAIN
 
@@ -59,8 +59,10 @@ def plan_store(
     looks = SelectedRows(fingerprints, accepted["fingerprint"].to_numpy())
     groups = group_slices(accepted, looks, listing, config, earlier)
     said = {file.path: file for file in listing.files}
+    check_frames(listing.files, slices)
     files = [said[path] for path in accepted["path"].to_pylist()]
-    labels = [file.label for file in files]
+    frames = accepted["frame"].to_pylist()
+    labels = [file.label_of(frame) for file, frame in zip(files, frames, strict=True)]
     ids = accepted["sample_id"].to_pylist()
     born = earlier.generations()
     generations = [born.get(identity, earlier.generation) for identity in ids]

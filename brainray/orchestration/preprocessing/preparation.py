@@ -120,7 +120,11 @@ def decode_to_predict(
     for row in rows:
         header = row.get("header_subject")
         subject, source = named_subject(asked.subject, header, row["sha256"], salt)
-        about = {"label": asked.label, "subject_id": subject, "subject_source": source}
+        about = {
+            "label": asked.label_of(row["frame"]),
+            "subject_id": subject,
+            "subject_source": source,
+        }
         decoded.append(dict.fromkeys(DECODED.names) | row | about)
     return decoded
 

@@ -45,8 +45,15 @@ _FOUND = [
 TO_PART = pa.schema([*_FOUND, PART])
 """Files of a task, and the part to which their slices are written."""
 
-TO_PREDICT = pa.schema([*_FOUND, ("label", pa.string()), ("subject", pa.string())])
-"""Files of a task, with label and subject from a labels table."""
+TO_PREDICT = pa.schema(
+    [
+        *_FOUND,
+        ("label", pa.string()),
+        ("subject", pa.string()),
+        ("label_of_frame", pa.map_(pa.string(), pa.string())),
+    ]
+)
+"""Files of a task, with labels and subject from a labels table."""
 
 TOLD = pa.schema([*(SLICES.field(name) for name in LIGHT_COLUMNS), SLICES.field("thumbnail"), PART])
 """What a task returns about the slices whose pixels it has written."""
@@ -181,10 +188,10 @@ def decode_files(
     """``DECODED`` rows of the files in ``TO_PREDICT`` rows."""
     configure_task_process()
     files = _files(batch)
-    said = batch.select(["label", "subject"]).to_pylist()
+    said = batch.select(["label", "subject", "label_of_frame"]).to_pylist(maps_as_pydicts="strict")
     rows = []
     for file, about, read in zip(files, said, _read_ahead(source, files), strict=True):
-        asked = SourceFile(file, None, about["label"], about["subject"])
+        asked = SourceFile(file, **about)
         rows += decode_to_predict(asked, read, preprocess, salt)
     return pa.Table.from_pylist(rows, schema=DECODED)
 

@@ -2,42 +2,32 @@
 
 import hashlib
 import hmac
-import io
 import json
 import os
-import re
 import shlex
-import unicodedata
-from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
-from functools import reduce
-from typing import Any, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import pyarrow as pa
-import pyarrow.csv as pa_csv
 import pyarrow.fs as pafs
-import pyarrow.parquet as pq
 
-from brainray.errors import BrainrayError, DataError
+from brainray.errors import DataError
+from brainray.log import log
 from brainray.mri.decode import DICOM_HEAD_BYTES, SUFFIXES, looks_like_dicom
-from brainray.mri.slices import names_nobody
-from brainray.schema import TEST, TRAIN
+from brainray.orchestration.preprocessing.labels_table import (
+    SPLIT_NAMES,
+    FileMetadata,
+    nfc,
+    read_labels_table,
+)
+from brainray.schema import TRAIN
 from brainray.storage import Folder
-
-_SPLIT_FOLDERS = {
-    "training": TRAIN,
-    "train": TRAIN,
-    "testing": TEST,
-    "test": TEST,
-}
-
 
 _LINK_OUT = "link out of the source folder"  # the author of the source may not read all our files
 _MAX_CLASS_NAME = 100
-_LABEL_COLUMNS = ("path", "label", "split", "subject")
-_MISSING = ("", "NA", "N/A", "n/a", "<NA>", "NaN", "nan", "NULL", "null")  # of R, pandas, SQL
 
 _TASKS_OF_REST = 2  # tasks per CPU, if all remaining tasks had the size of the next one
 _MIN_FILES_PER_TASK, _MAX_FILES_PER_TASK = 16, 1024
@@ -61,9 +51,20 @@ class SourceFile:
     """One file to preprocess, with its metadata from folders or a labels table."""
 
     file: FoundFile
-    split: str | None  # train | test, if given by the source
-    label: str | None
-    subject: str | None
+    split: str | None = None  # train | test, if given by the source
+    label: str | None = None
+    subject: str | None = None
+    label_of_frame: Mapping[str, str | None] = field(default_factory=dict)
+    """Labels of single slices in a volume or multi-frame file, by frame."""
+
+    def label_of(self, frame: str) -> str | None:
+        """Label of one of the file's slices."""
+        return self.label_of_frame.get(frame, self.label)
+
+    @property
+    def labels(self) -> set[str]:
+        """The different labels of the file's slices."""
+        return {label for label in (self.label, *self.label_of_frame.values()) if label is not None}
 
     @property
     def path(self) -> str:
@@ -103,6 +104,7 @@ class Listing:
         """Changes with any file or its metadata; a keyed hash, since subjects are included."""
         rows = [
             (f.path, f.file.num_bytes, f.file.mtime_ns, f.split, f.label, f.subject)
+            + tuple(sorted(f.label_of_frame.items()))
             for f in self.files
         ]
         return hmac.new(salt, json.dumps(rows).encode(), hashlib.sha256).hexdigest()[:12]
@@ -127,16 +129,22 @@ def list_source(
     """
     found, ignored = find_images(source)
     files = _from_folders(found) if labels is None else _from_table(found, labels, reads_splits)
-    class_map = {_normal(name): to for name, to in class_map.items()}
-    renamed = [
-        replace(file, label=None if file.label is None else class_map.get(file.label, file.label))
-        for file in files
-    ]
-    names = sorted({file.label for file in renamed if file.label is not None})
+    class_map = {nfc(name): to for name, to in class_map.items()}
+    renamed = [_renamed(file, class_map) for file in files]
+    names = sorted(set[str]().union(*(file.labels for file in renamed)))
     for name in names:
         _check_class_name(name)
     _check_spellings(names)
-    return Listing(renamed, ignored, sorted(set(class_map) - {file.label for file in files}))
+    was = set[str]().union(*(file.labels for file in files))
+    return Listing(renamed, ignored, sorted(set(class_map) - was))
+
+
+def _renamed(file: SourceFile, class_map: Mapping[str, str | None]) -> SourceFile:
+    def name(label: str | None) -> str | None:
+        return None if label is None else class_map.get(label, label)
+
+    of_frame = {frame: name(label) for frame, label in file.label_of_frame.items()}
+    return replace(file, label=name(file.label), label_of_frame=of_frame)
 
 
 def files_of_tasks(
@@ -318,7 +326,7 @@ def _found(folder: str, path: str, name: str) -> FoundFile:
 
 def _from_folders(found: list[FoundFile]) -> list[SourceFile]:
     top_folders = {file.path.split("/")[0] for file in found if "/" in file.path}
-    with_splits = {name for name in top_folders if name.lower() in _SPLIT_FOLDERS}
+    with_splits = {name for name in top_folders if name.lower() in SPLIT_NAMES}
     stray = sorted(top_folders - with_splits)
     if with_splits and stray:
         raise DataError(
@@ -330,10 +338,10 @@ def _from_folders(found: list[FoundFile]) -> list[SourceFile]:
     for file in found:
         *folders, _ = file.path.split("/")
         split = None
-        if folders and folders[0].lower() in _SPLIT_FOLDERS:
-            split = _SPLIT_FOLDERS[folders.pop(0).lower()]
-        label = _normal(folders[0].strip()) if folders else ""
-        files.append(SourceFile(file, split, label or None, None))
+        if folders and folders[0].lower() in SPLIT_NAMES:
+            split = SPLIT_NAMES[folders.pop(0).lower()]
+        label = nfc(folders[0].strip()) if folders else ""
+        files.append(SourceFile(file, split, label or None))
     return files
 
 
@@ -345,7 +353,7 @@ def _check_depth(found: list[FoundFile], top_folders: set[str]) -> None:
     """
     for file in found:
         top, *below = file.path.split("/")[:-1] or [""]
-        inner = [name for name in below if name.lower() in _SPLIT_FOLDERS]
+        inner = [name for name in below if name.lower() in SPLIT_NAMES]
         if inner:
             raise DataError(
                 f"the source contains the folder {inner[0]} within {top}, where it is not read as "
@@ -361,153 +369,58 @@ def _check_depth(found: list[FoundFile], top_folders: set[str]) -> None:
 
 
 def _from_table(found: list[FoundFile], labels: Folder, reads_splits: bool) -> list[SourceFile]:
-    """Metadata of each file: its own rows in the table, completed by the rows of its folders,
-    nearest first. Several rows for one path complete each other.
-    """
-    rows: dict[str, _Said] = {}
-    places = {folder for file in found for folder in _folders_of(file.path)}
-    places |= {file.path for file in found}
-    known = {_normal(place): place for place in places} | {place: place for place in places}
-    unknown: list[str] = []
-    for row in _read_labels(labels):
-        told = str(row["path"] or "").replace("\\", "/").removeprefix("./")
-        spellings = (told, told.strip(), _normal(told.strip()), _normal(told.strip()).rstrip("/"))
-        path = next((known[spelling] for spelling in spellings if spelling in known), None)
-        if not told.strip():
-            raise DataError(f"labels={labels}: a row has no path; add it or delete the row")
-        if path is None:
-            unknown.append(told)
-            continue
-        split = _text(row.get("split")) if reads_splits else None
-        if split is not None and split.lower() not in _SPLIT_FOLDERS:
-            raise DataError(
-                f"labels={labels}: split {split!r} of {path!r} is neither train nor test"
-            )
-        subject = _text(row.get("subject"))
-        new = _Said(
-            split=None if split is None else _SPLIT_FOLDERS[split.lower()],
-            label=_text(row.get("label")),
-            subject=None if subject is None or names_nobody(subject) else subject,
-        )
-        before = rows.get(path, _Said())
-        if column := before.contradicted_by(new):
-            raise DataError(
-                f"labels={labels}: rows of {path!r} have different values in column {column!r}; "
-                "keep one of them"
-            )
-        rows[path] = before.completed_by(new)
-    if unknown:
-        more = f" (nor are the paths of {len(unknown) - 1} more rows)" if len(unknown) > 1 else ""
-        raise DataError(
-            f"labels={labels}: {unknown[0]!r} is neither an image file below the source nor a "
-            f"folder with one{more}; paths must be relative to the source, and supported types are "
-            f"{', '.join(SUFFIXES)}"
-        )
-    said = {}
-    for file in found:
-        of_file = [rows[place] for place in (file.path, *_folders_of(file.path)) if place in rows]
-        if of_file:
-            said[file.path] = reduce(_Said.completed_by, of_file)
+    said = read_labels_table(labels, [file.path for file in found], reads_splits=reads_splits)
     # If the table gives splits, files without a row are unlabelled training slices.
     speaks_of_splits = any(row.split is not None for row in said.values())
-    nothing = _Said(split=TRAIN if speaks_of_splits else None)
+    nothing = FileMetadata(split=TRAIN if speaks_of_splits else None)
     return [
-        SourceFile(file, row.split, row.label, row.subject)
+        SourceFile(file, row.split, row.label, row.subject, row.label_of_frame)
         for file in found
         for row in [said.get(file.path, nothing)]
     ]
 
 
-@dataclass(frozen=True)
-class _Said:
-    """A row of the labels table, for a file or for all files of a folder."""
+def check_frames(files: Iterable[SourceFile], slices: pa.Table) -> None:
+    """Compare the frames that a labels table names with those that were decoded.
 
-    split: str | None = None
-    label: str | None = None
-    subject: str | None = None
+    Empty slices of a volume are skipped, so a table of all its slices may name more.
 
-    def completed_by(self, other: "_Said") -> "_Said":
-        return _Said(
-            self.split or other.split, self.label or other.label, self.subject or other.subject
-        )
+    Args:
+        files: as listed.
+        slices: rows with ``path`` and ``frame``, including rejected slices.
 
-    def contradicted_by(self, other: "_Said") -> str | None:
-        """The first column in which both have a value, but not the same one."""
-        mine, theirs = self.completed_by(other), other.completed_by(self)
-        columns = (field.name for field in fields(self))
-        return next((c for c in columns if getattr(mine, c) != getattr(theirs, c)), None)
-
-
-def _folders_of(path: str) -> list[str]:
-    """Paths of the folders that contain a file, nearest first."""
-    *folders, _ = path.split("/")
-    return ["/".join(folders[:end]) for end in range(len(folders), 0, -1)]
-
-
-def _read_labels(labels: Folder) -> list[dict[str, Any]]:
-    try:
-        content = labels.parent.read_bytes(labels.path.rpartition("/")[2])  # name without escapes
-        if labels.name.lower().endswith((".parquet", ".pq")):
-            table = pq.read_table(io.BytesIO(content))
-        else:
-            # Where numbers have decimal commas, spreadsheets separate cells by semicolons.
-            first_line = content.partition(b"\n")[0]
-            has_semicolons = b";" in first_line and b"," not in first_line
-            cells = pa_csv.ParseOptions(delimiter=";" if has_semicolons else ",")
-            # Labels such as 0 and 1, or a subject 007, are names, not numbers.
-            header = pa_csv.open_csv(io.BytesIO(content), parse_options=cells).schema.names
-            options = pa_csv.ConvertOptions(
-                column_types=dict.fromkeys(header, pa.string()),
-                strings_can_be_null=True,
-                null_values=_MISSING,
-            )
-            table = pa_csv.read_csv(
-                io.BytesIO(content), parse_options=cells, convert_options=options
-            )
-        table = table.rename_columns([name.strip().lower() for name in table.column_names])
-        columns = [name for name in _LABEL_COLUMNS if name in table.column_names]
-        repeated = [name for name in columns if table.column_names.count(name) > 1]
-        if repeated:
-            raise DataError(
-                f"labels={labels}: column {repeated[0]} appears more than once; drop one"
-            )
-        rows = table.select(columns).to_pylist()
-    except BrainrayError:
-        raise
-    except (pa.ArrowException, OSError, ValueError) as error:
-        # Arrow quotes the row that does not parse, and a row may name a patient.
-        reason = " ".join(re.sub(r"(got \d+).*", r"\1", str(error), flags=re.DOTALL).split())[:200]
-        advice = "save it as CSV in UTF-8"
-        if re.search(r"Expected \d+ columns", reason):
-            advice = "quote cells with commas"
-        raise DataError(
-            f"labels={labels} cannot be read as CSV or Parquet: {reason} ({advice})"
-        ) from None
-    missing = {"path", "label"} - set(columns)
-    if missing:
-        # Not the column names: without a header they are the first row, which may name a patient.
-        raise DataError(
-            f"labels={labels}: missing column {' and '.join(sorted(missing))} (columns found: "
-            f"{table.num_columns}); path and label are required and separated by commas or "
-            "semicolons, split and subject are optional"
-        )
-    return [row for row in rows if any(_text(cell) is not None for cell in row.values())]
-
-
-def _text(value: object) -> str | None:
-    """Text of a cell, stripped; None if it is a missing value.
-
-    pandas writes whole numbers of a column with gaps as floats: 7.0 is read as 7.
+    Raises:
+        DataError: a file that was read has none of the slices named for it.
     """
-    text = "" if value is None else _normal(str(value).strip())
-    if re.fullmatch(r"-?\d+\.0", text):
-        text = text.removesuffix(".0")
-    return None if text in _MISSING else text
-
-
-def _normal(name: str) -> str:
-    """Unicode NFC form: some systems decompose accented characters in file names."""
-    return unicodedata.normalize("NFC", name)
+    named = {file.path: file.label_of_frame for file in files if file.label_of_frame}
+    if not named:
+        return
+    frames: defaultdict[str, list[str]] = defaultdict(list)
+    for path, frame, digest in zip(
+        *(slices[name].to_pylist() for name in ("path", "frame", "sample_id")), strict=True
+    ):
+        if path in named and digest is not None:
+            frames[path].append(frame)
+    missing = [
+        (path, frame)
+        for path in sorted(frames)
+        for frame in sorted(set(named[path]) - set(frames[path]))
+    ]
+    for path, frame in missing:
+        if not set(named[path]) & set(frames[path]):
+            remedy = "it has a single slice, so leave its frame empty"
+            if frames[path] != [""]:
+                remedy = f"its frames are such as {frames[path][0]!r} (preprocess.volume.axis)"
+            raise DataError(
+                f"the labels table names the frame {frame!r} of {path!r}, which has none of the "
+                f"frames named for it: {remedy}"
+            )
+    if missing:
+        path, frame = missing[0]
+        log(
+            f"note: slices of the labels table that their files do not have, or that are empty: "
+            f"{len(missing)}, such as frame {frame!r} of {path!r}"
+        )
 
 
 def renaming_advice(unknown: Collection[str], class_map: Mapping[str, str | None]) -> str:

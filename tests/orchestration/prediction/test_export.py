@@ -4,6 +4,7 @@ import ast
 import base64
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -47,6 +48,7 @@ from brainray.schema import PREDICTED
 from brainray.storage import Folder
 from brainray.tracking import URI_VARIABLE
 from tests.conftest import logged, tiny_config
+from tests.mri.test_nifti import ball, make_nifti
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -380,6 +382,30 @@ def test_an_evaluation_leaves_out_what_it_is_told_to_and_replaces_the_last_one_w
     ):
         evaluate(moved)
     assert last.read_json("metrics.json") == scored.metrics
+
+
+@pytest.mark.slow
+def test_an_evaluation_scores_the_slices_of_a_volume_that_have_a_class(
+    trained: TrainedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, labels = tmp_path / "heads", tmp_path / "labels.csv"
+    source.mkdir()
+    for name in ("1.nii", "2.nii"):
+        (source / name).write_bytes(make_nifti(ball((48, 52, 40))))
+    frame = "volume=0/axial={}".format
+    rows = [f"1.nii,{frame(20)},glioma", f"1.nii,{frame(22)},notumor", f"1.nii,{frame(0)},notumor"]
+    labels.write_text("\n".join(["path,frame,label", *rows]))
+    config = config_of(trained, f"source={source}", f"labels={labels}", "name=heads")
+    predictions = evaluate(config).folder.read_table("predictions.parquet").to_pylist()
+    told = [(row["path"], row["frame"], row["label"]) for row in predictions]
+    assert told == [("1.nii", frame(20), "glioma"), ("1.nii", frame(22), "notumor")]
+    said = "\n".join(logged(capsys))
+    assert "left out: 1 without a class" in said
+    assert "or that are empty: 1, such as frame 'volume=0/axial=0' of '1.nii'" in said
+    assert re.search(r"left out: \d+ slices without a class in files with labelled slices", said)
+    labels.write_text("path,frame,label\n1.nii,axial=20,glioma\n")
+    with pytest.raises(DataError, match="its frames are such as 'volume=0/axial="):
+        evaluate(config)
 
 
 def test_an_evaluation_tells_what_the_run_has_seen_and_which_settings_made_it(

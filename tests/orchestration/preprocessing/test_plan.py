@@ -36,7 +36,7 @@ def plan(test_label: str, headers: dict[int, str] | None = None) -> StorePlan:
         zip(["a", "a", "b", "b", test_label], [0, 1, 2, 3, 0], strict=True)
     ):
         found = FoundFile(f"{number}.jpg", 1, 1)
-        files.append(SourceFile(found, "train" if number < 4 else "test", label, None))
+        files.append(SourceFile(found, "train" if number < 4 else "test", label))
         rows.append(
             dict.fromkeys(LIGHT.names)
             | {

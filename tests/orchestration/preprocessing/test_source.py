@@ -9,7 +9,13 @@ import pytest
 from brainray.errors import DataError
 from brainray.mri.slices import RejectedImage
 from brainray.orchestration.preprocessing.preparation import read_file
-from brainray.orchestration.preprocessing.source import FoundFile, files_of_tasks, list_source
+from brainray.orchestration.preprocessing.source import (
+    FoundFile,
+    SourceFile,
+    check_frames,
+    files_of_tasks,
+    list_source,
+)
 from brainray.storage import Folder
 
 
@@ -117,6 +123,53 @@ def test_rows_of_one_path_complete_each_other(tmp_path: Path) -> None:
         ("1.nii.gz", None, "glioma", "p1"),
         ("2.jpg", None, None, "p2"),
     ]
+
+
+def test_single_slices_of_a_file_have_labels_of_their_own(tmp_path: Path) -> None:
+    source = make(tmp_path / "s", "v/1.nii.gz", "2.jpg")
+    table = tmp_path / "labels.csv"
+    rows = ["v/1.nii.gz,,notumor,", "v/1.nii.gz,a=1,glioma,p1", "v/1.nii.gz,a=2,,", "2.jpg,,pit,p2"]
+    table.write_text("\n".join(["path,frame,label,subject", *rows]))
+    renames = {"pit": "pituitary", "glioma": "tumour"}
+    still, volume = list_source(source, Folder(table), renames).files
+    assert (still.label_of(""), still.subject) == ("pituitary", "p2")
+    assert [volume.label_of(f"a={n}") for n in range(3)] == ["notumor", "tumour", "notumor"]
+    assert volume.labels == {"notumor", "tumour"}
+    assert volume.subject == "p1"
+    ignored = list_source(source, Folder(table), {"glioma": None})
+    assert ignored.files[1].label_of("a=1") is None
+    assert ignored.files[1].label_of("a=2") == "notumor"
+    before = ignored.fingerprint(b"")
+    table.write_text(table.read_text().replace("a=1", "a=2"))
+    assert list_source(source, Folder(table), {"glioma": None}).fingerprint(b"") != before
+
+
+def test_labels_of_slices_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    source = make(tmp_path / "s", "v/1.nii.gz")
+    table = tmp_path / "labels.csv"
+    table.write_text("path,frame,label\nv/1.nii.gz,a=1,x\nv/1.nii.gz,a=1,y\n")
+    with pytest.raises(DataError, match="different values in column 'label'"):
+        list_source(source, Folder(table), {})
+    table.write_text("path,frame,label\nv,a=1,x\n")
+    with pytest.raises(DataError, match="frame of 'v', which is a folder"):
+        list_source(source, Folder(table), {})
+
+
+def test_named_frames_are_compared_with_those_of_the_file(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def check(there: list[str | None], **label_of_frame: str) -> None:
+        file = SourceFile(FoundFile("1.nii", 1, 1), label_of_frame=label_of_frame)
+        rows = [{"path": "1.nii", "frame": f or "", "sample_id": f} for f in there]
+        check_frames([file], pa.Table.from_pylist(rows))
+
+    check(["a", "b"], a="glioma")
+    check([None], a="glioma")  # a file that cannot be read has no frames
+    assert "".join(capsys.readouterr()) == ""
+    check(["a", "b"], a="glioma", c="glioma", d="notumor")
+    assert "2, such as frame 'c' of '1.nii'" in "".join(capsys.readouterr())
+    with pytest.raises(DataError, match="such as 'a'"):
+        check(["a", "b"], c="glioma")
 
 
 def test_what_is_not_read_is_told_by_type(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import nibabel
 import numpy as np
+import pandas as pd
 import pytest
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import UID, ExplicitVRLittleEndian, MRImageStorage
@@ -79,6 +80,33 @@ def test_the_slices_of_a_volume_share_a_subject_and_no_group(tmp_path: Path) -> 
     assert (of_file["split"].nunique() == 1).all()
     assert index["sample_id"].is_unique
     assert (of_file.size() >= 5).all()
+
+
+def test_slices_of_a_volume_are_labelled_singly(tmp_path: Path) -> None:
+    for number in range(4):
+        write_volume(tmp_path / "s" / f"{number}.nii", seed=number)
+    table = tmp_path / "labels.csv"
+
+    def stored(*rows: str) -> pd.DataFrame:
+        table.write_text("\n".join(["path,frame,label", *rows]))
+        arguments = ("name=mri", f"source={tmp_path / 's'}", f"labels={table}")
+        store = preprocess(tiny_config(tmp_path / "a", *arguments))
+        assert store.manifest["num_files_decoded"] == (4 if len(rows) == 1 else 0)
+        return store.index().to_pandas().set_index(["path", "frame"])
+
+    first = stored("0.nii,,notumor")
+    assert first["label"].dropna().unique().tolist() == ["notumor"]
+    frames = first.loc["0.nii"].index.tolist()
+    rows = [f"{number}.nii,{frames[2]},glioma" for number in range(3)]
+    after = stored("0.nii,,notumor", *rows, "3.nii,,notumor")
+    assert after["label"].groupby("path").value_counts().unstack(fill_value=0).to_dict() == {
+        "glioma": {"0.nii": 1, "1.nii": 1, "2.nii": 1, "3.nii": 0},
+        "notumor": {"0.nii": len(frames) - 1, "1.nii": 0, "2.nii": 0, "3.nii": len(frames)},
+    }
+    of_frame = after.xs(frames[2], level="frame")["label"].sort_index().tolist()
+    assert of_frame == ["glioma", "glioma", "glioma", "notumor"]
+    with pytest.raises(DataError, match=r"frame 'axial=2' of '1\.nii'.*such as 'volume=0/axial="):
+        stored("0.nii,,notumor", "1.nii,axial=2,glioma")
 
 
 def test_no_name_number_or_date_is_left_anywhere(

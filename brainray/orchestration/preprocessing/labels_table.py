@@ -1,0 +1,200 @@
+"""The labels table: classes, splits and subjects of a source's files, and classes of slices."""
+
+import io
+import re
+import unicodedata
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from functools import reduce
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
+
+from brainray.errors import BrainrayError, DataError
+from brainray.mri.decode import SUFFIXES
+from brainray.mri.slices import names_nobody
+from brainray.schema import TEST, TRAIN
+from brainray.storage import Folder
+
+SPLIT_NAMES = {
+    "training": TRAIN,
+    "train": TRAIN,
+    "testing": TEST,
+    "test": TEST,
+}
+"""Names of splits in folders and tables, in lower case."""
+
+_COLUMNS = ("path", "frame", "label", "split", "subject")
+_MISSING = ("", "NA", "N/A", "n/a", "<NA>", "NaN", "nan", "NULL", "null")  # of R, pandas, SQL
+
+
+@dataclass(frozen=True)
+class FileMetadata:
+    """What a table says of a file, or of all files in a folder."""
+
+    split: str | None = None  # train | test
+    label: str | None = None
+    subject: str | None = None
+    label_of_frame: Mapping[str, str] = field(default_factory=dict)
+    """Labels of single slices, by frame."""
+
+    def completed_by(self, other: "FileMetadata") -> "FileMetadata":
+        return FileMetadata(
+            self.split or other.split,
+            self.label or other.label,
+            self.subject or other.subject,
+            {**other.label_of_frame, **self.label_of_frame},
+        )
+
+    def contradicted_by(self, other: "FileMetadata") -> str | None:
+        """The first column in which both have a value, but not the same one."""
+        mine, theirs = self.completed_by(other), other.completed_by(self)
+        for column in ("split", "label", "subject"):
+            if getattr(mine, column) != getattr(theirs, column):
+                return column
+        return "label" if mine.label_of_frame != theirs.label_of_frame else None
+
+
+def read_labels_table(
+    labels: Folder, paths: Collection[str], *, reads_splits: bool
+) -> dict[str, FileMetadata]:
+    """Metadata of the files ``paths`` that the table names, by path: a file's own rows, completed
+    by the rows of its folders, nearest first.
+
+    Several rows for one path complete each other. The label of a row with a ``frame`` is for that
+    slice only; its split and subject are for the whole file. If not ``reads_splits``, the column
+    ``split`` is ignored.
+
+    Raises:
+        DataError: the table cannot be read, contradicts itself, names something that is not among
+            the files and their folders, or has an unknown split.
+    """
+    places = {folder for path in paths for folder in _folders_of(path)} | set(paths)
+    known = {nfc(place): place for place in places} | {place: place for place in places}
+    said: dict[str, FileMetadata] = {}
+    unknown: list[str] = []
+    for row in _read_rows(labels):
+        told = str(row["path"] or "").replace("\\", "/").removeprefix("./")
+        spellings = (told, told.strip(), nfc(told.strip()), nfc(told.strip()).rstrip("/"))
+        path = next((known[spelling] for spelling in spellings if spelling in known), None)
+        if not told.strip():
+            raise DataError(f"labels={labels}: a row has no path; add it or delete the row")
+        if path is None:
+            unknown.append(told)
+            continue
+        new = _metadata_of(row, path, labels, reads_splits)
+        before = said.get(path, FileMetadata())
+        if column := before.contradicted_by(new):
+            raise DataError(
+                f"labels={labels}: rows of {path!r} have different values in column {column!r}; "
+                "keep one of them"
+            )
+        said[path] = before.completed_by(new)
+    if unknown:
+        more = f" (nor are the paths of {len(unknown) - 1} more rows)" if len(unknown) > 1 else ""
+        raise DataError(
+            f"labels={labels}: {unknown[0]!r} is neither an image file below the source nor a "
+            f"folder with one{more}; paths must be relative to the source, and supported types are "
+            f"{', '.join(SUFFIXES)}"
+        )
+    of_folder = sorted(path for path in said.keys() - set(paths) if said[path].label_of_frame)
+    if of_folder:
+        raise DataError(
+            f"labels={labels}: a row names a frame of {of_folder[0]!r}, which is a folder: give "
+            "the path of the file with this slice"
+        )
+    found = {}
+    for path in paths:
+        of_file = [said[place] for place in (path, *_folders_of(path)) if place in said]
+        if of_file:
+            found[path] = reduce(FileMetadata.completed_by, of_file)
+    return found
+
+
+def _metadata_of(
+    row: Mapping[str, Any], path: str, labels: Folder, reads_splits: bool
+) -> FileMetadata:
+    split = _text(row.get("split")) if reads_splits else None
+    if split is not None and split.lower() not in SPLIT_NAMES:
+        raise DataError(f"labels={labels}: split {split!r} of {path!r} is neither train nor test")
+    subject, label, frame = (_text(row.get(name)) for name in ("subject", "label", "frame"))
+    return FileMetadata(
+        split=None if split is None else SPLIT_NAMES[split.lower()],
+        label=label if frame is None else None,
+        subject=None if subject is None or names_nobody(subject) else subject,
+        label_of_frame={} if frame is None or label is None else {frame: label},
+    )
+
+
+def _folders_of(path: str) -> list[str]:
+    """Paths of the folders that contain a file, nearest first."""
+    *folders, _ = path.split("/")
+    return ["/".join(folders[:end]) for end in range(len(folders), 0, -1)]
+
+
+def _read_rows(labels: Folder) -> list[dict[str, Any]]:
+    try:
+        content = labels.parent.read_bytes(labels.path.rpartition("/")[2])  # name without escapes
+        if labels.name.lower().endswith((".parquet", ".pq")):
+            table = pq.read_table(io.BytesIO(content))
+        else:
+            # Where numbers have decimal commas, spreadsheets separate cells by semicolons.
+            first_line = content.partition(b"\n")[0]
+            has_semicolons = b";" in first_line and b"," not in first_line
+            cells = pa_csv.ParseOptions(delimiter=";" if has_semicolons else ",")
+            # Labels such as 0 and 1, or a subject 007, are names, not numbers.
+            header = pa_csv.open_csv(io.BytesIO(content), parse_options=cells).schema.names
+            options = pa_csv.ConvertOptions(
+                column_types=dict.fromkeys(header, pa.string()),
+                strings_can_be_null=True,
+                null_values=_MISSING,
+            )
+            table = pa_csv.read_csv(
+                io.BytesIO(content), parse_options=cells, convert_options=options
+            )
+        table = table.rename_columns([name.strip().lower() for name in table.column_names])
+        columns = [name for name in _COLUMNS if name in table.column_names]
+        repeated = [name for name in columns if table.column_names.count(name) > 1]
+        if repeated:
+            raise DataError(
+                f"labels={labels}: column {repeated[0]} appears more than once; drop one"
+            )
+        rows = table.select(columns).to_pylist()
+    except BrainrayError:
+        raise
+    except (pa.ArrowException, OSError, ValueError) as error:
+        # Arrow quotes the row that does not parse, and a row may name a patient.
+        reason = " ".join(re.sub(r"(got \d+).*", r"\1", str(error), flags=re.DOTALL).split())[:200]
+        advice = "save it as CSV in UTF-8"
+        if re.search(r"Expected \d+ columns", reason):
+            advice = "quote cells with commas"
+        raise DataError(
+            f"labels={labels} cannot be read as CSV or Parquet: {reason} ({advice})"
+        ) from None
+    missing = {"path", "label"} - set(columns)
+    if missing:
+        # Not the column names: without a header they are the first row, which may name a patient.
+        raise DataError(
+            f"labels={labels}: missing column {' and '.join(sorted(missing))} (columns found: "
+            f"{table.num_columns}); path and label are required and separated by commas or "
+            "semicolons, frame, split and subject are optional"
+        )
+    return [row for row in rows if any(_text(cell) is not None for cell in row.values())]
+
+
+def _text(value: object) -> str | None:
+    """Text of a cell, stripped; None if it is a missing value.
+
+    pandas writes whole numbers of a column with gaps as floats: 7.0 is read as 7.
+    """
+    text = "" if value is None else nfc(str(value).strip())
+    if re.fullmatch(r"-?\d+\.0", text):
+        text = text.removesuffix(".0")
+    return None if text in _MISSING else text
+
+
+def nfc(name: str) -> str:
+    """Unicode NFC form: some systems decompose accented characters in file names."""
+    return unicodedata.normalize("NFC", name)
