@@ -53,6 +53,7 @@ FITTED = "fitted.parquet"  # for the chosen epoch: the slices that the mixture w
 
 # A prediction: storage/predictions/NAME/
 PART = "part-{number:06d}.parquet"
+PREDICTED_CSV = "_predictions.csv"  # readers of the folder as a Parquet data set ignore it
 
 # An evaluation: storage/evaluations/NAME/
 PREDICTIONS = "predictions.parquet"

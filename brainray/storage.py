@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import json
 import os
 import uuid
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.csv as pa_csv
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
@@ -244,6 +246,11 @@ class Folder:
     def write_table(self, name: str, table: pa.Table) -> None:
         with self.table_writer(name, table.schema) as writer:
             writer.write_table(table)
+
+    def write_csv(self, name: str, table: pa.Table) -> None:
+        content = io.BytesIO()
+        pa_csv.write_csv(table, content)
+        self.write_bytes(name, content.getvalue())
 
     @contextlib.contextmanager
     def table_writer(self, name: str, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:

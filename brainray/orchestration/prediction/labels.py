@@ -1,13 +1,11 @@
 """Which slices to label next: a ranking of a run's unlabelled slices."""
 
-import io
 from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv as pa_csv
 
 from brainray import layout
 from brainray.clustering.next_labels import choose_to_label, margin_uncertainty
@@ -98,9 +96,7 @@ def choose_next_labels(config: Config) -> NextLabels:
     columns["confidence"] = pc.round(picked["confidence"], _DECIMALS)
     ordered = [columns[name] for name in NEXT_LABELS.names]
     table = pa.table(ordered, names=NEXT_LABELS.names).cast(NEXT_LABELS)
-    written = io.BytesIO()
-    pa_csv.write_csv(table, written)
-    run.folder.write_bytes(layout.NEXT_LABELS, written.getvalue())
+    run.folder.write_csv(layout.NEXT_LABELS, table)
     counts = Counter(table["cluster"].to_pylist())
     metrics = {"num_unlabelled": float(pool.num_rows), "num_chosen": float(table.num_rows)}
     metrics |= {f"num_chosen/cluster {k}": float(count) for k, count in sorted(counts.items())}

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +39,16 @@ from brainray.storage import Folder
 
 _SETTINGS = "_settings.json"  # Parquet dataset readers ignore names with a leading underscore
 _ROWS_PER_PART = 4096
+_IN_CSV = [
+    "path",
+    "frame",
+    "class",
+    "confidence",
+    "cluster",
+    "cluster_class",
+    "outlier_score",
+    "reason",
+]
 _PART = re.compile(r"part-(\d+)\.parquet")  # as `layout.PART` writes it
 
 
@@ -53,8 +64,9 @@ def predict(config: Config) -> Prediction:
     """Write a row for every slice in ``config.source``, and for every unreadable file.
 
     Rows are written to ``storage/predictions/NAME/part-*.parquet`` (``PREDICTED_FILES``) as they
-    are computed. With the same name, the job resumes: it predicts files that are new, were
-    unreadable or have been replaced. Rows of deleted files stay.
+    are computed, and at the end, without lists, to ``_predictions.csv``. With the same name, the
+    job resumes: it predicts files that are new, were unreadable or have been replaced. Rows of
+    deleted files stay.
 
     Raises:
         ConfigError: neither run nor checkpoint, no source, or a name used with other settings.
@@ -91,7 +103,7 @@ def _predict(config: Config, predictor: Predictor, folder: Folder) -> Prediction
     if files:
         blocks = predicted_blocks(files, config, predictor)
         _write_parts(blocks, files, folder, reference, predictor.checkpoint.classes)
-    metrics = _summary(folder)
+    metrics = _finish(folder)
     if metrics["num_predicted"] == 0:
         raise DataError(
             f"none of the {len(found)} files in {config.source} is usable: see column reason in "
@@ -186,16 +198,16 @@ def _write_parts(
     flush()
 
 
-def _summary(folder: Folder) -> Metrics:
-    """Counts over all parts, one in memory at a time."""
-    metrics: Metrics = {"num_files": 0.0, "num_predicted": 0.0, "num_rejected": 0.0}
-    for name in _parts(folder):
-        part = folder.read_table(name, columns=["path", "reason", "class"])
-        predicted = part.filter(pc.is_null(part["reason"]))
-        metrics["num_files"] += pc.count_distinct(part["path"]).as_py()
-        metrics["num_predicted"] += predicted.num_rows
-        metrics["num_rejected"] += part.num_rows - predicted.num_rows
-        for counted in pc.value_counts(predicted["class"]).to_pylist():
-            key = f"num_predicted/{counted['values']}"
-            metrics[key] = metrics.get(key, 0.0) + counted["counts"]
-    return metrics
+def _finish(folder: Folder) -> Metrics:
+    """Write the parts' columns for spreadsheets, by path, and count their rows."""
+    parts = [folder.read_table(name, columns=_IN_CSV) for name in _parts(folder)]
+    rows = pa.concat_tables(parts).sort_by([("path", "ascending"), ("frame", "ascending")])
+    folder.write_csv(layout.PREDICTED_CSV, rows)
+    predicted = rows.filter(pc.is_null(rows["reason"]))
+    metrics: Metrics = {
+        "num_files": float(pc.count_distinct(rows["path"]).as_py()),
+        "num_predicted": float(predicted.num_rows),
+        "num_rejected": float(rows.num_rows - predicted.num_rows),
+    }
+    counts = sorted(Counter(predicted["class"].to_pylist()).items())
+    return metrics | {f"num_predicted/{name}": float(count) for name, count in counts}

@@ -1,5 +1,6 @@
 """Prediction for a folder as users have them: mixed formats, broken files, cut and resumed."""
 
+import csv
 import json
 import os
 import shutil
@@ -112,6 +113,20 @@ def test_every_file_has_a_row(prediction: Prediction, trained: TrainedRun) -> No
         assert row["nearest_distance"] == sorted(row["nearest_distance"])
     assert prediction.metrics["num_predicted"] == 7
     assert prediction.metrics["num_rejected"] == 2
+
+
+def test_the_table_for_spreadsheets_has_every_row(prediction: Prediction) -> None:
+    folder = Path(str(prediction.folder))
+    with (folder / "_predictions.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [row["path"] for row in table] == sorted(rows_of(prediction))
+    for row in table:
+        predicted = rows_of(prediction)[row["path"]]
+        for name in ("class", "cluster_class", "reason"):
+            assert (row[name] or None) == predicted[name]
+        if not row["reason"]:
+            assert np.isclose(float(row["confidence"]), predicted["confidence"])
+    assert pq.read_table(folder).num_rows == len(table)  # as one Parquet data set
 
 
 def test_a_slice_of_the_training_set_is_its_own_nearest(prediction: Prediction) -> None:
