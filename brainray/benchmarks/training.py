@@ -178,7 +178,7 @@ def _ours(
             JointObjective(0.5),
             EpochData(
                 labelled=shard,
-                pool=shard,
+                unlabelled=shard,
                 targets=targets,
                 sizes=StepSizes(BATCH, BATCH),
                 num_steps=steps,

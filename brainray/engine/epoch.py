@@ -26,10 +26,7 @@ _SLICES_FOR_STATISTICS = 2048
 
 @dataclass(frozen=True)
 class EpochTargets:
-    """Targets for the pool's slices from the last epoch's encoder and mixture.
-
-    Rows are as in the pool's shard of n slices.
-    """
+    """Targets for the n unlabelled slices of a shard from the last epoch's encoder and mixture."""
 
     responsibilities: Tensor  # (n, K) float32
     pseudo_labels: Tensor  # (n,) int64
@@ -61,28 +58,36 @@ class EpochResult:
 
 @dataclass(frozen=True)
 class EpochPlan:
-    """Layout of an epoch, the same on every rank and for every objective."""
+    """Layout of an epoch, the same on every rank."""
 
     num_steps: int  # batches on each rank
-    trains_on_unlabelled: bool  # whether the unlabelled term uses them, else labelled slices
+    sizes: StepSizes
     is_mostly_unlabelled: bool  # whether most slices are unlabelled
 
 
 def plan_epoch(
-    num_labelled: int, num_unlabelled: int, batch_size_per_worker: int, num_ranks: int
+    objective: Objective, num_labelled: int, num_unlabelled: int, batch: StepSizes, num_ranks: int
 ) -> EpochPlan:
     """Plan one pass over the unlabelled slices of all ranks, or over the labelled ones if more.
 
-    A control, which uses labelled slices in place of unlabelled ones, has the same number of steps
-    and image passes. If there are too few unlabelled slices to fill a batch on every rank, they are
-    clustered but not trained on: their pseudo-labels, aligned with the class mix of the labelled
-    slices, would reflect that mix more than the slices themselves. Labelled slices then take their
-    place, with their labels as pseudo-labels, augmented like the others.
+    All objectives have the same number of steps and image passes; a control, which uses no
+    unlabelled slices, has as many more labelled ones. So has every objective if there are too few
+    unlabelled slices to fill a batch on every rank: these are clustered but not trained on, as
+    their pseudo-labels, aligned with the class mix of the labelled slices, would reflect that mix
+    more than the slices themselves.
+
+    Args:
+        objective: the loss.
+        num_labelled: slices on all ranks.
+        num_unlabelled: slices on all ranks.
+        batch: configured sizes of a step on one rank.
+        num_ranks: number of ranks.
     """
-    num_slices = max(num_labelled, num_unlabelled)
+    fills_batches = num_unlabelled >= batch.unlabelled * num_ranks
+    uses_unlabelled = objective.uses_unlabelled and fills_batches
     return EpochPlan(
-        num_steps=-(-num_slices // (batch_size_per_worker * num_ranks)),
-        trains_on_unlabelled=num_unlabelled >= batch_size_per_worker * num_ranks,
+        num_steps=-(-max(num_labelled, num_unlabelled) // (batch.unlabelled * num_ranks)),
+        sizes=batch if uses_unlabelled else StepSizes(sum(batch), 0),
         is_mostly_unlabelled=num_unlabelled >= num_labelled,
     )
 
@@ -113,11 +118,11 @@ class EpochData:
     """Training slices of this rank for one epoch, with their augmentation.
 
     ``seed`` alone determines order and augmentation; it must differ between epochs and ranks. The
-    smaller of the labelled set and the pool is cycled.
+    smaller of the labelled and the unlabelled set is cycled.
     """
 
     labelled: SliceShard
-    pool: SliceShard  # of the unlabelled term: unlabelled slices, or labelled ones (`EpochPlan`)
+    unlabelled: SliceShard
     targets: EpochTargets
     sizes: StepSizes
     num_steps: int  # the same on every rank
@@ -137,11 +142,11 @@ class EpochData:
         )
         order_unlabelled = list(
             _cycle_rows(
-                len(self.pool), self.sizes.unlabelled, self.num_steps, seed=2 * self.seed + 1
+                len(self.unlabelled), self.sizes.unlabelled, self.num_steps, seed=2 * self.seed + 1
             )
         )
         drawn = self.labelled.images.batches(order)
-        drawn_unlabelled = self.pool.images.batches(order_unlabelled)
+        drawn_unlabelled = self.unlabelled.images.batches(order_unlabelled)
         # In one copy, because each copy to a GPU waits for its pending work.
         rows_of_steps = torch.stack(order).to(device)
         rows_of_steps_unlabelled = torch.stack(order_unlabelled).to(device)
@@ -157,7 +162,7 @@ class EpochData:
             rows, rows_unlabelled = rows_of_steps[step], rows_of_steps_unlabelled[step]
             yield StepBatch(
                 self.scale.standardise(torch.cat([views, views_unlabelled])),
-                torch.cat([self.labelled.keys[rows], self.pool.keys[rows_unlabelled]]),
+                torch.cat([self.labelled.keys[rows], self.unlabelled.keys[rows_unlabelled]]),
                 self.targets.of_step(self.labelled.labels[rows], rows_unlabelled),
                 mixup,
             )

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -42,4 +41,4 @@ def cluster_loss(z: Tensor, responsibilities: Tensor, centers: Tensor) -> Tensor
         - 2 * z @ centers.detach().T
         + centers.detach().square().sum(dim=1)
     )
-    return torch.mean((responsibilities.detach() * squared).sum(dim=1))
+    return (responsibilities.detach() * squared).sum() / max(len(z), 1)

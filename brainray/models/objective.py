@@ -11,7 +11,7 @@ class StepSizes(NamedTuple):
     """Numbers of slices in a step on one rank."""
 
     labelled: int
-    unlabelled: int
+    unlabelled: int  # 0 with objectives that do not use them, and where there are too few
 
 
 class StepOutputs(NamedTuple):
@@ -26,7 +26,7 @@ class StepTargets(NamedTuple):
 
     labels: Tensor  # (B_l,) int64 class indices
     responsibilities: Tensor  # (B_u, K) float32, gamma of the unlabelled slices
-    pseudo_labels: Tensor  # (B_u,) int64 classes: known, or predicted by the last epoch's encoder
+    pseudo_labels: Tensor  # (B_u,) int64 classes: inherited, or predicted by the last epoch
     confidences: Tensor  # (B_u,) float32 in [0, 1], weights of the pseudo-labels
     centers: Tensor  # (K, E) float32, mu in the space of z
     class_of_cluster: Tensor  # (K,) int64
@@ -43,16 +43,9 @@ class Objective(Protocol):
 
     @property
     def uses_unlabelled(self) -> bool:
-        """Whether a step takes unlabelled slices; if not, it takes labelled ones in their place."""
+        """Whether a step takes unlabelled slices; if not, all of its slices are labelled."""
         ...
 
     def loss(self, outputs: StepOutputs, targets: StepTargets) -> dict[str, Tensor]:
-        """Scalar terms of a step."""
+        """Scalar terms of a step. Without unlabelled slices, terms of theirs are 0."""
         ...
-
-
-def step_sizes(objective: Objective, labelled: int, unlabelled: int) -> StepSizes:
-    """Sizes of a step from the configured batch sizes; their sum is the same for all objectives."""
-    if objective.uses_unlabelled:
-        return StepSizes(labelled, unlabelled)
-    return StepSizes(labelled + unlabelled, 0)

@@ -42,7 +42,7 @@ class PrototypeObjective:
         anchor = anchor_loss(log_near_labelled, targets.labels, targets.class_of_cluster)
         log_near = log_nearness(outputs.unlabelled.z, targets.centers, self.temperature)
         each = -(targets.responsibilities * log_near).sum(dim=1)
-        return (targets.confidences * each).mean(), anchor
+        return (targets.confidences * each).sum() / max(len(each), 1), anchor
 
 
 def log_nearness(z: Tensor, centers: Tensor, temperature: float) -> Tensor:

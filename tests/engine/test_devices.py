@@ -22,6 +22,7 @@ from brainray.engine.epoch import (
     EpochTargets,
     embed,
     measure_batch_statistics,
+    plan_epoch,
     train_epoch,
 )
 from brainray.engine.recipe import build_average, build_objective, build_optimizer
@@ -30,7 +31,7 @@ from brainray.engine.self_supervised import Groups, build_pretext, plan_steps, p
 from brainray.engine.shard import CachedImages, Images, PixelScale, SliceShard, StreamedImages
 from brainray.models.encoder import Encoder, EncoderOutput
 from brainray.models.features import FeatureEncoder
-from brainray.models.objective import step_sizes
+from brainray.models.objective import StepSizes
 from brainray.models.pretext import PretextModel
 from tests.emulated_gpu import GPU, GpuTensor, emulated_gpu
 
@@ -105,7 +106,7 @@ def test_an_epoch_keeps_to_its_device(name: str) -> None:
         optimizer, scheduler = build_optimizer(encoder, TrainConfig(), total_steps=4)
         average = build_average(encoder, 0.9)
         assert average is not None
-        pool = slices_on_gpu(16, streamed=True)
+        unlabelled = slices_on_gpu(16, streamed=True)
         train_epoch(
             encoder,
             optimizer,
@@ -113,7 +114,7 @@ def test_an_epoch_keeps_to_its_device(name: str) -> None:
             objective,
             EpochData(
                 labelled=slices_on_gpu(8),
-                pool=pool,
+                unlabelled=unlabelled,
                 targets=EpochTargets(
                     responsibilities=torch.full((16, 2), 0.5, device=GPU),
                     pseudo_labels=torch.zeros(16, dtype=torch.int64, device=GPU),
@@ -122,7 +123,7 @@ def test_an_epoch_keeps_to_its_device(name: str) -> None:
                     class_of_cluster=torch.arange(2, device=GPU),
                     ramp=1.0,
                 ),
-                sizes=step_sizes(objective, 4, 4),
+                sizes=plan_epoch(objective, 8, 16, StepSizes(4, 4), num_ranks=1).sizes,
                 num_steps=4,
                 scale=SCALE,
                 augmentation=VIEWS,
@@ -137,7 +138,12 @@ def test_an_epoch_keeps_to_its_device(name: str) -> None:
         measure = partial(measure_batch_statistics, augmentation=VIEWS)
         for work in (measure, embed):
             output = work(
-                average.module, pool.images, scale=SCALE, batch_size=8, precision="fp32", side=32
+                average.module,
+                unlabelled.images,
+                scale=SCALE,
+                batch_size=8,
+                precision="fp32",
+                side=32,
             )
     assert output is not None
     assert isinstance(output.z, GpuTensor)

@@ -1,6 +1,7 @@
 """One pass of training and of inference."""
 
 import math
+from dataclasses import replace
 from typing import cast
 
 import pytest
@@ -28,6 +29,7 @@ from brainray.engine.shard import (
 from brainray.models.encoder import Encoder, EncoderOutput
 from brainray.models.joint import JointObjective
 from brainray.models.objective import StepSizes
+from brainray.models.supervised import SupervisedObjective
 from tests.engine.targets import uninformed
 
 SCALE = PixelScale(mean=0.5, std=0.25)
@@ -52,18 +54,28 @@ def streamed(cached: SliceShard) -> SliceShard:
     return SliceShard(images, cached.keys, cached.labels)
 
 
+def plan(num_labelled: int, num_unlabelled: int, num_ranks: int = 1) -> EpochPlan:
+    batch = StepSizes(32, 64)
+    return plan_epoch(JointObjective(1.0), num_labelled, num_unlabelled, batch, num_ranks)
+
+
 def test_an_epoch_is_one_pass_over_the_unlabelled_slices_of_all_ranks() -> None:
-    assert plan_epoch(200, 1000, 64, num_ranks=1).num_steps == math.ceil(1000 / 64)
-    assert plan_epoch(200, 1000, 64, num_ranks=2).num_steps == math.ceil(1000 / 128)
-    assert plan_epoch(10, 64, 64, num_ranks=1) == EpochPlan(1, True, True)
+    assert plan(200, 1000).num_steps == math.ceil(1000 / 64)
+    assert plan(200, 1000, num_ranks=2).num_steps == math.ceil(1000 / 128)
+    assert plan(10, 64) == EpochPlan(1, StepSizes(32, 64), True)
+
+
+def test_the_control_has_as_many_steps_and_images() -> None:
+    control = plan_epoch(SupervisedObjective(), 200, 1000, StepSizes(32, 64), num_ranks=1)
+    assert control == replace(plan(200, 1000), sizes=StepSizes(96, 0))
 
 
 def test_a_few_unlabelled_slices_do_not_make_an_epoch() -> None:
     """As of a data set that is labelled but for what nobody could tell."""
-    assert plan_epoch(3428, 0, 64, num_ranks=1) == EpochPlan(54, False, False)
-    assert plan_epoch(3428, 63, 64, num_ranks=1) == EpochPlan(54, False, False)
-    assert plan_epoch(3428, 64, 64, num_ranks=1) == EpochPlan(54, True, False)
-    assert plan_epoch(3428, 255, 64, num_ranks=4) == EpochPlan(14, False, False)
+    assert plan(3428, 0) == EpochPlan(54, StepSizes(96, 0), False)
+    assert plan(3428, 63) == EpochPlan(54, StepSizes(96, 0), False)
+    assert plan(3428, 64) == EpochPlan(54, StepSizes(32, 64), False)
+    assert plan(3428, 255, num_ranks=4) == EpochPlan(14, StepSizes(96, 0), False)
 
 
 def train(
@@ -94,7 +106,7 @@ def train(
         JointObjective(0.1),
         EpochData(
             labelled=labelled,
-            pool=unlabelled,
+            unlabelled=unlabelled,
             targets=uninformed(24, embedding_dim=512),
             sizes=StepSizes(8, 8),
             num_steps=6,
@@ -277,7 +289,7 @@ def test_unlabelled_slices_are_augmented_by_their_own_policy() -> None:
             JointObjective(0.1),
             EpochData(
                 labelled=shard(8),
-                pool=shard(24, seed=1),
+                unlabelled=shard(24, seed=1),
                 targets=uninformed(24, embedding_dim=2),
                 sizes=StepSizes(8, 24),
                 num_steps=1,
@@ -311,7 +323,7 @@ def test_accumulated_batches_give_the_gradient_of_their_mean() -> None:
             JointObjective(0.1),
             EpochData(
                 labelled=shard(12),
-                pool=shard(24, seed=1),
+                unlabelled=shard(24, seed=1),
                 targets=uninformed(24, embedding_dim=2),
                 sizes=StepSizes(8, 8),
                 num_steps=6,

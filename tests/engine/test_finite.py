@@ -47,7 +47,7 @@ def train_one_epoch(value: float, accumulation: int = 1) -> FailsOnOneSlice:
         JointObjective(0.1),
         EpochData(
             labelled=labelled,
-            pool=unlabelled,
+            unlabelled=unlabelled,
             targets=uninformed(12, embedding_dim=2),
             sizes=StepSizes(4, 4),
             num_steps=3,

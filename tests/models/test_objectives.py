@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -12,7 +13,7 @@ from brainray.models.anchored import AnchoredObjective
 from brainray.models.consistency import ConsistencyObjective
 from brainray.models.encoder import Encoder, EncoderOutput
 from brainray.models.joint import JointObjective, cluster_loss
-from brainray.models.objective import Objective, StepOutputs, StepTargets, step_sizes
+from brainray.models.objective import Objective, StepOutputs, StepTargets
 from brainray.models.prototype import PrototypeObjective, anchor_loss
 from brainray.models.supervised import SupervisedObjective
 
@@ -116,8 +117,23 @@ def test_the_control_is_cross_entropy_alone_with_as_many_images() -> None:
     terms = control.loss(OUTPUTS._replace(unlabelled=empty), TARGETS)
     assert set(terms) == {"total", "ce"}
     torch.testing.assert_close(terms["total"], -(torch.tensor([0.75, 0.5]).log().mean()))
-    assert step_sizes(control, 32, 64) == (96, 0)
-    assert step_sizes(JointObjective(1.0), 32, 64) == (32, 64)
+
+
+def test_without_unlabelled_slices_only_terms_of_labelled_ones_are_left() -> None:
+    none = EncoderOutput(Z[:0], LOGITS[:0])
+    outputs = OUTPUTS._replace(unlabelled=none)
+    targets = TARGETS._replace(
+        responsibilities=TARGETS.responsibilities[:0],
+        pseudo_labels=TARGETS.pseudo_labels[:0],
+        confidences=TARGETS.confidences[:0],
+    )
+    consistency, prototype = ConsistencyObjective(2.0), PrototypeObjective(0.1, temperature=0.5)
+    for each in (JointObjective(1.0), consistency):
+        assert each.loss(outputs, targets)["total"].item() == pytest.approx(CROSS_ENTROPY)
+    for anchored in (prototype, AnchoredObjective(consistency, prototype)):
+        terms = anchored.loss(outputs, targets)
+        torch.testing.assert_close(terms["total"], CROSS_ENTROPY + 0.1 * terms["anchor"])
+        assert terms["anchor"] > 0
 
 
 def step(objective: Objective, model: nn.Module, images: Tensor, rows: slice) -> dict[str, Tensor]:

@@ -75,7 +75,7 @@ from brainray.engine.state import (
 from brainray.errors import DivergenceError
 from brainray.log import log
 from brainray.models.encoder import Encoder, EncoderOutput, build_encoder
-from brainray.models.objective import step_sizes
+from brainray.models.objective import StepSizes
 from brainray.orchestration.ray_train import (
     configure_rank,
     distributed,
@@ -172,28 +172,25 @@ class _Trainer:
         self.device = device
         self.precision = agreed_precision(config.train.precision, device)
         self.objective = build_objective(config.objective)
-        self.sizes = step_sizes(
-            self.objective,
-            config.train.labelled_batch_size_per_worker,
-            config.train.batch_size_per_worker,
-        )
         self.encoder: Encoder = encoder.to(device).to(memory_format=torch.channels_last)
         num_unlabelled = self._count(data.unlabelled)
+        batch = StepSizes(
+            config.train.labelled_batch_size_per_worker, config.train.batch_size_per_worker
+        )
         plan = plan_epoch(
+            self.objective,
             self._count(data.labelled),
             num_unlabelled,
-            config.train.batch_size_per_worker,
+            batch,
             dist.world_size(),
         )
-        self.num_steps = plan.num_steps
-        self._trains_on_unlabelled = plan.trains_on_unlabelled
-        self.pool = data.unlabelled if plan.trains_on_unlabelled else data.labelled
-        leaves_out = num_unlabelled and not plan.trains_on_unlabelled and self.sizes.unlabelled
-        if leaves_out and dist.rank() == 0:
+        self.num_steps, self.sizes = plan.num_steps, plan.sizes
+        leaves_out = self.objective.uses_unlabelled and not self.sizes.unlabelled
+        if leaves_out and num_unlabelled and dist.rank() == 0:
             log(
                 f"note: {num_unlabelled} unlabelled slices are fewer than one batch of "
-                f"{config.train.batch_size_per_worker} on each of {dist.world_size()} ranks: they "
-                "are clustered but not used for training"
+                f"{batch.unlabelled} on each of {dist.world_size()} ranks: they are clustered but "
+                "not used for training"
             )
         self.typical = data.unlabelled if plan.is_mostly_unlabelled else data.labelled
         self.updates = -(-self.num_steps // config.train.accumulation_steps)  # per epoch
@@ -293,7 +290,7 @@ class _Trainer:
             test = self._predict(self.data.test) if self._tests_each_epoch else None
         metrics: dict[str, float] = {"epoch": float(self.epoch)}
         metrics |= {f"train/loss/{name}": value for name, value in trained.losses.items()}
-        if self._trains_on_unlabelled:
+        if self.sizes.unlabelled:
             metrics["train/class_shift"] = self._class_shift
         metrics["time/data_wait_s"] = trained.data_wait_s
         metrics["train/image_size"] = float(self._side)
@@ -343,7 +340,6 @@ class _Trainer:
 
     def _train_epoch(self) -> EpochResult:
         config = self.config
-        of_pool = config.augment_unlabelled if self._trains_on_unlabelled else config.augment
         try:
             return train_epoch(
                 self.model,
@@ -352,13 +348,13 @@ class _Trainer:
                 self.objective,
                 EpochData(
                     labelled=self.data.labelled,
-                    pool=self.pool,
+                    unlabelled=self.data.unlabelled,
                     targets=self._targets(),
                     sizes=self.sizes,
                     num_steps=self.num_steps,
                     scale=self.scale,
                     augmentation=config.augment,
-                    augmentation_unlabelled=of_pool,
+                    augmentation_unlabelled=config.augment_unlabelled,
                     seed=seed_of(config.seed, self.epoch, dist.rank()),
                     side=self._side,
                     mixup_alpha=config.train.mixup_alpha,
@@ -378,13 +374,12 @@ class _Trainer:
             ) from None
 
     def _targets(self) -> EpochTargets:
-        """Targets for the pool's slices from the last epoch."""
-        offset = len(self.data.labelled) if self._trains_on_unlabelled else 0
-        rows = slice(offset, offset + len(self.pool))
+        """Targets for the unlabelled slices from the last epoch."""
+        first = len(self.data.labelled)
+        rows = slice(first, first + len(self.data.unlabelled))
         probabilities = self._probabilities[rows]
         shares = class_shares(self.data.labelled.labels, len(self.classes))
-        known = self.data.inherited if self._trains_on_unlabelled else self.data.labelled.labels
-        believed = pseudo_labels(probabilities, shares).overridden_by(known)
+        believed = pseudo_labels(probabilities, shares).overridden_by(self.data.inherited)
         self._class_shift = class_shift(probabilities, shares)
         return EpochTargets(
             responsibilities=self.responsibilities[rows],
