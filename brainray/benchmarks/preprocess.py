@@ -22,6 +22,7 @@ from brainray.benchmarks.samples import SALT, load_slices, perturbed
 from brainray.benchmarks.timing import one_thread
 from brainray.config import Config
 from brainray.config_text import load_config
+from brainray.errors import DataError
 from brainray.log import log
 from brainray.mri import resize
 from brainray.mri.decode import check_content, decode_file
@@ -254,11 +255,16 @@ def _ray_job(source: Path, storage: Path) -> dict[str, Any]:
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_preprocess_alone, args=(source, storage, sender))
     process.start()
+    sender.close()  # so that the end of the process is noticed
     peak = 0
     while not receiver.poll(0.5) and process.is_alive():
         peak = max(peak, _proportional_bytes(process.pid))
-    seconds = receiver.recv()
-    process.join()
+    try:
+        seconds = receiver.recv()
+    except EOFError:
+        raise DataError(f"preprocessing {source} failed, see above") from None
+    finally:
+        process.join()
     return {"seconds": seconds, "peak_bytes": peak}
 
 

@@ -1,6 +1,6 @@
 """Accuracy of a run and its control on test slices altered as if from other scanners."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from functools import partial
 
 import cv2
@@ -27,7 +27,7 @@ from brainray.orchestration.preprocessing.preparation import (
 )
 from brainray.orchestration.preprocessing.source import SourceFile, list_source
 from brainray.orchestration.run import open_run
-from brainray.orchestration.seen import fingerprints_of_seen
+from brainray.orchestration.seen import seen_by_run
 from brainray.report.style import BLUE, ORANGE, new_figure, tidy
 from brainray.report.table import markdown_table
 from brainray.schema import PREDICTED_BY, TEST
@@ -65,11 +65,12 @@ def run(options: CaseOptions) -> BenchmarkResult:
         for role, name in names.items()
         if name is not None
     }
-    slices = _test_slices(options, predictors[_RUN])
+    tested = open_run(Folder(str(options.storage)), config.run).test_paths()
+    slices = _test_slices(options, predictors[_RUN], tested)
     log(f"{len(slices)} slices, {len(ALTERATIONS)} alterations")
     use_all_threads()
     models = {role: SliceModel(predictor.checkpoint) for role, predictor in predictors.items()}
-    clean = _clean(slices, predictors[_RUN])
+    clean = _clean(slices, predictors[_RUN], tested)
     found: dict[str, Accuracies] = {role: {} for role in models}
     for alteration, alter in ALTERATIONS.items():
         rng = np.random.default_rng(options.seed)
@@ -94,15 +95,16 @@ def run(options: CaseOptions) -> BenchmarkResult:
     return BenchmarkResult(measures, details, _plot(found), report=_table(found))
 
 
-def _test_slices(options: CaseOptions, predictor: Predictor) -> list[tuple[SourceFile, Image]]:
-    """Test slices, one per file: the run's own if they are in the source, else the test split of
-    the source, else all of it.
+def _test_slices(
+    options: CaseOptions, predictor: Predictor, tested: Container[str]
+) -> list[tuple[SourceFile, Image]]:
+    """Test slices, one per file: the run's own (paths ``tested``) if they are in the source, else
+    the test split of the source, else all of it.
     """
     source = Folder(str(options.source))
     table = None if options.config.labels is None else Folder(options.config.labels)
     files = list_source(source, table, options.config.classes.map).files
-    tested = open_run(Folder(str(options.storage)), str(options.config.run)).test_paths()
-    if tested.intersection(file.path for file in files):
+    if any(file.path in tested for file in files):
         files = [file for file in files if file.path in tested]
     elif any(file.split == TEST for file in files):
         files = [file for file in files if file.split == TEST]
@@ -124,13 +126,20 @@ def _test_slices(options: CaseOptions, predictor: Predictor) -> list[tuple[Sourc
     return slices
 
 
-def _clean(slices: Sequence[tuple[SourceFile, Image]], predictor: Predictor) -> set[str]:
-    """Paths of clean slices; empty if the run has no fingerprints of the slices that it saw."""
-    seen = fingerprints_of_seen(predictor.run_folder)
+def _clean(
+    slices: Sequence[tuple[SourceFile, Image]], predictor: Predictor, tested: Container[str]
+) -> set[str]:
+    """Paths of clean slices; empty if the run has no fingerprints of the slices that it saw.
+
+    Slices other than the run's own (paths ``tested``) are from another collection.
+    """
+    seen = seen_by_run(predictor.run_folder)
     if seen is None:
         return set()
     rows = _decoded([(file, _png(image)) for file, image in slices], predictor)
-    exposed = exposure(Fingerprints.of(rows), seen, predictor.preprocess)
+    elsewhere = [path not in tested for path in rows["path"].to_pylist()]
+    asked = rows.append_column("elsewhere", pa.array(elsewhere, pa.bool_()))
+    exposed = exposure(Fingerprints.of(asked), Fingerprints.of(seen), predictor.preprocess)
     return set(rows.filter(pa.array(exposed.clean))["path"].to_pylist())
 
 

@@ -4,26 +4,25 @@ import io
 import logging
 import struct
 import warnings
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
-from PIL.ExifTags import Base
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from brainray.mri.slices import (
     DecodedSlice,
     DecodeOptions,
     RejectedImage,
+    nifti_head,
     replace_non_finite,
     to_uint8,
     volume_hash,
 )
 
-VERSION = 1
+VERSION = 2
 """Increased whenever files decode to different slices: slices of two versions are never mixed."""
 
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "GIF", "DICOM", "NIfTI")
@@ -46,22 +45,10 @@ _SIGNATURES = (
     (b"GIF89a", "GIF"),
     (b"BM", "BMP"),
 )
-_GZIP = b"\x1f\x8b"
 # TIFF tags and some of their values.
 _SUBFILE_TYPE, _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 254, 258, 262, 339
 _WHITE_IS_ZERO = 0
 _UNSIGNED, _SIGNED = 1, 2
-_TURNS: dict[object, Image.Transpose] = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""The transposition that makes a picture of an EXIF orientation upright; 1 is upright."""
-_NIFTI_HEAD_BYTES = 348
 # The messages of these loggers quote header fields.
 _TALKATIVE_LOGGERS = {"TIFF": "PIL", "DICOM": "pydicom", "NIfTI": "nibabel"}
 
@@ -109,7 +96,7 @@ def sniff(content: bytes) -> str:
     for signature, file_format in _SIGNATURES:
         if content.startswith(signature):
             return file_format
-    head = _decompressed_head(content) if content.startswith(_GZIP) else content[:540]
+    head = nifti_head(content)
     if head[344:348] in (b"n+1\0", b"ni1\0") or head[4:8] in (b"n+2\0", b"ni2\0"):
         return "NIfTI"
     return "DICOM" if _begins_with_dicom_element(content) else ""
@@ -158,13 +145,6 @@ def _decode(content: bytes, file_format: str, options: DecodeOptions) -> list[De
 
         return nifti.decode_nifti(content, options)
     return _decode_picture(content, file_format, options)
-
-
-def _decompressed_head(content: bytes) -> bytes:
-    try:
-        return zlib.decompressobj(wbits=31).decompress(content[:65_536], _NIFTI_HEAD_BYTES)
-    except zlib.error:
-        return b""
 
 
 def _begins_with_dicom_element(content: bytes) -> bool:
@@ -266,12 +246,7 @@ def _tag(picture: Image.Image, tag: int, default: int = 0) -> int:
 
 def _upright(picture: Image.Image) -> Image.Image:
     """The picture as viewers show it, which is how it was labelled."""
-    picture.load()  # a PNG may store its orientation after its pixels
-    if "exif" not in picture.info:
-        return picture
     try:
-        orientation = picture.getexif().get(Base.Orientation)
+        return ImageOps.exif_transpose(picture)
     except Exception:  # Pillow may raise anything on invalid metadata
         return picture
-    turn = _TURNS.get(orientation)
-    return picture if turn is None else picture.transpose(turn)

@@ -20,6 +20,7 @@ from PIL import Image
 from pydicom import dcmread
 from pydicom.dataset import Dataset, FileDataset
 from pydicom.filereader import read_dataset
+from pydicom.multival import MultiValue
 from pydicom.pixels.decoders.base import Decoder, DecodeRunner, get_decoder
 from pydicom.pixels.processing import apply_color_lut, apply_modality_lut, apply_voi
 from pydicom.uid import (
@@ -290,9 +291,9 @@ def _looked_up(values: Values, attributes: Dataset) -> NDArray[np.uint8]:
 def _first(attributes: Dataset, keyword: str) -> float:
     """The first of one or several values; NaN if there is none."""
     value = attributes.get(keyword)
-    if value is None or value == "":
-        return math.nan
-    return float(value) if isinstance(value, (int, float, str)) else float(value[0])
+    if isinstance(value, MultiValue):
+        value = value[0] if value else None
+    return math.nan if value in (None, "") else float(value)
 
 
 def _spacing(dataset: Dataset, index: int) -> tuple[float, float]:

@@ -6,7 +6,7 @@ METHOD defines it, and ``strict`` without all four.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -28,10 +28,11 @@ class Fingerprints:
     thumbnails: Rows  # (N, 9216) uint8
     subjects: Sequence[str | None]  # from a table or a header, never estimated
     sources: Sequence[str | None]  # where the subjects are from
+    elsewhere: NDArray[np.bool_]  # whether they are from another collection than the run's own
 
     @classmethod
     def of(cls, table: pa.Table, thumbnails: Rows | None = None) -> "Fingerprints":
-        """From rows with ``sample_id`` and, if known, subjects.
+        """From rows with ``sample_id`` and, if known, subjects and ``elsewhere``.
 
         Thumbnails are read from the table unless given separately.
         """
@@ -46,7 +47,10 @@ class Fingerprints:
             ]
         if thumbnails is None:
             thumbnails = thumbnail_matrix(table["thumbnail"].to_pylist())
-        return cls(table["sample_id"].to_pylist(), thumbnails, subjects, sources)
+        elsewhere = np.zeros(table.num_rows, np.bool_)
+        if "elsewhere" in table.column_names:
+            elsewhere = table["elsewhere"].to_numpy()
+        return cls(table["sample_id"].to_pylist(), thumbnails, subjects, sources, elsewhere)
 
 
 @dataclass(frozen=True)
@@ -71,13 +75,7 @@ class Exposure:
         return np.asarray(self.clean & (self.twin < 0) & (self.mate < 0))
 
 
-def exposure(
-    queries: Fingerprints,
-    seen: Fingerprints,
-    config: PreprocessConfig,
-    *,
-    from_elsewhere: NDArray[np.bool_] | None = None,
-) -> Exposure:
+def exposure(queries: Fingerprints, seen: Fingerprints, config: PreprocessConfig) -> Exposure:
     """Compare each query with everything that was seen.
 
     Slices with the same subject name are of one subject, whatever collection names them. All others
@@ -85,23 +83,25 @@ def exposure(
     come from the same kind of source, a table or headers: within one collection different names are
     different subjects.
 
+    Another collection may name subjects differently, so then different names prove nothing. Its
+    copies may be padded, cropped or darkened, so they are also compared by the head alone.
+
     Args:
         queries: Q slices.
         seen: the slices to compare them with.
         config: thresholds for near-duplicates and for slices likely of one subject.
-        from_elsewhere: (Q,) queries from another collection. Its copies may be padded, cropped or
-            darkened, so they are also compared by the head alone. It may name subjects differently,
-            so different names do not prove different subjects.
     """
     exact = _first_match(queries.sample_ids, seen.sample_ids)
     twins = find_twins(queries.thumbnails, seen.thumbnails, config.near_duplicate)
-    unmatched = np.empty(0, np.int64)
-    if from_elsewhere is not None:
-        unmatched = np.flatnonzero(from_elsewhere & ~twins.is_upright)
-    if len(unmatched):
-        looking = SelectedRows(queries.thumbnails, unmatched)
-        by_head = find_twins_by_head(looking, seen.thumbnails, config.near_duplicate)
-        twins = twins.completed_by(unmatched, by_head)
+    everything, foreign = np.arange(len(seen.elsewhere)), np.flatnonzero(seen.elsewhere)
+    for asking, rows in ((queries.elsewhere, everything), (~queries.elsewhere, foreign)):
+        unmatched = np.flatnonzero(asking & ~twins.is_upright)
+        if len(unmatched) and len(rows):
+            looking = SelectedRows(queries.thumbnails, unmatched)
+            others = SelectedRows(seen.thumbnails, rows)
+            by_head = find_twins_by_head(looking, others, config.near_duplicate)
+            reference = np.where(by_head.reference >= 0, rows[by_head.reference], -1)
+            twins = twins.completed_by(unmatched, replace(by_head, reference=reference))
     mate = _first_match(queries.subjects, seen.subjects)
     mate_similarity = np.where(mate >= 0, 1.0, 0.0).astype(np.float32)
     seen_by = np.array([source or "" for source in seen.sources], dtype=object)
@@ -109,11 +109,10 @@ def exposure(
     proven_by = np.array(
         [source if source in (TABLE, HEADER) else "" for source in queries.sources], dtype=object
     )
-    if from_elsewhere is not None:
-        proven_by[from_elsewhere] = ""
+    proven_by[queries.elsewhere] = ""
     for source in ("", TABLE, HEADER) if config.subject.estimate else ():
         asking = (mate < 0) & (proven_by == source)
-        rows = np.flatnonzero((source == "") | (seen_by != source))
+        rows = np.flatnonzero((source == "") | (seen_by != source) | seen.elsewhere)
         if not asking.any() or len(rows) == 0:
             continue
         looking = SelectedRows(queries.thumbnails, np.flatnonzero(asking))

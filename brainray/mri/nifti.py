@@ -14,12 +14,14 @@ from nibabel.orientations import apply_orientation, io_orientation
 from numpy.typing import NDArray
 
 from brainray.mri.slices import (
+    GZIP,
     DecodedSlice,
     DecodeOptions,
     RejectedImage,
     Values,
     foreground_threshold,
     foreground_window,
+    nifti_head,
     replace_non_finite,
     to_square_pixels,
     to_uint8,
@@ -30,6 +32,7 @@ _AXES = ("sagittal", "coronal", "axial")  # of a volume (X, Y, Z) pointing right
 _MAX_EXTENSION_BYTES = 64 * 2**20  # header extensions, such as a complete DICOM header or XML
 _MAX_TRAILING_BYTES = 2**20
 _MIN_GREYS = 16
+_MIN_AIR = 0.25  # share of the voxels
 _SAMPLED = 4  # stride along each axis for the first check
 _INTENT_LABEL = 1002  # NIFTI_INTENT_LABEL
 
@@ -54,8 +57,9 @@ def decode_nifti(
     with a single slice is shown in its own plane, whatever the chosen one. Pixels are made square.
 
     Intensities: percentiles of the foreground of each volume map to 0 and 255, so that slices of
-    a volume are comparable. Slices with too little foreground and constant volumes of a series are
-    skipped; the slice numbers in ``frame`` count from the left, the back and the bottom.
+    a volume are comparable. Air that is not dark, as in standardised volumes, becomes so. Slices
+    with too little foreground and constant volumes of a series are skipped; the slice numbers in
+    ``frame`` count from the left, the back and the bottom.
 
     The subject is the file, as the hash of its content. Memory: the uncompressed file, the slices,
     and one volume in double precision.
@@ -86,6 +90,7 @@ def decode_nifti(
         values = replace_non_finite(values)
         if not maps:
             _check_greys(values)
+            _darken_air(values)
         volume = apply_orientation(values, orientation)
         axis = _slicing_axis(volume.shape, options)
         spacing = _display_spacing(sizes, axis)
@@ -102,8 +107,7 @@ def decode_nifti(
 
 def _read_layout(content: bytes, options: DecodeOptions, maps: bool) -> _Layout:
     """Read and check the header only, so that an oversized volume is never decompressed."""
-    with io.BytesIO(content) as stream:
-        head = gzip.GzipFile(fileobj=stream).read(540) if _is_gzip(content) else stream.read(540)
+    head = nifti_head(content)
     if head[344:348] == b"ni1\0" or head[4:8] == b"ni2\0":
         raise RejectedImage("no pixel data", "a NIfTI header with its voxels in an .img file")
     is_nifti2 = head[4:8] == b"n+2\0"
@@ -144,7 +148,7 @@ def _count_values(values: Values) -> int:
 
 
 def _uncompressed(content: bytes, num_bytes: int) -> bytes:
-    if _is_gzip(content):
+    if content.startswith(GZIP):
         limit = num_bytes + _MAX_TRAILING_BYTES
         # Read up to the end, where the checksum is.
         content = gzip.GzipFile(fileobj=io.BytesIO(content)).read(limit + 1)
@@ -153,10 +157,6 @@ def _uncompressed(content: bytes, num_bytes: int) -> bytes:
     if len(content) < num_bytes:
         raise RejectedImage("corrupt or truncated", f"{len(content)} of {num_bytes} bytes")
     return content
-
-
-def _is_gzip(content: bytes) -> bool:
-    return content.startswith(b"\x1f\x8b")
 
 
 def _usable_affine(image: Nifti1Image) -> NDArray[np.float64]:
@@ -184,6 +184,20 @@ def _volume_index(shape: tuple[int, ...], number: int) -> tuple[slice | int, ...
     if len(shape) <= 3:
         return (slice(None),) * len(shape)
     return (*(slice(None),) * 3, number, *(0,) * (len(shape) - 4))
+
+
+def _darken_air(volume: Values) -> None:
+    """Set air that would count as head to the smallest value, in place.
+
+    Standardised within a mask, as before many networks, a brain has values on both sides of those
+    outside of it, which are usually 0. Air is what equals all corners, if a quarter does.
+    """
+    corners = volume[np.ix_((0, -1), (0, -1), (0, -1))]
+    value, darkest = corners.flat[0], volume.min()
+    if value > darkest and (corners == value).all():
+        air = volume == value
+        if air.mean() > _MIN_AIR and value > foreground_threshold(volume):
+            volume[air] = darkest
 
 
 def _slicing_axis(shape: tuple[int, ...], options: DecodeOptions) -> int:

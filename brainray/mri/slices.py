@@ -1,7 +1,10 @@
 """Decoded slices, rejections, and functions shared by all file formats."""
 
+import gzip
 import hashlib
 import hmac
+import io
+import zlib
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -13,6 +16,9 @@ Values: TypeAlias = NDArray[np.floating]
 
 Orientation = Literal["axial", "coronal", "sagittal"]
 ORIENTATIONS: tuple[Orientation, ...] = ("axial", "coronal", "sagittal")
+
+GZIP = b"\x1f\x8b"
+_NIFTI_HEAD_BYTES = 540
 
 MAX_INFINITE_SHARE = 0.01
 MAX_NAN_SHARE = 0.95
@@ -126,6 +132,16 @@ def subject_hash(kind: str, identity: str, salt: bytes) -> str:
 def volume_hash(content: bytes, salt: bytes) -> str:
     """The subject of a file that is one volume without a patient: a hash of its content."""
     return subject_hash("volume", hashlib.sha256(content).hexdigest(), salt)
+
+
+def nifti_head(content: bytes) -> bytes:
+    """The first bytes of a file, decompressed: all of a NIfTI-1 or NIfTI-2 header."""
+    if not content.startswith(GZIP):
+        return content[:_NIFTI_HEAD_BYTES]
+    try:
+        return gzip.GzipFile(fileobj=io.BytesIO(content)).read(_NIFTI_HEAD_BYTES)
+    except (OSError, EOFError, zlib.error):
+        return b""
 
 
 def replace_non_finite(values: Values) -> Values:

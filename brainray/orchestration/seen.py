@@ -10,7 +10,6 @@ from brainray import layout
 from brainray.config import WEIGHTS_OF_NO_SLICE, Config, PreprocessConfig
 from brainray.errors import ConfigError
 from brainray.mri.duplicates import find_twins, thumbnail_matrix
-from brainray.mri.leakage import Fingerprints
 from brainray.orchestration.store import ImageStore
 from brainray.schema import LABELLED, SEEN, TRAIN, UNLABELLED_ROLE, VALIDATION
 from brainray.storage import Folder
@@ -18,10 +17,20 @@ from brainray.storage import Folder
 _RUN_PREFIX = "run:"
 
 
-def fingerprints_of_seen(folder: Folder) -> Fingerprints | None:
-    """Fingerprints of all slices that a folder's run has seen; None for a checkpoint alone."""
-    rows = seen_rows(folder)
-    return None if rows is None else Fingerprints.of(rows)
+def seen_by_run(folder: Folder) -> pa.Table | None:
+    """`all_seen` of a folder's run; None for a checkpoint alone."""
+    if not folder.exists(layout.SEEN):
+        return None
+    return all_seen(*_records(folder))
+
+
+def all_seen(own: pa.Table, before: pa.Table) -> pa.Table:
+    """``SEEN`` rows with a column ``elsewhere``: those of a run, then all others of the training of
+    its starting weights, which may be from another collection.
+    """
+    others = before.filter(pc.invert(pc.is_in(before["sample_id"], own["sample_id"])))
+    elsewhere = np.arange(own.num_rows + others.num_rows) >= own.num_rows
+    return pa.concat_tables([own, others]).append_column("elsewhere", pa.array(elsewhere))
 
 
 def seen_by_weights(weights: str, storage: Folder) -> pa.Table | None:
@@ -35,12 +44,20 @@ def seen_by_weights(weights: str, storage: Folder) -> pa.Table | None:
     if weights in WEIGHTS_OF_NO_SLICE:
         return None
     if weights.startswith(_RUN_PREFIX):
-        return seen_rows(storage / layout.RUNS / weights.removeprefix(_RUN_PREFIX))
-    for place in list(Path(weights).absolute().parents)[:2]:
-        rows = seen_rows(Folder(place))
-        if rows is not None:
-            return rows
+        places = [storage / layout.RUNS / weights.removeprefix(_RUN_PREFIX)]
+    else:
+        places = [Folder(place) for place in list(Path(weights).absolute().parents)[:2]]
+    for place in places:
+        if place.exists(layout.SEEN):
+            return pa.concat_tables(_records(place))
     return None
+
+
+def _records(folder: Folder) -> tuple[pa.Table, pa.Table]:
+    """``SEEN`` rows of a run, or of a self-supervised encoder, and of its starting weights."""
+    has_before = folder.exists(layout.SEEN_BEFORE)
+    before = folder.read_table(layout.SEEN_BEFORE) if has_before else SEEN.empty_table()
+    return folder.read_table(layout.SEEN), before
 
 
 def training_slices(store: ImageStore) -> pa.Table:
@@ -81,10 +98,3 @@ def check_validation_is_new(
             f"of this run's {validation.num_rows} validation slices, or of their copies, which "
             "would bias the choice of the epoch: use the same split.seed for both"
         )
-
-
-def seen_rows(folder: Folder) -> pa.Table | None:
-    tables = [
-        folder.read_table(name) for name in (layout.SEEN, layout.SEEN_BEFORE) if folder.exists(name)
-    ]
-    return pa.concat_tables(tables) if tables else None

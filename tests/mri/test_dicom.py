@@ -158,6 +158,7 @@ def test_exact_and_sigmoid_windows_follow_the_standard() -> None:
     [
         {},
         {"WindowCenter": 1000, "WindowWidth": 0},
+        {"WindowCenter": ["", 9], "WindowWidth": [1000, 9]},
         {"WindowCenter": 1000, "WindowWidth": -5},
         {"WindowCenter": 1e7, "WindowWidth": 100},  # all black
     ],

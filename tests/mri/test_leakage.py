@@ -20,10 +20,12 @@ def fingerprints(
     names: str,
     subjects: list[str | None] | None = None,
     source: str = "table",
+    elsewhere: list[bool] | None = None,
 ) -> Fingerprints:
     subjects = subjects or [None] * len(thumbnails)
     sources = [None if subject is None else source for subject in subjects]
-    return Fingerprints(list(names), thumbnails, subjects, sources)
+    foreign = np.array(elsewhere or [False] * len(thumbnails), np.bool_)
+    return Fingerprints(list(names), thumbnails, subjects, sources, foreign)
 
 
 def test_bytes_looks_and_subjects_are_three_levels() -> None:
@@ -84,15 +86,11 @@ def test_names_prove_a_difference_within_one_way_of_naming(
 
 
 def test_names_of_another_collection_prove_no_difference() -> None:
-    seen = heads(3, seed=0)
-    from_elsewhere = np.array([True, True, False])
-    found = exposure(
-        fingerprints(seen, "xyz", ["b-1", "b-2", "b-3"]),
-        fingerprints(seen, "abc", ["a-1", "a-2", "a-3"]),
-        PreprocessConfig(),
-        from_elsewhere=from_elsewhere,
-    )
-    assert found.mate.tolist() == [0, 1, -1]
+    seen, flags = heads(3, seed=0), [True, True, False]
+    ours = fingerprints(seen, "xyz", ["b-1", "b-2", "b-3"])
+    foreign = fingerprints(seen, "abc", ["a-1", "a-2", "a-3"], elsewhere=flags)
+    assert exposure(ours, foreign, PreprocessConfig()).mate.tolist() == [0, 1, -1]
+    assert exposure(foreign, ours, PreprocessConfig()).mate.tolist() == [0, 1, -1]
 
 
 def test_nothing_seen_leaks_nothing() -> None:

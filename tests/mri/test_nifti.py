@@ -148,9 +148,23 @@ def test_versions_byte_orders_and_types_agree(
             np.testing.assert_array_equal(one.image, other.image)
 
 
+def test_the_air_of_a_standardised_brain_is_dark() -> None:
+    """Outside of the mask is 0, which lies amid the values inside."""
+    raw = ball()
+    inside = raw > 0
+    standardised = np.where(inside, (raw - raw[inside].mean()) / raw[inside].std(), 0.0)
+    shown = slices_of(make_nifti(standardised.astype(np.float32)))
+    expected = slices_of(make_nifti(raw))
+    assert [one.frame for one in shown] == [one.frame for one in expected]
+    for one, other in zip(shown, expected, strict=True):
+        assert one.image[0, 0] == 0
+        inside = other.image > 0
+        assert np.corrcoef(one.image[inside], other.image[inside])[0, 1] > 0.99
+
+
 def test_several_gzip_members_are_one_file() -> None:
     content = make_nifti(ball())
-    members = gzip.compress(content[:5000]) + gzip.compress(content[5000:])
+    members = b"".join(map(gzip.compress, (b"", content[:100], content[100:5000], content[5000:])))
     assert len(slices_of(members)) == len(slices_of(content))
 
 

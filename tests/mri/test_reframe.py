@@ -1,6 +1,7 @@
 """What is left of a slice whatever another collection has put around it."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -30,7 +31,11 @@ def images() -> list[Image]:
 def known(images: list[Image], names: str) -> Fingerprints:
     nobody = [None] * len(images)
     ids = [f"{names}-{number}" for number in range(len(images))]
-    return Fingerprints(ids, fingerprints(images), nobody, nobody)
+    return Fingerprints(ids, fingerprints(images), nobody, nobody, np.zeros(len(images), np.bool_))
+
+
+def from_elsewhere(slices: Fingerprints) -> Fingerprints:
+    return replace(slices, elsewhere=~slices.elsewhere)
 
 
 @pytest.mark.parametrize(
@@ -47,17 +52,17 @@ def known(images: list[Image], names: str) -> Fingerprints:
 def test_a_copy_from_elsewhere_is_found_by_its_head(
     images: list[Image], change: Callable[[Image], Image], least_found: int
 ) -> None:
-    queries, seen = known([change(image) for image in images], "elsewhere"), known(images, "seen")
+    queries, seen = known([change(image) for image in images], "queries"), known(images, "seen")
     config = PreprocessConfig()
     once = exposure(queries, seen, config)
-    twice = exposure(queries, seen, config, from_elsewhere=np.ones(len(images), np.bool_))
+    twice = exposure(from_elsewhere(queries), seen, config)
     its_own = twice.twin == np.arange(len(images))
     assert once.clean.mean() > 0.5
     assert its_own.sum() >= least_found
     assert not twice.clean[its_own].any()
     np.testing.assert_array_equal(twice.twin[~its_own], -1)
-    of_none = exposure(queries, seen, config, from_elsewhere=np.zeros(len(images), np.bool_))
-    np.testing.assert_array_equal(of_none.twin, once.twin)
+    of_foreign = exposure(queries, from_elsewhere(seen), config)
+    np.testing.assert_array_equal(of_foreign.twin, twice.twin)
 
 
 def test_neighbouring_slices_and_other_heads_are_no_copies(images: list[Image]) -> None:

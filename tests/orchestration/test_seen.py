@@ -15,7 +15,7 @@ from brainray.orchestration.prediction.evaluation import with_comparable_names
 from brainray.orchestration.prediction.inference import find_predictor
 from brainray.orchestration.preprocessing.driver import preprocess
 from brainray.orchestration.preprocessing.preparation import SALT_VARIABLE
-from brainray.orchestration.seen import fingerprints_of_seen, seen_by_weights, training_slices
+from brainray.orchestration.seen import seen_by_run, seen_by_weights, training_slices
 from brainray.orchestration.store import ImageStore
 from brainray.orchestration.study.data import seen_by_features, study_set
 from brainray.orchestration.training.beginning import begin_run
@@ -50,9 +50,9 @@ def test_what_an_encoder_was_warmed_up_on_is_not_clean(
 
     # What starts from that run has seen what the encoder saw, too.
     run = Folder(tmp_path) / "runs" / "started"
-    fingerprints = fingerprints_of_seen(run)
-    assert fingerprints is not None
-    assert learned_on <= set(fingerprints.sample_ids)
+    rows = seen_by_run(run)
+    assert rows is not None
+    assert learned_on <= set(rows["sample_id"].to_pylist())
     assert seen_by_weights("run:started", Folder(tmp_path)) == seen_by_weights(
         f"{run}/best/model.pt", Folder(tmp_path)
     )

@@ -48,7 +48,7 @@ from brainray.orchestration.preprocessing.source import (
 )
 from brainray.orchestration.reporting import about_software, explain
 from brainray.orchestration.run import groups_of_test_slices
-from brainray.orchestration.seen import seen_rows
+from brainray.orchestration.seen import seen_by_run
 from brainray.report.evaluation_figures import draw_evaluation_figures
 from brainray.report.page import Explained, write_evaluation_page
 from brainray.schema import PREDICTIONS, REJECTED, TEST
@@ -165,15 +165,14 @@ def _with_subsets(
     ``known`` test slices of the run are from elsewhere.
     """
     predictions = accepted.select(PREDICTIONS.names).cast(PREDICTIONS)
-    seen = seen_rows(predictor.run_folder)
+    seen = seen_by_run(predictor.run_folder)
     if seen is None:
         log(f"no record of what {predictor.folder} was trained on: no slice is marked as clean")
         return predictions, None
-    asked = Fingerprints.of(with_comparable_names(accepted, config, predictor))
-    from_elsewhere = np.array([identity not in known for identity in asked.sample_ids], np.bool_)
-    exposed = exposure(
-        asked, Fingerprints.of(seen), predictor.preprocess, from_elsewhere=from_elsewhere
-    )
+    asked = with_comparable_names(accepted, config, predictor)
+    elsewhere = [identity not in known for identity in asked["sample_id"].to_pylist()]
+    asked = asked.append_column("elsewhere", pa.array(elsewhere, pa.bool_()))
+    exposed = exposure(Fingerprints.of(asked), Fingerprints.of(seen), predictor.preprocess)
     for name, flags in (("clean", exposed.clean), ("strict", exposed.strict)):
         position = PREDICTIONS.get_field_index(name)
         predictions = predictions.set_column(position, name, pa.array(flags, pa.bool_()))
@@ -328,11 +327,13 @@ def _explained(predictions: pa.Table, config: Config, predictor: Predictor) -> l
 def _load_again(config: Config, predictor: Predictor, rows: pa.Table) -> NDArray[np.uint8]:
     """Slices (n, 1, S, S) of a few predictions: the actors do not return pixels."""
     source, salt = Folder(str(config.source)), subject_salt(Folder(config.storage))
-    found = []
-    for row in rows.select(["path", "frame"]).to_pylist():
-        file = FoundFile(row["path"], 0, 0)
-        slices = preprocess_file(read_file(source, file), file, predictor.preprocess, salt)
-        found += [dict(part) for part in slices if part["frame"] == row["frame"]]
+    slices: dict[tuple[str, str], dict[str, Any]] = {}
+    for path in pc.unique(rows["path"]).to_pylist():
+        file = FoundFile(path, 0, 0)
+        parts = preprocess_file(read_file(source, file), file, predictor.preprocess, salt)
+        slices |= {(path, part["frame"]): part for part in parts}
+    places = zip(rows["path"].to_pylist(), rows["frame"].to_pylist(), strict=True)
+    found = [slices[place] for place in places]
     columns = {name: [part[name] for part in found] for name in ("image", "height", "width")}
     return stored_pixels(pa.table(columns), predictor.checkpoint.image_size)
 

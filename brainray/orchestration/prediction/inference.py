@@ -48,7 +48,7 @@ class Predictor:
         return self.folder.read_table(layout.FITTED)
 
     def seen(self) -> pa.Table | None:
-        """Fingerprints of the slices that the run saw; None for a checkpoint without its run."""
+        """``SEEN`` rows of the run's own slices; None for a checkpoint without its run."""
         if not self.run_folder.exists(layout.SEEN):
             return None
         return self.run_folder.read_table(layout.SEEN)

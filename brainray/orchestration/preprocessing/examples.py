@@ -1,5 +1,7 @@
 """Example slices for a store's figures: a few source files, decoded again."""
 
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,8 @@ _NUM_ON_SHEET = 64
 _NUM_PAIRS_PER_LEVEL = 6
 _ANY_SALT = b"figures name no subjects"
 
+Place = tuple[str, str]  # path and frame of a slice
+
 
 def draw_figures(store: Folder, source: Folder, plan: StorePlan, config: PreprocessConfig) -> None:
     """Draw the store's figures; files that no longer exist are left out."""
@@ -46,52 +50,58 @@ def _before_and_after(
     for row in train.select(["label", "path", "frame", "sample_id"]).to_pylist():
         chosen.setdefault(row["label"] or "unlabelled", []).append(row)
     num_each = -(-_NUM_BEFORE_AFTER // len(chosen))
-    samples = []
-    for label, candidates in sorted(chosen.items()):
-        for row in candidates[:num_each]:
-            before = _decode(source, row["path"], row["frame"], config)
-            if before is not None:
-                samples.append((label, before, row["sample_id"]))
-    del samples[_NUM_BEFORE_AFTER:]
-    names = [identity for _, _, identity in samples]
+    rows = [(label, row) for label, found in sorted(chosen.items()) for row in found[:num_each]]
+    originals = _decoded(source, [_place(row) for _, row in rows], config)
+    rows = [(label, row) for label, row in rows if _place(row) in originals][:_NUM_BEFORE_AFTER]
+    names = [row["sample_id"] for _, row in rows]
     stored = ImageStore(store, {}).images(names, TRAIN, config.image_size)
     return [
-        (label, before, after[0]) for (label, before, _), after in zip(samples, stored, strict=True)
+        (label, originals[_place(row)], after[0])
+        for (label, row), after in zip(rows, stored, strict=True)
     ]
 
 
 def _stripped(source: Folder, rows: pa.Table, config: PreprocessConfig) -> list[StrippedSlice]:
-    decoded = [
-        _decode(source, row["path"], row["frame"], config)
-        for row in rows.select(["path", "frame"]).to_pylist()
-    ]
-    return [strip(image, config) for image in decoded if image is not None]
+    places = [_place(row) for row in rows.select(["path", "frame"]).to_pylist()]
+    decoded = _decoded(source, places, config)
+    return [strip(decoded[place], config) for place in places if place in decoded]
 
 
 def _pairs(
     source: Folder, across_splits: dict[str, list[dict[str, Any]]], config: PreprocessConfig
 ) -> list[SlicePair]:
     """Test slices next to their duplicates in training, spread over each level's list."""
-    examples = []
+    chosen = []
     for level, found in across_splits.items():
         step = max(1, len(found) // _NUM_PAIRS_PER_LEVEL)
         for pair in found[::step][:_NUM_PAIRS_PER_LEVEL]:
-            tested = _decode(source, pair["path"], pair.get("frame", ""), config)
-            trained = _decode(source, pair["twin"], pair.get("twin_frame", ""), config)
-            if tested is not None and trained is not None:
-                title = f"{level}: {pair['kind']}, {pair['similarity']:.3f}"
-                examples.append(SlicePair(title, tested, trained))
-    return examples
+            title = f"{level}: {pair['kind']}, {pair['similarity']:.3f}"
+            chosen.append((title, _place(pair), _place(pair, "twin", "twin_frame")))
+    decoded = _decoded(source, [place for _, *places in chosen for place in places], config)
+    return [
+        SlicePair(title, decoded[tested], decoded[trained])
+        for title, tested, trained in chosen
+        if tested in decoded and trained in decoded
+    ]
 
 
-def _decode(
-    source: Folder, path: str, frame: str, config: PreprocessConfig
-) -> NDArray[np.uint8] | None:
-    try:
-        content = read_file(source, FoundFile(path, 0, 0))
-        for decoded in decode_file(content, decode_options(config, _ANY_SALT)):
-            if decoded.frame == frame:
-                return decoded.image
-    except RejectedImage:
-        pass
-    return None
+def _place(row: Mapping[str, Any], path: str = "path", frame: str = "frame") -> Place:
+    return row[path], row.get(frame, "")
+
+
+def _decoded(
+    source: Folder, places: Iterable[Place], config: PreprocessConfig
+) -> dict[Place, NDArray[np.uint8]]:
+    """The slices at these places, without those that no longer exist; reads each file once."""
+    wanted: defaultdict[str, set[str]] = defaultdict(set)
+    for path, frame in places:
+        wanted[path].add(frame)
+    found: dict[Place, NDArray[np.uint8]] = {}
+    for path, frames in wanted.items():
+        try:
+            content = read_file(source, FoundFile(path, 0, 0))
+            slices = decode_file(content, decode_options(config, _ANY_SALT))
+        except RejectedImage:
+            continue
+        found |= {(path, each.frame): each.image for each in slices if each.frame in frames}
+    return found

@@ -123,7 +123,8 @@ def _described(table: pa.Table, name: str, prefix: str) -> list[dict[str, Any]]:
 def _within(
     table: pa.Table, look: NDArray[np.int64], pairs: DuplicatePairs, split: str
 ) -> dict[str, list[dict[str, Any]]]:
-    """Slices of the split that are copies of an earlier slice of the same split, by level.
+    """Slices of the split that are copies of an earlier slice of the same split, by level, each in
+    the first level that applies.
 
     ``look``, (N,): rows with the same value have equal fingerprints.
     """
@@ -143,8 +144,11 @@ def _within(
         about = {"kind": KINDS[kind], "similarity": round(similarity, 6)}
         level = found["near" if kind == COPY else "turned"]
         level.setdefault(other, places[other] | twins[one] | about)
-    return {"exact": list(exact.values())} | {
-        name: [level[row] for row in sorted(level)] for name, level in found.items()
+    near, turned = found["near"], found["turned"]
+    return {
+        "exact": list(exact.values()),
+        "near": [near[row] for row in sorted(near)],
+        "turned": [turned[row] for row in sorted(turned.keys() - near.keys())],
     }
 
 

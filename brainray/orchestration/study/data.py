@@ -24,7 +24,7 @@ from brainray.orchestration.pretraining.features import (
     extract_features,
     weights_from,
 )
-from brainray.orchestration.seen import seen_by_weights, training_slices
+from brainray.orchestration.seen import all_seen, seen_by_weights, training_slices
 from brainray.orchestration.store import ImageStore
 from brainray.orchestration.study.grid import FITTED, Slices
 from brainray.schema import SEEN, SUBSETS, TEST, TRAIN, UNLABELLED
@@ -134,7 +134,7 @@ def _held_out(store: ImageStore, folder: Folder, seen_before: pa.Table) -> dict[
     if not folder.exists(name):
         index = store.index(thumbnails=True).sort_by(ROW_ORDER)
         test = index.filter(pc.equal(index["split"], TEST))
-        seen = pa.concat_tables([training_slices(store), seen_before])
+        seen = all_seen(training_slices(store), seen_before)
         found = ray.get(
             _expose.remote(Fingerprints.of(test), Fingerprints.of(seen), store.preprocess)
         )

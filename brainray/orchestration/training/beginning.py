@@ -13,7 +13,7 @@ from brainray.mri.split import draw_roles
 from brainray.orchestration.run import Run, lasting_settings, name_of_run, run_to_resume
 from brainray.orchestration.seen import (
     check_validation_is_new,
-    fingerprints_of_seen,
+    seen_by_run,
     seen_by_weights,
 )
 from brainray.orchestration.store import ImageStore
@@ -133,9 +133,9 @@ def _test_slices(store: ImageStore, run: Folder) -> pa.Table:
     )
     if test["label"].null_count == test.num_rows:
         test = test.slice(0, 0)  # nothing to score; use jobs/predict.py for these
-    seen = fingerprints_of_seen(run)
+    seen = seen_by_run(run)
     assert seen is not None, "written before"
-    exposed = exposure(Fingerprints.of(test), seen, store.preprocess)
+    exposed = exposure(Fingerprints.of(test), Fingerprints.of(seen), store.preprocess)
     test = test.select(["sample_id", "path", "frame", "label", "thumbnail", "split_group_id"])
     for name, flags in (("clean", exposed.clean), ("strict", exposed.strict)):
         test = test.append_column(name, pa.array(flags, pa.bool_()))
