@@ -169,6 +169,11 @@ class PreprocessConfig(_Section):
     to 16 files per task, with smaller tasks towards the end."""
 
 
+def validation_stride(fraction: float) -> int:
+    """The n of a validation part of one in n that is nearest to a fraction of at most a half."""
+    return round(1 / fraction)
+
+
 class SplitConfig(_Section):
     mode: Literal["official", "grouped", "purge"] = "official"
     """``official`` keeps the source's Training and Testing folders, or draws a split if it has
@@ -182,12 +187,24 @@ class SplitConfig(_Section):
     """Share of the labelled training slices whose label may be read, drawn when training starts. 1
     reads every available label."""
     validation_fraction: Annotated[float, Field(gt=0.0, le=0.5)] = 0.15
-    """Share of the label draw held out for choosing the epoch."""
+    """Share of the label draw held out for choosing the epoch: 1/n of its groups of slices, so that
+    .15 is one in seven."""
     validation: Literal["slice", "subject"] = "slice"
     """What is held out for validation. ``slice``: slices with their copies; other slices of the
     same subject may be trained on unless metadata gives the subject. ``subject``: whole subjects
     (given or estimated), otherwise used only by a warm-up without labels; closer to the performance
     on new subjects, but leaves less to train on."""
+
+    @field_validator("validation_fraction")
+    @classmethod
+    def _is_one_in_n(cls, fraction: float) -> float:
+        n = validation_stride(fraction)
+        if abs(1 / n - fraction) > 0.15 * fraction:
+            raise ValueError(
+                f"one group of slices in n is held out, and {fraction:g} is far from 1/{n} and "
+                f"1/{n + 1}: use {1 / n:.2g} or {1 / (n + 1):.2g}"
+            )
+        return fraction
 
 
 class EncoderConfig(_Section):

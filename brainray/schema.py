@@ -101,6 +101,7 @@ DUPLICATES = pa.schema(
         ("kind", pa.string()),  # copy | mirrored | rotated; null where linked through other slices
         ("duplicate_group_id", pa.string()),
         ("kept_path", pa.string()),  # the slice of the group that was kept or came first
+        ("kept_frame", pa.string()),
         ("removed", pa.bool_()),  # exact copies in training, and slices dropped by split.mode=purge
     ]
 )

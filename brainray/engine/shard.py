@@ -1,7 +1,5 @@
 """One rank's slices: on the training device if they fit, else in a file that is read ahead."""
 
-import os
-import tempfile
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
+
+from brainray.mri.row_file import RowFile
 
 _READ_AHEAD = 3  # batches: one in training, one ready, one being read
 
@@ -95,16 +95,13 @@ class StreamedImages:
         self.side = side
         self._num_images = num_images
         self._pins_memory = device.type == "cuda"
-        # Open for as long as this object lives.
-        self._file = tempfile.TemporaryFile(prefix="brainray-slices-")  # noqa: SIM115
-        self._num_bytes = side * side
-        os.truncate(self._file.fileno(), num_images * self._num_bytes)
+        self._rows = RowFile(side * side, np.uint8)
 
     def __len__(self) -> int:
         return self._num_images
 
     def put(self, row: int, image: NDArray[np.uint8]) -> None:
-        os.pwrite(self._file.fileno(), image.tobytes(), row * self._num_bytes)
+        self._rows[row] = image.reshape(-1)
 
     def batches(self, rows: Iterable[Tensor]) -> Iterator[Tensor]:
         waiting: deque[Future[Tensor]] = deque()
@@ -119,15 +116,8 @@ class StreamedImages:
                 yield self._to_device(waiting.popleft())
 
     def _read(self, index: Tensor) -> Tensor:
-        batch = torch.empty(
-            (len(index), 1, self.side, self.side), dtype=torch.uint8, pin_memory=self._pins_memory
-        )
-        flat = batch.numpy().reshape(len(index), self._num_bytes)
-        for place, row in enumerate(index.tolist()):
-            num_read = os.preadv(self._file.fileno(), [flat[place]], row * self._num_bytes)
-            if num_read != self._num_bytes:
-                raise OSError(f"the file of streamed slices is truncated at slice {row}")
-        return batch
+        batch = torch.from_numpy(self._rows[index.numpy()]).view(-1, 1, self.side, self.side)
+        return batch.pin_memory() if self._pins_memory else batch
 
     def _to_device(self, batch: Future[Tensor]) -> Tensor:
         return batch.result().to(self.device, non_blocking=True)

@@ -13,6 +13,7 @@ from itertools import accumulate
 import numpy as np
 from numpy.typing import NDArray
 
+from brainray.config import validation_stride
 from brainray.errors import DataError
 from brainray.schema import LABELLED, LEFT_OUT, UNLABELLED_ROLE, VALIDATION
 
@@ -101,7 +102,7 @@ def draw_roles(
     if not by_class:
         raise DataError("no labelled training slice: provide class folders or a labels table")
     kin = groups if kin is None else kin
-    validates = _kin_that_validate(by_class, kin, max(2, round(1 / validation_fraction)))
+    validates = _kin_that_validate(by_class, kin, validation_stride(validation_fraction))
     for name, members in by_class.items():
         kin_of = [kin[group.slices[0]] for group in members]
         if len(set(kin_of)) < 2:

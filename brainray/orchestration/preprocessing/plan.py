@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from brainray.config import Config, PreprocessConfig
 from brainray.errors import DataError
+from brainray.log import log
 from brainray.mri.duplicates import (
     COPY,
     KINDS,
@@ -73,6 +74,12 @@ def plan_store(
         before = earlier.splits()
         held_before = [before.get(identity) for identity in ids]
         splits = _drawn_splits(kept, labels, groups.split, generations, held_before, config)
+        num_moved = sum(old == TRAIN != new for old, new in zip(held_before, splits, strict=True))
+        if num_moved:
+            log(
+                f"note: {num_moved} slices move from training to test, because new slices show "
+                "that they are copies of test slices or of their subjects"
+            )
     else:
         splits = given
         # Copies are removed from training only: a published test set is not changed.
@@ -268,6 +275,7 @@ def _duplicates_table(
                     "level": level,
                     "kind": KINDS[COPY] if level == "exact" else kinds.get(ends),
                     "kept_path": rows[original]["path"],
+                    "kept_frame": rows[original]["frame"],
                     "removed": not kept[number],
                 }
             )
