@@ -169,11 +169,6 @@ class PreprocessConfig(_Section):
     to 16 files per task, with smaller tasks towards the end."""
 
 
-def validation_stride(fraction: float) -> int:
-    """The n of a validation part of one in n that is nearest to a fraction of at most a half."""
-    return round(1 / fraction)
-
-
 class SplitConfig(_Section):
     mode: Literal["official", "grouped", "purge"] = "official"
     """``official`` keeps the source's Training and Testing folders, or draws a split if it has
@@ -194,17 +189,6 @@ class SplitConfig(_Section):
     same subject may be trained on unless metadata gives the subject. ``subject``: whole subjects
     (given or estimated), otherwise used only by a warm-up without labels; closer to the performance
     on new subjects, but leaves less to train on."""
-
-    @field_validator("validation_fraction")
-    @classmethod
-    def _is_one_in_n(cls, fraction: float) -> float:
-        n = validation_stride(fraction)
-        if abs(1 / n - fraction) > 0.15 * fraction:
-            raise ValueError(
-                f"one group of slices in n is held out, and {fraction:g} is far from 1/{n} and "
-                f"1/{n + 1}: use {1 / n:.2g} or {1 / (n + 1):.2g}"
-            )
-        return fraction
 
 
 class EncoderConfig(_Section):
@@ -685,8 +669,8 @@ class Config(_Section):
     sources: dict[PlainName, Location] = {}
     """For a study: several folders of slices by name, instead of ``source``."""
     labels: Location | None = None
-    """CSV or Parquet table with columns ``path``, ``label`` and optionally ``split``, ``subject``.
-    """
+    """CSV or Parquet table with columns ``path``, ``label`` and optionally ``frame``, ``split``,
+    ``subject``."""
     seed: Count = 0
     """Seed of weights, batches, augmentation and clustering."""
     classes: ClassesConfig = ClassesConfig()

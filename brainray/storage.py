@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import io
 import json
 import os
 import uuid
@@ -19,6 +18,7 @@ from brainray.errors import ConfigError, DataError, StorageError
 
 _DISK_IS_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _REFUSED = ("ACCESS_DENIED", "NO_SUCH_BUCKET")  # by an object store; outages may be temporary
+_HAS_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS}  # a file system, such as exFAT or SMB
 _NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
 
 
@@ -170,10 +170,13 @@ class Folder:
         with self._friendly_write_errors(name):
             self.filesystem.create_dir(target.rpartition("/")[0], recursive=True)
             try:
-                descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
-                with os.fdopen(descriptor, "wb") as stream:
-                    stream.write(content)
-                os.link(temporary, target)  # unlike an exclusive open, never visible half-written
+                _write_new(temporary, content, mode)
+                try:
+                    os.link(temporary, target)  # never visible half-written
+                except OSError as error:
+                    if error.errno not in _HAS_NO_LINKS:
+                        raise
+                    _write_new(target, content, mode)
             except FileExistsError:
                 return False
             finally:
@@ -248,9 +251,13 @@ class Folder:
             writer.write_table(table)
 
     def write_csv(self, name: str, table: pa.Table) -> None:
-        content = io.BytesIO()
-        pa_csv.write_csv(table, content)
-        self.write_bytes(name, content.getvalue())
+        with self.csv_writer(name, table.schema) as writer:
+            writer.write_table(table)
+
+    @contextlib.contextmanager
+    def csv_writer(self, name: str, schema: pa.Schema) -> Iterator[pa_csv.CSVWriter]:
+        with self._new_file(name) as stream, pa_csv.CSVWriter(stream, schema) as writer:
+            yield writer
 
     @contextlib.contextmanager
     def table_writer(self, name: str, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
@@ -340,6 +347,13 @@ class Folder:
         if ".." in name.split("/") or name.startswith("/") or "\0" in name:
             raise DataError(f"{name!r} leads out of {self.uri}: use a relative name without '..'")
         return f"{self.path}/{name}" if name else self.path
+
+
+def _write_new(path: str, content: bytes, mode: int) -> None:
+    """Raises FileExistsError if there is such a file."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    with os.fdopen(descriptor, "wb") as stream:
+        stream.write(content)
 
 
 def _temporary(path: str) -> str:

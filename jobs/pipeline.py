@@ -35,8 +35,9 @@ def work(config: Config) -> JobResult:
     from brainray.report.results import results_markdown
 
     config = _on_own_store(config)
-    plan_workers(config.train, alive_nodes())  # refused before preprocessing if it cannot train
     existing = run_to_resume(config)
+    if existing is None or not existing.is_complete:
+        plan_workers(config.train, alive_nodes())  # refuse before preprocessing if it cannot train
     needed = None if existing is None else existing.info["data_hash"]
     preprocess(config.model_copy(update={"name": config.dataset}), data_hash=needed)
     trained = train(config)

@@ -31,7 +31,8 @@ if __name__ == "__main__":
             """
             Turn a folder of brain MRI slices into an image store under storage/datasets/NAME.
             The source contains Training/ and Testing/ class folders, class folders, or bare files;
-            or labels=FILE (CSV or Parquet: path, label, optional split, subject) gives the classes.
+            or labels=FILE (CSV or Parquet: path, label, optional frame, split, subject) gives the
+            classes.
 
             Example: python jobs/preprocess.py --set name=mri source=/data/brain-tumor-mri
             """,

@@ -207,6 +207,23 @@ def test_what_cannot_be_written_or_read_is_named(
             ask()
 
 
+def test_a_file_is_created_once_where_there_are_no_hard_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on exFAT and some network mounts."""
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    folder = Folder(tmp_path)
+    assert folder.create_file("a", b"first", mode=0o600)
+    assert not folder.create_file("a", b"second")
+    assert folder.read_bytes("a") == b"first"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o600
+
+
 class _Failing:
     """As a file system is to those without rights, which tests may have as root, or one away."""
 

@@ -13,7 +13,6 @@ from itertools import accumulate
 import numpy as np
 from numpy.typing import NDArray
 
-from brainray.config import validation_stride
 from brainray.errors import DataError
 from brainray.schema import LABELLED, LEFT_OUT, UNLABELLED_ROLE, VALIDATION
 
@@ -182,6 +181,11 @@ class _Group:
 class _Unplaced:
     slices: list[int]
     num_founders: int  # slices that were present when the group was first seen
+
+
+def validation_stride(fraction: float) -> int:
+    """The n of the validation part of one in n that is nearest to a fraction of at most a half."""
+    return round(1 / fraction)
 
 
 def _kin_that_validate(

@@ -15,7 +15,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -145,8 +145,7 @@ class _Lock:
     def _claim_new(self) -> bool:
         """Take the lock if nobody holds it; returns whether it was free."""
         if self._folder.local_path is not None:
-            with suppress(OSError):  # a mount without hard links
-                return self._folder.create_file(self._file, _encoded(self._mine))
+            return self._folder.create_file(self._file, _encoded(self._mine))
         if self._read() is not None:
             return False
         self._write(self._mine)

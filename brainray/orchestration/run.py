@@ -61,7 +61,11 @@ class Run:
     @property
     def settings(self) -> dict[str, Any]:
         """The settings that must not change when the run resumes, as nested sections."""
-        return with_defaults(_without_free(self.info["settings"]), lasting_settings(Config()))
+        saved = _without_free(self.info["settings"])
+        defaults = _without_free(Config().model_dump(mode="json"))
+        if "self_supervision" not in saved:  # of runs without a warm-up
+            del defaults["self_supervision"]
+        return with_defaults(saved, defaults)
 
     def saved_config(self) -> Config:
         """The config with which the run was created, without secrets."""

@@ -33,6 +33,8 @@ from brainray.orchestration.preprocessing.driver import with_progress
 from brainray.orchestration.preprocessing.grouping import group_strangers
 from brainray.orchestration.preprocessing.leakage import LEVELS, twins_of_test_slices
 from brainray.orchestration.preprocessing.preparation import (
+    CHANGED,
+    NOT_ASKED,
     preprocess_file,
     read_file,
     salt_id,
@@ -109,7 +111,11 @@ def _evaluate(
     )
     rows = _predict_files(files, config, predictor)
     check_frames(files, rows)
-    accepted, rejected = _by_usability(rows, config)
+    is_asked = pc.invert(pc.fill_null(pc.equal(rows["reason"], NOT_ASKED), False))
+    if num_others := rows.num_rows - pc.sum(is_asked).as_py():
+        log(f"left out: {num_others} slices without a class in files with labelled slices")
+        left_out[_WITHOUT_CLASS] += num_others
+    accepted, rejected = _by_usability(rows.filter(is_asked), config)
     known = groups_of_test_slices(predictor.run_folder)
     predictions, twins = _with_subsets(accepted, config, predictor, known)
     metrics = summarise(
@@ -215,7 +221,7 @@ def _updated(section: Section, other: Section, *names: str) -> Section:
 
 
 def _by_usability(rows: pa.Table, config: Config) -> tuple[pa.Table, pa.Table]:
-    """Predictions of labelled slices, and ``REJECTED`` rows of what could not be used."""
+    """Predictions, and ``REJECTED`` rows of what could not be used."""
     rejected = rows.filter(pc.is_valid(rows["reason"])).select(REJECTED.names).cast(REJECTED)
     accepted = rows.filter(pc.is_null(rows["reason"]))
     reasons = Counter(rejected["reason"].to_pylist()).most_common(3)
@@ -225,12 +231,7 @@ def _by_usability(rows: pa.Table, config: Config) -> tuple[pa.Table, pa.Table]:
         raise DataError(f"none of the {num_files} files in {config.source} is usable: {commonest}")
     if rejected.num_rows:
         log(f"{rejected.num_rows} files or slices could not be used: {commonest}")
-    labelled = accepted.filter(pc.is_valid(accepted["label"]))
-    if labelled.num_rows == 0:
-        raise DataError(f"none of the labelled slices in {config.source} is usable")
-    if num_others := accepted.num_rows - labelled.num_rows:
-        log(f"left out: {num_others} slices without a class in files with labelled slices")
-    return labelled, rejected
+    return accepted, rejected
 
 
 def _groups(
@@ -332,7 +333,9 @@ def _load_again(config: Config, predictor: Predictor, rows: pa.Table) -> NDArray
         file = FoundFile(path, 0, 0)
         parts = preprocess_file(read_file(source, file), file, predictor.preprocess, salt)
         slices |= {(path, part["frame"]): part for part in parts}
-    places = zip(rows["path"].to_pylist(), rows["frame"].to_pylist(), strict=True)
+    places = list(zip(rows["path"].to_pylist(), rows["frame"].to_pylist(), strict=True))
+    if any(slices.get(place, {}).get("image") is None for place in places):
+        raise RejectedImage(CHANGED)
     found = [slices[place] for place in places]
     columns = {name: [part[name] for part in found] for name in ("image", "height", "width")}
     return stored_pixels(pa.table(columns), predictor.checkpoint.image_size)

@@ -15,6 +15,7 @@ from brainray.errors import ConfigError, DataError
 from brainray.log import log
 from brainray.orchestration.prediction.inference import find_predictor, predicted_slices
 from brainray.orchestration.preprocessing.driver import with_progress
+from brainray.orchestration.preprocessing.labels_table import read_rows
 from brainray.orchestration.run import open_run
 from brainray.orchestration.store import ImageStore
 from brainray.schema import NEXT_LABELS, UNLABELLED_ROLE
@@ -51,12 +52,14 @@ def choose_next_labels(config: Config) -> NextLabels:
 
     Raises:
         ConfigError: no run given.
-        DataError: no such run or store, a modified store, or nothing unlabelled.
+        DataError: no such run or store, a modified store, nothing unlabelled, or labels filled in
+            in an earlier list.
         CheckpointError: the run has not finished an epoch, or has no such epoch.
     """
     if config.run is None:
         raise ConfigError("name the run to choose slices for: --set run=NAME")
     run = open_run(Folder(config.storage), config.run)
+    _check_nothing_is_filled_in(run.folder)
     predictor = find_predictor(config, "labelling", of_new_files=False)
     folder = Folder(config.storage) / layout.DATASETS / str(run.info["dataset"])
     store = ImageStore.open(folder, run.info["data_hash"])
@@ -101,3 +104,15 @@ def choose_next_labels(config: Config) -> NextLabels:
     metrics = {"num_unlabelled": float(pool.num_rows), "num_chosen": float(table.num_rows)}
     metrics |= {f"num_chosen/cluster {k}": float(count) for k, count in sorted(counts.items())}
     return NextLabels(run.folder, table, metrics)
+
+
+def _check_nothing_is_filled_in(run: Folder) -> None:
+    """Raises DataError if the list of an earlier call has labels, which would be lost."""
+    if not run.exists(layout.NEXT_LABELS):
+        return
+    filled = [row for row in read_rows(run / layout.NEXT_LABELS) if row["label"] is not None]
+    if filled:
+        raise DataError(
+            f"{run}/{layout.NEXT_LABELS} has {len(filled)} labels filled in: add these rows to "
+            "your labels table, then move or delete the file"
+        )

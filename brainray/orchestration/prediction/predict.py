@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -85,6 +84,7 @@ def _predict(config: Config, predictor: Predictor, folder: Folder) -> Prediction
     found, ignored = find_images(Folder(str(config.source)))
     _begin(config, predictor, folder)
     num_replaced = _forget_stale(folder, found)
+    folder.delete_file(layout.PREDICTED_CSV, missing_ok=True)  # made again at the end
     done = _done(folder)
     files = [SourceFile(file) for file in found if file.path not in done]
     log(
@@ -199,15 +199,20 @@ def _write_parts(
 
 
 def _finish(folder: Folder) -> Metrics:
-    """Write the parts' columns for spreadsheets, by path, and count their rows."""
-    parts = [folder.read_table(name, columns=_IN_CSV) for name in _parts(folder)]
-    rows = pa.concat_tables(parts).sort_by([("path", "ascending"), ("frame", "ascending")])
-    folder.write_csv(layout.PREDICTED_CSV, rows)
-    predicted = rows.filter(pc.is_null(rows["reason"]))
-    metrics: Metrics = {
-        "num_files": float(pc.count_distinct(rows["path"]).as_py()),
-        "num_predicted": float(predicted.num_rows),
-        "num_rejected": float(rows.num_rows - predicted.num_rows),
-    }
-    counts = sorted(Counter(predicted["class"].to_pylist()).items())
-    return metrics | {f"num_predicted/{name}": float(count) for name, count in counts}
+    """Write the parts' columns for spreadsheets, and count their rows; one part in memory at a
+    time.
+    """
+    metrics: Metrics = {"num_files": 0.0, "num_predicted": 0.0, "num_rejected": 0.0}
+    schema = pa.schema([PREDICTED_FILES.field(name) for name in _IN_CSV])
+    with folder.csv_writer(layout.PREDICTED_CSV, schema) as writer:
+        for name in _parts(folder):
+            part = folder.read_table(name, columns=_IN_CSV).replace_schema_metadata()
+            writer.write_table(part)
+            predicted = part.filter(pc.is_null(part["reason"]))
+            metrics["num_files"] += pc.count_distinct(part["path"]).as_py()
+            metrics["num_predicted"] += predicted.num_rows
+            metrics["num_rejected"] += part.num_rows - predicted.num_rows
+            for counted in pc.value_counts(predicted["class"]).to_pylist():
+                key = f"num_predicted/{counted['values']}"
+                metrics[key] = metrics.get(key, 0.0) + counted["counts"]
+    return metrics

@@ -30,7 +30,7 @@ from brainray.mri.row_file import RowFile
 from brainray.orchestration.lock import held
 from brainray.orchestration.preprocessing.earlier import LIGHT, Earlier, unchanged
 from brainray.orchestration.preprocessing.examples import draw_figures
-from brainray.orchestration.preprocessing.plan import plan_store
+from brainray.orchestration.preprocessing.plan import official_splits, plan_store
 from brainray.orchestration.preprocessing.preparation import (
     CHANGED,
     SALT_VARIABLE,
@@ -81,6 +81,7 @@ def preprocess(config: Config, *, data_hash: str | None = None) -> ImageStore:
     labels = None if config.labels is None else Folder(config.labels)
     reads_splits = config.split.mode != "grouped"
     listing = list_source(source, labels, config.classes.map, reads_splits=reads_splits)
+    official_splits(listing.files, config)  # refused before decoding, which takes most of the time
     salt = subject_salt(Folder(config.storage))
     fingerprint = listing.fingerprint(salt)
     drawn = config.split.mode == "grouped" or not any(file.split for file in listing.files)
@@ -91,6 +92,7 @@ def preprocess(config: Config, *, data_hash: str | None = None) -> ImageStore:
         if previous is not None and is_same and not _may_change(previous):
             log(f"image store {target}: up to date (same settings and files), reusing it")
             return previous
+        _check_source(previous, listing, config)
         log(f"preprocessing {len(listing.files)} files of {source}{listing.remarks}")
         with target.rebuilt(layout.MANIFEST) as building:
             about = {"listing": fingerprint, "subject_salt": salt_id(salt), **settings}
@@ -200,6 +202,25 @@ def _previous_store(target: Folder, settings: dict[str, Any]) -> ImageStore | No
             "choose another name or delete it"
         )
     return store
+
+
+def _check_source(previous: ImageStore | None, listing: Listing, config: Config) -> None:
+    """Check that a folder in another place has most of the files that a store was made from.
+
+    Raises:
+        DataError: it has not, so it is another source, with which the store would be replaced.
+    """
+    if previous is None or previous.manifest["source"] == config.source:
+        return
+    told = previous.folder.read_table(layout.FILES, columns=["path", "num_bytes"])
+    before = {(row["path"], row["num_bytes"]) for row in told.to_pylist()}
+    num_found = len(before & {(file.path, file.num_bytes) for file in listing.files})
+    if 2 * num_found < len(before):
+        raise DataError(
+            f"the image store {previous.folder} was made from {previous.manifest['source']}, and "
+            f"{config.source} has {num_found} of its {len(before)} files: choose another name with "
+            "--set name=NAME, or delete the store"
+        )
 
 
 def _check_salt(previous: ImageStore | None, earlier: Earlier, salt: str) -> None:

@@ -75,7 +75,7 @@ def read_labels_table(
     known = {nfc(place): place for place in places} | {place: place for place in places}
     said: dict[str, FileMetadata] = {}
     unknown: list[str] = []
-    for row in _read_rows(labels):
+    for row in read_rows(labels):
         told = str(row["path"] or "").replace("\\", "/").removeprefix("./")
         spellings = (told, told.strip(), nfc(told.strip()), nfc(told.strip()).rstrip("/"))
         path = next((known[spelling] for spelling in spellings if spelling in known), None)
@@ -134,7 +134,12 @@ def _folders_of(path: str) -> list[str]:
     return ["/".join(folders[:end]) for end in range(len(folders), 0, -1)]
 
 
-def _read_rows(labels: Folder) -> list[dict[str, Any]]:
+def read_rows(labels: Folder) -> list[dict[str, Any]]:
+    """The rows of a CSV or Parquet table that have any of its columns filled in.
+
+    Raises:
+        DataError: it cannot be read, or lacks a column.
+    """
     try:
         content = labels.parent.read_bytes(labels.path.rpartition("/")[2])  # name without escapes
         if labels.name.lower().endswith((".parquet", ".pq")):

@@ -27,7 +27,12 @@ from brainray.mri.split import draw_test
 from brainray.orchestration.preprocessing.earlier import FILES, Earlier
 from brainray.orchestration.preprocessing.grouping import SliceGroups, group_slices
 from brainray.orchestration.preprocessing.leakage import leakage_report
-from brainray.orchestration.preprocessing.source import Listing, check_frames, renaming_advice
+from brainray.orchestration.preprocessing.source import (
+    Listing,
+    SourceFile,
+    check_frames,
+    renaming_advice,
+)
 from brainray.orchestration.store import count_by_split_and_class, versions_of
 from brainray.schema import DUPLICATES, IMAGE_STORE, TEST, TRAIN
 
@@ -57,17 +62,17 @@ def plan_store(
     """
     accepted = slices.filter(pc.is_null(slices["reason"]))
     _check_rejections(slices, len(listing.files), config)
+    check_frames(listing.files, slices)
     looks = SelectedRows(fingerprints, accepted["fingerprint"].to_numpy())
     groups = group_slices(accepted, looks, listing, config, earlier)
     said = {file.path: file for file in listing.files}
-    check_frames(listing.files, slices)
     files = [said[path] for path in accepted["path"].to_pylist()]
     frames = accepted["frame"].to_pylist()
     labels = [file.label_of(frame) for file, frame in zip(files, frames, strict=True)]
     ids = accepted["sample_id"].to_pylist()
     born = earlier.generations()
     generations = [born.get(identity, earlier.generation) for identity in ids]
-    given = _official_splits([file.split for file in files], accepted, config)
+    given = official_splits(files, config)
     first_copy = _first_copies(ids, given, labels)
     kept = np.array([copy is None for copy in first_copy], dtype=np.bool_)
     if given is None:
@@ -126,10 +131,13 @@ def _check_rejections(slices: pa.Table, num_files: int, config: Config) -> None:
         )
 
 
-def _official_splits(
-    given: list[str | None], accepted: pa.Table, config: Config
-) -> list[str] | None:
-    """The source's own split of every slice, or None if the split must be drawn."""
+def official_splits(files: Sequence[SourceFile], config: Config) -> list[str] | None:
+    """The source's own split for each file, or None if the split must be drawn.
+
+    Raises:
+        DataError: the source does not have the splits that the settings need.
+    """
+    given = [file.split for file in files]
     if config.split.mode == "purge" and TEST not in given:
         raise DataError(
             f"split.mode=purge needs a test split, but {config.source} has none: add Training/ and "
@@ -138,7 +146,7 @@ def _official_splits(
     if config.split.mode == "grouped" or not any(given):
         return None
     if None in given:
-        path = accepted["path"][given.index(None)].as_py()
+        path = files[given.index(None)].path
         raise DataError(
             f"{given.count(None)} slices have no split, such as {path}: give every row of the "
             "labels table a split, or give none and set split.mode=grouped"

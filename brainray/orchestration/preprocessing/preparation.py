@@ -64,6 +64,8 @@ SALT_VARIABLE = "BRAINRAY_SALT"
 UNREADABLE = "unreadable file"
 CHANGED = "file changed while being read"
 
+NOT_ASKED = "without a class"  # of a slice in a file of which single slices are labelled
+
 _SALT_FILE = ".subject-salt"
 
 
@@ -108,6 +110,7 @@ def decode_to_predict(
 ) -> list[dict[str, Any]]:
     """``DECODED`` rows of a file, or a single row with the reason if it cannot be read.
 
+    If a table labels single slices of the file, the others have the reason `NOT_ASKED`.
     ``content`` returns the file's bytes or raises RejectedImage.
     """
     read = None
@@ -125,6 +128,8 @@ def decode_to_predict(
             "subject_id": subject,
             "subject_source": source,
         }
+        if asked.label_of_frame and row["frame"] and about["label"] is None:
+            about |= {"reason": NOT_ASKED, "detail": None, "image": None, "thumbnail": None}
         decoded.append(dict.fromkeys(DECODED.names) | row | about)
     return decoded
 

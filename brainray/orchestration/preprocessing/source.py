@@ -410,7 +410,9 @@ def check_frames(files: Iterable[SourceFile], slices: pa.Table) -> None:
         if not set(named[path]) & set(frames[path]):
             remedy = "it has a single slice, so leave its frame empty"
             if frames[path] != [""]:
-                remedy = f"its frames are such as {frames[path][0]!r} (preprocess.volume.axis)"
+                remedy = f"its frames are such as {frames[path][0]!r}"
+            if frames[path][0].startswith("volume="):
+                remedy += ", without empty slices (preprocess.volume.axis and min_foreground)"
             raise DataError(
                 f"the labels table names the frame {frame!r} of {path!r}, which has none of the "
                 f"frames named for it: {remedy}"

@@ -18,7 +18,12 @@ from brainray.orchestration.prediction.inference import find_predictor
 from brainray.orchestration.pretraining.driver import warm_up
 from brainray.orchestration.publish import Tracking, open_tracking
 from brainray.orchestration.resources import WorkerResources
-from brainray.orchestration.store import ImageStore, differing_settings, with_defaults
+from brainray.orchestration.store import (
+    ImageStore,
+    differing_settings,
+    store_to_train_on,
+    with_defaults,
+)
 from brainray.orchestration.sweep.follower import NUM_SHOWN, SweepFollower, trials_table
 from brainray.orchestration.sweep.trials import (
     Trial,
@@ -70,7 +75,8 @@ def sweep(config: Config) -> FinishedSweep:
             "several draws with jobs/train.py"
         )
     check_space(config)
-    base, store, workers = check_training(config)
+    base, store = store_to_train_on(config)
+    workers = check_training(base, store)
     # Each sweep has its own MLflow experiment.
     tracked = base.tracking.model_copy(update={"experiment": config.name})
     base = base.model_copy(update={"tracking": tracked})

@@ -9,7 +9,7 @@ from brainray.config_text import to_yaml
 from brainray.engine.recluster import check_num_clusters
 from brainray.errors import ClusteringError, ConfigError, DataError
 from brainray.mri.leakage import Fingerprints, exposure
-from brainray.mri.split import draw_roles
+from brainray.mri.split import draw_roles, validation_stride
 from brainray.orchestration.run import Run, lasting_settings, name_of_run, run_to_resume
 from brainray.orchestration.seen import (
     check_validation_is_new,
@@ -19,6 +19,8 @@ from brainray.orchestration.seen import (
 from brainray.orchestration.store import ImageStore
 from brainray.schema import LABELLED, SEEN, TEST, TRAIN, UNLABELLED_ROLE, VALIDATION
 from brainray.storage import Folder
+
+_TOLERANCE = 0.15  # relative, of the validation share
 
 
 def begin_run(config: Config, store: ImageStore, num_workers: int) -> tuple[Run, bool]:
@@ -40,7 +42,8 @@ def begin_run(config: Config, store: ImageStore, num_workers: int) -> tuple[Run,
                 f"run {config.name!r} exists with other data ({info['dataset']}, hash "
                 f"{info['data_hash']}, now {store.data_hash}): choose another name"
             )
-        _check_ranks(info["num_slices"], num_workers)
+        if not existing.is_complete:
+            _check_ranks(info["num_slices"], num_workers)
         return existing, True
     folder = Folder(config.storage) / layout.RUNS / name_of_run(config)
     seen = _draw(config, store)
@@ -86,7 +89,17 @@ def _keep_records(store: Folder, kept: Folder) -> None:
         kept.write_bytes(name, store.read_bytes(name))
 
 
+def _check_validation_share(fraction: float) -> None:
+    n = validation_stride(fraction)
+    if abs(1 / n - fraction) > _TOLERANCE * fraction:
+        raise ConfigError(
+            f"split.validation_fraction={fraction:g}: one group of slices in n is held out, and "
+            f"this is far from 1/{n} and 1/{n + 1}: use {1 / n:.2g} or {1 / (n + 1):.2g}"
+        )
+
+
 def _draw(config: Config, store: ImageStore) -> pa.Table:
+    _check_validation_share(config.split.validation_fraction)
     index = store.index(thumbnails=True)
     train = index.filter(pc.equal(index["split"], TRAIN))
     labels = train["label"].to_pylist()

@@ -31,7 +31,7 @@ from brainray.orchestration.reporting import (
     write_run_page,
 )
 from brainray.orchestration.resources import WorkerResources, alive_nodes, plan_workers
-from brainray.orchestration.run import Run, groups_of_test_slices, name_of_run
+from brainray.orchestration.run import Run, groups_of_test_slices, name_of_run, run_to_resume
 from brainray.orchestration.store import ImageStore, store_to_train_on
 from brainray.orchestration.training.beginning import begin_run
 from brainray.orchestration.training.provenance import record_submission
@@ -63,7 +63,7 @@ class Training:
     config: Config  # with the preprocessing and split of the store
     store: ImageStore
     run: Run
-    workers: WorkerResources
+    workers: WorkerResources | None  # None if the run is complete
 
 
 def train(config: Config) -> TrainedRun:
@@ -127,28 +127,37 @@ def begun_training(config: Config) -> Iterator[Training]:
         BrainrayError: settings or data with which training cannot start, or the run is in use by
             another job.
     """
-    config, store, workers = check_training(config)
+    config, store = store_to_train_on(config)
     with held(Folder(config.storage), layout.RUNS, name_of_run(config)):
-        run, resumed = begin_run(config, store, workers.num_workers)
+        existing, workers = run_to_resume(config), None
+        if existing is None or not existing.is_complete:
+            workers = check_training(config, store, has_epochs=_has_epochs(existing))
+        run, resumed = begin_run(config, store, 0 if workers is None else workers.num_workers)
         _log_beginning(run, resumed, config, store)
-        if not run.is_complete:
+        if workers is not None:
             record_submission(config, run, workers)
         yield Training(config, store, run, workers)
 
 
-def check_training(config: Config) -> tuple[Config, ImageStore, WorkerResources]:
-    """The config with the store's settings, the store, and the workers that will train.
+def check_training(
+    config: Config, store: ImageStore, *, has_epochs: bool = False
+) -> WorkerResources:
+    """The workers that will train on a store; after an epoch, starting weights are not needed.
 
     Raises:
-        BrainrayError: no such store, or settings that do not fit it or the Ray cluster.
+        BrainrayError: settings that do not fit the store or the Ray cluster.
     """
-    config, store = store_to_train_on(config)
     check_compared_runs(config, store.data_hash)
     workers = plan_workers(config.train, alive_nodes())
-    if config.encoder.weights not in WEIGHTS_OF_NO_SLICE:
+    if config.encoder.weights not in WEIGHTS_OF_NO_SLICE and not has_epochs:
         # Fail here within a second rather than on every worker after half a minute.
         build_encoder(config.encoder.name, config.encoder.weights, len(store.classes))
-    return config, store, workers
+    return workers
+
+
+def _has_epochs(run: Run | None) -> bool:
+    """Whether a run has a checkpoint of its own."""
+    return run is not None and bool(run.folder.read_json_lines(layout.METRICS))
 
 
 def fit(training: Training, callbacks: Sequence[Any] = ()) -> None:
@@ -162,6 +171,7 @@ def fit(training: Training, callbacks: Sequence[Any] = ()) -> None:
         ray.train.TrainingFailedError: workers were lost more often than ``train.max_failures``.
     """
     config, run, workers = training.config, training.run, training.workers
+    assert workers is not None, "a complete run is not trained"
     settings = {
         "config": config.without_secrets().model_dump(mode="json"),
         "run": str(run.folder),
@@ -180,7 +190,7 @@ def fit(training: Training, callbacks: Sequence[Any] = ()) -> None:
 
 def _start(training: Training) -> str | Mapping[str, Tensor]:
     """Starting weights of the encoder; not needed once an epoch has left a checkpoint."""
-    has_epochs = bool(training.run.folder.read_json_lines(layout.METRICS))
+    has_epochs = _has_epochs(training.run)
     return "random" if has_epochs else warm_up(training.config, training.store)
 
 
@@ -209,6 +219,7 @@ def complete_run(training: Training) -> None:
 def _about(training: Training) -> dict[str, str]:
     """How the run was made, for its report."""
     workers = training.workers
+    assert workers is not None, "a complete run has its record"
     kind = "GPU" if workers.use_gpu else "CPU"
     info = training.run.info
     encoder, learning = training.config.encoder, training.config.self_supervision

@@ -396,13 +396,17 @@ def test_an_evaluation_scores_the_slices_of_a_volume_that_have_a_class(
     rows = [f"1.nii,{frame(20)},glioma", f"1.nii,{frame(22)},notumor", f"1.nii,{frame(0)},notumor"]
     labels.write_text("\n".join(["path,frame,label", *rows]))
     config = config_of(trained, f"source={source}", f"labels={labels}", "name=heads")
-    predictions = evaluate(config).folder.read_table("predictions.parquet").to_pylist()
+    scored = evaluate(config)
+    predictions = scored.folder.read_table("predictions.parquet").to_pylist()
     told = [(row["path"], row["frame"], row["label"]) for row in predictions]
     assert told == [("1.nii", frame(20), "glioma"), ("1.nii", frame(22), "notumor")]
     said = "\n".join(logged(capsys))
     assert "left out: 1 without a class" in said
     assert "or that are empty: 1, such as frame 'volume=0/axial=0' of '1.nii'" in said
-    assert re.search(r"left out: \d+ slices without a class in files with labelled slices", said)
+    found = re.search(r"left out: (\d+) slices without a class in files with labelled", said)
+    assert found is not None
+    assert scored.metrics["num_without_class"] == 1 + int(found[1])
+    assert scored.metrics["num_rejected"] == 0
     labels.write_text("path,frame,label\n1.nii,axial=20,glioma\n")
     with pytest.raises(DataError, match="its frames are such as 'volume=0/axial="):
         evaluate(config)

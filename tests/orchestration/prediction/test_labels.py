@@ -40,6 +40,18 @@ def test_unlabelled_slices_are_ranked_and_the_list_stays_with_the_run(trained: T
     assert chosen.metrics["num_chosen"] == 12
 
 
+def test_labels_that_were_filled_in_are_not_overwritten(trained: TrainedRun) -> None:
+    storage = Path(str(trained.run.folder)).parents[1]
+    trained.run.folder.write_bytes(
+        "labels/next.csv", b"rank;path;label\n1;a.png;glioma\n2;b.png;\n"
+    )
+    try:
+        with pytest.raises(DataError, match=r"next\.csv has 1 labels filled in"):
+            choose_next_labels(tiny_config(storage, "run=two-ranks"))
+    finally:
+        trained.run.folder.delete_file("labels/next.csv")
+
+
 def test_what_has_nothing_to_label_is_named(trained: TrainedRun) -> None:
     storage = Path(str(trained.run.folder)).parents[1]
     with pytest.raises(ConfigError, match="name the run"):

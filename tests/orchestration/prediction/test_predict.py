@@ -119,7 +119,7 @@ def test_the_table_for_spreadsheets_has_every_row(prediction: Prediction) -> Non
     folder = Path(str(prediction.folder))
     with (folder / "_predictions.csv").open(newline="") as file:
         table = list(csv.DictReader(file))
-    assert [row["path"] for row in table] == sorted(rows_of(prediction))
+    assert sorted(row["path"] for row in table) == sorted(rows_of(prediction))
     for row in table:
         predicted = rows_of(prediction)[row["path"]]
         for name in ("class", "cluster_class", "reason"):

@@ -175,6 +175,17 @@ def test_slices_that_were_away_come_back_to_their_side_of_the_split(
     assert set(after.loc[away, "split"]) == {side}
 
 
+def test_a_store_is_not_replaced_by_one_of_another_source(source: Path, tmp_path: Path) -> None:
+    before = index(made(tmp_path / "a", source))
+    write_phantoms(
+        tmp_path / "others", num_training_per_class=3, num_testing_per_class=1, seed=9, size=64
+    )
+    with pytest.raises(DataError, match=r"others has 0 of its \d+ files: choose another name"):
+        made(tmp_path / "a", tmp_path / "others")
+    source.rename(tmp_path / "moved")
+    pd.testing.assert_frame_equal(index(made(tmp_path / "a", tmp_path / "moved")), before)
+
+
 def test_new_labels_need_no_decoding(source: Path, tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     bare.mkdir()

@@ -1,6 +1,7 @@
 """What a store will hold, decided from the light columns alone."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +18,7 @@ from brainray.orchestration.preprocessing.plan import (
     StorePlan,
     _check_classes,
     _first_copies,
-    _official_splits,
+    official_splits,
     plan_store,
 )
 from brainray.orchestration.preprocessing.source import FoundFile, Listing, SourceFile
@@ -146,9 +147,9 @@ def test_what_to_do_about_a_class_of_test_slices_alone_depends_on_who_held_them_
 
 def test_a_purge_needs_a_test_part_of_the_source() -> None:
     config = Config.model_validate({"split": {"mode": "purge"}, "source": "/data"})
-    rows = pa.table({"path": ["a", "b"]})
+    one, other = (SourceFile(FoundFile(name, 1, 1), "train") for name in ("a", "b"))
     with pytest.raises(
         DataError, match=r"split\.mode=purge needs a test split, but /data has none"
     ):
-        _official_splits(["train", "train"], rows, config)
-    assert _official_splits(["train", "test"], rows, config) == ["train", "test"]
+        official_splits([one, other], config)
+    assert official_splits([one, replace(other, split="test")], config) == ["train", "test"]

@@ -40,6 +40,7 @@ from brainray.orchestration.publish import _last_submission, config_to_track, pu
 from brainray.orchestration.reporting import against_control, comparable_control, report
 from brainray.orchestration.run import open_run
 from brainray.orchestration.store import ImageStore
+from brainray.orchestration.training import driver as training_driver
 from brainray.orchestration.training.beginning import begin_run
 from brainray.orchestration.training.driver import (
     TrainedRun,
@@ -731,6 +732,33 @@ def test_a_run_of_a_time_when_fewer_settings_were_free_goes_on(storage: Path) ->
     info["settings"]["train"]["cache_gib"] = 4.0
     run.folder.write_json("run.json", info)
     assert begin_run(config_of(storage, "earlier", "train.cache_gib=2"), store, 1)[1]
+
+
+def test_a_run_of_a_time_when_there_were_fewer_settings_goes_on(storage: Path) -> None:
+    store = ImageStore.open(Folder(storage) / "datasets" / "mri")
+    config = config_of(storage, "warmed-up-earlier", "encoder.pretext=contrastive")
+    run, _ = begin_run(config, store, 1)
+    info = run.folder.read_json("run.json")
+    del info["settings"]["self_supervision"]["positives"], info["settings"]["augment"]["bias_field"]
+    run.folder.write_json("run.json", info)
+    assert begin_run(config, store, 1)[1]
+
+
+def test_a_complete_run_needs_nothing_for_training(
+    storage: Path, trained: TrainedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as GPUs, which were needed when it was begun."""
+    monkeypatch.setattr(training_driver, "plan_workers", None)
+    config = config_of(storage, "two-ranks", "train.num_workers=2", "train.device=cuda")
+    with begun_training(config) as training:
+        assert training.run.is_complete
+
+
+def test_a_validation_share_is_one_in_n(storage: Path) -> None:
+    store = ImageStore.open(Folder(storage) / "datasets" / "mri")
+    with pytest.raises(ConfigError, match=r"far from 1/2 and 1/3: use 0\.5 or 0\.33"):
+        begin_run(config_of(storage, "share", "split.validation_fraction=0.4"), store, 1)
+    assert not (storage / "runs" / "share").exists()
 
 
 @pytest.mark.parametrize(
