@@ -303,8 +303,8 @@ def _log_beginning(run: Run, resumed: bool, config: Config, store: ImageStore) -
             )
         if UNLABELLED_ROLE not in num_slices and config.objective.name != "supervised":
             log(
-                f"note: no unlabelled slices: objective.name={config.objective.name} is made for "
-                "them; where all are labelled, objective.name=supervised has been more accurate"
+                "note: no unlabelled slices: the terms of "
+                f"objective.name={config.objective.name} that are for them are 0"
             )
         weights = config.encoder.weights
         if weights not in WEIGHTS_OF_NO_SLICE and not run.folder.exists(layout.SEEN_BEFORE):
