@@ -119,11 +119,15 @@ class ActorResources:
     num_cpus: int = 0
     num_gpus: int = 0
 
+    @property
+    def device(self) -> str:
+        return "cuda" if self.num_gpus else "cpu"
+
 
 def plan_actors(
     config: TrainConfig, nodes: Sequence[NodeResources], *, one_per_node: bool
-) -> tuple[str, ActorResources]:
-    """Device (chosen as for training) and resources of inference actors.
+) -> ActorResources:
+    """Resources of inference actors, on a device that is chosen as for training.
 
     There is one actor per GPU. Without GPUs, there is one per node, which leaves one CPU free, or
     one per CPU except one. If the Ray cluster has a single CPU, it is left to the reading tasks,
@@ -134,15 +138,15 @@ def plan_actors(
     """
     num_gpus = _num_gpus(nodes)
     if _use_gpus(config, num_gpus):
-        return "cuda", ActorResources(max(1, num_gpus), num_gpus=1)
+        return ActorResources(max(1, num_gpus), num_gpus=1)
     counts = [count for node in nodes if (count := int(node.get("CPU", 0))) > 0]
     if sum(counts) <= 1:
-        return "cpu", ActorResources(1)
+        return ActorResources(1)
     if one_per_node:
         num_cpus = max(1, min(counts) - 1)
         num_actors = min(len(counts), (sum(counts) - 1) // num_cpus)
-        return "cpu", ActorResources(num_actors, num_cpus)
-    return "cpu", ActorResources(sum(counts) - 1, num_cpus=1)
+        return ActorResources(num_actors, num_cpus)
+    return ActorResources(sum(counts) - 1, num_cpus=1)
 
 
 def blocks_on_actors(

@@ -8,9 +8,8 @@ import pyarrow.compute as pc
 
 from brainray import layout
 from brainray.config import WORKER_SETTINGS, Config, SplitConfig
-from brainray.config_text import parse_config, parse_yaml
+from brainray.config_text import differing_settings, parse_config, parse_yaml, with_defaults
 from brainray.errors import ConfigError, DataError
-from brainray.orchestration.store import differing_settings, with_defaults
 from brainray.storage import Folder
 
 _FREE_SECTIONS = {

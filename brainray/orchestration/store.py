@@ -1,6 +1,6 @@
 """The image store: written by preprocessing and read by all later stages."""
 
-from collections.abc import Collection, Container, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from brainray import layout
 from brainray.config import Config, PreprocessConfig, SplitConfig
+from brainray.config_text import differing_settings, with_defaults
 from brainray.errors import ConfigError, DataError
 from brainray.mri import decode, intracranial
 from brainray.mri.resize import stretch
@@ -144,19 +145,6 @@ class ImageStore:
         The store is read once, one row group in memory at a time.
         """
         missing = set(wanted)
-        for key, image in self._scan(wanted):
-            missing.discard(key)
-            yield key, stretch(image, side)
-        if missing:
-            raise DataError(
-                f"{self.folder}: {len(missing)} slices in the index are missing, such as "
-                f"{min(missing)[1]}; delete the store and preprocess again"
-            )
-
-    def _scan(
-        self, wanted: Container[tuple[str, str]]
-    ) -> Iterator[tuple[tuple[str, str], NDArray[np.uint8]]]:
-        """Each wanted (split, sample_id) with its slice (H, W) as stored."""
         folder = self.folder / layout.IMAGES
         for name in folder.names():
             with folder.open_table(name) as part:
@@ -169,7 +157,14 @@ class ImageStore:
                     group = part.read_row_group(number, columns=["height", "width", "image"])
                     for row, stored in zip(rows, group.take(rows).to_pylist(), strict=True):
                         pixels = np.frombuffer(stored["image"], dtype=np.uint8)
-                        yield keys[row], pixels.reshape(stored["height"], stored["width"])
+                        image = pixels.reshape(stored["height"], stored["width"])
+                        missing.discard(keys[row])
+                        yield keys[row], stretch(image, side)
+        if missing:
+            raise DataError(
+                f"{self.folder}: {len(missing)} slices in the index are missing, such as "
+                f"{min(missing)[1]}; delete the store and preprocess again"
+            )
 
 
 def settings_of(
@@ -265,33 +260,6 @@ def _difference(asked: BaseModel, made: dict[str, Any], prefix: str) -> str:
     told = asked.model_dump(mode="json", exclude_unset=True, include=set(made))
     made = {key: made[key] for key in told}
     return differing_settings(made, with_defaults(told, made), prefix)  # also within sections
-
-
-def with_defaults(stored: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """Settings saved by an earlier version, with newer settings at the given defaults."""
-    return defaults | {
-        key: with_defaults(value, defaults[key])
-        if isinstance(value, dict) and isinstance(defaults.get(key), dict)
-        else value
-        for key, value in stored.items()
-    }
-
-
-def differing_settings(stored: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> str:
-    """``preprocess.skull_strip: otsu here, none requested; ...`` for what differs, or empty."""
-    problems: list[str] = []
-    of_one_side: list[str] = []  # these follow from another difference, if there is one
-    for key in sorted(stored.keys() | wanted.keys()):
-        in_both = key in stored and key in wanted  # null differs from unset: a class map has nulls
-        here, asked = stored.get(key, "unset"), wanted.get(key, "unset")
-        if in_both and here == asked:
-            continue
-        if isinstance(here, dict) and isinstance(asked, dict):
-            problems.append(differing_settings(here, asked, f"{prefix}{key}."))
-        else:
-            told = problems if in_both else of_one_side
-            told.append(f"{prefix}{key}: {here} here, {asked} requested")
-    return "; ".join(problems or of_one_side)
 
 
 def count_by_split_and_class(index: pa.Table) -> dict[str, dict[str, int]]:

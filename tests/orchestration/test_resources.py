@@ -89,23 +89,24 @@ def test_the_number_of_workers_may_be_a_range() -> None:
 
 def actors(
     nodes: list[dict[str, float]], *, one_per_node: bool = True, **settings: object
-) -> tuple[str, ActorResources]:
+) -> ActorResources:
     config = TrainConfig.model_validate(settings)
     return plan_actors(config, nodes, one_per_node=one_per_node)
 
 
 def test_actors_leave_a_cpu_to_the_tasks_that_read() -> None:
-    assert actors([HEAD, HEAD]) == ("cpu", ActorResources(2, num_cpus=7))
-    assert actors([HEAD], one_per_node=False) == ("cpu", ActorResources(7, num_cpus=1))
-    assert actors([LAPTOP]) == ("cpu", ActorResources(1, num_cpus=1))
-    assert actors([{"CPU": 1.0}]) == ("cpu", ActorResources(1, num_cpus=0))
-    assert actors([{"CPU": 1.0}, {"CPU": 1.0}]) == ("cpu", ActorResources(1, num_cpus=1))
-    assert actors([{"CPU": 0.0}, HEAD]) == ("cpu", ActorResources(1, num_cpus=7))
+    assert actors([HEAD, HEAD]) == ActorResources(2, num_cpus=7)
+    assert actors([HEAD], one_per_node=False) == ActorResources(7, num_cpus=1)
+    assert actors([LAPTOP]) == ActorResources(1, num_cpus=1)
+    assert actors([{"CPU": 1.0}]) == ActorResources(1, num_cpus=0)
+    assert actors([{"CPU": 1.0}, {"CPU": 1.0}]) == ActorResources(1, num_cpus=1)
+    assert actors([{"CPU": 0.0}, HEAD]) == ActorResources(1, num_cpus=7)
 
 
 def test_actors_embed_where_training_would_train() -> None:
-    assert actors([HEAD, GPU_NODE, GPU_NODE]) == ("cuda", ActorResources(2, num_gpus=1))
-    assert actors([GPU_NODE], device="cpu") == ("cpu", ActorResources(1, num_cpus=7))
+    assert actors([HEAD, GPU_NODE, GPU_NODE]) == ActorResources(2, num_gpus=1)
+    assert actors([GPU_NODE], device="cpu") == ActorResources(1, num_cpus=7)
+    assert (ActorResources(1, num_gpus=1).device, ActorResources(1).device) == ("cuda", "cpu")
     with pytest.raises(ConfigError, match="no GPU"):
         actors([HEAD], device="cuda")
 

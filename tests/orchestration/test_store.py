@@ -7,9 +7,9 @@ import pyarrow as pa
 import pytest
 
 from brainray.config import PreprocessConfig
-from brainray.config_text import load_config, parse_config
+from brainray.config_text import differing_settings, load_config, parse_config
 from brainray.errors import ConfigError, DataError
-from brainray.orchestration.store import ImageStore, as_store_was_made, differing_settings
+from brainray.orchestration.store import ImageStore, as_store_was_made
 from brainray.storage import Folder
 
 SPLIT = {"mode": "grouped", "test_fraction": 0.25, "seed": 3}

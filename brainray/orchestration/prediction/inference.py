@@ -13,6 +13,7 @@ import torch
 
 from brainray import layout
 from brainray.config import Config, PreprocessConfig
+from brainray.config_text import differing_settings
 from brainray.engine.slice_model import SliceModel, use_all_threads
 from brainray.engine.state import Checkpoint, load_checkpoint
 from brainray.errors import CheckpointError, ConfigError
@@ -22,7 +23,7 @@ from brainray.orchestration.preprocessing.slice_tasks import TO_PREDICT, decode_
 from brainray.orchestration.preprocessing.source import SourceFile, files_of_tasks
 from brainray.orchestration.resources import alive_nodes, blocks_on_actors, plan_actors
 from brainray.orchestration.run import Run, open_run, read_run_info
-from brainray.orchestration.store import ImageStore, differing_settings, versions_of
+from brainray.orchestration.store import ImageStore, versions_of
 from brainray.storage import Folder
 
 _FILES_PER_TASK = 256  # the embedder waits for a complete task
@@ -196,12 +197,12 @@ def predicted_slices(
 
 def _embedded(slices: ray.data.Dataset, config: Config, predictor: Predictor) -> ray.data.Dataset:
     """Embed with an actor per GPU, or per node without one, which leaves a CPU for decoding."""
-    device, actors = plan_actors(config.train, alive_nodes(), one_per_node=True)
+    actors = plan_actors(config.train, alive_nodes(), one_per_node=True)
     arguments = {
         "folder": predictor.folder,
         "epoch": predictor.checkpoint.epoch,
         "precision": config.train.precision,
-        "device": device,
+        "device": actors.device,
     }
     # Ray Data fuses tasks with an actor of equal resources, as on two CPUs: files would then be
     # decoded between two batches instead of during them.

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 
 from brainray import layout
 from brainray.config import Config
+from brainray.config_text import differing_settings
 from brainray.engine.evaluate import Metrics
 from brainray.engine.slice_model import Reference
 from brainray.errors import ConfigError, DataError
@@ -32,7 +33,6 @@ from brainray.orchestration.preprocessing.source import (
     find_images,
     ignored_note,
 )
-from brainray.orchestration.store import differing_settings
 from brainray.schema import PREDICTED_FILES
 from brainray.storage import Folder
 
@@ -86,7 +86,7 @@ def _predict(config: Config, predictor: Predictor, folder: Folder) -> Prediction
     num_replaced = _forget_stale(folder, found)
     folder.delete_file(layout.PREDICTED_CSV, missing_ok=True)  # made again at the end
     done = _done(folder)
-    files = [SourceFile(file) for file in found if file.path not in done]
+    files = [SourceFile(file=file) for file in found if file.path not in done]
     log(
         f"predicting {len(found)} files with {predictor.folder} (epoch "
         f"{predictor.checkpoint.epoch})"

@@ -107,7 +107,7 @@ def _asked(request: dict[str, Any], number: int) -> tuple[SourceFile, Callable[[
         content = partial(_read, path)
     else:
         content = _nothing
-    return SourceFile(FoundFile(name, 0, 0)), content
+    return SourceFile(file=FoundFile(name, 0, 0)), content
 
 
 def _read(path: str) -> bytes:

@@ -23,6 +23,7 @@ import ray.data
 
 from brainray import layout
 from brainray.config import Config, PreprocessConfig, SplitConfig
+from brainray.config_text import differing_settings, with_defaults
 from brainray.errors import ConfigError, DataError
 from brainray.log import ProgressLines, log
 from brainray.mri.duplicates import thumbnail_matrix
@@ -45,13 +46,7 @@ from brainray.orchestration.preprocessing.source import (
     files_of_tasks,
     list_source,
 )
-from brainray.orchestration.store import (
-    ImageStore,
-    describe,
-    differing_settings,
-    settings_of,
-    with_defaults,
-)
+from brainray.orchestration.store import ImageStore, describe, settings_of
 from brainray.report.leakage_table import leakage_table
 from brainray.schema import IMAGE_STORE, REJECTED, THUMBNAIL_SIDE
 from brainray.storage import Folder

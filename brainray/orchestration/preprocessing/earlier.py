@@ -1,5 +1,6 @@
 """What an earlier preprocessing under the same name has left to continue from."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -73,11 +74,12 @@ class Earlier:
         told_of = kept.append_column("fingerprint", pa.array(numbers, pa.int64()))
         return told_of.select(LIGHT.names)
 
-    def previous(self, column: str) -> dict[str, str]:
-        """Values of a group column by sample_id."""
+    def of_slices(self, ids: Sequence[str], column: str) -> list[str | None]:
+        """Values of a group column for slices by sample_id; None for new ones."""
         accepted = self.files.filter(pc.is_valid(self.files["sample_id"]))
         names = zip(accepted["sample_id"].to_pylist(), accepted[column].to_pylist(), strict=True)
-        return {sample: name for sample, name in names if name is not None}
+        known = {sample: name for sample, name in names if name is not None}
+        return [known.get(identity) for identity in ids]
 
     def splits(self) -> dict[str, str]:
         """``train`` or ``test`` by sample_id, for all slices that this or an earlier store of the

@@ -61,7 +61,7 @@ def group_slices(
     ids = accepted["sample_id"].to_pylist()
 
     def named_as_before(groups: list[str], column: str) -> list[str]:
-        return keep_names(groups, _was(ids, earlier, column))
+        return keep_names(groups, earlier.of_slices(ids, column))
 
     pairs = _near_duplicates(accepted, looks, config.preprocess)
     near = pairs.of_kind(COPY)
@@ -121,11 +121,6 @@ def _near_duplicates(accepted: pa.Table, looks: Rows, config: PreprocessConfig) 
     )
 
 
-def _was(ids: list[str], earlier: Earlier, column: str) -> list[str | None]:
-    names = earlier.previous(column)
-    return [names.get(identity) for identity in ids]
-
-
 def _subjects(
     accepted: pa.Table,
     looks: Rows,
@@ -149,7 +144,7 @@ def _subjects(
             "subjects are estimated by image similarity among these slices only"
         )
     estimated = _estimated(nameless, ids, looks, copies, config.preprocess)
-    was, was_by = _was(ids, earlier, "subject_id"), _was(ids, earlier, "subject_source")
+    was, was_by = (earlier.of_slices(ids, name) for name in ("subject_id", "subject_source"))
     before = [was[row] if was_by[row] == ESTIMATED else None for row in nameless]
     joined = keep_names(list(estimated.values()), before)
     for row, old, new in zip(nameless, before, joined, strict=True):

@@ -4,7 +4,7 @@ import io
 import re
 import unicodedata
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any
 
@@ -32,29 +32,37 @@ _MISSING = ("", "NA", "N/A", "n/a", "<NA>", "NaN", "nan", "NULL", "null")  # of 
 
 @dataclass(frozen=True)
 class FileMetadata:
-    """What a table says of a file, or of all files in a folder."""
+    """What folders or a table say of a file, or of all files in a folder."""
 
     split: str | None = None  # train | test
     label: str | None = None
     subject: str | None = None
-    label_of_frame: Mapping[str, str] = field(default_factory=dict)
-    """Labels of single slices, by frame."""
+    label_of_frame: Mapping[str, str | None] = field(default_factory=dict)
+    """Labels of single slices in a volume or multi-frame file, by frame."""
+
+    def label_of(self, frame: str) -> str | None:
+        """Label of one of the file's slices."""
+        return self.label_of_frame.get(frame, self.label)
+
+    @property
+    def labels(self) -> set[str]:
+        """The different labels of the file's slices."""
+        return {label for label in (self.label, *self.label_of_frame.values()) if label is not None}
 
     def completed_by(self, other: "FileMetadata") -> "FileMetadata":
+        """Completed for the whole file, not for single slices."""
         return FileMetadata(
             self.split or other.split,
             self.label or other.label,
             self.subject or other.subject,
-            {**other.label_of_frame, **self.label_of_frame},
+            self.label_of_frame,
         )
 
     def contradicted_by(self, other: "FileMetadata") -> str | None:
-        """The first column in which both have a value, but not the same one."""
+        """The first column in which both have a value for the whole file, but not the same one."""
         mine, theirs = self.completed_by(other), other.completed_by(self)
-        for column in ("split", "label", "subject"):
-            if getattr(mine, column) != getattr(theirs, column):
-                return column
-        return "label" if mine.label_of_frame != theirs.label_of_frame else None
+        columns = ("split", "label", "subject")
+        return next((c for c in columns if getattr(mine, c) != getattr(theirs, c)), None)
 
 
 def read_labels_table(
@@ -74,6 +82,7 @@ def read_labels_table(
     places = {folder for path in paths for folder in _folders_of(path)} | set(paths)
     known = {nfc(place): place for place in places} | {place: place for place in places}
     said: dict[str, FileMetadata] = {}
+    frames: dict[str, dict[str, str | None]] = {}
     unknown: list[str] = []
     for row in read_rows(labels):
         told = str(row["path"] or "").replace("\\", "/").removeprefix("./")
@@ -84,12 +93,18 @@ def read_labels_table(
         if path is None:
             unknown.append(told)
             continue
-        new = _metadata_of(row, path, labels, reads_splits)
-        before = said.get(path, FileMetadata())
-        if column := before.contradicted_by(new):
+        before, new = said.get(path, FileMetadata()), _metadata_of(row, path, labels, reads_splits)
+        frame, of_frame = _text(row.get("frame")), None
+        if frame is not None:
+            of_frame, new = new.label, replace(new, label=None)
+        contradicted = before.contradicted_by(new)
+        if of_frame is not None:
+            earlier = frames.setdefault(path, {}).setdefault(str(frame), of_frame)
+            contradicted = contradicted or ("label" if earlier != of_frame else None)
+        if contradicted:
             raise DataError(
-                f"labels={labels}: rows of {path!r} have different values in column {column!r}; "
-                "keep one of them"
+                f"labels={labels}: rows of {path!r} have different values in column "
+                f"{contradicted!r}; keep one of them"
             )
         said[path] = before.completed_by(new)
     if unknown:
@@ -99,7 +114,7 @@ def read_labels_table(
             f"folder with one{more}; paths must be relative to the source, and supported types are "
             f"{', '.join(SUFFIXES)}"
         )
-    of_folder = sorted(path for path in said.keys() - set(paths) if said[path].label_of_frame)
+    of_folder = sorted(frames.keys() - set(paths))
     if of_folder:
         raise DataError(
             f"labels={labels}: a row names a frame of {of_folder[0]!r}, which is a folder: give "
@@ -109,7 +124,8 @@ def read_labels_table(
     for path in paths:
         of_file = [said[place] for place in (path, *_folders_of(path)) if place in said]
         if of_file:
-            found[path] = reduce(FileMetadata.completed_by, of_file)
+            whole = reduce(FileMetadata.completed_by, of_file)
+            found[path] = replace(whole, label_of_frame=frames.get(path, {}))
     return found
 
 
@@ -119,12 +135,11 @@ def _metadata_of(
     split = _text(row.get("split")) if reads_splits else None
     if split is not None and split.lower() not in SPLIT_NAMES:
         raise DataError(f"labels={labels}: split {split!r} of {path!r} is neither train nor test")
-    subject, label, frame = (_text(row.get(name)) for name in ("subject", "label", "frame"))
+    subject = _text(row.get("subject"))
     return FileMetadata(
         split=None if split is None else SPLIT_NAMES[split.lower()],
-        label=label if frame is None else None,
+        label=_text(row.get("label")),
         subject=None if subject is None or names_nobody(subject) else subject,
-        label_of_frame={} if frame is None or label is None else {frame: label},
     )
 
 

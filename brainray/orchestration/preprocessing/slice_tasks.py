@@ -191,7 +191,7 @@ def decode_files(
     said = batch.select(["label", "subject", "label_of_frame"]).to_pylist(maps_as_pydicts="strict")
     rows = []
     for file, about, read in zip(files, said, _read_ahead(source, files), strict=True):
-        asked = SourceFile(file, **about)
+        asked = SourceFile(**about, file=file)
         rows += decode_to_predict(asked, read, preprocess, salt)
     return pa.Table.from_pylist(rows, schema=DECODED)
 

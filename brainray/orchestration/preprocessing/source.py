@@ -47,24 +47,10 @@ class FoundFile:
 
 
 @dataclass(frozen=True)
-class SourceFile:
-    """One file to preprocess, with its metadata from folders or a labels table."""
+class SourceFile(FileMetadata):
+    """A file to preprocess, with its metadata from folders or a labels table."""
 
-    file: FoundFile
-    split: str | None = None  # train | test, if given by the source
-    label: str | None = None
-    subject: str | None = None
-    label_of_frame: Mapping[str, str | None] = field(default_factory=dict)
-    """Labels of single slices in a volume or multi-frame file, by frame."""
-
-    def label_of(self, frame: str) -> str | None:
-        """Label of one of the file's slices."""
-        return self.label_of_frame.get(frame, self.label)
-
-    @property
-    def labels(self) -> set[str]:
-        """The different labels of the file's slices."""
-        return {label for label in (self.label, *self.label_of_frame.values()) if label is not None}
+    file: FoundFile = field(kw_only=True)
 
     @property
     def path(self) -> str:
@@ -341,7 +327,7 @@ def _from_folders(found: list[FoundFile]) -> list[SourceFile]:
         if folders and folders[0].lower() in SPLIT_NAMES:
             split = SPLIT_NAMES[folders.pop(0).lower()]
         label = nfc(folders[0].strip()) if folders else ""
-        files.append(SourceFile(file, split, label or None))
+        files.append(SourceFile(split, label or None, file=file))
     return files
 
 
@@ -374,7 +360,7 @@ def _from_table(found: list[FoundFile], labels: Folder, reads_splits: bool) -> l
     speaks_of_splits = any(row.split is not None for row in said.values())
     nothing = FileMetadata(split=TRAIN if speaks_of_splits else None)
     return [
-        SourceFile(file, row.split, row.label, row.subject, row.label_of_frame)
+        SourceFile(**vars(row), file=file)
         for file in found
         for row in [said.get(file.path, nothing)]
     ]

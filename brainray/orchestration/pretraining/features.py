@@ -231,7 +231,7 @@ def _write_parts(
     """Extract on actors and write Parquet; returns the number of rows."""
     images = store.folder / layout.IMAGES
     slices = ray.data.read_parquet(images.path, filesystem=images.filesystem)
-    device, actors = plan_actors(config.train, alive_nodes(), one_per_node=False)
+    actors = plan_actors(config.train, alive_nodes(), one_per_node=False)
     slices = slices.select_columns([*ROW, "height", "width", "image"])
     arguments = {
         "feature": feature.model_dump(mode="json"),
@@ -240,7 +240,7 @@ def _write_parts(
         "pixel_mean": store.pixel_mean,
         "pixel_std": store.pixel_std,
         "precision": config.train.precision,
-        "device": device,
+        "device": actors.device,
     }
     # Complete blocks: every run batches the same slices together.
     dataset = blocks_on_actors(slices, _Extractor, arguments, actors)

@@ -297,16 +297,16 @@ def _draw_feature_sets(results: StudyResults) -> tuple[list[str], dict[tuple[str
         ray.get(list(tasks.values()))
     files: list[str] = []
     advice: dict[tuple[str, str], Advice] = {}
-    for cell in shown:
-        drawn = folder.read_json(f"{_DRAWN}/{cell.dataset}-{cell.feature}.json")
-        files += drawn["figures"]
-        advice[cell.dataset, cell.feature] = drawn["advice"]
+    drawn = {
+        cell: folder.read_json(f"{_DRAWN}/{cell.dataset}-{cell.feature}.json") for cell in shown
+    }
+    for cell, of_set in drawn.items():
+        files += of_set["figures"]
+        advice[cell.dataset, cell.feature] = of_set["advice"]
     for dataset in results.sets:
         shares = {
-            cell.feature: np.asarray(
-                folder.read_json(f"{_DRAWN}/{dataset}-{cell.feature}.json")["explained"]
-            )
-            for cell in shown
+            cell.feature: np.asarray(of_set["explained"])
+            for cell, of_set in drawn.items()
             if cell.dataset == dataset
         }
         if shares:

@@ -8,7 +8,7 @@ from ray import tune
 
 from brainray import layout
 from brainray.config import Config
-from brainray.config_text import flatten, to_yaml
+from brainray.config_text import differing_settings, flatten, to_yaml, with_defaults
 from brainray.engine.evaluate import Metrics
 from brainray.errors import BrainrayError, ConfigError, DataError, TrackingError
 from brainray.log import log
@@ -18,12 +18,7 @@ from brainray.orchestration.prediction.inference import find_predictor
 from brainray.orchestration.pretraining.driver import warm_up
 from brainray.orchestration.publish import Tracking, open_tracking
 from brainray.orchestration.resources import WorkerResources
-from brainray.orchestration.store import (
-    ImageStore,
-    differing_settings,
-    store_to_train_on,
-    with_defaults,
-)
+from brainray.orchestration.store import ImageStore, store_to_train_on
 from brainray.orchestration.sweep.follower import NUM_SHOWN, SweepFollower, trials_table
 from brainray.orchestration.sweep.trials import (
     Trial,

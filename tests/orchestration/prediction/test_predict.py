@@ -79,7 +79,7 @@ def test_files_are_decoded_apart_from_the_actor_that_embeds(
     trained: TrainedRun, inbox: Path
 ) -> None:
     config = config_of(trained, inbox)
-    files = [SourceFile(file) for file in find_images(Folder(inbox))[0]]
+    files = [SourceFile(file=file) for file in find_images(Folder(inbox))[0]]
     blocks = predicted_blocks(files, config, find_predictor(config, "the test")).materialize()
     stages = blocks.stats()
     assert "MapBatches(decode_files)" in stages

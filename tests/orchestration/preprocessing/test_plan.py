@@ -37,7 +37,7 @@ def plan(test_label: str, headers: dict[int, str] | None = None) -> StorePlan:
         zip(["a", "a", "b", "b", test_label], [0, 1, 2, 3, 0], strict=True)
     ):
         found = FoundFile(f"{number}.jpg", 1, 1)
-        files.append(SourceFile(found, "train" if number < 4 else "test", label))
+        files.append(SourceFile("train" if number < 4 else "test", label, file=found))
         rows.append(
             dict.fromkeys(LIGHT.names)
             | {
@@ -147,7 +147,7 @@ def test_what_to_do_about_a_class_of_test_slices_alone_depends_on_who_held_them_
 
 def test_a_purge_needs_a_test_part_of_the_source() -> None:
     config = Config.model_validate({"split": {"mode": "purge"}, "source": "/data"})
-    one, other = (SourceFile(FoundFile(name, 1, 1), "train") for name in ("a", "b"))
+    one, other = (SourceFile("train", file=FoundFile(name, 1, 1)) for name in ("a", "b"))
     with pytest.raises(
         DataError, match=r"split\.mode=purge needs a test split, but /data has none"
     ):

@@ -159,7 +159,7 @@ def test_named_frames_are_compared_with_those_of_the_file(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     def check(there: list[str | None], **label_of_frame: str) -> None:
-        file = SourceFile(FoundFile("1.nii", 1, 1), label_of_frame=label_of_frame)
+        file = SourceFile(file=FoundFile("1.nii", 1, 1), label_of_frame=label_of_frame)
         rows = [{"path": "1.nii", "frame": f or "", "sample_id": f} for f in there]
         check_frames([file], pa.Table.from_pylist(rows))
 
