@@ -116,8 +116,10 @@ class StreamedImages:
                 yield self._to_device(waiting.popleft())
 
     def _read(self, index: Tensor) -> Tensor:
-        batch = torch.from_numpy(self._rows[index.numpy()]).view(-1, 1, self.side, self.side)
-        return batch.pin_memory() if self._pins_memory else batch
+        shape = (len(index), 1, self.side, self.side)
+        batch = torch.empty(shape, dtype=torch.uint8, pin_memory=self._pins_memory)
+        batch.numpy()[:] = self._rows[index.numpy()].reshape(shape)
+        return batch
 
     def _to_device(self, batch: Future[Tensor]) -> Tensor:
         return batch.result().to(self.device, non_blocking=True)

@@ -49,7 +49,7 @@ def draw_test(
         new.sort(key=lambda group: group.place)
         num_below = sum(group.place < fraction for group in new)
         at_least = int(not any(decided) and len(members) > 1)
-        at_most = len(new) - int(all(decided))
+        at_most = max(len(new) - int(all(decided)), 0)
         chosen = new[: min(num_below, at_most)]
         if not chosen and min(at_least, at_most):  # the first group may be half of a class
             chosen = [min(new, key=lambda group: (len(group.slices), group.place))]

@@ -345,3 +345,11 @@ def test_of_a_class_with_few_groups_the_smallest_is_held_out(seed: int) -> None:
     groups = [name for name, size in (("a", 80), ("b", 12), ("c", 8)) for _ in range(size)]
     held_out = draw_test(["rare"] * 100, groups, fraction=0.01, seed=seed)
     assert {groups[row] for row in np.flatnonzero(held_out)} == {"c"}
+
+
+def test_a_class_of_groups_that_were_all_held_out_stays_so() -> None:
+    """As the unlabelled slices, once the last training slice is labelled."""
+    labels, groups = [None, None, "a", "a"], ["p1", "p2", "p3", "p4"]
+    before = {"p1": True, "p2": True, "p3": False}
+    held_out = draw_test(labels, groups, before=before, fraction=0.5, seed=0)
+    assert held_out.tolist()[:3] == [True, True, False]
