@@ -183,7 +183,7 @@ class SplitConfig(_Section):
     reads every available label."""
     validation_fraction: Annotated[float, Field(gt=0.0, le=0.5)] = 0.15
     """Share of the label draw held out for choosing the epoch: 1/n of its groups of slices, so that
-    .15 is one in seven."""
+    .15 is one in seven. Shares that are far from 1/n are refused."""
     validation: Literal["slice", "subject"] = "slice"
     """What is held out for validation. ``slice``: slices with their copies; other slices of the
     same subject may be trained on unless metadata gives the subject. ``subject``: whole subjects

@@ -163,6 +163,8 @@ class Folder:
     def create_file(self, name: str, content: bytes, *, mode: int = 0o666) -> bool:
         """Create a file in a local or mounted folder; False if it exists, leaving it unchanged.
 
+        Where there are no hard links, it is visible for a moment before it is complete.
+
         ``mode``: its permissions, less the umask.
         """
         target = self._join(name)
@@ -352,8 +354,12 @@ class Folder:
 def _write_new(path: str, content: bytes, mode: int) -> None:
     """Raises FileExistsError if there is such a file."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-    with os.fdopen(descriptor, "wb") as stream:
-        stream.write(content)
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(content)
+    except BaseException:
+        Path(path).unlink()
+        raise
 
 
 def _temporary(path: str) -> str:

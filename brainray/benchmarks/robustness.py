@@ -1,6 +1,7 @@
 """Accuracy of a run and its control on test slices altered as if from other scanners."""
 
 from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import cv2
@@ -108,7 +109,8 @@ def _test_slices(
         files = [file for file in files if file.path in tested]
     elif any(file.split == TEST for file in files):
         files = [file for file in files if file.split == TEST]
-    files = [file for file in files if file.label in predictor.checkpoint.classes]
+    classes = set(predictor.checkpoint.classes)
+    files = [file for file in files if file.labels & classes]
     if options.quick:
         files = files[:: max(1, len(files) // NUM_QUICK)][:NUM_QUICK]
     slices = []
@@ -118,7 +120,10 @@ def _test_slices(
             decoded = decode_file(content, decode_options(predictor.preprocess, SALT))
         except RejectedImage:
             continue
-        slices += [(file, part.image) for part in decoded[:1]]
+        labelled = [part for part in decoded if file.label_of(part.frame) in classes]
+        for part in labelled[:1]:
+            label = file.label_of(part.frame)
+            slices.append((replace(file, label=label, label_of_frame={}), part.image))
     if not slices:
         raise DataError(
             f"{options.source} contains no slice of the run's classes: give a folder that does"

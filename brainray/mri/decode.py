@@ -246,6 +246,7 @@ def _tag(picture: Image.Image, tag: int, default: int = 0) -> int:
 
 def _upright(picture: Image.Image) -> Image.Image:
     """The picture as viewers show it, which is how it was labelled."""
+    picture.load()  # raises if it is damaged, and a PNG may store its orientation after its pixels
     try:
         return ImageOps.exif_transpose(picture)
     except Exception:  # Pillow may raise anything on invalid metadata

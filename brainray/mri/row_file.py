@@ -81,6 +81,7 @@ class RowFile:
 
     def __setitem__(self, row: int, value: NDArray[Any]) -> None:
         self._write(row, value[None])
+        self._num_rows = max(self._num_rows, row + 1)
 
     def _write(self, row: int, rows: NDArray[Any]) -> None:
         content = np.ascontiguousarray(rows, self.dtype).reshape(len(rows), self.width)

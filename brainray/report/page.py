@@ -414,6 +414,7 @@ def _evaluation_summary(metrics: Metrics, shown: str) -> list[str]:
 _LEFT_OUT = {
     "num_rejected": "rejected",
     "num_without_class": "without a class",
+    "num_slices_without_class": "slices without a class in other files",
     "num_outside_of_test": "outside the test split",
     "num_ignored_files": "of other types",
 }

@@ -111,7 +111,7 @@ def test_the_anchored_objective_adds_both_with_one_cross_entropy() -> None:
     assert set(both) == {"total", "ce", "consistency", "cluster", "anchor"}
 
 
-def test_the_control_is_cross_entropy_alone_with_as_many_images() -> None:
+def test_the_control_is_cross_entropy_alone() -> None:
     control = SupervisedObjective()
     empty = EncoderOutput(Z[:0], LOGITS[:0])
     terms = control.loss(OUTPUTS._replace(unlabelled=empty), TARGETS)

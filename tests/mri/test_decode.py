@@ -341,6 +341,18 @@ def test_every_truncation_of_a_jpeg_is_rejected_or_whole() -> None:
     assert decode_one(whole).shape == RAMP.shape
 
 
+@pytest.mark.parametrize(
+    ("file_format", "options"), [("PNG", {}), ("TIFF", {"compression": "tiff_adobe_deflate"})]
+)
+def test_a_changed_byte_of_compressed_pixels_is_noticed(
+    file_format: str, options: dict[str, str]
+) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, RAMP.shape).astype(np.uint8)
+    content = bytearray(encode(noise, file_format, **options))
+    content[len(content) // 2] ^= 0x10
+    assert reason_of(bytes(content)) == "corrupt or truncated"
+
+
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "TIFF", "BMP", "GIF"])
 def test_broken_bytes_are_decoded_or_rejected_and_nothing_else(file_format: str) -> None:
     original = encode(RAMP, file_format)

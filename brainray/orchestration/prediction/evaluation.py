@@ -112,9 +112,11 @@ def _evaluate(
     rows = _predict_files(files, config, predictor)
     check_frames(files, rows)
     is_asked = pc.invert(pc.fill_null(pc.equal(rows["reason"], NOT_ASKED), False))
-    if num_others := rows.num_rows - pc.sum(is_asked).as_py():
+    num_others = rows.num_rows - pc.sum(is_asked).as_py()
+    if num_others:
         log(f"left out: {num_others} slices without a class in files with labelled slices")
-        left_out[_WITHOUT_CLASS] += num_others
+    if num_others == rows.num_rows:
+        raise DataError(f"source={config.source}: no slice has a class to score")
     accepted, rejected = _by_usability(rows.filter(is_asked), config)
     known = groups_of_test_slices(predictor.run_folder)
     predictions, twins = _with_subsets(accepted, config, predictor, known)
@@ -133,6 +135,7 @@ def _evaluate(
         "num_ignored_files": float(listing.num_ignored),
         "num_outside_of_test": float(left_out[_OUTSIDE_OF_TEST]),
         "num_without_class": float(left_out[_WITHOUT_CLASS]),
+        "num_slices_without_class": float(num_others),
         "epoch": float(checkpoint.epoch),
     }
     if target.exists():

@@ -110,7 +110,7 @@ def _check_nothing_is_filled_in(run: Folder) -> None:
     """Raises DataError if the list of an earlier call has labels, which would be lost."""
     if not run.exists(layout.NEXT_LABELS):
         return
-    filled = [row for row in read_rows(run / layout.NEXT_LABELS) if row["label"] is not None]
+    filled = [row for row in read_rows(run / layout.NEXT_LABELS) if (row["label"] or "").strip()]
     if filled:
         raise DataError(
             f"{run}/{layout.NEXT_LABELS} has {len(filled)} labels filled in: add these rows to "

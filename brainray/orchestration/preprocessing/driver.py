@@ -76,7 +76,6 @@ def preprocess(config: Config, *, data_hash: str | None = None) -> ImageStore:
     labels = None if config.labels is None else Folder(config.labels)
     reads_splits = config.split.mode != "grouped"
     listing = list_source(source, labels, config.classes.map, reads_splits=reads_splits)
-    official_splits(listing.files, config)  # refused before decoding, which takes most of the time
     salt = subject_salt(Folder(config.storage))
     fingerprint = listing.fingerprint(salt)
     drawn = config.split.mode == "grouped" or not any(file.split for file in listing.files)
@@ -88,6 +87,9 @@ def preprocess(config: Config, *, data_hash: str | None = None) -> ImageStore:
             log(f"image store {target}: up to date (same settings and files), reusing it")
             return previous
         _check_source(previous, listing, config)
+        # Refused before decoding, which takes most of the time. Files without a split may turn out
+        # to be unusable.
+        official_splits([file for file in listing.files if file.split], config)
         log(f"preprocessing {len(listing.files)} files of {source}{listing.remarks}")
         with target.rebuilt(layout.MANIFEST) as building:
             about = {"listing": fingerprint, "subject_salt": salt_id(salt), **settings}

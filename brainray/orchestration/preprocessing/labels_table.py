@@ -37,7 +37,7 @@ class FileMetadata:
     split: str | None = None  # train | test
     label: str | None = None
     subject: str | None = None
-    label_of_frame: Mapping[str, str | None] = field(default_factory=dict)
+    label_of_frame: Mapping[str, str | None] = field(default_factory=dict, hash=False)
     """Labels of single slices in a volume or multi-frame file, by frame."""
 
     def label_of(self, frame: str) -> str | None:

@@ -82,8 +82,8 @@ def plan_store(
         num_moved = sum(old == TRAIN != new for old, new in zip(held_before, splits, strict=True))
         if num_moved:
             log(
-                f"note: {num_moved} slices move from training to test, because new slices show "
-                "that they are copies of test slices or of their subjects"
+                f"note: {num_moved} slices move from training to test, because new slices or "
+                "subjects connect them with test slices"
             )
     else:
         splits = given

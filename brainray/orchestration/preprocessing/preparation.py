@@ -64,9 +64,10 @@ SALT_VARIABLE = "BRAINRAY_SALT"
 UNREADABLE = "unreadable file"
 CHANGED = "file changed while being read"
 
-NOT_ASKED = "without a class"  # of a slice in a file of which single slices are labelled
+NOT_ASKED = "no class to score"  # of a slice in a file of which single slices are labelled
 
 _SALT_FILE = ".subject-salt"
+_MIN_SALT = 16  # characters
 
 
 def subject_salt(storage: Folder) -> bytes:
@@ -77,8 +78,8 @@ def subject_salt(storage: Folder) -> bytes:
     """
     given = os.environ.get(SALT_VARIABLE)
     if given is not None:
-        if len(given) < 16:
-            raise ConfigError(f"{SALT_VARIABLE} is too short: use at least 16 characters")
+        if len(given) < _MIN_SALT:
+            raise ConfigError(f"{SALT_VARIABLE} is too short: use at least {_MIN_SALT} characters")
         return given.encode()
     if not storage.exists(_SALT_FILE):
         secret = secrets.token_hex(32).encode()
@@ -86,7 +87,12 @@ def subject_salt(storage: Folder) -> bytes:
             storage.write_bytes(_SALT_FILE, secret)
         else:  # if two jobs start at once, only one creates it
             storage.create_file(_SALT_FILE, secret, mode=0o600)
-    return storage.read_bytes(_SALT_FILE)
+    salt = storage.read_bytes(_SALT_FILE)
+    if len(salt) < _MIN_SALT:
+        raise DataError(
+            f"{storage}/{_SALT_FILE} is incomplete: restore it, or delete it if no store was made"
+        )
+    return salt
 
 
 def salt_id(salt: bytes) -> str:

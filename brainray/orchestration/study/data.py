@@ -34,6 +34,9 @@ FeatureKey = tuple[str, str, int]
 """Data set, name in ``study.features``, and seed."""
 
 
+_COMPARISON = 2  # increased when `clean` or `strict` of the same slices may change
+
+
 @dataclass(frozen=True)
 class StudiedSet:
     """A data set of a study."""
@@ -126,6 +129,7 @@ def study_set(store: ImageStore, folder: Folder, seen_before: pa.Table) -> Studi
 def _held_out(store: ImageStore, folder: Folder, seen_before: pa.Table) -> dict[str, np.ndarray]:
     """Masks of the test slices, in ``ROW_ORDER``, in each subset; saved with the study."""
     depends_on = {
+        "comparison": _COMPARISON,
         "data_hash": store.data_hash,
         "listing": store.manifest["listing"],  # names of subjects
         "seen_before": seen_before["sample_id"].to_pylist(),

@@ -1,5 +1,7 @@
 """The beginning of a run: the labels drawn for it, and what it sees, saved in its folder."""
 
+import math
+
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -90,8 +92,8 @@ def _keep_records(store: Folder, kept: Folder) -> None:
 
 
 def _check_validation_share(fraction: float) -> None:
-    n = validation_stride(fraction)
-    if abs(1 / n - fraction) > _TOLERANCE * fraction:
+    if abs(1 / validation_stride(fraction) - fraction) > _TOLERANCE * fraction:
+        n = math.floor(1 / fraction)
         raise ConfigError(
             f"split.validation_fraction={fraction:g}: one group of slices in n is held out, and "
             f"this is far from 1/{n} and 1/{n + 1}: use {1 / n:.2g} or {1 / (n + 1):.2g}"

@@ -405,7 +405,8 @@ def test_an_evaluation_scores_the_slices_of_a_volume_that_have_a_class(
     assert "or that are empty: 1, such as frame 'volume=0/axial=0' of '1.nii'" in said
     found = re.search(r"left out: (\d+) slices without a class in files with labelled", said)
     assert found is not None
-    assert scored.metrics["num_without_class"] == 1 + int(found[1])
+    assert scored.metrics["num_without_class"] == 1
+    assert scored.metrics["num_slices_without_class"] == int(found[1])
     assert scored.metrics["num_rejected"] == 0
     labels.write_text("path,frame,label\n1.nii,axial=20,glioma\n")
     with pytest.raises(DataError, match="its frames are such as 'volume=0/axial="):
