@@ -52,7 +52,10 @@ def test_what_an_encoder_was_warmed_up_on_is_not_clean(
     run = Folder(tmp_path) / "runs" / "started"
     rows = seen_by_run(run)
     assert rows is not None
-    assert learned_on <= set(rows["sample_id"].to_pylist())
+    own = set(run.read_table("seen.parquet")["sample_id"].to_pylist())
+    elsewhere = rows.filter(rows["elsewhere"])["sample_id"].to_pylist()
+    assert set(elsewhere) == learned_on - own
+    assert set(rows["sample_id"].to_pylist()) == learned_on | own
     assert seen_by_weights("run:started", Folder(tmp_path)) == seen_by_weights(
         f"{run}/best/model.pt", Folder(tmp_path)
     )
