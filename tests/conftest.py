@@ -1,5 +1,6 @@
 """Fixtures that are slow to make are made once: a Ray cluster, phantom folders, a trained run."""
 
+import errno
 import os
 import re
 import signal
@@ -88,6 +89,16 @@ def ctrl_c() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def no_hard_links(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on exFAT and some network mounts."""
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
 
 
 def logged(capsys: pytest.CaptureFixture[str]) -> list[str]:

@@ -207,15 +207,8 @@ def test_what_cannot_be_written_or_read_is_named(
             ask()
 
 
-def test_a_file_is_created_once_where_there_are_no_hard_links(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As on exFAT and some network mounts."""
-
-    def refuse(*_: object) -> None:
-        raise PermissionError(errno.EPERM, "Operation not permitted")
-
-    monkeypatch.setattr(os, "link", refuse)
+@pytest.mark.usefixtures("no_hard_links")
+def test_a_file_is_created_once_where_there_are_no_hard_links(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
     assert folder.create_file("a", b"first", mode=0o600)
     assert not folder.create_file("a", b"second")

@@ -1,6 +1,5 @@
 """One job at a time on a name, seen by heartbeats and processes, never by clocks."""
 
-import errno
 import json
 import os
 import signal
@@ -66,13 +65,8 @@ def test_a_name_is_free_again_after_its_job(tmp_path: Path) -> None:
     take(tmp_path)
 
 
-def test_a_name_is_locked_where_there_are_no_hard_links(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: object) -> None:
-        raise PermissionError(errno.EPERM, "Operation not permitted")
-
-    monkeypatch.setattr(os, "link", refuse)
+@pytest.mark.usefixtures("no_hard_links")
+def test_a_name_is_locked_where_there_are_no_hard_links(tmp_path: Path) -> None:
     with (
         held(Folder(tmp_path), "runs", "first", QUICK),
         pytest.raises(ConfigError, match="another job"),

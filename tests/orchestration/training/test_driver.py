@@ -323,12 +323,17 @@ def test_a_control_that_was_drawn_otherwise_or_is_gone_is_said_and_left_out(
     )
 
 
+def copy_of(trained: TrainedRun, storage: Path, name: str) -> tuple[Path, dict[str, Any]]:
+    """Folder of a copied run, and its ``run.json``."""
+    folder = storage / "runs" / name
+    shutil.copytree(str(trained.run.folder), folder)
+    return folder, json.loads((folder / "run.json").read_text())
+
+
 def test_a_report_shows_maps_as_long_as_the_store_has_the_test_slices(
     storage: Path, trained: TrainedRun, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = storage / "runs" / "updated"
-    shutil.copytree(str(trained.run.folder), folder)
-    info = json.loads((folder / "run.json").read_text())
+    folder, info = copy_of(trained, storage, "updated")
     changes: list[tuple[dict[str, object], bool]] = [
         ({"data_hash": "of before an update"}, True),
         ({"preprocess": info["preprocess"] | {"skull_strip": "none"}}, False),
@@ -347,9 +352,7 @@ def test_a_report_shows_maps_as_long_as_the_store_has_the_test_slices(
 def test_a_control_with_other_settings_is_compared_and_they_are_said(
     storage: Path, trained: TrainedRun, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = storage / "runs" / "shorter"
-    shutil.copytree(str(trained.run.folder), folder)
-    info = json.loads((folder / "run.json").read_text())
+    folder, info = copy_of(trained, storage, "shorter")
     info["settings"]["train"]["num_epochs"] = 1
     info["settings"]["objective"]["name"] = "supervised"
     info["settings"]["clustering"]["on_collapse"] = "warn"  # says nothing of what is learned
