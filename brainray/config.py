@@ -340,7 +340,8 @@ class ClusteringConfig(_Section):
     """A smaller mean squared distance of the normalised embeddings to their mean counts as a
     collapse."""
     on_collapse: Literal["stop", "reseed", "warn"] = "stop"
-    """``reseed`` refits the epoch's clusters from a new seed and stops if that does not help;
+    """``reseed`` refits the epoch's clusters without those of the last epoch (K-means from a new
+    seed, or with anchors from the class means) and stops if that does not help;
     ``warn`` logs the collapse and continues if clusters could be fitted at all."""
 
 
@@ -380,8 +381,8 @@ class TrainConfig(_Section):
     """AdamW's decoupled weight decay."""
     ema_decay: BelowOne = 0.0
     """Decay of the exponential moving average of the weights that is used for embedding, evaluation
-    and checkpoints (its batch statistics are measured on slices, half of them augmented); 0 uses
-    the trained weights."""
+    and checkpoints (its batch statistics are measured on slices, half of them augmented like
+    the unlabelled ones); 0 uses the trained weights."""
     mixup_alpha: NonNegative = 0.0
     """Parameter of the Beta distribution for mixup of labelled slices and their labels; 0 disables
     mixup."""
@@ -717,8 +718,8 @@ class Config(_Section):
         objective = self.objective
         if objective.inherit_labels != "none" and objective.name in ("joint", "prototype"):
             raise ValueError(
-                f"objective.inherit_labels={objective.inherit_labels} has no effect with "
-                f"objective.name={objective.name}, which does not use pseudo-labels: use "
-                "consistency or anchored, or remove it"
+                f"objective.inherit_labels={objective.inherit_labels}: "
+                f"objective.name={objective.name} does not learn pseudo-labels; use consistency or "
+                "anchored, or remove it"
             )
         return self

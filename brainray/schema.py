@@ -110,6 +110,7 @@ SEEN = pa.schema(
     [
         ("sample_id", pa.string()),
         ("path", pa.string()),
+        ("frame", pa.string()),
         ("role", pa.string()),  # labelled | validation | unlabelled | left_out
         ("label", pa.string()),  # null unless the run may read it
         ("duplicate_group_id", pa.string()),

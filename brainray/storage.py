@@ -330,6 +330,7 @@ class Folder:
             building.replace(self, last)
         except BaseException:
             building.delete()
+            self.restore()
             raise
 
     def restore(self) -> None:

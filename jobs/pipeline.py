@@ -11,6 +11,7 @@ from brainray.orchestration.job import TRAINING_SECTIONS, JobResult, run_job
 def check(config: Config) -> None:
     from brainray.orchestration.run import run_to_resume
     from brainray.orchestration.store import check_sides
+    from brainray.orchestration.training.beginning import check_validation_share
 
     if config.evaluation.num_label_draws > 1:
         raise ConfigError(
@@ -18,7 +19,8 @@ def check(config: Config) -> None:
             "jobs/train.py on the pipeline's store for several label draws"
         )
     check_sides(config)
-    run_to_resume(_on_own_store(config))
+    if run_to_resume(_on_own_store(config)) is None:
+        check_validation_share(config.split.validation_fraction)
 
 
 def _on_own_store(config: Config) -> Config:

@@ -6,6 +6,7 @@ import pickle
 import resource
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -119,6 +120,26 @@ def test_a_folder_is_rebuilt_whole_or_not_at_all(tmp_path: Path) -> None:
     with folder.rebuilt("last") as building:
         building.write_bytes("last", b"3")
     assert folder.read_bytes("last") == b"3"
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+@pytest.mark.parametrize("is_moved", [False, True])
+def test_a_folder_stays_if_its_replacement_is_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_moved: bool
+) -> None:
+    folder = Folder(tmp_path) / "kept"
+    folder.write_bytes("last", b"1")
+    move_to = Folder.move_to
+
+    def interrupted(self: Folder, *arguments: Any) -> None:
+        if is_moved:
+            move_to(self, *arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Folder, "move_to", interrupted)
+    with pytest.raises(KeyboardInterrupt), folder.rebuilt("last") as building:
+        building.write_bytes("last", b"2")
+    assert folder.read_bytes("last") == (b"2" if is_moved else b"1")
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 

@@ -28,7 +28,6 @@ from brainray.orchestration.preprocessing.preparation import (
 )
 from brainray.orchestration.preprocessing.source import SourceFile, list_source
 from brainray.orchestration.run import open_run
-from brainray.orchestration.seen import seen_by_run
 from brainray.report.style import BLUE, ORANGE, new_figure, tidy
 from brainray.report.table import markdown_table
 from brainray.schema import PREDICTED_BY, TEST
@@ -138,7 +137,7 @@ def _clean(
 
     Slices other than the run's own (paths ``tested``) are from another collection.
     """
-    seen = seen_by_run(predictor.run_folder)
+    seen = predictor.seen()
     if seen is None:
         return set()
     rows = _decoded([(file, _png(image)) for file, image in slices], predictor)

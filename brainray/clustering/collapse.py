@@ -21,7 +21,7 @@ class ClusteringHealth:
     """Share of the rows, by responsibility, in the smallest cluster."""
     largest_share: float
     """The same for the largest cluster."""
-    mean_entropy: float
+    entropy: float
     """Mean entropy of gamma divided by log K: 0 if assignments are hard, 1 if they are uniform."""
     effective_rank: float
     """Number of dimensions that the embeddings use (Roy & Vetterli 2007)."""
@@ -60,7 +60,7 @@ def measure_health(
     return ClusteringHealth(
         smallest_share=float(shares.min()),
         largest_share=float(shares.max()),
-        mean_entropy=float(totals[-1]) / max_entropy if num_clusters > 1 else 0.0,
+        entropy=float(totals[-1]) / max_entropy if num_clusters > 1 else 0.0,
         effective_rank=effective_rank(z),
         spread=float(dist.sum_across_ranks(distances)) / num_rows,
         nmi_previous=float(normalized_mutual_info_score(before, now)),

@@ -1,7 +1,7 @@
 """Gaussian densities, and the sufficient statistics for estimating their parameters.
 
-Parameters and sums over rows are float64; products with rows are computed in the rows' dtype, one
-block at a time. Shapes of covariances and of the Cholesky factors of precisions (upper triangular
+Parameters and sums over blocks of rows are float64; within a block, sums and products are in the
+rows' dtype. Shapes of covariances and of the Cholesky factors of precisions (upper triangular
 U with U U^T = precision), as in scikit-learn:
 
     spherical (K,)   diag (K, D)   tied (D, D)   full (K, D, D)
@@ -57,7 +57,7 @@ class Scratch:
 
 @dataclass
 class SufficientStatistics:
-    """Sums over the rows for the M-step, all relative to one origin; float64.
+    """Sums over the rows for the M-step, all relative to one origin; float64 (see above).
 
     `squares` is sum_i gamma_ik x_i x_i^T, or the part of it that the covariance type needs:
     the diagonal (K, D) for "spherical" and "diag", the sum over k (D, D) for "tied".

@@ -37,7 +37,7 @@ class GaussianMixture(FittedModule):
     """Expectation maximisation (Bishop 2006, section 9.2) with scikit-learn's conventions.
 
     Rows are shifted by their mean and processed in blocks: products with rows are computed in
-    their dtype, sums over rows and parameters in float64. float32 rows are faster, but lose
+    their dtype, sums over blocks and parameters in float64. float32 rows are faster, but lose
     precision if components are much narrower than the distances between them. Each iteration has
     one collective, the sum of the sufficient statistics. A component that vanishes is moved to the
     row that the others explain worst, with their average covariance and weight 1 / K, and counted.

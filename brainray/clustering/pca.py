@@ -78,13 +78,6 @@ class PCA(FittedModule):
             coordinates[block] = (centered @ self.components_.T).to(x.dtype)
         return coordinates
 
-    @torch.no_grad()
-    def inverse_transform(self, coordinates: Tensor) -> Tensor:
-        """Rows (n, D) reconstructed from coordinates (n, k). Not collective."""
-        self._check_is_fitted()
-        rows = torch.addmm(self.mean_, coordinates.double(), self.components_)
-        return rows.to(coordinates.dtype)
-
 
 def _with_fixed_signs(components: Tensor) -> Tensor:
     magnitudes = components.abs()

@@ -2,11 +2,12 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import update_bn
@@ -53,7 +54,7 @@ class EpochResult:
     """Result of one pass of training."""
 
     losses: dict[str, float]  # mean of each term over all steps and ranks
-    data_wait_s: float  # time that this rank waited for batches
+    data_wait_s: float  # until batches were ready; on a CPU mostly their augmentation
 
 
 @dataclass(frozen=True)
@@ -71,10 +72,11 @@ def plan_epoch(
     """Plan one pass over the unlabelled slices of all ranks, or over the labelled ones if more.
 
     All objectives have the same number of steps and image passes; a control, which uses no
-    unlabelled slices, has as many more labelled ones. So has every objective if there are too few
-    unlabelled slices to fill a batch on every rank: these are clustered but not trained on, as
-    their pseudo-labels, aligned with the class mix of the labelled slices, would reflect that mix
-    more than the slices themselves.
+    unlabelled slices, has as many more labelled ones. So has every objective if there are fewer
+    unlabelled slices than a batch of one rank: these are clustered but not trained on, as their
+    pseudo-labels, aligned with the class mix of the labelled slices, would reflect that mix more
+    than the slices themselves. This does not depend on the number of ranks, unless there are more
+    of them than unlabelled slices.
 
     Args:
         objective: the loss.
@@ -83,12 +85,17 @@ def plan_epoch(
         batch: configured sizes of a step on one rank.
         num_ranks: number of ranks.
     """
-    fills_batches = num_unlabelled >= batch.unlabelled * num_ranks
-    uses_unlabelled = objective.uses_unlabelled and fills_batches
+    fills_a_batch = num_unlabelled >= max(batch.unlabelled, num_ranks)
+    is_mostly_unlabelled = num_unlabelled >= num_labelled
+    num_passed, of_step = (
+        (num_unlabelled, batch.unlabelled)
+        if is_mostly_unlabelled
+        else (num_labelled, batch.labelled)
+    )
     return EpochPlan(
-        num_steps=-(-max(num_labelled, num_unlabelled) // (batch.unlabelled * num_ranks)),
-        sizes=batch if uses_unlabelled else StepSizes(sum(batch), 0),
-        is_mostly_unlabelled=num_unlabelled >= num_labelled,
+        num_steps=-(-num_passed // (of_step * num_ranks)),
+        sizes=batch if objective.uses_unlabelled and fills_a_batch else StepSizes(sum(batch), 0),
+        is_mostly_unlabelled=is_mostly_unlabelled,
     )
 
 
@@ -202,7 +209,7 @@ def train_epoch(
     device = data.labelled.images.device
     model.train()
     watch = GradientWatch(model.parameters(), device)
-    losses = MeanLosses(device)
+    losses = MeanLosses()
     data_wait_s = 0.0
     batches = data.batches()
     optimizer.zero_grad(set_to_none=True)
@@ -213,7 +220,9 @@ def train_epoch(
         first_of_update = step - step % accumulation
         size_of_update = min(accumulation, data.num_steps - first_of_update)
         updates = step + 1 == first_of_update + size_of_update
-        with nullcontext() if updates else without_gradient_exchange(model):
+        # DDP exchanges gradients in the last batch of an update only.
+        exchanges = updates or not isinstance(model, DistributedDataParallel)
+        with nullcontext() if exchanges else model.no_sync():
             with autocast(device, precision):
                 output: EncoderOutput = model(batch.images)
             terms = batch.loss(objective, output)
@@ -231,13 +240,6 @@ def train_epoch(
     return EpochResult(losses.over_ranks(), data_wait_s)
 
 
-def without_gradient_exchange(model: nn.Module) -> AbstractContextManager[None]:
-    """Accumulate gradients on each rank without exchange; does nothing for a single rank."""
-    no_sync = getattr(model, "no_sync", None)
-    context: AbstractContextManager[None] = nullcontext() if no_sync is None else no_sync()
-    return context
-
-
 @torch.inference_mode()
 def embed(
     model: nn.Module,
@@ -252,13 +254,7 @@ def embed(
     outputs: list[EncoderOutput] = []
     with forward_passes(model, images.device, precision) as forward:
         for batch in images.batches(torch.arange(len(images)).split(batch_size)):
-            if len(batch) == 0:
-                break
             outputs += forward(scale.standardise(scale.to_unit(batch, side)))
-    if not outputs:  # a rank may have no slice of a role
-        probe = torch.zeros(1, 1, images.side, images.side, device=images.device)
-        output = model(probe.contiguous(memory_format=torch.channels_last))
-        return EncoderOutput(output.z[:0], output.logits[:0])
     return EncoderOutput(
         torch.cat([output.z for output in outputs]),
         torch.cat([output.logits for output in outputs]),
@@ -281,8 +277,8 @@ def measure_batch_statistics(
     Averaged weights have no statistics (Izmailov et al. 2018, section 3.2), and running ones are
     those of augmented slices only. As in Wu & Johnson 2021 ("Rethinking 'Batch' in BatchNorm",
     section 3), they are measured again, on a fixed sample of at most 2,048 slices. Half of each
-    batch is as in inference and half is augmented, which keeps the encoder robust to slices that
-    differ from these. With a single slice, which may have no variance, nothing changes.
+    batch is as in inference and half has the ``augmentation``, which keeps the encoder robust to
+    slices that differ from these. With a single slice, which may have no variance, nothing changes.
     """
     order = torch.randperm(len(images), generator=Generator().manual_seed(0))
     chosen = order[:_SLICES_FOR_STATISTICS]

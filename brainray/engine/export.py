@@ -45,14 +45,14 @@ class SliceNet(nn.Module):
         self.eval()
 
     def forward(self, images: Tensor) -> NetOutput:
-        features = self.encoder.backbone((images - self.mean) / self.std)
-        probabilities = self.encoder.head(features).softmax(dim=1)
-        z = nn.functional.normalize(features)
+        output = self.encoder((images - self.mean) / self.std)
         pca = self.clusters.pca
-        coordinates = (z.double() - pca.mean_) @ pca.components_.T
+        coordinates = (output.z.double() - pca.mean_) @ pca.components_.T
         log_joint = self.clusters.gmm.log_joint(coordinates)
         return NetOutput(
-            probabilities, log_joint.softmax(dim=1).float(), log_joint.logsumexp(dim=1).float()
+            output.logits.softmax(dim=1),
+            log_joint.softmax(dim=1).float(),
+            log_joint.logsumexp(dim=1).float(),
         )
 
 

@@ -11,16 +11,14 @@ from brainray import dist
 class MeanLosses:
     """Sums scalars on their device, because reading one per step would stall its queue."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._num_steps = 0
 
     def add(self, terms: Mapping[str, Tensor]) -> None:
         """Add the terms of a step; every step must have the same names."""
         for name, value in terms.items():
-            before = self._sums.get(name, torch.zeros((), device=self._device))
-            self._sums[name] = before + value.detach()
+            self._sums[name] = value.detach() + self._sums.get(name, 0.0)
         self._num_steps += 1
 
     def over_ranks(self) -> dict[str, float]:

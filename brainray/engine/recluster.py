@@ -45,17 +45,14 @@ class ClusterModel(nn.Module):
             "class_of_cluster", torch.zeros(config.num_clusters, dtype=torch.int64)
         )
 
-    @torch.no_grad()
     def coordinates(self, z: Tensor) -> Tensor:
         """(N, P) float32 coordinates of embeddings (N, E) in the space of the mixture."""
         return self.pca.transform(z)
 
-    @torch.no_grad()
     def responsibilities(self, z: Tensor) -> Tensor:
         """Responsibilities gamma (N, K) float32 of embeddings (N, E)."""
         return self.gmm.predict_proba(self.pca.transform(z.double())).float()
 
-    @torch.no_grad()
     def log_likelihood(self, z: Tensor) -> Tensor:
         """(N,) float32 log density of embeddings (N, E) under the mixture; low for outliers."""
         return self.gmm.score_samples(self.pca.transform(z.double())).float()
@@ -102,12 +99,12 @@ def recluster(
     Args:
         z: this rank's embeddings, (n, E) float32, of all training slices except validation.
         keys: (n,) int64, globally unique; they make the result independent of the sharding.
-        labels: (n,) int64, UNLABELLED if the label may not be read; only the others decide which
-            class a cluster is mapped to.
+        labels: (n,) int64, UNLABELLED if the label may not be read; the others decide which class a
+            cluster is mapped to, and as anchors, which clusters they may belong to.
         config: K, covariance type, PCA dimensions and limits.
         num_classes: C; 0 if there are no labels, and clusters are not mapped to classes.
         seed: of the initial seeding.
-        previous: mixture of the last epoch, whose centres initialise K-means.
+        previous: mixture of the last epoch, from whose centres the fit starts.
         previous_responsibilities: (n, K), of the last epoch, rows as in z.
 
     Raises:
@@ -118,16 +115,13 @@ def recluster(
     model = ClusterModel(config, z.shape[1]).to(z.device)
     wide = z.double()
     reduced = model.pca.fit(wide).transform(wide)
-    last_centers = last_classes = None
+    last = None
     if previous is not None:
-        last_centers = model.pca.transform(previous.centers.double())
-        last_classes = previous.class_of_cluster
+        last = model.pca.transform(previous.centers.double()), previous.class_of_cluster
     if config.anchors == "labelled":
-        start = _start_anchored(
-            reduced, keys, labels, config, num_classes, seed, last_centers, last_classes
-        )
+        start = _start_anchored(reduced, keys, labels, config, num_classes, seed, last)
     else:
-        start = _start_by_kmeans(reduced, keys, config, seed, last_centers)
+        start = _start_by_kmeans(reduced, keys, config, seed, None if last is None else last[0])
     model.gmm.fit(
         reduced,
         init_responsibilities=start.responsibilities,
@@ -229,20 +223,19 @@ def _start_anchored(
     config: ClusteringConfig,
     num_classes: int,
     seed: int,
-    last_centers: Tensor | None,
-    last_classes: Tensor | None,
+    last: tuple[Tensor, Tensor] | None,
 ) -> _Start:
     """Assign each slice to the nearest centre, and labelled slices to one of their class.
 
-    The centres (K, P) and their classes (K,) are those of the last epoch. In the first epoch they
-    are the class means or, with more clusters than classes, those of K-means. K-means does not
-    iterate afterwards, so that a cluster cannot drift from class to class.
+    The centres (K, P) and their classes (K,) are the ``last`` ones. In the first epoch, or if a
+    class has no cluster any more, they are the class means or, with more clusters than classes,
+    those of K-means. Otherwise K-means does not iterate, as it knows nothing of the classes.
     """
     readable = labels >= 0
     known = reduced[readable], labels[readable]
     kmeans = None
-    if last_centers is not None and last_classes is not None:
-        centers, class_of_cluster = last_centers, last_classes
+    if last is not None and len(last[1].unique()) == num_classes:
+        centers, class_of_cluster = last
     elif config.num_clusters == num_classes:
         centers = _class_means(*known, num_classes)
         class_of_cluster = torch.arange(num_classes, device=labels.device)

@@ -124,7 +124,7 @@ def pretext_epoch(
     # In one copy, because each copy to a GPU waits for its pending work.
     rows_on_device = torch.stack(rows_of_steps).to(device)
     groups_on_device = groups.numbers.to(device)
-    losses = MeanLosses(device)
+    losses = MeanLosses()
     for step, batch in enumerate(images.batches(rows_of_steps)):
         rows = rows_on_device[step]
         views = pretext.views(batch.float() / 255, groups_on_device[rows], generator)

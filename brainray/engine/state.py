@@ -181,8 +181,9 @@ def keep_as_best(run: Folder, epoch: int) -> None:
             best.write_bytes(name, folder.read_bytes(name))
 
 
-def newest_resumable(run: Folder) -> Resumable | None:
-    """The newest readable checkpoint of a run; those that cannot be read are logged.
+def newest_readable_epoch(run: Folder) -> int:
+    """Epoch of a run's newest readable checkpoint, 0 if it has none; those that cannot be read are
+    logged.
 
     Raises:
         CheckpointError: the run has finished epochs but no readable checkpoint.
@@ -190,18 +191,18 @@ def newest_resumable(run: Folder) -> Resumable | None:
     problems = []
     for epoch in reversed(_epochs_kept(run)):
         try:
-            found = load_resumable(run, epoch)
+            load_resumable(run, epoch)
         except CheckpointError as error:
             problems.append(str(error))
             log(f"{error}: trying the previous checkpoint")
         else:
-            return found
+            return epoch
     if run.read_json_lines(layout.METRICS):
         raise CheckpointError(
             f"no checkpoint of {run} can be read ({'; '.join(problems) or 'none exists'}): "
             "restore one from a backup or train under another name"
         )
-    return None
+    return 0
 
 
 def load_resumable(run: Folder, epoch: int) -> Resumable:

@@ -20,10 +20,5 @@ class AnchoredObjective:
 
     def loss(self, outputs: StepOutputs, targets: StepTargets) -> dict[str, Tensor]:
         terms = self.consistency.loss(outputs, targets)
-        prototype, anchor = self.prototype.clustering_terms(outputs, targets)
-        cluster = self.prototype.lambda_cluster * (targets.ramp * prototype + anchor)
-        return terms | {
-            "total": terms["total"] + cluster,
-            "cluster": prototype.detach(),
-            "anchor": anchor.detach(),
-        }
+        clustering = self.prototype.clustering(outputs, targets)
+        return terms | clustering | {"total": terms["total"] + clustering["total"]}

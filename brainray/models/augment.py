@@ -16,8 +16,8 @@ _BLUR_RADIUS = 4  # pixels
 def augment(images: Tensor, config: AugmentConfig, generator: Generator) -> Tensor:
     """Flip, rotate, zoom, shift, shade, blur etc. each slice independently.
 
-    Kinds with zero strength draw no random numbers, so that adding a kind does not change the
-    others. The policy ``none`` returns the slices unchanged.
+    Kinds other than METHOD A's draw no random numbers at zero strength, so that adding one does not
+    change the others. The policy ``none`` returns the slices unchanged.
 
     Args:
         images: (B, 1, H, W) float in [0, 1] on a black background.

@@ -27,22 +27,22 @@ class PrototypeObjective:
 
     def loss(self, outputs: StepOutputs, targets: StepTargets) -> dict[str, Tensor]:
         cross_entropy = F.cross_entropy(outputs.labelled.logits, targets.labels)
-        prototype, anchor = self.clustering_terms(outputs, targets)
-        total = cross_entropy + self.lambda_cluster * (targets.ramp * prototype + anchor)
-        return {
-            "total": total,
-            "ce": cross_entropy.detach(),
-            "cluster": prototype.detach(),
-            "anchor": anchor.detach(),
-        }
+        clustering = self.clustering(outputs, targets)
+        total = cross_entropy + clustering["total"]
+        return clustering | {"total": total, "ce": cross_entropy.detach()}
 
-    def clustering_terms(self, outputs: StepOutputs, targets: StepTargets) -> tuple[Tensor, Tensor]:
-        """(L_prototype, L_anchor)."""
+    def clustering(self, outputs: StepOutputs, targets: StepTargets) -> dict[str, Tensor]:
+        """The second summand of L as ``total``, with its terms."""
         log_near_labelled = log_nearness(outputs.labelled.z, targets.centers, self.temperature)
         anchor = anchor_loss(log_near_labelled, targets.labels, targets.class_of_cluster)
         log_near = log_nearness(outputs.unlabelled.z, targets.centers, self.temperature)
         each = -(targets.responsibilities * log_near).sum(dim=1)
-        return (targets.confidences * each).sum() / max(len(each), 1), anchor
+        prototype = (targets.confidences * each).sum() / max(len(each), 1)
+        return {
+            "total": self.lambda_cluster * (targets.ramp * prototype + anchor),
+            "cluster": prototype.detach(),
+            "anchor": anchor.detach(),
+        }
 
 
 def log_nearness(z: Tensor, centers: Tensor, temperature: float) -> Tensor:

@@ -55,9 +55,17 @@ def seen_by_weights(weights: str, storage: Folder) -> pa.Table | None:
 
 def _records(folder: Folder) -> tuple[pa.Table, pa.Table]:
     """``SEEN`` rows of a run, or of a self-supervised encoder, and of its starting weights."""
-    has_before = folder.exists(layout.SEEN_BEFORE)
-    before = folder.read_table(layout.SEEN_BEFORE) if has_before else SEEN.empty_table()
-    return folder.read_table(layout.SEEN), before
+    before = SEEN.empty_table()
+    if folder.exists(layout.SEEN_BEFORE):
+        before = _read(folder, layout.SEEN_BEFORE)
+    return _read(folder, layout.SEEN), before
+
+
+def _read(folder: Folder, name: str) -> pa.Table:
+    """``SEEN`` rows of a file; columns that an earlier version did not write are null."""
+    return pa.concat_tables(
+        [SEEN.empty_table(), folder.read_table(name)], promote_options="default"
+    )
 
 
 def training_slices(store: ImageStore) -> pa.Table:

@@ -16,7 +16,7 @@ from brainray.errors import ClusteringError
 HEALTHY = ClusteringHealth(
     smallest_share=0.1,
     largest_share=0.4,
-    mean_entropy=0.2,
+    entropy=0.2,
     effective_rank=12.0,
     spread=0.5,
     nmi_previous=1.0,
@@ -30,7 +30,7 @@ def test_health_by_hand() -> None:
     assert health.smallest_share == pytest.approx(0.5 / 4)
     assert health.largest_share == pytest.approx(3.5 / 4)
     # One row of four does not know at all between two clusters.
-    assert health.mean_entropy == pytest.approx(1 / 4)
+    assert health.entropy == pytest.approx(1 / 4)
     # Two directions at right angles: each at distance 1 / sqrt(2) from their mean.
     assert health.spread == pytest.approx(0.5)
     assert health.effective_rank == effective_rank(z)
@@ -41,7 +41,7 @@ def test_a_point_has_no_spread_and_one_cluster_no_entropy() -> None:
     health = measure_health(torch.full((30, 4), 3.0), torch.ones(30, 1), torch.ones(30, 1))
     assert health.spread == pytest.approx(0, abs=1e-12)
     assert health.effective_rank == 0
-    assert (health.mean_entropy, health.largest_share, health.nmi_previous) == (0, 1, 1)
+    assert (health.entropy, health.largest_share, health.nmi_previous) == (0, 1, 1)
 
 
 @pytest.mark.parametrize("num_previous", [1, 3, 5])

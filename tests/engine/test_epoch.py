@@ -72,10 +72,17 @@ def test_the_control_has_as_many_steps_and_images() -> None:
 
 def test_a_few_unlabelled_slices_do_not_make_an_epoch() -> None:
     """As of a data set that is labelled but for what nobody could tell."""
-    assert plan(3428, 0) == EpochPlan(54, StepSizes(96, 0), False)
-    assert plan(3428, 63) == EpochPlan(54, StepSizes(96, 0), False)
-    assert plan(3428, 64) == EpochPlan(54, StepSizes(32, 64), False)
-    assert plan(3428, 255, num_ranks=4) == EpochPlan(14, StepSizes(96, 0), False)
+    num_steps = math.ceil(3428 / 32)
+    assert plan(3428, 0) == EpochPlan(num_steps, StepSizes(96, 0), False)
+    assert plan(3428, 63) == EpochPlan(num_steps, StepSizes(96, 0), False)
+    assert plan(3428, 64) == EpochPlan(num_steps, StepSizes(32, 64), False)
+
+
+@pytest.mark.parametrize("num_unlabelled", [63, 64, 255])
+def test_the_number_of_ranks_does_not_change_the_loss(num_unlabelled: int) -> None:
+    one, four = (plan(3428, num_unlabelled, num_ranks=num_ranks) for num_ranks in (1, 4))
+    assert one.sizes == four.sizes
+    assert four.num_steps == math.ceil(3428 / (4 * 32))
 
 
 def train(

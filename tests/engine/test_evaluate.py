@@ -66,6 +66,7 @@ def seen() -> pa.Table:
             {
                 "sample_id": f"{number}",
                 "path": f"{number}",
+                "frame": "",
                 "role": role,
                 "label": label,
                 "duplicate_group_id": f"{number}",

@@ -125,6 +125,27 @@ def test_anchored_sub_types_stay_within_their_class() -> None:
     assert float((predicted == truth).double().mean()) > 0.98
 
 
+@pytest.mark.parametrize("num_clusters", [3, 5])
+def test_a_class_that_has_lost_its_clusters_gets_one_back(num_clusters: int) -> None:
+    z, truth = blobs()
+    labels = torch.where(torch.arange(300) < 30, truth, UNLABELLED)
+    before = fit(z, labels, anchored(num_clusters))
+    centers, classes = before.model.centers, before.model.class_of_cluster
+    kept = torch.nonzero(classes != 2).flatten()[:2]
+    # As if all of them had moved to the other two classes.
+    centers.copy_(centers[kept].repeat(3, 1)[:num_clusters])
+    classes.copy_(classes[kept].repeat(3)[:num_clusters])
+    after = fit(
+        z,
+        labels,
+        anchored(num_clusters),
+        previous=before.model,
+        previous_responsibilities=before.responsibilities,
+    )
+    predicted = after.model.class_of_cluster[after.responsibilities.argmax(dim=1)]
+    assert torch.equal(predicted, truth)
+
+
 def test_k_must_fit_classes_and_slices() -> None:
     with pytest.raises(ClusteringError, match="num_clusters=3 is below the number of classes"):
         check_num_clusters(3, 4, 100)

@@ -50,7 +50,6 @@ from brainray.orchestration.preprocessing.source import (
 )
 from brainray.orchestration.reporting import about_software, explain
 from brainray.orchestration.run import groups_of_test_slices
-from brainray.orchestration.seen import seen_by_run
 from brainray.report.evaluation_figures import draw_evaluation_figures
 from brainray.report.page import Explained, write_evaluation_page
 from brainray.schema import PREDICTIONS, REJECTED, TEST
@@ -119,10 +118,10 @@ def _evaluate(
         raise DataError(f"source={config.source}: no slice has a class to score")
     accepted, rejected = _by_usability(rows.filter(is_asked), config)
     known = groups_of_test_slices(predictor.run_folder)
-    predictions, twins = _with_subsets(accepted, config, predictor, known)
+    predictions, twins = _with_subsets(accepted, seen, config, predictor, known)
     metrics = summarise(
         predictions,
-        seen,
+        None if seen is None else seen.filter(pc.invert(seen["elsewhere"])),
         checkpoint.classes,
         checkpoint.clusters.class_of_cluster.numpy(),
         num_resamples=config.evaluation.bootstrap_resamples,
@@ -167,14 +166,17 @@ def _evaluate(
 
 
 def _with_subsets(
-    accepted: pa.Table, config: Config, predictor: Predictor, known: Mapping[str, str]
+    accepted: pa.Table,
+    seen: pa.Table | None,
+    config: Config,
+    predictor: Predictor,
+    known: Mapping[str, str],
 ) -> tuple[pa.Table, dict[str, list[dict[str, Any]]] | None]:
     """PREDICTIONS with the ``clean`` and ``strict`` columns filled; and, by level, the slices
     with a match in the run's data. None if there is no record of that data. Slices that are not
     ``known`` test slices of the run are from elsewhere.
     """
     predictions = accepted.select(PREDICTIONS.names).cast(PREDICTIONS)
-    seen = seen_by_run(predictor.run_folder)
     if seen is None:
         log(f"no record of what {predictor.folder} was trained on: no slice is marked as clean")
         return predictions, None

@@ -23,6 +23,7 @@ from brainray.orchestration.preprocessing.slice_tasks import TO_PREDICT, decode_
 from brainray.orchestration.preprocessing.source import SourceFile, files_of_tasks
 from brainray.orchestration.resources import alive_nodes, blocks_on_actors, plan_actors
 from brainray.orchestration.run import Run, open_run, read_run_info
+from brainray.orchestration.seen import seen_by_run
 from brainray.orchestration.store import ImageStore, versions_of
 from brainray.storage import Folder
 
@@ -49,10 +50,8 @@ class Predictor:
         return self.folder.read_table(layout.FITTED)
 
     def seen(self) -> pa.Table | None:
-        """``SEEN`` rows of the run's own slices; None for a checkpoint without its run."""
-        if not self.run_folder.exists(layout.SEEN):
-            return None
-        return self.run_folder.read_table(layout.SEEN)
+        """What the run and its starting weights saw (`seen_by_run`)."""
+        return seen_by_run(self.run_folder)
 
     def subject_salt(self) -> str | None:
         """Id of the salt with which the run's subjects are hashed; None if not recorded."""

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from brainray import layout
 from brainray.config import Config, FeatureConfig
+from brainray.engine.evaluate import matrix_of
 from brainray.engine.forward import forward_passes
 from brainray.engine.recipe import resolve_precision
 from brainray.engine.slice_model import stored_pixels
@@ -75,8 +76,7 @@ class FeatureStore:
             DataError: a feature is NaN or infinite, or all slices have the same features.
         """
         table = (self.folder / layout.PARTS).read_table("").sort_by(ROW_ORDER)
-        flat = table["features"].combine_chunks().flatten().to_numpy()
-        features = np.asarray(flat, dtype=np.float32).reshape(table.num_rows, -1)
+        features = matrix_of(table["features"])
         check_features(features, self.folder.uri)
         return table.select(ROW), features
 

@@ -38,7 +38,7 @@ from brainray.engine.shard import CachedImages, Images, sample_keys
 from brainray.engine.state import state_from_bytes, state_to_bytes
 from brainray.errors import BrainrayError, CheckpointError, DivergenceError
 from brainray.log import log
-from brainray.models.features import build_feature_encoder
+from brainray.models.features import build_feature_encoder, num_features
 from brainray.models.pretext import PretextModel
 from brainray.orchestration.ray_train import (
     configure_rank,
@@ -99,10 +99,7 @@ class _Learner:
             pixel_mean=store.pixel_mean,
             pixel_std=store.pixel_std,
         ).standardised_by(store.pixel_mean, store.pixel_std)
-        with torch.inference_mode():
-            side = feature.image_size
-            embedding_dim = encoder(torch.zeros(1, 1, side, side)).shape[1]
-        head = self.pretext.head(embedding_dim)
+        head = self.pretext.head(num_features(encoder, feature.image_size))
         learned_head = ray.get(settings["head"])
         if learned_head is not None:
             head.load_state_dict(learned_head)
@@ -208,7 +205,7 @@ class _Learner:
         )
 
     def _train_round(self, number: int, soft: SoftTargets) -> dict[str, float]:
-        """``round_epochs`` epochs of both losses, with their own schedule."""
+        """Losses in the last of ``round_epochs`` epochs, which have their own schedule."""
         steps = self.settings.round_epochs * self.plan.num_steps
         optimizer, scheduler = self._optimizer(self.settings.round_learning_rate, steps)
         losses: dict[str, float] = {}

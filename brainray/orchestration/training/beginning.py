@@ -83,15 +83,8 @@ def begin_run(config: Config, store: ImageStore, num_workers: int) -> tuple[Run,
     return Run(folder, info), False
 
 
-def _keep_records(store: Folder, kept: Folder) -> None:
-    """Copy the store's records to the run, because the store may change or be deleted."""
-    names = [layout.MANIFEST, layout.LEAKAGE, layout.LEAKAGE_TABLE]
-    names += [f"{layout.FIGURES}/{name}" for name in (store / layout.FIGURES).names()]
-    for name in names:
-        kept.write_bytes(name, store.read_bytes(name))
-
-
-def _check_validation_share(fraction: float) -> None:
+def check_validation_share(fraction: float) -> None:
+    """Raises ConfigError if a fraction is far from those that can be held out for validation."""
     if abs(1 / validation_stride(fraction) - fraction) > _TOLERANCE * fraction:
         n = math.floor(1 / fraction)
         raise ConfigError(
@@ -100,8 +93,16 @@ def _check_validation_share(fraction: float) -> None:
         )
 
 
+def _keep_records(store: Folder, kept: Folder) -> None:
+    """Copy the store's records to the run, because the store may change or be deleted."""
+    names = [layout.MANIFEST, layout.LEAKAGE, layout.LEAKAGE_TABLE]
+    names += [f"{layout.FIGURES}/{name}" for name in (store / layout.FIGURES).names()]
+    for name in names:
+        kept.write_bytes(name, store.read_bytes(name))
+
+
 def _draw(config: Config, store: ImageStore) -> pa.Table:
-    _check_validation_share(config.split.validation_fraction)
+    check_validation_share(config.split.validation_fraction)
     index = store.index(thumbnails=True)
     train = index.filter(pc.equal(index["split"], TRAIN))
     labels = train["label"].to_pylist()

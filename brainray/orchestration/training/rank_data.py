@@ -21,7 +21,6 @@ from brainray.orchestration.store import ImageStore
 from brainray.schema import (
     ESTIMATED,
     LABELLED,
-    SEEN,
     TEST,
     TRAIN,
     UNLABELLED,
@@ -29,6 +28,8 @@ from brainray.schema import (
     VALIDATION,
 )
 from brainray.storage import Folder
+
+_READ_OF_SEEN = ["sample_id", "role", "label", "subject_id", "subject_source"]
 
 
 def load_rank_data(
@@ -85,7 +86,7 @@ def load_rank_data(
 
 def _seen_with_inherited_labels(config: Config, run: Folder, *, tell: bool) -> pa.Table:
     """The slices that the run sees, with the label that each unlabelled one inherits, if any."""
-    seen = run.read_table(layout.SEEN, [name for name in SEEN.names if name != "thumbnail"])
+    seen = run.read_table(layout.SEEN, _READ_OF_SEEN)
     inherited: list[str | None] = [None] * seen.num_rows
     if config.objective.inherit_labels == "subject":
         # Subjects given by metadata are drawn as a whole: slices without a label were deliberately
@@ -93,7 +94,7 @@ def _seen_with_inherited_labels(config: Config, run: Folder, *, tell: bool) -> p
         guessed = pc.equal(seen["subject_source"], ESTIMATED)
         subjects = pc.if_else(guessed, seen["subject_id"], None).to_pylist()
         inherited = inherited_labels(subjects, seen["role"].to_pylist(), seen["label"].to_pylist())
-        if tell:
+        if tell and config.objective.name != "supervised":  # a control does not use them
             count = sum(label is not None for label in inherited)
             log(f"{count} unlabelled slices inherit the label of their estimated subject")
     return seen.append_column("inherited", pa.array(inherited, pa.string()))

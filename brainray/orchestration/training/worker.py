@@ -3,7 +3,8 @@
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, cast
 
 import pyarrow as pa
@@ -68,7 +69,7 @@ from brainray.engine.state import (
     keep_as_best,
     load_checkpoint,
     load_resumable,
-    newest_resumable,
+    newest_readable_epoch,
     rows_of_keys,
     save_resumable,
 )
@@ -119,7 +120,7 @@ def _train(
         test_slices = run.read_table(layout.TEST_SLICES)
     trainer = _Trainer(config, run, store, data, test_slices, encoder, device)
     with raise_on_all_ranks(device):
-        newest = _newest_epoch(run) if rank == 0 else 0
+        newest = newest_readable_epoch(run) if rank == 0 else 0
     # All ranks resume from one checkpoint, even if storage shows a new file to only some of them.
     epoch = int(dist.broadcast_from_first(torch.tensor(newest, device=device)))
     with raise_on_all_ranks(device):
@@ -129,12 +130,6 @@ def _train(
     while trainer.epoch < config.train.num_epochs:
         trainer.run_epoch()
     trainer.finish()
-
-
-def _newest_epoch(run: Folder) -> int:
-    """Epoch of the checkpoint to resume from; 0 if there is none."""
-    newest = newest_resumable(run)
-    return 0 if newest is None else newest.checkpoint.epoch
 
 
 @dataclass
@@ -188,9 +183,8 @@ class _Trainer:
         leaves_out = self.objective.uses_unlabelled and not self.sizes.unlabelled
         if leaves_out and num_unlabelled and dist.rank() == 0:
             log(
-                f"note: {num_unlabelled} unlabelled slices are fewer than one batch of "
-                f"{batch.unlabelled} on each of {dist.world_size()} ranks: they are clustered but "
-                "not used for training"
+                f"note: {num_unlabelled} unlabelled slices are fewer than a batch of "
+                f"{batch.unlabelled}: they are clustered but not used for training"
             )
         self.typical = data.unlabelled if plan.is_mostly_unlabelled else data.labelled
         self.updates = -(-self.num_steps // config.train.accumulation_steps)  # per epoch
@@ -243,8 +237,7 @@ class _Trainer:
             if dist.rank() == 0:
                 log("clustering the slices with the initial encoder")
             fitted = self._embed_fitted()
-            self._recluster(fitted)
-            self._probabilities = fitted.logits.softmax(dim=1)
+            self._continue_with(self._recluster(fitted), fitted)
 
     def resume(self, epoch: int) -> None:
         """Resume from an epoch's checkpoint; uses no collectives."""
@@ -284,7 +277,7 @@ class _Trainer:
             fitted = self._embed_fitted()
         with timer.measure("recluster"):
             reclustering, health, collapsed = self._recluster_in_health(fitted)
-            self._probabilities = fitted.logits.softmax(dim=1)
+            self._continue_with(reclustering, fitted)
         with timer.measure("evaluate"):
             validation = self._predict(self.data.validation)
             test = self._predict(self.data.test) if self._tests_each_epoch else None
@@ -299,17 +292,12 @@ class _Trainer:
         metrics["train/learning_rate"] = float(self.scheduler.get_last_lr()[0])
         metrics |= validation_metrics(validation)
         metrics |= {
-            "cluster/smallest_share": health.smallest_share,
-            "cluster/largest_share": health.largest_share,
-            "cluster/entropy": health.mean_entropy,
-            "cluster/effective_rank": health.effective_rank,
-            "cluster/spread": health.spread,
             "cluster/collapsed": float(collapsed),
             "cluster/kmeans_iterations": float(reclustering.kmeans_iterations),
             "cluster/gmm_iterations": float(reclustering.gmm_iterations),
             "cluster/num_reseeded": float(reclustering.num_reseeded),
-            "cluster/nmi_previous": health.nmi_previous,
         }
+        metrics |= {f"cluster/{name}": value for name, value in asdict(health).items()}
         if test is not None:
             with timer.measure("evaluate"):
                 metrics |= self._test_metrics(test)
@@ -463,16 +451,8 @@ class _Trainer:
         return f"sample_id {shown}{more}"
 
     def _recluster_in_health(self, fitted: EncoderOutput) -> CheckedReclustering:
-        before = self._clustering
-
-        def attempt(reseed: bool) -> Reclustering:
-            self._clustering = before
-            return self._recluster(
-                fitted, seed=seed_of(self.config.seed, self.epoch) if reseed else None
-            )
-
         return recluster_in_health(
-            attempt,
+            partial(self._recluster, fitted),
             fitted.z,
             self.responsibilities,
             self.config.clustering,
@@ -481,21 +461,24 @@ class _Trainer:
             "before the cluster loss starts",
         )
 
-    def _recluster(self, fitted: EncoderOutput, seed: int | None = None) -> Reclustering:
-        """Start from the previous centres, or from K-means++ if there are none or with a seed."""
+    def _recluster(self, fitted: EncoderOutput, reseed: bool = False) -> Reclustering:
+        """Start from the previous centres, or from none, with another seed, if ``reseed``."""
         previous, previous_responsibilities = self._clustering or (None, None)
-        reclustering = recluster(
+        return recluster(
             fitted.z,
             self.data.fitted_keys,
             torch.cat([self.data.labelled.labels, self.data.unlabelled.labels]),
             config=self.config.clustering,
             num_classes=len(self.classes),
-            seed=self.config.seed if seed is None else seed,
-            previous=previous if seed is None else None,
+            seed=seed_of(self.config.seed, self.epoch) if reseed else self.config.seed,
+            previous=None if reseed else previous,
             previous_responsibilities=previous_responsibilities,
         )
-        self._clustering = reclustering.model, reclustering.responsibilities
-        return reclustering
+
+    def _continue_with(self, found: Reclustering, fitted: EncoderOutput) -> None:
+        """Use a mixture, and the logits of the slices that it was fitted on, in the next epoch."""
+        self._clustering = found.model, found.responsibilities
+        self._probabilities = fitted.logits.softmax(dim=1)
 
     def _predict(self, shard: SliceShard) -> Predictions:
         return self._gathered(shard, self._embed(shard.images), self.clusters)
