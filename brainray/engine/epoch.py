@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -220,9 +220,7 @@ def train_epoch(
         first_of_update = step - step % accumulation
         size_of_update = min(accumulation, data.num_steps - first_of_update)
         updates = step + 1 == first_of_update + size_of_update
-        # DDP exchanges gradients in the last batch of an update only.
-        exchanges = updates or not isinstance(model, DistributedDataParallel)
-        with nullcontext() if exchanges else model.no_sync():
+        with _exchange_of_gradients(model, updates):
             with autocast(device, precision):
                 output: EncoderOutput = model(batch.images)
             terms = batch.loss(objective, output)
@@ -238,6 +236,13 @@ def train_epoch(
         on_step(step)
     watch.finish()
     return EpochResult(losses.over_ranks(), data_wait_s)
+
+
+def _exchange_of_gradients(model: nn.Module, updates: bool) -> AbstractContextManager[None]:
+    """DDP exchanges gradients once per update; without DDP, none are exchanged."""
+    if isinstance(model, DistributedDataParallel) and not updates:
+        return model.no_sync()
+    return nullcontext()
 
 
 @torch.inference_mode()
