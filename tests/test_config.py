@@ -198,5 +198,5 @@ def test_a_feature_of_the_file_can_be_left_out(tmp_path: Path) -> None:
 
 
 def test_an_objective_without_pseudo_labels_takes_none_of_a_subject() -> None:
-    with pytest.raises(ConfigError, match=r"has no effect with objective\.name=joint"):
+    with pytest.raises(ConfigError, match=r"objective\.name=joint does not learn pseudo-labels"):
         load_config(None, ["objective.inherit_labels=subject"])

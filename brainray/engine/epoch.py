@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import update_bn
@@ -220,7 +219,7 @@ def train_epoch(
         first_of_update = step - step % accumulation
         size_of_update = min(accumulation, data.num_steps - first_of_update)
         updates = step + 1 == first_of_update + size_of_update
-        with _exchange_of_gradients(model, updates):
+        with nullcontext() if updates else without_gradient_exchange(model):
             with autocast(device, precision):
                 output: EncoderOutput = model(batch.images)
             terms = batch.loss(objective, output)
@@ -238,11 +237,11 @@ def train_epoch(
     return EpochResult(losses.over_ranks(), data_wait_s)
 
 
-def _exchange_of_gradients(model: nn.Module, updates: bool) -> AbstractContextManager[None]:
-    """DDP exchanges gradients once per update; without DDP, none are exchanged."""
-    if isinstance(model, DistributedDataParallel) and not updates:
-        return model.no_sync()
-    return nullcontext()
+def without_gradient_exchange(model: nn.Module) -> AbstractContextManager[None]:
+    """Accumulate gradients on each rank without exchange; does nothing for a single rank."""
+    no_sync = getattr(model, "no_sync", None)
+    context: AbstractContextManager[None] = nullcontext() if no_sync is None else no_sync()
+    return context
 
 
 @torch.inference_mode()
