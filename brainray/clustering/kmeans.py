@@ -1,6 +1,5 @@
 """K-means on rows that are distributed over ranks."""
 
-from collections.abc import Iterator
 from typing import NamedTuple, Self
 
 import torch
@@ -118,15 +117,7 @@ class KMeans(FittedModule):
     def predict(self, x: Tensor) -> Tensor:
         """Index of the nearest centre, (n,) int64, for rows (n, D). Not collective."""
         self._check_is_fitted()
-        # Shifted to the centres' mean: squared distances lose precision far from the origin.
-        origin = self.cluster_centers_.mean(dim=0)
-        centers = (self.cluster_centers_ - origin).to(x.dtype)
-        squares = centers.square().sum(dim=1)
-        labels = torch.empty(x.shape[0], dtype=torch.int64, device=x.device)
-        for block in self._blocks(x):
-            rows = x[block] - origin.to(x.dtype)
-            labels[block] = torch.addmm(squares, rows, centers.T, alpha=-2).argmin(dim=1)
-        return labels
+        return shards.nearest_centers(x, self.cluster_centers_, self._rows_of_block(x))
 
     def _best_start(self, data: CentredRows) -> "_Solution":
         best: _Solution | None = None
@@ -186,13 +177,10 @@ class KMeans(FittedModule):
     def _distances(self, x: Tensor, centers: Tensor, labels: Tensor) -> Tensor:
         """Squared distance of each row to its own centre, (n_rank,) float64."""
         distances = torch.empty(x.shape[0], dtype=torch.float64, device=x.device)
-        for block in self._blocks(x):
+        for block in shards.blocks(x.shape[0], self._rows_of_block(x)):
             difference = x[block].double() - centers[labels[block]]
             distances[block] = difference.square().sum(dim=1)
         return distances
-
-    def _blocks(self, x: Tensor) -> Iterator[slice]:
-        return shards.blocks(x.shape[0], self._rows_of_block(x))
 
     def _rows_of_block(self, x: Tensor) -> int:
         return self.block_rows or shards.rows_of_block(x.shape[1] + self.num_clusters, x.device)

@@ -101,14 +101,7 @@ class MiniBatchKMeans(FittedModule):
     def predict(self, x: Tensor) -> Tensor:
         """Index of the nearest centre, (n,) int64, for rows (n, D). Not collective."""
         self._check_is_fitted()
-        origin = self.cluster_centers_.mean(dim=0).to(x.dtype)
-        centers = (self.cluster_centers_ - origin).to(x.dtype)
-        squares = centers.square().sum(dim=1)
-        nearest = torch.empty(x.shape[0], dtype=torch.int64, device=x.device)
-        for block in shards.blocks(x.shape[0], self.block_rows):
-            scores = torch.addmm(squares, x[block] - origin, centers.T, alpha=-2)
-            nearest[block] = scores.argmin(dim=1)
-        return nearest
+        return shards.nearest_centers(x, self.cluster_centers_, self.block_rows)
 
     def _begin(
         self, x: Tensor, num_rows: int, row_keys: Tensor, init_centers: Tensor | None

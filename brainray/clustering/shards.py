@@ -132,6 +132,22 @@ def scatter_of_rows(x: Tensor, mean: Tensor) -> Tensor:
     return dist.sum_across_ranks(scatter)
 
 
+def nearest_centers(x: Tensor, centers: Tensor, block_rows: int) -> Tensor:
+    """Index of the nearest of the centres (K, D) float64, (n,) int64, for rows (n, D), in blocks.
+
+    Rows and centres are shifted to the centres' mean, because squared distances lose precision far
+    from the origin.
+    """
+    origin = centers.mean(dim=0).to(x.dtype)
+    shifted = (centers - origin).to(x.dtype)
+    squares = shifted.square().sum(dim=1)
+    nearest = torch.empty(x.shape[0], dtype=torch.int64, device=x.device)
+    for block in blocks(x.shape[0], block_rows):
+        scores = torch.addmm(squares, x[block] - origin, shifted.T, alpha=-2)
+        nearest[block] = scores.argmin(dim=1)
+    return nearest
+
+
 def top_rows(x: Tensor, scores: Tensor, row_keys: Tensor, count: int) -> TopRows:
     """The `count` rows with the largest scores on all ranks, best first (collective).
 
