@@ -9,9 +9,9 @@ from brainray.orchestration.job import TRAINING_SECTIONS, JobResult, run_job
 
 
 def check(config: Config) -> None:
+    from brainray.mri.split import check_validation_share
     from brainray.orchestration.run import run_to_resume
     from brainray.orchestration.store import check_sides
-    from brainray.orchestration.training.beginning import check_validation_share
 
     if config.evaluation.num_label_draws > 1:
         raise ConfigError(

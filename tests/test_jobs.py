@@ -178,6 +178,11 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
             ["name=x", "source=/tmp", "train.image_size=512"],
             "train.image_size (512) exceeds preprocess.image_size (256)",
         ),
+        (
+            "pipeline",
+            ["name=x", "source=/tmp", "split.validation_fraction=0.4"],
+            "far from 1/2 and 1/3: use 0.5 or 0.33",
+        ),
     ],
 )
 def test_what_can_be_refused_is_refused_before_ray_starts(

@@ -5,6 +5,7 @@ an order that does not depend on the fraction, so a smaller draw is a subset of 
 """
 
 import hashlib
+import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,8 +14,10 @@ from itertools import accumulate
 import numpy as np
 from numpy.typing import NDArray
 
-from brainray.errors import DataError
+from brainray.errors import ConfigError, DataError
 from brainray.schema import LABELLED, LEFT_OUT, UNLABELLED_ROLE, VALIDATION
+
+_TOLERANCE = 0.15  # relative, of the validation share
 
 
 def draw_test(
@@ -101,7 +104,7 @@ def draw_roles(
     if not by_class:
         raise DataError("no labelled training slice: provide class folders or a labels table")
     kin = groups if kin is None else kin
-    validates = _kin_that_validate(by_class, kin, validation_stride(validation_fraction))
+    validates = _kin_that_validate(by_class, kin, _validation_stride(validation_fraction))
     for name, members in by_class.items():
         kin_of = [kin[group.slices[0]] for group in members]
         if len(set(kin_of)) < 2:
@@ -183,9 +186,19 @@ class _Unplaced:
     num_founders: int  # slices that were present when the group was first seen
 
 
-def validation_stride(fraction: float) -> int:
+def _validation_stride(fraction: float) -> int:
     """The n of the validation part of one in n that is nearest to a fraction of at most a half."""
     return round(1 / fraction)
+
+
+def check_validation_share(fraction: float) -> None:
+    """Raises ConfigError if a fraction is far from those that can be held out for validation."""
+    if abs(1 / _validation_stride(fraction) - fraction) > _TOLERANCE * fraction:
+        n = math.floor(1 / fraction)
+        raise ConfigError(
+            f"split.validation_fraction={fraction:g}: one group of slices in n is held out, and "
+            f"this is far from 1/{n} and 1/{n + 1}: use {1 / n:.2g} or {1 / (n + 1):.2g}"
+        )
 
 
 def _kin_that_validate(

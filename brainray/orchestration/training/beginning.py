@@ -1,7 +1,5 @@
 """The beginning of a run: the labels drawn for it, and what it sees, saved in its folder."""
 
-import math
-
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -11,7 +9,7 @@ from brainray.config_text import to_yaml
 from brainray.engine.recluster import check_num_clusters
 from brainray.errors import ClusteringError, ConfigError, DataError
 from brainray.mri.leakage import Fingerprints, exposure
-from brainray.mri.split import draw_roles, validation_stride
+from brainray.mri.split import check_validation_share, draw_roles
 from brainray.orchestration.run import Run, lasting_settings, name_of_run, run_to_resume
 from brainray.orchestration.seen import (
     check_validation_is_new,
@@ -21,8 +19,6 @@ from brainray.orchestration.seen import (
 from brainray.orchestration.store import ImageStore
 from brainray.schema import LABELLED, SEEN, TEST, TRAIN, UNLABELLED_ROLE, VALIDATION
 from brainray.storage import Folder
-
-_TOLERANCE = 0.15  # relative, of the validation share
 
 
 def begin_run(config: Config, store: ImageStore, num_workers: int) -> tuple[Run, bool]:
@@ -81,16 +77,6 @@ def begin_run(config: Config, store: ImageStore, num_workers: int) -> tuple[Run,
     }
     folder.write_json(layout.RUN, info)
     return Run(folder, info), False
-
-
-def check_validation_share(fraction: float) -> None:
-    """Raises ConfigError if a fraction is far from those that can be held out for validation."""
-    if abs(1 / validation_stride(fraction) - fraction) > _TOLERANCE * fraction:
-        n = math.floor(1 / fraction)
-        raise ConfigError(
-            f"split.validation_fraction={fraction:g}: one group of slices in n is held out, and "
-            f"this is far from 1/{n} and 1/{n + 1}: use {1 / n:.2g} or {1 / (n + 1):.2g}"
-        )
 
 
 def _keep_records(store: Folder, kept: Folder) -> None:

@@ -13,6 +13,7 @@ from brainray.errors import DataError
 from brainray.mri.phantom import make_series
 from brainray.orchestration.preprocessing import driver
 from brainray.orchestration.preprocessing.driver import preprocess
+from brainray.orchestration.seen import training_slices
 from tests.conftest import tiny_config
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -80,6 +81,11 @@ def test_the_slices_of_a_volume_share_a_subject_and_no_group(tmp_path: Path) -> 
     assert (of_file["split"].nunique() == 1).all()
     assert index["sample_id"].is_unique
     assert (of_file.size() >= 5).all()
+    seen = training_slices(store).to_pandas()  # a twin in a volume is named by its frame, too
+    trained = index[index["split"] == "train"]
+    assert set(zip(seen["path"], seen["frame"], strict=True)) == set(
+        zip(trained["path"], trained["frame"], strict=True)
+    )
 
 
 def test_slices_of_a_volume_are_labelled_singly(tmp_path: Path) -> None:
