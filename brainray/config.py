@@ -23,6 +23,7 @@ Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]  # 0 included
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # as NumPy and scikit-learn accept
 AtLeastTwo = Annotated[int, Field(ge=2)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
@@ -341,8 +342,8 @@ class ClusteringConfig(_Section):
     collapse."""
     on_collapse: Literal["stop", "reseed", "warn"] = "stop"
     """``reseed`` refits the epoch's clusters without those of the last epoch (K-means from a new
-    seed, or with anchors from the class means) and stops if that does not help;
-    ``warn`` logs the collapse and continues if clusters could be fitted at all."""
+    seed or, with anchors and as many clusters as classes, the class means) and stops if that does
+    not help; ``warn`` logs the collapse and continues if clusters could be fitted at all."""
 
 
 class TrainConfig(_Section):
@@ -602,7 +603,7 @@ class StudyConfig(_Section):
     clusterers: tuple[ClustererName, ...] = get_args(ClustererName)
     """K-means, Gaussian mixture, agglomerative (average linkage, cosine; cut at K, or at
     ``depth``), DBSCAN, spectral and HDBSCAN."""
-    seeds: tuple[Count, ...] = (0, 1, 2)
+    seeds: tuple[Seed, ...] = (0, 1, 2)
     """Seeds of encoders and clusterers; tables give mean and standard deviation over seeds."""
     depth: Positive = 10
     """Levels below the root at which ``agglomerative_depth`` cuts the hierarchy."""
@@ -672,7 +673,7 @@ class Config(_Section):
     labels: Location | None = None
     """CSV or Parquet table with columns ``path``, ``label`` and optionally ``frame``, ``split``,
     ``subject``."""
-    seed: Count = 0
+    seed: Seed = 0
     """Seed of weights, batches, augmentation and clustering."""
     classes: ClassesConfig = ClassesConfig()
     preprocess: PreprocessConfig = PreprocessConfig()

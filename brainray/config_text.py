@@ -169,8 +169,9 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     if of_space is not None:  # contains the key of a setting, which itself has dots
         parents, leaf = ["tune", "space", of_space["setting"]], of_space["kind"]
     try:
-        # In a path, YAML would read " #" as a comment and ": " as a mapping.
-        value = text if " #" in text else yaml.load(text, _PlainLoader)
+        # In a name or path, YAML would read "#" as a comment and ": " as a mapping.
+        has_comment = " #" in text or text.lstrip().startswith("#")
+        value = text if has_comment else yaml.load(text, _PlainLoader)
         if isinstance(value, dict) and not text.lstrip().startswith("{"):
             value = text
     except Exception:  # as with files, PyYAML raises nearly anything

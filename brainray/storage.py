@@ -329,8 +329,9 @@ class Folder:
             yield building
             building.replace(self, last)
         except BaseException:
-            building.delete()
-            self.restore()
+            for tidy in (self.restore, building.delete):
+                with contextlib.suppress(OSError):  # would hide the first error
+                    tidy()
             raise
 
     def restore(self) -> None:

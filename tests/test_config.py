@@ -52,10 +52,11 @@ def test_a_bad_override_names_the_key_and_the_remedy(override: str, expected: st
 
 
 def test_names_and_paths_are_taken_as_written() -> None:
-    config = load_config(None, ["name=7", "source=/data/a #1", "classes.map.0=notumor"])
+    settings = ["name=7", "source=/data/a #1", "classes.map.0=notumor", "classes.map.a=#2"]
+    config = load_config(None, settings)
     assert config.name == "7"
     assert config.source == "/data/a #1"
-    assert config.classes.map == {"0": "notumor"}
+    assert config.classes.map == {"0": "notumor", "a": "#2"}
 
 
 @pytest.mark.parametrize("name", ["010", "1_000", "20240101_1", "1e5", "1.10", "no", "true"])

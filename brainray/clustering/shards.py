@@ -16,7 +16,8 @@ from brainray.errors import ClusteringError
 ROWS_AT_A_TIME = 16_384
 """Block size where a float64 copy limits memory."""
 
-# Sums of squared distances below this share of the rows' own sum of squares are rounding errors.
+# Sums of squared distances below this share of the rows' sum of squares, or of their squared
+# distances to their mean, are rounding errors.
 IDENTICAL_ROWS_RATIO = 1e-24
 
 _CACHED_ELEMENTS = 2**20  # numbers that fit the CPU cache

@@ -71,11 +71,11 @@ def plan_epoch(
     """Plan one pass over the unlabelled slices of all ranks, or over the labelled ones if more.
 
     All objectives have the same number of steps and image passes; a control, which uses no
-    unlabelled slices, has as many more labelled ones. So has every objective if there are fewer
-    unlabelled slices than a batch of one rank: these are clustered but not trained on, as their
-    pseudo-labels, aligned with the class mix of the labelled slices, would reflect that mix more
-    than the slices themselves. This does not depend on the number of ranks, unless there are more
-    of them than unlabelled slices.
+    unlabelled slices, has as many more labelled ones, on top of that pass. So has every objective
+    if there are fewer unlabelled slices than a batch of one rank: these are clustered but not
+    trained on, as their pseudo-labels, aligned with the class mix of the labelled slices, would
+    reflect that mix more than the slices themselves. This does not depend on the number of ranks,
+    unless there are more of them than unlabelled slices.
 
     Args:
         objective: the loss.

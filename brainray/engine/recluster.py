@@ -227,30 +227,48 @@ def _start_anchored(
 ) -> _Start:
     """Assign each slice to the nearest centre, and labelled slices to one of their class.
 
-    The centres (K, P) and their classes (K,) are the ``last`` ones. In the first epoch, or if a
-    class has no cluster any more, they are the class means or, with more clusters than classes,
-    those of K-means. Otherwise K-means does not iterate, as it knows nothing of the classes.
+    The centres (K, P) and their classes (K,) are the ``last`` ones, or in the first epoch the class
+    means or, with more clusters than classes, those of K-means. K-means does not iterate
+    afterwards, as it knows nothing of the classes. A class without a cluster is given one.
     """
     readable = labels >= 0
     known = reduced[readable], labels[readable]
     kmeans = None
-    if last is not None and len(last[1].unique()) == num_classes:
+    means = _class_means(*known, num_classes)
+    if last is not None:
         centers, class_of_cluster = last
     elif config.num_clusters == num_classes:
-        centers = _class_means(*known, num_classes)
-        class_of_cluster = torch.arange(num_classes, device=labels.device)
+        centers, class_of_cluster = means, torch.arange(num_classes, device=labels.device)
     else:
         kmeans = _start_by_kmeans(reduced, keys, config, seed, None)
         centers = weighted_means(reduced, kmeans.responsibilities)
         votes = kmeans.responsibilities[readable]
         class_of_cluster = _classes_of(votes, *known, num_classes, centers)
-    belongs = labels[:, None] == class_of_cluster
-    allowed = belongs | ~belongs.any(dim=1, keepdim=True)  # also where a class has no cluster
+    centers, class_of_cluster = _with_a_cluster_of_each_class(centers, class_of_cluster, means)
+    allowed = (labels[:, None] == class_of_cluster) | ~readable[:, None]
     distances = torch.cdist(reduced, centers).masked_fill(~allowed, torch.inf)
     hard = nn.functional.one_hot(distances.argmin(dim=1), config.num_clusters).double()
     if kmeans is None:
         return _Start(hard, allowed)
     return kmeans._replace(responsibilities=hard, allowed=allowed)
+
+
+def _with_a_cluster_of_each_class(
+    centers: Tensor, class_of_cluster: Tensor, means: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Centres (K, P) and classes (K,) of the clusters, in which each of C classes has a cluster.
+
+    A class without one is given the nearest cluster of a class with several, moved to the class
+    mean (C, P): otherwise its labelled slices would have no cluster to be held to.
+    """
+    centers, classes = centers.clone(), class_of_cluster.clone()
+    counts = torch.bincount(classes, minlength=len(means))
+    for missing in torch.nonzero(counts == 0).flatten().tolist():
+        spare = torch.nonzero(counts[classes] > 1).flatten()
+        taken = spare[(centers[spare] - means[missing]).square().sum(dim=1).argmin()]
+        counts[classes[taken]] -= 1
+        centers[taken], classes[taken] = means[missing], missing
+    return centers, classes
 
 
 def _classes_of(

@@ -135,8 +135,9 @@ def _where_it_was_sent(run: Run) -> str | None:
     if not run.folder.exists(layout.TRACKING):
         return None
     uri = str(run.folder.read_json(layout.TRACKING)["uri"])
-    database = uri.removeprefix("sqlite:///")
-    return None if database != uri and not Path(unquote(database)).exists() else uri
+    is_database = uri.startswith("sqlite:///")
+    database = unquote(uri.removeprefix("sqlite:///").partition("?")[0])
+    return None if is_database and not Path(database).exists() else uri
 
 
 def _last_submission(run: Run) -> dict[str, Any] | None:

@@ -46,6 +46,8 @@ UNLABELLED_CLASS = ""
 
 _UNLABELLED_NAME = "(no label)"
 _MAX_COLUMNS = 5
+_MAX_CONFUSION_SIDE = 20.0  # inches
+_MAX_CLASSES_WITH_COUNTS = 25  # with more, they would not fit the cells
 
 
 @dataclass(frozen=True)
@@ -235,8 +237,8 @@ def confusion_counts(
 
 
 def confusion_matrices(panels: Sequence[Confusion], classes: Sequence[str], title: str) -> Figure:
-    """Confusion matrices; cells show counts and are shaded by their share of the row."""
-    side = max(3.0, 0.85 * len(classes))
+    """Confusion matrices; cells are shaded by their share of the row, and show counts that fit."""
+    side = min(max(3.0, 0.85 * len(classes)), _MAX_CONFUSION_SIDE)
     figure = new_figure(1.4 + side * len(panels), 1.6 + side)
     figure.suptitle(title)
     all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
@@ -315,7 +317,8 @@ def _draw_confusion(axes: Axes, panel: Confusion, classes: Sequence[str]) -> Non
     totals = panel.counts.sum(axis=1, keepdims=True)
     shares = panel.counts / np.maximum(totals, 1)
     axes.imshow(shares, cmap="Blues", vmin=0.0, vmax=1.0)
-    for row, column in np.ndindex(panel.counts.shape):
+    shows_counts = len(classes) <= _MAX_CLASSES_WITH_COUNTS
+    for row, column in np.ndindex(panel.counts.shape) if shows_counts else ():
         share = shares[row, column]
         text = f"{panel.counts[row, column]:,}"
         if totals[row, 0]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from jinja2 import Environment
 from markupsafe import Markup
 from matplotlib import colormaps
@@ -110,7 +111,7 @@ def write_page(
     whole = run.read_table(layout.predictions_file(chosen))
     table = shown(whole, evaluation.tsne_max_slices)
     history = run.read_json_lines(layout.METRICS)
-    data = _data(table, classes, chosen, explained) | {
+    data = _data(table, whole, classes, chosen, explained) | {
         "maps": _maps(maps),
         "confusion_subsets": _confusion_subsets(whole),
         "charts": _charts(history),
@@ -165,7 +166,7 @@ def write_evaluation_page(
     """
     table = shown(predictions, evaluation.tsne_max_slices)
     epoch = int(metrics["epoch"])
-    data = _data(table, classes, epoch, explained) | {
+    data = _data(table, predictions, classes, epoch, explained) | {
         "maps": _maps(map_sequence({epoch: table})),
         "confusion_subsets": _confusion_subsets(predictions),
         "charts": [],
@@ -200,9 +201,13 @@ def _write(folder: Folder, contents: _Contents) -> str:
 
 
 def _data(
-    table: pa.Table, classes: Sequence[str], epoch: int, explained: Sequence[Explained]
+    table: pa.Table,
+    whole: pa.Table,
+    classes: Sequence[str],
+    epoch: int,
+    explained: Sequence[Explained],
 ) -> dict[str, Any]:
-    """Data of the shown slices for the report's script."""
+    """Data of the shown slices, a sample of the whole, for the report's script."""
     subsets = subset_masks(table)
     num_clusters = len(table["responsibilities"][0].as_py())
     return {
@@ -213,7 +218,7 @@ def _data(
         "subsets": list(subsets),
         "slices": _slices(table, subsets),
         "chosen": {"epoch": epoch} | _predicted(table),
-        "cards": _cards(table, num_clusters),
+        "cards": _cards(table, whole, num_clusters),
         "explained": [_blended(slice_) for slice_ in explained],
     }
 
@@ -321,25 +326,25 @@ def _range_of(curves: Iterable[Sequence[float | None]]) -> list[float]:
     return [max(min(values) - room, -0.02), min(max(values) + room, 1.02)]
 
 
-def _cards(table: pa.Table, num_clusters: int) -> list[dict[str, Any]]:
-    """Size, labels, typical and borderline slices of each cluster."""
+def _cards(table: pa.Table, whole: pa.Table, num_clusters: int) -> list[dict[str, Any]]:
+    """Size and labels of each cluster, and typical and borderline ones of the shown slices."""
     responsibilities = np.stack(table["responsibilities"].to_numpy())
     likelihood = np.asarray(table["log_likelihood"].to_numpy())
     clusters = np.asarray(table["cluster"].to_numpy())
-    labels, classes = table["label"].to_pylist(), table["cluster_class"].to_pylist()
     cards = []
     for k in range(num_clusters):
-        rows = np.flatnonzero(clusters == k)
-        if len(rows) == 0:
+        members = whole.filter(pc.equal(whole["cluster"], k))
+        if members.num_rows == 0:
             continue
+        rows = np.flatnonzero(clusters == k)
         sure = responsibilities[rows, k]
         typical = rows[np.lexsort((-likelihood[rows], -np.round(sure, 3)))]
-        counts = Counter(labels[row] or "no label" for row in rows.tolist())
+        counts = Counter(label or "no label" for label in members["label"].to_pylist())
         cards.append(
             {
                 "cluster": k,
-                "class": classes[int(rows[0])],
-                "size": len(rows),
+                "class": members["cluster_class"][0].as_py(),
+                "size": members.num_rows,
                 "labels": dict(counts.most_common()),
                 "typical": typical[:_NUM_IMAGES].tolist(),
                 "borderline": rows[np.argsort(sure, kind="stable")][:_NUM_IMAGES].tolist(),

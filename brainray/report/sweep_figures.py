@@ -102,7 +102,10 @@ def _study(
     maximise: bool,
 ) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    distributions = {key: _distribution(entry) for key, entry in space.items()}
+    distributions = {
+        key: _distribution(entry, [trial.parameters[key] for trial in trials])
+        for key, entry in space.items()
+    }
     study = optuna.create_study(direction="maximize" if maximise else "minimize")
     for trial in trials:
         study.add_trial(
@@ -115,10 +118,11 @@ def _study(
     return study
 
 
-def _distribution(entry: SearchDomain) -> BaseDistribution:
+def _distribution(entry: SearchDomain, found: Sequence[Any]) -> BaseDistribution:
+    """Choices are those ``found`` in trials, as settings parsed them (``yes`` is true)."""
     ((kind, values),) = entry.items()
     if kind == "choice":
-        return CategoricalDistribution(values)
+        return CategoricalDistribution(tuple(dict.fromkeys(found)))
     if kind == "integer":
         return IntDistribution(values[0], values[1])
     return FloatDistribution(values[0], values[1], log=kind == "log_uniform")

@@ -9,6 +9,7 @@ from torch import Tensor
 from brainray.config import ClusteringConfig
 from brainray.engine.recluster import (
     Reclustering,
+    _with_a_cluster_of_each_class,
     check_num_clusters,
     recluster,
     recluster_in_health,
@@ -125,25 +126,35 @@ def test_anchored_sub_types_stay_within_their_class() -> None:
     assert float((predicted == truth).double().mean()) > 0.98
 
 
-@pytest.mark.parametrize("num_clusters", [3, 5])
-def test_a_class_that_has_lost_its_clusters_gets_one_back(num_clusters: int) -> None:
+def test_a_class_that_has_lost_its_clusters_gets_one_back() -> None:
     z, truth = blobs()
     labels = torch.where(torch.arange(300) < 30, truth, UNLABELLED)
-    before = fit(z, labels, anchored(num_clusters))
+    before = fit(z, labels, anchored(5))
     centers, classes = before.model.centers, before.model.class_of_cluster
-    kept = torch.nonzero(classes != 2).flatten()[:2]
-    # As if all of them had moved to the other two classes.
-    centers.copy_(centers[kept].repeat(3, 1)[:num_clusters])
-    classes.copy_(classes[kept].repeat(3)[:num_clusters])
+    # As if all of its clusters had gone to the middle of the first class's slices.
+    lost = classes == 2
+    centers[lost] = z[truth == 0].mean(dim=0)
+    classes[lost] = 0
     after = fit(
         z,
         labels,
-        anchored(num_clusters),
+        anchored(5),
         previous=before.model,
         previous_responsibilities=before.responsibilities,
     )
     predicted = after.model.class_of_cluster[after.responsibilities.argmax(dim=1)]
     assert torch.equal(predicted, truth)
+
+
+def test_each_class_starts_with_a_cluster() -> None:
+    centers = torch.tensor([[0.0, 0], [1, 0], [5, 0], [6, 0]])
+    means = torch.tensor([[0.5, 0], [5.5, 0], [4, 1]])
+    moved, classes = _with_a_cluster_of_each_class(centers, torch.tensor([0, 0, 1, 1]), means)
+    assert classes.tolist() == [0, 0, 2, 1]
+    assert moved.tolist() == [[0, 0], [1, 0], [4, 1], [6, 0]]
+    # Also if the last clusters have all become of one class.
+    _, classes = _with_a_cluster_of_each_class(centers, torch.tensor([1, 1, 1, 1]), means)
+    assert sorted(set(classes.tolist())) == [0, 1, 2]
 
 
 def test_k_must_fit_classes_and_slices() -> None:

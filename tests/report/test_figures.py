@@ -41,6 +41,19 @@ def _curve(figure: Figure, label: str) -> NDArray[np.float64]:
     return np.asarray(lines[0].get_xydata())
 
 
+def test_class_names_are_not_read_as_formulas() -> None:
+    figure = class_distribution({"train": {"a$b_$": 1, "gl$\\foo$": 2}})
+    assert png_bytes(figure)
+
+
+def test_a_matrix_of_very_many_classes_stays_a_picture() -> None:
+    classes = [str(number) for number in range(60)]
+    counts = np.eye(60, dtype=np.int64)
+    figure = confusion_matrices([Confusion("head", counts)], classes, "all")
+    assert max(figure.get_size_inches()) < 25
+    assert not _texts(figure.axes[0])
+
+
 def test_counts_stand_beside_their_bars() -> None:
     figure = class_distribution(
         {"train": {"": 7, "glioma": 1321, "meningioma": 40}, "test": {"glioma": 3}, "other": {}}

@@ -6,6 +6,7 @@ import io
 import json
 import re
 import subprocess
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,28 @@ def test_evidence_glows_on_the_slice_and_the_rest_stays_grey(page: Path) -> None
     assert before.shape == (32, 32)
     assert np.abs(after[16:, 16:] - 100).max() < 12  # of JPEG
     assert after[2:6, 2:6].mean() > 140  # inferno ends in a pale yellow
+
+
+def test_sizes_of_clusters_are_those_of_all_slices(tmp_path: Path) -> None:
+    """Whatever part of them is shown."""
+    folder, table = Folder(tmp_path / "scored"), predictions(1)
+    metrics = {"epoch": 2.0, "test/all/head/accuracy": 0.75, "num_rejected": 0.0}
+    name = write_evaluation_page(
+        folder,
+        "scored",
+        table,
+        REJECTED.empty_table(),
+        CLASSES,
+        EvaluationConfig(tsne_max_slices=6),
+        metrics | {"num_without_class": 0.0, "num_outside_of_test": 0.0},
+        {},
+        "run: a\n",
+    )
+    data = data_of(tmp_path / "scored" / name)
+    assert len(data["slices"]) < table.num_rows
+    sizes = Counter(table["cluster"].to_pylist())
+    assert {card["cluster"]: card["size"] for card in data["cards"]} == sizes
+    assert all(sum(card["labels"].values()) == card["size"] for card in data["cards"])
 
 
 def test_clusters_of_one_class_are_its_subtypes(page: Path) -> None:
