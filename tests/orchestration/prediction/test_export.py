@@ -262,11 +262,11 @@ def test_the_exported_graph_computes_what_prediction_computes(trained: TrainedRu
 
 def test_a_run_that_is_still_training_is_not_exported(trained: TrainedRun) -> None:
     runs = Path(str(trained.run.folder)).parent
-    shutil.copytree(runs / "two-ranks", runs / "unfinished")
-    (runs / "unfinished" / "summary.json").unlink()
+    shutil.copytree(runs / "two-ranks", runs / "not-exported")
+    (runs / "not-exported" / "summary.json").unlink()
     with pytest.raises(CheckpointError, match="still training \\(2 of 2 epochs"):
-        export(config_of(trained, "run=unfinished"))
-    assert not (Folder(runs.parent) / "exports" / "unfinished").exists()
+        export(config_of(trained, "run=not-exported"))
+    assert not (Folder(runs.parent) / "exports" / "not-exported").exists()
 
 
 def test_two_exports_of_one_name_do_not_mix(trained: TrainedRun) -> None:
