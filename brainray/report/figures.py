@@ -4,7 +4,7 @@ Nothing is written. Figures of a history leave out metrics that no epoch logged;
 if no metric is left.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 
@@ -44,10 +44,14 @@ from brainray.report.style import (
 UNLABELLED_CLASS = ""
 """Class name of unlabelled slices, in counts and labels."""
 
-_UNLABELLED_NAME = "(no label)"
+UNLABELLED_NAME = "(no label)"
+"""How unlabelled slices are named where they are shown."""
+
 _MAX_COLUMNS = 5
 _MAX_CONFUSION_SIDE = 20.0  # inches
 _MAX_CLASSES_WITH_COUNTS = 25  # with more, they would not fit the cells
+_MAX_LEGEND_ROWS = 10  # beside a map
+_MAX_LEGEND_NAMES = 40  # no legend of more: colours repeat too often
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,7 @@ def class_distribution(num_slices: Mapping[str, Mapping[str, int]]) -> Figure:
     for axes, (split, counts) in zip(panels, splits.items(), strict=True):
         values = [counts.get(name, 0) for name in names]
         bars = axes.barh(
-            [name or _UNLABELLED_NAME for name in names],
+            [name or UNLABELLED_NAME for name in names],
             values,
             color=[colours[name] for name in names],
         )
@@ -263,15 +267,18 @@ def embedding_maps(
         labels: (N,) classes, "" if unknown.
         classes: all classes; their order determines the colours.
     """
-    figure, pairs = _paired_grid(len(maps), side=2.2, room_beside=1.4)
-    figure.suptitle(f"t-SNE of the embeddings of {len(labels):,} test slices")
-    by_class = class_colours(classes)
+    colour_of = class_colours(classes)
     if UNLABELLED_CLASS in labels:
-        by_class[UNLABELLED_CLASS] = GREY
+        colour_of[UNLABELLED_CLASS] = GREY
+    by_class = {name or UNLABELLED_NAME: colour for name, colour in colour_of.items()}
     clusters = sorted({int(cluster) for each in maps for cluster in each.clusters})
+    by_cluster = {f"cluster {k}": cluster_colour(k) for k in clusters}
+    room = max(_legend_width(by_class), _legend_width(by_cluster))
+    figure, pairs = _paired_grid(len(maps), side=2.2, room_beside=room)
+    figure.suptitle(f"t-SNE of the embeddings of {len(labels):,} test slices")
     for (upper, lower), each in zip(pairs, maps, strict=True):
         upper.set_title(f"epoch {each.epoch}")
-        _draw_points(upper, each.points, [by_class[label] for label in labels])
+        _draw_points(upper, each.points, [colour_of[label] for label in labels])
         _draw_points(lower, each.points, [cluster_colour(int(k)) for k in each.clusters])
         for cluster in np.unique(each.clusters):
             x, y = np.median(each.points[each.clusters == cluster], axis=0)
@@ -281,8 +288,8 @@ def embedding_maps(
         upper.set_ylabel("by class")
         lower.set_ylabel("by cluster")
     last_upper, last_lower = pairs[min(len(pairs), _MAX_COLUMNS) - 1]
-    _legend_beside(last_upper, {name or _UNLABELLED_NAME: c for name, c in by_class.items()})
-    _legend_beside(last_lower, {f"cluster {k}": cluster_colour(k) for k in clusters})
+    _legend_beside(last_upper, by_class)
+    _legend_beside(last_lower, by_cluster)
     return figure
 
 
@@ -336,14 +343,30 @@ def _draw_points(axes: Axes, points: NDArray[np.floating], colours: Sequence[str
     axes.scatter(points[:, 0], points[:, 1], c=colours, s=5, linewidths=0)
     axes.set_box_aspect(1)
     axes.set_aspect("equal", adjustable="datalim")
+    axes.set_anchor("E")  # next to the legend, for which the layout has left room
+
+
+def _legend_width(names: Collection[str]) -> float:
+    """Inches that `_legend_beside` takes."""
+    if len(names) > _MAX_LEGEND_NAMES:
+        return 0.0
+    return ceil(len(names) / _MAX_LEGEND_ROWS) * max(1.5, 0.6 + 0.08 * max(map(len, names)))
 
 
 def _legend_beside(axes: Axes, colours: Mapping[str, str]) -> None:
+    if len(colours) > _MAX_LEGEND_NAMES:
+        return
     handles = [
         Line2D([], [], color=colour, label=name, marker="o", linestyle="", markersize=7)
         for name, colour in colours.items()
     ]
-    axes.legend(handles=handles, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    axes.legend(
+        handles=handles,
+        ncols=ceil(len(handles) / _MAX_LEGEND_ROWS),
+        loc="center left",
+        bbox_to_anchor=(1.0, 0.5),
+        frameon=False,
+    )
 
 
 def _paired_grid(

@@ -25,6 +25,7 @@ from brainray.config import EvaluationConfig
 from brainray.report.cells import Metrics
 from brainray.report.comparison_table import COMPARISON_COLUMNS, comparison_rows
 from brainray.report.curves import ACCURACIES, AGREEMENT, LOSSES, SILHOUETTE
+from brainray.report.figures import UNLABELLED_NAME
 from brainray.report.leakage_table import LEVEL_COLUMNS, leakage_counts, subset_counts
 from brainray.report.maps import SliceMap, map_sequence, shown
 from brainray.report.results import results_tables
@@ -212,9 +213,11 @@ def _data(
     num_clusters = len(table["responsibilities"][0].as_py())
     return {
         "classes": list(classes),
-        "class_colours": class_colours(classes) | {"no label": GREY},
+        "unlabelled": UNLABELLED_NAME,
+        # Pairs, since a script puts the keys of an object that are integers first.
+        "class_colours": [*class_colours(classes).items(), (UNLABELLED_NAME, GREY)],
         "cluster_names": [f"cluster {k}" for k in range(num_clusters)],
-        "cluster_colours": {f"cluster {k}": cluster_colour(k) for k in range(num_clusters)},
+        "cluster_colours": [(f"cluster {k}", cluster_colour(k)) for k in range(num_clusters)],
         "subsets": list(subsets),
         "slices": _slices(table, subsets),
         "chosen": {"epoch": epoch} | _predicted(table),
@@ -339,13 +342,13 @@ def _cards(table: pa.Table, whole: pa.Table, num_clusters: int) -> list[dict[str
         rows = np.flatnonzero(clusters == k)
         sure = responsibilities[rows, k]
         typical = rows[np.lexsort((-likelihood[rows], -np.round(sure, 3)))]
-        counts = Counter(label or "no label" for label in members["label"].to_pylist())
+        counts = Counter(label or UNLABELLED_NAME for label in members["label"].to_pylist())
         cards.append(
             {
                 "cluster": k,
                 "class": members["cluster_class"][0].as_py(),
                 "size": members.num_rows,
-                "labels": dict(counts.most_common()),
+                "labels": counts.most_common(),
                 "typical": typical[:_NUM_IMAGES].tolist(),
                 "borderline": rows[np.argsort(sure, kind="stable")][:_NUM_IMAGES].tolist(),
             }

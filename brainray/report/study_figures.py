@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from scipy.cluster import hierarchy
 
-from brainray.report.figures import UNLABELLED_CLASS
+from brainray.report.figures import UNLABELLED_CLASS, UNLABELLED_NAME
 from brainray.report.style import (
     BLUE,
     GREEN,
@@ -165,7 +165,7 @@ def cluster_map(
         colours = class_colours(known) | {UNLABELLED_CLASS: GREY}
         groups.append(
             {
-                name or "(no label)": (names == name, colours[name])
+                name or UNLABELLED_NAME: (names == name, colours[name])
                 for name in dict.fromkeys([*known, *labels])
             }
         )

@@ -190,6 +190,19 @@ def test_maps_place_every_slice_and_number_every_cluster() -> None:
     assert positions == {"0": (10.0, 10.0), "2": (1.5, 1.0)}
 
 
+@pytest.mark.parametrize(("num_names", "num_legends"), [(30, 2), (300, 0)])
+def test_maps_keep_their_size_beside_a_long_legend(num_names: int, num_legends: int) -> None:
+    classes = [f"a class with a longer name, {number}" for number in range(num_names)]
+    points = np.random.default_rng(0).normal(size=(num_names, 2))
+    figure = embedding_maps([EmbeddingMap(1, points, np.arange(num_names))], classes, classes)
+    figure.draw_without_rendering()
+    assert figure.axes[0].get_window_extent().width > 1.8 * figure.dpi
+    legends = [legend for axes in figure.axes if (legend := axes.get_legend()) is not None]
+    assert len(legends) == num_legends
+    for legend in legends:
+        assert legend.get_window_extent().x1 <= figure.bbox.x1
+
+
 def test_equal_figures_give_equal_png_of_readable_size() -> None:
     first, second = (png_bytes(class_distribution({"train": {"glioma": 2}})) for _ in range(2))
     assert first == second

@@ -24,7 +24,7 @@ from brainray.schema import PREDICTIONS, REJECTED, THUMBNAIL_SIDE
 from brainray.storage import Folder
 from tests.browser import CHROMIUM
 
-CLASSES = ["glioma", "notumor", "pituitary"]
+CLASSES = ["glioma", "2", "<b>pituitary"]  # no integer may come first, no name be markup
 NUM_SLICES = 24
 
 
@@ -66,7 +66,7 @@ def explained() -> list[Explained]:
     grey = np.full((32, 32), 100, np.uint8)
     return [
         Explained("Testing/<glioma>/3.jpg", "glioma", predicted, 0.8, grey, activation)
-        for predicted in ("glioma", "notumor")
+        for predicted in ("glioma", "2")
     ]
 
 
@@ -117,7 +117,7 @@ def test_the_page_needs_no_network_and_escapes_what_it_shows(page: Path) -> None
     assert data["subsets"] == ["all", "clean", "strict"]
     assert data["confusion_subsets"] == ["all", "clean"]  # too few are strict for figures by class
     assert sum(card["size"] for card in data["cards"]) == NUM_SLICES
-    assert data["cards"][0]["labels"] == {"glioma": 4}
+    assert data["cards"][0]["labels"] == [["glioma", 4]]
     assert "blank &lt;slice&gt;" in text
     assert all(cell in text for cell in ("slice by slice", "+0.250", "3 of 4", "0.62"))
     assert all(cell in text for cell in ("all (1,221)", "head, balanced accuracy", "0.713"))
@@ -151,7 +151,7 @@ def test_sizes_of_clusters_are_those_of_all_slices(tmp_path: Path) -> None:
     assert len(data["slices"]) < table.num_rows
     sizes = Counter(table["cluster"].to_pylist())
     assert {card["cluster"]: card["size"] for card in data["cards"]} == sizes
-    assert all(sum(card["labels"].values()) == card["size"] for card in data["cards"])
+    assert all(sum(count for _, count in card["labels"]) == card["size"] for card in data["cards"])
 
 
 def test_clusters_of_one_class_are_its_subtypes(page: Path) -> None:
@@ -228,6 +228,7 @@ area.dispatchEvent(new MouseEvent("mousemove", { bubbles: true,
   clientX: box.left + axes.xaxis.d2p(map.data[1].x[2]),
   clientY: box.top + axes.yaxis.d2p(map.data[1].y[2]) }));
 setTimeout(() => {
+said.legend = [...map.querySelectorAll(".legendtext")].map(item => item.textContent);
 said.hovered = document.querySelector("#shown img").alt;
 said.image = document.querySelector("#shown img").src === slices[7].image;
 byId("next").focus(); said.focus = document.activeElement.id;
@@ -290,12 +291,13 @@ def test_filters_hover_and_galleries_work_in_a_browser(page: Path, width: int) -
     assert (said["all"], said["glioma"], said["wrong"], said["clean"]) == ("24", "8", "2", "12")
     assert said["sure"] == "0"
     assert said["epoch"] == "1"
-    assert said["hovered"] == "slice Testing/<notumor>/7.jpg"
+    assert said["legend"] == CLASSES
+    assert said["hovered"] == "slice Testing/<2>/7.jpg"
     assert said["image"] is True
     assert said["focus"] == "next"
-    assert said["next"] == "slice Testing/<pituitary>/8.jpg"
+    assert said["next"] == "slice Testing/<<b>pituitary>/8.jpg"
     assert said["cell"] == 2  # gliomas taken for no tumour
-    assert said["arrow"] == "slice Testing/<notumor>/7.jpg"
+    assert said["arrow"] == "slice Testing/<2>/7.jpg"
     assert said["reached"] is True
     assert (said["pairs"], said["errors"]) == (4, 1)
     assert "glioma: 2 clusters" in said["subtypes"]
