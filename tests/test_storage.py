@@ -5,6 +5,7 @@ import os
 import pickle
 import resource
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -197,13 +198,15 @@ def test_an_object_store_that_refuses_writes_is_named(
         folder.write_bytes("a", b"x")
 
 
-@pytest.fixture
+@contextmanager
 def small_files() -> Iterator[None]:
-    """Files of this process end at 100 kB, as on a disk that is full."""
+    """Files of this process end at 100 kB, as on a disk that is full; a log of its output too."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_what_cannot_be_written_or_read_is_named(
@@ -254,12 +257,12 @@ class _Failing:
         raise self._error
 
 
-@pytest.mark.usefixtures("small_files")
 def test_a_full_disk_is_said_and_the_old_file_stays_whole(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
     folder.write_table("part.parquet", pa.table({"x": [1, 2]}))
     noise = [os.urandom(1000) for _ in range(300)]
-    with pytest.raises(DataError, match=r"no space left to write .*part\.parquet"):
+    refused = pytest.raises(DataError, match=r"no space left to write .*part\.parquet")
+    with refused, small_files():
         folder.write_table("part.parquet", pa.table({"x": noise}))
     assert folder.read_table("part.parquet")["x"].to_pylist() == [1, 2]
     assert folder.names() == ["part.parquet"]
