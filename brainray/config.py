@@ -32,7 +32,9 @@ Side = Annotated[int, Field(ge=16, le=2048)]  # of slices, in pixels
 
 PretextName = Literal["none", "rotation", "contrastive"]
 
-SearchDomain = dict[Literal["choice", "uniform", "log_uniform", "integer"], list[Any]]
+SearchKind = Literal["choice", "uniform", "log_uniform", "integer"]
+SEARCH_KINDS = get_args(SearchKind)
+SearchDomain = dict[SearchKind, list[Any]]
 SearchSpace = dict[str, SearchDomain]
 
 WEIGHTS_OF_NO_SLICE = ("random", "imagenet")
@@ -79,6 +81,19 @@ class _Section(BaseModel):
         coerce_numbers_to_str=True,
         allow_inf_nan=False,
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_sections_are_unset(cls, values: Any) -> Any:
+        """A section whose keys are all commented out is null in YAML."""
+        if not isinstance(values, dict):
+            return values
+        defaults = {name: field.default for name, field in cls.model_fields.items()}
+        return {
+            key: value
+            for key, value in values.items()
+            if value is not None or not isinstance(defaults.get(key), BaseModel | dict)
+        }
 
 
 class ClassesConfig(_Section):
@@ -490,6 +505,14 @@ class TuneConfig(_Section):
     time_budget_min: PositiveFloat | None = None
     """Minutes of search, over all submissions, after which all trials stop and the sweep is
     complete."""
+
+    @field_validator("space", mode="before")
+    @classmethod
+    def _kinds_are_known(cls, value: Any) -> Any:
+        for key, domain in value.items() if isinstance(value, dict) else ():
+            if not isinstance(domain, dict) or not domain.keys() <= set(SEARCH_KINDS):
+                raise ValueError(f"{key} needs one of {', '.join(SEARCH_KINDS)}, not {domain!r}")
+        return value
 
     @field_validator("metric")
     @classmethod

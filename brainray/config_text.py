@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from brainray.config import AugmentConfig, Config
+from brainray.config import SEARCH_KINDS, AugmentConfig, Config
 from brainray.errors import ConfigError
 from brainray.redaction import redacted
 
@@ -19,9 +19,8 @@ _CLASS_MAP = "classes.map."
 _MAX_CONFIG_BYTES = 1_000_000
 _MAX_PROBLEMS = 10  # in one error
 
-_SPACE_KEY = re.compile(
-    r"tune\.space\.(?P<setting>.+)\.(?P<kind>choice|uniform|log_uniform|integer)"
-)
+_SPACE = "tune.space."
+_SPACE_KEY = re.compile(rf"(?P<setting>.+)\.(?P<kind>{'|'.join(SEARCH_KINDS)})")
 
 
 def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
@@ -165,9 +164,12 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     if key.startswith(_CLASS_MAP):  # class names may contain '.' and '='
         key, _, text = override.rpartition("=")
         parents, leaf = ["classes", "map"], key.removeprefix(_CLASS_MAP).strip()
-    of_space = _SPACE_KEY.fullmatch(key.strip())
-    if of_space is not None:  # contains the key of a setting, which itself has dots
-        parents, leaf = ["tune", "space", of_space["setting"]], of_space["kind"]
+    if key.startswith(_SPACE):  # contains the key of a setting, which itself has dots
+        setting = key.strip().removeprefix(_SPACE)
+        of_kind = _SPACE_KEY.fullmatch(setting)
+        parents, leaf = ["tune", "space"], setting
+        if of_kind is not None:
+            parents, leaf = [*parents, of_kind["setting"]], of_kind["kind"]
     try:
         # In a name or path, YAML would read "#" as a comment and ": " as a mapping.
         has_comment = " #" in text or text.lstrip().startswith("#")
@@ -188,6 +190,17 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     node[leaf] = text.strip() if isinstance(value, bool | int | float) else value
 
 
+_LIST, _SECTION = "write a list, such as [a, b]", "this is a section: set the keys within it"
+_MESSAGES = {
+    "tuple_type": _LIST,
+    "list_type": _LIST,
+    "dict_type": _SECTION,
+    "model_type": _SECTION,
+    "model_attributes_type": _SECTION,
+}
+"""For types of errors that pydantic describes in terms of Python."""
+
+
 def _explain(error: ValidationError) -> str:
     """All problems on one line, each with its dotted key and, for a typo, the nearest key."""
     problems = []
@@ -196,7 +209,8 @@ def _explain(error: ValidationError) -> str:
         if item["type"] == "extra_forbidden":
             problems.append(f"unknown key {key!r}{_nearest(key)}")
         else:
-            message = item["msg"].removeprefix("Value error, ")
+            message = _MESSAGES.get(item["type"], item["msg"].removeprefix("Value error, "))
+            key = key.removesuffix(".[key]")
             if item["type"] != "value_error":
                 message += f", not {_shortened(redacted(repr(item['input'])), 100)}"
             problems.append(f"{key}: {message}" if key else message)
@@ -211,13 +225,34 @@ def _shortened(text: str, limit: int = 500) -> str:
 
 
 def _nearest(key: str) -> str:
+    """What to write instead of an unknown key, which may also be that of a section."""
     section, _, name = key.rpartition(".")
-    siblings = [known for known in known_keys() if known.rpartition(".")[0] == section]
+    prefix, fields = f"{section}." if section else "", _section_at(section).model_fields
     elsewhere = [known for known in known_keys() if known.rpartition(".")[2] == name]
-    matches = elsewhere or difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.8)
+    close = difflib.get_close_matches(name, fields, n=1, cutoff=0.7)
+    matches = elsewhere or [prefix + field for field in close]
     if matches:
         return f" (did you mean {' or '.join(map(repr, matches[:3]))}?)"
-    return f" (known keys: {', '.join(siblings)})" if section and siblings else ""
+    return f" (known keys: {', '.join(prefix + field for field in fields)})"
+
+
+def _section_at(key: str) -> type[BaseModel]:
+    """The type of the section with this dotted key; of the whole configuration if empty."""
+    section: type[BaseModel] = Config
+    names = iter(key.split(".") if key else ())
+    for name in names:
+        field: Any = section.model_fields[name].annotation
+        named = _section_of_names(field)
+        if named is not None:
+            next(names)  # chosen by the user
+        section = named or field
+    return section
+
+
+def _section_of_names(annotation: Any) -> type[BaseModel] | None:
+    """The type of the sections of a setting that maps names to sections; None for others."""
+    value = get_args(annotation)[-1] if get_origin(annotation) is dict else None
+    return value if isinstance(value, type) and issubclass(value, BaseModel) else None
 
 
 def known_keys() -> list[str]:
@@ -250,6 +285,8 @@ def described_keys(is_read: Callable[[str], bool]) -> list[tuple[str, str]]:
                     text = " ".join((field.description or "").split()).replace("``", "")
                     text += _choices(field.annotation, field.description or "")
                     rows.append((key, f"{text} [{_shown(default)}]"))
+                    if named := _section_of_names(field.annotation):
+                        rows += visit(named(), f"{key}.NAME.")
             elif type(default) not in listed:
                 if of_section := visit(default, f"{key}."):
                     listed[type(default)] = key, default

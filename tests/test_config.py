@@ -32,7 +32,14 @@ def test_an_override_wins_over_the_file(tmp_path: Path) -> None:
     ("override", "expected"),
     [
         ("train.num_epoch=3", "unknown key 'train.num_epoch' (did you mean 'train.num_epochs'?)"),
-        ("nonsense=1", "unknown key 'nonsense'"),
+        ("nonsense=1", "unknown key 'nonsense' (known keys: name, dataset, run, "),
+        ("trian.num_epochs=5", "unknown key 'trian' (did you mean 'train'?)"),
+        ("study.features.a.lamda_cluster=1", "(did you mean 'study.features.a.lambda_cluster'?)"),
+        ("study.features.a.x=1", "(known keys: study.features.a.encoder, study.features.a.wei"),
+        ("train=3", "train: this is a section: set the keys within it, not '3'"),
+        ("evaluation.siblings=a", "evaluation.siblings: write a list, such as [a, b], not 'a'"),
+        ("tune.space.train.learning_rate.log=[1, 2]", "train.learning_rate.log needs one of choi"),
+        ("tune.space.train.learning_rate={log: [1, 2]}", "train.learning_rate needs one of choic"),
         ("num_epochs=5", "(did you mean 'train.num_epochs' or 'self_supervision.num_epochs'?)"),
         ("objective.name=magic", "objective.name: Input should be 'joint', 'supervised'"),
         ("train.num_epochs=0", "train.num_epochs: Input should be greater than or equal to 1"),
@@ -49,6 +56,25 @@ def test_a_bad_override_names_the_key_and_the_remedy(override: str, expected: st
         load_config(None, [override])
     assert expected in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_section_without_keys_has_its_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("train:\n  # num_epochs: 3\naugment_unlabelled:\nclasses:\n  map:\n")
+    assert load_config(path) == load_config(None)
+    with pytest.raises(ConfigError, match="unknown key 'trian'"):
+        load_config(None, ["trian=null"])
+    with pytest.raises(ConfigError, match="num_epochs: Input should be a valid integer, not None"):
+        load_config(None, ["train.num_epochs="])
+
+
+def test_a_search_is_set_by_kind_or_at_once() -> None:
+    settings = ["train.learning_rate.log_uniform=[0.1, 1]", "augment.policy={choice: [weak, none]}"]
+    config = load_config(None, [f"tune.space.{setting}" for setting in settings])
+    assert config.tune.space == {
+        "train.learning_rate": {"log_uniform": [0.1, 1]},
+        "augment.policy": {"choice": ["weak", "none"]},
+    }
 
 
 def test_names_and_paths_are_taken_as_written() -> None:

@@ -133,6 +133,8 @@ def test_help_lists_like_sections_once_and_defaults_as_yaml_has_them() -> None:
     alone = dict(described_keys(lambda key: key.startswith(("augment_unlabelled", "tune.time"))))
     assert "augment_unlabelled.horizontal_flip" in alone
     assert alone["tune.time_budget_min"].endswith("[unset]")
+    of_names = dict(described_keys(lambda key: key.startswith("study.features")))
+    assert of_names["study.features.NAME.image_size"].endswith("[128]")
 
 
 def test_help_names_the_values_that_a_description_leaves_out() -> None:
