@@ -54,11 +54,12 @@ def parser() -> argparse.ArgumentParser:
 
 def work(arguments: argparse.Namespace) -> JobResult:
     overrides = [item for group in arguments.set for item in group]
-    for key in ("source", "storage"):
+    for key in ("source", "storage", "seed"):
         if any(item.partition("=")[0].strip() == key for item in overrides):
-            raise ConfigError(
-                f"--set {key}=DIR: benchmarks do not read this setting; use --{key} DIR"
-            )
+            raise ConfigError(f"--set {key}=...: benchmarks do not read this setting; use --{key}")
+    for key in ("source", "storage"):
+        if "://" in (value := getattr(arguments, key) or ""):
+            raise ConfigError(f"--{key} {value}: benchmarks use a local folder, not a URI")
     config = load_config(arguments.config, overrides)
     from brainray.benchmarks.runner import run_case
 

@@ -7,6 +7,12 @@ from brainray.log import log
 from brainray.orchestration.job import STORE_KEYS, WORKER_KEYS, JobResult, run_job
 
 
+def check(config: Config) -> None:
+    from brainray.orchestration.study.driver import checked_study
+
+    checked_study(config)
+
+
 def work(config: Config) -> JobResult:
     from brainray.orchestration.publish import how_to_open
     from brainray.orchestration.study.driver import run_study
@@ -63,5 +69,6 @@ if __name__ == "__main__":
                 "tracking",
             ],
             needs=("name",),
+            check=check,
         )
     )

@@ -9,7 +9,9 @@ from brainray.orchestration.job import TRAINING_SECTIONS, JobResult, run_job
 
 def check(config: Config) -> None:
     from brainray.orchestration.store import store_to_train_on
+    from brainray.orchestration.sweep.trials import check_space
 
+    check_space(config)
     store_to_train_on(config)
 
 

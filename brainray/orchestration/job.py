@@ -120,6 +120,8 @@ def _check_given(config: Config, keys: Sequence[str], needs: Sequence[str]) -> N
         missing = " ".join(f"{key}={'DIR' if key == 'source' else 'NAME'}" for key in absent)
         instead = " (or checkpoint=PATH)" if "run" in absent and "checkpoint" in keys else ""
         raise ConfigError(f"give --set {missing}{instead}")
+    if "checkpoint" in keys and None not in (config.run, config.checkpoint):
+        raise ConfigError("give either run=NAME or checkpoint=PATH, not both")
 
 
 def _check_places(config: Config, keys: Sequence[str]) -> None:
@@ -128,16 +130,16 @@ def _check_places(config: Config, keys: Sequence[str]) -> None:
     Raises:
         BrainrayError: one of them does not exist.
     """
+    from brainray.orchestration.preprocessing.source import check_source
     from brainray.orchestration.run import open_run
     from brainray.storage import Folder
 
-    if "source" in keys and config.source is not None and not Folder(config.source).exists():
-        raise DataError(f"no such folder: source={config.source}")
+    if "source" in keys and config.source is not None:
+        check_source(Folder(config.source))
     if "labels" in keys and config.labels is not None and not Folder(config.labels).exists():
         raise DataError(f"no such file: labels={config.labels}")
     for key, source in (config.sources if "sources" in keys else {}).items():
-        if not Folder(source).exists():
-            raise DataError(f"no such folder: sources.{key}={source}")
+        check_source(Folder(source), f"sources.{key}")
     if "run" in keys and config.run is not None and config.checkpoint is None:
         open_run(Folder(config.storage), config.run)
 

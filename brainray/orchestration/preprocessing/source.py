@@ -185,16 +185,25 @@ def _check_spellings(names: Sequence[str]) -> None:
             )
 
 
+def check_source(source: Folder, key: str = "source") -> None:
+    """Check that a source is a folder; ``key`` names its setting in errors.
+
+    Raises:
+        DataError: it is not.
+    """
+    if not source.exists():
+        raise DataError(f"no such folder: {key}={source}")
+    if source.local_path is not None and not source.local_path.is_dir():
+        raise DataError(f"{key}={source} is a file: give the folder that contains it")
+
+
 def find_images(source: Folder) -> tuple[list[FoundFile], Counter[str]]:
     """The image files below ``source``, sorted by path, and the number of other files by suffix.
 
     Raises:
         DataError: no such folder, or no image file in it.
     """
-    if not source.exists():
-        raise DataError(f"no such folder: source={source}")
-    if source.local_path is not None and not source.local_path.is_dir():
-        raise DataError(f"source={source} is a file: give the folder that contains it")
+    check_source(source)
     files = list(_walk(source))
     with ThreadPoolExecutor(_NUM_OPENERS) as pool:  # network requests wait in parallel
         may_hold = list(pool.map(lambda file: _may_hold_slices(file, source), files))

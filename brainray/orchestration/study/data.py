@@ -10,7 +10,7 @@ import ray
 
 from brainray import layout
 from brainray.config import Config, FeatureConfig
-from brainray.errors import ConfigError, DataError
+from brainray.errors import DataError
 from brainray.models.features import PIXELS
 from brainray.mri.leakage import Fingerprints, exposure
 from brainray.orchestration.preprocessing.driver import preprocess
@@ -63,12 +63,8 @@ def open_stores(config: Config) -> dict[str, ImageStore]:
     """The image stores by data set name, created if they do not exist yet.
 
     Raises:
-        BrainrayError: no data set or contradictory settings are given, or one cannot be used.
+        BrainrayError: a data set cannot be used.
     """
-    if bool(config.sources) + (config.source is not None) > 1:
-        raise ConfigError("give source or sources, not both")
-    if config.labels is not None and config.source is None:
-        raise ConfigError(f"labels={config.labels} applies to a single source: also set source")
     if config.sources:
         stores = {}
         for name, source in config.sources.items():
@@ -78,11 +74,6 @@ def open_stores(config: Config) -> dict[str, ImageStore]:
     name = config.dataset or str(config.name)
     if config.source is not None:
         return {name: preprocess(config.model_copy(update={"name": name}))}
-    if config.dataset is None:
-        raise ConfigError(
-            "a study needs slices: use --set source=DIR, sources.NAME=DIR for several data sets, "
-            "or dataset=NAME for an image store"
-        )
     return {name: ImageStore.open(Folder(config.storage) / layout.DATASETS / name)}
 
 

@@ -64,8 +64,7 @@ def run_study(config: Config) -> FinishedStudy:
         BrainrayError: unusable settings or data, or no cell could be computed.
         ray.train.TrainingFailedError: workers were lost more often than ``train.max_failures``.
     """
-    config = _of_its_store(config)
-    _check_settings(config)
+    config = checked_study(config)
     weights = {
         name: read_weights(config, each, f"study.features.{name}.weights")
         for name, each in config.study.features.items()
@@ -114,17 +113,26 @@ def _study(
     return FinishedStudy(folder, report.metrics, report.text, tracking.mlflow_run_id, tracking.uri)
 
 
-def _of_its_store(config: Config) -> Config:
-    """The config with the settings of its store, if it names an existing one."""
-    if config.dataset is None or config.source is not None or config.sources:
-        return config
-    store = ImageStore.open(Folder(config.storage) / layout.DATASETS / config.dataset)
-    return as_store_was_made(config, store)
+def checked_study(config: Config) -> Config:
+    """The config of a study, with the settings of its store if it names an existing one.
 
-
-def _check_settings(config: Config) -> None:
+    Raises:
+        BrainrayError: settings that cannot be studied; there is no such store.
+    """
     if config.name is None:
         raise ConfigError("a study needs a name: --set name=NAME")
+    if config.sources and config.source is not None:
+        raise ConfigError("give source or sources, not both")
+    if config.labels is not None and config.source is None:
+        raise ConfigError(f"labels={config.labels} applies to a single source: also set source")
+    if not config.sources and config.source is None:
+        if config.dataset is None:
+            raise ConfigError(
+                "a study needs slices: use --set source=DIR, sources.NAME=DIR for several data "
+                "sets, or dataset=NAME for an image store"
+            )
+        store = ImageStore.open(Folder(config.storage) / layout.DATASETS / config.dataset)
+        config = as_store_was_made(config, store)
     if not config.study.features:
         raise ConfigError(
             "study.features is empty: name at least one, such as --set "
@@ -137,6 +145,7 @@ def _check_settings(config: Config) -> None:
                 f"study.features.{name}.image_size ({feature.image_size}) exceeds "
                 f"preprocess.image_size ({config.preprocess.image_size}): lower it"
             )
+    return config
 
 
 def _check_what_it_needs(config: Config, weights: Mapping[str, Weights]) -> None:

@@ -64,11 +64,6 @@ def sweep(config: Config) -> FinishedSweep:
     """
     if config.name is None:
         raise ConfigError("a sweep needs a name: --set name=NAME")
-    if config.evaluation.num_label_draws > 1:
-        raise ConfigError(
-            "evaluation.num_label_draws: trials share one label draw; train the best settings on "
-            "several draws with jobs/train.py"
-        )
     check_space(config)
     base, store = store_to_train_on(config)
     workers = check_training(base, store)

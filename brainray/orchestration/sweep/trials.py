@@ -119,8 +119,13 @@ def check_space(config: Config) -> None:
     """Reject a search space that is invalid or whose trials would not be comparable.
 
     Raises:
-        ConfigError: it is empty, or a key or range is invalid.
+        ConfigError: it is empty, or a key or range is invalid; several label draws are requested.
     """
+    if config.evaluation.num_label_draws > 1:
+        raise ConfigError(
+            "evaluation.num_label_draws: trials share one label draw; train the best settings on "
+            "several draws with jobs/train.py"
+        )
     space = config.tune.space
     if not space:
         raise ConfigError(
