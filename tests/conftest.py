@@ -16,6 +16,7 @@ from brainray.mri.phantom import write_phantoms
 
 if TYPE_CHECKING:
     from brainray.orchestration.training.driver import TrainedRun
+    from tests.ranks import OnRanks
 
 # The checkout's sibling, or where the user says the real slices are.
 REAL_DATA = Path(
@@ -67,6 +68,15 @@ def trained(storage: Path) -> "TrainedRun":
 
     settings = ["name=two-ranks", "dataset=mri", "train.num_workers=2"]
     return train(tiny_config(storage, *settings))
+
+
+@pytest.fixture(scope="session")
+def on_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator["OnRanks"]:
+    """Calls a function on two ranks of one group."""
+    from tests.ranks import two_ranks
+
+    with two_ranks(tmp_path_factory.mktemp("ranks")) as on_ranks:
+        yield on_ranks
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -17,8 +17,8 @@ from brainray.clustering.metrics import effective_rank
 from brainray.clustering.minibatch import MiniBatchKMeans
 from brainray.clustering.num_clusters import score_num_clusters
 from brainray.clustering.pca import PCA
-from brainray.dist import run_on_ranks
 from brainray.errors import ClusteringError
+from tests.ranks import OnRanks
 
 NUM_ROWS, K, D, C = 301, 4, 6, 3
 TYPES: list[CovarianceType] = ["spherical", "diag", "tied", "full"]
@@ -124,13 +124,13 @@ def messages_of_errors() -> dict[str, str]:
     return messages
 
 
-def on_two_ranks() -> tuple[dict[str, Results], dict[str, str]]:
+def everything() -> tuple[dict[str, Results], dict[str, str]]:
     return {sharding: fit_everything(sharding) for sharding in SHARDINGS}, messages_of_errors()
 
 
 @pytest.fixture(scope="module")
-def two_ranks() -> list[tuple[dict[str, Results], dict[str, str]]]:
-    return run_on_ranks(on_two_ranks, 2)
+def two_ranks(on_two_ranks: OnRanks) -> list[tuple[dict[str, Results], dict[str, str]]]:
+    return on_two_ranks(everything)
 
 
 @pytest.mark.parametrize("sharding", SHARDINGS)

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from brainray import dist
-from brainray.dist import run_on_ranks
 from brainray.engine.pseudo_labels import balance_assignments, class_shift, pseudo_labels
 from brainray.engine.recipe import ramp
+from tests.ranks import OnRanks
 
 SHARES = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
 
@@ -54,10 +54,9 @@ def of_this_rank() -> tuple[Tensor, Tensor]:
     return found.labels, found.confidences
 
 
-@pytest.mark.slow
-def test_two_ranks_trust_the_slices_that_one_trusts() -> None:
+def test_two_ranks_trust_the_slices_that_one_trusts(on_two_ranks: OnRanks) -> None:
     labels, confidences = of_this_rank()
-    for rank, (labels_of_rank, confidences_of_rank) in enumerate(run_on_ranks(of_this_rank, 2)):
+    for rank, (labels_of_rank, confidences_of_rank) in enumerate(on_two_ranks(of_this_rank)):
         assert torch.equal(labels_of_rank, labels[rank::2])
         torch.testing.assert_close(confidences_of_rank, confidences[rank::2])
 

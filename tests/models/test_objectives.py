@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from brainray import dist
-from brainray.dist import run_on_ranks
 from brainray.models.anchored import AnchoredObjective
 from brainray.models.consistency import ConsistencyObjective
 from brainray.models.encoder import Encoder, EncoderOutput
@@ -16,6 +15,7 @@ from brainray.models.joint import JointObjective, cluster_loss
 from brainray.models.objective import Objective, StepOutputs, StepTargets
 from brainray.models.prototype import PrototypeObjective, anchor_loss
 from brainray.models.supervised import SupervisedObjective
+from tests.ranks import OnRanks
 
 Z = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
 GAMMA = torch.tensor([[0.75, 0.25], [0.0, 1.0]])
@@ -182,9 +182,9 @@ def gradients_of_all() -> list[tuple[float, Tensor, Tensor]]:
     return [gradients_of_step(objective) for objective in objectives]
 
 
-def test_two_ranks_give_the_loss_and_gradient_of_one() -> None:
+def test_two_ranks_give_the_loss_and_gradient_of_one(on_two_ranks: OnRanks) -> None:
     expected = gradients_of_all()
-    found = run_on_ranks(gradients_of_all, 2)
+    found = on_two_ranks(gradients_of_all)
     for (loss, head, stem), *of_ranks in zip(expected, *found, strict=True):
         for loss_of_rank, head_of_rank, stem_of_rank in of_ranks:
             assert math.isclose(loss_of_rank, loss, rel_tol=1e-5)

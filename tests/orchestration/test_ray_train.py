@@ -23,6 +23,7 @@ from brainray.orchestration.ray_train import (
     raise_on_all_ranks,
     run_trainer,
 )
+from tests.ranks import OnRanks
 
 
 class Trainer:
@@ -141,8 +142,8 @@ def error_of_this_rank() -> tuple[str, str]:
     return "", ""
 
 
-def test_an_error_of_one_rank_is_what_it_is_on_every_rank() -> None:
-    found = dist.run_on_ranks(error_of_this_rank, 2)
+def test_an_error_of_one_rank_is_what_it_is_on_every_rank(on_two_ranks: OnRanks) -> None:
+    found = on_two_ranks(error_of_this_rank)
     assert found == [("StorageError", 'no room for "model.pt"\non /mnt')] * 2
 
 

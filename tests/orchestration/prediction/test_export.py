@@ -353,37 +353,6 @@ def test_a_class_map_that_misses_a_class_is_named(trained: TrainedRun, tmp_path:
         evaluate(config)
 
 
-def test_an_evaluation_leaves_out_what_it_is_told_to_and_replaces_the_last_one_whole(
-    trained: TrainedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    write_phantoms(
-        tmp_path / "hospital", num_training_per_class=2, num_testing_per_class=0, seed=1, size=64
-    )
-    source = tmp_path / "hospital" / "Training"
-    (source / "glioma").rename(source / "metastasis")
-    (source / "pituitary" / "read me.txt").touch()
-    config = config_of(trained, f"source={source}", "name=elsewhere", "classes.map.metastasis=null")
-    last = Folder(config.storage) / "evaluations" / "elsewhere"
-    last.write_bytes("of the last one", b"")
-    scored = evaluate(config)
-    said = logged(capsys)
-    assert "; left out: 2 without a class; ignored files of other types: 1 (.txt 1)" in said[0]
-    assert scored.metrics["num_ignored_files"] == 1
-    assert scored.metrics["num_without_class"] == 2
-    labels = scored.folder.read_table("predictions.parquet")["label"].to_pylist()
-    assert sorted(set(labels)) == ["meningioma", "notumor", "pituitary"]
-    assert f"{last}: replacing the earlier evaluation of this name" in said
-    assert not last.exists("of the last one")
-    assert last.read_json("metrics.json") == scored.metrics
-    (tmp_path / "hospital").rename(tmp_path / "another")
-    moved = config.model_copy(update={"source": str(tmp_path / "another" / "Training")})
-    with pytest.raises(
-        ConfigError, match=r"elsewhere is the evaluation of another source \(.*hospital/Training\)"
-    ):
-        evaluate(moved)
-    assert last.read_json("metrics.json") == scored.metrics
-
-
 @pytest.mark.slow
 def test_an_evaluation_scores_the_slices_of_a_volume_that_have_a_class(
     trained: TrainedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -413,7 +382,7 @@ def test_an_evaluation_scores_the_slices_of_a_volume_that_have_a_class(
         evaluate(config)
 
 
-def test_an_evaluation_tells_what_the_run_has_seen_and_which_settings_made_it(
+def test_an_evaluation_tells_what_the_run_has_seen_and_what_it_leaves_out(
     trained: TrainedRun, phantoms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_phantoms(
@@ -424,12 +393,26 @@ def test_an_evaluation_tells_what_the_run_has_seen_and_which_settings_made_it(
     known = phantoms / seen["path"][0].as_py()
     for place in ("notumor", "pituitary"):
         shutil.copy(known, source / place / "known.jpg")
-    (source / "glioma" / "empty.png").write_bytes(b"")
-    scored = evaluate(config_of(trained, f"source={source}", "name=told"))
+    (source / "meningioma" / "empty.png").write_bytes(b"")
+    (source / "glioma").rename(source / "metastasis")
+    (source / "pituitary" / "read me.txt").touch()
+    config = config_of(trained, f"source={source}", "name=told", "classes.map.metastasis=null")
+    last = Folder(config.storage) / "evaluations" / "told"
+    last.write_bytes("of the last one", b"")
+
+    scored = evaluate(config)
     said = logged(capsys)
-    assert "; " not in said[0]  # nothing is left out
+
+    assert "; left out: 3 without a class; ignored files of other types: 1 (.txt 1)" in said[0]
     assert "1 files or slices could not be used: empty file (1)" in said
     assert "note: slices with a copy of another label in this source: 2" in said
+    assert f"{last}: replacing the earlier evaluation of this name" in said
+    assert not last.exists("of the last one")
+    assert last.read_json("metrics.json") == scored.metrics
+    assert scored.metrics["num_ignored_files"] == 1
+    assert scored.metrics["num_without_class"] == 3
+    predictions = scored.folder.read_table("predictions.parquet").to_pylist()
+    assert {row["label"] for row in predictions} == {"meningioma", "notumor", "pituitary"}
     twins = scored.folder.read_json("leakage.json")["seen_by_run"]
     assert [(row["path"], row["twin"]) for row in twins["exact"]] == [
         (f"{place}/known.jpg", seen["path"][0].as_py()) for place in ("notumor", "pituitary")
@@ -443,15 +426,19 @@ def test_an_evaluation_tells_what_the_run_has_seen_and_which_settings_made_it(
     assert b"Slices with a duplicate that the run has seen" in scored.folder.read_bytes(
         "report.html"
     )
-    clean = {
-        row["path"]: row["clean"]
-        for row in scored.folder.read_table("predictions.parquet").to_pylist()
-    }
     not_clean = {row["path"] for level in ("exact", "near") for row in twins[level]}
-    assert {path for path, is_clean in clean.items() if not is_clean} == not_clean
+    assert {row["path"] for row in predictions if not row["clean"]} == not_clean
     told = parse_yaml(scored.folder.read_bytes("config.yaml"), "config.yaml")
     assert told["train"]["num_epochs"] == trained.run.saved_config().train.num_epochs
     assert (told["run"], told["source"]) == (trained.run.folder.name, str(source))
+
+    (tmp_path / "hospital").rename(tmp_path / "another")
+    moved = config.model_copy(update={"source": str(tmp_path / "another" / "Training")})
+    with pytest.raises(
+        ConfigError, match=r"told is the evaluation of another source \(.*hospital/Training\)"
+    ):
+        evaluate(moved)
+    assert last.read_json("metrics.json") == scored.metrics
 
 
 def test_a_served_model_is_given_all_that_its_code_imports() -> None:

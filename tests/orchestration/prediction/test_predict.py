@@ -13,16 +13,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray.data
 
+from brainray import layout
 from brainray.config import Config
 from brainray.errors import CheckpointError, ConfigError, DataError
 from brainray.mri import decode, intracranial
 from brainray.mri.intracranial import VERSION
-from brainray.orchestration.prediction.evaluation import evaluate
+from brainray.orchestration.prediction import predict as predict_module
 from brainray.orchestration.prediction.inference import _Embedder, find_predictor, predicted_blocks
 from brainray.orchestration.prediction.predict import Prediction, _begin, predict
 from brainray.orchestration.preprocessing.preparation import UNREADABLE
-from brainray.orchestration.preprocessing.source import SourceFile, find_images
 from brainray.orchestration.training.driver import TrainedRun
 from brainray.schema import PREDICTED_FILES
 from brainray.storage import Folder
@@ -53,9 +54,18 @@ def config_of(trained: TrainedRun, source: Path, *overrides: str) -> Config:
     return tiny_config(storage, "run=two-ranks", f"source={source}", *overrides)
 
 
+blocks_of_prediction: list[ray.data.Dataset] = []
+
+
 @pytest.fixture(scope="module")
 def prediction(trained: TrainedRun, inbox: Path) -> Prediction:
-    return predict(config_of(trained, inbox, "name=inbox"))
+    def recorded(*arguments: Any) -> ray.data.Dataset:
+        blocks_of_prediction.append(predicted_blocks(*arguments))
+        return blocks_of_prediction[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(predict_module, "predicted_blocks", recorded)
+        return predict(config_of(trained, inbox, "name=inbox"))
 
 
 def rows_of(prediction: Prediction) -> dict[str, dict[str, Any]]:
@@ -75,13 +85,8 @@ def test_a_part_names_the_classes_in_the_order_of_its_probabilities(
             assert row["class"] is None or row["class"] == classes[np.argmax(row["probabilities"])]
 
 
-def test_files_are_decoded_apart_from_the_actor_that_embeds(
-    trained: TrainedRun, inbox: Path
-) -> None:
-    config = config_of(trained, inbox)
-    files = [SourceFile(file=file) for file in find_images(Folder(inbox))[0]]
-    blocks = predicted_blocks(files, config, find_predictor(config, "the test")).materialize()
-    stages = blocks.stats()
+def test_files_are_decoded_apart_from_the_actor_that_embeds(prediction: Prediction) -> None:
+    stages = blocks_of_prediction[-1].stats()
     assert "MapBatches(decode_files)" in stages
     assert "MapBatches(_Embedder)" in stages
     assert "MapBatches(decode_files)->MapBatches(_Embedder)" not in stages
@@ -135,13 +140,13 @@ def test_a_slice_of_the_training_set_is_its_own_nearest(prediction: Prediction) 
     assert row["nearest_distance"][0] < 1e-2
 
 
-def test_prediction_and_evaluation_agree(
-    prediction: Prediction, trained: TrainedRun, phantoms: Path
+def test_raw_files_are_predicted_as_the_store_was_in_training(
+    prediction: Prediction, trained: TrainedRun
 ) -> None:
-    scored = evaluate(config_of(trained, phantoms, "name=scored"))
-    by_id = {
-        row["sample_id"]: row for row in scored.folder.read_table("predictions.parquet").to_pylist()
-    }
+    """The tests of training compare it with an evaluation."""
+    chosen = int(trained.metrics["chosen_epoch"])
+    in_training = trained.run.folder.read_table(layout.predictions_file(chosen)).to_pylist()
+    by_id = {row["sample_id"]: row for row in in_training}
     compared = 0
     for row in rows_of(prediction).values():
         if row["sample_id"] in by_id:
@@ -172,27 +177,7 @@ def test_a_run_on_slices_that_would_be_made_otherwise_now_does_not_predict(
         find_predictor(config, "this test")
 
 
-def test_what_could_not_be_read_is_tried_again(
-    trained: TrainedRun, inbox: Path, prediction: Prediction, capsys: pytest.CaptureFixture[str]
-) -> None:
-    first = Path(str(prediction.folder))
-    shutil.copytree(first, first.with_name("again"))
-    part = first.with_name("again") / "part-000000.parquet"
-    rows = pq.read_table(part).to_pylist()
-    for row in rows:
-        if row["path"] in {"scan1.jpg", "scan2.jpg"}:  # as a mount that is away leaves them
-            kept = {"path", "frame", "num_bytes", "mtime_ns"}
-            row |= dict.fromkeys(set(row) - kept) | {"reason": UNREADABLE}
-    pq.write_table(pa.Table.from_pylist(rows, PREDICTED_FILES), part)
-    again = predict(config_of(trained, inbox, "name=again"))
-    said = logged(capsys)
-    assert "; 7 are done" in said[0]
-    assert again.metrics == prediction.metrics
-    assert pq.read_table(str(again.folder)).num_rows == len(rows_of(again))  # as others read it
-    assert rows_of(again)["scan1.jpg"]["class"] is not None
-
-
-def test_a_file_that_was_replaced_is_predicted_anew(
+def test_what_was_replaced_or_could_not_be_read_is_predicted_again(
     trained: TrainedRun,
     inbox: Path,
     prediction: Prediction,
@@ -202,23 +187,32 @@ def test_a_file_that_was_replaced_is_predicted_anew(
     source = tmp_path / "inbox"
     shutil.copytree(inbox, source)
     first = Path(str(prediction.folder))
-    again = first.with_name("replaced")
+    again = first.with_name("again")
     shutil.copytree(first, again)
     settings = json.loads((again / "_settings.json").read_text()) | {"source": str(source)}
     (again / "_settings.json").write_text(json.dumps(settings))
+    part = again / "part-000000.parquet"
+    rows = pq.read_table(part).to_pylist()
+    for row in rows:
+        if row["path"] in {"scan4.jpg", "scan5.jpg"}:  # as a mount that is away leaves them
+            kept = {"path", "frame", "num_bytes", "mtime_ns"}
+            row |= dict.fromkeys(set(row) - kept) | {"reason": UNREADABLE}
+    pq.write_table(pa.Table.from_pylist(rows, PREDICTED_FILES), part)
     os.utime(source / "scan2.jpg", ns=(0, 10**18))  # another file of the same size, it may be
     (source / "scan1.jpg").write_bytes((source / "deep" / "er" / "known.jpg").read_bytes())
     (source / "scan3.jpg").unlink()
 
-    after = predict(config_of(trained, source, "name=replaced"))
+    after = predict(config_of(trained, source, "name=again"))
     said = logged(capsys)
 
-    assert "; 7 are done; 2 were replaced and are predicted again" in said[0]
-    rows = rows_of(after)
-    assert rows["scan1.jpg"]["sample_id"] == rows["deep/er/known.jpg"]["sample_id"]
-    assert rows["scan2.jpg"]["mtime_ns"] == 10**18
-    assert rows["scan3.jpg"] == rows_of(prediction)["scan3.jpg"]
-    assert predict(config_of(trained, source, "name=replaced")).metrics == after.metrics
+    assert "; 5 are done; 2 were replaced and are predicted again" in said[0]
+    rows_after, rows_before = rows_of(after), rows_of(prediction)
+    assert rows_after["scan1.jpg"]["sample_id"] == rows_after["deep/er/known.jpg"]["sample_id"]
+    assert rows_after["scan2.jpg"]["mtime_ns"] == 10**18
+    for path in ("scan3.jpg", "scan4.jpg", "scan5.jpg"):
+        assert rows_after[path]["class"] == rows_before[path]["class"] is not None
+    assert pq.read_table(str(after.folder)).num_rows == len(rows_after)  # as others read it
+    assert predict(config_of(trained, source, "name=again")).metrics == after.metrics
 
 
 @pytest.mark.slow
