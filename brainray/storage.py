@@ -353,6 +353,18 @@ class Folder:
         return f"{self.path}/{name}" if name else self.path
 
 
+def check_is_folder(given: Folder, key: str) -> None:
+    """Check that what a setting names is a folder; ``key`` is the setting's, for errors.
+
+    Raises:
+        DataError: there is none, or it is a file.
+    """
+    if not given.exists():
+        raise DataError(f"no such folder: {key}={given}")
+    if given.local_path is not None and not given.local_path.is_dir():
+        raise DataError(f"{key}={given} is a file: give the folder that contains it")
+
+
 def _write_new(path: str, content: bytes, mode: int) -> None:
     """Raises FileExistsError if there is such a file."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)

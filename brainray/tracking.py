@@ -87,8 +87,8 @@ def _now_ms() -> int:
 class MLflowTracker:
     """Logs one brainray run to one MLflow run, whose id is kept in the run's folder.
 
-    Only one process may use it at a time, because SQLite allows a single writer. All methods but
-    `run_id` raise TrackingError if the server cannot be used.
+    Only one process may use it at a time, because SQLite allows a single writer. All methods raise
+    TrackingError if the server cannot be used; the properties need no server.
     """
 
     def __init__(self, run: Folder, uri: str, experiment: str, artifacts: str | None) -> None:
@@ -112,11 +112,16 @@ class MLflowTracker:
         """The MLflow run's id, once it has started."""
         return self._state.get("run_id")
 
+    @property
+    def uri(self) -> str:
+        """The tracking URI, without a password."""
+        return redacted(self._uri)
+
     def begin(self, name: str, params: Mapping[str, object], tags: Mapping[str, str]) -> None:
         """Create or find the run; an ended run stays ended until `running` is called."""
         with _readable_errors(self._uri):
             client = self._connect()
-            uri = redacted(self._uri)  # passwords must not be written to storage
+            uri = self.uri  # passwords must not be written to storage
             self._state = self._read_state(uri)
             known = None if self.run_id is None else self._find(client)
             if known is not None:
@@ -310,6 +315,16 @@ class LenientTracker:
         self._folder = folder
         self._begin: Callable[[], None] | None = None
         self._problems: dict[str, str] = {}  # by operation, until it succeeds
+
+    @property
+    def mlflow_run_id(self) -> str | None:
+        """The MLflow run's id, once it has started."""
+        return self._tracker.run_id
+
+    @property
+    def uri(self) -> str:
+        """The tracking URI, without a password."""
+        return self._tracker.uri
 
     @property
     def problem(self) -> str | None:

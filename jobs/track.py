@@ -14,10 +14,10 @@ def work(config: Config) -> JobResult:
 
     assert config.run is not None, "checked by run_job"
     run = open_run(Folder(config.storage), config.run)
-    tracking = publish(config, run)
+    tracker = publish(config, run)
     log(f"run {run.folder}: MLflow has everything")
-    log(f"compare runs: {how_to_open(tracking.uri)}")
-    return JobResult(str(run.folder), tracking.mlflow_run_id)
+    log(f"compare runs: {how_to_open(tracker.uri)}")
+    return JobResult(str(run.folder), tracker.mlflow_run_id)
 
 
 if __name__ == "__main__":

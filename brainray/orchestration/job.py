@@ -130,16 +130,15 @@ def _check_places(config: Config, keys: Sequence[str]) -> None:
     Raises:
         BrainrayError: one of them does not exist.
     """
-    from brainray.orchestration.preprocessing.source import check_source
     from brainray.orchestration.run import open_run
-    from brainray.storage import Folder
+    from brainray.storage import Folder, check_is_folder
 
     if "source" in keys and config.source is not None:
-        check_source(Folder(config.source))
+        check_is_folder(Folder(config.source), "source")
     if "labels" in keys and config.labels is not None and not Folder(config.labels).exists():
         raise DataError(f"no such file: labels={config.labels}")
     for key, source in (config.sources if "sources" in keys else {}).items():
-        check_source(Folder(source), f"sources.{key}")
+        check_is_folder(Folder(source), f"sources.{key}")
     if "run" in keys and config.run is not None and config.checkpoint is None:
         open_run(Folder(config.storage), config.run)
 

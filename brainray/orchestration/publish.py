@@ -3,7 +3,6 @@
 import os
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -15,7 +14,7 @@ from brainray.errors import ConfigError, TrackingError
 from brainray.orchestration.code_version import about_code
 from brainray.orchestration.lock import is_held
 from brainray.orchestration.run import Run
-from brainray.redaction import HIDDEN, redacted
+from brainray.redaction import HIDDEN
 from brainray.storage import Folder
 from brainray.tracking import (
     URI_VARIABLE,
@@ -36,20 +35,6 @@ _TAGS_OF_CODE = {
 """Key in `about_code` for each tag."""
 
 
-@dataclass(frozen=True)
-class Tracking:
-    """An open connection between one run and MLflow."""
-
-    tracker: LenientTracker
-    mlflow: MLflowTracker
-    uri: str
-    """URI without secrets."""
-
-    @property
-    def mlflow_run_id(self) -> str | None:
-        return self.mlflow.run_id
-
-
 def how_to_open(uri: str) -> str:
     """The command that shows the runs in a database, or the address of a server."""
     if uri.startswith(_SERVERS):
@@ -57,7 +42,9 @@ def how_to_open(uri: str) -> str:
     return f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
 
 
-def begin_tracking(config: Config, run: Run, tags: Mapping[str, str] | None = None) -> Tracking:
+def begin_tracking(
+    config: Config, run: Run, tags: Mapping[str, str] | None = None
+) -> LenientTracker:
     """Open the run's MLflow run; an unreachable server is logged and does not stop the work."""
     params = flatten(config.without_secrets()) | {
         f"num_{k}": v for k, v in run.info["num_slices"].items()
@@ -79,7 +66,7 @@ def open_tracking(
     tags: Mapping[str, str],
     *,
     made_by: Mapping[str, object] | None = None,
-) -> Tracking:
+) -> LenientTracker:
     """Open an MLflow run named like the folder, which records it and keeps what cannot be sent.
 
     ``made_by`` is the `about_code` of the code that made the folder; by default, of this code.
@@ -91,15 +78,17 @@ def open_tracking(
             f"the saved tracking.uri has no password ({uri}): set it again with --set "
             f"tracking.uri=... or {URI_VARIABLE}"
         )
-    mlflow = MLflowTracker(folder, uri, config.tracking.experiment, artifact_location(uri, storage))
-    tracker = LenientTracker(mlflow, folder)
+    artifacts = artifact_location(uri, storage)
+    tracker = LenientTracker(
+        MLflowTracker(folder, uri, config.tracking.experiment, artifacts), folder
+    )
     made_by = about_code() if made_by is None else made_by
     code = {tag: str(made_by[key]) for tag, key in _TAGS_OF_CODE.items() if made_by.get(key)}
     tracker.begin(folder.name, params, code | dict(tags))
-    return Tracking(tracker, mlflow, redacted(uri))
+    return tracker
 
 
-def publish(config: Config, run: Run) -> Tracking:
+def publish(config: Config, run: Run) -> LenientTracker:
     """Send a run's folder to MLflow: what training could not send, or a run trained elsewhere.
 
     It is sent to the URI used in training, unless another one is given.
@@ -108,15 +97,15 @@ def publish(config: Config, run: Run) -> Tracking:
         TrackingError: the server still cannot be used.
         ConfigError: its password must be given again.
     """
-    tracking = begin_tracking(config_to_track(config, run), run)
-    send_run(run, tracking.tracker)
+    tracker = begin_tracking(config_to_track(config, run), run)
+    send_run(run, tracker)
     name = str(run.info["name"])
     if not run.is_complete and not is_held(Folder(config.storage), layout.RUNS, name):
         # It has ended; if its job could not record how, that is unknown.
-        tracking.tracker.finish("KILLED", unless_ended=True)
-    if tracking.tracker.problem is not None:
-        raise TrackingError(tracking.tracker.problem)
-    return tracking
+        tracker.finish("KILLED", unless_ended=True)
+    if tracker.problem is not None:
+        raise TrackingError(tracker.problem)
+    return tracker
 
 
 def config_to_track(config: Config, run: Run) -> Config:

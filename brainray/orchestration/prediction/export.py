@@ -206,12 +206,10 @@ def _put(local: Path, target: Folder) -> None:
 
 def _register(config: Config, run: Run, served: ServedFiles) -> str | None:
     """Log the model to the run's MLflow run and register it."""
-    tracking = begin_tracking(config_to_track(config, run), run)
-    if tracking.tracker.problem is not None:
-        raise TrackingError(f"not registered: {tracking.tracker.problem}")
-    try:
-        tracking.mlflow.log_model(served, config.registry.name)
-    finally:
-        tracking.tracker.finish()  # otherwise MLflow marks the run as FAILED after an error
+    tracker = begin_tracking(config_to_track(config, run), run)
+    tracker.log_model(served, config.registry.name)
+    tracker.finish()  # otherwise MLflow marks the run as FAILED after an error
+    if tracker.problem is not None:
+        raise TrackingError(f"not registered: {tracker.problem}")
     log(f"registered as {config.registry.name}")
-    return tracking.mlflow_run_id
+    return tracker.mlflow_run_id

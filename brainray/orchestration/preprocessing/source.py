@@ -24,7 +24,7 @@ from brainray.orchestration.preprocessing.labels_table import (
     read_labels_table,
 )
 from brainray.schema import TRAIN
-from brainray.storage import Folder
+from brainray.storage import Folder, check_is_folder
 
 _LINK_OUT = "link out of the source folder"  # the author of the source may not read all our files
 _MAX_CLASS_NAME = 100
@@ -185,25 +185,13 @@ def _check_spellings(names: Sequence[str]) -> None:
             )
 
 
-def check_source(source: Folder, key: str = "source") -> None:
-    """Check that a source is a folder; ``key`` names its setting in errors.
-
-    Raises:
-        DataError: it is not.
-    """
-    if not source.exists():
-        raise DataError(f"no such folder: {key}={source}")
-    if source.local_path is not None and not source.local_path.is_dir():
-        raise DataError(f"{key}={source} is a file: give the folder that contains it")
-
-
 def find_images(source: Folder) -> tuple[list[FoundFile], Counter[str]]:
     """The image files below ``source``, sorted by path, and the number of other files by suffix.
 
     Raises:
         DataError: no such folder, or no image file in it.
     """
-    check_source(source)
+    check_is_folder(source, "source")
     files = list(_walk(source))
     with ThreadPoolExecutor(_NUM_OPENERS) as pool:  # network requests wait in parallel
         may_hold = list(pool.map(lambda file: _may_hold_slices(file, source), files))

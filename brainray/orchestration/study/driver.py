@@ -89,8 +89,8 @@ def _study(
             folder.delete_file(layout.TRACKING, missing_ok=True)
     folder.write_bytes(layout.CONFIG, to_yaml(config).encode())
     hashes = {f"brainray.data_hash.{name}": store.data_hash for name, store in stores.items()}
-    tracking = open_tracking(config, folder, flatten(config.without_secrets()), hashes)
-    tracking.tracker.running()
+    tracker = open_tracking(config, folder, flatten(config.without_secrets()), hashes)
+    tracker.running()
     try:
         seen = seen_by_features(config)
         sets = {name: study_set(store, folder, seen) for name, store in stores.items()}
@@ -104,13 +104,13 @@ def _study(
         main, others = outcomes[: len(cells)], outcomes[len(cells) :]
         report = write_report(StudyResults(config, folder, sets, features, grid, main, others))
     except BaseException as stop:
-        tracking.tracker.finish("FAILED" if isinstance(stop, Exception) else "KILLED")
+        tracker.finish("FAILED" if isinstance(stop, Exception) else "KILLED")
         raise
     folder.write_json(layout.SUMMARY, report.metrics)
-    tracking.tracker.log_summary(report.metrics)
-    tracking.tracker.log_files([layout.CONFIG, layout.SUMMARY, *report.files])
-    tracking.tracker.finish()
-    return FinishedStudy(folder, report.metrics, report.text, tracking.mlflow_run_id, tracking.uri)
+    tracker.log_summary(report.metrics)
+    tracker.log_files([layout.CONFIG, layout.SUMMARY, *report.files])
+    tracker.finish()
+    return FinishedStudy(folder, report.metrics, report.text, tracker.mlflow_run_id, tracker.uri)
 
 
 def checked_study(config: Config) -> Config:

@@ -16,7 +16,7 @@ from brainray.orchestration.lock import held
 from brainray.orchestration.prediction.export import served_files
 from brainray.orchestration.prediction.inference import find_predictor
 from brainray.orchestration.pretraining.driver import warm_up
-from brainray.orchestration.publish import Tracking, open_tracking
+from brainray.orchestration.publish import open_tracking
 from brainray.orchestration.resources import WorkerResources
 from brainray.orchestration.store import ImageStore, store_to_train_on
 from brainray.orchestration.sweep.follower import NUM_SHOWN, SweepFollower, trials_table
@@ -94,20 +94,20 @@ def _sweep(base: Config, name: str, store: ImageStore, workers: WorkerResources)
             log(f"registered its best model as {base.registry.name}")
         return _finished(folder, summary)
     tuner = build_tuner(base, folder, workers)
-    tracking = open_parent()
+    tracker = open_parent()
     try:
-        return _search(base, folder, store, tuner, tracking)
+        return _search(base, folder, store, tuner, tracker)
     except BaseException as stop:
-        tracking.tracker.finish(_status_after(stop))
+        tracker.finish(_status_after(stop))
         raise
 
 
 def _search(
-    base: Config, folder: Folder, store: ImageStore, tuner: tune.Tuner, tracking: Tracking
+    base: Config, folder: Folder, store: ImageStore, tuner: tune.Tuner, tracker: LenientTracker
 ) -> FinishedSweep:
     name = folder.name
-    follower = SweepFollower(base, name, tracking)
-    tracking.tracker.running()
+    follower = SweepFollower(base, name, tracker)
+    tracker.running()
     try:
         warm_up(base, store)  # once, for all trials
         with follower:
@@ -119,7 +119,7 @@ def _search(
             raise BrainrayError(
                 f"no trial could be trained: {_why_none(base, trials, follower.errors)}"
             )
-        return _conclude(base, folder, trials, ranked, follower, tracking)
+        return _conclude(base, folder, trials, ranked, follower, tracker)
     except BaseException as stop:
         follower.end(_status_after(stop))
         raise
@@ -179,7 +179,7 @@ def _conclude(
     trials: list[Trial],
     ranked: list[Trial],
     follower: SweepFollower,
-    tracking: Tracking,
+    tracker: LenientTracker,
 ) -> FinishedSweep:
     """Write best config, table and figures to the sweep's folder and to MLflow."""
     metric, mode = config.tune.metric, config.tune.mode
@@ -211,25 +211,25 @@ def _conclude(
         "num_trials": float(len(trials)),
         "num_failed": float(sum(trial.problem is not None for trial in trials)),
     }
-    tracking.tracker.log_summary(metrics)
+    tracker.log_summary(metrics)
     figures = [f"{layout.FIGURES}/{name}" for name in (folder / layout.FIGURES).names()]
-    tracking.tracker.log_files([_BEST, _TABLE, _TRIALS, _SETTINGS, *figures])
-    tracking.tracker.log_tags({"brainray.best_trial": best.trial_id})
+    tracker.log_files([_BEST, _TABLE, _TRIALS, _SETTINGS, *figures])
+    tracker.log_tags({"brainray.best_trial": best.trial_id})
     is_whole = not follower.errors
     name = config.registry.name if is_whole else None
-    _log_model(config, best, tracking.tracker, name, force=False)
-    tracking.tracker.finish()
+    _log_model(config, best, tracker, name, force=False)
+    tracker.finish()
     summary: dict[str, Any] = {
         "best_trial": best.trial_id,
         "registered": config.registry.name,
         "metrics": metrics,
         "table": trials_table(config, trials, follower.outcome, limit=NUM_SHOWN),
-        "mlflow_run_id": tracking.mlflow_run_id,
-        "tracking_uri": tracking.uri,
+        "mlflow_run_id": tracker.mlflow_run_id,
+        "tracking_uri": tracker.uri,
     }
     if follower.errors:
         log(f"{len(follower.errors)} trials were lost: submit the sweep again to resume them")
-    elif (tracking.tracker.problem or follower.problem) is not None:
+    elif (tracker.problem or follower.problem) is not None:
         log("MLflow did not receive everything: submit the sweep again to send it")
     else:
         folder.write_json(layout.SUMMARY, summary)
@@ -275,16 +275,16 @@ def _log_model(
         tracker.log_model(served, name, force=force)
 
 
-def _register_later(config: Config, best: Trial, tracking: Tracking) -> None:
+def _register_later(config: Config, best: Trial, tracker: LenientTracker) -> None:
     """Register the best model of a complete sweep under a name that is given now.
 
     Raises:
         TrackingError: the server cannot be used.
     """
-    _log_model(config, best, tracking.tracker, config.registry.name, force=True)
-    tracking.tracker.finish()
-    if tracking.tracker.problem is not None:
-        raise TrackingError(tracking.tracker.problem)
+    _log_model(config, best, tracker, config.registry.name, force=True)
+    tracker.finish()
+    if tracker.problem is not None:
+        raise TrackingError(tracker.problem)
 
 
 def _outcome(config: Config, trial: Trial) -> TrialOutcome:

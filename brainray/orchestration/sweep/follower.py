@@ -9,7 +9,7 @@ from brainray.engine.evaluate import Metrics
 from brainray.log import log
 from brainray.orchestration.lock import is_held
 from brainray.orchestration.progress import POLL_S, Watcher, time_left
-from brainray.orchestration.publish import Tracking, begin_tracking, send_run
+from brainray.orchestration.publish import begin_tracking, send_run
 from brainray.orchestration.sweep.trials import (
     Trial,
     TrialReader,
@@ -20,7 +20,7 @@ from brainray.orchestration.sweep.trials import (
 )
 from brainray.report.table import markdown_table
 from brainray.storage import Folder
-from brainray.tracking import PARENT_TAG
+from brainray.tracking import PARENT_TAG, LenientTracker
 
 NUM_SHOWN = 10
 """Number of trials in a table of the log."""
@@ -35,13 +35,13 @@ class SweepFollower(Watcher):
     The only writer to MLflow: trials only write files.
     """
 
-    def __init__(self, config: Config, name: str, parent: Tracking) -> None:
+    def __init__(self, config: Config, name: str, parent: LenientTracker) -> None:
         super().__init__()
         self._config = config
         self._name = name
         self._parent = parent
         self._quiet_s = 0.0
-        self._children: dict[str, Tracking] = {}
+        self._children: dict[str, LenientTracker] = {}
         self._tried: set[str] = set()  # complete trials that it has tried to send
         self._sent: set[str] = set()
         self._reader = TrialReader(config, name)
@@ -76,11 +76,11 @@ class SweepFollower(Watcher):
         if child is None or trial.run is None or trial.trial_id in self._sent:
             return
         outcome = self.outcome(trial)
-        send_run(trial.run, child.tracker)
-        child.tracker.log_tags({"brainray.outcome": outcome})
+        send_run(trial.run, child)
+        child.log_tags({"brainray.outcome": outcome})
         if not trial.run.is_complete:
-            child.tracker.finish("FAILED" if outcome.startswith("failed") else "KILLED")
-        if child.tracker.problem is None:
+            child.finish("FAILED" if outcome.startswith("failed") else "KILLED")
+        if child.problem is None:
             self._sent.add(trial.trial_id)
 
     def end(self, status: str) -> None:
@@ -89,12 +89,12 @@ class SweepFollower(Watcher):
             child = self._children.get(trial.trial_id)
             if child is not None:
                 is_complete = trial.run is not None and trial.run.is_complete
-                child.tracker.finish("FINISHED" if is_complete else status)
+                child.finish("FINISHED" if is_complete else status)
 
     @property
     def problem(self) -> str | None:
         """A problem with sending a trial to MLflow; None if all were sent."""
-        problems = (child.tracker.problem for child in self._children.values())
+        problems = (child.problem for child in self._children.values())
         return next((problem for problem in problems if problem is not None), None)
 
     def look(self) -> None:
@@ -121,8 +121,8 @@ class SweepFollower(Watcher):
             return False
         child = self._child(trial)
         if child is not None:
-            child.tracker.running()
-            child.tracker.log_epochs(trial.history)
+            child.running()
+            child.log_epochs(trial.history)
         return True
 
     def _line(self, trial: Trial, metrics: Metrics) -> str:
@@ -136,7 +136,7 @@ class SweepFollower(Watcher):
             f"{time_left(metrics, trial.train)} left"
         )
 
-    def _child(self, trial: Trial) -> Tracking | None:
+    def _child(self, trial: Trial) -> LenientTracker | None:
         """The trial's MLflow run, a child of the sweep's."""
         if trial.run is None:
             return None

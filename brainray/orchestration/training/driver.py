@@ -75,15 +75,15 @@ def train(config: Config) -> TrainedRun:
     """
     with begun_training(config) as training:
         config, run = training.config, training.run
-        tracking = begin_tracking(config, run)
+        tracker = begin_tracking(config, run)
         if not run.is_complete:
-            tracking.tracker.running()
+            tracker.running()
             try:
-                with Follower(config.train, run, tracking.tracker):
+                with Follower(config.train, run, tracker):
                     fit(training)
                 complete_run(training)
             except BaseException as stop:
-                tracking.tracker.finish("FAILED" if isinstance(stop, Exception) else "KILLED")
+                tracker.finish("FAILED" if isinstance(stop, Exception) else "KILLED")
                 raise
         elif _names_other_runs(config.evaluation, run):
             log(
@@ -91,14 +91,14 @@ def train(config: Config) -> TrainedRun:
                 f"jobs/report.py --set run={config.name} evaluation.control=..."
             )
         metrics = run.folder.read_json(layout.SUMMARY)
-        send_run(run, tracking.tracker)
-    if tracking.tracker.problem is not None:
+        send_run(run, tracker)
+    if tracker.problem is not None:
         log(
             f"MLflow did not receive everything; it is kept in {run.folder}: send it later with "
             f"python jobs/track.py --set run={config.name} "
             + shlex.quote(f"storage={config.storage}")
         )
-    return TrainedRun(run, metrics, tracking.mlflow_run_id, tracking.uri)
+    return TrainedRun(run, metrics, tracker.mlflow_run_id, tracker.uri)
 
 
 def _names_other_runs(evaluation: EvaluationConfig, run: Run) -> bool:
