@@ -11,33 +11,27 @@ from brainray.schema import PREDICTED_BY, subset_masks, tells_of_classes
 from brainray.storage import Folder
 
 
-def draw_evaluation_figures(folder: Folder, predictions: pa.Table, classes: list[str]) -> list[str]:
+def draw_evaluation_figures(folder: Folder, predictions: pa.Table, classes: list[str]) -> None:
     """Write ``figures/confusion_all.png`` and, if known, ``_clean`` and ``_strict``.
 
-    ``_strict`` is left out if a class has too few strict slices.
+    ``_strict`` is left out if a class has too few strict slices; all are without a label.
 
     Args:
         folder: of the evaluation or the run.
         predictions: rows of the ``PREDICTIONS`` schema; unlabelled rows are ignored.
         classes: class names in the run's order.
 
-    Returns:
-        Names of the files in the folder; none if no slice has a label.
-
     Raises:
         DataError: a label is not a class of the run.
     """
     labelled = predictions.filter(pc.is_valid(predictions["label"]))
-    names = []
     for subset, mask in subset_masks(labelled).items():
         rows = labelled.filter(pa.array(mask))
         if rows.num_rows and tells_of_classes(rows["label"].to_pylist(), subset):
             panels = [_confusion(rows, predictor, classes) for predictor in PREDICTED_BY]
             title = f"Confusion matrices, test slices: {subset} ({rows.num_rows:,})"
             figure = confusion_matrices(panels, classes, title)
-            names.append(f"figures/confusion_{subset}.png")
-            folder.write_bytes(names[-1], png_bytes(figure))
-    return names
+            folder.write_bytes(f"figures/confusion_{subset}.png", png_bytes(figure))
 
 
 def _confusion(rows: pa.Table, predictor: str, classes: list[str]) -> Confusion:

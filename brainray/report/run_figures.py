@@ -21,46 +21,40 @@ from brainray.storage import Folder
 
 def draw_run_figures(
     run: Folder, classes: list[str], chosen_epoch: int, maps: Sequence[SliceMap]
-) -> list[str]:
-    """Write all figures for which the run has logs and predictions.
+) -> None:
+    """Write all figures for which the run has logs and predictions: only curves without test
+    slices, none without a finished epoch.
 
     Args:
         run: folder with ``metrics.jsonl`` and ``predictions/epoch-XXXX.parquet``.
         classes: class names in the run's order.
         chosen_epoch: epoch of the confusion matrices, marked in the curves; 1-based.
         maps: t-SNE maps of the run's test slices (`maps.run_maps`).
-
-    Returns:
-        Names of the files in the folder, such as ``figures/loss.png``: only curves without test
-        slices, none without a finished epoch.
     """
     history = run.read_json_lines(layout.METRICS)
     if not history:
-        return []
-    names = _draw_curves(run, history, chosen_epoch)
+        return
+    _draw_curves(run, history, chosen_epoch)
     if run.exists(layout.predictions_file(chosen_epoch)):
         predictions = run.read_table(layout.predictions_file(chosen_epoch))
-        names += draw_evaluation_figures(run, predictions, classes)
-    return names + _draw_maps(run, classes, maps)
+        draw_evaluation_figures(run, predictions, classes)
+    if maps:
+        _draw_maps(run, classes, maps)
 
 
-def _draw_curves(run: Folder, history: History, chosen: int) -> list[str]:
+def _draw_curves(run: Folder, history: History, chosen: int) -> None:
     figures = {
         "figures/loss.png": loss_curves(history),
         "figures/accuracy.png": accuracy_curves(history, chosen),
         "figures/clustering_health.png": clustering_health(history, chosen),
         "figures/timing.png": timing_breakdown(history),
     }
-    drawn = {name: figure for name, figure in figures.items() if figure is not None}
-    for name, figure in drawn.items():
-        run.write_bytes(name, png_bytes(figure))
-    return list(drawn)
+    for name, figure in figures.items():
+        if figure is not None:
+            run.write_bytes(name, png_bytes(figure))
 
 
-def _draw_maps(run: Folder, classes: list[str], maps: Sequence[SliceMap]) -> list[str]:
-    if not maps:
-        return []
+def _draw_maps(run: Folder, classes: list[str], maps: Sequence[SliceMap]) -> None:
     labels = [label or UNLABELLED_CLASS for label in maps[0].rows["label"].to_pylist()]
     drawn = [EmbeddingMap(m.epoch, m.points, m.rows["cluster"].to_numpy()) for m in maps]
     run.write_bytes("figures/tsne.png", png_bytes(embedding_maps(drawn, labels, classes)))
-    return ["figures/tsne.png"]

@@ -34,7 +34,7 @@ def draw_store_figures(
     before_after: Sequence[tuple[str, NDArray[np.uint8], NDArray[np.uint8]]],
     sheet: Sequence[StrippedSlice],
     pairs: Sequence[SlicePair],
-) -> list[str]:
+) -> None:
     """Write the class distribution and the figures for which there are examples.
 
     Args:
@@ -43,9 +43,6 @@ def draw_store_figures(
         before_after: (title, before, after), with images (H, W) uint8.
         sheet: slices for the contact sheet of skull stripping.
         pairs: examples of leakage.
-
-    Returns:
-        Names of the files in the folder.
     """
     figures = {"figures/class_distribution.png": class_distribution(num_slices)}
     if before_after:
@@ -56,7 +53,6 @@ def draw_store_figures(
         figures["figures/leakage_pairs.png"] = leakage_pairs(pairs)
     for name, figure in figures.items():
         store.write_bytes(name, png_bytes(figure))
-    return list(figures)
 
 
 def contact_sheet(slices: Sequence[StrippedSlice]) -> Figure:

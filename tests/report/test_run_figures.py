@@ -22,7 +22,7 @@ from brainray.schema import PREDICTIONS
 from brainray.storage import Folder
 
 CLASSES = ["glioma", "notumor"]
-CURVES = [f"figures/{name}.png" for name in ("loss", "accuracy", "clustering_health", "timing")]
+CURVES = {"loss", "accuracy", "clustering_health", "timing"}
 
 
 def _history(*scores: float) -> list[dict[str, float]]:
@@ -61,10 +61,13 @@ def _predictions(num_slices: int, *, seed: int = 0, clean: bool | None = True) -
     )
 
 
-def _assert_pictures(folder: Folder, names: list[str]) -> None:
-    assert sorted(names) == [f"figures/{name}" for name in (folder / "figures").names()]
-    for name in names:
-        content = folder.read_bytes(name)
+def _figures(folder: Folder) -> set[str]:
+    return {name.removesuffix(".png") for name in (folder / "figures").names()}
+
+
+def _assert_pictures(folder: Folder) -> None:
+    for name in (folder / "figures").names():
+        content = folder.read_bytes(f"figures/{name}")
         assert len(content) < 300_000
         with Image.open(BytesIO(content)) as image:
             image.load()
@@ -76,26 +79,23 @@ def test_a_run_gets_all_its_figures(tmp_path: Path) -> None:
     run.write_json_lines("metrics.jsonl", _history(0.5, 0.9, 0.7))
     for epoch in (1, 2, 3):
         run.write_table(f"predictions/epoch-{epoch:04d}.parquet", _predictions(12, seed=epoch))
-    names = _draw(run, 2, (1, 3, 20))
-    maps = ["confusion_all", "confusion_clean", "tsne"]  # too few are strict for one of theirs
-    assert names == [*CURVES, *(f"figures/{name}.png" for name in maps)]
-    _assert_pictures(run, names)
+    others = {"confusion_all", "confusion_clean", "tsne"}  # too few are strict for one of theirs
+    assert _draw(run, 2, (1, 3, 20)) == CURVES | others
+    _assert_pictures(run)
 
 
 def test_a_run_without_test_slices_gets_its_curves(tmp_path: Path) -> None:
     run = Folder(tmp_path)
     run.write_json_lines("metrics.jsonl", _history(0.5))
-    names = _draw(run, 1)
-    assert names == CURVES
-    _assert_pictures(run, names)
+    assert _draw(run, 1) == CURVES
+    _assert_pictures(run)
 
 
 def test_maps_need_no_predictions_of_the_chosen_epoch(tmp_path: Path) -> None:
     run = Folder(tmp_path)
     run.write_json_lines("metrics.jsonl", _history(0.5, 0.9))
     run.write_table("predictions/epoch-0001.parquet", _predictions(6))
-    names = _draw(run, 2, (1,))
-    assert names == [*CURVES, "figures/tsne.png"]
+    assert _draw(run, 2, (1,)) == CURVES | {"tsne"}
 
 
 def test_the_chosen_epoch_is_mapped_whichever_else_are(tmp_path: Path) -> None:
@@ -103,11 +103,11 @@ def test_the_chosen_epoch_is_mapped_whichever_else_are(tmp_path: Path) -> None:
     run.write_json_lines("metrics.jsonl", _history(0.5, 0.6, 0.7))
     run.write_table("predictions/epoch-0002.parquet", _predictions(24))
     for epochs in ((3,), ()):
-        assert "figures/tsne.png" in _draw(run, 2, epochs)
+        assert "tsne" in _draw(run, 2, epochs)
 
 
 def test_a_run_without_an_epoch_gets_nothing(tmp_path: Path) -> None:
-    assert _draw(Folder(tmp_path), 1) == []
+    assert not _draw(Folder(tmp_path), 1)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -116,7 +116,7 @@ def test_too_few_slices_are_not_mapped(tmp_path: Path, monkeypatch: pytest.Monke
     run = Folder(tmp_path)
     run.write_json_lines("metrics.jsonl", _history(0.5))
     run.write_table("predictions/epoch-0001.parquet", _predictions(4))
-    assert "figures/tsne.png" not in _draw(run, 1)
+    assert "tsne" not in _draw(run, 1)
 
 
 def test_confusions_are_those_of_the_chosen_epoch(
@@ -141,8 +141,8 @@ def test_slices_without_a_label_are_not_scored_and_subsets_are_drawn_apart(
     table = table.set_column(
         table.schema.get_field_index("label"), "label", pa.array(labels, pa.string())
     )
-    names = draw_evaluation_figures(Folder(tmp_path), table, CLASSES)
-    assert names == ["figures/confusion_all.png", "figures/confusion_clean.png"]
+    draw_evaluation_figures(Folder(tmp_path), table, CLASSES)
+    assert _figures(Folder(tmp_path)) == {"confusion_all", "confusion_clean"}
     head_all, cluster_all, head_clean, cluster_clean = drawn
     np.testing.assert_array_equal(head_all.counts, [[4, 0], [0, 5]])
     np.testing.assert_array_equal(cluster_all.counts, [[0, 4], [5, 0]])
@@ -152,16 +152,17 @@ def test_slices_without_a_label_are_not_scored_and_subsets_are_drawn_apart(
     assert cluster_all.title == "clusters: accuracy 0.000"
     # Figures by class of strict slices are told where there are thirty of each.
     for num_slices, is_drawn in ((58, False), (60, True)):
-        names = draw_evaluation_figures(Folder(tmp_path), _predictions(num_slices), CLASSES)
-        assert ("figures/confusion_strict.png" in names) == is_drawn
+        draw_evaluation_figures(Folder(tmp_path), _predictions(num_slices), CLASSES)
+        assert ("confusion_strict" in _figures(Folder(tmp_path))) == is_drawn
     np.testing.assert_array_equal(drawn[-2].counts, [[30, 0], [0, 0]])
 
 
 def test_clean_is_left_out_where_it_is_unknown_or_empty(tmp_path: Path) -> None:
+    draw_evaluation_figures(Folder(tmp_path), _predictions(0), CLASSES)
+    assert not _figures(Folder(tmp_path))
     for clean in (None, False):
-        names = draw_evaluation_figures(Folder(tmp_path), _predictions(4, clean=clean), CLASSES)
-        assert names == ["figures/confusion_all.png"]
-    assert draw_evaluation_figures(Folder(tmp_path), _predictions(0), CLASSES) == []
+        draw_evaluation_figures(Folder(tmp_path), _predictions(4, clean=clean), CLASSES)
+        assert _figures(Folder(tmp_path)) == {"confusion_all"}
 
 
 def test_the_same_slices_are_mapped_in_every_epoch(
@@ -238,30 +239,31 @@ def test_a_store_gets_its_figures(tmp_path: Path) -> None:
     image = np.arange(64, dtype=np.uint8).reshape(8, 8)
     counts = {"train": {"glioma": 3, "notumor": 2}}
     store = Folder(tmp_path)
-    assert draw_store_figures(store, counts, [], [], []) == ["figures/class_distribution.png"]
+    draw_store_figures(store, counts, [], [], [])
+    assert _figures(store) == {"class_distribution"}
     stripped = StrippedSlice(image, image > 9, np.where(image > 9, image, np.uint8(0)), "otsu")
-    names = draw_store_figures(
+    draw_store_figures(
         store,
         counts,
         before_after=[("glioma", image, image // 2)],
         sheet=[stripped] * 5,
         pairs=[SlicePair("near: copy, 0.999", image, image[:4])],
     )
-    assert names == [
-        f"figures/{name}.png"
-        for name in ("class_distribution", "skull_strip", "contact_sheet", "leakage_pairs")
-    ]
-    _assert_pictures(store, names)
+    drawn = {"class_distribution", "skull_strip", "contact_sheet", "leakage_pairs"}
+    assert _figures(store) == drawn
+    _assert_pictures(store)
 
 
-def _draw(run: Folder, chosen: int, tsne_epochs: tuple[int, ...] = (1, 5, 10)) -> list[str]:
+def _draw(run: Folder, chosen: int, tsne_epochs: tuple[int, ...] = (1, 5, 10)) -> set[str]:
     evaluation = EvaluationConfig(tsne_epochs=tsne_epochs)
-    return draw_run_figures(run, CLASSES, chosen, run_maps(run, evaluation, chosen))
+    (run / "figures").delete()
+    draw_run_figures(run, CLASSES, chosen, run_maps(run, evaluation, chosen))
+    return _figures(run)
 
 
 def _skip_curves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes most of the time: left out where a test looks at something else."""
-    monkeypatch.setattr(run_figures, "_draw_curves", lambda run, history, chosen: [])
+    monkeypatch.setattr(run_figures, "_draw_curves", lambda run, history, chosen: None)
 
 
 def _record_confusions(monkeypatch: pytest.MonkeyPatch) -> list[Confusion]:
