@@ -21,6 +21,7 @@ import torch
 from mlflow import MlflowClient
 from ray.util.state import list_actors
 
+from brainray import layout
 from brainray.config import Config, TrackingConfig
 from brainray.config_text import parse_config, parse_yaml, to_yaml
 from brainray.engine.state import Checkpoint, load_checkpoint
@@ -289,19 +290,28 @@ def test_a_finished_run_is_reported_again_not_trained_again(
 def test_a_report_compares_slice_by_slice(
     storage: Path, trained: TrainedRun, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A run with itself: it gains nothing, and other figures stay."""
-    same = ["run=two-ranks", "evaluation.control=two-ranks"]
-    metrics = report(tiny_config(storage, *same)).metrics
-    said = capsys.readouterr().out
+    """With a control whose head is always wrong: all that is right is gained."""
+    folder, _ = copy_of(trained, storage, "wrong")
     name = "test/all/head/accuracy"
-    assert metrics[f"difference/{name}"] == 0
-    assert f"difference/{name}_low" not in metrics  # without any difference it would have no width
-    assert metrics[f"p/{name}"] == 1
-    assert metrics[name] == trained.metrics[name]
-    assert "compared with two-ranks" in said
+    summary = json.loads((folder / layout.SUMMARY).read_text())
+    (folder / layout.SUMMARY).write_text(json.dumps(summary | {name: 0.0}))
+    for path in (folder / "predictions").iterdir():
+        rows = pq.read_table(path)
+        classes = trained.run.classes
+        others = dict(zip(classes, [*classes[1:], classes[0]], strict=True))
+        wrong = [others[label] for label in rows["label"].to_pylist()]
+        column = rows.schema.get_field_index("head")
+        pq.write_table(rows.set_column(column, rows.schema.field(column), [wrong]), path)
+    metrics = report(tiny_config(storage, "run=two-ranks", "evaluation.control=wrong")).metrics
+    said = capsys.readouterr().out
+    assert metrics[name] == trained.metrics[name] > 0  # other figures stay
+    assert metrics[f"difference/{name}"] == pytest.approx(metrics[name])
+    assert metrics[f"only_run/{name}"] == round(17 * metrics[name])
+    assert metrics[f"only_control/{name}"] == 0
+    assert "compared with wrong" in said
     page = trained.run.folder.read_bytes("report.html").decode()
-    assert "Paired comparison with the control (two-ranks), slice by slice" in page
-    assert "<td>head, control (two-ranks)</td>" in page
+    assert "Paired comparison with the control (wrong), slice by slice" in page
+    assert "<td>head, control (wrong)</td><td>0.000" in page
 
 
 def test_subjects_are_drawn_as_a_whole_whatever_became_of_the_store(
@@ -405,7 +415,9 @@ def test_a_control_with_other_settings_is_compared_and_they_are_said(
         "train.num_workers 4 (here 2)"
     )
     assert logged(capsys) == [f"note: the control was {differs}"]
-    assert against_control(asked, trained.run, control, 1)["p/test/all/head/accuracy"] == 1
+    compared, name = against_control(asked, trained.run, control, 1), "test/all/head/accuracy"
+    assert compared[f"p/{name}"] == 1
+    assert f"difference/{name}_low" not in compared  # without any difference it has no width
     reporting.write_run_page(asked, trained.run, control, trained.metrics, {}, [], None)
     page = trained.run.folder.read_bytes("report.html").decode()
     assert f"shorter, {differs}" in page
