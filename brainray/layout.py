@@ -74,7 +74,6 @@ STATE = "state.pt"  # from which an unfinished encoder resumes
 ROUNDS = "rounds"  # a Parquet file of assignments for each round of refinement
 
 # A study: storage/studies/NAME/, with config.yaml and summary.json
-STUDY = "study.json"  # settings and data
 CELLS = "cells"  # a JSON file for each finished cell of the grid, and its assignments
 TABLES = "tables"
 

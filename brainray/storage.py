@@ -69,6 +69,15 @@ class Folder:
     def local_path(self) -> Path | None:
         return Path(self.path) if isinstance(self.filesystem, pafs.LocalFileSystem) else None
 
+    def contains(self, other: "Folder") -> bool:
+        """Whether another folder is this one or lies below it."""
+        if self.filesystem.type_name != other.filesystem.type_name:
+            return False
+        if self.local_path is None:
+            return f"{other.path}/".startswith(f"{self.path}/")
+        ours, theirs = os.path.realpath(self.path), os.path.realpath(other.path)
+        return os.path.commonpath([ours, theirs]) == ours
+
     def exists(self, name: str = "") -> bool:
         """Whether there is such a file or folder; without a name, whether this folder exists."""
         with self._friendly_read_errors(name):
@@ -76,11 +85,14 @@ class Folder:
         return bool(info.type != pafs.FileType.NotFound)
 
     def names(self) -> list[str]:
-        """Names of the folder's files and folders, sorted; empty if it does not exist."""
+        """Names of the folder's files and folders, sorted; empty if it does not exist.
+
+        Without hidden ones: files that are being written, and what file managers leave behind.
+        """
         selector = pafs.FileSelector(self.path, allow_not_found=True)
         with self._friendly_read_errors(""):
             infos = self.filesystem.get_file_info(selector)
-        return sorted(info.base_name for info in infos if not _is_temporary(info.base_name))
+        return sorted(info.base_name for info in infos if not info.base_name.startswith("."))
 
     def read_bytes(self, name: str) -> bytes:
         """The content of a file."""
@@ -380,10 +392,6 @@ def _temporary(path: str) -> str:
     """Path of a file until it is moved; pyarrow ignores hidden files in folders."""
     parent, _, name = path.rpartition("/")
     return f"{parent}/.{name}.tmp-{uuid.uuid4().hex[:12]}"
-
-
-def _is_temporary(name: str) -> bool:
-    return name.startswith(".") and ".tmp-" in name
 
 
 def _holds_bytes(kind: pa.DataType) -> bool:

@@ -41,9 +41,10 @@ def work(config: Config) -> JobResult:
     if existing is None or not existing.is_complete:
         plan_workers(config.train, alive_nodes())  # refuse before preprocessing if it cannot train
     needed = None if existing is None else existing.info["data_hash"]
-    preprocess(config.model_copy(update={"name": config.dataset}), data_hash=needed)
+    store = preprocess(config.model_copy(update={"name": config.dataset}), data_hash=needed)
     trained = train(config)
-    test_paths = trained.run.test_paths()
+    # Where they are now: files may have been renamed since the run began.
+    test_paths = store.test_paths()
     if test_paths:
         # The raw files again, through the prediction code: it must give the same results.
         again = config.model_copy(update={"run": config.name, "epoch": None, "checkpoint": None})

@@ -9,10 +9,11 @@ from brainray.orchestration.job import TRAINING_SECTIONS, JobResult, run_job
 
 def check(config: Config) -> None:
     from brainray.orchestration.store import store_to_train_on
-    from brainray.orchestration.sweep.trials import check_space
+
+    store_to_train_on(config)
+    from brainray.orchestration.sweep.trials import check_space  # imports Ray, which takes seconds
 
     check_space(config)
-    store_to_train_on(config)
 
 
 def work(config: Config) -> JobResult:

@@ -33,6 +33,7 @@ from brainray.orchestration.job import (
 from brainray.orchestration.training.driver import TrainedRun
 
 PROJECT = Path(__file__).parents[1]
+FOLDER = f"source={PROJECT}/configs"
 JOBS = [
     "preprocess",
     "train",
@@ -160,34 +161,37 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     ("name", "settings", "message"),
     [
         ("predict", ["run=x", "source=/no/such"], "no such folder: source=/no/such"),
-        ("preprocess", ["name=x", "source=/tmp", "labels=/no.csv"], "no such file: labels=/no.csv"),
+        ("preprocess", ["name=x", FOLDER, "labels=/no.csv"], "no such file: labels=/no.csv"),
         ("study", ["name=x", "sources.a=/no"], "no such folder: sources.a=/no"),
         ("report", ["run=absent"], "no run 'absent'"),
         ("train", ["name=x", "dataset=absent"], "no image store at"),
-        ("preprocess", ["source=/tmp"], "give --set name=NAME"),
+        ("preprocess", [FOLDER], "give --set name=NAME"),
         ("pipeline", ["name=x"], "give --set source=DIR"),
         ("train", ["name=x"], "give --set dataset=NAME"),
-        ("evaluate", ["source=/tmp"], "give --set run=NAME (or checkpoint=PATH)"),
+        ("evaluate", [FOLDER], "give --set run=NAME (or checkpoint=PATH)"),
         ("predict", ["checkpoint=/tmp/x"], "give --set source=DIR"),
-        ("predict", ["run=x", "checkpoint=/x", "source=/tmp"], "give either run=NAME or checkp"),
+        ("predict", ["run=x", "checkpoint=/x", FOLDER], "give either run=NAME or checkp"),
         ("predict", ["checkpoint=/x", f"source={__file__}"], "is a file: give the folder"),
         ("study", ["name=x"], "a study needs slices"),
-        ("study", ["name=x", "source=/tmp"], "study.features is empty"),
-        ("tune", ["name=x", "dataset=y"], "tune.space is empty"),
+        ("study", ["name=x", FOLDER], "study.features is empty"),
+        ("tune", ["name=x", "dataset=absent"], "no image store at"),
         ("report", [], "give --set run=NAME"),
+        ("preprocess", ["name=x", FOLDER, "labels=/tmp"], "labels=/tmp is a folder: give"),
+        ("preprocess", ["name=x", "source=/"], "lies within source=/, where its figures would"),
+        ("study", ["name=x", "sources.a=/"], "lies within sources.a=/, where"),
         (
             "pipeline",
-            ["name=x", "source=/tmp", "evaluation.num_label_draws=3"],
+            ["name=x", FOLDER, "evaluation.num_label_draws=3"],
             "the pipeline trains a single run",
         ),
         (
             "pipeline",
-            ["name=x", "source=/tmp", "train.image_size=512"],
+            ["name=x", FOLDER, "train.image_size=512"],
             "train.image_size (512) exceeds preprocess.image_size (256)",
         ),
         (
             "pipeline",
-            ["name=x", "source=/tmp", "split.validation_fraction=0.4"],
+            ["name=x", FOLDER, "split.validation_fraction=0.4"],
             "far from 1/2 and 1/3: use 0.5 or 0.33",
         ),
     ],
@@ -223,6 +227,17 @@ def test_a_taken_name_is_refused_before_ray_starts(
 
 
 @pytest.mark.usefixtures("without_ray")
+def test_a_sweep_without_a_space_is_refused_before_ray_starts(
+    storage: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ["name=x", "dataset=mri", "train.image_size=32"]
+    arguments = ["--set", f"storage={storage}", *settings]
+    code, last, _ = run("tune", arguments, capsys, monkeypatch)
+    assert code == 2
+    assert "tune.space is empty" in last["error"]
+
+
+@pytest.mark.usefixtures("without_ray")
 @pytest.mark.parametrize("name", ["report", "track"])
 def test_what_needs_no_ray_starts_none(
     name: str,
@@ -245,7 +260,7 @@ def test_what_needs_no_ray_starts_none(
     [
         ("preprocess", ["name=x", "source=/no/such/folder"], "no such folder: source=/no/such"),
         ("train", ["name=x", "train.lr=1"], "unknown key 'train.lr'"),
-        ("evaluate", ["run=absent", "source=/tmp"], "no run 'absent'"),
+        ("evaluate", ["run=absent", FOLDER], "no run 'absent'"),
         ("evaluate", ["run=x", "source=~nobody.here/x"], "source=~nobody.here/x: "),
         ("track", ["run=absent"], "no run 'absent'"),
         ("label", ["run=absent"], "no run 'absent'"),

@@ -25,6 +25,25 @@ def test_a_written_file_leaves_no_temporary_name(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["c.txt"]
 
 
+def test_hidden_files_of_others_are_not_listed(tmp_path: Path) -> None:
+    for name in (".DS_Store", "._part.parquet", "part.parquet"):
+        (tmp_path / name).touch()
+    assert Folder(tmp_path).names() == ["part.parquet"]
+
+
+def test_a_folder_contains_what_lies_below_it(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path)
+    source = Folder(tmp_path / "data")
+    assert source.contains(source)
+    assert source.contains(Folder(tmp_path / "link" / "data" / "out"))
+    assert not source.contains(Folder(tmp_path / "data2"))
+    assert not source.contains(Folder(tmp_path))
+    bucket = Folder("s3://bucket/data?region=r")
+    assert bucket.contains(Folder("s3://bucket/data/out?region=r"))
+    assert not bucket.contains(Folder("s3://bucket/data2?region=r"))
+    assert not bucket.contains(source)
+
+
 def test_an_incomplete_last_line_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "m.jsonl").write_text('{"a": 1}\n{"a": 2}\n{"a"')
     assert Folder(tmp_path).read_json_lines("m.jsonl") == [{"a": 1}, {"a": 2}]

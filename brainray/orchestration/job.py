@@ -133,12 +133,24 @@ def _check_places(config: Config, keys: Sequence[str]) -> None:
     from brainray.orchestration.run import open_run
     from brainray.storage import Folder, check_is_folder
 
-    if "source" in keys and config.source is not None:
-        check_is_folder(Folder(config.source), "source")
-    if "labels" in keys and config.labels is not None and not Folder(config.labels).exists():
-        raise DataError(f"no such file: labels={config.labels}")
-    for key, source in (config.sources if "sources" in keys else {}).items():
-        check_is_folder(Folder(source), f"sources.{key}")
+    sources = {"source": config.source} if "source" in keys else {}
+    if "sources" in keys:
+        sources |= {f"sources.{name}": source for name, source in config.sources.items()}
+    for key, source in sources.items():
+        if source is None:
+            continue
+        check_is_folder(Folder(source), key)
+        if Folder(source).contains(Folder(config.storage)):
+            raise ConfigError(
+                f"storage={config.storage} lies within {key}={source}, where its figures would be "
+                "read as slices: give a folder outside of it"
+            )
+    if "labels" in keys and config.labels is not None:
+        labels = Folder(config.labels)
+        if not labels.exists():
+            raise DataError(f"no such file: labels={labels}")
+        if labels.local_path is not None and labels.local_path.is_dir():
+            raise DataError(f"labels={labels} is a folder: give the CSV or Parquet file")
     if "run" in keys and config.run is not None and config.checkpoint is None:
         open_run(Folder(config.storage), config.run)
 

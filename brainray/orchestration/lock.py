@@ -111,10 +111,11 @@ class _Lock:
         self._thread = threading.Thread(target=self._keep, daemon=True)
 
     def acquire(self, say: Callable[[str], None]) -> None:
-        if not self._claim_new():
-            self._check_holder_is_dead(say)
-            self._write(self._mine)
-            self._confirm()
+        while not self._claim_new():
+            if self._holder_is_dead(say):
+                self._write(self._mine)
+                self._confirm()
+                break
         self._thread.start()
 
     def acquire_in_turn(self) -> None:
@@ -159,10 +160,16 @@ class _Lock:
         if found is None or found.owner != self._mine.owner:
             raise self._refusal(found)
 
-    def _check_holder_is_dead(self, say: Callable[[str], None]) -> None:
+    def _holder_is_dead(self, say: Callable[[str], None]) -> bool:
+        """False if the lock has been released meanwhile; raises BusyError for a live holder."""
         first = self._read()
-        if first is None:  # released meanwhile
-            return
+        if first is None and self._folder.exists(self._file):  # is it being written?
+            time.sleep(self._pace.settle_s)
+            first = self._read()
+            if first is None:
+                return self._folder.exists(self._file)  # no: its writer was killed
+        if first is None:
+            return False
         alive = first.is_alive_here()
         if alive:
             raise self._refusal(first)
@@ -171,18 +178,22 @@ class _Lock:
                 f"{self._what} was locked by process {first.pid} on {first.host}: watching for "
                 f"{self._pace.patience_s:g} s whether it is alive"
             )
-            self._watch(first)
+            if not self._stays_as(first):
+                return False
         say(f"{self._what}: took over from process {first.pid} on {first.host}, which has ended")
+        return True
 
-    def _watch(self, first: Claim) -> None:
+    def _stays_as(self, first: Claim) -> bool:
+        """Watch a claim: False once it is released; raises BusyError if its holder is alive."""
         deadline = time.monotonic() + self._pace.patience_s
         while time.monotonic() < deadline:
             time.sleep(self._pace.beat_s / 5)
             now = self._read()
             if now is None:
-                return
+                return False
             if (now.owner, now.beat) != (first.owner, first.beat):
                 raise self._refusal(now)
+        return True
 
     def _refusal(self, holder: Claim | None) -> BusyError:
         by = "" if holder is None else f" (process {holder.pid} on {holder.host})"

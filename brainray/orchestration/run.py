@@ -83,7 +83,7 @@ class Run:
         return self.folder.read_table(name) if self.folder.exists(name) else None
 
     def test_paths(self) -> set[str]:
-        """Paths, relative to the source, of the labelled slices that the run is tested on."""
+        """Paths, relative to the source, of the labelled test slices when the run was begun."""
         slices = self.folder.read_table(layout.TEST_SLICES, columns=["path", "label"])
         return set(slices.filter(pc.is_valid(slices["label"]))["path"].to_pylist())
 

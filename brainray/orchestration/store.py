@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -15,7 +16,7 @@ from brainray.config_text import differing_settings, with_defaults
 from brainray.errors import ConfigError, DataError
 from brainray.mri import decode, intracranial
 from brainray.mri.resize import stretch
-from brainray.schema import IMAGE_INDEX_COLUMNS, TRAIN
+from brainray.schema import IMAGE_INDEX_COLUMNS, TEST, TRAIN
 from brainray.storage import Folder
 
 
@@ -127,6 +128,12 @@ class ImageStore:
         table = self.folder.read_table(layout.IMAGES, columns=columns)
         return table.sort_by([("split", "descending"), ("sample_id", "ascending")])
 
+    def test_paths(self) -> set[str]:
+        """Paths, relative to the source, of the labelled test slices."""
+        index = self.index()
+        is_scored = pc.and_(pc.equal(index["split"], TEST), pc.is_valid(index["label"]))
+        return set(index.filter(is_scored)["path"].to_pylist())
+
     def images(self, sample_ids: list[str], split: str, side: int) -> NDArray[np.uint8]:
         """Slices (n, 1, side, side) uint8 of one split, in the order of ``sample_ids``."""
         images = np.empty((len(sample_ids), 1, side, side), dtype=np.uint8)
@@ -167,6 +174,10 @@ class ImageStore:
             )
 
 
+NOT_OF_SLICES = {"files_per_task", "max_rejected_fraction"}
+"""Settings of preprocessing that do not affect slices: they may change between updates."""
+
+
 def settings_of(
     preprocess: PreprocessConfig,
     split: SplitConfig,
@@ -181,7 +192,7 @@ def settings_of(
     parts: dict[str, Any] = {"mode": split.mode}
     if drawn:
         parts |= {"test_fraction": split.test_fraction, "seed": split.seed}
-    images = preprocess.model_dump(mode="json", exclude={"files_per_task"})
+    images = preprocess.model_dump(mode="json", exclude=NOT_OF_SLICES)
     settings = {"preprocess": images, "split": parts, "classes_map": dict(class_map)}
     return settings | versions_of(preprocess)
 
@@ -200,7 +211,7 @@ def as_store_was_made(config: Config, store: ImageStore) -> Config:
     Raises:
         ConfigError: it sets a different value; settings that it does not set are taken over.
     """
-    slices = store.preprocess.model_dump(mode="json", exclude={"files_per_task"})
+    slices = store.preprocess.model_dump(mode="json", exclude=NOT_OF_SLICES)
     # The seed also draws labels, so it may differ.
     split = {key: value for key, value in store.manifest["split"].items() if key != "seed"}
     problems = [

@@ -10,12 +10,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow.fs as pafs
 import pytest
 
 from brainray.errors import ConfigError
-from brainray.orchestration.lock import Claim, Pace, held, is_held
+from brainray.orchestration.lock import Claim, Pace, _Lock, held, is_held
 from brainray.storage import Folder
 
 PROJECT = Path(__file__).parents[2]
@@ -181,6 +182,29 @@ def test_who_waits_for_its_turn_has_it_when_the_holder_ends(
     assert said[0].endswith("is using runs/first: waiting for it to finish")
     assert len(said) == len(set(said))
     assert "took over" in said[-1]
+
+
+def test_a_lock_that_is_released_and_taken_between_two_looks_is_not_written_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    third = Claim.of_this_process()
+
+    def released_then_taken(lock: Any) -> None:
+        monkeypatch.undo()
+        Folder(tmp_path).write_json(LOCK, asdict(third))
+
+    (tmp_path / "locks").mkdir()
+    (tmp_path / LOCK).touch()
+    monkeypatch.setattr(_Lock, "_read", released_then_taken)
+    with pytest.raises(ConfigError, match="another job"):
+        take(tmp_path)
+    assert Folder(tmp_path).read_json(LOCK)["owner"] == third.owner
+
+
+def test_a_lock_whose_writer_was_killed_while_writing_is_taken_over(tmp_path: Path) -> None:
+    (tmp_path / "locks").mkdir()
+    (tmp_path / LOCK).write_text('{"owner": ')
+    take(tmp_path)
 
 
 def test_who_waits_for_its_turn_does_not_wait_for_the_dead_of_another_machine(

@@ -8,16 +8,19 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from brainray.errors import ConfigError
+from brainray.config import Config
+from brainray.errors import ConfigError, DataError
 from brainray.mri.leakage import Fingerprints
 from brainray.mri.phantom import CLASSES, make_series
 from brainray.orchestration.prediction.evaluation import with_comparable_names
 from brainray.orchestration.prediction.inference import find_predictor
 from brainray.orchestration.preprocessing.driver import preprocess
 from brainray.orchestration.preprocessing.preparation import SALT_VARIABLE
+from brainray.orchestration.run import open_run
 from brainray.orchestration.seen import seen_by_run, seen_by_weights, training_slices
 from brainray.orchestration.store import ImageStore
 from brainray.orchestration.study.data import seen_by_features, study_set
+from brainray.orchestration.training import draws
 from brainray.orchestration.training.beginning import begin_run
 from brainray.orchestration.training.draws import draw_name, train_draws
 from brainray.orchestration.training.driver import TrainedRun
@@ -195,3 +198,24 @@ def test_draws_are_compared_with_a_control_of_the_same_draws_only(storage: Path)
         train_draws(tiny_config(storage, *asked, "split.labelled_fraction=0.9"))
     with pytest.raises(ConfigError, match=r"split\.validation: slice here, subject requested"):
         train_draws(tiny_config(storage, *asked, "split.validation=subject"))
+
+
+def test_complete_draws_are_not_compared_with_a_control_on_other_data(
+    storage: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = ImageStore.open(Folder(storage) / "datasets" / "mri")
+    for number in range(2):
+        for name in ("older", "newer"):
+            settings = [f"name={draw_name(name, number)}", "dataset=mri", f"split.seed={number}"]
+            run, _ = begin_run(tiny_config(storage, *settings), store, 1)
+            run.folder.write_json("summary.json", {})
+            if name == "older":
+                run.folder.write_json("run.json", run.info | {"data_hash": "of before an update"})
+
+    def train(config: Config) -> TrainedRun:
+        return TrainedRun(open_run(Folder(storage), str(config.name)), {}, None, "")
+
+    monkeypatch.setattr(draws, "train", train)
+    asked = ["name=newer", "dataset=mri", "evaluation.num_label_draws=2"]
+    with pytest.raises(DataError, match="was updated between this run and the run older-draw1"):
+        train_draws(tiny_config(storage, *asked, "evaluation.control=older"))

@@ -287,6 +287,12 @@ def _files_to_score(
     files, left_out = listing.files, Counter[str]()
     if only_paths is not None:
         files = [file for file in files if file.path in only_paths]
+        missing = only_paths - {file.path for file in files}
+        if missing:
+            raise DataError(
+                f"source={config.source} lacks {len(missing)} of {len(only_paths)} files to score, "
+                f"such as {min(missing)}"
+            )
     elif any(file.split == TEST for file in files):
         files = [file for file in files if file.split == TEST]
         left_out[_OUTSIDE_OF_TEST] = len(listing.files) - len(files)

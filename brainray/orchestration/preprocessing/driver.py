@@ -28,6 +28,7 @@ from brainray.errors import ConfigError, DataError
 from brainray.log import ProgressLines, log
 from brainray.mri.duplicates import thumbnail_matrix
 from brainray.mri.row_file import RowFile
+from brainray.mri.slices import RejectedImage
 from brainray.orchestration.lock import held
 from brainray.orchestration.preprocessing.earlier import LIGHT, Earlier, unchanged
 from brainray.orchestration.preprocessing.examples import draw_figures
@@ -36,6 +37,8 @@ from brainray.orchestration.preprocessing.preparation import (
     CHANGED,
     SALT_VARIABLE,
     UNREADABLE,
+    preprocess_file,
+    read_file,
     salt_id,
     subject_salt,
 )
@@ -46,12 +49,13 @@ from brainray.orchestration.preprocessing.source import (
     files_of_tasks,
     list_source,
 )
-from brainray.orchestration.store import ImageStore, describe, settings_of
+from brainray.orchestration.store import NOT_OF_SLICES, ImageStore, describe, settings_of
 from brainray.report.leakage_table import leakage_table
 from brainray.schema import IMAGE_STORE, REJECTED, THUMBNAIL_SIDE
 from brainray.storage import Folder
 
 _WRITES_PER_CPU = 4
+_MAX_TRIED = 8  # files without a split that are decoded in advance
 
 
 def preprocess(config: Config, *, data_hash: str | None = None) -> ImageStore:
@@ -83,13 +87,16 @@ def preprocess(config: Config, *, data_hash: str | None = None) -> ImageStore:
     with held(Folder(config.storage), layout.DATASETS, config.name):
         previous = _previous_store(target, settings)
         is_same = previous is not None and previous.manifest["listing"] == fingerprint
-        if previous is not None and is_same and not _may_change(previous):
+        if previous is not None and is_same and not _may_change(previous, listing, source):
             log(f"image store {target}: up to date (same settings and files), reusing it")
             return previous
         _check_source(previous, listing, config)
-        # Refused before decoding, which takes most of the time. Files without a split may turn out
-        # to be unusable.
-        official_splits([file for file in listing.files if file.split], config)
+        # Refused before decoding, which takes most of the time. Files without a split may be
+        # unusable, as a DICOMDIR is: then they are only rejected.
+        with_split = [file for file in listing.files if file.split]
+        others = [file for file in listing.files if with_split and not file.split][:_MAX_TRIED]
+        usable = [file for file in others if _is_usable(file.file, source, config, salt)]
+        official_splits(with_split + usable, config)
         log(f"preprocessing {len(listing.files)} files of {source}{listing.remarks}")
         with target.rebuilt(layout.MANIFEST) as building:
             about = {"listing": fingerprint, "subject_salt": salt_id(salt), **settings}
@@ -174,9 +181,30 @@ class _Clock:
         self._last = now
 
 
-def _may_change(store: ImageStore) -> bool:
-    """Whether files were rejected for a reason that may be temporary (mount, network, writer)."""
-    return not set(store.manifest["rejected_reasons"]).isdisjoint({UNREADABLE, CHANGED})
+def _may_change(store: ImageStore, listing: Listing, source: Folder) -> bool:
+    """Whether a file can be read now that could not be (because of a mount, network or writer)."""
+    if set(store.manifest["rejected_reasons"]).isdisjoint({UNREADABLE, CHANGED}):
+        return False
+    rejected = store.folder.read_table(layout.REJECTED, columns=["path", "reason"]).to_pylist()
+    unread = {row["path"] for row in rejected if row["reason"] in {UNREADABLE, CHANGED}}
+    return any(_is_readable(file.file, source) for file in listing.files if file.path in unread)
+
+
+def _is_usable(file: FoundFile, source: Folder, config: Config, salt: bytes) -> bool:
+    """Whether a file has a slice that preprocessing accepts."""
+    try:
+        slices = preprocess_file(read_file(source, file), file, config.preprocess, salt)
+    except RejectedImage:
+        return False
+    return any(row.get("reason") is None for row in slices)
+
+
+def _is_readable(file: FoundFile, source: Folder) -> bool:
+    try:
+        read_file(source, file)
+    except RejectedImage:
+        return False
+    return True
 
 
 def _previous_store(target: Folder, settings: dict[str, Any]) -> ImageStore | None:
@@ -191,6 +219,8 @@ def _previous_store(target: Folder, settings: dict[str, Any]) -> ImageStore | No
     # Settings that an earlier version did not have: it behaved like today's defaults.
     defaults = settings_of(PreprocessConfig(), SplitConfig(), {}, drawn=False)
     told = {key: store.manifest[key] for key in settings if key in store.manifest}
+    made_with = told["preprocess"].items()
+    told["preprocess"] = {key: value for key, value in made_with if key not in NOT_OF_SLICES}
     stored = with_defaults(told | store.versions, defaults)
     difference = differing_settings(stored, settings)
     if difference:

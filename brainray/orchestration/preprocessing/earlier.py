@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -74,8 +75,8 @@ class Earlier:
         told_of = kept.append_column("fingerprint", pa.array(numbers, pa.int64()))
         return told_of.select(LIGHT.names)
 
-    def of_slices(self, ids: Sequence[str], column: str) -> list[str | None]:
-        """Values of a group column for slices by sample_id; None for new ones."""
+    def of_slices(self, ids: Sequence[str], column: str) -> list[Any]:
+        """Values of a column for slices by sample_id; None for new ones."""
         accepted = self.files.filter(pc.is_valid(self.files["sample_id"]))
         names = zip(accepted["sample_id"].to_pylist(), accepted[column].to_pylist(), strict=True)
         known = {sample: name for sample, name in names if name is not None}
@@ -89,13 +90,6 @@ class Earlier:
             return {}
         table = self.images.parent.read_table(layout.SPLITS)
         return dict(zip(table["sample_id"].to_pylist(), table["split"].to_pylist(), strict=True))
-
-    def generations(self) -> dict[str, int]:
-        """The generation that first contained each sample_id."""
-        accepted = self.files.filter(pc.is_null(self.files["reason"]))
-        return dict(
-            zip(accepted["sample_id"].to_pylist(), accepted["generation"].to_pylist(), strict=True)
-        )
 
 
 def unchanged(files: list[FoundFile], reusable: pa.Table) -> set[str]:

@@ -33,7 +33,7 @@ from brainray.orchestration.preprocessing.source import (
     check_frames,
     renaming_advice,
 )
-from brainray.orchestration.store import count_by_split_and_class, versions_of
+from brainray.orchestration.store import NOT_OF_SLICES, count_by_split_and_class, versions_of
 from brainray.schema import DUPLICATES, IMAGE_STORE, TEST, TRAIN
 
 
@@ -70,8 +70,10 @@ def plan_store(
     frames = accepted["frame"].to_pylist()
     labels = [file.label_of(frame) for file, frame in zip(files, frames, strict=True)]
     ids = accepted["sample_id"].to_pylist()
-    born = earlier.generations()
-    generations = [born.get(identity, earlier.generation) for identity in ids]
+    generations = [
+        earlier.generation if born is None else born
+        for born in earlier.of_slices(ids, "generation")
+    ]
     given = official_splits(files, config)
     first_copy = _first_copies(ids, given, labels)
     kept = np.array([copy is None for copy in first_copy], dtype=np.bool_)
@@ -146,10 +148,14 @@ def official_splits(files: Sequence[SourceFile], config: Config) -> list[str] | 
     if config.split.mode == "grouped" or not any(given):
         return None
     if None in given:
-        path = files[given.index(None)].path
+        remedy = "move it into the folder of a split, or out of the source"
+        if config.labels is not None:
+            remedy = (
+                "give every row of the labels table a split, or give none and set "
+                "split.mode=grouped"
+            )
         raise DataError(
-            f"{given.count(None)} slices have no split, such as {path}: give every row of the "
-            "labels table a split, or give none and set split.mode=grouped"
+            f"{files[given.index(None)].path} has no split, which others have: {remedy}"
         )
     if TRAIN not in given:
         raise DataError(
@@ -336,8 +342,8 @@ def _statistics(
     num_pixels = train.num_rows * config.image_size**2
     mean = pc.sum(train["pixel_sum"]).as_py() / num_pixels / 255
     square = pc.sum(train["pixel_square_sum"]).as_py() / num_pixels / 255**2
-    settings = config.model_copy(update={"files_per_task": 0})  # does not affect slices
-    made_by = settings.model_dump(mode="json") | versions_of(config)
+    defaults = PreprocessConfig().model_dump(mode="json", include=NOT_OF_SLICES)
+    made_by = config.model_dump(mode="json") | defaults | versions_of(config)
 
     def hash_of(*names: str) -> str:
         content = rows.select(names).sort_by([(name, "ascending") for name in names])

@@ -28,6 +28,7 @@ from brainray.storage import Folder, check_is_folder
 
 _LINK_OUT = "link out of the source folder"  # the author of the source may not read all our files
 _MAX_CLASS_NAME = 100
+_NO_LABEL = frozenset({"unlabelled", "unlabeled"})  # folders and labels of slices without a class
 
 _TASKS_OF_REST = 2  # tasks per CPU, if all remaining tasks had the size of the next one
 _MIN_FILES_PER_TASK, _MAX_FILES_PER_TASK = 16, 1024
@@ -127,7 +128,8 @@ def list_source(
 
 def _renamed(file: SourceFile, class_map: Mapping[str, str | None]) -> SourceFile:
     def name(label: str | None) -> str | None:
-        return None if label is None else class_map.get(label, label)
+        mapped = None if label is None else class_map.get(label, label)
+        return None if mapped is None or mapped.casefold() in _NO_LABEL else mapped
 
     of_frame = {frame: name(label) for frame, label in file.label_of_frame.items()}
     return replace(file, label=name(file.label), label_of_frame=of_frame)

@@ -10,6 +10,7 @@ from brainray.engine.draws import summarise_draws
 from brainray.engine.evaluate import Metrics
 from brainray.errors import ConfigError
 from brainray.log import log
+from brainray.orchestration.reporting import check_compared_runs
 from brainray.orchestration.run import Run, check_same_draw, groups_of_test_slices, open_run
 from brainray.orchestration.training.driver import TrainedRun, train
 from brainray.report.draws_table import draws_table
@@ -35,7 +36,7 @@ def train_draws(config: Config) -> DrawnRuns:
 
     Raises:
         BrainrayError: settings or data with which training cannot start, or a control with a
-            missing draw.
+            missing draw or on other data.
     """
     if config.name is None:
         raise ConfigError("training needs a run name: give --set name=NAME")
@@ -45,7 +46,9 @@ def train_draws(config: Config) -> DrawnRuns:
     runs = []
     for number in range(num_draws):
         log(f"label draw {number + 1} of {num_draws}: run {draw_name(config.name, number)}")
-        runs.append(train(_of_draw(config, number)))
+        of_draw = _of_draw(config, number)
+        runs.append(train(of_draw))
+        check_compared_runs(of_draw, runs[-1].run.info["data_hash"])  # of a complete run, too
     metrics = summarise_draws(
         [run.metrics for run in runs],
         [control.folder.read_json(layout.SUMMARY) for control in controls] or None,

@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pandas as pd
 import pytest
@@ -232,6 +233,71 @@ def test_a_rejected_file_is_read_again(source: Path, tmp_path: Path) -> None:
     shutil.copy(sorted(folder.glob("notumor_*.jpg"))[0], folder / "copy.jpg")
     after = made(tmp_path / "a", source)
     assert after.manifest["num_files_decoded"] == 1  # the copy's bytes are known
+
+
+def test_a_file_that_stays_unreadable_is_not_waited_for(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = source / "Training" / "notumor" / "broken.jpg"
+    broken.symlink_to(source / ".away.jpg")
+    assert made(tmp_path / "a", source).manifest["num_rejected"] == 1
+    capsys.readouterr()
+    made(tmp_path / "a", source)
+    assert "up to date (same settings and files), reusing it" in capsys.readouterr().out
+    # What is there again, with the size and time that it had, is read.
+    content = next((source / "Training" / "glioma").glob("*.jpg")).read_bytes()
+    (source / ".away.jpg").write_bytes(content)
+    assert made(tmp_path / "a", source).manifest["num_rejected"] == 0
+
+
+def test_more_files_may_be_rejected_than_when_the_store_was_made(
+    source: Path, tmp_path: Path
+) -> None:
+    folder = Folder(tmp_path / "a" / "datasets" / "mri")
+    before = opened(tmp_path / "a")
+    manifest = folder.read_json("manifest.json")
+    manifest["preprocess"]["max_rejected_fraction"] = 0.5  # as earlier versions wrote it
+    folder.write_json("manifest.json", manifest)
+    for number in range(90):
+        (source / "Training" / "notumor" / f"broken{number}.jpg").write_bytes(b"\xff\xd8 cut")
+    with pytest.raises(DataError, match=r"more than preprocess\.max_rejected_fraction=0\.5"):
+        made(tmp_path / "a", source)
+    after = made(tmp_path / "a", source, "preprocess.max_rejected_fraction=0.9")
+    assert after.data_hash == before.data_hash
+
+
+def test_test_slices_are_found_where_they_are_now(source: Path, tmp_path: Path) -> None:
+    before, paths = opened(tmp_path / "a"), opened(tmp_path / "a").test_paths()
+    (source / "Testing").rename(source / "test")
+    after = made(tmp_path / "a", source)
+    assert after.data_hash == before.data_hash
+    assert after.test_paths() == {path.replace("Testing/", "test/", 1) for path in paths} != paths
+
+
+@pytest.mark.parametrize("has_table", [False, True])
+def test_a_slice_without_a_split_is_refused_before_decoding(
+    phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_table: bool
+) -> None:
+    monkeypatch.setattr(driver, "_decode_all", Mock(side_effect=AssertionError))
+    source = tmp_path / "source"
+    shutil.copytree(phantoms, source)
+    (source / "DICOMDIR").write_bytes(bytes(128) + b"DICM")  # of no use, and does no harm
+    settings = []
+    if has_table:
+        paths = [path.relative_to(source) for path in sorted(source.rglob("*.jpg"))]
+        rows = [f"{path},a,{path.parts[0] if n else ''}" for n, path in enumerate(paths)]
+        (tmp_path / "labels.csv").write_text("\n".join(["path,label,split", *rows]))
+        settings = [f"labels={tmp_path}/labels.csv"]
+        message = "has no split, which others have: give every row of the labels table a split"
+    else:
+        shutil.copy(next(source.rglob("*.jpg")), source / "cover.jpg")
+        message = r"^cover\.jpg has no split, which others have: move it into the folder of a split"
+    with pytest.raises(DataError, match=message):
+        made(tmp_path / "new", source, *settings)
+    if not has_table:
+        (source / "cover.jpg").unlink()
+        with pytest.raises(AssertionError):  # decoding has begun
+            made(tmp_path / "new", source)
 
 
 def test_a_deleted_file_leaves_the_store(source: Path, tmp_path: Path) -> None:

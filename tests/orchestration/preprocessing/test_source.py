@@ -51,6 +51,12 @@ def test_class_folders_and_bare_files(tmp_path: Path) -> None:
     assert list_source(source, None, {}).num_ignored == 1
 
 
+def test_a_folder_of_unlabelled_slices_is_no_class(tmp_path: Path) -> None:
+    source = make(tmp_path, "Training/a/1.jpg", "Training/Unlabelled/2.jpg", "Testing/a/3.jpg")
+    assert listed(source)[1] == ("Training/Unlabelled/2.jpg", "train", None, None)
+    assert listed(source, a="unlabeled")[2] == ("Training/a/1.jpg", "train", None, None)
+
+
 def test_dicom_files_may_be_named_by_a_uid(tmp_path: Path) -> None:
     source = make(tmp_path, "a/MR.1.2.840.113619", "a/1.2.840.10008.7", "a/notes.1")
     for name in ("MR.1.2.840.113619", "1.2.840.10008.7"):

@@ -653,6 +653,8 @@ def test_the_raw_test_files_tell_what_training_told_wherever_they_lie_and_whatev
         if name.startswith("test/"):
             assert scored.metrics[name] == pytest.approx(value, abs=1e-4), name
     assert scored.folder.exists("predictions.parquet")
+    with pytest.raises(DataError, match=r"lacks 1 of 18 files to score, such as gone\.jpg"):
+        evaluate(config_of(storage, "cut", *settings), only_paths=test_paths | {"gone.jpg"})
     with pytest.raises(DataError, match=r"split 'fold0' of .* is neither train nor test"):
         evaluate(config_of(storage, "by-hand", *settings))
 
