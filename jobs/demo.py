@@ -20,12 +20,7 @@ from brainray import layout
 from brainray.errors import BrainrayError, DataError
 from brainray.log import log
 from brainray.mri.phantom import write_phantoms
-from brainray.orchestration.own_head import (
-    RayDidNotStart,
-    own_ray_head,
-    submit,
-    wait_until_ready,
-)
+from brainray.orchestration.own_head import RayDidNotStart, own_ray_head, submit, wait_until_ready
 
 PROJECT = Path(__file__).resolve().parent.parent
 DEFAULT_OUT = Path("~/brainray-demo")

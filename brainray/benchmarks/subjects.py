@@ -22,12 +22,7 @@ from brainray.mri.phantom import CLASSES, make_series
 from brainray.mri.resize import thumbnail
 from brainray.mri.slices import ORIENTATIONS, DecodeOptions, RejectedImage
 from brainray.mri.split import draw_test
-from brainray.mri.subjects import (
-    Described,
-    estimate_subjects,
-    find_same_subject,
-    mutual_links,
-)
+from brainray.mri.subjects import Described, estimate_subjects, find_same_subject, mutual_links
 
 _JPEG_QUALITY = 80
 _MIN_SIDE = 32  # pixels of a volume's slice

@@ -21,13 +21,7 @@ from brainray.clustering.metrics import (
 from brainray.engine.calibration import calibration_error, fit_temperature, temper
 from brainray.engine.recluster import ClusterModel
 from brainray.mri.duplicates import coarse, most_similar, thumbnail_matrix
-from brainray.schema import (
-    LABELLED,
-    MIN_STRICT_SUPPORT,
-    PREDICTIONS,
-    UNLABELLED,
-    subset_masks,
-)
+from brainray.schema import LABELLED, MIN_STRICT_SUPPORT, PREDICTIONS, UNLABELLED, subset_masks
 
 Metrics = dict[str, float]
 

@@ -15,13 +15,7 @@ from typing import Any
 import cv2
 import ray
 import torch
-from ray.train import (
-    FailureConfig,
-    LoggingConfig,
-    RunConfig,
-    ScalingConfig,
-    TrainingFailedError,
-)
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
 from torch import nn
 

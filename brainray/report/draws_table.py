@@ -2,13 +2,7 @@
 
 from collections.abc import Mapping
 
-from brainray.report.cells import (
-    PREDICTOR_TITLES,
-    decimal,
-    difference,
-    mean_and_deviation,
-    share,
-)
+from brainray.report.cells import PREDICTOR_TITLES, decimal, difference, mean_and_deviation, share
 from brainray.report.table import markdown_table
 from brainray.schema import SUBSETS
 

@@ -29,11 +29,7 @@ from brainray.report.figures import UNLABELLED_NAME
 from brainray.report.leakage_table import LEVEL_COLUMNS, leakage_counts, subset_counts
 from brainray.report.maps import SliceMap, map_sequence, shown
 from brainray.report.results import results_tables
-from brainray.report.style import (
-    GREY,
-    class_colours,
-    cluster_colour,
-)
+from brainray.report.style import GREY, class_colours, cluster_colour
 from brainray.report.table import Table
 from brainray.schema import THUMBNAIL_SIDE, subset_masks, tells_of_classes
 from brainray.storage import Folder

@@ -2,14 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
-from brainray.report.cells import (
-    MISSING,
-    PREDICTOR_TITLES,
-    Metrics,
-    count,
-    decimal,
-    with_interval,
-)
+from brainray.report.cells import MISSING, PREDICTOR_TITLES, Metrics, count, decimal, with_interval
 from brainray.report.table import Table, markdown_table
 from brainray.schema import MIN_STRICT_SUPPORT, PREDICTED_BY, SUBSETS
 

@@ -5,11 +5,7 @@ import pytest
 import torch
 from sklearn.metrics import normalized_mutual_info_score
 
-from brainray.clustering.collapse import (
-    ClusteringHealth,
-    check_collapse,
-    measure_health,
-)
+from brainray.clustering.collapse import ClusteringHealth, check_collapse, measure_health
 from brainray.clustering.metrics import effective_rank
 from brainray.errors import ClusteringError
 

@@ -4,11 +4,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as sk
 
-from brainray.clustering.partition import (
-    clustering_accuracy,
-    neighbour_agreement,
-    score_partition,
-)
+from brainray.clustering.partition import clustering_accuracy, neighbour_agreement, score_partition
 from brainray.schema import NOISE, UNLABELLED
 
 N = 60

@@ -19,13 +19,7 @@ from brainray.engine.epoch import (
     train_epoch,
 )
 from brainray.engine.recipe import build_average, build_optimizer, resolve_precision
-from brainray.engine.shard import (
-    CachedImages,
-    PixelScale,
-    SliceShard,
-    StreamedImages,
-    sample_keys,
-)
+from brainray.engine.shard import CachedImages, PixelScale, SliceShard, StreamedImages, sample_keys
 from brainray.models.encoder import Encoder, EncoderOutput
 from brainray.models.joint import JointObjective
 from brainray.models.objective import StepSizes

@@ -21,13 +21,7 @@ from brainray.engine.forward import autocast
 from brainray.engine.recipe import resolve_precision
 from brainray.errors import DataError
 from brainray.mri import phantom
-from brainray.mri.phantom import (
-    CLASSES,
-    PhantomSlice,
-    make_series,
-    make_slice,
-    write_phantoms,
-)
+from brainray.mri.phantom import CLASSES, PhantomSlice, make_series, make_slice, write_phantoms
 from brainray.mri.slices import ORIENTATIONS
 
 TUMOURS = tuple(name for name in CLASSES if name != "notumor")

@@ -7,12 +7,7 @@ import pyarrow as pa
 
 from brainray.config import Config, PreprocessConfig
 from brainray.log import ProgressLines, log
-from brainray.mri.duplicates import (
-    COPY,
-    DuplicatePairs,
-    near_duplicate_pairs,
-    thumbnail_matrix,
-)
+from brainray.mri.duplicates import COPY, DuplicatePairs, near_duplicate_pairs, thumbnail_matrix
 from brainray.mri.groups import connected_groups, joint_groups, keep_names
 from brainray.mri.row_file import Rows, SelectedRows
 from brainray.mri.subjects import estimate_subjects

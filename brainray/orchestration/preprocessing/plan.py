@@ -18,10 +18,7 @@ from numpy.typing import NDArray
 from brainray.config import Config, PreprocessConfig
 from brainray.errors import DataError
 from brainray.log import log
-from brainray.mri.duplicates import (
-    COPY,
-    KINDS,
-)
+from brainray.mri.duplicates import COPY, KINDS
 from brainray.mri.row_file import RowFile, SelectedRows
 from brainray.mri.split import draw_test
 from brainray.orchestration.preprocessing.earlier import FILES, Earlier

@@ -215,8 +215,7 @@ def _conclude(
     figures = [f"{layout.FIGURES}/{name}" for name in (folder / layout.FIGURES).names()]
     tracker.log_files([_BEST, _TABLE, _TRIALS, _SETTINGS, *figures])
     tracker.log_tags({"brainray.best_trial": best.trial_id})
-    is_whole = not follower.errors
-    name = config.registry.name if is_whole else None
+    name = None if follower.errors else config.registry.name
     _log_model(config, best, tracker, name, force=False)
     tracker.finish()
     summary: dict[str, Any] = {

@@ -8,12 +8,7 @@ from typing import Any
 
 from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler, MedianStoppingRule, TrialScheduler
-from ray.tune.search import (
-    BasicVariantGenerator,
-    ConcurrencyLimiter,
-    SearchAlgorithm,
-    Searcher,
-)
+from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter, SearchAlgorithm, Searcher
 from ray.tune.search.optuna import OptunaSearch
 
 from brainray.config import Config

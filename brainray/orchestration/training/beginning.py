@@ -11,11 +11,7 @@ from brainray.errors import ClusteringError, ConfigError, DataError
 from brainray.mri.leakage import Fingerprints, exposure
 from brainray.mri.split import check_validation_share, draw_roles
 from brainray.orchestration.run import Run, lasting_settings, name_of_run, run_to_resume
-from brainray.orchestration.seen import (
-    check_validation_is_new,
-    seen_by_run,
-    seen_by_weights,
-)
+from brainray.orchestration.seen import check_validation_is_new, seen_by_run, seen_by_weights
 from brainray.orchestration.store import ImageStore
 from brainray.schema import LABELLED, SEEN, TEST, TRAIN, UNLABELLED_ROLE, VALIDATION
 from brainray.storage import Folder

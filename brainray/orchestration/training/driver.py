@@ -20,9 +20,7 @@ from brainray.orchestration.lock import held
 from brainray.orchestration.pretraining.driver import warm_up
 from brainray.orchestration.progress import Follower
 from brainray.orchestration.publish import begin_tracking, how_to_open, send_run
-from brainray.orchestration.ray_train import (
-    train_on_workers,
-)
+from brainray.orchestration.ray_train import train_on_workers
 from brainray.orchestration.reporting import (
     about_software,
     against_control,

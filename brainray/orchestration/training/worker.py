@@ -54,13 +54,7 @@ from brainray.engine.recluster import (
     recluster,
     recluster_in_health,
 )
-from brainray.engine.shard import (
-    Images,
-    PixelScale,
-    RankData,
-    SliceShard,
-    sample_keys,
-)
+from brainray.engine.shard import Images, PixelScale, RankData, SliceShard, sample_keys
 from brainray.engine.state import (
     Checkpoint,
     Resumable,
@@ -86,11 +80,7 @@ from brainray.orchestration.ray_train import (
 from brainray.orchestration.run import read_run_info
 from brainray.orchestration.store import ImageStore
 from brainray.orchestration.training.rank_data import load_rank_data
-from brainray.schema import (
-    FITTED,
-    subset_masks,
-    tells_of_classes,
-)
+from brainray.schema import FITTED, subset_masks, tells_of_classes
 from brainray.storage import Folder
 
 _HEARTBEAT_S = 30.0

@@ -23,11 +23,7 @@ from mlflow import MlflowClient
 from ray import tune
 from ray._raylet import PlacementGroupID
 from ray.tune.schedulers import TrialScheduler
-from ray.util.placement_group import (
-    PlacementGroup,
-    placement_group_table,
-    remove_placement_group,
-)
+from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
 from brainray.config import AugmentConfig, Config
 from brainray.config_text import load_config, to_yaml

@@ -25,13 +25,7 @@ from brainray import layout
 from brainray.config import Config, TrackingConfig
 from brainray.config_text import parse_config, parse_yaml, to_yaml
 from brainray.engine.state import Checkpoint, load_checkpoint
-from brainray.errors import (
-    BrainrayError,
-    CheckpointError,
-    ConfigError,
-    DataError,
-    DivergenceError,
-)
+from brainray.errors import BrainrayError, CheckpointError, ConfigError, DataError, DivergenceError
 from brainray.models.encoder import build_encoder
 from brainray.orchestration import reporting
 from brainray.orchestration.prediction.evaluation import evaluate
