@@ -467,6 +467,13 @@ class TrackingConfig(_Section):
     experiment: str = "brainray"
     """MLflow experiment; created if it does not exist."""
 
+    @field_validator("uri")
+    @classmethod
+    def _has_a_scheme(cls, value: str | None) -> str | None:
+        if value is not None and re.fullmatch(r"[\w.-]+:\d+", value):
+            raise ValueError(f"{value!r} has no scheme: write http://{value}")
+        return value
+
 
 VALIDATION_METRICS = {
     "validation/score": "max",

@@ -159,7 +159,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key.strip():
-        raise ConfigError(f"--set {override!r}: write dotted.key=value")
+        raise ConfigError(
+            f"--set {override!r}: write dotted.key=value, without spaces or in quotes"
+        )
     *parents, leaf = key.strip().split(".")
     if key.startswith(_CLASS_MAP):  # class names may contain '.' and '='
         key, _, text = override.rpartition("=")

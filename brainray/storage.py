@@ -19,7 +19,8 @@ from brainray.errors import ConfigError, DataError, StorageError
 _DISK_IS_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _REFUSED = ("ACCESS_DENIED", "NO_SUCH_BUCKET")  # by an object store; outages may be temporary
 _HAS_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS}  # a file system, such as exFAT or SMB
-_NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
+_NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS}
+_NO_FOLDER = {errno.ENOTDIR, errno.EEXIST, errno.ENOENT}  # a file or a broken link in its place
 
 
 class Folder:
@@ -155,7 +156,7 @@ class Folder:
                     f"no space left to write {self.uri}/{name}: free some and submit again; files "
                     "written earlier are complete"
                 ) from None
-            if error.errno in _NOT_ALLOWED:
+            if error.errno in _NOT_ALLOWED | _NO_FOLDER:
                 raise StorageError(
                     f"{self.uri}/{name} cannot be written ({os.strerror(error.errno)}): grant "
                     "write access, or give another storage"

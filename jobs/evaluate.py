@@ -22,9 +22,10 @@ if __name__ == "__main__":
         run_job(
             "evaluate",
             """
-            Predict the slices of class folders with a run's chosen epoch, preprocessed with the
-            run's own settings, and score them: over all slices, and over those without a
-            near-duplicate among the slices that the run saw. report.html shows all results.
+            Predict labelled slices (class folders or a labels table; only the test part, if there
+            is one) with a run's chosen epoch, preprocessed with the run's own settings, and score
+            them: all, those without a duplicate among the slices that the run saw (clean), and
+            those that are likely of no subject that it saw (strict). report.html shows all results.
 
             Example: python jobs/evaluate.py --set run=first source=/data/other-hospital
             """,

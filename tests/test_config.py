@@ -48,6 +48,7 @@ def test_an_override_wins_over_the_file(tmp_path: Path) -> None:
         ("train.growth_epochs=20", "leaves no epoch of train.num_epochs (20)"),
         ("name=../escape", "not a plain name"),
         ("storage", "write dotted.key=value"),
+        ("tracking.uri=mlflow:5000", "'mlflow:5000' has no scheme: write http://mlflow:5000"),
         ("seed.deeper=1", "seed"),
     ],
 )

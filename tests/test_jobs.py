@@ -369,6 +369,13 @@ def test_a_database_for_tracking_is_not_left_in_the_copy_of_a_submitted_job(
         assert resolve_paths(config).tracking.uri == absolute
 
 
+def test_the_address_of_a_dashboard_is_told_from_that_of_a_cluster() -> None:
+    with pytest.raises(
+        ConfigError, match=r"is a dashboard.*ray job submit --address http://h:8265"
+    ):
+        _check_address("http://h:8265")
+
+
 @pytest.mark.parametrize("address", ["127.0.0.1:9", "127.0.0.1:99999", "a..b:6379", "[::1]:9"])
 def test_a_ray_that_is_gone_is_said_at_once(address: str) -> None:
     with pytest.raises(

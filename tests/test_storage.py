@@ -236,6 +236,9 @@ def test_what_cannot_be_written_or_read_is_named(
     for write in (folder.write_bytes, folder.create_file):
         with pytest.raises(DataError, match=r"file/storage/a cannot be written \(Not a directory"):
             write("a", b"x")
+    (tmp_path / "link").symlink_to(tmp_path / "unmounted")
+    with pytest.raises(DataError, match=r"link/a cannot be written .*give another storage"):
+        Folder(tmp_path / "link").write_bytes("a", b"x")
     folder = Folder(tmp_path)
     folder.write_bytes("secret", b"x")
     monkeypatch.setattr(

@@ -291,7 +291,8 @@ def check_num_clusters(num_clusters: int, num_classes: int, num_slices: int) -> 
     if num_clusters < num_classes:
         raise ClusteringError(
             f"clustering.num_clusters={num_clusters} is below the number of classes "
-            f"({num_classes}): every class needs a cluster; raise it"
+            f"({num_classes}): every class needs a cluster; raise it, or give a labels table if "
+            "some class folders, such as those of patients, are no classes"
         )
     if num_clusters > num_slices:
         raise ClusteringError(

@@ -266,7 +266,9 @@ def state_from_bytes(content: bytes, where: str) -> dict[str, Any]:
         saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises nearly anything on invalid files
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{where} is not a checkpoint: {reason}") from None
+        raise CheckpointError(
+            f"{where} is not a checkpoint: {reason}; use another epoch of the run (epoch=N)"
+        ) from None
     if not isinstance(saved, dict):
         raise CheckpointError(f"{where} is not a checkpoint: it contains a {type(saved).__name__}")
     return saved

@@ -70,9 +70,11 @@ def build_encoder(name: str, weights: str | Mapping[str, Tensor], num_classes: i
     try:
         encoder.backbone.load_state_dict(state)
     except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()[:300]
+        reason = str(error).splitlines()[-1].strip()[:100]
         shown = f"encoder.weights={weights}" if isinstance(weights, str) else "the warm-up"
-        raise ConfigError(f"{shown} does not fit {name}: {reason}") from None
+        raise ConfigError(
+            f"{shown} does not fit encoder.name={name}: is it of another encoder? ({reason})"
+        ) from None
     return encoder
 
 
@@ -111,9 +113,8 @@ def encoder_state(content: bytes, where: str) -> dict[str, Tensor]:
     """
     try:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises nearly anything on invalid files
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"{where} is not a state dict: {reason}") from None
+    except Exception:  # torch.load raises nearly anything on invalid files
+        state = None
     if isinstance(state, dict) and isinstance(state.get("encoder"), dict):
         state = {
             key.removeprefix("backbone."): value
@@ -121,5 +122,8 @@ def encoder_state(content: bytes, where: str) -> dict[str, Tensor]:
             if key.startswith("backbone.")
         }
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ConfigError(f"{where} is not a state dict of tensors")
+        raise ConfigError(
+            f"{where} is neither a state dict of a torchvision encoder nor a brainray checkpoint: "
+            "save one with torch.save(encoder.state_dict(), PATH)"
+        )
     return state

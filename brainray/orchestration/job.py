@@ -93,7 +93,7 @@ def run_job(
     parser = _parser(name, description, keys)
     arguments, others = parser.parse_known_args(argv)
     if others:
-        hint = ": write --set KEY=VALUE" if "=" in others[0] else ""
+        hint = ": write --set KEY=VALUE" if "=" in "".join(others) or "--source" in others else ""
         parser.error(f"unrecognized arguments: {' '.join(others)}{hint}")
     overrides = [item for group in arguments.set for item in group]
 
@@ -329,7 +329,16 @@ def attach_to_ray() -> None:
         if not sys.stdout.isatty():
             os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # no colour codes in files
         log(f"joining Ray at {address}" if address else "joining or starting Ray on this machine")
-        init_ray()
+        try:
+            init_ray()
+        except (ConnectionError, ValueError) as error:
+            if not address:
+                raise
+            reason = str(error).strip().splitlines()[0]
+            raise ConfigError(
+                f"RAY_ADDRESS={address} cannot be joined ({reason}): give HOST:PORT of a running "
+                "cluster and, if it asks for one, its token (RAY_AUTH_MODE, RAY_AUTH_TOKEN_PATH)"
+            ) from error
         _end_in_order_on_sigterm()  # Ray has installed its own handler
         log(f"Ray at {ray.get_runtime_context().gcs_address}: {_resources()}")
     # Jobs print their own progress and errors, in a form that suits log files.
@@ -355,8 +364,13 @@ def _check_address(address: str) -> None:
     """Check that Ray is reachable; Ray itself waits for minutes without saying why.
 
     Raises:
-        ConfigError: nothing listens at a HOST:PORT.
+        ConfigError: nothing listens at a HOST:PORT, or it is a dashboard's address.
     """
+    if address.startswith(("http://", "https://")):
+        raise ConfigError(
+            f"RAY_ADDRESS={address} is a dashboard, which takes jobs: submit with ray job submit "
+            f"--address {address}, or set RAY_ADDRESS to the cluster's HOST:6379"
+        )
     found = re.fullmatch(r"(?P<host>[^/]+):(?P<port>\d+)", address)
     if found is None:  # another kind of address, such as local or ray://HOST:PORT
         return

@@ -23,7 +23,13 @@ from brainray.engine.state import Checkpoint, load_checkpoint
 from brainray.errors import BrainrayError, CheckpointError, ConfigError, DataError
 from brainray.log import log
 from brainray.orchestration.code_version import code_hash, git_revision
-from brainray.orchestration.run import Run, check_same_draw, groups_of_test_slices, open_run
+from brainray.orchestration.run import (
+    Run,
+    check_same_draw,
+    groups_of_test_slices,
+    open_run,
+    unfinished,
+)
 from brainray.orchestration.store import ImageStore
 from brainray.redaction import command_line
 from brainray.report.comparison_table import comparison_table
@@ -61,7 +67,7 @@ def report(config: Config) -> Report:
         raise ConfigError("name the run to report: --set run=NAME")
     run = open_run(Folder(config.storage), config.run)
     if not run.is_complete:
-        raise CheckpointError(f"the run {run.folder} is still training: wait until it finishes")
+        raise CheckpointError(unfinished(Folder(config.storage), run))
     saved = run.saved_config()
     asked = config.evaluation.model_dump(exclude_unset=True)
     evaluation = saved.evaluation.model_copy(update=asked)
@@ -75,8 +81,8 @@ def report(config: Config) -> Report:
         store = None
     summary = without_comparison(run.folder.read_json(layout.SUMMARY))
     for name in (asked.get("control"), *asked.get("siblings", ())):
-        if name is not None and not open_run(Folder(config.storage), name).is_complete:
-            raise CheckpointError(f"the run {name} is still training: wait until it finishes")
+        if name is not None and not (other := open_run(Folder(config.storage), name)).is_complete:
+            raise CheckpointError(unfinished(Folder(config.storage), other))
     control = comparable_control(merged, run)
     comparison = against_control(merged, run, control, int(summary["chosen_epoch"]))
     metrics = summary | comparison

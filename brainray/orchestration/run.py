@@ -10,6 +10,7 @@ from brainray import layout
 from brainray.config import WORKER_SETTINGS, Config, SplitConfig
 from brainray.config_text import differing_settings, parse_config, parse_yaml, with_defaults
 from brainray.errors import ConfigError, DataError
+from brainray.orchestration.lock import is_held
 from brainray.storage import Folder
 
 _FREE_SECTIONS = {
@@ -86,6 +87,16 @@ class Run:
         """Paths, relative to the source, of the labelled test slices when the run was begun."""
         slices = self.folder.read_table(layout.TEST_SLICES, columns=["path", "label"])
         return set(slices.filter(pc.is_valid(slices["label"]))["path"].to_pylist())
+
+
+def unfinished(storage: Folder, run: Run) -> str:
+    """What to do about a run that is not complete, for errors."""
+    if is_held(storage, layout.RUNS, str(run.info["name"])):
+        return f"the run {run.folder} is still training: wait until it finishes"
+    return (
+        f"the run {run.folder} is not complete, and no job is training it: submit its training "
+        "again under the same name"
+    )
 
 
 def open_run(storage: Folder, name: str) -> Run:

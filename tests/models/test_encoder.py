@@ -50,10 +50,10 @@ def test_imagenet_weights_are_torchvisions(tmp_path: Path, monkeypatch: pytest.M
 def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
     path = tmp_path / "weights.pt"
     torch.save(torchvision.models.resnet34(weights=None).state_dict(), path)
-    with pytest.raises(ConfigError, match="does not fit resnet18"):
+    with pytest.raises(ConfigError, match=r"does not fit encoder\.name=resnet18: is it of another"):
         build_encoder("resnet18", str(path), num_classes=4)
     path.write_bytes(b"not weights")
-    with pytest.raises(ConfigError, match="is not a state dict"):
+    with pytest.raises(ConfigError, match="is neither a state dict of a torchvision encoder nor"):
         build_encoder("resnet18", str(path), num_classes=4)
     with pytest.raises(ConfigError, match="no such file"):
         build_encoder("resnet18", str(tmp_path / "absent.pt"), num_classes=4)
@@ -65,6 +65,6 @@ def test_a_pickle_with_code_is_not_run(tmp_path: Path) -> None:
             return exec, (f"open({str(tmp_path / 'boom')!r}, 'w')",)
 
     torch.save({"conv1.weight": Bomb()}, tmp_path / "bomb.pt")
-    with pytest.raises(ConfigError, match="is not a state dict"):
+    with pytest.raises(ConfigError, match="is neither a state dict of a torchvision encoder nor"):
         build_encoder("resnet18", str(tmp_path / "bomb.pt"), num_classes=4)
     assert not (tmp_path / "boom").exists()

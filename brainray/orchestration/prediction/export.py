@@ -30,7 +30,7 @@ from brainray.orchestration.lock import held
 from brainray.orchestration.prediction import serving
 from brainray.orchestration.prediction.inference import Predictor, find_predictor
 from brainray.orchestration.publish import begin_tracking, config_to_track
-from brainray.orchestration.run import Run, open_run, read_run_info
+from brainray.orchestration.run import Run, open_run, read_run_info, unfinished
 from brainray.report.model_card import CardFacts, model_card
 from brainray.schema import PREDICTED, THUMBNAIL_SIDE
 from brainray.storage import Folder
@@ -62,7 +62,10 @@ def export(config: Config) -> Export:
     """
     run = None if config.run is None else open_run(Folder(config.storage), config.run)
     if run is not None and not run.is_complete:
-        raise CheckpointError(_still_training(run))
+        raise CheckpointError(
+            f"{unfinished(Folder(config.storage), run)}, or export one of its checkpoints with "
+            f"--set name=NAME checkpoint={run.folder}/{layout.BEST}"
+        )
     if run is None and config.registry.name is not None:
         raise ConfigError(
             "registry.name: only the model of a run can be registered; give --set run=NAME, not "
@@ -116,16 +119,6 @@ def served_files(predictor: Predictor) -> Iterator[ServedFiles]:
             inputs={"path": "string", "image": "binary"},
             outputs={field.name: str(field.type) for field in PREDICTED},
         )
-
-
-def _still_training(run: Run) -> str:
-    history = run.folder.read_json_lines(layout.METRICS)
-    asked = run.saved_config()
-    return (
-        f"the run {run.folder} is still training ({len(history)} of {asked.train.num_epochs} "
-        "epochs done): wait until it is complete, or export its newest checkpoint with "
-        "--set checkpoint=PATH"
-    )
 
 
 def _write_onnx(predictor: Predictor, folder: Path) -> Metrics:

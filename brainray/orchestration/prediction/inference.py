@@ -22,7 +22,7 @@ from brainray.orchestration.preprocessing.preparation import subject_salt
 from brainray.orchestration.preprocessing.slice_tasks import TO_PREDICT, decode_files, select_slices
 from brainray.orchestration.preprocessing.source import SourceFile, files_of_tasks
 from brainray.orchestration.resources import alive_nodes, blocks_on_actors, plan_actors
-from brainray.orchestration.run import Run, open_run, read_run_info
+from brainray.orchestration.run import Run, open_run, read_run_info, unfinished
 from brainray.orchestration.seen import seen_by_run
 from brainray.orchestration.store import ImageStore, versions_of
 from brainray.storage import Folder
@@ -84,9 +84,10 @@ def find_predictor(config: Config, purpose: str, *, of_new_files: bool = True) -
     if (config.run is None) == (config.checkpoint is None):
         raise ConfigError(f"{purpose} needs either --set run=NAME or --set checkpoint=PATH")
     if config.run is not None:
-        run = open_run(Folder(config.storage), config.run)
+        storage = Folder(config.storage)
+        run = open_run(storage, config.run)
         run_folder = run.folder
-        folder = _checkpoint_folder(run, config.epoch)
+        folder = _checkpoint_folder(storage, run, config.epoch)
     elif config.epoch is not None:
         raise ConfigError(
             "epoch=N selects an epoch of a run: give --set run=NAME, not checkpoint=PATH"
@@ -121,11 +122,13 @@ def default_name(config: Config, predictor: Predictor) -> str:
     return f"{predictor.run_folder.name}-on-{plain}"
 
 
-def _checkpoint_folder(run: Run, epoch: int | None) -> Folder:
+def _checkpoint_folder(storage: Folder, run: Run, epoch: int | None) -> Folder:
     """Checkpoint folder of the chosen epoch, or of ``epoch`` if the run has kept it."""
     history = run.folder.read_json_lines(layout.METRICS)
-    if not history or not run.folder.exists(f"{layout.BEST}/{layout.MODEL}"):
-        raise CheckpointError(f"the run {run.folder} has not finished an epoch yet: wait for one")
+    if not history:
+        raise CheckpointError(f"no epoch is finished: {unfinished(storage, run)}")
+    if not run.folder.exists(f"{layout.BEST}/{layout.MODEL}"):
+        raise CheckpointError(f"the run {run.folder} has lost {layout.BEST}/{layout.MODEL}")
     if epoch is None:
         return run.folder / layout.BEST
     places = {number: layout.checkpoint_folder(number) for number in range(1, len(history) + 1)}

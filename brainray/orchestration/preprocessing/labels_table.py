@@ -134,7 +134,10 @@ def _metadata_of(
 ) -> FileMetadata:
     split = _text(row.get("split")) if reads_splits else None
     if split is not None and split.lower() not in SPLIT_NAMES:
-        raise DataError(f"labels={labels}: split {split!r} of {path!r} is neither train nor test")
+        raise DataError(
+            f"labels={labels}: split {split!r} of {path!r} is neither train nor test; validation "
+            "slices are drawn from train"
+        )
     subject = _text(row.get("subject"))
     return FileMetadata(
         split=None if split is None else SPLIT_NAMES[split.lower()],

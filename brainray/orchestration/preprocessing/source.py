@@ -316,7 +316,8 @@ def _from_folders(found: list[FoundFile]) -> list[SourceFile]:
     if with_splits and stray:
         raise DataError(
             f"the source contains {', '.join(sorted(with_splits))} next to {', '.join(stray)}: "
-            "keep either split folders or class folders at the top level"
+            "keep either split folders or class folders at the top level (validation slices are "
+            "drawn from the training ones)"
         )
     _check_depth(found, top_folders)
     files = []

@@ -264,7 +264,12 @@ def test_a_run_that_is_still_training_is_not_exported(trained: TrainedRun) -> No
     runs = Path(str(trained.run.folder)).parent
     shutil.copytree(runs / "two-ranks", runs / "not-exported")
     (runs / "not-exported" / "summary.json").unlink()
-    with pytest.raises(CheckpointError, match="still training \\(2 of 2 epochs"):
+    with (
+        held(Folder(runs.parent), "runs", "two-ranks"),  # of which it is a copy
+        pytest.raises(CheckpointError, match=r"still training: wait until .*, or export one"),
+    ):
+        export(config_of(trained, "run=not-exported"))
+    with pytest.raises(CheckpointError, match="no job is training it: submit its training again"):
         export(config_of(trained, "run=not-exported"))
     assert not (Folder(runs.parent) / "exports" / "not-exported").exists()
 

@@ -424,7 +424,7 @@ def test_what_is_still_training_is_not_compared_and_said(
     begin_run(config_of(storage, "unfinished"), store, 1)
     before = trained.run.folder.read_bytes("report.html")
     for asked in ("evaluation.control=unfinished", "evaluation.siblings=[unfinished]"):
-        with pytest.raises(CheckpointError, match="the run unfinished is still training"):
+        with pytest.raises(CheckpointError, match="unfinished is not complete, and no job is"):
             report(tiny_config(storage, "run=two-ranks", asked))
     assert trained.run.folder.read_bytes("report.html") == before
     config = config_of(storage, "two-ranks", "evaluation.control=unfinished")
