@@ -243,6 +243,8 @@ def _section_at(key: str) -> type[BaseModel]:
     section: type[BaseModel] = Config
     names = iter(key.split(".") if key else ())
     for name in names:
+        if name not in section.model_fields:  # a name that was chosen by the user has dots
+            continue
         field: Any = section.model_fields[name].annotation
         named = _section_of_names(field)
         if named is not None:

@@ -35,6 +35,7 @@ def test_an_override_wins_over_the_file(tmp_path: Path) -> None:
         ("nonsense=1", "unknown key 'nonsense' (known keys: name, dataset, run, "),
         ("trian.num_epochs=5", "unknown key 'trian' (did you mean 'train'?)"),
         ("study.features.a.lamda_cluster=1", "(did you mean 'study.features.a.lambda_cluster'?)"),
+        ("study.features={v1.2: {weight: a}}", "(did you mean 'study.features.v1.2.weights'?)"),
         ("study.features.a.x=1", "(known keys: study.features.a.encoder, study.features.a.wei"),
         ("train=3", "train: this is a section: set the keys within it, not '3'"),
         ("evaluation.siblings=a", "evaluation.siblings: write a list, such as [a, b], not 'a'"),

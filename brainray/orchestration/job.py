@@ -334,7 +334,7 @@ def attach_to_ray() -> None:
         except (ConnectionError, ValueError) as error:
             if not address:
                 raise
-            reason = str(error).strip().splitlines()[0]
+            reason = str(error).strip().partition("\n")[0]
             raise ConfigError(
                 f"RAY_ADDRESS={address} cannot be joined ({reason}): give HOST:PORT of a running "
                 "cluster and, if it asks for one, its token (RAY_AUTH_MODE, RAY_AUTH_TOKEN_PATH)"
