@@ -175,10 +175,9 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
         ("study", ["name=x"], "a study needs slices"),
         ("study", ["name=x", FOLDER], "study.features is empty"),
         ("tune", ["name=x", "dataset=absent"], "no image store at"),
+        ("preprocess", ["name=x", FOLDER, FOLDER.replace("source", "storage")], "is source itself"),
         ("report", [], "give --set run=NAME"),
         ("preprocess", ["name=x", FOLDER, "labels=/tmp"], "labels=/tmp is a folder: give"),
-        ("preprocess", ["name=x", "source=/"], "lies within source=/, where its figures would"),
-        ("study", ["name=x", "sources.a=/"], "lies within sources.a=/, where"),
         (
             "pipeline",
             ["name=x", FOLDER, "evaluation.num_label_draws=3"],

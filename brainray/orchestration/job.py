@@ -140,10 +140,11 @@ def _check_places(config: Config, keys: Sequence[str]) -> None:
         if source is None:
             continue
         check_is_folder(Folder(source), key)
-        if Folder(source).contains(Folder(config.storage)):
+        storage = Folder(config.storage)
+        if storage.contains(Folder(source)) and Folder(source).contains(storage):
             raise ConfigError(
-                f"storage={config.storage} lies within {key}={source}, where its figures would be "
-                "read as slices: give a folder outside of it"
+                f"storage={config.storage} is {key} itself, where its figures would be read as "
+                f"slices: give a folder of its own, such as {config.storage}/brainray"
             )
     if "labels" in keys and config.labels is not None:
         labels = Folder(config.labels)

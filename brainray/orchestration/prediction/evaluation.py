@@ -99,7 +99,11 @@ def _evaluate(
     labels = None if config.labels is None else Folder(config.labels)
     # The split of selected paths is known; a table may use another name for it.
     listing = list_source(
-        Folder(str(config.source)), labels, config.classes.map, reads_splits=only_paths is None
+        Folder(str(config.source)),
+        labels,
+        config.classes.map,
+        reads_splits=only_paths is None,
+        storage=Folder(config.storage),
     )
     files, left_out = _files_to_score(listing, config, checkpoint.classes, only_paths)
     counts = ", ".join(f"{count} {why}" for why, count in left_out.items() if count)

@@ -81,7 +81,7 @@ def predict(config: Config) -> Prediction:
 
 
 def _predict(config: Config, predictor: Predictor, folder: Folder) -> Prediction:
-    found, ignored = find_images(Folder(str(config.source)))
+    found, ignored = find_images(Folder(str(config.source)), Folder(config.storage))
     _begin(config, predictor, folder)
     num_replaced = _forget_stale(folder, found)
     folder.delete_file(layout.PREDICTED_CSV, missing_ok=True)  # made again at the end

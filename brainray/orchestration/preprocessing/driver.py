@@ -79,7 +79,13 @@ def preprocess(config: Config, *, data_hash: str | None = None) -> ImageStore:
     target = Folder(config.storage) / layout.DATASETS / config.name
     labels = None if config.labels is None else Folder(config.labels)
     reads_splits = config.split.mode != "grouped"
-    listing = list_source(source, labels, config.classes.map, reads_splits=reads_splits)
+    listing = list_source(
+        source,
+        labels,
+        config.classes.map,
+        reads_splits=reads_splits,
+        storage=Folder(config.storage),
+    )
     salt = subject_salt(Folder(config.storage))
     fingerprint = listing.fingerprint(salt)
     drawn = config.split.mode == "grouped" or not any(file.split for file in listing.files)

@@ -103,18 +103,20 @@ def list_source(
     class_map: Mapping[str, str | None],
     *,
     reads_splits: bool = True,
+    storage: Folder | None = None,
 ) -> Listing:
     """Find the image files below ``source`` and the metadata of each.
 
     Supported layouts: Training/ and Testing/ folders of class folders, class folders, and bare
     files. With a labels table, folder names are not used as classes and files without a row are
-    unlabelled. If not ``reads_splits``, the table's split column is ignored.
+    unlabelled. If not ``reads_splits``, the table's split column is ignored. A ``storage`` within
+    the source is left out: its figures are no slices.
 
     Raises:
         DataError: no such folder, no image file in it, another folder next to Training/ and
             Testing/, or an invalid labels table.
     """
-    found, ignored = find_images(source)
+    found, ignored = find_images(source, storage)
     files = _from_folders(found) if labels is None else _from_table(found, labels, reads_splits)
     class_map = {nfc(name): to for name, to in class_map.items()}
     renamed = [_renamed(file, class_map) for file in files]
@@ -187,14 +189,18 @@ def _check_spellings(names: Sequence[str]) -> None:
             )
 
 
-def find_images(source: Folder) -> tuple[list[FoundFile], Counter[str]]:
+def find_images(
+    source: Folder, storage: Folder | None = None
+) -> tuple[list[FoundFile], Counter[str]]:
     """The image files below ``source``, sorted by path, and the number of other files by suffix.
+
+    A ``storage`` within the source is left out.
 
     Raises:
         DataError: no such folder, or no image file in it.
     """
     check_is_folder(source, "source")
-    files = list(_walk(source))
+    files = list(_walk(source, storage))
     with ThreadPoolExecutor(_NUM_OPENERS) as pool:  # network requests wait in parallel
         may_hold = list(pool.map(lambda file: _may_hold_slices(file, source), files))
     found = [file for file, may in zip(files, may_hold, strict=True) if may]
@@ -243,8 +249,12 @@ def _may_hold_slices(file: FoundFile, source: Folder) -> bool:
         return False
 
 
-def _walk(source: Folder) -> Iterator[FoundFile]:
-    """All visible files below the source; links to folders within it are followed once."""
+def _walk(source: Folder, storage: Folder | None) -> Iterator[FoundFile]:
+    """All visible files below the source but not in the storage; links to folders within the source
+    are followed once.
+    """
+    if storage is not None and not source.contains(storage):
+        storage = None
     if source.local_path is None:
         selector = pafs.FileSelector(source.path, recursive=True)
         for info in source.filesystem.get_file_info(selector):
@@ -252,13 +262,19 @@ def _walk(source: Folder) -> Iterator[FoundFile]:
                 path = info.path.removeprefix(source.path).lstrip("/")
                 if any(_is_hidden(part) for part in path.split("/")):
                     continue
+                if storage is not None and info.path.startswith(f"{storage.path}/"):
+                    continue
                 yield FoundFile(path, int(info.size or 0), int(info.mtime_ns or 0))
         return
     root = os.path.realpath(source.local_path)
+    left_out = None if storage is None else os.path.realpath(storage.path)
     visited: set[tuple[int, int]] = set()
     for folder, subfolders, names in os.walk(source.local_path, followlinks=True, onerror=_refuse):
         status = os.stat(folder)
         if (status.st_dev, status.st_ino) in visited:  # a link back into the tree
+            subfolders.clear()
+            continue
+        if left_out is not None and os.path.realpath(folder) == left_out:
             subfolders.clear()
             continue
         visited.add((status.st_dev, status.st_ino))

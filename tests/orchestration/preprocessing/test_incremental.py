@@ -300,6 +300,17 @@ def test_a_slice_without_a_split_is_refused_before_decoding(
             made(tmp_path / "new", source)
 
 
+def test_a_store_below_its_source_is_not_read_as_slices(source: Path, tmp_path: Path) -> None:
+    shutil.move(tmp_path / "a", source / "out")
+    folder = source / "out" / "datasets" / "mri" / "figures"
+    folder.mkdir()
+    shutil.copy(next(source.rglob("*.jpg")), folder / "contact_sheet.png")
+    before = opened(source / "out")
+    after = made(source / "out", source)
+    assert after.manifest["num_files_decoded"] == before.manifest["num_files_decoded"]  # reused
+    assert after.data_hash == before.data_hash
+
+
 def test_a_deleted_file_leaves_the_store(source: Path, tmp_path: Path) -> None:
     before = index(opened(tmp_path / "a"))
     gone = sorted((source / "Training" / "notumor").glob("*.jpg"))[0]

@@ -51,6 +51,16 @@ def test_class_folders_and_bare_files(tmp_path: Path) -> None:
     assert list_source(source, None, {}).num_ignored == 1
 
 
+def test_a_storage_within_the_source_is_left_out(tmp_path: Path) -> None:
+    source = make(tmp_path / "data", "a/1.jpg", "out/datasets/x/figures/2.png", "output/3.png")
+    (tmp_path / "link").symlink_to(tmp_path / "data")
+    for storage in (tmp_path / "data" / "out", tmp_path / "link" / "out"):
+        found = list_source(source, None, {}, storage=Folder(storage)).files
+        assert [file.path for file in found] == ["a/1.jpg", "output/3.png"]
+    found = list_source(source, None, {}, storage=Folder(tmp_path / "elsewhere")).files
+    assert len(found) == 3
+
+
 def test_a_folder_of_unlabelled_slices_is_no_class(tmp_path: Path) -> None:
     source = make(tmp_path, "Training/a/1.jpg", "Training/Unlabelled/2.jpg", "Testing/a/3.jpg")
     assert listed(source)[1] == ("Training/Unlabelled/2.jpg", "train", None, None)
