@@ -383,9 +383,7 @@ def test_a_ray_that_is_gone_is_said_at_once(address: str) -> None:
         _check_address(address)
 
 
-@pytest.mark.parametrize(
-    "address", ["", "auto", "local", "ray://127.0.0.1:9", "http://127.0.0.1:9"]
-)
+@pytest.mark.parametrize("address", ["", "auto", "local", "ray://127.0.0.1:9"])
 def test_addresses_of_other_kinds_are_left_to_ray(address: str) -> None:
     _check_address(address)
 
