@@ -19,8 +19,10 @@ from brainray.errors import ConfigError, DataError, StorageError
 _DISK_IS_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _REFUSED = ("ACCESS_DENIED", "NO_SUCH_BUCKET")  # by an object store; outages may be temporary
 _HAS_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS}  # a file system, such as exFAT or SMB
-_NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS}
-_NO_FOLDER = {errno.ENOTDIR, errno.EEXIST, errno.ENOENT}  # a file or a broken link in its place
+_NOT_WRITABLE = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.ENOTDIR, errno.EEXIST, errno.ENOENT),  # a file or a broken link in place of the folder
+}
 
 
 class Folder:
@@ -156,7 +158,7 @@ class Folder:
                     f"no space left to write {self.uri}/{name}: free some and submit again; files "
                     "written earlier are complete"
                 ) from None
-            if error.errno in _NOT_ALLOWED | _NO_FOLDER:
+            if error.errno in _NOT_WRITABLE:
                 raise StorageError(
                     f"{self.uri}/{name} cannot be written ({os.strerror(error.errno)}): grant "
                     "write access, or give another storage"
