@@ -43,11 +43,13 @@ class Folder:
         self.uri = self._base + self._query
         try:
             self.filesystem, self.path = pafs.FileSystem.from_uri(self.uri)
-        except (pa.ArrowInvalid, ValueError, OSError) as error:
+        except ValueError as error:  # ArrowInvalid is one
             raise ConfigError(
                 f"{self.uri!r} is neither an absolute path nor a URI supported by pyarrow "
                 f"({error}): write /a/path, s3://bucket/path, ..."
             ) from None
+        except OSError as error:  # such as a bucket whose region is looked up
+            raise _unreachable(self.uri, error) from None
 
     def __truediv__(self, name: str) -> "Folder":
         self._join(name)  # refuses names that lead out of this folder
@@ -121,11 +123,7 @@ class Folder:
             if error.errno is not None:
                 raise
             # From an object store: its errors have no errno.
-            reason = " ".join(str(error).split())
-            raise StorageError(
-                f"{self.uri}/{name} cannot be reached ({reason}): check the address, the network "
-                "and the credentials"
-            ) from None
+            raise _unreachable(f"{self.uri}/{name}", error) from None
 
     def write_bytes(self, name: str, content: bytes) -> None:
         """Write or replace a file, and the folders above it."""
@@ -389,6 +387,13 @@ def _write_new(path: str, content: bytes, mode: int) -> None:
     except BaseException:
         Path(path).unlink()
         raise
+
+
+def _unreachable(uri: str, error: OSError) -> StorageError:
+    reason = " ".join(str(error).split())
+    return StorageError(
+        f"{uri} cannot be reached ({reason}): check the address, the network and the credentials"
+    )
 
 
 def _temporary(path: str) -> str:

@@ -8,12 +8,14 @@ from brainray.orchestration.job import TRAINING_SECTIONS, JobResult, run_job
 
 
 def check(config: Config) -> None:
+    from brainray.mri.split import check_validation_share
     from brainray.orchestration.run import run_to_resume
     from brainray.orchestration.store import store_to_train_on
 
     config, _ = store_to_train_on(config)
-    if config.evaluation.num_label_draws == 1:  # else each draw has a run of its own
-        run_to_resume(config)
+    # Several label draws have a run each.
+    if config.evaluation.num_label_draws > 1 or run_to_resume(config) is None:
+        check_validation_share(config.split.validation_fraction)
 
 
 def work(config: Config) -> JobResult:

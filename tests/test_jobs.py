@@ -73,6 +73,7 @@ def test_help_explains_the_jobs_settings(
     assert f"python jobs/{name}.py" in text
     assert "storage" in text
     assert "[~/brainray]" in text
+    assert re.search(r"  (name|run) \(required", text)
 
 
 def test_help_and_simple_errors_do_not_wait_for_heavy_imports() -> None:
@@ -226,14 +227,25 @@ def test_a_taken_name_is_refused_before_ray_starts(
 
 
 @pytest.mark.usefixtures("without_ray")
-def test_a_sweep_without_a_space_is_refused_before_ray_starts(
-    storage: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("name", "setting", "message"),
+    [
+        ("tune", "train.image_size=32", "tune.space is empty"),
+        ("train", "split.validation_fraction=0.4", "far from 1/2 and 1/3: use 0.5 or 0.33"),
+    ],
+)
+def test_what_does_not_fit_training_is_refused_before_ray_starts(
+    name: str,
+    setting: str,
+    message: str,
+    storage: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    settings = ["name=x", "dataset=mri", "train.image_size=32"]
-    arguments = ["--set", f"storage={storage}", *settings]
-    code, last, _ = run("tune", arguments, capsys, monkeypatch)
+    settings = [f"storage={storage}", "name=x", "dataset=mri", "train.image_size=32", setting]
+    code, last, _ = run(name, ["--set", *settings], capsys, monkeypatch)
     assert code == 2
-    assert "tune.space is empty" in last["error"]
+    assert message in last["error"]
 
 
 @pytest.mark.usefixtures("without_ray")

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -251,6 +252,13 @@ def test_what_cannot_be_written_or_read_is_named(
     for ask in (lambda: folder.read_bytes("secret"), lambda: folder.exists("x"), folder.names):
         with pytest.raises(StorageError, match=r"cannot be reached \(AWS Error NETWORK_CONN"):
             ask()
+
+
+def test_a_bucket_that_cannot_be_looked_up_is_unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Mock(from_uri=Mock(side_effect=OSError("When resolving region for bucket 'b': ...")))
+    monkeypatch.setattr(pafs, "FileSystem", found)
+    with pytest.raises(StorageError, match=r"^s3://b/x cannot be reached \(When resolving region"):
+        Folder("s3://b/x")
 
 
 @pytest.mark.usefixtures("no_hard_links")

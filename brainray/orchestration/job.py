@@ -90,7 +90,7 @@ def run_job(
         check: refuses what the job can refuse before Ray, which takes seconds to start.
         uses_ray: whether the job joins or starts a Ray cluster.
     """
-    parser = _parser(name, description, keys)
+    parser = _parser(name, description, keys, needs)
     arguments, others = parser.parse_known_args(argv)
     if others:
         hint = ": write --set KEY=VALUE" if "=" in "".join(others) or "--source" in others else ""
@@ -278,11 +278,13 @@ def _resolve_weights(feature: str, weights: str) -> str:
     return _resolve(f"study.features.{feature}.weights", weights)
 
 
-def _parser(name: str, description: str, keys: Sequence[str]) -> argparse.ArgumentParser:
+def _parser(
+    name: str, description: str, keys: Sequence[str], needs: Sequence[str]
+) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"jobs/{name}.py",
         description=textwrap.dedent(description).strip(),
-        epilog=_describe(keys),
+        epilog=_describe(keys, needs),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file; see configs/")
@@ -311,12 +313,19 @@ def _is_within(key: str, section: str) -> bool:
     return key == section or key.startswith(f"{section}.")
 
 
-def _describe(keys: Sequence[str]) -> str:
+def _describe(keys: Sequence[str], needs: Sequence[str]) -> str:
     lines = ["settings (in the file, or with --set) [default]:"]
     for key, text in described_keys(lambda key: any(_is_within(key, wanted) for wanted in keys)):
-        lines.append(f"  {key}")
+        lines.append(f"  {key}{_required(key, keys, needs)}")
         lines += textwrap.wrap(text, 88, initial_indent="      ", subsequent_indent="      ")
     return "\n".join(lines)
+
+
+def _required(key: str, keys: Sequence[str], needs: Sequence[str]) -> str:
+    if key not in needs:
+        return ""
+    has_alternative = key == "run" and "checkpoint" in keys
+    return " (required, unless checkpoint is given)" if has_alternative else " (required)"
 
 
 def attach_to_ray() -> None:

@@ -191,6 +191,8 @@ def _with_subsets(
     for name, flags in (("clean", exposed.clean), ("strict", exposed.strict)):
         position = PREDICTIONS.get_field_index(name)
         predictions = predictions.set_column(position, name, pa.array(flags, pa.bool_()))
+    if not any(exposed.clean):
+        log("note: the run has seen every slice, or a copy of it: there are no clean metrics")
     twins = twins_of_test_slices(accepted, seen, exposed)
     counts = ", ".join(f"{len(found)} {level}" for level, found in twins.items() if found)
     if counts:

@@ -55,6 +55,7 @@ from brainray.schema import IMAGE_STORE, REJECTED, THUMBNAIL_SIDE
 from brainray.storage import Folder
 
 _WRITES_PER_CPU = 4
+_MANY_CLASSES = 10  # folders that may be something else
 _MAX_TRIED = 8  # files without a split that are decoded in advance
 
 
@@ -91,12 +92,14 @@ def preprocess(config: Config, *, data_hash: str | None = None) -> ImageStore:
     drawn = config.split.mode == "grouped" or not any(file.split for file in listing.files)
     settings = settings_of(config.preprocess, config.split, config.classes.map, drawn=drawn)
     with held(Folder(config.storage), layout.DATASETS, config.name):
-        previous = _previous_store(target, settings)
+        previous = _previous_store(target)
+        if previous is not None:
+            _check_source(previous, listing, config)
+            _check_settings(previous, settings)
         is_same = previous is not None and previous.manifest["listing"] == fingerprint
         if previous is not None and is_same and not _may_change(previous, listing, source):
             log(f"image store {target}: up to date (same settings and files), reusing it")
             return previous
-        _check_source(previous, listing, config)
         # Refused before decoding, which takes most of the time. Files without a split may be
         # unusable, as a DICOMDIR is: then they are only rejected.
         with_split = [file for file in listing.files if file.split]
@@ -104,6 +107,8 @@ def preprocess(config: Config, *, data_hash: str | None = None) -> ImageStore:
         usable = [file for file in others if _is_usable(file.file, source, config, salt)]
         official_splits(with_split + usable, config)
         log(f"preprocessing {len(listing.files)} files of {source}{listing.remarks}")
+        if labels is None:
+            _note_many_classes(listing)
         with target.rebuilt(layout.MANIFEST) as building:
             about = {"listing": fingerprint, "subject_salt": salt_id(salt), **settings}
             manifest = _build(config, listing, about, previous, building)
@@ -121,6 +126,16 @@ def preprocess(config: Config, *, data_hash: str | None = None) -> ImageStore:
     log(describe(store))
     log(store.folder.read_bytes(layout.LEAKAGE_TABLE).decode())
     return store
+
+
+def _note_many_classes(listing: Listing) -> None:
+    """Folders of patients or series look like those of classes."""
+    names = sorted(set[str]().union(*(file.labels for file in listing.files)))
+    if len(names) > _MANY_CLASSES:
+        log(
+            f"note: {len(names)} folders are read as classes, from {names[0]!r} to {names[-1]!r}; "
+            "if they are patients or series, give a labels table (--set labels=FILE)"
+        )
 
 
 def _build(
@@ -213,7 +228,7 @@ def _is_readable(file: FoundFile, source: Folder) -> bool:
     return True
 
 
-def _previous_store(target: Folder, settings: dict[str, Any]) -> ImageStore | None:
+def _previous_store(target: Folder) -> ImageStore | None:
     target.restore()
     if not target.exists(layout.MANIFEST):
         if target.local_path is None and set(target.names()) <= layout.OF_STORE:
@@ -221,7 +236,11 @@ def _previous_store(target: Folder, settings: dict[str, Any]) -> ImageStore | No
         if target.names():
             raise DataError(f"{target} exists but is not an image store: choose another name")
         return None
-    store = ImageStore.open(target)
+    return ImageStore.open(target)
+
+
+def _check_settings(store: ImageStore, settings: dict[str, Any]) -> None:
+    """Raises DataError if an existing store was made with settings that give other slices."""
     # Settings that an earlier version did not have: it behaved like today's defaults.
     defaults = settings_of(PreprocessConfig(), SplitConfig(), {}, drawn=False)
     told = {key: store.manifest[key] for key in settings if key in store.manifest}
@@ -231,19 +250,18 @@ def _previous_store(target: Folder, settings: dict[str, Any]) -> ImageStore | No
     difference = differing_settings(stored, settings)
     if difference:
         raise DataError(
-            f"the image store {target} was made with different settings ({difference}): "
+            f"the image store {store.folder} was made with different settings ({difference}): "
             "choose another name or delete it"
         )
-    return store
 
 
-def _check_source(previous: ImageStore | None, listing: Listing, config: Config) -> None:
+def _check_source(previous: ImageStore, listing: Listing, config: Config) -> None:
     """Check that a folder in another place has most of the files that a store was made from.
 
     Raises:
         DataError: it has not, so it is another source, with which the store would be replaced.
     """
-    if previous is None or previous.manifest["source"] == config.source:
+    if previous.manifest["source"] == config.source:
         return
     told = previous.folder.read_table(layout.FILES, columns=["path", "num_bytes"])
     before = {(row["path"], row["num_bytes"]) for row in told.to_pylist()}

@@ -109,10 +109,12 @@ def read_labels_table(
         said[path] = before.completed_by(new)
     if unknown:
         more = f" (nor are the paths of {len(unknown) - 1} more rows)" if len(unknown) > 1 else ""
+        nearest = _nearest_path(unknown[0], places)
+        remedy = f"did you mean {nearest!r}? Paths" if nearest else "paths"
         raise DataError(
             f"labels={labels}: {unknown[0]!r} is neither an image file below the source nor a "
-            f"folder with one{more}; paths must be relative to the source, and supported types are "
-            f"{', '.join(SUFFIXES)}"
+            f"folder with one{more}; {remedy} must be relative to the source, and supported types "
+            f"are {', '.join(SUFFIXES)}"
         )
     of_folder = sorted(frames.keys() - set(paths))
     if of_folder:
@@ -127,6 +129,23 @@ def read_labels_table(
             whole = reduce(FileMetadata.completed_by, of_file)
             found[path] = replace(whole, label_of_frame=frames.get(path, {}))
     return found
+
+
+def _nearest_path(told: str, places: Collection[str]) -> str | None:
+    """The one path that differs in upper and lower case, in leading folders or in the suffix."""
+
+    def last_part(path: str) -> str:
+        return path.rstrip("/").rpartition("/")[2].casefold()
+
+    def stem(path: str) -> str:
+        name = last_part(path)
+        return next((name.removesuffix(end) for end in SUFFIXES if name.endswith(end)), name)
+
+    for form in (str.casefold, last_part, stem):
+        fitting = [path for path in places if form(path) == form(told)]
+        if fitting:
+            return fitting[0] if len(fitting) == 1 else None
+    return None
 
 
 def _metadata_of(

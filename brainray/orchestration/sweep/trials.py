@@ -1,5 +1,6 @@
 """Trials of a sweep: their configuration, run, and state in storage."""
 
+import difflib
 import math
 import re
 import sys
@@ -134,7 +135,9 @@ def check_space(config: Config) -> None:
         )
     for key, entry in space.items():
         if key not in known_keys():
-            raise ConfigError(f"tune.space contains the unknown key {key!r}")
+            close = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.7)
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            raise ConfigError(f"tune.space contains the unknown key {key!r}{hint}")
         if key.partition(".")[0] not in _SEARCHED:
             raise ConfigError(
                 f"tune.space cannot vary {key}: trials may differ in {', '.join(_SEARCHED)} only; "

@@ -437,6 +437,10 @@ def test_an_evaluation_tells_what_the_run_has_seen_and_what_it_leaves_out(
     assert told["train"]["num_epochs"] == trained.run.saved_config().train.num_epochs
     assert (told["run"], told["source"]) == (trained.run.folder.name, str(source))
 
+    of_the_run = {"notumor/known.jpg", "pituitary/known.jpg"}
+    evaluate(config.model_copy(update={"name": "seen"}), only_paths=of_the_run)
+    assert any("seen every slice, or a copy of it" in line for line in logged(capsys))
+
     (tmp_path / "hospital").rename(tmp_path / "another")
     moved = config.model_copy(update={"source": str(tmp_path / "another" / "Training")})
     with pytest.raises(

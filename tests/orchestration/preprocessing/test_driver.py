@@ -15,8 +15,13 @@ from brainray.mri.decode import decode_file
 from brainray.mri.resize import stretch
 from brainray.mri.skull_strip import apply_mask, otsu_mask
 from brainray.orchestration.preprocessing import driver
-from brainray.orchestration.preprocessing.driver import _previous_store, preprocess
+from brainray.orchestration.preprocessing.driver import (
+    _note_many_classes,
+    _previous_store,
+    preprocess,
+)
 from brainray.orchestration.preprocessing.preparation import decode_options
+from brainray.orchestration.preprocessing.source import list_source
 from brainray.orchestration.store import ImageStore
 from brainray.schema import IMAGE_STORE
 from brainray.storage import Folder
@@ -147,14 +152,27 @@ def test_a_store_cut_in_its_move_to_an_object_store_does_not_block_its_name(
     target.path = "datasets/mri"
     target.write_bytes("images/part-0000-000000.parquet", b"x")
     target.write_bytes("leakage.json", b"{}")
-    assert _previous_store(target, {}) is None
+    assert _previous_store(target) is None
     assert not target.exists()
 
     target.write_bytes("images/part-0000-000000.parquet", b"x")
     target.write_bytes("notes.txt", b"somebody's")
     with pytest.raises(DataError, match="exists but is not an image store"):
-        _previous_store(target, {})
+        _previous_store(target)
     assert target.read_bytes("notes.txt") == b"somebody's"
+
+
+def test_many_class_folders_may_be_patients(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(11):
+        (tmp_path / f"sub-{number:02d}").mkdir()
+        (tmp_path / f"sub-{number:02d}" / "1.png").touch()
+    _note_many_classes(list_source(Folder(tmp_path), None, {}))
+    said = capsys.readouterr().out
+    assert "note: 11 folders are read as classes, from 'sub-00' to 'sub-10'; if they are" in said
+    _note_many_classes(list_source(Folder(tmp_path), None, {"sub-03": None}))
+    assert capsys.readouterr().out == ""
 
 
 def test_bad_files_are_recorded_and_the_rest_goes_on(phantoms: Path, tmp_path: Path) -> None:

@@ -181,8 +181,9 @@ def test_a_store_is_not_replaced_by_one_of_another_source(source: Path, tmp_path
     write_phantoms(
         tmp_path / "others", num_training_per_class=3, num_testing_per_class=1, seed=9, size=64
     )
-    with pytest.raises(DataError, match=r"others has 0 of its \d+ files: choose another name"):
-        made(tmp_path / "a", tmp_path / "others")
+    for settings in ([], ["split.mode=grouped"]):  # which would also be refused
+        with pytest.raises(DataError, match=r"others has 0 of its \d+ files: choose another name"):
+            made(tmp_path / "a", tmp_path / "others", *settings)
     source.rename(tmp_path / "moved")
     pd.testing.assert_frame_equal(index(made(tmp_path / "a", tmp_path / "moved")), before)
 

@@ -254,6 +254,17 @@ def test_all_rows_without_a_file_are_counted(tmp_path: Path) -> None:
         list_source(source, Folder(tmp_path / "labels.csv"), {})
 
 
+@pytest.mark.parametrize("told", ["T1/SCAN.JPG", "/data/T1/scan.jpg", "T1/scan.png", "scan"])
+def test_a_path_that_nearly_fits_is_suggested(tmp_path: Path, told: str) -> None:
+    source = make(tmp_path / "s", "T1/scan.jpg", "T1/other.jpg")
+    (tmp_path / "labels.csv").write_text(f"path,label\n{told},a\n")
+    with pytest.raises(DataError, match=r"did you mean 'T1/scan\.jpg'\?"):
+        list_source(source, Folder(tmp_path / "labels.csv"), {})
+    (tmp_path / "labels.csv").write_text("path,label\nT2/third.jpg,a\n")
+    with pytest.raises(DataError, match="with one; paths must be"):
+        list_source(source, Folder(tmp_path / "labels.csv"), {})
+
+
 def test_a_row_that_does_not_fit_is_not_quoted(tmp_path: Path) -> None:
     source = make(tmp_path / "s", "1.jpg")
     (tmp_path / "labels.csv").write_text("path,label,subject\n1.jpg,a,Doe, Jane\n")

@@ -334,6 +334,7 @@ def test_a_trial_that_no_cluster_holds_is_refused_at_once(storage: Path) -> None
     [
         ({}, r"tune\.space is empty"),
         ({"train.lr": {"choice": [1]}}, r"unknown key 'train\.lr'"),
+        ({"learning_rate": {"choice": [1]}}, r"did you mean 'train\.learning_rate'\?"),
         ({"split.seed": {"choice": [1, 2]}}, r"cannot vary split\.seed"),
         ({"preprocess.image_size": {"choice": [64]}}, "cannot vary"),
         ({"train.learning_rate": {"uniform": [1e-3, 1e-4]}}, "two increasing numbers"),
