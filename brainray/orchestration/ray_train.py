@@ -34,9 +34,11 @@ Settings = dict[str, Any]
 
 
 def configure_ray_train() -> None:
-    """Disable unneeded features of Ray Train; called before it starts workers."""
+    """Disable unneeded features of Ray Train, and waits; called before it starts workers."""
     # Lines that workers print must not be logged a second time.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    # By default a report, and the end of the training, is noticed after two seconds.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     if "RAY_ADDRESS" not in os.environ:  # our own Ray, on this machine only
         for name, value in WITHOUT_PREEMPTION.items():
             os.environ.setdefault(name, value)
