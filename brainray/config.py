@@ -398,7 +398,9 @@ class TrainConfig(_Section):
     ema_decay: BelowOne = 0.0
     """Decay of the exponential moving average of the weights that is used for embedding, evaluation
     and checkpoints (its batch statistics are measured on slices, half of them augmented like
-    the unlabelled ones); 0 uses the trained weights."""
+    the unlabelled ones); 0 uses the trained weights. It is per batch of one worker: an update with
+    the batches of n workers decays by its n-th power (Busbridge et al. 2023), so that the average
+    spans as many epochs."""
     mixup_alpha: NonNegative = 0.0
     """Parameter of the Beta distribution for mixup of labelled slices and their labels; 0 disables
     mixup."""

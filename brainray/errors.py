@@ -43,3 +43,30 @@ class CheckpointError(BrainrayError):
 
 class TrackingError(BrainrayError):
     """The tracking server or database cannot be used."""
+
+
+_OF_GPUS = {
+    "ProcessGroupNCCL is only supported with GPUs": (
+        "Ray detected GPUs that PyTorch cannot use on the workers' nodes: fix the driver or "
+        "install PyTorch with CUDA there, or set train.device=cpu"
+    ),
+    "driver on your system is too old": (
+        "the NVIDIA driver is too old for the installed PyTorch: update it, install PyTorch for an "
+        "older CUDA version (README, GPUs), or set train.device=cpu"
+    ),
+    "no kernel image is available": (
+        "the installed PyTorch does not run on these GPUs (compute capability below 7.5, as V100 "
+        "and P100): install PyTorch for CUDA 12.6 (README, GPUs), or set train.device=cpu"
+    ),
+    "CUDA out of memory": (
+        "a GPU has too little memory: lower train.batch_size_per_worker, "
+        "train.labelled_batch_size_per_worker, train.embed_batch_size, train.cache_gib or, in a "
+        "warm-up, self_supervision.batch_size_per_worker"
+    ),
+}
+"""Messages of PyTorch, and what a user can do."""
+
+
+def gpu_problem(message: str) -> ConfigError | None:
+    """What a user can do about an error of PyTorch that settings or installation cause."""
+    return next((ConfigError(advice) for told, advice in _OF_GPUS.items() if told in message), None)

@@ -330,7 +330,13 @@ def test_what_a_user_can_mend_is_one_line_also_from_a_worker(
 
 @pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize(
-    ("outcome", "code"), [(None, 0), (DataError("a\nb"), 2), (RuntimeError("bug"), 1)]
+    ("outcome", "code"),
+    [
+        (None, 0),
+        (DataError("a\nb"), 2),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB."), 2),
+        (RuntimeError("bug"), 1),
+    ],
 )
 def test_every_outcome_ends_in_one_json_line(
     outcome: Exception | None, code: int, capsys: pytest.CaptureFixture[str]

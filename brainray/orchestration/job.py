@@ -21,7 +21,7 @@ from typing import Any
 
 from brainray.config import WEIGHTS_OF_NO_SLICE, WORKER_SETTINGS, Config
 from brainray.config_text import described_keys, load_config
-from brainray.errors import BrainrayError, ConfigError, DataError
+from brainray.errors import BrainrayError, ConfigError, DataError, gpu_problem
 from brainray.log import log
 from brainray.redaction import redacted
 
@@ -418,7 +418,7 @@ def init_ray(**options: Any) -> None:
 
 def _explained(error: Exception) -> tuple[str, int]:
     """The message and the exit code for an error; prints the traceback of an unexpected one."""
-    cause = _user_error(error)
+    cause = _user_error(error) or gpu_problem(str(error))
     if cause is not None:
         return _RAYS_ADVICE.split(str(cause))[0], EXIT_BAD_INPUT
     print(redacted("".join(traceback.format_exception(error))), file=sys.stderr, end="")

@@ -21,13 +21,12 @@ from torch import nn
 
 from brainray import dist, errors
 from brainray.config import TrainConfig
-from brainray.errors import BrainrayError, ConfigError
+from brainray.errors import BrainrayError, gpu_problem
 from brainray.orchestration.own_head import WITHOUT_PREEMPTION
 from brainray.orchestration.resources import WorkerResources
 from brainray.storage import Folder
 
 _RAYS_LIST = "checkpoint_manager_snapshot.json"
-_NO_CUDA = "ProcessGroupNCCL is only supported with GPUs"  # PyTorch's message
 _RESIZE_INTERVAL_S = 60.0  # between checks for room for more workers
 
 Settings = dict[str, Any]
@@ -74,6 +73,7 @@ def configure_rank() -> None:
     threads = max(1, int(resources.get("CPU", 1)))
     torch.set_num_threads(threads)
     cv2.setNumThreads(threads)
+    torch.backends.cudnn.benchmark = True  # slices and batches have few different shapes
 
 
 def return_user_errors(work: Callable[[Settings], None]) -> Callable[[Settings], dict[str, str]]:
@@ -174,18 +174,16 @@ def run_trainer(trainer: TorchTrainer) -> None:
 
     Raises:
         BrainrayError: the error that a worker returned, with its original type.
-        ConfigError: PyTorch cannot use the GPUs that Ray detected.
+        ConfigError: PyTorch cannot use the GPUs that Ray detected, or they have too little memory.
         ray.train.TrainingFailedError: workers were lost more often than allowed.
     """
     before = signal.getsignal(signal.SIGINT)
     try:
         result: Any = trainer.fit()
     except TrainingFailedError as error:
-        if _NO_CUDA in str(error):  # raised before any of our code runs in a worker
-            raise ConfigError(
-                "Ray detected GPUs that PyTorch cannot use on the workers' nodes: fix the driver "
-                "or install PyTorch with CUDA there, or set train.device=cpu"
-            ) from error
+        problem = gpu_problem(str(error))
+        if problem is not None:
+            raise problem from error
         raise
     finally:
         if threading.current_thread() is threading.main_thread():

@@ -72,16 +72,6 @@ def test_centres_are_responsibility_weighted_means_in_z_space() -> None:
     )
 
 
-def test_labels_of_unlabelled_slices_are_not_read() -> None:
-    z, truth = blobs()
-    readable = torch.arange(300) < 30
-    one = fit(z, torch.where(readable, truth, UNLABELLED))
-    other = fit(z, torch.where(readable, truth, UNLABELLED - 1))
-    for name, value in one.model.state_dict().items():
-        if isinstance(value, Tensor):
-            assert torch.equal(value, other.model.state_dict()[name])
-
-
 def test_components_keep_their_numbers_from_epoch_to_epoch() -> None:
     z, truth = blobs()
     first = fit(z, truth)

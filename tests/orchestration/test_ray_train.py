@@ -66,7 +66,8 @@ def test_ctrl_c_interrupts_again_after_a_training(
 def test_nodes_are_watched_for_where_they_may_be_taken_away(
     address: str | None, watches: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("RAY_ADDRESS", *WITHOUT_PREEMPTION, "RAY_TRAIN_ENABLE_PRINT_PATCH"):
+    others = ("RAY_TRAIN_ENABLE_PRINT_PATCH", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S")
+    for name in ("RAY_ADDRESS", *WITHOUT_PREEMPTION, *others):
         monkeypatch.setenv(name, "")  # what is missing now is to be missing afterwards
         monkeypatch.delenv(name)
     if address is not None:
@@ -147,13 +148,29 @@ def test_an_error_of_one_rank_is_what_it_is_on_every_rank(on_two_ranks: OnRanks)
     assert found == [("StorageError", 'no room for "model.pt"\non /mnt')] * 2
 
 
-def test_gpus_that_pytorch_cannot_use_are_told_as_that() -> None:
-    words = "ValueError: ProcessGroupNCCL is only supported with GPUs, no GPUs found!"
+@pytest.mark.parametrize(
+    ("words", "remedy"),
+    [
+        ("ValueError: ProcessGroupNCCL is only supported with GPUs, no GPUs found!", "the driver"),
+        ("The NVIDIA driver on your system is too old (found version 11020)", "update it"),
+        ("CUDA error: no kernel image is available for execution on the device", "CUDA 12.6"),
+        (
+            "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.0 GiB",
+            "batch_size_per_worker",
+        ),
+    ],
+)
+def test_what_settings_and_installation_do_to_gpus_is_told_with_its_remedy(
+    words: str, remedy: str
+) -> None:
+    with pytest.raises(ConfigError, match=remedy):
+        run_trainer(_failing_trainer(words))
 
-    def trainer(said: str) -> Any:
-        return SimpleNamespace(fit=Mock(side_effect=ray.train.TrainingFailedError(said)))
 
-    with pytest.raises(ConfigError, match=r"set train\.device=cpu"):
-        run_trainer(trainer(words))
+def test_a_worker_that_died_for_another_reason_is_no_error_of_the_user() -> None:
     with pytest.raises(ray.train.TrainingFailedError, match="a worker died"):
-        run_trainer(trainer("a worker died"))
+        run_trainer(_failing_trainer("a worker died"))
+
+
+def _failing_trainer(words: str) -> Any:
+    return SimpleNamespace(fit=Mock(side_effect=ray.train.TrainingFailedError(words)))

@@ -182,7 +182,8 @@ class _Trainer:
             self.encoder, config.train, self.updates * config.train.num_epochs
         )
         self.model = distributed(self.encoder)
-        self.average = build_average(self.encoder, config.train.ema_decay)
+        batches_per_update = dist.world_size() * config.train.accumulation_steps
+        self.average = build_average(self.encoder, config.train.ema_decay**batches_per_update)
         if config.train.compile:
             self.model.compile()
         self.test_slices = test_slices
