@@ -86,10 +86,13 @@ def train(
     accumulation: int = 1,
     view: AugmentConfig = UNCHANGED,
     ema_decay: float = 0.0,
+    is_compiled: bool = False,
 ) -> tuple[Encoder, dict[str, float]]:
     """The encoder, or its average, and the losses."""
     torch.manual_seed(0)
     encoder = Encoder("resnet18", num_classes=2)
+    if is_compiled:
+        encoder.compile(backend="aot_eager")  # traces as on a GPU, but generates no code
     optimizer, scheduler = build_optimizer(encoder, TrainConfig(), total_steps=6)
     labelled, unlabelled = shard(12), shard(24, seed=1)
     average = build_average(encoder, ema_decay)
@@ -123,6 +126,13 @@ def train(
     assert 0 < result.data_wait_s < 60
     assert scheduler.last_epoch == -(-6 // accumulation)
     return encoder if average is None else cast(Encoder, average.module), result.losses
+
+
+@pytest.mark.slow
+def test_a_compiled_encoder_learns_the_same() -> None:
+    _, losses = train(seed=5)
+    _, compiled = train(seed=5, is_compiled=True)
+    assert compiled == pytest.approx(losses, rel=1e-3)
 
 
 def test_training_follows_its_seed_to_the_last_bit() -> None:
