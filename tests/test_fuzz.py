@@ -267,6 +267,7 @@ def test_a_manifest_is_read_or_explained_in_one_line(amount: str, tmp_path: Path
         assert store.pixel_std > 0
         assert store.preprocess.image_size >= 16
 
+    read(json.dumps(WHOLE_MANIFEST | {"format": "\n"}).encode())
     read(json.dumps(WHOLE_MANIFEST).encode())
     ImageStore.open(folder)
     fuzz(amount, changed_json(WHOLE_MANIFEST), 40, 6_000, read)
@@ -280,6 +281,7 @@ def test_the_record_of_a_run_is_read_or_explained_in_one_line(amount: str, tmp_p
         assert info is None or info["format"] == RUN_FORMAT
 
     whole = {"format": RUN_FORMAT, "name": "a", "classes": ["a", "b"], "settings": {}}
+    read(json.dumps(whole | {"format": "\n"}).encode())
     fuzz(amount, changed_json(whole), 30, 3_000, read)
 
 

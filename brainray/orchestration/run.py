@@ -138,8 +138,8 @@ def read_run_info(folder: Folder) -> dict[str, Any]:
         raise DataError(f"{folder}/{layout.RUN} is not a run record: choose another name")
     if info.get("format") != layout.RUN_FORMAT:
         raise DataError(
-            f"the run {folder} was made by another version of brainray ({info.get('format')}, "
-            f"this version reads {layout.RUN_FORMAT}): train under another name"
+            f"the run {folder} was made by another version of brainray ({info.get('format')!r}, "
+            f"this version reads {layout.RUN_FORMAT!r}): train under another name"
         )
     return info
 

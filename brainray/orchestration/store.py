@@ -66,7 +66,7 @@ class ImageStore:
         if manifest.get("format") != layout.STORE_FORMAT:
             raise DataError(
                 f"the image store {folder} was made by another version of brainray "
-                f"({manifest.get('format')}, this version reads {layout.STORE_FORMAT}): "
+                f"({manifest.get('format')!r}, this version reads {layout.STORE_FORMAT!r}): "
                 "choose another name, or delete it and preprocess again"
             )
         try:
