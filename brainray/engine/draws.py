@@ -69,4 +69,5 @@ def _common_names(runs: Sequence[Metrics]) -> set[str]:
     names = set.intersection(*(set(run) for run in runs))
     tested = {name for name in names if name.startswith("test/")}
     # Interval limits of single runs: their means are not limits.
-    return tested - {f"{name}{bound}" for name in tested for bound in ("_low", "_high")}
+    accuracies = [name for name in tested if name.endswith("/accuracy")]
+    return tested - {f"{name}{bound}" for name in accuracies for bound in ("_low", "_high")}

@@ -9,10 +9,10 @@ from brainray.schema import PREDICTED_BY, SUBSETS
 COMPARISON_COLUMNS = [
     "prediction",
     "test slices",
-    "difference [95 % interval]",
+    "difference of these two trainings [95 %, over subjects]",
     "fewer errors",
-    "right where they disagree",
-    "McNemar's p",
+    "right where exactly one is",
+    "McNemar's p, as if slices were independent",
 ]
 
 

@@ -60,7 +60,8 @@ def model_card(facts: CardFacts, metrics: Metrics) -> str:
         "ones have no mirrored or rotated copy there either, and no slice that is likely from the "
         "same subject. *all, at clean's class mix* is the accuracy on `all` if its classes were as "
         "frequent as among the `clean` slices: the rest of the difference between the two is due "
-        "to duplicates. Expect less than `all` on a new patient.",
+        "to copies, to which slices of a class are left, and to chance. Expect less than `all` on "
+        "a new patient.",
         "## Limits",
         "Planes, scanners and contrasts that training did not include are outside of what the "
         "model knows; `outlier_score` is near 1 for many such slices, not for all. `confidence` is "

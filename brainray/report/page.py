@@ -433,13 +433,13 @@ def _scores(metrics: Metrics, slices: str = "test slices") -> str:
     clusters = f"the clusters {_percent(metrics, 'test/all/cluster/accuracy')}"
     if "test/clean/head/accuracy" not in metrics:
         known = metrics.get("test/clean/num_slices")
-        why = "Which slices are clean (no duplicate in the data that the run saw) is unknown."
+        why = "Which slices are clean (no upright copy in the data that the run saw) is unknown."
         if known == 0:
-            why = "No slice is clean: the run saw a duplicate of each."
+            why = "No slice is clean: the run saw a copy of each."
         return f"{text} correctly, {clusters}. {why}"
     return (
         f"{text} correctly and {_percent(metrics, 'test/clean/head/accuracy')} of the clean ones, "
-        f"which have no duplicate in the data that the run saw; {clusters} and "
+        f"which have no upright copy in the data that the run saw; {clusters} and "
         f"{_percent(metrics, 'test/clean/cluster/accuracy')}. Copying the label of the most "
         f"similar thumbnail gets {_percent(metrics, 'test/clean/thumbnail_1nn/accuracy')} of the "
         "clean ones right."
@@ -488,7 +488,7 @@ def _quality(run: Folder) -> list[Table]:
 
 def _seen_slices(num_seen: Mapping[str, int]) -> Table:
     rows = [[level, f"{count:,}"] for level, count in num_seen.items()]
-    return Table("Slices with a duplicate that the run has seen", ["level", "slices"], rows)
+    return Table("Slices with a match in the data that the run saw", ["level", "slices"], rows)
 
 
 def _rejected_files(rejected: pa.Table) -> Table:

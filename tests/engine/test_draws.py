@@ -50,9 +50,9 @@ def test_what_a_draw_of_the_control_lacks_keeps_the_mean_and_is_not_compared() -
 
 
 def test_a_class_may_be_called_as_a_bound_is() -> None:
-    name = "test/all/head/f1/grade_low"
-    found = summarise_draws([{name: value} for value in (0.8, 0.9)])
-    assert found[name] == pytest.approx(0.85)
+    names = [f"test/all/head/f1/{of_class}" for of_class in ("grade", "grade_low")]
+    found = summarise_draws([dict.fromkeys(names, value) for value in (0.8, 0.9)])
+    assert [found[name] for name in names] == [pytest.approx(0.85)] * 2
 
 
 def test_one_draw_has_no_deviation_and_no_interval() -> None:

@@ -428,7 +428,7 @@ def test_an_evaluation_tells_what_the_run_has_seen_and_what_it_leaves_out(
     }
     num_others = sum(row["label"] != learned_as for row in twins["exact"])
     assert f"differently from the copy in the run's data: {num_others} (" in "\n".join(said)
-    assert b"Slices with a duplicate that the run has seen" in scored.folder.read_bytes(
+    assert b"Slices with a match in the data that the run saw" in scored.folder.read_bytes(
         "report.html"
     )
     not_clean = {row["path"] for level in ("exact", "near") for row in twins[level]}
