@@ -13,8 +13,8 @@ def check(config: Config) -> None:
     from brainray.orchestration.store import store_to_train_on
 
     config, _ = store_to_train_on(config)
-    # Several label draws have a run each.
-    if config.evaluation.num_label_draws > 1 or run_to_resume(config) is None:
+    # Several label draws have a run each, which may be complete.
+    if config.evaluation.num_label_draws == 1 and run_to_resume(config) is None:
         check_validation_share(config.split.validation_fraction)
 
 
