@@ -327,7 +327,8 @@ class ObjectiveConfig(_Section):
     """Epochs over which the weight of pseudo-labels and prototype assignments is ramped up."""
     inherit_labels: Literal["none", "subject"] = "none"
     """With ``subject``, unlabelled slices of an estimated subject take the most frequent label of
-    its labelled slices as pseudo-label instead of the teacher's. Used by ``consistency`` and
+    its labelled slices as pseudo-label instead of the teacher's, unless they are copies of a
+    validation slice in another orientation. Used by ``consistency`` and
     ``anchored``."""
 
 

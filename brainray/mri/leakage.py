@@ -63,6 +63,7 @@ class Exposure:
     twin_similarity: NDArray[np.float32]  # (Q,)
     mate: NDArray[np.int64]  # (Q,) a slice of the same subject, given or estimated
     mate_similarity: NDArray[np.float32]  # (Q,) 1 if the subject is given
+    is_mate_known: NDArray[np.bool_]  # (Q,) false if neither names nor an estimate tell of mates
 
     @property
     def clean(self) -> NDArray[np.bool_]:
@@ -73,6 +74,15 @@ class Exposure:
     def strict(self) -> NDArray[np.bool_]:
         """(Q,) clean, and without a mirrored or rotated copy or a slice likely of one subject."""
         return np.asarray(self.clean & (self.twin < 0) & (self.mate < 0))
+
+    @property
+    def columns(self) -> dict[str, pa.Array]:
+        """``clean`` and ``strict``, the latter null if it depends on a subject that is unknown."""
+        is_unknown = self.strict & ~self.is_mate_known
+        return {
+            "clean": pa.array(self.clean, pa.bool_()),
+            "strict": pa.array(self.strict, pa.bool_(), mask=is_unknown),
+        }
 
 
 def exposure(queries: Fingerprints, seen: Fingerprints, config: PreprocessConfig) -> Exposure:
@@ -110,10 +120,14 @@ def exposure(queries: Fingerprints, seen: Fingerprints, config: PreprocessConfig
         [source if source in (TABLE, HEADER) else "" for source in queries.sources], dtype=object
     )
     proven_by[queries.elsewhere] = ""
-    for source in ("", TABLE, HEADER) if config.subject.estimate else ():
+    is_mate_known = np.ones(len(mate), np.bool_)
+    for source in ("", TABLE, HEADER):
         asking = (mate < 0) & (proven_by == source)
         rows = np.flatnonzero((source == "") | (seen_by != source) | seen.elsewhere)
         if not asking.any() or len(rows) == 0:
+            continue
+        if not config.subject.estimate:
+            is_mate_known[asking] = False
             continue
         looking = SelectedRows(queries.thumbnails, np.flatnonzero(asking))
         likely = find_same_subject(looking, SelectedRows(seen.thumbnails, rows), config.subject)
@@ -121,7 +135,9 @@ def exposure(queries: Fingerprints, seen: Fingerprints, config: PreprocessConfig
         mate[asking] = np.where(found, rows[likely.reference], -1)
         mate_similarity[asking] = likely.similarity
     kind = np.where(twins.reference >= 0, np.array(KINDS)[twins.kind], "")
-    return Exposure(exact, twins.reference, kind, twins.similarity, mate, mate_similarity)
+    return Exposure(
+        exact, twins.reference, kind, twins.similarity, mate, mate_similarity, is_mate_known
+    )
 
 
 def _first_match(

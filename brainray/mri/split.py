@@ -144,17 +144,22 @@ def _check_every_class(labels: Sequence[str | None], roles: Sequence[str]) -> No
 
 
 def inherited_labels(
-    subjects: Sequence[str | None], roles: Sequence[str], labels: Sequence[str | None]
+    subjects: Sequence[str | None],
+    roles: Sequence[str],
+    labels: Sequence[str | None],
+    kin: Sequence[str],
 ) -> list[str | None]:
     """The most frequent label of its subject for each unlabelled slice, else None.
 
     Only slices whose role is labelled count, not those of the validation set. If two classes are
-    equally frequent, no label is inherited.
+    equally frequent, no label is inherited. Nor is one by the kin of a validation slice: learning
+    the label of its mirrored or rotated copy would be learning its own.
 
     Args:
         subjects: of each training slice, given or estimated; None if unknown.
         roles: as returned by `draw_roles`.
         labels: None if unknown or not to be read.
+        kin: as for `draw_roles`, such as copies in any orientation.
     """
     known: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for subject, role, label in zip(subjects, roles, labels, strict=True):
@@ -165,9 +170,12 @@ def inherited_labels(
         first, *others = counts.most_common(2)
         if not others or first[1] > others[0][1]:
             names[subject] = first[0]
+    validated = {own for own, role in zip(kin, roles, strict=True) if role == VALIDATION}
     return [
-        names.get(subject) if subject is not None and role == UNLABELLED_ROLE else None
-        for subject, role in zip(subjects, roles, strict=True)
+        names.get(subject)
+        if subject is not None and role == UNLABELLED_ROLE and own not in validated
+        else None
+        for subject, role, own in zip(subjects, roles, kin, strict=True)
     ]
 
 

@@ -40,5 +40,6 @@ def subset_counts(leakage: Mapping[str, Any]) -> tuple[list[str], list[list[str]
             f"{leakage['num_test'][subset]:,}",
         ]
         for subset in SUBSETS
+        if subset in by_class  # strict is left out if subjects are unknown
     ]
     return header, rows

@@ -93,6 +93,22 @@ def test_names_of_another_collection_prove_no_difference() -> None:
     assert exposure(foreign, ours, PreprocessConfig()).mate.tolist() == [0, 1, -1]
 
 
+def test_without_names_or_estimates_of_subjects_strict_is_unknown() -> None:
+    config = PreprocessConfig.model_validate({"subject": {"estimate": False}})
+    seen, strangers = heads(2, seed=0), heads(2, seed=7)
+    queries = np.stack([seen[0], *strangers])
+    names = ["p8", "p9", None]
+    found = exposure(
+        fingerprints(queries, "axy", names), fingerprints(seen, "ab", ["p1", "p2"]), config
+    )
+    assert found.columns["clean"].to_pylist() == [False, True, True]
+    assert found.columns["strict"].to_pylist() == [False, True, None]
+    found = exposure(
+        fingerprints(queries, "axy", names), fingerprints(seen, "ab", [None, "p9"]), config
+    )
+    assert found.columns["strict"].to_pylist() == [False, False, None]
+
+
 def test_nothing_seen_leaks_nothing() -> None:
     queries = heads(2, seed=0)
     found = exposure(fingerprints(queries, "xy"), fingerprints(queries[:0], ""), PreprocessConfig())

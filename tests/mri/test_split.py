@@ -321,23 +321,25 @@ def test_draws_stay_nested_over_generations_of_single_slices() -> None:
 
 def test_an_unlabelled_slice_inherits_what_most_labelled_ones_of_its_subject_are_called() -> None:
     rows = [
-        ("anna", LABELLED, "a"),
-        ("anna", LABELLED, "a"),
-        ("anna", LABELLED, "b"),
-        ("anna", UNLABELLED_ROLE, None),
-        ("ben", LABELLED, "a"),
-        ("ben", LABELLED, "b"),
-        ("ben", UNLABELLED_ROLE, None),  # as many of one as of the other
-        ("cleo", VALIDATION, "a"),
-        ("cleo", UNLABELLED_ROLE, None),  # validation labels are not for training
-        ("dora", UNLABELLED_ROLE, "a"),  # nor is its own
-        (None, LABELLED, "b"),
-        (None, UNLABELLED_ROLE, None),
+        ("anna", LABELLED, "a", "k0"),
+        ("anna", LABELLED, "a", "k1"),
+        ("anna", LABELLED, "b", "k2"),
+        ("anna", UNLABELLED_ROLE, None, "k3"),
+        ("anna", VALIDATION, "a", "k4"),
+        ("anna", UNLABELLED_ROLE, None, "k4"),  # a mirrored copy of the validation slice
+        ("ben", LABELLED, "a", "k6"),
+        ("ben", LABELLED, "b", "k7"),
+        ("ben", UNLABELLED_ROLE, None, "k8"),  # as many of one as of the other
+        ("cleo", VALIDATION, "a", "k9"),
+        ("cleo", UNLABELLED_ROLE, None, "k10"),  # validation labels are not for training
+        ("dora", UNLABELLED_ROLE, "a", "k11"),  # nor is its own
+        (None, LABELLED, "b", "k12"),
+        (None, UNLABELLED_ROLE, None, "k13"),
     ]
-    subjects, drawn, labels = zip(*rows, strict=True)
-    inherited = inherited_labels(subjects, drawn, labels)
+    subjects, drawn, labels, kin = zip(*rows, strict=True)
+    inherited = inherited_labels(subjects, drawn, labels, kin)
     assert inherited[3] == "a"
-    assert [label for row, label in enumerate(inherited) if row != 3] == [None] * 11
+    assert [label for row, label in enumerate(inherited) if row != 3] == [None] * 13
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -188,9 +188,8 @@ def _with_subsets(
     elsewhere = [identity not in known for identity in asked["sample_id"].to_pylist()]
     asked = asked.append_column("elsewhere", pa.array(elsewhere, pa.bool_()))
     exposed = exposure(Fingerprints.of(asked), Fingerprints.of(seen), predictor.preprocess)
-    for name, flags in (("clean", exposed.clean), ("strict", exposed.strict)):
-        position = PREDICTIONS.get_field_index(name)
-        predictions = predictions.set_column(position, name, pa.array(flags, pa.bool_()))
+    for name, flags in exposed.columns.items():
+        predictions = predictions.set_column(PREDICTIONS.get_field_index(name), name, flags)
     if not any(exposed.clean):
         log("note: the run has seen every slice, or a copy of it: there are no clean metrics")
     twins = twins_of_test_slices(accepted, seen, exposed)

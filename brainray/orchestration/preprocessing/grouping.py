@@ -131,7 +131,14 @@ def _subjects(
     ids = accepted["sample_id"].to_pylist()
     subjects, sources = _subjects_in_metadata(accepted, listing, config)
     nameless = [row for row, subject in enumerate(subjects) if subject is None]
-    if not nameless or not config.preprocess.subject.estimate:
+    if nameless and not config.preprocess.subject.estimate:
+        log(
+            f"note: {len(nameless):,} of {len(subjects):,} slices have no subject metadata, and "
+            "preprocess.subject.estimate=false: a subject may be on both sides of the split, and "
+            "there are no strict metrics"
+        )
+        return subjects, sources
+    if not nameless:
         return subjects, sources
     if len(nameless) < len(subjects):
         log(

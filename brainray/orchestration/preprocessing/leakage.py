@@ -11,7 +11,7 @@ from brainray.config import PreprocessConfig
 from brainray.mri.duplicates import COPY, KINDS, DuplicatePairs, distinct_rows
 from brainray.mri.leakage import Exposure, Fingerprints, exposure
 from brainray.mri.row_file import Rows, SelectedRows
-from brainray.schema import TEST, TRAIN
+from brainray.schema import TEST, TRAIN, subset_masks
 
 LEVELS = {
     "exact": "byte-identical files",
@@ -43,7 +43,8 @@ def leakage_report(
         ``across_splits``: for each level the affected test slices, each with its nearest
         training slice; ``within_train`` and ``within_test``: copies of an earlier slice of the
         same split; ``num_test`` and ``num_test_by_class``: how many test slices are ``all``,
-        ``clean`` and ``strict``; ``label_conflicts``: slices of groups whose labels differ.
+        ``clean`` and, unless subjects are unknown, ``strict``; ``label_conflicts``: slices of
+        groups whose labels differ.
     """
     splits = np.array(table["split"].to_pylist(), dtype=object)
     of_train, of_test = (np.flatnonzero(kept & (splits == split)) for split in (TRAIN, TEST))
@@ -53,11 +54,7 @@ def leakage_report(
         Fingerprints.of(train, SelectedRows(looks, of_train)),
         config,
     )
-    subsets = {
-        "all": np.ones(test.num_rows, dtype=np.bool_),
-        "clean": exposed.clean,
-        "strict": exposed.strict,
-    }
+    subsets = subset_masks(pa.table(exposed.columns))
     labels = np.array([label or "" for label in test["label"].to_pylist()], dtype=object)
     by_class = {
         name: dict(sorted(Counter(labels[of].tolist()).items())) for name, of in subsets.items()

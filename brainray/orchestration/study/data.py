@@ -27,14 +27,14 @@ from brainray.orchestration.pretraining.features import (
 from brainray.orchestration.seen import all_seen, seen_by_weights, training_slices
 from brainray.orchestration.store import ImageStore
 from brainray.orchestration.study.grid import FITTED, Slices
-from brainray.schema import SEEN, SUBSETS, TEST, TRAIN, UNLABELLED
+from brainray.schema import SEEN, TEST, TRAIN, UNLABELLED, subset_masks
 from brainray.storage import Folder
 
 FeatureKey = tuple[str, str, int]
 """Data set, name in ``study.features``, and seed."""
 
 
-_COMPARISON = 2  # increased when `clean` or `strict` of the same slices may change
+_COMPARISON = 3  # increased when `clean` or `strict` of the same slices may change
 
 
 @dataclass(frozen=True)
@@ -108,10 +108,9 @@ def study_set(store: ImageStore, folder: Folder, seen_before: pa.Table) -> Studi
     labels = np.array([position.get(name, UNLABELLED) for name in names], dtype=np.int64)
     subsets = {FITTED: fitted}
     if not fitted.all():
-        held_out = _held_out(store, folder, seen_before)
-        for subset in SUBSETS:
+        for subset, flags in _held_out(store, folder, seen_before).items():
             rows = np.zeros(len(fitted), dtype=np.bool_)
-            rows[~fitted] = held_out[subset]
+            rows[~fitted] = flags
             subsets[subset] = rows
     slices = Slices(index.select(ROW), labels, subsets)
     return StudiedSet(store, slices, classes)
@@ -133,11 +132,8 @@ def _held_out(store: ImageStore, folder: Folder, seen_before: pa.Table) -> dict[
         found = ray.get(
             _expose.remote(Fingerprints.of(test), Fingerprints.of(seen), store.preprocess)
         )
-        table = pa.table({"clean": found.clean, "strict": found.strict})
-        folder.write_table(name, table)
-    table = folder.read_table(name)
-    flags = {each: np.asarray(table[each].to_numpy()) for each in ("clean", "strict")}
-    return {"all": np.ones(table.num_rows, dtype=np.bool_), **flags}
+        folder.write_table(name, pa.table(found.columns))
+    return subset_masks(folder.read_table(name))
 
 
 _expose = ray.remote(num_cpus=1)(exposure)

@@ -135,8 +135,8 @@ def _test_slices(store: ImageStore, run: Folder) -> pa.Table:
     assert seen is not None, "written before"
     exposed = exposure(Fingerprints.of(test), Fingerprints.of(seen), store.preprocess)
     test = test.select(["sample_id", "path", "frame", "label", "thumbnail", "split_group_id"])
-    for name, flags in (("clean", exposed.clean), ("strict", exposed.strict)):
-        test = test.append_column(name, pa.array(flags, pa.bool_()))
+    for name, flags in exposed.columns.items():
+        test = test.append_column(name, flags)
     return test
 
 

@@ -42,7 +42,7 @@ def load_rank_data(
 ) -> RankData:
     """Load every num_ranks-th slice of each role; labels are from the run's draw, not the store."""
     class_index = {name: index for index, name in enumerate(store.classes)}
-    seen = _seen_with_inherited_labels(config, run, tell=rank == 0)
+    seen = _seen_with_inherited_labels(config, run, store, tell=rank == 0)
     test = run.read_table(layout.TEST_SLICES, ["sample_id", "label"])
 
     def share(rows: pa.Table) -> pa.Table:
@@ -84,7 +84,9 @@ def load_rank_data(
     )
 
 
-def _seen_with_inherited_labels(config: Config, run: Folder, *, tell: bool) -> pa.Table:
+def _seen_with_inherited_labels(
+    config: Config, run: Folder, store: ImageStore, *, tell: bool
+) -> pa.Table:
     """The slices that the run sees, with the label that each unlabelled one inherits, if any."""
     seen = run.read_table(layout.SEEN, _READ_OF_SEEN)
     inherited: list[str | None] = [None] * seen.num_rows
@@ -93,7 +95,11 @@ def _seen_with_inherited_labels(config: Config, run: Folder, *, tell: bool) -> p
         # not labelled. They may also have slices of several classes.
         guessed = pc.equal(seen["subject_source"], ESTIMATED)
         subjects = pc.if_else(guessed, seen["subject_id"], None).to_pylist()
-        inherited = inherited_labels(subjects, seen["role"].to_pylist(), seen["label"].to_pylist())
+        index = store.index()
+        train = index.filter(pc.equal(index["split"], TRAIN))
+        kin = train["kin_group_id"].take(pc.index_in(seen["sample_id"], train["sample_id"]))
+        columns = (seen["role"], seen["label"], kin)
+        inherited = inherited_labels(subjects, *(column.to_pylist() for column in columns))
         if tell and config.objective.name != "supervised":  # a control does not use them
             count = sum(label is not None for label in inherited)
             log(f"{count} unlabelled slices inherit the label of their estimated subject")

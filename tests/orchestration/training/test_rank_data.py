@@ -1,0 +1,37 @@
+"""Labels that unlabelled slices of a run inherit."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from brainray import layout
+from brainray.orchestration.store import ImageStore
+from brainray.orchestration.training.rank_data import _seen_with_inherited_labels
+from brainray.schema import ESTIMATED, IMAGE_STORE, LABELLED, SEEN, UNLABELLED_ROLE, VALIDATION
+from brainray.storage import Folder
+from tests.conftest import tiny_config
+
+
+@pytest.mark.parametrize("inherit", ["none", "subject"])
+def test_no_label_is_inherited_by_copies_of_validation_slices(tmp_path: Path, inherit: str) -> None:
+    rows = [  # sample_id, role, label, kin_group_id
+        ("d", LABELLED, "glioma", "d"),
+        ("c", UNLABELLED_ROLE, None, "c"),
+        ("b", UNLABELLED_ROLE, None, "a"),  # a mirrored copy of the validation slice
+        ("a", VALIDATION, "glioma", "a"),
+    ]
+    common = {"split": "train", "subject_id": "p1", "subject_source": ESTIMATED}
+    told = [
+        common | dict(zip(("sample_id", "role", "label", "kin_group_id"), row, strict=True))
+        for row in rows
+    ]
+    run, images = Folder(tmp_path / "run"), Folder(tmp_path / "store")
+    run.write_table(layout.SEEN, pa.Table.from_pylist(told, schema=SEEN))
+    images.write_table(layout.IMAGES, pa.Table.from_pylist(told[::-1], schema=IMAGE_STORE))
+    config = tiny_config(
+        tmp_path, "objective.name=consistency", f"objective.inherit_labels={inherit}"
+    )
+    seen = _seen_with_inherited_labels(config, run, ImageStore(images, {}), tell=False)
+    expected = [None, "glioma" if inherit == "subject" else None, None, None]
+    assert seen["inherited"].to_pylist() == expected
