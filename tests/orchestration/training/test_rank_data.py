@@ -15,7 +15,7 @@ from tests.conftest import tiny_config
 
 @pytest.mark.parametrize("inherit", ["none", "subject"])
 def test_no_label_is_inherited_by_copies_of_validation_slices(tmp_path: Path, inherit: str) -> None:
-    rows = [  # sample_id, role, label, kin_group_id
+    rows: list[tuple[str | None, ...]] = [  # sample_id, role, label, kin_group_id
         ("d", LABELLED, "glioma", "d"),
         ("c", UNLABELLED_ROLE, None, "c"),
         ("b", UNLABELLED_ROLE, None, "a"),  # a mirrored copy of the validation slice
