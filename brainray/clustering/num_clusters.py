@@ -29,6 +29,19 @@ class NumClustersScores:
     bic: list[float]
     gap: list[float]
     gap_error: list[float]  # standard error of the gap, Tibshirani's s_k
+    bic_of_one: float  # of a single component
+    gap_of_one: float
+
+    @property
+    def prefer_one(self) -> list[str]:
+        """The criteria, bic and gap, by which a single cluster describes the rows no worse than any
+        of the numbers of clusters. The silhouette of one cluster is undefined.
+        """
+        no_worse = {
+            "bic": self.bic_of_one <= min(self.bic),
+            "gap": self.gap_of_one >= max(np.subtract(self.gap, self.gap_error)),
+        }
+        return [name for name, is_no_worse in no_worse.items() if is_no_worse]
 
     @property
     def chosen(self) -> dict[str, int]:
@@ -71,7 +84,7 @@ def score_num_clusters(
     max_silhouette_rows: int = 5000,
     seed: int = 0,
 ) -> NumClustersScores:
-    """Fit K-means and a mixture for each K, and score them (collective).
+    """Fit K-means and a mixture for each K, and for one cluster, and score them (collective).
 
     The gap compares log inertia with that of `num_references` uniform samples from the bounding box
     of the rows along their principal axes (Tibshirani et al. 2001, reference (b)).
@@ -101,16 +114,16 @@ def score_num_clusters(
     sample = draw_rows(
         x, everyone, row_keys, seed=seed, step=0, count=min(max_silhouette_rows, num_rows)
     )
-    scores = NumClustersScores(ks, [], [], [], [])
-    for k in ks:
+    silhouettes, bic, gap, gap_error = [], [], [], []
+    for k in [1, *ks]:
         kmeans = KMeans(k, seed=seed, num_init=_NUM_STARTS).fit(x, row_keys=row_keys)
         found = euclidean_silhouette(
             sample.double().cpu().numpy(), kmeans.predict(sample).cpu().numpy()
         )
-        scores.silhouettes.append(math.nan if found is None else found)
+        silhouettes.append(math.nan if found is None else found)
         mixture = GaussianMixture(k, covariance_type, seed=seed)
         hard = torch.nn.functional.one_hot(kmeans.predict(x), k).to(x.dtype)
-        scores.bic.append(mixture.fit(x, init_responsibilities=hard, row_keys=row_keys).bic(x))
+        bic.append(mixture.fit(x, init_responsibilities=hard, row_keys=row_keys).bic(x))
         expected = np.array(
             [
                 # Separate seeds, as the reference rows are made from the random numbers of `seed`.
@@ -122,9 +135,11 @@ def score_num_clusters(
                 for number, reference in enumerate(references)
             ]
         )
-        scores.gap.append(float(expected.mean()) - _log_inertia(kmeans))
-        scores.gap_error.append(float(expected.std()) * math.sqrt(1 + 1 / num_references))
-    return scores
+        gap.append(float(expected.mean()) - _log_inertia(kmeans))
+        gap_error.append(float(expected.std()) * math.sqrt(1 + 1 / num_references))
+    return NumClustersScores(
+        ks, silhouettes[1:], bic[1:], gap[1:], gap_error[1:], bic_of_one=bic[0], gap_of_one=gap[0]
+    )
 
 
 def _log_inertia(kmeans: KMeans) -> float:

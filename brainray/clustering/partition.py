@@ -31,8 +31,9 @@ def score_partition(
         num_rows, num_clusters, num_noise, noise_share: of all rows.
         silhouette: mean over clustered rows (at most 5,000, drawn with ``seed``), by Euclidean
             distance in ``x``; absent with fewer than two clusters or only singletons.
-        nmi, ari, fmi: of clustered rows with a label; absent without any.
-        accuracy: `clustering_accuracy` of rows with a label; absent without any.
+        nmi, ari, fmi: of clustered rows with a label; absent if these have fewer than two classes.
+        accuracy: `clustering_accuracy` of rows with a label; absent if these have fewer than two
+            classes.
     """
     clustered = clusters != NOISE
     num_noise = int((~clustered).sum())
@@ -51,7 +52,7 @@ def score_partition(
     both = labelled & clustered
     if len(np.unique(labels[both])) > 1:  # agreement needs two classes
         scores |= clustering_metrics(labels[both], clusters[both])
-    if labelled.any():
+    if len(np.unique(labels[labelled])) > 1:
         scores["accuracy"] = clustering_accuracy(labels[labelled], clusters[labelled])
     return scores
 
@@ -67,10 +68,11 @@ def neighbour_agreement(
 
     It measures how well the features reflect the labels, independent of any clustering: a partition
     into few clusters may follow another property that varies more. None if no row, or fewer fitted
-    rows than neighbours, have a label.
+    rows than neighbours, have a label, or if all of these have the same.
     """
     known, asked = fitted_labels != UNLABELLED, labels != UNLABELLED
-    if not asked.any() or known.sum() < num_neighbours:
+    num_classes = len(np.unique(fitted_labels[known]))
+    if not asked.any() or known.sum() < num_neighbours or num_classes < 2:
         return None
     index = NearestNeighbors(n_neighbors=num_neighbours).fit(fitted[known])
     nearest = index.kneighbors(x[asked], return_distance=False)

@@ -15,6 +15,7 @@ from brainray.clustering.num_clusters import NumClustersScores
 from brainray.errors import ClusteringError
 
 _SAMPLE_SHARE = 0.8
+_TITLES = {"bic": "BIC", "gap": "the gap statistic"}
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ def recommend(scores: NumClustersScores, stability: Stability) -> Recommendation
         )
     choices = scores.chosen | {"stability": stability.chosen}
     votes = Counter(choices.values())
+    ends = scores.num_clusters[0], scores.num_clusters[-1]
     mean_of = dict(zip(stability.num_clusters, stability.mean, strict=True))
     chosen = max(votes, key=lambda k: (votes[k], mean_of[k]))
     place = scores.num_clusters.index(chosen)
@@ -127,7 +129,12 @@ def recommend(scores: NumClustersScores, stability: Stability) -> Recommendation
         reasons.append("no two criteria agree: treat K as a guess, and inspect the contact sheets")
     else:
         reasons.append(f"{votes[chosen]} of {len(choices)} criteria agree")
-    ends = scores.num_clusters[0], scores.num_clusters[-1]
+    if scores.prefer_one:
+        names = " and ".join(_TITLES[name] for name in scores.prefer_one)
+        reasons.append(
+            f"by {names}, a single cluster describes the slices no worse than {ends[0]} to "
+            f"{ends[1]}: there may be no groups at all"
+        )
     if chosen == ends[1] or chosen == ends[0] > 2:  # a K below 2 is no clustering
         reasons.append(
             f"K = {chosen} is at the end of the range {ends[0]}..{ends[1]}: widen "

@@ -16,6 +16,7 @@ from brainray.engine.forward import autocast, forward_passes
 from brainray.engine.mean_losses import MeanLosses
 from brainray.engine.recluster import ClusterModel, Reclustering, recluster
 from brainray.engine.shard import Images
+from brainray.errors import ConfigError, DataError
 from brainray.models.features import FeatureEncoder
 from brainray.models.joint import cluster_loss
 from brainray.models.ntxent import ContrastivePretext
@@ -59,6 +60,31 @@ def plan_steps(num_images: int, batch_size_per_worker: int, num_ranks: int) -> S
     on_each_rank = max(1, num_images // num_ranks)
     batch_size = min(batch_size_per_worker, on_each_rank)
     return StepPlan(on_each_rank // batch_size, batch_size)
+
+
+def check_contrast(plan: StepPlan, num_groups: int, config: SelfSupervisionConfig) -> None:
+    """Check that the contrastive loss, which compares slices of different groups, is not always 0.
+
+    Args:
+        plan: of this rank's steps.
+        num_groups: of all ranks' slices.
+        config: named in the errors.
+
+    Raises:
+        ConfigError: a step has a single slice.
+        DataError: there is a single group.
+    """
+    if plan.batch_size * dist.world_size() < 2:
+        raise ConfigError(
+            "encoder.pretext=contrastive compares the slices of a step, but there is only one: "
+            f"raise self_supervision.batch_size_per_worker ({config.batch_size_per_worker}), or "
+            "add slices"
+        )
+    if num_groups < 2:
+        raise DataError(
+            "encoder.pretext=contrastive compares slices of different subjects, but all training "
+            "slices are likely of one: add subjects, or set self_supervision.positives=slice"
+        )
 
 
 class Groups:

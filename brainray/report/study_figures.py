@@ -108,7 +108,8 @@ def sensitivity(panels: Sequence[Varied]) -> Figure:
             )
         axes.set_xticks(range(len(panel.values)), panel.values, rotation=30, ha="right")
         axes.set_title(panel.title)
-        axes.legend(fontsize=8)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8)
         tidy(axes, grid="y")
     return figure
 

@@ -16,6 +16,14 @@ def test_all_criteria_find_well_separated_clusters() -> None:
     assert scores.chosen == {"silhouette": 5, "bic": 5, "gap": 5}
     assert all(math.isfinite(value) for value in scores.silhouettes + scores.bic + scores.gap)
     assert all(error > 0 for error in scores.gap_error)
+    assert scores.prefer_one == []
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_one_cluster_is_preferred_where_there_is_one(seed: int) -> None:
+    rows = torch.randn(300, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    scores = score_num_clusters(rows, [2, 3, 4, 5], num_references=5)
+    assert scores.prefer_one == ["bic", "gap"]
 
 
 def test_the_silhouette_is_by_the_distances_that_the_clusters_are_made_by() -> None:
@@ -35,7 +43,7 @@ def test_rows_without_clusters_have_no_gap() -> None:
 
 def test_without_a_silhouette_the_other_criteria_choose() -> None:
     undefined = [math.nan, math.nan]
-    scores = NumClustersScores([2, 3], undefined, [2.0, 1.0], [0.0, 1.0], [0.1, 0.1])
+    scores = NumClustersScores([2, 3], undefined, [2.0, 1.0], [0.0, 1.0], [0.1, 0.1], 3.0, -1.0)
     assert scores.chosen == {"bic": 3}
 
 

@@ -9,6 +9,7 @@ from brainray.clustering.stability import Stability, measure_stability, recommen
 from brainray.errors import ClusteringError
 
 KS = [2, 3, 4, 5]
+ONE = 9.0, -9.0  # BIC and gap of a single cluster, worse than any
 
 
 def three_groups() -> np.ndarray:
@@ -40,7 +41,7 @@ def test_three_groups_are_recommended_with_reasons() -> None:
 
 def test_the_most_stable_of_contradicting_choices_wins_and_the_doubt_is_said() -> None:
     scores = NumClustersScores(
-        KS, [0.9, 0.1, 0.1, 0.1], [4.0, 3.0, 2.0, 1.0], [0.1, 0.9, 0.2, 0.2], [0.0] * 4
+        KS, [0.9, 0.1, 0.1, 0.1], [4.0, 3.0, 2.0, 1.0], [0.1, 0.9, 0.2, 0.2], [0.0] * 4, *ONE
     )
     assert scores.chosen == {"silhouette": 2, "bic": 5, "gap": 3}
     stability = Stability(KS, [0.5, 0.6, 0.99, 0.7], [0.01] * 4)
@@ -49,17 +50,24 @@ def test_the_most_stable_of_contradicting_choices_wins_and_the_doubt_is_said() -
     assert any("no two criteria agree" in reason for reason in found.reasons)
 
 
+def test_slices_without_groups_are_said_to_be_that() -> None:
+    x = np.random.default_rng(0).standard_normal((200, 2))
+    scores = score_num_clusters(torch.from_numpy(x), KS, num_references=4)
+    found = recommend(scores, measure_stability(x, KS, num_pairs=3))
+    assert any("by BIC and the gap statistic, a single cluster" in told for told in found.reasons)
+
+
 def test_a_choice_at_the_end_of_the_range_is_said() -> None:
     for first, is_said in ((3, True), (2, False)):  # nothing can be tried below 2
         candidates = [first, first + 1]
-        scores = NumClustersScores(candidates, [0.9, 0.1], [1.0, 2.0], [0.9, 0.1], [0.0] * 2)
+        scores = NumClustersScores(candidates, [0.9, 0.1], [1.0, 2.0], [0.9, 0.1], [0.0] * 2, *ONE)
         found = recommend(scores, Stability(candidates, [0.9, 0.2], [0.01] * 2))
         assert found.num_clusters == first
         assert any("end of the range 3..4" in reason for reason in found.reasons) == is_said
 
 
 def test_a_gap_that_rises_to_the_end_chooses_nothing() -> None:
-    scores = NumClustersScores([2, 3], [0.9, 0.1], [1.0, 2.0], [0.1, 0.5], [0.01] * 2)
+    scores = NumClustersScores([2, 3], [0.9, 0.1], [1.0, 2.0], [0.1, 0.5], [0.01] * 2, *ONE)
     assert "gap" not in scores.chosen
     found = recommend(scores, Stability([2, 3], [0.9, 0.2], [0.01] * 2))
     assert any(reason.startswith("undecided: the gap statistic") for reason in found.reasons)

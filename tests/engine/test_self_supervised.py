@@ -17,6 +17,7 @@ from brainray.engine.self_supervised import (
     SoftTargets,
     build_pretext,
     changed_share,
+    check_contrast,
     cluster_without_labels,
     embed_slices,
     is_refined,
@@ -24,6 +25,7 @@ from brainray.engine.self_supervised import (
     pretext_epoch,
 )
 from brainray.engine.shard import CachedImages
+from brainray.errors import ConfigError, DataError
 from brainray.models.features import FeatureEncoder
 from brainray.models.pretext import PretextModel
 
@@ -175,6 +177,15 @@ def test_an_epoch_is_one_pass_in_equal_steps() -> None:
     assert (plan.num_steps, plan.batch_size) == (3, 16)
     tiny = plan_steps(5, 16, num_ranks=2)
     assert (tiny.num_steps, tiny.batch_size) == (1, 2)
+
+
+def test_a_contrast_needs_two_slices_per_step_and_two_groups() -> None:
+    config = SelfSupervisionConfig()
+    check_contrast(plan_steps(2, 64, num_ranks=1), 2, config)
+    with pytest.raises(ConfigError, match=r"raise self_supervision\.batch_size_per_worker \(128\)"):
+        check_contrast(plan_steps(1, 64, num_ranks=1), 1, config)
+    with pytest.raises(DataError, match=r"set self_supervision\.positives=slice"):
+        check_contrast(plan_steps(9, 64, num_ranks=1), 1, config)
 
 
 def test_refinement_ends_when_calm_for_as_long_as_asked_or_at_the_limit() -> None:

@@ -4,7 +4,13 @@ from brainray.report.num_clusters_figure import num_clusters_figure
 
 def test_each_criterion_marks_its_own_choice() -> None:
     scores = NumClustersScores(
-        [2, 3, 4], [0.4, 0.6, 0.5], [120.0, 100.0, 90.0], [0.5, 0.9, 0.8], [0.01, 0.02, 0.02]
+        [2, 3, 4],
+        [0.4, 0.6, 0.5],
+        [120.0, 100.0, 90.0],
+        [0.5, 0.9, 0.8],
+        [0.01, 0.02, 0.02],
+        bic_of_one=150.0,
+        gap_of_one=0.1,
     )
     assert scores.chosen == {"silhouette": 3, "bic": 4, "gap": 3}
     panels = num_clusters_figure(scores).axes

@@ -14,6 +14,7 @@ from torch import Tensor
 from brainray import layout
 from brainray.config import Config, FeatureConfig
 from brainray.engine.state import state_from_bytes
+from brainray.errors import ClusteringError
 from brainray.log import log
 from brainray.orchestration.lock import held
 from brainray.orchestration.pretraining.features import (
@@ -56,14 +57,7 @@ def warm_up(config: Config, store: ImageStore) -> str | Mapping[str, Tensor]:
     weights = read_weights(config, feature, "encoder.weights")
     if config.encoder.pretext == "none":
         return weights.state
-    learned = pretrain(
-        config,
-        store,
-        feature,
-        weights,
-        dataset=str(config.dataset),
-        seed=config.seed,
-    )
+    learned = pretrain(config, store, feature, weights, seed=config.seed)
     return weights_from(learned, layout.ENCODER).state
 
 
@@ -73,7 +67,6 @@ def pretrain(
     feature: FeatureConfig,
     weights: Weights,
     *,
-    dataset: str,
     seed: int,
 ) -> Folder:
     """Train an encoder on the store's training slices, resume its training, or reuse it.
@@ -86,7 +79,6 @@ def pretrain(
         store: the slices; its labels are not read.
         feature: encoder, size of the slices, pretext and weight of the clustering loss.
         weights: initial weights of the encoder.
-        dataset: name of the store, used in the folder's name.
         seed: of weights, views and clusters.
 
     Returns:
@@ -94,17 +86,18 @@ def pretrain(
         each round.
 
     Raises:
-        BrainrayError: the workers do not fit the Ray cluster, or the clusters have collapsed.
+        BrainrayError: the workers do not fit the Ray cluster; or the clusters have collapsed, now
+            or earlier under another ``clustering.on_collapse``.
         ray.train.TrainingFailedError: workers were lost more often than ``train.max_failures``.
     """
     head: dict[str, Tensor] | None = None
     if feature.lambda_cluster > 0 and feature.pretext != "none":
         alone = feature.model_copy(update={"lambda_cluster": 0.0})
-        before = pretrain(config, store, alone, weights, dataset=dataset, seed=seed)
+        before = pretrain(config, store, alone, weights, seed=seed)
         weights, head = weights_from(before, layout.ENCODER), _read_head(before)
     made_by = _made_by(config, store, feature, weights, seed)
     kind = feature.pretext + ("-refined" if feature.lambda_cluster > 0 else "")
-    name = f"{dataset}-{feature.encoder}-{kind}-seed{seed}-{content_key(made_by)}"
+    name = f"{feature.encoder}-{kind}-seed{seed}-{content_key(made_by)}"
     target = Folder(config.storage) / layout.ENCODERS / name
     if not target.exists(layout.ENCODER):
         # Concurrent jobs share it too: the later ones wait, then reuse it.
@@ -115,12 +108,26 @@ def pretrain(
                 if workers.min_workers:  # as many as fit are enough
                     num_workers = min(workers.num_workers, workers.room)
                     workers = replace(workers, num_workers=num_workers, min_workers=0)
-                target.write_json(layout.MANIFEST, made_by | {"num_workers": workers.num_workers})
+                about = {"num_workers": workers.num_workers, "store": str(store.folder)}
+                target.write_json(layout.MANIFEST, made_by | about)
                 _keep_what_it_sees(config, store, feature, target)
                 _train(config, store, feature, weights, head, seed, workers, target)
                 return target
     log(f"encoder {target}: already trained, reusing it")
+    collapsed = collapsed_rounds(target)
+    if collapsed and config.clustering.on_collapse != "warn":
+        raise ClusteringError(
+            f"the encoder {target} was refined with clustering.on_collapse=warn, and its clusters "
+            f"collapsed in round {', '.join(map(str, collapsed))}: set that again, or delete the "
+            "folder to refine it anew"
+        )
     return target
+
+
+def collapsed_rounds(encoder: Folder) -> list[int]:
+    """The rounds of refinement after which the clusters had collapsed; empty without refinement."""
+    history = encoder.read_json_lines(layout.METRICS)
+    return [int(row["round"]) for row in history if row.get("collapsed")]
 
 
 def _keep_what_it_sees(

@@ -155,7 +155,6 @@ def extract_features(
     feature: FeatureConfig,
     weights: Weights,
     *,
-    name: str,
     seed: int,
 ) -> FeatureStore:
     """Features of every slice of the store, extracted now or by an earlier run.
@@ -165,7 +164,6 @@ def extract_features(
         store: the slices.
         feature: encoder and size of the slices.
         weights: weights of the encoder.
-        name: readable part of the folder's name.
         seed: seed of random weights.
     """
     made_by = {
@@ -178,7 +176,7 @@ def extract_features(
         "precision": config.train.precision,
     }
     key = content_key(made_by)
-    target = Folder(config.storage) / layout.FEATURES / f"{name}-{key}"
+    target = Folder(config.storage) / layout.FEATURES / f"{feature.encoder}-{key}"
     if not target.exists(layout.MANIFEST):
         # Concurrent studies share features: the later ones wait, then find them.
         with held(Folder(config.storage), layout.FEATURES, target.name, in_turn=True):

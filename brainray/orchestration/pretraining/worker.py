@@ -28,6 +28,7 @@ from brainray.engine.self_supervised import (
     SoftTargets,
     build_pretext,
     changed_share,
+    check_contrast,
     cluster_without_labels,
     embed_slices,
     is_refined,
@@ -49,6 +50,8 @@ from brainray.orchestration.ray_train import (
 from brainray.orchestration.store import ImageStore
 from brainray.schema import TRAIN
 from brainray.storage import Folder
+
+_GROUPED_BY = {"subject": "split_group_id", "slice": "sample_id"}  # by kind of positives
 
 History = list[dict[str, float]]
 
@@ -108,6 +111,9 @@ class _Learner:
         self.plan = plan_steps(
             self.rows.num_rows, self.settings.batch_size_per_worker, dist.world_size()
         )
+        if feature.pretext == "contrastive":
+            num_groups = len(self.rows[_GROUPED_BY[self.settings.positives]].unique())
+            check_contrast(self.plan, num_groups, self.settings)
         self.ddp: nn.Module = self.model  # until all ranks have got this far
         self.history: History = []
         self.clusters: ClusterModel | None = None
@@ -171,7 +177,7 @@ class _Learner:
             number = len(changes) + 1
             losses = self._train_round(number, SoftTargets(responsibilities, self.clusters.centers))
             z = self._embed()
-            found, health, _ = recluster_in_health(
+            found, health, has_collapsed = recluster_in_health(
                 partial(self._cluster, z, responsibilities, number),
                 z,
                 responsibilities,
@@ -189,6 +195,7 @@ class _Learner:
                 "smallest_share": health.smallest_share,
                 "largest_share": health.largest_share,
                 "effective_rank": health.effective_rank,
+                "collapsed": float(has_collapsed),
             }
             self._save(metrics, started)
 
@@ -357,7 +364,6 @@ def _load_slices(
     )
     mine = rows["sample_id"].to_pylist()[first:end]
     keys = torch.from_numpy(sample_keys(mine)).to(device)
-    column = "split_group_id" if positives == "subject" else "sample_id"
-    _, groups = np.unique(rows[column].to_numpy(), return_inverse=True)
+    _, groups = np.unique(rows[_GROUPED_BY[positives]].to_numpy(), return_inverse=True)
     images = torch.from_numpy(store.images(mine, TRAIN, side)).to(device)
     return CachedImages(images), keys, Groups(torch.from_numpy(groups[first:end]))

@@ -160,17 +160,11 @@ def study_features(
                 if not _depends_on_seed(feature) and seed != config.study.seeds[0]:
                     stores[key] = stores[dataset, feature_name, config.study.seeds[0]]
                     continue
-                start, name = weights[feature_name], f"{dataset}-{feature_name}"
-                if _depends_on_seed(feature):
-                    name += f"-seed{seed}"
+                start = weights[feature_name]
                 if feature.is_trained:
-                    encoders[key] = pretrain(
-                        config, each.store, feature, start, dataset=dataset, seed=seed
-                    )
+                    encoders[key] = pretrain(config, each.store, feature, start, seed=seed)
                     start = weights_from(encoders[key], layout.ENCODER)
-                stores[key] = extract_features(
-                    config, each.store, feature, start, name=name, seed=seed
-                )
+                stores[key] = extract_features(config, each.store, feature, start, seed=seed)
     return StudiedFeatures(stores, encoders)
 
 

@@ -123,6 +123,11 @@ def checked_study(config: Config) -> Config:
         raise ConfigError("a study needs a name: --set name=NAME")
     if config.sources and config.source is not None:
         raise ConfigError("give source or sources, not both")
+    if config.sources and config.dataset is not None:
+        raise ConfigError(
+            f"give dataset={config.dataset} or sources, not both: each of the sources has its own "
+            "image store"
+        )
     if config.labels is not None and config.source is None:
         raise ConfigError(f"labels={config.labels} applies to a single source: also set source")
     if not config.sources and config.source is None:

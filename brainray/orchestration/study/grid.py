@@ -38,7 +38,7 @@ FITTED = "fitted"
 """Subset of the slices to which a clusterer is fitted; the others are held out."""
 
 _SILENT_S = 20.0
-_CELL_FORMAT = 5  # increase when the computation of a cell changes
+_CELL_FORMAT = 6  # increase when the computation of a cell changes
 _MAX_FEATURES = 4096  # PCA of this many takes 15 s and 0.7 GB
 
 
@@ -183,8 +183,9 @@ def check_sizes(
         "clustering.num_clusters": config.clustering.num_clusters,
         "study.candidate_num_clusters": max(study.candidate_num_clusters),
         "study.sensitivity.num_clusters": max(study.sensitivity.num_clusters, default=0),
-        "study.min_samples": study.min_samples + 1,
     }
+    if {"dbscan", "hdbscan"} & set(study.clusterers):
+        wanted["study.min_samples"] = study.min_samples + 1
     if any(feature.lambda_cluster > 0 for feature in study.features.values()):
         wanted["clustering.pca_dim"] = config.clustering.pca_dim
     for key, needed in wanted.items():

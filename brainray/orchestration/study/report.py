@@ -20,8 +20,9 @@ from brainray.config import Config
 from brainray.engine.shard import sample_keys
 from brainray.errors import BrainrayError
 from brainray.log import log
+from brainray.orchestration.pretraining.driver import collapsed_rounds
 from brainray.orchestration.pretraining.features import content_key
-from brainray.orchestration.study.data import StudiedFeatures, StudiedSet
+from brainray.orchestration.study.data import FeatureKey, StudiedFeatures, StudiedSet
 from brainray.orchestration.study.grid import (
     FITTED,
     Cell,
@@ -56,7 +57,7 @@ from brainray.report.tsne import MIN_SLICES, tsne_sequence
 from brainray.schema import NOISE, UNLABELLED
 from brainray.storage import Folder
 
-_DRAWING_FORMAT = 4  # of the figures and the recommended K
+_DRAWING_FORMAT = 5  # of the figures and the recommended K
 _DRAWN = "drawn"  # a JSON file per feature set for what was plotted or recommended
 _METHOD = ("dataset", "slices", "features", "clusterer", "pca_dim")
 _NUM_TILES = 7
@@ -64,7 +65,8 @@ _MAX_SHEET_CLUSTERS = 12
 _SUBSET_TITLES = {
     FITTED: "fitted slices",
     "all": "held-out slices, all",
-    "clean": "held-out slices, clean (no near-duplicate among the fitted slices)",
+    "clean": "held-out slices, clean (no upright copy among the slices that were fitted or that "
+    "the starting weights saw)",
     "strict": "held-out slices, strict (also no turned copy and no likely subject in common)",
 }
 
@@ -131,23 +133,25 @@ def _tables(results: StudyResults) -> tuple[dict[str, str], str, dict[str, float
     ]
     averaged = average_over_seeds(rows, _METHOD)
     files = {"cells.csv": csv_text(rows), "methods.csv": csv_text(averaged)}
-    parts = []
+    parts, shown = [], []
     for dataset, each in results.sets.items():
         for subset, members in each.slices.subsets.items():
             chosen = [r for r in averaged if (r["dataset"], r["slices"]) == (dataset, subset)]
             title = f"## {dataset}: {int(members.sum()):,} {_SUBSET_TITLES[subset]}"
             parts.append(f"{title}\n\n{methods_table(chosen)}\n")
+            if subset == FITTED:
+                shown.append(parts[-1])
     for dataset in results.sets:
         knowing = features_table([r for r in averaged if r["dataset"] == dataset])
         if knowing is not None:
             title = f"## {dataset}: {_NEIGHBOURS_TITLE}"
             parts.append(f"{title}\n\n{knowing}\n")
+            shown.append(parts[-1])
     notes = sorted({f"- {o.cell.clusterer}: {note}" for o in results.main for note in o.notes})
+    notes += _collapses(results.features.encoders)
     if notes:
         parts.append("\n".join(["Notes:", *notes]) + "\n")
     files["methods.md"] = "\n".join(parts)
-    wanted = (_SUBSET_TITLES[FITTED], _NEIGHBOURS_TITLE)
-    shown = [part for part in parts if any(title in part for title in wanted)]
     by_dataset = []
     for metric in ("nmi", "fmi"):
         for subset in subsets:
@@ -201,7 +205,7 @@ def _sensitivity_figures(results: StudyResults) -> dict[str, bytes]:
         ]
         panels = [panel for panel in panels if panel.values]
         if panels:
-            figures[f"{dataset}-sensitivity.png"] = png_bytes(sensitivity(panels))
+            figures[f"{dataset}/sensitivity.png"] = png_bytes(sensitivity(panels))
     return figures
 
 
@@ -259,6 +263,18 @@ def _refinement_figure(results: StudyResults) -> dict[str, bytes]:
     return {"refinement.png": png_bytes(refinement(histories, tolerance))}
 
 
+def _collapses(encoders: Mapping[FeatureKey, Folder]) -> list[str]:
+    """Notes on refined encoders whose clusters collapsed, which `on_collapse=warn` lets pass."""
+    notes = []
+    for (dataset, feature, seed), folder in encoders.items():
+        if rounds := collapsed_rounds(folder):
+            notes.append(
+                f"- {dataset}, {feature}, seed {seed}: the clusters of its refinement collapsed in "
+                f"round {', '.join(map(str, rounds))}"
+            )
+    return notes
+
+
 def _agreement(slices: Slices, clusters: pa.Table) -> dict[str, float]:
     """NMI of a round's clusters with the labels; empty without labels."""
     fitted = np.flatnonzero(slices.fitted)
@@ -285,7 +301,7 @@ def _draw_feature_sets(results: StudyResults) -> tuple[list[str], dict[tuple[str
     keys = {cell: _drawing_key(results, cell) for cell in shown}
     tasks: dict[Cell, ray.ObjectRef[Any]] = {}
     for cell in shown:
-        name = f"{_DRAWN}/{cell.dataset}-{cell.feature}.json"
+        name = _drawn_file(cell)
         if folder.exists(name) and folder.read_json(name)["key"] == keys[cell]:
             continue
         each = results.sets[cell.dataset]
@@ -297,9 +313,7 @@ def _draw_feature_sets(results: StudyResults) -> tuple[list[str], dict[tuple[str
         ray.get(list(tasks.values()))
     files: list[str] = []
     advice: dict[tuple[str, str], Advice] = {}
-    drawn = {
-        cell: folder.read_json(f"{_DRAWN}/{cell.dataset}-{cell.feature}.json") for cell in shown
-    }
+    drawn = {cell: folder.read_json(_drawn_file(cell)) for cell in shown}
     for cell, of_set in drawn.items():
         files += of_set["figures"]
         advice[cell.dataset, cell.feature] = of_set["advice"]
@@ -310,7 +324,7 @@ def _draw_feature_sets(results: StudyResults) -> tuple[list[str], dict[tuple[str
             if cell.dataset == dataset
         }
         if shares:
-            name = f"{dataset}-explained_variance.png"
+            name = f"{dataset}/explained_variance.png"
             folder.write_bytes(f"{layout.FIGURES}/{name}", png_bytes(explained_variance(shares)))
             files.append(name)
     return files, advice
@@ -325,6 +339,10 @@ def _shown_cells(results: StudyResults) -> list[Cell]:
             shown.setdefault((outcome.cell.dataset, outcome.cell.feature), outcome.cell)
     wanted = dict.fromkeys((o.cell.dataset, o.cell.feature) for o in results.main)
     return [shown[key] for key in wanted if key in shown]
+
+
+def _drawn_file(cell: Cell) -> str:
+    return f"{_DRAWN}/{cell.dataset}/{cell.feature}.json"
 
 
 def _drawing_key(results: StudyResults, cell: Cell) -> str:
@@ -359,7 +377,7 @@ def _draw_feature_set(
         torch.set_num_threads(1)
         x = reduced.coordinates[:, : cell.pca_dim]
         clusters = assignments(folder, cell)
-        prefix = f"{cell.dataset}-{cell.feature}"
+        prefix = f"{cell.dataset}/{cell.feature}"
         figures = {}
         fitted = x[studied.slices.fitted]
         sample = fitted[draw_sample(len(fitted), config.study.max_quadratic_rows, cell.seed)]
@@ -379,7 +397,7 @@ def _draw_feature_set(
     for name, content in figures.items():
         folder.write_bytes(f"{layout.FIGURES}/{name}", content)
     folder.write_json(
-        f"{_DRAWN}/{prefix}.json",
+        _drawn_file(cell),
         {
             "key": key,
             "figures": list(figures),

@@ -19,7 +19,7 @@ from sklearn.metrics import normalized_mutual_info_score
 from brainray.clustering.clusterers import KMeansClusterer, MixtureClusterer
 from brainray.config import Config
 from brainray.engine.shard import sample_keys
-from brainray.errors import BrainrayError, ConfigError, DataError
+from brainray.errors import BrainrayError, ClusteringError, ConfigError, DataError
 from brainray.models.encoder import build_encoder
 from brainray.orchestration.pretraining.features import check_features
 from brainray.orchestration.store import ImageStore
@@ -72,8 +72,13 @@ def cell_files(folder: Folder) -> dict[str, int]:
     return {str(p.relative_to(cells)): p.stat().st_mtime_ns for p in cells.rglob("*.json")}
 
 
+def features_of(storage: Path, encoder: str) -> list[Folder]:
+    return [Folder(path) for path in (storage / "features").glob(f"{encoder}-*")]
+
+
 def test_a_study_leaves_tables_figures_and_flat_figures(studied: FinishedStudy) -> None:
-    files = {name for folder in ("tables", "figures") for name in (studied.folder / folder).names()}
+    places = ("tables", "figures", "figures/mri")
+    files = {name for folder in places for name in (studied.folder / folder).names()}
     assert files >= {
         "methods.md",
         "methods.csv",
@@ -81,13 +86,13 @@ def test_a_study_leaves_tables_figures_and_flat_figures(studied: FinishedStudy) 
         "cells.csv",
         "sensitivity.csv",
         "num_clusters.md",
-        "mri-sensitivity.png",
-        "mri-explained_variance.png",
-        "mri-pixels-tsne.png",
-        "mri-pixels-clusters.png",
-        "mri-pixels-dendrogram.png",
-        "mri-pixels-k_distances.png",
-        "mri-pixels-num_clusters.png",
+        "sensitivity.png",
+        "explained_variance.png",
+        "pixels-tsne.png",
+        "pixels-clusters.png",
+        "pixels-dendrogram.png",
+        "pixels-k_distances.png",
+        "pixels-num_clusters.png",
     }
     table = studied.folder.read_bytes("tables/methods.md").decode()
     for subset in ("fitted slices", "held-out slices, all", "held-out slices, clean"):
@@ -103,6 +108,11 @@ def test_a_study_leaves_tables_figures_and_flat_figures(studied: FinishedStudy) 
         "num_failed_cells",
     ]
     assert "criteria agree" in studied.text
+    titles = [line for line in studied.text.splitlines() if line.startswith("## mri: ")]
+    assert [title.split(",")[0] for title in titles] == [
+        "## mri: 56 fitted slices",
+        "## mri: share of the 10 nearest fitted slices with the same label",
+    ]
 
 
 def test_the_study_is_in_mlflow_with_its_tables(studied: FinishedStudy) -> None:
@@ -118,7 +128,7 @@ def test_the_study_is_in_mlflow_with_its_tables(studied: FinishedStudy) -> None:
 def test_features_are_kept_by_sample_and_read_by_plain_pyarrow(
     studied: FinishedStudy, storage: Path
 ) -> None:
-    (folder,) = (storage / "features").glob("mri-pixels-*")
+    (folder,) = (storage / "features").glob("pixels-*")
     assert json.loads((folder / "manifest.json").read_text())["encoder"] == "pixels"
     table = pq.read_table(folder / "parts")
     assert table.schema.equals(FEATURES)
@@ -189,6 +199,7 @@ def test_corrected_labels_are_what_an_old_study_is_scored_on(
         ({}, ["dataset=mri"], "study.features is empty"),
         (PIXELS, [], "a study needs slices"),
         (PIXELS, ["source=/tmp", "sources.a=/tmp"], "give source or sources, not both"),
+        (PIXELS, ["dataset=mri", "sources.a=/tmp"], "give dataset=mri or sources, not both"),
         (
             PIXELS,
             ["dataset=mri", "labels=/tmp/l.csv"],
@@ -221,6 +232,11 @@ def test_corrected_labels_are_what_an_old_study_is_scored_on(
             PIXELS,
             ["dataset=mri", "clustering.num_clusters=99"],
             "clustering.num_clusters needs 99 slices, but mri has 56 to fit",
+        ),
+        (
+            PIXELS,
+            ["dataset=mri", "study.min_samples=56"],
+            "study.min_samples needs 57 slices, but mri has 56 to fit",
         ),
         (
             PIXELS,
@@ -273,7 +289,7 @@ def test_broken_and_collapsed_features_are_named() -> None:
 def test_a_broken_feature_set_does_not_end_the_others_study(
     studied: FinishedStudy, storage: Path
 ) -> None:
-    (folder,) = (storage / "features").glob("mri-pixels-*")
+    (folder,) = (storage / "features").glob("pixels-*")
     (part, *_) = (folder / "parts").glob("*.parquet")
     whole = part.read_bytes()
     table = pq.read_table(part)
@@ -342,12 +358,12 @@ def learned_config(storage: Path, name: str = "learned") -> Config:
 def test_encoders_learn_without_labels_on_two_ranks_and_start_a_training(
     learned: FinishedStudy, storage: Path
 ) -> None:
-    (folder,) = (storage / "encoders").glob("mri-resnet18-contrastive-refined-seed0-*")
+    (folder,) = (storage / "encoders").glob("resnet18-contrastive-refined-seed0-*")
     history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["round"] for row in history] == [1.0, 2.0]
     (before,) = (
         found
-        for found in (storage / "encoders").glob("mri-resnet18-contrastive-seed0-*")
+        for found in (storage / "encoders").glob("resnet18-contrastive-seed0-*")
         # Not a warm-up of other tests on this storage.
         if Folder(found).read_json("manifest.json")["self_supervision"].get("positives", "slice")
         == "slice"
@@ -366,6 +382,25 @@ def test_encoders_learn_without_labels_on_two_ranks_and_start_a_training(
     assert history[1]["changed_share"] == pytest.approx(changed)
     assert learned.folder.exists("figures/refinement.png")
     assert "mri/fitted/refined/gmm/pca4/nmi_mean" in learned.metrics
+
+
+@pytest.mark.slow
+def test_an_encoder_whose_clusters_collapsed_is_reused_with_a_note_or_not_at_all(
+    learned: FinishedStudy, storage: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "storage"
+    shutil.copytree(storage, other)
+    for path in (other / "encoders").glob("resnet18-contrastive-refined-*/metrics.jsonl"):
+        path.write_text(path.read_text().replace('"collapsed": 0.0', '"collapsed": 1.0'))
+    config = learned_config(other)
+    with pytest.raises(ClusteringError, match=r"its clusters collapsed in round 1, 2: set that"):
+        run_study(config)
+    lenient = config.clustering.model_copy(update={"on_collapse": "warn"})
+    again = run_study(config.model_copy(update={"clustering": lenient}))
+    told = again.folder.read_bytes("tables/methods.md").decode()
+    assert "- mri, refined, seed 0: the clusters of its refinement collapsed in round 1, 2" in told
+    before = learned.folder.read_bytes("tables/methods.md").decode()
+    assert "collapsed" not in before
 
 
 @pytest.mark.slow
@@ -408,7 +443,8 @@ def test_every_clusterer_runs_on_features_of_an_encoder(storage: Path) -> None:
     assert finished.metrics["num_failed_cells"] == 0
     rows = finished.folder.read_bytes("tables/cells.csv").decode().splitlines()
     assert len(rows) == 1 + 7 * 2 * 2 * 4  # clusterers, seeds, dimensions, subsets
-    assert len(list((storage / "features").glob("mri-random-seed*"))) == 2
+    seeds = [each.read_json("manifest.json")["seed"] for each in features_of(storage, "resnet18")]
+    assert {0, 1} <= set(seeds)
 
 
 def test_a_cell_is_known_by_its_limits_labels_and_subsets(tmp_path: Path) -> None:

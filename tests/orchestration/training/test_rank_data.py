@@ -15,7 +15,7 @@ from tests.conftest import tiny_config
 
 @pytest.mark.parametrize("inherit", ["none", "subject"])
 def test_no_label_is_inherited_by_copies_of_validation_slices(tmp_path: Path, inherit: str) -> None:
-    rows: list[tuple[str | None, ...]] = [  # sample_id, role, label, kin_group_id
+    rows = [
         ("d", LABELLED, "glioma", "d"),
         ("c", UNLABELLED_ROLE, None, "c"),
         ("b", UNLABELLED_ROLE, None, "a"),  # a mirrored copy of the validation slice
@@ -23,8 +23,8 @@ def test_no_label_is_inherited_by_copies_of_validation_slices(tmp_path: Path, in
     ]
     common = {"split": "train", "subject_id": "p1", "subject_source": ESTIMATED}
     told = [
-        common | dict(zip(("sample_id", "role", "label", "kin_group_id"), row, strict=True))
-        for row in rows
+        {**common, "sample_id": identity, "role": role, "label": label, "kin_group_id": kin}
+        for identity, role, label, kin in rows
     ]
     run, images = Folder(tmp_path / "run"), Folder(tmp_path / "store")
     run.write_table(layout.SEEN, pa.Table.from_pylist(told, schema=SEEN))
