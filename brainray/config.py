@@ -415,7 +415,8 @@ class TrainConfig(_Section):
     """Slices kept in each worker's device memory, in GiB; the rest is streamed from a file on its
     node. (A warm-up keeps all of its smaller slices in memory.)"""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """``auto`` uses bf16 autocast if the hardware supports it, otherwise fp32. On a GPU,
+    """``auto`` uses bf16 autocast if the hardware supports it, otherwise fp32; in prediction it is
+    the run's own setting. On a GPU,
     convolutions in fp32 multiply in TF32 where it has that, which is PyTorch's default."""
     wait_for_nodes: bool = False
     """Wait for an autoscaler to add missing resources instead of failing; also set ``num_workers``,
@@ -446,9 +447,11 @@ class EvaluationConfig(_Section):
     """Evaluate the test slices after every epoch, as METHOD A reports, or only once, with the
     chosen epoch, after training. Test metrics never select anything."""
     tsne_epochs: tuple[int, ...] = (1, 5, 10, 15, 20)
-    """Epochs whose embeddings are saved and plotted as t-SNE maps."""
+    """Epochs whose embeddings are saved and plotted as t-SNE maps, if test slices are evaluated
+    after every epoch; otherwise only the chosen epoch has a map."""
     tsne_max_slices: Positive = 2000
-    """Maximum number of slices on a t-SNE map."""
+    """Maximum number of slices on a t-SNE map, and in the report's confusion matrices and cluster
+    cards."""
     control: str | None = None
     """Name of the run to compare with in the report; with ``num_label_draws``, its name without
     ``-drawI``."""
@@ -645,7 +648,7 @@ class StudyConfig(_Section):
     for HDBSCAN also the size of the smallest cluster."""
     max_quadratic_rows: Annotated[int, Field(ge=10)] = 8000
     """With more slices than this, clusterers with quadratic memory run on a random sample of this
-    size; the other slices join the nearest centroid (or core)."""
+    size; the other slices join the nearest centroid (DBSCAN: core; HDBSCAN: slice)."""
     candidate_num_clusters: tuple[AtLeastTwo, ...] = (2, 3, 4, 5, 6, 7, 8)
     """Candidates for the number of clusters recommended without labels."""
     sensitivity: SensitivityConfig = SensitivityConfig()

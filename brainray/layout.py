@@ -16,7 +16,7 @@ DRAWS = "draws"  # label draws: metrics over several runs
 PREDICTED = "predictions"
 LOCKS = "locks"  # a file for each name in use by a job
 EXPORTS = "exports"
-FEATURES = "features"  # by data set, encoder and a hash of the settings and data
+FEATURES = "features"  # by encoder and a hash of the settings and data
 ENCODERS = "encoders"  # self-supervised encoders, named likewise
 STUDIES = "studies"
 

@@ -3,9 +3,10 @@
 import argparse
 import sys
 
-from brainray.benchmarks.cases import CASES
+from brainray.benchmarks.cases import CASES, READS_CONFIG, READS_SOURCE
 from brainray.config_text import load_config
 from brainray.errors import ConfigError
+from brainray.log import log
 from brainray.orchestration.job import JobResult, run_command
 
 DESCRIPTION = """
@@ -33,8 +34,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--source", metavar="DIR", help="real slices [phantoms, if the case can use them]"
     )
-    made.add_argument("--seed", type=int, default=0, help="random seed [0]")
-    made.add_argument("--config", metavar="FILE", help="settings for cases that train or evaluate")
+    made.add_argument(
+        "--seed", type=int, default=0, help="random seed; for labels that of the label draw [0]"
+    )
+    configured = " and ".join(", ".join(sorted(READS_CONFIG)).rsplit(", ", 1))
+    made.add_argument("--config", metavar="FILE", help=f"settings for {configured}")
     made.add_argument(
         "--set",
         metavar="KEY=VALUE",
@@ -61,6 +65,10 @@ def work(arguments: argparse.Namespace) -> JobResult:
         if "://" in (value := getattr(arguments, key) or ""):
             raise ConfigError(f"--{key} {value}: benchmarks use a local folder, not a URI")
     config = load_config(arguments.config, overrides)
+    readers = {"config": READS_CONFIG, "set": READS_CONFIG, "source": READS_SOURCE}
+    for option, cases in readers.items():
+        if getattr(arguments, option) and arguments.case not in cases:
+            log(f"note: the case {arguments.case} does not read --{option}")
     from brainray.benchmarks.runner import run_case
 
     return run_case(arguments, config)

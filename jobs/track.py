@@ -26,7 +26,8 @@ if __name__ == "__main__":
             "track",
             """
             Send a run's epochs, figures and config to MLflow: to the tracking server of its
-            training, or to tracking.uri. Nothing is sent twice.
+            training, or to tracking.uri. Settings of tracking that are not given are those of the
+            run, whatever default is shown below. No metric is sent twice; files are replaced.
 
             Example: python jobs/track.py --set run=first
             """,

@@ -19,3 +19,13 @@ CASES = {
     "sweep": "overhead of a sweep: four trials vs the same four runs started by hand",
     "training": "steps, epochs, streaming and two workers, vs a bare loop in memory",
 }
+
+READS_CONFIG = {"labels", "next_labels", "robustness"}
+READS_SOURCE = READS_CONFIG | {
+    "duplicates",
+    "intracranial",
+    "preprocess",
+    "soak",
+    "subjects",
+    "training",
+}

@@ -15,11 +15,11 @@ from brainray.report.table import markdown_table
 class CaseOptions:
     """Command line options; a case uses those that it needs."""
 
-    quick: bool  # smaller sizes, under 5 minutes
+    quick: bool  # smaller sizes
     source: Path | None  # folder of real slices; phantoms or random rows if None
-    seed: int  # of everything random
+    seed: int  # of everything random; for labels only of their draw
     storage: Path  # where runs of the case are kept
-    config: Config  # from --config and --set, for cases that train
+    config: Config  # from --config and --set, for the cases in READS_CONFIG
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ def report(config: Config) -> Report:
     """Rewrite the report of a complete run, comparing it with a control or runs with other seeds.
 
     Raises:
-        ConfigError: no run named.
+        ConfigError: no run named, a control on other labels, or a sibling with the same seed.
         DataError: no such run, or a run to compare with that does not fit.
         CheckpointError: the run, or one to compare with, is still training.
     """
@@ -266,7 +266,7 @@ def check_compared_runs(config: Config, data_hash: str) -> None:
     """Check the runs with which the report will compare this one; called before training.
 
     Raises:
-        ConfigError: the control was trained on other labels.
+        ConfigError: the control was trained on other labels, or a sibling has the same seed.
         DataError: there is no run of such a name, or it was trained on other data.
     """
     if config.evaluation.control is not None:

@@ -61,8 +61,8 @@ class Run:
     @property
     def settings(self) -> dict[str, Any]:
         """The settings that must not change when the run resumes, as nested sections."""
-        saved = _without_free(self.info["settings"])
-        defaults = _without_free(Config().model_dump(mode="json"))
+        saved = without_free(self.info["settings"])
+        defaults = without_free(Config().model_dump(mode="json"))
         if "self_supervision" not in saved:  # of runs without a warm-up
             del defaults["self_supervision"]
         return with_defaults(saved, defaults)
@@ -166,13 +166,14 @@ def name_of_run(config: Config) -> str:
 
 def lasting_settings(config: Config) -> dict[str, Any]:
     """All settings that must not change when a run resumes."""
-    settings = _without_free(config.model_dump(mode="json"))
+    settings = without_free(config.model_dump(mode="json"))
     if config.encoder.pretext == "none":
         del settings["self_supervision"]
     return settings
 
 
-def _without_free(settings: dict[str, Any]) -> dict[str, Any]:
+def without_free(settings: dict[str, Any]) -> dict[str, Any]:
+    """Nested settings without those that may differ when a run resumes."""
     kept = {name: value for name, value in settings.items() if name not in _FREE_SECTIONS}
     return kept | {
         section: {key: value for key, value in settings[section].items() if key not in free}

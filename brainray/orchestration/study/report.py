@@ -170,7 +170,7 @@ def _tables(results: StudyResults) -> tuple[dict[str, str], str, dict[str, float
 
 
 def _flat(averaged: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Means and standard deviations by name, for MLflow and the job's last line."""
+    """Means and standard deviations by name, for MLflow."""
     return {
         f"{row['dataset']}/{row['slices']}/{row['features']}/{row['clusterer']}"
         f"/pca{row['pca_dim']}/{name}": value

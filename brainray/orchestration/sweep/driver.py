@@ -18,11 +18,13 @@ from brainray.orchestration.prediction.inference import find_predictor
 from brainray.orchestration.pretraining.driver import warm_up
 from brainray.orchestration.publish import open_tracking
 from brainray.orchestration.resources import WorkerResources
-from brainray.orchestration.store import ImageStore, store_to_train_on
+from brainray.orchestration.run import lasting_settings, without_free
+from brainray.orchestration.store import ImageStore, check_sides, store_to_train_on
 from brainray.orchestration.sweep.follower import NUM_SHOWN, SweepFollower, trials_table
 from brainray.orchestration.sweep.trials import (
     Trial,
     check_space,
+    example_trials,
     ranked_trials,
     read_trials,
     run_name,
@@ -66,6 +68,8 @@ def sweep(config: Config) -> FinishedSweep:
         raise ConfigError("a sweep needs a name: --set name=NAME")
     check_space(config)
     base, store = store_to_train_on(config)
+    for trial in example_trials(base):
+        check_sides(trial)
     workers = check_training(base, store)
     # Each sweep has its own MLflow experiment.
     tracked = base.tracking.model_copy(update={"experiment": config.name})
@@ -144,11 +148,8 @@ def _begin(config: Config, store: ImageStore, folder: Folder) -> None:
     Raises:
         ConfigError: a sweep of that name exists with other settings or data, or has left runs.
     """
-    settings = config.model_dump(mode="json", exclude={"storage", "tracking", "registry", "study"})
-    settings["data_hash"] = store.data_hash
-    del settings["preprocess"]  # part of the store, covered by its hash
-    if config.encoder.pretext == "none":
-        del settings["self_supervision"]
+    searched = config.model_dump(mode="json", include={"tune"})
+    settings = lasting_settings(config) | searched | {"data_hash": store.data_hash}
     if not folder.exists(_SETTINGS):
         left = [trial.trial_id for trial in read_trials(config, folder.name)]
         if left:
@@ -161,9 +162,12 @@ def _begin(config: Config, store: ImageStore, folder: Folder) -> None:
         of_grid = config.tune.algorithm == "grid"
         log(f"sweep {folder}: new" + ("" if of_grid else f", {config.tune.num_trials} trials"))
         return
-    begun_with = folder.read_json(_SETTINGS)
+    saved = folder.read_json(_SETTINGS)
     # Settings that an earlier version did not have are taken to be at their defaults.
-    defaults = Config().model_dump(mode="json")
+    begun_with, defaults = (
+        without_free(each) | {"tune": each["tune"]}
+        for each in (saved, Config().model_dump(mode="json"))
+    )
     begun_with = with_defaults(begun_with, {key: defaults.get(key) for key in settings})
     difference = differing_settings(begun_with, settings)
     if difference:

@@ -4,7 +4,7 @@ import difflib
 import math
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -169,11 +169,22 @@ def check_space(config: Config) -> None:
             _check_range(key, kind, values)
             if config.tune.algorithm == "grid":
                 raise ConfigError(f"tune.algorithm=grid accepts choice only: tune.space.{key}")
+    for _ in example_trials(config):  # each is validated
+        pass
+
+
+def example_trials(config: Config) -> Iterator[Config]:
+    """Configs of trials that together have every choice, and the ends of every range.
+
+    Raises:
+        ConfigError: a value that is invalid for its key.
+    """
+    space = config.tune.space
     corners = {key: _examples(entry)[0] for key, entry in space.items()}
     name = run_name(str(config.name), "00000_00000")  # as long as Tune's
     for key, entry in space.items():
         for value in _examples(entry):
-            trial_config(config, corners | {key: value}, name)
+            yield trial_config(config, corners | {key: value}, name)
 
 
 def _check_range(key: str, kind: str, values: list[Any]) -> None:

@@ -14,6 +14,7 @@ from brainray.redaction import command_line
 PACKAGES = (
     "captum",
     "faiss-cpu",
+    "imagecodecs",
     "mlflow",
     "nibabel",
     "numba",

@@ -329,6 +329,13 @@ def test_a_trial_that_no_cluster_holds_is_refused_at_once(storage: Path) -> None
     assert time.monotonic() - started < 30
 
 
+def test_a_slice_size_that_the_store_does_not_have_is_refused_at_once(storage: Path) -> None:
+    space = json.dumps({"train.image_size": {"choice": [32, 64]}})
+    with pytest.raises(ConfigError, match=r"train\.image_size \(64\) exceeds preprocess\.image"):
+        sweep(sweep_config(storage, "name=large", f"tune.space={space}"))
+    assert not (storage / "sweeps" / "large").exists()
+
+
 @pytest.mark.parametrize(
     ("space", "message"),
     [
@@ -375,9 +382,22 @@ def test_a_sweep_of_an_earlier_version_goes_on(
     _begin(config, cast(Any, store), folder)
     settings = folder.read_json("sweep.json")
     del settings["split"]["validation"], settings["encoder"]["pretext"]
-    folder.write_json("sweep.json", settings)
+    earlier = config.model_dump(mode="json", include={"name", "label", "epoch", "source"})
+    folder.write_json("sweep.json", settings | earlier)
     _begin(config, cast(Any, store), folder)
     assert logged(capsys)[1:] == [f"sweep {folder}: resumed"]
+
+
+def test_a_sweep_goes_on_with_what_does_not_affect_its_trials(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, store = Folder(tmp_path) / "sweeps" / "search", SimpleNamespace(data_hash="abc")
+    _begin(sweep_config(tmp_path), cast(Any, store), folder)
+    other = ["train.max_failures=5", "train.device=cpu", "label.num_slices=7", "source=/elsewhere"]
+    _begin(sweep_config(tmp_path, *other), cast(Any, store), folder)
+    assert logged(capsys)[1:] == [f"sweep {folder}: resumed"]
+    with pytest.raises(ConfigError, match=r"train\.weight_decay: "):
+        _begin(sweep_config(tmp_path, "train.weight_decay=0.5"), cast(Any, store), folder)
 
 
 def test_a_best_trial_whose_run_was_deleted_is_not_replaced_by_the_next(
