@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
+from scipy import special, stats
 from sklearn import metrics as sk_metrics
 from torch import Tensor
 
@@ -79,7 +79,8 @@ def classification_metrics(
     """Accuracy, balanced accuracy, macro F1, and per class precision, recall, F1 and support.
 
     A class without labelled rows has no metrics and is excluded from the averages; one with fewer
-    rows than `min_support` has only its support. Without any rows the result is empty. The
+    rows than `min_support` has only its support, and there are no averages over classes: it would
+    count as much as the others. Without any rows the result is empty. The
     precision of a class that is never predicted is 0.
 
     Raises:
@@ -92,11 +93,10 @@ def classification_metrics(
     precision, recall, f1, support = sk_metrics.precision_recall_fscore_support(
         labels, predictions, labels=present, zero_division=0
     )
-    result = {
-        "accuracy": float(np.mean(labels == predictions)),
-        "balanced_accuracy": float(np.mean(recall)),
-        "f1_macro": float(np.mean(f1)),
-    }
+    result = {"accuracy": float(np.mean(labels == predictions))}
+    if support.min() >= min_support:
+        result["balanced_accuracy"] = float(np.mean(recall))
+        result["f1_macro"] = float(np.mean(f1))
     for i, class_index in enumerate(present):
         name = class_names[class_index]
         result[f"support/{name}"] = float(support[i])
@@ -124,13 +124,67 @@ def bootstrap_interval(
     rows, the interval approaches the range of the resamples.
 
     Args:
-        values: (N,), such as whether each row is correct.
+        values: (N,), such as the gain of one classifier over another.
         groups: (N,) group of each row; a row without a group needs one of its own.
         seed: of the resamples.
         num_resamples: number of resamples.
 
     Raises:
         DataError: there are no rows.
+    """
+    resampled = _resample_groups(values, groups, seed, num_resamples)
+    if resampled is None:
+        return None
+    means, num_effective = resampled
+    t = stats.t.ppf((1 + CONFIDENCE) / 2, num_effective - 1)
+    tail = stats.norm.sf(t * np.sqrt(num_effective / (num_effective - 1)))
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def accuracy_interval(
+    is_right: NDArray[np.bool_],
+    groups: Sequence[str] | NDArray[np.str_],
+    seed: int,
+    num_resamples: int = 1000,
+) -> tuple[float, float] | None:
+    """95 % interval of an accuracy, over whole groups of rows; None if it would mislead.
+
+    The logit of the accuracy, plus and minus Student's t times its standard error, as for
+    proportions in surveys of clusters (among the intervals compared by Korn & Graubard 1998,
+    "Confidence intervals for proportions with small expected number of positive counts estimated
+    from survey data"). The error is that of the resamples of `bootstrap_interval`, whose
+    percentiles would be too high near an accuracy of 1: lower accuracies vary more.
+
+    Args:
+        is_right: (N,).
+        groups: as in `bootstrap_interval`, like the other arguments.
+        seed: of the resamples.
+        num_resamples: number of resamples.
+
+    Raises:
+        DataError: there are no rows.
+    """
+    resampled = _resample_groups(is_right, groups, seed, num_resamples)
+    if resampled is None:
+        return None
+    means, num_effective = resampled
+    accuracy = float(np.mean(is_right))
+    error = means.std(ddof=1) * np.sqrt(num_effective / (num_effective - 1))
+    reach = stats.t.ppf((1 + CONFIDENCE) / 2, num_effective - 1) * error
+    reach /= accuracy * (1 - accuracy)  # the derivative of the logit
+    low, high = special.expit(special.logit(accuracy) + np.array([-reach, reach]))
+    return float(low), float(high)
+
+
+def _resample_groups(
+    values: NDArray[Any],
+    groups: Sequence[str] | NDArray[np.str_],
+    seed: int,
+    num_resamples: int,
+) -> tuple[NDArray[np.float64], float] | None:
+    """Means of resampled groups (num_resamples,) and the effective number of groups; None with
+    fewer than `MIN_GROUPS` groups or without variation between them.
     """
     if len(values) == 0:
         raise DataError("no rows to resample: an interval needs at least one prediction")
@@ -139,16 +193,14 @@ def bootstrap_interval(
     if len(sizes) < MIN_GROUPS:
         return None
     sums = np.bincount(group_of_row, weights=values)
+    if np.ptp(sums / sizes) <= 1e-9:
+        return None
     generator = np.random.default_rng(seed)
     means = np.empty(num_resamples)
     for number in range(num_resamples):
         drawn = generator.integers(len(sizes), size=len(sizes))
         means[number] = sums[drawn].sum() / sizes[drawn].sum()
-    num_effective = sizes.sum() ** 2 / (sizes**2).sum()
-    t = stats.t.ppf((1 + CONFIDENCE) / 2, num_effective - 1)
-    tail = stats.norm.sf(t * np.sqrt(num_effective / (num_effective - 1)))
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return None if np.isclose(low, high, rtol=1e-9, atol=1e-12) else (float(low), float(high))
+    return means, float(sizes.sum() ** 2 / (sizes**2).sum())
 
 
 def reweighted_accuracy(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from brainray import dist
 from brainray.clustering.metrics import (
-    bootstrap_interval,
+    accuracy_interval,
     classification_metrics,
     clustering_metrics,
     reweighted_accuracy,
@@ -291,7 +291,7 @@ def summarise(
             if name not in chosen.by_predictor:  # the others are in subset_metrics
                 metrics |= _accuracy_metrics(chosen.labels, predicted[mask], classes, subset, name)
             is_right = predicted[mask] == chosen.labels
-            interval = bootstrap_interval(is_right, group_of[mask], seed, num_resamples)
+            interval = accuracy_interval(is_right, group_of[mask], seed, num_resamples)
             if interval is not None:
                 low, high = interval
                 metrics[f"test/{subset}/{name}/accuracy_low"] = low

@@ -4,6 +4,7 @@ import torch
 from sklearn.metrics import balanced_accuracy_score, f1_score, silhouette_score
 
 from brainray.clustering.metrics import (
+    accuracy_interval,
     bootstrap_interval,
     classification_metrics,
     clustering_metrics,
@@ -119,6 +120,33 @@ def test_bootstrap_interval_covers_the_truth_for_few_groups(is_unequal: bool) ->
         assert found is not None
         num_covered += found[0] <= 0.8 <= found[1]
     assert 0.9 <= num_covered / 300 <= 0.97
+
+
+@pytest.mark.parametrize("is_unequal", [False, True])
+def test_accuracy_interval_errs_on_neither_side_near_one(is_unequal: bool) -> None:
+    """Percentiles are above an accuracy of 0.92 in 11 of 100 cases, and never below."""
+    generator = np.random.default_rng(0)
+    num_above = num_below = 0
+    for _ in range(400):
+        sizes = 1 + generator.geometric(0.15, 20) if is_unequal else np.full(20, 6)
+        chance = generator.beta(0.92 * 7 / 3, 0.08 * 7 / 3, 20)
+        subjects = np.repeat(np.arange(20), sizes)
+        correct = generator.random(len(subjects)) < chance[subjects]
+        found = accuracy_interval(correct, subjects.astype(str), seed=0, num_resamples=300)
+        assert found is None or 0 < found[0] < correct.mean() < found[1] < 1
+        num_above += found is not None and found[0] > 0.92
+        num_below += found is not None and found[1] < 0.92
+    assert num_above / 400 < 0.07
+    assert 0.005 < num_below / 400 < 0.05
+
+
+def test_accuracy_interval_is_that_of_the_bootstrap_for_many_groups() -> None:
+    correct, alone = np.arange(2000) < 1600, np.arange(2000).astype(str)
+    found = accuracy_interval(correct, alone, seed=0, num_resamples=5000)
+    expected = bootstrap_interval(correct, alone, seed=0, num_resamples=5000)
+    assert expected is not None
+    assert found == pytest.approx(expected, abs=0.002)
+    assert accuracy_interval(np.ones(20, dtype=bool), alone[:20], seed=0) is None
 
 
 def test_bootstrap_interval_is_none_where_it_would_mislead() -> None:

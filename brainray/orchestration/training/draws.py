@@ -43,6 +43,11 @@ def train_draws(config: Config) -> DrawnRuns:
     num_draws = config.evaluation.num_label_draws
     name = config.evaluation.control
     controls = [] if name is None else [_control(config, name, i) for i in range(num_draws)]
+    if num_draws > 1 and config.split.labelled_fraction == 1:
+        log(
+            "note: split.labelled_fraction=1 uses all labels: the draws differ only in which of "
+            "them are for validation"
+        )
     runs = []
     for number in range(num_draws):
         log(f"label draw {number + 1} of {num_draws}: run {draw_name(config.name, number)}")
