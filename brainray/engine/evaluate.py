@@ -242,7 +242,6 @@ def summarise(
     table: pa.Table,
     seen: pa.Table | None,
     classes: Sequence[str],
-    class_of_cluster: NDArray[np.int64],
     *,
     num_resamples: int,
     seed: int,
@@ -260,7 +259,6 @@ def summarise(
         seen: ``SEEN`` rows with the fingerprints of the slices that the run saw; without them, only
             ``all`` is reported, without the baseline.
         classes: C class names in the run's order.
-        class_of_cluster: (K,) class index of each cluster.
         num_resamples: of the bootstrap.
         seed: of the bootstrap.
         groups: by sample_id, what is resampled as a whole, such as a subject; a slice without a
@@ -269,7 +267,7 @@ def summarise(
             scaling with it.
     """
     table = table.filter(pc.is_valid(table["label"]))
-    predictions = _from_table(table, classes, class_of_cluster)
+    predictions = _from_table(table, classes)
     by_predictor = predictions.by_predictor
     if seen is not None:
         by_predictor["thumbnail_1nn"] = _nearest_thumbnail(table, seen, classes)
@@ -305,19 +303,25 @@ def summarise(
     return metrics
 
 
-def _from_table(
-    table: pa.Table, classes: Sequence[str], class_of_cluster: NDArray[np.int64]
-) -> Predictions:
+def _from_table(table: pa.Table, classes: Sequence[str]) -> Predictions:
     """Predictions of a table whose rows are labelled."""
-    index = {name: position for position, name in enumerate(classes)}
+    responsibilities = matrix_of(table["responsibilities"])
+    class_of_cluster = np.zeros(responsibilities.shape[1], np.int64)  # no matter for an empty one
+    class_of_cluster[table["cluster"].to_numpy()] = _indices(table["cluster_class"], classes)
     return Predictions(
-        labels=np.array([index[name] for name in table["label"].to_pylist()], dtype=np.int64),
+        labels=_indices(table["label"], classes),
         probabilities=matrix_of(table["probabilities"]),
-        responsibilities=matrix_of(table["responsibilities"]),
+        responsibilities=responsibilities,
         class_of_cluster=class_of_cluster,
         log_likelihood=np.asarray(table["log_likelihood"].to_numpy()),
         embeddings=matrix_of(table["embedding"]),
     )
+
+
+def _indices(names: pa.ChunkedArray, classes: Sequence[str]) -> NDArray[np.int64]:
+    """(N,) positions of class names."""
+    index = {name: position for position, name in enumerate(classes)}
+    return np.array([index[name] for name in names.to_pylist()], dtype=np.int64)
 
 
 def matrix_of(column: pa.ChunkedArray) -> NDArray[np.float32]:
@@ -331,8 +335,7 @@ def _nearest_thumbnail(
 ) -> NDArray[np.int64]:
     """(N,) class of the most similar labelled training thumbnail."""
     labelled = seen.filter(pc.equal(seen["role"], LABELLED))
-    index = {name: position for position, name in enumerate(classes)}
-    labels = np.array([index[name] for name in labelled["label"].to_pylist()], dtype=np.int64)
+    labels = _indices(labelled["label"], classes)
     _, nearest = most_similar(
         coarse(thumbnail_matrix(table["thumbnail"].to_pylist())),
         coarse(thumbnail_matrix(labelled["thumbnail"].to_pylist())),

@@ -20,7 +20,7 @@ from brainray.errors import ConfigError, DataError
 from brainray.models.features import FeatureEncoder
 from brainray.models.joint import cluster_loss
 from brainray.models.ntxent import ContrastivePretext
-from brainray.models.pretext import NoPretext, Pretext, PretextOutput, Views
+from brainray.models.pretext import NoPretext, Pretext, PretextOutput
 from brainray.models.rotation import RotationPretext
 from brainray.schema import UNLABELLED
 
@@ -121,9 +121,9 @@ def pretext_epoch(
 ) -> dict[str, float]:
     """Train for one pass over the slices; return mean losses over all steps and ranks.
 
-    The loss is pretext + lambda * the mean of sum_k gamma_k |z - mu_k|^2 over the clustered views,
-    with the second term only if ``soft`` is given. ``seed`` alone determines order, augmentation
-    and dropout; it must differ between epochs and ranks.
+    The loss is pretext + lambda * the mean of sum_k gamma_k |z - mu_k|^2 over the slices' own
+    views, with the second term only if ``soft`` is given. ``seed`` alone determines order,
+    augmentation and dropout; it must differ between epochs and ranks.
 
     Args:
         model: a `PretextModel`, possibly wrapped in DDP.
@@ -159,7 +159,8 @@ def pretext_epoch(
         terms = {"pretext": pretext.loss(output.outputs, views.targets)}
         total = terms["pretext"]
         if soft is not None:
-            terms["cluster"] = _cluster_term(output.z, views, rows, soft)
+            own = output.z[: len(rows)]
+            terms["cluster"] = cluster_loss(own, soft.responsibilities[rows], soft.centers)
             total = total + lambda_cluster * terms["cluster"]
         terms["total"] = total
         optimizer.zero_grad(set_to_none=True)
@@ -168,11 +169,6 @@ def pretext_epoch(
         scheduler.step()
         losses.add(terms)
     return losses.over_ranks()
-
-
-def _cluster_term(z: Tensor, views: Views, rows: Tensor, soft: SoftTargets) -> Tensor:
-    seen = rows[views.rows[: views.num_clustered]]
-    return cluster_loss(z[: views.num_clustered], soft.responsibilities[seen], soft.centers)
 
 
 @torch.inference_mode()

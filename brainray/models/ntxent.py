@@ -35,8 +35,7 @@ class ContrastivePretext:
         )
 
     def views(self, images: Tensor, groups: Tensor, generator: Generator) -> Views:
-        rows = torch.arange(len(images), device=images.device)
-        return Views(augment(images, self.augmentation, generator), rows, groups, len(rows))
+        return Views(augment(images, self.augmentation, generator), groups)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         first, second = outputs.chunk(2)

@@ -13,12 +13,13 @@ from brainray.models.features import FeatureEncoder
 
 
 class Views(NamedTuple):
-    """V views of a batch of B slices, as one batch because DDP needs one forward pass per step."""
+    """V views of a batch of B slices, as one batch because DDP needs one forward pass per step.
+
+    The first B are views of the slices in their order, which the clustering loss uses.
+    """
 
     images: Tensor  # (V, 1, H, W) float in [0, 1]
-    rows: Tensor  # (V,) int64 in [0, B): slice of the batch
     targets: Tensor  # (V,) int64: target of the pretext task
-    num_clustered: int  # number of leading views used in the clustering loss
 
 
 class PretextOutput(NamedTuple):
@@ -65,8 +66,7 @@ class NoPretext:
         return nn.Identity()
 
     def views(self, images: Tensor, groups: Tensor, generator: Generator) -> Views:
-        rows = torch.arange(len(images), device=images.device)
-        return Views(augment(images, self.augmentation, generator), rows, rows, len(rows))
+        return Views(augment(images, self.augmentation, generator), groups)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return outputs.sum() * 0.0

@@ -39,12 +39,9 @@ class RotationPretext:
         )
         images = augment(images, upright, generator)
         turns = torch.arange(NUM_TURNS, device=images.device)
-        rows = torch.arange(len(images), device=images.device)
-        return Views(
+        return Views(  # the upright ones first
             torch.cat([images.rot90(turn, dims=(2, 3)) for turn in range(NUM_TURNS)]),
-            rows.repeat(NUM_TURNS),
             turns.repeat_interleave(len(images)),
-            num_clustered=len(images),  # the upright views only
         )
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ class _Manifest(BaseModel):
     subject_salt: str
     generation: Annotated[int, Field(ge=0)]
     preprocess: PreprocessConfig
+    num_slices: dict[str, dict[str, int]]
     split: dict[str, Any]
     classes_map: dict[str, str | None]
 
@@ -89,6 +90,11 @@ class ImageStore:
     def classes(self) -> list[str]:
         """The training slices' classes, sorted."""
         return list(self.manifest["classes"])
+
+    @property
+    def num_slices(self) -> dict[str, dict[str, int]]:
+        """Number of slices by split and label, which is empty for those without."""
+        return dict(self.manifest["num_slices"])
 
     @property
     def pixel_mean(self) -> float:
@@ -286,7 +292,7 @@ def describe(store: ImageStore) -> str:
     """A summary of the store in a few lines."""
     manifest = store.manifest
     lines = [f"image store {store.folder}:"]
-    for split, by_class in manifest["num_slices"].items():
+    for split, by_class in store.num_slices.items():
         counts = ", ".join(f"{count:,} {name or 'unlabelled'}" for name, count in by_class.items())
         lines.append(f"  {split}: {sum(by_class.values()):,} slices ({counts or 'none'})")
     lines.append(f"  removed copies: {manifest['num_removed_copies']:,}")

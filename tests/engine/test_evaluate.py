@@ -118,7 +118,6 @@ def test_a_summary_tells_all_clean_and_the_memory_baseline() -> None:
         table([True, False, True, True, True]),
         seen(),
         CLASSES,
-        CLASS_OF_CLUSTER,
         num_resamples=100,
         seed=0,
     )
@@ -142,7 +141,6 @@ def test_intervals_are_told_where_there_are_groups_enough_and_both_outcomes() ->
             many.set_column(0, "sample_id", ids),
             seen(),
             CLASSES,
-            CLASS_OF_CLUSTER,
             num_resamples=100,
             seed=0,
             groups=groups,
@@ -161,7 +159,6 @@ def test_strict_figures_of_small_classes_are_withheld() -> None:
         table([True] * 5, [True, True, True, False, True]),
         seen(),
         CLASSES,
-        CLASS_OF_CLUSTER,
         num_resamples=10,
         seed=0,
     )
@@ -173,7 +170,7 @@ def test_strict_figures_of_small_classes_are_withheld() -> None:
 
 
 def test_without_fingerprints_there_is_no_clean_and_no_baseline() -> None:
-    metrics = summarise(table(None), None, CLASSES, CLASS_OF_CLUSTER, num_resamples=10, seed=0)
+    metrics = summarise(table(None), None, CLASSES, num_resamples=10, seed=0)
     assert metrics["test/all/head/accuracy"] == 0.75
     assert not [
         name for name in metrics if "clean" in name or "strict" in name or "thumbnail" in name

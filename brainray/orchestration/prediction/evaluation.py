@@ -127,7 +127,6 @@ def _evaluate(
         predictions,
         None if seen is None else seen.filter(pc.invert(seen["elsewhere"])),
         checkpoint.classes,
-        checkpoint.clusters.class_of_cluster.numpy(),
         num_resamples=config.evaluation.bootstrap_resamples,
         seed=config.seed,
         groups=_groups(accepted, predictor.preprocess, known),

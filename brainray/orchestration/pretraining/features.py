@@ -200,10 +200,10 @@ def _extract(
     started = time.monotonic()
     with target.rebuilt(layout.MANIFEST) as building:
         num_rows = _write_parts(config, store, feature, weights, seed, building / layout.PARTS)
-        expected = store.index().num_rows
+        expected = sum(sum(by_class.values()) for by_class in store.num_slices.values())
         if num_rows != expected:
             raise DataError(
-                f"{store.folder}: {expected - num_rows} slices of its index are missing; delete "
+                f"{store.folder}: {expected - num_rows} slices of its manifest are missing; delete "
                 "the store and preprocess again"
             )
         seconds = time.monotonic() - started

@@ -170,7 +170,7 @@ def _check_store(
         feature_name: check_feature(store, feature_name, feature, weights[feature_name])
         for feature_name, feature in config.study.features.items()
     }
-    num_fitted = store.index()["split"].to_pylist().count(TRAIN)
+    num_fitted = sum(store.num_slices[TRAIN].values())
     check_sizes(config, name, num_fitted, num_features)
 
 

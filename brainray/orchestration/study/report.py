@@ -54,7 +54,7 @@ from brainray.report.study_tables import (
 )
 from brainray.report.style import png_bytes
 from brainray.report.tsne import MIN_SLICES, tsne_sequence
-from brainray.schema import NOISE, UNLABELLED
+from brainray.schema import NOISE, TRAIN, UNLABELLED
 from brainray.storage import Folder
 
 _DRAWING_FORMAT = 5  # of the figures and the recommended K
@@ -430,29 +430,25 @@ def _contact_sheet(
     fitted = np.flatnonzero(studied.slices.fitted)
     found, sizes = np.unique(clusters[fitted], return_counts=True)
     largest = sorted(found[np.argsort(-sizes, kind="stable")][:_MAX_SHEET_CLUSTERS].tolist())
-    sheet = []
+    titles, rows = [], []
     for cluster in largest:
         members = fitted[clusters[fitted] == cluster]
         distances = np.linalg.norm(x[members] - x[members].mean(axis=0), axis=1)
         by_distance = members[np.argsort(distances, kind="stable")]
         name = "noise" if cluster == NOISE else f"cluster {cluster}"
-        sheet.append(
-            ClusterTiles(
-                f"{name}\n{len(members):,} slices",
-                _images(studied, by_distance[:_NUM_TILES]),
-                _images(studied, by_distance[_NUM_TILES:][::-1][:_NUM_TILES]),
-            )
-        )
+        titles.append(f"{name}\n{len(members):,} slices")
+        rows += [by_distance[:_NUM_TILES], by_distance[_NUM_TILES:][::-1][:_NUM_TILES]]
+    images = _images(studied, np.concatenate(rows))
+    parts = iter(np.split(images, np.cumsum([len(each) for each in rows])[:-1]))
+    sheet = [ClusterTiles(title, list(next(parts)), list(next(parts))) for title in titles]
     return png_bytes(cluster_sheet(sheet, f"{cell.dataset}, {cell.feature}, {cell.clusterer}"))
 
 
-def _images(studied: StudiedSet, rows: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
-    if len(rows) == 0:
-        return []
+def _images(studied: StudiedSet, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """Fitted slices (n, side, side), in one pass over the store."""
     sample_ids = studied.slices.table["sample_id"].take(rows).to_pylist()
-    splits = studied.slices.table["split"].take(rows).to_pylist()
-    images = studied.store.images(sample_ids, splits[0], studied.store.preprocess.image_size)
-    return list(images[:, 0])
+    side = studied.store.preprocess.image_size
+    return studied.store.images(sample_ids, TRAIN, side)[:, 0]
 
 
 def _dendrogram(x: NDArray[np.float64], config: Config) -> bytes:

@@ -4,14 +4,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from brainray import layout
-from brainray.config import Config
+from brainray.config import Config, PreprocessConfig
 from brainray.config_text import to_yaml
 from brainray.engine.recluster import check_num_clusters
 from brainray.errors import ClusteringError, ConfigError, DataError
 from brainray.mri.leakage import Fingerprints, exposure
 from brainray.mri.split import check_validation_share, draw_roles
 from brainray.orchestration.run import Run, lasting_settings, name_of_run, run_to_resume
-from brainray.orchestration.seen import check_validation_is_new, seen_by_run, seen_by_weights
+from brainray.orchestration.seen import all_seen, check_validation_is_new, seen_by_weights
 from brainray.orchestration.store import ImageStore
 from brainray.schema import LABELLED, SEEN, TEST, TRAIN, UNLABELLED_ROLE, VALIDATION
 from brainray.storage import Folder
@@ -40,7 +40,9 @@ def begin_run(config: Config, store: ImageStore, num_workers: int) -> tuple[Run,
             _check_ranks(info["num_slices"], num_workers)
         return existing, True
     folder = Folder(config.storage) / layout.RUNS / name_of_run(config)
-    seen = _draw(config, store)
+    index = store.index(thumbnails=True)
+    train, test = (index.filter(pc.equal(index["split"], split)) for split in (TRAIN, TEST))
+    seen = _draw(config, store, train)
     counts = _role_counts(seen)
     num_fitted = counts[LABELLED] + counts.get(UNLABELLED_ROLE, 0)
     check_num_clusters(config.clustering.num_clusters, len(store.classes), num_fitted)
@@ -56,7 +58,8 @@ def begin_run(config: Config, store: ImageStore, num_workers: int) -> tuple[Run,
     folder.delete_file(layout.SEEN_BEFORE, missing_ok=True)  # left by an interrupted start
     if before is not None:
         folder.write_table(layout.SEEN_BEFORE, before)
-    folder.write_table(layout.TEST_SLICES, _test_slices(store, folder))
+    everything = all_seen(seen, SEEN.empty_table() if before is None else before)
+    folder.write_table(layout.TEST_SLICES, _test_slices(test, everything, store.preprocess))
     _keep_records(store.folder, folder / layout.DATASET)
     folder.write_bytes(layout.CONFIG, to_yaml(config).encode())
     info = {
@@ -83,10 +86,9 @@ def _keep_records(store: Folder, kept: Folder) -> None:
         kept.write_bytes(name, store.read_bytes(name))
 
 
-def _draw(config: Config, store: ImageStore) -> pa.Table:
+def _draw(config: Config, store: ImageStore, train: pa.Table) -> pa.Table:
+    """``SEEN`` rows of the training slices, with their roles and the labels that may be read."""
     check_validation_share(config.split.validation_fraction)
-    index = store.index(thumbnails=True)
-    train = index.filter(pc.equal(index["split"], TRAIN))
     labels = train["label"].to_pylist()
     by_subject = config.split.validation == "subject"
     if by_subject and train["subject_id"].null_count == train.num_rows:
@@ -123,17 +125,12 @@ def _draw(config: Config, store: ImageStore) -> pa.Table:
     )
 
 
-def _test_slices(store: ImageStore, run: Folder) -> pa.Table:
-    """The store's test slices, in the order of their predictions, with ``clean``, ``strict``."""
-    index = store.index(thumbnails=True)
-    test = index.filter(pc.equal(index["split"], TEST)).sort_by(
-        [(name, "ascending") for name in ("sample_id", "path", "frame")]
-    )
+def _test_slices(test: pa.Table, seen: pa.Table, preprocess: PreprocessConfig) -> pa.Table:
+    """Test slices, in the order of their predictions, with ``clean`` and ``strict``."""
+    test = test.sort_by([(name, "ascending") for name in ("sample_id", "path", "frame")])
     if test["label"].null_count == test.num_rows:
         test = test.slice(0, 0)  # nothing to score; use jobs/predict.py for these
-    seen = seen_by_run(run)
-    assert seen is not None, "written before"
-    exposed = exposure(Fingerprints.of(test), Fingerprints.of(seen), store.preprocess)
+    exposed = exposure(Fingerprints.of(test), Fingerprints.of(seen), preprocess)
     test = test.select(["sample_id", "path", "frame", "label", "thumbnail", "split_group_id"])
     for name, flags in exposed.columns.items():
         test = test.append_column(name, flags)

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow.compute as pc
 import ray
 from torch import Tensor
 
@@ -240,15 +239,13 @@ def _summarise(config: Config, run: Run) -> Metrics:
     # The kept best epoch: a run that was started with another rule may have chosen another.
     chosen, last = load_checkpoint(run.folder / layout.BEST).epoch, len(history)
     metrics: Metrics = {"chosen_epoch": float(chosen), "num_epochs": float(last)}
-    for epoch, folder, prefix in ((chosen, layout.BEST, ""), (last, layout.LAST, "last/")):
-        checkpoint = load_checkpoint(run.folder / folder)
+    for epoch, prefix in ((chosen, ""), (last, "last/")):
         logged = history[epoch - 1]
         if run.folder.exists(layout.predictions_file(epoch)):
             found = summarise(
                 run.folder.read_table(layout.predictions_file(epoch)),
                 run.folder.read_table(layout.SEEN),
                 run.classes,
-                checkpoint.clusters.class_of_cluster.numpy(),
                 num_resamples=config.evaluation.bootstrap_resamples,
                 seed=config.seed,
                 groups=groups_of_test_slices(run.folder),
@@ -287,10 +284,9 @@ def _log_beginning(run: Run, resumed: bool, config: Config, store: ImageStore) -
         log(f"run {run.folder}: new, training slices: {counts}")
         read = num_slices[LABELLED] + num_slices[VALIDATION]
         if split.labelled_fraction < 1:
-            index = store.index()
-            labels = index.filter(pc.equal(index["split"], TRAIN))["label"]
+            num_labels = sum(count for name, count in store.num_slices[TRAIN].items() if name)
             log(
-                f"the run reads {read} of {len(labels) - labels.null_count} labels "
+                f"the run reads {read} of {num_labels} labels "
                 f"(split.labelled_fraction={split.labelled_fraction:g}; 1 reads all)"
             )
         if num_slices[VALIDATION] > _FAR_MORE * split.validation_fraction * read:
