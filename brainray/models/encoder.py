@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from brainray.errors import ConfigError
 from brainray.models.small_maps import with_fast_small_maps
 
+_ZIP = b"PK"  # beginning of what torch.save writes
+
 
 class EncoderOutput(NamedTuple):
     """Output of a forward pass for B slices."""
@@ -109,11 +111,14 @@ def encoder_state(content: bytes, where: str) -> dict[str, Tensor]:
     """Like `local_state`, from the bytes of a file; ``where`` names it in errors.
 
     Raises:
-        ConfigError: the file is neither.
+        ConfigError: the file is neither, or is damaged.
     """
     try:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception:  # torch.load raises nearly anything on invalid files
+    except Exception as error:  # torch.load raises nearly anything on invalid files
+        if content.startswith(_ZIP) and isinstance(error, RuntimeError):
+            reason = str(error).splitlines()[0][:100]
+            raise ConfigError(f"{where} is damaged ({reason}): copy it again") from None
         state = None
     if isinstance(state, dict) and isinstance(state.get("encoder"), dict):
         state = {

@@ -167,6 +167,8 @@ def test_strict_figures_of_small_classes_are_withheld() -> None:
     assert metrics["test/strict/head/support/a"] == 2
     assert "test/clean/head/recall/a" in metrics
     assert not [name for name in metrics if name.startswith("test/strict/head/recall/")]
+    assert "test/clean/head/balanced_accuracy" in metrics
+    assert "test/strict/head/balanced_accuracy" not in metrics
 
 
 def test_without_fingerprints_there_is_no_clean_and_no_baseline() -> None:

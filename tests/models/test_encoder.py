@@ -68,3 +68,11 @@ def test_a_pickle_with_code_is_not_run(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is neither a state dict of a torchvision encoder nor"):
         build_encoder("resnet18", str(tmp_path / "bomb.pt"), num_classes=4)
     assert not (tmp_path / "boom").exists()
+
+
+def test_a_truncated_file_of_weights_is_told_to_be_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "cut.pt"
+    torch.save(build_encoder("resnet18", "random", 2).backbone.state_dict(), path)
+    path.write_bytes(path.read_bytes()[:100_000])
+    with pytest.raises(ConfigError, match=r"encoder\.weights=.*cut\.pt is damaged \(.*\): copy it"):
+        build_encoder("resnet18", str(path), 2)

@@ -246,7 +246,7 @@ def _may_hold_slices(file: FoundFile, source: Folder) -> bool:
         with source.filesystem.open_input_file(f"{source.path}/{file.path}") as stream:
             return looks_like_dicom(stream.read(DICOM_HEAD_BYTES))
     except OSError:
-        return False
+        return True  # reading it records why it cannot be read
 
 
 def _walk(source: Folder, storage: Folder | None) -> Iterator[FoundFile]:
