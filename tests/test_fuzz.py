@@ -232,6 +232,7 @@ WHOLE_MANIFEST: dict[str, Any] = {
     "listing": "abc",
     "generation": 0,
     "preprocess": {"image_size": 64},
+    "num_slices": {"train": {"a": 3, "": 2}, "test": {"a": 1}},
     "split": {"mode": "official"},
     "classes_map": {},
 }
@@ -265,6 +266,7 @@ def test_a_manifest_is_read_or_explained_in_one_line(amount: str, tmp_path: Path
         assert all(isinstance(name, str) for name in [*store.classes, store.data_hash])
         assert math.isfinite(store.pixel_mean)
         assert store.pixel_std > 0
+        assert all(count >= 0 for count in store.num_slices["train"].values())
         assert store.preprocess.image_size >= 16
 
     read(json.dumps(WHOLE_MANIFEST | {"format": "\n"}).encode())

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
 from brainray import layout
 from brainray.config import Config, PreprocessConfig, SplitConfig
@@ -18,6 +18,13 @@ from brainray.mri import decode, intracranial
 from brainray.mri.resize import stretch
 from brainray.schema import IMAGE_INDEX_COLUMNS, TEST, TRAIN
 from brainray.storage import Folder
+
+
+class _NumSlices(BaseModel):
+    """Number of slices of each split by label."""
+
+    train: dict[str, NonNegativeInt]
+    test: dict[str, NonNegativeInt] = {}
 
 
 class _Manifest(BaseModel):
@@ -34,7 +41,7 @@ class _Manifest(BaseModel):
     subject_salt: str
     generation: Annotated[int, Field(ge=0)]
     preprocess: PreprocessConfig
-    num_slices: dict[str, dict[str, int]]
+    num_slices: _NumSlices
     split: dict[str, Any]
     classes_map: dict[str, str | None]
 

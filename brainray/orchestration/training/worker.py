@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from typing import Any, cast
 
@@ -122,11 +122,12 @@ def _train(
     trainer.finish()
 
 
-@dataclass
 class _Timer:
-    """Seconds spent in the parts of one epoch."""
+    """Seconds since the beginning of an epoch, and those spent in its parts."""
 
-    seconds: dict[str, float]
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+        self.seconds: dict[str, float] = {}
 
     @contextmanager
     def measure(self, part: str) -> Iterator[None]:
@@ -134,6 +135,10 @@ class _Timer:
         yield
         elapsed = time.monotonic() - started
         self.seconds[part] = self.seconds.get(part, 0.0) + elapsed
+
+    @property
+    def total(self) -> float:
+        return time.monotonic() - self._started
 
 
 class _Trainer:
@@ -258,8 +263,7 @@ class _Trainer:
 
     def run_epoch(self) -> None:
         """Train, embed, re-cluster, evaluate the matching pair, and save it."""
-        timer = _Timer({})
-        started = time.monotonic()
+        timer = _Timer()
         self.epoch += 1
         with timer.measure("train"):
             trained = self._train_epoch()
@@ -272,7 +276,21 @@ class _Trainer:
         with timer.measure("evaluate"):
             validation = self._predict(self.data.validation)
             test = self._predict(self.data.test) if self._tests_each_epoch else None
-        metrics: dict[str, float] = {"epoch": float(self.epoch)}
+        metrics = self._training_metrics(trained) | validation_metrics(validation)
+        metrics |= {f"cluster/{name}": value for name, value in asdict(health).items()}
+        metrics |= {
+            "cluster/collapsed": float(collapsed),
+            "cluster/kmeans_iterations": float(reclustering.kmeans_iterations),
+            "cluster/gmm_iterations": float(reclustering.gmm_iterations),
+            "cluster/num_reseeded": float(reclustering.num_reseeded),
+        }
+        if test is not None:
+            with timer.measure("evaluate"):
+                metrics |= self._test_metrics(test)
+        self._save(metrics, fitted.z, test, timer)
+
+    def _training_metrics(self, trained: EpochResult) -> dict[str, float]:
+        metrics = {"epoch": float(self.epoch)}
         metrics |= {f"train/loss/{name}": value for name, value in trained.losses.items()}
         if self.sizes.unlabelled:
             metrics["train/class_shift"] = self._class_shift
@@ -281,19 +299,7 @@ class _Trainer:
         metrics["train/num_workers"] = float(dist.world_size())
         metrics["train/precision_bits"] = float(PRECISION_BITS[self.precision])
         metrics["train/learning_rate"] = float(self.scheduler.get_last_lr()[0])
-        metrics |= validation_metrics(validation)
-        metrics |= {
-            "cluster/collapsed": float(collapsed),
-            "cluster/kmeans_iterations": float(reclustering.kmeans_iterations),
-            "cluster/gmm_iterations": float(reclustering.gmm_iterations),
-            "cluster/num_reseeded": float(reclustering.num_reseeded),
-        }
-        metrics |= {f"cluster/{name}": value for name, value in asdict(health).items()}
-        if test is not None:
-            with timer.measure("evaluate"):
-                metrics |= self._test_metrics(test)
-        with timer.measure("report"):
-            self._save(metrics, fitted.z, test, timer, started)
+        return metrics
 
     def finish(self) -> None:
         """Save the last epoch's checkpoint next to the best one, and predict the test slices.
@@ -502,13 +508,11 @@ class _Trainer:
         z: Tensor,
         test: Predictions | None,
         timer: _Timer,
-        started: float,
     ) -> None:
         """Write the checkpoint, then the logs: a logged epoch can always be resumed from."""
-        for part in ("train", "embed", "recluster", "evaluate"):
-            metrics[f"time/{part}_s"] = timer.seconds[part]
+        metrics |= {f"time/{part}_s": seconds for part, seconds in timer.seconds.items()}
         of_step = (self.sizes.labelled + self.sizes.unlabelled) * dist.world_size()
-        metrics["time/epoch_s"] = time.monotonic() - started  # until the checkpoint
+        metrics["time/epoch_s"] = timer.total  # until the checkpoint
         metrics["time/images_per_s"] = self.num_steps * of_step / timer.seconds["train"]
         self.history.append(metrics)
         keys = dist.gather_rows(self.data.fitted_keys)
@@ -527,7 +531,7 @@ class _Trainer:
         reported = reported_metrics(self.history)
         with raise_on_all_ranks(self.device):
             if dist.rank() == 0:
-                self._write(state, coordinates, log_likelihood, test, started)
+                self._write(state, coordinates, log_likelihood, test, timer)
         # The files are already in storage: Ray is only given their location and the metrics.
         folder = self.run / layout.checkpoint_folder(self.epoch)
         checkpoint = ray.train.Checkpoint(folder.path, folder.filesystem)
@@ -544,10 +548,10 @@ class _Trainer:
         coordinates: Tensor,
         log_likelihood: Tensor,
         test: Predictions | None,
-        started: float,
+        timer: _Timer,
     ) -> None:
         """Write the epoch's files (on rank 0), and last the log line that marks it as finished."""
-        writing = time.monotonic()
+        until_here = timer.total
         checkpoint = self._checkpoint()
         is_chosen = chosen_epoch(self.history) == self.epoch
         kept = {*self.config.evaluation.tsne_epochs, self.config.train.num_epochs}
@@ -560,8 +564,8 @@ class _Trainer:
         save_resumable(self.run, Resumable(checkpoint, state), fitted)
         keep_as_best(self.run, self.epoch)
         metrics = self.history[-1]
-        metrics["time/report_s"] = time.monotonic() - writing
-        metrics["time/epoch_s"] = time.monotonic() - started
+        metrics["time/epoch_s"] = timer.total
+        metrics["time/report_s"] = metrics["time/epoch_s"] - until_here
         self.run.write_json_lines(layout.METRICS, self.history)
 
     def _checkpoint(self) -> Checkpoint:
