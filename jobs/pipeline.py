@@ -9,8 +9,7 @@ from brainray.orchestration.job import TRAINING_SECTIONS, JobResult, run_job
 
 
 def check(config: Config) -> None:
-    from brainray.mri.split import check_validation_share
-    from brainray.orchestration.run import run_to_resume
+    from brainray.orchestration.run import check_new_or_same
     from brainray.orchestration.store import check_sides
 
     if config.evaluation.num_label_draws > 1:
@@ -19,8 +18,7 @@ def check(config: Config) -> None:
             "jobs/train.py on the pipeline's store for several label draws"
         )
     check_sides(config)
-    if run_to_resume(_on_own_store(config)) is None:
-        check_validation_share(config.split.validation_fraction)
+    check_new_or_same(_on_own_store(config))
 
 
 def _on_own_store(config: Config) -> Config:

@@ -8,14 +8,13 @@ from brainray.orchestration.job import TRAINING_SECTIONS, JobResult, run_job
 
 
 def check(config: Config) -> None:
-    from brainray.mri.split import check_validation_share
-    from brainray.orchestration.run import run_to_resume
+    from brainray.orchestration.run import check_new_or_same
     from brainray.orchestration.store import store_to_train_on
 
     config, _ = store_to_train_on(config)
     # Several label draws have a run each, which may be complete.
-    if config.evaluation.num_label_draws == 1 and run_to_resume(config) is None:
-        check_validation_share(config.split.validation_fraction)
+    if config.evaluation.num_label_draws == 1:
+        check_new_or_same(config)
 
 
 def work(config: Config) -> JobResult:

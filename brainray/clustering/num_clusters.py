@@ -13,7 +13,7 @@ from brainray.clustering import shards
 from brainray.clustering.gaussian import CovarianceType
 from brainray.clustering.gmm import GaussianMixture
 from brainray.clustering.kmeans import KMeans
-from brainray.clustering.metrics import euclidean_silhouette
+from brainray.clustering.metrics import MAX_SILHOUETTE_ROWS, euclidean_silhouette
 from brainray.clustering.seeding import draw_rows, uniform_from_keys
 from brainray.errors import ClusteringError
 
@@ -81,7 +81,7 @@ def score_num_clusters(
     row_keys: Tensor | None = None,
     covariance_type: CovarianceType = "full",
     num_references: int = 10,
-    max_silhouette_rows: int = 5000,
+    max_silhouette_rows: int = MAX_SILHOUETTE_ROWS,
     seed: int = 0,
 ) -> NumClustersScores:
     """Fit K-means and a mixture for each K, and for one cluster, and score them (collective).

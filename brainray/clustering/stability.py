@@ -131,9 +131,10 @@ def recommend(scores: NumClustersScores, stability: Stability) -> Recommendation
         reasons.append(f"{votes[chosen]} of {len(choices)} criteria agree")
     if scores.prefer_one:
         names = " and ".join(_TITLES[name] for name in scores.prefer_one)
+        doubt = ": there may be no groups at all" if len(scores.prefer_one) == len(_TITLES) else ""
         reasons.append(
             f"by {names}, a single cluster describes the slices no worse than {ends[0]} to "
-            f"{ends[1]}: there may be no groups at all"
+            f"{ends[1]}{doubt}"
         )
     if chosen == ends[1] or chosen == ends[0] > 2:  # a K below 2 is no clustering
         reasons.append(

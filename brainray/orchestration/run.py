@@ -10,6 +10,7 @@ from brainray import layout
 from brainray.config import WORKER_SETTINGS, Config, SplitConfig
 from brainray.config_text import differing_settings, parse_config, parse_yaml, with_defaults
 from brainray.errors import ConfigError, DataError
+from brainray.mri.split import check_validation_share
 from brainray.orchestration.lock import is_held
 from brainray.storage import Folder
 
@@ -125,6 +126,18 @@ def run_to_resume(config: Config) -> Run | None:
             "choose another name, or delete its folder"
         )
     return run
+
+
+def check_new_or_same(config: Config) -> None:
+    """Check, before anything is made, that training can begin a run of that name or resume it.
+
+    Raises:
+        ConfigError: the run was begun with other settings, or a new one cannot draw its validation
+            slices as asked.
+        DataError: another version of brainray made it.
+    """
+    if run_to_resume(config) is None:
+        check_validation_share(config.split.validation_fraction)
 
 
 def read_run_info(folder: Folder) -> dict[str, Any]:

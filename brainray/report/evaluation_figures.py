@@ -4,6 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from brainray import layout
 from brainray.report.cells import PREDICTOR_TITLES
 from brainray.report.figures import Confusion, confusion_counts, confusion_matrices
 from brainray.report.style import png_bytes
@@ -31,7 +32,7 @@ def draw_evaluation_figures(folder: Folder, predictions: pa.Table, classes: list
             panels = [_confusion(rows, predictor, classes) for predictor in PREDICTED_BY]
             title = f"Confusion matrices, test slices: {subset} ({rows.num_rows:,})"
             figure = confusion_matrices(panels, classes, title)
-            folder.write_bytes(f"figures/confusion_{subset}.png", png_bytes(figure))
+            folder.write_bytes(f"{layout.FIGURES}/confusion_{subset}.png", png_bytes(figure))
 
 
 def _confusion(rows: pa.Table, predictor: str, classes: list[str]) -> Confusion:

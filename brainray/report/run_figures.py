@@ -44,10 +44,10 @@ def draw_run_figures(
 
 def _draw_curves(run: Folder, history: History, chosen: int) -> None:
     figures = {
-        "figures/loss.png": loss_curves(history),
-        "figures/accuracy.png": accuracy_curves(history, chosen),
-        "figures/clustering_health.png": clustering_health(history, chosen),
-        "figures/timing.png": timing_breakdown(history),
+        f"{layout.FIGURES}/loss.png": loss_curves(history),
+        f"{layout.FIGURES}/accuracy.png": accuracy_curves(history, chosen),
+        f"{layout.FIGURES}/clustering_health.png": clustering_health(history, chosen),
+        f"{layout.FIGURES}/timing.png": timing_breakdown(history),
     }
     for name, figure in figures.items():
         if figure is not None:
@@ -57,4 +57,4 @@ def _draw_curves(run: Folder, history: History, chosen: int) -> None:
 def _draw_maps(run: Folder, classes: list[str], maps: Sequence[SliceMap]) -> None:
     labels = [label or UNLABELLED_CLASS for label in maps[0].rows["label"].to_pylist()]
     drawn = [EmbeddingMap(m.epoch, m.points, m.rows["cluster"].to_numpy()) for m in maps]
-    run.write_bytes("figures/tsne.png", png_bytes(embedding_maps(drawn, labels, classes)))
+    run.write_bytes(f"{layout.FIGURES}/tsne.png", png_bytes(embedding_maps(drawn, labels, classes)))

@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from brainray import layout
 from brainray.mri.skull_strip import StrippedSlice
 from brainray.report.figures import before_after_grid, class_distribution
 from brainray.report.style import new_figure, png_bytes
@@ -44,13 +45,13 @@ def draw_store_figures(
         sheet: slices for the contact sheet of skull stripping.
         pairs: examples of leakage.
     """
-    figures = {"figures/class_distribution.png": class_distribution(num_slices)}
+    figures = {f"{layout.FIGURES}/class_distribution.png": class_distribution(num_slices)}
     if before_after:
-        figures["figures/skull_strip.png"] = before_after_grid(before_after)
+        figures[f"{layout.FIGURES}/skull_strip.png"] = before_after_grid(before_after)
     if sheet:
-        figures["figures/contact_sheet.png"] = contact_sheet(sheet)
+        figures[f"{layout.FIGURES}/contact_sheet.png"] = contact_sheet(sheet)
     if pairs:
-        figures["figures/leakage_pairs.png"] = leakage_pairs(pairs)
+        figures[f"{layout.FIGURES}/leakage_pairs.png"] = leakage_pairs(pairs)
     for name, figure in figures.items():
         store.write_bytes(name, png_bytes(figure))
 

@@ -22,6 +22,7 @@ _TITLES = {
     "noise_share": "noise",
 }
 _METHOD = ("features", "clusterer", "pca_dim")
+_ROUNDING = 1e-9
 
 Row = Mapping[str, Any]
 
@@ -134,6 +135,7 @@ def _cell(row: Row, name: str) -> str:
         return f"{mean:.1f} ± {std:.1f}" if std else f"{mean:.0f}"
     if name == "noise_share":
         return f"{mean:.1%}"
-    told = f"{mean:.3f}" if std is None else f"{mean:.3f} ± {std:.3f}"
+    varies = std is not None and std > _ROUNDING  # a clusterer may not depend on the seed
+    told = f"{mean:.3f} ± {std:.3f}" if varies else f"{mean:.3f}"
     fewer = row.get(f"{name}_seeds")  # such as DBSCAN with a single cluster
     return told if fewer is None else f"{told} ({fewer} of {row['num_seeds']})"

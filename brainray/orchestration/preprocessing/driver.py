@@ -51,7 +51,7 @@ from brainray.orchestration.preprocessing.source import (
 )
 from brainray.orchestration.store import NOT_OF_SLICES, ImageStore, describe, settings_of
 from brainray.report.leakage_table import leakage_table
-from brainray.schema import IMAGE_STORE, REJECTED, THUMBNAIL_SIDE
+from brainray.schema import IMAGE_INDEX_COLUMNS, REJECTED, THUMBNAIL_SIDE
 from brainray.storage import Folder
 
 _WRITES_PER_CPU = 4
@@ -394,10 +394,9 @@ def _write_images(
     images.filesystem.create_dir(images.path, recursive=True)
     new = set(parts.names())
     earlier = parts if previous is None else previous.folder / layout.IMAGES
-    about_slice = [name for name in IMAGE_STORE.names if name not in {"image", "thumbnail"}]
 
     write = partial(write_parts, parts=parts, new=new, earlier=earlier, images=images)
-    final_rows = rows.select([*about_slice, "part"])
+    final_rows = rows.select([*IMAGE_INDEX_COLUMNS, "part"])
     names = pc.unique(rows["part"])
     # Several parts per task: one alone is written faster than the executor schedules the next.
     at_once = -(-len(names) // (_WRITES_PER_CPU * _num_cpus()))

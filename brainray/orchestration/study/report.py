@@ -126,11 +126,7 @@ def _tables(results: StudyResults) -> tuple[dict[str, str], str, dict[str, float
     subsets = list(
         dict.fromkeys(name for each in results.sets.values() for name in each.slices.subsets)
     )
-    rows = [
-        outcome_row(outcome, subset)
-        for outcome in results.main
-        for subset in results.sets[outcome.cell.dataset].slices.subsets
-    ]
+    rows = _rows(results, results.main)
     averaged = average_over_seeds(rows, _METHOD)
     files = {"cells.csv": csv_text(rows), "methods.csv": csv_text(averaged)}
     parts, shown = [], []
@@ -160,13 +156,17 @@ def _tables(results: StudyResults) -> tuple[dict[str, str], str, dict[str, float
                 title = f"## {metric.upper()} by data set, {_SUBSET_TITLES[subset]}"
                 by_dataset.append(f"{title}\n\n{table}\n")
     files["datasets.md"] = "\n".join(by_dataset)
-    varied = [
+    files["sensitivity.csv"] = csv_text(_rows(results, results.varied))
+    return files, "\n".join(shown), _flat(averaged)
+
+
+def _rows(results: StudyResults, outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+    """A row for each outcome and subset of its data set."""
+    return [
         outcome_row(outcome, subset)
-        for outcome in results.varied
+        for outcome in outcomes
         for subset in results.sets[outcome.cell.dataset].slices.subsets
     ]
-    files["sensitivity.csv"] = csv_text(varied)
-    return files, "\n".join(shown), _flat(averaged)
 
 
 def _flat(averaged: Sequence[Mapping[str, Any]]) -> dict[str, float]:
