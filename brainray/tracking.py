@@ -58,6 +58,7 @@ class ServedFiles:
     requirements: Sequence[str]  # required distributions, pinned to the installed versions
     inputs: Mapping[str, str]  # MLflow's type by column; all optional
     outputs: Mapping[str, str]  # Arrow's type by column
+    metadata: Mapping[str, Any]  # kept with the model
 
 
 @dataclass(frozen=True)
@@ -396,6 +397,7 @@ def _pyfunc(served: ServedFiles) -> dict[str, Any]:
         "data_path": str(served.data),
         "code_paths": [str(served.code)],
         "signature": ModelSignature(inputs, outputs),
+        "metadata": dict(served.metadata),
         "pip_requirements": [
             f"{name}=={version(name).partition('+')[0]}" for name in served.requirements
         ],

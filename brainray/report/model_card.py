@@ -43,8 +43,8 @@ def model_card(facts: CardFacts, metrics: Metrics) -> str:
         f"A {facts.encoder} trained on brain MRI slices, some or all of them labelled "
         f"(objective `{facts.objective}`, epoch {facts.epoch}), with a Gaussian mixture of "
         f"{facts.num_clusters} components over its embeddings. For a slice it returns the class "
-        f"({', '.join(facts.classes)}) with its confidence, the cluster, an outlier score and the "
-        "most similar training slices.",
+        f"({', '.join(facts.classes)}; `probabilities` are in this order), the cluster, an outlier "
+        "score and the most similar training slices.",
         "## Files",
         _files(facts),
         "## Use",

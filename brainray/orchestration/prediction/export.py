@@ -118,6 +118,7 @@ def served_files(predictor: Predictor) -> Iterator[ServedFiles]:
             requirements=serving.REQUIREMENTS,
             inputs={"path": "string", "image": "binary"},
             outputs={field.name: str(field.type) for field in PREDICTED},
+            metadata={"classes": predictor.checkpoint.classes},
         )
 
 

@@ -109,6 +109,7 @@ def test_onnx_safetensors_and_mlflow_agree_with_prediction_on_200_slices(
     readable = [path for path in slices if path.name != "broken.jpg"]
     assert len(readable) == 200
     model = mlflow.pyfunc.load_model(str(local(exported) / "mlflow"))
+    assert model.metadata.metadata == {"classes": trained.run.classes}
     from_paths = model.predict(pd.DataFrame({"path": [str(path) for path in slices]}))
     assert list(from_paths.columns) == PREDICTED.names
     assert_same(from_paths.to_dict("records"), [predicted[str(path)] for path in slices])
