@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from brainray.errors import ConfigError, DataError, StorageError
+from brainray.errors import BrainrayError, ConfigError, DataError, StorageError
 
 _DISK_IS_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _REFUSED = ("ACCESS_DENIED", "NO_SUCH_BUCKET")  # by an object store; outages may be temporary
@@ -126,13 +127,16 @@ class Folder:
             raise _unreachable(f"{self.uri}/{name}", error) from None
 
     def write_bytes(self, name: str, content: bytes) -> None:
-        """Write or replace a file, and the folders above it."""
-        with self._new_file(name) as stream:
+        """Write or replace a file, and the folders above it; it then survives a power failure."""
+        with self._new_file(name, on_disk=True) as stream:
             stream.write(content)
 
     @contextlib.contextmanager
-    def _new_file(self, name: str) -> Iterator[pa.NativeFile]:
-        """Stream for a file that gets its name when the block ends without an error."""
+    def _new_file(self, name: str, *, on_disk: bool = False) -> Iterator[pa.NativeFile]:
+        """Stream for a file that gets its name when the block ends without an error.
+
+        With ``on_disk``, after a power failure it is the old or the new file, not an empty one.
+        """
         target = self._join(name)
         temporary = _temporary(target)
         with self._friendly_write_errors(name):
@@ -143,6 +147,8 @@ class Folder:
             except BaseException:
                 self._delete_cut_file(temporary)
                 raise
+            if on_disk and self.local_path is not None:
+                _write_to_disk(temporary)
             self.filesystem.move(temporary, target)
 
     @contextlib.contextmanager
@@ -266,8 +272,9 @@ class Folder:
             writer.write_table(table)
 
     def write_csv(self, name: str, table: pa.Table) -> None:
+        """For spreadsheets: see `without_formulas`."""
         with self.csv_writer(name, table.schema) as writer:
-            writer.write_table(table)
+            writer.write_table(without_formulas(table))
 
     @contextlib.contextmanager
     def csv_writer(self, name: str, schema: pa.Schema) -> Iterator[pa_csv.CSVWriter]:
@@ -297,7 +304,7 @@ class Folder:
             self.filesystem.delete_dir(self.path)
 
     def move_to(self, target: "Folder", last: str) -> None:
-        """Rename; ``target`` must not exist and must be on the same file system.
+        """Rename; on the same file system. ``target`` must not exist, or be a part of this folder.
 
         Object stores cannot rename folders: there the files are copied, with ``last``, the file
         that marks the folder as complete, after all others.
@@ -306,26 +313,36 @@ class Folder:
             self.filesystem.create_dir(target.path.rpartition("/")[0], recursive=True)
             self.filesystem.move(self.path, target.path)
             return
-        completing = self.read_bytes(last)
-        self.filesystem.delete_file(self._join(last))
-        pafs.copy_files(
-            self.path,
-            target.path,
-            source_filesystem=self.filesystem,
-            destination_filesystem=target.filesystem,
-        )
+        completing = self._announced(target, last)
+        self.delete_file(last, missing_ok=True)
+        with target._friendly_write_errors(""):
+            target.filesystem.create_dir(target.path, recursive=True)
+            pafs.copy_files(
+                self.path,
+                target.path,
+                source_filesystem=self.filesystem,
+                destination_filesystem=target.filesystem,
+            )
         target.write_bytes(last, completing)
+        target.parent.delete_file(target._completing())
         self.delete()
+
+    def _announced(self, target: "Folder", last: str) -> bytes:
+        """The content of ``last``, kept next to ``target`` until the copy to it is complete."""
+        if not target.parent.exists(target._completing()):
+            target.parent.write_bytes(target._completing(), self.read_bytes(last))
+        return target.parent.read_bytes(target._completing())
 
     def replace(self, target: "Folder", last: str) -> None:
         """Replace ``target`` completely; if interrupted, call ``restore`` afterwards.
 
         On object stores the old files are deleted first.
         """
-        if target.local_path is not None and target.exists():
-            self.filesystem.move(target.path, target._aside().path)
-        else:
+        if target.local_path is None:
+            self._announced(target, last)
             target.delete()
+        elif target.exists():
+            self.filesystem.move(target.path, target._aside().path)
         self.move_to(target, last)
         target._aside().delete()
 
@@ -335,20 +352,26 @@ class Folder:
 
         If the block fails, nothing is left of it. ``last`` is the file that marks it as complete.
         """
-        self.restore()
-        building = self.parent / f".{self.name}.building"
+        self.restore(last)
+        building = self._building()
         building.delete()
         try:
             yield building
             building.replace(self, last)
         except BaseException:
-            for tidy in (self.restore, building.delete):
-                with contextlib.suppress(OSError):  # would hide the first error
-                    tidy()
+            with contextlib.suppress(OSError, BrainrayError):  # would hide the first error
+                self.restore(last)
+                building.delete()
             raise
 
-    def restore(self) -> None:
-        """Put back the folder that an interrupted ``replace`` moved aside."""
+    def restore(self, last: str) -> None:
+        """Put back the folder that an interrupted ``replace`` moved aside; on an object store,
+        complete the copy, as the earlier files are deleted.
+        """
+        if self.local_path is None:
+            if self.parent.exists(self._completing()):
+                self._building().replace(self, last)
+            return
         aside = self._aside()
         if not aside.exists():
             return
@@ -356,6 +379,13 @@ class Folder:
             aside.delete()
         else:
             self.filesystem.move(aside.path, self.path)
+
+    def _building(self) -> "Folder":
+        return self.parent / f".{self.name}.building"
+
+    def _completing(self) -> str:
+        """Name, in the parent folder, of the last file of a copy that has begun."""
+        return f".{self.name}.completing"
 
     def _aside(self) -> "Folder":
         return self.parent / f".{self.name}.replaced"
@@ -376,6 +406,29 @@ def check_is_folder(given: Folder, key: str) -> None:
         raise DataError(f"no such folder: {key}={given}")
     if given.local_path is not None and not given.local_path.is_dir():
         raise DataError(f"{key}={given} is a file: give the folder that contains it")
+
+
+def without_formulas(table: pa.Table) -> pa.Table:
+    """The table with an apostrophe before texts that a spreadsheet would evaluate as a formula.
+
+    File names, for example, may come from strangers.
+    """
+    for position, field in enumerate(table.schema):
+        if pa.types.is_string(field.type):
+            texts = table[field.name]
+            is_formula = pc.match_substring_regex(texts, "^[=+@\\t\\r-]")
+            quoted = pc.binary_join_element_wise("'", texts, "")
+            table = table.set_column(position, field, pc.if_else(is_formula, quoted, texts))
+    return table
+
+
+def _write_to_disk(path: str) -> None:
+    """Wait until a local file's content is on the disk and not only in the system's memory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _write_new(path: str, content: bytes, mode: int) -> None:

@@ -48,6 +48,9 @@ _DATABASE_RETRIES = 3  # take half a second; MLflow's default of ten takes two m
 _FORBIDDEN = re.compile(r"[^\w\-. :/]")
 
 
+_TIMEOUT, _QUICK_S = "MLFLOW_HTTP_REQUEST_TIMEOUT", "10"
+
+
 @dataclass(frozen=True)
 class ServedFiles:
     """What MLflow needs to load a model: no pickled objects, the code is included as source."""
@@ -183,7 +186,9 @@ class MLflowTracker:
                 copy = Path(temporary, name)
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 copy.write_bytes(self._run.read_bytes(name))
-            self._connect().log_artifacts(self._id, temporary)
+            client = self._connect()
+            with _time_for_uploads():
+                client.log_artifacts(self._id, temporary)
 
     def log_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags on the run."""
@@ -205,7 +210,7 @@ class MLflowTracker:
             return
         with _readable_errors(self._uri), _globally(self._uri):
             self._connect()
-            with mlflow.start_run(run_id=self._id), _without_advice():
+            with mlflow.start_run(run_id=self._id), _without_advice(), _time_for_uploads():
                 mlflow.pyfunc.log_model(
                     name="model", registered_model_name=registered_name, **_pyfunc(served)
                 )
@@ -270,7 +275,7 @@ class MLflowTracker:
         if self._client is None:
             # Fail within seconds if the server is unreachable: MLflow's defaults take minutes.
             os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-            os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+            os.environ.setdefault(_TIMEOUT, _QUICK_S)
             db_utils.MAX_RETRY_COUNT = _DATABASE_RETRIES  # no environment variable sets it
             _quiet()
             database = self._uri.removeprefix("sqlite:///")
@@ -468,6 +473,21 @@ def _without_advice() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*[Ii]nput example")
         yield
+
+
+@contextmanager
+def _time_for_uploads() -> Iterator[None]:
+    """MLflow's own time limit, unless the user has set one: a server may answer an upload only when
+    its own upload to the artifact store is done.
+    """
+    if os.environ.get(_TIMEOUT) != _QUICK_S:
+        yield
+        return
+    del os.environ[_TIMEOUT]
+    try:
+        yield
+    finally:
+        os.environ[_TIMEOUT] = _QUICK_S
 
 
 def _quiet() -> None:

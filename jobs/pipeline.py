@@ -27,7 +27,7 @@ def _on_own_store(config: Config) -> Config:
 
 
 def work(config: Config) -> JobResult:
-    from brainray.orchestration.prediction.evaluation import evaluate
+    from brainray.orchestration.prediction.evaluation import check_evaluation_name, evaluate
     from brainray.orchestration.preprocessing.driver import preprocess
     from brainray.orchestration.resources import alive_nodes, plan_workers
     from brainray.orchestration.run import run_to_resume
@@ -35,6 +35,7 @@ def work(config: Config) -> JobResult:
     from brainray.report.results import results_markdown
 
     config = _on_own_store(config)
+    check_evaluation_name(config)
     existing = run_to_resume(config)
     if existing is None or not existing.is_complete:
         plan_workers(config.train, alive_nodes())  # refuse before preprocessing if it cannot train

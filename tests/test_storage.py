@@ -185,6 +185,46 @@ def test_moving_without_renames_copies_and_completes_last(tmp_path: Path) -> Non
     assert not (tmp_path / "source").exists()
 
 
+def test_a_csv_file_has_no_formulas(tmp_path: Path) -> None:
+    names = ["=1+1", "-a.png", "@b", "c=d.png", "", None]
+    table = pa.table({"path": pa.array(names, pa.string()), "value": [-1.5] * 6})
+    Folder(tmp_path).write_csv("list.csv", table)
+    lines = (tmp_path / "list.csv").read_text().splitlines()[1:]
+    assert [line.partition(",")[0].strip('"') for line in lines] == [
+        "'=1+1",
+        "'-a.png",
+        "'@b",
+        "c=d.png",
+        "",
+        "",
+    ]
+    assert all(line.endswith(",-1.5") for line in lines)
+
+
+@pytest.mark.parametrize("num_failures", [1, 2])
+def test_an_interrupted_copy_is_completed_where_folders_cannot_be_renamed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_failures: int
+) -> None:
+    monkeypatch.setattr(Folder, "local_path", None)
+    folder = Folder(tmp_path) / "kept"
+    folder.write_bytes("part", b"old")
+    folder.write_bytes("last", b"1")
+    copy_files, failures = pafs.copy_files, iter(range(num_failures))
+
+    def interrupted(*paths: Any, **filesystems: Any) -> None:
+        if next(failures, None) is not None:
+            raise OSError("SLOW_DOWN")
+        copy_files(*paths, **filesystems)
+
+    monkeypatch.setattr(pafs, "copy_files", interrupted)
+    with pytest.raises(OSError, match="SLOW_DOWN"), folder.rebuilt("last") as building:  # noqa: PT012
+        building.write_bytes("part", b"new")
+        building.write_bytes("last", b"2")
+    folder.restore("last")  # by the next job
+    assert (folder.read_bytes("part"), folder.read_bytes("last")) == (b"new", b"2")
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
 @pytest.mark.parametrize("name", ["../x", "a/../../x", "/etc/passwd", "a\0b"])
 def test_a_name_cannot_lead_out_of_its_folder(tmp_path: Path, name: str) -> None:
     folder = Folder(tmp_path / "inner")

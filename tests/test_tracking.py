@@ -1,5 +1,6 @@
 """MLflow shows the run's folder: nothing twice, nothing lost, and no server is not the end."""
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
-from mlflow import MlflowClient
+from mlflow import MlflowClient, environment_variables
 
 from brainray.errors import TrackingError
 from brainray.storage import Folder
@@ -230,6 +231,28 @@ def test_artifacts_on_s3_say_what_they_need(run: Folder, monkeypatch: pytest.Mon
     sending.begin("first", {}, {})
     with pytest.raises(TrackingError, match=r"boto3: pip install -e '\.\[s3\]'$"):
         sending.log_files(["report.html"])
+
+
+@pytest.mark.parametrize("own", [None, "7"])
+def test_an_upload_may_take_longer_than_reaching_the_server(
+    run: Folder, monkeypatch: pytest.MonkeyPatch, own: str | None
+) -> None:
+    variable = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+    monkeypatch.delenv(variable, raising=False)
+    if own is not None:
+        monkeypatch.setenv(variable, own)
+    allowed = []
+    monkeypatch.setattr(
+        MlflowClient,
+        "log_artifacts",
+        lambda *_: allowed.append(environment_variables.MLFLOW_HTTP_REQUEST_TIMEOUT.get()),
+    )
+    run.write_bytes("report.html", b"")
+    sending = tracker(run, database(run))
+    sending.begin("first", {}, {})
+    sending.log_files(["report.html"])
+    assert allowed == [120 if own is None else 7]
+    assert os.environ[variable] == (own or "10")
 
 
 def test_odd_class_names_do_not_stop_the_others(run: Folder) -> None:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from brainray.clustering.metrics import bootstrap_interval
-from brainray.engine.evaluate import Metrics
+from brainray.engine.evaluate import Metrics, labelled_rows, resampling_groups
 from brainray.errors import DataError
 from brainray.schema import PREDICTED_BY, subset_masks
 
@@ -93,8 +93,8 @@ def compare(
         DataError: the two predict different slices.
     """
     _check_same_slices(predictions, control)
-    predictions, control = _labelled(predictions), _labelled(control)
-    groups = _groups(predictions, group_of_slice)
+    predictions, control = labelled_rows(predictions), labelled_rows(control)
+    groups = resampling_groups(predictions, group_of_slice)
     metrics: Metrics = {}
     for name, mask, column in _accuracies(predictions):
         found = paired_difference(
@@ -140,8 +140,8 @@ def intervals_of_mean_gains(
     """
     for each in (*predictions, *controls):
         _check_same_slices(predictions[0], each)
-    ours, theirs = ([_labelled(each) for each in side] for side in (predictions, controls))
-    groups = _groups(ours[0], group_of_slice)
+    ours, theirs = ([labelled_rows(each) for each in side] for side in (predictions, controls))
+    groups = resampling_groups(ours[0], group_of_slice)
     intervals = {}
     for name, mask, column in _accuracies(ours[0]):
         right, other_right = (
@@ -164,15 +164,6 @@ def _check_same_slices(predictions: pa.Table, control: pa.Table) -> None:
         raise DataError(
             "the control predicts different test slices: compare runs on the same image store"
         )
-
-
-def _labelled(predictions: pa.Table) -> pa.Table:
-    return predictions.filter(pc.is_valid(predictions["label"]))
-
-
-def _groups(predictions: pa.Table, group_of_slice: Mapping[str, str]) -> NDArray[np.str_]:
-    """(N,) group of each slice."""
-    return np.array([group_of_slice.get(i, i) for i in predictions["sample_id"].to_pylist()])
 
 
 def _accuracies(predictions: pa.Table) -> Iterator[tuple[str, NDArray[np.bool_], str]]:

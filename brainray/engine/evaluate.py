@@ -266,14 +266,13 @@ def summarise(
         temperature: fitted on validation; the calibration error of the head is also given after
             scaling with it.
     """
-    table = table.filter(pc.is_valid(table["label"]))
+    table = labelled_rows(table)
     predictions = _from_table(table, classes)
     by_predictor = predictions.by_predictor
     if seen is not None:
         by_predictor["thumbnail_1nn"] = _nearest_thumbnail(table, seen, classes)
     subsets = subset_masks(table)
-    ids = table["sample_id"].to_pylist()
-    group_of = np.array([(groups or {}).get(identity, identity) for identity in ids], dtype=str)
+    group_of = resampling_groups(table, groups or {})
     metrics: Metrics = {}
     for subset, mask in subsets.items():
         chosen = predictions.select(mask)
@@ -301,6 +300,17 @@ def summarise(
             if reweighted is not None:
                 metrics[f"test/all_as_clean/{name}/accuracy"] = reweighted
     return metrics
+
+
+def labelled_rows(predictions: pa.Table) -> pa.Table:
+    """The ``PREDICTIONS`` rows with a label."""
+    return predictions.filter(pc.is_valid(predictions["label"]))
+
+
+def resampling_groups(predictions: pa.Table, groups: Mapping[str, str]) -> NDArray[np.str_]:
+    """(N,) group of each row, by its sample_id; a slice without a group is its own."""
+    ids = predictions["sample_id"].to_pylist()
+    return np.array([groups.get(identity, identity) for identity in ids], dtype=str)
 
 
 def _from_table(table: pa.Table, classes: Sequence[str]) -> Predictions:

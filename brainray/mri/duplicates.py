@@ -40,6 +40,7 @@ including the diagonals; rotated by 90, 180 or 270 degrees."""
 COPY, MIRRORED, ROTATED = range(3)
 
 _BLOCK_ROWS = 2048
+_BLOCK_COLUMNS = 2**16
 _READ_ROWS = 1024  # fingerprints read and described at a time: 40 MB of floats
 _QUERIES_AT_ONCE = 4096  # per index search
 _MAX_OF_ONE_VOLUME = 1024  # slices skipped in favour of those of other volumes
@@ -241,17 +242,19 @@ def most_similar(
 
     Without references both are -1.
     """
-    if len(references) == 0:
-        return np.full(len(queries), -1, np.float32), np.full(len(queries), -1, np.int64)
-    best = [np.empty(0, np.float32)]
-    index = [np.empty(0, np.int64)]
-    columns = standardise(references).T
-    for start in range(0, len(queries), _BLOCK_ROWS):
-        correlation = standardise(queries[start : start + _BLOCK_ROWS]) @ columns
-        nearest = correlation.argmax(axis=1)
-        index.append(nearest.astype(np.int64))
-        best.append(np.take_along_axis(correlation, nearest[:, None], axis=1)[:, 0])
-    return np.concatenate(best), np.concatenate(index)
+    best = np.full(len(queries), -1, np.float32)
+    index = np.full(len(queries), -1, np.int64)
+    for first in range(0, len(references), _BLOCK_COLUMNS):
+        columns = standardise(references[first : first + _BLOCK_COLUMNS]).T
+        for start in range(0, len(queries), _BLOCK_ROWS):
+            block = slice(start, start + _BLOCK_ROWS)
+            correlation = standardise(queries[block]) @ columns
+            nearest = correlation.argmax(axis=1)
+            highest = np.take_along_axis(correlation, nearest[:, None], axis=1)[:, 0]
+            is_better = (highest > best[block]) | (index[block] < 0)
+            best[block] = np.where(is_better, highest, best[block])
+            index[block] = np.where(is_better, first + nearest, index[block])
+    return best, index
 
 
 def thumbnail_matrix(thumbnails: Sequence[bytes]) -> NDArray[np.uint8]:

@@ -56,7 +56,10 @@ class Claim:
         """From this machine's process table; None if the holder may be on another machine."""
         if not self.place or self.place != _place():
             return None
-        return _born(self.pid) == self.born
+        born = _born(self.pid)
+        if born is None and _is_hidden(self.pid):
+            return None
+        return born == self.born
 
 
 @contextmanager
@@ -139,9 +142,14 @@ class _Lock:
     def release(self) -> None:
         self._ended.set()
         self._thread.join()
-        found = self._read()
-        if found is not None and found.owner == self._mine.owner:
-            self._folder.delete_file(self._file)
+        try:
+            found = self._read()
+            if found is not None and found.owner == self._mine.owner:
+                self._folder.delete_file(self._file)
+        except (OSError, BrainrayError) as problem:  # the work is done, or has its own error
+            log(
+                f"note: the lock of {self._what} stays, until the next job finds it dead: {problem}"
+            )
 
     def _claim_new(self) -> bool:
         """Take the lock if nobody holds it; returns whether it was free."""
@@ -254,6 +262,17 @@ def _place() -> str:
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:  # not Linux
         return ""
+
+
+def _is_hidden(pid: int) -> bool:
+    """Whether it is another user's process, which some systems leave out of /proc (hidepid)."""
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except OSError:
+        pass
+    return False
 
 
 def _born(pid: int) -> str | None:

@@ -172,7 +172,12 @@ def test_threads_do_not_change_what_is_found(fingerprints: np.ndarray) -> None:
     assert found[0] == found[1]
 
 
-def test_most_similar_agrees_with_numpy_and_handles_nothing() -> None:
+@pytest.mark.parametrize("block", [2, 100])
+def test_most_similar_agrees_with_numpy_and_handles_nothing(
+    block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("_BLOCK_ROWS", "_BLOCK_COLUMNS"):
+        monkeypatch.setattr(f"brainray.mri.duplicates.{name}", block)
     rng = np.random.default_rng(3)
     queries = rng.integers(0, 255, (5, 1024)).astype(np.uint8)
     references = rng.integers(0, 255, (7, 1024)).astype(np.uint8)

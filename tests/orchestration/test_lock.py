@@ -98,6 +98,34 @@ def test_the_lock_of_a_killed_job_is_taken_over_at_once(
     assert "took over" in capsys.readouterr().out.splitlines()[0]
 
 
+def test_a_process_of_another_user_may_be_hidden_and_is_not_taken_for_dead(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    claim = Claim.of_this_process()
+    assert claim.is_alive_here()
+    monkeypatch.setattr("brainray.orchestration.lock._born", lambda _: None)
+
+    def refuse(*_: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "kill", refuse)
+    assert claim.is_alive_here() is None
+
+
+def test_a_lock_that_cannot_be_released_leaves_the_result_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise OSError("SLOW_DOWN")
+
+    with held(Folder(tmp_path), "runs", "first", QUICK):
+        monkeypatch.setattr(Folder, "delete_file", unreachable)
+    assert "note: the lock of runs/first stays" in capsys.readouterr().out
+    monkeypatch.undo()
+    with held(Folder(tmp_path), "runs", "other", QUICK):
+        pass
+
+
 def test_a_holder_elsewhere_is_alive_while_its_count_moves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

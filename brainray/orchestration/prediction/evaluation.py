@@ -93,8 +93,7 @@ def evaluate(config: Config, only_paths: set[str] | None = None) -> Evaluation:
 def _evaluate(
     config: Config, predictor: Predictor, target: Folder, only_paths: set[str] | None
 ) -> Evaluation:
-    if only_paths is None:
-        _check_source(config, target)
+    _check_source(config, target, of_pipeline=only_paths is not None)
     checkpoint, seen = predictor.checkpoint, predictor.seen()
     labels = None if config.labels is None else Folder(config.labels)
     # The split of selected paths is known; a table may use another name for it.
@@ -268,7 +267,13 @@ def _log_conflicts(copies: list[str], labels: list[str]) -> None:
         log(f"note: slices with a copy of another label in this source: {num_conflicting}")
 
 
-def _check_source(config: Config, target: Folder) -> None:
+def check_evaluation_name(config: Config) -> None:
+    """Raises ConfigError if a pipeline's name is used for the evaluation of another source."""
+    target = Folder(config.storage) / layout.EVALUATIONS / str(config.name)
+    _check_source(config, target, of_pipeline=True)
+
+
+def _check_source(config: Config, target: Folder, *, of_pipeline: bool) -> None:
     """Folders in different places may share a name, and so may their evaluations.
 
     Raises:
@@ -276,11 +281,12 @@ def _check_source(config: Config, target: Folder) -> None:
     """
     if not target.exists(layout.CONFIG):
         return
-    before = parse_yaml(target.read_bytes(layout.CONFIG), f"{target}/{layout.CONFIG}")["source"]
-    if before != config.source:
+    before = parse_yaml(target.read_bytes(layout.CONFIG), f"{target}/{layout.CONFIG}")
+    is_own = of_pipeline and before.get("run") == config.name  # its files may have been moved
+    if before["source"] != config.source and not is_own:
         raise ConfigError(
-            f"{target} is the evaluation of another source ({before}): choose another name with "
-            "--set name=NAME, or delete it"
+            f"{target} is the evaluation of another source ({before['source']}): choose another "
+            "name with --set name=NAME, or delete it"
         )
 
 

@@ -17,6 +17,7 @@ from brainray.config_text import differing_settings
 from brainray.engine.slice_model import SliceModel, use_all_threads
 from brainray.engine.state import Checkpoint, load_checkpoint
 from brainray.errors import CheckpointError, ConfigError
+from brainray.log import log
 from brainray.mri.identity import content_hash
 from brainray.orchestration.preprocessing.preparation import subject_salt
 from brainray.orchestration.preprocessing.slice_tasks import TO_PREDICT, decode_files, select_slices
@@ -44,10 +45,20 @@ class Predictor:
     preprocess: PreprocessConfig
 
     def fitted(self) -> pa.Table | None:
-        """``FITTED`` rows of the slices that the mixture was fitted on; None if not kept."""
+        """``FITTED`` rows of the slices that the mixture was fitted on; None if not kept, or if
+        they are those of another epoch.
+        """
         if not self.folder.exists(layout.FITTED):
             return None
-        return self.folder.read_table(layout.FITTED)
+        fitted = self.folder.read_table(layout.FITTED)
+        epoch = (fitted.schema.metadata or {}).get(layout.EPOCH_OF_FITTED.encode())
+        if epoch is not None and int(epoch) != self.checkpoint.epoch:
+            log(
+                f"note: {self.folder}/{layout.FITTED} is of epoch {int(epoch)}, the model of epoch "
+                f"{self.checkpoint.epoch}: its training was interrupted, or has gone on meanwhile"
+            )
+            return None
+        return fitted
 
     def seen(self) -> pa.Table | None:
         """What the run and its starting weights saw (`seen_by_run`)."""

@@ -99,6 +99,7 @@ def choose_next_labels(config: Config) -> NextLabels:
     columns["confidence"] = pc.round(picked["confidence"], _DECIMALS)
     ordered = [columns[name] for name in NEXT_LABELS.names]
     table = pa.table(ordered, names=NEXT_LABELS.names).cast(NEXT_LABELS)
+    _check_nothing_is_filled_in(run.folder)  # meanwhile
     run.folder.write_csv(layout.NEXT_LABELS, table)
     counts = Counter(table["cluster"].to_pylist())
     metrics = {"num_unlabelled": float(pool.num_rows), "num_chosen": float(table.num_rows)}

@@ -34,7 +34,7 @@ from brainray.orchestration.preprocessing.source import (
     ignored_note,
 )
 from brainray.schema import PREDICTED_FILES
-from brainray.storage import Folder
+from brainray.storage import Folder, without_formulas
 
 _SETTINGS = "_settings.json"  # Parquet dataset readers ignore names with a leading underscore
 _ROWS_PER_PART = 4096
@@ -207,7 +207,7 @@ def _finish(folder: Folder) -> Metrics:
     with folder.csv_writer(layout.PREDICTED_CSV, schema) as writer:
         for name in _parts(folder):
             part = folder.read_table(name, columns=_IN_CSV).replace_schema_metadata()
-            writer.write_table(part)
+            writer.write_table(without_formulas(part))
             predicted = part.filter(pc.is_null(part["reason"]))
             metrics["num_files"] += pc.count_distinct(part["path"]).as_py()
             metrics["num_predicted"] += predicted.num_rows

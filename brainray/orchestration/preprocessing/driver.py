@@ -229,7 +229,7 @@ def _is_readable(file: FoundFile, source: Folder) -> bool:
 
 
 def _previous_store(target: Folder) -> ImageStore | None:
-    target.restore()
+    target.restore(layout.MANIFEST)
     if not target.exists(layout.MANIFEST):
         if target.local_path is None and set(target.names()) <= layout.OF_STORE:
             target.delete()  # partial copy: an object store cannot rename a folder

@@ -86,7 +86,13 @@ def read_labels_table(
     unknown: list[str] = []
     for row in read_rows(labels):
         told = str(row["path"] or "").replace("\\", "/").removeprefix("./")
-        spellings = (told, told.strip(), nfc(told.strip()), nfc(told.strip()).rstrip("/"))
+        spellings = (
+            told,
+            told.strip(),
+            nfc(told.strip()),
+            nfc(told.strip()).rstrip("/"),
+            told.removeprefix("'"),  # as in our own lists: Folder.write_csv
+        )
         path = next((known[spelling] for spelling in spellings if spelling in known), None)
         if not told.strip():
             raise DataError(f"labels={labels}: a row has no path; add it or delete the row")

@@ -239,26 +239,34 @@ def _summarise(config: Config, run: Run) -> Metrics:
     # The kept best epoch: a run that was started with another rule may have chosen another.
     chosen, last = load_checkpoint(run.folder / layout.BEST).epoch, len(history)
     metrics: Metrics = {"chosen_epoch": float(chosen), "num_epochs": float(last)}
-    for epoch, prefix in ((chosen, ""), (last, "last/")):
-        logged = history[epoch - 1]
-        if run.folder.exists(layout.predictions_file(epoch)):
-            found = summarise(
-                run.folder.read_table(layout.predictions_file(epoch)),
-                run.folder.read_table(layout.SEEN),
-                run.classes,
-                num_resamples=config.evaluation.bootstrap_resamples,
-                seed=config.seed,
-                groups=groups_of_test_slices(run.folder),
-                temperature=logged["validation/temperature"],
-            )
-            metrics |= {f"{prefix}{name}": value for name, value in found.items()}
-        metrics |= {
-            f"{prefix}{name}": value
-            for name, value in logged.items()
-            if name.startswith(("validation/", "cluster/", "train/loss/"))
-        }
+    of_epoch = {epoch: _summarise_epoch(config, run, epoch, history) for epoch in {chosen, last}}
+    metrics |= of_epoch[chosen]
+    metrics |= {f"last/{name}": value for name, value in of_epoch[last].items()}
     metrics |= {f"time/{key}": value for key, value in _mean_times(history).items()}
     return metrics
+
+
+def _summarise_epoch(
+    config: Config, run: Run, epoch: int, history: list[dict[str, float]]
+) -> Metrics:
+    """Test metrics of an epoch if its predictions are kept, and the logged ones of its model."""
+    logged = history[epoch - 1]
+    metrics: Metrics = {}
+    if run.folder.exists(layout.predictions_file(epoch)):
+        metrics = summarise(
+            run.folder.read_table(layout.predictions_file(epoch)),
+            run.folder.read_table(layout.SEEN),
+            run.classes,
+            num_resamples=config.evaluation.bootstrap_resamples,
+            seed=config.seed,
+            groups=groups_of_test_slices(run.folder),
+            temperature=logged["validation/temperature"],
+        )
+    return metrics | {
+        name: value
+        for name, value in logged.items()
+        if name.startswith(("validation/", "cluster/", "train/loss/"))
+    }
 
 
 def _mean_times(history: list[dict[str, float]]) -> dict[str, float]:

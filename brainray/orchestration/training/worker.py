@@ -107,7 +107,8 @@ def _train(
         rank, num_ranks = context.get_world_rank(), context.get_world_size()
         data = load_rank_data(config, run, store, device, rank, num_ranks)
         encoder = build_encoder(config.encoder.name, start, len(store.classes))
-        test_slices = run.read_table(layout.TEST_SLICES)
+        # Only the first rank makes predictions of them that need more.
+        test_slices = run.read_table(layout.TEST_SLICES, None if rank == 0 else ["sample_id"])
     trainer = _Trainer(config, run, store, data, test_slices, encoder, device)
     with raise_on_all_ranks(device):
         newest = newest_readable_epoch(run) if rank == 0 else 0
@@ -563,6 +564,11 @@ class _Trainer:
             fitted = self._fitted_table(state.keys, coordinates, log_likelihood)
         save_resumable(self.run, Resumable(checkpoint, state), fitted)
         keep_as_best(self.run, self.epoch)
+        if is_chosen:  # and those chosen before no longer are
+            needed = {layout.predictions_file(epoch) for epoch in {*kept, self.epoch}}
+            names = (self.run / layout.OF_EPOCHS).names()
+            for name in {f"{layout.OF_EPOCHS}/{name}" for name in names} - needed:
+                self.run.delete_file(name)
         metrics = self.history[-1]
         metrics["time/epoch_s"] = timer.total
         metrics["time/report_s"] = metrics["time/epoch_s"] - until_here
@@ -582,7 +588,8 @@ class _Trainer:
         arrays = [
             pa.array(column, field.type) for column, field in zip(columns, FITTED, strict=True)
         ]
-        return pa.table(arrays, schema=FITTED)
+        told = {layout.EPOCH_OF_FITTED: str(self.epoch)}
+        return pa.table(arrays, schema=FITTED.with_metadata(told))
 
     def _ids_of(self, keys: Tensor) -> list[str]:
         """``sample_id``s of the slices with these keys (n,)."""

@@ -16,12 +16,18 @@ import pytest
 import ray.data
 
 from brainray import layout
-from brainray.config import Config
+from brainray.config import Config, PreprocessConfig
+from brainray.engine.state import load_checkpoint
 from brainray.errors import CheckpointError, ConfigError, DataError
 from brainray.mri import decode, intracranial
 from brainray.mri.intracranial import VERSION
 from brainray.orchestration.prediction import predict as predict_module
-from brainray.orchestration.prediction.inference import _Embedder, find_predictor, predicted_blocks
+from brainray.orchestration.prediction.inference import (
+    Predictor,
+    _Embedder,
+    find_predictor,
+    predicted_blocks,
+)
 from brainray.orchestration.prediction.predict import Prediction, _begin, predict
 from brainray.orchestration.preprocessing.preparation import UNREADABLE
 from brainray.orchestration.training.driver import TrainedRun
@@ -175,6 +181,22 @@ def test_a_run_on_slices_that_would_be_made_otherwise_now_does_not_predict(
     monkeypatch.setattr(intracranial, "VERSION", VERSION + 1)
     with pytest.raises(CheckpointError, match="preprocess and train again"):
         find_predictor(config, "this test")
+
+
+def test_training_slices_of_another_epoch_are_not_compared_with(
+    trained: TrainedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    best = trained.run.folder / "best"
+    predictor = Predictor(
+        Folder(tmp_path), trained.run.folder, load_checkpoint(best), PreprocessConfig()
+    )
+    fitted = best.read_table("fitted.parquet")
+    predictor.folder.write_table("fitted.parquet", fitted)
+    assert predictor.fitted() is not None
+    other = fitted.replace_schema_metadata({"epoch": str(predictor.checkpoint.epoch + 1)})
+    predictor.folder.write_table("fitted.parquet", other)
+    assert predictor.fitted() is None
+    assert "its training was interrupted, or has gone on meanwhile" in capsys.readouterr().out
 
 
 def test_what_was_replaced_or_could_not_be_read_is_predicted_again(

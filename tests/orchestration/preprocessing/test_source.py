@@ -247,6 +247,16 @@ def test_a_table_may_come_from_a_spreadsheet(tmp_path: Path) -> None:
     assert rows == [("a,b.jpg", None, "glioma", "Doe, Jane")]
 
 
+def test_a_path_may_be_quoted_so_that_a_spreadsheet_does_not_evaluate_it(tmp_path: Path) -> None:
+    source = make(tmp_path / "s", "=1+1.jpg", "2.jpg")
+    (tmp_path / "labels.csv").write_text("path,label\n'=1+1.jpg,glioma\n2.jpg,notumor\n")
+    rows = listed(source, Folder(tmp_path / "labels.csv"))
+    assert [(path, label) for path, _, label, _ in rows] == [
+        ("2.jpg", "notumor"),
+        ("=1+1.jpg", "glioma"),
+    ]
+
+
 def test_all_rows_without_a_file_are_counted(tmp_path: Path) -> None:
     source = make(tmp_path / "s", "1.jpg")
     (tmp_path / "labels.csv").write_text("path,label\n1.jpg,a\n2.jpg,a\n3.jpg,a\n")
