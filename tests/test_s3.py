@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow.fs as pafs
 import pytest
@@ -64,6 +65,29 @@ def test_a_folder_of_an_object_store_is_rebuilt_whole_or_not_at_all(bucket: str)
     assert folder.read_bytes("images/part") == b"second"
     assert folder.names() == ["images", "last.json"]
     assert folder.parent.names() == ["mri"]
+
+
+def test_an_interrupted_copy_in_an_object_store_is_completed(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Folder(bucket) / "cut" / "mri"
+    with folder.rebuilt("last.json") as building:
+        building.write_bytes("images/old", b"old")
+        building.write_json("last.json", 1)
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise OSError("SLOW_DOWN")
+
+    with monkeypatch.context() as cut:
+        cut.setattr(pafs, "copy_files", interrupted)
+        with pytest.raises(OSError, match="SLOW_DOWN"), folder.rebuilt("last.json") as building:  # noqa: PT012
+            building.write_bytes("images/new", b"new")
+            building.write_json("last.json", 2)
+    folder.restore("last.json")  # by the next job
+    assert folder.read_json("last.json") == 2
+    assert (folder / "images").names() == ["new"]
+    infos = folder.filesystem.get_file_info(pafs.FileSelector(folder.parent.path))
+    assert [info.base_name for info in infos] == ["mri"]
 
 
 def test_a_name_in_an_object_store_is_held_by_one_job(bucket: str) -> None:

@@ -181,6 +181,17 @@ def keep_as_best(run: Folder, epoch: int) -> None:
             best.write_bytes(name, folder.read_bytes(name))
 
 
+def has_lost_models(run: Folder, epoch: int) -> bool:
+    """Whether the best model of a run that resumes after an epoch is not among those up to it: it
+    is of a later epoch, whose checkpoint has been damaged since, or cannot be read.
+    """
+    best = run / layout.BEST
+    try:
+        return best.exists(layout.MODEL) and load_checkpoint(best).epoch > epoch
+    except CheckpointError:
+        return True
+
+
 def newest_readable_epoch(run: Folder) -> int:
     """Epoch of a run's newest readable checkpoint, 0 if it has none; those that cannot be read are
     logged.

@@ -9,6 +9,7 @@ import torch
 
 from brainray.config import VALIDATION_METRICS, ClusteringConfig
 from brainray.engine.evaluate import (
+    MODEL_LOST,
     Predictions,
     _standard_error,
     chosen_epoch,
@@ -242,6 +243,15 @@ def test_a_rare_class_makes_the_score_less_certain() -> None:
     assert less["validation/score_error"] > 0.06  # of 302 slices alone it were 0.005
     even = _standard_error(np.array([23, 22, 23, 24]), np.full(4, 25))
     assert even == pytest.approx(np.sqrt(0.9038 * 0.0962 / 104), abs=5e-4)  # as of 92 of 100
+
+
+def test_an_epoch_whose_model_is_lost_is_chosen_only_if_there_is_no_other() -> None:
+    epochs = history((64, 0.5), (64, 0.9), (64, 0.7), (64, 0.6))
+    lost = [metrics | {MODEL_LOST: 1.0} for metrics in epochs[:2]]
+    assert chosen_epoch(epochs) == chosen_epoch(lost) == 2
+    assert chosen_epoch([*lost, epochs[2]]) == chosen_epoch([*lost, *epochs[2:]]) == 3
+    better = history((64, 0.95))[0]
+    assert chosen_epoch([*lost, epochs[2], better]) == 4
 
 
 def test_an_epoch_with_smaller_slices_is_chosen_only_until_they_grow() -> None:

@@ -27,6 +27,7 @@ from brainray.engine.epoch import (
     train_epoch,
 )
 from brainray.engine.evaluate import (
+    MODEL_LOST,
     Predictions,
     chosen_epoch,
     confusion_metrics,
@@ -60,6 +61,7 @@ from brainray.engine.state import (
     Resumable,
     TrainerState,
     checkpoint_bytes,
+    has_lost_models,
     keep_as_best,
     load_checkpoint,
     load_resumable,
@@ -112,11 +114,13 @@ def _train(
     trainer = _Trainer(config, run, store, data, test_slices, encoder, device)
     with raise_on_all_ranks(device):
         newest = newest_readable_epoch(run) if rank == 0 else 0
+        lost = rank == 0 and has_lost_models(run, newest)
     # All ranks resume from one checkpoint, even if storage shows a new file to only some of them.
-    epoch = int(dist.broadcast_from_first(torch.tensor(newest, device=device)))
+    found = dist.broadcast_from_first(torch.tensor([newest, int(lost)], device=device))
+    epoch, has_lost = found.tolist()
     with raise_on_all_ranks(device):
         if epoch:
-            trainer.resume(epoch)
+            trainer.resume(epoch, has_lost_models=bool(has_lost))
     trainer.start()
     while trainer.epoch < config.train.num_epochs:
         trainer.run_epoch()
@@ -236,7 +240,7 @@ class _Trainer:
             fitted = self._embed_fitted()
             self._continue_with(self._recluster(fitted), fitted)
 
-    def resume(self, epoch: int) -> None:
+    def resume(self, epoch: int, *, has_lost_models: bool) -> None:
         """Resume from an epoch's checkpoint; uses no collectives."""
         newest = load_resumable(self.run, epoch)
         saved, state = newest.checkpoint, newest.trainer
@@ -257,6 +261,8 @@ class _Trainer:
         # The log has report times of an epoch that its checkpoint could not contain yet.
         logged = {row["epoch"]: row for row in self.run.read_json_lines(layout.METRICS)}
         self.history = [logged.get(row["epoch"], row) for row in state.history]
+        if has_lost_models:
+            self.history = [row | {MODEL_LOST: 1.0} for row in self.history]
         if dist.rank() == 0:
             log(f"resuming run after epoch {self.epoch}")
             keep_as_best(self.run, self.epoch)  # an interrupted job may not have done so
