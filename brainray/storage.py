@@ -127,15 +127,16 @@ class Folder:
             raise _unreachable(f"{self.uri}/{name}", error) from None
 
     def write_bytes(self, name: str, content: bytes) -> None:
-        """Write or replace a file, and the folders above it; it then survives a power failure."""
+        """Write or replace a file, and the folders above it; after a power failure it is the old
+        or the new file, not an empty one.
+        """
         with self._new_file(name, on_disk=True) as stream:
             stream.write(content)
 
     @contextlib.contextmanager
     def _new_file(self, name: str, *, on_disk: bool = False) -> Iterator[pa.NativeFile]:
-        """Stream for a file that gets its name when the block ends without an error.
-
-        With ``on_disk``, after a power failure it is the old or the new file, not an empty one.
+        """Stream for a file that gets its name when the block ends without an error; ``on_disk``,
+        when its content is not only in the system's memory.
         """
         target = self._join(name)
         temporary = _temporary(target)
@@ -370,7 +371,10 @@ class Folder:
         """
         if self.local_path is None:
             if self.parent.exists(self._completing()):
-                self._building().replace(self, last)
+                if self._building().exists():
+                    self._building().replace(self, last)
+                else:  # somebody has deleted it
+                    self.parent.delete_file(self._completing())
             return
         aside = self._aside()
         if not aside.exists():

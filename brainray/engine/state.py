@@ -182,9 +182,11 @@ def keep_as_best(run: Folder, epoch: int) -> None:
 
 
 def has_lost_models(run: Folder, epoch: int) -> bool:
-    """Whether the best model of a run that resumes after an epoch is not among those up to it: it
-    is of a later epoch, whose checkpoint has been damaged since, or cannot be read.
+    """Whether a run that resumes after an epoch has not the best model of those up to it: the kept
+    one is of a later epoch, whose checkpoint has been damaged since, or cannot be read.
     """
+    if (run / layout.checkpoint_folder(epoch)).exists(layout.FITTED):
+        return False  # it was chosen when it was saved: `keep_as_best`
     best = run / layout.BEST
     try:
         return best.exists(layout.MODEL) and load_checkpoint(best).epoch > epoch

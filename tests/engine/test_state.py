@@ -22,6 +22,7 @@ from brainray.engine.state import (
     Resumable,
     TrainerState,
     checkpoint_bytes,
+    has_lost_models,
     keep_as_best,
     load_checkpoint,
     load_trainer,
@@ -178,6 +179,15 @@ def test_the_best_is_an_epoch_that_the_run_goes_on_from(tmp_path: Path) -> None:
     keep_as_best(run, 2)
     assert load_checkpoint(run / layout.BEST).epoch == 1
     assert (run / layout.BEST).read_table(layout.FITTED).equals(fitted.cast(FITTED))
+    save_resumable(run, resumable(2))
+    assert not has_lost_models(run, 2)  # the first epoch's is the best
+    save_resumable(run, resumable(3), fitted.cast(FITTED))
+    assert not has_lost_models(run, 3)
+    keep_as_best(run, 3)
+    assert has_lost_models(run, 2)  # if the third can no longer be read
+    (run / layout.BEST).write_bytes(layout.MODEL, b"damaged")
+    assert has_lost_models(run, 2)
+    assert not has_lost_models(run, 3)  # it will be kept again
 
 
 def loads_without_weights_only(source: str) -> list[int]:
