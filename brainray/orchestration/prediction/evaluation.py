@@ -282,7 +282,8 @@ def _check_source(config: Config, target: Folder, *, of_pipeline: bool) -> None:
     if not target.exists(layout.CONFIG):
         return
     before = parse_yaml(target.read_bytes(layout.CONFIG), f"{target}/{layout.CONFIG}")
-    is_own = of_pipeline and before.get("run") == config.name  # its files may have been moved
+    of_same_run = before.get("run") == (config.run or config.name)
+    is_own = of_pipeline and of_same_run  # its files may have been moved
     if before["source"] != config.source and not is_own:
         raise ConfigError(
             f"{target} is the evaluation of another source ({before['source']}): choose another "

@@ -644,8 +644,11 @@ def test_the_raw_test_files_tell_what_training_told_wherever_they_lie_and_whatev
     labels.write_text("\n".join(["path,label,split", *rows]))
     settings = ["run=two-ranks", f"source={phantoms}", f"labels={labels}"]
     before = Folder(storage) / "evaluations" / "by-pipeline"
-    before.write_bytes("config.yaml", b"source: /where/they/were\n")
     test_paths = {str(path) for path in files if path.parts[0] == "Testing"}
+    before.write_bytes("config.yaml", b"source: /where/they/were\nrun: another\n")
+    with pytest.raises(ConfigError, match="by-pipeline is the evaluation of another source"):
+        evaluate(config_of(storage, "by-pipeline", *settings), only_paths=test_paths)
+    before.write_bytes("config.yaml", b"source: /where/they/were\nrun: two-ranks\n")
     scored = evaluate(config_of(storage, "by-pipeline", *settings), only_paths=test_paths)
     for name, value in trained.metrics.items():
         if name.startswith("test/"):
