@@ -197,7 +197,7 @@ class SplitConfig(_Section):
     labelled_fraction: Fraction = 0.2
     """Share of the labelled training slices whose label may be read, drawn when training starts. 1
     reads every available label."""
-    validation_fraction: Annotated[float, Field(gt=0.0, le=0.5)] = 0.15
+    validation_fraction: Annotated[float, Field(ge=0.001, le=0.5)] = 0.15
     """Share of the label draw held out for choosing the epoch: 1/n of its groups of slices, so that
     .15 is one in seven. Shares that are far from 1/n are refused."""
     validation: Literal["slice", "subject"] = "slice"
@@ -411,7 +411,7 @@ class TrainConfig(_Section):
     """Batches whose gradients are averaged for one optimiser step."""
     compile: bool = False
     """Compile the encoder with torch.compile: adds minutes at the start, faster steps on a GPU."""
-    cache_gib: NonNegative = 4.0
+    cache_gib: Annotated[float, Field(ge=0.0, le=1e6)] = 4.0
     """Slices kept in each worker's device memory, in GiB; the rest is streamed from a file on its
     node. (A warm-up keeps all of its smaller slices in memory.)"""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -423,7 +423,7 @@ class TrainConfig(_Section):
     ``cpus_per_worker`` and ``device``."""
     max_failures: Count = 2
     """Number of times lost workers are replaced before the job fails."""
-    collective_timeout_s: Positive = 1800
+    collective_timeout_s: Annotated[int, Field(ge=1, le=10**7)] = 1800
     """Seconds that a worker waits for the others in a collective before it fails."""
 
 
@@ -461,7 +461,7 @@ class EvaluationConfig(_Section):
     siblings: tuple[str, ...] = ()
     """Names of runs on the same store that differ in ``seed``: the report shows which of this run's
     sub-types (several clusters of one class) they also find."""
-    bootstrap_resamples: Positive = 1000
+    bootstrap_resamples: Annotated[int, Field(ge=10)] = 1000
     """Number of bootstrap resamples for each confidence interval."""
 
 

@@ -186,7 +186,7 @@ def train_epoch(
     *,
     precision: str,
     accumulation: int = 1,
-    on_update: Callable[[], None] = lambda: None,
+    on_update: Callable[[int], None] = lambda num_batches: None,
     on_step: Callable[[int], None] = lambda step: None,
 ) -> EpochResult:
     """Train on every batch of the data.
@@ -199,7 +199,8 @@ def train_epoch(
         data: this rank's slices, with targets, augmentation and number of batches.
         precision: ``bf16`` or ``fp32``.
         accumulation: number of batches whose gradients are averaged for one step of the optimiser.
-        on_update: called after each step of the optimiser.
+        on_update: called after each step of the optimiser with its number of batches; the last one
+            of an epoch may have fewer than ``accumulation``.
         on_step: called after each batch with its number, from 0.
 
     Raises:
@@ -230,7 +231,7 @@ def train_epoch(
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad(set_to_none=True)
-            on_update()
+            on_update(size_of_update)
         losses.add(terms)
         on_step(step)
     watch.finish()

@@ -72,16 +72,21 @@ class MovingAverage(AveragedModel):
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         super().__init__(module)
-        self._move = get_ema_multi_avg_fn(decay)
+        self._decay = decay
 
     @torch.no_grad()
-    def update_parameters(self, model: nn.Module) -> None:
-        """As `AveragedModel`, which copies its counter to a GPU every time and waits for that."""
+    def update_parameters(self, model: nn.Module, num_batches: int = 1) -> None:
+        """As `AveragedModel`, which copies its counter to a GPU every time and waits for that.
+
+        After an update with several batches, of all workers together, the average decays as after
+        as many updates with one (Busbridge et al. 2023), so that it spans as many epochs.
+        """
         mine, theirs = tuple(self.module.parameters()), tuple(model.parameters())
         if self.n_averaged == 0:  # on the CPU
             torch._foreach_copy_(mine, theirs)
         else:
-            self._move(mine, theirs, self.n_averaged)
+            move = get_ema_multi_avg_fn(self._decay**num_batches)
+            move(mine, theirs, self.n_averaged)
         if buffers := tuple(self.module.buffers()):
             torch._foreach_copy_(buffers, tuple(model.buffers()))
         self.n_averaged += 1
@@ -106,8 +111,7 @@ def build_optimizer(
         {"params": others, "weight_decay": 0.0},
     ]
     optimizer = AdamW(groups, lr=config.learning_rate, fused=True)
-    # OneCycleLR rejects a step beyond its total, and a cycle needs a rise and a fall.
-    length = max(total_steps + 1, 10)
+    length = max(total_steps, 1) + 1  # OneCycleLR rejects a step beyond its total
     if config.warmup_fraction * length == 1.0:
         length += 1  # else it would divide by zero, the length of the rise
     scheduler = OneCycleLR(

@@ -249,6 +249,17 @@ def resolve_paths(config: Config) -> Config:
     if config.encoder.weights not in WEIGHTS_OF_NO_SLICE:
         weights = _resolve("encoder.weights", config.encoder.weights)
         resolved["encoder"] = config.encoder.model_copy(update={"weights": weights})
+    if searched := config.tune.space.get("encoder.weights"):
+        space = {
+            kind: [
+                value if value in WEIGHTS_OF_NO_SLICE else _resolve("tune.space", str(value))
+                for value in values
+            ]
+            for kind, values in searched.items()
+        }
+        resolved["tune"] = config.tune.model_copy(
+            update={"space": config.tune.space | {"encoder.weights": space}}
+        )
     database = (config.tracking.uri or "").removeprefix("sqlite:///")
     if database != (config.tracking.uri or ""):
         path = _resolve("tracking.uri", database)

@@ -202,16 +202,21 @@ def _use_gpus(config: TrainConfig, num_gpus: int) -> bool:
 
 
 def _share_of_cpus(nodes: Sequence[NodeResources], num_workers: int, gpus: float) -> int:
-    """CPUs per worker when each node's CPUs are shared among its workers."""
-    nodes = [node for node in nodes if node.get("CPU", 0) >= 1]  # a head may offer none
-    if not nodes:
-        return 1
-    evenly = -(-num_workers // len(nodes))
-    shares = [
-        int(node.get("CPU", 0)) // (int(node["GPU"]) * int(1 / gpus) if gpus else evenly)
-        for node in nodes
-    ]
-    return max(1, min(shares))
+    """The most CPUs per worker with which all workers fit; 1 if they do not fit anyway.
+
+    On a node with GPUs, not more than what is left to each worker if all its GPUs have workers.
+    """
+    places = [int(node["GPU"]) * int(1 / gpus) if gpus else 1 for node in nodes]
+    shares = [int(node.get("CPU", 0)) // of for node, of in zip(nodes, places, strict=True)]
+    most = max(shares, default=0)
+    return next(
+        (
+            cpus
+            for cpus in range(most, 1, -1)
+            if sum(_workers_that_fit(node, cpus, gpus) for node in nodes) >= num_workers
+        ),
+        1,
+    )
 
 
 def _workers_that_fit(node: NodeResources, cpus: int, gpus: float) -> int:

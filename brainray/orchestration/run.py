@@ -35,7 +35,14 @@ _FREE_SECTIONS = {
 
 _FREE_KEYS = {
     "train": {*WORKER_SETTINGS, "cache_gib"},
-    "evaluation": {"control", "num_label_draws", "siblings"},
+    "evaluation": {
+        "control",
+        "num_label_draws",
+        "siblings",
+        "tsne_epochs",
+        "tsne_max_slices",
+        "bootstrap_resamples",
+    },
     "clustering": {"on_collapse"},  # may be changed after a collapse
     "split": {"mode", "test_fraction"},
 }

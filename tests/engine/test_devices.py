@@ -133,7 +133,7 @@ def test_an_epoch_keeps_to_its_device(name: str) -> None:
                 mixup_alpha=0.3,
             ),
             precision="fp32",
-            on_update=lambda: average.update_parameters(encoder),
+            on_update=lambda size: average.update_parameters(encoder, size),
         )
         measure = partial(measure_batch_statistics, augmentation=VIEWS)
         for work in (measure, embed):

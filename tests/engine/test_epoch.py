@@ -97,9 +97,12 @@ def train(
     labelled, unlabelled = shard(12), shard(24, seed=1)
     average = build_average(encoder, ema_decay)
 
-    def update() -> None:
+    updates: list[int] = []
+
+    def update(num_batches: int) -> None:
+        updates.append(num_batches)
         if average is not None:
-            average.update_parameters(encoder)
+            average.update_parameters(encoder, num_batches)
 
     if streaming:
         labelled, unlabelled = streamed(labelled), streamed(unlabelled)
@@ -125,6 +128,7 @@ def train(
     )
     assert 0 < result.data_wait_s < 60
     assert scheduler.last_epoch == -(-6 // accumulation)
+    assert updates == [min(accumulation, 6 - done) for done in range(0, 6, accumulation)]
     return encoder if average is None else cast(Encoder, average.module), result.losses
 
 
@@ -157,6 +161,22 @@ def test_the_average_follows_the_weights_from_behind() -> None:
     averaged = average.module.state_dict()
     torch.testing.assert_close(averaged["head.bias"], torch.full((2,), 3.75))
     assert build_average(encoder, decay=0.0) is None
+
+
+def test_an_update_with_several_batches_moves_the_average_as_far_as_several_with_one() -> None:
+    encoder = Encoder("resnet18", num_classes=2)
+    one, several = (build_average(encoder, decay=0.75) for _ in range(2))
+    assert one is not None
+    assert several is not None
+    with torch.no_grad():
+        encoder.head.bias.fill_(1.0)
+        for average in (one, several):
+            average.update_parameters(encoder)
+        encoder.head.bias.fill_(5.0)
+        for _ in range(3):
+            one.update_parameters(encoder)
+        several.update_parameters(encoder, 3)
+    torch.testing.assert_close(one.module.state_dict(), several.module.state_dict())
 
 
 def test_the_average_is_pytorchs() -> None:

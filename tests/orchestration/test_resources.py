@@ -43,6 +43,24 @@ def test_every_gpu_gets_a_worker_with_the_cpus_of_its_own_node() -> None:
     assert plan([HEAD, GPU_NODE], device="cpu") == WorkerResources(1, 8, gpus_per_worker=0, room=2)
 
 
+@pytest.mark.parametrize(
+    ("nodes", "num_workers", "cpus"),
+    [
+        ([{"CPU": 2.0}, {"CPU": 64.0}], 1, 64),  # a small head beside a large worker
+        ([{"CPU": 64.0}, {"CPU": 2.0}], 2, 32),
+        ([{"CPU": 1.0}, {"CPU": 16.0}], 6, 2),
+        ([{"CPU": 16.0}, {"CPU": 16.0}], 3, 8),
+        ([{"CPU": 2.0, "GPU": 4.0}, {"CPU": 64.0, "GPU": 8.0}], 2, 8),
+    ],
+)
+def test_a_small_node_does_not_limit_workers_on_the_others(
+    nodes: list[dict[str, float]], num_workers: int, cpus: int
+) -> None:
+    found = plan(nodes, num_workers=num_workers)
+    assert found.cpus_per_worker == cpus
+    assert found.room >= num_workers
+
+
 def test_workers_that_share_a_gpu_share_its_cpus_too() -> None:
     shared = plan([HEAD, GPU_NODE, GPU_NODE], num_workers=1, gpus_per_worker=0.5)
     assert shared == WorkerResources(1, 4, gpus_per_worker=0.5, room=4)

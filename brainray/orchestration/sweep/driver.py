@@ -32,7 +32,7 @@ from brainray.orchestration.sweep.trials import (
     trial_config,
 )
 from brainray.orchestration.sweep.tuner import build_tuner, errors_of
-from brainray.orchestration.training.driver import check_training
+from brainray.orchestration.training.driver import check_training, check_weights
 from brainray.report.sweep_figures import TrialOutcome, draw_sweep_figures
 from brainray.storage import Folder
 from brainray.tracking import LenientTracker
@@ -70,6 +70,7 @@ def sweep(config: Config) -> FinishedSweep:
     base, store = store_to_train_on(config)
     for trial in example_trials(base):
         check_sides(trial)
+        check_weights(trial, store)
     workers = check_training(base, store)
     # Each sweep has its own MLflow experiment.
     tracked = base.tracking.model_copy(update={"experiment": config.name})

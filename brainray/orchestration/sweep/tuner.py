@@ -164,6 +164,8 @@ class _FairToTrials(TrialScheduler):
         if not math.isfinite(result.get(self.metric, math.nan)):
             return self.CONTINUE
         action: str = super().on_trial_result(tune_controller, trial, result)
+        if action == self.PAUSE:  # until others have got as far: a trial would begin its epoch anew
+            return self.CONTINUE
         of_trial = trial.config.get("train.num_epochs", self._num_epochs)
         # Halving also stops at the base's number of epochs, which a trial may exceed.
         is_late = result["epoch"] >= min(of_trial, self._num_epochs)

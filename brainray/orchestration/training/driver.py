@@ -146,10 +146,17 @@ def check_training(
     """
     check_compared_runs(config, store.data_hash)
     workers = plan_workers(config.train, alive_nodes())
-    if config.encoder.weights not in WEIGHTS_OF_NO_SLICE and not has_epochs:
-        # Fail here within a second rather than on every worker after half a minute.
-        build_encoder(config.encoder.name, config.encoder.weights, len(store.classes))
+    if not has_epochs:
+        check_weights(config, store)
     return workers
+
+
+def check_weights(config: Config, store: ImageStore) -> None:
+    """Raises ConfigError if the encoder cannot start from the given weights: within a second,
+    rather than on every worker after half a minute.
+    """
+    if config.encoder.weights not in WEIGHTS_OF_NO_SLICE:
+        build_encoder(config.encoder.name, config.encoder.weights, len(store.classes))
 
 
 def _has_epochs(run: Run | None) -> bool:

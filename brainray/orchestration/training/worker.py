@@ -192,8 +192,7 @@ class _Trainer:
             self.encoder, config.train, self.updates * config.train.num_epochs
         )
         self.model = distributed(self.encoder)
-        batches_per_update = dist.world_size() * config.train.accumulation_steps
-        self.average = build_average(self.encoder, config.train.ema_decay**batches_per_update)
+        self.average = build_average(self.encoder, config.train.ema_decay)
         if config.train.compile:
             self.model.compile()
         self.test_slices = test_slices
@@ -382,9 +381,9 @@ class _Trainer:
             ramp=ramp(self.epoch, self.config.objective.ramp_epochs),
         )
 
-    def _update_average(self) -> None:
+    def _update_average(self, num_batches: int) -> None:
         if self.average is not None:
-            self.average.update_parameters(self.encoder)
+            self.average.update_parameters(self.encoder, num_batches * dist.world_size())
 
     def _settle_batch_statistics(self) -> None:
         """Measure the average's batch statistics; then copy those of rank 0 to every rank.

@@ -36,6 +36,7 @@ from brainray.errors import (
     RoomError,
     StorageError,
 )
+from brainray.orchestration.job import resolve_paths
 from brainray.orchestration.lock import held
 from brainray.orchestration.publish import open_tracking
 from brainray.orchestration.resources import WorkerResources
@@ -336,6 +337,23 @@ def test_a_slice_size_that_the_store_does_not_have_is_refused_at_once(storage: P
     assert not (storage / "sweeps" / "large").exists()
 
 
+def test_weights_that_a_trial_cannot_start_from_are_refused_at_once(storage: Path) -> None:
+    space = json.dumps({"encoder.weights": {"choice": ["random", "/no/such.pt"]}})
+    with pytest.raises(ConfigError, match=r"encoder\.weights=/no/such\.pt: no such file"):
+        sweep(sweep_config(storage, "name=from-nothing", f"tune.space={space}"))
+    assert not (storage / "sweeps" / "from-nothing").exists()
+
+
+def test_paths_of_weights_in_a_space_are_made_absolute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    space = json.dumps({"encoder.weights": {"choice": ["random", "mine.pt"]}})
+    config = resolve_paths(tiny_config(tmp_path, f"tune.space={space}"))
+    expected = {"choice": ["random", str(tmp_path / "mine.pt")]}
+    assert config.tune.space["encoder.weights"] == expected
+
+
 @pytest.mark.parametrize(
     ("space", "message"),
     [
@@ -470,7 +488,8 @@ def test_a_trial_that_has_trained_to_its_end_is_not_stopped(scheduler: str, tmp_
     config = sweep_config(tmp_path, f"tune.scheduler={scheduler}", "train.num_epochs=3")
     made: Any = _scheduler(config)
     made.set_search_properties("score", "max")
-    controller = Mock(get_live_trials=lambda: [])
+    waiting: list[Mock] = []
+    controller = Mock(get_live_trials=lambda: waiting)
 
     def actions_of(name: str, values: Sequence[float], **parameters: int) -> list[str]:
         trial = Mock(trial_id=name, config=parameters)
@@ -481,7 +500,10 @@ def test_a_trial_that_has_trained_to_its_end_is_not_stopped(scheduler: str, tmp_
         return actions
 
     going_on = [TrialScheduler.CONTINUE] * 3
-    for name in "abcd":
+    waiting.append(Mock(status="PENDING"))  # a pause would cost the epoch that has begun
+    assert actions_of("first while another waits", [0.5, 0.5, 2.0]) == going_on
+    waiting.clear()
+    for name in "abc":
         assert actions_of(name, [0.5, 0.5, 2.0]) == going_on
     assert actions_of("could not be trained", [-math.inf] * 3) == going_on
     assert actions_of("no match for the others at its end", [0.6] * 3) == going_on
