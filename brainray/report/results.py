@@ -8,6 +8,7 @@ from brainray.schema import MIN_STRICT_SUPPORT, PREDICTED_BY, SUBSETS
 
 _AVERAGES = {"balanced_accuracy": "balanced accuracy", "f1_macro": "macro F1"}
 _BY_CLASS = ("precision", "recall", "f1")
+_EFFECTIVE_RANK = "cluster/effective_rank"
 _OF_CLUSTERS = {"silhouette": "silhouette", "nmi": "NMI", "ari": "ARI", "fmi": "FMI"}
 
 
@@ -107,4 +108,11 @@ def _clusters(runs: Mapping[str, Metrics]) -> Table:
         for whose, values in runs.items()
         for subset in SUBSETS
     ]
-    return Table("Clusters", ["", *_OF_CLUSTERS.values()], rows)
+    # A silhouette may also be high because the embeddings vary in few directions.
+    ranks = [
+        f"{values[_EFFECTIVE_RANK]:.1f}{whose}"
+        for whose, values in runs.items()
+        if _EFFECTIVE_RANK in values
+    ]
+    told = f" (effective rank of the fitted embeddings: {'; '.join(ranks)})" if ranks else ""
+    return Table(f"Clusters{told}", ["", *_OF_CLUSTERS.values()], rows)

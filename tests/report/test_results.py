@@ -62,6 +62,14 @@ def test_another_run_stands_beside_it_by_its_name() -> None:
     assert rows["all, control (c)"][0] == "0.250"
 
 
+def test_the_effective_rank_stands_beside_the_silhouettes() -> None:
+    rank = "cluster/effective_rank"
+    *_, clusters = results_tables(METRICS | {rank: 9.44}, CLASSES, {"control (c)": {rank: 8.0}})
+    told = "effective rank of the fitted embeddings: 9.4; 8.0, control (c)"
+    assert clusters.title == f"Clusters ({told})"
+    assert results_tables(METRICS, CLASSES)[-1].title == "Clusters"
+
+
 def test_without_metrics_every_cell_is_a_dash() -> None:
     for table in results_tables({"test/all/head/accuracy": float("nan")}, CLASSES):
         assert {cell for row in table.rows for cell in row[1:]} <= {"–", "– / – / –"}
