@@ -68,8 +68,11 @@ def sweep(config: Config) -> FinishedSweep:
         raise ConfigError("a sweep needs a name: --set name=NAME")
     check_space(config)
     base, store = store_to_train_on(config)
+    starts: dict[tuple[str, str], Config] = {}
     for trial in example_trials(base):
         check_sides(trial)
+        starts[trial.encoder.name, trial.encoder.weights] = trial
+    for trial in starts.values():
         check_weights(trial, store)
     workers = check_training(base, store)
     # Each sweep has its own MLflow experiment.
