@@ -305,7 +305,7 @@ class Folder:
             self.filesystem.delete_dir(self.path)
 
     def move_to(self, target: "Folder", last: str) -> None:
-        """Rename; on the same file system. ``target`` must not exist, or be a part of this folder.
+        """Rename; on the same file system. ``target`` must not exist, or be a begun copy of this.
 
         Object stores cannot rename folders: there the files are copied, with ``last``, the file
         that marks the folder as complete, after all others.

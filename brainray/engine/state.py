@@ -3,6 +3,7 @@
 import io
 import re
 import zipfile
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -179,6 +180,14 @@ def keep_as_best(run: Folder, epoch: int) -> None:
     if folder.exists(layout.FITTED):
         for name in (layout.FITTED, layout.MODEL):
             best.write_bytes(name, folder.read_bytes(name))
+
+
+def delete_other_predictions(run: Folder, epochs: Collection[int]) -> None:
+    """Keep the predictions of these epochs only."""
+    needed = {layout.predictions_file(epoch) for epoch in epochs}
+    for name in (run / layout.OF_EPOCHS).names():
+        if (file := f"{layout.OF_EPOCHS}/{name}") not in needed:
+            run.delete_file(file)
 
 
 def has_lost_models(run: Folder, epoch: int) -> bool:

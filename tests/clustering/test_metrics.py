@@ -124,7 +124,7 @@ def test_bootstrap_interval_covers_the_truth_for_few_groups(is_unequal: bool) ->
 
 @pytest.mark.parametrize("is_unequal", [False, True])
 def test_accuracy_interval_errs_on_neither_side_near_one(is_unequal: bool) -> None:
-    """Percentiles are above an accuracy of 0.92 in 11 of 100 cases, and never below."""
+    """Percentiles are above an accuracy of 0.92 in 11 of 100 cases, below it in one of 100."""
     generator = np.random.default_rng(0)
     num_above = num_below = 0
     for _ in range(400):

@@ -22,6 +22,7 @@ from brainray.engine.state import (
     Resumable,
     TrainerState,
     checkpoint_bytes,
+    delete_other_predictions,
     has_lost_models,
     keep_as_best,
     load_checkpoint,
@@ -188,6 +189,15 @@ def test_the_best_is_an_epoch_that_the_run_goes_on_from(tmp_path: Path) -> None:
     (run / layout.BEST).write_bytes(layout.MODEL, b"damaged")
     assert has_lost_models(run, 2)
     assert not has_lost_models(run, 3)  # it will be kept again
+
+
+def test_predictions_that_nothing_shows_any_longer_are_deleted(tmp_path: Path) -> None:
+    run = Folder(tmp_path)
+    delete_other_predictions(run, {1})
+    for epoch in (1, 2, 3, 4):
+        run.write_bytes(layout.predictions_file(epoch), b"")
+    delete_other_predictions(run, {2, 4, 9})
+    assert (run / "predictions").names() == ["epoch-0002.parquet", "epoch-0004.parquet"]
 
 
 def loads_without_weights_only(source: str) -> list[int]:

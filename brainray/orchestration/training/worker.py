@@ -61,6 +61,7 @@ from brainray.engine.state import (
     Resumable,
     TrainerState,
     checkpoint_bytes,
+    delete_other_predictions,
     has_lost_models,
     keep_as_best,
     load_checkpoint,
@@ -570,10 +571,7 @@ class _Trainer:
         save_resumable(self.run, Resumable(checkpoint, state), fitted)
         keep_as_best(self.run, self.epoch)
         if is_chosen:  # and those chosen before no longer are
-            needed = {layout.predictions_file(epoch) for epoch in {*kept, self.epoch}}
-            names = (self.run / layout.OF_EPOCHS).names()
-            for name in {f"{layout.OF_EPOCHS}/{name}" for name in names} - needed:
-                self.run.delete_file(name)
+            delete_other_predictions(self.run, {*kept, self.epoch})
         metrics = self.history[-1]
         metrics["time/epoch_s"] = timer.total
         metrics["time/report_s"] = metrics["time/epoch_s"] - until_here
