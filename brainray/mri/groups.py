@@ -47,13 +47,25 @@ def joint_groups(*memberships: Sequence[str | None]) -> list[str]:
     return connected_groups([str(identity) for identity in memberships[0]], first, second)
 
 
-def keep_names(groups: Sequence[str], previous: Sequence[str | None]) -> list[str]:
-    """Rename each group to the smallest previous name of its members, if any has one.
-
-    A group thus keeps its name, and with it its place in every draw, when new slices join it.
-    """
-    earlier: dict[str, str] = {}
+def earliest_names(groups: Sequence[str], previous: Sequence[str | None]) -> dict[str, str]:
+    """The smallest previous name of each group's members; the group's own if none has one."""
+    earliest: dict[str, str] = {}
     for group, name in zip(groups, previous, strict=True):
         if name is not None:
-            earlier[group] = min(name, earlier.get(group, name))
-    return [earlier.get(group, group) for group in groups]
+            earliest[group] = min(name, earliest.get(group, name))
+    return {group: earliest.get(group, group) for group in groups}
+
+
+def keep_names(groups: Sequence[str], previous: Sequence[str | None]) -> list[str]:
+    """Rename each group to its earliest name.
+
+    A group thus keeps its name, and with it its place in every draw, when new slices join it. If
+    one has come apart, because a subject was corrected or a slice was removed, only one of its
+    parts keeps the name: the part that is named so anyway, else the first.
+    """
+    kept: dict[str, str] = {}
+    taken = set(groups)
+    for group, name in sorted(earliest_names(groups, previous).items()):
+        kept[group] = group if name in taken else name
+        taken.add(name)
+    return [kept[group] for group in groups]

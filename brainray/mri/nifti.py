@@ -5,6 +5,7 @@ import io
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from nibabel.affines import voxel_sizes
@@ -32,6 +33,7 @@ _AXES = ("sagittal", "coronal", "axial")  # of a volume (X, Y, Z) pointing right
 _MAX_EXTENSION_BYTES = 64 * 2**20  # header extensions, such as a complete DICOM header or XML
 _MAX_TRAILING_BYTES = 2**20
 _MIN_GREYS = 16
+_LEAST_SPAN = 2**-12  # of the largest value: less leaves fewer than 12 bits of a float32
 _MIN_AIR = 0.25  # share of the voxels
 _SAMPLED = 4  # stride along each axis for the first check
 _INTENT_LABEL = 1002  # NIFTI_INTENT_LABEL
@@ -59,7 +61,8 @@ def decode_nifti(
     Intensities: percentiles of the foreground of each volume map to 0 and 255, so that slices of
     a volume are comparable. Air that is not dark, as in standardised volumes, becomes so. Slices
     with too little foreground and constant volumes of a series are skipped; the slice numbers in
-    ``frame`` count from the left, the back and the bottom.
+    ``frame`` count from the left, the back and the bottom. A volume of a series that cannot be used
+    is listed with its rejection.
 
     The subject is the file, as the hash of its content. Memory: the uncompressed file, the slices,
     and one volume in double precision.
@@ -67,8 +70,8 @@ def decode_nifti(
     Masks and label maps are not scans, and are only decoded with ``maps``.
 
     Raises:
-        RejectedImage: the volume is blank or a label map, has non-finite voxels, an unsupported
-            type or number of dimensions, is truncated, or exceeds a limit.
+        RejectedImage: the file has an unsupported type or number of dimensions, is truncated, or
+            exceeds a limit; or every volume is blank or a label map, or has non-finite voxels.
         Exception: anything that nibabel raises on corrupt bytes.
     """
     layout = _read_layout(content, options, maps)
@@ -82,27 +85,45 @@ def decode_nifti(
 
     subject = volume_hash(content, options.salt)
     stored = image.dataobj
-    slices = []
+    slices: list[DecodedSlice] = []
+    rejected: dict[str, RejectedImage] = {}
     for number in range(layout.shape[3]):
         part = stored[_volume_index(stored.shape, number)]
-        # A copy: with four dimensions nibabel returns a read-only view.
-        values = np.array(part, dtype=np.float32).reshape(layout.shape[:3])
-        values = replace_non_finite(values)
-        if not maps:
-            _check_greys(values)
-            _darken_air(values)
-        volume = apply_orientation(values, orientation)
-        axis = _slicing_axis(volume.shape, options)
-        spacing = _display_spacing(sizes, axis)
-        for position, plane in _planes(volume, axis, options):
-            shown = to_square_pixels(plane, spacing, options)
-            frame = f"volume={number}/{_AXES[axis]}={position}"
-            if layout.shape[3] == 1 and volume.shape[axis] == 1:
-                frame = ""
-            slices.append(DecodedSlice(shown, "NIfTI", frame, subject))
+        name = f"volume={number}"
+        try:
+            values = replace_non_finite(_in_float32(part).reshape(layout.shape[:3]))
+            if not maps:
+                _check_greys(values)
+                _darken_air(values)
+            volume = apply_orientation(values, orientation)
+            axis = _slicing_axis(volume.shape, options)
+            spacing = _display_spacing(sizes, axis)
+            for position, plane in _planes(volume, axis, options):
+                shown = to_square_pixels(plane, spacing, options)
+                frame = f"{name}/{_AXES[axis]}={position}"
+                if layout.shape[3] == 1 and volume.shape[axis] == 1:
+                    frame = ""
+                slices.append(DecodedSlice(shown, "NIfTI", frame, subject))
+        except RejectedImage as rejection:
+            rejected[name] = rejection
     if not slices:
-        raise RejectedImage("blank", "no slice shows enough of the head")
-    return slices
+        blank = RejectedImage("blank", "no slice shows enough of the head")
+        raise next(iter(rejected.values()), blank)
+    empty = np.empty((0, 0), np.uint8)
+    return slices + [
+        DecodedSlice(empty, "NIfTI", name, subject, rejection)
+        for name, rejection in rejected.items()
+    ]
+
+
+def _in_float32(voxels: NDArray[Any]) -> Values:
+    """A copy of the voxels, minus the smallest if float32 would not resolve values that far off."""
+    finite = voxels[np.isfinite(voxels)]
+    if finite.size:
+        low, high = float(finite.min()), float(finite.max())
+        if high - low < max(abs(low), abs(high)) * _LEAST_SPAN:
+            voxels = voxels - np.float64(low)
+    return np.array(voxels, dtype=np.float32)
 
 
 def _read_layout(content: bytes, options: DecodeOptions, maps: bool) -> _Layout:

@@ -37,6 +37,8 @@ _LOCAL_SIGMA = 1 / 16  # of the side: size of a neighbourhood
 _LOCAL_PER_SIDE = 24  # neighbourhoods along either axis
 _LEAST_COVERED = 0.2  # share of a usable neighbourhood
 _NOISE_VARIANCE = 2.0  # grey values squared, after the band-pass: weaker structure is not evidence
+_BRIGHT = 128.0  # grey value that all but `_NUM_BRIGHTER` pixels of dim pairs are raised to
+_NUM_BRIGHTER = 46  # of 96 x 96 pixels, 0.5 %
 _WEAKEST_SHARE = 0.05  # neighbourhoods that decide: a neighbouring slice differs in places
 _MIN_NEIGHBOURHOODS = 12  # with structure; fewer are not sufficient evidence
 _CLIPPING_RANGE = 30.0  # grey values of lost range at which the allowance is capped
@@ -69,6 +71,8 @@ def similarity(fixed: Tensor, moving: Tensor) -> Tensor:
 
     Pairs that differ at a coarser level are dropped and get 0.
     """
+    brighter = _brightening(fixed, moving)
+    fixed, moving = fixed * brighter, moving * brighter
     result = torch.zeros(len(fixed))
     alive = torch.arange(len(fixed))
     alignment = match_intensities(fixed, moving)
@@ -185,6 +189,15 @@ def compare(fixed: Tensor, moving: Tensor, alignment: Alignment) -> Tensor:
     allowance = 0.8 * pixels_moved.clamp_max(1.0)
     allowance = allowance + 1.75 * clipping.clamp_max(_CLIPPING_RANGE) / _CLIPPING_RANGE
     return 1.0 - (1.0 - agreement) * torch.exp(-allowance)
+
+
+def _brightening(fixed: Tensor, moving: Tensor) -> Tensor:
+    """(P, 1, 1) common factor of the pairs, above 1 if both slices are dim: the structure of slices
+    that were exported dark would otherwise count as noise.
+    """
+    bright = [slices.flatten(1).topk(_NUM_BRIGHTER).values[:, -1] for slices in (fixed, moving)]
+    brightest = torch.maximum(*bright).clamp_min(1.0)
+    return (_BRIGHT / brightest).clamp_min(1.0)[:, None, None]
 
 
 def shrink(pictures: Tensor, side: int) -> Tensor:

@@ -108,6 +108,8 @@ class DecodedSlice:
     """Position in its file, counted from 0, such as ``frame=3``; empty if it is the only slice."""
     subject_id: str | None = None
     """Keyed hash of the patient or the volume; None if the file identifies neither."""
+    rejection: RejectedImage | None = None
+    """Why this volume of several has no slices; the image is empty then."""
 
 
 STUDY_PREFIX = "study-"

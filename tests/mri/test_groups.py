@@ -26,3 +26,11 @@ def test_a_group_keeps_its_name_and_a_new_one_gets_its_own() -> None:
     groups = ["a", "a", "c", "d", "d"]
     previous = [None, "b", None, "y", "x"]
     assert keep_names(groups, previous) == ["b", "b", "c", "x", "x"]
+
+
+def test_of_a_group_that_came_apart_one_part_keeps_the_name() -> None:
+    # The link between b and d was wrong; neither "b" nor "c", which was found since, is its own.
+    assert keep_names(["b", "c", "d"], ["b", None, "b"]) == ["b", "c", "d"]
+    # The slice that gave the name is gone, or has joined a smaller one.
+    assert keep_names(["c", "d"], ["b", "b"]) == ["b", "d"]
+    assert keep_names(["a", "a", "d"], [None, "b", "b"]) == ["b", "b", "d"]

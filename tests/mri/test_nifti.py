@@ -248,6 +248,26 @@ def test_few_broken_voxels_are_replaced_and_many_refused() -> None:
     assert rejection_of(make_nifti(np.full_like(volume, np.nan))).reason == "non-finite pixels"
 
 
+def test_a_bad_volume_of_a_series_costs_no_other() -> None:
+    bad = np.full_like(ball(), np.nan), (ball() > 0).astype(np.float32)
+    decoded = slices_of(make_nifti(np.stack([bad[0], ball(), bad[1]], axis=3)))
+    whole, rejected = decoded[:-2], decoded[-2:]
+    for one, other in zip(whole, slices_of(make_nifti(ball())), strict=True):
+        assert one.frame == other.frame.replace("volume=0", "volume=1")
+        np.testing.assert_array_equal(one.image, other.image)
+    told = [(one.frame, one.rejection and one.rejection.reason) for one in rejected]
+    assert told == [("volume=0", "non-finite pixels"), ("volume=2", "no scan")]
+    assert rejection_of(make_nifti(np.stack(bad, axis=3))).reason == "non-finite pixels"
+
+
+@pytest.mark.parametrize("offset", [-2_000_000_000, 2_000_000_000])
+def test_voxels_far_from_zero_keep_their_greys(offset: int) -> None:
+    volume = ball().astype(np.int32)
+    far = slices_of(make_nifti(volume + np.int32(offset)))
+    for one, other in zip(far, slices_of(make_nifti(volume)), strict=True):
+        np.testing.assert_array_equal(one.image, other.image)
+
+
 def test_masks_and_maps_of_labels_are_no_scans() -> None:
     mask = (ball() > 0).astype(np.float32)
     labels = np.where(ball() > 600, 4, 1).astype(np.int16) * (ball() > 0)

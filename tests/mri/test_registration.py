@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from brainray.config import NearDuplicateConfig
 from brainray.mri import registration
 from brainray.mri.phantom import make_series, make_slice
 from brainray.mri.registration import LEVELS, Alignment, align, match_intensities, shrink
@@ -58,6 +59,19 @@ def test_a_cropped_copy_is_more_similar_than_a_neighbouring_slice() -> None:
     copy = picture(series[1].image[5:-9, 7:-3])
     found = registration.similarity(torch.cat([fixed, fixed]), torch.cat([copy, neighbour]))
     assert found[0] > found[1]
+
+
+def test_a_dim_copy_is_found_and_a_dim_neighbour_is_not() -> None:
+    series = make_series("pituitary", np.random.default_rng(4), num_slices=3, size=240)
+    dim = [(0.1 * one.image).astype(np.uint8) for one in series]
+    _, encoded = cv2.imencode(".jpg", dim[1], [cv2.IMWRITE_JPEG_QUALITY, 95])
+    copy = np.asarray(cv2.imdecode(encoded, cv2.IMREAD_GRAYSCALE))
+    fixed = torch.cat([picture(dim[1])] * 3)
+    moving = torch.cat([picture(dim[1]), picture(copy), picture(dim[2])])
+    same, found, neighbour = registration.similarity(fixed, moving).tolist()
+    assert same == pytest.approx(1.0, abs=1e-4)
+    least = NearDuplicateConfig().similarity
+    assert found >= least > neighbour
 
 
 def test_slices_without_structure_are_no_copies() -> None:

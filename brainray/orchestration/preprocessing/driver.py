@@ -30,7 +30,7 @@ from brainray.mri.duplicates import thumbnail_matrix
 from brainray.mri.row_file import RowFile
 from brainray.mri.slices import RejectedImage
 from brainray.orchestration.lock import held
-from brainray.orchestration.preprocessing.earlier import LIGHT, Earlier, unchanged
+from brainray.orchestration.preprocessing.earlier import LIGHT, Earlier, Place, unchanged
 from brainray.orchestration.preprocessing.examples import draw_figures
 from brainray.orchestration.preprocessing.plan import official_splits, plan_store
 from brainray.orchestration.preprocessing.preparation import (
@@ -159,11 +159,12 @@ def _build(
     parts.delete()
     clock.passed("write")
     building.write_table(layout.FILES, plan.files)
-    splits = earlier.splits() | dict(
-        zip(plan.rows["sample_id"].to_pylist(), plan.rows["split"].to_pylist(), strict=True)
+    now = (plan.rows[name].to_pylist() for name in ("split", "generation"))
+    places = earlier.places() | dict(
+        zip(plan.rows["sample_id"].to_pylist(), map(Place, *now), strict=True)
     )
-    placed = {"sample_id": sorted(splits), "split": [splits[name] for name in sorted(splits)]}
-    building.write_table(layout.SPLITS, pa.table(placed))
+    placed = [{"sample_id": name} | place._asdict() for name, place in sorted(places.items())]
+    building.write_table(layout.SPLITS, pa.Table.from_pylist(placed))
     rejected = slices.filter(pc.is_valid(slices["reason"])).select(REJECTED.names).cast(REJECTED)
     building.write_table(layout.REJECTED, rejected)
     building.write_table(layout.DUPLICATES, plan.duplicates)

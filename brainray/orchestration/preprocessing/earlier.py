@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -33,6 +33,13 @@ LIGHT = pa.schema([*_REMEMBERED, pa.field("fingerprint", pa.int64())])
 
 FILES = pa.schema([*_REMEMBERED, *(IMAGE_STORE.field(name) for name in GROUPS)])
 """What a store records of every slice that it was made from, including those left out."""
+
+
+class Place(NamedTuple):
+    """Where a slice is, or was when it was last in the store."""
+
+    split: str  # train | test
+    generation: int  # the preprocessing that first saw it
 
 
 @dataclass(frozen=True)
@@ -82,14 +89,18 @@ class Earlier:
         known = {sample: name for sample, name in names if name is not None}
         return [known.get(identity) for identity in ids]
 
-    def splits(self) -> dict[str, str]:
-        """``train`` or ``test`` by sample_id, for all slices that this or an earlier store of the
-        name contained: removed slices may return.
+    def places(self) -> dict[str, Place]:
+        """Places by sample_id, also of slices that only earlier stores of the name contained, as
+        these may return.
         """
         if self.images is None:
             return {}
-        table = self.images.parent.read_table(layout.SPLITS)
-        return dict(zip(table["sample_id"].to_pylist(), table["split"].to_pylist(), strict=True))
+        rows = self.images.parent.read_table(layout.SPLITS).to_pylist()
+        # Stores of earlier versions do not tell generations.
+        return {
+            row["sample_id"]: Place(row["split"], row.get("generation", self.generation))
+            for row in rows
+        }
 
 
 def unchanged(files: list[FoundFile], reusable: pa.Table) -> set[str]:

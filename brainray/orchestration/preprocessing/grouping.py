@@ -8,7 +8,7 @@ import pyarrow as pa
 from brainray.config import Config, PreprocessConfig
 from brainray.log import ProgressLines, log
 from brainray.mri.duplicates import COPY, DuplicatePairs, near_duplicate_pairs, thumbnail_matrix
-from brainray.mri.groups import connected_groups, joint_groups, keep_names
+from brainray.mri.groups import connected_groups, earliest_names, joint_groups, keep_names
 from brainray.mri.row_file import Rows, SelectedRows
 from brainray.mri.subjects import estimate_subjects
 from brainray.orchestration.preprocessing.earlier import Earlier
@@ -148,9 +148,9 @@ def _subjects(
     estimated = _estimated(nameless, ids, looks, copies, config.preprocess)
     was, was_by = (earlier.of_slices(ids, name) for name in ("subject_id", "subject_source"))
     before = [was[row] if was_by[row] == ESTIMATED else None for row in nameless]
-    joined = keep_names(list(estimated.values()), before)
-    for row, old, new in zip(nameless, before, joined, strict=True):
-        subjects[row], sources[row] = old or new, ESTIMATED
+    names = earliest_names(list(estimated.values()), before)
+    for row, old in zip(nameless, before, strict=True):
+        subjects[row], sources[row] = old or names[estimated[row]], ESTIMATED
     return subjects, sources
 
 
@@ -175,7 +175,7 @@ def _subjects_in_metadata(
     """Subject of each slice and its source, None where neither table nor header gives one.
 
     If a table names some files of a patient given by headers, that patient's other files get the
-    same subject.
+    same subject; so do byte-identical files of which some have a subject.
     """
     in_table = {file.path: file.subject for file in listing.files}
     headers = accepted["header_subject"].to_pylist()
@@ -195,7 +195,8 @@ def _subjects_in_metadata(
                 f"note: {count} {told} do not name a patient, so each counts as one subject: if a "
                 "patient has several, name subjects in a labels table (path,label,subject)"
             )
-    return _as_tables_name_them(given, sources, headers)
+    given, sources = _as_tables_name_them(given, sources, headers)
+    return _as_copies_are_named(accepted["sample_id"].to_pylist(), given, sources)
 
 
 def _as_tables_name_them(
@@ -217,3 +218,21 @@ def _as_tables_name_them(
         for subject, source, header in zip(given, sources, headers, strict=True)
     ]
     return [subject for subject, _ in renamed], [source for _, source in renamed]
+
+
+def _as_copies_are_named(
+    ids: list[str], given: list[str | None], sources: list[str | None]
+) -> tuple[list[str | None], list[str | None]]:
+    """Subjects and sources; slices without a subject have that of byte-identical ones, as only one
+    of these may be kept.
+    """
+    known = {
+        identity: (subject, source)
+        for identity, subject, source in zip(ids, given, sources, strict=True)
+        if subject is not None
+    }
+    named = [
+        (subject, source) if subject is not None else known.get(identity, (None, None))
+        for identity, subject, source in zip(ids, given, sources, strict=True)
+    ]
+    return [subject for subject, _ in named], [source for _, source in named]

@@ -1,9 +1,10 @@
 """The labels table: classes, splits and subjects of a source's files, and classes of slices."""
 
+import codecs
 import io
 import re
 import unicodedata
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any
@@ -85,15 +86,8 @@ def read_labels_table(
     frames: dict[str, dict[str, str | None]] = {}
     unknown: list[str] = []
     for row in read_rows(labels):
-        told = str(row["path"] or "").replace("\\", "/").removeprefix("./")
-        spellings = (
-            told,
-            told.strip(),
-            nfc(told.strip()),
-            nfc(told.strip()).rstrip("/"),
-            told.removeprefix("'"),  # as in our own lists: Folder.write_csv
-        )
-        path = next((known[spelling] for spelling in spellings if spelling in known), None)
+        told = str(row["path"] or "")
+        path = next((known[name] for name in _spellings(told) if name in known), None)
         if not told.strip():
             raise DataError(f"labels={labels}: a row has no path; add it or delete the row")
         if path is None:
@@ -135,6 +129,14 @@ def read_labels_table(
             whole = reduce(FileMetadata.completed_by, of_file)
             found[path] = replace(whole, label_of_frame=frames.get(path, {}))
     return found
+
+
+def _spellings(told: str) -> Iterator[str]:
+    """A path as it is, and as it is if it was written on Windows or by a spreadsheet."""
+    for slashed in (told, told.replace("\\", "/")):
+        bare = slashed.removeprefix("./")
+        yield from (bare, bare.strip(), nfc(bare.strip()), nfc(bare.strip()).rstrip("/"))
+        yield bare.removeprefix("'")  # as in our own lists: Folder.write_csv
 
 
 def _nearest_path(told: str, places: Collection[str]) -> str | None:
@@ -186,12 +188,14 @@ def read_rows(labels: Folder) -> list[dict[str, Any]]:
     try:
         content = labels.parent.read_bytes(labels.path.rpartition("/")[2])  # name without escapes
         if labels.name.lower().endswith((".parquet", ".pq")):
-            table = pq.read_table(io.BytesIO(content))
+            table = _as_text(pq.read_table(io.BytesIO(content)))
         else:
+            if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                content = content.decode("utf-16").encode()  # "Unicode text" of spreadsheets
             # Where numbers have decimal commas, spreadsheets separate cells by semicolons.
             first_line = content.partition(b"\n")[0]
-            has_semicolons = b";" in first_line and b"," not in first_line
-            cells = pa_csv.ParseOptions(delimiter=";" if has_semicolons else ",")
+            found = [cell for cell in (b",", b";", b"\t") if cell in first_line]
+            cells = pa_csv.ParseOptions(delimiter=found[0].decode() if found else ",")
             # Labels such as 0 and 1, or a subject 007, are names, not numbers.
             header = pa_csv.open_csv(io.BytesIO(content), parse_options=cells).schema.names
             options = pa_csv.ConvertOptions(
@@ -226,10 +230,19 @@ def read_rows(labels: Folder) -> list[dict[str, Any]]:
         # Not the column names: without a header they are the first row, which may name a patient.
         raise DataError(
             f"labels={labels}: missing column {' and '.join(sorted(missing))} (columns found: "
-            f"{table.num_columns}); path and label are required and separated by commas or "
-            "semicolons, frame, split and subject are optional"
+            f"{table.num_columns}); path and label are required and separated by commas, "
+            "semicolons or tabs, frame, split and subject are optional"
         )
     return [row for row in rows if any(_text(cell) is not None for cell in row.values())]
+
+
+def _as_text(table: pa.Table) -> pa.Table:
+    """The table with binary columns, as some programs write text, as text."""
+    fields = [
+        field.with_type(pa.string()) if pa.types.is_binary(field.type) else field
+        for field in table.schema
+    ]
+    return table.cast(pa.schema(fields))
 
 
 def _text(value: object) -> str | None:

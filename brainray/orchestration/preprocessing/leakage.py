@@ -26,7 +26,7 @@ def leakage_report(
     looks: Rows,
     kept: NDArray[np.bool_],
     pairs: DuplicatePairs,
-    conflicting: set[str],
+    in_conflict: list[bool],
     config: PreprocessConfig,
 ) -> dict[str, Any]:
     """Contents of ``leakage.json``.
@@ -36,15 +36,15 @@ def leakage_report(
         looks: (N, 9216) uint8, their fingerprints.
         kept: (N,) which of them are in the store.
         pairs: the near-duplicates among them.
-        conflicting: groups of copies with more than one label.
+        in_conflict: (N,) whether copies of the slice, in any orientation, have another label.
         config: preprocessing settings of the store.
 
     Returns:
         ``across_splits``: for each level the affected test slices, each with its nearest
         training slice; ``within_train`` and ``within_test``: copies of an earlier slice of the
         same split; ``num_test`` and ``num_test_by_class``: how many test slices are ``all``,
-        ``clean`` and, unless subjects are unknown, ``strict``; ``label_conflicts``: slices of
-        groups whose labels differ.
+        ``clean`` and, unless subjects are unknown, ``strict``; ``label_conflicts``: slices
+        whose copies have another label.
     """
     splits = np.array(table["split"].to_pylist(), dtype=object)
     of_train, of_test = (np.flatnonzero(kept & (splits == split)) for split in (TRAIN, TEST))
@@ -69,13 +69,14 @@ def leakage_report(
         "within_test": _within(table, look, pairs, TEST),
         "label_conflicts": [
             place | {"label": label, "duplicate_group_id": group}
-            for place, label, group in zip(
+            for place, label, group, differs in zip(
                 _places(table, "path"),
                 table["label"].to_pylist(),
                 table["duplicate_group_id"].to_pylist(),
+                in_conflict,
                 strict=True,
             )
-            if group in conflicting
+            if differs
         ],
     }
 

@@ -67,16 +67,17 @@ def plan_store(
     frames = accepted["frame"].to_pylist()
     labels = [file.label_of(frame) for file, frame in zip(files, frames, strict=True)]
     ids = accepted["sample_id"].to_pylist()
+    places = earlier.places()
+    # Copies that were left out had no place.
     generations = [
-        earlier.generation if born is None else born
-        for born in earlier.of_slices(ids, "generation")
+        places[identity].generation if identity in places else born or earlier.generation
+        for identity, born in zip(ids, earlier.of_slices(ids, "generation"), strict=True)
     ]
     given = official_splits(files, config)
     first_copy = _first_copies(ids, given, labels)
     kept = np.array([copy is None for copy in first_copy], dtype=np.bool_)
     if given is None:
-        before = earlier.splits()
-        held_before = [before.get(identity) for identity in ids]
+        held_before = [places[identity].split if identity in places else None for identity in ids]
         splits = _drawn_splits(kept, labels, groups.split, generations, held_before, config)
         num_moved = sum(old == TRAIN != new for old, new in zip(held_before, splits, strict=True))
         if num_moved:
@@ -93,7 +94,7 @@ def plan_store(
     table = accepted
     for name, column in {
         "split": splits,
-        "label": _readable_labels(labels, groups.copies, splits),
+        "label": _readable_labels(labels, groups.also_turned, splits),
         **groups.columns(),
         "generation": generations,
     }.items():
@@ -104,12 +105,13 @@ def plan_store(
     )
     duplicates = _duplicates_table(table, kept, first_copy, groups)
     told = table.set_column(table.column_names.index("label"), "label", pa.array(labels))
-    conflicting = _conflicting_groups(groups.copies, labels)
+    conflicting = _conflicting_groups(groups.also_turned, labels)
+    in_conflict = [group in conflicting for group in groups.also_turned]
     return StorePlan(
         rows,
         _memory(slices, table, rows),
         duplicates,
-        leakage_report(told, looks, kept, groups.pairs, conflicting, config.preprocess),
+        leakage_report(told, looks, kept, groups.pairs, in_conflict, config.preprocess),
         _statistics(rows, classes, duplicates, config.preprocess),
     )
 
@@ -221,7 +223,8 @@ def _twins_of_test(groups: list[str], splits: list[str]) -> NDArray[np.bool_]:
 def _readable_labels(
     labels: list[str | None], copies: list[str], splits: list[str]
 ) -> list[str | None]:
-    """Labels without those of training slices whose copies in training have a different label.
+    """Labels without those of training slices whose copies in training, mirrored and rotated ones
+    included, have a different label.
 
     Test labels have no influence on training slices.
     """
@@ -354,6 +357,8 @@ def _statistics(
         "skull_strip_used": dict(sorted(Counter(rows["skull_strip"].to_pylist()).items())),
         "pixel_mean": mean,
         "pixel_std": max(square - mean * mean, 1e-8) ** 0.5,
-        "data_hash": hash_of("split", "sample_id", "label", "draw_group_id", "kin_group_id"),
+        "data_hash": hash_of(
+            "split", "sample_id", "label", "draw_group_id", "kin_group_id", "generation"
+        ),
         "slices_hash": hash_of("split", "sample_id", "split_group_id"),
     }

@@ -208,6 +208,8 @@ def preprocess_file(
     for decoded in decode_file(content, decode_options(config, salt)):
         row = about_file | {"frame": decoded.frame, "sample_id": sample_id(digest, decoded.frame)}
         try:
+            if decoded.rejection is not None:
+                raise decoded.rejection
             check_content(decoded.image, min_intensity_std=config.min_intensity_std)
         except RejectedImage as rejection:
             rows.append(row | {"reason": rejection.reason, "detail": rejection.detail})

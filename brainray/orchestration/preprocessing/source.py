@@ -251,7 +251,7 @@ def _may_hold_slices(file: FoundFile, source: Folder) -> bool:
 
 def _walk(source: Folder, storage: Folder | None) -> Iterator[FoundFile]:
     """All visible files below the source but not in the storage; links to folders within the source
-    are followed once.
+    are followed if nothing else leads there.
     """
     if storage is not None and not source.contains(storage):
         storage = None
@@ -269,28 +269,30 @@ def _walk(source: Folder, storage: Folder | None) -> Iterator[FoundFile]:
     root = os.path.realpath(source.local_path)
     left_out = None if storage is None else os.path.realpath(storage.path)
     visited: set[tuple[int, int]] = set()
-    for folder, subfolders, names in os.walk(source.local_path, followlinks=True, onerror=_refuse):
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in visited:  # a link back into the tree
-            subfolders.clear()
-            continue
-        if left_out is not None and os.path.realpath(folder) == left_out:
-            subfolders.clear()
-            continue
-        visited.add((status.st_dev, status.st_ino))
-        subfolders[:] = sorted(name for name in subfolders if not _is_hidden(name))
-        relative = os.path.relpath(folder, source.local_path)
-        prefix = "" if relative == "." else f"{relative}/"
-        for name in [name for name in subfolders if _leads_out(f"{folder}/{name}", root)]:
-            subfolders.remove(name)
-            yield FoundFile(_printable(prefix + name), 0, 0, problem=_LINK_OUT)
-        for name in names:
-            if _is_hidden(name):
+    links = [str(source.local_path)]  # followed last, so that folders have their own names
+    while links:
+        for folder, subfolders, names in os.walk(links.pop(0), onerror=_refuse):
+            status = os.stat(folder)
+            if (status.st_dev, status.st_ino) in visited:
+                subfolders.clear()
                 continue
-            if _leads_out(f"{folder}/{name}", root):
-                yield FoundFile(_printable(prefix + name), 0, 0, problem=_LINK_OUT)
-            else:
-                yield _found(folder, prefix + name, name)
+            if left_out is not None and os.path.realpath(folder) == left_out:
+                subfolders.clear()
+                continue
+            visited.add((status.st_dev, status.st_ino))
+            relative = os.path.relpath(folder, source.local_path)
+            prefix = "" if relative == "." else f"{relative}/"
+            subfolders[:] = sorted(name for name in subfolders if not _is_hidden(name))
+            folders = set(subfolders)
+            for name in [*subfolders, *names]:
+                if _is_hidden(name):
+                    continue
+                if _leads_out(f"{folder}/{name}", root):
+                    yield FoundFile(_printable(prefix + name), 0, 0, problem=_LINK_OUT)
+                elif name not in folders:
+                    yield _found(folder, prefix + name, name)
+                elif os.path.islink(f"{folder}/{name}"):
+                    links.append(f"{folder}/{name}")
 
 
 def _is_hidden(name: str) -> bool:

@@ -4,6 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
@@ -251,16 +252,23 @@ def test_purging_drops_the_training_twins_of_test_slices(phantoms: Path, tmp_pat
     assert sum(row["removed"] for row in duplicates) == 2
 
 
+@pytest.mark.parametrize("turn", [None, cv2.ROTATE_90_CLOCKWISE])
 def test_copies_with_another_label_are_left_unlabelled_and_listed(
-    phantoms: Path, tmp_path: Path
+    phantoms: Path, tmp_path: Path, turn: int | None
 ) -> None:
     source = tmp_path / "source"
     shutil.copytree(phantoms, source)
     original = source / "Training" / "glioma" / "copied.jpg"
-    shutil.copy(original, source / "Training" / "notumor" / "conflicting.jpg")
+    other = source / "Training" / "notumor" / "conflicting.png"
+    if turn is None:
+        shutil.copy(original, other)
+    else:
+        cv2.imwrite(str(other), cv2.rotate(cv2.imread(str(original)), turn))
     made = preprocess(tiny_config(tmp_path / "storage", "name=mri", f"source={source}"))
     conflicts = made.folder.read_json("leakage.json")["label_conflicts"]
     assert {row["label"] for row in conflicts} == {"glioma", "notumor"}
     index = made.index().to_pandas()
-    group = index[index["duplicate_group_id"] == conflicts[0]["duplicate_group_id"]]
-    assert group[group["split"] == "train"]["label"].isna().all()
+    listed = index[index["path"].isin([row["path"] for row in conflicts])]
+    assert (listed["split"] == "train").any()
+    assert listed[listed["split"] == "train"]["label"].isna().all()
+    assert listed[listed["split"] == "test"]["label"].notna().all()

@@ -174,6 +174,29 @@ def test_slices_that_were_away_come_back_to_their_side_of_the_split(
         (tmp_path / path.replace("/", "-")).rename(source / path)
     after = index(made(tmp_path / "g", source, "split.mode=grouped"))
     assert set(after.loc[away, "split"]) == {side}
+    # So do those of a label draw, so that a run goes on with the same labels.
+    assert opened(tmp_path / "g").data_hash == opened(stores["grouped"]).data_hash
+
+
+def test_a_subject_that_is_corrected_comes_apart(phantoms: Path, tmp_path: Path) -> None:
+    paths = sorted(str(path.relative_to(phantoms)) for path in phantoms.rglob("*.jpg"))
+
+    def made_with(subjects: list[str]) -> pd.DataFrame:
+        table = pd.DataFrame({"path": paths, "subject": subjects})
+        table["label"] = [path.split("/")[1] for path in paths]
+        table.to_csv(tmp_path / "labels.csv", index=False)
+        labels = f"labels={tmp_path / 'labels.csv'}"
+        return index(made(tmp_path / "storage", phantoms, labels, "split.mode=grouped"))
+
+    wrong = made_with([path.split("/")[1] for path in paths])
+    assert wrong["draw_group_id"].nunique() <= 4
+    right = made_with([f"{path.split('/')[1]}{row % 5}" for row, path in enumerate(paths)])
+    kept, subjects = right["draw_group_id"], right["subject_id"]
+    assert kept.nunique() > 4
+    assert (subjects.groupby(kept).nunique() >= 1).all()
+    assert (kept.groupby(subjects).nunique() == 1).all()
+    # One part of each keeps its name, and with it its place in the draws.
+    assert set(wrong["draw_group_id"]) & set(kept)
 
 
 def test_a_store_is_not_replaced_by_one_of_another_source(source: Path, tmp_path: Path) -> None:

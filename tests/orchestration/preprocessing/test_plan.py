@@ -12,7 +12,10 @@ from brainray.errors import DataError
 from brainray.mri.duplicates import COPY, MIRRORED, DuplicatePairs
 from brainray.mri.row_file import RowFile
 from brainray.orchestration.preprocessing.earlier import LIGHT, Earlier
-from brainray.orchestration.preprocessing.grouping import _as_tables_name_them
+from brainray.orchestration.preprocessing.grouping import (
+    _as_copies_are_named,
+    _as_tables_name_them,
+)
 from brainray.orchestration.preprocessing.leakage import _links_of, _within
 from brainray.orchestration.preprocessing.plan import (
     StorePlan,
@@ -110,6 +113,16 @@ def test_a_patient_whom_a_table_names_in_part_stays_one() -> None:
     # h2 stands for two of the table's patients.
     assert named == ["t1", "t1", "t2", "h2", "t3", "h2", "h3", None]
     assert named_by == ["table"] * 3 + ["header", "table", "header", "header", None]
+
+
+def test_a_nameless_copy_has_the_subject_of_the_named_one() -> None:
+    named, named_by = _as_copies_are_named(
+        ["x", "x", "y", "z", "z"],
+        [None, "p1", None, "p2", "p3"],
+        [None, "table", None, "table", "header"],
+    )
+    assert named == ["p1", "p1", None, "p2", "p3"]
+    assert named_by == ["table", "table", None, "table", "header"]
 
 
 def test_a_slice_within_a_split_is_told_of_on_one_level() -> None:

@@ -247,6 +247,27 @@ def test_a_table_may_come_from_a_spreadsheet(tmp_path: Path) -> None:
     assert rows == [("a,b.jpg", None, "glioma", "Doe, Jane")]
 
 
+def test_a_table_may_be_a_spreadsheets_unicode_text(tmp_path: Path) -> None:
+    source = make(tmp_path / "s", "1.jpg")
+    (tmp_path / "labels.txt").write_bytes("path\tlabel\r\n1.jpg\ttumör\r\n".encode("utf-16"))
+    assert listed(source, Folder(tmp_path / "labels.txt")) == [("1.jpg", None, "tumör", None)]
+
+
+def test_a_table_may_have_text_as_bytes(tmp_path: Path) -> None:
+    source = make(tmp_path / "s", "1.jpg")
+    columns = {"path": [b"1.jpg"], "label": [b"glioma"], "subject": [7]}
+    pq.write_table(pa.table(columns), tmp_path / "labels.parquet")
+    rows = listed(source, Folder(tmp_path / "labels.parquet"))
+    assert rows == [("1.jpg", None, "glioma", "7")]
+
+
+def test_a_backslash_is_a_separator_only_if_no_file_has_it_in_its_name(tmp_path: Path) -> None:
+    source = make(tmp_path / "s", "a/b.jpg", "a\\b.jpg", "c/d.jpg")
+    (tmp_path / "labels.csv").write_text("path,label\na\\b.jpg,glioma\nc\\d.jpg,notumor\n")
+    labels = {row[0]: row[2] for row in listed(source, Folder(tmp_path / "labels.csv"))}
+    assert labels == {"a/b.jpg": None, "a\\b.jpg": "glioma", "c/d.jpg": "notumor"}
+
+
 def test_a_path_may_be_quoted_so_that_a_spreadsheet_does_not_evaluate_it(tmp_path: Path) -> None:
     source = make(tmp_path / "s", "=1+1.jpg", "2.jpg")
     (tmp_path / "labels.csv").write_text("path,label\n'=1+1.jpg,glioma\n2.jpg,notumor\n")
@@ -350,6 +371,18 @@ def test_a_link_back_into_the_tree_ends(tmp_path: Path) -> None:
     source = make(tmp_path, "a/1.jpg")
     (tmp_path / "a" / "loop").symlink_to(tmp_path)
     assert [row[0] for row in listed(source)] == ["a/1.jpg"]
+
+
+def test_a_link_to_a_folder_of_the_source_neither_renames_nor_moves_it(tmp_path: Path) -> None:
+    source = make(tmp_path, "Testing/b/1.jpg", "Training/a/2.jpg", ".raw/c/3.jpg")
+    (tmp_path / "Testing" / "a").symlink_to("../Training/a")
+    (tmp_path / "Training" / "favourites").symlink_to("a")
+    (tmp_path / "Training" / "c").symlink_to("../.raw/c")  # the only way to a hidden folder
+    assert listed(source) == [
+        ("Testing/b/1.jpg", "test", "b", None),
+        ("Training/a/2.jpg", "train", "a", None),
+        ("Training/c/3.jpg", "train", "c", None),
+    ]
 
 
 def test_links_out_of_the_source_are_listed_and_not_followed(tmp_path: Path) -> None:
