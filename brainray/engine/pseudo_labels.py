@@ -80,11 +80,12 @@ def balance_assignments(probabilities: Tensor, shares: Tensor) -> Tensor:
     """Scale (n, C) so that the columns over all ranks get the given shares (collective).
 
     Sinkhorn & Knopp 1967. Rows of the result sum to 1; columns have their shares approximately.
+    A row that is entirely in classes with a share of 0 becomes 0.
     """
     num_rows = dist.count_across_ranks(len(probabilities), probabilities.device)
     balanced = probabilities
     for _ in range(_NUM_BALANCING):
         mass = dist.sum_across_ranks(balanced.sum(dim=0))
         balanced = balanced * (shares * num_rows / mass.clamp_min(1e-12))
-        balanced = balanced / balanced.sum(dim=1, keepdim=True)
+        balanced = balanced / balanced.sum(dim=1, keepdim=True).clamp_min(1e-12)
     return balanced

@@ -65,13 +65,14 @@ class SliceModel:
         return pa.concat_tables([output, pa.table(empty, schema=output.schema)])
 
     def _predict(self, slices: pa.Table) -> pa.Table:
-        side = self.checkpoint.image_size
+        train = self.checkpoint.config.train
         output = embed(
             self.encoder,
-            CachedImages(torch.from_numpy(stored_pixels(slices, side)).to(self.device)),
+            CachedImages(torch.from_numpy(stored_pixels(slices, train.image_size)).to(self.device)),
             scale=self.checkpoint.scale,
-            batch_size=self.checkpoint.config.train.embed_batch_size,
+            batch_size=train.embed_batch_size,
             precision=self.precision,
+            side=self.checkpoint.image_size,  # smaller while slices still grow
         )
         index = {name: number for number, name in enumerate(self.checkpoint.classes)}
         labels = [index.get(name, UNLABELLED) for name in slices["label"].to_pylist()]
