@@ -26,6 +26,28 @@ def test_a_written_file_leaves_no_temporary_name(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["c.txt"]
 
 
+def test_a_file_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named: list[bool] = []
+    monkeypatch.setattr(os, "fsync", lambda _: named.append((tmp_path / "summary.json").exists()))
+    Folder(tmp_path).write_bytes("summary.json", b"{}")
+    assert named == [False]
+    assert (tmp_path / "summary.json").read_bytes() == b"{}"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_and_a_spent_quota_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StorageError, match=r"no space left to write .*summary\.json: free some"):
+        Folder(tmp_path).write_bytes("summary.json", b"{}")
+
+
 def test_hidden_files_of_others_are_not_listed(tmp_path: Path) -> None:
     for name in (".DS_Store", "._part.parquet", "part.parquet"):
         (tmp_path / name).touch()
@@ -171,7 +193,9 @@ def test_a_relative_path_and_a_missing_file_are_named(tmp_path: Path) -> None:
         Folder(tmp_path).read_bytes("absent")
 
 
-def test_moving_without_renames_copies_and_completes_last(tmp_path: Path) -> None:
+def test_moving_without_renames_copies_and_completes_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     remote = pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem())
     source, target = Folder(tmp_path), Folder(tmp_path)
     for folder, path in ((source, "source"), (target, "target")):
@@ -179,21 +203,32 @@ def test_moving_without_renames_copies_and_completes_last(tmp_path: Path) -> Non
     source.write_bytes("images/part", b"x")
     source.write_bytes("manifest.json", b"{}")
     assert source.local_path is None
+    copied: list[list[str]] = []
+    copy_files = pafs.copy_files
+
+    def watched(*args: Any, **options: Any) -> None:
+        copied.append(sorted(path.name for path in (tmp_path / "source").iterdir()))
+        copy_files(*args, **options)
+
+    monkeypatch.setattr(pafs, "copy_files", watched)
     source.move_to(target, last="manifest.json")
+    assert copied == [["images"]]  # the manifest follows when the others are there
     assert (tmp_path / "target" / "images" / "part").read_bytes() == b"x"
     assert (tmp_path / "target" / "manifest.json").read_bytes() == b"{}"
     assert not (tmp_path / "source").exists()
 
 
 def test_a_csv_file_has_no_formulas(tmp_path: Path) -> None:
-    names = ["=1+1", "-a.png", "@b", "c=d.png", "", None]
-    table = pa.table({"path": pa.array(names, pa.string()), "value": [-1.5] * 6})
+    names = ["=1+1", "-a.png", "@b", "+c", "\td", "c=d.png", "", None]
+    table = pa.table({"path": pa.array(names, pa.string()), "value": [-1.5] * 8})
     Folder(tmp_path).write_csv("list.csv", table)
     lines = (tmp_path / "list.csv").read_text().splitlines()[1:]
     assert [line.partition(",")[0].strip('"') for line in lines] == [
         "'=1+1",
         "'-a.png",
         "'@b",
+        "'+c",
+        "'\td",
         "c=d.png",
         "",
         "",

@@ -74,6 +74,21 @@ def test_responsibilities_vote_with_their_weight_and_fill_a_cluster_by_their_lar
     assert mapping.tolist() == [0, 1, 1]
 
 
+@pytest.mark.parametrize("num_clusters", [2, 3])
+def test_a_few_rows_that_are_sure_outvote_more_that_are_not(num_clusters: int) -> None:
+    """Cluster 0 is the largest of two rows of class 0 and of one of class 1, which is surer."""
+    gamma = torch.tensor([[0.51, 0.49], [0.51, 0.49], [0.99, 0.01], [0.45, 0.55]])
+    gamma = torch.nn.functional.pad(gamma, (0, num_clusters - 2))
+    labels = torch.tensor([0, 0, 1, 1])
+    # Responsibility: 1.02 against 1.44. With as many clusters as classes, 0.98 + 1.44 against
+    # 1.02 + 0.56; rows alone would tie.
+    centers = torch.zeros(num_clusters, 1)
+    mapping = cluster_to_class(gamma, labels, 2, centers, torch.tensor([[0.0], [1.0]]))
+    assert mapping[0] == 1
+    if num_clusters == 2:
+        assert mapping.tolist() == [1, 0]
+
+
 def test_what_cannot_be_mapped_is_refused_with_its_cause() -> None:
     gamma, labels = torch.eye(2), torch.tensor([0, 1])
     with pytest.raises(ClusteringError, match=r"2 clusters cannot be mapped to 3 classes: raise"):

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from sklearn.metrics import balanced_accuracy_score, f1_score, silhouette_score
 
 from brainray.clustering.metrics import (
@@ -147,6 +148,27 @@ def test_accuracy_interval_is_that_of_the_bootstrap_for_many_groups() -> None:
     assert expected is not None
     assert found == pytest.approx(expected, abs=0.002)
     assert accuracy_interval(np.ones(20, dtype=bool), alone[:20], seed=0) is None
+
+
+def test_accuracy_interval_by_hand() -> None:
+    """Of twelve subjects of unequal size."""
+    sizes = np.array([40, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 25])
+    right = np.array([30, 1, 1, 2, 4, 3, 6, 5, 4, 9, 8, 20])
+    subjects = np.repeat(np.arange(12), sizes)
+    correct = np.concatenate(
+        [np.arange(size) < num for size, num in zip(sizes, right, strict=True)]
+    )
+    found = accuracy_interval(correct, subjects.astype(str), seed=0, num_resamples=20_000)
+    accuracy, effective = right.sum() / sizes.sum(), sizes.sum() ** 2 / (sizes**2).sum()  # Kish
+    # The standard deviation of resampled subjects; with as many degrees of freedom as that many
+    # subjects have, and their n / (n - 1).
+    drawn = np.random.default_rng(1).integers(0, 12, size=(20_000, 12))
+    error = (right[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)).std()
+    error *= np.sqrt(effective / (effective - 1))
+    reach = stats.t.ppf(0.975, effective - 1) * error / (accuracy * (1 - accuracy))
+    logit = np.log(accuracy / (1 - accuracy))
+    expected = [1 / (1 + np.exp(-(logit + side))) for side in (-reach, reach)]
+    assert found == pytest.approx(expected, abs=0.002)
 
 
 def test_bootstrap_interval_is_none_where_it_would_mislead() -> None:

@@ -4,7 +4,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from brainray.engine.compare import compare, intervals_of_mean_gains, paired_difference
+from brainray.engine.compare import (
+    compare,
+    intervals_of_mean_gains,
+    paired_difference,
+    without_comparison,
+)
 from brainray.errors import DataError
 
 RIGHT = np.array([True] * 45 + [False] * 26 + [True] * 100 + [False] * 29)
@@ -82,6 +87,47 @@ def test_other_slices_are_refused() -> None:
         compare(ours, ours.slice(1), {}, num_resamples=50, seed=0)
     with pytest.raises(DataError, match="different test slices"):
         intervals_of_mean_gains([ours, ours], [ours, ours.slice(1)], {}, num_resamples=9, seed=0)
+
+
+def test_the_same_slices_in_another_order_are_refused() -> None:
+    ours = _predictions("aabba", "aabaa")
+    with pytest.raises(DataError, match="different test slices"):
+        compare(ours, ours.take([1, 0, 2, 3, 4]), {}, num_resamples=50, seed=0)
+
+
+def test_subjects_are_resampled_as_a_whole() -> None:
+    """Four slices of each of 200 subjects: every interval is twice as wide as of slices alone."""
+    labels, found = "a" * 800, np.repeat(np.where(RIGHT, "a", "b"), 4)
+    other = np.repeat(np.where(OTHER, "a", "b"), 4)
+    ours, control = (_predictions("".join(each), labels, labels) for each in (found, other))
+    subjects = {f"slice-{row}": f"subject-{row // 4}" for row in range(800)}
+    name = "test/all/head/accuracy"
+    whole, alone = (
+        compare(ours, control, groups, num_resamples=2000, seed=1) for groups in (subjects, {})
+    )
+    widths = [of[f"difference/{name}_high"] - of[f"difference/{name}_low"] for of in (whole, alone)]
+    assert widths[0] / widths[1] == pytest.approx(2, abs=0.15)
+    of_mean = [
+        np.ptp(intervals_of_mean_gains([ours], [control], groups, num_resamples=2000, seed=1)[name])
+        for groups in (subjects, {})
+    ]
+    assert of_mean == pytest.approx(widths, rel=0.05)
+
+
+def test_the_mean_gain_is_over_the_control() -> None:
+    ours, control = (
+        _predictions("".join(np.where(right, "a", "b")), "a" * 200, "a" * 200)
+        for right in (RIGHT, OTHER)
+    )
+    found = intervals_of_mean_gains([ours], [control], {}, num_resamples=2000, seed=1)
+    assert np.mean(found["test/all/head/accuracy"]) == pytest.approx(19 / 200, abs=0.01)
+
+
+def test_a_comparison_can_be_taken_away_again() -> None:
+    ours, control = _predictions("aabba", "aabaa"), _predictions("abaaa", "abbba")
+    compared = compare(ours, control, {}, num_resamples=50, seed=0)
+    own = {"test/all/head/accuracy": 0.5, "num_slices": 4.0}
+    assert without_comparison(own | compared) == own
 
 
 def test_the_mean_gain_of_several_runs_varies_with_the_slices_that_they_share() -> None:

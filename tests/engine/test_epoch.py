@@ -13,6 +13,7 @@ from brainray.engine import recipe
 from brainray.engine.epoch import (
     EpochData,
     EpochPlan,
+    EpochTargets,
     embed,
     measure_batch_statistics,
     plan_epoch,
@@ -130,6 +131,50 @@ def train(
     assert scheduler.last_epoch == -(-6 // accumulation)
     assert updates == [min(accumulation, 6 - done) for done in range(0, 6, accumulation)]
     return encoder if average is None else cast(Encoder, average.module), result.losses
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_what_a_step_learns_is_that_of_its_slices(streaming: bool) -> None:
+    labelled, unlabelled = shard(12), shard(24, seed=1)
+    images = {
+        role: cast(CachedImages, of.images).images
+        for role, of in (("labelled", labelled), ("unlabelled", unlabelled))
+    }
+    if streaming:
+        labelled, unlabelled = streamed(labelled), streamed(unlabelled)
+    row = torch.arange(24)
+    targets = EpochTargets(
+        responsibilities=torch.stack([row / 24, 1 - row / 24], dim=1),
+        pseudo_labels=row % 3,
+        confidences=row / 24,
+        centers=torch.eye(2),
+        class_of_cluster=torch.arange(2),
+        ramp=1.0,
+    )
+    data = EpochData(
+        labelled=labelled,
+        unlabelled=unlabelled,
+        targets=targets,
+        sizes=StepSizes(8, 8),
+        num_steps=6,
+        scale=SCALE,
+        augmentation=UNCHANGED,
+        augmentation_unlabelled=UNCHANGED,
+        seed=5,
+        side=16,
+    )
+    passed: list[int] = []
+    for batch in data.batches():
+        first, rest = batch.keys.split(8)
+        assert torch.equal(batch.targets.labels, labelled.labels[first])
+        for name in ("responsibilities", "pseudo_labels", "confidences"):
+            assert torch.equal(getattr(batch.targets, name), getattr(targets, name)[rest]), name
+        shown = torch.cat([images["labelled"][first], images["unlabelled"][rest]])
+        assert torch.equal(batch.images, SCALE.standardise(SCALE.to_unit(shown, 16)))
+        assert batch.images.shape[-2:] == (16, 16)
+        passed += rest.tolist()
+    for begin in (0, 24):  # each pass has every slice once
+        assert sorted(passed[begin : begin + 24]) == list(range(24))
 
 
 @pytest.mark.slow

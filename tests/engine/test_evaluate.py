@@ -6,8 +6,15 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from sklearn.metrics import (
+    adjusted_rand_score,
+    fowlkes_mallows_score,
+    normalized_mutual_info_score,
+    silhouette_score,
+)
 
 from brainray.config import VALIDATION_METRICS, ClusteringConfig
+from brainray.engine.calibration import fit_temperature
 from brainray.engine.evaluate import (
     MODEL_LOST,
     Predictions,
@@ -43,8 +50,11 @@ def predictions() -> Predictions:
 
 
 def thumbnails() -> list[bytes]:
+    """Of the test slices: 1 nearly copies 0, and 3 copies 2."""
     rng = np.random.default_rng(0)
-    return [rng.integers(0, 255, 96 * 96).astype(np.uint8).tobytes() for _ in range(5)]
+    looks = rng.integers(0, 200, (5, 96 * 96)).astype(np.uint8)
+    looks[[1, 3]] = looks[[0, 2]] + rng.integers(0, 40, (2, 96 * 96)).astype(np.uint8)
+    return [look.tobytes() for look in looks]
 
 
 def table(clean: list[bool] | None, strict: list[bool] | None = None) -> pa.Table:
@@ -60,8 +70,15 @@ def table(clean: list[bool] | None, strict: list[bool] | None = None) -> pa.Tabl
 
 
 def seen() -> pa.Table:
-    """Two labelled slices that look like test slices 0 and 2, and an unlabelled one like 3."""
-    rows = [(0, "labelled", "a"), (2, "labelled", "b"), (3, "unlabelled", None)]
+    """Two labelled slices that look like test slices 0 and 2; 1 and 3 look like slices whose labels
+    the baseline may not know.
+    """
+    rows = [
+        (0, "labelled", "a"),
+        (2, "labelled", "b"),
+        (1, "validation", "b"),
+        (3, "unlabelled", None),
+    ]
     return pa.Table.from_pylist(
         [
             {
@@ -114,6 +131,58 @@ def test_the_score_is_balanced_accuracy_and_ties_go_to_the_lower_loss() -> None:
     }
 
 
+def uneven() -> Predictions:
+    """Slices a, a, a, b, of which the head has three right and the clusters one; K = 3."""
+    rng = np.random.default_rng(0)
+    return Predictions(
+        labels=np.array([0, 0, 0, 1]),
+        probabilities=np.array([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.4, 0.6]], np.float32),
+        responsibilities=np.array(
+            [[0.1, 0.9, 0], [0.2, 0, 0.8], [0.3, 0, 0.7], [1, 0, 0]], np.float32
+        ),
+        class_of_cluster=np.array([1, 1, 0])[[2, 1, 0]],
+        log_likelihood=np.zeros(4, np.float32),
+        embeddings=rng.normal(size=(4, 3)).astype(np.float32),
+    )
+
+
+def test_each_validation_metric_is_what_its_name_says() -> None:
+    found, metrics = uneven(), validation_metrics(uneven())
+    assert metrics["validation/head/accuracy"] == 3 / 4
+    assert metrics["validation/head/balanced_accuracy"] == pytest.approx((2 / 3 + 1) / 2)
+    assert metrics["validation/cluster/accuracy"] == 0.0
+    # Confidences .9, .8, .7 and .6 are in bins of their own: 3 x (1 - p) / 4 and .7 / 4.
+    expected = (0.1 + 0.2 + 0.7 + 0.4) / 4
+    assert metrics["validation/calibration_error"] == pytest.approx(expected)
+    assert metrics["validation/temperature"] == fit_temperature(found.probabilities, found.labels)
+    assert metrics["validation/temperature"] != 1.0
+
+
+def test_clusters_are_judged_by_themselves_not_by_their_classes() -> None:
+    found, metrics = uneven(), subset_metrics(uneven(), CLASSES, "all")
+    clusters = found.responsibilities.argmax(axis=1)
+    for name, score in (
+        ("nmi", normalized_mutual_info_score),
+        ("ari", adjusted_rand_score),
+        ("fmi", fowlkes_mallows_score),
+    ):
+        expected = score(found.labels, clusters)
+        assert metrics[f"test/all/cluster/{name}"] == pytest.approx(expected), name
+    unit = found.embeddings / np.linalg.norm(found.embeddings, axis=1, keepdims=True)
+    expected = silhouette_score(unit, clusters)
+    assert metrics["test/all/cluster/silhouette"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_calibration_errors_are_told_raw_and_tempered() -> None:
+    metrics = summarise(
+        table([True] * 5), seen(), CLASSES, num_resamples=10, seed=0, temperature=2.0
+    )
+    name = "test/all/head/calibration_error"
+    # Three of four are right, with a confidence of .9 each; tempered, of 3 : 1.
+    assert metrics[name] == pytest.approx(0.15)
+    assert metrics[f"{name}_tempered"] == pytest.approx(0.0, abs=1e-6)
+
+
 def test_a_summary_tells_all_clean_and_the_memory_baseline() -> None:
     metrics = summarise(
         table([True, False, True, True, True]),
@@ -125,8 +194,7 @@ def test_a_summary_tells_all_clean_and_the_memory_baseline() -> None:
     assert metrics["test/all/num_slices"] == 4
     assert metrics["test/clean/num_slices"] == 3
     assert metrics["test/clean/head/accuracy"] == 1.0
-    # The nearest labelled thumbnails of slices 0 and 2 are those slices themselves.
-    assert metrics["test/all/thumbnail_1nn/accuracy"] >= 0.5
+    assert metrics["test/all/thumbnail_1nn/accuracy"] == 1.0
     # Clean holds a : b = 1 : 2; of all, the head gets half of a and all of b.
     expected = (1 / 3) * 0.5 + (2 / 3) * 1.0
     assert math.isclose(metrics["test/all_as_clean/head/accuracy"], expected)

@@ -7,8 +7,14 @@ import torch
 from torch import Tensor
 
 from brainray import dist
-from brainray.engine.pseudo_labels import balance_assignments, class_shift, pseudo_labels
+from brainray.engine.pseudo_labels import (
+    PseudoLabels,
+    balance_assignments,
+    class_shift,
+    pseudo_labels,
+)
 from brainray.engine.recipe import ramp
+from brainray.schema import UNLABELLED
 from tests.ranks import OnRanks
 
 SHARES = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
@@ -47,6 +53,19 @@ def test_weights_fall_off_below_the_mean_confidence() -> None:
     assert found.labels.tolist() == [0, 1, 0, 1]
     low = math.exp(-(0.15**2) / (2 * 0.0225 / 4))
     torch.testing.assert_close(found.confidences, torch.tensor([1.0, 1.0, low, low]))
+
+
+def test_known_labels_are_certain_and_the_others_stay() -> None:
+    found = PseudoLabels(torch.tensor([0, 1, 1]), torch.tensor([0.5, 0.25, 0.75]))
+    overridden = found.overridden_by(torch.tensor([2, UNLABELLED, 1]))
+    assert overridden.labels.tolist() == [2, 1, 1]
+    assert overridden.confidences.tolist() == [1.0, 0.25, 1.0]
+
+
+def test_a_slice_of_no_labelled_class_is_not_believed() -> None:
+    rows = torch.tensor([[1.0, 0, 0], [0.2, 0.5, 0.3]], dtype=torch.float64)
+    found = pseudo_labels(rows, torch.tensor([0, 0.5, 0.5], dtype=torch.float64))
+    assert torch.isfinite(found.confidences).all()
 
 
 def of_this_rank() -> tuple[Tensor, Tensor]:

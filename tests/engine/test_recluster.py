@@ -1,12 +1,16 @@
 """Re-clustering: the mixture, its classes and its numbering."""
 
 from typing import Any, Literal
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
 
+from brainray.clustering.gmm import GaussianMixture
+from brainray.clustering.kmeans import KMeans
 from brainray.config import ClusteringConfig
+from brainray.engine import recluster as recluster_module
 from brainray.engine.recluster import (
     Reclustering,
     _with_a_cluster_of_each_class,
@@ -105,6 +109,34 @@ def test_anchors_keep_clusters_to_classes_where_blobs_mislead() -> None:
         accuracy[name] = float((predicted == truth).double().mean())
     assert accuracy["none"] < 0.8
     assert accuracy["labelled"] > 0.98
+
+
+def test_a_labelled_slice_is_held_to_its_class_while_the_mixture_is_fitted() -> None:
+    z, truth = blobs()
+    labels = torch.where(torch.arange(300) < 30, truth, UNLABELLED)
+    labels[0] = (truth[0] + 1) % 3  # in the midst of another class
+    with patch.object(GaussianMixture, "fit", autospec=True, side_effect=GaussianMixture.fit) as em:
+        fit(z, labels, anchored(3))
+    allowed = em.call_args.kwargs["allowed"]
+    assert allowed[30:].all()
+    assert torch.equal(allowed[:30].sum(dim=1), torch.ones(30, dtype=torch.int64))
+    of_class = allowed[1:30].int().argmax(dim=1)
+    assert torch.equal(of_class, truth[1:30])
+    assert allowed[0].int().argmax() == labels[0]
+
+
+def test_k_means_starts_from_the_last_centres_or_from_ten_draws() -> None:
+    z, truth = blobs()
+    first = fit(z, truth)
+    with patch.object(recluster_module, "KMeans", wraps=KMeans) as kmeans:
+        fit(z, truth)
+        fit(z, truth, previous=first.model, previous_responsibilities=first.responsibilities)
+    anew, again = (call.kwargs["num_init"] for call in kmeans.call_args_list)
+    assert (anew, again) == (10, 1)
+    with patch.object(KMeans, "fit", autospec=True, side_effect=KMeans.fit) as warm:
+        fit(z, truth, previous=first.model, previous_responsibilities=first.responsibilities)
+    centers = warm.call_args.kwargs["init_centers"]
+    torch.testing.assert_close(centers.float(), first.model.coordinates(first.model.centers))
 
 
 def test_anchored_sub_types_stay_within_their_class() -> None:

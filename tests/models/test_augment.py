@@ -27,6 +27,39 @@ def test_zero_strength_changes_nothing() -> None:
     torch.testing.assert_close(apply(barely), IMAGES, atol=1e-4, rtol=0)
 
 
+def test_each_slice_is_zoomed_by_its_own_factor() -> None:
+    y, x = torch.meshgrid(torch.arange(65.0) - 32, torch.arange(65.0) - 32, indexing="ij")
+    disc = (x**2 + y**2 < 20**2).float()
+    config = NOTHING.model_copy(update={"max_zoom": 0.3})
+    zoomed = apply(config, disc.expand(200, 1, -1, -1))
+    factors = (zoomed.sum(dim=(1, 2, 3)) / disc.sum()).sqrt()
+    assert 0.68 < factors.min() < 0.75
+    assert 1.25 < factors.max() < 1.32
+    assert 0.15 < factors.std() < 0.2  # uniform: 0.3 / sqrt(3)
+
+
+def test_a_probability_is_the_share_of_slices() -> None:
+    half = torch.zeros(400, 1, 8, 8)
+    half[..., :4] = 1
+    for probability in (0.2, 0.7):
+        config = NOTHING.model_copy(update={"horizontal_flip": probability})
+        flipped = apply(config, half)[..., 0].mean(dim=(1, 2)) < 0.5
+        assert abs(flipped.float().mean() - probability) < 0.07
+
+
+def test_brightness_and_contrast_vary_by_themselves() -> None:
+    greys = torch.full((400, 1, 8, 8), 0.4)
+    greys[..., :4] = 0.2
+    changed = apply(NOTHING.model_copy(update={"max_intensity_shift": 0.1}), greys)
+    dark, bright = changed[..., 0, 0, 0], changed[..., 0, 0, 7]
+    contrast = (bright - dark) / 0.2
+    brightness = dark - 0.2 * contrast
+    for found, middle in ((contrast, 1.0), (brightness, 0.0)):
+        assert middle - 0.1001 < found.min() < middle - 0.08
+        assert middle + 0.08 < found.max() < middle + 0.1001
+    assert abs(torch.corrcoef(torch.stack([contrast, brightness]))[0, 1]) < 0.15
+
+
 def test_no_slice_is_no_slice() -> None:
     assert apply(AugmentConfig(policy="strong"), IMAGES[:0]).shape == (0, 1, 16, 16)
 
@@ -132,7 +165,9 @@ def test_noise_and_blur_stay_within_the_head() -> None:
         assert not torch.equal(changed, images)
     blurred = apply(NOTHING.model_copy(update={"max_blur_sigma": 2.0}), images)
     torch.testing.assert_close(blurred[..., 16, 16], images[..., 16, 16], atol=1e-3, rtol=0)
-    assert (blurred[..., 8, 16] < 0.5).any()
+    edges = blurred[:, 0, 8, 16]
+    assert (edges < 0.5).any()
+    assert len(set(edges.tolist())) == len(edges)  # each slice by its own sigma
 
 
 def test_cutout_blacks_out_one_square() -> None:

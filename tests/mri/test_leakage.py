@@ -1,6 +1,7 @@
 """What was seen of a test slice, level by level."""
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from brainray.config import PreprocessConfig
@@ -40,6 +41,29 @@ def test_bytes_looks_and_subjects_are_three_levels() -> None:
     assert found.kind[1:3].tolist() == ["copy", "mirrored"]
     assert found.clean.tolist() == [False, False, True, True]
     assert found.strict.tolist() == [False, False, False, True]
+
+
+def test_only_names_that_were_given_prove_a_subject() -> None:
+    table = pa.table(
+        {
+            "sample_id": ["a", "b", "c"],
+            "subject_id": ["p1", "p2", None],
+            "subject_source": ["estimated", "header", None],
+            "thumbnail": [look.tobytes() for look in heads(3, seed=0)],
+        }
+    )
+    found = Fingerprints.of(table)
+    assert list(found.subjects) == [None, "p2", None]
+    assert list(found.sources) == [None, "header", None]
+    assert not found.elsewhere.any()
+
+
+def test_a_slice_of_the_same_name_is_the_mate_whatever_looks_more_alike() -> None:
+    seen = heads(2, seed=0)
+    queries = fingerprints(seen[:1], "x", ["p1"])
+    found = exposure(queries, fingerprints(seen, "ab", [None, "p1"]), PreprocessConfig())
+    assert found.mate.tolist() == [1]
+    assert found.mate_similarity.tolist() == [1.0]
 
 
 def test_named_subjects_are_compared_by_name_not_by_looks() -> None:

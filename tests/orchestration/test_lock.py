@@ -112,6 +112,42 @@ def test_a_process_of_another_user_may_be_hidden_and_is_not_taken_for_dead(
     assert claim.is_alive_here() is None
 
 
+def test_a_holders_count_moves(tmp_path: Path) -> None:
+    with held(Folder(tmp_path), "runs", "first", QUICK):
+        before = json.loads((tmp_path / LOCK).read_text())["beat"]
+        time.sleep(5 * QUICK.beat_s)
+        assert json.loads((tmp_path / LOCK).read_text())["beat"] > before
+
+
+def test_a_lock_that_another_job_has_taken_is_not_deleted(tmp_path: Path) -> None:
+    winner = Claim("another", "far", 1, "elsewhere", "0")
+    with held(Folder(tmp_path), "runs", "first", Pace()):  # its next look is seconds away
+        Folder(tmp_path).write_json(LOCK, asdict(winner))
+    assert Folder(tmp_path).read_json(LOCK)["owner"] == winner.owner
+
+
+def test_a_process_that_has_the_number_of_a_dead_one_is_not_the_holder() -> None:
+    assert replace(Claim.of_this_process(), born="1").is_alive_here() is False
+
+
+def test_of_two_jobs_that_take_over_at_once_the_last_one_gets_the_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dead = replace(Claim.of_this_process(), owner="dead", born="1")
+    Folder(tmp_path).write_json(LOCK, asdict(dead))
+    rival = replace(Claim.of_this_process(), owner="rival")
+
+    def take_over_too(lock: _Lock, claim: Claim) -> None:
+        monkeypatch.undo()
+        lock._write(claim)
+        lock._write(rival)
+
+    monkeypatch.setattr(_Lock, "_write", take_over_too)
+    with pytest.raises(ConfigError, match="another job"):
+        take(tmp_path)
+    assert Folder(tmp_path).read_json(LOCK)["owner"] == "rival"
+
+
 def test_a_lock_that_cannot_be_released_leaves_the_result_as_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

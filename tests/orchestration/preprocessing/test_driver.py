@@ -272,3 +272,6 @@ def test_copies_with_another_label_are_left_unlabelled_and_listed(
     assert (listed["split"] == "train").any()
     assert listed[listed["split"] == "train"]["label"].isna().all()
     assert listed[listed["split"] == "test"]["label"].notna().all()
+    # Only upright ones are one group of copies, but validation and labelled slices share neither.
+    assert listed["duplicate_group_id"].nunique() == (1 if turn is None else 2)
+    assert listed["kin_group_id"].nunique() == 1

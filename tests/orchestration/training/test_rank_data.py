@@ -8,20 +8,32 @@ import pytest
 from brainray import layout
 from brainray.orchestration.store import ImageStore
 from brainray.orchestration.training.rank_data import _seen_with_inherited_labels
-from brainray.schema import ESTIMATED, IMAGE_STORE, LABELLED, SEEN, UNLABELLED_ROLE, VALIDATION
+from brainray.schema import (
+    ESTIMATED,
+    IMAGE_STORE,
+    LABELLED,
+    SEEN,
+    TABLE,
+    UNLABELLED_ROLE,
+    VALIDATION,
+)
 from brainray.storage import Folder
 from tests.conftest import tiny_config
 
 
-@pytest.mark.parametrize("inherit", ["none", "subject"])
-def test_no_label_is_inherited_by_copies_of_validation_slices(tmp_path: Path, inherit: str) -> None:
+@pytest.mark.parametrize(
+    ("inherit", "source"), [("none", ESTIMATED), ("subject", ESTIMATED), ("subject", TABLE)]
+)
+def test_labels_are_inherited_within_estimated_subjects_but_not_by_copies_of_validation_slices(
+    tmp_path: Path, inherit: str, source: str
+) -> None:
     rows = [
         ("d", LABELLED, "glioma", "d"),
         ("c", UNLABELLED_ROLE, None, "c"),
         ("b", UNLABELLED_ROLE, None, "a"),  # a mirrored copy of the validation slice
         ("a", VALIDATION, "glioma", "a"),
     ]
-    common = {"split": "train", "subject_id": "p1", "subject_source": ESTIMATED}
+    common = {"split": "train", "subject_id": "p1", "subject_source": source}
     told = [
         {**common, "sample_id": identity, "role": role, "label": label, "kin_group_id": kin}
         for identity, role, label, kin in rows
@@ -33,5 +45,6 @@ def test_no_label_is_inherited_by_copies_of_validation_slices(tmp_path: Path, in
         tmp_path, "objective.name=consistency", f"objective.inherit_labels={inherit}"
     )
     seen = _seen_with_inherited_labels(config, run, ImageStore(images, {}), tell=False)
-    expected = [None, "glioma" if inherit == "subject" else None, None, None]
+    inherits = inherit == "subject" and source == ESTIMATED
+    expected = [None, "glioma" if inherits else None, None, None]
     assert seen["inherited"].to_pylist() == expected
