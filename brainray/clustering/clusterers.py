@@ -20,6 +20,7 @@ from sklearn.neighbors import NearestNeighbors
 from brainray.clustering.gaussian import CovarianceType
 from brainray.clustering.gmm import GaussianMixture
 from brainray.clustering.kmeans import KMeans
+from brainray.clustering.seeding import draw_sample
 from brainray.errors import ClusteringError
 from brainray.schema import NOISE
 
@@ -228,13 +229,6 @@ class _NearestRow:
         if len(x) == 0:
             return np.empty(0, dtype=np.int64)
         return np.asarray(self._labels[self._neighbours.kneighbors(x)[1][:, 0]])
-
-
-def draw_sample(num_rows: int, max_rows: int, seed: int) -> NDArray[np.int64]:
-    """Sorted indices of at most ``max_rows`` rows drawn at random; all rows if there are fewer."""
-    if num_rows <= max_rows:
-        return np.arange(num_rows)
-    return np.sort(np.random.default_rng(seed).choice(num_rows, max_rows, replace=False))
 
 
 def hierarchy_of(x: Rows, linkage: str) -> Rows:

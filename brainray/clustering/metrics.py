@@ -14,6 +14,7 @@ from sklearn import metrics as sk_metrics
 from torch import Tensor
 
 from brainray.clustering import shards
+from brainray.clustering.seeding import draw_sample
 from brainray.errors import DataError
 
 CONFIDENCE = 0.95
@@ -47,12 +48,11 @@ def silhouette(
 ) -> float | None:
     """Mean silhouette (Rousseeuw 1987) of L2-normalised embeddings, in [-1, 1].
 
-    Its cost is quadratic: with more than 5,000 rows, a sample of 5,000 is used. None if undefined:
-    fewer than two clusters, or as many as rows.
+    With more than 5,000 rows, a sample of 5,000 is used. None if undefined: fewer than two
+    clusters, or as many as rows.
     """
-    if len(z) > MAX_SILHOUETTE_ROWS:
-        rows = np.random.default_rng(0).choice(len(z), MAX_SILHOUETTE_ROWS, replace=False)
-        z, clusters = z[rows], clusters[rows]
+    rows = draw_sample(len(z), MAX_SILHOUETTE_ROWS, seed=0)  # no others need to be normalised
+    z, clusters = z[rows], clusters[rows]
     norms = np.linalg.norm(z, axis=1, keepdims=True)
     return euclidean_silhouette(z / np.maximum(norms, np.finfo(z.dtype).tiny), clusters)
 
@@ -60,11 +60,15 @@ def silhouette(
 def euclidean_silhouette(
     x: NDArray[np.floating],  # (N, D)
     clusters: NDArray[np.integer],  # (N,)
+    seed: int = 0,
 ) -> float | None:
     """Mean silhouette (Rousseeuw 1987) by Euclidean distance in `x`, in [-1, 1].
 
-    None if undefined: fewer than two clusters, or as many as rows.
+    With more than 5,000 rows, a sample of 5,000 is drawn with `seed`. None if undefined: fewer than
+    two clusters, or as many as rows.
     """
+    rows = draw_sample(len(x), MAX_SILHOUETTE_ROWS, seed)
+    x, clusters = x[rows], clusters[rows]
     if not 2 <= len(np.unique(clusters)) < len(clusters):
         return None
     return float(sk_metrics.silhouette_score(x, clusters))

@@ -6,12 +6,7 @@ from scipy.optimize import linear_sum_assignment
 from sklearn.metrics.cluster import contingency_matrix
 from sklearn.neighbors import NearestNeighbors
 
-from brainray.clustering.clusterers import draw_sample
-from brainray.clustering.metrics import (
-    MAX_SILHOUETTE_ROWS,
-    clustering_metrics,
-    euclidean_silhouette,
-)
+from brainray.clustering.metrics import clustering_metrics, euclidean_silhouette
 from brainray.schema import NOISE, UNLABELLED
 
 
@@ -43,9 +38,7 @@ def score_partition(
         "num_noise": float(num_noise),
         "noise_share": num_noise / max(1, len(clusters)),
     }
-    rows = np.flatnonzero(clustered)
-    rows = rows[draw_sample(len(rows), MAX_SILHOUETTE_ROWS, seed)]
-    separation = euclidean_silhouette(x[rows], clusters[rows])
+    separation = euclidean_silhouette(x[clustered], clusters[clustered], seed)
     if separation is not None:
         scores["silhouette"] = separation
     labelled = labels != UNLABELLED

@@ -3,13 +3,16 @@
 The stream of a generator depends on how many numbers each rank takes from it. Here every row gets
 its own random number instead, a hash of (seed, step, row key), and a draw is an exponential race:
 with u uniform, -log(u) / w is exponential with rate w, and the first arrival is row i with
-probability w_i / sum(w) (the Gumbel-max trick without the outer logarithm).
+probability w_i / sum(w) (the Gumbel-max trick without the outer logarithm). `draw_sample` is for
+rows that one process holds.
 """
 
 import hashlib
 import math
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from brainray import dist
@@ -21,6 +24,13 @@ def seed_of(*parts: int) -> int:
     """A seed below 2^56 that is different for different tuples of parts."""
     digest = hashlib.sha256(repr(parts).encode()).digest()
     return int.from_bytes(digest[:7], "big")
+
+
+def draw_sample(num_rows: int, max_rows: int, seed: int) -> NDArray[np.int64]:
+    """Sorted indices of at most ``max_rows`` rows drawn at random; all rows if there are fewer."""
+    if num_rows <= max_rows:
+        return np.arange(num_rows)
+    return np.sort(np.random.default_rng(seed).choice(num_rows, max_rows, replace=False))
 
 
 def uniform_from_keys(seed: int, step: int, row_keys: Tensor) -> Tensor:

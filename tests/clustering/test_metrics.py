@@ -4,12 +4,14 @@ import torch
 from scipy import stats
 from sklearn.metrics import balanced_accuracy_score, f1_score, silhouette_score
 
+from brainray.clustering import metrics
 from brainray.clustering.metrics import (
     accuracy_interval,
     bootstrap_interval,
     classification_metrics,
     clustering_metrics,
     effective_rank,
+    euclidean_silhouette,
     reweighted_accuracy,
     silhouette,
 )
@@ -48,6 +50,20 @@ def test_silhouette_is_none_where_it_is_not_defined() -> None:
     assert silhouette(z, np.zeros(4, dtype=int)) is None
     assert silhouette(z, np.arange(4)) is None
     assert silhouette(z[:0], np.arange(0)) is None
+
+
+def test_above_the_limit_a_drawn_sample_has_the_silhouette(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "MAX_SILHOUETTE_ROWS", 30)
+    generator = np.random.default_rng(7)
+    z, clusters = generator.normal(size=(200, 3)), np.arange(200) % 3
+    drawn = {seed: np.random.default_rng(seed).choice(200, 30, replace=False) for seed in (0, 5)}
+    of_sample = {seed: silhouette_score(z[rows], clusters[rows]) for seed, rows in drawn.items()}
+    assert of_sample[0] != pytest.approx(of_sample[5])
+    for seed, expected in of_sample.items():
+        assert euclidean_silhouette(z, clusters, seed) == pytest.approx(expected)
+    directions = z[drawn[0]] / np.linalg.norm(z[drawn[0]], axis=1, keepdims=True)
+    expected = silhouette_score(directions, clusters[drawn[0]])
+    assert silhouette(z, clusters) == pytest.approx(expected)
 
 
 def test_classification_metrics_by_hand_leave_out_a_class_without_rows() -> None:

@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from brainray import layout
-from brainray.clustering.clusterers import draw_sample, hierarchy_of, k_distances, knee
+from brainray.clustering.clusterers import hierarchy_of, k_distances, knee
 from brainray.clustering.metrics import clustering_metrics
 from brainray.clustering.num_clusters import NumClustersScores, score_num_clusters
+from brainray.clustering.seeding import draw_sample
 from brainray.clustering.stability import Stability, measure_stability, recommend
 from brainray.config import Config
 from brainray.engine.shard import sample_keys
