@@ -6,15 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from brainray import dist
-from brainray.clustering import shards
 from brainray.clustering.gaussian import CovarianceType
 from brainray.clustering.gmm import GaussianMixture
 from brainray.clustering.kmeans import KMeans
-from brainray.clustering.metrics import MAX_SILHOUETTE_ROWS, euclidean_silhouette
-from brainray.clustering.seeding import draw_rows, uniform_from_keys
+from brainray.clustering.metrics import euclidean_silhouette
 from brainray.errors import ClusteringError
 
 _NUM_STARTS = 5
@@ -73,99 +71,64 @@ class NumClustersScores:
         return chosen if best_gap is None else chosen | {"gap": best_gap}
 
 
-@torch.no_grad()
 def score_num_clusters(
-    x: Tensor,  # (n_rank, D) float32 or float64
+    x: NDArray[np.float64],  # (N, D)
     num_clusters: Sequence[int],
     *,
-    row_keys: Tensor | None = None,
     covariance_type: CovarianceType = "full",
     num_references: int = 10,
-    max_silhouette_rows: int = MAX_SILHOUETTE_ROWS,
     seed: int = 0,
 ) -> NumClustersScores:
-    """Fit K-means and a mixture for each K, and for one cluster, and score them (collective).
+    """Fit K-means and a mixture for each K, and for one cluster, and score them.
 
     The gap compares log inertia with that of `num_references` uniform samples from the bounding box
     of the rows along their principal axes (Tibshirani et al. 2001, reference (b)).
 
     Args:
-        x: this rank's rows.
+        x: the rows.
         num_clusters: increasing, each at least 2.
-        row_keys: unique over all ranks; by default the row's index in rank order.
         covariance_type: of the mixture used for the BIC.
         num_references: number of uniform samples for the gap.
-        max_silhouette_rows: sample size for the silhouette, whose cost is quadratic.
         seed: of starts, samples and references.
 
     Raises:
-        ClusteringError: on all ranks: an empty range, a K below 2, or rows that cannot be
-            clustered.
+        ClusteringError: an empty range, a K below 2, or rows that cannot be clustered.
     """
     ks = list(num_clusters)
     if not ks or min(ks) < 2 or ks != sorted(set(ks)):
         raise ClusteringError(f"numbers of clusters must increase from at least 2, got {ks}")
-    num_rows = shards.check_rows(x)
-    row_keys = shards.resolve_row_keys(x, row_keys)
-    references = [
-        _uniform_reference(x, num_rows, row_keys, seed, number) for number in range(num_references)
-    ]
-    everyone = torch.ones(len(x), dtype=torch.float64, device=x.device)
-    sample = draw_rows(
-        x, everyone, row_keys, seed=seed, step=0, count=min(max_silhouette_rows, num_rows)
-    )
+    rows = torch.from_numpy(x)
+    fits = [_fit_kmeans(rows, k, seed) for k in [1, *ks]]
+    references = _uniform_references(rows, num_references, seed)
     silhouettes, bic, gap, gap_error = [], [], [], []
-    for k in [1, *ks]:
-        kmeans = KMeans(k, seed=seed, num_init=_NUM_STARTS).fit(x, row_keys=row_keys)
-        found = euclidean_silhouette(
-            sample.double().cpu().numpy(), kmeans.predict(sample).cpu().numpy()
-        )
+    for k, kmeans in zip([1, *ks], fits, strict=True):
+        clusters = kmeans.predict(rows)
+        found = euclidean_silhouette(x, clusters.numpy(), seed)
         silhouettes.append(math.nan if found is None else found)
         mixture = GaussianMixture(k, covariance_type, seed=seed)
-        hard = torch.nn.functional.one_hot(kmeans.predict(x), k).to(x.dtype)
-        bic.append(mixture.fit(x, init_responsibilities=hard, row_keys=row_keys).bic(x))
-        expected = np.array(
-            [
-                # Separate seeds, as the reference rows are made from the random numbers of `seed`.
-                _log_inertia(
-                    KMeans(k, seed=seed + 1 + number, num_init=_NUM_STARTS).fit(
-                        reference, row_keys=row_keys
-                    )
-                )
-                for number, reference in enumerate(references)
-            ]
-        )
-        gap.append(float(expected.mean()) - _log_inertia(kmeans))
-        gap_error.append(float(expected.std()) * math.sqrt(1 + 1 / num_references))
+        hard = torch.nn.functional.one_hot(clusters, k).to(rows.dtype)
+        bic.append(mixture.fit(rows, init_responsibilities=hard).bic(rows))
+        expected = [_log_inertia(_fit_kmeans(reference, k, seed)) for reference in references]
+        gap.append(float(np.mean(expected)) - _log_inertia(kmeans))
+        gap_error.append(float(np.std(expected)) * math.sqrt(1 + 1 / num_references))
     return NumClustersScores(
         ks, silhouettes[1:], bic[1:], gap[1:], gap_error[1:], bic_of_one=bic[0], gap_of_one=gap[0]
     )
+
+
+def _fit_kmeans(x: Tensor, num_clusters: int, seed: int) -> KMeans:
+    return KMeans(num_clusters, seed=seed, num_init=_NUM_STARTS).fit(x)
 
 
 def _log_inertia(kmeans: KMeans) -> float:
     return math.log(max(kmeans.inertia_, 1e-300))
 
 
-def _uniform_reference(
-    x: Tensor, num_rows: int, row_keys: Tensor, seed: int, number: int
-) -> Tensor:
-    """Uniform rows (n_rank, D) in the box around all ranks' rows along their principal axes."""
-    mean = shards.mean_of_rows(x, num_rows)
-    scatter = shards.scatter_of_rows(x, mean)
-    axes = dist.broadcast_from_first(torch.linalg.eigh(scatter).eigenvectors)
-    rotated = (x.double() - mean) @ axes
-    extremes = dist.gather_rows(
-        torch.stack([rotated.amin(dim=0), -rotated.amax(dim=0)])[None]
-        if len(rotated)
-        else rotated.new_full((1, 2, x.shape[1]), torch.inf)
-    ).amin(dim=0)
-    low, high = extremes[0], -extremes[1]
-    num_features = x.shape[1]
-    uniform = torch.stack(
-        [
-            uniform_from_keys(seed, 1 + number * num_features + feature, row_keys)
-            for feature in range(num_features)
-        ],
-        dim=1,
-    )
-    return ((low + uniform * (high - low)) @ axes.T + mean).to(x.dtype)
+def _uniform_references(x: Tensor, num_references: int, seed: int) -> Tensor:
+    """Uniform rows (R, N, D) in the box around the rows (N, D) along their principal axes."""
+    mean = x.mean(dim=0)
+    axes = torch.linalg.svd(x - mean, full_matrices=False).Vh  # (min(N, D), D)
+    low, high = ((x - mean) @ axes.T).aminmax(dim=0)
+    generator = torch.Generator().manual_seed(seed)
+    uniform = torch.rand(num_references, len(x), len(axes), generator=generator, dtype=x.dtype)
+    return (low + uniform * (high - low)) @ axes + mean

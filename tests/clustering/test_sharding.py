@@ -15,7 +15,6 @@ from brainray.clustering.gmm import GaussianMixture
 from brainray.clustering.kmeans import KMeans
 from brainray.clustering.metrics import effective_rank
 from brainray.clustering.minibatch import MiniBatchKMeans
-from brainray.clustering.num_clusters import score_num_clusters
 from brainray.clustering.pca import PCA
 from brainray.errors import ClusteringError
 from tests.ranks import OnRanks
@@ -57,10 +56,6 @@ def fit_everything(sharding: str) -> Results:
         results[f"kmeans {dtype} numbers"] = torch.tensor([kmeans.inertia_ / 1e3, kmeans.n_iter_])
     batched = MiniBatchKMeans(K, seed=5).partial_fit(x, row_keys=keys).partial_fit(x + 0.1)
     results["mini-batch centres"] = batched.cluster_centers_
-    scores = score_num_clusters(x, [2, 3], row_keys=keys, num_references=2, max_silhouette_rows=99)
-    results["numbers of clusters"] = torch.tensor(
-        [scores.silhouettes, scores.gap, scores.gap_error], dtype=torch.float64
-    )
     # The last centre begins empty: the reseeded row must be the same one.
     start = torch.cat([all_rows()[: K - 1], torch.full((1, D), 1e3, dtype=torch.float64)])
     reseeded = KMeans(K).fit(x, row_keys=keys, init_centers=start)

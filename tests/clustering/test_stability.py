@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 
 from brainray.clustering.num_clusters import NumClustersScores, score_num_clusters
 from brainray.clustering.stability import Stability, measure_stability, recommend
@@ -32,7 +31,7 @@ def test_the_same_seed_gives_the_same_stability() -> None:
 
 def test_three_groups_are_recommended_with_reasons() -> None:
     x = three_groups()
-    scores = score_num_clusters(torch.from_numpy(x), KS, num_references=4)
+    scores = score_num_clusters(x, KS, num_references=4)
     found = recommend(scores, measure_stability(x, KS, num_pairs=4))
     assert found.num_clusters == 3
     assert any("criteria agree" in reason for reason in found.reasons)
@@ -52,7 +51,7 @@ def test_the_most_stable_of_contradicting_choices_wins_and_the_doubt_is_said() -
 
 def test_slices_without_groups_are_said_to_be_that() -> None:
     x = np.random.default_rng(0).standard_normal((200, 2))
-    scores = score_num_clusters(torch.from_numpy(x), KS, num_references=4)
+    scores = score_num_clusters(x, KS, num_references=4)
     found = recommend(scores, measure_stability(x, KS, num_pairs=3))
     assert any("by BIC and the gap statistic, a single cluster" in told for told in found.reasons)
 

@@ -58,7 +58,7 @@ from brainray.report.tsne import MIN_SLICES, tsne_sequence
 from brainray.schema import NOISE, TRAIN, UNLABELLED
 from brainray.storage import Folder
 
-_DRAWING_FORMAT = 5  # of the figures and the recommended K
+_DRAWING_FORMAT = 6  # of the figures and the recommended K
 _DRAWN = "drawn"  # a JSON file per feature set for what was plotted or recommended
 _METHOD = ("dataset", "slices", "features", "clusterer", "pca_dim")
 _NUM_TILES = 7
@@ -466,7 +466,7 @@ def _choose_num_clusters(x: NDArray[np.float64], config: Config, seed: int) -> A
     candidates = sorted(config.study.candidate_num_clusters)
     try:
         scores = score_num_clusters(
-            torch.from_numpy(x),
+            x,
             candidates,
             covariance_type=config.clustering.covariance_type,
             seed=seed,
