@@ -8,6 +8,22 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 
+def first_connected(
+    num_items: int, first: NDArray[np.int64], second: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """The smallest index (N,) in the connected component of each of N items.
+
+    Args:
+        num_items: N.
+        first: (P,) one end of each link.
+        second: (P,) the other end.
+    """
+    graph = coo_array((np.ones(len(first), np.int8), (first, second)), shape=(num_items,) * 2)
+    _, component = connected_components(graph, directed=False)
+    _, earliest, group = np.unique(component, return_index=True, return_inverse=True)
+    return np.asarray(earliest[group], dtype=np.int64)
+
+
 def connected_groups(
     names: Sequence[str], first: NDArray[np.int64], second: NDArray[np.int64]
 ) -> list[str]:
@@ -18,17 +34,15 @@ def connected_groups(
         first: (P,) one end of each link.
         second: (P,) the other end.
     """
-    num_items = len(names)
     earliest: dict[str, int] = {}
-    same = [(earliest.setdefault(name, row), row) for row, name in enumerate(names)]
-    rows, columns = np.array(same, dtype=np.int64).reshape(-1, 2).T
-    rows, columns = np.concatenate([rows, first]), np.concatenate([columns, second])
-    graph = coo_array((np.ones(len(rows), np.int8), (rows, columns)), shape=(num_items,) * 2)
-    _, component = connected_components(graph, directed=False)
+    same = np.array([earliest.setdefault(name, row) for row, name in enumerate(names)], np.int64)
+    first = np.concatenate([same, first])
+    second = np.concatenate([np.arange(len(names)), second])
+    groups = first_connected(len(names), first, second).tolist()
     smallest: dict[int, str] = {}
-    for group, name in zip(component.tolist(), names, strict=True):
+    for group, name in zip(groups, names, strict=True):
         smallest[group] = min(name, smallest.get(group, name))
-    return [smallest[group] for group in component.tolist()]
+    return [smallest[group] for group in groups]
 
 
 def joint_groups(*memberships: Sequence[str | None]) -> list[str]:

@@ -26,10 +26,9 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from brainray.config import SubjectConfig
+from brainray.mri.groups import first_connected
 from brainray.mri.neighbours import neighbour_index
 from brainray.mri.row_file import RowFile, Rows, row_blocks
 
@@ -218,11 +217,7 @@ def same_view_groups(described: Described, *, min_similarity: float) -> NDArray[
         row, place = np.nonzero((by_flip >= min_similarity).any(axis=0))
         rows.append(row + start)
         columns.append(found[row, place])
-    row, column = np.concatenate(rows), np.concatenate(columns)
-    graph = coo_array((np.ones(len(row), np.int8), (row, column)), shape=(len(described),) * 2)
-    _, component = connected_components(graph, directed=False)
-    _, earliest, group = np.unique(component, return_index=True, return_inverse=True)
-    return np.asarray(earliest[group], dtype=np.int64)
+    return first_connected(len(described), np.concatenate(rows), np.concatenate(columns))
 
 
 def mutual_links(described: Described, settings: SubjectConfig) -> Links:

@@ -2,12 +2,20 @@
 
 import numpy as np
 
-from brainray.mri.groups import connected_groups, joint_groups, keep_names
+from brainray.mri.groups import connected_groups, first_connected, joint_groups, keep_names
 
 
 def test_a_chain_of_links_is_one_group_named_by_its_smallest() -> None:
     links = np.array([0, 1]), np.array([1, 3])
     assert connected_groups(["d", "b", "c", "e"], *links) == ["b", "b", "c", "b"]
+
+
+def test_items_are_connected_by_any_path_of_links_whatever_their_direction() -> None:
+    first, second = np.array([5, 3, 3, 2]), np.array([3, 1, 1, 2])
+    assert first_connected(6, first, second).tolist() == [0, 1, 2, 1, 4, 1]
+    assert first_connected(2, first[:0], second[:0]).tolist() == [0, 1]
+    again = np.zeros(300, np.int64), np.ones(300, np.int64)  # one link, often
+    assert first_connected(2, *again).tolist() == [0, 0]
 
 
 def test_equal_names_are_one_item() -> None:
