@@ -172,7 +172,10 @@ def recluster_in_health(
         ClusteringError: on every rank, if the clusters have collapsed and reseeding, if configured,
             did not help.
     """
-    for reseed in (False, True):
+    collapse = ""
+    for reseed in (False, True) if config.on_collapse == "reseed" else (False,):
+        if reseed and dist.rank() == 0:
+            log(f"reseed: {collapse}")
         usable = None  # a mixture with which the run could continue
         try:
             found = attempt(reseed)
@@ -183,11 +186,9 @@ def recluster_in_health(
             collapse = f"{where}{', also after reseeding' if reseed else ''}: {problem}"
         else:
             return CheckedReclustering(found, health, has_collapsed=False)
-        if config.on_collapse == "stop" or (config.on_collapse == "warn" and usable is None):
-            break
-        if dist.rank() == 0:
-            log(f"{config.on_collapse}: {collapse}")
         if config.on_collapse == "warn" and usable is not None:
+            if dist.rank() == 0:
+                log(f"warn: {collapse}")
             return CheckedReclustering(*usable, has_collapsed=True)
     raise ClusteringError(collapse)
 

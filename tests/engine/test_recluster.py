@@ -1,5 +1,6 @@
 """Re-clustering: the mixture, its classes and its numbering."""
 
+from dataclasses import replace
 from typing import Any, Literal
 from unittest.mock import patch
 
@@ -12,6 +13,7 @@ from brainray.clustering.kmeans import KMeans
 from brainray.config import ClusteringConfig
 from brainray.engine import recluster as recluster_module
 from brainray.engine.recluster import (
+    CheckedReclustering,
     Reclustering,
     _with_a_cluster_of_each_class,
     check_num_clusters,
@@ -22,6 +24,7 @@ from brainray.engine.recluster import (
 from brainray.errors import ClusteringError
 from brainray.schema import UNLABELLED
 
+OnCollapse = Literal["stop", "reseed", "warn"]
 CONFIG = ClusteringConfig(num_clusters=3, pca_dim=4)
 
 
@@ -187,9 +190,9 @@ def test_k_must_fit_classes_and_slices() -> None:
     check_num_clusters(4, 4, 4)
 
 
-@pytest.mark.parametrize(("on_collapse", "num_said"), [("stop", 0), ("reseed", 2), ("warn", 0)])
+@pytest.mark.parametrize(("on_collapse", "num_said"), [("stop", 0), ("reseed", 1), ("warn", 0)])
 def test_embeddings_that_are_all_alike_stop_with_the_epoch(
-    on_collapse: Literal["stop", "reseed", "warn"],
+    on_collapse: OnCollapse,
     num_said: int,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -206,3 +209,85 @@ def test_embeddings_that_are_all_alike_stop_with_the_epoch(
         recluster_in_health(attempt, z, uniform, config, where="epoch 3", remedy="lower it")
     said = capsys.readouterr().out.splitlines()
     assert len(said) == num_said
+
+
+class Attempts:
+    """Attempts to re-cluster, of which those without and with reseeding collapse or do not."""
+
+    def __init__(self, collapses: dict[bool, bool]) -> None:
+        self.z, truth = blobs()
+        healthy = fit(self.z, truth)
+        alike = torch.tensor([1.0, 0.0, 0.0]).expand(300, 3)
+        self.result_of = {
+            reseed: replace(healthy, responsibilities=alike) if is_collapsed else healthy
+            for reseed, is_collapsed in collapses.items()
+        }
+        self.made: list[bool] = []
+
+    def __call__(self, reseed: bool) -> Reclustering:
+        self.made.append(reseed)
+        return self.result_of[reseed]
+
+    def checked(self, on_collapse: OnCollapse) -> CheckedReclustering:
+        config = CONFIG.model_copy(update={"on_collapse": on_collapse})
+        uniform = torch.ones(300, 3) / 3
+        return recluster_in_health(
+            self, self.z, uniform, config, where="epoch 3", remedy="lower it"
+        )
+
+
+@pytest.mark.parametrize("on_collapse", ["stop", "reseed", "warn"])
+def test_healthy_clusters_are_taken_without_a_word(
+    on_collapse: OnCollapse, capsys: pytest.CaptureFixture[str]
+) -> None:
+    attempts = Attempts({False: False})
+    checked = attempts.checked(on_collapse)
+    assert checked.reclustering is attempts.result_of[False]
+    assert not checked.has_collapsed
+    assert attempts.made == [False]
+    assert capsys.readouterr().out == ""
+
+
+def test_collapsed_clusters_stop_the_run(capsys: pytest.CaptureFixture[str]) -> None:
+    attempts = Attempts({False: True})
+    with pytest.raises(ClusteringError, match=r"^epoch 3: the clustering has .*: lower it$"):
+        attempts.checked("stop")
+    assert attempts.made == [False]
+    assert capsys.readouterr().out == ""
+
+
+def test_collapsed_clusters_are_continued_with_after_a_warning(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    attempts = Attempts({False: True})
+    checked = attempts.checked("warn")
+    assert checked.reclustering is attempts.result_of[False]
+    assert checked.has_collapsed
+    assert checked.health.largest_share == 1
+    assert attempts.made == [False]
+    (said,) = capsys.readouterr().out.splitlines()
+    assert said.startswith("warn: epoch 3: the clustering has collapsed")
+
+
+def test_collapsed_clusters_are_replaced_by_reseeded_ones(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    attempts = Attempts({False: True, True: False})
+    checked = attempts.checked("reseed")
+    assert checked.reclustering is attempts.result_of[True]
+    assert not checked.has_collapsed
+    assert checked.health.largest_share < 0.5
+    assert attempts.made == [False, True]
+    (said,) = capsys.readouterr().out.splitlines()
+    assert said.startswith("reseed: epoch 3: the clustering has collapsed")
+
+
+def test_clusters_that_collapse_again_after_reseeding_stop_the_run(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    attempts = Attempts({False: True, True: True})
+    with pytest.raises(ClusteringError, match=r"^epoch 3, also after reseeding: the clustering"):
+        attempts.checked("reseed")
+    assert attempts.made == [False, True]
+    (said,) = capsys.readouterr().out.splitlines()
+    assert said.startswith("reseed: epoch 3: ")
