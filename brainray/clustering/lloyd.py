@@ -24,12 +24,11 @@ class Assignment(ABC):
         labels: (n_rank,) int64, -1 before the first pass.
     """
 
-    def __init__(self, x: Tensor, row_squares: Tensor, num_clusters: int) -> None:
+    def __init__(self, x: Tensor, row_squares: Tensor) -> None:
         """
         Args:
             x: (n_rank, D) rows.
             row_squares: (n_rank,) their squared norms.
-            num_clusters: K.
         """
         self.x = x
         self.row_squares = row_squares
@@ -88,7 +87,7 @@ class TorchAssignment(Assignment):
     def __init__(
         self, x: Tensor, row_squares: Tensor, num_clusters: int, block_rows: int | None = None
     ) -> None:
-        super().__init__(x, row_squares, num_clusters)
+        super().__init__(x, row_squares)
         self.block_rows = block_rows or shards.rows_of_block(num_clusters, x.device)
         self.is_new = True
         wide = torch.float64
@@ -137,7 +136,7 @@ class CompiledAssignment(Assignment):
     """Assignment on CPUs: each thread processes those of its rows that may move (`lloyd_cpu`)."""
 
     def __init__(self, x: Tensor, row_squares: Tensor, num_clusters: int, threads: Threads) -> None:
-        super().__init__(x.contiguous(), row_squares, num_clusters)
+        super().__init__(x.contiguous(), row_squares)
         self.threads = threads
         self.upper = torch.full_like(row_squares, torch.inf)
         self.lower = torch.zeros_like(row_squares)

@@ -9,6 +9,9 @@ from sklearn.neighbors import NearestNeighbors
 from brainray.clustering.metrics import clustering_metrics, euclidean_silhouette
 from brainray.schema import NOISE, UNLABELLED
 
+NUM_NEIGHBOURS = 10
+"""Number of labelled rows whose labels are compared with that of a row."""
+
 
 def score_partition(
     x: NDArray[np.floating],  # (N, D), the clustered rows
@@ -55,19 +58,18 @@ def neighbour_agreement(
     fitted_labels: NDArray[np.integer],  # (M,) or UNLABELLED
     x: NDArray[np.floating],  # (N, D), other rows
     labels: NDArray[np.integer],  # (N,) or UNLABELLED
-    num_neighbours: int = 10,
 ) -> float | None:
     """Mean share of a row's nearest labelled fitted rows that have its label, in [0, 1].
 
     It measures how well the features reflect the labels, independent of any clustering: a partition
     into few clusters may follow another property that varies more. None if no row, or fewer fitted
-    rows than neighbours, have a label, or if all of these have the same.
+    rows than `NUM_NEIGHBOURS`, have a label, or if all of these have the same.
     """
     known, asked = fitted_labels != UNLABELLED, labels != UNLABELLED
     num_classes = len(np.unique(fitted_labels[known]))
-    if not asked.any() or known.sum() < num_neighbours or num_classes < 2:
+    if not asked.any() or known.sum() < NUM_NEIGHBOURS or num_classes < 2:
         return None
-    index = NearestNeighbors(n_neighbors=num_neighbours).fit(fitted[known])
+    index = NearestNeighbors(n_neighbors=NUM_NEIGHBOURS).fit(fitted[known])
     nearest = index.kneighbors(x[asked], return_distance=False)
     return float(np.mean(fitted_labels[known][nearest] == labels[asked, None]))
 

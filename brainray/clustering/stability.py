@@ -94,11 +94,7 @@ def recommend(scores: NumClustersScores, stability: Stability) -> Recommendation
         scores: silhouette, BIC and gap.
         stability: of the same numbers of clusters.
     """
-    if scores.num_clusters != stability.num_clusters:
-        raise ClusteringError(
-            f"scores are for K in {scores.num_clusters}, but stability is for K in "
-            f"{stability.num_clusters}: measure both for the same K"
-        )
+    assert scores.num_clusters == stability.num_clusters
     choices = scores.chosen | {"stability": stability.chosen}
     votes = Counter(choices.values())
     ends = scores.num_clusters[0], scores.num_clusters[-1]

@@ -144,8 +144,8 @@ def recluster(
         model=model,
         responsibilities=gamma.float(),
         kmeans_iterations=start.kmeans_iterations,
-        gmm_iterations=int(model.gmm.n_iter_),
-        num_reseeded=start.num_reseeded + int(model.gmm.num_reseeded_),
+        gmm_iterations=model.gmm.n_iter_,
+        num_reseeded=start.num_reseeded + model.gmm.num_reseeded_,
     )
 
 
@@ -214,7 +214,7 @@ def _start_by_kmeans(
     )
     kmeans.fit(reduced, row_keys=keys, init_centers=centers)
     hard = nn.functional.one_hot(kmeans.predict(reduced), config.num_clusters).double()
-    return _Start(hard, None, int(kmeans.n_iter_), int(kmeans.num_reseeded_))
+    return _Start(hard, None, kmeans.n_iter_, kmeans.num_reseeded_)
 
 
 def _start_anchored(

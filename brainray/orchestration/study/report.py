@@ -15,6 +15,7 @@ from brainray import layout
 from brainray.clustering.clusterers import hierarchy_of, k_distances, knee
 from brainray.clustering.metrics import clustering_metrics
 from brainray.clustering.num_clusters import NumClustersScores, score_num_clusters
+from brainray.clustering.partition import NUM_NEIGHBOURS
 from brainray.clustering.seeding import draw_sample
 from brainray.clustering.stability import Stability, measure_stability, recommend
 from brainray.config import Config
@@ -71,7 +72,9 @@ _SUBSET_TITLES = {
     "strict": "held-out slices, strict (also no turned copy and no likely subject in common)",
 }
 
-_NEIGHBOURS_TITLE = "share of the 10 nearest fitted slices with the same label, per held-out slice"
+_NEIGHBOURS_TITLE = (
+    f"share of the {NUM_NEIGHBOURS} nearest fitted slices with the same label, per held-out slice"
+)
 
 
 @dataclass(frozen=True)
