@@ -154,6 +154,34 @@ def test_sizes_of_clusters_are_those_of_all_slices(tmp_path: Path) -> None:
     assert all(sum(count for _, count in card["labels"]) == card["size"] for card in data["cards"])
 
 
+def test_typical_slices_are_the_surest_and_borderline_ones_the_least_sure(tmp_path: Path) -> None:
+    """Of equally sure ones, the likelier is the more typical."""
+    table = predictions(1, 12)
+    members = {1: (0.9, -2.0), 4: (0.5, 3.0), 7: (0.7, 0.0), 10: (0.9, -1.0)}
+    rows = table.to_pylist()
+    assert [number for number, row in enumerate(rows) if row["cluster"] == 1] == list(members)
+    for number, (sure, likelihood) in members.items():
+        rows[number]["responsibilities"] = [1 - sure, sure, 0.0, 0.0]
+        rows[number]["log_likelihood"] = likelihood
+    name = write_evaluation_page(
+        Folder(tmp_path / "scored"),
+        "scored",
+        pa.Table.from_pylist(rows, schema=PREDICTIONS),
+        REJECTED.empty_table(),
+        CLASSES,
+        EvaluationConfig(),
+        {"epoch": 2.0, "test/all/head/accuracy": 0.75, "num_rejected": 0.0}
+        | {"num_without_class": 0.0, "num_outside_of_test": 0.0},
+        {},
+        "run: a\n",
+    )
+    (card,) = (
+        card for card in data_of(tmp_path / "scored" / name)["cards"] if card["cluster"] == 1
+    )
+    assert card["typical"] == [10, 1, 7, 4]
+    assert card["borderline"] == [4, 7, 1, 10]
+
+
 def test_clusters_of_one_class_are_its_subtypes(page: Path) -> None:
     (kind,) = data_of(page)["subtypes"]
     assert kind["class"] == "glioma"
