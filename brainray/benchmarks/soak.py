@@ -84,7 +84,8 @@ def run(options: CaseOptions) -> BenchmarkResult:
             with growth.watching():
                 _finish(cluster, "train", config, "name=undisturbed", "dataset=mri")
             log(f"killing for {scale.minutes:g} minutes")
-            killed, names = _soak(cluster, config, scale, random.Random(options.seed))
+            soaked = _soak(cluster, config, scale, random.Random(options.seed))
+        killed, names = soaked.killed, soaked.finished
         expected = _weights(storage, "undisturbed")
         num_same = sum(_equal(expected, _weights(storage, name)) for name in names)
         num_lost = sum(_num_missing(storage, name, scale.num_epochs) for name in names)
@@ -93,6 +94,10 @@ def run(options: CaseOptions) -> BenchmarkResult:
         Measure("runs finished under the killer", len(names), at_least=1),
         Measure("of them with the weights of the undisturbed run", num_same, at_least=len(names)),
         Measure("epochs missing or twice in their logs", num_lost, at_most=0),
+        Measure(f"submissions that hung for {_JOB_TIMEOUT_S:g} s", soaked.num_hung, at_most=0),
+        Measure(
+            "submissions that failed although nothing was killed", soaked.num_failed, at_most=0
+        ),
         Measure("kills", sum(killed.values()), at_least=1),
         *(Measure(f"kills of a {kind}", count) for kind, count in sorted(killed.items())),
         Measure("memory, last third of an undisturbed run", memory, "x", at_most=MAX_GROWTH),
@@ -179,40 +184,52 @@ def _finish(cluster: _Cluster, name: str, config: Path, *settings: str) -> None:
         )
 
 
-def _soak(
-    cluster: _Cluster, config: Path, scale: Scale, dice: random.Random
-) -> tuple[Counter[str], list[str]]:
-    """Resubmit jobs, as a user's script would; return counts of kills and the finished runs."""
-    killed: Counter[str] = Counter()
-    finished: list[str] = []
+@dataclass
+class _Soaked:
+    """What became of the submissions."""
+
+    killed: Counter[str] = field(default_factory=Counter)  # processes, by kind
+    finished: list[str] = field(default_factory=list)  # runs
+    num_hung: int = 0  # submissions that had not ended after `_JOB_TIMEOUT_S`
+    num_failed: int = 0  # that ended with an error although none of their processes was killed
+
+
+def _soak(cluster: _Cluster, config: Path, scale: Scale, dice: random.Random) -> _Soaked:
+    """Resubmit jobs, as a user's script would, while their processes are killed."""
+    soaked = _Soaked()
     ends = time.monotonic() + 60 * scale.minutes
     num_late = 0
-    while time.monotonic() < ends or (not finished and num_late < _LATE_ATTEMPTS):
+    while time.monotonic() < ends or (not soaked.finished and num_late < _LATE_ATTEMPTS):
         num_late += time.monotonic() >= ends
-        name = f"soak-{len(finished) + 1}"
+        name = f"soak-{len(soaked.finished) + 1}"
         try:
             process = _job(cluster.start(), "train", config, f"name={name}", "dataset=mri")
         except RayDidNotStart as reason:
             log(f"{reason}: trying again")
             continue
+        kills_before = soaked.killed.total()
         stop = threading.Event()
         killer = threading.Thread(
-            target=_kill_at_random, args=(cluster, process, scale, dice, ends, stop, killed)
+            target=_kill_at_random, args=(cluster, process, scale, dice, ends, stop, soaked.killed)
         )
         killer.start()
+        code: int | None = None
         try:
             code = process.wait(_JOB_TIMEOUT_S)
         except subprocess.TimeoutExpired:
+            soaked.num_hung += 1
             log(f"{name} hangs")
-            code = -1
         finally:
             stop.set()
             killer.join()
             kill_with_children(process.pid)
-        log(f"{name}: exit code {code}, {sum(killed.values())} kills so far")
+        num_kills = soaked.killed.total()
+        log(f"{name}: exit code {code}, {num_kills} kills so far")
         if code == 0:
-            finished.append(name)
-    return killed, finished
+            soaked.finished.append(name)
+        elif code is not None and num_kills == kills_before:
+            soaked.num_failed += 1
+    return soaked
 
 
 def _kill_at_random(
