@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from brainray.benchmarks.result import BenchmarkResult, CaseOptions, Measure
 from brainray.benchmarks.samples import SALT, load_slices, perturbed
-from brainray.benchmarks.timing import one_thread
+from brainray.benchmarks.timing import OURS, one_thread, side_by_side
 from brainray.config import Config
 from brainray.config_text import load_config
 from brainray.errors import DataError
@@ -76,7 +76,7 @@ def run(options: CaseOptions) -> BenchmarkResult:
         loop_rates = _loop_rates(files, folder / "before")
         cores = len(os.sched_getaffinity(0))
         log(f"{cores} plain loops in parallel")
-        side_by_side = _loops_side_by_side(files, folder / "beside", cores)
+        parallel_rate = _parallel_loops(files, folder / "beside", cores)
         profile = _profile(files[:200], folder / "profile")
         runs = {}
         for count in sorted({num_timed, *sizes}):
@@ -99,7 +99,7 @@ def run(options: CaseOptions) -> BenchmarkResult:
         ),
         Measure(
             f"{cores} plain loops side by side against {cores} x loop: what the cores allow",
-            side_by_side / (cores * loop_rate),
+            parallel_rate / (cores * loop_rate),
             "x",
         ),
         Measure(
@@ -154,7 +154,7 @@ def _loop_rates(files: list[Path], out: Path) -> list[float]:
     return [_plain_loop(chosen, out / str(number)) for number in range(_LOOP_ROUNDS)]
 
 
-def _loops_side_by_side(files: list[Path], out: Path, num_loops: int) -> float:
+def _parallel_loops(files: list[Path], out: Path, num_loops: int) -> float:
     """Images per second of ``num_loops`` parallel plain loops, each a process with its own files.
 
     They share only memory, caches and clock, so no scheduler can get more out of the cores.
@@ -217,21 +217,24 @@ def _profile(files: list[Path], out: Path) -> dict[str, float]:
 
 
 def _strip_against_opencv(files: list[Path]) -> tuple[float, float]:
-    """(speed-up, minimum IoU) of our ``otsu`` strip against the straightforward one."""
+    """(speed-up, minimum IoU) of our ``otsu`` strip against the straightforward one.
+
+    Each strips all slices per round, after a round that is not timed.
+    """
     options = decode_options(_settings(files[0].parent, files[0].parent).preprocess, SALT)
-    ours, theirs, overlaps = [], [], []
+    images = [decode_file(path.read_bytes(), options)[0].image for path in files]
+    contestants = {
+        OURS: lambda: [otsu_mask(image) for image in images],
+        "plain": lambda: [straightforward_otsu_mask(image) for image in images],
+    }
     with one_thread():
-        for path in files:
-            image = decode_file(path.read_bytes(), options)[0].image
-            otsu_mask(image)
-            started = time.perf_counter()
-            mask = otsu_mask(image)
-            between = time.perf_counter()
-            plain = straightforward_otsu_mask(image)
-            ours.append(between - started)
-            theirs.append(time.perf_counter() - between)
-            overlaps.append((mask & plain).sum() / (mask | plain).sum())
-    return float(np.median(theirs) / np.median(ours)), float(min(overlaps))
+        timed = side_by_side(contestants, rounds=5)
+    ours, plain = timed[OURS], timed["plain"]
+    overlaps = [
+        (mask & other).sum() / (mask | other).sum()
+        for mask, other in zip(ours.result, plain.result, strict=True)
+    ]
+    return plain.seconds / ours.seconds, float(min(overlaps))
 
 
 def straightforward_otsu_mask(image: NDArray[np.uint8]) -> NDArray[np.bool_]:
