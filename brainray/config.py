@@ -17,6 +17,7 @@ from pydantic import (
     model_validator,
 )
 
+from brainray.errors import ConfigError
 from brainray.redaction import redacted
 
 Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
@@ -427,6 +428,20 @@ class TrainConfig(_Section):
     """Seconds that a worker waits for the others in a collective before it fails."""
 
 
+TRAINING_SECTIONS = (
+    "split",
+    "encoder",
+    "self_supervision",
+    "augment",
+    "augment_unlabelled",
+    "objective",
+    "clustering",
+    "train",
+    "evaluation",
+    "tracking",
+)
+"""Sections that training on an image store reads."""
+
 WORKER_SETTINGS = (
     "num_workers",
     "min_workers",
@@ -440,6 +455,8 @@ WORKER_SETTINGS = (
 """Settings of ``train`` for the placement and number of workers, which may change when a run
 resumes. Only the number affects what is learned: a step has a batch of every worker.
 """
+
+WORKER_KEYS = tuple(f"train.{name}" for name in WORKER_SETTINGS)
 
 
 class EvaluationConfig(_Section):
@@ -727,6 +744,17 @@ class Config(_Section):
     study: StudyConfig = StudyConfig()
     registry: RegistryConfig = RegistryConfig()
     label: LabelConfig = LabelConfig()
+
+    def given(self, key: Literal["name", "dataset", "run", "source"]) -> str:
+        """A setting that the caller needs.
+
+        Raises:
+            ConfigError: it is not set.
+        """
+        value: str | None = getattr(self, key)
+        if value is None:
+            raise ConfigError(f"give --set {key}={'DIR' if key == 'source' else 'NAME'}")
+        return value
 
     def without_secrets(self) -> "Config":
         """A copy that may be saved with results: without the password in ``tracking.uri``."""

@@ -309,6 +309,11 @@ class MLflowTracker:
         self._run.write_json(layout.TRACKING, self._state)
 
 
+def status_after(stop: BaseException) -> str:
+    """MLflow's status of what an exception has ended."""
+    return "FAILED" if isinstance(stop, Exception) else "KILLED"
+
+
 class LenientTracker:
     """Forwards everything to a tracker, but an unreachable server never stops the work.
 
@@ -343,6 +348,15 @@ class LenientTracker:
 
     def running(self) -> None:
         self._try("running", self._tracker.running)
+
+    @contextmanager
+    def ended_by_errors(self) -> Iterator[None]:
+        """If the block raises, the run ends as failed, or as killed if a signal ended it."""
+        try:
+            yield
+        except BaseException as stop:
+            self.finish(status_after(stop))
+            raise
 
     def log_epochs(self, history: list[dict[str, float]]) -> None:
         self._try("epochs", lambda: self._tracker.log_epochs(history))

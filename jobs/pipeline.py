@@ -2,10 +2,10 @@
 
 import sys
 
-from brainray.config import Config
+from brainray.config import TRAINING_SECTIONS, Config
 from brainray.errors import ConfigError
 from brainray.log import log
-from brainray.orchestration.job import TRAINING_SECTIONS, JobResult, run_job
+from brainray.orchestration.job import JobResult, run_job
 
 
 def check(config: Config) -> None:

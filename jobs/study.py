@@ -2,9 +2,9 @@
 
 import sys
 
-from brainray.config import Config
+from brainray.config import WORKER_KEYS, Config
 from brainray.log import log
-from brainray.orchestration.job import STORE_KEYS, WORKER_KEYS, JobResult, run_job
+from brainray.orchestration.job import STORE_KEYS, JobResult, run_job
 
 
 def check(config: Config) -> None:

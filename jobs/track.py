@@ -12,8 +12,7 @@ def work(config: Config) -> JobResult:
     from brainray.orchestration.run import open_run
     from brainray.storage import Folder
 
-    assert config.run is not None, "checked by run_job"
-    run = open_run(Folder(config.storage), config.run)
+    run = open_run(Folder(config.storage), config.given("run"))
     tracker = publish(config, run)
     log(f"run {run.folder}: MLflow has everything")
     log(f"compare runs: {how_to_open(tracker.uri)}")

@@ -42,7 +42,7 @@ def ray_cluster() -> Iterator[None]:
     """A local Ray cluster of two CPUs for the whole session."""
     import ray
 
-    from brainray.orchestration.job import attach_to_ray, init_ray
+    from brainray.orchestration.ray_connection import attach_to_ray, init_ray
 
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     init_ray(num_cpus=2, num_gpus=0, object_store_memory=300_000_000)

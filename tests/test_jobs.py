@@ -24,12 +24,12 @@ from brainray.config_text import described_keys, known_keys, load_config
 from brainray.errors import ConfigError, DataError
 from brainray.orchestration.job import (
     JobResult,
-    _check_address,
-    resolve_paths,
     run_command,
     run_job,
     unread_keys,
 )
+from brainray.orchestration.places import resolve_paths
+from brainray.orchestration.ray_connection import _check_address
 from brainray.orchestration.training.driver import TrainedRun
 
 PROJECT = Path(__file__).parents[1]

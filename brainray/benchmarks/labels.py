@@ -10,8 +10,8 @@ from brainray.config import Config
 from brainray.engine.evaluate import Metrics
 from brainray.errors import ConfigError
 from brainray.log import log
-from brainray.orchestration.job import attach_to_ray
 from brainray.orchestration.preprocessing.driver import preprocess
+from brainray.orchestration.ray_connection import attach_to_ray
 from brainray.orchestration.training.draws import train_draws
 from brainray.report.cells import mean_and_deviation
 from brainray.report.style import BLUE, GREY, ORANGE, new_figure, tidy

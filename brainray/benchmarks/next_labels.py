@@ -20,10 +20,10 @@ from brainray.benchmarks.result import BenchmarkResult, CaseOptions, Measure
 from brainray.config import Config
 from brainray.log import log
 from brainray.mri.phantom import write_phantoms
-from brainray.orchestration.job import attach_to_ray
 from brainray.orchestration.prediction.labels import choose_next_labels
 from brainray.orchestration.preprocessing.driver import preprocess
 from brainray.orchestration.preprocessing.source import list_source
+from brainray.orchestration.ray_connection import attach_to_ray
 from brainray.orchestration.sweep.trials import trial_config
 from brainray.orchestration.training.driver import train
 from brainray.schema import TEST, UNLABELLED_ROLE

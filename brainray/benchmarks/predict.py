@@ -24,7 +24,6 @@ from brainray.engine.shard import CachedImages
 from brainray.engine.slice_model import SliceModel, use_all_threads
 from brainray.log import log
 from brainray.mri.phantom import write_phantoms
-from brainray.orchestration.job import attach_to_ray
 from brainray.orchestration.prediction.inference import (
     Predictor,
     find_predictor,
@@ -34,6 +33,7 @@ from brainray.orchestration.prediction.inference import (
 from brainray.orchestration.preprocessing.driver import preprocess
 from brainray.orchestration.preprocessing.preparation import decode_to_predict, read_file
 from brainray.orchestration.preprocessing.source import SourceFile, list_source
+from brainray.orchestration.ray_connection import attach_to_ray
 from brainray.orchestration.store import ImageStore
 from brainray.orchestration.training.driver import train
 from brainray.schema import TRAIN

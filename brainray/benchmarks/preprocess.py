@@ -34,7 +34,6 @@ from brainray.mri.skull_strip import (
     apply_mask,
     otsu_mask,
 )
-from brainray.orchestration.job import attach_to_ray
 from brainray.orchestration.preprocessing.driver import preprocess
 from brainray.orchestration.preprocessing.preparation import (
     SLICES,
@@ -43,6 +42,7 @@ from brainray.orchestration.preprocessing.preparation import (
     read_file,
 )
 from brainray.orchestration.preprocessing.source import FoundFile
+from brainray.orchestration.ray_connection import attach_to_ray
 from brainray.report.style import BLUE, new_figure
 from brainray.storage import Folder
 

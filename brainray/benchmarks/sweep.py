@@ -12,8 +12,8 @@ from brainray.config_text import load_config
 from brainray.errors import DataError
 from brainray.log import log
 from brainray.mri.phantom import write_phantoms
-from brainray.orchestration.job import attach_to_ray
 from brainray.orchestration.preprocessing.driver import preprocess
+from brainray.orchestration.ray_connection import attach_to_ray
 from brainray.orchestration.sweep.driver import sweep
 from brainray.orchestration.training.driver import train
 

@@ -34,8 +34,8 @@ from brainray.log import log
 from brainray.models.encoder import Encoder
 from brainray.models.joint import JointObjective
 from brainray.models.objective import StepSizes
-from brainray.orchestration.job import attach_to_ray
 from brainray.orchestration.preprocessing.driver import preprocess
+from brainray.orchestration.ray_connection import attach_to_ray
 from brainray.orchestration.resources import KEEPING_MEMORY
 from brainray.orchestration.training.driver import train
 

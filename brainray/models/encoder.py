@@ -2,8 +2,7 @@
 
 import io
 from collections.abc import Mapping
-from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -50,37 +49,43 @@ class Encoder(nn.Module):
             return EncoderOutput(z=F.normalize(features), logits=self.head(features))
 
 
-def build_encoder(name: str, weights: str | Mapping[str, Tensor], num_classes: int) -> Encoder:
-    """Build an encoder with ``random``, ``imagenet`` or local weights, or with a state dict.
+def build_encoder(
+    name: str,
+    weights: Mapping[str, Tensor] | Literal["random"],
+    num_classes: int,
+    where: str = "the warm-up",
+) -> Encoder:
+    """Build an encoder with random weights or with those of a state dict.
 
     Weights for colour images become one-channel by summing the stem over its three channels, which
     is equivalent to feeding the grey slice to each. The head is always new.
 
+    Args:
+        name: a ResNet of torchvision.
+        weights: ``random``, or a network's state dict.
+        num_classes: outputs of the head.
+        where: where the weights are from, for errors.
+
     Raises:
-        ConfigError: the weights cannot be downloaded or read, or are for another architecture.
+        ConfigError: the weights are for another architecture.
     """
     encoder = Encoder(name, num_classes)
     if weights == "random":
         return encoder
-    if isinstance(weights, str):
-        state = imagenet_state(name) if weights == "imagenet" else local_state(Path(weights))
-    else:
-        state = dict(weights)
-    state = {key: value for key, value in state.items() if not key.startswith("fc.")}
+    state = {key: value for key, value in weights.items() if not key.startswith("fc.")}
     if "conv1.weight" in state and state["conv1.weight"].shape[1] == 3:
         state["conv1.weight"] = state["conv1.weight"].sum(dim=1, keepdim=True)
     try:
         encoder.backbone.load_state_dict(state)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()[:100]
-        shown = f"encoder.weights={weights}" if isinstance(weights, str) else "the warm-up"
         raise ConfigError(
-            f"{shown} does not fit encoder.name={name}: is it of another encoder? ({reason})"
+            f"{where} does not fit encoder.name={name}: is it of another encoder? ({reason})"
         ) from None
     return encoder
 
 
-def imagenet_state(name: str, setting: str = "encoder.weights") -> dict[str, Tensor]:
+def imagenet_state(name: str, setting: str) -> dict[str, Tensor]:
     """ImageNet weights of torchvision, downloaded if they are not in its cache.
 
     Raises:
@@ -96,19 +101,9 @@ def imagenet_state(name: str, setting: str = "encoder.weights") -> dict[str, Ten
         ) from None
 
 
-def local_state(path: Path, setting: str = "encoder.weights") -> dict[str, Tensor]:
-    """Load a torchvision state dict, or the encoder of a brainray checkpoint, from a local file.
-
-    Raises:
-        ConfigError: the file is missing or is neither; the message names the ``setting``.
-    """
-    if not path.is_file():
-        raise ConfigError(f"{setting}={path}: no such file")
-    return encoder_state(path.read_bytes(), f"{setting}={path}")
-
-
 def encoder_state(content: bytes, where: str) -> dict[str, Tensor]:
-    """Like `local_state`, from the bytes of a file; ``where`` names it in errors.
+    """A torchvision state dict, or the encoder of a brainray checkpoint, from the bytes of a file;
+    ``where`` names it in errors.
 
     Raises:
         ConfigError: the file is neither, or is damaged.

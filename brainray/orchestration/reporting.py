@@ -63,9 +63,7 @@ def report(config: Config) -> Report:
         DataError: no such run, or a run to compare with that does not fit.
         CheckpointError: the run, or one to compare with, is still training.
     """
-    if config.run is None:
-        raise ConfigError("name the run to report: --set run=NAME")
-    run = open_run(Folder(config.storage), config.run)
+    run = open_run(Folder(config.storage), config.given("run"))
     if not run.is_complete:
         raise CheckpointError(unfinished(Folder(config.storage), run))
     saved = run.saved_config()
@@ -102,7 +100,7 @@ def _store_with_test_slices(config: Config, run: Run) -> ImageStore:
     Raises:
         DataError: there is none, or it no longer has the run's test slices as they were.
     """
-    store = ImageStore.open(Folder(config.storage) / layout.DATASETS / str(config.dataset))
+    store = ImageStore.open(Folder(config.storage) / layout.DATASETS / config.given("dataset"))
     if store.data_hash == run.info["data_hash"]:
         return store
     index = store.index()

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import ray
 import ray.data
@@ -147,40 +146,6 @@ def plan_actors(
         num_actors = min(len(counts), (sum(counts) - 1) // num_cpus)
         return ActorResources(num_actors, num_cpus)
     return ActorResources(sum(counts) - 1, num_cpus=1)
-
-
-def blocks_on_actors(
-    dataset: ray.data.Dataset,
-    actor: type,
-    arguments: Mapping[str, Any],
-    resources: ActorResources,
-    *,
-    memory: float | None = None,
-) -> ray.data.Dataset:
-    """Map a data set's blocks, unchanged, through actors.
-
-    ``map_batches`` rejects whole blocks if GPUs are requested, and with a batch size it would
-    separate the slices of a file. Ray's ``map_groups`` uses the same internal method.
-
-    Args:
-        dataset: Arrow blocks.
-        actor: class whose ``__call__`` takes and returns a table.
-        arguments: of its constructor.
-        resources: maximum number of actors, and what Ray reserves for each.
-        memory: that Ray reserves for each actor, in bytes.
-    """
-    # With few blocks, the first actor would take all of them before the other GPUs have one.
-    at_first = resources.num_actors if resources.num_gpus else 1
-    return dataset.map_batches_internal(
-        actor,
-        fn_constructor_kwargs=dict(arguments),
-        batch_size=None,
-        batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(min_size=at_first, max_size=resources.num_actors),
-        num_cpus=resources.num_cpus,
-        num_gpus=resources.num_gpus,
-        memory=memory,
-    )
 
 
 def alive_nodes() -> list[NodeResources]:

@@ -7,31 +7,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from brainray import layout
-from brainray.config import WORKER_SETTINGS, Config, SplitConfig
+from brainray.config import TRAINING_SECTIONS, WORKER_SETTINGS, Config, SplitConfig
 from brainray.config_text import differing_settings, parse_config, parse_yaml, with_defaults
 from brainray.errors import ConfigError, DataError
 from brainray.mri.split import check_validation_share
 from brainray.orchestration.lock import is_held
 from brainray.storage import Folder
 
-_FREE_SECTIONS = {
-    "name",
-    "storage",
-    "source",
-    "sources",
-    "labels",
-    "run",
-    "checkpoint",
-    "epoch",
-    "preprocess",
-    "classes",
-    "study",
-    "tracking",
-    "registry",
-    "tune",
-    "label",
-}
-"""Sections that may differ when a run resumes: they do not affect what it learns."""
+_LASTING_SECTIONS = {"dataset", "seed", *TRAINING_SECTIONS} - {"tracking"}
+"""What a run learns depends on these; others may differ when it resumes."""
 
 _FREE_KEYS = {
     "train": {*WORKER_SETTINGS, "cache_gib"},
@@ -46,7 +30,7 @@ _FREE_KEYS = {
     "clustering": {"on_collapse"},  # may be changed after a collapse
     "split": {"mode", "test_fraction"},
 }
-"""Single keys of other sections that may differ."""
+"""Keys of these sections that may differ nevertheless."""
 
 _OF_DRAW = {"labelled_fraction", "validation_fraction", "validation", "seed"}
 
@@ -122,7 +106,7 @@ def run_to_resume(config: Config) -> Run | None:
         ConfigError: it was begun with other settings.
         DataError: another version of brainray made it.
     """
-    folder = Folder(config.storage) / layout.RUNS / name_of_run(config)
+    folder = Folder(config.storage) / layout.RUNS / config.given("name")
     if not folder.exists(layout.RUN):
         return None
     run = Run(folder, read_run_info(folder))
@@ -177,13 +161,6 @@ def check_same_draw(split: SplitConfig, other: Run, purpose: str) -> None:
         )
 
 
-def name_of_run(config: Config) -> str:
-    """The run's name; raises ConfigError if it is not set."""
-    if config.name is None:
-        raise ConfigError("training needs a name for the run: --set name=NAME")
-    return config.name
-
-
 def lasting_settings(config: Config) -> dict[str, Any]:
     """All settings that must not change when a run resumes."""
     settings = without_free(config.model_dump(mode="json"))
@@ -194,7 +171,7 @@ def lasting_settings(config: Config) -> dict[str, Any]:
 
 def without_free(settings: dict[str, Any]) -> dict[str, Any]:
     """Nested settings without those that may differ when a run resumes."""
-    kept = {name: value for name, value in settings.items() if name not in _FREE_SECTIONS}
+    kept = {name: value for name, value in settings.items() if name in _LASTING_SECTIONS}
     return kept | {
         section: {key: value for key, value in settings[section].items() if key not in free}
         for section, free in _FREE_KEYS.items()

@@ -251,9 +251,8 @@ def store_to_train_on(config: Config) -> tuple[Config, ImageStore]:
         ConfigError: the config names no store, or does not fit it.
         DataError: no such store, or another version of brainray made it.
     """
-    if config.dataset is None:
-        raise ConfigError("training needs an image store: give --set dataset=NAME")
-    store = ImageStore.open(Folder(config.storage) / layout.DATASETS / config.dataset)
+    folder = Folder(config.storage) / layout.DATASETS / config.given("dataset")
+    store = ImageStore.open(folder)
     config = as_store_was_made(config, store)
     difference = differing_settings(store.versions, versions_of(store.preprocess))
     if difference:

@@ -8,7 +8,7 @@ import torchvision
 from torch import Tensor
 
 from brainray.errors import ConfigError
-from brainray.models.encoder import build_encoder, local_state
+from brainray.models.encoder import build_encoder, encoder_state
 from brainray.models.features import FeatureEncoder, build_feature_encoder, num_features
 
 IMAGES = torch.rand(2, 1, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -78,11 +78,12 @@ def test_what_is_saved_of_a_trained_encoder_loads_into_training(tmp_path: Path) 
     trained = build("resnet18", seed=3).standardised_by(0.2, 0.3)
     path = tmp_path / "encoder.pt"
     torch.save({"encoder": trained.grey_state()}, path)
-    encoder = build_encoder("resnet18", str(path), num_classes=2).eval()
+    state = encoder_state(path.read_bytes(), str(path))
+    encoder = build_encoder("resnet18", state, num_classes=2).eval()
     with torch.no_grad():
         found = encoder.backbone((IMAGES - 0.2) / 0.3)
     torch.testing.assert_close(found, features(trained), atol=1e-4, rtol=1e-4)
-    again = build("resnet18", local_state(path))
+    again = build("resnet18", state)
     torch.testing.assert_close(features(again), features(trained), atol=1e-4, rtol=1e-4)
 
 

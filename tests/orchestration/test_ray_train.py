@@ -79,7 +79,7 @@ def test_nodes_are_watched_for_where_they_may_be_taken_away(
 OTHER_RAY = """
 import ray
 from ray.util.state import get_actor
-from brainray.orchestration.job import init_ray
+from brainray.orchestration.ray_connection import init_ray
 
 @ray.remote(num_cpus=0)
 class Actor:

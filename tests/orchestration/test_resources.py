@@ -12,12 +12,12 @@ import ray.data
 
 from brainray.config import TrainConfig
 from brainray.errors import ConfigError
+from brainray.orchestration.blocks import blocks_on_actors
 from brainray.orchestration.resources import (
     KEEPING_MEMORY,
     QUIET,
     ActorResources,
     WorkerResources,
-    blocks_on_actors,
     plan_actors,
     plan_workers,
 )

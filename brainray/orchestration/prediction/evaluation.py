@@ -22,6 +22,7 @@ from brainray.log import log
 from brainray.mri.groups import joint_groups
 from brainray.mri.leakage import Fingerprints, exposure
 from brainray.mri.slices import RejectedImage
+from brainray.orchestration.blocks import with_progress
 from brainray.orchestration.lock import held
 from brainray.orchestration.prediction.inference import (
     Predictor,
@@ -29,7 +30,6 @@ from brainray.orchestration.prediction.inference import (
     find_predictor,
     predicted_blocks,
 )
-from brainray.orchestration.preprocessing.driver import with_progress
 from brainray.orchestration.preprocessing.grouping import group_strangers
 from brainray.orchestration.preprocessing.leakage import LEVELS, twins_of_test_slices
 from brainray.orchestration.preprocessing.preparation import (
@@ -83,8 +83,7 @@ def evaluate(config: Config, only_paths: set[str] | None = None) -> Evaluation:
         CheckpointError: the checkpoint is missing or is not one.
     """
     predictor = find_predictor(config, "evaluation")
-    if config.source is None:
-        raise ConfigError("evaluation needs a source: --set source=DIR")
+    config.given("source")
     storage, name = Folder(config.storage), config.name or default_name(config, predictor)
     with held(storage, layout.EVALUATIONS, name):
         return _evaluate(config, predictor, storage / layout.EVALUATIONS / name, only_paths)
@@ -98,7 +97,7 @@ def _evaluate(
     labels = None if config.labels is None else Folder(config.labels)
     # The split of selected paths is known; a table may use another name for it.
     listing = list_source(
-        Folder(str(config.source)),
+        Folder(config.given("source")),
         labels,
         config.classes.map,
         reads_splits=only_paths is None,
@@ -159,7 +158,7 @@ def _evaluate(
             checkpoint.classes,
             config.evaluation,
             metrics,
-            about_software() | {"model": str(predictor.folder), "source": str(config.source)},
+            about_software() | {"model": str(predictor.folder), "source": config.given("source")},
             made_by,
             explained,
             None if twins is None else {level: len(found) for level, found in twins.items()},
@@ -269,7 +268,7 @@ def _log_conflicts(copies: list[str], labels: list[str]) -> None:
 
 def check_evaluation_name(config: Config) -> None:
     """Raises ConfigError if a pipeline's name is used for the evaluation of another source."""
-    target = Folder(config.storage) / layout.EVALUATIONS / str(config.name)
+    target = Folder(config.storage) / layout.EVALUATIONS / config.given("name")
     _check_source(config, target, of_pipeline=True)
 
 
@@ -349,7 +348,7 @@ def _explained(predictions: pa.Table, config: Config, predictor: Predictor) -> l
 
 def _load_again(config: Config, predictor: Predictor, rows: pa.Table) -> NDArray[np.uint8]:
     """Slices (n, 1, S, S) of a few predictions: the actors do not return pixels."""
-    source, salt = Folder(str(config.source)), subject_salt(Folder(config.storage))
+    source, salt = Folder(config.given("source")), subject_salt(Folder(config.storage))
     slices: dict[tuple[str, str], dict[str, Any]] = {}
     for path in pc.unique(rows["path"]).to_pylist():
         file = FoundFile(path, 0, 0)

@@ -1,8 +1,7 @@
 """Prediction on raw files: Ray Data decodes, actors embed. Shared by evaluation and prediction."""
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 
@@ -19,10 +18,11 @@ from brainray.engine.state import Checkpoint, load_checkpoint
 from brainray.errors import CheckpointError, ConfigError
 from brainray.log import log
 from brainray.mri.identity import content_hash
+from brainray.orchestration.blocks import blocks_on_actors, whole_blocks
 from brainray.orchestration.preprocessing.preparation import subject_salt
 from brainray.orchestration.preprocessing.slice_tasks import TO_PREDICT, decode_files, select_slices
 from brainray.orchestration.preprocessing.source import SourceFile, files_of_tasks
-from brainray.orchestration.resources import alive_nodes, blocks_on_actors, plan_actors
+from brainray.orchestration.resources import alive_nodes, plan_actors
 from brainray.orchestration.run import Run, open_run, read_run_info, unfinished
 from brainray.orchestration.seen import seen_by_run
 from brainray.orchestration.store import ImageStore, versions_of
@@ -126,7 +126,7 @@ def find_predictor(config: Config, purpose: str, *, of_new_files: bool = True) -
 
 def default_name(config: Config, predictor: Predictor) -> str:
     """Default name of results on ``config.source``: RUN-on-FOLDER, in plain characters."""
-    folder = Folder(str(config.source)).path.rpartition("/")[2]
+    folder = Folder(config.given("source")).path.rpartition("/")[2]
     plain = re.sub(r"[^\w.-]+", "-", folder, flags=re.ASCII)
     if plain != folder or len(plain) > _MAX_NAME:  # two such folders must not share a name
         plain = f"{plain[:_MAX_NAME]}-{content_hash(folder.encode())[:6]}"
@@ -170,7 +170,7 @@ def predicted_blocks(
     """
     decode = partial(
         decode_files,
-        source=Folder(str(config.source)),
+        source=Folder(config.given("source")),
         preprocess=predictor.preprocess,
         salt=subject_salt(Folder(config.storage)),
     )
@@ -190,7 +190,7 @@ def predicted_blocks(
             *files_of_tasks(volumes, _VOLUMES_PER_TASK),
         )
     ]
-    with _whole_blocks():
+    with whole_blocks():
         tasks = ray.data.from_arrow(tables)
     decoded = tasks.map_batches(decode, batch_size=None, batch_format="pyarrow")
     return _embedded(decoded, config, predictor)
@@ -220,21 +220,6 @@ def _embedded(slices: ray.data.Dataset, config: Config, predictor: Predictor) ->
     # Ray Data fuses tasks with an actor of equal resources, as on two CPUs: files would then be
     # decoded between two batches instead of during them.
     return blocks_on_actors(slices, _Embedder, arguments, actors, memory=_EMBEDDER_BYTES)
-
-
-@contextmanager
-def _whole_blocks() -> Iterator[None]:
-    """Data sets made in this context keep the blocks that their functions return.
-
-    Splitting a block could separate the slices of a volume.
-    """
-    context = ray.data.DataContext.get_current()
-    before = context.target_max_block_size
-    context.target_max_block_size = None
-    try:
-        yield
-    finally:
-        context.target_max_block_size = before
 
 
 _STORED_COLUMNS = ["split", "sample_id", "path", "frame", "height", "width", "thumbnail", "image"]

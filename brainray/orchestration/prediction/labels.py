@@ -11,10 +11,10 @@ from brainray import layout
 from brainray.clustering.next_labels import choose_to_label, margin_uncertainty
 from brainray.config import Config
 from brainray.engine.evaluate import Metrics, matrix_of
-from brainray.errors import ConfigError, DataError
+from brainray.errors import DataError
 from brainray.log import log
+from brainray.orchestration.blocks import with_progress
 from brainray.orchestration.prediction.inference import find_predictor, predicted_slices
-from brainray.orchestration.preprocessing.driver import with_progress
 from brainray.orchestration.preprocessing.labels_table import read_rows
 from brainray.orchestration.run import open_run
 from brainray.orchestration.store import ImageStore
@@ -56,9 +56,7 @@ def choose_next_labels(config: Config) -> NextLabels:
             in an earlier list.
         CheckpointError: the run has not finished an epoch, or has no such epoch.
     """
-    if config.run is None:
-        raise ConfigError("name the run to choose slices for: --set run=NAME")
-    run = open_run(Folder(config.storage), config.run)
+    run = open_run(Folder(config.storage), config.given("run"))
     _check_nothing_is_filled_in(run.folder)
     predictor = find_predictor(config, "labelling", of_new_files=False)
     folder = Folder(config.storage) / layout.DATASETS / str(run.info["dataset"])

@@ -17,6 +17,7 @@ from brainray.engine.slice_model import Reference
 from brainray.errors import ConfigError, DataError
 from brainray.log import log
 from brainray.mri.identity import content_hash
+from brainray.orchestration.blocks import with_progress
 from brainray.orchestration.code_version import code_hash
 from brainray.orchestration.lock import held
 from brainray.orchestration.prediction.inference import (
@@ -25,7 +26,6 @@ from brainray.orchestration.prediction.inference import (
     find_predictor,
     predicted_blocks,
 )
-from brainray.orchestration.preprocessing.driver import with_progress
 from brainray.orchestration.preprocessing.preparation import CHANGED, UNREADABLE
 from brainray.orchestration.preprocessing.source import (
     FoundFile,
@@ -73,15 +73,14 @@ def predict(config: Config) -> Prediction:
         CheckpointError: the checkpoint is missing or invalid.
     """
     predictor = find_predictor(config, "prediction")
-    if config.source is None:
-        raise ConfigError("prediction needs --set source=DIR")
+    config.given("source")
     storage, name = Folder(config.storage), config.name or default_name(config, predictor)
     with held(storage, layout.PREDICTED, name):
         return _predict(config, predictor, storage / layout.PREDICTED / name)
 
 
 def _predict(config: Config, predictor: Predictor, folder: Folder) -> Prediction:
-    found, ignored = find_images(Folder(str(config.source)), Folder(config.storage))
+    found, ignored = find_images(Folder(config.given("source")), Folder(config.storage))
     _begin(config, predictor, folder)
     num_replaced = _forget_stale(folder, found)
     folder.delete_file(layout.PREDICTED_CSV, missing_ok=True)  # made again at the end
@@ -114,7 +113,7 @@ def _predict(config: Config, predictor: Predictor, folder: Folder) -> Prediction
 
 def _begin(config: Config, predictor: Predictor, folder: Folder) -> None:
     settings = {
-        "source": str(config.source),
+        "source": config.given("source"),
         "checkpoint": str(predictor.folder),
         "epoch": predictor.checkpoint.epoch,
         "weights": content_hash(predictor.folder.read_bytes(layout.MODEL))[:12],

@@ -25,10 +25,11 @@ from brainray import layout
 from brainray.config import Config, PreprocessConfig, SplitConfig
 from brainray.config_text import differing_settings, with_defaults
 from brainray.errors import ConfigError, DataError
-from brainray.log import ProgressLines, log
+from brainray.log import log
 from brainray.mri.duplicates import thumbnail_matrix
 from brainray.mri.row_file import RowFile
 from brainray.mri.slices import RejectedImage
+from brainray.orchestration.blocks import arrow_blocks, with_progress
 from brainray.orchestration.lock import held
 from brainray.orchestration.preprocessing.earlier import LIGHT, Earlier, Place, unchanged
 from brainray.orchestration.preprocessing.examples import draw_figures
@@ -74,10 +75,8 @@ def preprocess(config: Config, *, data_hash: str | None = None) -> ImageStore:
         DataError: no readable file, too many rejected files, classes that do not fit, or an
             existing store of that name with different settings.
     """
-    if config.name is None or config.source is None:
-        raise ConfigError("preprocessing needs --set name=NAME source=DIR")
-    source = Folder(config.source)
-    target = Folder(config.storage) / layout.DATASETS / config.name
+    name, source = config.given("name"), Folder(config.given("source"))
+    target = Folder(config.storage) / layout.DATASETS / name
     labels = None if config.labels is None else Folder(config.labels)
     reads_splits = config.split.mode != "grouped"
     listing = list_source(
@@ -91,7 +90,7 @@ def preprocess(config: Config, *, data_hash: str | None = None) -> ImageStore:
     fingerprint = listing.fingerprint(salt)
     drawn = config.split.mode == "grouped" or not any(file.split for file in listing.files)
     settings = settings_of(config.preprocess, config.split, config.classes.map, drawn=drawn)
-    with held(Folder(config.storage), layout.DATASETS, config.name):
+    with held(Folder(config.storage), layout.DATASETS, name):
         previous = _previous_store(target)
         if previous is not None:
             _check_source(previous, listing, config)
@@ -147,7 +146,7 @@ def _build(
 ) -> dict[str, Any]:
     """Make the store in ``building``; returns its manifest, which includes ``about``."""
     clock = _Clock()
-    source, parts = Folder(str(config.source)), building / "parts"
+    source, parts = Folder(config.given("source")), building / "parts"
     earlier = Earlier.of(previous)
     _check_salt(previous, earlier, about["subject_salt"])
     fingerprints = RowFile(THUMBNAIL_SIDE**2, np.uint8)
@@ -368,7 +367,7 @@ def _decode_all(
         return
     decode = partial(
         decode_part,
-        source=Folder(str(config.source)),
+        source=Folder(config.given("source")),
         preprocess=config.preprocess,
         salt=subject_salt(Folder(config.storage)),
         known_hashes=ray.put(set(known_hashes.to_pylist())),
@@ -408,27 +407,5 @@ def _write_images(
     written = ray.data.from_arrow(tables).map_batches(
         write, batch_size=None, batch_format="pyarrow"
     )
-    total = sum(pc.sum(batch["num_rows"]).as_py() for batch in _arrow_batches(written))
+    total = sum(pc.sum(batch["num_rows"]).as_py() for batch in arrow_blocks(written))
     assert total == rows.num_rows, f"{total} of {rows.num_rows} slices written"
-
-
-def with_progress(
-    dataset: ray.data.Dataset, total: int, verb: str, *, of_store: bool = False
-) -> Iterator[pa.Table]:
-    """The dataset's blocks as they come, with a progress line every ten seconds.
-
-    Counts files (all rows of a ``path`` are in one block), or slices with ``of_store``.
-    """
-    progress = ProgressLines(verb, "slices" if of_store else "files")
-    done = 0
-    for batch in _arrow_batches(dataset):
-        done += batch.num_rows if of_store else pc.count_distinct(batch["path"]).as_py()
-        progress.tell(done, total)
-        yield batch
-
-
-def _arrow_batches(dataset: ray.data.Dataset) -> Iterator[pa.Table]:
-    """The dataset's blocks as they come."""
-    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-        assert isinstance(batch, pa.Table)
-        yield batch

@@ -4,7 +4,6 @@ No labels are read. The result, ``encoder.pt``, can also be read by ``encoder.we
 also serves as the warm-up of semi-supervised training.
 """
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +17,7 @@ from brainray.errors import ClusteringError
 from brainray.log import log
 from brainray.orchestration.lock import held
 from brainray.orchestration.pretraining.features import (
+    State,
     Weights,
     content_key,
     read_weights,
@@ -41,24 +41,36 @@ _OF_ROUNDS = {
 _OF_CONTRASTIVE = {"temperature", "positives", "projection_dim"}
 
 
-def warm_up(config: Config, store: ImageStore) -> str | Mapping[str, Tensor]:
-    """Initial weights of the encoder: ``encoder.weights``, after the warm-up if there is one.
+def starting_weights(config: Config) -> Weights:
+    """``encoder.weights``, read on the driver's node: the workers' nodes may not have the file.
+
+    Raises:
+        BrainrayError: no such file, or no weights in it.
+    """
+    return read_weights(config, _warmed_up(config), "encoder.weights")
+
+
+def warm_up(config: Config, store: ImageStore) -> State:
+    """Initial weights of the encoder: `starting_weights`, after the warm-up if there is one.
 
     Raises:
         BrainrayError, ray.train.TrainingFailedError: as in `pretrain`.
     """
-    feature = FeatureConfig(
+    weights = starting_weights(config)
+    if config.encoder.pretext == "none":
+        return weights.state
+    learned = pretrain(config, store, _warmed_up(config), weights, seed=config.seed)
+    return weights_from(learned, layout.ENCODER).state
+
+
+def _warmed_up(config: Config) -> FeatureConfig:
+    """The encoder that a run starts from, as a feature."""
+    return FeatureConfig(
         encoder=config.encoder.name,
         weights=config.encoder.weights,
         image_size=config.encoder.pretext_image_size,
         pretext=config.encoder.pretext,
     )
-    # Read on the driver: the workers' nodes may not have the file.
-    weights = read_weights(config, feature, "encoder.weights")
-    if config.encoder.pretext == "none":
-        return weights.state
-    learned = pretrain(config, store, feature, weights, seed=config.seed)
-    return weights_from(learned, layout.ENCODER).state
 
 
 def pretrain(

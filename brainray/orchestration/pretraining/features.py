@@ -26,11 +26,12 @@ from brainray.engine.recipe import resolve_precision
 from brainray.engine.slice_model import stored_pixels
 from brainray.errors import ConfigError, DataError
 from brainray.log import log
-from brainray.models.encoder import encoder_state, imagenet_state, local_state
+from brainray.models.encoder import encoder_state, imagenet_state
 from brainray.models.features import PIXELS, FeatureEncoder, build_feature_encoder, num_features
 from brainray.mri.identity import content_hash
+from brainray.orchestration.blocks import blocks_on_actors
 from brainray.orchestration.lock import held
-from brainray.orchestration.resources import alive_nodes, blocks_on_actors, plan_actors
+from brainray.orchestration.resources import alive_nodes, plan_actors
 from brainray.orchestration.run import open_run
 from brainray.orchestration.store import ImageStore
 from brainray.schema import FEATURES
@@ -113,14 +114,18 @@ def read_weights(config: Config, feature: FeatureConfig, setting: str) -> Weight
         folder = open_run(Folder(config.storage), name).folder / layout.BEST
         return weights_from(folder, layout.MODEL)
     path = Path(feature.weights)
-    state = local_state(path, setting)
-    return Weights(content_hash(path.read_bytes()), lambda: state)
+    if not path.is_file():
+        raise ConfigError(f"{setting}={path}: no such file")
+    return _weights_of(path.read_bytes(), f"{setting}={path}")
 
 
 def weights_from(folder: Folder, name: str) -> Weights:
     """The weights of a checkpoint in a folder, which may be remote."""
-    content = folder.read_bytes(name)
-    state = encoder_state(content, f"{folder}/{name}")
+    return _weights_of(folder.read_bytes(name), f"{folder}/{name}")
+
+
+def _weights_of(content: bytes, where: str) -> Weights:
+    state = encoder_state(content, where)
     return Weights(content_hash(content), lambda: state)
 
 

@@ -71,7 +71,7 @@ def open_stores(config: Config) -> dict[str, ImageStore]:
             update = {"name": f"{config.name}-{name}", "source": source}
             stores[name] = preprocess(config.model_copy(update=update))
         return stores
-    name = config.dataset or str(config.name)
+    name = config.dataset or config.given("name")
     if config.source is not None:
         return {name: preprocess(config.model_copy(update={"name": name}))}
     return {name: ImageStore.open(Folder(config.storage) / layout.DATASETS / name)}

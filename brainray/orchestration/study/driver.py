@@ -65,23 +65,26 @@ def run_study(config: Config) -> FinishedStudy:
         ray.train.TrainingFailedError: workers were lost more often than ``train.max_failures``.
     """
     config = checked_study(config)
+    folder = Folder(config.storage) / layout.STUDIES / config.given("name")
     weights = {
         name: read_weights(config, each, f"study.features.{name}.weights")
         for name, each in config.study.features.items()
     }
-    if not (Folder(config.storage) / layout.STUDIES / str(config.name)).exists(layout.CONFIG):
+    if not folder.exists(layout.CONFIG):
         _check_what_it_needs(config, weights)
     stores = open_stores(config)
     for name, store in stores.items():
         _check_store(config, name, store, weights)
-    with held(Folder(config.storage), layout.STUDIES, str(config.name)):
-        return _study(config, stores, weights)
+    with held(Folder(config.storage), layout.STUDIES, folder.name):
+        return _study(config, folder, stores, weights)
 
 
 def _study(
-    config: Config, stores: Mapping[str, ImageStore], weights: Mapping[str, Weights]
+    config: Config,
+    folder: Folder,
+    stores: Mapping[str, ImageStore],
+    weights: Mapping[str, Weights],
 ) -> FinishedStudy:
-    folder = Folder(config.storage) / layout.STUDIES / str(config.name)
     if folder.exists(layout.CONFIG):
         before = parse_config(parse_yaml(folder.read_bytes(layout.CONFIG), str(folder)))
         if flatten(before) != flatten(config.without_secrets()):
@@ -91,7 +94,7 @@ def _study(
     hashes = {f"brainray.data_hash.{name}": store.data_hash for name, store in stores.items()}
     tracker = open_tracking(config, folder, flatten(config.without_secrets()), hashes)
     tracker.running()
-    try:
+    with tracker.ended_by_errors():
         seen = seen_by_features(config)
         sets = {name: study_set(store, folder, seen) for name, store in stores.items()}
         features = study_features(config, sets, weights)
@@ -103,9 +106,6 @@ def _study(
         _check_outcomes(outcomes)
         main, others = outcomes[: len(cells)], outcomes[len(cells) :]
         report = write_report(StudyResults(config, folder, sets, features, grid, main, others))
-    except BaseException as stop:
-        tracker.finish("FAILED" if isinstance(stop, Exception) else "KILLED")
-        raise
     folder.write_json(layout.SUMMARY, report.metrics)
     tracker.log_summary(report.metrics)
     tracker.log_files([layout.CONFIG, layout.SUMMARY, *report.files])
@@ -119,8 +119,7 @@ def checked_study(config: Config) -> Config:
     Raises:
         BrainrayError: settings that cannot be studied; there is no such store.
     """
-    if config.name is None:
-        raise ConfigError("a study needs a name: --set name=NAME")
+    config.given("name")
     if config.sources and config.source is not None:
         raise ConfigError("give source or sources, not both")
     if config.sources and config.dataset is not None:

@@ -35,7 +35,7 @@ from brainray.orchestration.sweep.tuner import build_tuner, errors_of
 from brainray.orchestration.training.driver import check_training, check_weights
 from brainray.report.sweep_figures import TrialOutcome, draw_sweep_figures
 from brainray.storage import Folder
-from brainray.tracking import LenientTracker
+from brainray.tracking import LenientTracker, status_after
 
 _SETTINGS = "sweep.json"  # settings that must not change when it resumes
 _BEST = "best.yaml"
@@ -64,8 +64,7 @@ def sweep(config: Config) -> FinishedSweep:
     Raises:
         BrainrayError: no trial can start with these settings, or no trial could be trained.
     """
-    if config.name is None:
-        raise ConfigError("a sweep needs a name: --set name=NAME")
+    name = config.given("name")
     check_space(config)
     base, store = store_to_train_on(config)
     starts: dict[tuple[str, str], Config] = {}
@@ -76,14 +75,14 @@ def sweep(config: Config) -> FinishedSweep:
         check_weights(trial, store)
     workers = check_training(base, store)
     # Each sweep has its own MLflow experiment.
-    tracked = base.tracking.model_copy(update={"experiment": config.name})
+    tracked = base.tracking.model_copy(update={"experiment": name})
     base = base.model_copy(update={"tracking": tracked})
-    with held(Folder(base.storage), layout.SWEEPS, config.name):
-        return _sweep(base, config.name, store, workers)
+    with held(Folder(base.storage), layout.SWEEPS, name):
+        return _sweep(base, store, workers)
 
 
-def _sweep(base: Config, name: str, store: ImageStore, workers: WorkerResources) -> FinishedSweep:
-    folder = sweep_folder(base, name)
+def _sweep(base: Config, store: ImageStore, workers: WorkerResources) -> FinishedSweep:
+    folder = sweep_folder(base)
     _begin(base, store, folder)
     open_parent = partial(
         open_tracking,
@@ -103,25 +102,21 @@ def _sweep(base: Config, name: str, store: ImageStore, workers: WorkerResources)
         return _finished(folder, summary)
     tuner = build_tuner(base, folder, workers)
     tracker = open_parent()
-    try:
+    with tracker.ended_by_errors():
         return _search(base, folder, store, tuner, tracker)
-    except BaseException as stop:
-        tracker.finish(_status_after(stop))
-        raise
 
 
 def _search(
     base: Config, folder: Folder, store: ImageStore, tuner: tune.Tuner, tracker: LenientTracker
 ) -> FinishedSweep:
-    name = folder.name
-    follower = SweepFollower(base, name, tracker)
+    follower = SweepFollower(base, tracker)
     tracker.running()
     try:
         warm_up(base, store)  # once, for all trials
         with follower:
             results = tuner.fit()
             follower.errors = errors_of(results)
-        trials = read_trials(base, name)
+        trials = read_trials(base)
         ranked = ranked_trials(base, trials)
         if not ranked:
             raise BrainrayError(
@@ -129,13 +124,8 @@ def _search(
             )
         return _conclude(base, folder, trials, ranked, follower, tracker)
     except BaseException as stop:
-        follower.end(_status_after(stop))
+        follower.end(status_after(stop))
         raise
-
-
-def _status_after(stop: BaseException) -> str:
-    """MLflow's status of what an exception has ended."""
-    return "FAILED" if isinstance(stop, Exception) else "KILLED"
 
 
 def _why_none(config: Config, trials: list[Trial], errors: dict[str, str]) -> str:
@@ -155,12 +145,12 @@ def _begin(config: Config, store: ImageStore, folder: Folder) -> None:
     searched = config.model_dump(mode="json", include={"tune"})
     settings = lasting_settings(config) | searched | {"data_hash": store.data_hash}
     if not folder.exists(_SETTINGS):
-        left = [trial.trial_id for trial in read_trials(config, folder.name)]
+        left = [trial.trial_id for trial in read_trials(config)]
         if left:
             raise ConfigError(
                 f"runs of a deleted sweep {folder.name!r} would be taken for trials of this one: "
                 f"choose another name, or delete {Folder(config.storage) / layout.RUNS}/"
-                f"{run_name(folder.name, left[0])} and similar runs"
+                f"{run_name(config, left[0])} and similar runs"
             )
         folder.write_json(_SETTINGS, settings)
         of_grid = config.tune.algorithm == "grid"
@@ -169,7 +159,7 @@ def _begin(config: Config, store: ImageStore, folder: Folder) -> None:
     saved = folder.read_json(_SETTINGS)
     # Settings that an earlier version did not have are taken to be at their defaults.
     begun_with, defaults = (
-        without_free(each) | {"tune": each["tune"]}
+        without_free(each) | {key: each[key] for key in ("tune", "data_hash") if key in each}
         for each in (saved, Config().model_dump(mode="json"))
     )
     begun_with = with_defaults(begun_with, {key: defaults.get(key) for key in settings})
@@ -261,7 +251,7 @@ def _best_trial(config: Config, folder: Folder, trial_id: str | None) -> Trial:
     Raises:
         DataError: its run has been deleted.
     """
-    for trial in ranked_trials(config, read_trials(config, folder.name)):
+    for trial in ranked_trials(config, read_trials(config)):
         if trial_id in {None, trial.trial_id}:
             return trial
     which = "" if trial_id is None else f" ({trial_id})"

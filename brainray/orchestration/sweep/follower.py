@@ -35,16 +35,15 @@ class SweepFollower(Watcher):
     The only writer to MLflow: trials only write files.
     """
 
-    def __init__(self, config: Config, name: str, parent: LenientTracker) -> None:
+    def __init__(self, config: Config, parent: LenientTracker) -> None:
         super().__init__()
         self._config = config
-        self._name = name
         self._parent = parent
         self._quiet_s = 0.0
         self._children: dict[str, LenientTracker] = {}
         self._tried: set[str] = set()  # complete trials that it has tried to send
         self._sent: set[str] = set()
-        self._reader = TrialReader(config, name)
+        self._reader = TrialReader(config)
         self._num_seen = {trial.trial_id: len(trial.history) for trial in self._reader.read()}
         self.errors: dict[str, str] = {}
 
@@ -54,7 +53,7 @@ class SweepFollower(Watcher):
         problem = trial.problem or self.errors.get(trial.trial_id)
         if problem:
             return f"failed: {problem}"
-        if trial.run is not None and trial.run.is_complete:
+        if trial.is_complete:
             return "complete"
         if num_epochs < trial.train.num_epochs:
             return f"stopped after epoch {num_epochs}"
@@ -63,7 +62,7 @@ class SweepFollower(Watcher):
     def state(self, trial: Trial) -> str:
         """The same for a trial that may be running."""
         has_ended = trial.run is None or trial.problem is not None or trial.run.is_complete
-        name = run_name(self._name, trial.trial_id)
+        name = run_name(self._config, trial.trial_id)
         if has_ended or not is_held(Folder(self._config.storage), layout.RUNS, name):
             return self.outcome(trial)
         if not trial.history:
@@ -85,11 +84,10 @@ class SweepFollower(Watcher):
 
     def end(self, status: str) -> None:
         """Mark trials that were started here as ended in MLflow."""
-        for trial in read_trials(self._config, self._name):
+        for trial in read_trials(self._config):
             child = self._children.get(trial.trial_id)
             if child is not None:
-                is_complete = trial.run is not None and trial.run.is_complete
-                child.finish("FINISHED" if is_complete else status)
+                child.finish("FINISHED" if trial.is_complete else status)
 
     @property
     def problem(self) -> str | None:
@@ -102,9 +100,12 @@ class SweepFollower(Watcher):
         trials = self._reader.read()
         news = [self._tell(trial) for trial in trials]
         for trial in trials:
-            is_complete = trial.run is not None and trial.run.is_complete
             # At the end, everything that is left is sent anyway.
-            if is_complete and trial.trial_id not in self._tried and not self._stopped.is_set():
+            if (
+                trial.is_complete
+                and trial.trial_id not in self._tried
+                and not self._stopped.is_set()
+            ):
                 self._tried.add(trial.trial_id)
                 self.close(trial)
         if any(news) and self._quiet_s >= _TABLE_EVERY_S:
@@ -142,9 +143,12 @@ class SweepFollower(Watcher):
             return None
         if trial.trial_id not in self._children:
             config = trial_config(
-                self._config, trial.parameters, run_name(self._name, trial.trial_id)
+                self._config, trial.parameters, run_name(self._config, trial.trial_id)
             )
-            tags = {"brainray.trial_id": trial.trial_id, "brainray.sweep": self._name}
+            tags = {
+                "brainray.trial_id": trial.trial_id,
+                "brainray.sweep": self._config.given("name"),
+            }
             if self._parent.mlflow_run_id is not None:
                 tags[PARENT_TAG] = self._parent.mlflow_run_id
             self._children[trial.trial_id] = begin_tracking(config, trial.run, tags)

@@ -12,11 +12,10 @@ from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from brainray import layout
-from brainray.config import Config, SearchDomain, TrainConfig
+from brainray.config import TRAINING_SECTIONS, WORKER_KEYS, Config, SearchDomain, TrainConfig
 from brainray.config_text import flatten, known_keys, parse_config
 from brainray.engine.evaluate import chosen_epoch
 from brainray.errors import BrainrayError, ConfigError, TransientError
-from brainray.orchestration.job import TRAINING_SECTIONS, WORKER_KEYS
 from brainray.orchestration.run import Run, read_run_info
 from brainray.orchestration.training.driver import begun_training, complete_run, fit
 from brainray.orchestration.training.worker import reported_metrics
@@ -55,6 +54,11 @@ class Trial:
     problem: str | None = None
     """Why it could not be trained."""
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether its run has been trained to its end and summarised."""
+        return self.run is not None and self.run.is_complete
+
     def chosen(self, metric: str) -> tuple[float, int] | None:
         """(value, epoch) of the epoch whose model the run keeps; None before the first epoch."""
         if not self.history:
@@ -63,10 +67,13 @@ class Trial:
         return (epoch[metric], int(epoch["epoch"])) if metric in epoch else None
 
 
-def run_trial(
-    parameters: dict[str, Any], *, base: dict[str, Any], sweep: str, command: list[str]
-) -> None:
-    """Train or resume one trial, in an actor of Ray Tune; ``command`` started the sweep.
+def run_trial(parameters: dict[str, Any], *, base: dict[str, Any], command: list[str]) -> None:
+    """Train or resume one trial, in an actor of Ray Tune.
+
+    Args:
+        parameters: the trial's, by dotted key.
+        base: the sweep's config.
+        command: the command line that started the sweep.
 
     Errors caused by a trial's settings are saved in the sweep's folder instead of raised, because
     Tune would retry the trial. Other errors are raised, so that it is retried.
@@ -75,8 +82,8 @@ def run_trial(
     sys.argv = command  # for the run's records; the process's own command line is Ray's
     trial_id = tune.get_context().get_trial_id()
     try:
-        config = trial_config(config, parameters, run_name(sweep, trial_id))
-        with begun_training(config) as training:
+        of_trial = trial_config(config, parameters, run_name(config, trial_id))
+        with begun_training(of_trial) as training:
             if training.run.is_complete:  # the trial was interrupted after its last epoch
                 history = training.run.folder.read_json_lines(layout.METRICS)
                 tune.report(reported_metrics(history))
@@ -86,7 +93,7 @@ def run_trial(
     except TransientError:
         raise
     except BrainrayError as error:
-        folder = sweep_folder(config, sweep) / FAILED
+        folder = sweep_folder(config) / FAILED
         folder.write_json(f"{trial_id}.json", {"parameters": parameters, "problem": str(error)})
         # Tune needs a value for every trial: report the worst possible one.
         worst = -math.inf if config.tune.mode == "max" else math.inf
@@ -181,7 +188,7 @@ def example_trials(config: Config) -> Iterator[Config]:
     """
     space = config.tune.space
     corners = {key: _examples(entry)[0] for key, entry in space.items()}
-    name = run_name(str(config.name), "00000_00000")  # as long as Tune's
+    name = run_name(config, "00000_00000")  # as long as Tune's
     for key, entry in space.items():
         for value in _examples(entry):
             yield trial_config(config, corners | {key: value}, name)
@@ -204,28 +211,27 @@ def _examples(entry: SearchDomain) -> list[Any]:
     return values
 
 
-def sweep_folder(config: Config, name: str) -> Folder:
-    return Folder(config.storage) / layout.SWEEPS / name
+def sweep_folder(config: Config) -> Folder:
+    return Folder(config.storage) / layout.SWEEPS / config.given("name")
 
 
-def run_name(sweep: str, trial_id: str) -> str:
-    """Name of the run of a trial."""
-    return f"{sweep}-{trial_id}"
+def run_name(config: Config, trial_id: str) -> str:
+    """Name of the run of a sweep's trial."""
+    return f"{config.given('name')}-{trial_id}"
 
 
-def read_trials(config: Config, sweep: str) -> list[Trial]:
+def read_trials(config: Config) -> list[Trial]:
     """All trials of a sweep that have started, in the order of their ids."""
-    return TrialReader(config, sweep).read()
+    return TrialReader(config).read()
 
 
 class TrialReader:
     """Reads the trials of a sweep repeatedly; the initial settings of each run only once."""
 
-    def __init__(self, config: Config, sweep: str) -> None:
+    def __init__(self, config: Config) -> None:
         self._config = config
-        self._sweep = sweep
         self._runs = Folder(config.storage) / layout.RUNS
-        self._pattern = re.compile(re.escape(run_name(sweep, "")) + _TRIAL_ID)
+        self._pattern = re.compile(re.escape(run_name(config, "")) + _TRIAL_ID)
         self._begun: dict[str, Trial | None] = {}  # by run; None for one that is not a trial
 
     def read(self) -> list[Trial]:
@@ -236,7 +242,7 @@ class TrialReader:
             if begun is not None:
                 history = (self._runs / name).read_json_lines(layout.METRICS)
                 trials[begun.trial_id] = replace(begun, history=history)
-        failed = sweep_folder(self._config, self._sweep) / FAILED
+        failed = sweep_folder(self._config) / FAILED
         for name in failed.names():
             trial_id, said = name.removesuffix(".json"), failed.read_json(name)
             begun = trials.get(trial_id)
@@ -258,7 +264,7 @@ class TrialReader:
             flat = flatten(saved)
             parameters = {key: flat.get(key) for key in self._config.tune.space}
             # A run that was merely named like a trial has another MLflow experiment.
-            is_trial = saved.tracking.experiment == self._sweep
+            is_trial = saved.tracking.experiment == self._config.name
             begun = Trial(matched.group(1), run, parameters, [], saved.train)
             self._begun[name] = begun if is_trial else None
         return self._begun[name]

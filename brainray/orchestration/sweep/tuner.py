@@ -32,7 +32,6 @@ def build_tuner(config: Config, folder: Folder, workers: WorkerResources) -> tun
         tune.with_parameters(
             run_trial,
             base=config.without_secrets().model_dump(mode="json"),
-            sweep=config.name,
             command=[redacted(part) for part in sys.argv],  # saved by Ray and in storage
         ),
         # Trials only wait for their workers: they need no CPU, and run on the driver's node.
@@ -99,12 +98,12 @@ def _has_state(config: Config, folder: Folder) -> bool:
         return True
     if not folder.names():
         return False
-    begun = read_trials(config, str(config.name))
+    begun = read_trials(config)
     if begun:
         raise ConfigError(
             f"{folder} has lost Tune's state, which records the sampled trials: choose another "
             f"name for the sweep, or delete {folder.parent} and its {len(begun)} runs, such as "
-            f"{run_name(str(config.name), begun[0].trial_id)}"
+            f"{run_name(config, begun[0].trial_id)}"
         )
     folder.delete()
     return False

@@ -10,7 +10,7 @@ from brainray.engine.recluster import check_num_clusters
 from brainray.errors import ClusteringError, ConfigError, DataError
 from brainray.mri.leakage import Fingerprints, exposure
 from brainray.mri.split import check_validation_share, draw_roles
-from brainray.orchestration.run import Run, lasting_settings, name_of_run, run_to_resume
+from brainray.orchestration.run import Run, lasting_settings, run_to_resume
 from brainray.orchestration.seen import all_seen, check_validation_is_new, seen_by_weights
 from brainray.orchestration.store import ImageStore
 from brainray.schema import LABELLED, SEEN, TEST, TRAIN, UNLABELLED_ROLE, VALIDATION
@@ -39,7 +39,7 @@ def begin_run(config: Config, store: ImageStore, num_workers: int) -> tuple[Run,
         if not existing.is_complete:
             _check_ranks(info["num_slices"], num_workers)
         return existing, True
-    folder = Folder(config.storage) / layout.RUNS / name_of_run(config)
+    folder = Folder(config.storage) / layout.RUNS / config.given("name")
     index = store.index(thumbnails=True)
     train, test = (index.filter(pc.equal(index["split"], split)) for split in (TRAIN, TEST))
     seen = _draw(config, store, train)

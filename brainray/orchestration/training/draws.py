@@ -38,11 +38,9 @@ def train_draws(config: Config) -> DrawnRuns:
         BrainrayError: settings or data with which training cannot start, or a control with a
             missing draw or on other data.
     """
-    if config.name is None:
-        raise ConfigError("training needs a run name: give --set name=NAME")
+    name, control = config.given("name"), config.evaluation.control
     num_draws = config.evaluation.num_label_draws
-    name = config.evaluation.control
-    controls = [] if name is None else [_control(config, name, i) for i in range(num_draws)]
+    controls = [] if control is None else [_control(config, control, i) for i in range(num_draws)]
     if num_draws > 1 and config.split.labelled_fraction == 1:
         log(
             "note: split.labelled_fraction=1 uses all labels: the draws differ only in which of "
@@ -50,7 +48,7 @@ def train_draws(config: Config) -> DrawnRuns:
         )
     runs = []
     for number in range(num_draws):
-        log(f"label draw {number + 1} of {num_draws}: run {draw_name(config.name, number)}")
+        log(f"label draw {number + 1} of {num_draws}: run {draw_name(name, number)}")
         of_draw = _of_draw(config, number)
         runs.append(train(of_draw))
         check_compared_runs(of_draw, runs[-1].run.info["data_hash"])  # of a complete run, too
@@ -59,7 +57,7 @@ def train_draws(config: Config) -> DrawnRuns:
         [control.folder.read_json(layout.SUMMARY) for control in controls] or None,
         _intervals([run.run for run in runs], controls, config),
     )
-    folder = Folder(config.storage) / layout.DRAWS / config.name
+    folder = Folder(config.storage) / layout.DRAWS / name
     folder.write_bytes(_TABLE, (draws_table(metrics) + "\n").encode())
     folder.write_json(layout.SUMMARY, metrics)
     return DrawnRuns(folder, runs, metrics)
@@ -71,7 +69,6 @@ def draw_name(name: str, number: int) -> str:
 
 
 def _of_draw(config: Config, number: int) -> Config:
-    assert config.name is not None, "checked by the caller"
     control = config.evaluation.control
     split = config.split.model_copy(update={"seed": config.split.seed + number})
     evaluation = config.evaluation.model_copy(
@@ -79,7 +76,7 @@ def _of_draw(config: Config, number: int) -> Config:
     )
     return config.model_copy(
         update={
-            "name": draw_name(config.name, number),
+            "name": draw_name(config.given("name"), number),
             "split": split,
             "evaluation": evaluation,
         }

@@ -1,13 +1,12 @@
 """The driver of a training: start or resume the run, fit, follow its progress, report."""
 
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-from torch import Tensor
 
 from brainray import layout
 from brainray.config import WEIGHTS_OF_NO_SLICE, Config, EvaluationConfig
@@ -16,7 +15,8 @@ from brainray.engine.state import load_checkpoint
 from brainray.log import log
 from brainray.models.encoder import build_encoder
 from brainray.orchestration.lock import held
-from brainray.orchestration.pretraining.driver import warm_up
+from brainray.orchestration.pretraining.driver import starting_weights, warm_up
+from brainray.orchestration.pretraining.features import State
 from brainray.orchestration.progress import Follower
 from brainray.orchestration.publish import begin_tracking, how_to_open, send_run
 from brainray.orchestration.ray_train import train_on_workers
@@ -28,7 +28,7 @@ from brainray.orchestration.reporting import (
     write_run_page,
 )
 from brainray.orchestration.resources import WorkerResources, alive_nodes, plan_workers
-from brainray.orchestration.run import Run, groups_of_test_slices, name_of_run, run_to_resume
+from brainray.orchestration.run import Run, groups_of_test_slices, run_to_resume
 from brainray.orchestration.store import ImageStore, store_to_train_on
 from brainray.orchestration.training.beginning import begin_run
 from brainray.orchestration.training.provenance import record_submission
@@ -75,13 +75,10 @@ def train(config: Config) -> TrainedRun:
         tracker = begin_tracking(config, run)
         if not run.is_complete:
             tracker.running()
-            try:
+            with tracker.ended_by_errors():
                 with Follower(config.train, run, tracker):
                     fit(training)
                 complete_run(training)
-            except BaseException as stop:
-                tracker.finish("FAILED" if isinstance(stop, Exception) else "KILLED")
-                raise
         elif _names_other_runs(config.evaluation, run):
             log(
                 f"{run.folder} is complete: to compare it with other runs, rewrite its report with "
@@ -125,7 +122,7 @@ def begun_training(config: Config) -> Iterator[Training]:
             another job.
     """
     config, store = store_to_train_on(config)
-    with held(Folder(config.storage), layout.RUNS, name_of_run(config)):
+    with held(Folder(config.storage), layout.RUNS, config.given("name")):
         existing, workers = run_to_resume(config), None
         if existing is None or not existing.is_complete:
             workers = check_training(config, store, has_epochs=_has_epochs(existing))
@@ -156,7 +153,9 @@ def check_weights(config: Config, store: ImageStore) -> None:
     rather than on every worker after half a minute.
     """
     if config.encoder.weights not in WEIGHTS_OF_NO_SLICE:
-        build_encoder(config.encoder.name, config.encoder.weights, len(store.classes))
+        where = f"encoder.weights={config.encoder.weights}"
+        state = starting_weights(config).state
+        build_encoder(config.encoder.name, state, len(store.classes), where)
 
 
 def _has_epochs(run: Run | None) -> bool:
@@ -192,7 +191,7 @@ def fit(training: Training, callbacks: Sequence[Any] = ()) -> None:
     )
 
 
-def _start(training: Training) -> str | Mapping[str, Tensor]:
+def _start(training: Training) -> State:
     """Starting weights of the encoder; not needed once an epoch has left a checkpoint."""
     has_epochs = _has_epochs(training.run)
     return "random" if has_epochs else warm_up(training.config, training.store)

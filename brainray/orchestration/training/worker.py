@@ -1,7 +1,7 @@
 """Training worker on each rank of Ray Train: train, re-cluster, evaluate and report."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -74,6 +74,7 @@ from brainray.errors import DivergenceError
 from brainray.log import log
 from brainray.models.encoder import Encoder, EncoderOutput, build_encoder
 from brainray.models.objective import StepSizes
+from brainray.orchestration.pretraining.features import State
 from brainray.orchestration.ray_train import (
     configure_rank,
     distributed,
@@ -98,9 +99,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     _train(config, start, Folder(settings["run"]), Folder(settings["store"]))
 
 
-def _train(
-    config: Config, start: str | Mapping[str, Tensor], run: Folder, store_folder: Folder
-) -> None:
+def _train(config: Config, start: State, run: Folder, store_folder: Folder) -> None:
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
     configure_rank()

@@ -54,7 +54,7 @@ def test_labels_that_were_filled_in_are_not_overwritten(trained: TrainedRun) -> 
 
 def test_what_has_nothing_to_label_is_named(trained: TrainedRun) -> None:
     storage = Path(str(trained.run.folder)).parents[1]
-    with pytest.raises(ConfigError, match="name the run"):
+    with pytest.raises(ConfigError, match="give --set run=NAME"):
         choose_next_labels(tiny_config(storage))
     with pytest.raises(DataError, match="no run 'absent'"):
         choose_next_labels(tiny_config(storage, "run=absent"))

@@ -20,7 +20,7 @@ from brainray.clustering.clusterers import KMeansClusterer, MixtureClusterer
 from brainray.config import Config
 from brainray.engine.shard import sample_keys
 from brainray.errors import BrainrayError, ClusteringError, ConfigError, DataError
-from brainray.models.encoder import build_encoder
+from brainray.models.encoder import build_encoder, encoder_state
 from brainray.orchestration.pretraining.features import check_features
 from brainray.orchestration.store import ImageStore
 from brainray.orchestration.study.driver import FinishedStudy, run_study
@@ -369,7 +369,8 @@ def test_encoders_learn_without_labels_on_two_ranks_and_start_a_training(
         == "slice"
     )
     assert len((before / "metrics.jsonl").read_text().splitlines()) == 2
-    encoder = build_encoder("resnet18", str(folder / "encoder.pt"), num_classes=4)
+    state = encoder_state((folder / "encoder.pt").read_bytes(), "the encoder")
+    encoder = build_encoder("resnet18", state, num_classes=4)
     drawn = build_encoder("resnet18", "random", num_classes=4)
     assert not torch.equal(encoder.backbone.conv1.weight, drawn.backbone.conv1.weight)
     rounds = [pq.read_table(path) for path in sorted((folder / "rounds").glob("*.parquet"))]

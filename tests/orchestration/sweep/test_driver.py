@@ -36,8 +36,8 @@ from brainray.errors import (
     RoomError,
     StorageError,
 )
-from brainray.orchestration.job import resolve_paths
 from brainray.orchestration.lock import held
+from brainray.orchestration.places import resolve_paths
 from brainray.orchestration.publish import open_tracking
 from brainray.orchestration.resources import WorkerResources
 from brainray.orchestration.run import Run
@@ -444,7 +444,7 @@ def as_trial(trained: TrainedRun, storage: Path, sweep: str, trial_id: str) -> P
 def test_a_run_that_is_named_like_a_trial_is_none(trained: TrainedRun, tmp_path: Path) -> None:
     as_trial(trained, tmp_path, "search", "0a1b2_00000")
     shutil.copytree(str(trained.run.folder), tmp_path / "runs" / "search-20261128")
-    found = read_trials(sweep_config(tmp_path), "search")
+    found = read_trials(sweep_config(tmp_path))
     assert [trial.trial_id for trial in found] == ["0a1b2_00000"]
 
 
@@ -627,7 +627,7 @@ def test_a_trial_is_not_to_blame_for_what_passes(
     context = SimpleNamespace(get_trial_id=lambda: "abc_00000")
     monkeypatch.setattr(tune, "get_context", lambda: context)
     monkeypatch.setattr(sys, "argv", ["default_worker.py"])
-    base = tiny_config(tmp_path, "dataset=mri").model_dump(mode="json")
+    base = tiny_config(tmp_path, "name=search", "dataset=mri").model_dump(mode="json")
     failed = Folder(tmp_path) / "sweeps" / "search" / trials.FAILED
 
     def raising(error: BrainrayError) -> Callable[..., None]:
@@ -639,10 +639,10 @@ def test_a_trial_is_not_to_blame_for_what_passes(
     for passing in (StorageError("no space left"), RoomError("2 workers do not"), BusyError("by")):
         monkeypatch.setattr(trials, "begun_training", raising(passing))
         with pytest.raises(type(passing), match=str(passing)):
-            run_trial({}, base=base, sweep="search", command=["tune.py"])
+            run_trial({}, base=base, command=["tune.py"])
     assert (failed.names(), reported) == ([], [])
     monkeypatch.setattr(trials, "begun_training", raising(ClusteringError("K is too small")))
-    run_trial({}, base=base, sweep="search", command=["tune.py"])
+    run_trial({}, base=base, command=["tune.py"])
     assert (failed.names(), len(reported)) == (["abc_00000.json"], 1)
     assert command_line() == "tune.py"  # what its provenance tells
 
@@ -656,8 +656,8 @@ def test_trials_that_a_stop_has_cut_are_told_so_in_mlflow(
         (folder / "tracking.json").unlink()
     (folder / "summary.json").unlink()  # of the second
     parent = open_tracking(config, Folder(tmp_path) / "sweeps" / "cut", {}, {})
-    follower = SweepFollower(config, "cut", parent)
-    for trial in read_trials(config, "cut"):
+    follower = SweepFollower(config, parent)
+    for trial in read_trials(config):
         assert follower._child(trial) is not None
     follower.end("KILLED")
     client = MlflowClient(parent.uri)
@@ -687,7 +687,7 @@ def test_the_table_while_it_runs_shows_every_trial_that_does(tmp_path: Path) -> 
         }
         run = Run(Folder(tmp_path / "runs" / f"search-{trial_id}"), {})
         trials.append(Trial(trial_id, run, {}, [epoch], config.train))
-    follower = SweepFollower(config, "search", cast(Any, None))
+    follower = SweepFollower(config, cast(Any, None))
     with held(Folder(tmp_path), "runs", "search-abc_00004"):  # the worst
         table = trials_table(config, trials, follower.state, limit=2).splitlines()
     assert [line.split("|")[1].strip() for line in table[2:]] == [

@@ -26,7 +26,7 @@ from brainray.config import Config, TrackingConfig
 from brainray.config_text import parse_config, parse_yaml, to_yaml
 from brainray.engine.state import Checkpoint, load_checkpoint
 from brainray.errors import BrainrayError, CheckpointError, ConfigError, DataError, DivergenceError
-from brainray.models.encoder import build_encoder
+from brainray.models.encoder import build_encoder, encoder_state
 from brainray.orchestration import reporting
 from brainray.orchestration.prediction.evaluation import evaluate
 from brainray.orchestration.preprocessing.driver import preprocess
@@ -819,7 +819,8 @@ def test_a_warm_up_is_learned_once_and_starts_every_run_of_its_store(
     assert "pretext epoch 2/2" in said["first"]
     assert "already trained, reusing it" in said["second"]
     folder = Path(re.findall(r"^encoder (.*): training$", said["first"], re.MULTILINE)[0])
-    learned = build_encoder("resnet18", str(folder / "encoder.pt"), num_classes=4)
+    state = encoder_state((folder / "encoder.pt").read_bytes(), "the warm-up")
+    learned = build_encoder("resnet18", state, num_classes=4)
     for run in runs.values():
         trained = checkpoint_of(run, "last").encoder
         torch.testing.assert_close(trained.backbone.conv1.weight, learned.backbone.conv1.weight)

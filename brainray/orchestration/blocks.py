@@ -1,0 +1,83 @@
+"""Blocks of Ray Data, one Arrow table each: all slices of a file are in one of them."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray.data
+
+from brainray.log import ProgressLines
+from brainray.orchestration.resources import ActorResources
+
+
+def arrow_blocks(dataset: ray.data.Dataset) -> Iterator[pa.Table]:
+    """The dataset's blocks as they come."""
+    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+        assert isinstance(batch, pa.Table)
+        yield batch
+
+
+def with_progress(
+    dataset: ray.data.Dataset, total: int, verb: str, *, of_store: bool = False
+) -> Iterator[pa.Table]:
+    """The dataset's blocks as they come, with a progress line every ten seconds.
+
+    Counts files (all rows of a ``path`` are in one block), or slices with ``of_store``.
+    """
+    progress = ProgressLines(verb, "slices" if of_store else "files")
+    done = 0
+    for batch in arrow_blocks(dataset):
+        done += batch.num_rows if of_store else pc.count_distinct(batch["path"]).as_py()
+        progress.tell(done, total)
+        yield batch
+
+
+@contextmanager
+def whole_blocks() -> Iterator[None]:
+    """Data sets made in this context keep the blocks that their functions return.
+
+    Splitting a block could separate the slices of a volume.
+    """
+    context = ray.data.DataContext.get_current()
+    before = context.target_max_block_size
+    context.target_max_block_size = None
+    try:
+        yield
+    finally:
+        context.target_max_block_size = before
+
+
+def blocks_on_actors(
+    dataset: ray.data.Dataset,
+    actor: type,
+    arguments: Mapping[str, Any],
+    resources: ActorResources,
+    *,
+    memory: float | None = None,
+) -> ray.data.Dataset:
+    """Map a data set's blocks, unchanged, through actors.
+
+    ``map_batches`` rejects whole blocks if GPUs are requested, and with a batch size it would
+    separate the slices of a file. Ray's ``map_groups`` uses the same internal method.
+
+    Args:
+        dataset: Arrow blocks.
+        actor: class whose ``__call__`` takes and returns a table.
+        arguments: of its constructor.
+        resources: maximum number of actors, and what Ray reserves for each.
+        memory: that Ray reserves for each actor, in bytes.
+    """
+    # With few blocks, the first actor would take all of them before the other GPUs have one.
+    at_first = resources.num_actors if resources.num_gpus else 1
+    return dataset.map_batches_internal(
+        actor,
+        fn_constructor_kwargs=dict(arguments),
+        batch_size=None,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(min_size=at_first, max_size=resources.num_actors),
+        num_cpus=resources.num_cpus,
+        num_gpus=resources.num_gpus,
+        memory=memory,
+    )

@@ -1,0 +1,106 @@
+"""The files and folders that settings name: absolute, and there."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from brainray.config import WEIGHTS_OF_NO_SLICE, Config
+from brainray.errors import ConfigError, DataError
+
+
+def resolve_paths(config: Config) -> Config:
+    """Make ``source``, ``labels``, ``checkpoint``, ``storage``, local weights and a tracking
+    database absolute.
+
+    Raises:
+        ConfigError: a relative path in a submitted job, which runs in a temporary copy.
+    """
+    resolved: dict[str, Any] = {
+        key: _resolve(key, value)
+        for key in ("storage", "source", "labels", "checkpoint")
+        if (value := getattr(config, key)) is not None
+    }
+    if config.sources:
+        resolved["sources"] = {
+            name: _resolve(f"sources.{name}", value) for name, value in config.sources.items()
+        }
+    if config.study.features:
+        features = {
+            name: feature.model_copy(update={"weights": _resolve_weights(name, feature.weights)})
+            for name, feature in config.study.features.items()
+        }
+        resolved["study"] = config.study.model_copy(update={"features": features})
+    if config.encoder.weights not in WEIGHTS_OF_NO_SLICE:
+        weights = _resolve("encoder.weights", config.encoder.weights)
+        resolved["encoder"] = config.encoder.model_copy(update={"weights": weights})
+    if searched := config.tune.space.get("encoder.weights"):
+        space = {
+            kind: [
+                value if value in WEIGHTS_OF_NO_SLICE else _resolve("tune.space", str(value))
+                for value in values
+            ]
+            for kind, values in searched.items()
+        }
+        resolved["tune"] = config.tune.model_copy(
+            update={"space": config.tune.space | {"encoder.weights": space}}
+        )
+    database = (config.tracking.uri or "").removeprefix("sqlite:///")
+    if database != (config.tracking.uri or ""):
+        path = _resolve("tracking.uri", database)
+        tracking = config.tracking.model_copy(update={"uri": f"sqlite:///{path}"})
+        resolved["tracking"] = tracking
+    return config.model_copy(update=resolved)
+
+
+def _resolve(key: str, value: str) -> str:
+    if "://" in value:
+        return value
+    try:
+        path = Path(value).expanduser()
+    except RuntimeError as error:  # no such ~user
+        raise ConfigError(f"{key}={value}: {error}") from None
+    if not path.is_absolute() and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        raise ConfigError(
+            f"{key}={value} is relative: a submitted job runs in a temporary copy of the working "
+            "directory; give an absolute path or a URI"
+        )
+    return str(path.absolute())
+
+
+def _resolve_weights(feature: str, weights: str) -> str:
+    if weights in WEIGHTS_OF_NO_SLICE or weights.startswith("run:"):
+        return weights
+    return _resolve(f"study.features.{feature}.weights", weights)
+
+
+def check_places(config: Config, keys: Sequence[str]) -> None:
+    """Check that given paths and runs exist.
+
+    Raises:
+        BrainrayError: one of them does not exist.
+    """
+    from brainray.orchestration.run import open_run
+    from brainray.storage import Folder, check_is_folder
+
+    sources = {"source": config.source} if "source" in keys else {}
+    if "sources" in keys:
+        sources |= {f"sources.{name}": source for name, source in config.sources.items()}
+    for key, source in sources.items():
+        if source is None:
+            continue
+        check_is_folder(Folder(source), key)
+        storage = Folder(config.storage)
+        if storage.contains(Folder(source)) and Folder(source).contains(storage):
+            raise ConfigError(
+                f"storage={config.storage} is {key} itself, where its figures would be read as "
+                f"slices: give a folder of its own, such as {config.storage}/brainray"
+            )
+    if "labels" in keys and config.labels is not None:
+        labels = Folder(config.labels)
+        if not labels.exists():
+            raise DataError(f"no such file: labels={labels}")
+        if labels.local_path is not None and labels.local_path.is_dir():
+            raise DataError(f"labels={labels} is a folder: give the CSV or Parquet file")
+    if "run" in keys and config.run is not None and config.checkpoint is None:
+        open_run(Folder(config.storage), config.run)
