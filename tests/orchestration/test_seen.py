@@ -46,7 +46,7 @@ def test_what_an_encoder_was_warmed_up_on_is_not_clean(
     clean = {}
     for name, weights in {"new": "random", "started": f"{encoder}/encoder.pt"}.items():
         config = tiny_config(tmp_path, f"name={name}", "dataset=own", f"encoder.weights={weights}")
-        test = begin_run(config, store, 1)[0].folder.read_table("test.parquet")
+        test = begin_run(config, store, 1).folder.read_table("test.parquet")
         clean[name] = set(test.filter(test["clean"])["sample_id"].to_pylist())
     assert clean["new"] & learned_on
     assert not clean["started"] & learned_on
@@ -164,7 +164,7 @@ def test_validation_by_subject_shares_no_subject_with_what_is_fitted(
             "split.validation_fraction=0.3",
             f"split.validation={unit}",
         )
-        seen = begin_run(config, store, 1)[0].folder.read_table("seen.parquet").to_pylist()
+        seen = begin_run(config, store, 1).folder.read_table("seen.parquet").to_pylist()
         found: dict[str, set[str]] = {}
         for row in seen:
             found.setdefault(row["role"], set()).add(row["subject_id"])
@@ -190,7 +190,7 @@ def test_draws_are_compared_with_a_control_of_the_same_draws_only(storage: Path)
         control = tiny_config(
             storage, f"name={draw_name('fewer', number)}", "dataset=mri", f"split.seed={number}"
         )
-        run, _ = begin_run(control, store, 1)
+        run = begin_run(control, store, 1)
         run.folder.write_json("summary.json", {})
     asked = ["name=more", "dataset=mri", "evaluation.num_label_draws=2", "evaluation.control=fewer"]
     message = r"other labels \(split\.labelled_fraction: 0\.5 here, 0\.9 requested\)"
@@ -207,7 +207,7 @@ def test_complete_draws_are_not_compared_with_a_control_on_other_data(
     for number in range(2):
         for name in ("older", "newer"):
             settings = [f"name={draw_name(name, number)}", "dataset=mri", f"split.seed={number}"]
-            run, _ = begin_run(tiny_config(storage, *settings), store, 1)
+            run = begin_run(tiny_config(storage, *settings), store, 1)
             run.folder.write_json("summary.json", {})
             if name == "older":
                 run.folder.write_json("run.json", run.info | {"data_hash": "of before an update"})

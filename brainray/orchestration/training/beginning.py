@@ -10,35 +10,38 @@ from brainray.engine.recluster import check_num_clusters
 from brainray.errors import ClusteringError, ConfigError, DataError
 from brainray.mri.leakage import Fingerprints, exposure
 from brainray.mri.split import check_validation_share, draw_roles
-from brainray.orchestration.run import Run, lasting_settings, run_to_resume
+from brainray.orchestration.run import Run, lasting_settings
 from brainray.orchestration.seen import all_seen, check_validation_is_new, seen_by_weights
 from brainray.orchestration.store import ImageStore
 from brainray.schema import LABELLED, SEEN, TEST, TRAIN, UNLABELLED_ROLE, VALIDATION
 from brainray.storage import Folder
 
 
-def begin_run(config: Config, store: ImageStore, num_workers: int) -> tuple[Run, bool]:
-    """Create the run's folder or reopen it; the second value is whether the run resumes.
+def check_run_fits(run: Run, store: ImageStore, num_workers: int) -> None:
+    """Check that an existing run can resume on the store, with so many workers (0: none needed).
+
+    Raises:
+        ConfigError: it was begun on other data, or has fewer labelled slices than workers.
+    """
+    if run.info["data_hash"] != store.data_hash:
+        raise ConfigError(
+            f"run {run.info['name']!r} exists with other data ({run.info['dataset']}, hash "
+            f"{run.info['data_hash']}, now {store.data_hash}): choose another name"
+        )
+    _check_ranks(run.info["num_slices"], num_workers)
+
+
+def begin_run(config: Config, store: ImageStore, num_workers: int) -> Run:
+    """Create the folder of a new run.
 
     Labels are drawn here and saved with the run, together with the fingerprints of every slice that
     the run sees in any role. Workers read labels from this draw only.
 
     Raises:
-        ConfigError: the run exists with other settings or data, or has too many workers.
+        ConfigError: it has more workers than labelled slices, or cannot draw its slices as asked.
         DataError: no labels to learn from, or a class with too few.
         ClusteringError: K does not fit the number of classes or slices.
     """
-    existing = run_to_resume(config)
-    if existing is not None:
-        info = existing.info
-        if info["data_hash"] != store.data_hash:
-            raise ConfigError(
-                f"run {config.name!r} exists with other data ({info['dataset']}, hash "
-                f"{info['data_hash']}, now {store.data_hash}): choose another name"
-            )
-        if not existing.is_complete:
-            _check_ranks(info["num_slices"], num_workers)
-        return existing, True
     folder = Folder(config.storage) / layout.RUNS / config.given("name")
     index = store.index(thumbnails=True)
     train, test = (index.filter(pc.equal(index["split"], split)) for split in (TRAIN, TEST))
@@ -75,7 +78,7 @@ def begin_run(config: Config, store: ImageStore, num_workers: int) -> tuple[Run,
         "settings": lasting_settings(config),
     }
     folder.write_json(layout.RUN, info)
-    return Run(folder, info), False
+    return Run(folder, info)
 
 
 def _keep_records(store: Folder, kept: Folder) -> None:

@@ -30,7 +30,7 @@ from brainray.orchestration.reporting import (
 from brainray.orchestration.resources import WorkerResources, alive_nodes, plan_workers
 from brainray.orchestration.run import Run, groups_of_test_slices, run_to_resume
 from brainray.orchestration.store import ImageStore, store_to_train_on
-from brainray.orchestration.training.beginning import begin_run
+from brainray.orchestration.training.beginning import begin_run, check_run_fits
 from brainray.orchestration.training.provenance import record_submission
 from brainray.orchestration.training.worker import train_worker
 from brainray.report.maps import run_maps
@@ -126,8 +126,11 @@ def begun_training(config: Config) -> Iterator[Training]:
         existing, workers = run_to_resume(config), None
         if existing is None or not existing.is_complete:
             workers = check_training(config, store, has_epochs=_has_epochs(existing))
-        run, resumed = begin_run(config, store, 0 if workers is None else workers.num_workers)
-        _log_beginning(run, resumed, config, store)
+        num_workers = 0 if workers is None else workers.num_workers
+        if existing is not None:
+            check_run_fits(existing, store, num_workers)
+        run = existing or begin_run(config, store, num_workers)
+        _log_beginning(run, existing is not None, config, store)
         if workers is not None:
             record_submission(config, run, workers)
         yield Training(config, store, run, workers)

@@ -33,7 +33,7 @@ from brainray.orchestration.preprocessing.driver import preprocess
 from brainray.orchestration.pretraining.driver import warm_up
 from brainray.orchestration.publish import _last_submission, config_to_track, publish
 from brainray.orchestration.reporting import against_control, comparable_control, report
-from brainray.orchestration.run import open_run
+from brainray.orchestration.run import open_run, run_to_resume
 from brainray.orchestration.store import ImageStore
 from brainray.orchestration.training import driver as training_driver
 from brainray.orchestration.training.beginning import begin_run
@@ -104,7 +104,7 @@ def train_on_wrong_labels(config: Config, phantoms: Path) -> TrainedRun:
     storage = Path(config.storage)
     preprocess(tiny_config(storage, "name=mri", f"source={phantoms}"))
     store = ImageStore.open(Folder(storage) / "datasets" / "mri")
-    begun, _ = begin_run(config, store, num_workers=config.train.num_workers)
+    begun = begin_run(config, store, num_workers=config.train.num_workers)
     seen = begun.folder.read_table("seen.parquet").to_pandas()
     unlabelled = set(seen[seen["role"] == UNLABELLED_ROLE]["sample_id"])
     num_changed = 0
@@ -194,7 +194,7 @@ def test_a_run_leaves_what_it_promises(trained: TrainedRun) -> None:
 def test_a_run_may_have_no_unlabelled_slice(storage: Path) -> None:
     config = config_of(storage, "all-labelled", "split.labelled_fraction=1.0")
     store = ImageStore.open(Folder(storage / "datasets" / "mri"))
-    begun, _ = begin_run(config, store, num_workers=1)
+    begun = begin_run(config, store, num_workers=1)
     data = load_rank_data(config, begun.folder, store, torch.device("cpu"), 0, 1)
     assert len(data.unlabelled) == len(data.inherited) == 0
     assert len(data.labelled) == begun.info["num_slices"]["labelled"] > 0
@@ -208,7 +208,7 @@ def test_a_rank_reads_the_store_once(
     """In memory or streamed, the ranks' slices of all roles are the store's, each on one rank."""
     config = config_of(storage, "read-once", f"train.cache_gib={cache_gib}")
     store = ImageStore.open(Folder(storage / "datasets" / "mri"))
-    begun, _ = begin_run(config, store, num_workers=1)
+    begun = begin_run(config, store, num_workers=1)
     scan = ImageStore.scan
     sides = []
 
@@ -489,7 +489,7 @@ def test_a_server_that_is_away_stops_nothing_and_gets_all_later(mislabelled: Tra
 def test_what_is_sent_of_an_unfinished_run_is_not_said_to_run(storage: Path) -> None:
     config = config_of(storage, "begun-only")
     store = ImageStore.open(Folder(storage) / "datasets" / "mri")
-    begun, _ = begin_run(config, store, num_workers=1)
+    begun = begin_run(config, store, num_workers=1)
     sent = publish(config, begun)
     assert sent.mlflow_run_id is not None
     assert MlflowClient(sent.uri).get_run(sent.mlflow_run_id).info.status == "KILLED"
@@ -503,7 +503,7 @@ def test_test_slices_without_any_label_are_not_scored(
     labels = pc.if_else(pc.equal(whole["split"], "test"), None, whole["label"])
     hidden = whole.set_column(whole.schema.get_field_index("label"), "label", labels)
     monkeypatch.setattr(ImageStore, "index", lambda *_, **__: hidden)
-    begun, _ = begin_run(config_of(storage, "hidden-labels"), store, num_workers=1)
+    begun = begin_run(config_of(storage, "hidden-labels"), store, num_workers=1)
     assert begun.folder.read_table("test.parquet").num_rows == 0
     assert begun.test_paths() == set()
 
@@ -512,13 +512,13 @@ def test_a_run_goes_on_where_what_is_done_with_it_has_changed(storage: Path) -> 
     store = ImageStore.open(Folder(storage) / "datasets" / "mri")
     begin_run(config_of(storage, "registered"), store, 1)
     changed = ["registry.name=mri", "tune.num_trials=3"]
-    assert begin_run(config_of(storage, "registered", *changed), store, 1)[1]
+    assert run_to_resume(config_of(storage, "registered", *changed)) is not None
 
 
 def test_where_a_run_was_to_be_tracked_is_where_it_is_sent(storage: Path) -> None:
     store = ImageStore.open(Folder(storage) / "datasets" / "mri")
     meant = ["tracking.uri=http://mlflow:5000", "tracking.experiment=tumours"]
-    run, _ = begin_run(config_of(storage, "tracked", *meant), store, 1)
+    run = begin_run(config_of(storage, "tracked", *meant), store, 1)
     found = config_to_track(without_tracking(config_of(storage, "tracked")), run).tracking
     assert (found.uri, found.experiment) == ("http://mlflow:5000", "tumours")
     other = config_of(storage, "tracked", "tracking.uri=http://other:5000")
@@ -528,7 +528,7 @@ def test_where_a_run_was_to_be_tracked_is_where_it_is_sent(storage: Path) -> Non
 
 def test_a_run_is_sent_where_training_sent_it_and_says_what_trained_it(storage: Path) -> None:
     store = ImageStore.open(Folder(storage) / "datasets" / "mri")
-    run, _ = begin_run(config_of(storage, "sent-elsewhere"), store, 1)
+    run = begin_run(config_of(storage, "sent-elsewhere"), store, 1)
     run.folder.write_json("tracking.json", {"uri": "http://server:5000"})
     found = config_to_track(without_tracking(config_of(storage, "sent-elsewhere")), run).tracking
     assert found.uri == "http://server:5000"
@@ -545,7 +545,7 @@ def test_a_beginning_that_was_cut_leaves_no_fingerprints(storage: Path) -> None:
     store = ImageStore.open(Folder(storage) / "datasets" / "mri")
     (storage / "runs" / "begun-anew").mkdir()
     (storage / "runs" / "begun-anew" / "seen_before.parquet").touch()
-    run, _ = begin_run(config_of(storage, "begun-anew"), store, 1)
+    run = begin_run(config_of(storage, "begun-anew"), store, 1)
     assert not run.folder.exists("seen_before.parquet")
 
 
@@ -712,7 +712,7 @@ def test_a_new_run_tells_how_many_labels_it_reads_and_what_nothing_tells(
         config = config_of(
             storage, name, f"split.labelled_fraction={share}", f"encoder.weights={weights}"
         )
-        run, _ = begin_run(config, store, 1)
+        run = begin_run(config, store, 1)
         _log_beginning(run, False, config, store)
         lines = logged(capsys)
         slices = run.info["num_slices"]
@@ -755,21 +755,21 @@ def test_a_run_is_not_resumed_with_other_settings(storage: Path, trained: Traine
 
 def test_a_run_of_a_time_when_fewer_settings_were_free_goes_on(storage: Path) -> None:
     store = ImageStore.open(Folder(storage) / "datasets" / "mri")
-    run, _ = begin_run(config_of(storage, "earlier"), store, 1)
+    run = begin_run(config_of(storage, "earlier"), store, 1)
     info = run.folder.read_json("run.json")
     info["settings"]["train"]["cache_gib"] = 4.0
     run.folder.write_json("run.json", info)
-    assert begin_run(config_of(storage, "earlier", "train.cache_gib=2"), store, 1)[1]
+    assert run_to_resume(config_of(storage, "earlier", "train.cache_gib=2")) is not None
 
 
 def test_a_run_of_a_time_when_there_were_fewer_settings_goes_on(storage: Path) -> None:
     store = ImageStore.open(Folder(storage) / "datasets" / "mri")
     config = config_of(storage, "warmed-up-earlier", "encoder.pretext=contrastive")
-    run, _ = begin_run(config, store, 1)
+    run = begin_run(config, store, 1)
     info = run.folder.read_json("run.json")
     del info["settings"]["self_supervision"]["positives"], info["settings"]["augment"]["bias_field"]
     run.folder.write_json("run.json", info)
-    assert begin_run(config, store, 1)[1]
+    assert run_to_resume(config) is not None
 
 
 def test_a_complete_run_needs_nothing_for_training(
