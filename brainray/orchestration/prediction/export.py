@@ -30,7 +30,7 @@ from brainray.orchestration.lock import held
 from brainray.orchestration.prediction import serving
 from brainray.orchestration.prediction.inference import Predictor, find_predictor
 from brainray.orchestration.publish import begin_tracking, config_to_track
-from brainray.orchestration.run import Run, open_run, read_run_info, unfinished
+from brainray.orchestration.run import Run, open_run, unfinished
 from brainray.report.model_card import CardFacts, model_card
 from brainray.schema import PREDICTED, THUMBNAIL_SIDE
 from brainray.storage import Folder
@@ -159,7 +159,6 @@ def _slices_to_try(predictor: Predictor) -> NDArray[np.float32]:
 def _facts(predictor: Predictor, name: str, metrics: Metrics) -> CardFacts:
     checkpoint, preprocess = predictor.checkpoint, predictor.preprocess
     config = checkpoint.config
-    in_run = predictor.run_folder.exists(layout.RUN)
     return CardFacts(
         name=name,
         classes=checkpoint.classes,
@@ -174,7 +173,7 @@ def _facts(predictor: Predictor, name: str, metrics: Metrics) -> CardFacts:
             f"{preprocess.image_size} pixels, then area-averaged to {checkpoint.image_size}"
         ),
         has_fitted=predictor.fitted() is not None,
-        num_slices=read_run_info(predictor.run_folder)["num_slices"] if in_run else {},
+        num_slices={} if predictor.run is None else predictor.run.info["num_slices"],
         objective=config.objective.name,
         code=f"{brainray.__version__} ({code_hash()})",
         opset=ONNX_OPSET if metrics else None,

@@ -41,6 +41,7 @@ class Predictor:
 
     folder: Folder  # of model.pt
     run_folder: Folder  # of the checkpoint's run; may contain no records
+    run: Run | None  # None if there are no records
     checkpoint: Checkpoint
     preprocess: PreprocessConfig
 
@@ -66,10 +67,7 @@ class Predictor:
 
     def subject_salt(self) -> str | None:
         """Id of the salt with which the run's subjects are hashed; None if not recorded."""
-        if not self.run_folder.exists(layout.RUN):
-            return None
-        found: str | None = read_run_info(self.run_folder).get("subject_salt")
-        return found
+        return None if self.run is None else self.run.info.get("subject_salt")
 
     def temperature(self) -> float | None:
         """Temperature fitted on the validation slices after this epoch; None without the run."""
@@ -94,11 +92,12 @@ def find_predictor(config: Config, purpose: str, *, of_new_files: bool = True) -
     """
     if (config.run is None) == (config.checkpoint is None):
         raise ConfigError(f"{purpose} needs either --set run=NAME or --set checkpoint=PATH")
+    run: Run | None = None
     if config.run is not None:
         storage = Folder(config.storage)
-        run = open_run(storage, config.run)
-        run_folder = run.folder
-        folder = _checkpoint_folder(storage, run, config.epoch)
+        named = open_run(storage, config.run)
+        run, run_folder = named, named.folder
+        folder = _checkpoint_folder(storage, named, config.epoch)
     elif config.epoch is not None:
         raise ConfigError(
             "epoch=N selects an epoch of a run: give --set run=NAME, not checkpoint=PATH"
@@ -107,8 +106,10 @@ def find_predictor(config: Config, purpose: str, *, of_new_files: bool = True) -
         folder = Folder(str(config.checkpoint))
         folder = folder.parent if folder.name == layout.MODEL else folder
         run_folder = folder.parent
+        if run_folder.exists(layout.RUN):
+            run = Run(run_folder, read_run_info(run_folder))
     checkpoint = load_checkpoint(folder)
-    info = read_run_info(run_folder) if run_folder.exists(layout.RUN) else {}
+    info = {} if run is None else run.info
     # The store's preprocessing may differ from that in the run's config file.
     preprocess = PreprocessConfig.model_validate(
         info.get("preprocess", checkpoint.config.preprocess.model_dump())
@@ -121,7 +122,7 @@ def find_predictor(config: Config, purpose: str, *, of_new_files: bool = True) -
             f"({difference}), which preprocesses slices differently: preprocess and train again "
             "under other names"
         )
-    return Predictor(folder, run_folder, checkpoint, preprocess)
+    return Predictor(folder, run_folder, run, checkpoint, preprocess)
 
 
 def default_name(config: Config, predictor: Predictor) -> str:

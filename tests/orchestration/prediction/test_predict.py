@@ -188,7 +188,7 @@ def test_training_slices_of_another_epoch_are_not_compared_with(
 ) -> None:
     best = trained.run.folder / "best"
     predictor = Predictor(
-        Folder(tmp_path), trained.run.folder, load_checkpoint(best), PreprocessConfig()
+        Folder(tmp_path), trained.run.folder, trained.run, load_checkpoint(best), PreprocessConfig()
     )
     fitted = best.read_table("fitted.parquet")
     predictor.folder.write_table("fitted.parquet", fitted)
