@@ -13,7 +13,7 @@ from torch.optim.swa_utils import update_bn
 
 from brainray.config import AugmentConfig
 from brainray.engine.finite import GradientWatch, nan_gradient_unless_finite
-from brainray.engine.forward import autocast, forward_passes
+from brainray.engine.forward import autocast, infer
 from brainray.engine.mean_losses import MeanLosses
 from brainray.engine.shard import Images, PixelScale, SliceShard
 from brainray.models.augment import augment
@@ -256,10 +256,9 @@ def embed(
     side: int | None = None,
 ) -> EncoderOutput:
     """Embeddings (n, E) and logits (n, C) of n slices in inference mode, resized to ``side``."""
-    outputs: list[EncoderOutput] = []
-    with forward_passes(model, images.device, precision) as forward:
-        for batch in images.batches(torch.arange(len(images)).split(batch_size)):
-            outputs += forward(scale.standardise(scale.to_unit(batch, side)))
+    batches = images.batches(torch.arange(len(images)).split(batch_size))
+    standardised = (scale.standardise(scale.to_unit(batch, side)) for batch in batches)
+    outputs: list[EncoderOutput] = infer(model, standardised, images.device, precision)
     return EncoderOutput(
         torch.cat([output.z for output in outputs]),
         torch.cat([output.logits for output in outputs]),

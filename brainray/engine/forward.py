@@ -1,8 +1,8 @@
 """Forward passes: precision, and threads in inference mode."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -16,11 +16,10 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Non
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
-@contextmanager
-def forward_passes(
-    model: nn.Module, device: torch.device, precision: str
-) -> Iterator[Callable[[Tensor], list[Any]]]:
-    """Yield a function that returns the model's outputs for a batch (B, ...) as parts in row order.
+def infer(
+    model: nn.Module, batches: Iterable[Tensor], device: torch.device, precision: str
+) -> list[Any]:
+    """The model's outputs for batches (B, ...) in inference mode, as parts in row order.
 
     On CPUs every thread takes its own rows through all layers, which is faster than all threads
     working on one layer at a time (measured by `jobs/benchmark.py predict`).
@@ -34,8 +33,7 @@ def forward_passes(
 
     num_threads = torch.get_num_threads()
     if device.type != "cpu" or num_threads == 1:
-        yield lambda images: [forward(images)]
-        return
+        return [forward(images) for images in batches]
 
     def side_by_side(images: Tensor) -> list[Any]:
         if len(images) < num_threads:  # all threads share each layer
@@ -46,6 +44,6 @@ def forward_passes(
 
     try:
         with ThreadPoolExecutor(num_threads, "forward", torch.set_num_threads, (1,)) as pool:
-            yield side_by_side
+            return [part for images in batches for part in side_by_side(images)]
     finally:
         torch.set_num_threads(num_threads)  # the setting that new threads inherit

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from brainray import dist
 from brainray.config import ClusteringConfig, PretextName, SelfSupervisionConfig
-from brainray.engine.forward import autocast, forward_passes
+from brainray.engine.forward import autocast, infer
 from brainray.engine.mean_losses import MeanLosses
 from brainray.engine.recluster import ClusterModel, Reclustering, recluster
 from brainray.engine.shard import Images
@@ -176,10 +176,8 @@ def embed_slices(
     encoder: FeatureEncoder, images: Images, *, batch_size: int, precision: str
 ) -> Tensor:
     """L2-normalised features (n, E) float32 of this rank's slices, in inference mode."""
-    parts: list[Tensor] = []
-    with forward_passes(encoder, images.device, precision) as forward:
-        for batch in images.batches(torch.arange(len(images)).split(batch_size)):
-            parts += forward(batch.float() / 255)
+    batches = images.batches(torch.arange(len(images)).split(batch_size))
+    parts = infer(encoder, (batch.float() / 255 for batch in batches), images.device, precision)
     return nn.functional.normalize(torch.cat(parts))
 
 

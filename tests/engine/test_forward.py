@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from brainray.engine.forward import forward_passes
+from brainray.engine.forward import infer
 from brainray.models.encoder import Encoder
 
 CPU = torch.device("cpu")
@@ -23,10 +23,9 @@ def test_threads_with_slices_of_their_own_find_what_one_forward_pass_finds() -> 
     torch.manual_seed(0)
     encoder = Encoder("resnet18", num_classes=2)
     images = torch.rand(150, 1, 32, 32)
-    with forward_passes(encoder, CPU, "fp32") as forward:
-        parts = forward(images)
-        assert [len(part.z) for part in forward(images[:9])] == [5, 4]  # no thread is idle
-        assert [len(part.z) for part in forward(images[:1])] == [1]
+    parts = infer(encoder, [images], CPU, "fp32")
+    few = infer(encoder, [images[:9], images[:1]], CPU, "fp32")
+    assert [len(part.z) for part in few] == [5, 4, 1]  # no thread is idle
     with torch.inference_mode():
         whole = encoder(images)
     assert [len(part.z) for part in parts] == [75, 75]
@@ -36,24 +35,23 @@ def test_threads_with_slices_of_their_own_find_what_one_forward_pass_finds() -> 
 
 @pytest.mark.usefixtures("two_threads")
 def test_large_slices_are_embedded_a_few_at_a_time() -> None:
-    with forward_passes(torch.nn.Flatten(), CPU, "fp32") as forward:
-        assert [len(part) for part in forward(torch.ones(40, 1, 128, 128))] == [16, 16, 8]
-        assert [len(part) for part in forward(torch.ones(3, 1, 1024, 1024))] == [1, 1, 1]
+    for batch, sizes in (
+        (torch.ones(40, 1, 128, 128), [16, 16, 8]),
+        (torch.ones(3, 1, 1024, 1024), [1, 1, 1]),
+    ):
+        assert [len(part) for part in infer(torch.nn.Flatten(), [batch], CPU, "fp32")] == sizes
 
 
 @pytest.mark.usefixtures("two_threads")
 def test_precision_reaches_every_thread() -> None:
-    with forward_passes(torch.nn.Linear(4, 4), CPU, "bf16") as forward:
-        assert {part.dtype for part in forward(torch.ones(200, 4))} == {torch.bfloat16}
+    parts = infer(torch.nn.Linear(4, 4), [torch.ones(200, 4)], CPU, "bf16")
+    assert {part.dtype for part in parts} == {torch.bfloat16}
 
 
 @pytest.mark.usefixtures("two_threads")
 def test_the_process_keeps_its_threads() -> None:
-    with (
-        pytest.raises(RuntimeError, match="shapes"),
-        forward_passes(torch.nn.Linear(4, 4), CPU, "fp32") as forward,
-    ):
-        forward(torch.ones(200, 5))
+    with pytest.raises(RuntimeError, match="shapes"):
+        infer(torch.nn.Linear(4, 4), [torch.ones(200, 5)], CPU, "fp32")
     assert torch.get_num_threads() == 2
     with ThreadPoolExecutor(1) as later:
         assert later.submit(torch.get_num_threads).result() == 2

@@ -21,7 +21,7 @@ from torch import Tensor
 from brainray import layout
 from brainray.config import Config, FeatureConfig
 from brainray.engine.evaluate import matrix_of
-from brainray.engine.forward import forward_passes
+from brainray.engine.forward import infer
 from brainray.engine.recipe import resolve_precision
 from brainray.engine.slice_model import stored_pixels
 from brainray.errors import ConfigError, DataError
@@ -277,11 +277,16 @@ class _Extractor:
         self.precision = precision
         self.device = torch.device(device)
 
+    @torch.inference_mode()
     def __call__(self, block: pa.Table) -> pa.Table:
-        parts = [
-            self._encode(block.slice(start, _BATCH)) for start in range(0, block.num_rows, _BATCH)
-        ]
-        rows = [row for part in parts for row in part]
+        batches = (block.slice(first, _BATCH) for first in range(0, block.num_rows, _BATCH))
+        pixels = (
+            torch.from_numpy(stored_pixels(batch, self.feature.image_size)).to(self.device) / 255.0
+            for batch in batches
+        )
+        precision = resolve_precision(self.precision, self.device)
+        parts = infer(self.encoder, pixels, self.device, precision)
+        rows = [row for part in parts for row in part.float().cpu().numpy()]
         values = pa.array(rows, FEATURES.field("features").type)
         return pa.table([*(block[name] for name in ROW), values], schema=FEATURES)
 
@@ -297,12 +302,3 @@ class _Extractor:
             pixel_std=self.pixel_std,
         )
         return encoder.to(self.device).to(memory_format=torch.channels_last)
-
-    @torch.inference_mode()
-    def _encode(self, batch: pa.Table) -> NDArray[np.float32]:
-        precision = resolve_precision(self.precision, self.device)
-        images = stored_pixels(batch, self.feature.image_size)
-        pixels = torch.from_numpy(images).to(self.device).float() / 255
-        with forward_passes(self.encoder, self.device, precision) as forward:
-            features = torch.cat(forward(pixels))
-        return np.asarray(features.float().cpu().numpy())

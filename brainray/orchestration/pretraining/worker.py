@@ -145,19 +145,8 @@ class _Learner:
         while len(self.history) < num_epochs:
             started = time.monotonic()
             epoch = len(self.history) + 1
-            losses = pretext_epoch(
-                self.ddp,
-                optimizer,
-                scheduler,
-                self.pretext,
-                self.images,
-                self.groups,
-                plan=self.plan,
-                seed=seed_of(self.seed, epoch, dist.rank()),
-                precision=self.precision,
-            )
-            self._check_finite(losses)
-            dist.share_buffers(self.model)  # all ranks embed with the encoder that is saved
+            losses = self._epoch(optimizer, scheduler, epoch)
+            self._finish_encoder(losses)
             self._save(losses, started, optimizer)
 
     def _refine(self) -> None:
@@ -217,22 +206,36 @@ class _Learner:
         optimizer, scheduler = self._optimizer(self.settings.round_learning_rate, steps)
         losses: dict[str, float] = {}
         for epoch in range(self.settings.round_epochs):
-            losses = pretext_epoch(
-                self.ddp,
-                optimizer,
-                scheduler,
-                self.pretext,
-                self.images,
-                self.groups,
-                plan=self.plan,
-                seed=seed_of(self.seed, -number, epoch, dist.rank()),
-                precision=self.precision,
-                lambda_cluster=self.feature.lambda_cluster,
-                soft=soft,
-            )
+            losses = self._epoch(optimizer, scheduler, -number, epoch, soft=soft)
+        self._finish_encoder(losses)
+        return losses
+
+    def _epoch(
+        self,
+        optimizer: Optimizer,
+        scheduler: LRScheduler,
+        *number: int,
+        soft: SoftTargets | None = None,
+    ) -> dict[str, float]:
+        """Mean losses of one epoch, whose order and views depend on its ``number``."""
+        return pretext_epoch(
+            self.ddp,
+            optimizer,
+            scheduler,
+            self.pretext,
+            self.images,
+            self.groups,
+            plan=self.plan,
+            seed=seed_of(self.seed, *number, dist.rank()),
+            precision=self.precision,
+            lambda_cluster=self.feature.lambda_cluster,
+            soft=soft,
+        )
+
+    def _finish_encoder(self, losses: dict[str, float]) -> None:
+        """Check what an epoch has left; all ranks embed with the encoder that is saved."""
         self._check_finite(losses)
         dist.share_buffers(self.model)
-        return losses
 
     def _check_all_go_on_from_one(self, num_done: int) -> None:
         """Check that all ranks resume from the same state: on a mounted file system, a new file may
