@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -127,6 +127,17 @@ def _train(config: Config, start: State, run: Folder, store_folder: Folder) -> N
     trainer.finish()
 
 
+@dataclass(frozen=True)
+class _Pair:
+    """The last epoch's mixture, and what it and the encoder say of this rank's fitted slices:
+    labelled, then unlabelled.
+    """
+
+    clusters: ClusterModel
+    responsibilities: Tensor  # (n, K)
+    probabilities: Tensor  # (n, C)
+
+
 class _Timer:
     """Seconds since the beginning of an epoch, and those spent in its parts."""
 
@@ -199,9 +210,7 @@ class _Trainer:
         self._tests_each_epoch = config.evaluation.test_each_epoch
         self.epoch = 0
         self.history: list[dict[str, float]] = []
-        self._clustering: tuple[ClusterModel, Tensor] | None = None
-        self._probabilities = torch.empty(0)
-        self._class_shift = 0.0
+        self._last: _Pair | None = None
 
     @property
     def evaluated(self) -> Encoder:
@@ -214,16 +223,10 @@ class _Trainer:
         return image_side(max(self.epoch, 1), self.config.train)
 
     @property
-    def clusters(self) -> ClusterModel:
-        """The mixture fitted at the end of the last epoch, used in the next."""
-        assert self._clustering is not None, "no mixture has been fitted yet"
-        return self._clustering[0]
-
-    @property
-    def responsibilities(self) -> Tensor:
-        """(n, K) under that mixture, for this rank's labelled, then unlabelled slices."""
-        assert self._clustering is not None, "no mixture has been fitted yet"
-        return self._clustering[1]
+    def last(self) -> _Pair:
+        """From the end of the last epoch, used in the next."""
+        assert self._last is not None, "no mixture has been fitted yet"
+        return self._last
 
     def start(self) -> None:
         """Fit the first mixture with the initial encoder, unless the run resumes with one."""
@@ -233,7 +236,7 @@ class _Trainer:
                 f"training on {ranks} ({self.device.type}, {self.precision}), "
                 f"{self.num_steps} steps per epoch"
             )
-        if self._clustering is None:
+        if self._last is None:
             if dist.rank() == 0:
                 log("clustering the slices with the initial encoder")
             fitted = self._embed_fitted()
@@ -251,9 +254,12 @@ class _Trainer:
         self.optimizer.load_state_dict(state.optimizer)
         keys = self.data.fitted_keys.cpu()
         responsibilities = rows_of_keys(state.keys, state.responsibilities, keys)
-        self._clustering = saved.clusters.to(self.device), responsibilities.to(self.device)
         probabilities = rows_of_keys(state.keys, state.probabilities, keys)
-        self._probabilities = probabilities.to(self.device)
+        self._last = _Pair(
+            saved.clusters.to(self.device),
+            responsibilities.to(self.device),
+            probabilities.to(self.device),
+        )
         self.epoch = saved.epoch
         # The schedule is a function of the step, even if the number of ranks has changed.
         resume_schedule(self.scheduler, self.epoch * self.updates)
@@ -272,7 +278,8 @@ class _Trainer:
         timer = _Timer()
         self.epoch += 1
         with timer.measure("train"):
-            trained = self._train_epoch()
+            targets, shift = self._targets()
+            trained = self._train_epoch(targets)
         with timer.measure("embed"):
             self._settle_batch_statistics()
             fitted = self._embed_fitted()
@@ -282,7 +289,7 @@ class _Trainer:
         with timer.measure("evaluate"):
             validation = self._predict(self.data.validation)
             test = self._predict(self.data.test) if self._tests_each_epoch else None
-        metrics = self._training_metrics(trained) | validation_metrics(validation)
+        metrics = self._training_metrics(trained, shift) | validation_metrics(validation)
         metrics |= {f"cluster/{name}": value for name, value in asdict(health).items()}
         metrics |= {
             "cluster/collapsed": float(collapsed),
@@ -295,11 +302,11 @@ class _Trainer:
                 metrics |= self._test_metrics(test)
         self._save(metrics, fitted.z, test, timer)
 
-    def _training_metrics(self, trained: EpochResult) -> dict[str, float]:
+    def _training_metrics(self, trained: EpochResult, class_shift: float) -> dict[str, float]:
         metrics = {"epoch": float(self.epoch)}
         metrics |= {f"train/loss/{name}": value for name, value in trained.losses.items()}
         if self.sizes.unlabelled:
-            metrics["train/class_shift"] = self._class_shift
+            metrics["train/class_shift"] = class_shift
         metrics["time/data_wait_s"] = trained.data_wait_s
         metrics["train/image_size"] = float(self._side)
         metrics["train/num_workers"] = float(dist.world_size())
@@ -329,7 +336,7 @@ class _Trainer:
                 table = predictions_table(test, self.classes, self.test_slices)
                 self.run.write_table(layout.predictions_file(chosen.epoch), table)
 
-    def _train_epoch(self) -> EpochResult:
+    def _train_epoch(self, targets: EpochTargets) -> EpochResult:
         config = self.config
         try:
             return train_epoch(
@@ -340,7 +347,7 @@ class _Trainer:
                 EpochData(
                     labelled=self.data.labelled,
                     unlabelled=self.data.unlabelled,
-                    targets=self._targets(),
+                    targets=targets,
                     sizes=self.sizes,
                     num_steps=self.num_steps,
                     scale=self.scale,
@@ -364,22 +371,23 @@ class _Trainer:
                 "train.learning_rate or set train.precision=fp32"
             ) from None
 
-    def _targets(self) -> EpochTargets:
-        """Targets for the unlabelled slices from the last epoch."""
+    def _targets(self) -> tuple[EpochTargets, float]:
+        """Targets for the unlabelled slices from the last epoch, and its class shift."""
         first = len(self.data.labelled)
         rows = slice(first, first + len(self.data.unlabelled))
-        probabilities = self._probabilities[rows]
+        last = self.last
+        probabilities = last.probabilities[rows]
         shares = class_shares(self.data.labelled.labels, len(self.classes))
         believed = pseudo_labels(probabilities, shares).overridden_by(self.data.inherited)
-        self._class_shift = class_shift(probabilities, shares)
-        return EpochTargets(
-            responsibilities=self.responsibilities[rows],
+        targets = EpochTargets(
+            responsibilities=last.responsibilities[rows],
             pseudo_labels=believed.labels,
             confidences=believed.confidences,
-            centers=self.clusters.centers,
-            class_of_cluster=self.clusters.class_of_cluster,
+            centers=last.clusters.centers,
+            class_of_cluster=last.clusters.class_of_cluster,
             ramp=ramp(self.epoch, self.config.objective.ramp_epochs),
         )
+        return targets, class_shift(probabilities, shares)
 
     def _update_average(self, num_batches: int) -> None:
         if self.average is not None:
@@ -457,7 +465,7 @@ class _Trainer:
         return recluster_in_health(
             partial(self._recluster, fitted),
             fitted.z,
-            self.responsibilities,
+            self.last.responsibilities,
             self.config.clustering,
             where=f"epoch {self.epoch}",
             remedy="lower objective.lambda_cluster or train.learning_rate, or warm up the encoder "
@@ -466,7 +474,7 @@ class _Trainer:
 
     def _recluster(self, fitted: EncoderOutput, reseed: bool = False) -> Reclustering:
         """Start from the previous centres, or from none, with another seed, if ``reseed``."""
-        previous, previous_responsibilities = self._clustering or (None, None)
+        last = self._last
         return recluster(
             fitted.z,
             self.data.fitted_keys,
@@ -474,17 +482,16 @@ class _Trainer:
             config=self.config.clustering,
             num_classes=len(self.classes),
             seed=seed_of(self.config.seed, self.epoch) if reseed else self.config.seed,
-            previous=None if reseed else previous,
-            previous_responsibilities=previous_responsibilities,
+            previous=None if reseed or last is None else last.clusters,
+            previous_responsibilities=None if last is None else last.responsibilities,
         )
 
     def _continue_with(self, found: Reclustering, fitted: EncoderOutput) -> None:
         """Use a mixture, and the logits of the slices that it was fitted on, in the next epoch."""
-        self._clustering = found.model, found.responsibilities
-        self._probabilities = fitted.logits.softmax(dim=1)
+        self._last = _Pair(found.model, found.responsibilities, fitted.logits.softmax(dim=1))
 
     def _predict(self, shard: SliceShard) -> Predictions:
-        return self._gathered(shard, self._embed(shard.images), self.clusters)
+        return self._gathered(shard, self._embed(shard.images), self.last.clusters)
 
     def _gathered(
         self, shard: SliceShard, output: EncoderOutput, clusters: ClusterModel
@@ -522,10 +529,10 @@ class _Trainer:
         metrics["time/images_per_s"] = self.num_steps * of_step / timer.seconds["train"]
         self.history.append(metrics)
         keys = dist.gather_rows(self.data.fitted_keys)
-        responsibilities = dist.gather_rows(self.responsibilities)
-        probabilities = dist.gather_rows(self._probabilities)
-        coordinates = dist.gather_rows(self.clusters.coordinates(z))
-        log_likelihood = dist.gather_rows(self.clusters.log_likelihood(z))
+        responsibilities = dist.gather_rows(self.last.responsibilities)
+        probabilities = dist.gather_rows(self.last.probabilities)
+        coordinates = dist.gather_rows(self.last.clusters.coordinates(z))
+        log_likelihood = dist.gather_rows(self.last.clusters.log_likelihood(z))
         state = TrainerState(
             self.optimizer.state_dict(),
             keys,
@@ -578,7 +585,7 @@ class _Trainer:
 
     def _checkpoint(self) -> Checkpoint:
         return Checkpoint(
-            self.config, self.classes, self.scale, self.epoch, self.evaluated, self.clusters
+            self.config, self.classes, self.scale, self.epoch, self.evaluated, self.last.clusters
         )
 
     def _fitted_table(self, keys: Tensor, coordinates: Tensor, log_likelihood: Tensor) -> pa.Table:
