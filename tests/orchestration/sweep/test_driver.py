@@ -537,7 +537,7 @@ def test_trials_share_the_warm_up(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"cannot vary self_supervision\.temperature: trials share"
     ):
-        check_space(tiny_config(tmp_path, *settings))
+        check_space(tiny_config(tmp_path, "name=search", *settings))
 
 
 def test_parameters_reach_their_keys(tmp_path: Path) -> None:
@@ -561,7 +561,7 @@ def test_a_policy_brings_its_own_strengths(tmp_path: Path) -> None:
 
 def test_numbers_without_a_point_are_numbers(tmp_path: Path) -> None:
     space = "tune.space={train.learning_rate: {log_uniform: [1e-4, 1e-2]}}"
-    config = tiny_config(tmp_path, space)
+    config = tiny_config(tmp_path, "name=search", space)
     check_space(config)
     assert config.tune.space["train.learning_rate"]["log_uniform"] == [1e-4, 1e-2]
 
@@ -569,7 +569,7 @@ def test_numbers_without_a_point_are_numbers(tmp_path: Path) -> None:
 def test_trials_share_the_ray_cluster_in_equal_parts(tmp_path: Path) -> None:
     space = "tune.space={train.num_workers: {choice: [1, 2]}}"
     with pytest.raises(ConfigError, match=r"cannot vary train\.num_workers: trials share"):
-        check_space(tiny_config(tmp_path, space))
+        check_space(tiny_config(tmp_path, "name=search", space))
 
 
 def test_a_trial_that_failed_is_not_the_best(tmp_path: Path) -> None:
