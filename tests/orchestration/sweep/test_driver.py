@@ -380,7 +380,7 @@ def test_paths_of_weights_in_a_space_are_made_absolute(
 def test_a_space_that_makes_no_sense_is_refused(
     space: dict[str, object], message: str, tmp_path: Path
 ) -> None:
-    config = tiny_config(tmp_path, f"tune.space={json.dumps(space)}")
+    config = tiny_config(tmp_path, "name=search", f"tune.space={json.dumps(space)}")
     with pytest.raises(ConfigError, match=message):
         check_space(config)
 
