@@ -53,7 +53,7 @@ def build_encoder(
     name: str,
     weights: Mapping[str, Tensor] | Literal["random"],
     num_classes: int,
-    where: str = "the warm-up",
+    where: str = "the starting weights",
 ) -> Encoder:
     """Build an encoder with random weights or with those of a state dict.
 

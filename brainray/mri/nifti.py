@@ -118,11 +118,14 @@ def decode_nifti(
 
 def _in_float32(voxels: NDArray[Any]) -> Values:
     """A copy of the voxels, minus the smallest if float32 would not resolve values that far off."""
-    finite = voxels[np.isfinite(voxels)]
-    if finite.size:
-        low, high = float(finite.min()), float(finite.max())
-        if high - low < max(abs(low), abs(high)) * _LEAST_SPAN:
-            voxels = voxels - np.float64(low)
+    if voxels.dtype.kind == "f":
+        finite = np.isfinite(voxels)
+        low = float(voxels.min(where=finite, initial=np.inf))
+        high = float(voxels.max(where=finite, initial=-np.inf))
+    else:
+        low, high = float(voxels.min()), float(voxels.max())
+    if 0 < high - low < max(abs(low), abs(high)) * _LEAST_SPAN:
+        voxels = voxels - np.float64(low)
     return np.array(voxels, dtype=np.float32)
 
 

@@ -15,7 +15,8 @@ def leakage_table(leakage: Mapping[str, Any]) -> str:
     header, rows = subset_counts(leakage)
     subsets = markdown_table(header, rows, num_text_columns=1)
     conflicts = (
-        f"Slices in duplicate groups with conflicting labels: {len(leakage['label_conflicts']):,}."
+        "Slices whose copies, in any orientation, have another label: "
+        f"{len(leakage['label_conflicts']):,}."
     )
     return "\n\n".join([twins, subsets, conflicts])
 

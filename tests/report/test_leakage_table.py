@@ -32,7 +32,7 @@ def test_levels_subsets_and_conflicts_are_counted() -> None:
     assert rows["subject"] == ["1", "", ""]
     assert rows["all"] == ["4", "1", "5"]
     assert rows["strict"] == ["2", "0", "2"]
-    assert text.endswith("conflicting labels: 2.")
+    assert text.endswith("have another label: 2.")
 
 
 def test_an_unknown_subset_has_no_row() -> None:

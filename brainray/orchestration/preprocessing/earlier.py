@@ -1,6 +1,6 @@
 """What an earlier preprocessing under the same name has left to continue from."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -39,7 +39,7 @@ class Place(NamedTuple):
     """Where a slice is, or was when it was last in the store."""
 
     split: str  # train | test
-    generation: int  # the preprocessing that first saw it
+    generation: int | None  # the preprocessing that first saw it; None from earlier versions
 
 
 @dataclass(frozen=True)
@@ -96,11 +96,15 @@ class Earlier:
         if self.images is None:
             return {}
         rows = self.images.parent.read_table(layout.SPLITS).to_pylist()
-        # Stores of earlier versions do not tell generations.
-        return {
-            row["sample_id"]: Place(row["split"], row.get("generation", self.generation))
-            for row in rows
-        }
+        return {row["sample_id"]: Place(row["split"], row.get("generation")) for row in rows}
+
+    def generations(self, ids: Sequence[str], places: Mapping[str, Place]) -> list[int]:
+        """The preprocessing that first saw each slice: the current one for new slices."""
+        of_returning = [places[one].generation if one in places else None for one in ids]
+        return [
+            next((born for born in known if born is not None), self.generation)
+            for known in zip(self.of_slices(ids, "generation"), of_returning, strict=True)
+        ]
 
 
 def unchanged(files: list[FoundFile], reusable: pa.Table) -> set[str]:

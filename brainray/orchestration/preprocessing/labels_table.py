@@ -109,7 +109,8 @@ def read_labels_table(
         said[path] = before.completed_by(new)
     if unknown:
         more = f" (nor are the paths of {len(unknown) - 1} more rows)" if len(unknown) > 1 else ""
-        nearest = _nearest_path(unknown[0], places)
+        slashed = unknown[0].replace("\\", "/").removeprefix("./")
+        nearest = _nearest_path(slashed, places)
         remedy = f"did you mean {nearest!r}? Paths" if nearest else "paths"
         raise DataError(
             f"labels={labels}: {unknown[0]!r} is neither an image file below the source nor a "
@@ -188,7 +189,7 @@ def read_rows(labels: Folder) -> list[dict[str, Any]]:
     try:
         content = labels.parent.read_bytes(labels.path.rpartition("/")[2])  # name without escapes
         if labels.name.lower().endswith((".parquet", ".pq")):
-            table = _as_text(pq.read_table(io.BytesIO(content)))
+            table = pq.read_table(io.BytesIO(content))
         else:
             if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
                 content = content.decode("utf-16").encode()  # "Unicode text" of spreadsheets
@@ -213,7 +214,7 @@ def read_rows(labels: Folder) -> list[dict[str, Any]]:
             raise DataError(
                 f"labels={labels}: column {repeated[0]} appears more than once; drop one"
             )
-        rows = table.select(columns).to_pylist()
+        rows = _as_text(table.select(columns)).to_pylist()
     except BrainrayError:
         raise
     except (pa.ArrowException, OSError, ValueError) as error:
@@ -239,10 +240,13 @@ def read_rows(labels: Folder) -> list[dict[str, Any]]:
 def _as_text(table: pa.Table) -> pa.Table:
     """The table with binary columns, as some programs write text, as text."""
     fields = [
-        field.with_type(pa.string()) if pa.types.is_binary(field.type) else field
-        for field in table.schema
+        field.with_type(pa.string()) if _is_bytes(field.type) else field for field in table.schema
     ]
     return table.cast(pa.schema(fields))
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
 def _text(value: object) -> str | None:

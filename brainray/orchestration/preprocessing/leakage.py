@@ -1,6 +1,7 @@
 """Leakage report of a store: duplicates and slices of one subject, within and across splits."""
 
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ def leakage_report(
     looks: Rows,
     kept: NDArray[np.bool_],
     pairs: DuplicatePairs,
-    in_conflict: list[bool],
+    of_conflict: Sequence[str | None],
     config: PreprocessConfig,
 ) -> dict[str, Any]:
     """Contents of ``leakage.json``.
@@ -36,7 +37,8 @@ def leakage_report(
         looks: (N, 9216) uint8, their fingerprints.
         kept: (N,) which of them are in the store.
         pairs: the near-duplicates among them.
-        in_conflict: (N,) whether copies of the slice, in any orientation, have another label.
+        of_conflict: (N,) the group of copies, in any orientation, of slices whose copies have
+            another label; else None.
         config: preprocessing settings of the store.
 
     Returns:
@@ -44,7 +46,7 @@ def leakage_report(
         training slice; ``within_train`` and ``within_test``: copies of an earlier slice of the
         same split; ``num_test`` and ``num_test_by_class``: how many test slices are ``all``,
         ``clean`` and, unless subjects are unknown, ``strict``; ``label_conflicts``: slices
-        whose copies have another label.
+        whose copies have another label, with their ``group``.
     """
     splits = np.array(table["split"].to_pylist(), dtype=object)
     of_train, of_test = (np.flatnonzero(kept & (splits == split)) for split in (TRAIN, TEST))
@@ -68,15 +70,15 @@ def leakage_report(
         "within_train": _within(table, look, pairs, TRAIN),
         "within_test": _within(table, look, pairs, TEST),
         "label_conflicts": [
-            place | {"label": label, "duplicate_group_id": group}
-            for place, label, group, differs in zip(
+            place | {"label": label, "duplicate_group_id": copies, "group": group}
+            for place, label, copies, group in zip(
                 _places(table, "path"),
                 table["label"].to_pylist(),
                 table["duplicate_group_id"].to_pylist(),
-                in_conflict,
+                of_conflict,
                 strict=True,
             )
-            if differs
+            if group is not None
         ],
     }
 

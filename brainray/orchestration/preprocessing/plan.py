@@ -68,11 +68,7 @@ def plan_store(
     labels = [file.label_of(frame) for file, frame in zip(files, frames, strict=True)]
     ids = accepted["sample_id"].to_pylist()
     places = earlier.places()
-    # Copies that were left out had no place.
-    generations = [
-        places[identity].generation if identity in places else born or earlier.generation
-        for identity, born in zip(ids, earlier.of_slices(ids, "generation"), strict=True)
-    ]
+    generations = earlier.generations(ids, places)
     given = official_splits(files, config)
     first_copy = _first_copies(ids, given, labels)
     kept = np.array([copy is None for copy in first_copy], dtype=np.bool_)
@@ -106,12 +102,12 @@ def plan_store(
     duplicates = _duplicates_table(table, kept, first_copy, groups)
     told = table.set_column(table.column_names.index("label"), "label", pa.array(labels))
     conflicting = _conflicting_groups(groups.also_turned, labels)
-    in_conflict = [group in conflicting for group in groups.also_turned]
+    of_conflict = [group if group in conflicting else None for group in groups.also_turned]
     return StorePlan(
         rows,
         _memory(slices, table, rows),
         duplicates,
-        leakage_report(told, looks, kept, groups.pairs, in_conflict, config.preprocess),
+        leakage_report(told, looks, kept, groups.pairs, of_conflict, config.preprocess),
         _statistics(rows, classes, duplicates, config.preprocess),
     )
 
@@ -350,6 +346,8 @@ def _statistics(
         identity = json.dumps([made_by, content.to_pylist()])
         return hashlib.sha256(identity.encode()).hexdigest()[:12]
 
+    # Stores that were made at once have the hash that earlier versions gave them.
+    born = ["generation"] if pc.any(pc.greater(rows["generation"], 0)).as_py() else []
     return {
         "classes": classes,
         "num_slices": count_by_split_and_class(rows),
@@ -357,8 +355,6 @@ def _statistics(
         "skull_strip_used": dict(sorted(Counter(rows["skull_strip"].to_pylist()).items())),
         "pixel_mean": mean,
         "pixel_std": max(square - mean * mean, 1e-8) ** 0.5,
-        "data_hash": hash_of(
-            "split", "sample_id", "label", "draw_group_id", "kin_group_id", "generation"
-        ),
+        "data_hash": hash_of("split", "sample_id", "label", "draw_group_id", "kin_group_id", *born),
         "slices_hash": hash_of("split", "sample_id", "split_group_id"),
     }

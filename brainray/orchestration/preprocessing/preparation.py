@@ -134,7 +134,9 @@ def decode_to_predict(
             "subject_id": subject,
             "subject_source": source,
         }
-        if asked.label_of_frame and row["frame"] and about["label"] is None:
+        # A volume that was rejected as a whole has the frame "volume=N".
+        is_asked = any(name.startswith(f"{row['frame']}/") for name in asked.label_of_frame)
+        if asked.label_of_frame and row["frame"] and about["label"] is None and not is_asked:
             about |= {"reason": NOT_ASKED, "detail": None, "image": None, "thumbnail": None}
         decoded.append(dict.fromkeys(DECODED.names) | row | about)
     return decoded

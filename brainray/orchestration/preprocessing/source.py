@@ -276,7 +276,7 @@ def _walk(source: Folder, storage: Folder | None) -> Iterator[FoundFile]:
             if (status.st_dev, status.st_ino) in visited:
                 subfolders.clear()
                 continue
-            if left_out is not None and os.path.realpath(folder) == left_out:
+            if left_out is not None and _is_below(os.path.realpath(folder), left_out):
                 subfolders.clear()
                 continue
             visited.add((status.st_dev, status.st_ino))
@@ -308,7 +308,12 @@ def _refuse(error: OSError) -> None:
 
 def _leads_out(path: str, root: str) -> bool:
     """Whether a path is a link to a target outside the folder ``root``."""
-    return os.path.islink(path) and os.path.commonpath([root, os.path.realpath(path)]) != root
+    return os.path.islink(path) and not _is_below(os.path.realpath(path), root)
+
+
+def _is_below(path: str, folder: str) -> bool:
+    """Whether an absolute path is a folder or leads into it."""
+    return os.path.commonpath([folder, path]) == folder
 
 
 def _printable(path: str) -> str:
@@ -408,10 +413,11 @@ def check_frames(files: Iterable[SourceFile], slices: pa.Table) -> None:
     missing = [
         (path, frame)
         for path in sorted(frames)
-        for frame in sorted(set(named[path]) - set(frames[path]))
+        for frame in sorted(named[path])
+        if not _is_among(frame, frames[path])
     ]
     for path, frame in missing:
-        if not set(named[path]) & set(frames[path]):
+        if not any(_is_among(frame, frames[path]) for frame in named[path]):
             remedy = "it has a single slice, so leave its frame empty"
             if frames[path] != [""]:
                 remedy = f"its frames are such as {frames[path][0]!r}"
@@ -427,6 +433,11 @@ def check_frames(files: Iterable[SourceFile], slices: pa.Table) -> None:
             f"note: slices of the labels table that their files do not have, or that are empty: "
             f"{len(missing)}, such as frame {frame!r} of {path!r}"
         )
+
+
+def _is_among(frame: str, frames: Collection[str]) -> bool:
+    """Whether a frame was decoded, or rejected alone or with its whole volume."""
+    return frame in frames or frame.partition("/")[0] in frames
 
 
 def renaming_advice(unknown: Collection[str], class_map: Mapping[str, str | None]) -> str:

@@ -32,7 +32,7 @@ def check_run_fits(run: Run, store: ImageStore, num_workers: int) -> None:
 
 
 def begin_run(config: Config, store: ImageStore, num_workers: int) -> Run:
-    """Create the folder of a new run.
+    """Create the folder of a new run; the caller holds its lock, and no run has its name.
 
     Labels are drawn here and saved with the run, together with the fingerprints of every slice that
     the run sees in any role. Workers read labels from this draw only.

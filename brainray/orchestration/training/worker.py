@@ -128,9 +128,9 @@ def _train(config: Config, start: State, run: Folder, store_folder: Folder) -> N
 
 
 @dataclass(frozen=True)
-class _Pair:
-    """The last epoch's mixture, and what it and the encoder say of this rank's fitted slices:
-    labelled, then unlabelled.
+class _LastEpoch:
+    """A mixture, and what it and the encoder say of this rank's fitted slices: labelled, then
+    unlabelled.
     """
 
     clusters: ClusterModel
@@ -210,7 +210,7 @@ class _Trainer:
         self._tests_each_epoch = config.evaluation.test_each_epoch
         self.epoch = 0
         self.history: list[dict[str, float]] = []
-        self._last: _Pair | None = None
+        self._last: _LastEpoch | None = None
 
     @property
     def evaluated(self) -> Encoder:
@@ -223,7 +223,7 @@ class _Trainer:
         return image_side(max(self.epoch, 1), self.config.train)
 
     @property
-    def last(self) -> _Pair:
+    def last(self) -> _LastEpoch:
         """From the end of the last epoch, used in the next."""
         assert self._last is not None, "no mixture has been fitted yet"
         return self._last
@@ -255,7 +255,7 @@ class _Trainer:
         keys = self.data.fitted_keys.cpu()
         responsibilities = rows_of_keys(state.keys, state.responsibilities, keys)
         probabilities = rows_of_keys(state.keys, state.probabilities, keys)
-        self._last = _Pair(
+        self._last = _LastEpoch(
             saved.clusters.to(self.device),
             responsibilities.to(self.device),
             probabilities.to(self.device),
@@ -488,7 +488,7 @@ class _Trainer:
 
     def _continue_with(self, found: Reclustering, fitted: EncoderOutput) -> None:
         """Use a mixture, and the logits of the slices that it was fitted on, in the next epoch."""
-        self._last = _Pair(found.model, found.responsibilities, fitted.logits.softmax(dim=1))
+        self._last = _LastEpoch(found.model, found.responsibilities, fitted.logits.softmax(dim=1))
 
     def _predict(self, shard: SliceShard) -> Predictions:
         return self._gathered(shard, self._embed(shard.images), self.last.clusters)

@@ -193,10 +193,21 @@ def test_a_subject_that_is_corrected_comes_apart(phantoms: Path, tmp_path: Path)
     right = made_with([f"{path.split('/')[1]}{row % 5}" for row, path in enumerate(paths)])
     kept, subjects = right["draw_group_id"], right["subject_id"]
     assert kept.nunique() > 4
-    assert (subjects.groupby(kept).nunique() >= 1).all()
     assert (kept.groupby(subjects).nunique() == 1).all()
-    # One part of each keeps its name, and with it its place in the draws.
-    assert set(wrong["draw_group_id"]) & set(kept)
+
+
+def test_a_store_of_a_time_when_splits_told_no_generation_keeps_its_draws(
+    source: Path, tmp_path: Path
+) -> None:
+    before = index(opened(tmp_path / "a"))
+    folder = Folder(tmp_path / "a" / "datasets" / "mri")
+    splits = folder.read_table("splits.parquet")
+    folder.write_table("splits.parquet", splits.drop_columns("generation"))
+    new = grow(source)
+    after = index(made(tmp_path / "a", source))
+    assert set(after.loc[sorted(new), "generation"]) == {1}
+    old = after.set_index(["sample_id", "split"])["generation"]
+    assert set(old.loc[list(zip(before["sample_id"], before["split"], strict=True))]) == {0}
 
 
 def test_a_store_is_not_replaced_by_one_of_another_source(source: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import cv2
+import nibabel
 import numpy as np
 import pytest
 
@@ -12,11 +13,13 @@ from brainray.errors import ConfigError, DataError
 from brainray.mri.resize import auto_gamma, min_max
 from brainray.mri.slices import RejectedImage
 from brainray.orchestration.preprocessing.preparation import (
+    NOT_ASKED,
+    decode_to_predict,
     preprocess_file,
     read_file,
     subject_salt,
 )
-from brainray.orchestration.preprocessing.source import FoundFile, list_source
+from brainray.orchestration.preprocessing.source import FoundFile, SourceFile, list_source
 from brainray.storage import Folder
 
 
@@ -37,6 +40,21 @@ def test_a_file_that_changes_or_vanishes_is_left_out(tmp_path: Path) -> None:
         read_file(Folder(tmp_path), listed.file)
     with pytest.raises(DataError, match=r"absent does not exist on node .*available on every node"):
         read_file(Folder(tmp_path / "absent"), listed.file)
+
+
+def test_slices_of_a_bad_volume_are_told_to_be_bad_and_not_to_have_no_class() -> None:
+    side = np.linspace(-1.0, 1.0, 40)
+    ball = np.add.outer(np.add.outer(side**2, side**2), side**2) < 0.8
+    good = np.where(ball, 500.0 + 100.0 * side, 0.0).astype(np.float32)
+    bad = np.full_like(good, np.nan)
+    content = bytes(nibabel.Nifti1Image(np.stack([bad, good], axis=3), np.eye(4)).to_bytes())
+    names = {"volume=0/axial=20": "glioma", "volume=1/axial=20": "notumor"}
+    asked = SourceFile(file=FoundFile("1.nii", len(content), 1), label_of_frame=names)
+    rows = decode_to_predict(asked, lambda: content, PreprocessConfig(image_size=32), b"salt")
+    told = {row["frame"]: (row["reason"], row["label"]) for row in rows}
+    assert told["volume=0"] == ("non-finite pixels", None)
+    assert told["volume=1/axial=20"] == (None, "notumor")
+    assert told["volume=1/axial=19"] == (NOT_ASKED, None)
 
 
 def test_a_known_problem_is_told_without_reading(tmp_path: Path) -> None:

@@ -54,6 +54,7 @@ def test_class_folders_and_bare_files(tmp_path: Path) -> None:
 def test_a_storage_within_the_source_is_left_out(tmp_path: Path) -> None:
     source = make(tmp_path / "data", "a/1.jpg", "out/datasets/x/figures/2.png", "output/3.png")
     (tmp_path / "link").symlink_to(tmp_path / "data")
+    (tmp_path / "data" / "results").symlink_to("out/datasets")
     for storage in (tmp_path / "data" / "out", tmp_path / "link" / "out"):
         found = list_source(source, None, {}, storage=Folder(storage)).files
         assert [file.path for file in found] == ["a/1.jpg", "output/3.png"]
@@ -186,6 +187,9 @@ def test_named_frames_are_compared_with_those_of_the_file(
     assert "2, such as frame 'c' of '1.nii'" in "".join(capsys.readouterr())
     with pytest.raises(DataError, match="such as 'a'"):
         check(["a", "b"], c="glioma")
+    capsys.readouterr()
+    check(["volume=0", "volume=1/axial=3"], **{"volume=0/axial=3": "glioma"})  # of a bad volume
+    assert "".join(capsys.readouterr()) == ""
 
 
 def test_what_is_not_read_is_told_by_type(tmp_path: Path) -> None:
@@ -255,7 +259,8 @@ def test_a_table_may_be_a_spreadsheets_unicode_text(tmp_path: Path) -> None:
 
 def test_a_table_may_have_text_as_bytes(tmp_path: Path) -> None:
     source = make(tmp_path / "s", "1.jpg")
-    columns = {"path": [b"1.jpg"], "label": [b"glioma"], "subject": [7]}
+    large = pa.array([b"glioma"], pa.large_binary())
+    columns = {"path": [b"1.jpg"], "label": large, "subject": [7], "image": [b"\xff\xd8\xff"]}
     pq.write_table(pa.table(columns), tmp_path / "labels.parquet")
     rows = listed(source, Folder(tmp_path / "labels.parquet"))
     assert rows == [("1.jpg", None, "glioma", "7")]
@@ -285,7 +290,9 @@ def test_all_rows_without_a_file_are_counted(tmp_path: Path) -> None:
         list_source(source, Folder(tmp_path / "labels.csv"), {})
 
 
-@pytest.mark.parametrize("told", ["T1/SCAN.JPG", "/data/T1/scan.jpg", "T1/scan.png", "scan"])
+@pytest.mark.parametrize(
+    "told", ["T1/SCAN.JPG", "/data/T1/scan.jpg", "T1/scan.png", "scan", "D:\\T1\\SCAN.JPG"]
+)
 def test_a_path_that_nearly_fits_is_suggested(tmp_path: Path, told: str) -> None:
     source = make(tmp_path / "s", "T1/scan.jpg", "T1/other.jpg")
     (tmp_path / "labels.csv").write_text(f"path,label\n{told},a\n")
