@@ -6,7 +6,7 @@ import json
 import os
 import shlex
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
@@ -410,14 +410,13 @@ def check_frames(files: Iterable[SourceFile], slices: pa.Table) -> None:
     ):
         if path in named and digest is not None:
             frames[path].append(frame)
-    missing = [
-        (path, frame)
-        for path in sorted(frames)
-        for frame in sorted(named[path])
-        if not _is_among(frame, frames[path])
-    ]
+    missing = []
+    for path in sorted(frames):
+        there = set(frames[path])
+        missing += [(path, frame) for frame in sorted(named[path]) if not _is_among(frame, there)]
+    num_missing = Counter(path for path, _ in missing)
     for path, frame in missing:
-        if not any(_is_among(frame, frames[path]) for frame in named[path]):
+        if num_missing[path] == len(named[path]):
             remedy = "it has a single slice, so leave its frame empty"
             if frames[path] != [""]:
                 remedy = f"its frames are such as {frames[path][0]!r}"
@@ -435,7 +434,7 @@ def check_frames(files: Iterable[SourceFile], slices: pa.Table) -> None:
         )
 
 
-def _is_among(frame: str, frames: Collection[str]) -> bool:
+def _is_among(frame: str, frames: Set[str]) -> bool:
     """Whether a frame was decoded, or rejected alone or with its whole volume."""
     return frame in frames or frame.partition("/")[0] in frames
 
