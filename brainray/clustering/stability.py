@@ -83,7 +83,7 @@ def measure_stability(
 class Recommendation:
     """A number of clusters, with reasons."""
 
-    num_clusters: int
+    num_clusters: int | None  # None: no recommendation
     reasons: list[str]
 
 

@@ -29,7 +29,8 @@ from brainray.orchestration.study.grid import (
     main_cells,
     sensitivity_cells,
 )
-from brainray.orchestration.study.report import StudyResults, write_report
+from brainray.orchestration.study.report import write_report
+from brainray.orchestration.study.results import StudyResults
 from brainray.schema import TRAIN
 from brainray.storage import Folder
 

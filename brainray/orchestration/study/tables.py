@@ -1,0 +1,110 @@
+"""Tables of a study, as CSV and Markdown, and its metrics."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from brainray.clustering.partition import NUM_NEIGHBOURS
+from brainray.orchestration.pretraining.driver import collapsed_rounds
+from brainray.orchestration.study.data import FeatureKey
+from brainray.orchestration.study.grid import FITTED, Outcome, outcome_row
+from brainray.orchestration.study.results import StudyResults
+from brainray.report.study_tables import (
+    average_over_seeds,
+    csv_text,
+    datasets_table,
+    features_table,
+    methods_table,
+)
+from brainray.storage import Folder
+
+_METHOD = ("dataset", "slices", "features", "clusterer", "pca_dim")
+_SUBSET_TITLES = {
+    FITTED: "fitted slices",
+    "all": "held-out slices, all",
+    "clean": "held-out slices, clean (no upright copy among the slices that were fitted or that "
+    "the starting weights saw)",
+    "strict": "held-out slices, strict (also no turned copy and no likely subject in common)",
+}
+_NEIGHBOURS_TITLE = (
+    f"share of the {NUM_NEIGHBOURS} nearest fitted slices with the same label, per held-out slice"
+)
+
+
+@dataclass(frozen=True)
+class StudyTables:
+    """The tables of a study."""
+
+    files: dict[str, str]  # contents by name
+    text: str  # the main tables, to be shown
+    metrics: dict[str, float]  # means and standard deviations by name, for MLflow
+
+
+def study_tables(results: StudyResults) -> StudyTables:
+    """All tables of a study."""
+    subsets = list(
+        dict.fromkeys(name for each in results.sets.values() for name in each.slices.subsets)
+    )
+    rows = _rows(results, results.main)
+    averaged = average_over_seeds(rows, _METHOD)
+    files = {"cells.csv": csv_text(rows), "methods.csv": csv_text(averaged)}
+    parts, shown = [], []
+    for dataset, each in results.sets.items():
+        for subset, members in each.slices.subsets.items():
+            chosen = [r for r in averaged if (r["dataset"], r["slices"]) == (dataset, subset)]
+            title = f"## {dataset}: {int(members.sum()):,} {_SUBSET_TITLES[subset]}"
+            parts.append(f"{title}\n\n{methods_table(chosen)}\n")
+            if subset == FITTED:
+                shown.append(parts[-1])
+    for dataset in results.sets:
+        knowing = features_table([r for r in averaged if r["dataset"] == dataset])
+        if knowing is not None:
+            title = f"## {dataset}: {_NEIGHBOURS_TITLE}"
+            parts.append(f"{title}\n\n{knowing}\n")
+            shown.append(parts[-1])
+    notes = sorted({f"- {o.cell.clusterer}: {note}" for o in results.main for note in o.notes})
+    notes += _collapses(results.features.encoders)
+    if notes:
+        parts.append("\n".join(["Notes:", *notes]) + "\n")
+    files["methods.md"] = "\n".join(parts)
+    by_dataset = []
+    for metric in ("nmi", "fmi"):
+        for subset in subsets:
+            table = datasets_table([r for r in averaged if r["slices"] == subset], metric)
+            if table is not None:
+                title = f"## {metric.upper()} by data set, {_SUBSET_TITLES[subset]}"
+                by_dataset.append(f"{title}\n\n{table}\n")
+    files["datasets.md"] = "\n".join(by_dataset)
+    files["sensitivity.csv"] = csv_text(_rows(results, results.varied))
+    return StudyTables(files, "\n".join(shown), _flat(averaged))
+
+
+def _rows(results: StudyResults, outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+    """A row for each outcome and subset of its data set."""
+    return [
+        outcome_row(outcome, subset)
+        for outcome in outcomes
+        for subset in results.sets[outcome.cell.dataset].slices.subsets
+    ]
+
+
+def _flat(averaged: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    return {
+        f"{row['dataset']}/{row['slices']}/{row['features']}/{row['clusterer']}"
+        f"/pca{row['pca_dim']}/{name}": value
+        for row in averaged
+        for name, value in row.items()
+        if name.startswith(("nmi_", "fmi_", "ari_", "silhouette_", "accuracy_", "neighbours_"))
+    }
+
+
+def _collapses(encoders: Mapping[FeatureKey, Folder]) -> list[str]:
+    """Notes on refined encoders whose clusters collapsed, which `on_collapse=warn` lets pass."""
+    notes = []
+    for (dataset, feature, seed), folder in encoders.items():
+        if rounds := collapsed_rounds(folder):
+            notes.append(
+                f"- {dataset}, {feature}, seed {seed}: the clusters of its refinement collapsed in "
+                f"round {', '.join(map(str, rounds))}"
+            )
+    return notes
