@@ -13,14 +13,14 @@ def work(config: Config) -> JobResult:
     store = preprocess(config)
     counts = {
         f"num_slices/{split}/{label or 'unlabelled'}": float(count)
-        for split, by_class in store.manifest["num_slices"].items()
+        for split, by_class in store.manifest.num_slices.items()
         for label, count in by_class.items()
     }
     leakage = store.folder.read_json(layout.LEAKAGE)
     counts |= {f"num_test/{subset}": float(n) for subset, n in leakage["num_test"].items()}
-    counts["num_files_decoded"] = float(store.manifest["num_files_decoded"])
-    counts["num_rejected"] = float(store.manifest["num_rejected"])
-    counts["num_removed_copies"] = float(store.manifest["num_removed_copies"])
+    counts["num_files_decoded"] = float(store.manifest.num_files_decoded)
+    counts["num_rejected"] = float(store.manifest.num_rejected)
+    counts["num_removed_copies"] = float(store.manifest.num_removed_copies)
     return JobResult(out=str(store.folder), metrics=counts)
 
 

@@ -237,9 +237,9 @@ def test_killed_preprocessing_workers_lose_no_slice(
     whole, other = (
         ImageStore.open(Folder(tmp_path / "datasets" / name)) for name in ("whole", "killed")
     )
-    assert whole.data_hash == other.data_hash
+    assert whole.manifest.data_hash == other.manifest.data_hash
     assert whole.index().num_rows == other.index().num_rows
-    assert other.manifest["num_rejected"] == whole.manifest["num_rejected"]
+    assert other.manifest.num_rejected == whole.manifest.num_rejected
 
 
 def test_preprocessing_workers_killed_for_want_of_memory_lose_no_slice(
@@ -272,8 +272,8 @@ def test_preprocessing_workers_killed_for_want_of_memory_lose_no_slice(
     whole, other = (
         ImageStore.open(Folder(tmp_path / "datasets" / name)) for name in ("whole", "killed")
     )
-    assert whole.data_hash == other.data_hash
-    assert other.manifest["num_rejected"] == whole.manifest["num_rejected"]
+    assert whole.manifest.data_hash == other.manifest.data_hash
+    assert other.manifest.num_rejected == whole.manifest.num_rejected
 
 
 @pytest.fixture

@@ -27,8 +27,8 @@ def test_copies_and_clean_test_slices_are_those_that_were_measured(
     pairs = [("me_0831", "pi_0520"), ("me_0942", "pi_0515"), ("me_1311", "pi_0043")]
     assert conflicts == {f"Tr-{name}" for pair in pairs for name in pair}
     assert len({row["group"] for row in leakage["label_conflicts"]}) == 3
-    assert store.manifest["num_rejected"] == 0
-    assert store.manifest["classes"] == ["glioma", "meningioma", "notumor", "pituitary"]
+    assert store.manifest.num_rejected == 0
+    assert store.manifest.classes == ["glioma", "meningioma", "notumor", "pituitary"]
     # Its rule for twins: a correlation of thumbnails above 0.999.
     index = store.index(thumbnails=True)
     test, train = (index.filter(pc.equal(index["split"], split)) for split in ("test", "train"))

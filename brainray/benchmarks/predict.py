@@ -34,7 +34,7 @@ from brainray.orchestration.preprocessing.driver import preprocess
 from brainray.orchestration.preprocessing.preparation import decode_to_predict, read_file
 from brainray.orchestration.preprocessing.source import SourceFile, list_source
 from brainray.orchestration.ray_connection import attach_to_ray
-from brainray.orchestration.store import ImageStore
+from brainray.orchestration.store import ImageStore, read_images
 from brainray.orchestration.training.driver import train
 from brainray.schema import TRAIN
 from brainray.storage import Folder
@@ -202,7 +202,7 @@ def _embedding(store: ImageStore, predictor: Predictor) -> _Embedding:
     model = SliceModel(predictor.checkpoint)
     ids = _training_ids(store)
     side = predictor.checkpoint.image_size
-    images = torch.from_numpy(store.images(ids, TRAIN, side)).to(model.device)
+    images = torch.from_numpy(read_images(store.folder, ids, TRAIN, side)).to(model.device)
     scale = predictor.checkpoint.scale
     batch_size = predictor.checkpoint.config.train.embed_batch_size
 

@@ -275,7 +275,7 @@ def _preprocess_alone(source: Path, storage: Path, sender: Any) -> None:
     attach_to_ray()
     time.sleep(_RAY_STARTS_S)
     store = preprocess(_settings(source, storage))
-    sender.send(store.manifest["seconds"])
+    sender.send(store.manifest.seconds)
 
 
 def _proportional_bytes(pid: int | None) -> int:

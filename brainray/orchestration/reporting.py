@@ -30,7 +30,7 @@ from brainray.orchestration.run import (
     open_run,
     unfinished,
 )
-from brainray.orchestration.store import ImageStore
+from brainray.orchestration.store import ImageStore, read_images
 from brainray.redaction import command_line
 from brainray.report.comparison_table import comparison_table
 from brainray.report.maps import SliceMap, run_maps
@@ -101,12 +101,12 @@ def _store_with_test_slices(config: Config, run: Run) -> ImageStore:
         DataError: there is none, or it no longer has the run's test slices as they were.
     """
     store = ImageStore.open(Folder(config.storage) / layout.DATASETS / config.given("dataset"))
-    if store.data_hash == run.info["data_hash"]:
+    if store.manifest.data_hash == run.info["data_hash"]:
         return store
     index = store.index()
     there = index.filter(pc.equal(index["split"], TEST))["sample_id"]
     tested = run.folder.read_table(layout.TEST_SLICES, columns=["sample_id"])["sample_id"]
-    settings = store.preprocess.model_dump(mode="json"), store.versions
+    settings = store.manifest.preprocess.model_dump(mode="json"), store.manifest.versions
     if (
         settings != (run.info["preprocess"], run.info.get("versions"))
         or not pc.all(pc.is_in(tested, value_set=there)).as_py()
@@ -201,7 +201,7 @@ def write_run_page(
         side = config.train.image_size
 
         def load(rows: pa.Table) -> NDArray[np.uint8]:
-            return store.images(rows["sample_id"].to_pylist(), TEST, side)
+            return read_images(store.folder, rows["sample_id"].to_pylist(), TEST, side)
 
         checkpoint = load_checkpoint(run.folder / layout.BEST)
         explained = explain(run.folder.read_table(chosen), checkpoint, load)

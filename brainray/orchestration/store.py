@@ -1,49 +1,23 @@
 """The image store: written by preprocessing and read by all later stages."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
+from pydantic import BaseModel
 
 from brainray import layout
-from brainray.config import Config, PreprocessConfig, SplitConfig
+from brainray.config import Config
 from brainray.config_text import differing_settings, with_defaults
 from brainray.errors import ConfigError, DataError
-from brainray.mri import decode, intracranial
 from brainray.mri.resize import stretch
+from brainray.orchestration.manifest import NOT_OF_SLICES, Manifest, read_manifest, versions_of
 from brainray.schema import IMAGE_INDEX_COLUMNS, TEST, TRAIN
 from brainray.storage import Folder
-
-
-class _NumSlices(BaseModel):
-    """Number of slices of each split by label."""
-
-    train: dict[str, NonNegativeInt]
-    test: dict[str, NonNegativeInt] = {}
-
-
-class _Manifest(BaseModel):
-    """The parts of a manifest that are read; validated, because the file may be foreign."""
-
-    model_config = ConfigDict(allow_inf_nan=False, extra="ignore")
-
-    classes: list[str]
-    pixel_mean: float
-    pixel_std: Annotated[float, Field(gt=0.0)]
-    data_hash: str
-    slices_hash: str
-    listing: str
-    subject_salt: str
-    generation: Annotated[int, Field(ge=0)]
-    preprocess: PreprocessConfig
-    num_slices: _NumSlices
-    split: dict[str, Any]
-    classes_map: dict[str, str | None]
 
 
 @dataclass(frozen=True)
@@ -51,7 +25,7 @@ class ImageStore:
     """A finished store; ``manifest`` is written last, so a folder without one is not a store."""
 
     folder: Folder
-    manifest: dict[str, Any]
+    manifest: Manifest
 
     @classmethod
     def open(cls, folder: Folder, data_hash: str | None = None) -> "ImageStore":
@@ -68,69 +42,13 @@ class ImageStore:
                 f"no image store at {folder}: run jobs/preprocess.py with --set name=... first, "
                 "and name that store with --set dataset=..."
             )
-        manifest = folder.read_json(layout.MANIFEST)
-        if not isinstance(manifest, dict):
-            raise DataError(f"{folder}/{layout.MANIFEST} is not a manifest: choose another name")
-        if manifest.get("format") != layout.STORE_FORMAT:
-            raise DataError(
-                f"the image store {folder} was made by another version of brainray "
-                f"({manifest.get('format')!r}, this version reads {layout.STORE_FORMAT!r}): "
-                "choose another name, or delete it and preprocess again"
-            )
-        try:
-            _Manifest.model_validate(manifest)
-        except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(str(part) for part in first["loc"])
-            raise DataError(
-                f"{folder}/{layout.MANIFEST} is damaged ({key}: {first['msg']}): delete the store "
-                "and preprocess again"
-            ) from None
-        if data_hash is not None and manifest["data_hash"] != data_hash:
+        manifest = read_manifest(folder)
+        if data_hash is not None and manifest.data_hash != data_hash:
             raise DataError(
                 f"the image store {folder} has changed (hash {data_hash} before, "
-                f"{manifest['data_hash']} now): train on it under another name"
+                f"{manifest.data_hash} now): train on it under another name"
             )
         return cls(folder, manifest)
-
-    @property
-    def classes(self) -> list[str]:
-        """The training slices' classes, sorted."""
-        return list(self.manifest["classes"])
-
-    @property
-    def num_slices(self) -> dict[str, dict[str, int]]:
-        """Number of slices by split and label, which is empty for those without."""
-        return dict(self.manifest["num_slices"])
-
-    @property
-    def pixel_mean(self) -> float:
-        """Mean intensity of the training slices, in units of [0, 1]."""
-        return float(self.manifest["pixel_mean"])
-
-    @property
-    def pixel_std(self) -> float:
-        """Standard deviation of the training slices' intensities, in units of [0, 1]."""
-        return float(self.manifest["pixel_std"])
-
-    @property
-    def data_hash(self) -> str:
-        """Changes with the slices, their pixels' settings, labels or splits."""
-        return str(self.manifest["data_hash"])
-
-    @property
-    def slices_hash(self) -> str:
-        """The same without labels: covers everything that learning without labels reads."""
-        return str(self.manifest["slices_hash"])
-
-    @property
-    def preprocess(self) -> PreprocessConfig:
-        return PreprocessConfig.model_validate(self.manifest["preprocess"])
-
-    @property
-    def versions(self) -> dict[str, int | None]:
-        """Versions of the methods that made the slices, as `versions_of` returns them."""
-        return {name: self.manifest.get(name) for name in versions_of(self.preprocess)}
 
     def index(self, *, thumbnails: bool = False) -> pa.Table:
         """Every column except the pixels, ordered by split and sample_id.
@@ -147,75 +65,46 @@ class ImageStore:
         is_scored = pc.and_(pc.equal(index["split"], TEST), pc.is_valid(index["label"]))
         return set(index.filter(is_scored)["path"].to_pylist())
 
-    def images(self, sample_ids: list[str], split: str, side: int) -> NDArray[np.uint8]:
-        """Slices (n, 1, side, side) uint8 of one split, in the order of ``sample_ids``."""
-        images = np.empty((len(sample_ids), 1, side, side), dtype=np.uint8)
-        rows: dict[tuple[str, str], list[int]] = {}
-        for row, identity in enumerate(sample_ids):
-            rows.setdefault((split, identity), []).append(row)
-        for key, image in self.scan(rows, side):
-            images[rows[key], 0] = image
-        return images
 
-    def scan(
-        self, wanted: Collection[tuple[str, str]], side: int
-    ) -> Iterator[tuple[tuple[str, str], NDArray[np.uint8]]]:
-        """Each wanted (split, sample_id) with its slice (side, side) uint8, in stored order.
-
-        The store is read once, one row group in memory at a time.
-        """
-        missing = set(wanted)
-        folder = self.folder / layout.IMAGES
-        for name in folder.names():
-            with folder.open_table(name) as part:
-                for number in range(part.num_row_groups):
-                    names = part.read_row_group(number, columns=["split", "sample_id"])
-                    keys = list(zip(*names.to_pydict().values(), strict=True))
-                    rows = [row for row, key in enumerate(keys) if key in wanted]
-                    if not rows:
-                        continue
-                    group = part.read_row_group(number, columns=["height", "width", "image"])
-                    for row, stored in zip(rows, group.take(rows).to_pylist(), strict=True):
-                        pixels = np.frombuffer(stored["image"], dtype=np.uint8)
-                        image = pixels.reshape(stored["height"], stored["width"])
-                        missing.discard(keys[row])
-                        yield keys[row], stretch(image, side)
-        if missing:
-            raise DataError(
-                f"{self.folder}: {len(missing)} slices in the index are missing, such as "
-                f"{min(missing)[1]}; delete the store and preprocess again"
-            )
+def read_images(store: Folder, sample_ids: list[str], split: str, side: int) -> NDArray[np.uint8]:
+    """Slices (n, 1, side, side) uint8 of one split of a store, in the order of ``sample_ids``."""
+    images = np.empty((len(sample_ids), 1, side, side), dtype=np.uint8)
+    rows: dict[tuple[str, str], list[int]] = {}
+    for row, identity in enumerate(sample_ids):
+        rows.setdefault((split, identity), []).append(row)
+    for key, image in scan_images(store, rows, side):
+        images[rows[key], 0] = image
+    return images
 
 
-NOT_OF_SLICES = {"files_per_task", "max_rejected_fraction"}
-"""Settings of preprocessing that do not affect slices: they may change between updates."""
+def scan_images(
+    store: Folder, wanted: Collection[tuple[str, str]], side: int
+) -> Iterator[tuple[tuple[str, str], NDArray[np.uint8]]]:
+    """Each wanted (split, sample_id) with its slice (side, side) uint8, in stored order.
 
-
-def settings_of(
-    preprocess: PreprocessConfig,
-    split: SplitConfig,
-    class_map: Mapping[str, str | None],
-    *,
-    drawn: bool,
-) -> dict[str, Any]:
-    """The settings that determine a store, without those that are used only in training.
-
-    Seed and size of the split count only if it is ``drawn``, not taken from the source.
+    The store is read once, one row group in memory at a time.
     """
-    parts: dict[str, Any] = {"mode": split.mode}
-    if drawn:
-        parts |= {"test_fraction": split.test_fraction, "seed": split.seed}
-    images = preprocess.model_dump(mode="json", exclude=NOT_OF_SLICES)
-    settings = {"preprocess": images, "split": parts, "classes_map": dict(class_map)}
-    return settings | versions_of(preprocess)
-
-
-def versions_of(preprocess: PreprocessConfig) -> dict[str, int]:
-    """Versions of the methods in use that affect slices; constant within a store."""
-    versions = {"decode_version": decode.VERSION}
-    if preprocess.skull_strip == "intracranial":
-        versions["intracranial_version"] = intracranial.VERSION
-    return versions
+    missing = set(wanted)
+    folder = store / layout.IMAGES
+    for name in folder.names():
+        with folder.open_table(name) as part:
+            for number in range(part.num_row_groups):
+                names = part.read_row_group(number, columns=["split", "sample_id"])
+                keys = list(zip(*names.to_pydict().values(), strict=True))
+                rows = [row for row, key in enumerate(keys) if key in wanted]
+                if not rows:
+                    continue
+                group = part.read_row_group(number, columns=["height", "width", "image"])
+                for row, stored in zip(rows, group.take(rows).to_pylist(), strict=True):
+                    pixels = np.frombuffer(stored["image"], dtype=np.uint8)
+                    image = pixels.reshape(stored["height"], stored["width"])
+                    missing.discard(keys[row])
+                    yield keys[row], stretch(image, side)
+    if missing:
+        raise DataError(
+            f"{store}: {len(missing)} slices in the index are missing, such as "
+            f"{min(missing)[1]}; delete the store and preprocess again"
+        )
 
 
 def as_store_was_made(config: Config, store: ImageStore) -> Config:
@@ -224,15 +113,15 @@ def as_store_was_made(config: Config, store: ImageStore) -> Config:
     Raises:
         ConfigError: it sets a different value; settings that it does not set are taken over.
     """
-    slices = store.preprocess.model_dump(mode="json", exclude=NOT_OF_SLICES)
+    slices = store.manifest.preprocess.model_dump(mode="json", exclude=NOT_OF_SLICES)
     # The seed also draws labels, so it may differ.
-    split = {key: value for key, value in store.manifest["split"].items() if key != "seed"}
+    split = {key: value for key, value in store.manifest.split.items() if key != "seed"}
     problems = [
         _difference(config.preprocess, slices, "preprocess."),
         _difference(config.split, split, "split."),
     ]
     if config.classes.map:
-        made_map = store.manifest["classes_map"]
+        made_map = store.manifest.classes_map
         problems.append(differing_settings(made_map, config.classes.map, "classes.map."))
     difference = "; ".join(problem for problem in problems if problem)
     if difference:
@@ -240,7 +129,7 @@ def as_store_was_made(config: Config, store: ImageStore) -> Config:
             f"the image store {store.folder} was made with other settings ({difference}): "
             "choose another dataset, or preprocess again under another name"
         )
-    made = {"preprocess": store.preprocess, "split": config.split.model_copy(update=split)}
+    made = {"preprocess": store.manifest.preprocess, "split": config.split.model_copy(update=split)}
     return config.model_copy(update=made)
 
 
@@ -254,7 +143,7 @@ def store_to_train_on(config: Config) -> tuple[Config, ImageStore]:
     folder = Folder(config.storage) / layout.DATASETS / config.given("dataset")
     store = ImageStore.open(folder)
     config = as_store_was_made(config, store)
-    difference = differing_settings(store.versions, versions_of(store.preprocess))
+    difference = differing_settings(store.manifest.versions, versions_of(store.manifest.preprocess))
     if difference:
         raise DataError(
             f"the image store {store.folder} was made by another version of brainray "
@@ -298,14 +187,14 @@ def describe(store: ImageStore) -> str:
     """A summary of the store in a few lines."""
     manifest = store.manifest
     lines = [f"image store {store.folder}:"]
-    for split, by_class in store.num_slices.items():
+    for split, by_class in store.manifest.num_slices.items():
         counts = ", ".join(f"{count:,} {name or 'unlabelled'}" for name, count in by_class.items())
         lines.append(f"  {split}: {sum(by_class.values()):,} slices ({counts or 'none'})")
-    lines.append(f"  removed copies: {manifest['num_removed_copies']:,}")
+    lines.append(f"  removed copies: {manifest.num_removed_copies:,}")
     reasons = ", ".join(
-        f"{count:,} {reason}" for reason, count in manifest["rejected_reasons"].items()
+        f"{count:,} {reason}" for reason, count in manifest.rejected_reasons.items()
     )
-    lines.append(f"  rejected: {manifest['num_rejected']:,}" + (f" ({reasons})" if reasons else ""))
-    used = ", ".join(f"{count:,} {name}" for name, count in manifest["skull_strip_used"].items())
+    lines.append(f"  rejected: {manifest.num_rejected:,}" + (f" ({reasons})" if reasons else ""))
+    used = ", ".join(f"{count:,} {name}" for name, count in manifest.skull_strip_used.items())
     lines.append(f"  skull strip: {used}")
     return "\n".join(lines)

@@ -9,15 +9,18 @@ import pytest
 from brainray.config import PreprocessConfig
 from brainray.config_text import differing_settings, load_config, parse_config
 from brainray.errors import ConfigError, DataError
-from brainray.orchestration.store import ImageStore, as_store_was_made
+from brainray.orchestration.manifest import Manifest
+from brainray.orchestration.store import ImageStore, as_store_was_made, read_images
 from brainray.storage import Folder
 
 SPLIT = {"mode": "grouped", "test_fraction": 0.25, "seed": 3}
 
 
 def made(folder: Path) -> ImageStore:
-    preprocess = PreprocessConfig(resize="letterbox", image_size=128).model_dump(mode="json")
-    manifest = {"preprocess": preprocess, "split": SPLIT, "classes_map": {"tumor": "glioma"}}
+    preprocess = PreprocessConfig(resize="letterbox", image_size=128)
+    manifest = Manifest.model_construct(
+        preprocess=preprocess, split=SPLIT, classes_map={"tumor": "glioma"}
+    )
     return ImageStore(Folder(folder), manifest)
 
 
@@ -38,13 +41,13 @@ def test_a_damaged_part_is_told_by_name(tmp_path: Path) -> None:
     columns = {"split": ["train"] * 20, "sample_id": ids, "height": [8] * 20, "width": [8] * 20}
     table = pa.table(columns | {"image": [row.tobytes() for row in pixels]})
     store.folder.write_table("images/part-0.parquet", table)
-    assert store.images(["07"], "train", 8).ravel().tolist() == pixels[7].tolist()
+    assert read_images(store.folder, ["07"], "train", 8).ravel().tolist() == pixels[7].tolist()
     file = tmp_path / "images" / "part-0.parquet"
     content = bytearray(file.read_bytes())
     content[4:40] = b"\xff" * 36
     file.write_bytes(content)
     with pytest.raises(DataError, match=r"images/part-0\.parquet cannot be read, it may be damag"):
-        store.images(["07"], "train", 8)
+        read_images(store.folder, ["07"], "train", 8)
 
 
 @pytest.mark.parametrize(

@@ -19,13 +19,14 @@ from brainray.errors import CheckpointError, ConfigError
 from brainray.log import log
 from brainray.mri.identity import content_hash
 from brainray.orchestration.blocks import blocks_on_actors, whole_blocks
+from brainray.orchestration.manifest import versions_of
 from brainray.orchestration.preprocessing.preparation import subject_salt
 from brainray.orchestration.preprocessing.slice_tasks import TO_PREDICT, decode_files, select_slices
 from brainray.orchestration.preprocessing.source import SourceFile, files_of_tasks
 from brainray.orchestration.resources import alive_nodes, plan_actors
 from brainray.orchestration.run import Run, open_run, read_run_info, unfinished
 from brainray.orchestration.seen import seen_by_run
-from brainray.orchestration.store import ImageStore, versions_of
+from brainray.orchestration.store import ImageStore
 from brainray.storage import Folder
 
 _FILES_PER_TASK = 256  # the embedder waits for a complete task

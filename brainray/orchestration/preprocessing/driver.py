@@ -22,8 +22,8 @@ import ray
 import ray.data
 
 from brainray import layout
-from brainray.config import Config, PreprocessConfig, SplitConfig
-from brainray.config_text import differing_settings, with_defaults
+from brainray.config import Config
+from brainray.config_text import differing_settings
 from brainray.errors import ConfigError, DataError
 from brainray.log import log
 from brainray.mri.duplicates import thumbnail_matrix
@@ -31,6 +31,7 @@ from brainray.mri.row_file import RowFile
 from brainray.mri.slices import RejectedImage
 from brainray.orchestration.blocks import arrow_blocks, with_progress
 from brainray.orchestration.lock import held
+from brainray.orchestration.manifest import Manifest, settings_of
 from brainray.orchestration.preprocessing.earlier import LIGHT, Earlier, Place, unchanged
 from brainray.orchestration.preprocessing.examples import draw_figures
 from brainray.orchestration.preprocessing.plan import official_splits, plan_store
@@ -50,7 +51,7 @@ from brainray.orchestration.preprocessing.source import (
     files_of_tasks,
     list_source,
 )
-from brainray.orchestration.store import NOT_OF_SLICES, ImageStore, describe, settings_of
+from brainray.orchestration.store import ImageStore, describe
 from brainray.report.leakage_table import leakage_table
 from brainray.schema import IMAGE_INDEX_COLUMNS, REJECTED, THUMBNAIL_SIDE
 from brainray.storage import Folder
@@ -95,7 +96,7 @@ def preprocess(config: Config, *, data_hash: str | None = None) -> ImageStore:
         if previous is not None:
             _check_source(previous, listing, config)
             _check_settings(previous, settings)
-        is_same = previous is not None and previous.manifest["listing"] == fingerprint
+        is_same = previous is not None and previous.manifest.listing == fingerprint
         if previous is not None and is_same and not _may_change(previous, listing, source):
             log(f"image store {target}: up to date (same settings and files), reusing it")
             return previous
@@ -111,11 +112,11 @@ def preprocess(config: Config, *, data_hash: str | None = None) -> ImageStore:
         with target.rebuilt(layout.MANIFEST) as building:
             about = {"listing": fingerprint, "subject_salt": salt_id(salt), **settings}
             manifest = _build(config, listing, about, previous, building)
-            if data_hash not in {None, manifest["data_hash"]}:
+            if data_hash not in {None, manifest.data_hash}:
                 given = [f"name={config.name}", f"source={config.source}"]
                 given += [f"labels={config.labels}"] if config.labels else []
                 raise ConfigError(
-                    f"{source} gives different slices (hash {manifest['data_hash']}) from those "
+                    f"{source} gives different slices (hash {manifest.data_hash}) from those "
                     f"that the pipeline's run started with ({data_hash}); the image store "
                     f"{target} was left unchanged: update it with jobs/preprocess.py --set "
                     f"{shlex.join(given)} and the settings of the pipeline (its test slices stay "
@@ -143,7 +144,7 @@ def _build(
     about: dict[str, Any],
     previous: ImageStore | None,
     building: Folder,
-) -> dict[str, Any]:
+) -> Manifest:
     """Make the store in ``building``; returns its manifest, which includes ``about``."""
     clock = _Clock()
     source, parts = Folder(config.given("source")), building / "parts"
@@ -169,23 +170,23 @@ def _build(
     building.write_table(layout.DUPLICATES, plan.duplicates)
     building.write_json(layout.LEAKAGE, plan.leakage)
     building.write_bytes(layout.LEAKAGE_TABLE, leakage_table(plan.leakage).encode() + b"\n")
-    manifest = {
-        "format": layout.STORE_FORMAT,
-        "name": config.name,
-        "source": config.source,
-        "generation": earlier.generation,
-        "num_files": len(listing.files),
-        "num_files_decoded": num_decoded,
-        "num_ignored_files": listing.num_ignored,
-        **about,
-        **plan.statistics,
-        "num_rejected": rejected.num_rows,
-        "rejected_reasons": dict(Counter(rejected["reason"].to_pylist()).most_common()),
-    }
     draw_figures(building, source, plan, config.preprocess)
     clock.passed("figures")
-    manifest["seconds"] = clock.seconds
-    building.write_json(layout.MANIFEST, manifest)
+    manifest = Manifest(
+        format=layout.STORE_FORMAT,
+        name=config.given("name"),
+        source=config.given("source"),
+        generation=earlier.generation,
+        seconds=clock.seconds,
+        num_files=len(listing.files),
+        num_files_decoded=num_decoded,
+        num_ignored_files=listing.num_ignored,
+        num_rejected=rejected.num_rows,
+        rejected_reasons=dict(Counter(rejected["reason"].to_pylist()).most_common()),
+        **about,
+        **plan.statistics,
+    )
+    manifest.write(building)
     return manifest
 
 
@@ -204,7 +205,7 @@ class _Clock:
 
 def _may_change(store: ImageStore, listing: Listing, source: Folder) -> bool:
     """Whether a file can be read now that could not be (because of a mount, network or writer)."""
-    if set(store.manifest["rejected_reasons"]).isdisjoint({UNREADABLE, CHANGED}):
+    if set(store.manifest.rejected_reasons).isdisjoint({UNREADABLE, CHANGED}):
         return False
     rejected = store.folder.read_table(layout.REJECTED, columns=["path", "reason"]).to_pylist()
     unread = {row["path"] for row in rejected if row["reason"] in {UNREADABLE, CHANGED}}
@@ -241,13 +242,7 @@ def _previous_store(target: Folder) -> ImageStore | None:
 
 def _check_settings(store: ImageStore, settings: dict[str, Any]) -> None:
     """Raises DataError if an existing store was made with settings that give other slices."""
-    # Settings that an earlier version did not have: it behaved like today's defaults.
-    defaults = settings_of(PreprocessConfig(), SplitConfig(), {}, drawn=False)
-    told = {key: store.manifest[key] for key in settings if key in store.manifest}
-    made_with = told["preprocess"].items()
-    told["preprocess"] = {key: value for key, value in made_with if key not in NOT_OF_SLICES}
-    stored = with_defaults(told | store.versions, defaults)
-    difference = differing_settings(stored, settings)
+    difference = differing_settings(store.manifest.settings, settings)
     if difference:
         raise DataError(
             f"the image store {store.folder} was made with different settings ({difference}): "
@@ -261,14 +256,14 @@ def _check_source(previous: ImageStore, listing: Listing, config: Config) -> Non
     Raises:
         DataError: it has not, so it is another source, with which the store would be replaced.
     """
-    if previous.manifest["source"] == config.source:
+    if previous.manifest.source == config.source:
         return
     told = previous.folder.read_table(layout.FILES, columns=["path", "num_bytes"])
     before = {(row["path"], row["num_bytes"]) for row in told.to_pylist()}
     num_found = len(before & {(file.path, file.num_bytes) for file in listing.files})
     if 2 * num_found < len(before):
         raise DataError(
-            f"the image store {previous.folder} was made from {previous.manifest['source']}, and "
+            f"the image store {previous.folder} was made from {previous.manifest.source}, and "
             f"{config.source} has {num_found} of its {len(before)} files: choose another name with "
             "--set name=NAME, or delete the store"
         )
@@ -282,7 +277,7 @@ def _check_salt(previous: ImageStore | None, earlier: Earlier, salt: str) -> Non
     """
     if previous is None:
         return
-    made_with = previous.manifest["subject_salt"]
+    made_with = previous.manifest.subject_salt
     names_subjects = pc.any(pc.is_valid(earlier.files["header_subject"])).as_py()
     if names_subjects and made_with != salt:
         raise DataError(

@@ -16,7 +16,7 @@ from brainray.mri.slices import RejectedImage
 from brainray.orchestration.preprocessing.plan import StorePlan
 from brainray.orchestration.preprocessing.preparation import decode_options, read_file, strip
 from brainray.orchestration.preprocessing.source import FoundFile
-from brainray.orchestration.store import ImageStore
+from brainray.orchestration.store import read_images
 from brainray.report.store_figures import SlicePair, draw_store_figures
 from brainray.schema import TRAIN
 from brainray.storage import Folder
@@ -54,7 +54,7 @@ def _before_and_after(
     originals = _decoded(source, [_place(row) for _, row in rows], config)
     rows = [(label, row) for label, row in rows if _place(row) in originals][:_NUM_BEFORE_AFTER]
     names = [row["sample_id"] for _, row in rows]
-    stored = ImageStore(store, {}).images(names, TRAIN, config.image_size)
+    stored = read_images(store, names, TRAIN, config.image_size)
     return [
         (label, originals[_place(row)], after[0])
         for (label, row), after in zip(rows, stored, strict=True)

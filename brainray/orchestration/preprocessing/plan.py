@@ -21,6 +21,7 @@ from brainray.log import log
 from brainray.mri.duplicates import COPY, KINDS
 from brainray.mri.row_file import RowFile, SelectedRows
 from brainray.mri.split import draw_test
+from brainray.orchestration.manifest import NOT_OF_SLICES, versions_of
 from brainray.orchestration.preprocessing.earlier import FILES, Earlier
 from brainray.orchestration.preprocessing.grouping import SliceGroups, group_slices
 from brainray.orchestration.preprocessing.leakage import leakage_report
@@ -30,7 +31,7 @@ from brainray.orchestration.preprocessing.source import (
     check_frames,
     renaming_advice,
 )
-from brainray.orchestration.store import NOT_OF_SLICES, count_by_split_and_class, versions_of
+from brainray.orchestration.store import count_by_split_and_class
 from brainray.schema import DUPLICATES, IMAGE_STORE, TEST, TRAIN
 
 

@@ -170,7 +170,7 @@ def _train(
         "seed": seed,
         "folder": str(target),
         "store": str(store.folder),
-        "data_hash": store.data_hash,
+        "data_hash": store.manifest.data_hash,
     }
     with PretrainingFollower(config.self_supervision, target):
         train_on_workers(
@@ -200,7 +200,7 @@ def _made_by(
         unused = unused | {"learning_rate"}
     made_by = {
         "format": layout.ENCODER_FORMAT,
-        "data_hash": store.slices_hash,
+        "data_hash": store.manifest.slices_hash,
         "feature": feature.model_dump(mode="json", exclude={"weights"}, exclude_defaults=True),
         "weights": weights.identity,
         "self_supervision": config.self_supervision.model_dump(

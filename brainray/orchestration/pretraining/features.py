@@ -146,8 +146,8 @@ def check_feature(store: ImageStore, name: str, feature: FeatureConfig, weights:
             feature.encoder,
             "random" if weights.identity == "imagenet" else weights.state,
             seed=0,
-            pixel_mean=store.pixel_mean,
-            pixel_std=store.pixel_std,
+            pixel_mean=store.manifest.pixel_mean,
+            pixel_std=store.manifest.pixel_std,
         )
         return num_features(encoder, feature.image_size)
     except ConfigError as error:
@@ -173,7 +173,7 @@ def extract_features(
     """
     made_by = {
         "format": layout.FEATURES_FORMAT,
-        "data_hash": store.slices_hash,
+        "data_hash": store.manifest.slices_hash,
         "encoder": feature.encoder,
         "weights": weights.identity,
         "image_size": feature.image_size,
@@ -205,7 +205,7 @@ def _extract(
     started = time.monotonic()
     with target.rebuilt(layout.MANIFEST) as building:
         num_rows = _write_parts(config, store, feature, weights, seed, building / layout.PARTS)
-        expected = sum(sum(by_class.values()) for by_class in store.num_slices.values())
+        expected = sum(sum(by_class.values()) for by_class in store.manifest.num_slices.values())
         if num_rows != expected:
             raise DataError(
                 f"{store.folder}: {expected - num_rows} slices of its manifest are missing; delete "
@@ -240,8 +240,8 @@ def _write_parts(
         "feature": feature.model_dump(mode="json"),
         "state": weights.state,
         "seed": seed,
-        "pixel_mean": store.pixel_mean,
-        "pixel_std": store.pixel_std,
+        "pixel_mean": store.manifest.pixel_mean,
+        "pixel_std": store.manifest.pixel_std,
         "precision": config.train.precision,
         "device": actors.device,
     }

@@ -47,7 +47,7 @@ from brainray.orchestration.ray_train import (
     raise_on_all_ranks,
     return_user_errors,
 )
-from brainray.orchestration.store import ImageStore
+from brainray.orchestration.store import ImageStore, read_images
 from brainray.schema import TRAIN
 from brainray.storage import Folder
 
@@ -89,7 +89,7 @@ class _Learner:
         self.seed: int = settings["seed"]
         self.device = device
         self.precision = precision
-        self.pixel_mean, self.pixel_std = store.pixel_mean, store.pixel_std
+        self.pixel_mean, self.pixel_std = store.manifest.pixel_mean, store.manifest.pixel_std
         self.pretext = build_pretext(feature.pretext, self.settings)
         self.rows = _rows_of_store(store)
         self.images, self.keys, self.groups = _load_slices(
@@ -99,9 +99,9 @@ class _Learner:
             feature.encoder,
             ray.get(settings["state"]),
             seed=self.seed,
-            pixel_mean=store.pixel_mean,
-            pixel_std=store.pixel_std,
-        ).standardised_by(store.pixel_mean, store.pixel_std)
+            pixel_mean=store.manifest.pixel_mean,
+            pixel_std=store.manifest.pixel_std,
+        ).standardised_by(store.manifest.pixel_mean, store.manifest.pixel_std)
         head = self.pretext.head(num_features(encoder, feature.image_size))
         learned_head = ray.get(settings["head"])
         if learned_head is not None:
@@ -368,5 +368,5 @@ def _load_slices(
     mine = rows["sample_id"].to_pylist()[first:end]
     keys = torch.from_numpy(sample_keys(mine)).to(device)
     _, groups = np.unique(rows[_GROUPED_BY[positives]].to_numpy(), return_inverse=True)
-    images = torch.from_numpy(store.images(mine, TRAIN, side)).to(device)
+    images = torch.from_numpy(read_images(store.folder, mine, TRAIN, side)).to(device)
     return CachedImages(images), keys, Groups(torch.from_numpy(groups[first:end]))

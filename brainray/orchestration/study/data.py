@@ -120,8 +120,8 @@ def _held_out(store: ImageStore, folder: Folder, seen_before: pa.Table) -> dict[
     """Masks of the test slices, in ``ROW_ORDER``, in each subset; saved with the study."""
     depends_on = {
         "comparison": _COMPARISON,
-        "data_hash": store.data_hash,
-        "listing": store.manifest["listing"],  # names of subjects
+        "data_hash": store.manifest.data_hash,
+        "listing": store.manifest.listing,  # names of subjects
         "seen_before": seen_before["sample_id"].to_pylist(),
     }
     name = f"subsets-{content_key(depends_on)}.parquet"
@@ -130,7 +130,7 @@ def _held_out(store: ImageStore, folder: Folder, seen_before: pa.Table) -> dict[
         test = index.filter(pc.equal(index["split"], TEST))
         seen = all_seen(training_slices(store), seen_before)
         found = ray.get(
-            _expose.remote(Fingerprints.of(test), Fingerprints.of(seen), store.preprocess)
+            _expose.remote(Fingerprints.of(test), Fingerprints.of(seen), store.manifest.preprocess)
         )
         folder.write_table(name, pa.table(found.columns))
     return subset_masks(folder.read_table(name))

@@ -17,6 +17,7 @@ from brainray.config import Config
 from brainray.errors import BrainrayError
 from brainray.log import log
 from brainray.orchestration.pretraining.features import content_key
+from brainray.orchestration.store import read_images
 from brainray.orchestration.study.data import StudiedSet
 from brainray.orchestration.study.grid import Cell, Reduced, assignments
 from brainray.orchestration.study.results import StudyResults
@@ -190,8 +191,8 @@ def _contact_sheet(
 def _images(studied: StudiedSet, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
     """Fitted slices (n, side, side), in one pass over the store."""
     sample_ids = studied.slices.table["sample_id"].take(rows).to_pylist()
-    side = studied.store.preprocess.image_size
-    return studied.store.images(sample_ids, TRAIN, side)[:, 0]
+    side = studied.store.manifest.preprocess.image_size
+    return read_images(studied.store.folder, sample_ids, TRAIN, side)[:, 0]
 
 
 def _dendrogram(x: NDArray[np.float64], config: Config) -> bytes:

@@ -92,7 +92,9 @@ def _study(
             # MLflow runs keep their initial parameters, so changed settings need a new MLflow run.
             folder.delete_file(layout.TRACKING, missing_ok=True)
     folder.write_bytes(layout.CONFIG, to_yaml(config).encode())
-    hashes = {f"brainray.data_hash.{name}": store.data_hash for name, store in stores.items()}
+    hashes = {
+        f"brainray.data_hash.{name}": store.manifest.data_hash for name, store in stores.items()
+    }
     tracker = open_tracking(config, folder, flatten(config.without_secrets()), hashes)
     tracker.running()
     with tracker.ended_by_errors():
@@ -170,7 +172,7 @@ def _check_store(
         feature_name: check_feature(store, feature_name, feature, weights[feature_name])
         for feature_name, feature in config.study.features.items()
     }
-    num_fitted = sum(store.num_slices[TRAIN].values())
+    num_fitted = sum(store.manifest.num_slices[TRAIN].values())
     check_sizes(config, name, num_fitted, num_features)
 
 

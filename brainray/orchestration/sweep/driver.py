@@ -89,7 +89,7 @@ def _sweep(base: Config, store: ImageStore, workers: WorkerResources) -> Finishe
         base,
         folder,
         flatten(base.without_secrets()),
-        {"brainray.data_hash": store.data_hash},
+        {"brainray.data_hash": store.manifest.data_hash},
     )
     if folder.exists(layout.SUMMARY):
         log(f"sweep {folder}: complete, nothing to search")
@@ -143,7 +143,7 @@ def _begin(config: Config, store: ImageStore, folder: Folder) -> None:
         ConfigError: a sweep of that name exists with other settings or data, or has left runs.
     """
     searched = config.model_dump(mode="json", include={"tune"})
-    settings = lasting_settings(config) | searched | {"data_hash": store.data_hash}
+    settings = lasting_settings(config) | searched | {"data_hash": store.manifest.data_hash}
     if not folder.exists(_SETTINGS):
         left = [trial.trial_id for trial in read_trials(config)]
         if left:

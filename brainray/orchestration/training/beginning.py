@@ -23,10 +23,10 @@ def check_run_fits(run: Run, store: ImageStore, num_workers: int) -> None:
     Raises:
         ConfigError: it was begun on other data, or has fewer labelled slices than workers.
     """
-    if run.info["data_hash"] != store.data_hash:
+    if run.info["data_hash"] != store.manifest.data_hash:
         raise ConfigError(
             f"run {run.info['name']!r} exists with other data ({run.info['dataset']}, hash "
-            f"{run.info['data_hash']}, now {store.data_hash}): choose another name"
+            f"{run.info['data_hash']}, now {store.manifest.data_hash}): choose another name"
         )
     _check_ranks(run.info["num_slices"], num_workers)
 
@@ -48,7 +48,7 @@ def begin_run(config: Config, store: ImageStore, num_workers: int) -> Run:
     seen = _draw(config, store, train)
     counts = _role_counts(seen)
     num_fitted = counts[LABELLED] + counts.get(UNLABELLED_ROLE, 0)
-    check_num_clusters(config.clustering.num_clusters, len(store.classes), num_fitted)
+    check_num_clusters(config.clustering.num_clusters, len(store.manifest.classes), num_fitted)
     if config.clustering.pca_dim > num_fitted:
         raise ClusteringError(
             f"clustering.pca_dim={config.clustering.pca_dim} exceeds the number of training "
@@ -56,24 +56,26 @@ def begin_run(config: Config, store: ImageStore, num_workers: int) -> Run:
         )
     _check_ranks(counts, num_workers)
     before = seen_by_weights(config.encoder.weights, Folder(config.storage))
-    check_validation_is_new(config, seen, before, store.preprocess)
+    check_validation_is_new(config, seen, before, store.manifest.preprocess)
     folder.write_table(layout.SEEN, seen)
     folder.delete_file(layout.SEEN_BEFORE, missing_ok=True)  # left by an interrupted start
     if before is not None:
         folder.write_table(layout.SEEN_BEFORE, before)
     everything = all_seen(seen, SEEN.empty_table() if before is None else before)
-    folder.write_table(layout.TEST_SLICES, _test_slices(test, everything, store.preprocess))
+    folder.write_table(
+        layout.TEST_SLICES, _test_slices(test, everything, store.manifest.preprocess)
+    )
     _keep_records(store.folder, folder / layout.DATASET)
     folder.write_bytes(layout.CONFIG, to_yaml(config).encode())
     info = {
         "format": layout.RUN_FORMAT,
         "name": config.name,
         "dataset": config.dataset,
-        "data_hash": store.data_hash,
-        "classes": store.classes,
-        "preprocess": store.preprocess.model_dump(mode="json"),
-        "versions": store.versions,
-        "subject_salt": store.manifest["subject_salt"],
+        "data_hash": store.manifest.data_hash,
+        "classes": store.manifest.classes,
+        "preprocess": store.manifest.preprocess.model_dump(mode="json"),
+        "versions": store.manifest.versions,
+        "subject_salt": store.manifest.subject_salt,
         "num_slices": counts,
         "settings": lasting_settings(config),
     }
@@ -110,9 +112,10 @@ def _draw(config: Config, store: ImageStore, train: pa.Table) -> pa.Table:
         validation_fraction=config.split.validation_fraction,
         seed=config.split.seed,
     )
-    if len(store.classes) < 2:
+    if len(store.manifest.classes) < 2:
         raise DataError(
-            f"the training slices have only one class ({store.classes[0]}): at least 2 are needed"
+            f"the training slices have only one class ({store.manifest.classes[0]}): at least 2 "
+            "are needed"
         )
     readable = [
         label if role in {LABELLED, VALIDATION} else None

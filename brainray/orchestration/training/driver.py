@@ -144,7 +144,7 @@ def check_training(
     Raises:
         BrainrayError: settings that do not fit the store or the Ray cluster.
     """
-    check_compared_runs(config, store.data_hash)
+    check_compared_runs(config, store.manifest.data_hash)
     workers = plan_workers(config.train, alive_nodes())
     if not has_epochs:
         check_weights(config, store)
@@ -158,7 +158,7 @@ def check_weights(config: Config, store: ImageStore) -> None:
     if config.encoder.weights not in WEIGHTS_OF_NO_SLICE:
         where = f"encoder.weights={config.encoder.weights}"
         state = starting_weights(config).state
-        build_encoder(config.encoder.name, state, len(store.classes), where)
+        build_encoder(config.encoder.name, state, len(store.manifest.classes), where)
 
 
 def _has_epochs(run: Run | None) -> bool:
@@ -301,7 +301,9 @@ def _log_beginning(run: Run, resumed: bool, config: Config, store: ImageStore) -
         log(f"run {run.folder}: new, training slices: {counts}")
         read = num_slices[LABELLED] + num_slices[VALIDATION]
         if split.labelled_fraction < 1:
-            num_labels = sum(count for name, count in store.num_slices[TRAIN].items() if name)
+            num_labels = sum(
+                count for name, count in store.manifest.num_slices[TRAIN].items() if name
+            )
             log(
                 f"the run reads {read} of {num_labels} labels "
                 f"(split.labelled_fraction={split.labelled_fraction:g}; 1 reads all)"

@@ -17,7 +17,7 @@ from brainray.engine.shard import (
 )
 from brainray.log import log
 from brainray.mri.split import inherited_labels
-from brainray.orchestration.store import ImageStore
+from brainray.orchestration.store import ImageStore, scan_images
 from brainray.schema import (
     ESTIMATED,
     LABELLED,
@@ -41,7 +41,7 @@ def load_rank_data(
     num_ranks: int,
 ) -> RankData:
     """Load every num_ranks-th slice of each role; labels are from the run's draw, not the store."""
-    class_index = {name: index for index, name in enumerate(store.classes)}
+    class_index = {name: index for index, name in enumerate(store.manifest.classes)}
     seen = _seen_with_inherited_labels(config, run, store, tell=rank == 0)
     test = run.read_table(layout.TEST_SLICES, ["sample_id", "label"])
 
@@ -132,7 +132,7 @@ def _load_images(
         split = TEST if role == TEST else TRAIN
         for row, identity in enumerate(rows["sample_id"].to_pylist()):
             places.setdefault((split, identity), []).append((images[role], row))
-    for key, image in store.scan(places, side):
+    for key, image in scan_images(store.folder, places, side):
         for kept, row in places[key]:
             kept.put(row, image)
     return images

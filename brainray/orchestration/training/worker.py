@@ -108,7 +108,7 @@ def _train(config: Config, start: State, run: Folder, store_folder: Folder) -> N
         store = ImageStore.open(store_folder, read_run_info(run)["data_hash"])
         rank, num_ranks = context.get_world_rank(), context.get_world_size()
         data = load_rank_data(config, run, store, device, rank, num_ranks)
-        encoder = build_encoder(config.encoder.name, start, len(store.classes))
+        encoder = build_encoder(config.encoder.name, start, len(store.manifest.classes))
         # Only the first rank makes predictions of them that need more.
         test_slices = run.read_table(layout.TEST_SLICES, None if rank == 0 else ["sample_id"])
     trainer = _Trainer(config, run, store, data, test_slices, encoder, device)
@@ -172,8 +172,8 @@ class _Trainer:
     ) -> None:
         self.config = config
         self.run = run
-        self.classes = store.classes
-        self.scale = PixelScale(store.pixel_mean, store.pixel_std)
+        self.classes = store.manifest.classes
+        self.scale = PixelScale(store.manifest.pixel_mean, store.manifest.pixel_std)
         self.data = data
         self.device = device
         self.precision = agreed_precision(config.train.precision, device)

@@ -23,7 +23,7 @@ from brainray.orchestration.preprocessing.driver import (
 )
 from brainray.orchestration.preprocessing.preparation import decode_options
 from brainray.orchestration.preprocessing.source import list_source
-from brainray.orchestration.store import ImageStore
+from brainray.orchestration.store import ImageStore, read_images
 from brainray.schema import IMAGE_STORE
 from brainray.storage import Folder
 from tests.conftest import logged, tiny_config
@@ -45,7 +45,7 @@ def test_the_store_is_readable_by_plain_pyarrow(store: ImageStore, phantoms: Pat
     assert table.schema.equals(IMAGE_STORE)
     row = table.filter(table["path"].to_numpy() == table["path"][0].as_py()).to_pylist()[0]
     content = (phantoms / row["path"]).read_bytes()
-    options = decode_options(store.preprocess, b"any salt")
+    options = decode_options(store.manifest.preprocess, b"any salt")
     image = decode_file(content, options)[0].image
     expected = stretch(apply_mask(image, otsu_mask(image)), 32)
     stored = np.frombuffer(row["image"], np.uint8).reshape(row["height"], row["width"])
@@ -54,7 +54,7 @@ def test_the_store_is_readable_by_plain_pyarrow(store: ImageStore, phantoms: Pat
 
 
 def test_copies_leave_training_but_not_the_test_set(store: ImageStore) -> None:
-    counts = store.manifest["num_slices"]
+    counts = store.manifest.num_slices
     assert counts["train"] == dict.fromkeys(["glioma", "meningioma", "notumor", "pituitary"], 14)
     assert counts["test"]["glioma"] == 5
     duplicates = store.folder.read_table("duplicates.parquet").to_pylist()
@@ -84,17 +84,17 @@ def test_statistics_are_those_of_the_stored_training_pixels(store: ImageStore) -
     pixels = np.concatenate(
         [np.frombuffer(row["image"], np.uint8) for row in table if row["split"] == "train"]
     )
-    assert abs(store.pixel_mean - pixels.mean() / 255) < 1e-9
-    assert abs(store.pixel_std - pixels.std() / 255) < 1e-9
+    assert abs(store.manifest.pixel_mean - pixels.mean() / 255) < 1e-9
+    assert abs(store.manifest.pixel_std - pixels.std() / 255) < 1e-9
 
 
 def test_images_come_in_the_order_asked_for(store: ImageStore) -> None:
     ids = store.index().to_pandas().query("split == 'train'")["sample_id"].tolist()
-    forward = store.images(ids, "train", 16)
-    np.testing.assert_array_equal(store.images(ids[::-1], "train", 16), forward[::-1])
+    forward = read_images(store.folder, ids, "train", 16)
+    np.testing.assert_array_equal(read_images(store.folder, ids[::-1], "train", 16), forward[::-1])
     assert forward.shape == (56, 1, 16, 16)
     with pytest.raises(DataError, match="1 slices in the index are missing"):
-        store.images(["0" * 32], "train", 16)
+        read_images(store.folder, ["0" * 32], "train", 16)
 
 
 def test_figures_are_drawn(store: ImageStore) -> None:
@@ -202,10 +202,10 @@ def test_bad_files_are_recorded_and_the_rest_goes_on(phantoms: Path, tmp_path: P
         "gone.jpg": "unreadable file",
         "\\xff.jpg": "file name is not UTF-8",
     }
-    assert made.manifest["num_rejected"] == 5
+    assert made.manifest.num_rejected == 5
     removed = made.folder.read_table("duplicates.parquet").to_pylist()
     assert "Training/glioma/two\nlines.jpg" in {row["path"] for row in removed}
-    assert made.manifest["num_slices"]["train"]["glioma"] == 14
+    assert made.manifest.num_slices["train"]["glioma"] == 14
 
 
 def test_too_many_bad_files_stop_the_job_and_leave_nothing(tmp_path: Path) -> None:
@@ -239,12 +239,12 @@ def test_a_test_class_that_training_lacks_is_named(phantoms: Path, tmp_path: Pat
     renamed = tiny_config(
         tmp_path / "storage", "name=mri", f"source={source}", "classes.map.glioma_tumor=glioma"
     )
-    assert preprocess(renamed).manifest["num_slices"]["test"]["glioma"] == 5
+    assert preprocess(renamed).manifest.num_slices["test"]["glioma"] == 5
 
 
 def test_purging_drops_the_training_twins_of_test_slices(phantoms: Path, tmp_path: Path) -> None:
     made = preprocess(tiny_config(tmp_path, "name=mri", f"source={phantoms}", "split.mode=purge"))
-    counts = made.manifest["num_slices"]
+    counts = made.manifest.num_slices
     assert counts["train"]["glioma"] == 13
     assert counts["test"]["glioma"] == 5
     assert made.folder.read_json("leakage.json")["num_test"]["clean"] == 17

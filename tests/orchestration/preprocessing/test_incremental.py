@@ -87,16 +87,16 @@ def test_only_new_bytes_are_decoded_and_the_store_is_as_if_made_anew(
     source: Path, tmp_path: Path
 ) -> None:
     before = opened(tmp_path / "a")
-    assert before.manifest["num_files_decoded"] == before.manifest["num_files"]
+    assert before.manifest.num_files_decoded == before.manifest.num_files
     new = grow(source)
     after = made(tmp_path / "a", source)
-    assert after.manifest["num_files_decoded"] == len(new)
+    assert after.manifest.num_files_decoded == len(new)
     fresh = made(tmp_path / "b", source)
     assert pixels(after) == pixels(fresh)
     same = ["sample_id", "label", "split", "duplicate_group_id", "thumbnail", "num_bytes"]
     pd.testing.assert_frame_equal(index(after)[same], index(fresh)[same])
     for key in ("pixel_mean", "pixel_std", "num_slices", "num_removed_copies"):
-        assert after.manifest[key] == fresh.manifest[key], key
+        assert getattr(after.manifest, key) == getattr(fresh.manifest, key), key
     assert not (tmp_path / "a" / "datasets" / ".mri.replaced").exists()
 
 
@@ -107,12 +107,13 @@ def test_a_store_that_a_run_goes_on_with_is_not_replaced_by_other_slices(
     config = tiny_config(tmp_path / "a", "name=mri", f"source={source}")
     touched = next((source / "Training").rglob("*.jpg"))
     os.utime(touched, (1, 1))
-    assert preprocess(config, data_hash=before.data_hash).data_hash == before.data_hash
+    was = before.manifest.data_hash
+    assert preprocess(config, data_hash=was).manifest.data_hash == was
     grow(source)
     with pytest.raises(
         ConfigError, match=r"the image store .* was left unchanged: update it with jobs/pre"
     ):
-        preprocess(config, data_hash=before.data_hash)
+        preprocess(config, data_hash=was)
     assert index(opened(tmp_path / "a")).equals(index(before))
 
 
@@ -175,7 +176,7 @@ def test_slices_that_were_away_come_back_to_their_side_of_the_split(
     after = index(made(tmp_path / "g", source, "split.mode=grouped"))
     assert set(after.loc[away, "split"]) == {side}
     # So do those of a label draw, so that a run goes on with the same labels.
-    assert opened(tmp_path / "g").data_hash == opened(stores["grouped"]).data_hash
+    assert opened(tmp_path / "g").manifest.data_hash == opened(stores["grouped"]).manifest.data_hash
 
 
 def test_a_subject_that_is_corrected_comes_apart(phantoms: Path, tmp_path: Path) -> None:
@@ -240,9 +241,9 @@ def test_new_labels_need_no_decoding(source: Path, tmp_path: Path) -> None:
     first = index(before)
     again = labelled(40)
     # A warm-up and features, which read no label, are found again.
-    assert again.slices_hash == before.slices_hash
-    assert again.data_hash != before.data_hash
-    assert again.manifest["num_files_decoded"] == 0
+    assert again.manifest.slices_hash == before.manifest.slices_hash
+    assert again.manifest.data_hash != before.manifest.data_hash
+    assert again.manifest.num_files_decoded == 0
     assert first["label"].notna().sum() < index(again)["label"].notna().sum()
     # What was held out before somebody labelled more of it is held out still.
     pd.testing.assert_series_equal(
@@ -256,7 +257,7 @@ def test_a_store_from_before_a_setting_came_is_gone_on_with(source: Path, tmp_pa
     del manifest["preprocess"]["frame"]  # came later than the first stores
     folder.write_json("manifest.json", manifest)
     (source / "Training" / "glioma" / "copied.jpg").unlink()
-    assert made(tmp_path / "a", source).manifest["preprocess"]["frame"] == "keep"
+    assert made(tmp_path / "a", source).manifest.preprocess.frame == "keep"
     with pytest.raises(DataError, match=r"preprocess\.frame: keep here, remove requested"):
         made(tmp_path / "a", source, "preprocess.frame=remove")
 
@@ -264,10 +265,10 @@ def test_a_store_from_before_a_setting_came_is_gone_on_with(source: Path, tmp_pa
 def test_a_rejected_file_is_read_again(source: Path, tmp_path: Path) -> None:
     folder = source / "Training" / "notumor"
     (folder / "broken.jpg").write_bytes(b"\xff\xd8 cut")
-    assert made(tmp_path / "a", source).manifest["num_rejected"] == 1
+    assert made(tmp_path / "a", source).manifest.num_rejected == 1
     shutil.copy(sorted(folder.glob("notumor_*.jpg"))[0], folder / "copy.jpg")
     after = made(tmp_path / "a", source)
-    assert after.manifest["num_files_decoded"] == 1  # the copy's bytes are known
+    assert after.manifest.num_files_decoded == 1  # the copy's bytes are known
 
 
 def test_a_file_that_stays_unreadable_is_not_waited_for(
@@ -275,14 +276,14 @@ def test_a_file_that_stays_unreadable_is_not_waited_for(
 ) -> None:
     broken = source / "Training" / "notumor" / "broken.jpg"
     broken.symlink_to(source / ".away.jpg")
-    assert made(tmp_path / "a", source).manifest["num_rejected"] == 1
+    assert made(tmp_path / "a", source).manifest.num_rejected == 1
     capsys.readouterr()
     made(tmp_path / "a", source)
     assert "up to date (same settings and files), reusing it" in capsys.readouterr().out
     # What is there again, with the size and time that it had, is read.
     content = next((source / "Training" / "glioma").glob("*.jpg")).read_bytes()
     (source / ".away.jpg").write_bytes(content)
-    assert made(tmp_path / "a", source).manifest["num_rejected"] == 0
+    assert made(tmp_path / "a", source).manifest.num_rejected == 0
 
 
 def test_more_files_may_be_rejected_than_when_the_store_was_made(
@@ -298,14 +299,14 @@ def test_more_files_may_be_rejected_than_when_the_store_was_made(
     with pytest.raises(DataError, match=r"more than preprocess\.max_rejected_fraction=0\.5"):
         made(tmp_path / "a", source)
     after = made(tmp_path / "a", source, "preprocess.max_rejected_fraction=0.9")
-    assert after.data_hash == before.data_hash
+    assert after.manifest.data_hash == before.manifest.data_hash
 
 
 def test_test_slices_are_found_where_they_are_now(source: Path, tmp_path: Path) -> None:
     before, paths = opened(tmp_path / "a"), opened(tmp_path / "a").test_paths()
     (source / "Testing").rename(source / "test")
     after = made(tmp_path / "a", source)
-    assert after.data_hash == before.data_hash
+    assert after.manifest.data_hash == before.manifest.data_hash
     assert after.test_paths() == {path.replace("Testing/", "test/", 1) for path in paths} != paths
 
 
@@ -342,8 +343,8 @@ def test_a_store_below_its_source_is_not_read_as_slices(source: Path, tmp_path: 
     shutil.copy(next(source.rglob("*.jpg")), folder / "contact_sheet.png")
     before = opened(source / "out")
     after = made(source / "out", source)
-    assert after.manifest["num_files_decoded"] == before.manifest["num_files_decoded"]  # reused
-    assert after.data_hash == before.data_hash
+    assert after.manifest.num_files_decoded == before.manifest.num_files_decoded  # reused
+    assert after.manifest.data_hash == before.manifest.data_hash
 
 
 def test_a_deleted_file_leaves_the_store(source: Path, tmp_path: Path) -> None:
@@ -351,7 +352,7 @@ def test_a_deleted_file_leaves_the_store(source: Path, tmp_path: Path) -> None:
     gone = sorted((source / "Training" / "notumor").glob("*.jpg"))[0]
     gone.unlink()
     after = made(tmp_path / "a", source)
-    assert after.manifest["num_files_decoded"] == 0
+    assert after.manifest.num_files_decoded == 0
     assert set(before.index) - set(index(after).index) == {str(gone.relative_to(source))}
 
 

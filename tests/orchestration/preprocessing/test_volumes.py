@@ -97,7 +97,7 @@ def test_slices_of_a_volume_are_labelled_singly(tmp_path: Path) -> None:
         table.write_text("\n".join(["path,frame,label", *rows]))
         arguments = ("name=mri", f"source={tmp_path / 's'}", f"labels={table}")
         store = preprocess(tiny_config(tmp_path / "a", *arguments))
-        assert store.manifest["num_files_decoded"] == (4 if len(rows) == 1 else 0)
+        assert store.manifest.num_files_decoded == (4 if len(rows) == 1 else 0)
         return store.index().to_pandas().set_index(["path", "frame"])
 
     first = stored("0.nii,,notumor")

@@ -22,7 +22,7 @@ from brainray.engine.shard import sample_keys
 from brainray.errors import BrainrayError, ClusteringError, ConfigError, DataError
 from brainray.models.encoder import build_encoder, encoder_state
 from brainray.orchestration.pretraining.features import check_features
-from brainray.orchestration.store import ImageStore
+from brainray.orchestration.store import ImageStore, read_images
 from brainray.orchestration.study.driver import FinishedStudy, run_study
 from brainray.orchestration.study.grid import Cell, Grid, Slices, build_clusterer
 from brainray.schema import FEATURES
@@ -135,7 +135,7 @@ def test_features_are_kept_by_sample_and_read_by_plain_pyarrow(
     store = ImageStore.open(Folder(storage / "datasets" / "mri"))
     assert sorted(table["path"].to_pylist()) == sorted(store.index()["path"].to_pylist())
     row = next(row for row in table.to_pylist() if row["split"] == "train")
-    image = store.images([row["sample_id"]], "train", 16)[0, 0]
+    image = read_images(store.folder, [row["sample_id"]], "train", 16)[0, 0]
     np.testing.assert_allclose(row["features"], image.ravel() / 255, atol=1e-6)
 
 

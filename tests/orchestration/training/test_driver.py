@@ -34,8 +34,9 @@ from brainray.orchestration.pretraining.driver import warm_up
 from brainray.orchestration.publish import _last_submission, config_to_track, publish
 from brainray.orchestration.reporting import against_control, comparable_control, report
 from brainray.orchestration.run import open_run, run_to_resume
-from brainray.orchestration.store import ImageStore
+from brainray.orchestration.store import ImageStore, read_images, scan_images
 from brainray.orchestration.training import driver as training_driver
+from brainray.orchestration.training import rank_data
 from brainray.orchestration.training.beginning import begin_run
 from brainray.orchestration.training.driver import (
     TrainedRun,
@@ -113,7 +114,13 @@ def train_on_wrong_labels(config: Config, phantoms: Path) -> TrainedRun:
         frame = table.select(["sample_id", "split", "label"]).to_pandas()
         hidden = frame["sample_id"].isin(unlabelled) & (frame["split"] == "train")
         hidden |= frame["split"] == "test"
-        rotated = dict(zip(store.classes, [*store.classes[1:], store.classes[0]], strict=True))
+        rotated = dict(
+            zip(
+                store.manifest.classes,
+                [*store.manifest.classes[1:], store.manifest.classes[0]],
+                strict=True,
+            )
+        )
         frame.loc[hidden, "label"] = frame.loc[hidden, "label"].map(rotated)
         num_changed += int(hidden.sum())
         column = table.schema.get_field_index("label")
@@ -209,14 +216,13 @@ def test_a_rank_reads_the_store_once(
     config = config_of(storage, "read-once", f"train.cache_gib={cache_gib}")
     store = ImageStore.open(Folder(storage / "datasets" / "mri"))
     begun = begin_run(config, store, num_workers=1)
-    scan = ImageStore.scan
     sides = []
 
-    def counted(self: ImageStore, wanted: Collection[tuple[str, str]], side: int) -> Any:
+    def counted(folder: Folder, wanted: Collection[tuple[str, str]], side: int) -> Any:
         sides.append(side)
-        return scan(self, wanted, side)
+        return scan_images(folder, wanted, side)
 
-    monkeypatch.setattr(ImageStore, "scan", counted)
+    monkeypatch.setattr(rank_data, "scan_images", counted)
     ranks = [
         load_rank_data(config, begun.folder, store, torch.device("cpu"), rank, 2) for rank in (0, 1)
     ]
@@ -229,7 +235,9 @@ def test_a_rank_reads_the_store_once(
         "validation": [data.validation for data in ranks],
     }.items():
         rows = seen.filter(pc.equal(seen["role"], role)).sort_by("sample_id")
-        expected = store.images(rows["sample_id"].to_pylist(), "train", config.train.image_size)
+        expected = read_images(
+            store.folder, rows["sample_id"].to_pylist(), "train", config.train.image_size
+        )
         for rank, shard in enumerate(shards):
             (found,) = shard.images.batches([torch.arange(len(shard))])
             np.testing.assert_array_equal(found.numpy(), expected[rank::2])
@@ -551,8 +559,8 @@ def test_a_beginning_that_was_cut_leaves_no_fingerprints(storage: Path) -> None:
 
 def test_a_store_is_opened_as_what_it_was_or_not_at_all(storage: Path) -> None:
     folder = Folder(storage) / "datasets" / "mri"
-    was = ImageStore.open(folder).data_hash
-    assert ImageStore.open(folder, was).data_hash == was
+    was = ImageStore.open(folder).manifest.data_hash
+    assert ImageStore.open(folder, was).manifest.data_hash == was
     with pytest.raises(DataError, match=rf"has changed \(hash 0123 before, {was} now\)"):
         ImageStore.open(folder, "0123")
 
@@ -581,10 +589,10 @@ def test_a_store_that_changes_under_a_run_is_not_learned_from(
     for name, settings in (("plain", ()), ("warmed-up", WARMED_UP)):
         config = tiny_config(tmp_path, f"name={name}", "dataset=mri", *settings)
         with begun_training(config) as training:
-            store.folder.write_json("manifest.json", store.manifest | {"data_hash": "changed"})
+            store.manifest.model_copy(update={"data_hash": "changed"}).write(store.folder)
             with pytest.raises(DataError, match=r"has changed \(hash .* changed now\)"):
                 fit(training)
-        store.folder.write_json("manifest.json", store.manifest)
+        store.manifest.write(store.folder)
 
 
 def test_a_run_to_compare_with_is_looked_for_before_training(storage: Path) -> None:
