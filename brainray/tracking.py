@@ -439,9 +439,14 @@ def default_uri(storage: Folder) -> str:
     return f"sqlite:///{path}/mlflow.db"
 
 
+def is_server(uri: str) -> bool:
+    """Whether a tracking URI is that of a server, which has its own user interface."""
+    return uri.startswith(("http://", "https://", "databricks"))
+
+
 def artifact_location(uri: str, storage: Folder) -> str | None:
     """In ``storage`` for a database, whose default is the working directory."""
-    if uri.startswith(("http://", "https://", "databricks")):
+    if is_server(uri):
         return None
     local = storage.local_path
     return (local / "mlartifacts").as_uri() if local is not None else str(storage / "mlartifacts")

@@ -22,9 +22,9 @@ from brainray.tracking import (
     MLflowTracker,
     artifact_location,
     default_uri,
+    is_server,
 )
 
-_SERVERS = ("http://", "https://", "databricks")  # these have their own user interface
 _TAGS_OF_CODE = {
     "brainray.version": "brainray",
     "brainray.code_hash": "code_hash",
@@ -37,7 +37,7 @@ _TAGS_OF_CODE = {
 
 def how_to_open(uri: str) -> str:
     """The command that shows the runs in a database, or the address of a server."""
-    if uri.startswith(_SERVERS):
+    if is_server(uri):
         return uri
     return f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
 
