@@ -192,7 +192,8 @@ class SplitConfig(_Section):
     none; ``grouped`` always draws, keeping duplicates and slices of one subject on the same side;
     ``purge`` keeps the folders and drops training slices with a duplicate among the test slices."""
     test_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
-    """Share of the slices held out for testing when the split is drawn."""
+    """Share of each class, and of the unlabelled slices, held out for testing when the split is
+    drawn. Held-out slices without a label are neither learned from nor scored."""
     seed: int = 0
     """Seed of the drawn split and of the label draw."""
     labelled_fraction: Fraction = 0.2
@@ -358,9 +359,10 @@ class ClusteringConfig(_Section):
     """A smaller mean squared distance of the normalised embeddings to their mean counts as a
     collapse."""
     on_collapse: Literal["stop", "reseed", "warn"] = "stop"
-    """``reseed`` refits the epoch's clusters without those of the last epoch (K-means from a new
-    seed or, with anchors and as many clusters as classes, the class means) and stops if that does
-    not help; ``warn`` logs the collapse and continues if clusters could be fitted at all."""
+    """``stop`` ends the run; ``reseed`` refits the epoch's clusters without those of the last epoch
+    (K-means from a new seed or, with anchors and as many clusters as classes, the class means) and
+    stops if that does not help; ``warn`` logs the collapse and continues if clusters could be
+    fitted at all."""
 
 
 class TrainConfig(_Section):
@@ -531,7 +533,8 @@ class TuneConfig(_Section):
     reduction_factor: Annotated[float, Field(gt=1.0)] = 3.0
     """Successive halving keeps one in this many trials at each rung."""
     max_concurrent_trials: Count = 0
-    """Trials that run at a time; 0 runs as many as fit on the Ray cluster."""
+    """Trials that run at a time; 0 runs as many as fit on the Ray cluster when the sweep starts.
+    Where an autoscaler adds nodes later, give the number."""
     time_budget_min: PositiveFloat | None = None
     """Minutes of search, over all submissions, after which all trials stop and the sweep is
     complete."""
@@ -708,9 +711,10 @@ class Config(_Section):
 
     name: PlainName | None = None
     """Name of this job's result. The same name resumes, except that an export, or an evaluation of
-    the same source, is replaced."""
+    the same source, is replaced. Defaults to RUN-on-FOLDER in evaluate and predict, and to the
+    run's name in export."""
     dataset: PlainName | None = None
-    """Name of the image store to train on; defaults to ``name`` in the pipeline."""
+    """Name of the image store to train on or to study; defaults to ``name`` in the pipeline."""
     run: PlainName | None = None
     """Name of the run to evaluate, predict with, label for, export, report or send to MLflow."""
     checkpoint: Location | None = None

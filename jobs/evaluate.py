@@ -42,6 +42,7 @@ if __name__ == "__main__":
                 "seed",
                 "train.device",
                 "train.precision",
+                "train.wait_for_nodes",
                 "evaluation.bootstrap_resamples",
                 "evaluation.tsne_max_slices",
             ],

@@ -29,7 +29,15 @@ if __name__ == "__main__":
             Example: python jobs/label.py --set run=nickparvar label.num_slices=200
             """,
             work,
-            keys=["run", "epoch", "storage", "label", "train.device", "train.precision"],
+            keys=[
+                "run",
+                "epoch",
+                "storage",
+                "label",
+                "train.device",
+                "train.precision",
+                "train.wait_for_nodes",
+            ],
             needs=("run",),
         )
     )

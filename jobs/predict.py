@@ -41,6 +41,7 @@ if __name__ == "__main__":
                 "storage",
                 "train.device",
                 "train.precision",
+                "train.wait_for_nodes",
             ],
             needs=("run", "source"),
         )

@@ -58,6 +58,7 @@ if __name__ == "__main__":
                 "dataset",
                 "storage",
                 "seed",
+                "classes",
                 "preprocess",
                 *TRAINING_SECTIONS,
             ],

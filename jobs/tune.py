@@ -45,6 +45,7 @@ if __name__ == "__main__":
                 "dataset",
                 "storage",
                 "seed",
+                "classes",
                 "preprocess",
                 "tune",
                 "registry",

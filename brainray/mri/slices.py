@@ -5,6 +5,8 @@ import hashlib
 import hmac
 import io
 import zlib
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -49,6 +51,16 @@ class RejectedImage(Exception):
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.detail}" if self.detail else self.reason
+
+
+def commonest_reasons(rejections: Sequence[tuple[str, str | None]]) -> str:
+    """The three commonest reasons of (reason, detail), each with its count and commonest detail."""
+    found = []
+    for reason, count in Counter(reason for reason, _ in rejections).most_common(3):
+        details = Counter(detail for other, detail in rejections if other == reason and detail)
+        such_as = "".join(f", such as {detail}" for detail, _ in details.most_common(1))
+        found.append(f"{reason} ({count}{such_as})")
+    return ", ".join(found)
 
 
 @dataclass(frozen=True)

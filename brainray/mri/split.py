@@ -110,8 +110,9 @@ def draw_roles(
         if len(set(kin_of)) < 2:
             raise DataError(
                 f"class {name!r} has {list(labels).count(name)} labelled training slice(s), all of "
-                "one subject or group of copies, but training and validation need one each: "
-                "label more slices or drop the class"
+                "one subject or group of copies, but training and validation need one each (slices "
+                "of the test part do not count): label more of them, or drop the class in a store "
+                f"of another name with classes.map.{name}=null"
             )
         # One for training and one for validation, however small the fraction.
         uses = [validates[own] for own in kin_of]

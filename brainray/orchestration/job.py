@@ -18,7 +18,7 @@ from brainray.config import Config
 from brainray.config_text import described_keys, load_config
 from brainray.errors import BrainrayError, ConfigError, gpu_problem
 from brainray.log import log
-from brainray.orchestration.places import check_places, resolve_paths
+from brainray.orchestration.places import check_is_shared, check_places, resolve_paths
 from brainray.orchestration.ray_connection import attach_to_ray
 from brainray.orchestration.signals import end_in_order_on_sigterm
 from brainray.redaction import redacted
@@ -86,6 +86,7 @@ def run_job(
             check(config)
         if uses_ray:
             attach_to_ray()
+            check_is_shared(config.storage)
         return work(config)
 
     return run_command(name, checked_work)

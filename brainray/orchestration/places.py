@@ -1,12 +1,17 @@
 """The files and folders that settings name: absolute, and there."""
 
 import os
+import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from brainray.config import WEIGHTS_OF_NO_SLICE, Config
 from brainray.errors import ConfigError, DataError
+
+_ON_OTHER_NODES_S = 5.0  # a network file system may show new files late
+_ANSWERS_WITHIN_S = 60.0
 
 
 def resolve_paths(config: Config) -> Config:
@@ -104,3 +109,48 @@ def check_places(config: Config, keys: Sequence[str]) -> None:
             raise DataError(f"labels={labels} is a folder: give the CSV or Parquet file")
     if "run" in keys and config.run is not None and config.checkpoint is None:
         open_run(Folder(config.storage), config.run)
+
+
+def check_is_shared(storage: str) -> None:
+    """Check that all nodes of the Ray cluster read a local ``storage``, by a file put there.
+
+    Raises:
+        ConfigError: it is another folder on another node.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    from brainray.storage import Folder
+
+    folder = Folder(storage).local_path
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if folder is None or len(nodes) < 2:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    reads = ray.remote(num_cpus=0, max_retries=0)(_appears)
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".visible-to-all-nodes-") as file:
+        answers = {}
+        for node in nodes:
+            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            task = reads.options(scheduling_strategy=there).remote(file.name)
+            answers[task] = node["NodeManagerAddress"]
+        done, _ = ray.wait(list(answers), num_returns=len(answers), timeout=_ANSWERS_WITHIN_S)
+        for task in done:
+            try:
+                is_there = ray.get(task)
+            except ray.exceptions.RayError:  # the node has gone
+                continue
+            if not is_there:
+                raise ConfigError(
+                    f"storage={folder} is another folder on node {answers[task]} than on the job's "
+                    "node: give a path that all nodes mount, or a URI such as s3://BUCKET/brainray"
+                )
+
+
+def _appears(path: str) -> bool:
+    deadline = time.monotonic() + _ON_OTHER_NODES_S
+    while not Path(path).exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
+    return True

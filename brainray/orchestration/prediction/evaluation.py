@@ -21,7 +21,7 @@ from brainray.errors import ConfigError, DataError
 from brainray.log import log
 from brainray.mri.groups import joint_groups
 from brainray.mri.leakage import Fingerprints, exposure
-from brainray.mri.slices import RejectedImage
+from brainray.mri.slices import RejectedImage, commonest_reasons
 from brainray.orchestration.blocks import with_progress
 from brainray.orchestration.lock import held
 from brainray.orchestration.prediction.inference import (
@@ -231,8 +231,8 @@ def _by_usability(rows: pa.Table, config: Config) -> tuple[pa.Table, pa.Table]:
     """Predictions, and ``REJECTED`` rows of what could not be used."""
     rejected = rows.filter(pc.is_valid(rows["reason"])).select(REJECTED.names).cast(REJECTED)
     accepted = rows.filter(pc.is_null(rows["reason"]))
-    reasons = Counter(rejected["reason"].to_pylist()).most_common(3)
-    commonest = ", ".join(f"{reason} ({count})" for reason, count in reasons)
+    reasons = zip(rejected["reason"].to_pylist(), rejected["detail"].to_pylist(), strict=True)
+    commonest = commonest_reasons(list(reasons))
     if accepted.num_rows == 0:
         num_files = len(set(rejected["path"].to_pylist()))
         raise DataError(f"none of the {num_files} files in {config.source} is usable: {commonest}")

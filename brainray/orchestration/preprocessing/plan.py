@@ -20,6 +20,7 @@ from brainray.errors import DataError
 from brainray.log import log
 from brainray.mri.duplicates import COPY, KINDS
 from brainray.mri.row_file import RowFile, SelectedRows
+from brainray.mri.slices import commonest_reasons
 from brainray.mri.split import draw_test
 from brainray.orchestration.manifest import NOT_OF_SLICES, versions_of
 from brainray.orchestration.preprocessing.earlier import FILES, Earlier
@@ -117,8 +118,8 @@ def _check_rejections(slices: pa.Table, num_files: int, config: Config) -> None:
     accepted = slices.filter(pc.is_null(slices["reason"]))
     refused = slices.filter(pc.invert(pc.is_in(slices["path"], pc.unique(accepted["path"]))))
     num_rejected = pc.count_distinct(refused["path"]).as_py()
-    reasons = Counter(refused["reason"].to_pylist())
-    commonest = ", ".join(f"{reason} ({count})" for reason, count in reasons.most_common(3))
+    reasons = zip(refused["reason"].to_pylist(), refused["detail"].to_pylist(), strict=True)
+    commonest = commonest_reasons(list(reasons))
     if num_rejected == num_files:
         raise DataError(f"none of the {num_files} files in {config.source} is usable: {commonest}")
     if num_rejected > config.preprocess.max_rejected_fraction * num_files:

@@ -114,6 +114,11 @@ def read_weights(config: Config, feature: FeatureConfig, setting: str) -> Weight
         folder = open_run(Folder(config.storage), name).folder / layout.BEST
         return weights_from(folder, layout.MODEL)
     path = Path(feature.weights)
+    if "://" in feature.weights:
+        raise ConfigError(
+            f"{setting}={feature.weights}: give a path on the node of the job, where the file must "
+            "be copied first"
+        )
     if not path.is_file():
         raise ConfigError(f"{setting}={path}: no such file")
     return _weights_of(path.read_bytes(), f"{setting}={path}")
