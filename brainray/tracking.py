@@ -45,6 +45,7 @@ _BATCH = 500  # MLflow rejects batches of more than 1,000 metrics
 _MAX_PARAMS = 100
 _ENDED = {"FINISHED", "FAILED", "KILLED"}
 _DATABASE_RETRIES = 3  # take half a second; MLflow's default of ten takes two minutes per call
+_MAX_KEY = 240  # MLflow's limit is 250
 _FORBIDDEN = re.compile(r"[^\w\-. :/]")
 
 
@@ -159,6 +160,9 @@ class MLflowTracker:
         """Send the epochs that neither this process nor another has sent."""
         with _readable_errors(self._uri):
             self._read_again()
+            if len(history) < self._state["epochs_sent"]:  # the others are trained again
+                self._state["epochs_sent"] = len(history)
+                self._save()
             for metrics in history[self._state["epochs_sent"] :]:
                 epoch = int(metrics["epoch"])
                 values = {name: value for name, value in metrics.items() if name != "epoch"}
@@ -461,9 +465,11 @@ def _tags(tags: Mapping[str, str]) -> list[RunTag]:
 
 
 def _key(name: str) -> str:
-    """The name in MLflow's alphabet; changed names get a hash suffix, so that none coincide."""
+    """The name in MLflow's alphabet and length; changed names get a hash suffix, so that none
+    coincide.
+    """
     parts = [part for part in _FORBIDDEN.sub("_", name).split("/") if part not in {"", ".", ".."}]
-    plain = "/".join(parts)
+    plain = "/".join(parts)[:_MAX_KEY]
     if plain == name:
         return plain
     return f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"

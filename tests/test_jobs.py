@@ -1,5 +1,6 @@
 """The jobs' contract: complete help, one JSON line at the end, exit codes."""
 
+import contextlib
 import json
 import os
 import re
@@ -8,9 +9,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -22,13 +26,14 @@ from ray._private.runtime_env.packaging import get_uri_for_directory
 from brainray.config import Config
 from brainray.config_text import described_keys, known_keys, load_config
 from brainray.errors import ConfigError, DataError
+from brainray.orchestration import places
 from brainray.orchestration.job import (
     JobResult,
     run_command,
     run_job,
     unread_keys,
 )
-from brainray.orchestration.places import resolve_paths
+from brainray.orchestration.places import check_is_shared, resolve_paths
 from brainray.orchestration.ray_connection import _check_address
 from brainray.orchestration.training.driver import TrainedRun
 
@@ -384,6 +389,26 @@ def test_a_database_for_tracking_is_not_left_in_the_copy_of_a_submitted_job(
     for absolute in ("sqlite:////m.db", "http://host:5000", "postgresql://u@h/m"):
         config = load_config(None, [f"tracking.uri={absolute}"])
         assert resolve_paths(config).tracking.uri == absolute
+
+
+def test_a_storage_that_another_node_does_not_read_is_refused(
+    ray_cluster: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    nodes = ray.nodes()
+    check_is_shared(str(tmp_path / "of-one"))
+    assert not (tmp_path / "of-one").exists()  # nothing is written for a single node
+    monkeypatch.setattr(ray, "nodes", lambda: 2 * nodes)
+    check_is_shared(str(tmp_path / "storage"))
+    assert not list((tmp_path / "storage").iterdir())
+
+    @contextlib.contextmanager
+    def elsewhere(**_: Any) -> Iterator[SimpleNamespace]:
+        yield SimpleNamespace(name=str(tmp_path / "of-another-node"))
+
+    monkeypatch.setattr(places, "_ON_OTHER_NODES_S", 0.1)
+    monkeypatch.setattr(tempfile, "NamedTemporaryFile", elsewhere)
+    with pytest.raises(ConfigError, match=r"storage is another folder on node .*give a path that"):
+        check_is_shared(str(tmp_path / "storage"))
 
 
 def test_the_address_of_a_dashboard_is_told_from_that_of_a_cluster() -> None:

@@ -130,6 +130,20 @@ def test_an_epoch_whose_answer_was_lost_is_kept_once(
     assert [metric.step for metric in logged] == [1, 2, 3]
 
 
+def test_epochs_that_are_trained_again_are_sent_again(run: Folder) -> None:
+    """After a damaged checkpoint, a run resumes from an earlier epoch."""
+    sending = tracker(run, database(run))
+    sending.begin("first", {}, {})
+    sending.log_epochs(HISTORY)
+    again = [HISTORY[0], {"epoch": 2.0, "train/loss/ce": 0.25}]
+    sending.log_epochs(again[:1])
+    sending.log_epochs(again)
+    client = MlflowClient(database(run))
+    logged = client.get_metric_history(str(sending.run_id), "train/loss/ce")
+    latest = {metric.step: metric.value for metric in sorted(logged, key=lambda m: m.timestamp)}
+    assert latest == {1: 1.0, 2: 0.25, 3: 1 / 3}
+
+
 def test_epochs_that_another_process_has_sent_are_not_sent_again(run: Folder) -> None:
     first, other = tracker(run, database(run)), tracker(run, database(run))
     first.begin("first", {}, {})
@@ -259,6 +273,7 @@ def test_odd_class_names_do_not_stop_the_others(run: Folder) -> None:
     odd = tracker(run, database(run))
     odd.begin("first", {}, {})
     names = ["recall//x", "recall/..", "recall/<2cm", "recall/>2cm", "recall/a b"]
+    names += [f"recall/{'a' * 250}{last}" for last in "bc"]  # MLflow's limit is 250
     values = {name: (place + 1) / 8 for place, name in enumerate(names)}
     odd.log_epochs([{"epoch": 1.0} | values])
     metrics = MlflowClient(database(run)).get_run(str(odd.run_id)).data.metrics

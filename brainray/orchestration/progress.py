@@ -69,7 +69,7 @@ class Follower(Watcher):
         history = self._run.folder.read_json_lines(layout.METRICS)
         for metrics in history[self._num_seen :]:
             log(self._line(metrics))
-        if len(history) > self._num_seen:
+        if len(history) != self._num_seen:
             self._tracker.log_epochs(history)
         self._num_seen = len(history)
 

@@ -9,7 +9,7 @@ from brainray.schema import PREDICTED_BY, SUBSETS
 COMPARISON_COLUMNS = [
     "prediction",
     "test slices",
-    "difference of these two trainings [95 %, over subjects]",
+    "difference of these two trainings [95 %, over copies and subjects]",
     "fewer errors",
     "right where exactly one is",
     "McNemar's p, as if slices were independent",

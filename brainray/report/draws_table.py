@@ -9,7 +9,14 @@ from brainray.schema import SUBSETS
 
 def draws_table(metrics: Mapping[str, float]) -> str:
     """Mean accuracy and deviation by predictor and test subset, next to the control's."""
-    header = ["prediction", "test slices", "accuracy", "control", "difference", "fewer errors"]
+    header = [
+        "prediction",
+        "test slices",
+        "accuracy (mean ± standard deviation)",
+        "control (mean)",
+        "difference [95 %]",
+        "fewer errors",
+    ]
     rows = []
     for predictor, title in PREDICTOR_TITLES.items():
         for subset in SUBSETS:

@@ -39,6 +39,7 @@ from brainray.report.style import (
     count_epochs,
     new_figure,
     tidy,
+    wrapped,
 )
 
 UNLABELLED_CLASS = ""
@@ -109,7 +110,7 @@ def class_distribution(num_slices: Mapping[str, Mapping[str, int]]) -> Figure:
     for axes, (split, counts) in zip(panels, splits.items(), strict=True):
         values = [counts.get(name, 0) for name in names]
         bars = axes.barh(
-            [name or UNLABELLED_NAME for name in names],
+            [wrapped(name) or UNLABELLED_NAME for name in names],
             values,
             color=[colours[name] for name in names],
         )
@@ -251,7 +252,7 @@ def confusion_matrices(panels: Sequence[Confusion], classes: Sequence[str], titl
     totals = panels[0].counts.sum(axis=1)
     all_axes[0].set_yticks(
         range(len(classes)),
-        [f"{name}\n({total:,})" for name, total in zip(classes, totals, strict=True)],
+        [f"{wrapped(name)}\n({total:,})" for name, total in zip(classes, totals, strict=True)],
     )
     all_axes[0].set_ylabel("label (slices)")
     return figure
@@ -334,7 +335,8 @@ def _draw_confusion(axes: Axes, panel: Confusion, classes: Sequence[str]) -> Non
         axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=9)
     axes.set_title(panel.title)
     axes.set_xlabel("prediction")
-    axes.set_xticks(range(len(classes)), classes, rotation=30, ha="right", rotation_mode="anchor")
+    names = [wrapped(name) for name in classes]
+    axes.set_xticks(range(len(classes)), names, rotation=30, ha="right", rotation_mode="anchor")
     axes.tick_params(length=0)
 
 

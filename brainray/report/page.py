@@ -25,7 +25,7 @@ from brainray.config import EvaluationConfig
 from brainray.report.cells import Metrics
 from brainray.report.comparison_table import COMPARISON_COLUMNS, comparison_rows
 from brainray.report.curves import ACCURACIES, AGREEMENT, LOSSES, SILHOUETTE
-from brainray.report.figures import UNLABELLED_NAME
+from brainray.report.figures import UNLABELLED_NAME, confusion_counts
 from brainray.report.leakage_table import LEVEL_COLUMNS, leakage_counts, subset_counts
 from brainray.report.maps import SliceMap, map_sequence, shown
 from brainray.report.results import results_tables
@@ -110,7 +110,6 @@ def write_page(
     history = run.read_json_lines(layout.METRICS)
     data = _data(table, whole, classes, chosen, explained) | {
         "maps": _maps(maps),
-        "confusion_subsets": _confusion_subsets(whole),
         "charts": _charts(history),
         "subtypes": _subtypes(whole, siblings or {}),
     }
@@ -165,7 +164,6 @@ def write_evaluation_page(
     epoch = int(metrics["epoch"])
     data = _data(table, predictions, classes, epoch, explained) | {
         "maps": _maps(map_sequence({epoch: table})),
-        "confusion_subsets": _confusion_subsets(predictions),
         "charts": [],
         "subtypes": _subtypes(predictions, {}),
     }
@@ -218,6 +216,7 @@ def _data(
         "slices": _slices(table, subsets),
         "chosen": {"epoch": epoch} | _predicted(table),
         "cards": _cards(table, whole, num_clusters),
+        "confusion": _confusion(whole, classes),
         "explained": [_blended(slice_) for slice_ in explained],
     }
 
@@ -268,14 +267,20 @@ def _jpeg(pixels: NDArray[np.uint8]) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _confusion_subsets(table: pa.Table) -> list[str]:
-    """Subsets that are large enough for metrics by class."""
-    labels = np.array(table["label"].to_pylist(), dtype=object)
-    return [
-        subset
-        for subset, mask in subset_masks(table).items()
-        if tells_of_classes(labels[mask].tolist(), subset)
-    ]
+def _confusion(table: pa.Table, classes: Sequence[str]) -> dict[str, dict[str, list[list[int]]]]:
+    """Confusion counts (C, C) by subset, if it is large enough for metrics by class, and predictor
+    (column).
+    """
+    found = {}
+    for subset, mask in subset_masks(table).items():
+        rows = table.filter(pc.and_(pa.array(mask), pc.is_valid(table["label"])))
+        labels = rows["label"].to_pylist()
+        if labels and tells_of_classes(labels, subset):
+            found[subset] = {
+                column: confusion_counts(labels, rows[column].to_pylist(), classes).tolist()
+                for column in ("head", "cluster_class")
+            }
+    return found
 
 
 def _predicted(table: pa.Table) -> dict[str, list[Any]]:
@@ -288,8 +293,9 @@ def _maps(maps: Sequence[SliceMap]) -> list[dict[str, Any]]:
     return [
         {
             "epoch": each.epoch,
-            "x": np.round(each.points[:, 0], 2).tolist(),
-            "y": np.round(each.points[:, 1], 2).tolist(),
+            # As float64, in which two decimals stay two decimals.
+            "x": each.points[:, 0].astype(np.float64).round(2).tolist(),
+            "y": each.points[:, 1].astype(np.float64).round(2).tolist(),
         }
         | _predicted(each.rows)
         for each in maps
@@ -391,9 +397,8 @@ def _coverage_note(shown: pa.Table, whole: pa.Table) -> str:
     if shown.num_rows == whole.num_rows:
         return f"All {shown.num_rows:,} slices are shown below."
     return (
-        f"The map, the confusion matrices and the cluster cards show {shown.num_rows:,} of "
-        f"{whole.num_rows:,} slices, sampled evenly; the tables cover all of them. Raise "
-        "evaluation.tsne_max_slices to show more."
+        f"The map and the images show {shown.num_rows:,} of {whole.num_rows:,} slices, sampled "
+        "evenly; all numbers cover all of them. Raise evaluation.tsne_max_slices to show more."
     )
 
 
@@ -429,13 +434,14 @@ def _left_out(metrics: Metrics) -> list[str]:
 
 
 def _scores(metrics: Metrics, slices: str = "test slices") -> str:
-    text = f"The head classifies {_percent(metrics, 'test/all/head/accuracy')} of all {slices}"
+    share = _percent(metrics, "test/all/head/accuracy")
+    text = f"The head classifies {share} of all labelled {slices}"
     clusters = f"the clusters {_percent(metrics, 'test/all/cluster/accuracy')}"
     if "test/clean/head/accuracy" not in metrics:
         known = metrics.get("test/clean/num_slices")
         why = "Which slices are clean (no upright copy in the data that the run saw) is unknown."
         if known == 0:
-            why = "No slice is clean: the run saw a copy of each."
+            why = "No labelled slice is clean: the run saw a copy of each."
         return f"{text} correctly, {clusters}. {why}"
     return (
         f"{text} correctly and {_percent(metrics, 'test/clean/head/accuracy')} of the clean ones, "

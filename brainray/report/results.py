@@ -34,12 +34,25 @@ def results_tables(
         classes: of the run, in its order.
         others: metrics of other runs on the same test slices, by the name to show.
     """
-    runs = {"": metrics} | {f", {whose}": theirs for whose, theirs in (others or {}).items()}
+    runs = {"": metrics} | {
+        f", {whose}{_other_sizes(metrics, theirs)}": theirs
+        for whose, theirs in (others or {}).items()
+    }
     return [
         _accuracies(metrics, runs),
         _metrics_by_class(metrics, runs, classes),
         _clusters(runs),
     ]
+
+
+def _other_sizes(metrics: Metrics, theirs: Metrics) -> str:
+    """Subsets that have other slices in another run, whose starting weights have seen others."""
+    sizes = [
+        f"{subset}: {count(theirs, f'test/{subset}/num_slices')}"
+        for subset in SUBSETS
+        if (name := f"test/{subset}/num_slices") in theirs and theirs[name] != metrics.get(name)
+    ]
+    return f" ({', '.join(sizes)} slices)" if sizes else ""
 
 
 def _accuracies(metrics: Metrics, runs: Mapping[str, Metrics]) -> Table:
@@ -67,8 +80,8 @@ def _accuracies(metrics: Metrics, runs: Mapping[str, Metrics]) -> Table:
         subset if size == MISSING else f"{subset} ({size})" for subset, size in sizes.items()
     ]
     return Table(
-        "Accuracy on test slices [95 % interval, resampled by likely subject]; classes without "
-        "slices are excluded",
+        "Accuracy on test slices [95 % interval, resampled by copies and known or likely "
+        "subjects]; classes without slices are excluded",
         ["", *subsets, "all, at clean's class mix"],
         rows,
     )

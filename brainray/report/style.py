@@ -1,5 +1,6 @@
 """Shared style of all figures: colour-blind safe colours, plain axes, PNG output."""
 
+import textwrap
 from collections.abc import Sequence
 from io import BytesIO
 from typing import Literal
@@ -32,6 +33,7 @@ _CLUSTER_COLOURS = (
 GREY = "#8C8C8C"
 
 _DOTS_PER_INCH = 120
+_MAX_LINE = 24  # characters
 
 
 def class_colours(classes: Sequence[str]) -> dict[str, str]:
@@ -42,6 +44,11 @@ def class_colours(classes: Sequence[str]) -> dict[str, str]:
 def cluster_colour(cluster: int) -> str:
     """Colour by cluster number; colours repeat from the tenth on."""
     return _CLUSTER_COLOURS[cluster % len(_CLUSTER_COLOURS)]
+
+
+def wrapped(name: str) -> str:
+    """A class name in lines that leave room for the figure."""
+    return textwrap.fill(name, _MAX_LINE)
 
 
 def new_figure(width: float, height: float) -> Figure:

@@ -33,7 +33,7 @@ class TrialOutcome:
 
     trial_id: str
     parameters: Mapping[str, Any]
-    value: float  # of its best epoch
+    value: float  # of its chosen epoch
     curve: Sequence[float]  # of every epoch
 
 

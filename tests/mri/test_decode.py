@@ -15,7 +15,12 @@ from PIL import Image, ImageOps, TiffImagePlugin
 
 from brainray.mri import decode
 from brainray.mri.decode import check_content, decode_file, looks_like_dicom, sniff
-from brainray.mri.slices import DecodedSlice, DecodeOptions, RejectedImage
+from brainray.mri.slices import (
+    DecodedSlice,
+    DecodeOptions,
+    RejectedImage,
+    commonest_reasons,
+)
 from tests.mri.decoding import OPTIONS
 
 RAMP = np.tile(np.arange(64, dtype=np.uint8) * 4, (48, 1))  # (48, 64)
@@ -421,3 +426,13 @@ def test_blank_slices_are_rejected_and_others_are_not() -> None:
     with pytest.raises(RejectedImage, match="blank"):
         check_content(blank, min_intensity_std=2.0)
     check_content(RAMP, min_intensity_std=2.0)
+
+
+def test_the_commonest_reasons_tell_what_to_do() -> None:
+    rejections: list[tuple[str, str | None]] = [("too small", ""), ("too small", "8 x 8 pixels")]
+    rejections += [("unsupported transfer syntax", "JPEG 2000: needs: pip install x")] * 3
+    rejections += [("blank", None), ("rare", "")]
+    assert commonest_reasons(rejections) == (
+        "unsupported transfer syntax (3, such as JPEG 2000: needs: pip install x), "
+        "too small (2, such as 8 x 8 pixels), blank (1)"
+    )

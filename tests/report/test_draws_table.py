@@ -15,7 +15,12 @@ def test_a_recipe_beside_its_control() -> None:
     draws = [{CLEAN: 0.90}, {CLEAN: 0.94}]
     control = [{CLEAN: 0.80}, {CLEAN: 0.86}]
     header, _, row = rows_of(draws_table(summarise_draws(draws, control, {CLEAN: (0.05, 0.12)})))
-    assert header[2:] == ["accuracy", "control", "difference", "fewer errors"]
+    assert header[2:] == [
+        "accuracy (mean ± standard deviation)",
+        "control (mean)",
+        "difference [95 %]",
+        "fewer errors",
+    ]
     # Differences 0.10 and 0.08: by draws, half an interval is 12.706 * 0.01414 / sqrt(2) = 0.127.
     assert row == ["head", "clean", "0.920 ± 0.028", "0.830", "+0.090 [-0.043, +0.221]", "53 %"]
 

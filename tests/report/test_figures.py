@@ -1,5 +1,6 @@
 """Figures must show the numbers they were given."""
 
+import warnings
 from io import BytesIO
 
 import numpy as np
@@ -44,6 +45,19 @@ def _curve(figure: Figure, label: str) -> NDArray[np.float64]:
 def test_class_names_are_not_read_as_formulas() -> None:
     figure = class_distribution({"train": {"a$b_$": 1, "gl$\\foo$": 2}})
     assert png_bytes(figure)
+
+
+@pytest.mark.parametrize("num_classes", [2, 4, 8])
+def test_long_class_names_leave_room_for_the_figure(num_classes: int) -> None:
+    names = [
+        f"{number} {'astrocytoma, IDH-mutant, grade 4 ' * 3}"[:100] for number in range(num_classes)
+    ]
+    counts = np.eye(num_classes, dtype=np.int64)
+    panels = [Confusion("head", counts), Confusion("clusters", counts)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # constrained layout warns where nothing is left
+        png_bytes(confusion_matrices(panels, names, "all"))
+        png_bytes(class_distribution({"train": dict.fromkeys(names, 3), "test": {names[0]: 1}}))
 
 
 def test_a_matrix_of_very_many_classes_stays_a_picture() -> None:

@@ -18,6 +18,7 @@ from PIL import Image
 
 from brainray import layout
 from brainray.config import EvaluationConfig
+from brainray.report.figures import confusion_counts
 from brainray.report.maps import run_maps
 from brainray.report.page import Explained, write_evaluation_page, write_page
 from brainray.schema import PREDICTIONS, REJECTED, THUMBNAIL_SIDE
@@ -115,7 +116,7 @@ def test_the_page_needs_no_network_and_escapes_what_it_shows(page: Path) -> None
     assert data["slices"][3]["subsets"] == ["all"]
     assert [shown["epoch"] for shown in data["maps"]] == [1, 2]
     assert data["subsets"] == ["all", "clean", "strict"]
-    assert data["confusion_subsets"] == ["all", "clean"]  # too few are strict for figures by class
+    assert list(data["confusion"]) == ["all", "clean"]  # too few are strict for figures by class
     assert sum(card["size"] for card in data["cards"]) == NUM_SLICES
     assert data["cards"][0]["labels"] == [["glioma", 4]]
     assert "blank &lt;slice&gt;" in text
@@ -152,6 +153,9 @@ def test_sizes_of_clusters_are_those_of_all_slices(tmp_path: Path) -> None:
     sizes = Counter(table["cluster"].to_pylist())
     assert {card["cluster"]: card["size"] for card in data["cards"]} == sizes
     assert all(sum(count for _, count in card["labels"]) == card["size"] for card in data["cards"])
+    labels, heads = (table[name].to_pylist() for name in ("label", "head"))
+    expected = confusion_counts(labels, heads, CLASSES).tolist()
+    assert data["confusion"]["all"]["head"] == expected
 
 
 def test_typical_slices_are_the_surest_and_borderline_ones_the_least_sure(tmp_path: Path) -> None:
@@ -212,7 +216,7 @@ def test_an_evaluation_has_a_page_too(tmp_path: Path) -> None:
     assert "Rejected (1)" in text
     assert "&lt;a&gt;.dcm" in text
     assert "frame=7" in text
-    assert "75.0 % of all slices correctly" in text
+    assert "75.0 % of all labelled slices correctly" in text
     assert "Left out: 1 rejected, 3 without a class." in text
     shown = data_of(tmp_path / "scored" / name)
     assert len(shown["slices"]) == 10
@@ -274,10 +278,16 @@ said.pairs = document.querySelectorAll("#pairs img").length;
 const kind = byId("explained-kind"); kind.value = "wrong"; kind.dispatchEvent(new Event("change"));
 said.errors = document.querySelectorAll("#pairs figure").length;
 said.subtypes = byId("kinds").textContent;
+for (const event of ["mousedown", "mouseup"])
+  map.querySelector(".legendtoggle").dispatchEvent(new MouseEvent(event, { bubbles: true }));
+setTimeout(() => {
+const hidden = () => map._fullData.filter(trace => trace.visible === "legendonly");
+said.hidden = hidden().map(trace => trace.name);
+set("colour", "cluster"); said.hidden_clusters = hidden().length;
 said.innerWidth = window.innerWidth;
 said.width = document.documentElement.scrollWidth <= window.innerWidth;
 window.parent.postMessage(JSON.stringify(said), "*");
-}, 500); }, 1500);
+}, 1000); }, 500); }, 1500);
 </script>
 """
 
@@ -330,6 +340,7 @@ def test_filters_hover_and_galleries_work_in_a_browser(page: Path, width: int) -
     assert (said["pairs"], said["errors"]) == (4, 1)
     assert "glioma: 2 clusters" in said["subtypes"]
     assert "Jaccard index of 1.00: stable" in said["subtypes"]
+    assert (said["hidden"], said["hidden_clusters"]) == ([CLASSES[0]], 0)  # not the first cluster
     assert said["innerWidth"] == width
     assert said["width"] is True
 

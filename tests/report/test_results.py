@@ -38,7 +38,9 @@ def _cells(text: str) -> dict[str, list[str]]:
 def test_figures_are_found_in_their_cells() -> None:
     text = results_markdown(METRICS, CLASSES)
     rows = _cells(text)
-    assert text.startswith("Accuracy on test slices [95 % interval, resampled by likely subject]")
+    assert text.startswith(
+        "Accuracy on test slices [95 % interval, resampled by copies and known or likely subjects]"
+    )
     assert "all (1,311) |" in text
     assert rows["head"] == ["0.935 [0.920, 0.949]", "0.750", "0.600", "0.700"]
     assert rows["head, balanced accuracy"] == ["0.900", "–", "–", "–"]
@@ -60,6 +62,12 @@ def test_another_run_stands_beside_it_by_its_name() -> None:
     assert rows["head"][0] == "0.935 [0.920, 0.949]"
     assert rows["head, control (c)"][0] == "0.500"
     assert rows["all, control (c)"][0] == "0.250"
+
+
+def test_other_slices_of_another_run_are_told() -> None:
+    sizes = {"test/all/num_slices": 1311.0, "test/clean/num_slices": 2.0}
+    accuracies, *_ = results_tables(METRICS, CLASSES, {"control (c)": sizes})
+    assert "head, control (c) (clean: 2 slices)" in {row[0] for row in accuracies.rows}
 
 
 def test_the_effective_rank_stands_beside_the_silhouettes() -> None:

@@ -312,8 +312,9 @@ def test_a_report_compares_slice_by_slice(
     assert metrics[f"only_control/{name}"] == 0
     assert "compared with wrong" in said
     page = trained.run.folder.read_bytes("report.html").decode()
+    assert trained.run.folder.read_json(layout.SUMMARY) == metrics  # which MLflow will be sent
     assert "Paired comparison with the control (wrong), slice by slice" in page
-    assert "<td>head, control (wrong)</td><td>0.000" in page
+    assert '<th scope="row">head, control (wrong)</th><td>0.000' in page
 
 
 def test_subjects_are_drawn_as_a_whole_whatever_became_of_the_store(
