@@ -58,8 +58,8 @@ def commonest_reasons(rejections: Sequence[tuple[str, str | None]]) -> str:
     found = []
     for reason, count in Counter(reason for reason, _ in rejections).most_common(3):
         details = Counter(detail for other, detail in rejections if other == reason and detail)
-        such_as = "".join(f", such as {detail}" for detail, _ in details.most_common(1))
-        found.append(f"{reason} ({count}{such_as})")
+        commonest = "".join(f"; {detail}" for detail, _ in details.most_common(1))
+        found.append(f"{reason} ({count}{commonest})")
     return ", ".join(found)
 
 

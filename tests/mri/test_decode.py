@@ -433,6 +433,6 @@ def test_the_commonest_reasons_tell_what_to_do() -> None:
     rejections += [("unsupported transfer syntax", "JPEG 2000: needs: pip install x")] * 3
     rejections += [("blank", None), ("rare", "")]
     assert commonest_reasons(rejections) == (
-        "unsupported transfer syntax (3, such as JPEG 2000: needs: pip install x), "
-        "too small (2, such as 8 x 8 pixels), blank (1)"
+        "unsupported transfer syntax (3; JPEG 2000: needs: pip install x), "
+        "too small (2; 8 x 8 pixels), blank (1)"
     )

@@ -213,7 +213,7 @@ def test_too_many_bad_files_stop_the_job_and_leave_nothing(tmp_path: Path) -> No
     source.mkdir(parents=True)
     for number in range(5):
         (source / f"{number}.jpg").write_bytes(b"text")
-    with pytest.raises(DataError, match=r"none of the 5 files .* not an image \(5\)"):
+    with pytest.raises(DataError, match=r"none of the 5 files .* not an image \(5; no JPEG"):
         preprocess(tiny_config(tmp_path / "storage", "name=mri", f"source={source.parent}"))
     assert list((tmp_path / "storage" / "datasets").iterdir()) == []
 

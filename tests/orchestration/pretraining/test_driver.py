@@ -11,7 +11,7 @@ from brainray.orchestration.pretraining.driver import _made_by
 from brainray.orchestration.pretraining.features import Weights
 from tests.conftest import tiny_config
 
-STORE: Any = SimpleNamespace(slices_hash="abc")
+STORE: Any = SimpleNamespace(manifest=SimpleNamespace(slices_hash="abc"))
 
 
 def made_by(feature: FeatureConfig, storage: Path, *overrides: str) -> dict[str, Any]:

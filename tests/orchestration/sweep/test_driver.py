@@ -60,6 +60,8 @@ from brainray.storage import Folder
 from tests.browser import CHROMIUM, mlflow_ui
 from tests.conftest import logged, tiny_config
 
+STORE: Any = SimpleNamespace(manifest=SimpleNamespace(data_hash="abc"))
+
 SPACE = {
     "objective.lambda_cluster": {"choice": [0.1, 0.5]},
     "clustering.num_clusters": {"choice": [3, 4]},  # 3 is below the number of classes
@@ -396,26 +398,26 @@ def test_a_sweep_of_an_earlier_version_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = sweep_config(tmp_path)
-    folder, store = Folder(tmp_path) / "sweeps" / "search", SimpleNamespace(data_hash="abc")
-    _begin(config, cast(Any, store), folder)
+    folder = Folder(tmp_path) / "sweeps" / "search"
+    _begin(config, STORE, folder)
     settings = folder.read_json("sweep.json")
     del settings["split"]["validation"], settings["encoder"]["pretext"]
     earlier = config.model_dump(mode="json", include={"name", "label", "epoch", "source"})
     folder.write_json("sweep.json", settings | earlier)
-    _begin(config, cast(Any, store), folder)
+    _begin(config, STORE, folder)
     assert logged(capsys)[1:] == [f"sweep {folder}: resumed"]
 
 
 def test_a_sweep_goes_on_with_what_does_not_affect_its_trials(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder, store = Folder(tmp_path) / "sweeps" / "search", SimpleNamespace(data_hash="abc")
-    _begin(sweep_config(tmp_path), cast(Any, store), folder)
+    folder = Folder(tmp_path) / "sweeps" / "search"
+    _begin(sweep_config(tmp_path), STORE, folder)
     other = ["train.max_failures=5", "train.device=cpu", "label.num_slices=7", "source=/elsewhere"]
-    _begin(sweep_config(tmp_path, *other), cast(Any, store), folder)
+    _begin(sweep_config(tmp_path, *other), STORE, folder)
     assert logged(capsys)[1:] == [f"sweep {folder}: resumed"]
     with pytest.raises(ConfigError, match=r"train\.weight_decay: "):
-        _begin(sweep_config(tmp_path, "train.weight_decay=0.5"), cast(Any, store), folder)
+        _begin(sweep_config(tmp_path, "train.weight_decay=0.5"), STORE, folder)
 
 
 def test_a_best_trial_whose_run_was_deleted_is_not_replaced_by_the_next(
@@ -518,10 +520,9 @@ def test_runs_that_a_deleted_sweep_has_left_are_not_this_ones(
     trained: TrainedRun, tmp_path: Path
 ) -> None:
     as_trial(trained, tmp_path, "search", "0a1b2_00000")
-    store = SimpleNamespace(data_hash="abc")
     folder = Folder(tmp_path) / "sweeps" / "search"
     with pytest.raises(ConfigError, match=r"deleted sweep 'search'.*runs/search-0a1b2_00000 and"):
-        _begin(sweep_config(tmp_path), cast(Any, store), folder)
+        _begin(sweep_config(tmp_path), STORE, folder)
     assert not folder.exists()
 
 
