@@ -336,7 +336,10 @@ def _draw_confusion(axes: Axes, panel: Confusion, classes: Sequence[str]) -> Non
     axes.set_title(panel.title)
     axes.set_xlabel("prediction")
     names = [wrapped(name) for name in classes]
-    axes.set_xticks(range(len(classes)), names, rotation=30, ha="right", rotation_mode="anchor")
+    if any("\n" in name for name in names):  # slanted, lines of neighbours would overlap
+        axes.set_xticks(range(len(classes)), names, rotation=90)
+    else:
+        axes.set_xticks(range(len(classes)), names, rotation=30, ha="right", rotation_mode="anchor")
     axes.tick_params(length=0)
 
 
