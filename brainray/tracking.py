@@ -162,6 +162,7 @@ class MLflowTracker:
             self._read_again()
             if len(history) < self._state["epochs_sent"]:  # the others are trained again
                 self._state["epochs_sent"] = len(history)
+                self._state.pop("sending", None)  # and are later than when they were sent
                 self._save()
             for metrics in history[self._state["epochs_sent"] :]:
                 epoch = int(metrics["epoch"])

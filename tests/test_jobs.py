@@ -1,6 +1,5 @@
 """The jobs' contract: complete help, one JSON line at the end, exit codes."""
 
-import contextlib
 import json
 import os
 import re
@@ -9,12 +8,9 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -25,7 +21,7 @@ from ray._private.runtime_env.packaging import get_uri_for_directory
 
 from brainray.config import Config
 from brainray.config_text import described_keys, known_keys, load_config
-from brainray.errors import ConfigError, DataError
+from brainray.errors import ConfigError, DataError, StorageError
 from brainray.orchestration import places
 from brainray.orchestration.job import (
     JobResult,
@@ -36,6 +32,7 @@ from brainray.orchestration.job import (
 from brainray.orchestration.places import check_is_shared, resolve_paths
 from brainray.orchestration.ray_connection import _check_address
 from brainray.orchestration.training.driver import TrainedRun
+from brainray.storage import Folder
 
 PROJECT = Path(__file__).parents[1]
 FOLDER = f"source={PROJECT}/configs"
@@ -400,13 +397,12 @@ def test_a_storage_that_another_node_does_not_read_is_refused(
     monkeypatch.setattr(ray, "nodes", lambda: 2 * nodes)
     check_is_shared(str(tmp_path / "storage"))
     assert not list((tmp_path / "storage").iterdir())
-
-    @contextlib.contextmanager
-    def elsewhere(**_: Any) -> Iterator[SimpleNamespace]:
-        yield SimpleNamespace(name=str(tmp_path / "of-another-node"))
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="give another storage"):
+        check_is_shared(str(tmp_path / "file"))
 
     monkeypatch.setattr(places, "_ON_OTHER_NODES_S", 0.1)
-    monkeypatch.setattr(tempfile, "NamedTemporaryFile", elsewhere)
+    monkeypatch.setattr(Folder, "write_bytes", lambda *_: None)  # as if it were elsewhere
     with pytest.raises(ConfigError, match=r"storage is another folder on node .*give a path that"):
         check_is_shared(str(tmp_path / "storage"))
 

@@ -135,13 +135,15 @@ def test_epochs_that_are_trained_again_are_sent_again(run: Folder) -> None:
     sending = tracker(run, database(run))
     sending.begin("first", {}, {})
     sending.log_epochs(HISTORY)
-    again = [HISTORY[0], {"epoch": 2.0, "train/loss/ce": 0.25}]
-    sending.log_epochs(again[:1])
+    again = [*HISTORY[:2], {"epoch": 3.0, "train/loss/ce": 0.25}]
+    sending.log_epochs(again[:2])
+    time.sleep(0.01)  # MLflow counts milliseconds
     sending.log_epochs(again)
     client = MlflowClient(database(run))
     logged = client.get_metric_history(str(sending.run_id), "train/loss/ce")
     latest = {metric.step: metric.value for metric in sorted(logged, key=lambda m: m.timestamp)}
-    assert latest == {1: 1.0, 2: 0.25, 3: 1 / 3}
+    assert latest == {1: 1.0, 2: 0.5, 3: 0.25}
+    assert client.get_run(str(sending.run_id)).data.metrics["train/loss/ce"] == 0.25
 
 
 def test_epochs_that_another_process_has_sent_are_not_sent_again(run: Folder) -> None:

@@ -111,8 +111,8 @@ def draw_roles(
             raise DataError(
                 f"class {name!r} has {list(labels).count(name)} labelled training slice(s), all of "
                 "one subject or group of copies, but training and validation need one each (slices "
-                "of the test part do not count): label more of them, or drop the class in a store "
-                f"of another name with classes.map.{name}=null"
+                "of the test part do not count): label more of them, or drop the class, as the "
+                "source calls it, in a store of another name with classes.map.CLASS=null"
             )
         # One for training and one for validation, however small the fraction.
         uses = [validates[own] for own in kin_of]

@@ -36,7 +36,7 @@ class Manifest(BaseModel):
     num_removed_copies: NonNegativeInt
 
     preprocess: PreprocessConfig
-    split: dict[str, Any]  # the settings that determine a store
+    split: dict[str, str | int | float]  # the settings that determine a store
     classes_map: dict[str, str | None]
     decode_version: int | None = None
     intracranial_version: int | None = None  # None: not in use

@@ -1,14 +1,15 @@
-"""The files and folders that settings name: absolute, and there."""
+"""The files and folders that settings name: absolute, there, and the same on all nodes."""
 
 import os
-import tempfile
 import time
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from brainray.config import WEIGHTS_OF_NO_SLICE, Config
 from brainray.errors import ConfigError, DataError
+from brainray.log import log
 
 _ON_OTHER_NODES_S = 5.0  # a network file system may show new files late
 _ANSWERS_WITHIN_S = 60.0
@@ -112,29 +113,41 @@ def check_places(config: Config, keys: Sequence[str]) -> None:
 
 
 def check_is_shared(storage: str) -> None:
-    """Check that all nodes of the Ray cluster read a local ``storage``, by a file put there.
+    """Check that all nodes that work read a local ``storage``, by a file that is put there.
 
     Raises:
         ConfigError: it is another folder on another node.
+        StorageError: it cannot be written.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from brainray.storage import Folder
 
-    folder = Folder(storage).local_path
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    if folder is None or len(nodes) < 2:
+    nodes = [
+        node
+        for node in ray.nodes()
+        if node["Alive"] and (node["Resources"].get("CPU") or node["Resources"].get("GPU"))
+    ]
+    folder = Folder(storage)
+    path = folder.local_path
+    if len(nodes) < 2 or path is None:
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    reads = ray.remote(num_cpus=0, max_retries=0)(_appears)
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".visible-to-all-nodes-") as file:
+    name = f".visible-to-all-nodes-{uuid.uuid4().hex}"
+    # Closed at once: some file systems show a file to other nodes only then.
+    folder.write_bytes(name, b"")
+    try:
+        look = ray.remote(num_cpus=0, max_retries=0)(_appears)
         answers = {}
         for node in nodes:
             there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            task = reads.options(scheduling_strategy=there).remote(file.name)
+            task = look.options(scheduling_strategy=there).remote(
+                str(path / name), _ON_OTHER_NODES_S
+            )
             answers[task] = node["NodeManagerAddress"]
-        done, _ = ray.wait(list(answers), num_returns=len(answers), timeout=_ANSWERS_WITHIN_S)
+        done, silent = ray.wait(list(answers), num_returns=len(answers), timeout=_ANSWERS_WITHIN_S)
+        for task in silent:
+            log(f"note: node {answers[task]} does not answer whether it reads {folder}")
         for task in done:
             try:
                 is_there = ray.get(task)
@@ -145,11 +158,13 @@ def check_is_shared(storage: str) -> None:
                     f"storage={folder} is another folder on node {answers[task]} than on the job's "
                     "node: give a path that all nodes mount, or a URI such as s3://BUCKET/brainray"
                 )
+    finally:
+        folder.delete_file(name, missing_ok=True)
 
 
-def _appears(path: str) -> bool:
-    deadline = time.monotonic() + _ON_OTHER_NODES_S
-    while not Path(path).exists():
+def _appears(path: str, within_s: float) -> bool:
+    deadline = time.monotonic() + within_s
+    while not os.path.exists(path):  # also False where it may not be read
         if time.monotonic() > deadline:
             return False
         time.sleep(0.2)

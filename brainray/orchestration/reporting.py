@@ -89,8 +89,8 @@ def report(config: Config) -> Report:
     maps = run_maps(run.folder, evaluation, int(metrics["chosen_epoch"]))
     if write_run_page(merged, run, control, metrics, about, maps, store) is None:
         raise DataError(f"the run {run.folder} has no test slices: there is nothing to report")
-    run.folder.write_json(layout.SUMMARY, metrics)  # which jobs/track.py sends beside the page
     if comparison:
+        run.folder.write_json(layout.SUMMARY, metrics)  # which jobs/track.py sends beside the page
         log(f"compared with {evaluation.control}:\n{comparison_table(comparison)}")
     return Report(run.folder, metrics)
 

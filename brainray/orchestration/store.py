@@ -187,7 +187,7 @@ def describe(store: ImageStore) -> str:
     """A summary of the store in a few lines."""
     manifest = store.manifest
     lines = [f"image store {store.folder}:"]
-    for split, by_class in store.manifest.num_slices.items():
+    for split, by_class in manifest.num_slices.items():
         counts = ", ".join(f"{count:,} {name or 'unlabelled'}" for name, count in by_class.items())
         lines.append(f"  {split}: {sum(by_class.values()):,} slices ({counts or 'none'})")
     lines.append(f"  removed copies: {manifest.num_removed_copies:,}")

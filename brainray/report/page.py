@@ -398,7 +398,8 @@ def _coverage_note(shown: pa.Table, whole: pa.Table) -> str:
         return f"All {shown.num_rows:,} slices are shown below."
     return (
         f"The map and the images show {shown.num_rows:,} of {whole.num_rows:,} slices, sampled "
-        "evenly; all numbers cover all of them. Raise evaluation.tsne_max_slices to show more."
+        "evenly; tables, confusion matrices and sizes cover all of them. Raise "
+        "evaluation.tsne_max_slices to show more."
     )
 
 

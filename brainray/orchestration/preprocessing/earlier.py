@@ -55,7 +55,7 @@ class Earlier:
         if store is None:
             return cls(0, FILES.empty_table(), None)
         files = store.folder.read_table(layout.FILES, columns=FILES.names)
-        generation = int(store.manifest.generation) + 1
+        generation = store.manifest.generation + 1
         return cls(generation, files, store.folder / layout.IMAGES)
 
     def reusable(self, fingerprints: RowFile) -> pa.Table:

@@ -34,6 +34,8 @@ class StudyReport:
 def write_report(results: StudyResults) -> StudyReport:
     """Write tables and figures into the study's folder."""
     tables = study_tables(results)
+    for name, text in tables.files.items():
+        results.folder.write_bytes(f"{layout.TABLES}/{name}", text.encode())
     drawn = draw_feature_sets(results)
     advice = _advice(drawn)
     figures = {
@@ -41,9 +43,7 @@ def write_report(results: StudyResults) -> StudyReport:
         **_refinement_figure(results),
         **_explained_variance_figures(drawn),
     }
-    texts = {**tables.files, _NUM_CLUSTERS: advice}
-    for name, text in texts.items():
-        results.folder.write_bytes(f"{layout.TABLES}/{name}", text.encode())
+    results.folder.write_bytes(f"{layout.TABLES}/{_NUM_CLUSTERS}", advice.encode())
     for name, image in figures.items():
         results.folder.write_bytes(f"{layout.FIGURES}/{name}", image)
     recommended = {
@@ -59,7 +59,7 @@ def write_report(results: StudyResults) -> StudyReport:
     names = [*figures, *(name for each in drawn.values() for name in each.figures)]
     return StudyReport(
         metrics=tables.metrics | recommended | counts,
-        files=[f"{layout.TABLES}/{name}" for name in texts]
+        files=[f"{layout.TABLES}/{name}" for name in [*tables.files, _NUM_CLUSTERS]]
         + [f"{layout.FIGURES}/{name}" for name in names],
         text=f"{tables.text}\n{advice}",
     )
