@@ -146,12 +146,14 @@ def check_is_shared(storage: str) -> None:
             )
             answers[task] = node["NodeManagerAddress"]
         done, silent = ray.wait(list(answers), num_returns=len(answers), timeout=_ANSWERS_WITHIN_S)
+        unknown = "note: node {} did not answer whether it reads " + str(folder)
         for task in silent:
-            log(f"note: node {answers[task]} does not answer whether it reads {folder}")
+            log(unknown.format(answers[task]))
         for task in done:
             try:
                 is_there = ray.get(task)
             except ray.exceptions.RayError:  # the node has gone
+                log(unknown.format(answers[task]))
                 continue
             if not is_there:
                 raise ConfigError(

@@ -47,7 +47,7 @@ def test_class_names_are_not_read_as_formulas() -> None:
     assert png_bytes(figure)
 
 
-@pytest.mark.parametrize("num_classes", [2, 4, 8])
+@pytest.mark.parametrize("num_classes", [2, 4])
 def test_long_class_names_leave_room_for_the_figure(num_classes: int) -> None:
     names = [
         f"{number} {'astrocytoma, IDH-mutant, grade 4 ' * 3}"[:100] for number in range(num_classes)
