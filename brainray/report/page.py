@@ -35,7 +35,7 @@ from brainray.schema import THUMBNAIL_SIDE, subset_masks, tells_of_classes
 from brainray.storage import Folder
 
 _NUM_IMAGES = 6  # of each kind on a cluster card
-_MAX_REJECTED = 100  # rejected files listed in an evaluation report
+_MAX_LISTED = 100  # rows of a table that names slices or files
 _JPEG_QUALITY = 60
 _GLOW = 0.6  # opacity of the overlay where the activation is highest
 _CHARTS = {
@@ -485,12 +485,29 @@ def _quality(run: Folder) -> list[Table]:
             Table("Duplicates", LEVEL_COLUMNS, leakage_counts(leakage)),
             Table("Test slices", header, rows),
         ]
+        if leakage["label_conflicts"]:
+            tables.append(_conflicts(leakage["label_conflicts"]))
     if folder.exists(layout.MANIFEST):
         reasons = folder.read_json(layout.MANIFEST)["rejected_reasons"]
         if reasons:
             counted = [[reason, f"{count:,}"] for reason, count in reasons.items()]
             tables.append(Table("Rejected", ["reason", "files or slices"], counted))
     return tables
+
+
+def _conflicts(slices: Sequence[Mapping[str, str]]) -> Table:
+    """Slices whose copies have another label, group by group."""
+    ordered = sorted(slices, key=lambda row: (row["group"], row["path"]))[:_MAX_LISTED]
+    title = f"Copies with different labels ({len(slices):,}{_more(len(slices))})"
+    return Table(
+        title,
+        ["group", "path", "label"],
+        [[row["group"][:8], row["path"], row["label"]] for row in ordered],
+    )
+
+
+def _more(count: int) -> str:
+    return "" if count <= _MAX_LISTED else f", first {_MAX_LISTED} shown"
 
 
 def _seen_slices(num_seen: Mapping[str, int]) -> Table:
@@ -500,7 +517,7 @@ def _seen_slices(num_seen: Mapping[str, int]) -> Table:
 
 def _rejected_files(rejected: pa.Table) -> Table:
     columns = ["path", "frame", "reason", "detail"]
-    rows = rejected.slice(0, _MAX_REJECTED).select(columns).to_pylist()
-    more = "" if rejected.num_rows <= _MAX_REJECTED else f", first {_MAX_REJECTED} shown"
+    rows = rejected.slice(0, _MAX_LISTED).select(columns).to_pylist()
+    title = f"Rejected ({rejected.num_rows:,}{_more(rejected.num_rows)})"
     cells = [[row[column] or "" for column in columns] for row in rows]
-    return Table(f"Rejected ({rejected.num_rows:,}{more})", ["path", "frame", "reason", ""], cells)
+    return Table(title, ["path", "frame", "reason", ""], cells)

@@ -25,6 +25,18 @@ from brainray.schema import PREDICTIONS, REJECTED, THUMBNAIL_SIDE
 from brainray.storage import Folder
 from tests.browser import CHROMIUM
 
+LEAKAGE = {
+    "levels": {"near": "near-duplicates that are not byte-identical"},
+    "num_test": {"all": 12, "clean": 5},
+    "num_test_by_class": {"all": {"glioma": 12}, "clean": {"glioma": 5}},
+    "across_splits": {"near": [{"path": "Testing/a.png", "twin": "Training/b.png"}] * 7},
+    "within_train": {"near": []},
+    "within_test": {"near": []},
+    "label_conflicts": [
+        {"path": f"Training/<{name}>/1.png", "label": name, "group": "0123456789abcdef"}
+        for name in ("pituitary", "glioma")
+    ],
+}
 CLASSES = ["glioma", "2", "<b>pituitary"]  # no integer may come first, no name be markup
 NUM_SLICES = 24
 
@@ -88,6 +100,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run.write_json(
         f"{layout.DATASET}/{layout.MANIFEST}", {"rejected_reasons": {"blank <slice>": 7}}
     )
+    run.write_json(f"{layout.DATASET}/{layout.LEAKAGE}", LEAKAGE)
     evaluation = EvaluationConfig(tsne_epochs=(1, 2))
     name = write_page(
         run,
@@ -122,6 +135,16 @@ def test_the_page_needs_no_network_and_escapes_what_it_shows(page: Path) -> None
     assert "blank &lt;slice&gt;" in text
     assert all(cell in text for cell in ("slice by slice", "+0.250", "3 of 4", "0.62"))
     assert all(cell in text for cell in ("all (1,221)", "head, balanced accuracy", "0.713"))
+
+
+def test_copies_with_different_labels_are_listed_group_by_group(page: Path) -> None:
+    text = page.read_text()
+    assert "Copies with different labels (2)" in text
+    first, second = (
+        text.index(f"<td>Training/&lt;{name}&gt;/1.png</td><td>{name}</td>")
+        for name in ("glioma", "pituitary")
+    )
+    assert first < second
 
 
 def test_evidence_glows_on_the_slice_and_the_rest_stays_grey(page: Path) -> None:
