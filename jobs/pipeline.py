@@ -39,7 +39,7 @@ def work(config: Config) -> JobResult:
     existing = run_to_resume(config)
     if existing is None or not existing.is_complete:
         plan_workers(config.train, alive_nodes())  # refuse before preprocessing if it cannot train
-    needed = None if existing is None else existing.info["data_hash"]
+    needed = None if existing is None else existing.record.data_hash
     store = preprocess(config.model_copy(update={"name": config.dataset}), data_hash=needed)
     trained = train(config)
     # Where they are now: files may have been renamed since the run began.

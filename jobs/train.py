@@ -24,7 +24,7 @@ def work(config: Config) -> JobResult:
     from brainray.report.results import results_markdown
 
     trained = train(config)
-    log(results_markdown(trained.metrics, trained.run.classes))
+    log(results_markdown(trained.metrics, trained.run.record.classes))
     log_where(trained)
     return JobResult(str(trained.run.folder), trained.mlflow_run_id, trained.metrics)
 

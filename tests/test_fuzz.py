@@ -26,7 +26,7 @@ from brainray.layout import MANIFEST, RUN, RUN_FORMAT, STORE_FORMAT
 from brainray.mri.decode import decode_file
 from brainray.mri.slices import RejectedImage
 from brainray.orchestration.preprocessing.source import list_source
-from brainray.orchestration.run import read_run_info
+from brainray.orchestration.run import Run
 from brainray.orchestration.store import ImageStore, describe
 from brainray.schema import TRAIN
 from brainray.storage import Folder
@@ -248,6 +248,19 @@ WHOLE_MANIFEST: dict[str, Any] = {
     "num_slices": {"train": {"a": 3, "": 2}, "test": {"a": 1}},
 }
 
+WHOLE_RUN: dict[str, Any] = {
+    "format": RUN_FORMAT,
+    "name": "a",
+    "dataset": "mri",
+    "data_hash": "abc",
+    "classes": ["a", "b"],
+    "preprocess": {"image_size": 64},
+    "versions": {"decode_version": 1},
+    "subject_salt": "0123",
+    "num_slices": {"labelled": 3},
+    "settings": {"seed": 1},
+}
+
 
 def changed_json(whole: dict[str, Any]) -> st.SearchStrategy[bytes]:
     """The object with other values, or without some; or its text damaged."""
@@ -291,12 +304,18 @@ def test_a_manifest_is_read_or_explained_in_one_line(amount: str, tmp_path: Path
 def test_the_record_of_a_run_is_read_or_explained_in_one_line(amount: str, tmp_path: Path) -> None:
     def read(content: bytes) -> None:
         (tmp_path / RUN).write_bytes(content)
-        info = attempt(read_run_info, Folder(tmp_path))
-        assert info is None or info["format"] == RUN_FORMAT
+        run = attempt(Run.open, folder)
+        if run is None:
+            return
+        assert run.record.format == RUN_FORMAT
+        run.record.write(folder)
+        assert Run.open(folder) == run
 
-    whole = {"format": RUN_FORMAT, "name": "a", "classes": ["a", "b"], "settings": {}}
-    read(json.dumps(whole | {"format": "\n"}).encode())
-    fuzz(amount, changed_json(whole), 30, 3_000, read)
+    folder = Folder(tmp_path)
+    read(json.dumps(WHOLE_RUN | {"format": "\n"}).encode())
+    read(json.dumps(WHOLE_RUN).encode())
+    Run.open(folder)
+    fuzz(amount, changed_json(WHOLE_RUN), 30, 3_000, read)
 
 
 @pytest.mark.parametrize("amount", AMOUNTS)

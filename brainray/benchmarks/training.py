@@ -306,7 +306,7 @@ def _whole_epoch(
         loops = [_as_worker(_bare_costs, pixels, device, at_once)]
         trained = train(config)
         history = trained.run.folder.read_json_lines(layout.METRICS)
-        num_fitted = trained.run.info["num_slices"]
+        num_fitted = trained.run.record.num_slices
     last = history[-1]  # with warm allocators and thread pools
     steps = -(-num_fitted["unlabelled"] // BATCH)
     num_embedded = num_fitted["unlabelled"] + num_fitted["labelled"]

@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, field_validator
+from pydantic import Field, NonNegativeInt, field_validator
 
 from brainray import layout
 from brainray.config import PreprocessConfig, SplitConfig
-from brainray.errors import DataError
 from brainray.mri import decode, intracranial
+from brainray.orchestration.records import Record, read_record
 from brainray.schema import TRAIN
 from brainray.storage import Folder
 
@@ -16,12 +16,9 @@ NOT_OF_SLICES = {"files_per_task", "max_rejected_fraction"}
 """Settings of preprocessing that do not affect slices: they may change between updates."""
 
 
-class Manifest(BaseModel):
-    """The manifest of an image store, validated when read, because the file may be foreign."""
+class Manifest(Record):
+    """The manifest of an image store."""
 
-    model_config = ConfigDict(frozen=True, allow_inf_nan=False, extra="ignore")
-
-    format: str
     name: str
     source: str
     generation: NonNegativeInt  # number of updates
@@ -81,24 +78,14 @@ def read_manifest(folder: Folder) -> Manifest:
     Raises:
         DataError: it is damaged, or another version of brainray wrote it.
     """
-    found = folder.read_json(layout.MANIFEST)
-    if not isinstance(found, dict):
-        raise DataError(f"{folder}/{layout.MANIFEST} is not a manifest: choose another name")
-    if found.get("format") != layout.STORE_FORMAT:
-        raise DataError(
-            f"the image store {folder} was made by another version of brainray "
-            f"({found.get('format')!r}, this version reads {layout.STORE_FORMAT!r}): "
-            "choose another name, or delete it and preprocess again"
-        )
-    try:
-        return Manifest.model_validate(found)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise DataError(
-            f"{folder}/{layout.MANIFEST} is damaged ({key}: {first['msg']}): delete the store "
-            "and preprocess again"
-        ) from None
+    return read_record(
+        Manifest,
+        folder,
+        layout.MANIFEST,
+        version=layout.STORE_FORMAT,
+        owner="the image store",
+        remedy="choose another name, or delete it and preprocess again",
+    )
 
 
 def settings_of(

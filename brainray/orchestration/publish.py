@@ -47,11 +47,11 @@ def begin_tracking(
 ) -> LenientTracker:
     """Open the run's MLflow run; an unreachable server is logged and does not stop the work."""
     params = flatten(config.without_secrets()) | {
-        f"num_{k}": v for k, v in run.info["num_slices"].items()
+        f"num_{k}": v for k, v in run.record.num_slices.items()
     }
     del params["name"]  # MLflow has its own; comparisons of runs would show it as a setting
     about = {
-        "brainray.data_hash": str(run.info["data_hash"]),
+        "brainray.data_hash": run.record.data_hash,
         "brainray.run_folder": str(run.folder),
     }
     made_by = _last_submission(run)
@@ -99,8 +99,7 @@ def publish(config: Config, run: Run) -> LenientTracker:
     """
     tracker = begin_tracking(config_to_track(config, run), run)
     send_run(run, tracker)
-    name = str(run.info["name"])
-    if not run.is_complete and not is_held(Folder(config.storage), layout.RUNS, name):
+    if not run.is_complete and not is_held(Folder(config.storage), layout.RUNS, run.record.name):
         # It has ended; if its job could not record how, that is unknown.
         tracker.finish("KILLED", unless_ended=True)
     if tracker.problem is not None:

@@ -70,7 +70,7 @@ def report(config: Config) -> Report:
     asked = config.evaluation.model_dump(exclude_unset=True)
     evaluation = saved.evaluation.model_copy(update=asked)
     merged = saved.model_copy(update={"storage": config.storage, "evaluation": evaluation})
-    evaluation = _without_lost_runs(merged, asked, run.info["data_hash"])
+    evaluation = _without_lost_runs(merged, asked, run.record.data_hash)
     merged = merged.model_copy(update={"evaluation": evaluation})
     try:
         store = _store_with_test_slices(merged, run)
@@ -102,14 +102,14 @@ def _store_with_test_slices(config: Config, run: Run) -> ImageStore:
         DataError: there is none, or it no longer has the run's test slices as they were.
     """
     store = ImageStore.open(Folder(config.storage) / layout.DATASETS / config.given("dataset"))
-    if store.manifest.data_hash == run.info["data_hash"]:
+    if store.manifest.data_hash == run.record.data_hash:
         return store
     index = store.index()
     there = index.filter(pc.equal(index["split"], TEST))["sample_id"]
     tested = run.folder.read_table(layout.TEST_SLICES, columns=["sample_id"])["sample_id"]
-    settings = store.manifest.preprocess.model_dump(mode="json"), store.manifest.versions
+    settings = store.manifest.preprocess, store.manifest.versions
     if (
-        settings != (run.info["preprocess"], run.info.get("versions"))
+        settings != (run.record.preprocess, run.record.versions)
         or not pc.all(pc.is_in(tested, value_set=there)).as_py()
     ):
         raise DataError(f"the image store {store.folder} no longer has the run's test slices")
@@ -158,7 +158,7 @@ def comparable_control(config: Config, run: Run) -> Control | None:
     """
     if config.evaluation.control is None:
         return None
-    control = _control(config, run.info["data_hash"])
+    control = _control(config, run.record.data_hash)
     problem = _not_comparable(run, control)
     if problem is not None:
         log(f"not compared: the run {config.evaluation.control} {problem}")
@@ -212,7 +212,7 @@ def write_run_page(
         about = {**about, "control": f"{config.evaluation.control}{other}"}
     return write_page(
         run.folder,
-        run.classes,
+        run.record.classes,
         config.evaluation,
         metrics,
         about,
@@ -305,8 +305,8 @@ def _sibling(config: Config, name: str, data_hash: str) -> Run:
 
 def _compared_run(config: Config, name: str, data_hash: str) -> Run:
     run = open_run(Folder(config.storage), name)
-    if run.info["data_hash"] != data_hash:
-        if run.info["dataset"] == config.dataset:
+    if run.record.data_hash != data_hash:
+        if run.record.dataset == config.dataset:
             raise DataError(
                 f"evaluation.control and siblings: the image store {config.dataset} was updated "
                 f"between this run and the run {name}: train both on its current state, under "
@@ -347,7 +347,7 @@ def _trained_with(run: Run) -> dict[str, str | int | float | bool]:
 def _predictions_of_siblings(config: Config, run: Run) -> dict[str, pa.Table]:
     """Predictions of complete runs with other seeds for the same test slices, by name."""
     siblings = {
-        name: _sibling(config, name, run.info["data_hash"]).predictions()
+        name: _sibling(config, name, run.record.data_hash).predictions()
         for name in config.evaluation.siblings
     }
     return {name: table for name, table in siblings.items() if table is not None}

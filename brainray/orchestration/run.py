@@ -5,13 +5,22 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+from pydantic import Field, NonNegativeInt
 
 from brainray import layout
-from brainray.config import TRAINING_SECTIONS, WORKER_SETTINGS, Config, SplitConfig
+from brainray.config import (
+    TRAINING_SECTIONS,
+    WORKER_SETTINGS,
+    Config,
+    PreprocessConfig,
+    SplitConfig,
+)
 from brainray.config_text import differing_settings, parse_config, parse_yaml, with_defaults
 from brainray.errors import ConfigError, DataError
 from brainray.mri.split import check_validation_share
 from brainray.orchestration.lock import is_held
+from brainray.orchestration.manifest import NOT_OF_SLICES
+from brainray.orchestration.records import Record, read_record
 from brainray.storage import Folder
 
 _LASTING_SECTIONS = {"dataset", "seed", *TRAINING_SECTIONS} - {"tracking"}
@@ -35,16 +44,48 @@ _FREE_KEYS = {
 _OF_DRAW = {"labelled_fraction", "validation_fraction", "validation", "seed"}
 
 
+class RunRecord(Record):
+    """What a run records at its beginning: its data and its settings."""
+
+    name: str
+    dataset: str
+    data_hash: str  # of the store at that time
+    classes: list[str]
+    preprocess: PreprocessConfig  # of the store
+    versions: dict[str, int | None] = Field(default_factory=dict)  # `Manifest.versions`
+    subject_salt: str | None = None  # of the store
+    num_slices: dict[str, NonNegativeInt]  # by role
+    settings: dict[str, Any]  # those that must not change when the run resumes
+
+    def write(self, folder: Folder) -> None:
+        """Write it into the folder of a run."""
+        content = self.model_dump(mode="json", exclude={"preprocess": NOT_OF_SLICES})
+        folder.write_json(layout.RUN, content)
+
+
 @dataclass(frozen=True)
 class Run:
-    """An existing run; ``info`` is its ``run.json``."""
+    """An existing run."""
 
     folder: Folder
-    info: dict[str, Any]
+    record: RunRecord
 
-    @property
-    def classes(self) -> list[str]:
-        return list(self.info["classes"])
+    @classmethod
+    def open(cls, folder: Folder) -> "Run":
+        """Open the run in a folder.
+
+        Raises:
+            DataError: its record is damaged, or another version of brainray wrote it.
+        """
+        record = read_record(
+            RunRecord,
+            folder,
+            layout.RUN,
+            version=layout.RUN_FORMAT,
+            owner="the run",
+            remedy="train under another name",
+        )
+        return cls(folder, record)
 
     @property
     def is_complete(self) -> bool:
@@ -53,7 +94,7 @@ class Run:
     @property
     def settings(self) -> dict[str, Any]:
         """The settings that must not change when the run resumes, as nested sections."""
-        saved = without_free(self.info["settings"])
+        saved = without_free(self.record.settings)
         defaults = without_free(Config().model_dump(mode="json"))
         if "self_supervision" not in saved:  # of runs without a warm-up
             del defaults["self_supervision"]
@@ -83,7 +124,7 @@ class Run:
 
 def unfinished(storage: Folder, run: Run) -> str:
     """What to do about a run that is not complete, for errors."""
-    if is_held(storage, layout.RUNS, str(run.info["name"])):
+    if is_held(storage, layout.RUNS, run.record.name):
         return f"the run {run.folder} is still training: wait until it finishes"
     return (
         f"the run {run.folder} is not complete, and no job is training it: submit its training "
@@ -96,7 +137,7 @@ def open_run(storage: Folder, name: str) -> Run:
     folder = storage / layout.RUNS / name
     if not folder.exists(layout.RUN):
         raise DataError(f"no run {name!r} in {storage}; existing runs: {_names(storage) or 'none'}")
-    return Run(folder, read_run_info(folder))
+    return Run.open(folder)
 
 
 def run_to_resume(config: Config) -> Run | None:
@@ -109,7 +150,7 @@ def run_to_resume(config: Config) -> Run | None:
     folder = Folder(config.storage) / layout.RUNS / config.given("name")
     if not folder.exists(layout.RUN):
         return None
-    run = Run(folder, read_run_info(folder))
+    run = Run.open(folder)
     difference = differing_settings(run.settings, lasting_settings(config))
     if difference:
         raise ConfigError(
@@ -131,28 +172,11 @@ def check_new_or_same(config: Config) -> None:
         check_validation_share(config.split.validation_fraction)
 
 
-def read_run_info(folder: Folder) -> dict[str, Any]:
-    """A run's ``run.json``.
-
-    Raises:
-        DataError: another version of brainray wrote it.
-    """
-    info = folder.read_json(layout.RUN)
-    if not isinstance(info, dict):
-        raise DataError(f"{folder}/{layout.RUN} is not a run record: choose another name")
-    if info.get("format") != layout.RUN_FORMAT:
-        raise DataError(
-            f"the run {folder} was made by another version of brainray ({info.get('format')!r}, "
-            f"this version reads {layout.RUN_FORMAT!r}): train under another name"
-        )
-    return info
-
-
 def check_same_draw(split: SplitConfig, other: Run, purpose: str) -> None:
     """Raises ConfigError if another run on the same data trains or validates on other labels."""
     asked = split.model_dump(mode="json", include=_OF_DRAW)
     defaults = SplitConfig().model_dump(mode="json")
-    theirs = {key: (defaults | other.info["settings"]["split"])[key] for key in _OF_DRAW}
+    theirs = {key: (defaults | other.record.settings["split"])[key] for key in _OF_DRAW}
     difference = differing_settings(theirs, asked, "split.")
     if difference:
         raise ConfigError(

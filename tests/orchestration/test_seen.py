@@ -72,7 +72,7 @@ def test_what_a_studys_starting_weights_have_seen_is_not_clean(
     store = preprocess(
         tiny_config(tmp_path, "name=own", f"source={phantoms}", "split.mode=grouped")
     )
-    name = trained.run.info["name"]
+    name = trained.run.record.name
     features = {"drawn": "random", "trained": f"run:{name}"}
     clean = {}
     for feature, weights in features.items():
@@ -117,7 +117,7 @@ def test_weights_that_know_copies_of_validation_slices_are_refused(
     copied.write_table("seen.parquet", seen)
     weights = f"encoder.weights={copied}/best/model.pt"
     config = tiny_config(storage, "name=of-copies", "dataset=mri", weights)
-    num_validation = trained.run.info["num_slices"]["validation"]
+    num_validation = trained.run.record.num_slices["validation"]
     told = f"labels of {num_validation} of this run's {num_validation} validation slices, or of"
     with pytest.raises(ConfigError, match=told):
         begin_run(config, store, 1)
@@ -126,7 +126,7 @@ def test_weights_that_know_copies_of_validation_slices_are_refused(
 def test_names_hashed_with_another_salt_are_not_compared(
     storage: Path, trained: TrainedRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = tiny_config(storage, f"run={trained.run.info['name']}")
+    config = tiny_config(storage, f"run={trained.run.record.name}")
     predictor = find_predictor(config, "this test")
     blank = bytes(96 * 96)
     accepted = pa.table(
@@ -210,7 +210,8 @@ def test_complete_draws_are_not_compared_with_a_control_on_other_data(
             run = begin_run(tiny_config(storage, *settings), store, 1)
             run.folder.write_json("summary.json", {})
             if name == "older":
-                run.folder.write_json("run.json", run.info | {"data_hash": "of before an update"})
+                earlier = run.record.model_copy(update={"data_hash": "of before an update"})
+                earlier.write(run.folder)
 
     def train(config: Config) -> TrainedRun:
         return TrainedRun(open_run(Folder(storage), str(config.name)), {}, None, "")

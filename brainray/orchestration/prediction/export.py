@@ -173,7 +173,7 @@ def _facts(predictor: Predictor, name: str, metrics: Metrics) -> CardFacts:
             f"{preprocess.image_size} pixels, then area-averaged to {checkpoint.image_size}"
         ),
         has_fitted=predictor.fitted() is not None,
-        num_slices={} if predictor.run is None else predictor.run.info["num_slices"],
+        num_slices={} if predictor.run is None else predictor.run.record.num_slices,
         objective=config.objective.name,
         code=f"{brainray.__version__} ({code_hash()})",
         opset=ONNX_OPSET if metrics else None,

@@ -24,7 +24,7 @@ from brainray.orchestration.preprocessing.preparation import subject_salt
 from brainray.orchestration.preprocessing.slice_tasks import TO_PREDICT, decode_files, select_slices
 from brainray.orchestration.preprocessing.source import SourceFile, files_of_tasks
 from brainray.orchestration.resources import alive_nodes, plan_actors
-from brainray.orchestration.run import Run, open_run, read_run_info, unfinished
+from brainray.orchestration.run import Run, open_run, unfinished
 from brainray.orchestration.seen import seen_by_run
 from brainray.orchestration.store import ImageStore
 from brainray.storage import Folder
@@ -68,7 +68,7 @@ class Predictor:
 
     def subject_salt(self) -> str | None:
         """Id of the salt with which the run's subjects are hashed; None if not recorded."""
-        return None if self.run is None else self.run.info.get("subject_salt")
+        return None if self.run is None else self.run.record.subject_salt
 
     def temperature(self) -> float | None:
         """Temperature fitted on the validation slices after this epoch; None without the run."""
@@ -108,15 +108,14 @@ def find_predictor(config: Config, purpose: str, *, of_new_files: bool = True) -
         folder = folder.parent if folder.name == layout.MODEL else folder
         run_folder = folder.parent
         if run_folder.exists(layout.RUN):
-            run = Run(run_folder, read_run_info(run_folder))
+            run = Run.open(run_folder)
     checkpoint = load_checkpoint(folder)
-    info = {} if run is None else run.info
+    if run is None:
+        return Predictor(folder, run_folder, None, checkpoint, checkpoint.config.preprocess)
     # The store's preprocessing may differ from that in the run's config file.
-    preprocess = PreprocessConfig.model_validate(
-        info.get("preprocess", checkpoint.config.preprocess.model_dump())
-    )
-    made_with, now = info.get("versions", {}), versions_of(preprocess)
-    if of_new_files and info and made_with != now:
+    preprocess, made_with = run.record.preprocess, run.record.versions
+    now = versions_of(preprocess)
+    if of_new_files and made_with != now:
         difference = differing_settings(made_with, now)
         raise CheckpointError(
             f"the run {run_folder} was trained on slices made by another version of brainray "

@@ -59,8 +59,8 @@ def choose_next_labels(config: Config) -> NextLabels:
     run = open_run(Folder(config.storage), config.given("run"))
     _check_nothing_is_filled_in(run.folder)
     predictor = find_predictor(config, "labelling", of_new_files=False)
-    folder = Folder(config.storage) / layout.DATASETS / str(run.info["dataset"])
-    store = ImageStore.open(folder, run.info["data_hash"])
+    folder = Folder(config.storage) / layout.DATASETS / run.record.dataset
+    store = ImageStore.open(folder, run.record.data_hash)
     seen = run.folder.read_table(layout.SEEN)
     is_pool = pc.equal(seen["role"], UNLABELLED_ROLE)
     pool, others = seen.filter(is_pool), seen.filter(pc.invert(is_pool))

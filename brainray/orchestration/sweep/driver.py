@@ -267,7 +267,7 @@ def _log_model(
     """Log the best model to the sweep's MLflow run, and register it if a name is given."""
     if best.run is None:
         return
-    of_best = config.model_copy(update={"run": str(best.run.info["name"]), "epoch": None})
+    of_best = config.model_copy(update={"run": best.run.record.name, "epoch": None})
     with served_files(find_predictor(of_best, "the sweep's model")) as served:
         tracker.log_model(served, name, force=force)
 

@@ -16,7 +16,7 @@ from brainray.config import TRAINING_SECTIONS, WORKER_KEYS, Config, SearchDomain
 from brainray.config_text import flatten, known_keys, parse_config
 from brainray.engine.evaluate import chosen_epoch
 from brainray.errors import BrainrayError, ConfigError, TransientError
-from brainray.orchestration.run import Run, read_run_info
+from brainray.orchestration.run import Run
 from brainray.orchestration.training.driver import begun_training, complete_run, fit
 from brainray.orchestration.training.worker import reported_metrics
 from brainray.storage import Folder
@@ -259,7 +259,7 @@ class TrialReader:
         if matched is None or (name not in self._begun and not folder.exists(layout.RUN)):
             return None
         if name not in self._begun:
-            run = Run(folder, read_run_info(folder))
+            run = Run.open(folder)
             saved = run.saved_config()
             flat = flatten(saved)
             parameters = {key: flat.get(key) for key in self._config.tune.space}

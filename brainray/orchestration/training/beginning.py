@@ -10,7 +10,7 @@ from brainray.engine.recluster import check_num_clusters
 from brainray.errors import ClusteringError, ConfigError, DataError
 from brainray.mri.leakage import Fingerprints, exposure
 from brainray.mri.split import check_validation_share, draw_roles
-from brainray.orchestration.run import Run, lasting_settings
+from brainray.orchestration.run import Run, RunRecord, lasting_settings
 from brainray.orchestration.seen import all_seen, check_validation_is_new, seen_by_weights
 from brainray.orchestration.store import ImageStore
 from brainray.schema import LABELLED, SEEN, TEST, TRAIN, UNLABELLED_ROLE, VALIDATION
@@ -23,12 +23,12 @@ def check_run_fits(run: Run, store: ImageStore, num_workers: int) -> None:
     Raises:
         ConfigError: it was begun on other data, or has fewer labelled slices than workers.
     """
-    if run.info["data_hash"] != store.manifest.data_hash:
+    if run.record.data_hash != store.manifest.data_hash:
         raise ConfigError(
-            f"run {run.info['name']!r} exists with other data ({run.info['dataset']}, hash "
-            f"{run.info['data_hash']}, now {store.manifest.data_hash}): choose another name"
+            f"run {run.record.name!r} exists with other data ({run.record.dataset}, hash "
+            f"{run.record.data_hash}, now {store.manifest.data_hash}): choose another name"
         )
-    _check_ranks(run.info["num_slices"], num_workers)
+    _check_ranks(run.record.num_slices, num_workers)
 
 
 def begin_run(config: Config, store: ImageStore, num_workers: int) -> Run:
@@ -67,20 +67,20 @@ def begin_run(config: Config, store: ImageStore, num_workers: int) -> Run:
     )
     _keep_records(store.folder, folder / layout.DATASET)
     folder.write_bytes(layout.CONFIG, to_yaml(config).encode())
-    info = {
-        "format": layout.RUN_FORMAT,
-        "name": config.name,
-        "dataset": config.dataset,
-        "data_hash": store.manifest.data_hash,
-        "classes": store.manifest.classes,
-        "preprocess": store.manifest.preprocess.model_dump(mode="json"),
-        "versions": store.manifest.versions,
-        "subject_salt": store.manifest.subject_salt,
-        "num_slices": counts,
-        "settings": lasting_settings(config),
-    }
-    folder.write_json(layout.RUN, info)
-    return Run(folder, info)
+    record = RunRecord(
+        format=layout.RUN_FORMAT,
+        name=config.given("name"),
+        dataset=config.given("dataset"),
+        data_hash=store.manifest.data_hash,
+        classes=store.manifest.classes,
+        preprocess=store.manifest.preprocess,
+        versions=store.manifest.versions,
+        subject_salt=store.manifest.subject_salt,
+        num_slices=counts,
+        settings=lasting_settings(config),
+    )
+    record.write(folder)
+    return Run(folder, record)
 
 
 def _keep_records(store: Folder, kept: Folder) -> None:

@@ -51,7 +51,7 @@ def train_draws(config: Config) -> DrawnRuns:
         log(f"label draw {number + 1} of {num_draws}: run {draw_name(name, number)}")
         of_draw = _of_draw(config, number)
         runs.append(train(of_draw))
-        check_compared_runs(of_draw, runs[-1].run.info["data_hash"])  # of a complete run, too
+        check_compared_runs(of_draw, runs[-1].run.record.data_hash)  # of a complete run, too
     metrics = summarise_draws(
         [run.metrics for run in runs],
         [control.folder.read_json(layout.SUMMARY) for control in controls] or None,

@@ -215,7 +215,7 @@ def complete_run(training: Training) -> None:
     control = comparable_control(config, run)
     metrics |= against_control(config, run, control, chosen)
     maps = run_maps(run.folder, config.evaluation, chosen)
-    draw_run_figures(run.folder, run.classes, chosen, maps)
+    draw_run_figures(run.folder, run.record.classes, chosen, maps)
     about = _about(training)
     run.folder.write_json(layout.ABOUT, about)
     write_run_page(config, run, control, metrics, about, maps, training.store)
@@ -227,7 +227,7 @@ def _about(training: Training) -> dict[str, str]:
     workers = training.workers
     assert workers is not None, "a complete run has its record"
     kind = "GPU" if workers.use_gpu else "CPU"
-    info = training.run.info
+    record = training.run.record
     encoder, learning = training.config.encoder, training.config.self_supervision
     warm_up = "none"
     if encoder.pretext != "none":
@@ -235,8 +235,8 @@ def _about(training: Training) -> dict[str, str]:
             f"{encoder.pretext}, {learning.num_epochs} epochs at {encoder.pretext_image_size} px"
         )
     return about_software() | {
-        "store": f"{info['dataset']} (data hash {info['data_hash']})",
-        "slices": ", ".join(f"{n:,} {role}" for role, n in info["num_slices"].items()),
+        "store": f"{record.dataset} (data hash {record.data_hash})",
+        "slices": ", ".join(f"{n:,} {role}" for role, n in record.num_slices.items()),
         "warm-up without labels": warm_up,
         "workers": f"{workers.num_workers} on {kind}, {workers.cpus_per_worker} CPU(s) each",
     }
@@ -265,7 +265,7 @@ def _summarise_epoch(
         metrics = summarise(
             run.folder.read_table(layout.predictions_file(epoch)),
             run.folder.read_table(layout.SEEN),
-            run.classes,
+            run.record.classes,
             num_resamples=config.evaluation.bootstrap_resamples,
             seed=config.seed,
             groups=groups_of_test_slices(run.folder),
@@ -296,7 +296,7 @@ def _log_beginning(run: Run, resumed: bool, config: Config, store: ImageStore) -
         )
         log(f"run {run.folder}: {where}")
     else:
-        num_slices, split = run.info["num_slices"], config.split
+        num_slices, split = run.record.num_slices, config.split
         counts = ", ".join(f"{count} {role}" for role, count in num_slices.items())
         log(f"run {run.folder}: new, training slices: {counts}")
         read = num_slices[LABELLED] + num_slices[VALIDATION]

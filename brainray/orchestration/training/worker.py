@@ -81,7 +81,7 @@ from brainray.orchestration.ray_train import (
     raise_on_all_ranks,
     return_user_errors,
 )
-from brainray.orchestration.run import read_run_info
+from brainray.orchestration.run import Run
 from brainray.orchestration.store import ImageStore
 from brainray.orchestration.training.rank_data import load_rank_data
 from brainray.schema import FITTED, subset_masks, tells_of_classes
@@ -105,7 +105,7 @@ def _train(config: Config, start: State, run: Folder, store_folder: Folder) -> N
     configure_rank()
     torch.manual_seed(config.seed)
     with raise_on_all_ranks(device):
-        store = ImageStore.open(store_folder, read_run_info(run)["data_hash"])
+        store = ImageStore.open(store_folder, Run.open(run).record.data_hash)
         rank, num_ranks = context.get_world_rank(), context.get_world_size()
         data = load_rank_data(config, run, store, device, rank, num_ranks)
         encoder = build_encoder(config.encoder.name, start, len(store.manifest.classes))

@@ -109,7 +109,7 @@ def test_onnx_safetensors_and_mlflow_agree_with_prediction_on_200_slices(
     readable = [path for path in slices if path.name != "broken.jpg"]
     assert len(readable) == 200
     model = mlflow.pyfunc.load_model(str(local(exported) / "mlflow"))
-    assert model.metadata.metadata == {"classes": trained.run.classes}
+    assert model.metadata.metadata == {"classes": trained.run.record.classes}
     from_paths = model.predict(pd.DataFrame({"path": [str(path) for path in slices]}))
     assert list(from_paths.columns) == PREDICTED.names
     assert_same(from_paths.to_dict("records"), [predicted[str(path)] for path in slices])
@@ -132,7 +132,9 @@ def test_onnx_safetensors_and_mlflow_agree_with_prediction_on_200_slices(
     np.testing.assert_allclose(outputs["log_likelihood"], likelihood, rtol=1e-3, atol=1e-2)
     one = run_onnx((local(exported) / "model.onnx").read_bytes(), images[:1])
     told = onnx.load(local(exported) / "model.onnx").metadata_props
-    assert {entry.key: json.loads(entry.value) for entry in told}["classes"] == trained.run.classes
+    assert {entry.key: json.loads(entry.value) for entry in told}[
+        "classes"
+    ] == trained.run.record.classes
     np.testing.assert_allclose(one["probabilities"], outputs["probabilities"][:1], atol=1e-5)
 
 

@@ -86,7 +86,7 @@ def test_a_part_names_the_classes_in_the_order_of_its_probabilities(
 ) -> None:
     for path in Path(str(prediction.folder)).glob("part-*"):
         classes = json.loads(pq.read_schema(path).metadata[b"classes"])
-        assert classes == trained.run.classes
+        assert classes == trained.run.record.classes
         for row in pq.read_table(path).to_pylist():
             assert row["class"] is None or row["class"] == classes[np.argmax(row["probabilities"])]
 
@@ -115,7 +115,7 @@ def test_every_file_has_a_row(prediction: Prediction, trained: TrainedRun) -> No
         if row["reason"] is not None:
             assert row["class"] is None
             continue
-        assert row["class"] in trained.run.classes
+        assert row["class"] in trained.run.record.classes
         assert np.isclose(sum(row["probabilities"]), 1, atol=1e-5)
         assert np.isclose(sum(row["responsibilities"]), 1, atol=1e-5)
         assert np.isclose(row["confidence"], max(row["probabilities"]))

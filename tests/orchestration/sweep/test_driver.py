@@ -686,7 +686,7 @@ def test_the_table_while_it_runs_shows_every_trial_that_does(tmp_path: Path) -> 
             "time/images_per_s": 123.0,
             "train/image_size": 32.0,
         }
-        run = Run(Folder(tmp_path / "runs" / f"search-{trial_id}"), {})
+        run = Run(Folder(tmp_path / "runs" / f"search-{trial_id}"), cast(Any, None))
         trials.append(Trial(trial_id, run, {}, [epoch], config.train))
     follower = SweepFollower(config, cast(Any, None))
     with held(Folder(tmp_path), "runs", "search-abc_00004"):  # the worst

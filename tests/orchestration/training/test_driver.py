@@ -204,7 +204,7 @@ def test_a_run_may_have_no_unlabelled_slice(storage: Path) -> None:
     begun = begin_run(config, store, num_workers=1)
     data = load_rank_data(config, begun.folder, store, torch.device("cpu"), 0, 1)
     assert len(data.unlabelled) == len(data.inherited) == 0
-    assert len(data.labelled) == begun.info["num_slices"]["labelled"] > 0
+    assert len(data.labelled) == begun.record.num_slices["labelled"] > 0
     assert bool((data.labelled.labels >= 0).all())
 
 
@@ -245,7 +245,7 @@ def test_a_rank_reads_the_store_once(
 
 def test_the_rate_is_that_of_all_ranks(trained: TrainedRun) -> None:
     *_, last = trained.run.folder.read_json_lines("metrics.jsonl")
-    counts = trained.run.info["num_slices"]
+    counts = trained.run.record.num_slices
     num_steps = -(-max(counts["labelled"], counts["unlabelled"]) // (2 * 8))
     assert last["time/images_per_s"] * last["time/train_s"] == pytest.approx(num_steps * 2 * 16)
     assert 0 <= last["train/class_shift"] <= 1
@@ -257,7 +257,7 @@ def test_a_run_records_what_made_it(trained: TrainedRun) -> None:
     assert record["packages"]["ray"] == ray.__version__
     assert all(record["packages"].values())
     assert record["seeds"] == {"seed": 0, "split.seed": 0}
-    assert record["data_hash"] == trained.run.info["data_hash"]
+    assert record["data_hash"] == trained.run.record.data_hash
     assert record["config"]["train"]["num_epochs"] == 2
     assert (record["num_workers"], record["device"], record["first_epoch"]) == (2, "cpu", 1)
     assert len(record["code_hash"]) == 12
@@ -273,7 +273,7 @@ def test_mlflow_holds_the_run_once(trained: TrainedRun) -> None:
     run = client.get_run(trained.mlflow_run_id)
     assert run.info.status == "FINISHED"
     assert run.data.params["train.num_epochs"] == "2"
-    assert run.data.tags["brainray.data_hash"] == trained.run.info["data_hash"]
+    assert run.data.tags["brainray.data_hash"] == trained.run.record.data_hash
     assert len(client.get_metric_history(run.info.run_id, "train/loss/ce")) == 2
     figures = {found.path for found in client.list_artifacts(run.info.run_id, "figures")}
     assert "figures/loss.png" in figures
@@ -299,7 +299,7 @@ def test_a_report_compares_slice_by_slice(
     (folder / layout.SUMMARY).write_text(json.dumps(summary | {name: 0.0}))
     for path in (folder / "predictions").iterdir():
         rows = pq.read_table(path)
-        classes = trained.run.classes
+        classes = trained.run.record.classes
         others = dict(zip(classes, [*classes[1:], classes[0]], strict=True))
         wrong = [others[label] for label in rows["label"].to_pylist()]
         column = rows.schema.get_field_index("head")
@@ -726,7 +726,7 @@ def test_a_new_run_tells_how_many_labels_it_reads_and_what_nothing_tells(
         run = begin_run(config, store, 1)
         _log_beginning(run, False, config, store)
         lines = logged(capsys)
-        slices = run.info["num_slices"]
+        slices = run.record.num_slices
         num_read = slices["labelled"] + slices["validation"]
         assert f"{slices['labelled']} labelled" in lines[0]
         told = [line for line in lines if line.startswith("the run reads")]
