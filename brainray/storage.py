@@ -269,7 +269,8 @@ class Folder:
                 yield file.read_row_group(number, columns=columns)
 
     def write_table(self, name: str, table: pa.Table) -> None:
-        with self.table_writer(name, table.schema) as writer:
+        """Write a Parquet file, which is on the disk before it gets its name."""
+        with self.table_writer(name, table.schema, on_disk=True) as writer:
             writer.write_table(table)
 
     def write_csv(self, name: str, table: pa.Table) -> None:
@@ -283,12 +284,14 @@ class Folder:
             yield writer
 
     @contextlib.contextmanager
-    def table_writer(self, name: str, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
+    def table_writer(
+        self, name: str, schema: pa.Schema, *, on_disk: bool = False
+    ) -> Iterator[pq.ParquetWriter]:
         """Writer of a Parquet file; each table written becomes a row group."""
         # For images, dictionaries and statistics take longer than writing them.
         described = [field.name for field in schema if not _holds_bytes(field.type)]
         with (
-            self._new_file(name) as stream,
+            self._new_file(name, on_disk=on_disk) as stream,
             pq.ParquetWriter(
                 stream,
                 schema,

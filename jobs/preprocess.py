@@ -2,26 +2,16 @@
 
 import sys
 
-from brainray import layout
 from brainray.config import Config
 from brainray.orchestration.job import STORE_KEYS, JobResult, run_job
 
 
 def work(config: Config) -> JobResult:
     from brainray.orchestration.preprocessing.driver import preprocess
+    from brainray.orchestration.store import counts
 
     store = preprocess(config)
-    counts = {
-        f"num_slices/{split}/{label or 'unlabelled'}": float(count)
-        for split, by_class in store.manifest.num_slices.items()
-        for label, count in by_class.items()
-    }
-    leakage = store.folder.read_json(layout.LEAKAGE)
-    counts |= {f"num_test/{subset}": float(n) for subset, n in leakage["num_test"].items()}
-    counts["num_files_decoded"] = float(store.manifest.num_files_decoded)
-    counts["num_rejected"] = float(store.manifest.num_rejected)
-    counts["num_removed_copies"] = float(store.manifest.num_removed_copies)
-    return JobResult(out=str(store.folder), metrics=counts)
+    return JobResult(out=str(store.folder), metrics=counts(store))
 
 
 if __name__ == "__main__":

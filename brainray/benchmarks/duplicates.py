@@ -39,6 +39,7 @@ from brainray.mri.phantom import CLASSES, make_series
 from brainray.mri.reframe import find_twins_by_head
 from brainray.mri.resize import crop_foreground, thumbnail
 from brainray.mri.skull_strip import otsu_mask
+from brainray.report.style import new_figure
 from brainray.schema import THUMBNAIL_SIDE
 
 Image = NDArray[np.uint8]  # (H, W)
@@ -165,7 +166,7 @@ def run(options: CaseOptions) -> BenchmarkResult:
         "seconds": {str(size): value for size, value in seconds.items()},
     }
     shown = [np.hstack([_square(images[row]) for row in pair]) for pair in taken[:_SHOWN_PAIRS]]
-    return BenchmarkResult(measures, details, _plot(curve, settings.similarity, shown))
+    return BenchmarkResult(measures, details, _figure(curve, settings.similarity, shown))
 
 
 def _two_looks(
@@ -419,9 +420,9 @@ def _contact_sheet(pictures: list[Image]) -> Image:
     return np.vstack([np.hstack(row) for row in per_row])
 
 
-def _plot(curve: dict[str, list[float]], threshold: float, taken: list[Image]) -> Figure:
+def _figure(curve: dict[str, list[float]], threshold: float, taken: list[Image]) -> Figure:
     """The precision and recall curves, and neighbours that were classified as copies."""
-    figure = Figure(figsize=(7.0, 3.6 + (2.4 if taken else 0.0)), layout="constrained")
+    figure = new_figure(7.0, 3.6 + (2.4 if taken else 0.0))
     axes, *below = figure.subplots(1 + bool(taken), 1, squeeze=False)[:, 0]
     for pictures in below:
         pictures.imshow(_contact_sheet(taken), cmap="gray", vmin=0, vmax=255)

@@ -17,10 +17,11 @@ from brainray.benchmarks.roofline import Work, measured_peaks
 from brainray.benchmarks.samples import embedding_like
 from brainray.benchmarks.timing import (
     OURS,
-    ranks_reading_memory,
+    Timed,
     relative_times,
     side_by_side,
     timed_on_rank,
+    two_ranks_against_one,
 )
 from brainray.clustering.gaussian import CovarianceType, covariance_shape
 from brainray.clustering.gmm import GaussianMixture
@@ -58,7 +59,6 @@ SIZES = (
 QUICK_SIZES = (*SIZES[:4], Size(200_000, 64, 64, "diag", 1.5))
 NUM_ITERATIONS = 10
 MAX_LIKELIHOOD_DIFFERENCE = 1e-6  # relative
-MIN_RANKS_SPEEDUP = 1.7
 
 
 def run(options: CaseOptions) -> BenchmarkResult:
@@ -99,27 +99,14 @@ def run(options: CaseOptions) -> BenchmarkResult:
             ),
         ]
     largest = (QUICK_SIZES if options.quick else SIZES)[-1]
-    log(f"two ranks of one thread against one, {largest}")
-    (one,) = dist.run_on_ranks(_timed_shard, 1, largest, options.seed)
-    two = dist.run_on_ranks(_timed_shard, 2, largest, options.seed)
-    measures += [
-        Measure(
-            f"{largest}: two ranks against one",
-            one["seconds"] / max(rank["seconds"] for rank in two),
-            "x",
-            at_least=MIN_RANKS_SPEEDUP,
-        ),
-        Measure(
-            f"{largest}: two ranks against one, reading the rows and no more",
-            ranks_reading_memory(4 * largest.num_rows * largest.num_features),
-            "x",
-        ),
-        Measure(
-            f"{largest}: likelihood on two ranks",
-            abs(two[0]["bound"] / one["bound"] - 1),
-            at_most=1e-6,
-        ),
-    ]
+    measures += two_ranks_against_one(
+        str(largest),
+        _timed_shard,
+        largest,
+        options.seed,
+        num_bytes=4 * largest.num_rows * largest.num_features,
+        criterion="likelihood",
+    )
     details = {
         "milliseconds": milliseconds,
         "threads": torch.get_num_threads(),
@@ -182,12 +169,12 @@ def _sklearn(rows: NDArray[np.floating], size: Size, start: _Start) -> float:
         return float(mixture.fit(rows).lower_bound_)
 
 
-def _timed_shard(size: Size, seed: int) -> dict[str, float]:
-    """Seconds of a fit, with this rank's share of the rows."""
+def _timed_shard(size: Size, seed: int) -> Timed:
+    """A fit to this rank's share of the rows, and its likelihood."""
     rows = embedding_like(size.num_rows, size.num_features, size.num_components, seed)
     start = _start(rows, size, seed)
     keys = torch.arange(len(rows))[dist.rank() :: dist.world_size()].contiguous()
     mine = torch.from_numpy(rows)[dist.rank() :: dist.world_size()].contiguous()
     del rows
     timed = timed_on_rank(lambda: _fitted(mine, size, start, keys), rounds=3)
-    return {"seconds": timed.seconds, "bound": timed.result.lower_bound_}
+    return Timed(timed.seconds, timed.result.lower_bound_)

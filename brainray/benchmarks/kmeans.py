@@ -17,10 +17,11 @@ from brainray.benchmarks.roofline import Work, measured_peaks
 from brainray.benchmarks.samples import embedding_like
 from brainray.benchmarks.timing import (
     OURS,
-    ranks_reading_memory,
+    Timed,
     relative_times,
     side_by_side,
     timed_on_rank,
+    two_ranks_against_one,
 )
 from brainray.clustering.kmeans import KMeans
 from brainray.log import log
@@ -49,7 +50,6 @@ COLD_ITERATIONS = 20
 DRIFT = 0.1  # movement of rows between epochs, in units of the noise
 MAX_INERTIA_DIFFERENCE = 1e-4
 MIN_SPEEDUP = 1.0
-MIN_RANKS_SPEEDUP = 1.7
 
 
 def run(options: CaseOptions) -> BenchmarkResult:
@@ -85,24 +85,14 @@ def run(options: CaseOptions) -> BenchmarkResult:
                 ),
             ]
     largest = sizes[-1]
-    log(f"two ranks of one thread against one, {largest}")
-    (one,) = dist.run_on_ranks(_timed_shard, 1, largest, options.seed)
-    two = dist.run_on_ranks(_timed_shard, 2, largest, options.seed)
-    difference = abs(two[0]["inertia"] - one["inertia"]) / one["inertia"]
-    measures += [
-        Measure(
-            f"{largest}: two ranks against one",
-            one["seconds"] / max(rank["seconds"] for rank in two),
-            "x",
-            at_least=MIN_RANKS_SPEEDUP,
-        ),
-        Measure(
-            f"{largest}: two ranks against one, reading the rows and no more",
-            ranks_reading_memory(4 * largest.num_rows * largest.num_features),
-            "x",
-        ),
-        Measure(f"{largest}: inertia on two ranks", difference, at_most=1e-6),
-    ]
+    measures += two_ranks_against_one(
+        str(largest),
+        _timed_shard,
+        largest,
+        options.seed,
+        num_bytes=4 * largest.num_rows * largest.num_features,
+        criterion="inertia",
+    )
     details = {
         "milliseconds": milliseconds,
         "threads": torch.get_num_threads(),
@@ -168,8 +158,8 @@ def _inertia(data: Matrix, centers: Matrix) -> float:
     return total
 
 
-def _timed_shard(size: Size, seed: int) -> dict[str, float]:
-    """Seconds of a fit, with this rank's share of the rows."""
+def _timed_shard(size: Size, seed: int) -> Timed:
+    """A fit to this rank's share of the rows, and its inertia."""
     rows = torch.from_numpy(embedding_like(*size, seed))
     centers = rows[: size.num_clusters].clone()
     keys = torch.arange(len(rows))[dist.rank() :: dist.world_size()].contiguous()
@@ -177,4 +167,4 @@ def _timed_shard(size: Size, seed: int) -> dict[str, float]:
     del rows
     kmeans = KMeans(size.num_clusters, max_iter=COLD_ITERATIONS, tol=0.0)
     timed = timed_on_rank(lambda: kmeans.fit(mine, row_keys=keys, init_centers=centers), rounds=3)
-    return {"seconds": timed.seconds, "inertia": kmeans.inertia_}
+    return Timed(timed.seconds, kmeans.inertia_)

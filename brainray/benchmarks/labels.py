@@ -63,7 +63,7 @@ def run(options: CaseOptions) -> BenchmarkResult:
                 Measure(f"{share:.0%} labels: head against the control", metrics[difference])
             )
     details = {"metrics": {str(share): metrics for share, metrics in found.items()}}
-    return BenchmarkResult(measures, details, _plot(found), report=_table(found))
+    return BenchmarkResult(measures, details, _figure(found), report=_table(found))
 
 
 def _at(config: Config, name: str, share: float, options: CaseOptions) -> Metrics:
@@ -126,7 +126,7 @@ def _table(found: Mapping[float, Metrics]) -> str:
     )
 
 
-def _plot(found: Mapping[float, Metrics]) -> Figure:
+def _figure(found: Mapping[float, Metrics]) -> Figure:
     figure = new_figure(6.0, 4.0)
     axes = figure.subplots()
     shares = list(found)

@@ -26,6 +26,7 @@ from brainray.orchestration.preprocessing.source import list_source
 from brainray.orchestration.ray_connection import attach_to_ray
 from brainray.orchestration.sweep.trials import trial_config
 from brainray.orchestration.training.driver import train
+from brainray.report.style import new_figure
 from brainray.schema import TEST, UNLABELLED_ROLE
 from brainray.storage import Folder
 
@@ -182,8 +183,8 @@ def _measures(draws: Sequence[dict[str, dict[str, float]]]) -> list[Measure]:
 
 
 def _figure(draws: Sequence[dict[str, dict[str, float]]]) -> Figure:
-    figure = Figure(figsize=(5.0, 4.0), layout="constrained")
-    axes = figure.add_subplot()
+    figure = new_figure(5.0, 4.0)
+    axes = figure.subplots()
     arms = ("first", "random", "chosen")
     for number, draw in enumerate(draws, start=1):
         values = [draw[arm]["clean/head/accuracy"] for arm in arms]

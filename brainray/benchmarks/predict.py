@@ -24,6 +24,7 @@ from brainray.engine.shard import CachedImages
 from brainray.engine.slice_model import SliceModel, use_all_threads
 from brainray.log import log
 from brainray.mri.phantom import write_phantoms
+from brainray.orchestration.blocks import arrow_blocks
 from brainray.orchestration.prediction.inference import (
     Predictor,
     find_predictor,
@@ -246,14 +247,12 @@ def _marginal(some: Callable[[], int], all_of_them: Callable[[], int]) -> tuple[
 
 
 def _predict_slices(store: ImageStore, config: Config, predictor: Predictor) -> int:
-    blocks = predicted_slices(store, _training_ids(store), config, predictor)
-    return _consumed(blocks.iter_batches(batch_size=None, batch_format="pyarrow"))
+    return _num_rows(arrow_blocks(predicted_slices(store, _training_ids(store), config, predictor)))
 
 
 def _predict_files(files: list[SourceFile], config: Config, predictor: Predictor) -> int:
-    blocks = predicted_blocks(files, config, predictor)
-    return _consumed(blocks.iter_batches(batch_size=None, batch_format="pyarrow"))
+    return _num_rows(arrow_blocks(predicted_blocks(files, config, predictor)))
 
 
-def _consumed(blocks: Iterable[pa.Table]) -> int:
+def _num_rows(blocks: Iterable[pa.Table]) -> int:
     return sum(block.num_rows for block in blocks)

@@ -92,7 +92,7 @@ def run(options: CaseOptions) -> BenchmarkResult:
         for key, value in accuracies.items()
     ]
     details = {"names": names, "num_slices": len(slices), "num_clean": len(clean)}
-    return BenchmarkResult(measures, details, _plot(found), report=_table(found))
+    return BenchmarkResult(measures, details, _figure(found), report=_table(found))
 
 
 def _test_slices(
@@ -183,7 +183,7 @@ def _table(found: Mapping[str, Accuracies]) -> str:
     return markdown_table(header, rows, num_text_columns=1)
 
 
-def _plot(found: Mapping[str, Accuracies]) -> Figure:
+def _figure(found: Mapping[str, Accuracies]) -> Figure:
     figure = new_figure(7.0, 4.5)
     axes = figure.subplots()
     places = np.arange(len(ALTERATIONS))

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from brainray.benchmarks.timing import wait
+
 _PRODUCT_SIDE = 2048  # of the square matrices multiplied to measure the arithmetic peak
 _READ_BYTES = 2**28  # larger than any cache
 _ROUNDS = 5
@@ -83,7 +85,6 @@ def _median_seconds(work: Callable[[], Tensor], device: torch.device) -> float:
     for _ in range(_ROUNDS + 1):
         started = time.perf_counter()
         work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        wait(device)
         seconds.append(time.perf_counter() - started)
     return statistics.median(seconds[1:])  # without the warm-up

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from brainray.benchmarks.result import BenchmarkResult, CaseOptions, Measure
 from brainray.benchmarks.samples import embedding_like, perturbed
-from brainray.benchmarks.timing import one_thread
+from brainray.benchmarks.timing import one_thread, wait
 from brainray.clustering.gmm import GaussianMixture
 from brainray.clustering.kmeans import KMeans
 from brainray.clustering.metrics import MAX_SILHOUETTE_ROWS, silhouette
@@ -294,8 +294,7 @@ def _prepare_step(size: Size) -> Callable[[], object]:
         nn.functional.cross_entropy(logits, labels).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        wait(device)
 
     return step
 
@@ -312,8 +311,7 @@ def _prepare_embedding(size: Size) -> Callable[[], object]:
         encoder.eval()
         with autocast(device, precision):
             encoder(images)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        wait(device)
 
     return embedding
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 import torch
+from matplotlib.figure import Figure
 
 import brainray
 from brainray import layout
@@ -318,7 +319,7 @@ class _Growth:
             for key in ("bytes", "descriptors")
         )
 
-    def figure(self) -> Any:
+    def figure(self) -> Figure:
         figure = new_figure(7.0, 3.2)
         axes = figure.subplots()
         seconds = [_SAMPLE_S * number for number in range(len(self.samples))]

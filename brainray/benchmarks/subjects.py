@@ -23,6 +23,7 @@ from brainray.mri.resize import thumbnail
 from brainray.mri.slices import ORIENTATIONS, DecodeOptions, RejectedImage
 from brainray.mri.split import draw_test
 from brainray.mri.subjects import Described, estimate_subjects, find_same_subject, mutual_links
+from brainray.report.style import new_figure
 
 _JPEG_QUALITY = 80
 _MIN_SIDE = 32  # pixels of a volume's slice
@@ -190,8 +191,8 @@ def _mean(flags: NDArray[np.bool_] | list[bool]) -> float:
 
 
 def _figure(sweeps: dict[str, list[dict[str, float]]]) -> Figure:
-    figure = Figure(figsize=(6.0, 4.0), layout="constrained")
-    axes = figure.add_subplot()
+    figure = new_figure(6.0, 4.0)
+    axes = figure.subplots()
     for name, sweep in sweeps.items():
         least = [point["min_similarity"] for point in sweep]
         for error, style in (("precision", "-"), ("recall", "--")):

@@ -13,10 +13,14 @@ import torch
 from matplotlib.figure import Figure
 
 from brainray import dist
+from brainray.benchmarks.result import Measure
+from brainray.log import log
 from brainray.report.style import BLUE, GREY, ORANGE, SKY, new_figure
 
 OURS = "brainray"
 """Name of the contestant that others are compared with."""
+MIN_RANKS_SPEEDUP = 1.7  # of two ranks
+MAX_RANKS_DIFFERENCE = 1e-6  # relative
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,42 @@ def side_by_side(
     return {name: Timed(statistics.median(seconds[name]), results[name]) for name in names}
 
 
-def ranks_reading_memory(num_bytes: int) -> float:
+def two_ranks_against_one(
+    name: str, fit: Callable[..., Timed], *arguments: Any, num_bytes: int, criterion: str
+) -> list[Measure]:
+    """Speed-up of a fit by a second single-threaded rank, and the difference of its result.
+
+    Args:
+        name: of the case.
+        fit: called on each rank with the ``arguments``; its result is what a fit optimises.
+        arguments: sizes and seeds.
+        num_bytes: size of the rows, of all ranks.
+        criterion: name of the result.
+    """
+    log(f"two ranks of one thread against one, {name}")
+    (one,) = dist.run_on_ranks(fit, 1, *arguments)
+    two = dist.run_on_ranks(fit, 2, *arguments)
+    return [
+        Measure(
+            f"{name}: two ranks against one",
+            one.seconds / max(rank.seconds for rank in two),
+            "x",
+            at_least=MIN_RANKS_SPEEDUP,
+        ),
+        Measure(
+            f"{name}: two ranks against one, reading the rows and no more",
+            _ranks_reading_memory(num_bytes),
+            "x",
+        ),
+        Measure(
+            f"{name}: {criterion} on two ranks",
+            abs(two[0].result / one.result - 1),
+            at_most=MAX_RANKS_DIFFERENCE,
+        ),
+    ]
+
+
+def _ranks_reading_memory(num_bytes: int) -> float:
     """Speed-up of reading memory with two single-threaded ranks instead of one: the gain that a
     second rank on this machine can bring to memory-bound work.
     """
@@ -69,6 +108,12 @@ def timed_on_rank(work: Callable[[], Any], *, rounds: int) -> Timed:
         result = work()
         seconds.append(time.perf_counter() - started)
     return Timed(statistics.median(seconds), result)
+
+
+def wait(device: torch.device) -> None:
+    """Wait until a GPU has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from brainray import dist, layout
 from brainray.benchmarks.result import BenchmarkResult, CaseOptions, Measure
 from brainray.benchmarks.roofline import measured_peaks, training_work
 from brainray.benchmarks.samples import load_slices, perturbed
-from brainray.benchmarks.timing import OURS, relative_times, side_by_side, timed_on_rank
+from brainray.benchmarks.timing import OURS, relative_times, side_by_side, timed_on_rank, wait
 from brainray.config import AugmentConfig, TrainConfig
 from brainray.config_text import load_config
 from brainray.engine.epoch import EpochData, EpochTargets, train_epoch
@@ -183,7 +183,7 @@ def _ours(
             ),
             precision=resolve_precision("auto", device),
         )
-        _wait(device)
+        wait(device)
 
     return epoch
 
@@ -206,7 +206,7 @@ def _bare(pixels: Tensor, steps: int) -> Callable[[], None]:
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-        _wait(device)
+        wait(device)
 
     return epoch
 
@@ -223,11 +223,6 @@ def _torchvision_network(device: torch.device) -> nn.Module:
 def _standardised(pixels: Tensor) -> Tensor:
     images = (pixels.float() / 255 - _SCALE.mean) / _SCALE.std
     return images.contiguous(memory_format=torch.channels_last)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _streaming(pixels: Tensor, device: torch.device, steps: int) -> list[Measure]:
@@ -367,7 +362,7 @@ def _bare_costs(pixels: Tensor, device: torch.device, embed_batch_size: int) -> 
         with autocast(device, resolve_precision("auto", device)):
             for batch in pixels.split(embed_batch_size):
                 network(_standardised(batch))
-        _wait(device)
+        wait(device)
 
     timed = side_by_side({"train": _bare(pixels, num_steps), "embed": embedding}, rounds=3)
     return _BareCosts(timed["train"].seconds / num_steps, timed["embed"].seconds / len(pixels))

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from scipy.cluster import hierarchy
 from sklearn.cluster import DBSCAN, HDBSCAN, SpectralClustering
 from sklearn.neighbors import NearestNeighbors
+from sklearn.preprocessing import normalize
 
 from brainray.clustering.gaussian import CovarianceType
 from brainray.clustering.gmm import GaussianMixture
@@ -94,7 +95,7 @@ class MixtureClusterer:
         mixture.fit(torch.from_numpy(x))
 
         def assign(rows: Rows) -> Labels:
-            return mixture.predict_proba(torch.from_numpy(rows)).argmax(dim=1).numpy()
+            return mixture.predict(torch.from_numpy(rows)).numpy()
 
         return Clustered(assign(x), assign, {"log_likelihood": mixture.lower_bound_})
 
@@ -121,11 +122,11 @@ class AgglomerativeClusterer:
         else:
             labels = cut_at_depth(tree, self.depth)
         labels = _renumbered(labels)
-        directions = _directions(x[sample])
+        directions = normalize(x[sample])
         centroids = _centroids(directions, labels)
 
         def assign(rows: Rows) -> Labels:
-            return np.argmax(_directions(rows) @ _directions(centroids).T, axis=1)
+            return np.argmax(normalize(rows) @ normalize(centroids).T, axis=1)
 
         return _completed(x, sample, labels, assign)
 
@@ -155,10 +156,13 @@ class DBSCANClusterer:
         labels = fitted.labels_.astype(np.int64)
         cores = fitted.core_sample_indices_
 
+        nearest = NearestNeighbors(n_neighbors=1)
+        if len(cores):
+            nearest.fit(x[sample][cores])
+
         def assign(rows: Rows) -> Labels:
             if len(cores) == 0:
                 return np.full(len(rows), NOISE, dtype=np.int64)
-            nearest = NearestNeighbors(n_neighbors=1).fit(x[sample][cores])
             distance, core = nearest.kneighbors(rows)
             return np.where(distance[:, 0] <= eps, labels[cores[core[:, 0]]], NOISE)
 
@@ -185,7 +189,7 @@ class SpectralClusterer:
             n_clusters=self.num_clusters,
             affinity="nearest_neighbors",
             n_neighbors=min(self.num_neighbors, len(sample)),
-            random_state=self.seed % 2**32,
+            random_state=self.seed,
         )
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -226,8 +230,6 @@ class _NearestRow:
         self._labels = labels
 
     def __call__(self, x: Rows) -> Labels:
-        if len(x) == 0:
-            return np.empty(0, dtype=np.int64)
         return np.asarray(self._labels[self._neighbours.kneighbors(x)[1][:, 0]])
 
 
@@ -319,8 +321,3 @@ def _renumbered(labels: NDArray[np.integer]) -> Labels:
 
 def _centroids(x: Rows, labels: Labels) -> Rows:
     return np.stack([x[labels == number].mean(axis=0) for number in range(labels.max() + 1)])
-
-
-def _directions(x: Rows) -> Rows:
-    norms = np.linalg.norm(x, axis=1, keepdims=True)
-    return x / np.where(norms > 0, norms, 1.0)

@@ -24,14 +24,9 @@ class Assignment(ABC):
         labels: (n_rank,) int64, -1 before the first pass.
     """
 
-    def __init__(self, x: Tensor, row_squares: Tensor) -> None:
-        """
-        Args:
-            x: (n_rank, D) rows.
-            row_squares: (n_rank,) their squared norms.
-        """
+    def __init__(self, x: Tensor) -> None:
+        """``x``: (n_rank, D) rows."""
         self.x = x
-        self.row_squares = row_squares
         self.labels = torch.full((len(x),), -1, device=x.device)
 
     @abstractmethod
@@ -61,10 +56,14 @@ def assignment(
 ) -> Iterator[Assignment]:
     """The assignment for the rows' device: compiled on CPUs, PyTorch on other devices.
 
-    `block_rows` limits the rows processed at a time on other devices.
+    Args:
+        x: (n_rank, D) rows.
+        row_squares: (n_rank,) their squared norms.
+        num_clusters: K.
+        block_rows: maximum number of rows processed at a time on other devices.
     """
     if x.device.type != "cpu":
-        yield TorchAssignment(x, row_squares, num_clusters, block_rows)
+        yield TorchAssignment(x, num_clusters, block_rows)
         return
     # BLAS would otherwise start its own threads inside each of ours.
     with _libraries().limit(limits=1, user_api="blas"), threads() as ours:
@@ -84,10 +83,8 @@ class TorchAssignment(Assignment):
     computed many times faster than its index.
     """
 
-    def __init__(
-        self, x: Tensor, row_squares: Tensor, num_clusters: int, block_rows: int | None = None
-    ) -> None:
-        super().__init__(x, row_squares)
+    def __init__(self, x: Tensor, num_clusters: int, block_rows: int | None = None) -> None:
+        super().__init__(x)
         self.block_rows = block_rows or shards.rows_of_block(num_clusters, x.device)
         self.is_new = True
         wide = torch.float64
@@ -136,7 +133,7 @@ class CompiledAssignment(Assignment):
     """Assignment on CPUs: each thread processes those of its rows that may move (`lloyd_cpu`)."""
 
     def __init__(self, x: Tensor, row_squares: Tensor, num_clusters: int, threads: Threads) -> None:
-        super().__init__(x.contiguous(), row_squares)
+        super().__init__(x.contiguous())
         self.threads = threads
         self.upper = torch.full_like(row_squares, torch.inf)
         self.lower = torch.zeros_like(row_squares)

@@ -348,8 +348,9 @@ def _indices(names: pa.ChunkedArray, classes: Sequence[str]) -> NDArray[np.int64
 
 def matrix_of(column: pa.ChunkedArray) -> NDArray[np.float32]:
     """(N, D) float32 matrix of a column of lists of equal length."""
-    values = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    return np.ascontiguousarray(values.reshape(len(column), -1), dtype=np.float32)
+    # Chunk by chunk, as an array of lists may have no more than 2^31 numbers.
+    values = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in column.chunks]
+    return np.concatenate(values, dtype=np.float32).reshape(len(column), -1)
 
 
 def _nearest_thumbnail(

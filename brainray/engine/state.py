@@ -192,13 +192,14 @@ def delete_other_predictions(run: Folder, epochs: Collection[int]) -> None:
 
 def has_lost_models(run: Folder, epoch: int) -> bool:
     """Whether a run that resumes after an epoch has not the best model of those up to it: the kept
-    one is of a later epoch, whose checkpoint has been damaged since, or cannot be read.
+    one is of a later epoch, whose checkpoint has been damaged since, cannot be read, or is missing.
     """
     if (run / layout.checkpoint_folder(epoch)).exists(layout.FITTED):
         return False  # it was chosen when it was saved: `keep_as_best`
     best = run / layout.BEST
     try:
-        return best.exists(layout.MODEL) and load_checkpoint(best).epoch > epoch
+        is_missing = not best.exists(layout.MODEL)
+        return epoch > 0 and (is_missing or load_checkpoint(best).epoch > epoch)
     except CheckpointError:
         return True
 

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from brainray.mri.identity import content_hash
 from brainray.mri.slices import (
     DecodedSlice,
     DecodeOptions,
@@ -192,7 +193,7 @@ def _decode_pages(
         raise RejectedImage("corrupt or truncated", "the TIFF has no full-resolution page")
     if len(images) == 1:
         return [DecodedSlice(images[0][1], "TIFF")]
-    subject = volume_hash(content, options.salt)
+    subject = volume_hash(content_hash(content), options.salt)
     return [DecodedSlice(image, "TIFF", frame, subject) for frame, image in images]
 
 

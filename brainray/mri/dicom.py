@@ -35,6 +35,7 @@ from pydicom.uid import (
     RLELossless,
 )
 
+from brainray.mri.identity import content_hash
 from brainray.mri.slices import (
     STUDY_PREFIX,
     DecodedSlice,
@@ -84,7 +85,7 @@ def decode_dicom(content: bytes, options: DecodeOptions) -> list[DecodedSlice]:
     num_frames = _check_announced_size(dataset, options)
     subject = _subject(dataset, options.salt)
     if subject is None and num_frames > 1:
-        subject = volume_hash(content, options.salt)
+        subject = volume_hash(content_hash(content), options.salt)
     slices = []
     for index, (pixels, properties) in enumerate(_frames(dataset, num_frames)):
         image = _to_grayscale(pixels, properties, dataset, index, options)

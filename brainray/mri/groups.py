@@ -45,6 +45,20 @@ def connected_groups(
     return [smallest[group] for group in groups]
 
 
+def conflicting_groups(groups: Sequence[str], labels: Sequence[str | None]) -> set[str]:
+    """The groups whose slices have more than one label.
+
+    Args:
+        groups: (N,) of each slice, such as its copies.
+        labels: (N,) None if unknown.
+    """
+    names: dict[str, set[str]] = {}
+    for group, label in zip(groups, labels, strict=True):
+        if label is not None:
+            names.setdefault(group, set()).add(label)
+    return {group for group, found in names.items() if len(found) > 1}
+
+
 def joint_groups(*memberships: Sequence[str | None]) -> list[str]:
     """Joint groups: slices are connected by any shared id; None connects nothing.
 

@@ -14,6 +14,7 @@ from nibabel.nifti2 import Nifti2Header, Nifti2Image
 from nibabel.orientations import apply_orientation, io_orientation
 from numpy.typing import NDArray
 
+from brainray.mri.identity import content_hash
 from brainray.mri.slices import (
     GZIP,
     DecodedSlice,
@@ -83,7 +84,7 @@ def decode_nifti(
     sizes = np.empty(3)
     sizes[orientation[:, 0].astype(int)] = voxel_sizes(affine)
 
-    subject = volume_hash(content, options.salt)
+    subject = volume_hash(content_hash(content), options.salt)
     stored = image.dataobj
     slices: list[DecodedSlice] = []
     rejected: dict[str, RejectedImage] = {}

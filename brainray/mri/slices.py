@@ -143,9 +143,9 @@ def subject_hash(kind: str, identity: str, salt: bytes) -> str:
     return digest.hexdigest()[:_SUBJECT_ID_DIGITS]
 
 
-def volume_hash(content: bytes, salt: bytes) -> str:
-    """The subject of a file that is one volume without a patient: a hash of its content."""
-    return subject_hash("volume", hashlib.sha256(content).hexdigest(), salt)
+def volume_hash(sha256: str, salt: bytes) -> str:
+    """The subject of a file that is one volume without a patient, from the hash of its content."""
+    return subject_hash("volume", sha256, salt)
 
 
 def nifti_head(content: bytes) -> bytes:

@@ -70,7 +70,7 @@ def report(config: Config) -> Report:
     asked = config.evaluation.model_dump(exclude_unset=True)
     evaluation = saved.evaluation.model_copy(update=asked)
     merged = saved.model_copy(update={"storage": config.storage, "evaluation": evaluation})
-    evaluation = _without_lost_runs(merged, asked, run.record.data_hash)
+    evaluation = without_lost_runs(merged, asked, run.record.data_hash)
     merged = merged.model_copy(update={"evaluation": evaluation})
     try:
         store = _store_with_test_slices(merged, run)
@@ -116,7 +116,7 @@ def _store_with_test_slices(config: Config, run: Run) -> ImageStore:
     return store
 
 
-def _without_lost_runs(config: Config, asked: Container[str], data_hash: str) -> EvaluationConfig:
+def without_lost_runs(config: Config, asked: Container[str], data_hash: str) -> EvaluationConfig:
     """Evaluation settings without compared runs that were set for training and no longer exist;
     names in ``asked``, set now, stay.
     """
@@ -134,11 +134,11 @@ def _without_lost_runs(config: Config, asked: Container[str], data_hash: str) ->
     if has_control and not is_there(partial(_control, config, data_hash)):
         evaluation = evaluation.model_copy(update={"control": None})
     if "siblings" not in asked:
-        siblings = [
+        siblings = tuple(
             name
             for name in evaluation.siblings
             if is_there(partial(_sibling, config, name, data_hash))
-        ]
+        )
         evaluation = evaluation.model_copy(update={"siblings": siblings})
     return evaluation
 

@@ -198,3 +198,22 @@ def describe(store: ImageStore) -> str:
     used = ", ".join(f"{count:,} {name}" for name, count in manifest.skull_strip_used.items())
     lines.append(f"  skull strip: {used}")
     return "\n".join(lines)
+
+
+def counts(store: ImageStore) -> dict[str, float]:
+    """The numbers of slices, by split and class, and of what became of the files."""
+    manifest = store.manifest
+    leakage = store.folder.read_json(layout.LEAKAGE)
+    by_class = {
+        f"num_slices/{split}/{label or 'unlabelled'}": float(count)
+        for split, by_label in manifest.num_slices.items()
+        for label, count in by_label.items()
+    }
+    by_subset = {f"num_test/{subset}": float(n) for subset, n in leakage["num_test"].items()}
+    return {
+        **by_class,
+        **by_subset,
+        "num_files_decoded": float(manifest.num_files_decoded),
+        "num_rejected": float(manifest.num_rejected),
+        "num_removed_copies": float(manifest.num_removed_copies),
+    }

@@ -4,6 +4,7 @@ Nothing is written. Figures of a history leave out metrics that no epoch logged;
 if no metric is left.
 """
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
@@ -14,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
+from sklearn.metrics import confusion_matrix
 
 from brainray.errors import DataError
 from brainray.report.cells import PREDICTOR_TITLES, History
@@ -49,6 +51,7 @@ UNLABELLED_NAME = "(no label)"
 """How unlabelled slices are named where they are shown."""
 
 _MAX_COLUMNS = 5
+_MAX_BARS = 40  # of a distribution of classes
 _MAX_CONFUSION_SIDE = 20.0  # inches
 _MAX_CLASSES_WITH_COUNTS = 25  # with more, they would not fit the cells
 _MAX_LEGEND_ROWS = 10  # beside a map
@@ -90,16 +93,18 @@ _TIMES = {
 def class_distribution(num_slices: Mapping[str, Mapping[str, int]]) -> Figure:
     """Slices by class, with one panel per non-empty split and a common scale.
 
+    Of many classes, it shows the largest and the sum of the others.
+
     Args:
         num_slices: counts by split and class; the class "" is that of unlabelled slices.
 
     Raises:
         DataError: no split has a slice.
     """
-    splits = {split: counts for split, counts in num_slices.items() if sum(counts.values())}
-    if not splits:
+    filled = {split: counts for split, counts in num_slices.items() if sum(counts.values())}
+    if not filled:
         raise DataError("no slices to count: all splits are empty")
-    names = sorted({name for counts in splits.values() for name in counts} - {UNLABELLED_CLASS})
+    names, splits = _with_few_classes(filled)
     colours = class_colours(names)
     if any(counts.get(UNLABELLED_CLASS) for counts in splits.values()):
         names.append(UNLABELLED_CLASS)
@@ -122,6 +127,26 @@ def class_distribution(num_slices: Mapping[str, Mapping[str, int]]) -> Figure:
     panels[0].set_xlim(0, 1.2 * largest)  # room for the numbers
     panels[0].invert_yaxis()
     return figure
+
+
+def _with_few_classes(
+    splits: Mapping[str, Mapping[str, int]],
+) -> tuple[list[str], Mapping[str, Mapping[str, int]]]:
+    """Classes to show, sorted and without the unlabelled one, and the counts of these."""
+    total: Counter[str] = Counter()
+    for counts in splits.values():
+        total.update(counts)
+    del total[UNLABELLED_CLASS]
+    names = sorted(total)
+    if len(names) <= _MAX_BARS:
+        return names, splits
+    shown = sorted(sorted(names, key=lambda name: -total[name])[: _MAX_BARS - 1])
+    others = f"{len(names) - len(shown):,} other classes"
+    merged = {}
+    for split, counts in splits.items():
+        kept = {name: counts.get(name, 0) for name in (*shown, UNLABELLED_CLASS)}
+        merged[split] = kept | {others: sum(counts.values()) - sum(kept.values())}
+    return [*shown, others], merged
 
 
 def before_after_grid(
@@ -233,12 +258,7 @@ def confusion_counts(
             f"{unknown[0]!r} is not a class of the run ({', '.join(classes)}): "
             "map it to one with classes.map"
         )
-    index = {name: position for position, name in enumerate(classes)}
-    counts = np.zeros((len(classes), len(classes)), dtype=np.int64)
-    rows = [index[name] for name in labels]
-    columns = [index[name] for name in predictions]
-    np.add.at(counts, (rows, columns), 1)
-    return counts
+    return np.asarray(confusion_matrix(labels, predictions, labels=list(classes)))
 
 
 def confusion_matrices(panels: Sequence[Confusion], classes: Sequence[str], title: str) -> Figure:

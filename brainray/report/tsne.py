@@ -36,9 +36,7 @@ def tsne_sequence(
     for z in embeddings:
         start = _start(z, maps[-1] if maps else None)
         perplexity = min(_PERPLEXITY, (len(z) - 1) / 3)
-        tsne = TSNE(
-            perplexity=perplexity, init=start, random_state=seed % 2**32, learning_rate="auto"
-        )
+        tsne = TSNE(perplexity=perplexity, init=start, random_state=seed, learning_rate="auto")
         # With a few thousand rows, more threads cost more in synchronisation than they gain,
         # several times so on a busy machine.
         with threadpool_limits(1):

@@ -15,7 +15,7 @@ from torch import Tensor
 from brainray.clustering import lloyd_cpu
 from brainray.clustering.centred import centred
 from brainray.clustering.kmeans import KMeans
-from brainray.clustering.lloyd import CompiledAssignment, TorchAssignment, assignment
+from brainray.clustering.lloyd import Assignment, CompiledAssignment, TorchAssignment, assignment
 from brainray.clustering.seeding import _splitmix64, draw_rows, uniform_from_keys
 from brainray.clustering.threads import threads
 from brainray.errors import ClusteringError
@@ -270,7 +270,7 @@ def test_compiled_passes_and_those_for_other_devices_agree(
 ) -> None:
     x = overlapping_blobs(3001).to(dtype)  # more than a thread's share, and no multiple of a block
     squares = x.square().sum(dim=1)
-    torchs = TorchAssignment(x, squares, num_clusters, block_rows=500)
+    torchs = TorchAssignment(x, num_clusters, block_rows=500)
     centers = x[:num_clusters].double()
     total_moved = 0.0
     with assignment(x, squares, num_clusters, block_rows=None) as compiled:
@@ -291,8 +291,11 @@ def test_rows_stay_where_another_centre_is_as_near() -> None:
     x = torch.tensor([[0.0], [1.0], [2.0]])
     for kind in (TorchAssignment, CompiledAssignment):
         with threads() as ours:
-            more = (ours,) if kind is CompiledAssignment else ()
-            assigned = kind(x, x.square().sum(dim=1), 2, *more)
+            assigned: Assignment = (
+                CompiledAssignment(x, x.square().sum(dim=1), 2, ours)
+                if kind is CompiledAssignment
+                else TorchAssignment(x, 2)
+            )
             assigned.move_rows(torch.tensor([[2.5], [-0.4]]))
             assert assigned.labels.tolist() == [1, 1, 0]
             assigned.move_rows(torch.tensor([[2.0], [0.0]]))

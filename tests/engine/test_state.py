@@ -189,6 +189,9 @@ def test_the_best_is_an_epoch_that_the_run_goes_on_from(tmp_path: Path) -> None:
     (run / layout.BEST).write_bytes(layout.MODEL, b"damaged")
     assert has_lost_models(run, 2)
     assert not has_lost_models(run, 3)  # it will be kept again
+    (run / layout.BEST).delete()
+    assert has_lost_models(run, 2)
+    assert not has_lost_models(run, 0)  # a run without an epoch has none to lose
 
 
 def test_predictions_that_nothing_shows_any_longer_are_deleted(tmp_path: Path) -> None:

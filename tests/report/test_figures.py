@@ -68,6 +68,20 @@ def test_a_matrix_of_very_many_classes_stays_a_picture() -> None:
     assert not _texts(figure.axes[0])
 
 
+def test_of_very_many_classes_the_largest_are_shown_and_the_sum_of_the_others() -> None:
+    counts = {f"class {number:04d}": number for number in range(1, 5001)}
+    figure = class_distribution({"train": counts | {"": 9}, "test": {"class 0001": 3}})
+    assert max(figure.get_size_inches()) < 25
+    train, test = figure.axes
+    shown = [label.get_text() for label in train.get_yticklabels()]
+    assert shown[0] == "class 4962"
+    assert shown[-2:] == ["4,961 other classes", "(no label)"]
+    assert _texts(train)[0] == "4,962"
+    assert _texts(train)[-2:] == [f"{sum(range(4962)):,}", "9"]
+    assert _texts(test)[-2:] == ["3", "0"]
+    assert train.get_xlim()[1] > sum(range(4962))
+
+
 def test_counts_stand_beside_their_bars() -> None:
     figure = class_distribution(
         {"train": {"": 7, "glioma": 1321, "meningioma": 40}, "test": {"glioma": 3}, "other": {}}

@@ -19,7 +19,7 @@ from brainray.engine.evaluate import Metrics, summarise
 from brainray.engine.slice_model import stored_pixels
 from brainray.errors import ConfigError, DataError
 from brainray.log import log
-from brainray.mri.groups import joint_groups
+from brainray.mri.groups import conflicting_groups, joint_groups
 from brainray.mri.leakage import Fingerprints, exposure
 from brainray.mri.slices import RejectedImage, commonest_reasons
 from brainray.orchestration.blocks import with_progress
@@ -253,17 +253,10 @@ def _groups(
         return known
     # The run's own test slices may be among them, and others may be copies of these.
     found = group_strangers(accepted, preprocess)
-    _log_conflicts(found.copies, accepted["label"].to_pylist())
-    return dict(zip(ids, joint_groups(found.dependent, as_known), strict=True))
-
-
-def _log_conflicts(copies: list[str], labels: list[str]) -> None:
-    called: dict[str, set[str]] = {}
-    for group, label in zip(copies, labels, strict=True):
-        called.setdefault(group, set()).add(label)
-    num_conflicting = sum(len(called[group]) > 1 for group in copies)
-    if num_conflicting:
+    conflicting = conflicting_groups(found.copies, accepted["label"].to_pylist())
+    if num_conflicting := sum(group in conflicting for group in found.copies):
         log(f"note: slices with a copy of another label in this source: {num_conflicting}")
+    return dict(zip(ids, joint_groups(found.dependent, as_known), strict=True))
 
 
 def check_evaluation_name(config: Config) -> None:

@@ -4,10 +4,10 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import ray.data
 
 from brainray import layout
 from brainray.config import Config
@@ -165,7 +165,7 @@ def _done(folder: Folder) -> set[str]:
 
 
 def _write_parts(
-    blocks: Any,
+    blocks: ray.data.Dataset,
     files: list[SourceFile],
     folder: Folder,
     reference: Reference,

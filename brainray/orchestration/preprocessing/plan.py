@@ -19,6 +19,7 @@ from brainray.config import Config, PreprocessConfig
 from brainray.errors import DataError
 from brainray.log import log
 from brainray.mri.duplicates import COPY, KINDS
+from brainray.mri.groups import conflicting_groups
 from brainray.mri.row_file import RowFile, SelectedRows
 from brainray.mri.slices import commonest_reasons
 from brainray.mri.split import draw_test
@@ -103,7 +104,7 @@ def plan_store(
     )
     duplicates = _duplicates_table(table, kept, first_copy, groups)
     told = table.set_column(table.column_names.index("label"), "label", pa.array(labels))
-    conflicting = _conflicting_groups(groups.also_turned, labels)
+    conflicting = conflicting_groups(groups.also_turned, labels)
     of_conflict = [group if group in conflicting else None for group in groups.also_turned]
     return StorePlan(
         rows,
@@ -229,20 +230,11 @@ def _readable_labels(
     of_training = [
         label if split == TRAIN else None for label, split in zip(labels, splits, strict=True)
     ]
-    conflicting = _conflicting_groups(copies, of_training)
+    conflicting = conflicting_groups(copies, of_training)
     return [
         None if split == TRAIN and group in conflicting else label
         for label, group, split in zip(labels, copies, splits, strict=True)
     ]
-
-
-def _conflicting_groups(groups: list[str], labels: Sequence[str | None]) -> set[str]:
-    """Groups of copies with more than one label."""
-    names: dict[str, set[str]] = {}
-    for group, label in zip(groups, labels, strict=True):
-        if label is not None:
-            names.setdefault(group, set()).add(label)
-    return {group for group, found in names.items() if len(found) > 1}
 
 
 def _duplicates_table(

@@ -26,6 +26,7 @@ from brainray.mri.slices import (
     DecodeOptions,
     RejectedImage,
     subject_hash,
+    volume_hash,
 )
 from brainray.orchestration.preprocessing.source import FoundFile, SourceFile
 from brainray.storage import Folder
@@ -138,7 +139,7 @@ def decode_to_predict(
         is_asked = any(name.startswith(f"{row['frame']}/") for name in asked.label_of_frame)
         if asked.label_of_frame and row["frame"] and about["label"] is None and not is_asked:
             about |= {"reason": NOT_ASKED, "detail": None, "image": None, "thumbnail": None}
-        decoded.append(dict.fromkeys(DECODED.names) | row | about)
+        decoded.append(row | about)
     return decoded
 
 
@@ -159,7 +160,7 @@ def named_subject(
         return None, None
     if in_header.startswith(STUDY_PREFIX):
         return in_header, schema.STUDY
-    is_volume = in_header == subject_hash("volume", sha256, salt)
+    is_volume = in_header == volume_hash(sha256, salt)
     return in_header, schema.VOLUME if is_volume else schema.HEADER
 
 

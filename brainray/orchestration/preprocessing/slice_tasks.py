@@ -111,15 +111,10 @@ def _decoded(
         except RejectedImage as rejection:
             rows.append(rejected_row(file, content, rejection))
         if len(rows) >= _SLICES_AT_ONCE:
-            yield _table(rows)
+            yield pa.Table.from_pylist(rows, schema=SLICES)
             rows.clear()
     if rows:
-        yield _table(rows)
-
-
-def _table(rows: list[dict[str, Any]]) -> pa.Table:
-    empty = dict.fromkeys(SLICES.names)
-    return pa.Table.from_pylist([empty | row for row in rows], schema=SLICES)
+        yield pa.Table.from_pylist(rows, schema=SLICES)
 
 
 def _files(batch: pa.Table) -> list[FoundFile]:

@@ -189,9 +189,7 @@ def _check_spellings(names: Sequence[str]) -> None:
             )
 
 
-def find_images(
-    source: Folder, storage: Folder | None = None
-) -> tuple[list[FoundFile], Counter[str]]:
+def find_images(source: Folder, storage: Folder | None) -> tuple[list[FoundFile], Counter[str]]:
     """The image files below ``source``, sorted by path, and the number of other files by suffix.
 
     A ``storage`` within the source is left out.

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 import ray.data
 import torch
@@ -60,15 +61,10 @@ class Weights:
 
 @dataclass(frozen=True)
 class FeatureStore:
-    """Finished features; ``manifest`` is written last, so a folder without one is incomplete."""
+    """Finished features; the manifest is written last, so a folder without one is incomplete."""
 
     folder: Folder
-    manifest: dict[str, Any]
-
-    @property
-    def key(self) -> str:
-        """Changes with the slices, the encoder, its weights or its input settings."""
-        return str(self.manifest["key"])
+    key: str  # changes with the slices, the encoder, its weights or its input settings
 
     def read(self) -> tuple[pa.Table, NDArray[np.float32]]:
         """The ``ROW`` columns, by which rows are ordered, and the features (N, E).
@@ -76,10 +72,12 @@ class FeatureStore:
         Raises:
             DataError: a feature is NaN or infinite, or all slices have the same features.
         """
-        table = (self.folder / layout.PARTS).read_table("").sort_by(ROW_ORDER)
-        features = matrix_of(table["features"])
+        table = (self.folder / layout.PARTS).read_table("")
+        rows = table.select(ROW)
+        order = pc.sort_indices(rows, sort_keys=ROW_ORDER)
+        features = matrix_of(table["features"])[order.to_numpy()]
         check_features(features, self.folder.uri)
-        return table.select(ROW), features
+        return rows.take(order), features
 
 
 def check_features(features: NDArray[np.float32], where: str) -> None:
@@ -191,10 +189,10 @@ def extract_features(
         # Concurrent studies share features: the later ones wait, then find them.
         with held(Folder(config.storage), layout.FEATURES, target.name, in_turn=True):
             if not target.exists(layout.MANIFEST):
-                made_by["key"] = key
-                return _extract(config, store, feature, weights, seed, made_by, target)
+                _extract(config, store, feature, weights, seed, made_by | {"key": key}, target)
+                return FeatureStore(target, key)
     log(f"features {target}: up to date, reusing them")
-    return FeatureStore(target, target.read_json(layout.MANIFEST))
+    return FeatureStore(target, key)
 
 
 def _extract(
@@ -205,7 +203,7 @@ def _extract(
     seed: int,
     made_by: dict[str, Any],
     target: Folder,
-) -> FeatureStore:
+) -> None:
     """Extract and write features; ``made_by`` becomes part of the manifest."""
     started = time.monotonic()
     with target.rebuilt(layout.MANIFEST) as building:
@@ -220,7 +218,6 @@ def _extract(
         manifest = made_by | {"num_rows": num_rows, "seconds": round(seconds, 2)}
         building.write_json(layout.MANIFEST, manifest)
     log(f"features {target}: {num_rows} slices in {seconds:.0f} s")
-    return FeatureStore(target, manifest)
 
 
 def content_key(made_by: Mapping[str, Any]) -> str:

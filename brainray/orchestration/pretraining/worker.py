@@ -41,6 +41,7 @@ from brainray.errors import BrainrayError, CheckpointError, DivergenceError
 from brainray.log import log
 from brainray.models.features import build_feature_encoder, num_features
 from brainray.models.pretext import PretextModel
+from brainray.orchestration.pretraining.features import State
 from brainray.orchestration.ray_train import (
     configure_rank,
     distributed,
@@ -66,7 +67,17 @@ def pretrain_worker(settings: dict[str, Any]) -> None:
     torch.manual_seed(settings["seed"])
     precision = agreed_precision(config.train.precision, device)
     with raise_on_all_ranks(device):  # no collectives inside: a rank may fail before reaching them
-        learner = _Learner(config, feature, settings, device, precision)
+        learner = _Learner(
+            config,
+            feature,
+            Folder(settings["folder"]),
+            ImageStore.open(Folder(settings["store"]), settings["data_hash"]),
+            ray.get(settings["state"]),
+            ray.get(settings["head"]),
+            settings["seed"],
+            device,
+            precision,
+        )
     learner.learn()
 
 
@@ -77,16 +88,19 @@ class _Learner:
         self,
         config: Config,
         feature: FeatureConfig,
-        settings: dict[str, Any],
+        folder: Folder,
+        store: ImageStore,
+        state: State,
+        learned_head: dict[str, Tensor] | None,
+        seed: int,
         device: torch.device,
         precision: str,
     ) -> None:
-        store = ImageStore.open(Folder(settings["store"]), settings["data_hash"])
         self.config = config
         self.settings = config.self_supervision
         self.feature = feature
-        self.folder = Folder(settings["folder"])
-        self.seed: int = settings["seed"]
+        self.folder = folder
+        self.seed = seed
         self.device = device
         self.precision = precision
         self.pixel_mean, self.pixel_std = store.manifest.pixel_mean, store.manifest.pixel_std
@@ -97,13 +111,12 @@ class _Learner:
         )
         encoder = build_feature_encoder(
             feature.encoder,
-            ray.get(settings["state"]),
-            seed=self.seed,
+            state,
+            seed=seed,
             pixel_mean=store.manifest.pixel_mean,
             pixel_std=store.manifest.pixel_std,
         ).standardised_by(store.manifest.pixel_mean, store.manifest.pixel_std)
         head = self.pretext.head(num_features(encoder, feature.image_size))
-        learned_head = ray.get(settings["head"])
         if learned_head is not None:
             head.load_state_dict(learned_head)
         learner = PretextModel(encoder, head)

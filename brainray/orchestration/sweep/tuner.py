@@ -128,9 +128,9 @@ def _search(config: Config, concurrent: int) -> Searcher | SearchAlgorithm:
     """Search algorithm with ``concurrent`` trials at a time, seeded with ``seed``."""
     if config.tune.algorithm == "optuna":
         settings = config.tune
-        optuna = OptunaSearch(metric=settings.metric, mode=settings.mode, seed=config.seed % 2**32)
+        optuna = OptunaSearch(metric=settings.metric, mode=settings.mode, seed=config.seed)
         return ConcurrencyLimiter(optuna, max_concurrent=concurrent)
-    return BasicVariantGenerator(max_concurrent=concurrent, random_state=config.seed % 2**32)
+    return BasicVariantGenerator(max_concurrent=concurrent, random_state=config.seed)
 
 
 def _scheduler(config: Config) -> TrialScheduler | None:

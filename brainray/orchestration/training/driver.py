@@ -25,6 +25,7 @@ from brainray.orchestration.reporting import (
     against_control,
     check_compared_runs,
     comparable_control,
+    without_lost_runs,
     write_run_page,
 )
 from brainray.orchestration.resources import WorkerResources, alive_nodes, plan_workers
@@ -212,6 +213,9 @@ def complete_run(training: Training) -> None:
             "their pseudo-labels, which follow the class mix of the labelled slices: label slices "
             "drawn at random, or compare with objective.name=supervised"
         )
+    # A run to compare with may have been deleted meanwhile.
+    evaluation = without_lost_runs(config, (), run.record.data_hash)
+    config = config.model_copy(update={"evaluation": evaluation})
     control = comparable_control(config, run)
     metrics |= against_control(config, run, control, chosen)
     maps = run_maps(run.folder, config.evaluation, chosen)

@@ -317,16 +317,22 @@ class _Trainer:
     def finish(self) -> None:
         """Save the last epoch's checkpoint next to the best one, and predict the test slices.
 
-        Prediction uses the chosen epoch, unless test slices were predicted after every epoch.
+        Prediction uses the chosen epoch, unless it has predicted them when it was trained.
         """
         with raise_on_all_ranks(self.device):
             if dist.rank() == 0:
                 last = checkpoint_bytes(self._checkpoint())
                 (self.run / layout.LAST).write_bytes(layout.MODEL, last)
-        if self._tests_each_epoch or self._count(self.data.test) == 0:
+        if self._count(self.data.test) == 0:
             return
         with raise_on_all_ranks(self.device):
             chosen = load_checkpoint(self.run / layout.BEST)
+            # They are lost if an epoch that was chosen later had a checkpoint that was damaged.
+            found = self._tests_each_epoch and self.run.exists(
+                layout.predictions_file(chosen.epoch)
+            )
+        if dist.broadcast_from_first(torch.tensor(int(found), device=self.device)):
+            return
         clusters = chosen.clusters.to(self.device)
         encoder = chosen.encoder.to(self.device).to(memory_format=torch.channels_last)
         output = self._embed(self.data.test.images, encoder)

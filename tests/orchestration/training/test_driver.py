@@ -289,6 +289,30 @@ def test_a_finished_run_is_reported_again_not_trained_again(
     assert "complete, nothing to train" in said[0]
 
 
+def test_a_run_is_completed_without_what_was_lost_meanwhile(
+    storage: Path,
+    trained: TrainedRun,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Its control, and the chosen epoch's predictions: a later epoch had been chosen, whose
+    checkpoint was damaged.
+    """
+    folder, _ = copy_of(trained, storage, "completed")
+    lost = layout.predictions_file(int(trained.metrics["chosen_epoch"]))
+    for name in (lost, "summary.json", "report.html", "tracking.json"):
+        (folder / name).unlink()
+    monkeypatch.setattr(training_driver, "check_compared_runs", lambda *_: None)
+    completed = train(config_of(storage, "completed", "evaluation.control=deleted"))
+    assert any(line.startswith("not compared: no run 'deleted'") for line in logged(capsys))
+    assert (folder / lost).exists()
+    assert (folder / "report.html").exists()
+    named = [name for name in trained.metrics if name.startswith("test/")]
+    assert len(named) > 20
+    for name in named:
+        assert completed.metrics[name] == pytest.approx(trained.metrics[name], abs=1e-6), name
+
+
 def test_a_report_compares_slice_by_slice(
     storage: Path, trained: TrainedRun, capsys: pytest.CaptureFixture[str]
 ) -> None:
