@@ -6,8 +6,9 @@ import sys
 
 HIDDEN = "***"
 
-# Matches user:password@, also with a slash or quote in the password, but not host:port/path@...
-_USER_INFO = re.compile(r"(?<=://)(?:[^/@\s'\"]*|[^/@\s:'\"]+:(?!\d{1,5}(?:/|$))[^@\s]*)(?=@)")
+# Matches user:password@, also with an @, a slash or a quote in the password, but not
+# host:port/path@...
+_USER_INFO = re.compile(r"(?<=://)(?:[^/\s'\"]*|[^/@\s:'\"]+:(?!\d{1,5}(?:/|$))[^@\s]*)(?=@)")
 _QUERY = re.compile(
     r"(?i)\b((?:[a-z0-9_.-]*?(?:password|passwd|pwd|secret|token|signature|credential|access_key|"
     r"api_?key))[a-z0-9_-]*|(?<=[?&])sig)=([^&\s'\",;)]+)"

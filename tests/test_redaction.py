@@ -23,6 +23,7 @@ def test_a_command_with_bytes_that_are_no_text_can_be_written(
         ("at http://user:hunter2@host:5000/x failed", "at http://***@host:5000/x failed"),
         ("postgresql+psycopg2://u:hunter2@db/m", "postgresql+psycopg2://***@db/m"),
         ("https://hunter2@host", "https://***@host"),
+        ("http://user:p@hunter2@host:5000/x", "http://***@host:5000/x"),
         ("mysql+pymysql://u:Zx/9+k=@db:3306/m", "mysql+pymysql://***@db:3306/m"),
         ('mysql://u:it\'s/"me"@db/m is away', "mysql://***@db/m is away"),
         ("hdfs://namenode:8020/user/a@b", "hdfs://namenode:8020/user/a@b"),

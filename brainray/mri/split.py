@@ -32,8 +32,8 @@ def draw_test(
     """Whether each slice is held out for testing: about ``fraction`` of every class, whole groups.
 
     For a class with two or more groups, at least one is held out and at least one is not, as far as
-    the groups drawn ``before`` allow. The only group of a class is not held out. Unlabelled slices
-    are drawn like a separate class.
+    the groups drawn ``before`` allow. The only group of a class is not held out, nor is one with
+    the last slices of another class. Unlabelled slices are drawn like a separate class.
 
     Args:
         labels: of each slice; None if unknown.
@@ -46,18 +46,28 @@ def draw_test(
     before = before or {}
     held_out = np.array([before.get(group, False) for group in groups], dtype=np.bool_)
     by_class = _groups_by_class(labels, groups, generations, purpose="test", seed=seed)
+    left = Counter(label for label, out in zip(labels, held_out, strict=True) if not out)
+
+    def has_last_of_a_class(group: _Group) -> bool:
+        own = Counter(labels[index] for index in group.slices)
+        return any(left[name] == count for name, count in own.items() if name is not None)
+
     for members in by_class.values():
         decided = [before[name] for g in members if (name := groups[g.slices[0]]) in before]
         new = [group for group in members if groups[group.slices[0]] not in before]
         new.sort(key=lambda group: group.place)
-        num_below = sum(group.place < fraction for group in new)
         at_least = int(not any(decided) and len(members) > 1)
         at_most = max(len(new) - int(all(decided)), 0)
-        chosen = new[: min(num_below, at_most)]
-        if not chosen and min(at_least, at_most):  # the first group may be half of a class
-            chosen = [min(new, key=lambda group: (len(group.slices), group.place))]
-        for group in chosen:
-            held_out[group.slices] = True
+        below = [group for group in new if group.place < fraction]
+        num_chosen = 0
+        # The first group of a class may be half of it: then its smallest is held out.
+        smallest_first = sorted(new, key=lambda group: (len(group.slices), group.place))
+        for candidates, most in ((below, at_most), (smallest_first, min(at_least, at_most))):
+            for group in candidates:
+                if num_chosen < most and not has_last_of_a_class(group):
+                    held_out[group.slices] = True
+                    left.subtract(labels[index] for index in group.slices)
+                    num_chosen += 1
     return held_out
 
 

@@ -46,7 +46,8 @@ def seen_by_weights(weights: str, storage: Folder) -> pa.Table | None:
     if weights.startswith(_RUN_PREFIX):
         places = [storage / layout.RUNS / weights.removeprefix(_RUN_PREFIX)]
     else:
-        places = [Folder(place) for place in list(Path(weights).absolute().parents)[:2]]
+        given = Path(weights).absolute()  # which may be a link, or may link into a cache
+        places = [Folder(place) for path in (given, given.resolve()) for place in path.parents[:2]]
     for place in places:
         if place.exists(layout.SEEN):
             return pa.concat_tables(_records(place))

@@ -225,6 +225,18 @@ def test_the_test_draw_is_stratified_and_keeps_groups_together() -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
+def test_a_patient_with_the_last_slices_of_a_class_is_not_held_out(seed: int) -> None:
+    # The rare class has two patients: one of them has all slices of another class, too.
+    labels = [*"aaab", *["b", *"c" * 10], *["c"] * 60]
+    groups = [*["p1"] * 4, *["p2"] * 11, *[f"p{3 + number // 6}" for number in range(60)]]
+    held_out = draw_test(labels, groups, fraction=0.2, seed=seed)
+    out = {name for name, is_out in zip(labels, held_out, strict=True) if is_out}
+    left = {name for name, is_out in zip(labels, held_out, strict=True) if not is_out}
+    assert left == {"a", "b", "c"}
+    assert out == {"b", "c"}  # of the second patient, whose slices both classes can spare
+
+
+@pytest.mark.parametrize("seed", range(3))
 def test_two_patients_of_a_class_are_one_to_learn_from_and_one_to_test(seed: int) -> None:
     labels = [name for name in "abcd" for _ in range(8)] + ["e"] * 4
     groups = [f"{name}{number // 4}" for name in "abcd" for number in range(8)] + ["e"] * 4

@@ -102,6 +102,26 @@ def test_weights_that_know_the_validation_labels_are_refused(
     begin_run(tiny_config(storage, "name=same-draw", "dataset=mri", weights), store, 1)
 
 
+def test_what_linked_weights_have_seen_is_known(trained: TrainedRun, tmp_path: Path) -> None:
+    best, storage = Path(f"{trained.run.folder}/best"), Folder(tmp_path)
+    expected = seen_by_weights(f"{best}/model.pt", storage)
+    assert expected is not None
+    (tmp_path / "file").mkdir()
+    (tmp_path / "file" / "latest.pt").symlink_to(best / "model.pt")
+    (tmp_path / "folder").symlink_to(best)
+    # As with tools that keep large files in a cache, under the hash of their content.
+    shutil.copytree(best.parent, tmp_path / "run")
+    (tmp_path / "run" / "best" / "model.pt").rename(tmp_path / "file" / "0123")
+    (tmp_path / "run" / "best" / "model.pt").symlink_to(tmp_path / "file" / "0123")
+    for path in ("file/latest.pt", "folder/model.pt", "run/best/model.pt"):
+        assert seen_by_weights(f"{tmp_path}/{path}", storage) == expected, path
+    for path in ("file/latest.pt", "folder"):
+        config = tiny_config(tmp_path, f"checkpoint={tmp_path}/{path}")
+        predictor = find_predictor(config, "a test")
+        assert predictor.run is not None
+        assert predictor.run.record == trained.run.record
+
+
 def test_weights_that_know_copies_of_validation_slices_are_refused(
     storage: Path, trained: TrainedRun, tmp_path: Path
 ) -> None:

@@ -104,8 +104,7 @@ def find_predictor(config: Config, purpose: str, *, of_new_files: bool = True) -
             "epoch=N selects an epoch of a run: give --set run=NAME, not checkpoint=PATH"
         )
     else:
-        folder = Folder(str(config.checkpoint))
-        folder = folder.parent if folder.name == layout.MODEL else folder
+        folder = _folder_of_checkpoint(Folder(str(config.checkpoint)))
         run_folder = folder.parent
         if run_folder.exists(layout.RUN):
             run = Run.open(run_folder)
@@ -132,6 +131,18 @@ def default_name(config: Config, predictor: Predictor) -> str:
     if plain != folder or len(plain) > _MAX_NAME:  # two such folders must not share a name
         plain = f"{plain[:_MAX_NAME]}-{content_hash(folder.encode())[:6]}"
     return f"{predictor.run_folder.name}-on-{plain}"
+
+
+def _folder_of_checkpoint(given: Folder) -> Folder:
+    """The folder of a checkpoint, from its path or that of its model; inside its run, if a symbolic
+    link leads there.
+    """
+    places = [given]
+    if given.local_path is not None:
+        places.append(Folder(given.local_path.resolve()))
+    folders = [place.parent if place.name == layout.MODEL else place for place in places]
+    of_runs = (folder for folder in folders if folder.parent.exists(layout.RUN))
+    return next(of_runs, folders[0])
 
 
 def _checkpoint_folder(storage: Folder, run: Run, epoch: int | None) -> Folder:

@@ -213,7 +213,7 @@ def _as_tables_name_them(
     known = {header: min(found) for header, found in names.items() if len(found) == 1}
     renamed = [
         (known[header], TABLE)
-        if source in {HEADER, STUDY} and header in known
+        if source in {HEADER, STUDY, VOLUME} and header in known
         else (subject, source)
         for subject, source, header in zip(given, sources, headers, strict=True)
     ]

@@ -28,6 +28,7 @@ SPLIT_NAMES = {
 """Names of splits in folders and tables, in lower case."""
 
 _COLUMNS = ("path", "frame", "label", "split", "subject")
+_MAX_HEADER = 2**16  # bytes
 _MISSING = ("", "NA", "N/A", "n/a", "<NA>", "NaN", "nan", "NULL", "null")  # of R, pandas, SQL
 
 
@@ -193,10 +194,7 @@ def read_rows(labels: Folder) -> list[dict[str, Any]]:
         else:
             if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
                 content = content.decode("utf-16").encode()  # "Unicode text" of spreadsheets
-            # Where numbers have decimal commas, spreadsheets separate cells by semicolons.
-            first_line = content.partition(b"\n")[0]
-            found = [cell for cell in (b",", b";", b"\t") if cell in first_line]
-            cells = pa_csv.ParseOptions(delimiter=found[0].decode() if found else ",")
+            cells = pa_csv.ParseOptions(delimiter=_delimiter(content), newlines_in_values=True)
             # Labels such as 0 and 1, or a subject 007, are names, not numbers.
             header = pa_csv.open_csv(io.BytesIO(content), parse_options=cells).schema.names
             options = pa_csv.ConvertOptions(
@@ -235,6 +233,20 @@ def read_rows(labels: Folder) -> list[dict[str, Any]]:
             "semicolons or tabs, frame, split and subject are optional"
         )
     return [row for row in rows if any(_text(cell) is not None for cell in row.values())]
+
+
+def _delimiter(content: bytes) -> str:
+    """What separates the cells of a table: where numbers have decimal commas, spreadsheets use
+    semicolons. A header may also contain a comma.
+    """
+    lines = content[:_MAX_HEADER].removeprefix(codecs.BOM_UTF8).splitlines()
+    header = lines[0] if lines else b""
+    found = [mark for mark in (",", ";", "\t") if mark.encode() in header]
+    for mark in found:
+        names = {cell.strip(b' "').lower() for cell in header.split(mark.encode())}
+        if {b"path", b"label"} <= names:
+            return mark
+    return found[0] if found else ","
 
 
 def _as_text(table: pa.Table) -> pa.Table:

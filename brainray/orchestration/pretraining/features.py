@@ -32,6 +32,7 @@ from brainray.models.features import PIXELS, FeatureEncoder, build_feature_encod
 from brainray.mri.identity import content_hash
 from brainray.orchestration.blocks import blocks_on_actors
 from brainray.orchestration.lock import held
+from brainray.orchestration.manifest import read_manifest
 from brainray.orchestration.resources import alive_nodes, plan_actors
 from brainray.orchestration.run import open_run
 from brainray.orchestration.store import ImageStore
@@ -214,6 +215,8 @@ def _extract(
                 f"{store.folder}: {expected - num_rows} slices of its manifest are missing; delete "
                 "the store and preprocess again"
             )
+        if read_manifest(store.folder).slices_hash != store.manifest.slices_hash:
+            raise DataError(f"the image store {store.folder} was updated meanwhile: submit again")
         seconds = time.monotonic() - started
         manifest = made_by | {"num_rows": num_rows, "seconds": round(seconds, 2)}
         building.write_json(layout.MANIFEST, manifest)

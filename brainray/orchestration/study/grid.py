@@ -319,7 +319,9 @@ def _reduce(store: FeatureStore, slices: Slices, num_components: int, normalise:
         except DataError as error:  # one broken feature set must not stop the study of the others
             return Reduced(np.empty((0, 0)), np.empty(0), str(error))
         same = ["sample_id", "split", "frame"]  # paths may have changed since
-        assert table.select(same).equals(slices.table.select(same)), "features of other slices"
+        if not table.select(same).equals(slices.table.select(same)):
+            of_others = f"{store.folder} has features of other slices: delete it and submit again"
+            return Reduced(np.empty((0, 0)), np.empty(0), of_others)
         rows = torch.tensor(features, dtype=torch.float64)
         if normalise:  # as in training: only directions matter
             rows = torch.nn.functional.normalize(rows)

@@ -106,13 +106,16 @@ def test_copies_within_a_split_are_counted_whatever_the_other_split_holds() -> N
 
 
 def test_a_patient_whom_a_table_names_in_part_stays_one() -> None:
-    given = ["t1", "h1", "t2", "h2", "t3", "h2", "h3", None]
+    given = ["t1", "h1", "t2", "h2", "t3", "h2", "h3", None, "v1", "t4"]
     sources = ["table", "header", "table", "header", "table", "header", "header", None]
     headers = ["h1", "h1", "h2", "h2", "h2", "h2", "h3", None]
+    # A volume and a copy of its file, which the table names.
+    sources, headers = [*sources, "volume", "table"], [*headers, "v1", "v1"]
     named, named_by = _as_tables_name_them(given, sources, headers)
     # h2 stands for two of the table's patients.
-    assert named == ["t1", "t1", "t2", "h2", "t3", "h2", "h3", None]
-    assert named_by == ["table"] * 3 + ["header", "table", "header", "header", None]
+    assert named == ["t1", "t1", "t2", "h2", "t3", "h2", "h3", None, "t4", "t4"]
+    assert named_by[:8] == ["table"] * 3 + ["header", "table", "header", "header", None]
+    assert named_by[8:] == ["table", "table"]
 
 
 def test_a_nameless_copy_has_the_subject_of_the_named_one() -> None:

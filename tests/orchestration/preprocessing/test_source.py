@@ -251,6 +251,25 @@ def test_a_table_may_come_from_a_spreadsheet(tmp_path: Path) -> None:
     assert rows == [("a,b.jpg", None, "glioma", "Doe, Jane")]
 
 
+def test_a_header_may_contain_another_separator_than_its_own(tmp_path: Path) -> None:
+    source = make(tmp_path / "s", "1.jpg", "2.jpg")
+    (tmp_path / "labels.csv").write_text('"path";"label";notes, free\n1.jpg;a;x, y\n2.jpg;b;"z"\n')
+    rows = listed(source, Folder(tmp_path / "labels.csv"))
+    assert [(path, label) for path, _, label, _ in rows] == [("1.jpg", "a"), ("2.jpg", "b")]
+
+
+def test_a_large_table_may_have_line_breaks_in_its_cells(tmp_path: Path) -> None:
+    """More than Arrow parses at a time."""
+    source = make(tmp_path / "s", *(f"{number}.jpg" for number in range(3)))
+    comment = "of which each line counts\n" * 20_000  # half of what is parsed at a time
+    rows = [f'{number}.jpg,a,"{comment}"\n' for number in range(3)]
+    (tmp_path / "labels.csv").write_text("path,label,comment\n" + "".join(rows))
+    found = listed(source, Folder(tmp_path / "labels.csv"))
+    assert [(path, label) for path, _, label, _ in found] == [
+        (f"{number}.jpg", "a") for number in range(3)
+    ]
+
+
 def test_a_table_may_be_a_spreadsheets_unicode_text(tmp_path: Path) -> None:
     source = make(tmp_path / "s", "1.jpg")
     (tmp_path / "labels.txt").write_bytes("path\tlabel\r\n1.jpg\ttumör\r\n".encode("utf-16"))
