@@ -155,7 +155,6 @@ class DBSCANClusterer:
         fitted = DBSCAN(eps=eps, min_samples=self.min_samples).fit(x[sample])
         labels = fitted.labels_.astype(np.int64)
         cores = fitted.core_sample_indices_
-
         nearest = NearestNeighbors(n_neighbors=1)
         if len(cores):
             nearest.fit(x[sample][cores])

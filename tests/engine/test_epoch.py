@@ -177,6 +177,29 @@ def test_what_a_step_learns_is_that_of_its_slices(streaming: bool) -> None:
         assert sorted(passed[begin : begin + 24]) == list(range(24))
 
 
+def test_labelled_slices_are_drawn_as_often_as_their_weights_say() -> None:
+    weights = torch.tensor([3.0, 2.5, 1.25] + [0.25] * 9, dtype=torch.float64) * 12 / 9
+    data = EpochData(
+        labelled=shard(12),
+        unlabelled=shard(24, seed=1),
+        targets=uninformed(24, embedding_dim=2),
+        sizes=StepSizes(12, 8),  # a pass per step
+        num_steps=300,
+        scale=SCALE,
+        augmentation=UNCHANGED,
+        augmentation_unlabelled=UNCHANGED,
+        seed=5,
+        side=16,
+        labelled_weights=weights,
+    )
+    passes = [batch.keys[:12] for batch in data.batches()]
+    counts = torch.stack([torch.bincount(keys, minlength=12) for keys in passes])
+    assert (counts >= weights.floor()).all()
+    assert (counts <= weights.ceil()).all()
+    torch.testing.assert_close(counts.double().mean(dim=0), weights, atol=0.12, rtol=0)
+    assert not torch.equal(passes[0].sort().values, passes[0])
+
+
 @pytest.mark.slow
 def test_a_compiled_encoder_learns_the_same() -> None:
     _, losses = train(seed=5)

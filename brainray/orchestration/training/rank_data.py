@@ -16,7 +16,7 @@ from brainray.engine.shard import (
     sample_keys,
 )
 from brainray.log import log
-from brainray.mri.split import inherited_labels
+from brainray.mri.split import inherited_labels, subject_weights
 from brainray.orchestration.store import ImageStore, scan_images
 from brainray.schema import (
     ESTIMATED,
@@ -51,6 +51,11 @@ def load_rank_data(
     def of_role(role: str) -> pa.Table:
         return share(seen.filter(pc.equal(seen["role"], role)).sort_by("sample_id"))
 
+    weights = None
+    if config.train.labelled_sampling == "subject":
+        drawn = seen.filter(pc.equal(seen["role"], LABELLED)).sort_by("sample_id")
+        columns = (drawn[name].to_pylist() for name in ("label", "subject_id"))
+        weights = torch.from_numpy(subject_weights(*columns)[rank::num_ranks].copy())
     shares = {  # labelled slices are read most often, so they are cached first
         LABELLED: of_role(LABELLED),
         VALIDATION: of_role(VALIDATION),
@@ -81,6 +86,7 @@ def load_rank_data(
         test=shard(TEST),
         unlabelled=shard(UNLABELLED_ROLE),
         inherited=classes_of(shares[UNLABELLED_ROLE]["inherited"]),
+        labelled_weights=weights,
     )
 
 
