@@ -445,7 +445,8 @@ def test_a_control_with_other_settings_is_compared_and_they_are_said(
         "train.num_workers 4 (here 2)"
     )
     assert logged(capsys) == [f"note: the control was {differs}"]
-    compared, name = against_control(asked, trained.run, control, 1), "test/all/head/accuracy"
+    chosen, name = int(trained.metrics["chosen_epoch"]), "test/all/head/accuracy"
+    compared = against_control(asked, trained.run, control, chosen)
     assert compared[f"p/{name}"] == 1
     assert f"difference/{name}_low" not in compared  # without any difference it has no width
     reporting.write_run_page(asked, trained.run, control, trained.metrics, {}, [], None)
