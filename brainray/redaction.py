@@ -6,8 +6,8 @@ import sys
 
 HIDDEN = "***"
 
-# Matches user:password@, also with an @, a slash or a quote in the password, but not
-# host:port/path@...
+# Matches user:password@, also with an @ in the password or else a slash or a quote (no client takes
+# both unescaped), but not host:port/path@...
 _USER_INFO = re.compile(r"(?<=://)(?:[^/\s'\"]*|[^/@\s:'\"]+:(?!\d{1,5}(?:/|$))[^@\s]*)(?=@)")
 _QUERY = re.compile(
     r"(?i)\b((?:[a-z0-9_.-]*?(?:password|passwd|pwd|secret|token|signature|credential|access_key|"

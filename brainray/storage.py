@@ -287,7 +287,9 @@ class Folder:
     def table_writer(
         self, name: str, schema: pa.Schema, *, on_disk: bool = False
     ) -> Iterator[pq.ParquetWriter]:
-        """Writer of a Parquet file; each table written becomes a row group."""
+        """Writer of a Parquet file; each table written becomes a row group. With ``on_disk``, it is
+        on the disk before it gets its name.
+        """
         # For images, dictionaries and statistics take longer than writing them.
         described = [field.name for field in schema if not _holds_bytes(field.type)]
         with (

@@ -20,13 +20,14 @@ from hypothesis import strategies as st
 from nibabel.nifti1 import Nifti1Image
 from PIL import Image
 
+from brainray.config import Config
 from brainray.config_text import known_keys, load_config
 from brainray.errors import BrainrayError
 from brainray.layout import MANIFEST, RUN, RUN_FORMAT, STORE_FORMAT
 from brainray.mri.decode import decode_file
 from brainray.mri.slices import RejectedImage
 from brainray.orchestration.preprocessing.source import list_source
-from brainray.orchestration.run import Run
+from brainray.orchestration.run import Run, lasting_settings
 from brainray.orchestration.store import ImageStore, describe
 from brainray.schema import TRAIN
 from brainray.storage import Folder
@@ -258,7 +259,7 @@ WHOLE_RUN: dict[str, Any] = {
     "versions": {"decode_version": 1},
     "subject_salt": "0123",
     "num_slices": {"labelled": 3},
-    "settings": {"seed": 1},
+    "settings": lasting_settings(Config()),
 }
 
 
@@ -308,6 +309,7 @@ def test_the_record_of_a_run_is_read_or_explained_in_one_line(amount: str, tmp_p
         if run is None:
             return
         assert run.record.format == RUN_FORMAT
+        assert "train" in run.settings
         run.record.write(folder)
         assert Run.open(folder) == run
 

@@ -184,8 +184,14 @@ def _plain_loop(files: list[Path], out: Path) -> float:
                 file = FoundFile(path.name, 0, 0)
                 rows += preprocess_file(read_file(source, file), file, config, SALT)
             table = pa.Table.from_pylist(rows, schema=SLICES)
-            target.write_table(f"{start}.parquet", table)
+            _write(target, f"{start}.parquet", table)
         return len(files) / (time.perf_counter() - started)
+
+
+def _write(folder: Folder, name: str, table: pa.Table) -> None:
+    """As the job writes its parts."""
+    with folder.table_writer(name, table.schema) as writer:
+        writer.write_table(table)
 
 
 def _profile(files: list[Path], out: Path) -> dict[str, float]:
@@ -212,7 +218,7 @@ def _profile(files: list[Path], out: Path) -> dict[str, float]:
             small = timed("resize", resize.stretch, stripped, config.preprocess.image_size)
             timed("thumbnail", resize.thumbnail, image)
             rows.append({"image": small.tobytes()})
-        timed("write", Folder(out).write_table, "profile.parquet", pa.Table.from_pylist(rows))
+        timed("write", _write, Folder(out), "profile.parquet", pa.Table.from_pylist(rows))
     return {stage: 1000 * seconds / len(files) for stage, seconds in spent.items()}
 
 

@@ -125,7 +125,7 @@ class EpochData:
 
     ``seed`` alone determines order and augmentation; it must differ between epochs and ranks. The
     smaller of the labelled and the unlabelled set is cycled. A pass over the labelled slices has
-    each once, or as often on average as ``labelled_weights`` (n,) say.
+    each once or, on average, in proportion to ``labelled_weights`` (n,).
     """
 
     labelled: SliceShard
@@ -321,7 +321,9 @@ def _cycle_rows(
     seed: int,
     weights: Tensor | None = None,
 ) -> Iterator[Tensor]:
-    """Yield ``num_steps`` batches of row indices from repeated shuffled passes."""
+    """Yield ``num_steps`` batches of row indices from repeated shuffled passes, which have each row
+    once or in proportion to its weight.
+    """
     generator = Generator().manual_seed(seed)  # on the CPU: the same order on every device
     assert num_rows > 0 or batch_size == 0, "a rank without slices cannot fill batches"
     waiting = torch.empty(0, dtype=torch.int64)

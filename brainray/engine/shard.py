@@ -146,7 +146,7 @@ class RankData:
     validation: SliceShard
     test: SliceShard
     inherited: Tensor  # (n,) int64 for unlabelled: class of their subject's labelled slices
-    labelled_weights: Tensor | None  # (n,) float64: how often to draw each per pass; None: once
+    labelled_weights: Tensor | None  # (n,) float64: how often to draw each, relative to the others
 
     @property
     def fitted_keys(self) -> Tensor:

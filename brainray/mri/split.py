@@ -32,8 +32,9 @@ def draw_test(
     """Whether each slice is held out for testing: about ``fraction`` of every class, whole groups.
 
     For a class with two or more groups, at least one is held out and at least one is not, as far as
-    the groups drawn ``before`` allow. The only group of a class is not held out, nor is one with
-    the last slices of another class. Unlabelled slices are drawn like a separate class.
+    the groups drawn ``before`` and the last slices of other classes allow: a group that has them is
+    not held out. Nor is the only group of a class. Unlabelled slices are drawn like a separate
+    class.
 
     Args:
         labels: of each slice; None if unknown.

@@ -48,4 +48,5 @@ def read_record(
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        raise DataError(f"{folder}/{name} is damaged ({key}: {first['msg']}): {remedy}") from None
+        reason = " ".join(f"{key}: {first['msg']}".split())
+        raise DataError(f"{folder}/{name} is damaged ({reason}): {remedy}") from None

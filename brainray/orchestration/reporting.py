@@ -20,7 +20,13 @@ from brainray.engine.compare import compare, without_comparison
 from brainray.engine.evaluate import Metrics
 from brainray.engine.explain import class_activation_maps, rows_to_explain
 from brainray.engine.state import Checkpoint, load_checkpoint
-from brainray.errors import BrainrayError, CheckpointError, ConfigError, DataError
+from brainray.errors import (
+    BrainrayError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    TransientError,
+)
 from brainray.log import log
 from brainray.orchestration.code_version import code_hash, git_revision
 from brainray.orchestration.run import (
@@ -117,13 +123,15 @@ def _store_with_test_slices(config: Config, run: Run) -> ImageStore:
 
 
 def without_lost_runs(config: Config, asked: Container[str], data_hash: str) -> EvaluationConfig:
-    """Evaluation settings without compared runs that were set for training and no longer exist;
-    names in ``asked``, set now, stay.
+    """Evaluation settings without compared runs that were set for training, and no longer exist or
+    cannot be compared; names in ``asked``, set now, stay.
     """
 
     def is_there(find: Callable[[], Run]) -> bool:
         try:
             find()
+        except TransientError:
+            raise
         except BrainrayError as problem:
             log(f"not compared: {problem}")
             return False

@@ -5,7 +5,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import Field, NonNegativeInt
+from pydantic import Field, NonNegativeInt, field_validator
 
 from brainray import layout
 from brainray.config import (
@@ -55,7 +55,15 @@ class RunRecord(Record):
     versions: dict[str, int | None] = Field(default_factory=dict)  # `Manifest.versions`
     subject_salt: str | None = None  # of the store
     num_slices: dict[str, NonNegativeInt]  # by role
-    settings: dict[str, Any]  # those that must not change when the run resumes
+    settings: dict[str, Any]  # those that must not change when the run resumes, as sections
+
+    @field_validator("settings")
+    @classmethod
+    def _has_sections(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        for section in _FREE_KEYS:
+            if not isinstance(settings.get(section), dict):
+                raise ValueError(f"no section {section}")
+        return settings
 
     def write(self, folder: Folder) -> None:
         """Write it into the folder of a run."""

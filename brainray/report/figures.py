@@ -105,7 +105,8 @@ def class_distribution(num_slices: Mapping[str, Mapping[str, int]]) -> Figure:
     if not filled:
         raise DataError("no slices to count: all splits are empty")
     names, splits = _with_few_classes(filled)
-    colours = class_colours(names)
+    every = {name for counts in filled.values() for name in counts} - {UNLABELLED_CLASS}
+    colours = dict.fromkeys(names, GREY) | class_colours(sorted(every))
     if any(counts.get(UNLABELLED_CLASS) for counts in splits.values()):
         names.append(UNLABELLED_CLASS)
         colours[UNLABELLED_CLASS] = GREY

@@ -495,15 +495,13 @@ def _quality(run: Folder) -> list[Table]:
     return tables
 
 
-def _conflicts(slices: Sequence[Mapping[str, str]]) -> Table:
+def _conflicts(slices: Sequence[Mapping[str, Any]]) -> Table:
     """Slices whose copies have another label, group by group."""
-    ordered = sorted(slices, key=lambda row: (row["group"], row["path"]))[:_MAX_LISTED]
+    names = ("group", "path", "frame", "label")
+    rows = sorted([slice_.get(name) or "" for name in names] for slice_ in slices)
     title = f"Copies with different labels ({len(slices):,}{_more(len(slices))})"
-    return Table(
-        title,
-        ["group", "path", "label"],
-        [[row["group"][:8], row["path"], row["label"]] for row in ordered],
-    )
+    cells = [[group[:8], *others] for group, *others in rows[:_MAX_LISTED]]
+    return Table(title, ["group", "path", "frame", "label"], cells)
 
 
 def _more(count: int) -> str:

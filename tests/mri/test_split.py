@@ -246,6 +246,8 @@ def test_a_patient_with_the_last_slices_of_a_class_is_not_held_out(seed: int) ->
     left = {name for name, is_out in zip(labels, held_out, strict=True) if not is_out}
     assert left == {"a", "b", "c"}
     assert out == {"b", "c"}  # of the second patient, whose slices both classes can spare
+    # Neither of two patients can go who have the only slices of a class each.
+    assert not draw_test([*"abc", *"abd"], [*"pppqqq"], fraction=0.5, seed=seed).any()
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -199,9 +199,10 @@ def test_validation_by_subject_shares_no_subject_with_what_is_fitted(
     column = index.column_names.index("subject_id")
     nameless = index.set_column(column, "subject_id", pa.nulls(index.num_rows, pa.string()))
     monkeypatch.setattr(ImageStore, "index", lambda *_, **__: nameless)
-    asked = tiny_config(tmp_path, "name=refused", "dataset=series", "split.validation=subject")
-    with pytest.raises(ConfigError, match=r"has no subjects.*split\.validation=slice"):
-        begin_run(asked, store, 1)
+    for setting in ("split.validation", "train.labelled_sampling"):
+        asked = tiny_config(tmp_path, "name=refused", "dataset=series", f"{setting}=subject")
+        with pytest.raises(ConfigError, match=rf"has no subjects.* or set {setting}=slice"):
+            begin_run(asked, store, 1)
 
 
 def test_draws_are_compared_with_a_control_of_the_same_draws_only(storage: Path) -> None:

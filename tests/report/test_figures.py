@@ -26,7 +26,7 @@ from brainray.report.figures import (
     loss_curves,
     timing_breakdown,
 )
-from brainray.report.style import class_colours, png_bytes
+from brainray.report.style import GREY, class_colours, png_bytes
 
 CLASSES = ["glioma", "meningioma", "notumor"]
 
@@ -80,6 +80,10 @@ def test_of_very_many_classes_the_largest_are_shown_and_the_sum_of_the_others() 
     assert _texts(train)[-2:] == [f"{sum(range(4962)):,}", "9"]
     assert _texts(test)[-2:] == ["3", "0"]
     assert train.get_xlim()[1] > sum(range(4962))
+    every = class_colours(sorted(counts))
+    colours = [to_hex(bar.get_facecolor()).upper() for bar in train.patches]  # type: ignore[attr-defined]
+    assert colours[0] == every["class 4962"].upper()
+    assert colours[-2:] == [GREY.upper()] * 2
 
 
 def test_counts_stand_beside_their_bars() -> None:

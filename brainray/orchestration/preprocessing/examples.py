@@ -26,7 +26,7 @@ _NUM_ON_SHEET = 64
 _NUM_PAIRS_PER_LEVEL = 6
 _ANY_SALT = b"figures name no subjects"
 
-SliceKey = tuple[str, str]  # path and frame
+SlicePlace = tuple[str, str]  # path and frame
 
 
 def draw_figures(store: Folder, source: Folder, plan: StorePlan, config: PreprocessConfig) -> None:
@@ -85,18 +85,18 @@ def _pairs(
     ]
 
 
-def _place(row: Mapping[str, Any], path: str = "path", frame: str = "frame") -> SliceKey:
+def _place(row: Mapping[str, Any], path: str = "path", frame: str = "frame") -> SlicePlace:
     return row[path], row.get(frame, "")
 
 
 def _decoded(
-    source: Folder, places: Iterable[SliceKey], config: PreprocessConfig
-) -> dict[SliceKey, NDArray[np.uint8]]:
+    source: Folder, places: Iterable[SlicePlace], config: PreprocessConfig
+) -> dict[SlicePlace, NDArray[np.uint8]]:
     """The slices at these places, without those that no longer exist; reads each file once."""
     wanted: defaultdict[str, set[str]] = defaultdict(set)
     for path, frame in places:
         wanted[path].add(frame)
-    found: dict[SliceKey, NDArray[np.uint8]] = {}
+    found: dict[SlicePlace, NDArray[np.uint8]] = {}
     for path, frames in wanted.items():
         try:
             content = read_file(source, FoundFile(path, 0, 0))

@@ -209,14 +209,14 @@ def _extract(
     started = time.monotonic()
     with target.rebuilt(layout.MANIFEST) as building:
         num_rows = _write_parts(config, store, feature, weights, seed, building / layout.PARTS)
+        if read_manifest(store.folder).slices_hash != store.manifest.slices_hash:
+            raise DataError(f"the image store {store.folder} was updated meanwhile: submit again")
         expected = sum(sum(by_class.values()) for by_class in store.manifest.num_slices.values())
         if num_rows != expected:
             raise DataError(
                 f"{store.folder}: {expected - num_rows} slices of its manifest are missing; delete "
                 "the store and preprocess again"
             )
-        if read_manifest(store.folder).slices_hash != store.manifest.slices_hash:
-            raise DataError(f"the image store {store.folder} was updated meanwhile: submit again")
         seconds = time.monotonic() - started
         manifest = made_by | {"num_rows": num_rows, "seconds": round(seconds, 2)}
         building.write_json(layout.MANIFEST, manifest)

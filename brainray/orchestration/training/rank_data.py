@@ -51,13 +51,11 @@ def load_rank_data(
     def of_role(role: str) -> pa.Table:
         return share(seen.filter(pc.equal(seen["role"], role)).sort_by("sample_id"))
 
-    weights = None
-    if config.train.labelled_sampling == "subject":
-        drawn = seen.filter(pc.equal(seen["role"], LABELLED)).sort_by("sample_id")
-        columns = (drawn[name].to_pylist() for name in ("label", "subject_id"))
-        weights = torch.from_numpy(subject_weights(*columns)[rank::num_ranks].copy())
+    labelled = seen.filter(pc.equal(seen["role"], LABELLED)).sort_by("sample_id")
+    of_subjects = subject_weights(*(labelled[name].to_pylist() for name in ("label", "subject_id")))
+    labelled = labelled.append_column("weight", pa.array(of_subjects))
     shares = {  # labelled slices are read most often, so they are cached first
-        LABELLED: of_role(LABELLED),
+        LABELLED: share(labelled),
         VALIDATION: of_role(VALIDATION),
         TEST: share(test),
         UNLABELLED_ROLE: of_role(UNLABELLED_ROLE),
@@ -80,13 +78,14 @@ def load_rank_data(
             classes_of(rows["label"]),
         )
 
+    weights = torch.tensor(shares[LABELLED]["weight"].to_pylist(), dtype=torch.float64)
     return RankData(
         labelled=shard(LABELLED),
         validation=shard(VALIDATION),
         test=shard(TEST),
         unlabelled=shard(UNLABELLED_ROLE),
         inherited=classes_of(shares[UNLABELLED_ROLE]["inherited"]),
-        labelled_weights=weights,
+        labelled_weights=weights if config.train.labelled_sampling == "subject" else None,
     )
 
 

@@ -317,7 +317,7 @@ class _Trainer:
     def finish(self) -> None:
         """Save the last epoch's checkpoint next to the best one, and predict the test slices.
 
-        Prediction uses the chosen epoch, unless it has predicted them when it was trained.
+        Prediction uses the chosen epoch, unless its predictions exist (``test_each_epoch``).
         """
         with raise_on_all_ranks(self.device):
             if dist.rank() == 0:
@@ -326,13 +326,15 @@ class _Trainer:
         if self._count(self.data.test) == 0:
             return
         with raise_on_all_ranks(self.device):
-            chosen = load_checkpoint(self.run / layout.BEST)
-            # They are lost if an epoch that was chosen later had a checkpoint that was damaged.
-            found = self._tests_each_epoch and self.run.exists(
-                layout.predictions_file(chosen.epoch)
-            )
+            found = False
+            if dist.rank() == 0 and self._tests_each_epoch:
+                # They are lost if an epoch that was chosen later had a checkpoint that was damaged.
+                epoch = load_checkpoint(self.run / layout.BEST).epoch
+                found = self.run.exists(layout.predictions_file(epoch))
         if dist.broadcast_from_first(torch.tensor(int(found), device=self.device)):
             return
+        with raise_on_all_ranks(self.device):
+            chosen = load_checkpoint(self.run / layout.BEST)
         clusters = chosen.clusters.to(self.device)
         encoder = chosen.encoder.to(self.device).to(memory_format=torch.channels_last)
         output = self._embed(self.data.test.images, encoder)
