@@ -81,7 +81,7 @@ def test_of_very_many_classes_the_largest_are_shown_and_the_sum_of_the_others() 
     assert _texts(test)[-2:] == ["3", "0"]
     assert train.get_xlim()[1] > sum(range(4962))
     every = class_colours(sorted(counts))
-    colours = [to_hex(bar.get_facecolor()).upper() for bar in train.patches]  # type: ignore[attr-defined]
+    colours = [to_hex(bar.get_facecolor()).upper() for bar in train.patches]
     assert colours[0] == every["class 4962"].upper()
     assert colours[-2:] == [GREY.upper()] * 2
 
