@@ -4,8 +4,10 @@ Every collective also works without a process group, as on a single rank. All ra
 unconditionally and in the same order.
 """
 
+import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
+
+from brainray.errors import BrainrayError, error_from_dict, error_to_dict
 
 _PATIENCE = timedelta(minutes=10)
 
@@ -107,6 +111,27 @@ def share_buffers(model: nn.Module) -> None:
     """Copy rank 0's buffers, such as batch statistics, to every rank."""
     for buffer in model.buffers():
         buffer.copy_(broadcast_from_first(buffer))
+
+
+@contextmanager
+def raise_on_all_ranks(device: torch.device) -> Iterator[None]:
+    """Raise one rank's error on every rank: the others would wait for it in a collective.
+
+    ``device`` is the one that collectives use. No collective may be called inside the block, which
+    a rank may leave early.
+    """
+    problem: BrainrayError | None = None
+    try:
+        yield
+    except BrainrayError as error:
+        problem = error
+    line = b"" if problem is None else json.dumps(error_to_dict(problem)).encode()
+    rows = torch.tensor(list(line + b"\n"), dtype=torch.uint8, device=device)
+    lines = bytes(gather_rows(rows).tolist()).splitlines()
+    if problem is not None:
+        raise problem
+    for line in filter(None, lines):
+        raise error_from_dict(json.loads(line))
 
 
 def run_on_ranks(

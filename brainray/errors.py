@@ -45,7 +45,18 @@ class TrackingError(BrainrayError):
     """The tracking server or database cannot be used."""
 
 
-_OF_GPUS = {
+def error_to_dict(error: BrainrayError) -> dict[str, str]:
+    """An error as plain values, to be passed between processes."""
+    return {"error": type(error).__name__, "message": str(error)}
+
+
+def error_from_dict(fields: dict[str, str]) -> BrainrayError:
+    """The error, with its type, that `error_to_dict` was given."""
+    error_class: type[BrainrayError] = globals().get(fields["error"], BrainrayError)
+    return error_class(fields["message"])
+
+
+_ADVICE_ON_GPUS = {
     "ProcessGroupNCCL is only supported with GPUs": (
         "Ray detected GPUs that PyTorch cannot use on the workers' nodes: fix the driver or "
         "install PyTorch with CUDA there, or set train.device=cpu"
@@ -69,4 +80,5 @@ _OF_GPUS = {
 
 def gpu_problem(message: str) -> ConfigError | None:
     """What a user can do about an error of PyTorch that settings or installation cause."""
-    return next((ConfigError(advice) for told, advice in _OF_GPUS.items() if told in message), None)
+    advice = next((advice for text, advice in _ADVICE_ON_GPUS.items() if text in message), None)
+    return None if advice is None else ConfigError(advice)

@@ -7,6 +7,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+Metrics = dict[str, float]
+"""Metrics by name, such as ``test/clean/head/accuracy``."""
+
 SUBSETS = ("all", "clean", "strict")
 """Subsets of the test slices for which every metric is reported: all; ``clean``, without an
 upright near-duplicate among the slices that the run saw; and ``strict``, those of them that also
@@ -231,3 +234,10 @@ def tells_of_classes(labels: Iterable[Hashable], subset: str) -> bool:
     """
     counts = Counter(label for label in labels if label not in {None, UNLABELLED})
     return subset != "strict" or min(counts.values(), default=0) >= MIN_STRICT_SUPPORT
+
+
+def matrix_of(column: pa.ChunkedArray) -> NDArray[np.float32]:
+    """(N, D) float32 matrix of a column of lists of equal length."""
+    # Chunk by chunk, as an array of lists may have no more than 2^31 numbers.
+    values = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in column.chunks]
+    return np.concatenate(values, dtype=np.float32).reshape(len(column), -1)

@@ -7,7 +7,6 @@ from matplotlib.figure import Figure
 
 from brainray.benchmarks.result import BenchmarkResult, CaseOptions, Measure
 from brainray.config import Config
-from brainray.engine.evaluate import Metrics
 from brainray.errors import ConfigError
 from brainray.log import log
 from brainray.orchestration.preprocessing.driver import preprocess
@@ -16,7 +15,7 @@ from brainray.orchestration.training.draws import train_draws
 from brainray.report.cells import mean_and_deviation
 from brainray.report.style import BLUE, GREY, ORANGE, new_figure, tidy
 from brainray.report.table import markdown_table
-from brainray.schema import PREDICTORS
+from brainray.schema import PREDICTORS, Metrics
 
 FRACTIONS = (0.01, 0.02, 0.05, 0.1, 0.2, 1.0)
 QUICK_FRACTIONS = (0.1, 0.5)

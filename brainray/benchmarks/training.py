@@ -26,8 +26,9 @@ from brainray.benchmarks.samples import load_slices, perturbed
 from brainray.benchmarks.timing import OURS, relative_times, side_by_side, timed_on_rank, wait
 from brainray.config import AugmentConfig, TrainConfig
 from brainray.config_text import load_config
-from brainray.engine.epoch import EpochData, EpochTargets, train_epoch
+from brainray.engine.epoch import EpochData, EpochTargets
 from brainray.engine.forward import autocast
+from brainray.engine.loop import train_epoch
 from brainray.engine.recipe import build_optimizer, resolve_precision
 from brainray.engine.shard import CachedImages, Images, PixelScale, SliceShard, StreamedImages
 from brainray.log import log
@@ -169,10 +170,10 @@ def _ours(
             model,
             optimizer,
             scheduler,
-            JointObjective(0.5),
             EpochData(
                 labelled=shard,
                 unlabelled=shard,
+                objective=JointObjective(0.5),
                 targets=targets,
                 sizes=StepSizes(BATCH, BATCH),
                 num_steps=steps,

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from brainray.clustering.metrics import bootstrap_interval
-from brainray.engine.evaluate import Metrics, labelled_rows, resampling_groups
+from brainray.engine.evaluate import labelled_rows, resampling_groups
 from brainray.errors import DataError
-from brainray.schema import PREDICTED_BY, subset_masks
+from brainray.schema import PREDICTED_BY, Metrics, subset_masks
 
 _COMPARED = ("difference/", "fewer_errors/", "only_run/", "only_control/", "p/")
 

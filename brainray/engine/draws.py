@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from brainray.clustering.metrics import CONFIDENCE
-from brainray.engine.evaluate import Metrics
+from brainray.schema import Metrics
 
 
 def summarise_draws(

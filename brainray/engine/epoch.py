@@ -1,20 +1,14 @@
-"""One pass of training and one pass of inference over a rank's slices."""
+"""What a rank learns from in one epoch, and one pass of inference over its slices."""
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import update_bn
 
 from brainray.config import AugmentConfig
-from brainray.engine.finite import GradientWatch, nan_gradient_unless_finite
 from brainray.engine.forward import autocast, infer
-from brainray.engine.mean_losses import MeanLosses
 from brainray.engine.shard import Images, PixelScale, SliceShard
 from brainray.models.augment import augment
 from brainray.models.encoder import EncoderOutput
@@ -46,14 +40,6 @@ class EpochTargets:
             class_of_cluster=self.class_of_cluster,
             ramp=self.ramp,
         )
-
-
-@dataclass(frozen=True)
-class EpochResult:
-    """Result of one pass of training."""
-
-    losses: dict[str, float]  # mean of each term over all steps and ranks
-    data_wait_s: float  # until batches were ready; on a CPU mostly their augmentation
 
 
 @dataclass(frozen=True)
@@ -105,9 +91,10 @@ class StepBatch:
     images: Tensor  # (B, 1, H, W) float32: labelled slices, then unlabelled ones
     keys: Tensor  # (B,) int64
     targets: StepTargets
+    objective: Objective
     mixup: Mixup | None
 
-    def loss(self, objective: Objective, output: EncoderOutput) -> dict[str, Tensor]:
+    def loss(self, output: EncoderOutput) -> dict[str, Tensor]:
         """Terms of the objective for the encoder's output."""
         num_labelled = len(self.targets.labels)
         outputs = StepOutputs(
@@ -115,8 +102,8 @@ class StepBatch:
             unlabelled=EncoderOutput(output.z[num_labelled:], output.logits[num_labelled:]),
         )
         if self.mixup is not None:
-            return self.mixup.loss(objective, outputs, self.targets)
-        return objective.loss(outputs, self.targets)
+            return self.mixup.loss(self.objective, outputs, self.targets)
+        return self.objective.loss(outputs, self.targets)
 
 
 @dataclass(frozen=True)
@@ -130,6 +117,7 @@ class EpochData:
 
     labelled: SliceShard
     unlabelled: SliceShard
+    objective: Objective
     targets: EpochTargets
     sizes: StepSizes
     num_steps: int  # the same on every rank
@@ -178,79 +166,12 @@ class EpochData:
                 self.scale.standardise(torch.cat([views, views_unlabelled])),
                 torch.cat([self.labelled.keys[rows], self.unlabelled.keys[rows_unlabelled]]),
                 self.targets.of_step(self.labelled.labels[rows], rows_unlabelled),
+                self.objective,
                 mixup,
             )
 
     def _view(self, images: Tensor, augmentation: AugmentConfig, generator: Generator) -> Tensor:
         return augment(self.scale.to_unit(images, self.side), augmentation, generator)
-
-
-def train_epoch(
-    model: nn.Module,
-    optimizer: Optimizer,
-    scheduler: LRScheduler,
-    objective: Objective,
-    data: EpochData,
-    *,
-    precision: str,
-    accumulation: int = 1,
-    on_update: Callable[[int], None] = lambda num_batches: None,
-    on_step: Callable[[int], None] = lambda step: None,
-) -> EpochResult:
-    """Train on every batch of the data.
-
-    Args:
-        model: an `Encoder`, possibly wrapped in DDP.
-        optimizer: of its parameters.
-        scheduler: stepped with the optimiser.
-        objective: the loss.
-        data: this rank's slices, with targets, augmentation and number of batches.
-        precision: ``bf16`` or ``fp32``.
-        accumulation: number of batches whose gradients are averaged for one step of the optimiser.
-        on_update: called after each step of the optimiser with its number of batches; the last one
-            of an epoch may have fewer than ``accumulation``.
-        on_step: called after each batch with its number, from 0.
-
-    Raises:
-        NonFiniteStep: on every rank, if the loss or the gradient is NaN or infinite.
-    """
-    device = data.labelled.images.device
-    model.train()
-    watch = GradientWatch(model.parameters(), device)
-    losses = MeanLosses()
-    data_wait_s = 0.0
-    batches = data.batches()
-    optimizer.zero_grad(set_to_none=True)
-    for step in range(data.num_steps):
-        started = time.perf_counter()
-        batch = next(batches)
-        data_wait_s += time.perf_counter() - started
-        first_of_update = step - step % accumulation
-        size_of_update = min(accumulation, data.num_steps - first_of_update)
-        updates = step + 1 == first_of_update + size_of_update
-        with nullcontext() if updates else without_gradient_exchange(model):
-            with autocast(device, precision):
-                output: EncoderOutput = model(batch.images)
-            terms = batch.loss(objective, output)
-            (nan_gradient_unless_finite(terms["total"]) / size_of_update).backward()
-        watch.saw(batch.keys, terms["total"], batch.images, output.z, output.logits)
-        if updates:
-            watch.check(step)
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad(set_to_none=True)
-            on_update(size_of_update)
-        losses.add(terms)
-        on_step(step)
-    watch.finish()
-    return EpochResult(losses.over_ranks(), data_wait_s)
-
-
-def without_gradient_exchange(model: nn.Module) -> AbstractContextManager[None]:
-    """Accumulate gradients on each rank without exchange; does nothing for a single rank."""
-    no_sync = getattr(model, "no_sync", None)
-    context: AbstractContextManager[None] = nullcontext() if no_sync is None else no_sync()
-    return context
 
 
 @torch.inference_mode()

@@ -13,6 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from brainray import dist
+from brainray.engine.shard import ids_of_keys
+from brainray.errors import DivergenceError
+
+_MAX_NAMED = 8  # slices in an error
 _LAG = 2  # updates by which the check lags behind on devices other than the CPU
 
 
@@ -28,6 +33,25 @@ class NonFiniteStep(Exception):
         self.step = step
         self.culprits = culprits
         self.batch = batch
+
+
+def divergence(
+    stop: NonFiniteStep, sample_ids: list[str], *, where: str, num_steps: int, remedy: str
+) -> DivergenceError:
+    """The error for a user, the same on every rank (collective); names the slices concerned."""
+    culprits = dist.gather_rows(stop.culprits)
+    named = culprits if len(culprits) else dist.gather_rows(stop.batch)
+    return DivergenceError(
+        f"{where}, step {stop.step + 1} of {num_steps}: the loss or its gradient is NaN or "
+        f"infinite for {name_slices(sample_ids, named)}: {remedy}"
+    )
+
+
+def name_slices(sample_ids: list[str], keys: Tensor) -> str:
+    """Those of the slices that have these keys (n,), for error messages."""
+    found = sorted(set(ids_of_keys(sample_ids, keys)))
+    more = f" and {len(found) - _MAX_NAMED} more" if len(found) > _MAX_NAMED else ""
+    return f"sample_id {', '.join(found[:_MAX_NAMED])}{more}"
 
 
 def nan_gradient_unless_finite(loss: Tensor) -> Tensor:

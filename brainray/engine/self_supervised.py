@@ -3,17 +3,15 @@
 The resulting encoder can initialise semi-supervised training (``encoder.weights=PATH``).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from brainray import dist
 from brainray.config import ClusteringConfig, PretextName, SelfSupervisionConfig
-from brainray.engine.forward import autocast, infer
-from brainray.engine.mean_losses import MeanLosses
+from brainray.engine.forward import infer
 from brainray.engine.recluster import ClusterModel, Reclustering, recluster
 from brainray.engine.shard import Images
 from brainray.errors import ConfigError, DataError
@@ -105,70 +103,77 @@ class Groups:
         return torch.where(share < _MATE_SHARE, others, rows)
 
 
-def pretext_epoch(
-    model: nn.Module,
-    optimizer: Optimizer,
-    scheduler: LRScheduler,
-    pretext: Pretext,
-    images: Images,
-    groups: Groups,
-    *,
-    plan: StepPlan,
-    seed: int,
-    precision: str,
-    lambda_cluster: float = 0.0,
-    soft: SoftTargets | None = None,
-) -> dict[str, float]:
-    """Train for one pass over the slices; return mean losses over all steps and ranks.
+@dataclass(frozen=True)
+class PretextBatch:
+    """Views of the slices of one step, with the targets of the pretext task."""
 
-    The loss is pretext + lambda * the mean of sum_k gamma_k |z - mu_k|^2 over the slices' own
-    views, with the second term only if ``soft`` is given. ``seed`` alone determines order,
-    augmentation and dropout; it must differ between epochs and ranks.
+    images: Tensor  # (V, 1, H, W) float in [0, 1]: first the slices' own views
+    keys: Tensor  # (V,) int64 of the slices
+    pretext: Pretext
+    targets: Tensor  # (V,) int64
+    lambda_cluster: float
+    soft: SoftTargets | None  # of the slices' own views
 
-    Args:
-        model: a `PretextModel`, possibly wrapped in DDP.
-        optimizer: of its parameters.
-        scheduler: stepped with the optimiser.
-        pretext: the pretext task.
-        images: this rank's slices, at least ``plan.num_steps * plan.batch_size``.
-        groups: of these slices.
-        plan: the same on every rank.
-        seed: of order and views.
-        precision: ``bf16`` or ``fp32``.
-        lambda_cluster: weight of the clustering loss.
-        soft: gamma of this rank's slices, with rows as in ``images``, and mu.
-    """
-    device = images.device
-    model.train()
-    torch.manual_seed(seed)  # for dropout and stochastic depth of some encoders
-    generator = Generator(device).manual_seed(seed)
-    of_order = Generator().manual_seed(seed)  # on the CPU: the same order on every device
-    order = torch.randperm(len(images), generator=of_order)
-    rows_of_steps = list(order[: plan.num_steps * plan.batch_size].split(plan.batch_size))
-    if pretext.wants_mates:
-        rows_of_steps = [torch.cat([rows, groups.mates(rows, of_order)]) for rows in rows_of_steps]
-    # In one copy, because each copy to a GPU waits for its pending work.
-    rows_on_device = torch.stack(rows_of_steps).to(device)
-    groups_on_device = groups.numbers.to(device)
-    losses = MeanLosses()
-    for step, batch in enumerate(images.batches(rows_of_steps)):
-        rows = rows_on_device[step]
-        views = pretext.views(batch.float() / 255, groups_on_device[rows], generator)
-        with autocast(device, precision):
-            output: PretextOutput = model(views.images)
-        terms = {"pretext": pretext.loss(output.outputs, views.targets)}
+    def loss(self, output: PretextOutput) -> dict[str, Tensor]:
+        """Pretext loss + lambda * the mean of sum_k gamma_k |z - mu_k|^2 over the own views."""
+        terms = {"pretext": self.pretext.loss(output.outputs, self.targets)}
         total = terms["pretext"]
-        if soft is not None:
-            own = output.z[: len(rows)]
-            terms["cluster"] = cluster_loss(own, soft.responsibilities[rows], soft.centers)
-            total = total + lambda_cluster * terms["cluster"]
-        terms["total"] = total
-        optimizer.zero_grad(set_to_none=True)
-        total.backward()
-        optimizer.step()
-        scheduler.step()
-        losses.add(terms)
-    return losses.over_ranks()
+        if self.soft is not None:
+            own = output.z[: len(self.soft.responsibilities)]
+            terms["cluster"] = cluster_loss(own, self.soft.responsibilities, self.soft.centers)
+            total = total + self.lambda_cluster * terms["cluster"]
+        return terms | {"total": total}
+
+
+@dataclass(frozen=True)
+class PretextEpoch:
+    """One pass over this rank's slices.
+
+    ``seed`` alone determines order, augmentation and dropout; it must differ between epochs and
+    ranks.
+    """
+
+    images: Images  # at least plan.num_steps * plan.batch_size
+    keys: Tensor  # (n,) int64, of the slices
+    groups: Groups  # of the slices
+    pretext: Pretext
+    plan: StepPlan
+    seed: int
+    lambda_cluster: float = 0.0
+    soft: SoftTargets | None = None  # of the slices, for the clustering loss
+
+    @property
+    def num_steps(self) -> int:
+        return self.plan.num_steps
+
+    def batches(self) -> Iterator[PretextBatch]:
+        """Yield one batch per step."""
+        device = self.images.device
+        torch.manual_seed(self.seed)  # for dropout and stochastic depth of some encoders
+        generator = Generator(device).manual_seed(self.seed)
+        order_generator = Generator().manual_seed(self.seed)  # CPU: the same order on every device
+        order = torch.randperm(len(self.images), generator=order_generator)
+        num_used = self.plan.num_steps * self.plan.batch_size
+        rows_of_steps = list(order[:num_used].split(self.plan.batch_size))
+        if self.pretext.wants_mates:
+            rows_of_steps = [
+                torch.cat([rows, self.groups.mates(rows, order_generator)])
+                for rows in rows_of_steps
+            ]
+        # In one copy, because each copy to a GPU waits for its pending work.
+        rows_on_device = torch.stack(rows_of_steps).to(device)
+        groups = self.groups.numbers.to(device)
+        for rows, batch in zip(rows_on_device, self.images.batches(rows_of_steps), strict=True):
+            views = self.pretext.views(batch.float() / 255, groups[rows], generator)
+            soft = self.soft
+            yield PretextBatch(
+                views.images,
+                self.keys[rows].repeat(len(views.images) // len(rows)),
+                self.pretext,
+                views.targets,
+                self.lambda_cluster,
+                None if soft is None else SoftTargets(soft.responsibilities[rows], soft.centers),
+            )
 
 
 @torch.inference_mode()

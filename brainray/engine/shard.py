@@ -158,3 +158,9 @@ def sample_keys(sample_ids: list[str]) -> NDArray[np.int64]:
     """(n,) int64 keys from the first 64 bits of each sample_id, for use in tensors."""
     values = np.array([int(identity[:16], 16) for identity in sample_ids], dtype=np.uint64)
     return values.view(np.int64)
+
+
+def ids_of_keys(sample_ids: list[str], keys: Tensor) -> list[str]:
+    """The sample_id of each key (n,), found among ``sample_ids``."""
+    by_key = dict(zip(sample_keys(sample_ids).tolist(), sample_ids, strict=True))
+    return [by_key[key] for key in keys.tolist()]

@@ -15,12 +15,12 @@ import torch
 from numpy.typing import NDArray
 
 from brainray.engine.epoch import embed
-from brainray.engine.evaluate import gather_predictions, matrix_of, predictions_table
+from brainray.engine.predictions import gather_predictions, predictions_table
 from brainray.engine.recipe import resolve_precision
 from brainray.engine.shard import CachedImages
 from brainray.engine.state import Checkpoint
 from brainray.mri.resize import stretch
-from brainray.schema import FITTED, PREDICTED, UNLABELLED
+from brainray.schema import FITTED, PREDICTED, UNLABELLED, matrix_of
 
 NUM_NEAREST = 5
 

@@ -191,8 +191,8 @@ def delete_other_predictions(run: Folder, epochs: Collection[int]) -> None:
 
 
 def has_lost_models(run: Folder, epoch: int) -> bool:
-    """Whether a run that resumes after an epoch has not the best model of those up to it: the kept
-    one is of a later epoch, whose checkpoint has been damaged since, cannot be read, or is missing.
+    """Whether the best model up to an epoch, after which a run resumes, is lost: the one that was
+    kept is missing, unreadable, or of a later epoch, whose checkpoint has been damaged since.
     """
     if (run / layout.checkpoint_folder(epoch)).exists(layout.FITTED):
         return False  # it was chosen when it was saved: `keep_as_best`

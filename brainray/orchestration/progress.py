@@ -7,10 +7,10 @@ from typing import Self
 
 from brainray import layout
 from brainray.config import SelfSupervisionConfig, TrainConfig
-from brainray.engine.evaluate import Metrics
 from brainray.engine.recipe import image_side
 from brainray.log import log
 from brainray.orchestration.run import Run
+from brainray.schema import Metrics
 from brainray.storage import Folder
 from brainray.tracking import LenientTracker
 

@@ -3,13 +3,11 @@ unchanged, and resuming from our own files.
 """
 
 import functools
-import json
 import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import cv2
@@ -19,9 +17,8 @@ from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, Tr
 from ray.train.torch import TorchConfig, TorchTrainer
 from torch import nn
 
-from brainray import dist, errors
 from brainray.config import TrainConfig
-from brainray.errors import BrainrayError, gpu_problem
+from brainray.errors import BrainrayError, error_from_dict, error_to_dict, gpu_problem
 from brainray.orchestration.own_head import WITHOUT_PREEMPTION
 from brainray.orchestration.resources import WorkerResources
 from brainray.storage import Folder
@@ -88,36 +85,10 @@ def return_user_errors(work: Callable[[Settings], None]) -> Callable[[Settings],
         try:
             work(settings)
         except BrainrayError as error:
-            return _as_dict(error)
+            return error_to_dict(error)
         return {}
 
     return worker
-
-
-@contextmanager
-def raise_on_all_ranks(device: torch.device) -> Iterator[None]:
-    """Raise one rank's error on every rank: the others would wait for it in a collective."""
-    problem: BrainrayError | None = None
-    try:
-        yield
-    except BrainrayError as error:
-        problem = error
-    told = b"" if problem is None else json.dumps(_as_dict(problem)).encode()
-    line = torch.tensor(list(told + b"\n"), dtype=torch.uint8, device=device)
-    lines = bytes(dist.gather_rows(line).tolist()).splitlines()
-    if problem is not None:
-        raise problem
-    for told in filter(None, lines):
-        raise _as_raised(json.loads(told))
-
-
-def _as_dict(error: BrainrayError) -> dict[str, str]:
-    return {"error": type(error).__name__, "message": str(error)}
-
-
-def _as_raised(told: dict[str, str]) -> BrainrayError:
-    error_class: type[BrainrayError] = getattr(errors, told["error"], BrainrayError)
-    return error_class(told["message"])
 
 
 def train_on_workers(
@@ -189,7 +160,7 @@ def run_trainer(trainer: TorchTrainer) -> None:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, before)
     if result.return_value:
-        raise _as_raised(result.return_value)
+        raise error_from_dict(result.return_value)
 
 
 def _forget_rays_checkpoints(folder: Folder) -> None:

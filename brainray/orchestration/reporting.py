@@ -17,7 +17,6 @@ from brainray import layout
 from brainray.config import Config, EvaluationConfig
 from brainray.config_text import flatten
 from brainray.engine.compare import compare, without_comparison
-from brainray.engine.evaluate import Metrics
 from brainray.engine.explain import class_activation_maps, rows_to_explain
 from brainray.engine.state import Checkpoint, load_checkpoint
 from brainray.errors import (
@@ -41,7 +40,7 @@ from brainray.redaction import command_line
 from brainray.report.comparison_table import comparison_table
 from brainray.report.maps import SliceMap, run_maps
 from brainray.report.page import Explained, write_page
-from brainray.schema import LABELLED, TEST, VALIDATION
+from brainray.schema import LABELLED, TEST, VALIDATION, Metrics
 from brainray.storage import Folder
 
 _MAY_DIFFER = {"objective", "dataset", "split", "evaluation"}

@@ -1,11 +1,9 @@
 """Metrics formatted as table cells, with a dash for a missing value."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from math import isnan
 
-from brainray.schema import PREDICTORS
-
-Metrics = Mapping[str, float]
+from brainray.schema import PREDICTORS, Metrics
 
 History = Sequence[Metrics]
 """Metrics logged by a run: one flat dict per epoch, oldest first."""

@@ -1,10 +1,8 @@
 """Paired comparison of a run with its control, as Markdown and for the run's report."""
 
-from collections.abc import Mapping
-
 from brainray.report.cells import PREDICTOR_TITLES, difference, share
 from brainray.report.table import markdown_table
-from brainray.schema import PREDICTED_BY, SUBSETS
+from brainray.schema import PREDICTED_BY, SUBSETS, Metrics
 
 COMPARISON_COLUMNS = [
     "prediction",
@@ -16,12 +14,12 @@ COMPARISON_COLUMNS = [
 ]
 
 
-def comparison_table(metrics: Mapping[str, float]) -> str:
+def comparison_table(metrics: Metrics) -> str:
     """Markdown table of the metrics returned by `engine.compare`."""
     return markdown_table(COMPARISON_COLUMNS, comparison_rows(metrics), num_text_columns=2)
 
 
-def comparison_rows(metrics: Mapping[str, float]) -> list[list[str]]:
+def comparison_rows(metrics: Metrics) -> list[list[str]]:
     """One row per compared predictor and subset; none without a control."""
     return [
         [
@@ -35,7 +33,7 @@ def comparison_rows(metrics: Mapping[str, float]) -> list[list[str]]:
     ]
 
 
-def _cells(metrics: Mapping[str, float], name: str) -> list[str]:
+def _cells(metrics: Metrics, name: str) -> list[str]:
     wins, losses = (metrics[f"{whose}/{name}"] for whose in ("only_run", "only_control"))
     return [
         difference(metrics, f"difference/{name}"),

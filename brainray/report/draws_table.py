@@ -1,13 +1,11 @@
 """Metrics over label draws as Markdown."""
 
-from collections.abc import Mapping
-
 from brainray.report.cells import PREDICTOR_TITLES, decimal, difference, mean_and_deviation, share
 from brainray.report.table import markdown_table
-from brainray.schema import SUBSETS
+from brainray.schema import SUBSETS, Metrics
 
 
-def draws_table(metrics: Mapping[str, float]) -> str:
+def draws_table(metrics: Metrics) -> str:
     """Mean accuracy and deviation by predictor and test subset, next to the control's."""
     header = [
         "prediction",

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from brainray.report.cells import Metrics
 from brainray.report.results import results_markdown
+from brainray.schema import Metrics
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
 from brainray import layout
 from brainray.clustering.subtypes import find_subtypes
 from brainray.config import EvaluationConfig
-from brainray.report.cells import Metrics
 from brainray.report.comparison_table import COMPARISON_COLUMNS, comparison_rows
 from brainray.report.curves import ACCURACIES, AGREEMENT, LOSSES, SILHOUETTE
 from brainray.report.figures import UNLABELLED_NAME, confusion_counts
@@ -31,7 +30,7 @@ from brainray.report.maps import SliceMap, map_sequence, shown
 from brainray.report.results import results_tables
 from brainray.report.style import GREY, class_colours, cluster_colour
 from brainray.report.table import Table
-from brainray.schema import THUMBNAIL_SIDE, subset_masks, tells_of_classes
+from brainray.schema import THUMBNAIL_SIDE, Metrics, subset_masks, tells_of_classes
 from brainray.storage import Folder
 
 _NUM_IMAGES = 6  # of each kind on a cluster card

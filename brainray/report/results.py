@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
-from brainray.report.cells import MISSING, PREDICTOR_TITLES, Metrics, count, decimal, with_interval
+from brainray.report.cells import MISSING, PREDICTOR_TITLES, count, decimal, with_interval
 from brainray.report.table import Table, markdown_table
-from brainray.schema import MIN_STRICT_SUPPORT, PREDICTED_BY, SUBSETS
+from brainray.schema import MIN_STRICT_SUPPORT, PREDICTED_BY, SUBSETS, Metrics
 
 _AVERAGES = {"balanced_accuracy": "balanced accuracy", "f1_macro": "macro F1"}
 _BY_CLASS = ("precision", "recall", "f1")

@@ -23,11 +23,11 @@ from brainray.engine.epoch import (
     embed,
     measure_batch_statistics,
     plan_epoch,
-    train_epoch,
 )
+from brainray.engine.loop import train_epoch
 from brainray.engine.recipe import build_average, build_objective, build_optimizer
 from brainray.engine.recluster import recluster, recluster_in_health
-from brainray.engine.self_supervised import Groups, build_pretext, plan_steps, pretext_epoch
+from brainray.engine.self_supervised import Groups, PretextEpoch, build_pretext, plan_steps
 from brainray.engine.shard import CachedImages, Images, PixelScale, SliceShard, StreamedImages
 from brainray.models.encoder import Encoder, EncoderOutput
 from brainray.models.features import FeatureEncoder
@@ -111,10 +111,10 @@ def test_an_epoch_keeps_to_its_device(name: str) -> None:
             encoder,
             optimizer,
             scheduler,
-            objective,
             EpochData(
                 labelled=slices_on_gpu(8),
                 unlabelled=unlabelled,
+                objective=objective,
                 targets=EpochTargets(
                     responsibilities=torch.full((16, 2), 0.5, device=GPU),
                     pseudo_labels=torch.zeros(16, dtype=torch.int64, device=GPU),
@@ -202,15 +202,19 @@ def test_a_warm_up_keeps_to_its_device(name: PretextName) -> None:
     with emulated_gpu():
         model = PretextModel(FeatureEncoder(network), pretext.head(16)).to(GPU)
         optimizer, scheduler = build_optimizer(model, TrainConfig(), total_steps=4)
-        losses = pretext_epoch(
+        slices = slices_on_gpu(16)
+        result = train_epoch(
             model,
             optimizer,
             scheduler,
-            pretext,
-            slices_on_gpu(16).images,
-            Groups(torch.arange(16) // 2),
-            plan=plan_steps(16, 4, num_ranks=1),
-            seed=0,
+            PretextEpoch(
+                slices.images,
+                slices.keys,
+                Groups(torch.arange(16) // 2),
+                pretext,
+                plan_steps(16, 4, num_ranks=1),
+                seed=0,
+            ),
             precision="fp32",
         )
-    assert losses["total"] >= 0
+    assert result.losses["total"] >= 0

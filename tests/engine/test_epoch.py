@@ -17,8 +17,8 @@ from brainray.engine.epoch import (
     embed,
     measure_batch_statistics,
     plan_epoch,
-    train_epoch,
 )
+from brainray.engine.loop import train_epoch
 from brainray.engine.recipe import build_average, build_optimizer, resolve_precision
 from brainray.engine.shard import CachedImages, PixelScale, SliceShard, StreamedImages, sample_keys
 from brainray.models.encoder import Encoder, EncoderOutput
@@ -111,10 +111,10 @@ def train(
         encoder,
         optimizer,
         scheduler,
-        JointObjective(0.1),
         EpochData(
             labelled=labelled,
             unlabelled=unlabelled,
+            objective=JointObjective(0.1),
             targets=uninformed(24, embedding_dim=512),
             sizes=StepSizes(8, 8),
             num_steps=6,
@@ -154,6 +154,7 @@ def test_what_a_step_learns_is_that_of_its_slices(streaming: bool) -> None:
     data = EpochData(
         labelled=labelled,
         unlabelled=unlabelled,
+        objective=JointObjective(0.1),
         targets=targets,
         sizes=StepSizes(8, 8),
         num_steps=6,
@@ -182,6 +183,7 @@ def test_labelled_slices_are_drawn_as_often_as_their_weights_say() -> None:
     data = EpochData(
         labelled=shard(12),
         unlabelled=shard(24, seed=1),
+        objective=JointObjective(0.1),
         targets=uninformed(24, embedding_dim=2),
         sizes=StepSizes(12, 8),  # a pass per step
         num_steps=300,
@@ -385,10 +387,10 @@ def test_unlabelled_slices_are_augmented_by_their_own_policy() -> None:
             model,
             optimizer,
             torch.optim.lr_scheduler.ConstantLR(optimizer),
-            JointObjective(0.1),
             EpochData(
                 labelled=shard(8),
                 unlabelled=shard(24, seed=1),
+                objective=JointObjective(0.1),
                 targets=uninformed(24, embedding_dim=2),
                 sizes=StepSizes(8, 24),
                 num_steps=1,
@@ -419,10 +421,10 @@ def test_accumulated_batches_give_the_gradient_of_their_mean() -> None:
             model,
             optimizer,
             schedule,
-            JointObjective(0.1),
             EpochData(
                 labelled=shard(12),
                 unlabelled=shard(24, seed=1),
+                objective=JointObjective(0.1),
                 targets=uninformed(24, embedding_dim=2),
                 sizes=StepSizes(8, 8),
                 num_steps=6,

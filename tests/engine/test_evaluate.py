@@ -15,19 +15,10 @@ from sklearn.metrics import (
 
 from brainray.config import VALIDATION_METRICS, ClusteringConfig
 from brainray.engine.calibration import fit_temperature
-from brainray.engine.evaluate import (
-    MODEL_LOST,
-    Predictions,
-    _standard_error,
-    chosen_epoch,
-    confusion_metrics,
-    gather_predictions,
-    predictions_table,
-    subset_metrics,
-    summarise,
-    validation_metrics,
-)
+from brainray.engine.evaluate import confusion_metrics, subset_metrics, summarise
+from brainray.engine.predictions import Predictions, gather_predictions, predictions_table
 from brainray.engine.recluster import recluster
+from brainray.engine.selection import MODEL_LOST, _standard_error, chosen_epoch, validation_metrics
 from brainray.schema import PREDICTIONS, SEEN, UNLABELLED
 
 CLASSES = ["a", "b"]

@@ -6,8 +6,9 @@ from torch import Tensor, nn
 
 from brainray import dist
 from brainray.config import AugmentConfig
-from brainray.engine.epoch import EpochData, train_epoch
+from brainray.engine.epoch import EpochData
 from brainray.engine.finite import GradientWatch, NonFiniteStep, nan_gradient_unless_finite
+from brainray.engine.loop import train_epoch
 from brainray.engine.shard import CachedImages, PixelScale, SliceShard
 from brainray.models.encoder import EncoderOutput
 from brainray.models.joint import JointObjective
@@ -44,10 +45,10 @@ def train_one_epoch(value: float, accumulation: int = 1) -> FailsOnOneSlice:
         model,
         optimizer,
         torch.optim.lr_scheduler.ConstantLR(optimizer),
-        JointObjective(0.1),
         EpochData(
             labelled=labelled,
             unlabelled=unlabelled,
+            objective=JointObjective(0.1),
             targets=uninformed(12, embedding_dim=2),
             sizes=StepSizes(4, 4),
             num_steps=3,

@@ -11,9 +11,11 @@ from brainray.config import (
     SelfSupervisionConfig,
     TrainConfig,
 )
+from brainray.engine.loop import train_epoch
 from brainray.engine.recipe import build_optimizer
 from brainray.engine.self_supervised import (
     Groups,
+    PretextEpoch,
     SoftTargets,
     build_pretext,
     changed_share,
@@ -22,7 +24,6 @@ from brainray.engine.self_supervised import (
     embed_slices,
     is_refined,
     plan_steps,
-    pretext_epoch,
 )
 from brainray.engine.shard import CachedImages
 from brainray.errors import ConfigError, DataError
@@ -63,17 +64,20 @@ def train(
     config = TrainConfig(learning_rate=5e-3)
     optimizer, scheduler = build_optimizer(model, config, num_epochs * plan.num_steps)
     losses = [
-        pretext_epoch(
+        train_epoch(
             model,
             optimizer,
             scheduler,
-            build_pretext(pretext_name, SETTINGS),
-            images,
-            Groups(torch.arange(len(images))),
-            plan=plan,
-            seed=100 * seed + epoch,
+            PretextEpoch(
+                images,
+                torch.arange(len(images)),
+                Groups(torch.arange(len(images))),
+                build_pretext(pretext_name, SETTINGS),
+                plan,
+                seed=100 * seed + epoch,
+            ),
             precision="fp32",
-        )["total"]
+        ).losses["total"]
         for epoch in range(num_epochs)
     ]
     return model, losses
@@ -88,14 +92,17 @@ def test_dropout_follows_from_the_seed_whatever_came_before() -> None:
             torch.nn.Sequential(model.encoder.backbone, torch.nn.Dropout(0.5))
         )
         torch.rand(drawn_before)
-        pretext_epoch(
+        train_epoch(
             model,
             *build_optimizer(model, TrainConfig(), 3),
-            build_pretext("rotation", SETTINGS),
-            CachedImages(striped_images()),
-            Groups(torch.arange(NUM_IMAGES)),
-            plan=plan_steps(NUM_IMAGES, 16, num_ranks=1),
-            seed=5,
+            PretextEpoch(
+                CachedImages(striped_images()),
+                torch.arange(NUM_IMAGES),
+                Groups(torch.arange(NUM_IMAGES)),
+                build_pretext("rotation", SETTINGS),
+                plan_steps(NUM_IMAGES, 16, num_ranks=1),
+                seed=5,
+            ),
             precision="fp32",
         )
         weights.append(torch.cat([part.flatten() for part in model.parameters()]).detach())
@@ -140,19 +147,22 @@ def test_the_clustering_loss_draws_slices_to_their_centres() -> None:
     plan = plan_steps(NUM_IMAGES, 16, num_ranks=1)
     optimizer, scheduler = build_optimizer(model, TrainConfig(), 10 * plan.num_steps)
     history = [
-        pretext_epoch(
+        train_epoch(
             model,
             optimizer,
             scheduler,
-            build_pretext("none", SETTINGS),
-            images,
-            Groups(torch.arange(len(images))),
-            plan=plan,
-            seed=epoch,
+            PretextEpoch(
+                images,
+                torch.arange(len(images)),
+                Groups(torch.arange(len(images))),
+                build_pretext("none", SETTINGS),
+                plan,
+                seed=epoch,
+                lambda_cluster=0.5,
+                soft=SoftTargets(found.responsibilities, found.model.centers),
+            ),
             precision="fp32",
-            lambda_cluster=0.5,
-            soft=SoftTargets(found.responsibilities, found.model.centers),
-        )
+        ).losses
         for epoch in range(10)
     ]
     assert all(terms["total"] == pytest.approx(0.5 * terms["cluster"]) for terms in history)

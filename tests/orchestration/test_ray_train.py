@@ -20,7 +20,6 @@ from brainray.orchestration.own_head import WITHOUT_PREEMPTION
 from brainray.orchestration.ray_train import (
     configure_ray_train,
     ddp_options,
-    raise_on_all_ranks,
     run_trainer,
 )
 from tests.ranks import OnRanks
@@ -135,7 +134,7 @@ def test_three_ranks_that_go_on_end_with_the_weights_of_undisturbed_ones() -> No
 
 def error_of_this_rank() -> tuple[str, str]:
     try:
-        with raise_on_all_ranks(torch.device("cpu")):
+        with dist.raise_on_all_ranks(torch.device("cpu")):
             if dist.rank() == 1:
                 raise StorageError('no room for "model.pt"\non /mnt')
     except BrainrayError as error:

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from brainray import layout
 from brainray.config import Config, PreprocessConfig
 from brainray.config_text import parse_yaml, to_yaml
-from brainray.engine.evaluate import Metrics, summarise
+from brainray.engine.evaluate import summarise
 from brainray.engine.slice_model import stored_pixels
 from brainray.errors import ConfigError, DataError
 from brainray.log import log
@@ -52,7 +52,7 @@ from brainray.orchestration.reporting import about_software, explain
 from brainray.orchestration.run import groups_of_test_slices
 from brainray.report.evaluation_figures import draw_evaluation_figures
 from brainray.report.page import Explained, write_evaluation_page
-from brainray.schema import PREDICTIONS, REJECTED, TEST
+from brainray.schema import PREDICTIONS, REJECTED, TEST, Metrics
 from brainray.storage import Folder
 
 _MAX_NAMED = 5  # classes in an error

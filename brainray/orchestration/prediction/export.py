@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 import brainray
 from brainray import layout
 from brainray.config import Config
-from brainray.engine.evaluate import Metrics
 from brainray.engine.export import (
     ONNX_OPSET,
     TOLERANCE,
@@ -32,7 +31,7 @@ from brainray.orchestration.prediction.inference import Predictor, find_predicto
 from brainray.orchestration.publish import begin_tracking, config_to_track
 from brainray.orchestration.run import Run, open_run, unfinished
 from brainray.report.model_card import CardFacts, model_card
-from brainray.schema import PREDICTED, THUMBNAIL_SIDE
+from brainray.schema import PREDICTED, THUMBNAIL_SIDE, Metrics
 from brainray.storage import Folder
 from brainray.tracking import ServedFiles, save_served
 

@@ -10,7 +10,6 @@ import pyarrow.compute as pc
 from brainray import layout
 from brainray.clustering.next_labels import choose_to_label, margin_uncertainty
 from brainray.config import Config
-from brainray.engine.evaluate import Metrics, matrix_of
 from brainray.errors import DataError
 from brainray.log import log
 from brainray.orchestration.blocks import with_progress
@@ -18,7 +17,7 @@ from brainray.orchestration.prediction.inference import find_predictor, predicte
 from brainray.orchestration.preprocessing.labels_table import read_rows
 from brainray.orchestration.run import open_run
 from brainray.orchestration.store import ImageStore
-from brainray.schema import NEXT_LABELS, UNLABELLED_ROLE
+from brainray.schema import NEXT_LABELS, UNLABELLED_ROLE, Metrics, matrix_of
 from brainray.storage import Folder
 
 _GROUPS = ("duplicate_group_id", "subject_id")

@@ -12,7 +12,6 @@ import ray.data
 from brainray import layout
 from brainray.config import Config
 from brainray.config_text import differing_settings
-from brainray.engine.evaluate import Metrics
 from brainray.engine.slice_model import Reference
 from brainray.errors import ConfigError, DataError
 from brainray.log import log
@@ -33,7 +32,7 @@ from brainray.orchestration.preprocessing.source import (
     find_images,
     ignored_note,
 )
-from brainray.schema import PREDICTED_FILES
+from brainray.schema import PREDICTED_FILES, Metrics
 from brainray.storage import Folder, without_formulas
 
 _SETTINGS = "_settings.json"  # Parquet dataset readers ignore names with a leading underscore

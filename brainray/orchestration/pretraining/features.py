@@ -21,7 +21,6 @@ from torch import Tensor
 
 from brainray import layout
 from brainray.config import Config, FeatureConfig
-from brainray.engine.evaluate import matrix_of
 from brainray.engine.forward import infer
 from brainray.engine.recipe import resolve_precision
 from brainray.engine.slice_model import stored_pixels
@@ -36,7 +35,7 @@ from brainray.orchestration.manifest import read_manifest
 from brainray.orchestration.resources import alive_nodes, plan_actors
 from brainray.orchestration.run import open_run
 from brainray.orchestration.store import ImageStore
-from brainray.schema import FEATURES
+from brainray.schema import FEATURES, matrix_of
 from brainray.storage import Folder
 
 _BATCH = 64  # slices

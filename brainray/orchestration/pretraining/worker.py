@@ -1,7 +1,6 @@
 """Worker of self-supervised training: pretext epochs, or rounds of refinement."""
 
 import hashlib
-import math
 import time
 from functools import partial
 from typing import Any
@@ -21,10 +20,13 @@ from brainray import dist, layout
 from brainray.clustering.seeding import seed_of
 from brainray.config import Config, FeatureConfig
 from brainray.config_text import parse_config
+from brainray.engine.finite import NonFiniteStep, divergence
+from brainray.engine.loop import heartbeat, train_epoch
 from brainray.engine.recipe import agreed_precision, build_optimizer, resume_schedule
 from brainray.engine.recluster import ClusterModel, Reclustering, recluster_in_health
 from brainray.engine.self_supervised import (
     Groups,
+    PretextEpoch,
     SoftTargets,
     build_pretext,
     changed_share,
@@ -33,7 +35,6 @@ from brainray.engine.self_supervised import (
     embed_slices,
     is_refined,
     plan_steps,
-    pretext_epoch,
 )
 from brainray.engine.shard import CachedImages, Images, sample_keys
 from brainray.engine.state import state_from_bytes, state_to_bytes
@@ -45,13 +46,15 @@ from brainray.orchestration.pretraining.features import State
 from brainray.orchestration.ray_train import (
     configure_rank,
     distributed,
-    raise_on_all_ranks,
     return_user_errors,
 )
 from brainray.orchestration.store import ImageStore, read_images
 from brainray.schema import TRAIN
 from brainray.storage import Folder
 
+_REMEDY = (
+    "lower self_supervision.learning_rate (or round_learning_rate) or set train.precision=fp32"
+)
 _GROUPED_BY = {"subject": "split_group_id", "slice": "sample_id"}  # by kind of positives
 
 History = list[dict[str, float]]
@@ -66,7 +69,9 @@ def pretrain_worker(settings: dict[str, Any]) -> None:
     device = ray.train.torch.get_device()
     torch.manual_seed(settings["seed"])
     precision = agreed_precision(config.train.precision, device)
-    with raise_on_all_ranks(device):  # no collectives inside: a rank may fail before reaching them
+    with dist.raise_on_all_ranks(
+        device
+    ):  # no collectives inside: a rank may fail before reaching them
         learner = _Learner(
             config,
             feature,
@@ -134,7 +139,7 @@ class _Learner:
     def learn(self) -> None:
         """Run the pretext's epochs, or rounds of refinement until assignments settle."""
         self.ddp = distributed(self.model)
-        with raise_on_all_ranks(self.device):
+        with dist.raise_on_all_ranks(self.device):
             state = _saved_state(self.folder)
         self._check_all_go_on_from_one(0 if state is None else len(state["history"]))
         if state is not None:
@@ -143,7 +148,7 @@ class _Learner:
             self._refine()
         else:
             self._learn_pretext(state)
-        with raise_on_all_ranks(self.device):
+        with dist.raise_on_all_ranks(self.device):
             if dist.rank() == 0:
                 self._write_encoder()
 
@@ -159,7 +164,6 @@ class _Learner:
             started = time.monotonic()
             epoch = len(self.history) + 1
             losses = self._epoch(optimizer, scheduler, epoch)
-            self._finish_encoder(losses)
             self._save(losses, started, optimizer)
 
     def _refine(self) -> None:
@@ -220,7 +224,6 @@ class _Learner:
         losses: dict[str, float] = {}
         for epoch in range(self.settings.round_epochs):
             losses = self._epoch(optimizer, scheduler, -number, epoch, soft=soft)
-        self._finish_encoder(losses)
         return losses
 
     def _epoch(
@@ -230,50 +233,56 @@ class _Learner:
         *number: int,
         soft: SoftTargets | None = None,
     ) -> dict[str, float]:
-        """Mean losses of one epoch, whose order and views depend on its ``number``."""
-        return pretext_epoch(
-            self.ddp,
-            optimizer,
-            scheduler,
-            self.pretext,
-            self.images,
-            self.groups,
-            plan=self.plan,
-            seed=seed_of(self.seed, *number, dist.rank()),
-            precision=self.precision,
-            lambda_cluster=self.feature.lambda_cluster,
-            soft=soft,
-        )
+        """Mean losses of one epoch, whose order and views depend on its ``number``.
 
-    def _finish_encoder(self, losses: dict[str, float]) -> None:
-        """Check what an epoch has left; all ranks embed with the encoder that is saved."""
-        self._check_finite(losses)
+        All ranks embed with the encoder that is saved: rank 0's buffers are copied to the others.
+        """
+        name = f"{self.folder.name}, epoch {len(self.history) + 1}"
+        try:
+            result = train_epoch(
+                self.ddp,
+                optimizer,
+                scheduler,
+                PretextEpoch(
+                    self.images,
+                    self.keys,
+                    self.groups,
+                    self.pretext,
+                    self.plan,
+                    seed_of(self.seed, *number, dist.rank()),
+                    self.feature.lambda_cluster,
+                    soft,
+                ),
+                precision=self.precision,
+                on_step=heartbeat(name, self.plan.num_steps),
+            )
+        except NonFiniteStep as stop:
+            raise divergence(
+                stop,
+                self.rows["sample_id"].to_pylist(),
+                where=f"self-supervised training, {name}",
+                num_steps=self.plan.num_steps,
+                remedy=_REMEDY,
+            ) from None
+        if not all(bool(part.isfinite().all()) for part in self.model.parameters()):
+            # The last step's effect on the weights; every run would reuse this encoder.
+            raise DivergenceError(
+                f"self-supervised training, {name}: a weight is NaN or infinite: {_REMEDY}"
+            )
         dist.share_buffers(self.model)
+        return result.losses
 
     def _check_all_go_on_from_one(self, num_done: int) -> None:
         """Check that all ranks resume from the same state: on a mounted file system, a new file may
         be visible to only some nodes for a while.
         """
         of_first = int(dist.broadcast_from_first(torch.tensor(num_done, device=self.device)))
-        with raise_on_all_ranks(self.device):
+        with dist.raise_on_all_ranks(self.device):
             if num_done != of_first:
                 raise BrainrayError(
                     f"{self.folder}/{layout.STATE} is from epoch {of_first} on the first worker "
                     f"but {num_done} on another: submit again when all nodes see the same storage"
                 )
-
-    def _check_finite(self, losses: dict[str, float]) -> None:
-        """Stop all ranks on NaN or infinity: a saved encoder would be reused by every run.
-
-        Losses are from before each step; the effect of the last step shows in the weights.
-        """
-        are_finite = all(bool(part.isfinite().all()) for part in self.model.parameters())
-        if not (math.isfinite(losses["total"]) and are_finite):
-            raise DivergenceError(
-                f"self-supervised training, epoch {len(self.history) + 1}: the loss or a weight "
-                "is NaN or infinite: lower self_supervision.learning_rate (or round_learning_rate) "
-                "or set train.precision=fp32"
-            )
 
     def _optimizer(self, learning_rate: float, steps: int) -> tuple[Optimizer, LRScheduler]:
         train = self.config.train.model_copy(update={"learning_rate": learning_rate})
@@ -291,7 +300,7 @@ class _Learner:
         """Save every slice's cluster after a round, for later comparison with labels."""
         keys = dist.gather_rows(self.keys).cpu()
         clusters = dist.gather_rows(responsibilities.argmax(dim=1)).cpu()
-        with raise_on_all_ranks(self.device):
+        with dist.raise_on_all_ranks(self.device):
             if dist.rank() == 0:
                 # Slices are distributed over ranks by group; sorting by key makes the order unique.
                 order = torch.argsort(keys)
@@ -308,7 +317,7 @@ class _Learner:
         seconds = time.monotonic() - started
         row = {"epoch": float(len(self.history) + 1), **metrics, "seconds": seconds}
         self.history.append(row)
-        with raise_on_all_ranks(self.device):
+        with dist.raise_on_all_ranks(self.device):
             if dist.rank() == 0:
                 state = {
                     "model": self.model.state_dict(),
@@ -328,7 +337,7 @@ class _Learner:
             clusters = ClusterModel(self.config.clustering, embedding_dim)
             clusters.load_state_dict(state["clusters"])
             self.clusters = clusters.to(self.device)
-        with raise_on_all_ranks(self.device):
+        with dist.raise_on_all_ranks(self.device):
             if dist.rank() == 0:
                 self.folder.write_json_lines(layout.METRICS, self.history)
 

@@ -9,7 +9,6 @@ from ray import tune
 from brainray import layout
 from brainray.config import Config
 from brainray.config_text import differing_settings, flatten, to_yaml, with_defaults
-from brainray.engine.evaluate import Metrics
 from brainray.errors import BrainrayError, ConfigError, DataError, TrackingError
 from brainray.log import log
 from brainray.orchestration.lock import held
@@ -34,6 +33,7 @@ from brainray.orchestration.sweep.trials import (
 from brainray.orchestration.sweep.tuner import build_tuner, errors_of
 from brainray.orchestration.training.driver import check_training, check_weights
 from brainray.report.sweep_figures import TrialOutcome, draw_sweep_figures
+from brainray.schema import Metrics
 from brainray.storage import Folder
 from brainray.tracking import LenientTracker, status_after
 

@@ -5,7 +5,6 @@ from collections.abc import Callable
 
 from brainray import layout
 from brainray.config import Config
-from brainray.engine.evaluate import Metrics
 from brainray.log import log
 from brainray.orchestration.lock import is_held
 from brainray.orchestration.progress import POLL_S, Watcher, time_left
@@ -19,6 +18,7 @@ from brainray.orchestration.sweep.trials import (
     trial_config,
 )
 from brainray.report.table import markdown_table
+from brainray.schema import Metrics
 from brainray.storage import Folder
 from brainray.tracking import PARENT_TAG, LenientTracker
 

@@ -14,11 +14,10 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from brainray import layout
 from brainray.config import TRAINING_SECTIONS, WORKER_KEYS, Config, SearchDomain, TrainConfig
 from brainray.config_text import flatten, known_keys, parse_config
-from brainray.engine.evaluate import chosen_epoch
+from brainray.engine.selection import chosen_epoch, reported_metrics
 from brainray.errors import BrainrayError, ConfigError, TransientError
 from brainray.orchestration.run import Run
 from brainray.orchestration.training.driver import begun_training, complete_run, fit
-from brainray.orchestration.training.worker import reported_metrics
 from brainray.storage import Folder
 
 FAILED = "failed"

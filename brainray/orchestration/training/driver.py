@@ -10,7 +10,7 @@ import ray
 
 from brainray import layout
 from brainray.config import WEIGHTS_OF_NO_SLICE, Config, EvaluationConfig
-from brainray.engine.evaluate import Metrics, summarise
+from brainray.engine.evaluate import summarise
 from brainray.engine.state import load_checkpoint
 from brainray.log import log
 from brainray.models.encoder import build_encoder
@@ -36,7 +36,7 @@ from brainray.orchestration.training.provenance import record_submission
 from brainray.orchestration.training.worker import train_worker
 from brainray.report.maps import run_maps
 from brainray.report.run_figures import draw_run_figures
-from brainray.schema import LABELLED, TRAIN, UNLABELLED_ROLE, VALIDATION
+from brainray.schema import LABELLED, TRAIN, UNLABELLED_ROLE, VALIDATION, Metrics
 from brainray.storage import Folder
 
 _ALIGNED = ("consistency", "anchored")  # objectives that learn pseudo-labels

@@ -27,6 +27,7 @@ from ray.util.placement_group import PlacementGroup, placement_group_table, remo
 
 from brainray.config import AugmentConfig, Config
 from brainray.config_text import load_config, to_yaml
+from brainray.engine.selection import reported_metrics
 from brainray.errors import (
     BrainrayError,
     BusyError,
@@ -54,7 +55,6 @@ from brainray.orchestration.sweep.trials import (
 )
 from brainray.orchestration.sweep.tuner import _has_state, _scheduler, build_tuner
 from brainray.orchestration.training.driver import TrainedRun
-from brainray.orchestration.training.worker import reported_metrics
 from brainray.redaction import command_line
 from brainray.storage import Folder
 from tests.browser import CHROMIUM, mlflow_ui

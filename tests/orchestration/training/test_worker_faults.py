@@ -18,7 +18,7 @@ from ray import cloudpickle
 
 from brainray import layout
 from brainray.config import Config
-from brainray.engine import recluster
+from brainray.engine import recluster, trainer
 from brainray.engine.state import load_checkpoint, newest_readable_epoch
 from brainray.errors import (
     BrainrayError,
@@ -43,7 +43,7 @@ cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 Fault = Callable[[Path], None]
 
-WORKER: Any = worker
+TRAINER: Any = trainer
 RECLUSTER: Any = recluster
 """The modules whose functions faults replace, in the worker's own process."""
 
@@ -102,7 +102,7 @@ def assert_same_weights(one: TrainedRun, two: TrainedRun) -> None:
 
 
 def kill_in_forward(once: Path) -> None:
-    original = WORKER.Encoder.forward
+    original = TRAINER.Encoder.forward
     calls = 0
 
     def forward(self: Any, images: torch.Tensor) -> Any:
@@ -112,22 +112,22 @@ def kill_in_forward(once: Path) -> None:
             kill_this_process(once)
         return original(self, images)
 
-    WORKER.Encoder.forward = forward
+    TRAINER.Encoder.forward = forward
 
 
 def kill_in_collective(once: Path) -> None:
-    original = WORKER.dist.gather_rows
+    original = TRAINER.dist.gather_rows
     calls = 0
 
     def gather_rows(rows: torch.Tensor) -> torch.Tensor:
         nonlocal calls
-        calls += WORKER.dist.world_size() > 1
+        calls += TRAINER.dist.world_size() > 1
         if rank() == 1 and calls == 20:
             time.sleep(2)  # the other rank is waiting by now
             kill_this_process(once)
         return original(rows)
 
-    WORKER.dist.gather_rows = gather_rows
+    TRAINER.dist.gather_rows = gather_rows
 
 
 def kill_in_checkpoint(once: Path) -> None:
@@ -164,7 +164,7 @@ def test_a_worker_killed_anywhere_costs_the_epoch_under_way_only(
 
 
 def fill_the_disk_in_epoch_3(once: Path) -> None:
-    original = WORKER._Trainer.run_epoch
+    original = TRAINER.Trainer.run_epoch
 
     def run_epoch(self: Any) -> None:
         if self.epoch == 2 and rank() == 0:
@@ -172,7 +172,7 @@ def fill_the_disk_in_epoch_3(once: Path) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
         original(self)
 
-    WORKER._Trainer.run_epoch = run_epoch
+    TRAINER.Trainer.run_epoch = run_epoch
 
 
 def test_a_full_disk_and_a_cut_checkpoint_leave_the_one_before(
@@ -205,7 +205,7 @@ def test_a_full_disk_and_a_cut_checkpoint_leave_the_one_before(
 
 
 def fill_the_disk_at_the_end(once: Path) -> None:
-    original = WORKER._Trainer.finish
+    original = TRAINER.Trainer.finish
 
     def finish(self: Any) -> None:
         if rank() == 0:
@@ -213,7 +213,7 @@ def fill_the_disk_at_the_end(once: Path) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
         original(self)
 
-    WORKER._Trainer.finish = finish
+    TRAINER.Trainer.finish = finish
 
 
 def test_a_disk_that_fills_at_the_end_stops_all_ranks_and_keeps_the_last_epoch(
@@ -233,18 +233,18 @@ def raise_on_one_rank(once: Path) -> None:
         if rank() == 1:
             raise RuntimeError("planted on rank 1")
         self._settle_batch_statistics()
-        WORKER.dist.sum_across_ranks(torch.ones(1))
+        TRAINER.dist.sum_across_ranks(torch.ones(1))
 
-    WORKER._Trainer.run_epoch = run_epoch
+    TRAINER.Trainer.run_epoch = run_epoch
 
 
 def stay_away_on_one_rank(once: Path) -> None:
     def run_epoch(self: Any) -> None:
         if rank() == 1:
             time.sleep(3600)
-        WORKER.dist.sum_across_ranks(torch.ones(1))
+        TRAINER.dist.sum_across_ranks(torch.ones(1))
 
-    WORKER._Trainer.run_epoch = run_epoch
+    TRAINER.Trainer.run_epoch = run_epoch
 
 
 @pytest.mark.parametrize(
