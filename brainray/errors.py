@@ -21,6 +21,10 @@ class StorageError(DataError, TransientError):
     """Files cannot be read or written: disk full, permission denied, server unavailable."""
 
 
+class UnreachableError(StorageError):
+    """An object store does not answer; it may do so in a moment."""
+
+
 class RoomError(ConfigError, TransientError):
     """The workers do not fit on the Ray cluster at present."""
 

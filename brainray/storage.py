@@ -15,7 +15,7 @@ import pyarrow.csv as pa_csv
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from brainray.errors import BrainrayError, ConfigError, DataError, StorageError
+from brainray.errors import BrainrayError, ConfigError, DataError, StorageError, UnreachableError
 
 _DISK_IS_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _REFUSED = ("ACCESS_DENIED", "NO_SUCH_BUCKET")  # by an object store; outages may be temporary
@@ -200,7 +200,8 @@ class Folder:
                         raise
                     _write_new(target, content, mode)
             except FileExistsError:
-                return False
+                # On NFS a repeated request for a link may be answered like this though it was made.
+                return os.stat(temporary).st_nlink == 2
             finally:
                 Path(temporary).unlink(missing_ok=True)
             return True
@@ -451,9 +452,9 @@ def _write_new(path: str, content: bytes, mode: int) -> None:
         raise
 
 
-def _unreachable(uri: str, error: OSError) -> StorageError:
+def _unreachable(uri: str, error: OSError) -> UnreachableError:
     reason = " ".join(str(error).split())
-    return StorageError(
+    return UnreachableError(
         f"{uri} cannot be reached ({reason}): check the address, the network and the credentials"
     )
 

@@ -41,8 +41,8 @@ def requirement(name: str) -> Requirement:
 def test_ray_accepts_the_file(config: Config) -> None:
     prepared = check_as_ray_up_does(config)
 
-    assert prepared["max_workers"] == 8
-    assert set(prepared["available_node_types"]) == {"head", "gpu_worker"}
+    assert prepared["max_workers"] == 12
+    assert set(prepared["available_node_types"]) == {"head", "cpu_worker", "gpu_worker"}
     assert prepared["available_node_types"]["gpu_worker"]["min_workers"] == 0
     # Nothing of Ray's own example, which fetches a nightly build, has been merged in.
     assert prepared["setup_commands"] == []
@@ -66,7 +66,7 @@ def name_a_head_that_is_not_there(config: Config) -> None:
 
 
 def ask_for_more_workers_than_allowed(config: Config) -> None:
-    config["available_node_types"]["gpu_worker"]["min_workers"] = 9
+    config["available_node_types"]["gpu_worker"]["min_workers"] = 13
 
 
 def give_a_number_as_text(config: Config) -> None:

@@ -1,15 +1,19 @@
 """The files and folders that settings name: absolute, there, and the same on all nodes."""
 
 import os
+import socket
 import time
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from brainray.config import WEIGHTS_OF_NO_SLICE, Config
 from brainray.errors import ConfigError, DataError
 from brainray.log import log
+
+if TYPE_CHECKING:
+    from brainray.storage import Folder
 
 _ON_OTHER_NODES_S = 5.0  # a network file system may show new files late
 _ANSWERS_WITHIN_S = 60.0
@@ -162,6 +166,22 @@ def check_is_shared(storage: str) -> None:
                 )
     finally:
         folder.delete_file(name, missing_ok=True)
+
+
+def check_is_here(folder: "Folder") -> None:
+    """Check, on a node that may have joined since `check_is_shared`, that it reads a folder that
+    the job has made in a local ``storage``.
+
+    Raises:
+        ConfigError: there is no such folder on this node.
+    """
+    path = folder.local_path
+    if path is not None and not _appears(str(path), _ON_OTHER_NODES_S):
+        raise ConfigError(
+            f"{folder} is not on node {socket.gethostname()}, which joined the Ray cluster after "
+            "the job had started: give a storage that all nodes mount, or a URI such as "
+            "s3://BUCKET/brainray"
+        )
 
 
 def _appears(path: str, within_s: float) -> bool:

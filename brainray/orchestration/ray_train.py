@@ -18,7 +18,13 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from torch import nn
 
 from brainray.config import TrainConfig
-from brainray.errors import BrainrayError, error_from_dict, error_to_dict, gpu_problem
+from brainray.errors import (
+    BrainrayError,
+    UnreachableError,
+    error_from_dict,
+    error_to_dict,
+    gpu_problem,
+)
 from brainray.orchestration.own_head import WITHOUT_PREEMPTION
 from brainray.orchestration.resources import WorkerResources
 from brainray.storage import Folder
@@ -77,13 +83,15 @@ def return_user_errors(work: Callable[[Settings], None]) -> Callable[[Settings],
     """Decorate a worker function for `train_on_workers`.
 
     A BrainrayError is returned, not raised: Ray would treat an exception as a lost worker and
-    restart it.
+    restart it, which only helps if storage cannot be reached for a while.
     """
 
     @functools.wraps(work)
     def worker(settings: Settings) -> dict[str, str]:
         try:
             work(settings)
+        except UnreachableError:
+            raise
         except BrainrayError as error:
             return error_to_dict(error)
         return {}
@@ -152,7 +160,7 @@ def run_trainer(trainer: TorchTrainer) -> None:
     try:
         result: Any = trainer.fit()
     except TrainingFailedError as error:
-        problem = gpu_problem(str(error))
+        problem = _error_of_worker(error) or gpu_problem(str(error))
         if problem is not None:
             raise problem from error
         raise
@@ -161,6 +169,13 @@ def run_trainer(trainer: TorchTrainer) -> None:
             signal.signal(signal.SIGINT, before)
     if result.return_value:
         raise error_from_dict(result.return_value)
+
+
+def _error_of_worker(failure: TrainingFailedError) -> BrainrayError | None:
+    """The first error among those of the workers that a user can act on."""
+    errors = getattr(failure, "worker_failures", {}).values()
+    causes = (getattr(error, "_base_exc", error) for error in errors)  # without Ray's traceback
+    return next((cause for cause in causes if isinstance(cause, BrainrayError)), None)
 
 
 def _forget_rays_checkpoints(folder: Folder) -> None:

@@ -41,7 +41,7 @@ class WorkerResources:
     cpus_per_worker: int
     gpus_per_worker: float  # 0 for training on CPUs
     room: int
-    """Number of such workers that fit on the cluster's nodes."""
+    """Number of such workers that fit on the cluster's present nodes."""
     min_workers: int = 0
     """Minimum number of workers if it may change; 0 if it is fixed."""
 
@@ -90,7 +90,9 @@ def plan_workers(config: TrainConfig, nodes: Sequence[NodeResources]) -> WorkerR
         )
     needed = config.min_workers or num_workers
     eligible = [node for node in nodes if not use_gpu or node.get("GPU", 0) >= 1]
-    cpus = config.cpus_per_worker or _share_of_cpus(eligible, num_workers, gpus)
+    cpus = config.cpus_per_worker or (
+        _share_of_cpus(eligible, num_workers, gpus) or _share_of_cpus(eligible, needed, gpus) or 1
+    )
     room = sum(_workers_that_fit(node, cpus, gpus) for node in eligible)
     if use_gpu and gpus < 1 and num_workers > 1:
         raise ConfigError(
@@ -105,8 +107,6 @@ def plan_workers(config: TrainConfig, nodes: Sequence[NodeResources]) -> WorkerR
             f"{room}; lower train.num_workers or train.cpus_per_worker, or set "
             "train.wait_for_nodes=true if an autoscaler adds nodes"
         )
-    if waits:
-        room = max(room, num_workers)
     return WorkerResources(num_workers, cpus, gpus, room, config.min_workers)
 
 
@@ -167,7 +167,7 @@ def _use_gpus(config: TrainConfig, num_gpus: int) -> bool:
 
 
 def _share_of_cpus(nodes: Sequence[NodeResources], num_workers: int, gpus: float) -> int:
-    """The most CPUs per worker with which all workers fit; 1 if they do not fit anyway.
+    """The most CPUs per worker with which all workers fit; 0 if they do not fit.
 
     On a node with GPUs, not more than what is left to each worker if all its GPUs have workers.
     """
@@ -177,10 +177,10 @@ def _share_of_cpus(nodes: Sequence[NodeResources], num_workers: int, gpus: float
     return next(
         (
             cpus
-            for cpus in range(most, 1, -1)
+            for cpus in range(most, 0, -1)
             if sum(_workers_that_fit(node, cpus, gpus) for node in nodes) >= num_workers
         ),
-        1,
+        0,
     )
 
 

@@ -89,7 +89,7 @@ def test_what_no_node_can_hold_is_refused() -> None:
 
 def test_an_autoscaler_may_bring_what_is_asked_for_by_number() -> None:
     asked = {"device": "cuda", "num_workers": 4, "cpus_per_worker": 6, "wait_for_nodes": True}
-    assert plan([HEAD], **asked) == WorkerResources(4, 6, gpus_per_worker=1, room=4)
+    assert plan([HEAD], **asked) == WorkerResources(4, 6, gpus_per_worker=1, room=0)
     with pytest.raises(ConfigError, match=r"set train\.num_workers"):
         plan([HEAD], device="cuda", wait_for_nodes=True)
 
@@ -99,6 +99,8 @@ def test_the_number_of_workers_may_be_a_range() -> None:
     elastic = plan([LAPTOP], num_workers=4, min_workers=2, cpus_per_worker=1)
     assert elastic.asked_for == (2, 4)
     assert elastic.room == 2
+    # Those that there are at first share all CPUs.
+    assert plan([HEAD, HEAD], num_workers=40, min_workers=2, device="cpu").cpus_per_worker == 8
     with pytest.raises(ConfigError, match=r"3 workers .* has room for 2"):
         plan([LAPTOP], num_workers=4, min_workers=3, cpus_per_worker=1)
     with pytest.raises(ConfigError, match=r"min_workers=3 exceeds the number of workers \(2\)"):

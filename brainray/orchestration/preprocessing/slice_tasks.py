@@ -21,6 +21,7 @@ from brainray.config import PreprocessConfig
 from brainray.errors import DataError
 from brainray.mri.identity import content_hash
 from brainray.mri.slices import RejectedImage
+from brainray.orchestration.places import check_is_here
 from brainray.orchestration.preprocessing.preparation import (
     DECODED,
     LIGHT_COLUMNS,
@@ -77,6 +78,7 @@ def decode_part(
     Files whose hash is already known are not decoded: their rows have no sample_id.
     """
     configure_task_process()
+    check_is_here(parts)
     name = batch["part"][0].as_py()
     known: set[str] = ray.get(known_hashes)
     told = []

@@ -42,6 +42,7 @@ from brainray.errors import BrainrayError, CheckpointError, DivergenceError
 from brainray.log import log
 from brainray.models.features import build_feature_encoder, num_features
 from brainray.models.pretext import PretextModel
+from brainray.orchestration.places import check_is_here
 from brainray.orchestration.pretraining.features import State
 from brainray.orchestration.ray_train import (
     configure_rank,
@@ -64,18 +65,17 @@ History = list[dict[str, float]]
 def pretrain_worker(settings: dict[str, Any]) -> None:
     """Ray Train's entry point on every rank."""
     config = parse_config(settings["config"])
-    feature = FeatureConfig.model_validate(settings["feature"])
+    feature, folder = FeatureConfig.model_validate(settings["feature"]), Folder(settings["folder"])
+    check_is_here(folder)
     configure_rank()
     device = ray.train.torch.get_device()
     torch.manual_seed(settings["seed"])
     precision = agreed_precision(config.train.precision, device)
-    with dist.raise_on_all_ranks(
-        device
-    ):  # no collectives inside: a rank may fail before reaching them
+    with dist.raise_on_all_ranks(device):
         learner = _Learner(
             config,
             feature,
-            Folder(settings["folder"]),
+            folder,
             ImageStore.open(Folder(settings["store"]), settings["data_hash"]),
             ray.get(settings["state"]),
             ray.get(settings["head"]),

@@ -11,6 +11,7 @@ from brainray.config_text import parse_config
 from brainray.engine.shard import PixelScale
 from brainray.engine.trainer import Trainer
 from brainray.models.encoder import build_encoder
+from brainray.orchestration.places import check_is_here
 from brainray.orchestration.ray_train import configure_rank, distributed, return_user_errors
 from brainray.orchestration.run import Run
 from brainray.orchestration.store import ImageStore
@@ -24,6 +25,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     """Load this rank's share of the slices, and train to the end."""
     config, start = parse_config(settings["config"]), ray.get(settings["start"])
     run = Folder(settings["run"])
+    check_is_here(run)
     device = ray.train.torch.get_device()
     configure_rank()
     torch.manual_seed(config.seed)
