@@ -52,7 +52,7 @@ def test_only_names_that_were_given_prove_a_subject() -> None:
             "thumbnail": [look.tobytes() for look in heads(3, seed=0)],
         }
     )
-    found = Fingerprints.of(table)
+    found = Fingerprints.from_table(table)
     assert list(found.subjects) == [None, "p2", None]
     assert list(found.sources) == [None, "header", None]
     assert not found.elsewhere.any()

@@ -157,10 +157,10 @@ def test_names_hashed_with_another_salt_are_not_compared(
             "thumbnail": [blank, blank],
         }
     )
-    named = Fingerprints.of(with_comparable_names(accepted, config, predictor))
+    named = Fingerprints.from_table(with_comparable_names(accepted, config, predictor))
     assert named.subjects == ["12ab", "0f3c"]
     monkeypatch.setenv(SALT_VARIABLE, "another salt than the run's")
-    nameless = Fingerprints.of(with_comparable_names(accepted, config, predictor))
+    nameless = Fingerprints.from_table(with_comparable_names(accepted, config, predictor))
     assert nameless.subjects == [None, None]
 
 

@@ -184,7 +184,9 @@ def _with_subsets(
     asked = with_comparable_names(accepted, config, predictor)
     elsewhere = [identity not in known for identity in asked["sample_id"].to_pylist()]
     asked = asked.append_column("elsewhere", pa.array(elsewhere, pa.bool_()))
-    exposed = exposure(Fingerprints.of(asked), Fingerprints.of(seen), predictor.preprocess)
+    exposed = exposure(
+        Fingerprints.from_table(asked), Fingerprints.from_table(seen), predictor.preprocess
+    )
     for name, flags in exposed.columns.items():
         predictions = predictions.set_column(PREDICTIONS.get_field_index(name), name, flags)
     if not any(exposed.clean):

@@ -59,7 +59,7 @@ def group_slices(
         return keep_names(groups, earlier.of_slices(ids, column))
 
     pairs = _near_duplicates(accepted, looks, config.preprocess)
-    near = pairs.of_kind(COPY)
+    near = pairs.filter_by_kind(COPY)
     copies = named_as_before(connected_groups(ids, near.first, near.second), "duplicate_group_id")
     also_turned = connected_groups(ids, pairs.first, pairs.second)
     subjects, sources = _subjects(accepted, looks, listing, copies, config, earlier)
@@ -92,7 +92,7 @@ def group_strangers(accepted: pa.Table, preprocess: PreprocessConfig) -> Strange
     ids, subjects = (accepted[name].to_pylist() for name in ("sample_id", "subject_id"))
     looks = thumbnail_matrix(accepted["thumbnail"].to_pylist())
     pairs = _near_duplicates(accepted, looks, preprocess)
-    near = pairs.of_kind(COPY)
+    near = pairs.filter_by_kind(COPY)
     copies = connected_groups(ids, near.first, near.second)
     nameless = [row for row, name in enumerate(subjects) if name is None]
     if preprocess.subject.estimate:

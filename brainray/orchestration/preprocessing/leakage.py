@@ -52,8 +52,8 @@ def leakage_report(
     of_train, of_test = (np.flatnonzero(kept & (splits == split)) for split in (TRAIN, TEST))
     train, test = (table.take(pa.array(rows)) for rows in (of_train, of_test))
     exposed = exposure(
-        Fingerprints.of(test, SelectedRows(looks, of_test)),
-        Fingerprints.of(train, SelectedRows(looks, of_train)),
+        Fingerprints.from_table(test, SelectedRows(looks, of_test)),
+        Fingerprints.from_table(train, SelectedRows(looks, of_train)),
         config,
     )
     subsets = subset_masks(pa.table(exposed.columns))

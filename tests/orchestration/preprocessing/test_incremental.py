@@ -147,7 +147,7 @@ def test_old_slices_keep_split_group_and_role(
                         train["label"].tolist(),
                         train["draw_group_id"].tolist(),
                         train["generation"].tolist(),
-                        kin=train["kin_group_id"].tolist(),
+                        related_groups=train["kin_group_id"].tolist(),
                         labelled_fraction=fraction,
                         validation_fraction=0.2,
                         seed=0,
