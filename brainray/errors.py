@@ -45,7 +45,7 @@ class TrackingError(BrainrayError):
     """The tracking server or database cannot be used."""
 
 
-_OF_GPUS = {
+_GPU_ADVICE = {
     "ProcessGroupNCCL is only supported with GPUs": (
         "Ray detected GPUs that PyTorch cannot use on the workers' nodes: fix the driver or "
         "install PyTorch with CUDA there, or set train.device=cpu"
@@ -69,4 +69,7 @@ _OF_GPUS = {
 
 def gpu_problem(message: str) -> ConfigError | None:
     """What a user can do about an error of PyTorch that settings or installation cause."""
-    return next((ConfigError(advice) for told, advice in _OF_GPUS.items() if told in message), None)
+    return next(
+        (ConfigError(advice) for fragment, advice in _GPU_ADVICE.items() if fragment in message),
+        None,
+    )

@@ -177,9 +177,9 @@ def _decode_rates(files: list[SourceFile], config: Config, predictor: Predictor)
 
     def rate() -> float:
         started = time.perf_counter()
-        for asked in files:
+        for file in files:
             decode_to_predict(
-                asked, partial(read_file, source, asked.file), predictor.preprocess, SALT
+                file, partial(read_file, source, file.file), predictor.preprocess, SALT
             )
         return len(files) / (time.perf_counter() - started)
 

@@ -232,7 +232,7 @@ def _is_readable(file: FoundFile, source: Folder) -> bool:
 def _previous_store(target: Folder) -> ImageStore | None:
     target.restore(layout.MANIFEST)
     if not target.exists(layout.MANIFEST):
-        if target.local_path is None and set(target.names()) <= layout.OF_STORE:
+        if target.local_path is None and set(target.names()) <= layout.STORE_ENTRIES:
             target.delete()  # partial copy: an object store cannot rename a folder
         if target.names():
             raise DataError(f"{target} exists but is not an image store: choose another name")

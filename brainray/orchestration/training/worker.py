@@ -84,7 +84,7 @@ from brainray.orchestration.ray_train import (
 from brainray.orchestration.run import Run
 from brainray.orchestration.store import ImageStore
 from brainray.orchestration.training.rank_data import load_rank_data
-from brainray.schema import FITTED, subset_masks, tells_of_classes
+from brainray.schema import FITTED, has_class_support, subset_masks
 from brainray.storage import Folder
 
 _HEARTBEAT_S = 30.0
@@ -515,7 +515,7 @@ class _Trainer:
         for subset, mask in subset_masks(self.test_slices).items():
             chosen = test.select(mask)
             metrics |= subset_metrics(chosen, self.classes, subset)
-            if len(self.classes) <= _MAX_CONFUSED and tells_of_classes(
+            if len(self.classes) <= _MAX_CONFUSED and has_class_support(
                 chosen.labels.tolist(), subset
             ):
                 metrics |= confusion_metrics(chosen, self.classes, f"test/{subset}")
