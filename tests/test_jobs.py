@@ -22,14 +22,14 @@ from ray._private.runtime_env.packaging import get_uri_for_directory
 from brainray.config import Config
 from brainray.config_text import described_keys, known_keys, load_config
 from brainray.errors import ConfigError, DataError, StorageError
-from brainray.orchestration import places
+from brainray.orchestration import paths
 from brainray.orchestration.job import (
     JobResult,
     run_command,
     run_job,
     unread_keys,
 )
-from brainray.orchestration.places import check_is_shared, resolve_paths
+from brainray.orchestration.paths import check_is_shared, resolve_paths
 from brainray.orchestration.ray_connection import _check_address
 from brainray.orchestration.training.driver import TrainedRun
 from brainray.storage import Folder
@@ -401,7 +401,7 @@ def test_a_storage_that_another_node_does_not_read_is_refused(
     with pytest.raises(StorageError, match="give another storage"):
         check_is_shared(str(tmp_path / "file"))
 
-    monkeypatch.setattr(places, "_ON_OTHER_NODES_S", 0.1)
+    monkeypatch.setattr(paths, "_ON_OTHER_NODES_S", 0.1)
     monkeypatch.setattr(Folder, "write_bytes", lambda *_: None)  # as if it were elsewhere
     with pytest.raises(ConfigError, match=r"storage is another folder on node .*give a path that"):
         check_is_shared(str(tmp_path / "storage"))

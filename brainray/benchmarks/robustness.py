@@ -20,7 +20,7 @@ from brainray.mri.decode import decode_file
 from brainray.mri.leakage import Fingerprints, exposure
 from brainray.mri.slices import RejectedImage
 from brainray.orchestration.prediction.inference import Predictor, find_predictor
-from brainray.orchestration.preprocessing.preparation import (
+from brainray.orchestration.preprocessing.slice_rows import (
     DECODED,
     decode_options,
     decode_to_predict,

@@ -37,7 +37,7 @@ from brainray.models.encoder import Encoder
 from brainray.mri.duplicates import near_duplicate_pairs
 from brainray.mri.phantom import CLASSES, make_slice
 from brainray.mri.resize import thumbnail
-from brainray.orchestration.preprocessing.preparation import preprocess_file
+from brainray.orchestration.preprocessing.slice_rows import preprocess_file
 from brainray.orchestration.preprocessing.source import FoundFile
 from brainray.report.style import BLUE, VERMILLION, new_figure, tidy
 from brainray.report.table import markdown_table

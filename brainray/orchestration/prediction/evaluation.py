@@ -32,9 +32,9 @@ from brainray.orchestration.prediction.inference import (
 )
 from brainray.orchestration.preprocessing.grouping import group_strangers
 from brainray.orchestration.preprocessing.leakage import LEVELS, twins_of_test_slices
-from brainray.orchestration.preprocessing.preparation import (
+from brainray.orchestration.preprocessing.slice_rows import (
     CHANGED,
-    NOT_ASKED,
+    NO_CLASS_TO_SCORE,
     preprocess_file,
     read_file,
     salt_id,
@@ -112,7 +112,7 @@ def _evaluate(
     )
     rows = _predict_files(files, config, predictor)
     check_frames(files, rows)
-    is_asked = pc.invert(pc.fill_null(pc.equal(rows["reason"], NOT_ASKED), False))
+    is_asked = pc.invert(pc.fill_null(pc.equal(rows["reason"], NO_CLASS_TO_SCORE), False))
     num_others = rows.num_rows - pc.sum(is_asked).as_py()
     if num_others:
         log(f"left out: {num_others} slices without a class in files with labelled slices")

@@ -26,7 +26,7 @@ from brainray.orchestration.prediction.inference import (
     find_predictor,
     predicted_blocks,
 )
-from brainray.orchestration.preprocessing.preparation import CHANGED, UNREADABLE
+from brainray.orchestration.preprocessing.slice_rows import CHANGED, UNREADABLE
 from brainray.orchestration.preprocessing.source import (
     FoundFile,
     SourceFile,

@@ -16,7 +16,7 @@ from brainray.engine.export import load_safetensors
 from brainray.engine.slice_model import Reference, SliceModel
 from brainray.errors import BrainrayError
 from brainray.mri.slices import RejectedImage
-from brainray.orchestration.preprocessing.preparation import (
+from brainray.orchestration.preprocessing.slice_rows import (
     DECODED,
     UNREADABLE,
     decode_to_predict,

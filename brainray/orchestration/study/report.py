@@ -10,7 +10,7 @@ import pyarrow as pa
 from brainray import layout
 from brainray.clustering.metrics import clustering_metrics
 from brainray.engine.shard import sample_keys
-from brainray.orchestration.study.drawing import DrawnSet, draw_feature_sets
+from brainray.orchestration.study.figures import DrawnSet, draw_feature_sets
 from brainray.orchestration.study.grid import FITTED, Outcome, Slices, outcome_row
 from brainray.orchestration.study.results import StudyResults
 from brainray.orchestration.study.tables import study_tables

@@ -41,7 +41,7 @@ from brainray.orchestration.prediction.evaluation import evaluate
 from brainray.orchestration.prediction.export import Export, _register, export, served_files
 from brainray.orchestration.prediction.inference import find_predictor
 from brainray.orchestration.prediction.predict import predict
-from brainray.orchestration.preprocessing.preparation import preprocess_file
+from brainray.orchestration.preprocessing.slice_rows import preprocess_file
 from brainray.orchestration.preprocessing.source import FoundFile
 from brainray.orchestration.training.driver import TrainedRun
 from brainray.schema import PREDICTED

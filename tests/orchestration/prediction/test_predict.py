@@ -29,7 +29,7 @@ from brainray.orchestration.prediction.inference import (
     predicted_blocks,
 )
 from brainray.orchestration.prediction.predict import Prediction, _begin, predict
-from brainray.orchestration.preprocessing.preparation import UNREADABLE
+from brainray.orchestration.preprocessing.slice_rows import UNREADABLE
 from brainray.orchestration.training.driver import TrainedRun
 from brainray.schema import PREDICTED_FILES
 from brainray.storage import Folder

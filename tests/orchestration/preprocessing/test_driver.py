@@ -21,7 +21,7 @@ from brainray.orchestration.preprocessing.driver import (
     _previous_store,
     preprocess,
 )
-from brainray.orchestration.preprocessing.preparation import decode_options
+from brainray.orchestration.preprocessing.slice_rows import decode_options
 from brainray.orchestration.preprocessing.source import list_source
 from brainray.orchestration.store import ImageStore, read_images
 from brainray.schema import IMAGE_STORE

@@ -11,10 +11,9 @@ from brainray.config import Config
 from brainray.errors import DataError
 from brainray.mri.duplicates import COPY, MIRRORED, DuplicatePairs
 from brainray.mri.row_file import RowFile
-from brainray.orchestration.preprocessing.earlier import LIGHT, Earlier
 from brainray.orchestration.preprocessing.grouping import (
-    _as_copies_are_named,
-    _as_tables_name_them,
+    _with_names_from_table,
+    _with_subjects_of_copies,
 )
 from brainray.orchestration.preprocessing.leakage import _links_of, _within
 from brainray.orchestration.preprocessing.plan import (
@@ -24,6 +23,7 @@ from brainray.orchestration.preprocessing.plan import (
     official_splits,
     plan_store,
 )
+from brainray.orchestration.preprocessing.previous_records import LIGHT, PreviousRecords
 from brainray.orchestration.preprocessing.source import FoundFile, Listing, SourceFile
 
 
@@ -58,7 +58,11 @@ def plan(test_label: str, headers: dict[int, str] | None = None) -> StorePlan:
         )
     slices = pa.Table.from_pylist(rows, schema=LIGHT)
     return plan_store(
-        slices, fingerprints, Listing(files, Counter(), []), Config(), Earlier.of(None)
+        slices,
+        fingerprints,
+        Listing(files, Counter(), []),
+        Config(),
+        PreviousRecords.from_store(None),
     )
 
 
@@ -111,7 +115,7 @@ def test_a_patient_whom_a_table_names_in_part_stays_one() -> None:
     headers = ["h1", "h1", "h2", "h2", "h2", "h2", "h3", None]
     # A volume and a copy of its file, which the table names.
     sources, headers = [*sources, "volume", "table"], [*headers, "v1", "v1"]
-    named, named_by = _as_tables_name_them(given, sources, headers)
+    named, named_by = _with_names_from_table(given, sources, headers)
     # h2 stands for two of the table's patients.
     assert named == ["t1", "t1", "t2", "h2", "t3", "h2", "h3", None, "t4", "t4"]
     assert named_by[:8] == ["table"] * 3 + ["header", "table", "header", "header", None]
@@ -119,7 +123,7 @@ def test_a_patient_whom_a_table_names_in_part_stays_one() -> None:
 
 
 def test_a_nameless_copy_has_the_subject_of_the_named_one() -> None:
-    named, named_by = _as_copies_are_named(
+    named, named_by = _with_subjects_of_copies(
         ["x", "x", "y", "z", "z"],
         [None, "p1", None, "p2", "p3"],
         [None, "table", None, "table", "header"],

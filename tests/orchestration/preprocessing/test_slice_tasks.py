@@ -14,7 +14,7 @@ from brainray.errors import DataError
 from brainray.mri.identity import content_hash
 from brainray.mri.slices import RejectedImage
 from brainray.orchestration.preprocessing import slice_tasks
-from brainray.orchestration.preprocessing.preparation import SLICES, read_file
+from brainray.orchestration.preprocessing.slice_rows import SLICES, read_file
 from brainray.orchestration.preprocessing.slice_tasks import _decoded, _read_ahead, _write_part
 from brainray.orchestration.preprocessing.source import FoundFile
 from brainray.schema import IMAGE_STORE, THUMBNAIL_SIDE

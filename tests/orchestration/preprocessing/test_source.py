@@ -8,7 +8,7 @@ import pytest
 
 from brainray.errors import DataError
 from brainray.mri.slices import RejectedImage
-from brainray.orchestration.preprocessing.preparation import read_file
+from brainray.orchestration.preprocessing.slice_rows import read_file
 from brainray.orchestration.preprocessing.source import (
     FoundFile,
     SourceFile,

@@ -37,7 +37,7 @@ from brainray.errors import (
     StorageError,
 )
 from brainray.orchestration.lock import held
-from brainray.orchestration.places import resolve_paths
+from brainray.orchestration.paths import resolve_paths
 from brainray.orchestration.publish import open_tracking
 from brainray.orchestration.resources import WorkerResources
 from brainray.orchestration.run import Run

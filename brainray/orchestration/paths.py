@@ -80,7 +80,7 @@ def _resolve_weights(feature: str, weights: str) -> str:
     return _resolve(f"study.features.{feature}.weights", weights)
 
 
-def check_places(config: Config, keys: Sequence[str]) -> None:
+def check_paths(config: Config, keys: Sequence[str]) -> None:
     """Check that given paths and runs exist.
 
     Raises:

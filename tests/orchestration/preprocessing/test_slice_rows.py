@@ -12,8 +12,8 @@ from brainray.config import PreprocessConfig
 from brainray.errors import ConfigError, DataError
 from brainray.mri.resize import auto_gamma, min_max
 from brainray.mri.slices import RejectedImage
-from brainray.orchestration.preprocessing.preparation import (
-    NOT_ASKED,
+from brainray.orchestration.preprocessing.slice_rows import (
+    NO_CLASS_TO_SCORE,
     decode_to_predict,
     preprocess_file,
     read_file,
@@ -54,7 +54,7 @@ def test_slices_of_a_bad_volume_are_told_to_be_bad_and_not_to_have_no_class() ->
     told = {row["frame"]: (row.get("reason"), row["label"]) for row in rows}
     assert told["volume=0"] == ("non-finite pixels", None)
     assert told["volume=1/axial=20"] == (None, "notumor")
-    assert told["volume=1/axial=19"] == (NOT_ASKED, None)
+    assert told["volume=1/axial=19"] == (NO_CLASS_TO_SCORE, None)
 
 
 def test_a_known_problem_is_told_without_reading(tmp_path: Path) -> None:
