@@ -15,11 +15,11 @@ from brainray.storage import Folder
 class Flaky(Watcher):
     """Its storage is away for the first two looks."""
 
-    num_looks = 0
+    num_polls = 0
 
-    def look(self) -> None:
-        self.num_looks += 1
-        if self.num_looks <= 2:
+    def poll(self) -> None:
+        self.num_polls += 1
+        if self.num_polls <= 2:
             raise OSError("storage is away")
 
 
@@ -28,10 +28,10 @@ def test_a_failed_look_is_said_once_and_the_next_goes_on(
 ) -> None:
     with Flaky() as flaky:
         deadline = time.monotonic() + 20
-        while flaky.num_looks < 3 and time.monotonic() < deadline:
+        while flaky.num_polls < 3 and time.monotonic() < deadline:
             time.sleep(0.05)
     said = capsys.readouterr().out.splitlines()
-    assert flaky.num_looks >= 4  # the last of them at the end of the block
+    assert flaky.num_polls >= 4  # the last of them at the end of the block
     assert said == ["progress is temporarily unavailable: OSError: storage is away"]
 
 
@@ -59,7 +59,7 @@ def test_pretraining_tells_epochs_and_rounds(
     follower = PretrainingFollower(settings, folder)
     for lost in (1, 2, 3):  # by workers that restart from an earlier checkpoint
         folder.write_json_lines(layout.METRICS, rows[:-lost])
-        follower.look()
+        follower.poll()
     said = capsys.readouterr().out.splitlines()
     assert said == [
         "resuming after pretext epoch 1",
