@@ -62,7 +62,7 @@ def job(tmp_path: Path, phantoms: Path) -> Callable[..., subprocess.Popen[str]]:
         path = str(PROJECT / "jobs" / f"{name}.py")
         return subprocess.Popen(
             [sys.executable, "-c", RUN, path, "--config", str(config), "--set", *overrides],
-            env={**head.of_drivers, "PYTHONPATH": str(PROJECT)},
+            env={**head.driver_environment, "PYTHONPATH": str(PROJECT)},
             stdout=subprocess.PIPE,
             text=True,
             cwd=tmp_path,
@@ -191,7 +191,7 @@ def test_a_killed_driver_and_a_killed_head_cost_the_epoch_under_way_only(
 
 def test_what_a_head_of_ours_opens_takes_no_one_without_the_token(tmp_path: Path) -> None:
     with nodes(1) as (head, _):
-        stranger = {**head.of_drivers, "RAY_AUTH_TOKEN": "0" * 64}
+        stranger = {**head.driver_environment, "RAY_AUTH_TOKEN": "0" * 64}
         code = "import ray; ray.init(logging_level='ERROR'); print(ray.nodes())"
         attempt = subprocess.run(
             [sys.executable, "-c", code],

@@ -66,7 +66,7 @@ def run_job(
             others by hand logs a note.
         argv: arguments; by default those of the process.
         needs: keys of ``keys`` that must have a value.
-        check: refuses what the job can refuse before Ray, which takes seconds to start.
+        check: raises errors that can be found before Ray is started, which takes seconds.
         uses_ray: whether the job joins or starts a Ray cluster.
     """
     parser = _parser(name, description, keys, needs)

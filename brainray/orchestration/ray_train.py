@@ -102,22 +102,22 @@ def raise_on_all_ranks(device: torch.device) -> Iterator[None]:
         yield
     except BrainrayError as error:
         problem = error
-    told = b"" if problem is None else json.dumps(_as_dict(problem)).encode()
-    line = torch.tensor(list(told + b"\n"), dtype=torch.uint8, device=device)
+    encoded = b"" if problem is None else json.dumps(_as_dict(problem)).encode()
+    line = torch.tensor(list(encoded + b"\n"), dtype=torch.uint8, device=device)
     lines = bytes(dist.gather_rows(line).tolist()).splitlines()
     if problem is not None:
         raise problem
-    for told in filter(None, lines):
-        raise _as_raised(json.loads(told))
+    for encoded in filter(None, lines):
+        raise _as_raised(json.loads(encoded))
 
 
 def _as_dict(error: BrainrayError) -> dict[str, str]:
     return {"error": type(error).__name__, "message": str(error)}
 
 
-def _as_raised(told: dict[str, str]) -> BrainrayError:
-    error_class: type[BrainrayError] = getattr(errors, told["error"], BrainrayError)
-    return error_class(told["message"])
+def _as_raised(fields: dict[str, str]) -> BrainrayError:
+    error_class: type[BrainrayError] = getattr(errors, fields["error"], BrainrayError)
+    return error_class(fields["message"])
 
 
 def train_on_workers(
@@ -151,9 +151,9 @@ def train_on_workers(
         train_loop_config=settings,
         torch_config=TorchConfig(timeout_s=config.collective_timeout_s),
         scaling_config=scaling(
-            num_workers=workers.asked_for,
+            num_workers=workers.num_workers_or_range,
             use_gpu=workers.use_gpu,
-            resources_per_worker=workers.of_worker,
+            resources_per_worker=workers.resources_per_worker,
             elastic_resize_monitor_interval_s=_RESIZE_INTERVAL_S,
         ),
         run_config=RunConfig(  # type: ignore[call-arg]  # its types are those of V1

@@ -101,7 +101,7 @@ def test_the_lock_of_a_killed_job_is_taken_over_at_once(
 def test_a_process_of_another_user_may_be_hidden_and_is_not_taken_for_dead(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    claim = Claim.of_this_process()
+    claim = Claim.for_this_process()
     assert claim.is_alive_here()
     monkeypatch.setattr("brainray.orchestration.lock._born", lambda _: None)
 
@@ -127,15 +127,15 @@ def test_a_lock_that_another_job_has_taken_is_not_deleted(tmp_path: Path) -> Non
 
 
 def test_a_process_that_has_the_number_of_a_dead_one_is_not_the_holder() -> None:
-    assert replace(Claim.of_this_process(), born="1").is_alive_here() is False
+    assert replace(Claim.for_this_process(), born="1").is_alive_here() is False
 
 
 def test_of_two_jobs_that_take_over_at_once_the_last_one_gets_the_lock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dead = replace(Claim.of_this_process(), owner="dead", born="1")
+    dead = replace(Claim.for_this_process(), owner="dead", born="1")
     Folder(tmp_path).write_json(LOCK, asdict(dead))
-    rival = replace(Claim.of_this_process(), owner="rival")
+    rival = replace(Claim.for_this_process(), owner="rival")
 
     def take_over_too(lock: _Lock, claim: Claim) -> None:
         monkeypatch.undo()
@@ -251,7 +251,7 @@ def test_who_waits_for_its_turn_has_it_when_the_holder_ends(
 def test_a_lock_that_is_released_and_taken_between_two_looks_is_not_written_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    third = Claim.of_this_process()
+    third = Claim.for_this_process()
 
     def released_then_taken(lock: Any) -> None:
         monkeypatch.undo()

@@ -64,7 +64,7 @@ def test_a_small_node_does_not_limit_workers_on_the_others(
 def test_workers_that_share_a_gpu_share_its_cpus_too() -> None:
     shared = plan([HEAD, GPU_NODE, GPU_NODE], num_workers=1, gpus_per_worker=0.5)
     assert shared == WorkerResources(1, 4, gpus_per_worker=0.5, room=4)
-    assert shared.of_worker == {"CPU": 4.0, "GPU": 0.5}
+    assert shared.resources_per_worker == {"CPU": 4.0, "GPU": 0.5}
     with pytest.raises(ConfigError, match=r"two of a run's 2 workers on one GPU"):
         plan([GPU_NODE], num_workers=2, gpus_per_worker=0.5)
     # Two of 0.6 do not fit on one.
@@ -95,9 +95,9 @@ def test_an_autoscaler_may_bring_what_is_asked_for_by_number() -> None:
 
 
 def test_the_number_of_workers_may_be_a_range() -> None:
-    assert plan([LAPTOP], num_workers=2).asked_for == 2
+    assert plan([LAPTOP], num_workers=2).num_workers_or_range == 2
     elastic = plan([LAPTOP], num_workers=4, min_workers=2, cpus_per_worker=1)
-    assert elastic.asked_for == (2, 4)
+    assert elastic.num_workers_or_range == (2, 4)
     assert elastic.room == 2
     with pytest.raises(ConfigError, match=r"3 workers .* has room for 2"):
         plan([LAPTOP], num_workers=4, min_workers=3, cpus_per_worker=1)
