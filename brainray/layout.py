@@ -17,7 +17,7 @@ PREDICTED = "predictions"
 LOCKS = "locks"  # a file for each name in use by a job
 EXPORTS = "exports"
 FEATURES = "features"  # by encoder and a hash of the settings and data
-ENCODERS = "encoders"  # self-supervised encoders, named likewise
+ENCODERS = "encoders"  # self-supervised encoders, named in the same way
 STUDIES = "studies"
 
 # An image store: storage/datasets/NAME/

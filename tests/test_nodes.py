@@ -109,8 +109,8 @@ def assert_complete(storage: Path, name: str) -> None:
     assert [row["epoch"] for row in history(storage, name)] == [*range(1, 7)]
     seen = Folder(storage / "runs" / name).read_table(layout.SEEN)
     fitted = Folder(storage / "runs" / name / layout.BEST).read_table(layout.FITTED)
-    of_validation = sum(role == "validation" for role in seen["role"].to_pylist())
-    assert fitted.num_rows == seen.num_rows - of_validation
+    num_validation = sum(role == "validation" for role in seen["role"].to_pylist())
+    assert fitted.num_rows == seen.num_rows - num_validation
     assert len(set(fitted["sample_id"].to_pylist())) == fitted.num_rows
 
 

@@ -1,4 +1,4 @@
-"""What may be told of a subset by class."""
+"""Which subsets have metrics by class."""
 
 from brainray.schema import has_class_support
 

@@ -15,7 +15,7 @@ from brainray.storage import Folder
 def draw_evaluation_figures(folder: Folder, predictions: pa.Table, classes: list[str]) -> None:
     """Write ``figures/confusion_all.png`` and, if known, ``_clean`` and ``_strict``.
 
-    ``_strict`` is left out if a class has too few strict slices; all are without a label.
+    ``_strict`` is left out if a class has too few strict slices, and all if no slice has a label.
 
     Args:
         folder: of the evaluation or the run.

@@ -190,9 +190,9 @@ def test_a_holder_elsewhere_whose_count_stands_still_is_dead_whatever_the_clocks
     started = time.monotonic()
     with held(Folder(tmp_path), "runs", "first", QUICK):
         assert time.monotonic() - started >= QUICK.patience_s
-    said = capsys.readouterr().out.splitlines()
-    assert "watching for 0.6 s" in said[0]
-    assert "took over from process 1 on far" in said[1]
+    lines = capsys.readouterr().out.splitlines()
+    assert "watching for 0.6 s" in lines[0]
+    assert "took over from process 1 on far" in lines[1]
 
 
 def test_a_holder_that_was_paused_for_long_ends_itself(
@@ -241,14 +241,14 @@ def test_who_waits_for_its_turn_has_it_when_the_holder_ends(
     threading.Timer(1.0, holder.kill).start()
     with held(Folder(tmp_path), "runs", "first", QUICK, in_turn=True):
         holder.wait(timeout=10)
-    said = capsys.readouterr().out.splitlines()
-    assert said[0].startswith("another job (process")
-    assert said[0].endswith("is using runs/first: waiting for it to finish")
-    assert len(said) == len(set(said))
-    assert "took over" in said[-1]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("another job (process")
+    assert lines[0].endswith("is using runs/first: waiting for it to finish")
+    assert len(lines) == len(set(lines))
+    assert "took over" in lines[-1]
 
 
-def test_a_lock_that_is_released_and_taken_between_two_looks_is_not_written_over(
+def test_a_lock_that_is_released_and_taken_between_two_polls_is_not_overwritten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     third = Claim.for_this_process()

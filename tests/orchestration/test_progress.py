@@ -23,16 +23,16 @@ class Flaky(Watcher):
             raise OSError("storage is away")
 
 
-def test_a_failed_look_is_said_once_and_the_next_goes_on(
+def test_a_failed_poll_is_logged_once_and_the_next_goes_on(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with Flaky() as flaky:
         deadline = time.monotonic() + 20
         while flaky.num_polls < 3 and time.monotonic() < deadline:
             time.sleep(0.05)
-    said = capsys.readouterr().out.splitlines()
+    lines = capsys.readouterr().out.splitlines()
     assert flaky.num_polls >= 4  # the last of them at the end of the block
-    assert said == ["progress is temporarily unavailable: OSError: storage is away"]
+    assert lines == ["progress is temporarily unavailable: OSError: storage is away"]
 
 
 def test_time_left_counts_pixels() -> None:
@@ -60,8 +60,8 @@ def test_pretraining_tells_epochs_and_rounds(
     for lost in (1, 2, 3):  # by workers that restart from an earlier checkpoint
         folder.write_json_lines(layout.METRICS, rows[:-lost])
         follower.poll()
-    said = capsys.readouterr().out.splitlines()
-    assert said == [
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
         "resuming after pretext epoch 1",
         "pretext epoch 2/3: pretext 1.250; 12 s, 0:00:12 left",
         "round 1/5: cluster 0.500; 25.0% of the slices changed cluster; 4 s",

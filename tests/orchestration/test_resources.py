@@ -87,9 +87,9 @@ def test_what_no_node_can_hold_is_refused() -> None:
         plan([HEAD], device="cuda")
 
 
-def test_an_autoscaler_may_bring_what_is_asked_for_by_number() -> None:
-    asked = {"device": "cuda", "num_workers": 4, "cpus_per_worker": 6, "wait_for_nodes": True}
-    assert plan([HEAD], **asked) == WorkerResources(4, 6, gpus_per_worker=1, room=4)
+def test_an_autoscaler_may_bring_what_is_requested_by_number() -> None:
+    settings = {"device": "cuda", "num_workers": 4, "cpus_per_worker": 6, "wait_for_nodes": True}
+    assert plan([HEAD], **settings) == WorkerResources(4, 6, gpus_per_worker=1, room=4)
     with pytest.raises(ConfigError, match=r"set train\.num_workers"):
         plan([HEAD], device="cuda", wait_for_nodes=True)
 
@@ -143,17 +143,17 @@ def test_actors_embed_where_training_would_train() -> None:
         ),
     ],
 )
-def test_a_submitted_driver_has_all_cores_unless_it_is_told_otherwise(
+def test_a_submitted_driver_has_all_cores_unless_set_otherwise(
     environment: dict[str, str], threads: str
 ) -> None:
     program = "import brainray, os; print(os.environ.get('OMP_NUM_THREADS'))"
-    told = subprocess.run(
+    finished = subprocess.run(
         [sys.executable, "-c", program],
         env=os.environ | environment,
         capture_output=True,
         text=True,
     )
-    assert told.stdout.strip() == threads, told.stderr
+    assert finished.stdout.strip() == threads, finished.stderr
 
 
 class AddOne:
@@ -184,7 +184,7 @@ def test_workers_on_cpus_keep_the_memory_that_a_step_frees(monkeypatch: pytest.M
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
-def test_kept_memory_is_not_asked_for_again() -> None:
+def test_kept_memory_is_not_requested_again() -> None:
     """A block of 128 MB, touched, freed and asked for anew, by a thread as in Ray's workers."""
     program = """
 import resource, threading

@@ -197,7 +197,7 @@ def test_a_subject_that_is_corrected_comes_apart(phantoms: Path, tmp_path: Path)
     assert (kept.groupby(subjects).nunique() == 1).all()
 
 
-def test_a_store_of_a_time_when_splits_told_no_generation_keeps_its_draws(
+def test_an_old_store_whose_splits_have_no_generation_keeps_its_draws(
     source: Path, tmp_path: Path
 ) -> None:
     before = index(opened(tmp_path / "a"))

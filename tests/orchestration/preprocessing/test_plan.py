@@ -95,7 +95,7 @@ def test_of_identical_files_the_training_one_with_a_label_is_kept() -> None:
 
 def test_copies_within_a_split_are_counted_whatever_the_other_split_holds() -> None:
     """The first of equal fingerprints, of which alone the pairs speak, is a test slice here."""
-    look = np.array([0, 0, 0, 1])
+    fingerprint_ids = np.array([0, 0, 0, 1])
     pairs = DuplicatePairs(
         first=np.array([0, 0, 0]),
         second=np.array([1, 2, 3]),
@@ -103,10 +103,10 @@ def test_copies_within_a_split_are_counted_whatever_the_other_split_holds() -> N
         similarity=np.array([1, 1, 0.9], np.float32),
     )
     everything = [(0, 1, COPY, 1.0), (0, 2, COPY, 1.0), (0, 3, MIRRORED, 0.9)]
-    found = _links_of(np.arange(4), look, pairs)
+    found = _links_of(np.arange(4), fingerprint_ids, pairs)
     np.testing.assert_allclose(found, everything, rtol=1e-6)
-    of_training = _links_of(np.array([1, 2, 3]), look, pairs)
-    assert [link[:3] for link in of_training] == [(1, 2, COPY), (1, 3, MIRRORED)]
+    train_links = _links_of(np.array([1, 2, 3]), fingerprint_ids, pairs)
+    assert [link[:3] for link in train_links] == [(1, 2, COPY), (1, 3, MIRRORED)]
 
 
 def test_a_patient_whom_a_table_names_in_part_stays_one() -> None:
@@ -132,7 +132,7 @@ def test_a_nameless_copy_has_the_subject_of_the_named_one() -> None:
     assert named_by == ["table", "table", None, "table", "header"]
 
 
-def test_a_slice_within_a_split_is_told_of_on_one_level() -> None:
+def test_a_slice_within_a_split_is_reported_on_one_level() -> None:
     """Two byte-identical files and a copy of theirs: one exact, one near."""
     table = pa.table(
         {
@@ -149,8 +149,8 @@ def test_a_slice_within_a_split_is_told_of_on_one_level() -> None:
         similarity=np.ones(2, np.float32),
     )
     found = _within(table, np.array([0, 1, 0]), pairs, "train")
-    told = {level: [(row["path"], row["twin"]) for row in rows] for level, rows in found.items()}
-    assert told == {"exact": [("c", "a")], "near": [("b", "a")], "turned": []}
+    paths = {level: [(row["path"], row["twin"]) for row in rows] for level, rows in found.items()}
+    assert paths == {"exact": [("c", "a")], "near": [("b", "a")], "turned": []}
 
 
 def test_what_to_do_about_a_class_of_test_slices_alone_depends_on_who_held_them_out() -> None:
