@@ -168,10 +168,10 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         parents, leaf = ["classes", "map"], key.removeprefix(_CLASS_MAP).strip()
     if key.startswith(_SPACE):  # contains the key of a setting, which itself has dots
         setting = key.strip().removeprefix(_SPACE)
-        of_kind = _SPACE_KEY.fullmatch(setting)
+        space_key = _SPACE_KEY.fullmatch(setting)
         parents, leaf = ["tune", "space"], setting
-        if of_kind is not None:
-            parents, leaf = [*parents, of_kind["setting"]], of_kind["kind"]
+        if space_key is not None:
+            parents, leaf = [*parents, space_key["setting"]], space_key["kind"]
     try:
         # In a name or path, YAML would read "#" as a comment and ": " as a mapping.
         has_comment = " #" in text or text.lstrip().startswith("#")
@@ -292,9 +292,9 @@ def described_keys(is_read: Callable[[str], bool]) -> list[tuple[str, str]]:
                     if named := _section_of_names(field.annotation):
                         rows += visit(named(), f"{key}.NAME.")
             elif type(default) not in listed:
-                if of_section := visit(default, f"{key}."):
+                if section_rows := visit(default, f"{key}."):
                     listed[type(default)] = key, default
-                    rows += of_section
+                    rows += section_rows
             elif is_read(f"{key}.*"):
                 rows.append((f"{key}.*", _like(default, *listed[type(default)])))
         return rows
@@ -307,8 +307,8 @@ def _choices(annotation: object, description: str) -> str:
     while (parts := get_args(annotation)) and get_origin(annotation) is not Literal:
         annotation = parts[0]
     names = [str(part) for part in parts]
-    is_told = all(f"``{name}``" in description for name in names)
-    return "" if is_told else f" One of {', '.join(names)}."
+    is_described = all(f"``{name}``" in description for name in names)
+    return "" if is_described else f" One of {', '.join(names)}."
 
 
 def _like(section: BaseModel, key: str, other: BaseModel) -> str:
@@ -339,15 +339,15 @@ def with_defaults(stored: dict[str, Any], defaults: dict[str, Any]) -> dict[str,
 def differing_settings(stored: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> str:
     """``preprocess.skull_strip: otsu here, none requested; ...`` for what differs, or empty."""
     problems: list[str] = []
-    of_one_side: list[str] = []  # these follow from another difference, if there is one
+    one_sided: list[str] = []  # these follow from another difference, if there is one
     for key in sorted(stored.keys() | wanted.keys()):
         in_both = key in stored and key in wanted  # null differs from unset: a class map has nulls
-        here, asked = stored.get(key, "unset"), wanted.get(key, "unset")
-        if in_both and here == asked:
+        here, requested = stored.get(key, "unset"), wanted.get(key, "unset")
+        if in_both and here == requested:
             continue
-        if isinstance(here, dict) and isinstance(asked, dict):
-            problems.append(differing_settings(here, asked, f"{prefix}{key}."))
+        if isinstance(here, dict) and isinstance(requested, dict):
+            problems.append(differing_settings(here, requested, f"{prefix}{key}."))
         else:
-            told = problems if in_both else of_one_side
-            told.append(f"{prefix}{key}: {here} here, {asked} requested")
-    return "; ".join(problems or of_one_side)
+            differences = problems if in_both else one_sided
+            differences.append(f"{prefix}{key}: {here} here, {requested} requested")
+    return "; ".join(problems or one_sided)

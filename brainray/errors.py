@@ -60,7 +60,7 @@ def error_from_dict(fields: dict[str, str]) -> BrainrayError:
     return error_class(fields["message"])
 
 
-_ADVICE_ON_GPUS = {
+_GPU_ADVICE = {
     "ProcessGroupNCCL is only supported with GPUs": (
         "Ray detected GPUs that PyTorch cannot use on the workers' nodes: fix the driver or "
         "install PyTorch with CUDA there, or set train.device=cpu"
@@ -84,5 +84,5 @@ _ADVICE_ON_GPUS = {
 
 def gpu_problem(message: str) -> ConfigError | None:
     """What a user can do about an error of PyTorch that settings or installation cause."""
-    advice = next((advice for text, advice in _ADVICE_ON_GPUS.items() if text in message), None)
+    advice = next((advice for text, advice in _GPU_ADVICE.items() if text in message), None)
     return None if advice is None else ConfigError(advice)

@@ -17,7 +17,7 @@ PREDICTED = "predictions"
 LOCKS = "locks"  # a file for each name in use by a job
 EXPORTS = "exports"
 FEATURES = "features"  # by encoder and a hash of the settings and data
-ENCODERS = "encoders"  # self-supervised encoders, named likewise
+ENCODERS = "encoders"  # self-supervised encoders, named in the same way
 STUDIES = "studies"
 
 # An image store: storage/datasets/NAME/
@@ -78,7 +78,7 @@ CELLS = "cells"  # a JSON file for each finished cell of the grid, and its assig
 TABLES = "tables"
 
 FIGURES = "figures"
-OF_STORE = {
+STORE_ENTRIES = {
     MANIFEST,
     IMAGES,
     FILES,
@@ -100,10 +100,10 @@ def checkpoint_folder(epoch: int) -> str:
     return f"epoch-{epoch:04d}"
 
 
-OF_EPOCHS = "predictions"  # a folder with a file for each kept epoch
+EPOCH_PREDICTIONS = "predictions"  # a folder with a file for each kept epoch
 EPOCH_OF_FITTED = "epoch"  # metadata of its schema: the model next to it may be of another epoch
 
 
 def predictions_file(epoch: int) -> str:
     """A run's predictions for its test slices after an epoch."""
-    return f"{OF_EPOCHS}/epoch-{epoch:04d}.parquet"
+    return f"{EPOCH_PREDICTIONS}/epoch-{epoch:04d}.parquet"

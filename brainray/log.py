@@ -26,8 +26,8 @@ class ProgressLines:
     def tell(self, done: int, total: int) -> None:
         """Report what is done so far; logs a line only if one is due."""
         now = time.monotonic()
-        has_told = self._last > self._started
-        if done and (now - self._last >= _EVERY_S or (done == total and has_told)):
+        has_logged = self._last > self._started
+        if done and (now - self._last >= _EVERY_S or (done == total and has_logged)):
             self._last = now
             left = (total - done) * (now - self._started) / done
             log(f"{self._verb} {done:,} of {total:,} {self._noun}, {left:.0f} s left")

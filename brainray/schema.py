@@ -227,7 +227,7 @@ def subset_masks(slices: pa.Table) -> dict[str, NDArray[np.bool_]]:
     return masks
 
 
-def tells_of_classes(labels: Iterable[Hashable], subset: str) -> bool:
+def has_class_support(labels: Iterable[Hashable], subset: str) -> bool:
     """Whether every class among a subset's labels has enough slices for per-class metrics.
 
     Labels are names or indices; unlabelled slices (None, UNLABELLED) do not count.

@@ -245,8 +245,8 @@ class Folder:
         except (FileNotFoundError, PermissionError):  # Arrow's have no errno
             raise
         except (pa.ArrowInvalid, OSError) as error:
-            of_network = self.local_path is None and isinstance(error, OSError)
-            if of_network or (isinstance(error, OSError) and error.errno is not None):
+            is_remote_error = self.local_path is None and isinstance(error, OSError)
+            if is_remote_error or (isinstance(error, OSError) and error.errno is not None):
                 raise
             reason = str(error).splitlines()[0]
             raise DataError(

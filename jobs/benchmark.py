@@ -18,7 +18,7 @@ Example: python jobs/benchmark.py duplicates --source /data/brain-tumor-mri --qu
 
 
 def parser() -> argparse.ArgumentParser:
-    cases = "\n".join(f"  {name:<12} {tells}" for name, tells in CASES.items())
+    cases = "\n".join(f"  {name:<12} {description}" for name, description in CASES.items())
     made = argparse.ArgumentParser(
         prog="jobs/benchmark.py",
         description=DESCRIPTION,

@@ -103,11 +103,11 @@ def _compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return GPU if isinstance(args[0], GpuTensor) else torch.device("cpu")
     name = func._schema.name
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    of_gpu = [tensor for tensor in tensors if isinstance(tensor, GpuTensor)]
-    if of_gpu:
+    gpu_tensors = [tensor for tensor in tensors if isinstance(tensor, GpuTensor)]
+    if gpu_tensors:
         _check_devices(name, args, [t for t in tensors if not isinstance(t, GpuTensor)])
     options = {key: value for key, value in kwargs.items() if key != "pin_memory"}
-    to_gpu = bool(of_gpu)
+    to_gpu = bool(gpu_tensors)
     if options.get("device") is not None:
         device = torch.device(options["device"])
         assert device in {GPU, torch.device("cpu"), torch.device("meta")}, f"{name} on {device}"
@@ -115,7 +115,7 @@ def _compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         options["device"] = torch.device("cpu")
     on_host = tree_map(_on_host, (args, options))
     result = func(*on_host[0], **on_host[1])
-    if of_gpu and name.endswith("_") and isinstance(args[0], GpuTensor):
+    if gpu_tensors and name.endswith("_") and isinstance(args[0], GpuTensor):
         return args[0]  # in place
     if name == "aten::_to_copy":
         result = result.clone()  # never the memory of another device
@@ -133,18 +133,20 @@ def _on_host(value: Any) -> Any:
     return value.on_host if isinstance(value, GpuTensor) else value
 
 
-def _check_devices(name: str, args: Any, of_cpu: list[Tensor]) -> None:
+def _check_devices(name: str, args: Any, cpu_tensors: list[Tensor]) -> None:
     """Scalars of the CPU and, as indices, its tensors may meet a GPU's tensors."""
     if name == _UPSAMPLES:
         assert args[0].numel(), f"{name} of no slices: an invalid launch"
     if name in _COPIES:
         return
     if name.endswith("_"):  # in place
-        assert not any(args[0] is tensor for tensor in of_cpu), f"{name} of a tensor on the CPU"
+        assert not any(args[0] is tensor for tensor in cpu_tensors), (
+            f"{name} of a tensor on the CPU"
+        )
     if name in _INDEXED:
         assert isinstance(args[0], GpuTensor), f"{name}: a GPU's indices of the CPU's tensor"
-        of_cpu = [tensor for tensor in args[2:3] if not isinstance(tensor, GpuTensor)]
-    mixed = [tuple(tensor.shape) for tensor in of_cpu if tensor.dim() > 0]
+        cpu_tensors = [tensor for tensor in args[2:3] if not isinstance(tensor, GpuTensor)]
+    mixed = [tuple(tensor.shape) for tensor in cpu_tensors if tensor.dim() > 0]
     assert not mixed, f"{name}: tensors {mixed} are on the CPU"
 
 

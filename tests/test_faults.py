@@ -29,7 +29,7 @@ from tests.conftest import tiny_config
 pytestmark = pytest.mark.faults
 
 PROJECT = Path(__file__).parents[1]
-_OF_RAY = "killed due to memory pressure"
+_RAY_MESSAGE = "killed due to memory pressure"
 SLOW = ["train.num_epochs=6", "train.batch_size_per_worker=2"]
 
 
@@ -265,10 +265,10 @@ def test_preprocessing_workers_killed_for_want_of_memory_lose_no_slice(
     others = []  # that take the machine's memory
     while get_used_memory() < limit + 2**28:
         others.append(b"\1" * 2**28)
-    wait_for(lambda: _OF_RAY in log.read_text() or process.poll() is not None, timeout_s=120)
+    wait_for(lambda: _RAY_MESSAGE in log.read_text() or process.poll() is not None, timeout_s=120)
     others.clear()
     assert result(process)["status"] == "ok"
-    assert _OF_RAY in log.read_text()
+    assert _RAY_MESSAGE in log.read_text()
     whole, other = (
         ImageStore.open(Folder(tmp_path / "datasets" / name)) for name in ("whole", "killed")
     )

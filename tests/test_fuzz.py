@@ -100,7 +100,7 @@ SEEDS: dict[str, Callable[[], bytes]] = {
     "NIfTI.gz": lambda: nifti(compressed=True),
 }
 
-TELLING = [
+INTERESTING_BYTES = [
     b"",
     b"\0",
     b"\xff",
@@ -116,7 +116,9 @@ def damaged(content: bytes) -> st.SearchStrategy[bytes]:
     """The content cut, and with bytes replaced, inserted, taken out or repeated."""
     place = st.integers(0, len(content)) | st.integers(0, min(400, len(content)))
     edit = st.tuples(
-        place, st.integers(0, 8), st.sampled_from(TELLING) | st.binary(min_size=1, max_size=8)
+        place,
+        st.integers(0, 8),
+        st.sampled_from(INTERESTING_BYTES) | st.binary(min_size=1, max_size=8),
     )
 
     def apply(edits: list[tuple[int, int, bytes]], length: int) -> bytes:

@@ -22,14 +22,14 @@ from ray._private.runtime_env.packaging import get_uri_for_directory
 from brainray.config import Config
 from brainray.config_text import described_keys, known_keys, load_config
 from brainray.errors import ConfigError, DataError, StorageError
-from brainray.orchestration import places
+from brainray.orchestration import paths
 from brainray.orchestration.job import (
     JobResult,
     run_command,
     run_job,
     unread_keys,
 )
-from brainray.orchestration.places import check_is_shared, resolve_paths
+from brainray.orchestration.paths import check_is_shared, resolve_paths
 from brainray.orchestration.ray_connection import _check_address
 from brainray.orchestration.training.driver import TrainedRun
 from brainray.storage import Folder
@@ -102,7 +102,7 @@ for name in set(names) - {"benchmark"}:
     run(name, absent, 2)
 print(*{"matplotlib", "mlflow", "ray", "torch"} & set(sys.modules))
 """
-    told = subprocess.run(
+    finished = subprocess.run(
         [sys.executable, "-c", script, " ".join([*JOBS, "benchmark"])],
         cwd=PROJECT,
         env=os.environ | {"PYTHONPATH": str(PROJECT)},
@@ -110,20 +110,20 @@ print(*{"matplotlib", "mlflow", "ray", "torch"} & set(sys.modules))
         text=True,
         check=False,
     )
-    assert told.stdout.split() == [], told.stderr
-    assert told.returncode == 0, told.stderr
+    assert finished.stdout.split() == [], finished.stderr
+    assert finished.returncode == 0, finished.stderr
 
 
 def test_every_setting_is_explained_by_some_job(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told = ""
+    output = ""
     for name in JOBS:
         monkeypatch.setattr(sys, "argv", [f"jobs/{name}.py", "--help"])
         with pytest.raises(SystemExit):
             runpy.run_path(str(PROJECT / "jobs" / f"{name}.py"), run_name="__main__")
-        told += capsys.readouterr().out
-    explained = {line.split()[0] for line in told.splitlines() if line.strip()}
+        output += capsys.readouterr().out
+    explained = {line.split()[0] for line in output.splitlines() if line.strip()}
     sections = tuple(key.removesuffix("*") for key in explained if key.endswith(".*"))
     assert not [key for key in known_keys() if not (key in explained or key.startswith(sections))]
 
@@ -137,17 +137,19 @@ def test_help_lists_like_sections_once_and_defaults_as_yaml_has_them() -> None:
     alone = dict(described_keys(lambda key: key.startswith(("augment_unlabelled", "tune.time"))))
     assert "augment_unlabelled.horizontal_flip" in alone
     assert alone["tune.time_budget_min"].endswith("[unset]")
-    of_names = dict(described_keys(lambda key: key.startswith("study.features")))
-    assert of_names["study.features.NAME.image_size"].endswith("[128]")
+    descriptions = dict(described_keys(lambda key: key.startswith("study.features")))
+    assert descriptions["study.features.NAME.image_size"].endswith("[128]")
 
 
 def test_help_names_the_values_that_a_description_leaves_out() -> None:
-    told = dict(described_keys(lambda key: key in {"encoder.name", "split.mode", "study.seeds"}))
-    assert "One of resnet18, resnet34, resnet50. [resnet18]" in told["encoder.name"]
-    assert not any("One of" in told[key] for key in ("split.mode", "study.seeds"))
+    descriptions = dict(
+        described_keys(lambda key: key in {"encoder.name", "split.mode", "study.seeds"})
+    )
+    assert "One of resnet18, resnet34, resnet50. [resnet18]" in descriptions["encoder.name"]
+    assert not any("One of" in descriptions[key] for key in ("split.mode", "study.seeds"))
 
 
-def test_settings_that_a_job_does_not_read_are_told() -> None:
+def test_settings_that_a_job_does_not_read_are_reported() -> None:
     overrides = ["run=x", "train.device=cpu", "classes.map.a=b", "preprocess.crop=none", "train={}"]
     assert unread_keys(overrides, ["run", "classes", "train.device"]) == ["preprocess.crop"]
 
@@ -401,13 +403,13 @@ def test_a_storage_that_another_node_does_not_read_is_refused(
     with pytest.raises(StorageError, match="give another storage"):
         check_is_shared(str(tmp_path / "file"))
 
-    monkeypatch.setattr(places, "_ON_OTHER_NODES_S", 0.1)
+    monkeypatch.setattr(paths, "_ON_OTHER_NODES_S", 0.1)
     monkeypatch.setattr(Folder, "write_bytes", lambda *_: None)  # as if it were elsewhere
     with pytest.raises(ConfigError, match=r"storage is another folder on node .*give a path that"):
         check_is_shared(str(tmp_path / "storage"))
 
 
-def test_the_address_of_a_dashboard_is_told_from_that_of_a_cluster() -> None:
+def test_the_address_of_a_dashboard_is_distinguished_from_that_of_a_cluster() -> None:
     with pytest.raises(
         ConfigError, match=r"is a dashboard.*ray job submit --address http://h:8265"
     ):
@@ -415,7 +417,7 @@ def test_the_address_of_a_dashboard_is_told_from_that_of_a_cluster() -> None:
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:9", "127.0.0.1:99999", "a..b:6379", "[::1]:9"])
-def test_a_ray_that_is_gone_is_said_at_once(address: str) -> None:
+def test_a_ray_cluster_that_is_gone_is_reported_at_once(address: str) -> None:
     with pytest.raises(
         ConfigError, match=re.escape(f"RAY_ADDRESS={address}: no Ray cluster answers (")
     ):
@@ -456,7 +458,7 @@ def test_signals_end_a_job_that_waits_for_ray(
     assert outcome["error"].startswith(f"ended by {by.name}: submit it again under the same name")
 
 
-def test_only_what_can_be_resumed_is_said_to_be(capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_resumable_jobs_are_reported_as_resumable(capsys: pytest.CaptureFixture[str]) -> None:
     before = signal.getsignal(signal.SIGTERM)
     try:
         assert (

@@ -7,7 +7,7 @@ import pytest
 from brainray import log
 
 
-def test_progress_is_told_every_ten_seconds_with_the_time_left(
+def test_progress_is_logged_every_ten_seconds_with_the_time_left(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     seconds = itertools.count(0.0, 4.0)

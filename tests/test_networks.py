@@ -179,10 +179,10 @@ def test_machines_that_share_the_storage_path_alone_run_the_whole_pipeline_and_a
     assert [row["train/num_workers"] for row in history] == [4.0, 4.0]
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     experiments = [found.experiment_id for found in client.search_experiments()]
-    told = {run.info.run_name: run.info.status for run in client.search_runs(experiments)}
-    assert told["mri"] == "FINISHED"
-    assert sum(name.startswith("search-") for name in told) == 2
-    assert set(told.values()) == {"FINISHED"}
+    status_by_name = {run.info.run_name: run.info.status for run in client.search_runs(experiments)}
+    assert status_by_name["mri"] == "FINISHED"
+    assert sum(name.startswith("search-") for name in status_by_name) == 2
+    assert set(status_by_name.values()) == {"FINISHED"}
     trials = list((tmp_path / "runs").glob("search-*/summary.json"))
     assert len(trials) == 2
     assert not list(machines.private.rglob("*"))  # each machine has written to its own

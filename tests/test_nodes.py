@@ -62,7 +62,7 @@ def job(tmp_path: Path, phantoms: Path) -> Callable[..., subprocess.Popen[str]]:
         path = str(PROJECT / "jobs" / f"{name}.py")
         return subprocess.Popen(
             [sys.executable, "-c", RUN, path, "--config", str(config), "--set", *overrides],
-            env={**head.of_drivers, "PYTHONPATH": str(PROJECT)},
+            env={**head.driver_environment, "PYTHONPATH": str(PROJECT)},
             stdout=subprocess.PIPE,
             text=True,
             cwd=tmp_path,
@@ -109,8 +109,8 @@ def assert_complete(storage: Path, name: str) -> None:
     assert [row["epoch"] for row in history(storage, name)] == [*range(1, 7)]
     seen = Folder(storage / "runs" / name).read_table(layout.SEEN)
     fitted = Folder(storage / "runs" / name / layout.BEST).read_table(layout.FITTED)
-    of_validation = sum(role == "validation" for role in seen["role"].to_pylist())
-    assert fitted.num_rows == seen.num_rows - of_validation
+    num_validation = sum(role == "validation" for role in seen["role"].to_pylist())
+    assert fitted.num_rows == seen.num_rows - num_validation
     assert len(set(fitted["sample_id"].to_pylist())) == fitted.num_rows
 
 
@@ -191,7 +191,7 @@ def test_a_killed_driver_and_a_killed_head_cost_the_epoch_under_way_only(
 
 def test_what_a_head_of_ours_opens_takes_no_one_without_the_token(tmp_path: Path) -> None:
     with nodes(1) as (head, _):
-        stranger = {**head.of_drivers, "RAY_AUTH_TOKEN": "0" * 64}
+        stranger = {**head.driver_environment, "RAY_AUTH_TOKEN": "0" * 64}
         code = "import ray; ray.init(logging_level='ERROR'); print(ray.nodes())"
         attempt = subprocess.run(
             [sys.executable, "-c", code],

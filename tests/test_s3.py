@@ -20,7 +20,7 @@ from brainray.storage import Folder
 from tests.conftest import tiny_config
 
 PROJECT = Path(__file__).parents[1]
-_OF_OTHERS = (
+_USER_SERVICE_VARIABLES = (
     "AWS_ENDPOINT_URL_S3",
     "AWS_PROFILE",
     "AWS_SESSION_TOKEN",
@@ -40,7 +40,7 @@ def bucket() -> Iterator[str]:
     host, port = server.get_host_and_port()
     try:
         with pytest.MonkeyPatch.context() as patch:
-            for name in _OF_OTHERS:
+            for name in _USER_SERVICE_VARIABLES:
                 patch.delenv(name, raising=False)
             patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
             patch.setenv("AWS_DEFAULT_REGION", "us-east-1")

@@ -37,7 +37,7 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-def test_a_full_disk_and_a_spent_quota_are_told(
+def test_a_full_disk_and_a_spent_quota_are_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     def full(_: int) -> None:
@@ -355,14 +355,14 @@ class _Failing:
     def open_input_file(self, path: str) -> None:
         raise self._error
 
-    def get_file_info(self, asked: object) -> None:
+    def get_file_info(self, selector: object) -> None:
         raise self._error
 
     def create_dir(self, path: str, *, recursive: bool) -> None:
         raise self._error
 
 
-def test_a_full_disk_is_said_and_the_old_file_stays_whole(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_and_the_old_file_stays_whole(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
     folder.write_table("part.parquet", pa.table({"x": [1, 2]}))
     noise = [os.urandom(1000) for _ in range(300)]

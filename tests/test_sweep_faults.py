@@ -74,7 +74,7 @@ def start(phantoms: Path, tmp_path: Path) -> Start:
 
     def begin(head: RayHead | None = None, *settings: str) -> subprocess.Popen[str]:
         sweep = ["name=search", "dataset=mri", *settings]
-        environment = os.environ if head is None else head.of_drivers
+        environment = os.environ if head is None else head.driver_environment
         return job("tune", config_file, *sweep, environment=environment)
 
     return begin

@@ -105,23 +105,25 @@ def run(options: CaseOptions) -> BenchmarkResult:
                     for number, reference in zip(chosen.tolist(), found.tolist(), strict=True)
                 ]
             )
-            for found in _two_looks(framed, fingerprints, settings)
+            for found in _twins_by_frame_and_head(framed, fingerprints, settings)
         )
         reframings[name] = float(twice), float(once)
         log(f"{name}: recall {once:.3f} by whole frames, {twice:.3f} with heads as well")
 
-    of_neighbours = pair_similarity(fingerprints[neighbours[:, 0]], fingerprints[neighbours[:, 1]])
+    neighbour_similarities = pair_similarity(
+        fingerprints[neighbours[:, 0]], fingerprints[neighbours[:, 1]]
+    )
     upright = [name for name, (_, kind) in PERTURBATIONS.items() if kind == COPY]
-    of_copies = np.concatenate(
+    copy_similarities = np.concatenate(
         [pair_similarity(copies[name], fingerprints[chosen]) for name in upright]
     )
-    curve = _curve(of_copies, of_neighbours)
-    accepted_copies = float(np.sum(of_copies >= settings.similarity))
+    curve = _curve(copy_similarities, neighbour_similarities)
+    accepted_copies = float(np.sum(copy_similarities >= settings.similarity))
     known = options.source is None  # all neighbours are known not to be copies
-    taken = neighbours[of_neighbours >= settings.similarity].tolist()
+    taken = neighbours[neighbour_similarities >= settings.similarity].tolist()
     # Precision depends on the mix; it is computed for as many neighbours as copies.
-    false_share = float(np.mean(of_neighbours >= settings.similarity))
-    precision = accepted_copies / max(accepted_copies + false_share * len(of_copies), 1.0)
+    false_share = float(np.mean(neighbour_similarities >= settings.similarity))
+    precision = accepted_copies / max(accepted_copies + false_share * len(copy_similarities), 1.0)
 
     sizes = (5_000, 50_000) if options.quick else (5_000, 50_000, 500_000)
     seconds = {}
@@ -160,7 +162,7 @@ def run(options: CaseOptions) -> BenchmarkResult:
         "num_neighbouring_pairs": len(neighbours),
         "num_copies_per_perturbation": len(chosen),
         "num_links_by_kind": {
-            name: len(own_pairs.of_kind(code)) for code, name in enumerate(KINDS)
+            name: len(own_pairs.filter_by_kind(code)) for code, name in enumerate(KINDS)
         },
         "curve": curve,
         "seconds": {str(size): value for size, value in seconds.items()},
@@ -169,7 +171,7 @@ def run(options: CaseOptions) -> BenchmarkResult:
     return BenchmarkResult(measures, details, _figure(curve, settings.similarity, shown))
 
 
-def _two_looks(
+def _twins_by_frame_and_head(
     queries: NDArray[np.uint8],
     references: NDArray[np.uint8],
     settings: NearDuplicateConfig,
@@ -393,12 +395,12 @@ def _real(source: Path, count: int, seed: int) -> tuple[list[Image], NDArray[np.
 
 
 def _curve(
-    of_copies: NDArray[np.float32], of_neighbours: NDArray[np.float32]
+    copy_similarities: NDArray[np.float32], neighbour_similarities: NDArray[np.float32]
 ) -> dict[str, list[float]]:
     """Precision and recall by threshold, with as many neighbours as copies."""
     thresholds = 1.0 - np.geomspace(1e-4, 0.2, 41)
-    recall = np.array([np.mean(of_copies >= threshold) for threshold in thresholds])
-    wrong = np.array([np.mean(of_neighbours >= threshold) for threshold in thresholds])
+    recall = np.array([np.mean(copy_similarities >= threshold) for threshold in thresholds])
+    wrong = np.array([np.mean(neighbour_similarities >= threshold) for threshold in thresholds])
     found = recall + wrong
     precision = np.divide(recall, found, out=np.ones_like(recall), where=found > 0)
     return {

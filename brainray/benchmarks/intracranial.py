@@ -58,14 +58,14 @@ def run(options: CaseOptions) -> BenchmarkResult:
             slices = list(reference_slices(head, orientation))[::step]
             scored += _score(head.name.removesuffix(".nii.gz"), slices)
     enough = [one for one in scored if one.brain >= _MIN_BRAIN * one.largest]
-    of_phantoms = [one for one in enough if one.head == _PHANTOMS]
-    of_heads = [one for one in enough if one.head != _PHANTOMS]
+    phantom_scores = [one for one in enough if one.head == _PHANTOMS]
+    head_scores = [one for one in enough if one.head != _PHANTOMS]
     measures = [
         Measure(f"phantoms, {orientation}", _by_head(its, "dice"), "Dice", at_least=0.93)
-        for orientation, its in _grouped(of_phantoms, "orientation").items()
+        for orientation, its in _grouped(phantom_scores, "orientation").items()
     ]
-    if of_heads:
-        measures += _measures_of(of_heads)
+    if head_scores:
+        measures += _measures_of(head_scores)
     measures.append(
         Measure("a slice", float(np.median([one.milliseconds for one in scored])), "ms")
     )
@@ -89,7 +89,7 @@ def _score(head: str, slices: list[ReferenceSlice]) -> list[_Scored]:
             started = time.perf_counter()
             found = intracranial_mask(one.image)
             milliseconds = 1000.0 * (time.perf_counter() - started)
-            of_otsu = otsu_mask(one.image)
+            otsu = otsu_mask(one.image)
             trusted = found.confidence >= MIN_CONFIDENCE
             scored.append(
                 _Scored(
@@ -97,8 +97,8 @@ def _score(head: str, slices: list[ReferenceSlice]) -> list[_Scored]:
                     one.orientation,
                     int(np.count_nonzero(one.brain)),
                     int(largest),
-                    dice(found.mask if trusted else of_otsu, one.brain),
-                    dice(of_otsu, one.brain),
+                    dice(found.mask if trusted else otsu, one.brain),
+                    dice(otsu, one.brain),
                     trusted,
                     milliseconds,
                 )

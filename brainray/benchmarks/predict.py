@@ -32,7 +32,7 @@ from brainray.orchestration.prediction.inference import (
     predicted_slices,
 )
 from brainray.orchestration.preprocessing.driver import preprocess
-from brainray.orchestration.preprocessing.preparation import decode_to_predict, read_file
+from brainray.orchestration.preprocessing.slice_rows import decode_to_predict, read_file
 from brainray.orchestration.preprocessing.source import SourceFile, list_source
 from brainray.orchestration.ray_connection import attach_to_ray
 from brainray.orchestration.store import ImageStore, read_images
@@ -177,9 +177,9 @@ def _decode_rates(files: list[SourceFile], config: Config, predictor: Predictor)
 
     def rate() -> float:
         started = time.perf_counter()
-        for asked in files:
+        for file in files:
             decode_to_predict(
-                asked, partial(read_file, source, asked.file), predictor.preprocess, SALT
+                file, partial(read_file, source, file.file), predictor.preprocess, SALT
             )
         return len(files) / (time.perf_counter() - started)
 

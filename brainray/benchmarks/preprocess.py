@@ -36,7 +36,7 @@ from brainray.mri.skull_strip import (
     otsu_mask,
 )
 from brainray.orchestration.preprocessing.driver import preprocess
-from brainray.orchestration.preprocessing.preparation import (
+from brainray.orchestration.preprocessing.slice_rows import (
     SLICES,
     decode_options,
     preprocess_file,

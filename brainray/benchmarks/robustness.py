@@ -20,7 +20,7 @@ from brainray.mri.decode import decode_file
 from brainray.mri.leakage import Fingerprints, exposure
 from brainray.mri.slices import RejectedImage
 from brainray.orchestration.prediction.inference import Predictor, find_predictor
-from brainray.orchestration.preprocessing.preparation import (
+from brainray.orchestration.preprocessing.slice_rows import (
     DECODED,
     decode_options,
     decode_to_predict,
@@ -142,8 +142,10 @@ def _clean(
         return set()
     rows = _decoded([(file, _png(image)) for file, image in slices], predictor)
     elsewhere = [path not in tested for path in rows["path"].to_pylist()]
-    asked = rows.append_column("elsewhere", pa.array(elsewhere, pa.bool_()))
-    exposed = exposure(Fingerprints.of(asked), Fingerprints.of(seen), predictor.preprocess)
+    queries = rows.append_column("elsewhere", pa.array(elsewhere, pa.bool_()))
+    exposed = exposure(
+        Fingerprints.from_table(queries), Fingerprints.from_table(seen), predictor.preprocess
+    )
     return set(rows.filter(pa.array(exposed.clean))["path"].to_pylist())
 
 
@@ -187,9 +189,9 @@ def _figure(found: Mapping[str, Accuracies]) -> Figure:
     figure = new_figure(7.0, 4.5)
     axes = figure.subplots()
     places = np.arange(len(ALTERATIONS))
-    looks = {_RUN: (BLUE, -0.15), _CONTROL: (ORANGE, 0.15)}
+    styles = {_RUN: (BLUE, -0.15), _CONTROL: (ORANGE, 0.15)}
     for role, table in found.items():
-        colour, shift = looks[role]
+        colour, shift = styles[role]
         for key, marker in (("all head", "o"), ("all cluster", "s")):
             values = [table[alteration][key] for alteration in ALTERATIONS]
             label = f"{role}, {key.removeprefix('all ')}"

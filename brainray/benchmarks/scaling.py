@@ -37,7 +37,7 @@ from brainray.models.encoder import Encoder
 from brainray.mri.duplicates import near_duplicate_pairs
 from brainray.mri.phantom import CLASSES, make_slice
 from brainray.mri.resize import thumbnail
-from brainray.orchestration.preprocessing.preparation import preprocess_file
+from brainray.orchestration.preprocessing.slice_rows import preprocess_file
 from brainray.orchestration.preprocessing.source import FoundFile
 from brainray.report.style import BLUE, VERMILLION, new_figure, tidy
 from brainray.report.table import markdown_table
@@ -147,7 +147,7 @@ def _stages(quick: bool, seed: int) -> list[Stage]:
     def products(size: Size, power: int) -> float:
         return size.rows * size.features**power * size.clusters * NUM_ITERATIONS
 
-    of_embeddings: list[tuple[str, Callable[[Size], Callable[[], object]], int, int]] = [
+    embedding_stages: list[tuple[str, Callable[[Size], Callable[[], object]], int, int]] = [
         ("k-means", lambda size: partial(_kmeans, size, seed), 1, 1),
         ("mixture, diag", lambda size: partial(_mixture, size, seed, "diag"), 1, 1),
         ("mixture, full", lambda size: partial(_mixture, size, seed, "full"), 2, 8),
@@ -208,7 +208,7 @@ def _stages(quick: bool, seed: int) -> list[Stage]:
                 rows(share, 50_000, 100_000, 200_000, _MAX_ROWS),
                 rows(share, 300_000)[0],
             )
-            for name, prepare, power, share in of_embeddings
+            for name, prepare, power, share in embedding_stages
         ),
         Stage(
             "silhouette",
@@ -409,11 +409,11 @@ class Plan(NamedTuple):
         files = fits[_FILES]
         per_file = files.fixed_s / _NUM_FILES + files.rate_s * 512**2
         efficiency = ASSUMED["cpu_efficiency"].value
-        of_node = ASSUMED["node_cpus"].value * efficiency
+        node_cpus = ASSUMED["node_cpus"].value * efficiency
         once = {
             "preprocess, 512 px files": self.num_slices * per_file / (cpus * efficiency),
             "find near-duplicates on one node": (
-                self.num_slices * ASSUMED["search_copies"].value / of_node
+                self.num_slices * ASSUMED["search_copies"].value / node_cpus
             ),
         }
         total = sum(once.values()) + self.num_epochs * sum(epoch.values())

@@ -165,7 +165,7 @@ def _job(head: RayHead, name: str, config: Path, *settings: str) -> subprocess.P
     paths = [str(JOBS.parent), head.environment.get("PYTHONPATH", "")]
     return subprocess.Popen(
         [*command, "--set", *settings],
-        env={**head.of_drivers, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        env={**head.driver_environment, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         text=True,

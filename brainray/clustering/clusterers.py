@@ -309,8 +309,8 @@ def _completed(
         return Clustered(sample_labels, assign, details or {}, notes)
     labels = assign(x)
     labels[sample] = sample_labels
-    said = f"fitted to a random sample of {len(sample):,} of {len(x):,} rows; others were assigned"
-    return Clustered(labels, assign, details or {}, (said, *notes))
+    note = f"fitted to a random sample of {len(sample):,} of {len(x):,} rows; others were assigned"
+    return Clustered(labels, assign, details or {}, (note, *notes))
 
 
 def _renumbered(labels: NDArray[np.integer]) -> Labels:

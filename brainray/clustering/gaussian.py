@@ -44,15 +44,15 @@ class Scratch:
 
     def __init__(self, like: Tensor) -> None:
         self._like = like
-        self._memory: dict[str, Tensor] = {}
+        self._buffers: dict[str, Tensor] = {}
 
     def __call__(self, name: str, *shape: int) -> Tensor:
         """An uninitialised contiguous buffer of this shape, with ``like``'s dtype and device."""
         size = math.prod(shape)
-        memory = self._memory.get(name)
-        if memory is None or memory.numel() < size:
-            memory = self._memory[name] = self._like.new_empty(size)
-        return memory[:size].view(shape)
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.numel() < size:
+            buffer = self._buffers[name] = self._like.new_empty(size)
+        return buffer[:size].view(shape)
 
 
 @dataclass
@@ -262,7 +262,7 @@ class _Diagonal(LogJoint):
         self.coefficients = torch.cat([slopes, -0.5 * precisions], dim=1).to(dtype)  # (K, 2 D)
 
     def __call__(self, features: Tensor, scratch: Scratch | None = None) -> Tensor:
-        place = _memory(scratch, "log joint", self.num_components, features.shape[0])
+        place = _buffer(scratch, "log joint", self.num_components, features.shape[0])
         expanded = torch.addmm(self.at_origin, self.coefficients, features.T, out=place)
         # A squared distance of 0 may be slightly negative due to rounding.
         return torch.minimum(expanded, self.at_mean, out=place).T
@@ -277,9 +277,9 @@ class _Tied(LogJoint):
 
     def __call__(self, features: Tensor, scratch: Scratch | None = None) -> Tensor:
         shape = features.shape
-        whitened = torch.mm(features, self.factors, out=_memory(scratch, "whitened", *shape))
-        squares = torch.square(whitened, out=_memory(scratch, "squares", *shape)).sum(dim=1)
-        place = _memory(scratch, "log joint", self.num_components, features.shape[0])
+        whitened = torch.mm(features, self.factors, out=_buffer(scratch, "whitened", *shape))
+        squares = torch.square(whitened, out=_buffer(scratch, "squares", *shape)).sum(dim=1)
+        place = _buffer(scratch, "log joint", self.num_components, features.shape[0])
         expanded = torch.addmm(self.at_origin, self.means, whitened.T, out=place)
         expanded = torch.sub(expanded, squares, alpha=0.5, out=place)
         return torch.minimum(expanded, self.at_mean, out=place).T
@@ -295,15 +295,15 @@ class _Full(LogJoint):
 
     def __call__(self, features: Tensor, scratch: Scratch | None = None) -> Tensor:
         # One product for all components: (B, D) @ (D, K * D).
-        place = _memory(scratch, "side by side", features.shape[0], self.factors.shape[1])
+        place = _buffer(scratch, "side by side", features.shape[0], self.factors.shape[1])
         whitened = torch.addmm(self.shift, features, self.factors, out=place)
         squares = torch.square(whitened, out=place)
         distances = squares.view(-1, self.num_components, self.num_features).sum(dim=2)
-        place = _memory(scratch, "log joint", self.num_components, features.shape[0])
+        place = _buffer(scratch, "log joint", self.num_components, features.shape[0])
         return torch.sub(self.at_mean, distances.T, alpha=0.5, out=place).T
 
 
-def _memory(scratch: Scratch | None, name: str, *shape: int) -> Tensor | None:
+def _buffer(scratch: Scratch | None, name: str, *shape: int) -> Tensor | None:
     """A scratch buffer; None without scratch memory, as exported graphs must not use `out`."""
     return None if scratch is None else scratch(name, *shape)
 

@@ -143,9 +143,9 @@ class CompiledAssignment(Assignment):
         self.sums = torch.zeros(len(parts), num_clusters, x.shape[1], dtype=torch.float64)
         self.counts = torch.zeros(len(parts), num_clusters, dtype=torch.float64)
         self.num_moved = 0
-        of_rows = (self.x, row_squares, self.labels, self.upper, self.lower)
+        row_state = (self.x, row_squares, self.labels, self.upper, self.lower)
         self.parts = [
-            [values[rows].numpy() for values in of_rows]
+            [values[rows].numpy() for values in row_state]
             + [sums.numpy() for sums in (self.sums[part], self.counts[part])]
             for part, rows in enumerate(parts)
         ]
@@ -157,9 +157,11 @@ class CompiledAssignment(Assignment):
         largest = max(self.largest_square, float(squares.max()))
         slack = np.full(1, 4 * largest * (new.shape[1] + 4) * np.finfo(new.dtype).eps, new.dtype)
         factors = np.ascontiguousarray(-2 * new.T)
-        of_centers = (factors, squares, *self._shifts(new), slack)
+        center_arguments = (factors, squares, *self._shifts(new), slack)
         move_rows = lloyd_cpu.compiled(lloyd_cpu.move_rows)
-        self.num_moved = sum(self.threads.call(move_rows, [(*p, *of_centers) for p in self.parts]))
+        self.num_moved = sum(
+            self.threads.call(move_rows, [(*p, *center_arguments) for p in self.parts])
+        )
         self.centers = new
 
     def _shifts(self, centers: lloyd_cpu.Array) -> tuple[lloyd_cpu.Array, lloyd_cpu.Array]:

@@ -65,13 +65,13 @@ def neighbour_agreement(
     into few clusters may follow another property that varies more. None if no row, or fewer fitted
     rows than `NUM_NEIGHBOURS`, have a label, or if all of these have the same.
     """
-    known, asked = fitted_labels != UNLABELLED, labels != UNLABELLED
-    num_classes = len(np.unique(fitted_labels[known]))
-    if not asked.any() or known.sum() < NUM_NEIGHBOURS or num_classes < 2:
+    is_fitted, is_query = fitted_labels != UNLABELLED, labels != UNLABELLED
+    num_classes = len(np.unique(fitted_labels[is_fitted]))
+    if not is_query.any() or is_fitted.sum() < NUM_NEIGHBOURS or num_classes < 2:
         return None
-    index = NearestNeighbors(n_neighbors=NUM_NEIGHBOURS).fit(fitted[known])
-    nearest = index.kneighbors(x[asked], return_distance=False)
-    return float(np.mean(fitted_labels[known][nearest] == labels[asked, None]))
+    index = NearestNeighbors(n_neighbors=NUM_NEIGHBOURS).fit(fitted[is_fitted])
+    nearest = index.kneighbors(x[is_query], return_distance=False)
+    return float(np.mean(fitted_labels[is_fitted][nearest] == labels[is_query, None]))
 
 
 def clustering_accuracy(

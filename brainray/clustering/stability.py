@@ -116,9 +116,11 @@ def recommend(scores: NumClustersScores, stability: Stability) -> Recommendation
     if "gap" not in choices:
         reasons.append("undecided: the gap statistic rises to the end of the range")
     silhouette = scores.silhouettes[place]
-    of_fit = "" if math.isnan(silhouette) else f"silhouette {silhouette:.3f} of a K-means fit, "
+    fit_quality = (
+        "" if math.isnan(silhouette) else f"silhouette {silhouette:.3f} of a K-means fit, "
+    )
     reasons.append(
-        f"at K = {chosen}: {of_fit}stability (ARI between samples) {mean_of[chosen]:.3f} +- "
+        f"at K = {chosen}: {fit_quality}stability (ARI between samples) {mean_of[chosen]:.3f} +- "
         f"{stability.error[place]:.3f}"
     )
     if votes[chosen] == 1:

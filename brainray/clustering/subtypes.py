@@ -48,12 +48,12 @@ def find_subtypes(
     names = np.asarray(classes)
     found = []
     for name in sorted(set(classes)):
-        of_class = names == name
-        numbers, sizes = np.unique(clusters[of_class], return_counts=True)
+        in_class = names == name
+        numbers, sizes = np.unique(clusters[in_class], return_counts=True)
         if len(numbers) < 2:
             continue
         agreements = [
-            clustering_metrics(clusters[of_class], other[of_class])["ari"] for other in others
+            clustering_metrics(clusters[in_class], other[in_class])["ari"] for other in others
         ]
         subtypes = [
             SubType(int(number), int(size), _stability(clusters == number, others))

@@ -185,8 +185,8 @@ def keep_as_best(run: Folder, epoch: int) -> None:
 def delete_other_predictions(run: Folder, epochs: Collection[int]) -> None:
     """Keep the predictions of these epochs only."""
     needed = {layout.predictions_file(epoch) for epoch in epochs}
-    for name in (run / layout.OF_EPOCHS).names():
-        if (file := f"{layout.OF_EPOCHS}/{name}") not in needed:
+    for name in (run / layout.EPOCH_PREDICTIONS).names():
+        if (file := f"{layout.EPOCH_PREDICTIONS}/{name}") not in needed:
             run.delete_file(file)
 
 

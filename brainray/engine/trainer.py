@@ -68,7 +68,7 @@ from brainray.errors import DivergenceError
 from brainray.log import log
 from brainray.models.encoder import Encoder, EncoderOutput
 from brainray.models.objective import StepSizes
-from brainray.schema import FITTED, Metrics, subset_masks, tells_of_classes
+from brainray.schema import FITTED, Metrics, has_class_support, subset_masks
 from brainray.storage import Folder
 
 _REMEDY = "lower train.learning_rate or set train.precision=fp32"
@@ -480,7 +480,7 @@ class Trainer:
         for subset, mask in subset_masks(self.test_slices).items():
             chosen = test.select(mask)
             metrics |= subset_metrics(chosen, self.classes, subset)
-            if len(self.classes) <= _MAX_CONFUSED and tells_of_classes(
+            if len(self.classes) <= _MAX_CONFUSED and has_class_support(
                 chosen.labels.tolist(), subset
             ):
                 metrics |= confusion_metrics(chosen, self.classes, f"test/{subset}")

@@ -37,7 +37,7 @@ class Mixup:
     ) -> dict[str, Tensor]:
         """Loss terms for mixed slices; terms of all objectives are linear in the mixed targets."""
         own = objective.loss(outputs, targets)
-        of_partners = objective.loss(
+        partner_terms = objective.loss(
             outputs, targets._replace(labels=targets.labels[self.partners])
         )
-        return {name: torch.lerp(of_partners[name], own[name], self.share) for name in own}
+        return {name: torch.lerp(partner_terms[name], own[name], self.share) for name in own}

@@ -47,5 +47,5 @@ class Objective(Protocol):
         ...
 
     def loss(self, outputs: StepOutputs, targets: StepTargets) -> dict[str, Tensor]:
-        """Scalar terms of a step. Without unlabelled slices, terms of theirs are 0."""
+        """Scalar terms of a step. Without unlabelled slices, their terms are 0."""
         ...

@@ -204,14 +204,16 @@ def _entropy_terms(num_pooled: int) -> NDArray[np.float32]:
     return (-shares * np.log(shares)).astype(np.float32)
 
 
-_OF_LABEL, _OF_BIN, _OF_BOTH = (_entropy_terms(n) for n in (_NUM_BINS, NUM_LABELS, 1))
+_LABEL_ENTROPY_TERMS, _BIN_ENTROPY_TERMS, _JOINT_ENTROPY_TERMS = (
+    _entropy_terms(n) for n in (_NUM_BINS, NUM_LABELS, 1)
+)
 
 
 def _mutual_information(counts: NDArray[np.intp]) -> NDArray[np.float32]:
     """Mutual information (...), in nats, of cell counts (..., labels, bins)."""
-    of_label = _OF_LABEL[counts.sum(axis=-1)].sum(axis=-1)
-    of_bin = _OF_BIN[counts.sum(axis=-2)].sum(axis=-1)
-    return np.asarray(of_label + of_bin - _OF_BOTH[counts].sum(axis=(-2, -1)))
+    label_entropy = _LABEL_ENTROPY_TERMS[counts.sum(axis=-1)].sum(axis=-1)
+    bin_entropy = _BIN_ENTROPY_TERMS[counts.sum(axis=-2)].sum(axis=-1)
+    return np.asarray(label_entropy + bin_entropy - _JOINT_ENTROPY_TERMS[counts].sum(axis=(-2, -1)))
 
 
 def _departure(poses: Poses) -> NDArray[np.float32]:

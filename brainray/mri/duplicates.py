@@ -79,7 +79,7 @@ class DuplicatePairs:
     def __len__(self) -> int:
         return len(self.first)
 
-    def of_kind(self, *kinds: int) -> "DuplicatePairs":
+    def filter_by_kind(self, *kinds: int) -> "DuplicatePairs":
         """The links of these kinds."""
         keep = np.isin(self.kind, kinds)
         return DuplicatePairs(
@@ -148,8 +148,8 @@ def near_duplicate_pairs(
     firsts, position = distinct_rows(fingerprints)
     distinct = SelectedRows(fingerprints, firsts)
     volumes = None if not_together is None else _codes(not_together)
-    of_distinct = None if volumes is None else volumes[firsts]
-    candidates = _candidates(distinct, distinct, settings, of_distinct)
+    distinct_volumes = None if volumes is None else volumes[firsts]
+    candidates = _candidates(distinct, distinct, settings, distinct_volumes)
     first, second, kind, similarity = _accepted(
         distinct, distinct, candidates, settings, on_compared
     )

@@ -112,13 +112,13 @@ def intracranial_mask(image: NDArray[np.uint8]) -> IntracranialMask:
 
 def _likely_brain(head: Head, bins: Plane) -> NDArray[np.bool_]:
     """Initial brain mask (H, W), at the head's working size."""
-    of_atlas = brain_atlas().brain_probability(head) > 0.5
+    atlas_mask = brain_atlas().brain_probability(head) > 0.5
     if _ellipticity(head.mask) < _ELLIPTIC:
-        return of_atlas
+        return atlas_mask
     rings = [head.depth > depth for depth in _RING_DEPTHS]
     gains = [_information(head, bins, ring)[0] for ring in rings]
-    better = max(gains) > _information(head, bins, of_atlas)[0] + _RING_LEAD
-    return rings[int(np.argmax(gains))] if better else of_atlas
+    better = max(gains) > _information(head, bins, atlas_mask)[0] + _RING_LEAD
+    return rings[int(np.argmax(gains))] if better else atlas_mask
 
 
 def _ellipticity(mask: NDArray[np.uint8]) -> float:
@@ -211,9 +211,9 @@ def _information(head: Head, bins: Plane, inside: NDArray[np.bool_]) -> tuple[fl
     greys = bins[in_head].astype(np.intp)
     counts = np.bincount(2 * greys + inside[in_head], minlength=2 * (greys.max() + 1))
     shares = (counts.reshape(-1, 2) + 0.1) / (counts + 0.1).sum()
-    of_side = _entropy(shares.sum(axis=0))
-    information = of_side + _entropy(shares.sum(axis=1)) - _entropy(shares)
-    return information, information / of_side
+    side_entropy = _entropy(shares.sum(axis=0))
+    information = side_entropy + _entropy(shares.sum(axis=1)) - _entropy(shares)
+    return information, information / side_entropy
 
 
 def _entropy(shares: NDArray[np.float64]) -> float:

@@ -31,7 +31,7 @@ class Fingerprints:
     elsewhere: NDArray[np.bool_]  # whether they are from another collection than the run's own
 
     @classmethod
-    def of(cls, table: pa.Table, thumbnails: Rows | None = None) -> "Fingerprints":
+    def from_table(cls, table: pa.Table, thumbnails: Rows | None = None) -> "Fingerprints":
         """From rows with ``sample_id`` and, if known, subjects and ``elsewhere``.
 
         Thumbnails are read from the table unless given separately.
@@ -39,8 +39,8 @@ class Fingerprints:
         subjects: list[str | None] = [None] * table.num_rows
         sources = subjects
         if "subject_source" in table.column_names:
-            told = table["subject_source"].to_pylist()
-            sources = [source if source in NAMED else None for source in told]
+            stored_sources = table["subject_source"].to_pylist()
+            sources = [source if source in NAMED else None for source in stored_sources]
             subjects = [
                 None if source is None else subject
                 for subject, source in zip(table["subject_id"].to_pylist(), sources, strict=True)
@@ -63,7 +63,9 @@ class Exposure:
     twin_similarity: NDArray[np.float32]  # (Q,)
     mate: NDArray[np.int64]  # (Q,) a slice of the same subject, given or estimated
     mate_similarity: NDArray[np.float32]  # (Q,) 1 if the subject is given
-    is_mate_known: NDArray[np.bool_]  # (Q,) false if neither names nor an estimate tell of mates
+    is_mate_known: NDArray[
+        np.bool_
+    ]  # (Q,) false if neither names nor an estimate can identify them
 
     @property
     def clean(self) -> NDArray[np.bool_]:

@@ -77,8 +77,8 @@ def draw_roles(
     groups: Sequence[str],
     generations: Sequence[int] | None = None,
     *,
-    kin: Sequence[str] | None = None,
-    leave_out_kin: bool = False,
+    related_groups: Sequence[str] | None = None,
+    leave_out_related: bool = False,
     labelled_fraction: float,
     validation_fraction: float,
     seed: int,
@@ -86,23 +86,24 @@ def draw_roles(
     """Role of each training slice: labelled, validation (also labelled) or unlabelled.
 
     Per class, ``labelled_fraction`` of its slices is drawn in the hash order of their groups, at
-    least two groups. Every n-th kin of that order, from the second on, is validation, where n is
-    the rounded inverse of ``validation_fraction``. Whether a group is used for validation does not
-    depend on ``labelled_fraction``, so the labelled and the validation sets are each nested. In a
-    drawn group, slices without a label stay unlabelled; in a validation group, whose slices must
-    not be fitted, they are left out. (A warm-up reads no labels and sees every slice.)
+    least two groups. Every n-th related group of that order, from the second on, is validation,
+    where n is the rounded inverse of ``validation_fraction``. Whether a group is used for
+    validation does not depend on ``labelled_fraction``, so the labelled and the validation sets are
+    each nested. In a drawn group, slices without a label stay unlabelled; in a validation group,
+    whose slices must not be fitted, they are left out. (A warm-up reads no labels and sees every
+    slice.)
 
     Args:
         labels: of each slice; None if unknown.
         groups: of each slice, drawn as a whole.
-        kin: of each slice; groups of the same kin are never split between labelled and validation.
-            By default each group is its own kin.
-        leave_out_kin: also leave out slices that share the kin of validation slices and are not
-            drawn.
+        related_groups: of each slice, wider than ``groups``; never split between labelled and
+            validation. By default each group is only related to itself.
+        leave_out_related: also leave out slices that share the related group of validation slices
+            and are not drawn.
         generations: the preprocessing run in which each slice was added. Each generation is drawn
             from separately, so that a later one does not change the roles of an earlier one.
         labelled_fraction: of the labelled slices.
-        validation_fraction: of the drawn kin.
+        validation_fraction: of the drawn related groups.
         seed: of the hash order.
 
     Raises:
@@ -114,11 +115,13 @@ def draw_roles(
     by_class.pop(None, None)
     if not by_class:
         raise DataError("no labelled training slice: provide class folders or a labels table")
-    kin = groups if kin is None else kin
-    validates = _kin_that_validate(by_class, kin, _validation_stride(validation_fraction))
+    related_groups = groups if related_groups is None else related_groups
+    validates = _related_groups_that_validate(
+        by_class, related_groups, _validation_stride(validation_fraction)
+    )
     for name, members in by_class.items():
-        kin_of = [kin[group.slices[0]] for group in members]
-        if len(set(kin_of)) < 2:
+        related_of_members = [related_groups[group.slices[0]] for group in members]
+        if len(set(related_of_members)) < 2:
             raise DataError(
                 f"class {name!r} has {list(labels).count(name)} labelled training slice(s), all of "
                 "one subject or group of copies, but training and validation need one each (slices "
@@ -126,9 +129,9 @@ def draw_roles(
                 "source calls it, in a store of another name with classes.map.CLASS=null"
             )
         # One for training and one for validation, however small the fraction.
-        uses = [validates[own] for own in kin_of]
+        uses = [validates[own] for own in related_of_members]
         always = {uses.index(use) for use in (False, True) if use in uses}
-        for position, (group, own) in enumerate(zip(members, kin_of, strict=True)):
+        for position, (group, own) in enumerate(zip(members, related_of_members, strict=True)):
             if group.place >= labelled_fraction and position not in always:
                 continue
             role = VALIDATION if validates[own] else LABELLED
@@ -136,9 +139,11 @@ def draw_roles(
             for index in group.slices:
                 roles[index] = without_label if labels[index] is None else role
     _check_every_class(labels, roles)
-    if leave_out_kin:
-        validated = {own for own, role in zip(kin, roles, strict=True) if role == VALIDATION}
-        for index, own in enumerate(kin):
+    if leave_out_related:
+        validated = {
+            own for own, role in zip(related_groups, roles, strict=True) if role == VALIDATION
+        }
+        for index, own in enumerate(related_groups):
             if own in validated and roles[index] == UNLABELLED_ROLE:
                 roles[index] = LEFT_OUT
     return roles
@@ -159,19 +164,19 @@ def inherited_labels(
     subjects: Sequence[str | None],
     roles: Sequence[str],
     labels: Sequence[str | None],
-    kin: Sequence[str],
+    related_groups: Sequence[str],
 ) -> list[str | None]:
     """The most frequent label of its subject for each unlabelled slice, else None.
 
     Only slices whose role is labelled count, not those of the validation set. If two classes are
-    equally frequent, no label is inherited. Nor is one by the kin of a validation slice: learning
-    the label of its mirrored or rotated copy would be learning its own.
+    equally frequent, no label is inherited. Nor is one by slices related to a validation slice:
+    learning the label of its mirrored or rotated copy would be learning its own.
 
     Args:
         subjects: of each training slice, given or estimated; None if unknown.
         roles: as returned by `draw_roles`.
         labels: None if unknown or not to be read.
-        kin: as for `draw_roles`, such as copies in any orientation.
+        related_groups: as for `draw_roles`, such as copies in any orientation.
     """
     known: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for subject, role, label in zip(subjects, roles, labels, strict=True):
@@ -182,12 +187,12 @@ def inherited_labels(
         first, *others = counts.most_common(2)
         if not others or first[1] > others[0][1]:
             names[subject] = first[0]
-    validated = {own for own, role in zip(kin, roles, strict=True) if role == VALIDATION}
+    validated = {own for own, role in zip(related_groups, roles, strict=True) if role == VALIDATION}
     return [
         names.get(subject)
         if subject is not None and role == UNLABELLED_ROLE and own not in validated
         else None
-        for subject, role, own in zip(subjects, roles, kin, strict=True)
+        for subject, role, own in zip(subjects, roles, related_groups, strict=True)
     ]
 
 
@@ -203,10 +208,10 @@ def subject_weights(labels: Sequence[str], subjects: Sequence[str | None]) -> ND
         (label, index if subject is None else subject)
         for index, (label, subject) in enumerate(zip(labels, subjects, strict=True))
     ]
-    num_slices, of_class = Counter(own), Counter(labels)
+    num_slices, class_sizes = Counter(own), Counter(labels)
     num_subjects = Counter(label for label, _ in num_slices)
     return np.array(
-        [of_class[key[0]] / (num_subjects[key[0]] * num_slices[key]) for key in own], np.float64
+        [class_sizes[key[0]] / (num_subjects[key[0]] * num_slices[key]) for key in own], np.float64
     )
 
 
@@ -240,23 +245,25 @@ def check_validation_share(fraction: float) -> None:
         )
 
 
-def _kin_that_validate(
-    by_class: dict[str | None, list[_Group]], kin: Sequence[str], stride: int
+def _related_groups_that_validate(
+    by_class: dict[str | None, list[_Group]], related_groups: Sequence[str], stride: int
 ) -> dict[str, bool]:
-    """Whether each kin is used for validation: every ``stride``-th of its class, from the second.
+    """Whether each related group is used for validation: every ``stride``-th of its class.
 
-    Kin of several classes count for the class in which they first appeared, so that neither the
-    fraction drawn nor later slices change their role.
+    The first to be used is the second. Groups of several classes count for the class in which they
+    first appeared, so that neither the fraction drawn nor later slices change their role.
     """
     home: dict[str, tuple[int, str]] = {}
     for name, members in by_class.items():
         for group in members:
-            own, here = kin[group.slices[0]], (group.generation, str(name))
+            own, here = related_groups[group.slices[0]], (group.generation, str(name))
             home[own] = min(home.get(own, here), here)
     return {
         own: place % stride == 1
         for name, members in by_class.items()
-        for place, own in enumerate(dict.fromkeys(kin[group.slices[0]] for group in members))
+        for place, own in enumerate(
+            dict.fromkeys(related_groups[group.slices[0]] for group in members)
+        )
         if home[own][1] == str(name)
     }
 
@@ -277,31 +284,33 @@ def _groups_by_class(
     slice). Slices that join later get the role of the group, but affect neither its class nor its
     size in the order, as this would move other groups.
     """
-    born = [0] * len(labels) if generations is None else generations
+    slice_generations = [0] * len(labels) if generations is None else generations
     members: dict[str, list[int]] = defaultdict(list)
     for index, group in enumerate(groups):
         members[group].append(index)
-    arrived: dict[int, Counter[str]] = {generation: Counter() for generation in sorted(set(born))}
-    for label, generation in zip(labels, born, strict=True):
+    arrived: dict[int, Counter[str]] = {
+        generation: Counter() for generation in sorted(set(slice_generations))
+    }
+    for label, generation in zip(labels, slice_generations, strict=True):
         if label is not None:
             arrived[generation][label] += 1
     frequency = dict(zip(arrived, accumulate(arrived.values()), strict=True))  # up to each
     founded: dict[str, int] = {}
     for group, indices in members.items():
         counted = [i for i in indices if labels[i] is not None] if purpose == "labels" else []
-        founded[group] = min(born[i] for i in counted or indices)
+        founded[group] = min(slice_generations[i] for i in counted or indices)
     ordered: dict[str | None, dict[int, list[_Unplaced]]] = defaultdict(lambda: defaultdict(list))
     for group in sorted(members, key=lambda name: (founded[name], _hash(purpose, seed, name))):
         generation = founded[group]
-        founders = [i for i in members[group] if born[i] <= generation]
+        founders = [i for i in members[group] if slice_generations[i] <= generation]
         names = {label for i in founders if (label := labels[i]) is not None}
         label = min(names, key=lambda name: (frequency[generation][name], name), default=None)
         ordered[label][generation].append(_Unplaced(members[group], len(founders)))
     return {
         label: [
             group
-            for generation, of_generation in by_generation.items()
-            for group in _placed(of_generation, generation, _turn(purpose, seed, generation))
+            for generation, unplaced in by_generation.items()
+            for group in _placed(unplaced, generation, _turn(purpose, seed, generation))
         ]
         for label, by_generation in ordered.items()
     }

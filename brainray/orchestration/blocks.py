@@ -20,16 +20,16 @@ def arrow_blocks(dataset: ray.data.Dataset) -> Iterator[pa.Table]:
 
 
 def with_progress(
-    dataset: ray.data.Dataset, total: int, verb: str, *, of_store: bool = False
+    dataset: ray.data.Dataset, total: int, verb: str, *, counts_slices: bool = False
 ) -> Iterator[pa.Table]:
     """The dataset's blocks as they come, with a progress line every ten seconds.
 
-    Counts files (all rows of a ``path`` are in one block), or slices with ``of_store``.
+    Counts files (all rows of a ``path`` are in one block), or slices with ``counts_slices``.
     """
-    progress = ProgressLines(verb, "slices" if of_store else "files")
+    progress = ProgressLines(verb, "slices" if counts_slices else "files")
     done = 0
     for batch in arrow_blocks(dataset):
-        done += batch.num_rows if of_store else pc.count_distinct(batch["path"]).as_py()
+        done += batch.num_rows if counts_slices else pc.count_distinct(batch["path"]).as_py()
         progress.tell(done, total)
         yield batch
 

@@ -18,7 +18,7 @@ from brainray.config import Config
 from brainray.config_text import described_keys, load_config
 from brainray.errors import BrainrayError, ConfigError, gpu_problem
 from brainray.log import log
-from brainray.orchestration.places import check_is_shared, check_places, resolve_paths
+from brainray.orchestration.paths import check_is_shared, check_paths, resolve_paths
 from brainray.orchestration.ray_connection import attach_to_ray
 from brainray.orchestration.signals import end_in_order_on_sigterm
 from brainray.redaction import redacted
@@ -66,7 +66,7 @@ def run_job(
             others by hand logs a note.
         argv: arguments; by default those of the process.
         needs: keys of ``keys`` that must have a value.
-        check: refuses what the job can refuse before Ray, which takes seconds to start.
+        check: raises errors that can be found before Ray is started, which takes seconds.
         uses_ray: whether the job joins or starts a Ray cluster.
     """
     parser = _parser(name, description, keys, needs)
@@ -81,7 +81,7 @@ def run_job(
         for key in unread_keys(overrides, keys):
             log(f"note: jobs/{name}.py does not read {key}; --help lists what it reads")
         _check_given(config, keys, needs)
-        check_places(config, keys)
+        check_paths(config, keys)
         if check is not None:
             check(config)
         if uses_ray:

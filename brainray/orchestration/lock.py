@@ -48,18 +48,18 @@ class Claim:
     beat: int = 0
 
     @classmethod
-    def of_this_process(cls) -> "Claim":
+    def for_this_process(cls) -> "Claim":
         pid = os.getpid()
-        return cls(uuid.uuid4().hex, socket.gethostname(), pid, _place(), _born(pid) or "")
+        return cls(uuid.uuid4().hex, socket.gethostname(), pid, _place(), _process_start(pid) or "")
 
     def is_alive_here(self) -> bool | None:
         """From this machine's process table; None if the holder may be on another machine."""
         if not self.place or self.place != _place():
             return None
-        born = _born(self.pid)
-        if born is None and _is_hidden(self.pid):
+        start = _process_start(self.pid)
+        if start is None and _is_hidden(self.pid):
             return None
-        return born == self.born
+        return start == self.born
 
 
 @contextmanager
@@ -109,7 +109,7 @@ class _Lock:
         self._file = _file_of(kind, name)
         self._what = f"{kind}/{name}"
         self._pace = pace
-        self._mine = Claim.of_this_process()
+        self._mine = Claim.for_this_process()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._keep, daemon=True)
 
@@ -123,11 +123,11 @@ class _Lock:
 
     def acquire_in_turn(self) -> None:
         """Acquire as soon as no live job holds the lock; logs each message once while waiting."""
-        said: set[str] = set()
+        logged: set[str] = set()
 
         def say_once(text: str) -> None:
-            if text not in said:
-                said.add(text)
+            if text not in logged:
+                logged.add(text)
                 log(text)
 
         while True:
@@ -275,7 +275,7 @@ def _is_hidden(pid: int) -> bool:
     return False
 
 
-def _born(pid: int) -> str | None:
+def _process_start(pid: int) -> str | None:
     """Start of a process in ticks since boot, independent of clocks; None if it is dead."""
     try:
         # The name before the last bracket may contain anything.

@@ -53,7 +53,7 @@ class RayHead:
     log: Path
 
     @property
-    def of_drivers(self) -> dict[str, str]:
+    def driver_environment(self) -> dict[str, str]:
         """Environment of a process that runs a job on this head without submission."""
         return {**self.environment, "RAY_ADDRESS": self.address}
 

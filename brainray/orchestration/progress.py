@@ -24,7 +24,7 @@ class Watcher(ABC):
     """
 
     def __init__(self) -> None:
-        self._said = ""
+        self._last_problem = ""
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -37,22 +37,22 @@ class Watcher(ABC):
         self._thread.join()
 
     @abstractmethod
-    def look(self) -> None:
+    def poll(self) -> None:
         """Handle what is new since the last call."""
 
     def _watch(self) -> None:
         while not self._stopped.wait(POLL_S):
-            self._look()
-        self._look()
+            self._poll_safely()
+        self._poll_safely()
 
-    def _look(self) -> None:
+    def _poll_safely(self) -> None:
         try:
-            self.look()
+            self.poll()
         except Exception as error:  # must not stop the training
             problem = f"progress is temporarily unavailable: {type(error).__name__}: {error}"
-            if problem != self._said:
+            if problem != self._last_problem:
                 log(problem)
-            self._said = problem
+            self._last_problem = problem
 
 
 class Follower(Watcher):
@@ -65,7 +65,7 @@ class Follower(Watcher):
         self._tracker = tracker
         self._num_seen = len(run.folder.read_json_lines(layout.METRICS))
 
-    def look(self) -> None:
+    def poll(self) -> None:
         history = self._run.folder.read_json_lines(layout.METRICS)
         for metrics in history[self._num_seen :]:
             log(self._line(metrics))
@@ -102,7 +102,7 @@ class PretrainingFollower(Watcher):
         if history:
             log(f"resuming after {_name(history[-1])}")
 
-    def look(self) -> None:
+    def poll(self) -> None:
         history = self._folder.read_json_lines(layout.METRICS)
         if len(history) < self._num_seen:
             log(f"restarted after {_name(history[-1])}" if history else "restarted")

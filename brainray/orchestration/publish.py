@@ -110,13 +110,15 @@ def publish(config: Config, run: Run) -> LenientTracker:
 def config_to_track(config: Config, run: Run) -> Config:
     """The run's saved config, with the storage and tracking settings given now."""
     saved = run.saved_config()
-    said = config.tracking.model_dump(exclude_unset=True)
-    was = _where_it_was_sent(run)
-    tracking = saved.tracking.model_copy(update=({} if was is None else {"uri": was}) | said)
+    requested = config.tracking.model_dump(exclude_unset=True)
+    previous_uri = _previous_uri(run)
+    tracking = saved.tracking.model_copy(
+        update=({} if previous_uri is None else {"uri": previous_uri}) | requested
+    )
     return saved.model_copy(update={"tracking": tracking, "storage": config.storage})
 
 
-def _where_it_was_sent(run: Run) -> str | None:
+def _previous_uri(run: Run) -> str | None:
     """The URI used by training, which may have come from an environment variable; None if it is a
     database that no longer exists, for example because storage has moved.
     """

@@ -52,9 +52,9 @@ def _resources() -> str:
 
     offered = ray.cluster_resources()
     counts = [(offered.get("CPU", 0), "CPU"), (offered.get("GPU", 0), "GPU")]
-    told = ", ".join(f"{n:g} {kind}{'s' * (n != 1)}" for n, kind in counts if n)
+    summary = ", ".join(f"{n:g} {kind}{'s' * (n != 1)}" for n, kind in counts if n)
     num_nodes = sum(node["Alive"] for node in ray.nodes())
-    return f"{told or 'no CPUs'} on {num_nodes} node{'s' * (num_nodes != 1)}"
+    return f"{summary or 'no CPUs'} on {num_nodes} node{'s' * (num_nodes != 1)}"
 
 
 def _check_address(address: str) -> None:

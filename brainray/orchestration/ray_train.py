@@ -130,9 +130,9 @@ def train_on_workers(
         train_loop_config=settings,
         torch_config=TorchConfig(timeout_s=config.collective_timeout_s),
         scaling_config=scaling(
-            num_workers=workers.asked_for,
+            num_workers=workers.num_workers_or_range,
             use_gpu=workers.use_gpu,
-            resources_per_worker=workers.of_worker,
+            resources_per_worker=workers.resources_per_worker,
             elastic_resize_monitor_interval_s=_RESIZE_INTERVAL_S,
         ),
         run_config=RunConfig(  # type: ignore[call-arg]  # its types are those of V1

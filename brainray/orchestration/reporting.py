@@ -72,10 +72,10 @@ def report(config: Config) -> Report:
     if not run.is_complete:
         raise CheckpointError(unfinished(Folder(config.storage), run))
     saved = run.saved_config()
-    asked = config.evaluation.model_dump(exclude_unset=True)
-    evaluation = saved.evaluation.model_copy(update=asked)
+    requested = config.evaluation.model_dump(exclude_unset=True)
+    evaluation = saved.evaluation.model_copy(update=requested)
     merged = saved.model_copy(update={"storage": config.storage, "evaluation": evaluation})
-    evaluation = without_lost_runs(merged, asked, run.record.data_hash)
+    evaluation = without_lost_runs(merged, requested, run.record.data_hash)
     merged = merged.model_copy(update={"evaluation": evaluation})
     try:
         store = _store_with_test_slices(merged, run)
@@ -83,7 +83,7 @@ def report(config: Config) -> Report:
         log(f"no activation maps: {error}")
         store = None
     summary = without_comparison(run.folder.read_json(layout.SUMMARY))
-    for name in (asked.get("control"), *asked.get("siblings", ())):
+    for name in (requested.get("control"), *requested.get("siblings", ())):
         if name is not None and not (other := open_run(Folder(config.storage), name)).is_complete:
             raise CheckpointError(unfinished(Folder(config.storage), other))
     control = comparable_control(merged, run)
@@ -121,9 +121,11 @@ def _store_with_test_slices(config: Config, run: Run) -> ImageStore:
     return store
 
 
-def without_lost_runs(config: Config, asked: Container[str], data_hash: str) -> EvaluationConfig:
+def without_lost_runs(
+    config: Config, requested: Container[str], data_hash: str
+) -> EvaluationConfig:
     """Evaluation settings without compared runs that were set for training, and no longer exist or
-    cannot be compared; names in ``asked``, set now, stay.
+    cannot be compared; names in ``requested``, set now, stay.
     """
 
     def is_there(find: Callable[[], Run]) -> bool:
@@ -137,10 +139,10 @@ def without_lost_runs(config: Config, asked: Container[str], data_hash: str) -> 
         return True
 
     evaluation = config.evaluation
-    has_control = "control" not in asked and evaluation.control is not None
+    has_control = "control" not in requested and evaluation.control is not None
     if has_control and not is_there(partial(_control, config, data_hash)):
         evaluation = evaluation.model_copy(update={"control": None})
-    if "siblings" not in asked:
+    if "siblings" not in requested:
         siblings = tuple(
             name
             for name in evaluation.siblings

@@ -46,7 +46,7 @@ class WorkerResources:
     """Minimum number of workers if it may change; 0 if it is fixed."""
 
     @property
-    def asked_for(self) -> int | tuple[int, int]:
+    def num_workers_or_range(self) -> int | tuple[int, int]:
         """Number of workers, or the minimum and the maximum, for Ray Train."""
         return (self.min_workers, self.num_workers) if self.min_workers else self.num_workers
 
@@ -55,7 +55,7 @@ class WorkerResources:
         return self.gpus_per_worker > 0
 
     @property
-    def of_worker(self) -> dict[str, float]:
+    def resources_per_worker(self) -> dict[str, float]:
         """Resources that Ray reserves for each worker."""
         cpus = {"CPU": float(self.cpus_per_worker)}
         return cpus | ({"GPU": self.gpus_per_worker} if self.use_gpu else {})
@@ -169,10 +169,12 @@ def _use_gpus(config: TrainConfig, num_gpus: int) -> bool:
 def _share_of_cpus(nodes: Sequence[NodeResources], num_workers: int, gpus: float) -> int:
     """The most CPUs per worker with which all workers fit; 0 if they do not fit.
 
-    On a node with GPUs, not more than what is left to each worker if all its GPUs have workers.
+    On a node with GPUs, at most an equal share if all its GPUs have workers.
     """
-    places = [int(node["GPU"]) * int(1 / gpus) if gpus else 1 for node in nodes]
-    shares = [int(node.get("CPU", 0)) // of for node, of in zip(nodes, places, strict=True)]
+    max_workers = [int(node["GPU"]) * int(1 / gpus) if gpus else 1 for node in nodes]
+    shares = [
+        int(node.get("CPU", 0)) // count for node, count in zip(nodes, max_workers, strict=True)
+    ]
     most = max(shares, default=0)
     return next(
         (

@@ -41,7 +41,7 @@ _FREE_KEYS = {
 }
 """Keys of these sections that may differ nevertheless."""
 
-_OF_DRAW = {"labelled_fraction", "validation_fraction", "validation", "seed"}
+_DRAW_SETTINGS = {"labelled_fraction", "validation_fraction", "validation", "seed"}
 
 
 class RunRecord(Record):
@@ -182,10 +182,10 @@ def check_new_or_same(config: Config) -> None:
 
 def check_same_draw(split: SplitConfig, other: Run, purpose: str) -> None:
     """Raises ConfigError if another run on the same data trains or validates on other labels."""
-    asked = split.model_dump(mode="json", include=_OF_DRAW)
+    own = split.model_dump(mode="json", include=_DRAW_SETTINGS)
     defaults = SplitConfig().model_dump(mode="json")
-    theirs = {key: (defaults | other.record.settings["split"])[key] for key in _OF_DRAW}
-    difference = differing_settings(theirs, asked, "split.")
+    theirs = {key: (defaults | other.record.settings["split"])[key] for key in _DRAW_SETTINGS}
+    difference = differing_settings(theirs, own, "split.")
     if difference:
         raise ConfigError(
             f"{purpose}: its run {other.folder.name} was trained on other labels ({difference}); "
@@ -215,11 +215,11 @@ def groups_of_test_slices(run: Folder) -> dict[str, str]:
 
     Empty for a checkpoint alone.
     """
-    told = ["sample_id", "split_group_id"]
+    columns = ["sample_id", "split_group_id"]
     if not run.exists(layout.TEST_SLICES):
         return {}
-    rows = run.read_table(layout.TEST_SLICES, told)
-    ids, groups = (rows[name].to_pylist() for name in told)
+    rows = run.read_table(layout.TEST_SLICES, columns)
+    ids, groups = (rows[name].to_pylist() for name in columns)
     return dict(zip(ids, groups, strict=True))
 
 

@@ -44,13 +44,15 @@ def seen_by_weights(weights: str, storage: Folder) -> pa.Table | None:
     if weights in WEIGHTS_OF_NO_SLICE:
         return None
     if weights.startswith(_RUN_PREFIX):
-        places = [storage / layout.RUNS / weights.removeprefix(_RUN_PREFIX)]
+        folders = [storage / layout.RUNS / weights.removeprefix(_RUN_PREFIX)]
     else:
         given = Path(weights).absolute()  # which may be a link, or may link into a cache
-        places = [Folder(place) for path in (given, given.resolve()) for place in path.parents[:2]]
-    for place in places:
-        if place.exists(layout.SEEN):
-            return pa.concat_tables(_records(place))
+        folders = [
+            Folder(folder) for path in (given, given.resolve()) for folder in path.parents[:2]
+        ]
+    for folder in folders:
+        if folder.exists(layout.SEEN):
+            return pa.concat_tables(_records(folder))
     return None
 
 
@@ -73,11 +75,11 @@ def training_slices(store: ImageStore) -> pa.Table:
     """``SEEN`` rows of a store's training slices, as seen by training without labels."""
     index = store.index(thumbnails=True)
     train = index.filter(pc.equal(index["split"], TRAIN))
-    told = {
+    filled = {
         "role": pa.array([UNLABELLED_ROLE] * train.num_rows, pa.string()),
         "label": pa.nulls(train.num_rows, pa.string()),
     }
-    columns = [told[name] if name in told else train[name] for name in SEEN.names]
+    columns = [filled[name] if name in filled else train[name] for name in SEEN.names]
     return pa.table(columns, schema=SEEN)
 
 
@@ -96,10 +98,10 @@ def check_validation_is_new(
     validation = seen.filter(pc.equal(seen["role"], VALIDATION))
     ids, learned_ids = validation["sample_id"], learned["sample_id"].combine_chunks()
     is_same = np.asarray(pc.is_in(ids, learned_ids).to_numpy(), dtype=np.bool_)
-    looks, learned_looks = (
+    fingerprints, learned_fingerprints = (
         thumbnail_matrix(table["thumbnail"].to_pylist()) for table in (validation, learned)
     )
-    twins = find_twins(looks, learned_looks, preprocess.near_duplicate)
+    twins = find_twins(fingerprints, learned_fingerprints, preprocess.near_duplicate)
     num_learned = int((is_same | (twins.reference >= 0)).sum())
     if num_learned:
         raise ConfigError(

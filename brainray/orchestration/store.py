@@ -167,11 +167,11 @@ def check_sides(config: Config) -> None:
             )
 
 
-def _difference(asked: BaseModel, made: dict[str, Any], prefix: str) -> str:
+def _difference(config: BaseModel, made: dict[str, Any], prefix: str) -> str:
     """Settings of the config that differ from those the store was made with."""
-    told = asked.model_dump(mode="json", exclude_unset=True, include=set(made))
-    made = {key: made[key] for key in told}
-    return differing_settings(made, with_defaults(told, made), prefix)  # also within sections
+    requested = config.model_dump(mode="json", exclude_unset=True, include=set(made))
+    made = {key: made[key] for key in requested}
+    return differing_settings(made, with_defaults(requested, made), prefix)  # also within sections
 
 
 def count_by_split_and_class(index: pa.Table) -> dict[str, dict[str, int]]:

@@ -40,8 +40,8 @@ def with_interval(metrics: Metrics, name: str) -> str:
 
 def difference(metrics: Metrics, name: str) -> str:
     """For example ``+0.016 [+0.002, +0.029]``; without the interval if it is missing."""
-    told = [metrics.get(key) for key in (name, f"{name}_low", f"{name}_high")]
-    value, low, high = (MISSING if value is None else f"{value:+.3f}" for value in told)
+    values = [metrics.get(key) for key in (name, f"{name}_low", f"{name}_high")]
+    value, low, high = (MISSING if value is None else f"{value:+.3f}" for value in values)
     return value if MISSING in (low, high) else f"{value} [{low}, {high}]"
 
 

@@ -8,14 +8,14 @@ from brainray import layout
 from brainray.report.cells import PREDICTOR_TITLES
 from brainray.report.figures import Confusion, confusion_counts, confusion_matrices
 from brainray.report.style import png_bytes
-from brainray.schema import PREDICTED_BY, subset_masks, tells_of_classes
+from brainray.schema import PREDICTED_BY, has_class_support, subset_masks
 from brainray.storage import Folder
 
 
 def draw_evaluation_figures(folder: Folder, predictions: pa.Table, classes: list[str]) -> None:
     """Write ``figures/confusion_all.png`` and, if known, ``_clean`` and ``_strict``.
 
-    ``_strict`` is left out if a class has too few strict slices; all are without a label.
+    ``_strict`` is left out if a class has too few strict slices, and all if no slice has a label.
 
     Args:
         folder: of the evaluation or the run.
@@ -28,7 +28,7 @@ def draw_evaluation_figures(folder: Folder, predictions: pa.Table, classes: list
     labelled = predictions.filter(pc.is_valid(predictions["label"]))
     for subset, mask in subset_masks(labelled).items():
         rows = labelled.filter(pa.array(mask))
-        if rows.num_rows and tells_of_classes(rows["label"].to_pylist(), subset):
+        if rows.num_rows and has_class_support(rows["label"].to_pylist(), subset):
             panels = [_confusion(rows, predictor, classes) for predictor in PREDICTED_BY]
             title = f"Confusion matrices, test slices: {subset} ({rows.num_rows:,})"
             figure = confusion_matrices(panels, classes, title)

@@ -38,8 +38,8 @@ def run_maps(run: Folder, evaluation: EvaluationConfig, chosen_epoch: int) -> li
     }
     if not tables:
         return []
-    of_all = tables.get(chosen_epoch, next(iter(tables.values())))
-    keys = _keys(shown(of_all, evaluation.tsne_max_slices))
+    chosen_table = tables.get(chosen_epoch, next(iter(tables.values())))
+    keys = _keys(shown(chosen_table, evaluation.tsne_max_slices))
     chosen = {}
     for epoch, table in tables.items():
         place = {key: row for row, key in enumerate(_keys(table))}

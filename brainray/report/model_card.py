@@ -18,7 +18,7 @@ class CardFacts:
     image_size: int  # side of the slices that the encoder sees, in pixels
     epoch: int
     preprocessing: str  # in words
-    has_fitted: bool  # whether the training slices that others are compared with are there
+    has_fitted: bool  # whether training slices for comparison are included
     num_slices: Mapping[str, int]  # of training, by role
     objective: str
     code: str  # version and hash

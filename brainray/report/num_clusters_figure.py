@@ -16,20 +16,20 @@ def num_clusters_figure(scores: NumClustersScores) -> Figure:
         "bic": ("BIC (lower is better)", scores.bic, None),
         "gap": ("Gap (first K not exceeded)", scores.gap, scores.gap_error),
     }
-    of_one = {"bic": scores.bic_of_one, "gap": scores.gap_of_one}
+    scores_of_one_cluster = {"bic": scores.bic_of_one, "gap": scores.gap_of_one}
     figure = new_figure(10.0, 3.2)
     for axes, (name, (title, values, error)) in zip(
         figure.subplots(1, len(panels)), panels.items(), strict=True
     ):
         axes.errorbar(scores.num_clusters, values, yerr=error, color=BLUE, marker="o", capsize=3)
-        if name in of_one:
-            axes.plot(1, of_one[name], color=BLUE, marker="o", fillstyle="none")
+        if name in scores_of_one_cluster:
+            axes.plot(1, scores_of_one_cluster[name], color=BLUE, marker="o", fillstyle="none")
         chosen = scores.chosen.get(name)
         if chosen is not None:
             axes.axvline(chosen, color=GREY, linestyle="--", label=f"K = {chosen}")
             axes.legend()
         axes.set_title(title)
         axes.set_xlabel("number of clusters K")
-        axes.set_xticks([*([1] if name in of_one else []), *scores.num_clusters])
+        axes.set_xticks([*([1] if name in scores_of_one_cluster else []), *scores.num_clusters])
         tidy(axes, grid="y")
     return figure

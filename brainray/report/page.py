@@ -30,7 +30,7 @@ from brainray.report.maps import SliceMap, map_sequence, shown
 from brainray.report.results import results_tables
 from brainray.report.style import GREY, class_colours, cluster_colour
 from brainray.report.table import Table
-from brainray.schema import THUMBNAIL_SIDE, Metrics, subset_masks, tells_of_classes
+from brainray.schema import THUMBNAIL_SIDE, Metrics, has_class_support, subset_masks
 from brainray.storage import Folder
 
 _NUM_IMAGES = 6  # of each kind on a cluster card
@@ -274,7 +274,7 @@ def _confusion(table: pa.Table, classes: Sequence[str]) -> dict[str, dict[str, l
     for subset, mask in subset_masks(table).items():
         rows = table.filter(pc.and_(pa.array(mask), pc.is_valid(table["label"])))
         labels = rows["label"].to_pylist()
-        if labels and tells_of_classes(labels, subset):
+        if labels and has_class_support(labels, subset):
             found[subset] = {
                 column: confusion_counts(labels, rows[column].to_pylist(), classes).tolist()
                 for column in ("head", "cluster_class")

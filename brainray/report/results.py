@@ -9,7 +9,7 @@ from brainray.schema import MIN_STRICT_SUPPORT, PREDICTED_BY, SUBSETS, Metrics
 _AVERAGES = {"balanced_accuracy": "balanced accuracy", "f1_macro": "macro F1"}
 _BY_CLASS = ("precision", "recall", "f1")
 _EFFECTIVE_RANK = "cluster/effective_rank"
-_OF_CLUSTERS = {"silhouette": "silhouette", "nmi": "NMI", "ari": "ARI", "fmi": "FMI"}
+_CLUSTER_METRICS = {"silhouette": "silhouette", "nmi": "NMI", "ari": "ARI", "fmi": "FMI"}
 
 
 def results_markdown(metrics: Metrics, classes: Sequence[str]) -> str:
@@ -117,7 +117,7 @@ def _metrics_by_class(
 def _clusters(runs: Mapping[str, Metrics]) -> Table:
     rows = [
         [f"{subset}{whose}"]
-        + [decimal(values, f"test/{subset}/cluster/{name}") for name in _OF_CLUSTERS]
+        + [decimal(values, f"test/{subset}/cluster/{name}") for name in _CLUSTER_METRICS]
         for whose, values in runs.items()
         for subset in SUBSETS
     ]
@@ -127,5 +127,5 @@ def _clusters(runs: Mapping[str, Metrics]) -> Table:
         for whose, values in runs.items()
         if _EFFECTIVE_RANK in values
     ]
-    told = f" (effective rank of the fitted embeddings: {'; '.join(ranks)})" if ranks else ""
-    return Table(f"Clusters{told}", ["", *_OF_CLUSTERS.values()], rows)
+    ranks_note = f" (effective rank of the fitted embeddings: {'; '.join(ranks)})" if ranks else ""
+    return Table(f"Clusters{ranks_note}", ["", *_CLUSTER_METRICS.values()], rows)

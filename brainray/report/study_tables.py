@@ -10,7 +10,7 @@ from brainray.report.cells import MISSING
 from brainray.report.table import markdown_table
 
 METRICS = ("silhouette", "ari", "nmi", "fmi", "accuracy")
-_OF_FEATURES = "neighbours"
+_FEATURE_METRIC = "neighbours"
 _COUNTS = ("num_clusters", "noise_share")
 _TITLES = {
     "silhouette": "silhouette",
@@ -41,7 +41,7 @@ def average_over_seeds(rows: Iterable[Row], by: Sequence[str]) -> list[dict[str,
     for values, members in groups.items():
         result: dict[str, Any] = dict(zip(by, values, strict=True))
         result["num_seeds"] = sum(row.get("problem") is None for row in members)
-        for name in (*_COUNTS, *METRICS, _OF_FEATURES):
+        for name in (*_COUNTS, *METRICS, _FEATURE_METRIC):
             found = [float(row[name]) for row in members if row.get(name) is not None]
             if found:
                 result[f"{name}_mean"] = fmean(found)
@@ -77,7 +77,7 @@ def features_table(averaged: Sequence[Row]) -> str | None:
     This metric depends on the features only, so the rows of all clusterers repeat it. None without
     labels or held-out slices.
     """
-    measured = [row for row in averaged if f"{_OF_FEATURES}_mean" in row]
+    measured = [row for row in averaged if f"{_FEATURE_METRIC}_mean" in row]
     if not measured:
         return None
     subsets = list(dict.fromkeys(row["slices"] for row in measured))
@@ -86,7 +86,7 @@ def features_table(averaged: Sequence[Row]) -> str | None:
         found = features.setdefault((row["features"], row["pca_dim"]), {})
         found.setdefault(row["slices"], row)
     rows = [
-        [name, str(pca_dim), *(_cell(found.get(subset, {}), _OF_FEATURES) for subset in subsets)]
+        [name, str(pca_dim), *(_cell(found.get(subset, {}), _FEATURE_METRIC) for subset in subsets)]
         for (name, pca_dim), found in features.items()
     ]
     return markdown_table(["features", "PCA", *subsets], rows, num_text_columns=1)
@@ -136,6 +136,6 @@ def _cell(row: Row, name: str) -> str:
     if name == "noise_share":
         return f"{mean:.1%}"
     varies = std is not None and std > _ROUNDING  # a clusterer may not depend on the seed
-    told = f"{mean:.3f} ± {std:.3f}" if varies else f"{mean:.3f}"
+    formatted = f"{mean:.3f} ± {std:.3f}" if varies else f"{mean:.3f}"
     fewer = row.get(f"{name}_seeds")  # such as DBSCAN with a single cluster
-    return told if fewer is None else f"{told} ({fewer} of {row['num_seeds']})"
+    return formatted if fewer is None else f"{formatted} ({fewer} of {row['num_seeds']})"

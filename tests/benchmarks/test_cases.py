@@ -19,8 +19,10 @@ def test_every_case_is_a_module_that_can_be_run() -> None:
     ("option", "readers"), [("config", READS_CONFIG), ("source", READS_SOURCE)]
 )
 def test_the_cases_that_read_an_option_are_known(option: str, readers: set[str]) -> None:
-    told = {name: inspect.getsource(import_module(f"brainray.benchmarks.{name}")) for name in CASES}
-    assert {name for name, code in told.items() if f"options.{option}" in code} == readers
+    source_by_case = {
+        name: inspect.getsource(import_module(f"brainray.benchmarks.{name}")) for name in CASES
+    }
+    assert {name for name, code in source_by_case.items() if f"options.{option}" in code} == readers
 
 
 def test_a_module_that_is_no_case_is_one_that_cases_share() -> None:

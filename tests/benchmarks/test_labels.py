@@ -1,4 +1,4 @@
-"""The label-efficiency curve: what is asked of it, and what it tells."""
+"""The label-efficiency curve: which runs it trains, and what it reports."""
 
 import pytest
 
@@ -7,13 +7,13 @@ from brainray.config_text import load_config
 
 
 @pytest.mark.parametrize(
-    ("asked", "quick", "expected"),
+    ("overrides", "quick", "expected"),
     [([], False, 3), ([], True, 1), (["evaluation.num_label_draws=1"], False, 1)],
 )
-def test_it_trains_on_as_many_draws_as_it_is_asked_for(
-    asked: list[str], quick: bool, expected: int
+def test_it_trains_on_the_requested_number_of_draws(
+    overrides: list[str], quick: bool, expected: int
 ) -> None:
-    config = load_config(None, asked)
+    config = load_config(None, overrides)
     assert labels._num_draws(config, quick=quick) == expected
 
 

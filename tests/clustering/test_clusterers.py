@@ -55,8 +55,8 @@ def test_separate_groups_are_found_in_fitted_rows_and_in_others(name: str) -> No
     assert clustered.mean() > 0.8
     assert adjusted_rand_score(others_truth[clustered], labels[clustered]) == 1
     # Numbers mean the same in both.
-    of_class = {c: set(found.labels[truth == c]) - {NOISE} for c in range(K)}
-    assert all(set(labels[others_truth == c]) - {NOISE} <= of_class[c] for c in range(K))
+    clusters_by_class = {c: set(found.labels[truth == c]) - {NOISE} for c in range(K)}
+    assert all(set(labels[others_truth == c]) - {NOISE} <= clusters_by_class[c] for c in range(K))
 
 
 @EACH

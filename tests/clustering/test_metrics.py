@@ -57,9 +57,11 @@ def test_above_the_limit_a_drawn_sample_has_the_silhouette(monkeypatch: pytest.M
     generator = np.random.default_rng(7)
     z, clusters = generator.normal(size=(200, 3)), np.arange(200) % 3
     drawn = {seed: np.random.default_rng(seed).choice(200, 30, replace=False) for seed in (0, 5)}
-    of_sample = {seed: silhouette_score(z[rows], clusters[rows]) for seed, rows in drawn.items()}
-    assert of_sample[0] != pytest.approx(of_sample[5])
-    for seed, expected in of_sample.items():
+    sample_scores = {
+        seed: silhouette_score(z[rows], clusters[rows]) for seed, rows in drawn.items()
+    }
+    assert sample_scores[0] != pytest.approx(sample_scores[5])
+    for seed, expected in sample_scores.items():
         assert euclidean_silhouette(z, clusters, seed) == pytest.approx(expected)
     directions = z[drawn[0]] / np.linalg.norm(z[drawn[0]], axis=1, keepdims=True)
     expected = silhouette_score(directions, clusters[drawn[0]])
@@ -118,9 +120,9 @@ def test_bootstrap_interval_agrees_with_resampled_rows_and_with_the_normal_appro
     assert bootstrap_interval(correct, alone, seed=0) == again
     # Subjects of ten slices that are right or wrong together: as if there were 40 slices.
     subjects = (np.arange(400) // 10).astype(str)
-    of_subjects = bootstrap_interval(correct, subjects, seed=0, num_resamples=4000)
+    by_subject = bootstrap_interval(correct, subjects, seed=0, num_resamples=4000)
     half_width = 1.96 * (0.8 * 0.2 / 40) ** 0.5
-    assert of_subjects == pytest.approx((0.8 - half_width, 0.8 + half_width), abs=0.03)
+    assert by_subject == pytest.approx((0.8 - half_width, 0.8 + half_width), abs=0.03)
 
 
 @pytest.mark.parametrize("is_unequal", [False, True])

@@ -38,7 +38,7 @@ def test_three_groups_are_recommended_with_reasons() -> None:
     assert any("at K = 3: silhouette" in reason for reason in found.reasons)
 
 
-def test_the_most_stable_of_contradicting_choices_wins_and_the_doubt_is_said() -> None:
+def test_the_most_stable_of_contradicting_choices_wins_and_the_doubt_is_reported() -> None:
     scores = NumClustersScores(
         KS, [0.9, 0.1, 0.1, 0.1], [4.0, 3.0, 2.0, 1.0], [0.1, 0.9, 0.2, 0.2], [0.0] * 4, *ONE
     )
@@ -49,20 +49,22 @@ def test_the_most_stable_of_contradicting_choices_wins_and_the_doubt_is_said() -
     assert any("no two criteria agree" in reason for reason in found.reasons)
 
 
-def test_slices_without_groups_are_said_to_be_that() -> None:
+def test_slices_without_groups_are_reported_as_such() -> None:
     x = np.random.default_rng(0).standard_normal((200, 2))
     scores = score_num_clusters(x, KS, num_references=4)
     found = recommend(scores, measure_stability(x, KS, num_pairs=3))
-    assert any("by BIC and the gap statistic, a single cluster" in told for told in found.reasons)
+    assert any(
+        "by BIC and the gap statistic, a single cluster" in reason for reason in found.reasons
+    )
 
 
-def test_a_choice_at_the_end_of_the_range_is_said() -> None:
-    for first, is_said in ((3, True), (2, False)):  # nothing can be tried below 2
+def test_a_choice_at_the_end_of_the_range_is_reported() -> None:
+    for first, has_reason in ((3, True), (2, False)):  # nothing can be tried below 2
         candidates = [first, first + 1]
         scores = NumClustersScores(candidates, [0.9, 0.1], [1.0, 2.0], [0.9, 0.1], [0.0] * 2, *ONE)
         found = recommend(scores, Stability(candidates, [0.9, 0.2], [0.01] * 2))
         assert found.num_clusters == first
-        assert any("end of the range 3..4" in reason for reason in found.reasons) == is_said
+        assert any("end of the range 3..4" in reason for reason in found.reasons) == has_reason
 
 
 def test_a_gap_that_rises_to_the_end_chooses_nothing() -> None:

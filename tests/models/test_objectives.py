@@ -185,8 +185,8 @@ def gradients_of_all() -> list[tuple[float, Tensor, Tensor]]:
 def test_two_ranks_give_the_loss_and_gradient_of_one(on_two_ranks: OnRanks) -> None:
     expected = gradients_of_all()
     found = on_two_ranks(gradients_of_all)
-    for (loss, head, stem), *of_ranks in zip(expected, *found, strict=True):
-        for loss_of_rank, head_of_rank, stem_of_rank in of_ranks:
+    for (loss, head, stem), *rank_results in zip(expected, *found, strict=True):
+        for loss_of_rank, head_of_rank, stem_of_rank in rank_results:
             assert math.isclose(loss_of_rank, loss, rel_tol=1e-5)
             torch.testing.assert_close(head_of_rank, head, rtol=1e-4, atol=1e-6)
             torch.testing.assert_close(stem_of_rank, stem, rtol=1e-3, atol=1e-6)

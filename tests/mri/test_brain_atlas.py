@@ -153,7 +153,9 @@ def test_an_atlas_is_made_of_heads_and_read_back(heads: Path) -> None:
     assert dice(found_in(made, axial.image), axial.brain) >= 0.85
 
 
-def test_a_folder_without_masks_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_without_masks_is_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["--out", str(tmp_path / "atlas.npz"), str(tmp_path)]) == 2
     assert str(tmp_path) in capsys.readouterr().err
     assert not (tmp_path / "atlas.npz").exists()
@@ -172,7 +174,7 @@ MASK[30:60, 30:60, 10:40] = 1
         (np.zeros_like(MASK), np.eye(4), "0 and one value"),
     ],
 )
-def test_a_mask_that_does_not_fit_its_head_is_told(
+def test_a_mask_that_does_not_fit_its_head_is_reported(
     mask: np.ndarray, affine: np.ndarray, message: str, heads: Path
 ) -> None:
     volume(heads / "one_mask.nii.gz", mask, affine)
@@ -180,7 +182,7 @@ def test_a_mask_that_does_not_fit_its_head_is_told(
         list(reference_slices(heads / "one.nii.gz", "axial"))
 
 
-def test_a_volume_that_cannot_be_read_is_told(heads: Path) -> None:
+def test_a_volume_that_cannot_be_read_is_reported(heads: Path) -> None:
     for content in (b"no volume", (heads / "one.nii.gz").read_bytes()[:2000]):
         (heads / "one.nii.gz").write_bytes(content)
         with pytest.raises(DataError, match=r"one\.nii\.gz"):

@@ -246,9 +246,9 @@ def test_an_orientation_behind_the_pixels_of_a_png_is_applied() -> None:
 def test_a_tiff_of_sixteen_bits_whose_zero_is_white_is_no_negative() -> None:
     deep = RAMP.astype(np.uint16) * 100
     content = encode(deep.max() - deep, "TIFF")
-    told = struct.pack("<HHIH", 262, 3, 1, 1)
-    assert content.count(told) == 1
-    white_is_zero = content.replace(told, struct.pack("<HHIH", 262, 3, 1, 0))
+    black_is_zero = struct.pack("<HHIH", 262, 3, 1, 1)
+    assert content.count(black_is_zero) == 1
+    white_is_zero = content.replace(black_is_zero, struct.pack("<HHIH", 262, 3, 1, 0))
     np.testing.assert_array_equal(decode_one(white_is_zero), decode_one(encode(deep, "TIFF")))
 
 

@@ -529,7 +529,7 @@ def test_nothing_personal_is_returned_raised_logged_or_warned(
         assert not any(secret.lower() in text.lower() for text in seen), secret
 
 
-def test_pydicom_alone_would_have_told() -> None:
+def test_pydicom_alone_would_have_leaked() -> None:
     # The control of the test above: the same file, read without our care.
     content = LEAK_CASES["a name for a window"]()
     with pytest.raises(ValueError, match=NAME_AS_VALUE):

@@ -86,13 +86,13 @@ def test_pairs_and_twins_agree_and_do_not_depend_on_order(
     turned = fingerprint(np.ascontiguousarray(np.rot90(images[3])))
     everything = np.concatenate([fingerprints, [*copies, mirrored, turned, fingerprints[7]]])
     expected = [(1, 12, COPY), (2, 14, MIRRORED), (3, 15, ROTATED), (5, 13, COPY), (7, 16, COPY)]
-    told: list[tuple[int, int]] = []
+    progress: list[tuple[int, int]] = []
     pairs = near_duplicate_pairs(
-        everything, SETTINGS, on_compared=lambda done, total: told.append((done, total))
+        everything, SETTINGS, on_compared=lambda done, total: progress.append((done, total))
     )
     assert as_tuples(pairs) == expected
-    assert told
-    assert told[-1][0] == told[-1][1] >= len(expected) - 1  # one is the same to the byte
+    assert progress
+    assert progress[-1][0] == progress[-1][1] >= len(expected) - 1  # one is the same to the byte
 
     shuffle = rng.permutation(len(everything))
     shuffled = near_duplicate_pairs(everything[shuffle], SETTINGS)
@@ -123,9 +123,9 @@ def test_the_slices_of_a_volume_do_not_hide_those_of_its_copy() -> None:
     series = [piece.image for piece in make_series("glioma", rng, num_slices=40, size=128)]
     crop = PERTURBATIONS["crop"][0]
     cropped = [crop(image, np.random.default_rng(6)) for image in series]  # one crop of all
-    looks = np.stack([fingerprint(image) for image in [*series, *cropped]])
+    stacked = np.stack([fingerprint(image) for image in [*series, *cropped]])
     volumes = [*["first"] * 40, *["second"] * 40]
-    found = near_duplicate_pairs(looks, SETTINGS, not_together=volumes)
+    found = near_duplicate_pairs(stacked, SETTINGS, not_together=volumes)
     assert all(first < 40 <= second for first, second, _ in as_tuples(found))
     linked = {(first, second) for first, second, _ in as_tuples(found)}
     assert sum((place, place + 40) in linked for place in range(40)) >= 32

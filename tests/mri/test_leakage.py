@@ -29,7 +29,7 @@ def fingerprints(
     return Fingerprints(list(names), thumbnails, subjects, sources, foreign)
 
 
-def test_bytes_looks_and_subjects_are_three_levels() -> None:
+def test_bytes_fingerprints_and_subjects_are_three_levels() -> None:
     seen = heads(4, seed=0)
     darker = (0.85 * seen[1]).astype(np.uint8)
     mirrored = seen[2].reshape(96, 96)[:, ::-1].ravel()
@@ -49,10 +49,10 @@ def test_only_names_that_were_given_prove_a_subject() -> None:
             "sample_id": ["a", "b", "c"],
             "subject_id": ["p1", "p2", None],
             "subject_source": ["estimated", "header", None],
-            "thumbnail": [look.tobytes() for look in heads(3, seed=0)],
+            "thumbnail": [row.tobytes() for row in heads(3, seed=0)],
         }
     )
-    found = Fingerprints.of(table)
+    found = Fingerprints.from_table(table)
     assert list(found.subjects) == [None, "p2", None]
     assert list(found.sources) == [None, "header", None]
     assert not found.elsewhere.any()
@@ -66,7 +66,7 @@ def test_a_slice_of_the_same_name_is_the_mate_whatever_looks_more_alike() -> Non
     assert found.mate_similarity.tolist() == [1.0]
 
 
-def test_named_subjects_are_compared_by_name_not_by_looks() -> None:
+def test_named_subjects_are_compared_by_name_not_by_similarity() -> None:
     seen, queries = heads(3, seed=0), heads(3, seed=7)
     found = exposure(
         fingerprints(queries, "xyz", ["p1", "p9", "p2"]),
@@ -78,7 +78,7 @@ def test_named_subjects_are_compared_by_name_not_by_looks() -> None:
     assert found.strict.tolist() == [False, True, False]
 
 
-def test_a_named_subject_is_compared_by_looks_with_what_names_none() -> None:
+def test_a_named_subject_is_compared_by_similarity_with_unnamed_ones() -> None:
     seen = heads(3, seed=0)
     found = exposure(
         fingerprints(seen, "xyz", ["p1", "p1", None]),
@@ -89,7 +89,7 @@ def test_a_named_subject_is_compared_by_looks_with_what_names_none() -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked_by", "seen_by", "mates"),
+    ("query_source", "seen_source", "mates"),
     [
         ("header", "header", [0, -1]),
         ("header", "table", [0, 1]),  # p2 of the one may be p9 of the other
@@ -98,12 +98,12 @@ def test_a_named_subject_is_compared_by_looks_with_what_names_none() -> None:
     ],
 )
 def test_names_prove_a_difference_within_one_way_of_naming(
-    asked_by: str, seen_by: str, mates: list[int]
+    query_source: str, seen_source: str, mates: list[int]
 ) -> None:
     seen = heads(2, seed=0)
     found = exposure(
-        fingerprints(seen, "xy", ["p1", "p9"], asked_by),
-        fingerprints(seen, "ab", ["p1", "p2"], seen_by),
+        fingerprints(seen, "xy", ["p1", "p9"], query_source),
+        fingerprints(seen, "ab", ["p1", "p2"], seen_source),
         PreprocessConfig(),
     )
     assert found.mate.tolist() == mates

@@ -255,8 +255,8 @@ def test_a_bad_volume_of_a_series_costs_no_other() -> None:
     for one, other in zip(whole, slices_of(make_nifti(ball())), strict=True):
         assert one.frame == other.frame.replace("volume=0", "volume=1")
         np.testing.assert_array_equal(one.image, other.image)
-    told = [(one.frame, one.rejection and one.rejection.reason) for one in rejected]
-    assert told == [("volume=0", "non-finite pixels"), ("volume=2", "no scan")]
+    found = [(one.frame, one.rejection and one.rejection.reason) for one in rejected]
+    assert found == [("volume=0", "non-finite pixels"), ("volume=2", "no scan")]
     assert rejection_of(make_nifti(np.stack(bad, axis=3))).reason == "non-finite pixels"
 
 
@@ -274,8 +274,8 @@ def test_masks_and_maps_of_labels_are_no_scans() -> None:
     for volume in (mask, labels.astype(np.int16), labels.astype(np.float32)):
         rejection = rejection_of(make_nifti(volume))
         assert str(rejection) == "no scan: fewer than 16 greys: a mask or label map"
-    told = with_header(make_nifti(ball()), 68, np.int16(1002))  # the intent
-    assert rejection_of(told).reason == "no scan"
+    intended = with_header(make_nifti(ball()), 68, np.int16(1002))  # the intent
+    assert rejection_of(intended).reason == "no scan"
 
 
 def test_where_the_sform_is_unusable_the_qform_holds() -> None:
@@ -375,7 +375,7 @@ def test_a_long_series_is_read_volume_by_volume() -> None:
     assert peak - result < 3 * series.size
 
 
-def test_nothing_of_the_header_is_told(
+def test_nothing_of_the_header_is_leaked(
     caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     image = nibabel.Nifti1Image(ball(), np.eye(4))

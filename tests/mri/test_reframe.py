@@ -61,8 +61,8 @@ def test_a_copy_from_elsewhere_is_found_by_its_head(
     assert its_own.sum() >= least_found
     assert not twice.clean[its_own].any()
     np.testing.assert_array_equal(twice.twin[~its_own], -1)
-    of_foreign = exposure(queries, from_elsewhere(seen), config)
-    np.testing.assert_array_equal(of_foreign.twin, twice.twin)
+    foreign = exposure(queries, from_elsewhere(seen), config)
+    np.testing.assert_array_equal(foreign.twin, twice.twin)
 
 
 def test_neighbouring_slices_and_other_heads_are_no_copies(images: list[Image]) -> None:

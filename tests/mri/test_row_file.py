@@ -16,7 +16,7 @@ def rows() -> RowFile:
     return made
 
 
-def test_rows_are_read_in_the_order_asked_for(rows: RowFile) -> None:
+def test_rows_are_read_in_the_requested_order(rows: RowFile) -> None:
     assert len(rows) == 12
     index = np.array([3, 4, 5, 11, 0, 0, 7, 8])
     np.testing.assert_array_equal(rows[index], MATRIX[index])

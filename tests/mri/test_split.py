@@ -45,9 +45,9 @@ def test_every_class_gets_its_share_and_its_validation_part() -> None:
     labels, groups = slices()
     drawn = np.array(roles(labels, groups, 0.2))
     for name in ("a", "b", "c"):
-        of_class = drawn[np.array(labels) == name]
-        assert (of_class != UNLABELLED_ROLE).sum() == 40
-        assert (of_class == VALIDATION).sum() == 8
+        drawn_roles = drawn[np.array(labels) == name]
+        assert (drawn_roles != UNLABELLED_ROLE).sum() == 40
+        assert (drawn_roles == VALIDATION).sum() == 8
 
 
 def test_smaller_draws_lie_within_larger_ones_role_by_role() -> None:
@@ -106,78 +106,103 @@ def test_a_tiny_fraction_still_gives_two_groups_of_each_class() -> None:
     assert drawn.count(VALIDATION) == 3
 
 
-def test_kin_are_never_parted_into_learning_and_validating() -> None:
+def test_related_groups_are_never_split_between_labelled_and_validation() -> None:
     labels, groups = slices(60)
-    kin = [f"{group[0]}{int(group[1:]) // 3}" for group in groups]
+    related_groups = [f"{group[0]}{int(group[1:]) // 3}" for group in groups]
     previous: set[int] = set()
     for fraction in (0.02, 0.2, 0.6, 1.0):
         drawn = draw_roles(
-            labels, groups, kin=kin, labelled_fraction=fraction, validation_fraction=0.2, seed=0
+            labels,
+            groups,
+            related_groups=related_groups,
+            labelled_fraction=fraction,
+            validation_fraction=0.2,
+            seed=0,
         )
-        roles_of_kin: dict[str, set[str]] = {}
-        for own, role in zip(kin, drawn, strict=True):
+        roles_by_related_group: dict[str, set[str]] = {}
+        for own, role in zip(related_groups, drawn, strict=True):
             if role != UNLABELLED_ROLE:
-                roles_of_kin.setdefault(own, set()).add(role)
-        assert all(len(found) == 1 for found in roles_of_kin.values())
+                roles_by_related_group.setdefault(own, set()).add(role)
+        assert all(len(found) == 1 for found in roles_by_related_group.values())
         for name in ("a", "b", "c"):
-            of_class = {role for role, label in zip(drawn, labels, strict=True) if label == name}
-            assert {LABELLED, VALIDATION} <= of_class
+            drawn_roles = {role for role, label in zip(drawn, labels, strict=True) if label == name}
+            assert {LABELLED, VALIDATION} <= drawn_roles
         assert previous <= readable(drawn)
         previous = readable(drawn)
-    # Groups are drawn one by one: some kin have a slice that is drawn and one that is not.
+    # Groups are drawn one by one: some related groups have slices drawn and slices not drawn.
     drawn = draw_roles(
-        labels, groups, kin=kin, labelled_fraction=0.2, validation_fraction=0.2, seed=0
+        labels,
+        groups,
+        related_groups=related_groups,
+        labelled_fraction=0.2,
+        validation_fraction=0.2,
+        seed=0,
     )
     assert any(
-        {role == UNLABELLED_ROLE for role, one in zip(drawn, kin, strict=True) if one == own}
+        {
+            role == UNLABELLED_ROLE
+            for role, one in zip(drawn, related_groups, strict=True)
+            if one == own
+        }
         == {True, False}
-        for own in set(kin)
+        for own in set(related_groups)
     )
     assert len(readable(drawn)) == 36
 
 
-def test_what_is_of_the_kin_of_validation_slices_can_be_left_out() -> None:
+def test_slices_related_to_validation_slices_can_be_left_out() -> None:
     labels, groups = slices(60)
-    kin = [f"{group[0]}{int(group[1:]) // 3}" for group in groups]
+    related_groups = [f"{group[0]}{int(group[1:]) // 3}" for group in groups]
     draw = partial(
-        draw_roles, labels, groups, kin=kin, labelled_fraction=0.2, validation_fraction=0.2, seed=0
+        draw_roles,
+        labels,
+        groups,
+        related_groups=related_groups,
+        labelled_fraction=0.2,
+        validation_fraction=0.2,
+        seed=0,
     )
-    kept, drawn = draw(), draw(leave_out_kin=True)
-    validated = {own for own, role in zip(kin, drawn, strict=True) if role == VALIDATION}
+    kept, drawn = draw(), draw(leave_out_related=True)
+    validated = {own for own, role in zip(related_groups, drawn, strict=True) if role == VALIDATION}
     assert {LEFT_OUT, UNLABELLED_ROLE} <= set(drawn)
-    for own, before, role in zip(kin, kept, drawn, strict=True):
+    for own, before, role in zip(related_groups, kept, drawn, strict=True):
         expected = LEFT_OUT if before == UNLABELLED_ROLE and own in validated else before
         assert role == expected
 
 
-def test_kin_of_several_classes_are_nested_and_take_no_class_away() -> None:
+def test_related_groups_of_several_classes_are_nested_and_take_no_class_away() -> None:
     # Every subject has slices of two classes; which is drawn first depends on the fraction.
     labels: list[str | None] = [name for _ in range(20) for name in ("a", "b", "b")]
     groups = [f"g{row}" for row in range(60)]
-    kin = [f"subject{row // 3}" for row in range(60)]
+    related_groups = [f"subject{row // 3}" for row in range(60)]
     before: list[str] | None = None
     for fraction in (0.01, 0.05, 0.1, 0.3, 1.0):
         drawn = draw_roles(
-            labels, groups, kin=kin, labelled_fraction=fraction, validation_fraction=0.2, seed=2
+            labels,
+            groups,
+            related_groups=related_groups,
+            labelled_fraction=fraction,
+            validation_fraction=0.2,
+            seed=2,
         )
         for name in ("a", "b"):
-            of_class = {role for role, label in zip(drawn, labels, strict=True) if label == name}
-            assert {LABELLED, VALIDATION} <= of_class
+            drawn_roles = {role for role, label in zip(drawn, labels, strict=True) if label == name}
+            assert {LABELLED, VALIDATION} <= drawn_roles
         for was, is_now in zip(before or drawn, drawn, strict=True):
             assert was in {UNLABELLED_ROLE, is_now}
         before = drawn
 
 
-def test_slices_of_another_class_that_come_later_move_no_kin() -> None:
+def test_slices_of_another_class_that_come_later_move_no_related_group() -> None:
     labels = ["b"] * 20 + ["a"] * 10
     groups = [f"g{row}" for row in range(30)]
-    kin = [f"subject{row}" for row in range(30)]
+    related_groups = [f"subject{row}" for row in range(30)]
     draw = partial(draw_roles, labelled_fraction=1.0, validation_fraction=0.3, seed=0)
-    before = draw(labels, groups, kin=kin)
+    before = draw(labels, groups, related_groups=related_groups)
     labels += ["a"] * 20  # of every subject that had none
     groups += [f"later{row}" for row in range(20)]
-    kin += [f"subject{row}" for row in range(20)]
-    after = draw(labels, groups, [0] * 30 + [1] * 20, kin=kin)
+    related_groups += [f"subject{row}" for row in range(20)]
+    after = draw(labels, groups, [0] * 30 + [1] * 20, related_groups=related_groups)
     assert after[:30] == before
     assert after[30:] == before[:20]
 
@@ -191,10 +216,10 @@ def test_patients_with_slices_of_two_classes_take_no_class_away() -> None:
             groups.append(f"p{patient}")
     drawn = roles(labels, groups, 0.3)
     for name in ("tumour", "none"):
-        of_class = [role for role, label in zip(drawn, labels, strict=True) if label == name]
-        assert {LABELLED, VALIDATION} <= set(of_class)
-        num_drawn = len(of_class) - of_class.count(UNLABELLED_ROLE)
-        assert 0.2 < num_drawn / len(of_class) < 0.4
+        drawn_roles = [role for role, label in zip(drawn, labels, strict=True) if label == name]
+        assert {LABELLED, VALIDATION} <= set(drawn_roles)
+        num_drawn = len(drawn_roles) - drawn_roles.count(UNLABELLED_ROLE)
+        assert 0.2 < num_drawn / len(drawn_roles) < 0.4
     for own in set(groups):
         assert len({role for role, one in zip(drawn, groups, strict=True) if one == own}) == 1
 
@@ -263,11 +288,13 @@ def test_two_patients_of_a_class_are_one_to_learn_from_and_one_to_test(seed: int
 @pytest.mark.parametrize("seed", range(5))
 def test_what_was_drawn_before_stays_and_the_new_fill_up(seed: int) -> None:
     labels, groups = ["a"] * 6, ["old", "old", "new", "new", "newer", "newest"]
-    born = [0, 0, 1, 1, 1, 1]
-    kept = draw_test(labels, groups, born, {"old": False}, fraction=0.2, seed=seed)
+    generations = [0, 0, 1, 1, 1, 1]
+    kept = draw_test(labels, groups, generations, {"old": False}, fraction=0.2, seed=seed)
     assert not kept[:2].any()
     assert kept[2:].any()  # now that there are others
-    alone = draw_test(labels[:4], groups[:4], born[:4], {"old": True}, fraction=0.9, seed=seed)
+    alone = draw_test(
+        labels[:4], groups[:4], generations[:4], {"old": True}, fraction=0.9, seed=seed
+    )
     assert alone.tolist() == [True, True, False, False]  # there is one to learn from
 
 
@@ -293,8 +320,10 @@ def test_new_slices_move_no_old_one_in_any_draw() -> None:
         before = draw_test(labels, groups, fraction=fraction, seed=3)
         after = draw_test(all_labels, all_groups, generations, fraction=fraction, seed=3)
         np.testing.assert_array_equal(after[: len(before)], before)
-    of_new = draw_test(all_labels, all_groups, generations, fraction=0.25, seed=3)[len(labels) :]
-    assert 25 <= of_new.sum() <= 31
+    new_in_test = draw_test(all_labels, all_groups, generations, fraction=0.25, seed=3)[
+        len(labels) :
+    ]
+    assert 25 <= new_in_test.sum() <= 31
 
 
 @pytest.mark.parametrize("joined", range(0, 60, 7))
@@ -362,8 +391,8 @@ def test_an_unlabelled_slice_inherits_what_most_labelled_ones_of_its_subject_are
         (None, LABELLED, "b", "k12"),
         (None, UNLABELLED_ROLE, None, "k13"),
     ]
-    subjects, drawn, labels, kin = zip(*rows, strict=True)
-    inherited = inherited_labels(subjects, drawn, labels, kin)
+    subjects, drawn, labels, related_groups = zip(*rows, strict=True)
+    inherited = inherited_labels(subjects, drawn, labels, related_groups)
     assert inherited[3] == "a"
     assert [label for row, label in enumerate(inherited) if row != 3] == [None] * 13
 

@@ -101,7 +101,7 @@ def test_the_lock_of_a_killed_job_is_taken_over_at_once(
 def test_a_process_of_another_user_may_be_hidden_and_is_not_taken_for_dead(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    claim = Claim.of_this_process()
+    claim = Claim.for_this_process()
     assert claim.is_alive_here()
     monkeypatch.setattr("brainray.orchestration.lock._born", lambda _: None)
 
@@ -127,15 +127,15 @@ def test_a_lock_that_another_job_has_taken_is_not_deleted(tmp_path: Path) -> Non
 
 
 def test_a_process_that_has_the_number_of_a_dead_one_is_not_the_holder() -> None:
-    assert replace(Claim.of_this_process(), born="1").is_alive_here() is False
+    assert replace(Claim.for_this_process(), born="1").is_alive_here() is False
 
 
 def test_of_two_jobs_that_take_over_at_once_the_last_one_gets_the_lock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dead = replace(Claim.of_this_process(), owner="dead", born="1")
+    dead = replace(Claim.for_this_process(), owner="dead", born="1")
     Folder(tmp_path).write_json(LOCK, asdict(dead))
-    rival = replace(Claim.of_this_process(), owner="rival")
+    rival = replace(Claim.for_this_process(), owner="rival")
 
     def take_over_too(lock: _Lock, claim: Claim) -> None:
         monkeypatch.undo()
@@ -190,9 +190,9 @@ def test_a_holder_elsewhere_whose_count_stands_still_is_dead_whatever_the_clocks
     started = time.monotonic()
     with held(Folder(tmp_path), "runs", "first", QUICK):
         assert time.monotonic() - started >= QUICK.patience_s
-    said = capsys.readouterr().out.splitlines()
-    assert "watching for 0.6 s" in said[0]
-    assert "took over from process 1 on far" in said[1]
+    lines = capsys.readouterr().out.splitlines()
+    assert "watching for 0.6 s" in lines[0]
+    assert "took over from process 1 on far" in lines[1]
 
 
 def test_a_holder_that_was_paused_for_long_ends_itself(
@@ -241,17 +241,17 @@ def test_who_waits_for_its_turn_has_it_when_the_holder_ends(
     threading.Timer(1.0, holder.kill).start()
     with held(Folder(tmp_path), "runs", "first", QUICK, in_turn=True):
         holder.wait(timeout=10)
-    said = capsys.readouterr().out.splitlines()
-    assert said[0].startswith("another job (process")
-    assert said[0].endswith("is using runs/first: waiting for it to finish")
-    assert len(said) == len(set(said))
-    assert "took over" in said[-1]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("another job (process")
+    assert lines[0].endswith("is using runs/first: waiting for it to finish")
+    assert len(lines) == len(set(lines))
+    assert "took over" in lines[-1]
 
 
-def test_a_lock_that_is_released_and_taken_between_two_looks_is_not_written_over(
+def test_a_lock_that_is_released_and_taken_between_two_polls_is_not_overwritten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    third = Claim.of_this_process()
+    third = Claim.for_this_process()
 
     def released_then_taken(lock: Any) -> None:
         monkeypatch.undo()

@@ -15,24 +15,24 @@ from brainray.storage import Folder
 class Flaky(Watcher):
     """Its storage is away for the first two looks."""
 
-    num_looks = 0
+    num_polls = 0
 
-    def look(self) -> None:
-        self.num_looks += 1
-        if self.num_looks <= 2:
+    def poll(self) -> None:
+        self.num_polls += 1
+        if self.num_polls <= 2:
             raise OSError("storage is away")
 
 
-def test_a_failed_look_is_said_once_and_the_next_goes_on(
+def test_a_failed_poll_is_logged_once_and_the_next_goes_on(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with Flaky() as flaky:
         deadline = time.monotonic() + 20
-        while flaky.num_looks < 3 and time.monotonic() < deadline:
+        while flaky.num_polls < 3 and time.monotonic() < deadline:
             time.sleep(0.05)
-    said = capsys.readouterr().out.splitlines()
-    assert flaky.num_looks >= 4  # the last of them at the end of the block
-    assert said == ["progress is temporarily unavailable: OSError: storage is away"]
+    lines = capsys.readouterr().out.splitlines()
+    assert flaky.num_polls >= 4  # the last of them at the end of the block
+    assert lines == ["progress is temporarily unavailable: OSError: storage is away"]
 
 
 def test_time_left_counts_pixels() -> None:
@@ -59,9 +59,9 @@ def test_pretraining_tells_epochs_and_rounds(
     follower = PretrainingFollower(settings, folder)
     for lost in (1, 2, 3):  # by workers that restart from an earlier checkpoint
         folder.write_json_lines(layout.METRICS, rows[:-lost])
-        follower.look()
-    said = capsys.readouterr().out.splitlines()
-    assert said == [
+        follower.poll()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
         "resuming after pretext epoch 1",
         "pretext epoch 2/3: pretext 1.250; 12 s, 0:00:12 left",
         "round 1/5: cluster 0.500; 25.0% of the slices changed cluster; 4 s",

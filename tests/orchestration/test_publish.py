@@ -6,7 +6,7 @@ from brainray.orchestration.publish import how_to_open
 
 
 @pytest.mark.parametrize(
-    ("uri", "told"),
+    ("uri", "expected"),
     [
         ("http://127.0.0.1:5000", "http://127.0.0.1:5000"),
         ("https://mlflow.example.org/team", "https://mlflow.example.org/team"),
@@ -19,5 +19,5 @@ from brainray.orchestration.publish import how_to_open
         ("postgresql://db/mlflow", "mlflow ui --backend-store-uri postgresql://db/mlflow"),
     ],
 )
-def test_a_server_has_a_page_and_a_database_needs_a_command(uri: str, told: str) -> None:
-    assert how_to_open(uri) == told
+def test_a_server_has_a_page_and_a_database_needs_a_command(uri: str, expected: str) -> None:
+    assert how_to_open(uri) == expected

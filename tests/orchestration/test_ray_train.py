@@ -95,10 +95,10 @@ print(ray.get(Actor.remote().state.remote()))
 def test_actors_find_their_own_ray_beside_another() -> None:
     """As Ray Train's actor does that frees the CPUs of a training whose controller is gone."""
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-    told = subprocess.run(
+    finished = subprocess.run(
         [sys.executable, "-c", OTHER_RAY], env=environment, capture_output=True, text=True
     )
-    assert told.stdout.split() == ["ALIVE"], told.stderr
+    assert finished.stdout.split() == ["ALIVE"], finished.stderr
 
 
 def weights_of_two_steps(is_wrapped_again: bool) -> torch.Tensor:
@@ -159,7 +159,7 @@ def test_an_error_of_one_rank_is_what_it_is_on_every_rank(on_two_ranks: OnRanks)
         ),
     ],
 )
-def test_what_settings_and_installation_do_to_gpus_is_told_with_its_remedy(
+def test_gpu_errors_from_settings_and_installation_name_their_remedy(
     words: str, remedy: str
 ) -> None:
     with pytest.raises(ConfigError, match=remedy):

@@ -64,7 +64,7 @@ def test_a_small_node_does_not_limit_workers_on_the_others(
 def test_workers_that_share_a_gpu_share_its_cpus_too() -> None:
     shared = plan([HEAD, GPU_NODE, GPU_NODE], num_workers=1, gpus_per_worker=0.5)
     assert shared == WorkerResources(1, 4, gpus_per_worker=0.5, room=4)
-    assert shared.of_worker == {"CPU": 4.0, "GPU": 0.5}
+    assert shared.resources_per_worker == {"CPU": 4.0, "GPU": 0.5}
     with pytest.raises(ConfigError, match=r"two of a run's 2 workers on one GPU"):
         plan([GPU_NODE], num_workers=2, gpus_per_worker=0.5)
     # Two of 0.6 do not fit on one.
@@ -87,17 +87,17 @@ def test_what_no_node_can_hold_is_refused() -> None:
         plan([HEAD], device="cuda")
 
 
-def test_an_autoscaler_may_bring_what_is_asked_for_by_number() -> None:
-    asked = {"device": "cuda", "num_workers": 4, "cpus_per_worker": 6, "wait_for_nodes": True}
-    assert plan([HEAD], **asked) == WorkerResources(4, 6, gpus_per_worker=1, room=0)
+def test_an_autoscaler_may_bring_what_is_requested_by_number() -> None:
+    settings = {"device": "cuda", "num_workers": 4, "cpus_per_worker": 6, "wait_for_nodes": True}
+    assert plan([HEAD], **settings) == WorkerResources(4, 6, gpus_per_worker=1, room=0)
     with pytest.raises(ConfigError, match=r"set train\.num_workers"):
         plan([HEAD], device="cuda", wait_for_nodes=True)
 
 
 def test_the_number_of_workers_may_be_a_range() -> None:
-    assert plan([LAPTOP], num_workers=2).asked_for == 2
+    assert plan([LAPTOP], num_workers=2).num_workers_or_range == 2
     elastic = plan([LAPTOP], num_workers=4, min_workers=2, cpus_per_worker=1)
-    assert elastic.asked_for == (2, 4)
+    assert elastic.num_workers_or_range == (2, 4)
     assert elastic.room == 2
     # Those that there are at first share all CPUs.
     assert plan([HEAD, HEAD], num_workers=40, min_workers=2, device="cpu").cpus_per_worker == 8
@@ -145,17 +145,17 @@ def test_actors_embed_where_training_would_train() -> None:
         ),
     ],
 )
-def test_a_submitted_driver_has_all_cores_unless_it_is_told_otherwise(
+def test_a_submitted_driver_has_all_cores_unless_set_otherwise(
     environment: dict[str, str], threads: str
 ) -> None:
     program = "import brainray, os; print(os.environ.get('OMP_NUM_THREADS'))"
-    told = subprocess.run(
+    finished = subprocess.run(
         [sys.executable, "-c", program],
         env=os.environ | environment,
         capture_output=True,
         text=True,
     )
-    assert told.stdout.strip() == threads, told.stderr
+    assert finished.stdout.strip() == threads, finished.stderr
 
 
 class AddOne:
@@ -186,7 +186,7 @@ def test_workers_on_cpus_keep_the_memory_that_a_step_frees(monkeypatch: pytest.M
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
-def test_kept_memory_is_not_asked_for_again() -> None:
+def test_kept_memory_is_not_requested_again() -> None:
     """A block of 128 MB, touched, freed and asked for anew, by a thread as in Ray's workers."""
     program = """
 import resource, threading

@@ -15,7 +15,7 @@ from brainray.mri.phantom import CLASSES, make_series
 from brainray.orchestration.prediction.evaluation import with_comparable_names
 from brainray.orchestration.prediction.inference import find_predictor
 from brainray.orchestration.preprocessing.driver import preprocess
-from brainray.orchestration.preprocessing.preparation import SALT_VARIABLE
+from brainray.orchestration.preprocessing.slice_rows import SALT_VARIABLE
 from brainray.orchestration.run import open_run
 from brainray.orchestration.seen import seen_by_run, seen_by_weights, training_slices
 from brainray.orchestration.store import ImageStore
@@ -138,8 +138,8 @@ def test_weights_that_know_copies_of_validation_slices_are_refused(
     weights = f"encoder.weights={copied}/best/model.pt"
     config = tiny_config(storage, "name=of-copies", "dataset=mri", weights)
     num_validation = trained.run.record.num_slices["validation"]
-    told = f"labels of {num_validation} of this run's {num_validation} validation slices, or of"
-    with pytest.raises(ConfigError, match=told):
+    message = f"labels of {num_validation} of this run's {num_validation} validation slices, or of"
+    with pytest.raises(ConfigError, match=message):
         begin_run(config, store, 1)
 
 
@@ -157,10 +157,10 @@ def test_names_hashed_with_another_salt_are_not_compared(
             "thumbnail": [blank, blank],
         }
     )
-    named = Fingerprints.of(with_comparable_names(accepted, config, predictor))
+    named = Fingerprints.from_table(with_comparable_names(accepted, config, predictor))
     assert named.subjects == ["12ab", "0f3c"]
     monkeypatch.setenv(SALT_VARIABLE, "another salt than the run's")
-    nameless = Fingerprints.of(with_comparable_names(accepted, config, predictor))
+    nameless = Fingerprints.from_table(with_comparable_names(accepted, config, predictor))
     assert nameless.subjects == [None, None]
 
 
@@ -200,9 +200,9 @@ def test_validation_by_subject_shares_no_subject_with_what_is_fitted(
     nameless = index.set_column(column, "subject_id", pa.nulls(index.num_rows, pa.string()))
     monkeypatch.setattr(ImageStore, "index", lambda *_, **__: nameless)
     for setting in ("split.validation", "train.labelled_sampling"):
-        asked = tiny_config(tmp_path, "name=refused", "dataset=series", f"{setting}=subject")
+        overrides = tiny_config(tmp_path, "name=refused", "dataset=series", f"{setting}=subject")
         with pytest.raises(ConfigError, match=rf"has no subjects.* or set {setting}=slice"):
-            begin_run(asked, store, 1)
+            begin_run(overrides, store, 1)
 
 
 def test_draws_are_compared_with_a_control_of_the_same_draws_only(storage: Path) -> None:
@@ -213,12 +213,17 @@ def test_draws_are_compared_with_a_control_of_the_same_draws_only(storage: Path)
         )
         run = begin_run(control, store, 1)
         run.folder.write_json("summary.json", {})
-    asked = ["name=more", "dataset=mri", "evaluation.num_label_draws=2", "evaluation.control=fewer"]
+    overrides = [
+        "name=more",
+        "dataset=mri",
+        "evaluation.num_label_draws=2",
+        "evaluation.control=fewer",
+    ]
     message = r"other labels \(split\.labelled_fraction: 0\.5 here, 0\.9 requested\)"
     with pytest.raises(ConfigError, match=message):
-        train_draws(tiny_config(storage, *asked, "split.labelled_fraction=0.9"))
+        train_draws(tiny_config(storage, *overrides, "split.labelled_fraction=0.9"))
     with pytest.raises(ConfigError, match=r"split\.validation: slice here, subject requested"):
-        train_draws(tiny_config(storage, *asked, "split.validation=subject"))
+        train_draws(tiny_config(storage, *overrides, "split.validation=subject"))
 
 
 def test_complete_draws_are_not_compared_with_a_control_on_other_data(
@@ -238,6 +243,6 @@ def test_complete_draws_are_not_compared_with_a_control_on_other_data(
         return TrainedRun(open_run(Folder(storage), str(config.name)), {}, None, "")
 
     monkeypatch.setattr(draws, "train", train)
-    asked = ["name=newer", "dataset=mri", "evaluation.num_label_draws=2"]
+    overrides = ["name=newer", "dataset=mri", "evaluation.num_label_draws=2"]
     with pytest.raises(DataError, match="was updated between this run and the run older-draw1"):
-        train_draws(tiny_config(storage, *asked, "evaluation.control=older"))
+        train_draws(tiny_config(storage, *overrides, "evaluation.control=older"))

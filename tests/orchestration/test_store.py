@@ -30,11 +30,11 @@ def test_what_a_config_leaves_out_is_as_the_store_was_made(tmp_path: Path) -> No
     assert (config.split.mode, config.split.test_fraction) == ("grouped", 0.25)
     assert (config.split.labelled_fraction, config.split.seed) == (0.1, 0)
     # A trial of a sweep and a saved config.yaml say all of it themselves.
-    told = parse_config(config.model_dump(mode="json"))
-    assert as_store_was_made(told, made(tmp_path)) == config
+    stored = parse_config(config.model_dump(mode="json"))
+    assert as_store_was_made(stored, made(tmp_path)) == config
 
 
-def test_a_damaged_part_is_told_by_name(tmp_path: Path) -> None:
+def test_a_damaged_part_is_named_in_the_error(tmp_path: Path) -> None:
     store = made(tmp_path)
     pixels = np.random.default_rng(0).integers(0, 255, (20, 64), np.uint8)
     ids = [f"{number:02d}" for number in range(20)]

@@ -269,16 +269,16 @@ def test_a_run_without_test_slices_has_no_page(tmp_path: Path) -> None:
 
 ACTIONS = """
 <script>
-const said = {};
+const state = {};
 const set = (name, value) => { byId(name).value = value;
   byId(name).dispatchEvent(new Event("input")); };
-said.all = byId("count").textContent;
-set("of-class", "glioma"); said.glioma = byId("count").textContent;
-set("of-outcome", "wrong"); said.wrong = byId("count").textContent;
+state.all = byId("count").textContent;
+set("of-class", "glioma"); state.glioma = byId("count").textContent;
+set("of-outcome", "wrong"); state.wrong = byId("count").textContent;
 set("of-class", ""); set("of-outcome", ""); set("of-subset", "clean");
-said.clean = byId("count").textContent;
-set("of-subset", "all"); set("confidence", 0.9); said.sure = byId("count").textContent;
-set("confidence", 0); set("epoch", 0); said.epoch = byId("epoch-name").textContent;
+state.clean = byId("count").textContent;
+set("of-subset", "all"); set("confidence", 0.9); state.sure = byId("count").textContent;
+set("confidence", 0); set("epoch", 0); state.epoch = byId("epoch-name").textContent;
 setTimeout(() => { // Plotly draws behind the scenes
 const map = byId("map"), area = map.querySelector(".nsewdrag");
 const box = area.getBoundingClientRect(), axes = map._fullLayout;
@@ -286,33 +286,33 @@ area.dispatchEvent(new MouseEvent("mousemove", { bubbles: true,
   clientX: box.left + axes.xaxis.d2p(map.data[1].x[2]),
   clientY: box.top + axes.yaxis.d2p(map.data[1].y[2]) }));
 setTimeout(() => {
-said.legend = [...map.querySelectorAll(".legendtext")].map(item => item.textContent);
-said.hovered = document.querySelector("#shown img").alt;
-said.image = document.querySelector("#shown img").src === slices[7].image;
-byId("next").focus(); said.focus = document.activeElement.id;
-byId("next").click(); said.next = document.querySelector("#shown img").alt;
+state.legend = [...map.querySelectorAll(".legendtext")].map(item => item.textContent);
+state.hovered = document.querySelector("#shown img").alt;
+state.image = document.querySelector("#shown img").src === slices[7].image;
+byId("next").focus(); state.focus = document.activeElement.id;
+byId("next").click(); state.next = document.querySelector("#shown img").alt;
 document.querySelectorAll("#matrix button")[1].click();
-said.cell = document.querySelectorAll("#cell img").length;
+state.cell = document.querySelectorAll("#cell img").length;
 byId("map").focus();
 byId("map").dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowLeft", bubbles: true }));
-said.arrow = document.querySelector("#shown img").alt;
-said.reached = [...document.querySelectorAll(
+state.arrow = document.querySelector("#shown img").alt;
+state.reached = [...document.querySelectorAll(
   "button:not(:disabled), select, input, .scroll, #map, nav a")].filter(
   item => item.checkVisibility()).every(
   item => { item.focus(); return document.activeElement === item; });
-said.pairs = document.querySelectorAll("#pairs img").length;
+state.pairs = document.querySelectorAll("#pairs img").length;
 const kind = byId("explained-kind"); kind.value = "wrong"; kind.dispatchEvent(new Event("change"));
-said.errors = document.querySelectorAll("#pairs figure").length;
-said.subtypes = byId("kinds").textContent;
+state.errors = document.querySelectorAll("#pairs figure").length;
+state.subtypes = byId("kinds").textContent;
 for (const event of ["mousedown", "mouseup"])
   map.querySelector(".legendtoggle").dispatchEvent(new MouseEvent(event, { bubbles: true }));
 setTimeout(() => {
 const hidden = () => map._fullData.filter(trace => trace.visible === "legendonly");
-said.hidden = hidden().map(trace => trace.name);
-set("colour", "cluster"); said.hidden_clusters = hidden().length;
-said.innerWidth = window.innerWidth;
-said.width = document.documentElement.scrollWidth <= window.innerWidth;
-window.parent.postMessage(JSON.stringify(said), "*");
+state.hidden = hidden().map(trace => trace.name);
+set("colour", "cluster"); state.hidden_clusters = hidden().length;
+state.innerWidth = window.innerWidth;
+state.width = document.documentElement.scrollWidth <= window.innerWidth;
+window.parent.postMessage(JSON.stringify(state), "*");
 }, 1000); }, 500); }, 1500);
 </script>
 """
@@ -323,7 +323,7 @@ FRAME = """
 <iframe src="acted.html" style="width: {width}px; height: 900px; border: 0"></iframe>
 <script>
 addEventListener("message", event => {{
-  const line = document.createElement("p"); line.id = "said"; line.textContent = event.data;
+  const line = document.createElement("p"); line.id = "state"; line.textContent = event.data;
   document.body.append(line);
 }});
 </script>
@@ -349,26 +349,26 @@ def test_filters_hover_and_galleries_work_in_a_browser(page: Path, width: int) -
     )
     console = [line for line in finished.stderr.splitlines() if "CONSOLE" in line]
     assert not [line for line in console if "Error" in line]
-    found = re.search(r'<p id="said">(.*?)</p>', finished.stdout)
+    found = re.search(r'<p id="state">(.*?)</p>', finished.stdout)
     assert found is not None
-    said = json.loads(html.unescape(found.group(1)))
-    assert (said["all"], said["glioma"], said["wrong"], said["clean"]) == ("24", "8", "2", "12")
-    assert said["sure"] == "0"
-    assert said["epoch"] == "1"
-    assert said["legend"] == CLASSES
-    assert said["hovered"] == "slice Testing/<2>/7.jpg"
-    assert said["image"] is True
-    assert said["focus"] == "next"
-    assert said["next"] == "slice Testing/<<b>pituitary>/8.jpg"
-    assert said["cell"] == 2  # gliomas taken for no tumour
-    assert said["arrow"] == "slice Testing/<2>/7.jpg"
-    assert said["reached"] is True
-    assert (said["pairs"], said["errors"]) == (4, 1)
-    assert "glioma: 2 clusters" in said["subtypes"]
-    assert "Jaccard index of 1.00: stable" in said["subtypes"]
-    assert (said["hidden"], said["hidden_clusters"]) == ([CLASSES[0]], 0)  # not the first cluster
-    assert said["innerWidth"] == width
-    assert said["width"] is True
+    state = json.loads(html.unescape(found.group(1)))
+    assert (state["all"], state["glioma"], state["wrong"], state["clean"]) == ("24", "8", "2", "12")
+    assert state["sure"] == "0"
+    assert state["epoch"] == "1"
+    assert state["legend"] == CLASSES
+    assert state["hovered"] == "slice Testing/<2>/7.jpg"
+    assert state["image"] is True
+    assert state["focus"] == "next"
+    assert state["next"] == "slice Testing/<<b>pituitary>/8.jpg"
+    assert state["cell"] == 2  # gliomas taken for no tumour
+    assert state["arrow"] == "slice Testing/<2>/7.jpg"
+    assert state["reached"] is True
+    assert (state["pairs"], state["errors"]) == (4, 1)
+    assert "glioma: 2 clusters" in state["subtypes"]
+    assert "Jaccard index of 1.00: stable" in state["subtypes"]
+    assert (state["hidden"], state["hidden_clusters"]) == ([CLASSES[0]], 0)  # not the first cluster
+    assert state["innerWidth"] == width
+    assert state["width"] is True
 
 
 @pytest.mark.slow

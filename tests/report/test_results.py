@@ -64,7 +64,7 @@ def test_another_run_stands_beside_it_by_its_name() -> None:
     assert rows["all, control (c)"][0] == "0.250"
 
 
-def test_other_slices_of_another_run_are_told() -> None:
+def test_other_slices_of_another_run_are_reported() -> None:
     sizes = {"test/all/num_slices": 1311.0, "test/clean/num_slices": 2.0}
     accuracies, *_ = results_tables(METRICS, CLASSES, {"control (c)": sizes})
     assert "head, control (c) (clean: 2 slices)" in {row[0] for row in accuracies.rows}
@@ -73,8 +73,8 @@ def test_other_slices_of_another_run_are_told() -> None:
 def test_the_effective_rank_stands_beside_the_silhouettes() -> None:
     rank = "cluster/effective_rank"
     *_, clusters = results_tables(METRICS | {rank: 9.44}, CLASSES, {"control (c)": {rank: 8.0}})
-    told = "effective rank of the fitted embeddings: 9.4; 8.0, control (c)"
-    assert clusters.title == f"Clusters ({told})"
+    ranks = "effective rank of the fitted embeddings: 9.4; 8.0, control (c)"
+    assert clusters.title == f"Clusters ({ranks})"
     assert results_tables(METRICS, CLASSES)[-1].title == "Clusters"
 
 

@@ -32,9 +32,9 @@ from brainray.orchestration.prediction.inference import (
 )
 from brainray.orchestration.preprocessing.grouping import group_strangers
 from brainray.orchestration.preprocessing.leakage import LEVELS, twins_of_test_slices
-from brainray.orchestration.preprocessing.preparation import (
+from brainray.orchestration.preprocessing.slice_rows import (
     CHANGED,
-    NOT_ASKED,
+    NO_CLASS_TO_SCORE,
     preprocess_file,
     read_file,
     salt_id,
@@ -92,7 +92,7 @@ def evaluate(config: Config, only_paths: set[str] | None = None) -> Evaluation:
 def _evaluate(
     config: Config, predictor: Predictor, target: Folder, only_paths: set[str] | None
 ) -> Evaluation:
-    _check_source(config, target, of_pipeline=only_paths is not None)
+    _check_source(config, target, from_pipeline=only_paths is not None)
     checkpoint, seen = predictor.checkpoint, predictor.seen()
     labels = None if config.labels is None else Folder(config.labels)
     # The split of selected paths is known; a table may use another name for it.
@@ -105,22 +105,22 @@ def _evaluate(
     )
     files, left_out = _files_to_score(listing, config, checkpoint.classes, only_paths)
     counts = ", ".join(f"{count} {why}" for why, count in left_out.items() if count)
-    told = f"; left out: {counts}" if counts else ""
+    left_out_note = f"; left out: {counts}" if counts else ""
     log(
         f"evaluating {predictor.folder} (epoch {checkpoint.epoch}) on {len(files)} files"
-        f"{told}{listing.remarks}"
+        f"{left_out_note}{listing.remarks}"
     )
     rows = _predict_files(files, config, predictor)
     check_frames(files, rows)
-    is_asked = pc.invert(pc.fill_null(pc.equal(rows["reason"], NOT_ASKED), False))
-    num_others = rows.num_rows - pc.sum(is_asked).as_py()
-    if num_others:
-        log(f"left out: {num_others} slices without a class in files with labelled slices")
-    if num_others == rows.num_rows:
+    has_class = pc.invert(pc.fill_null(pc.equal(rows["reason"], NO_CLASS_TO_SCORE), False))
+    num_without_class = rows.num_rows - pc.sum(has_class).as_py()
+    if num_without_class:
+        log(f"left out: {num_without_class} slices without a class in files with labelled slices")
+    if num_without_class == rows.num_rows:
         raise DataError(f"source={config.source}: no slice has a class to score")
-    accepted, rejected = _by_usability(rows.filter(is_asked), config)
+    accepted, rejected = _by_usability(rows.filter(has_class), config)
     known = groups_of_test_slices(predictor.run_folder)
-    predictions, twins = _with_subsets(accepted, seen, config, predictor, known)
+    predictions, twins = _with_subset_columns(accepted, seen, config, predictor, known)
     metrics = summarise(
         predictions,
         None if seen is None else seen.filter(pc.invert(seen["elsewhere"])),
@@ -135,7 +135,7 @@ def _evaluate(
         "num_ignored_files": float(listing.num_ignored),
         "num_outside_of_test": float(left_out[_OUTSIDE_OF_TEST]),
         "num_without_class": float(left_out[_WITHOUT_CLASS]),
-        "num_slices_without_class": float(num_others),
+        "num_slices_without_class": float(num_without_class),
         "epoch": float(checkpoint.epoch),
     }
     if target.exists():
@@ -166,7 +166,7 @@ def _evaluate(
     return Evaluation(target, metrics, checkpoint.classes)
 
 
-def _with_subsets(
+def _with_subset_columns(
     accepted: pa.Table,
     seen: pa.Table | None,
     config: Config,
@@ -181,10 +181,12 @@ def _with_subsets(
     if seen is None:
         log(f"no record of what {predictor.folder} was trained on: no slice is marked as clean")
         return predictions, None
-    asked = with_comparable_names(accepted, config, predictor)
-    elsewhere = [identity not in known for identity in asked["sample_id"].to_pylist()]
-    asked = asked.append_column("elsewhere", pa.array(elsewhere, pa.bool_()))
-    exposed = exposure(Fingerprints.of(asked), Fingerprints.of(seen), predictor.preprocess)
+    queries = with_comparable_names(accepted, config, predictor)
+    elsewhere = [identity not in known for identity in queries["sample_id"].to_pylist()]
+    queries = queries.append_column("elsewhere", pa.array(elsewhere, pa.bool_()))
+    exposed = exposure(
+        Fingerprints.from_table(queries), Fingerprints.from_table(seen), predictor.preprocess
+    )
     for name, flags in exposed.columns.items():
         predictions = predictions.set_column(PREDICTIONS.get_field_index(name), name, flags)
     if not any(exposed.clean):
@@ -262,10 +264,10 @@ def _groups(
 def check_evaluation_name(config: Config) -> None:
     """Raises ConfigError if a pipeline's name is used for the evaluation of another source."""
     target = Folder(config.storage) / layout.EVALUATIONS / config.given("name")
-    _check_source(config, target, of_pipeline=True)
+    _check_source(config, target, from_pipeline=True)
 
 
-def _check_source(config: Config, target: Folder, *, of_pipeline: bool) -> None:
+def _check_source(config: Config, target: Folder, *, from_pipeline: bool) -> None:
     """Folders in different places may share a name, and so may their evaluations.
 
     Raises:
@@ -274,8 +276,8 @@ def _check_source(config: Config, target: Folder, *, of_pipeline: bool) -> None:
     if not target.exists(layout.CONFIG):
         return
     before = parse_yaml(target.read_bytes(layout.CONFIG), f"{target}/{layout.CONFIG}")
-    of_same_run = before.get("run") == (config.run or config.name)
-    is_own = of_pipeline and of_same_run  # its files may have been moved
+    is_same_run = before.get("run") == (config.run or config.name)
+    is_own = from_pipeline and is_same_run  # its files may have been moved
     if before["source"] != config.source and not is_own:
         raise ConfigError(
             f"{target} is the evaluation of another source ({before['source']}): choose another "
@@ -317,9 +319,9 @@ def _files_to_score(
 
 
 def _counted(names: Counter[str]) -> str:
-    told = [f"{name!r} ({count} files)" for name, count in sorted(names.items())[:_MAX_NAMED]]
-    more = len(names) - len(told)
-    return ", ".join(told) + (f" and {more} more" if more else "")
+    listed = [f"{name!r} ({count} files)" for name, count in sorted(names.items())[:_MAX_NAMED]]
+    more = len(names) - len(listed)
+    return ", ".join(listed) + (f" and {more} more" if more else "")
 
 
 def with_comparable_names(accepted: pa.Table, config: Config, predictor: Predictor) -> pa.Table:

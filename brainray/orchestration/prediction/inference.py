@@ -20,7 +20,7 @@ from brainray.log import log
 from brainray.mri.identity import content_hash
 from brainray.orchestration.blocks import blocks_on_actors, whole_blocks
 from brainray.orchestration.manifest import versions_of
-from brainray.orchestration.preprocessing.preparation import subject_salt
+from brainray.orchestration.preprocessing.slice_rows import subject_salt
 from brainray.orchestration.preprocessing.slice_tasks import TO_PREDICT, decode_files, select_slices
 from brainray.orchestration.preprocessing.source import SourceFile, files_of_tasks
 from brainray.orchestration.resources import alive_nodes, plan_actors
@@ -80,7 +80,7 @@ class Predictor:
         return found
 
 
-def find_predictor(config: Config, purpose: str, *, of_new_files: bool = True) -> Predictor:
+def find_predictor(config: Config, purpose: str, *, for_new_files: bool = True) -> Predictor:
     """The epoch ``config.epoch`` of ``config.run`` (default: the chosen epoch), or the checkpoint
     ``config.checkpoint``.
 
@@ -88,7 +88,7 @@ def find_predictor(config: Config, purpose: str, *, of_new_files: bool = True) -
         ConfigError: neither or both of run and checkpoint are given.
         DataError: no such run.
         CheckpointError: the checkpoint is missing or invalid, there is no such epoch, or with
-            ``of_new_files`` the run was trained on slices that this version preprocesses
+            ``for_new_files`` the run was trained on slices that this version preprocesses
             differently.
     """
     if (config.run is None) == (config.checkpoint is None):
@@ -114,7 +114,7 @@ def find_predictor(config: Config, purpose: str, *, of_new_files: bool = True) -
     # The store's preprocessing may differ from that in the run's config file.
     preprocess, made_with = run.record.preprocess, run.record.versions
     now = versions_of(preprocess)
-    if of_new_files and made_with != now:
+    if for_new_files and made_with != now:
         difference = differing_settings(made_with, now)
         raise CheckpointError(
             f"the run {run_folder} was trained on slices made by another version of brainray "
@@ -141,8 +141,8 @@ def _folder_of_checkpoint(given: Folder) -> Folder:
     if given.local_path is not None:
         places.append(Folder(given.local_path.resolve()))
     folders = [place.parent if place.name == layout.MODEL else place for place in places]
-    of_runs = (folder for folder in folders if folder.parent.exists(layout.RUN))
-    return next(of_runs, folders[0])
+    inside_runs = (folder for folder in folders if folder.parent.exists(layout.RUN))
+    return next(inside_runs, folders[0])
 
 
 def _checkpoint_folder(storage: Folder, run: Run, epoch: int | None) -> Folder:
@@ -186,14 +186,14 @@ def predicted_blocks(
         preprocess=predictor.preprocess,
         salt=subject_salt(Folder(config.storage)),
     )
-    volumes = [asked for asked in files if asked.path.lower().endswith(_VOLUME_SUFFIXES)]
-    images = [asked for asked in files if not asked.path.lower().endswith(_VOLUME_SUFFIXES)]
+    volumes = [file for file in files if file.path.lower().endswith(_VOLUME_SUFFIXES)]
+    images = [file for file in files if not file.path.lower().endswith(_VOLUME_SUFFIXES)]
     tables = [
         pa.Table.from_pylist(
             [
-                asdict(asked.file)
-                | {name: getattr(asked, name) for name in ("label", "subject", "label_of_frame")}
-                for asked in task
+                asdict(file.file)
+                | {name: getattr(file, name) for name in ("label", "subject", "label_of_frame")}
+                for file in task
             ],
             schema=TO_PREDICT,
         )

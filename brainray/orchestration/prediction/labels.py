@@ -57,7 +57,7 @@ def choose_next_labels(config: Config) -> NextLabels:
     """
     run = open_run(Folder(config.storage), config.given("run"))
     _check_nothing_is_filled_in(run.folder)
-    predictor = find_predictor(config, "labelling", of_new_files=False)
+    predictor = find_predictor(config, "labelling", for_new_files=False)
     folder = Folder(config.storage) / layout.DATASETS / run.record.dataset
     store = ImageStore.open(folder, run.record.data_hash)
     seen = run.folder.read_table(layout.SEEN)
@@ -72,7 +72,7 @@ def choose_next_labels(config: Config) -> NextLabels:
     batches = [
         # take() copies, so that unused columns such as thumbnails are freed.
         batch.select(_NEEDED).take(pa.array(range(batch.num_rows), pa.int64()))
-        for batch in with_progress(blocks, pool.num_rows, "predicted", of_store=True)
+        for batch in with_progress(blocks, pool.num_rows, "predicted", counts_slices=True)
     ]
     rows = pa.concat_tables(batches).sort_by("sample_id")
     pool = pool.sort_by("sample_id")

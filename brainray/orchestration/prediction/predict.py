@@ -25,7 +25,7 @@ from brainray.orchestration.prediction.inference import (
     find_predictor,
     predicted_blocks,
 )
-from brainray.orchestration.preprocessing.preparation import CHANGED, UNREADABLE
+from brainray.orchestration.preprocessing.slice_rows import CHANGED, UNREADABLE
 from brainray.orchestration.preprocessing.source import (
     FoundFile,
     SourceFile,
@@ -82,7 +82,7 @@ def _predict(config: Config, predictor: Predictor, folder: Folder) -> Prediction
     found, ignored = find_images(Folder(config.given("source")), Folder(config.storage))
     _begin(config, predictor, folder)
     num_replaced = _forget_stale(folder, found)
-    folder.delete_file(layout.PREDICTED_CSV, missing_ok=True)  # made again at the end
+    folder.delete_file(layout.PREDICTED_CSV, missing_ok=True)  # rewritten at the end
     done = _done(folder)
     files = [SourceFile(file=file) for file in found if file.path not in done]
     log(
@@ -141,9 +141,9 @@ def _forget_stale(folder: Folder, found: Iterable[FoundFile]) -> int:
     now = {file.path: (file.num_bytes, file.mtime_ns) for file in found}
     replaced: set[str] = set()
     for name in _parts(folder):
-        told = folder.read_table(name, columns=["path", "reason", "num_bytes", "mtime_ns"])
+        stored = folder.read_table(name, columns=["path", "reason", "num_bytes", "mtime_ns"])
         kept = []
-        for row in told.to_pylist():
+        for row in stored.to_pylist():
             stamp = (row["num_bytes"], row["mtime_ns"])
             is_unread = row["reason"] in {UNREADABLE, CHANGED}
             is_other = now.get(row["path"], stamp) != stamp

@@ -16,7 +16,7 @@ from brainray.engine.export import load_safetensors
 from brainray.engine.slice_model import Reference, SliceModel
 from brainray.errors import BrainrayError
 from brainray.mri.slices import RejectedImage
-from brainray.orchestration.preprocessing.preparation import (
+from brainray.orchestration.preprocessing.slice_rows import (
     DECODED,
     UNREADABLE,
     decode_to_predict,
@@ -78,8 +78,8 @@ class ServedModel:
         rows: list[dict[str, Any]] = []
         numbers: list[int] = []
         for number, request in enumerate(model_input.to_dict(orient="records")):
-            asked, content = _asked(request, number)
-            decoded = decode_to_predict(asked, content, self._preprocess, self._salt)
+            file, content = _requested_file(request, number)
+            decoded = decode_to_predict(file, content, self._preprocess, self._salt)
             rows += decoded
             numbers += [number] * len(decoded)
         slices = pa.Table.from_pylist(rows, schema=DECODED)
@@ -96,7 +96,7 @@ def _load_pyfunc(path: str) -> ServedModel:
     return ServedModel(Path(path))
 
 
-def _asked(request: dict[str, Any], number: int) -> tuple[SourceFile, Callable[[], bytes]]:
+def _requested_file(request: dict[str, Any], number: int) -> tuple[SourceFile, Callable[[], bytes]]:
     """The file named by a request, and a function that reads it."""
     path, image = request.get("path"), request.get("image")
     name = path if isinstance(path, str) and path else f"image {number}"

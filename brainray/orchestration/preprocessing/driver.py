@@ -32,10 +32,15 @@ from brainray.mri.slices import RejectedImage
 from brainray.orchestration.blocks import arrow_blocks, with_progress
 from brainray.orchestration.lock import held
 from brainray.orchestration.manifest import Manifest, settings_of
-from brainray.orchestration.preprocessing.earlier import LIGHT, Earlier, Place, unchanged
 from brainray.orchestration.preprocessing.examples import draw_figures
 from brainray.orchestration.preprocessing.plan import official_splits, plan_store
-from brainray.orchestration.preprocessing.preparation import (
+from brainray.orchestration.preprocessing.previous_records import (
+    LIGHT,
+    Place,
+    PreviousRecords,
+    unchanged,
+)
+from brainray.orchestration.preprocessing.slice_rows import (
     CHANGED,
     SALT_VARIABLE,
     UNREADABLE,
@@ -44,7 +49,12 @@ from brainray.orchestration.preprocessing.preparation import (
     salt_id,
     subject_salt,
 )
-from brainray.orchestration.preprocessing.slice_tasks import TO_PART, TOLD, decode_part, write_parts
+from brainray.orchestration.preprocessing.slice_tasks import (
+    PART_SLICES,
+    TO_PART,
+    decode_part,
+    write_parts,
+)
 from brainray.orchestration.preprocessing.source import (
     FoundFile,
     Listing,
@@ -148,19 +158,19 @@ def _build(
     """Make the store in ``building``; returns its manifest, which includes ``about``."""
     clock = _Clock()
     source, parts = Folder(config.given("source")), building / "parts"
-    earlier = Earlier.of(previous)
-    _check_salt(previous, earlier, about["subject_salt"])
+    records = PreviousRecords.from_store(previous)
+    _check_salt(previous, records, about["subject_salt"])
     fingerprints = RowFile(THUMBNAIL_SIDE**2, np.uint8)
-    slices, num_decoded = _slices_of_all_files(config, listing, earlier, parts, fingerprints)
+    slices, num_decoded = _slices_of_all_files(config, listing, records, parts, fingerprints)
     clock.passed("decode")
-    plan = plan_store(slices, fingerprints, listing, config, earlier)
+    plan = plan_store(slices, fingerprints, listing, config, records)
     clock.passed("plan")
     _write_images(parts, previous, building / layout.IMAGES, plan.rows)
     parts.delete()
     clock.passed("write")
     building.write_table(layout.FILES, plan.files)
     now = (plan.rows[name].to_pylist() for name in ("split", "generation"))
-    places = earlier.places() | dict(
+    places = records.places() | dict(
         zip(plan.rows["sample_id"].to_pylist(), map(Place, *now), strict=True)
     )
     placed = [{"sample_id": name} | place._asdict() for name, place in sorted(places.items())]
@@ -176,7 +186,7 @@ def _build(
         format=layout.STORE_FORMAT,
         name=config.given("name"),
         source=config.given("source"),
-        generation=earlier.generation,
+        generation=records.generation,
         seconds=clock.seconds,
         num_files=len(listing.files),
         num_files_decoded=num_decoded,
@@ -232,7 +242,7 @@ def _is_readable(file: FoundFile, source: Folder) -> bool:
 def _previous_store(target: Folder) -> ImageStore | None:
     target.restore(layout.MANIFEST)
     if not target.exists(layout.MANIFEST):
-        if target.local_path is None and set(target.names()) <= layout.OF_STORE:
+        if target.local_path is None and set(target.names()) <= layout.STORE_ENTRIES:
             target.delete()  # partial copy: an object store cannot rename a folder
         if target.names():
             raise DataError(f"{target} exists but is not an image store: choose another name")
@@ -258,8 +268,8 @@ def _check_source(previous: ImageStore, listing: Listing, config: Config) -> Non
     """
     if previous.manifest.source == config.source:
         return
-    told = previous.folder.read_table(layout.FILES, columns=["path", "num_bytes"])
-    before = {(row["path"], row["num_bytes"]) for row in told.to_pylist()}
+    stored = previous.folder.read_table(layout.FILES, columns=["path", "num_bytes"])
+    before = {(row["path"], row["num_bytes"]) for row in stored.to_pylist()}
     num_found = len(before & {(file.path, file.num_bytes) for file in listing.files})
     if 2 * num_found < len(before):
         raise DataError(
@@ -269,7 +279,7 @@ def _check_source(previous: ImageStore, listing: Listing, config: Config) -> Non
         )
 
 
-def _check_salt(previous: ImageStore | None, earlier: Earlier, salt: str) -> None:
+def _check_salt(previous: ImageStore | None, records: PreviousRecords, salt: str) -> None:
     """Check that all subjects of a store use one salt; two would turn one patient into two.
 
     Raises:
@@ -278,7 +288,7 @@ def _check_salt(previous: ImageStore | None, earlier: Earlier, salt: str) -> Non
     if previous is None:
         return
     made_with = previous.manifest.subject_salt
-    names_subjects = pc.any(pc.is_valid(earlier.files["header_subject"])).as_py()
+    names_subjects = pc.any(pc.is_valid(records.files["header_subject"])).as_py()
     if names_subjects and made_with != salt:
         raise DataError(
             f"the subjects of the image store {previous.folder} were hashed with a different salt "
@@ -290,7 +300,7 @@ def _check_salt(previous: ImageStore | None, earlier: Earlier, salt: str) -> Non
 def _slices_of_all_files(
     config: Config,
     listing: Listing,
-    earlier: Earlier,
+    records: PreviousRecords,
     parts: Folder,
     fingerprints: RowFile,
 ) -> tuple[pa.Table, int]:
@@ -298,7 +308,7 @@ def _slices_of_all_files(
 
     Fingerprints are appended to ``fingerprints``.
     """
-    reusable = earlier.reusable(fingerprints)
+    reusable = records.reusable(fingerprints)
     found = [file.file for file in listing.files]
     same = unchanged(found, reusable)
     to_read = [file for file in found if file.path not in same]
@@ -306,14 +316,14 @@ def _slices_of_all_files(
     started = time.monotonic()
     read = pa.concat_tables(
         _light_rows(block, fingerprints)
-        for block in _decode_all(config, to_read, reusable["sha256"], earlier.generation, parts)
+        for block in _decode_all(config, to_read, reusable["sha256"], records.generation, parts)
     ).cast(LIGHT)
     known = read.filter(_is_known(read))
     new = read.filter(pc.invert(_is_known(read)))
     num_decoded = len(set(new["path"].to_pylist()))
     log(
         f"decoded {num_decoded} files in {time.monotonic() - started:.0f} s"
-        + (f"; reused {len(found) - num_decoded} from before" if earlier.generation else "")
+        + (f"; reused {len(found) - num_decoded} from before" if records.generation else "")
     )
     slices = pa.concat_tables([kept, _under_new_paths(known, reusable), new])
     return slices.sort_by([("path", "ascending"), ("frame", "ascending")]), num_decoded
@@ -357,7 +367,7 @@ def _decode_all(
 ) -> Iterator[pa.Table]:
     """First pass: yields the files' rows without their pixels, as they are decoded."""
     parts.filesystem.create_dir(parts.path, recursive=True)
-    yield TOLD.empty_table()
+    yield PART_SLICES.empty_table()
     if not files:
         return
     decode = partial(
@@ -387,10 +397,12 @@ def _write_images(
 ) -> None:
     """Second pass: write the store's final rows with the pixels of new and earlier parts."""
     images.filesystem.create_dir(images.path, recursive=True)
-    new = set(parts.names())
-    earlier = parts if previous is None else previous.folder / layout.IMAGES
+    new_parts = set(parts.names())
+    previous_parts = parts if previous is None else previous.folder / layout.IMAGES
 
-    write = partial(write_parts, parts=parts, new=new, earlier=earlier, images=images)
+    write = partial(
+        write_parts, parts=parts, new_parts=new_parts, previous_parts=previous_parts, images=images
+    )
     final_rows = rows.select([*IMAGE_INDEX_COLUMNS, "part"])
     names = pc.unique(rows["part"])
     # Several parts per task: one alone is written faster than the executor schedules the next.

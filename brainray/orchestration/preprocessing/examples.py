@@ -14,7 +14,7 @@ from brainray.mri.decode import decode_file
 from brainray.mri.skull_strip import StrippedSlice
 from brainray.mri.slices import RejectedImage
 from brainray.orchestration.preprocessing.plan import StorePlan
-from brainray.orchestration.preprocessing.preparation import decode_options, read_file, strip
+from brainray.orchestration.preprocessing.slice_rows import decode_options, read_file, strip
 from brainray.orchestration.preprocessing.source import FoundFile
 from brainray.orchestration.store import read_images
 from brainray.report.store_figures import SlicePair, draw_store_figures

@@ -11,8 +11,8 @@ from brainray.mri.duplicates import COPY, DuplicatePairs, near_duplicate_pairs, 
 from brainray.mri.groups import connected_groups, earliest_names, joint_groups, keep_names
 from brainray.mri.row_file import Rows, SelectedRows
 from brainray.mri.subjects import estimate_subjects
-from brainray.orchestration.preprocessing.earlier import Earlier
-from brainray.orchestration.preprocessing.preparation import named_subject, subject_salt
+from brainray.orchestration.preprocessing.previous_records import PreviousRecords
+from brainray.orchestration.preprocessing.slice_rows import named_subject, subject_salt
 from brainray.orchestration.preprocessing.source import Listing
 from brainray.schema import ESTIMATED, HEADER, NAMED, STUDY, TABLE, VOLUME
 from brainray.storage import Folder
@@ -22,8 +22,8 @@ from brainray.storage import Folder
 class SliceGroups:
     """Group names of n accepted slices, one per slice and level.
 
-    Each group of ``copies`` is contained in one of ``draw``, each of these in one of ``kin``, and
-    each of these in one of ``split``.
+    Each group of ``copies`` is contained in one of ``draw``, each of these in one of ``related``,
+    and each of these in one of ``split``.
     """
 
     pairs: DuplicatePairs
@@ -32,7 +32,7 @@ class SliceGroups:
     subjects: list[str | None]
     subject_sources: list[str | None]
     draw: list[str]  # kept together by label draws: copies, and subjects given by metadata
-    kin: list[str]  # not shared by validation and labelled slices: also mirrored or rotated copies
+    related: list[str]  # not on both sides of a validation split: also mirrored or rotated copies
     split: list[str]  # kept together by our own splits: also estimated subjects
 
     def columns(self) -> dict[str, list[str] | list[str | None]]:
@@ -42,36 +42,40 @@ class SliceGroups:
             "subject_id": self.subjects,
             "subject_source": self.subject_sources,
             "draw_group_id": self.draw,
-            "kin_group_id": self.kin,
+            "kin_group_id": self.related,
             "split_group_id": self.split,
         }
 
 
 def group_slices(
-    accepted: pa.Table, looks: Rows, listing: Listing, config: Config, earlier: Earlier
+    accepted: pa.Table,
+    fingerprints: Rows,
+    listing: Listing,
+    config: Config,
+    records: PreviousRecords,
 ) -> SliceGroups:
-    """Groups of the LIGHT rows of accepted slices, by their fingerprints ``looks`` and their
-    subjects from metadata; groups known from an earlier run keep their names.
+    """Groups of the LIGHT rows of accepted slices, by their ``fingerprints`` and their subjects
+    from metadata; groups known from an earlier run keep their names.
     """
     ids = accepted["sample_id"].to_pylist()
 
     def named_as_before(groups: list[str], column: str) -> list[str]:
-        return keep_names(groups, earlier.of_slices(ids, column))
+        return keep_names(groups, records.lookup(ids, column))
 
-    pairs = _near_duplicates(accepted, looks, config.preprocess)
-    near = pairs.of_kind(COPY)
+    pairs = _near_duplicates(accepted, fingerprints, config.preprocess)
+    near = pairs.filter_by_kind(COPY)
     copies = named_as_before(connected_groups(ids, near.first, near.second), "duplicate_group_id")
     also_turned = connected_groups(ids, pairs.first, pairs.second)
-    subjects, sources = _subjects(accepted, looks, listing, copies, config, earlier)
+    subjects, sources = _subjects(accepted, fingerprints, listing, copies, config, records)
     # Like the published protocol, a label draw may separate likely neighbours; a split may not.
     named = [
         subject if source in NAMED else None
         for subject, source in zip(subjects, sources, strict=True)
     ]
     draw = named_as_before(joint_groups(copies, named), "draw_group_id")
-    kin = named_as_before(joint_groups(draw, also_turned), "kin_group_id")
-    split = named_as_before(joint_groups(kin, subjects), "split_group_id")
-    return SliceGroups(pairs, copies, also_turned, subjects, sources, draw, kin, split)
+    related = named_as_before(joint_groups(draw, also_turned), "kin_group_id")
+    split = named_as_before(joint_groups(related, subjects), "split_group_id")
+    return SliceGroups(pairs, copies, also_turned, subjects, sources, draw, related, split)
 
 
 @dataclass(frozen=True)
@@ -90,19 +94,21 @@ def group_strangers(accepted: pa.Table, preprocess: PreprocessConfig) -> Strange
         preprocess: thresholds for copies and for slices likely of one subject.
     """
     ids, subjects = (accepted[name].to_pylist() for name in ("sample_id", "subject_id"))
-    looks = thumbnail_matrix(accepted["thumbnail"].to_pylist())
-    pairs = _near_duplicates(accepted, looks, preprocess)
-    near = pairs.of_kind(COPY)
+    fingerprints = thumbnail_matrix(accepted["thumbnail"].to_pylist())
+    pairs = _near_duplicates(accepted, fingerprints, preprocess)
+    near = pairs.filter_by_kind(COPY)
     copies = connected_groups(ids, near.first, near.second)
     nameless = [row for row, name in enumerate(subjects) if name is None]
     if preprocess.subject.estimate:
-        for row, name in _estimated(nameless, ids, looks, copies, preprocess).items():
+        for row, name in _estimated(nameless, ids, fingerprints, copies, preprocess).items():
             subjects[row] = name
     also_turned = connected_groups(ids, pairs.first, pairs.second)
     return StrangerGroups(copies, joint_groups(also_turned, subjects))
 
 
-def _near_duplicates(accepted: pa.Table, looks: Rows, config: PreprocessConfig) -> DuplicatePairs:
+def _near_duplicates(
+    accepted: pa.Table, fingerprints: Rows, config: PreprocessConfig
+) -> DuplicatePairs:
     """Pairs of near-duplicates; slices at different positions of one volume are never copies."""
     volumes = [
         digest if frame else None
@@ -112,17 +118,17 @@ def _near_duplicates(accepted: pa.Table, looks: Rows, config: PreprocessConfig) 
     ]
     progress = ProgressLines("compared", "pairs of similar slices")
     return near_duplicate_pairs(
-        looks, config.near_duplicate, not_together=volumes, on_compared=progress.tell
+        fingerprints, config.near_duplicate, not_together=volumes, on_compared=progress.tell
     )
 
 
 def _subjects(
     accepted: pa.Table,
-    looks: Rows,
+    fingerprints: Rows,
     listing: Listing,
     copies: list[str],
     config: Config,
-    earlier: Earlier,
+    records: PreviousRecords,
 ) -> tuple[list[str | None], list[str | None]]:
     """Subject of each slice and its source: the labels table, the header, or an estimate.
 
@@ -145,8 +151,8 @@ def _subjects(
             f"note: {len(nameless):,} of {len(subjects):,} slices have no subject metadata: their "
             "subjects are estimated by image similarity among these slices only"
         )
-    estimated = _estimated(nameless, ids, looks, copies, config.preprocess)
-    was, was_by = (earlier.of_slices(ids, name) for name in ("subject_id", "subject_source"))
+    estimated = _estimated(nameless, ids, fingerprints, copies, config.preprocess)
+    was, was_by = (records.lookup(ids, name) for name in ("subject_id", "subject_source"))
     before = [was[row] if was_by[row] == ESTIMATED else None for row in nameless]
     names = earliest_names(list(estimated.values()), before)
     for row, old in zip(nameless, before, strict=True):
@@ -155,13 +161,17 @@ def _subjects(
 
 
 def _estimated(
-    nameless: list[int], ids: list[str], looks: Rows, copies: list[str], config: PreprocessConfig
+    nameless: list[int],
+    ids: list[str],
+    fingerprints: Rows,
+    copies: list[str],
+    config: PreprocessConfig,
 ) -> dict[int, str]:
     """Subjects by image similarity among the slices at the rows ``nameless``, by row."""
     if not nameless:
         return {}
     names = estimate_subjects(
-        SelectedRows(looks, np.array(nameless, np.int64)),
+        SelectedRows(fingerprints, np.array(nameless, np.int64)),
         [ids[row] for row in nameless],
         [copies[row] for row in nameless],
         config.subject,
@@ -188,18 +198,18 @@ def _subjects_in_metadata(
         subject, source = named_subject(in_table[path], header, sha256, salt)
         given.append(subject)
         sources.append(source)
-    for kind, told in ((VOLUME, "volume files"), (STUDY, "DICOM studies")):
+    for kind, noun in ((VOLUME, "volume files"), (STUDY, "DICOM studies")):
         count = len({h for h, source in zip(headers, sources, strict=True) if source == kind})
         if count > 1:
             log(
-                f"note: {count} {told} do not name a patient, so each counts as one subject: if a "
+                f"note: {count} {noun} do not name a patient, so each counts as one subject: if a "
                 "patient has several, name subjects in a labels table (path,label,subject)"
             )
-    given, sources = _as_tables_name_them(given, sources, headers)
-    return _as_copies_are_named(accepted["sample_id"].to_pylist(), given, sources)
+    given, sources = _with_names_from_table(given, sources, headers)
+    return _with_subjects_of_copies(accepted["sample_id"].to_pylist(), given, sources)
 
 
-def _as_tables_name_them(
+def _with_names_from_table(
     given: list[str | None], sources: list[str | None], headers: list[str | None]
 ) -> tuple[list[str | None], list[str | None]]:
     """Subjects and sources, with the table's name for all slices of a patient if it names some.
@@ -220,7 +230,7 @@ def _as_tables_name_them(
     return [subject for subject, _ in renamed], [source for _, source in renamed]
 
 
-def _as_copies_are_named(
+def _with_subjects_of_copies(
     ids: list[str], given: list[str | None], sources: list[str | None]
 ) -> tuple[list[str | None], list[str | None]]:
     """Subjects and sources; slices without a subject have that of byte-identical ones, as only one

@@ -81,67 +81,70 @@ def read_labels_table(
         DataError: the table cannot be read, contradicts itself, names something that is not among
             the files and their folders, or has an unknown split.
     """
-    places = {folder for path in paths for folder in _folders_of(path)} | set(paths)
-    known = {nfc(place): place for place in places} | {place: place for place in places}
-    said: dict[str, FileMetadata] = {}
+    valid_paths = {folder for path in paths for folder in _folders_of(path)} | set(paths)
+    known = {nfc(place): place for place in valid_paths} | {place: place for place in valid_paths}
+    metadata: dict[str, FileMetadata] = {}
     frames: dict[str, dict[str, str | None]] = {}
     unknown: list[str] = []
     for row in read_rows(labels):
-        told = str(row["path"] or "")
-        path = next((known[name] for name in _spellings(told) if name in known), None)
-        if not told.strip():
+        written = str(row["path"] or "")
+        path = next((known[name] for name in _spellings(written) if name in known), None)
+        if not written.strip():
             raise DataError(f"labels={labels}: a row has no path; add it or delete the row")
         if path is None:
-            unknown.append(told)
+            unknown.append(written)
             continue
-        before, new = said.get(path, FileMetadata()), _metadata_of(row, path, labels, reads_splits)
-        frame, of_frame = _text(row.get("frame")), None
+        before, new = (
+            metadata.get(path, FileMetadata()),
+            _metadata_of(row, path, labels, reads_splits),
+        )
+        frame, frame_label = _text(row.get("frame")), None
         if frame is not None:
-            of_frame, new = new.label, replace(new, label=None)
+            frame_label, new = new.label, replace(new, label=None)
         contradicted = before.contradicted_by(new)
-        if of_frame is not None:
-            earlier = frames.setdefault(path, {}).setdefault(str(frame), of_frame)
-            contradicted = contradicted or ("label" if earlier != of_frame else None)
+        if frame_label is not None:
+            previous_label = frames.setdefault(path, {}).setdefault(str(frame), frame_label)
+            contradicted = contradicted or ("label" if previous_label != frame_label else None)
         if contradicted:
             raise DataError(
                 f"labels={labels}: rows of {path!r} have different values in column "
                 f"{contradicted!r}; keep one of them"
             )
-        said[path] = before.completed_by(new)
+        metadata[path] = before.completed_by(new)
     if unknown:
         more = f" (nor are the paths of {len(unknown) - 1} more rows)" if len(unknown) > 1 else ""
         slashed = unknown[0].replace("\\", "/").removeprefix("./")
-        nearest = _nearest_path(slashed, places)
+        nearest = _nearest_path(slashed, valid_paths)
         remedy = f"did you mean {nearest!r}? Paths" if nearest else "paths"
         raise DataError(
             f"labels={labels}: {unknown[0]!r} is neither an image file below the source nor a "
             f"folder with one{more}; {remedy} must be relative to the source, and supported types "
             f"are {', '.join(SUFFIXES)}"
         )
-    of_folder = sorted(frames.keys() - set(paths))
-    if of_folder:
+    folders = sorted(frames.keys() - set(paths))
+    if folders:
         raise DataError(
-            f"labels={labels}: a row names a frame of {of_folder[0]!r}, which is a folder: give "
+            f"labels={labels}: a row names a frame of {folders[0]!r}, which is a folder: give "
             "the path of the file with this slice"
         )
     found = {}
     for path in paths:
-        of_file = [said[place] for place in (path, *_folders_of(path)) if place in said]
-        if of_file:
-            whole = reduce(FileMetadata.completed_by, of_file)
+        applicable = [metadata[place] for place in (path, *_folders_of(path)) if place in metadata]
+        if applicable:
+            whole = reduce(FileMetadata.completed_by, applicable)
             found[path] = replace(whole, label_of_frame=frames.get(path, {}))
     return found
 
 
-def _spellings(told: str) -> Iterator[str]:
+def _spellings(written: str) -> Iterator[str]:
     """A path as it is, and as it is if it was written on Windows or by a spreadsheet."""
-    for slashed in (told, told.replace("\\", "/")):
+    for slashed in (written, written.replace("\\", "/")):
         bare = slashed.removeprefix("./")
         yield from (bare, bare.strip(), nfc(bare.strip()), nfc(bare.strip()).rstrip("/"))
         yield bare.removeprefix("'")  # as in our own lists: Folder.write_csv
 
 
-def _nearest_path(told: str, places: Collection[str]) -> str | None:
+def _nearest_path(written: str, paths: Collection[str]) -> str | None:
     """The one path that differs in upper and lower case, in leading folders or in the suffix."""
 
     def last_part(path: str) -> str:
@@ -152,7 +155,7 @@ def _nearest_path(told: str, places: Collection[str]) -> str | None:
         return next((name.removesuffix(end) for end in SUFFIXES if name.endswith(end)), name)
 
     for form in (str.casefold, last_part, stem):
-        fitting = [path for path in places if form(path) == form(told)]
+        fitting = [path for path in paths if form(path) == form(written)]
         if fitting:
             return fitting[0] if len(fitting) == 1 else None
     return None

@@ -24,20 +24,20 @@ LEVELS = {
 
 def leakage_report(
     table: pa.Table,
-    looks: Rows,
+    fingerprints: Rows,
     kept: NDArray[np.bool_],
     pairs: DuplicatePairs,
-    of_conflict: Sequence[str | None],
+    conflict_groups: Sequence[str | None],
     config: PreprocessConfig,
 ) -> dict[str, Any]:
     """Contents of ``leakage.json``.
 
     Args:
         table: every accepted slice with its split and its label in the source.
-        looks: (N, 9216) uint8, their fingerprints.
+        fingerprints: (N, 9216) uint8, of these slices.
         kept: (N,) which of them are in the store.
         pairs: the near-duplicates among them.
-        of_conflict: (N,) the group of copies, in any orientation, of slices whose copies have
+        conflict_groups: (N,) the group of copies, in any orientation, of slices whose copies have
             another label; else None.
         config: preprocessing settings of the store.
 
@@ -49,33 +49,33 @@ def leakage_report(
         whose copies have another label, with their ``group``.
     """
     splits = np.array(table["split"].to_pylist(), dtype=object)
-    of_train, of_test = (np.flatnonzero(kept & (splits == split)) for split in (TRAIN, TEST))
-    train, test = (table.take(pa.array(rows)) for rows in (of_train, of_test))
+    train_rows, test_rows = (np.flatnonzero(kept & (splits == split)) for split in (TRAIN, TEST))
+    train, test = (table.take(pa.array(rows)) for rows in (train_rows, test_rows))
     exposed = exposure(
-        Fingerprints.of(test, SelectedRows(looks, of_test)),
-        Fingerprints.of(train, SelectedRows(looks, of_train)),
+        Fingerprints.from_table(test, SelectedRows(fingerprints, test_rows)),
+        Fingerprints.from_table(train, SelectedRows(fingerprints, train_rows)),
         config,
     )
     subsets = subset_masks(pa.table(exposed.columns))
     labels = np.array([label or "" for label in test["label"].to_pylist()], dtype=object)
     by_class = {
-        name: dict(sorted(Counter(labels[of].tolist()).items())) for name, of in subsets.items()
+        name: dict(sorted(Counter(labels[mask].tolist()).items())) for name, mask in subsets.items()
     }
-    _, look = distinct_rows(looks)
+    _, fingerprint_ids = distinct_rows(fingerprints)
     return {
         "levels": LEVELS,
-        "num_test": {name: int(of.sum()) for name, of in subsets.items()},
+        "num_test": {name: int(mask.sum()) for name, mask in subsets.items()},
         "num_test_by_class": by_class,
         "across_splits": twins_of_test_slices(test, train, exposed),
-        "within_train": _within(table, look, pairs, TRAIN),
-        "within_test": _within(table, look, pairs, TEST),
+        "within_train": _within(table, fingerprint_ids, pairs, TRAIN),
+        "within_test": _within(table, fingerprint_ids, pairs, TEST),
         "label_conflicts": [
             place | {"label": label, "duplicate_group_id": copies, "group": group}
             for place, label, copies, group in zip(
                 _places(table, "path"),
                 table["label"].to_pylist(),
                 table["duplicate_group_id"].to_pylist(),
-                of_conflict,
+                conflict_groups,
                 strict=True,
             )
             if group is not None
@@ -116,17 +116,19 @@ def twins_of_test_slices(
 def _described(table: pa.Table, name: str, prefix: str) -> list[dict[str, Any]]:
     """`_places`, with each slice's label and, if known, its role in a run."""
     columns = [column for column in ("label", "role") if column in table.column_names]
-    told = table.select(columns).rename_columns([prefix + column for column in columns])
-    return [place | row for place, row in zip(_places(table, name), told.to_pylist(), strict=True)]
+    label_rows = table.select(columns).rename_columns([prefix + column for column in columns])
+    return [
+        place | row for place, row in zip(_places(table, name), label_rows.to_pylist(), strict=True)
+    ]
 
 
 def _within(
-    table: pa.Table, look: NDArray[np.int64], pairs: DuplicatePairs, split: str
+    table: pa.Table, fingerprint_ids: NDArray[np.int64], pairs: DuplicatePairs, split: str
 ) -> dict[str, list[dict[str, Any]]]:
     """Slices of the split that are copies of an earlier slice of the same split, by level, each in
     the first level that applies.
 
-    ``look``, (N,): rows with the same value have equal fingerprints.
+    ``fingerprint_ids``, (N,): rows with the same id have equal fingerprints.
     """
     places, twins = _places(table, "path"), _places(table, "twin")
     digests, frames = table["sha256"].to_pylist(), table["frame"].to_pylist()
@@ -138,7 +140,7 @@ def _within(
         if original != row:
             exact[row] = places[row] | twins[original]
     found: dict[str, dict[int, dict[str, Any]]] = {"near": {}, "turned": {}}
-    for one, other, kind, similarity in _links_of(np.flatnonzero(inside), look, pairs):
+    for one, other, kind, similarity in _links_of(np.flatnonzero(inside), fingerprint_ids, pairs):
         if other in exact or digests[one] == digests[other]:
             continue  # counted as exact, or another slice of the volume
         about = {"kind": KINDS[kind], "similarity": round(similarity, 6)}
@@ -153,16 +155,16 @@ def _within(
 
 
 def _links_of(
-    rows: NDArray[np.int64], look: NDArray[np.int64], pairs: DuplicatePairs
+    rows: NDArray[np.int64], fingerprint_ids: NDArray[np.int64], pairs: DuplicatePairs
 ) -> list[tuple[int, int, int, float]]:
     """(earlier row, later row, kind, similarity) of near-duplicates among these rows.
 
     For equal fingerprints, ``pairs`` links only the first one to others, and it may not be among
-    the rows: here each of them is linked to the first of the rows. Earlier partners come first.
+    the rows: here the first of the rows is linked to each other one. Earlier partners come first.
     """
     alike: dict[int, list[int]] = defaultdict(list)
     for row in rows.tolist():
-        alike[int(look[row])].append(row)
+        alike[int(fingerprint_ids[row])].append(row)
     links = [(equal[0], other, COPY, 1.0) for equal in alike.values() for other in equal[1:]]
     for first, second, kind, similarity in zip(
         pairs.first.tolist(),
@@ -171,9 +173,9 @@ def _links_of(
         pairs.similarity.tolist(),
         strict=True,
     ):
-        if look[first] == look[second]:
+        if fingerprint_ids[first] == fingerprint_ids[second]:
             continue
-        ends = alike.get(int(look[first])), alike.get(int(look[second]))
+        ends = alike.get(int(fingerprint_ids[first])), alike.get(int(fingerprint_ids[second]))
         for here, there in (ends, ends[::-1]):
             if here and there:
                 links += [(here[0], row, kind, similarity) for row in there if here[0] < row]

@@ -24,9 +24,9 @@ from brainray.mri.row_file import RowFile, SelectedRows
 from brainray.mri.slices import commonest_reasons
 from brainray.mri.split import draw_test
 from brainray.orchestration.manifest import NOT_OF_SLICES, versions_of
-from brainray.orchestration.preprocessing.earlier import FILES, Earlier
 from brainray.orchestration.preprocessing.grouping import SliceGroups, group_slices
 from brainray.orchestration.preprocessing.leakage import leakage_report
+from brainray.orchestration.preprocessing.previous_records import FILES, PreviousRecords
 from brainray.orchestration.preprocessing.source import (
     Listing,
     SourceFile,
@@ -53,7 +53,7 @@ def plan_store(
     fingerprints: RowFile,
     listing: Listing,
     config: Config,
-    earlier: Earlier,
+    records: PreviousRecords,
 ) -> StorePlan:
     """Plan duplicates, groups, splits and statistics from the LIGHT rows of all files.
 
@@ -63,15 +63,15 @@ def plan_store(
     accepted = slices.filter(pc.is_null(slices["reason"]))
     _check_rejections(slices, len(listing.files), config)
     check_frames(listing.files, slices)
-    looks = SelectedRows(fingerprints, accepted["fingerprint"].to_numpy())
-    groups = group_slices(accepted, looks, listing, config, earlier)
-    said = {file.path: file for file in listing.files}
-    files = [said[path] for path in accepted["path"].to_pylist()]
+    accepted_fingerprints = SelectedRows(fingerprints, accepted["fingerprint"].to_numpy())
+    groups = group_slices(accepted, accepted_fingerprints, listing, config, records)
+    file_by_path = {file.path: file for file in listing.files}
+    files = [file_by_path[path] for path in accepted["path"].to_pylist()]
     frames = accepted["frame"].to_pylist()
     labels = [file.label_of(frame) for file, frame in zip(files, frames, strict=True)]
     ids = accepted["sample_id"].to_pylist()
-    places = earlier.places()
-    generations = earlier.generations(ids, places)
+    places = records.places()
+    generations = records.generations(ids, places)
     given = official_splits(files, config)
     first_copy = _first_copies(ids, given, labels)
     kept = np.array([copy is None for copy in first_copy], dtype=np.bool_)
@@ -100,17 +100,24 @@ def plan_store(
         table = table.append_column(name, pa.array(column, IMAGE_STORE.field(name).type))
     rows = table.filter(pa.array(kept))
     classes = _check_classes(
-        rows, config.classes.map, was_drawn_before=given is None and earlier.generation > 0
+        rows, config.classes.map, was_drawn_before=given is None and records.generation > 0
     )
     duplicates = _duplicates_table(table, kept, first_copy, groups)
-    told = table.set_column(table.column_names.index("label"), "label", pa.array(labels))
+    source_table = table.set_column(table.column_names.index("label"), "label", pa.array(labels))
     conflicting = conflicting_groups(groups.also_turned, labels)
-    of_conflict = [group if group in conflicting else None for group in groups.also_turned]
+    conflict_groups = [group if group in conflicting else None for group in groups.also_turned]
     return StorePlan(
         rows,
-        _memory(slices, table, rows),
+        _files_table(slices, table, rows),
         duplicates,
-        leakage_report(told, looks, kept, groups.pairs, of_conflict, config.preprocess),
+        leakage_report(
+            source_table,
+            accepted_fingerprints,
+            kept,
+            groups.pairs,
+            conflict_groups,
+            config.preprocess,
+        ),
         _statistics(rows, classes, duplicates, config.preprocess),
     )
 
@@ -169,8 +176,8 @@ def _first_copies(
     """For each slice, the row of the byte-identical slice that comes first, or None; training rows
     come before others, labelled before unlabelled ones.
     """
-    of_test = [splits is not None and split != TRAIN for split in splits or [TRAIN] * len(ids)]
-    order = sorted(range(len(ids)), key=lambda row: (of_test[row], labels[row] is None))
+    is_test = [splits is not None and split != TRAIN for split in splits or [TRAIN] * len(ids)]
+    order = sorted(range(len(ids)), key=lambda row: (is_test[row], labels[row] is None))
     first: dict[str, int] = {}
     copies: list[int | None] = [None] * len(ids)
     for row in order:
@@ -206,8 +213,8 @@ def _drawn_splits(
         fraction=config.split.test_fraction,
         seed=config.split.seed,
     )
-    of_group = {split_groups[row]: bool(flag) for row, flag in zip(rows, is_test, strict=True)}
-    return [TEST if of_group[group] else TRAIN for group in split_groups]
+    is_test_group = {split_groups[row]: bool(flag) for row, flag in zip(rows, is_test, strict=True)}
+    return [TEST if is_test_group[group] else TRAIN for group in split_groups]
 
 
 def _twins_of_test(groups: list[str], splits: list[str]) -> NDArray[np.bool_]:
@@ -227,10 +234,10 @@ def _readable_labels(
 
     Test labels have no influence on training slices.
     """
-    of_training = [
+    train_labels = [
         label if split == TRAIN else None for label, split in zip(labels, splits, strict=True)
     ]
-    conflicting = conflicting_groups(copies, of_training)
+    conflicting = conflicting_groups(copies, train_labels)
     return [
         None if split == TRAIN and group in conflicting else label
         for label, group, split in zip(labels, copies, splits, strict=True)
@@ -256,18 +263,18 @@ def _duplicates_table(
         for first, second, kind in zip(pairs.first, pairs.second, pairs.kind, strict=True)
     }
     first_of_group: dict[str, int] = {}
-    first_of_any: dict[str, int] = {}
+    first_of_turned_group: dict[str, int] = {}
     for number in sorted(
         range(len(rows)), key=lambda number: (not kept[number], rows[number]["split"] != TRAIN)
     ):
         first_of_group.setdefault(groups.copies[number], number)
-        first_of_any.setdefault(groups.also_turned[number], number)
+        first_of_turned_group.setdefault(groups.also_turned[number], number)
     found = []
     for number, row in enumerate(rows):
         originals = {
             "exact": first_copy[number],
             "near": first_of_group[groups.copies[number]],
-            "turned": first_of_any[groups.also_turned[number]],
+            "turned": first_of_turned_group[groups.also_turned[number]],
         }
         for level, original in originals.items():
             if original is None or original == number:
@@ -309,7 +316,7 @@ def _check_classes(
     return sorted(by_split[TRAIN])
 
 
-def _memory(slices: pa.Table, table: pa.Table, rows: pa.Table) -> pa.Table:
+def _files_table(slices: pa.Table, table: pa.Table, rows: pa.Table) -> pa.Table:
     """FILES rows, including rejected and removed slices, with the part that stores their pixels."""
     part_of = dict(zip(rows["sample_id"].to_pylist(), rows["part"].to_pylist(), strict=True))
     parts = [part_of.get(identity) for identity in table["sample_id"].to_pylist()]
@@ -341,7 +348,7 @@ def _statistics(
         return hashlib.sha256(identity.encode()).hexdigest()[:12]
 
     # Stores that were made at once have the hash that earlier versions gave them.
-    born = ["generation"] if pc.any(pc.greater(rows["generation"], 0)).as_py() else []
+    generation_column = ["generation"] if pc.any(pc.greater(rows["generation"], 0)).as_py() else []
     return {
         "classes": classes,
         "num_slices": count_by_split_and_class(rows),
@@ -349,6 +356,8 @@ def _statistics(
         "skull_strip_used": dict(sorted(Counter(rows["skull_strip"].to_pylist()).items())),
         "pixel_mean": mean,
         "pixel_std": max(square - mean * mean, 1e-8) ** 0.5,
-        "data_hash": hash_of("split", "sample_id", "label", "draw_group_id", "kin_group_id", *born),
+        "data_hash": hash_of(
+            "split", "sample_id", "label", "draw_group_id", "kin_group_id", *generation_column
+        ),
         "slices_hash": hash_of("split", "sample_id", "split_group_id"),
     }

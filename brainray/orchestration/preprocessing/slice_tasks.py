@@ -21,8 +21,8 @@ from brainray.config import PreprocessConfig
 from brainray.errors import DataError
 from brainray.mri.identity import content_hash
 from brainray.mri.slices import RejectedImage
-from brainray.orchestration.places import check_is_here
-from brainray.orchestration.preprocessing.preparation import (
+from brainray.orchestration.paths import check_is_here
+from brainray.orchestration.preprocessing.slice_rows import (
     DECODED,
     LIGHT_COLUMNS,
     PART,
@@ -56,7 +56,9 @@ TO_PREDICT = pa.schema(
 )
 """Files of a task, with labels and subject from a labels table."""
 
-TOLD = pa.schema([*(SLICES.field(name) for name in LIGHT_COLUMNS), SLICES.field("thumbnail"), PART])
+PART_SLICES = pa.schema(
+    [*(SLICES.field(name) for name in LIGHT_COLUMNS), SLICES.field("thumbnail"), PART]
+)
 """What a task returns about the slices whose pixels it has written."""
 
 _SLICES_AT_ONCE = 128  # in memory and per row group; with 1,024, each slice takes 15 % longer
@@ -73,7 +75,7 @@ def decode_part(
     known_hashes: "ray.ObjectRef[set[str]]",
     parts: Folder,
 ) -> pa.Table:
-    """Decode the files in ``TO_PART`` rows and write their pixels to a part; ``TOLD`` rows.
+    """Decode the files in ``TO_PART`` rows and write their pixels to a part; ``PART_SLICES`` rows.
 
     Files whose hash is already known are not decoded: their rows have no sample_id.
     """
@@ -81,14 +83,16 @@ def decode_part(
     check_is_here(parts)
     name = batch["part"][0].as_py()
     known: set[str] = ray.get(known_hashes)
-    told = []
+    tables = []
     with parts.table_writer(name, SLICES) as writer:
         for slices in _decoded(_files(batch), source, preprocess, salt, known):
             has_pixels = pc.is_valid(slices["image"])
             writer.write_table(slices.filter(has_pixels))
             names = pc.if_else(has_pixels, name, pa.scalar(None, pa.string()))
-            told.append(slices.drop_columns("image").append_column(PART, names).select(TOLD.names))
-    return pa.concat_tables(told).cast(TOLD)
+            tables.append(
+                slices.drop_columns("image").append_column(PART, names).select(PART_SLICES.names)
+            )
+    return pa.concat_tables(tables).cast(PART_SLICES)
 
 
 def _decoded(
@@ -143,7 +147,12 @@ def _read_ahead(source: Folder, files: Sequence[FoundFile]) -> Iterator[Callable
 
 
 def write_parts(
-    batch: pa.Table, *, parts: Folder, new: Container[str], earlier: Folder, images: Folder
+    batch: pa.Table,
+    *,
+    parts: Folder,
+    new_parts: Container[str],
+    previous_parts: Folder,
+    images: Folder,
 ) -> pa.Table:
     """Write parts with the pixels of new or earlier parts and the final rows; the number of rows.
 
@@ -152,7 +161,7 @@ def write_parts(
     configure_task_process()
     for name in pc.unique(batch[PART.name]).to_pylist():
         final = batch.filter(pc.equal(batch[PART.name], name))
-        _write_part(name, final, parts if name in new else earlier, images)
+        _write_part(name, final, parts if name in new_parts else previous_parts, images)
     return pa.table({"num_rows": [batch.num_rows]})
 
 
@@ -185,11 +194,13 @@ def decode_files(
     """``DECODED`` rows of the files in ``TO_PREDICT`` rows."""
     configure_task_process()
     files = _files(batch)
-    said = batch.select(["label", "subject", "label_of_frame"]).to_pylist(maps_as_pydicts="strict")
+    metadata = batch.select(["label", "subject", "label_of_frame"]).to_pylist(
+        maps_as_pydicts="strict"
+    )
     rows = []
-    for file, about, read in zip(files, said, _read_ahead(source, files), strict=True):
-        asked = SourceFile(**about, file=file)
-        rows += decode_to_predict(asked, read, preprocess, salt)
+    for file, about, read in zip(files, metadata, _read_ahead(source, files), strict=True):
+        source_file = SourceFile(**about, file=file)
+        rows += decode_to_predict(source_file, read, preprocess, salt)
     return pa.Table.from_pylist(rows, schema=DECODED)
 
 

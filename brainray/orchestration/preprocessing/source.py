@@ -133,8 +133,8 @@ def _renamed(file: SourceFile, class_map: Mapping[str, str | None]) -> SourceFil
         mapped = None if label is None else class_map.get(label, label)
         return None if mapped is None or mapped.casefold() in _NO_LABEL else mapped
 
-    of_frame = {frame: name(label) for frame, label in file.label_of_frame.items()}
-    return replace(file, label=name(file.label), label_of_frame=of_frame)
+    label_of_frame = {frame: name(label) for frame, label in file.label_of_frame.items()}
+    return replace(file, label=name(file.label), label_of_frame=label_of_frame)
 
 
 def files_of_tasks(
@@ -376,14 +376,14 @@ def _check_depth(found: list[FoundFile], top_folders: set[str]) -> None:
 
 
 def _from_table(found: list[FoundFile], labels: Folder, reads_splits: bool) -> list[SourceFile]:
-    said = read_labels_table(labels, [file.path for file in found], reads_splits=reads_splits)
+    metadata = read_labels_table(labels, [file.path for file in found], reads_splits=reads_splits)
     # If the table gives splits, files without a row are unlabelled training slices.
-    speaks_of_splits = any(row.split is not None for row in said.values())
-    nothing = FileMetadata(split=TRAIN if speaks_of_splits else None)
+    has_splits = any(row.split is not None for row in metadata.values())
+    nothing = FileMetadata(split=TRAIN if has_splits else None)
     return [
         SourceFile(**vars(row), file=file)
         for file in found
-        for row in [said.get(file.path, nothing)]
+        for row in [metadata.get(file.path, nothing)]
     ]
 
 

@@ -130,7 +130,11 @@ def _held_out(store: ImageStore, folder: Folder, seen_before: pa.Table) -> dict[
         test = index.filter(pc.equal(index["split"], TEST))
         seen = all_seen(training_slices(store), seen_before)
         found = ray.get(
-            _expose.remote(Fingerprints.of(test), Fingerprints.of(seen), store.manifest.preprocess)
+            _expose.remote(
+                Fingerprints.from_table(test),
+                Fingerprints.from_table(seen),
+                store.manifest.preprocess,
+            )
         )
         folder.write_table(name, pa.table(found.columns))
     return subset_masks(folder.read_table(name))

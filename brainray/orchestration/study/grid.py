@@ -260,7 +260,7 @@ class Grid:
         limit = self._config.study.max_concurrent_cells or int(
             ray.cluster_resources().get("CPU", 1)
         )
-        last_said = time.monotonic()
+        last_logged = time.monotonic()
         while waiting or running:
             while waiting and len(running) < limit:
                 cell = waiting.popleft()
@@ -278,8 +278,8 @@ class Grid:
             outcomes[running.pop(done)] = outcome
             if outcome.problem:
                 log(f"cell {outcome.cell.file}: {outcome.problem}")
-            if time.monotonic() - last_said > _SILENT_S:
-                last_said = time.monotonic()
+            if time.monotonic() - last_logged > _SILENT_S:
+                last_logged = time.monotonic()
                 log(f"grid: {len(outcomes)} of {len(distinct)} cells finished")
         return [outcomes[cell] for cell in cells]
 
@@ -320,8 +320,8 @@ def _reduce(store: FeatureStore, slices: Slices, num_components: int, normalise:
             return Reduced(np.empty((0, 0)), np.empty(0), str(error))
         same = ["sample_id", "split", "frame"]  # paths may have changed since
         if not table.select(same).equals(slices.table.select(same)):
-            of_others = f"{store.folder} has features of other slices: delete it and submit again"
-            return Reduced(np.empty((0, 0)), np.empty(0), of_others)
+            problem = f"{store.folder} has features of other slices: delete it and submit again"
+            return Reduced(np.empty((0, 0)), np.empty(0), problem)
         rows = torch.tensor(features, dtype=torch.float64)
         if normalise:  # as in training: only directions matter
             rows = torch.nn.functional.normalize(rows)

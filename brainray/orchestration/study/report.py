@@ -1,4 +1,4 @@
-"""Write what a study shows: its tables, figures and recommended numbers of clusters."""
+"""Write a study's results: its tables, figures and recommended numbers of clusters."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import pyarrow as pa
 from brainray import layout
 from brainray.clustering.metrics import clustering_metrics
 from brainray.engine.shard import sample_keys
-from brainray.orchestration.study.drawing import DrawnSet, draw_feature_sets
+from brainray.orchestration.study.figures import DrawnSet, draw_feature_sets
 from brainray.orchestration.study.grid import FITTED, Outcome, Slices, outcome_row
 from brainray.orchestration.study.results import StudyResults
 from brainray.orchestration.study.tables import study_tables
@@ -70,8 +70,8 @@ def _advice(drawn: Mapping[tuple[str, str], DrawnSet]) -> str:
     lines = ["## Recommended number of clusters (without reading labels)", ""]
     for (dataset, feature), each in drawn.items():
         number = each.recommendation.num_clusters
-        said = "no recommendation" if number is None else f"K = {number}"
-        lines.append(f"- {dataset}, {feature}: {said}")
+        recommended = "no recommendation" if number is None else f"K = {number}"
+        lines.append(f"- {dataset}, {feature}: {recommended}")
         lines += [f"  - {reason}" for reason in each.recommendation.reasons]
     return "\n".join(lines) + "\n"
 
@@ -82,8 +82,8 @@ def _explained_variance_figures(drawn: Mapping[tuple[str, str], DrawnSet]) -> di
     for (dataset, feature), each in drawn.items():
         shares.setdefault(dataset, {})[feature] = np.asarray(each.explained)
     return {
-        f"{dataset}/explained_variance.png": png_bytes(explained_variance(of_features))
-        for dataset, of_features in shares.items()
+        f"{dataset}/explained_variance.png": png_bytes(explained_variance(shares_by_feature))
+        for dataset, shares_by_feature in shares.items()
     }
 
 
@@ -96,17 +96,17 @@ def _sensitivity_figures(results: StudyResults) -> dict[str, bytes]:
         first_dim = results.config.study.pca_dims[0]
         varied_feature = varied[0]["features"] if varied else ""
         panels = [
-            _panel("K (K-means)", _of(varied, "kmeans"), "num_clusters_asked"),
-            _panel("eps over the knee (DBSCAN)", _of(varied, "dbscan"), "eps_factor"),
-            _panel("linkage (agglomerative)", _of(varied, "agglomerative"), "linkage"),
+            _panel("K (K-means)", _with_clusterer(varied, "kmeans"), "num_clusters_asked"),
+            _panel("eps over the knee (DBSCAN)", _with_clusterer(varied, "dbscan"), "eps_factor"),
+            _panel("linkage (agglomerative)", _with_clusterer(varied, "agglomerative"), "linkage"),
             _panel(
                 "features (K-means)",
-                [r for r in _of(main, "kmeans") if r["pca_dim"] == first_dim],
+                [r for r in _with_clusterer(main, "kmeans") if r["pca_dim"] == first_dim],
                 "features",
             ),
             _panel(
                 f"PCA of {varied_feature} (K-means)",
-                [r for r in _of(main, "kmeans") if r["features"] == varied_feature],
+                [r for r in _with_clusterer(main, "kmeans") if r["features"] == varied_feature],
                 "pca_dim",
             ),
         ]
@@ -120,7 +120,7 @@ def _fitted_rows(outcomes: Sequence[Outcome], dataset: str) -> list[dict[str, An
     return [outcome_row(o, FITTED) for o in outcomes if o.cell.dataset == dataset]
 
 
-def _of(rows: list[dict[str, Any]], clusterer: str) -> list[dict[str, Any]]:
+def _with_clusterer(rows: list[dict[str, Any]], clusterer: str) -> list[dict[str, Any]]:
     return [row for row in rows if row["clusterer"] == clusterer]
 
 

@@ -153,8 +153,8 @@ def _begin(config: Config, store: ImageStore, folder: Folder) -> None:
                 f"{run_name(config, left[0])} and similar runs"
             )
         folder.write_json(_SETTINGS, settings)
-        of_grid = config.tune.algorithm == "grid"
-        log(f"sweep {folder}: new" + ("" if of_grid else f", {config.tune.num_trials} trials"))
+        is_grid = config.tune.algorithm == "grid"
+        log(f"sweep {folder}: new" + ("" if is_grid else f", {config.tune.num_trials} trials"))
         return
     saved = folder.read_json(_SETTINGS)
     # Settings that an earlier version did not have are taken to be at their defaults.
@@ -267,8 +267,8 @@ def _log_model(
     """Log the best model to the sweep's MLflow run, and register it if a name is given."""
     if best.run is None:
         return
-    of_best = config.model_copy(update={"run": best.run.record.name, "epoch": None})
-    with served_files(find_predictor(of_best, "the sweep's model")) as served:
+    best_config = config.model_copy(update={"run": best.run.record.name, "epoch": None})
+    with served_files(find_predictor(best_config, "the sweep's model")) as served:
         tracker.log_model(served, name, force=force)
 
 

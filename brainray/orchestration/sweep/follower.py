@@ -95,7 +95,7 @@ class SweepFollower(Watcher):
         problems = (child.problem for child in self._children.values())
         return next((problem for problem in problems if problem is not None), None)
 
-    def look(self) -> None:
+    def poll(self) -> None:
         self._quiet_s += POLL_S
         trials = self._reader.read()
         news = [self._tell(trial) for trial in trials]
@@ -164,13 +164,13 @@ def trials_table(
     others = [trial for trial in trials if trial not in ranked]
     rows = []
     for place, trial in enumerate([*ranked, *others]):
-        best, said = trial.chosen(metric), outcome(trial)
-        if limit is not None and place >= limit and not said.startswith(_RUNNING):
+        best, outcome_text = trial.chosen(metric), outcome(trial)
+        if limit is not None and place >= limit and not outcome_text.startswith(_RUNNING):
             continue
         rows.append(
             [
                 trial.trial_id,
-                said,
+                outcome_text,
                 *(_short(trial.parameters.get(key)) for key in config.tune.space),
                 "–" if best is None else f"{best[0]:.4f}",
                 "–" if best is None else f"{best[1]}/{len(trial.history)}",

@@ -26,7 +26,7 @@ FAILED = "failed"
 _SEARCHED = [name for name in TRAINING_SECTIONS if name not in {"split", "evaluation", "tracking"}]
 """Sections in which trials may differ."""
 
-_OF_WARM_UP = (
+_WARM_UP_SETTINGS = (
     "encoder.",
     "self_supervision.",
     "train.weight_decay",
@@ -35,7 +35,7 @@ _OF_WARM_UP = (
 )
 """Settings that a warm-up depends on: all trials share one warm-up."""
 
-_OF_RESOURCES = (*WORKER_KEYS, "train.cache_gib")
+_RESOURCE_SETTINGS = (*WORKER_KEYS, "train.cache_gib")
 
 _TRIAL_ID = r"([0-9a-f]{5}_[0-9]{5,}|[0-9a-f]{8})"
 """Ray Tune's ids of variants that it generates itself, and of those from a search algorithm."""
@@ -81,8 +81,8 @@ def run_trial(parameters: dict[str, Any], *, base: dict[str, Any], command: list
     sys.argv = command  # for the run's records; the process's own command line is Ray's
     trial_id = tune.get_context().get_trial_id()
     try:
-        of_trial = trial_config(config, parameters, run_name(config, trial_id))
-        with begun_training(of_trial) as training:
+        config_of_trial = trial_config(config, parameters, run_name(config, trial_id))
+        with begun_training(config_of_trial) as training:
             if training.run.is_complete:  # the trial was interrupted after its last epoch
                 history = training.run.folder.read_json_lines(layout.METRICS)
                 tune.report(reported_metrics(history))
@@ -150,12 +150,12 @@ def check_space(config: Config) -> None:
                 "they share the store, the labels and the scoring, so that their metrics are "
                 "comparable"
             )
-        if key in _OF_RESOURCES:
+        if key in _RESOURCE_SETTINGS:
             raise ConfigError(
                 f"tune.space cannot vary {key}: trials share the Ray cluster in equal parts"
             )
         warms_up = config.encoder.pretext != "none"
-        if key.startswith("encoder.pretext") or (warms_up and key.startswith(_OF_WARM_UP)):
+        if key.startswith("encoder.pretext") or (warms_up and key.startswith(_WARM_UP_SETTINGS)):
             raise ConfigError(
                 f"tune.space cannot vary {key}: trials share the warm-up without labels "
                 "(encoder.pretext), which depends on it"
@@ -243,12 +243,12 @@ class TrialReader:
                 trials[begun.trial_id] = replace(begun, history=history)
         failed = sweep_folder(self._config) / FAILED
         for name in failed.names():
-            trial_id, said = name.removesuffix(".json"), failed.read_json(name)
+            trial_id, failure = name.removesuffix(".json"), failed.read_json(name)
             begun = trials.get(trial_id)
             if begun is None:
                 begun = Trial(trial_id, None, {}, [], self._config.train)
             trials[trial_id] = replace(
-                begun, parameters=said["parameters"], problem=said["problem"]
+                begun, parameters=failure["parameters"], problem=failure["problem"]
             )
         return [trials[trial_id] for trial_id in sorted(trials)]
 

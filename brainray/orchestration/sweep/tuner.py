@@ -23,7 +23,7 @@ _TUNE = "tune"  # Tune's own state, inside the sweep's folder
 
 
 def build_tuner(config: Config, folder: Folder, workers: WorkerResources) -> tune.Tuner:
-    """A new Tuner, or the sweep's earlier one if it has left its state in ``folder``.
+    """A new Tuner, or the restored one of this sweep if its state is in ``folder``.
 
     Raises:
         ConfigError: that state is lost, or another version wrote it.
@@ -163,11 +163,11 @@ class _FairToTrials(TrialScheduler):
         if not math.isfinite(result.get(self.metric, math.nan)):
             return self.CONTINUE
         action: str = super().on_trial_result(tune_controller, trial, result)
-        if action == self.PAUSE:  # until others have got as far: a trial would begin its epoch anew
+        if action == self.PAUSE:  # pausing would make the trial repeat its epoch
             return self.CONTINUE
-        of_trial = trial.config.get("train.num_epochs", self._num_epochs)
+        num_epochs = trial.config.get("train.num_epochs", self._num_epochs)
         # Halving also stops at the base's number of epochs, which a trial may exceed.
-        is_late = result["epoch"] >= min(of_trial, self._num_epochs)
+        is_late = result["epoch"] >= min(num_epochs, self._num_epochs)
         return self.CONTINUE if is_late else action
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:

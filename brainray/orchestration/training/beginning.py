@@ -110,8 +110,8 @@ def _draw(config: Config, store: ImageStore, train: pa.Table) -> pa.Table:
         labels,
         train["draw_group_id"].to_pylist(),
         train["generation"].to_pylist(),
-        kin=train["split_group_id" if by_subject else "kin_group_id"].to_pylist(),
-        leave_out_kin=by_subject,
+        related_groups=train["split_group_id" if by_subject else "kin_group_id"].to_pylist(),
+        leave_out_related=by_subject,
         labelled_fraction=config.split.labelled_fraction,
         validation_fraction=config.split.validation_fraction,
         seed=config.split.seed,
@@ -140,7 +140,7 @@ def _test_slices(test: pa.Table, seen: pa.Table, preprocess: PreprocessConfig) -
     test = test.sort_by([(name, "ascending") for name in ("sample_id", "path", "frame")])
     if test["label"].null_count == test.num_rows:
         test = test.slice(0, 0)  # nothing to score; use jobs/predict.py for these
-    exposed = exposure(Fingerprints.of(test), Fingerprints.of(seen), preprocess)
+    exposed = exposure(Fingerprints.from_table(test), Fingerprints.from_table(seen), preprocess)
     test = test.select(["sample_id", "path", "frame", "label", "thumbnail", "split_group_id"])
     for name, flags in exposed.columns.items():
         test = test.append_column(name, flags)

@@ -11,7 +11,7 @@ from brainray.config_text import parse_config
 from brainray.engine.shard import PixelScale
 from brainray.engine.trainer import Trainer
 from brainray.models.encoder import build_encoder
-from brainray.orchestration.places import check_is_here
+from brainray.orchestration.paths import check_is_here
 from brainray.orchestration.ray_train import configure_rank, distributed, return_user_errors
 from brainray.orchestration.run import Run
 from brainray.orchestration.store import ImageStore

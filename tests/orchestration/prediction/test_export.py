@@ -41,7 +41,7 @@ from brainray.orchestration.prediction.evaluation import evaluate
 from brainray.orchestration.prediction.export import Export, _register, export, served_files
 from brainray.orchestration.prediction.inference import find_predictor
 from brainray.orchestration.prediction.predict import predict
-from brainray.orchestration.preprocessing.preparation import preprocess_file
+from brainray.orchestration.preprocessing.slice_rows import preprocess_file
 from brainray.orchestration.preprocessing.source import FoundFile
 from brainray.orchestration.training.driver import TrainedRun
 from brainray.schema import PREDICTED
@@ -131,8 +131,8 @@ def test_onnx_safetensors_and_mlflow_agree_with_prediction_on_200_slices(
     likelihood = np.array([predicted[str(path)]["log_likelihood"] for path in readable])
     np.testing.assert_allclose(outputs["log_likelihood"], likelihood, rtol=1e-3, atol=1e-2)
     one = run_onnx((local(exported) / "model.onnx").read_bytes(), images[:1])
-    told = onnx.load(local(exported) / "model.onnx").metadata_props
-    assert {entry.key: json.loads(entry.value) for entry in told}[
+    metadata = onnx.load(local(exported) / "model.onnx").metadata_props
+    assert {entry.key: json.loads(entry.value) for entry in metadata}[
         "classes"
     ] == trained.run.record.classes
     np.testing.assert_allclose(one["probabilities"], outputs["probabilities"][:1], atol=1e-5)
@@ -375,12 +375,12 @@ def test_an_evaluation_scores_the_slices_of_a_volume_that_have_a_class(
     config = config_of(trained, f"source={source}", f"labels={labels}", "name=heads")
     scored = evaluate(config)
     predictions = scored.folder.read_table("predictions.parquet").to_pylist()
-    told = [(row["path"], row["frame"], row["label"]) for row in predictions]
-    assert told == [("1.nii", frame(20), "glioma"), ("1.nii", frame(22), "notumor")]
-    said = "\n".join(logged(capsys))
-    assert "left out: 1 without a class" in said
-    assert "or that are empty: 1, such as frame 'volume=0/axial=0' of '1.nii'" in said
-    found = re.search(r"left out: (\d+) slices without a class in files with labelled", said)
+    labelled = [(row["path"], row["frame"], row["label"]) for row in predictions]
+    assert labelled == [("1.nii", frame(20), "glioma"), ("1.nii", frame(22), "notumor")]
+    output = "\n".join(logged(capsys))
+    assert "left out: 1 without a class" in output
+    assert "or that are empty: 1, such as frame 'volume=0/axial=0' of '1.nii'" in output
+    found = re.search(r"left out: (\d+) slices without a class in files with labelled", output)
     assert found is not None
     assert scored.metrics["num_without_class"] == 1
     assert scored.metrics["num_slices_without_class"] == int(found[1])
@@ -409,12 +409,12 @@ def test_an_evaluation_tells_what_the_run_has_seen_and_what_it_leaves_out(
     last.write_bytes("of the last one", b"")
 
     scored = evaluate(config)
-    said = logged(capsys)
+    lines = logged(capsys)
 
-    assert "; left out: 3 without a class; ignored files of other types: 1 (.txt 1)" in said[0]
-    assert "1 files or slices could not be used: empty file (1)" in said
-    assert "note: slices with a copy of another label in this source: 2" in said
-    assert f"{last}: replacing the earlier evaluation of this name" in said
+    assert "; left out: 3 without a class; ignored files of other types: 1 (.txt 1)" in lines[0]
+    assert "1 files or slices could not be used: empty file (1)" in lines
+    assert "note: slices with a copy of another label in this source: 2" in lines
+    assert f"{last}: replacing the earlier evaluation of this name" in lines
     assert not last.exists("of the last one")
     assert last.read_json("metrics.json") == scored.metrics
     assert scored.metrics["num_ignored_files"] == 1
@@ -430,18 +430,18 @@ def test_an_evaluation_tells_what_the_run_has_seen_and_what_it_leaves_out(
         (learned_as, "labelled")
     }
     num_others = sum(row["label"] != learned_as for row in twins["exact"])
-    assert f"differently from the copy in the run's data: {num_others} (" in "\n".join(said)
+    assert f"differently from the copy in the run's data: {num_others} (" in "\n".join(lines)
     assert b"Slices with a match in the data that the run saw" in scored.folder.read_bytes(
         "report.html"
     )
     not_clean = {row["path"] for level in ("exact", "near") for row in twins[level]}
     assert {row["path"] for row in predictions if not row["clean"]} == not_clean
-    told = parse_yaml(scored.folder.read_bytes("config.yaml"), "config.yaml")
-    assert told["train"]["num_epochs"] == trained.run.saved_config().train.num_epochs
-    assert (told["run"], told["source"]) == (trained.run.folder.name, str(source))
+    stored = parse_yaml(scored.folder.read_bytes("config.yaml"), "config.yaml")
+    assert stored["train"]["num_epochs"] == trained.run.saved_config().train.num_epochs
+    assert (stored["run"], stored["source"]) == (trained.run.folder.name, str(source))
 
-    of_the_run = {"notumor/known.jpg", "pituitary/known.jpg"}
-    evaluate(config.model_copy(update={"name": "seen"}), only_paths=of_the_run)
+    test_paths = {"notumor/known.jpg", "pituitary/known.jpg"}
+    evaluate(config.model_copy(update={"name": "seen"}), only_paths=test_paths)
     assert any("seen every slice, or a copy of it" in line for line in logged(capsys))
 
     (tmp_path / "hospital").rename(tmp_path / "another")

@@ -29,7 +29,7 @@ from brainray.orchestration.prediction.inference import (
     predicted_blocks,
 )
 from brainray.orchestration.prediction.predict import Prediction, _begin, predict
-from brainray.orchestration.preprocessing.preparation import UNREADABLE
+from brainray.orchestration.preprocessing.slice_rows import UNREADABLE
 from brainray.orchestration.training.driver import TrainedRun
 from brainray.schema import PREDICTED_FILES
 from brainray.storage import Folder
@@ -225,9 +225,9 @@ def test_what_was_replaced_or_could_not_be_read_is_predicted_again(
     (source / "scan3.jpg").unlink()
 
     after = predict(config_of(trained, source, "name=again"))
-    said = logged(capsys)
+    lines = logged(capsys)
 
-    assert "; 5 are done; 2 were replaced and are predicted again" in said[0]
+    assert "; 5 are done; 2 were replaced and are predicted again" in lines[0]
     rows_after, rows_before = rows_of(after), rows_of(prediction)
     assert rows_after["scan1.jpg"]["sample_id"] == rows_after["deep/er/known.jpg"]["sample_id"]
     assert rows_after["scan2.jpg"]["mtime_ns"] == 10**18
@@ -248,8 +248,8 @@ def test_the_same_name_goes_on_with_what_is_missing(
     pq.write_table(part.slice(0, 4), folder / "part-000000.parquet")
     capsys.readouterr()
     resumed = predict(config)
-    said = logged(capsys)
-    assert "4 are done" in said[0]
+    lines = logged(capsys)
+    assert "4 are done" in lines[0]
     assert resumed.metrics == whole.metrics
     assert rows_of(resumed).keys() == rows_of(prediction).keys()
     assert len(list(folder.glob("part-*"))) == 2

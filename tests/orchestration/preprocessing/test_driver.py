@@ -21,7 +21,7 @@ from brainray.orchestration.preprocessing.driver import (
     _previous_store,
     preprocess,
 )
-from brainray.orchestration.preprocessing.preparation import decode_options
+from brainray.orchestration.preprocessing.slice_rows import decode_options
 from brainray.orchestration.preprocessing.source import list_source
 from brainray.orchestration.store import ImageStore, read_images
 from brainray.schema import IMAGE_STORE
@@ -88,7 +88,7 @@ def test_statistics_are_those_of_the_stored_training_pixels(store: ImageStore) -
     assert abs(store.manifest.pixel_std - pixels.std() / 255) < 1e-9
 
 
-def test_images_come_in_the_order_asked_for(store: ImageStore) -> None:
+def test_images_come_in_the_requested_order(store: ImageStore) -> None:
     ids = store.index().to_pandas().query("split == 'train'")["sample_id"].tolist()
     forward = read_images(store.folder, ids, "train", 16)
     np.testing.assert_array_equal(read_images(store.folder, ids[::-1], "train", 16), forward[::-1])
@@ -112,9 +112,9 @@ def test_an_equal_store_is_reused_and_other_settings_are_refused(
     assert store.folder.local_path is not None
     storage = store.folder.local_path.parents[1]
     again = preprocess(tiny_config(storage, "name=mri", f"source={phantoms}"))
-    said = logged(capsys)
+    lines = logged(capsys)
     assert again.manifest == store.manifest
-    assert "reusing it" in said[0]
+    assert "reusing it" in lines[0]
     with pytest.raises(DataError, match=r"preprocess\.skull_strip: otsu here, none requested"):
         preprocess(
             tiny_config(storage, "name=mri", f"source={phantoms}", "preprocess.skull_strip=none")
@@ -170,8 +170,8 @@ def test_many_class_folders_may_be_patients(
         (tmp_path / f"sub-{number:02d}").mkdir()
         (tmp_path / f"sub-{number:02d}" / "1.png").touch()
     _note_many_classes(list_source(Folder(tmp_path), None, {}))
-    said = capsys.readouterr().out
-    assert "note: 11 folders are read as classes, from 'sub-00' to 'sub-10'; if they are" in said
+    output = capsys.readouterr().out
+    assert "note: 11 folders are read as classes, from 'sub-00' to 'sub-10'; if they are" in output
     _note_many_classes(list_source(Folder(tmp_path), None, {"sub-03": None}))
     assert capsys.readouterr().out == ""
 

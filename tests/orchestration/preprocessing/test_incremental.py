@@ -147,7 +147,7 @@ def test_old_slices_keep_split_group_and_role(
                         train["label"].tolist(),
                         train["draw_group_id"].tolist(),
                         train["generation"].tolist(),
-                        kin=train["kin_group_id"].tolist(),
+                        related_groups=train["kin_group_id"].tolist(),
                         labelled_fraction=fraction,
                         validation_fraction=0.2,
                         seed=0,
@@ -197,7 +197,7 @@ def test_a_subject_that_is_corrected_comes_apart(phantoms: Path, tmp_path: Path)
     assert (kept.groupby(subjects).nunique() == 1).all()
 
 
-def test_a_store_of_a_time_when_splits_told_no_generation_keeps_its_draws(
+def test_an_old_store_whose_splits_have_no_generation_keeps_its_draws(
     source: Path, tmp_path: Path
 ) -> None:
     before = index(opened(tmp_path / "a"))

@@ -11,10 +11,9 @@ from brainray.config import Config
 from brainray.errors import DataError
 from brainray.mri.duplicates import COPY, MIRRORED, DuplicatePairs
 from brainray.mri.row_file import RowFile
-from brainray.orchestration.preprocessing.earlier import LIGHT, Earlier
 from brainray.orchestration.preprocessing.grouping import (
-    _as_copies_are_named,
-    _as_tables_name_them,
+    _with_names_from_table,
+    _with_subjects_of_copies,
 )
 from brainray.orchestration.preprocessing.leakage import _links_of, _within
 from brainray.orchestration.preprocessing.plan import (
@@ -24,6 +23,7 @@ from brainray.orchestration.preprocessing.plan import (
     official_splits,
     plan_store,
 )
+from brainray.orchestration.preprocessing.previous_records import LIGHT, PreviousRecords
 from brainray.orchestration.preprocessing.source import FoundFile, Listing, SourceFile
 
 
@@ -58,7 +58,11 @@ def plan(test_label: str, headers: dict[int, str] | None = None) -> StorePlan:
         )
     slices = pa.Table.from_pylist(rows, schema=LIGHT)
     return plan_store(
-        slices, fingerprints, Listing(files, Counter(), []), Config(), Earlier.of(None)
+        slices,
+        fingerprints,
+        Listing(files, Counter(), []),
+        Config(),
+        PreviousRecords.from_store(None),
     )
 
 
@@ -91,7 +95,7 @@ def test_of_identical_files_the_training_one_with_a_label_is_kept() -> None:
 
 def test_copies_within_a_split_are_counted_whatever_the_other_split_holds() -> None:
     """The first of equal fingerprints, of which alone the pairs speak, is a test slice here."""
-    look = np.array([0, 0, 0, 1])
+    fingerprint_ids = np.array([0, 0, 0, 1])
     pairs = DuplicatePairs(
         first=np.array([0, 0, 0]),
         second=np.array([1, 2, 3]),
@@ -99,10 +103,10 @@ def test_copies_within_a_split_are_counted_whatever_the_other_split_holds() -> N
         similarity=np.array([1, 1, 0.9], np.float32),
     )
     everything = [(0, 1, COPY, 1.0), (0, 2, COPY, 1.0), (0, 3, MIRRORED, 0.9)]
-    found = _links_of(np.arange(4), look, pairs)
+    found = _links_of(np.arange(4), fingerprint_ids, pairs)
     np.testing.assert_allclose(found, everything, rtol=1e-6)
-    of_training = _links_of(np.array([1, 2, 3]), look, pairs)
-    assert [link[:3] for link in of_training] == [(1, 2, COPY), (1, 3, MIRRORED)]
+    train_links = _links_of(np.array([1, 2, 3]), fingerprint_ids, pairs)
+    assert [link[:3] for link in train_links] == [(1, 2, COPY), (1, 3, MIRRORED)]
 
 
 def test_a_patient_whom_a_table_names_in_part_stays_one() -> None:
@@ -111,7 +115,7 @@ def test_a_patient_whom_a_table_names_in_part_stays_one() -> None:
     headers = ["h1", "h1", "h2", "h2", "h2", "h2", "h3", None]
     # A volume and a copy of its file, which the table names.
     sources, headers = [*sources, "volume", "table"], [*headers, "v1", "v1"]
-    named, named_by = _as_tables_name_them(given, sources, headers)
+    named, named_by = _with_names_from_table(given, sources, headers)
     # h2 stands for two of the table's patients.
     assert named == ["t1", "t1", "t2", "h2", "t3", "h2", "h3", None, "t4", "t4"]
     assert named_by[:8] == ["table"] * 3 + ["header", "table", "header", "header", None]
@@ -119,7 +123,7 @@ def test_a_patient_whom_a_table_names_in_part_stays_one() -> None:
 
 
 def test_a_nameless_copy_has_the_subject_of_the_named_one() -> None:
-    named, named_by = _as_copies_are_named(
+    named, named_by = _with_subjects_of_copies(
         ["x", "x", "y", "z", "z"],
         [None, "p1", None, "p2", "p3"],
         [None, "table", None, "table", "header"],
@@ -128,7 +132,7 @@ def test_a_nameless_copy_has_the_subject_of_the_named_one() -> None:
     assert named_by == ["table", "table", None, "table", "header"]
 
 
-def test_a_slice_within_a_split_is_told_of_on_one_level() -> None:
+def test_a_slice_within_a_split_is_reported_on_one_level() -> None:
     """Two byte-identical files and a copy of theirs: one exact, one near."""
     table = pa.table(
         {
@@ -145,8 +149,8 @@ def test_a_slice_within_a_split_is_told_of_on_one_level() -> None:
         similarity=np.ones(2, np.float32),
     )
     found = _within(table, np.array([0, 1, 0]), pairs, "train")
-    told = {level: [(row["path"], row["twin"]) for row in rows] for level, rows in found.items()}
-    assert told == {"exact": [("c", "a")], "near": [("b", "a")], "turned": []}
+    paths = {level: [(row["path"], row["twin"]) for row in rows] for level, rows in found.items()}
+    assert paths == {"exact": [("c", "a")], "near": [("b", "a")], "turned": []}
 
 
 def test_what_to_do_about_a_class_of_test_slices_alone_depends_on_who_held_them_out() -> None:

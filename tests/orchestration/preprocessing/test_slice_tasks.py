@@ -14,7 +14,7 @@ from brainray.errors import DataError
 from brainray.mri.identity import content_hash
 from brainray.mri.slices import RejectedImage
 from brainray.orchestration.preprocessing import slice_tasks
-from brainray.orchestration.preprocessing.preparation import SLICES, read_file
+from brainray.orchestration.preprocessing.slice_rows import SLICES, read_file
 from brainray.orchestration.preprocessing.slice_tasks import _decoded, _read_ahead, _write_part
 from brainray.orchestration.preprocessing.source import FoundFile
 from brainray.schema import IMAGE_STORE, THUMBNAIL_SIDE
@@ -96,17 +96,17 @@ def test_a_part_keeps_its_slices_pixels_row_group_by_row_group(tmp_path: Path) -
             table = pa.Table.from_pylist([slice_row(name) for name in names], schema=SLICES)
             writer.write_table(table)
     # b was removed; a is a training and a test slice.
-    asked = [("d", "train"), ("a", "test"), ("c", "train"), ("a", "train")]
+    requested = [("d", "train"), ("a", "test"), ("c", "train"), ("a", "train")]
     about_slice = [field for field in IMAGE_STORE if field.name not in {"image", "thumbnail"}]
     final = pa.Table.from_pylist(
-        [{"sample_id": name, "split": split} for name, split in asked],
+        [{"sample_id": name, "split": split} for name, split in requested],
         schema=pa.schema(about_slice),
     )
     _write_part("part", final, parts, images)
     written = images.read_table("part")
     assert written.schema.names == IMAGE_STORE.names
     rows = written.to_pylist()
-    assert sorted((row["sample_id"], row["split"]) for row in rows) == sorted(asked)
+    assert sorted((row["sample_id"], row["split"]) for row in rows) == sorted(requested)
     assert all(row["image"] == row["sample_id"].encode() * 4 for row in rows)
     assert all(row["thumbnail"][:1] == row["sample_id"].encode() for row in rows)
     assert [len(group) for group in images.row_groups("part", ["path"])] == [2, 1, 1]

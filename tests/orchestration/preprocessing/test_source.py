@@ -8,7 +8,7 @@ import pytest
 
 from brainray.errors import DataError
 from brainray.mri.slices import RejectedImage
-from brainray.orchestration.preprocessing.preparation import read_file
+from brainray.orchestration.preprocessing.slice_rows import read_file
 from brainray.orchestration.preprocessing.source import (
     FoundFile,
     SourceFile,
@@ -192,7 +192,7 @@ def test_named_frames_are_compared_with_those_of_the_file(
     assert "".join(capsys.readouterr()) == ""
 
 
-def test_what_is_not_read_is_told_by_type(tmp_path: Path) -> None:
+def test_ignored_files_are_reported_by_type(tmp_path: Path) -> None:
     source = make(tmp_path / "s", "1.jpg", "2.webp", "b/3.WEBP", "Thumbs.db", "README")
     remarks = list_source(source, None, {}).remarks
     assert remarks == "; ignored files of other types: 4 (.webp 2, .db 1, no suffix 1)"
@@ -310,11 +310,11 @@ def test_all_rows_without_a_file_are_counted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "told", ["T1/SCAN.JPG", "/data/T1/scan.jpg", "T1/scan.png", "scan", "D:\\T1\\SCAN.JPG"]
+    "written", ["T1/SCAN.JPG", "/data/T1/scan.jpg", "T1/scan.png", "scan", "D:\\T1\\SCAN.JPG"]
 )
-def test_a_path_that_nearly_fits_is_suggested(tmp_path: Path, told: str) -> None:
+def test_a_path_that_nearly_fits_is_suggested(tmp_path: Path, written: str) -> None:
     source = make(tmp_path / "s", "T1/scan.jpg", "T1/other.jpg")
-    (tmp_path / "labels.csv").write_text(f"path,label\n{told},a\n")
+    (tmp_path / "labels.csv").write_text(f"path,label\n{written},a\n")
     with pytest.raises(DataError, match=r"did you mean 'T1/scan\.jpg'\?"):
         list_source(source, Folder(tmp_path / "labels.csv"), {})
     (tmp_path / "labels.csv").write_text("path,label\nT2/third.jpg,a\n")
@@ -331,7 +331,7 @@ def test_a_row_that_does_not_fit_is_not_quoted(tmp_path: Path) -> None:
     assert "Jane" not in str(refused.value)
 
 
-def test_a_class_that_is_renamed_and_not_there_is_told(tmp_path: Path) -> None:
+def test_renaming_a_class_that_does_not_exist_is_reported(tmp_path: Path) -> None:
     source = make(tmp_path, "a/1.jpg", "b/2.jpg", "notes.txt")
     remarks = list_source(source, None, {"a": "glioma", "gliom": "glioma", "B": None}).remarks
     assert remarks == (

@@ -74,13 +74,13 @@ def test_the_slices_of_a_volume_share_a_subject_and_no_group(tmp_path: Path) -> 
     index = store.index().to_pandas()
     assert index["subject_source"].unique().tolist() == ["volume"]
     assert index["format"].unique().tolist() == ["NIfTI"]
-    of_file = index.groupby("path")
-    assert (of_file["subject_id"].nunique() == 1).all()
+    by_file = index.groupby("path")
+    assert (by_file["subject_id"].nunique() == 1).all()
     assert index["subject_id"].nunique() == 8
-    assert (of_file["duplicate_group_id"].nunique() == of_file.size()).all()
-    assert (of_file["split"].nunique() == 1).all()
+    assert (by_file["duplicate_group_id"].nunique() == by_file.size()).all()
+    assert (by_file["split"].nunique() == 1).all()
     assert index["sample_id"].is_unique
-    assert (of_file.size() >= 5).all()
+    assert (by_file.size() >= 5).all()
     seen = training_slices(store).to_pandas()  # a twin in a volume is named by its frame, too
     trained = index[index["split"] == "train"]
     assert set(zip(seen["path"], seen["frame"], strict=True)) == set(
@@ -109,8 +109,8 @@ def test_slices_of_a_volume_are_labelled_singly(tmp_path: Path) -> None:
         "glioma": {"0.nii": 1, "1.nii": 1, "2.nii": 1, "3.nii": 0},
         "notumor": {"0.nii": len(frames) - 1, "1.nii": 0, "2.nii": 0, "3.nii": len(frames)},
     }
-    of_frame = after.xs(frames[2], level="frame")["label"].sort_index().tolist()
-    assert of_frame == ["glioma", "glioma", "glioma", "notumor"]
+    frame_labels = after.xs(frames[2], level="frame")["label"].sort_index().tolist()
+    assert frame_labels == ["glioma", "glioma", "glioma", "notumor"]
     with pytest.raises(DataError, match=r"frame 'axial=2' of '1\.nii'.*such as 'volume=0/axial="):
         stored("0.nii,,notumor", "1.nii,axial=2,glioma")
 

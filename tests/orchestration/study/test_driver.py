@@ -148,14 +148,14 @@ def test_the_same_name_goes_on_and_repeats_nothing_finished(
     (studied.folder.local_path / "cells" / first).unlink()
     config = study_config(storage, "pixels", PIXELS, "dataset=mri")
     again = run_study(config)
-    said = logged(capsys)
+    lines = logged(capsys)
     after = cell_files(again.folder)
     assert {name: after[name] for name in before if name != first} == {
         name: time for name, time in before.items() if name != first
     }
     assert after[first] > before[first]
-    assert f"grid: {len(before)} cells, {len(before) - 1} of them already finished" in said
-    assert any(line.endswith(": up to date, reusing them") for line in said)
+    assert f"grid: {len(before)} cells, {len(before) - 1} of them already finished" in lines
+    assert any(line.endswith(": up to date, reusing them") for line in lines)
     assert again.metrics == studied.metrics
 
 
@@ -398,8 +398,10 @@ def test_an_encoder_whose_clusters_collapsed_is_reused_with_a_note_or_not_at_all
         run_study(config)
     lenient = config.clustering.model_copy(update={"on_collapse": "warn"})
     again = run_study(config.model_copy(update={"clustering": lenient}))
-    told = again.folder.read_bytes("tables/methods.md").decode()
-    assert "- mri, refined, seed 0: the clusters of its refinement collapsed in round 1, 2" in told
+    methods = again.folder.read_bytes("tables/methods.md").decode()
+    assert (
+        "- mri, refined, seed 0: the clusters of its refinement collapsed in round 1, 2" in methods
+    )
     before = learned.folder.read_bytes("tables/methods.md").decode()
     assert "collapsed" not in before
 

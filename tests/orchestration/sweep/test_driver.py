@@ -38,7 +38,7 @@ from brainray.errors import (
     StorageError,
 )
 from brainray.orchestration.lock import held
-from brainray.orchestration.places import resolve_paths
+from brainray.orchestration.paths import resolve_paths
 from brainray.orchestration.publish import open_tracking
 from brainray.orchestration.resources import WorkerResources
 from brainray.orchestration.run import Run
@@ -82,12 +82,12 @@ def sweep_config(storage: Path, *overrides: str) -> Config:
     )
 
 
-said = io.StringIO()
+output = io.StringIO()
 
 
 @pytest.fixture(scope="module")
 def finished(storage: Path) -> FinishedSweep:
-    with contextlib.redirect_stdout(said):
+    with contextlib.redirect_stdout(output):
         return sweep(sweep_config(storage))
 
 
@@ -105,7 +105,7 @@ def test_the_best_trial_is_the_best_on_the_validation_slices(finished: FinishedS
     best = max(trial["best"]["value"] for trial in by_outcome["complete"])
     assert finished.metrics["best/validation/score"] == best
     assert finished.metrics["num_failed"] == 2
-    lines = [line for line in said.getvalue().splitlines() if line.startswith("trial ")]
+    lines = [line for line in output.getvalue().splitlines() if line.startswith("trial ")]
     assert len(lines) == 4  # two trials, two epochs each
     assert all("validation/score" in line and "images/s" in line for line in lines)
 
@@ -180,9 +180,9 @@ def test_the_best_model_is_registered_and_can_be_loaded_alone(
     model = mlflow.pyfunc.load_model("models:/mri-classifier/1")
     assert set(model.metadata.signature.inputs.input_names()) == {"path", "image"}
     files = sorted((phantoms / "Testing").rglob("*.jpg"))[:5]
-    told = model.predict(pd.DataFrame({"path": [str(file) for file in files]}))
-    assert [row["reason"] for row in told.to_dict("records")] == [None] * len(files)
-    probabilities = np.stack(told["probabilities"])
+    found = model.predict(pd.DataFrame({"path": [str(file) for file in files]}))
+    assert [row["reason"] for row in found.to_dict("records")] == [None] * len(files)
+    probabilities = np.stack(found["probabilities"])
     assert probabilities.shape == (5, 4)
     np.testing.assert_allclose(probabilities.sum(axis=1), 1.0, atol=1e-5)
 
@@ -426,8 +426,8 @@ def test_a_best_trial_whose_run_was_deleted_is_not_replaced_by_the_next(
     config = sweep_config(tmp_path)
     folder = Folder(tmp_path) / "sweeps" / "search"
     as_trial(trained, tmp_path, "search", "abcde_00001")
-    for told in ("abcde_00001", None):  # an earlier version named none
-        assert _best_trial(config, folder, told).trial_id == "abcde_00001"
+    for found in ("abcde_00001", None):  # an earlier version named none
+        assert _best_trial(config, folder, found).trial_id == "abcde_00001"
     with pytest.raises(DataError, match=r"\(abcde_00000\) no longer exists: train .*best\.yaml"):
         _best_trial(config, folder, "abcde_00000")
 
@@ -597,13 +597,13 @@ def test_a_trial_that_failed_is_not_the_best(tmp_path: Path) -> None:
     assert ranked_trials(config, [diverged, sound]) == [sound]
 
 
-def test_a_search_is_told_what_trials_are_ranked_by() -> None:
+def test_a_search_optimises_what_trials_are_ranked_by() -> None:
     def epoch(number: int, score: float) -> dict[str, float]:
         validation = {"validation/score": score, "validation/score_error": 0.01}
         return {"epoch": float(number), "train/image_size": 64.0, "test/all": 0.5} | validation
 
-    told = reported_metrics([epoch(1, 0.9), epoch(2, 0.5)])
-    assert told == {"epoch": 2.0, "validation/score": 0.9, "validation/score_error": 0.01}
+    found = reported_metrics([epoch(1, 0.9), epoch(2, 0.5)])
+    assert found == {"epoch": 2.0, "validation/score": 0.9, "validation/score_error": 0.01}
 
 
 def test_a_trial_counts_by_the_epoch_whose_model_it_keeps(tmp_path: Path) -> None:
@@ -648,7 +648,7 @@ def test_a_trial_is_not_to_blame_for_what_passes(
     assert command_line() == "tune.py"  # what its provenance tells
 
 
-def test_trials_that_a_stop_has_cut_are_told_so_in_mlflow(
+def test_trials_that_were_stopped_are_marked_so_in_mlflow(
     trained: TrainedRun, tmp_path: Path
 ) -> None:
     config = tiny_config(tmp_path, "name=cut", f"tune.space={json.dumps(SPACE)}")

@@ -65,7 +65,7 @@ SALT_VARIABLE = "BRAINRAY_SALT"
 UNREADABLE = "unreadable file"
 CHANGED = "file changed while being read"
 
-NOT_ASKED = "no class to score"  # of a slice in a file of which single slices are labelled
+NO_CLASS_TO_SCORE = "no class to score"  # of a slice in a file of which single slices are labelled
 
 _SALT_FILE = ".subject-salt"
 _MIN_SALT = 16  # characters
@@ -113,32 +113,39 @@ DECODED = pa.schema(
 
 
 def decode_to_predict(
-    asked: SourceFile, content: Callable[[], bytes], config: PreprocessConfig, salt: bytes
+    source_file: SourceFile, content: Callable[[], bytes], config: PreprocessConfig, salt: bytes
 ) -> list[dict[str, Any]]:
     """``DECODED`` rows of a file, or a single row with the reason if it cannot be read.
 
-    If a table labels single slices of the file, the others have the reason `NOT_ASKED`.
+    If a table labels single slices of the file, the others have the reason `NO_CLASS_TO_SCORE`.
     ``content`` returns the file's bytes or raises RejectedImage.
     """
     read = None
     try:
         read = content()
-        rows = preprocess_file(read, asked.file, config, salt)
+        rows = preprocess_file(read, source_file.file, config, salt)
     except RejectedImage as rejection:
-        rows = [rejected_row(asked.file, read, rejection)]
+        rows = [rejected_row(source_file.file, read, rejection)]
     decoded = []
     for row in rows:
         header = row.get("header_subject")
-        subject, source = named_subject(asked.subject, header, row["sha256"], salt)
+        subject, source = named_subject(source_file.subject, header, row["sha256"], salt)
         about = {
-            "label": asked.label_of(row["frame"]),
+            "label": source_file.label_of(row["frame"]),
             "subject_id": subject,
             "subject_source": source,
         }
         # A volume that was rejected as a whole has the frame "volume=N".
-        is_asked = any(name.startswith(f"{row['frame']}/") for name in asked.label_of_frame)
-        if asked.label_of_frame and row["frame"] and about["label"] is None and not is_asked:
-            about |= {"reason": NOT_ASKED, "detail": None, "image": None, "thumbnail": None}
+        contains_labelled = any(
+            name.startswith(f"{row['frame']}/") for name in source_file.label_of_frame
+        )
+        if (
+            source_file.label_of_frame
+            and row["frame"]
+            and about["label"] is None
+            and not contains_labelled
+        ):
+            about |= {"reason": NO_CLASS_TO_SCORE, "detail": None, "image": None, "thumbnail": None}
         decoded.append(row | about)
     return decoded
 

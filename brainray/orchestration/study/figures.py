@@ -42,7 +42,7 @@ _MAX_SHEET_CLUSTERS = 12
 
 @dataclass(frozen=True)
 class DrawnSet:
-    """What was made of a feature set."""
+    """Figures and recommended number of clusters of a feature set."""
 
     figures: list[str]  # files
     explained: list[float]  # (D,) shares of the total variance
@@ -52,7 +52,7 @@ class DrawnSet:
 def draw_feature_sets(results: StudyResults) -> dict[tuple[str, str], DrawnSet]:
     """Draw every feature set's first seed, as Ray tasks, by data set and feature.
 
-    What an earlier run made of the same clusters is kept.
+    Figures that an earlier run drew of the same clusters are kept.
     """
     shown = _shown_cells(results)
     folder = results.folder
@@ -206,7 +206,7 @@ def _k_distances(x: NDArray[np.float64], config: Config) -> bytes:
 
 @dataclass(frozen=True)
 class _Criteria:
-    """What a number of clusters was recommended by."""
+    """The scores on which a recommended number of clusters is based."""
 
     scores: NumClustersScores
     stability: Stability

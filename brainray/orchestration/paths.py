@@ -1,4 +1,4 @@
-"""The files and folders that settings name: absolute, there, and the same on all nodes."""
+"""Paths in settings: made absolute, checked to exist, and to be the same folder on all nodes."""
 
 import os
 import socket
@@ -84,7 +84,7 @@ def _resolve_weights(feature: str, weights: str) -> str:
     return _resolve(f"study.features.{feature}.weights", weights)
 
 
-def check_places(config: Config, keys: Sequence[str]) -> None:
+def check_paths(config: Config, keys: Sequence[str]) -> None:
     """Check that given paths and runs exist.
 
     Raises:
@@ -117,7 +117,7 @@ def check_places(config: Config, keys: Sequence[str]) -> None:
 
 
 def check_is_shared(storage: str) -> None:
-    """Check that all nodes that work read a local ``storage``, by a file that is put there.
+    """Check that all nodes with CPUs or GPUs see the same local ``storage``, with a probe file.
 
     Raises:
         ConfigError: it is another folder on another node.
@@ -141,11 +141,11 @@ def check_is_shared(storage: str) -> None:
     # Closed at once: some file systems show a file to other nodes only then.
     folder.write_bytes(name, b"")
     try:
-        look = ray.remote(num_cpus=0, max_retries=0)(_appears)
+        check = ray.remote(num_cpus=0, max_retries=0)(_appears)
         answers = {}
         for node in nodes:
             there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            task = look.options(scheduling_strategy=there).remote(
+            task = check.options(scheduling_strategy=there).remote(
                 str(path / name), _ON_OTHER_NODES_S
             )
             answers[task] = node["NodeManagerAddress"]
