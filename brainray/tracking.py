@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypedDict
 from urllib.parse import unquote
@@ -143,7 +143,13 @@ class MLflowTracker:
                 }
             self._save()
             if not self._state.get("params_sent"):
-                flat = [Param(_key(key), str(value)) for key, value in params.items()]
+                # MLflow refuses to change one; some may have been sent with other settings.
+                present = client.get_run(self._id).data.params
+                flat = [
+                    Param(_key(key), str(value))
+                    for key, value in params.items()
+                    if _key(key) not in present
+                ]
                 for start in range(0, len(flat), _MAX_PARAMS):
                     client.log_batch(self._id, params=flat[start : start + _MAX_PARAMS])
                 self._state["params_sent"] = True
@@ -256,13 +262,19 @@ class MLflowTracker:
         return self._state["sending_ms"]
 
     def _read_state(self, uri: str) -> _Sent:
-        """What has been sent to this server, and under ``elsewhere`` to each other server."""
+        """What has been sent to this server, and under ``elsewhere`` to each other server.
+
+        If nothing has, what was sent to a database that is no longer there, which may be this one.
+        """
         if not self._run.exists(layout.TRACKING):
             return {"elsewhere": {}}
         saved: _Sent = self._run.read_json(layout.TRACKING)
         servers = saved.pop("elsewhere", {})
         servers[saved["uri"]] = saved
-        state = servers.pop(uri, _Sent())
+        before = uri if uri in servers else next(filter(is_lost_database, servers), uri)
+        state = servers.pop(before, _Sent())
+        if before != uri:  # storage may have moved, with its database
+            state["uri"] = uri
         state["elsewhere"] = servers
         return state
 
@@ -283,9 +295,9 @@ class MLflowTracker:
             os.environ.setdefault(_TIMEOUT, _QUICK_S)
             db_utils.MAX_RETRY_COUNT = _DATABASE_RETRIES  # no environment variable sets it
             _quiet()
-            database = self._uri.removeprefix("sqlite:///")
-            if database != self._uri:
-                Path(unquote(database)).parent.mkdir(parents=True, exist_ok=True)
+            database = _database(self._uri)
+            if database is not None:
+                database.parent.mkdir(parents=True, exist_ok=True)
             self._client = MlflowClient(tracking_uri=self._uri)
         return self._client
 
@@ -422,10 +434,16 @@ def _pyfunc(served: ServedFiles) -> dict[str, Any]:
         "code_paths": [str(served.code)],
         "signature": ModelSignature(inputs, outputs),
         "metadata": dict(served.metadata),
-        "pip_requirements": [
-            f"{name}=={version(name).partition('+')[0]}" for name in served.requirements
-        ],
+        "pip_requirements": [_pinned(name) for name in served.requirements],
     }
+
+
+def _pinned(distribution: str) -> str:
+    """The installed version, unless it is installed under another name, as with conda."""
+    try:
+        return f"{distribution}=={version(distribution).partition('+')[0]}"
+    except PackageNotFoundError:
+        return distribution
 
 
 def _mlflow_type(arrow: str) -> DataType | Array:
@@ -442,6 +460,18 @@ def default_uri(storage: Folder) -> str:
     folder = storage.local_path or Path.home() / "brainray"
     path = str(folder).replace("%", "%25").replace("?", "%3F")  # as SQLAlchemy reads it
     return f"sqlite:///{path}/mlflow.db"
+
+
+def _database(uri: str) -> Path | None:
+    """The file of a SQLite URI."""
+    path = uri.removeprefix("sqlite:///")
+    return None if path == uri else Path(unquote(path.partition("?")[0]))
+
+
+def is_lost_database(uri: str) -> bool:
+    """Whether it is a database that no longer exists, for example because storage has moved."""
+    database = _database(uri)
+    return database is not None and not database.exists()
 
 
 def is_server(uri: str) -> bool:

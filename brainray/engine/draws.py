@@ -62,7 +62,8 @@ def _of_both(differences: NDArray[np.float64], low: float, high: float) -> tuple
     """Limits that cover both new label draws (from D differences) and new subjects (low, high)."""
     mean, error = differences.mean(), differences.std(ddof=1) / math.sqrt(len(differences))
     half = stats.t.ppf((1 + CONFIDENCE) / 2, len(differences) - 1) * error
-    return mean - math.hypot(half, mean - low), mean + math.hypot(half, high - mean)
+    limits = mean - math.hypot(half, mean - low), mean + math.hypot(half, high - mean)
+    return float(limits[0]), float(limits[1])
 
 
 def _common_names(runs: Sequence[Metrics]) -> set[str]:

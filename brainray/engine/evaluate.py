@@ -96,6 +96,8 @@ def summarise(
             scaling with it.
     """
     table = labelled_rows(table)
+    if table.num_rows == 0:
+        return {"test/all/num_slices": 0.0}
     predictions = predictions_from_table(table, classes)
     by_predictor = predictions.by_predictor
     if seen is not None:

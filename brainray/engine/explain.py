@@ -72,7 +72,7 @@ def rows_to_explain(predictions: pa.Table) -> NDArray[np.int64]:
     """
     head = np.asarray(predictions["head"].to_pylist(), dtype=object)
     given = np.asarray(predictions["label"].to_pylist(), dtype=object)
-    is_known = np.array([label is not None for label in given])
+    is_known = np.array([label is not None for label in given], dtype=np.bool_)
     labels = given if is_known.any() else head
     confidence = np.asarray(predictions["confidence"].to_numpy())
     right, wrong = head == labels, is_known & (head != labels)

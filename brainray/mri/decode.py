@@ -3,6 +3,7 @@
 import io
 import logging
 import struct
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,6 +52,7 @@ _SUBFILE_TYPE, _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 254, 258, 262, 339
 _WHITE_IS_ZERO = 0
 _UNSIGNED, _SIGNED = 1, 2
 # The messages of these loggers quote header fields.
+_SILENCE = threading.RLock()
 _TALKATIVE_LOGGERS = {"TIFF": "PIL", "DICOM": "pydicom", "NIfTI": "nibabel"}
 
 
@@ -121,18 +123,20 @@ def check_content(image: NDArray[np.uint8], *, min_intensity_std: float) -> None
 
 @contextmanager
 def _silenced(logger_name: str | None) -> Iterator[None]:
-    """Suppress warnings, and this logger and its children."""
+    """Suppress warnings, and this logger and its children; one thread at a time, since both
+    settings are the process's.
+    """
     logger = logging.getLogger(logger_name) if logger_name else None
-    level = logger.level if logger else logging.NOTSET
-    try:
-        if logger:
-            logger.setLevel(logging.CRITICAL + 1)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+    with _SILENCE, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        level = logger.level if logger else logging.NOTSET
+        try:
+            if logger:
+                logger.setLevel(logging.CRITICAL + 1)
             yield
-    finally:
-        if logger:
-            logger.setLevel(level)
+        finally:
+            if logger:
+                logger.setLevel(level)
 
 
 def _decode(content: bytes, file_format: str, options: DecodeOptions) -> list[DecodedSlice]:
@@ -161,7 +165,9 @@ def _decode_picture(content: bytes, file_format: str, options: DecodeOptions) ->
     try:
         picture = Image.open(io.BytesIO(content), formats=(file_format,))
     except UnidentifiedImageError:
-        kinds = ", or a data type that Pillow cannot read" if file_format == "TIFF" else ""
+        kinds = (
+            ", or a data type that Pillow cannot read" if file_format in {"TIFF", "JPEG"} else ""
+        )
         raise RejectedImage("corrupt or truncated", f"the {file_format} header{kinds}") from None
     except Image.DecompressionBombError:
         detail = f"the {file_format} header announces more pixels than Pillow opens"

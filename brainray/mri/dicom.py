@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from pydicom import dcmread
+from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset, FileDataset
 from pydicom.filereader import read_dataset
 from pydicom.multival import MultiValue
@@ -43,6 +44,7 @@ from brainray.mri.slices import (
     RejectedImage,
     Values,
     foreground_window,
+    in_float32,
     names_nobody,
     replace_non_finite,
     subject_hash,
@@ -57,6 +59,7 @@ _PLUGIN = "imagecodecs"
 _END_OF_IMAGE = b"\xff\xd9"
 _START_OF_FRAME = frozenset({0xC0, 0xC1, 0xC2, 0xC3, 0xF7})  # JPEG and JPEG-LS
 _START_OF_J2K = b"\xff\x4f\xff\x51"
+_CODING_STYLE = b"\xff\x52\x00"
 
 DECODER_DEPENDENCIES: dict[str, tuple[str, ...]] = dict.fromkeys(
     (*JPEGTransferSyntaxes, *JPEGLSTransferSyntaxes, *JPEG2000TransferSyntaxes), (_PLUGIN,)
@@ -114,15 +117,17 @@ def _read(content: bytes) -> FileDataset:
 
 
 def _check_kind(dataset: Dataset) -> None:
-    if not any(keyword in dataset for keyword in _PIXEL_KEYWORDS):
+    if not any(dataset.get(keyword) for keyword in _PIXEL_KEYWORDS):
         if "Rows" in dataset:
             raise RejectedImage("corrupt or truncated", "an image header without pixels")
         raise RejectedImage("no pixel data", "not an image object (report, plan, directory, ...)")
     if dataset.get("Modality") in _NO_SCANS:
         raise RejectedImage("no scan", "a segmentation or dose map")
-    if "MOSAIC" in (dataset.get("ImageType") or ()):
+    kinds = dataset.get("ImageType") or ()
+    if "MOSAIC" in kinds:
         raise RejectedImage("no scan", "a mosaic of many slices: convert it to NIfTI")
-    if dataset.get("BurnedInAnnotation") == "YES":
+    has_text = str(dataset.get("BurnedInAnnotation") or "").strip().upper() == "YES"
+    if has_text or "SCREEN SAVE" in kinds:
         raise RejectedImage("burned-in annotation", "the pixels may identify the patient")
 
 
@@ -198,17 +203,27 @@ def _to_grayscale(
     if pixels.ndim == 3:
         return _luminance(pixels, bits=int(properties["bits_stored"]))
     attributes = _attributes(dataset, "PixelValueTransformationSequence", index)
-    values = replace_non_finite(_rescaled(pixels, attributes).astype(np.float32))
+    real = _rescaled(pixels, attributes)
+    values = replace_non_finite(real.astype(np.float32))
     inverted = interpretation == "MONOCHROME1"  # the lowest value is white
     padding = _is_padding(pixels, dataset)
+    image = _window(
+        _without_padding(values, padding, inverted),
+        _attributes(dataset, "FrameVOILUTSequence", index),
+    )
+    if image is not None:
+        return 255 - image if inverted else image
+    values = _without_padding(replace_non_finite(in_float32(real)), padding, inverted)
+    shown = -values if inverted else values  # air must be dark for the foreground to be found
+    return to_uint8(shown, *foreground_window(shown, options.window_percentiles))
+
+
+def _without_padding(values: Values, padding: NDArray[np.bool_], inverted: bool) -> Values:
+    """The values, with padding as dark as the darkest pixel of the scan."""
     if padding.any() and not padding.all():
         scanned = values[~padding]
         values[padding] = scanned.max() if inverted else scanned.min()
-    image = _window(values, _attributes(dataset, "FrameVOILUTSequence", index))
-    if image is not None:
-        return 255 - image if inverted else image
-    shown = -values if inverted else values  # air must be dark for the foreground to be found
-    return to_uint8(shown, *foreground_window(shown, options.window_percentiles))
+    return values
 
 
 def _rescaled(pixels: NDArray[Any], attributes: Dataset) -> NDArray[Any]:
@@ -279,6 +294,11 @@ def _looked_up(values: Values, attributes: Dataset) -> NDArray[np.uint8]:
     """Apply the VOI LUT; values outside it map to its first or last entry."""
     table = attributes.VOILUTSequence[0]
     num_entries, first, bits = (int(value) for value in table.LUTDescriptor)
+    stored = table.LUTData
+    if isinstance(stored, bytes) and len(stored) < 2 * (num_entries or 2**16):
+        # 8-bit entries as bytes, which pydicom reads as words.
+        wide = np.frombuffer(stored, np.uint8).tolist()
+        table["LUTData"] = DataElement(table["LUTData"].tag, "US", wide)
     places = np.clip(values.round(), first, first + (num_entries or 2**16) - 1)
     # pydicom indexes with integers as wide as the entries: 8-bit ones wrap around at 256.
     table.LUTDescriptor = [num_entries, first, 16]
@@ -302,7 +322,7 @@ def _spacing(dataset: Dataset, index: int) -> tuple[float, float]:
     attributes = _attributes(dataset, "PixelMeasuresSequence", index)
     for keyword in ("PixelSpacing", "PixelAspectRatio"):
         value = attributes.get(keyword)
-        if value is not None and len(value) == 2:
+        if isinstance(value, MultiValue) and len(value) == 2:
             return float(value[0]), float(value[1])
     return 1.0, 1.0
 
@@ -344,8 +364,9 @@ def decode_frame(source: bytes, runner: DecodeRunner) -> bytearray:
         raise ValueError("frame and header differ in size")
     if syntax in JPEG2000TransferSyntaxes:
         array = imagecodecs.jpeg2k_decode(source)
-        if runner.samples_per_pixel == 3:
-            runner.set_option("photometric_interpretation", "RGB")  # OpenJPEG has converted
+        # OpenJPEG has reversed the transform.
+        if runner.samples_per_pixel == 3 and _has_component_transform(source):
+            runner.set_option("photometric_interpretation", "RGB")
     elif syntax in JPEGLSTransferSyntaxes:
         # CharLS may loop forever on a stream without an end marker.
         if not source.rstrip(b"\0").endswith(_END_OF_IMAGE):
@@ -363,6 +384,15 @@ def decode_frame(source: bytes, runner: DecodeRunner) -> bytearray:
         raise ValueError("frame and header differ in shape")
     runner.set_option("bits_allocated", 8 * array.dtype.itemsize)
     return bytearray(array.tobytes())  # writable, as pydicom corrects signs in place
+
+
+def _has_component_transform(source: bytes) -> bool:
+    """Whether a JPEG 2000 stream stores luminance and colour differences, from its COD marker.
+
+    Source: ISO/IEC 15444-1, A.6.1.
+    """
+    coding = source.find(_CODING_STYLE)
+    return coding >= 0 and source[coding + 8 : coding + 9] != b"\0"
 
 
 def _stream_size(source: bytes) -> tuple[int, int] | None:

@@ -5,7 +5,6 @@ import io
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from nibabel.affines import voxel_sizes
@@ -23,6 +22,7 @@ from brainray.mri.slices import (
     Values,
     foreground_threshold,
     foreground_window,
+    in_float32,
     nifti_head,
     replace_non_finite,
     to_square_pixels,
@@ -34,7 +34,6 @@ _AXES = ("sagittal", "coronal", "axial")  # of a volume (X, Y, Z) pointing right
 _MAX_EXTENSION_BYTES = 64 * 2**20  # header extensions, such as a complete DICOM header or XML
 _MAX_TRAILING_BYTES = 2**20
 _MIN_GREYS = 16
-_LEAST_SPAN = 2**-12  # of the largest value: less leaves fewer than 12 bits of a float32
 _MIN_AIR = 0.25  # share of the voxels
 _SAMPLED = 4  # stride along each axis for the first check
 _INTENT_LABEL = 1002  # NIFTI_INTENT_LABEL
@@ -92,7 +91,7 @@ def decode_nifti(
         part = stored[_volume_index(stored.shape, number)]
         name = f"volume={number}"
         try:
-            values = replace_non_finite(_in_float32(part).reshape(layout.shape[:3]))
+            values = replace_non_finite(in_float32(part).reshape(layout.shape[:3]))
             if not maps:
                 _check_greys(values)
                 _darken_air(values)
@@ -115,19 +114,6 @@ def decode_nifti(
         DecodedSlice(empty, "NIfTI", name, subject, rejection)
         for name, rejection in rejected.items()
     ]
-
-
-def _in_float32(voxels: NDArray[Any]) -> Values:
-    """A copy of the voxels, minus the smallest if float32 would not resolve values that far off."""
-    if voxels.dtype.kind == "f":
-        finite = np.isfinite(voxels)
-        low = float(voxels.min(where=finite, initial=np.inf))
-        high = float(voxels.max(where=finite, initial=-np.inf))
-    else:
-        low, high = float(voxels.min()), float(voxels.max())
-    if 0 < high - low < max(abs(low), abs(high)) * _LEAST_SPAN:
-        voxels = voxels - np.float64(low)
-    return np.array(voxels, dtype=np.float32)
 
 
 def _read_layout(content: bytes, options: DecodeOptions, maps: bool) -> _Layout:

@@ -8,7 +8,7 @@ import zlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import cv2
 import numpy as np
@@ -30,11 +30,13 @@ _NOBODY = frozenset(
         *("anon", "anonymous", "anonymouspatient", "anonymized", "anonymised"),
         *("none", "null", "na", "nan", "unknown", "unspecified", "notavailable", "notapplicable"),
         *("removed", "redacted", "deleted", "deidentified", "deid", "patient", "patientid"),
+        *("anonym", "anonymizedpatient", "noname", "unknownpatient", "hidden", "masked", "dummy"),
     }
 )
 MAX_ASPECT_RATIO = 10.0  # sides of a slice on screen; heads stay below 2, panoramas below 8
 SQUARE_PIXEL_TOLERANCE = 1.03  # ratio of two spacings that still counts as square
 
+_LEAST_SPAN = 2**-12  # of the largest value: less leaves fewer than 12 bits of a float32
 _SUBJECT_ID_DIGITS = 32
 
 
@@ -197,6 +199,19 @@ def foreground_window(values: Values, percentiles: tuple[float, float]) -> tuple
         if high > low:
             return float(low), float(high)
     return float(values.min()), float(values.max())
+
+
+def in_float32(voxels: NDArray[Any]) -> Values:
+    """A copy of the values, minus the smallest if float32 would not resolve values that far off."""
+    if voxels.dtype.kind == "f":
+        finite = np.isfinite(voxels)
+        low = float(voxels.min(where=finite, initial=np.inf))
+        high = float(voxels.max(where=finite, initial=-np.inf))
+    else:
+        low, high = float(voxels.min()), float(voxels.max())
+    if 0 < high - low < max(abs(low), abs(high)) * _LEAST_SPAN:
+        voxels = voxels - np.float64(low)
+    return np.array(voxels, dtype=np.float32)
 
 
 def to_uint8(values: Values, low: float, high: float) -> NDArray[np.uint8]:

@@ -216,6 +216,7 @@ def _explained(error: Exception) -> tuple[str, int]:
 
 def _fail(name: str, message: str, code: int) -> int:
     line = redacted(" ".join(message.split()))
+    line = line.encode(errors="backslashreplace").decode()  # of undecodable file names
     print(f"jobs/{name}.py: error: {line}", file=sys.stderr, flush=True)
     _print_json({"job": name, "status": "error", "error": line})
     return code

@@ -3,9 +3,7 @@
 import os
 import shlex
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
 from brainray import layout
 from brainray.config import Config
@@ -22,6 +20,7 @@ from brainray.tracking import (
     MLflowTracker,
     artifact_location,
     default_uri,
+    is_lost_database,
     is_server,
 )
 
@@ -125,9 +124,7 @@ def _previous_uri(run: Run) -> str | None:
     if not run.folder.exists(layout.TRACKING):
         return None
     uri = str(run.folder.read_json(layout.TRACKING)["uri"])
-    is_database = uri.startswith("sqlite:///")
-    database = unquote(uri.removeprefix("sqlite:///").partition("?")[0])
-    return None if is_database and not Path(database).exists() else uri
+    return None if is_lost_database(uri) else uri
 
 
 def _last_submission(run: Run) -> dict[str, Any] | None:

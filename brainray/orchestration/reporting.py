@@ -94,8 +94,10 @@ def report(config: Config) -> Report:
     maps = run_maps(run.folder, evaluation, int(metrics["chosen_epoch"]))
     if write_run_page(merged, run, control, metrics, about, maps, store) is None:
         raise DataError(f"the run {run.folder} has no test slices: there is nothing to report")
+    # jobs/track.py sends the summary beside the page.
+    if metrics != run.folder.read_json(layout.SUMMARY):
+        run.folder.write_json(layout.SUMMARY, metrics)
     if comparison:
-        run.folder.write_json(layout.SUMMARY, metrics)  # which jobs/track.py sends beside the page
         log(f"compared with {evaluation.control}:\n{comparison_table(comparison)}")
     return Report(run.folder, metrics)
 

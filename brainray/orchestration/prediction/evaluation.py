@@ -78,7 +78,7 @@ def evaluate(config: Config, only_paths: set[str] | None = None) -> Evaluation:
 
     Raises:
         ConfigError: neither run nor checkpoint, no source, or a name already used for the
-            evaluation of another source.
+            evaluation of another model or source.
         DataError: nothing readable or labelled, or a class that is unknown to the run.
         CheckpointError: the checkpoint is missing or is not one.
     """
@@ -268,20 +268,27 @@ def check_evaluation_name(config: Config) -> None:
 
 
 def _check_source(config: Config, target: Folder, *, from_pipeline: bool) -> None:
-    """Folders in different places may share a name, and so may their evaluations.
+    """Check that an evaluation of this name, if there is one, is of the same model and source:
+    folders in different places may share a name, and so may evaluations.
 
     Raises:
-        ConfigError: the name is used for the evaluation of another source.
+        ConfigError: the name is used for another evaluation.
     """
     if not target.exists(layout.CONFIG):
         return
     before = parse_yaml(target.read_bytes(layout.CONFIG), f"{target}/{layout.CONFIG}")
-    is_same_run = before.get("run") == (config.run or config.name)
-    is_own = from_pipeline and is_same_run  # its files may have been moved
+    model = config.checkpoint or config.run or config.name
+    model_before = before.get("checkpoint") or before.get("run")
+    is_own = from_pipeline and model_before == model  # its files may have been moved
+    difference = None
     if before["source"] != config.source and not is_own:
+        difference = f"another source ({before['source']})"
+    elif model_before != model:
+        difference = f"another model ({model_before})"
+    if difference is not None:
         raise ConfigError(
-            f"{target} is the evaluation of another source ({before['source']}): choose another "
-            "name with --set name=NAME, or delete it"
+            f"{target} is the evaluation of {difference}: choose another name with "
+            "--set name=NAME, or delete it"
         )
 
 

@@ -125,12 +125,15 @@ def find_predictor(config: Config, purpose: str, *, for_new_files: bool = True) 
 
 
 def default_name(config: Config, predictor: Predictor) -> str:
-    """Default name of results on ``config.source``: RUN-on-FOLDER, in plain characters."""
+    """Default name of results on ``config.source``, in plain characters: RUN-on-FOLDER, or with the
+    name of a checkpoint's own folder if it belongs to no run.
+    """
     folder = Folder(config.given("source")).path.rpartition("/")[2]
     plain = re.sub(r"[^\w.-]+", "-", folder, flags=re.ASCII)
     if plain != folder or len(plain) > _MAX_NAME:  # two such folders must not share a name
         plain = f"{plain[:_MAX_NAME]}-{content_hash(folder.encode())[:6]}"
-    return f"{predictor.run_folder.name}-on-{plain}"
+    model = predictor.folder if predictor.run is None else predictor.run_folder
+    return f"{model.name}-on-{plain}"
 
 
 def _folder_of_checkpoint(given: Folder) -> Folder:

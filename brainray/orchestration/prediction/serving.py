@@ -1,5 +1,6 @@
 """Handles requests to a served model; imported by MLflow, without Ray."""
 
+import os
 import secrets
 from collections.abc import Callable
 from functools import partial
@@ -22,7 +23,7 @@ from brainray.orchestration.preprocessing.slice_rows import (
     decode_to_predict,
     read_file,
 )
-from brainray.orchestration.preprocessing.source import FoundFile, SourceFile
+from brainray.orchestration.preprocessing.source import FoundFile, SourceFile, printable
 from brainray.storage import Folder
 
 REQUIREMENTS = (
@@ -107,15 +108,17 @@ def _requested_file(request: dict[str, Any], number: int) -> tuple[SourceFile, C
         content = partial(_read, path)
     else:
         content = _nothing
-    return SourceFile(file=FoundFile(name, 0, 0)), content
+    return SourceFile(file=FoundFile(printable(name), 0, 0)), content
 
 
 def _read(path: str) -> bytes:
     try:
         whole = path if "://" in path else str(Path(path).expanduser().absolute())
+        if os.path.exists(whole) and not os.path.isfile(whole):
+            raise RejectedImage(UNREADABLE, "not a regular file")
         parent, _, name = whole.rpartition("/")
         return read_file(Folder(parent or "/"), FoundFile(name, 0, 0))
-    except (BrainrayError, RuntimeError, ValueError) as error:  # such as an unknown ~user, or a NUL
+    except (BrainrayError, OSError, RuntimeError, ValueError) as error:  # unknown ~user, NUL, ...
         raise RejectedImage(UNREADABLE, str(error)) from None
 
 

@@ -10,6 +10,7 @@ from functools import reduce
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
@@ -208,6 +209,7 @@ def read_rows(labels: Folder) -> list[dict[str, Any]]:
             table = pa_csv.read_csv(
                 io.BytesIO(content), parse_options=cells, convert_options=options
             )
+            _check_quotes(table, cells.delimiter, labels)
         table = table.rename_columns([name.strip().lower() for name in table.column_names])
         columns = [name for name in _COLUMNS if name in table.column_names]
         repeated = [name for name in columns if table.column_names.count(name) > 1]
@@ -236,6 +238,22 @@ def read_rows(labels: Folder) -> list[dict[str, Any]]:
             "semicolons or tabs, frame, split and subject are optional"
         )
     return [row for row in rows if any(_text(cell) is not None for cell in row.values())]
+
+
+def _check_quotes(table: pa.Table, delimiter: str, labels: Folder) -> None:
+    """Check that no cell has swallowed whole rows, as one does that begins with a single quote.
+
+    Raises:
+        DataError: lines of a cell have as many delimiters as a row.
+    """
+    num_delimiters = table.num_columns - 1
+    for column in table.columns:
+        for cell in column.filter(pc.match_substring_regex(column, r"[\r\n]")).to_pylist():
+            if any(line.count(delimiter) == num_delimiters for line in cell.splitlines()[1:]):
+                raise DataError(
+                    f'labels={labels}: a cell contains whole rows: close its quote ("), or write '
+                    "a quote that belongs to it twice"
+                )
 
 
 def _delimiter(content: bytes) -> str:

@@ -184,7 +184,7 @@ def read_file(source: Folder, file: FoundFile) -> bytes:
         with source.filesystem.open_input_file(path) as stream:
             content = bytes(stream.read())
         now = source.filesystem.get_file_info(path)
-    except (OSError, UnicodeError) as error:
+    except (OSError, UnicodeError, MemoryError) as error:
         if not source.exists():
             raise DataError(
                 f"{source} does not exist on node {socket.gethostname()}: make it available on "
@@ -221,10 +221,9 @@ def preprocess_file(
             if decoded.rejection is not None:
                 raise decoded.rejection
             check_content(decoded.image, min_intensity_std=config.min_intensity_std)
+            rows.append(row | _slice_columns(decoded, config))
         except RejectedImage as rejection:
             rows.append(row | {"reason": rejection.reason, "detail": rejection.detail})
-        else:
-            rows.append(row | _slice_columns(decoded, config))
     return rows
 
 
@@ -273,7 +272,13 @@ def _mask(image: NDArray[np.uint8], method: str) -> tuple[NDArray[np.bool_] | No
 
 
 def _slice_columns(decoded: DecodedSlice, config: PreprocessConfig) -> dict[str, Any]:
-    """The thumbnail shows the slice before stripping: fingerprints must not depend on the mask."""
+    """Columns of an accepted slice.
+
+    The thumbnail shows the slice before stripping: fingerprints must not depend on the mask.
+
+    Raises:
+        RejectedImage: nothing is left of it, such as of a white page with a frame removed.
+    """
     stripped = strip(decoded.image, config)
     image, mask = stripped.after, stripped.mask
     if config.crop == "foreground":
@@ -284,6 +289,8 @@ def _slice_columns(decoded: DecodedSlice, config: PreprocessConfig) -> dict[str,
         image = resize.auto_gamma(image)
     shape = resize.letterbox if config.resize == "letterbox" else resize.stretch
     image = shape(image, config.image_size)
+    if not image.any():
+        raise RejectedImage("blank", "nothing is left after frame, skull and crop")
     height, width = decoded.image.shape
     wide = image.astype(np.int64)
     return {

@@ -5,6 +5,7 @@ import hmac
 import json
 import os
 import shlex
+import stat
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +28,7 @@ from brainray.schema import TRAIN
 from brainray.storage import Folder, check_is_folder
 
 _LINK_OUT = "link out of the source folder"  # the author of the source may not read all our files
+_NO_FILE = "not a regular file"
 _MAX_CLASS_NAME = 100
 _NO_LABEL = frozenset({"unlabelled", "unlabeled"})  # folders and labels of slices without a class
 
@@ -286,7 +288,7 @@ def _walk(source: Folder, storage: Folder | None) -> Iterator[FoundFile]:
                 if _is_hidden(name):
                     continue
                 if _leads_out(f"{folder}/{name}", root):
-                    yield FoundFile(_printable(prefix + name), 0, 0, problem=_LINK_OUT)
+                    yield FoundFile(printable(prefix + name), 0, 0, problem=_LINK_OUT)
                 elif name not in folders:
                     yield _found(folder, prefix + name, name)
                 elif os.path.islink(f"{folder}/{name}"):
@@ -314,7 +316,7 @@ def _is_below(path: str, folder: str) -> bool:
     return os.path.commonpath([folder, path]) == folder
 
 
-def _printable(path: str) -> str:
+def printable(path: str) -> str:
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
@@ -322,11 +324,13 @@ def _found(folder: str, path: str, name: str) -> FoundFile:
     try:
         path.encode()
     except UnicodeEncodeError:
-        return FoundFile(_printable(path), 0, 0, problem="file name is not UTF-8")
+        return FoundFile(printable(path), 0, 0, problem="file name is not UTF-8")
     try:
         status = os.stat(os.path.join(folder, name))
     except OSError:  # a broken link, or deleted meanwhile: reading it will fail
         return FoundFile(path, 0, 0)
+    if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for its writer
+        return FoundFile(path, 0, 0, problem=_NO_FILE)
     return FoundFile(path, status.st_size, status.st_mtime_ns)
 
 
