@@ -29,7 +29,7 @@ from brainray.orchestration.job import (
     run_job,
     unread_keys,
 )
-from brainray.orchestration.paths import check_is_shared, resolve_paths
+from brainray.orchestration.paths import check_is_here, check_is_shared, resolve_paths
 from brainray.orchestration.ray_connection import _check_address
 from brainray.orchestration.training.driver import TrainedRun
 from brainray.storage import Folder
@@ -407,6 +407,28 @@ def test_a_storage_that_another_node_does_not_read_is_refused(
     monkeypatch.setattr(Folder, "write_bytes", lambda *_: None)  # as if it were elsewhere
     with pytest.raises(ConfigError, match=r"storage is another folder on node .*give a path that"):
         check_is_shared(str(tmp_path / "storage"))
+
+
+def test_a_node_that_joins_later_is_asked_for_storage_too(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    check_is_here(Folder(tmp_path))
+    monkeypatch.setattr(paths, "_ON_OTHER_NODES_S", 0.1)
+    with pytest.raises(ConfigError, match=r"parts is not on node .* joined .*all nodes mount"):
+        check_is_here(Folder(tmp_path / "parts"))
+
+
+def test_an_error_with_an_undecodable_name_ends_in_its_json_line_too() -> None:
+    script = (
+        "from brainray.orchestration.job import run_job;"
+        "raise SystemExit(run_job('train', 'Train.', None, [], argv=['--config', '/\udcf4.yaml']))"
+    )
+    environment = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
+    ended = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, check=False
+    )
+    assert ended.returncode == 2
+    assert json.loads(ended.stdout.splitlines()[-1])["status"] == "error"
 
 
 def test_the_address_of_a_dashboard_is_distinguished_from_that_of_a_cluster() -> None:

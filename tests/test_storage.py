@@ -346,6 +346,21 @@ def test_a_file_is_created_once_where_there_are_no_hard_links(tmp_path: Path) ->
     assert (tmp_path / "a").stat().st_mode & 0o777 == 0o600
 
 
+def test_a_link_that_was_made_though_its_answer_was_lost_is_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = os.link
+
+    def link(source: str, target: str) -> None:
+        original(source, target)
+        raise FileExistsError(errno.EEXIST, "as NFS answers a repeated request")
+
+    monkeypatch.setattr(os, "link", link)
+    assert Folder(tmp_path).create_file("a", b"first")
+    assert not Folder(tmp_path).create_file("a", b"second")
+    assert (tmp_path / "a").read_bytes() == b"first"
+
+
 class _Failing:
     """As a file system is to those without rights, which tests may have as root, or one away."""
 

@@ -233,6 +233,45 @@ def test_a_run_is_sent_once_to_each_server(run: Folder) -> None:
         assert len(client.get_metric_history(found.info.run_id, "train/loss/ce")) == 3
 
 
+def test_a_database_that_moves_with_its_storage_goes_on(run: Folder) -> None:
+    before = tracker(run, database(run))
+    before.begin("first", {"a": 1}, {})
+    before.log_epochs(HISTORY)
+    moved = f"{run.path}/moved.db"
+    os.rename(database(run).removeprefix("sqlite:///"), moved)
+
+    after = tracker(run, f"sqlite:///{moved}")
+    after.begin("first", {"a": 1}, {})
+    after.log_epochs(HISTORY)
+    assert after.run_id == before.run_id
+    client = MlflowClient(f"sqlite:///{moved}")
+    assert len(client.get_metric_history(str(after.run_id), "train/loss/ce")) == len(HISTORY)
+    assert run.read_json("tracking.json")["uri"] == f"sqlite:///{moved}"
+
+
+def test_parameters_of_which_some_have_arrived_are_completed(
+    run: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others may have other values by then, as the number of workers may."""
+    params: dict[str, object] = {f"p{number}": number for number in range(150)}
+    original, calls = MlflowClient.log_batch, []
+
+    def log_batch(self: MlflowClient, *arguments: Any, **named: Any) -> Any:
+        calls.append(named)
+        if len(calls) == 2:
+            raise ConnectionError("away")
+        return original(self, *arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "log_batch", log_batch)
+        with pytest.raises(TrackingError):
+            tracker(run, database(run)).begin("first", params, {})
+    after = tracker(run, database(run))
+    after.begin("first", params | {"p0": 7}, {})
+    found = MlflowClient(database(run)).get_run(str(after.run_id)).data.params
+    assert found == {name: str(value) for name, value in params.items()}
+
+
 def test_a_database_that_cannot_be_opened_costs_seconds(run: Folder, tmp_path: Path) -> None:
     began = time.monotonic()
     with pytest.raises(TrackingError, match="cannot be used"):

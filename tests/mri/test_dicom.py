@@ -197,6 +197,24 @@ def test_a_lookup_table_of_eight_bits_takes_any_number_of_values(
     np.testing.assert_array_equal(image, expected)
 
 
+def test_a_lookup_table_of_eight_bits_may_be_stored_as_bytes() -> None:
+    table = Dataset()
+    table.LUTDescriptor = [4096, 0, 8]
+    entries = 255 - np.arange(4096) // 16
+    table.LUTData = entries.astype(np.uint8).tobytes()
+    table["LUTData"].VR = "OW"
+    pixels = np.stack([RAMP, RAMP])  # the frames share the table
+    slices = decode_file(make_dicom(pixels, VOILUTSequence=[table]), OPTIONS)
+    for decoded in slices:
+        np.testing.assert_array_equal(decoded.image, entries[RAMP])
+
+
+def test_values_far_from_zero_keep_their_greys() -> None:
+    near = decode_one(make_dicom(RAMP.astype(np.uint32))).image
+    far = decode_one(make_dicom(RAMP.astype(np.uint32) + 2**30)).image
+    np.testing.assert_array_equal(far, near)
+
+
 def test_monochrome1_is_inverted() -> None:
     window: dict[str, Any] = {"WindowCenter": 1000, "WindowWidth": 2000}
     plain = decode_one(make_dicom(RAMP, **window)).image
@@ -383,6 +401,28 @@ def test_jpeg_colours_are_read_as_the_header_says(interpretation: str) -> None:
     np.testing.assert_allclose(decode_one(content).image, luminance, atol=2)
 
 
+@pytest.mark.parametrize(
+    ("interpretation", "transformed"), [("YBR_FULL", False), ("YBR_RCT", True), ("RGB", False)]
+)
+def test_jpeg2000_colours_are_those_of_its_component_transform(
+    interpretation: str, transformed: bool
+) -> None:
+    greys = np.repeat((RAMP // 16).astype(np.uint8)[..., None], 3, axis=2)
+    stored = greys.copy()
+    if interpretation == "YBR_FULL":
+        stored[..., 1:] = 128  # of greys
+    stream = imagecodecs.jpeg2k_encode(
+        stored, codecformat="j2k", reversible=True, mct=transformed, colorspace="RGB"
+    )
+    content = make_dicom(
+        stored,
+        syntax=uid.JPEG2000Lossless,
+        streams=[stream],
+        PhotometricInterpretation=interpretation,
+    )
+    np.testing.assert_allclose(decode_one(content).image, greys[..., 0], atol=1)
+
+
 def test_a_missing_plug_in_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     content = compressed(uid.JPEGLosslessSV1, RAMP)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -545,9 +585,15 @@ def test_loggers_speak_again_afterwards() -> None:
 # --- Refusals ------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:Invalid value for VR CS")
 def test_pixels_that_show_the_patient_or_no_scan_are_refused() -> None:
     burned = make_dicom(RAMP, BurnedInAnnotation="YES")
     assert rejection_of(burned).reason == "burned-in annotation"
+    for shown in (
+        {"BurnedInAnnotation": "Yes"},
+        {"ImageType": ["DERIVED", "OTHER", "SCREEN SAVE"]},
+    ):
+        assert rejection_of(make_dicom(RAMP, **shown)).reason == "burned-in annotation"
     assert decode_one(make_dicom(RAMP, BurnedInAnnotation="NO"))
     assert rejection_of(make_dicom(RAMP, Modality="SEG")).reason == "no scan"
     assert rejection_of(without_pixels()).reason == "no pixel data"

@@ -11,15 +11,24 @@ from unittest.mock import Mock
 import pytest
 import ray.train
 import torch
+from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
+from ray.train.v2.api.exceptions import WorkerGroupError
 from torch.nn.parallel import DistributedDataParallel
 
 from brainray import dist
-from brainray.errors import BrainrayError, ConfigError, DivergenceError, StorageError
+from brainray.errors import (
+    BrainrayError,
+    ConfigError,
+    DivergenceError,
+    StorageError,
+    UnreachableError,
+)
 from brainray.models.encoder import build_encoder
 from brainray.orchestration.own_head import WITHOUT_PREEMPTION
 from brainray.orchestration.ray_train import (
     configure_ray_train,
     ddp_options,
+    return_user_errors,
     run_trainer,
 )
 from tests.ranks import OnRanks
@@ -169,6 +178,22 @@ def test_gpu_errors_from_settings_and_installation_name_their_remedy(
 def test_a_worker_that_died_for_another_reason_is_no_error_of_the_user() -> None:
     with pytest.raises(ray.train.TrainingFailedError, match="a worker died"):
         run_trainer(_failing_trainer("a worker died"))
+
+
+def test_storage_that_is_away_is_tried_again_and_then_named() -> None:
+    """A worker raises what a restart may mend; other errors it returns."""
+
+    def work(settings: dict[str, Any]) -> None:
+        raise settings["error"]
+
+    away, full = UnreachableError("s3://b cannot be reached"), StorageError("no space left")
+    assert return_user_errors(work)({"error": full})["message"] == "no space left"
+    with pytest.raises(UnreachableError):
+        return_user_errors(work)({"error": away})
+    failure = WorkerGroupError("a traceback", {1: UserExceptionWithTraceback(away, "a traceback")})
+    trainer: Any = SimpleNamespace(fit=Mock(side_effect=failure))
+    with pytest.raises(UnreachableError, match="cannot be reached"):
+        run_trainer(trainer)
 
 
 def _failing_trainer(words: str) -> Any:

@@ -309,6 +309,14 @@ for (const event of ["mousedown", "mouseup"])
 setTimeout(() => {
 const hidden = () => map._fullData.filter(trace => trace.visible === "legendonly");
 state.hidden = hidden().map(trace => trace.name);
+state.left = byId("count").textContent;
+const seen = new Set();
+for (let i = 0; i < 24; i++) { byId("next").click(); seen.add(slices[current].label); }
+state.stepped = [...seen].sort();
+const mark = byId("ring"), at = map._fullLayout, last = maps[+byId("epoch").value];
+state.ring = mark.hidden || Math.hypot(
+  parseFloat(mark.style.left) - at.xaxis._offset - at.xaxis.d2p(last.x[current]),
+  parseFloat(mark.style.top) - at.yaxis._offset - at.yaxis.d2p(last.y[current]));
 set("colour", "cluster"); state.hidden_clusters = hidden().length;
 state.innerWidth = window.innerWidth;
 state.width = document.documentElement.scrollWidth <= window.innerWidth;
@@ -366,6 +374,9 @@ def test_filters_hover_and_galleries_work_in_a_browser(page: Path, width: int) -
     assert (state["pairs"], state["errors"]) == (4, 1)
     assert "glioma: 2 clusters" in state["subtypes"]
     assert "Jaccard index of 1.00: stable" in state["subtypes"]
+    assert state["left"] == str(24 - 8)
+    assert state["stepped"] == sorted(CLASSES[1:])
+    assert state["ring"] < 1  # pixels from its slice, though the axes have moved
     assert (state["hidden"], state["hidden_clusters"]) == ([CLASSES[0]], 0)  # not the first cluster
     assert state["innerWidth"] == width
     assert state["width"] is True

@@ -39,7 +39,7 @@ from brainray.orchestration.lock import held
 from brainray.orchestration.prediction import serving
 from brainray.orchestration.prediction.evaluation import evaluate
 from brainray.orchestration.prediction.export import Export, _register, export, served_files
-from brainray.orchestration.prediction.inference import find_predictor
+from brainray.orchestration.prediction.inference import default_name, find_predictor
 from brainray.orchestration.prediction.predict import predict
 from brainray.orchestration.preprocessing.slice_rows import preprocess_file
 from brainray.orchestration.preprocessing.source import FoundFile
@@ -341,10 +341,11 @@ def test_a_path_that_cannot_be_is_a_row_with_its_reason(
     predictor = find_predictor(config_of(trained), "the test")
     with served_files(predictor) as served:
         model = serving.ServedModel(served.data)
-    answers = model.predict(
-        pd.DataFrame({"path": ["~nobody.here/a.png", "/a\0b.png", "/none.png"]})
-    )
-    assert answers["reason"].tolist() == ["unreadable file"] * 3
+    os.mkfifo(tmp_path / "pipe.png")
+    paths = ["~nobody.here/a.png", "/a\0b.png", "/none.png", f"/{300 * 'a'}/x.png"]
+    paths += [str(tmp_path / "pipe.png"), "/\udcff.png"]
+    answers = model.predict(pd.DataFrame({"path": paths}, dtype=object))
+    assert answers["reason"].tolist() == ["unreadable file"] * 6
     with pytest.raises(ValueError, match=r'records with "path" .* or "image"'):
         model.predict(pd.DataFrame(index=range(2)))  # as MLflow passes on records of other columns
 
@@ -450,7 +451,26 @@ def test_an_evaluation_tells_what_the_run_has_seen_and_what_it_leaves_out(
         ConfigError, match=r"told is the evaluation of another source \(.*hospital/Training\)"
     ):
         evaluate(moved)
+    best = trained.run.folder / "best"
+    other = config.model_copy(update={"run": None, "checkpoint": str(best)})
+    with pytest.raises(ConfigError, match=r"told is the evaluation of another model"):
+        evaluate(other)
     assert last.read_json("metrics.json") == scored.metrics
+
+
+def test_results_of_checkpoints_without_a_run_are_named_by_their_folders(
+    trained: TrainedRun, tmp_path: Path
+) -> None:
+    names = []
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        model = (trained.run.folder / "best").read_bytes("model.pt")
+        (tmp_path / folder / "model.pt").write_bytes(model)
+        config = config_of(trained, f"source={tmp_path}").model_copy(
+            update={"run": None, "checkpoint": str(tmp_path / folder / "model.pt")}
+        )
+        names.append(default_name(config, find_predictor(config, "the test")))
+    assert names == [f"one-on-{tmp_path.name}", f"two-on-{tmp_path.name}"]
 
 
 def test_a_served_model_is_given_all_that_its_code_imports() -> None:

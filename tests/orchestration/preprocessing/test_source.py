@@ -1,5 +1,6 @@
 """What a folder and a labels table say of its files."""
 
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -267,6 +268,32 @@ def test_a_large_table_may_have_line_breaks_in_its_cells(tmp_path: Path) -> None
     found = listed(source, Folder(tmp_path / "labels.csv"))
     assert [(path, label) for path, _, label, _ in found] == [
         (f"{number}.jpg", "a") for number in range(3)
+    ]
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        'path,label,comment\n1.jpg,a,"seen on 3T\n2.jpg,b,\n3.jpg,a,\n',
+        'path,comment,label\n1.jpg,"seen on 3T,a\n2.jpg,,b\n3.jpg,5",a\n',
+        'path;label;subject\r\n1.jpg;a;"P1\r\n2.jpg;b;P2\r\n3.jpg;a;P3\r\n',
+    ],
+)
+def test_a_quote_that_is_not_closed_swallows_no_rows(tmp_path: Path, table: str) -> None:
+    source = make(tmp_path / "s", "1.jpg", "2.jpg", "3.jpg")
+    (tmp_path / "labels.csv").write_bytes(table.encode())
+    with pytest.raises(DataError, match="a cell contains whole rows: close its quote"):
+        list_source(source, Folder(tmp_path / "labels.csv"), {})
+
+
+def test_a_pipe_is_no_slice_and_is_not_waited_for(tmp_path: Path) -> None:
+    source = make(tmp_path, "a/1.jpg")
+    for name in ("pipe", "pipe.png"):
+        os.mkfifo(tmp_path / "a" / name)
+    found = [file.file for file in list_source(source, None, {}).files]
+    assert [(file.path, file.problem) for file in found] == [
+        ("a/1.jpg", None),
+        ("a/pipe.png", "not a regular file"),
     ]
 
 
