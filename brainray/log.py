@@ -23,7 +23,7 @@ class ProgressLines:
         self._verb, self._noun = verb, noun
         self._started = self._last = time.monotonic()
 
-    def tell(self, done: int, total: int) -> None:
+    def update(self, done: int, total: int) -> None:
         """Report what is done so far; logs a line only if one is due."""
         now = time.monotonic()
         has_logged = self._last > self._started

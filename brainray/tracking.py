@@ -248,9 +248,9 @@ class MLflowTracker:
 
     def _read_again(self) -> None:
         """Pick up what another process may have sent in the meantime."""
-        told = self._read_state(redacted(self._uri))
-        if told.get("run_id") == self.run_id:
-            self._state = told
+        saved = self._read_state(redacted(self._uri))
+        if saved.get("run_id") == self.run_id:
+            self._state = saved
 
     def _stamp(self, what: str) -> int:
         """Time of the first attempt to send this, in ms: MLflow stores a metric of one step and

@@ -1,4 +1,4 @@
-"""Tensors that are said to be on a GPU, computed on the CPU: for tests of devices without a GPU.
+"""Tensors that claim to be on a GPU, computed on the CPU: for tests of devices without a GPU.
 
 Within `emulated_gpu`, mixed devices raise an error as with CUDA and NCCL: operations between a
 GPU's and the CPU's tensors, generators of another device, tensors that become NumPy arrays without
@@ -40,7 +40,7 @@ def emulated_gpu() -> Iterator[torch.device]:
 
 
 class GpuTensor(Tensor):
-    """A tensor with the values of ``on_host``, said to be on the GPU."""
+    """A tensor with the values of ``on_host``, which claims to be on the GPU."""
 
     on_host: Tensor
     __torch_function__: Any = torch._C._disabled_torch_function_impl

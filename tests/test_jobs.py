@@ -421,7 +421,7 @@ def test_a_node_that_joins_later_is_asked_for_storage_too(
 def test_an_error_with_an_undecodable_name_ends_in_its_json_line_too() -> None:
     script = (
         "from brainray.orchestration.job import run_job;"
-        "raise SystemExit(run_job('train', 'Train.', None, [], argv=['--config', '/\udcf4.yaml']))"
+        "raise SystemExit(run_job('train', 'Train.', None, [], argv=['--config', '/\\udcf4.yaml']))"
     )
     environment = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
     ended = subprocess.run(

@@ -15,7 +15,7 @@ def test_progress_is_logged_every_ten_seconds_with_the_time_left(
     progress = log.ProgressLines("decoded", "files")
 
     for done in (0, 500, 1000, 1500, 2000):
-        progress.tell(done, 2000)
+        progress.update(done, 2000)
 
     assert capsys.readouterr().out.splitlines() == [
         "decoded 1,000 of 2,000 files, 12 s left",

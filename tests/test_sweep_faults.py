@@ -105,7 +105,7 @@ def assert_nothing_repeated(
     completed, now = summaries(storage), histories(storage)
     assert {name: completed[name] for name in finished} == finished
     for name, history in before.items():
-        # The newest epoch may have been told before its checkpoint was kept.
+        # The newest epoch may have been logged before its checkpoint was kept.
         kept = history if name in finished else history[:-1]
         assert now[name][: len(kept)] == kept
 

@@ -49,11 +49,11 @@ def run(options: CaseOptions) -> BenchmarkResult:
         started = time.time()  # comparable with file times
         for number, rate in enumerate(LEARNING_RATES):
             _by_hand(config, f"hand-{number}", rate)
-        by_hand = _spent(storage, "hand-*", started)
+        by_hand = _durations(storage, "hand-*", started)
         log("sweep")
         started = time.time()
         finished = sweep(config.model_copy(update={"name": "tuned"}))
-        swept = _spent(storage, "tuned-*", started)
+        swept = _durations(storage, "tuned-*", started)
         num_complete = len(list(storage.glob(f"runs/tuned-*/{layout.SUMMARY}")))
     if num_complete < len(LEARNING_RATES):
         raise DataError(f"only {num_complete} trials were completed: see {finished.table}")
@@ -85,7 +85,7 @@ def run(options: CaseOptions) -> BenchmarkResult:
 
 
 @dataclass(frozen=True)
-class _Spent:
+class _Durations:
     """Seconds until the first run began, from then until the last was complete, and after it."""
 
     start_s: float
@@ -124,12 +124,12 @@ def _by_hand(config: Config, name: str, learning_rate: float) -> None:
     train(config.model_copy(update={"name": name, "train": settings}))
 
 
-def _spent(storage: Path, runs: str, started: float) -> _Spent:
-    """What has been spent since the start, from the times of the runs' files."""
+def _durations(storage: Path, runs: str, started: float) -> _Durations:
+    """Seconds of the stages since the start, from the modification times of the runs' files."""
     ended = time.time()
     begun = min(_times(storage, runs, layout.RUN))
     complete = max(_times(storage, runs, layout.SUMMARY), default=ended)
-    return _Spent(begun - started, complete - begun, ended - complete)
+    return _Durations(begun - started, complete - begun, ended - complete)
 
 
 def _times(storage: Path, runs: str, file: str) -> list[float]:

@@ -80,12 +80,12 @@ class SufficientStatistics:
         squares: tuple[int, ...] = (num_components, num_features)
         if covariance_type in ("tied", "full"):
             squares = covariance_shape(num_components, num_features, covariance_type)
-        nothing = torch.zeros((), dtype=torch.float64, device=device)
+        zero = torch.zeros((), dtype=torch.float64, device=device)
         return cls(
-            counts=nothing.new_zeros(num_components),
-            sums=nothing.new_zeros(num_components, num_features),
-            squares=nothing.new_zeros(squares),
-            log_likelihood=nothing,
+            counts=zero.new_zeros(num_components),
+            sums=zero.new_zeros(num_components, num_features),
+            squares=zero.new_zeros(squares),
+            log_likelihood=zero,
             covariance_type=covariance_type,
         )
 

@@ -29,7 +29,7 @@ class EpochTargets:
     class_of_cluster: Tensor  # (K,) int64
     ramp: float  # in [0, 1]
 
-    def of_step(self, labels: Tensor, rows: Tensor) -> StepTargets:
+    def for_step(self, labels: Tensor, rows: Tensor) -> StepTargets:
         """Targets of a step, from its labels and its unlabelled rows."""
         return StepTargets(
             labels=labels,
@@ -72,13 +72,13 @@ def plan_epoch(
     """
     fills_a_batch = num_unlabelled >= max(batch.unlabelled, num_ranks)
     is_mostly_unlabelled = num_unlabelled >= num_labelled
-    num_passed, of_step = (
+    num_passed, step_size = (
         (num_unlabelled, batch.unlabelled)
         if is_mostly_unlabelled
         else (num_labelled, batch.labelled)
     )
     return EpochPlan(
-        num_steps=-(-num_passed // (of_step * num_ranks)),
+        num_steps=-(-num_passed // (step_size * num_ranks)),
         sizes=batch if objective.uses_unlabelled and fills_a_batch else StepSizes(sum(batch), 0),
         is_mostly_unlabelled=is_mostly_unlabelled,
     )
@@ -165,7 +165,7 @@ class EpochData:
             yield StepBatch(
                 self.scale.standardise(torch.cat([views, views_unlabelled])),
                 torch.cat([self.labelled.keys[rows], self.unlabelled.keys[rows_unlabelled]]),
-                self.targets.of_step(self.labelled.labels[rows], rows_unlabelled),
+                self.targets.for_step(self.labelled.labels[rows], rows_unlabelled),
                 self.objective,
                 mixup,
             )

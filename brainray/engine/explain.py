@@ -78,10 +78,10 @@ def rows_to_explain(predictions: pa.Table) -> NDArray[np.int64]:
     right, wrong = head == labels, is_known & (head != labels)
     rows: list[int] = []
     for name in sorted(set(head[right])):
-        of_class = np.flatnonzero(right & (head == name))
+        class_rows = np.flatnonzero(right & (head == name))
         # Evenly spaced, not the first ones.
-        places = np.linspace(0, len(of_class) - 1, min(_NUM_RIGHT, len(of_class)))
-        rows += of_class[places.round().astype(int)].tolist()
+        places = np.linspace(0, len(class_rows) - 1, min(_NUM_RIGHT, len(class_rows)))
+        rows += class_rows[places.round().astype(int)].tolist()
     errors = np.flatnonzero(wrong)
     rows += errors[np.argsort(-confidence[errors], kind="stable")][:_NUM_WRONG].tolist()
     return np.array(rows, dtype=np.int64)

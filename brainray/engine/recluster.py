@@ -149,7 +149,7 @@ def recluster(
     )
 
 
-def recluster_in_health(
+def recluster_with_check(
     attempt: Callable[[bool], Reclustering],
     z: Tensor,
     previous_responsibilities: Tensor,

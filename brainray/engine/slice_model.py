@@ -43,8 +43,8 @@ class SliceModel:
         self.device = device
         self.encoder = checkpoint.encoder.to(device).to(memory_format=torch.channels_last)
         self.clusters = checkpoint.clusters.to(device)
-        asked = checkpoint.config.train.precision if precision == "auto" else precision
-        self.precision = resolve_precision(asked, device)
+        requested = checkpoint.config.train.precision if precision == "auto" else precision
+        self.precision = resolve_precision(requested, device)
 
     def predict(self, slices: pa.Table, carried: Sequence[str] = ()) -> pa.Table:
         """``PREDICTIONS`` rows with ``coordinates`` (``FITTED``), in the order of ``slices``.

@@ -41,7 +41,7 @@ from brainray.engine.recluster import (
     ClusterModel,
     Reclustering,
     recluster,
-    recluster_in_health,
+    recluster_with_check,
 )
 from brainray.engine.selection import (
     MODEL_LOST,
@@ -268,7 +268,7 @@ class Trainer:
             self._settle_batch_statistics()
             fitted = self._embed_fitted()
         with timer.measure("recluster"):
-            reclustering, health, collapsed = self._recluster_in_health(fitted)
+            reclustering, health, collapsed = self._recluster_with_check(fitted)
             self._continue_with(reclustering, fitted)
         with timer.measure("evaluate"):
             validation = self._predict(self.data.validation)
@@ -435,8 +435,8 @@ class Trainer:
             )
         return fitted
 
-    def _recluster_in_health(self, fitted: EncoderOutput) -> CheckedReclustering:
-        return recluster_in_health(
+    def _recluster_with_check(self, fitted: EncoderOutput) -> CheckedReclustering:
+        return recluster_with_check(
             partial(self._recluster, fitted),
             fitted.z,
             self.last.responsibilities,

@@ -225,8 +225,8 @@ def mutual_links(described: Described, settings: SubjectConfig) -> Links:
     num_slices = len(described)
     num_neighbours = min(settings.num_neighbours, num_slices - 1)
     if num_neighbours < 1:
-        nothing = np.empty(0, np.int64)
-        return Links(nothing, nothing, nothing, np.empty(0, np.float32))
+        no_rows = np.empty(0, np.int64)
+        return Links(no_rows, no_rows, no_rows, np.empty(0, np.float32))
     links = []
     for start, found, by_flip in _compared(described, described):
         similarity = by_flip.max(axis=0)

@@ -30,7 +30,7 @@ def with_progress(
     done = 0
     for batch in arrow_blocks(dataset):
         done += batch.num_rows if counts_slices else pc.count_distinct(batch["path"]).as_py()
-        progress.tell(done, total)
+        progress.update(done, total)
         yield batch
 
 

@@ -109,7 +109,8 @@ def run_command(name: str, work: Callable[[], JobResult], *, is_resumable: bool 
 
     If ``is_resumable``, the message about a signal says how to resume.
     """
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # nothing is sent but what is asked
+    # Only what the user configures is sent.
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     end_in_order_on_sigterm()
     try:
         with _own_connection():

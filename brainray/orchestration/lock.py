@@ -107,16 +107,16 @@ class _Lock:
     def __init__(self, folder: Folder, kind: str, name: str, pace: Pace) -> None:
         self._folder = folder
         self._file = _file_of(kind, name)
-        self._what = f"{kind}/{name}"
+        self._key = f"{kind}/{name}"
         self._pace = pace
-        self._mine = Claim.for_this_process()
+        self._claim = Claim.for_this_process()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._keep, daemon=True)
 
     def acquire(self, say: Callable[[str], None]) -> None:
         while not self._claim_new():
             if self._holder_is_dead(say):
-                self._write(self._mine)
+                self._write(self._claim)
                 self._confirm()
                 break
         self._thread.start()
@@ -144,20 +144,18 @@ class _Lock:
         self._thread.join()
         try:
             found = self._read()
-            if found is not None and found.owner == self._mine.owner:
+            if found is not None and found.owner == self._claim.owner:
                 self._folder.delete_file(self._file)
         except (OSError, BrainrayError) as problem:  # the work is done, or has its own error
-            log(
-                f"note: the lock of {self._what} stays, until the next job finds it dead: {problem}"
-            )
+            log(f"note: the lock of {self._key} stays, until the next job finds it dead: {problem}")
 
     def _claim_new(self) -> bool:
         """Take the lock if nobody holds it; returns whether it was free."""
         if self._folder.local_path is not None:
-            return self._folder.create_file(self._file, _encoded(self._mine))
+            return self._folder.create_file(self._file, _encoded(self._claim))
         if self._read() is not None:
             return False
-        self._write(self._mine)
+        self._write(self._claim)
         self._confirm()
         return True
 
@@ -165,7 +163,7 @@ class _Lock:
         """Among simultaneous claims, the last one written gets the lock."""
         time.sleep(self._pace.settle_s)
         found = self._read()
-        if found is None or found.owner != self._mine.owner:
+        if found is None or found.owner != self._claim.owner:
             raise self._refusal(found)
 
     def _holder_is_dead(self, say: Callable[[str], None]) -> bool:
@@ -183,12 +181,12 @@ class _Lock:
             raise self._refusal(first)
         if alive is None:
             say(
-                f"{self._what} was locked by process {first.pid} on {first.host}: watching for "
+                f"{self._key} was locked by process {first.pid} on {first.host}: watching for "
                 f"{self._pace.patience_s:g} s whether it is alive"
             )
             if not self._stays_as(first):
                 return False
-        say(f"{self._what}: took over from process {first.pid} on {first.host}, which has ended")
+        say(f"{self._key}: took over from process {first.pid} on {first.host}, which has ended")
         return True
 
     def _stays_as(self, first: Claim) -> bool:
@@ -206,11 +204,11 @@ class _Lock:
     def _refusal(self, holder: Claim | None) -> BusyError:
         by = "" if holder is None else f" (process {holder.pid} on {holder.host})"
         return BusyError(
-            f"another job{by} is using {self._what}: wait until it finishes, or choose another name"
+            f"another job{by} is using {self._key}: wait until it finishes, or choose another name"
         )
 
     def _keep(self) -> None:
-        mine = self._mine
+        mine = self._claim
         while not self._ended.wait(self._pace.beat_s):
             try:
                 found = self._read()

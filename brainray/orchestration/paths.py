@@ -155,11 +155,11 @@ def check_is_shared(storage: str) -> None:
             log(unknown.format(answers[task]))
         for task in done:
             try:
-                is_there = ray.get(task)
+                is_visible = ray.get(task)
             except ray.exceptions.RayError:  # the node has gone
                 log(unknown.format(answers[task]))
                 continue
-            if not is_there:
+            if not is_visible:
                 raise ConfigError(
                     f"storage={folder} is another folder on node {answers[task]} than on the job's "
                     "node: give a path that all nodes mount, or a URI such as s3://BUCKET/brainray"

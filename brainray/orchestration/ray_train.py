@@ -29,7 +29,7 @@ from brainray.orchestration.own_head import WITHOUT_PREEMPTION
 from brainray.orchestration.resources import WorkerResources
 from brainray.storage import Folder
 
-_RAYS_LIST = "checkpoint_manager_snapshot.json"
+_RAY_CHECKPOINT_LIST = "checkpoint_manager_snapshot.json"
 _RESIZE_INTERVAL_S = 60.0  # between checks for room for more workers
 
 Settings = dict[str, Any]
@@ -144,7 +144,7 @@ def train_on_workers(
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
-    _forget_rays_checkpoints(folder)
+    _delete_rays_checkpoint_list(folder)
     run_trainer(trainer)
 
 
@@ -178,8 +178,8 @@ def _error_of_worker(failure: TrainingFailedError) -> BrainrayError | None:
     return next((cause for cause in causes if isinstance(cause, BrainrayError)), None)
 
 
-def _forget_rays_checkpoints(folder: Folder) -> None:
+def _delete_rays_checkpoint_list(folder: Folder) -> None:
     """Delete Ray's list of checkpoints before an attempt: we resume from the files in the folder,
     and a list that is truncated, since Ray does not write it atomically, would stop the attempt.
     """
-    folder.delete_file(_RAYS_LIST, missing_ok=True)
+    folder.delete_file(_RAY_CHECKPOINT_LIST, missing_ok=True)

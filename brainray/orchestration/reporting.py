@@ -130,7 +130,7 @@ def without_lost_runs(
     cannot be compared; names in ``requested``, set now, stay.
     """
 
-    def is_there(find: Callable[[], Run]) -> bool:
+    def is_comparable(find: Callable[[], Run]) -> bool:
         try:
             find()
         except TransientError:
@@ -142,13 +142,13 @@ def without_lost_runs(
 
     evaluation = config.evaluation
     has_control = "control" not in requested and evaluation.control is not None
-    if has_control and not is_there(partial(_control, config, data_hash)):
+    if has_control and not is_comparable(partial(_control, config, data_hash)):
         evaluation = evaluation.model_copy(update={"control": None})
     if "siblings" not in requested:
         siblings = tuple(
             name
             for name in evaluation.siblings
-            if is_there(partial(_sibling, config, name, data_hash))
+            if is_comparable(partial(_sibling, config, name, data_hash))
         )
         evaluation = evaluation.model_copy(update={"siblings": siblings})
     return evaluation

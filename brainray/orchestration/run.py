@@ -1,4 +1,4 @@
-"""A run's folder: its contents, and how it is opened; `training/beginning.py` creates it."""
+"""A run's folder: its contents, and how it is opened; `training/start.py` creates it."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -173,7 +173,7 @@ def check_new_or_same(config: Config) -> None:
 
     Raises:
         ConfigError: the run was begun with other settings, or a new one cannot draw its validation
-            slices as asked.
+            slices as configured.
         DataError: another version of brainray made it.
     """
     if run_to_resume(config) is None:

@@ -20,6 +20,6 @@ def test_the_clock_of_trials_ends_when_the_last_is_complete(
             (folder / file).touch()
             os.utime(folder / file, (when, when))
     monkeypatch.setattr(time, "time", lambda: 150.0)
-    spent = sweep._spent(tmp_path, "tuned-*", started=100.0)
+    spent = sweep._durations(tmp_path, "tuned-*", started=100.0)
     assert (spent.start_s, spent.runs_s, spent.end_s) == (3.0, 17.0, 30.0)
     assert spent.whole_s == 50.0

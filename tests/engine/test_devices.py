@@ -26,7 +26,7 @@ from brainray.engine.epoch import (
 )
 from brainray.engine.loop import train_epoch
 from brainray.engine.recipe import build_average, build_objective, build_optimizer
-from brainray.engine.recluster import recluster, recluster_in_health
+from brainray.engine.recluster import recluster, recluster_with_check
 from brainray.engine.self_supervised import Groups, PretextEpoch, build_pretext, plan_steps
 from brainray.engine.shard import CachedImages, Images, PixelScale, SliceShard, StreamedImages
 from brainray.models.encoder import Encoder, EncoderOutput
@@ -177,7 +177,7 @@ def test_reclustering_keeps_to_its_device(anchors: str, covariance_type: str) ->
     with emulated_gpu():
         on_gpu = z.to(GPU), torch.arange(90, device=GPU), labels.to(GPU)
         first = recluster(*on_gpu, config=config, num_classes=3, seed=0)
-        again = recluster_in_health(
+        again = recluster_with_check(
             lambda reseed: recluster(
                 *on_gpu,
                 config=config,

@@ -18,7 +18,7 @@ from brainray.engine.recluster import (
     _with_a_cluster_of_each_class,
     check_num_clusters,
     recluster,
-    recluster_in_health,
+    recluster_with_check,
     weighted_means,
 )
 from brainray.errors import ClusteringError
@@ -206,7 +206,7 @@ def test_embeddings_that_are_all_alike_stop_with_the_epoch(
     with pytest.raises(
         ClusteringError, match=r"^epoch 3(, also after reseeding)?: 3 clusters need"
     ):
-        recluster_in_health(attempt, z, uniform, config, where="epoch 3", remedy="lower it")
+        recluster_with_check(attempt, z, uniform, config, where="epoch 3", remedy="lower it")
     said = capsys.readouterr().out.splitlines()
     assert len(said) == num_said
 
@@ -231,7 +231,7 @@ class Attempts:
     def checked(self, on_collapse: OnCollapse) -> CheckedReclustering:
         config = CONFIG.model_copy(update={"on_collapse": on_collapse})
         uniform = torch.ones(300, 3) / 3
-        return recluster_in_health(
+        return recluster_with_check(
             self, self.z, uniform, config, where="epoch 3", remedy="lower it"
         )
 

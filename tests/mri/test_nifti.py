@@ -274,8 +274,8 @@ def test_masks_and_maps_of_labels_are_no_scans() -> None:
     for volume in (mask, labels.astype(np.int16), labels.astype(np.float32)):
         rejection = rejection_of(make_nifti(volume))
         assert str(rejection) == "no scan: fewer than 16 greys: a mask or label map"
-    intended = with_header(make_nifti(ball()), 68, np.int16(1002))  # the intent
-    assert rejection_of(intended).reason == "no scan"
+    label_map = with_header(make_nifti(ball()), 68, np.int16(1002))  # the intent
+    assert rejection_of(label_map).reason == "no scan"
 
 
 def test_where_the_sform_is_unusable_the_qform_holds() -> None:

@@ -103,7 +103,7 @@ def test_a_process_of_another_user_may_be_hidden_and_is_not_taken_for_dead(
 ) -> None:
     claim = Claim.for_this_process()
     assert claim.is_alive_here()
-    monkeypatch.setattr("brainray.orchestration.lock._born", lambda _: None)
+    monkeypatch.setattr("brainray.orchestration.lock._process_start", lambda _: None)
 
     def refuse(*_: int) -> None:
         raise PermissionError

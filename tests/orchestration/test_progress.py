@@ -13,7 +13,7 @@ from brainray.storage import Folder
 
 
 class Flaky(Watcher):
-    """Its storage is away for the first two looks."""
+    """Its storage is unavailable in the first two polls."""
 
     num_polls = 0
 

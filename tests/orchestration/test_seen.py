@@ -21,9 +21,9 @@ from brainray.orchestration.seen import seen_by_run, seen_by_weights, training_s
 from brainray.orchestration.store import ImageStore
 from brainray.orchestration.study.data import seen_by_features, study_set
 from brainray.orchestration.training import draws
-from brainray.orchestration.training.beginning import begin_run
 from brainray.orchestration.training.draws import draw_name, train_draws
 from brainray.orchestration.training.driver import TrainedRun
+from brainray.orchestration.training.start import begin_run
 from brainray.storage import Folder
 from tests.conftest import tiny_config
 

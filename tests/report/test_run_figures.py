@@ -150,7 +150,7 @@ def test_slices_without_a_label_are_not_scored_and_subsets_are_drawn_apart(
     np.testing.assert_array_equal(cluster_clean.counts, [[0, 1], [2, 0]])
     assert head_all.title == "head: accuracy 1.000"
     assert cluster_all.title == "clusters: accuracy 0.000"
-    # Figures by class of strict slices are told where there are thirty of each.
+    # Figures by class of strict slices are drawn if there are thirty of each.
     for num_slices, is_drawn in ((58, False), (60, True)):
         draw_evaluation_figures(Folder(tmp_path), _predictions(num_slices), CLASSES)
         assert ("confusion_strict" in _figures(Folder(tmp_path))) == is_drawn

@@ -80,8 +80,8 @@ def predict(config: Config) -> Prediction:
 
 def _predict(config: Config, predictor: Predictor, folder: Folder) -> Prediction:
     found, ignored = find_images(Folder(config.given("source")), Folder(config.storage))
-    _begin(config, predictor, folder)
-    num_replaced = _forget_stale(folder, found)
+    _check_or_write_settings(config, predictor, folder)
+    num_replaced = _drop_stale_rows(folder, found)
     folder.delete_file(layout.PREDICTED_CSV, missing_ok=True)  # rewritten at the end
     done = _done(folder)
     files = [SourceFile(file=file) for file in found if file.path not in done]
@@ -110,7 +110,7 @@ def _predict(config: Config, predictor: Predictor, folder: Folder) -> Prediction
     return Prediction(folder, metrics)
 
 
-def _begin(config: Config, predictor: Predictor, folder: Folder) -> None:
+def _check_or_write_settings(config: Config, predictor: Predictor, folder: Folder) -> None:
     settings = {
         "source": config.given("source"),
         "checkpoint": str(predictor.folder),
@@ -134,7 +134,7 @@ def _parts(folder: Folder) -> list[str]:
     return [name for name in folder.names() if _PART.fullmatch(name)]
 
 
-def _forget_stale(folder: Folder, found: Iterable[FoundFile]) -> int:
+def _drop_stale_rows(folder: Folder, found: Iterable[FoundFile]) -> int:
     """Drop rows of files that could not be read (because of a mount, a network or a writer) or have
     changed since, by size or modification time; returns the number of changed files.
     """

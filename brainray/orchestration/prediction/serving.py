@@ -107,7 +107,7 @@ def _requested_file(request: dict[str, Any], number: int) -> tuple[SourceFile, C
     elif name == path:
         content = partial(_read, path)
     else:
-        content = _nothing
+        content = _raise_nothing_to_predict
     return SourceFile(file=FoundFile(printable(name), 0, 0)), content
 
 
@@ -122,5 +122,5 @@ def _read(path: str) -> bytes:
         raise RejectedImage(UNREADABLE, str(error)) from None
 
 
-def _nothing() -> bytes:
+def _raise_nothing_to_predict() -> bytes:
     raise RejectedImage("nothing to predict", "give path or image")

@@ -331,11 +331,11 @@ def _slices_of_all_files(
 
 def _light_rows(block: pa.Table, fingerprints: RowFile) -> pa.Table:
     """Replace thumbnails by their row number in ``fingerprints``; frees the block's memory."""
-    has_one = pc.is_valid(block["thumbnail"])
-    numbers = pc.add(pc.cumulative_sum(has_one.cast(pa.int64())), len(fingerprints) - 1)
-    fingerprints.append(thumbnail_matrix(block["thumbnail"].filter(has_one).to_pylist()))
+    has_thumbnail = pc.is_valid(block["thumbnail"])
+    numbers = pc.add(pc.cumulative_sum(has_thumbnail.cast(pa.int64())), len(fingerprints) - 1)
+    fingerprints.append(thumbnail_matrix(block["thumbnail"].filter(has_thumbnail).to_pylist()))
     light = block.drop_columns("thumbnail").append_column(
-        "fingerprint", pc.if_else(has_one, numbers, pa.scalar(None, pa.int64()))
+        "fingerprint", pc.if_else(has_thumbnail, numbers, pa.scalar(None, pa.int64()))
     )
     return light.take(pa.array(range(light.num_rows), pa.int64()))
 

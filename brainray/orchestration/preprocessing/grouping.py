@@ -118,7 +118,7 @@ def _near_duplicates(
     ]
     progress = ProgressLines("compared", "pairs of similar slices")
     return near_duplicate_pairs(
-        fingerprints, config.near_duplicate, not_together=volumes, on_compared=progress.tell
+        fingerprints, config.near_duplicate, not_together=volumes, on_compared=progress.update
     )
 
 

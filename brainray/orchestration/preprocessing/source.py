@@ -383,11 +383,11 @@ def _from_table(found: list[FoundFile], labels: Folder, reads_splits: bool) -> l
     metadata = read_labels_table(labels, [file.path for file in found], reads_splits=reads_splits)
     # If the table gives splits, files without a row are unlabelled training slices.
     has_splits = any(row.split is not None for row in metadata.values())
-    nothing = FileMetadata(split=TRAIN if has_splits else None)
+    default = FileMetadata(split=TRAIN if has_splits else None)
     return [
         SourceFile(**vars(row), file=file)
         for file in found
-        for row in [metadata.get(file.path, nothing)]
+        for row in [metadata.get(file.path, default)]
     ]
 
 

@@ -31,7 +31,7 @@ from brainray.orchestration.seen import seen_by_weights, training_slices
 from brainray.orchestration.store import ImageStore
 from brainray.storage import Folder
 
-_OF_ROUNDS = {
+_ROUND_SETTINGS = {
     "max_rounds",
     "round_epochs",
     "round_learning_rate",
@@ -193,7 +193,7 @@ def _made_by(
     """
     train = config.train.model_dump(mode="json", include={"weight_decay", "warmup_fraction"})
     is_refined = feature.lambda_cluster > 0
-    unused = {"num_epochs"} if is_refined else _OF_ROUNDS
+    unused = {"num_epochs"} if is_refined else _ROUND_SETTINGS
     if feature.pretext != "contrastive":
         unused = unused | _OF_CONTRASTIVE
     if feature.pretext == "none":

@@ -23,7 +23,7 @@ from brainray.config_text import parse_config
 from brainray.engine.finite import NonFiniteStep, divergence
 from brainray.engine.loop import heartbeat, train_epoch
 from brainray.engine.recipe import agreed_precision, build_optimizer, resume_schedule
-from brainray.engine.recluster import ClusterModel, Reclustering, recluster_in_health
+from brainray.engine.recluster import ClusterModel, Reclustering, recluster_with_check
 from brainray.engine.self_supervised import (
     Groups,
     PretextEpoch,
@@ -183,7 +183,7 @@ class _Learner:
             number = len(changes) + 1
             losses = self._train_round(number, SoftTargets(responsibilities, self.clusters.centers))
             z = self._embed()
-            found, health, has_collapsed = recluster_in_health(
+            found, health, has_collapsed = recluster_with_check(
                 partial(self._cluster, z, responsibilities, number),
                 z,
                 responsibilities,
@@ -276,12 +276,15 @@ class _Learner:
         """Check that all ranks resume from the same state: on a mounted file system, a new file may
         be visible to only some nodes for a while.
         """
-        of_first = int(dist.broadcast_from_first(torch.tensor(num_done, device=self.device)))
+        num_done_by_first = int(
+            dist.broadcast_from_first(torch.tensor(num_done, device=self.device))
+        )
         with dist.raise_on_all_ranks(self.device):
-            if num_done != of_first:
+            if num_done != num_done_by_first:
                 raise BrainrayError(
-                    f"{self.folder}/{layout.STATE} is from epoch {of_first} on the first worker "
-                    f"but {num_done} on another: submit again when all nodes see the same storage"
+                    f"{self.folder}/{layout.STATE} is from epoch {num_done_by_first} on the first "
+                    f"worker but {num_done} on another: submit again when all nodes see the same "
+                    "storage"
                 )
 
     def _optimizer(self, learning_rate: float, steps: int) -> tuple[Optimizer, LRScheduler]:

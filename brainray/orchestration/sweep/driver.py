@@ -83,7 +83,7 @@ def sweep(config: Config) -> FinishedSweep:
 
 def _sweep(base: Config, store: ImageStore, workers: WorkerResources) -> FinishedSweep:
     folder = sweep_folder(base)
-    _begin(base, store, folder)
+    _check_or_write_settings(base, store, folder)
     open_parent = partial(
         open_tracking,
         base,
@@ -120,7 +120,7 @@ def _search(
         ranked = ranked_trials(base, trials)
         if not ranked:
             raise BrainrayError(
-                f"no trial could be trained: {_why_none(base, trials, follower.errors)}"
+                f"no trial could be trained: {_reasons_for_failure(base, trials, follower.errors)}"
             )
         return _conclude(base, folder, trials, ranked, follower, tracker)
     except BaseException as stop:
@@ -128,7 +128,7 @@ def _search(
         raise
 
 
-def _why_none(config: Config, trials: list[Trial], errors: dict[str, str]) -> str:
+def _reasons_for_failure(config: Config, trials: list[Trial], errors: dict[str, str]) -> str:
     problems = sorted({trial.problem for trial in trials if trial.problem})
     problems += sorted(set(errors.values()))
     if not problems and config.tune.time_budget_min is not None:
@@ -136,7 +136,7 @@ def _why_none(config: Config, trials: list[Trial], errors: dict[str, str]) -> st
     return "; ".join(problems) or "see the log"
 
 
-def _begin(config: Config, store: ImageStore, folder: Folder) -> None:
+def _check_or_write_settings(config: Config, store: ImageStore, folder: Folder) -> None:
     """Save the sweep's settings, or check that they are unchanged.
 
     Raises:

@@ -41,7 +41,7 @@ class SweepFollower(Watcher):
         self._parent = parent
         self._quiet_s = 0.0
         self._children: dict[str, LenientTracker] = {}
-        self._tried: set[str] = set()  # complete trials that it has tried to send
+        self._attempted: set[str] = set()  # complete trials that it has tried to send
         self._sent: set[str] = set()
         self._reader = TrialReader(config)
         self._num_seen = {trial.trial_id: len(trial.history) for trial in self._reader.read()}
@@ -98,21 +98,21 @@ class SweepFollower(Watcher):
     def poll(self) -> None:
         self._quiet_s += POLL_S
         trials = self._reader.read()
-        news = [self._tell(trial) for trial in trials]
+        has_new_epochs = [self._log_new_epochs(trial) for trial in trials]
         for trial in trials:
             # At the end, everything that is left is sent anyway.
             if (
                 trial.is_complete
-                and trial.trial_id not in self._tried
+                and trial.trial_id not in self._attempted
                 and not self._stopped.is_set()
             ):
-                self._tried.add(trial.trial_id)
+                self._attempted.add(trial.trial_id)
                 self.close(trial)
-        if any(news) and self._quiet_s >= _TABLE_EVERY_S:
+        if any(has_new_epochs) and self._quiet_s >= _TABLE_EVERY_S:
             log(trials_table(self._config, trials, self.state, limit=NUM_SHOWN))
             self._quiet_s = 0.0
 
-    def _tell(self, trial: Trial) -> bool:
+    def _log_new_epochs(self, trial: Trial) -> bool:
         """Log a line for each new epoch; returns whether there was one."""
         seen = self._num_seen.get(trial.trial_id, 0)
         for epoch in trial.history[seen:]:

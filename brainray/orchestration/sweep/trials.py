@@ -231,7 +231,7 @@ class TrialReader:
         self._config = config
         self._runs = Folder(config.storage) / layout.RUNS
         self._pattern = re.compile(re.escape(run_name(config, "")) + _TRIAL_ID)
-        self._begun: dict[str, Trial | None] = {}  # by run; None for one that is not a trial
+        self._trial_by_run: dict[str, Trial | None] = {}  # by run; None for one that is not a trial
 
     def read(self) -> list[Trial]:
         """All trials that have started, in the order of their ids."""
@@ -255,9 +255,9 @@ class TrialReader:
     def _begun_trial(self, name: str) -> Trial | None:
         """The trial of a run, without its epochs; None if the run is not a trial."""
         matched, folder = self._pattern.fullmatch(name), self._runs / name
-        if matched is None or (name not in self._begun and not folder.exists(layout.RUN)):
+        if matched is None or (name not in self._trial_by_run and not folder.exists(layout.RUN)):
             return None
-        if name not in self._begun:
+        if name not in self._trial_by_run:
             run = Run.open(folder)
             saved = run.saved_config()
             flat = flatten(saved)
@@ -265,8 +265,8 @@ class TrialReader:
             # A run that was merely named like a trial has another MLflow experiment.
             is_trial = saved.tracking.experiment == self._config.name
             begun = Trial(matched.group(1), run, parameters, [], saved.train)
-            self._begun[name] = begun if is_trial else None
-        return self._begun[name]
+            self._trial_by_run[name] = begun if is_trial else None
+        return self._trial_by_run[name]
 
 
 def ranked_trials(config: Config, trials: list[Trial]) -> list[Trial]:

@@ -49,9 +49,9 @@ def train_draws(config: Config) -> DrawnRuns:
     runs = []
     for number in range(num_draws):
         log(f"label draw {number + 1} of {num_draws}: run {draw_name(name, number)}")
-        of_draw = _of_draw(config, number)
-        runs.append(train(of_draw))
-        check_compared_runs(of_draw, runs[-1].run.record.data_hash)  # of a complete run, too
+        config_of_draw = _config_of_draw(config, number)
+        runs.append(train(config_of_draw))
+        check_compared_runs(config_of_draw, runs[-1].run.record.data_hash)  # of a complete run, too
     metrics = summarise_draws(
         [run.metrics for run in runs],
         [control.folder.read_json(layout.SUMMARY) for control in controls] or None,
@@ -68,7 +68,7 @@ def draw_name(name: str, number: int) -> str:
     return f"{name}-draw{number + 1}"
 
 
-def _of_draw(config: Config, number: int) -> Config:
+def _config_of_draw(config: Config, number: int) -> Config:
     control = config.evaluation.control
     split = config.split.model_copy(update={"seed": config.split.seed + number})
     evaluation = config.evaluation.model_copy(
@@ -91,7 +91,7 @@ def _control(config: Config, control: str, number: int) -> Run:
             f"evaluation.control={control}: there is no complete run {name} in {storage}; {advice}"
         )
     run = open_run(storage, name)
-    check_same_draw(_of_draw(config, number).split, run, f"evaluation.control={control}")
+    check_same_draw(_config_of_draw(config, number).split, run, f"evaluation.control={control}")
     return run
 
 

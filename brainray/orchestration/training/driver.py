@@ -31,8 +31,8 @@ from brainray.orchestration.reporting import (
 from brainray.orchestration.resources import WorkerResources, alive_nodes, plan_workers
 from brainray.orchestration.run import Run, groups_of_test_slices, run_to_resume
 from brainray.orchestration.store import ImageStore, store_to_train_on
-from brainray.orchestration.training.beginning import begin_run, check_run_fits
 from brainray.orchestration.training.provenance import record_submission
+from brainray.orchestration.training.start import begin_run, check_run_fits
 from brainray.orchestration.training.worker import train_worker
 from brainray.report.maps import run_maps
 from brainray.report.run_figures import draw_run_figures
@@ -99,8 +99,8 @@ def train(config: Config) -> TrainedRun:
 def _names_other_runs(evaluation: EvaluationConfig, run: Run) -> bool:
     """Whether the config compares the run with different runs from those it was started with."""
     saved = run.saved_config().evaluation
-    asked = (evaluation.control, evaluation.siblings)
-    return asked not in [(None, ()), (saved.control, saved.siblings)]
+    requested = (evaluation.control, evaluation.siblings)
+    return requested not in [(None, ()), (saved.control, saved.siblings)]
 
 
 def log_where(trained: TrainedRun) -> None:
@@ -131,7 +131,7 @@ def begun_training(config: Config) -> Iterator[Training]:
         if existing is not None:
             check_run_fits(existing, store, num_workers)
         run = existing or begin_run(config, store, num_workers)
-        _log_beginning(run, existing is not None, config, store)
+        _log_start(run, existing is not None, config, store)
         if workers is not None:
             record_submission(config, run, workers)
         yield Training(config, store, run, workers)
@@ -252,9 +252,11 @@ def _summarise(config: Config, run: Run) -> Metrics:
     # The kept best epoch: a run that was started with another rule may have chosen another.
     chosen, last = load_checkpoint(run.folder / layout.BEST).epoch, len(history)
     metrics: Metrics = {"chosen_epoch": float(chosen), "num_epochs": float(last)}
-    of_epoch = {epoch: _summarise_epoch(config, run, epoch, history) for epoch in {chosen, last}}
-    metrics |= of_epoch[chosen]
-    metrics |= {f"last/{name}": value for name, value in of_epoch[last].items()}
+    metrics_by_epoch = {
+        epoch: _summarise_epoch(config, run, epoch, history) for epoch in {chosen, last}
+    }
+    metrics |= metrics_by_epoch[chosen]
+    metrics |= {f"last/{name}": value for name, value in metrics_by_epoch[last].items()}
     metrics |= {f"time/{key}": value for key, value in _mean_times(history).items()}
     return metrics
 
@@ -290,7 +292,7 @@ def _mean_times(history: list[dict[str, float]]) -> dict[str, float]:
     }
 
 
-def _log_beginning(run: Run, resumed: bool, config: Config, store: ImageStore) -> None:
+def _log_start(run: Run, resumed: bool, config: Config, store: ImageStore) -> None:
     if run.is_complete:
         log(f"run {run.folder}: complete, nothing to train")
     elif resumed:

@@ -48,17 +48,17 @@ def load_rank_data(
     def share(rows: pa.Table) -> pa.Table:
         return rows.take(pa.array(range(rank, rows.num_rows, num_ranks), pa.int64()))
 
-    def of_role(role: str) -> pa.Table:
+    def rows_of_role(role: str) -> pa.Table:
         return share(seen.filter(pc.equal(seen["role"], role)).sort_by("sample_id"))
 
     labelled = seen.filter(pc.equal(seen["role"], LABELLED)).sort_by("sample_id")
-    of_subjects = subject_weights(*(labelled[name].to_pylist() for name in ("label", "subject_id")))
-    labelled = labelled.append_column("weight", pa.array(of_subjects))
+    weights = subject_weights(*(labelled[name].to_pylist() for name in ("label", "subject_id")))
+    labelled = labelled.append_column("weight", pa.array(weights))
     shares = {  # labelled slices are read most often, so they are cached first
         LABELLED: share(labelled),
-        VALIDATION: of_role(VALIDATION),
+        VALIDATION: rows_of_role(VALIDATION),
         TEST: share(test),
-        UNLABELLED_ROLE: of_role(UNLABELLED_ROLE),
+        UNLABELLED_ROLE: rows_of_role(UNLABELLED_ROLE),
     }
     images = _load_images(config.train, store, shares, device, tell=rank == 0)
 
@@ -78,14 +78,14 @@ def load_rank_data(
             classes_of(rows["label"]),
         )
 
-    weights = torch.tensor(shares[LABELLED]["weight"].to_pylist(), dtype=torch.float64)
+    labelled_weights = torch.tensor(shares[LABELLED]["weight"].to_pylist(), dtype=torch.float64)
     return RankData(
         labelled=shard(LABELLED),
         validation=shard(VALIDATION),
         test=shard(TEST),
         unlabelled=shard(UNLABELLED_ROLE),
         inherited=classes_of(shares[UNLABELLED_ROLE]["inherited"]),
-        labelled_weights=weights if config.train.labelled_sampling == "subject" else None,
+        labelled_weights=labelled_weights if config.train.labelled_sampling == "subject" else None,
     )
 
 
@@ -102,8 +102,8 @@ def _seen_with_inherited_labels(
         subjects = pc.if_else(guessed, seen["subject_id"], None).to_pylist()
         index = store.index()
         train = index.filter(pc.equal(index["split"], TRAIN))
-        kin = train["kin_group_id"].take(pc.index_in(seen["sample_id"], train["sample_id"]))
-        columns = (seen["role"], seen["label"], kin)
+        related = train["kin_group_id"].take(pc.index_in(seen["sample_id"], train["sample_id"]))
+        columns = (seen["role"], seen["label"], related)
         inherited = inherited_labels(subjects, *(column.to_pylist() for column in columns))
         if tell and config.objective.name != "supervised":  # a control does not use them
             count = sum(label is not None for label in inherited)

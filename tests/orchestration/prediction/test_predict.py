@@ -28,7 +28,7 @@ from brainray.orchestration.prediction.inference import (
     find_predictor,
     predicted_blocks,
 )
-from brainray.orchestration.prediction.predict import Prediction, _begin, predict
+from brainray.orchestration.prediction.predict import Prediction, _check_or_write_settings, predict
 from brainray.orchestration.preprocessing.slice_rows import UNREADABLE
 from brainray.orchestration.training.driver import TrainedRun
 from brainray.schema import PREDICTED_FILES
@@ -267,13 +267,13 @@ def test_another_model_under_the_same_name_does_not_go_on(
     """As after a run was deleted and trained anew."""
     predictor = find_predictor(config_of(trained, inbox), "this test")
     config, folder = config_of(trained, inbox, "name=retrained"), Folder(tmp_path / "predictions")
-    _begin(config, predictor, folder)
-    _begin(config, predictor, folder)
+    _check_or_write_settings(config, predictor, folder)
+    _check_or_write_settings(config, predictor, folder)
     shutil.copytree(str(predictor.folder), tmp_path / "run" / "best")
     (tmp_path / "run" / "best" / "model.pt").open("ab").write(b" ")
     other = replace(predictor, folder=Folder(tmp_path / "run" / "best"))
     with pytest.raises(ConfigError, match="weights: "):
-        _begin(config, other, folder)
+        _check_or_write_settings(config, other, folder)
 
 
 @pytest.mark.slow

@@ -43,7 +43,12 @@ from brainray.orchestration.publish import open_tracking
 from brainray.orchestration.resources import WorkerResources
 from brainray.orchestration.run import Run
 from brainray.orchestration.sweep import trials
-from brainray.orchestration.sweep.driver import FinishedSweep, _begin, _best_trial, sweep
+from brainray.orchestration.sweep.driver import (
+    FinishedSweep,
+    _best_trial,
+    _check_or_write_settings,
+    sweep,
+)
 from brainray.orchestration.sweep.follower import SweepFollower, trials_table
 from brainray.orchestration.sweep.trials import (
     Trial,
@@ -216,7 +221,7 @@ def test_a_finished_sweep_registers_its_best_model_once_under_a_new_name(
 
 @pytest.mark.slow
 def test_a_poor_trial_is_stopped_and_its_resources_come_back(storage: Path) -> None:
-    # Of the few validation slices that there are, the share right tells too little.
+    # Of the few validation slices that there are, the share of right ones says too little.
     rates = {"train.learning_rate": {"choice": [1e-4, 0.1]}}
     config = sweep_config(
         storage,
@@ -399,12 +404,12 @@ def test_a_sweep_of_an_earlier_version_goes_on(
 ) -> None:
     config = sweep_config(tmp_path)
     folder = Folder(tmp_path) / "sweeps" / "search"
-    _begin(config, STORE, folder)
+    _check_or_write_settings(config, STORE, folder)
     settings = folder.read_json("sweep.json")
     del settings["split"]["validation"], settings["encoder"]["pretext"]
     earlier = config.model_dump(mode="json", include={"name", "label", "epoch", "source"})
     folder.write_json("sweep.json", settings | earlier)
-    _begin(config, STORE, folder)
+    _check_or_write_settings(config, STORE, folder)
     assert logged(capsys)[1:] == [f"sweep {folder}: resumed"]
 
 
@@ -412,12 +417,12 @@ def test_a_sweep_goes_on_with_what_does_not_affect_its_trials(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = Folder(tmp_path) / "sweeps" / "search"
-    _begin(sweep_config(tmp_path), STORE, folder)
+    _check_or_write_settings(sweep_config(tmp_path), STORE, folder)
     other = ["train.max_failures=5", "train.device=cpu", "label.num_slices=7", "source=/elsewhere"]
-    _begin(sweep_config(tmp_path, *other), STORE, folder)
+    _check_or_write_settings(sweep_config(tmp_path, *other), STORE, folder)
     assert logged(capsys)[1:] == [f"sweep {folder}: resumed"]
     with pytest.raises(ConfigError, match=r"train\.weight_decay: "):
-        _begin(sweep_config(tmp_path, "train.weight_decay=0.5"), STORE, folder)
+        _check_or_write_settings(sweep_config(tmp_path, "train.weight_decay=0.5"), STORE, folder)
 
 
 def test_a_best_trial_whose_run_was_deleted_is_not_replaced_by_the_next(
@@ -522,7 +527,7 @@ def test_runs_that_a_deleted_sweep_has_left_are_not_this_ones(
     as_trial(trained, tmp_path, "search", "0a1b2_00000")
     folder = Folder(tmp_path) / "sweeps" / "search"
     with pytest.raises(ConfigError, match=r"deleted sweep 'search'.*runs/search-0a1b2_00000 and"):
-        _begin(sweep_config(tmp_path), STORE, folder)
+        _check_or_write_settings(sweep_config(tmp_path), STORE, folder)
     assert not folder.exists()
 
 
@@ -645,7 +650,7 @@ def test_a_trial_is_not_to_blame_for_what_passes(
     monkeypatch.setattr(trials, "begun_training", raising(ClusteringError("K is too small")))
     run_trial({}, base=base, command=["tune.py"])
     assert (failed.names(), len(reported)) == (["abc_00000.json"], 1)
-    assert command_line() == "tune.py"  # what its provenance tells
+    assert command_line() == "tune.py"  # as recorded in its provenance
 
 
 def test_trials_that_were_stopped_are_marked_so_in_mlflow(

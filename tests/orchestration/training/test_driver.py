@@ -37,15 +37,15 @@ from brainray.orchestration.run import open_run, run_to_resume
 from brainray.orchestration.store import ImageStore, read_images, scan_images
 from brainray.orchestration.training import driver as training_driver
 from brainray.orchestration.training import rank_data
-from brainray.orchestration.training.beginning import begin_run
 from brainray.orchestration.training.driver import (
     TrainedRun,
-    _log_beginning,
+    _log_start,
     begun_training,
     fit,
     train,
 )
 from brainray.orchestration.training.rank_data import load_rank_data
+from brainray.orchestration.training.start import begin_run
 from brainray.schema import SEEN, UNLABELLED_ROLE
 from brainray.storage import Folder
 from tests.conftest import logged, tiny_config
@@ -750,7 +750,7 @@ def test_a_new_run_tells_how_many_labels_it_reads_and_what_nothing_tells(
             storage, name, f"split.labelled_fraction={share}", f"encoder.weights={weights}"
         )
         run = begin_run(config, store, 1)
-        _log_beginning(run, False, config, store)
+        _log_start(run, False, config, store)
         lines = logged(capsys)
         slices = run.record.num_slices
         num_read = slices["labelled"] + slices["validation"]
