@@ -190,7 +190,8 @@ class SplitConfig(_Section):
     mode: Literal["official", "grouped", "purge"] = "official"
     """``official`` keeps the source's Training and Testing folders, or draws a split if it has
     none; ``grouped`` always draws, keeping duplicates and slices of one subject on the same side;
-    ``purge`` keeps the folders and drops training slices with a duplicate among the test slices."""
+    ``purge`` keeps the folders and drops training slices with a duplicate, mirrored and rotated
+    ones included, among the test slices."""
     test_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
     """Share of each class, and of the unlabelled slices, held out for testing when the split is
     drawn. Held-out slices without a label are neither learned from nor scored."""
@@ -213,7 +214,8 @@ class EncoderConfig(_Section):
     name: Literal["resnet18", "resnet34", "resnet50"] = "resnet18"
     """Torchvision encoder, without its last layer."""
     weights: Location = "random"
-    """``random``, ``imagenet`` (downloaded by torchvision) or the path of a local state dict."""
+    """``random``, ``imagenet`` (downloaded by torchvision) or the path of a local state dict or
+    brainray checkpoint."""
     pretext: PretextName = "none"
     """Warm-up: pretext task on which the encoder is trained without labels, on all training slices,
     before training starts (see ``self_supervision``). Runs on one store share the warm-up if they
@@ -426,8 +428,8 @@ class TrainConfig(_Section):
     the run's own setting. On a GPU,
     convolutions in fp32 multiply in TF32 where it has that, which is PyTorch's default."""
     wait_for_nodes: bool = False
-    """Wait for an autoscaler to add missing resources instead of failing; also set ``num_workers``,
-    ``cpus_per_worker`` and ``device``."""
+    """Wait for an autoscaler to add missing resources instead of failing; for training also set
+    ``num_workers``, ``cpus_per_worker`` and ``device``."""
     max_failures: Count = 2
     """Number of times lost workers are replaced before the job fails."""
     collective_timeout_s: Annotated[int, Field(ge=1, le=10**7)] = 1800
@@ -735,7 +737,7 @@ class Config(_Section):
     """CSV or Parquet table with columns ``path``, ``label`` and optionally ``frame``, ``split``,
     ``subject``."""
     seed: Seed = 0
-    """Seed of weights, batches, augmentation and clustering."""
+    """Seed of weights, batches, augmentation and clustering, and of the resamples for intervals."""
     classes: ClassesConfig = ClassesConfig()
     preprocess: PreprocessConfig = PreprocessConfig()
     split: SplitConfig = SplitConfig()
