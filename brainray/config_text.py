@@ -324,30 +324,3 @@ def _shown(value: object) -> str:
     if value is None:
         return "unset"
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def with_defaults(stored: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """Settings saved by an earlier version, with newer settings at the given defaults."""
-    return defaults | {
-        key: with_defaults(value, defaults[key])
-        if isinstance(value, dict) and isinstance(defaults.get(key), dict)
-        else value
-        for key, value in stored.items()
-    }
-
-
-def differing_settings(stored: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> str:
-    """``preprocess.skull_strip: otsu here, none requested; ...`` for what differs, or empty."""
-    problems: list[str] = []
-    one_sided: list[str] = []  # these follow from another difference, if there is one
-    for key in sorted(stored.keys() | wanted.keys()):
-        in_both = key in stored and key in wanted  # null differs from unset: a class map has nulls
-        here, requested = stored.get(key, "unset"), wanted.get(key, "unset")
-        if in_both and here == requested:
-            continue
-        if isinstance(here, dict) and isinstance(requested, dict):
-            problems.append(differing_settings(here, requested, f"{prefix}{key}."))
-        else:
-            differences = problems if in_both else one_sided
-            differences.append(f"{prefix}{key}: {here} here, {requested} requested")
-    return "; ".join(problems or one_sided)

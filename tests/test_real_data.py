@@ -5,7 +5,7 @@ from pathlib import Path
 import pyarrow.compute as pc
 import pytest
 
-from brainray.mri.duplicates import coarse, most_similar, thumbnail_matrix
+from brainray.mri.thumbnails import coarse, most_similar, thumbnail_matrix
 from brainray.orchestration.preprocessing.driver import preprocess
 from tests.conftest import tiny_config
 

@@ -28,17 +28,16 @@ from brainray.mri.duplicates import (
     KINDS,
     MIRRORED,
     ROTATED,
-    coarse,
     find_twins,
     near_duplicate_pairs,
     pair_similarity,
-    standardise,
 )
 from brainray.mri.groups import connected_groups
 from brainray.mri.phantom import CLASSES, make_series
 from brainray.mri.reframe import find_twins_by_head
 from brainray.mri.resize import crop_foreground, thumbnail
 from brainray.mri.skull_strip import otsu_mask
+from brainray.mri.thumbnails import coarse, standardise
 from brainray.report.style import new_figure
 from brainray.schema import THUMBNAIL_SIDE
 

@@ -16,7 +16,7 @@ from brainray.clustering.metrics import (
 )
 from brainray.engine.calibration import calibration_error, temper
 from brainray.engine.predictions import Predictions, class_indices, predictions_from_table
-from brainray.mri.duplicates import coarse, most_similar, thumbnail_matrix
+from brainray.mri.thumbnails import coarse, most_similar, thumbnail_matrix
 from brainray.schema import LABELLED, MIN_STRICT_SUPPORT, UNLABELLED, Metrics, subset_masks
 
 

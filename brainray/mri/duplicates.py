@@ -32,15 +32,11 @@ from brainray.mri.neighbours import neighbour_index
 from brainray.mri.row_file import Rows, SelectedRows, row_blocks
 from brainray.schema import THUMBNAIL_SIDE
 
-COARSE_SIDE = 32
-
 KINDS = ("copy", "mirrored", "rotated")
 """Names of the codes in `DuplicatePairs.kind` and `Twins.kind`: upright; mirrored at any axis,
 including the diagonals; rotated by 90, 180 or 270 degrees."""
 COPY, MIRRORED, ROTATED = range(3)
 
-_BLOCK_ROWS = 2048
-_BLOCK_COLUMNS = 2**16
 _READ_ROWS = 1024  # fingerprints read and described at a time: 40 MB of floats
 _QUERIES_AT_ONCE = 4096  # per index search
 _MAX_OF_ONE_VOLUME = 1024  # slices skipped in favour of those of other volumes
@@ -201,17 +197,6 @@ def find_twins(queries: Rows, references: Rows, settings: NearDuplicateConfig) -
     return twins
 
 
-def coarse(fingerprints: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """The 32 x 32 thumbnails (N, 1024) for METHOD's metrics: block means of fingerprints."""
-    factor = THUMBNAIL_SIDE // COARSE_SIDE
-    blocks = fingerprints.reshape(-1, COARSE_SIDE, factor, COARSE_SIDE, factor)
-    return (
-        np.rint(blocks.mean(axis=(2, 4), dtype=np.float32))
-        .astype(np.uint8)
-        .reshape(-1, COARSE_SIDE**2)
-    )
-
-
 def describe(fingerprints: Rows) -> NDArray[np.float32]:
     """Descriptors (N, 64) of fingerprints (N, 9216): integers as float32, of length about 1000.
 
@@ -233,42 +218,6 @@ def pair_similarity(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> NDAr
     rows = np.arange(len(first))
     upright = np.full(len(first), _UPRIGHT, np.int8)
     return _verify(first, second, _Candidates(rows, rows, upright))
-
-
-def most_similar(
-    queries: NDArray[np.uint8], references: NDArray[np.uint8]
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Highest correlation (N,) of each query thumbnail, and the index (N,) of that reference.
-
-    Without references both are -1.
-    """
-    best = np.full(len(queries), -1, np.float32)
-    index = np.full(len(queries), -1, np.int64)
-    for first in range(0, len(references), _BLOCK_COLUMNS):
-        columns = standardise(references[first : first + _BLOCK_COLUMNS]).T
-        for start in range(0, len(queries), _BLOCK_ROWS):
-            block = slice(start, start + _BLOCK_ROWS)
-            correlation = standardise(queries[block]) @ columns
-            nearest = correlation.argmax(axis=1)
-            highest = np.take_along_axis(correlation, nearest[:, None], axis=1)[:, 0]
-            is_better = (highest > best[block]) | (index[block] < 0)
-            best[block] = np.where(is_better, highest, best[block])
-            index[block] = np.where(is_better, first + nearest, index[block])
-    return best, index
-
-
-def thumbnail_matrix(thumbnails: Sequence[bytes]) -> NDArray[np.uint8]:
-    """Stored fingerprints as (N, side * side) uint8."""
-    pixels = np.frombuffer(b"".join(thumbnails), dtype=np.uint8)
-    return pixels.reshape(-1, THUMBNAIL_SIDE * THUMBNAIL_SIDE)
-
-
-def standardise(thumbnails: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Rows with mean 0 and length 1, so that dot products are correlations; 0 for constant rows."""
-    values = thumbnails.astype(np.float32)
-    values -= values.mean(axis=1, keepdims=True)
-    length = np.linalg.norm(values, axis=1, keepdims=True)
-    return np.divide(values, length, out=np.zeros_like(values), where=length > 0)
 
 
 def distinct_rows(fingerprints: Rows) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -1,6 +1,9 @@
-"""Identity of a slice, derived from the bytes of its file."""
+"""Identity of slices, derived from the bytes of their files, and of results, from their inputs."""
 
 import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
 
 SAMPLE_ID_DIGITS = 32
 
@@ -17,3 +20,8 @@ def sample_id(digest: str, frame: str = "") -> str:
     """
     named = content_hash(f"{digest}#{frame}".encode()) if frame else digest
     return named[:SAMPLE_ID_DIGITS]
+
+
+def content_key(made_by: Mapping[str, Any]) -> str:
+    """Hash of plain values (12 hex digits), independent of the order of keys."""
+    return hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:12]

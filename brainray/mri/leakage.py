@@ -13,10 +13,11 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from brainray.config import PreprocessConfig
-from brainray.mri.duplicates import COPY, KINDS, find_twins, thumbnail_matrix
+from brainray.mri.duplicates import COPY, KINDS, find_twins
 from brainray.mri.reframe import find_twins_by_head
 from brainray.mri.row_file import Rows, SelectedRows
 from brainray.mri.subjects import find_same_subject
+from brainray.mri.thumbnails import thumbnail_matrix
 from brainray.schema import HEADER, NAMED, TABLE
 
 

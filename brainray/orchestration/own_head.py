@@ -23,15 +23,12 @@ import psutil
 
 from brainray.log import log
 from brainray.orchestration.code_version import git_revision
+from brainray.orchestration.ray_connection import WITHOUT_PREEMPTION
 
 START_TIMEOUT_S = 180.0  # a cold disk takes most of a minute to import Ray
 STOP_TIMEOUT_S = 20.0
 OBJECT_STORE_BYTES = 500_000_000  # the default is a third of the memory
 LOG_TAIL_LINES = 20
-
-
-WITHOUT_PREEMPTION = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
-"""For machines that are never preempted: the watcher costs a process and logs an error."""
 
 
 class RayDidNotStart(Exception):

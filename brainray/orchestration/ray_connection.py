@@ -11,6 +11,9 @@ from brainray.errors import ConfigError
 from brainray.log import log
 from brainray.orchestration.signals import end_in_order_on_sigterm
 
+WITHOUT_PREEMPTION = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+"""For machines that are never preempted: the watcher costs a process and logs an error."""
+
 _ANSWERS_WITHIN_S = 10.0
 _DASHBOARD_VARIABLE = "RAY_API_SERVER_ADDRESS"
 

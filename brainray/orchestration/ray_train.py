@@ -25,7 +25,7 @@ from brainray.errors import (
     error_to_dict,
     gpu_problem,
 )
-from brainray.orchestration.own_head import WITHOUT_PREEMPTION
+from brainray.orchestration.ray_connection import WITHOUT_PREEMPTION
 from brainray.orchestration.resources import WorkerResources
 from brainray.storage import Folder
 

@@ -15,12 +15,12 @@ from brainray.config import (
     PreprocessConfig,
     SplitConfig,
 )
-from brainray.config_text import differing_settings, parse_config, parse_yaml, with_defaults
+from brainray.config_text import parse_config, parse_yaml
 from brainray.errors import ConfigError, DataError
 from brainray.mri.split import check_validation_share
 from brainray.orchestration.lock import is_held
 from brainray.orchestration.manifest import NOT_OF_SLICES
-from brainray.orchestration.records import Record, read_record
+from brainray.orchestration.records import Record, differing_settings, read_record, with_defaults
 from brainray.storage import Folder
 
 _LASTING_SECTIONS = {"dataset", "seed", *TRAINING_SECTIONS} - {"tracking"}

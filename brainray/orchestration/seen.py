@@ -9,7 +9,8 @@ import pyarrow.compute as pc
 from brainray import layout
 from brainray.config import WEIGHTS_OF_NO_SLICE, Config, PreprocessConfig
 from brainray.errors import ConfigError
-from brainray.mri.duplicates import find_twins, thumbnail_matrix
+from brainray.mri.duplicates import find_twins
+from brainray.mri.thumbnails import thumbnail_matrix
 from brainray.orchestration.store import ImageStore
 from brainray.schema import LABELLED, SEEN, TRAIN, UNLABELLED_ROLE, VALIDATION
 from brainray.storage import Folder

@@ -12,10 +12,10 @@ from pydantic import BaseModel
 
 from brainray import layout
 from brainray.config import Config
-from brainray.config_text import differing_settings, with_defaults
 from brainray.errors import ConfigError, DataError
 from brainray.mri.resize import stretch
 from brainray.orchestration.manifest import NOT_OF_SLICES, Manifest, read_manifest, versions_of
+from brainray.orchestration.records import differing_settings, with_defaults
 from brainray.schema import IMAGE_INDEX_COLUMNS, TEST, TRAIN
 from brainray.storage import Folder
 

@@ -24,7 +24,7 @@ from brainray.errors import (
     UnreachableError,
 )
 from brainray.models.encoder import build_encoder
-from brainray.orchestration.own_head import WITHOUT_PREEMPTION
+from brainray.orchestration.ray_connection import WITHOUT_PREEMPTION
 from brainray.orchestration.ray_train import (
     configure_ray_train,
     ddp_options,

@@ -7,9 +7,10 @@ import pyarrow as pa
 import pytest
 
 from brainray.config import PreprocessConfig
-from brainray.config_text import differing_settings, load_config, parse_config
+from brainray.config_text import load_config, parse_config
 from brainray.errors import ConfigError, DataError
 from brainray.orchestration.manifest import Manifest
+from brainray.orchestration.records import differing_settings
 from brainray.orchestration.store import ImageStore, as_store_was_made, read_images
 from brainray.storage import Folder
 

@@ -23,7 +23,7 @@ from brainray.engine.export import (
 )
 from brainray.errors import CheckpointError, ConfigError, TrackingError
 from brainray.log import log
-from brainray.mri.duplicates import thumbnail_matrix
+from brainray.mri.thumbnails import thumbnail_matrix
 from brainray.orchestration.code_version import code_hash
 from brainray.orchestration.lock import held
 from brainray.orchestration.prediction import serving

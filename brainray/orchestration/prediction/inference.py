@@ -12,7 +12,6 @@ import torch
 
 from brainray import layout
 from brainray.config import Config, PreprocessConfig
-from brainray.config_text import differing_settings
 from brainray.engine.slice_model import SliceModel, use_all_threads
 from brainray.engine.state import Checkpoint, load_checkpoint
 from brainray.errors import CheckpointError, ConfigError
@@ -23,6 +22,7 @@ from brainray.orchestration.manifest import versions_of
 from brainray.orchestration.preprocessing.slice_rows import subject_salt
 from brainray.orchestration.preprocessing.slice_tasks import TO_PREDICT, decode_files, select_slices
 from brainray.orchestration.preprocessing.source import SourceFile, files_of_tasks
+from brainray.orchestration.records import differing_settings
 from brainray.orchestration.resources import alive_nodes, plan_actors
 from brainray.orchestration.run import Run, open_run, unfinished
 from brainray.orchestration.seen import seen_by_run

@@ -11,7 +11,6 @@ import ray.data
 
 from brainray import layout
 from brainray.config import Config
-from brainray.config_text import differing_settings
 from brainray.engine.slice_model import Reference
 from brainray.errors import ConfigError, DataError
 from brainray.log import log
@@ -32,6 +31,7 @@ from brainray.orchestration.preprocessing.source import (
     find_images,
     ignored_note,
 )
+from brainray.orchestration.records import differing_settings
 from brainray.schema import PREDICTED_FILES, Metrics
 from brainray.storage import Folder, without_formulas
 

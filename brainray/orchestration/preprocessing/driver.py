@@ -23,12 +23,11 @@ import ray.data
 
 from brainray import layout
 from brainray.config import Config
-from brainray.config_text import differing_settings
 from brainray.errors import ConfigError, DataError
 from brainray.log import log
-from brainray.mri.duplicates import thumbnail_matrix
 from brainray.mri.row_file import RowFile
 from brainray.mri.slices import RejectedImage
+from brainray.mri.thumbnails import thumbnail_matrix
 from brainray.orchestration.blocks import arrow_blocks, with_progress
 from brainray.orchestration.lock import held
 from brainray.orchestration.manifest import Manifest, settings_of
@@ -61,6 +60,7 @@ from brainray.orchestration.preprocessing.source import (
     files_of_tasks,
     list_source,
 )
+from brainray.orchestration.records import differing_settings
 from brainray.orchestration.store import ImageStore, describe
 from brainray.report.leakage_table import leakage_table
 from brainray.schema import IMAGE_INDEX_COLUMNS, REJECTED, THUMBNAIL_SIDE

@@ -7,10 +7,11 @@ import pyarrow as pa
 
 from brainray.config import Config, PreprocessConfig
 from brainray.log import ProgressLines, log
-from brainray.mri.duplicates import COPY, DuplicatePairs, near_duplicate_pairs, thumbnail_matrix
+from brainray.mri.duplicates import COPY, DuplicatePairs, near_duplicate_pairs
 from brainray.mri.groups import connected_groups, earliest_names, joint_groups, keep_names
 from brainray.mri.row_file import Rows, SelectedRows
 from brainray.mri.subjects import estimate_subjects
+from brainray.mri.thumbnails import thumbnail_matrix
 from brainray.orchestration.preprocessing.previous_records import PreviousRecords
 from brainray.orchestration.preprocessing.slice_rows import named_subject, subject_salt
 from brainray.orchestration.preprocessing.source import Listing

@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from brainray import layout
-from brainray.mri.duplicates import thumbnail_matrix
 from brainray.mri.row_file import RowFile
+from brainray.mri.thumbnails import thumbnail_matrix
 from brainray.orchestration.preprocessing.slice_rows import LIGHT_COLUMNS, PART, SLICES
 from brainray.orchestration.preprocessing.source import FoundFile
 from brainray.orchestration.store import ImageStore

@@ -15,14 +15,9 @@ from brainray.config import Config, FeatureConfig
 from brainray.engine.state import state_from_bytes
 from brainray.errors import ClusteringError
 from brainray.log import log
+from brainray.mri.identity import content_key
 from brainray.orchestration.lock import held
-from brainray.orchestration.pretraining.features import (
-    State,
-    Weights,
-    content_key,
-    read_weights,
-    weights_from,
-)
+from brainray.orchestration.pretraining.weights import State, Weights, read_weights, weights_from
 from brainray.orchestration.pretraining.worker import pretrain_worker
 from brainray.orchestration.progress import PretrainingFollower
 from brainray.orchestration.ray_train import train_on_workers

@@ -1,14 +1,10 @@
 """Features of every slice of an image store, extracted by Ray Data and kept for later runs."""
 
-import hashlib
-import json
 import os
 import time
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +13,6 @@ import ray
 import ray.data
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from brainray import layout
 from brainray.config import Config, FeatureConfig
@@ -26,14 +21,13 @@ from brainray.engine.recipe import resolve_precision
 from brainray.engine.slice_model import stored_pixels
 from brainray.errors import ConfigError, DataError
 from brainray.log import log
-from brainray.models.encoder import encoder_state, imagenet_state
 from brainray.models.features import PIXELS, FeatureEncoder, build_feature_encoder, num_features
-from brainray.mri.identity import content_hash
+from brainray.mri.identity import content_key
 from brainray.orchestration.blocks import blocks_on_actors
 from brainray.orchestration.lock import held
 from brainray.orchestration.manifest import read_manifest
+from brainray.orchestration.pretraining.weights import State, Weights
 from brainray.orchestration.resources import alive_nodes, plan_actors
-from brainray.orchestration.run import open_run
 from brainray.orchestration.store import ImageStore
 from brainray.schema import FEATURES, matrix_of
 from brainray.storage import Folder
@@ -41,22 +35,6 @@ from brainray.storage import Folder
 _BATCH = 64  # slices
 ROW = ["sample_id", "split", "path", "frame"]
 ROW_ORDER = [(name, "ascending") for name in ROW]
-
-
-State = Mapping[str, Tensor] | Literal["random"]
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Starting weights of an encoder, and an identity that distinguishes them from others."""
-
-    identity: str
-    load: Callable[[], State]
-
-    @cached_property
-    def state(self) -> State:
-        """Loaded (ImageNet: downloaded) on first use, on the driver's node."""
-        return self.load()
 
 
 @dataclass(frozen=True)
@@ -95,41 +73,6 @@ def check_features(features: NDArray[np.float32], where: str) -> None:
             "clustered: the encoder has collapsed or the slices are copies; choose other weights "
             "or slices"
         )
-
-
-def read_weights(config: Config, feature: FeatureConfig, setting: str) -> Weights:
-    """The weights that a feature's config gives, read on the driver's node.
-
-    Raises:
-        BrainrayError: no such file or run, or no state dict in it; the message names ``setting``.
-    """
-    if feature.weights == "random":
-        return Weights("random", lambda: "random")
-    if feature.weights == "imagenet":
-        return Weights("imagenet", lambda: imagenet_state(feature.encoder, setting))
-    name = feature.weights.removeprefix("run:")
-    if name != feature.weights:
-        folder = open_run(Folder(config.storage), name).folder / layout.BEST
-        return weights_from(folder, layout.MODEL)
-    path = Path(feature.weights)
-    if "://" in feature.weights:
-        raise ConfigError(
-            f"{setting}={feature.weights}: give a path on the node of the job, where the file must "
-            "be copied first"
-        )
-    if not path.is_file():
-        raise ConfigError(f"{setting}={path}: no such file")
-    return _weights_of(path.read_bytes(), f"{setting}={path}")
-
-
-def weights_from(folder: Folder, name: str) -> Weights:
-    """The weights of a checkpoint in a folder, which may be remote."""
-    return _weights_of(folder.read_bytes(name), f"{folder}/{name}")
-
-
-def _weights_of(content: bytes, where: str) -> Weights:
-    state = encoder_state(content, where)
-    return Weights(content_hash(content), lambda: state)
 
 
 def check_feature(store: ImageStore, name: str, feature: FeatureConfig, weights: Weights) -> int:
@@ -220,11 +163,6 @@ def _extract(
         manifest = made_by | {"num_rows": num_rows, "seconds": round(seconds, 2)}
         building.write_json(layout.MANIFEST, manifest)
     log(f"features {target}: {num_rows} slices in {seconds:.0f} s")
-
-
-def content_key(made_by: Mapping[str, Any]) -> str:
-    """Hash of plain values (12 hex digits), independent of the order of keys."""
-    return hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _write_parts(

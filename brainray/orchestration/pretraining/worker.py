@@ -43,7 +43,7 @@ from brainray.log import log
 from brainray.models.features import build_feature_encoder, num_features
 from brainray.models.pretext import PretextModel
 from brainray.orchestration.paths import check_is_here
-from brainray.orchestration.pretraining.features import State
+from brainray.orchestration.pretraining.weights import State
 from brainray.orchestration.ray_train import (
     configure_rank,
     distributed,

@@ -12,6 +12,7 @@ from brainray import layout
 from brainray.config import Config, FeatureConfig
 from brainray.errors import DataError
 from brainray.models.features import PIXELS
+from brainray.mri.identity import content_key
 from brainray.mri.leakage import Fingerprints, exposure
 from brainray.orchestration.preprocessing.driver import preprocess
 from brainray.orchestration.pretraining.driver import pretrain
@@ -19,11 +20,9 @@ from brainray.orchestration.pretraining.features import (
     ROW,
     ROW_ORDER,
     FeatureStore,
-    Weights,
-    content_key,
     extract_features,
-    weights_from,
 )
+from brainray.orchestration.pretraining.weights import Weights, weights_from
 from brainray.orchestration.seen import all_seen, seen_by_weights, training_slices
 from brainray.orchestration.store import ImageStore
 from brainray.orchestration.study.grid import FITTED, Slices

@@ -12,7 +12,8 @@ from brainray.config_text import flatten, parse_config, parse_yaml, to_yaml
 from brainray.errors import BrainrayError, ConfigError
 from brainray.models.features import check_encoder_name
 from brainray.orchestration.lock import held
-from brainray.orchestration.pretraining.features import Weights, check_feature, read_weights
+from brainray.orchestration.pretraining.features import check_feature
+from brainray.orchestration.pretraining.weights import Weights, read_weights
 from brainray.orchestration.publish import open_tracking
 from brainray.orchestration.resources import alive_nodes, plan_workers
 from brainray.orchestration.store import ImageStore, as_store_was_made

@@ -16,7 +16,7 @@ from brainray.clustering.stability import Recommendation, Stability, measure_sta
 from brainray.config import Config
 from brainray.errors import BrainrayError
 from brainray.log import log
-from brainray.orchestration.pretraining.features import content_key
+from brainray.mri.identity import content_key
 from brainray.orchestration.store import read_images
 from brainray.orchestration.study.data import StudiedSet
 from brainray.orchestration.study.grid import Cell, Reduced, assignments

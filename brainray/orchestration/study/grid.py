@@ -29,8 +29,8 @@ from brainray.config import ClustererName, ClusteringConfig, Config, StudyConfig
 from brainray.errors import BrainrayError, ConfigError, DataError
 from brainray.log import log
 from brainray.models.features import PIXELS
-from brainray.mri.identity import content_hash
-from brainray.orchestration.pretraining.features import FeatureStore, content_key
+from brainray.mri.identity import content_hash, content_key
+from brainray.orchestration.pretraining.features import FeatureStore
 from brainray.schema import ASSIGNED
 from brainray.storage import Folder
 

@@ -8,7 +8,7 @@ from ray import tune
 
 from brainray import layout
 from brainray.config import Config
-from brainray.config_text import differing_settings, flatten, to_yaml, with_defaults
+from brainray.config_text import flatten, to_yaml
 from brainray.errors import BrainrayError, ConfigError, DataError, TrackingError
 from brainray.log import log
 from brainray.orchestration.lock import held
@@ -16,6 +16,7 @@ from brainray.orchestration.prediction.export import served_files
 from brainray.orchestration.prediction.inference import find_predictor
 from brainray.orchestration.pretraining.driver import warm_up
 from brainray.orchestration.publish import open_tracking
+from brainray.orchestration.records import differing_settings, with_defaults
 from brainray.orchestration.resources import WorkerResources
 from brainray.orchestration.run import lasting_settings, without_free
 from brainray.orchestration.store import ImageStore, check_sides, store_to_train_on

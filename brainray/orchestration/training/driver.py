@@ -16,7 +16,7 @@ from brainray.log import log
 from brainray.models.encoder import build_encoder
 from brainray.orchestration.lock import held
 from brainray.orchestration.pretraining.driver import starting_weights, warm_up
-from brainray.orchestration.pretraining.features import State
+from brainray.orchestration.pretraining.weights import State
 from brainray.orchestration.progress import Follower
 from brainray.orchestration.publish import begin_tracking, how_to_open, send_run
 from brainray.orchestration.ray_train import train_on_workers

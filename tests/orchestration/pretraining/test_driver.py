@@ -8,7 +8,7 @@ import pytest
 
 from brainray.config import FeatureConfig
 from brainray.orchestration.pretraining.driver import _made_by
-from brainray.orchestration.pretraining.features import Weights
+from brainray.orchestration.pretraining.weights import Weights
 from tests.conftest import tiny_config
 
 STORE: Any = SimpleNamespace(manifest=SimpleNamespace(slices_hash="abc"))

@@ -9,7 +9,8 @@ from brainray.config import FeatureConfig
 from brainray.errors import DataError
 from brainray.orchestration.manifest import Manifest
 from brainray.orchestration.pretraining import features
-from brainray.orchestration.pretraining.features import Weights, extract_features
+from brainray.orchestration.pretraining.features import extract_features
+from brainray.orchestration.pretraining.weights import Weights
 from brainray.orchestration.store import ImageStore
 from brainray.storage import Folder
 from tests.conftest import tiny_config

@@ -29,7 +29,7 @@ from brainray.errors import (
     DivergenceError,
 )
 from brainray.orchestration.pretraining.driver import _read_head
-from brainray.orchestration.pretraining.features import weights_from
+from brainray.orchestration.pretraining.weights import weights_from
 from brainray.orchestration.pretraining.worker import _saved_state
 from brainray.orchestration.training import driver, worker
 from brainray.orchestration.training.driver import TrainedRun, train
