@@ -106,16 +106,11 @@ def preprocess(config: Config, *, data_hash: str | None = None) -> ImageStore:
         if previous is not None:
             _check_source(previous, listing, config)
             _check_settings(previous, settings)
-        is_same = previous is not None and previous.manifest.listing == fingerprint
-        if previous is not None and is_same and not _may_change(previous, listing, source):
-            log(f"image store {target}: up to date (same settings and files), reusing it")
-            return previous
-        # Refused before decoding, which takes most of the time. Files without a split may be
-        # unusable, as a DICOMDIR is: then they are only rejected.
-        with_split = [file for file in listing.files if file.split]
-        others = [file for file in listing.files if with_split and not file.split][:_MAX_TRIED]
-        usable = [file for file in others if _is_usable(file.file, source, config, salt)]
-        official_splits(with_split + usable, config)
+            is_same = previous.manifest.listing == fingerprint
+            if is_same and not _may_change(previous, listing, source):
+                log(f"image store {target}: up to date (same settings and files), reusing it")
+                return previous
+        _check_splits(listing, source, config, salt)
         log(f"preprocessing {len(listing.files)} files of {source}{listing.remarks}")
         if labels is None:
             _note_many_classes(listing)
@@ -123,19 +118,33 @@ def preprocess(config: Config, *, data_hash: str | None = None) -> ImageStore:
             about = {"listing": fingerprint, "subject_salt": salt_id(salt), **settings}
             manifest = _build(config, listing, about, previous, building)
             if data_hash not in {None, manifest.data_hash}:
-                given = [f"name={config.name}", f"source={config.source}"]
-                given += [f"labels={config.labels}"] if config.labels else []
-                raise ConfigError(
-                    f"{source} gives different slices (hash {manifest.data_hash}) from those "
-                    f"that the pipeline's run started with ({data_hash}); the image store "
-                    f"{target} was left unchanged: update it with jobs/preprocess.py --set "
-                    f"{shlex.join(given)} and the settings of the pipeline (its test slices stay "
-                    "test slices), then train under another name"
-                )
+                raise _other_slices(config, target, manifest.data_hash, data_hash)
     store = ImageStore(target, manifest)
     log(describe(store))
     log(store.folder.read_bytes(layout.LEAKAGE_TABLE).decode())
     return store
+
+
+def _check_splits(listing: Listing, source: Folder, config: Config, salt: bytes) -> None:
+    """Refuse splits that cannot be used before decoding, which takes most of the time.
+
+    Files without a split may be unusable, as a DICOMDIR is: then they are only rejected.
+    """
+    with_split = [file for file in listing.files if file.split]
+    others = [file for file in listing.files if with_split and not file.split][:_MAX_TRIED]
+    usable = [file for file in others if _is_usable(file.file, source, config, salt)]
+    official_splits(with_split + usable, config)
+
+
+def _other_slices(config: Config, target: Folder, found: str, expected: str | None) -> ConfigError:
+    given = [f"name={config.name}", f"source={config.source}"]
+    given += [f"labels={config.labels}"] if config.labels else []
+    return ConfigError(
+        f"{config.source} gives different slices (hash {found}) from those that the pipeline's run "
+        f"started with ({expected}); the image store {target} was left unchanged: update it with "
+        f"jobs/preprocess.py --set {shlex.join(given)} and the settings of the pipeline (its test "
+        "slices stay test slices), then train under another name"
+    )
 
 
 def _note_many_classes(listing: Listing) -> None:
