@@ -514,7 +514,7 @@ VALIDATION_METRICS = {
     "validation/loss": "min",
     "validation/calibration_error": "min",
 }
-"""Metrics of every epoch (`engine.evaluate`) by which trials can be compared, and which extreme is
+"""Metrics of every epoch (`engine.selection`) by which trials can be compared, and which extreme is
 best.
 """
 

@@ -128,7 +128,7 @@ class MLflowTracker:
             client = self._connect()
             uri = self.uri  # passwords must not be written to storage
             self._state = self._read_state(uri)
-            known = None if self.run_id is None else self._find(client)
+            known = self._find(client, self.run_id) or self._find_moved(client)
             if known is not None:
                 if known.status in _ENDED:
                     self._ended = _Ending(known.status, known.end_time)
@@ -262,26 +262,34 @@ class MLflowTracker:
         return self._state["sending_ms"]
 
     def _read_state(self, uri: str) -> _Sent:
-        """What has been sent to this server, and under ``elsewhere`` to each other server.
-
-        If nothing has, what was sent to a database that is no longer there, which may be this one.
-        """
+        """What has been sent to this server, and under ``elsewhere`` to each other server."""
         if not self._run.exists(layout.TRACKING):
             return {"elsewhere": {}}
         saved: _Sent = self._run.read_json(layout.TRACKING)
         servers = saved.pop("elsewhere", {})
         servers[saved["uri"]] = saved
-        before = uri if uri in servers else next(filter(is_lost_database, servers), uri)
-        state = servers.pop(before, _Sent())
-        if before != uri:  # storage may have moved, with its database
-            state["uri"] = uri
+        state = servers.pop(uri, _Sent())
         state["elsewhere"] = servers
         return state
 
-    def _find(self, client: MlflowClient) -> RunInfo | None:
+    def _find_moved(self, client: MlflowClient) -> RunInfo | None:
+        """The run in a database that is no longer where it was, but here: storage has moved."""
+        elsewhere = self._state["elsewhere"]
+        if _database(self._uri) is not None:
+            for before in filter(is_lost_database, list(elsewhere)):
+                info = self._find(client, elsewhere[before]["run_id"])
+                if info is not None:
+                    sent = elsewhere.pop(before)
+                    self._state = {**sent, "uri": self.uri, "elsewhere": elsewhere}
+                    return info
+        return None
+
+    def _find(self, client: MlflowClient, run_id: str | None) -> RunInfo | None:
         """None if the server no longer has the run: it or the database may have been deleted."""
+        if run_id is None:
+            return None
         try:
-            info = client.get_run(self._id).info
+            info = client.get_run(run_id).info
         except MlflowException as error:
             if error.error_code == "RESOURCE_DOES_NOT_EXIST":
                 return None

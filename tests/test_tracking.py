@@ -248,6 +248,14 @@ def test_a_database_that_moves_with_its_storage_goes_on(run: Folder) -> None:
     assert len(client.get_metric_history(str(after.run_id), "train/loss/ce")) == len(HISTORY)
     assert run.read_json("tracking.json")["uri"] == f"sqlite:///{moved}"
 
+    # Sent to another one, what was sent to a disk that is not mounted now is not forgotten.
+    os.rename(moved, f"{moved}.away")
+    tracker(run, f"sqlite:///{run.path}/other.db").begin("first", {}, {})
+    os.rename(f"{moved}.away", moved)
+    again = tracker(run, f"sqlite:///{moved}")
+    again.begin("first", {}, {})
+    assert again.run_id == before.run_id
+
 
 def test_parameters_of_which_some_have_arrived_are_completed(
     run: Folder, monkeypatch: pytest.MonkeyPatch

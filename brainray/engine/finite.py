@@ -7,7 +7,7 @@ the same number on every rank.
 """
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -36,14 +36,22 @@ class NonFiniteStep(Exception):
 
 
 def divergence(
-    stop: NonFiniteStep, sample_ids: list[str], *, where: str, num_steps: int, remedy: str
+    stop: NonFiniteStep,
+    sample_ids: Callable[[], list[str]],
+    *,
+    where: str,
+    num_steps: int,
+    remedy: str,
 ) -> DivergenceError:
-    """The error for a user, the same on every rank (collective); names the slices concerned."""
+    """The error for a user, the same on every rank (collective); names the slices concerned.
+
+    ``sample_ids`` gives those of all slices.
+    """
     culprits = dist.gather_rows(stop.culprits)
     named = culprits if len(culprits) else dist.gather_rows(stop.batch)
     return DivergenceError(
         f"{where}, step {stop.step + 1} of {num_steps}: the loss or its gradient is NaN or "
-        f"infinite for {name_slices(sample_ids, named)}: {remedy}"
+        f"infinite for {name_slices(sample_ids(), named)}: {remedy}"
     )
 
 

@@ -130,7 +130,7 @@ class Trainer:
             config: of the run.
             run: its folder, with its label draw (`layout.SEEN`).
             data: this rank's slices, on its device.
-            test_slices: of all ranks; on the first with what `predictions_table` needs.
+            test_slices: those of all ranks; only the first rank needs all their columns.
             encoder: to be trained, on this rank's device.
             model: the encoder, wrapped in DDP if there are several ranks.
             classes: C class names in the order of their indices.
@@ -358,7 +358,7 @@ class Trainer:
         except NonFiniteStep as stop:
             raise divergence(
                 stop,
-                self._sample_ids(),
+                self._sample_ids,
                 where=f"epoch {self.epoch}",
                 num_steps=self.num_steps,
                 remedy=_REMEDY,

@@ -64,9 +64,7 @@ class Exposure:
     twin_similarity: NDArray[np.float32]  # (Q,)
     mate: NDArray[np.int64]  # (Q,) a slice of the same subject, given or estimated
     mate_similarity: NDArray[np.float32]  # (Q,) 1 if the subject is given
-    is_mate_known: NDArray[
-        np.bool_
-    ]  # (Q,) false if neither names nor an estimate can identify them
+    is_mate_known: NDArray[np.bool_]  # (Q,) false if neither names nor an estimate can tell mates
 
     @property
     def clean(self) -> NDArray[np.bool_]:

@@ -28,6 +28,7 @@ from brainray.orchestration.prediction.inference import (
     Predictor,
     default_name,
     find_predictor,
+    folder_of_checkpoint,
     predicted_blocks,
 )
 from brainray.orchestration.preprocessing.grouping import group_strangers
@@ -262,7 +263,7 @@ def _groups(
 
 
 def check_evaluation_name(config: Config) -> None:
-    """Raises ConfigError if a pipeline's name is used for the evaluation of another source."""
+    """Raises ConfigError if a pipeline's name is used for another evaluation."""
     target = Folder(config.storage) / layout.EVALUATIONS / config.given("name")
     _check_source(config, target, from_pipeline=True)
 
@@ -277,8 +278,8 @@ def _check_source(config: Config, target: Folder, *, from_pipeline: bool) -> Non
     if not target.exists(layout.CONFIG):
         return
     before = parse_yaml(target.read_bytes(layout.CONFIG), f"{target}/{layout.CONFIG}")
-    model = config.checkpoint or config.run or config.name
-    model_before = before.get("checkpoint") or before.get("run")
+    model = _model(config.checkpoint, config.run or config.name)
+    model_before = _model(before.get("checkpoint"), before.get("run"))
     is_own = from_pipeline and model_before == model  # its files may have been moved
     difference = None
     if before["source"] != config.source and not is_own:
@@ -290,6 +291,14 @@ def _check_source(config: Config, target: Folder, *, from_pipeline: bool) -> Non
             f"{target} is the evaluation of {difference}: choose another name with "
             "--set name=NAME, or delete it"
         )
+
+
+def _model(checkpoint: str | None, run: str | None) -> str | None:
+    """The run, by which a checkpoint inside its folder goes too, or the checkpoint's folder."""
+    if checkpoint is None:
+        return run
+    folder = folder_of_checkpoint(Folder(checkpoint))
+    return folder.parent.name if folder.parent.exists(layout.RUN) else folder.uri
 
 
 def _files_to_score(

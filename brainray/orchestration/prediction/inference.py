@@ -33,6 +33,7 @@ _FILES_PER_TASK = 256  # the embedder waits for a complete task
 _VOLUMES_PER_TASK = 4  # a volume has hundreds of slices
 _VOLUME_SUFFIXES = (".nii", ".nii.gz")
 _MAX_NAME = 100  # characters of a source folder in names made from it
+_KINDS_OF_CHECKPOINT = rf"{layout.BEST}|{layout.LAST}|{layout.CHECKPOINT_FOLDER}"
 _EMBEDDER_BYTES = 2**29  # memory of an encoder and a batch
 
 
@@ -104,7 +105,7 @@ def find_predictor(config: Config, purpose: str, *, for_new_files: bool = True) 
             "epoch=N selects an epoch of a run: give --set run=NAME, not checkpoint=PATH"
         )
     else:
-        folder = _folder_of_checkpoint(Folder(str(config.checkpoint)))
+        folder = folder_of_checkpoint(Folder(str(config.checkpoint)))
         run_folder = folder.parent
         if run_folder.exists(layout.RUN):
             run = Run.open(run_folder)
@@ -126,17 +127,20 @@ def find_predictor(config: Config, purpose: str, *, for_new_files: bool = True) 
 
 def default_name(config: Config, predictor: Predictor) -> str:
     """Default name of results on ``config.source``, in plain characters: RUN-on-FOLDER, or with the
-    name of a checkpoint's own folder if it belongs to no run.
+    name of the folder that has the checkpoint if it belongs to no run.
     """
     folder = Folder(config.given("source")).path.rpartition("/")[2]
     plain = re.sub(r"[^\w.-]+", "-", folder, flags=re.ASCII)
     if plain != folder or len(plain) > _MAX_NAME:  # two such folders must not share a name
         plain = f"{plain[:_MAX_NAME]}-{content_hash(folder.encode())[:6]}"
-    model = predictor.folder if predictor.run is None else predictor.run_folder
+    is_named = predictor.run is None and not re.fullmatch(
+        _KINDS_OF_CHECKPOINT, predictor.folder.name
+    )
+    model = predictor.folder if is_named else predictor.run_folder
     return f"{model.name}-on-{plain}"
 
 
-def _folder_of_checkpoint(given: Folder) -> Folder:
+def folder_of_checkpoint(given: Folder) -> Folder:
     """The folder of a checkpoint, from its path or that of its model; inside its run, if a symbolic
     link leads there.
     """

@@ -87,7 +87,7 @@ def read_labels_table(
     metadata: dict[str, FileMetadata] = {}
     frames: dict[str, dict[str, str | None]] = {}
     unknown: list[str] = []
-    for row in read_rows(labels):
+    for row in read_rows(labels, known):
         written = str(row["path"] or "")
         path = next((known[name] for name in _spellings(written) if name in known), None)
         if not written.strip():
@@ -185,8 +185,10 @@ def _folders_of(path: str) -> list[str]:
     return ["/".join(folders[:end]) for end in range(len(folders), 0, -1)]
 
 
-def read_rows(labels: Folder) -> list[dict[str, Any]]:
+def read_rows(labels: Folder, known: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
     """The rows of a CSV or Parquet table that have any of its columns filled in.
+
+    ``known`` are paths whose rows no other cell may contain.
 
     Raises:
         DataError: it cannot be read, or lacks a column.
@@ -209,7 +211,7 @@ def read_rows(labels: Folder) -> list[dict[str, Any]]:
             table = pa_csv.read_csv(
                 io.BytesIO(content), parse_options=cells, convert_options=options
             )
-            _check_quotes(table, cells.delimiter, labels)
+            _check_quotes(table, cells.delimiter, known or {}, labels)
         table = table.rename_columns([name.strip().lower() for name in table.column_names])
         columns = [name for name in _COLUMNS if name in table.column_names]
         repeated = [name for name in columns if table.column_names.count(name) > 1]
@@ -240,20 +242,28 @@ def read_rows(labels: Folder) -> list[dict[str, Any]]:
     return [row for row in rows if any(_text(cell) is not None for cell in row.values())]
 
 
-def _check_quotes(table: pa.Table, delimiter: str, labels: Folder) -> None:
-    """Check that no cell has swallowed whole rows, as one does that begins with a single quote.
+def _check_quotes(
+    table: pa.Table, delimiter: str, known: Mapping[str, str], labels: Folder
+) -> None:
+    """Check that no cell has swallowed the rows of known paths, as one does that begins with a
+    quote and does not end with one.
 
     Raises:
-        DataError: lines of a cell have as many delimiters as a row.
+        DataError: a line within a cell is such a row.
     """
-    num_delimiters = table.num_columns - 1
+    names = [name.strip().lower() for name in table.column_names]
+    if "path" not in names:
+        return
     for column in table.columns:
         for cell in column.filter(pc.match_substring_regex(column, r"[\r\n]")).to_pylist():
-            if any(line.count(delimiter) == num_delimiters for line in cell.splitlines()[1:]):
-                raise DataError(
-                    f'labels={labels}: a cell contains whole rows: close its quote ("), or write '
-                    "a quote that belongs to it twice"
-                )
+            for line in cell.splitlines()[1:]:
+                fields = line.split(delimiter)
+                path = fields[names.index("path")] if len(fields) == len(names) else ""
+                if any(spelling in known for spelling in _spellings(path.strip('"'))):
+                    raise DataError(
+                        f'labels={labels}: a cell contains whole rows: close its quote ("), or '
+                        "write a quote that belongs to it twice"
+                    )
 
 
 def _delimiter(content: bytes) -> str:

@@ -66,9 +66,10 @@ def pretrain_worker(settings: dict[str, Any]) -> None:
     """Ray Train's entry point on every rank."""
     config = parse_config(settings["config"])
     feature, folder = FeatureConfig.model_validate(settings["feature"]), Folder(settings["folder"])
-    check_is_here(folder)
     configure_rank()
     device = ray.train.torch.get_device()
+    with dist.raise_on_all_ranks(device):
+        check_is_here(folder)
     torch.manual_seed(settings["seed"])
     precision = agreed_precision(config.train.precision, device)
     with dist.raise_on_all_ranks(device):
@@ -163,7 +164,7 @@ class _Learner:
         while len(self.history) < num_epochs:
             started = time.monotonic()
             epoch = len(self.history) + 1
-            losses = self._epoch(optimizer, scheduler, epoch)
+            losses = self._epoch(f"epoch {epoch}", optimizer, scheduler, (epoch,))
             self._save(losses, started, optimizer)
 
     def _refine(self) -> None:
@@ -223,21 +224,23 @@ class _Learner:
         optimizer, scheduler = self._optimizer(self.settings.round_learning_rate, steps)
         losses: dict[str, float] = {}
         for epoch in range(self.settings.round_epochs):
-            losses = self._epoch(optimizer, scheduler, -number, epoch, soft=soft)
+            name = f"round {number}, epoch {epoch + 1}"
+            losses = self._epoch(name, optimizer, scheduler, (-number, epoch), soft)
         return losses
 
     def _epoch(
         self,
+        name: str,
         optimizer: Optimizer,
         scheduler: LRScheduler,
-        *number: int,
+        number: tuple[int, ...],
         soft: SoftTargets | None = None,
     ) -> dict[str, float]:
         """Mean losses of one epoch, whose order and views depend on its ``number``.
 
         All ranks embed with the encoder that is saved: rank 0's buffers are copied to the others.
         """
-        name = f"{self.folder.name}, epoch {len(self.history) + 1}"
+        name = f"{self.folder.name}, {name}"
         try:
             result = train_epoch(
                 self.ddp,
@@ -259,7 +262,7 @@ class _Learner:
         except NonFiniteStep as stop:
             raise divergence(
                 stop,
-                self.rows["sample_id"].to_pylist(),
+                self.rows["sample_id"].to_pylist,
                 where=f"self-supervised training, {name}",
                 num_steps=self.plan.num_steps,
                 remedy=_REMEDY,

@@ -25,11 +25,11 @@ def train_worker(settings: dict[str, Any]) -> None:
     """Load this rank's share of the slices, and train to the end."""
     config, start = parse_config(settings["config"]), ray.get(settings["start"])
     run = Folder(settings["run"])
-    check_is_here(run)
     device = ray.train.torch.get_device()
     configure_rank()
     torch.manual_seed(config.seed)
     with dist.raise_on_all_ranks(device):
+        check_is_here(run)
         store = ImageStore.open(Folder(settings["store"]), Run.open(run).record.data_hash)
         data = load_rank_data(config, run, store, device, dist.rank(), dist.world_size())
         encoder = build_encoder(config.encoder.name, start, len(store.manifest.classes))

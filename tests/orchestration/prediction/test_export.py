@@ -451,8 +451,9 @@ def test_an_evaluation_tells_what_the_run_has_seen_and_what_it_leaves_out(
         ConfigError, match=r"told is the evaluation of another source \(.*hospital/Training\)"
     ):
         evaluate(moved)
-    best = trained.run.folder / "best"
-    other = config.model_copy(update={"run": None, "checkpoint": str(best)})
+    loose = tmp_path / "loose"
+    shutil.copytree(str(trained.run.folder / "best"), loose)
+    other = config.model_copy(update={"run": None, "checkpoint": str(loose), "source": str(source)})
     with pytest.raises(ConfigError, match=r"told is the evaluation of another model"):
         evaluate(other)
     assert last.read_json("metrics.json") == scored.metrics

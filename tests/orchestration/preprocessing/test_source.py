@@ -286,6 +286,14 @@ def test_a_quote_that_is_not_closed_swallows_no_rows(tmp_path: Path, table: str)
         list_source(source, Folder(tmp_path / "labels.csv"), {})
 
 
+def test_a_comment_of_several_lines_may_have_as_many_commas_as_a_row(tmp_path: Path) -> None:
+    source = make(tmp_path / "s", "1.jpg", "2.jpg")
+    comment = "seen twice\nleft, 2 cm, enhancing"
+    (tmp_path / "labels.csv").write_text(f'path,label,comment\n1.jpg,a,"{comment}"\n2.jpg,b,\n')
+    rows = listed(source, Folder(tmp_path / "labels.csv"))
+    assert [(path, label) for path, _, label, _ in rows] == [("1.jpg", "a"), ("2.jpg", "b")]
+
+
 def test_a_pipe_is_no_slice_and_is_not_waited_for(tmp_path: Path) -> None:
     source = make(tmp_path, "a/1.jpg")
     for name in ("pipe", "pipe.png"):
