@@ -455,7 +455,7 @@ def _scores(metrics: Metrics, slices: str = "test slices") -> str:
 def _comparison(metrics: Metrics, control: str | None) -> list[Table]:
     rows = comparison_rows(metrics)
     title = f"Paired comparison with the control ({control}), slice by slice"
-    return [Table(title, COMPARISON_COLUMNS, rows)] if rows else []
+    return [Table(title, COMPARISON_COLUMNS, rows, num_text_columns=2)] if rows else []
 
 
 def _timings(metrics: Metrics) -> list[Table]:
@@ -500,7 +500,7 @@ def _conflicts(slices: Sequence[Mapping[str, Any]]) -> Table:
     rows = sorted([slice_.get(name) or "" for name in names] for slice_ in slices)
     title = f"Copies with different labels ({len(slices):,}{_more(len(slices))})"
     cells = [[group[:8], *others] for group, *others in rows[:_MAX_LISTED]]
-    return Table(title, ["group", "path", "frame", "label"], cells)
+    return Table(title, ["group", "path", "frame", "label"], cells, num_text_columns=4)
 
 
 def _more(count: int) -> str:
@@ -517,4 +517,4 @@ def _rejected_files(rejected: pa.Table) -> Table:
     rows = rejected.slice(0, _MAX_LISTED).select(columns).to_pylist()
     title = f"Rejected ({rejected.num_rows:,}{_more(rejected.num_rows)})"
     cells = [[row[column] or "" for column in columns] for row in rows]
-    return Table(title, ["path", "frame", "reason", ""], cells)
+    return Table(title, ["path", "frame", "reason", ""], cells, num_text_columns=4)

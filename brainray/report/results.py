@@ -15,7 +15,8 @@ _CLUSTER_METRICS = {"silhouette": "silhouette", "nmi": "NMI", "ari": "ARI", "fmi
 def results_markdown(metrics: Metrics, classes: Sequence[str]) -> str:
     """`results_tables` of one run as Markdown."""
     return "\n\n".join(
-        f"{table.title}:\n\n{markdown_table(table.header, table.rows, num_text_columns=1)}"
+        f"{table.title}:\n\n"
+        + markdown_table(table.header, table.rows, num_text_columns=table.num_text_columns)
         for table in results_tables(metrics, classes)
     )
 

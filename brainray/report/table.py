@@ -11,6 +11,7 @@ class Table:
     title: str
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
+    num_text_columns: int = 1  # left-aligned, the others are numbers
 
 
 def markdown_table(
