@@ -99,9 +99,13 @@ class _PlainLoader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Reject duplicate keys, of which the last one would silently win."""
+        """Read keys as text, as ``--set`` does, and reject duplicate ones, of which the last would
+        silently win.
+        """
         seen: set[str] = set()
         for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                key.tag = "tag:yaml.org,2002:str"
             if key.value in seen:
                 raise yaml.MarkedYAMLError(
                     problem=f"the key {key.value!r} occurs twice", problem_mark=key.start_mark
@@ -152,8 +156,12 @@ def to_yaml(config: Config) -> str:
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"no such config file: {path}; the bundled ones are in configs/")
-    with path.open("rb") as stream:
-        return parse_yaml(stream.read(_MAX_CONFIG_BYTES + 1), where=str(path))
+    try:
+        with path.open("rb") as stream:
+            content = stream.read(_MAX_CONFIG_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    return parse_yaml(content, where=str(path))
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
@@ -182,7 +190,9 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         value = text
     node = tree
     for parent in parents:
-        child = node.setdefault(parent, {})
+        if node.get(parent) is None:  # also where a file leaves it empty
+            node[parent] = {}
+        child = node[parent]
         if not isinstance(child, dict):
             raise ConfigError(f"--set {override!r}: {parent} is a value, not a section")
         node = child
@@ -250,6 +260,8 @@ def _section_at(key: str) -> type[BaseModel]:
         if named is not None:
             next(names)  # chosen by the user
         section = named or field
+        if not (isinstance(section, type) and issubclass(section, BaseModel)):
+            return Config  # a user's name has dots and looks like a key
     return section
 
 

@@ -20,6 +20,7 @@ from brainray.errors import BrainrayError, ConfigError, DataError, StorageError,
 _DISK_IS_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _REFUSED = ("ACCESS_DENIED", "NO_SUCH_BUCKET")  # by an object store; outages may be temporary
 _HAS_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS}  # a file system, such as exFAT or SMB
+_IMPOSSIBLE_PATHS = {errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR}
 _NOT_WRITABLE = {
     *(errno.EACCES, errno.EPERM, errno.EROFS),
     *(errno.ENOTDIR, errno.EEXIST, errno.ENOENT),  # a file or a broken link in place of the folder
@@ -121,6 +122,10 @@ class Folder:
                 "another path"
             ) from None
         except OSError as error:
+            if error.errno in _IMPOSSIBLE_PATHS:
+                raise DataError(
+                    f"{self.uri}/{name} cannot be a path here: {os.strerror(error.errno)}"
+                ) from None
             if error.errno is not None:
                 raise
             # From an object store: its errors have no errno.

@@ -70,6 +70,30 @@ def test_a_section_without_keys_has_its_defaults(tmp_path: Path) -> None:
         load_config(None, ["train.num_epochs="])
 
 
+def test_a_section_that_a_file_leaves_empty_can_be_set(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("train:\n  # num_epochs: 3\nclasses:\n  map:\n")
+    config = load_config(tmp_path / "a.yaml", ["train.num_epochs=5", "classes.map.a=b"])
+    assert (config.train.num_epochs, config.classes.map) == (5, {"a": "b"})
+
+
+def test_names_of_a_file_are_text_as_those_of_the_command_line(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(
+        "study:\n  features:\n"
+        "    64: {encoder: resnet18, image_size: 64}\n    128: {encoder: pixels}\n"
+        "classes:\n  map:\n    1.50: a\n    true: b\n    null: c\n"
+    )
+    overrides = ["study.features.64.pretext=contrastive", "study.features.128="]
+    config = load_config(tmp_path / "a.yaml", overrides)
+    (feature,) = config.study.features.values()
+    assert (feature.image_size, feature.pretext) == (64, "contrastive")
+    assert config.classes.map == {"1.50": "a", "true": "b", "null": "c"}
+
+
+def test_an_unknown_key_below_a_name_that_looks_like_a_key_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"unknown key 'study\.features\.v1\.weights\.encodr'"):
+        parse_config({"study": {"features": {"v1.weights": {"encodr": "x"}}}})
+
+
 def test_a_search_is_set_by_kind_or_at_once() -> None:
     settings = ["train.learning_rate.log_uniform=[0.1, 1]", "augment.policy={choice: [weak, none]}"]
     config = load_config(None, [f"tune.space.{setting}" for setting in settings])

@@ -363,6 +363,25 @@ def test_every_outcome_ends_in_one_json_line(
         }
 
 
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii", "utf-8"])
+def test_results_are_printed_whatever_the_terminals_encoding(encoding: str) -> None:
+    script = (
+        "from brainray.log import log;"
+        "from brainray.orchestration.job import JobResult, run_command\n"
+        "def work():\n"
+        "    log('0.9 \\u00b1 \\u2013')\n"
+        "    return JobResult(out='/\\u65e5\\u672c', run_id=None, metrics={})\n"
+        "raise SystemExit(run_command('train', work))"
+    )
+    environment = os.environ | {"PYTHONIOENCODING": f"{encoding}:strict"}
+    ended = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    last = json.loads(ended.stdout.splitlines()[-1].decode(encoding))
+    assert (last["status"], last["out"]) == ("ok", "/\u65e5\u672c")
+
+
 def test_relative_paths_are_resolved_here_and_refused_in_a_submitted_job(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -361,6 +361,16 @@ def test_a_link_that_was_made_though_its_answer_was_lost_is_ours(
     assert (tmp_path / "a").read_bytes() == b"first"
 
 
+def test_a_path_that_cannot_be_is_an_error_of_the_user(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "loop" / "x", tmp_path / ("n" * 300), tmp_path / "file" / "x"):
+        with pytest.raises(DataError, match=r"cannot be a path here|no such file"):
+            Folder(path).read_bytes("a")
+    with pytest.raises(DataError, match="cannot be a path here: Not a directory"):
+        Folder(tmp_path / "file").names()
+
+
 class _Failing:
     """As a file system is to those without rights, which tests may have as root, or one away."""
 

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import io
 import json
 import math
 import os
@@ -112,6 +113,9 @@ def run_command(name: str, work: Callable[[], JobResult], *, is_resumable: bool 
     # Only what the user configures is sent.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     end_in_order_on_sigterm()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names and results may have other characters
+            stream.reconfigure(errors="backslashreplace")
     try:
         with _own_connection():
             result = work()
@@ -217,7 +221,6 @@ def _explained(error: Exception) -> tuple[str, int]:
 
 def _fail(name: str, message: str, code: int) -> int:
     line = redacted(" ".join(message.split()))
-    line = line.encode(errors="backslashreplace").decode()  # of undecodable file names
     print(f"jobs/{name}.py: error: {line}", file=sys.stderr, flush=True)
     _print_json({"job": name, "status": "error", "error": line})
     return code
@@ -236,4 +239,5 @@ def _user_error(error: BaseException | None) -> BrainrayError | None:
 
 def _print_json(value: dict[str, Any]) -> None:
     sys.stderr.flush()
-    print(json.dumps(value, ensure_ascii=False, allow_nan=False), flush=True)
+    is_unicode = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    print(json.dumps(value, ensure_ascii=not is_unicode, allow_nan=False), flush=True)

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from brainray import layout
-from brainray.errors import BrainrayError, BusyError
+from brainray.errors import BrainrayError, BusyError, DataError, StorageError
 from brainray.log import log
 from brainray.storage import Folder
 
@@ -97,9 +97,13 @@ def held(
 def is_held(storage: Folder, kind: str, name: str) -> bool:
     """Whether a job is using ``storage/kind/name``.
 
-    A job that was killed on another machine, or in another container, still counts.
+    A job that was killed on another machine, or in another container, still counts, and so does a
+    lock that cannot be read.
     """
-    claim = _read_claim(storage / layout.LOCKS, _file_of(kind, name))
+    try:
+        claim = _read_claim(storage / layout.LOCKS, _file_of(kind, name))
+    except StorageError:
+        return True
     return claim is not None and claim.is_alive_here() is not False
 
 
@@ -232,12 +236,18 @@ def _file_of(kind: str, name: str) -> str:
 
 
 def _read_claim(folder: Folder, file: str) -> Claim | None:
-    """None if there is no lock, or if it is being written."""
+    """None if there is no lock, or if it is being written.
+
+    Raises:
+        StorageError: there may be one, but it cannot be read.
+    """
     if not folder.exists(file):
         return None
     try:
         return Claim(**json.loads(folder.read_bytes(file)))
-    except (BrainrayError, ValueError, TypeError):
+    except StorageError:
+        raise
+    except (DataError, ValueError, TypeError):
         return None
 
 

@@ -25,6 +25,7 @@ from brainray.report.style import (
 from brainray.schema import NOISE
 
 _TILE = 80  # pixels
+_MAX_LEVELS = 100  # of a dendrogram: SciPy calls itself for each
 
 
 def explained_variance(shares: Mapping[str, NDArray[np.floating]]) -> Figure:
@@ -50,6 +51,7 @@ def explained_variance(shares: Mapping[str, NDArray[np.floating]]) -> Figure:
 
 def dendrogram(tree: NDArray[np.floating], depth: int) -> Figure:
     """The upper ``depth`` levels of a SciPy linkage matrix (N - 1, 4) by cosine distance."""
+    depth = min(depth, _MAX_LEVELS)
     figure = new_figure(9.0, 4.0)
     axes = figure.subplots()
     hierarchy.dendrogram(

@@ -21,7 +21,15 @@ from optuna.visualization import matplotlib as optuna_plots
 
 from brainray import layout
 from brainray.config import SearchDomain, SearchSpace
-from brainray.report.style import BLUE, GREY, count_epochs, new_figure, png_bytes, tidy
+from brainray.report.style import (
+    BLUE,
+    GREY,
+    count_epochs,
+    new_figure,
+    plain_text,
+    png_bytes,
+    tidy,
+)
 from brainray.storage import Folder
 
 _MIN_FOR_IMPORTANCE = 4  # trials; fewer give no meaningful importances
@@ -137,6 +145,7 @@ def _drawn_by_optuna(plot: Callable[[], Any]) -> bytes:
         plot()
     for axes in plt.gcf().axes:  # labels between decades would overlap
         axes.xaxis.set_minor_formatter(NullFormatter())
+    plain_text(plt.gcf())
     buffer = BytesIO()
     try:
         plt.gcf().savefig(buffer, format="png", dpi=110, bbox_inches="tight")

@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pyarrow.fs as pafs
 import pytest
 
-from brainray.errors import ConfigError
+from brainray.errors import ConfigError, StorageError, UnreachableError
 from brainray.orchestration.lock import Claim, Pace, _Lock, held, is_held
 from brainray.storage import Folder
 
@@ -263,6 +264,21 @@ def test_a_lock_that_is_released_and_taken_between_two_polls_is_not_overwritten(
     with pytest.raises(ConfigError, match="another job"):
         take(tmp_path)
     assert Folder(tmp_path).read_json(LOCK)["owner"] == third.owner
+
+
+@pytest.mark.parametrize("error", [UnreachableError("away"), StorageError("not readable")])
+def test_a_lock_that_cannot_be_read_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: StorageError
+) -> None:
+    with held(Folder(tmp_path), "runs", "first", QUICK):
+        original = (tmp_path / LOCK).read_bytes()
+        with monkeypatch.context() as patch:
+            patch.setattr(Folder, "local_path", None)  # as on an object store
+            patch.setattr(Folder, "read_bytes", Mock(side_effect=error))
+            with pytest.raises(StorageError, match=str(error)):
+                take(tmp_path)
+            assert is_held(Folder(tmp_path), "runs", "first")
+        assert json.loads((tmp_path / LOCK).read_bytes())["owner"] == json.loads(original)["owner"]
 
 
 def test_a_lock_whose_writer_was_killed_while_writing_is_taken_over(tmp_path: Path) -> None:

@@ -54,7 +54,11 @@ def read_weights(config: Config, feature: FeatureConfig, setting: str) -> Weight
         )
     if not path.is_file():
         raise ConfigError(f"{setting}={path}: no such file")
-    return _weights_of(path.read_bytes(), f"{setting}={path}")
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{setting}={path} cannot be read: {error.strerror}") from None
+    return _weights_of(content, f"{setting}={path}")
 
 
 def weights_from(folder: Folder, name: str) -> Weights:

@@ -197,6 +197,8 @@ def _check_range(key: str, kind: str, values: list[Any]) -> None:
     numbers = all(isinstance(value, (int, float)) for value in values)
     if len(values) != 2 or not numbers or not values[0] < values[1]:
         raise ConfigError(f"tune.space.{key}.{kind} needs two increasing numbers, not {values}")
+    if kind == "integer" and not all(float(value).is_integer() for value in values):
+        raise ConfigError(f"tune.space.{key}.integer needs whole numbers, not {values}")
     if kind == "log_uniform" and values[0] <= 0:
         raise ConfigError(f"tune.space.{key}.log_uniform must start above 0, not at {values[0]}")
 

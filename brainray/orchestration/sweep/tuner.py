@@ -115,7 +115,7 @@ def _param_space(config: Config) -> dict[str, Any]:
         "choice": tune.grid_search if grid else tune.choice,
         "uniform": lambda ends: tune.uniform(*ends),
         "log_uniform": lambda ends: tune.loguniform(*ends),
-        "integer": lambda ends: tune.randint(ends[0], ends[1] + 1),
+        "integer": lambda ends: tune.randint(int(ends[0]), int(ends[1]) + 1),
     }
     return {
         key: domains[kind](values)

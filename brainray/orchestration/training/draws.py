@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from brainray import layout
 from brainray.config import Config
+from brainray.config_text import parse_config
 from brainray.engine.compare import intervals_of_mean_gains
 from brainray.engine.draws import summarise_draws
 from brainray.errors import ConfigError
@@ -40,6 +41,7 @@ def train_draws(config: Config) -> DrawnRuns:
     """
     name, control = config.given("name"), config.evaluation.control
     num_draws = config.evaluation.num_label_draws
+    parse_config(_config_of_draw(config, num_draws - 1).model_dump(mode="json"))  # the longest name
     controls = [] if control is None else [_control(config, control, i) for i in range(num_draws)]
     if num_draws > 1 and config.split.labelled_fraction == 1:
         log(

@@ -370,6 +370,7 @@ def test_paths_of_weights_in_a_space_are_made_absolute(
         ({"split.seed": {"choice": [1, 2]}}, r"cannot vary split\.seed"),
         ({"preprocess.image_size": {"choice": [64]}}, "cannot vary"),
         ({"train.learning_rate": {"uniform": [1e-3, 1e-4]}}, "two increasing numbers"),
+        ({"objective.lambda_cluster": {"integer": [0.5, 3]}}, "integer needs whole numbers"),
         ({"train.learning_rate": {"log_uniform": [0, 1]}}, "must start above 0"),
         ({"train.learning_rate": {"choice": [1], "uniform": [1, 2]}}, "exactly one of"),
         ({"train.learning_rate": {"choice": [-1.0]}}, "greater than 0"),

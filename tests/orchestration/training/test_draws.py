@@ -58,3 +58,10 @@ def test_a_control_that_was_not_trained_is_named_at_once(storage: Path) -> None:
     with pytest.raises(ConfigError, match=r"no complete run absent-draw1 in .* label draws"):
         train_draws(drawn_config(storage, "alone", "evaluation.control=absent"))
     assert not (storage / "runs" / "alone-draw1").exists()
+
+
+def test_a_name_that_is_too_long_for_its_draws_is_refused_at_once(storage: Path) -> None:
+    name = "n" * 97
+    with pytest.raises(ConfigError, match=f"{name}-draw2' is not a plain name"):
+        train_draws(drawn_config(storage, name))
+    assert not (storage / "runs" / f"{name}-draw1").exists()
