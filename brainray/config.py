@@ -115,7 +115,7 @@ class NearDuplicateConfig(_Section):
     """The same for each of the seven other orientations."""
     descriptor_similarity: Annotated[float, Field(ge=-1.0, le=1.0)] = 0.75
     """Minimum cosine similarity between a slice's descriptor and a candidate's."""
-    turned_descriptor_similarity: Annotated[float, Field(ge=-1.0, le=1.0)] = 0.93
+    turned_descriptor_similarity: Annotated[float, Field(ge=-1.0, le=1.0)] = 0.75
     """The same for the seven other orientations."""
 
 
