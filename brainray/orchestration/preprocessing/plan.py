@@ -77,7 +77,9 @@ def plan_store(
     kept = np.array([copy is None for copy in first_copy], dtype=np.bool_)
     if given is None:
         held_before = [places[identity].split if identity in places else None for identity in ids]
-        splits = _drawn_splits(kept, labels, groups.split, generations, held_before, config)
+        # Slices whose copies contradict them are no slices of a class that training could keep.
+        readable = _readable_labels(labels, groups.also_turned, [TRAIN] * len(labels))
+        splits = _drawn_splits(kept, readable, groups.split, generations, held_before, config)
         num_moved = sum(old == TRAIN != new for old, new in zip(held_before, splits, strict=True))
         if num_moved:
             log(

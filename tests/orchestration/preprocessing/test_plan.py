@@ -1,5 +1,6 @@
 """What a store will hold, decided from the light columns alone."""
 
+import hashlib
 from collections import Counter
 from dataclasses import replace
 
@@ -7,9 +8,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from brainray.benchmarks.duplicates import fingerprint
 from brainray.config import Config
 from brainray.errors import DataError
 from brainray.mri.duplicates import COPY, MIRRORED, DuplicatePairs
+from brainray.mri.phantom import CLASSES, make_slice
 from brainray.mri.row_file import RowFile
 from brainray.orchestration.preprocessing.grouping import (
     _with_names_from_table,
@@ -163,6 +166,51 @@ def test_what_to_do_about_a_class_of_test_slices_alone_depends_on_who_held_them_
         DataError, match=r"classes\.map\.bb=b makes such a class: map to a known one instead"
     ):
         _check_classes(rows, {"bb": "b"}, was_drawn_before=False)
+
+
+def test_a_drawn_split_leaves_training_the_only_usable_slice_of_a_class() -> None:
+    """The others of the rare class have mirrored copies that are called common."""
+    rng = np.random.default_rng(1)
+    heads = [make_slice(CLASSES[0], rng, size=96).image for _ in range(14)]
+    labelled = [(head, "common") for head in heads[:10]] + [(head, "rare") for head in heads[10:]]
+    labelled += [(np.ascontiguousarray(head[:, ::-1]), "common") for head in heads[11:]]
+    fingerprints = RowFile(96 * 96, np.uint8)
+    fingerprints.append(np.stack([fingerprint(image) for image, _ in labelled]))
+    files, rows = [], []
+    for number, (_, label) in enumerate(labelled):
+        found = FoundFile(f"{number}.jpg", 1, 1)
+        files.append(SourceFile(None, label, file=found))
+        identity = hashlib.sha256(bytes([number])).hexdigest()
+        rows.append(
+            dict.fromkeys(LIGHT.names)
+            | {
+                "path": found.path,
+                "frame": "",
+                "sha256": identity,
+                "sample_id": identity[:32],
+                "pixel_sum": 1000,
+                "pixel_square_sum": 9_000_000,
+                "skull_strip": "otsu",
+                "fingerprint": number,
+                "part": "part.parquet",
+            }
+        )
+    for seed in range(8):
+        split = {"mode": "grouped", "seed": seed}
+        config = Config.model_validate(
+            {"split": split, "preprocess": {"subject": {"estimate": False}}, "source": "/data"}
+        )
+        planned = plan_store(
+            pa.Table.from_pylist(rows, schema=LIGHT),
+            fingerprints,
+            Listing(files, Counter(), []),
+            config,
+            PreviousRecords.from_store(None),
+        )
+        conflicts = planned.leakage["label_conflicts"]
+        assert len(conflicts) == 6
+        (usable,) = (row for row in planned.rows.to_pylist() if row["path"] == "10.jpg")
+        assert (usable["split"], usable["label"]) == ("train", "rare")
 
 
 def test_a_purge_needs_a_test_part_of_the_source() -> None:
