@@ -144,7 +144,7 @@ def test_a_sweep_goes_on_after_its_ray_head_alone_is_killed(start: Start, tmp_pa
 def test_four_trials_at_once_lose_nothing_when_one_is_killed_and_the_server_is_away(
     start: Start, tmp_path: Path
 ) -> None:
-    num_epochs = 3 * NUM_EPOCHS  # no trial may end before the server is there again
+    num_epochs = 5 * NUM_EPOCHS  # no trial may end before the server is there again
     store, port = f"sqlite:///{tmp_path}/server.db", free_port()
     options = ["--artifacts-destination", str(tmp_path / "artifacts")]
     with ray_head(4) as head:
