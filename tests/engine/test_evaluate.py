@@ -326,3 +326,8 @@ def test_the_choice_moves_to_the_newest_epoch_or_stays() -> None:
         choices = [chosen_epoch(epochs[:count]) for count in range(1, 13)]
         for count in range(1, 12):
             assert choices[count] in (choices[count - 1], count + 1)
+
+
+def test_without_a_labelled_slice_there_is_nothing_to_score() -> None:
+    metrics = summarise(PREDICTIONS.empty_table(), None, CLASSES, num_resamples=10, seed=0)
+    assert metrics == {"test/all/num_slices": 0.0}

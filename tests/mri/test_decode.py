@@ -2,9 +2,11 @@
 
 import dataclasses
 import io
+import logging
 import pickle
 import random
 import struct
+import threading
 import tracemalloc
 import zlib
 
@@ -436,3 +438,21 @@ def test_the_commonest_reasons_tell_what_to_do() -> None:
         "unsupported transfer syntax (3; JPEG 2000: needs: pip install x), "
         "too small (2; 8 x 8 pixels), blank (1)"
     )
+
+
+def test_decoders_are_silenced_for_one_thread_at_a_time() -> None:
+    """The level of a logger and the filters of warnings are those of the whole process."""
+    entered = threading.Event()
+
+    def decode_too() -> None:
+        with decode._silenced("pydicom"):
+            entered.set()
+
+    other = threading.Thread(target=decode_too)
+    before = logging.getLogger("pydicom").level
+    with decode._silenced("pydicom"):
+        other.start()
+        assert not entered.wait(0.2)
+    other.join(5)
+    assert entered.is_set()
+    assert logging.getLogger("pydicom").level == before
