@@ -42,6 +42,8 @@ _NUM_BRIGHTER = 46  # of 96 x 96 pixels, 0.5 %
 _WEAKEST_SHARE = 0.05  # neighbourhoods that decide: a neighbouring slice differs in places
 _MIN_NEIGHBOURHOODS = 12  # with structure; fewer are not sufficient evidence
 _CLIPPING_RANGE = 30.0  # grey values of lost range at which the allowance is capped
+_NEAR_WHITE = 24.0  # grey values below the brightest common one: blur darkens small spots
+_CLIPPED_SHARE = 0.005  # of the pixels inside, at which white counts as clipped
 _TAPER = 40.0  # grey values next to a clipped end that are blurred by area averaging
 
 
@@ -160,7 +162,10 @@ def compare(fixed: Tensor, moving: Tensor, alignment: Alignment) -> Tensor:
     move, so they get almost no allowance for movement.
     """
     side = fixed.shape[-1]
-    fixed, warped, weight = _comparable(fixed, moving, alignment)
+    gain, bias = alignment.gain[:, None, None], alignment.bias[:, None, None]
+    fixed, warped = _smooth(fixed), gain * _warp(moving, alignment.frame) + bias
+    lost = _lost_range(fixed, warped, alignment)
+    fixed, warped, weight = _comparable(fixed, warped, alignment)
     fixed, warped = _band_pass(fixed, weight), _band_pass(warped, weight)
     window = _gaussian(side, _LOCAL_SIGMA * side)
     stride = side // _LOCAL_PER_SIDE
@@ -182,12 +187,8 @@ def compare(fixed: Tensor, moving: Tensor, alignment: Alignment) -> Tensor:
     weakest = ranked.gather(1, rank[:, None])[:, 0]
     agreement = torch.where(num_usable >= _MIN_NEIGHBOURHOODS, weakest, 0.0)
     pixels_moved = _movement(alignment.frame) * side / 2
-    # Grey values by which the intensity ranges of the two slices differ at black or white.
-    clipping = torch.maximum(
-        alignment.bias.abs(), (255.0 * alignment.gain + alignment.bias - 255.0).abs()
-    )
     allowance = 0.8 * pixels_moved.clamp_max(1.0)
-    allowance = allowance + 1.75 * clipping.clamp_max(_CLIPPING_RANGE) / _CLIPPING_RANGE
+    allowance = allowance + 1.75 * lost.clamp_max(_CLIPPING_RANGE) / _CLIPPING_RANGE
     return 1.0 - (1.0 - agreement) * torch.exp(-allowance)
 
 
@@ -205,17 +206,27 @@ def shrink(pictures: Tensor, side: int) -> Tensor:
     return F.avg_pool2d(pictures[:, None], pictures.shape[-1] // side)[:, 0]
 
 
+def _lost_range(fixed: Tensor, warped: Tensor, alignment: Alignment) -> Tensor:
+    """(P,) grey values by which the ranges of aligned slices differ at black or white.
+
+    At white they only count as far as pixels are that bright: a slice of another brightness in
+    which nothing is clipped has lost nothing.
+    """
+    _, high = _common_range(alignment.gain, alignment.bias)
+    is_white = (torch.maximum(fixed, warped) >= high - _NEAR_WHITE).float()
+    clipped = _mean(is_white, _inner(alignment.frame, fixed.shape[-1])) / _CLIPPED_SHARE
+    at_black, at_white = _range_difference(alignment.gain, alignment.bias)
+    return torch.maximum(at_black, at_white * clipped.clamp_max(1.0))
+
+
 def _comparable(
-    fixed: Tensor, moving: Tensor, alignment: Alignment
+    fixed: Tensor, warped: Tensor, alignment: Alignment
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Both slices in the fixed frame, clipped to their common range, and their weights."""
-    gain, bias = alignment.gain[:, None, None], alignment.bias[:, None, None]
-    fixed = _smooth(fixed)
-    predicted = gain * _warp(moving, alignment.frame) + bias
+    """Aligned slices, clipped to their common range, and the weights of their pixels."""
     low, high = _common_range(alignment.gain, alignment.bias)
     weight = _inner(alignment.frame, fixed.shape[-1])
-    weight = weight * _unclipped((fixed + predicted) / 2, alignment.gain, alignment.bias)
-    return fixed.clamp(low, high), predicted.clamp(low, high), weight
+    weight = weight * _unclipped((fixed + warped) / 2, alignment.gain, alignment.bias)
+    return fixed.clamp(low, high), warped.clamp(low, high), weight
 
 
 def _unclipped(values: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
@@ -224,10 +235,10 @@ def _unclipped(values: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
     Slices are averaged after clipping, so their values near a clipped end are not exact.
     """
     low, high = _common_range(gain, bias)
-    lost_low, lost_high = bias.abs(), (255.0 * gain + bias - 255.0).abs()
-    weight = _ramp(values - low, lost_low[:, None, None].clamp_max(_TAPER), sharp_below=4.0)
+    at_black, at_white = _range_difference(gain, bias)
+    weight = _ramp(values - low, at_black[:, None, None].clamp_max(_TAPER), sharp_below=4.0)
     return weight * _ramp(
-        high - values, lost_high[:, None, None].clamp_max(_TAPER), sharp_below=12.0
+        high - values, at_white[:, None, None].clamp_max(_TAPER), sharp_below=12.0
     )
 
 
@@ -235,6 +246,11 @@ def _ramp(distance: Tensor, width: Tensor, *, sharp_below: float) -> Tensor:
     """0 to 1 over ``width``; 1 everywhere if the width is too small to indicate clipping."""
     ramp = (distance / width.clamp_min(1e-3)).clamp(0.0, 1.0)
     return torch.where(width < sharp_below, torch.ones_like(ramp), ramp)
+
+
+def _range_difference(gain: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """(P,) grey values by which two slices' ranges differ at black and at white."""
+    return bias.abs(), (255.0 * gain + bias - 255.0).abs()
 
 
 def _common_range(gain: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
