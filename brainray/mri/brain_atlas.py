@@ -192,8 +192,8 @@ def _scores(
     places = labels.astype(np.intp) * _NUM_BINS + _looked_up(bins, head, poses)
     places += size * np.arange(len(poses))[:, None, None]
     counts = np.bincount(places.ravel(), minlength=size * len(poses))
-    counts = counts.reshape(len(poses), NUM_LABELS, _NUM_BINS)
-    return _mutual_information(counts) - _departure(poses)
+    by_label = counts.reshape(len(poses), NUM_LABELS, _NUM_BINS)
+    return _mutual_information(by_label) - _departure(poses)
 
 
 def _entropy_terms(num_pooled: int) -> NDArray[np.float32]:
@@ -219,4 +219,4 @@ def _mutual_information(counts: NDArray[np.intp]) -> NDArray[np.float32]:
 def _departure(poses: Poses) -> NDArray[np.float32]:
     """Penalty (P,), in nats, for the distance of poses (P, 5) from the identity."""
     parts = np.where(_IS_FACTOR, np.log(np.maximum(poses, 1e-3)), poses)
-    return _PRIOR * ((parts / _PRIOR_WIDTHS) ** 2).sum(axis=1)
+    return np.asarray(_PRIOR * ((parts / _PRIOR_WIDTHS) ** 2).sum(axis=1), np.float32)

@@ -30,7 +30,7 @@ def make_dicom(
     pixels: np.ndarray,
     *,
     syntax: str = uid.ExplicitVRLittleEndian,
-    streams: Sequence[bytes | bytearray] | None = None,
+    streams: Sequence[bytes | bytearray | memoryview] | None = None,
     **attributes: Any,
 ) -> bytes:
     """A file of frames (H, W), (T, H, W) or (H, W, 3); `streams` are its compressed frames."""
@@ -412,7 +412,7 @@ def test_jpeg2000_colours_are_those_of_its_component_transform(
     if interpretation == "YBR_FULL":
         stored[..., 1:] = 128  # of greys
     stream = imagecodecs.jpeg2k_encode(
-        stored, codecformat="j2k", reversible=True, mct=transformed, colorspace="RGB"
+        stored, codecformat="j2k", reversible=True, mct=transformed, colorspace="SRGB"
     )
     content = make_dicom(
         stored,

@@ -239,7 +239,7 @@ def test_sagittal_heads_face_either_way() -> None:
     for slice_ in _slices("notumor", "sagittal"):
         brain = np.argwhere(slice_.brain_mask)
         lowest = brain[brain[:, 0] > np.quantile(brain[:, 0], 0.95)]
-        facing_right += lowest[:, 1].mean() < brain[:, 1].mean()
+        facing_right += bool(lowest[:, 1].mean() < brain[:, 1].mean())
     assert 0.2 * NUM_SUBJECTS < facing_right < 0.8 * NUM_SUBJECTS
 
 
