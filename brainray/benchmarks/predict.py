@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import torch
 
 from brainray.benchmarks.result import BenchmarkResult, CaseOptions, Measure
-from brainray.benchmarks.samples import SALT
+from brainray.benchmarks.samples import SALT, spread
 from brainray.benchmarks.timing import OURS, one_thread, side_by_side
 from brainray.config import Config
 from brainray.config_text import load_config
@@ -76,7 +76,7 @@ def run(options: CaseOptions) -> BenchmarkResult:
         ]
         log("the plain loops")
         config = config.model_copy(update={"source": str(storage / "slices")})
-        looped = _spread(files, _NUM_LOOPED)
+        looped = spread(files, _NUM_LOOPED)
         decode_rates = _decode_rates(looped, config, predictor)
         embedding = _embedding(store, predictor)
         log("Ray Data on decoded slices")
@@ -86,7 +86,7 @@ def run(options: CaseOptions) -> BenchmarkResult:
         )
         log("Ray Data on files")
         files_rate, start_s = _marginal(
-            partial(_predict_files, _spread(files, each), config, predictor),
+            partial(_predict_files, spread(files, each), config, predictor),
             partial(_predict_files, files, config, predictor),
         )
         decode_rates += _decode_rates(looped, config, predictor)
@@ -164,11 +164,6 @@ def _store(config: Config, source: Path, each: int, options: CaseOptions) -> Ima
     )
     named = {"name": source.name, "source": str(source)}
     return preprocess(config.model_copy(update=named))
-
-
-def _spread(files: list[SourceFile], count: int) -> list[SourceFile]:
-    """``count`` files, evenly spaced because classes differ in cost."""
-    return files[:: max(1, len(files) // count)][:count]
 
 
 def _decode_rates(files: list[SourceFile], config: Config, predictor: Predictor) -> list[float]:

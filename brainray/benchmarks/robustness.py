@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from brainray.benchmarks.result import BenchmarkResult, CaseOptions, Measure
-from brainray.benchmarks.samples import SALT
+from brainray.benchmarks.samples import SALT, spread
 from brainray.engine.slice_model import SliceModel, use_all_threads
 from brainray.errors import ConfigError, DataError
 from brainray.log import log
@@ -111,7 +111,7 @@ def _test_slices(
     classes = set(predictor.checkpoint.classes)
     files = [file for file in files if file.labels & classes]
     if options.quick:
-        files = files[:: max(1, len(files) // NUM_QUICK)][:NUM_QUICK]
+        files = spread(files, NUM_QUICK)
     slices = []
     for file in files:
         try:

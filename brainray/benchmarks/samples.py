@@ -1,5 +1,6 @@
 """Data for benchmarks: slices from a folder, else phantoms; random embeddings."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
@@ -8,6 +9,7 @@ from numpy.typing import NDArray
 
 from brainray.errors import DataError
 from brainray.mri.phantom import CLASSES, make_slice
+from brainray.orchestration.preprocessing.source import SourceFile
 
 SALT = b"plain images name no subjects"
 
@@ -33,6 +35,12 @@ def load_slices(source: Path | None, seed: int, limit: int = 2000) -> list[NDArr
     chosen = rng.permutation(len(files))[:limit]
     images = [cv2.imread(str(files[row]), cv2.IMREAD_GRAYSCALE) for row in chosen]
     return [np.asarray(image, dtype=np.uint8) for image in images if image is not None]
+
+
+def spread(files: Sequence[SourceFile], count: int) -> list[SourceFile]:
+    """At most ``count`` files, evenly spaced, so that sorted ones keep the share of every class."""
+    places = np.linspace(0, len(files) - 1, min(count, len(files))).round().astype(int)
+    return [files[place] for place in places]
 
 
 def perturbed(image: NDArray[np.uint8], side: int, rng: np.random.Generator) -> NDArray[np.uint8]:

@@ -114,7 +114,11 @@ def recommend(scores: NumClustersScores, stability: Stability) -> Recommendation
     if "silhouette" not in choices:
         reasons.append("undecided: no K has a defined silhouette")
     if "gap" not in choices:
-        reasons.append("undecided: the gap statistic rises to the end of the range")
+        reasons.append(
+            "undecided: the gap statistic rises to the end of the range"
+            if ends[0] < ends[1]
+            else "undecided: the gap statistic needs a second K to compare with"
+        )
     silhouette = scores.silhouettes[place]
     fit_quality = (
         "" if math.isnan(silhouette) else f"silhouette {silhouette:.3f} of a K-means fit, "

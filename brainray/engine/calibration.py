@@ -5,7 +5,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
-from scipy.special import softmax
+from scipy.special import log_softmax
 
 _MAX_LOG_TEMPERATURE = math.log(20.0)
 _NUM_BINS = 15
@@ -24,8 +24,8 @@ def fit_temperature(probabilities: NDArray[np.floating], labels: NDArray[np.int6
         return 1.0
 
     def cross_entropy(log_temperature: float) -> float:
-        tempered = temper(probabilities, math.exp(log_temperature))
-        return float(-np.log(tempered[np.arange(len(labels)), labels].clip(1e-12)).mean())
+        tempered = _log_tempered(probabilities, math.exp(log_temperature))
+        return float(-tempered[np.arange(len(labels)), labels].mean())
 
     bounds = (-_MAX_LOG_TEMPERATURE, _MAX_LOG_TEMPERATURE)
     return math.exp(minimize_scalar(cross_entropy, bounds=bounds, method="bounded").x)
@@ -33,8 +33,12 @@ def fit_temperature(probabilities: NDArray[np.floating], labels: NDArray[np.int6
 
 def temper(probabilities: NDArray[np.floating], temperature: float) -> NDArray[np.float64]:
     """Probabilities p (N, C) after temperature scaling: softmax(log p / T), (N, C)."""
-    scaled = np.log(probabilities.astype(np.float64).clip(1e-12)) / temperature
-    return np.asarray(softmax(scaled, axis=1))
+    return np.exp(_log_tempered(probabilities, temperature))
+
+
+def _log_tempered(probabilities: NDArray[np.floating], temperature: float) -> NDArray[np.float64]:
+    log_probabilities = np.log(probabilities.astype(np.float64).clip(1e-12))
+    return np.asarray(log_softmax(log_probabilities / temperature, axis=1))
 
 
 def calibration_error(probabilities: NDArray[np.floating], labels: NDArray[np.int64]) -> float:

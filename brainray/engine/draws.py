@@ -22,7 +22,7 @@ def summarise_draws(
     standard deviation as ``NAME_std``. With a control, whose runs use the same labels draw by draw:
     its mean and deviation as ``control/NAME``, the mean paired difference as ``difference/NAME``;
     for accuracies also a 95 % interval (``_low``, ``_high``) and ``fewer_errors/NAME``, the
-    relative reduction of the control's mean error.
+    relative reduction of the control's mean error. What compares other slices is left out.
 
     A difference depends on the labels drawn and on the test subjects. The interval covers both:
     Student's t over draws and `intervals_of_mean_gains` over subjects are combined in quadrature
@@ -40,9 +40,9 @@ def summarise_draws(
         metrics[name] = float(values.mean())
         if len(draws) > 1:
             metrics[f"{name}_std"] = float(values.std(ddof=1))
-        if control is None or not all(name in draw for draw in control):
+        others = _values_of_control(name, draws, control or [])
+        if others is None:
             continue
-        others = np.array([draw[name] for draw in control])
         differences = values - others
         metrics[f"control/{name}"] = float(others.mean())
         metrics[f"difference/{name}"] = float(differences.mean())
@@ -56,6 +56,24 @@ def summarise_draws(
             spared = (values.mean() - others.mean()) / (1 - others.mean())
             metrics[f"fewer_errors/{name}"] = float(spared)
     return metrics
+
+
+def _values_of_control(
+    name: str, draws: Sequence[Metrics], control: Sequence[Metrics]
+) -> NDArray[np.float64] | None:
+    """The control's metric (D,) on the slices of each draw's subset; None if it is unknown.
+
+    A control whose starting weights have seen other slices has other ones in its subsets. Of these
+    only the accuracies are known, from the differences of each draw.
+    """
+    if control and all(f"difference/{name}" in draw for draw in draws):
+        return np.array([draw[name] - draw[f"difference/{name}"] for draw in draws])
+    subset = name.split("/")[1].removeprefix("all_as_")
+    size = f"test/{subset}/num_slices"
+    pairs = list(zip(draws, control, strict=False))
+    if pairs and all(name in other and other.get(size) == draw.get(size) for draw, other in pairs):
+        return np.array([other[name] for other in control])
+    return None
 
 
 def _of_both(differences: NDArray[np.float64], low: float, high: float) -> tuple[float, float]:

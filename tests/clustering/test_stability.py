@@ -75,6 +75,12 @@ def test_a_gap_that_rises_to_the_end_chooses_nothing() -> None:
     assert any("3 of 3 criteria agree" in reason for reason in found.reasons)
 
 
+def test_one_candidate_has_no_gap_to_compare_with() -> None:
+    scores = NumClustersScores([3], [0.9], [1.0], [0.1], [0.01], *ONE)
+    found = recommend(scores, Stability([3], [0.9], [0.01]))
+    assert any("needs a second K" in reason for reason in found.reasons)
+
+
 def test_too_few_slices_for_a_candidate_are_refused() -> None:
     with pytest.raises(ClusteringError, match=r"lower study\.candidate_num_clusters"):
         measure_stability(three_groups()[:5], KS)

@@ -60,3 +60,18 @@ def test_one_draw_has_no_deviation_and_no_interval() -> None:
     assert f"{NAME}_std" not in found
     assert f"difference/{NAME}_low" not in found
     assert found[f"difference/{NAME}"] == pytest.approx(0.10)
+
+
+def test_subsets_of_other_slices_are_compared_by_the_differences_on_the_same_ones() -> None:
+    """As with a control whose starting weights have seen other slices."""
+    loss = "test/clean/head/loss"
+    draws = [
+        {NAME: 0.5, loss: 1.0, f"difference/{NAME}": gain, "test/clean/num_slices": 50.0}
+        for gain in (0.04, 0.10)
+    ]
+    control = [{NAME: 0.7, loss: 0.5, "test/clean/num_slices": 100.0}] * 2
+    found = summarise_draws(draws, control)
+    assert found[f"difference/{NAME}"] == pytest.approx(0.07)
+    assert found[f"control/{NAME}"] == pytest.approx(0.43)
+    assert f"difference/{loss}" not in found
+    assert found[loss] == 1

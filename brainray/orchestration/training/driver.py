@@ -1,6 +1,7 @@
 """The driver of a training: start or resume the run, fit, follow its progress, report."""
 
 import shlex
+import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -285,9 +286,12 @@ def _summarise_epoch(
 
 
 def _mean_times(history: list[dict[str, float]]) -> dict[str, float]:
+    """By stage, over the epochs that have it: one that was interrupted may lack some."""
     names = [name for name in history[-1] if name.startswith("time/")]
     return {
-        name.removeprefix("time/"): sum(epoch.get(name, 0.0) for epoch in history) / len(history)
+        name.removeprefix("time/"): statistics.mean(
+            epoch[name] for epoch in history if name in epoch
+        )
         for name in names
     }
 
