@@ -1,14 +1,15 @@
-"""The clusterers compared by a study, with a common protocol: arrays in, labels and a rule out.
+"""The clusterers compared by a study: functions from rows to labels and a rule for other rows.
 
-K-means and the mixture are brainray's own. The others come from scikit-learn and SciPy, which do
-not assign rows that they were not fitted to; such rows join the nearest centroid, core or fitted
-row, as documented in each class.
+Rows are (N, D), finite and not all identical; a clusterer that cannot cluster them raises
+ClusteringError. K-means and the mixture are brainray's own. The others come from scikit-learn and
+SciPy and are fitted to at most ``max_rows`` rows, drawn with ``seed``, as their cost is quadratic.
+They do not assign other rows; these join the nearest centroid, core or fitted row, as documented in
+each function.
 """
 
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,7 +19,6 @@ from sklearn.cluster import DBSCAN, HDBSCAN, SpectralClustering
 from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import normalize
 
-from brainray.clustering.gaussian import CovarianceType
 from brainray.clustering.gmm import GaussianMixture
 from brainray.clustering.kmeans import KMeans
 from brainray.clustering.seeding import draw_sample
@@ -28,6 +28,8 @@ from brainray.schema import NOISE
 Rows = NDArray[np.float64]  # (N, D)
 Labels = NDArray[np.int64]  # (N,) clusters from 0, or NOISE
 
+_KMEANS_STARTS = 10
+_GRAPH_NEIGHBOURS = 10  # of each row, for spectral clustering
 
 AssignmentRule = Callable[[Rows], Labels]
 """The rule of a fitted clusterer: assigns clusters to any rows."""
@@ -43,182 +45,121 @@ class Clustered:
     notes: tuple[str, ...] = ()  # caveats for the reader
 
 
-class Clusterer(Protocol):
-    """Fits rows (N, D), finite and not all identical; raises ClusteringError if it cannot."""
-
-    def fit(self, x: Rows) -> Clustered: ...
-
-
-@dataclass(frozen=True)
-class KMeansClusterer:
+def kmeans(x: Rows, num_clusters: int, *, seed: int, max_iter: int = 100) -> Clustered:
     """Lloyd's K-means; the best of several k-means++ starts."""
+    fitted = KMeans(num_clusters, seed=seed, max_iter=max_iter, num_init=_KMEANS_STARTS)
+    fitted.fit(torch.from_numpy(x))
 
-    num_clusters: int
-    seed: int
-    max_iter: int = 100
-    num_init: int = 10
+    def assign(rows: Rows) -> Labels:
+        return fitted.predict(torch.from_numpy(rows)).numpy()
 
-    def fit(self, x: Rows) -> Clustered:
-        kmeans = KMeans(
-            self.num_clusters, seed=self.seed, max_iter=self.max_iter, num_init=self.num_init
-        )
-        kmeans.fit(torch.from_numpy(x))
-
-        def assign(rows: Rows) -> Labels:
-            return kmeans.predict(torch.from_numpy(rows)).numpy()
-
-        return Clustered(assign(x), assign, {"inertia": kmeans.inertia_})
+    return Clustered(assign(x), assign, {"inertia": fitted.inertia_})
 
 
-@dataclass(frozen=True)
-class MixtureClusterer:
-    """A Gaussian mixture initialised by K-means; rows join their most responsible component."""
+def gaussian_mixture(x: Rows, mixture: GaussianMixture) -> Clustered:
+    """A mixture, which is fitted here; rows join their most responsible component."""
+    mixture.fit(torch.from_numpy(x))
 
-    num_clusters: int
-    seed: int
-    covariance_type: CovarianceType = "full"
-    reg_covar: float = 1e-6
-    max_iter: int = 100
-    tol: float = 1e-3
-    num_init: int = 3
+    def assign(rows: Rows) -> Labels:
+        return mixture.predict(torch.from_numpy(rows)).numpy()
 
-    def fit(self, x: Rows) -> Clustered:
-        mixture = GaussianMixture(
-            self.num_clusters,
-            self.covariance_type,
-            reg_covar=self.reg_covar,
-            max_iter=self.max_iter,
-            tol=self.tol,
-            seed=self.seed,
-            num_init=self.num_init,
-        )
-        mixture.fit(torch.from_numpy(x))
-
-        def assign(rows: Rows) -> Labels:
-            return mixture.predict(torch.from_numpy(rows)).numpy()
-
-        return Clustered(assign(x), assign, {"log_likelihood": mixture.lower_bound_})
+    return Clustered(assign(x), assign, {"log_likelihood": mixture.lower_bound_})
 
 
-@dataclass(frozen=True)
-class AgglomerativeClusterer:
+def agglomerative(
+    x: Rows,
+    num_clusters: int,
+    *,
+    seed: int,
+    max_rows: int,
+    linkage: str = "average",
+    depth: int | None = None,
+) -> Clustered:
     """Agglomerative clustering by cosine distance, cut at K clusters or at a depth below the root.
 
-    At most ``max_rows`` rows, drawn with ``seed``, form the hierarchy, as its memory is quadratic
-    in the number of rows; other rows join the centroid with the smallest cosine distance.
+    Other rows join the centroid with the smallest cosine distance.
     """
+    sample = draw_sample(len(x), max_rows, seed)
+    tree = hierarchy_of(x[sample], linkage)
+    if depth is None:
+        labels = hierarchy.fcluster(tree, num_clusters, criterion="maxclust")
+    else:
+        labels = cut_at_depth(tree, depth)
+    labels = _renumbered(labels)
+    centroids = _centroids(normalize(x[sample]), labels)
 
-    num_clusters: int
-    seed: int
-    max_rows: int
-    linkage: str = "average"
-    depth: int | None = None
+    def assign(rows: Rows) -> Labels:
+        return np.argmax(normalize(rows) @ normalize(centroids).T, axis=1)
 
-    def fit(self, x: Rows) -> Clustered:
-        sample = draw_sample(len(x), self.max_rows, self.seed)
-        tree = hierarchy_of(x[sample], self.linkage)
-        if self.depth is None:
-            labels = hierarchy.fcluster(tree, self.num_clusters, criterion="maxclust")
-        else:
-            labels = cut_at_depth(tree, self.depth)
-        labels = _renumbered(labels)
-        directions = normalize(x[sample])
-        centroids = _centroids(directions, labels)
-
-        def assign(rows: Rows) -> Labels:
-            return np.argmax(normalize(rows) @ normalize(centroids).T, axis=1)
-
-        return _completed(x, sample, labels, assign)
+    return _completed(x, sample, labels, assign)
 
 
-@dataclass(frozen=True)
-class DBSCANClusterer:
+def dbscan(
+    x: Rows, min_samples: int, *, seed: int, max_rows: int, eps_factor: float = 1.0
+) -> Clustered:
     """DBSCAN with eps at the knee of the k-distances.
 
-    Rows that were not fitted join the nearest core row within eps, otherwise they are noise.
+    Other rows join the nearest core row within eps, otherwise they are noise.
     """
-
-    min_samples: int
-    seed: int
-    max_rows: int
-    eps_factor: float = 1.0
-
-    def fit(self, x: Rows) -> Clustered:
-        sample = draw_sample(len(x), self.max_rows, self.seed)
-        distances = k_distances(x[sample], self.min_samples)
-        eps = self.eps_factor * distances[knee(distances)]
-        if eps <= 0:
-            raise ClusteringError(
-                f"DBSCAN: cannot choose eps, as the k-distances bend at 0: too many rows coincide "
-                f"with {self.min_samples} others; leave dbscan out or remove duplicates"
-            )
-        fitted = DBSCAN(eps=eps, min_samples=self.min_samples).fit(x[sample])
-        labels = fitted.labels_.astype(np.int64)
-        cores = fitted.core_sample_indices_
-        nearest = NearestNeighbors(n_neighbors=1)
-        if len(cores):
-            nearest.fit(x[sample][cores])
-
-        def assign(rows: Rows) -> Labels:
-            if len(cores) == 0:
-                return np.full(len(rows), NOISE, dtype=np.int64)
-            distance, core = nearest.kneighbors(rows)
-            return np.where(distance[:, 0] <= eps, labels[cores[core[:, 0]]], NOISE)
-
-        return _completed(x, sample, labels, assign, {"eps": float(eps)})
-
-
-@dataclass(frozen=True)
-class SpectralClusterer:
-    """Normalised cuts of the nearest-neighbour graph; other rows join the nearest centroid."""
-
-    num_clusters: int
-    seed: int
-    max_rows: int
-    num_neighbors: int = 10
-
-    def fit(self, x: Rows) -> Clustered:
-        sample = draw_sample(len(x), self.max_rows, self.seed)
-        if len(sample) <= self.num_clusters:  # the solver needs fewer eigenvectors than rows
-            raise ClusteringError(
-                f"spectral: {self.num_clusters} clusters need more than {self.num_clusters} rows, "
-                f"got {len(sample)}: leave spectral out or add images"
-            )
-        spectral = SpectralClustering(
-            n_clusters=self.num_clusters,
-            affinity="nearest_neighbors",
-            n_neighbors=min(self.num_neighbors, len(sample)),
-            random_state=self.seed,
+    sample = draw_sample(len(x), max_rows, seed)
+    distances = k_distances(x[sample], min_samples)
+    eps = eps_factor * distances[knee(distances)]
+    if eps <= 0:
+        raise ClusteringError(
+            f"DBSCAN: cannot choose eps, as the k-distances bend at 0: too many rows coincide "
+            f"with {min_samples} others; leave dbscan out or remove duplicates"
         )
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            labels = spectral.fit(x[sample]).labels_.astype(np.int64)
-        apart = any("not fully connected" in str(warning.message) for warning in caught)
-        notes = ("the nearest-neighbour graph is not connected",) if apart else ()
-        labels = _renumbered(labels)
-        centroids = _centroids(x[sample], labels)
-        assign = _NearestRow(centroids, np.arange(len(centroids)))
-        return _completed(x, sample, labels, assign, notes=notes)
+    fitted = DBSCAN(eps=eps, min_samples=min_samples).fit(x[sample])
+    labels = fitted.labels_.astype(np.int64)
+    cores = fitted.core_sample_indices_
+    nearest = NearestNeighbors(n_neighbors=1)
+    if len(cores):
+        nearest.fit(x[sample][cores])
+
+    def assign(rows: Rows) -> Labels:
+        if len(cores) == 0:
+            return np.full(len(rows), NOISE, dtype=np.int64)
+        distance, core = nearest.kneighbors(rows)
+        return np.where(distance[:, 0] <= eps, labels[cores[core[:, 0]]], NOISE)
+
+    return _completed(x, sample, labels, assign, {"eps": float(eps)})
 
 
-@dataclass(frozen=True)
-class HDBSCANClusterer:
+def spectral(x: Rows, num_clusters: int, *, seed: int, max_rows: int) -> Clustered:
+    """Normalised cuts of the nearest-neighbour graph; other rows join the nearest centroid."""
+    sample = draw_sample(len(x), max_rows, seed)
+    if len(sample) <= num_clusters:  # the solver needs fewer eigenvectors than rows
+        raise ClusteringError(
+            f"spectral: {num_clusters} clusters need more than {num_clusters} rows, "
+            f"got {len(sample)}: leave spectral out or add images"
+        )
+    solver = SpectralClustering(
+        n_clusters=num_clusters,
+        affinity="nearest_neighbors",
+        n_neighbors=min(_GRAPH_NEIGHBOURS, len(sample)),
+        random_state=seed,
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        labels = _renumbered(solver.fit(x[sample]).labels_)
+    apart = any("not fully connected" in str(warning.message) for warning in caught)
+    notes = ("the nearest-neighbour graph is not connected",) if apart else ()
+    centroids = _centroids(x[sample], labels)
+    assign = _NearestRow(centroids, np.arange(len(centroids)))
+    return _completed(x, sample, labels, assign, notes=notes)
+
+
+def hdbscan(x: Rows, min_samples: int, *, seed: int, max_rows: int) -> Clustered:
     """HDBSCAN: density at every scale; other rows join the nearest fitted row, even if noise."""
-
-    min_samples: int
-    seed: int
-    max_rows: int
-
-    def fit(self, x: Rows) -> Clustered:
-        sample = draw_sample(len(x), self.max_rows, self.seed)
-        if len(sample) < self.min_samples:
-            raise ClusteringError(
-                f"HDBSCAN: min_samples ({self.min_samples}) exceeds the number of rows "
-                f"({len(sample)}): lower study.min_samples or add images"
-            )
-        fitted = HDBSCAN(min_cluster_size=self.min_samples, copy=True).fit(x[sample])
-        labels = fitted.labels_.astype(np.int64)
-        return _completed(x, sample, labels, _NearestRow(x[sample], labels))
+    sample = draw_sample(len(x), max_rows, seed)
+    if len(sample) < min_samples:
+        raise ClusteringError(
+            f"HDBSCAN: min_samples ({min_samples}) exceeds the number of rows "
+            f"({len(sample)}): lower study.min_samples or add images"
+        )
+    fitted = HDBSCAN(min_cluster_size=min_samples, copy=True).fit(x[sample])
+    labels = fitted.labels_.astype(np.int64)
+    return _completed(x, sample, labels, _NearestRow(x[sample], labels))
 
 
 class _NearestRow:

@@ -1,7 +1,7 @@
 """Number of clusters: silhouette, Bayesian information criterion and gap statistic for a range."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +9,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from brainray.clustering.gaussian import CovarianceType
 from brainray.clustering.gmm import GaussianMixture
 from brainray.clustering.kmeans import KMeans
 from brainray.clustering.metrics import euclidean_silhouette
@@ -75,7 +74,7 @@ def score_num_clusters(
     x: NDArray[np.float64],  # (N, D)
     num_clusters: Sequence[int],
     *,
-    covariance_type: CovarianceType = "full",
+    mixture: Callable[[int], GaussianMixture] = GaussianMixture,
     num_references: int = 10,
     seed: int = 0,
 ) -> NumClustersScores:
@@ -87,7 +86,7 @@ def score_num_clusters(
     Args:
         x: the rows.
         num_clusters: increasing, each at least 2.
-        covariance_type: of the mixture used for the BIC.
+        mixture: makes the mixture of K components used for the BIC.
         num_references: number of uniform samples for the gap.
         seed: of starts, samples and references.
 
@@ -105,9 +104,8 @@ def score_num_clusters(
         clusters = kmeans.predict(rows)
         found = euclidean_silhouette(x, clusters.numpy(), seed)
         silhouettes.append(math.nan if found is None else found)
-        mixture = GaussianMixture(k, covariance_type, seed=seed)
         hard = torch.nn.functional.one_hot(clusters, k).to(rows.dtype)
-        bic.append(mixture.fit(rows, init_responsibilities=hard).bic(rows))
+        bic.append(mixture(k).fit(rows, init_responsibilities=hard).bic(rows))
         expected = [_log_inertia(_fit_kmeans(reference, k, seed)) for reference in references]
         gap.append(float(np.mean(expected)) - _log_inertia(kmeans))
         gap_error.append(float(np.std(expected)) * math.sqrt(1 + 1 / num_references))

@@ -20,6 +20,21 @@ from brainray.log import log
 _INITIAL_RESTARTS = 10
 
 
+def build_mixture(
+    config: ClusteringConfig, num_components: int, *, seed: int = 0, num_init: int = 1
+) -> GaussianMixture:
+    """A mixture with the settings of the configuration, not yet fitted."""
+    return GaussianMixture(
+        num_components,
+        covariance_type=config.covariance_type,
+        max_iter=config.gmm_max_iter,
+        tol=config.gmm_tol,
+        reg_covar=config.reg_covar,
+        seed=seed,
+        num_init=num_init,
+    )
+
+
 class ClusterModel(nn.Module):
     """A fitted mixture with the PCA before it and the mapping of clusters to classes.
 
@@ -33,13 +48,7 @@ class ClusterModel(nn.Module):
         super().__init__()
         num_components = min(config.pca_dim, embedding_dim)
         self.pca = PCA(num_components)
-        self.gmm = GaussianMixture(
-            config.num_clusters,
-            covariance_type=config.covariance_type,
-            max_iter=config.gmm_max_iter,
-            tol=config.gmm_tol,
-            reg_covar=config.reg_covar,
-        )
+        self.gmm = build_mixture(config, config.num_clusters)
         self.register_buffer("centers", torch.zeros(config.num_clusters, embedding_dim))
         self.register_buffer(
             "class_of_cluster", torch.zeros(config.num_clusters, dtype=torch.int64)

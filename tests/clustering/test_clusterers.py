@@ -1,5 +1,8 @@
 """The study's clusterers against scikit-learn, by hand, and on what they cannot cluster."""
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -7,29 +10,31 @@ from sklearn.cluster import AgglomerativeClustering
 from sklearn.metrics import adjusted_rand_score
 
 from brainray.clustering.clusterers import (
-    AgglomerativeClusterer,
-    Clusterer,
-    DBSCANClusterer,
-    HDBSCANClusterer,
-    KMeansClusterer,
-    MixtureClusterer,
-    SpectralClusterer,
+    Clustered,
+    agglomerative,
     cut_at_depth,
+    dbscan,
+    gaussian_mixture,
+    hdbscan,
     hierarchy_of,
     k_distances,
+    kmeans,
     knee,
+    spectral,
 )
+from brainray.clustering.gmm import GaussianMixture
 from brainray.errors import ClusteringError
 from brainray.schema import NOISE
 
 K = 3
-ALL: dict[str, Clusterer] = {
-    "kmeans": KMeansClusterer(K, seed=0),
-    "gmm": MixtureClusterer(K, seed=0, covariance_type="diag"),
-    "agglomerative": AgglomerativeClusterer(K, seed=0, max_rows=1000),
-    "dbscan": DBSCANClusterer(min_samples=5, seed=0, max_rows=1000, eps_factor=2.0),
-    "spectral": SpectralClusterer(K, seed=0, max_rows=1000),
-    "hdbscan": HDBSCANClusterer(min_samples=5, seed=0, max_rows=1000),
+MANY: dict[str, Any] = {"seed": 0, "max_rows": 1000}
+ALL: dict[str, Callable[[NDArray[np.float64]], Clustered]] = {
+    "kmeans": lambda x: kmeans(x, K, seed=0),
+    "gmm": lambda x: gaussian_mixture(x, GaussianMixture(K, "diag", num_init=3)),
+    "agglomerative": lambda x: agglomerative(x, K, **MANY),
+    "dbscan": lambda x: dbscan(x, 5, **MANY, eps_factor=2.0),
+    "spectral": lambda x: spectral(x, K, **MANY),
+    "hdbscan": lambda x: hdbscan(x, 5, **MANY),
 }
 EACH = pytest.mark.parametrize("name", ALL)
 
@@ -46,7 +51,7 @@ def blobs(num_rows: int, seed: int) -> tuple[NDArray[np.float64], NDArray[np.int
 def test_separate_groups_are_found_in_fitted_rows_and_in_others(name: str) -> None:
     x, truth = blobs(90, seed=1)
     others, others_truth = blobs(30, seed=2)
-    found = ALL[name].fit(x)
+    found = ALL[name](x)
     clustered = found.labels != NOISE
     assert clustered.mean() > 0.8
     assert adjusted_rand_score(truth[clustered], found.labels[clustered]) == 1
@@ -63,20 +68,20 @@ def test_separate_groups_are_found_in_fitted_rows_and_in_others(name: str) -> No
 def test_rows_that_are_all_the_same_are_refused_or_left_together(name: str) -> None:
     x = np.ones((40, 4))
     if name in {"hdbscan", "spectral"}:  # scikit-learn's answer, whatever its use
-        assert len(ALL[name].fit(x).labels) == 40
+        assert len(ALL[name](x).labels) == 40
     elif name == "agglomerative":  # equal directions are at distance 0
-        assert len(ALL[name].fit(x).labels) == 40
+        assert len(ALL[name](x).labels) == 40
         with pytest.raises(ClusteringError, match="rows are zero and have no cosine distance"):
-            ALL[name].fit(0 * x)
+            ALL[name](0 * x)
     else:
         with pytest.raises(ClusteringError):
-            ALL[name].fit(x)
+            ALL[name](x)
 
 
 def test_the_hierarchy_cut_at_k_is_scikit_learns() -> None:
     x = np.random.default_rng(0).standard_normal((60, 5))
     theirs = AgglomerativeClustering(n_clusters=4, metric="cosine", linkage="average").fit(x)
-    ours = AgglomerativeClusterer(4, seed=0, max_rows=100).fit(x)
+    ours = agglomerative(x, 4, seed=0, max_rows=100)
     assert adjusted_rand_score(theirs.labels_, ours.labels) == 1
 
 
@@ -113,56 +118,51 @@ def test_the_knee_is_where_a_flat_stretch_turns_steep() -> None:
 def test_dbscan_calls_noise_what_is_far_from_all_cores() -> None:
     x, _ = blobs(90, seed=1)
     far = np.full((1, 4), 50.0)
-    found = ALL["dbscan"].fit(np.concatenate([x, far]))
+    found = ALL["dbscan"](np.concatenate([x, far]))
     assert found.labels[-1] == NOISE
     assert found.details["eps"] > 0
     assert found.assign(-far).tolist() == [NOISE]
 
 
 @pytest.mark.parametrize(
-    "clusterer",
+    ("clusterer", "settings"),
     [
-        AgglomerativeClusterer(K, seed=0, max_rows=60),
-        SpectralClusterer(K, seed=0, max_rows=60),
-        DBSCANClusterer(min_samples=5, seed=0, max_rows=60, eps_factor=2.0),
-        HDBSCANClusterer(min_samples=5, seed=0, max_rows=60),
+        (agglomerative, {"num_clusters": K}),
+        (spectral, {"num_clusters": K}),
+        (dbscan, {"min_samples": 5, "eps_factor": 2.0}),
+        (hdbscan, {"min_samples": 5}),
     ],
-    ids=lambda clusterer: type(clusterer).__name__,
 )
-def test_above_the_limit_a_drawn_sample_is_clustered_and_says_so(clusterer: Clusterer) -> None:
+def test_above_the_limit_a_drawn_sample_is_clustered_and_says_so(
+    clusterer: Callable[..., Clustered], settings: dict[str, Any]
+) -> None:
     x, truth = blobs(300, seed=3)
-    found = clusterer.fit(x)
+    found = clusterer(x, **settings, seed=0, max_rows=60)
     clustered = found.labels != NOISE
     assert clustered.mean() > 0.8
     assert adjusted_rand_score(truth[clustered], found.labels[clustered]) == 1
     assert found.notes[0].startswith("fitted to a random sample of 60 of 300 rows")
-    again = clusterer.fit(x)
+    again = clusterer(x, **settings, seed=0, max_rows=60)
     np.testing.assert_array_equal(found.labels, again.labels)
 
 
-@pytest.mark.parametrize(
-    "clusterer",
-    [
-        SpectralClusterer(20, seed=0, max_rows=10),
-        DBSCANClusterer(min_samples=20, seed=0, max_rows=10),
-        HDBSCANClusterer(min_samples=20, seed=0, max_rows=10),
-    ],
-    ids=lambda clusterer: type(clusterer).__name__,
-)
-def test_a_sample_too_small_for_the_settings_is_refused(clusterer: Clusterer) -> None:
+@pytest.mark.parametrize("clusterer", [spectral, dbscan, hdbscan])
+def test_a_sample_too_small_for_the_settings_is_refused(
+    clusterer: Callable[..., Clustered],
+) -> None:
     x, _ = blobs(300, seed=3)
     with pytest.raises(ClusteringError):
-        clusterer.fit(x)
+        clusterer(x, 20, seed=0, max_rows=10)
 
 
 def test_spectral_needs_fewer_clusters_than_rows() -> None:
     x, _ = blobs(40, seed=0)
     with pytest.raises(ClusteringError, match="6 clusters need more than 6 rows"):
-        SpectralClusterer(6, seed=0, max_rows=1000).fit(x[:6])
+        spectral(x[:6], 6, **MANY)
 
 
 def test_more_clusters_than_rows_are_refused() -> None:
     x, _ = blobs(2, seed=0)
     for name in ("kmeans", "gmm"):
         with pytest.raises(ClusteringError, match=r"lower clustering\.num_clusters or add images"):
-            ALL[name].fit(x)
+            ALL[name](x)

@@ -1,6 +1,7 @@
 """Maps, contact sheets, curves and the recommended K of every feature set of a study."""
 
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import numpy as np
 import ray
@@ -14,6 +15,7 @@ from brainray.clustering.num_clusters import NumClustersScores, score_num_cluste
 from brainray.clustering.seeding import draw_sample
 from brainray.clustering.stability import Recommendation, Stability, measure_stability, recommend
 from brainray.config import Config
+from brainray.engine.recluster import build_mixture
 from brainray.errors import BrainrayError
 from brainray.log import log
 from brainray.mri.identity import content_key
@@ -217,10 +219,10 @@ def _choose_num_clusters(
 ) -> tuple[_Criteria | None, Recommendation]:
     """The criteria at every candidate K and the recommendation, or why there is none."""
     candidates = sorted(config.study.candidate_num_clusters)
-    covariance_type = config.clustering.covariance_type
+    mixture = partial(build_mixture, config.clustering)
     try:
         criteria = _Criteria(
-            score_num_clusters(x, candidates, covariance_type=covariance_type, seed=seed),
+            score_num_clusters(x, candidates, mixture=mixture, seed=seed),
             measure_stability(x, candidates, seed=seed),
         )
     except BrainrayError as error:

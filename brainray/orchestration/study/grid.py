@@ -14,18 +14,12 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from brainray import layout
-from brainray.clustering.clusterers import (
-    AgglomerativeClusterer,
-    Clusterer,
-    DBSCANClusterer,
-    HDBSCANClusterer,
-    KMeansClusterer,
-    MixtureClusterer,
-    SpectralClusterer,
-)
+from brainray.clustering import clusterers
+from brainray.clustering.clusterers import Clustered
 from brainray.clustering.partition import neighbour_agreement, score_partition
 from brainray.clustering.pca import PCA
 from brainray.config import ClustererName, ClusteringConfig, Config, StudyConfig
+from brainray.engine.recluster import build_mixture
 from brainray.errors import BrainrayError, ConfigError, DataError
 from brainray.log import log
 from brainray.models.features import PIXELS
@@ -39,6 +33,7 @@ FITTED = "fitted"
 
 _SILENT_S = 20.0
 _CELL_FORMAT = 6  # increase when the computation of a cell changes
+_MIXTURE_STARTS = 3
 _MAX_FEATURES = 4096  # PCA of this many takes 15 s and 0.7 GB
 
 
@@ -106,33 +101,36 @@ class Reduced:
     problem: str | None = None  # why there are no coordinates
 
 
-def build_clusterer(cell: Cell, study: StudyConfig, clustering: ClusteringConfig) -> Clusterer:
-    """The clusterer of a cell; adding one takes a class in clustering/ and a case here."""
-    limits = (cell.seed, study.max_quadratic_rows)
+def cluster_rows(
+    x: NDArray[np.float64], cell: Cell, study: StudyConfig, clustering: ClusteringConfig
+) -> Clustered:
+    """Rows (N, D) by the cell's clusterer; adding one takes a function in clustering/ and a case
+    here.
+    """
+    num_clusters = cell.num_clusters
+    sampled = {"seed": cell.seed, "max_rows": study.max_quadratic_rows}
     match cell.clusterer:
         case "kmeans":
-            return KMeansClusterer(cell.num_clusters, cell.seed, clustering.kmeans_max_iter)
+            max_iter = clustering.kmeans_max_iter
+            return clusterers.kmeans(x, num_clusters, seed=cell.seed, max_iter=max_iter)
         case "gmm":
-            return MixtureClusterer(
-                cell.num_clusters,
-                cell.seed,
-                clustering.covariance_type,
-                clustering.reg_covar,
-                clustering.gmm_max_iter,
-                clustering.gmm_tol,
+            mixture = build_mixture(
+                clustering, num_clusters, seed=cell.seed, num_init=_MIXTURE_STARTS
             )
+            return clusterers.gaussian_mixture(x, mixture)
         case "agglomerative":
-            return AgglomerativeClusterer(cell.num_clusters, *limits, linkage=cell.linkage)
+            return clusterers.agglomerative(x, num_clusters, **sampled, linkage=cell.linkage)
         case "agglomerative_depth":
-            return AgglomerativeClusterer(
-                cell.num_clusters, *limits, linkage=cell.linkage, depth=study.depth
+            return clusterers.agglomerative(
+                x, num_clusters, **sampled, linkage=cell.linkage, depth=study.depth
             )
         case "dbscan":
-            return DBSCANClusterer(study.min_samples, *limits, eps_factor=cell.eps_factor)
+            eps_factor = cell.eps_factor
+            return clusterers.dbscan(x, study.min_samples, **sampled, eps_factor=eps_factor)
         case "spectral":
-            return SpectralClusterer(cell.num_clusters, *limits)
+            return clusterers.spectral(x, num_clusters, **sampled)
         case "hdbscan":
-            return HDBSCANClusterer(study.min_samples, *limits)
+            return clusterers.hdbscan(x, study.min_samples, **sampled)
 
 
 def main_cells(config: Config, dataset: str) -> list[Cell]:
@@ -342,7 +340,7 @@ def _run_cell(
     try:
         with threadpool_limits(1):
             torch.set_num_threads(1)
-            found = build_clusterer(cell, config.study, config.clustering).fit(x[slices.fitted])
+            found = cluster_rows(x[slices.fitted], cell, config.study, config.clustering)
             clusters = np.empty(len(x), dtype=np.int64)
             clusters[slices.fitted] = found.labels
             if not slices.fitted.all():
