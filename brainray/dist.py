@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 
 from brainray.errors import BrainrayError, error_from_dict, error_to_dict
+from brainray.log import log
 
 _PATIENCE = timedelta(minutes=10)
 
@@ -32,6 +33,12 @@ def rank() -> int:
 
 def world_size() -> int:
     return torch_dist.get_world_size() if _is_distributed() else 1
+
+
+def log_once(message: str) -> None:
+    """Log on the first rank only."""
+    if rank() == 0:
+        log(message)
 
 
 def sum_across_ranks(tensor: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from brainray import dist
-from brainray.errors import ClusteringError
 
 
 def match_components(
@@ -16,15 +15,7 @@ def match_components(
 
     `current[:, order]` overlaps most with `previous`: the Hungarian assignment (Kuhn 1955)
     maximises sum_k sum_i previous_ik current_i,order(k) over the rows of all ranks.
-
-    Raises:
-        ClusteringError: the two differ in the number of rows or components.
     """
-    if previous.shape != current.shape or previous.ndim != 2:
-        raise ClusteringError(
-            f"cannot match responsibilities of shapes {tuple(previous.shape)} and "
-            f"{tuple(current.shape)}: they need the same rows and number of components"
-        )
     overlap = dist.sum_across_ranks(previous.double().T @ current.double())
     _, order = linear_sum_assignment(overlap.cpu().numpy(), maximize=True)
     return torch.from_numpy(order).to(device=current.device, dtype=torch.int64)
@@ -37,7 +28,7 @@ def cluster_to_class(
     centers: Tensor,  # (K, E), the same on every rank
     class_means: Tensor,  # (C, E), the same on every rank
 ) -> Tensor:  # (K,) int64
-    """Map each cluster to a class, using labelled rows only (collective).
+    """Map each of K clusters to one of C <= K classes, using labelled rows only (collective).
 
     K == C: the one-to-one assignment with the most responsibility for labelled rows in agreement.
     K > C: each cluster takes its majority class. In both cases a cluster that is not the most
@@ -50,16 +41,8 @@ def cluster_to_class(
         num_classes: C.
         centers: of the clusters, in the space of `class_means`.
         class_means: means of the labelled rows; not read for classes without labelled rows.
-
-    Raises:
-        ClusteringError: on all ranks: K < C, no labelled rows, or a label out of range.
     """
     num_clusters = centers.shape[0]
-    if num_clusters < num_classes:
-        raise ClusteringError(
-            f"{num_clusters} clusters cannot be mapped to {num_classes} classes: raise "
-            f"clustering.num_clusters to at least {num_classes}"
-        )
     votes, num_rows = _count_votes(responsibilities, labels, num_classes)
     if num_clusters == num_classes:
         _, classes = linear_sum_assignment(votes.cpu().numpy(), maximize=True)
@@ -78,14 +61,6 @@ def _count_votes(
 
     A row counts for its most responsible cluster.
     """
-    valid = (labels >= 0) & (labels < num_classes)
-    checks = torch.stack([valid.sum(), (~valid).sum()])
-    num_valid, num_invalid = dist.sum_across_ranks(checks).tolist()
-    if num_invalid or not num_valid:
-        raise ClusteringError(
-            f"cannot map clusters to classes: of {num_valid + num_invalid} rows {num_invalid} "
-            f"have a label outside 0..{num_classes - 1}: pass only labelled rows, at least one"
-        )
     by_class = torch.nn.functional.one_hot(labels, num_classes).double()
     largest = responsibilities.argmax(dim=1)
     by_cluster = torch.nn.functional.one_hot(largest, responsibilities.shape[1]).double()

@@ -67,31 +67,25 @@ def measure_health(
     )
 
 
-def check_collapse(
-    health: ClusteringHealth, max_share: float, min_spread: float, remedy: str
-) -> None:
-    """Stop a run whose clusters or embeddings have collapsed.
+def describe_collapse(health: ClusteringHealth, max_share: float, min_spread: float) -> str | None:
+    """How the clusters or embeddings have collapsed; None if they have not.
 
     Args:
         health: of the current epoch.
         max_share: largest allowed share of the rows in one cluster.
         min_spread: smallest allowed mean squared distance of normalised embeddings to their mean.
-        remedy: what to do, appended to the error.
-
-    Raises:
-        ClusteringError: a threshold is exceeded; states the measured value, the threshold and the
-            remedy.
     """
     # Negated, so that NaN also counts as collapse.
     if not health.largest_share <= max_share:
-        raise ClusteringError(
+        return (
             f"the clustering has collapsed: one cluster contains {health.largest_share:.1%} of all "
             f"rows, more than the allowed {max_share:.1%} (effective rank of the embeddings "
-            f"{health.effective_rank:.1f}): {remedy}"
+            f"{health.effective_rank:.1f})"
         )
     if not health.spread >= min_spread:
-        raise ClusteringError(
+        return (
             f"the embeddings have collapsed: their mean squared distance to their mean is "
             f"{health.spread:.2g}, less than the allowed {min_spread:.2g} (effective rank "
-            f"{health.effective_rank:.1f}): {remedy}"
+            f"{health.effective_rank:.1f})"
         )
+    return None

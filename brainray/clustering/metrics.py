@@ -84,16 +84,14 @@ def classification_metrics(
 
     A class without labelled rows has no metrics and is excluded from the averages; one with fewer
     rows than `min_support` has only its support, and there are no averages over classes: it would
-    count as much as the others. Without any rows the result is empty. The
-    precision of a class that is never predicted is 0.
+    count as much as the others. The precision of a class that is never predicted is 0.
 
     Raises:
-        DataError: a label is not an index into `class_names`.
+        DataError: an unlabelled row, of label -1.
     """
-    _check_labels(labels, predictions, len(class_names))
-    if len(labels) == 0:
-        return {}
     present = np.unique(labels)
+    if present[0] < 0:
+        raise DataError(f"{int((labels < 0).sum())} rows have no label: pass labelled rows only")
     precision, recall, f1, support = sk_metrics.precision_recall_fscore_support(
         labels, predictions, labels=present, zero_division=0
     )
@@ -132,9 +130,6 @@ def bootstrap_interval(
         groups: (N,) group of each row; a row without a group needs one of its own.
         seed: of the resamples.
         num_resamples: number of resamples.
-
-    Raises:
-        DataError: there are no rows.
     """
     resampled = _resample_groups(values, groups, seed, num_resamples)
     if resampled is None:
@@ -165,9 +160,6 @@ def accuracy_interval(
         groups: as in `bootstrap_interval`, like the other arguments.
         seed: of the resamples.
         num_resamples: number of resamples.
-
-    Raises:
-        DataError: there are no rows.
     """
     resampled = _resample_groups(is_right, groups, seed, num_resamples)
     if resampled is None:
@@ -190,8 +182,6 @@ def _resample_groups(
     """Means of resampled groups (num_resamples,) and the effective number of groups; None with
     fewer than `MIN_GROUPS` groups or without variation between them.
     """
-    if len(values) == 0:
-        raise DataError("no rows to resample: an interval needs at least one prediction")
     _, group_of_row = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
     sizes = np.bincount(group_of_row)
     if len(sizes) < MIN_GROUPS:
@@ -210,26 +200,12 @@ def _resample_groups(
 def reweighted_accuracy(
     labels: NDArray[np.integer],  # (N,) in [0, C)
     predictions: NDArray[np.integer],  # (N,)
-    class_mix: ArrayLike,  # (C,) shares or counts
-) -> float | None:
-    """Accuracy reweighted to the class proportions of `class_mix`.
-
-    None if a class with a positive share has no rows, or no class has a positive share.
-
-    Raises:
-        DataError: a share is negative or not finite, or a label is out of range.
-    """
-    mix = np.asarray(class_mix, dtype=np.float64)
-    if not np.all(np.isfinite(mix)) or np.any(mix < 0):
-        raise DataError(f"class shares must be finite and not negative, got {mix.tolist()}")
-    _check_labels(labels, predictions, len(mix))
-    support = np.bincount(labels, minlength=len(mix))
-    wanted = mix > 0
-    if not wanted.any() or np.any(support[wanted] == 0):
-        return None
-    num_correct = np.bincount(labels[labels == predictions], minlength=len(mix))
-    recall = num_correct[wanted] / support[wanted]
-    return float(np.average(recall, weights=mix[wanted]))
+    class_mix: NDArray[np.number],  # (C,) shares or counts
+) -> float:
+    """Accuracy reweighted to the class proportions of `class_mix`, whose classes all have rows."""
+    support = np.bincount(labels, minlength=len(class_mix))
+    weights = class_mix / np.maximum(support, 1)
+    return float(np.average(labels == predictions, weights=weights[labels]))
 
 
 def effective_rank(z: Tensor) -> float:
@@ -248,18 +224,3 @@ def effective_rank(z: Tensor) -> float:
         return 0.0
     shares = eigenvalues / total
     return float(torch.exp(-torch.special.xlogy(shares, shares).sum()))
-
-
-def _check_labels(
-    labels: NDArray[np.integer], predictions: NDArray[np.integer], num_classes: int
-) -> None:
-    if len(labels) != len(predictions):
-        raise DataError(
-            f"{len(labels)} labels for {len(predictions)} predictions: pass one label for each"
-        )
-    out_of_range = (labels < 0) | (labels >= num_classes)
-    if out_of_range.any():
-        raise DataError(
-            f"{int(out_of_range.sum())} labels are outside 0..{num_classes - 1}: pass "
-            "labelled rows only"
-        )

@@ -48,9 +48,6 @@ def paired_difference(
         groups: (N,) group of each row, such as its subject.
         num_resamples: of the bootstrap.
         seed: of the bootstrap.
-
-    Raises:
-        DataError: there are no rows.
     """
     gains = correct.astype(np.int64) - other_correct
     interval = bootstrap_interval(gains, groups, seed, num_resamples)

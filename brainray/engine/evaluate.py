@@ -127,9 +127,9 @@ def summarise(
     if "clean" in subsets and subsets["clean"].any():
         mix = np.bincount(predictions.labels[subsets["clean"]], minlength=len(classes))
         for name, predicted in by_predictor.items():
-            reweighted = reweighted_accuracy(predictions.labels, predicted, mix / mix.sum())
-            if reweighted is not None:
-                metrics[f"test/all_as_clean/{name}/accuracy"] = reweighted
+            metrics[f"test/all_as_clean/{name}/accuracy"] = reweighted_accuracy(
+                predictions.labels, predicted, mix
+            )
     return metrics
 
 

@@ -9,13 +9,12 @@ from torch import Tensor, nn
 
 from brainray import dist
 from brainray.clustering.align import cluster_to_class, match_components
-from brainray.clustering.collapse import ClusteringHealth, check_collapse, measure_health
+from brainray.clustering.collapse import ClusteringHealth, describe_collapse, measure_health
 from brainray.clustering.gmm import GaussianMixture
 from brainray.clustering.kmeans import KMeans
 from brainray.clustering.pca import PCA
 from brainray.config import ClusteringConfig
 from brainray.errors import ClusteringError
-from brainray.log import log
 
 _INITIAL_RESTARTS = 10
 
@@ -181,25 +180,30 @@ def recluster_with_check(
         ClusteringError: on every rank, if the clusters have collapsed and reseeding, if configured,
             did not help.
     """
-    collapse = ""
-    for reseed in (False, True) if config.on_collapse == "reseed" else (False,):
-        if reseed and dist.rank() == 0:
-            log(f"reseed: {collapse}")
-        usable = None  # a mixture with which the run could continue
+
+    def checked(reseed: bool) -> CheckedReclustering:
+        prefix = f"{where}, also after reseeding" if reseed else where
         try:
             found = attempt(reseed)
             health = measure_health(z, found.responsibilities, previous_responsibilities)
-            usable = found, health
-            check_collapse(health, config.max_cluster_share, config.min_spread, remedy)
         except ClusteringError as problem:
-            collapse = f"{where}{', also after reseeding' if reseed else ''}: {problem}"
-        else:
+            raise ClusteringError(f"{prefix}: {problem}") from problem
+        collapse = describe_collapse(health, config.max_cluster_share, config.min_spread)
+        if collapse is None:
             return CheckedReclustering(found, health, has_collapsed=False)
-        if config.on_collapse == "warn" and usable is not None:
-            if dist.rank() == 0:
-                log(f"warn: {collapse}")
-            return CheckedReclustering(*usable, has_collapsed=True)
-    raise ClusteringError(collapse)
+        message = f"{prefix}: {collapse}: {remedy}"
+        if config.on_collapse != "warn":
+            raise ClusteringError(message)
+        dist.log_once(f"warn: {message}")
+        return CheckedReclustering(found, health, has_collapsed=True)
+
+    try:
+        return checked(reseed=False)
+    except ClusteringError as problem:
+        if config.on_collapse != "reseed":
+            raise
+        dist.log_once(f"reseed: {problem}")
+    return checked(reseed=True)
 
 
 class _Start(NamedTuple):

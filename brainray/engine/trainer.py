@@ -65,7 +65,6 @@ from brainray.engine.state import (
     save_resumable,
 )
 from brainray.errors import DivergenceError
-from brainray.log import log
 from brainray.models.encoder import Encoder, EncoderOutput
 from brainray.models.objective import StepSizes
 from brainray.schema import FITTED, Metrics, has_class_support, subset_masks
@@ -160,8 +159,8 @@ class Trainer:
         )
         self.num_steps, self.sizes = plan.num_steps, plan.sizes
         leaves_out = self.objective.uses_unlabelled and not self.sizes.unlabelled
-        if leaves_out and num_unlabelled and dist.rank() == 0:
-            log(
+        if leaves_out and num_unlabelled:
+            dist.log_once(
                 f"note: {num_unlabelled} unlabelled slices are fewer than a batch of "
                 f"{batch.unlabelled}: they are clustered but not used for training"
             )
@@ -214,15 +213,13 @@ class Trainer:
 
     def start(self) -> None:
         """Fit the first mixture with the initial encoder, unless the run resumes with one."""
-        if dist.rank() == 0:
-            ranks = f"{dist.world_size()} rank" + ("s" if dist.world_size() > 1 else "")
-            log(
-                f"training on {ranks} ({self.device.type}, {self.precision}), "
-                f"{self.num_steps} steps per epoch"
-            )
+        ranks = f"{dist.world_size()} rank" + ("s" if dist.world_size() > 1 else "")
+        dist.log_once(
+            f"training on {ranks} ({self.device.type}, {self.precision}), "
+            f"{self.num_steps} steps per epoch"
+        )
         if self._last is None:
-            if dist.rank() == 0:
-                log("clustering the slices with the initial encoder")
+            dist.log_once("clustering the slices with the initial encoder")
             fitted = self._embed_fitted()
             self._continue_with(self._recluster(fitted), fitted)
 
@@ -252,8 +249,8 @@ class Trainer:
         self.history = [logged.get(row["epoch"], row) for row in state.history]
         if has_lost_models:
             self.history = [row | {MODEL_LOST: 1.0} for row in self.history]
+        dist.log_once(f"resuming run after epoch {self.epoch}")
         if dist.rank() == 0:
-            log(f"resuming run after epoch {self.epoch}")
             keep_as_best(self.run, self.epoch)  # an interrupted job may not have done so
             self.run.write_json_lines(layout.METRICS, self.history)
 

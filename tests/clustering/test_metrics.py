@@ -87,7 +87,6 @@ def test_classification_metrics_by_hand_leave_out_a_class_without_rows() -> None
             "support/notumor": 2,
         }
     )
-    assert classification_metrics(labels[:0], predictions[:0], ["glioma"]) == {}
 
 
 def test_averages_agree_with_scikit_learn_when_all_classes_occur() -> None:
@@ -101,10 +100,8 @@ def test_averages_agree_with_scikit_learn_when_all_classes_occur() -> None:
 
 
 def test_unlabelled_rows_are_not_scored_in_silence() -> None:
-    with pytest.raises(DataError, match=r"1 labels are outside 0\.\.1"):
+    with pytest.raises(DataError, match="1 rows have no label"):
         classification_metrics(np.array([0, -1]), np.array([0, 0]), ["a", "b"])
-    with pytest.raises(DataError, match="2 labels for 1 predictions"):
-        classification_metrics(np.array([0, 1]), np.array([0]), ["a", "b"])
 
 
 def test_bootstrap_interval_agrees_with_resampled_rows_and_with_the_normal_approximation() -> None:
@@ -196,25 +193,19 @@ def test_bootstrap_interval_is_none_where_it_would_mislead() -> None:
     assert bootstrap_interval(mixed, [*ten[:9], "0"], seed=0) is None  # nine groups
     assert bootstrap_interval(np.ones(10, dtype=bool), ten, seed=0) is None
     assert bootstrap_interval(np.tile([True, False], 10), np.repeat(ten, 2), seed=0) is None
-    with pytest.raises(DataError, match="no rows"):
-        bootstrap_interval(np.ones(0, dtype=bool), [], seed=0)
 
 
 def test_reweighted_accuracy_by_hand() -> None:
     labels, predictions = np.array([0, 0, 0, 0, 1, 1]), np.array([0, 0, 0, 1, 1, 0])
     # Recalls 3/4 and 1/2.
-    assert reweighted_accuracy(labels, predictions, [1, 3]) == pytest.approx((0.75 + 1.5) / 4)
-    assert reweighted_accuracy(labels, predictions, [0.5, 0.5, 0]) == pytest.approx(0.625)
-    own_mix = np.bincount(labels)
-    assert reweighted_accuracy(labels, predictions, own_mix) == pytest.approx(4 / 6)
-
-
-def test_reweighted_accuracy_is_none_where_a_wanted_class_is_missing() -> None:
-    labels, predictions = np.array([0, 0]), np.array([0, 1])
-    assert reweighted_accuracy(labels, predictions, [0.9, 0.1]) is None
-    assert reweighted_accuracy(labels, predictions, [0, 0]) is None
-    with pytest.raises(DataError, match="not negative"):
-        reweighted_accuracy(labels, predictions, [2, -1])
+    for mix, expected in (
+        ([1, 3], (0.75 + 1.5) / 4),
+        ([0.5, 0.5, 0], 0.625),  # a third class without rows
+        ([4, 2], 4 / 6),  # their own
+        ([3, 0], 0.75),
+    ):
+        found = reweighted_accuracy(labels, predictions, np.array(mix))
+        assert found == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,6 @@ def messages_of_errors() -> dict[str, str]:
     if dist.rank() == 1:
         bad[4, 2] = torch.nan
     same = torch.ones_like(x)
-    own_label = torch.full((x.shape[0],), -dist.rank())  # outside the classes on rank 1 only
     faults: dict[str, Callable[[], object]] = {
         "nan kmeans": lambda: KMeans(K).fit(bad),
         "nan gmm": lambda: GaussianMixture(K).fit(bad),
@@ -109,7 +108,6 @@ def messages_of_errors() -> dict[str, str]:
         "identical": lambda: KMeans(K).fit(same),
         "too few": lambda: KMeans(NUM_ROWS + 1).fit(x),
         "repeated keys": lambda: KMeans(K).fit(x, row_keys=torch.arange(x.shape[0])),
-        "labels": lambda: cluster_to_class(torch.ones(len(x), 2), own_label, 2, x[:2], x[:2]),
     }
     messages = {}
     for name, fault in faults.items():
@@ -158,4 +156,3 @@ def test_every_rank_raises_the_same_error_when_one_has_bad_rows(
     assert "only 1" in first["identical"]
     assert f"have {NUM_ROWS}" in first["too few"]
     assert f"37 of {NUM_ROWS} row_keys repeat" in first["repeated keys"]
-    assert f"{NUM_ROWS - 37} have a label outside" in first["labels"]

@@ -49,11 +49,6 @@ def test_two_that_never_differ() -> None:
     assert found.fewer_errors == 0
 
 
-def test_nothing_to_compare() -> None:
-    with pytest.raises(DataError, match="no rows"):
-        paired_difference(np.ones(0, bool), np.ones(0, bool), [], num_resamples=10, seed=0)
-
-
 def _predictions(head: str, clusters: str, labels: str = "aabb?") -> pa.Table:
     names = [f"slice-{number}" for number in range(len(labels))]
     return pa.table(

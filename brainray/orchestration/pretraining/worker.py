@@ -39,7 +39,6 @@ from brainray.engine.self_supervised import (
 from brainray.engine.shard import CachedImages, Images, sample_keys
 from brainray.engine.state import state_from_bytes, state_to_bytes
 from brainray.errors import BrainrayError, CheckpointError, DivergenceError
-from brainray.log import log
 from brainray.models.features import build_feature_encoder, num_features
 from brainray.models.pretext import PretextModel
 from brainray.orchestration.paths import check_is_here
@@ -367,8 +366,7 @@ def _saved_state(folder: Folder) -> dict[str, Any] | None:
     try:
         return state_from_bytes(folder.read_bytes(layout.STATE), f"{folder}/{layout.STATE}")
     except CheckpointError as damage:
-        if dist.rank() == 0:
-            log(f"{damage}; restarting the warm-up from scratch")
+        dist.log_once(f"{damage}; restarting the warm-up from scratch")
         return None
 
 

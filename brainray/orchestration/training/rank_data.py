@@ -5,7 +5,7 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from brainray import layout
+from brainray import dist, layout
 from brainray.config import Config, TrainConfig
 from brainray.engine.shard import (
     CachedImages,
@@ -15,7 +15,6 @@ from brainray.engine.shard import (
     StreamedImages,
     sample_keys,
 )
-from brainray.log import log
 from brainray.mri.split import inherited_labels, subject_weights
 from brainray.orchestration.store import ImageStore, scan_images
 from brainray.schema import (
@@ -42,7 +41,7 @@ def load_rank_data(
 ) -> RankData:
     """Load every num_ranks-th slice of each role; labels are from the run's draw, not the store."""
     class_index = {name: index for index, name in enumerate(store.manifest.classes)}
-    seen = _seen_with_inherited_labels(config, run, store, tell=rank == 0)
+    seen = _seen_with_inherited_labels(config, run, store)
     test = run.read_table(layout.TEST_SLICES, ["sample_id", "label"])
 
     def share(rows: pa.Table) -> pa.Table:
@@ -60,7 +59,7 @@ def load_rank_data(
         TEST: share(test),
         UNLABELLED_ROLE: rows_of_role(UNLABELLED_ROLE),
     }
-    images = _load_images(config.train, store, shares, device, tell=rank == 0)
+    images = _load_images(config.train, store, shares, device)
 
     def classes_of(names: pa.ChunkedArray) -> Tensor:
         indices = [class_index.get(name, UNLABELLED) for name in names.to_pylist()]
@@ -89,9 +88,7 @@ def load_rank_data(
     )
 
 
-def _seen_with_inherited_labels(
-    config: Config, run: Folder, store: ImageStore, *, tell: bool
-) -> pa.Table:
+def _seen_with_inherited_labels(config: Config, run: Folder, store: ImageStore) -> pa.Table:
     """The slices that the run sees, with the label that each unlabelled one inherits, if any."""
     seen = run.read_table(layout.SEEN, _READ_OF_SEEN)
     inherited: list[str | None] = [None] * seen.num_rows
@@ -105,9 +102,9 @@ def _seen_with_inherited_labels(
         related = train["kin_group_id"].take(pc.index_in(seen["sample_id"], train["sample_id"]))
         columns = (seen["role"], seen["label"], related)
         inherited = inherited_labels(subjects, *(column.to_pylist() for column in columns))
-        if tell and config.objective.name != "supervised":  # a control does not use them
+        if config.objective.name != "supervised":  # a control does not use them
             count = sum(label is not None for label in inherited)
-            log(f"{count} unlabelled slices inherit the label of their estimated subject")
+            dist.log_once(f"{count} unlabelled slices inherit the label of their estimated subject")
     return seen.append_column("inherited", pa.array(inherited, pa.string()))
 
 
@@ -116,8 +113,6 @@ def _load_images(
     store: ImageStore,
     shares: dict[str, pa.Table],
     device: torch.device,
-    *,
-    tell: bool,
 ) -> dict[str, Images]:
     """Load the slices of each role in one pass over the store, in memory while there is room."""
     side = config.image_size
@@ -131,8 +126,7 @@ def _load_images(
             empty = torch.empty((rows.num_rows, 1, side, side), dtype=torch.uint8, device=device)
             images[role] = CachedImages(empty)
         else:
-            if tell:
-                log(f"streaming {rows.num_rows} slices from disk: train.cache_gib is full")
+            dist.log_once(f"streaming {rows.num_rows} slices from disk: train.cache_gib is full")
             images[role] = StreamedImages(rows.num_rows, side, device)
         split = TEST if role == TEST else TRAIN
         for row, identity in enumerate(rows["sample_id"].to_pylist()):

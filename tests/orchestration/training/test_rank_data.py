@@ -50,9 +50,7 @@ def test_labels_are_inherited_within_estimated_subjects_but_not_by_copies_of_val
     config = tiny_config(
         tmp_path, "objective.name=consistency", f"objective.inherit_labels={inherit}"
     )
-    seen = _seen_with_inherited_labels(
-        config, run, ImageStore(images, Manifest.model_construct()), tell=False
-    )
+    seen = _seen_with_inherited_labels(config, run, ImageStore(images, Manifest.model_construct()))
     inherits = inherit == "subject" and source == ESTIMATED
     expected = [None, "glioma" if inherits else None, None, None]
     assert seen["inherited"].to_pylist() == expected
