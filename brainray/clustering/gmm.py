@@ -69,7 +69,6 @@ class GaussianMixture(FittedModule):
         max_iter: int = 100,
         seed: int = 0,
         num_init: int = 1,
-        block_rows: int | None = None,
     ) -> None:
         """
         Args:
@@ -80,18 +79,16 @@ class GaussianMixture(FittedModule):
             max_iter: limit of EM iterations.
             seed: of the K-means that gives the initial responsibilities.
             num_init: number of K-means starts; the mixture with the highest likelihood is kept.
-            block_rows: rows processed at a time, which limits memory to block_rows x (D + K), or
-                block_rows x K x D for "full"; by default as many as fit the CPU cache.
         """
         super().__init__()
         if covariance_type not in get_args(CovarianceType):
             raise ClusteringError(
                 f"covariance_type {covariance_type!r} is not one of {get_args(CovarianceType)}"
             )
-        if min(num_components, max_iter, num_init, block_rows or 1) < 1 or reg_covar < 0:
+        if min(num_components, max_iter, num_init) < 1 or reg_covar < 0:
             raise ClusteringError(
-                f"num_components={num_components}, max_iter={max_iter}, num_init={num_init} and "
-                f"block_rows={block_rows} must be at least 1, and reg_covar={reg_covar} at least 0"
+                f"num_components={num_components}, max_iter={max_iter} and num_init={num_init} "
+                f"must be at least 1, and reg_covar={reg_covar} at least 0"
             )
         self.num_components = num_components
         self.covariance_type: CovarianceType = covariance_type
@@ -100,7 +97,6 @@ class GaussianMixture(FittedModule):
         self.max_iter = max_iter
         self.seed = seed
         self.num_init = num_init
-        self.block_rows = block_rows
         self._register_fitted("weights_", "means_", "covariances_", "precisions_cholesky_")
         self.converged_ = False
         self.n_iter_ = 0
@@ -380,9 +376,7 @@ class GaussianMixture(FittedModule):
         width = 2 * x.shape[1] + self.num_components
         if self.covariance_type == "full":
             width = x.shape[1] * (self.num_components + 1)
-        return shards.blocks(
-            x.shape[0], self.block_rows or shards.rows_of_block(2 * width, x.device)
-        )
+        return shards.cached_blocks(x, 2 * width)
 
     def _center(self) -> Tensor:
         """The mean of the mixture; after an M-step, the mean of the fitted rows."""

@@ -44,7 +44,6 @@ class KMeans(FittedModule):
         tol: float = 1e-4,
         seed: int = 0,
         num_init: int = 1,
-        block_rows: int | None = None,
     ) -> None:
         """
         Args:
@@ -56,22 +55,18 @@ class KMeans(FittedModule):
             num_init: number of k-means++ starts; the one with the lowest inertia is kept. (For
                 float32 rows the inertia is only as accurate as their rounding: for tight clusters
                 far apart, no digit may be correct.)
-            block_rows: rows per matrix product, which limits memory to block_rows x (D + K); by
-                default as many as fit the CPU cache. (The compiled CPU pass of Lloyd's algorithm
-                uses its own small blocks.)
         """
         super().__init__()
-        if min(num_clusters, max_iter, num_init, block_rows or 1) < 1:
+        if min(num_clusters, max_iter, num_init) < 1:
             raise ClusteringError(
-                f"num_clusters={num_clusters}, max_iter={max_iter}, num_init={num_init} and "
-                f"block_rows={block_rows} must all be at least 1"
+                f"num_clusters={num_clusters}, max_iter={max_iter} and num_init={num_init} must "
+                "all be at least 1"
             )
         self.num_clusters = num_clusters
         self.max_iter = max_iter
         self.tol = tol
         self.seed = seed
         self.num_init = num_init
-        self.block_rows = block_rows
         self._register_fitted("cluster_centers_")
         self.inertia_ = float("nan")
         self.n_iter_ = 0
@@ -117,7 +112,7 @@ class KMeans(FittedModule):
     def predict(self, x: Tensor) -> Tensor:
         """Index of the nearest centre, (n,) int64, for rows (n, D). Not collective."""
         self._check_is_fitted()
-        return shards.nearest_centers(x, self.cluster_centers_, self._rows_of_block(x))
+        return shards.nearest_centers(x, self.cluster_centers_)
 
     def _best_start(self, data: CentredRows) -> "_Solution":
         best: _Solution | None = None
@@ -128,7 +123,6 @@ class KMeans(FittedModule):
                 data.row_keys,
                 seed=self.seed,
                 first_step=start * self.num_clusters,
-                block_rows=self._rows_of_block(data.x),
             )
             solution = self._lloyd(data, centers)
             # The margin prevents rounding from deciding between two starts with the same result.
@@ -143,7 +137,7 @@ class KMeans(FittedModule):
         max_shift = self.tol * data.spread / (data.num_rows * data.x.shape[1])
         num_reseeded = num_iter = 0
         at_rest = False
-        with assignment(data.x, data.squares, self.num_clusters, self.block_rows) as assigned:
+        with assignment(data.x, data.squares, self.num_clusters) as assigned:
             while num_iter < self.max_iter and not at_rest:
                 num_iter += 1
                 assigned.move_rows(centers.to(data.x.dtype))
@@ -177,13 +171,10 @@ class KMeans(FittedModule):
     def _distances(self, x: Tensor, centers: Tensor, labels: Tensor) -> Tensor:
         """Squared distance of each row to its own centre, (n_rank,) float64."""
         distances = torch.empty(x.shape[0], dtype=torch.float64, device=x.device)
-        for block in shards.blocks(x.shape[0], self._rows_of_block(x)):
+        for block in shards.cached_blocks(x, x.shape[1] + self.num_clusters):
             difference = x[block].double() - centers[labels[block]]
             distances[block] = difference.square().sum(dim=1)
         return distances
-
-    def _rows_of_block(self, x: Tensor) -> int:
-        return self.block_rows or shards.rows_of_block(x.shape[1] + self.num_clusters, x.device)
 
     def _checked(self, init_centers: Tensor, x: Tensor) -> Tensor:
         expected = (self.num_clusters, x.shape[1])

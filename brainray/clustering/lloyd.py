@@ -51,19 +51,16 @@ class Assignment(ABC):
 
 
 @contextmanager
-def assignment(
-    x: Tensor, row_squares: Tensor, num_clusters: int, block_rows: int | None
-) -> Iterator[Assignment]:
+def assignment(x: Tensor, row_squares: Tensor, num_clusters: int) -> Iterator[Assignment]:
     """The assignment for the rows' device: compiled on CPUs, PyTorch on other devices.
 
     Args:
         x: (n_rank, D) rows.
         row_squares: (n_rank,) their squared norms.
         num_clusters: K.
-        block_rows: maximum number of rows processed at a time on other devices.
     """
     if x.device.type != "cpu":
-        yield TorchAssignment(x, num_clusters, block_rows)
+        yield TorchAssignment(x, num_clusters)
         return
     # BLAS would otherwise start its own threads inside each of ours.
     with _libraries().limit(limits=1, user_api="blas"), threads() as ours:
@@ -83,9 +80,8 @@ class TorchAssignment(Assignment):
     computed many times faster than its index.
     """
 
-    def __init__(self, x: Tensor, num_clusters: int, block_rows: int | None = None) -> None:
+    def __init__(self, x: Tensor, num_clusters: int) -> None:
         super().__init__(x)
-        self.block_rows = block_rows or shards.rows_of_block(num_clusters, x.device)
         self.is_new = True
         wide = torch.float64
         self.sums = torch.zeros(num_clusters, x.shape[1], dtype=wide, device=x.device)
@@ -95,7 +91,7 @@ class TorchAssignment(Assignment):
     def move_rows(self, centers: Tensor) -> None:
         squares = centers.square().sum(dim=1)
         self.num_moved.zero_()
-        for block in shards.blocks(len(self.x), self.block_rows):
+        for block in shards.cached_blocks(self.x, len(centers)):
             scores = torch.addmm(squares, self.x[block], centers.T, alpha=-2)
             self._move(self.x[block], self.labels[block], scores)
         self.is_new = False

@@ -32,21 +32,17 @@ class MiniBatchKMeans(FittedModule):
     num_reseeded_: int
     _fitted_numbers = ("n_steps_", "num_reseeded_")
 
-    def __init__(self, num_clusters: int, seed: int = 0, block_rows: int = 16_384) -> None:
+    def __init__(self, num_clusters: int, seed: int = 0) -> None:
         """
         Args:
             num_clusters: K.
             seed: with the row keys, determines the k-means++ draws from the first batch.
-            block_rows: rows per matrix product.
         """
         super().__init__()
-        if min(num_clusters, block_rows) < 1:
-            raise ClusteringError(
-                f"num_clusters={num_clusters} and block_rows={block_rows} must be at least 1"
-            )
+        if num_clusters < 1:
+            raise ClusteringError(f"num_clusters={num_clusters} must be at least 1")
         self.num_clusters = num_clusters
         self.seed = seed
-        self.block_rows = block_rows
         self._register_fitted("cluster_centers_", "counts_")
         self.n_steps_ = 0
         self.num_reseeded_ = 0
@@ -101,7 +97,7 @@ class MiniBatchKMeans(FittedModule):
     def predict(self, x: Tensor) -> Tensor:
         """Index of the nearest centre, (n,) int64, for rows (n, D). Not collective."""
         self._check_is_fitted()
-        return shards.nearest_centers(x, self.cluster_centers_, self.block_rows)
+        return shards.nearest_centers(x, self.cluster_centers_)
 
     def _begin(
         self, x: Tensor, num_rows: int, row_keys: Tensor, init_centers: Tensor | None
@@ -116,6 +112,6 @@ class MiniBatchKMeans(FittedModule):
         else:
             origin = shards.mean_of_rows(x, num_rows).to(x.dtype)
             self.cluster_centers_ = origin + kmeans_plus_plus(
-                x - origin, self.num_clusters, row_keys, seed=self.seed, block_rows=self.block_rows
+                x - origin, self.num_clusters, row_keys, seed=self.seed
             )
         self.counts_ = torch.zeros(self.num_clusters, dtype=torch.float64, device=x.device)

@@ -64,7 +64,6 @@ def kmeans_plus_plus(
     *,
     seed: int,
     first_step: int = 0,
-    block_rows: int,
 ) -> Tensor:  # (K, D) float64
     """Greedy k-means++ (Arthur & Vassilvitskii 2007; greedy as in scikit-learn), collective.
 
@@ -80,7 +79,7 @@ def kmeans_plus_plus(
     first_weights = torch.ones(x.shape[0], dtype=torch.float64, device=x.device)
     center = draw_rows(x, first_weights, row_keys, seed=seed, step=first_step)[0].double()
     centers = [center]
-    nearest = _squared_distances_to(x, center, block_rows)
+    nearest = _squared_distances_to(x, center)
     for step in range(1, num_clusters):
         potential = dist.sum_across_ranks(nearest.sum())
         if potential <= shards.IDENTICAL_ROWS_RATIO * total:
@@ -88,11 +87,11 @@ def kmeans_plus_plus(
         candidates = draw_rows(
             x, nearest, row_keys, seed=seed, step=first_step + step, count=num_candidates
         ).double()
-        potentials = _potentials(x, candidates, nearest, block_rows)
+        potentials = _potentials(x, candidates, nearest)
         # In float32, potentials that differ only by rounding are ties, won by the first.
         center = candidates[int(potentials.float().argmin())]
         centers.append(center)
-        nearest = torch.minimum(nearest, _squared_distances_to(x, center, block_rows))
+        nearest = torch.minimum(nearest, _squared_distances_to(x, center))
     return torch.stack(centers)
 
 
@@ -104,18 +103,18 @@ def too_few_distinct_rows(num_distinct: int, num_clusters: int) -> ClusteringErr
     )
 
 
-def _squared_distances_to(x: Tensor, center: Tensor, block_rows: int) -> Tensor:
+def _squared_distances_to(x: Tensor, center: Tensor) -> Tensor:
     """(n_rank,) float64; from differences, so that a copy of the centre has distance exactly 0."""
     distances = torch.empty(x.shape[0], dtype=torch.float64, device=x.device)
-    for block in shards.blocks(x.shape[0], block_rows):
+    for block in shards.cached_blocks(x, x.shape[1]):
         distances[block] = (x[block].double() - center).square().sum(dim=1)
     return distances
 
 
-def _potentials(x: Tensor, candidates: Tensor, nearest: Tensor, block_rows: int) -> Tensor:
+def _potentials(x: Tensor, candidates: Tensor, nearest: Tensor) -> Tensor:
     """Remaining sum of squared distances (L,) for each candidate (collective)."""
     potentials = torch.zeros(candidates.shape[0], dtype=torch.float64, device=x.device)
-    for block in shards.blocks(x.shape[0], block_rows):
+    for block in shards.cached_blocks(x, x.shape[1] + len(candidates)):
         rows = x[block].double()
         distances = torch.addmm(candidates.square().sum(dim=1), rows, candidates.T, alpha=-2)
         distances = (distances + rows.square().sum(dim=1, keepdim=True)).clamp(min=0)

@@ -20,8 +20,8 @@ ROWS_AT_A_TIME = 16_384
 # distances to their mean, are rounding errors.
 IDENTICAL_ROWS_RATIO = 1e-24
 
-_CACHED_ELEMENTS = 2**20  # numbers that fit the CPU cache
-_ELEMENTS_ON_GPU = 2**26  # launching many small blocks would dominate
+_CACHED_NUMBERS = 2**20  # numbers that fit the CPU cache
+_NUMBERS_ON_GPU = 2**26  # launching many small blocks would dominate
 _MIN_BLOCK_ROWS = 256
 
 _SUMMED_ROWS = 4096  # converted to float64 at a time: they fit the CPU cache
@@ -40,10 +40,15 @@ def blocks(num_rows: int, block_rows: int) -> Iterator[slice]:
         yield slice(start, min(start + block_rows, num_rows))
 
 
-def rows_of_block(elements_per_row: int, device: torch.device) -> int:
-    """Number of rows per block, given how many numbers are kept per row."""
-    elements = _CACHED_ELEMENTS if device.type == "cpu" else _ELEMENTS_ON_GPU
-    return max(elements // elements_per_row, _MIN_BLOCK_ROWS)
+def cached_blocks(x: Tensor, numbers_per_row: int) -> Iterator[slice]:
+    """Consecutive slices that cover the rows x (n, D) and whose numbers fit the CPU cache."""
+    return blocks(len(x), rows_of_block(numbers_per_row, x.device))
+
+
+def rows_of_block(numbers_per_row: int, device: torch.device) -> int:
+    """Number of rows per block; a GPU's memory takes larger ones than a CPU's cache."""
+    numbers = _CACHED_NUMBERS if device.type == "cpu" else _NUMBERS_ON_GPU
+    return max(numbers // numbers_per_row, _MIN_BLOCK_ROWS)
 
 
 def check_form(x: Tensor) -> None:
@@ -133,7 +138,7 @@ def scatter_of_rows(x: Tensor, mean: Tensor) -> Tensor:
     return dist.sum_across_ranks(scatter)
 
 
-def nearest_centers(x: Tensor, centers: Tensor, block_rows: int) -> Tensor:
+def nearest_centers(x: Tensor, centers: Tensor) -> Tensor:
     """Index of the nearest of the centres (K, D) float64, (n,) int64, for rows (n, D), in blocks.
 
     Rows and centres are shifted to the centres' mean, because squared distances lose precision far
@@ -143,7 +148,7 @@ def nearest_centers(x: Tensor, centers: Tensor, block_rows: int) -> Tensor:
     shifted = (centers - origin).to(x.dtype)
     squares = shifted.square().sum(dim=1)
     nearest = torch.empty(x.shape[0], dtype=torch.int64, device=x.device)
-    for block in blocks(x.shape[0], block_rows):
+    for block in cached_blocks(x, x.shape[1] + len(centers)):
         scores = torch.addmm(squares, x[block] - origin, shifted.T, alpha=-2)
         nearest[block] = scores.argmin(dim=1)
     return nearest

@@ -8,6 +8,7 @@ import torch
 from sklearn.mixture import GaussianMixture as SklearnGaussianMixture
 from torch import Tensor
 
+from brainray.clustering import shards
 from brainray.clustering.gaussian import (
     CovarianceType,
     cholesky_of_precisions,
@@ -168,10 +169,13 @@ def test_fit_does_not_lose_digits_far_from_the_origin(covariance_type: Covarianc
 
 
 @pytest.mark.parametrize("covariance_type", TYPES)
-def test_blocks_change_nothing(covariance_type: CovarianceType) -> None:
+def test_blocks_change_nothing(
+    covariance_type: CovarianceType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     x = mixture_rows()
     whole = GaussianMixture(K, covariance_type, max_iter=5).fit(x)
-    blocks = GaussianMixture(K, covariance_type, max_iter=5, block_rows=33).fit(x)
+    monkeypatch.setattr(shards, "rows_of_block", lambda *_: 33)
+    blocks = GaussianMixture(K, covariance_type, max_iter=5).fit(x)
     torch.testing.assert_close(whole.means_, blocks.means_, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(whole.predict_proba(x), blocks.predict_proba(x), rtol=0, atol=1e-9)
 
@@ -347,11 +351,14 @@ def test_neighbouring_seeds_have_no_start_in_common(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("covariance_type", TYPES)
-def test_float32_rows_lose_little(covariance_type: CovarianceType) -> None:
+def test_float32_rows_lose_little(
+    covariance_type: CovarianceType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     x = mixture_rows()
     parameters = start(x, covariance_type)
     exact = GaussianMixture(K, covariance_type, tol=0.0, max_iter=20).fit(x, **parameters)
-    coarse = GaussianMixture(K, covariance_type, tol=0.0, max_iter=20, block_rows=64)
+    monkeypatch.setattr(shards, "rows_of_block", lambda *_: 64)
+    coarse = GaussianMixture(K, covariance_type, tol=0.0, max_iter=20)
     coarse.fit(x.float(), **parameters)
     assert coarse.means_.dtype == torch.float64
     assert abs(coarse.score(x) / exact.score(x) - 1) < 1e-6

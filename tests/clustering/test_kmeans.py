@@ -12,7 +12,7 @@ import torch
 from sklearn.cluster import KMeans as SklearnKMeans
 from torch import Tensor
 
-from brainray.clustering import lloyd_cpu
+from brainray.clustering import lloyd_cpu, shards
 from brainray.clustering.centred import centred
 from brainray.clustering.kmeans import KMeans
 from brainray.clustering.lloyd import Assignment, CompiledAssignment, TorchAssignment, assignment
@@ -93,9 +93,11 @@ def test_rows_too_large_to_be_squared_are_refused(scale: float) -> None:
     KMeans(5).fit(scale * x.double())
 
 
-def test_centres_do_not_depend_on_the_block_size() -> None:
+def test_centres_do_not_depend_on_the_block_size(monkeypatch: pytest.MonkeyPatch) -> None:
     x = overlapping_blobs()
-    whole, blocks = KMeans(5).fit(x), KMeans(5, block_rows=7).fit(x)
+    whole = KMeans(5).fit(x)
+    monkeypatch.setattr(shards, "rows_of_block", lambda *_: 7)
+    blocks = KMeans(5).fit(x)
     torch.testing.assert_close(whole.cluster_centers_, blocks.cluster_centers_, rtol=0, atol=1e-12)
 
 
@@ -266,14 +268,15 @@ def test_rows_that_are_passed_over_would_not_have_moved(
 @pytest.mark.parametrize("num_clusters", [1, 2, 7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_compiled_passes_and_those_for_other_devices_agree(
-    num_clusters: int, dtype: torch.dtype
+    num_clusters: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(shards, "rows_of_block", lambda *_: 500)
     x = overlapping_blobs(3001).to(dtype)  # more than a thread's share, and no multiple of a block
     squares = x.square().sum(dim=1)
-    torchs = TorchAssignment(x, num_clusters, block_rows=500)
+    torchs = TorchAssignment(x, num_clusters)
     centers = x[:num_clusters].double()
     total_moved = 0.0
-    with assignment(x, squares, num_clusters, block_rows=None) as compiled:
+    with assignment(x, squares, num_clusters) as compiled:
         assert isinstance(compiled, CompiledAssignment)
         for _ in range(12):
             for assigned in (torchs, compiled):
