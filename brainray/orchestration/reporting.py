@@ -97,8 +97,9 @@ def report(config: Config) -> Report:
     # jobs/track.py sends the summary beside the page.
     if metrics != run.folder.read_json(layout.SUMMARY):
         run.folder.write_json(layout.SUMMARY, metrics)
-    if comparison:
-        log(f"compared with {evaluation.control}:\n{comparison_table(comparison)}")
+    compared = comparison_table(comparison, evaluation.control)
+    if compared is not None:
+        log(f"{compared.title}:\n{compared.markdown()}")
     return Report(run.folder, metrics)
 
 

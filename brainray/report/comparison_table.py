@@ -1,10 +1,10 @@
-"""Paired comparison of a run with its control, as Markdown and for the run's report."""
+"""Paired comparison of a run with its control, for the log and the run's report."""
 
 from brainray.report.cells import PREDICTOR_TITLES, difference, share
-from brainray.report.table import markdown_table
+from brainray.report.table import Table
 from brainray.schema import PREDICTED_BY, SUBSETS, Metrics
 
-COMPARISON_COLUMNS = [
+_COLUMNS = [
     "prediction",
     "test slices",
     "difference of these two trainings [95 %, over copies and subjects]",
@@ -14,14 +14,11 @@ COMPARISON_COLUMNS = [
 ]
 
 
-def comparison_table(metrics: Metrics) -> str:
-    """Markdown table of the metrics returned by `engine.compare`."""
-    return markdown_table(COMPARISON_COLUMNS, comparison_rows(metrics), num_text_columns=2)
-
-
-def comparison_rows(metrics: Metrics) -> list[list[str]]:
-    """One row per compared predictor and subset; none without a control."""
-    return [
+def comparison_table(metrics: Metrics, control: str | None) -> Table | None:
+    """The metrics returned by `engine.compare`, a row per predictor and subset; None if there are
+    none.
+    """
+    rows = [
         [
             PREDICTOR_TITLES[predictor],
             subset,
@@ -31,6 +28,8 @@ def comparison_rows(metrics: Metrics) -> list[list[str]]:
         for subset in SUBSETS
         if f"p/test/{subset}/{predictor}/accuracy" in metrics
     ]
+    title = f"Paired comparison with the control ({control}), slice by slice"
+    return Table(title, _COLUMNS, rows, num_text_columns=2) if rows else None
 
 
 def _cells(metrics: Metrics, name: str) -> list[str]:

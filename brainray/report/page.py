@@ -22,10 +22,10 @@ from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
 from brainray import layout
 from brainray.clustering.subtypes import find_subtypes
 from brainray.config import EvaluationConfig
-from brainray.report.comparison_table import COMPARISON_COLUMNS, comparison_rows
+from brainray.report.comparison_table import comparison_table
 from brainray.report.curves import ACCURACIES, AGREEMENT, LOSSES, SILHOUETTE
 from brainray.report.figures import UNLABELLED_NAME, confusion_counts
-from brainray.report.leakage_table import LEVEL_COLUMNS, leakage_counts, subset_counts
+from brainray.report.leakage_table import leakage_tables
 from brainray.report.maps import SliceMap, map_sequence, shown
 from brainray.report.results import results_tables
 from brainray.report.style import GREY, class_colours, cluster_colour
@@ -112,6 +112,7 @@ def write_page(
         "charts": _charts(history),
         "subtypes": _subtypes(whole, siblings or {}),
     }
+    compared = comparison_table(metrics, whose)
     contents = _Contents(
         title=f"brainray: {run.name}",
         summary=_summary(metrics, chosen, len(history), _coverage_note(table, whole)),
@@ -119,7 +120,7 @@ def write_page(
             *results_tables(
                 metrics, classes, {} if control is None else {f"control ({whose})": control}
             ),
-            *_comparison(metrics, whose),
+            *([] if compared is None else [compared]),
             *_timings(metrics),
         ],
         quality=_quality(run),
@@ -452,12 +453,6 @@ def _scores(metrics: Metrics, slices: str = "test slices") -> str:
     )
 
 
-def _comparison(metrics: Metrics, control: str | None) -> list[Table]:
-    rows = comparison_rows(metrics)
-    title = f"Paired comparison with the control ({control}), slice by slice"
-    return [Table(title, COMPARISON_COLUMNS, rows, num_text_columns=2)] if rows else []
-
-
 def _timings(metrics: Metrics) -> list[Table]:
     """Mean seconds of each part of an epoch."""
     parts = {
@@ -479,11 +474,7 @@ def _quality(run: Folder) -> list[Table]:
     tables = []
     if folder.exists(layout.LEAKAGE):
         leakage = folder.read_json(layout.LEAKAGE)
-        header, rows = subset_counts(leakage)
-        tables += [
-            Table("Duplicates", LEVEL_COLUMNS, leakage_counts(leakage)),
-            Table("Test slices", header, rows),
-        ]
+        tables += leakage_tables(leakage)
         if leakage["label_conflicts"]:
             tables.append(_conflicts(leakage["label_conflicts"]))
     if folder.exists(layout.MANIFEST):

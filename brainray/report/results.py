@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 
 from brainray.report.cells import MISSING, PREDICTOR_TITLES, count, decimal, with_interval
-from brainray.report.table import Table, markdown_table
+from brainray.report.table import Table
 from brainray.schema import MIN_STRICT_SUPPORT, PREDICTED_BY, SUBSETS, Metrics
 
 _AVERAGES = {"balanced_accuracy": "balanced accuracy", "f1_macro": "macro F1"}
@@ -15,9 +15,7 @@ _CLUSTER_METRICS = {"silhouette": "silhouette", "nmi": "NMI", "ari": "ARI", "fmi
 def results_markdown(metrics: Metrics, classes: Sequence[str]) -> str:
     """`results_tables` of one run as Markdown."""
     return "\n\n".join(
-        f"{table.title}:\n\n"
-        + markdown_table(table.header, table.rows, num_text_columns=table.num_text_columns)
-        for table in results_tables(metrics, classes)
+        f"{table.title}:\n\n{table.markdown()}" for table in results_tables(metrics, classes)
     )
 
 

@@ -13,6 +13,10 @@ class Table:
     rows: Sequence[Sequence[str]]
     num_text_columns: int = 1  # left-aligned, the others are numbers
 
+    def markdown(self) -> str:
+        """The cells as Markdown, without the title."""
+        return markdown_table(self.header, self.rows, num_text_columns=self.num_text_columns)
+
 
 def markdown_table(
     header: Sequence[str], rows: Sequence[Sequence[str]], *, num_text_columns: int

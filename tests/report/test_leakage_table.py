@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from brainray.report.leakage_table import leakage_table
+from brainray.report.leakage_table import leakage_markdown
 
 LEAKAGE: dict[str, Any] = {
     "levels": {"exact": "", "near": "", "subject": ""},
@@ -25,7 +25,7 @@ def rows_of(text: str) -> dict[str, list[str]]:
 
 
 def test_levels_subsets_and_conflicts_are_counted() -> None:
-    text = leakage_table(LEAKAGE)
+    text = leakage_markdown(LEAKAGE)
     rows = rows_of(text)
     assert rows["exact"] == ["1", "2", "0"]
     assert rows["near"] == ["1", "0", "1"]
@@ -37,6 +37,6 @@ def test_levels_subsets_and_conflicts_are_counted() -> None:
 
 def test_an_unknown_subset_has_no_row() -> None:
     by_class = {name: LEAKAGE["num_test_by_class"][name] for name in ("all", "clean")}
-    rows = rows_of(leakage_table(LEAKAGE | {"num_test_by_class": by_class}))
+    rows = rows_of(leakage_markdown(LEAKAGE | {"num_test_by_class": by_class}))
     assert "clean" in rows
     assert "strict" not in rows

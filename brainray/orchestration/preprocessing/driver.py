@@ -62,7 +62,7 @@ from brainray.orchestration.preprocessing.source import (
 )
 from brainray.orchestration.records import differing_settings
 from brainray.orchestration.store import ImageStore, describe
-from brainray.report.leakage_table import leakage_table
+from brainray.report.leakage_table import leakage_markdown
 from brainray.schema import IMAGE_INDEX_COLUMNS, REJECTED, THUMBNAIL_SIDE
 from brainray.storage import Folder
 
@@ -188,7 +188,7 @@ def _build(
     building.write_table(layout.REJECTED, rejected)
     building.write_table(layout.DUPLICATES, plan.duplicates)
     building.write_json(layout.LEAKAGE, plan.leakage)
-    building.write_bytes(layout.LEAKAGE_TABLE, leakage_table(plan.leakage).encode() + b"\n")
+    building.write_bytes(layout.LEAKAGE_TABLE, leakage_markdown(plan.leakage).encode() + b"\n")
     draw_figures(building, source, plan, config.preprocess)
     clock.passed("figures")
     manifest = Manifest(
