@@ -8,6 +8,7 @@ import torch
 from scipy import stats
 from sklearn.datasets import make_blobs
 
+from brainray.clustering.kmeans import KMeans
 from brainray.clustering.num_clusters import (
     NumClustersScores,
     _uniform_references,
@@ -60,6 +61,28 @@ def test_references_fill_the_box_along_the_principal_axes() -> None:
         for axis in along.T:
             assert stats.kstest(axis.numpy(), stats.uniform(-1, 2).cdf).pvalue > 0.01
     assert not torch.equal(references[0], references[1])
+
+
+def test_the_gap_and_its_error_are_those_of_tibshirani() -> None:
+    rows = np.random.default_rng(0).standard_normal((60, 3))
+    scores = score_num_clusters(rows, [2], num_references=4, seed=1)
+
+    def log_inertia(x: torch.Tensor) -> float:
+        return math.log(KMeans(2, seed=1, num_init=5).fit(x).inertia_)
+
+    expected = [log_inertia(x) for x in _uniform_references(torch.from_numpy(rows), 4, seed=1)]
+    assert scores.gap == pytest.approx([np.mean(expected) - log_inertia(torch.from_numpy(rows))])
+    # Four references are a sample themselves.
+    assert scores.gap_error == pytest.approx([np.std(expected) * math.sqrt(1 + 1 / 4)])
+
+
+def test_a_gap_is_only_as_certain_as_its_own_error() -> None:
+    scores = NumClustersScores(
+        [2, 3, 4], [math.nan] * 3, [3.0, 2.0, 1.0], [0.1, 0.3, 0.35], [0.9, 0.05, 0.1], 9.0, 0.26
+    )
+    # From 2 to 3 it rises by more than the error at 3, from 3 to 4 by less than that at 4.
+    assert scores.chosen["gap"] == 3
+    assert scores.prefer_one == ["gap"]  # 0.26 is below 0.35, but not below 0.35 - 0.1
 
 
 def test_without_a_silhouette_the_other_criteria_choose() -> None:
