@@ -23,6 +23,7 @@ from brainray.clustering.clusterers import (
     spectral,
 )
 from brainray.clustering.gmm import GaussianMixture
+from brainray.clustering.seeding import draw_sample
 from brainray.errors import ClusteringError
 from brainray.schema import NOISE
 
@@ -85,6 +86,18 @@ def test_the_hierarchy_cut_at_k_is_scikit_learns() -> None:
     assert adjusted_rand_score(theirs.labels_, ours.labels) == 1
 
 
+def test_other_rows_join_the_centroid_of_directions_whatever_their_lengths() -> None:
+    def directions(*degrees: float) -> NDArray[np.float64]:
+        angles = np.deg2rad(degrees)
+        return np.stack([np.cos(angles), np.sin(angles)], axis=1)
+
+    x = directions(0, 40, 90, 100)
+    x[0] *= 100
+    found = agglomerative(x, 2, **MANY)
+    # 56 degrees are nearer to 20 than to 95, but not than to 0, the mean with the long row.
+    assert found.assign(directions(56)).tolist() == [found.labels[0]]
+
+
 def test_a_hierarchy_is_cut_by_levels_below_its_root() -> None:
     # Directions at 0, 1, 10 and 90 degrees merge one after another: ((((0 1) 10) 90).
     angles = np.deg2rad([0.0, 1.0, 10.0, 90.0])
@@ -124,6 +137,12 @@ def test_dbscan_calls_noise_what_is_far_from_all_cores() -> None:
     assert found.assign(-far).tolist() == [NOISE]
 
 
+def test_the_factor_multiplies_the_distance_at_the_knee() -> None:
+    x, _ = blobs(90, seed=1)
+    at_knee, doubled = (dbscan(x, 5, **MANY, eps_factor=factor) for factor in (1.0, 2.0))
+    assert doubled.details["eps"] == pytest.approx(2 * at_knee.details["eps"])
+
+
 @pytest.mark.parametrize(
     ("clusterer", "settings"),
     [
@@ -144,6 +163,17 @@ def test_above_the_limit_a_drawn_sample_is_clustered_and_says_so(
     assert found.notes[0].startswith("fitted to a random sample of 60 of 300 rows")
     again = clusterer(x, **settings, seed=0, max_rows=60)
     np.testing.assert_array_equal(found.labels, again.labels)
+
+
+def test_rows_of_the_sample_keep_the_labels_that_they_were_given() -> None:
+    x = np.random.default_rng(0).standard_normal((300, 5))
+    found = agglomerative(x, 4, seed=0, max_rows=60)
+    sample = draw_sample(300, 60, 0)
+    alone = agglomerative(x[sample], 4, seed=0, max_rows=60)
+    np.testing.assert_array_equal(found.labels[sample], alone.labels)
+    assert (alone.labels != alone.assign(x[sample])).any()  # nearer to another's centroid
+    others = np.setdiff1d(np.arange(300), sample)
+    np.testing.assert_array_equal(found.labels[others], alone.assign(x[others]))
 
 
 @pytest.mark.parametrize("clusterer", [spectral, dbscan, hdbscan])

@@ -11,8 +11,10 @@ from torch import Tensor
 from brainray.clustering import shards
 from brainray.clustering.gaussian import (
     CovarianceType,
+    SufficientStatistics,
     cholesky_of_precisions,
     covariance_shape,
+    estimate_covariances,
     precisions_cholesky,
 )
 from brainray.clustering.gmm import GaussianMixture
@@ -196,6 +198,29 @@ def test_vanished_component_is_reseeded_on_the_row_explained_worst(
     assert float(mixture.weights_.min()) > 1e-3
     # The far group of 6 rows was explained worst, and the component without rows took it.
     assert mixture.predict(x)[-6:].tolist() == [2] * 6
+
+
+def test_vanished_components_take_different_rows() -> None:
+    x = torch.randn(60, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x[:2] = torch.tensor([[9.0, 0.0], [0.0, 9.0]])  # the rows explained worst
+    all_in_one = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64).expand(60, 3)
+    mixture = GaussianMixture(3, "diag", max_iter=1).fit(x, init_responsibilities=all_in_one)
+    assert sorted(mixture.predict(x[:2]).tolist()) == [1, 2]
+
+
+def test_a_vanished_component_has_the_average_covariance_of_the_rows_of_the_others() -> None:
+    counts = torch.tensor([30.0, 10.0, 0.0], dtype=torch.float64)
+    variances = torch.tensor([[1.0], [5.0], [0.0]], dtype=torch.float64)
+    means = torch.zeros(3, 1, dtype=torch.float64)
+    statistics = SufficientStatistics(
+        counts,
+        sums=means,
+        squares=counts[:, None] * variances,
+        log_likelihood=torch.zeros(()),
+        covariance_type="diag",
+    )
+    found = estimate_covariances(statistics, means, counts == 0, reg_covar=0.0)
+    assert found.flatten().tolist() == pytest.approx([1, 5, (30 * 1 + 10 * 5) / 40])
 
 
 @pytest.mark.parametrize("covariance_type", TYPES)

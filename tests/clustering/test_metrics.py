@@ -89,6 +89,14 @@ def test_classification_metrics_by_hand_leave_out_a_class_without_rows() -> None
     )
 
 
+def test_a_class_with_fewer_rows_than_asked_has_no_metrics_and_leaves_no_averages() -> None:
+    labels = np.array([0, 0, 0, 1, 1])
+    result = classification_metrics(labels, labels, ["glioma", "notumor"], min_support=3)
+    of_glioma = {f"{name}/glioma": 1.0 for name in ("precision", "recall", "f1")}
+    supports = {"support/glioma": 3.0, "support/notumor": 2.0}
+    assert result == {"accuracy": 1.0} | of_glioma | supports
+
+
 def test_averages_agree_with_scikit_learn_when_all_classes_occur() -> None:
     generator = np.random.default_rng(1)
     labels, predictions = generator.integers(0, 4, size=(2, 200))
@@ -120,6 +128,15 @@ def test_bootstrap_interval_agrees_with_resampled_rows_and_with_the_normal_appro
     by_subject = bootstrap_interval(correct, subjects, seed=0, num_resamples=4000)
     half_width = 1.96 * (0.8 * 0.2 / 40) ** 0.5
     assert by_subject == pytest.approx((0.8 - half_width, 0.8 + half_width), abs=0.03)
+
+
+def test_bootstrap_interval_by_hand() -> None:
+    """Of ten slices of which seven are right: in a resample, their number is binomial."""
+    found = bootstrap_interval(np.arange(10) < 7, list("abcdefghij"), seed=0, num_resamples=50_000)
+    # Percentiles are expanded by Student's t and by n / (n - 1) of the variance.
+    tail = stats.norm.sf(stats.t.ppf(0.975, 9) * np.sqrt(10 / 9))
+    assert found == pytest.approx(stats.binom.ppf([tail, 1 - tail], 10, 0.7) / 10)
+    assert found == pytest.approx((0.3, 1.0))  # 0.4 without n / (n - 1)
 
 
 @pytest.mark.parametrize("is_unequal", [False, True])

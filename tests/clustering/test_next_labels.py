@@ -57,3 +57,11 @@ def test_mates_of_a_chosen_or_labelled_slice_stand_back() -> None:
     assert choose(uncertainty, groups=[["x", "x", "y", None]], known=[{"y"}]) == [0, 3, 1]
     subjects: list[str | None] = [None, None, "s", "s"]
     assert choose(uncertainty, groups=[["x", "x", "y", "z"], subjects]) == [0, 2, 1]
+
+
+def test_a_mate_as_a_copy_and_by_subject_is_one_mate() -> None:
+    copies: list[str | None] = ["x", "x", "y", "y", "y"]
+    subjects: list[str | None] = ["s", "s", None, None, None]
+    # Slice 1 stands back behind its one mate, slice 4 behind two.
+    chosen = choose([0.9, 0.8, 0.7, 0.6, 0.5], groups=[copies, subjects], num_slices=5)
+    assert chosen == [0, 2, 1, 3, 4]

@@ -47,6 +47,8 @@ def test_noise_is_counted_and_scored_as_no_cluster() -> None:
     )
     assert scores["silhouette"] == pytest.approx(sk.silhouette_score(X[kept], clusters[kept]))
     assert scores["nmi"] != pytest.approx(sk.normalized_mutual_info_score(LABELS, clusters))
+    right_of_kept = clustering_accuracy(LABELS[kept], clusters[kept])
+    assert scores["accuracy"] == pytest.approx(right_of_kept * 40 / 60)  # noise is wrong
 
 
 def test_noise_alone_has_counts_and_no_merit() -> None:
