@@ -37,12 +37,13 @@ def test_true_probabilities_are_calibrated_and_need_no_temperature() -> None:
     assert fit_temperature(probabilities, labels) == pytest.approx(1.0, abs=0.03)
 
 
-def test_the_temperature_undoes_overconfidence() -> None:
+@pytest.mark.parametrize("too_cold", [0.4, 0.2])
+def test_the_temperature_undoes_overconfidence(too_cold: float) -> None:
     probabilities, labels = drawn()
-    overconfident = temper(probabilities, 0.4)
+    overconfident = temper(probabilities, too_cold)
     assert calibration_error(overconfident, labels) > 0.1
     temperature = fit_temperature(overconfident, labels)
-    assert temperature == pytest.approx(1 / 0.4, rel=0.03)
+    assert temperature == pytest.approx(1 / too_cold, rel=0.03)
     assert calibration_error(temper(overconfident, temperature), labels) < 0.01
 
 

@@ -118,6 +118,18 @@ def test_the_mean_gain_is_over_the_control() -> None:
     assert np.mean(found["test/all/head/accuracy"]) == pytest.approx(19 / 200, abs=0.01)
 
 
+def test_the_mean_gain_of_one_run_has_the_interval_of_that_run() -> None:
+    labels = "a" * 200
+    ours = _predictions("a" * 60 + "b" * 140, labels, labels)
+    control = _predictions("b" * 200, labels, labels)
+    groups = {f"slice-{row}": "one subject" for row in range(100)}  # the others are their own
+    name = "test/all/head/accuracy"
+    alone = compare(ours, control, groups, num_resamples=2000, seed=1)
+    mean = intervals_of_mean_gains([ours], [control], groups, num_resamples=2000, seed=1)
+    expected = alone[f"difference/{name}_low"], alone[f"difference/{name}_high"]
+    assert mean[name] == pytest.approx(expected)
+
+
 def test_a_comparison_can_be_taken_away_again() -> None:
     ours, control = _predictions("aabba", "aabaa"), _predictions("abaaa", "abbba")
     compared = compare(ours, control, {}, num_resamples=50, seed=0)

@@ -200,6 +200,8 @@ def test_labelled_slices_are_drawn_as_often_as_their_weights_say() -> None:
     assert (counts <= weights.ceil()).all()
     torch.testing.assert_close(counts.double().mean(dim=0), weights, atol=0.12, rtol=0)
     assert not torch.equal(passes[0].sort().values, passes[0])
+    places_of_first = [torch.nonzero(keys == 0).flatten() for keys in passes]  # four of twelve
+    assert any((places.diff() > 1).any() for places in places_of_first)  # not side by side
 
 
 @pytest.mark.slow

@@ -15,7 +15,12 @@ from sklearn.metrics import (
 
 from brainray.config import VALIDATION_METRICS, ClusteringConfig
 from brainray.engine.calibration import fit_temperature
-from brainray.engine.evaluate import confusion_metrics, subset_metrics, summarise
+from brainray.engine.evaluate import (
+    _nearest_thumbnail,
+    confusion_metrics,
+    subset_metrics,
+    summarise,
+)
 from brainray.engine.predictions import Predictions, gather_predictions, predictions_table
 from brainray.engine.recluster import recluster
 from brainray.engine.selection import MODEL_LOST, _standard_error, chosen_epoch, validation_metrics
@@ -191,6 +196,20 @@ def test_a_summary_tells_all_clean_and_the_memory_baseline() -> None:
     assert math.isclose(metrics["test/all_as_clean/head/accuracy"], expected)
 
 
+def test_the_memory_baseline_sees_no_details_below_three_pixels() -> None:
+    squares = np.indices((96, 96)).sum(axis=0, dtype=np.uint8) % 2 * 200  # of one pixel each
+    bright_left = np.where(np.arange(96) < 48, 40, 0).astype(np.uint8) + np.zeros_like(squares)
+    asked = pa.table({"thumbnail": [(squares + bright_left).tobytes()]})
+    known = pa.table(
+        {
+            "role": ["labelled"] * 2,
+            "label": CLASSES,
+            "thumbnail": [squares.tobytes(), bright_left.tobytes()],
+        }
+    )
+    assert _nearest_thumbnail(asked, known, CLASSES).tolist() == [CLASSES.index("b")]
+
+
 def test_intervals_are_told_where_there_are_groups_enough_and_both_outcomes() -> None:
     rows = table([True, False, True, True, True]).slice(0, 4)  # of which the second is wrong
 
@@ -252,10 +271,16 @@ def test_predictions_come_in_the_order_of_their_keys() -> None:
     labels = torch.arange(30) % 2
     config = ClusteringConfig(num_clusters=2, pca_dim=4)
     model = recluster(z, torch.arange(30), labels, config=config, num_classes=2, seed=0).model
-    keys = torch.arange(30).flip(0)
-    found = gather_predictions(model, z, torch.zeros(30, 2), keys, labels)
-    np.testing.assert_array_equal(found.labels, labels.flip(0).numpy())
-    np.testing.assert_allclose(found.embeddings, z.flip(0).numpy())
+    logits, keys = torch.randn(30, 2), torch.arange(30).flip(0)
+    found = gather_predictions(model, z, logits, keys, labels)
+    for ordered, given in (
+        (found.labels, labels),
+        (found.embeddings, z),
+        (found.probabilities, logits.softmax(dim=1)),
+        (found.responsibilities, model.responsibilities(z)),
+        (found.log_likelihood, model.log_likelihood(z)),
+    ):
+        np.testing.assert_allclose(ordered, given.flip(0).float().numpy(), rtol=1e-6)
 
 
 def history(*epochs: tuple[float, float], num_slices: int = 100) -> list[dict[str, float]]:

@@ -55,6 +55,12 @@ def test_weights_fall_off_below_the_mean_confidence() -> None:
     torch.testing.assert_close(found.confidences, torch.tensor([1.0, 1.0, low, low]))
 
 
+def test_labels_are_those_of_the_balanced_probabilities() -> None:
+    both_last = torch.tensor([[0.45, 0.55], [0.05, 0.95]], dtype=torch.float64)
+    found = pseudo_labels(both_last, torch.tensor([0.5, 0.5], dtype=torch.float64))
+    assert found.labels.tolist() == [0, 1]
+
+
 def test_known_labels_are_certain_and_the_others_stay() -> None:
     found = PseudoLabels(torch.tensor([0, 1, 1]), torch.tensor([0.5, 0.25, 0.75]))
     overridden = found.overridden_by(torch.tensor([2, UNLABELLED, 1]))

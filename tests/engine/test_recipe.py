@@ -20,13 +20,29 @@ def test_slices_do_not_grow_unless_asked() -> None:
     assert {image_side(epoch, TrainConfig(image_size=128)) for epoch in range(1, 21)} == {128}
 
 
-def test_resized_slices_are_area_averages() -> None:
+@pytest.mark.parametrize(
+    ("pattern", "mean"), [([[0, 255], [255, 0]], 0.5), ([[255, 0, 0, 0]], 0.25)]
+)
+def test_resized_slices_are_area_averages(pattern: list[list[int]], mean: float) -> None:
     scale = PixelScale(mean=0.5, std=0.25)
-    checks = torch.tensor([[0, 255], [255, 0]], dtype=torch.uint8).repeat(8, 8)[None, None]
-    assert torch.equal(scale.to_unit(checks, 16), scale.to_unit(checks))
-    small = scale.to_unit(checks, 4)
+    tile = torch.tensor(pattern, dtype=torch.uint8)
+    image = tile.repeat(16 // tile.shape[0], 16 // tile.shape[1])[None, None]
+    assert torch.equal(scale.to_unit(image, 16), scale.to_unit(image))
+    small = scale.to_unit(image, 4)
     assert small.shape == (1, 1, 4, 4)
-    torch.testing.assert_close(small[..., 1:-1, 1:-1], torch.full((1, 1, 2, 2), 0.5))
+    torch.testing.assert_close(small[..., 1:-1, 1:-1], torch.full((1, 1, 2, 2), mean))
+
+
+def test_weights_decay_but_neither_biases_nor_norms() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Linear(2, 2))
+    optimizer, _ = build_optimizer(model, TrainConfig(weight_decay=0.3), 5)
+    name_of = {parameter: name for name, parameter in model.named_parameters()}
+    decays = {
+        name_of[parameter]: group["weight_decay"]
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    assert decays == dict.fromkeys(name_of.values(), 0.0) | {"0.weight": 0.3, "2.weight": 0.3}
 
 
 @pytest.mark.parametrize(("warmup", "steps"), [(0.1, 5), (0.05, 19), (0.02, 49), (0.3, 1)])

@@ -177,6 +177,10 @@ def test_each_class_starts_with_a_cluster() -> None:
     moved, classes = _with_a_cluster_of_each_class(centers, torch.tensor([0, 0, 1, 1]), means)
     assert classes.tolist() == [0, 0, 2, 1]
     assert moved.tolist() == [[0, 0], [1, 0], [4, 1], [6, 0]]
+    # The nearest cluster stays, as it is the only one of its class.
+    means = torch.tensor([[0.0, 0], [5.5, 0], [1, 1]])
+    _, classes = _with_a_cluster_of_each_class(centers[1:], torch.tensor([0, 1, 1]), means)
+    assert classes.tolist() == [0, 2, 1]
     # Also if the last clusters have all become of one class.
     _, classes = _with_a_cluster_of_each_class(centers, torch.tensor([1, 1, 1, 1]), means)
     assert sorted(set(classes.tolist())) == [0, 1, 2]

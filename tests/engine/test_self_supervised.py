@@ -15,6 +15,7 @@ from brainray.engine.loop import train_epoch
 from brainray.engine.recipe import build_optimizer
 from brainray.engine.self_supervised import (
     Groups,
+    PretextBatch,
     PretextEpoch,
     SoftTargets,
     build_pretext,
@@ -28,7 +29,7 @@ from brainray.engine.self_supervised import (
 from brainray.engine.shard import CachedImages
 from brainray.errors import ConfigError, DataError
 from brainray.models.features import FeatureEncoder
-from brainray.models.pretext import PretextModel
+from brainray.models.pretext import PretextModel, PretextOutput
 
 SIDE, NUM_IMAGES = 16, 48
 SETTINGS = SelfSupervisionConfig(
@@ -167,6 +168,38 @@ def test_the_clustering_loss_draws_slices_to_their_centres() -> None:
     ]
     assert all(terms["total"] == pytest.approx(0.5 * terms["cluster"]) for terms in history)
     assert history[-1]["cluster"] < 0.8 * history[0]["cluster"]
+
+
+@pytest.mark.parametrize("name", ["rotation", "contrastive", "none"])
+def test_own_views_come_first_and_have_the_targets_of_their_slices(name: PretextName) -> None:
+    keys = torch.arange(NUM_IMAGES)
+    epoch = PretextEpoch(
+        CachedImages(striped_images()),
+        keys,
+        Groups(keys // 3),
+        build_pretext(name, SETTINGS),
+        plan_steps(NUM_IMAGES, 16, num_ranks=1),
+        seed=1,
+        soft=SoftTargets(torch.eye(NUM_IMAGES), torch.zeros(NUM_IMAGES, 8)),
+    )
+    for batch in epoch.batches():
+        assert batch.soft is not None
+        slices = batch.soft.responsibilities.argmax(dim=1)
+        assert torch.equal(batch.keys[: len(slices)], slices)
+
+
+def test_turned_views_are_drawn_to_no_centre() -> None:
+    z = torch.nn.functional.normalize(torch.randn(8, 4, generator=torch.Generator().manual_seed(0)))
+    batch = PretextBatch(
+        images=torch.zeros(8, 1, SIDE, SIDE),
+        keys=torch.arange(2).repeat(4),
+        pretext=build_pretext("rotation", SETTINGS),
+        targets=torch.arange(4).repeat_interleave(2),
+        lambda_cluster=1.0,
+        soft=SoftTargets(torch.eye(2), centers=z[:2]),  # of the two upright views
+    )
+    losses = batch.loss(PretextOutput(z, torch.zeros(8, 4)))
+    assert losses["cluster"].item() == pytest.approx(0, abs=1e-6)
 
 
 def test_clusters_without_labels_stand_for_no_class() -> None:
