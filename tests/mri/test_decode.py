@@ -177,8 +177,9 @@ def test_a_few_broken_floats_become_the_minimum_and_more_are_refused(bad: float)
     assert reason_of(encode(values, "TIFF")) == "non-finite pixels"
 
 
-def test_nan_is_no_data_and_nearly_nothing_else_is_refused() -> None:
-    values = RAMP.astype(np.float32) + 100.0
+@pytest.mark.parametrize("offset", [100.0, -300.0])  # 0 would be below all others, or above
+def test_nan_is_no_data_and_nearly_nothing_else_is_refused(offset: float) -> None:
+    values = RAMP.astype(np.float32) + offset
     values[8:] = np.nan  # around a brain that was cut out
     image = decode_one(encode(values, "TIFF"))
     assert (image[8:] == 0).all()

@@ -91,6 +91,36 @@ def test_pairs_and_twins_agree_and_do_not_depend_on_order(
     np.testing.assert_allclose(alone.similarity, twins.similarity[:1], atol=1e-5)
 
 
+def test_an_upright_copy_is_preferred_to_a_mirrored_one_that_is_more_alike(
+    images: list[np.ndarray], fingerprints: np.ndarray
+) -> None:
+    crop = fingerprint(PERTURBATIONS["crop"][0](images[0], np.random.default_rng(1)))
+    mirrored = fingerprint(np.ascontiguousarray(images[0][:, ::-1]))
+    references = np.stack([mirrored, crop])
+    alone = [find_twins(fingerprints[:1], references[[row]], SETTINGS) for row in (0, 1)]
+    assert alone[0].similarity > alone[1].similarity
+    both = find_twins(fingerprints[:1], references, SETTINGS)
+    assert (both.reference.tolist(), both.kind.tolist()) == ([1], [COPY])
+
+
+@pytest.mark.parametrize(
+    ("similarity", "turned_similarity", "twin"), [(1.0, 0.99, 0), (0.99, 1.0, -1)]
+)
+def test_turned_copies_have_a_threshold_of_their_own(
+    similarity: float,
+    turned_similarity: float,
+    twin: int,
+    images: list[np.ndarray],
+    fingerprints: np.ndarray,
+) -> None:
+    crop = PERTURBATIONS["crop"][0](images[0], np.random.default_rng(1))
+    mirrored = fingerprint(np.ascontiguousarray(crop[:, ::-1]))
+    settings = SETTINGS.model_copy(
+        update={"similarity": similarity, "turned_similarity": turned_similarity}
+    )
+    assert find_twins(fingerprints[:1], mirrored[None], settings).reference.tolist() == [twin]
+
+
 def test_slices_of_one_volume_are_never_linked(fingerprints: np.ndarray) -> None:
     twice = np.concatenate([fingerprints[:2], fingerprints[:2]])
     assert as_tuples(near_duplicate_pairs(twice, SETTINGS)) == [(0, 2, COPY), (1, 3, COPY)]

@@ -12,3 +12,5 @@ def test_ids_follow_from_the_bytes() -> None:
     frames = [sample_id(digest, frame) for frame in ("", "1", "2")]
     assert len(set(frames)) == 3
     assert {len(identity) for identity in frames} == {32}
+    # Saved stores and labels name slices so: by another rule they would not be found again.
+    assert frames[1] == hashlib.sha256(f"{digest}#1".encode()).hexdigest()[:32]

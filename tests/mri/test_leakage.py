@@ -117,6 +117,18 @@ def test_names_of_another_collection_prove_no_difference() -> None:
     assert exposure(foreign, ours, PreprocessConfig()).mate.tolist() == [0, 1, -1]
 
 
+def test_a_rotated_copy_is_clean_but_not_strict_whatever_subject_is_named() -> None:
+    seen = heads(2, seed=0)
+    rotated = np.rot90(seen[0].reshape(96, 96)).reshape(1, -1)
+    found = exposure(
+        fingerprints(rotated, "x", ["p9"]),
+        fingerprints(seen, "ab", ["p1", "p2"]),
+        PreprocessConfig(),
+    )
+    assert (found.kind.tolist(), found.mate.tolist()) == (["rotated"], [-1])
+    assert (found.clean.tolist(), found.strict.tolist()) == ([True], [False])
+
+
 def test_without_names_or_estimates_of_subjects_strict_is_unknown() -> None:
     config = PreprocessConfig.model_validate({"subject": {"estimate": False}})
     seen, strangers = heads(2, seed=0), heads(2, seed=7)

@@ -11,7 +11,7 @@ from brainray.config import NearDuplicateConfig, PreprocessConfig
 from brainray.mri.duplicates import COPY, Twins
 from brainray.mri.leakage import Fingerprints, exposure
 from brainray.mri.phantom import CLASSES, make_series, make_slice
-from brainray.mri.reframe import find_twins_by_head, reframed
+from brainray.mri.reframe import _stretched, find_twins_by_head, reframed
 from brainray.mri.resize import crop_foreground, thumbnail
 from brainray.mri.skull_strip import otsu_mask
 
@@ -77,6 +77,20 @@ def test_a_picture_without_a_head_stays_as_it_is() -> None:
     blank = np.zeros((2, 96 * 96), np.uint8)
     np.testing.assert_array_equal(reframed(blank)[np.arange(2)], blank)
     assert len(reframed(blank[:0])) == 0
+
+
+def test_the_head_is_moved_to_the_middle() -> None:
+    picture = np.zeros((96, 96), np.uint8)
+    picture[15:63, 8:68] = 200
+    found = reframed(picture.reshape(1, -1))[np.arange(1)].reshape(96, 96).astype(int)
+    np.testing.assert_allclose(found, found[::-1, ::-1], atol=3)
+
+
+def test_a_hot_and_a_dead_pixel_do_not_change_the_others() -> None:
+    picture = np.linspace(10, 100, 96 * 96, dtype=np.float32).reshape(96, 96)
+    stretched = _stretched(picture).astype(int)
+    picture[0, 0], picture[-1, -1] = 0, 255  # the darkest and the brightest one
+    np.testing.assert_allclose(_stretched(picture), stretched, atol=1)
 
 
 def test_a_second_look_replaces_none_and_turned_twins_alone() -> None:

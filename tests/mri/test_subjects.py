@@ -195,6 +195,17 @@ def test_a_merge_needs_room_and_likeness_of_the_whole_groups() -> None:
     assert merge_links(chain(), links, choosier).tolist() == [0, 1, 1, 3]
 
 
+def test_a_group_is_compared_in_the_frame_of_its_first_slice(thumbnails: Thumbnails) -> None:
+    view = thumbnails[:1]
+    turned = [view, flipped(view, (2,)), flipped(view, (1, 2)), flipped(view, (2,))]
+    described = Described(4, [anatomy_descriptors(np.concatenate(turned))])
+    # 0 and 1 differ left to right, 2 and 3 upside down; 1 and 3, which are alike, join the two.
+    flips = np.array([1, 2, 0])
+    links = Links(np.array([0, 2, 1]), np.array([1, 3, 3]), flips, np.ones(3, np.float32))
+    settings = SETTINGS.model_copy(update={"min_group_similarity": 0.9})
+    assert merge_links(described, links, settings).tolist() == [0, 0, 0, 0]
+
+
 def test_views_are_chains_of_the_nearly_same() -> None:
     groups = same_view_groups(on_a_circle(50, 0, 15, 100, 30), min_similarity=0.95)
     assert groups.tolist() == [0, 1, 1, 3, 1]  # 15 degrees: 0.966, 20 degrees: 0.940
