@@ -114,6 +114,17 @@ def test_an_intensity_curve_is_a_function_of_the_intensity() -> None:
     assert middle.max() > 1.2 * ramp[0, 0, 0, 100]
 
 
+def test_an_intensity_curve_has_smaller_weights_for_higher_frequencies() -> None:
+    ramp = torch.linspace(0.01, 0.5, 64)  # nothing gets as bright as white
+    images = ramp.expand(2000, 1, 1, 64)
+    curved = apply(NOTHING.model_copy(update={"intensity_curve": 0.1}), images)
+    waves = torch.stack([torch.cos(torch.pi * k * ramp) for k in range(4)], dim=1).double()
+    log_factors = (curved / images)[:, 0, 0].log().double()
+    weights = torch.linalg.lstsq(waves, log_factors.T).solution  # (4, 2000)
+    expected = 0.1 / torch.tensor([1, 1, 2, 3], dtype=torch.float64)
+    torch.testing.assert_close(weights.std(dim=1), expected, rtol=0.05, atol=0)
+
+
 def test_the_background_stays_black() -> None:
     images = IMAGES.clone()
     images[..., :4] = 0

@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from PIL import Image
+from scipy.linalg import orthogonal_procrustes
 
 from brainray.config import EvaluationConfig
 from brainray.mri.skull_strip import StrippedSlice
@@ -217,6 +218,8 @@ def test_groups_that_persist_keep_their_place_from_map_to_map() -> None:
     new = np.stack([second[group == k].mean(axis=0) for k in range(4)])
     distances = np.linalg.norm(new[:, None] - old[None], axis=2)  # (new group, old group)
     assert distances.argmin(axis=1).tolist() == [0, 1, 2, 3]
+    # No rotation or reflection brings the second map nearer to the first.
+    np.testing.assert_allclose(orthogonal_procrustes(second, first)[0], np.eye(2), atol=1e-3)
 
 
 def test_maps_are_the_same_whenever_they_are_drawn() -> None:
