@@ -74,6 +74,16 @@ def test_a_dim_copy_is_found_and_a_dim_neighbour_is_not() -> None:
     assert found >= least > neighbour
 
 
+def test_a_darker_copy_is_found_and_a_darker_neighbour_is_not() -> None:
+    """Neither slice reaches white, so that nothing is lost and nothing is to be allowed for."""
+    series = make_series("meningioma", np.random.default_rng(0), num_slices=8, size=192)
+    slices = [picture((0.8 * one.image).astype(np.uint8)) for one in series]
+    fixed = torch.cat([slices[0], *slices[:-1]])
+    darker = torch.cat([(0.8 * one).floor() for one in slices])
+    copy, *neighbours = registration.similarity(fixed, darker).tolist()
+    assert copy >= NearDuplicateConfig().similarity > max(neighbours)
+
+
 def test_slices_without_structure_are_no_copies() -> None:
     flat = torch.full((1, SIDE, SIDE), 90.0)
     assert float(registration.similarity(flat, flat)[0]) == 0.0
