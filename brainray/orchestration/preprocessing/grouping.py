@@ -13,7 +13,7 @@ from brainray.mri.row_file import Rows, SelectedRows
 from brainray.mri.subjects import estimate_subjects
 from brainray.mri.thumbnails import thumbnail_matrix
 from brainray.orchestration.preprocessing.previous_records import PreviousRecords
-from brainray.orchestration.preprocessing.slice_rows import named_subject, subject_salt
+from brainray.orchestration.preprocessing.slice_rows import Subject, named_subject, subject_salt
 from brainray.orchestration.preprocessing.source import Listing
 from brainray.schema import ESTIMATED, HEADER, NAMED, STUDY, TABLE, VOLUME
 from brainray.storage import Folder
@@ -30,8 +30,7 @@ class SliceGroups:
     pairs: DuplicatePairs
     copies: list[str]
     also_turned: list[str]  # copies in any orientation; names may change between runs
-    subjects: list[str | None]
-    subject_sources: list[str | None]
+    subjects: list[Subject]
     draw: list[str]  # kept together by label draws: copies, and subjects given by metadata
     related: list[str]  # not on both sides of a validation split: also mirrored or rotated copies
     split: list[str]  # kept together by our own splits: also estimated subjects
@@ -40,8 +39,8 @@ class SliceGroups:
         """Columns of the image store."""
         return {
             "duplicate_group_id": self.copies,
-            "subject_id": self.subjects,
-            "subject_source": self.subject_sources,
+            "subject_id": [subject.name for subject in self.subjects],
+            "subject_source": [subject.source for subject in self.subjects],
             "draw_group_id": self.draw,
             "kin_group_id": self.related,
             "split_group_id": self.split,
@@ -67,16 +66,14 @@ def group_slices(
     near = pairs.filter_by_kind(COPY)
     copies = named_as_before(connected_groups(ids, near.first, near.second), "duplicate_group_id")
     also_turned = connected_groups(ids, pairs.first, pairs.second)
-    subjects, sources = _subjects(accepted, fingerprints, listing, copies, config, records)
+    subjects = _subjects(accepted, fingerprints, listing, copies, config, records)
     # Like the published protocol, a label draw may separate likely neighbours; a split may not.
-    named = [
-        subject if source in NAMED else None
-        for subject, source in zip(subjects, sources, strict=True)
-    ]
+    named = [subject.name if subject.source in NAMED else None for subject in subjects]
     draw = named_as_before(joint_groups(copies, named), "draw_group_id")
     related = named_as_before(joint_groups(draw, also_turned), "kin_group_id")
-    split = named_as_before(joint_groups(related, subjects), "split_group_id")
-    return SliceGroups(pairs, copies, also_turned, subjects, sources, draw, related, split)
+    every = [subject.name for subject in subjects]
+    split = named_as_before(joint_groups(related, every), "split_group_id")
+    return SliceGroups(pairs, copies, also_turned, subjects, draw, related, split)
 
 
 @dataclass(frozen=True)
@@ -130,23 +127,23 @@ def _subjects(
     copies: list[str],
     config: Config,
     records: PreviousRecords,
-) -> tuple[list[str | None], list[str | None]]:
-    """Subject of each slice and its source: the labels table, the header, or an estimate.
+) -> list[Subject]:
+    """Subject of each slice, from the labels table, the header, or an estimate.
 
     A slice without metadata keeps its subject from an earlier estimate.
     """
     ids = accepted["sample_id"].to_pylist()
-    subjects, sources = _subjects_in_metadata(accepted, listing, config)
-    nameless = [row for row, subject in enumerate(subjects) if subject is None]
+    subjects = _subjects_in_metadata(accepted, listing, config)
+    nameless = [row for row, subject in enumerate(subjects) if subject.name is None]
     if nameless and not config.preprocess.subject.estimate:
         log(
             f"note: {len(nameless):,} of {len(subjects):,} slices have no subject metadata, and "
             "preprocess.subject.estimate=false: a subject may be on both sides of the split, and "
             "there are no strict metrics"
         )
-        return subjects, sources
+        return subjects
     if not nameless:
-        return subjects, sources
+        return subjects
     if len(nameless) < len(subjects):
         log(
             f"note: {len(nameless):,} of {len(subjects):,} slices have no subject metadata: their "
@@ -157,8 +154,8 @@ def _subjects(
     before = [was[row] if was_by[row] == ESTIMATED else None for row in nameless]
     names = earliest_names(list(estimated.values()), before)
     for row, old in zip(nameless, before, strict=True):
-        subjects[row], sources[row] = old or names[estimated[row]], ESTIMATED
-    return subjects, sources
+        subjects[row] = Subject(old or names[estimated[row]], ESTIMATED)
+    return subjects
 
 
 def _estimated(
@@ -180,10 +177,8 @@ def _estimated(
     return dict(zip(nameless, names, strict=True))
 
 
-def _subjects_in_metadata(
-    accepted: pa.Table, listing: Listing, config: Config
-) -> tuple[list[str | None], list[str | None]]:
-    """Subject of each slice and its source, None where neither table nor header gives one.
+def _subjects_in_metadata(accepted: pa.Table, listing: Listing, config: Config) -> list[Subject]:
+    """Subject of each slice, without a name where neither table nor header gives one.
 
     If a table names some files of a patient given by headers, that patient's other files get the
     same subject; so do byte-identical files of which some have a subject.
@@ -191,59 +186,48 @@ def _subjects_in_metadata(
     in_table = {file.path: file.subject for file in listing.files}
     headers = accepted["header_subject"].to_pylist()
     salt = subject_salt(Folder(config.storage))
-    given: list[str | None] = []
-    sources: list[str | None] = []
-    for path, header, sha256 in zip(
-        accepted["path"].to_pylist(), headers, accepted["sha256"].to_pylist(), strict=True
-    ):
-        subject, source = named_subject(in_table[path], header, sha256, salt)
-        given.append(subject)
-        sources.append(source)
+    subjects = [
+        named_subject(in_table[path], header, sha256, salt)
+        for path, header, sha256 in zip(
+            accepted["path"].to_pylist(), headers, accepted["sha256"].to_pylist(), strict=True
+        )
+    ]
     for kind, noun in ((VOLUME, "volume files"), (STUDY, "DICOM studies")):
-        count = len({h for h, source in zip(headers, sources, strict=True) if source == kind})
+        count = len({subject.name for subject in subjects if subject.source == kind})
         if count > 1:
             log(
                 f"note: {count} {noun} do not name a patient, so each counts as one subject: if a "
                 "patient has several, name subjects in a labels table (path,label,subject)"
             )
-    given, sources = _with_names_from_table(given, sources, headers)
-    return _with_subjects_of_copies(accepted["sample_id"].to_pylist(), given, sources)
+    subjects = _with_names_from_table(subjects, headers)
+    return _with_subjects_of_copies(accepted["sample_id"].to_pylist(), subjects)
 
 
-def _with_names_from_table(
-    given: list[str | None], sources: list[str | None], headers: list[str | None]
-) -> tuple[list[str | None], list[str | None]]:
-    """Subjects and sources, with the table's name for all slices of a patient if it names some.
+def _with_names_from_table(subjects: list[Subject], headers: list[str | None]) -> list[Subject]:
+    """Subjects, with the table's name for all slices of a patient if it names some.
 
     A header name that the table maps to several subjects (such as a de-identified one) is kept.
     """
     names: dict[str, set[str]] = {}
-    for subject, source, header in zip(given, sources, headers, strict=True):
-        if source == TABLE and header is not None and subject is not None:
-            names.setdefault(header, set()).add(subject)
+    for subject, header in zip(subjects, headers, strict=True):
+        if subject.source == TABLE and header is not None and subject.name is not None:
+            names.setdefault(header, set()).add(subject.name)
     known = {header: min(found) for header, found in names.items() if len(found) == 1}
-    renamed = [
-        (known[header], TABLE)
-        if source in {HEADER, STUDY, VOLUME} and header in known
-        else (subject, source)
-        for subject, source, header in zip(given, sources, headers, strict=True)
+    return [
+        Subject(known[header], TABLE)
+        if subject.source in {HEADER, STUDY, VOLUME} and header in known
+        else subject
+        for subject, header in zip(subjects, headers, strict=True)
     ]
-    return [subject for subject, _ in renamed], [source for _, source in renamed]
 
 
-def _with_subjects_of_copies(
-    ids: list[str], given: list[str | None], sources: list[str | None]
-) -> tuple[list[str | None], list[str | None]]:
-    """Subjects and sources; slices without a subject have that of byte-identical ones, as only one
-    of these may be kept.
+def _with_subjects_of_copies(ids: list[str], subjects: list[Subject]) -> list[Subject]:
+    """Subjects; slices without one have that of byte-identical ones, as only one of these may be
+    kept.
     """
-    known = {
-        identity: (subject, source)
-        for identity, subject, source in zip(ids, given, sources, strict=True)
-        if subject is not None
-    }
-    named = [
-        (subject, source) if subject is not None else known.get(identity, (None, None))
-        for identity, subject, source in zip(ids, given, sources, strict=True)
+    pairs = list(zip(ids, subjects, strict=True))
+    known = {identity: subject for identity, subject in pairs if subject.name is not None}
+    return [
+        known.get(identity, subject) if subject.name is None else subject
+        for identity, subject in pairs
     ]
-    return [subject for subject, _ in named], [source for _, source in named]

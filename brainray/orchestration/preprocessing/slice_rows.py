@@ -6,7 +6,7 @@ import os
 import secrets
 import socket
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -129,11 +129,11 @@ def decode_to_predict(
     decoded = []
     for row in rows:
         header = row.get("header_subject")
-        subject, source = named_subject(source_file.subject, header, row["sha256"], salt)
+        subject = named_subject(source_file.subject, header, row["sha256"], salt)
         about = {
             "label": source_file.label_of(row["frame"]),
-            "subject_id": subject,
-            "subject_source": source,
+            "subject_id": subject.name,
+            "subject_source": subject.source,
         }
         # A volume that was rejected as a whole has the frame "volume=N".
         contains_labelled = any(
@@ -150,10 +150,17 @@ def decode_to_predict(
     return decoded
 
 
+class Subject(NamedTuple):
+    """Whom a slice shows."""
+
+    name: str | None = None  # a keyed hash, or that of an estimated group; None if unknown
+    source: str | None = None  # TABLE, HEADER, STUDY, VOLUME or ESTIMATED
+
+
 def named_subject(
     in_table: str | None, in_header: str | None, sha256: str | None, salt: bytes
-) -> tuple[str | None, str | None]:
-    """A slice's subject as a keyed hash, and its source; a table takes precedence over a header.
+) -> Subject:
+    """A slice's subject in metadata; a table takes precedence over a header.
 
     Args:
         in_table: subject as written in the labels table.
@@ -162,13 +169,13 @@ def named_subject(
         salt: salt of the hashes.
     """
     if in_table is not None:
-        return subject_hash("patient", in_table, salt), schema.TABLE
+        return Subject(subject_hash("patient", in_table, salt), schema.TABLE)
     if in_header is None or sha256 is None:
-        return None, None
+        return Subject()
     if in_header.startswith(STUDY_PREFIX):
-        return in_header, schema.STUDY
+        return Subject(in_header, schema.STUDY)
     is_volume = in_header == volume_hash(sha256, salt)
-    return in_header, schema.VOLUME if is_volume else schema.HEADER
+    return Subject(in_header, schema.VOLUME if is_volume else schema.HEADER)
 
 
 def read_file(source: Folder, file: FoundFile) -> bytes:

@@ -27,6 +27,7 @@ from brainray.orchestration.preprocessing.plan import (
     plan_store,
 )
 from brainray.orchestration.preprocessing.previous_records import LIGHT, PreviousRecords
+from brainray.orchestration.preprocessing.slice_rows import Subject
 from brainray.orchestration.preprocessing.source import FoundFile, Listing, SourceFile
 
 
@@ -112,27 +113,32 @@ def test_copies_within_a_split_are_counted_whatever_the_other_split_holds() -> N
     assert [link[:3] for link in train_links] == [(1, 2, COPY), (1, 3, MIRRORED)]
 
 
+def _subjects(*names_and_sources: str) -> list[Subject]:
+    """Subjects written as "NAME SOURCE"; "" is nobody."""
+    return [Subject(*text.split()) for text in names_and_sources]
+
+
 def test_a_patient_whom_a_table_names_in_part_stays_one() -> None:
-    given = ["t1", "h1", "t2", "h2", "t3", "h2", "h3", None, "v1", "t4"]
-    sources = ["table", "header", "table", "header", "table", "header", "header", None]
-    headers = ["h1", "h1", "h2", "h2", "h2", "h2", "h3", None]
-    # A volume and a copy of its file, which the table names.
-    sources, headers = [*sources, "volume", "table"], [*headers, "v1", "v1"]
-    named, named_by = _with_names_from_table(given, sources, headers)
-    # h2 stands for two of the table's patients.
-    assert named == ["t1", "t1", "t2", "h2", "t3", "h2", "h3", None, "t4", "t4"]
-    assert named_by[:8] == ["table"] * 3 + ["header", "table", "header", "header", None]
-    assert named_by[8:] == ["table", "table"]
+    given = _subjects(
+        *("t1 table", "h1 header", "t2 table", "h2 header", "t3 table", "h2 header", "h3 header"),
+        "",
+        # A volume and a copy of its file, which the table names.
+        *("v1 volume", "t4 table"),
+    )
+    headers = ["h1", "h1", "h2", "h2", "h2", "h2", "h3", None, "v1", "v1"]
+    assert _with_names_from_table(given, headers) == _subjects(
+        *("t1 table", "t1 table"),
+        # h2 stands for two of the table's patients.
+        *("t2 table", "h2 header", "t3 table", "h2 header", "h3 header"),
+        "",
+        *("t4 table", "t4 table"),
+    )
 
 
 def test_a_nameless_copy_has_the_subject_of_the_named_one() -> None:
-    named, named_by = _with_subjects_of_copies(
-        ["x", "x", "y", "z", "z"],
-        [None, "p1", None, "p2", "p3"],
-        [None, "table", None, "table", "header"],
-    )
-    assert named == ["p1", "p1", None, "p2", "p3"]
-    assert named_by == ["table", "table", None, "table", "header"]
+    given = _subjects("", "p1 table", "", "p2 table", "p3 header")
+    found = _with_subjects_of_copies(["x", "x", "y", "z", "z"], given)
+    assert found == _subjects("p1 table", "p1 table", "", "p2 table", "p3 header")
 
 
 def test_a_slice_within_a_split_is_reported_on_one_level() -> None:
