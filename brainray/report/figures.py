@@ -166,48 +166,41 @@ def before_after_grid(
     return figure
 
 
-def loss_curves(history: History) -> Figure | None:
+def loss_curves(history: History) -> Figure:
     """Training losses by epoch."""
     figure = new_figure(8.0, 3.6)
     axes = figure.subplots()
-    if not _draw_curves(axes, history, LOSSES):
-        return None
+    _draw_curves(axes, history, LOSSES)
     axes.set_title("Training loss by epoch")
     axes.legend(frameon=False)
     axes.set_ylabel("mean loss over the epoch's steps")
     return figure
 
 
-def accuracy_curves(history: History, chosen_epoch: int) -> Figure | None:
+def accuracy_curves(history: History, chosen_epoch: int) -> Figure:
     """Accuracies of both predictors by epoch, and the epoch chosen by validation."""
     figure = new_figure(8.0, 3.8)
     panels = figure.subplots(1, 2, sharey=True)
-    drawn = [
+    for axes, (predictor, curves) in zip(panels, ACCURACIES.items(), strict=True):
         _draw_curves(axes, history, curves, chosen_epoch)
-        for axes, curves in zip(panels, ACCURACIES.values(), strict=True)
-    ]
-    if not any(drawn):
-        return None
-    for axes, predictor in zip(panels, ACCURACIES, strict=True):
         axes.set_title(f"Accuracy of the {PREDICTOR_TITLES[predictor]}")
     panels[0].set_ylabel("accuracy")
     panels[0].set_ylim(panels[0].get_ylim()[0] - 0.03, 1.01)  # room for the outermost markers
-    legend_of = panels[drawn.index(True)]
     figure.legend(
-        *legend_of.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False
+        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False
     )
     return figure
 
 
-def clustering_health(history: History, chosen_epoch: int) -> Figure | None:
-    """Metrics by epoch that reveal a collapse, which a high silhouette alone would hide."""
+def clustering_health(history: History, chosen_epoch: int) -> Figure:
+    """Metrics by epoch that reveal a collapse, which a high silhouette alone would hide; a panel
+    for each that was logged.
+    """
     logged = {
         title: curves
         for title, curves in _HEALTH.items()
         if any(curve.metric in metrics for curve in curves for metrics in history)
     }
-    if not logged:
-        return None
     num_columns = min(2, len(logged))
     num_rows = ceil(len(logged) / num_columns)
     figure = new_figure(8.0, 2.8 * num_rows)
@@ -221,11 +214,9 @@ def clustering_health(history: History, chosen_epoch: int) -> Figure | None:
     return figure
 
 
-def timing_breakdown(history: History) -> Figure | None:
+def timing_breakdown(history: History) -> Figure:
     """Seconds of each part of each epoch, stacked."""
     logged = [name for name in _TIMES if any(name in metrics for metrics in history)]
-    if not logged:
-        return None
     epochs = [int(metrics["epoch"]) for metrics in history]
     figure = new_figure(8.0, 3.6)
     axes = figure.subplots()
@@ -317,9 +308,7 @@ def embedding_maps(
 
 def _draw_curves(
     axes: Axes, history: History, curves: Sequence[Curve], chosen_epoch: int | None = None
-) -> bool:
-    """Plot the curves; return whether any has a point."""
-    drawn = False
+) -> None:
     for curve in curves:
         points = [(m["epoch"], m[curve.metric]) for m in history if curve.metric in m]
         if points:
@@ -333,13 +322,11 @@ def _draw_curves(
                 markersize=3.5,
                 label=curve.label,
             )
-            drawn = True
-    if drawn and chosen_epoch is not None:
+    if chosen_epoch is not None:
         label = f"chosen epoch ({chosen_epoch})"
         axes.axvline(chosen_epoch, color=BLACK, linestyle=":", linewidth=1.2, label=label)
     count_epochs(axes)
     tidy(axes, grid="y")
-    return drawn
 
 
 def _draw_confusion(axes: Axes, panel: Confusion, classes: Sequence[str]) -> None:

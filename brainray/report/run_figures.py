@@ -22,8 +22,7 @@ from brainray.storage import Folder
 def draw_run_figures(
     run: Folder, classes: list[str], chosen_epoch: int, maps: Sequence[SliceMap]
 ) -> None:
-    """Write all figures for which the run has logs and predictions: only curves without test
-    slices, none without a finished epoch.
+    """Write the figures of a run with a finished epoch; without test slices only curves.
 
     Args:
         run: folder with ``metrics.jsonl`` and ``predictions/epoch-XXXX.parquet``.
@@ -31,10 +30,7 @@ def draw_run_figures(
         chosen_epoch: epoch of the confusion matrices, marked in the curves; 1-based.
         maps: t-SNE maps of the run's test slices (`maps.run_maps`).
     """
-    history = run.read_json_lines(layout.METRICS)
-    if not history:
-        return
-    _draw_curves(run, history, chosen_epoch)
+    _draw_curves(run, run.read_json_lines(layout.METRICS), chosen_epoch)
     if run.exists(layout.predictions_file(chosen_epoch)):
         predictions = run.read_table(layout.predictions_file(chosen_epoch))
         draw_evaluation_figures(run, predictions, classes)
@@ -50,8 +46,7 @@ def _draw_curves(run: Folder, history: History, chosen: int) -> None:
         f"{layout.FIGURES}/timing.png": timing_breakdown(history),
     }
     for name, figure in figures.items():
-        if figure is not None:
-            run.write_bytes(name, png_bytes(figure))
+        run.write_bytes(name, png_bytes(figure))
 
 
 def _draw_maps(run: Folder, classes: list[str], maps: Sequence[SliceMap]) -> None:

@@ -107,11 +107,6 @@ def test_the_chosen_epoch_is_mapped_whichever_else_are(tmp_path: Path) -> None:
         assert "tsne" in _draw(run, 2, epochs)
 
 
-def test_a_run_without_an_epoch_gets_nothing(tmp_path: Path) -> None:
-    assert not _draw(Folder(tmp_path), 1)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_too_few_slices_are_not_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _skip_curves(monkeypatch)
     run = Folder(tmp_path)
