@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
         "--set",
         metavar="KEY=VALUE",
         nargs="+",
-        action="append",
+        action="extend",
         default=[],
         help="override --config",
     )
@@ -57,14 +57,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def work(arguments: argparse.Namespace) -> JobResult:
-    overrides = [item for group in arguments.set for item in group]
     for key in ("source", "storage", "seed"):
-        if any(item.partition("=")[0].strip() == key for item in overrides):
+        if any(item.partition("=")[0].strip() == key for item in arguments.set):
             raise ConfigError(f"--set {key}=...: benchmarks do not read this setting; use --{key}")
     for key in ("source", "storage"):
         if "://" in (value := getattr(arguments, key) or ""):
             raise ConfigError(f"--{key} {value}: benchmarks use a local folder, not a URI")
-    config = load_config(arguments.config, overrides)
+    config = load_config(arguments.config, arguments.set)
     readers = {"config": READS_CONFIG, "set": READS_CONFIG, "source": READS_SOURCE}
     for option, cases in readers.items():
         if getattr(arguments, option) and arguments.case not in cases:

@@ -75,11 +75,10 @@ def run_job(
     if others:
         hint = ": write --set KEY=VALUE" if "=" in "".join(others) or "--source" in others else ""
         parser.error(f"unrecognized arguments: {' '.join(others)}{hint}")
-    overrides = [item for group in arguments.set for item in group]
 
     def checked_work() -> JobResult:
-        config = resolve_paths(load_config(arguments.config, overrides))
-        for key in unread_keys(overrides, keys):
+        config = resolve_paths(load_config(arguments.config, arguments.set))
+        for key in unread_keys(arguments.set, keys):
             log(f"note: jobs/{name}.py does not read {key}; --help lists what it reads")
         _check_given(config, keys, needs)
         check_paths(config, keys)
@@ -172,7 +171,7 @@ def _parser(
         "--set",
         metavar="KEY=VALUE",
         nargs="+",
-        action="append",
+        action="extend",
         default=[],
         help="settings that override the file, such as train.num_epochs=5; may be repeated",
     )
