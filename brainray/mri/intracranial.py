@@ -240,7 +240,7 @@ def _best_closed_path(score: Polar) -> NDArray[np.intp]:
 
     Neighbouring angles differ by at most `_MAX_JUMP` radii, with a quadratic penalty. The search
     starts before the turn that is kept and continues after it, over the same scores, so that both
-    ends are independent of the start and meet.
+    ends hardly depend on where it starts and usually meet, though nothing forces them to.
     """
     jumps = np.arange(-_MAX_JUMP, _MAX_JUMP + 1)
     cost = (_STIFFNESS * jumps**2).astype(np.float32)[:, None]

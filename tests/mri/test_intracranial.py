@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from brainray.mri import intracranial
+from brainray.mri.head import Head
 from brainray.mri.intracranial import MIN_CONFIDENCE, intracranial_mask
 from brainray.mri.phantom import CLASSES, PhantomSlice, make_slice
 from brainray.mri.reference_heads import dice
@@ -58,6 +59,13 @@ def test_whole_heads_are_trusted_and_stripped_ones_are_not(orientation: str) -> 
     assert np.mean(stripped) <= 0.2
 
 
+def test_a_scalp_darker_than_the_brain_is_known_by_the_skull_before_it() -> None:
+    image = np.zeros((160, 160), np.uint8)
+    for radius, grey in ((70, 80), (62, 40), (56, 100)):  # scalp, skull, brain
+        cv2.circle(image, (80, 80), radius, grey, cv2.FILLED)
+    assert intracranial_mask(image).confidence >= MIN_CONFIDENCE
+
+
 @pytest.mark.parametrize("size", [64, 320, 1024])
 def test_the_mask_hardly_depends_on_the_slices_size(size: int) -> None:
     image = phantoms("coronal")[0].image
@@ -66,6 +74,13 @@ def test_the_mask_hardly_depends_on_the_slices_size(size: int) -> None:
     there = intracranial_mask(resized).mask.astype(np.float32)
     back = cv2.resize(there, mask.shape[::-1], interpolation=cv2.INTER_LINEAR) > 0.5
     assert dice(mask, back) >= 0.95
+
+
+def test_the_mask_of_a_large_slice_covers_no_more_of_it() -> None:
+    image = make_slice("glioma", np.random.default_rng(1), size=160).image  # the working size
+    small = intracranial_mask(image).mask
+    large = intracranial_mask(image.repeat(4, 0).repeat(4, 1)).mask
+    assert large.mean() == pytest.approx(small.mean(), rel=0.005)
 
 
 def test_a_wider_background_moves_nothing_but_the_frame() -> None:
@@ -137,3 +152,34 @@ def test_the_same_slice_gives_the_same_mask() -> None:
     first, second = intracranial_mask(image), intracranial_mask(image.copy())
     np.testing.assert_array_equal(first.mask, second.mask)
     assert first.confidence == second.confidence
+
+
+def test_a_speck_does_not_draw_the_outline_out() -> None:
+    score = np.zeros((64, 64), np.float32)  # (angles, radii)
+    score[:, 20] = 1.0
+    score[30, 24] = 1.1
+    np.testing.assert_array_equal(intracranial._best_closed_path(score), 20)
+
+
+def test_an_outline_that_starts_and_ends_at_different_radii_is_closed_all_the_same() -> None:
+    score = np.zeros((64, 64), np.float32)  # (angles, radii)
+    score[:32, 10] = score[32:, 40] = 1.0
+    path = intracranial._best_closed_path(score)
+    assert abs(path[-1] - path[0]) <= intracranial._MAX_JUMP
+    assert set(path) > {10, 40}
+
+
+def test_the_rays_of_a_brain_that_curves_around_its_centroid_start_within_it() -> None:
+    arch = np.zeros((160, 160), np.uint8)
+    cv2.ellipse(arch, (80, 80), (50, 50), 0, 180, 360, 1, thickness=12)
+    head = Head(
+        mask=np.ones_like(arch),
+        depth=np.zeros(arch.shape, np.float32),
+        centre=np.array([80, 80], np.float32),
+        radius=70.0,
+        signal=np.zeros(arch.shape, np.float32),
+    )
+    outline = intracranial._outline_of(arch > 0, head)
+    assert outline is not None
+    x, y = (head.centre + head.radius * outline.origin).round().astype(int)
+    assert arch[y, x]

@@ -19,6 +19,12 @@ def test_stretch_halves_by_averaging() -> None:
     np.testing.assert_array_equal(stretch(image.repeat(2, 0), 2), [[1, 10], [3, 10]])
 
 
+def test_a_side_that_grows_is_interpolated_though_the_other_shrinks() -> None:
+    image = np.full((2, 8), [[0], [100]], np.uint8)
+    expected = np.full((4, 4), [[0], [25], [75], [100]])
+    np.testing.assert_array_equal(stretch(image, 4), expected)
+
+
 def test_letterbox_keeps_the_aspect_ratio_and_centres() -> None:
     image = np.full((40, 80), 200, np.uint8)
     boxed = letterbox(image, 40)

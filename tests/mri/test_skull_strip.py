@@ -150,12 +150,31 @@ def test_a_white_frame_is_taken_off_and_the_head_stays(orientation: str, kind: s
     np.testing.assert_array_equal(cleaned[here][brain], image[here][brain])
 
 
+def test_the_grey_that_jpeg_leaves_beside_a_frame_goes_with_it() -> None:
+    image = np.zeros((40, 40), np.uint8)
+    image[:10] = 255
+    image[10] = 180
+    assert not without_frame(image).any()
+
+
+def test_pieces_that_touch_a_frame_at_a_corner_go_with_it() -> None:
+    image = np.zeros((40, 40), np.uint8)
+    image[:10] = 255
+    for step in range(5):
+        image[10 + step, 20 + step] = 255
+    assert not without_frame(image).any()
+
+
 def test_an_image_without_a_frame_is_left_as_it_is() -> None:
     head = disc(60, 255)
     assert without_frame(head) is head
     captioned = head.copy()
     captioned[:10, :40] = 255  # less than a quarter of the edge
     assert without_frame(captioned) is captioned
+    outlined = head.copy()
+    outlined[1:-1, 1:-1] = 255  # a white line that touches no edge
+    outlined[3:-3, 3:-3] = head[3:-3, 3:-3]
+    assert without_frame(outlined) is outlined
     assert not without_frame(np.full((20, 20), 255, np.uint8)).any()
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from brainray.config import PreprocessConfig
 from brainray.errors import ConfigError, DataError
+from brainray.mri.phantom import make_slice
 from brainray.mri.resize import auto_gamma, min_max
 from brainray.mri.slices import RejectedImage
 from brainray.orchestration.preprocessing.slice_rows import (
@@ -17,6 +18,7 @@ from brainray.orchestration.preprocessing.slice_rows import (
     decode_to_predict,
     preprocess_file,
     read_file,
+    strip,
     subject_salt,
 )
 from brainray.orchestration.preprocessing.source import FoundFile, SourceFile, list_source
@@ -100,6 +102,14 @@ def test_a_white_frame_goes_where_it_is_asked_for() -> None:
     np.testing.assert_array_equal(removed[70:170, 80:160], image[50:150, 60:140])
     assert removed[0].max() == 0
     assert fingerprint == fingerprint_of_removed
+
+
+def test_a_brain_mask_that_is_not_trusted_is_not_used() -> None:
+    phantom = make_slice("glioma", np.random.default_rng(0))
+    config = PreprocessConfig(skull_strip="intracranial")
+    assert strip(phantom.image, config).method == "intracranial"
+    without_skull = np.where(phantom.brain_mask, phantom.image, np.uint8(0))
+    assert strip(without_skull, config).method == "otsu"
 
 
 def test_intensities_are_stored_as_configured_and_leave_the_fingerprint() -> None:
