@@ -28,6 +28,7 @@ def test_joint_groups_follow_either_id() -> None:
     duplicates = ["d1", "d1", "d2", "d3", "d4"]
     subjects = [None, "s1", "s1", None, None]
     assert joint_groups(duplicates, subjects) == ["d1", "d1", "d1", "d3", "d4"]
+    assert joint_groups(["a", "b"], ["b", None]) == ["a", "b"]  # the two kinds of id are apart
 
 
 def test_a_group_keeps_its_name_and_a_new_one_gets_its_own() -> None:

@@ -8,7 +8,14 @@ import torch
 from brainray.config import NearDuplicateConfig
 from brainray.mri import registration
 from brainray.mri.phantom import make_series, make_slice
-from brainray.mri.registration import LEVELS, Alignment, align, match_intensities, shrink
+from brainray.mri.registration import (
+    LEVELS,
+    Alignment,
+    align,
+    compare,
+    match_intensities,
+    shrink,
+)
 
 SIDE = 96
 
@@ -82,6 +89,32 @@ def test_a_darker_copy_is_found_and_a_darker_neighbour_is_not() -> None:
     darker = torch.cat([(0.8 * one).floor() for one in slices])
     copy, *neighbours = registration.similarity(fixed, darker).tolist()
     assert copy >= NearDuplicateConfig().similarity > max(neighbours)
+
+
+def test_structure_that_only_one_of_two_slices_has_tells_them_apart() -> None:
+    """Whichever of them has it."""
+    spots = np.random.default_rng(0).choice([0.0, 255.0], (6, 6)).repeat(4, 0).repeat(4, 1)
+    one = torch.full((1, SIDE, SIDE), 128.0)
+    one[:, 12:36, 12:36] = torch.from_numpy(spots)
+    two = one.clone()
+    two[:, 60:84, 60:84] = torch.from_numpy(spots)
+    found = compare(torch.cat([one, two]), torch.cat([two, one]), Alignment.identity(2))
+    assert (found < 0.5).all()
+
+
+def test_grey_values_near_white_hardly_count_beside_a_clipped_slice() -> None:
+    brighter = Alignment(Alignment.identity(1).frame, torch.tensor([1.5]), torch.tensor([0.0]))
+    grey, near_white = 120.0, 254.0
+    values = torch.full((1, SIDE, SIDE), grey)
+    values[:, SIDE // 2 :] = near_white
+    *_, weight = registration._comparable(values, values, brighter)
+    assert weight[0, 30, 48] == 1.0
+    assert weight[0, 60, 48] < 0.05
+
+
+def test_a_frame_moves_as_far_as_its_edge_that_moves_the_farthest() -> None:
+    frame = torch.tensor([[0.01, 1.1, -0.02, 0.95]])
+    assert float(registration._movement(frame)[0]) == pytest.approx(0.01 + 0.1)
 
 
 def test_slices_without_structure_are_no_copies() -> None:

@@ -28,6 +28,7 @@ def test_rows_are_read_in_the_requested_order(rows: RowFile) -> None:
 
 def test_a_row_is_written_in_its_place(rows: RowFile) -> None:
     rows[2] = np.full(5, -1.0)
+    assert len(rows) == 12
     np.testing.assert_array_equal(rows[np.array([1, 2, 3])], [MATRIX[1], [-1.0] * 5, MATRIX[3]])
 
 

@@ -3,13 +3,14 @@
 import hashlib
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
 from brainray.benchmarks.duplicates import fingerprint
-from brainray.config import Config
+from brainray.config import Config, PreprocessConfig
 from brainray.errors import DataError
 from brainray.mri.duplicates import COPY, MIRRORED, DuplicatePairs
 from brainray.mri.phantom import CLASSES, make_slice
@@ -23,6 +24,7 @@ from brainray.orchestration.preprocessing.plan import (
     StorePlan,
     _check_classes,
     _first_copies,
+    _statistics,
     official_splits,
     plan_store,
 )
@@ -160,6 +162,40 @@ def test_a_slice_within_a_split_is_reported_on_one_level() -> None:
     found = _within(table, np.array([0, 1, 0]), pairs, "train")
     paths = {level: [(row["path"], row["twin"]) for row in rows] for level, rows in found.items()}
     assert paths == {"exact": [("c", "a")], "near": [("b", "a")], "turned": []}
+
+
+def recorded(**columns: list[Any]) -> dict[str, Any]:
+    """Statistics of a store of four training slices and a test slice with these columns."""
+    planned = plan("a")
+    rows = planned.rows
+    for name, values in columns.items():
+        rows = rows.set_column(rows.column_names.index(name), name, pa.array(values))
+    return _statistics(rows, ["a", "b"], planned.duplicates, PreprocessConfig(image_size=16))
+
+
+def test_pixels_are_standardised_by_those_of_training_slices() -> None:
+    white, white_square = 16**2 * 255, 16**2 * 255**2
+    statistics = recorded(
+        pixel_sum=[0, white, 0, white, white],
+        pixel_square_sum=[0, white_square, 0, white_square, white_square],
+    )
+    assert (statistics["pixel_mean"], statistics["pixel_std"]) == pytest.approx((0.5, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("column", "hashed"),
+    [
+        ("draw_group_id", "data_hash"),
+        ("kin_group_id", "data_hash"),
+        ("split_group_id", "slices_hash"),
+    ],
+)
+def test_a_hash_tells_changes_of_the_groups_that_its_users_rely_on(
+    column: str, hashed: str
+) -> None:
+    before, joined = recorded(), recorded(**{column: ["0"] * 5})
+    changed = {name for name in ("data_hash", "slices_hash") if joined[name] != before[name]}
+    assert changed == {hashed}
 
 
 def test_what_to_do_about_a_class_of_test_slices_alone_depends_on_who_held_them_out() -> None:
