@@ -9,6 +9,7 @@ from unittest.mock import Mock
 
 import pytest
 from mlflow import MlflowClient, environment_variables
+from mlflow.entities import Metric
 
 from brainray.errors import TrackingError
 from brainray.storage import Folder
@@ -109,16 +110,17 @@ def test_a_run_that_goes_on_while_the_server_is_away_is_said_to_run_when_it_is_b
     assert client.get_run(str(ended.run_id)).info.status == "RUNNING"
 
 
-def test_an_epoch_whose_answer_was_lost_is_kept_once(
+def test_an_epoch_whose_answer_was_lost_is_kept_once_and_later_ones_follow(
     run: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = tracker(run, database(run))
     made.begin("first", {}, {})
     send = MlflowClient.log_batch
 
-    def send_and_lose_the_answer(*arguments: Any, **named: Any) -> None:
-        send(*arguments, **named)
-        raise ConnectionError("the server went away")
+    def send_and_lose_the_answer(client: MlflowClient, run_id: str, metrics: list[Metric]) -> None:
+        send(client, run_id, metrics)
+        if metrics[0].step == 2:
+            raise ConnectionError("the server went away")
 
     with monkeypatch.context() as lossy:
         lossy.setattr(MlflowClient, "log_batch", send_and_lose_the_answer)

@@ -1,12 +1,31 @@
 """From configuration to the parts of training."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
-from brainray.config import TrainConfig
-from brainray.engine.recipe import build_optimizer, image_side
+from brainray.config import ObjectiveConfig, TrainConfig
+from brainray.engine.recipe import build_objective, build_optimizer, image_side, ramp
 from brainray.engine.shard import PixelScale
+from brainray.models.anchored import AnchoredObjective
+from brainray.models.consistency import ConsistencyObjective
+from brainray.models.prototype import PrototypeObjective
+
+
+def test_an_objective_has_the_weights_and_the_temperature_that_are_configured() -> None:
+    config = ObjectiveConfig(
+        name="anchored", lambda_consistency=0.3, lambda_cluster=0.7, temperature=0.05
+    )
+    expected = AnchoredObjective(ConsistencyObjective(0.3), PrototypeObjective(0.7, 0.05))
+    assert build_objective(config) == expected
+
+
+def test_the_ramp_rises_as_in_laine_and_aila_and_then_stays() -> None:
+    rising = [ramp(epoch, 10) for epoch in (1, 6, 11, 12)]
+    assert rising == pytest.approx([math.exp(-5), math.exp(-5 / 4), 1.0, 1.0])
+    assert ramp(1, 0) == 1.0
 
 
 def test_slices_grow_in_stages_of_as_many_epochs() -> None:

@@ -68,12 +68,14 @@ def test_consistency_weighs_the_cross_entropy_of_pseudo_labels_by_confidence() -
 
 
 def test_the_prototype_terms_by_hand() -> None:
-    # Cosines to the prototypes (1,0) and (0,1) are z itself; at temperature 1/2 they are doubled.
+    # Cosines to the prototypes are z itself, for only the directions of centres count: here (1,0)
+    # and (0,1). At temperature 1/2 they are doubled.
+    targets = TARGETS._replace(centers=torch.tensor([[3.0, 0.0], [0.0, 0.1]]))
     first = math.log1p(math.exp(-2.0)), math.log1p(math.exp(2.0))  # -log p of row 1
     second = math.log1p(math.exp(0.4)), math.log1p(math.exp(-0.4))
     prototype = (0.75 * first[0] + 0.25 * first[1] + 0.5 * second[1]) / 2
     anchor = (first[0] + second[1]) / 2
-    terms = PrototypeObjective(lambda_cluster=0.1, temperature=0.5).loss(OUTPUTS, TARGETS)
+    terms = PrototypeObjective(lambda_cluster=0.1, temperature=0.5).loss(OUTPUTS, targets)
     assert math.isclose(float(terms["cluster"]), prototype, rel_tol=1e-6)
     assert math.isclose(float(terms["anchor"]), anchor, rel_tol=1e-6)
     total = CROSS_ENTROPY + 0.1 * (0.5 * prototype + anchor)
