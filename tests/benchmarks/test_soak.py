@@ -1,4 +1,4 @@
-"""Submissions that hang, or fail by themselves, count against the soak benchmark."""
+"""What counts against the soak benchmark: hangs, failures, growth, lost epochs, other weights."""
 
 import random
 import subprocess
@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from brainray import layout
 from brainray.benchmarks import soak
+from brainray.storage import Folder
 
 
 @dataclass
@@ -60,3 +63,22 @@ def test_a_submission_that_hangs_or_fails_without_a_kill_is_counted(
     assert (soaked.num_failed, soaked.num_hung) == (num_failed, num_hung)
     assert soaked.finished == ["soak-1"]
     assert soaked.killed.total() == first.is_killed
+
+
+def test_growth_is_that_of_the_last_third_of_a_run_over_the_middle_one() -> None:
+    sizes = [1.0, 1.0, 1.0, 2.0, 2.0, 2.0, 4.0, 4.0, 6.0]
+    growth = soak._Growth([{"bytes": size, "descriptors": 10.0} for size in sizes])
+    assert growth.ratios() == (2.0, 1.0)
+
+
+def test_epochs_that_a_log_lacks_or_repeats_are_counted(tmp_path: Path) -> None:
+    run = Folder(tmp_path) / layout.RUNS / "soak-1"
+    run.write_json_lines(layout.METRICS, [{"epoch": epoch} for epoch in (1.0, 2.0, 2.0, 4.0)])
+    assert soak._num_missing(tmp_path, "soak-1", num_epochs=4) == 2
+
+
+def test_weights_are_the_same_only_if_all_of_them_are() -> None:
+    weights = {"first": torch.zeros(2), "last": torch.ones(2)}
+    assert soak._equal(weights, {name: value.clone() for name, value in weights.items()})
+    for name in weights:
+        assert not soak._equal(weights, weights | {name: torch.full((2,), 7.0)})

@@ -112,7 +112,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run_maps(run, evaluation, 2),
         control=metrics,
         explained=explained(),
-        siblings={"seed1": predictions(3)},
+        siblings={"seed1": predictions(3).take(list(reversed(range(NUM_SLICES))))},
     )
     assert name == "report.html"
     return path / name
@@ -216,12 +216,72 @@ def test_typical_slices_are_the_surest_and_borderline_ones_the_least_sure(tmp_pa
 
 
 def test_clusters_of_one_class_are_its_subtypes(page: Path) -> None:
-    (kind,) = data_of(page)["subtypes"]
+    data = data_of(page)
+    classes = {card["cluster"]: card["class"] for card in data["cards"]}
+    assert classes == dict(enumerate([*CLASSES, "glioma"]))
+    (kind,) = data["subtypes"]
     assert kind["class"] == "glioma"
     assert kind["ari"] == 1.0
     assert kind["runs"] == ["seed1"]
     assert [(part["cluster"], part["size"]) for part in kind["clusters"]] == [(0, 4), (3, 4)]
     assert all(part["stable"] for part in kind["clusters"])
+
+
+def page_of(folder: Path, history: list[dict[str, float]], metrics: dict[str, float]) -> Path:
+    """The page of a run of which the first epoch was chosen."""
+    run = Folder(folder)
+    run.write_json_lines(layout.METRICS, history)
+    run.write_bytes(layout.CONFIG, b"name: run\n")
+    run.write_table(layout.predictions_file(1), predictions(1))
+    name = write_page(run, CLASSES, EvaluationConfig(), {"chosen_epoch": 1.0} | metrics, {}, [])
+    assert name is not None
+    return folder / name
+
+
+@pytest.mark.parametrize(
+    ("of_clean_slices", "said"),
+    [
+        (
+            {"head/accuracy": 0.73, "cluster/accuracy": 0.64, "thumbnail_1nn/accuracy": 0.55},
+            "correctly and 73.0 % of the clean ones, which have no upright copy in the data that "
+            "the run saw; the clusters 82.0 % and 64.0 %. Copying the label of the most similar "
+            "thumbnail gets 55.0 % of the clean ones right.",
+        ),
+        (
+            {"num_slices": 0.0},
+            "correctly, the clusters 82.0 %. "
+            "No labelled slice is clean: the run saw a copy of each.",
+        ),
+        (
+            {},
+            "correctly, the clusters 82.0 %. "
+            "Which slices are clean (no upright copy in the data that the run saw) is unknown.",
+        ),
+    ],
+)
+def test_the_summary_tells_the_chosen_epoch_and_how_all_and_clean_slices_fare(
+    tmp_path: Path, of_clean_slices: dict[str, float], said: str
+) -> None:
+    metrics = {"test/all/head/accuracy": 0.91, "test/all/cluster/accuracy": 0.82}
+    metrics |= {f"test/clean/{name}": value for name, value in of_clean_slices.items()}
+    text = page_of(tmp_path, [{"epoch": 1.0}, {"epoch": 2.0}], metrics).read_text()
+    chosen = "Epoch 1 of 2 was chosen on held-out labelled slices."
+    assert f"{chosen} The head classifies 91.0 % of all labelled test slices {said}" in text
+
+
+def test_a_curve_has_a_gap_where_an_epoch_logged_nothing_and_axes_hold_all_values(
+    tmp_path: Path,
+) -> None:
+    history = [
+        {"epoch": 1.0, "validation/head/accuracy": 0.5},
+        {"epoch": 2.0, "validation/head/accuracy": 0.9, "train/loss/total": 0.25},
+    ]
+    losses, accuracies = data_of(page_of(tmp_path, history, {}))["charts"]
+    assert [curve["values"] for curve in losses["curves"]] == [[None, 0.25]]
+    assert [curve["values"] for curve in accuracies["curves"]] == [[0.5, 0.9]]
+    least, most = accuracies["range"]
+    assert 0.4 < least < 0.5
+    assert 0.9 < most < 1.0
 
 
 def test_an_evaluation_has_a_page_too(tmp_path: Path) -> None:
