@@ -7,7 +7,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -255,6 +255,18 @@ def test_a_poor_trial_is_stopped_and_its_resources_come_back(storage: Path) -> N
         time.sleep(1)
 
 
+@pytest.fixture
+def placement_groups_are_released() -> Iterator[None]:
+    """Afterwards, as at the end of a job: Ray Train keeps the placement group of a trial that was
+    killed while its workers were starting, and the next sweep would wait for its CPUs.
+    """
+    yield
+    for identity, group in placement_group_table().items():
+        if group["state"] != "REMOVED":
+            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(identity))))
+
+
+@pytest.mark.usefixtures("placement_groups_are_released")
 @pytest.mark.slow
 def test_a_sweep_whose_time_is_up_is_complete(
     storage: Path, capsys: pytest.CaptureFixture[str]
@@ -274,16 +286,6 @@ def test_a_sweep_whose_time_is_up_is_complete(
     assert sweep(config).metrics == found.metrics
     lines = logged(capsys)
     assert lines[-1].endswith("complete, nothing to search")
-    release_placement_groups()
-
-
-def release_placement_groups() -> None:
-    """Release what a job's end would: Ray Train keeps the placement group of a trial that was
-    killed while its workers were starting, and the next sweep would wait for its CPUs.
-    """
-    for identity, group in placement_group_table().items():
-        if group["state"] != "REMOVED":
-            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(identity))))
 
 
 @pytest.mark.slow
