@@ -93,7 +93,7 @@ class _GatherEqualRows(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor) -> Tensor:
         ctx.num_rows = len(rows)
         gathered = rows.new_empty((world_size() * len(rows), *rows.shape[1:]))
-        torch_dist.all_gather_into_tensor(gathered, rows.contiguous())
+        torch_dist.all_gather_single(gathered, rows.contiguous())
         return gathered
 
     @staticmethod

@@ -875,7 +875,8 @@ def test_a_warm_up_that_diverges_stops_the_job_and_leaves_no_encoder(
 ) -> None:
     settings = [*WARMED_UP, "self_supervision.learning_rate=1e30", "train.num_workers=2"]
     with pytest.raises(
-        DivergenceError, match=r"self-supervised training, epoch \d: .* lower self_s"
+        DivergenceError,
+        match=r"self-supervised training, resnet18-\S+, epoch \d, step 1 of 1: .* lower self_s",
     ):
         train(config_of(storage, "diverging", *settings))
     said = capsys.readouterr().out
