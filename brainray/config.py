@@ -113,7 +113,7 @@ class NearDuplicateConfig(_Section):
     """Candidates per slice, with the most similar descriptors, whose pixels are compared."""
     num_turned_candidates: Positive = 4
     """The same for each of the seven other orientations."""
-    descriptor_similarity: Annotated[float, Field(ge=-1.0, le=1.0)] = 0.65
+    descriptor_similarity: Annotated[float, Field(ge=-1.0, le=1.0)] = 0.7
     """Minimum cosine similarity between a slice's descriptor and a candidate's."""
     turned_descriptor_similarity: Annotated[float, Field(ge=-1.0, le=1.0)] = 0.75
     """The same for the seven other orientations."""
