@@ -335,7 +335,7 @@ def test_a_report_compares_slice_by_slice(
     assert metrics[f"difference/{name}"] == pytest.approx(metrics[name])
     assert metrics[f"only_run/{name}"] == round(17 * metrics[name])
     assert metrics[f"only_control/{name}"] == 0
-    assert "compared with wrong" in said
+    assert "comparison with the control (wrong)" in said
     page = trained.run.folder.read_bytes("report.html").decode()
     assert trained.run.folder.read_json(layout.SUMMARY) == metrics  # which MLflow will be sent
     assert "Paired comparison with the control (wrong), slice by slice" in page
