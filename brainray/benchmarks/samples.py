@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import cv2
 import numpy as np
@@ -9,7 +10,8 @@ from numpy.typing import NDArray
 
 from brainray.errors import DataError
 from brainray.mri.phantom import CLASSES, make_slice
-from brainray.orchestration.preprocessing.source import SourceFile
+
+File = TypeVar("File")
 
 SALT = b"plain images name no subjects"
 
@@ -37,7 +39,7 @@ def load_slices(source: Path | None, seed: int, limit: int = 2000) -> list[NDArr
     return [np.asarray(image, dtype=np.uint8) for image in images if image is not None]
 
 
-def spread(files: Sequence[SourceFile], count: int) -> list[SourceFile]:
+def spread(files: Sequence[File], count: int) -> list[File]:
     """At most ``count`` files, evenly spaced, so that sorted ones keep the share of every class."""
     places = np.linspace(0, len(files) - 1, min(count, len(files))).round().astype(int)
     return [files[place] for place in places]
