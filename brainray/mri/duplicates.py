@@ -40,7 +40,7 @@ COPY, MIRRORED, ROTATED = range(3)
 _READ_ROWS = 1024  # fingerprints read and described at a time: 40 MB of floats
 _QUERIES_AT_ONCE = 4096  # per index search
 _MAX_OF_ONE_VOLUME = 1024  # slices skipped in favour of those of other volumes
-_VERIFIED_PAIRS = 64  # pairs aligned at a time: their planes stay in the CPU cache
+_VERIFIED_PAIRS = 256  # at a time and thread
 
 _LAYOUT_SIDE = 32  # pixels: the resolution of descriptors
 _LAYOUT_MARGIN = 3  # pixels ignored on every side: borders, captions
@@ -444,15 +444,16 @@ def _facing(
     Which of the two is turned and fixed depends on their content, not on which one is the query, so
     that decisions are symmetric.
     """
-    shape = (-1, THUMBNAIL_SIDE, THUMBNAIL_SIDE)
-    fixed, moving = queries.reshape(shape).copy(), references.reshape(shape).copy()
-    for pair, orientation in enumerate(orientations.tolist()):
-        one, other = fixed[pair].copy(), moving[pair].copy()
-        if one.tobytes() > other.tobytes():
-            one, other, orientation = other, one, _INVERSE[orientation]
-        fixed[pair] = _oriented(one[None], orientation)[0]
-        moving[pair] = other
-    return (
-        torch.from_numpy(fixed.astype(np.float32)),
-        torch.from_numpy(moving.astype(np.float32)),
+    swap = np.array(
+        [one.tobytes() > other.tobytes() for one, other in zip(queries, references, strict=True)]
     )
+    first = np.where(swap[:, None], references, queries)
+    moving = np.where(swap[:, None], queries, references)
+    orientations = np.where(swap, np.asarray(_INVERSE)[orientations], orientations)
+    shape = (-1, THUMBNAIL_SIDE, THUMBNAIL_SIDE)
+    first, moving = first.reshape(shape), moving.reshape(shape)
+    fixed = first.copy()
+    for orientation in range(len(_INVERSE)):
+        chosen = orientations == orientation
+        fixed[chosen] = _oriented(first[chosen], orientation)
+    return torch.from_numpy(fixed).float(), torch.from_numpy(moving).float()

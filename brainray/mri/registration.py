@@ -10,13 +10,13 @@ Warps are separable: each axis is resampled by an (S, S) matrix, so that warping
 batched matrix products. Coordinates run from -1 to 1 across the frame.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-LEVELS = ((24, 8, None), (48, 4, 0.97), (96, 2, None))
+LEVELS = ((24, 6, None), (48, 3, 0.97), (96, 3, 0.0))
 """(side in pixels, Gauss-Newton steps, similarity below which a pair is dropped), coarse to fine.
 Most neighbouring slices fail at the second level, which avoids the expensive third; the first is
 too coarse for a decision."""
@@ -24,6 +24,8 @@ too coarse for a decision."""
 MARGIN = 0.125
 """Outer part of each frame that is ignored, as a fraction of its half side: 6 % of the side, where
 a border, a caption strip or the edge of a crop may be."""
+
+_PIXELS_AT_ONCE = 64 * 48**2  # of the pairs aligned at a time: they stay in the CPU cache
 
 _MAX_SHIFT = 0.12  # of the half side; a crop of 4 % and a border of 5 % need 0.09
 _MIN_SCALE, _MAX_SCALE = 0.82, 1.22  # both slices of a pair cropped (or framed) on both sides
@@ -64,6 +66,14 @@ class Alignment:
         frame = torch.tensor([[0.0, 1.0, 0.0, 1.0]]).repeat(num_pairs, 1)
         return cls(frame=frame, gain=torch.ones(num_pairs), bias=torch.zeros(num_pairs))
 
+    @classmethod
+    def cat(cls, parts: "list[Alignment]") -> "Alignment":
+        """The alignments of several batches, in their order."""
+        frame, gain, bias = zip(
+            *((part.frame, part.gain, part.bias) for part in parts), strict=True
+        )
+        return cls(torch.cat(frame), torch.cat(gain), torch.cat(bias))
+
     def __getitem__(self, chosen: Tensor) -> "Alignment":
         return Alignment(self.frame[chosen], self.gain[chosen], self.bias[chosen])
 
@@ -75,18 +85,23 @@ def similarity(fixed: Tensor, moving: Tensor) -> Tensor:
     """
     brighter = _brightening(fixed, moving)
     fixed, moving = fixed * brighter, moving * brighter
+    pyramid = [(shrink(fixed, side), shrink(moving, side)) for side, *_ in LEVELS]
+    alignment = match_intensities(*pyramid[0])
     result = torch.zeros(len(fixed))
     alive = torch.arange(len(fixed))
-    alignment = match_intensities(fixed, moving)
-    for side, num_steps, least in LEVELS:
-        small_fixed, small_moving = shrink(fixed[alive], side), shrink(moving[alive], side)
-        alignment = align(small_fixed, small_moving, alignment, num_steps=num_steps)
-        if least is not None:
-            keep = compare(small_fixed, small_moving, alignment) >= least
-            alive, alignment = alive[keep], alignment[keep]
-            if not len(alive):
-                return result
-    result[alive] = compare(fixed[alive], moving[alive], alignment)
+    for (side, num_steps, least), (fixed, moving) in zip(LEVELS, pyramid, strict=True):
+        kept, aligned = [], []
+        for block in torch.arange(len(alive)).split(_PIXELS_AT_ONCE // side**2):
+            pairs = alive[block]
+            refined = align(fixed[pairs], moving[pairs], alignment[block], num_steps=num_steps)
+            if least is not None:
+                found = compare(fixed[pairs], moving[pairs], refined)
+                keep = found >= least
+                pairs, refined = pairs[keep], refined[keep]
+                result[pairs] = found[keep]
+            kept.append(pairs)
+            aligned.append(refined)
+        alive, alignment = torch.cat(kept), Alignment.cat(aligned)
     return result
 
 
@@ -104,34 +119,35 @@ def align(fixed: Tensor, moving: Tensor, start: Alignment, *, num_steps: int) ->
     y, x = _grid(side)[:, None], _grid(side)
     frame, gain, bias = start.frame, start.gain, start.bias
     for _ in range(num_steps):
-        warped, slope_y, slope_x = _warp_with_slopes(moving, frame)
-        inner = _inner(frame, side)
-        scale = gain[:, None, None]
-        predicted = scale * warped + bias[:, None, None]
+        warped = _warp(moving, frame)
+        predicted = gain[:, None, None] * warped + bias[:, None, None]
         low, high = _common_range(gain, bias)
         # Where either slice is clipped, its intensity is a bound, not a value.
         residual = fixed.clamp(low, high) - predicted.clamp(low, high)
-        informative = inner * (predicted >= low - 0.5) * (predicted <= high + 0.5)
-        informative = informative * _unclipped((fixed + predicted) / 2, gain, bias)
+        inner = _inner(frame, side)
         spread = 1.0 + 2.0 * _mean(residual.abs(), inner)[:, None, None]
-        weight = informative / (1.0 + (residual / spread).square())
-        slopes = torch.stack(
+        weight = inner * _unclipped((fixed + predicted) / 2, gain, bias)
+        weight = weight / (1.0 + (residual / spread).square())
+        weight = weight.masked_fill((predicted < low - 0.5) | (predicted > high + 0.5), 0.0)
+        slope_y, slope_x = _slopes(predicted, frame, side)
+        columns = torch.stack(
             [
-                scale * slope_y,
-                scale * slope_y * y,
-                scale * slope_x,
-                scale * slope_x * x,
+                slope_y,
+                slope_y * y,
+                slope_x,
+                slope_x * x,
                 warped / 128.0,
                 torch.ones_like(warped),
+                residual,
             ],
             dim=1,
-        ).flatten(2)  # (P, 6, S * S)
-        weighted = slopes * weight.flatten(1)[:, None]
-        normal = weighted @ slopes.mT
+        ).flatten(2)  # (P, 7, T * T)
+        products = (columns[:, :6] * weight.flatten(1)[:, None]) @ columns.mT
+        normal, gradient = products[:, :, :6], products[:, :, 6]
         normal = normal + torch.diag_embed(
             normal.diagonal(dim1=1, dim2=2) * _DAMPING + _DAMPING, dim1=1, dim2=2
         )
-        step = torch.linalg.solve(normal, (weighted @ residual.flatten(1)[..., None])[..., 0])
+        step = torch.linalg.solve(normal, gradient)
         frame = _bounded(frame + step[:, :4].clamp(-0.1, 0.1))
         gain = (gain + step[:, 4] / 128.0).clamp(_MIN_GAIN, _MAX_GAIN)
         bias = bias + step[:, 5]
@@ -140,13 +156,13 @@ def align(fixed: Tensor, moving: Tensor, start: Alignment, *, num_steps: int) ->
 
 def match_intensities(fixed: Tensor, moving: Tensor) -> Alignment:
     """No movement, with the gain and bias that equalise mean and standard deviation inside."""
-    unmoved = Alignment.identity(len(fixed))
-    inner = _inner(unmoved.frame, fixed.shape[-1])
-    mean_fixed, mean_moving = _mean(fixed, inner), _mean(moving, inner)
-    deviation_fixed = _mean((fixed - mean_fixed[:, None, None]).square(), inner).sqrt()
-    deviation_moving = _mean((moving - mean_moving[:, None, None]).square(), inner).sqrt()
-    gain = (deviation_fixed / deviation_moving.clamp_min(1e-3)).clamp(0.5, 2.0)
-    return Alignment(frame=unmoved.frame, gain=gain, bias=mean_fixed - gain * mean_moving)
+    inside = _inside(fixed.shape[-1])
+    pair = torch.stack([fixed[:, inside, inside], moving[:, inside, inside]]).flatten(2)
+    mean = pair.mean(dim=2)
+    deviation = (pair - mean[:, :, None]).square().mean(dim=2).sqrt()
+    gain = (deviation[0] / deviation[1].clamp_min(1e-3)).clamp(0.5, 2.0)
+    unmoved = Alignment.identity(len(fixed)).frame
+    return Alignment(frame=unmoved, gain=gain, bias=mean[0] - gain * mean[1])
 
 
 def compare(fixed: Tensor, moving: Tensor, alignment: Alignment) -> Tensor:
@@ -164,25 +180,24 @@ def compare(fixed: Tensor, moving: Tensor, alignment: Alignment) -> Tensor:
     side = fixed.shape[-1]
     gain, bias = alignment.gain[:, None, None], alignment.bias[:, None, None]
     fixed, warped = _smooth(fixed), gain * _warp(moving, alignment.frame) + bias
-    lost = _lost_range(fixed, warped, alignment)
-    fixed, warped, weight = _comparable(fixed, warped, alignment)
-    fixed, warped = _band_pass(fixed, weight), _band_pass(warped, weight)
+    inner = _inner(alignment.frame, side)
+    lost = _lost_range(fixed, warped, inner, alignment)
+    pair, weight = _comparable(fixed, warped, inner, alignment)
+    fixed, warped = _band_pass(pair, weight)
     window = _gaussian(side, _LOCAL_SIGMA * side)
     stride = side // _LOCAL_PER_SIDE
-    window = (window / window.sum(dim=1).max())[stride // 2 :: stride]
+    window = (window / window.sum(dim=1).max())[stride // 2 :: stride, _inside(side)]
 
-    def local(values: Tensor) -> Tensor:
-        return (window @ (values * weight) @ window.T).flatten(1)
-
-    covered = local(torch.ones_like(fixed))
+    sums = torch.stack([torch.ones_like(fixed), fixed * warped, fixed.square(), warped.square()])
+    covered, product, energy, other_energy = (window @ (sums * weight) @ window.T).flatten(2)
     noise = _NOISE_VARIANCE * covered
-    energy, other_energy = local(fixed.square()), local(warped.square())
-    agreement = (local(fixed * warped) + noise) / (
-        (energy + noise) * (other_energy + noise)
-    ).sqrt().clamp_min(1e-6)
+    agreement = (product + noise) / ((energy + noise) * (other_energy + noise)).sqrt().clamp_min(
+        1e-6
+    )
     usable = (covered > _LEAST_COVERED) & (torch.maximum(energy, other_energy) > noise)
     num_usable = usable.sum(dim=1)
-    ranked = torch.where(usable, agreement, torch.inf).sort(dim=1).values
+    num_ranked = 1 + int(_WEAKEST_SHARE * usable.shape[1])
+    ranked = torch.where(usable, agreement, torch.inf).topk(num_ranked, largest=False).values
     rank = (_WEAKEST_SHARE * num_usable).long()
     weakest = ranked.gather(1, rank[:, None])[:, 0]
     agreement = torch.where(num_usable >= _MIN_NEIGHBOURHOODS, weakest, 0.0)
@@ -203,10 +218,12 @@ def _brightening(fixed: Tensor, moving: Tensor) -> Tensor:
 
 def shrink(pictures: Tensor, side: int) -> Tensor:
     """(P, S, S) area-averaged to (P, side, side); ``side`` divides S."""
-    return F.avg_pool2d(pictures[:, None], pictures.shape[-1] // side)[:, 0]
+    if pictures.shape[-1] == side:
+        return pictures
+    return pictures.unflatten(1, (side, -1)).mean(dim=2).unflatten(2, (side, -1)).mean(dim=3)
 
 
-def _lost_range(fixed: Tensor, warped: Tensor, alignment: Alignment) -> Tensor:
+def _lost_range(fixed: Tensor, warped: Tensor, inner: Tensor, alignment: Alignment) -> Tensor:
     """(P,) grey values by which the ranges of aligned slices differ at black or white.
 
     At white they only count as far as pixels are that bright: a slice of another brightness in
@@ -214,19 +231,18 @@ def _lost_range(fixed: Tensor, warped: Tensor, alignment: Alignment) -> Tensor:
     """
     _, high = _common_range(alignment.gain, alignment.bias)
     is_white = (torch.maximum(fixed, warped) >= high - _NEAR_WHITE).float()
-    clipped = _mean(is_white, _inner(alignment.frame, fixed.shape[-1])) / _CLIPPED_SHARE
+    clipped = _mean(is_white, inner) / _CLIPPED_SHARE
     at_black, at_white = _range_difference(alignment.gain, alignment.bias)
     return torch.maximum(at_black, at_white * clipped.clamp_max(1.0))
 
 
 def _comparable(
-    fixed: Tensor, warped: Tensor, alignment: Alignment
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Aligned slices, clipped to their common range, and the weights of their pixels."""
+    fixed: Tensor, warped: Tensor, inner: Tensor, alignment: Alignment
+) -> tuple[Tensor, Tensor]:
+    """Aligned slices (2, P, T, T), clipped to their common range, and the weights of pixels."""
     low, high = _common_range(alignment.gain, alignment.bias)
-    weight = _inner(alignment.frame, fixed.shape[-1])
-    weight = weight * _unclipped((fixed + warped) / 2, alignment.gain, alignment.bias)
-    return fixed.clamp(low, high), warped.clamp(low, high), weight
+    weight = inner * _unclipped((fixed + warped) / 2, alignment.gain, alignment.bias)
+    return torch.stack([fixed, warped]).clamp(low, high), weight
 
 
 def _unclipped(values: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
@@ -235,17 +251,18 @@ def _unclipped(values: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
     Slices are averaged after clipping, so their values near a clipped end are not exact.
     """
     low, high = _common_range(gain, bias)
-    at_black, at_white = _range_difference(gain, bias)
-    weight = _ramp(values - low, at_black[:, None, None].clamp_max(_TAPER), sharp_below=4.0)
-    return weight * _ramp(
-        high - values, at_white[:, None, None].clamp_max(_TAPER), sharp_below=12.0
-    )
+    at_black, at_white = (lost[:, None, None] for lost in _range_difference(gain, bias))
+    above = _ramp(values, low, at_black, sharp_below=4.0)
+    return above * _ramp(values, high, -at_white, sharp_below=12.0)
 
 
-def _ramp(distance: Tensor, width: Tensor, *, sharp_below: float) -> Tensor:
-    """0 to 1 over ``width``; 1 everywhere if the width is too small to indicate clipping."""
-    ramp = (distance / width.clamp_min(1e-3)).clamp(0.0, 1.0)
-    return torch.where(width < sharp_below, torch.ones_like(ramp), ramp)
+def _ramp(values: Tensor, end: Tensor, width: Tensor, *, sharp_below: float) -> Tensor:
+    """0 to 1 over at most ``_TAPER`` from ``end``, downwards if the width is negative; 1 everywhere
+    if the width is too small to indicate clipping.
+    """
+    is_sharp = width.abs() < sharp_below
+    slope = torch.where(is_sharp, 0.0, 1.0 / width.clamp(-_TAPER, _TAPER))
+    return (slope * values + torch.where(is_sharp, 1.0, -slope * end)).clamp(0.0, 1.0)
 
 
 def _range_difference(gain: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -267,6 +284,7 @@ def _band_pass(values: Tensor, weight: Tensor) -> Tensor:
 
 
 def _weighted_blur(values: Tensor, weight: Tensor, sigma: float) -> Tensor:
+    """(2, P, T, T) blurred images (2, P, T, T) with weights (P, T, T)."""
     kernel = _gaussian(values.shape[-1], sigma)
     return kernel @ (values * weight) @ kernel / (kernel @ weight @ kernel).clamp_min(1e-6)
 
@@ -287,17 +305,22 @@ def _mean(values: Tensor, weight: Tensor) -> Tensor:
     return (values * weight).sum(dim=(1, 2)) / weight.sum(dim=(1, 2)).clamp_min(1e-6)
 
 
+def _inside(side: int) -> slice:
+    """The T pixels of an axis of ``side`` pixels that are inside the margins."""
+    margin = math.ceil(MARGIN * side / 2 - 0.5)
+    return slice(margin, side - margin)
+
+
 def _grid(side: int) -> Tensor:
-    """(S,) pixel centres in frame coordinates."""
-    return (torch.arange(side, dtype=torch.float32) + 0.5) / side * 2.0 - 1.0
+    """(T,) centres of the pixels inside, in frame coordinates."""
+    return ((torch.arange(side, dtype=torch.float32) + 0.5) / side * 2.0 - 1.0)[_inside(side)]
 
 
 def _inner(frame: Tensor, side: int) -> Tensor:
-    """(P, S, S) 1 where a pixel is inside the margins of both frames."""
+    """(P, T, T) 1 where a pixel is inside the margins of the moving image, too."""
     grid = _grid(side)
-    unmoved = grid.abs() <= 1.0 - MARGIN
-    inner_y = unmoved & ((frame[:, 1:2] * grid + frame[:, 0:1]).abs() <= 1.0 - MARGIN)
-    inner_x = unmoved & ((frame[:, 3:4] * grid + frame[:, 2:3]).abs() <= 1.0 - MARGIN)
+    inner_y = (frame[:, 1:2] * grid + frame[:, 0:1]).abs() <= 1.0 - MARGIN
+    inner_x = (frame[:, 3:4] * grid + frame[:, 2:3]).abs() <= 1.0 - MARGIN
     return inner_y.float()[:, :, None] * inner_x.float()[:, None, :]
 
 
@@ -316,43 +339,34 @@ def _bounded(frame: Tensor) -> Tensor:
 
 def _smooth(pictures: Tensor) -> Tensor:
     """Resample at the pixel centres: the same blur that warping applies to the other image."""
-    unmoved = torch.tensor([[0.0, 1.0, 0.0, 1.0]])
-    weights = _resampling(unmoved[:, :2], pictures.shape[-1])[0][0]
-    return weights @ pictures @ weights.T
+    return _warp(pictures, torch.tensor([[0.0, 1.0, 0.0, 1.0]]))
 
 
 def _warp(pictures: Tensor, frame: Tensor) -> Tensor:
-    side = pictures.shape[-1]
-    weights_y, _ = _resampling(frame[:, :2], side)
-    weights_x, _ = _resampling(frame[:, 2:], side)
+    """(P, T, T) images (P, S, S), resampled where ``frame`` maps the pixels inside."""
+    weights_y, weights_x = _resampling(frame, pictures.shape[-1]).unbind(dim=1)
     return weights_y @ pictures @ weights_x.mT
 
 
-def _warp_with_slopes(pictures: Tensor, frame: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The warped images and their derivatives with respect to the sampled y and x."""
-    side = pictures.shape[-1]
-    weights_y, slopes_y = _resampling(frame[:, :2], side)
-    weights_x, slopes_x = _resampling(frame[:, 2:], side)
-    rows = weights_y @ pictures
-    return rows @ weights_x.mT, slopes_y @ pictures @ weights_x.mT, rows @ slopes_x.mT
+def _slopes(warped: Tensor, frame: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    """(P, T, T) derivatives of warped images with respect to the sampled y and x."""
+    slope_y, slope_x = torch.gradient(warped, spacing=2.0 / side, dim=(1, 2))
+    return slope_y / frame[:, 1, None, None], slope_x / frame[:, 3, None, None]
 
 
-def _resampling(shift_and_scale: Tensor, side: int) -> tuple[Tensor, Tensor]:
-    """(P, S, S) weights of the source pixels for each target pixel, and their derivatives.
+def _resampling(frame: Tensor, side: int) -> Tensor:
+    """(P, 2, T, S) weights of the source pixels for each pixel inside, for y and x.
 
     A quadratic B-spline: smooth and three pixels wide, which damps the aliasing of thumbnails.
     """
-    position = shift_and_scale[:, 1:] * _grid(side) + shift_and_scale[:, :1]
+    shift, scale = frame[:, 0::2, None], frame[:, 1::2, None]
+    position = scale * _grid(side) + shift
     source = (((position + 1.0) * side - 1.0) / 2.0).clamp(0.0, side - 1.0)
-    taps = source.round().long()[:, :, None] + torch.tensor([-1, 0, 1])  # (P, S, 3)
-    distance = source[:, :, None] - taps
-    away = distance.abs()
-    inside = (taps >= 0) & (taps < side)
-    outer = (1.5 - away).clamp_min(0.0)
-    weights = torch.where(away < 0.5, 0.75 - away.square(), 0.5 * outer.square()) * inside
-    weights = weights / weights.sum(dim=2, keepdim=True)
-    slopes = torch.where(away < 0.5, -2.0 * distance, -outer * distance.sign()) * inside
-    planes = torch.zeros(2, len(source), side, side)
-    planes[0].scatter_add_(2, taps.clamp(0, side - 1), weights)
-    planes[1].scatter_add_(2, taps.clamp(0, side - 1), slopes * (side / 2.0))
-    return planes[0], planes[1]
+    taps = source.round()[..., None] + torch.tensor([-1.0, 0.0, 1.0])  # (P, 2, T, 3)
+    away = (source[..., None] - taps).abs()
+    outer = 0.5 * (1.5 - away).clamp_min(0.0).square()
+    weights = torch.where(away < 0.5, 0.75 - away.square(), outer)
+    weights = weights * ((taps >= 0) & (taps < side))
+    weights = weights / weights.sum(dim=-1, keepdim=True)
+    planes = torch.zeros(*source.shape, side)
+    return planes.scatter_add_(-1, taps.clamp(0, side - 1).long(), weights)

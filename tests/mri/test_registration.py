@@ -107,7 +107,7 @@ def test_grey_values_near_white_hardly_count_beside_a_clipped_slice() -> None:
     grey, near_white = 120.0, 254.0
     values = torch.full((1, SIDE, SIDE), grey)
     values[:, SIDE // 2 :] = near_white
-    *_, weight = registration._comparable(values, values, brighter)
+    weight = registration._unclipped(values, brighter.gain, brighter.bias)
     assert weight[0, 30, 48] == 1.0
     assert weight[0, 60, 48] < 0.05
 
