@@ -112,11 +112,9 @@ class NearDuplicateConfig(_Section):
     num_candidates: Positive = 16
     """Candidates per slice, with the most similar descriptors, whose pixels are compared."""
     num_turned_candidates: Positive = 4
-    """The same for each of the seven other orientations."""
+    """The same for the seven other orientations together."""
     descriptor_similarity: Annotated[float, Field(ge=-1.0, le=1.0)] = 0.7
     """Minimum cosine similarity between a slice's descriptor and a candidate's."""
-    turned_descriptor_similarity: Annotated[float, Field(ge=-1.0, le=1.0)] = 0.75
-    """The same for the seven other orientations."""
 
 
 class SubjectConfig(_Section):

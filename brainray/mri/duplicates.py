@@ -318,30 +318,47 @@ def _candidates(
     within = queries is references
     query_descriptors = describe(queries)
     reference_descriptors = query_descriptors if within else describe(references)
+    if not len(queries) or not len(references):
+        none = np.empty(0, np.int64)
+        return _Candidates(none, none, none.astype(np.int8))
+    index = neighbour_index(reference_descriptors)
+    found = []
+    for orientation in range(len(_INVERSE)):
+        upright = orientation == _UPRIGHT
+        wanted = settings.num_candidates if upright else settings.num_turned_candidates
+        turned = _oriented_descriptors(query_descriptors, orientation)
+        # One more than wanted, as a slice finds itself within a set.
+        row, other, cosine = _alike(
+            index, turned, wanted + 1, settings.descriptor_similarity, volumes
+        )
+        found.append((row, other, cosine, np.full(len(row), orientation)))
+    row, other, cosine, code = (np.concatenate(part) for part in zip(*found, strict=True))
+    if within:
+        others = row != other
+        row, other, cosine, code = row[others], other[others], cosine[others], code[others]
+    turned = code != _UPRIGHT
+    place = _ranks(2 * row + turned, -cosine)
+    best = place < np.where(turned, settings.num_turned_candidates, settings.num_candidates)
+    row, other, code = row[best], other[best], code[best]
+    if within:
+        swap = row > other
+        row, other = np.where(swap, other, row), np.where(swap, row, other)
+        code = np.where(swap, np.asarray(_INVERSE)[code], code)
     num_slices = max(len(queries), len(references))
-    found = [np.empty(0, np.int64)]
-    if len(queries) and len(references):
-        index = neighbour_index(reference_descriptors)
-        for orientation in range(len(_INVERSE)):
-            upright = orientation == _UPRIGHT
-            wanted = settings.num_candidates if upright else settings.num_turned_candidates
-            least = (
-                settings.descriptor_similarity if upright else settings.turned_descriptor_similarity
-            )
-            turned = _oriented_descriptors(query_descriptors, orientation)
-            # One more than wanted, as a slice finds itself within a set.
-            row, other = _alike(index, turned, wanted + 1, least * _DESCRIPTOR_LENGTH**2, volumes)
-            code = np.full(len(row), orientation)
-            if within:
-                swap = row > other
-                row, other = np.where(swap, other, row), np.where(swap, row, other)
-                code = np.where(swap, _INVERSE[orientation], code)
-                keep = row != other
-                row, other, code = row[keep], other[keep], code[keep]
-            found.append((row * num_slices + other) * len(_INVERSE) + code)
-    pair, orientation_codes = np.divmod(np.unique(np.concatenate(found)), len(_INVERSE))
-    query, reference = np.divmod(pair, max(num_slices, 1))
-    return _Candidates(query, reference, orientation_codes.astype(np.int8))
+    pair, code = np.divmod(
+        np.unique((row * num_slices + other) * len(_INVERSE) + code), len(_INVERSE)
+    )
+    query, reference = np.divmod(pair, num_slices)
+    return _Candidates(query, reference, code.astype(np.int8))
+
+
+def _ranks(group: NDArray[np.int64], value: NDArray[np.float32]) -> NDArray[np.int64]:
+    """(n,) place of each value among those of its group, in ascending order, from 0."""
+    order = np.lexsort((value, group))
+    _, start, count = np.unique(group[order], return_index=True, return_counts=True)
+    ranks = np.empty(len(group), np.int64)
+    ranks[order] = np.arange(len(group)) - np.repeat(start, count)
+    return ranks
 
 
 def _alike(
@@ -350,16 +367,21 @@ def _alike(
     wanted: int,
     least: float,
     volumes: NDArray[np.int64] | None,
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """At most ``wanted`` nearest rows of each descriptor in the index, all of other volumes."""
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
+    """At most ``wanted`` nearest rows of each descriptor in the index, all of other volumes.
+
+    Returns:
+        Row of the descriptor, row of its neighbour, and their cosine, which is at least ``least``.
+    """
     places = wanted
     if volumes is not None and (volumes >= 0).any():
         largest = np.bincount(volumes[volumes >= 0]).max()
         places += min(int(largest), _MAX_OF_ONE_VOLUME)
     places = min(places, index.ntotal)
-    rows, others = [], []
+    rows, others, similarities = [], [], []
     for start in range(0, len(descriptors), _QUERIES_AT_ONCE):
-        cosine, neighbour = index.search(descriptors[start : start + _QUERIES_AT_ONCE], places)
+        product, neighbour = index.search(descriptors[start : start + _QUERIES_AT_ONCE], places)
+        cosine = product / np.float32(_DESCRIPTOR_LENGTH**2)
         alike = (cosine >= least) & (neighbour >= 0)
         if volumes is not None:
             own = volumes[start : start + len(neighbour), None]
@@ -368,7 +390,8 @@ def _alike(
         row, column = np.nonzero(alike)
         rows.append(row + start)
         others.append(neighbour[row, column])
-    return np.concatenate(rows), np.concatenate(others)
+        similarities.append(cosine[row, column])
+    return np.concatenate(rows), np.concatenate(others), np.concatenate(similarities)
 
 
 def _accepted(
