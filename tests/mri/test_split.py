@@ -5,8 +5,15 @@ from functools import partial
 import numpy as np
 import pytest
 
-from brainray.errors import DataError
-from brainray.mri.split import draw_roles, draw_test, inherited_labels, subject_weights
+from brainray.errors import ConfigError, DataError
+from brainray.mri.split import (
+    _groups_by_class,
+    check_validation_share,
+    draw_roles,
+    draw_test,
+    inherited_labels,
+    subject_weights,
+)
 from brainray.schema import LABELLED, LEFT_OUT, UNLABELLED_ROLE, VALIDATION
 
 
@@ -224,10 +231,11 @@ def test_patients_with_slices_of_two_classes_take_no_class_away() -> None:
         assert len({role for role, one in zip(drawn, groups, strict=True) if one == own}) == 1
 
 
-def test_a_class_that_only_whole_subjects_of_another_hold_is_named() -> None:
+@pytest.mark.parametrize("only", range(10))
+def test_a_class_that_only_whole_subjects_of_another_hold_is_named(only: int) -> None:
     # Each of ten subjects has a slice of the rare class, and one of them all of the common class.
     labels: list[str | None] = [*["rare"] * 10, *["common"] * 20]
-    groups = [f"p{number}" for number in range(10)] + ["p5"] * 20
+    groups = [f"p{number}" for number in range(10)] + [f"p{only}"] * 20
     with pytest.raises(DataError, match="'common' without a slice for training or validation"):
         roles(labels, groups, 0.3)
 
@@ -238,6 +246,76 @@ def test_a_class_with_one_slice_is_named() -> None:
         roles([*labels, "rare"], [*groups, "rare0"], 0.5)
     with pytest.raises(DataError, match="no labelled training slice"):
         roles([None, None], ["x", "y"], 0.5)
+
+
+def test_a_class_of_one_subject_is_named_however_many_slices_it_has() -> None:
+    labels, groups = slices(10)
+    one_subject = ["b" if group[0] == "b" else group for group in groups]
+    with pytest.raises(DataError, match=r"'b' has 10 labelled training slice.* all of one subject"):
+        draw_roles(
+            labels,
+            groups,
+            related_groups=one_subject,
+            labelled_fraction=0.5,
+            validation_fraction=0.2,
+            seed=0,
+        )
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_tiny_fraction_gives_both_parts_a_related_group_of_each_class(seed: int) -> None:
+    labels, groups = slices(60)
+    drawn = draw_roles(
+        labels,
+        groups,
+        related_groups=[f"{group[0]}{int(group[1:]) // 20}" for group in groups],
+        labelled_fraction=0.001,
+        validation_fraction=0.2,
+        seed=seed,
+    )
+    assert drawn.count(LABELLED) == 3
+    assert drawn.count(VALIDATION) == 3
+
+
+@pytest.mark.parametrize(("share", "one_in"), [(0.5, 2), (0.35, 3), (0.26, 4), (0.15, 7)])
+def test_the_validation_part_is_the_nearest_to_the_share_asked_for(
+    share: float, one_in: int
+) -> None:
+    labels, groups = slices(84)
+    drawn = draw_roles(labels, groups, labelled_fraction=1.0, validation_fraction=share, seed=0)
+    assert drawn.count(VALIDATION) == 3 * 84 // one_in
+    check_validation_share(share)
+
+
+def test_a_validation_share_between_two_that_can_be_had_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"far from 1/2 and 1/3: use 0\.5 or 0\.33"):
+        check_validation_share(0.42)
+
+
+def test_unlabelled_slices_related_to_validation_slices_can_be_left_out() -> None:
+    labels, groups = slices(20)
+    related_groups = [*groups, *groups]
+    drawn = draw_roles(
+        [*labels, *[None] * 60],
+        [*groups, *[f"unlabelled-{group}" for group in groups]],
+        related_groups=related_groups,
+        leave_out_related=True,
+        labelled_fraction=1.0,
+        validation_fraction=0.2,
+        seed=0,
+    )
+    for labelled, unlabelled in zip(drawn[:60], drawn[60:], strict=True):
+        assert unlabelled == (LEFT_OUT if labelled == VALIDATION else UNLABELLED_ROLE)
+
+
+def test_a_group_of_two_classes_counts_for_the_one_that_is_rarer_so_far() -> None:
+    """Though the later slices, by themselves, have more of it."""
+    labels = [*["rare"] * 3, *["common"] * 20, *["rare"] * 4, "common"]
+    groups = [*[f"g{row}" for row in range(23)], *["later"] * 5]
+    generations = [0] * 23 + [1] * 5
+    by_class = _groups_by_class(labels, groups, generations, purpose="test", seed=0)
+    members = {name: [group.slices for group in found] for name, found in by_class.items()}
+    assert [23, 24, 25, 26, 27] in members["rare"]
 
 
 def test_the_test_draw_is_stratified_and_keeps_groups_together() -> None:
@@ -276,6 +354,35 @@ def test_a_patient_with_the_last_slices_of_a_class_is_not_held_out(seed: int) ->
 
 
 @pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("before", [{}, {"q": True}])
+def test_no_class_loses_its_last_slices_with_those_of_two_rarer_ones(
+    before: dict[str, bool], seed: int
+) -> None:
+    """Two patients have all slices of a class, and the smaller part of a rarer one each."""
+    p, r, q, s = [*"c" * 10, "x"], ["x"] * 12, [*"c" * 10, "y"], ["y"] * 12
+    labels = [*p, *r, *q, *s]
+    groups = [*"p" * 11, *"r" * 12, *"q" * 11, *"s" * 12]
+    held_out = draw_test(labels, groups, before=before, fraction=0.0, seed=seed)
+    left = {name for name, is_out in zip(labels, held_out, strict=True) if not is_out}
+    assert left == {"c", "x", "y"}
+    out = {name for name, is_out in zip(groups, held_out, strict=True) if is_out}
+    assert len(out & {"p", "q"}) == 1
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_last_unlabelled_slices_are_no_reason_to_stay_in_training(seed: int) -> None:
+    labels, groups = ["a", None, "a", "a", "a"], [*"pp", *"qqq"]
+    held_out = draw_test(labels, groups, fraction=0.0, seed=seed)
+    assert held_out.tolist() == [True, True, False, False, False]
+
+
+def test_the_test_draw_depends_on_the_seed() -> None:
+    labels, groups = slices()
+    draws = [draw_test(labels, groups, fraction=0.2, seed=seed).tolist() for seed in (0, 0, 1)]
+    assert draws[0] == draws[1] != draws[2]
+
+
+@pytest.mark.parametrize("seed", range(3))
 def test_two_patients_of_a_class_are_one_to_learn_from_and_one_to_test(seed: int) -> None:
     labels = [name for name in "abcd" for _ in range(8)] + ["e"] * 4
     groups = [f"{name}{number // 4}" for name in "abcd" for number in range(8)] + ["e"] * 4
@@ -296,6 +403,32 @@ def test_what_was_drawn_before_stays_and_the_new_fill_up(seed: int) -> None:
         labels[:4], groups[:4], generations[:4], {"old": True}, fraction=0.9, seed=seed
     )
     assert alone.tolist() == [True, True, False, False]  # there is one to learn from
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_class_that_is_tested_already_needs_no_new_slice_and_an_untested_one_does(
+    seed: int,
+) -> None:
+    def new_is_held_out(**before: bool) -> bool:
+        labels, groups = ["a"] * (len(before) + 1), [*before, "new"]
+        generations = [0] * len(before) + [1]
+        return bool(draw_test(labels, groups, generations, before, fraction=0.0, seed=seed)[-1])
+
+    assert not new_is_held_out(old=True, other=False)
+    assert new_is_held_out(old=False)
+
+
+def test_of_groups_that_come_later_a_larger_test_draw_holds_out_more() -> None:
+    labels, groups = ["a"] * 8, ["old", *[f"new{row}" for row in range(7)]]
+    for seed in range(5):
+        smaller = np.zeros(8, np.bool_)
+        for fraction in (0.5, 0.9, 1.0):
+            held_out = draw_test(
+                labels, groups, [0] + [1] * 7, {"old": True}, fraction=fraction, seed=seed
+            )
+            assert (held_out >= smaller).all()
+            smaller = held_out
+        assert smaller.sum() == 7  # one is left to learn from
 
 
 def test_new_slices_move_no_old_one_in_any_draw() -> None:
