@@ -56,6 +56,11 @@ def ids(count: int) -> list[str]:
     return [f"{number:04d}" for number in range(count)]
 
 
+def all_components(_: NDArray[np.float32]) -> NDArray[np.float32]:
+    """In place of the principal ones, which take seconds: candidates are the nearest."""
+    return np.broadcast_to(np.eye(1024, dtype=np.float32), (4, 1024, 1024))
+
+
 def estimate(thumbnails: Thumbnails, settings: SubjectConfig = SETTINGS) -> list[str]:
     names = ids(len(thumbnails))
     return estimate_subjects(thumbnails, names, names, settings)
@@ -155,6 +160,35 @@ def test_candidates_lead_to_the_same_groups_as_comparing_all(
     np.testing.assert_allclose(every.similarity, exact.similarity, atol=1e-5)
 
 
+def test_blocks_lead_to_the_same_groups_as_all_slices_at_once(
+    thumbnails: Thumbnails, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    described = Described(len(thumbnails), [anatomy_descriptors(thumbnails)])
+    links = mutual_links(described, SETTINGS)
+    views = same_view_groups(described, min_similarity=0.5)
+    monkeypatch.setattr(subjects, "_BLOCK_ROWS", 7)
+    assert pairs(mutual_links(described, SETTINGS)) == pairs(links)
+    np.testing.assert_array_equal(same_view_groups(described, min_similarity=0.5), views)
+
+
+def test_fewer_slices_than_candidates_are_compared_all_the_same(
+    thumbnails: Thumbnails, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = thumbnails[:12]
+    expected = estimate(few)
+    exact = find_same_subject(thumbnails[12:20], few, SETTINGS)
+    monkeypatch.setattr(subjects, "EXHAUSTIVE_ROWS", 10)
+    monkeypatch.setattr(subjects, "_principal_components", all_components)
+    assert estimate(few) == expected
+    found = find_same_subject(thumbnails[12:20], few, SETTINGS)
+    np.testing.assert_array_equal(found.reference, exact.reference)
+
+
+def test_a_candidate_counts_once_however_many_flips_find_it() -> None:
+    similarity = np.array([[0.9, 0.5, 0.8, 0.7]], np.float32)
+    assert subjects._likeliest(similarity, np.array([[3, 1, 3, 2]]), 4).tolist() == [[3, 2, 1, -1]]
+
+
 # --- Links and merges, on descriptors made by hand ------------------------------------------------
 
 
@@ -211,6 +245,13 @@ def test_views_are_chains_of_the_nearly_same() -> None:
     assert groups.tolist() == [0, 1, 1, 3, 1]  # 15 degrees: 0.966, 20 degrees: 0.940
 
 
+def test_a_slice_and_its_flips_are_one_view(thumbnails: Thumbnails) -> None:
+    view = thumbnails[:1]
+    turned = [view, flipped(view, (2,)), flipped(view, (1,)), flipped(view, (1, 2))]
+    described = Described(4, [anatomy_descriptors(np.concatenate(turned))])
+    assert same_view_groups(described, min_similarity=0.95).tolist() == [0, 0, 0, 0]
+
+
 def test_nothing_and_a_single_slice_are_estimated_too(thumbnails: Thumbnails) -> None:
     assert estimate(thumbnails[:0]) == []
     assert estimate(thumbnails[:1]) == [SUBJECT_PREFIX + "0000"]
@@ -225,6 +266,28 @@ def test_known_subjects_are_recognised_and_strangers_are_not(thumbnails: Thumbna
     assert is_known(known[1::2], known[::2]).mean() > 0.9
     assert is_known(flipped(known[1::2], (2,)), known[::2]).mean() > 0.9
     assert is_known(strangers, known[::2]).mean() < 0.1
+
+
+def test_the_nearest_of_many_is_named_by_its_row(
+    thumbnails: Thumbnails, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exact = find_same_subject(thumbnails[1::2], thumbnails[::2], SETTINGS)
+    assert len(set(exact.reference.tolist())) > 10
+    monkeypatch.setattr(subjects, "EXHAUSTIVE_ROWS", 10)
+    monkeypatch.setattr(subjects, "_principal_components", all_components)
+    found = find_same_subject(thumbnails[1::2], thumbnails[::2], SETTINGS)
+    np.testing.assert_array_equal(found.reference, exact.reference)
+
+
+def test_how_alike_a_lone_pair_must_be_is_a_setting_of_its_own(thumbnails: Thumbnails) -> None:
+    queries, references = thumbnails[1::2], thumbnails[::2]
+    found = find_same_subject(queries, references, SETTINGS)
+    for least in (0.0, 1.0):
+        settings = SETTINGS.model_copy(update={"min_similarity": least})
+        again = find_same_subject(queries, references, settings)
+        np.testing.assert_array_equal(again.reference, found.reference)
+    choosy = SETTINGS.model_copy(update={"min_lone_similarity": 1.0})
+    assert (find_same_subject(queries, references, choosy).reference == -1).all()
 
 
 def test_of_no_reference_no_query_is_known(thumbnails: Thumbnails) -> None:
