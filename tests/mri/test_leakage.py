@@ -56,6 +56,8 @@ def test_only_names_that_were_given_prove_a_subject() -> None:
     assert list(found.subjects) == [None, "p2", None]
     assert list(found.sources) == [None, "header", None]
     assert not found.elsewhere.any()
+    foreign = table.append_column("elsewhere", pa.array([False, True, False]))
+    assert Fingerprints.from_table(foreign).elsewhere.tolist() == [False, True, False]
 
 
 def test_a_slice_of_the_same_name_is_the_mate_whatever_looks_more_alike() -> None:
@@ -86,6 +88,8 @@ def test_a_named_subject_is_compared_by_similarity_with_unnamed_ones() -> None:
         PreprocessConfig(),
     )
     assert found.mate.tolist() == [0, -1, 2]
+    assert found.mate_similarity[[0, 2]] == pytest.approx(1.0, abs=1e-5)
+    assert 0 < found.mate_similarity[1] < 0.65
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,34 @@ def test_a_copy_from_elsewhere_is_found_by_its_head(
     np.testing.assert_array_equal(foreign.twin, twice.twin)
 
 
+def test_a_dark_copy_from_elsewhere_counts_more_than_a_mirrored_one(images: list[Image]) -> None:
+    """Which has the same frame and brightness, but is no reason to call a slice unclean."""
+    query, stranger = images[0], images[1]
+    seen = known([stranger, query[:, ::-1], query // 6], "seen")
+    found = exposure(from_elsewhere(known([query], "queries")), seen, PreprocessConfig())
+    assert (found.twin.tolist(), found.kind.tolist()) == ([2], ["copy"])
+    assert not found.clean.any()
+
+
+def test_a_copy_among_those_that_are_from_elsewhere_is_named_by_its_row(
+    images: list[Image],
+) -> None:
+    seen = replace(
+        known([images[1], images[2], images[0] // 6], "seen"),
+        elsewhere=np.array([False, True, True]),
+    )
+    found = exposure(known(images[:1], "queries"), seen, PreprocessConfig())
+    assert found.twin.tolist() == [2]
+
+
+def test_a_stricter_setting_applies_to_heads_too(images: list[Image]) -> None:
+    padded = fingerprints([np.pad(image, 40) for image in images[:4]])
+    references = fingerprints(images[:4])
+    assert (find_twins_by_head(padded, references, NearDuplicateConfig()).reference >= 0).any()
+    strict = NearDuplicateConfig(similarity=1.0, turned_similarity=1.0)
+    assert (find_twins_by_head(padded, references, strict).reference == -1).all()
+
+
 def test_neighbouring_slices_and_other_heads_are_no_copies(images: list[Image]) -> None:
     series = [phantom.image for phantom in make_series("glioma", np.random.default_rng(1), 6)]
     references = fingerprints(series[::2])
@@ -84,6 +112,16 @@ def test_the_head_is_moved_to_the_middle() -> None:
     picture[15:63, 8:68] = 200
     found = reframed(picture.reshape(1, -1))[np.arange(1)].reshape(96, 96).astype(int)
     np.testing.assert_allclose(found, found[::-1, ::-1], atol=3)
+
+
+def test_a_thin_line_beside_the_head_does_not_move_it() -> None:
+    picture = np.zeros((96, 96), np.uint8)
+    picture[15:63, 8:68] = 200
+    with_line = picture.copy()
+    with_line[40, 68:] = 200
+    plain, lined = reframed(np.stack([picture.ravel(), with_line.ravel()]))[np.arange(2)]
+    difference = np.abs(lined.astype(int) - plain).reshape(96, 96)
+    assert difference[:, :80].max() <= 2
 
 
 def test_a_hot_and_a_dead_pixel_do_not_change_the_others() -> None:
