@@ -33,6 +33,14 @@ def test_letterbox_keeps_the_aspect_ratio_and_centres() -> None:
     assert boxed[:10].sum() == boxed[30:].sum() == 0
 
 
+def test_a_letterboxed_strip_keeps_at_least_a_pixel() -> None:
+    strip = np.full((2, 1000), 200, np.uint8)
+    for image, axis in ((strip, 1), (strip.T, 0)):
+        boxed = letterbox(image, 100)
+        assert (boxed == 200).all(axis=axis).sum() == 1
+        assert np.count_nonzero(boxed) == 100
+
+
 def test_cropping_leaves_the_foreground_and_nothing_around_it() -> None:
     image = np.arange(30, dtype=np.uint8).reshape(5, 6)
     foreground = np.zeros((5, 6), np.bool_)
