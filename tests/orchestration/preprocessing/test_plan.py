@@ -3,6 +3,7 @@
 import hashlib
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from brainray.benchmarks.duplicates import fingerprint
 from brainray.config import Config, PreprocessConfig
 from brainray.errors import DataError
 from brainray.mri.duplicates import COPY, MIRRORED, DuplicatePairs
-from brainray.mri.phantom import CLASSES, make_slice
+from brainray.mri.phantom import CLASSES, make_series, make_slice
 from brainray.mri.row_file import RowFile
 from brainray.orchestration.preprocessing.grouping import (
     _with_names_from_table,
@@ -23,14 +24,16 @@ from brainray.orchestration.preprocessing.leakage import _links_of, _within
 from brainray.orchestration.preprocessing.plan import (
     StorePlan,
     _check_classes,
+    _check_rejections,
     _first_copies,
     _statistics,
     official_splits,
     plan_store,
 )
-from brainray.orchestration.preprocessing.previous_records import LIGHT, PreviousRecords
+from brainray.orchestration.preprocessing.previous_records import FILES, LIGHT, PreviousRecords
 from brainray.orchestration.preprocessing.slice_rows import Subject
 from brainray.orchestration.preprocessing.source import FoundFile, Listing, SourceFile
+from brainray.storage import Folder
 
 
 def plan(test_label: str, headers: dict[int, str] | None = None) -> StorePlan:
@@ -185,17 +188,38 @@ def test_pixels_are_standardised_by_those_of_training_slices() -> None:
 @pytest.mark.parametrize(
     ("column", "hashed"),
     [
+        ("label", "data_hash"),
         ("draw_group_id", "data_hash"),
         ("kin_group_id", "data_hash"),
         ("split_group_id", "slices_hash"),
     ],
 )
-def test_a_hash_tells_changes_of_the_groups_that_its_users_rely_on(
+def test_a_hash_tells_changes_of_the_columns_that_its_users_rely_on(
     column: str, hashed: str
 ) -> None:
     before, joined = recorded(), recorded(**{column: ["0"] * 5})
     changed = {name for name in ("data_hash", "slices_hash") if joined[name] != before[name]}
     assert changed == {hashed}
+
+
+def test_the_hash_of_a_store_tells_updates_settings_and_no_order() -> None:
+    planned, config = plan("a"), PreprocessConfig()
+
+    def hashes(rows: pa.Table, config: PreprocessConfig) -> tuple[str, str]:
+        found = _statistics(rows, ["a", "b"], planned.duplicates, config)
+        return found["data_hash"], found["slices_hash"]
+
+    data, slices = hashes(planned.rows, config)
+    assert hashes(planned.rows.take([3, 1, 4, 0, 2]), config) == (data, slices)
+    other_tasks = config.model_copy(update={"files_per_task": 7, "max_rejected_fraction": 0.9})
+    assert hashes(planned.rows, other_tasks) == (data, slices)
+    stripped = hashes(planned.rows, config.model_copy(update={"skull_strip": "none"}))
+    assert stripped[0] != data
+    assert stripped[1] != slices
+    column = planned.rows.column_names.index("generation")
+    updated = planned.rows.set_column(column, "generation", pa.array([0, 0, 0, 1, 0]))
+    assert hashes(updated, config)[0] != data
+    assert hashes(updated, config)[1] == slices
 
 
 def test_what_to_do_about_a_class_of_test_slices_alone_depends_on_who_held_them_out() -> None:
@@ -208,6 +232,171 @@ def test_what_to_do_about_a_class_of_test_slices_alone_depends_on_who_held_them_
         DataError, match=r"classes\.map\.bb=b makes such a class: map to a known one instead"
     ):
         _check_classes(rows, {"bb": "b"}, was_drawn_before=False)
+
+
+def test_the_classes_are_those_of_training_slices() -> None:
+    rows = pa.table({"split": ["train", "test"], "label": pa.array([None, "b"], pa.string())})
+    assert _check_classes(rows, {}, was_drawn_before=False) == []
+
+
+def test_a_file_is_rejected_if_none_of_its_slices_is_accepted() -> None:
+    slices = pa.table(
+        {
+            "path": ["volume", "volume", "bad", "bad"],
+            "reason": [None, "blank", "blank", "blank"],
+            "detail": pa.nulls(4, pa.string()),
+        }
+    )
+
+    def check(most: float, num_files: int = 2) -> None:
+        settings = {"preprocess": {"max_rejected_fraction": most}, "source": "/data"}
+        _check_rejections(slices, num_files, Config.model_validate(settings))
+
+    check(0.5)
+    with pytest.raises(DataError, match=r"1 of 2 files in /data were rejected, .*: blank \(2"):
+        check(0.49)
+    with pytest.raises(DataError, match="none of the 1 files in /data is usable"):
+        check(1.0, num_files=1)
+
+
+Picture = np.ndarray
+
+
+def planned(
+    *slices: tuple[str | None, str | None, Picture],
+    records: PreviousRecords | None = None,
+    subjects: dict[int, str] | None = None,
+    **settings: Any,
+) -> StorePlan:
+    """Plan of slices with a split, a label and a picture; equal pictures are identical files."""
+    fingerprints = RowFile(96 * 96, np.uint8)
+    fingerprints.append(np.stack([fingerprint(picture) for _, _, picture in slices]))
+    files, rows = [], []
+    for number, (split, label, picture) in enumerate(slices):
+        found = FoundFile(f"{number}.jpg", 1, 1)
+        files.append(SourceFile(split, label, (subjects or {}).get(number), file=found))
+        identity = hashlib.sha256(picture.tobytes()).hexdigest()
+        about = {"path": found.path, "frame": "", "sha256": identity, "sample_id": identity[:32]}
+        pixels = {"pixel_sum": 1000, "pixel_square_sum": 9_000_000, "skull_strip": "otsu"}
+        stored = {"fingerprint": number, "part": "part.parquet"}
+        rows.append(dict.fromkeys(LIGHT.names) | about | pixels | stored)
+    estimate = settings.pop("estimate", False)
+    settings |= {"preprocess": {"subject": {"estimate": estimate}}, "source": "/data"}
+    return plan_store(
+        pa.Table.from_pylist(rows, schema=LIGHT),
+        fingerprints,
+        Listing(files, Counter(), []),
+        Config.model_validate(settings),
+        records or PreviousRecords.from_store(None),
+    )
+
+
+@pytest.fixture(scope="module")
+def heads() -> list[Picture]:
+    rng = np.random.default_rng(1)
+    return [make_slice(CLASSES[0], rng, size=96).image for _ in range(12)]
+
+
+def test_a_purge_drops_mirrored_copies_of_test_slices_too(
+    heads: list[Picture], tmp_path: Path
+) -> None:
+    a, b, c, d = heads[:4]
+    made = planned(
+        ("train", "x", a),
+        ("train", "x", np.ascontiguousarray(b[:, ::-1])),
+        ("train", "y", c),
+        ("train", "y", d // 8 * 7),
+        ("test", "x", b),
+        ("test", "y", d),
+        storage=str(tmp_path),
+        split={"mode": "purge"},
+    )
+    assert made.rows["path"].to_pylist() == ["0.jpg", "2.jpg", "4.jpg", "5.jpg"]
+
+
+def test_statistics_of_a_store_count_its_slices_and_its_removed_copies(
+    heads: list[Picture], tmp_path: Path
+) -> None:
+    made = planned(
+        ("train", "x", heads[0]),
+        ("train", "x", heads[0]),
+        ("train", None, heads[1]),
+        ("test", "x", heads[0]),
+        storage=str(tmp_path),
+    )
+    assert made.rows["path"].to_pylist() == ["0.jpg", "2.jpg", "3.jpg"]
+    assert made.statistics["num_removed_copies"] == 1
+    assert made.statistics["num_slices"] == {"test": {"x": 1}, "train": {"": 1, "x": 1}}
+    assert made.files["path"].to_pylist() == ["0.jpg", "1.jpg", "2.jpg", "3.jpg"]
+    assert made.leakage["within_train"]["exact"] == [{"path": "1.jpg", "twin": "0.jpg"}]
+    assert made.leakage["within_test"]["exact"] == []
+    assert [row["path"] for row in made.leakage["across_splits"]["exact"]] == ["3.jpg"]
+
+
+def test_a_copy_is_listed_with_a_slice_that_was_kept_of_training_if_there_is_one(
+    heads: list[Picture], tmp_path: Path
+) -> None:
+    one, other = heads[:2]
+    made = planned(
+        ("test", "x", one),
+        ("train", None, one // 8 * 7),
+        ("train", "x", one // 8 * 7),
+        ("train", "x", one // 8 * 6),
+        ("train", "y", other),
+        storage=str(tmp_path),
+    )
+    assert [
+        (row["path"], row["kept_path"], row["level"], row["removed"])
+        for row in made.duplicates.to_pylist()
+    ] == [
+        ("0.jpg", "2.jpg", "near", False),
+        ("1.jpg", "2.jpg", "exact", True),
+        ("3.jpg", "2.jpg", "near", False),
+    ]
+
+
+def test_a_copy_is_of_a_kind_wherever_its_original_is_listed(
+    heads: list[Picture], tmp_path: Path
+) -> None:
+    mirrored = np.ascontiguousarray(heads[1][:, ::-1])
+    made = planned(
+        ("test", "x", heads[0]),
+        ("test", "x", mirrored),
+        ("train", "x", heads[0] // 8 * 7),
+        ("train", "x", heads[1]),
+        storage=str(tmp_path),
+    )
+    listed = [(row["path"], row["kept_path"], row["kind"]) for row in made.duplicates.to_pylist()]
+    assert listed == [("0.jpg", "2.jpg", "copy"), ("1.jpg", "3.jpg", "mirrored")]
+
+
+def test_a_drawn_split_separates_no_slices_that_are_likely_of_one_subject(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    series = [made.image for _ in range(5) for made in make_series("glioma", rng, 3, 96)]
+    made = planned(*((None, "x", image) for image in series), storage=str(tmp_path), estimate=True)
+    splits: dict[str, set[str]] = {}
+    for row in made.rows.to_pylist():
+        splits.setdefault(row["subject_id"], set()).add(row["split"])
+    assert len(splits) < len(series) / 2
+    assert all(len(found) == 1 for found in splits.values())
+    assert set.union(*splits.values()) == {"train", "test"}
+
+
+@pytest.mark.parametrize("held_out", [0, 1])
+def test_what_joins_both_sides_of_a_split_is_held_out(
+    heads: list[Picture], tmp_path: Path, held_out: int
+) -> None:
+    ids = [hashlib.sha256(head.tobytes()).hexdigest()[:32] for head in heads]
+    before = ["test" if number == held_out else "train" for number in range(len(heads))]
+    Folder(tmp_path).write_table("splits.parquet", pa.table({"sample_id": ids, "split": before}))
+    made = planned(
+        *((None, "x", head) for head in heads),
+        records=PreviousRecords(1, FILES.empty_table(), Folder(tmp_path) / "images"),
+        subjects={0: "anna", 1: "anna"},
+        storage=str(tmp_path),
+    )
+    splits = dict(zip(made.rows["path"].to_pylist(), made.rows["split"].to_pylist(), strict=True))
+    assert [path for path, split in splits.items() if split == "test"] == ["0.jpg", "1.jpg"]
 
 
 def test_a_drawn_split_leaves_training_the_only_usable_slice_of_a_class() -> None:
@@ -263,3 +452,14 @@ def test_a_purge_needs_a_test_part_of_the_source() -> None:
     ):
         official_splits([one, other], config)
     assert official_splits([one, replace(other, split="test")], config) == ["train", "test"]
+
+
+def test_a_split_of_the_source_needs_training_slices_and_none_without() -> None:
+    config = Config()
+    one, other = (SourceFile("test", file=FoundFile(name, 1, 1)) for name in ("a", "b"))
+    with pytest.raises(DataError, match="has a test split but no readable training slice"):
+        official_splits([one, other], config)
+    with pytest.raises(DataError, match="b has no split, which others have"):
+        official_splits([one, replace(other, split=None)], config)
+    nameless = [replace(file, split=None) for file in (one, other)]
+    assert official_splits(nameless, config) is None
