@@ -10,14 +10,19 @@ import pytest
 
 from brainray.config import PreprocessConfig
 from brainray.errors import ConfigError, DataError
+from brainray.mri.identity import content_hash
 from brainray.mri.phantom import make_slice
 from brainray.mri.resize import auto_gamma, min_max
-from brainray.mri.slices import RejectedImage
+from brainray.mri.slices import RejectedImage, subject_hash
 from brainray.orchestration.preprocessing.slice_rows import (
     NO_CLASS_TO_SCORE,
+    Subject,
+    decode_options,
     decode_to_predict,
+    named_subject,
     preprocess_file,
     read_file,
+    rejected_row,
     strip,
     subject_salt,
 )
@@ -57,6 +62,59 @@ def test_slices_of_a_bad_volume_are_reported_as_bad_and_not_as_without_a_class()
     assert by_frame["volume=0"] == ("non-finite pixels", None)
     assert by_frame["volume=1/axial=20"] == (None, "notumor")
     assert by_frame["volume=1/axial=19"] == (NO_CLASS_TO_SCORE, None)
+
+
+def test_a_file_of_labelled_slices_that_cannot_be_read_is_reported_as_such() -> None:
+    def unreadable() -> bytes:
+        raise RejectedImage("unreadable file")
+
+    names = {"volume=0/axial=20": "glioma"}
+    source_file = SourceFile(file=FoundFile("1.nii", 7, 1), label_of_frame=names)
+    (row,) = decode_to_predict(source_file, unreadable, PreprocessConfig(), b"salt")
+    assert (row["reason"], row["label"]) == ("unreadable file", None)
+
+
+def test_what_is_known_of_a_rejected_file_is_recorded() -> None:
+    file, why = FoundFile("a.jpg", 7, 5), RejectedImage("not an image", "a text")
+    unread, read = rejected_row(file, None, why), rejected_row(file, b"abc", why)
+    assert (unread["num_bytes"], unread["sha256"]) == (7, None)
+    assert (read["num_bytes"], read["sha256"]) == (3, content_hash(b"abc"))
+    for row in (unread, read):
+        assert (row["path"], row["mtime_ns"]) == ("a.jpg", 5)
+        assert (row["reason"], row["detail"]) == ("not an image", "a text")
+
+
+def test_a_table_names_a_subject_whatever_the_header_says() -> None:
+    by_table = Subject(subject_hash("patient", "anna", b"salt"), "table")
+    for header in (None, "12ab"):
+        assert named_subject("anna", header, "0", b"salt") == by_table
+    assert named_subject(None, "12ab", "0", b"salt") == Subject("12ab", "header")
+    assert named_subject(None, None, "0", b"salt") == Subject()
+
+
+def test_volumes_are_windowed_and_sliced_as_configured() -> None:
+    volume = {"window_low": 1.5, "window_high": 98.0, "axis": "coronal", "min_foreground": 0.2}
+    options = decode_options(PreprocessConfig.model_validate({"volume": volume}), b"salt")
+    assert options.window_percentiles == (1.5, 98.0)
+    assert (options.axis, options.min_foreground) == ("coronal", 0.2)
+
+
+def test_the_original_size_is_recorded_and_what_a_frame_leaves_blank_is_rejected() -> None:
+    image = np.zeros((120, 200), np.uint8)
+    image[20:100, 50:150] = np.random.default_rng(0).integers(90, 160, (80, 100))
+    page = np.full((120, 200), 255, np.uint8)
+    page[40:80, 90:92] = 0
+
+    def row(image: np.ndarray) -> dict[str, object]:
+        content = cv2.imencode(".png", image)[1].tobytes()
+        config = PreprocessConfig(image_size=64, frame="remove")
+        (found,) = preprocess_file(content, FoundFile("", 0, 0), config, b"salt")
+        return found
+
+    stored = row(image)
+    assert (stored["original_height"], stored["original_width"]) == (120, 200)
+    assert (stored["height"], stored["width"]) == (64, 64)
+    assert row(page)["reason"] == "blank"
 
 
 def test_a_known_problem_is_reported_without_reading(tmp_path: Path) -> None:
@@ -142,4 +200,10 @@ def test_the_salt_stays_and_a_short_one_is_refused(
     assert subject_salt(Folder(tmp_path)) == made
     monkeypatch.setenv("BRAINRAY_SALT", "short")
     with pytest.raises(ConfigError, match="16 characters"):
+        subject_salt(Folder(tmp_path))
+    monkeypatch.setenv("BRAINRAY_SALT", "sixteen letters!")
+    assert subject_salt(Folder(tmp_path)) == b"sixteen letters!"
+    monkeypatch.delenv("BRAINRAY_SALT")
+    (tmp_path / ".subject-salt").write_bytes(made[:15])
+    with pytest.raises(DataError, match="is incomplete: restore it"):
         subject_salt(Folder(tmp_path))
