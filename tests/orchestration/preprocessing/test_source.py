@@ -1,6 +1,8 @@
 """What a folder and a labels table say of its files."""
 
 import os
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,6 +14,7 @@ from brainray.mri.slices import RejectedImage
 from brainray.orchestration.preprocessing.slice_rows import read_file
 from brainray.orchestration.preprocessing.source import (
     FoundFile,
+    Listing,
     SourceFile,
     check_frames,
     files_of_tasks,
@@ -564,3 +567,59 @@ def test_the_fingerprint_of_a_listing_is_keyed(tmp_path: Path) -> None:
 def test_a_class_needs_a_name(tmp_path: Path, name: str) -> None:
     with pytest.raises(DataError, match="is not a valid class name"):
         list_source(make(tmp_path, "a/1.jpg"), None, {"a": name})
+
+
+def test_the_fingerprint_follows_bytes_times_splits_and_subjects() -> None:
+    file = SourceFile("train", "a", "anna", file=FoundFile("1.jpg", 5, 7))
+    others = [
+        replace(file, split="test"),
+        replace(file, subject="ben"),
+        replace(file, file=FoundFile("1.jpg", 6, 7)),
+        replace(file, file=FoundFile("1.jpg", 5, 8)),
+    ]
+    found = {Listing([one], Counter(), []).fingerprint(b"salt") for one in [file, *others]}
+    assert len(found) == 5
+
+
+def test_of_two_folders_in_a_table_the_nearest_counts(tmp_path: Path) -> None:
+    source = make(tmp_path / "s", "p/a/1.jpg", "p/2.jpg")
+    (tmp_path / "labels.csv").write_text("path,label\np,glioma\np/a,notumor\n")
+    rows = listed(source, Folder(tmp_path / "labels.csv"))
+    assert [(path, label) for path, _, label, _ in rows] == [
+        ("p/2.jpg", "glioma"),
+        ("p/a/1.jpg", "notumor"),
+    ]
+
+
+def test_of_two_paths_that_nearly_fit_none_is_suggested(tmp_path: Path) -> None:
+    source = make(tmp_path / "s", "T1/scan.jpg", "T2/scan.jpg")
+    (tmp_path / "labels.csv").write_text("path,label\nscan.jpg,a\n")
+    with pytest.raises(DataError, match="with one; paths must be"):
+        list_source(source, Folder(tmp_path / "labels.csv"), {})
+
+
+def test_splits_are_read_in_any_case_and_databases_write_null(tmp_path: Path) -> None:
+    source = make(tmp_path / "s", "1.jpg", "2.jpg")
+    rows = "1.jpg,NULL,Test,null\n2.jpg,a,TRAINING,p1\n"
+    (tmp_path / "labels.csv").write_text(f"path,label,split,subject\n{rows}")
+    assert listed(source, Folder(tmp_path / "labels.csv")) == [
+        ("1.jpg", "test", None, None),
+        ("2.jpg", "train", "a", "p1"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("path,label,Label\n1.jpg,a,b\n", "column label appears more than once"),
+        ("path,label,subject\n1.jpg,a,p1\n1.jpg,a,p2\n", "values in column 'subject'"),
+        ("path,label,split\n1.jpg,a,train\n1.jpg,a,test\n", "values in column 'split'"),
+    ],
+)
+def test_a_table_that_contradicts_itself_is_refused(
+    tmp_path: Path, content: str, message: str
+) -> None:
+    source = make(tmp_path / "s", "1.jpg")
+    (tmp_path / "labels.csv").write_text(content)
+    with pytest.raises(DataError, match=message):
+        list_source(source, Folder(tmp_path / "labels.csv"), {})
