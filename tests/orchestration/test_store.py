@@ -6,12 +6,17 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from brainray.config import PreprocessConfig
+from brainray.config import PreprocessConfig, SplitConfig
 from brainray.config_text import load_config, parse_config
 from brainray.errors import ConfigError, DataError
-from brainray.orchestration.manifest import Manifest
-from brainray.orchestration.records import differing_settings
-from brainray.orchestration.store import ImageStore, as_store_was_made, read_images
+from brainray.orchestration.manifest import Manifest, settings_of, versions_of
+from brainray.orchestration.records import differing_settings, with_defaults
+from brainray.orchestration.store import (
+    ImageStore,
+    as_store_was_made,
+    count_by_split_and_class,
+    read_images,
+)
 from brainray.storage import Folder
 
 SPLIT = {"mode": "grouped", "test_fraction": 0.25, "seed": 3}
@@ -70,3 +75,47 @@ def test_a_class_that_is_ignored_differs_from_one_that_is_not_mentioned() -> Non
         "map.other: unset here, None requested"
     )
     assert differing_settings({"map": {"other": None}}, {"map": {"other": None}}) == ""
+
+
+def test_images_are_those_of_the_split_as_often_as_they_are_asked_for(tmp_path: Path) -> None:
+    store = made(tmp_path)
+    pixels = np.arange(3 * 32, dtype=np.uint8).reshape(3, 32)
+    columns = {"split": ["train", "test", "train"], "sample_id": ["a", "a", "b"]}
+    sizes = {"height": [4] * 3, "width": [8] * 3}
+    images = {"image": [row.tobytes() for row in pixels]}
+    store.folder.write_table("images/part-0.parquet", pa.table(columns | sizes | images))
+    found = read_images(store.folder, ["b", "a", "b"], "train", 4)[:, 0, :, 0]
+    firsts = [row.reshape(4, 8)[:, :2].mean(axis=1) for row in pixels[[2, 0, 2]]]
+    np.testing.assert_allclose(found, firsts, atol=0.5)
+    (tested,) = read_images(store.folder, ["a"], "test", 4)[:, 0, :, 0]
+    np.testing.assert_allclose(tested, pixels[1].reshape(4, 8)[:, :2].mean(axis=1), atol=0.5)
+
+
+def test_slices_are_counted_by_split_and_class_in_order() -> None:
+    index = pa.table({"split": ["test"] * 4, "label": ["b", None, "a", "b"]})
+    counts = count_by_split_and_class(index)
+    assert counts == {"train": {}, "test": {"": 1, "a": 1, "b": 2}}
+    assert list(counts["test"]) == ["", "a", "b"]
+
+
+def test_only_a_drawn_split_depends_on_its_size_and_seed() -> None:
+    preprocess, split = PreprocessConfig(), SplitConfig(test_fraction=0.3, seed=4)
+    given, drawn = (settings_of(preprocess, split, {}, drawn=drawn) for drawn in (False, True))
+    assert given["split"] == {"mode": split.mode}
+    assert drawn["split"] == {"mode": split.mode, "test_fraction": 0.3, "seed": 4}
+    assert "files_per_task" not in given["preprocess"]
+    assert set(versions_of(preprocess)) == {"decode_version"}
+    assert set(versions_of(PreprocessConfig(skull_strip="intracranial"))) == {
+        "decode_version",
+        "intracranial_version",
+    }
+
+
+def test_settings_that_one_side_lacks_are_told_only_if_nothing_else_differs() -> None:
+    stored, wanted = {"a": {"b": 1}, "old": 2}, {"a": {"b": 3}}
+    assert differing_settings(stored, wanted) == "a.b: 1 here, 3 requested"
+    assert differing_settings({"old": 2}, {}) == "old: 2 here, unset requested"
+    assert with_defaults({"a": {"b": 1}}, {"a": {"b": 0, "c": 5}, "d": 6}) == {
+        "a": {"b": 1, "c": 5},
+        "d": 6,
+    }
