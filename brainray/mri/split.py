@@ -1,7 +1,7 @@
 """Draw the test split, the labels and the validation set in the order of a seeded hash of groups.
 
 A group of near-duplicates or of one subject is drawn as a whole. A draw takes the first groups of
-an order that does not depend on the fraction, so a smaller draw is a subset of a larger one.
+an order that does not depend on the fraction, so a smaller draw of labels is part of a larger one.
 """
 
 import hashlib
