@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from PIL import Image
 from brainray import layout
 from brainray.config import EvaluationConfig
 from brainray.report.figures import confusion_counts
-from brainray.report.maps import run_maps
+from brainray.report.maps import SliceMap, run_maps
 from brainray.report.page import Explained, write_evaluation_page, write_page
 from brainray.schema import PREDICTIONS, REJECTED, THUMBNAIL_SIDE
 from brainray.storage import Folder
@@ -227,15 +228,150 @@ def test_clusters_of_one_class_are_its_subtypes(page: Path) -> None:
     assert all(part["stable"] for part in kind["clusters"])
 
 
-def page_of(folder: Path, history: list[dict[str, float]], metrics: dict[str, float]) -> Path:
+def page_of(
+    folder: Path,
+    history: list[dict[str, float]],
+    metrics: dict[str, float],
+    limit: int = NUM_SLICES,
+    maps: Sequence[SliceMap] = (),
+    siblings: dict[str, pa.Table] | None = None,
+) -> Path:
     """The page of a run of which the first epoch was chosen."""
     run = Folder(folder)
     run.write_json_lines(layout.METRICS, history)
     run.write_bytes(layout.CONFIG, b"name: run\n")
     run.write_table(layout.predictions_file(1), predictions(1))
-    name = write_page(run, CLASSES, EvaluationConfig(), {"chosen_epoch": 1.0} | metrics, {}, [])
+    evaluation, metrics = EvaluationConfig(tsne_max_slices=limit), {"chosen_epoch": 1.0} | metrics
+    name = write_page(run, CLASSES, evaluation, metrics, {}, maps, siblings=siblings)
     assert name is not None
     return folder / name
+
+
+def evaluation_page_of(
+    folder: Path,
+    metrics: dict[str, float],
+    table: pa.Table,
+    limit: int = NUM_SLICES,
+    rejected: Sequence[dict[str, str]] = (),
+    num_seen: dict[str, int] | None = None,
+) -> Path:
+    name = write_evaluation_page(
+        Folder(folder),
+        "scored",
+        table,
+        pa.Table.from_pylist(list(rejected), schema=REJECTED),
+        CLASSES,
+        EvaluationConfig(tsne_max_slices=limit),
+        {"epoch": 2.0} | metrics,
+        {},
+        "run: a\n",
+        num_seen=num_seen,
+    )
+    return folder / name
+
+
+def test_clusters_that_other_runs_do_not_find_are_not_stable(tmp_path: Path) -> None:
+    rows = predictions(1).to_pylist()
+    for number, row in enumerate(rows):
+        if row["head"] == "glioma" or row["label"] == "glioma":
+            row["cluster"] = 3 if number < NUM_SLICES // 2 else 0
+    siblings = {"other": pa.Table.from_pylist(rows, schema=PREDICTIONS)}
+    (kind,) = data_of(page_of(tmp_path, [{"epoch": 1.0}], {}, siblings=siblings))["subtypes"]
+    assert [part["stable"] for part in kind["clusters"]] == [False, False]
+
+
+def test_sizes_of_subtypes_are_those_of_all_slices(tmp_path: Path) -> None:
+    (of_run,) = data_of(page_of(tmp_path / "run", [{"epoch": 1.0}], {}, limit=4))["subtypes"]
+    scored = evaluation_page_of(tmp_path / "scored", {}, predictions(1), limit=4)
+    (of_evaluation,) = data_of(scored)["subtypes"]
+    for kind in (of_run, of_evaluation):
+        assert [(part["cluster"], part["size"]) for part in kind["clusters"]] == [(0, 4), (3, 4)]
+
+
+def test_a_map_shows_what_its_own_epoch_predicted(tmp_path: Path) -> None:
+    table = predictions(1)
+    points = np.zeros((NUM_SLICES, 2), np.float32)
+    maps = [
+        SliceMap(epoch, points, rows)
+        for epoch, rows in ((1, table.take(list(reversed(range(NUM_SLICES))))), (2, table))
+    ]
+    first, second = data_of(page_of(tmp_path, [{"epoch": 1.0}], {}, maps=maps))["maps"]
+    assert second["head"] == table["head"].to_pylist()
+    assert first["head"] == second["head"][::-1] != second["head"]
+
+
+def test_head_and_clusters_have_confusions_of_their_own(page: Path) -> None:
+    found = data_of(page)["confusion"]["all"]
+    assert found["head"] != found["cluster_class"] == (8 * np.eye(3, dtype=int)).tolist()
+
+
+def test_slices_of_volumes_and_without_a_label_are_shown_as_such(tmp_path: Path) -> None:
+    rows = predictions(1, 4).to_pylist()
+    rows[1] |= {"label": None, "frame": "axial=7"}
+    table = pa.Table.from_pylist(rows, schema=PREDICTIONS)
+    data = data_of(evaluation_page_of(tmp_path, {}, table))
+    assert data["slices"][1]["label"] is None
+    assert data["slices"][1]["path"].endswith("/1.jpg axial=7")
+    assert [card["labels"] for card in data["cards"] if card["cluster"] == 1] == [
+        [["(no label)", 1]]
+    ]
+    assert np.sum(data["confusion"]["all"]["head"]) == 3
+
+
+def test_of_very_many_unusable_or_conflicting_slices_the_first_are_listed(tmp_path: Path) -> None:
+    names = [f"{number:03d}.png" for number in range(101)]
+    rejected = [{"path": name, "reason": "blank"} for name in names]
+    scored = evaluation_page_of(tmp_path / "scored", {}, predictions(1, 4), rejected=rejected)
+    conflicts = [{"path": name, "label": "glioma", "group": "01"} for name in names]
+    Folder(tmp_path / "run" / layout.DATASET).write_json(
+        layout.LEAKAGE, LEAKAGE | {"label_conflicts": conflicts}
+    )
+    run = page_of(tmp_path / "run", [{"epoch": 1.0}], {})
+    for file, title in ((scored, "Rejected"), (run, "Copies with different labels")):
+        text = file.read_text()
+        assert f"{title} (101, first 100 shown)" in text
+        assert ("099.png" in text, "100.png" in text) == (True, False)
+
+
+def test_tables_tell_the_time_of_each_part_and_what_was_rejected(tmp_path: Path) -> None:
+    times = {"time/train_s": 10.0, "time/embed_s": 3.5, "time/images_per_s": 123.4}
+    manifest = {"rejected_reasons": {"blank": 1234, "not an image": 2}}
+    Folder(tmp_path / layout.DATASET).write_json(layout.MANIFEST, manifest)
+    text = page_of(tmp_path, [{"epoch": 1.0}], times).read_text()
+    assert re.findall(r"<th[^>]*>([^<]*)</th>", text[text.index("<h3>Time per epoch") :])[:5] == [
+        "",
+        "train",
+        "embed",
+        "images/s in training",
+        "seconds",
+    ]
+    assert "<td>10.0</td><td>3.5</td><td>123</td>" in text
+    assert '<th scope="row">blank</th><td>1,234</td>' in text
+
+
+def test_an_evaluation_tells_its_epoch_and_all_that_it_leaves_out(tmp_path: Path) -> None:
+    counts = {
+        "num_rejected": 1.0,
+        "num_without_class": 2.0,
+        "num_slices_without_class": 3.0,
+        "num_outside_of_test": 4.0,
+        "num_ignored_files": 5.0,
+    }
+    text = evaluation_page_of(
+        tmp_path,
+        counts | {"epoch": 7.0},
+        predictions(1),
+        limit=3,
+        num_seen={"exact": 2, "near": 1},
+    ).read_text()
+    assert "The encoder of epoch 7 predicted these slices." in text
+    assert "images show 3 of 24 slices" in text
+    assert (
+        "Left out: 1 rejected, 2 without a class, 3 slices without a class in other files, "
+        "4 outside the test split, 5 of other types." in text
+    )
+    for level, count in (("exact", 2), ("near", 1)):
+        assert f'<th scope="row">{level}</th><td>{count}</td>' in text
 
 
 @pytest.mark.parametrize(
@@ -277,11 +413,18 @@ def test_a_curve_has_a_gap_where_an_epoch_logged_nothing_and_axes_hold_all_value
         {"epoch": 2.0, "validation/head/accuracy": 0.9, "train/loss/total": 0.25},
     ]
     losses, accuracies = data_of(page_of(tmp_path, history, {}))["charts"]
+    assert losses["epochs"] == accuracies["epochs"] == [1, 2]
     assert [curve["values"] for curve in losses["curves"]] == [[None, 0.25]]
     assert [curve["values"] for curve in accuracies["curves"]] == [[0.5, 0.9]]
     least, most = accuracies["range"]
     assert 0.4 < least < 0.5
     assert 0.9 < most < 1.0
+
+
+def test_an_axis_of_accuracies_ends_just_above_1(tmp_path: Path) -> None:
+    history = [{"epoch": 1.0, "validation/head/accuracy": 1.0}]
+    (chart,) = data_of(page_of(tmp_path, history, {}))["charts"]
+    assert chart["range"] == [0.95, 1.02]
 
 
 def test_an_evaluation_has_a_page_too(tmp_path: Path) -> None:
