@@ -28,3 +28,8 @@ def test_a_recipe_beside_its_control() -> None:
 def test_what_was_not_measured_is_a_dash() -> None:
     alone = rows_of(draws_table(summarise_draws([{ALL: 0.9}])))[2:]
     assert alone == [["head", "all", "0.900", "–", "–", "–"]]
+
+
+def test_a_share_of_no_errors_is_a_dash() -> None:
+    row = rows_of(draws_table({ALL: 1.0, f"fewer_errors/{ALL}": float("nan")}))[2]
+    assert row[-1] == "–"

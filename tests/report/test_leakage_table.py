@@ -40,3 +40,9 @@ def test_an_unknown_subset_has_no_row() -> None:
     rows = rows_of(leakage_markdown(LEAKAGE | {"num_test_by_class": by_class}))
     assert "clean" in rows
     assert "strict" not in rows
+
+
+def test_test_slices_without_a_label_are_a_column() -> None:
+    by_class = {"all": {"a": 4, "": 1}}
+    text = leakage_markdown(LEAKAGE | {"num_test_by_class": by_class})
+    assert rows_of(text)["test slices"] == ["a", "unlabelled", "total"]

@@ -1,5 +1,7 @@
 """The tables must show what was measured, and nothing where nothing was."""
 
+import pytest
+
 from brainray.report.results import results_markdown, results_tables
 
 CLASSES = ["glioma", "notumor"]
@@ -57,17 +59,21 @@ def test_figures_are_found_in_their_cells() -> None:
 
 def test_another_run_stands_beside_it_by_its_name() -> None:
     control = {"test/all/head/accuracy": 0.5, "test/all/cluster/silhouette": 0.25}
-    accuracies, _, clusters = results_tables(METRICS, CLASSES, {"control (c)": control})
+    control |= {"test/all/head/f1_macro": 0.375, "test/all/head/recall/glioma": 0.125}
+    accuracies, by_class, clusters = results_tables(METRICS, CLASSES, {"control (c)": control})
     rows = {row[0]: row[1:] for row in (*accuracies.rows, *clusters.rows)}
+    assert rows["head, control (c), macro F1"][0] == "0.375"
+    assert {row[0]: row[1] for row in by_class.rows}["head, control (c), all"] == "– / 0.125 / –"
     assert rows["head"][0] == "0.935 [0.920, 0.949]"
     assert rows["head, control (c)"][0] == "0.500"
     assert rows["all, control (c)"][0] == "0.250"
 
 
-def test_other_slices_of_another_run_are_reported() -> None:
-    sizes = {"test/all/num_slices": 1311.0, "test/clean/num_slices": 2.0}
+@pytest.mark.parametrize("num_clean", [2, 1200])
+def test_other_slices_of_another_run_are_reported(num_clean: int) -> None:
+    sizes = {"test/all/num_slices": 1311.0, "test/clean/num_slices": float(num_clean)}
     accuracies, *_ = results_tables(METRICS, CLASSES, {"control (c)": sizes})
-    assert "head, control (c) (clean: 2 slices)" in {row[0] for row in accuracies.rows}
+    assert f"head, control (c) (clean: {num_clean:,} slices)" in {row[0] for row in accuracies.rows}
 
 
 def test_the_effective_rank_stands_beside_the_silhouettes() -> None:

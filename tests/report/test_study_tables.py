@@ -91,3 +91,28 @@ def test_what_features_tell_is_shown_once_for_all_clusterers() -> None:
     assert header == ["features", "PCA", "clean"]
     assert only == ["pixels", "8", "0.600 ± 0.141"]
     assert features_table(average_over_seeds(rows[:1], by)) is None
+
+
+def test_deviations_are_shown_of_what_varies_with_the_seed() -> None:
+    rows = [row("one", seed, nmi=0.5, num_clusters=3.0 + seed) for seed in (0, 1)]
+    line = methods_table(average_over_seeds(rows, BY)).splitlines()[2]
+    assert [cell.strip() for cell in line.split("|")[5:-1]] == ["3.5 ± 0.7", "–", "0.500"]
+
+
+def test_features_of_every_pca_dimension_have_a_row() -> None:
+    rows = [
+        row("one", 0, slices="clean", neighbours=value) | {"pca_dim": pca_dim}
+        for pca_dim, value in ((8, 0.5), (16, 0.7))
+    ]
+    table = features_table(average_over_seeds(rows, (*BY, "slices")))
+    assert table is not None
+    lines = [[c.strip() for c in line.split("|")[2:-1]] for line in table.splitlines()[2:]]
+    assert lines == [["8", "0.500"], ["16", "0.700"]]
+
+
+def test_a_data_set_keeps_its_column() -> None:
+    rows = [row("two", 0, nmi=0.6), row("one", 0, nmi=0.2)]
+    table = datasets_table(average_over_seeds(rows, BY), "nmi")
+    assert table is not None
+    header, _, only = ([c.strip() for c in line.split("|")[4:-1]] for line in table.splitlines())
+    assert (header, only) == (["two", "one", "mean NMI"], ["0.600", "0.200", "0.400"])
