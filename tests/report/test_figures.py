@@ -234,3 +234,26 @@ def test_equal_figures_give_equal_png_of_readable_size() -> None:
         assert image.format == "PNG"
         assert 800 <= image.width <= 1600
         assert len(np.unique(np.asarray(image.convert("L")))) > 10
+
+
+def test_every_subset_has_its_own_curve_of_accuracy() -> None:
+    values = {"all": 0.9, "clean": 0.8, "strict": 0.7}
+    names = {f"test/{subset}/head/accuracy": value for subset, value in values.items()}
+    figure = accuracy_curves([{"epoch": 1.0} | names], chosen_epoch=1)
+    for subset, value in values.items():
+        np.testing.assert_array_equal(_curve(figure, f"test, {subset}"), [[1, value]])
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles == ["Accuracy of the head", "Accuracy of the clusters"]
+
+
+def test_terms_of_the_loss_and_shares_of_clusters_are_labelled() -> None:
+    history = [
+        {"epoch": 1.0, "train/loss/cluster": 3.0, "train/loss/consistency": 2.0}
+        | {"cluster/largest_share": 0.5, "cluster/smallest_share": 0.125}
+    ]
+    losses, health = loss_curves(history), clustering_health(history, chosen_epoch=1)
+    clustering = _curve(losses, "clustering (unlabelled), without lambda")
+    np.testing.assert_array_equal(clustering, [[1, 3]])
+    np.testing.assert_array_equal(_curve(health, "largest cluster"), [[1, 0.5]])
+    np.testing.assert_array_equal(_curve(health, "smallest cluster"), [[1, 0.125]])
+    np.testing.assert_array_equal(_curve(health, "chosen epoch (1)")[:, 0], [1, 1])

@@ -128,6 +128,19 @@ def test_confusions_are_those_of_the_chosen_epoch(
     assert [panel.counts.sum() for panel in drawn] == [4, 4, 4, 4]
 
 
+def test_the_title_of_a_confusion_matrix_tells_the_accuracy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = _record_confusions(monkeypatch)
+    table = _predictions(8, clean=None)
+    heads = table["cluster_class"].to_pylist()[:2] + table["head"].to_pylist()[2:]
+    column = table.schema.get_field_index("head")
+    table = table.set_column(column, "head", pa.array(heads, pa.string()))
+    draw_evaluation_figures(Folder(tmp_path), table, CLASSES)
+    titles = [panel.title for panel in drawn]
+    assert titles == ["head: accuracy 0.750", "clusters: accuracy 0.000"]
+
+
 def test_slices_without_a_label_are_not_scored_and_subsets_are_drawn_apart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,7 +1,17 @@
 from pathlib import Path
 
+import pytest
+from optuna.distributions import FloatDistribution, IntDistribution
+from optuna.study import StudyDirection
+
 from brainray.config import SearchSpace
-from brainray.report.sweep_figures import TrialOutcome, draw_sweep_figures
+from brainray.report import sweep_figures
+from brainray.report.sweep_figures import (
+    TrialOutcome,
+    _study,
+    draw_sweep_figures,
+    learning_curves,
+)
 from brainray.storage import Folder
 
 
@@ -17,3 +27,46 @@ def test_choices_are_drawn_as_the_settings_have_parsed_them(tmp_path: Path) -> N
     ]
     draw_sweep_figures(Folder(tmp_path), trials, space, metric="accuracy", maximise=True)
     assert (tmp_path / "figures" / "parallel_coordinates.png").stat().st_size > 0
+
+
+def test_the_first_trial_is_drawn_as_the_best() -> None:
+    trials = [TrialOutcome(name, {}, 0.5, [0.25, 0.5]) for name in ("first", "second")]
+    (axes,) = learning_curves(trials, "accuracy").axes
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["best: first"]
+
+
+@pytest.mark.parametrize(
+    ("maximise", "direction", "best"),
+    [(True, StudyDirection.MAXIMIZE, 0.6), (False, StudyDirection.MINIMIZE, 0.5)],
+)
+def test_a_study_searches_as_the_sweep_did(
+    maximise: bool, direction: StudyDirection, best: float
+) -> None:
+    space: SearchSpace = {
+        "train.learning_rate": {"log_uniform": [1e-4, 1e-2]},
+        "augment.max_zoom": {"uniform": [0.0, 0.5]},
+        "clustering.num_clusters": {"integer": [4, 8]},
+    }
+    values = (
+        {"train.learning_rate": 1e-3, "augment.max_zoom": 0.25, "clustering.num_clusters": 8},
+    )
+    trials = [TrialOutcome("a", *values, 0.6, [0.6]), TrialOutcome("b", *values, 0.5, [0.5])]
+    study = _study(trials, space, maximise=maximise)
+    assert (study.direction, study.best_value) == (direction, best)
+    assert study.trials[0].distributions == {
+        "train.learning_rate": FloatDistribution(1e-4, 1e-2, log=True),
+        "augment.max_zoom": FloatDistribution(0.0, 0.5),
+        "clustering.num_clusters": IntDistribution(4, 8),
+    }
+
+
+@pytest.mark.parametrize(("num_values", "drawn"), [(3, False), (4, True)])
+def test_importances_need_four_different_values(
+    num_values: int, drawn: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep_figures, "_drawn_by_optuna", lambda _: b"")
+    trials = [TrialOutcome(str(n), {"seed": n}, 0.1 * n, [0.1 * n]) for n in range(num_values)]
+    trials.append(TrialOutcome("again", {"seed": 9}, 0.0, [0.0]))
+    space: SearchSpace = {"seed": {"integer": [0, 9]}}
+    draw_sweep_figures(Folder(tmp_path), trials, space, metric="accuracy", maximise=True)
+    assert (tmp_path / "figures" / "importances.png").exists() == drawn
