@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import math
+import re
 import shutil
 import sys
 import time
@@ -42,11 +43,14 @@ from brainray.orchestration.paths import resolve_paths
 from brainray.orchestration.publish import open_tracking
 from brainray.orchestration.resources import WorkerResources
 from brainray.orchestration.run import Run
-from brainray.orchestration.sweep import trials
+from brainray.orchestration.sweep import driver, trials
+from brainray.orchestration.sweep import follower as follower_module
 from brainray.orchestration.sweep.driver import (
     FinishedSweep,
     _best_trial,
     _check_or_write_settings,
+    _conclude,
+    _reasons_for_failure,
     sweep,
 )
 from brainray.orchestration.sweep.follower import SweepFollower, trials_table
@@ -58,7 +62,13 @@ from brainray.orchestration.sweep.trials import (
     run_trial,
     trial_config,
 )
-from brainray.orchestration.sweep.tuner import _has_state, _scheduler, build_tuner
+from brainray.orchestration.sweep.tuner import (
+    _has_state,
+    _param_space,
+    _scheduler,
+    build_tuner,
+    errors_of,
+)
 from brainray.orchestration.training.driver import TrainedRun
 from brainray.redaction import command_line
 from brainray.storage import Folder
@@ -385,6 +395,8 @@ def test_paths_of_weights_in_a_space_are_made_absolute(
         ({"train.max_failures": {"choice": [1]}}, "share the Ray cluster"),
         ({"train.collective_timeout_s": {"choice": [60]}}, "share the Ray cluster"),
         ({"train.cache_gib": {"choice": [1]}}, "share the Ray cluster"),
+        ({"encoder.pretext": {"choice": ["none", "contrastive"]}}, "trials share the warm-up"),
+        ({"augment.max_zoom": {"uniform": [0.3, 0.3]}}, "two increasing numbers"),
     ],
 )
 def test_a_space_that_makes_no_sense_is_refused(
@@ -539,14 +551,43 @@ def test_trials_share_one_draw_of_labels(tmp_path: Path) -> None:
         sweep(sweep_config(tmp_path, "evaluation.num_label_draws=3"))
 
 
-def test_trials_share_the_warm_up(tmp_path: Path) -> None:
-    space = {"self_supervision.temperature": {"choice": [0.1, 0.2]}}
+@pytest.mark.parametrize("key", ["self_supervision.temperature", "train.weight_decay"])
+def test_trials_share_the_warm_up(tmp_path: Path, key: str) -> None:
+    space = {key: {"choice": [0.1, 0.2]}}
     settings = [f"tune.space={json.dumps(space)}", "encoder.pretext=contrastive"]
     settings += ["encoder.pretext_image_size=16"]
-    with pytest.raises(
-        ConfigError, match=r"cannot vary self_supervision\.temperature: trials share"
-    ):
+    with pytest.raises(ConfigError, match=rf"cannot vary {re.escape(key)}: trials share"):
         check_space(tiny_config(tmp_path, "name=search", *settings))
+
+
+def test_a_grid_has_no_ranges(tmp_path: Path) -> None:
+    space = {"augment.max_zoom": {"uniform": [0.1, 0.3]}}
+    with pytest.raises(ConfigError, match=r"accepts choice only: tune\.space\.augment\.max_zoom"):
+        check_space(sweep_config(tmp_path, f"tune.space={json.dumps(space)}"))
+
+
+def test_ranges_are_searched_as_they_are_named(tmp_path: Path) -> None:
+    space = {
+        "augment.max_zoom": {"uniform": [0.1, 0.3]},
+        "train.learning_rate": {"log_uniform": [1e-4, 1e-2]},
+        "clustering.num_clusters": {"integer": [4, 5]},
+    }
+    found = _param_space(tiny_config(tmp_path, "name=search", f"tune.space={json.dumps(space)}"))
+    assert [type(found[key].get_sampler()).__name__ for key in space] == [
+        "_Uniform",
+        "_LogUniform",
+        "_Uniform",
+    ]
+    assert set(found["clustering.num_clusters"].sample(size=50)) == {4, 5}
+    grid = _param_space(sweep_config(tmp_path))
+    assert grid == {key: {"grid_search": entry["choice"]} for key, entry in SPACE.items()}
+
+
+def test_the_reason_of_a_lost_trial_is_the_last_line_of_its_error() -> None:
+    lost = SimpleNamespace(error="Traceback:\n  File ...\nNodeDiedError: gone\n", metrics={})
+    lost.metrics = {"trial_id": "abc_00001"}
+    sound = SimpleNamespace(error=None, metrics={"trial_id": "abc_00000"})
+    assert errors_of(cast(Any, [sound, lost])) == {"abc_00001": "NodeDiedError: gone"}
 
 
 def test_parameters_reach_their_keys(tmp_path: Path) -> None:
@@ -603,6 +644,164 @@ def test_a_trial_that_failed_is_not_the_best(tmp_path: Path) -> None:
         for name, value, problem in (("a", 0.9, "epoch 2: the loss is NaN"), ("b", 0.8, None))
     )
     assert ranked_trials(config, [diverged, sound]) == [sound]
+
+
+def epochs(*losses: float) -> list[dict[str, float]]:
+    """The history of a trial, of which the first epoch with the best score is kept."""
+    return [
+        {
+            "epoch": float(number),
+            "train/image_size": 32.0,
+            "validation/score": 1 - loss,
+            "validation/score_error": 0.0,
+            "validation/loss": loss,
+            "time/images_per_s": 100.0 * number,
+            "time/epoch_s": 10.0 * number,
+        }
+        for number, loss in enumerate(losses, start=1)
+    ]
+
+
+def test_trials_are_ranked_by_the_mode_of_the_metric(tmp_path: Path) -> None:
+    losing = tiny_config(tmp_path, "tune.metric=validation/loss", "tune.mode=min")
+    one, two = (
+        Trial(name, None, {}, epochs(value), losing.train)
+        for name, value in zip("ab", (0.2, 0.1), strict=True)
+    )
+    assert ranked_trials(losing, [one, two]) == [two, one]
+
+
+def test_a_trial_that_failed_before_its_run_began_is_known(tmp_path: Path) -> None:
+    folder = Folder(tmp_path) / "sweeps" / "search" / trials.FAILED
+    failure = {"parameters": {"clustering.num_clusters": 3}, "problem": "K is too small"}
+    folder.write_json("0a1b2_00001.json", failure)
+    (found,) = read_trials(sweep_config(tmp_path))
+    assert (found.trial_id, found.run, found.history) == ("0a1b2_00001", None, [])
+    assert {"parameters": found.parameters, "problem": found.problem} == failure
+
+
+def test_how_a_trial_ended_is_told_in_a_few_words(tmp_path: Path) -> None:
+    config = sweep_config(tmp_path)
+    follower = SweepFollower(config, cast(Any, None))
+    follower.errors = {"lost": "NodeDiedError: gone"}
+    outcomes = {
+        name: follower.outcome(Trial(name, None, {}, history, config.train, problem))
+        for name, history, problem in (
+            ("stopped", epochs(0.5), None),
+            ("at its end", epochs(0.5, 0.4), None),
+            ("lost", epochs(0.5), None),
+            ("failed", [], "K is too small"),
+        )
+    }
+    assert outcomes == {
+        "stopped": "stopped after epoch 1",
+        "at its end": "complete except for its figures",
+        "lost": "failed: NodeDiedError: gone",
+        "failed": "failed: K is too small",
+    }
+
+
+def test_the_table_tells_the_chosen_epoch_and_ends_with_trials_without_one(tmp_path: Path) -> None:
+    config = sweep_config(tmp_path)
+    found = [
+        Trial("none", None, {}, [], config.train),
+        Trial("three", None, {"clustering.num_clusters": 4}, epochs(0.5, 0.25, 0.4), config.train),
+    ]
+    table = trials_table(config, found, lambda _: "ended", limit=None).splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table[2:]]
+    assert rows == [
+        ["three", "ended", "null", "4", "0.7500", "2/3", "300"],
+        ["none", "ended", "null", "null", "–", "–", "–"],
+    ]
+
+
+def test_every_new_epoch_of_a_trial_has_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = sweep_config(tmp_path, "tune.metric=validation/loss", "tune.mode=min")
+    follower = SweepFollower(config, cast(Any, None))
+    trial = Trial(
+        "abc_00000", None, {"clustering.num_clusters": 4}, epochs(0.5, 0.25), config.train
+    )
+    assert follower._log_new_epochs(trial)
+    assert not follower._log_new_epochs(trial)
+    start = "trial abc_00000 (clustering.num_clusters 4): "
+    assert logged(capsys) == [
+        f"{start}epoch 1/2, validation/loss 0.5000, 100 images/s, 0:00:10 left",
+        f"{start}epoch 2/2, validation/loss 0.2500, 200 images/s, 0:00:00 left",
+    ]
+
+
+@pytest.mark.parametrize(("error", "status"), [(None, "KILLED"), ("gone", "FAILED")])
+def test_a_lost_trial_has_failed_in_mlflow_and_a_stopped_one_was_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: str | None, status: str
+) -> None:
+    monkeypatch.setattr(follower_module, "send_run", Mock())
+    config = sweep_config(tmp_path)
+    follower = SweepFollower(config, cast(Any, None))
+    child = follower._children["a"] = Mock(problem=None)
+    follower.errors = {} if error is None else {"a": error}
+    run = Run(Folder(tmp_path / "runs" / "search-a"), cast(Any, None))
+    follower.close(Trial("a", run, {}, epochs(0.5), config.train))
+    child.finish.assert_called_once_with(status)
+
+
+def test_why_no_trial_could_be_trained_is_told_once_per_reason(tmp_path: Path) -> None:
+    config = sweep_config(tmp_path, "tune.time_budget_min=2")
+    failed = [Trial(name, None, {}, [], config.train, "K is too small") for name in "ab"]
+    reasons = _reasons_for_failure(config, failed, {"c": "gone", "d": "gone"})
+    assert reasons == "K is too small; gone"
+    assert "within tune.time_budget_min=2" in _reasons_for_failure(config, [], {})
+
+
+@pytest.mark.parametrize(
+    ("errors", "problem", "is_complete"),
+    [({}, None, True), ({"c": "gone"}, None, False), ({}, "MLflow is away", False)],
+)
+def test_a_sweep_that_lacks_something_is_not_complete(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    errors: dict[str, str],
+    problem: str | None,
+    is_complete: bool,
+) -> None:
+    """Its best model is registered if no trial was lost."""
+    monkeypatch.setattr(driver, "draw_sweep_figures", Mock())
+    log_model = Mock()
+    monkeypatch.setattr(driver, "_log_model", log_model)
+    config = sweep_config(tmp_path)
+    best = Trial("a", None, {"clustering.num_clusters": 4}, epochs(0.5, 0.25), config.train)
+    failed = Trial("b", None, {}, [], config.train, "K is too small")
+    follower = Mock(errors=errors, problem=problem, outcome=lambda _: "ended")
+    tracker = Mock(problem=None, mlflow_run_id="m", uri="u")
+    folder = Folder(tmp_path / "sweeps" / "search")
+    concluded = _conclude(config, folder, [failed, best], [best], follower, tracker)
+    assert folder.exists("summary.json") == is_complete
+    assert log_model.call_args.args[3] == (None if errors else "mri-classifier")
+    assert concluded.metrics == {
+        "best/validation/score": 0.75,
+        "best/epoch": 2.0,
+        "num_trials": 2.0,
+        "num_failed": 1.0,
+    }
+    assert [row["seconds"] for row in folder.read_json("trials.json")] == [0, 30.0]
+
+
+@pytest.mark.parametrize(
+    ("metric", "mode", "worst"),
+    [("validation/score", "max", -math.inf), ("validation/loss", "min", math.inf)],
+)
+def test_a_trial_that_cannot_be_trained_reports_the_worst_value(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, metric: str, mode: str, worst: float
+) -> None:
+    report = Mock()
+    monkeypatch.setattr(tune, "report", report)
+    monkeypatch.setattr(tune, "get_context", lambda: SimpleNamespace(get_trial_id=lambda: "a"))
+    monkeypatch.setattr(sys, "argv", ["default_worker.py"])
+    monkeypatch.setattr(trials, "begun_training", Mock(side_effect=ClusteringError("K")))
+    config = sweep_config(tmp_path, f"tune.metric={metric}", f"tune.mode={mode}")
+    run_trial({}, base=config.model_dump(mode="json"), command=["tune.py"])
+    report.assert_called_once_with({"epoch": 2, metric: worst})
 
 
 def test_a_search_optimises_what_trials_are_ranked_by() -> None:
