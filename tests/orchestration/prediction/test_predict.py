@@ -28,7 +28,12 @@ from brainray.orchestration.prediction.inference import (
     find_predictor,
     predicted_blocks,
 )
-from brainray.orchestration.prediction.predict import Prediction, _check_or_write_settings, predict
+from brainray.orchestration.prediction.predict import (
+    Prediction,
+    _check_or_write_settings,
+    _finish,
+    predict,
+)
 from brainray.orchestration.preprocessing.slice_rows import UNREADABLE
 from brainray.orchestration.training.driver import TrainedRun
 from brainray.schema import PREDICTED_FILES
@@ -235,6 +240,24 @@ def test_what_was_replaced_or_could_not_be_read_is_predicted_again(
         assert rows_after[path]["class"] == rows_before[path]["class"] is not None
     assert pq.read_table(str(after.folder)).num_rows == len(rows_after)  # as others read it
     assert predict(config_of(trained, source, "name=again")).metrics == after.metrics
+
+
+def test_files_slices_and_classes_are_counted(tmp_path: Path) -> None:
+    parts = (
+        [("a.nii", "glioma", None), ("a.nii", "notumor", None), ("a.nii", None, "blank")],
+        [("b.png", "glioma", None), ("c.png", None, "empty file")],
+    )
+    for number, rows in enumerate(parts):
+        part = [{"path": path, "class": name, "reason": why} for path, name, why in rows]
+        table = pa.Table.from_pylist(part, schema=PREDICTED_FILES)
+        Folder(tmp_path).write_table(layout.PART.format(number=number), table)
+    assert _finish(Folder(tmp_path)) == {
+        "num_files": 3,
+        "num_predicted": 3,
+        "num_rejected": 2,
+        "num_predicted/glioma": 2,
+        "num_predicted/notumor": 1,
+    }
 
 
 @pytest.mark.slow
