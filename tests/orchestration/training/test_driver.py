@@ -9,6 +9,7 @@ import shutil
 import signal
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -40,12 +41,13 @@ from brainray.orchestration.training import rank_data
 from brainray.orchestration.training.driver import (
     TrainedRun,
     _log_start,
+    _summarise,
     begun_training,
     fit,
     train,
 )
 from brainray.orchestration.training.rank_data import load_rank_data
-from brainray.orchestration.training.start import begin_run
+from brainray.orchestration.training.start import _check_ranks, begin_run
 from brainray.schema import SEEN, UNLABELLED_ROLE
 from brainray.storage import Folder
 from tests.conftest import logged, tiny_config
@@ -242,6 +244,33 @@ def test_a_rank_reads_the_store_once(
         for rank, shard in enumerate(shards):
             (found,) = shard.images.batches([torch.arange(len(shard))])
             np.testing.assert_array_equal(found.numpy(), expected[rank::2])
+
+
+def test_a_summary_tells_the_chosen_and_the_last_epoch_and_the_mean_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run: Any = SimpleNamespace(folder=Folder(tmp_path))
+    history = [
+        {"epoch": 1.0, "validation/loss": 0.5, "time/train_s": 30.0},
+        {"epoch": 2.0, "validation/loss": 0.25, "time/train_s": 10.0, "time/report_s": 4.0},
+        {"epoch": 3.0, "validation/loss": 0.125, "time/train_s": 20.0, "time/report_s": 2.0},
+    ]
+    run.folder.write_json_lines(layout.METRICS, history)
+    monkeypatch.setattr(training_driver, "load_checkpoint", lambda _: SimpleNamespace(epoch=2))
+    assert _summarise(tiny_config(tmp_path), run) == {
+        "chosen_epoch": 2,
+        "num_epochs": 3,
+        "validation/loss": 0.25,
+        "last/validation/loss": 0.125,
+        "time/train_s": 20,
+        "time/report_s": 3,
+    }
+
+
+def test_every_rank_needs_a_labelled_slice() -> None:
+    _check_ranks({"labelled": 2, "unlabelled": 9}, 2)
+    with pytest.raises(ConfigError, match="3 workers cannot share 2 labelled"):
+        _check_ranks({"labelled": 2, "unlabelled": 9}, 3)
 
 
 def test_the_rate_is_that_of_all_ranks(trained: TrainedRun) -> None:
