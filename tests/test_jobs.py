@@ -1,6 +1,7 @@
 """The jobs' contract: complete help, one JSON line at the end, exit codes."""
 
 import json
+import math
 import os
 import re
 import runpy
@@ -508,6 +509,27 @@ def test_only_resumable_jobs_are_reported_as_resumable(capsys: pytest.CaptureFix
     finally:
         signal.signal(signal.SIGTERM, before)
     assert json.loads(capsys.readouterr().out)["error"] == "ended by SIGINT"
+
+
+def test_metrics_without_a_finite_value_are_null(capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = {"a": math.nan, "b": math.inf, "c": 0.5}
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert run_command("train", lambda: JobResult(out="/tmp", metrics=metrics)) == 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    found = json.loads(capsys.readouterr().out)["metrics"]
+    assert found == {"a": None, "b": None, "c": 0.5}
+
+
+def test_an_unexpected_error_is_told_by_its_last_line(capsys: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        error = RuntimeError("Traceback of a worker:\n  File ...\nKeyError: 'x'\n")
+        assert run_command("train", Mock(side_effect=error)) == 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert json.loads(capsys.readouterr().out)["error"] == "RuntimeError: KeyError: 'x'"
 
 
 @pytest.mark.parametrize(("by_user", "expected"), [(None, "true"), ("false", "false")])

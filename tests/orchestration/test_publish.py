@@ -1,8 +1,14 @@
 """A run's figures are found where they were sent."""
 
+from pathlib import Path
+from typing import Any, cast
+from unittest.mock import Mock
+
 import pytest
 
-from brainray.orchestration.publish import how_to_open
+from brainray.orchestration.publish import how_to_open, send_run
+from brainray.orchestration.run import Run
+from brainray.storage import Folder
 
 
 @pytest.mark.parametrize(
@@ -21,3 +27,22 @@ from brainray.orchestration.publish import how_to_open
 )
 def test_a_server_has_a_page_and_a_database_needs_a_command(uri: str, expected: str) -> None:
     assert how_to_open(uri) == expected
+
+
+@pytest.mark.parametrize("is_complete", [False, True])
+def test_what_there_is_of_a_run_is_sent(tmp_path: Path, is_complete: bool) -> None:
+    folder = Folder(tmp_path)
+    folder.write_json_lines("metrics.jsonl", [{"epoch": 1.0}])
+    for name in ("config.yaml", "figures/loss.png", "dataset/figures/skull_strip.png"):
+        folder.write_bytes(name, b"")
+    if is_complete:
+        folder.write_json("summary.json", {"chosen_epoch": 1.0})
+    tracker: Any = Mock()
+    send_run(Run(folder, cast(Any, None)), tracker)
+    tracker.log_epochs.assert_called_once_with([{"epoch": 1.0}])
+    (names,) = tracker.log_files.call_args.args
+    sent = {"config.yaml", "metrics.jsonl", "figures/loss.png", "dataset/figures/skull_strip.png"}
+    assert sorted(names) == sorted(sent | ({"summary.json"} if is_complete else set()))
+    summaries = [call.args for call in tracker.log_summary.call_args_list]
+    assert summaries == ([({"chosen_epoch": 1.0},)] if is_complete else [])
+    assert tracker.finish.called == is_complete

@@ -121,6 +121,7 @@ def test_actors_leave_a_cpu_to_the_tasks_that_read() -> None:
     assert actors([{"CPU": 1.0}]) == ActorResources(1, num_cpus=0)
     assert actors([{"CPU": 1.0}, {"CPU": 1.0}]) == ActorResources(1, num_cpus=1)
     assert actors([{"CPU": 0.0}, HEAD]) == ActorResources(1, num_cpus=7)
+    assert actors([LAPTOP, HEAD]) == ActorResources(2, num_cpus=1)  # both fit on either
 
 
 def test_actors_embed_where_training_would_train() -> None:
