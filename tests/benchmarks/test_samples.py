@@ -38,9 +38,12 @@ def test_slices_of_a_folder_are_read_in_an_order_of_the_seed(tmp_path: Path) -> 
 
 def test_phantoms_are_of_all_classes_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[str] = []
-    monkeypatch.setattr(
-        samples, "make_slice", lambda name, _: drawn.append(name) or SimpleNamespace(image=None)
-    )
+
+    def make_slice(class_name: str, rng: object) -> SimpleNamespace:
+        drawn.append(class_name)
+        return SimpleNamespace(image=None)
+
+    monkeypatch.setattr(samples, "make_slice", make_slice)
     assert len(load_slices(None, 0)) == len(drawn)
     assert len(set(Counter(drawn).values())) == 1
     assert set(drawn) == set(CLASSES)

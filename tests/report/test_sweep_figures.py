@@ -32,7 +32,9 @@ def test_choices_are_drawn_as_the_settings_have_parsed_them(tmp_path: Path) -> N
 def test_the_first_trial_is_drawn_as_the_best() -> None:
     trials = [TrialOutcome(name, {}, 0.5, [0.25, 0.5]) for name in ("first", "second")]
     (axes,) = learning_curves(trials, "accuracy").axes
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["best: first"]
+    legend = axes.get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == ["best: first"]
 
 
 @pytest.mark.parametrize(

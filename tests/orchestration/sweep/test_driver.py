@@ -77,7 +77,7 @@ from tests.conftest import logged, tiny_config
 
 STORE: Any = SimpleNamespace(manifest=SimpleNamespace(data_hash="abc"))
 
-SPACE = {
+SPACE: dict[str, dict[str, list[float]]] = {
     "objective.lambda_cluster": {"choice": [0.1, 0.5]},
     "clustering.num_clusters": {"choice": [3, 4]},  # 3 is below the number of classes
 }
@@ -567,7 +567,7 @@ def test_a_grid_has_no_ranges(tmp_path: Path) -> None:
 
 
 def test_ranges_are_searched_as_they_are_named(tmp_path: Path) -> None:
-    space = {
+    space: dict[str, dict[str, list[float]]] = {
         "augment.max_zoom": {"uniform": [0.1, 0.3]},
         "train.learning_rate": {"log_uniform": [1e-4, 1e-2]},
         "clustering.num_clusters": {"integer": [4, 5]},
