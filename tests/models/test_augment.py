@@ -1,10 +1,12 @@
 """Augmentation does what its settings say, and nothing when they are zero."""
 
+import math
+
 import torch
 from torch import Generator
 
 from brainray.config import AugmentConfig
-from brainray.models.augment import augment
+from brainray.models.augment import _random_affine, augment
 
 NOTHING = AugmentConfig(
     horizontal_flip=0,
@@ -94,6 +96,18 @@ def test_small_rotations_are_the_most_frequent() -> None:
     assert (angle < -40).any()
 
 
+def test_a_turned_slice_keeps_its_shape_and_its_zoom() -> None:
+    config = AugmentConfig(
+        horizontal_flip=0.5, vertical_flip=0.5, max_rotation_deg=90.0, max_zoom=0.3
+    )
+    products = []
+    for probability in (0.0, 1.0):
+        turned = config.model_copy(update={"rotation_probability": probability})
+        matrix = _random_affine(50, turned, Generator().manual_seed(0))[:, :, :2]
+        products.append(matrix.mT @ matrix)  # of a rotation and a flip: the identity
+    torch.testing.assert_close(*products)
+
+
 def test_intensities_stay_in_range_and_differ_between_slices() -> None:
     config = NOTHING.model_copy(update={"max_intensity_shift": 0.5})
     changed = apply(config, torch.full((6, 1, 8, 8), 0.5))
@@ -155,6 +169,36 @@ def test_shifts_move_by_their_share_of_the_side() -> None:
         assert 25 < places.max() <= 31
 
 
+def test_slices_are_shifted_along_either_axis_by_themselves() -> None:
+    image = torch.zeros(1, 1, 41, 41)
+    image[..., 20, 20] = 1
+    config = NOTHING.model_copy(update={"max_shift": 0.25})
+    moved = apply(config, image.expand(200, -1, -1, -1))[:, 0]
+    rows, columns = moved.sum(dim=2).argmax(dim=1), moved.sum(dim=1).argmax(dim=1)
+    assert abs(torch.corrcoef(torch.stack([rows, columns]).double())[0, 1]) < 0.2
+
+
+def test_gamma_darkens_some_slices_and_brightens_others() -> None:
+    greys = torch.full((200, 1, 2, 2), 0.5)
+    changed = apply(NOTHING.model_copy(update={"max_log_gamma": 1.0}), greys)
+    assert 0.5 ** math.exp(1) <= changed.min() < 0.2
+    assert 0.7 < changed.max() <= 0.5 ** math.exp(-1)
+
+
+def test_each_slice_has_its_own_bias_field() -> None:
+    greys = torch.full((2, 1, 16, 16), 0.5)
+    one, other = apply(NOTHING.model_copy(update={"bias_field": 0.3}), greys)
+    assert (one - other).abs().max() > 0.05
+
+
+def test_each_slice_has_noise_of_its_own_strength_up_to_the_limit() -> None:
+    greys = torch.full((200, 1, 32, 32), 0.5)
+    noisy = apply(NOTHING.model_copy(update={"max_noise_std": 0.1}), greys)
+    strengths = noisy.flatten(1).std(dim=1)
+    assert strengths.min() < 0.01
+    assert 0.09 < strengths.max() < 0.11
+
+
 def test_gamma_and_bias_keep_black_black_and_order_in_place() -> None:
     ramp = torch.linspace(0, 1, 16).expand(8, 1, 16, 16)
     gamma = apply(NOTHING.model_copy(update={"max_log_gamma": 1.0}), ramp)
@@ -189,6 +233,17 @@ def test_cutout_blacks_out_one_square() -> None:
         rows, columns = square.any(dim=1), square.any(dim=0)
         assert square.sum() == rows.sum() * columns.sum()
         assert max(int(rows.sum()), int(columns.sum())) <= 17
+
+
+def test_a_share_of_the_slices_is_cut_each_at_its_own_place() -> None:
+    config = NOTHING.model_copy(update={"cutout_probability": 0.4, "max_cutout": 0.5})
+    cut = apply(config, torch.ones(300, 1, 32, 32))[:, 0] < 0.5
+    is_cut = cut.any(dim=(1, 2))
+    assert 0.3 < is_cut.float().mean() < 0.45
+    for axis in (1, 2):
+        tops = cut[is_cut].any(dim=axis).int().argmax(dim=1)
+        bottoms = 31 - cut[is_cut].any(dim=axis).flip(1).int().argmax(dim=1)
+        assert ((tops + bottoms) / 2).std() > 6
 
 
 def test_a_policy_sets_what_is_not_set() -> None:

@@ -35,3 +35,17 @@ def test_draws_follow_the_seed_and_favour_the_slice_itself() -> None:
     assert all(0.5 <= mixup.share <= 1 for mixup in drawn)
     assert len({mixup.share for mixup in drawn}) == 200
     assert sorted(again.partners.tolist()) == list(range(16))
+
+
+def test_partners_are_others_in_every_step() -> None:
+    first, second = (Mixup.draw(16, 0.4, seed, CPU).partners for seed in (3, 4))
+    assert not torch.equal(first, second)
+
+
+def test_the_smaller_alpha_the_less_is_mixed() -> None:
+    shares = {
+        alpha: [Mixup.draw(1, alpha, seed, CPU).share for seed in range(200)]
+        for alpha in (0.1, 10.0)
+    }
+    assert sum(shares[0.1]) / 200 > 0.9
+    assert sum(shares[10.0]) / 200 < 0.65
