@@ -24,6 +24,17 @@ def test_shapes_and_unit_length(name: str, dim: int) -> None:
     torch.testing.assert_close(output.z.norm(dim=1), torch.ones(2))
 
 
+def test_the_head_takes_the_pooled_features_in_full_precision() -> None:
+    torch.manual_seed(0)
+    encoder = Encoder("resnet18", num_classes=4).eval()
+    images = torch.randn(2, 1, 32, 32)
+    expected = encoder.head(encoder.backbone(images))
+    torch.testing.assert_close(encoder(images).logits, expected)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        coarse = encoder(images)
+    assert coarse.z.dtype == coarse.logits.dtype == torch.float32
+
+
 def test_colour_weights_see_a_grey_slice_as_three_equal_channels(tmp_path: Path) -> None:
     torch.manual_seed(0)
     colour = torchvision.models.resnet18(weights=None).eval()
@@ -33,6 +44,15 @@ def test_colour_weights_see_a_grey_slice_as_three_equal_channels(tmp_path: Path)
     colour.fc = torch.nn.Identity()
     expected = torch.nn.functional.normalize(colour(images.expand(-1, 3, -1, -1)))
     torch.testing.assert_close(encoder(images).z, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_checkpoint_starts_an_encoder_with_a_new_head(tmp_path: Path) -> None:
+    trained = Encoder("resnet18", num_classes=4)
+    torch.save({"encoder": trained.state_dict()}, tmp_path / "model.pt")
+    encoder = build_encoder("resnet18", read(tmp_path / "model.pt"), num_classes=3)
+    found, expected = encoder.backbone.state_dict(), trained.backbone.state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert encoder.head.weight.shape == (3, 512)
 
 
 def test_imagenet_weights_are_torchvisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

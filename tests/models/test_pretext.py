@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from brainray import dist
 from brainray.config import AugmentConfig
 from brainray.dist import gather_equal_rows
+from brainray.models.features import FeatureEncoder
 from brainray.models.ntxent import ContrastivePretext, nt_xent
-from brainray.models.pretext import NoPretext
+from brainray.models.pretext import NoPretext, PretextModel
 from brainray.models.rotation import RotationPretext
 from tests.ranks import OnRanks
 
@@ -51,6 +52,25 @@ def test_nt_xent_is_the_mean_over_views_of_equation_1() -> None:
     torch.testing.assert_close(
         nt_xent(first, second, *own_groups(NUM_SLICES), TEMPERATURE), torch.stack(losses).mean()
     )
+
+
+def test_the_gradient_of_nt_xent_is_that_of_equation_1() -> None:
+    """A view learns as the one that is compared, and as one of those it is compared with."""
+    first, second = (part.requires_grad_() for part in projections())
+    (found,) = torch.autograd.grad(nt_xent(first, second, *own_groups(6), TEMPERATURE), first)
+    z = F.normalize(torch.cat([first, second]))
+    itself = torch.eye(len(z), dtype=torch.bool)
+    similarity = (z @ z.T / TEMPERATURE).masked_fill(itself, -torch.inf)
+    losses = similarity.logsumexp(dim=1) - similarity.diagonal(NUM_SLICES).repeat(2)
+    (expected,) = torch.autograd.grad(losses.mean(), first)
+    torch.testing.assert_close(found, expected)
+
+
+def test_nt_xent_compares_in_full_precision() -> None:
+    coarse = [part.bfloat16() for part in projections()]
+    found = nt_xent(*coarse, *own_groups(NUM_SLICES), TEMPERATURE)
+    fine = [part.float() for part in coarse]
+    assert torch.equal(found, nt_xent(*fine, *own_groups(NUM_SLICES), TEMPERATURE))
 
 
 def own_groups(count: int) -> tuple[Tensor, Tensor]:
@@ -171,6 +191,14 @@ def test_rotation_never_flips_upside_down() -> None:
     assert (upright[:, 0, :8].mean(dim=(1, 2)) > upright[:, 0, 8:].mean(dim=(1, 2))).all()
 
 
+def test_rotation_views_are_turned_no_further_than_is_set() -> None:
+    config = STILL.model_copy(update={"rotation_probability": 1.0, "max_rotation_deg": 1e-3})
+    images = torch.rand(8, 1, 16, 16, generator=torch.Generator().manual_seed(2))
+    pretext = RotationPretext(config)
+    views = pretext.views(images, own_groups(8)[0], torch.Generator().manual_seed(0))
+    torch.testing.assert_close(views.images[:8], images, atol=1e-3, rtol=0)
+
+
 def test_nt_xent_holds_no_slice_against_another_of_its_group() -> None:
     first, second = projections()
     z = F.normalize(torch.cat([first, second]))
@@ -195,6 +223,21 @@ def test_contrastive_views_are_a_slice_and_its_mate() -> None:
     assert outputs.shape == (6, 3)
     expected = nt_xent(outputs[:3], outputs[3:], groups[:3], groups[3:], TEMPERATURE)
     torch.testing.assert_close(pretext.loss(outputs, views.targets), expected)
+
+
+def test_the_projection_is_not_linear() -> None:
+    head = ContrastivePretext(STILL, TEMPERATURE, projection_dim=3).head(4)
+    features = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    middle = (head(features) + head(-features)) / 2
+    assert not torch.allclose(middle, head(torch.zeros(5, 4)), atol=1e-3)
+
+
+def test_clusters_see_normalised_features_and_the_head_those_of_the_encoder() -> None:
+    model = PretextModel(FeatureEncoder(nn.Flatten()), nn.Linear(3 * 4 * 4, 2))
+    images = torch.rand(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    output = model(images)
+    torch.testing.assert_close(output.z, F.normalize(model.encoder(images)))
+    torch.testing.assert_close(output.outputs, model.head(model.encoder(images)))
 
 
 def test_without_a_pretext_there_is_nothing_to_learn() -> None:
