@@ -1,18 +1,33 @@
 """A training on one rank, without Ray: epochs are saved, and another process goes on from them."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
 import torch
+from torch import Tensor
 
-from brainray import layout
+from brainray import dist, layout
 from brainray.config import Config
 from brainray.config_text import load_config
+from brainray.engine import trainer as trainer_module
+from brainray.engine.epoch import EpochData
+from brainray.engine.recipe import ramp
+from brainray.engine.recluster import ClusterModel
+from brainray.engine.selection import MODEL_LOST
 from brainray.engine.shard import CachedImages, PixelScale, RankData, SliceShard, sample_keys
-from brainray.engine.state import load_checkpoint, newest_readable_epoch
-from brainray.engine.trainer import Trainer
-from brainray.models.encoder import build_encoder
+from brainray.engine.state import (
+    Resumable,
+    TrainerState,
+    load_checkpoint,
+    newest_readable_epoch,
+    save_resumable,
+)
+from brainray.engine.trainer import Report, Trainer, _LastEpoch
+from brainray.errors import DivergenceError
+from brainray.models.encoder import EncoderOutput, build_encoder
 from brainray.schema import UNLABELLED, Metrics
 from brainray.storage import Folder
 
@@ -50,24 +65,33 @@ def config_of(num_epochs: int, *overrides: str) -> Config:
     )
 
 
-def train(folder: Path, config: Config, *, stop_after: int | None = None) -> list[Metrics]:
-    """The metrics of each reported epoch; ``stop_after`` some, as when a process is lost."""
-    run, reported = Folder(folder), list[Metrics]()
-
-    def report(metrics: Metrics, saved: Folder) -> None:
-        assert saved.exists(layout.MODEL)
-        reported.append(metrics)
-        if len(reported) == stop_after:
-            raise InterruptedError
-
-    parts = [slices(12, 0), slices(24, 100, labelled=False), slices(8, 200), slices(6, 300)]
+def trainer_of(
+    folder: Path,
+    config: Config,
+    report: Report = lambda metrics, saved: None,
+    *,
+    num_unlabelled: int = 24,
+    labels: Tensor | None = None,
+    inherited: Tensor | None = None,
+    labelled_weights: Tensor | None = None,
+) -> Trainer:
+    """Of 12 labelled slices, alternately dark and bright unless their ``labels`` are given."""
+    run = Folder(folder)
+    parts = [
+        slices(12, 0),
+        slices(num_unlabelled, 100, labelled=False),
+        slices(8, 200),
+        slices(6, 300),
+    ]
     (labelled, labelled_ids), (unlabelled, unlabelled_ids) = parts[:2]
     (validation, validation_ids), (test, _) = parts[2:]
+    if labels is not None:
+        labelled = replace(labelled, labels=labels)
     ids = labelled_ids + unlabelled_ids + validation_ids
     run.write_table(layout.SEEN, pa.table({"sample_id": ids}))
-    inherited = torch.full((len(unlabelled),), UNLABELLED)
+    unknown = torch.full((len(unlabelled),), UNLABELLED)
     encoder = build_encoder("resnet18", "random", len(CLASSES))
-    trainer = Trainer(
+    return Trainer(
         config,
         run,
         RankData(
@@ -75,8 +99,8 @@ def train(folder: Path, config: Config, *, stop_after: int | None = None) -> lis
             unlabelled=unlabelled,
             validation=validation,
             test=test,
-            inherited=inherited,
-            labelled_weights=None,
+            inherited=unknown if inherited is None else inherited,
+            labelled_weights=labelled_weights,
         ),
         pa.table({name: ["x"] * 6 for name in ("sample_id", "path", "frame")}),
         encoder,
@@ -85,11 +109,38 @@ def train(folder: Path, config: Config, *, stop_after: int | None = None) -> lis
         scale=PixelScale(0.3, 0.2),
         report=report,
     )
-    trainer.fit()
+
+
+def train(folder: Path, config: Config, *, stop_after: int | None = None) -> list[Metrics]:
+    """The metrics of each reported epoch; ``stop_after`` some, as when a process is lost."""
+    reported = list[Metrics]()
+
+    def report(metrics: Metrics, saved: Folder) -> None:
+        assert saved.exists(layout.MODEL)
+        reported.append(metrics)
+        if len(reported) == stop_after:
+            raise InterruptedError
+
+    trainer_of(folder, config, report).fit()
     return reported
 
 
-@pytest.mark.parametrize("overrides", [["train.ema_decay=0.9"], ["objective.name=supervised"]])
+def after_an_epoch(trainer: Trainer) -> Trainer:
+    """With a mixture and predictions by hand: labelled slices are dark, unlabelled ones bright."""
+    num_labelled, num = len(trainer.data.labelled), len(trainer.data.fitted_keys)
+    is_bright = (torch.arange(num) >= num_labelled).long()
+    probabilities = torch.nn.functional.one_hot(is_bright, 2).float()
+    responsibilities = torch.rand(num, 2, generator=torch.Generator().manual_seed(0))
+    clusters = ClusterModel(trainer.config.clustering, trainer.encoder.embedding_dim)
+    trainer._last = _LastEpoch(clusters, responsibilities, probabilities)
+    trainer.epoch = 1
+    return trainer
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [["train.ema_decay=0.9", "train.accumulation_steps=2"], ["objective.name=supervised"]],
+)
 def test_a_lost_process_costs_no_epoch_and_changes_no_weight(
     tmp_path: Path, overrides: list[str]
 ) -> None:
@@ -121,3 +172,184 @@ def test_what_differs_in_brightness_alone_is_learned(tmp_path: Path) -> None:
     chosen = load_checkpoint(Folder(tmp_path) / layout.BEST).epoch
     predictions = Folder(tmp_path).read_table(layout.predictions_file(chosen))
     assert predictions["cluster_class"].to_pylist() == CLASSES * 3
+
+
+def test_targets_are_of_the_unlabelled_slices_and_of_their_epoch(tmp_path: Path) -> None:
+    inherited = torch.full((24,), UNLABELLED)
+    inherited[3] = 0
+    labels = torch.tensor([0] * 9 + [1] * 3)
+    config = config_of(9, "objective.ramp_epochs=4")
+    trainer = after_an_epoch(trainer_of(tmp_path, config, labels=labels, inherited=inherited))
+    trainer.epoch = 3
+    targets, shift = trainer._targets()
+    assert torch.equal(targets.responsibilities, trainer.last.responsibilities[12:])
+    assert targets.pseudo_labels.tolist() == [int(row != 3) for row in range(24)]
+    assert targets.confidences[3] == 1.0
+    assert targets.ramp == ramp(3, 4)
+    # All unlabelled slices are bright, and a quarter of the labelled ones.
+    assert shift == pytest.approx(0.75)
+
+
+def test_an_epoch_is_trained_as_the_run_is_configured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[EpochData, dict[str, Any]]] = []
+
+    def record(model: Any, optimizer: Any, scheduler: Any, epoch: EpochData, **named: Any) -> None:
+        calls.append((epoch, named))
+
+    monkeypatch.setattr(trainer_module, "train_epoch", record)
+    config = config_of(
+        9,
+        "augment.policy=weak",
+        "augment_unlabelled.policy=strong",
+        "train.mixup_alpha=0.3",
+        "train.accumulation_steps=2",
+        "train.image_size=96",
+        "train.start_image_size=32",
+        "train.growth_epochs=4",
+    )
+    weights = torch.linspace(1, 2, 12, dtype=torch.float64)
+    trainer = after_an_epoch(trainer_of(tmp_path, config, labelled_weights=weights))
+    for epoch in (2, 3):
+        trainer.epoch = epoch
+        trainer._train_epoch(trainer._targets()[0])
+    data = [epoch for epoch, _ in calls]
+    assert data[0].augmentation == config.augment
+    assert data[0].augmentation_unlabelled == config.augment_unlabelled
+    assert data[0].mixup_alpha == 0.3
+    assert data[0].labelled_weights is weights
+    assert [epoch.side for epoch in data] == [32, 64]
+    assert data[0].seed != data[1].seed
+    assert calls[0][1]["accumulation"] == 2
+    # Three steps are two updates, and the schedule is as long as they are.
+    assert trainer.updates == 2
+    assert trainer.scheduler.total_steps == 9 * 2 + 1
+
+
+def test_ranks_draw_other_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[int] = []
+    monkeypatch.setattr(
+        trainer_module, "train_epoch", lambda *given, **_: seeds.append(given[3].seed)
+    )
+    trainer = after_an_epoch(trainer_of(tmp_path, config_of(3)))
+    targets, _ = trainer._targets()
+    for rank in (0, 1):
+        monkeypatch.setattr(dist, "rank", lambda of_this=rank: of_this)
+        trainer._train_epoch(targets)
+    assert seeds[0] != seeds[1]
+
+
+def test_the_average_decays_with_the_batches_of_all_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_of(tmp_path, config_of(3, "train.ema_decay=0.9"))
+    counts: list[int] = []
+    monkeypatch.setattr(
+        trainer.average, "update_parameters", lambda _, num_batches: counts.append(num_batches)
+    )
+    monkeypatch.setattr(dist, "world_size", lambda: 4)
+    trainer._update_average(2)
+    assert counts == [8]
+
+
+@pytest.mark.parametrize(("num_unlabelled", "role"), [(24, "unlabelled"), (10, "labelled")])
+def test_batch_statistics_are_the_averages_of_slices_of_the_larger_role(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_unlabelled: int, role: str
+) -> None:
+    calls: list[tuple[Any, Any, dict[str, Any]]] = []
+    monkeypatch.setattr(
+        trainer_module,
+        "measure_batch_statistics",
+        lambda model, images, **named: calls.append((model, images, named)),
+    )
+    config = config_of(
+        3, "train.ema_decay=0.9", "augment.policy=weak", "augment_unlabelled.policy=strong"
+    )
+    trainer = trainer_of(tmp_path, config, num_unlabelled=num_unlabelled)
+    trainer._settle_batch_statistics()
+    ((model, images, named),) = calls
+    assert model is trainer.evaluated
+    assert model is not trainer.encoder
+    assert images is getattr(trainer.data, role).images
+    assert named["augmentation"] == config.augment_unlabelled
+
+
+def test_reseeding_starts_anew_with_another_seed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[dict[str, Any]] = []
+    monkeypatch.setattr(trainer_module, "recluster", lambda *_, **named: calls.append(named))
+    trainer = after_an_epoch(trainer_of(tmp_path, config_of(3)))
+    nothing = EncoderOutput(torch.zeros(36, 512), torch.zeros(36, 2))
+    trainer._recluster(nothing)
+    trainer._recluster(nothing, reseed=True)
+    usual, anew = calls
+    assert usual["previous"] is trainer.last.clusters
+    assert usual["seed"] == trainer.config.seed
+    assert anew["previous"] is None
+    assert anew["seed"] != trainer.config.seed
+    assert anew["previous_responsibilities"] is trainer.last.responsibilities
+
+
+def test_slices_whose_embeddings_or_logits_are_not_finite_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_of(tmp_path, config_of(3))
+
+    def embed(images: CachedImages) -> EncoderOutput:
+        z, logits = torch.zeros(len(images), 4), torch.zeros(len(images), 2)
+        if len(images) == 12:
+            z[3, 1], logits[5, 0] = torch.nan, torch.inf
+        return EncoderOutput(z, logits)
+
+    monkeypatch.setattr(trainer, "_embed", embed)
+    bad = [f"{number:032x}" for number in (3 << 64, 5 << 64)]
+    with pytest.raises(DivergenceError, match=rf"for sample_id {bad[0]}, {bad[1]}: lower"):
+        trainer._embed_fitted()
+
+
+@pytest.mark.parametrize(("num_unlabelled", "is_said"), [(0, False), (7, True), (8, False)])
+def test_unlabelled_slices_that_do_not_fill_a_batch_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], num_unlabelled: int, is_said: bool
+) -> None:
+    trainer_of(tmp_path, config_of(3), num_unlabelled=num_unlabelled)
+    said = capsys.readouterr().out
+    assert ("note: 7 unlabelled slices are fewer than a batch of 8" in said) == is_said
+
+
+def test_coordinates_are_kept_with_the_sample_ids_and_the_epoch(tmp_path: Path) -> None:
+    trainer = after_an_epoch(trainer_of(tmp_path, config_of(3)))
+    trainer.epoch = 2
+    keys = trainer.data.fitted_keys
+    labelled, unlabelled = trainer.data.labelled.keys, trainer.data.unlabelled.keys
+    assert keys.tolist() == [*labelled.tolist(), *unlabelled.tolist()]
+    values = torch.arange(36.0)
+    table = trainer._fitted_table(keys.flip(0), values[:, None], -values)
+    ids = Folder(tmp_path).read_table(layout.SEEN)["sample_id"].to_pylist()
+    assert table["sample_id"].to_pylist() == ids[:36][::-1]
+    assert table["coordinates"].to_pylist() == [[value] for value in values.tolist()]
+    assert table["log_likelihood"].to_pylist() == (-values).tolist()
+    assert table.schema.metadata[layout.EPOCH_OF_FITTED.encode()] == b"2"
+
+
+def test_a_resumed_run_has_the_log_the_best_and_what_is_lost(tmp_path: Path) -> None:
+    trainer = after_an_epoch(trainer_of(tmp_path, config_of(3)))
+    run, last = trainer.run, trainer.last
+    state = TrainerState(
+        trainer.optimizer.state_dict(),
+        trainer.data.fitted_keys,
+        last.responsibilities,
+        last.probabilities,
+        None,
+        [{"epoch": 1.0}],
+    )
+    table = trainer._fitted_table(trainer.data.fitted_keys, torch.zeros(36, 2), torch.zeros(36))
+    save_resumable(run, Resumable(trainer._checkpoint(), state), table)
+    # It was lost before it had kept the best, and a later epoch was logged.
+    run.write_json_lines(layout.METRICS, [{"epoch": 1.0, "time/report_s": 9.0}, {"epoch": 2.0}])
+    trainer.resume(1, has_lost_models=True)
+    expected = [{"epoch": 1.0, "time/report_s": 9.0, MODEL_LOST: 1.0}]
+    assert trainer.history == expected
+    assert run.read_json_lines(layout.METRICS) == expected
+    assert load_checkpoint(run / layout.BEST).epoch == 1
