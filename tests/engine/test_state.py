@@ -22,12 +22,14 @@ from brainray.engine.state import (
     Resumable,
     TrainerState,
     checkpoint_bytes,
+    checkpoint_state,
     delete_other_predictions,
     has_lost_models,
     keep_as_best,
     load_checkpoint,
     load_trainer,
     newest_readable_epoch,
+    restore_checkpoint,
     rows_of_keys,
     save_resumable,
     trainer_bytes,
@@ -80,6 +82,19 @@ def test_a_state_dict_of_something_else_is_refused(tmp_path: Path) -> None:
         load_checkpoint(Folder(tmp_path))
     with pytest.raises(CheckpointError, match=rf"contains no {layout.MODEL}"):
         load_checkpoint(Folder(tmp_path / "absent"))
+
+
+def test_what_is_no_dictionary_is_refused(tmp_path: Path) -> None:
+    torch.save([torch.zeros(3)], tmp_path / layout.MODEL)
+    with pytest.raises(CheckpointError, match=r"is not a checkpoint: it contains a list"):
+        load_checkpoint(Folder(tmp_path))
+
+
+def test_weights_of_another_encoder_than_configured_are_refused() -> None:
+    state = checkpoint_state(checkpoint()[0])
+    del state["encoder"]["head.bias"]
+    with pytest.raises(CheckpointError, match=r"^a\.pt does not match its config: .*head\.bias"):
+        restore_checkpoint(state, "a.pt")
 
 
 def test_a_trainer_state_comes_back_as_it_was(tmp_path: Path) -> None:
@@ -194,6 +209,48 @@ def test_the_best_is_an_epoch_that_the_run_goes_on_from(tmp_path: Path) -> None:
     assert not has_lost_models(run, 0)  # a run without an epoch has none to lose
 
 
+def test_an_epoch_that_is_saved_again_is_not_the_best_for_having_been_chosen(
+    tmp_path: Path,
+) -> None:
+    """A job that was killed had chosen it; the next one trains it again and does not."""
+    run = Folder(tmp_path)
+    fitted = pa.table({"sample_id": ["a"], "coordinates": [[0.5]], "log_likelihood": [1.0]})
+    again = resumable(2)
+    save_resumable(run, again, fitted.cast(FITTED))
+    save_resumable(run, again)
+    keep_as_best(run, 2)
+    assert not run.exists(layout.BEST)
+
+
+def test_a_model_is_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is next to it is there if it is."""
+    run, written = Folder(tmp_path), list[str]()
+    write_bytes = Folder.write_bytes
+
+    def record(folder: Folder, name: str, content: bytes) -> None:
+        written.append(name)
+        write_bytes(folder, name, content)
+
+    monkeypatch.setattr(Folder, "write_bytes", record)
+    fitted = pa.table({"sample_id": ["a"], "coordinates": [[0.5]], "log_likelihood": [1.0]})
+    save_resumable(run, resumable(1), fitted.cast(FITTED))
+    assert written[-2:] == [layout.TRAINER, layout.MODEL]
+    keep_as_best(run, 1)
+    assert written[-2:] == [layout.FITTED, layout.MODEL]
+
+
+def test_epochs_after_a_restored_checkpoint_are_kept_beside_damaged_later_ones(
+    tmp_path: Path,
+) -> None:
+    run, saved = Folder(tmp_path), resumable(2)
+    for epoch in (5, 6):
+        run.write_bytes(f"{layout.checkpoint_folder(epoch)}/{layout.MODEL}", b"damaged")
+    for epoch in (2, 3):
+        at = replace(saved.checkpoint, epoch=epoch)
+        save_resumable(run, Resumable(at, saved.trainer))
+    assert newest_readable_epoch(run) == 3
+
+
 def test_predictions_that_nothing_shows_any_longer_are_deleted(tmp_path: Path) -> None:
     run = Folder(tmp_path)
     delete_other_predictions(run, {1})
@@ -248,3 +305,5 @@ def test_rows_are_found_by_key_whatever_their_order() -> None:
     assert found.tolist() == [[1.0], [2.0]]
     with pytest.raises(CheckpointError, match="unknown to the checkpoint"):
         rows_of_keys(keys, values, torch.tensor([25]))
+    with pytest.raises(CheckpointError, match="unknown to the checkpoint"):
+        rows_of_keys(keys, values, torch.tensor([99]))
