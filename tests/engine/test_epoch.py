@@ -9,6 +9,7 @@ import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from brainray.config import AugmentConfig, TrainConfig
+from brainray.engine import epoch as epoch_module
 from brainray.engine import recipe
 from brainray.engine.epoch import (
     EpochData,
@@ -23,7 +24,8 @@ from brainray.engine.recipe import build_average, build_optimizer, resolve_preci
 from brainray.engine.shard import CachedImages, PixelScale, SliceShard, StreamedImages, sample_keys
 from brainray.models.encoder import Encoder, EncoderOutput
 from brainray.models.joint import JointObjective
-from brainray.models.objective import StepSizes
+from brainray.models.mixup import Mixup
+from brainray.models.objective import StepOutputs, StepSizes
 from brainray.models.supervised import SupervisedObjective
 from tests.engine.targets import uninformed
 
@@ -58,6 +60,15 @@ def test_an_epoch_is_one_pass_over_the_unlabelled_slices_of_all_ranks() -> None:
     assert plan(200, 1000).num_steps == math.ceil(1000 / 64)
     assert plan(200, 1000, num_ranks=2).num_steps == math.ceil(1000 / 128)
     assert plan(10, 64) == EpochPlan(1, StepSizes(32, 64), True)
+
+
+def test_as_many_unlabelled_slices_as_labelled_ones_make_the_epoch() -> None:
+    assert plan(640, 640) == EpochPlan(10, StepSizes(32, 64), True)
+
+
+def test_ranks_without_an_unlabelled_slice_are_not_asked_for_one() -> None:
+    few = plan_epoch(JointObjective(1.0), 100, 3, StepSizes(2, 2), num_ranks=4)
+    assert few.sizes == StepSizes(4, 0)
 
 
 def test_the_control_has_as_many_steps_and_images() -> None:
@@ -176,6 +187,53 @@ def test_what_a_step_learns_is_that_of_its_slices(streaming: bool) -> None:
         passed += rest.tolist()
     for begin in (0, 24):  # each pass has every slice once
         assert sorted(passed[begin : begin + 24]) == list(range(24))
+
+
+def mixed_data() -> EpochData:
+    """Two steps with mixup."""
+    return EpochData(
+        labelled=shard(12),
+        unlabelled=shard(24, seed=1),
+        objective=JointObjective(0.1),
+        targets=uninformed(24, embedding_dim=2),
+        sizes=StepSizes(8, 8),
+        num_steps=2,
+        scale=SCALE,
+        augmentation=UNCHANGED,
+        augmentation_unlabelled=UNCHANGED,
+        seed=5,
+        mixup_alpha=0.4,
+    )
+
+
+def test_labelled_slices_are_mixed_anew_in_each_step_and_unlabelled_ones_are_not() -> None:
+    data = mixed_data()
+    mixups = list[Mixup]()
+    for batch in data.batches():
+        assert batch.mixup is not None
+        mixups.append(batch.mixup)
+        (plain,) = data.labelled.images.batches([batch.keys[:8]])
+        (rest,) = data.unlabelled.images.batches([batch.keys[8:]])
+        views = torch.cat([batch.mixup.images(SCALE.to_unit(plain)), SCALE.to_unit(rest)])
+        torch.testing.assert_close(batch.images, SCALE.standardise(views))
+    assert mixups[0].share != mixups[1].share
+
+
+def test_the_loss_of_mixed_slices_is_of_both_labels() -> None:
+    batch = next(mixed_data().batches())
+    assert batch.mixup is not None
+    logits = torch.randn(16, 2, generator=torch.Generator().manual_seed(0))
+    z = torch.zeros(16, 2)
+    outputs = StepOutputs(EncoderOutput(z[:8], logits[:8]), EncoderOutput(z[8:], logits[8:]))
+    expected = batch.mixup.loss(batch.objective, outputs, batch.targets)
+    assert batch.loss(EncoderOutput(z, logits)) == expected
+    assert expected["ce"] != batch.objective.loss(outputs, batch.targets)["ce"]
+
+
+def test_labelled_and_unlabelled_slices_have_orders_of_their_own() -> None:
+    data = replace(mixed_data(), labelled=shard(24), num_steps=3)
+    labelled, unlabelled = torch.stack([batch.keys for batch in data.batches()]).split(8, dim=1)
+    assert not torch.equal(labelled, unlabelled)
 
 
 def test_labelled_slices_are_drawn_as_often_as_their_weights_say() -> None:
@@ -299,6 +357,44 @@ def test_batch_statistics_are_of_slices_as_they_are_and_of_augmented_ones() -> N
     in_parts = measured(by_parts, CachedImages(images), batch_size=11)
     torch.testing.assert_close(in_parts.running_mean, norm.running_mean, rtol=0.02, atol=0.02)
     assert norm.momentum == 0.1
+
+
+class Shown(torch.nn.Module):
+    """Keeps the batches that it is shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = torch.nn.BatchNorm2d(1)
+        self.batches: list[torch.Tensor] = []
+
+    def forward(self, images: torch.Tensor) -> EncoderOutput:
+        self.batches.append(self.norm(images) * 0 + images)
+        return EncoderOutput(images[:, 0, 0, :2], images[:, 0, 0, :2])
+
+
+def test_slices_are_embedded_and_measured_at_the_side_that_is_asked_for() -> None:
+    shown = Shown()
+    images, sizes = shard(8).images, {"scale": SCALE, "batch_size": 8, "side": 16}
+    embed(shown, images, precision="fp32", **sizes)
+    measure_batch_statistics(shown, images, augmentation=UNCHANGED, precision="fp32", **sizes)
+    assert [tuple(batch.shape) for batch in shown.batches] == [(8, 1, 16, 16)] * 2
+
+
+def test_statistics_are_of_a_sample_of_all_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(epoch_module, "_SLICES_FOR_STATISTICS", 8)
+    shown = Shown()
+    greys = torch.arange(100, dtype=torch.uint8).view(100, 1, 1, 1).expand(-1, -1, 4, 4)
+    measure_batch_statistics(
+        shown,
+        CachedImages(greys),
+        augmentation=UNCHANGED,
+        scale=PixelScale(0.0, 1.0),
+        batch_size=8,
+        precision="fp32",
+    )
+    rows = (torch.cat(shown.batches)[:, 0, 0, 0] * 255).round()
+    assert len(rows.unique()) == 8
+    assert rows.max() > 50
 
 
 def test_views_for_batch_statistics_are_made_in_full_precision() -> None:

@@ -1,5 +1,7 @@
 """A loss or gradient that is not finite stops its step, on all ranks, and names slices."""
 
+import time
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -7,8 +9,13 @@ from torch import Tensor, nn
 from brainray import dist
 from brainray.config import AugmentConfig
 from brainray.engine.epoch import EpochData
-from brainray.engine.finite import GradientWatch, NonFiniteStep, nan_gradient_unless_finite
-from brainray.engine.loop import train_epoch
+from brainray.engine.finite import (
+    GradientWatch,
+    NonFiniteStep,
+    divergence,
+    nan_gradient_unless_finite,
+)
+from brainray.engine.loop import heartbeat, train_epoch
 from brainray.engine.shard import CachedImages, PixelScale, SliceShard
 from brainray.models.encoder import EncoderOutput
 from brainray.models.joint import JointObjective
@@ -32,14 +39,13 @@ class FailsOnOneSlice(nn.Module):
         return EncoderOutput(z=z, logits=z)
 
 
-def train_one_epoch(value: float, accumulation: int = 1) -> FailsOnOneSlice:
+def train_one_epoch(model: FailsOnOneSlice, accumulation: int = 1) -> None:
     images = torch.full((12, 1, 8, 8), 100, dtype=torch.uint8)
     labels = torch.arange(12) % 2
     labelled = SliceShard(CachedImages(images), torch.arange(12), labels)
     white = images.clone()
     white[BAD_ROW] = 255
     unlabelled = SliceShard(CachedImages(white), torch.arange(100, 112), labels)
-    model = FailsOnOneSlice(value)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     train_epoch(
         model,
@@ -60,7 +66,6 @@ def train_one_epoch(value: float, accumulation: int = 1) -> FailsOnOneSlice:
         precision="fp32",
         accumulation=accumulation,
     )
-    return model
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
@@ -68,8 +73,10 @@ def train_one_epoch(value: float, accumulation: int = 1) -> FailsOnOneSlice:
 def test_the_slice_with_bad_numbers_is_named_and_the_weights_stay_clean(
     value: float, accumulation: int
 ) -> None:
+    model = FailsOnOneSlice(value)
     with pytest.raises(NonFiniteStep) as stop:
-        train_one_epoch(value, accumulation)
+        train_one_epoch(model, accumulation)
+    assert torch.isfinite(model.weight).all()
     assert 100 + BAD_ROW in stop.value.batch
     # 1e30 is finite, and its square is not: the loss fails, no slice by itself.
     named = stop.value.culprits.tolist()
@@ -78,7 +85,9 @@ def test_the_slice_with_bad_numbers_is_named_and_the_weights_stay_clean(
 
 
 def test_finite_training_is_left_alone() -> None:
-    assert torch.isfinite(train_one_epoch(1.0).weight).all()
+    model = FailsOnOneSlice(1.0)
+    train_one_epoch(model)
+    assert torch.isfinite(model.weight).all()
 
 
 def test_a_finite_loss_passes_bit_by_bit_and_a_bad_one_poisons_the_gradient() -> None:
@@ -89,6 +98,69 @@ def test_a_finite_loss_passes_bit_by_bit_and_a_bad_one_poisons_the_gradient() ->
     # The gradient of the sum is 1, though the sum is infinite.
     (poisoned,) = torch.autograd.grad(nan_gradient_unless_finite(x.sum() + torch.inf), x)
     assert poisoned.isnan().all()
+
+
+def watch_of_a_gpu(bad_step: int, num_steps: int) -> tuple[GradientWatch, list[int]]:
+    """After so many updates, or until it stops: then with the step of that, the step that it names,
+    and the keys, which are those of the steps.
+    """
+    weight = nn.Parameter(torch.ones(3))
+    watch, stops = GradientWatch([weight], torch.device("meta")), list[int]()
+    for step in range(num_steps):
+        loss = torch.tensor(torch.nan if step == bad_step else 1.0)
+        weight.grad = loss.expand(3)
+        watch.saw(torch.tensor([step]), loss, torch.ones(1, 3))
+        try:
+            watch.check(step)
+        except NonFiniteStep as stop:
+            stops += [step, stop.step, *stop.batch.tolist()]
+            break
+    return watch, stops
+
+
+def test_a_gpu_is_not_waited_for_and_fails_two_updates_later() -> None:
+    _, stops = watch_of_a_gpu(bad_step=1, num_steps=6)
+    assert stops == [3, 1, 1]
+
+
+def test_the_last_updates_are_checked_when_an_epoch_ends() -> None:
+    watch, stops = watch_of_a_gpu(bad_step=3, num_steps=4)
+    assert stops == []
+    with pytest.raises(NonFiniteStep, match="step 3"):
+        watch.finish()
+    watch_of_a_gpu(bad_step=-1, num_steps=4)[0].finish()
+
+
+def test_an_epoch_ends_with_a_check_of_its_last_updates(monkeypatch: pytest.MonkeyPatch) -> None:
+    finished: list[bool] = []
+    monkeypatch.setattr(GradientWatch, "finish", lambda _: finished.append(True))
+    train_one_epoch(FailsOnOneSlice(1.0))
+    assert finished == [True]
+
+
+def test_the_error_names_the_step_and_the_slices() -> None:
+    ids = [f"{number:032x}" for number in range(0, 20 << 64, 1 << 64)]
+    message = {}
+    for name, num_culprits in (("culprits", 1), ("batch", 0)):
+        stop = NonFiniteStep(2, torch.arange(num_culprits), torch.arange(10))
+        error = divergence(stop, lambda: ids, where="epoch 3", num_steps=9, remedy="lower it")
+        message[name] = str(error)
+    start = "epoch 3, step 3 of 9: the loss or its gradient is NaN or infinite for sample_id "
+    assert message["culprits"] == f"{start}{ids[0]}: lower it"
+    assert message["batch"] == f"{start}{', '.join(ids[:8])} and 2 more: lower it"
+
+
+def test_a_long_epoch_tells_its_step_every_half_minute(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    on_step = heartbeat("epoch 3", 9)
+    for step in range(9):
+        now = 10.0 * (step + 1)
+        on_step(step)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["epoch 3: step 4 of 9", "epoch 3: step 8 of 9"]
 
 
 def step_of_failure() -> tuple[int, list[int]]:
