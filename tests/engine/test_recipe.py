@@ -7,11 +7,19 @@ import torch
 from torch import nn
 
 from brainray.config import ObjectiveConfig, TrainConfig
-from brainray.engine.recipe import build_objective, build_optimizer, image_side, ramp
+from brainray.engine.recipe import (
+    build_objective,
+    build_optimizer,
+    image_side,
+    ramp,
+    resolve_precision,
+)
 from brainray.engine.shard import PixelScale
 from brainray.models.anchored import AnchoredObjective
 from brainray.models.consistency import ConsistencyObjective
+from brainray.models.joint import JointObjective
 from brainray.models.prototype import PrototypeObjective
+from brainray.models.supervised import SupervisedObjective
 
 
 def test_an_objective_has_the_weights_and_the_temperature_that_are_configured() -> None:
@@ -20,6 +28,10 @@ def test_an_objective_has_the_weights_and_the_temperature_that_are_configured() 
     )
     expected = AnchoredObjective(ConsistencyObjective(0.3), PrototypeObjective(0.7, 0.05))
     assert build_objective(config) == expected
+    alone = {"consistency": expected.consistency, "prototype": expected.prototype}
+    alone |= {"joint": JointObjective(0.7), "supervised": SupervisedObjective()}
+    for name, objective in alone.items():
+        assert build_objective(config.model_copy(update={"name": name})) == objective
 
 
 def test_the_ramp_rises_as_in_laine_and_aila_and_then_stays() -> None:
@@ -74,3 +86,24 @@ def test_a_schedule_of_any_length_has_a_rise_and_a_fall(warmup: float, steps: in
         optimizer.step()
         scheduler.step()
     assert all(0 < rate <= 0.01 for rate in rates)
+
+
+def test_the_rate_that_is_configured_is_reached_after_the_warm_up() -> None:
+    config = TrainConfig(warmup_fraction=0.1, learning_rate=0.02)
+    optimizer, scheduler = build_optimizer(nn.Linear(2, 2), config, 200)
+    rates = []
+    for _ in range(200):
+        rates += scheduler.get_last_lr()[:1]
+        optimizer.step()
+        scheduler.step()
+    assert max(rates) == pytest.approx(0.02, rel=1e-3)
+    assert rates.index(max(rates)) == pytest.approx(20, abs=1)
+
+
+@pytest.mark.parametrize(("has_bf16", "precision"), [(True, "bf16"), (False, "fp32")])
+def test_a_cpu_computes_in_bf16_if_it_can(
+    monkeypatch: pytest.MonkeyPatch, has_bf16: bool, precision: str
+) -> None:
+    capabilities = {"avx2": True, "avx512_bf16": has_bf16}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert resolve_precision("auto", torch.device("cpu")) == precision

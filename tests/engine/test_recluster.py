@@ -16,6 +16,7 @@ from brainray.engine.recluster import (
     CheckedReclustering,
     Reclustering,
     _with_a_cluster_of_each_class,
+    build_mixture,
     check_num_clusters,
     recluster,
     recluster_with_check,
@@ -93,6 +94,41 @@ def test_components_keep_their_numbers_from_epoch_to_epoch() -> None:
     shuffled = first.responsibilities[:, [2, 0, 1]]
     third = fit(moved, truth, previous=first.model, previous_responsibilities=shuffled)
     assert torch.equal(shuffled.argmax(dim=1), third.responsibilities.argmax(dim=1))
+    torch.testing.assert_close(third.model.responsibilities(moved), third.responsibilities)
+
+
+def test_a_model_has_the_settings_of_its_configuration() -> None:
+    config = ClusteringConfig(
+        num_clusters=3,
+        pca_dim=4,
+        covariance_type="tied",
+        gmm_max_iter=7,
+        gmm_tol=0.25,
+        reg_covar=0.125,
+        kmeans_max_iter=5,
+    )
+    mixture = build_mixture(config, 4, seed=8, num_init=9)
+    found = [
+        getattr(mixture, name)
+        for name in ("num_components", "covariance_type", "max_iter", "tol", "reg_covar")
+    ]
+    assert found == [4, "tied", 7, 0.25, 0.125]
+    z, truth = blobs()
+    with patch.object(recluster_module, "KMeans", wraps=KMeans) as kmeans:
+        recluster(z, torch.arange(300), truth, config=config, num_classes=3, seed=6)
+    assert kmeans.call_args.kwargs["max_iter"] == 5
+    assert kmeans.call_args.kwargs["seed"] == 6
+
+
+def test_the_order_of_slices_changes_nothing() -> None:
+    z, truth = blobs()
+    order = torch.randperm(300, generator=torch.Generator().manual_seed(0))
+    config = CONFIG.model_copy(update={"num_clusters": 20})
+    one, other = (
+        recluster(z[rows], rows, truth[rows], config=config, num_classes=3, seed=0)
+        for rows in (torch.arange(300), order)
+    )
+    torch.testing.assert_close(one.model.centers, other.model.centers)
 
 
 def test_anchors_keep_clusters_to_classes_where_blobs_mislead() -> None:
@@ -250,6 +286,17 @@ def test_healthy_clusters_are_taken_without_a_word(
     assert not checked.has_collapsed
     assert attempts.made == [False]
     assert capsys.readouterr().out == ""
+
+
+def test_health_compares_with_the_last_epoch() -> None:
+    attempts = Attempts({False: False})
+    now = attempts.result_of[False].responsibilities
+    changed = [
+        recluster_with_check(attempts, attempts.z, last, CONFIG, where="", remedy="").health
+        for last in (now, now[torch.randperm(300, generator=torch.Generator().manual_seed(0))])
+    ]
+    assert changed[0].nmi_previous == pytest.approx(1.0)
+    assert changed[1].nmi_previous < 0.1
 
 
 def test_collapsed_clusters_stop_the_run(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from brainray import dist
 from brainray.config import (
     AugmentConfig,
     ClusteringConfig,
@@ -11,8 +12,10 @@ from brainray.config import (
     SelfSupervisionConfig,
     TrainConfig,
 )
+from brainray.engine import self_supervised
 from brainray.engine.loop import train_epoch
 from brainray.engine.recipe import build_optimizer
+from brainray.engine.recluster import ClusterModel
 from brainray.engine.self_supervised import (
     Groups,
     PretextBatch,
@@ -29,7 +32,9 @@ from brainray.engine.self_supervised import (
 from brainray.engine.shard import CachedImages
 from brainray.errors import ConfigError, DataError
 from brainray.models.features import FeatureEncoder
-from brainray.models.pretext import PretextModel, PretextOutput
+from brainray.models.ntxent import ContrastivePretext
+from brainray.models.pretext import NoPretext, PretextModel, PretextOutput
+from brainray.models.rotation import RotationPretext
 
 SIDE, NUM_IMAGES = 16, 48
 SETTINGS = SelfSupervisionConfig(
@@ -202,6 +207,44 @@ def test_turned_views_are_drawn_to_no_centre() -> None:
     assert losses["cluster"].item() == pytest.approx(0, abs=1e-6)
 
 
+def test_features_that_are_clustered_have_unit_length() -> None:
+    model = small_model("none")
+    z = embed_slices(model.encoder, CachedImages(striped_images()), batch_size=32, precision="fp32")
+    torch.testing.assert_close(z.norm(dim=1), torch.ones(NUM_IMAGES))
+
+
+def test_a_pretext_has_the_settings_that_are_configured() -> None:
+    config = SelfSupervisionConfig(
+        augment=AugmentConfig(policy="weak"), temperature=0.07, projection_dim=5
+    )
+    expected = ContrastivePretext(config.augment, temperature=0.07, projection_dim=5)
+    assert build_pretext("contrastive", config) == expected
+    assert build_pretext("rotation", config) == RotationPretext(config.augment)
+    assert build_pretext("none", config) == NoPretext(config.augment)
+
+
+def test_clusters_without_labels_start_from_the_last_ones_and_have_no_anchors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[dict[str, object]] = []
+    monkeypatch.setattr(self_supervised, "recluster", lambda *_, **named: calls.append(named))
+    config = ClusteringConfig(num_clusters=2, anchors="labelled")
+    last, responsibilities = ClusterModel(config, 4), torch.ones(3, 2) / 2
+    cluster_without_labels(
+        torch.zeros(3, 4),
+        torch.arange(3),
+        config=config,
+        seed=8,
+        previous=last,
+        previous_responsibilities=responsibilities,
+    )
+    (found,) = calls
+    assert found["config"] == config.model_copy(update={"anchors": "none"})
+    assert found["seed"] == 8
+    assert found["previous"] is last
+    assert found["previous_responsibilities"] is responsibilities
+
+
 def test_clusters_without_labels_stand_for_no_class() -> None:
     z = torch.nn.functional.normalize(
         torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
@@ -229,6 +272,11 @@ def test_a_contrast_needs_two_slices_per_step_and_two_groups() -> None:
         check_contrast(plan_steps(1, 64, num_ranks=1), 1, config)
     with pytest.raises(DataError, match=r"set self_supervision\.positives=slice"):
         check_contrast(plan_steps(9, 64, num_ranks=1), 1, config)
+
+
+def test_a_slice_on_each_of_two_ranks_is_a_contrast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "world_size", lambda: 2)
+    check_contrast(plan_steps(2, 64, num_ranks=2), 2, SelfSupervisionConfig())
 
 
 def test_refinement_ends_when_calm_for_as_long_as_asked_or_at_the_limit() -> None:
