@@ -189,6 +189,11 @@ def test_what_a_step_learns_is_that_of_its_slices(streaming: bool) -> None:
         assert sorted(passed[begin : begin + 24]) == list(range(24))
 
 
+def test_a_step_has_the_ramp_of_its_epoch() -> None:
+    targets = replace(uninformed(3, embedding_dim=2), ramp=0.25)
+    assert targets.for_step(torch.tensor([0]), torch.tensor([2])).ramp == 0.25
+
+
 def mixed_data() -> EpochData:
     """Two steps with mixup."""
     return EpochData(

@@ -1,6 +1,7 @@
 """A loss or gradient that is not finite stops its step, on all ranks, and names slices."""
 
 import time
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -98,6 +99,60 @@ def test_a_finite_loss_passes_bit_by_bit_and_a_bad_one_poisons_the_gradient() ->
     # The gradient of the sum is 1, though the sum is infinite.
     (poisoned,) = torch.autograd.grad(nan_gradient_unless_finite(x.sum() + torch.inf), x)
     assert poisoned.isnan().all()
+
+
+class OneStep:
+    """Three slices, of which the second is not finite, if ``is_bad``, and a loss to which ``added``
+    is added.
+    """
+
+    num_steps = 1
+    keys = torch.tensor([7, 8, 9])
+
+    def __init__(self, *, is_bad: bool = False, added: float = 0.0) -> None:
+        self.images = torch.rand(3, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+        self.images[1] += torch.nan if is_bad else 0.0
+        self.added = added
+
+    def batches(self) -> Iterator["OneStep"]:
+        yield self
+
+    def loss(self, output: tuple[Tensor]) -> dict[str, Tensor]:
+        return {"total": output[0].mean() + self.added}
+
+
+class Spreads(nn.Module):
+    """Each output depends on all slices of the batch, as with batch normalisation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3, 1))
+
+    def forward(self, images: Tensor) -> tuple[Tensor]:
+        return (images.mean() * self.weight,)
+
+
+def train_a_step(step: OneStep) -> Spreads:
+    model = Spreads().eval()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    train_epoch(model, optimizer, schedule, step, precision="fp32")
+    return model
+
+
+def test_a_slice_is_named_and_not_those_that_it_spoils() -> None:
+    with pytest.raises(NonFiniteStep) as stop:
+        train_a_step(OneStep(is_bad=True))
+    assert stop.value.culprits.tolist() == [8]
+
+
+def test_an_infinite_loss_stops_training_though_its_gradient_is_finite() -> None:
+    with pytest.raises(NonFiniteStep):
+        train_a_step(OneStep(added=torch.inf))
+
+
+def test_a_model_is_in_training_mode_while_it_is_trained() -> None:
+    assert train_a_step(OneStep()).training
 
 
 def watch_of_a_gpu(bad_step: int, num_steps: int) -> tuple[GradientWatch, list[int]]:
