@@ -23,7 +23,13 @@ from brainray.engine.evaluate import (
 )
 from brainray.engine.predictions import Predictions, gather_predictions, predictions_table
 from brainray.engine.recluster import recluster
-from brainray.engine.selection import MODEL_LOST, _standard_error, chosen_epoch, validation_metrics
+from brainray.engine.selection import (
+    MODEL_LOST,
+    _standard_error,
+    chosen_epoch,
+    reported_metrics,
+    validation_metrics,
+)
 from brainray.schema import PREDICTIONS, SEEN, UNLABELLED
 
 CLASSES = ["a", "b"]
@@ -196,6 +202,12 @@ def test_a_summary_tells_all_clean_and_the_memory_baseline() -> None:
     assert math.isclose(metrics["test/all_as_clean/head/accuracy"], expected)
 
 
+def test_the_memory_baseline_is_scored_on_the_slices_of_each_subset() -> None:
+    rows = table([False, True, True, True, True])
+    metrics = summarise(rows, seen(), CLASSES, num_resamples=10, seed=0)
+    assert metrics["test/clean/thumbnail_1nn/accuracy"] == 1.0
+
+
 def test_the_memory_baseline_sees_no_details_below_three_pixels() -> None:
     squares = np.indices((96, 96)).sum(axis=0, dtype=np.uint8) % 2 * 200  # of one pixel each
     bright_left = np.where(np.arange(96) < 48, 40, 0).astype(np.uint8) + np.zeros_like(squares)
@@ -336,6 +348,18 @@ def test_an_epoch_whose_model_is_lost_is_chosen_only_if_there_is_no_other() -> N
     assert chosen_epoch([*lost, epochs[2]]) == chosen_epoch([*lost, *epochs[2:]]) == 3
     better = history((64, 0.95))[0]
     assert chosen_epoch([*lost, epochs[2], better]) == 4
+
+
+def test_reported_are_validation_metrics_of_the_best_under_the_newest_epoch() -> None:
+    epochs = [
+        metrics | {"epoch": number, "test/all/head/accuracy": 0.3, "train/loss/total": 1.0}
+        for number, metrics in enumerate(history((64, 0.5), (64, 0.9), (64, 0.7)), start=1)
+    ]
+    assert reported_metrics(epochs) == {
+        "epoch": 3,
+        "validation/score": 0.9,
+        "validation/score_error": epochs[1]["validation/score_error"],
+    }
 
 
 def test_an_epoch_with_smaller_slices_is_chosen_only_until_they_grow() -> None:
