@@ -207,10 +207,25 @@ def test_turned_views_are_drawn_to_no_centre() -> None:
     assert losses["cluster"].item() == pytest.approx(0, abs=1e-6)
 
 
-def test_features_that_are_clustered_have_unit_length() -> None:
-    model = small_model("none")
-    z = embed_slices(model.encoder, CachedImages(striped_images()), batch_size=32, precision="fp32")
-    torch.testing.assert_close(z.norm(dim=1), torch.ones(NUM_IMAGES))
+def test_slices_come_in_an_order_of_the_seed_with_their_own_groups() -> None:
+    keys = torch.arange(NUM_IMAGES)
+    groups = Groups(keys * 7 % 10)
+    orders = []
+    for seed in (1, 2):
+        epoch = PretextEpoch(
+            CachedImages(striped_images()),
+            keys,
+            groups,
+            build_pretext("none", SETTINGS),  # its targets are the groups
+            plan_steps(NUM_IMAGES, 16, num_ranks=1),
+            seed=seed,
+        )
+        batches = list(epoch.batches())
+        orders.append(torch.cat([batch.keys for batch in batches]))
+        targets = torch.cat([batch.targets for batch in batches])
+        assert torch.equal(targets, groups.numbers[orders[-1]])
+        assert torch.equal(orders[-1].sort().values, keys)
+    assert not torch.equal(*orders)
 
 
 def test_a_pretext_has_the_settings_that_are_configured() -> None:
