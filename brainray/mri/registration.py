@@ -6,8 +6,9 @@ JPEG noise. `align` fits the first two by Gauss-Newton steps from coarse to fine
 the rest. All functions take batches of pairs, and the result for a pair does not depend on the
 other pairs of its batch.
 
-Warps are separable: each axis is resampled by an (S, S) matrix, so that warping a batch takes two
-batched matrix products. Coordinates run from -1 to 1 across the frame.
+Warps are separable: each axis is resampled by a (T, S) matrix, so that warping a batch takes two
+batched matrix products. Of the S pixels of an axis only the T inside the margins are computed.
+Coordinates run from -1 to 1 across the frame.
 """
 
 import math
@@ -191,9 +192,8 @@ def compare(fixed: Tensor, moving: Tensor, alignment: Alignment) -> Tensor:
     sums = torch.stack([torch.ones_like(fixed), fixed * warped, fixed.square(), warped.square()])
     covered, product, energy, other_energy = (window @ (sums * weight) @ window.T).flatten(2)
     noise = _NOISE_VARIANCE * covered
-    agreement = (product + noise) / ((energy + noise) * (other_energy + noise)).sqrt().clamp_min(
-        1e-6
-    )
+    scale = ((energy + noise) * (other_energy + noise)).sqrt()
+    agreement = (product + noise) / scale.clamp_min(1e-6)
     usable = (covered > _LEAST_COVERED) & (torch.maximum(energy, other_energy) > noise)
     num_usable = usable.sum(dim=1)
     num_ranked = 1 + int(_WEAKEST_SHARE * usable.shape[1])
