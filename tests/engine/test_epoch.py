@@ -379,10 +379,20 @@ class Shown(torch.nn.Module):
 
 def test_slices_are_embedded_and_measured_at_the_side_that_is_asked_for() -> None:
     shown = Shown()
-    images, sizes = shard(8).images, {"scale": SCALE, "batch_size": 8, "side": 16}
-    embed(shown, images, precision="fp32", **sizes)
-    measure_batch_statistics(shown, images, augmentation=UNCHANGED, precision="fp32", **sizes)
-    assert [tuple(batch.shape) for batch in shown.batches] == [(8, 1, 16, 16)] * 2
+    images = shard(8).images
+    embed(shown, images, scale=SCALE, batch_size=8, precision="fp32", side=16)
+    assert sum(len(batch) for batch in shown.batches) == 8  # in parts, one for each thread
+    measure_batch_statistics(
+        shown,
+        images,
+        augmentation=UNCHANGED,
+        scale=SCALE,
+        batch_size=8,
+        precision="fp32",
+        side=16,
+    )
+    assert {tuple(batch.shape[1:]) for batch in shown.batches} == {(1, 16, 16)}
+    assert sum(len(batch) for batch in shown.batches) == 2 * 8
 
 
 def test_statistics_are_of_a_sample_of_all_slices(monkeypatch: pytest.MonkeyPatch) -> None:

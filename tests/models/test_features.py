@@ -113,8 +113,10 @@ def test_slices_too_small_for_the_network_are_refused() -> None:
 
 
 def test_the_statistics_of_the_data_take_the_place_of_those_of_the_network() -> None:
-    network = torch.nn.Flatten()
-    network.transform_input = True  # as Inception's, which expects ImageNet's scale
+    class Network(torch.nn.Flatten):
+        transform_input = True  # as Inception's, which expects ImageNet's scale
+
+    network = Network()
     images = torch.rand(2, 1, 4, 4)
     found = FeatureEncoder(network, (0.4, 0.5, 0.6)).standardised_by(0.2, 0.5)(images)
     expected = ((images - 0.2) / 0.5).expand(-1, 3, -1, -1).flatten(1)

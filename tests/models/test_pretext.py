@@ -67,10 +67,10 @@ def test_the_gradient_of_nt_xent_is_that_of_equation_1() -> None:
 
 
 def test_nt_xent_compares_in_full_precision() -> None:
-    coarse = [part.bfloat16() for part in projections()]
-    found = nt_xent(*coarse, *own_groups(NUM_SLICES), TEMPERATURE)
-    fine = [part.float() for part in coarse]
-    assert torch.equal(found, nt_xent(*fine, *own_groups(NUM_SLICES), TEMPERATURE))
+    first, second = (part.bfloat16() for part in projections())
+    groups = own_groups(NUM_SLICES)
+    found = nt_xent(first, second, *groups, TEMPERATURE)
+    assert torch.equal(found, nt_xent(first.float(), second.float(), *groups, TEMPERATURE))
 
 
 def own_groups(count: int) -> tuple[Tensor, Tensor]:
