@@ -204,6 +204,7 @@ def test_training_slices_of_another_epoch_are_not_compared_with(
     assert "its training was interrupted, or has gone on meanwhile" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_what_was_replaced_or_could_not_be_read_is_predicted_again(
     trained: TrainedRun,
     inbox: Path,

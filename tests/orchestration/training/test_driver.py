@@ -319,6 +319,7 @@ def test_a_finished_run_is_reported_again_not_trained_again(
     assert "complete, nothing to train" in said[0]
 
 
+@pytest.mark.slow
 def test_a_run_is_completed_without_what_was_lost_meanwhile(
     storage: Path,
     trained: TrainedRun,
