@@ -111,8 +111,9 @@ class NearDuplicateConfig(_Section):
     """The same for mirrored or rotated copies; stricter, because heads are nearly symmetric."""
     num_candidates: Positive = 16
     """Candidates per slice, with the most similar descriptors, whose pixels are compared."""
-    num_turned_candidates: Positive = 8
-    """The same for the seven other orientations together."""
+    num_turned_candidates: Positive = 4
+    """The same for the seven other orientations together; of each, as many that are almost
+    certainly copies are added."""
     descriptor_similarity: Annotated[float, Field(ge=-1.0, le=1.0)] = 0.7
     """Minimum cosine similarity between a slice's descriptor and a candidate's."""
 

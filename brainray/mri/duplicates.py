@@ -50,6 +50,8 @@ _CANONICAL_SIDE = 24  # pixels
 _NUM_FREQUENCIES = 8  # along each axis
 _DESCRIPTOR_LENGTH = 1000  # Euclidean; its square is below 2**24, where float32 stops being exact
 
+_ALMOST_CERTAIN = 0.95  # cosine of descriptors: does not take a place away from other candidates
+
 _UPRIGHT = 0
 _INVERSE = (0, 3, 2, 1, 4, 5, 6, 7)  # of each orientation, see `_oriented`
 _KIND_OF = (COPY, ROTATED, ROTATED, ROTATED, MIRRORED, MIRRORED, MIRRORED, MIRRORED)
@@ -339,6 +341,7 @@ def _candidates(
     turned = code != _UPRIGHT
     place = _ranks(2 * row + turned, -cosine)
     best = place < np.where(turned, settings.num_turned_candidates, settings.num_candidates)
+    best |= cosine >= _ALMOST_CERTAIN
     row, other, code = row[best], other[best], code[best]
     if within:
         swap = row > other
