@@ -11,8 +11,10 @@ from brainray.mri.duplicates import (
     MIRRORED,
     ROTATED,
     DuplicatePairs,
+    _candidates,
     _oriented,
     _oriented_descriptors,
+    _ranks,
     describe,
     find_twins,
     near_duplicate_pairs,
@@ -119,6 +121,36 @@ def test_turned_copies_have_a_threshold_of_their_own(
         update={"similarity": similarity, "turned_similarity": turned_similarity}
     )
     assert find_twins(fingerprints[:1], mirrored[None], settings).reference.tolist() == [twin]
+
+
+def test_turned_candidates_are_the_best_of_all_orientations(fingerprints: np.ndarray) -> None:
+    """Besides those that are so similar that they are copies almost certainly."""
+    settings = SETTINGS.model_copy(
+        update={"descriptor_similarity": -1.0, "num_candidates": 2, "num_turned_candidates": 3}
+    )
+    found = _candidates(fingerprints[:1], fingerprints[1:], settings)
+    turned = found.orientation != 0
+    assert (turned.sum(), (~turned).sum()) == (3, 2)
+    (slice_,) = describe(fingerprints[:1])
+    others = describe(fingerprints[1:])
+    every = [float((others @ _oriented_descriptors(slice_[None], o)[0]).max()) for o in range(1, 8)]
+    best = [
+        float(others[reference] @ _oriented_descriptors(slice_[None], int(orientation))[0])
+        for reference, orientation in zip(found.reference, found.orientation, strict=True)
+        if orientation
+    ]
+    assert max(best) == max(every)
+    picture = fingerprints[:1].reshape(1, 96, 96)
+    copies = np.concatenate([_oriented(picture, orientation) for orientation in (1, 2, 4)])
+    one = settings.model_copy(update={"num_turned_candidates": 1})
+    certain = _candidates(fingerprints[:1], copies.reshape(3, -1), one)
+    assert {0, 1, 2} <= set(certain.reference[certain.orientation != 0].tolist())
+
+
+def test_values_are_ranked_within_their_group() -> None:
+    ranks = _ranks(np.array([5, 3, 5, 5, 3]), np.array([0.2, 9.0, 0.1, 0.3, 8.0], np.float32))
+    assert ranks.tolist() == [1, 1, 0, 2, 0]
+    assert _ranks(np.empty(0, np.int64), np.empty(0, np.float32)).tolist() == []
 
 
 def test_slices_of_one_volume_are_never_linked(fingerprints: np.ndarray) -> None:
