@@ -112,8 +112,8 @@ class NearDuplicateConfig(_Section):
     num_candidates: Positive = 16
     """Candidates per slice, with the most similar descriptors, whose pixels are compared."""
     num_turned_candidates: Positive = 4
-    """The same for the seven other orientations together; of each, as many that are almost
-    certainly copies are added."""
+    """The same for the seven other orientations together. Of each orientation, up to this many more
+    whose descriptors are nearly equal are compared as well."""
     descriptor_similarity: Annotated[float, Field(ge=-1.0, le=1.0)] = 0.7
     """Minimum cosine similarity between a slice's descriptor and a candidate's."""
 

@@ -40,7 +40,7 @@ COPY, MIRRORED, ROTATED = range(3)
 _READ_ROWS = 1024  # fingerprints read and described at a time: 40 MB of floats
 _QUERIES_AT_ONCE = 4096  # per index search
 _MAX_OF_ONE_VOLUME = 1024  # slices skipped in favour of those of other volumes
-_VERIFIED_PAIRS = 256  # at a time and thread
+_VERIFIED_PAIRS = 256  # by a thread at a time: one block of the coarsest level
 
 _LAYOUT_SIDE = 32  # pixels: the resolution of descriptors
 _LAYOUT_MARGIN = 3  # pixels ignored on every side: borders, captions
@@ -50,7 +50,7 @@ _CANONICAL_SIDE = 24  # pixels
 _NUM_FREQUENCIES = 8  # along each axis
 _DESCRIPTOR_LENGTH = 1000  # Euclidean; its square is below 2**24, where float32 stops being exact
 
-_ALMOST_CERTAIN = 0.95  # cosine of descriptors: does not take a place away from other candidates
+_NEARLY_EQUAL = 0.95  # cosine of turned descriptors that take no place away from the other ones
 
 _UPRIGHT = 0
 _INVERSE = (0, 3, 2, 1, 4, 5, 6, 7)  # of each orientation, see `_oriented`
@@ -328,20 +328,20 @@ def _candidates(
     for orientation in range(len(_INVERSE)):
         upright = orientation == _UPRIGHT
         wanted = settings.num_candidates if upright else settings.num_turned_candidates
-        turned = _oriented_descriptors(query_descriptors, orientation)
-        # One more than wanted, as a slice finds itself within a set.
+        oriented = _oriented_descriptors(query_descriptors, orientation)
+        places = wanted + within  # a slice finds itself within a set
         row, other, cosine = _alike(
-            index, turned, wanted + 1, settings.descriptor_similarity, volumes
+            index, oriented, places, settings.descriptor_similarity, volumes
         )
-        found.append((row, other, cosine, np.full(len(row), orientation)))
+        chosen = row != other if within else np.ones(len(row), np.bool_)
+        code = np.full(chosen.sum(), orientation, np.int8)
+        found.append((row[chosen], other[chosen], cosine[chosen], code))
     row, other, cosine, code = (np.concatenate(part) for part in zip(*found, strict=True))
-    if within:
-        others = row != other
-        row, other, cosine, code = row[others], other[others], cosine[others], code[others]
     turned = code != _UPRIGHT
-    place = _ranks(2 * row + turned, -cosine)
-    best = place < np.where(turned, settings.num_turned_candidates, settings.num_candidates)
-    best |= cosine >= _ALMOST_CERTAIN
+    nearly_equal = turned & (cosine >= _NEARLY_EQUAL)
+    place = _ranks(4 * row + 2 * turned + nearly_equal, -cosine)
+    most = np.where(turned, settings.num_turned_candidates, settings.num_candidates)
+    best = nearly_equal | (place < most)
     row, other, code = row[best], other[best], code[best]
     if within:
         swap = row > other
@@ -473,13 +473,13 @@ def _facing(
     swap = np.array(
         [one.tobytes() > other.tobytes() for one, other in zip(queries, references, strict=True)]
     )
-    first = np.where(swap[:, None], references, queries)
+    still = np.where(swap[:, None], references, queries)
     moving = np.where(swap[:, None], queries, references)
     orientations = np.where(swap, np.asarray(_INVERSE)[orientations], orientations)
     shape = (-1, THUMBNAIL_SIDE, THUMBNAIL_SIDE)
-    first, moving = first.reshape(shape), moving.reshape(shape)
-    fixed = first.copy()
+    still, moving = still.reshape(shape), moving.reshape(shape)
+    fixed = still.copy()
     for orientation in range(len(_INVERSE)):
         chosen = orientations == orientation
-        fixed[chosen] = _oriented(first[chosen], orientation)
+        fixed[chosen] = _oriented(still[chosen], orientation)
     return torch.from_numpy(fixed).float(), torch.from_numpy(moving).float()

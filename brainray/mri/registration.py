@@ -26,7 +26,7 @@ MARGIN = 0.125
 """Outer part of each frame that is ignored, as a fraction of its half side: 6 % of the side, where
 a border, a caption strip or the edge of a crop may be."""
 
-_PIXELS_AT_ONCE = 64 * 48**2  # of the pairs aligned at a time: they stay in the CPU cache
+_PIXELS_AT_ONCE = 64 * 48**2  # per image, of the pairs aligned at a time: the CPU cache holds them
 
 _MAX_SHIFT = 0.12  # of the half side; a crop of 4 % and a border of 5 % need 0.09
 _MIN_SCALE, _MAX_SCALE = 0.82, 1.22  # both slices of a pair cropped (or framed) on both sides
@@ -90,16 +90,16 @@ def similarity(fixed: Tensor, moving: Tensor) -> Tensor:
     alignment = match_intensities(*pyramid[0])
     result = torch.zeros(len(fixed))
     alive = torch.arange(len(fixed))
-    for (side, num_steps, least), (fixed, moving) in zip(LEVELS, pyramid, strict=True):
+    for (side, num_steps, least), (one, other) in zip(LEVELS, pyramid, strict=True):
         kept, aligned = [], []
         for block in torch.arange(len(alive)).split(_PIXELS_AT_ONCE // side**2):
             pairs = alive[block]
-            refined = align(fixed[pairs], moving[pairs], alignment[block], num_steps=num_steps)
+            refined = align(one[pairs], other[pairs], alignment[block], num_steps=num_steps)
             if least is not None:
-                found = compare(fixed[pairs], moving[pairs], refined)
-                keep = found >= least
-                pairs, refined = pairs[keep], refined[keep]
-                result[pairs] = found[keep]
+                found = compare(one[pairs], other[pairs], refined)
+                alike = found >= least
+                result[pairs] = torch.where(alike, found, 0.0)
+                pairs, refined = pairs[alike], refined[alike]
             kept.append(pairs)
             aligned.append(refined)
         alive, alignment = torch.cat(kept), Alignment.cat(aligned)
@@ -260,9 +260,9 @@ def _ramp(values: Tensor, end: Tensor, width: Tensor, *, sharp_below: float) -> 
     """0 to 1 over at most ``_TAPER`` from ``end``, downwards if the width is negative; 1 everywhere
     if the width is too small to indicate clipping.
     """
-    is_sharp = width.abs() < sharp_below
-    slope = torch.where(is_sharp, 0.0, 1.0 / width.clamp(-_TAPER, _TAPER))
-    return (slope * values + torch.where(is_sharp, 1.0, -slope * end)).clamp(0.0, 1.0)
+    is_unclipped = width.abs() < sharp_below
+    slope = torch.where(is_unclipped, 0.0, 1.0 / width.clamp(-_TAPER, _TAPER))
+    return (slope * values + torch.where(is_unclipped, 1.0, -slope * end)).clamp(0.0, 1.0)
 
 
 def _range_difference(gain: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -348,9 +348,9 @@ def _warp(pictures: Tensor, frame: Tensor) -> Tensor:
     return weights_y @ pictures @ weights_x.mT
 
 
-def _slopes(warped: Tensor, frame: Tensor, side: int) -> tuple[Tensor, Tensor]:
+def _slopes(values: Tensor, frame: Tensor, side: int) -> tuple[Tensor, Tensor]:
     """(P, T, T) derivatives of warped images with respect to the sampled y and x."""
-    slope_y, slope_x = torch.gradient(warped, spacing=2.0 / side, dim=(1, 2))
+    slope_y, slope_x = torch.gradient(values, spacing=2.0 / side, dim=(1, 2))
     return slope_y / frame[:, 1, None, None], slope_x / frame[:, 3, None, None]
 
 

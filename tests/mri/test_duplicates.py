@@ -124,7 +124,7 @@ def test_turned_copies_have_a_threshold_of_their_own(
 
 
 def test_turned_candidates_are_the_best_of_all_orientations(fingerprints: np.ndarray) -> None:
-    """Besides those that are so similar that they are copies almost certainly."""
+    """Besides those whose descriptors are nearly equal, which take no place of the others."""
     settings = SETTINGS.model_copy(
         update={"descriptor_similarity": -1.0, "num_candidates": 2, "num_turned_candidates": 3}
     )
@@ -142,9 +142,12 @@ def test_turned_candidates_are_the_best_of_all_orientations(fingerprints: np.nda
     assert max(best) == max(every)
     picture = fingerprints[:1].reshape(1, 96, 96)
     copies = np.concatenate([_oriented(picture, orientation) for orientation in (1, 2, 4)])
+    references = np.concatenate([copies.reshape(3, -1), fingerprints[1:]])
     one = settings.model_copy(update={"num_turned_candidates": 1})
-    certain = _candidates(fingerprints[:1], copies.reshape(3, -1), one)
-    assert {0, 1, 2} <= set(certain.reference[certain.orientation != 0].tolist())
+    found = _candidates(fingerprints[:1], references, one)
+    turned = set(found.reference[found.orientation != 0].tolist())
+    assert {0, 1, 2} < turned
+    assert len(turned) == 4
 
 
 def test_values_are_ranked_within_their_group() -> None:

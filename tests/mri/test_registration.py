@@ -117,6 +117,16 @@ def test_a_frame_moves_as_far_as_its_edge_that_moves_the_farthest() -> None:
     assert float(registration._movement(frame)[0]) == pytest.approx(0.01 + 0.1)
 
 
+def test_pairs_that_differ_in_detail_alone_are_no_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However similar they were at a coarser level."""
+    by_side = {48: 0.99, 96: -0.5}
+    monkeypatch.setattr(
+        registration, "compare", lambda fixed, *_: torch.full((1,), by_side[fixed.shape[-1]])
+    )
+    fixed = picture(head(0))
+    assert float(registration.similarity(fixed, fixed)[0]) == 0.0
+
+
 def test_slices_without_structure_are_no_copies() -> None:
     flat = torch.full((1, SIDE, SIDE), 90.0)
     assert float(registration.similarity(flat, flat)[0]) == 0.0
