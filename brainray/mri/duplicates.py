@@ -339,6 +339,7 @@ def _candidates(
     row, other, cosine, code = (np.concatenate(part) for part in zip(*found, strict=True))
     turned = code != _UPRIGHT
     nearly_equal = turned & (cosine >= _NEARLY_EQUAL)
+    # By slice, apart: upright ones, turned ones, nearly equal turned ones.
     place = _ranks(4 * row + 2 * turned + nearly_equal, -cosine)
     most = np.where(turned, settings.num_turned_candidates, settings.num_candidates)
     best = nearly_equal | (place < most)

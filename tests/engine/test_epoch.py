@@ -194,8 +194,8 @@ def test_a_step_has_the_ramp_of_its_epoch() -> None:
     assert targets.for_step(torch.tensor([0]), torch.tensor([2])).ramp == 0.25
 
 
-def mixed_data() -> EpochData:
-    """Two steps with mixup."""
+def two_steps() -> EpochData:
+    """Without augmentation."""
     return EpochData(
         labelled=shard(12),
         unlabelled=shard(24, seed=1),
@@ -207,12 +207,11 @@ def mixed_data() -> EpochData:
         augmentation=UNCHANGED,
         augmentation_unlabelled=UNCHANGED,
         seed=5,
-        mixup_alpha=0.4,
     )
 
 
 def test_labelled_slices_are_mixed_anew_in_each_step_and_unlabelled_ones_are_not() -> None:
-    data = mixed_data()
+    data = replace(two_steps(), mixup_alpha=0.4)
     mixups = list[Mixup]()
     for batch in data.batches():
         assert batch.mixup is not None
@@ -225,7 +224,7 @@ def test_labelled_slices_are_mixed_anew_in_each_step_and_unlabelled_ones_are_not
 
 
 def test_the_loss_of_mixed_slices_is_of_both_labels() -> None:
-    batch = next(mixed_data().batches())
+    batch = next(replace(two_steps(), mixup_alpha=0.4).batches())
     assert batch.mixup is not None
     logits = torch.randn(16, 2, generator=torch.Generator().manual_seed(0))
     z = torch.zeros(16, 2)
@@ -236,24 +235,17 @@ def test_the_loss_of_mixed_slices_is_of_both_labels() -> None:
 
 
 def test_labelled_and_unlabelled_slices_have_orders_of_their_own() -> None:
-    data = replace(mixed_data(), labelled=shard(24), num_steps=3)
+    data = replace(two_steps(), labelled=shard(24), num_steps=3, mixup_alpha=0.4)
     labelled, unlabelled = torch.stack([batch.keys for batch in data.batches()]).split(8, dim=1)
     assert not torch.equal(labelled, unlabelled)
 
 
 def test_labelled_slices_are_drawn_as_often_as_their_weights_say() -> None:
     weights = torch.tensor([3.0, 2.5, 1.25] + [0.25] * 9, dtype=torch.float64) * 12 / 9
-    data = EpochData(
-        labelled=shard(12),
-        unlabelled=shard(24, seed=1),
-        objective=JointObjective(0.1),
-        targets=uninformed(24, embedding_dim=2),
+    data = replace(
+        two_steps(),
         sizes=StepSizes(12, 8),  # a pass per step
         num_steps=300,
-        scale=SCALE,
-        augmentation=UNCHANGED,
-        augmentation_unlabelled=UNCHANGED,
-        seed=5,
         side=16,
         labelled_weights=weights,
     )
@@ -500,15 +492,11 @@ def test_unlabelled_slices_are_augmented_by_their_own_policy() -> None:
             model,
             optimizer,
             torch.optim.lr_scheduler.ConstantLR(optimizer),
-            EpochData(
+            replace(
+                two_steps(),
                 labelled=shard(8),
-                unlabelled=shard(24, seed=1),
-                objective=JointObjective(0.1),
-                targets=uninformed(24, embedding_dim=2),
                 sizes=StepSizes(8, 24),
                 num_steps=1,
-                scale=SCALE,
-                augmentation=UNCHANGED,
                 augmentation_unlabelled=view,
                 seed=3,
             ),
@@ -534,18 +522,7 @@ def test_accumulated_batches_give_the_gradient_of_their_mean() -> None:
             model,
             optimizer,
             schedule,
-            EpochData(
-                labelled=shard(12),
-                unlabelled=shard(24, seed=1),
-                objective=JointObjective(0.1),
-                targets=uninformed(24, embedding_dim=2),
-                sizes=StepSizes(8, 8),
-                num_steps=6,
-                scale=SCALE,
-                augmentation=AugmentConfig(),
-                augmentation_unlabelled=UNCHANGED,
-                seed=3,
-            ),
+            replace(two_steps(), num_steps=6, augmentation=AugmentConfig(), seed=3),
             precision="fp32",
             accumulation=accumulation,
         )

@@ -158,23 +158,23 @@ def test_what_has_no_strength_draws_no_numbers() -> None:
     torch.testing.assert_close(apply(none), plain, rtol=0, atol=0)
 
 
-def test_shifts_move_by_their_share_of_the_side() -> None:
+def shifted_dots(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows and columns of dots in the middle of 41 x 41 pixels after shifts by up to a quarter."""
     image = torch.zeros(1, 1, 41, 41)
     image[..., 20, 20] = 1
     config = NOTHING.model_copy(update={"max_shift": 0.25})
-    moved = apply(config, image.expand(60, -1, -1, -1))[:, 0]
-    rows, columns = moved.sum(dim=2).argmax(dim=1), moved.sum(dim=1).argmax(dim=1)
-    for places in (rows, columns):
+    moved = apply(config, image.expand(count, -1, -1, -1))[:, 0]
+    return moved.sum(dim=2).argmax(dim=1), moved.sum(dim=1).argmax(dim=1)
+
+
+def test_shifts_move_by_their_share_of_the_side() -> None:
+    for places in shifted_dots(60):
         assert 9 <= places.min() < 15
         assert 25 < places.max() <= 31
 
 
 def test_slices_are_shifted_along_either_axis_by_themselves() -> None:
-    image = torch.zeros(1, 1, 41, 41)
-    image[..., 20, 20] = 1
-    config = NOTHING.model_copy(update={"max_shift": 0.25})
-    moved = apply(config, image.expand(200, -1, -1, -1))[:, 0]
-    rows, columns = moved.sum(dim=2).argmax(dim=1), moved.sum(dim=1).argmax(dim=1)
+    rows, columns = shifted_dots(200)
     assert abs(torch.corrcoef(torch.stack([rows, columns]).double())[0, 1]) < 0.2
 
 
