@@ -101,7 +101,10 @@ DUPLICATES = pa.schema(
         ("label", pa.string()),
         ("sample_id", pa.string()),
         ("level", pa.string()),  # exact: byte-identical to kept_path | near | turned
-        ("kind", pa.string()),  # copy | mirrored | rotated; null where linked through other slices
+        (
+            "kind",
+            pa.string(),
+        ),  # copy | mirrored | rotated; null if both were linked through turned copies
         ("duplicate_group_id", pa.string()),
         ("kept_path", pa.string()),  # the slice of the group that was kept or came first
         ("kept_frame", pa.string()),

@@ -139,7 +139,10 @@ def after_an_epoch(trainer: Trainer) -> Trainer:
 
 @pytest.mark.parametrize(
     "overrides",
-    [["train.ema_decay=0.9", "train.accumulation_steps=2"], ["objective.name=supervised"]],
+    [
+        ["train.ema_decay=0.9", "train.accumulation_steps=2"],
+        pytest.param(["objective.name=supervised"], marks=pytest.mark.slow),
+    ],
 )
 def test_a_lost_process_costs_no_epoch_and_changes_no_weight(
     tmp_path: Path, overrides: list[str]

@@ -260,8 +260,8 @@ def _duplicates_table(
     pairs = groups.pairs
     columns = [name for name in DUPLICATES.names if name in table.column_names]
     rows = table.select(columns).to_pylist()
-    kinds = {
-        (int(first), int(second)): KINDS[kind]
+    kinds = {  # all copies in a group have the same orientation
+        frozenset((groups.copies[first], groups.copies[second])): KINDS[kind]
         for first, second, kind in zip(pairs.first, pairs.second, pairs.kind, strict=True)
     }
     first_of_group: dict[str, int] = {}
@@ -281,12 +281,12 @@ def _duplicates_table(
         for level, original in originals.items():
             if original is None or original == number:
                 continue
-            ends = min(original, number), max(original, number)
+            ends = frozenset((groups.copies[original], groups.copies[number]))
             found.append(
                 row
                 | {
                     "level": level,
-                    "kind": KINDS[COPY] if level == "exact" else kinds.get(ends),
+                    "kind": kinds.get(ends) if level == "turned" else KINDS[COPY],
                     "kept_path": rows[original]["path"],
                     "kept_frame": rows[original]["frame"],
                     "removed": not kept[number],

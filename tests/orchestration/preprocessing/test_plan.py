@@ -370,6 +370,28 @@ def test_a_copy_is_of_a_kind_wherever_its_original_is_listed(
     assert listed == [("0.jpg", "2.jpg", "copy"), ("1.jpg", "3.jpg", "mirrored")]
 
 
+def test_a_copy_is_of_a_kind_although_another_of_the_same_bytes_was_compared(
+    heads: list[Picture], tmp_path: Path
+) -> None:
+    """Pairs name the first slice of equal bytes; here the second one, with a label, is kept."""
+    made = planned(
+        ("train", None, heads[0]),
+        ("train", "x", heads[0]),
+        ("train", "x", heads[0] // 8 * 7),
+        ("train", "x", np.ascontiguousarray(heads[0][:, ::-1])),
+        storage=str(tmp_path),
+    )
+    listed = [
+        (row["path"], row["kept_path"], row["level"], row["kind"])
+        for row in made.duplicates.to_pylist()
+    ]
+    assert listed == [
+        ("0.jpg", "1.jpg", "exact", "copy"),
+        ("2.jpg", "1.jpg", "near", "copy"),
+        ("3.jpg", "1.jpg", "turned", "mirrored"),
+    ]
+
+
 def test_a_drawn_split_separates_no_slices_that_are_likely_of_one_subject(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     series = [made.image for _ in range(5) for made in make_series("glioma", rng, 3, 96)]
