@@ -1,23 +1,24 @@
 """What an image store records of itself: the settings that made it, its counts and statistics."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, NonNegativeInt, field_validator
 
 from brainray import layout
 from brainray.config import PreprocessConfig, SplitConfig
 from brainray.mri import decode, intracranial
-from brainray.orchestration.records import Record, read_record
+from brainray.orchestration.records import NOT_OF_SLICES, Record
 from brainray.schema import TRAIN
-from brainray.storage import Folder
-
-NOT_OF_SLICES = {"files_per_task", "max_rejected_fraction"}
-"""Settings of preprocessing that do not affect slices: they may change between updates."""
 
 
 class Manifest(Record):
     """The manifest of an image store."""
+
+    FILE: ClassVar[str] = layout.MANIFEST
+    FORMAT: ClassVar[str] = layout.STORE_FORMAT
+    OWNER: ClassVar[str] = "the image store"
+    REMEDY: ClassVar[str] = "choose another name, or delete it and preprocess again"
 
     name: str
     source: str
@@ -65,27 +66,6 @@ class Manifest(Record):
         images = self.preprocess.model_dump(mode="json", exclude=NOT_OF_SLICES)
         settings = {"preprocess": images, "split": self.split, "classes_map": self.classes_map}
         return settings | self.versions
-
-    def write(self, folder: Folder) -> None:
-        """Write it into the folder of a store."""
-        content = self.model_dump(mode="json", exclude={"preprocess": NOT_OF_SLICES})
-        folder.write_json(layout.MANIFEST, content)
-
-
-def read_manifest(folder: Folder) -> Manifest:
-    """The manifest in the folder of a store.
-
-    Raises:
-        DataError: it is damaged, or another version of brainray wrote it.
-    """
-    return read_record(
-        Manifest,
-        folder,
-        layout.MANIFEST,
-        version=layout.STORE_FORMAT,
-        owner="the image store",
-        remedy="choose another name, or delete it and preprocess again",
-    )
 
 
 def settings_of(

@@ -2,12 +2,15 @@
 settings requested now.
 """
 
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from brainray.errors import DataError
 from brainray.storage import Folder
+
+NOT_OF_SLICES = {"files_per_task", "max_rejected_fraction"}
+"""Settings of preprocessing that do not affect slices: they may change between updates."""
 
 
 class Record(BaseModel):
@@ -15,43 +18,40 @@ class Record(BaseModel):
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False, extra="ignore")
 
+    FILE: ClassVar[str]
+    FORMAT: ClassVar[str]  # the ``format`` that this version of brainray reads
+    OWNER: ClassVar[str]  # what the folder is, for errors, such as ``the run``
+    REMEDY: ClassVar[str]  # what to do without the record, for errors
+
     format: str
 
+    @classmethod
+    def read(cls, folder: Folder) -> Self:
+        """Read the record of a folder.
 
-AnyRecord = TypeVar("AnyRecord", bound=Record)
+        Raises:
+            DataError: it is damaged, or another version of brainray wrote it.
+        """
+        found = folder.read_json(cls.FILE)
+        if not isinstance(found, dict):
+            raise DataError(f"{folder}/{cls.FILE} is damaged (no JSON object): {cls.REMEDY}")
+        if found.get("format") != cls.FORMAT:
+            raise DataError(
+                f"{cls.OWNER} {folder} was made by another version of brainray "
+                f"({found.get('format')!r}, this version reads {cls.FORMAT!r}): {cls.REMEDY}"
+            )
+        try:
+            return cls.model_validate(found)
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(str(part) for part in first["loc"])
+            reason = " ".join(f"{key}: {first['msg']}".split())
+            raise DataError(f"{folder}/{cls.FILE} is damaged ({reason}): {cls.REMEDY}") from None
 
-
-def read_record(
-    kind: type[AnyRecord], folder: Folder, name: str, *, version: str, owner: str, remedy: str
-) -> AnyRecord:
-    """Read a record.
-
-    Args:
-        kind: its class.
-        folder: the folder of results.
-        name: of the file.
-        version: the ``format`` that this version of brainray reads.
-        owner: what the folder is, for errors, such as ``the run``.
-        remedy: what to do without the record, for errors.
-
-    Raises:
-        DataError: it is damaged, or another version of brainray wrote it.
-    """
-    found = folder.read_json(name)
-    if not isinstance(found, dict):
-        raise DataError(f"{folder}/{name} is damaged (no JSON object): {remedy}")
-    if found.get("format") != version:
-        raise DataError(
-            f"{owner} {folder} was made by another version of brainray "
-            f"({found.get('format')!r}, this version reads {version!r}): {remedy}"
-        )
-    try:
-        return kind.model_validate(found)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        reason = " ".join(f"{key}: {first['msg']}".split())
-        raise DataError(f"{folder}/{name} is damaged ({reason}): {remedy}") from None
+    def write(self, folder: Folder) -> None:
+        """Write the record into a folder."""
+        content = self.model_dump(mode="json", exclude={"preprocess": NOT_OF_SLICES})
+        folder.write_json(self.FILE, content)
 
 
 def with_defaults(stored: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:

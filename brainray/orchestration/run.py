@@ -1,7 +1,7 @@
 """A run's folder: its contents, and how it is opened; `training/start.py` creates it."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -19,8 +19,7 @@ from brainray.config_text import parse_config, parse_yaml
 from brainray.errors import ConfigError, DataError
 from brainray.mri.split import check_validation_share
 from brainray.orchestration.lock import is_held
-from brainray.orchestration.manifest import NOT_OF_SLICES
-from brainray.orchestration.records import Record, differing_settings, read_record, with_defaults
+from brainray.orchestration.records import Record, differing_settings, with_defaults
 from brainray.storage import Folder
 
 _LASTING_SECTIONS = {"dataset", "seed", *TRAINING_SECTIONS} - {"tracking"}
@@ -47,6 +46,11 @@ _DRAW_SETTINGS = {"labelled_fraction", "validation_fraction", "validation", "see
 class RunRecord(Record):
     """What a run records at its beginning: its data and its settings."""
 
+    FILE: ClassVar[str] = layout.RUN
+    FORMAT: ClassVar[str] = layout.RUN_FORMAT
+    OWNER: ClassVar[str] = "the run"
+    REMEDY: ClassVar[str] = "train under another name"
+
     name: str
     dataset: str
     data_hash: str  # of the store at that time
@@ -65,11 +69,6 @@ class RunRecord(Record):
                 raise ValueError(f"no section {section}")
         return settings
 
-    def write(self, folder: Folder) -> None:
-        """Write it into the folder of a run."""
-        content = self.model_dump(mode="json", exclude={"preprocess": NOT_OF_SLICES})
-        folder.write_json(layout.RUN, content)
-
 
 @dataclass(frozen=True)
 class Run:
@@ -85,15 +84,7 @@ class Run:
         Raises:
             DataError: its record is damaged, or another version of brainray wrote it.
         """
-        record = read_record(
-            RunRecord,
-            folder,
-            layout.RUN,
-            version=layout.RUN_FORMAT,
-            owner="the run",
-            remedy="train under another name",
-        )
-        return cls(folder, record)
+        return cls(folder, RunRecord.read(folder))
 
     @property
     def is_complete(self) -> bool:

@@ -14,8 +14,8 @@ from brainray import layout
 from brainray.config import Config
 from brainray.errors import ConfigError, DataError
 from brainray.mri.resize import stretch
-from brainray.orchestration.manifest import NOT_OF_SLICES, Manifest, read_manifest, versions_of
-from brainray.orchestration.records import differing_settings, with_defaults
+from brainray.orchestration.manifest import Manifest, versions_of
+from brainray.orchestration.records import NOT_OF_SLICES, differing_settings, with_defaults
 from brainray.schema import IMAGE_INDEX_COLUMNS, TEST, TRAIN
 from brainray.storage import Folder
 
@@ -42,7 +42,7 @@ class ImageStore:
                 f"no image store at {folder}: run jobs/preprocess.py with --set name=... first, "
                 "and name that store with --set dataset=..."
             )
-        manifest = read_manifest(folder)
+        manifest = Manifest.read(folder)
         if data_hash is not None and manifest.data_hash != data_hash:
             raise DataError(
                 f"the image store {folder} has changed (hash {data_hash} before, "

@@ -23,7 +23,7 @@ from brainray.mri.groups import conflicting_groups
 from brainray.mri.row_file import RowFile, SelectedRows
 from brainray.mri.slices import commonest_reasons
 from brainray.mri.split import draw_test
-from brainray.orchestration.manifest import NOT_OF_SLICES, versions_of
+from brainray.orchestration.manifest import versions_of
 from brainray.orchestration.preprocessing.grouping import SliceGroups, group_slices
 from brainray.orchestration.preprocessing.leakage import leakage_report
 from brainray.orchestration.preprocessing.previous_records import FILES, PreviousRecords
@@ -33,6 +33,7 @@ from brainray.orchestration.preprocessing.source import (
     check_frames,
     renaming_advice,
 )
+from brainray.orchestration.records import NOT_OF_SLICES
 from brainray.orchestration.store import count_by_split_and_class
 from brainray.schema import DUPLICATES, IMAGE_STORE, TEST, TRAIN
 

@@ -25,7 +25,7 @@ from brainray.models.features import PIXELS, FeatureEncoder, build_feature_encod
 from brainray.mri.identity import content_key
 from brainray.orchestration.blocks import blocks_on_actors
 from brainray.orchestration.lock import held
-from brainray.orchestration.manifest import read_manifest
+from brainray.orchestration.manifest import Manifest
 from brainray.orchestration.pretraining.weights import State, Weights
 from brainray.orchestration.resources import alive_nodes, plan_actors
 from brainray.orchestration.store import ImageStore
@@ -151,7 +151,7 @@ def _extract(
     started = time.monotonic()
     with target.rebuilt(layout.MANIFEST) as building:
         num_rows = _write_parts(config, store, feature, weights, seed, building / layout.PARTS)
-        if read_manifest(store.folder).slices_hash != store.manifest.slices_hash:
+        if Manifest.read(store.folder).slices_hash != store.manifest.slices_hash:
             raise DataError(f"the image store {store.folder} was updated meanwhile: submit again")
         expected = sum(sum(by_class.values()) for by_class in store.manifest.num_slices.values())
         if num_rows != expected:

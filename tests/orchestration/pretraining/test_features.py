@@ -25,7 +25,7 @@ def test_features_of_a_store_that_changes_meanwhile_are_not_kept(
     )
     store = ImageStore(Folder(tmp_path / "store"), before)
     monkeypatch.setattr(features, "_write_parts", lambda *_: 2)
-    monkeypatch.setattr(features, "read_manifest", lambda _: after)
+    monkeypatch.setattr(Manifest, "read", lambda _: after)
     feature, weights = FeatureConfig(encoder="resnet18"), Weights("random", lambda: "random")
     with pytest.raises(DataError, match="was updated meanwhile: submit again"):
         extract_features(tiny_config(tmp_path), store, feature, weights, seed=0)
