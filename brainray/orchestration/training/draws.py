@@ -10,7 +10,7 @@ from brainray.engine.compare import intervals_of_mean_gains
 from brainray.engine.draws import summarise_draws
 from brainray.errors import ConfigError
 from brainray.log import log
-from brainray.orchestration.reporting import check_compared_runs
+from brainray.orchestration.compared_runs import check_compared_runs
 from brainray.orchestration.run import Run, check_same_draw, groups_of_test_slices, open_run
 from brainray.orchestration.training.driver import TrainedRun, train
 from brainray.report.draws_table import draws_table

@@ -15,20 +15,19 @@ from brainray.engine.evaluate import summarise
 from brainray.engine.state import load_checkpoint
 from brainray.log import log
 from brainray.models.encoder import build_encoder
+from brainray.orchestration.compared_runs import (
+    against_control,
+    check_compared_runs,
+    comparable_control,
+    without_lost_runs,
+)
 from brainray.orchestration.lock import held
 from brainray.orchestration.pretraining.driver import starting_weights, warm_up
 from brainray.orchestration.pretraining.weights import State
 from brainray.orchestration.progress import Follower
 from brainray.orchestration.publish import begin_tracking, how_to_open, send_run
 from brainray.orchestration.ray_train import train_on_workers
-from brainray.orchestration.reporting import (
-    about_software,
-    against_control,
-    check_compared_runs,
-    comparable_control,
-    without_lost_runs,
-    write_run_page,
-)
+from brainray.orchestration.reporting import about_software, write_run_page
 from brainray.orchestration.resources import WorkerResources, alive_nodes, plan_workers
 from brainray.orchestration.run import Run, groups_of_test_slices, run_to_resume
 from brainray.orchestration.store import ImageStore, store_to_train_on

@@ -28,12 +28,13 @@ from brainray.config_text import parse_config, parse_yaml, to_yaml
 from brainray.engine.state import Checkpoint, load_checkpoint
 from brainray.errors import BrainrayError, CheckpointError, ConfigError, DataError, DivergenceError
 from brainray.models.encoder import build_encoder, encoder_state
-from brainray.orchestration import reporting
+from brainray.orchestration import compared_runs
+from brainray.orchestration.compared_runs import against_control, comparable_control
 from brainray.orchestration.prediction.evaluation import evaluate
 from brainray.orchestration.preprocessing.driver import preprocess
 from brainray.orchestration.pretraining.driver import warm_up
 from brainray.orchestration.publish import _last_submission, config_to_track, publish
-from brainray.orchestration.reporting import against_control, comparable_control, report
+from brainray.orchestration.reporting import report, write_run_page
 from brainray.orchestration.run import open_run, run_to_resume
 from brainray.orchestration.store import ImageStore, read_images, scan_images
 from brainray.orchestration.training import driver as training_driver
@@ -386,7 +387,7 @@ def test_subjects_are_drawn_as_a_whole_whatever_became_of_the_store(
         asked.append(groups)
         return {}
 
-    monkeypatch.setattr(reporting, "compare", compare)
+    monkeypatch.setattr(compared_runs, "compare", compare)
     itself = config_of(storage, "two-ranks", "evaluation.control=two-ranks")
     against_control(itself, trained.run, comparable_control(itself, trained.run), 1)
     rows = ImageStore.open(Folder(storage) / "datasets" / "mri").index().to_pylist()
@@ -416,7 +417,7 @@ def test_a_control_that_was_drawn_otherwise_or_is_gone_is_said_and_left_out(
     control = comparable_control(asked, trained.run)
     said = logged(capsys)
     assert said == ["not compared: the run redrawn was trained on other labels"]
-    reporting.write_run_page(asked, trained.run, control, trained.metrics, {}, [], None)
+    write_run_page(asked, trained.run, control, trained.metrics, {}, [], None)
     assert "control (redrawn)" not in trained.run.folder.read_bytes("report.html").decode()
 
     saved = parse_yaml(folder.read_bytes("config.yaml"), "config.yaml")
@@ -482,7 +483,7 @@ def test_a_control_with_other_settings_is_compared_and_they_are_said(
     compared = against_control(asked, trained.run, control, chosen)
     assert compared[f"p/{name}"] == 1
     assert f"difference/{name}_low" not in compared  # without any difference it has no width
-    reporting.write_run_page(asked, trained.run, control, trained.metrics, {}, [], None)
+    write_run_page(asked, trained.run, control, trained.metrics, {}, [], None)
     page = trained.run.folder.read_bytes("report.html").decode()
     assert f"shorter, {differs}" in page
 
