@@ -1,5 +1,6 @@
 """Slices seen by a run and by the training of its starting weights, to compare test slices with."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -76,11 +77,13 @@ def training_slices(store: ImageStore) -> pa.Table:
     """``SEEN`` rows of a store's training slices, as seen by training without labels."""
     index = store.index(thumbnails=True)
     train = index.filter(pc.equal(index["split"], TRAIN))
-    filled = {
-        "role": pa.array([UNLABELLED_ROLE] * train.num_rows, pa.string()),
-        "label": pa.nulls(train.num_rows, pa.string()),
-    }
-    columns = [filled[name] if name in filled else train[name] for name in SEEN.names]
+    return seen_rows(train, [UNLABELLED_ROLE] * train.num_rows, [None] * train.num_rows)
+
+
+def seen_rows(slices: pa.Table, roles: Sequence[str], labels: Sequence[str | None]) -> pa.Table:
+    """``SEEN`` rows of a store's slices, with their roles and the labels that may be read."""
+    filled = {"role": pa.array(roles, pa.string()), "label": pa.array(labels, pa.string())}
+    columns = [filled[name] if name in filled else slices[name] for name in SEEN.names]
     return pa.table(columns, schema=SEEN)
 
 

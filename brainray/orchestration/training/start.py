@@ -11,7 +11,12 @@ from brainray.errors import ClusteringError, ConfigError, DataError
 from brainray.mri.leakage import Fingerprints, exposure
 from brainray.mri.split import check_validation_share, draw_roles
 from brainray.orchestration.run import Run, RunRecord, lasting_settings
-from brainray.orchestration.seen import all_seen, check_validation_is_new, seen_by_weights
+from brainray.orchestration.seen import (
+    all_seen,
+    check_validation_is_new,
+    seen_by_weights,
+    seen_rows,
+)
 from brainray.orchestration.store import ImageStore
 from brainray.schema import LABELLED, SEEN, TEST, TRAIN, UNLABELLED_ROLE, VALIDATION
 from brainray.storage import Folder
@@ -125,14 +130,7 @@ def _draw(config: Config, store: ImageStore, train: pa.Table) -> pa.Table:
         label if role in {LABELLED, VALIDATION} else None
         for label, role in zip(labels, roles, strict=True)
     ]
-    columns = {
-        "role": pa.array(roles, pa.string()),
-        "label": pa.array(readable, pa.string()),
-    }
-    return pa.table(
-        [columns[name] if name in columns else train[name] for name in SEEN.names],
-        schema=SEEN,
-    )
+    return seen_rows(train, roles, readable)
 
 
 def _test_slices(test: pa.Table, seen: pa.Table, preprocess: PreprocessConfig) -> pa.Table:
