@@ -80,7 +80,7 @@ def report(config: Config) -> Report:
     known = run.folder.exists(layout.ABOUT)
     about = run.folder.read_json(layout.ABOUT) if known else about_software()
     maps = run_maps(run.folder, evaluation, int(metrics["chosen_epoch"]))
-    if write_run_page(merged, run, control, metrics, about, maps, store) is None:
+    if not write_run_page(merged, run, control, metrics, about, maps, store):
         raise DataError(f"the run {run.folder} has no test slices: there is nothing to report")
     # jobs/track.py sends the summary beside the page.
     if metrics != run.folder.read_json(layout.SUMMARY):
@@ -120,8 +120,11 @@ def write_run_page(
     about: Mapping[str, str],
     maps: Sequence[SliceMap],
     store: ImageStore | None,
-) -> str | None:
-    """Write a run's ``report.html``; without its store there are no activation maps."""
+) -> bool:
+    """Write a run's ``report.html``, if it has predictions to show; returns whether it has.
+
+    Without its store there are no activation maps.
+    """
     explained = []
     chosen = layout.predictions_file(int(metrics["chosen_epoch"]))
     if store is not None and run.folder.exists(chosen):

@@ -83,7 +83,7 @@ def write_page(
     control: Metrics | None = None,
     explained: Sequence[Explained] = (),
     siblings: Mapping[str, pa.Table] | None = None,
-) -> str | None:
+) -> bool:
     """Write ``report.html`` of a trained run.
 
     Args:
@@ -99,11 +99,11 @@ def write_page(
             assess which clusters are stable.
 
     Returns:
-        Name of the file; None if there is nothing to show.
+        Whether it was written: not without predictions of the chosen epoch.
     """
     chosen, whose = int(metrics["chosen_epoch"]), evaluation.control
     if not run.exists(layout.predictions_file(chosen)):
-        return None
+        return False
     whole = run.read_table(layout.predictions_file(chosen))
     table = shown(whole, evaluation.tsne_max_slices)
     history = run.read_json_lines(layout.METRICS)
@@ -128,13 +128,15 @@ def write_page(
         settings=run.read_bytes(layout.CONFIG).decode(),
         data=data,
     )
-    return _write(run, contents)
+    _write(run, contents)
+    return True
 
 
 def write_evaluation_page(
     folder: Folder,
     name: str,
     predictions: pa.Table,
+    *,
     rejected: pa.Table,
     classes: Sequence[str],
     evaluation: EvaluationConfig,
@@ -143,8 +145,8 @@ def write_evaluation_page(
     settings: str,
     explained: Sequence[Explained] = (),
     num_seen: Mapping[str, int] | None = None,
-) -> str:
-    """Write ``report.html`` of an evaluation and return its file name.
+) -> None:
+    """Write ``report.html`` of an evaluation.
 
     Args:
         folder: where the report is written.
@@ -179,10 +181,10 @@ def write_evaluation_page(
         settings=settings,
         data=data,
     )
-    return _write(folder, contents)
+    _write(folder, contents)
 
 
-def _write(folder: Folder, contents: _Contents) -> str:
+def _write(folder: Folder, contents: _Contents) -> None:
     template = resources.files("brainray.report").joinpath("page.html").read_text("utf-8")
     page = Environment(autoescape=True, trim_blocks=True).from_string(template)
     html = page.render(
@@ -192,7 +194,6 @@ def _write(folder: Folder, contents: _Contents) -> str:
         data=Markup(json.dumps(contents.data, allow_nan=False).replace("<", "\\u003c")),
     )
     folder.write_bytes(layout.REPORT, html.encode())
-    return layout.REPORT
 
 
 def _data(

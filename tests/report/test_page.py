@@ -104,7 +104,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     run.write_json(f"{layout.DATASET}/{layout.LEAKAGE}", LEAKAGE)
     evaluation = EvaluationConfig(tsne_epochs=(1, 2))
-    name = write_page(
+    written = write_page(
         run,
         CLASSES,
         evaluation,
@@ -115,8 +115,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
         explained=explained(),
         siblings={"seed1": predictions(3).take(list(reversed(range(NUM_SLICES))))},
     )
-    assert name == "report.html"
-    return path / name
+    assert written
+    return path / layout.REPORT
 
 
 def test_the_page_needs_no_network_and_escapes_what_it_shows(page: Path) -> None:
@@ -167,18 +167,18 @@ def test_sizes_of_clusters_are_those_of_all_slices(tmp_path: Path) -> None:
     """Whatever part of them is shown."""
     folder, table = Folder(tmp_path / "scored"), predictions(1)
     metrics = {"epoch": 2.0, "test/all/head/accuracy": 0.75, "num_rejected": 0.0}
-    name = write_evaluation_page(
+    write_evaluation_page(
         folder,
         "scored",
         table,
-        REJECTED.empty_table(),
-        CLASSES,
-        EvaluationConfig(tsne_max_slices=6),
-        metrics | {"num_without_class": 0.0, "num_outside_of_test": 0.0},
-        {},
-        "run: a\n",
+        rejected=REJECTED.empty_table(),
+        classes=CLASSES,
+        evaluation=EvaluationConfig(tsne_max_slices=6),
+        metrics=metrics | {"num_without_class": 0.0, "num_outside_of_test": 0.0},
+        about={},
+        settings="run: a\n",
     )
-    data = data_of(tmp_path / "scored" / name)
+    data = data_of(tmp_path / "scored" / layout.REPORT)
     assert len(data["slices"]) < table.num_rows
     sizes = Counter(table["cluster"].to_pylist())
     assert {card["cluster"]: card["size"] for card in data["cards"]} == sizes
@@ -197,21 +197,20 @@ def test_typical_slices_are_the_surest_and_borderline_ones_the_least_sure(tmp_pa
     for number, (sure, likelihood) in members.items():
         rows[number]["responsibilities"] = [1 - sure, sure, 0.0, 0.0]
         rows[number]["log_likelihood"] = likelihood
-    name = write_evaluation_page(
+    write_evaluation_page(
         Folder(tmp_path / "scored"),
         "scored",
         pa.Table.from_pylist(rows, schema=PREDICTIONS),
-        REJECTED.empty_table(),
-        CLASSES,
-        EvaluationConfig(),
-        {"epoch": 2.0, "test/all/head/accuracy": 0.75, "num_rejected": 0.0}
+        rejected=REJECTED.empty_table(),
+        classes=CLASSES,
+        evaluation=EvaluationConfig(),
+        metrics={"epoch": 2.0, "test/all/head/accuracy": 0.75, "num_rejected": 0.0}
         | {"num_without_class": 0.0, "num_outside_of_test": 0.0},
-        {},
-        "run: a\n",
+        about={},
+        settings="run: a\n",
     )
-    (card,) = (
-        card for card in data_of(tmp_path / "scored" / name)["cards"] if card["cluster"] == 1
-    )
+    cards = data_of(tmp_path / "scored" / layout.REPORT)["cards"]
+    (card,) = (card for card in cards if card["cluster"] == 1)
     assert card["typical"] == [10, 1, 7, 4]
     assert card["borderline"] == [4, 7, 1, 10]
 
@@ -242,9 +241,8 @@ def page_of(
     run.write_bytes(layout.CONFIG, b"name: run\n")
     run.write_table(layout.predictions_file(1), predictions(1))
     evaluation, metrics = EvaluationConfig(tsne_max_slices=limit), {"chosen_epoch": 1.0} | metrics
-    name = write_page(run, CLASSES, evaluation, metrics, {}, maps, siblings=siblings)
-    assert name is not None
-    return folder / name
+    assert write_page(run, CLASSES, evaluation, metrics, {}, maps, siblings=siblings)
+    return folder / layout.REPORT
 
 
 def evaluation_page_of(
@@ -255,19 +253,19 @@ def evaluation_page_of(
     rejected: Sequence[dict[str, str]] = (),
     num_seen: dict[str, int] | None = None,
 ) -> Path:
-    name = write_evaluation_page(
+    write_evaluation_page(
         Folder(folder),
         "scored",
         table,
-        pa.Table.from_pylist(list(rejected), schema=REJECTED),
-        CLASSES,
-        EvaluationConfig(tsne_max_slices=limit),
-        {"epoch": 2.0} | metrics,
-        {},
-        "run: a\n",
+        rejected=pa.Table.from_pylist(list(rejected), schema=REJECTED),
+        classes=CLASSES,
+        evaluation=EvaluationConfig(tsne_max_slices=limit),
+        metrics={"epoch": 2.0} | metrics,
+        about={},
+        settings="run: a\n",
         num_seen=num_seen,
     )
-    return folder / name
+    return folder / layout.REPORT
 
 
 def test_clusters_that_other_runs_do_not_find_are_not_stable(tmp_path: Path) -> None:
@@ -432,25 +430,25 @@ def test_an_evaluation_has_a_page_too(tmp_path: Path) -> None:
     rejected = pa.Table.from_pylist(
         [{"path": "<a>.dcm", "frame": "frame=7", "reason": "blank image"}], schema=REJECTED
     )
-    name = write_evaluation_page(
+    write_evaluation_page(
         folder,
         "scored",
         predictions(1),
-        rejected,
-        CLASSES,
-        EvaluationConfig(tsne_max_slices=10),
-        {"epoch": 2.0, "test/all/head/accuracy": 0.75, "num_rejected": 1.0}
+        rejected=rejected,
+        classes=CLASSES,
+        evaluation=EvaluationConfig(tsne_max_slices=10),
+        metrics={"epoch": 2.0, "test/all/head/accuracy": 0.75, "num_rejected": 1.0}
         | {"num_without_class": 3.0, "num_outside_of_test": 0.0},
-        {"model": "/runs/a/best"},
-        "run: a\n",
+        about={"model": "/runs/a/best"},
+        settings="run: a\n",
     )
-    text = (tmp_path / "scored" / name).read_text()
+    text = (tmp_path / "scored" / layout.REPORT).read_text()
     assert "Rejected (1)" in text
     assert "&lt;a&gt;.dcm" in text
     assert "frame=7" in text
     assert "75.0 % of all labelled slices correctly" in text
     assert "Left out: 1 rejected, 3 without a class." in text
-    shown = data_of(tmp_path / "scored" / name)
+    shown = data_of(tmp_path / "scored" / layout.REPORT)
     assert len(shown["slices"]) == 10
     assert shown["slices"][-1]["path"].endswith("/23.jpg")  # not the first ten
     assert [drawn["epoch"] for drawn in shown["maps"]] == [2]
@@ -470,7 +468,8 @@ def picture_of(uri: str) -> np.ndarray:
 
 def test_a_run_without_test_slices_has_no_page(tmp_path: Path) -> None:
     run = Folder(tmp_path / "run")
-    assert write_page(run, CLASSES, EvaluationConfig(), {"chosen_epoch": 1.0}, {}, []) is None
+    assert not write_page(run, CLASSES, EvaluationConfig(), {"chosen_epoch": 1.0}, {}, [])
+    assert not run.exists(layout.REPORT)
 
 
 ACTIONS = """

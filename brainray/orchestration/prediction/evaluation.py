@@ -142,6 +142,8 @@ def _evaluate(
     if target.exists():
         log(f"{target}: replacing the earlier evaluation of this name")
     explained = _explained(predictions, config, predictor)
+    num_seen = None if twins is None else {level: len(found) for level, found in twins.items()}
+    about = about_software() | {"model": str(predictor.folder), "source": config.given("source")}
     with target.rebuilt(layout.EVALUATION_METRICS) as folder:
         made_by = to_yaml(_settings(config, predictor))
         folder.write_bytes(layout.CONFIG, made_by.encode())
@@ -155,14 +157,14 @@ def _evaluate(
             folder,
             target.name,
             predictions,
-            rejected,
-            checkpoint.classes,
-            config.evaluation,
-            metrics,
-            about_software() | {"model": str(predictor.folder), "source": config.given("source")},
-            made_by,
-            explained,
-            None if twins is None else {level: len(found) for level, found in twins.items()},
+            rejected=rejected,
+            classes=checkpoint.classes,
+            evaluation=config.evaluation,
+            metrics=metrics,
+            about=about,
+            settings=made_by,
+            explained=explained,
+            num_seen=num_seen,
         )
     return Evaluation(target, metrics, checkpoint.classes)
 
