@@ -10,6 +10,9 @@ from numpy.typing import NDArray
 Metrics = dict[str, float]
 """Metrics by name, such as ``test/clean/head/accuracy``."""
 
+History = list[Metrics]
+"""Metrics of a training, one row per epoch, oldest first."""
+
 SUBSETS = ("all", "clean", "strict")
 """Subsets of the test slices for which every metric is reported: all; ``clean``, without an
 upright near-duplicate among the slices that the run saw; and ``strict``, those of them that also

@@ -36,6 +36,7 @@ from brainray import layout
 from brainray.errors import TrackingError
 from brainray.log import log
 from brainray.redaction import redacted
+from brainray.schema import History
 from brainray.storage import Folder
 
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
@@ -162,7 +163,7 @@ class MLflowTracker:
                 self._connect().update_run(self._id, status="RUNNING")
                 self._ended = None
 
-    def log_epochs(self, history: list[dict[str, float]]) -> None:
+    def log_epochs(self, history: History) -> None:
         """Send the epochs that neither this process nor another has sent."""
         with _readable_errors(self._uri):
             self._read_again()
@@ -383,7 +384,7 @@ class LenientTracker:
             self.finish(status_after(stop))
             raise
 
-    def log_epochs(self, history: list[dict[str, float]]) -> None:
+    def log_epochs(self, history: History) -> None:
         self._try("epochs", lambda: self._tracker.log_epochs(history))
 
     def log_summary(self, metrics: Mapping[str, float]) -> None:

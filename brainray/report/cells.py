@@ -1,12 +1,8 @@
 """Metrics formatted as table cells, with a dash for a missing value."""
 
-from collections.abc import Sequence
 from math import isnan
 
 from brainray.schema import PREDICTORS, Metrics
-
-History = Sequence[Metrics]
-"""Metrics logged by a run: one flat dict per epoch, oldest first."""
 
 MISSING = "–"
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from sklearn.metrics import confusion_matrix
 
 from brainray.errors import DataError
-from brainray.report.cells import PREDICTOR_TITLES, History
+from brainray.report.cells import PREDICTOR_TITLES
 from brainray.report.curves import (
     ACCURACIES,
     AGREEMENT,
@@ -43,6 +43,7 @@ from brainray.report.style import (
     tidy,
     wrapped,
 )
+from brainray.schema import History
 
 UNLABELLED_CLASS = ""
 """Class name of unlabelled slices, in counts and labels."""

@@ -30,7 +30,7 @@ from brainray.report.maps import SliceMap, map_sequence, shown
 from brainray.report.results import results_tables
 from brainray.report.style import GREY, class_colours, cluster_colour
 from brainray.report.table import Table
-from brainray.schema import THUMBNAIL_SIDE, Metrics, has_class_support, subset_masks
+from brainray.schema import THUMBNAIL_SIDE, History, Metrics, has_class_support, subset_masks
 from brainray.storage import Folder
 
 _NUM_IMAGES = 6  # of each kind on a cluster card
@@ -303,7 +303,7 @@ def _maps(maps: Sequence[SliceMap]) -> list[dict[str, Any]]:
     ]
 
 
-def _charts(history: Sequence[Metrics]) -> list[dict[str, Any]]:
+def _charts(history: History) -> list[dict[str, Any]]:
     charts = []
     for title, curves in _CHARTS.items():
         drawn: list[dict[str, Any]] = [

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 from brainray import layout
-from brainray.report.cells import History
 from brainray.report.evaluation_figures import draw_evaluation_figures
 from brainray.report.figures import (
     UNLABELLED_CLASS,
@@ -16,6 +15,7 @@ from brainray.report.figures import (
 )
 from brainray.report.maps import SliceMap
 from brainray.report.style import png_bytes
+from brainray.schema import History
 from brainray.storage import Folder
 
 

@@ -18,6 +18,7 @@ from brainray.engine.selection import chosen_epoch, reported_metrics
 from brainray.errors import BrainrayError, ConfigError, TransientError
 from brainray.orchestration.run import Run
 from brainray.orchestration.training.driver import begun_training, complete_run, fit
+from brainray.schema import History
 from brainray.storage import Folder
 
 FAILED = "failed"
@@ -48,7 +49,7 @@ class Trial:
     trial_id: str
     run: Run | None  # None for a trial that failed before its run began
     parameters: dict[str, Any]
-    history: list[dict[str, float]]
+    history: History
     train: TrainConfig  # with the trial's own parameters
     problem: str | None = None
     """Why it could not be trained."""

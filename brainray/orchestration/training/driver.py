@@ -36,7 +36,7 @@ from brainray.orchestration.training.start import begin_run, check_run_fits
 from brainray.orchestration.training.worker import train_worker
 from brainray.report.maps import run_maps
 from brainray.report.run_figures import draw_run_figures
-from brainray.schema import LABELLED, TRAIN, UNLABELLED_ROLE, VALIDATION, Metrics
+from brainray.schema import LABELLED, TRAIN, UNLABELLED_ROLE, VALIDATION, History, Metrics
 from brainray.storage import Folder
 
 _ALIGNED = ("consistency", "anchored")  # objectives that learn pseudo-labels
@@ -261,9 +261,7 @@ def _summarise(config: Config, run: Run) -> Metrics:
     return metrics
 
 
-def _summarise_epoch(
-    config: Config, run: Run, epoch: int, history: list[dict[str, float]]
-) -> Metrics:
+def _summarise_epoch(config: Config, run: Run, epoch: int, history: History) -> Metrics:
     """Test metrics of an epoch if its predictions are kept, and the logged ones of its model."""
     logged = history[epoch - 1]
     metrics: Metrics = {}
@@ -284,7 +282,7 @@ def _summarise_epoch(
     }
 
 
-def _mean_times(history: list[dict[str, float]]) -> dict[str, float]:
+def _mean_times(history: History) -> dict[str, float]:
     """By stage, over the epochs that have it: one that was interrupted may lack some."""
     names = [name for name in history[-1] if name.startswith("time/")]
     return {
