@@ -15,7 +15,7 @@ from brainray.mri.phantom import CLASSES, make_series
 from brainray.orchestration.prediction.evaluation import with_comparable_names
 from brainray.orchestration.prediction.inference import find_predictor
 from brainray.orchestration.preprocessing.driver import preprocess
-from brainray.orchestration.preprocessing.slice_rows import SALT_VARIABLE
+from brainray.orchestration.preprocessing.subject_salt import SALT_VARIABLE
 from brainray.orchestration.run import open_run
 from brainray.orchestration.seen import seen_by_run, seen_by_weights, training_slices
 from brainray.orchestration.store import ImageStore

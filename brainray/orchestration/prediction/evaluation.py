@@ -38,8 +38,6 @@ from brainray.orchestration.preprocessing.slice_rows import (
     NO_CLASS_TO_SCORE,
     preprocess_file,
     read_file,
-    salt_id,
-    subject_salt,
 )
 from brainray.orchestration.preprocessing.source import (
     FoundFile,
@@ -49,6 +47,7 @@ from brainray.orchestration.preprocessing.source import (
     list_source,
     renaming_advice,
 )
+from brainray.orchestration.preprocessing.subject_salt import salt_id, subject_salt
 from brainray.orchestration.reporting import about_software, explain
 from brainray.orchestration.run import groups_of_test_slices
 from brainray.report.evaluation_figures import draw_evaluation_figures

@@ -19,9 +19,9 @@ from brainray.log import log
 from brainray.mri.identity import content_hash
 from brainray.orchestration.blocks import blocks_on_actors, whole_blocks
 from brainray.orchestration.manifest import versions_of
-from brainray.orchestration.preprocessing.slice_rows import subject_salt
 from brainray.orchestration.preprocessing.slice_tasks import TO_PREDICT, decode_files, select_slices
 from brainray.orchestration.preprocessing.source import SourceFile, files_of_tasks
+from brainray.orchestration.preprocessing.subject_salt import subject_salt
 from brainray.orchestration.records import differing_settings
 from brainray.orchestration.resources import alive_nodes, plan_actors
 from brainray.orchestration.run import Run, open_run, unfinished

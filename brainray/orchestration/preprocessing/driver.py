@@ -41,12 +41,9 @@ from brainray.orchestration.preprocessing.previous_records import (
 )
 from brainray.orchestration.preprocessing.slice_rows import (
     CHANGED,
-    SALT_VARIABLE,
     UNREADABLE,
     preprocess_file,
     read_file,
-    salt_id,
-    subject_salt,
 )
 from brainray.orchestration.preprocessing.slice_tasks import (
     PART_SLICES,
@@ -59,6 +56,11 @@ from brainray.orchestration.preprocessing.source import (
     Listing,
     files_of_tasks,
     list_source,
+)
+from brainray.orchestration.preprocessing.subject_salt import (
+    SALT_VARIABLE,
+    salt_id,
+    subject_salt,
 )
 from brainray.orchestration.records import differing_settings
 from brainray.orchestration.store import ImageStore, describe

@@ -13,8 +13,9 @@ from brainray.mri.row_file import Rows, SelectedRows
 from brainray.mri.subjects import estimate_subjects
 from brainray.mri.thumbnails import thumbnail_matrix
 from brainray.orchestration.preprocessing.previous_records import PreviousRecords
-from brainray.orchestration.preprocessing.slice_rows import Subject, named_subject, subject_salt
+from brainray.orchestration.preprocessing.slice_rows import Subject, named_subject
 from brainray.orchestration.preprocessing.source import Listing
+from brainray.orchestration.preprocessing.subject_salt import subject_salt
 from brainray.schema import ESTIMATED, HEADER, NAMED, STUDY, TABLE, VOLUME
 from brainray.storage import Folder
 

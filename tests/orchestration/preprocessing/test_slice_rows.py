@@ -1,4 +1,4 @@
-"""Files that change or vanish while they are read; salts; what is stored of a slice."""
+"""Files that change or vanish while they are read; what is stored of a slice."""
 
 import os
 from pathlib import Path
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from brainray.config import PreprocessConfig
-from brainray.errors import ConfigError, DataError
+from brainray.errors import DataError
 from brainray.mri.identity import content_hash
 from brainray.mri.phantom import make_slice
 from brainray.mri.resize import auto_gamma, min_max
@@ -24,7 +24,6 @@ from brainray.orchestration.preprocessing.slice_rows import (
     read_file,
     rejected_row,
     strip,
-    subject_salt,
 )
 from brainray.orchestration.preprocessing.source import FoundFile, SourceFile, list_source
 from brainray.storage import Folder
@@ -189,21 +188,3 @@ def test_intensities_are_stored_as_configured_and_leave_the_fingerprint() -> Non
         found, fingerprint = stored(intensity)
         np.testing.assert_array_equal(found, expected)
         assert fingerprint == stored("as_is")[1]
-
-
-def test_the_salt_stays_and_a_short_one_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("BRAINRAY_SALT", raising=False)
-    made = subject_salt(Folder(tmp_path))
-    assert len(made) == 64
-    assert subject_salt(Folder(tmp_path)) == made
-    monkeypatch.setenv("BRAINRAY_SALT", "short")
-    with pytest.raises(ConfigError, match="16 characters"):
-        subject_salt(Folder(tmp_path))
-    monkeypatch.setenv("BRAINRAY_SALT", "sixteen letters!")
-    assert subject_salt(Folder(tmp_path)) == b"sixteen letters!"
-    monkeypatch.delenv("BRAINRAY_SALT")
-    (tmp_path / ".subject-salt").write_bytes(made[:15])
-    with pytest.raises(DataError, match="is incomplete: restore it"):
-        subject_salt(Folder(tmp_path))
