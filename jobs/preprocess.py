@@ -8,10 +8,10 @@ from brainray.orchestration.job import STORE_KEYS, JobResult, run_job
 
 def work(config: Config) -> JobResult:
     from brainray.orchestration.preprocessing.driver import preprocess
-    from brainray.orchestration.store import counts
+    from brainray.orchestration.store import store_metrics
 
     store = preprocess(config)
-    return JobResult(out=str(store.folder), metrics=counts(store))
+    return JobResult(out=str(store.folder), metrics=store_metrics(store))
 
 
 if __name__ == "__main__":

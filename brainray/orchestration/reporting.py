@@ -28,7 +28,7 @@ from brainray.orchestration.compared_runs import (
     without_lost_runs,
 )
 from brainray.orchestration.run import Run, open_run, unfinished
-from brainray.orchestration.store import ImageStore, read_images
+from brainray.orchestration.store import ImageStore, open_store, read_images
 from brainray.redaction import command_line
 from brainray.report.comparison_table import comparison_table
 from brainray.report.maps import SliceMap, run_maps
@@ -97,7 +97,7 @@ def _store_with_test_slices(config: Config, run: Run) -> ImageStore:
     Raises:
         DataError: there is none, or it no longer has the run's test slices as they were.
     """
-    store = ImageStore.open(Folder(config.storage) / layout.DATASETS / config.given("dataset"))
+    store = open_store(Folder(config.storage), config.given("dataset"))
     if store.manifest.data_hash == run.record.data_hash:
         return store
     index = store.index()

@@ -16,7 +16,7 @@ from brainray.errors import ConfigError, DataError
 from brainray.mri.resize import stretch
 from brainray.orchestration.manifest import Manifest, versions_of
 from brainray.orchestration.records import NOT_OF_SLICES, differing_settings, with_defaults
-from brainray.schema import IMAGE_INDEX_COLUMNS, TEST, TRAIN
+from brainray.schema import IMAGE_INDEX_COLUMNS, TEST
 from brainray.storage import Folder
 
 
@@ -64,6 +64,11 @@ class ImageStore:
         index = self.index()
         is_scored = pc.and_(pc.equal(index["split"], TEST), pc.is_valid(index["label"]))
         return set(index.filter(is_scored)["path"].to_pylist())
+
+
+def open_store(storage: Folder, name: str, data_hash: str | None = None) -> ImageStore:
+    """Open a store by name; arguments and errors are those of `ImageStore.open`."""
+    return ImageStore.open(storage / layout.DATASETS / name, data_hash)
 
 
 def read_images(store: Folder, sample_ids: list[str], split: str, side: int) -> NDArray[np.uint8]:
@@ -140,8 +145,7 @@ def store_to_train_on(config: Config) -> tuple[Config, ImageStore]:
         ConfigError: the config names no store, or does not fit it.
         DataError: no such store, or another version of brainray made it.
     """
-    folder = Folder(config.storage) / layout.DATASETS / config.given("dataset")
-    store = ImageStore.open(folder)
+    store = open_store(Folder(config.storage), config.given("dataset"))
     config = as_store_was_made(config, store)
     difference = differing_settings(store.manifest.versions, versions_of(store.manifest.preprocess))
     if difference:
@@ -174,15 +178,6 @@ def _difference(config: BaseModel, made: dict[str, Any], prefix: str) -> str:
     return differing_settings(made, with_defaults(requested, made), prefix)  # also within sections
 
 
-def count_by_split_and_class(index: pa.Table) -> dict[str, dict[str, int]]:
-    """``{"train": {"glioma": 1321, ...}, "test": ...}``; unlabelled slices count as ""."""
-    counted = index.group_by(["split", "label"]).aggregate([([], "count_all")]).to_pylist()
-    counts: dict[str, dict[str, int]] = {TRAIN: {}}
-    for row in sorted(counted, key=lambda row: (row["split"], row["label"] or "")):
-        counts.setdefault(row["split"], {})[row["label"] or ""] = row["count_all"]
-    return counts
-
-
 def describe(store: ImageStore) -> str:
     """A summary of the store in a few lines."""
     manifest = store.manifest
@@ -200,7 +195,7 @@ def describe(store: ImageStore) -> str:
     return "\n".join(lines)
 
 
-def counts(store: ImageStore) -> dict[str, float]:
+def store_metrics(store: ImageStore) -> dict[str, float]:
     """The numbers of slices, by split and class, and of what became of the files."""
     manifest = store.manifest
     leakage = store.folder.read_json(layout.LEAKAGE)

@@ -14,7 +14,6 @@ from brainray.orchestration.records import differing_settings, with_defaults
 from brainray.orchestration.store import (
     ImageStore,
     as_store_was_made,
-    count_by_split_and_class,
     read_images,
 )
 from brainray.storage import Folder
@@ -89,13 +88,6 @@ def test_images_are_those_of_the_split_as_often_as_they_are_asked_for(tmp_path: 
     np.testing.assert_allclose(found, firsts, atol=0.5)
     (tested,) = read_images(store.folder, ["a"], "test", 4)[:, 0, :, 0]
     np.testing.assert_allclose(tested, pixels[1].reshape(4, 8)[:, :2].mean(axis=1), atol=0.5)
-
-
-def test_slices_are_counted_by_split_and_class_in_order() -> None:
-    index = pa.table({"split": ["test"] * 4, "label": ["b", None, "a", "b"]})
-    counts = count_by_split_and_class(index)
-    assert counts == {"train": {}, "test": {"": 1, "a": 1, "b": 2}}
-    assert list(counts["test"]) == ["", "a", "b"]
 
 
 def test_only_a_drawn_split_depends_on_its_size_and_seed() -> None:

@@ -16,7 +16,7 @@ from brainray.orchestration.blocks import with_progress
 from brainray.orchestration.prediction.inference import find_predictor, predicted_slices
 from brainray.orchestration.preprocessing.labels_table import read_rows
 from brainray.orchestration.run import open_run
-from brainray.orchestration.store import ImageStore
+from brainray.orchestration.store import open_store
 from brainray.schema import NEXT_LABELS, UNLABELLED_ROLE, Metrics, matrix_of
 from brainray.storage import Folder
 
@@ -58,8 +58,7 @@ def choose_next_labels(config: Config) -> NextLabels:
     run = open_run(Folder(config.storage), config.given("run"))
     _check_nothing_is_filled_in(run.folder)
     predictor = find_predictor(config, "labelling", for_new_files=False)
-    folder = Folder(config.storage) / layout.DATASETS / run.record.dataset
-    store = ImageStore.open(folder, run.record.data_hash)
+    store = open_store(Folder(config.storage), run.record.dataset, run.record.data_hash)
     seen = run.folder.read_table(layout.SEEN)
     is_pool = pc.equal(seen["role"], UNLABELLED_ROLE)
     pool, others = seen.filter(is_pool), seen.filter(pc.invert(is_pool))

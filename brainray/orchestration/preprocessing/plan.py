@@ -34,7 +34,6 @@ from brainray.orchestration.preprocessing.source import (
     renaming_advice,
 )
 from brainray.orchestration.records import NOT_OF_SLICES
-from brainray.orchestration.store import count_by_split_and_class
 from brainray.schema import DUPLICATES, IMAGE_STORE, TEST, TRAIN
 
 
@@ -354,7 +353,7 @@ def _statistics(
     generation_column = ["generation"] if pc.any(pc.greater(rows["generation"], 0)).as_py() else []
     return {
         "classes": classes,
-        "num_slices": count_by_split_and_class(rows),
+        "num_slices": _count_by_split_and_class(rows),
         "num_removed_copies": int(pc.sum(duplicates["removed"]).as_py() or 0),
         "skull_strip_used": dict(sorted(Counter(rows["skull_strip"].to_pylist()).items())),
         "pixel_mean": mean,
@@ -364,3 +363,12 @@ def _statistics(
         ),
         "slices_hash": hash_of("split", "sample_id", "split_group_id"),
     }
+
+
+def _count_by_split_and_class(index: pa.Table) -> dict[str, dict[str, int]]:
+    """``{"train": {"glioma": 1321, ...}, "test": ...}``; unlabelled slices count as ""."""
+    counted = index.group_by(["split", "label"]).aggregate([([], "count_all")]).to_pylist()
+    counts: dict[str, dict[str, int]] = {TRAIN: {}}
+    for row in sorted(counted, key=lambda row: (row["split"], row["label"] or "")):
+        counts.setdefault(row["split"], {})[row["label"] or ""] = row["count_all"]
+    return counts

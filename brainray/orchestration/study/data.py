@@ -24,7 +24,7 @@ from brainray.orchestration.pretraining.features import (
 )
 from brainray.orchestration.pretraining.weights import Weights, weights_from
 from brainray.orchestration.seen import all_seen, seen_by_weights, training_slices
-from brainray.orchestration.store import ImageStore
+from brainray.orchestration.store import ImageStore, open_store
 from brainray.orchestration.study.grid import FITTED, Slices
 from brainray.schema import SEEN, TEST, TRAIN, UNLABELLED, subset_masks
 from brainray.storage import Folder
@@ -73,7 +73,7 @@ def open_stores(config: Config) -> dict[str, ImageStore]:
     name = config.dataset or config.given("name")
     if config.source is not None:
         return {name: preprocess(config.model_copy(update={"name": name}))}
-    return {name: ImageStore.open(Folder(config.storage) / layout.DATASETS / name)}
+    return {name: open_store(Folder(config.storage), name)}
 
 
 def seen_by_features(config: Config) -> pa.Table:

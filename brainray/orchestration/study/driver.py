@@ -16,7 +16,7 @@ from brainray.orchestration.pretraining.features import check_feature
 from brainray.orchestration.pretraining.weights import Weights, read_weights
 from brainray.orchestration.publish import open_tracking
 from brainray.orchestration.resources import alive_nodes, plan_workers
-from brainray.orchestration.store import ImageStore, as_store_was_made
+from brainray.orchestration.store import ImageStore, as_store_was_made, open_store
 from brainray.orchestration.study.data import (
     open_stores,
     seen_by_features,
@@ -139,7 +139,7 @@ def checked_study(config: Config) -> Config:
                 "a study needs slices: use --set source=DIR, sources.NAME=DIR for several data "
                 "sets, or dataset=NAME for an image store"
             )
-        store = ImageStore.open(Folder(config.storage) / layout.DATASETS / config.dataset)
+        store = open_store(Folder(config.storage), config.dataset)
         config = as_store_was_made(config, store)
     if not config.study.features:
         raise ConfigError(

@@ -25,6 +25,7 @@ from brainray.orchestration.preprocessing.plan import (
     StorePlan,
     _check_classes,
     _check_rejections,
+    _count_by_split_and_class,
     _first_copies,
     _statistics,
     official_splits,
@@ -485,3 +486,10 @@ def test_a_split_of_the_source_needs_training_slices_and_none_without() -> None:
         official_splits([one, replace(other, split=None)], config)
     nameless = [replace(file, split=None) for file in (one, other)]
     assert official_splits(nameless, config) is None
+
+
+def test_slices_are_counted_by_split_and_class_in_order() -> None:
+    index = pa.table({"split": ["test"] * 4, "label": ["b", None, "a", "b"]})
+    counts = _count_by_split_and_class(index)
+    assert counts == {"train": {}, "test": {"": 1, "a": 1, "b": 2}}
+    assert list(counts["test"]) == ["", "a", "b"]
