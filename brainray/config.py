@@ -41,6 +41,9 @@ SearchSpace = dict[str, SearchDomain]
 WEIGHTS_OF_NO_SLICE = ("random", "imagenet")
 """Names of starting weights not trained on any MRI slice; all others are paths or runs."""
 
+RUN_PREFIX = "run:"
+"""Before the name of a run whose encoder gives a study's feature its weights."""
+
 ClustererName = Literal[
     "kmeans", "gmm", "agglomerative", "agglomerative_depth", "dbscan", "spectral", "hdbscan"
 ]

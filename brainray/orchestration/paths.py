@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from brainray.config import WEIGHTS_OF_NO_SLICE, Config
+from brainray.config import RUN_PREFIX, WEIGHTS_OF_NO_SLICE, Config
 from brainray.errors import ConfigError, DataError
 from brainray.log import log
 
@@ -79,7 +79,7 @@ def _resolve(key: str, value: str) -> str:
 
 
 def _resolve_weights(feature: str, weights: str) -> str:
-    if weights in WEIGHTS_OF_NO_SLICE or weights.startswith("run:"):
+    if weights in WEIGHTS_OF_NO_SLICE or weights.startswith(RUN_PREFIX):
         return weights
     return _resolve(f"study.features.{feature}.weights", weights)
 

@@ -8,15 +8,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from brainray import layout
-from brainray.config import WEIGHTS_OF_NO_SLICE, Config, PreprocessConfig
+from brainray.config import RUN_PREFIX, WEIGHTS_OF_NO_SLICE, Config, PreprocessConfig
 from brainray.errors import ConfigError
 from brainray.mri.duplicates import find_twins
 from brainray.mri.thumbnails import thumbnail_matrix
 from brainray.orchestration.store import ImageStore
 from brainray.schema import LABELLED, SEEN, TRAIN, UNLABELLED_ROLE, VALIDATION
 from brainray.storage import Folder
-
-_RUN_PREFIX = "run:"
 
 
 def seen_by_run(folder: Folder) -> pa.Table | None:
@@ -45,8 +43,8 @@ def seen_by_weights(weights: str, storage: Folder) -> pa.Table | None:
     """
     if weights in WEIGHTS_OF_NO_SLICE:
         return None
-    if weights.startswith(_RUN_PREFIX):
-        folders = [storage / layout.RUNS / weights.removeprefix(_RUN_PREFIX)]
+    if weights.startswith(RUN_PREFIX):
+        folders = [storage / layout.RUNS / weights.removeprefix(RUN_PREFIX)]
     else:
         given = Path(weights).absolute()  # which may be a link, or may link into a cache
         folders = [

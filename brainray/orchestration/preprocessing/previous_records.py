@@ -16,7 +16,7 @@ from brainray.orchestration.store import ImageStore
 from brainray.schema import IMAGE_STORE
 from brainray.storage import Folder
 
-GROUPS = [
+_PLANNED_COLUMNS = [  # which the plan of a store adds to a slice
     "generation",
     "duplicate_group_id",
     "subject_id",
@@ -31,7 +31,7 @@ _RECORDED_FIELDS = [*(SLICES.field(name) for name in LIGHT_COLUMNS), PART]
 LIGHT = pa.schema([*_RECORDED_FIELDS, pa.field("fingerprint", pa.int64())])
 """All slices without their pixels; ``fingerprint`` is a row number in the fingerprint file."""
 
-FILES = pa.schema([*_RECORDED_FIELDS, *(IMAGE_STORE.field(name) for name in GROUPS)])
+FILES = pa.schema([*_RECORDED_FIELDS, *(IMAGE_STORE.field(name) for name in _PLANNED_COLUMNS)])
 """What a store records of every slice that it was made from, including those left out."""
 
 

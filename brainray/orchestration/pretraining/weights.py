@@ -9,7 +9,7 @@ from typing import Literal
 from torch import Tensor
 
 from brainray import layout
-from brainray.config import Config, FeatureConfig
+from brainray.config import RUN_PREFIX, Config, FeatureConfig
 from brainray.errors import ConfigError
 from brainray.models.encoder import encoder_state, imagenet_state
 from brainray.mri.identity import content_hash
@@ -42,7 +42,7 @@ def read_weights(config: Config, feature: FeatureConfig, setting: str) -> Weight
         return Weights("random", lambda: "random")
     if feature.weights == "imagenet":
         return Weights("imagenet", lambda: imagenet_state(feature.encoder, setting))
-    name = feature.weights.removeprefix("run:")
+    name = feature.weights.removeprefix(RUN_PREFIX)
     if name != feature.weights:
         folder = open_run(Folder(config.storage), name).folder / layout.BEST
         return weights_from(folder, layout.MODEL)
