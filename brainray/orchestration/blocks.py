@@ -1,6 +1,6 @@
 """Blocks of Ray Data, one Arrow table each: all slices of a file are in one of them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +10,13 @@ import ray.data
 
 from brainray.log import ProgressLines
 from brainray.orchestration.resources import ActorResources
+
+
+def map_blocks(
+    dataset: ray.data.Dataset, function: Callable[[pa.Table], pa.Table]
+) -> ray.data.Dataset:
+    """Map a data set's whole blocks through a function, as tasks."""
+    return dataset.map_batches(function, batch_size=None, batch_format="pyarrow")
 
 
 def arrow_blocks(dataset: ray.data.Dataset) -> Iterator[pa.Table]:

@@ -17,7 +17,7 @@ from brainray.engine.state import Checkpoint, load_checkpoint
 from brainray.errors import CheckpointError, ConfigError
 from brainray.log import log
 from brainray.mri.identity import content_hash
-from brainray.orchestration.blocks import blocks_on_actors, whole_blocks
+from brainray.orchestration.blocks import blocks_on_actors, map_blocks, whole_blocks
 from brainray.orchestration.manifest import versions_of
 from brainray.orchestration.preprocessing.slice_tasks import TO_PREDICT, decode_files, select_slices
 from brainray.orchestration.preprocessing.source import SourceFile, files_of_tasks
@@ -211,7 +211,7 @@ def predicted_blocks(
     ]
     with whole_blocks():
         tasks = ray.data.from_arrow(tables)
-    decoded = tasks.map_batches(decode, batch_size=None, batch_format="pyarrow")
+    decoded = map_blocks(tasks, decode)
     return _embedded(decoded, config, predictor)
 
 
@@ -223,7 +223,7 @@ def predicted_slices(
     images = store.folder / layout.IMAGES
     slices = ray.data.read_parquet(images.path, filesystem=images.filesystem)
     slices = slices.select_columns(_STORED_COLUMNS)
-    selected = slices.map_batches(select, batch_size=None, batch_format="pyarrow")
+    selected = map_blocks(slices, select)
     return _embedded(selected, config, predictor)
 
 

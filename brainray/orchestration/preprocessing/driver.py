@@ -28,7 +28,7 @@ from brainray.log import log
 from brainray.mri.row_file import RowFile
 from brainray.mri.slices import RejectedImage
 from brainray.mri.thumbnails import thumbnail_matrix
-from brainray.orchestration.blocks import arrow_blocks, with_progress
+from brainray.orchestration.blocks import arrow_blocks, map_blocks, with_progress
 from brainray.orchestration.lock import held
 from brainray.orchestration.manifest import Manifest, settings_of
 from brainray.orchestration.preprocessing.examples import draw_figures
@@ -393,9 +393,7 @@ def _decode_all(
     for chunk in files_of_tasks(files, config.preprocess.files_per_task, _num_cpus()):
         part = {"part": f"part-{generation:04d}-{len(tables):06d}.parquet"}
         tables.append(pa.Table.from_pylist([asdict(file) | part for file in chunk], schema=TO_PART))
-    dataset = ray.data.from_arrow(tables).map_batches(
-        decode, batch_size=None, batch_format="pyarrow"
-    )
+    dataset = map_blocks(ray.data.from_arrow(tables), decode)
     yield from with_progress(dataset, len(files), "decoded")
 
 
@@ -422,8 +420,6 @@ def _write_images(
         final_rows.filter(pc.is_in(rows["part"], names[first : first + at_once]))
         for first in range(0, len(names), at_once)
     ]
-    written = ray.data.from_arrow(tables).map_batches(
-        write, batch_size=None, batch_format="pyarrow"
-    )
+    written = map_blocks(ray.data.from_arrow(tables), write)
     total = sum(pc.sum(batch["num_rows"]).as_py() for batch in arrow_blocks(written))
     assert total == rows.num_rows, f"{total} of {rows.num_rows} slices written"
