@@ -36,7 +36,7 @@ _MIN_FOR_IMPORTANCE = 4  # trials; fewer give no meaningful importances
 
 
 @dataclass(frozen=True)
-class TrialOutcome:
+class ScoredTrial:
     """A trial that completed at least one epoch."""
 
     trial_id: str
@@ -47,7 +47,7 @@ class TrialOutcome:
 
 def draw_sweep_figures(
     folder: Folder,
-    trials: Sequence[TrialOutcome],
+    trials: Sequence[ScoredTrial],
     space: SearchSpace,
     *,
     metric: str,
@@ -79,7 +79,7 @@ def draw_sweep_figures(
         figures.write_bytes(name, _drawn_by_optuna(plot))
 
 
-def learning_curves(trials: Sequence[TrialOutcome], metric: str) -> Figure:
+def learning_curves(trials: Sequence[ScoredTrial], metric: str) -> Figure:
     """The metric of every trial by epoch, with the best trial in colour."""
     figure = new_figure(7.0, 4.0)
     axes = figure.subplots()
@@ -104,7 +104,7 @@ def learning_curves(trials: Sequence[TrialOutcome], metric: str) -> Figure:
 
 
 def _study(
-    trials: Sequence[TrialOutcome],
+    trials: Sequence[ScoredTrial],
     space: SearchSpace,
     *,
     maximise: bool,

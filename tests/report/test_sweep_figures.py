@@ -7,7 +7,7 @@ from optuna.study import StudyDirection
 from brainray.config import SearchSpace
 from brainray.report import sweep_figures
 from brainray.report.sweep_figures import (
-    TrialOutcome,
+    ScoredTrial,
     _study,
     draw_sweep_figures,
     learning_curves,
@@ -22,15 +22,15 @@ def test_choices_are_drawn_as_the_settings_have_parsed_them(tmp_path: Path) -> N
         "train.num_epochs": {"choice": ["20", "40"]},
     }
     trials = [
-        TrialOutcome("a", {"train.compile": False, "train.num_epochs": 40}, 0.6, [0.6]),
-        TrialOutcome("b", {"train.compile": True, "train.num_epochs": 20}, 0.5, [0.5]),
+        ScoredTrial("a", {"train.compile": False, "train.num_epochs": 40}, 0.6, [0.6]),
+        ScoredTrial("b", {"train.compile": True, "train.num_epochs": 20}, 0.5, [0.5]),
     ]
     draw_sweep_figures(Folder(tmp_path), trials, space, metric="accuracy", maximise=True)
     assert (tmp_path / "figures" / "parallel_coordinates.png").stat().st_size > 0
 
 
 def test_the_first_trial_is_drawn_as_the_best() -> None:
-    trials = [TrialOutcome(name, {}, 0.5, [0.25, 0.5]) for name in ("first", "second")]
+    trials = [ScoredTrial(name, {}, 0.5, [0.25, 0.5]) for name in ("first", "second")]
     (axes,) = learning_curves(trials, "accuracy").axes
     legend = axes.get_legend()
     assert legend is not None
@@ -52,7 +52,7 @@ def test_a_study_searches_as_the_sweep_did(
     values = (
         {"train.learning_rate": 1e-3, "augment.max_zoom": 0.25, "clustering.num_clusters": 8},
     )
-    trials = [TrialOutcome("a", *values, 0.6, [0.6]), TrialOutcome("b", *values, 0.5, [0.5])]
+    trials = [ScoredTrial("a", *values, 0.6, [0.6]), ScoredTrial("b", *values, 0.5, [0.5])]
     study = _study(trials, space, maximise=maximise)
     assert (study.direction, study.best_value) == (direction, best)
     assert study.trials[0].distributions == {
@@ -67,8 +67,8 @@ def test_importances_need_four_different_values(
     num_values: int, drawn: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sweep_figures, "_drawn_by_optuna", lambda _: b"")
-    trials = [TrialOutcome(str(n), {"seed": n}, 0.1 * n, [0.1 * n]) for n in range(num_values)]
-    trials.append(TrialOutcome("again", {"seed": 9}, 0.0, [0.0]))
+    trials = [ScoredTrial(str(n), {"seed": n}, 0.1 * n, [0.1 * n]) for n in range(num_values)]
+    trials.append(ScoredTrial("again", {"seed": 9}, 0.0, [0.0]))
     space: SearchSpace = {"seed": {"integer": [0, 9]}}
     draw_sweep_figures(Folder(tmp_path), trials, space, metric="accuracy", maximise=True)
     assert (tmp_path / "figures" / "importances.png").exists() == drawn

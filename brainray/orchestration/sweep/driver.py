@@ -33,7 +33,7 @@ from brainray.orchestration.sweep.trials import (
 )
 from brainray.orchestration.sweep.tuner import build_tuner, errors_of
 from brainray.orchestration.training.driver import check_training, check_weights
-from brainray.report.sweep_figures import TrialOutcome, draw_sweep_figures
+from brainray.report.sweep_figures import ScoredTrial, draw_sweep_figures
 from brainray.schema import Metrics
 from brainray.storage import Folder
 from brainray.tracking import LenientTracker, status_after
@@ -197,7 +197,7 @@ def _conclude(
     folder.write_json(_TRIALS, [_row(config, trial, follower.outcome(trial)) for trial in trials])
     draw_sweep_figures(
         folder,
-        [_outcome(config, trial) for trial in ranked],
+        [_scored(config, trial) for trial in ranked],
         config.tune.space,
         metric=metric,
         maximise=mode == "max",
@@ -285,11 +285,11 @@ def _register_later(config: Config, best: Trial, tracker: LenientTracker) -> Non
         raise TrackingError(tracker.problem)
 
 
-def _outcome(config: Config, trial: Trial) -> TrialOutcome:
+def _scored(config: Config, trial: Trial) -> ScoredTrial:
     best = trial.chosen(config.tune.metric)
-    assert best is not None, "a trial without a metric has no outcome"
+    assert best is not None, "a trial without a metric is not ranked"
     curve = [epoch[config.tune.metric] for epoch in trial.history]
-    return TrialOutcome(trial.trial_id, trial.parameters, best[0], curve)
+    return ScoredTrial(trial.trial_id, trial.parameters, best.value, curve)
 
 
 def _row(config: Config, trial: Trial, outcome: str) -> dict[str, Any]:
@@ -300,6 +300,6 @@ def _row(config: Config, trial: Trial, outcome: str) -> dict[str, Any]:
         "run": None if trial.run is None else str(trial.run.folder),
         "outcome": outcome,
         "num_epochs": len(trial.history),
-        "best": None if best is None else {"value": best[0], "epoch": best[1]},
+        "best": None if best is None else {"value": best.value, "epoch": best.epoch},
         "seconds": sum(epoch["time/epoch_s"] for epoch in trial.history),
     }

@@ -172,8 +172,8 @@ def trials_table(
                 trial.trial_id,
                 outcome_text,
                 *(_short(trial.parameters.get(key)) for key in config.tune.space),
-                "–" if best is None else f"{best[0]:.4f}",
-                "–" if best is None else f"{best[1]}/{len(trial.history)}",
+                "–" if best is None else f"{best.value:.4f}",
+                "–" if best is None else f"{best.epoch}/{len(trial.history)}",
                 f"{trial.history[-1]['time/images_per_s']:.0f}" if trial.history else "–",
             ]
         )

@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
@@ -42,6 +42,13 @@ _TRIAL_ID = r"([0-9a-f]{5}_[0-9]{5,}|[0-9a-f]{8})"
 """Ray Tune's ids of variants that it generates itself, and of those from a search algorithm."""
 
 
+class Score(NamedTuple):
+    """A trial's metric at its chosen epoch."""
+
+    value: float
+    epoch: int
+
+
 @dataclass(frozen=True)
 class Trial:
     """A trial as recorded in its run's folder."""
@@ -59,12 +66,12 @@ class Trial:
         """Whether its run has been trained to its end and summarised."""
         return self.run is not None and self.run.is_complete
 
-    def chosen(self, metric: str) -> tuple[float, int] | None:
-        """(value, epoch) of the epoch whose model the run keeps; None before the first epoch."""
+    def chosen(self, metric: str) -> Score | None:
+        """The metric at the epoch whose model the run keeps; None before the first epoch."""
         if not self.history:
             return None
         epoch = self.history[chosen_epoch(self.history) - 1]
-        return (epoch[metric], int(epoch["epoch"])) if metric in epoch else None
+        return Score(epoch[metric], int(epoch["epoch"])) if metric in epoch else None
 
 
 def run_trial(parameters: dict[str, Any], *, base: dict[str, Any], command: list[str]) -> None:
@@ -276,6 +283,6 @@ def ranked_trials(config: Config, trials: list[Trial]) -> list[Trial]:
     """Trials with a metric, best first, without failed ones."""
     metric, mode = config.tune.metric, config.tune.mode
     sound = [trial for trial in trials if trial.problem is None]
-    scored = [(best[0], trial) for trial in sound if (best := trial.chosen(metric))]
+    scored = [(best.value, trial) for trial in sound if (best := trial.chosen(metric))]
     scored.sort(key=lambda pair: pair[0], reverse=mode == "max")
     return [trial for _, trial in scored]
