@@ -44,6 +44,9 @@ WEIGHTS_OF_NO_SLICE = ("random", "imagenet")
 RUN_PREFIX = "run:"
 """Before the name of a run whose encoder gives a study's feature its weights."""
 
+URI_VARIABLE = "MLFLOW_TRACKING_URI"
+"""MLflow's own variable; it takes precedence over ``tracking.uri``."""
+
 ClustererName = Literal[
     "kmeans", "gmm", "agglomerative", "agglomerative_depth", "dbscan", "spectral", "hdbscan"
 ]

@@ -33,14 +33,12 @@ from mlflow.types import ColSpec, DataType, Schema
 from mlflow.types.schema import Array
 
 from brainray import layout
+from brainray.config import URI_VARIABLE
 from brainray.errors import TrackingError
 from brainray.log import log
 from brainray.redaction import redacted
 from brainray.schema import History
 from brainray.storage import Folder
-
-URI_VARIABLE = "MLFLOW_TRACKING_URI"
-"""MLflow's own variable; it takes precedence over ``tracking.uri``."""
 
 _BATCH = 500  # MLflow rejects batches of more than 1,000 metrics
 _MAX_PARAMS = 100

@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from brainray.config import RUN_PREFIX, WEIGHTS_OF_NO_SLICE, Config
+from brainray.config import RUN_PREFIX, URI_VARIABLE, WEIGHTS_OF_NO_SLICE, Config
 from brainray.errors import ConfigError, DataError
 from brainray.log import log
 
 if TYPE_CHECKING:
     from brainray.storage import Folder
 
+_SQLITE = "sqlite:///"
 _ON_OTHER_NODES_S = 5.0  # a network file system may show new files late
 _ANSWERS_WITHIN_S = 60.0
 
@@ -24,7 +25,8 @@ def resolve_paths(config: Config) -> Config:
     database absolute.
 
     Raises:
-        ConfigError: a relative path in a submitted job, which runs in a temporary copy.
+        ConfigError: a relative path in a submitted job, which runs in a temporary copy, also in
+            ``MLFLOW_TRACKING_URI``.
     """
     resolved: dict[str, Any] = {
         key: _resolve(key, value)
@@ -55,17 +57,28 @@ def resolve_paths(config: Config) -> Config:
         resolved["tune"] = config.tune.model_copy(
             update={"space": config.tune.space | {"encoder.weights": space}}
         )
-    database = (config.tracking.uri or "").removeprefix("sqlite:///")
-    if database != (config.tracking.uri or ""):
-        path = _resolve("tracking.uri", database)
-        tracking = config.tracking.model_copy(update={"uri": f"sqlite:///{path}"})
-        resolved["tracking"] = tracking
+    if config.tracking.uri is not None:
+        uri = resolve_tracking_uri("tracking.uri", config.tracking.uri)
+        resolved["tracking"] = config.tracking.model_copy(update={"uri": uri})
+    if os.environ.get(URI_VARIABLE):
+        resolve_tracking_uri(URI_VARIABLE, os.environ[URI_VARIABLE])
     return config.model_copy(update=resolved)
+
+
+def resolve_tracking_uri(key: str, uri: str) -> str:
+    """An MLflow tracking URI, with an absolute path if it is that of an SQLite database.
+
+    Raises:
+        ConfigError: the path is relative inside a submitted job.
+    """
+    database = uri.removeprefix(_SQLITE)
+    return uri if database == uri else f"{_SQLITE}{_resolve(key, database)}"
 
 
 def _resolve(key: str, value: str) -> str:
     if "://" in value:
-        return value
+        shorter = value.rstrip("/")
+        return value if shorter.endswith(":") else shorter
     try:
         path = Path(value).expanduser()
     except RuntimeError as error:  # no such ~user

@@ -6,16 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from brainray import layout
-from brainray.config import Config
+from brainray.config import URI_VARIABLE, Config
 from brainray.config_text import flatten
 from brainray.errors import ConfigError, TrackingError
 from brainray.orchestration.code_version import about_code
 from brainray.orchestration.lock import is_held
+from brainray.orchestration.paths import resolve_tracking_uri
 from brainray.orchestration.run import Run
 from brainray.redaction import HIDDEN
 from brainray.storage import Folder
 from brainray.tracking import (
-    URI_VARIABLE,
     LenientTracker,
     MLflowTracker,
     artifact_location,
@@ -71,7 +71,9 @@ def open_tracking(
     ``made_by`` is the `about_code` of the code that made the folder; by default, of this code.
     """
     storage = Folder(config.storage)
-    uri = os.environ.get(URI_VARIABLE) or config.tracking.uri or default_uri(storage)
+    uri = config.tracking.uri or default_uri(storage)
+    if os.environ.get(URI_VARIABLE):
+        uri = resolve_tracking_uri(URI_VARIABLE, os.environ[URI_VARIABLE])
     if HIDDEN in uri:
         raise ConfigError(
             f"the saved tracking.uri has no password ({uri}): set it again with --set "

@@ -279,8 +279,8 @@ def _check_source(config: Config, target: Folder, *, from_pipeline: bool) -> Non
     if not target.exists(layout.CONFIG):
         return
     before = parse_yaml(target.read_bytes(layout.CONFIG), f"{target}/{layout.CONFIG}")
-    model = _model(config.checkpoint, config.run or config.name)
-    model_before = _model(before.get("checkpoint"), before.get("run"))
+    model = _model(config.checkpoint, config.run or config.name, config.epoch)
+    model_before = _model(before.get("checkpoint"), before.get("run"), before.get("epoch"))
     is_own = from_pipeline and model_before == model  # its files may have been moved
     difference = None
     if before["source"] != config.source and not is_own:
@@ -294,12 +294,17 @@ def _check_source(config: Config, target: Folder, *, from_pipeline: bool) -> Non
         )
 
 
-def _model(checkpoint: str | None, run: str | None) -> str | None:
-    """The run, by which a checkpoint inside its folder goes too, or the checkpoint's folder."""
+def _model(checkpoint: str | None, run: str | None, epoch: int | None) -> str | None:
+    """The run, for its chosen epoch, or another epoch of it; of a checkpoint outside of a run's
+    folder, the folder.
+    """
     if checkpoint is None:
-        return run
+        return run if epoch is None else f"{run}/{layout.checkpoint_folder(epoch)}"
     folder = folder_of_checkpoint(Folder(checkpoint))
-    return folder.parent.name if folder.parent.exists(layout.RUN) else folder.uri
+    if not folder.parent.exists(layout.RUN):
+        return folder.uri
+    name = folder.parent.name
+    return name if folder.name == layout.BEST else f"{name}/{folder.name}"
 
 
 def _files_to_score(

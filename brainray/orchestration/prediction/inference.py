@@ -33,7 +33,8 @@ _FILES_PER_TASK = 256  # the embedder waits for a complete task
 _VOLUMES_PER_TASK = 4  # a volume has hundreds of slices
 _VOLUME_SUFFIXES = (".nii", ".nii.gz")
 _MAX_NAME = 100  # characters of a source folder in names made from it
-_KINDS_OF_CHECKPOINT = rf"{layout.BEST}|{layout.LAST}|{layout.CHECKPOINT_FOLDER}"
+_OTHER_EPOCHS = rf"{layout.LAST}|{layout.CHECKPOINT_FOLDER}"  # than the chosen one
+_KINDS_OF_CHECKPOINT = rf"{layout.BEST}|{_OTHER_EPOCHS}"
 _EMBEDDER_BYTES = 2**29  # memory of an encoder and a batch
 
 
@@ -126,8 +127,9 @@ def find_predictor(config: Config, purpose: str, *, for_new_files: bool = True) 
 
 
 def default_name(config: Config, predictor: Predictor) -> str:
-    """Default name of results on ``config.source``, in plain characters: RUN-on-FOLDER, or with the
-    name of the folder that has the checkpoint if it belongs to no run.
+    """Default name of results on ``config.source``, in plain characters: RUN-on-FOLDER, for another
+    epoch than the chosen one RUN-epochN-on-FOLDER; or with the name of the folder that has the
+    checkpoint if it belongs to no run.
     """
     folder = Folder(config.given("source")).path.rpartition("/")[2]
     plain = re.sub(r"[^\w.-]+", "-", folder, flags=re.ASCII)
@@ -137,7 +139,9 @@ def default_name(config: Config, predictor: Predictor) -> str:
         _KINDS_OF_CHECKPOINT, predictor.folder.name
     )
     model = predictor.folder if is_named else predictor.run_folder
-    return f"{model.name}-on-{plain}"
+    is_chosen = config.epoch is None and not re.fullmatch(_OTHER_EPOCHS, predictor.folder.name)
+    epoch = "" if is_chosen else f"-epoch{predictor.checkpoint.epoch}"
+    return f"{model.name}{epoch}-on-{plain}"
 
 
 def folder_of_checkpoint(given: Folder) -> Folder:

@@ -111,18 +111,19 @@ def _predict(config: Config, predictor: Predictor, folder: Folder) -> Prediction
 
 
 def _check_or_write_settings(config: Config, predictor: Predictor, folder: Folder) -> None:
+    about = {"checkpoint": str(predictor.folder)}  # which may move
     settings = {
         "source": config.given("source"),
-        "checkpoint": str(predictor.folder),
         "epoch": predictor.checkpoint.epoch,
         "weights": content_hash(predictor.folder.read_bytes(layout.MODEL))[:12],
         "classes": predictor.checkpoint.classes,
         "code": code_hash(),
     }
     if not folder.exists(_SETTINGS):
-        folder.write_json(_SETTINGS, settings)
+        folder.write_json(_SETTINGS, about | settings)
         return
-    difference = differing_settings(folder.read_json(_SETTINGS), settings)
+    stored = folder.read_json(_SETTINGS)
+    difference = differing_settings({k: v for k, v in stored.items() if k not in about}, settings)
     if difference:
         raise ConfigError(
             f"the predictions {folder} were made with other settings ({difference}): choose "

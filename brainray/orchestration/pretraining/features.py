@@ -58,7 +58,7 @@ class FeatureStore:
         return rows.take(order), features
 
 
-def check_features(features: NDArray[np.float32], where: str) -> None:
+def check_features(features: NDArray[np.floating], where: str) -> None:
     """Raises DataError for features (N, E) that cannot be clustered."""
     num_bad = int((~np.isfinite(features).all(axis=1)).sum())
     if num_bad:

@@ -69,7 +69,7 @@ def draw_feature_sets(results: StudyResults) -> dict[tuple[str, str], DrawnSet]:
             results.grid.reduced(cell),
         )
         for cell in shown
-        if not (folder.exists(_file(cell)) and folder.read_json(_file(cell))["key"] == keys[cell])
+        if not _is_drawn(folder, _file(cell), keys[cell])
     ]
     if tasks:
         log(f"plotting {len(tasks)} feature sets")
@@ -81,6 +81,14 @@ def draw_feature_sets(results: StudyResults) -> dict[tuple[str, str], DrawnSet]:
             found["figures"], found["explained"], Recommendation(**found["recommendation"])
         )
     return drawn
+
+
+def _is_drawn(folder: Folder, file: str, key: str) -> bool:
+    """Whether figures of the same clusters exist; someone may have deleted some."""
+    if not folder.exists(file):
+        return False
+    found, figures = folder.read_json(file), folder / layout.FIGURES
+    return found["key"] == key and all(figures.exists(name) for name in found["figures"])
 
 
 def _shown_cells(results: StudyResults) -> list[Cell]:

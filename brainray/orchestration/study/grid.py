@@ -24,7 +24,7 @@ from brainray.errors import BrainrayError, ConfigError, DataError
 from brainray.log import log
 from brainray.models.features import PIXELS
 from brainray.mri.identity import content_hash, content_key
-from brainray.orchestration.pretraining.features import FeatureStore
+from brainray.orchestration.pretraining.features import FeatureStore, check_features
 from brainray.schema import ASSIGNED
 from brainray.storage import Folder
 
@@ -314,15 +314,16 @@ def _reduce(store: FeatureStore, slices: Slices, num_components: int, normalise:
         torch.set_num_threads(1)
         try:
             table, features = store.read()
+            rows = torch.tensor(features, dtype=torch.float64)
+            if normalise:  # as in training: only directions matter
+                rows = torch.nn.functional.normalize(rows)
+                check_features(rows.numpy(), f"{store.folder}, by direction")
         except DataError as error:  # one broken feature set must not stop the study of the others
             return Reduced(np.empty((0, 0)), np.empty(0), str(error))
         same = ["sample_id", "split", "frame"]  # paths may have changed since
         if not table.select(same).equals(slices.table.select(same)):
             problem = f"{store.folder} has features of other slices: delete it and submit again"
             return Reduced(np.empty((0, 0)), np.empty(0), problem)
-        rows = torch.tensor(features, dtype=torch.float64)
-        if normalise:  # as in training: only directions matter
-            rows = torch.nn.functional.normalize(rows)
         fitted = rows[torch.tensor(slices.fitted)]
         pca = PCA(num_components).fit(fitted)
         return Reduced(pca.transform(rows).numpy(), pca.explained_variance_ratio_.numpy())

@@ -2,15 +2,20 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from brainray import layout
 from brainray.config import Config
 from brainray.config_text import parse_config
-from brainray.engine.compare import intervals_of_mean_gains
+from brainray.engine.compare import intervals_of_mean_gains, without_comparison
 from brainray.engine.draws import summarise_draws
 from brainray.errors import ConfigError
 from brainray.log import log
-from brainray.orchestration.compared_runs import check_compared_runs
+from brainray.orchestration.compared_runs import (
+    against_control,
+    check_compared_runs,
+    comparable_control,
+)
 from brainray.orchestration.run import Run, check_same_draw, groups_of_test_slices, open_run
 from brainray.orchestration.training.driver import TrainedRun, train
 from brainray.report.draws_table import draws_table
@@ -42,20 +47,25 @@ def train_draws(config: Config) -> DrawnRuns:
     name, control = config.given("name"), config.evaluation.control
     num_draws = config.evaluation.num_label_draws
     parse_config(_config_of_draw(config, num_draws - 1).model_dump(mode="json"))  # the longest name
-    controls = [] if control is None else [_control(config, control, i) for i in range(num_draws)]
+    if control is not None:
+        for number in range(num_draws):
+            _check_control(config, control, number)
     if num_draws > 1 and config.split.labelled_fraction == 1:
         log(
             "note: split.labelled_fraction=1 uses all labels: the draws differ only in which of "
             "them are for validation"
         )
-    runs = []
+    runs, compared = [], []
     for number in range(num_draws):
         log(f"label draw {number + 1} of {num_draws}: run {draw_name(name, number)}")
         config_of_draw = _config_of_draw(config, number)
         runs.append(train(config_of_draw))
-        check_compared_runs(config_of_draw, runs[-1].run.record.data_hash)  # of a complete run, too
+        compared.append(_compared(config_of_draw, runs[-1]))
+    controls = [draw.control for draw in compared if draw.control is not None]
+    if len(controls) < num_draws:
+        controls = []
     metrics = summarise_draws(
-        [run.metrics for run in runs],
+        [draw.metrics for draw in compared],
         [control.folder.read_json(layout.SUMMARY) for control in controls] or None,
         _intervals([run.run for run in runs], controls, config),
     )
@@ -85,16 +95,32 @@ def _config_of_draw(config: Config, number: int) -> Config:
     )
 
 
-def _control(config: Config, control: str, number: int) -> Run:
+class _ComparedDraw(NamedTuple):
+    metrics: Metrics
+    control: Run | None  # None without a comparable one
+
+
+def _compared(config: Config, trained: TrainedRun) -> _ComparedDraw:
+    """Compare a draw with its control of today: if the draw was complete before, its summary may
+    compare it with another one, or with an earlier run of that name.
+    """
+    run = trained.run
+    check_compared_runs(config, run.record.data_hash)
+    control = comparable_control(config, run)
+    comparison = against_control(config, run, control, int(trained.metrics["chosen_epoch"]))
+    metrics = without_comparison(trained.metrics) | comparison
+    return _ComparedDraw(metrics, None if control is None else control.run)
+
+
+def _check_control(config: Config, control: str, number: int) -> None:
     advice = "first train the control on the same number of label draws"
     storage, name = Folder(config.storage), draw_name(control, number)
     if not (storage / layout.RUNS / name).exists(layout.SUMMARY):
         raise ConfigError(
             f"evaluation.control={control}: there is no complete run {name} in {storage}; {advice}"
         )
-    run = open_run(storage, name)
-    check_same_draw(_config_of_draw(config, number).split, run, f"evaluation.control={control}")
-    return run
+    split = _config_of_draw(config, number).split
+    check_same_draw(split, open_run(storage, name), f"evaluation.control={control}")
 
 
 def _intervals(

@@ -8,15 +8,18 @@ import pyarrow as pa
 import pytest
 
 from brainray.config import PreprocessConfig
-from brainray.errors import DataError
+from brainray.config_text import to_yaml
+from brainray.errors import ConfigError, DataError
 from brainray.orchestration.prediction import evaluation
 from brainray.orchestration.prediction.evaluation import (
     _by_usability,
+    _check_source,
     _counted,
     _files_to_score,
     _groups,
 )
 from brainray.orchestration.preprocessing.source import FoundFile, Listing, SourceFile
+from brainray.storage import Folder
 from tests.conftest import tiny_config
 
 CLASSES = ["glioma", "notumor"]
@@ -44,6 +47,21 @@ def test_only_labelled_files_of_the_test_split_are_scored(tmp_path: Path) -> Non
     files, left_out = _files_to_score(FILES, tiny_config(tmp_path), CLASSES, None)
     assert [file.path for file in files] == ["a.png"]
     assert left_out == {"outside the test split": 3, "without a class": 1}
+
+
+def test_an_evaluation_is_replaced_by_one_of_the_same_epoch_only(tmp_path: Path) -> None:
+    made_by = tiny_config(tmp_path, "source=/data", "run=mine", "epoch=3")
+    target = Folder(tmp_path / "evaluations" / "a")
+    target.write_bytes("config.yaml", to_yaml(made_by).encode())
+    _check_source(made_by, target, from_pipeline=False)
+    (tmp_path / "mine" / "epoch-0003").mkdir(parents=True)
+    (tmp_path / "mine" / "run.json").touch()
+    by_path = {"run": None, "epoch": None, "checkpoint": str(tmp_path / "mine" / "epoch-0003")}
+    _check_source(made_by.model_copy(update=by_path), target, from_pipeline=False)
+    for epoch in (None, 2):
+        other = made_by.model_copy(update={"epoch": epoch})
+        with pytest.raises(ConfigError, match=r"is the evaluation of another model \(mine/epoch-0"):
+            _check_source(other, target, from_pipeline=False)
 
 
 def test_selected_files_are_scored_whatever_their_split(tmp_path: Path) -> None:

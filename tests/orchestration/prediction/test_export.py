@@ -28,7 +28,7 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from brainray.config import Config
+from brainray.config import URI_VARIABLE, Config
 from brainray.config_text import parse_yaml
 from brainray.engine.export import SliceNet, load_safetensors, run_onnx, safetensors_bytes
 from brainray.engine.slice_model import SliceModel, stored_pixels
@@ -46,7 +46,6 @@ from brainray.orchestration.preprocessing.source import FoundFile
 from brainray.orchestration.training.driver import TrainedRun
 from brainray.schema import PREDICTED
 from brainray.storage import Folder
-from brainray.tracking import URI_VARIABLE
 from tests.conftest import logged, tiny_config
 from tests.mri.test_nifti import ball, make_nifti
 
@@ -472,6 +471,17 @@ def test_results_of_checkpoints_without_a_run_are_named_by_their_folders(
         )
         names.append(default_name(config, find_predictor(config, "the test")))
     assert names == [f"one-on-{tmp_path.name}", f"two-on-{tmp_path.name}"]
+
+
+def test_another_epoch_than_the_chosen_one_is_in_the_name_of_its_results(
+    trained: TrainedRun, tmp_path: Path
+) -> None:
+    names = []
+    last = f"{trained.run.folder}/last"
+    for model in ({}, {"epoch": 2}, {"run": None, "checkpoint": last}):
+        config = config_of(trained, f"source={tmp_path}").model_copy(update=model)
+        names.append(default_name(config, find_predictor(config, "the test")))
+    assert names == [f"two-ranks{epoch}-on-{tmp_path.name}" for epoch in ("", "-epoch2", "-epoch2")]
 
 
 def test_a_served_model_is_given_all_that_its_code_imports() -> None:

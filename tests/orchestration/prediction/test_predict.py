@@ -288,16 +288,17 @@ def test_the_same_name_goes_on_with_what_is_missing(
 def test_another_model_under_the_same_name_does_not_go_on(
     trained: TrainedRun, inbox: Path, tmp_path: Path
 ) -> None:
-    """As after a run was deleted and trained anew."""
+    """As after a run was deleted and trained anew; the same one may have moved."""
     predictor = find_predictor(config_of(trained, inbox), "this test")
     config, folder = config_of(trained, inbox, "name=retrained"), Folder(tmp_path / "predictions")
     _check_or_write_settings(config, predictor, folder)
     _check_or_write_settings(config, predictor, folder)
     shutil.copytree(str(predictor.folder), tmp_path / "run" / "best")
+    moved = replace(predictor, folder=Folder(tmp_path / "run" / "best"))
+    _check_or_write_settings(config, moved, folder)
     (tmp_path / "run" / "best" / "model.pt").open("ab").write(b" ")
-    other = replace(predictor, folder=Folder(tmp_path / "run" / "best"))
     with pytest.raises(ConfigError, match="weights: "):
-        _check_or_write_settings(config, other, folder)
+        _check_or_write_settings(config, moved, folder)
 
 
 @pytest.mark.slow

@@ -2,12 +2,27 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
+import numpy as np
+import pyarrow as pa
 import pytest
+from numpy.typing import NDArray
 
 from brainray.config import Config
 from brainray.errors import ConfigError
-from brainray.orchestration.study.grid import Cell, check_sizes, main_cells, sensitivity_cells
+from brainray.orchestration.pretraining.features import FeatureStore
+from brainray.orchestration.study.grid import (
+    FITTED,
+    Cell,
+    Reduced,
+    Slices,
+    _reduce,
+    check_sizes,
+    main_cells,
+    sensitivity_cells,
+)
 from tests.conftest import tiny_config
 
 CELL = Cell("mri", "pixels", 0, "kmeans", 2, 4)
@@ -32,6 +47,24 @@ def test_cells_with_other_settings_have_files_of_their_own() -> None:
         replace(CELL, linkage="ward"),
     ]
     assert len({cell.file for cell in [CELL, *others]}) == 1 + len(others)
+
+
+def test_features_of_one_direction_are_collapsed_whatever_their_lengths() -> None:
+    names = [f"{number:032x}" for number in range(6)]
+    table = pa.table({"sample_id": names, "split": ["train"] * 6, "frame": [""] * 6})
+    slices = Slices(table, np.zeros(6, np.int64), {FITTED: np.ones(6, dtype=bool)})
+    lengths, direction = np.linspace(1, 3, 6, dtype=np.float32), np.array([0.6, 0.8], np.float32)
+
+    def reduced(features: NDArray[np.float32], *, is_encoded: bool) -> Reduced:
+        store = SimpleNamespace(folder="features", read=lambda: (table, features))
+        found: Reduced = _reduce._function(cast(FeatureStore, store), slices, 2, is_encoded)
+        return found
+
+    collapsed = lengths[:, None] * direction
+    assert "all 6 slices have the same features" in str(reduced(collapsed, is_encoded=True).problem)
+    assert reduced(collapsed, is_encoded=False).problem is None  # the brightness of pixels counts
+    spread = np.random.default_rng(0).normal(size=(6, 2)).astype(np.float32)
+    assert reduced(spread, is_encoded=True).problem is None
 
 
 def test_one_setting_is_varied_at_a_time(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What a study's report makes of its outcomes."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,10 +10,11 @@ import pytest
 
 from brainray.clustering.stability import Recommendation
 from brainray.engine.shard import sample_keys
-from brainray.orchestration.study.figures import DrawnSet, _shown_cells
+from brainray.orchestration.study.figures import DrawnSet, _is_drawn, _shown_cells
 from brainray.orchestration.study.grid import FITTED, Cell, Outcome, Slices
 from brainray.orchestration.study.report import _advice, _agreement, _panel
 from brainray.schema import UNLABELLED
+from brainray.storage import Folder
 
 
 def test_a_panel_is_in_the_order_of_its_numbers() -> None:
@@ -40,6 +42,17 @@ def test_rounds_are_scored_on_the_fitted_slices_with_a_label() -> None:
     assert _agreement(slices, clusters) == {"nmi": pytest.approx(1.0)}
     unlabelled = Slices(slices.table, np.full(6, UNLABELLED), slices.subsets)
     assert _agreement(unlabelled, clusters) == {}
+
+
+def test_figures_that_someone_has_deleted_are_drawn_again(tmp_path: Path) -> None:
+    folder, figure = Folder(tmp_path), "figures/mri/a-tsne.png"
+    assert not _is_drawn(folder, "drawn/mri/a.json", "key")
+    folder.write_bytes(figure, b"")
+    folder.write_json("drawn/mri/a.json", {"key": "key", "figures": ["mri/a-tsne.png"]})
+    assert _is_drawn(folder, "drawn/mri/a.json", "key")
+    assert not _is_drawn(folder, "drawn/mri/a.json", "of other clusters")
+    folder.delete_file(figure)
+    assert not _is_drawn(folder, "drawn/mri/a.json", "key")
 
 
 def test_every_feature_set_has_its_advice() -> None:

@@ -1,15 +1,22 @@
-"""Several draws of labels on a real Ray cluster, beside a control's."""
+"""Several draws of labels, most of them on a real Ray cluster, beside a control's."""
 
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
-from brainray.config import Config
+from brainray import layout
+from brainray.config import Config, PreprocessConfig
 from brainray.errors import ConfigError
+from brainray.orchestration.run import Run, RunRecord, lasting_settings, open_run
+from brainray.orchestration.training import draws
 from brainray.orchestration.training.draws import DrawnRuns, train_draws
+from brainray.orchestration.training.driver import TrainedRun
+from brainray.schema import PREDICTIONS
+from brainray.storage import Folder
 from tests.conftest import logged, tiny_config
 
-pytestmark = pytest.mark.usefixtures("ray_cluster")
+NAME = "test/all/head/accuracy"
 
 
 def drawn_config(storage: Path, name: str, *overrides: str) -> Config:
@@ -29,7 +36,72 @@ def labelled(drawn: DrawnRuns, number: int) -> set[str]:
     return {row["sample_id"] for row in seen if row["label"] is not None}
 
 
+def complete_run(config: Config, num_right: int) -> Run:
+    """A run on disk that has the given number of ten test slices right."""
+    folder = Folder(config.storage) / layout.RUNS / config.given("name")
+    RunRecord(
+        format=layout.RUN_FORMAT,
+        name=config.given("name"),
+        dataset="mri",
+        data_hash="0",
+        classes=["a", "b"],
+        preprocess=PreprocessConfig(),
+        num_slices={},
+        settings=lasting_settings(config),
+    ).write(folder)
+    ids = [f"{number:032x}" for number in range(10)]
+    folder.write_table(layout.SEEN, pa.table({"sample_id": ids[:2], "role": ["labelled"] * 2}))
+    folder.write_table(layout.TEST_SLICES, pa.table({"sample_id": ids, "split_group_id": ids}))
+    rows = [
+        dict.fromkeys(PREDICTIONS.names)
+        | {"sample_id": name, "label": "a", "cluster_class": "a", "clean": True, "strict": True}
+        | {"head": "a" if number < num_right else "b"}
+        for number, name in enumerate(ids)
+    ]
+    table = pa.Table.from_pylist(rows, schema=PREDICTIONS)
+    folder.write_table(layout.predictions_file(1), table)
+    folder.write_json_lines(layout.METRICS, [{"epoch": 1.0, "train/num_workers": 1.0}])
+    folder.write_json(layout.SUMMARY, {NAME: num_right / 10, "chosen_epoch": 1.0})
+    return open_run(Folder(config.storage), config.given("name"))
+
+
+def test_complete_draws_are_compared_with_the_control_that_is_named_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def config_of(name: str, *overrides: str) -> Config:
+        return drawn_config(tmp_path, name, *overrides)
+
+    for name, num_right in (("mine", 9), ("first", 8), ("second", 7)):
+        for number in range(2):
+            seed = f"split.seed={config_of(name).split.seed + number}"
+            complete_run(config_of(f"{name}-draw{number + 1}", seed), num_right)
+
+    def nothing_to_train(config: Config) -> TrainedRun:
+        run = open_run(Folder(config.storage), config.given("name"))
+        return TrainedRun(run, run.folder.read_json(layout.SUMMARY), None, "")
+
+    monkeypatch.setattr(draws, "train", nothing_to_train)
+    for number in range(2):  # as training leaves it
+        folder = Folder(tmp_path) / layout.RUNS / f"mine-draw{number + 1}"
+        compared = folder.read_json(layout.SUMMARY) | {f"difference/{NAME}": 0.1}
+        folder.write_json(layout.SUMMARY, compared)
+
+    found = train_draws(config_of("mine", "evaluation.control=first")).metrics
+    assert found[f"control/{NAME}"] == pytest.approx(0.8)
+    found = train_draws(config_of("mine", "evaluation.control=second")).metrics
+    assert found[f"control/{NAME}"] == pytest.approx(0.7)
+    assert found[f"difference/{NAME}"] == pytest.approx(0.2)
+    assert found[f"fewer_errors/{NAME}"] == pytest.approx(2 / 3)
+
+    other = Folder(tmp_path) / layout.RUNS / "second-draw2"  # as drawn by another version
+    other.write_table(layout.SEEN, pa.table({"sample_id": ["f" * 32], "role": ["labelled"]}))
+    found = train_draws(config_of("mine", "evaluation.control=second")).metrics
+    assert found[NAME] == pytest.approx(0.9)
+    assert not any(name.startswith(("control/", "difference/")) for name in found)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
 def test_draws_are_runs_of_their_own_paired_with_the_control(
     storage: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
