@@ -26,7 +26,7 @@ from brainray.benchmarks.samples import load_slices, perturbed
 from brainray.benchmarks.timing import OURS, relative_times, side_by_side, timed_on_rank, wait
 from brainray.config import AugmentConfig, TrainConfig
 from brainray.config_text import load_config
-from brainray.engine.epoch import EpochData, EpochTargets
+from brainray.engine.epoch import EpochData
 from brainray.engine.forward import autocast
 from brainray.engine.loop import train_epoch
 from brainray.engine.recipe import build_optimizer, resolve_precision
@@ -34,7 +34,7 @@ from brainray.engine.shard import CachedImages, Images, PixelScale, SliceShard, 
 from brainray.log import log
 from brainray.models.encoder import Encoder
 from brainray.models.joint import JointObjective
-from brainray.models.objective import StepSizes
+from brainray.models.objective import StepSizes, Targets
 from brainray.orchestration.preprocessing.driver import preprocess
 from brainray.orchestration.ray_connection import attach_to_ray
 from brainray.orchestration.resources import KEEPING_MEMORY
@@ -156,7 +156,7 @@ def _ours(
     optimizer, scheduler = build_optimizer(encoder, TrainConfig(), 10_000)
     model = wrap(encoder)
     shard = _shard(images)
-    targets = EpochTargets(
+    targets = Targets(
         responsibilities=torch.full((len(images), NUM_CLUSTERS), 1 / NUM_CLUSTERS, device=device),
         pseudo_labels=torch.zeros(len(images), dtype=torch.int64, device=device),
         confidences=torch.ones(len(images), device=device),

@@ -13,33 +13,9 @@ from brainray.engine.shard import Images, PixelScale, SliceShard
 from brainray.models.augment import augment
 from brainray.models.encoder import EncoderOutput
 from brainray.models.mixup import Mixup
-from brainray.models.objective import Objective, StepOutputs, StepSizes, StepTargets
+from brainray.models.objective import Objective, StepOutputs, StepSizes, Targets
 
 _SLICES_FOR_STATISTICS = 2048
-
-
-@dataclass(frozen=True)
-class EpochTargets:
-    """Targets for the n unlabelled slices of a shard from the last epoch's encoder and mixture."""
-
-    responsibilities: Tensor  # (n, K) float32
-    pseudo_labels: Tensor  # (n,) int64
-    confidences: Tensor  # (n,) float32 in [0, 1]
-    centers: Tensor  # (K, E) float32
-    class_of_cluster: Tensor  # (K,) int64
-    ramp: float  # in [0, 1]
-
-    def for_step(self, labels: Tensor, rows: Tensor) -> StepTargets:
-        """Targets of a step, from its labels and its unlabelled rows."""
-        return StepTargets(
-            labels=labels,
-            responsibilities=self.responsibilities[rows],
-            pseudo_labels=self.pseudo_labels[rows],
-            confidences=self.confidences[rows],
-            centers=self.centers,
-            class_of_cluster=self.class_of_cluster,
-            ramp=self.ramp,
-        )
 
 
 @dataclass(frozen=True)
@@ -86,24 +62,25 @@ def plan_epoch(
 
 @dataclass(frozen=True)
 class StepBatch:
-    """Augmented and standardised slices of one step with their targets."""
+    """Augmented and standardised slices of one step with their labels and targets."""
 
     images: Tensor  # (B, 1, H, W) float32: labelled slices, then unlabelled ones
     keys: Tensor  # (B,) int64
-    targets: StepTargets
+    labels: Tensor  # (B_l,) int64, of the labelled slices
+    targets: Targets  # of the unlabelled slices
     objective: Objective
     mixup: Mixup | None
 
     def loss(self, output: EncoderOutput) -> dict[str, Tensor]:
         """Terms of the objective for the encoder's output."""
-        num_labelled = len(self.targets.labels)
+        num_labelled = len(self.labels)
         outputs = StepOutputs(
             labelled=EncoderOutput(output.z[:num_labelled], output.logits[:num_labelled]),
             unlabelled=EncoderOutput(output.z[num_labelled:], output.logits[num_labelled:]),
         )
         if self.mixup is not None:
-            return self.mixup.loss(self.objective, outputs, self.targets)
-        return self.objective.loss(outputs, self.targets)
+            return self.mixup.loss(self.objective, outputs, self.labels, self.targets)
+        return self.objective.loss(outputs, self.labels, self.targets)
 
 
 @dataclass(frozen=True)
@@ -118,7 +95,7 @@ class EpochData:
     labelled: SliceShard
     unlabelled: SliceShard
     objective: Objective
-    targets: EpochTargets
+    targets: Targets  # of the unlabelled slices
     sizes: StepSizes
     num_steps: int  # the same on every rank
     scale: PixelScale
@@ -165,7 +142,8 @@ class EpochData:
             yield StepBatch(
                 self.scale.standardise(torch.cat([views, views_unlabelled])),
                 torch.cat([self.labelled.keys[rows], self.unlabelled.keys[rows_unlabelled]]),
-                self.targets.for_step(self.labelled.labels[rows], rows_unlabelled),
+                self.labelled.labels[rows],
+                self.targets.of_rows(rows_unlabelled),
                 self.objective,
                 mixup,
             )

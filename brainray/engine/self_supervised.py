@@ -44,6 +44,10 @@ class SoftTargets:
     responsibilities: Tensor  # (n_rank, K) float32
     centers: Tensor  # (K, E) float32
 
+    def of_rows(self, rows: Tensor) -> "SoftTargets":
+        """Targets of the slices at these rows (B,)."""
+        return SoftTargets(self.responsibilities[rows], self.centers)
+
 
 @dataclass(frozen=True)
 class StepPlan:
@@ -165,14 +169,13 @@ class PretextEpoch:
         groups = self.groups.numbers.to(device)
         for rows, batch in zip(rows_on_device, self.images.batches(rows_of_steps), strict=True):
             views = self.pretext.views(batch.float() / 255, groups[rows], generator)
-            soft = self.soft
             yield PretextBatch(
                 views.images,
                 self.keys[rows].repeat(len(views.images) // len(rows)),
                 self.pretext,
                 views.targets,
                 self.lambda_cluster,
-                None if soft is None else SoftTargets(soft.responsibilities[rows], soft.centers),
+                None if self.soft is None else self.soft.of_rows(rows),
             )
 
 

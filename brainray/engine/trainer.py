@@ -16,7 +16,6 @@ from brainray.clustering.seeding import seed_of
 from brainray.config import Config
 from brainray.engine.epoch import (
     EpochData,
-    EpochTargets,
     embed,
     measure_batch_statistics,
     plan_epoch,
@@ -66,7 +65,7 @@ from brainray.engine.state import (
 )
 from brainray.errors import DivergenceError
 from brainray.models.encoder import Encoder, EncoderOutput
-from brainray.models.objective import StepSizes
+from brainray.models.objective import StepSizes, Targets
 from brainray.schema import FITTED, Metrics, has_class_support, subset_masks
 from brainray.storage import Folder
 
@@ -325,7 +324,7 @@ class Trainer:
                 table = predictions_table(test, self.classes, self.test_slices)
                 self.run.write_table(layout.predictions_file(chosen.epoch), table)
 
-    def _train_epoch(self, targets: EpochTargets) -> EpochResult:
+    def _train_epoch(self, targets: Targets) -> EpochResult:
         config = self.config
         try:
             return train_epoch(
@@ -361,7 +360,7 @@ class Trainer:
                 remedy=_REMEDY,
             ) from None
 
-    def _targets(self) -> tuple[EpochTargets, float]:
+    def _targets(self) -> tuple[Targets, float]:
         """Targets for the unlabelled slices from the last epoch, and its class shift."""
         first = len(self.data.labelled)
         rows = slice(first, first + len(self.data.unlabelled))
@@ -369,7 +368,7 @@ class Trainer:
         probabilities = last.probabilities[rows]
         shares = class_shares(self.data.labelled.labels, len(self.classes))
         believed = pseudo_labels(probabilities, shares).overridden_by(self.data.inherited)
-        targets = EpochTargets(
+        targets = Targets(
             responsibilities=last.responsibilities[rows],
             pseudo_labels=believed.labels,
             confidences=believed.confidences,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from brainray.models.consistency import ConsistencyObjective
-from brainray.models.objective import StepOutputs, StepTargets
+from brainray.models.objective import StepOutputs, Targets
 from brainray.models.prototype import PrototypeObjective
 
 
@@ -18,7 +18,7 @@ class AnchoredObjective:
 
     uses_unlabelled = True
 
-    def loss(self, outputs: StepOutputs, targets: StepTargets) -> dict[str, Tensor]:
-        terms = self.consistency.loss(outputs, targets)
-        clustering = self.prototype.clustering(outputs, targets)
-        return terms | clustering | {"total": terms["total"] + clustering["total"]}
+    def loss(self, outputs: StepOutputs, labels: Tensor, targets: Targets) -> dict[str, Tensor]:
+        terms = self.consistency.loss(outputs, labels, targets)
+        clustering, its_terms = self.prototype.clustering(outputs, labels, targets)
+        return terms | its_terms | {"total": terms["total"] + clustering}

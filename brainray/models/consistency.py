@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from brainray.models.objective import StepOutputs, StepTargets
+from brainray.models.objective import StepOutputs, Targets
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class ConsistencyObjective:
 
     uses_unlabelled = True
 
-    def loss(self, outputs: StepOutputs, targets: StepTargets) -> dict[str, Tensor]:
-        cross_entropy = F.cross_entropy(outputs.labelled.logits, targets.labels)
+    def loss(self, outputs: StepOutputs, labels: Tensor, targets: Targets) -> dict[str, Tensor]:
+        cross_entropy = F.cross_entropy(outputs.labelled.logits, labels)
         consistency = consistency_loss(
             outputs.unlabelled.logits, targets.pseudo_labels, targets.confidences
         )

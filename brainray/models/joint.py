@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from brainray.models.objective import StepOutputs, StepTargets
+from brainray.models.objective import StepOutputs, Targets
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,8 @@ class JointObjective:
 
     uses_unlabelled = True
 
-    def loss(self, outputs: StepOutputs, targets: StepTargets) -> dict[str, Tensor]:
-        cross_entropy = F.cross_entropy(outputs.labelled.logits, targets.labels)
+    def loss(self, outputs: StepOutputs, labels: Tensor, targets: Targets) -> dict[str, Tensor]:
+        cross_entropy = F.cross_entropy(outputs.labelled.logits, labels)
         cluster = cluster_loss(outputs.unlabelled.z, targets.responsibilities, targets.centers)
         total = cross_entropy + self.lambda_cluster * cluster
         return {"total": total, "ce": cross_entropy.detach(), "cluster": cluster.detach()}

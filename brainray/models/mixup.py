@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from brainray.models.objective import Objective, StepOutputs, StepTargets
+from brainray.models.objective import Objective, StepOutputs, Targets
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,9 @@ class Mixup:
         return torch.lerp(images[self.partners], images, self.share)
 
     def loss(
-        self, objective: Objective, outputs: StepOutputs, targets: StepTargets
+        self, objective: Objective, outputs: StepOutputs, labels: Tensor, targets: Targets
     ) -> dict[str, Tensor]:
-        """Loss terms for mixed slices; terms of all objectives are linear in the mixed targets."""
-        own = objective.loss(outputs, targets)
-        partner_terms = objective.loss(
-            outputs, targets._replace(labels=targets.labels[self.partners])
-        )
+        """Loss terms for mixed slices; terms of all objectives are linear in the mixed labels."""
+        own = objective.loss(outputs, labels, targets)
+        partner_terms = objective.loss(outputs, labels[self.partners], targets)
         return {name: torch.lerp(partner_terms[name], own[name], self.share) for name in own}

@@ -21,16 +21,26 @@ class StepOutputs(NamedTuple):
     unlabelled: EncoderOutput  # of B_u slices
 
 
-class StepTargets(NamedTuple):
-    """Targets of a step's loss; constants, not differentiated."""
+class Targets(NamedTuple):
+    """Targets of n unlabelled slices, from the last epoch's encoder and mixture.
 
-    labels: Tensor  # (B_l,) int64 class indices
-    responsibilities: Tensor  # (B_u, K) float32, gamma of the unlabelled slices
-    pseudo_labels: Tensor  # (B_u,) int64 classes: inherited, or predicted by the last epoch
-    confidences: Tensor  # (B_u,) float32 in [0, 1], weights of the pseudo-labels
+    They are constants, not differentiated.
+    """
+
+    responsibilities: Tensor  # (n, K) float32, gamma
+    pseudo_labels: Tensor  # (n,) int64 classes: inherited, or predicted by the last epoch
+    confidences: Tensor  # (n,) float32 in [0, 1], weights of the pseudo-labels
     centers: Tensor  # (K, E) float32, mu in the space of z
     class_of_cluster: Tensor  # (K,) int64
     ramp: float  # in [0, 1]: weight of targets that the run generated itself
+
+    def of_rows(self, rows: Tensor) -> "Targets":
+        """Targets of the slices at these rows (B_u,)."""
+        return self._replace(
+            responsibilities=self.responsibilities[rows],
+            pseudo_labels=self.pseudo_labels[rows],
+            confidences=self.confidences[rows],
+        )
 
 
 class Objective(Protocol):
@@ -46,6 +56,12 @@ class Objective(Protocol):
         """Whether a step takes unlabelled slices; if not, all of its slices are labelled."""
         ...
 
-    def loss(self, outputs: StepOutputs, targets: StepTargets) -> dict[str, Tensor]:
-        """Scalar terms of a step. Without unlabelled slices, their terms are 0."""
+    def loss(self, outputs: StepOutputs, labels: Tensor, targets: Targets) -> dict[str, Tensor]:
+        """Scalar terms of a step. Without unlabelled slices, their terms are 0.
+
+        Args:
+            outputs: of the encoder.
+            labels: (B_l,) int64 class indices of the labelled slices.
+            targets: of the B_u unlabelled slices.
+        """
         ...

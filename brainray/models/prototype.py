@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from brainray.models.objective import StepOutputs, StepTargets
+from brainray.models.objective import StepOutputs, Targets
 
 
 @dataclass(frozen=True)
@@ -25,24 +25,22 @@ class PrototypeObjective:
 
     uses_unlabelled = True
 
-    def loss(self, outputs: StepOutputs, targets: StepTargets) -> dict[str, Tensor]:
-        cross_entropy = F.cross_entropy(outputs.labelled.logits, targets.labels)
-        clustering = self.clustering(outputs, targets)
-        total = cross_entropy + clustering["total"]
-        return clustering | {"total": total, "ce": cross_entropy.detach()}
+    def loss(self, outputs: StepOutputs, labels: Tensor, targets: Targets) -> dict[str, Tensor]:
+        cross_entropy = F.cross_entropy(outputs.labelled.logits, labels)
+        clustering, its_terms = self.clustering(outputs, labels, targets)
+        return {"total": cross_entropy + clustering, **its_terms, "ce": cross_entropy.detach()}
 
-    def clustering(self, outputs: StepOutputs, targets: StepTargets) -> dict[str, Tensor]:
-        """The second summand of L as ``total``, with its terms."""
+    def clustering(
+        self, outputs: StepOutputs, labels: Tensor, targets: Targets
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The second summand of L, a scalar, and its terms as they are logged."""
         log_near_labelled = log_nearness(outputs.labelled.z, targets.centers, self.temperature)
-        anchor = anchor_loss(log_near_labelled, targets.labels, targets.class_of_cluster)
+        anchor = anchor_loss(log_near_labelled, labels, targets.class_of_cluster)
         log_near = log_nearness(outputs.unlabelled.z, targets.centers, self.temperature)
         each = -(targets.responsibilities * log_near).sum(dim=1)
         prototype = (targets.confidences * each).sum() / max(len(each), 1)
-        return {
-            "total": self.lambda_cluster * (targets.ramp * prototype + anchor),
-            "cluster": prototype.detach(),
-            "anchor": anchor.detach(),
-        }
+        weighted = self.lambda_cluster * (targets.ramp * prototype + anchor)
+        return weighted, {"cluster": prototype.detach(), "anchor": anchor.detach()}
 
 
 def log_nearness(z: Tensor, centers: Tensor, temperature: float) -> Tensor:

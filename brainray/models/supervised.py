@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from brainray.models.objective import StepOutputs, StepTargets
+from brainray.models.objective import StepOutputs, Targets
 
 
 @dataclass(frozen=True)
@@ -14,6 +14,6 @@ class SupervisedObjective:
 
     uses_unlabelled = False
 
-    def loss(self, outputs: StepOutputs, targets: StepTargets) -> dict[str, Tensor]:
-        cross_entropy = F.cross_entropy(outputs.labelled.logits, targets.labels)
+    def loss(self, outputs: StepOutputs, labels: Tensor, targets: Targets) -> dict[str, Tensor]:
+        cross_entropy = F.cross_entropy(outputs.labelled.logits, labels)
         return {"total": cross_entropy, "ce": cross_entropy.detach()}

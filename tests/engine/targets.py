@@ -2,12 +2,12 @@
 
 import torch
 
-from brainray.engine.epoch import EpochTargets
+from brainray.models.objective import Targets
 
 
-def uninformed(num_slices: int, embedding_dim: int) -> EpochTargets:
+def uninformed(num_slices: int, embedding_dim: int) -> Targets:
     """Of two clusters at the origin that explain every slice alike."""
-    return EpochTargets(
+    return Targets(
         responsibilities=torch.full((num_slices, 2), 0.5),
         pseudo_labels=torch.zeros(num_slices, dtype=torch.int64),
         confidences=torch.zeros(num_slices),

@@ -19,7 +19,6 @@ from brainray.config import (
 )
 from brainray.engine.epoch import (
     EpochData,
-    EpochTargets,
     embed,
     measure_batch_statistics,
     plan_epoch,
@@ -31,7 +30,7 @@ from brainray.engine.self_supervised import Groups, PretextEpoch, build_pretext,
 from brainray.engine.shard import CachedImages, Images, PixelScale, SliceShard, StreamedImages
 from brainray.models.encoder import Encoder, EncoderOutput
 from brainray.models.features import FeatureEncoder
-from brainray.models.objective import StepSizes
+from brainray.models.objective import StepSizes, Targets
 from brainray.models.pretext import PretextModel
 from tests.emulated_gpu import GPU, GpuTensor, emulated_gpu
 
@@ -115,7 +114,7 @@ def test_an_epoch_keeps_to_its_device(name: str) -> None:
                 labelled=slices_on_gpu(8),
                 unlabelled=unlabelled,
                 objective=objective,
-                targets=EpochTargets(
+                targets=Targets(
                     responsibilities=torch.full((16, 2), 0.5, device=GPU),
                     pseudo_labels=torch.zeros(16, dtype=torch.int64, device=GPU),
                     confidences=torch.ones(16, device=GPU),

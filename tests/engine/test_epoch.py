@@ -14,7 +14,6 @@ from brainray.engine import recipe
 from brainray.engine.epoch import (
     EpochData,
     EpochPlan,
-    EpochTargets,
     embed,
     measure_batch_statistics,
     plan_epoch,
@@ -25,7 +24,7 @@ from brainray.engine.shard import CachedImages, PixelScale, SliceShard, Streamed
 from brainray.models.encoder import Encoder, EncoderOutput
 from brainray.models.joint import JointObjective
 from brainray.models.mixup import Mixup
-from brainray.models.objective import StepOutputs, StepSizes
+from brainray.models.objective import StepOutputs, StepSizes, Targets
 from brainray.models.supervised import SupervisedObjective
 from tests.engine.targets import uninformed
 
@@ -154,7 +153,7 @@ def test_what_a_step_learns_is_that_of_its_slices(streaming: bool) -> None:
     if streaming:
         labelled, unlabelled = streamed(labelled), streamed(unlabelled)
     row = torch.arange(24)
-    targets = EpochTargets(
+    targets = Targets(
         responsibilities=torch.stack([row / 24, 1 - row / 24], dim=1),
         pseudo_labels=row % 3,
         confidences=row / 24,
@@ -178,7 +177,7 @@ def test_what_a_step_learns_is_that_of_its_slices(streaming: bool) -> None:
     passed: list[int] = []
     for batch in data.batches():
         first, rest = batch.keys.split(8)
-        assert torch.equal(batch.targets.labels, labelled.labels[first])
+        assert torch.equal(batch.labels, labelled.labels[first])
         for name in ("responsibilities", "pseudo_labels", "confidences"):
             assert torch.equal(getattr(batch.targets, name), getattr(targets, name)[rest]), name
         shown = torch.cat([images["labelled"][first], images["unlabelled"][rest]])
@@ -190,8 +189,8 @@ def test_what_a_step_learns_is_that_of_its_slices(streaming: bool) -> None:
 
 
 def test_a_step_has_the_ramp_of_its_epoch() -> None:
-    targets = replace(uninformed(3, embedding_dim=2), ramp=0.25)
-    assert targets.for_step(torch.tensor([0]), torch.tensor([2])).ramp == 0.25
+    targets = uninformed(3, embedding_dim=2)._replace(ramp=0.25)
+    assert targets.of_rows(torch.tensor([2])).ramp == 0.25
 
 
 def two_steps() -> EpochData:
@@ -229,9 +228,10 @@ def test_the_loss_of_mixed_slices_is_of_both_labels() -> None:
     logits = torch.randn(16, 2, generator=torch.Generator().manual_seed(0))
     z = torch.zeros(16, 2)
     outputs = StepOutputs(EncoderOutput(z[:8], logits[:8]), EncoderOutput(z[8:], logits[8:]))
-    expected = batch.mixup.loss(batch.objective, outputs, batch.targets)
+    expected = batch.mixup.loss(batch.objective, outputs, batch.labels, batch.targets)
     assert batch.loss(EncoderOutput(z, logits)) == expected
-    assert expected["ce"] != batch.objective.loss(outputs, batch.targets)["ce"]
+    plain = batch.objective.loss(outputs, batch.labels, batch.targets)
+    assert expected["ce"] != plain["ce"]
 
 
 def test_labelled_and_unlabelled_slices_have_orders_of_their_own() -> None:

@@ -18,9 +18,11 @@ def test_slices_and_losses_are_mixed_in_the_same_shares() -> None:
     logits = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
     z = torch.zeros(3, 8)
     nothing = EncoderOutput(z[:0], logits[:0])
-    targets = uninformed(0, 8).for_step(torch.tensor([0, 3, 1]), torch.empty(0).long())
     found = mixup.loss(
-        SupervisedObjective(), StepOutputs(EncoderOutput(z, logits), nothing), targets
+        SupervisedObjective(),
+        StepOutputs(EncoderOutput(z, logits), nothing),
+        torch.tensor([0, 3, 1]),
+        uninformed(0, 8),
     )
     soft = torch.tensor([[0.75, 0, 0, 0.25], [0.25, 0, 0, 0.75], [0, 1, 0, 0]])
     expected = torch.nn.functional.cross_entropy(logits, soft)
