@@ -7,7 +7,8 @@ the same number on every rank.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -35,24 +36,27 @@ class NonFiniteStep(Exception):
         self.batch = batch
 
 
-def divergence(
-    stop: NonFiniteStep,
-    sample_ids: Callable[[], list[str]],
-    *,
-    where: str,
-    num_steps: int,
-    remedy: str,
-) -> DivergenceError:
-    """The error for a user, the same on every rank (collective); names the slices concerned.
+@contextmanager
+def naming_slices(
+    sample_ids: Callable[[], list[str]], *, where: str, num_steps: int, remedy: str
+) -> Iterator[None]:
+    """Turn a `NonFiniteStep` into an error for the user that names the slices concerned.
 
-    ``sample_ids`` gives those of all slices.
+    Collective if the step is raised, as it is on every rank. ``sample_ids`` gives those of all
+    slices.
+
+    Raises:
+        DivergenceError: the same on every rank.
     """
-    culprits = dist.gather_rows(stop.culprits)
-    named = culprits if len(culprits) else dist.gather_rows(stop.batch)
-    return DivergenceError(
-        f"{where}, step {stop.step + 1} of {num_steps}: the loss or its gradient is NaN or "
-        f"infinite for {name_slices(sample_ids(), named)}: {remedy}"
-    )
+    try:
+        yield
+    except NonFiniteStep as stop:
+        culprits = dist.gather_rows(stop.culprits)
+        named = culprits if len(culprits) else dist.gather_rows(stop.batch)
+        raise DivergenceError(
+            f"{where}, step {stop.step + 1} of {num_steps}: the loss or its gradient is NaN or "
+            f"infinite for {name_slices(sample_ids(), named)}: {remedy}"
+        ) from None
 
 
 def name_slices(sample_ids: list[str], keys: Tensor) -> str:

@@ -21,7 +21,7 @@ from brainray.engine.epoch import (
     plan_epoch,
 )
 from brainray.engine.evaluate import confusion_metrics, subset_metrics
-from brainray.engine.finite import NonFiniteStep, divergence, name_slices
+from brainray.engine.finite import name_slices, naming_slices
 from brainray.engine.loop import EpochResult, heartbeat, train_epoch
 from brainray.engine.predictions import Predictions, gather_predictions, predictions_table
 from brainray.engine.pseudo_labels import class_shares, class_shift, pseudo_labels
@@ -326,7 +326,12 @@ class Trainer:
 
     def _train_epoch(self, targets: Targets) -> EpochResult:
         config = self.config
-        try:
+        with naming_slices(
+            self._sample_ids,
+            where=f"epoch {self.epoch}",
+            num_steps=self.num_steps,
+            remedy=_REMEDY,
+        ):
             return train_epoch(
                 self.model,
                 self.optimizer,
@@ -351,14 +356,6 @@ class Trainer:
                 on_update=self._update_average,
                 on_step=heartbeat(f"epoch {self.epoch}", self.num_steps),
             )
-        except NonFiniteStep as stop:
-            raise divergence(
-                stop,
-                self._sample_ids,
-                where=f"epoch {self.epoch}",
-                num_steps=self.num_steps,
-                remedy=_REMEDY,
-            ) from None
 
     def _targets(self) -> tuple[Targets, float]:
         """Targets for the unlabelled slices from the last epoch, and its class shift."""

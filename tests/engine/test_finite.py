@@ -13,11 +13,12 @@ from brainray.engine.epoch import EpochData
 from brainray.engine.finite import (
     GradientWatch,
     NonFiniteStep,
-    divergence,
+    naming_slices,
     nan_gradient_unless_finite,
 )
 from brainray.engine.loop import heartbeat, train_epoch
 from brainray.engine.shard import CachedImages, PixelScale, SliceShard
+from brainray.errors import DivergenceError
 from brainray.models.encoder import EncoderOutput
 from brainray.models.joint import JointObjective
 from brainray.models.objective import StepSizes
@@ -198,8 +199,12 @@ def test_the_error_names_the_step_and_the_slices() -> None:
     message = {}
     for name, num_culprits in (("culprits", 1), ("batch", 0)):
         stop = NonFiniteStep(2, torch.arange(num_culprits), torch.arange(10))
-        error = divergence(stop, lambda: ids, where="epoch 3", num_steps=9, remedy="lower it")
-        message[name] = str(error)
+        with (
+            pytest.raises(DivergenceError) as error,
+            naming_slices(lambda: ids, where="epoch 3", num_steps=9, remedy="lower it"),
+        ):
+            raise stop
+        message[name] = str(error.value)
     start = "epoch 3, step 3 of 9: the loss or its gradient is NaN or infinite for sample_id "
     assert message["culprits"] == f"{start}{ids[0]}: lower it"
     assert message["batch"] == f"{start}{', '.join(ids[:8])} and 2 more: lower it"

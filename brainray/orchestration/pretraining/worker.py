@@ -20,7 +20,7 @@ from brainray import dist, layout
 from brainray.clustering.seeding import seed_of
 from brainray.config import Config, FeatureConfig
 from brainray.config_text import parse_config
-from brainray.engine.finite import NonFiniteStep, divergence
+from brainray.engine.finite import naming_slices
 from brainray.engine.loop import heartbeat, train_epoch
 from brainray.engine.recipe import agreed_precision, build_optimizer, resume_schedule
 from brainray.engine.recluster import ClusterModel, Reclustering, recluster_with_check
@@ -240,7 +240,12 @@ class _Learner:
         All ranks embed with the encoder that is saved: rank 0's buffers are copied to the others.
         """
         name = f"{self.folder.name}, {name}"
-        try:
+        with naming_slices(
+            self.rows["sample_id"].to_pylist,
+            where=f"self-supervised training, {name}",
+            num_steps=self.plan.num_steps,
+            remedy=_REMEDY,
+        ):
             result = train_epoch(
                 self.ddp,
                 optimizer,
@@ -258,14 +263,6 @@ class _Learner:
                 precision=self.precision,
                 on_step=heartbeat(name, self.plan.num_steps),
             )
-        except NonFiniteStep as stop:
-            raise divergence(
-                stop,
-                self.rows["sample_id"].to_pylist,
-                where=f"self-supervised training, {name}",
-                num_steps=self.plan.num_steps,
-                remedy=_REMEDY,
-            ) from None
         if not all(bool(part.isfinite().all()) for part in self.model.parameters()):
             # The last step's effect on the weights; every run would reuse this encoder.
             raise DivergenceError(
