@@ -1,4 +1,4 @@
-"""Log lines for the user."""
+"""Log lines for the user, and a stopwatch."""
 
 import time
 
@@ -31,3 +31,22 @@ class ProgressLines:
             self._last = now
             left = (total - done) * (now - self._started) / done
             log(f"{self._verb} {done:,} of {total:,} {self._noun}, {left:.0f} s left")
+
+
+class Stopwatch:
+    """Measures consecutive stages of work."""
+
+    def __init__(self) -> None:
+        self._started = self._last = time.monotonic()
+        self.seconds: dict[str, float] = {}  # by stage, in their order
+
+    def lap(self, stage: str) -> None:
+        """Count the time since the last lap, or since the start, as this stage's."""
+        now = time.monotonic()
+        self.seconds[stage] = now - self._last
+        self._last = now
+
+    @property
+    def total(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self._started

@@ -1,4 +1,4 @@
-"""Lines of progress."""
+"""Lines of progress, and the times of stages."""
 
 import itertools
 
@@ -27,3 +27,13 @@ def test_a_line_of_progress_keeps_secrets(capsys: pytest.CaptureFixture[str]) ->
     log.log("tracking at http://user:hunter2@mlflow:5000")
 
     assert "hunter2" not in capsys.readouterr().out
+
+
+def test_a_lap_has_the_time_since_the_last_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([100.0, 102.0, 107.0, 108.0])
+    monkeypatch.setattr("brainray.log.time.monotonic", lambda: next(clock))
+    stopwatch = log.Stopwatch()
+    stopwatch.lap("first")
+    stopwatch.lap("second")
+    assert list(stopwatch.seconds.items()) == [("first", 2.0), ("second", 5.0)]
+    assert stopwatch.total == 8.0

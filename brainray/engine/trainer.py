@@ -1,8 +1,6 @@
 """Training on one rank: train, re-cluster, evaluate and save, epoch by epoch."""
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import cast
@@ -64,6 +62,7 @@ from brainray.engine.state import (
     save_resumable,
 )
 from brainray.errors import DivergenceError
+from brainray.log import Stopwatch
 from brainray.models.encoder import Encoder, EncoderOutput
 from brainray.models.objective import StepSizes, Targets
 from brainray.schema import FITTED, Metrics, has_class_support, subset_masks
@@ -85,25 +84,6 @@ class _LastEpoch:
     clusters: ClusterModel
     responsibilities: Tensor  # (n, K)
     probabilities: Tensor  # (n, C)
-
-
-class _Timer:
-    """Seconds since the beginning of an epoch, and those spent in its parts."""
-
-    def __init__(self) -> None:
-        self._started = time.monotonic()
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def measure(self, part: str) -> Iterator[None]:
-        started = time.monotonic()
-        yield
-        elapsed = time.monotonic() - started
-        self.seconds[part] = self.seconds.get(part, 0.0) + elapsed
-
-    @property
-    def total(self) -> float:
-        return time.monotonic() - self._started
 
 
 class Trainer:
@@ -255,20 +235,19 @@ class Trainer:
 
     def run_epoch(self) -> None:
         """Train, embed, re-cluster, evaluate the matching pair, and save it."""
-        timer = _Timer()
+        stopwatch = Stopwatch()
         self.epoch += 1
-        with timer.measure("train"):
-            targets, shift = self._targets()
-            trained = self._train_epoch(targets)
-        with timer.measure("embed"):
-            self._settle_batch_statistics()
-            fitted = self._embed_fitted()
-        with timer.measure("recluster"):
-            reclustering, health, collapsed = self._recluster_with_check(fitted)
-            self._continue_with(reclustering, fitted)
-        with timer.measure("evaluate"):
-            validation = self._predict(self.data.validation)
-            test = self._predict(self.data.test) if self._tests_each_epoch else None
+        targets, shift = self._targets()
+        trained = self._train_epoch(targets)
+        stopwatch.lap("train")
+        self._settle_batch_statistics()
+        fitted = self._embed_fitted()
+        stopwatch.lap("embed")
+        reclustering, health, collapsed = self._recluster_with_check(fitted)
+        self._continue_with(reclustering, fitted)
+        stopwatch.lap("recluster")
+        validation = self._predict(self.data.validation)
+        test = self._predict(self.data.test) if self._tests_each_epoch else None
         metrics = self._training_metrics(trained, shift) | validation_metrics(validation)
         metrics |= {f"cluster/{name}": value for name, value in asdict(health).items()}
         metrics |= {
@@ -278,9 +257,9 @@ class Trainer:
             "cluster/num_reseeded": float(reclustering.num_reseeded),
         }
         if test is not None:
-            with timer.measure("evaluate"):
-                metrics |= self._test_metrics(test)
-        self._save(metrics, fitted.z, test, timer)
+            metrics |= self._test_metrics(test)
+        stopwatch.lap("evaluate")
+        self._save(metrics, fitted.z, test, stopwatch)
 
     def _training_metrics(self, trained: EpochResult, class_shift: float) -> dict[str, float]:
         metrics = {"epoch": float(self.epoch)}
@@ -487,13 +466,13 @@ class Trainer:
         metrics: dict[str, float],
         z: Tensor,
         test: Predictions | None,
-        timer: _Timer,
+        stopwatch: Stopwatch,
     ) -> None:
         """Write the checkpoint, then the logs: a logged epoch can always be resumed from."""
-        metrics |= {f"time/{part}_s": seconds for part, seconds in timer.seconds.items()}
+        metrics |= {f"time/{stage}_s": spent for stage, spent in stopwatch.seconds.items()}
         step_size = (self.sizes.labelled + self.sizes.unlabelled) * dist.world_size()
-        metrics["time/epoch_s"] = timer.total  # until the checkpoint
-        metrics["time/images_per_s"] = self.num_steps * step_size / timer.seconds["train"]
+        metrics["time/epoch_s"] = stopwatch.total  # until the checkpoint
+        metrics["time/images_per_s"] = self.num_steps * step_size / stopwatch.seconds["train"]
         self.history.append(metrics)
         keys = dist.gather_rows(self.data.fitted_keys)
         responsibilities = dist.gather_rows(self.last.responsibilities)
@@ -511,7 +490,7 @@ class Trainer:
         reported = reported_metrics(self.history)
         with dist.raise_on_all_ranks(self.device):
             if dist.rank() == 0:
-                self._write(state, coordinates, log_likelihood, test, timer)
+                self._write(state, coordinates, log_likelihood, test, stopwatch)
         self.report(reported, self.run / layout.checkpoint_folder(self.epoch))
 
     def _write(
@@ -520,10 +499,10 @@ class Trainer:
         coordinates: Tensor,
         log_likelihood: Tensor,
         test: Predictions | None,
-        timer: _Timer,
+        stopwatch: Stopwatch,
     ) -> None:
         """Write the epoch's files (on rank 0), and last the log line that marks it as finished."""
-        until_here = timer.total
+        until_here = stopwatch.total
         checkpoint = self._checkpoint()
         is_chosen = chosen_epoch(self.history) == self.epoch
         kept = {*self.config.evaluation.tsne_epochs, self.config.train.num_epochs}
@@ -538,7 +517,7 @@ class Trainer:
         if is_chosen:  # and those chosen before no longer are
             delete_other_predictions(self.run, {*kept, self.epoch})
         metrics = self.history[-1]
-        metrics["time/epoch_s"] = timer.total
+        metrics["time/epoch_s"] = stopwatch.total
         metrics["time/report_s"] = metrics["time/epoch_s"] - until_here
         self.run.write_json_lines(layout.METRICS, self.history)
 

@@ -24,7 +24,7 @@ import ray.data
 from brainray import layout
 from brainray.config import Config
 from brainray.errors import ConfigError, DataError
-from brainray.log import log
+from brainray.log import Stopwatch, log
 from brainray.mri.row_file import RowFile
 from brainray.mri.slices import RejectedImage
 from brainray.mri.thumbnails import thumbnail_matrix
@@ -167,18 +167,18 @@ def _build(
     building: Folder,
 ) -> Manifest:
     """Make the store in ``building``; returns its manifest, which includes ``about``."""
-    clock = _Clock()
+    stopwatch = Stopwatch()
     source, parts = Folder(config.given("source")), building / "parts"
     records = PreviousRecords.from_store(previous)
     _check_salt(previous, records, about["subject_salt"])
     fingerprints = RowFile(THUMBNAIL_SIDE**2, np.uint8)
     slices, num_decoded = _slices_of_all_files(config, listing, records, parts, fingerprints)
-    clock.passed("decode")
+    stopwatch.lap("decode")
     plan = plan_store(slices, fingerprints, listing, config, records)
-    clock.passed("plan")
+    stopwatch.lap("plan")
     _write_images(parts, previous, building / layout.IMAGES, plan.rows)
     parts.delete()
-    clock.passed("write")
+    stopwatch.lap("write")
     building.write_table(layout.FILES, plan.files)
     now = (plan.rows[name].to_pylist() for name in ("split", "generation"))
     places = records.places() | dict(
@@ -192,13 +192,13 @@ def _build(
     building.write_json(layout.LEAKAGE, plan.leakage)
     building.write_bytes(layout.LEAKAGE_TABLE, leakage_markdown(plan.leakage).encode() + b"\n")
     draw_figures(building, source, plan, config.preprocess)
-    clock.passed("figures")
+    stopwatch.lap("figures")
     manifest = Manifest(
         format=layout.STORE_FORMAT,
         name=config.given("name"),
         source=config.given("source"),
         generation=records.generation,
-        seconds=clock.seconds,
+        seconds={stage: round(spent, 2) for stage, spent in stopwatch.seconds.items()},
         num_files=len(listing.files),
         num_files_decoded=num_decoded,
         num_ignored_files=listing.num_ignored,
@@ -209,19 +209,6 @@ def _build(
     )
     manifest.write(building)
     return manifest
-
-
-class _Clock:
-    """Measures the seconds of consecutive stages."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.monotonic()
-
-    def passed(self, stage: str) -> None:
-        now = time.monotonic()
-        self.seconds[stage] = round(now - self._last, 2)
-        self._last = now
 
 
 def _may_change(store: ImageStore, listing: Listing, source: Folder) -> bool:
