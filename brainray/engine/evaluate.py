@@ -17,7 +17,38 @@ from brainray.clustering.metrics import (
 from brainray.engine.calibration import calibration_error, temper
 from brainray.engine.predictions import Predictions, class_indices, predictions_from_table
 from brainray.mri.thumbnails import coarse, most_similar, thumbnail_matrix
-from brainray.schema import LABELLED, MIN_STRICT_SUPPORT, UNLABELLED, Metrics, subset_masks
+from brainray.schema import (
+    LABELLED,
+    MIN_STRICT_SUPPORT,
+    UNLABELLED,
+    Metrics,
+    has_class_support,
+    subset_masks,
+)
+
+_MAX_CONFUSED = 20  # classes: with more, the confusion matrix is not logged every epoch
+
+
+def epoch_metrics(test: Predictions, slices: pa.Table, classes: Sequence[str]) -> Metrics:
+    """Metrics of the test slices after an epoch, for all, clean and strict ones.
+
+    The agreement of clusters with classes on clean slices is also named ``cluster/nmi`` etc.
+
+    Args:
+        test: predictions, of at least one slice.
+        slices: rows in the order of the predictions, with ``clean`` and ``strict``.
+        classes: C class names in the run's order.
+    """
+    metrics: Metrics = {}
+    for subset, mask in subset_masks(slices).items():
+        chosen = test.select(mask)
+        metrics |= subset_metrics(chosen, classes, subset)
+        if len(classes) <= _MAX_CONFUSED and has_class_support(chosen.labels.tolist(), subset):
+            metrics |= confusion_metrics(chosen, classes, f"test/{subset}")
+    for name in ("silhouette", "nmi", "ari", "fmi"):
+        if f"test/clean/cluster/{name}" in metrics:
+            metrics[f"cluster/{name}"] = metrics[f"test/clean/cluster/{name}"]
+    return metrics
 
 
 def subset_metrics(predictions: Predictions, classes: Sequence[str], subset: str) -> Metrics:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from brainray import dist
 from brainray.engine.recluster import ClusterModel
+from brainray.models.encoder import EncoderOutput
 from brainray.schema import PREDICTIONS, UNLABELLED, matrix_of
 
 
@@ -58,14 +59,13 @@ class Predictions:
 
 
 def gather_predictions(
-    clusters: ClusterModel, z: Tensor, logits: Tensor, keys: Tensor, labels: Tensor
+    clusters: ClusterModel, output: EncoderOutput, keys: Tensor, labels: Tensor
 ) -> Predictions:
     """Predictions for the slices of all ranks, ordered by key, the same on every rank (collective).
 
     Args:
         clusters: mixture fitted on embeddings of the same encoder.
-        z: (n, E) this rank's embeddings.
-        logits: (n, C).
+        output: of the encoder for this rank's n slices.
         keys: (n,) int64.
         labels: (n,) int64.
     """
@@ -76,11 +76,11 @@ def gather_predictions(
 
     return Predictions(
         labels=dist.gather_rows(labels)[order].cpu().numpy(),
-        probabilities=gather(logits.softmax(dim=1)),
-        responsibilities=gather(clusters.responsibilities(z)),
+        probabilities=gather(output.logits.softmax(dim=1)),
+        responsibilities=gather(clusters.responsibilities(output.z)),
         class_of_cluster=clusters.class_of_cluster.cpu().numpy(),
-        log_likelihood=gather(clusters.log_likelihood(z)[:, None])[:, 0],
-        embeddings=gather(z),
+        log_likelihood=gather(clusters.log_likelihood(output.z)[:, None])[:, 0],
+        embeddings=gather(output.z),
     )
 
 

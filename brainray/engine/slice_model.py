@@ -78,8 +78,7 @@ class SliceModel:
         labels = [index.get(name, UNLABELLED) for name in slices["label"].to_pylist()]
         predictions = gather_predictions(
             self.clusters,
-            output.z,
-            output.logits,
+            output,
             torch.arange(slices.num_rows, device=self.device),
             torch.tensor(labels, dtype=torch.int64, device=self.device),
         )

@@ -18,7 +18,7 @@ from brainray.engine.epoch import (
     measure_batch_statistics,
     plan_epoch,
 )
-from brainray.engine.evaluate import confusion_metrics, subset_metrics
+from brainray.engine.evaluate import epoch_metrics
 from brainray.engine.finite import name_slices, naming_slices
 from brainray.engine.loop import EpochResult, heartbeat, train_epoch
 from brainray.engine.predictions import Predictions, gather_predictions, predictions_table
@@ -65,11 +65,10 @@ from brainray.errors import DivergenceError
 from brainray.log import Stopwatch
 from brainray.models.encoder import Encoder, EncoderOutput
 from brainray.models.objective import StepSizes, Targets
-from brainray.schema import FITTED, Metrics, has_class_support, subset_masks
+from brainray.schema import FITTED, Metrics
 from brainray.storage import Folder
 
 _REMEDY = "lower train.learning_rate or set train.precision=fp32"
-_MAX_CONFUSED = 20  # classes: with more, the confusion matrix is not logged every epoch
 
 Report = Callable[[Metrics, Folder], None]
 """Called on every rank when an epoch is saved, with its metrics and its checkpoint's folder."""
@@ -246,8 +245,10 @@ class Trainer:
         reclustering, health, collapsed = self._recluster_with_check(fitted)
         self._continue_with(reclustering, fitted)
         stopwatch.lap("recluster")
-        validation = self._predict(self.data.validation)
-        test = self._predict(self.data.test) if self._tests_each_epoch else None
+        validation = self._predict(self.data.validation, self.evaluated, self.last.clusters)
+        test = None
+        if self._tests_each_epoch:
+            test = self._predict(self.data.test, self.evaluated, self.last.clusters)
         metrics = self._training_metrics(trained, shift) | validation_metrics(validation)
         metrics |= {f"cluster/{name}": value for name, value in asdict(health).items()}
         metrics |= {
@@ -256,8 +257,9 @@ class Trainer:
             "cluster/gmm_iterations": float(reclustering.gmm_iterations),
             "cluster/num_reseeded": float(reclustering.num_reseeded),
         }
-        if test is not None:
-            metrics |= self._test_metrics(test)
+        if test is not None and len(test.labels) and dist.rank() == 0:
+            # For logging only: training never reads them.
+            metrics |= epoch_metrics(test, self.test_slices, self.classes)
         stopwatch.lap("evaluate")
         self._save(metrics, fitted.z, test, stopwatch)
 
@@ -296,8 +298,7 @@ class Trainer:
             chosen = load_checkpoint(self.run / layout.BEST)
         clusters = chosen.clusters.to(self.device)
         encoder = chosen.encoder.to(self.device).to(memory_format=torch.channels_last)
-        output = self._embed(self.data.test.images, encoder)
-        test = self._gathered(self.data.test, output, clusters)
+        test = self._predict(self.data.test, encoder, clusters)
         with dist.raise_on_all_ranks(self.device):
             if dist.rank() == 0:
                 table = predictions_table(test, self.classes, self.test_slices)
@@ -378,9 +379,9 @@ class Trainer:
         for encoder in encoders:
             dist.share_buffers(encoder)
 
-    def _embed(self, images: Images, encoder: Encoder | None = None) -> EncoderOutput:
+    def _embed(self, images: Images, encoder: Encoder) -> EncoderOutput:
         return embed(
-            self.evaluated if encoder is None else encoder,
+            encoder,
             images,
             scale=self.scale,
             batch_size=self.config.train.embed_batch_size,
@@ -394,7 +395,8 @@ class Trainer:
         Raises:
             DivergenceError: on every rank, if embeddings or logits are NaN or infinite.
         """
-        parts = [self._embed(self.data.labelled.images), self._embed(self.data.unlabelled.images)]
+        shards = (self.data.labelled, self.data.unlabelled)
+        parts = [self._embed(shard.images, self.evaluated) for shard in shards]
         fitted = EncoderOutput(
             torch.cat([part.z for part in parts]), torch.cat([part.logits for part in parts])
         )
@@ -436,30 +438,9 @@ class Trainer:
         """Use a mixture, and the logits of the slices that it was fitted on, in the next epoch."""
         self._last = _LastEpoch(found.model, found.responsibilities, fitted.logits.softmax(dim=1))
 
-    def _predict(self, shard: SliceShard) -> Predictions:
-        return self._gathered(shard, self._embed(shard.images), self.last.clusters)
-
-    def _gathered(
-        self, shard: SliceShard, output: EncoderOutput, clusters: ClusterModel
-    ) -> Predictions:
-        return gather_predictions(clusters, output.z, output.logits, shard.keys, shard.labels)
-
-    def _test_metrics(self, test: Predictions) -> dict[str, float]:
-        """Test metrics of this epoch, for logging only: training never reads them."""
-        if dist.rank() != 0 or len(test.labels) == 0:
-            return {}
-        metrics: dict[str, float] = {}
-        for subset, mask in subset_masks(self.test_slices).items():
-            chosen = test.select(mask)
-            metrics |= subset_metrics(chosen, self.classes, subset)
-            if len(self.classes) <= _MAX_CONFUSED and has_class_support(
-                chosen.labels.tolist(), subset
-            ):
-                metrics |= confusion_metrics(chosen, self.classes, f"test/{subset}")
-        for name in ("silhouette", "nmi", "ari", "fmi"):
-            if f"test/clean/cluster/{name}" in metrics:
-                metrics[f"cluster/{name}"] = metrics[f"test/clean/cluster/{name}"]
-        return metrics
+    def _predict(self, shard: SliceShard, encoder: Encoder, clusters: ClusterModel) -> Predictions:
+        output = self._embed(shard.images, encoder)
+        return gather_predictions(clusters, output, shard.keys, shard.labels)
 
     def _save(
         self,

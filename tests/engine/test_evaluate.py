@@ -18,6 +18,7 @@ from brainray.engine.calibration import fit_temperature
 from brainray.engine.evaluate import (
     _nearest_thumbnail,
     confusion_metrics,
+    epoch_metrics,
     subset_metrics,
     summarise,
 )
@@ -30,6 +31,7 @@ from brainray.engine.selection import (
     reported_metrics,
     validation_metrics,
 )
+from brainray.models.encoder import EncoderOutput
 from brainray.schema import PREDICTIONS, SEEN, UNLABELLED
 
 CLASSES = ["a", "b"]
@@ -115,6 +117,18 @@ def test_confusion_counts() -> None:
     assert counts["t/head/confusion/b/b"] == 2
     assert counts["t/cluster/confusion/b/a"] == 1
     assert sum(value for name, value in counts.items() if "head" in name) == 4
+
+
+def test_after_an_epoch_clean_slices_stand_for_the_clusters() -> None:
+    slices = pa.table({"clean": [True, True, True, False, True], "strict": [False] * 5})
+    metrics = epoch_metrics(predictions(), slices, CLASSES)
+    assert metrics["test/all/num_slices"] == 4
+    assert metrics["test/clean/num_slices"] == 3
+    assert metrics["cluster/ari"] == metrics["test/clean/cluster/ari"] == 1.0
+    assert metrics["test/all/cluster/ari"] < 1.0
+    assert metrics["test/all/head/confusion/a/b"] == 1
+    many = epoch_metrics(predictions(), slices, [f"class {number}" for number in range(21)])
+    assert not [name for name in many if "confusion" in name]
 
 
 def test_the_score_is_balanced_accuracy_and_ties_go_to_the_lower_loss() -> None:
@@ -284,7 +298,7 @@ def test_predictions_come_in_the_order_of_their_keys() -> None:
     config = ClusteringConfig(num_clusters=2, pca_dim=4)
     model = recluster(z, torch.arange(30), labels, config=config, num_classes=2, seed=0).model
     logits, keys = torch.randn(30, 2), torch.arange(30).flip(0)
-    found = gather_predictions(model, z, logits, keys, labels)
+    found = gather_predictions(model, EncoderOutput(z, logits), keys, labels)
     for ordered, given in (
         (found.labels, labels),
         (found.embeddings, z),

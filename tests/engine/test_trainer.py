@@ -27,7 +27,7 @@ from brainray.engine.state import (
 )
 from brainray.engine.trainer import Report, Trainer, _LastEpoch
 from brainray.errors import DivergenceError
-from brainray.models.encoder import EncoderOutput, build_encoder
+from brainray.models.encoder import Encoder, EncoderOutput, build_encoder
 from brainray.schema import UNLABELLED, Metrics
 from brainray.storage import Folder
 
@@ -300,7 +300,7 @@ def test_slices_whose_embeddings_or_logits_are_not_finite_are_named(
 ) -> None:
     trainer = trainer_of(tmp_path, config_of(3))
 
-    def embed(images: CachedImages) -> EncoderOutput:
+    def embed(images: CachedImages, _: Encoder) -> EncoderOutput:
         z, logits = torch.zeros(len(images), 4), torch.zeros(len(images), 2)
         if len(images) == 12:
             z[3, 1], logits[5, 0] = torch.nan, torch.inf
