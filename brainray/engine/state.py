@@ -118,16 +118,8 @@ def restore_checkpoint(saved: dict[str, Any], where: str) -> Checkpoint:
 
 def trainer_bytes(state: TrainerState) -> bytes:
     """Content of a checkpoint's ``trainer.pt``."""
-    return state_to_bytes(
-        {
-            "optimizer": state.optimizer,
-            "keys": state.keys.cpu(),
-            "responsibilities": state.responsibilities.cpu(),
-            "probabilities": state.probabilities.cpu(),
-            "trained": None if state.trained is None else _on_cpu(state.trained),
-            "history": state.history,
-        }
-    )
+    trained = None if state.trained is None else _on_cpu(state.trained)
+    return state_to_bytes(_on_cpu(vars(state) | {"trained": trained}))
 
 
 def load_trainer(folder: Folder) -> TrainerState:
@@ -145,27 +137,21 @@ def load_trainer(folder: Folder) -> TrainerState:
     )
 
 
-@dataclass(frozen=True)
-class Resumable:
-    """A checkpoint that training can resume from."""
-
-    checkpoint: Checkpoint
-    trainer: TrainerState
-
-
-def save_resumable(run: Folder, saved: Resumable, fitted: pa.Table | None = None) -> None:
+def save_resumable(
+    run: Folder, checkpoint: Checkpoint, state: TrainerState, fitted: pa.Table | None = None
+) -> None:
     """Save the state after an epoch in a folder of the run, and keep the one before it.
 
     ``fitted`` are the slices (``schema.FITTED``) of an epoch that is to be kept as the best. Files
     are written atomically and ``model.pt`` comes last: a folder without it is not a checkpoint.
     """
-    folder = run / layout.checkpoint_folder(saved.checkpoint.epoch)
+    folder = run / layout.checkpoint_folder(checkpoint.epoch)
     folder.delete()  # an interrupted job may have left files that do not match
     if fitted is not None:
         folder.write_table(layout.FITTED, fitted)
-    folder.write_bytes(layout.TRAINER, trainer_bytes(saved.trainer))
-    folder.write_bytes(layout.MODEL, checkpoint_bytes(saved.checkpoint))
-    epochs = [epoch for epoch in _epochs_kept(run) if epoch <= saved.checkpoint.epoch]
+    folder.write_bytes(layout.TRAINER, trainer_bytes(state))
+    folder.write_bytes(layout.MODEL, checkpoint_bytes(checkpoint))
+    epochs = [epoch for epoch in _epochs_kept(run) if epoch <= checkpoint.epoch]
     for epoch in epochs[:-_NUM_KEPT]:
         (run / layout.checkpoint_folder(epoch)).delete()
 
@@ -228,14 +214,14 @@ def newest_readable_epoch(run: Folder) -> int:
     return 0
 
 
-def load_resumable(run: Folder, epoch: int) -> Resumable:
-    """Load the checkpoint saved after an epoch.
+def load_resumable(run: Folder, epoch: int) -> tuple[Checkpoint, TrainerState]:
+    """Load what was saved after an epoch.
 
     Raises:
         CheckpointError: it is missing or unreadable.
     """
     folder = run / layout.checkpoint_folder(epoch)
-    return Resumable(load_checkpoint(folder), load_trainer(folder))
+    return load_checkpoint(folder), load_trainer(folder)
 
 
 def _epochs_kept(run: Folder) -> list[int]:

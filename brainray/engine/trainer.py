@@ -49,7 +49,6 @@ from brainray.engine.selection import (
 from brainray.engine.shard import Images, PixelScale, RankData, SliceShard, ids_of_keys
 from brainray.engine.state import (
     Checkpoint,
-    Resumable,
     TrainerState,
     checkpoint_bytes,
     delete_other_predictions,
@@ -203,8 +202,7 @@ class Trainer:
 
     def resume(self, epoch: int, *, has_lost_models: bool) -> None:
         """Resume from an epoch's checkpoint; uses no collectives."""
-        newest = load_resumable(self.run, epoch)
-        saved, state = newest.checkpoint, newest.trainer
+        saved, state = load_resumable(self.run, epoch)
         self.evaluated.load_state_dict(saved.encoder.state_dict())
         if self.average is not None:
             assert state.trained is not None, "an averaged run saves its trained weights"
@@ -493,7 +491,7 @@ class Trainer:
         fitted = None
         if is_chosen:
             fitted = self._fitted_table(state.keys, coordinates, log_likelihood)
-        save_resumable(self.run, Resumable(checkpoint, state), fitted)
+        save_resumable(self.run, checkpoint, state, fitted)
         keep_as_best(self.run, self.epoch)
         if is_chosen:  # and those chosen before no longer are
             delete_other_predictions(self.run, {*kept, self.epoch})

@@ -19,7 +19,6 @@ from brainray.engine.recluster import recluster
 from brainray.engine.shard import PixelScale
 from brainray.engine.state import (
     Checkpoint,
-    Resumable,
     TrainerState,
     checkpoint_bytes,
     checkpoint_state,
@@ -121,20 +120,20 @@ def test_a_trainer_state_comes_back_as_it_was(tmp_path: Path) -> None:
     assert torch.equal(loaded.optimizer["state"][0]["exp_avg"], torch.full((3,), 0.1))
 
 
-def resumable(epoch: int) -> Resumable:
+def resumable(epoch: int) -> tuple[Checkpoint, TrainerState]:
     saved, _ = checkpoint()
     at = replace(saved, epoch=epoch)
     state = TrainerState(
         {}, torch.arange(2), torch.rand(9000, 3), torch.rand(2, 2), None, [{"epoch": epoch}]
     )
-    return Resumable(at, state)
+    return at, state
 
 
 @pytest.fixture(scope="module")
 def run_of_three_epochs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "first"
     for epoch in (1, 2, 3):
-        save_resumable(Folder(folder), resumable(epoch))
+        save_resumable(Folder(folder), *resumable(epoch))
     return folder
 
 
@@ -188,16 +187,16 @@ def test_the_newest_checkpoint_that_is_whole_is_the_one_to_go_on_from(
 def test_the_best_is_an_epoch_that_the_run_goes_on_from(tmp_path: Path) -> None:
     run = Folder(tmp_path)
     fitted = pa.table({"sample_id": ["a"], "coordinates": [[0.5]], "log_likelihood": [1.0]})
-    save_resumable(run, resumable(1), fitted.cast(FITTED))
+    save_resumable(run, *resumable(1), fitted.cast(FITTED))
     assert not run.exists(layout.BEST), "a job may end here: the next one keeps it"
     keep_as_best(run, 1)
-    save_resumable(run, resumable(2))  # not chosen
+    save_resumable(run, *resumable(2))  # not chosen
     keep_as_best(run, 2)
     assert load_checkpoint(run / layout.BEST).epoch == 1
     assert (run / layout.BEST).read_table(layout.FITTED).equals(fitted.cast(FITTED))
-    save_resumable(run, resumable(2))
+    save_resumable(run, *resumable(2))
     assert not has_lost_models(run, 2)  # the first epoch's is the best
-    save_resumable(run, resumable(3), fitted.cast(FITTED))
+    save_resumable(run, *resumable(3), fitted.cast(FITTED))
     assert not has_lost_models(run, 3)
     keep_as_best(run, 3)
     assert has_lost_models(run, 2)  # if the third can no longer be read
@@ -216,8 +215,8 @@ def test_an_epoch_that_is_saved_again_is_not_the_best_for_having_been_chosen(
     run = Folder(tmp_path)
     fitted = pa.table({"sample_id": ["a"], "coordinates": [[0.5]], "log_likelihood": [1.0]})
     again = resumable(2)
-    save_resumable(run, again, fitted.cast(FITTED))
-    save_resumable(run, again)
+    save_resumable(run, *again, fitted.cast(FITTED))
+    save_resumable(run, *again)
     keep_as_best(run, 2)
     assert not run.exists(layout.BEST)
 
@@ -233,7 +232,7 @@ def test_a_model_is_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(Folder, "write_bytes", record)
     fitted = pa.table({"sample_id": ["a"], "coordinates": [[0.5]], "log_likelihood": [1.0]})
-    save_resumable(run, resumable(1), fitted.cast(FITTED))
+    save_resumable(run, *resumable(1), fitted.cast(FITTED))
     assert written[-2:] == [layout.TRAINER, layout.MODEL]
     keep_as_best(run, 1)
     assert written[-2:] == [layout.FITTED, layout.MODEL]
@@ -242,12 +241,11 @@ def test_a_model_is_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_epochs_after_a_restored_checkpoint_are_kept_beside_damaged_later_ones(
     tmp_path: Path,
 ) -> None:
-    run, saved = Folder(tmp_path), resumable(2)
+    run, (saved, state) = Folder(tmp_path), resumable(2)
     for epoch in (5, 6):
         run.write_bytes(f"{layout.checkpoint_folder(epoch)}/{layout.MODEL}", b"damaged")
     for epoch in (2, 3):
-        at = replace(saved.checkpoint, epoch=epoch)
-        save_resumable(run, Resumable(at, saved.trainer))
+        save_resumable(run, replace(saved, epoch=epoch), state)
     assert newest_readable_epoch(run) == 3
 
 
@@ -290,7 +288,7 @@ def test_weights_are_loaded_without_running_code() -> None:
 
 def test_without_any_checkpoint_a_run_begins_unless_it_has_finished_epochs(tmp_path: Path) -> None:
     run = Folder(tmp_path)
-    save_resumable(run, resumable(1))
+    save_resumable(run, *resumable(1))
     cut(tmp_path / "epoch-0001" / layout.MODEL)
     assert newest_readable_epoch(run) == 0
     run.write_json_lines(layout.METRICS, [{"epoch": 1.0}])

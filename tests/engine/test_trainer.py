@@ -19,7 +19,6 @@ from brainray.engine.recluster import ClusterModel
 from brainray.engine.selection import MODEL_LOST
 from brainray.engine.shard import CachedImages, PixelScale, RankData, SliceShard, sample_keys
 from brainray.engine.state import (
-    Resumable,
     TrainerState,
     load_checkpoint,
     newest_readable_epoch,
@@ -348,7 +347,7 @@ def test_a_resumed_run_has_the_log_the_best_and_what_is_lost(tmp_path: Path) -> 
         [{"epoch": 1.0}],
     )
     table = trainer._fitted_table(trainer.data.fitted_keys, torch.zeros(36, 2), torch.zeros(36))
-    save_resumable(run, Resumable(trainer._checkpoint(), state), table)
+    save_resumable(run, trainer._checkpoint(), state, table)
     # It was lost before it had kept the best, and a later epoch was logged.
     run.write_json_lines(layout.METRICS, [{"epoch": 1.0, "time/report_s": 9.0}, {"epoch": 2.0}])
     trainer.resume(1, has_lost_models=True)
