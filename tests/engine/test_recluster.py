@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from brainray import dist
 from brainray.clustering.gmm import GaussianMixture
 from brainray.clustering.kmeans import KMeans
 from brainray.config import ClusteringConfig
@@ -15,6 +16,7 @@ from brainray.engine import recluster as recluster_module
 from brainray.engine.recluster import (
     CheckedReclustering,
     Reclustering,
+    _start_anchored,
     _with_a_cluster_of_each_class,
     build_mixture,
     check_num_clusters,
@@ -24,6 +26,7 @@ from brainray.engine.recluster import (
 )
 from brainray.errors import ClusteringError
 from brainray.schema import UNLABELLED
+from tests.ranks import OnRanks
 
 OnCollapse = Literal["stop", "reseed", "warn"]
 CONFIG = ClusteringConfig(num_clusters=3, pca_dim=4)
@@ -205,6 +208,61 @@ def test_a_class_that_has_lost_its_clusters_gets_one_back() -> None:
     )
     predicted = after.model.class_of_cluster[after.responsibilities.argmax(dim=1)]
     assert torch.equal(predicted, truth)
+
+
+def test_with_more_clusters_than_classes_a_labelled_slice_starts_in_one_of_its_class() -> None:
+    z, truth = blobs()
+    rows = torch.arange(300)
+    labels = torch.where(rows < 30, truth, UNLABELLED)
+    labels[3] = 1  # in the midst of class 0
+    start = _start_anchored(z.double(), rows, labels, anchored(5), 3, 0, None)
+    assert start.allowed is not None
+    of_class = start.allowed[:3]  # as of the first slice of each
+    assert of_class.sum(dim=0).tolist() == [1] * 5
+    assert of_class.any(dim=1).all()
+    of_slice = start.responsibilities.argmax(dim=1)
+    assert of_class[torch.where(rows < 30, labels, truth), of_slice].all()
+    assert torch.equal(start.allowed[:30], of_class[labels[:30]])
+    assert start.allowed[30:].all()
+    assert start.kmeans_iterations > 0
+
+
+@pytest.mark.parametrize(("config", "num"), [(CONFIG, 7), (anchored(5), 7), (anchored(3), 5)])
+def test_clusters_that_k_means_and_the_mixture_have_reseeded_are_counted(
+    config: ClusteringConfig, num: int
+) -> None:
+    def reseeding(kind: type[KMeans] | type[GaussianMixture], num_reseeded: int) -> Any:
+        as_ever = kind.fit
+
+        def fit(self: Any, *rows: Tensor, **named: Any) -> Any:
+            as_ever(self, *rows, **named)
+            self.num_reseeded_ = num_reseeded
+            return self
+
+        return patch.object(kind, "fit", fit)
+
+    z, truth = blobs()
+    with reseeding(KMeans, 2), reseeding(GaussianMixture, 5):
+        assert fit(z, truth, config).num_reseeded == num  # K-means is not used with K = C anchors
+
+
+def fit_this_ranks_rows() -> tuple[Tensor, Tensor]:
+    """Of uneven shards; the labels are the first rank's."""
+    z, truth = blobs()
+    rows = torch.arange(300)
+    if dist.world_size() > 1:
+        rows = rows[:37] if dist.rank() == 0 else rows[37:]
+    labels = torch.where(rows < 30, truth[rows], UNLABELLED)
+    config = CONFIG.model_copy(update={"anchors": "labelled", "num_clusters": 5})
+    found = recluster(z[rows], rows, labels, config=config, num_classes=3, seed=0)
+    return found.model.centers, found.model.class_of_cluster
+
+
+def test_two_ranks_find_the_centres_and_classes_that_one_finds(on_two_ranks: OnRanks) -> None:
+    centers, classes = fit_this_ranks_rows()
+    for centers_of_rank, classes_of_rank in on_two_ranks(fit_this_ranks_rows):
+        torch.testing.assert_close(centers_of_rank, centers)
+        assert torch.equal(classes_of_rank, classes)
 
 
 def test_each_class_starts_with_a_cluster() -> None:

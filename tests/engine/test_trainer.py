@@ -20,11 +20,12 @@ from brainray.engine.selection import MODEL_LOST
 from brainray.engine.shard import CachedImages, PixelScale, RankData, SliceShard, sample_keys
 from brainray.engine.state import (
     TrainerState,
+    checkpoint_bytes,
     load_checkpoint,
     newest_readable_epoch,
     save_resumable,
 )
-from brainray.engine.trainer import Report, Trainer, _LastEpoch
+from brainray.engine.trainer import Report, Trainer, _LastEpoch, _Timer
 from brainray.errors import DivergenceError
 from brainray.models.encoder import Encoder, EncoderOutput, build_encoder
 from brainray.schema import UNLABELLED, Metrics
@@ -333,6 +334,49 @@ def test_coordinates_are_kept_with_the_sample_ids_and_the_epoch(tmp_path: Path) 
     assert table["coordinates"].to_pylist() == [[value] for value in values.tolist()]
     assert table["log_likelihood"].to_pylist() == (-values).tolist()
     assert table.schema.metadata[layout.EPOCH_OF_FITTED.encode()] == b"2"
+
+
+def test_throughput_is_of_the_slices_of_all_steps_and_ranks_while_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(3, "train.labelled_batch_size_per_worker=4")
+    trainer = after_an_epoch(trainer_of(tmp_path, config))
+    monkeypatch.setattr(trainer, "_write", lambda *_: None)
+    monkeypatch.setattr(trainer_module, "reported_metrics", lambda _: {})
+    monkeypatch.setattr(ClusterModel, "coordinates", lambda _, z: z)
+    monkeypatch.setattr(ClusterModel, "log_likelihood", lambda _, z: z)
+    monkeypatch.setattr(dist, "gather_rows", lambda rows: rows)
+    monkeypatch.setattr(dist, "world_size", lambda: 4)
+    timer = _Timer()
+    timer.seconds = {"train": 2.0, "embed": 1.0}
+    trainer._save({}, torch.zeros(36, 2), None, timer)
+    # Every rank takes 3 steps of 4 labelled and 8 unlabelled slices.
+    assert trainer.history[-1]["time/images_per_s"] == 3 * 12 * 4 / 2.0
+
+
+def test_a_finished_run_predicts_with_the_model_of_the_chosen_epoch(tmp_path: Path) -> None:
+    config = config_of(3, "evaluation.test_each_epoch=false")
+    trainer = trainer_of(tmp_path, config)
+    z = torch.nn.functional.normalize(torch.randn(36, 512))
+    trainer._continue_with(trainer._recluster(EncoderOutput(z, z[:, :2])), EncoderOutput(z, z))
+    head, classes = trainer.encoder.head, trainer.last.clusters.class_of_cluster
+
+    def all_are(number: int) -> None:
+        """From now on, the model predicts this class only."""
+        head.bias.data.copy_(1e3 * torch.eye(2)[number])
+        classes.fill_(number)
+
+    trainer.epoch = 1
+    all_are(1)
+    (trainer.run / layout.BEST).write_bytes(layout.MODEL, checkpoint_bytes(trainer._checkpoint()))
+    trainer.epoch = 3
+    all_are(0)
+    trainer.finish()
+    assert not trainer.run.exists(layout.predictions_file(3))
+    predictions = trainer.run.read_table(layout.predictions_file(1))
+    assert predictions["head"].to_pylist() == ["bright"] * 6
+    assert predictions["cluster_class"].to_pylist() == ["bright"] * 6
+    assert load_checkpoint(trainer.run / layout.LAST).epoch == 3
 
 
 def test_a_resumed_run_has_the_log_the_best_and_what_is_lost(tmp_path: Path) -> None:
