@@ -24,6 +24,15 @@ def test_the_error_by_hand() -> None:
     assert calibration_error(probabilities, labels) == pytest.approx((0.3 + 0.4) / 2)
 
 
+def test_bins_are_a_fifteenth_wide() -> None:
+    # Of one bin, 0.61 right and 0.65 wrong: their mean confidence is 0.63, and half are right.
+    probabilities = np.array([[0.61, 0.39], [0.65, 0.35]])
+    assert calibration_error(probabilities, np.array([0, 1])) == pytest.approx(0.63 - 0.5)
+    # 0.65 right and 0.68 wrong are parted by 10 / 15.
+    probabilities[0, :] = 0.68, 0.32
+    assert calibration_error(probabilities, np.array([1, 0])) == pytest.approx((0.68 + 0.35) / 2)
+
+
 def test_a_confidence_of_one_has_no_bin_of_its_own() -> None:
     # Of one bin: mean confidence 0.98, of which half are right.
     probabilities = np.array([[1.0, 0.0], [0.96, 0.04]])

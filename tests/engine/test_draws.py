@@ -55,6 +55,18 @@ def test_a_class_may_be_called_as_a_bound_is() -> None:
     assert [found[name] for name in names] == [pytest.approx(0.85)] * 2
 
 
+def test_a_control_on_more_slices_is_compared_on_those_of_the_subset_alone() -> None:
+    by_mix = "test/all_as_clean/head/accuracy"
+    sizes = {"test/clean/num_slices": 50.0, "test/all_as_clean/num_slices": 99.0}
+    control = {NAME: 0.7, by_mix: 0.7, "test/clean/num_slices": 50.0}
+    found = summarise_draws([{NAME: 0.8, by_mix: 0.9} | sizes], [control])
+    assert found[f"difference/{NAME}"] == pytest.approx(0.1)
+    assert found[f"difference/{by_mix}"] == pytest.approx(0.2)  # weighted as clean, of its slices
+    other = control | {"test/clean/num_slices": 60.0}
+    found = summarise_draws([{NAME: 0.8, by_mix: 0.9} | sizes], [other])
+    assert not any(name.startswith("difference/") for name in found)
+
+
 def test_one_draw_has_no_deviation_and_no_interval() -> None:
     found = summarise_draws(DRAWS[:1], CONTROL[:1], {NAME: (0.05, 0.12)})
     assert f"{NAME}_std" not in found

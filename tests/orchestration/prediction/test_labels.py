@@ -2,17 +2,21 @@
 
 import io
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pytest
 
+from brainray.config_text import load_config
 from brainray.errors import ConfigError, DataError
+from brainray.orchestration.prediction import labels as labels_module
 from brainray.orchestration.prediction.labels import choose_next_labels
 from brainray.orchestration.training.driver import TrainedRun
 from brainray.schema import NEXT_LABELS
+from brainray.storage import Folder
 from tests.conftest import tiny_config
-
-pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
 @pytest.mark.slow
@@ -38,6 +42,51 @@ def test_unlabelled_slices_are_ranked_and_the_list_stays_with_the_run(trained: T
     # Each cluster's slices are in the order of doubt, but for mates that stand back.
     assert uncertainty[0] > min(uncertainty)
     assert chosen.metrics["num_chosen"] == 12
+
+
+def test_every_row_of_the_list_is_of_one_slice_and_mates_of_labelled_ones_come_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slices = {  # role, subject, and the probability of class x
+        "a": ("labelled", "p1", 0.5),
+        "b": ("unlabelled", "p1", 0.5),
+        "c": ("unlabelled", "p2", 0.9),
+        "d": ("unlabelled", "p3", 0.4),
+        "e": ("left_out", "p4", 0.5),
+    }
+    roles, subjects, _ = zip(*slices.values(), strict=True)
+    seen = {"sample_id": list(slices), "role": roles, "subject_id": subjects}
+    folder = Folder(tmp_path)
+    folder.write_table("seen.parquet", pa.table(seen | {"duplicate_group_id": list(slices)}))
+
+    def predicted(store: Any, ids: list[str], *_: Any) -> list[pa.Table]:
+        rows = []
+        for name in reversed(ids):  # in any order
+            of_x = slices[name][2]
+            best = {"head": "x" if of_x > 0.5 else "y", "confidence": max(of_x, 1 - of_x)}
+            place = {"sample_id": name, "path": f"{name}.png", "frame": ""}
+            cluster = {"cluster": 0, "cluster_class": "x"}
+            rows.append(place | best | cluster | {"probabilities": [of_x, 1 - of_x]})
+        return [pa.Table.from_pylist(rows)]
+
+    run = SimpleNamespace(folder=folder, record=SimpleNamespace(dataset="mri", data_hash=""))
+    monkeypatch.setattr(labels_module, "open_run", lambda *_: run)
+    monkeypatch.setattr(
+        labels_module, "find_predictor", lambda *_, **__: SimpleNamespace(folder=folder)
+    )
+    monkeypatch.setattr(labels_module.ImageStore, "open", lambda *_: None)
+    monkeypatch.setattr(labels_module, "predicted_slices", predicted)
+    monkeypatch.setattr(labels_module, "with_progress", lambda blocks, *_, **__: blocks)
+    config = load_config(None, [f"storage={tmp_path}", "run=r", "label.num_slices=3"])
+    rows = choose_next_labels(config).table.to_pylist()
+    columns = ("rank", "path", "class", "subject_id", "label")
+    assert [tuple(row[name] for name in columns) for row in rows] == [
+        (1, "d.png", "y", "p3", None),
+        (2, "c.png", "x", "p2", None),
+        (3, "b.png", "y", "p1", None),
+    ]
+    assert [row["uncertainty"] for row in rows] == pytest.approx([0.8, 0.2, 1.0])
+    assert [row["confidence"] for row in rows] == pytest.approx([0.6, 0.9, 0.5])
 
 
 def test_labels_that_were_filled_in_are_not_overwritten(trained: TrainedRun) -> None:

@@ -1,16 +1,24 @@
 """Several draws of labels, most of them on a real Ray cluster, beside a control's."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pyarrow as pa
 import pytest
 
 from brainray import layout
 from brainray.config import Config, PreprocessConfig
+from brainray.config_text import load_config
 from brainray.errors import ConfigError
 from brainray.orchestration.run import Run, RunRecord, lasting_settings, open_run
 from brainray.orchestration.training import draws
-from brainray.orchestration.training.draws import DrawnRuns, train_draws
+from brainray.orchestration.training.draws import (
+    DrawnRuns,
+    _config_of_draw,
+    _intervals,
+    train_draws,
+)
 from brainray.orchestration.training.driver import TrainedRun
 from brainray.schema import PREDICTIONS
 from brainray.storage import Folder
@@ -124,6 +132,36 @@ def test_draws_are_runs_of_their_own_paired_with_the_control(
     said = logged(capsys)
     assert sum("complete, nothing to train" in line for line in said) == 2
     assert again.metrics == recipe.metrics
+
+
+def test_every_draw_has_a_seed_and_a_control_of_its_own() -> None:
+    config = load_config(None, ["name=a", "split.seed=5", "evaluation.control=b"])
+    third = _config_of_draw(config, 2)
+    assert (third.name, third.split.seed, third.evaluation.control) == ("a-draw3", 7, "b-draw3")
+    alone = load_config(None, ["name=a"])
+    assert _config_of_draw(alone, 0).evaluation.control is None
+
+
+def test_the_interval_of_a_gain_is_of_runs_less_controls_and_resamples_subjects(
+    tmp_path: Path,
+) -> None:
+    def run(num_right: int, folder: str = "run") -> Any:
+        """A run that is right about so many of 40 slices."""
+        names = [str(number) for number in range(40)]
+        found = ["a"] * num_right + ["b"] * (40 - num_right)
+        flags = {"clean": [True] * 40, "strict": [True] * 40}
+        columns = {"sample_id": names, "label": ["a"] * 40, "head": found, "cluster_class": found}
+        predictions = pa.table(columns | flags)
+        return SimpleNamespace(folder=Folder(tmp_path / folder), predictions=lambda: predictions)
+
+    name, config = "test/all/head/accuracy", load_config(None, [])
+    low, high = _intervals([run(36), run(40)], [run(20), run(16)], config)[name]
+    assert 0.3 < low < (36 + 40 - 20 - 16) / 80 < high < 0.7
+    half = {"sample_id": [str(number) for number in range(40)], "split_group_id": ["p"] * 40}
+    Folder(tmp_path / "of-one-subject").write_table("test.parquet", pa.table(half))
+    assert _intervals([run(36, "of-one-subject")], [run(20)], config) == {}
+    lost = SimpleNamespace(predictions=lambda: None)
+    assert _intervals([run(36), lost], [run(20), run(16)], config) == {}
 
 
 def test_a_control_that_was_not_trained_is_named_at_once(storage: Path) -> None:
