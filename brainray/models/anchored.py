@@ -20,5 +20,5 @@ class AnchoredObjective:
 
     def loss(self, outputs: StepOutputs, labels: Tensor, targets: Targets) -> dict[str, Tensor]:
         terms = self.consistency.loss(outputs, labels, targets)
-        clustering, its_terms = self.prototype.clustering(outputs, labels, targets)
-        return terms | its_terms | {"total": terms["total"] + clustering}
+        clustering, logged = self.prototype.clustering(outputs, labels, targets)
+        return terms | logged | {"total": terms["total"] + clustering}

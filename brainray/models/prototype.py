@@ -27,8 +27,8 @@ class PrototypeObjective:
 
     def loss(self, outputs: StepOutputs, labels: Tensor, targets: Targets) -> dict[str, Tensor]:
         cross_entropy = F.cross_entropy(outputs.labelled.logits, labels)
-        clustering, its_terms = self.clustering(outputs, labels, targets)
-        return {"total": cross_entropy + clustering, **its_terms, "ce": cross_entropy.detach()}
+        clustering, logged = self.clustering(outputs, labels, targets)
+        return {"total": cross_entropy + clustering, **logged, "ce": cross_entropy.detach()}
 
     def clustering(
         self, outputs: StepOutputs, labels: Tensor, targets: Targets

@@ -11,7 +11,7 @@ from brainray import layout
 from brainray.config import Config, PreprocessConfig
 from brainray.config_text import load_config
 from brainray.errors import ConfigError
-from brainray.orchestration.run import Run, RunRecord, lasting_settings, open_run
+from brainray.orchestration.run import RunRecord, lasting_settings, open_run
 from brainray.orchestration.training import draws
 from brainray.orchestration.training.draws import (
     DrawnRuns,
@@ -44,7 +44,7 @@ def labelled(drawn: DrawnRuns, number: int) -> set[str]:
     return {row["sample_id"] for row in seen if row["label"] is not None}
 
 
-def complete_run(config: Config, num_right: int) -> Run:
+def write_complete_run(config: Config, num_right: int) -> None:
     """A run on disk that has the given number of ten test slices right."""
     folder = Folder(config.storage) / layout.RUNS / config.given("name")
     RunRecord(
@@ -70,7 +70,6 @@ def complete_run(config: Config, num_right: int) -> Run:
     folder.write_table(layout.predictions_file(1), table)
     folder.write_json_lines(layout.METRICS, [{"epoch": 1.0, "train/num_workers": 1.0}])
     folder.write_json(layout.SUMMARY, {NAME: num_right / 10, "chosen_epoch": 1.0})
-    return open_run(Folder(config.storage), config.given("name"))
 
 
 def test_complete_draws_are_compared_with_the_control_that_is_named_now(
@@ -82,7 +81,7 @@ def test_complete_draws_are_compared_with_the_control_that_is_named_now(
     for name, num_right in (("mine", 9), ("first", 8), ("second", 7)):
         for number in range(2):
             seed = f"split.seed={config_of(name).split.seed + number}"
-            complete_run(config_of(f"{name}-draw{number + 1}", seed), num_right)
+            write_complete_run(config_of(f"{name}-draw{number + 1}", seed), num_right)
 
     def nothing_to_train(config: Config) -> TrainedRun:
         run = open_run(Folder(config.storage), config.given("name"))
