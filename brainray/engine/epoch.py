@@ -5,17 +5,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.optim.swa_utils import update_bn
 
 from brainray.config import AugmentConfig
-from brainray.engine.forward import autocast, infer
+from brainray.engine.forward import infer
 from brainray.engine.shard import Images, PixelScale, SliceShard
 from brainray.models.augment import augment
 from brainray.models.encoder import EncoderOutput
 from brainray.models.mixup import Mixup
 from brainray.models.objective import Objective, StepOutputs, StepSizes, Targets
-
-_SLICES_FOR_STATISTICS = 2048
 
 
 @dataclass(frozen=True)
@@ -170,46 +167,6 @@ def embed(
         torch.cat([output.z for output in outputs]),
         torch.cat([output.logits for output in outputs]),
     )
-
-
-@torch.no_grad()
-def measure_batch_statistics(
-    model: nn.Module,
-    images: Images,
-    *,
-    augmentation: AugmentConfig,
-    scale: PixelScale,
-    batch_size: int,
-    precision: str,
-    side: int | None = None,
-) -> None:
-    """Recompute the means and variances of batch normalisation from plain and augmented slices.
-
-    Averaged weights have no statistics (Izmailov et al. 2018, section 3.2), and running ones are
-    those of augmented slices only. As in Wu & Johnson 2021 ("Rethinking 'Batch' in BatchNorm",
-    section 3), they are measured again, on a fixed sample of at most 2,048 slices. Half of each
-    batch is as in inference and half has the ``augmentation``, which keeps the encoder robust to
-    slices that differ from these. With a single slice, which may have no variance, nothing changes.
-    """
-    order = torch.randperm(len(images), generator=Generator().manual_seed(0))
-    chosen = order[:_SLICES_FOR_STATISTICS]
-    if len(chosen) < 2:
-        return
-    # All batches count the same in the mean, so their sizes differ by at most one slice; none has
-    # a single slice.
-    num_batches = min(-(-len(chosen) // batch_size), len(chosen) // 2)
-    batches = images.batches(chosen.tensor_split(num_batches))
-    generator = Generator(images.device).manual_seed(0)
-
-    def seen(batch: Tensor) -> Tensor:
-        with autocast(images.device, "fp32"):  # as in training, views are computed in fp32
-            unit = scale.to_unit(batch, side)
-            as_they_are, augmented = unit.tensor_split(2)
-            views = augment(augmented, augmentation, generator)
-            return scale.standardise(torch.cat([as_they_are, views]))
-
-    with autocast(images.device, precision):
-        update_bn(map(seen, batches), model)
 
 
 def _cycle_rows(

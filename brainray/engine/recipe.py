@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from brainray.config import ObjectiveConfig, TrainConfig
 from brainray.dist import sum_across_ranks
+from brainray.engine.average import MovingAverage, Network
 from brainray.models.anchored import AnchoredObjective
 from brainray.models.consistency import ConsistencyObjective
 from brainray.models.joint import JointObjective
@@ -63,36 +63,7 @@ def image_side(epoch: int, config: TrainConfig) -> int:
     return stages[(epoch - 1) * len(stages) // config.growth_epochs]
 
 
-class MovingAverage(AveragedModel):
-    """Exponential moving average of a module's weights.
-
-    Polyak & Juditsky 1992; as a teacher, Tarvainen & Valpola 2017. Its batch statistics are those
-    of the module until they are measured (`epoch.measure_batch_statistics`).
-    """
-
-    def __init__(self, module: nn.Module, decay: float) -> None:
-        super().__init__(module)
-        self._decay = decay
-
-    @torch.no_grad()
-    def update_parameters(self, model: nn.Module, num_batches: int = 1) -> None:
-        """As `AveragedModel`, which copies its counter to a GPU every time and waits for that.
-
-        After an update with several batches, of all workers together, the average decays as after
-        as many updates with one (Busbridge et al. 2023), so that it spans as many epochs.
-        """
-        mine, theirs = tuple(self.module.parameters()), tuple(model.parameters())
-        if self.n_averaged == 0:  # on the CPU
-            torch._foreach_copy_(mine, theirs)
-        else:
-            move = get_ema_multi_avg_fn(self._decay**num_batches)
-            move(mine, theirs, self.n_averaged)
-        if buffers := tuple(self.module.buffers()):
-            torch._foreach_copy_(buffers, tuple(model.buffers()))
-        self.n_averaged += 1
-
-
-def build_average(encoder: nn.Module, decay: float) -> MovingAverage | None:
+def build_average(encoder: Network, decay: float) -> MovingAverage[Network] | None:
     """The average of an encoder's weights; None if ``decay`` is 0."""
     return MovingAverage(encoder, decay) if decay else None
 

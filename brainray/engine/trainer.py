@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import cast
 
 import pyarrow as pa
 import torch
@@ -12,10 +11,10 @@ from torch import Tensor, nn
 from brainray import dist, layout
 from brainray.clustering.seeding import seed_of
 from brainray.config import Config
+from brainray.engine.average import measure_batch_statistics
 from brainray.engine.epoch import (
     EpochData,
     embed,
-    measure_batch_statistics,
     plan_epoch,
 )
 from brainray.engine.evaluate import epoch_metrics
@@ -159,7 +158,7 @@ class Trainer:
     @property
     def evaluated(self) -> Encoder:
         """The encoder used for embedding, evaluation and checkpoints: the average, if enabled."""
-        return self.encoder if self.average is None else cast(Encoder, self.average.module)
+        return self.encoder if self.average is None else self.average.network
 
     @property
     def _side(self) -> int:
@@ -207,7 +206,7 @@ class Trainer:
         if self.average is not None:
             assert state.trained is not None, "an averaged run saves its trained weights"
             self.encoder.load_state_dict(state.trained)
-            self.average.n_averaged.fill_(1)  # with 0, the next update would restart the average
+            self.average.has_begun = True  # else the next update would restart the average
         self.optimizer.load_state_dict(state.optimizer)
         keys = self.data.fitted_keys.cpu()
         responsibilities = rows_of_keys(state.keys, state.responsibilities, keys)
@@ -355,7 +354,7 @@ class Trainer:
 
     def _update_average(self, num_batches: int) -> None:
         if self.average is not None:
-            self.average.update_parameters(self.encoder, num_batches * dist.world_size())
+            self.average.update(self.encoder, num_batches * dist.world_size())
 
     def _settle_batch_statistics(self) -> None:
         """Measure the average's batch statistics; then copy those of rank 0 to every rank.

@@ -17,10 +17,10 @@ from brainray.config import (
     SelfSupervisionConfig,
     TrainConfig,
 )
+from brainray.engine.average import measure_batch_statistics
 from brainray.engine.epoch import (
     EpochData,
     embed,
-    measure_batch_statistics,
     plan_epoch,
 )
 from brainray.engine.loop import train_epoch
@@ -132,12 +132,12 @@ def test_an_epoch_keeps_to_its_device(name: str) -> None:
                 mixup_alpha=0.3,
             ),
             precision="fp32",
-            on_update=lambda size: average.update_parameters(encoder, size),
+            on_update=lambda size: average.update(encoder, size),
         )
         measure = partial(measure_batch_statistics, augmentation=VIEWS)
         for work in (measure, embed):
             output = work(
-                average.module,
+                average.network,
                 unlabelled.images,
                 scale=SCALE,
                 batch_size=8,

@@ -249,7 +249,7 @@ def test_the_average_decays_with_the_batches_of_all_ranks(
     trainer = trainer_of(tmp_path, config_of(3, "train.ema_decay=0.9"))
     counts: list[int] = []
     monkeypatch.setattr(
-        trainer.average, "update_parameters", lambda _, num_batches: counts.append(num_batches)
+        trainer.average, "update", lambda _, num_batches: counts.append(num_batches)
     )
     monkeypatch.setattr(dist, "world_size", lambda: 4)
     trainer._update_average(2)
