@@ -201,8 +201,9 @@ def _replacements() -> Iterator[tuple[str, Any]]:
     yield "torch.cuda._lazy_init", lambda: None
     yield "torch.cuda.set_device", _set_device
     yield "torch.cuda.Event", _Event
-    for module in ("torch", "brainray.engine.epoch", "brainray.engine.self_supervised"):
-        yield f"{module}.Generator", _Generator
+    for module in ("average", "epoch", "self_supervised"):
+        yield f"brainray.engine.{module}.Generator", _Generator
+    yield "torch.Generator", _Generator
     for name in ("rand", "randn", "randperm", "empty"):
         yield f"torch.{name}", _drawing(getattr(torch, name))
     for name in ("sum_across_ranks", "gather_rows", "gather_equal_rows", "broadcast_from_first"):

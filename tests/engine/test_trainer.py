@@ -25,8 +25,9 @@ from brainray.engine.state import (
     newest_readable_epoch,
     save_resumable,
 )
-from brainray.engine.trainer import Report, Trainer, _LastEpoch, _Timer
+from brainray.engine.trainer import Report, Trainer, _LastEpoch
 from brainray.errors import DivergenceError
+from brainray.log import Stopwatch
 from brainray.models.encoder import Encoder, EncoderOutput, build_encoder
 from brainray.schema import UNLABELLED, Metrics
 from brainray.storage import Folder
@@ -347,9 +348,9 @@ def test_throughput_is_of_the_slices_of_all_steps_and_ranks_while_training(
     monkeypatch.setattr(ClusterModel, "log_likelihood", lambda _, z: z)
     monkeypatch.setattr(dist, "gather_rows", lambda rows: rows)
     monkeypatch.setattr(dist, "world_size", lambda: 4)
-    timer = _Timer()
-    timer.seconds = {"train": 2.0, "embed": 1.0}
-    trainer._save({}, torch.zeros(36, 2), None, timer)
+    stopwatch = Stopwatch()
+    stopwatch.seconds = {"train": 2.0, "embed": 1.0}
+    trainer._save({}, torch.zeros(36, 2), None, stopwatch)
     # Every rank takes 3 steps of 4 labelled and 8 unlabelled slices.
     assert trainer.history[-1]["time/images_per_s"] == 3 * 12 * 4 / 2.0
 
