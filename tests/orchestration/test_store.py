@@ -1,6 +1,7 @@
 """The settings of a store that exists, and a config that names it."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -9,6 +10,7 @@ import pytest
 from brainray.config import PreprocessConfig, SplitConfig
 from brainray.config_text import load_config, parse_config
 from brainray.errors import ConfigError, DataError
+from brainray.orchestration import store as store_module
 from brainray.orchestration.manifest import Manifest, settings_of, versions_of
 from brainray.orchestration.records import differing_settings, with_defaults
 from brainray.orchestration.store import (
@@ -21,8 +23,8 @@ from brainray.storage import Folder
 SPLIT = {"mode": "grouped", "test_fraction": 0.25, "seed": 3}
 
 
-def made(folder: Path) -> ImageStore:
-    preprocess = PreprocessConfig(resize="letterbox", image_size=128)
+def made(folder: Path, **settings: Any) -> ImageStore:
+    preprocess = PreprocessConfig(resize="letterbox", image_size=128, **settings)
     manifest = Manifest.model_construct(
         preprocess=preprocess, split=SPLIT, classes_map={"tumor": "glioma"}
     )
@@ -67,6 +69,32 @@ def test_a_damaged_part_is_named_in_the_error(tmp_path: Path) -> None:
 def test_what_it_says_otherwise_is_refused(tmp_path: Path, override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         as_store_was_made(load_config(None, [override]), made(tmp_path))
+
+
+def test_a_config_may_name_some_settings_of_a_section_which_a_store_may_lack(
+    tmp_path: Path,
+) -> None:
+    """A manifest of before ``min_foreground``, whose default is 0.05."""
+    store = made(tmp_path, volume={"axis": "coronal"})
+    config = as_store_was_made(load_config(None, ["preprocess.volume.min_foreground=0.05"]), store)
+    volume = config.preprocess.volume
+    assert (volume.axis, volume.min_foreground) == ("coronal", 0.05)
+    with pytest.raises(
+        ConfigError, match=r"\(preprocess\.volume\.min_foreground: 0\.05 here, 0\.2"
+    ):
+        as_store_was_made(load_config(None, ["preprocess.volume.min_foreground=0.2"]), store)
+
+
+def test_a_store_with_other_slices_than_expected_is_not_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = Manifest.model_construct(data_hash="0123")
+    (tmp_path / "manifest.json").touch()
+    monkeypatch.setattr(store_module, "read_manifest", lambda _: manifest)
+    for expected in (None, "0123"):
+        assert ImageStore.open(Folder(tmp_path), expected).manifest is manifest
+    with pytest.raises(DataError, match=r"has changed \(hash 4567 before, 0123 now\)"):
+        ImageStore.open(Folder(tmp_path), "4567")
 
 
 def test_a_class_that_is_ignored_differs_from_one_that_is_not_mentioned() -> None:

@@ -1,15 +1,26 @@
-"""Groups of slices that no store holds, as an evaluation of files from elsewhere meets them."""
+"""Groups of slices: copies of one another, and slices of one subject."""
+
+from collections import Counter
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from brainray.config import PreprocessConfig, SubjectConfig
+from brainray.config import Config, PreprocessConfig, SubjectConfig
 from brainray.mri.phantom import make_series
 from brainray.mri.resize import thumbnail
+from brainray.mri.thumbnails import thumbnail_matrix
 from brainray.orchestration.prediction.evaluation import _groups
-from brainray.orchestration.preprocessing.grouping import group_strangers
+from brainray.orchestration.preprocessing.grouping import (
+    SliceGroups,
+    group_slices,
+    group_strangers,
+)
+from brainray.orchestration.preprocessing.previous_records import FILES, PreviousRecords
+from brainray.orchestration.preprocessing.slice_rows import Subject
+from brainray.orchestration.preprocessing.source import FoundFile, Listing, SourceFile
 
 CONFIG = PreprocessConfig()
 
@@ -66,6 +77,77 @@ def test_names_and_copies_in_any_orientation_are_grouped_without_an_estimate(
     config = CONFIG.model_copy(update={"subject": SubjectConfig(estimate=False)})
     groups = group_strangers(table, config)
     assert parts(groups.dependent, "abcdef") == {"ad", "b", "c", "ef"}
+
+
+def test_slices_at_two_positions_of_a_volume_are_no_copies(series: list[list[np.ndarray]]) -> None:
+    first, second, third = series[0][0], series[0][2], series[1][1]
+    images = [first, reencoded(first), second, second, third, reencoded(third)]
+    table = accepted(images, "abcdef")
+    columns = {
+        "sha256": ["v", "v", "p", "p", "v", "w"],  # c and d are two files with the same bytes
+        "frame": ["axial=1", "axial=2", "", "", "axial=3", "axial=3"],
+    }
+    for name, column in columns.items():
+        table = table.set_column(table.column_names.index(name), name, pa.array(column))
+    assert parts(group_strangers(table, CONFIG).copies, "abcdef") == {"a", "b", "cd", "ef"}
+
+
+def stored(
+    images: list[np.ndarray],
+    names: str,
+    storage: Path,
+    *,
+    subjects: dict[str, str] | None = None,
+    before: dict[str, Subject] | None = None,
+) -> SliceGroups:
+    """Groups in a store, of which a labels table names some ``subjects``; ``before`` are those of
+    the slices that the store has held.
+    """
+    table = accepted(images, names).append_column("path", pa.array(list(names)))
+    table = table.append_column("header_subject", pa.nulls(len(images), pa.string()))
+    recorded = [
+        {"sample_id": name, "subject_id": subject.name, "subject_source": subject.source}
+        for name, subject in (before or {}).items()
+    ]
+    files = [
+        SourceFile(subject=(subjects or {}).get(name), file=FoundFile(name, 1, 1)) for name in names
+    ]
+    return group_slices(
+        table,
+        thumbnail_matrix(table["thumbnail"].to_pylist()),
+        Listing(files, Counter(), []),
+        Config(storage=str(storage)),
+        PreviousRecords(1, pa.Table.from_pylist(recorded, schema=FILES), None),
+    )
+
+
+def test_draws_part_turned_copies_and_likely_subjects_and_no_split_does(
+    series: list[list[np.ndarray]], tmp_path: Path
+) -> None:
+    (a, c, d), (b, e, g) = series
+    images = [a, b, c, d, e, e[:, ::-1], g]
+    named = {"a": "anna", "b": "anna", "e": "ben"}
+    groups = stored(images, "abcdefg", tmp_path, subjects=named)
+    sources = [subject.source for subject in groups.subjects]
+    assert sources == ["table" if name in named else "estimated" for name in "abcdefg"]
+    assert parts(groups.copies, "abcdefg") == set("abcdefg")
+    assert parts(groups.draw, "abcdefg") == {"ab", *"cdefg"}
+    assert parts(groups.related, "abcdefg") == {"ab", "ef", *"cdg"}
+    assert parts(groups.split, "abcdefg") == {"ab", "cd", "efg"}
+
+
+def test_a_slice_keeps_the_subject_that_it_was_estimated_to_be_of(
+    series: list[list[np.ndarray]], tmp_path: Path
+) -> None:
+    before = {
+        "a": Subject("estimated-y", "estimated"),
+        "b": Subject("estimated-x", "estimated"),
+        "d": Subject("anna", "table"),  # which has no subjects any more
+    }
+    groups = stored([*series[0], *series[1]], "abcdef", tmp_path, before=before)
+    names = [subject.name for subject in groups.subjects]
+    assert names == ["estimated-y", "estimated-x", "estimated-x", *["estimated-d"] * 3]
+    assert parts(groups.split, "abcdef") == {"a", "bc", "def"}
 
 
 def test_a_copy_of_a_runs_own_test_slice_is_drawn_with_it(series: list[list[np.ndarray]]) -> None:

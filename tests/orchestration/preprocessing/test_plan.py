@@ -37,6 +37,14 @@ from brainray.orchestration.preprocessing.source import FoundFile, Listing, Sour
 from brainray.storage import Folder
 
 
+def light(path: str, sha256: str, fingerprint: int) -> dict[str, Any]:
+    """A LIGHT row of the one slice of a file."""
+    about = {"path": path, "frame": "", "sha256": sha256, "sample_id": sha256[:32]}
+    pixels = {"pixel_sum": 1000, "pixel_square_sum": 9_000_000, "skull_strip": "otsu"}
+    stored = {"fingerprint": fingerprint, "part": "part.parquet"}
+    return dict.fromkeys(LIGHT.names) | about | pixels | stored
+
+
 def plan(test_label: str, headers: dict[int, str] | None = None) -> StorePlan:
     """Two training slices of each of two classes; the test slice copies the first of them.
 
@@ -51,20 +59,9 @@ def plan(test_label: str, headers: dict[int, str] | None = None) -> StorePlan:
     ):
         found = FoundFile(f"{number}.jpg", 1, 1)
         files.append(SourceFile("train" if number < 4 else "test", label, file=found))
+        header = (headers or {}).get(number)
         rows.append(
-            dict.fromkeys(LIGHT.names)
-            | {
-                "path": found.path,
-                "frame": "",
-                "sha256": str(picture).ljust(64, "0"),
-                "sample_id": str(picture).ljust(32, "0"),
-                "pixel_sum": 1000,
-                "pixel_square_sum": 9_000_000,
-                "skull_strip": "otsu",
-                "header_subject": (headers or {}).get(number),
-                "fingerprint": picture,
-                "part": "part.parquet",
-            }
+            light(found.path, str(picture).ljust(64, "0"), picture) | {"header_subject": header}
         )
     slices = pa.Table.from_pylist(rows, schema=LIGHT)
     return plan_store(
@@ -276,11 +273,7 @@ def planned(
     for number, (split, label, picture) in enumerate(slices):
         found = FoundFile(f"{number}.jpg", 1, 1)
         files.append(SourceFile(split, label, (subjects or {}).get(number), file=found))
-        identity = hashlib.sha256(picture.tobytes()).hexdigest()
-        about = {"path": found.path, "frame": "", "sha256": identity, "sample_id": identity[:32]}
-        pixels = {"pixel_sum": 1000, "pixel_square_sum": 9_000_000, "skull_strip": "otsu"}
-        stored = {"fingerprint": number, "part": "part.parquet"}
-        rows.append(dict.fromkeys(LIGHT.names) | about | pixels | stored)
+        rows.append(light(found.path, hashlib.sha256(picture.tobytes()).hexdigest(), number))
     estimate = settings.pop("estimate", False)
     settings |= {"preprocess": {"subject": {"estimate": estimate}}, "source": "/data"}
     return plan_store(
@@ -434,21 +427,7 @@ def test_a_drawn_split_leaves_training_the_only_usable_slice_of_a_class() -> Non
     for number, (_, label) in enumerate(labelled):
         found = FoundFile(f"{number}.jpg", 1, 1)
         files.append(SourceFile(None, label, file=found))
-        identity = hashlib.sha256(bytes([number])).hexdigest()
-        rows.append(
-            dict.fromkeys(LIGHT.names)
-            | {
-                "path": found.path,
-                "frame": "",
-                "sha256": identity,
-                "sample_id": identity[:32],
-                "pixel_sum": 1000,
-                "pixel_square_sum": 9_000_000,
-                "skull_strip": "otsu",
-                "fingerprint": number,
-                "part": "part.parquet",
-            }
-        )
+        rows.append(light(found.path, hashlib.sha256(bytes([number])).hexdigest(), number))
     for seed in range(8):
         split = {"mode": "grouped", "seed": seed}
         config = Config.model_validate(
@@ -465,6 +444,51 @@ def test_a_drawn_split_leaves_training_the_only_usable_slice_of_a_class() -> Non
         assert len(conflicts) == 6
         (usable,) = (row for row in planned.rows.to_pylist() if row["path"] == "10.jpg")
         assert (usable["split"], usable["label"]) == ("train", "rare")
+
+
+@pytest.fixture(scope="module")
+def plan_of_a_volume() -> StorePlan:
+    """Of three slices of a volume, one of which a table labels, an empty one and a bad file."""
+    rng = np.random.default_rng(0)
+    fingerprints = RowFile(96 * 96, np.uint8)
+    fingerprints.append(rng.integers(0, 255, (3, 96 * 96)).astype(np.uint8))
+    rows = [
+        light("1.nii", f"{number:<064}", number) | {"sha256": 64 * "1", "frame": f"axial={number}"}
+        for number in range(3)
+    ]
+    unstored = dict.fromkeys(["sample_id", "fingerprint", "part"])
+    rows.append(rows[2] | unstored | {"frame": "axial=3", "reason": "blank", "detail": "black"})
+    rows.append(rows[2] | unstored | {"path": "2.png", "frame": "", "reason": "empty file"})
+    of_frame = {"axial=1": "glioma"}
+    files = [
+        SourceFile(label="notumor", label_of_frame=of_frame, file=FoundFile("1.nii", 1, 1)),
+        SourceFile(label="notumor", file=FoundFile("2.png", 1, 1)),
+    ]
+    preprocess = {"subject": {"estimate": False}, "max_rejected_fraction": 0.5}
+    settings = {"source": "/data", "split": {"mode": "official"}, "preprocess": preprocess}
+    return plan_store(
+        pa.Table.from_pylist(rows, schema=LIGHT),
+        fingerprints,
+        Listing(files, Counter(), []),
+        Config.model_validate(settings),
+        PreviousRecords.from_store(None),
+    )
+
+
+def test_a_frame_has_the_label_that_a_table_gives_it_alone(plan_of_a_volume: StorePlan) -> None:
+    labels = {row["frame"]: row["label"] for row in plan_of_a_volume.rows.to_pylist()}
+    assert labels == {"axial=0": "notumor", "axial=1": "glioma", "axial=2": "notumor"}
+
+
+def test_what_was_rejected_is_recorded_with_the_files(plan_of_a_volume: StorePlan) -> None:
+    rows = plan_of_a_volume.files.to_pylist()
+    recorded = [tuple(row[name] for name in ("path", "frame", "reason", "part")) for row in rows]
+    assert recorded == [
+        *[("1.nii", f"axial={number}", None, "part.parquet") for number in range(3)],
+        ("1.nii", "axial=3", "blank", None),
+        ("2.png", "", "empty file", None),
+    ]
+    assert [row["detail"] for row in rows[3:]] == ["black", None]
 
 
 def test_a_purge_needs_a_test_part_of_the_source() -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 
@@ -66,6 +67,21 @@ def test_a_storage_within_the_source_is_left_out(tmp_path: Path) -> None:
     assert len(found) == 3
 
 
+def test_what_is_hidden_or_in_the_storage_is_left_out_of_an_object_store_too(
+    tmp_path: Path,
+) -> None:
+    names = ["a/1.jpg", "a/.2.jpg", ".raw/a/3.jpg", "__MACOSX/a/4.jpg", "a/.deep/b/5.jpg"]
+    make(tmp_path / "data", *names, "out/datasets/x/figures/6.png", "output/7.png")
+    source, storage, elsewhere = (Folder(tmp_path) for _ in range(3))
+    for folder, path in ((source, "data"), (storage, "data/out"), (elsewhere, "data2/out")):
+        folder.filesystem = pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem())
+        folder.path = path
+    in_storage = "out/datasets/x/figures/6.png"
+    for left_out, also_found in ((storage, []), (elsewhere, [in_storage]), (None, [in_storage])):
+        found = list_source(source, None, {}, storage=left_out).files
+        assert [file.path for file in found] == ["a/1.jpg", *also_found, "output/7.png"]
+
+
 def test_a_folder_of_unlabelled_slices_is_no_class(tmp_path: Path) -> None:
     source = make(tmp_path, "Training/a/1.jpg", "Training/Unlabelled/2.jpg", "Testing/a/3.jpg")
     assert listed(source)[1] == ("Training/Unlabelled/2.jpg", "train", None, None)
@@ -89,10 +105,10 @@ def test_a_labels_table_names_classes_splits_and_subjects(tmp_path: Path) -> Non
         ("x/2.jpg", "test", None, None),
     ]
     assert listed(source, Folder(table)) == expected
-    parquet = tmp_path / "labels.parquet"
     columns = {"path": ["x/1.jpg"], "label": ["0"], "split": ["train"], "subject": ["007"]}
-    pq.write_table(pa.table(columns), parquet)
-    assert listed(source, Folder(parquet))[1] == expected[1]
+    for parquet in (tmp_path / "labels.parquet", tmp_path / "LABELS.PQ"):
+        pq.write_table(pa.table(columns), parquet)
+        assert listed(source, Folder(parquet))[1] == expected[1]
 
 
 def test_a_table_as_spreadsheets_and_r_write_it(tmp_path: Path) -> None:
@@ -422,11 +438,11 @@ def test_words_for_nobody_name_no_subject_and_numbers_have_no_fraction(tmp_path:
     (tmp_path / "labels.csv").write_text("\n".join(["path,label,subject", *rows]))
     found = [row[3] for row in listed(source, Folder(tmp_path / "labels.csv"))]
     assert found == [None, None, None, None, "0", "P0X"]
-    table = pa.table({"path": names[:3], "label": [0.0, 1.0, None], "subject": [7.0, None, 8.5]})
+    table = pa.table({"path": names[:3], "label": [0.0, -1.0, None], "subject": [7.0, None, 8.5]})
     pq.write_table(table, tmp_path / "labels.parquet")
     assert [row[2:] for row in listed(source, Folder(tmp_path / "labels.parquet"))[:3]] == [
         ("0", "7"),
-        ("1", None),
+        ("-1", None),
         (None, "8.5"),
     ]
 
