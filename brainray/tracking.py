@@ -267,8 +267,8 @@ class MLflowTracker:
         saved: _Sent = self._run.read_json(layout.TRACKING)
         servers = saved.pop("elsewhere", {})
         servers[saved["uri"]] = saved
-        state = servers.pop(uri, _Sent())
-        state["elsewhere"] = servers
+        name = next((each for each in servers if _is_same_server(each, uri)), uri)
+        state = {**servers.pop(name, _Sent()), "uri": uri, "elsewhere": servers}
         return state
 
     def _find_moved(self, client: MlflowClient) -> RunInfo | None:
@@ -473,6 +473,14 @@ def _database(uri: str) -> Path | None:
     """The file of a SQLite URI."""
     path = uri.removeprefix("sqlite:///")
     return None if path == uri else Path(unquote(path.partition("?")[0]))
+
+
+def _is_same_server(uri: str, other: str) -> bool:
+    """Whether two URIs are of one server or database, whose path may be relative."""
+    database, other_database = _database(uri), _database(other)
+    if database is None or other_database is None:
+        return uri == other
+    return database.absolute() == other_database.absolute()
 
 
 def is_lost_database(uri: str) -> bool:

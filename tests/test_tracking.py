@@ -259,6 +259,22 @@ def test_a_database_that_moves_with_its_storage_goes_on(run: Folder) -> None:
     assert again.run_id == before.run_id
 
 
+def test_a_database_with_a_relative_path_is_the_one_with_its_absolute_path(
+    run: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    absolute = database(run)
+    folder, _, name = absolute.removeprefix("sqlite:///").rpartition("/")
+    monkeypatch.chdir(folder)
+    before = tracker(run, f"sqlite:///{name}")
+    before.begin("first", {}, {})
+    before.log_epochs(HISTORY)
+    after = tracker(run, absolute)
+    after.begin("first", {}, {})
+    assert after.run_id == before.run_id
+    saved = run.read_json("tracking.json")
+    assert (saved["uri"], saved["epochs_sent"]) == (absolute, len(HISTORY))
+
+
 def test_parameters_of_which_some_have_arrived_are_completed(
     run: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -77,7 +77,7 @@ def run_job(
         parser.error(f"unrecognized arguments: {' '.join(others)}{hint}")
 
     def checked_work() -> JobResult:
-        config = resolve_paths(load_config(arguments.config, arguments.set))
+        config = resolve_paths(load_config(arguments.config, arguments.set), keys)
         for key in unread_keys(arguments.set, keys):
             log(f"note: jobs/{name}.py does not read {key}; --help lists what it reads")
         _check_given(config, keys, needs)

@@ -20,13 +20,13 @@ _ON_OTHER_NODES_S = 5.0  # a network file system may show new files late
 _ANSWERS_WITHIN_S = 60.0
 
 
-def resolve_paths(config: Config) -> Config:
+def resolve_paths(config: Config, keys: Sequence[str] = ()) -> Config:
     """Make ``source``, ``labels``, ``checkpoint``, ``storage``, local weights and a tracking
     database absolute.
 
     Raises:
-        ConfigError: a relative path in a submitted job, which runs in a temporary copy, also in
-            ``MLFLOW_TRACKING_URI``.
+        ConfigError: a relative path in a submitted job, which runs in a temporary copy; also in
+            ``MLFLOW_TRACKING_URI``, if the job reads the key ``tracking``.
     """
     resolved: dict[str, Any] = {
         key: _resolve(key, value)
@@ -60,7 +60,7 @@ def resolve_paths(config: Config) -> Config:
     if config.tracking.uri is not None:
         uri = resolve_tracking_uri("tracking.uri", config.tracking.uri)
         resolved["tracking"] = config.tracking.model_copy(update={"uri": uri})
-    if os.environ.get(URI_VARIABLE):
+    if "tracking" in keys and os.environ.get(URI_VARIABLE):
         resolve_tracking_uri(URI_VARIABLE, os.environ[URI_VARIABLE])
     return config.model_copy(update=resolved)
 
@@ -77,8 +77,7 @@ def resolve_tracking_uri(key: str, uri: str) -> str:
 
 def _resolve(key: str, value: str) -> str:
     if "://" in value:
-        shorter = value.rstrip("/")
-        return value if shorter.endswith(":") else shorter
+        return value
     try:
         path = Path(value).expanduser()
     except RuntimeError as error:  # no such ~user

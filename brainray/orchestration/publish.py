@@ -71,9 +71,7 @@ def open_tracking(
     ``made_by`` is the `about_code` of the code that made the folder; by default, of this code.
     """
     storage = Folder(config.storage)
-    uri = config.tracking.uri or default_uri(storage)
-    if os.environ.get(URI_VARIABLE):
-        uri = resolve_tracking_uri(URI_VARIABLE, os.environ[URI_VARIABLE])
+    uri = _requested_uri(config) or default_uri(storage)
     if HIDDEN in uri:
         raise ConfigError(
             f"the saved tracking.uri has no password ({uri}): set it again with --set "
@@ -87,6 +85,13 @@ def open_tracking(
     code = {tag: str(made_by[key]) for tag, key in _TAGS_OF_CODE.items() if made_by.get(key)}
     tracker.begin(folder.name, params, code | dict(tags))
     return tracker
+
+
+def _requested_uri(config: Config) -> str | None:
+    from_environment = os.environ.get(URI_VARIABLE)
+    if from_environment:
+        return resolve_tracking_uri(URI_VARIABLE, from_environment)
+    return config.tracking.uri
 
 
 def publish(config: Config, run: Run) -> LenientTracker:

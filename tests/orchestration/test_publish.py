@@ -6,7 +6,8 @@ from unittest.mock import Mock
 
 import pytest
 
-from brainray.orchestration.publish import how_to_open, send_run
+from brainray.config_text import load_config
+from brainray.orchestration.publish import _requested_uri, how_to_open, send_run
 from brainray.orchestration.run import Run
 from brainray.storage import Folder
 
@@ -46,3 +47,13 @@ def test_what_there_is_of_a_run_is_sent(tmp_path: Path, is_complete: bool) -> No
     summaries = [call.args for call in tracker.log_summary.call_args_list]
     assert summaries == ([({"chosen_epoch": 1.0},)] if is_complete else [])
     assert tracker.finish.called == is_complete
+
+
+def test_a_database_in_the_environment_is_used_wherever_a_command_is_run_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(None, ["tracking.uri=http://host:5000"])
+    assert _requested_uri(config) == "http://host:5000"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///m.db")
+    assert _requested_uri(config) == f"sqlite:///{tmp_path}/m.db"

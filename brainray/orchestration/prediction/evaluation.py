@@ -92,7 +92,8 @@ def evaluate(config: Config, only_paths: set[str] | None = None) -> Evaluation:
 def _evaluate(
     config: Config, predictor: Predictor, target: Folder, only_paths: set[str] | None
 ) -> Evaluation:
-    _check_source(config, target, from_pipeline=only_paths is not None)
+    epoch = predictor.checkpoint.epoch
+    _check_source(config, epoch, target, from_pipeline=only_paths is not None)
     checkpoint, seen = predictor.checkpoint, predictor.seen()
     labels = None if config.labels is None else Folder(config.labels)
     # The split of selected paths is known; a table may use another name for it.
@@ -269,9 +270,11 @@ def check_evaluation_name(config: Config) -> None:
     _check_source(config, target, from_pipeline=True)
 
 
-def _check_source(config: Config, target: Folder, *, from_pipeline: bool) -> None:
+def _check_source(config: Config, epoch: int, target: Folder, *, from_pipeline: bool) -> None:
     """Check that an evaluation of this name, if there is one, is of the same model and source:
     folders in different places may share a name, and so may evaluations.
+
+    ``epoch`` is that of the model.
 
     Raises:
         ConfigError: the name is used for another evaluation.
@@ -279,11 +282,15 @@ def _check_source(config: Config, target: Folder, *, from_pipeline: bool) -> Non
     if not target.exists(layout.CONFIG):
         return
     before = parse_yaml(target.read_bytes(layout.CONFIG), f"{target}/{layout.CONFIG}")
-    model = _model(config.checkpoint, config.run or config.name, config.epoch)
-    model_before = _model(before.get("checkpoint"), before.get("run"), before.get("epoch"))
+    model = _model(config.checkpoint, config.run or config.name, config.epoch, epoch)
+    epoch_before = int(target.read_json(layout.EVALUATION_METRICS)["epoch"])
+    model_before = _model(
+        before.get("checkpoint"), before.get("run"), before.get("epoch"), epoch_before
+    )
     is_own = from_pipeline and model_before == model  # its files may have been moved
     difference = None
-    if before["source"] != config.source and not is_own:
+    is_same_source = Folder(before["source"]).uri == Folder(config.given("source")).uri
+    if not is_same_source and not is_own:
         difference = f"another source ({before['source']})"
     elif model_before != model:
         difference = f"another model ({model_before})"
@@ -294,17 +301,19 @@ def _check_source(config: Config, target: Folder, *, from_pipeline: bool) -> Non
         )
 
 
-def _model(checkpoint: str | None, run: str | None, epoch: int | None) -> str | None:
-    """The run, for its chosen epoch, or another epoch of it; of a checkpoint outside of a run's
-    folder, the folder.
+def _model(
+    checkpoint: str | None, run: str | None, requested: int | None, epoch: int
+) -> str | None:
+    """The run, for its chosen epoch, or a ``requested`` epoch of it; of a checkpoint outside of a
+    run's folder, the folder.
     """
-    if checkpoint is None:
-        return run if epoch is None else f"{run}/{layout.checkpoint_folder(epoch)}"
-    folder = folder_of_checkpoint(Folder(checkpoint))
-    if not folder.parent.exists(layout.RUN):
-        return folder.uri
-    name = folder.parent.name
-    return name if folder.name == layout.BEST else f"{name}/{folder.name}"
+    is_chosen = requested is None
+    if checkpoint is not None:
+        folder = folder_of_checkpoint(Folder(checkpoint))
+        if not folder.parent.exists(layout.RUN):
+            return folder.uri
+        run, is_chosen = folder.parent.name, folder.name == layout.BEST
+    return run if is_chosen else f"{run}, epoch {epoch}"
 
 
 def _files_to_score(

@@ -113,9 +113,10 @@ def _predict(config: Config, predictor: Predictor, folder: Folder) -> Prediction
 def _check_or_write_settings(config: Config, predictor: Predictor, folder: Folder) -> None:
     about = {"checkpoint": str(predictor.folder)}  # which may move
     settings = {
-        "source": config.given("source"),
+        "source": Folder(config.given("source")).uri,
         "epoch": predictor.checkpoint.epoch,
         "weights": content_hash(predictor.folder.read_bytes(layout.MODEL))[:12],
+        "has_fitted": predictor.folder.exists(layout.FITTED),
         "classes": predictor.checkpoint.classes,
         "code": code_hash(),
     }

@@ -32,7 +32,7 @@ FITTED = "fitted"
 """Subset of the slices to which a clusterer is fitted; the others are held out."""
 
 _SILENT_S = 20.0
-_CELL_FORMAT = 6  # increase when the computation of a cell changes
+_CELL_FORMAT = 7  # increase when the computation of a cell changes
 _MIXTURE_STARTS = 3
 _MAX_FEATURES = 4096  # PCA of this many takes 15 s and 0.7 GB
 

@@ -63,6 +63,10 @@ def train_draws(config: Config) -> DrawnRuns:
         compared.append(_compared(config_of_draw, runs[-1]))
     controls = [draw.control for draw in compared if draw.control is not None]
     if len(controls) < num_draws:
+        if controls:
+            log(
+                f"not compared: only {len(controls)} of {num_draws} draws have a comparable control"
+            )
         controls = []
     metrics = summarise_draws(
         [draw.metrics for draw in compared],

@@ -53,15 +53,19 @@ def test_an_evaluation_is_replaced_by_one_of_the_same_epoch_only(tmp_path: Path)
     made_by = tiny_config(tmp_path, "source=/data", "run=mine", "epoch=3")
     target = Folder(tmp_path / "evaluations" / "a")
     target.write_bytes("config.yaml", to_yaml(made_by).encode())
-    _check_source(made_by, target, from_pipeline=False)
+    target.write_json("metrics.json", {"epoch": 3.0})
+    _check_source(made_by, 3, target, from_pipeline=False)
     (tmp_path / "mine" / "epoch-0003").mkdir(parents=True)
     (tmp_path / "mine" / "run.json").touch()
     by_path = {"run": None, "epoch": None, "checkpoint": str(tmp_path / "mine" / "epoch-0003")}
-    _check_source(made_by.model_copy(update=by_path), target, from_pipeline=False)
+    for settings in (by_path, {"source": "/data/"}):
+        _check_source(made_by.model_copy(update=settings), 3, target, from_pipeline=False)
     for epoch in (None, 2):
         other = made_by.model_copy(update={"epoch": epoch})
-        with pytest.raises(ConfigError, match=r"is the evaluation of another model \(mine/epoch-0"):
-            _check_source(other, target, from_pipeline=False)
+        with pytest.raises(
+            ConfigError, match=r"is the evaluation of another model \(mine, epoch 3"
+        ):
+            _check_source(other, epoch or 3, target, from_pipeline=False)
 
 
 def test_selected_files_are_scored_whatever_their_split(tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def test_every_row_of_the_list_is_of_one_slice_and_mates_of_labelled_ones_come_l
     monkeypatch.setattr(
         labels_module, "find_predictor", lambda *_, **__: SimpleNamespace(folder=folder)
     )
-    monkeypatch.setattr(labels_module.ImageStore, "open", lambda *_: None)
+    monkeypatch.setattr(labels_module, "open_store", lambda *_: None)
     monkeypatch.setattr(labels_module, "predicted_slices", predicted)
     monkeypatch.setattr(labels_module, "with_progress", lambda blocks, *_, **__: blocks)
     config = load_config(None, [f"storage={tmp_path}", "run=r", "label.num_slices=3"])
