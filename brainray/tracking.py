@@ -268,7 +268,9 @@ class MLflowTracker:
         servers = saved.pop("elsewhere", {})
         servers[saved["uri"]] = saved
         name = next((each for each in servers if _is_same_server(each, uri)), uri)
-        state = {**servers.pop(name, _Sent()), "uri": uri, "elsewhere": servers}
+        state = servers.pop(name, _Sent())
+        state["uri"] = uri
+        state["elsewhere"] = servers
         return state
 
     def _find_moved(self, client: MlflowClient) -> RunInfo | None:

@@ -10,7 +10,6 @@ import pytest
 from brainray.config import PreprocessConfig, SplitConfig
 from brainray.config_text import load_config, parse_config
 from brainray.errors import ConfigError, DataError
-from brainray.orchestration import store as store_module
 from brainray.orchestration.manifest import Manifest, settings_of, versions_of
 from brainray.orchestration.records import differing_settings, with_defaults
 from brainray.orchestration.store import (
@@ -90,7 +89,7 @@ def test_a_store_with_other_slices_than_expected_is_not_opened(
 ) -> None:
     manifest = Manifest.model_construct(data_hash="0123")
     (tmp_path / "manifest.json").touch()
-    monkeypatch.setattr(store_module, "read_manifest", lambda _: manifest)
+    monkeypatch.setattr(Manifest, "read", lambda _: manifest)
     for expected in (None, "0123"):
         assert ImageStore.open(Folder(tmp_path), expected).manifest is manifest
     with pytest.raises(DataError, match=r"has changed \(hash 4567 before, 0123 now\)"):

@@ -267,14 +267,16 @@ def _groups(
 def check_evaluation_name(config: Config) -> None:
     """Raises ConfigError if a pipeline's name is used for another evaluation."""
     target = Folder(config.storage) / layout.EVALUATIONS / config.given("name")
-    _check_source(config, target, from_pipeline=True)
+    _check_source(config, None, target, from_pipeline=True)
 
 
-def _check_source(config: Config, epoch: int, target: Folder, *, from_pipeline: bool) -> None:
+def _check_source(
+    config: Config, epoch: int | None, target: Folder, *, from_pipeline: bool
+) -> None:
     """Check that an evaluation of this name, if there is one, is of the same model and source:
     folders in different places may share a name, and so may evaluations.
 
-    ``epoch`` is that of the model.
+    ``epoch`` is that of the model; None before it is known, if it is the chosen one.
 
     Raises:
         ConfigError: the name is used for another evaluation.
@@ -283,10 +285,9 @@ def _check_source(config: Config, epoch: int, target: Folder, *, from_pipeline: 
         return
     before = parse_yaml(target.read_bytes(layout.CONFIG), f"{target}/{layout.CONFIG}")
     model = _model(config.checkpoint, config.run or config.name, config.epoch, epoch)
-    epoch_before = int(target.read_json(layout.EVALUATION_METRICS)["epoch"])
-    model_before = _model(
-        before.get("checkpoint"), before.get("run"), before.get("epoch"), epoch_before
-    )
+    metrics = layout.EVALUATION_METRICS
+    scored = target.read_json(metrics)["epoch"] if target.exists(metrics) else None
+    model_before = _model(before.get("checkpoint"), before.get("run"), before.get("epoch"), scored)
     is_own = from_pipeline and model_before == model  # its files may have been moved
     difference = None
     is_same_source = Folder(before["source"]).uri == Folder(config.given("source")).uri
@@ -302,7 +303,7 @@ def _check_source(config: Config, epoch: int, target: Folder, *, from_pipeline: 
 
 
 def _model(
-    checkpoint: str | None, run: str | None, requested: int | None, epoch: int
+    checkpoint: str | None, run: str | None, requested: int | None, epoch: float | None
 ) -> str | None:
     """The run, for its chosen epoch, or a ``requested`` epoch of it; of a checkpoint outside of a
     run's folder, the folder.
@@ -313,7 +314,7 @@ def _model(
         if not folder.parent.exists(layout.RUN):
             return folder.uri
         run, is_chosen = folder.parent.name, folder.name == layout.BEST
-    return run if is_chosen else f"{run}, epoch {epoch}"
+    return run if is_chosen or epoch is None else f"{run}, epoch {epoch:.0f}"
 
 
 def _files_to_score(

@@ -159,7 +159,7 @@ def test_the_interval_of_a_gain_is_of_runs_less_controls_and_resamples_subjects(
     half = {"sample_id": [str(number) for number in range(40)], "split_group_id": ["p"] * 40}
     Folder(tmp_path / "of-one-subject").write_table("test.parquet", pa.table(half))
     assert _intervals([run(36, "of-one-subject")], [run(20)], config) == {}
-    lost = SimpleNamespace(predictions=lambda: None)
+    lost: Any = SimpleNamespace(predictions=lambda: None)
     assert _intervals([run(36), lost], [run(20), run(16)], config) == {}
 
 
