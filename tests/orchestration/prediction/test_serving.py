@@ -25,6 +25,7 @@ from brainray.schema import FITTED, PREDICTED
         ({"path": "FILE", "image": b""}, "FILE", b"of the file"),
         ({"path": "FILE", "image": math.nan}, "FILE", b"of the file"),
         ({"path": "a name", "image": memoryview(b"sent")}, "a name", b"sent"),
+        ({"path": math.nan, "image": b"sent"}, "image 3", b"sent"),
         ({"path": None, "image": None}, "image 3", None),
         ({"path": "", "image": b""}, "image 3", None),
     ],
