@@ -211,8 +211,8 @@ def test_a_class_that_has_lost_its_clusters_gets_one_back() -> None:
 
 
 def test_with_more_clusters_than_classes_a_labelled_slice_starts_in_one_of_its_class() -> None:
-    z, truth = blobs()
-    rows = torch.arange(300)
+    z, truth = (of_all[:90] for of_all in blobs())
+    rows = torch.arange(90)
     labels = torch.where(rows < 30, truth, UNLABELLED)
     labels[3] = 1  # in the midst of class 0
     start = _start_anchored(z.double(), rows, labels, anchored(5), 3, 0, None)
@@ -241,7 +241,7 @@ def test_clusters_that_k_means_and_the_mixture_have_reseeded_are_counted(
 
         return patch.object(kind, "fit", fit)
 
-    z, truth = blobs()
+    z, truth = (of_all[:60] for of_all in blobs())
     with reseeding(KMeans, 2), reseeding(GaussianMixture, 5):
         assert fit(z, truth, config).num_reseeded == num  # K-means is not used with K = C anchors
 
