@@ -722,8 +722,8 @@ class Config(_Section):
 
     name: PlainName | None = None
     """Name of this job's result. The same name resumes, except that an export, or an evaluation of
-    the same source, is replaced. Defaults to RUN-on-FOLDER in evaluate and predict, and to the
-    run's name in export."""
+    the same source, is replaced. Defaults to RUN-on-FOLDER in evaluate and predict, with ``epoch``
+    to RUN-epochN-on-FOLDER, and to the run's name in export."""
     dataset: PlainName | None = None
     """Name of the image store to train on or to study; defaults to ``name`` in the pipeline."""
     run: PlainName | None = None
