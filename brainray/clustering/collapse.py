@@ -9,7 +9,6 @@ from torch import Tensor
 
 from brainray import dist
 from brainray.clustering import shards
-from brainray.clustering.metrics import effective_rank
 from brainray.errors import ClusteringError
 
 
@@ -89,3 +88,21 @@ def describe_collapse(health: ClusteringHealth, max_share: float, min_spread: fl
             f"{health.effective_rank:.1f})"
         )
     return None
+
+
+def effective_rank(z: Tensor) -> float:
+    """Exponential of the entropy of the covariance's normalised eigenvalues (collective).
+
+    Roy & Vetterli 2007, equation 2, applied to the covariance of all ranks' rows z (n_rank, E).
+    Between 1 and E; 0 if all rows coincide.
+    """
+    num_rows = shards.check_rows(z)
+    if num_rows == 0:
+        return 0.0
+    mean = shards.mean_of_rows(z, num_rows)
+    eigenvalues = torch.linalg.eigvalsh(shards.scatter_of_rows(z, mean)).clamp(min=0)
+    total = eigenvalues.sum()
+    if total <= shards.IDENTICAL_ROWS_RATIO * num_rows * mean.square().sum():
+        return 0.0
+    shares = eigenvalues / total
+    return float(torch.exp(-torch.special.xlogy(shares, shares).sum()))

@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from scipy import stats
 
-from brainray.clustering.metrics import bootstrap_interval
+from brainray.engine.accuracy import bootstrap_interval
 from brainray.engine.evaluate import labelled_rows, resampling_groups
 from brainray.errors import DataError
 from brainray.schema import PREDICTED_BY, Metrics, subset_masks

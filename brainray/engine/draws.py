@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from brainray.clustering.metrics import CONFIDENCE
+from brainray.engine.accuracy import CONFIDENCE
 from brainray.schema import Metrics
 
 

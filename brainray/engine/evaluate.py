@@ -7,12 +7,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from brainray.clustering.metrics import (
+from brainray.clustering.metrics import clustering_metrics, silhouette
+from brainray.engine.accuracy import (
     accuracy_interval,
     classification_metrics,
-    clustering_metrics,
     reweighted_accuracy,
-    silhouette,
 )
 from brainray.engine.calibration import calibration_error, temper
 from brainray.engine.predictions import Predictions, class_indices, predictions_from_table

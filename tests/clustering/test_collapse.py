@@ -6,8 +6,12 @@ import pytest
 import torch
 from sklearn.metrics import normalized_mutual_info_score
 
-from brainray.clustering.collapse import ClusteringHealth, describe_collapse, measure_health
-from brainray.clustering.metrics import effective_rank
+from brainray.clustering.collapse import (
+    ClusteringHealth,
+    describe_collapse,
+    effective_rank,
+    measure_health,
+)
 from brainray.errors import ClusteringError
 
 HEALTHY = ClusteringHealth(
@@ -85,3 +89,20 @@ def test_no_rows_or_bad_rows_cannot_be_measured() -> None:
         measure_health(torch.ones(0, 3), torch.ones(0, 2), torch.ones(0, 2))
     with pytest.raises(ClusteringError, match="1 of 1 rows contain NaN"):
         measure_health(torch.full((1, 3), torch.nan), torch.ones(1, 2), torch.ones(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("variances", "expected"),
+    [((1, 1, 1, 1), 4), ((1, 0, 0, 0), 1), ((3, 3, 0, 0), 2), ((1, 3, 0, 0), 4 / 3**0.75)],
+)
+def test_effective_rank_by_hand(variances: tuple[float, ...], expected: float) -> None:
+    # Rows +-sqrt(v_d) on each axis: a diagonal covariance in proportion to v. Shares 1/4 and 3/4
+    # have the entropy ln 4 - 0.75 ln 3.
+    axes = torch.tensor(variances).sqrt().diag()
+    z = torch.cat([axes, -axes]) + 7
+    assert effective_rank(z) == pytest.approx(expected, rel=1e-5)
+
+
+def test_effective_rank_of_a_point_is_zero() -> None:
+    assert effective_rank(torch.full((50, 8), 0.1)) == 0
+    assert effective_rank(torch.zeros(50, 8)) == 0

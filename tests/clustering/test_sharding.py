@@ -9,11 +9,10 @@ from torch import Tensor
 
 from brainray import dist
 from brainray.clustering.align import cluster_to_class, match_components
-from brainray.clustering.collapse import measure_health
+from brainray.clustering.collapse import effective_rank, measure_health
 from brainray.clustering.gaussian import CovarianceType
 from brainray.clustering.gmm import GaussianMixture
 from brainray.clustering.kmeans import KMeans
-from brainray.clustering.metrics import effective_rank
 from brainray.clustering.minibatch import MiniBatchKMeans
 from brainray.clustering.pca import PCA
 from brainray.errors import ClusteringError
