@@ -28,7 +28,7 @@ REAL_DATA = Path(
 
 
 def pytest_collection_finish() -> None:
-    """Modules are never garbage: looking through them again and again takes a tenth of the time."""
+    """Modules are never garbage: the collector need not look through them again and again."""
     gc.collect()
     gc.freeze()
 
