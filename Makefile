@@ -2,7 +2,7 @@
 
 VENV ?= .venv
 # Candidates, best tested first; override with PYTHON=/path/to/python.
-PYTHONS ?= python3.11 python3.12 python3.13 python3.14 python3 python
+PYTHONS ?= python3.11 python3.13 python3.12 python3.14 python3 python
 PYTHON ?=
 # Additional index for PyTorch wheels. On Linux, torch from PyPI includes CUDA (some 5 GB); without
 # an NVIDIA GPU the much smaller CPU wheels are sufficient:

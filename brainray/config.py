@@ -154,7 +154,8 @@ class VolumeConfig(_Section):
     min_foreground: BelowOne = 0.05
     """Volume slices in which the head covers a smaller share of the area are skipped as empty."""
     max_voxels: Positive = 1_000_000_000
-    """Volumes with more voxels, according to their header, are rejected before decoding."""
+    """Files with more voxels (in all volumes, frames or pages together), according to their header,
+    are rejected before decoding."""
 
 
 class PreprocessConfig(_Section):
@@ -176,9 +177,10 @@ class PreprocessConfig(_Section):
     ``auto_gamma`` then also applies a gamma to each slice, so that all have the same median grey.
     """
     min_side: Positive = 32
-    """Files with a shorter height or width, in pixels, are rejected."""
+    """Slices with a shorter height or width, in pixels, are rejected; so are those with one side more
+    than ten times the other."""
     max_pixels: Positive = 64_000_000
-    """Files with more pixels, according to their header, are rejected before decoding."""
+    """Files whose slices have more pixels, according to their header, are rejected before decoding."""
     min_intensity_std: NonNegative = 2.0
     """Slices with a smaller standard deviation of intensities (0..255) are rejected as blank."""
     max_rejected_fraction: Share = 0.5
@@ -388,8 +390,8 @@ class TrainConfig(_Section):
     """Number of DDP ranks; 0 uses every GPU of the Ray cluster, or one CPU worker without GPUs."""
     min_workers: Count = 0
     """Minimum number of ranks to start with, or to continue with when nodes are lost; more join, up
-    to ``num_workers``, when nodes appear (checked once a minute; the current epoch restarts). 0
-    waits for ``num_workers``."""
+    to ``num_workers``, when nodes appear (checked once a minute; the current epoch restarts). 0:
+    always ``num_workers``."""
     cpus_per_worker: Count = 0
     """CPUs (and threads) per worker; 0 divides the CPUs of the Ray cluster among the workers."""
     gpus_per_worker: Fraction = 1.0
@@ -480,8 +482,8 @@ class EvaluationConfig(_Section):
     """Epochs whose embeddings are saved and plotted as t-SNE maps, if test slices are evaluated
     after every epoch; otherwise only the chosen epoch has a map."""
     tsne_max_slices: Positive = 2000
-    """Maximum number of slices on a t-SNE map, and in the report's confusion matrices and cluster
-    cards."""
+    """Maximum number of slices on a t-SNE map, and of those that the report shows as pictures; its
+    counts are of all slices."""
     control: str | None = None
     """Name of the run to compare with in the report; with ``num_label_draws``, its name without
     ``-drawI``."""
