@@ -177,10 +177,11 @@ class PreprocessConfig(_Section):
     ``auto_gamma`` then also applies a gamma to each slice, so that all have the same median grey.
     """
     min_side: Positive = 32
-    """Slices with a shorter height or width, in pixels, are rejected; so are those with one side more
-    than ten times the other."""
+    """Slices with a shorter height or width, in pixels, are rejected; so are those with one side
+    more than ten times the other."""
     max_pixels: Positive = 64_000_000
-    """Files whose slices have more pixels, according to their header, are rejected before decoding."""
+    """Files whose slices have more pixels, according to their header, are rejected before
+    decoding."""
     min_intensity_std: NonNegative = 2.0
     """Slices with a smaller standard deviation of intensities (0..255) are rejected as blank."""
     max_rejected_fraction: Share = 0.5

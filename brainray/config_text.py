@@ -35,10 +35,13 @@ def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Confi
     return parse_config(tree)
 
 
-def parse_config(tree: Mapping[str, Any]) -> Config:
-    """Validate a plain tree, as read from YAML or from a saved run."""
+def parse_config(tree: Mapping[str, Any], *, is_saved: bool = False) -> Config:
+    """Validate a plain tree, as read from YAML.
+
+    ``is_saved``: brainray has saved it. Settings that an earlier version had are then ignored.
+    """
     try:
-        return Config.model_validate(tree)
+        return Config.model_validate(tree, extra="ignore" if is_saved else None)
     except ValidationError as error:
         raise ConfigError(_explain(error)) from None
 

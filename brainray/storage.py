@@ -126,6 +126,8 @@ class Folder:
                 raise DataError(
                     f"{self.uri}/{name} cannot be a path here: {os.strerror(error.errno)}"
                 ) from None
+            if self.local_path is not None and (self.local_path / name).is_dir():
+                raise DataError(f"{self.uri}/{name} is a folder, not a file") from None
             if error.errno is not None:
                 raise
             # From an object store: its errors have no errno.

@@ -51,11 +51,10 @@ def run_demo(out: Path) -> int:
     """Run the pipeline on phantoms under `out` and return its exit code.
 
     Raises:
-        DataError: the phantoms cannot be written.
+        DataError: the folder has other contents, or cannot be written.
         RayDidNotStart: the Ray head did not start.
     """
-    _make_folder(out)
-    _remove_earlier(out)
+    _prepare_folder(out)
     tracking_uri = f"sqlite:///{out / 'mlflow.db'}"
     settings = {
         "source": out / PHANTOMS,
@@ -104,18 +103,21 @@ def _exit_on_signal(signal_number: int, _frame: FrameType | None) -> NoReturn:
     raise SystemExit(128 + signal_number)
 
 
-def _make_folder(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"cannot create {out} ({error.strerror}): choose another --out") from None
+def _prepare_folder(out: Path) -> None:
+    """Make the folder, or remove what an earlier demo, perhaps of another version, left there.
 
-
-def _remove_earlier(out: Path) -> None:
-    """Remove slices and results of an earlier demo: another version may have made them."""
+    Raises:
+        DataError: it cannot be made, or no demo has made it.
+    """
+    if out.is_dir() and any(out.iterdir()) and not (out / PHANTOMS).is_dir():
+        raise DataError(f"{out} is in use, not by an earlier demo: choose another --out")
     made = [f"{kind}/{RUN_NAME}" for kind in (layout.DATASETS, layout.RUNS, layout.EVALUATIONS)]
     for folder in (PHANTOMS, *made):
         shutil.rmtree(out / folder, ignore_errors=True)
+    try:
+        (out / PHANTOMS).mkdir(parents=True)
+    except OSError as error:
+        raise DataError(f"cannot create {out} ({error.strerror}): choose another --out") from None
 
 
 def _parse_result(line: str | None) -> dict[str, Any] | None:

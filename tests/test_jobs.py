@@ -558,6 +558,20 @@ def test_a_setting_without_set_is_told_where_it_goes(capsys: pytest.CaptureFixtu
     assert "unrecognized arguments: name=mine: write --set KEY=VALUE" in capsys.readouterr().err
 
 
+def test_the_demo_deletes_nothing_that_is_not_its_own(tmp_path: Path) -> None:
+    prepare = runpy.run_path(str(PROJECT / "jobs" / "demo.py"))["_prepare_folder"]
+    mine = tmp_path / "runs" / "demo" / "mine.txt"
+    mine.parent.mkdir(parents=True)
+    mine.touch()
+    with pytest.raises(DataError, match="in use, not by an earlier demo: choose another --out"):
+        prepare(tmp_path)
+    assert mine.exists()
+    prepare(tmp_path / "new")
+    (tmp_path / "new" / "phantoms" / "1.png").touch()
+    prepare(tmp_path / "new")
+    assert [path.name for path in (tmp_path / "new").rglob("*")] == ["phantoms"]
+
+
 def test_a_log_in_the_working_directory_does_not_change_a_submitted_package(
     tmp_path: Path,
 ) -> None:

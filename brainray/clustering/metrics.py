@@ -26,21 +26,6 @@ def clustering_metrics(labels_true: ArrayLike, labels_pred: ArrayLike) -> dict[s
 
 
 def silhouette(
-    z: NDArray[np.floating],  # (N, E)
-    clusters: NDArray[np.integer],  # (N,)
-) -> float | None:
-    """Mean silhouette (Rousseeuw 1987) of L2-normalised embeddings, in [-1, 1].
-
-    With more than 5,000 rows, a sample of 5,000 is used. None if undefined: fewer than two
-    clusters, or as many as rows.
-    """
-    rows = draw_sample(len(z), MAX_SILHOUETTE_ROWS, seed=0)  # no others need to be normalised
-    z, clusters = z[rows], clusters[rows]
-    norms = np.linalg.norm(z, axis=1, keepdims=True)
-    return euclidean_silhouette(z / np.maximum(norms, np.finfo(z.dtype).tiny), clusters)
-
-
-def euclidean_silhouette(
     x: NDArray[np.floating],  # (N, D)
     clusters: NDArray[np.integer],  # (N,)
     seed: int = 0,

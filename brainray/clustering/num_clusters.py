@@ -11,7 +11,7 @@ from torch import Tensor
 
 from brainray.clustering.gmm import GaussianMixture
 from brainray.clustering.kmeans import KMeans
-from brainray.clustering.metrics import euclidean_silhouette
+from brainray.clustering.metrics import silhouette
 from brainray.errors import ClusteringError
 
 _NUM_STARTS = 5
@@ -102,7 +102,7 @@ def score_num_clusters(
     silhouettes, bic, gap, gap_error = [], [], [], []
     for k, kmeans in zip([1, *ks], fits, strict=True):
         clusters = kmeans.predict(rows)
-        found = euclidean_silhouette(x, clusters.numpy(), seed)
+        found = silhouette(x, clusters.numpy(), seed)
         silhouettes.append(math.nan if found is None else found)
         hard = torch.nn.functional.one_hot(clusters, k).to(rows.dtype)
         bic.append(mixture(k).fit(rows, init_responsibilities=hard).bic(rows))

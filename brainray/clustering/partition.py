@@ -6,7 +6,7 @@ from scipy.optimize import linear_sum_assignment
 from sklearn.metrics.cluster import contingency_matrix
 from sklearn.neighbors import NearestNeighbors
 
-from brainray.clustering.metrics import clustering_metrics, euclidean_silhouette
+from brainray.clustering.metrics import clustering_metrics, silhouette
 from brainray.schema import NOISE, UNLABELLED
 
 NUM_NEIGHBOURS = 10
@@ -41,7 +41,7 @@ def score_partition(
         "num_noise": float(num_noise),
         "noise_share": num_noise / max(1, len(clusters)),
     }
-    separation = euclidean_silhouette(x[clustered], clusters[clustered], seed)
+    separation = silhouette(x[clustered], clusters[clustered], seed)
     if separation is not None:
         scores["silhouette"] = separation
     labelled = labels != UNLABELLED

@@ -97,7 +97,7 @@ def restore_checkpoint(saved: dict[str, Any], where: str) -> Checkpoint:
     """
     if saved.get("format") != _FORMAT:
         raise CheckpointError(f"{where} is not a {_FORMAT} file")
-    config = parse_config(saved["config"])
+    config = parse_config(saved["config"], is_saved=True)
     encoder = Encoder(config.encoder.name, len(saved["classes"]))
     clusters = ClusterModel(config.clustering, encoder.embedding_dim)
     try:
@@ -190,15 +190,16 @@ def has_lost_models(run: Folder, epoch: int) -> bool:
         return True
 
 
-def newest_readable_epoch(run: Folder) -> int:
-    """Epoch of a run's newest readable checkpoint, 0 if it has none; those that cannot be read are
-    logged.
+def newest_readable_epoch(run: Folder, before: int | None = None) -> int:
+    """Epoch of a run's newest readable checkpoint (``before`` another, if given), 0 if it has none;
+    those that cannot be read are logged.
 
     Raises:
         CheckpointError: the run has finished epochs but no readable checkpoint.
     """
     problems = []
-    for epoch in reversed(_epochs_kept(run)):
+    kept = [epoch for epoch in _epochs_kept(run) if before is None or epoch < before]
+    for epoch in reversed(kept):
         try:
             load_resumable(run, epoch)
         except CheckpointError as error:

@@ -176,6 +176,9 @@ class Trainer:
         with dist.raise_on_all_ranks(self.device):
             newest = newest_readable_epoch(self.run) if dist.rank() == 0 else 0
             lost = dist.rank() == 0 and has_lost_models(self.run, newest)
+            if lost and newest == self.config.train.num_epochs:
+                # The next epoch takes the place of what is lost: train the last one again.
+                newest = newest_readable_epoch(self.run, before=newest)
         # All ranks resume from one checkpoint, even if storage shows a new file to only some.
         found = dist.broadcast_from_first(torch.tensor([newest, int(lost)], device=self.device))
         epoch, has_lost = found.tolist()

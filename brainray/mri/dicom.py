@@ -76,7 +76,7 @@ def decode_dicom(content: bytes, options: DecodeOptions) -> list[DecodedSlice]:
     pixels are made square.
 
     The subject is the patient ID. Without a usable one it is the study, then the series, then, if
-    there are several frames, the file.
+    there are several frames, the file. The study is given in any case.
 
     Raises:
         RejectedImage: there are no pixels, it is not a scan, the pixels may identify the patient,
@@ -86,7 +86,7 @@ def decode_dicom(content: bytes, options: DecodeOptions) -> list[DecodedSlice]:
     dataset = _read(content)
     _check_kind(dataset)
     num_frames = _check_announced_size(dataset, options)
-    subject = _subject(dataset, options.salt)
+    subject, study = _subject(dataset, options.salt), _study(dataset, options.salt)
     if subject is None and num_frames > 1:
         subject = volume_hash(content_hash(content), options.salt)
     slices = []
@@ -94,7 +94,7 @@ def decode_dicom(content: bytes, options: DecodeOptions) -> list[DecodedSlice]:
         image = _to_grayscale(pixels, properties, dataset, index, options)
         image = to_square_pixels(image, _spacing(dataset, index), options)
         frame = f"frame={index}" if num_frames > 1 else ""
-        slices.append(DecodedSlice(image, "DICOM", frame, subject))
+        slices.append(DecodedSlice(image, "DICOM", frame, subject, study))
     if len(slices) != num_frames:
         raise RejectedImage("corrupt or truncated", f"{len(slices)} of {num_frames} frames")
     return slices
@@ -147,11 +147,12 @@ def _subject(dataset: Dataset, salt: bytes) -> str | None:
     if patient.strip("0") and not names_nobody(patient):
         return subject_hash("patient", patient, salt)
     # A study belongs to one patient and contains several series: prefer it as the wider group.
-    for keyword in ("StudyInstanceUID", "SeriesInstanceUID"):
-        uid = str(dataset.get(keyword) or "").strip()
-        if uid:
-            return STUDY_PREFIX + subject_hash("study", uid, salt)
-    return None
+    return _study(dataset, salt) or _study(dataset, salt, "SeriesInstanceUID")
+
+
+def _study(dataset: Dataset, salt: bytes, keyword: str = "StudyInstanceUID") -> str | None:
+    uid = str(dataset.get(keyword) or "").strip()
+    return STUDY_PREFIX + subject_hash("study", uid, salt) if uid else None
 
 
 # --- Pixels --------------------------------------------------------------------------------------
@@ -212,7 +213,10 @@ def _to_grayscale(
         _attributes(dataset, "FrameVOILUTSequence", index),
     )
     if image is not None:
-        return 255 - image if inverted else image
+        image = 255 - image if inverted else image
+        if not padding.all():
+            image[padding] = 0  # the scan's darkest pixel may be tissue
+        return image
     values = _without_padding(replace_non_finite(in_float32(real)), padding, inverted)
     shown = -values if inverted else values  # air must be dark for the foreground to be found
     return to_uint8(shown, *foreground_window(shown, options.window_percentiles))
@@ -227,9 +231,9 @@ def _without_padding(values: Values, padding: NDArray[np.bool_], inverted: bool)
 
 
 def _rescaled(pixels: NDArray[Any], attributes: Dataset) -> NDArray[Any]:
-    """Real values; the stored values if slope or intercept is empty."""
-    linear = [attributes.get(name) for name in ("RescaleSlope", "RescaleIntercept")]
-    if None in linear and not attributes.get("ModalityLUTSequence"):
+    """Real values; the stored values if slope or intercept is empty, or the slope 0."""
+    slope, intercept = (attributes.get(name) for name in ("RescaleSlope", "RescaleIntercept"))
+    if (not slope or intercept is None) and not attributes.get("ModalityLUTSequence"):
         return pixels
     return np.asarray(apply_modality_lut(pixels, attributes))
 

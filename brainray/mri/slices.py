@@ -31,6 +31,8 @@ _NOBODY = frozenset(
         *("none", "null", "na", "nan", "unknown", "unspecified", "notavailable", "notapplicable"),
         *("removed", "redacted", "deleted", "deidentified", "deid", "patient", "patientid"),
         *("anonym", "anonymizedpatient", "noname", "unknownpatient", "hidden", "masked", "dummy"),
+        *("anonpatient", "unknownunknown", "noid", "patid", "notspecified", "undefined"),
+        *("unavailable",),
     }
 )
 MAX_ASPECT_RATIO = 10.0  # sides of a slice on screen; heads stay below 2, panoramas below 8
@@ -122,6 +124,8 @@ class DecodedSlice:
     """Position in its file, counted from 0, such as ``frame=3``; empty if it is the only slice."""
     subject_id: str | None = None
     """Keyed hash of the patient or the volume; None if the file identifies neither."""
+    study_id: str | None = None
+    """Keyed hash of the DICOM study, also if the file names its patient."""
     rejection: RejectedImage | None = None
     """Why this volume of several has no slices; the image is empty then."""
 

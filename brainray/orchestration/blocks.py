@@ -1,6 +1,6 @@
 """Blocks of Ray Data, one Arrow table each: all slices of a file are in one of them."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +10,14 @@ import ray.data
 
 from brainray.log import ProgressLines
 from brainray.orchestration.resources import ActorResources
+from brainray.storage import Folder
+
+
+def read_parts(folder: Folder, columns: Sequence[str]) -> ray.data.Dataset:
+    """Columns of the Parquet files in a folder."""
+    # Ray Data would otherwise take a column from a parent folder named like `split=grouped`.
+    rows = ray.data.read_parquet(folder.path, filesystem=folder.filesystem, partitioning=None)
+    return rows.select_columns(list(columns))
 
 
 def map_blocks(

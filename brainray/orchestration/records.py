@@ -41,7 +41,8 @@ class Record(BaseModel):
                 f"({found.get('format')!r}, this version reads {cls.FORMAT!r}): {cls.REMEDY}"
             )
         try:
-            return cls.model_validate(found)
+            # Also within sections of the config: an earlier version may have had more settings.
+            return cls.model_validate(found, extra="ignore")
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(str(part) for part in first["loc"])

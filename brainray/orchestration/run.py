@@ -102,7 +102,7 @@ class Run:
     def saved_config(self) -> Config:
         """The config with which the run was created, without secrets."""
         where = f"{self.folder}/{layout.CONFIG}"
-        return parse_config(parse_yaml(self.folder.read_bytes(layout.CONFIG), where))
+        return parse_config(parse_yaml(self.folder.read_bytes(layout.CONFIG), where), is_saved=True)
 
     def predictions(self, epoch: int | None = None) -> pa.Table | None:
         """``PREDICTIONS`` rows of an epoch, by default the chosen epoch of a complete run; None if

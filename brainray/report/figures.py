@@ -151,19 +151,26 @@ def _with_few_classes(
     return [*shown, others], merged
 
 
-def before_after_grid(
-    samples: Sequence[tuple[str, NDArray[np.uint8], NDArray[np.uint8]]],
-) -> Figure:
-    """Slices (title, before, after), before above after; images are (H, W) uint8."""
-    figure, pairs = _paired_grid(len(samples), side=1.5)
-    figure.suptitle("Slices before and after skull stripping")
-    for (upper, lower), (title, before, after) in zip(pairs, samples, strict=True):
-        upper.set_title(title)
-        for axes, image in ((upper, before), (lower, after)):
+@dataclass(frozen=True)
+class SlicePair:
+    """Two slices to compare, possibly of different sizes."""
+
+    title: str
+    upper: NDArray[np.uint8]  # (H, W)
+    lower: NDArray[np.uint8]  # (H, W)
+
+
+def slice_pairs(samples: Sequence[SlicePair], title: str, upper: str, lower: str) -> Figure:
+    """Pairs of slices, one above the other; ``upper`` and ``lower`` say what these are."""
+    figure, pairs = _paired_grid(len(samples), side=1.7)
+    figure.suptitle(title)
+    for (above, below), sample in zip(pairs, samples, strict=True):
+        above.set_title(sample.title, fontsize=7)
+        for axes, image in ((above, sample.upper), (below, sample.lower)):
             axes.imshow(image, cmap="gray", vmin=0, vmax=255)
-    for upper, lower in pairs[::_MAX_COLUMNS]:
-        upper.set_ylabel("before")
-        lower.set_ylabel("after")
+    for above, below in pairs[::_MAX_COLUMNS]:
+        above.set_ylabel(upper)
+        below.set_ylabel(lower)
     return figure
 
 

@@ -1,7 +1,6 @@
 """Figures of an image store: class distribution, preprocessing examples, leakage examples."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import cv2
 import numpy as np
@@ -10,48 +9,42 @@ from numpy.typing import NDArray
 
 from brainray import layout
 from brainray.mri.skull_strip import StrippedSlice
-from brainray.report.figures import before_after_grid, class_distribution
+from brainray.report.figures import SlicePair, class_distribution, slice_pairs
 from brainray.report.style import new_figure, png_bytes
 from brainray.storage import Folder
 
 _TILE = 96  # pixels
 _SHEET_COLUMNS = 4  # slices, each three tiles wide
 _OUTLINE = (0, 220, 120)  # RGB
-_PAIR_COLUMNS = 6
-
-
-@dataclass(frozen=True)
-class SlicePair:
-    """A test slice and the training slice that it matches."""
-
-    title: str
-    tested: NDArray[np.uint8]  # (H, W)
-    trained: NDArray[np.uint8]  # (H, W), possibly of a different size
 
 
 def draw_store_figures(
     store: Folder,
     num_slices: Mapping[str, Mapping[str, int]],
-    before_after: Sequence[tuple[str, NDArray[np.uint8], NDArray[np.uint8]]],
+    stripped: Sequence[SlicePair],
     sheet: Sequence[StrippedSlice],
-    pairs: Sequence[SlicePair],
+    leaked: Sequence[SlicePair],
 ) -> None:
     """Write the class distribution and the figures for which there are examples.
 
     Args:
         store: folder of the image store.
         num_slices: counts by split and class, as in the store's manifest.
-        before_after: (title, before, after), with images (H, W) uint8.
+        stripped: slices before and after skull stripping.
         sheet: slices for the contact sheet of skull stripping.
-        pairs: examples of leakage.
+        leaked: test slices and the training slices that they match.
     """
     figures = {f"{layout.FIGURES}/class_distribution.png": class_distribution(num_slices)}
-    if before_after:
-        figures[f"{layout.FIGURES}/skull_strip.png"] = before_after_grid(before_after)
+    if stripped:
+        title = "Slices before and after skull stripping"
+        figure = slice_pairs(stripped, title, "before", "after")
+        figures[f"{layout.FIGURES}/skull_strip.png"] = figure
     if sheet:
         figures[f"{layout.FIGURES}/contact_sheet.png"] = contact_sheet(sheet)
-    if pairs:
-        figures[f"{layout.FIGURES}/leakage_pairs.png"] = leakage_pairs(pairs)
+    if leaked:
+        title = "Test slices and matching training slices"
+        figure = slice_pairs(leaked, title, "test", "training")
+        figures[f"{layout.FIGURES}/leakage_pairs.png"] = figure
     for name, figure in figures.items():
         store.write_bytes(name, png_bytes(figure))
 
@@ -71,23 +64,6 @@ def contact_sheet(slices: Sequence[StrippedSlice]) -> Figure:
     axes.imshow(mosaic, interpolation="nearest")
     axes.set_axis_off()
     axes.set_title(f"{len(slices)} random slices: before, mask outline, after ({counts})")
-    return figure
-
-
-def leakage_pairs(pairs: Sequence[SlicePair]) -> Figure:
-    """Test slices (top) and matching training slices (bottom)."""
-    num_rows = -(-len(pairs) // _PAIR_COLUMNS)
-    figure = new_figure(1.7 * _PAIR_COLUMNS, 3.6 * num_rows + 0.4)
-    figure.suptitle("Test slices (top) and matching training slices (bottom)")
-    grid = figure.subplots(2 * num_rows, _PAIR_COLUMNS, squeeze=False)
-    for axes in grid.flat:
-        axes.set_axis_off()
-    for number, pair in enumerate(pairs):
-        row, column = divmod(number, _PAIR_COLUMNS)
-        upper, lower = grid[2 * row, column], grid[2 * row + 1, column]
-        upper.set_title(pair.title, fontsize=7)
-        upper.imshow(pair.tested, cmap="gray", vmin=0, vmax=255)
-        lower.imshow(pair.trained, cmap="gray", vmin=0, vmax=255)
     return figure
 
 

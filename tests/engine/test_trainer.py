@@ -380,6 +380,19 @@ def test_a_finished_run_predicts_with_the_model_of_the_chosen_epoch(tmp_path: Pa
     assert load_checkpoint(trainer.run / layout.LAST).epoch == 3
 
 
+def test_where_the_best_is_lost_after_the_last_epoch_that_one_is_trained_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tmp_path, config_of(2))
+    run = Folder(tmp_path)
+    (run / layout.BEST).delete()
+    (run / layout.checkpoint_folder(2)).delete_file(layout.FITTED, missing_ok=True)
+    again = train(tmp_path, config_of(2))
+    assert "resuming run after epoch 1" in capsys.readouterr().out
+    assert [metrics["epoch"] for metrics in again] == [2]
+    assert load_checkpoint(run / layout.BEST).epoch == 2
+
+
 def test_a_resumed_run_has_the_log_the_best_and_what_is_lost(tmp_path: Path) -> None:
     trainer = after_an_epoch(trainer_of(tmp_path, config_of(3)))
     run, last = trainer.run, trainer.last

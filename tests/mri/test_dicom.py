@@ -235,6 +235,8 @@ def test_an_empty_rescale_changes_nothing() -> None:
     plain = decode_one(make_dicom(RAMP)).image
     empty = decode_one(make_dicom(RAMP, RescaleSlope=None, RescaleIntercept=None)).image
     np.testing.assert_array_equal(empty, plain)
+    zero = decode_one(make_dicom(RAMP, RescaleSlope=0, RescaleIntercept=7)).image
+    np.testing.assert_array_equal(zero, plain)
 
 
 @pytest.mark.parametrize("interpretation", ["MONOCHROME1", "MONOCHROME2"])
@@ -250,6 +252,21 @@ def test_padding_is_dark_whatever_its_value(interpretation: str) -> None:
     np.testing.assert_array_equal(shown, plain)
     limits: dict[str, Any] = {"PixelPaddingValue": 64000, "PixelPaddingRangeLimit": 65535}
     np.testing.assert_array_equal(decode_one(make_dicom(padded, **limits, **kind)).image, plain)
+
+
+@pytest.mark.parametrize("interpretation", ["MONOCHROME1", "MONOCHROME2"])
+def test_padding_in_place_of_all_air_is_black_in_a_window(interpretation: str) -> None:
+    picture = np.full((64, 64), 500, np.uint16)
+    picture[16:48, 16:48] = RAMP[:32, :32] + 500
+    is_padding = picture == 500
+    stored = 5000 - picture if interpretation == "MONOCHROME1" else picture
+    window = {"WindowCenter": 2500, "WindowWidth": 6000}
+    kind: dict[str, Any] = {"PhotometricInterpretation": interpretation, **window}
+    plain = decode_one(make_dicom(stored, **kind)).image
+    assert plain[is_padding].min() > 0
+    stored[is_padding] = 65000
+    shown = decode_one(make_dicom(stored, PixelPaddingValue=65000, **kind)).image
+    np.testing.assert_array_equal(shown, np.where(is_padding, 0, plain))
 
 
 def test_a_palette_of_8_bits_in_words_is_no_blank_picture() -> None:
@@ -448,6 +465,13 @@ def test_other_transfer_syntaxes_are_refused(syntax: uid.UID) -> None:
 
 def subject_of(options: DecodeOptions = OPTIONS, **attributes: Any) -> str | None:
     return decode_file(make_dicom(RAMP, **attributes), options)[0].subject_id
+
+
+def test_the_study_is_known_whether_or_not_the_patient_is() -> None:
+    named = decode_one(make_dicom(RAMP, PatientID="1234", StudyInstanceUID="1.1"))
+    nameless = decode_one(make_dicom(RAMP, StudyInstanceUID="1.1"))
+    assert named.study_id == nameless.study_id == nameless.subject_id != named.subject_id
+    assert decode_one(make_dicom(RAMP, SeriesInstanceUID="1.1")).study_id is None
 
 
 def test_one_patient_is_one_subject_over_all_studies_and_series() -> None:

@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -12,7 +13,7 @@ import ray.data
 
 from brainray.config import TrainConfig
 from brainray.errors import ConfigError
-from brainray.orchestration.blocks import blocks_on_actors
+from brainray.orchestration.blocks import arrow_blocks, blocks_on_actors, read_parts
 from brainray.orchestration.resources import (
     KEEPING_MEMORY,
     QUIET,
@@ -21,6 +22,7 @@ from brainray.orchestration.resources import (
     plan_actors,
     plan_workers,
 )
+from brainray.storage import Folder
 
 HEAD = {"CPU": 8.0, "memory": 1e9}
 GPU_NODE = {"CPU": 8.0, "GPU": 1.0}
@@ -165,6 +167,15 @@ class AddOne:
 
     def __call__(self, block: pa.Table) -> pa.Table:
         return pa.table({"x": pc.add(block["x"], self.amount), "rows": [len(block)] * len(block)})
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_columns_are_those_of_the_file_whatever_its_folders_are_called(tmp_path: Path) -> None:
+    folder = Folder(tmp_path / "split=grouped" / "frame=remove")
+    table = pa.table({"split": ["train", "test"], "frame": ["", "f1"], "path": ["a", "b"]})
+    folder.write_table("part.parquet", table)
+    read = pa.concat_tables(arrow_blocks(read_parts(folder, ["split", "frame"])))
+    assert read.to_pydict() == {"split": ["train", "test"], "frame": ["", "f1"]}
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -16,14 +16,15 @@ from brainray.errors import DataError
 from brainray.report.figures import (
     Confusion,
     EmbeddingMap,
+    SlicePair,
     accuracy_curves,
-    before_after_grid,
     class_distribution,
     clustering_health,
     confusion_counts,
     confusion_matrices,
     embedding_maps,
     loss_curves,
+    slice_pairs,
     timing_breakdown,
 )
 from brainray.report.style import GREY, class_colours, png_bytes
@@ -119,18 +120,18 @@ def test_a_class_has_one_colour_in_all_figures() -> None:
 
 
 @pytest.mark.parametrize("num_samples", [1, 4, 7])
-def test_every_slice_is_shown_before_and_after(num_samples: int) -> None:
+def test_every_pair_is_shown_one_above_the_other(num_samples: int) -> None:
     samples = [
-        (f"slice {i}", np.full((8, 8), i, np.uint8), np.full((8, 8), 100 + i, np.uint8))
+        SlicePair(f"slice {i}", np.full((8, 8), i, np.uint8), np.full((6, 8), 100 + i, np.uint8))
         for i in range(num_samples)
     ]
-    shown = {
-        int(np.asarray(axes.images[0].get_array())[0, 0]): axes.get_title()
-        for axes in before_after_grid(samples).axes
-        if axes.images
-    }
+    panels = [axes for axes in slice_pairs(samples, "", "before", "after").axes if axes.images]
+    shown = {int(np.asarray(axes.images[0].get_array())[0, 0]): axes.get_title() for axes in panels}
     before = {i: f"slice {i}" for i in range(num_samples)}
     assert shown == before | {100 + i: "" for i in range(num_samples)}
+    assert [axes.get_ylabel() for axes in panels if axes.get_ylabel()] == ["before", "after"] * (
+        (num_samples + 4) // 5
+    )
 
 
 def test_curves_pass_through_the_logged_values() -> None:

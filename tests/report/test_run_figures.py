@@ -13,10 +13,10 @@ from brainray.config import EvaluationConfig
 from brainray.mri.skull_strip import StrippedSlice
 from brainray.report import evaluation_figures, run_figures
 from brainray.report.evaluation_figures import draw_evaluation_figures
-from brainray.report.figures import Confusion, EmbeddingMap
+from brainray.report.figures import Confusion, EmbeddingMap, SlicePair
 from brainray.report.maps import run_maps, shown
 from brainray.report.run_figures import draw_run_figures
-from brainray.report.store_figures import SlicePair, draw_store_figures
+from brainray.report.store_figures import draw_store_figures
 from brainray.report.style import new_figure
 from brainray.report.tsne import tsne_sequence
 from brainray.schema import PREDICTIONS
@@ -256,9 +256,9 @@ def test_a_store_gets_its_figures(tmp_path: Path) -> None:
     draw_store_figures(
         store,
         counts,
-        before_after=[("glioma", image, image // 2)],
+        stripped=[SlicePair("glioma", image, image // 2)],
         sheet=[stripped] * 5,
-        pairs=[SlicePair("near: copy, 0.999", image, image[:4])],
+        leaked=[SlicePair("near: copy, 0.999", image, image[:4])],
     )
     drawn = {"class_distribution", "skull_strip", "contact_sheet", "leakage_pairs"}
     assert _figures(store) == drawn

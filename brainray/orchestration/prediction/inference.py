@@ -17,7 +17,7 @@ from brainray.engine.state import Checkpoint, load_checkpoint
 from brainray.errors import CheckpointError, ConfigError
 from brainray.log import log
 from brainray.mri.identity import content_hash
-from brainray.orchestration.blocks import blocks_on_actors, map_blocks, whole_blocks
+from brainray.orchestration.blocks import blocks_on_actors, map_blocks, read_parts, whole_blocks
 from brainray.orchestration.manifest import versions_of
 from brainray.orchestration.preprocessing.slice_tasks import TO_PREDICT, decode_files, select_slices
 from brainray.orchestration.preprocessing.source import SourceFile, files_of_tasks
@@ -224,9 +224,7 @@ def predicted_slices(
 ) -> ray.data.Dataset:
     """The same for training slices of a store; their labels are not read."""
     select = partial(select_slices, sample_ids=ray.put(pa.array(sample_ids, pa.string())))
-    images = store.folder / layout.IMAGES
-    slices = ray.data.read_parquet(images.path, filesystem=images.filesystem)
-    slices = slices.select_columns(_STORED_COLUMNS)
+    slices = read_parts(store.folder / layout.IMAGES, _STORED_COLUMNS)
     selected = map_blocks(slices, select)
     return _embedded(selected, config, predictor)
 

@@ -17,7 +17,8 @@ from brainray.orchestration.preprocessing.plan import StorePlan
 from brainray.orchestration.preprocessing.slice_rows import decode_options, read_file, strip
 from brainray.orchestration.preprocessing.source import FoundFile
 from brainray.orchestration.store import read_images
-from brainray.report.store_figures import SlicePair, draw_store_figures
+from brainray.report.figures import SlicePair
+from brainray.report.store_figures import draw_store_figures
 from brainray.schema import TRAIN
 from brainray.storage import Folder
 
@@ -36,16 +37,16 @@ def draw_figures(store: Folder, source: Folder, plan: StorePlan, config: Preproc
     draw_store_figures(
         store,
         plan.statistics["num_slices"],
-        before_after=_before_and_after(store, source, train, config),
+        stripped=_before_and_after(store, source, train, config),
         sheet=_stripped(source, rows.slice(0, _NUM_ON_SHEET), config),
-        pairs=_pairs(source, plan.leakage["across_splits"], config),
+        leaked=_leaked(source, plan.leakage["across_splits"], config),
     )
 
 
 def _before_and_after(
     store: Folder, source: Folder, train: pa.Table, config: PreprocessConfig
-) -> list[tuple[str, NDArray[np.uint8], NDArray[np.uint8]]]:
-    """(class, original slice, stored slice) of training slices, spread over the classes."""
+) -> list[SlicePair]:
+    """Original and stored training slices, spread over the classes."""
     chosen: dict[str, list[dict[str, Any]]] = {}
     for row in train.select(["label", "path", "frame", "sample_id"]).to_pylist():
         chosen.setdefault(row["label"] or "unlabelled", []).append(row)
@@ -56,7 +57,7 @@ def _before_and_after(
     names = [row["sample_id"] for _, row in rows]
     stored = read_images(store, names, TRAIN, config.image_size)
     return [
-        (label, originals[_place(row)], after[0])
+        SlicePair(label, originals[_place(row)], after[0])
         for (label, row), after in zip(rows, stored, strict=True)
     ]
 
@@ -67,7 +68,7 @@ def _stripped(source: Folder, rows: pa.Table, config: PreprocessConfig) -> list[
     return [strip(decoded[place], config) for place in places if place in decoded]
 
 
-def _pairs(
+def _leaked(
     source: Folder, across_splits: dict[str, list[dict[str, Any]]], config: PreprocessConfig
 ) -> list[SlicePair]:
     """Test slices next to their duplicates in training, spread over each level's list."""

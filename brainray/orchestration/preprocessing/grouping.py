@@ -182,10 +182,13 @@ def _subjects_in_metadata(accepted: pa.Table, listing: Listing, config: Config) 
     """Subject of each slice, without a name where neither table nor header gives one.
 
     If a table names some files of a patient given by headers, that patient's other files get the
-    same subject; so do byte-identical files of which some have a subject.
+    same subject; so do files of a study of which some name the patient, and byte-identical files of
+    which some have a subject.
     """
     in_table = {file.path: file.subject for file in listing.files}
-    headers = accepted["header_subject"].to_pylist()
+    headers = _patients_of_studies(
+        accepted["header_subject"].to_pylist(), accepted["header_study"].to_pylist()
+    )
     salt = subject_salt(Folder(config.storage))
     subjects = [
         named_subject(in_table[path], header, sha256, salt)
@@ -202,6 +205,18 @@ def _subjects_in_metadata(accepted: pa.Table, listing: Listing, config: Config) 
             )
     subjects = _with_names_from_table(subjects, headers)
     return _with_subjects_of_copies(accepted["sample_id"].to_pylist(), subjects)
+
+
+def _patients_of_studies(headers: list[str | None], studies: list[str | None]) -> list[str | None]:
+    """Subjects in headers, with the patient instead of the study if other files of the study name
+    one (and only one).
+    """
+    patients: dict[str, set[str]] = {}
+    for header, study in zip(headers, studies, strict=True):
+        if header is not None and study is not None and header != study:
+            patients.setdefault(study, set()).add(header)
+    known = {study: min(found) for study, found in patients.items() if len(found) == 1}
+    return [header if header is None else known.get(header, header) for header in headers]
 
 
 def _with_names_from_table(subjects: list[Subject], headers: list[str | None]) -> list[Subject]:

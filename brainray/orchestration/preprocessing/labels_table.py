@@ -226,7 +226,10 @@ def read_rows(labels: Folder, known: Mapping[str, str] | None = None) -> list[di
         # Arrow quotes the row that does not parse, and a row may name a patient.
         reason = " ".join(re.sub(r"(got \d+).*", r"\1", str(error), flags=re.DOTALL).split())[:200]
         advice = "save it as CSV in UTF-8"
-        if re.search(r"Expected \d+ columns", reason):
+        counts = re.search(r"Expected (\d+) columns, got (\d+)", reason)
+        if counts and int(counts[2]) < int(counts[1]):
+            advice = "give each row as many cells as the header, even if the last are empty"
+        elif counts:
             advice = "quote cells with commas"
         raise DataError(
             f"labels={labels} cannot be read as CSV or Parquet: {reason} ({advice})"
@@ -271,7 +274,7 @@ def _delimiter(content: bytes) -> str:
     semicolons. A header may also contain a comma.
     """
     lines = content[:_MAX_HEADER].removeprefix(codecs.BOM_UTF8).splitlines()
-    header = lines[0] if lines else b""
+    header = next((line for line in lines if line.strip()), b"")
     found = [mark for mark in (",", ";", "\t") if mark.encode() in header]
     for mark in found:
         names = {cell.strip(b' "').lower() for cell in header.split(mark.encode())}

@@ -101,11 +101,12 @@ def plan_store(
     }.items():
         table = table.append_column(name, pa.array(column, IMAGE_STORE.field(name).type))
     rows = table.filter(pa.array(kept))
+    source_table = table.set_column(table.column_names.index("label"), "label", pa.array(labels))
+    was_drawn_before = given is None and records.generation > 0
     classes = _check_classes(
-        rows, config.classes.map, was_drawn_before=given is None and records.generation > 0
+        rows, source_table, config.classes.map, was_drawn_before=was_drawn_before
     )
     duplicates = _duplicates_table(table, kept, first_copy, groups)
-    source_table = table.set_column(table.column_names.index("label"), "label", pa.array(labels))
     conflicting = conflicting_groups(groups.also_turned, labels)
     conflict_groups = [group if group in conflicting else None for group in groups.also_turned]
     return StorePlan(
@@ -297,14 +298,29 @@ def _duplicates_table(
 
 
 def _check_classes(
-    rows: pa.Table, class_map: Mapping[str, str | None], *, was_drawn_before: bool
+    rows: pa.Table,
+    source_rows: pa.Table,
+    class_map: Mapping[str, str | None],
+    *,
+    was_drawn_before: bool,
 ) -> list[str]:
-    """The training classes; a test class missing in training could never be predicted."""
-    by_split = {
-        split: set(rows.filter(pc.equal(rows["split"], split))["label"].to_pylist()) - {None}
-        for split in (TRAIN, TEST)
-    }
+    """The training classes; a test class missing in training could never be predicted.
+
+    ``source_rows`` are the slices before any was dropped or lost its label.
+    """
+
+    def classes(table: pa.Table, split: str) -> set[str]:
+        return set(table.filter(pc.equal(table["split"], split))["label"].to_pylist()) - {None}
+
+    by_split = {split: classes(rows, split) for split in (TRAIN, TEST)}
     unknown = sorted(by_split[TEST] - by_split[TRAIN])
+    unusable = [name for name in unknown if name in classes(source_rows, TRAIN)]
+    if unusable:
+        raise DataError(
+            f"no training slice of class {', '.join(map(repr, unusable))} can be used: all are "
+            "copies of slices with another label or, with split.mode=purge, of test slices: add "
+            "slices of this class, or correct the labels"
+        )
     if unknown and was_drawn_before:
         raise DataError(
             f"all slices of class {', '.join(map(repr, unknown))} are of subjects held out for "

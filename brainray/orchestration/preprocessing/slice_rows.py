@@ -39,6 +39,7 @@ SLICES = pa.schema(
         ("sample_id", pa.string()),
         ("format", pa.string()),
         ("header_subject", pa.string()),  # salted hash; null where the file gives none
+        ("header_study", pa.string()),  # the same
         ("original_height", pa.int32()),
         ("original_width", pa.int32()),
         ("skull_strip", pa.string()),
@@ -263,6 +264,7 @@ def _slice_columns(decoded: DecodedSlice, config: PreprocessConfig) -> dict[str,
     return {
         "format": decoded.format,
         "header_subject": decoded.subject_id,
+        "header_study": decoded.study_id,
         "original_height": height,
         "original_width": width,
         "skull_strip": stripped.method,

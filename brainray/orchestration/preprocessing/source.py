@@ -331,7 +331,9 @@ def _found(folder: str, path: str, name: str) -> FoundFile:
         return FoundFile(path, 0, 0)
     if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for its writer
         return FoundFile(path, 0, 0, problem=_NO_FILE)
-    return FoundFile(path, status.st_size, status.st_mtime_ns)
+    mtime_ns = status.st_mtime_ns
+    is_date = -(2**63) <= mtime_ns < 2**63  # not so where a share gives 1601 for an unknown time
+    return FoundFile(path, status.st_size, mtime_ns if is_date else 0)
 
 
 def _from_folders(found: list[FoundFile]) -> list[SourceFile]:

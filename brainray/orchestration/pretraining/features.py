@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import ray
-import ray.data
 import torch
 from numpy.typing import NDArray
 
@@ -23,7 +21,7 @@ from brainray.errors import ConfigError, DataError
 from brainray.log import log
 from brainray.models.features import PIXELS, FeatureEncoder, build_feature_encoder, num_features
 from brainray.mri.identity import content_key
-from brainray.orchestration.blocks import blocks_on_actors
+from brainray.orchestration.blocks import blocks_on_actors, read_parts
 from brainray.orchestration.lock import held
 from brainray.orchestration.manifest import Manifest
 from brainray.orchestration.pretraining.weights import State, Weights
@@ -174,10 +172,9 @@ def _write_parts(
     parts: Folder,
 ) -> int:
     """Extract on actors and write Parquet; returns the number of rows."""
-    images = store.folder / layout.IMAGES
-    slices = ray.data.read_parquet(images.path, filesystem=images.filesystem)
     actors = plan_actors(config.train, alive_nodes(), one_per_node=False)
-    slices = slices.select_columns([*ROW, "height", "width", "image"])
+    columns = [*ROW, "height", "width", "image"]
+    slices = read_parts(store.folder / layout.IMAGES, columns)
     arguments = {
         "feature": feature.model_dump(mode="json"),
         "state": weights.state,

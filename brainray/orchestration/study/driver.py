@@ -88,7 +88,8 @@ def _study(
     weights: Mapping[str, Weights],
 ) -> FinishedStudy:
     if folder.exists(layout.CONFIG):
-        before = parse_config(parse_yaml(folder.read_bytes(layout.CONFIG), str(folder)))
+        saved = parse_yaml(folder.read_bytes(layout.CONFIG), str(folder))
+        before = parse_config(saved, is_saved=True)
         if flatten(before) != flatten(config.without_secrets()):
             # MLflow runs keep their initial parameters, so changed settings need a new MLflow run.
             folder.delete_file(layout.TRACKING, missing_ok=True)

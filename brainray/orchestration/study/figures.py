@@ -154,6 +154,7 @@ def _draw_feature_set(
         criteria, recommendation = _choose_num_clusters(sample, config, cell.seed)
         if criteria is not None:
             figures[f"{prefix}-num_clusters.png"] = png_bytes(num_clusters_figure(criteria.scores))
+    folder.delete_file(_file(cell), missing_ok=True)  # which would otherwise be of other figures
     for name, content in figures.items():
         folder.write_bytes(f"{layout.FIGURES}/{name}", content)
     drawn = DrawnSet(list(figures), reduced.explained.tolist(), recommendation)

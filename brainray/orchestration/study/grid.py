@@ -361,6 +361,7 @@ def _run_cell(
     table = slices.table.append_column(
         ASSIGNED.field("cluster"), pa.array(clusters.astype(np.int32), pa.int32())
     )
+    folder.delete_file(cell.file, missing_ok=True)  # which would otherwise be of other clusters
     folder.write_table(cell.file.removesuffix(".json") + ".parquet", table)
     outcome = Outcome(cell, scores, dict(found.details), found.notes, seconds)
     folder.write_json(

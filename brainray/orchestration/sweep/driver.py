@@ -204,11 +204,12 @@ def _conclude(
     )
     for trial in trials:
         follower.close(trial)
+    failed = {trial.trial_id for trial in trials if trial.problem} | follower.errors.keys()
     metrics: Metrics = {
         f"best/{metric}": value,
         "best/epoch": float(epoch),
         "num_trials": float(len(trials)),
-        "num_failed": float(sum(trial.problem is not None for trial in trials)),
+        "num_failed": float(len(failed)),
     }
     tracker.log_summary(metrics)
     figures = [f"{layout.FIGURES}/{name}" for name in (folder / layout.FIGURES).names()]

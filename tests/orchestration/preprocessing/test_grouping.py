@@ -104,7 +104,8 @@ def stored(
     the slices that the store has held.
     """
     table = accepted(images, names).append_column("path", pa.array(list(names)))
-    table = table.append_column("header_subject", pa.nulls(len(images), pa.string()))
+    for name in ("header_subject", "header_study"):
+        table = table.append_column(name, pa.nulls(len(images), pa.string()))
     recorded = [
         {"sample_id": name, "subject_id": subject.name, "subject_source": subject.source}
         for name, subject in (before or {}).items()

@@ -17,6 +17,7 @@ from brainray.mri.duplicates import COPY, MIRRORED, DuplicatePairs
 from brainray.mri.phantom import CLASSES, make_series, make_slice
 from brainray.mri.row_file import RowFile
 from brainray.orchestration.preprocessing.grouping import (
+    _patients_of_studies,
     _with_names_from_table,
     _with_subjects_of_copies,
 )
@@ -138,6 +139,14 @@ def test_a_patient_whom_a_table_names_in_part_stays_one() -> None:
     )
 
 
+def test_files_of_a_study_are_of_the_patient_that_some_of_them_name() -> None:
+    studies = ["s1", "s1", "s2", "s2", "s2", "s3", None, None]
+    headers = ["p1", "s1", "p1", "p2", "s2", "s3", "v1", None]
+    found = _patients_of_studies(headers, studies)
+    # s2 names two patients, s3 none.
+    assert found == ["p1", "p1", "p1", "p2", "s2", "s3", "v1", None]
+
+
 def test_a_nameless_copy_has_the_subject_of_the_named_one() -> None:
     given = _subjects("", "p1 table", "", "p2 table", "p3 header")
     found = _with_subjects_of_copies(["x", "x", "y", "z", "z"], given)
@@ -223,18 +232,18 @@ def test_the_hash_of_a_store_tells_updates_settings_and_no_order() -> None:
 def test_what_to_do_about_a_class_of_test_slices_alone_depends_on_who_held_them_out() -> None:
     rows = pa.table({"split": ["train", "test"], "label": ["a", "b"]})
     with pytest.raises(DataError, match=r"rename with --set classes\.map\.b=NAME"):
-        _check_classes(rows, {}, was_drawn_before=False)
+        _check_classes(rows, rows, {}, was_drawn_before=False)
     with pytest.raises(DataError, match="of subjects held out for testing: label slices of"):
-        _check_classes(rows, {}, was_drawn_before=True)
+        _check_classes(rows, rows, {}, was_drawn_before=True)
     with pytest.raises(
         DataError, match=r"classes\.map\.bb=b makes such a class: map to a known one instead"
     ):
-        _check_classes(rows, {"bb": "b"}, was_drawn_before=False)
+        _check_classes(rows, rows, {"bb": "b"}, was_drawn_before=False)
 
 
 def test_the_classes_are_those_of_training_slices() -> None:
     rows = pa.table({"split": ["train", "test"], "label": pa.array([None, "b"], pa.string())})
-    assert _check_classes(rows, {}, was_drawn_before=False) == []
+    assert _check_classes(rows, rows, {}, was_drawn_before=False) == []
 
 
 def test_a_file_is_rejected_if_none_of_its_slices_is_accepted() -> None:
@@ -306,6 +315,20 @@ def test_a_purge_drops_mirrored_copies_of_test_slices_too(
         split={"mode": "purge"},
     )
     assert made.rows["path"].to_pylist() == ["0.jpg", "2.jpg", "4.jpg", "5.jpg"]
+
+
+def test_a_class_whose_training_slices_are_lost_is_not_to_be_renamed(
+    heads: list[Picture], tmp_path: Path
+) -> None:
+    a, b, c = heads[:3]
+    slices = [("train", "x", a), ("train", "y", b), ("test", "x", c)]
+    purge = {"storage": str(tmp_path), "split": {"mode": "purge"}}
+    message = "no training slice of class 'y' can be used: all are copies"
+    with pytest.raises(DataError, match=message):
+        planned(*slices, ("test", "y", b), **purge)
+    contradicting = ("train", "x", np.ascontiguousarray(b[:, ::-1]))
+    with pytest.raises(DataError, match=message):
+        planned(*slices, contradicting, ("test", "y", heads[3]), storage=str(tmp_path))
 
 
 def test_statistics_of_a_store_count_its_slices_and_its_removed_copies(

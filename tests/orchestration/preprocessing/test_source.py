@@ -245,6 +245,8 @@ def test_blanks_make_no_class_and_null_takes_a_class_away(tmp_path: Path) -> Non
             r"'A' and 'a' differ only in case: .* classes\.map\.A=a",
         ),
         ("path,label,split\n1.jpg,a,holdout\n", "split 'holdout' of '1.jpg'"),
+        ("path,label,subject\n1.jpg,a,p\n2.jpg,b\n", "as many cells as the header"),
+        ("path,label\n1.jpg,a,b\n", "quote cells with commas"),
     ],
 )
 def test_a_table_that_does_not_fit_is_explained(tmp_path: Path, content: str, message: str) -> None:
@@ -264,9 +266,18 @@ def test_what_spreadsheets_leave_in_a_table_does_no_harm(tmp_path: Path) -> None
         list_source(source, Folder(tmp_path / "labels.csv"), {})
 
 
-def test_a_table_may_come_from_a_spreadsheet(tmp_path: Path) -> None:
+def test_a_folder_is_no_table(tmp_path: Path) -> None:
+    source = make(tmp_path / "s", "1.jpg")
+    (tmp_path / "labels").mkdir()
+    with pytest.raises(DataError, match="labels is a folder, not a file"):
+        list_source(source, Folder(tmp_path / "labels"), {})
+
+
+@pytest.mark.parametrize("before", ["", "\n", " \r\n\n"])
+def test_a_table_may_come_from_a_spreadsheet(tmp_path: Path, before: str) -> None:
     source = make(tmp_path / "s", "a,b.jpg")
-    (tmp_path / "labels.csv").write_text("Path;Label ;SUBJECT\na,b.jpg;glioma;Doe, Jane\n")
+    table = f"{before}Path;Label ;SUBJECT\na,b.jpg;glioma;Doe, Jane\n"
+    (tmp_path / "labels.csv").write_text(table)
     rows = listed(source, Folder(tmp_path / "labels.csv"))
     assert rows == [("a,b.jpg", None, "glioma", "Doe, Jane")]
 
@@ -311,6 +322,15 @@ def test_a_comment_of_several_lines_may_have_as_many_commas_as_a_row(tmp_path: P
     (tmp_path / "labels.csv").write_text(f'path,label,comment\n1.jpg,a,"{comment}"\n2.jpg,b,\n')
     rows = listed(source, Folder(tmp_path / "labels.csv"))
     assert [(path, label) for path, _, label, _ in rows] == [("1.jpg", "a"), ("2.jpg", "b")]
+
+
+def test_a_date_that_no_clock_has_is_none(tmp_path: Path) -> None:
+    """A share may give 1601 for unknown times; 2300 is as far from what nanoseconds can count."""
+    source = make(tmp_path, "a/1.jpg", "a/2.jpg")
+    os.utime(tmp_path / "a" / "1.jpg", (10_413_792_000, 10_413_792_000))
+    found = [file.file for file in list_source(source, None, {}).files]
+    assert found[0].mtime_ns == 0 < found[1].mtime_ns
+    assert [read_file(source, file) for file in found] == [b"x", b"x"]
 
 
 def test_a_pipe_is_no_slice_and_is_not_waited_for(tmp_path: Path) -> None:
@@ -433,7 +453,7 @@ def test_what_an_archive_of_a_mac_adds_is_no_folder_of_slices(tmp_path: Path) ->
 def test_words_for_nobody_name_no_subject_and_numbers_have_no_fraction(tmp_path: Path) -> None:
     names = [f"{number}.jpg" for number in range(6)]
     source = make(tmp_path / "s", *names)
-    subjects = ["None", "unknown", "-", "XXXX", "0", "P0X"]
+    subjects = ["Anon Patient", "unknown", "-", "XXXX", "0", "P0X"]
     rows = [f"{name},1,{subject}" for name, subject in zip(names, subjects, strict=True)]
     (tmp_path / "labels.csv").write_text("\n".join(["path,label,subject", *rows]))
     found = [row[3] for row in listed(source, Folder(tmp_path / "labels.csv"))]

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
+import yaml
 from mlflow import MlflowClient
 from ray.util.state import list_actors
 
@@ -439,6 +440,30 @@ def copy_of(trained: TrainedRun, storage: Path, name: str) -> tuple[Path, dict[s
     folder = storage / "runs" / name
     shutil.copytree(str(trained.run.folder), folder)
     return folder, json.loads((folder / "run.json").read_text())
+
+
+def test_settings_that_an_earlier_version_had_are_no_obstacle(
+    trained: TrainedRun, storage: Path
+) -> None:
+    gone = {"near_duplicate": {"turned_descriptor_similarity": 0.75}}
+    folder, record = copy_of(trained, storage, "earlier")
+    store = shutil.copytree(storage / "datasets" / "mri", storage / "datasets" / "earlier")
+    manifest = json.loads((store / "manifest.json").read_bytes())
+    config = parse_yaml((folder / "config.yaml").read_bytes(), "config.yaml")
+    for saved in (record, manifest, config):
+        saved["preprocess"]["near_duplicate"] |= gone["near_duplicate"]
+    (folder / "run.json").write_text(json.dumps(record))
+    (store / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    model = torch.load(folder / "best" / "model.pt", weights_only=True)
+    model["config"]["preprocess"]["near_duplicate"] |= gone["near_duplicate"]
+    torch.save(model, folder / "best" / "model.pt")
+
+    run = open_run(Folder(storage), "earlier")
+    assert run.saved_config() == trained.run.saved_config()
+    assert run.record.preprocess == trained.run.record.preprocess
+    assert load_checkpoint(run.folder / "best").config == checkpoint_of(trained, "best").config
+    assert ImageStore.open(Folder(store)).manifest.preprocess == run.record.preprocess
 
 
 def test_a_report_shows_maps_as_long_as_the_store_has_the_test_slices(
