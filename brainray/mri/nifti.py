@@ -111,7 +111,7 @@ def decode_nifti(
         raise next(iter(rejected.values()), blank)
     empty = np.empty((0, 0), np.uint8)
     return slices + [
-        DecodedSlice(empty, "NIfTI", name, subject, rejection)
+        DecodedSlice(empty, "NIfTI", name, subject, rejection=rejection)
         for name, rejection in rejected.items()
     ]
 

@@ -383,11 +383,12 @@ def test_a_finished_run_predicts_with_the_model_of_the_chosen_epoch(tmp_path: Pa
 def test_where_the_best_is_lost_after_the_last_epoch_that_one_is_trained_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train(tmp_path, config_of(2))
+    config = config_of(2, "evaluation.test_each_epoch=false")
+    train(tmp_path, config)
     run = Folder(tmp_path)
     (run / layout.BEST).delete()
     (run / layout.checkpoint_folder(2)).delete_file(layout.FITTED, missing_ok=True)
-    again = train(tmp_path, config_of(2))
+    again = train(tmp_path, config)
     assert "resuming run after epoch 1" in capsys.readouterr().out
     assert [metrics["epoch"] for metrics in again] == [2]
     assert load_checkpoint(run / layout.BEST).epoch == 2

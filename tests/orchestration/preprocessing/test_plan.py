@@ -322,7 +322,7 @@ def test_a_class_whose_training_slices_are_lost_is_not_to_be_renamed(
 ) -> None:
     a, b, c = heads[:3]
     slices = [("train", "x", a), ("train", "y", b), ("test", "x", c)]
-    purge = {"storage": str(tmp_path), "split": {"mode": "purge"}}
+    purge: dict[str, Any] = {"storage": str(tmp_path), "split": {"mode": "purge"}}
     message = "no training slice of class 'y' can be used: all are copies"
     with pytest.raises(DataError, match=message):
         planned(*slices, ("test", "y", b), **purge)

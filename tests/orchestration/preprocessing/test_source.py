@@ -273,7 +273,7 @@ def test_a_folder_is_no_table(tmp_path: Path) -> None:
         list_source(source, Folder(tmp_path / "labels"), {})
 
 
-@pytest.mark.parametrize("before", ["", "\n", " \r\n\n"])
+@pytest.mark.parametrize("before", ["", "\n", "\r\n\r\n"])
 def test_a_table_may_come_from_a_spreadsheet(tmp_path: Path, before: str) -> None:
     source = make(tmp_path / "s", "a,b.jpg")
     table = f"{before}Path;Label ;SUBJECT\na,b.jpg;glioma;Doe, Jane\n"
