@@ -17,7 +17,13 @@ from brainray.errors import ClusteringError
 from brainray.log import log
 from brainray.mri.identity import content_key
 from brainray.orchestration.lock import held
-from brainray.orchestration.pretraining.weights import State, Weights, read_weights, weights_from
+from brainray.orchestration.pretraining.weights import (
+    EncoderStart,
+    State,
+    Weights,
+    read_weights,
+    weights_from,
+)
 from brainray.orchestration.pretraining.worker import pretrain_worker
 from brainray.orchestration.progress import PretrainingFollower
 from brainray.orchestration.ray_train import train_on_workers
@@ -42,7 +48,7 @@ def starting_weights(config: Config) -> Weights:
     Raises:
         BrainrayError: no such file, or no weights in it.
     """
-    return read_weights(config, _warmed_up(config), "encoder.weights")
+    return _start(config).weights
 
 
 def warm_up(config: Config, store: ImageStore) -> State:
@@ -51,31 +57,24 @@ def warm_up(config: Config, store: ImageStore) -> State:
     Raises:
         BrainrayError, ray.train.TrainingFailedError: as in `pretrain`.
     """
-    weights = starting_weights(config)
+    start = _start(config)
     if config.encoder.pretext == "none":
-        return weights.state
-    learned = pretrain(config, store, _warmed_up(config), weights, seed=config.seed)
-    return weights_from(learned, layout.ENCODER).state
+        return start.weights.state
+    return weights_from(pretrain(config, store, start), layout.ENCODER).state
 
 
-def _warmed_up(config: Config) -> FeatureConfig:
-    """The encoder that a run starts from, as a feature."""
-    return FeatureConfig(
+def _start(config: Config) -> EncoderStart:
+    """A run's encoder before its warm-up."""
+    feature = FeatureConfig(
         encoder=config.encoder.name,
         weights=config.encoder.weights,
         image_size=config.encoder.pretext_image_size,
         pretext=config.encoder.pretext,
     )
+    return EncoderStart(feature, read_weights(config, feature, "encoder.weights"), config.seed)
 
 
-def pretrain(
-    config: Config,
-    store: ImageStore,
-    feature: FeatureConfig,
-    weights: Weights,
-    *,
-    seed: int,
-) -> Folder:
+def pretrain(config: Config, store: ImageStore, start: EncoderStart) -> Folder:
     """Train an encoder on the store's training slices, resume its training, or reuse it.
 
     Refinement starts from the encoder trained on the same pretext alone, which is trained first or
@@ -84,9 +83,7 @@ def pretrain(
     Args:
         config: ``self_supervision``, ``clustering`` (for refinement) and ``train``.
         store: the slices; its labels are not read.
-        feature: encoder, size of the slices, pretext and weight of the clustering loss.
-        weights: initial weights of the encoder.
-        seed: of weights, views and clusters.
+        start: the encoder, with the weights from which it is trained.
 
     Returns:
         The folder with ``encoder.pt``, ``metrics.jsonl`` and, after refinement, the assignments of
@@ -97,14 +94,16 @@ def pretrain(
             or earlier under another ``clustering.on_collapse``.
         ray.train.TrainingFailedError: workers were lost more often than ``train.max_failures``.
     """
+    feature = start.feature
     head: dict[str, Tensor] | None = None
     if feature.lambda_cluster > 0 and feature.pretext != "none":
         alone = feature.model_copy(update={"lambda_cluster": 0.0})
-        before = pretrain(config, store, alone, weights, seed=seed)
-        weights, head = weights_from(before, layout.ENCODER), _read_head(before)
-    made_by = _made_by(config, store, feature, weights, seed)
+        before = pretrain(config, store, replace(start, feature=alone))
+        start = replace(start, weights=weights_from(before, layout.ENCODER))
+        head = _read_head(before)
+    made_by = _made_by(config, store, start)
     kind = feature.pretext + ("-refined" if feature.lambda_cluster > 0 else "")
-    name = f"{feature.encoder}-{kind}-seed{seed}-{content_key(made_by)}"
+    name = f"{feature.encoder}-{kind}-seed{start.seed}-{content_key(made_by)}"
     target = Folder(config.storage) / layout.ENCODERS / name
     if not target.exists(layout.ENCODER):
         # Concurrent jobs share it too: the later ones wait, then reuse it.
@@ -118,7 +117,7 @@ def pretrain(
                 about = {"num_workers": workers.num_workers, "store": str(store.folder)}
                 target.write_json(layout.MANIFEST, made_by | about)
                 _keep_what_it_sees(config, store, feature, target)
-                _train(config, store, feature, weights, head, seed, workers, target)
+                _train(config, store, start, head, workers, target)
                 return target
     log(f"encoder {target}: already trained, reusing it")
     collapsed = collapsed_rounds(target)
@@ -150,19 +149,17 @@ def _keep_what_it_sees(
 def _train(
     config: Config,
     store: ImageStore,
-    feature: FeatureConfig,
-    weights: Weights,
+    start: EncoderStart,
     head: dict[str, Tensor] | None,
-    seed: int,
     workers: WorkerResources,
     target: Folder,
 ) -> None:
     settings = {
         "config": config.without_secrets().model_dump(mode="json"),
-        "feature": feature.model_dump(mode="json"),
-        "state": ray.put(weights.state),
+        "feature": start.feature.model_dump(mode="json"),
+        "state": ray.put(start.weights.state),
         "head": ray.put(head),
-        "seed": seed,
+        "seed": start.seed,
         "folder": str(target),
         "store": str(store.folder),
         "data_hash": store.manifest.data_hash,
@@ -174,18 +171,13 @@ def _train(
     target.delete_file(layout.STATE, missing_ok=True)
 
 
-def _made_by(
-    config: Config,
-    store: ImageStore,
-    feature: FeatureConfig,
-    weights: Weights,
-    seed: int,
-) -> dict[str, Any]:
+def _made_by(config: Config, store: ImageStore, start: EncoderStart) -> dict[str, Any]:
     """Everything that determines the trained weights, except the number of workers.
 
     Settings at their defaults are omitted, so that adding a setting that is off by default changes
     nothing. Whoever changes a default must raise the format version.
     """
+    feature = start.feature
     train = config.train.model_dump(mode="json", include={"weight_decay", "warmup_fraction"})
     is_refined = feature.lambda_cluster > 0
     unused = {"num_epochs"} if is_refined else _ROUND_SETTINGS
@@ -197,12 +189,12 @@ def _made_by(
         "format": layout.ENCODER_FORMAT,
         "data_hash": store.manifest.slices_hash,
         "feature": feature.model_dump(mode="json", exclude={"weights"}, exclude_defaults=True),
-        "weights": weights.identity,
+        "weights": start.weights.identity,
         "self_supervision": config.self_supervision.model_dump(
             mode="json", exclude=unused, exclude_defaults=True
         ),
         "train": train | {"precision": config.train.precision},
-        "seed": seed,
+        "seed": start.seed,
     }
     if is_refined:
         made_by["clustering"] = config.clustering.model_dump(

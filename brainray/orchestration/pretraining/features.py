@@ -24,7 +24,7 @@ from brainray.mri.identity import content_key
 from brainray.orchestration.blocks import blocks_on_actors, read_parts
 from brainray.orchestration.lock import held
 from brainray.orchestration.manifest import Manifest
-from brainray.orchestration.pretraining.weights import State, Weights
+from brainray.orchestration.pretraining.weights import EncoderStart, State, Weights
 from brainray.orchestration.resources import alive_nodes, plan_actors
 from brainray.orchestration.store import ImageStore
 from brainray.schema import FEATURES, matrix_of
@@ -98,30 +98,22 @@ def check_feature(store: ImageStore, name: str, feature: FeatureConfig, weights:
         raise ConfigError(f"study.features.{name}: {error}") from None
 
 
-def extract_features(
-    config: Config,
-    store: ImageStore,
-    feature: FeatureConfig,
-    weights: Weights,
-    *,
-    seed: int,
-) -> FeatureStore:
+def extract_features(config: Config, store: ImageStore, start: EncoderStart) -> FeatureStore:
     """Features of every slice of the store, extracted now or by an earlier run.
 
     Args:
         config: storage, device and precision.
         store: the slices.
-        feature: encoder and size of the slices.
-        weights: weights of the encoder.
-        seed: seed of random weights.
+        start: the encoder; if its feature asks for training, with trained weights.
     """
+    feature, identity = start.feature, start.weights.identity
     made_by = {
         "format": layout.FEATURES_FORMAT,
         "data_hash": store.manifest.slices_hash,
         "encoder": feature.encoder,
-        "weights": weights.identity,
+        "weights": identity,
         "image_size": feature.image_size,
-        "seed": seed if weights.identity == "random" and feature.encoder != PIXELS else None,
+        "seed": start.seed if identity == "random" and feature.encoder != PIXELS else None,
         "precision": config.train.precision,
     }
     key = content_key(made_by)
@@ -130,7 +122,7 @@ def extract_features(
         # Concurrent studies share features: the later ones wait, then find them.
         with held(Folder(config.storage), layout.FEATURES, target.name, in_turn=True):
             if not target.exists(layout.MANIFEST):
-                _extract(config, store, feature, weights, seed, made_by | {"key": key}, target)
+                _extract(config, store, start, made_by | {"key": key}, target)
                 return FeatureStore(target, key)
     log(f"features {target}: up to date, reusing them")
     return FeatureStore(target, key)
@@ -139,16 +131,14 @@ def extract_features(
 def _extract(
     config: Config,
     store: ImageStore,
-    feature: FeatureConfig,
-    weights: Weights,
-    seed: int,
+    start: EncoderStart,
     made_by: dict[str, Any],
     target: Folder,
 ) -> None:
     """Extract and write features; ``made_by`` becomes part of the manifest."""
     started = time.monotonic()
     with target.rebuilt(layout.MANIFEST) as building:
-        num_rows = _write_parts(config, store, feature, weights, seed, building / layout.PARTS)
+        num_rows = _write_parts(config, store, start, building / layout.PARTS)
         if Manifest.read(store.folder).slices_hash != store.manifest.slices_hash:
             raise DataError(f"the image store {store.folder} was updated meanwhile: submit again")
         expected = sum(sum(by_class.values()) for by_class in store.manifest.num_slices.values())
@@ -163,22 +153,15 @@ def _extract(
     log(f"features {target}: {num_rows} slices in {seconds:.0f} s")
 
 
-def _write_parts(
-    config: Config,
-    store: ImageStore,
-    feature: FeatureConfig,
-    weights: Weights,
-    seed: int,
-    parts: Folder,
-) -> int:
+def _write_parts(config: Config, store: ImageStore, start: EncoderStart, parts: Folder) -> int:
     """Extract on actors and write Parquet; returns the number of rows."""
     actors = plan_actors(config.train, alive_nodes(), one_per_node=False)
     columns = [*ROW, "height", "width", "image"]
     slices = read_parts(store.folder / layout.IMAGES, columns)
     arguments = {
-        "feature": feature.model_dump(mode="json"),
-        "state": weights.state,
-        "seed": seed,
+        "feature": start.feature.model_dump(mode="json"),
+        "state": start.weights.state,
+        "seed": start.seed,
         "pixel_mean": store.manifest.pixel_mean,
         "pixel_std": store.manifest.pixel_std,
         "precision": config.train.precision,

@@ -1,4 +1,4 @@
-"""Starting weights of encoders, wherever they come from."""
+"""Encoders before they are trained or applied, and their weights, wherever these come from."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -30,6 +30,22 @@ class Weights:
     def state(self) -> State:
         """Loaded (ImageNet: downloaded) on first use, on the driver's node."""
         return self.load()
+
+
+@dataclass(frozen=True)
+class EncoderStart:
+    """An encoder before it is trained on, or applied to, the slices of a store.
+
+    It stays on the driver, whose node can load the weights; workers get ``weights.state``.
+    """
+
+    feature: FeatureConfig
+    """Encoder and size of the slices; for training also the pretext and the weight of the
+    clustering loss."""
+    weights: Weights
+    """Weights of the encoder: those of ``feature.weights``, or what training has made of them."""
+    seed: int
+    """Of weights that are drawn; in training also of views and clusters."""
 
 
 def read_weights(config: Config, feature: FeatureConfig, setting: str) -> Weights:

@@ -1,7 +1,7 @@
 """Input of a study: its data sets, their slices by subset, and their features."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +22,7 @@ from brainray.orchestration.pretraining.features import (
     FeatureStore,
     extract_features,
 )
-from brainray.orchestration.pretraining.weights import Weights, weights_from
+from brainray.orchestration.pretraining.weights import EncoderStart, Weights, weights_from
 from brainray.orchestration.seen import all_seen, seen_by_weights, training_slices
 from brainray.orchestration.store import ImageStore, open_store
 from brainray.orchestration.study.grid import FITTED, Slices
@@ -163,11 +163,11 @@ def study_features(
                 if not _depends_on_seed(feature) and seed != config.study.seeds[0]:
                     stores[key] = stores[dataset, feature_name, config.study.seeds[0]]
                     continue
-                start = weights[feature_name]
+                start = EncoderStart(feature, weights[feature_name], seed)
                 if feature.is_trained:
-                    encoders[key] = pretrain(config, each.store, feature, start, seed=seed)
-                    start = weights_from(encoders[key], layout.ENCODER)
-                stores[key] = extract_features(config, each.store, feature, start, seed=seed)
+                    encoders[key] = pretrain(config, each.store, start)
+                    start = replace(start, weights=weights_from(encoders[key], layout.ENCODER))
+                stores[key] = extract_features(config, each.store, start)
     return StudiedFeatures(stores, encoders)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from brainray.config import FeatureConfig
 from brainray.orchestration.pretraining.driver import _made_by
-from brainray.orchestration.pretraining.weights import Weights
+from brainray.orchestration.pretraining.weights import EncoderStart, Weights
 from tests.conftest import tiny_config
 
 STORE: Any = SimpleNamespace(manifest=SimpleNamespace(slices_hash="abc"))
@@ -16,7 +16,7 @@ STORE: Any = SimpleNamespace(manifest=SimpleNamespace(slices_hash="abc"))
 
 def made_by(feature: FeatureConfig, storage: Path, *overrides: str) -> dict[str, Any]:
     config = tiny_config(storage, *overrides)
-    return _made_by(config, STORE, feature, Weights("random", lambda: "random"), seed=0)
+    return _made_by(config, STORE, EncoderStart(feature, Weights("random", lambda: "random"), 0))
 
 
 @pytest.mark.parametrize(

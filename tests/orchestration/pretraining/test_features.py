@@ -10,7 +10,7 @@ from brainray.errors import DataError
 from brainray.orchestration.manifest import Manifest
 from brainray.orchestration.pretraining import features
 from brainray.orchestration.pretraining.features import extract_features
-from brainray.orchestration.pretraining.weights import Weights
+from brainray.orchestration.pretraining.weights import EncoderStart, Weights
 from brainray.orchestration.store import ImageStore
 from brainray.storage import Folder
 from tests.conftest import tiny_config
@@ -26,7 +26,8 @@ def test_features_of_a_store_that_changes_meanwhile_are_not_kept(
     store = ImageStore(Folder(tmp_path / "store"), before)
     monkeypatch.setattr(features, "_write_parts", lambda *_: 2)
     monkeypatch.setattr(Manifest, "read", lambda _: after)
-    feature, weights = FeatureConfig(encoder="resnet18"), Weights("random", lambda: "random")
+    weights = Weights("random", lambda: "random")
+    start = EncoderStart(FeatureConfig(encoder="resnet18"), weights, seed=0)
     with pytest.raises(DataError, match="was updated meanwhile: submit again"):
-        extract_features(tiny_config(tmp_path), store, feature, weights, seed=0)
+        extract_features(tiny_config(tmp_path), store, start)
     assert not list(tmp_path.glob(f"{layout.FEATURES}/*/{layout.MANIFEST}"))
