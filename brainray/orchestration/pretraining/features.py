@@ -52,11 +52,11 @@ class FeatureStore:
         rows = table.select(ROW)
         order = pc.sort_indices(rows, sort_keys=ROW_ORDER)
         features = matrix_of(table["features"])[order.to_numpy()]
-        check_features(features, self.folder.uri)
+        check_clusterable(features, self.folder.uri)
         return rows.take(order), features
 
 
-def check_features(features: NDArray[np.floating], where: str) -> None:
+def check_clusterable(features: NDArray[np.floating], where: str) -> None:
     """Raises DataError for features (N, E) that cannot be clustered."""
     num_bad = int((~np.isfinite(features).all(axis=1)).sum())
     if num_bad:
@@ -73,7 +73,9 @@ def check_features(features: NDArray[np.floating], where: str) -> None:
         )
 
 
-def check_feature(store: ImageStore, name: str, feature: FeatureConfig, weights: Weights) -> int:
+def checked_num_features(
+    store: ImageStore, name: str, feature: FeatureConfig, weights: Weights
+) -> int:
     """Number of features E; refuses settings that would fail on every actor.
 
     Args:

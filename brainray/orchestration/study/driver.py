@@ -12,7 +12,7 @@ from brainray.config_text import flatten, parse_config, parse_yaml, to_yaml
 from brainray.errors import BrainrayError, ConfigError
 from brainray.models.features import check_encoder_name
 from brainray.orchestration.lock import held
-from brainray.orchestration.pretraining.features import check_feature
+from brainray.orchestration.pretraining.features import checked_num_features
 from brainray.orchestration.pretraining.weights import Weights, read_weights
 from brainray.orchestration.publish import open_tracking
 from brainray.orchestration.resources import alive_nodes, plan_workers
@@ -171,7 +171,7 @@ def _check_store(
 ) -> None:
     """Reject within a second what would fail on workers after minutes."""
     num_features = {
-        feature_name: check_feature(store, feature_name, feature, weights[feature_name])
+        feature_name: checked_num_features(store, feature_name, feature, weights[feature_name])
         for feature_name, feature in config.study.features.items()
     }
     num_fitted = sum(store.manifest.num_slices[TRAIN].values())

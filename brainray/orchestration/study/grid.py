@@ -24,7 +24,7 @@ from brainray.errors import BrainrayError, ConfigError, DataError
 from brainray.log import log
 from brainray.models.features import PIXELS
 from brainray.mri.identity import content_hash, content_key
-from brainray.orchestration.pretraining.features import FeatureStore, check_features
+from brainray.orchestration.pretraining.features import FeatureStore, check_clusterable
 from brainray.schema import ASSIGNED
 from brainray.storage import Folder
 
@@ -317,7 +317,7 @@ def _reduce(store: FeatureStore, slices: Slices, num_components: int, normalise:
             rows = torch.tensor(features, dtype=torch.float64)
             if normalise:  # as in training: only directions matter
                 rows = torch.nn.functional.normalize(rows)
-                check_features(rows.numpy(), f"{store.folder}, by direction")
+                check_clusterable(rows.numpy(), f"{store.folder}, by direction")
         except DataError as error:  # one broken feature set must not stop the study of the others
             return Reduced(np.empty((0, 0)), np.empty(0), str(error))
         same = ["sample_id", "split", "frame"]  # paths may have changed since

@@ -20,7 +20,7 @@ from brainray.config import Config
 from brainray.engine.shard import sample_keys
 from brainray.errors import BrainrayError, ClusteringError, ConfigError, DataError
 from brainray.models.encoder import build_encoder, encoder_state
-from brainray.orchestration.pretraining.features import check_features
+from brainray.orchestration.pretraining.features import check_clusterable
 from brainray.orchestration.store import ImageStore, read_images
 from brainray.orchestration.study.driver import FinishedStudy, run_study
 from brainray.orchestration.study.grid import Cell, Grid, Slices, cluster_rows
@@ -275,13 +275,13 @@ def test_pixels_take_neither_weights_nor_training(storage: Path) -> None:
 
 def test_broken_and_collapsed_features_are_named() -> None:
     good = np.random.default_rng(0).standard_normal((5, 3)).astype(np.float32)
-    check_features(good, "here")
+    check_clusterable(good, "here")
     broken = good.copy()
     broken[2, 1] = np.nan
     with pytest.raises(DataError, match="1 of 5 slices have NaN or infinite features"):
-        check_features(broken, "here")
+        check_clusterable(broken, "here")
     with pytest.raises(DataError, match="all 5 slices have the same features"):
-        check_features(np.repeat(good[:1], 5, axis=0), "here")
+        check_clusterable(np.repeat(good[:1], 5, axis=0), "here")
 
 
 @pytest.mark.slow
