@@ -11,7 +11,7 @@ Metrics = dict[str, float]
 """Metrics by name, such as ``test/clean/head/accuracy``."""
 
 History = list[Metrics]
-"""Metrics of a training, one row per epoch, oldest first."""
+"""Metrics of a training, one row per epoch or round of refinement, oldest first."""
 
 SUBSETS = ("all", "clean", "strict")
 """Subsets of the test slices for which every metric is reported: all; ``clean``, without an

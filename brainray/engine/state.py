@@ -20,6 +20,7 @@ from brainray.engine.shard import PixelScale
 from brainray.errors import CheckpointError
 from brainray.log import log
 from brainray.models.encoder import Encoder
+from brainray.schema import History
 from brainray.storage import Folder
 
 _FORMAT = "brainray-checkpoint/1"
@@ -52,7 +53,7 @@ class TrainerState:
     responsibilities: Tensor  # (N, K) float32, rows as in keys
     probabilities: Tensor  # (N, C) float32 of the head, rows as in keys
     trained: dict[str, Any] | None  # the encoder's weights if the checkpoint has their average
-    history: list[dict[str, float]] = field(default_factory=list)  # metrics of each epoch
+    history: History = field(default_factory=list)
 
 
 def checkpoint_bytes(checkpoint: Checkpoint) -> bytes:

@@ -63,7 +63,7 @@ from brainray.errors import DivergenceError
 from brainray.log import Stopwatch
 from brainray.models.encoder import Encoder, EncoderOutput
 from brainray.models.objective import StepSizes, Targets
-from brainray.schema import FITTED, Metrics
+from brainray.schema import FITTED, History, Metrics
 from brainray.storage import Folder
 
 _REMEDY = "lower train.learning_rate or set train.precision=fp32"
@@ -152,7 +152,7 @@ class Trainer:
         self.test_slices = test_slices
         self._tests_each_epoch = config.evaluation.test_each_epoch
         self.epoch = 0
-        self.history: list[dict[str, float]] = []
+        self.history: History = []
         self._last: _LastEpoch | None = None
 
     @property

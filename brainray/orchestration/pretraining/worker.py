@@ -49,15 +49,13 @@ from brainray.orchestration.ray_train import (
     return_user_errors,
 )
 from brainray.orchestration.store import ImageStore, read_images
-from brainray.schema import TRAIN
+from brainray.schema import TRAIN, History
 from brainray.storage import Folder
 
 _REMEDY = (
     "lower self_supervision.learning_rate (or round_learning_rate) or set train.precision=fp32"
 )
 _GROUPED_BY = {"subject": "split_group_id", "slice": "sample_id"}  # by kind of positives
-
-History = list[dict[str, float]]
 
 
 @return_user_errors

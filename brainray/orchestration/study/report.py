@@ -17,7 +17,7 @@ from brainray.orchestration.study.tables import study_tables
 from brainray.report.study_figures import Varied, explained_variance, refinement, sensitivity
 from brainray.report.study_tables import average_over_seeds
 from brainray.report.style import png_bytes
-from brainray.schema import UNLABELLED
+from brainray.schema import UNLABELLED, History
 
 _NUM_CLUSTERS = "num_clusters.md"
 
@@ -149,7 +149,7 @@ def _panel(title: str, rows: list[dict[str, Any]], key: str) -> Varied:
 
 def _refinement_figure(results: StudyResults) -> dict[str, bytes]:
     """The rounds of all refined encoders; labels, if any, are only used for scoring."""
-    histories: dict[str, list[dict[str, float]]] = {}
+    histories: dict[str, History] = {}
     for (dataset, feature, seed), folder in results.features.encoders.items():
         if results.config.study.features[feature].lambda_cluster == 0:
             continue
