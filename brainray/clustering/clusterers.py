@@ -145,7 +145,7 @@ def spectral(x: Rows, num_clusters: int, *, seed: int, max_rows: int) -> Cluster
     apart = any("not fully connected" in str(warning.message) for warning in caught)
     notes = ("the nearest-neighbour graph is not connected",) if apart else ()
     centroids = _centroids(x[sample], labels)
-    assign = _NearestRow(centroids, np.arange(len(centroids)))
+    assign = _label_of_nearest(centroids, np.arange(len(centroids)))
     return _completed(x, sample, labels, assign, notes=notes)
 
 
@@ -159,18 +159,17 @@ def hdbscan(x: Rows, min_samples: int, *, seed: int, max_rows: int) -> Clustered
         )
     fitted = HDBSCAN(min_cluster_size=min_samples, copy=True).fit(x[sample])
     labels = fitted.labels_.astype(np.int64)
-    return _completed(x, sample, labels, _NearestRow(x[sample], labels))
+    return _completed(x, sample, labels, _label_of_nearest(x[sample], labels))
 
 
-class _NearestRow:
-    """Assigns the label of the nearest of the given rows."""
+def _label_of_nearest(fitted: Rows, labels: Labels) -> AssignmentRule:
+    """Rows join the cluster of the nearest fitted row."""
+    neighbours = NearestNeighbors(n_neighbors=1).fit(fitted)
 
-    def __init__(self, rows: Rows, labels: Labels) -> None:
-        self._neighbours = NearestNeighbors(n_neighbors=1).fit(rows)
-        self._labels = labels
+    def assign(rows: Rows) -> Labels:
+        return np.asarray(labels[neighbours.kneighbors(rows)[1][:, 0]])
 
-    def __call__(self, x: Rows) -> Labels:
-        return np.asarray(self._labels[self._neighbours.kneighbors(x)[1][:, 0]])
+    return assign
 
 
 def hierarchy_of(x: Rows, linkage: str) -> Rows:
