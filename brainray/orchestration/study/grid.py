@@ -21,7 +21,7 @@ from brainray.clustering.pca import PCA
 from brainray.config import ClustererName, ClusteringConfig, Config, StudyConfig
 from brainray.engine.recluster import build_mixture
 from brainray.errors import BrainrayError, ConfigError, DataError
-from brainray.log import log
+from brainray.log import ProgressLines, log
 from brainray.models.features import PIXELS
 from brainray.mri.identity import content_hash, content_key
 from brainray.orchestration.pretraining.features import FeatureStore, check_clusterable
@@ -31,7 +31,6 @@ from brainray.storage import Folder
 FITTED = "fitted"
 """Subset of the slices to which a clusterer is fitted; the others are held out."""
 
-_SILENT_S = 20.0
 _CELL_FORMAT = 7  # increase when the computation of a cell changes
 _MIXTURE_STARTS = 3
 _MAX_FEATURES = 4096  # PCA of this many takes 15 s and 0.7 GB
@@ -253,12 +252,13 @@ class Grid:
         outcomes = {cell: found for cell in cells if (found := self._finished(cell))}
         distinct = dict.fromkeys(cells)
         waiting = deque(cell for cell in distinct if cell not in outcomes)
-        log(f"grid: {len(distinct)} cells, {len(outcomes)} of them already finished")
+        num_before = len(outcomes)
+        log(f"grid: {len(distinct)} cells, {num_before} of them already finished")
         running: dict[ray.ObjectRef[Any], Cell] = {}
         limit = self._config.study.max_concurrent_cells or int(
             ray.cluster_resources().get("CPU", 1)
         )
-        last_logged = time.monotonic()
+        progress = ProgressLines("finished", "cells")
         while waiting or running:
             while waiting and len(running) < limit:
                 cell = waiting.popleft()
@@ -276,9 +276,8 @@ class Grid:
             outcomes[running.pop(done)] = outcome
             if outcome.problem:
                 log(f"cell {outcome.cell.file}: {outcome.problem}")
-            if time.monotonic() - last_logged > _SILENT_S:
-                last_logged = time.monotonic()
-                log(f"grid: {len(outcomes)} of {len(distinct)} cells finished")
+            # Cells that were read tell nothing of the time that is left.
+            progress.update(len(outcomes) - num_before, len(distinct) - num_before)
         return [outcomes[cell] for cell in cells]
 
     def key(self, cell: Cell) -> str:

@@ -1,5 +1,6 @@
 """Which clusterings a study makes, and where they are kept."""
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,9 +13,12 @@ from numpy.typing import NDArray
 
 from brainray.config import Config
 from brainray.errors import ConfigError
+from brainray.orchestration.study import grid
 from brainray.orchestration.study.grid import (
     FITTED,
     Cell,
+    Grid,
+    Outcome,
     Reduced,
     Slices,
     _reduce,
@@ -22,6 +26,7 @@ from brainray.orchestration.study.grid import (
     main_cells,
     sensitivity_cells,
 )
+from brainray.storage import Folder
 from tests.conftest import tiny_config
 
 CELL = Cell("mri", "pixels", 0, "kmeans", 2, 4)
@@ -83,6 +88,34 @@ def test_one_setting_is_varied_at_a_time(tmp_path: Path) -> None:
     assert {cell.feature for cell in sensitivity_cells(first, "mri")} == {"first"}
     alone = study_config(tmp_path, *settings, "study.clusterers=[kmeans]")
     assert sensitivity_cells(alone, "mri") == expected[:1]
+
+
+def test_the_time_left_is_that_of_the_cells_that_were_not_finished_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cells = [replace(CELL, seed=seed) for seed in range(9)]
+    finished = {cell: Outcome(cell, {}) for cell in cells[:5]}
+    fake_ray = SimpleNamespace(
+        put=lambda slices: slices,
+        cluster_resources=lambda: {"CPU": 2},
+        wait=lambda tasks, num_returns: (tasks[:num_returns], tasks[num_returns:]),
+        get=lambda cell: Outcome(cell, {}),
+    )
+    monkeypatch.setattr(grid, "ray", fake_ray)
+    monkeypatch.setattr(grid, "_run_cell", SimpleNamespace(remote=lambda cell, *_: cell))
+    monkeypatch.setattr(Grid, "_finished", lambda _, cell: finished.get(cell))
+    monkeypatch.setattr(Grid, "key", lambda *_: "")
+    monkeypatch.setattr(Grid, "reduced", lambda *_: None)
+    clock = SimpleNamespace(monotonic=itertools.count(0.0, 6.0).__next__)  # a cell takes 6 s
+    monkeypatch.setattr("brainray.log.time", clock)
+    slices: Any = SimpleNamespace(key="")
+    outcomes = Grid(study_config(tmp_path), Folder(tmp_path), {}, {"mri": slices}).run(cells)
+    assert [outcome.cell for outcome in outcomes] == cells
+    assert capsys.readouterr().out.splitlines() == [
+        "grid: 9 cells, 5 of them already finished",
+        "finished 2 of 4 cells, 12 s left",
+        "finished 4 of 4 cells, 0 s left",
+    ]
 
 
 @pytest.mark.parametrize(
