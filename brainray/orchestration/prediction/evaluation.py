@@ -4,13 +4,12 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
-from pydantic import BaseModel
 
 from brainray import layout
 from brainray.config import Config, PreprocessConfig
@@ -28,7 +27,6 @@ from brainray.orchestration.prediction.inference import (
     Predictor,
     default_name,
     find_predictor,
-    folder_of_checkpoint,
     predicted_blocks,
 )
 from brainray.orchestration.preprocessing.grouping import group_strangers
@@ -92,8 +90,8 @@ def evaluate(config: Config, only_paths: set[str] | None = None) -> Evaluation:
 def _evaluate(
     config: Config, predictor: Predictor, target: Folder, only_paths: set[str] | None
 ) -> Evaluation:
-    epoch = predictor.checkpoint.epoch
-    _check_source(config, epoch, target, from_pipeline=only_paths is not None)
+    model = _model_of(config, predictor)
+    _check_source(config, model, target, from_pipeline=only_paths is not None)
     checkpoint, seen = predictor.checkpoint, predictor.seen()
     labels = None if config.labels is None else Folder(config.labels)
     # The split of selected paths is known; a table may use another name for it.
@@ -145,7 +143,7 @@ def _evaluate(
     num_seen = None if twins is None else {level: len(found) for level, found in twins.items()}
     about = about_software() | {"model": str(predictor.folder), "source": config.given("source")}
     with target.rebuilt(layout.EVALUATION_METRICS) as folder:
-        made_by = to_yaml(_settings(config, predictor))
+        made_by = to_yaml(_settings(config, predictor, model))
         folder.write_bytes(layout.CONFIG, made_by.encode())
         folder.write_table(layout.PREDICTIONS, predictions)
         if twins is not None:
@@ -211,25 +209,33 @@ def _with_subset_columns(
     return predictions, twins
 
 
-def _settings(config: Config, predictor: Predictor) -> Config:
-    """The run's settings, with those that an evaluation reads taken from its own configuration."""
+def _settings(config: Config, predictor: Predictor, model: dict[str, Any]) -> Config:
+    """The run's settings with those that name the ``model``, and with those that an evaluation
+    reads taken from its own configuration.
+    """
     trained = predictor.checkpoint.config
-    read = ("run", "epoch", "checkpoint", "source", "labels", "classes", "name", "storage", "seed")
+    read = ("source", "labels", "classes", "name", "storage", "seed")
+    train = config.train.model_dump(include={"device", "precision"})
+    evaluation = config.evaluation.model_dump(include={"bootstrap_resamples", "tsne_max_slices"})
     sections = {
         "preprocess": predictor.preprocess,
-        "train": _updated(trained.train, config.train, "device", "precision"),
-        "evaluation": _updated(
-            trained.evaluation, config.evaluation, "bootstrap_resamples", "tsne_max_slices"
-        ),
+        "train": trained.train.model_copy(update=train),
+        "evaluation": trained.evaluation.model_copy(update=evaluation),
     }
-    return trained.model_copy(update={name: getattr(config, name) for name in read} | sections)
+    own = {name: getattr(config, name) for name in read}
+    return trained.model_copy(update=own | model | sections)
 
 
-Section = TypeVar("Section", bound=BaseModel)
-
-
-def _updated(section: Section, other: Section, *names: str) -> Section:
-    return section.model_copy(update={name: getattr(other, name) for name in names})
+def _model_of(config: Config, predictor: Predictor) -> dict[str, Any]:
+    """The settings that name a model, the same ones however it was requested: those of its run if
+    the storage has it, otherwise the folder of its checkpoint.
+    """
+    run, runs = predictor.run, Folder(config.storage) / layout.RUNS
+    if run is None or not (runs / run.folder.name).contains(run.folder):
+        return {"run": None, "epoch": None, "checkpoint": predictor.folder.uri}
+    is_chosen = config.epoch is None and predictor.folder.name == layout.BEST
+    epoch = None if is_chosen else predictor.checkpoint.epoch
+    return {"run": run.folder.name, "epoch": epoch, "checkpoint": None}
 
 
 def _by_usability(rows: pa.Table, config: Config) -> tuple[pa.Table, pa.Table]:
@@ -267,16 +273,15 @@ def _groups(
 def check_evaluation_name(config: Config) -> None:
     """Raises ConfigError if a pipeline's name is used for another evaluation."""
     target = Folder(config.storage) / layout.EVALUATIONS / config.given("name")
-    _check_source(config, None, target, from_pipeline=True)
+    model = {"run": config.name, "epoch": None, "checkpoint": None}
+    _check_source(config, model, target, from_pipeline=True)
 
 
 def _check_source(
-    config: Config, epoch: int | None, target: Folder, *, from_pipeline: bool
+    config: Config, model: dict[str, Any], target: Folder, *, from_pipeline: bool
 ) -> None:
-    """Check that an evaluation of this name, if there is one, is of the same model and source:
-    folders in different places may share a name, and so may evaluations.
-
-    ``epoch`` is that of the model; None before it is known, if it is the chosen one.
+    """Check that an evaluation of this name, if there is one, is of the same ``model`` (see
+    `_model_of`) and source: folders in different places may share a name, and so may evaluations.
 
     Raises:
         ConfigError: the name is used for another evaluation.
@@ -284,37 +289,20 @@ def _check_source(
     if not target.exists(layout.CONFIG):
         return
     before = parse_yaml(target.read_bytes(layout.CONFIG), f"{target}/{layout.CONFIG}")
-    model = _model(config.checkpoint, config.run or config.name, config.epoch, epoch)
-    metrics = layout.EVALUATION_METRICS
-    scored = target.read_json(metrics)["epoch"] if target.exists(metrics) else None
-    model_before = _model(before.get("checkpoint"), before.get("run"), before.get("epoch"), scored)
+    model_before = {key: before.get(key) for key in model}
     is_own = from_pipeline and model_before == model  # its files may have been moved
     difference = None
     is_same_source = Folder(before["source"]).uri == Folder(config.given("source")).uri
     if not is_same_source and not is_own:
         difference = f"another source ({before['source']})"
     elif model_before != model:
-        difference = f"another model ({model_before})"
+        epoch = "" if model_before["epoch"] is None else f", epoch {model_before['epoch']}"
+        difference = f"another model ({model_before['run'] or model_before['checkpoint']}{epoch})"
     if difference is not None:
         raise ConfigError(
             f"{target} is the evaluation of {difference}: choose another name with "
             "--set name=NAME, or delete it"
         )
-
-
-def _model(
-    checkpoint: str | None, run: str | None, requested: int | None, epoch: float | None
-) -> str | None:
-    """The run, for its chosen epoch, or a ``requested`` epoch of it; of a checkpoint outside of a
-    run's folder, the folder.
-    """
-    is_chosen = requested is None
-    if checkpoint is not None:
-        folder = folder_of_checkpoint(Folder(checkpoint))
-        if not folder.parent.exists(layout.RUN):
-            return folder.uri
-        run, is_chosen = folder.parent.name, folder.name == layout.BEST
-    return run if is_chosen or epoch is None else f"{run}, epoch {epoch:.0f}"
 
 
 def _files_to_score(

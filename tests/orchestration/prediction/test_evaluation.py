@@ -2,12 +2,13 @@
 
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
 import pytest
 
-from brainray.config import PreprocessConfig
+from brainray.config import Config, PreprocessConfig
 from brainray.config_text import to_yaml
 from brainray.errors import ConfigError, DataError
 from brainray.orchestration.prediction import evaluation
@@ -17,8 +18,13 @@ from brainray.orchestration.prediction.evaluation import (
     _counted,
     _files_to_score,
     _groups,
+    _model_of,
+    _settings,
+    check_evaluation_name,
 )
+from brainray.orchestration.prediction.inference import Predictor
 from brainray.orchestration.preprocessing.source import FoundFile, Listing, SourceFile
+from brainray.orchestration.run import Run
 from brainray.storage import Folder
 from tests.conftest import tiny_config
 
@@ -49,23 +55,81 @@ def test_only_labelled_files_of_the_test_split_are_scored(tmp_path: Path) -> Non
     assert left_out == {"outside the test split": 3, "without a class": 1}
 
 
-def test_an_evaluation_is_replaced_by_one_of_the_same_epoch_only(tmp_path: Path) -> None:
-    made_by = tiny_config(tmp_path, "source=/data", "run=mine", "epoch=3")
+def predictor_of(folder: Folder, epoch: int, *, in_run: bool = True) -> Predictor:
+    """Of a checkpoint that need not exist."""
+    checkpoint: Any = SimpleNamespace(epoch=epoch, config=Config())
+    record: Any = None
+    run = Run(folder.parent, record) if in_run else None
+    return Predictor(folder, folder.parent, run, checkpoint, PreprocessConfig())
+
+
+def model_of(storage: Path, folder: Folder, *overrides: str) -> dict[str, Any]:
+    """Of a checkpoint of epoch 3, requested in some way."""
+    return _model_of(tiny_config(storage, *overrides), predictor_of(folder, 3))
+
+
+def test_a_model_is_named_in_one_way_however_it_is_requested(tmp_path: Path) -> None:
+    storage = tmp_path / "storage"
+    mine = Folder(storage) / "runs" / "mine"
+    chosen, third = ({"run": "mine", "epoch": epoch, "checkpoint": None} for epoch in (None, 3))
+    assert model_of(storage, mine / "best", "run=mine") == chosen
+    assert model_of(storage, mine / "best", f"checkpoint={mine}/best") == chosen
+    for place in ("epoch-0003", "last"):
+        assert model_of(storage, mine / place, f"checkpoint={mine}/{place}") == third
+    # Another epoch may be chosen later, and its checkpoint may move.
+    for place in ("epoch-0003", "last", "best"):
+        assert model_of(storage, mine / place, "run=mine", "epoch=3") == third
+    (storage / "runs").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(storage)
+    assert model_of(tmp_path / "link", mine / "last", f"checkpoint={mine}/last") == third
+
+
+def test_a_model_that_the_storage_does_not_have_is_named_by_its_folder(tmp_path: Path) -> None:
+    """Its run may be a different one from the storage's of that name."""
+    away = Folder(tmp_path / "away" / "runs" / "mine" / "best")
+    expected = {"run": None, "epoch": None, "checkpoint": str(away)}
+    assert model_of(tmp_path, away, f"checkpoint={away}") == expected
+    config = tiny_config(tmp_path, f"checkpoint={away}/model.pt")
+    assert _model_of(config, predictor_of(away, 3, in_run=False)) == expected
+
+
+def test_an_evaluation_is_replaced_by_one_of_the_same_model_and_source_only(
+    tmp_path: Path,
+) -> None:
+    target, mine = Folder(tmp_path / "evaluations" / "a"), Folder(tmp_path / "runs" / "mine")
+    config = tiny_config(tmp_path, "source=/data", f"checkpoint={mine}/epoch-0003", "name=a")
+    predictor = predictor_of(mine / "epoch-0003", 3)
+    settings = _settings(config, predictor, _model_of(config, predictor))
+    target.write_bytes("config.yaml", to_yaml(settings).encode())
+
+    def check(place: str, epoch: int, *overrides: str, source: str = "/data") -> None:
+        asked = tiny_config(tmp_path, f"source={source}", *overrides)
+        model = _model_of(asked, predictor_of(mine / place, epoch))
+        _check_source(asked, model, target, from_pipeline=False)
+
+    check("epoch-0003", 3, f"checkpoint={mine}/epoch-0003")
+    check("best", 3, "run=mine", "epoch=3", source="/data/")
+    with pytest.raises(ConfigError, match=r"is the evaluation of another source \(/data\)"):
+        check("epoch-0003", 3, "run=mine", "epoch=3", source="/elsewhere/data")
+    another = r"is the evaluation of another model \(mine, epoch 3\): choose another name"
+    for place, epoch, overrides in (("best", 3, ()), ("last", 4, ("epoch=4",))):
+        with pytest.raises(ConfigError, match=another):
+            check(place, epoch, "run=mine", *overrides)
+    with pytest.raises(ConfigError, match=another):
+        check_evaluation_name(tiny_config(tmp_path, "source=/data", "name=a"))
+
+
+def test_a_pipelines_evaluation_may_be_repeated_where_its_files_are_now(tmp_path: Path) -> None:
     target = Folder(tmp_path / "evaluations" / "a")
-    target.write_bytes("config.yaml", to_yaml(made_by).encode())
-    target.write_json("metrics.json", {"epoch": 3.0})
-    _check_source(made_by, 3, target, from_pipeline=False)
-    (tmp_path / "mine" / "epoch-0003").mkdir(parents=True)
-    (tmp_path / "mine" / "run.json").touch()
-    by_path = {"run": None, "epoch": None, "checkpoint": str(tmp_path / "mine" / "epoch-0003")}
-    for settings in (by_path, {"source": "/data/"}):
-        _check_source(made_by.model_copy(update=settings), 3, target, from_pipeline=False)
-    for epoch in (None, 2):
-        other = made_by.model_copy(update={"epoch": epoch})
-        with pytest.raises(
-            ConfigError, match=r"is the evaluation of another model \(mine, epoch 3"
-        ):
-            _check_source(other, epoch or 3, target, from_pipeline=False)
+    target.write_bytes("config.yaml", b"source: /where/they/were\nrun: a\n")
+    config = tiny_config(tmp_path, "source=/data", "name=a")
+    check_evaluation_name(config)
+    target.write_bytes("config.yaml", b"source: /where/they/were\nrun: a\nepoch: 1\n")
+    with pytest.raises(ConfigError, match=r"another source \(/where/they/were\)"):
+        check_evaluation_name(config)
+    target.write_bytes("config.yaml", b"source: /data\ncheckpoint: /b\n")
+    with pytest.raises(ConfigError, match=r"is the evaluation of another model \(/b\)"):
+        check_evaluation_name(config)
 
 
 def test_selected_files_are_scored_whatever_their_split(tmp_path: Path) -> None:
