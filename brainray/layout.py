@@ -39,7 +39,6 @@ SEEN_BEFORE = "seen_before.parquet"  # the same for the training of its starting
 TEST_SLICES = "test.parquet"  # the slices that the run is tested on
 PROVENANCE = "provenance.jsonl"  # one object per submission that trained the run
 METRICS = "metrics.jsonl"  # one object per epoch
-ABOUT = "about.json"  # origin of the run: command, machine, versions
 SUMMARY = "summary.json"  # written last: the run is complete
 BEST = "best"  # checkpoint of the chosen epoch
 LAST = "last"  # checkpoint of the last epoch

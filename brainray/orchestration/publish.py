@@ -53,7 +53,7 @@ def begin_tracking(
         "brainray.data_hash": run.record.data_hash,
         "brainray.run_folder": str(run.folder),
     }
-    made_by = _last_submission(run)
+    made_by = run.last_submission()
     tags = about | _version_tags(made_by or {}) | dict(tags or {})
     return open_tracking(config, run.folder, params, tags, made_by=made_by)
 
@@ -132,12 +132,6 @@ def _previous_uri(run: Run) -> str | None:
         return None
     uri = str(run.folder.read_json(layout.TRACKING)["uri"])
     return None if is_lost_database(uri) else uri
-
-
-def _last_submission(run: Run) -> dict[str, Any] | None:
-    """Provenance of the last submission that trained the run."""
-    submissions = run.folder.read_json_lines(layout.PROVENANCE)
-    return submissions[-1] if submissions else None
 
 
 def _version_tags(made_by: Mapping[str, Any]) -> dict[str, str]:

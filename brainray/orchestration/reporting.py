@@ -3,6 +3,7 @@
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,7 +12,6 @@ import ray
 import torch
 from numpy.typing import NDArray
 
-import brainray
 from brainray import layout
 from brainray.config import Config
 from brainray.engine.compare import without_comparison
@@ -19,7 +19,7 @@ from brainray.engine.explain import class_activation_maps, rows_to_explain
 from brainray.engine.state import Checkpoint, load_checkpoint
 from brainray.errors import CheckpointError, DataError
 from brainray.log import log
-from brainray.orchestration.code_version import code_hash, git_revision
+from brainray.orchestration.code_version import about_code
 from brainray.orchestration.compared_runs import (
     Control,
     against_control,
@@ -77,10 +77,8 @@ def report(config: Config) -> Report:
     control = comparable_control(merged, run)
     comparison = against_control(merged, run, control, int(summary["chosen_epoch"]))
     metrics = summary | comparison
-    known = run.folder.exists(layout.ABOUT)
-    about = run.folder.read_json(layout.ABOUT) if known else about_software()
     maps = run_maps(run.folder, evaluation, int(metrics["chosen_epoch"]))
-    if not write_run_page(merged, run, control, metrics, about, maps, store):
+    if not write_run_page(merged, run, control, metrics, maps, store):
         raise DataError(f"the run {run.folder} has no test slices: there is nothing to report")
     # jobs/track.py sends the summary beside the page.
     if metrics != run.folder.read_json(layout.SUMMARY):
@@ -117,7 +115,6 @@ def write_run_page(
     run: Run,
     control: Control | None,
     metrics: Metrics,
-    about: Mapping[str, str],
     maps: Sequence[SliceMap],
     store: ImageStore | None,
 ) -> bool:
@@ -135,10 +132,11 @@ def write_run_page(
 
         checkpoint = load_checkpoint(run.folder / layout.BEST)
         explained = explain(run.folder.read_table(chosen), checkpoint, load)
+    about = _about(config, run)
     if control is not None:
         others = control.other_settings
         other = f", also trained with other settings: {others}" if others else ""
-        about = {**about, "control": f"{config.evaluation.control}{other}"}
+        about["control"] = f"{config.evaluation.control}{other}"
     return write_page(
         run.folder,
         run.record.classes,
@@ -150,6 +148,25 @@ def write_run_page(
         explained=explained,
         siblings=predictions_of_siblings(config, run),
     )
+
+
+def _about(config: Config, run: Run) -> dict[str, str]:
+    """How a run was made, as far as its folder tells."""
+    record, encoder, made_by = run.record, config.encoder, run.last_submission()
+    warm_up = "none"
+    if encoder.pretext != "none":
+        num_epochs = config.self_supervision.num_epochs
+        warm_up = f"{encoder.pretext}, {num_epochs} epochs at {encoder.pretext_image_size} px"
+    about = {
+        "store": f"{record.dataset} (data hash {record.data_hash})",
+        "slices": ", ".join(f"{n:,} {role}" for role, n in record.num_slices.items()),
+        "warm-up without labels": warm_up,
+    }
+    if made_by is None:
+        return about
+    kind = "GPU" if made_by["device"] == "cuda" else "CPU"
+    workers = f"{made_by['num_workers']} on {kind}, {made_by['cpus_per_worker']} CPU(s) each"
+    return _software(made_by) | about | {"workers": workers}
 
 
 def explain(predictions: pa.Table, checkpoint: Checkpoint, load: LoadImages) -> list[Explained]:
@@ -180,11 +197,25 @@ def explain(predictions: pa.Table, checkpoint: Checkpoint, load: LoadImages) -> 
 
 
 def about_software() -> dict[str, str]:
-    """The command and the software versions for a report."""
+    """The command and the software versions of this job, for its report."""
+    return _software(
+        {
+            "command": command_line(),
+            **about_code(),
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "packages": {"torch": torch.__version__, "ray": ray.__version__},
+        }
+    )
+
+
+def _software(made_by: Mapping[str, Any]) -> dict[str, str]:
+    """The same of a job that left such a record."""
+    code = f"brainray {made_by['brainray']}, {made_by['code_hash']} {made_by['git_revision']}"
     return {
-        "command": command_line(),
-        "code": f"brainray {brainray.__version__}, {code_hash()} {git_revision()}".strip(),
-        "python": f"{platform.python_version()} on {platform.platform()}",
-        "torch": torch.__version__,
-        "ray": ray.__version__,
+        "command": made_by["command"],
+        "code": code.strip(),
+        "python": f"{made_by['python']} on {made_by['platform']}",
+        "torch": made_by["packages"]["torch"],
+        "ray": made_by["packages"]["ray"],
     }

@@ -104,6 +104,11 @@ class Run:
         where = f"{self.folder}/{layout.CONFIG}"
         return parse_config(parse_yaml(self.folder.read_bytes(layout.CONFIG), where), is_saved=True)
 
+    def last_submission(self) -> dict[str, Any] | None:
+        """Provenance of the last submission that trained the run; None if it is not recorded."""
+        submissions = self.folder.read_json_lines(layout.PROVENANCE)
+        return submissions[-1] if submissions else None
+
     def predictions(self, epoch: int | None = None) -> pa.Table | None:
         """``PREDICTIONS`` rows of an epoch, by default the chosen epoch of a complete run; None if
         there are none.

@@ -27,7 +27,7 @@ from brainray.orchestration.pretraining.weights import State
 from brainray.orchestration.progress import Follower
 from brainray.orchestration.publish import begin_tracking, how_to_open, send_run
 from brainray.orchestration.ray_train import train_on_workers
-from brainray.orchestration.reporting import about_software, write_run_page
+from brainray.orchestration.reporting import write_run_page
 from brainray.orchestration.resources import WorkerResources, alive_nodes, plan_workers
 from brainray.orchestration.run import Run, groups_of_test_slices, run_to_resume
 from brainray.orchestration.store import ImageStore, store_to_train_on
@@ -220,30 +220,8 @@ def complete_run(training: Training) -> None:
     metrics |= against_control(config, run, control, chosen)
     maps = run_maps(run.folder, config.evaluation, chosen)
     draw_run_figures(run.folder, run.record.classes, chosen, maps)
-    about = _about(training)
-    run.folder.write_json(layout.ABOUT, about)
-    write_run_page(config, run, control, metrics, about, maps, training.store)
+    write_run_page(config, run, control, metrics, maps, training.store)
     run.folder.write_json(layout.SUMMARY, metrics)
-
-
-def _about(training: Training) -> dict[str, str]:
-    """How the run was made, for its report."""
-    workers = training.workers
-    assert workers is not None, "a complete run has its record"
-    kind = "GPU" if workers.use_gpu else "CPU"
-    record = training.run.record
-    encoder, learning = training.config.encoder, training.config.self_supervision
-    warm_up = "none"
-    if encoder.pretext != "none":
-        warm_up = (
-            f"{encoder.pretext}, {learning.num_epochs} epochs at {encoder.pretext_image_size} px"
-        )
-    return about_software() | {
-        "store": f"{record.dataset} (data hash {record.data_hash})",
-        "slices": ", ".join(f"{n:,} {role}" for role, n in record.num_slices.items()),
-        "warm-up without labels": warm_up,
-        "workers": f"{workers.num_workers} on {kind}, {workers.cpus_per_worker} CPU(s) each",
-    }
 
 
 def _summarise(config: Config, run: Run) -> Metrics:

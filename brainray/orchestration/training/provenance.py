@@ -4,6 +4,8 @@ import platform
 from importlib import metadata
 from typing import Any
 
+import torch
+
 from brainray import layout
 from brainray.config import Config
 from brainray.orchestration.code_version import about_code
@@ -52,7 +54,8 @@ def provenance(config: Config, run: Run, workers: WorkerResources) -> dict[str, 
         **about_code(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: _version(name) for name in PACKAGES}
+        | {"torch": str(torch.__version__)},  # with its build, such as +cu130
         "num_workers": workers.num_workers,
         "cpus_per_worker": workers.cpus_per_worker,
         "device": "cuda" if workers.use_gpu else "cpu",

@@ -1,9 +1,11 @@
 """Training on a real Ray cluster: DDP, resuming after a kill, and labels that must not be read."""
 
 import contextlib
+import html
 import io
 import json
 import os
+import platform
 import re
 import shutil
 import signal
@@ -23,6 +25,7 @@ import yaml
 from mlflow import MlflowClient
 from ray.util.state import list_actors
 
+import brainray
 from brainray import layout
 from brainray.config import Config, TrackingConfig
 from brainray.config_text import parse_config, parse_yaml, to_yaml
@@ -30,13 +33,14 @@ from brainray.engine.state import Checkpoint, load_checkpoint
 from brainray.errors import BrainrayError, CheckpointError, ConfigError, DataError, DivergenceError
 from brainray.models.encoder import build_encoder, encoder_state
 from brainray.orchestration import compared_runs
+from brainray.orchestration.code_version import code_hash, git_revision
 from brainray.orchestration.compared_runs import against_control, comparable_control
 from brainray.orchestration.prediction.evaluation import evaluate
 from brainray.orchestration.preprocessing.driver import preprocess
 from brainray.orchestration.pretraining.driver import warm_up
-from brainray.orchestration.publish import _last_submission, config_to_track, publish
+from brainray.orchestration.publish import config_to_track, publish
 from brainray.orchestration.reporting import report, write_run_page
-from brainray.orchestration.run import open_run, run_to_resume
+from brainray.orchestration.run import Run, open_run, run_to_resume
 from brainray.orchestration.store import ImageStore, read_images, scan_images
 from brainray.orchestration.training import driver as training_driver
 from brainray.orchestration.training import rank_data
@@ -50,6 +54,7 @@ from brainray.orchestration.training.driver import (
 )
 from brainray.orchestration.training.rank_data import load_rank_data
 from brainray.orchestration.training.start import _check_ranks, begin_run
+from brainray.redaction import command_line
 from brainray.schema import SEEN, UNLABELLED_ROLE
 from brainray.storage import Folder
 from tests.conftest import logged, tiny_config
@@ -285,7 +290,7 @@ def test_the_rate_is_that_of_all_ranks(trained: TrainedRun) -> None:
 
 def test_a_run_records_what_made_it(trained: TrainedRun) -> None:
     (record,) = trained.run.folder.read_json_lines("provenance.jsonl")
-    assert record["packages"]["torch"] == torch.__version__.partition("+")[0]
+    assert record["packages"]["torch"] == torch.__version__
     assert record["packages"]["ray"] == ray.__version__
     assert all(record["packages"].values())
     assert record["seeds"] == {"seed": 0, "split.seed": 0}
@@ -297,6 +302,50 @@ def test_a_run_records_what_made_it(trained: TrainedRun) -> None:
     tags = MlflowClient(trained.tracking_uri).get_run(trained.mlflow_run_id).data.tags
     assert tags["brainray.numpy"] == np.__version__
     assert tags["brainray.code_hash"] == record["code_hash"]
+
+
+def about(run: Run) -> dict[str, str]:
+    """The table on a run's page that tells how it was made."""
+    page = run.folder.read_bytes("report.html").decode()
+    rows = page.partition('<table class="about">')[2].partition("</table>")[0]
+    found = re.findall(r"<tr><td>(.*?)</td><td>(.*?)</td></tr>", rows, re.DOTALL)
+    return {name: html.unescape(value) for name, value in found}
+
+
+def test_the_page_tells_what_the_runs_folder_tells_of_how_it_was_made(
+    trained: TrainedRun, tmp_path: Path
+) -> None:
+    shutil.copytree(str(trained.run.folder), tmp_path / "runs" / "told")
+    config, run = config_of(tmp_path, "told"), open_run(Folder(tmp_path), "told")
+
+    def told() -> dict[str, str]:
+        write_run_page(config, run, None, trained.metrics, [], None)
+        return about(run)
+
+    made_by = {
+        "command": command_line(),
+        "code": f"brainray {brainray.__version__}, {code_hash()} {git_revision()}".strip(),
+        "python": f"{platform.python_version()} on {platform.platform()}",
+        "torch": torch.__version__,
+        "ray": ray.__version__,
+    }
+    counts = run.record.num_slices
+    kept = {
+        "store": f"mri (data hash {run.record.data_hash})",
+        "slices": ", ".join(f"{counts[role]} {role}" for role in counts),
+        "warm-up without labels": "none",
+    }
+    expected = made_by | kept | {"workers": "2 on CPU, 1 CPU(s) each"}
+    assert list(told().items()) == list(expected.items())
+
+    (first,) = run.folder.read_json_lines("provenance.jsonl")
+    resumed = {"command": "again", "num_workers": 4, "cpus_per_worker": 3, "device": "cuda"}
+    run.folder.write_json_lines("provenance.jsonl", [first, first | resumed])
+    assert told() == expected | {"command": "again", "workers": "4 on GPU, 3 CPU(s) each"}
+
+    # Nothing is known of its software: that of the job which writes the page is another one.
+    run.folder.delete_file("provenance.jsonl")
+    assert told() == kept
 
 
 def test_mlflow_holds_the_run_once(trained: TrainedRun) -> None:
@@ -418,7 +467,7 @@ def test_a_control_that_was_drawn_otherwise_or_is_gone_is_said_and_left_out(
     control = comparable_control(asked, trained.run)
     said = logged(capsys)
     assert said == ["not compared: the run redrawn was trained on other labels"]
-    write_run_page(asked, trained.run, control, trained.metrics, {}, [], None)
+    write_run_page(asked, trained.run, control, trained.metrics, [], None)
     assert "control (redrawn)" not in trained.run.folder.read_bytes("report.html").decode()
 
     saved = parse_yaml(folder.read_bytes("config.yaml"), "config.yaml")
@@ -508,7 +557,7 @@ def test_a_control_with_other_settings_is_compared_and_they_are_said(
     compared = against_control(asked, trained.run, control, chosen)
     assert compared[f"p/{name}"] == 1
     assert f"difference/{name}_low" not in compared  # without any difference it has no width
-    write_run_page(asked, trained.run, control, trained.metrics, {}, [], None)
+    write_run_page(asked, trained.run, control, trained.metrics, [], None)
     page = trained.run.folder.read_bytes("report.html").decode()
     assert f"shorter, {differs}" in page
 
@@ -634,7 +683,7 @@ def test_a_run_is_sent_where_training_sent_it_and_says_what_trained_it(storage: 
     run.folder.write_json_lines(
         "provenance.jsonl", [{"git_revision": "a"}, {"git_revision": "b", "code_hash": "c"}]
     )
-    assert _last_submission(run) == {"git_revision": "b", "code_hash": "c"}
+    assert run.last_submission() == {"git_revision": "b", "code_hash": "c"}
 
 
 def test_a_beginning_that_was_cut_leaves_no_fingerprints(storage: Path) -> None:
@@ -920,9 +969,7 @@ def test_a_warm_up_is_learned_once_and_starts_every_run_of_its_store(
     for run in runs.values():
         trained = checkpoint_of(run, "last").encoder
         torch.testing.assert_close(trained.backbone.conv1.weight, learned.backbone.conv1.weight)
-        assert run.run.folder.read_json("about.json")["warm-up without labels"] == (
-            "contrastive, 2 epochs at 16 px"
-        )
+        assert about(run.run)["warm-up without labels"] == "contrastive, 2 epochs at 16 px"
 
 
 @pytest.mark.slow
