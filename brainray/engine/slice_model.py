@@ -1,6 +1,7 @@
 """Inference with a checkpoint: predictions, and their comparison with the training slices.
 
-Prediction, evaluation and served models all use this module, so that their results agree.
+Prediction, evaluation and served models all use this module, so that their results agree up to the
+precision (bf16 or fp32).
 """
 
 import os
