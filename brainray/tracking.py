@@ -17,9 +17,10 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial, wraps
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Concatenate, ParamSpec, TypedDict
 from urllib.parse import unquote
 
 import mlflow
@@ -88,11 +89,26 @@ def _now_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
-class MLflowTracker:
+_Arguments = ParamSpec("_Arguments")
+_Method = Callable[Concatenate["Tracker", _Arguments], None]
+
+
+def _lenient(method: _Method[_Arguments]) -> _Method[_Arguments]:
+    """Let a failure of the method be the tracker's `problem` rather than its caller's."""
+
+    @wraps(method)
+    def attempt(self: "Tracker", *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> None:
+        self._attempt(method.__name__, partial(method, self, *args, **kwargs))
+
+    return attempt
+
+
+class Tracker:
     """Logs one brainray run to one MLflow run, whose id is kept in the run's folder.
 
-    Only one process may use it at a time, because SQLite allows a single writer. All methods raise
-    TrackingError if the server cannot be used; the properties need no server.
+    An unreachable server never stops the work: the first failure is logged, the folder keeps
+    everything, and a later ``begin`` and ``log_*`` catch up in order. Only one process may use it
+    at a time, because SQLite allows a single writer.
     """
 
     def __init__(self, run: Folder, uri: str, experiment: str, artifacts: str | None) -> None:
@@ -110,9 +126,11 @@ class MLflowTracker:
         self._client: MlflowClient | None = None
         self._state: _Sent = {}
         self._ended: _Ending | None = None
+        self._due: dict[str, Callable[[], None]] = {}  # by operation; sent before anything else
+        self._problems: dict[str, str] = {}  # by operation, until it succeeds
 
     @property
-    def run_id(self) -> str | None:
+    def mlflow_run_id(self) -> str | None:
         """The MLflow run's id, once it has started."""
         return self._state.get("run_id")
 
@@ -121,76 +139,61 @@ class MLflowTracker:
         """The tracking URI, without a password."""
         return redacted(self._uri)
 
+    @property
+    def problem(self) -> str | None:
+        """The last failure that no later attempt has made up for; None if everything was sent."""
+        return next(reversed(self._problems.values()), None)
+
     def begin(self, name: str, params: Mapping[str, object], tags: Mapping[str, str]) -> None:
         """Create or find the run; an ended run stays ended until `running` is called."""
-        with _readable_errors(self._uri):
-            client = self._connect()
-            uri = self.uri  # passwords must not be written to storage
-            self._state = self._read_state(uri)
-            known = self._find(client, self.run_id) or self._find_moved(client)
-            if known is not None:
-                if known.status in _ENDED:
-                    self._ended = _Ending(known.status, known.end_time)
-                client.log_batch(self._id, tags=_tags(tags))
-            else:
-                run = client.create_run(self._experiment_id(client), run_name=name, tags=dict(tags))
-                self._state = {
-                    "uri": uri,
-                    "run_id": run.info.run_id,
-                    "epochs_sent": 0,
-                    "elsewhere": self._state["elsewhere"],
-                }
-            self._save()
-            if not self._state.get("params_sent"):
-                # MLflow refuses to change one; some may have been sent with other settings.
-                present = client.get_run(self._id).data.params
-                flat = [
-                    Param(_key(key), str(value))
-                    for key, value in params.items()
-                    if _key(key) not in present
-                ]
-                for start in range(0, len(flat), _MAX_PARAMS):
-                    client.log_batch(self._id, params=flat[start : start + _MAX_PARAMS])
-                self._state["params_sent"] = True
-                self._save()
+        self._due["begin"] = partial(self._begin, name, params, tags)
+        self._attempt("begin")
 
     def running(self) -> None:
         """Mark the run as running."""
-        with _readable_errors(self._uri):
-            if self._ended is not None:
-                self._connect().update_run(self._id, status="RUNNING")
-                self._ended = None
+        self._due["running"] = self._go_on
+        self._attempt("running")
 
+    @contextmanager
+    def ended_by_errors(self) -> Iterator[None]:
+        """If the block raises, the run ends as failed, or as killed if a signal ended it."""
+        try:
+            yield
+        except BaseException as stop:
+            self.finish(status_after(stop))
+            raise
+
+    @_lenient
     def log_epochs(self, history: History) -> None:
         """Send the epochs that neither this process nor another has sent."""
-        with _readable_errors(self._uri):
-            self._read_again()
-            if len(history) < self._state["epochs_sent"]:  # the others are trained again
-                self._state["epochs_sent"] = len(history)
-                self._state.pop("sending", None)  # and are later than when they were sent
-                self._save()
-            for metrics in history[self._state["epochs_sent"] :]:
-                epoch = int(metrics["epoch"])
-                values = {name: value for name, value in metrics.items() if name != "epoch"}
-                self._log(values, step=epoch, timestamp=self._stamp(f"epoch {epoch}"))
-                self._state["epochs_sent"] = epoch
-                self._save()
+        self._read_again()
+        if len(history) < self._state["epochs_sent"]:  # the others are trained again
+            self._state["epochs_sent"] = len(history)
+            self._state.pop("sending", None)  # and are later than when they were sent
+            self._save()
+        for metrics in history[self._state["epochs_sent"] :]:
+            epoch = int(metrics["epoch"])
+            values = {name: value for name, value in metrics.items() if name != "epoch"}
+            self._log(values, step=epoch, timestamp=self._stamp(f"epoch {epoch}"))
+            self._state["epochs_sent"] = epoch
+            self._save()
 
+    @_lenient
     def log_summary(self, metrics: Mapping[str, float]) -> None:
         """Send the metrics of the whole run."""
         digest = hashlib.sha256(json.dumps(metrics, sort_keys=True).encode()).hexdigest()
-        with _readable_errors(self._uri):
-            self._read_again()
-            if self._state.get("summary_sent") == digest:
-                return
-            final = {f"final/{name}": value for name, value in metrics.items()}
-            self._log(final, step=0, timestamp=self._stamp(f"summary {digest}"))
-            self._state["summary_sent"] = digest
-            self._save()
+        self._read_again()
+        if self._state.get("summary_sent") == digest:
+            return
+        final = {f"final/{name}": value for name, value in metrics.items()}
+        self._log(final, step=0, timestamp=self._stamp(f"summary {digest}"))
+        self._state["summary_sent"] = digest
+        self._save()
 
+    @_lenient
     def log_files(self, names: Iterable[str]) -> None:
         """Send files of the run's folder as artifacts."""
-        with _readable_errors(self._uri), tempfile.TemporaryDirectory() as temporary:
+        with tempfile.TemporaryDirectory() as temporary:
             # Through a local copy, because the run's folder may be a bucket.
             for name in names:
                 copy = Path(temporary, name)
@@ -200,11 +203,12 @@ class MLflowTracker:
             with _time_for_uploads():
                 client.log_artifacts(self._id, temporary)
 
+    @_lenient
     def log_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags on the run."""
-        with _readable_errors(self._uri):
-            self._connect().log_batch(self._id, tags=_tags(tags))
+        self._connect().log_batch(self._id, tags=_tags(tags))
 
+    @_lenient
     def log_model(
         self, served: ServedFiles, registered_name: str | None, *, force: bool = True
     ) -> None:
@@ -218,7 +222,7 @@ class MLflowTracker:
             digest.update(path.read_bytes())
         if not force and self._state.get("model_sent") == digest.hexdigest():
             return
-        with _readable_errors(self._uri), _globally(self._uri):
+        with _globally(self._uri):
             self._connect()
             with mlflow.start_run(run_id=self._id), _without_advice(), _time_for_uploads():
                 mlflow.pyfunc.log_model(
@@ -227,28 +231,79 @@ class MLflowTracker:
             self._state["model_sent"] = digest.hexdigest()
             self._save()
 
+    @_lenient
     def finish(self, status: str = "FINISHED", *, unless_ended: bool = False) -> None:
         """Mark the run as FINISHED, FAILED or KILLED; one with that status keeps its end time.
 
         With ``unless_ended``, a run that ended with another status is not changed either.
         """
-        with _readable_errors(self._uri):
-            ended = self._ended
-            if ended is None or (ended.status != status and not unless_ended):
-                ended = _Ending(status, _now_ms())
-            self._connect().set_terminated(self._id, ended.status, ended.time_ms)
-            self._ended = ended
+        ended = self._ended
+        if ended is None or (ended.status != status and not unless_ended):
+            ended = _Ending(status, _now_ms())
+        self._connect().set_terminated(self._id, ended.status, ended.time_ms)
+        self._ended = ended
+
+    def _attempt(self, what: str, action: Callable[[], None] = lambda: None) -> None:
+        """Do what is due, then the action; the first failure is logged, each is kept."""
+        try:
+            for due, catch_up in list(self._due.items()):
+                catch_up()
+                del self._due[due]
+                self._problems.pop(due, None)
+            action()
+            self._problems.pop(what, None)
+        except Exception as error:  # databases, HTTP and artifact stores raise a dozen kinds
+            problem = _readable(error, self._uri)
+            if not self._problems:
+                log(f"{problem}; metrics are kept in {self._run}")
+            self._problems[what] = problem
+
+    def _begin(self, name: str, params: Mapping[str, object], tags: Mapping[str, str]) -> None:
+        client = self._connect()
+        uri = self.uri  # passwords must not be written to storage
+        self._state = self._read_state(uri)
+        known = self._find(client, self.mlflow_run_id) or self._find_moved(client)
+        if known is not None:
+            if known.status in _ENDED:
+                self._ended = _Ending(known.status, known.end_time)
+            client.log_batch(self._id, tags=_tags(tags))
+        else:
+            run = client.create_run(self._experiment_id(client), run_name=name, tags=dict(tags))
+            self._state = {
+                "uri": uri,
+                "run_id": run.info.run_id,
+                "epochs_sent": 0,
+                "elsewhere": self._state["elsewhere"],
+            }
+        self._save()
+        if not self._state.get("params_sent"):
+            # MLflow refuses to change one; some may have been sent with other settings.
+            present = client.get_run(self._id).data.params
+            flat = [
+                Param(_key(key), str(value))
+                for key, value in params.items()
+                if _key(key) not in present
+            ]
+            for start in range(0, len(flat), _MAX_PARAMS):
+                client.log_batch(self._id, params=flat[start : start + _MAX_PARAMS])
+            self._state["params_sent"] = True
+            self._save()
+
+    def _go_on(self) -> None:
+        if self._ended is not None:
+            self._connect().update_run(self._id, status="RUNNING")
+            self._ended = None
 
     @property
     def _id(self) -> str:
-        if self.run_id is None:
+        if self.mlflow_run_id is None:
             raise TrackingError("the MLflow run has not started")
-        return self.run_id
+        return self.mlflow_run_id
 
     def _read_again(self) -> None:
         """Pick up what another process may have sent in the meantime."""
         saved = self._read_state(redacted(self._uri))
-        if saved.get("run_id") == self.run_id:
+        if saved.get("run_id") == self.mlflow_run_id:
             self._state = saved
 
     def _stamp(self, what: str) -> int:
@@ -338,88 +393,6 @@ class MLflowTracker:
 def status_after(stop: BaseException) -> str:
     """MLflow's status of what an exception has ended."""
     return "FAILED" if isinstance(stop, Exception) else "KILLED"
-
-
-class LenientTracker:
-    """Forwards everything to a tracker, but an unreachable server never stops the work.
-
-    The first failure is logged; the folder keeps everything, and a later ``begin`` and
-    ``log_*`` catch up in order.
-    """
-
-    def __init__(self, tracker: MLflowTracker, folder: Folder) -> None:
-        self._tracker = tracker
-        self._folder = folder
-        self._begin: Callable[[], None] | None = None
-        self._problems: dict[str, str] = {}  # by operation, until it succeeds
-
-    @property
-    def mlflow_run_id(self) -> str | None:
-        """The MLflow run's id, once it has started."""
-        return self._tracker.run_id
-
-    @property
-    def uri(self) -> str:
-        """The tracking URI, without a password."""
-        return self._tracker.uri
-
-    @property
-    def problem(self) -> str | None:
-        """The last failure that no later attempt has made up for; None if everything was sent."""
-        return next(reversed(self._problems.values()), None)
-
-    def begin(self, name: str, params: Mapping[str, object], tags: Mapping[str, str]) -> None:
-        self._begin = lambda: self._tracker.begin(name, params, tags)
-        self._try("begin", lambda: None)
-
-    def running(self) -> None:
-        self._try("running", self._tracker.running)
-
-    @contextmanager
-    def ended_by_errors(self) -> Iterator[None]:
-        """If the block raises, the run ends as failed, or as killed if a signal ended it."""
-        try:
-            yield
-        except BaseException as stop:
-            self.finish(status_after(stop))
-            raise
-
-    def log_epochs(self, history: History) -> None:
-        self._try("epochs", lambda: self._tracker.log_epochs(history))
-
-    def log_summary(self, metrics: Mapping[str, float]) -> None:
-        self._try("summary", lambda: self._tracker.log_summary(metrics))
-
-    def log_files(self, names: Iterable[str]) -> None:
-        chosen = list(names)
-        self._try("files", lambda: self._tracker.log_files(chosen))
-
-    def log_tags(self, tags: Mapping[str, str]) -> None:
-        self._try("tags", lambda: self._tracker.log_tags(tags))
-
-    def log_model(
-        self, served: ServedFiles, registered_name: str | None, *, force: bool = True
-    ) -> None:
-        self._try("model", lambda: self._tracker.log_model(served, registered_name, force=force))
-
-    def finish(self, status: str = "FINISHED", *, unless_ended: bool = False) -> None:
-        self._try("status", lambda: self._tracker.finish(status, unless_ended=unless_ended))
-
-    def _try(self, what: str, action: Callable[[], None]) -> None:
-        try:
-            if self._begin is not None:
-                self._begin()
-                self._begin = None
-                self._problems.pop("begin", None)
-            if "running" in self._problems:  # the server was unavailable when it was sent
-                self._tracker.running()
-                del self._problems["running"]
-            action()
-            self._problems.pop(what, None)
-        except TrackingError as error:
-            if not self._problems:
-                log(f"{error}; metrics are kept in {self._folder}")
-            self._problems[what] = str(error)
 
 
 def save_served(path: Path, served: ServedFiles) -> None:
@@ -568,16 +541,11 @@ def _quiet() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
-@contextmanager
-def _readable_errors(uri: str) -> Iterator[None]:
-    try:
-        yield
-    except TrackingError:
-        raise
-    except Exception as error:  # databases, HTTP and artifact stores raise a dozen different ones
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
-        if isinstance(error, ModuleNotFoundError) and error.name == "boto3":
-            reason = "its artifacts are on S3, which needs boto3: pip install -e '.[s3]'"
-        message = f"MLflow at {uri} cannot be used: {reason}"
-        # A password in the URI must reach neither logs nor the job's result.
-        raise TrackingError(redacted(message)) from None
+def _readable(error: Exception, uri: str) -> str:
+    """The error in one line, without a password: it goes to logs and the job's result."""
+    if isinstance(error, TrackingError):
+        return str(error)
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+    if isinstance(error, ModuleNotFoundError) and error.name == "boto3":
+        reason = "its artifacts are on S3, which needs boto3: pip install -e '.[s3]'"
+    return redacted(f"MLflow at {uri} cannot be used: {reason}")

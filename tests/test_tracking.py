@@ -1,6 +1,7 @@
 """MLflow shows the run's folder: nothing twice, nothing lost, and no server is not the end."""
 
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -11,9 +12,8 @@ import pytest
 from mlflow import MlflowClient, environment_variables
 from mlflow.entities import Metric
 
-from brainray.errors import TrackingError
 from brainray.storage import Folder
-from brainray.tracking import LenientTracker, MLflowTracker, artifact_location, default_uri
+from brainray.tracking import Tracker, artifact_location, default_uri
 
 HISTORY = [{"epoch": float(epoch), "train/loss/ce": 1.0 / epoch} for epoch in (1, 2, 3)]
 NOWHERE = "http://127.0.0.1:9"  # the discard port: nothing listens there
@@ -30,8 +30,15 @@ def database(run: Folder) -> str:
     return f"sqlite:///{run.path}/mlflow.db"
 
 
-def tracker(run: Folder, uri: str) -> MLflowTracker:
-    return MLflowTracker(run, uri, "tests", artifact_location(uri, Folder(run.uri)))
+def tracker(run: Folder, uri: str) -> Tracker:
+    return Tracker(run, uri, "tests", artifact_location(uri, Folder(run.uri)))
+
+
+def begun(run: Folder, uri: str, params: dict[str, object] | None = None) -> Tracker:
+    made = tracker(run, uri)
+    made.begin("first", params or {}, {})
+    assert made.problem is None
+    return made
 
 
 def test_a_restarted_driver_goes_on_in_the_same_run_without_repeating(run: Folder) -> None:
@@ -46,12 +53,13 @@ def test_a_restarted_driver_goes_on_in_the_same_run_without_repeating(run: Folde
         second.log_summary({"test/all/head/accuracy": 0.9, "undefined": float("nan")})
     second.log_files(["figures/a.png"])
     second.finish()
+    assert first.problem is second.problem is None
 
     client = MlflowClient(uri)
     experiment = client.get_experiment_by_name("tests")
     assert experiment is not None
     runs = client.search_runs([experiment.experiment_id])
-    assert [found.info.run_id for found in runs] == [first.run_id] == [second.run_id]
+    assert [found.info.run_id for found in runs] == [first.mlflow_run_id] == [second.mlflow_run_id]
     assert runs[0].info.status == "FINISHED"
     assert runs[0].data.params == {"train.num_epochs": "3"}
     assert runs[0].data.tags["brainray.data_hash"] == "abc"
@@ -69,52 +77,46 @@ def test_a_restarted_driver_goes_on_in_the_same_run_without_repeating(run: Folde
 
 def test_a_run_that_has_ended_stays_so_until_it_goes_on(run: Folder) -> None:
     client = MlflowClient(database(run))
-
-    def begun() -> MLflowTracker:
-        made = tracker(run, database(run))
-        made.begin("first", {}, {})
-        return made
-
-    first = begun()
+    first = begun(run, database(run))
     first.finish("FAILED")
-    ended = client.get_run(str(first.run_id)).info
-    again = begun()
-    assert client.get_run(str(first.run_id)).info.status == "FAILED"
+    ended = client.get_run(str(first.mlflow_run_id)).info
+    again = begun(run, database(run))
+    assert client.get_run(str(first.mlflow_run_id)).info.status == "FAILED"
     again.finish("KILLED", unless_ended=True)
+    assert again.problem is None
     again.finish("FAILED")
-    after = client.get_run(str(first.run_id)).info
+    assert again.problem is None
+    after = client.get_run(str(first.mlflow_run_id)).info
     assert (after.status, after.end_time) == (ended.status, ended.end_time)
     again.finish("KILLED")
-    assert client.get_run(str(first.run_id)).info.status == "KILLED"
+    assert client.get_run(str(first.mlflow_run_id)).info.status == "KILLED"
     again.running()
-    assert client.get_run(str(first.run_id)).info.status == "RUNNING"
+    assert client.get_run(str(first.mlflow_run_id)).info.status == "RUNNING"
     again.finish()
-    assert client.get_run(str(first.run_id)).info.status == "FINISHED"
+    assert client.get_run(str(first.mlflow_run_id)).info.status == "FINISHED"
 
 
 def test_a_run_that_goes_on_while_the_server_is_away_is_said_to_run_when_it_is_back(
     run: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ended = tracker(run, database(run))
-    ended.begin("first", {}, {})
+    ended = begun(run, database(run))
     ended.finish("FAILED")
-    made = tracker(run, database(run))
-    lenient = LenientTracker(made, run)
+    assert ended.problem is None
+    after = tracker(run, database(run))
     with monkeypatch.context() as away:
-        away.setattr(made, "_connect", Mock(side_effect=OSError("away")))
-        lenient.begin("first", {}, {})
-        lenient.running()
-    lenient.log_epochs(HISTORY)
-    assert lenient.problem is None
+        away.setattr(after, "_connect", Mock(side_effect=OSError("away")))
+        after.begin("first", {}, {})
+        after.running()
+    after.log_epochs(HISTORY)
+    assert after.problem is None
     client = MlflowClient(database(run))
-    assert client.get_run(str(ended.run_id)).info.status == "RUNNING"
+    assert client.get_run(str(ended.mlflow_run_id)).info.status == "RUNNING"
 
 
 def test_an_epoch_whose_answer_was_lost_is_kept_once_and_later_ones_follow(
     run: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = tracker(run, database(run))
-    made.begin("first", {}, {})
+    made = begun(run, database(run))
     send = MlflowClient.log_batch
 
     def send_and_lose_the_answer(client: MlflowClient, run_id: str, metrics: list[Metric]) -> None:
@@ -124,45 +126,49 @@ def test_an_epoch_whose_answer_was_lost_is_kept_once_and_later_ones_follow(
 
     with monkeypatch.context() as lossy:
         lossy.setattr(MlflowClient, "log_batch", send_and_lose_the_answer)
-        with pytest.raises(TrackingError, match="went away"):
-            made.log_epochs(HISTORY)
+        made.log_epochs(HISTORY)
+        assert "went away" in str(made.problem)
     time.sleep(0.01)  # the clock goes on
     made.log_epochs(HISTORY)
-    logged = MlflowClient(database(run)).get_metric_history(str(made.run_id), "train/loss/ce")
+    assert made.problem is None
+    logged = MlflowClient(database(run)).get_metric_history(
+        str(made.mlflow_run_id), "train/loss/ce"
+    )
     assert [metric.step for metric in logged] == [1, 2, 3]
 
 
 def test_epochs_that_are_trained_again_are_sent_again(run: Folder) -> None:
     """After a damaged checkpoint, a run resumes from an earlier epoch."""
-    sending = tracker(run, database(run))
-    sending.begin("first", {}, {})
+    sending = begun(run, database(run))
     sending.log_epochs(HISTORY)
     again = [*HISTORY[:2], {"epoch": 3.0, "train/loss/ce": 0.25}]
     sending.log_epochs(again[:2])
     time.sleep(0.01)  # MLflow counts milliseconds
     sending.log_epochs(again)
     client = MlflowClient(database(run))
-    logged = client.get_metric_history(str(sending.run_id), "train/loss/ce")
+    logged = client.get_metric_history(str(sending.mlflow_run_id), "train/loss/ce")
     latest = {metric.step: metric.value for metric in sorted(logged, key=lambda m: m.timestamp)}
     assert latest == {1: 1.0, 2: 0.5, 3: 0.25}
-    assert client.get_run(str(sending.run_id)).data.metrics["train/loss/ce"] == 0.25
+    assert client.get_run(str(sending.mlflow_run_id)).data.metrics["train/loss/ce"] == 0.25
 
 
 def test_epochs_that_another_process_has_sent_are_not_sent_again(run: Folder) -> None:
-    first, other = tracker(run, database(run)), tracker(run, database(run))
-    first.begin("first", {}, {})
+    first = begun(run, database(run))
     first.log_epochs(HISTORY[:1])
-    other.begin("first", {}, {})
+    other = begun(run, database(run))
     other.log_epochs(HISTORY)
     first.log_epochs(HISTORY)
-    logged = MlflowClient(database(run)).get_metric_history(str(first.run_id), "train/loss/ce")
+    assert first.problem is other.problem is None
+    logged = MlflowClient(database(run)).get_metric_history(
+        str(first.mlflow_run_id), "train/loss/ce"
+    )
     assert [metric.step for metric in logged] == [1, 2, 3]
 
 
 def test_an_unreachable_server_is_said_once_and_nothing_is_lost(
     run: Folder, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    away = LenientTracker(tracker(run, NOWHERE), run)
+    away = tracker(run, NOWHERE)
     away.begin("first", {}, {})
     for count in (1, 2, 3):
         away.log_epochs(HISTORY[:count])
@@ -173,8 +179,7 @@ def test_an_unreachable_server_is_said_once_and_nothing_is_lost(
     assert "127.0.0.1:9 cannot be used" in said[0]
     assert away.problem is not None
 
-    back = LenientTracker(tracker(run, database(run)), run)
-    back.begin("first", {}, {})
+    back = begun(run, database(run))
     back.log_epochs(HISTORY)
     assert back.problem is None
     client = MlflowClient(database(run))
@@ -188,44 +193,43 @@ def test_what_was_not_sent_is_known_until_it_is(
     barred = run.parent / "barred"
     barred.parent.write_bytes("barred", b"a file where artifacts should go")
     uri = database(run)
-    made = MLflowTracker(run, uri, "barred", f"file://{barred.path}/artifacts")
-    lenient = LenientTracker(made, run)
-    lenient.begin("first", {}, {})
-    lenient.log_files(["figures/a.png"])
-    lenient.log_epochs(HISTORY)
-    lenient.finish()
+    sending = Tracker(run, uri, "barred", f"file://{barred.path}/artifacts")
+    sending.begin("first", {}, {})
+    sending.log_files(["figures/a.png"])
+    sending.log_epochs(HISTORY)
+    sending.finish()
     assert len(capsys.readouterr().out.splitlines()) == 1
-    assert lenient.problem is not None
+    assert sending.problem is not None
     barred.parent.delete_file("barred")
-    lenient.log_files(["figures/a.png"])
-    assert lenient.problem is None
+    sending.log_files(["figures/a.png"])
+    assert sending.problem is None
 
 
-def test_passwords_stay_out_of_messages(run: Folder) -> None:
+def test_passwords_stay_out_of_messages(run: Folder, capsys: pytest.CaptureFixture[str]) -> None:
     secret = tracker(run, "http://user:hunter2@127.0.0.1:9")
-    with pytest.raises(TrackingError) as error:
-        secret.begin("first", {}, {})
-    assert "hunter2" not in str(error.value)
+    secret.begin("first", {}, {})
+    for said in (str(secret.problem), capsys.readouterr().out):
+        assert "127.0.0.1:9 cannot be used" in said
+        assert "hunter2" not in said
 
 
 def test_a_run_that_the_server_has_lost_is_made_anew(run: Folder) -> None:
     lost = {"uri": database(run), "run_id": "0" * 32, "epochs_sent": 3, "params_sent": True}
     run.write_json("tracking.json", lost)
-    after = tracker(run, database(run))
-    after.begin("first", {"a": 1}, {})
+    after = begun(run, database(run), {"a": 1})
     after.log_epochs(HISTORY)
-    assert after.run_id != lost["run_id"]
+    assert after.mlflow_run_id != lost["run_id"]
     client = MlflowClient(database(run))
-    assert len(client.get_metric_history(str(after.run_id), "train/loss/ce")) == 3
-    assert client.get_run(str(after.run_id)).data.params == {"a": "1"}
+    assert len(client.get_metric_history(str(after.mlflow_run_id), "train/loss/ce")) == 3
+    assert client.get_run(str(after.mlflow_run_id)).data.params == {"a": "1"}
 
 
 def test_a_run_is_sent_once_to_each_server(run: Folder) -> None:
     first, second = database(run), f"sqlite:///{run.path}/other.db"
     for uri in (first, second, first, second):
-        sending = tracker(run, uri)
-        sending.begin("first", {"a": 1}, {})
+        sending = begun(run, uri, {"a": 1})
         sending.log_epochs(HISTORY)
+        assert sending.problem is None
         assert run.read_json("tracking.json")["uri"] == uri
     for uri in (first, second):
         client = MlflowClient(uri)
@@ -236,27 +240,26 @@ def test_a_run_is_sent_once_to_each_server(run: Folder) -> None:
 
 
 def test_a_database_that_moves_with_its_storage_goes_on(run: Folder) -> None:
-    before = tracker(run, database(run))
-    before.begin("first", {"a": 1}, {})
+    before = begun(run, database(run), {"a": 1})
     before.log_epochs(HISTORY)
+    assert before.problem is None
     moved = f"{run.path}/moved.db"
     os.rename(database(run).removeprefix("sqlite:///"), moved)
 
-    after = tracker(run, f"sqlite:///{moved}")
-    after.begin("first", {"a": 1}, {})
+    after = begun(run, f"sqlite:///{moved}", {"a": 1})
     after.log_epochs(HISTORY)
-    assert after.run_id == before.run_id
+    assert after.problem is None
+    assert after.mlflow_run_id == before.mlflow_run_id
     client = MlflowClient(f"sqlite:///{moved}")
-    assert len(client.get_metric_history(str(after.run_id), "train/loss/ce")) == len(HISTORY)
+    assert len(client.get_metric_history(str(after.mlflow_run_id), "train/loss/ce")) == len(HISTORY)
     assert run.read_json("tracking.json")["uri"] == f"sqlite:///{moved}"
 
     # Sent to another one, what was sent to a disk that is not mounted now is not forgotten.
     os.rename(moved, f"{moved}.away")
-    tracker(run, f"sqlite:///{run.path}/other.db").begin("first", {}, {})
+    begun(run, f"sqlite:///{run.path}/other.db")
     os.rename(f"{moved}.away", moved)
-    again = tracker(run, f"sqlite:///{moved}")
-    again.begin("first", {}, {})
-    assert again.run_id == before.run_id
+    again = begun(run, f"sqlite:///{moved}")
+    assert again.mlflow_run_id == before.mlflow_run_id
 
 
 def test_a_database_with_a_relative_path_is_the_one_with_its_absolute_path(
@@ -265,12 +268,10 @@ def test_a_database_with_a_relative_path_is_the_one_with_its_absolute_path(
     absolute = database(run)
     folder, _, name = absolute.removeprefix("sqlite:///").rpartition("/")
     monkeypatch.chdir(folder)
-    before = tracker(run, f"sqlite:///{name}")
-    before.begin("first", {}, {})
+    before = begun(run, f"sqlite:///{name}")
     before.log_epochs(HISTORY)
-    after = tracker(run, absolute)
-    after.begin("first", {}, {})
-    assert after.run_id == before.run_id
+    after = begun(run, absolute)
+    assert after.mlflow_run_id == before.mlflow_run_id
     saved = run.read_json("tracking.json")
     assert (saved["uri"], saved["epochs_sent"]) == (absolute, len(HISTORY))
 
@@ -290,28 +291,29 @@ def test_parameters_of_which_some_have_arrived_are_completed(
 
     with monkeypatch.context() as patch:
         patch.setattr(MlflowClient, "log_batch", log_batch)
-        with pytest.raises(TrackingError):
-            tracker(run, database(run)).begin("first", params, {})
-    after = tracker(run, database(run))
-    after.begin("first", params | {"p0": 7}, {})
-    found = MlflowClient(database(run)).get_run(str(after.run_id)).data.params
+        before = tracker(run, database(run))
+        before.begin("first", params, {})
+        assert "away" in str(before.problem)
+    after = begun(run, database(run), params | {"p0": 7})
+    found = MlflowClient(database(run)).get_run(str(after.mlflow_run_id)).data.params
     assert found == {name: str(value) for name, value in params.items()}
 
 
 def test_a_database_that_cannot_be_opened_costs_seconds(run: Folder, tmp_path: Path) -> None:
     began = time.monotonic()
-    with pytest.raises(TrackingError, match="cannot be used"):
-        tracker(run, f"sqlite:///{tmp_path}").begin("first", {}, {})  # a folder
+    barred = tracker(run, f"sqlite:///{tmp_path}")  # a folder
+    barred.begin("first", {}, {})
+    assert "cannot be used" in str(barred.problem)
     assert time.monotonic() - began < 30  # MLflow's own patience is above a minute and a half
 
 
 def test_artifacts_on_s3_say_what_they_need(run: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "boto3", None)  # as if it were not installed
     run.write_bytes("report.html", b"")
-    sending = MLflowTracker(run, database(run), "tests", "s3://bucket/artifacts")
+    sending = Tracker(run, database(run), "tests", "s3://bucket/artifacts")
     sending.begin("first", {}, {})
-    with pytest.raises(TrackingError, match=r"boto3: pip install -e '\.\[s3\]'$"):
-        sending.log_files(["report.html"])
+    sending.log_files(["report.html"])
+    assert str(sending.problem).endswith("boto3: pip install -e '.[s3]'")
 
 
 @pytest.mark.parametrize("own", [None, "7"])
@@ -329,21 +331,21 @@ def test_an_upload_may_take_longer_than_reaching_the_server(
         lambda *_: allowed.append(environment_variables.MLFLOW_HTTP_REQUEST_TIMEOUT.get()),
     )
     run.write_bytes("report.html", b"")
-    sending = tracker(run, database(run))
-    sending.begin("first", {}, {})
+    sending = begun(run, database(run))
     sending.log_files(["report.html"])
+    assert sending.problem is None
     assert allowed == [120 if own is None else 7]
     assert os.environ[variable] == (own or "10")
 
 
 def test_odd_class_names_do_not_stop_the_others(run: Folder) -> None:
-    odd = tracker(run, database(run))
-    odd.begin("first", {}, {})
+    odd = begun(run, database(run))
     names = ["recall//x", "recall/..", "recall/<2cm", "recall/>2cm", "recall/a b"]
     names += [f"recall/{'a' * 250}{last}" for last in "bc"]  # MLflow's limit is 250
     values = {name: (place + 1) / 8 for place, name in enumerate(names)}
     odd.log_epochs([{"epoch": 1.0} | values])
-    metrics = MlflowClient(database(run)).get_run(str(odd.run_id)).data.metrics
+    assert odd.problem is None
+    metrics = MlflowClient(database(run)).get_run(str(odd.mlflow_run_id)).data.metrics
     assert sorted(metrics.values()) == sorted(values.values())  # none hides another
     assert metrics["recall/a b"] == 5 / 8
     assert any(name.startswith("recall/_2cm-") for name in metrics)
@@ -354,24 +356,25 @@ def test_the_default_is_a_database_in_storage(tmp_path: Path) -> None:
     assert default_uri(storage) == f"sqlite:///{tmp_path}/storage/mlflow.db"
     assert artifact_location("http://server", storage) is None
     odd = Folder(tmp_path / "50 %25 é?")
-    tracker(odd / "run", default_uri(odd)).begin("first", {}, {})
+    begun(odd / "run", default_uri(odd))
     assert (tmp_path / "50 %25 é?" / "mlflow.db").exists()
 
 
 def test_what_has_been_deleted_in_mlflow_is_no_end(run: Folder) -> None:
     uri = database(run)
-    first = tracker(run, uri)
-    first.begin("first", {}, {})
+    first = begun(run, uri)
     first.log_epochs(HISTORY)
+    assert first.problem is None
     client = MlflowClient(uri)
-    assert first.run_id is not None
-    client.delete_run(first.run_id)
-    second = tracker(run, uri)
-    second.begin("first", {}, {})
+    assert first.mlflow_run_id is not None
+    client.delete_run(first.mlflow_run_id)
+    second = begun(run, uri)
     second.log_epochs(HISTORY)
-    assert second.run_id not in {None, first.run_id}
+    assert second.problem is None
+    assert second.mlflow_run_id not in {None, first.mlflow_run_id}
     experiment = client.get_experiment_by_name("tests")
     assert experiment is not None
     client.delete_experiment(experiment.experiment_id)
-    with pytest.raises(TrackingError, match=r"'tests' has been deleted: restore .*experiment=NAME"):
-        tracker(Folder(run.uri) / "another", uri).begin("another", {}, {})
+    another = tracker(Folder(run.uri) / "another", uri)
+    another.begin("another", {}, {})
+    assert re.search("'tests' has been deleted: restore .*experiment=NAME", str(another.problem))

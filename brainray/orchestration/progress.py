@@ -12,7 +12,7 @@ from brainray.log import log
 from brainray.orchestration.run import Run
 from brainray.schema import Metrics
 from brainray.storage import Folder
-from brainray.tracking import LenientTracker
+from brainray.tracking import Tracker
 
 POLL_S = 1.0
 
@@ -58,7 +58,7 @@ class Watcher(ABC):
 class Follower(Watcher):
     """Follows the run's metrics while workers train: a line per epoch, and MLflow."""
 
-    def __init__(self, config: TrainConfig, run: Run, tracker: LenientTracker) -> None:
+    def __init__(self, config: TrainConfig, run: Run, tracker: Tracker) -> None:
         super().__init__()
         self._config = config
         self._run = run

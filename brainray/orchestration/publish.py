@@ -16,8 +16,7 @@ from brainray.orchestration.run import Run
 from brainray.redaction import HIDDEN
 from brainray.storage import Folder
 from brainray.tracking import (
-    LenientTracker,
-    MLflowTracker,
+    Tracker,
     artifact_location,
     default_uri,
     is_lost_database,
@@ -41,9 +40,7 @@ def how_to_open(uri: str) -> str:
     return f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
 
 
-def begin_tracking(
-    config: Config, run: Run, tags: Mapping[str, str] | None = None
-) -> LenientTracker:
+def begin_tracking(config: Config, run: Run, tags: Mapping[str, str] | None = None) -> Tracker:
     """Open the run's MLflow run; an unreachable server is logged and does not stop the work."""
     params = flatten(config.without_secrets()) | {
         f"num_{k}": v for k, v in run.record.num_slices.items()
@@ -65,7 +62,7 @@ def open_tracking(
     tags: Mapping[str, str],
     *,
     made_by: Mapping[str, object] | None = None,
-) -> LenientTracker:
+) -> Tracker:
     """Open an MLflow run named like the folder, which records it and keeps what cannot be sent.
 
     ``made_by`` is the `about_code` of the code that made the folder; by default, of this code.
@@ -78,9 +75,7 @@ def open_tracking(
             f"tracking.uri=... or {URI_VARIABLE}"
         )
     artifacts = artifact_location(uri, storage)
-    tracker = LenientTracker(
-        MLflowTracker(folder, uri, config.tracking.experiment, artifacts), folder
-    )
+    tracker = Tracker(folder, uri, config.tracking.experiment, artifacts)
     made_by = about_code() if made_by is None else made_by
     code = {tag: str(made_by[key]) for tag, key in _TAGS_OF_CODE.items() if made_by.get(key)}
     tracker.begin(folder.name, params, code | dict(tags))
@@ -94,7 +89,7 @@ def _requested_uri(config: Config) -> str | None:
     return config.tracking.uri
 
 
-def publish(config: Config, run: Run) -> LenientTracker:
+def publish(config: Config, run: Run) -> Tracker:
     """Send a run's folder to MLflow: what training could not send, or a run trained elsewhere.
 
     It is sent to the URI used in training, unless another one is given.
@@ -141,7 +136,7 @@ def _version_tags(made_by: Mapping[str, Any]) -> dict[str, str]:
     return {f"brainray.{name}": version for name, version in versions.items()}
 
 
-def send_run(run: Run, tracker: LenientTracker) -> None:
+def send_run(run: Run, tracker: Tracker) -> None:
     """Send epochs, summary, figures and config, as far as the run's folder contains them."""
     tracker.log_epochs(run.folder.read_json_lines(layout.METRICS))
     # Not seen.parquet: its fingerprints are gigabytes for a large store.

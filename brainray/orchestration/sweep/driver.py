@@ -36,7 +36,7 @@ from brainray.orchestration.training.driver import check_training, check_weights
 from brainray.report.sweep_figures import ScoredTrial, draw_sweep_figures
 from brainray.schema import Metrics
 from brainray.storage import Folder
-from brainray.tracking import LenientTracker, status_after
+from brainray.tracking import Tracker, status_after
 
 _SETTINGS = "sweep.json"  # settings that must not change when it resumes
 _BEST = "best.yaml"
@@ -108,7 +108,7 @@ def _sweep(base: Config, store: ImageStore, workers: WorkerResources) -> Finishe
 
 
 def _search(
-    base: Config, folder: Folder, store: ImageStore, tuner: tune.Tuner, tracker: LenientTracker
+    base: Config, folder: Folder, store: ImageStore, tuner: tune.Tuner, tracker: Tracker
 ) -> FinishedSweep:
     follower = SweepFollower(base, tracker)
     tracker.running()
@@ -178,7 +178,7 @@ def _conclude(
     trials: list[Trial],
     ranked: list[Trial],
     follower: SweepFollower,
-    tracker: LenientTracker,
+    tracker: Tracker,
 ) -> FinishedSweep:
     """Write best config, table and figures to the sweep's folder and to MLflow."""
     metric, mode = config.tune.metric, config.tune.mode
@@ -264,7 +264,7 @@ def _best_trial(config: Config, folder: Folder, trial_id: str | None) -> Trial:
 
 
 def _log_model(
-    config: Config, best: Trial, tracker: LenientTracker, name: str | None, *, force: bool
+    config: Config, best: Trial, tracker: Tracker, name: str | None, *, force: bool
 ) -> None:
     """Log the best model to the sweep's MLflow run, and register it if a name is given."""
     if best.run is None:
@@ -274,7 +274,7 @@ def _log_model(
         tracker.log_model(served, name, force=force)
 
 
-def _register_later(config: Config, best: Trial, tracker: LenientTracker) -> None:
+def _register_later(config: Config, best: Trial, tracker: Tracker) -> None:
     """Register the best model of a complete sweep under a name that is given now.
 
     Raises:

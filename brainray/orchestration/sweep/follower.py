@@ -20,7 +20,7 @@ from brainray.orchestration.sweep.trials import (
 from brainray.report.table import markdown_table
 from brainray.schema import Metrics
 from brainray.storage import Folder
-from brainray.tracking import PARENT_TAG, LenientTracker
+from brainray.tracking import PARENT_TAG, Tracker
 
 NUM_SHOWN = 10
 """Number of trials in a table of the log."""
@@ -35,12 +35,12 @@ class SweepFollower(Watcher):
     The only writer to MLflow: trials only write files.
     """
 
-    def __init__(self, config: Config, parent: LenientTracker) -> None:
+    def __init__(self, config: Config, parent: Tracker) -> None:
         super().__init__()
         self._config = config
         self._parent = parent
         self._quiet_s = 0.0
-        self._children: dict[str, LenientTracker] = {}
+        self._children: dict[str, Tracker] = {}
         self._attempted: set[str] = set()  # complete trials that it has tried to send
         self._sent: set[str] = set()
         self._reader = TrialReader(config)
@@ -137,7 +137,7 @@ class SweepFollower(Watcher):
             f"{time_left(metrics, trial.train)} left"
         )
 
-    def _child(self, trial: Trial) -> LenientTracker | None:
+    def _child(self, trial: Trial) -> Tracker | None:
         """The trial's MLflow run, a child of the sweep's."""
         if trial.run is None:
             return None
