@@ -46,6 +46,11 @@ def parse_config(tree: Mapping[str, Any], *, is_saved: bool = False) -> Config:
         raise ConfigError(_explain(error)) from None
 
 
+def parse_saved(content: bytes, where: str) -> Config:
+    """The config in a file that brainray has saved; ``where`` names the file in errors."""
+    return parse_config(parse_yaml(content, where), is_saved=True)
+
+
 def flatten(
     settings: BaseModel | Mapping[str, Any],
 ) -> dict[str, str | int | float | bool]:

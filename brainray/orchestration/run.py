@@ -15,7 +15,7 @@ from brainray.config import (
     PreprocessConfig,
     SplitConfig,
 )
-from brainray.config_text import parse_config, parse_yaml
+from brainray.config_text import parse_saved
 from brainray.errors import ConfigError, DataError
 from brainray.mri.split import check_validation_share
 from brainray.orchestration.lock import is_held
@@ -102,7 +102,7 @@ class Run:
     def saved_config(self) -> Config:
         """The config with which the run was created, without secrets."""
         where = f"{self.folder}/{layout.CONFIG}"
-        return parse_config(parse_yaml(self.folder.read_bytes(layout.CONFIG), where), is_saved=True)
+        return parse_saved(self.folder.read_bytes(layout.CONFIG), where)
 
     def last_submission(self) -> dict[str, Any] | None:
         """Provenance of the last submission that trained the run; None if it is not recorded."""

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from brainray import layout
 from brainray.config import Config, PreprocessConfig
-from brainray.config_text import parse_yaml, to_yaml
+from brainray.config_text import parse_saved, to_yaml
 from brainray.engine.evaluate import summarise
 from brainray.engine.slice_model import stored_pixels
 from brainray.errors import ConfigError, DataError
@@ -288,13 +288,13 @@ def _check_source(
     """
     if not target.exists(layout.CONFIG):
         return
-    before = parse_yaml(target.read_bytes(layout.CONFIG), f"{target}/{layout.CONFIG}")
-    model_before = {key: before.get(key) for key in model}
+    before = parse_saved(target.read_bytes(layout.CONFIG), f"{target}/{layout.CONFIG}")
+    model_before = {key: getattr(before, key) for key in model}
     is_own = from_pipeline and model_before == model  # its files may have been moved
     difference = None
-    is_same_source = Folder(before["source"]).uri == Folder(config.given("source")).uri
+    is_same_source = Folder(before.given("source")).uri == Folder(config.given("source")).uri
     if not is_same_source and not is_own:
-        difference = f"another source ({before['source']})"
+        difference = f"another source ({before.source})"
     elif model_before != model:
         epoch = "" if model_before["epoch"] is None else f", epoch {model_before['epoch']}"
         difference = f"another model ({model_before['run'] or model_before['checkpoint']}{epoch})"

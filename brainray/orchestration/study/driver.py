@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from brainray import layout
 from brainray.config import Config
-from brainray.config_text import flatten, parse_config, parse_yaml, to_yaml
+from brainray.config_text import flatten, parse_saved, to_yaml
 from brainray.errors import BrainrayError, ConfigError
 from brainray.models.features import check_encoder_name
 from brainray.orchestration.lock import held
@@ -88,8 +88,7 @@ def _study(
     weights: Mapping[str, Weights],
 ) -> FinishedStudy:
     if folder.exists(layout.CONFIG):
-        saved = parse_yaml(folder.read_bytes(layout.CONFIG), str(folder))
-        before = parse_config(saved, is_saved=True)
+        before = parse_saved(folder.read_bytes(layout.CONFIG), str(folder))
         if flatten(before) != flatten(config.without_secrets()):
             # MLflow runs keep their initial parameters, so changed settings need a new MLflow run.
             folder.delete_file(layout.TRACKING, missing_ok=True)
