@@ -5,6 +5,7 @@ Unknown keys are rejected, with the nearest known key as a suggestion.
 """
 
 import re
+from contextlib import suppress
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
@@ -33,9 +34,21 @@ Side = Annotated[int, Field(ge=16, le=2048)]  # of slices, in pixels
 
 PretextName = Literal["none", "rotation", "contrastive"]
 
+
+def _typed(value: Any) -> Any:
+    """Text as the boolean or number that it reads as: a search has no field to give it a type."""
+    if not isinstance(value, str):
+        return value
+    for number in (int, float):
+        with suppress(ValueError):
+            return number(value)
+    return {"true": True, "false": False}.get(value, value)
+
+
 SearchKind = Literal["choice", "uniform", "log_uniform", "integer"]
 SEARCH_KINDS = get_args(SearchKind)
-SearchDomain = dict[SearchKind, list[Any]]
+SearchValue = Annotated[Any, BeforeValidator(_typed)]
+SearchDomain = dict[SearchKind, list[SearchValue]]
 SearchSpace = dict[str, SearchDomain]
 
 WEIGHTS_OF_NO_SLICE = ("random", "imagenet")

@@ -2,7 +2,6 @@
 
 import difflib
 import json
-import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -93,9 +92,9 @@ def parse_yaml(content: bytes, where: str) -> dict[str, Any]:
 class _PlainLoader(yaml.SafeLoader):
     """Loads plain values only: SafeLoader rejects Python object tags, this class also aliases.
 
-    A few lines of nested aliases can expand to more values than fit in memory. Scalars follow the
-    core schema of YAML 1.2: ``no``, ``010``, ``1_000`` and ``12:30``, which YAML 1.1 reads as a
-    boolean and numbers, are plain text.
+    A few lines of nested aliases can expand to more values than fit in memory. Scalars other than
+    null are text, to which their setting gives a type, so that the names ``1.10`` and ``no`` stay
+    as written.
     """
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
@@ -122,26 +121,10 @@ class _PlainLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-class _PlainDumper(yaml.SafeDumper):
-    """Quotes text that a YAML 1.1 or 1.2 reader would otherwise take for another type."""
-
-
 _PlainLoader.yaml_implicit_resolvers = {}
-for _kind, _pattern, _first in (
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    ("int", r"[-+]?(0|[1-9][0-9]*)", list("-+0123456789")),
-    (
-        "float",
-        r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+"
-        r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-        list("-+.0123456789"),
-    ),
-):
-    for _side in (_PlainLoader, _PlainDumper):
-        _side.add_implicit_resolver(
-            f"tag:yaml.org,2002:{_kind}", re.compile(f"^(?:{_pattern})$"), _first
-        )
+_PlainLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:null", re.compile(r"(~|null|Null|NULL|)$"), ["~", "n", "N", ""]
+)
 
 
 def to_yaml(config: Config) -> str:
@@ -158,7 +141,7 @@ def to_yaml(config: Config) -> str:
         own = AugmentConfig(policy=section["policy"]).model_dump(mode="json")
         for key in [key for key, value in section.items() if key != "policy" and value == own[key]]:
             del section[key]
-    return yaml.dump(tree, Dumper=_PlainDumper, sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -204,10 +187,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         if not isinstance(child, dict):
             raise ConfigError(f"--set {override!r}: {parent} is a value, not a section")
         node = child
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"--set {override!r}: the value must be finite")
-    # Numbers stay text, so that a name stays as typed; numeric fields parse them again.
-    node[leaf] = text.strip() if isinstance(value, bool | int | float) else value
+    node[leaf] = value
 
 
 _LIST, _SECTION = "write a list, such as [a, b]", "this is a section: set the keys within it"

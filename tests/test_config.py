@@ -44,7 +44,8 @@ def test_an_override_wins_over_the_file(tmp_path: Path) -> None:
         ("num_epochs=5", "(did you mean 'train.num_epochs' or 'self_supervision.num_epochs'?)"),
         ("objective.name=magic", "objective.name: Input should be 'joint', 'supervised'"),
         ("train.num_epochs=0", "train.num_epochs: Input should be greater than or equal to 1"),
-        ("train.learning_rate=.nan", "the value must be finite"),
+        ("train.learning_rate=nan", "train.learning_rate: Input should be a finite number"),
+        ("train.learning_rate=.nan", "train.learning_rate: Input should be a valid number"),
         ("split.labelled_fraction=1.5", "split.labelled_fraction"),
         ("train.growth_epochs=20", "leaves no epoch of train.num_epochs (20)"),
         ("name=../escape", "not a plain name"),
@@ -111,11 +112,25 @@ def test_names_and_paths_are_taken_as_written() -> None:
     assert config.classes.map == {"0": "notumor", "a": "#2"}
 
 
-@pytest.mark.parametrize("name", ["010", "1_000", "20240101_1", "1e5", "1.10", "no", "true"])
-def test_a_name_that_looks_like_a_number_stays_what_was_typed(name: str) -> None:
-    assert load_config(None, [f"run={name}"]).run == name
-    config = load_config(None, [f"classes.map.x={name}"])
+@pytest.mark.parametrize("name", ["010", "1_000", "20240101_1", "1e3", "1.10", "no", "true"])
+def test_a_name_that_looks_like_a_number_stays_what_was_written(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        f"run: {name}\nevaluation: {{siblings: [{name}]}}\nclasses:\n  map:\n    x: {name}\n"
+    )
+    config = load_config(path)
+    assert (config.run, config.evaluation.siblings) == (name, (name,))
     assert config.classes.map == {"x": name}
+    settings = [f"run={name}", f"evaluation.siblings=[{name}]", f"classes.map.x={name}"]
+    assert load_config(None, settings) == config
+    assert parse_config(parse_yaml(to_yaml(config).encode(), "here")) == config
+    assert parse_config(yaml.safe_load(to_yaml(config))) == config
+
+
+def test_values_of_a_search_are_the_numbers_that_they_read_as() -> None:
+    key = "train.learning_rate"
+    config = load_config(None, [f"tune.space.{key}.choice=[4, .5, 1e-4, true, false, 1.x]"])
+    assert repr(config.tune.space[key]) == "{'choice': [4, 0.5, 0.0001, True, False, '1.x']}"
     assert parse_config(parse_yaml(to_yaml(config).encode(), "here")) == config
     assert parse_config(yaml.safe_load(to_yaml(config))) == config
 
@@ -156,7 +171,7 @@ BOMB = "a: &a [x, x]\n" + "".join(
         ("seed: 2024-99-99", "seed: Input should be a valid integer"),
         ("name: x\n" + "#" * 1_000_000, "larger than 1000000 bytes"),
         ("seed: 1\nname: a\nseed: 2", "the key 'seed' occurs twice .*line 3"),
-        ("train: {learning_rate: .inf}", "train.learning_rate: Input should be a finite number"),
+        ("train: {learning_rate: .inf}", "train.learning_rate: Input should be a valid number"),
         ("name: " + "x" * 900_000, "not a plain name"),
         ("train: {num_epochs: " + "x" * 900_000 + "}", "train.num_epochs: "),
     ],

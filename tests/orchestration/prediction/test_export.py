@@ -29,7 +29,7 @@ import torch
 from mlflow import MlflowClient
 
 from brainray.config import URI_VARIABLE, Config
-from brainray.config_text import parse_yaml
+from brainray.config_text import parse_config, parse_yaml
 from brainray.engine.export import SliceNet, load_safetensors, run_onnx, safetensors_bytes
 from brainray.engine.slice_model import SliceModel, stored_pixels
 from brainray.engine.state import load_checkpoint
@@ -436,9 +436,9 @@ def test_an_evaluation_tells_what_the_run_has_seen_and_what_it_leaves_out(
     )
     not_clean = {row["path"] for level in ("exact", "near") for row in twins[level]}
     assert {row["path"] for row in predictions if not row["clean"]} == not_clean
-    stored = parse_yaml(scored.folder.read_bytes("config.yaml"), "config.yaml")
-    assert stored["train"]["num_epochs"] == trained.run.saved_config().train.num_epochs
-    assert (stored["run"], stored["source"]) == (trained.run.folder.name, str(source))
+    stored = parse_config(parse_yaml(scored.folder.read_bytes("config.yaml"), "config.yaml"))
+    assert stored.train.num_epochs == trained.run.saved_config().train.num_epochs
+    assert (stored.run, stored.source) == (trained.run.folder.name, str(source))
 
     test_paths = {"notumor/known.jpg", "pituitary/known.jpg"}
     evaluate(config.model_copy(update={"name": "seen"}), only_paths=test_paths)
