@@ -42,7 +42,7 @@ def _typed(value: Any) -> Any:
     for number in (int, float):
         with suppress(ValueError):
             return number(value)
-    return {"true": True, "false": False}.get(value, value)
+    return {"true": True, "false": False}.get(value.lower(), value)
 
 
 SearchKind = Literal["choice", "uniform", "log_uniform", "integer"]

@@ -47,7 +47,11 @@ def parse_config(tree: Mapping[str, Any], *, is_saved: bool = False) -> Config:
 
 def parse_saved(content: bytes, where: str) -> Config:
     """The config in a file that brainray has saved; ``where`` names the file in errors."""
-    return parse_config(parse_yaml(content, where), is_saved=True)
+    tree = parse_yaml(content, where)
+    try:
+        return parse_config(tree, is_saved=True)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def flatten(

@@ -109,13 +109,15 @@ def _prepare_folder(out: Path) -> None:
     Raises:
         DataError: it cannot be made, or no demo has made it.
     """
-    if out.is_dir() and any(out.iterdir()) and not (out / PHANTOMS).is_dir():
-        raise DataError(f"{out} is in use, not by an earlier demo: choose another --out")
     made = [f"{kind}/{RUN_NAME}" for kind in (layout.DATASETS, layout.RUNS, layout.EVALUATIONS)]
-    for folder in (PHANTOMS, *made):
-        shutil.rmtree(out / folder, ignore_errors=True)
     try:
-        (out / PHANTOMS).mkdir(parents=True)
+        out.mkdir(parents=True, exist_ok=True)
+        visible = [path for path in out.iterdir() if not path.name.startswith(".")]
+        if visible and not (out / PHANTOMS).is_dir():
+            raise DataError(f"{out} is in use, not by an earlier demo: choose another --out")
+        for folder in (PHANTOMS, *made):
+            shutil.rmtree(out / folder, ignore_errors=True)
+        (out / PHANTOMS).mkdir()
     except OSError as error:
         raise DataError(f"cannot create {out} ({error.strerror}): choose another --out") from None
 

@@ -209,8 +209,10 @@ def newest_readable_epoch(run: Folder, before: int | None = None) -> int:
         else:
             return epoch
     if run.read_json_lines(layout.METRICS):
+        earlier = "" if before is None else f" before epoch {before}, whose best model is lost,"
+        reasons = "; ".join(problems) or "none exists"
         raise CheckpointError(
-            f"no checkpoint of {run} can be read ({'; '.join(problems) or 'none exists'}): "
+            f"no checkpoint of {run}{earlier} can be read ({reasons}): "
             "restore one from a backup or train under another name"
         )
     return 0

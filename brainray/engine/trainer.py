@@ -179,6 +179,7 @@ class Trainer:
             if lost and newest == self.config.train.num_epochs:
                 # The next epoch takes the place of what is lost: train the last one again.
                 newest = newest_readable_epoch(self.run, before=newest)
+                lost = has_lost_models(self.run, newest)
         # All ranks resume from one checkpoint, even if storage shows a new file to only some.
         found = dist.broadcast_from_first(torch.tensor([newest, int(lost)], device=self.device))
         epoch, has_lost = found.tolist()

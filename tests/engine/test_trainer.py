@@ -16,7 +16,7 @@ from brainray.engine import trainer as trainer_module
 from brainray.engine.epoch import EpochData
 from brainray.engine.recipe import ramp
 from brainray.engine.recluster import ClusterModel
-from brainray.engine.selection import MODEL_LOST
+from brainray.engine.selection import MODEL_LOST, chosen_epoch
 from brainray.engine.shard import CachedImages, PixelScale, RankData, SliceShard, sample_keys
 from brainray.engine.state import (
     TrainerState,
@@ -380,18 +380,26 @@ def test_a_finished_run_predicts_with_the_model_of_the_chosen_epoch(tmp_path: Pa
     assert load_checkpoint(trainer.run / layout.LAST).epoch == 3
 
 
+@pytest.mark.parametrize("is_kept", [True, False])
 def test_where_the_best_is_lost_after_the_last_epoch_that_one_is_trained_again(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], is_kept: bool
 ) -> None:
-    config = config_of(2, "evaluation.test_each_epoch=false")
+    config = config_of(3, "evaluation.test_each_epoch=false")
     train(tmp_path, config)
     run = Folder(tmp_path)
     (run / layout.BEST).delete()
-    (run / layout.checkpoint_folder(2)).delete_file(layout.FITTED, missing_ok=True)
+    (run / layout.checkpoint_folder(3)).delete_file(layout.FITTED, missing_ok=True)
+    second = run / layout.checkpoint_folder(2)
+    if not is_kept:
+        second.delete_file(layout.FITTED, missing_ok=True)
+    elif not second.exists(layout.FITTED):
+        second.write_bytes(layout.FITTED, b"as if it had been the best")
     again = train(tmp_path, config)
-    assert "resuming run after epoch 1" in capsys.readouterr().out
-    assert [metrics["epoch"] for metrics in again] == [2]
-    assert load_checkpoint(run / layout.BEST).epoch == 2
+    assert "resuming run after epoch 2" in capsys.readouterr().out
+    assert len(again) == 1
+    history = run.read_json_lines(layout.METRICS)
+    assert [MODEL_LOST in row for row in history] == [not is_kept, not is_kept, False]
+    assert load_checkpoint(run / layout.BEST).epoch == (chosen_epoch(history) if is_kept else 3)
 
 
 def test_a_resumed_run_has_the_log_the_best_and_what_is_lost(tmp_path: Path) -> None:

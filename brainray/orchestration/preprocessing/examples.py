@@ -24,7 +24,7 @@ from brainray.storage import Folder
 
 _NUM_BEFORE_AFTER = 8
 _NUM_ON_SHEET = 64
-_NUM_PAIRS_PER_LEVEL = 6
+_NUM_PAIRS_PER_LEVEL = 5  # a row of the figure
 _ANY_SALT = b"figures name no subjects"
 
 SlicePlace = tuple[str, str]  # path and frame

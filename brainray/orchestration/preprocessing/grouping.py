@@ -70,7 +70,8 @@ def group_slices(
     subjects = _subjects(accepted, fingerprints, listing, copies, config, records)
     # Like the published protocol, a label draw may separate likely neighbours; a split may not.
     named = [subject.name if subject.source in NAMED else None for subject in subjects]
-    draw = named_as_before(joint_groups(copies, named), "draw_group_id")
+    studies = _linking_studies(subjects, accepted["header_study"].to_pylist())
+    draw = named_as_before(joint_groups(copies, named, studies), "draw_group_id")
     related = named_as_before(joint_groups(draw, also_turned), "kin_group_id")
     every = [subject.name for subject in subjects]
     split = named_as_before(joint_groups(related, every), "split_group_id")
@@ -182,13 +183,10 @@ def _subjects_in_metadata(accepted: pa.Table, listing: Listing, config: Config) 
     """Subject of each slice, without a name where neither table nor header gives one.
 
     If a table names some files of a patient given by headers, that patient's other files get the
-    same subject; so do files of a study of which some name the patient, and byte-identical files of
-    which some have a subject.
+    same subject; so do byte-identical files of which some have a subject.
     """
     in_table = {file.path: file.subject for file in listing.files}
-    headers = _patients_of_studies(
-        accepted["header_subject"].to_pylist(), accepted["header_study"].to_pylist()
-    )
+    headers = accepted["header_subject"].to_pylist()
     salt = subject_salt(Folder(config.storage))
     subjects = [
         named_subject(in_table[path], header, sha256, salt)
@@ -207,16 +205,20 @@ def _subjects_in_metadata(accepted: pa.Table, listing: Listing, config: Config) 
     return _with_subjects_of_copies(accepted["sample_id"].to_pylist(), subjects)
 
 
-def _patients_of_studies(headers: list[str | None], studies: list[str | None]) -> list[str | None]:
-    """Subjects in headers, with the patient instead of the study if other files of the study name
-    one (and only one).
+def _linking_studies(subjects: list[Subject], studies: list[str | None]) -> list[str | None]:
+    """The DICOM study of each slice of which a header gives the subject: some of its files may name
+    the patient, and others not.
+
+    None where its files name several patients, as if one UID had been written into all of them.
     """
-    patients: dict[str, set[str]] = {}
-    for header, study in zip(headers, studies, strict=True):
-        if header is not None and study is not None and header != study:
-            patients.setdefault(study, set()).add(header)
-    known = {study: min(found) for study, found in patients.items() if len(found) == 1}
-    return [header if header is None else known.get(header, header) for header in headers]
+    patients: dict[str | None, set[str | None]] = {}
+    for subject, study in zip(subjects, studies, strict=True):
+        if subject.source == HEADER:
+            patients.setdefault(study, set()).add(subject.name)
+    return [
+        study if subject.source in {HEADER, STUDY} and len(patients.get(study, ())) < 2 else None
+        for subject, study in zip(subjects, studies, strict=True)
+    ]
 
 
 def _with_names_from_table(subjects: list[Subject], headers: list[str | None]) -> list[Subject]:

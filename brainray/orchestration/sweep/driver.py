@@ -204,11 +204,12 @@ def _conclude(
     )
     for trial in trials:
         follower.close(trial)
-    failed = {trial.trial_id for trial in trials if trial.problem} | follower.errors.keys()
+    lost = follower.errors.keys()  # perhaps before their runs began
+    failed = {trial.trial_id for trial in trials if trial.problem} | lost
     metrics: Metrics = {
         f"best/{metric}": value,
         "best/epoch": float(epoch),
-        "num_trials": float(len(trials)),
+        "num_trials": float(len({trial.trial_id for trial in trials} | lost)),
         "num_failed": float(len(failed)),
     }
     tracker.log_summary(metrics)

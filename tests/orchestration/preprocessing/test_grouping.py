@@ -99,13 +99,15 @@ def stored(
     *,
     subjects: dict[str, str] | None = None,
     before: dict[str, Subject] | None = None,
+    headers: dict[str, tuple[str, str]] | None = None,
 ) -> SliceGroups:
     """Groups in a store, of which a labels table names some ``subjects``; ``before`` are those of
-    the slices that the store has held.
+    the slices that the store has held, ``headers`` subjects and studies.
     """
     table = accepted(images, names).append_column("path", pa.array(list(names)))
-    for name in ("header_subject", "header_study"):
-        table = table.append_column(name, pa.nulls(len(images), pa.string()))
+    for place, column in enumerate(("header_subject", "header_study")):
+        values = [headers[name][place] if headers else None for name in names]
+        table = table.append_column(column, pa.array(values, pa.string()))
     recorded = [
         {"sample_id": name, "subject_id": subject.name, "subject_source": subject.source}
         for name, subject in (before or {}).items()
@@ -135,6 +137,27 @@ def test_draws_part_turned_copies_and_likely_subjects_and_no_split_does(
     assert parts(groups.draw, "abcdefg") == {"ab", *"cdefg"}
     assert parts(groups.related, "abcdefg") == {"ab", "ef", *"cdg"}
     assert parts(groups.split, "abcdefg") == {"ab", "cd", "efg"}
+
+
+def test_no_split_parts_a_study_of_which_some_files_name_the_patient(
+    series: list[list[np.ndarray]], tmp_path: Path
+) -> None:
+    images = [*series[0], *series[1]]
+    headers = {
+        "a": ("p1", "study-1"),
+        "b": ("study-1", "study-1"),
+        # One UID for all: p2 and p3 are not to be taken for one.
+        "c": ("p2", "study-2"),
+        "d": ("p3", "study-2"),
+        # A table tells otherwise.
+        "e": ("p4", "study-3"),
+        "f": ("study-3", "study-3"),
+    }
+    subjects = {"e": "x", "f": "y"}
+    groups = stored(images, "abcdef", tmp_path, subjects=subjects, headers=headers)
+    for level in (groups.draw, groups.split):
+        assert parts(level, "abcdef") == {"ab", "c", "d", "e", "f"}
+    assert groups.subjects[0].name != groups.subjects[1].name
 
 
 def test_a_slice_keeps_the_subject_that_it_was_estimated_to_be_of(

@@ -17,7 +17,6 @@ from brainray.mri.duplicates import COPY, MIRRORED, DuplicatePairs
 from brainray.mri.phantom import CLASSES, make_series, make_slice
 from brainray.mri.row_file import RowFile
 from brainray.orchestration.preprocessing.grouping import (
-    _patients_of_studies,
     _with_names_from_table,
     _with_subjects_of_copies,
 )
@@ -137,14 +136,6 @@ def test_a_patient_whom_a_table_names_in_part_stays_one() -> None:
         "",
         *("t4 table", "t4 table"),
     )
-
-
-def test_files_of_a_study_are_of_the_patient_that_some_of_them_name() -> None:
-    studies = ["s1", "s1", "s2", "s2", "s2", "s3", None, None]
-    headers = ["p1", "s1", "p1", "p2", "s2", "s3", "v1", None]
-    found = _patients_of_studies(headers, studies)
-    # s2 names two patients, s3 none.
-    assert found == ["p1", "p1", "p1", "p2", "s2", "s3", "v1", None]
 
 
 def test_a_nameless_copy_has_the_subject_of_the_named_one() -> None:
