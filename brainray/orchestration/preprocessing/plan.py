@@ -315,7 +315,7 @@ def _check_classes(
     by_split = {split: classes(rows, split) for split in (TRAIN, TEST)}
     unknown = sorted(by_split[TEST] - by_split[TRAIN])
     unusable = [name for name in unknown if name in classes(source_rows, TRAIN)]
-    if unusable:
+    if unusable and by_split[TRAIN]:
         raise DataError(
             f"no training slice of class {', '.join(map(repr, unusable))} can be used: all are "
             "copies of slices with another label or, with split.mode=purge, of test slices: add "
