@@ -384,22 +384,19 @@ def test_a_finished_run_predicts_with_the_model_of_the_chosen_epoch(tmp_path: Pa
 def test_where_the_best_is_lost_after_the_last_epoch_that_one_is_trained_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], is_kept: bool
 ) -> None:
-    config = config_of(3, "evaluation.test_each_epoch=false")
+    config = config_of(2, "evaluation.test_each_epoch=false")
     train(tmp_path, config)
     run = Folder(tmp_path)
     (run / layout.BEST).delete()
-    (run / layout.checkpoint_folder(3)).delete_file(layout.FITTED, missing_ok=True)
-    second = run / layout.checkpoint_folder(2)
-    if not is_kept:
-        second.delete_file(layout.FITTED, missing_ok=True)
-    elif not second.exists(layout.FITTED):
-        second.write_bytes(layout.FITTED, b"as if it had been the best")
+    (run / layout.checkpoint_folder(2)).delete_file(layout.FITTED, missing_ok=True)
+    if not is_kept:  # the first epoch, which was the best when it was saved
+        (run / layout.checkpoint_folder(1)).delete_file(layout.FITTED)
     again = train(tmp_path, config)
-    assert "resuming run after epoch 2" in capsys.readouterr().out
+    assert "resuming run after epoch 1" in capsys.readouterr().out
     assert len(again) == 1
     history = run.read_json_lines(layout.METRICS)
-    assert [MODEL_LOST in row for row in history] == [not is_kept, not is_kept, False]
-    assert load_checkpoint(run / layout.BEST).epoch == (chosen_epoch(history) if is_kept else 3)
+    assert [MODEL_LOST in row for row in history] == [not is_kept, False]
+    assert load_checkpoint(run / layout.BEST).epoch == (chosen_epoch(history) if is_kept else 2)
 
 
 def test_a_resumed_run_has_the_log_the_best_and_what_is_lost(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from brainray import layout
 from brainray.config import SelfSupervisionConfig, TrainConfig
+from brainray.orchestration import progress
 from brainray.orchestration.progress import PretrainingFollower, Watcher, time_left
 from brainray.storage import Folder
 
@@ -24,8 +25,9 @@ class Flaky(Watcher):
 
 
 def test_a_failed_poll_is_logged_once_and_the_next_goes_on(
-    capsys: pytest.CaptureFixture[str],
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(progress, "POLL_S", 0.05)
     with Flaky() as flaky:
         deadline = time.monotonic() + 20
         while flaky.num_polls < 3 and time.monotonic() < deadline:

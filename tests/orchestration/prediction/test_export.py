@@ -390,6 +390,7 @@ def test_an_evaluation_scores_the_slices_of_a_volume_that_have_a_class(
         evaluate(config)
 
 
+@pytest.mark.slow
 def test_an_evaluation_tells_what_the_run_has_seen_and_what_it_leaves_out(
     trained: TrainedRun, phantoms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -484,6 +485,7 @@ def test_another_epoch_than_the_chosen_one_is_in_the_name_of_its_results(
     assert names == [f"two-ranks{epoch}-on-{tmp_path.name}" for epoch in ("", "-epoch2", "-epoch2")]
 
 
+@pytest.mark.slow
 def test_a_served_model_is_given_all_that_its_code_imports() -> None:
     script = """
 import json, sys
