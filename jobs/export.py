@@ -22,8 +22,8 @@ if __name__ == "__main__":
             """
             Write the chosen epoch of a complete run to storage/exports/NAME: all weights as
             safetensors with a model card, the network and its mixture as ONNX, and an MLflow model
-            that takes file paths or image bytes and returns the columns of jobs/predict.py,
-            computed in float32.
+            that takes file paths or image bytes and returns the columns of jobs/predict.py, with
+            an encoder in float32.
             Settings of tracking that are not given are those of the run, whatever default is shown
             below.
 
