@@ -24,7 +24,7 @@ from brainray.mri.slices import (
     volume_hash,
 )
 
-VERSION = 3
+VERSION = 4
 """Increased whenever files decode to different slices: slices of two versions are never mixed."""
 
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "GIF", "DICOM", "NIfTI")

@@ -9,6 +9,7 @@ reads lossless JPEG, which archives use most.
 import importlib.util
 import io
 import math
+import re
 import struct
 from collections.abc import Iterator
 from itertools import islice
@@ -71,9 +72,10 @@ def decode_dicom(content: bytes, options: DecodeOptions) -> list[DecodedSlice]:
     """Decode every frame of a DICOM file.
 
     Stored values are converted to real values (rescale or modality LUT), then to 0..255 by the
-    file's window or VOI LUT. If it has none, or the result would be constant, percentiles of the
-    frame's foreground are used instead. MONOCHROME1 is inverted, colour is converted to luminance,
-    pixels are made square.
+    file's window or VOI LUT. If it has none, or all frames would be constant, percentiles of the
+    frame's foreground are used instead; frames that alone would be constant, such as air at the end
+    of a volume, are skipped. MONOCHROME1 is inverted, colour is converted to luminance, pixels are
+    made square.
 
     The subject is the patient ID. Without a usable one it is the study, then the series, then, if
     there are several frames, the file. The study is given in any case.
@@ -89,15 +91,17 @@ def decode_dicom(content: bytes, options: DecodeOptions) -> list[DecodedSlice]:
     subject, study = _subject(dataset, options.salt), _study(dataset, options.salt)
     if subject is None and num_frames > 1:
         subject = volume_hash(content_hash(content), options.salt)
-    slices = []
+    slices, outside_window = [], []
     for index, (pixels, properties) in enumerate(_frames(dataset, num_frames)):
-        image = _to_grayscale(pixels, properties, dataset, index, options)
+        image, is_outside = _to_grayscale(pixels, properties, dataset, index, options)
         image = to_square_pixels(image, _spacing(dataset, index), options)
         frame = f"frame={index}" if num_frames > 1 else ""
-        slices.append(DecodedSlice(image, "DICOM", frame, subject, study))
-    if len(slices) != num_frames:
-        raise RejectedImage("corrupt or truncated", f"{len(slices)} of {num_frames} frames")
-    return slices
+        shown = DecodedSlice(image, "DICOM", frame, subject, study)
+        (outside_window if is_outside else slices).append(shown)
+    num_found = len(slices) + len(outside_window)
+    if num_found != num_frames:
+        raise RejectedImage("corrupt or truncated", f"{num_found} of {num_frames} frames")
+    return slices or outside_window
 
 
 def _read(content: bytes) -> FileDataset:
@@ -144,7 +148,7 @@ def _check_announced_size(dataset: Dataset, options: DecodeOptions) -> int:
 
 def _subject(dataset: Dataset, salt: bytes) -> str | None:
     patient = str(dataset.get("PatientID") or "").strip()
-    if patient.strip("0") and not names_nobody(patient):
+    if any(letter.isalnum() and letter != "0" for letter in patient) and not names_nobody(patient):
         return subject_hash("patient", patient, salt)
     # A study belongs to one patient and contains several series: prefer it as the wider group.
     return _study(dataset, salt) or _study(dataset, salt, "SeriesInstanceUID")
@@ -152,7 +156,9 @@ def _subject(dataset: Dataset, salt: bytes) -> str | None:
 
 def _study(dataset: Dataset, salt: bytes, keyword: str = "StudyInstanceUID") -> str | None:
     uid = str(dataset.get(keyword) or "").strip()
-    return STUDY_PREFIX + subject_hash("study", uid, salt) if uid else None
+    if not re.search("[1-9]", uid):  # empty, 0.0, or a word written by de-identification tools
+        return None
+    return STUDY_PREFIX + subject_hash("study", uid, salt)
 
 
 # --- Pixels --------------------------------------------------------------------------------------
@@ -195,14 +201,15 @@ def _to_grayscale(
     dataset: Dataset,
     index: int,
     options: DecodeOptions,
-) -> NDArray[np.uint8]:
+) -> tuple[NDArray[np.uint8], bool]:
+    """A frame (H, W), and whether percentiles were used because its window leaves it constant."""
     interpretation = properties["photometric_interpretation"]
     if interpretation == "PALETTE COLOR":
         colours = apply_color_lut(pixels, dataset)
         bits = 8 * colours.dtype.itemsize
-        return _luminance(colours, bits=8 if bits > 8 and _keeps_bytes(dataset) else bits)
+        return _luminance(colours, bits=8 if bits > 8 and _keeps_bytes(dataset) else bits), False
     if pixels.ndim == 3:
-        return _luminance(pixels, bits=int(properties["bits_stored"]))
+        return _luminance(pixels, bits=int(properties["bits_stored"])), False
     attributes = _attributes(dataset, "PixelValueTransformationSequence", index)
     real = _rescaled(pixels, attributes)
     values = replace_non_finite(real.astype(np.float32))
@@ -212,14 +219,15 @@ def _to_grayscale(
         _without_padding(values, padding, inverted),
         _attributes(dataset, "FrameVOILUTSequence", index),
     )
-    if image is not None:
+    if image is not None and image.max() > image.min():
         image = 255 - image if inverted else image
         if not padding.all():
             image[padding] = 0  # the scan's darkest pixel may be tissue
-        return image
+        return image, False
     values = _without_padding(replace_non_finite(in_float32(real)), padding, inverted)
     shown = -values if inverted else values  # air must be dark for the foreground to be found
-    return to_uint8(shown, *foreground_window(shown, options.window_percentiles))
+    percentiles = foreground_window(shown, options.window_percentiles)
+    return to_uint8(shown, *percentiles), image is not None
 
 
 def _without_padding(values: Values, padding: NDArray[np.bool_], inverted: bool) -> Values:
@@ -291,7 +299,7 @@ def _window(values: Values, attributes: Dataset) -> NDArray[np.uint8] | None:
         image = _looked_up(values, attributes)
     else:
         return None
-    return image if image.max() > image.min() else None
+    return image
 
 
 def _looked_up(values: Values, attributes: Dataset) -> NDArray[np.uint8]:

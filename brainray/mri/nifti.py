@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from nibabel.affines import voxel_sizes
-from nibabel.nifti1 import Nifti1Header, Nifti1Image
-from nibabel.nifti2 import Nifti2Header, Nifti2Image
+from nibabel.arrayproxy import ArrayProxy
+from nibabel.nifti1 import Nifti1Header
+from nibabel.nifti2 import Nifti2Header
 from nibabel.orientations import apply_orientation, io_orientation
 from numpy.typing import NDArray
 
@@ -43,7 +44,7 @@ _INTENT_LABEL = 1002  # NIFTI_INTENT_LABEL
 class _Layout:
     """Contents that a header announces."""
 
-    image_class: type[Nifti1Image]
+    header_class: type[Nifti1Header]
     shape: tuple[int, ...]  # (X, Y, Z, T)
     num_bytes: int  # of header, extensions and voxels
 
@@ -76,15 +77,15 @@ def decode_nifti(
     """
     layout = _read_layout(content, options, maps)
     raw = _uncompressed(content, layout.num_bytes)
-    image = layout.image_class.from_bytes(raw)
-    affine = _usable_affine(image)
+    header = layout.header_class.from_fileobj(io.BytesIO(raw))
+    affine = _usable_affine(header)
     orientation = io_orientation(affine)
     # Voxel size along the reoriented axes X, Y and Z.
     sizes = np.empty(3)
     sizes[orientation[:, 0].astype(int)] = voxel_sizes(affine)
 
     subject = volume_hash(content_hash(content), options.salt)
-    stored = image.dataobj
+    stored = ArrayProxy(io.BytesIO(raw), header)
     slices: list[DecodedSlice] = []
     rejected: dict[str, RejectedImage] = {}
     for number in range(layout.shape[3]):
@@ -121,10 +122,8 @@ def _read_layout(content: bytes, options: DecodeOptions, maps: bool) -> _Layout:
     head = nifti_head(content)
     if head[344:348] == b"ni1\0" or head[4:8] == b"ni2\0":
         raise RejectedImage("no pixel data", "a NIfTI header with its voxels in an .img file")
-    is_nifti2 = head[4:8] == b"n+2\0"
-    header = (Nifti2Header if is_nifti2 else Nifti1Header).from_fileobj(
-        io.BytesIO(head), check=False
-    )
+    header_class = Nifti2Header if head[4:8] == b"n+2\0" else Nifti1Header
+    header = header_class.from_fileobj(io.BytesIO(head), check=False)
     if header.get_data_dtype().kind not in "iuf":
         raise RejectedImage("unsupported data type", "voxels are neither integer nor float")
     if int(header["intent_code"]) == _INTENT_LABEL and not maps:
@@ -144,7 +143,7 @@ def _read_layout(content: bytes, options: DecodeOptions, maps: bool) -> _Layout:
         raise RejectedImage("corrupt or truncated", "voxels outside the file")
     num_bytes = offset + num_voxels * header.get_data_dtype().itemsize
     shape = shape if len(shape) == 4 else (*shape, 1)
-    return _Layout(Nifti2Image if is_nifti2 else Nifti1Image, shape, num_bytes)
+    return _Layout(header_class, shape, num_bytes)
 
 
 def _check_greys(values: Values) -> None:
@@ -170,10 +169,12 @@ def _uncompressed(content: bytes, num_bytes: int) -> bytes:
     return content
 
 
-def _usable_affine(image: Nifti1Image) -> NDArray[np.float64]:
+def _usable_affine(header: Nifti1Header) -> NDArray[np.float64]:
     """The voxel-to-patient matrix: sform, else qform, else from the voxel sizes."""
-    header = image.header
-    for matrix in (image.affine, _quaternion_affine(header), header.get_base_affine()):
+    candidates = (header.get_sform(coded=True)[0], _qform(header), header.get_base_affine())
+    for matrix in candidates:
+        if matrix is None:
+            continue
         affine = np.asarray(matrix, dtype=np.float64)
         with np.errstate(all="ignore"):
             if np.isfinite(affine).all() and np.linalg.matrix_rank(affine[:3, :3]) == 3:
@@ -181,13 +182,12 @@ def _usable_affine(image: Nifti1Image) -> NDArray[np.float64]:
     return np.eye(4)
 
 
-def _quaternion_affine(header: Nifti1Header) -> NDArray[np.float64]:
-    """The qform if its code marks it as valid, otherwise a matrix of NaN."""
+def _qform(header: Nifti1Header) -> NDArray[np.float64] | None:
+    """The matrix of the quaternions; None if its code marks it as invalid, or they are."""
     try:
-        qform = header.get_qform(coded=True)[0]
-    except ValueError:  # invalid quaternions
-        qform = None
-    return np.full((4, 4), np.nan) if qform is None else np.asarray(qform, dtype=np.float64)
+        return header.get_qform(coded=True)[0]
+    except ValueError:  # quaternions longer than 1
+        return None
 
 
 def _volume_index(shape: tuple[int, ...], number: int) -> tuple[slice | int, ...]:

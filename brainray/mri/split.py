@@ -119,9 +119,12 @@ def draw_roles(
     validates = _related_groups_that_validate(
         by_class, related_groups, _validation_stride(validation_fraction)
     )
+    related_of_class: defaultdict[str | None, set[str]] = defaultdict(set)
+    for name, own in zip(labels, related_groups, strict=True):
+        related_of_class[name].add(own)
     for name, members in by_class.items():
         related_of_members = [related_groups[group.slices[0]] for group in members]
-        if len(set(related_of_members)) < 2:
+        if len(related_of_class[name]) < 2:
             raise DataError(
                 f"class {name!r} has {list(labels).count(name)} labelled training slice(s), all of "
                 "one subject or group of copies, but training and validation need one each (slices "

@@ -173,11 +173,12 @@ def cluster_map(
             }
         )
     for axes, by_name, kind in zip(panels, groups, ("cluster", "label"), strict=False):
+        dots = []
         for name, (rows, colour) in by_name.items():
-            axes.scatter(*points[rows].T, s=5, color=colour, label=name, linewidths=0)
+            dots.append(axes.scatter(*points[rows].T, s=5, color=colour, label=name, linewidths=0))
         axes.set(xticks=[], yticks=[], title=f"by {kind}")
-        if len(by_name) <= 12:
-            axes.legend(markerscale=3, fontsize=8, loc="best")
+        if len(by_name) <= 12:  # found by itself, a name that begins with _ would be left out
+            axes.legend(dots, by_name, markerscale=3, fontsize=8, loc="best")
     figure.suptitle(title)
     return figure
 

@@ -336,6 +336,17 @@ def test_enhanced_files_state_the_window_by_frame() -> None:
     assert (second.image == 0).mean() > 0.5 > (first.image == 0).mean()
 
 
+def test_frames_that_the_window_leaves_black_are_skipped_unless_all_are() -> None:
+    air = np.random.default_rng(0).rayleigh(12.0, RAMP.shape).astype(np.uint16)
+    frames = np.stack([air, RAMP + 500, air])
+    decoded = decode_file(make_dicom(frames, WindowCenter=2000, WindowWidth=3001), OPTIONS)
+    assert [one.frame for one in decoded] == ["frame=1"]
+    # A window in other units than the pixels says nothing about any frame.
+    decoded = decode_file(make_dicom(frames, WindowCenter=1e7, WindowWidth=100), OPTIONS)
+    assert [one.frame for one in decoded] == ["frame=0", "frame=1", "frame=2"]
+    assert all(one.image.std() > 10 for one in decoded)
+
+
 def test_a_file_without_preamble_is_read() -> None:
     content = make_dicom(RAMP, syntax=uid.ImplicitVRLittleEndian)
     bare = content[content.index(b"\x08\x00\x16\x00") :]
@@ -489,7 +500,10 @@ def test_one_patient_is_one_subject_over_all_studies_and_series() -> None:
     assert int(first, 16)
 
 
-@pytest.mark.parametrize("patient", ["", "  ", "ANONYMOUS", "Unknown", "000", "XX-XX", "null", "-"])
+PLACEHOLDERS = ["", "  ", "ANONYMOUS", "Unknown", "000", "0000-0000", "XX-XX", "null", "-"]
+
+
+@pytest.mark.parametrize("patient", PLACEHOLDERS)
 def test_without_a_patient_the_study_is_the_subject_then_the_series(patient: str) -> None:
     study = subject_of(PatientID=patient, StudyInstanceUID="1.1", SeriesInstanceUID="1.1.1")
     assert study == subject_of(StudyInstanceUID="1.1", SeriesInstanceUID="1.1.2")
@@ -501,6 +515,13 @@ def test_without_a_patient_the_study_is_the_subject_then_the_series(patient: str
     assert subject_of(PatientID=patient) is None
     frames = decode_file(make_dicom(np.stack([RAMP, RAMP.T.reshape(RAMP.shape)])), OPTIONS)
     assert len({one.subject_id for one in frames} - {None}) == 1
+
+
+@pytest.mark.parametrize("study", ["REMOVED", "ANON", "0", "0.0"])
+def test_a_study_without_a_number_is_none(study: str) -> None:
+    one = decode_one(make_dicom(RAMP, StudyInstanceUID=study, SeriesInstanceUID="1.1.1"))
+    assert one.study_id is None
+    assert one.subject_id == subject_of(SeriesInstanceUID="1.1.1")
 
 
 SECRETS: dict[str, str] = {

@@ -288,6 +288,17 @@ def test_where_the_sform_is_unusable_the_qform_holds() -> None:
         np.testing.assert_array_equal(one.image, other.image)
 
 
+def test_where_the_quaternions_are_too_long_the_voxel_sizes_hold() -> None:
+    content = make_nifti(ball(), spacing=(1.0, 1.0, 2.0))
+    expected = slices_of(content, "coronal")
+    broken = with_header(content, 252, np.int16(1))  # qform_code
+    broken = with_header(broken, 254, np.int16(0))  # sform_code
+    for offset in range(256, 268, 4):  # quatern_b, quatern_c and quatern_d
+        broken = with_header(broken, offset, np.float32(0.9))
+    found = slices_of(broken, "coronal")
+    assert [one.image.shape for one in found] == [one.image.shape for one in expected]
+
+
 @pytest.mark.parametrize("value", [0.0, 7.0, -1e30])
 def test_constant_volumes_are_blank(value: float) -> None:
     assert rejection_of(make_nifti(np.full((16, 16, 16), value, np.float32))).reason == "blank"

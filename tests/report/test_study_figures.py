@@ -58,7 +58,7 @@ def test_changes_and_agreement_of_a_refinement_are_panels_of_their_own() -> None
     assert changed.get_ylabel() == "share of slices that changed cluster"
 
 
-@pytest.mark.parametrize(("labels", "num_panels"), [(["a", "", "b"], 2), ([""] * 3, 1)])
+@pytest.mark.parametrize(("labels", "num_panels"), [(["_a", "", "b"], 2), ([""] * 3, 1)])
 def test_noise_is_grey_and_slices_without_a_label_are_named(
     labels: list[str], num_panels: int
 ) -> None:
@@ -77,7 +77,10 @@ def test_noise_is_grey_and_slices_without_a_label_are_named(
             str(each.get_label()): np.asarray(each.get_offsets()).tolist()
             for each in figure.axes[1].collections
         }
-        assert shown == {"a": [[0, 0]], "b": [[2, 2]], "(no label)": [[1, 1]]}
+        assert shown == {"_a": [[0, 0]], "b": [[2, 2]], "(no label)": [[1, 1]]}
+        legend = figure.axes[1].get_legend()
+        assert legend is not None
+        assert [text.get_text() for text in legend.get_texts()] == ["_a", "b", "(no label)"]
 
 
 def test_the_slices_nearest_to_a_centroid_are_left_of_the_farthest() -> None:

@@ -206,18 +206,20 @@ def _subjects_in_metadata(accepted: pa.Table, listing: Listing, config: Config) 
 
 
 def _linking_studies(subjects: list[Subject], studies: list[str | None]) -> list[str | None]:
-    """The DICOM study of each slice of which a header gives the subject: some of its files may name
-    the patient, and others not.
+    """The DICOM study of each slice: a header or the table may name the patient of some of its
+    files, and nobody that of others.
 
-    None where its files name several patients, as if one UID had been written into all of them.
+    None where the headers or the table name several patients of a study, as if one UID had been
+    written into all of them.
     """
-    patients: dict[str | None, set[str | None]] = {}
+    patients: dict[tuple[str | None, str | None], set[str | None]] = {}
     for subject, study in zip(subjects, studies, strict=True):
-        if subject.source == HEADER:
-            patients.setdefault(study, set()).add(subject.name)
+        patients.setdefault((study, subject.source), set()).add(subject.name)
     return [
-        study if subject.source in {HEADER, STUDY} and len(patients.get(study, ())) < 2 else None
-        for subject, study in zip(subjects, studies, strict=True)
+        None
+        if any(len(patients.get((study, source), ())) > 1 for source in (HEADER, TABLE))
+        else study
+        for study in studies
     ]
 
 

@@ -160,6 +160,26 @@ def test_no_split_parts_a_study_of_which_some_files_name_the_patient(
     assert groups.subjects[0].name != groups.subjects[1].name
 
 
+@pytest.mark.parametrize("named", ["a", "b", "ab"])
+def test_naming_the_patient_of_some_files_in_a_table_parts_no_study(
+    series: list[list[np.ndarray]], tmp_path: Path, named: str
+) -> None:
+    headers = {
+        "a": ("p1", "study-1"),
+        "b": ("study-1", "study-1"),
+        "c": ("study-1", "study-1"),
+        "d": ("p1", "study-2"),
+        "e": ("study-3", "study-3"),
+        "f": ("study-4", "study-4"),
+    }
+    subjects = dict.fromkeys(named, "anna")
+    groups = stored(
+        [*series[0], *series[1]], "abcdef", tmp_path, subjects=subjects, headers=headers
+    )
+    for level in (groups.draw, groups.split):
+        assert parts(level, "abcdef") == {"abcd", "e", "f"}
+
+
 def test_a_slice_keeps_the_subject_that_it_was_estimated_to_be_of(
     series: list[list[np.ndarray]], tmp_path: Path
 ) -> None:
