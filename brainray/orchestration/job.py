@@ -74,7 +74,7 @@ def run_job(
     arguments, others = parser.parse_known_args(argv)
     if others:
         hint = ": write --set KEY=VALUE" if "=" in "".join(others) or "--source" in others else ""
-        parser.error(f"unrecognized arguments: {' '.join(others)}{hint}")
+        parser.error(redacted(f"unrecognized arguments: {' '.join(others)}{hint}"))
 
     def checked_work() -> JobResult:
         config = resolve_paths(load_config(arguments.config, arguments.set), keys)

@@ -128,9 +128,9 @@ def plan_actors(
 ) -> ActorResources:
     """Resources of inference actors, on a device that is chosen as for training.
 
-    There is one actor per GPU. Without GPUs, there is one per node, which leaves one CPU free, or
-    one per CPU except one. If the Ray cluster has a single CPU, it is left to the reading tasks,
-    which would otherwise wait forever.
+    There is one actor per GPU. Without GPUs, there is one per node that has at least half the CPUs
+    of the largest, which leaves one CPU free, or one per CPU except one. If the Ray cluster has a
+    single CPU, it is left to the reading tasks, which would otherwise wait forever.
 
     Raises:
         ConfigError: ``train.device=cuda``, but there is no GPU to wait for.
@@ -142,8 +142,10 @@ def plan_actors(
     if sum(counts) <= 1:
         return ActorResources(1)
     if one_per_node:
-        num_cpus = max(1, min(counts) - 1)
-        num_actors = min(len(counts), (sum(counts) - 1) // num_cpus)
+        # Actors are alike: a small head must not decide the size of those on large nodes.
+        large = [count for count in counts if 2 * count >= max(counts)]
+        num_cpus = max(1, min(large) - 1)
+        num_actors = min(len(large), (sum(counts) - 1) // num_cpus)
         return ActorResources(num_actors, num_cpus)
     return ActorResources(sum(counts) - 1, num_cpus=1)
 

@@ -26,7 +26,7 @@ _LASTING_SECTIONS = {"dataset", "seed", *TRAINING_SECTIONS} - {"tracking"}
 """What a run learns depends on these; others may differ when it resumes."""
 
 _FREE_KEYS = {
-    "train": {*WORKER_SETTINGS, "cache_gib"},
+    "train": {*WORKER_SETTINGS, "cache_gib", "embed_batch_size"},
     "evaluation": {
         "control",
         "num_label_draws",

@@ -123,7 +123,12 @@ def test_actors_leave_a_cpu_to_the_tasks_that_read() -> None:
     assert actors([{"CPU": 1.0}]) == ActorResources(1, num_cpus=0)
     assert actors([{"CPU": 1.0}, {"CPU": 1.0}]) == ActorResources(1, num_cpus=1)
     assert actors([{"CPU": 0.0}, HEAD]) == ActorResources(1, num_cpus=7)
-    assert actors([LAPTOP, HEAD]) == ActorResources(2, num_cpus=1)  # both fit on either
+
+
+def test_a_small_node_does_not_make_the_actors_of_large_ones_small() -> None:
+    assert actors([LAPTOP, HEAD]) == ActorResources(1, num_cpus=7)
+    assert actors([{"CPU": 1.0}, {"CPU": 64.0}, {"CPU": 64.0}]) == ActorResources(2, num_cpus=63)
+    assert actors([{"CPU": 4.0}, HEAD]) == ActorResources(2, num_cpus=3)
 
 
 def test_actors_embed_where_training_would_train() -> None:
