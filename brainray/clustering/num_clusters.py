@@ -1,7 +1,7 @@
 """Number of clusters: silhouette, Bayesian information criterion and gap statistic for a range."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -98,17 +98,21 @@ def score_num_clusters(
         raise ClusteringError(f"numbers of clusters must increase from at least 2, got {ks}")
     rows = torch.from_numpy(x)
     fits = [_fit_kmeans(rows, k, seed) for k in [1, *ks]]
-    references = _uniform_references(rows, num_references, seed)
-    silhouettes, bic, gap, gap_error = [], [], [], []
+    expected = np.array(
+        [
+            [_log_inertia(_fit_kmeans(reference, k, seed)) for k in [1, *ks]]
+            for reference in _uniform_references(rows, num_references, seed)
+        ]
+    )
+    gap = (expected.mean(axis=0) - [_log_inertia(kmeans) for kmeans in fits]).tolist()
+    gap_error = (expected.std(axis=0) * math.sqrt(1 + 1 / num_references)).tolist()
+    silhouettes, bic = [], []
     for k, kmeans in zip([1, *ks], fits, strict=True):
         clusters = kmeans.predict(rows)
         found = silhouette(x, clusters.numpy(), seed)
         silhouettes.append(math.nan if found is None else found)
         hard = torch.nn.functional.one_hot(clusters, k).to(rows.dtype)
         bic.append(mixture(k).fit(rows, init_responsibilities=hard).bic(rows))
-        expected = [_log_inertia(_fit_kmeans(reference, k, seed)) for reference in references]
-        gap.append(float(np.mean(expected)) - _log_inertia(kmeans))
-        gap_error.append(float(np.std(expected)) * math.sqrt(1 + 1 / num_references))
     return NumClustersScores(
         ks, silhouettes[1:], bic[1:], gap[1:], gap_error[1:], bic_of_one=bic[0], gap_of_one=gap[0]
     )
@@ -122,11 +126,14 @@ def _log_inertia(kmeans: KMeans) -> float:
     return math.log(max(kmeans.inertia_, 1e-300))
 
 
-def _uniform_references(x: Tensor, num_references: int, seed: int) -> Tensor:
-    """Uniform rows (R, N, D) in the box around the rows (N, D) along their principal axes."""
+def _uniform_references(x: Tensor, num_references: int, seed: int) -> Iterator[Tensor]:
+    """Samples of uniform rows (N, D) in the box around the rows (N, D) along their principal axes,
+    one at a time.
+    """
     mean = x.mean(dim=0)
     axes = torch.linalg.svd(x - mean, full_matrices=False).Vh  # (min(N, D), D)
     low, high = ((x - mean) @ axes.T).aminmax(dim=0)
     generator = torch.Generator().manual_seed(seed)
-    uniform = torch.rand(num_references, len(x), len(axes), generator=generator, dtype=x.dtype)
-    return (low + uniform * (high - low)) @ axes + mean
+    for _ in range(num_references):
+        uniform = torch.rand(len(x), len(axes), generator=generator, dtype=x.dtype)
+        yield (low + uniform * (high - low)) @ axes + mean

@@ -75,7 +75,8 @@ def kmeans_plus_plus(
         ClusteringError: there are fewer distinct rows than clusters.
     """
     num_candidates = 2 + int(math.log(num_clusters))
-    total = dist.sum_across_ranks(x.square().sum(dtype=torch.float64))
+    norm = torch.linalg.vector_norm(x, dtype=torch.float64)  # without a copy of the rows
+    total = dist.sum_across_ranks(norm.square())
     first_weights = torch.ones(x.shape[0], dtype=torch.float64, device=x.device)
     center = draw_rows(x, first_weights, row_keys, seed=seed, step=first_step)[0].double()
     centers = [center]

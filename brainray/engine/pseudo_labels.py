@@ -38,10 +38,11 @@ def class_shares(labels: Tensor, num_classes: int) -> Tensor:
 def pseudo_labels(probabilities: Tensor, shares: Tensor) -> PseudoLabels:
     """SoftMatch (Chen et al. 2023, equations 7 to 9) over all slices of all ranks (collective).
 
-    It differs from the paper in two ways. Mean and variance of the confidence are those of this
+    It differs from the paper in three ways. Mean and variance of the confidence are those of this
     epoch's slices, not running ones. The class distribution is aligned with that of the labelled
-    slices by Sinkhorn iterations. This assumes the same class mix in both, which is the case if
-    labels were drawn at random; `class_shift` measures how far the encoder's predictions deviate.
+    slices by Sinkhorn iterations. And the aligned probabilities give the labels, not only their
+    weights. This assumes the same class mix in both, which is the case if labels were drawn at
+    random; `class_shift` measures how far the encoder's predictions deviate.
 
     Args:
         probabilities: (n, C), this rank's rows; may be empty.

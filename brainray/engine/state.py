@@ -133,9 +133,12 @@ def load_trainer(folder: Folder) -> TrainerState:
         raise CheckpointError(
             f"{folder} contains no {layout.TRAINER}: training cannot resume from it"
         )
-    return TrainerState(
-        **state_from_bytes(folder.read_bytes(layout.TRAINER), f"{folder}/{layout.TRAINER}")
-    )
+    where = f"{folder}/{layout.TRAINER}"
+    saved = state_from_bytes(folder.read_bytes(layout.TRAINER), where)
+    try:
+        return TrainerState(**saved)
+    except TypeError:  # other fields
+        raise CheckpointError(f"{where} was written by another version of brainray") from None
 
 
 def save_resumable(

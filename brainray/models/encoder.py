@@ -2,6 +2,8 @@
 
 import io
 from collections.abc import Mapping
+from pathlib import Path
+from pickle import UnpicklingError
 from typing import Literal, NamedTuple
 
 import torch
@@ -89,11 +91,22 @@ def imagenet_state(name: str, setting: str) -> dict[str, Tensor]:
     """ImageNet weights of torchvision, downloaded if they are not in its cache.
 
     Raises:
-        ConfigError: they cannot be downloaded; the message names the ``setting``.
+        ConfigError: they cannot be downloaded or read; the message names the ``setting``.
     """
+    weights = torchvision.models.get_model_weights(name).DEFAULT
     try:
-        weights = torchvision.models.get_model_weights(name).DEFAULT
-        return dict(weights.get_state_dict(progress=False))
+        return dict(weights.get_state_dict(progress=False, check_hash=True))
+    except (RuntimeError, UnpicklingError, EOFError) as error:
+        # The hash is checked after a download, not when a file is read from the cache.
+        reason = str(error).splitlines()[0][:100]
+        file = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
+        remedy = (
+            f"delete {file}" if file.exists() else "try again, or give the path of a local file"
+        )
+        raise ConfigError(
+            f"{setting}=imagenet: torchvision's weights of {name} are incomplete or altered "
+            f"({reason}): {remedy}"
+        ) from None
     except OSError as error:
         raise ConfigError(
             f"{setting}=imagenet: torchvision cannot download the weights of {name} "

@@ -1,6 +1,7 @@
 """Feature encoders of a study: raw pixels, or a torchvision network without its last layer."""
 
 import difflib
+import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self, cast
@@ -15,10 +16,11 @@ from brainray.models.small_maps import with_fast_small_maps
 PIXELS = "pixels"
 
 _NUM_IMAGENET_CLASSES = 1000
-_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_COUNTER = ".num_batches_tracked"
 _AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")
 _WITHOUT_AUXILIARY = {"aux_logits": False, "init_weights": True}
 _OPTIONS = {"inception_v3": _WITHOUT_AUXILIARY, "googlenet": _WITHOUT_AUXILIARY}
+_DOT_IN_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.(?=[12]\.)")
 
 
 class FeatureEncoder(nn.Module):
@@ -96,9 +98,9 @@ def build_feature_encoder(
 
     Auxiliary heads (Inception, GoogLeNet) are left out. With ImageNet weights, and any local
     weights with a stem for colour images, inputs are as in their training: three equal channels
-    standardised with ImageNet's statistics. With random and one-channel weights (from a brainray
-    run) the data set's statistics are used. A one-channel stem is distributed over three channels,
-    which gives the same features.
+    standardised as torchvision does for its ImageNet weights. With random and one-channel weights
+    (from a brainray run) the data set's statistics are used. A one-channel stem is distributed over
+    three channels, which gives the same features.
 
     Args:
         name: as in ``torchvision.models.list_models()``.
@@ -123,12 +125,13 @@ def build_feature_encoder(
         expected = network.state_dict()
         state = {
             key: value
-            for key, value in weights.items()
+            for key, value in _as_named_today(weights, expected).items()
             if not key.startswith((*_AUXILIARY, f"{last}."))
         }
         state, was_grey = _with_colour_stem(state, expected)
         if not was_grey:
-            scale = (_IMAGENET_MEAN, _IMAGENET_STD)
+            trained = torchvision.models.get_model_weights(name).DEFAULT.transforms()
+            scale = (trained.mean, trained.std)
             if hasattr(network, "transform_input"):  # converts ImageNet's scale to its own
                 network.transform_input = True
         versioned: Any = OrderedDict(state)
@@ -185,6 +188,18 @@ def _remove_last_layer(network: nn.Module, name: str) -> str:
     parent, _, leaf = layers[-1].rpartition(".")
     setattr(network.get_submodule(parent), leaf, nn.Identity())
     return layers[-1]
+
+
+def _as_named_today(
+    weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The state as today's torchvision would save it; the files that it offers are often older.
+
+    Some lack the number of batches that a BatchNorm has seen, which evaluation does not read, and
+    those of DenseNet have a dot too many.
+    """
+    counters = {key: value for key, value in expected.items() if key.endswith(_COUNTER)}
+    return counters | {_DOT_IN_DENSENET.sub(r"\1", key): value for key, value in weights.items()}
 
 
 def _with_colour_stem(

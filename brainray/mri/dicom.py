@@ -91,7 +91,8 @@ def decode_dicom(content: bytes, options: DecodeOptions) -> list[DecodedSlice]:
     subject, study = _subject(dataset, options.salt), _study(dataset, options.salt)
     if subject is None and num_frames > 1:
         subject = volume_hash(content_hash(content), options.salt)
-    slices, outside_window = [], []
+    slices: list[DecodedSlice] = []
+    outside_window: list[DecodedSlice] = []
     for index, (pixels, properties) in enumerate(_frames(dataset, num_frames)):
         image, is_outside = _to_grayscale(pixels, properties, dataset, index, options)
         image = to_square_pixels(image, _spacing(dataset, index), options)

@@ -54,7 +54,8 @@ def test_references_fill_the_box_along_the_principal_axes() -> None:
     corners = torch.tensor([[3.0, 1], [3, -1], [-3, 1], [-3, -1]], dtype=torch.float64)
     turn = torch.tensor([[0.6, 0.8], [-0.8, 0.6]], dtype=torch.float64)
     origin = torch.tensor([7.0, -2.0], dtype=torch.float64)
-    references = _uniform_references(corners.repeat(500, 1) @ turn + origin, 3, seed=1)
+    rows = corners.repeat(500, 1) @ turn + origin
+    references = torch.stack(list(_uniform_references(rows, 3, seed=1)))
     assert references.shape == (3, 2000, 2)
     for reference in references:
         along = (reference - origin) @ turn.T / torch.tensor([3.0, 1.0])

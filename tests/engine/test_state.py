@@ -31,6 +31,7 @@ from brainray.engine.state import (
     restore_checkpoint,
     rows_of_keys,
     save_resumable,
+    state_to_bytes,
     trainer_bytes,
 )
 from brainray.errors import CheckpointError
@@ -163,6 +164,12 @@ def test_two_checkpoints_are_kept_and_the_newest_is_found(
     found = newest_readable_epoch(run)
     said = capsys.readouterr().out.splitlines()
     assert (found, said) == (3, [])
+
+
+def test_the_state_of_another_version_is_no_state(tmp_path: Path) -> None:
+    Folder(tmp_path).write_bytes(layout.TRAINER, state_to_bytes({"optimizer": {}, "momentum": 1}))
+    with pytest.raises(CheckpointError, match=r"trainer\.pt was written by another version"):
+        load_trainer(Folder(tmp_path))
 
 
 @pytest.mark.parametrize("harm", [cut, flip_a_bit, poison, Path.unlink])

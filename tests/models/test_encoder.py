@@ -1,5 +1,6 @@
 """Encoders: shapes, normalised z, and weights from files."""
 
+import io
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,28 @@ def test_imagenet_weights_are_torchvisions(tmp_path: Path, monkeypatch: pytest.M
         for state in (imagenet_state("resnet18", "encoder.weights"), read(cache / name))
     )
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>log in first</html>", None])
+def test_imagenet_weights_that_arrive_or_lie_damaged_are_told_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes | None
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    if content is None:  # half a file
+        buffer = io.BytesIO()
+        torch.save(torchvision.models.resnet18(weights=None).state_dict(), buffer)
+        content = buffer.getvalue()[: buffer.tell() // 2]
+    weights = torchvision.models.ResNet18_Weights.DEFAULT
+    file = tmp_path / weights.url.rpartition("/")[2]
+    file.write_bytes(content)
+    monkeypatch.setattr(weights.value, "url", file.as_uri())
+    with pytest.raises(ConfigError, match=r"encoder\.weights=imagenet: .*invalid hash.*try again"):
+        imagenet_state("resnet18", "encoder.weights")
+    cached = tmp_path / "cache" / "hub" / "checkpoints" / file.name
+    assert not cached.exists()
+    cached.write_bytes(content)  # as an interrupted copy leaves it
+    with pytest.raises(ConfigError, match=rf"incomplete or altered .*: delete {cached}"):
+        imagenet_state("resnet18", "encoder.weights")
 
 
 def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Feature encoders: torchvision's networks without their last layer, fed as trained."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,35 @@ def test_weights_that_carry_a_version_beside_them_load_from_a_file() -> None:
     trained = build("mnasnet0_5", seed=3)
     state = {key.removeprefix("backbone."): value for key, value in trained.grey_state().items()}
     torch.testing.assert_close(features(build("mnasnet0_5", state)), features(trained))
+
+
+@pytest.mark.parametrize(
+    ("name", "old"),
+    [
+        ("resnet18", {}),
+        ("inception_v3", {}),
+        ("densenet121", {r"(denselayer\d+\.(norm|conv))(\d)\.": r"\1.\3."}),
+    ],
+)
+def test_weights_as_torchvisions_older_files_name_them_load(name: str, old: dict[str, str]) -> None:
+    trained = build(name, seed=3)
+    state = {key.removeprefix("backbone."): value for key, value in trained.grey_state().items()}
+    state = {key: value for key, value in state.items() if "num_batches_tracked" not in key}
+    for today, before in old.items():
+        renamed = {re.sub(today, before, key): value for key, value in state.items()}
+        assert renamed.keys() != state.keys()
+        state = renamed
+    images = torch.rand(1, 1, 96, 96, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected, found = (
+            each.standardised_by(0.2, 0.3)(images) for each in (trained, build(name, state))
+        )
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=2e-3)  # the stem was divided by 3
+
+
+def test_colours_are_standardised_as_torchvision_does_for_the_encoder() -> None:
+    state = torchvision.models.efficientnet_v2_l().state_dict()
+    assert build("efficientnet_v2_l", state).mean.tolist() == [0.5, 0.5, 0.5]
 
 
 def test_an_unknown_encoder_is_refused_with_the_nearest_names() -> None:

@@ -242,7 +242,7 @@ def test_a_class_that_only_whole_subjects_of_another_hold_is_named(only: int) ->
 
 def test_a_class_that_one_subject_has_alone_and_others_beside_a_rarer_one_is_drawn() -> None:
     # Twenty patients have slices with and without a tumour, one volunteer only those without.
-    labels = [*(["none"] * 10 + ["tumour"] * 5) * 20, *["none"] * 15]
+    labels: list[str | None] = [*(["none"] * 10 + ["tumour"] * 5) * 20, *["none"] * 15]
     groups = [f"p{number // 15}" for number in range(len(labels))]
     for fraction in (0.1, 0.5, 1.0):
         drawn = roles(labels, groups, fraction)
