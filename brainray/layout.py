@@ -4,7 +4,7 @@
 # writes, or the other way round.
 STORE_FORMAT = "brainray-image-store/4"
 RUN_FORMAT = "brainray-run/3"
-FEATURES_FORMAT = "brainray-features/1"
+FEATURES_FORMAT = "brainray-features/2"
 ENCODER_FORMAT = "brainray-encoder/1"
 
 # In storage: folders with a subfolder for each name

@@ -123,6 +123,7 @@ SEEN = pa.schema(
         ("role", pa.string()),  # labelled | validation | unlabelled | left_out
         ("label", pa.string()),  # null unless the run may read it
         ("duplicate_group_id", pa.string()),
+        ("split_group_id", pa.string()),
         ("subject_id", pa.string()),
         ("subject_source", pa.string()),
         ("thumbnail", pa.binary(THUMBNAIL_SIDE * THUMBNAIL_SIDE)),

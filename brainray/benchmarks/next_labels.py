@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from brainray import layout
 from brainray.benchmarks.result import BenchmarkResult, CaseOptions, Measure
 from brainray.config import Config
+from brainray.errors import DataError
 from brainray.log import log
 from brainray.mri.phantom import write_phantoms
 from brainray.orchestration.prediction.labels import choose_next_labels
@@ -129,6 +130,11 @@ class _Simulation:
         chosen: list[str] = []
         for name in classes:
             members = [path for path in self.training if self.truth[path][0] == name]
+            if len(members) < 2 * each:
+                raise DataError(
+                    f"class {name!r} has {len(members)} training slices, but this case labels "
+                    f"{each} of each class and proposes others: give a larger --source, or --quick"
+                )
             chosen += rng.choice(members, each, replace=False).tolist()
         return chosen
 

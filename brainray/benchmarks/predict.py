@@ -56,6 +56,7 @@ def run(options: CaseOptions) -> BenchmarkResult:
     limit for files is the time of decoding them in plain loops on all cores and of embedding them
     from memory, with the faster of our embedding and the bare model.
     """
+    os.environ["RAY_ADDRESS"] = "local"  # the rate of this machine, not of a cluster
     attach_to_ray()
     each = 300 if options.quick else 1500
     with tempfile.TemporaryDirectory(prefix="brainray-benchmark-") as temporary:

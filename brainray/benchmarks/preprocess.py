@@ -278,6 +278,7 @@ def _ray_job(source: Path, storage: Path) -> dict[str, Any]:
 
 
 def _preprocess_alone(source: Path, storage: Path, sender: Any) -> None:
+    os.environ["RAY_ADDRESS"] = "local"  # the rate and memory of this machine, not of a cluster
     attach_to_ray()
     time.sleep(_RAY_STARTS_S)
     store = preprocess(_settings(source, storage))

@@ -10,6 +10,7 @@ from brainray.benchmarks.result import BenchmarkResult, CaseOptions, measures_ta
 from brainray.config import Config
 from brainray.errors import DataError
 from brainray.log import log
+from brainray.orchestration.code_version import about_code
 from brainray.orchestration.job import JobResult
 from brainray.report.style import png_bytes
 from brainray.storage import Folder
@@ -22,7 +23,9 @@ def load_case(name: str) -> Case:
 
 
 def run_case(arguments: Namespace, config: Config) -> JobResult:
-    """Run a case, print its table, and save the result under ``storage/benchmarks/CASE``."""
+    """Run a case, print its table, and save the result under ``storage/benchmarks/CASE``, or
+    ``CASE-quick``.
+    """
     source = None if arguments.source is None else Path(arguments.source).expanduser().absolute()
     if source is not None and not source.is_dir():
         raise DataError(f"no such folder: --source {source}")
@@ -35,7 +38,8 @@ def run_case(arguments: Namespace, config: Config) -> JobResult:
         config=config,
     )
     result = load_case(arguments.case)(options)
-    folder = Folder(storage) / "benchmarks" / arguments.case
+    name = f"{arguments.case}-quick" if arguments.quick else arguments.case
+    folder = Folder(storage) / "benchmarks" / name
     measures = [
         {
             "name": item.name,
@@ -46,7 +50,8 @@ def run_case(arguments: Namespace, config: Config) -> JobResult:
         }
         for item in result.measures
     ]
-    folder.write_json("result.json", {"measures": measures, "details": result.details})
+    made_by = {"source": arguments.source, "seed": arguments.seed, "code": about_code()}
+    folder.write_json("result.json", made_by | {"measures": measures, "details": result.details})
     if result.figure is not None:
         folder.write_bytes("figure.png", png_bytes(result.figure))
     if result.report is not None:

@@ -19,7 +19,7 @@ from sklearn.cluster import DBSCAN, HDBSCAN, SpectralClustering
 from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import normalize
 
-from brainray.clustering.gmm import GaussianMixture
+from brainray.clustering.gmm import GaussianMixture, has_few_rows
 from brainray.clustering.kmeans import KMeans
 from brainray.clustering.seeding import draw_sample
 from brainray.errors import ClusteringError
@@ -63,7 +63,10 @@ def gaussian_mixture(x: Rows, mixture: GaussianMixture) -> Clustered:
     def assign(rows: Rows) -> Labels:
         return mixture.predict(torch.from_numpy(rows)).numpy()
 
-    return Clustered(assign(x), assign, {"log_likelihood": mixture.lower_bound_})
+    few = has_few_rows(len(x), mixture.num_components, x.shape[1], mixture.covariance_type)
+    notes = ("few rows per component for full covariances, so other rows fit them badly",)
+    details = {"log_likelihood": mixture.lower_bound_}
+    return Clustered(assign(x), assign, details, notes if few else ())
 
 
 def agglomerative(

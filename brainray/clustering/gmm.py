@@ -31,6 +31,18 @@ from brainray.errors import ClusteringError
 # A component with less responsibility than this, in rows, has vanished: its mean and covariance
 # would be 0 / 0. The value is not tuned; any well-filled mixture is far above it.
 _VANISHED_COUNT = 1e-3
+_FEW_ROWS = 5  # per component and dimension
+
+
+def has_few_rows(
+    num_rows: int, num_components: int, num_dims: int, covariance_type: CovarianceType
+) -> bool:
+    """Whether full covariances have so few rows per component that other rows are outliers to them.
+
+    With 3 rows per component and dimension, 15 to 46 % of the rows that four well-separated normal
+    clusters had not been fitted to were beyond the 99th percentile of those that they had.
+    """
+    return covariance_type == "full" and num_rows < _FEW_ROWS * num_components * num_dims
 
 
 class GaussianMixture(FittedModule):

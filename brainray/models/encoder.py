@@ -128,6 +128,8 @@ def encoder_state(content: bytes, where: str) -> dict[str, Tensor]:
             reason = str(error).splitlines()[0][:100]
             raise ConfigError(f"{where} is damaged ({reason}): copy it again") from None
         state = None
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
     if isinstance(state, dict) and isinstance(state.get("encoder"), dict):
         state = {
             key.removeprefix("backbone."): value
@@ -139,4 +141,4 @@ def encoder_state(content: bytes, where: str) -> dict[str, Tensor]:
             f"{where} is neither a state dict of a torchvision encoder nor a brainray checkpoint: "
             "save one with torch.save(encoder.state_dict(), PATH)"
         )
-    return state
+    return {key.removeprefix("module."): value for key, value in state.items()}  # of DDP

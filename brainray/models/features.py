@@ -16,7 +16,6 @@ from brainray.models.small_maps import with_fast_small_maps
 PIXELS = "pixels"
 
 _NUM_IMAGENET_CLASSES = 1000
-_COUNTER = ".num_batches_tracked"
 _AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")
 _WITHOUT_AUXILIARY = {"aux_logits": False, "init_weights": True}
 _OPTIONS = {"inception_v3": _WITHOUT_AUXILIARY, "googlenet": _WITHOUT_AUXILIARY}
@@ -116,7 +115,7 @@ def build_feature_encoder(
         return FeatureEncoder(_Pixels()).eval()
     check_encoder_name(name)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed GPUs as well
         network = torchvision.models.get_model(name, weights=None, **_OPTIONS.get(name, {}))
     last = _remove_last_layer(network, name)
     with_fast_small_maps(network)
@@ -125,7 +124,7 @@ def build_feature_encoder(
         expected = network.state_dict()
         state = {
             key: value
-            for key, value in _as_named_today(weights, expected).items()
+            for key, value in _as_named_today(weights).items()
             if not key.startswith((*_AUXILIARY, f"{last}."))
         }
         state, was_grey = _with_colour_stem(state, expected)
@@ -135,8 +134,9 @@ def build_feature_encoder(
             if hasattr(network, "transform_input"):  # converts ImageNet's scale to its own
                 network.transform_input = True
         versioned: Any = OrderedDict(state)
-        # MNASNet reads its version from the metadata, which a plain dict does not keep.
-        versioned._metadata = getattr(expected, "_metadata", None)
+        # MNASNet reads its version from the metadata, which a plain dict does not keep. That of
+        # layers is left unknown, so that those that have changed read older files, too.
+        versioned._metadata = {"": getattr(expected, "_metadata", {}).get("", {})}
         try:
             network.load_state_dict(versioned)
         except RuntimeError as error:
@@ -190,16 +190,11 @@ def _remove_last_layer(network: nn.Module, name: str) -> str:
     return layers[-1]
 
 
-def _as_named_today(
-    weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """The state as today's torchvision would save it; the files that it offers are often older.
-
-    Some lack the number of batches that a BatchNorm has seen, which evaluation does not read, and
-    those of DenseNet have a dot too many.
+def _as_named_today(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state as torchvision would save it today: the DenseNets that it offers have a dot more,
+    which it removes when it downloads them.
     """
-    counters = {key: value for key, value in expected.items() if key.endswith(_COUNTER)}
-    return counters | {_DOT_IN_DENSENET.sub(r"\1", key): value for key, value in weights.items()}
+    return {_DOT_IN_DENSENET.sub(r"\1", key): value for key, value in weights.items()}
 
 
 def _with_colour_stem(

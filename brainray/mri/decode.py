@@ -111,14 +111,17 @@ def looks_like_dicom(head: bytes) -> bool:
 
 
 def check_content(image: NDArray[np.uint8], *, min_intensity_std: float) -> None:
-    """Reject a blank or near-constant slice.
+    """Reject a blank or near-constant slice, and one of two greys.
 
     Raises:
-        RejectedImage: the standard deviation (of 0..255) is below ``min_intensity_std``.
+        RejectedImage: the standard deviation (of 0..255) is below ``min_intensity_std``, or it is
+            a mask.
     """
     deviation = float(cv2.meanStdDev(image)[1].item())  # twenty times as fast as NumPy
     if deviation < min_intensity_std:
         raise RejectedImage("blank", f"intensity standard deviation {deviation:.2f} of 0..255")
+    if np.count_nonzero(cv2.calcHist([image], [0], None, [256], [0, 256])) <= 2:
+        raise RejectedImage("no scan", "two greys: a mask or line art")
 
 
 @contextmanager

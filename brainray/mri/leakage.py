@@ -5,6 +5,7 @@ near-duplicates; slices likely of one subject. A test slice is ``clean`` without
 METHOD defines it, and ``strict`` without all four.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -12,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from brainray.config import PreprocessConfig
+from brainray.config import PreprocessConfig, SubjectConfig
 from brainray.mri.duplicates import COPY, KINDS, find_twins
 from brainray.mri.reframe import find_twins_by_head
 from brainray.mri.row_file import Rows, SelectedRows
@@ -30,10 +31,11 @@ class Fingerprints:
     subjects: Sequence[str | None]  # from a table or a header, never estimated
     sources: Sequence[str | None]  # where the subjects are from
     elsewhere: NDArray[np.bool_]  # whether they are from another collection than the run's own
+    groups: Sequence[str | None]  # that no split of the run's own collection parts
 
     @classmethod
     def from_table(cls, table: pa.Table, thumbnails: Rows | None = None) -> "Fingerprints":
-        """From rows with ``sample_id`` and, if known, subjects and ``elsewhere``.
+        """From rows with ``sample_id`` and, if known, subjects, groups and ``elsewhere``.
 
         Thumbnails are read from the table unless given separately.
         """
@@ -51,7 +53,15 @@ class Fingerprints:
         elsewhere = np.zeros(table.num_rows, np.bool_)
         if "elsewhere" in table.column_names:
             elsewhere = table["elsewhere"].to_numpy()
-        return cls(table["sample_id"].to_pylist(), thumbnails, subjects, sources, elsewhere)
+        groups: list[str | None] = [None] * table.num_rows
+        if "split_group_id" in table.column_names:
+            names = table["split_group_id"].to_pylist()
+            groups = [
+                None if is_foreign else name
+                for name, is_foreign in zip(names, elsewhere, strict=True)
+            ]
+        ids = table["sample_id"].to_pylist()
+        return cls(ids, thumbnails, subjects, sources, elsewhere, groups)
 
 
 @dataclass(frozen=True)
@@ -94,6 +104,9 @@ def exposure(queries: Fingerprints, seen: Fingerprints, config: PreprocessConfig
     come from the same kind of source, a table or headers: within one collection different names are
     different subjects.
 
+    Slices of one group are of one subject, too: it was formed with more evidence, such as mutual
+    similarity, or a third slice between two.
+
     Another collection may name subjects differently, so then different names prove nothing. Its
     copies may be padded, cropped or darkened, so they are also compared by the head alone.
 
@@ -135,10 +148,36 @@ def exposure(queries: Fingerprints, seen: Fingerprints, config: PreprocessConfig
         found = likely.reference >= 0
         mate[asking] = np.where(found, rows[likely.reference], -1)
         mate_similarity[asking] = likely.similarity
+    _match_in_groups(queries, seen, config.subject, mate, mate_similarity)
     kind = np.where(twins.reference >= 0, np.array(KINDS)[twins.kind], "")
     return Exposure(
         exact, twins.reference, kind, twins.similarity, mate, mate_similarity, is_mate_known
     )
+
+
+def _match_in_groups(
+    queries: Fingerprints,
+    seen: Fingerprints,
+    settings: SubjectConfig,
+    mate: NDArray[np.int64],
+    mate_similarity: NDArray[np.float32],
+) -> None:
+    """Match queries without a mate with the nearest seen slice of their group, in place."""
+    rows_of_group: defaultdict[str, list[int]] = defaultdict(list)
+    for row, name in enumerate(seen.groups):
+        if name is not None:
+            rows_of_group[name].append(row)
+    asking: defaultdict[str, list[int]] = defaultdict(list)
+    for row, name in enumerate(queries.groups):
+        if mate[row] < 0 and name is not None and name in rows_of_group:
+            asking[name].append(row)
+    whatever = settings.model_copy(update={"min_lone_similarity": -1.0})
+    for name, asked in asking.items():
+        rows, others = np.array(asked), np.array(rows_of_group[name])
+        nearest = find_same_subject(
+            SelectedRows(queries.thumbnails, rows), SelectedRows(seen.thumbnails, others), whatever
+        )
+        mate[rows], mate_similarity[rows] = others[nearest.reference], nearest.similarity
 
 
 def _first_match(

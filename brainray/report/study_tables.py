@@ -96,7 +96,8 @@ def datasets_table(averaged: Sequence[Row], metric: str) -> str | None:
     """One metric of every method by data set and on average; None if no row has the metric."""
     if not any(f"{metric}_mean" in row for row in averaged):
         return None
-    datasets = list(dict.fromkeys(row["dataset"] for row in averaged))
+    # A data set without labels has no metric that compares with them.
+    datasets = list(dict.fromkeys(row["dataset"] for row in averaged if f"{metric}_mean" in row))
     methods: dict[tuple[Any, ...], dict[str, Row]] = {}
     for row in averaged:
         method = tuple(row[name] for name in _METHOD)

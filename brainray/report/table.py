@@ -23,7 +23,8 @@ def markdown_table(
 ) -> str:
     """Columns padded to their widest cell: text left-aligned, numbers right-aligned."""
     cells = [[cell.replace("|", "\\|") for cell in row] for row in (header, *rows)]
-    widths = [max(len(cell) for cell in column) for column in zip(*cells, strict=True)]
+    # Markdown needs a dash and a colon to know a column of numbers.
+    widths = [max(2, *(len(cell) for cell in column)) for column in zip(*cells, strict=True)]
 
     def line(row: list[str]) -> str:
         padded = [

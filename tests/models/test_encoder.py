@@ -104,6 +104,13 @@ def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
         read(path)
 
 
+def test_weights_are_found_as_others_publish_them(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pt"
+    weights = torchvision.models.resnet18(weights=None).state_dict()
+    torch.save({"epoch": 3, "state_dict": {f"module.{k}": v for k, v in weights.items()}}, path)
+    assert read(path).keys() == weights.keys()
+
+
 def test_a_pickle_with_code_is_not_run(tmp_path: Path) -> None:
     class Bomb:
         def __reduce__(self) -> tuple[object, tuple[str]]:

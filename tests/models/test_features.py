@@ -101,17 +101,19 @@ def test_weights_that_carry_a_version_beside_them_load_from_a_file() -> None:
         ("resnet18", {}),
         ("inception_v3", {}),
         ("densenet121", {r"(denselayer\d+\.(norm|conv))(\d)\.": r"\1.\3."}),
+        ("vit_b_32", {r"mlp\.0\.": "mlp.linear_1.", r"mlp\.3\.": "mlp.linear_2."}),
     ],
 )
 def test_weights_as_torchvisions_older_files_name_them_load(name: str, old: dict[str, str]) -> None:
     trained = build(name, seed=3)
     state = {key.removeprefix("backbone."): value for key, value in trained.grey_state().items()}
     state = {key: value for key, value in state.items() if "num_batches_tracked" not in key}
+    side = 224 if name == "vit_b_32" else 96
     for today, before in old.items():
         renamed = {re.sub(today, before, key): value for key, value in state.items()}
         assert renamed.keys() != state.keys()
         state = renamed
-    images = torch.rand(1, 1, 96, 96, generator=torch.Generator().manual_seed(0))
+    images = torch.rand(1, 1, side, side, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected, found = (
             each.standardised_by(0.2, 0.3)(images) for each in (trained, build(name, state))

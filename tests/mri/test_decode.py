@@ -429,6 +429,8 @@ def test_blank_slices_are_rejected_and_others_are_not() -> None:
     with pytest.raises(RejectedImage, match="blank"):
         check_content(blank, min_intensity_std=2.0)
     check_content(RAMP, min_intensity_std=2.0)
+    with pytest.raises(RejectedImage, match="no scan: two greys: a mask or line art"):
+        check_content(np.where(RAMP > 100, 255, 0).astype(np.uint8), min_intensity_std=2.0)
 
 
 def test_the_commonest_reasons_tell_what_to_do() -> None:

@@ -22,11 +22,13 @@ def fingerprints(
     subjects: list[str | None] | None = None,
     source: str = "table",
     elsewhere: list[bool] | None = None,
+    groups: list[str | None] | None = None,
 ) -> Fingerprints:
     subjects = subjects or [None] * len(thumbnails)
     sources = [None if subject is None else source for subject in subjects]
     foreign = np.array(elsewhere or [False] * len(thumbnails), np.bool_)
-    return Fingerprints(list(names), thumbnails, subjects, sources, foreign)
+    groups = groups or [None] * len(thumbnails)
+    return Fingerprints(list(names), thumbnails, subjects, sources, foreign, groups)
 
 
 def test_bytes_fingerprints_and_subjects_are_three_levels() -> None:
@@ -56,8 +58,11 @@ def test_only_names_that_were_given_prove_a_subject() -> None:
     assert list(found.subjects) == [None, "p2", None]
     assert list(found.sources) == [None, "header", None]
     assert not found.elsewhere.any()
+    assert list(found.groups) == [None, None, None]
     foreign = table.append_column("elsewhere", pa.array([False, True, False]))
+    foreign = foreign.append_column("split_group_id", pa.array(["g", "g", "h"]))
     assert Fingerprints.from_table(foreign).elsewhere.tolist() == [False, True, False]
+    assert list(Fingerprints.from_table(foreign).groups) == ["g", None, "h"]
 
 
 def test_a_slice_of_the_same_name_is_the_mate_whatever_looks_more_alike() -> None:
@@ -66,6 +71,20 @@ def test_a_slice_of_the_same_name_is_the_mate_whatever_looks_more_alike() -> Non
     found = exposure(queries, fingerprints(seen, "ab", [None, "p1"]), PreprocessConfig())
     assert found.mate.tolist() == [1]
     assert found.mate_similarity.tolist() == [1.0]
+
+
+def test_slices_of_one_group_are_mates_that_do_not_look_alike() -> None:
+    seen, strangers = heads(3, seed=0), heads(2, seed=7)
+    queries = np.stack([*strangers, seen[2]])
+    found = exposure(
+        fingerprints(queries, "xyz", groups=["g", "h", "g"]),
+        fingerprints(seen, "abc", groups=["g", "g", "i"]),
+        PreprocessConfig(),
+    )
+    assert found.mate[0] in (0, 1)
+    assert 0 < found.mate_similarity[0] < 0.65
+    assert found.mate[1:].tolist() == [-1, 2]  # alike, whatever group
+    assert found.strict.tolist() == [False, True, False]
 
 
 def test_named_subjects_are_compared_by_name_not_by_similarity() -> None:

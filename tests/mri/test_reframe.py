@@ -31,7 +31,8 @@ def images() -> list[Image]:
 def known(images: list[Image], names: str) -> Fingerprints:
     nobody = [None] * len(images)
     ids = [f"{names}-{number}" for number in range(len(images))]
-    return Fingerprints(ids, fingerprints(images), nobody, nobody, np.zeros(len(images), np.bool_))
+    foreign = np.zeros(len(images), np.bool_)
+    return Fingerprints(ids, fingerprints(images), nobody, nobody, foreign, nobody)
 
 
 def from_elsewhere(slices: Fingerprints) -> Fingerprints:

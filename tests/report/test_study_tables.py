@@ -10,6 +10,7 @@ from brainray.report.study_tables import (
     features_table,
     methods_table,
 )
+from brainray.report.table import markdown_table
 
 BY = ("dataset", "features", "clusterer", "pca_dim")
 
@@ -62,9 +63,24 @@ def test_the_data_sets_stand_side_by_side_with_their_mean() -> None:
     cells = [cell.strip() for cell in table.splitlines()[2].split("|")[1:-1]]
     assert cells == ["pixels", "kmeans", "8", "0.300 ± 0.141", "0.600", "0.450"]
     # A mean over one of two data sets would not compare.
-    silhouettes = datasets_table(average_over_seeds(ROWS, BY), "silhouette")
+    other = row("two", 0, silhouette=0.7) | {"clusterer": "gmm"}
+    silhouettes = datasets_table(average_over_seeds([*ROWS, other], BY), "silhouette")
     assert silhouettes is not None
-    assert silhouettes.splitlines()[2].split("|")[-2].strip() == "–"
+    means = [line.split("|")[-2].strip() for line in silhouettes.splitlines()[2:]]
+    assert means == ["–", "–"]
+
+
+def test_a_data_set_without_labels_is_not_compared_by_them() -> None:
+    table = datasets_table(average_over_seeds([*ROWS, row("c", 0, silhouette=0.3)], BY), "nmi")
+    assert table is not None
+    header, _, line = ([cell.strip() for cell in line.split("|")] for line in table.splitlines())
+    assert "c" not in header
+    assert line[-2] == "0.450"
+
+
+def test_a_column_of_numbers_may_be_one_character_wide() -> None:
+    table = markdown_table(["k", "a"], [["x", "–"]], num_text_columns=1)
+    assert table.splitlines()[1] == "| -- | -: |"  # a colon alone would make it no table
 
 
 def test_without_labels_there_is_no_table_of_them() -> None:

@@ -185,6 +185,8 @@ def _with_subset_columns(
     queries = with_comparable_names(accepted, config, predictor)
     elsewhere = [identity not in known for identity in queries["sample_id"].to_pylist()]
     queries = queries.append_column("elsewhere", pa.array(elsewhere, pa.bool_()))
+    groups = [known.get(identity) for identity in queries["sample_id"].to_pylist()]
+    queries = queries.append_column("split_group_id", pa.array(groups, pa.string()))
     exposed = exposure(
         Fingerprints.from_table(queries), Fingerprints.from_table(seen), predictor.preprocess
     )

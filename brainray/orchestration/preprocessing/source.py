@@ -348,6 +348,7 @@ def _from_folders(found: list[FoundFile]) -> list[SourceFile]:
         )
     _check_depth(found, top_folders)
     files = []
+    inner: defaultdict[str, set[str]] = defaultdict(set)  # folders within each class folder
     for file in found:
         *folders, _ = file.path.split("/")
         split = None
@@ -355,7 +356,24 @@ def _from_folders(found: list[FoundFile]) -> list[SourceFile]:
             split = SPLIT_NAMES[folders.pop(0).lower()]
         label = nfc(folders[0].strip()) if folders else ""
         files.append(SourceFile(split, label or None, file=file))
+        if len(folders) > 1:
+            inner[folders[0]].add(folders[1])
+    _note_inner_folders(inner, {file.label for file in files})
     return files
+
+
+def _note_inner_folders(inner: Mapping[str, set[str]], classes: set[str | None]) -> None:
+    """Tell if the folders within class folders look like the classes."""
+    num_classes_with = Counter(name for names in inner.values() for name in names)
+    is_only_class = len(inner) == len(classes) == 1
+    names = {name for name, count in num_classes_with.items() if is_only_class or count > 1}
+    if len(names) > 1:
+        outer = sorted(top for top, below in inner.items() if below & names)
+        log(
+            f"note: {' and '.join(outer)} are read as classes, {', '.join(sorted(names)[:5])} "
+            "within are not: if those are the classes, put them at the top level or within "
+            "Training/ and Testing/"
+        )
 
 
 def _check_depth(found: list[FoundFile], top_folders: set[str]) -> None:
@@ -371,13 +389,15 @@ def _check_depth(found: list[FoundFile], top_folders: set[str]) -> None:
             raise DataError(
                 f"the source contains the folder {inner[0]} within {top}, where it is not read as "
                 "a split: split folders must be at the top level and contain class folders; give "
-                "their parent folder as source, or a labels table"
+                f"their parent folder as source, move {top} out of the source, or give a labels "
+                "table"
             )
         repeated = sorted(top_folders.intersection(below[:1]) - {top})
         if repeated:
             raise DataError(
                 f"the source contains the class folder {repeated[0]} both at the top level and "
-                f"within {top}: keep one of the two, or give a labels table"
+                f"within {top}: keep one of the two, give a labels table or, if {top} is the "
+                f"whole data set, source=.../{top}"
             )
 
 

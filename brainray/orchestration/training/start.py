@@ -4,10 +4,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from brainray import layout
-from brainray.config import Config, PreprocessConfig
+from brainray.clustering.gmm import has_few_rows
+from brainray.config import ClusteringConfig, Config, PreprocessConfig
 from brainray.config_text import to_yaml
 from brainray.engine.recluster import check_num_clusters
 from brainray.errors import ClusteringError, ConfigError, DataError
+from brainray.log import log
 from brainray.mri.leakage import Fingerprints, exposure
 from brainray.mri.split import check_validation_share, draw_roles
 from brainray.orchestration.run import Run, RunRecord, lasting_settings
@@ -20,6 +22,15 @@ from brainray.orchestration.seen import (
 from brainray.orchestration.store import ImageStore
 from brainray.schema import LABELLED, SEEN, TEST, TRAIN, UNLABELLED_ROLE, VALIDATION
 from brainray.storage import Folder
+
+
+def _note_few_slices(config: ClusteringConfig, num_fitted: int) -> None:
+    if has_few_rows(num_fitted, config.num_clusters, config.pca_dim, config.covariance_type):
+        log(
+            f"note: {num_fitted} training slices are few for {config.num_clusters} full "
+            f"covariances of {config.pca_dim} dimensions, so that other slices will look like "
+            "outliers: set clustering.covariance_type=tied or a lower clustering.pca_dim"
+        )
 
 
 def check_run_fits(run: Run, store: ImageStore, num_workers: int) -> None:
@@ -59,6 +70,7 @@ def begin_run(config: Config, store: ImageStore, num_workers: int) -> Run:
             f"clustering.pca_dim={config.clustering.pca_dim} exceeds the number of training "
             f"slices ({num_fitted}): lower it"
         )
+    _note_few_slices(config.clustering, num_fitted)
     _check_ranks(counts, num_workers)
     before = seen_by_weights(config.encoder.weights, Folder(config.storage))
     check_validation_is_new(config, seen, before, store.manifest.preprocess)

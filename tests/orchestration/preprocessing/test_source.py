@@ -445,6 +445,31 @@ def test_folders_one_level_too_low_are_not_taken_for_classes(
     assert len(listed(source, Folder(tmp_path / "labels.csv"))) == len(names)
 
 
+@pytest.mark.parametrize(
+    ("folders", "note"),
+    [
+        (["set/yes", "set/no"], "set are read as classes, no, yes within are not"),
+        (
+            ["Train set/a", "Train set/b", "Test set/a", "Test set/b"],
+            "Test set and Train set are read as classes, a, b within",
+        ),
+        (["Training/set/yes", "Training/set/no"], "set are read as classes, no, yes within"),
+        (["yes/patient 1", "yes/patient 2", "no/patient 3"], ""),
+        (["yes/x", "no/x"], ""),
+        (["yes", "no"], ""),
+    ],
+)
+def test_folders_that_look_like_classes_within_classes_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], folders: list[str], note: str
+) -> None:
+    for folder in folders:
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "1.png").touch()
+    list_source(Folder(tmp_path), None, {})
+    said = capsys.readouterr().out
+    assert (note in said) if note else "read as classes" not in said
+
+
 def test_what_an_archive_of_a_mac_adds_is_no_folder_of_slices(tmp_path: Path) -> None:
     source = make(tmp_path, "Training/a/1.jpg", "__MACOSX/Training/a/._1.jpg", "__MACOSX/2.jpg")
     assert [row[0] for row in listed(source)] == ["Training/a/1.jpg"]

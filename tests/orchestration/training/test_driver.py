@@ -898,6 +898,16 @@ def test_a_run_is_not_resumed_with_other_settings(storage: Path, trained: Traine
         train(config_of(storage, "two-ranks", "train.learning_rate=1e-3"))
 
 
+def test_full_covariances_of_few_slices_are_told(
+    storage: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = ImageStore.open(Folder(storage) / "datasets" / "mri")
+    for name in ("full", "tied"):
+        begin_run(config_of(storage, name, f"clustering.covariance_type={name}"), store, 1)
+        told = any("few for 4 full covariances of 8" in line for line in logged(capsys))
+        assert told == (name == "full")
+
+
 def test_a_run_of_a_time_when_fewer_settings_were_free_goes_on(storage: Path) -> None:
     store = ImageStore.open(Folder(storage) / "datasets" / "mri")
     run = begin_run(config_of(storage, "earlier"), store, 1)
