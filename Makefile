@@ -1,4 +1,4 @@
-# Requires make and Python >= 3.11 with the venv module; everything else is installed into $(VENV).
+# Requires make and Python 3.11 to 3.14 with the venv module; everything else is installed into $(VENV).
 
 VENV ?= .venv
 # Candidates, best tested first; override with PYTHON=/path/to/python.
@@ -13,6 +13,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
+.DELETE_ON_ERROR: # no half-made environment
 .PHONY: help venv install demo test test-real test-slow test-faults check format clean distclean
 
 help: ## Show this help
@@ -56,16 +57,17 @@ distclean: clean ## Like clean, and remove .venv
 	rm -rf $(VENV)
 
 # Candidates are executed, since version managers leave stubs behind and some distributions ship
-# Python without venv.
+# Python without venv. Links to a Python that is gone are no environment.
 $(BIN)/python:
+	@rm -f $(BIN)/python*
 	@for candidate in $(if $(PYTHON),"$(PYTHON)",$(PYTHONS)); do \
-	  if "$$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' \
+	  if "$$candidate" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' \
 	      >/dev/null 2>&1; then \
 	    echo "$$candidate -m venv $(VENV)"; \
 	    exec "$$candidate" -m venv $(VENV); \
 	  fi; \
 	done; \
-	echo "error: no Python >= 3.11 with the venv module among: $(or $(PYTHON),$(PYTHONS));" \
+	echo "error: no Python 3.11 to 3.14 with the venv module among: $(or $(PYTHON),$(PYTHONS));" \
 	  "install one (Debian: python3.11 and python3.11-venv) or set its path: make PYTHON=..." >&2; \
 	exit 1
 

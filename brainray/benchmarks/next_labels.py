@@ -156,7 +156,7 @@ class _Simulation:
     def _train(self, config: Config, labelled: Sequence[str]) -> dict[str, float]:
         log(f"{config.name}: {len(labelled)} labels")
         readable = set(labelled)
-        with Path(str(config.labels)).open("w", newline="") as table:
+        with Path(str(config.labels)).open("w", newline="", encoding="utf-8") as table:
             rows = csv.writer(table)
             rows.writerow(["path", "label", "split"])
             for path, (label, split) in sorted(self.truth.items()):

@@ -9,12 +9,10 @@ bright outside the brain; dark and bright inside it). Mutual information only re
 has a consistent appearance within a slice, so no contrast is assumed.
 
 ``brain_atlas.npz`` was made by `make_brain_atlas.py` from one head and two averages of many:
-OpenNeuro's ds000031 (sub-01, ses-006; CC0), pydeface's mean head (MIT License, copyright (c) 2015)
-and the ICBM 152 nonlinear template of 2009 (copyright (C) 1993-2009 Louis Collins, McConnell Brain
-Imaging Centre, Montreal Neurological Institute, McGill University, whose permission to copy, modify
-and distribute it applies wherever this notice appears). Their brains were segmented by MindGrab
-(Fani et al., "MindGrab for BrainChop", 2025). The settings below were chosen by the overlap with
-the brains of five other heads and of phantoms, and by inspecting public slices.
+OpenNeuro's ds000031 (sub-01, ses-006), pydeface's mean head and the ICBM 152 nonlinear template of
+2009 (their licences are in the file NOTICE). Their brains were segmented by MindGrab (Fani et al.,
+"MindGrab for BrainChop", 2025). The settings below were chosen by the overlap with the brains of
+five other heads and of phantoms, and by inspecting public slices.
 """
 
 import math

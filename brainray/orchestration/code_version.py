@@ -35,9 +35,12 @@ def git_revision() -> str:
     given = os.environ.get("BRAINRAY_GIT_REVISION")
     if given:
         return given
-    command = ["git", "-C", str(Path(brainray.__file__).parent), "rev-parse", "HEAD"]
+    package = Path(brainray.__file__).parent
+    command = ["git", "-C", str(package), "rev-parse", "--show-prefix", "HEAD"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    return found.stdout.strip()
+    prefix, _, commit = found.stdout.partition("\n")
+    # Else it is the commit of a repository in which brainray is installed.
+    return commit.strip() if prefix == f"{package.name}/" else ""

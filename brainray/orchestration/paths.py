@@ -2,6 +2,7 @@
 
 import os
 import socket
+import sys
 import time
 import uuid
 from collections.abc import Sequence
@@ -87,7 +88,14 @@ def _resolve(key: str, value: str) -> str:
             f"{key}={value} is relative: a submitted job runs in a temporary copy of the working "
             "directory; give an absolute path or a URI"
         )
-    return str(path.absolute())
+    absolute = str(path.absolute())
+    encoding = sys.getfilesystemencoding()
+    if not absolute.isascii() and encoding != "utf-8":  # PyArrow would look for another path
+        raise ConfigError(
+            f"{key}={absolute}: this locale's encoding is {encoding}, in which only ASCII paths "
+            "can be read: set PYTHONUTF8=1 in the environment"
+        )
+    return absolute
 
 
 def _resolve_weights(feature: str, weights: str) -> str:

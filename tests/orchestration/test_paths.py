@@ -1,5 +1,6 @@
 """Paths in settings: which are made absolute, and which folders may be used together."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,13 @@ def test_every_path_in_settings_is_made_absolute_and_no_name_is(
     weights = {name: feature.weights for name, feature in config.study.features.items()}
     assert weights == {"a": f"{tmp_path}/w.pt", "b": "imagenet", "c": "run:one"}
     assert resolve_paths(load_config(None, ["encoder.weights=random"])).encoder.weights == "random"
+
+
+def test_a_path_that_the_locale_cannot_write_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "iso8859-1")
+    assert resolve_paths(load_config(None, ["source=/data/size"])).source == "/data/size"
+    with pytest.raises(ConfigError, match=r"source=/data/größe: .* iso8859-1.* PYTHONUTF8=1"):
+        resolve_paths(load_config(None, ["source=/data/größe"]))
 
 
 @pytest.mark.parametrize(
