@@ -97,7 +97,7 @@ def _lenient(method: _Method[_Arguments]) -> _Method[_Arguments]:
     """Let a failure of the method be the tracker's `problem` rather than its caller's."""
 
     @wraps(method)
-    def attempt(self: "Tracker", *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> None:
+    def attempt(self: "Tracker", /, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> None:
         self._attempt(method.__name__, partial(method, self, *args, **kwargs))
 
     return attempt
