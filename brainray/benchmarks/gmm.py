@@ -23,7 +23,7 @@ from brainray.benchmarks.timing import (
     timed_on_rank,
     two_ranks_against_one,
 )
-from brainray.clustering.gaussian import CovarianceType, covariance_shape
+from brainray.clustering.gaussian import CovarianceType
 from brainray.clustering.gmm import GaussianMixture
 from brainray.log import log
 
@@ -58,6 +58,7 @@ SIZES = (
 )
 QUICK_SIZES = (*SIZES[:4], Size(200_000, 64, 64, "diag", 1.5))
 NUM_ITERATIONS = 10
+REG_COVAR = 1e-6
 MAX_LIKELIHOOD_DIFFERENCE = 1e-6  # relative
 
 
@@ -69,11 +70,14 @@ def run(options: CaseOptions) -> BenchmarkResult:
     for size in QUICK_SIZES if options.quick else SIZES:
         rows = embedding_like(size.num_rows, size.num_features, size.num_components, options.seed)
         start = _start(rows, size, options.seed)
+        parameters = _parameters(rows, size, start)
         timed = side_by_side(
             {
                 OURS: partial(_ours, rows, size, start),
-                "scikit-learn float64": partial(_sklearn, rows.astype(np.float64), size, start),
-                "scikit-learn float32": partial(_sklearn, rows, size, start),
+                "scikit-learn float64": partial(
+                    _sklearn, rows.astype(np.float64), size, parameters
+                ),
+                "scikit-learn float32": partial(_sklearn, rows, size, parameters),
             },
             rounds=9 if size.num_rows <= 10_000 else 3,
         )
@@ -115,54 +119,64 @@ def run(options: CaseOptions) -> BenchmarkResult:
     return BenchmarkResult(measures, details, relative_times(milliseconds))
 
 
-class _Start(NamedTuple):
-    means: NDArray[np.float64]  # (K, D)
-    weights: NDArray[np.float64]  # (K,)
-    precisions: NDArray[np.float64]  # shaped like the covariances
-
-
-def _start(rows: Matrix, size: Size, seed: int) -> _Start:
-    """Uninformed start: random rows as means, equal weights, unit precisions."""
+def _start(rows: Matrix, size: Size, seed: int) -> torch.Tensor:
+    """Uninformed start: one-hot responsibilities (N, K) of the nearest of K random rows."""
     chosen = np.random.default_rng(seed).choice(len(rows), size.num_components, replace=False)
-    shape = covariance_shape(size.num_components, size.num_features, size.covariance_type)
-    precisions = np.ones(shape)
+    nearest = torch.cdist(torch.from_numpy(rows), torch.from_numpy(rows[chosen])).argmin(dim=1)
+    return torch.nn.functional.one_hot(nearest, size.num_components).float()
+
+
+def _parameters(
+    rows: Matrix, size: Size, responsibilities: torch.Tensor
+) -> dict[str, NDArray[np.float64]]:
+    """The M-step on one-hot responsibilities: the same start, as scikit-learn takes it."""
+    component = responsibilities.argmax(dim=1).numpy()
+    groups = [rows[component == k].astype(np.float64) for k in range(size.num_components)]
     if size.covariance_type == "full":
-        precisions = np.tile(np.eye(size.num_features), (size.num_components, 1, 1))
-    weights = np.full(size.num_components, 1 / size.num_components)
-    return _Start(rows[chosen].astype(np.float64), weights, precisions)
+        diagonal = REG_COVAR * np.eye(size.num_features)
+        precisions = [np.linalg.inv(np.cov(group.T, bias=True) + diagonal) for group in groups]
+    else:
+        precisions = [1 / (group.var(axis=0) + REG_COVAR) for group in groups]
+    return {
+        "weights_init": np.array([len(group) / len(rows) for group in groups]),
+        "means_init": np.stack([group.mean(axis=0) for group in groups]),
+        "precisions_init": np.stack(precisions),
+    }
 
 
-def _ours(rows: Matrix, size: Size, start: _Start) -> float:
+def _ours(rows: Matrix, size: Size, responsibilities: torch.Tensor) -> float:
     tensor = torch.from_numpy(rows)
-    mixture = _fitted(tensor, size, start)
+    mixture = _fitted(tensor, size, responsibilities)
     mixture.predict(tensor)  # since scikit-learn's fit ends with such an E-step
     return mixture.lower_bound_
 
 
 def _fitted(
-    rows: torch.Tensor, size: Size, start: _Start, row_keys: torch.Tensor | None = None
+    rows: torch.Tensor,
+    size: Size,
+    responsibilities: torch.Tensor,
+    row_keys: torch.Tensor | None = None,
 ) -> GaussianMixture:
     mixture = GaussianMixture(
-        size.num_components, size.covariance_type, tol=0.0, max_iter=NUM_ITERATIONS
+        size.num_components,
+        size.covariance_type,
+        tol=0.0,
+        reg_covar=REG_COVAR,
+        max_iter=NUM_ITERATIONS,
     )
-    return mixture.fit(
-        rows,
-        init_means=torch.from_numpy(start.means),
-        init_weights=torch.from_numpy(start.weights),
-        init_precisions=torch.from_numpy(start.precisions),
-        row_keys=row_keys,
-    )
+    return mixture.fit(rows, init_responsibilities=responsibilities, row_keys=row_keys)
 
 
-def _sklearn(rows: NDArray[np.floating], size: Size, start: _Start) -> float:
+def _sklearn(
+    rows: NDArray[np.floating], size: Size, parameters: dict[str, NDArray[np.float64]]
+) -> float:
     mixture = sklearn.mixture.GaussianMixture(
         size.num_components,
         covariance_type=size.covariance_type,
         tol=0.0,
+        reg_covar=REG_COVAR,
         max_iter=NUM_ITERATIONS,
-        means_init=start.means.astype(rows.dtype),
-        weights_init=start.weights.astype(rows.dtype),
-        precisions_init=start.precisions.astype(rows.dtype),
+        **{name: value.astype(rows.dtype) for name, value in parameters.items()},
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
@@ -172,9 +186,10 @@ def _sklearn(rows: NDArray[np.floating], size: Size, start: _Start) -> float:
 def _timed_shard(size: Size, seed: int) -> Timed:
     """A fit to this rank's share of the rows, and its likelihood."""
     rows = embedding_like(size.num_rows, size.num_features, size.num_components, seed)
-    start = _start(rows, size, seed)
-    keys = torch.arange(len(rows))[dist.rank() :: dist.world_size()].contiguous()
-    mine = torch.from_numpy(rows)[dist.rank() :: dist.world_size()].contiguous()
+    share = slice(dist.rank(), None, dist.world_size())
+    start = _start(rows, size, seed)[share].contiguous()
+    keys = torch.arange(len(rows))[share].contiguous()
+    mine = torch.from_numpy(rows)[share].contiguous()
     del rows
     timed = timed_on_rank(lambda: _fitted(mine, size, start, keys), rounds=3)
     return Timed(timed.seconds, timed.result.lower_bound_)

@@ -167,21 +167,6 @@ def precisions_cholesky(covariances: Tensor, covariance_type: CovarianceType) ->
     return torch.linalg.solve_triangular(lower, identity.expand_as(lower), upper=False).mT
 
 
-def cholesky_of_precisions(precisions: Tensor, covariance_type: CovarianceType) -> Tensor:
-    """Factors U with U U^T = precision, U upper triangular.
-
-    Raises:
-        ClusteringError: a precision is not positive definite.
-    """
-    if covariance_type in ("spherical", "diag"):
-        _require_positive_definite(bool((precisions > 0).all()), covariance_type)
-        return precisions.sqrt()
-    # torch factors into lower L L^T; reversing both axes before and after turns L into U.
-    lower, info = torch.linalg.cholesky_ex(precisions.flip(-1, -2))
-    _require_positive_definite(not bool(info.any()), covariance_type)
-    return lower.flip(-1, -2)
-
-
 def features_of(
     rows: Tensor, origin: Tensor, covariance_type: CovarianceType, scratch: Scratch | None = None
 ) -> Tensor:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, Self, get_args
 
 import torch
@@ -16,8 +15,6 @@ from brainray.clustering.gaussian import (
     LogJoint,
     Scratch,
     SufficientStatistics,
-    cholesky_of_precisions,
-    covariance_shape,
     estimate_covariances,
     features_of,
     log_joint_of,
@@ -122,24 +119,19 @@ class GaussianMixture(FittedModule):
         *,
         init_responsibilities: Tensor | None = None,  # (n_rank, K)
         init_means: Tensor | None = None,  # (K, D)
-        init_weights: Tensor | None = None,  # (K,)
-        init_precisions: Tensor | None = None,  # shaped like the covariances
         row_keys: Tensor | None = None,  # (n_rank,) int64
         allowed: Tensor | None = None,  # (n_rank, K) bool
     ) -> Self:
         """Fit the mixture to the rows of all ranks (collective).
 
         The initial parameters come from an M-step on `init_responsibilities`, by default K-means
-        labels; given means, weights and precisions replace its results (scikit-learn's means_init,
-        weights_init, precisions_init). Departure: K-means starts from `init_means` if given, so
-        that its clusters are in the same order.
+        labels; given means replace its means (scikit-learn's means_init). Departure: K-means starts
+        from `init_means` if given, so that its clusters are in the same order.
 
         Args:
             x: this rank's rows; may be empty.
             init_responsibilities: of this rank's rows; each row sums to 1.
             init_means: the same on every rank.
-            init_weights: positive, summing to 1; the same on every rank.
-            init_precisions: inverse covariances; the same on every rank.
             row_keys: unique over all ranks; by default the global row index in rank order.
             allowed: components that may explain each row, at least one; by default all. This
                 restricts rows of a known class to its components (Shental et al. 2003, "Computing
@@ -147,8 +139,8 @@ class GaussianMixture(FittedModule):
 
         Raises:
             ClusteringError: on all ranks: rows with NaN or infinity, fewer rows (or, for K-means,
-                distinct rows) than components, invalid initial parameters, a covariance that is not
-                positive definite.
+                distinct rows) than components, invalid initial responsibilities or means, a
+                covariance that is not positive definite.
         """
         num_rows = shards.check_rows(x)
         if num_rows < self.num_components:
@@ -158,15 +150,15 @@ class GaussianMixture(FittedModule):
             )
         row_keys = shards.resolve_row_keys(x, row_keys)
         origin = shards.mean_of_rows(x, num_rows).to(x.dtype)
-        start = _Start(init_means, init_weights, init_precisions)
-        start.check(self.num_components, x.shape[1], self.covariance_type)
-        drawn = not start.is_complete() and init_responsibilities is None and init_means is None
+        if init_means is not None:
+            self._check_means(init_means, x)
+        drawn = init_responsibilities is None and init_means is None
         best: dict[str, Any] = {}
         best_bound = -math.inf
         for number in range(self.num_init if drawn else 1):
             # Consecutive seeds must not share starts, or their results would be equal.
             seed = self.seed if number == 0 else seed_of(self.seed, number)
-            self._begin(x, origin, row_keys, start, init_responsibilities, allowed, seed)
+            self._begin(x, origin, row_keys, init_responsibilities, init_means, allowed, seed)
             self._iterate(x, origin, row_keys, allowed)
             # The margin prevents rounding from deciding between two starts with the same result.
             if not best or self.lower_bound_ > best_bound + 1e-9 * abs(best_bound):
@@ -180,28 +172,27 @@ class GaussianMixture(FittedModule):
         x: Tensor,
         origin: Tensor,
         row_keys: Tensor,
-        start: "_Start",
         responsibilities: Tensor | None,
+        means: Tensor | None,
         allowed: Tensor | None,
         seed: int,
     ) -> None:
-        """Initialise from responsibilities (by default K-means labels) and given parameters."""
+        """Initialise from responsibilities (by default K-means labels) and given means."""
         self.num_reseeded_ = 0
-        if not start.is_complete():
-            if responsibilities is None:
-                responsibilities = self._kmeans_labels(x, row_keys, start.means, seed)
-            statistics = self._statistics(x, origin, responsibilities)
-            num_rows = dist.count_across_ranks(len(x), x.device)
-            total = float(statistics.counts.sum())
-            # Negated, so that NaN is rejected too.
-            if not abs(total - num_rows) <= 1e-3 * num_rows:
-                raise ClusteringError(
-                    f"init_responsibilities of {num_rows} rows sum to {total:g}: each row must "
-                    "sum to 1"
-                )
-            vanished = self._m_step(statistics, origin)
-            self._reseed(vanished, x, row_keys, allowed)
-        self._override(start, x.device)
+        if responsibilities is None:
+            responsibilities = self._kmeans_labels(x, row_keys, means, seed)
+        statistics = self._statistics(x, origin, responsibilities)
+        num_rows = dist.count_across_ranks(len(x), x.device)
+        total = float(statistics.counts.sum())
+        # Negated, so that NaN is rejected too.
+        if not abs(total - num_rows) <= 1e-3 * num_rows:
+            raise ClusteringError(
+                f"init_responsibilities of {num_rows} rows sum to {total:g}: each row must sum to 1"
+            )
+        vanished = self._m_step(statistics, origin)
+        self._reseed(vanished, x, row_keys, allowed)
+        if means is not None:
+            self.means_ = means.to(self.means_)
 
     def _iterate(self, x: Tensor, origin: Tensor, row_keys: Tensor, allowed: Tensor | None) -> None:
         """Iterate expectation and maximisation until the likelihood converges."""
@@ -355,16 +346,14 @@ class GaussianMixture(FittedModule):
             statistics.add(features, gamma, unknown, scratch)
         return statistics.sum_across_ranks()
 
-    def _override(self, start: "_Start", device: torch.device) -> None:
-        if start.weights is not None:
-            self.weights_ = start.weights.to(device=device, dtype=torch.float64)
-        if start.means is not None:
-            self.means_ = start.means.to(device=device, dtype=torch.float64)
-        if start.precisions is not None:
-            precisions = start.precisions.to(device=device, dtype=torch.float64)
-            self.precisions_cholesky_ = cholesky_of_precisions(precisions, self.covariance_type)
-            is_matrix = self.covariance_type in ("tied", "full")
-            self.covariances_ = torch.linalg.inv(precisions) if is_matrix else 1 / precisions
+    def _check_means(self, means: Tensor, x: Tensor) -> None:
+        expected = (self.num_components, x.shape[1])
+        if tuple(means.shape) != expected or not bool(torch.isfinite(means).all()):
+            raise ClusteringError(
+                f"init_means must be finite and of shape {expected}, but has shape "
+                f"{tuple(means.shape)}: was it fitted with a different number of components or "
+                "features?"
+            )
 
     def _log_joint_by_block(
         self, x: Tensor, origin: Tensor, scratch: Scratch
@@ -414,42 +403,3 @@ class GaussianMixture(FittedModule):
             "full": num_components * triangle,
         }[self.covariance_type]
         return num_covariances + num_components * num_features + num_components - 1
-
-
-@dataclass(frozen=True)
-class _Start:
-    """Initial parameters; those that are None are estimated."""
-
-    means: Tensor | None
-    weights: Tensor | None
-    precisions: Tensor | None
-
-    def is_complete(self) -> bool:
-        return not any(part is None for part in (self.means, self.weights, self.precisions))
-
-    def check(
-        self, num_components: int, num_features: int, covariance_type: CovarianceType
-    ) -> None:
-        shapes = {
-            "init_means": (self.means, (num_components, num_features)),
-            "init_weights": (self.weights, (num_components,)),
-            "init_precisions": (
-                self.precisions,
-                covariance_shape(num_components, num_features, covariance_type),
-            ),
-        }
-        for name, (value, shape) in shapes.items():
-            if value is None:
-                continue
-            if tuple(value.shape) != shape or not bool(torch.isfinite(value).all()):
-                raise ClusteringError(
-                    f"{name} must be finite and of shape {shape}, but has shape "
-                    f"{tuple(value.shape)}: was it fitted with a different number of components or "
-                    "features, or a different covariance type?"
-                )
-        if self.weights is not None and not (
-            bool((self.weights > 0).all()) and abs(float(self.weights.sum()) - 1) < 1e-3
-        ):
-            raise ClusteringError(
-                f"init_weights {self.weights.tolist()} must be positive and sum to 1"
-            )
