@@ -1,24 +1,11 @@
-"""Version of the running code, and the Ray job it runs for."""
+"""Version of the running code."""
 
 import hashlib
 import os
 import subprocess
 from pathlib import Path
 
-import ray
-
 import brainray
-
-
-def about_code() -> dict[str, str]:
-    """Versions of the running code, and the ids of its Ray job."""
-    return {
-        "brainray": brainray.__version__,
-        "code_hash": code_hash(),
-        "git_revision": git_revision(),
-        "ray_job_id": ray.get_runtime_context().get_job_id() if ray.is_initialized() else "",
-        "ray_submission_id": os.environ.get("RAY_JOB_SUBMISSION_ID", ""),
-    }
 
 
 def code_hash() -> str:

@@ -9,9 +9,9 @@ from brainray import layout
 from brainray.config import URI_VARIABLE, Config
 from brainray.config_text import flatten
 from brainray.errors import ConfigError, TrackingError
-from brainray.orchestration.code_version import about_code
 from brainray.orchestration.lock import is_held
 from brainray.orchestration.paths import resolve_tracking_uri
+from brainray.orchestration.provenance import about_software
 from brainray.orchestration.run import Run
 from brainray.redaction import HIDDEN
 from brainray.storage import Folder
@@ -23,14 +23,15 @@ from brainray.tracking import (
     is_server,
 )
 
-_TAGS_OF_CODE = {
-    "brainray.version": "brainray",
-    "brainray.code_hash": "code_hash",
-    "brainray.ray_job_id": "ray_job_id",
-    "brainray.ray_submission_id": "ray_submission_id",
-    "brainray.git_revision": "git_revision",
-}
-"""Key in `about_code` for each tag."""
+_TAGGED = (
+    "code_hash",
+    "git_revision",
+    "ray_job_id",
+    "ray_submission_id",
+    "python",
+    "platform",
+)
+"""Keys of `about_software` that are tags of the same name."""
 
 
 def how_to_open(uri: str) -> str:
@@ -50,9 +51,8 @@ def begin_tracking(config: Config, run: Run, tags: Mapping[str, str] | None = No
         "brainray.data_hash": run.record.data_hash,
         "brainray.run_folder": str(run.folder),
     }
-    made_by = run.last_submission()
-    tags = about | _version_tags(made_by or {}) | dict(tags or {})
-    return open_tracking(config, run.folder, params, tags, made_by=made_by)
+    made_by = run.last_submission() or {}  # this software is not known to have made it
+    return open_tracking(config, run.folder, params, about | dict(tags or {}), made_by=made_by)
 
 
 def open_tracking(
@@ -61,11 +61,11 @@ def open_tracking(
     params: Mapping[str, object],
     tags: Mapping[str, str],
     *,
-    made_by: Mapping[str, object] | None = None,
+    made_by: Mapping[str, Any] | None = None,
 ) -> Tracker:
     """Open an MLflow run named like the folder, which records it and keeps what cannot be sent.
 
-    ``made_by`` is the `about_code` of the code that made the folder; by default, of this code.
+    ``made_by`` is the `about_software` of what made the folder; by default, of this process.
     """
     storage = Folder(config.storage)
     uri = _requested_uri(config) or default_uri(storage)
@@ -76,9 +76,8 @@ def open_tracking(
         )
     artifacts = artifact_location(uri, storage)
     tracker = Tracker(folder, uri, config.tracking.experiment, artifacts)
-    made_by = about_code() if made_by is None else made_by
-    code = {tag: str(made_by[key]) for tag, key in _TAGS_OF_CODE.items() if made_by.get(key)}
-    tracker.begin(folder.name, params, code | dict(tags))
+    software = _software_tags(about_software() if made_by is None else made_by)
+    tracker.begin(folder.name, params, software | dict(tags))
     return tracker
 
 
@@ -129,11 +128,11 @@ def _previous_uri(run: Run) -> str | None:
     return None if is_lost_database(uri) else uri
 
 
-def _version_tags(made_by: Mapping[str, Any]) -> dict[str, str]:
-    """Versions used by a run, as MLflow tags."""
-    versions = {name: made_by[name] for name in ("python", "platform") if name in made_by}
-    versions |= made_by.get("packages", {})
-    return {f"brainray.{name}": version for name, version in versions.items()}
+def _software_tags(made_by: Mapping[str, Any]) -> dict[str, str]:
+    """An `about_software`, as far as it is known, as MLflow tags."""
+    known = {"version": made_by.get("brainray")} | {name: made_by.get(name) for name in _TAGGED}
+    known |= made_by.get("packages", {})
+    return {f"brainray.{name}": value for name, value in known.items() if value}
 
 
 def send_run(run: Run, tracker: Tracker) -> None:

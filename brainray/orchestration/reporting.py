@@ -1,6 +1,5 @@
 """Gathers the data for the report of a run or an evaluation."""
 
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +7,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import ray
 import torch
 from numpy.typing import NDArray
 
@@ -19,7 +17,6 @@ from brainray.engine.explain import class_activation_maps, rows_to_explain
 from brainray.engine.state import Checkpoint, load_checkpoint
 from brainray.errors import CheckpointError, DataError
 from brainray.log import log
-from brainray.orchestration.code_version import about_code
 from brainray.orchestration.compared_runs import (
     Control,
     against_control,
@@ -29,7 +26,6 @@ from brainray.orchestration.compared_runs import (
 )
 from brainray.orchestration.run import Run, open_run, unfinished
 from brainray.orchestration.store import ImageStore, open_store, read_images
-from brainray.redaction import command_line
 from brainray.report.comparison_table import comparison_table
 from brainray.report.maps import SliceMap, run_maps
 from brainray.report.page import Explained, write_page
@@ -166,7 +162,7 @@ def _about(config: Config, run: Run) -> dict[str, str]:
         return about
     kind = "GPU" if made_by["device"] == "cuda" else "CPU"
     workers = f"{made_by['num_workers']} on {kind}, {made_by['cpus_per_worker']} CPU(s) each"
-    return _software(made_by) | about | {"workers": workers}
+    return software_rows(made_by) | about | {"workers": workers}
 
 
 def explain(predictions: pa.Table, checkpoint: Checkpoint, load: LoadImages) -> list[Explained]:
@@ -196,21 +192,8 @@ def explain(predictions: pa.Table, checkpoint: Checkpoint, load: LoadImages) -> 
     ]
 
 
-def about_software() -> dict[str, str]:
-    """The command and the software versions of this job, for its report."""
-    return _software(
-        {
-            "command": command_line(),
-            **about_code(),
-            "python": platform.python_version(),
-            "platform": platform.platform(),
-            "packages": {"torch": torch.__version__, "ray": ray.__version__},
-        }
-    )
-
-
-def _software(made_by: Mapping[str, Any]) -> dict[str, str]:
-    """The same of a job that left such a record."""
+def software_rows(made_by: Mapping[str, Any]) -> dict[str, str]:
+    """What a page tells of an `about_software`."""
     code = f"brainray {made_by['brainray']}, {made_by['code_hash']} {made_by['git_revision']}"
     return {
         "command": made_by["command"],

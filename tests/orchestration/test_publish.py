@@ -1,13 +1,24 @@
 """A run's figures are found where they were sent."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 from unittest.mock import Mock
 
 import pytest
+import torch
 
 from brainray.config_text import load_config
-from brainray.orchestration.publish import _requested_uri, how_to_open, send_run
+from brainray.orchestration import publish
+from brainray.orchestration.provenance import PACKAGES, about_software
+from brainray.orchestration.publish import (
+    _requested_uri,
+    _software_tags,
+    begin_tracking,
+    how_to_open,
+    open_tracking,
+    send_run,
+)
 from brainray.orchestration.run import Run
 from brainray.storage import Folder
 
@@ -57,3 +68,38 @@ def test_a_database_in_the_environment_is_used_wherever_a_command_is_run_later(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///m.db")
     assert _requested_uri(config) == f"sqlite:///{tmp_path}/m.db"
+
+
+def test_tags_tell_of_the_software_what_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BRAINRAY_GIT_REVISION", "1234567")
+    monkeypatch.setenv("RAY_JOB_SUBMISSION_ID", "raysubmit_1")
+    whole = dict.fromkeys(PACKAGES, "1.0")
+    tags = _software_tags(about_software() | {"ray_job_id": "01000000", "packages": whole})
+    names = ["version", "code_hash", "git_revision", "ray_job_id", "ray_submission_id"]
+    names += ["python", "platform", *PACKAGES]
+    assert set(tags) == {f"brainray.{name}" for name in names}
+    earlier = {"brainray": "0.1", "git_revision": "", "packages": {"numpy": "2.0", "captum": ""}}
+    assert _software_tags(earlier) == {"brainray.version": "0.1", "brainray.numpy": "2.0"}
+
+
+def test_this_software_is_only_named_where_it_made_something(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker = Mock()
+    monkeypatch.setattr(publish, "Tracker", tracker)
+    config = load_config(None, ["name=old", f"storage={tmp_path}"])
+    record: Any = SimpleNamespace(num_slices={}, data_hash="abc")
+    run = Run(Folder(tmp_path) / "runs" / "old", record)
+
+    begin_tracking(config, run)
+    *_, tags = tracker.return_value.begin.call_args.args
+    assert set(tags) == {"brainray.data_hash", "brainray.run_folder"}
+
+    run.folder.write_json_lines("provenance.jsonl", [{"packages": {"torch": "2.0"}}])
+    begin_tracking(config, run)
+    *_, tags = tracker.return_value.begin.call_args.args
+    assert tags["brainray.torch"] == "2.0"
+
+    open_tracking(config, run.folder, {}, {})
+    *_, tags = tracker.return_value.begin.call_args.args
+    assert tags["brainray.torch"] == torch.__version__

@@ -46,7 +46,8 @@ from brainray.orchestration.preprocessing.source import (
     renaming_advice,
 )
 from brainray.orchestration.preprocessing.subject_salt import salt_id, subject_salt
-from brainray.orchestration.reporting import about_software, explain
+from brainray.orchestration.provenance import about_software
+from brainray.orchestration.reporting import explain, software_rows
 from brainray.orchestration.run import groups_of_test_slices
 from brainray.report.evaluation_figures import draw_evaluation_figures
 from brainray.report.page import Explained, write_evaluation_page
@@ -141,7 +142,8 @@ def _evaluate(
         log(f"{target}: replacing the earlier evaluation of this name")
     explained = _explained(predictions, config, predictor)
     num_seen = None if twins is None else {level: len(found) for level, found in twins.items()}
-    about = about_software() | {"model": str(predictor.folder), "source": config.given("source")}
+    about = software_rows(about_software())
+    about |= {"model": str(predictor.folder), "source": config.given("source")}
     with target.rebuilt(layout.EVALUATION_METRICS) as folder:
         made_by = to_yaml(_settings(config, predictor, model))
         folder.write_bytes(layout.CONFIG, made_by.encode())

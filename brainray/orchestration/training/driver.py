@@ -25,13 +25,13 @@ from brainray.orchestration.lock import held
 from brainray.orchestration.pretraining.driver import starting_weights, warm_up
 from brainray.orchestration.pretraining.weights import State
 from brainray.orchestration.progress import Follower
+from brainray.orchestration.provenance import record_submission
 from brainray.orchestration.publish import begin_tracking, how_to_open, send_run
 from brainray.orchestration.ray_train import train_on_workers
 from brainray.orchestration.reporting import write_run_page
 from brainray.orchestration.resources import WorkerResources, alive_nodes, plan_workers
 from brainray.orchestration.run import Run, groups_of_test_slices, run_to_resume
 from brainray.orchestration.store import ImageStore, store_to_train_on
-from brainray.orchestration.training.provenance import record_submission
 from brainray.orchestration.training.start import begin_run, check_run_fits
 from brainray.orchestration.training.worker import train_worker
 from brainray.report.maps import run_maps
