@@ -20,8 +20,8 @@ import pytest
 from mlflow import MlflowClient
 
 from brainray import layout
+from brainray.benchmarks.own_nodes import kill_with_children
 from brainray.config_text import to_yaml
-from brainray.orchestration.own_head import kill_with_children
 from brainray.storage import Folder
 from tests.conftest import tiny_config
 

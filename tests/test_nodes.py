@@ -14,16 +14,15 @@ import pytest
 import torch
 
 from brainray import layout
-from brainray.config_text import to_yaml
-from brainray.engine.state import load_checkpoint
-from brainray.orchestration.own_head import (
-    RayHead,
+from brainray.benchmarks.own_nodes import (
+    driver_environment,
     kill_with_children,
-    own_ray_head,
     own_ray_node,
     wait_for_nodes,
-    wait_until_ready,
 )
+from brainray.config_text import to_yaml
+from brainray.engine.state import load_checkpoint
+from brainray.orchestration.own_head import RayHead, own_ray_head, wait_until_ready
 from brainray.storage import Folder
 from tests.conftest import tiny_config
 
@@ -62,7 +61,7 @@ def job(tmp_path: Path, phantoms: Path) -> Callable[..., subprocess.Popen[str]]:
         path = str(PROJECT / "jobs" / f"{name}.py")
         return subprocess.Popen(
             [sys.executable, "-c", RUN, path, "--config", str(config), "--set", *overrides],
-            env={**head.driver_environment, "PYTHONPATH": str(PROJECT)},
+            env={**driver_environment(head), "PYTHONPATH": str(PROJECT)},
             stdout=subprocess.PIPE,
             text=True,
             cwd=tmp_path,
@@ -191,7 +190,7 @@ def test_a_killed_driver_and_a_killed_head_cost_the_epoch_under_way_only(
 
 def test_what_a_head_of_ours_opens_takes_no_one_without_the_token(tmp_path: Path) -> None:
     with nodes(1) as (head, _):
-        stranger = {**head.driver_environment, "RAY_AUTH_TOKEN": "0" * 64}
+        stranger = {**driver_environment(head), "RAY_AUTH_TOKEN": "0" * 64}
         code = "import ray; ray.init(logging_level='ERROR'); print(ray.nodes())"
         attempt = subprocess.run(
             [sys.executable, "-c", code],

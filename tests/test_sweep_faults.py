@@ -11,13 +11,9 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
+from brainray.benchmarks.own_nodes import driver_environment, kill_with_children
 from brainray.config_text import to_yaml
-from brainray.orchestration.own_head import (
-    RayHead,
-    kill_with_children,
-    own_ray_head,
-    wait_until_ready,
-)
+from brainray.orchestration.own_head import RayHead, own_ray_head, wait_until_ready
 from brainray.storage import Folder
 from tests.conftest import tiny_config
 from tests.test_faults import job, kill_tree, result, wait_for
@@ -74,7 +70,7 @@ def start(phantoms: Path, tmp_path: Path) -> Start:
 
     def begin(head: RayHead | None = None, *settings: str) -> subprocess.Popen[str]:
         sweep = ["name=search", "dataset=mri", *settings]
-        environment = os.environ if head is None else head.driver_environment
+        environment = os.environ if head is None else driver_environment(head)
         return job("tune", config_file, *sweep, environment=environment)
 
     return begin

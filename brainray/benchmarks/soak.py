@@ -22,6 +22,12 @@ from matplotlib.figure import Figure
 
 import brainray
 from brainray import layout
+from brainray.benchmarks.own_nodes import (
+    driver_environment,
+    kill_with_children,
+    own_ray_node,
+    wait_for_nodes,
+)
 from brainray.benchmarks.result import BenchmarkResult, CaseOptions, Measure
 from brainray.engine.state import load_checkpoint
 from brainray.errors import DataError
@@ -30,10 +36,7 @@ from brainray.mri.phantom import write_phantoms
 from brainray.orchestration.own_head import (
     RayDidNotStart,
     RayHead,
-    kill_with_children,
     own_ray_head,
-    own_ray_node,
-    wait_for_nodes,
     wait_until_ready,
 )
 from brainray.report.style import BLUE, ORANGE, new_figure
@@ -165,7 +168,7 @@ def _job(head: RayHead, name: str, config: Path, *settings: str) -> subprocess.P
     paths = [str(JOBS.parent), head.environment.get("PYTHONPATH", "")]
     return subprocess.Popen(
         [*command, "--set", *settings],
-        env={**head.driver_environment, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        env={**driver_environment(head), "PYTHONPATH": os.pathsep.join(filter(None, paths))},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         text=True,

@@ -49,11 +49,6 @@ class RayHead:
     """Environment of processes that connect to this head."""
     log: Path
 
-    @property
-    def driver_environment(self) -> dict[str, str]:
-        """Environment of a process that runs a job on this head without submission."""
-        return {**self.environment, "RAY_ADDRESS": self.address}
-
 
 @contextlib.contextmanager
 def own_ray_head(*, num_cpus: int | None = None) -> Iterator[RayHead]:
@@ -65,9 +60,11 @@ def own_ray_head(*, num_cpus: int | None = None) -> Iterator[RayHead]:
     folder = Path(tempfile.mkdtemp(prefix="brainray-", dir="/tmp"))
     token = secrets.token_hex(32)
     output = folder / "head.log"
-    ports = _free_ports(7)
+    ports = free_ports(7)
     command = [
-        *_ray("start", "--head", "--block", "--disable-usage-stats", "--include-dashboard=true"),
+        *ray_command(
+            "start", "--head", "--block", "--disable-usage-stats", "--include-dashboard=true"
+        ),
         f"--temp-dir={folder}",
         f"--object-store-memory={OBJECT_STORE_BYTES}",
         "--dashboard-host=127.0.0.1",
@@ -103,73 +100,7 @@ def own_ray_head(*, num_cpus: int | None = None) -> Iterator[RayHead]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def own_ray_node(head: RayHead, *, num_cpus: int) -> Iterator[subprocess.Popen[bytes]]:
-    """Another node of the head's Ray cluster, on this machine; ends with the head at the latest.
-
-    It takes some seconds to join: see ``wait_for_nodes``.
-    """
-    ports = _free_ports(4)
-    command = [
-        *_ray("start", "--block", "--disable-usage-stats", f"--address={head.address}"),
-        f"--num-cpus={num_cpus}",
-        f"--object-store-memory={OBJECT_STORE_BYTES // 4}",
-        # The default ports assume one node per machine: several would take each other's.
-        "--min-worker-port=0",
-        "--max-worker-port=0",
-        f"--dashboard-agent-listen-port={ports[0]}",
-        f"--dashboard-agent-grpc-port={ports[1]}",
-        f"--runtime-env-agent-port={ports[2]}",
-        f"--metrics-export-port={ports[3]}",
-    ]
-    with head.log.with_name(f"node-{ports[0]}.log").open("wb") as stream:
-        process = subprocess.Popen(
-            command,
-            env=head.environment,
-            stdin=subprocess.DEVNULL,
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
-        yield process
-    finally:
-        kill_with_children(process.pid)
-        process.wait()
-
-
-def wait_for_nodes(head: RayHead, count: int) -> None:
-    """Wait until the Ray cluster has this many live nodes."""
-    deadline = time.monotonic() + START_TIMEOUT_S
-    alive = -1
-    while time.monotonic() < deadline:
-        with contextlib.suppress(OSError, http.client.HTTPException, KeyError, TypeError):
-            nodes = _get(head, "/api/v0/nodes")["data"]["result"]["result"]
-            alive = sum(node["state"] == "ALIVE" for node in nodes)
-            if alive == count:
-                return
-        time.sleep(0.5)
-    for path in sorted(head.log.parent.glob("node-*.log")):
-        tail = path.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
-        print(f"{path.name}:", *tail, sep="\n", file=sys.stderr)
-    raise RayDidNotStart(f"{alive} instead of {count} nodes after {START_TIMEOUT_S:.0f} s")
-
-
-def kill_with_children(pid: int) -> None:
-    """Send SIGKILL to a process and its descendants, as if the machine went down; ignores ended
-    ones.
-    """
-    try:
-        root = psutil.Process(pid)
-        family = [root, *root.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return
-    for process in family:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-
-
-def _ray(*arguments: str) -> list[str]:
+def ray_command(*arguments: str) -> list[str]:
     """The `ray` command of this Python."""
     return [sys.executable, "-m", "ray.scripts.scripts", *arguments]
 
@@ -196,7 +127,7 @@ def _environment(token: str, url: str) -> dict[str, str]:
     }
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Distinct ports that are free now; if one is taken before Ray uses it, Ray reports it."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
@@ -209,7 +140,7 @@ def wait_until_ready(head: RayHead) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
     while head.process.poll() is None and time.monotonic() < deadline:
         with contextlib.suppress(OSError, http.client.HTTPException):
-            _get(head, "/api/jobs/")
+            get_json(head, "/api/jobs/")
             return
         time.sleep(0.2)
     tail = head.log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
@@ -217,7 +148,7 @@ def wait_until_ready(head: RayHead) -> None:
     raise RayDidNotStart(f"no job API within {START_TIMEOUT_S:.0f} s: see Ray's log above")
 
 
-def _get(head: RayHead, path: str) -> Any:
+def get_json(head: RayHead, path: str) -> Any:
     """GET from the job API; raises OSError or HTTPException until it responds."""
     request = urllib.request.Request(
         head.url + path, headers={"Authorization": f"Bearer {head.token}"}
@@ -239,7 +170,7 @@ def submit(
     command += ["--runtime-env-json", json.dumps(variables), "--", *entrypoint]
     log(f"ray {shlex.join(command)}")
     process = subprocess.Popen(
-        _ray(*command),
+        ray_command(*command),
         cwd=working_dir,
         env=head.environment,
         stdin=subprocess.DEVNULL,
@@ -264,7 +195,7 @@ def _exit_code(head: RayHead, submission_id: str, submit_code: int) -> int:
     if submit_code == 0:
         return 0
     try:
-        return int(_get(head, f"/api/jobs/{submission_id}")["driver_exit_code"])
+        return int(get_json(head, f"/api/jobs/{submission_id}")["driver_exit_code"])
     except (OSError, http.client.HTTPException, KeyError, TypeError, ValueError):
         return submit_code  # it never ran, or Ray has ended
 
