@@ -19,6 +19,7 @@ from mlflow import MlflowClient
 from ray._common.utils import get_system_memory
 from ray._private.utils import get_used_memory
 
+from brainray.benchmarks.own_nodes import kill_with_children
 from brainray.config_text import to_yaml
 from brainray.engine.state import load_checkpoint
 from brainray.mri.phantom import write_phantoms
@@ -107,12 +108,7 @@ def config_file(tmp_path: Path) -> Path:
 
 
 def kill_tree(process: subprocess.Popen[str]) -> None:
-    root = psutil.Process(process.pid)
-    for member in [*root.children(recursive=True), root]:
-        try:
-            os.kill(member.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
+    kill_with_children(process.pid)
     process.wait()
 
 
