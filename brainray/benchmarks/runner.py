@@ -10,8 +10,8 @@ from brainray.benchmarks.result import BenchmarkResult, CaseOptions, measures_ta
 from brainray.config import Config
 from brainray.errors import DataError
 from brainray.log import log
-from brainray.orchestration.code_version import about_code
 from brainray.orchestration.job import JobResult
+from brainray.orchestration.provenance import about_software
 from brainray.report.style import png_bytes
 from brainray.storage import Folder
 
@@ -50,7 +50,7 @@ def run_case(arguments: Namespace, config: Config) -> JobResult:
         }
         for item in result.measures
     ]
-    made_by = {"source": arguments.source, "seed": arguments.seed, "code": about_code()}
+    made_by = {"source": arguments.source, "seed": arguments.seed, "software": about_software()}
     folder.write_json("result.json", made_by | {"measures": measures, "details": result.details})
     if result.figure is not None:
         folder.write_bytes("figure.png", png_bytes(result.figure))
