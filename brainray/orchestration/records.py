@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from brainray.errors import DataError
+from brainray.errors import ConfigError, DataError
 from brainray.storage import Folder
 
 NOT_OF_SLICES = {"files_per_task", "max_rejected_fraction"}
@@ -63,6 +63,15 @@ def with_defaults(stored: dict[str, Any], defaults: dict[str, Any]) -> dict[str,
         else value
         for key, value in stored.items()
     }
+
+
+def check_same_settings(
+    what: str, made_with: dict[str, Any], wanted: dict[str, Any], remedy: str
+) -> None:
+    """Raises ConfigError if ``what`` a name stands for already was made with other settings."""
+    difference = differing_settings(made_with, wanted)
+    if difference:
+        raise ConfigError(f"{what} exists with other settings ({difference}): {remedy}")
 
 
 def differing_settings(stored: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> str:

@@ -19,7 +19,12 @@ from brainray.config_text import parse_saved
 from brainray.errors import ConfigError, DataError
 from brainray.mri.split import check_validation_share
 from brainray.orchestration.lock import is_held
-from brainray.orchestration.records import Record, differing_settings, with_defaults
+from brainray.orchestration.records import (
+    Record,
+    check_same_settings,
+    differing_settings,
+    with_defaults,
+)
 from brainray.storage import Folder
 
 _LASTING_SECTIONS = {"dataset", "seed", *TRAINING_SECTIONS} - {"tracking"}
@@ -155,12 +160,12 @@ def run_to_resume(config: Config) -> Run | None:
     if not folder.exists(layout.RUN):
         return None
     run = Run.open(folder)
-    difference = differing_settings(run.settings, lasting_settings(config))
-    if difference:
-        raise ConfigError(
-            f"run {config.name!r} exists with other settings ({difference}): "
-            "choose another name, or delete its folder"
-        )
+    check_same_settings(
+        f"run {config.name!r}",
+        run.settings,
+        lasting_settings(config),
+        "choose another name, or delete its folder",
+    )
     return run
 
 

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from brainray import layout
 from brainray.config import Config, PreprocessConfig
-from brainray.config_text import parse_saved, to_yaml
+from brainray.config_text import flatten, parse_saved, to_yaml
 from brainray.engine.evaluate import summarise
 from brainray.engine.slice_model import stored_pixels
-from brainray.errors import ConfigError, DataError
+from brainray.errors import DataError
 from brainray.log import log
 from brainray.mri.groups import conflicting_groups, joint_groups
 from brainray.mri.leakage import Fingerprints, exposure
@@ -46,7 +46,7 @@ from brainray.orchestration.preprocessing.source import (
     renaming_advice,
 )
 from brainray.orchestration.preprocessing.subject_salt import salt_id, subject_salt
-from brainray.orchestration.provenance import about_software
+from brainray.orchestration.records import check_same_settings
 from brainray.orchestration.reporting import explain, software_rows
 from brainray.orchestration.run import groups_of_test_slices
 from brainray.report.evaluation_figures import draw_evaluation_figures
@@ -293,20 +293,12 @@ def _check_source(
     if not target.exists(layout.CONFIG):
         return
     before = parse_saved(target.read_bytes(layout.CONFIG), f"{target}/{layout.CONFIG}")
-    model_before = {key: getattr(before, key) for key in model}
-    is_own = from_pipeline and model_before == model  # its files may have been moved
-    difference = None
-    is_same_source = Folder(before.given("source")).uri == Folder(config.given("source")).uri
-    if not is_same_source and not is_own:
-        difference = f"another source ({before.source})"
-    elif model_before != model:
-        epoch = "" if model_before["epoch"] is None else f", epoch {model_before['epoch']}"
-        difference = f"another model ({model_before['run'] or model_before['checkpoint']}{epoch})"
-    if difference is not None:
-        raise ConfigError(
-            f"{target} is the evaluation of {difference}: choose another name with "
-            "--set name=NAME, or delete it"
-        )
+    made_with, wanted = {key: getattr(before, key) for key in model}, model
+    if not from_pipeline:  # whose files may have been moved
+        made_with |= {"source": Folder(before.given("source")).uri}
+        wanted = model | {"source": Folder(config.given("source")).uri}
+    remedy = "choose another name with --set name=NAME, or delete it"
+    check_same_settings(f"evaluation {target}", flatten(made_with), flatten(wanted), remedy)
 
 
 def _files_to_score(

@@ -12,7 +12,7 @@ import ray.data
 from brainray import layout
 from brainray.config import Config
 from brainray.engine.slice_model import Reference
-from brainray.errors import ConfigError, DataError
+from brainray.errors import DataError
 from brainray.log import log
 from brainray.mri.identity import content_hash
 from brainray.orchestration.blocks import with_progress
@@ -31,7 +31,7 @@ from brainray.orchestration.preprocessing.source import (
     find_images,
     ignored_note,
 )
-from brainray.orchestration.records import differing_settings
+from brainray.orchestration.records import check_same_settings
 from brainray.schema import PREDICTED_FILES, Metrics
 from brainray.storage import Folder, without_formulas
 
@@ -124,12 +124,8 @@ def _check_or_write_settings(config: Config, predictor: Predictor, folder: Folde
         folder.write_json(_SETTINGS, about | settings)
         return
     stored = folder.read_json(_SETTINGS)
-    difference = differing_settings({k: v for k, v in stored.items() if k not in about}, settings)
-    if difference:
-        raise ConfigError(
-            f"the predictions {folder} were made with other settings ({difference}): choose "
-            "another name"
-        )
+    made_with = {key: value for key, value in stored.items() if key not in about}
+    check_same_settings(f"prediction {folder}", made_with, settings, "choose another name")
 
 
 def _parts(folder: Folder) -> list[str]:

@@ -16,7 +16,7 @@ from brainray.orchestration.prediction.export import served_files
 from brainray.orchestration.prediction.inference import find_predictor
 from brainray.orchestration.pretraining.driver import warm_up
 from brainray.orchestration.publish import open_tracking
-from brainray.orchestration.records import differing_settings, with_defaults
+from brainray.orchestration.records import check_same_settings, with_defaults
 from brainray.orchestration.resources import WorkerResources
 from brainray.orchestration.run import lasting_settings, without_free
 from brainray.orchestration.store import ImageStore, check_sides, store_to_train_on
@@ -164,11 +164,7 @@ def _check_or_write_settings(config: Config, store: ImageStore, folder: Folder) 
         for each in (saved, Config().model_dump(mode="json"))
     )
     begun_with = with_defaults(begun_with, {key: defaults.get(key) for key in settings})
-    difference = differing_settings(begun_with, settings)
-    if difference:
-        raise ConfigError(
-            f"sweep {config.name!r} exists with other settings ({difference}): choose another name"
-        )
+    check_same_settings(f"sweep {config.name!r}", begun_with, settings, "choose another name")
     log(f"sweep {folder}: resumed")
 
 

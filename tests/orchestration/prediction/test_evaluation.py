@@ -109,13 +109,15 @@ def test_an_evaluation_is_replaced_by_one_of_the_same_model_and_source_only(
 
     check("epoch-0003", 3, f"checkpoint={mine}/epoch-0003")
     check("best", 3, "run=mine", "epoch=3", source="/data/")
-    with pytest.raises(ConfigError, match=r"is the evaluation of another source \(/data\)"):
+    with pytest.raises(ConfigError, match=r"\(source: /data here, /elsewhere/data requested\)"):
         check("epoch-0003", 3, "run=mine", "epoch=3", source="/elsewhere/data")
-    another = r"is the evaluation of another model \(mine, epoch 3\): choose another name"
-    for place, epoch, overrides in (("best", 3, ()), ("last", 4, ("epoch=4",))):
+    exists = f"evaluation {target} exists with other settings"
+    for place, epoch, asked in (("best", 3, "null"), ("last", 4, "4")):
+        named = "unset" if asked == "null" else asked
+        another = rf"{exists} \(epoch: 3 here, {named} requested\): choose another name"
         with pytest.raises(ConfigError, match=another):
-            check(place, epoch, "run=mine", *overrides)
-    with pytest.raises(ConfigError, match=another):
+            check(place, epoch, "run=mine", f"epoch={asked}")
+    with pytest.raises(ConfigError, match=rf"{exists} \(run: mine here, a requested\)"):
         check_evaluation_name(tiny_config(tmp_path, "source=/data", "name=a"))
 
 
@@ -125,10 +127,10 @@ def test_a_pipelines_evaluation_may_be_repeated_where_its_files_are_now(tmp_path
     config = tiny_config(tmp_path, "source=/data", "name=a")
     check_evaluation_name(config)
     target.write_bytes("config.yaml", b"source: /where/they/were\nrun: a\nepoch: 1\n")
-    with pytest.raises(ConfigError, match=r"another source \(/where/they/were\)"):
+    with pytest.raises(ConfigError, match=r"\(epoch: 1 here, unset requested\)"):
         check_evaluation_name(config)
     target.write_bytes("config.yaml", b"source: /data\ncheckpoint: /b\n")
-    with pytest.raises(ConfigError, match=r"is the evaluation of another model \(/b\)"):
+    with pytest.raises(ConfigError, match=r"\(checkpoint: /b here, .*; run: unset here, a req"):
         check_evaluation_name(config)
 
 

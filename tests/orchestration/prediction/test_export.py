@@ -447,14 +447,12 @@ def test_an_evaluation_tells_what_the_run_has_seen_and_what_it_leaves_out(
 
     (tmp_path / "hospital").rename(tmp_path / "another")
     moved = config.model_copy(update={"source": str(tmp_path / "another" / "Training")})
-    with pytest.raises(
-        ConfigError, match=r"told is the evaluation of another source \(.*hospital/Training\)"
-    ):
+    with pytest.raises(ConfigError, match=r"told exists .* \(source: .*hospital/Training here, "):
         evaluate(moved)
     loose = tmp_path / "loose"
     shutil.copytree(str(trained.run.folder / "best"), loose)
     other = config.model_copy(update={"run": None, "checkpoint": str(loose), "source": str(source)})
-    with pytest.raises(ConfigError, match=r"told is the evaluation of another model"):
+    with pytest.raises(ConfigError, match=r"told exists .* \(checkpoint: unset here, .*loose req"):
         evaluate(other)
     assert last.read_json("metrics.json") == scored.metrics
 

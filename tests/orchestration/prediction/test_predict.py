@@ -317,7 +317,11 @@ def test_slices_of_a_volume_are_rows_of_their_own(trained: TrainedRun, tmp_path:
         (["run=absent"], DataError, "no run 'absent'"),
         (["source=/absent"], DataError, "no such folder"),
         (["checkpoint=/tmp"], ConfigError, "needs either"),
-        (["name=inbox", "source=/tmp"], ConfigError, "made with other settings"),
+        (
+            ["name=inbox", "source=/tmp"],
+            ConfigError,
+            r"inbox exists with other settings \(source: ",
+        ),
     ],
 )
 def test_what_cannot_be_predicted_is_named(

@@ -787,7 +787,9 @@ def test_the_raw_test_files_tell_what_training_told_wherever_they_lie_and_whatev
     before = Folder(storage) / "evaluations" / "by-pipeline"
     test_paths = {str(path) for path in files if path.parts[0] == "Testing"}
     before.write_bytes("config.yaml", b"source: /where/they/were\nrun: another\n")
-    with pytest.raises(ConfigError, match="by-pipeline is the evaluation of another source"):
+    with pytest.raises(
+        ConfigError, match=r"by-pipeline exists .* \(run: another here, two-ranks r"
+    ):
         evaluate(config_of(storage, "by-pipeline", *settings), only_paths=test_paths)
     before.write_bytes("config.yaml", b"source: /where/they/were\nrun: two-ranks\n")
     scored = evaluate(config_of(storage, "by-pipeline", *settings), only_paths=test_paths)
