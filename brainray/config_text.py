@@ -3,7 +3,7 @@
 import difflib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -211,7 +211,7 @@ def _explain(error: ValidationError) -> str:
     for item in error.errors():
         key = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
-            problems.append(f"unknown key {key!r}{_nearest(key)}")
+            problems.append(f"unknown key {key!r}{did_you_mean([*map(str, item['loc'])])}")
         else:
             message = _MESSAGES.get(item["type"], item["msg"].removeprefix("Value error, "))
             key = key.removesuffix(".[key]")
@@ -228,33 +228,40 @@ def _shortened(text: str, limit: int = 500) -> str:
     return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
 
 
-def _nearest(key: str) -> str:
-    """What to write instead of an unknown key, which may also be that of a section."""
-    section, _, name = key.rpartition(".")
-    prefix, fields = f"{section}." if section else "", _section_at(section).model_fields
-    elsewhere = [known for known in known_keys() if known.rpartition(".")[2] == name]
-    close = difflib.get_close_matches(name, fields, n=1, cutoff=0.7)
-    matches = elsewhere or [prefix + field for field in close]
-    if matches:
-        return f" (did you mean {' or '.join(map(repr, matches[:3]))}?)"
-    return f" (known keys: {', '.join(prefix + field for field in fields)})"
+def did_you_mean(parts: Sequence[str]) -> str:
+    """What to write instead of an unknown key, or within it if it is that of a section; for errors.
+
+    ``parts``: of the key, without its dots.
+    """
+    fields = _fields_at(parts)
+    if fields is not None:
+        return f" (known keys: {', '.join('.'.join([*parts, field]) for field in fields)})"
+    *section, name = parts
+    keys: dict[str, list[str]] = {}  # by name, which those in other sections may share
+    for key in known_keys():
+        keys.setdefault(key.rpartition(".")[2], []).append(key)
+    keys |= {field: [".".join([*section, field])] for field in _fields_at(section) or ()}
+    close = difflib.get_close_matches(name, keys, n=1, cutoff=0.7)
+    if close:
+        return f" (did you mean {' or '.join(map(repr, keys[close[0]][:3]))}?)"
+    return did_you_mean(section)
 
 
-def _section_at(key: str) -> type[BaseModel]:
-    """The type of the section with this dotted key; of the whole configuration if empty."""
-    section: type[BaseModel] = Config
-    names = iter(key.split(".") if key else ())
+def _fields_at(parts: Sequence[str]) -> Iterable[str] | None:
+    """The names in a section, in the whole configuration if empty; None if it does not exist."""
+    section: Any = Config
+    names = iter(parts)
     for name in names:
-        if name not in section.model_fields:  # a name that was chosen by the user has dots
-            continue
-        field: Any = section.model_fields[name].annotation
-        named = _section_of_names(field)
+        if name not in section.model_fields:
+            return None
+        annotation = section.model_fields[name].annotation
+        named = _section_of_names(annotation)
         if named is not None:
-            next(names)  # chosen by the user
-        section = named or field
+            next(names, None)  # chosen by the user
+        section = named or annotation
         if not (isinstance(section, type) and issubclass(section, BaseModel)):
-            return Config  # a user's name has dots and looks like a key
-    return section
+            return None
+    return section.model_fields
 
 
 def _section_of_names(annotation: Any) -> type[BaseModel] | None:

@@ -1,6 +1,5 @@
 """Trials of a sweep: their configuration, run, and state in storage."""
 
-import difflib
 import math
 import re
 import sys
@@ -13,7 +12,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 
 from brainray import layout
 from brainray.config import TRAINING_SECTIONS, WORKER_KEYS, Config, SearchDomain, TrainConfig
-from brainray.config_text import flatten, known_keys, parse_config
+from brainray.config_text import did_you_mean, flatten, known_keys, parse_config
 from brainray.engine.selection import chosen_epoch, reported_metrics
 from brainray.errors import BrainrayError, ConfigError, TransientError
 from brainray.orchestration.run import Run
@@ -149,8 +148,7 @@ def check_space(config: Config) -> None:
         )
     for key, entry in space.items():
         if key not in known_keys():
-            close = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.7)
-            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            hint = did_you_mean(key.split("."))
             raise ConfigError(f"tune.space contains the unknown key {key!r}{hint}")
         if key.partition(".")[0] not in _SEARCHED:
             raise ConfigError(

@@ -377,8 +377,11 @@ def test_paths_of_weights_in_a_space_are_made_absolute(
     ("space", "message"),
     [
         ({}, r"tune\.space is empty"),
-        ({"train.lr": {"choice": [1]}}, r"unknown key 'train\.lr'"),
-        ({"learning_rate": {"choice": [1]}}, r"did you mean 'train\.learning_rate'\?"),
+        ({"train.lr": {"choice": [1]}}, r"key 'train\.lr' \(known keys: train\.image_size, "),
+        ({"train": {"choice": [1]}}, r"key 'train' \(known keys: train\.image_size, "),
+        ({"trian.lr": {"choice": [1]}}, r"key 'trian\.lr' \(did you mean 'train'\?"),
+        ({"train.learning_rat": {"choice": [1]}}, r"mean 'train\.learning_rate'\?"),
+        ({"learning_rate": {"choice": [1]}}, r"did you mean 'train\.learning_rate' or 'self_"),
         ({"split.seed": {"choice": [1, 2]}}, r"cannot vary split\.seed"),
         ({"preprocess.image_size": {"choice": [64]}}, "cannot vary"),
         ({"train.learning_rate": {"uniform": [1e-3, 1e-4]}}, "two increasing numbers"),
