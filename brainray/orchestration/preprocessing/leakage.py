@@ -90,7 +90,7 @@ def twins_of_test_slices(
 
     Args:
         test: rows with ``path``, ``frame`` and ``label``, of the exposed slices.
-        train: rows with ``path``, ``label`` (null if unknown) and, if known, ``frame`` and
+        train: rows with ``path``, ``frame`` and ``label`` (null if unknown) and, if known,
             ``role``, of the slices that they are exposed to.
         exposed: `exposure` of ``test`` to ``train``.
     """
@@ -185,9 +185,7 @@ def _links_of(
 def _places(table: pa.Table, name: str) -> list[dict[str, Any]]:
     """Location of each slice, under ``name``: its path and, in multi-slice files, its frame."""
     frame_name = "frame" if name == "path" else f"{name}_frame"
-    knows_frames = "frame" in table.column_names
-    frames = table["frame"].to_pylist() if knows_frames else [""] * table.num_rows
     return [
-        {name: path} | ({frame_name: frame} if frame else {})
-        for path, frame in zip(table["path"].to_pylist(), frames, strict=True)
+        {name: row["path"]} | ({frame_name: row["frame"]} if row["frame"] else {})
+        for row in table.select(["path", "frame"]).to_pylist()
     ]
