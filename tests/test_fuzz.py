@@ -22,12 +22,14 @@ from PIL import Image
 
 from brainray.config import Config
 from brainray.config_text import known_keys, load_config
-from brainray.errors import BrainrayError
+from brainray.errors import BrainrayError, DataError
 from brainray.layout import MANIFEST, RUN, RUN_FORMAT, STORE_FORMAT
 from brainray.mri.decode import decode_file
 from brainray.mri.slices import RejectedImage
+from brainray.orchestration.manifest import Manifest
 from brainray.orchestration.preprocessing.source import list_source
-from brainray.orchestration.run import Run, lasting_settings
+from brainray.orchestration.records import Record
+from brainray.orchestration.run import Run, RunRecord, lasting_settings
 from brainray.orchestration.store import ImageStore, describe
 from brainray.schema import TRAIN
 from brainray.storage import Folder
@@ -241,6 +243,7 @@ WHOLE_MANIFEST: dict[str, Any] = {
     "preprocess": {"image_size": 64},
     "split": {"mode": "official"},
     "classes_map": {},
+    "decode_version": 1,
     "skull_strip_used": {"otsu": 6},
     "subject_salt": "0123",
     "classes": ["a", "b"],
@@ -320,6 +323,23 @@ def test_the_record_of_a_run_is_read_or_explained_in_one_line(amount: str, tmp_p
     read(json.dumps(WHOLE_RUN).encode())
     Run.open(folder)
     fuzz(amount, changed_json(WHOLE_RUN), 30, 3_000, read)
+
+
+@pytest.mark.parametrize(
+    ("record", "whole", "key"),
+    [
+        (Manifest, WHOLE_MANIFEST, "decode_version"),
+        (RunRecord, WHOLE_RUN, "versions"),
+        (RunRecord, WHOLE_RUN, "subject_salt"),
+    ],
+)
+def test_a_record_without_the_versions_or_salt_of_its_slices_is_damaged(
+    record: type[Record], whole: dict[str, Any], key: str, tmp_path: Path
+) -> None:
+    without = {name: value for name, value in whole.items() if name != key}
+    (tmp_path / record.FILE).write_text(json.dumps(without))
+    with pytest.raises(DataError, match=rf"is damaged \({key}: Field required\)"):
+        record.read(Folder(tmp_path))
 
 
 @pytest.mark.parametrize("amount", AMOUNTS)

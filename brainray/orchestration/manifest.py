@@ -36,7 +36,7 @@ class Manifest(Record):
     preprocess: PreprocessConfig
     split: dict[str, str | int | float]  # the settings that determine a store
     classes_map: dict[str, str | None]
-    decode_version: int | None = None
+    decode_version: int
     intracranial_version: int | None = None  # None: not in use
     skull_strip_used: dict[str, NonNegativeInt]  # number of slices by method
     subject_salt: str  # identifies the salt, without giving it away

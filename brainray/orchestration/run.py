@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import Field, NonNegativeInt, field_validator
+from pydantic import NonNegativeInt, field_validator
 
 from brainray import layout
 from brainray.config import (
@@ -61,8 +61,8 @@ class RunRecord(Record):
     data_hash: str  # of the store at that time
     classes: list[str]
     preprocess: PreprocessConfig  # of the store
-    versions: dict[str, int | None] = Field(default_factory=dict)  # `Manifest.versions`
-    subject_salt: str | None = None  # of the store
+    versions: dict[str, int | None]  # `Manifest.versions`
+    subject_salt: str  # of the store
     num_slices: dict[str, NonNegativeInt]  # by role
     settings: dict[str, Any]  # those that must not change when the run resumes, as sections
 

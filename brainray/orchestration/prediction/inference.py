@@ -69,7 +69,7 @@ class Predictor:
         return seen_by_run(self.run_folder)
 
     def subject_salt(self) -> str | None:
-        """Id of the salt with which the run's subjects are hashed; None if not recorded."""
+        """Id of the salt with which the run's subjects are hashed; None without the run."""
         return None if self.run is None else self.run.record.subject_salt
 
     def temperature(self) -> float | None:

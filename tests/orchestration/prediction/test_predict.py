@@ -177,7 +177,7 @@ def test_a_run_on_slices_that_would_be_made_otherwise_now_does_not_predict(
     info = run.read_json("run.json")
     assert info["versions"] == {"decode_version": decode.VERSION}
     info["preprocess"]["skull_strip"] = "intracranial"
-    run.write_json("run.json", info)  # as a run that was begun before versions were kept
+    run.write_json("run.json", info)
     with pytest.raises(CheckpointError, match=r"intracranial_version: unset here, \d+ requested"):
         find_predictor(config, "this test")
     versions = info["versions"] | {"intracranial_version": VERSION}

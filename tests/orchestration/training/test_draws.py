@@ -54,6 +54,8 @@ def write_complete_run(config: Config, num_right: int) -> None:
         data_hash="0",
         classes=["a", "b"],
         preprocess=PreprocessConfig(),
+        versions={},
+        subject_salt="",
         num_slices={},
         settings=lasting_settings(config),
     ).write(folder)
