@@ -46,6 +46,7 @@ from brainray.orchestration.preprocessing.source import (
     renaming_advice,
 )
 from brainray.orchestration.preprocessing.subject_salt import salt_id, subject_salt
+from brainray.orchestration.provenance import about_software
 from brainray.orchestration.records import check_same_settings
 from brainray.orchestration.reporting import explain, software_rows
 from brainray.orchestration.run import groups_of_test_slices
