@@ -130,8 +130,8 @@ def machines(tmp_path: Path) -> Iterator[Machines]:
     tag = secrets.token_hex(2)
     names = [f"brainray-{tag}-{number}" for number in range(3)]
     hosts = tmp_path / "hosts"
-    addresses = [f"{SUBNET}.{number} {name}" for number, name in enumerate(names, start=1)]
-    hosts.write_text("\n".join(["127.0.0.1 localhost", *addresses, ""]))
+    # As on Debian, each machine's own name leads to itself only.
+    hosts.write_text("\n".join(["127.0.0.1 localhost", f"127.0.1.1 {' '.join(names)}", ""]))
     with contextlib.ExitStack() as stack:
         # Ray puts sockets below, and a socket's path holds about 100 characters at most.
         private = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="br-", dir="/tmp")))

@@ -11,10 +11,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import cv2
+import psutil
 import ray
 import torch
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch.config import _TorchBackend
 from torch import nn
 
 from brainray.config import TrainConfig
@@ -79,6 +81,30 @@ def configure_rank() -> None:
     torch.backends.cudnn.benchmark = True  # slices and batches have few different shapes
 
 
+def use_network_of_ray() -> None:
+    """Make gloo use the interface that has the node's address in the Ray cluster.
+
+    By default it listens at the address of the machine's name. Where that is 127.0.1.1, as in
+    Debian's /etc/hosts, other machines would connect to themselves.
+    """
+    address = ray.util.get_node_ip_address()
+    for name, addresses in psutil.net_if_addrs().items():
+        if address in [each.address for each in addresses]:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
+class _Backend(_TorchBackend):
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        worker_group.execute(use_network_of_ray)  # before the process group is made
+        super().on_start(worker_group, backend_config)
+
+
+class _TorchConfig(TorchConfig):
+    @property
+    def backend_cls(self) -> type[_Backend]:
+        return _Backend
+
+
 def return_user_errors(work: Callable[[Settings], None]) -> Callable[[Settings], dict[str, str]]:
     """Decorate a worker function for `train_on_workers`.
 
@@ -128,7 +154,7 @@ def train_on_workers(
     trainer = TorchTrainer(
         train_loop,
         train_loop_config=settings,
-        torch_config=TorchConfig(timeout_s=config.collective_timeout_s),
+        torch_config=_TorchConfig(timeout_s=config.collective_timeout_s),
         scaling_config=scaling(
             num_workers=workers.num_workers_or_range,
             use_gpu=workers.use_gpu,

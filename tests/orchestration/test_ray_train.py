@@ -4,10 +4,12 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import FrameType, SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
+import psutil
 import pytest
 import ray.train
 import torch
@@ -16,6 +18,7 @@ from ray.train.v2.api.exceptions import WorkerGroupError
 from torch.nn.parallel import DistributedDataParallel
 
 from brainray import dist
+from brainray.config import TrainConfig
 from brainray.errors import (
     BrainrayError,
     ConfigError,
@@ -30,7 +33,11 @@ from brainray.orchestration.ray_train import (
     ddp_options,
     return_user_errors,
     run_trainer,
+    train_on_workers,
+    use_network_of_ray,
 )
+from brainray.orchestration.resources import WorkerResources
+from brainray.storage import Folder
 from tests.ranks import OnRanks
 
 
@@ -108,6 +115,45 @@ def test_actors_find_their_own_ray_beside_another() -> None:
         [sys.executable, "-c", OTHER_RAY], env=environment, capture_output=True, text=True
     )
     assert finished.stdout.split() == ["ALIVE"], finished.stderr
+
+
+@pytest.mark.parametrize(
+    ("address", "chosen", "expected"),
+    [
+        ("10.0.0.5", None, "eth0"),
+        ("127.0.0.1", None, "lo"),
+        ("10.0.0.5", "ib0", "ib0"),
+        ("203.0.113.9", None, None),  # the address outside of a translated network
+    ],
+)
+def test_ranks_meet_on_the_network_of_ray_unless_the_user_names_another(
+    address: str, chosen: str | None, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interfaces = {"lo": ["127.0.0.1", "::1"], "eth0": ["02:42:0a:00:00:05", "10.0.0.5"]}
+    found = {
+        name: [SimpleNamespace(address=each) for each in addresses]
+        for name, addresses in interfaces.items()
+    }
+    monkeypatch.setattr(psutil, "net_if_addrs", lambda: found)
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: address)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", chosen or "")
+    if chosen is None:
+        monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    use_network_of_ray()
+    assert os.environ.get("GLOO_SOCKET_IFNAME") == expected
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_workers_know_the_network_of_ray_when_they_train(tmp_path: Path) -> None:
+    @return_user_errors
+    def work(settings: dict[str, Any]) -> None:
+        raise ConfigError(os.environ.get("GLOO_SOCKET_IFNAME", "none"))
+
+    workers = WorkerResources(2, 1, gpus_per_worker=0, room=2)
+    with pytest.raises(ConfigError) as told:
+        train_on_workers(work, {}, folder=Folder(tmp_path), workers=workers, config=TrainConfig())
+    addresses = [each.address for each in psutil.net_if_addrs()[str(told.value)]]
+    assert ray.util.get_node_ip_address() in addresses
 
 
 def weights_of_two_steps(is_wrapped_again: bool) -> torch.Tensor:
