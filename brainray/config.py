@@ -449,8 +449,9 @@ class TrainConfig(_Section):
     the run's own setting. On a GPU,
     convolutions in fp32 multiply in TF32 where it has that, which is PyTorch's default."""
     wait_for_nodes: bool = False
-    """Wait for an autoscaler to add missing resources instead of failing; for training also set
-    ``num_workers``, ``cpus_per_worker`` and ``device``."""
+    """Wait for an autoscaler to add missing resources instead of failing at the start; for training
+    also set ``num_workers``, ``cpus_per_worker`` and ``device``. Nodes that are lost later are
+    always waited for."""
     max_failures: Count = 2
     """Number of times lost workers are replaced before the job fails."""
     collective_timeout_s: Annotated[int, Field(ge=1, le=10**7)] = 1800

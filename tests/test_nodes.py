@@ -31,8 +31,8 @@ pytestmark = pytest.mark.faults
 PROJECT = Path(__file__).parents[1]
 RUN = """
 import runpy, sys
-from brainray.orchestration import ray_train
-ray_train._RESIZE_INTERVAL_S = 5.0
+from brainray.orchestration import progress, ray_train
+ray_train._RESIZE_INTERVAL_S = progress._ROOM_EVERY_S = 5.0
 runpy.run_path(sys.argv.pop(1), run_name="__main__")
 """
 
@@ -161,6 +161,20 @@ def test_a_node_that_goes_and_one_that_comes_change_the_number_of_workers_only(
             assert "ended by SIGTERM" in result(process)["error"]
     epochs = [row["epoch"] for row in history(tmp_path, "elastic")]
     assert epochs == [*range(1, len(epochs) + 1)]
+
+
+def test_a_lost_node_is_waited_for_in_plain_words(tmp_path: Path, job: Callable) -> None:
+    with nodes(1, 1) as (head, others):
+        assert result(job(head, "preprocess", "name=mri"))["status"] == "ok"
+        process = job(head, "train", "name=waits", "dataset=mri", "train.num_workers=2")
+        wait_for_epoch(tmp_path, "waits", 1)
+        kill_with_children(others[0].pid)
+        waits = "waiting for nodes (1 alive): 2 workers with 1 CPU(s) each do not fit: the Ray "
+        waits += "cluster has room for 1; "
+        assert any(line.startswith(waits) for line in process.stdout), "it waits in silence"
+        with own_ray_node(head, num_cpus=1):
+            assert result(process)["status"] == "ok"
+    assert_complete(tmp_path, "waits")
 
 
 def test_a_killed_driver_and_a_killed_head_cost_the_epoch_under_way_only(

@@ -1,6 +1,7 @@
 """Progress of training as seen by the driver: a line per epoch, and MLflow."""
 
 import threading
+import time
 from abc import ABC, abstractmethod
 from datetime import timedelta
 from typing import Self
@@ -9,12 +10,14 @@ from brainray import layout
 from brainray.config import SelfSupervisionConfig, TrainConfig
 from brainray.engine.recipe import image_side
 from brainray.log import log
+from brainray.orchestration.resources import WorkerResources, alive_nodes
 from brainray.orchestration.run import Run
 from brainray.schema import Metrics
 from brainray.storage import Folder
 from brainray.tracking import Tracker
 
 POLL_S = 1.0
+_ROOM_EVERY_S = 60.0
 
 
 class Watcher(ABC):
@@ -123,6 +126,28 @@ class PretrainingFollower(Watcher):
             )
         left = timedelta(seconds=round(seconds * (self._config.num_epochs - metrics["epoch"])))
         return f"{_name(metrics)}/{self._config.num_epochs}: {losses}; {seconds:.0f} s, {left} left"
+
+
+class RoomFollower(Watcher):
+    """Says once a minute if the nodes have too little room: Ray Train waits for more in silence."""
+
+    def __init__(self, workers: WorkerResources) -> None:
+        super().__init__()
+        self._workers = workers
+        self._next_look = time.monotonic()
+
+    def poll(self) -> None:
+        if time.monotonic() < self._next_look:
+            return
+        self._next_look = time.monotonic() + _ROOM_EVERY_S
+        nodes = alive_nodes()
+        shortage = self._workers.shortage(nodes)
+        if shortage:
+            log(
+                f"waiting for nodes ({len(nodes)} alive): {shortage}; training goes on when they "
+                "join, or end the job and submit it again with fewer workers "
+                "(train.num_workers, train.min_workers)"
+            )
 
 
 def _name(metrics: Metrics) -> str:

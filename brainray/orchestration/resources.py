@@ -66,6 +66,16 @@ class WorkerResources:
         variables = QUIET | ({} if self.use_gpu else KEEPING_MEMORY)
         return {"env_vars": {k: v for k, v in variables.items() if k not in os.environ}}
 
+    def shortage(self, nodes: Sequence[NodeResources]) -> str:
+        """What nodes lack to hold as many workers as training needs; empty if they do not."""
+        room = _room(nodes, self.cpus_per_worker, self.gpus_per_worker)
+        needed = self.min_workers or self.num_workers
+        if room >= needed:
+            return ""
+        needs = f"{self.cpus_per_worker} CPU(s)"
+        needs += f" and {self.gpus_per_worker:g} GPU(s)" if self.use_gpu else ""
+        return f"{needed} workers with {needs} each do not fit: the Ray cluster has room for {room}"
+
 
 def plan_workers(config: TrainConfig, nodes: Sequence[NodeResources]) -> WorkerResources:
     """Derive the settings that the config leaves open, and check that the workers fit.
@@ -93,21 +103,21 @@ def plan_workers(config: TrainConfig, nodes: Sequence[NodeResources]) -> WorkerR
     cpus = config.cpus_per_worker or (
         _share_of_cpus(eligible, num_workers, gpus) or _share_of_cpus(eligible, needed, gpus) or 1
     )
-    room = sum(_workers_that_fit(node, cpus, gpus) for node in eligible)
     if use_gpu and gpus < 1 and num_workers > 1:
         raise ConfigError(
             f"train.gpus_per_worker={gpus:g} could put two of a run's {num_workers} workers on one "
             "GPU, which NCCL does not support: set train.num_workers=1 (so that trials of a sweep "
             "share GPUs) or train.gpus_per_worker=1"
         )
-    if room < needed and not waits:
-        needs = f"{cpus} CPU(s)" + (f" and {gpus:g} GPU(s)" if use_gpu else "")
+    room = _room(nodes, cpus, gpus)
+    workers = WorkerResources(num_workers, cpus, gpus, room, config.min_workers)
+    shortage = workers.shortage(nodes)
+    if shortage and not waits:
         raise RoomError(
-            f"{needed} workers with {needs} each do not fit: the Ray cluster has room for "
-            f"{room}; lower train.num_workers or train.cpus_per_worker, or set "
+            f"{shortage}; lower train.num_workers or train.cpus_per_worker, or set "
             "train.wait_for_nodes=true if an autoscaler adds nodes"
         )
-    return WorkerResources(num_workers, cpus, gpus, room, config.min_workers)
+    return workers
 
 
 @dataclass(frozen=True)
@@ -179,13 +189,14 @@ def _share_of_cpus(nodes: Sequence[NodeResources], num_workers: int, gpus: float
     ]
     most = max(shares, default=0)
     return next(
-        (
-            cpus
-            for cpus in range(most, 0, -1)
-            if sum(_workers_that_fit(node, cpus, gpus) for node in nodes) >= num_workers
-        ),
+        (cpus for cpus in range(most, 0, -1) if _room(nodes, cpus, gpus) >= num_workers),
         0,
     )
+
+
+def _room(nodes: Sequence[NodeResources], cpus: int, gpus: float) -> int:
+    """Number of workers that fit on the nodes."""
+    return sum(_workers_that_fit(node, cpus, gpus) for node in nodes)
 
 
 def _workers_that_fit(node: NodeResources, cpus: int, gpus: float) -> int:

@@ -3,13 +3,20 @@
 import time
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from brainray import layout
 from brainray.config import SelfSupervisionConfig, TrainConfig
 from brainray.orchestration import progress
-from brainray.orchestration.progress import PretrainingFollower, Watcher, time_left
+from brainray.orchestration.progress import (
+    PretrainingFollower,
+    RoomFollower,
+    Watcher,
+    time_left,
+)
+from brainray.orchestration.resources import WorkerResources
 from brainray.storage import Folder
 
 
@@ -35,6 +42,34 @@ def test_a_failed_poll_is_logged_once_and_the_next_goes_on(
     lines = capsys.readouterr().out.splitlines()
     assert flaky.num_polls >= 4  # the last of them at the end of the block
     assert lines == ["progress is temporarily unavailable: OSError: storage is away"]
+
+
+def test_too_little_room_is_said_once_a_minute(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, node = 0.0, {"CPU": 2.0}
+    nodes = [node, node]
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(progress, "alive_nodes", lambda: nodes)
+    fixed = RoomFollower(WorkerResources(2, 2, gpus_per_worker=0, room=2))
+    elastic = RoomFollower(WorkerResources(2, 2, gpus_per_worker=0, room=2, min_workers=1))
+
+    def lines(seconds: int) -> list[str]:
+        nonlocal now
+        for _ in range(seconds):
+            fixed.poll()
+            elastic.poll()
+            now += 1
+        return capsys.readouterr().out.splitlines()
+
+    assert lines(60) == []
+    nodes.remove(node)
+    (line,) = lines(60)
+    assert line.startswith("waiting for nodes (1 alive): 2 workers with 2 CPU(s) each do not fit: ")
+    assert "has room for 1; training goes on when they join" in line
+    assert len(lines(180)) == 3
+    nodes.append(node)
+    assert lines(60) == []
 
 
 def test_time_left_counts_pixels() -> None:

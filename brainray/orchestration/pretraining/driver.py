@@ -25,7 +25,7 @@ from brainray.orchestration.pretraining.weights import (
     weights_from,
 )
 from brainray.orchestration.pretraining.worker import pretrain_worker
-from brainray.orchestration.progress import PretrainingFollower
+from brainray.orchestration.progress import PretrainingFollower, RoomFollower
 from brainray.orchestration.ray_train import train_on_workers
 from brainray.orchestration.resources import WorkerResources, alive_nodes, plan_workers
 from brainray.orchestration.seen import seen_by_weights, training_slices
@@ -164,7 +164,7 @@ def _train(
         "store": str(store.folder),
         "data_hash": store.manifest.data_hash,
     }
-    with PretrainingFollower(config.self_supervision, target):
+    with PretrainingFollower(config.self_supervision, target), RoomFollower(workers):
         train_on_workers(
             pretrain_worker, settings, folder=target, workers=workers, config=config.train
         )

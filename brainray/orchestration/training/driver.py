@@ -24,7 +24,7 @@ from brainray.orchestration.compared_runs import (
 from brainray.orchestration.lock import held
 from brainray.orchestration.pretraining.driver import starting_weights, warm_up
 from brainray.orchestration.pretraining.weights import State
-from brainray.orchestration.progress import Follower
+from brainray.orchestration.progress import Follower, RoomFollower
 from brainray.orchestration.provenance import record_submission
 from brainray.orchestration.publish import begin_tracking, how_to_open, send_run
 from brainray.orchestration.ray_train import train_on_workers
@@ -185,14 +185,15 @@ def fit(training: Training, callbacks: Sequence[Any] = ()) -> None:
         "store": str(training.store.folder),
         "start": ray.put(_start(training)),
     }
-    train_on_workers(
-        train_worker,
-        settings,
-        folder=run.folder,
-        workers=workers,
-        config=config.train,
-        callbacks=callbacks,
-    )
+    with RoomFollower(workers):
+        train_on_workers(
+            train_worker,
+            settings,
+            folder=run.folder,
+            workers=workers,
+            config=config.train,
+            callbacks=callbacks,
+        )
 
 
 def _start(training: Training) -> State:
