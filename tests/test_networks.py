@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -111,11 +111,13 @@ class Machines:
         while self.run(pid, sys.executable, "-c", COUNT_NODES).stdout.strip() != str(count):
             assert time.monotonic() < deadline, f"no {count} nodes"
 
-    def submit(self, pid: int, job: str, config: Path, *settings: str) -> dict:
+    def submit(
+        self, pid: int, job: str, config: Path, *settings: str, options: Sequence[str] = ()
+    ) -> dict:
         """The result line of a job that is submitted as README says."""
         submitted = ["job", "submit", f"--address=http://{HEAD}:8265", f"--working-dir={PROJECT}"]
         command = ["python", f"jobs/{job}.py", "--config", str(config), "--set", *settings]
-        done = self.run(pid, *RAY, *submitted, "--", *command)
+        done = self.run(pid, *RAY, *submitted, *options, "--", *command)
         lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
         assert lines, done.stdout + done.stderr
         return dict(json.loads(lines[-1]))
@@ -165,15 +167,20 @@ def test_machines_that_share_the_storage_path_alone_run_the_whole_pipeline_and_a
     join = f"--address={HEAD}:6379"
     with (
         machines.node(0, "--head", "--num-cpus=2", f"--dashboard-host={HEAD}") as head,
-        machines.node(1, join, "--num-cpus=1"),
+        machines.node(1, join, "--num-cpus=1") as other,
         machines.node(2, join, "--num-cpus=1"),
     ):
         machines.wait_for_nodes(head, 3)
         # Four workers of a CPU fit on three machines only.
         whole = machines.submit(head, "pipeline", config, "name=mri", "train.num_workers=4")
         assert whole["status"] == "ok", whole
-        sweep = ["name=search", "dataset=mri", "train.num_workers=2"]
-        searched = machines.submit(head, "tune", config, *sweep)
+        # Only the driver's machine, which is not the head's, has the file that trials start from.
+        weights = f"{machines.private}/weights"
+        model = tmp_path / "runs" / "mri" / layout.BEST / layout.MODEL
+        assert machines.run(other, "cp", str(model), weights).returncode == 0
+        sweep = ["name=search", "dataset=mri", "train.num_workers=2", f"encoder.weights={weights}"]
+        elsewhere = [f'--entrypoint-resources={{"node:{SUBNET}.2": 0.001}}']
+        searched = machines.submit(head, "tune", config, *sweep, options=elsewhere)
         assert searched["status"] == "ok", searched
     history = Folder(tmp_path / "runs" / "mri").read_json_lines(layout.METRICS)
     assert [row["train/num_workers"] for row in history] == [4.0, 4.0]

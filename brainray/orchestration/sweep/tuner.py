@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import ray
 from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter, SearchAlgorithm, Searcher
@@ -34,8 +35,9 @@ def build_tuner(config: Config, folder: Folder, workers: WorkerResources) -> tun
             base=config.without_secrets().model_dump(mode="json"),
             command=[redacted(part) for part in sys.argv],  # saved by Ray and in storage
         ),
-        # Trials only wait for their workers: they need no CPU, and run on the driver's node.
-        {"node:__internal_head__": 0.001},
+        # Trials only wait for their workers: they need no CPU, and run on the driver's node, which
+        # has `encoder.weights`. A restored sweep takes the new driver's, too.
+        {_this_machine(): 0.001},
     )
     # A stopped trial is blocked in Ray Train: force it to end, or its workers would stay.
     os.environ.setdefault("TUNE_FORCE_TRIAL_CLEANUP_S", "10")
@@ -74,6 +76,13 @@ def build_tuner(config: Config, folder: Folder, workers: WorkerResources) -> tun
             verbose=0,
         ),
     )
+
+
+def _this_machine() -> str:
+    """Ray's resource of the machine on which this process runs."""
+    here = ray.get_runtime_context().get_node_id()
+    (address,) = (node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] == here)
+    return f"node:{address}"
 
 
 def _has_state(config: Config, folder: Folder) -> bool:

@@ -43,7 +43,7 @@ from brainray.orchestration.paths import resolve_paths
 from brainray.orchestration.publish import open_tracking
 from brainray.orchestration.resources import WorkerResources
 from brainray.orchestration.run import Run
-from brainray.orchestration.sweep import driver, trials
+from brainray.orchestration.sweep import driver, trials, tuner
 from brainray.orchestration.sweep import follower as follower_module
 from brainray.orchestration.sweep.driver import (
     FinishedSweep,
@@ -506,6 +506,41 @@ def test_a_state_of_another_version_is_refused_in_one_line(
     state.write_json("experiment_state-a.json", {})
     with pytest.raises(ConfigError, match=r"another version of brainray or Ray \(.*_Moved"):
         build_tuner(sweep_config(tmp_path), state.parent, WorkerResources(1, 1, 0, 1))
+
+
+def test_trials_run_on_the_machine_of_the_driver_wherever_the_head_is(
+    tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (here,) = ray.nodes()
+    head = here | {"NodeID": "0" * 56, "NodeManagerAddress": "10.0.0.1"}
+    monkeypatch.setattr(ray, "nodes", lambda: [head, here])
+    with_resources = Mock(wraps=tune.with_resources)
+    monkeypatch.setattr(tune, "with_resources", with_resources)
+    build_tuner(sweep_config(tmp_path), Folder(tmp_path), WorkerResources(1, 1, 0, 1))
+    (resource,) = with_resources.call_args.args[1]
+    assert resource == f"node:{ray.util.get_node_ip_address()}"
+    assert resource in here["Resources"]
+
+
+@pytest.mark.slow
+def test_a_resumed_sweep_has_its_trials_on_the_machine_of_its_new_driver(
+    tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = "node:__internal_head__"  # stands for the machine of the driver before
+    space = "tune.space={objective.lambda_cluster: {choice: [0.1]}}"
+    config = sweep_config(tmp_path, "train.max_failures=0", space)
+
+    def trial(parameters: dict[str, Any], base: dict[str, Any], command: list[str]) -> None:
+        if gone in tune.get_context().get_trial_resources().required_resources:
+            raise RuntimeError("interrupted")
+        tune.report({config.tune.metric: 1.0, "epoch": 1})
+
+    monkeypatch.setattr(tuner, "run_trial", trial)
+    with monkeypatch.context() as before:
+        before.setattr(tuner, "_this_machine", lambda: gone)
+        assert build_tuner(config, Folder(tmp_path), WorkerResources(1, 1, 0, 1)).fit().num_errors
+    results = build_tuner(config, Folder(tmp_path), WorkerResources(1, 1, 0, 1)).fit()
+    assert (len(results), results.num_errors) == (1, 0)
 
 
 @pytest.mark.parametrize("scheduler", ["asha", "median"])
