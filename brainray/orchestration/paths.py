@@ -137,7 +137,7 @@ def check_paths(config: Config, keys: Sequence[str]) -> None:
 
 
 def check_is_shared(storage: str) -> None:
-    """Check that all nodes with CPUs or GPUs see the same local ``storage``, with a probe file.
+    """Check that all nodes with CPUs or GPUs see the driver's local ``storage``, with a probe file.
 
     Raises:
         ConfigError: it is another folder on another node.
@@ -148,14 +148,17 @@ def check_is_shared(storage: str) -> None:
 
     from brainray.storage import Folder
 
-    nodes = [
+    here = ray.get_runtime_context().get_node_id()
+    others = [
         node
         for node in ray.nodes()
-        if node["Alive"] and (node["Resources"].get("CPU") or node["Resources"].get("GPU"))
+        if node["Alive"]
+        and node["NodeID"] != here
+        and (node["Resources"].get("CPU") or node["Resources"].get("GPU"))
     ]
     folder = Folder(storage)
     path = folder.local_path
-    if len(nodes) < 2 or path is None:
+    if not others or path is None:
         return
     name = f".visible-to-all-nodes-{uuid.uuid4().hex}"
     # Closed at once: some file systems show a file to other nodes only then.
@@ -163,7 +166,7 @@ def check_is_shared(storage: str) -> None:
     try:
         check = ray.remote(num_cpus=0, max_retries=0)(_appears)
         answers = {}
-        for node in nodes:
+        for node in others:
             there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             task = check.options(scheduling_strategy=there).remote(
                 str(path / name), _ON_OTHER_NODES_S
