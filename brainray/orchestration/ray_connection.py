@@ -89,18 +89,20 @@ def init_ray(**options: Any) -> None:
 
     Ray's processes find each other through its dashboard. Processes of a new Ray inherit the
     dashboard's address; they would otherwise search for it, and stop if the machine runs several
-    Rays.
+    Rays. They also inherit `WITHOUT_PREEMPTION`. A running Ray that is joined takes over nothing.
     """
     import ray
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]  # not the usual port: another Ray may take that meanwhile
-    before = os.environ.get(_DASHBOARD_VARIABLE)
-    os.environ[_DASHBOARD_VARIABLE] = f"http://127.0.0.1:{port}"
+    before = dict(os.environ)
+    inherited = {_DASHBOARD_VARIABLE: f"http://127.0.0.1:{port}"}
+    os.environ.update(WITHOUT_PREEMPTION | before | inherited)
     try:
         ray.init(logging_level=logging.ERROR, dashboard_port=port, **options)
     finally:
-        if before is None:
-            del os.environ[_DASHBOARD_VARIABLE]
-        else:
-            os.environ[_DASHBOARD_VARIABLE] = before
+        for name in (_DASHBOARD_VARIABLE, *WITHOUT_PREEMPTION):
+            if name in before:
+                os.environ[name] = before[name]
+            else:
+                del os.environ[name]

@@ -27,7 +27,6 @@ from brainray.errors import (
     error_to_dict,
     gpu_problem,
 )
-from brainray.orchestration.ray_connection import WITHOUT_PREEMPTION
 from brainray.orchestration.resources import WorkerResources
 from brainray.storage import Folder
 
@@ -43,9 +42,6 @@ def configure_ray_train() -> None:
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     # By default a report, and the end of the training, is noticed after two seconds.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    if "RAY_ADDRESS" not in os.environ:  # our own Ray, on this machine only
-        for name, value in WITHOUT_PREEMPTION.items():
-            os.environ.setdefault(name, value)
 
 
 def ddp_options(device: torch.device) -> dict[str, Any]:

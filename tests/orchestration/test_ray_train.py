@@ -27,7 +27,7 @@ from brainray.errors import (
     UnreachableError,
 )
 from brainray.models.encoder import build_encoder
-from brainray.orchestration.ray_connection import WITHOUT_PREEMPTION
+from brainray.orchestration.ray_connection import WITHOUT_PREEMPTION, init_ray
 from brainray.orchestration.ray_train import (
     configure_ray_train,
     ddp_options,
@@ -77,32 +77,42 @@ def test_ctrl_c_interrupts_again_after_a_training(
         signal.raise_signal(signal.SIGINT)
 
 
-@pytest.mark.parametrize(("address", "watches"), [("10.0.0.1:6379", None), (None, "0")])
+@pytest.mark.parametrize(("chosen", "watches"), [(None, "0"), ("1", "1")])
 def test_nodes_are_watched_for_where_they_may_be_taken_away(
-    address: str | None, watches: str | None, monkeypatch: pytest.MonkeyPatch
+    chosen: str | None, watches: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    others = ("RAY_TRAIN_ENABLE_PRINT_PATCH", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S")
-    for name in ("RAY_ADDRESS", *WITHOUT_PREEMPTION, *others):
-        monkeypatch.setenv(name, "")  # what is missing now is to be missing afterwards
+    """Only processes of a Ray that is started here inherit that there are none."""
+    (name,) = WITHOUT_PREEMPTION
+    monkeypatch.setenv(name, chosen or "")
+    if chosen is None:
         monkeypatch.delenv(name)
-    if address is not None:
-        monkeypatch.setenv("RAY_ADDRESS", address)
+    for other in ("RAY_TRAIN_ENABLE_PRINT_PATCH", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"):
+        monkeypatch.setenv(other, "as the user says")
+    inherited: dict[str, str] = {}
+    monkeypatch.setattr(ray, "init", lambda **_: inherited.update(os.environ))
+    before = dict(os.environ)
+    init_ray()
+    assert inherited[name] == watches
     configure_ray_train()
-    assert [os.environ.get(name) for name in WITHOUT_PREEMPTION] == [watches]
+    assert dict(os.environ) == before
 
 
 OTHER_RAY = """
+import os
 import ray
 from ray.util.state import get_actor
-from brainray.orchestration.ray_connection import init_ray
+from brainray.orchestration.ray_connection import WITHOUT_PREEMPTION, init_ray
 
 @ray.remote(num_cpus=0)
 class Actor:
     def state(self):
         return get_actor(ray.get_runtime_context().get_actor_id(), timeout=20).state
+    def inherited(self):
+        return {name: os.environ.get(name) for name in WITHOUT_PREEMPTION}
 
 init_ray(num_cpus=1, object_store_memory=80_000_000)
-print(ray.get(Actor.remote().state.remote()))
+actor = Actor.remote()
+print(ray.get(actor.state.remote()), ray.get(actor.inherited.remote()) == WITHOUT_PREEMPTION)
 """
 
 
@@ -114,7 +124,7 @@ def test_actors_find_their_own_ray_beside_another() -> None:
     finished = subprocess.run(
         [sys.executable, "-c", OTHER_RAY], env=environment, capture_output=True, text=True
     )
-    assert finished.stdout.split() == ["ALIVE"], finished.stderr
+    assert finished.stdout.split() == ["ALIVE", "True"], finished.stderr
 
 
 @pytest.mark.parametrize(
