@@ -404,8 +404,8 @@ class TrainConfig(_Section):
     """Number of DDP ranks; 0 uses every GPU of the Ray cluster, or one CPU worker without GPUs."""
     min_workers: Count = 0
     """Minimum number of ranks to start with, or to continue with when nodes are lost; more join, up
-    to ``num_workers``, when nodes appear (checked once a minute; the current epoch restarts). 0:
-    always ``num_workers``."""
+    to ``num_workers``, when nodes appear (checked once a minute; the current epoch, or round of
+    refinement, restarts). 0: always ``num_workers``."""
     cpus_per_worker: Count = 0
     """CPUs (and threads) per worker; 0 divides the CPUs of the Ray cluster among the workers."""
     gpus_per_worker: Fraction = 1.0

@@ -85,19 +85,23 @@ def trials(storage: Path) -> list[str]:
     return [path.name for path in (storage / "runs").glob("search-*")]
 
 
-def wait_for_epoch(storage: Path, name: str, epoch: int) -> None:
+def wait_until(condition: Callable[[], object], what: str) -> None:
     deadline = time.monotonic() + 600
-    while len(history(storage, name)) < epoch:
-        assert time.monotonic() < deadline, f"no epoch {epoch}"
+    while not condition():
+        assert time.monotonic() < deadline, f"no {what}"
         time.sleep(0.2)
+
+
+def wait_for_epoch(storage: Path, name: str, epoch: int) -> None:
+    wait_until(lambda: len(history(storage, name)) >= epoch, f"epoch {epoch}")
 
 
 def wait_for_workers(storage: Path, name: str, number: int) -> None:
     """Until so many have made the newest epoch."""
-    deadline = time.monotonic() + 600
-    while [row["train/num_workers"] for row in history(storage, name)][-1:] != [number]:
-        assert time.monotonic() < deadline, f"no epoch by {number} workers"
-        time.sleep(0.2)
+    wait_until(
+        lambda: [row["train/num_workers"] for row in history(storage, name)][-1:] == [number],
+        f"epoch by {number} workers",
+    )
 
 
 def last_weights(storage: Path, name: str) -> dict[str, torch.Tensor]:
@@ -161,6 +165,29 @@ def test_a_node_that_goes_and_one_that_comes_change_the_number_of_workers_only(
             assert "ended by SIGTERM" in result(process)["error"]
     epochs = [row["epoch"] for row in history(tmp_path, "elastic")]
     assert epochs == [*range(1, len(epochs) + 1)]
+
+
+def test_a_warm_up_goes_on_when_a_node_leaves(tmp_path: Path, job: Callable) -> None:
+    settings = ["name=warm", "dataset=mri", "train.num_workers=2", "train.min_workers=1"]
+    settings += ["encoder.pretext=contrastive", "encoder.pretext_image_size=16"]
+    settings += ["self_supervision.batch_size_per_worker=4", "self_supervision.num_epochs=6"]
+
+    def warmed_up() -> list[float]:
+        paths = (tmp_path / "encoders").glob(f"*/{layout.METRICS}")
+        return [
+            row["epoch"] for path in paths for row in Folder(path.parent).read_json_lines(path.name)
+        ]
+
+    with nodes(1, 1) as (head, others):
+        assert result(job(head, "preprocess", "name=mri"))["status"] == "ok"
+        process = job(head, "train", *settings)
+        wait_until(warmed_up, "epoch of the warm-up")
+        kill_with_children(others[0].pid)
+        wait_until(lambda: len(warmed_up()) == 6, "end of the warm-up on one node")
+        assert result(process)["status"] == "ok"
+    assert warmed_up() == [*range(1, 7)]
+    assert_complete(tmp_path, "warm")
+    assert {row["train/num_workers"] for row in history(tmp_path, "warm")} == {1.0}
 
 
 def test_a_lost_node_is_waited_for_in_plain_words(tmp_path: Path, job: Callable) -> None:

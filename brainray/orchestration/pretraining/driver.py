@@ -111,10 +111,7 @@ def pretrain(config: Config, store: ImageStore, start: EncoderStart) -> Folder:
             if not target.exists(layout.ENCODER):
                 log(f"encoder {target}: training")
                 workers = plan_workers(config.train, alive_nodes())
-                if workers.min_workers:  # as many as fit are enough
-                    num_workers = min(workers.num_workers, max(workers.min_workers, workers.room))
-                    workers = replace(workers, num_workers=num_workers, min_workers=0)
-                about = {"num_workers": workers.num_workers, "store": str(store.folder)}
+                about = {"num_workers": workers.num_workers_or_range, "store": str(store.folder)}
                 target.write_json(layout.MANIFEST, made_by | about)
                 _keep_what_it_sees(config, store, feature, target)
                 _train(config, store, start, head, workers, target)
