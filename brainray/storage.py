@@ -6,6 +6,7 @@ import json
 import os
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,10 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from brainray.errors import BrainrayError, ConfigError, DataError, StorageError, UnreachableError
+
+_OBJECT_STORES = {"gcs", "s3"}
+"""File systems of pyarrow without folders."""
+_COPIES_AT_ONCE = 8
 
 _DISK_IS_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _REFUSED = ("ACCESS_DENIED", "NO_SUCH_BUCKET")  # by an object store; outages may be temporary
@@ -76,6 +81,15 @@ class Folder:
     def local_path(self) -> Path | None:
         return Path(self.path) if isinstance(self.filesystem, pafs.LocalFileSystem) else None
 
+    @property
+    def has_folders(self) -> bool:
+        """False in an object store, where folders are parts of names and need not be created.
+
+        pyarrow would write an empty object for each of them, also for those above the storage,
+        where a user may have no right to write.
+        """
+        return self.filesystem.type_name not in _OBJECT_STORES
+
     def contains(self, other: "Folder") -> bool:
         """Whether another folder is this one or lies below it."""
         if self.filesystem.type_name != other.filesystem.type_name:
@@ -96,10 +110,14 @@ class Folder:
 
         Without hidden ones: files that are being written, and what file managers leave behind.
         """
-        selector = pafs.FileSelector(self.path, allow_not_found=True)
+        # pyarrow lists folders of GCS only if an object stands for them.
+        recursive = self.filesystem.type_name == "gcs"
+        selector = pafs.FileSelector(self.path, allow_not_found=True, recursive=recursive)
         with self._friendly_read_errors(""):
             infos = self.filesystem.get_file_info(selector)
-        return sorted(info.base_name for info in infos if not info.base_name.startswith("."))
+        above = self.path.rstrip("/") + "/"
+        names = {info.path.removeprefix(above).partition("/")[0] for info in infos}
+        return sorted(name for name in names if not name.startswith("."))
 
     def read_bytes(self, name: str) -> bytes:
         """The content of a file."""
@@ -148,9 +166,8 @@ class Folder:
         target = self._join(name)
         temporary = _temporary(target)
         with self._friendly_write_errors(name):
-            self.filesystem.create_dir(target.rpartition("/")[0], recursive=True)
             try:
-                with self.filesystem.open_output_stream(temporary) as stream:
+                with self._opened(temporary) as stream:
                     yield stream
             except BaseException:
                 self._delete_cut_file(temporary)
@@ -158,6 +175,14 @@ class Folder:
             if on_disk and self.local_path is not None:
                 _write_to_disk(temporary)
             self.filesystem.move(temporary, target)
+
+    def _opened(self, path: str) -> pa.NativeFile:
+        self._create_folder_of(path)
+        return self.filesystem.open_output_stream(path)
+
+    def _create_folder_of(self, path: str) -> None:
+        if self.has_folders:
+            self.filesystem.create_dir(path.rpartition("/")[0], recursive=True)
 
     @contextlib.contextmanager
     def _friendly_write_errors(self, name: str) -> Iterator[None]:
@@ -314,8 +339,13 @@ class Folder:
 
     def delete(self) -> None:
         """Delete the folder and its contents, if it exists."""
-        if self.exists():
+        if not self.exists():
+            return
+        try:
             self.filesystem.delete_dir(self.path)
+        except FileNotFoundError:  # GCS has deleted the files, and finds none for the folder itself
+            if self.exists():
+                raise
 
     def move_to(self, target: "Folder", last: str) -> None:
         """Rename; on the same file system. ``target`` must not exist, or be a begun copy of this.
@@ -328,18 +358,24 @@ class Folder:
             self.filesystem.move(self.path, target.path)
             return
         completing = self._announced(target, last)
-        self.delete_file(last, missing_ok=True)
-        with target._friendly_write_errors(""):
-            target.filesystem.create_dir(target.path, recursive=True)
-            pafs.copy_files(
-                self.path,
-                target.path,
-                source_filesystem=self.filesystem,
-                destination_filesystem=target.filesystem,
-            )
+        self._copy_to(target, without=last)
         target.write_bytes(last, completing)
         target.parent.delete_file(target._completing())
         self.delete()
+
+    def _copy_to(self, target: "Folder", without: str) -> None:
+        """Copy all files but one to a folder of the same object store."""
+        selector = pafs.FileSelector(self.path, recursive=True)
+        paths = [info.path for info in self.filesystem.get_file_info(selector) if info.is_file]
+
+        def copy(path: str) -> None:
+            copied = target.path + path.removeprefix(self.path)
+            target._create_folder_of(copied)
+            target.filesystem.copy_file(path, copied)
+
+        with target._friendly_write_errors(""), ThreadPoolExecutor(_COPIES_AT_ONCE) as threads:
+            # list: the first error is raised, and no further file is begun.
+            list(threads.map(copy, (path for path in paths if path != self._join(without))))
 
     def _announced(self, target: "Folder", last: str) -> bytes:
         """The content of ``last``, kept next to ``target`` until the copy to it is complete."""

@@ -2,20 +2,26 @@
 
 import json
 import os
+import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.fs as pafs
 import pytest
-from moto.server import ThreadedMotoServer
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+from werkzeug.serving import WSGIRequestHandler, make_server
 
 from brainray import layout
 from brainray.config_text import to_yaml
-from brainray.errors import BusyError
+from brainray.errors import BusyError, StorageError
 from brainray.orchestration.lock import Pace, held
+from brainray.orchestration.ray_train import ray_storage
 from brainray.storage import Folder
 from tests.conftest import tiny_config
 
@@ -32,17 +38,57 @@ _USER_SERVICE_VARIABLES = (
 QUICK = Pace(beat_s=0.1, patience_s=0.6, settle_s=0.05)
 
 
+_REFUSAL = b"<?xml version='1.0'?><Error><Code>AccessDenied</Code><Message>no</Message></Error>"
+
+
+@dataclass
+class Server:
+    """S3, as a WSGI application that may refuse to write."""
+
+    writable: str | None = None
+    """What the keys that this user may write begin with; None: all."""
+    _s3: Any = field(default_factory=lambda: DomainDispatcherApplication(create_backend_app))
+
+    def __call__(self, environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
+        method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
+        key = path.removeprefix("/bucket").removeprefix("/")
+        # Many files are deleted by one POST to the bucket.
+        is_write = method in {"PUT", "POST", "DELETE"} and key
+        if self.writable is None or not is_write or key.startswith(self.writable):
+            answer: Iterable[bytes] = self._s3(environ, start)
+            return answer
+        environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+        start("403 Forbidden", [("Content-Length", str(len(_REFUSAL)))])
+        return [_REFUSAL]
+
+
+class _Quiet(WSGIRequestHandler):
+    def log(self, type: str, message: str, *args: Any) -> None:
+        pass
+
+
 @pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
+def server() -> Server:
+    return Server()
+
+
+@pytest.fixture
+def own_prefix(server: Server, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Folder:
+    """A folder of the bucket, outside of which this user may write nothing."""
+    monkeypatch.setattr(server, "writable", "team/brainray/")
+    return Folder(bucket) / "team" / "brainray"
+
+
+@pytest.fixture(scope="module")
+def bucket(server: Server) -> Iterator[str]:
     """URI of an empty bucket, which pyarrow and boto3 find, here and in new processes."""
-    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
+    listener = make_server("127.0.0.1", 0, server, threaded=True, request_handler=_Quiet)
+    threading.Thread(target=listener.serve_forever, daemon=True).start()
     try:
         with pytest.MonkeyPatch.context() as patch:
             for name in _USER_SERVICE_VARIABLES:
                 patch.delenv(name, raising=False)
-            patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+            patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{listener.port}")
             patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
             for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
                 patch.setenv(name, "of-this-test")
@@ -50,7 +96,7 @@ def bucket() -> Iterator[str]:
             filesystem.create_dir(path)
             yield "s3://bucket"
     finally:
-        server.stop()
+        listener.shutdown()
 
 
 def test_a_folder_of_an_object_store_is_rebuilt_whole_or_not_at_all(bucket: str) -> None:
@@ -79,7 +125,7 @@ def test_an_interrupted_copy_in_an_object_store_is_completed(
         raise OSError("SLOW_DOWN")
 
     with monkeypatch.context() as cut:
-        cut.setattr(pafs, "copy_files", interrupted)
+        cut.setattr(Folder, "_copy_to", interrupted)
         with pytest.raises(OSError, match="SLOW_DOWN"), folder.rebuilt("last.json") as building:  # noqa: PT012
             building.write_bytes("images/new", b"new")
             building.write_json("last.json", 2)
@@ -101,14 +147,74 @@ def test_a_name_in_an_object_store_is_held_by_one_job(bucket: str) -> None:
         pass
 
 
+def test_nothing_is_written_outside_of_the_storage(own_prefix: Folder) -> None:
+    table = pa.table({"x": [1]})
+    for _ in range(2):
+        with held(own_prefix, layout.RUNS, "first", QUICK):
+            run = own_prefix / layout.RUNS / "first"
+            with run.rebuilt("last.json") as building:
+                building.write_bytes("weights/large", bytes(6 << 20))  # more than one request
+                building.write_table("deep/er/part.parquet", table)
+                building.write_csv("table.csv", table)
+                building.write_json("last.json", {})
+    assert run.names() == ["deep", "last.json", "table.csv", "weights"]
+    assert run.read_table("deep/er") == table
+    ray = ray_storage(run.parent)["storage_filesystem"]
+    ray.create_dir(f"{run.path}/tune", recursive=True)
+    with pytest.raises(StorageError, match=r"ACCESS_DENIED.* check the bucket's name and the cred"):
+        own_prefix.parent.write_bytes("a", b"x")
+
+
+def test_ray_has_an_equal_file_system(bucket: str) -> None:
+    """Ray Train refuses checkpoints on another one than its own."""
+    folder = Folder(bucket) / "runs"
+    given = ray_storage(folder)
+    assert given["storage_path"] == folder.path
+    assert pickle.loads(pickle.dumps(given["storage_filesystem"])) == folder.filesystem
+    unverified = Folder(f"{bucket}/runs?tls_verify_certificates=false")  # would be lost in a pickle
+    given = ray_storage(unverified)
+    assert pafs.FileSystem.from_uri(given.pop("storage_path"))[0] == unverified.filesystem
+    assert not given
+
+
+def test_a_folder_of_an_object_store_exists_while_it_has_files(bucket: str) -> None:
+    folder = Folder(bucket) / "some"
+    assert not folder.exists()
+    assert folder.names() == []
+    folder.write_bytes("deep/er/file", b"x")
+    assert folder.exists()
+    assert folder.exists("deep")
+    assert (folder.names(), (folder / "deep").names()) == (["deep"], ["er"])
+    (folder / "deep").delete()
+    assert not folder.exists("deep")
+    assert folder.names() == []
+
+
+def test_empty_objects_that_stand_for_folders_are_not_copied_as_files(bucket: str) -> None:
+    """Earlier versions wrote them."""
+    folder = Folder(bucket) / "marked"
+    with folder.rebuilt("last.json") as building:
+        building.filesystem.create_dir(f"{building.path}/images/new", recursive=True)
+        building.write_bytes("images/part", b"x")
+        building.write_json("last.json", {})
+    assert folder.names() == ["images", "last.json"]
+    infos = folder.filesystem.get_file_info(pafs.FileSelector(folder.path, recursive=True))
+    assert [info.base_name for info in infos if info.is_file] == ["part", "last.json"]
+
+
 @pytest.mark.slow
 def test_a_pipeline_from_and_to_an_object_store(
-    bucket: str, phantoms: Path, tmp_path: Path
+    bucket: str,
+    server: Server,
+    phantoms: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pafs.copy_files(str(phantoms), f"{bucket}/slices")
+    monkeypatch.setattr(server, "writable", "team/brainray/")
     config = tmp_path / "config.yaml"
     config.write_text(to_yaml(tiny_config(tmp_path, "train.num_epochs=1")))
-    storage = Folder(bucket) / "brainray"
+    storage = Folder(bucket) / "team" / "brainray"
     settings = [f"source={bucket}/slices", f"storage={storage}", "name=first"]
     for number in range(2):
         done = subprocess.run(

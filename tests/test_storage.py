@@ -204,13 +204,13 @@ def test_moving_without_renames_copies_and_completes_last(
     source.write_bytes("manifest.json", b"{}")
     assert source.local_path is None
     copied: list[list[str]] = []
-    copy_files = pafs.copy_files
+    copy_to = Folder._copy_to
 
-    def watched(*args: Any, **options: Any) -> None:
-        copied.append(sorted(path.name for path in (tmp_path / "source").iterdir()))
-        copy_files(*args, **options)
+    def watched(self: Folder, target: Folder, without: str) -> None:
+        copy_to(self, target, without)
+        copied.append(sorted(path.name for path in (tmp_path / "target").iterdir()))
 
-    monkeypatch.setattr(pafs, "copy_files", watched)
+    monkeypatch.setattr(Folder, "_copy_to", watched)
     source.move_to(target, last="manifest.json")
     assert copied == [["images"]]  # the manifest follows when the others are there
     assert (tmp_path / "target" / "images" / "part").read_bytes() == b"x"
@@ -244,14 +244,14 @@ def test_an_interrupted_copy_is_completed_where_folders_cannot_be_renamed(
     folder = Folder(tmp_path) / "kept"
     folder.write_bytes("part", b"old")
     folder.write_bytes("last", b"1")
-    copy_files, failures = pafs.copy_files, iter(range(num_failures))
+    copy_to, failures = Folder._copy_to, iter(range(num_failures))
 
-    def interrupted(*paths: Any, **filesystems: Any) -> None:
+    def interrupted(self: Folder, target: Folder, without: str) -> None:
         if next(failures, None) is not None:
             raise OSError("SLOW_DOWN")
-        copy_files(*paths, **filesystems)
+        copy_to(self, target, without)
 
-    monkeypatch.setattr(pafs, "copy_files", interrupted)
+    monkeypatch.setattr(Folder, "_copy_to", interrupted)
     with pytest.raises(OSError, match="SLOW_DOWN"), folder.rebuilt("last") as building:  # noqa: PT012
         building.write_bytes("part", b"new")
         building.write_bytes("last", b"2")
@@ -329,6 +329,40 @@ def test_what_cannot_be_written_or_read_is_named(
             ask()
 
 
+def test_folders_that_no_file_stands_for_are_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As pyarrow lists Google Cloud Storage: files alone."""
+    folder = Folder(tmp_path)
+    for name in ("deep/er/a", "deep/b", "c", ".hidden/d"):
+        folder.write_bytes(name, b"x")
+    local = folder.filesystem
+
+    def files(selector: pafs.FileSelector) -> list[pafs.FileInfo]:
+        return [info for info in local.get_file_info(selector) if info.is_file]
+
+    monkeypatch.setattr(folder, "filesystem", Mock(type_name="gcs", get_file_info=files))
+    assert folder.names() == ["c", "deep"]
+
+
+def test_a_folder_is_deleted_where_no_file_stands_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Folder(tmp_path)
+    answers = [Mock(type=pafs.FileType.Directory), Mock(type=pafs.FileType.NotFound)]
+    gcs = Mock(
+        type_name="gcs",
+        get_file_info=Mock(side_effect=answers),
+        delete_dir=Mock(side_effect=FileNotFoundError(errno.ENOENT, "when all files are deleted")),
+    )
+    monkeypatch.setattr(folder, "filesystem", gcs)
+    folder.delete()
+    gcs.get_file_info.side_effect = None
+    gcs.get_file_info.return_value = answers[0]  # a file is left
+    with pytest.raises(FileNotFoundError):
+        folder.delete()
+
+
 def test_a_bucket_that_cannot_be_looked_up_is_unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
     found = Mock(from_uri=Mock(side_effect=OSError("When resolving region for bucket 'b': ...")))
     monkeypatch.setattr(pafs, "FileSystem", found)
@@ -374,6 +408,8 @@ def test_a_path_that_cannot_be_is_an_error_of_the_user(tmp_path: Path) -> None:
 class _Failing:
     """As a file system is to those without rights, which tests may have as root, or one away."""
 
+    type_name = "s3"
+
     def __init__(self, error: OSError) -> None:
         self._error = error
 
@@ -383,7 +419,10 @@ class _Failing:
     def get_file_info(self, selector: object) -> None:
         raise self._error
 
-    def create_dir(self, path: str, *, recursive: bool) -> None:
+    def open_output_stream(self, path: str) -> None:
+        raise self._error
+
+    def delete_file(self, path: str) -> None:
         raise self._error
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import cv2
 import psutil
+import pyarrow.fs as pafs
 import ray
 import torch
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
@@ -159,7 +160,7 @@ def train_on_workers(
         ),
         run_config=RunConfig(  # type: ignore[call-arg]  # its types are those of V1
             name=folder.name,
-            storage_path=str(folder.parent),
+            **ray_storage(folder.parent),
             worker_runtime_env=workers.runtime_env,
             failure_config=FailureConfig(max_failures=config.max_failures),
             callbacks=list(callbacks),
@@ -168,6 +169,22 @@ def train_on_workers(
     )
     _delete_rays_checkpoint_list(folder)
     run_trainer(trainer)
+
+
+def ray_storage(folder: Folder) -> dict[str, Any]:
+    """Arguments of a RunConfig of Ray Train or Tune that make it store its files in ``folder``.
+
+    Ray creates its folder, for which pyarrow writes an empty object for every part of an S3 key,
+    also above the storage, where this user may not write. An option, which URIs cannot have, makes
+    it look which of them exist.
+    """
+    s3 = folder.filesystem
+    if isinstance(s3, pafs.S3FileSystem):
+        _, (options,) = s3.__reduce__()
+        looking = pafs.S3FileSystem(**options | {"check_directory_existence_before_creation": True})
+        if looking == s3:  # not if the URI has an option that is lost in pickling
+            return {"storage_path": folder.path, "storage_filesystem": looking}
+    return {"storage_path": folder.uri}
 
 
 def run_trainer(trainer: TorchTrainer) -> None:

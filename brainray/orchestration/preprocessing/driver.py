@@ -364,7 +364,6 @@ def _decode_all(
     parts: Folder,
 ) -> Iterator[pa.Table]:
     """First pass: yields the files' rows without their pixels, as they are decoded."""
-    parts.filesystem.create_dir(parts.path, recursive=True)
     yield PART_SLICES.empty_table()
     if not files:
         return
@@ -392,7 +391,6 @@ def _write_images(
     parts: Folder, previous: ImageStore | None, images: Folder, rows: pa.Table
 ) -> None:
     """Second pass: write the store's final rows with the pixels of new and earlier parts."""
-    images.filesystem.create_dir(images.path, recursive=True)
     new_parts = set(parts.names())
     previous_parts = parts if previous is None else previous.folder / layout.IMAGES
 

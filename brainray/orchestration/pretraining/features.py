@@ -171,8 +171,7 @@ def _write_parts(config: Config, store: ImageStore, start: EncoderStart, parts: 
     }
     # Complete blocks: every run batches the same slices together.
     dataset = blocks_on_actors(slices, _Extractor, arguments, actors)
-    parts.filesystem.create_dir(parts.path, recursive=True)
-    dataset.write_parquet(parts.path, filesystem=parts.filesystem)
+    dataset.write_parquet(parts.path, filesystem=parts.filesystem, try_create_dir=parts.has_folders)
     return int(parts.read_table("", columns=["sample_id"]).num_rows)
 
 

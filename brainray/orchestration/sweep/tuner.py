@@ -15,6 +15,7 @@ from ray.tune.search.optuna import OptunaSearch
 from brainray.config import Config
 from brainray.errors import ConfigError, DataError, StorageError
 from brainray.log import log
+from brainray.orchestration.ray_train import ray_storage
 from brainray.orchestration.resources import WorkerResources
 from brainray.orchestration.sweep.trials import read_trials, run_name, run_trial
 from brainray.redaction import redacted
@@ -44,14 +45,20 @@ def build_tuner(config: Config, folder: Folder, workers: WorkerResources) -> tun
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # prints a banner whatever the verbosity
     # Tune's own handler would make an interrupted sweep look complete.
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
-    path = str(folder / _TUNE)
-    if _has_state(config, folder / _TUNE):
-        space = _param_space(config)
+    own = folder / _TUNE
+    if _has_state(config, own):
+        where = ray_storage(own)
         try:
-            return tune.Tuner.restore(path, trainable, resume_errored=True, param_space=space)
+            return tune.Tuner.restore(
+                where.pop("storage_path"),
+                trainable,
+                resume_errored=True,
+                param_space=_param_space(config),
+                **where,
+            )
         except (AttributeError, ImportError) as error:  # from unpickling
             raise ConfigError(
-                f"{path} was written by another version of brainray or Ray ({error}): resume the "
+                f"{own} was written by another version of brainray or Ray ({error}): resume the "
                 "sweep with that version, or choose another name"
             ) from None
     settings = config.tune
@@ -71,7 +78,7 @@ def build_tuner(config: Config, folder: Folder, workers: WorkerResources) -> tun
         ),
         run_config=tune.RunConfig(
             name=_TUNE,
-            storage_path=str(folder),
+            **ray_storage(folder),
             failure_config=tune.FailureConfig(max_failures=config.train.max_failures),
             verbose=0,
         ),
