@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import threading
@@ -20,7 +21,7 @@ from werkzeug.serving import WSGIRequestHandler, make_server
 from brainray import layout
 from brainray.config_text import to_yaml
 from brainray.errors import BusyError, StorageError
-from brainray.orchestration.lock import Pace, held
+from brainray.orchestration.lock import Claim, Pace, _Lock, held
 from brainray.orchestration.ray_train import ray_storage
 from brainray.storage import Folder
 from tests.conftest import tiny_config
@@ -43,14 +44,17 @@ _REFUSAL = b"<?xml version='1.0'?><Error><Code>AccessDenied</Code><Message>no</M
 
 @dataclass
 class Server:
-    """S3, as a WSGI application that may refuse to write."""
+    """S3, as a WSGI application that counts, and that may refuse to write."""
 
     writable: str | None = None
     """What the keys that this user may write begin with; None: all."""
+    requests: list[str] = field(default_factory=list)
+    """Method and path of each request."""
     _s3: Any = field(default_factory=lambda: DomainDispatcherApplication(create_backend_app))
 
     def __call__(self, environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
         method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
+        self.requests.append(f"{method} {path}")
         key = path.removeprefix("/bucket").removeprefix("/")
         # Many files are deleted by one POST to the bucket.
         is_write = method in {"PUT", "POST", "DELETE"} and key
@@ -175,6 +179,43 @@ def test_ray_has_an_equal_file_system(bucket: str) -> None:
     given = ray_storage(unverified)
     assert pafs.FileSystem.from_uri(given.pop("storage_path"))[0] == unverified.filesystem
     assert not given
+
+
+def test_a_small_file_costs_one_request(server: Server, bucket: str) -> None:
+    folder = Folder(bucket) / "a" / "b"
+    server.requests.clear()
+    folder.write_bytes("c/d", b"x")
+    assert server.requests == ["PUT /bucket/a/b/c/d"]
+    lock = _Lock(folder, "runs", "first", QUICK)
+    lock._write(Claim.for_this_process())
+    server.requests.clear()
+    assert lock._read() is not None  # a heartbeat
+    lock._write(Claim.for_this_process())
+    assert [request.partition(" ")[0] for request in server.requests] == [
+        "HEAD",
+        "HEAD",
+        "GET",
+        "PUT",
+    ]
+
+
+def test_an_interrupted_upload_leaves_a_whole_file(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Folder(bucket)
+    folder.write_bytes("summary.json", b"old")
+    opened = Folder._opened
+
+    def interrupted(self: Folder, path: str) -> pa.NativeFile:
+        stream = opened(self, path)
+        signal.raise_signal(signal.SIGINT)
+        return stream
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "_opened", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            folder.write_bytes("summary.json", b"new")
+    assert folder.read_bytes("summary.json") == b"new"
 
 
 def test_a_folder_of_an_object_store_exists_while_it_has_files(bucket: str) -> None:

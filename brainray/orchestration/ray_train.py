@@ -184,7 +184,7 @@ def ray_storage(folder: Folder) -> dict[str, Any]:
         looking = pafs.S3FileSystem(**options | {"check_directory_existence_before_creation": True})
         if looking == s3:  # not if the URI has an option that is lost in pickling
             return {"storage_path": folder.path, "storage_filesystem": looking}
-    return {"storage_path": folder.uri}
+    return {"storage_path": folder.arrow_uri}
 
 
 def run_trainer(trainer: TorchTrainer) -> None:
