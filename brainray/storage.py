@@ -154,6 +154,10 @@ class Folder:
                 raise
             # From an object store: its errors have no errno.
             raise _unreachable(f"{self.uri}/{name}", error) from None
+        except pa.ArrowInvalid as error:  # such as s3://bucket//key
+            if self.local_path is not None:
+                raise
+            raise _unreachable(f"{self.uri}/{name}", error) from None
 
     def write_bytes(self, name: str, content: bytes) -> None:
         """Write or replace a file, and the folders above it; after a power failure it is the old
@@ -173,7 +177,7 @@ class Folder:
         """
 
         def upload() -> None:
-            with self._opened(self._join(name)) as stream:
+            with self._opened(self._join(name), name) as stream:
                 stream.write(content)
 
         with self._friendly_write_errors(name), ThreadPoolExecutor(1) as thread:
@@ -188,7 +192,7 @@ class Folder:
         temporary = _temporary(target)
         with self._friendly_write_errors(name):
             try:
-                with self._opened(temporary) as stream:
+                with self._opened(temporary, name) as stream:
                     yield stream
             except BaseException:
                 self._delete_cut_file(temporary)
@@ -197,13 +201,24 @@ class Folder:
                 _write_to_disk(temporary)
             self.filesystem.move(temporary, target)
 
-    def _opened(self, path: str) -> pa.NativeFile:
-        self._create_folder_of(path)
-        return self.filesystem.open_output_stream(path)
+    def _opened(self, path: str, name: str) -> pa.NativeFile:
+        """Stream to a new file; ``name`` is the one to call it by in errors."""
+        try:
+            self._create_folder_of(path)
+            return self.filesystem.open_output_stream(path)
+        except pa.ArrowException as error:  # such as an impossible name of a bucket
+            raise self._refused(name, error) from None
 
     def _create_folder_of(self, path: str) -> None:
         if self.has_folders:
             self.filesystem.create_dir(path.rpartition("/")[0], recursive=True)
+
+    def _refused(self, name: str, error: Exception) -> StorageError:
+        reason = " ".join(str(error).split())
+        return StorageError(
+            f"{self.uri}/{name} cannot be written ({reason}): check the bucket's name and the "
+            "credentials' write permission"
+        )
 
     @contextlib.contextmanager
     def _friendly_write_errors(self, name: str) -> Iterator[None]:
@@ -216,21 +231,19 @@ class Folder:
                     f"no space left to write {self.uri}/{name}: free some and submit again; files "
                     "written earlier are complete"
                 ) from None
+            if error.errno in _NOT_WRITABLE and not self.has_folders:
+                raise self._refused(name, error) from None
             if error.errno in _NOT_WRITABLE:
                 raise StorageError(
                     f"{self.uri}/{name} cannot be written ({os.strerror(error.errno)}): grant "
                     "write access, or give another storage"
                 ) from None
             if error.errno is None and any(word in str(error) for word in _REFUSED):
-                reason = " ".join(str(error).split())
-                raise StorageError(
-                    f"{self.uri}/{name} cannot be written ({reason}): check the bucket's name and "
-                    "the credentials' write permission"
-                ) from None
+                raise self._refused(name, error) from None
             raise
 
     def _delete_cut_file(self, path: str) -> None:
-        with contextlib.suppress(OSError):  # the original error is already reported
+        with contextlib.suppress(OSError, pa.ArrowException):  # the first error is reported
             self.filesystem.delete_file(path)
 
     def create_file(self, name: str, content: bytes, *, mode: int = 0o666) -> bool:
@@ -523,7 +536,7 @@ def _one_request_option(uri: str) -> str:
     return ("&" if "?" in uri else "?") + "allow_delayed_open=true"
 
 
-def _unreachable(uri: str, error: OSError) -> UnreachableError:
+def _unreachable(uri: str, error: Exception) -> UnreachableError:
     reason = " ".join(str(error).split())
     return UnreachableError(
         f"{uri} cannot be reached ({reason}): check the address, the network and the credentials"

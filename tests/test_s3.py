@@ -206,8 +206,8 @@ def test_an_interrupted_upload_leaves_a_whole_file(
     folder.write_bytes("summary.json", b"old")
     opened = Folder._opened
 
-    def interrupted(self: Folder, path: str) -> pa.NativeFile:
-        stream = opened(self, path)
+    def interrupted(self: Folder, path: str, name: str) -> pa.NativeFile:
+        stream = opened(self, path, name)
         signal.raise_signal(signal.SIGINT)
         return stream
 
@@ -241,6 +241,11 @@ def test_empty_objects_that_stand_for_folders_are_not_copied_as_files(bucket: st
     assert folder.names() == ["images", "last.json"]
     infos = folder.filesystem.get_file_info(pafs.FileSelector(folder.path, recursive=True))
     assert [info.base_name for info in infos if info.is_file] == ["part", "last.json"]
+
+
+def test_a_bucket_that_does_not_exist_is_named(bucket: str) -> None:
+    with pytest.raises(StorageError, match=r"NO_SUCH_BUCKET.* check the bucket's name"):
+        Folder(f"{bucket}-of-nobody").write_bytes("a", b"x")
 
 
 @pytest.mark.slow

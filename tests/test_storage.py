@@ -3,6 +3,7 @@
 import errno
 import os
 import pickle
+import re
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -279,15 +280,27 @@ def test_what_is_no_json_is_named(tmp_path: Path, content: bytes) -> None:
                 read("x.json")
 
 
-@pytest.mark.parametrize("answer", ["ACCESS_DENIED", "NO_SUCH_BUCKET"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError("When uploading key 'x' in bucket 'ro': AWS Error ACCESS_DENIED during PutObject"),
+        OSError("When uploading key 'x' in bucket 'no': AWS Error NO_SUCH_BUCKET during PutObject"),
+        PermissionError(errno.EACCES, "google::cloud::Status(PERMISSION_DENIED: ...)"),
+        FileNotFoundError(errno.ENOENT, "google::cloud::Status(NOT_FOUND: no such bucket)"),
+        pa.ArrowInvalid("google::cloud::Status(INVALID_ARGUMENT: missing project id)"),
+    ],
+)
 def test_an_object_store_that_refuses_writes_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     folder = Folder(tmp_path)
-    error = OSError(f"When creating key 'x' in bucket 'ro': AWS Error {answer} during PutObject")
     monkeypatch.setattr(folder, "filesystem", _Failing(error))
-    with pytest.raises(StorageError, match=rf"{answer}.*check the bucket's name and the cred"):
-        folder.write_bytes("a", b"x")
+    named = (
+        rf"/a cannot be written \({re.escape(str(error))}\): check the bucket's name and the cred"
+    )
+    for content in (b"x", bytes(6 << 20)):  # in one request, and in several
+        with pytest.raises(StorageError, match=named):
+            folder.write_bytes("a", content)
     monkeypatch.setattr(folder, "filesystem", _Failing(OSError("AWS Error NETWORK_CONNECTION")))
     with pytest.raises(OSError, match="NETWORK_CONNECTION"):  # it may pass: tasks try again
         folder.write_bytes("a", b"x")
@@ -324,8 +337,13 @@ def test_what_cannot_be_written_or_read_is_named(
         with pytest.raises(StorageError, match="secret cannot be read by this user"):
             read("secret")
     monkeypatch.setattr(folder, "filesystem", _Failing(OSError("AWS Error NETWORK_CONNECTION")))
-    for ask in (lambda: folder.read_bytes("secret"), lambda: folder.exists("x"), folder.names):
+    asks = (lambda: folder.read_bytes("secret"), lambda: folder.exists("x"), folder.names)
+    for ask in asks:
         with pytest.raises(StorageError, match=r"cannot be reached \(AWS Error NETWORK_CONN"):
+            ask()
+    monkeypatch.setattr(folder, "filesystem", _Failing(pa.ArrowInvalid("Empty path component")))
+    for ask in asks:
+        with pytest.raises(StorageError, match=r"cannot be reached \(Empty path component\)"):
             ask()
 
 
@@ -410,7 +428,7 @@ class _Failing:
 
     type_name = "s3"
 
-    def __init__(self, error: OSError) -> None:
+    def __init__(self, error: Exception) -> None:
         self._error = error
 
     def open_input_file(self, path: str) -> None:
