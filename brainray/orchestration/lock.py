@@ -241,8 +241,6 @@ def _read_claim(folder: Folder, file: str) -> Claim | None:
     Raises:
         StorageError: there may be one, but it cannot be read.
     """
-    if not folder.exists(file):
-        return None
     try:
         return Claim(**json.loads(folder.read_bytes(file)))
     except StorageError:
