@@ -108,6 +108,15 @@ class Groups:
 
 
 @dataclass(frozen=True)
+class PretextSlices:
+    """The slices that one rank learns from."""
+
+    images: Images
+    keys: Tensor  # (n,) int64, unique over all ranks
+    groups: Groups
+
+
+@dataclass(frozen=True)
 class PretextBatch:
     """Views of the slices of one step, with the targets of the pretext task."""
 
@@ -137,9 +146,7 @@ class PretextEpoch:
     ranks.
     """
 
-    images: Images  # at least plan.num_steps * plan.batch_size
-    keys: Tensor  # (n,) int64, of the slices
-    groups: Groups  # of the slices
+    slices: PretextSlices  # at least plan.num_steps * plan.batch_size
     pretext: Pretext
     plan: StepPlan
     seed: int
@@ -152,26 +159,26 @@ class PretextEpoch:
 
     def batches(self) -> Iterator[PretextBatch]:
         """Yield one batch per step."""
-        device = self.images.device
+        images, device = self.slices.images, self.slices.images.device
         torch.manual_seed(self.seed)  # for dropout and stochastic depth of some encoders
         generator = Generator(device).manual_seed(self.seed)
         order_generator = Generator().manual_seed(self.seed)  # CPU: the same order on every device
-        order = torch.randperm(len(self.images), generator=order_generator)
+        order = torch.randperm(len(images), generator=order_generator)
         num_used = self.plan.num_steps * self.plan.batch_size
         rows_of_steps = list(order[:num_used].split(self.plan.batch_size))
         if self.pretext.wants_mates:
             rows_of_steps = [
-                torch.cat([rows, self.groups.mates(rows, order_generator)])
+                torch.cat([rows, self.slices.groups.mates(rows, order_generator)])
                 for rows in rows_of_steps
             ]
         # In one copy, because each copy to a GPU waits for its pending work.
         rows_on_device = torch.stack(rows_of_steps).to(device)
-        groups = self.groups.numbers.to(device)
-        for rows, batch in zip(rows_on_device, self.images.batches(rows_of_steps), strict=True):
+        groups = self.slices.groups.numbers.to(device)
+        for rows, batch in zip(rows_on_device, images.batches(rows_of_steps), strict=True):
             views = self.pretext.views(batch.float() / 255, groups[rows], generator)
             yield PretextBatch(
                 views.images,
-                self.keys[rows].repeat(len(views.images) // len(rows)),
+                self.slices.keys[rows].repeat(len(views.images) // len(rows)),
                 self.pretext,
                 views.targets,
                 self.lambda_cluster,

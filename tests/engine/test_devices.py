@@ -26,7 +26,13 @@ from brainray.engine.epoch import (
 from brainray.engine.loop import train_epoch
 from brainray.engine.recipe import build_average, build_objective, build_optimizer
 from brainray.engine.recluster import recluster, recluster_with_check
-from brainray.engine.self_supervised import Groups, PretextEpoch, build_pretext, plan_steps
+from brainray.engine.self_supervised import (
+    Groups,
+    PretextEpoch,
+    PretextSlices,
+    build_pretext,
+    plan_steps,
+)
 from brainray.engine.shard import CachedImages, Images, PixelScale, SliceShard, StreamedImages
 from brainray.models.encoder import Encoder, EncoderOutput
 from brainray.models.features import FeatureEncoder
@@ -207,9 +213,7 @@ def test_a_warm_up_keeps_to_its_device(name: PretextName) -> None:
             optimizer,
             scheduler,
             PretextEpoch(
-                slices.images,
-                slices.keys,
-                Groups(torch.arange(16) // 2),
+                PretextSlices(slices.images, slices.keys, Groups(torch.arange(16) // 2)),
                 pretext,
                 plan_steps(16, 4, num_ranks=1),
                 seed=0,

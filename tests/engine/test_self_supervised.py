@@ -20,6 +20,7 @@ from brainray.engine.self_supervised import (
     Groups,
     PretextBatch,
     PretextEpoch,
+    PretextSlices,
     SoftTargets,
     build_pretext,
     changed_share,
@@ -50,6 +51,11 @@ def striped_images() -> Tensor:
     return images
 
 
+def striped_slices(num_groups: int = NUM_IMAGES) -> PretextSlices:
+    keys = torch.arange(NUM_IMAGES)
+    return PretextSlices(CachedImages(striped_images()), keys, Groups(keys % num_groups))
+
+
 def small_model(pretext_name: PretextName) -> PretextModel:
     torch.manual_seed(0)
     network = torch.nn.Sequential(
@@ -64,7 +70,6 @@ def small_model(pretext_name: PretextName) -> PretextModel:
 def train(
     pretext_name: PretextName, num_epochs: int, seed: int = 0
 ) -> tuple[PretextModel, list[float]]:
-    images = CachedImages(striped_images())
     model = small_model(pretext_name)
     plan = plan_steps(NUM_IMAGES, 16, num_ranks=1)
     config = TrainConfig(learning_rate=5e-3)
@@ -75,9 +80,7 @@ def train(
             optimizer,
             scheduler,
             PretextEpoch(
-                images,
-                torch.arange(len(images)),
-                Groups(torch.arange(len(images))),
+                striped_slices(),
                 build_pretext(pretext_name, SETTINGS),
                 plan,
                 seed=100 * seed + epoch,
@@ -102,9 +105,7 @@ def test_dropout_follows_from_the_seed_whatever_came_before() -> None:
             model,
             *build_optimizer(model, TrainConfig(), 3),
             PretextEpoch(
-                CachedImages(striped_images()),
-                torch.arange(NUM_IMAGES),
-                Groups(torch.arange(NUM_IMAGES)),
+                striped_slices(),
                 build_pretext("rotation", SETTINGS),
                 plan_steps(NUM_IMAGES, 16, num_ranks=1),
                 seed=5,
@@ -145,11 +146,11 @@ def test_the_same_seed_gives_the_same_weights() -> None:
 def test_the_clustering_loss_draws_slices_to_their_centres() -> None:
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (NUM_IMAGES, 1, SIDE, SIDE), generator=generator)
-    images = CachedImages(pixels.to(torch.uint8))
+    images, keys = CachedImages(pixels.to(torch.uint8)), torch.arange(NUM_IMAGES)
     model = small_model("none")
     clustering = ClusteringConfig(num_clusters=3, pca_dim=3, covariance_type="diag")
     z = embed_slices(model.encoder, images, batch_size=32, precision="fp32").clone()
-    found = cluster_without_labels(z, torch.arange(NUM_IMAGES), config=clustering, seed=0)
+    found = cluster_without_labels(z, keys, config=clustering, seed=0)
     plan = plan_steps(NUM_IMAGES, 16, num_ranks=1)
     optimizer, scheduler = build_optimizer(model, TrainConfig(), 10 * plan.num_steps)
     history = [
@@ -158,9 +159,7 @@ def test_the_clustering_loss_draws_slices_to_their_centres() -> None:
             optimizer,
             scheduler,
             PretextEpoch(
-                images,
-                torch.arange(len(images)),
-                Groups(torch.arange(len(images))),
+                PretextSlices(images, keys, Groups(keys)),
                 build_pretext("none", SETTINGS),
                 plan,
                 seed=epoch,
@@ -177,11 +176,8 @@ def test_the_clustering_loss_draws_slices_to_their_centres() -> None:
 
 @pytest.mark.parametrize("name", ["rotation", "contrastive", "none"])
 def test_own_views_come_first_and_have_the_targets_of_their_slices(name: PretextName) -> None:
-    keys = torch.arange(NUM_IMAGES)
     epoch = PretextEpoch(
-        CachedImages(striped_images()),
-        keys,
-        Groups(keys // 3),
+        striped_slices(num_groups=16),
         build_pretext(name, SETTINGS),
         plan_steps(NUM_IMAGES, 16, num_ranks=1),
         seed=1,
@@ -208,14 +204,11 @@ def test_turned_views_are_drawn_to_no_centre() -> None:
 
 
 def test_slices_come_in_an_order_of_the_seed_with_their_own_groups() -> None:
-    keys = torch.arange(NUM_IMAGES)
-    groups = Groups(keys * 7 % 10)
+    slices = striped_slices(num_groups=10)
     orders = []
     for seed in (1, 2):
         epoch = PretextEpoch(
-            CachedImages(striped_images()),
-            keys,
-            groups,
+            slices,
             build_pretext("none", SETTINGS),  # its targets are the groups
             plan_steps(NUM_IMAGES, 16, num_ranks=1),
             seed=seed,
@@ -223,8 +216,8 @@ def test_slices_come_in_an_order_of_the_seed_with_their_own_groups() -> None:
         batches = list(epoch.batches())
         orders.append(torch.cat([batch.keys for batch in batches]))
         targets = torch.cat([batch.targets for batch in batches])
-        assert torch.equal(targets, groups.numbers[orders[-1]])
-        assert torch.equal(orders[-1].sort().values, keys)
+        assert torch.equal(targets, slices.groups.numbers[orders[-1]])
+        assert torch.equal(orders[-1].sort().values, slices.keys)
     assert not torch.equal(*orders)
 
 

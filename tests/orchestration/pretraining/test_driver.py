@@ -1,5 +1,6 @@
 """What an encoder that learned without labels is found again by."""
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -7,8 +8,10 @@ from typing import Any
 import pytest
 
 from brainray.config import FeatureConfig
-from brainray.orchestration.pretraining.driver import _made_by
-from brainray.orchestration.pretraining.weights import EncoderStart, Weights
+from brainray.errors import CheckpointError, ConfigError
+from brainray.orchestration.pretraining.driver import _made_by, _read_head
+from brainray.orchestration.pretraining.weights import EncoderStart, Weights, weights_from
+from brainray.storage import Folder
 from tests.conftest import tiny_config
 
 STORE: Any = SimpleNamespace(manifest=SimpleNamespace(slices_hash="abc"))
@@ -56,3 +59,13 @@ def test_a_setting_at_its_default_is_no_part_of_it(tmp_path: Path) -> None:
     told = made_by(feature, tmp_path, "self_supervision.augment.max_zoom=0.4")
     assert told["self_supervision"]["augment"]["max_zoom"] == 0.4
     assert "max_blur_sigma" not in told["self_supervision"]["augment"]
+
+
+@pytest.mark.parametrize("content", [b"", b"cut"])
+def test_a_damaged_encoder_is_named(tmp_path: Path, content: bytes) -> None:
+    folder = Folder(tmp_path)
+    folder.write_bytes("encoder.pt", content)
+    with pytest.raises(CheckpointError, match=re.escape(f"{folder}/encoder.pt")):
+        _read_head(folder)
+    with pytest.raises(ConfigError, match=re.escape(f"{folder}/encoder.pt")):
+        weights_from(folder, "encoder.pt")

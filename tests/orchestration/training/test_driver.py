@@ -30,7 +30,7 @@ from brainray import layout
 from brainray.config import Config, TrackingConfig
 from brainray.config_text import parse_config, parse_yaml, to_yaml
 from brainray.engine.state import Checkpoint, load_checkpoint
-from brainray.errors import BrainrayError, CheckpointError, ConfigError, DataError, DivergenceError
+from brainray.errors import BrainrayError, CheckpointError, ConfigError, DataError
 from brainray.models.encoder import build_encoder, encoder_state
 from brainray.orchestration import compared_runs
 from brainray.orchestration.code_version import code_hash, git_revision
@@ -983,22 +983,6 @@ def test_a_warm_up_is_learned_once_and_starts_every_run_of_its_store(
         trained = checkpoint_of(run, "last").encoder
         torch.testing.assert_close(trained.backbone.conv1.weight, learned.backbone.conv1.weight)
         assert about(run.run)["warm-up without labels"] == "contrastive, 2 epochs at 16 px"
-
-
-@pytest.mark.slow
-def test_a_warm_up_that_diverges_stops_the_job_and_leaves_no_encoder(
-    storage: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    settings = [*WARMED_UP, "self_supervision.learning_rate=1e30", "train.num_workers=2"]
-    with pytest.raises(
-        DivergenceError,
-        match=r"self-supervised training, resnet18-\S+, epoch \d, step 1 of 1: .* lower self_s",
-    ):
-        train(config_of(storage, "diverging", *settings))
-    said = capsys.readouterr().out
-    folder = Path(re.findall(r"^encoder (.*): training$", said, re.MULTILINE)[0])
-    assert not (folder / "encoder.pt").exists()
-    assert not Folder(storage / "runs" / "diverging").read_json_lines("metrics.jsonl")
 
 
 @pytest.mark.slow

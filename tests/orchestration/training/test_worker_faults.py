@@ -1,7 +1,6 @@
 """What happens within workers: each fault is really caused, in a real worker of a real run."""
 
 import os
-import re
 import resource
 import signal
 import sys
@@ -20,17 +19,7 @@ from brainray import layout
 from brainray.config import Config
 from brainray.engine import recluster, trainer
 from brainray.engine.state import load_checkpoint, newest_readable_epoch
-from brainray.errors import (
-    BrainrayError,
-    CheckpointError,
-    ClusteringError,
-    ConfigError,
-    DataError,
-    DivergenceError,
-)
-from brainray.orchestration.pretraining.driver import _read_head
-from brainray.orchestration.pretraining.weights import weights_from
-from brainray.orchestration.pretraining.worker import _saved_state
+from brainray.errors import BrainrayError, ClusteringError, DataError, DivergenceError
 from brainray.orchestration.training import driver, worker
 from brainray.orchestration.training.driver import TrainedRun, train
 from brainray.storage import Folder
@@ -315,18 +304,3 @@ def test_reseeding_helps_where_the_clusters_alone_have_collapsed(
     assert metrics["cluster/collapsed"] == 0.0
     with pytest.raises(ClusteringError, match="epoch 1: the clustering has collapsed"):
         train(config_of(storage, "not-reseeded", "train.num_epochs=1"))
-
-
-def test_a_damaged_warm_up_is_said_and_begun_anew(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = Folder(tmp_path)
-    for content in (b"", b"cut"):
-        folder.write_bytes("state.pt", content)
-        assert _saved_state(folder) is None
-        assert f"{folder}/state.pt is not a checkpoint" in capsys.readouterr().out
-        folder.write_bytes("encoder.pt", content)
-        with pytest.raises(CheckpointError, match=re.escape(f"{folder}/encoder.pt")):
-            _read_head(folder)
-        with pytest.raises(ConfigError, match=re.escape(f"{folder}/encoder.pt")):
-            weights_from(folder, "encoder.pt")
