@@ -14,7 +14,7 @@ from brainray import dist
 from brainray.engine.finite import GradientWatch, nan_gradient_unless_finite
 from brainray.engine.forward import autocast
 from brainray.engine.mean_losses import MeanLosses
-from brainray.log import log
+from brainray.log import ProgressLines
 
 _HEARTBEAT_S = 30.0
 
@@ -118,14 +118,14 @@ def train_epoch(
 
 
 def heartbeat(name: str, num_steps: int) -> Callable[[int], None]:
-    """An ``on_step`` with which the first rank logs the step twice a minute; for long epochs."""
-    last = time.monotonic()
+    """An ``on_step`` with which the first rank logs the progress of a long epoch, but not its end,
+    which has a line of its own.
+    """
+    progress = ProgressLines(f"{name}: trained", "steps", every_s=_HEARTBEAT_S)
 
     def on_step(step: int) -> None:
-        nonlocal last
-        if dist.rank() == 0 and time.monotonic() - last > _HEARTBEAT_S:
-            last = time.monotonic()
-            log(f"{name}: step {step + 1} of {num_steps}")
+        if dist.rank() == 0 and step + 1 < num_steps:
+            progress.update(step + 1, num_steps)
 
     return on_step
 
