@@ -371,6 +371,11 @@ class Folder:
         ):
             yield writer
 
+    def create(self) -> None:
+        """Create the folder before it has files, where there are folders: nodes look for it."""
+        if self.has_folders:
+            self.filesystem.create_dir(self.path, recursive=True)
+
     def delete(self) -> None:
         """Delete the folder and its contents, if it exists."""
         if not self.exists():

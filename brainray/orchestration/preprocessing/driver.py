@@ -364,6 +364,7 @@ def _decode_all(
     parts: Folder,
 ) -> Iterator[pa.Table]:
     """First pass: yields the files' rows without their pixels, as they are decoded."""
+    parts.create()
     yield PART_SLICES.empty_table()
     if not files:
         return
@@ -391,6 +392,7 @@ def _write_images(
     parts: Folder, previous: ImageStore | None, images: Folder, rows: pa.Table
 ) -> None:
     """Second pass: write the store's final rows with the pixels of new and earlier parts."""
+    images.create()
     new_parts = set(parts.names())
     previous_parts = parts if previous is None else previous.folder / layout.IMAGES
 
