@@ -36,8 +36,8 @@ _NOT_WRITABLE = {
 class Folder:
     """A folder on a local or remote file system; small enough to pickle to workers.
 
-    Files appear complete or not at all: they are written under a temporary name and then moved,
-    except for small ones in object stores, which one request writes. Temporary files left by a
+    Files appear complete or not at all: they are written under a temporary name and then moved, or,
+    by `write_bytes` in object stores, in one request if they are small. Temporary files left by a
     killed writer are ignored, here and by pyarrow's folder readers.
 
     Names are relative; those that lead out of the folder raise DataError. Methods that read raise
@@ -157,7 +157,8 @@ class Folder:
         except pa.ArrowInvalid as error:  # such as s3://bucket//key
             if self.local_path is not None:
                 raise
-            raise _unreachable(f"{self.uri}/{name}", error) from None
+            reason = " ".join(str(error).split())
+            raise StorageError(f"{self.uri}/{name} is no possible path ({reason})") from None
 
     def write_bytes(self, name: str, content: bytes) -> None:
         """Write or replace a file, and the folders above it; after a power failure it is the old
@@ -207,6 +208,8 @@ class Folder:
             self._create_folder_of(path)
             return self.filesystem.open_output_stream(path)
         except pa.ArrowException as error:  # such as an impossible name of a bucket
+            if self.has_folders:
+                raise
             raise self._refused(name, error) from None
 
     def _create_folder_of(self, path: str) -> None:
@@ -541,7 +544,7 @@ def _one_request_option(uri: str) -> str:
     return ("&" if "?" in uri else "?") + "allow_delayed_open=true"
 
 
-def _unreachable(uri: str, error: Exception) -> UnreachableError:
+def _unreachable(uri: str, error: OSError) -> UnreachableError:
     reason = " ".join(str(error).split())
     return UnreachableError(
         f"{uri} cannot be reached ({reason}): check the address, the network and the credentials"

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -198,7 +199,10 @@ def test_a_lost_node_is_waited_for_in_plain_words(tmp_path: Path, job: Callable)
         kill_with_children(others[0].pid)
         waits = "waiting for nodes (1 alive): 2 workers with 1 CPU(s) each do not fit: the Ray "
         waits += "cluster has room for 1; "
+        too_late = threading.Timer(300, process.kill)
+        too_late.start()
         assert any(line.startswith(waits) for line in process.stdout), "it waits in silence"
+        too_late.cancel()
         with own_ray_node(head, num_cpus=1):
             assert result(process)["status"] == "ok"
     assert_complete(tmp_path, "waits")

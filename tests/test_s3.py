@@ -195,7 +195,7 @@ def test_a_small_file_costs_one_request(server: Server, bucket: str) -> None:
 
 
 def test_an_interrupted_upload_leaves_a_whole_file(
-    bucket: str, monkeypatch: pytest.MonkeyPatch
+    bucket: str, ctrl_c: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = Folder(bucket)
     folder.write_bytes("summary.json", b"old")
@@ -213,7 +213,7 @@ def test_an_interrupted_upload_leaves_a_whole_file(
     assert folder.read_bytes("summary.json") == b"new"
 
 
-def test_a_folder_of_an_object_store_exists_while_it_has_files(bucket: str) -> None:
+def test_folders_of_an_object_store_need_not_be_created(bucket: str) -> None:
     folder = Folder(bucket) / "some"
     assert not folder.exists()
     assert folder.names() == []
@@ -227,7 +227,7 @@ def test_a_folder_of_an_object_store_exists_while_it_has_files(bucket: str) -> N
 
 
 def test_empty_objects_that_stand_for_folders_are_not_copied_as_files(bucket: str) -> None:
-    """Earlier versions wrote them."""
+    """pyarrow leaves one for the folder of a file that it deletes or moves."""
     folder = Folder(bucket) / "marked"
     with folder.rebuilt("last.json") as building:
         building.filesystem.create_dir(f"{building.path}/images/new", recursive=True)

@@ -12,6 +12,7 @@ import math
 import re
 import struct
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -73,9 +74,9 @@ def decode_dicom(content: bytes, options: DecodeOptions) -> list[DecodedSlice]:
 
     Stored values are converted to real values (rescale or modality LUT), then to 0..255 by the
     file's window or VOI LUT. If it has none, or all frames would be constant, percentiles of the
-    frame's foreground are used instead; frames that alone would be constant, such as air at the end
-    of a volume, are skipped. MONOCHROME1 is inverted, colour is converted to luminance, pixels are
-    made square.
+    frame's foreground are used instead. If only some would be, such as air at the end of a volume,
+    these are listed with a rejection. MONOCHROME1 is inverted, colour is converted to luminance,
+    pixels are made square.
 
     The subject is the patient ID. Without a usable one it is the study, then the series, then, if
     there are several frames, the file. The study is given in any case.
@@ -92,17 +93,20 @@ def decode_dicom(content: bytes, options: DecodeOptions) -> list[DecodedSlice]:
     if subject is None and num_frames > 1:
         subject = volume_hash(content_hash(content), options.salt)
     slices: list[DecodedSlice] = []
-    outside_window: list[DecodedSlice] = []
+    outside: list[DecodedSlice] = []  # of the window
     for index, (pixels, properties) in enumerate(_frames(dataset, num_frames)):
         image, is_outside = _to_grayscale(pixels, properties, dataset, index, options)
         image = to_square_pixels(image, _spacing(dataset, index), options)
         frame = f"frame={index}" if num_frames > 1 else ""
         shown = DecodedSlice(image, "DICOM", frame, subject, study)
-        (outside_window if is_outside else slices).append(shown)
-    num_found = len(slices) + len(outside_window)
+        (outside if is_outside else slices).append(shown)
+    num_found = len(slices) + len(outside)
     if num_found != num_frames:
         raise RejectedImage("corrupt or truncated", f"{num_found} of {num_frames} frames")
-    return slices or outside_window
+    if not slices:  # the window may be in other units than the pixels
+        return outside
+    blank = RejectedImage("blank", "constant in the file's window")
+    return slices + [replace(each, rejection=blank) for each in outside]
 
 
 def _read(content: bytes) -> FileDataset:

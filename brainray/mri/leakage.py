@@ -104,7 +104,8 @@ def exposure(queries: Fingerprints, seen: Fingerprints, config: PreprocessConfig
     come from the same kind of source, a table or headers: within one collection different names are
     different subjects.
 
-    Slices of one group are of one subject, too: it was formed with more evidence, such as mutual
+    Nor are names asked against groups: queries that no name proves to be of another subject are of
+    the same as the slices of their group, which was formed with more evidence, such as mutual
     similarity, or a third slice between two.
 
     Another collection may name subjects differently, so then different names prove nothing. Its
@@ -148,7 +149,8 @@ def exposure(queries: Fingerprints, seen: Fingerprints, config: PreprocessConfig
         found = likely.reference >= 0
         mate[asking] = np.where(found, rows[likely.reference], -1)
         mate_similarity[asking] = likely.similarity
-    _match_in_groups(queries, seen, config.subject, mate, mate_similarity)
+    asking = (mate < 0) & (proven_by == "")
+    _match_in_groups(queries, seen, asking, config.subject, mate, mate_similarity)
     kind = np.where(twins.reference >= 0, np.array(KINDS)[twins.kind], "")
     return Exposure(
         exact, twins.reference, kind, twins.similarity, mate, mate_similarity, is_mate_known
@@ -158,24 +160,28 @@ def exposure(queries: Fingerprints, seen: Fingerprints, config: PreprocessConfig
 def _match_in_groups(
     queries: Fingerprints,
     seen: Fingerprints,
+    asking: NDArray[np.bool_],
     settings: SubjectConfig,
     mate: NDArray[np.int64],
     mate_similarity: NDArray[np.float32],
 ) -> None:
-    """Match queries without a mate with the nearest seen slice of their group, in place."""
+    """Match queries that are ``asking`` with the nearest seen slice of their group, in place."""
     rows_of_group: defaultdict[str, list[int]] = defaultdict(list)
     for row, name in enumerate(seen.groups):
         if name is not None:
             rows_of_group[name].append(row)
-    asking: defaultdict[str, list[int]] = defaultdict(list)
-    for row, name in enumerate(queries.groups):
-        if mate[row] < 0 and name is not None and name in rows_of_group:
-            asking[name].append(row)
-    whatever = settings.model_copy(update={"min_lone_similarity": -1.0})
-    for name, asked in asking.items():
+    asking_in_group: defaultdict[str, list[int]] = defaultdict(list)
+    for row in np.flatnonzero(asking).tolist():
+        name = queries.groups[row]
+        if name is not None and name in rows_of_group:
+            asking_in_group[name].append(row)
+    nearest_of_all = settings.model_copy(update={"min_lone_similarity": -1.0})  # however similar
+    for name, asked in asking_in_group.items():
         rows, others = np.array(asked), np.array(rows_of_group[name])
         nearest = find_same_subject(
-            SelectedRows(queries.thumbnails, rows), SelectedRows(seen.thumbnails, others), whatever
+            SelectedRows(queries.thumbnails, rows),
+            SelectedRows(seen.thumbnails, others),
+            nearest_of_all,
         )
         mate[rows], mate_similarity[rows] = others[nearest.reference], nearest.similarity
 

@@ -183,7 +183,7 @@ def _usable_affine(header: Nifti1Header) -> NDArray[np.float64]:
 
 
 def _qform(header: Nifti1Header) -> NDArray[np.float64] | None:
-    """The matrix of the quaternions; None if its code marks it as invalid, or they are."""
+    """The matrix of the quaternions; None if they, or its code, are invalid."""
     try:
         return header.get_qform(coded=True)[0]
     except ValueError:  # quaternions longer than 1

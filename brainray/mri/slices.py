@@ -127,7 +127,7 @@ class DecodedSlice:
     study_id: str | None = None
     """Keyed hash of the DICOM study, also if the file names its patient."""
     rejection: RejectedImage | None = None
-    """Why this volume of several has no slices; the image is empty then."""
+    """Why this volume of several has no slices, or this frame is none; its image is not used."""
 
 
 STUDY_PREFIX = "study-"

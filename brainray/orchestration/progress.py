@@ -137,7 +137,7 @@ class RoomFollower(Watcher):
         self._next_look = time.monotonic()
 
     def poll(self) -> None:
-        if time.monotonic() < self._next_look:
+        if time.monotonic() < self._next_look or self._stopped.is_set():
             return
         self._next_look = time.monotonic() + _ROOM_EVERY_S
         nodes = alive_nodes()

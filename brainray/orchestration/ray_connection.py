@@ -28,11 +28,13 @@ def attach_to_ray() -> None:
         _check_address(address)
         if not sys.stdout.isatty():
             os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # no colour codes in files
-        log(f"joining Ray at {address}" if address else "joining or starting Ray on this machine")
+        is_here = address in ("", "local")
+        how = "starting" if address else "joining or starting"
+        log(f"{how} Ray on this machine" if is_here else f"joining Ray at {address}")
         try:
             init_ray()
         except (ConnectionError, ValueError) as error:
-            if not address:
+            if is_here:
                 raise
             reason = str(error).strip().partition("\n")[0]
             raise ConfigError(
@@ -97,11 +99,13 @@ def init_ray(**options: Any) -> None:
         port = listener.getsockname()[1]  # not the usual port: another Ray may take that meanwhile
     before = dict(os.environ)
     inherited = {_DASHBOARD_VARIABLE: f"http://127.0.0.1:{port}"}
-    os.environ.update(WITHOUT_PREEMPTION | before | inherited)
+    if WITHOUT_PREEMPTION.keys().isdisjoint(before):
+        inherited |= WITHOUT_PREEMPTION
+    os.environ.update(inherited)
     try:
         ray.init(logging_level=logging.ERROR, dashboard_port=port, **options)
     finally:
-        for name in (_DASHBOARD_VARIABLE, *WITHOUT_PREEMPTION):
+        for name in inherited:
             if name in before:
                 os.environ[name] = before[name]
             else:

@@ -17,7 +17,6 @@ import ray
 import torch
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.torch.config import _TorchBackend
 from torch import nn
 
 from brainray.config import TrainConfig
@@ -90,7 +89,7 @@ def use_network_of_ray() -> None:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
-class _Backend(_TorchBackend):
+class _Backend(TorchConfig().backend_cls):  # type: ignore[misc]  # Ray exports no name for it
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
         worker_group.execute(use_network_of_ray)  # before the process group is made
         super().on_start(worker_group, backend_config)
@@ -175,8 +174,8 @@ def ray_storage(folder: Folder) -> dict[str, Any]:
     """Arguments of a RunConfig of Ray Train or Tune that make it store its files in ``folder``.
 
     Ray creates its folder, for which pyarrow writes an empty object for every part of an S3 key,
-    also above the storage, where this user may not write. An option, which URIs cannot have, makes
-    it look which of them exist.
+    also above the storage, where this user may not write. With an option that URIs cannot have, it
+    first looks which of these objects exist.
     """
     s3 = folder.filesystem
     if isinstance(s3, pafs.S3FileSystem):

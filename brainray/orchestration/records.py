@@ -68,7 +68,7 @@ def with_defaults(stored: dict[str, Any], defaults: dict[str, Any]) -> dict[str,
 def check_same_settings(
     what: str, made_with: dict[str, Any], wanted: dict[str, Any], remedy: str
 ) -> None:
-    """Raises ConfigError if ``what`` a name stands for already was made with other settings."""
+    """Raises ConfigError, naming ``remedy``, if ``what`` was made with other settings."""
     difference = differing_settings(made_with, wanted)
     if difference:
         raise ConfigError(f"{what} exists with other settings ({difference}): {remedy}")

@@ -27,5 +27,5 @@ def test_the_cases_that_read_an_option_are_known(option: str, readers: set[str])
 
 def test_a_module_that_is_no_case_is_one_that_cases_share() -> None:
     modules = {module.name for module in pkgutil.iter_modules(benchmarks.__path__)}
-    shared = {"cases", "result", "roofline", "runner", "samples", "timing"}
+    shared = {"cases", "own_nodes", "result", "roofline", "runner", "samples", "timing"}
     assert modules - set(CASES) == shared

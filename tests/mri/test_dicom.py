@@ -336,15 +336,17 @@ def test_enhanced_files_state_the_window_by_frame() -> None:
     assert (second.image == 0).mean() > 0.5 > (first.image == 0).mean()
 
 
-def test_frames_that_the_window_leaves_black_are_skipped_unless_all_are() -> None:
+def test_frames_that_the_window_leaves_constant_are_rejected_unless_all_are() -> None:
     air = np.random.default_rng(0).rayleigh(12.0, RAMP.shape).astype(np.uint16)
     frames = np.stack([air, RAMP + 500, air])
     decoded = decode_file(make_dicom(frames, WindowCenter=2000, WindowWidth=3001), OPTIONS)
-    assert [one.frame for one in decoded] == ["frame=1"]
+    reasons = {one.frame: str(one.rejection or "") for one in decoded}
+    why = "blank: constant in the file's window"
+    assert reasons == {"frame=1": "", "frame=0": why, "frame=2": why}
     # A window in other units than the pixels says nothing about any frame.
     decoded = decode_file(make_dicom(frames, WindowCenter=1e7, WindowWidth=100), OPTIONS)
     assert [one.frame for one in decoded] == ["frame=0", "frame=1", "frame=2"]
-    assert all(one.image.std() > 10 for one in decoded)
+    assert all(one.image.std() > 10 and one.rejection is None for one in decoded)
 
 
 def test_a_file_without_preamble_is_read() -> None:

@@ -85,6 +85,12 @@ def test_slices_of_one_group_are_mates_that_do_not_look_alike() -> None:
     assert 0 < found.mate_similarity[0] < 0.65
     assert found.mate[1:].tolist() == [-1, 2]  # alike, whatever group
     assert found.strict.tolist() == [False, True, False]
+    named = exposure(
+        fingerprints(strangers, "xy", ["p2", None], groups=["g", "g"]),
+        fingerprints(seen, "abc", ["p1", "p1", "p1"], groups=["g", "g", "g"]),
+        PreprocessConfig(),
+    )
+    assert named.strict.tolist() == [True, False]  # a name proves another subject
 
 
 def test_named_subjects_are_compared_by_name_not_by_similarity() -> None:

@@ -24,15 +24,6 @@ from brainray.schema import LABELLED, SEEN, TEST, TRAIN, UNLABELLED_ROLE, VALIDA
 from brainray.storage import Folder
 
 
-def _note_few_slices(config: ClusteringConfig, num_fitted: int) -> None:
-    if has_few_rows(num_fitted, config.num_clusters, config.pca_dim, config.covariance_type):
-        log(
-            f"note: {num_fitted} training slices are few for {config.num_clusters} full "
-            f"covariances of {config.pca_dim} dimensions, so that other slices will look like "
-            "outliers: set clustering.covariance_type=tied or a lower clustering.pca_dim"
-        )
-
-
 def check_run_fits(run: Run, store: ImageStore, num_workers: int) -> None:
     """Check that an existing run can resume on the store, with so many workers (0: none needed).
 
@@ -98,6 +89,15 @@ def begin_run(config: Config, store: ImageStore, num_workers: int) -> Run:
     )
     record.write(folder)
     return Run(folder, record)
+
+
+def _note_few_slices(config: ClusteringConfig, num_fitted: int) -> None:
+    if has_few_rows(num_fitted, config.num_clusters, config.pca_dim, config.covariance_type):
+        log(
+            f"note: {num_fitted} training slices are few for {config.num_clusters} full "
+            f"covariances of {config.pca_dim} dimensions, so that other slices will look like "
+            "outliers: set clustering.covariance_type=tied or a lower clustering.pca_dim"
+        )
 
 
 def _keep_records(store: Folder, kept: Folder) -> None:

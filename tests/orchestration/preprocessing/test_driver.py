@@ -134,7 +134,8 @@ def test_a_store_of_slices_that_are_made_otherwise_now_is_refused(
         preprocess(config)
     monkeypatch.setattr(intracranial, "VERSION", intracranial.VERSION - 1)
     monkeypatch.setattr(decode, "VERSION", decode.VERSION + 1)
-    with pytest.raises(DataError, match=r"decode_version: 3 here, 4 requested"):
+    here, there = decode.VERSION - 1, decode.VERSION
+    with pytest.raises(DataError, match=rf"decode_version: {here} here, {there} requested"):
         preprocess(config)
 
 

@@ -51,7 +51,7 @@ def test_a_file_that_changes_or_vanishes_is_left_out(tmp_path: Path) -> None:
 def test_slices_of_a_bad_volume_are_reported_as_bad_and_not_as_without_a_class() -> None:
     side = np.linspace(-1.0, 1.0, 40)
     ball = np.add.outer(np.add.outer(side**2, side**2), side**2) < 0.8
-    good = np.where(ball, 500.0 + 100.0 * side, 0.0).astype(np.float32)
+    good = np.where(ball, 500.0 + 100.0 * side[:, None, None], 0.0).astype(np.float32)
     bad = np.full_like(good, np.nan)
     content = bytes(nibabel.Nifti1Image(np.stack([bad, good], axis=3), np.eye(4)).to_bytes())
     names = {"volume=0/axial=20": "glioma", "volume=1/axial=20": "notumor"}
@@ -103,6 +103,7 @@ def test_the_original_size_is_recorded_and_what_a_frame_leaves_blank_is_rejected
     image[20:100, 50:150] = np.random.default_rng(0).integers(90, 160, (80, 100))
     page = np.full((120, 200), 255, np.uint8)
     page[40:80, 90:92] = 0
+    page[0, 0] = 254  # with two greys it would be no scan
 
     def row(image: np.ndarray) -> dict[str, object]:
         content = cv2.imencode(".png", image)[1].tobytes()
