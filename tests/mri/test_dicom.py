@@ -519,6 +519,7 @@ def test_without_a_patient_the_study_is_the_subject_then_the_series(patient: str
     assert len({one.subject_id for one in frames} - {None}) == 1
 
 
+@pytest.mark.filterwarnings("ignore:Invalid value for VR UI")
 @pytest.mark.parametrize("study", ["REMOVED", "ANON", "0", "0.0"])
 def test_a_study_without_a_number_is_none(study: str) -> None:
     one = decode_one(make_dicom(RAMP, StudyInstanceUID=study, SeriesInstanceUID="1.1.1"))
