@@ -370,9 +370,9 @@ def _note_inner_folders(inner: Mapping[str, set[str]], classes: set[str | None])
     if len(names) > 1:
         outer = sorted(top for top, below in inner.items() if below & names)
         log(
-            f"note: {' and '.join(outer)} are read as classes, {', '.join(sorted(names)[:5])} "
-            "within are not: if those are the classes, put them at the top level or within "
-            "Training/ and Testing/"
+            f"note: {', '.join(sorted(names)[:5])} within {' and '.join(outer)} are not read as "
+            "classes: if they are the classes, put them at the top level or within Training/ and "
+            "Testing/"
         )
 
 
