@@ -37,7 +37,8 @@ def has_few_rows(
     """Whether full covariances have so few rows per component that other rows are outliers to them.
 
     With 3 rows per component and dimension, 15 to 46 % of the rows that four well-separated normal
-    clusters had not been fitted to were beyond the 99th percentile of those that they had.
+    clusters had not been fitted to were beyond the 99th percentile of those that they had (by a
+    script outside the project; three draws each of 400 rows x 32 and 800 rows x 64).
     """
     return covariance_type == "full" and num_rows < _FEW_ROWS * num_components * num_dims
 
