@@ -282,7 +282,7 @@ _POLICIES: dict[str, dict[str, float]] = {
 class AugmentConfig(_Section):
     policy: Literal["published", "none", "weak", "strong"] = "published"
     """Preset for the strengths that are not set explicitly: METHOD A's augmentations, none, a few
-    weak ones, or all of them."""
+    weak ones, or all but tone curves and up-down flips."""
     horizontal_flip: Share = 0.5
     """Probability of a left-right flip."""
     vertical_flip: Share = 0.1
@@ -649,7 +649,7 @@ class SelfSupervisionConfig(_Section):
     """Dimensions of the projection in which views are contrasted."""
     augment: Annotated[AugmentConfig, _of_policy("weak")] = AugmentConfig(policy="weak")
     """Augmentation of the views; the rotation pretext uses no upside-down flips and only small
-    rotations. Short training learns nothing from ``strong`` views (docs/study.md)."""
+    rotations."""
     batch_size_per_worker: Positive = 128
     """Slices per step and worker; the contrastive pretext uses two views of each."""
     learning_rate: PositiveFloat = 1.5e-3
@@ -746,7 +746,8 @@ class Config(_Section):
     the same source, is replaced. Defaults to RUN-on-FOLDER in evaluate and predict, with ``epoch``
     to RUN-epochN-on-FOLDER, and to the run's name in export."""
     dataset: PlainName | None = None
-    """Name of the image store to train on or to study; defaults to ``name`` in the pipeline."""
+    """Name of the image store to train on or to study; defaults to ``name`` in the pipeline,
+    and in a study of ``source``."""
     run: PlainName | None = None
     """Name of the run to evaluate, predict with, label for, export, report or send to MLflow."""
     checkpoint: Location | None = None

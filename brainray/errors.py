@@ -76,7 +76,7 @@ _GPU_ADVICE = {
     "CUDA out of memory": (
         "a GPU has too little memory: lower train.batch_size_per_worker, "
         "train.labelled_batch_size_per_worker, train.embed_batch_size, train.cache_gib or, in a "
-        "warm-up, self_supervision.batch_size_per_worker"
+        "warm-up, self_supervision.batch_size_per_worker; in prediction, set train.device=cpu"
     ),
 }
 """Messages of PyTorch, and what a user can do."""

@@ -241,9 +241,12 @@ class Folder:
                     f"{self.uri}/{name} cannot be written ({os.strerror(error.errno)}): grant "
                     "write access, or give another storage"
                 ) from None
-            if error.errno is None and any(word in str(error) for word in _REFUSED):
+            if error.errno is not None:
+                raise
+            # From an object store: its errors have no errno.
+            if any(word in str(error) for word in _REFUSED):
                 raise self._refused(name, error) from None
-            raise
+            raise _unreachable(f"{self.uri}/{name}", error) from None
 
     def _delete_cut_file(self, path: str) -> None:
         with contextlib.suppress(OSError, pa.ArrowException):  # the first error is reported

@@ -51,7 +51,8 @@ def parser() -> argparse.ArgumentParser:
         "--storage",
         metavar="DIR",
         default="~/brainray",
-        help="write results to DIR/benchmarks/CASE [~/brainray]",
+        help="write results to DIR/benchmarks/CASE (CASE-quick), and the stores and runs of labels "
+        "and next_labels to DIR [~/brainray]",
     )
     return made
 

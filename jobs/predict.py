@@ -26,7 +26,7 @@ if __name__ == "__main__":
             """
             Predict every slice below SOURCE (images, DICOM, NIfTI) with the chosen epoch of a run:
             class, confidence, cluster, outlier score and the nearest training slices, one row per
-            slice, as Parquet under storage/predictions/NAME, and as _predictions.csv without lists.
+            slice, as Parquet under storage/predictions/NAME, and in short as _predictions.csv.
             The same name resumes an interrupted prediction.
 
             Example: python jobs/predict.py --set run=nickparvar source=/data/new-scans

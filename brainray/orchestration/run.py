@@ -134,7 +134,10 @@ class Run:
 def unfinished(storage: Folder, run: Run) -> str:
     """What to do about a run that is not complete, for errors."""
     if is_held(storage, layout.RUNS, run.record.name):
-        return f"the run {run.folder} is still training: wait until it finishes"
+        return (
+            f"the run {run.folder} is still training: wait until it finishes, or, if its job was "
+            "killed on another machine, submit its training again"
+        )
     return (
         f"the run {run.folder} is not complete, and no job is training it: submit its training "
         "again under the same name"

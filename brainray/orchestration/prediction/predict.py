@@ -62,7 +62,7 @@ def predict(config: Config) -> Prediction:
     """Write a row for every slice in ``config.source``, and for every unreadable file.
 
     Rows are written to ``storage/predictions/NAME/part-*.parquet`` (``PREDICTED_FILES``) as they
-    are computed, and at the end, without lists, to ``_predictions.csv``. With the same name, the
+    are computed, and at the end, the main columns, to ``_predictions.csv``. With the same name, the
     job resumes: it predicts files that are new, were unreadable or have been replaced. Rows of
     deleted files stay.
 
