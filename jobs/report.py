@@ -24,10 +24,10 @@ if __name__ == "__main__":
         run_job(
             "report",
             """
-            Rewrite report.html of a complete run: compared with the metrics of a control, and with
-            runs of other seeds, which show which sub-types are stable. jobs/track.py sends it to
-            MLflow. Settings of evaluation that are not given are those of the run, whatever
-            default is shown below.
+            Rewrite report.html and the figures of a complete run: compared with the metrics of a
+            control, and with runs of other seeds, which show which sub-types are stable.
+            jobs/track.py sends them to MLflow. Settings of evaluation that are not given are those
+            of the run, whatever default is shown below.
 
             Examples: python jobs/report.py --set run=strong evaluation.control=strong-control
                       python jobs/report.py --set run=k8 'evaluation.siblings=[k8-seed1,k8-seed2]'

@@ -1,6 +1,6 @@
 """Gathers the data for the report of a run or an evaluation."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,7 @@ from brainray.orchestration.store import ImageStore, open_store, read_images
 from brainray.report.comparison_table import comparison_table
 from brainray.report.maps import SliceMap, run_maps
 from brainray.report.page import Explained, write_page
+from brainray.report.run_figures import draw_run_figures
 from brainray.schema import TEST, Metrics
 from brainray.storage import Folder
 
@@ -45,7 +46,7 @@ class Report:
 
 
 def report(config: Config) -> Report:
-    """Rewrite the report of a complete run, comparing it with a control or runs with other seeds.
+    """Rewrite the results of a complete run, comparing it with a control or runs with other seeds.
 
     Raises:
         ConfigError: no run named, a control on other labels, or a sibling with the same seed.
@@ -59,30 +60,46 @@ def report(config: Config) -> Report:
     requested = config.evaluation.model_dump(exclude_unset=True)
     evaluation = saved.evaluation.model_copy(update=requested)
     merged = saved.model_copy(update={"storage": config.storage, "evaluation": evaluation})
-    evaluation = without_lost_runs(merged, requested, run.record.data_hash)
-    merged = merged.model_copy(update={"evaluation": evaluation})
     try:
         store = _store_with_test_slices(merged, run)
     except DataError as error:
         log(f"no activation maps: {error}")
         store = None
-    summary = without_comparison(run.folder.read_json(layout.SUMMARY))
     for name in (requested.get("control"), *requested.get("siblings", ())):
         if name is not None and not (other := open_run(Folder(config.storage), name)).is_complete:
             raise CheckpointError(unfinished(Folder(config.storage), other))
-    control = comparable_control(merged, run)
-    comparison = against_control(merged, run, control, int(summary["chosen_epoch"]))
-    metrics = summary | comparison
-    maps = run_maps(run.folder, evaluation, int(metrics["chosen_epoch"]))
-    if not write_run_page(merged, run, control, metrics, maps, store):
+    summary = without_comparison(run.folder.read_json(layout.SUMMARY))
+    if not run.folder.exists(layout.predictions_file(int(summary["chosen_epoch"]))):
         raise DataError(f"the run {run.folder} has no test slices: there is nothing to report")
-    # jobs/track.py sends the summary beside the page.
-    if metrics != run.folder.read_json(layout.SUMMARY):
-        run.folder.write_json(layout.SUMMARY, metrics)
-    compared = comparison_table(comparison, evaluation.control)
+    metrics = write_results(merged, run, summary, store, requested)
+    compared = comparison_table(metrics, evaluation.control)
     if compared is not None:
         log(f"{compared.title}:\n{compared.markdown()}")
     return Report(run.folder, metrics)
+
+
+def write_results(
+    config: Config,
+    run: Run,
+    metrics: Metrics,
+    store: ImageStore | None,
+    requested: Container[str] = (),
+) -> Metrics:
+    """Write a run's figures, its page and the summary, which comes last and marks it as complete.
+
+    Returns ``metrics`` with the comparison with the control, if there is one. Runs to compare with
+    that are gone are left out, unless they are named by evaluation settings in ``requested``.
+    """
+    evaluation = without_lost_runs(config, requested, run.record.data_hash)
+    config = config.model_copy(update={"evaluation": evaluation})
+    chosen = int(metrics["chosen_epoch"])
+    control = comparable_control(config, run)
+    metrics = metrics | against_control(config, run, control, chosen)
+    maps = run_maps(run.folder, evaluation, chosen)
+    draw_run_figures(run.folder, run.record.classes, chosen, maps)
+    write_run_page(config, run, control, metrics, maps, store)
+    run.folder.write_json(layout.SUMMARY, metrics)
+    return metrics
 
 
 def _store_with_test_slices(config: Config, run: Run) -> ImageStore:
@@ -113,8 +130,8 @@ def write_run_page(
     metrics: Metrics,
     maps: Sequence[SliceMap],
     store: ImageStore | None,
-) -> bool:
-    """Write a run's ``report.html``, if it has predictions to show; returns whether it has.
+) -> None:
+    """Write a run's ``report.html``, if it has predictions to show.
 
     Without its store there are no activation maps.
     """
@@ -133,7 +150,7 @@ def write_run_page(
         others = control.other_settings
         other = f", also trained with other settings: {others}" if others else ""
         about["control"] = f"{config.evaluation.control}{other}"
-    return write_page(
+    write_page(
         run.folder,
         run.record.classes,
         config.evaluation,

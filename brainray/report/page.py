@@ -83,8 +83,8 @@ def write_page(
     control: Metrics | None = None,
     explained: Sequence[Explained] = (),
     siblings: Mapping[str, pa.Table] | None = None,
-) -> bool:
-    """Write ``report.html`` of a trained run.
+) -> None:
+    """Write ``report.html`` of a trained run, if it has predictions of the chosen epoch.
 
     Args:
         run: folder with the logs, the config and the predictions of the chosen epoch.
@@ -97,13 +97,10 @@ def write_page(
         explained: slices with activation maps.
         siblings: by name, predictions for the same slices by runs with other seeds, used to
             assess which clusters are stable.
-
-    Returns:
-        Whether it was written: not without predictions of the chosen epoch.
     """
     chosen, whose = int(metrics["chosen_epoch"]), evaluation.control
     if not run.exists(layout.predictions_file(chosen)):
-        return False
+        return
     whole = run.read_table(layout.predictions_file(chosen))
     table = shown(whole, evaluation.tsne_max_slices)
     history = run.read_json_lines(layout.METRICS)
@@ -129,7 +126,6 @@ def write_page(
         data=data,
     )
     _write(run, contents)
-    return True
 
 
 def write_evaluation_page(

@@ -15,12 +15,7 @@ from brainray.engine.evaluate import summarise
 from brainray.engine.state import load_checkpoint
 from brainray.log import log
 from brainray.models.encoder import build_encoder
-from brainray.orchestration.compared_runs import (
-    against_control,
-    check_compared_runs,
-    comparable_control,
-    without_lost_runs,
-)
+from brainray.orchestration.compared_runs import check_compared_runs
 from brainray.orchestration.lock import held
 from brainray.orchestration.pretraining.driver import starting_weights, warm_up
 from brainray.orchestration.pretraining.weights import State
@@ -28,14 +23,12 @@ from brainray.orchestration.progress import Follower, RoomFollower
 from brainray.orchestration.provenance import record_submission
 from brainray.orchestration.publish import begin_tracking, how_to_open, send_run
 from brainray.orchestration.ray_train import train_on_workers
-from brainray.orchestration.reporting import write_run_page
+from brainray.orchestration.reporting import write_results
 from brainray.orchestration.resources import WorkerResources, alive_nodes, plan_workers
 from brainray.orchestration.run import Run, groups_of_test_slices, run_to_resume
 from brainray.orchestration.store import ImageStore, store_to_train_on
 from brainray.orchestration.training.start import begin_run, check_run_fits
 from brainray.orchestration.training.worker import train_worker
-from brainray.report.maps import run_maps
-from brainray.report.run_figures import draw_run_figures
 from brainray.schema import LABELLED, TRAIN, UNLABELLED_ROLE, VALIDATION, History, Metrics
 from brainray.storage import Folder
 
@@ -206,7 +199,6 @@ def complete_run(training: Training) -> None:
     """Write figures, report and the summary, which comes last and marks the run as complete."""
     config, run = training.config, training.run
     metrics = _summarise(config, run)
-    chosen = int(metrics["chosen_epoch"])
     shift = run.folder.read_json_lines(layout.METRICS)[-1].get("train/class_shift", 0.0)
     if config.objective.name in _ALIGNED and shift > _MAX_CLASS_SHIFT:
         log(
@@ -214,15 +206,7 @@ def complete_run(training: Training) -> None:
             "their pseudo-labels, which follow the class mix of the labelled slices: label slices "
             "drawn at random, or compare with objective.name=supervised"
         )
-    # A run to compare with may have been deleted meanwhile.
-    evaluation = without_lost_runs(config, (), run.record.data_hash)
-    config = config.model_copy(update={"evaluation": evaluation})
-    control = comparable_control(config, run)
-    metrics |= against_control(config, run, control, chosen)
-    maps = run_maps(run.folder, config.evaluation, chosen)
-    draw_run_figures(run.folder, run.record.classes, chosen, maps)
-    write_run_page(config, run, control, metrics, maps, training.store)
-    run.folder.write_json(layout.SUMMARY, metrics)
+    write_results(config, run, metrics, training.store)
 
 
 def _summarise(config: Config, run: Run) -> Metrics:

@@ -526,7 +526,9 @@ def test_a_report_shows_maps_as_long_as_the_store_has_the_test_slices(
     for change, has_maps in changes:
         info |= change
         (folder / "run.json").write_text(json.dumps(info))
+        (folder / layout.FIGURES / "loss.png").unlink()
         report(tiny_config(storage, "run=updated"))
+        assert (folder / layout.FIGURES / "loss.png").exists()
         said = "\n".join(logged(capsys))
         assert ("no activation maps: " in said) != has_maps
         assert ("no longer has the run's test slices" in said) != has_maps
