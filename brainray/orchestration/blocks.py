@@ -1,7 +1,6 @@
 """Blocks of Ray Data, one Arrow table each: all slices of a file are in one of them."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import pyarrow as pa
@@ -47,21 +46,6 @@ def with_progress(
         done += batch.num_rows if counts_slices else pc.count_distinct(batch["path"]).as_py()
         progress.update(done, total)
         yield batch
-
-
-@contextmanager
-def whole_blocks() -> Iterator[None]:
-    """Data sets made in this context keep the blocks that their functions return.
-
-    Splitting a block could separate the slices of a volume.
-    """
-    context = ray.data.DataContext.get_current()
-    before = context.target_max_block_size
-    context.target_max_block_size = None
-    try:
-        yield
-    finally:
-        context.target_max_block_size = before
 
 
 def blocks_on_actors(

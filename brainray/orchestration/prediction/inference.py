@@ -17,7 +17,7 @@ from brainray.engine.state import Checkpoint, load_checkpoint
 from brainray.errors import CheckpointError, ConfigError
 from brainray.log import log
 from brainray.mri.identity import content_hash
-from brainray.orchestration.blocks import blocks_on_actors, map_blocks, read_parts, whole_blocks
+from brainray.orchestration.blocks import blocks_on_actors, map_blocks, read_parts
 from brainray.orchestration.manifest import versions_of
 from brainray.orchestration.preprocessing.slice_tasks import TO_PREDICT, decode_files, select_slices
 from brainray.orchestration.preprocessing.source import SourceFile, files_of_tasks
@@ -213,8 +213,10 @@ def predicted_blocks(
             *files_of_tasks(volumes, _VOLUMES_PER_TASK),
         )
     ]
-    with whole_blocks():
-        tasks = ray.data.from_arrow(tables)
+    tasks = ray.data.from_arrow(tables)
+    # Of this data set and those derived from it: splitting a block that a function returns could
+    # separate the slices of a volume.
+    tasks.context.target_max_block_size = None
     decoded = map_blocks(tasks, decode)
     return _embedded(decoded, config, predictor)
 
