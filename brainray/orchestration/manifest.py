@@ -7,8 +7,9 @@ from pydantic import Field, NonNegativeInt, field_validator
 
 from brainray import layout
 from brainray.config import PreprocessConfig, SplitConfig
+from brainray.errors import DataError
 from brainray.mri import decode, intracranial
-from brainray.orchestration.records import NOT_OF_SLICES, Record
+from brainray.orchestration.records import NOT_OF_SLICES, Record, differing_settings
 from brainray.schema import TRAIN
 
 
@@ -93,3 +94,17 @@ def versions_of(preprocess: PreprocessConfig) -> dict[str, int]:
     if preprocess.skull_strip == "intracranial":
         versions["intracranial_version"] = intracranial.VERSION
     return versions
+
+
+def check_versions(
+    what: str, preprocess: PreprocessConfig, made_with: dict[str, int | None], remedy: str
+) -> None:
+    """Raises DataError, naming ``remedy``, if this version makes other slices than those that
+    ``what`` was ``made_with``.
+    """
+    difference = differing_settings(made_with, versions_of(preprocess))
+    if difference:
+        raise DataError(
+            f"{what} made by another version of brainray ({difference}), which preprocesses slices "
+            f"differently: {remedy}"
+        )

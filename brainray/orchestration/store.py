@@ -14,7 +14,7 @@ from brainray import layout
 from brainray.config import Config
 from brainray.errors import ConfigError, DataError
 from brainray.mri.resize import stretch
-from brainray.orchestration.manifest import Manifest, versions_of
+from brainray.orchestration.manifest import Manifest, check_versions
 from brainray.orchestration.records import NOT_OF_SLICES, differing_settings, with_defaults
 from brainray.schema import IMAGE_INDEX_COLUMNS, TEST
 from brainray.storage import Folder
@@ -147,13 +147,12 @@ def store_to_train_on(config: Config) -> tuple[Config, ImageStore]:
     """
     store = open_store(Folder(config.storage), config.given("dataset"))
     config = as_store_was_made(config, store)
-    difference = differing_settings(store.manifest.versions, versions_of(store.manifest.preprocess))
-    if difference:
-        raise DataError(
-            f"the image store {store.folder} was made by another version of brainray "
-            f"({difference}), which preprocesses slices differently: preprocess again under "
-            "another name"
-        )
+    check_versions(
+        f"the image store {store.folder} was",
+        store.manifest.preprocess,
+        store.manifest.versions,
+        "preprocess again under another name",
+    )
     check_sides(config)
     return config, store
 

@@ -18,11 +18,10 @@ from brainray.errors import CheckpointError, ConfigError
 from brainray.log import log
 from brainray.mri.identity import content_hash
 from brainray.orchestration.blocks import blocks_on_actors, map_blocks, read_parts
-from brainray.orchestration.manifest import versions_of
+from brainray.orchestration.manifest import check_versions
 from brainray.orchestration.preprocessing.slice_tasks import TO_PREDICT, decode_files, select_slices
 from brainray.orchestration.preprocessing.source import SourceFile, files_of_tasks
 from brainray.orchestration.preprocessing.subject_salt import subject_salt
-from brainray.orchestration.records import differing_settings
 from brainray.orchestration.resources import alive_nodes, plan_actors
 from brainray.orchestration.run import Run, open_run, unfinished
 from brainray.orchestration.seen import seen_by_run
@@ -88,10 +87,9 @@ def find_predictor(config: Config, purpose: str, *, for_new_files: bool = True) 
 
     Raises:
         ConfigError: neither or both of run and checkpoint are given.
-        DataError: no such run.
-        CheckpointError: the checkpoint is missing or invalid, there is no such epoch, or with
-            ``for_new_files`` the run was trained on slices that this version preprocesses
-            differently.
+        DataError: no such run, or with ``for_new_files`` one that was trained on slices that this
+            version preprocesses differently.
+        CheckpointError: the checkpoint is missing or invalid, or there is no such epoch.
     """
     if (config.run is None) == (config.checkpoint is None):
         raise ConfigError(f"{purpose} needs either --set run=NAME or --set checkpoint=PATH")
@@ -114,14 +112,13 @@ def find_predictor(config: Config, purpose: str, *, for_new_files: bool = True) 
     if run is None:
         return Predictor(folder, run_folder, None, checkpoint, checkpoint.config.preprocess)
     # The store's preprocessing may differ from that in the run's config file.
-    preprocess, made_with = run.record.preprocess, run.record.versions
-    now = versions_of(preprocess)
-    if for_new_files and made_with != now:
-        difference = differing_settings(made_with, now)
-        raise CheckpointError(
-            f"the run {run_folder} was trained on slices made by another version of brainray "
-            f"({difference}), which preprocesses slices differently: preprocess and train again "
-            "under other names"
+    preprocess = run.record.preprocess
+    if for_new_files:
+        check_versions(
+            f"the run {run_folder} was trained on slices",
+            preprocess,
+            run.record.versions,
+            "preprocess and train again under other names",
         )
     return Predictor(folder, run_folder, run, checkpoint, preprocess)
 

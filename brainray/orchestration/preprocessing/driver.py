@@ -62,7 +62,7 @@ from brainray.orchestration.preprocessing.subject_salt import (
     salt_id,
     subject_salt,
 )
-from brainray.orchestration.records import differing_settings
+from brainray.orchestration.records import check_same_settings
 from brainray.orchestration.store import ImageStore, describe
 from brainray.report.leakage_table import leakage_markdown
 from brainray.schema import IMAGE_INDEX_COLUMNS, REJECTED, THUMBNAIL_SIDE
@@ -83,10 +83,10 @@ def preprocess(config: Config, *, data_hash: str | None = None) -> ImageStore:
         data_hash: hash that the store must have for the run that resumes on it; None accepts any.
 
     Raises:
-        ConfigError: name or source is missing, or the source gives different slices from those of
-            ``data_hash``; the store is then left unchanged.
-        DataError: no readable file, too many rejected files, classes that do not fit, or an
-            existing store of that name with different settings.
+        ConfigError: name or source is missing, a store of that name was made with other settings,
+            or the source gives different slices from those of ``data_hash``; the store is then
+            left unchanged.
+        DataError: no readable file, too many rejected files, or classes that do not fit.
     """
     name, source = config.given("name"), Folder(config.given("source"))
     target = Folder(config.storage) / layout.DATASETS / name
@@ -107,7 +107,12 @@ def preprocess(config: Config, *, data_hash: str | None = None) -> ImageStore:
         previous = _previous_store(target)
         if previous is not None:
             _check_source(previous, listing, config)
-            _check_settings(previous, settings)
+            check_same_settings(
+                f"the image store {target}",
+                previous.manifest.settings,
+                settings,
+                "choose another name, or delete it",
+            )
             is_same = previous.manifest.listing == fingerprint
             if is_same and not _may_change(previous, listing, source):
                 log(f"image store {target}: up to date (same settings and files), reusing it")
@@ -246,16 +251,6 @@ def _previous_store(target: Folder) -> ImageStore | None:
             raise DataError(f"{target} exists but is not an image store: choose another name")
         return None
     return ImageStore.open(target)
-
-
-def _check_settings(store: ImageStore, settings: dict[str, Any]) -> None:
-    """Raises DataError if an existing store was made with settings that give other slices."""
-    difference = differing_settings(store.manifest.settings, settings)
-    if difference:
-        raise DataError(
-            f"the image store {store.folder} was made with different settings ({difference}): "
-            "choose another name or delete it"
-        )
 
 
 def _check_source(previous: ImageStore, listing: Listing, config: Config) -> None:

@@ -178,13 +178,13 @@ def test_a_run_on_slices_that_would_be_made_otherwise_now_does_not_predict(
     assert info["versions"] == {"decode_version": decode.VERSION}
     info["preprocess"]["skull_strip"] = "intracranial"
     run.write_json("run.json", info)
-    with pytest.raises(CheckpointError, match=r"intracranial_version: unset here, \d+ requested"):
+    with pytest.raises(DataError, match=r"intracranial_version: unset here, \d+ requested"):
         find_predictor(config, "this test")
     versions = info["versions"] | {"intracranial_version": VERSION}
     run.write_json("run.json", info | {"versions": versions})
     assert find_predictor(config, "this test").preprocess.skull_strip == "intracranial"
     monkeypatch.setattr(intracranial, "VERSION", VERSION + 1)
-    with pytest.raises(CheckpointError, match="preprocess and train again"):
+    with pytest.raises(DataError, match="preprocess and train again"):
         find_predictor(config, "this test")
 
 

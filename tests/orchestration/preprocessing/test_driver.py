@@ -10,7 +10,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 
-from brainray.errors import DataError
+from brainray.errors import ConfigError, DataError
 from brainray.mri import decode, intracranial
 from brainray.mri.decode import decode_file
 from brainray.mri.resize import stretch
@@ -115,7 +115,7 @@ def test_an_equal_store_is_reused_and_other_settings_are_refused(
     lines = logged(capsys)
     assert again.manifest == store.manifest
     assert "reusing it" in lines[0]
-    with pytest.raises(DataError, match=r"preprocess\.skull_strip: otsu here, none requested"):
+    with pytest.raises(ConfigError, match=r"preprocess\.skull_strip: otsu here, none requested"):
         preprocess(
             tiny_config(storage, "name=mri", f"source={phantoms}", "preprocess.skull_strip=none")
         )
@@ -130,12 +130,12 @@ def test_a_store_of_slices_that_are_made_otherwise_now_is_refused(
     )
     preprocess(config)
     monkeypatch.setattr(intracranial, "VERSION", intracranial.VERSION + 1)
-    with pytest.raises(DataError, match=r"intracranial_version: 3 here, 4 requested"):
+    with pytest.raises(ConfigError, match=r"intracranial_version: 3 here, 4 requested"):
         preprocess(config)
     monkeypatch.setattr(intracranial, "VERSION", intracranial.VERSION - 1)
     monkeypatch.setattr(decode, "VERSION", decode.VERSION + 1)
     here, there = decode.VERSION - 1, decode.VERSION
-    with pytest.raises(DataError, match=rf"decode_version: {here} here, {there} requested"):
+    with pytest.raises(ConfigError, match=rf"decode_version: {here} here, {there} requested"):
         preprocess(config)
 
 

@@ -258,7 +258,7 @@ def test_a_store_from_before_a_setting_came_is_gone_on_with(source: Path, tmp_pa
     folder.write_json("manifest.json", manifest)
     (source / "Training" / "glioma" / "copied.jpg").unlink()
     assert made(tmp_path / "a", source).manifest.preprocess.frame == "keep"
-    with pytest.raises(DataError, match=r"preprocess\.frame: keep here, remove requested"):
+    with pytest.raises(ConfigError, match=r"preprocess\.frame: keep here, remove requested"):
         made(tmp_path / "a", source, "preprocess.frame=remove")
 
 
