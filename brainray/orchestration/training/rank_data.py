@@ -44,20 +44,18 @@ def load_rank_data(
     seen = _seen_with_inherited_labels(config, run, store)
     test = run.read_table(layout.TEST_SLICES, ["sample_id", "label"])
 
+    def rows_of_role(role: str) -> pa.Table:
+        return seen.filter(pc.equal(seen["role"], role)).sort_by("sample_id")
+
     def share(rows: pa.Table) -> pa.Table:
         return rows.take(pa.array(range(rank, rows.num_rows, num_ranks), pa.int64()))
 
-    def rows_of_role(role: str) -> pa.Table:
-        return share(seen.filter(pc.equal(seen["role"], role)).sort_by("sample_id"))
-
-    labelled = seen.filter(pc.equal(seen["role"], LABELLED)).sort_by("sample_id")
-    weights = subject_weights(*(labelled[name].to_pylist() for name in ("label", "subject_id")))
-    labelled = labelled.append_column("weight", pa.array(weights))
+    labelled = rows_of_role(LABELLED)
     shares = {  # labelled slices are read most often, so they are cached first
         LABELLED: share(labelled),
-        VALIDATION: rows_of_role(VALIDATION),
+        VALIDATION: share(rows_of_role(VALIDATION)),
         TEST: share(test),
-        UNLABELLED_ROLE: rows_of_role(UNLABELLED_ROLE),
+        UNLABELLED_ROLE: share(rows_of_role(UNLABELLED_ROLE)),
     }
     images = _load_images(config.train, store, shares, device)
 
@@ -77,14 +75,17 @@ def load_rank_data(
             classes_of(rows["label"]),
         )
 
-    labelled_weights = torch.tensor(shares[LABELLED]["weight"].to_pylist(), dtype=torch.float64)
+    labelled_weights = None
+    if config.train.labelled_sampling == "subject":
+        labels, subjects = (labelled[name].to_pylist() for name in ("label", "subject_id"))
+        labelled_weights = torch.tensor(subject_weights(labels, subjects)[rank::num_ranks])
     return RankData(
         labelled=shard(LABELLED),
         validation=shard(VALIDATION),
         test=shard(TEST),
         unlabelled=shard(UNLABELLED_ROLE),
         inherited=classes_of(shares[UNLABELLED_ROLE]["inherited"]),
-        labelled_weights=labelled_weights if config.train.labelled_sampling == "subject" else None,
+        labelled_weights=labelled_weights,
     )
 
 
