@@ -235,7 +235,7 @@ def _embedded(slices: ray.data.Dataset, config: Config, predictor: Predictor) ->
         "folder": predictor.folder,
         "epoch": predictor.checkpoint.epoch,
         "precision": config.train.precision,
-        "device": actors.device,
+        "device": torch.device(actors.device),
     }
     # Ray Data fuses tasks with an actor of equal resources, as on two CPUs: files would then be
     # decoded between two batches instead of during them.
@@ -248,6 +248,7 @@ _CARRIED = ["subject_id", "subject_source", "sha256", "num_bytes", "mtime_ns", "
 """Input columns that a prediction's row keeps."""
 
 
+@dataclass
 class _Embedder:
     """Keeps the checkpoint on one actor's device.
 
@@ -255,11 +256,10 @@ class _Embedder:
     ``__init__`` as a lost actor, which would hide the error.
     """
 
-    def __init__(self, folder: Folder, epoch: int, precision: str, device: str) -> None:
-        self.folder = folder
-        self.epoch = epoch
-        self.precision = precision
-        self.device = torch.device(device)
+    folder: Folder
+    epoch: int
+    precision: str
+    device: torch.device
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Raises CheckpointError if another epoch has replaced the requested one."""

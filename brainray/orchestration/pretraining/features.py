@@ -161,13 +161,13 @@ def _write_parts(config: Config, store: ImageStore, start: EncoderStart, parts: 
     columns = [*ROW, "height", "width", "image"]
     slices = read_parts(store.folder / layout.IMAGES, columns)
     arguments = {
-        "feature": start.feature.model_dump(mode="json"),
+        "feature": start.feature,
         "state": start.weights.state,
         "seed": start.seed,
         "pixel_mean": store.manifest.pixel_mean,
         "pixel_std": store.manifest.pixel_std,
         "precision": config.train.precision,
-        "device": actors.device,
+        "device": torch.device(actors.device),
     }
     # Complete blocks: every run batches the same slices together.
     dataset = blocks_on_actors(slices, _Extractor, arguments, actors)
@@ -175,6 +175,7 @@ def _write_parts(config: Config, store: ImageStore, start: EncoderStart, parts: 
     return int(parts.read_table("", columns=["sample_id"]).num_rows)
 
 
+@dataclass
 class _Extractor:
     """Keeps the encoder on one actor's device.
 
@@ -182,23 +183,13 @@ class _Extractor:
     ``__init__`` as a lost actor, which would hide the error.
     """
 
-    def __init__(
-        self,
-        feature: dict[str, Any],
-        state: State,
-        seed: int,
-        pixel_mean: float,
-        pixel_std: float,
-        precision: str,
-        device: str,
-    ) -> None:
-        self.feature = FeatureConfig.model_validate(feature)
-        self.state = state
-        self.seed = seed
-        self.pixel_mean = pixel_mean
-        self.pixel_std = pixel_std
-        self.precision = precision
-        self.device = torch.device(device)
+    feature: FeatureConfig
+    state: State
+    seed: int
+    pixel_mean: float
+    pixel_std: float
+    precision: str
+    device: torch.device
 
     @torch.inference_mode()
     def __call__(self, block: pa.Table) -> pa.Table:

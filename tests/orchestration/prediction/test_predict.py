@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray.data
+import torch
 
 from brainray import layout
 from brainray.config import Config, PreprocessConfig
@@ -106,9 +107,10 @@ def test_files_are_decoded_apart_from_the_actor_that_embeds(prediction: Predicti
 def test_an_actor_does_not_predict_with_another_epoch_than_the_rest(trained: TrainedRun) -> None:
     best = trained.run.folder / "best"
     chosen = int(trained.metrics["chosen_epoch"])
-    assert _Embedder(best, chosen, "fp32", "cpu").model.checkpoint.epoch == chosen
+    cpu = torch.device("cpu")
+    assert _Embedder(best, chosen, "fp32", cpu).model.checkpoint.epoch == chosen
     with pytest.raises(CheckpointError, match=f"now contains epoch {chosen}, not 99 as when"):
-        _ = _Embedder(best, 99, "fp32", "cpu").model  # another has taken its place since
+        _ = _Embedder(best, 99, "fp32", cpu).model  # another has taken its place since
 
 
 def test_every_file_has_a_row(prediction: Prediction, trained: TrainedRun) -> None:
