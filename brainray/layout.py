@@ -77,17 +77,6 @@ CELLS = "cells"  # a JSON file for each finished cell of the grid, and its assig
 TABLES = "tables"
 
 FIGURES = "figures"
-STORE_ENTRIES = {
-    MANIFEST,
-    IMAGES,
-    FILES,
-    SPLITS,
-    REJECTED,
-    DUPLICATES,
-    LEAKAGE,
-    LEAKAGE_TABLE,
-    FIGURES,
-}
 REPORT = "report.html"  # the report of a run or an evaluation
 
 

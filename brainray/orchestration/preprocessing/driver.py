@@ -244,13 +244,14 @@ def _is_readable(file: FoundFile, source: Folder) -> bool:
 
 def _previous_store(target: Folder) -> ImageStore | None:
     target.restore(layout.MANIFEST)
-    if not target.exists(layout.MANIFEST):
-        if target.local_path is None and set(target.names()) <= layout.STORE_ENTRIES:
-            target.delete()  # partial copy: an object store cannot rename a folder
-        if target.names():
-            raise DataError(f"{target} exists but is not an image store: choose another name")
-        return None
-    return ImageStore.open(target)
+    if target.exists(layout.MANIFEST):
+        return ImageStore.open(target)
+    if target.names():
+        raise DataError(
+            f"{target} exists but is not an image store (it has no {layout.MANIFEST}): choose "
+            "another name, or delete it"
+        )
+    return None
 
 
 def _check_source(previous: ImageStore, listing: Listing, config: Config) -> None:

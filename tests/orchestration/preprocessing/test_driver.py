@@ -6,7 +6,6 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 
@@ -145,19 +144,9 @@ def test_a_store_of_another_version_is_refused(tmp_path: Path) -> None:
         ImageStore.open(Folder(tmp_path))
 
 
-def test_a_store_cut_in_its_move_to_an_object_store_does_not_block_its_name(
-    tmp_path: Path,
-) -> None:
-    """There the files are copied one by one, the manifest last."""
-    target = Folder(tmp_path)
-    target.filesystem = pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem())
-    target.path = "datasets/mri"
-    target.write_bytes("images/part-0000-000000.parquet", b"x")
-    target.write_bytes("leakage.json", b"{}")
+def test_a_folder_that_is_no_store_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+    target = Folder(tmp_path / "mri")
     assert _previous_store(target) is None
-    assert not target.exists()
-
-    target.write_bytes("images/part-0000-000000.parquet", b"x")
     target.write_bytes("notes.txt", b"somebody's")
     with pytest.raises(DataError, match="exists but is not an image store"):
         _previous_store(target)
