@@ -11,8 +11,8 @@ def work(config: Config) -> JobResult:
     from brainray.orchestration.prediction.export import export
 
     exported = export(config)
-    log(f"files and model card: {exported.folder}")
-    return JobResult(str(exported.folder), exported.mlflow_run_id, exported.metrics)
+    log(f"files and model card: {exported.out}")
+    return exported
 
 
 if __name__ == "__main__":

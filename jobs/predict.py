@@ -14,9 +14,9 @@ def work(config: Config) -> JobResult:
     counts = prediction.metrics
     log(
         f"{counts['num_predicted']:,.0f} slices predicted, {counts['num_rejected']:,.0f} rejected: "
-        f"{prediction.folder}/part-*.parquet"
+        f"{prediction.out}/part-*.parquet"
     )
-    return JobResult(str(prediction.folder), metrics=counts)
+    return prediction
 
 
 if __name__ == "__main__":

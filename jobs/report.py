@@ -13,10 +13,10 @@ def work(config: Config) -> JobResult:
 
     written = report(config)
     log(
-        f"report: {written.folder}/{layout.REPORT} (send it to MLflow with jobs/track.py "
+        f"report: {written.out}/{layout.REPORT} (send it to MLflow with jobs/track.py "
         f"--set run={config.run})"
     )
-    return JobResult(str(written.folder), metrics=written.metrics)
+    return written
 
 
 if __name__ == "__main__":

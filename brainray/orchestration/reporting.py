@@ -1,7 +1,6 @@
 """Gathers the data for the report of a run or an evaluation."""
 
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from brainray.orchestration.compared_runs import (
     predictions_of_siblings,
     without_lost_runs,
 )
+from brainray.orchestration.job import JobResult
 from brainray.orchestration.run import Run, open_run, unfinished
 from brainray.orchestration.store import ImageStore, open_store, read_images
 from brainray.report.comparison_table import comparison_table
@@ -37,15 +37,7 @@ LoadImages = Callable[[pa.Table], NDArray[np.uint8]]
 """Loads the preprocessed slices (n, 1, S, S) for rows of predictions."""
 
 
-@dataclass(frozen=True)
-class Report:
-    """A report that was written."""
-
-    folder: Folder
-    metrics: Metrics
-
-
-def report(config: Config) -> Report:
+def report(config: Config) -> JobResult:
     """Rewrite the results of a complete run, comparing it with a control or runs with other seeds.
 
     Raises:
@@ -75,7 +67,7 @@ def report(config: Config) -> Report:
     compared = comparison_table(metrics, evaluation.control)
     if compared is not None:
         log(f"{compared.title}:\n{compared.markdown()}")
-    return Report(run.folder, metrics)
+    return JobResult(str(run.folder), metrics=metrics)
 
 
 def write_results(

@@ -3,7 +3,6 @@
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
@@ -25,6 +24,7 @@ from brainray.errors import CheckpointError, ConfigError, TrackingError
 from brainray.log import log
 from brainray.mri.thumbnails import thumbnail_matrix
 from brainray.orchestration.code_version import code_hash
+from brainray.orchestration.job import JobResult
 from brainray.orchestration.lock import held
 from brainray.orchestration.prediction import serving
 from brainray.orchestration.prediction.inference import Predictor, find_predictor
@@ -39,16 +39,7 @@ _NUM_TRIED = 32  # slices on which the ONNX and PyTorch models are compared
 _ONNX_PACKAGES = {"onnx", "onnxscript", "onnxruntime"}
 
 
-@dataclass(frozen=True)
-class Export:
-    """An export: its folder and metrics."""
-
-    folder: Folder
-    metrics: Metrics
-    mlflow_run_id: str | None = None
-
-
-def export(config: Config) -> Export:
+def export(config: Config) -> JobResult:
     """Write ``storage/exports/NAME``: safetensors, ONNX, an MLflow model and a card.
 
     With ``registry.name`` the MLflow model is also logged to the run's MLflow run and registered.
@@ -96,7 +87,7 @@ def export(config: Config) -> Export:
         f"serve the model: mlflow models serve -m {target}/{layout.SERVED} --env-manager local "
         "--port 5001"
     )
-    return Export(target, metrics, run_id)
+    return JobResult(str(target), run_id, metrics)
 
 
 @contextmanager

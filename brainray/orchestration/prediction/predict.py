@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -17,6 +16,7 @@ from brainray.log import log
 from brainray.mri.identity import content_hash
 from brainray.orchestration.blocks import with_progress
 from brainray.orchestration.code_version import code_hash
+from brainray.orchestration.job import JobResult
 from brainray.orchestration.lock import held
 from brainray.orchestration.prediction.inference import (
     Predictor,
@@ -50,15 +50,7 @@ _IN_CSV = [
 _PART = re.compile(r"part-(\d+)\.parquet")  # as `layout.PART` writes it
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """Location and summary of the predictions."""
-
-    folder: Folder
-    metrics: Metrics
-
-
-def predict(config: Config) -> Prediction:
+def predict(config: Config) -> JobResult:
     """Write a row for every slice in ``config.source``, and for every unreadable file.
 
     Rows are written to ``storage/predictions/NAME/part-*.parquet`` (``PREDICTED_FILES``) as they
@@ -78,7 +70,7 @@ def predict(config: Config) -> Prediction:
         return _predict(config, predictor, storage / layout.PREDICTED / name)
 
 
-def _predict(config: Config, predictor: Predictor, folder: Folder) -> Prediction:
+def _predict(config: Config, predictor: Predictor, folder: Folder) -> JobResult:
     found, ignored = find_images(Folder(config.given("source")), Folder(config.storage))
     _check_or_write_settings(config, predictor, folder)
     num_replaced = _drop_stale_rows(folder, found)
@@ -107,7 +99,7 @@ def _predict(config: Config, predictor: Predictor, folder: Folder) -> Prediction
             f"none of the {len(found)} files in {config.source} is usable: see column reason in "
             f"{folder}"
         )
-    return Prediction(folder, metrics)
+    return JobResult(str(folder), metrics=metrics)
 
 
 def _check_or_write_settings(config: Config, predictor: Predictor, folder: Folder) -> None:

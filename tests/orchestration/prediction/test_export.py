@@ -35,10 +35,11 @@ from brainray.engine.slice_model import SliceModel, stored_pixels
 from brainray.engine.state import load_checkpoint
 from brainray.errors import BusyError, CheckpointError, ConfigError, DataError, TrackingError
 from brainray.mri.phantom import write_phantoms
+from brainray.orchestration.job import JobResult
 from brainray.orchestration.lock import held
 from brainray.orchestration.prediction import serving
 from brainray.orchestration.prediction.evaluation import evaluate
-from brainray.orchestration.prediction.export import Export, _register, export, served_files
+from brainray.orchestration.prediction.export import _register, export, served_files
 from brainray.orchestration.prediction.inference import default_name, find_predictor
 from brainray.orchestration.prediction.predict import predict
 from brainray.orchestration.preprocessing.slice_rows import preprocess_file
@@ -69,7 +70,7 @@ def slices(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def exported(trained: TrainedRun) -> Export:
+def exported(trained: TrainedRun) -> JobResult:
     return export(config_of(trained, "registry.name=brainray-test"))
 
 
@@ -78,12 +79,12 @@ def predicted(trained: TrainedRun, slices: list[Path]) -> dict[str, dict[str, An
     """What ``jobs/predict.py`` says, by file."""
     source = slices[0].parents[2]
     prediction = predict(config_of(trained, f"source={source}", "name=exported"))
-    parts = [pq.read_table(path) for path in Path(str(prediction.folder)).glob("part-*.parquet")]
+    parts = [pq.read_table(path) for path in Path(prediction.out).glob("part-*.parquet")]
     return {str(source / row["path"]): row for row in pa.concat_tables(parts).to_pylist()}
 
 
-def local(exported: Export) -> Path:
-    return Path(str(exported.folder))
+def local(exported: JobResult) -> Path:
+    return Path(exported.out)
 
 
 def assert_same(rows: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
@@ -101,7 +102,7 @@ def assert_same(rows: list[dict[str, Any]], expected: list[dict[str, Any]]) -> N
 @pytest.mark.slow
 def test_onnx_safetensors_and_mlflow_agree_with_prediction_on_200_slices(
     trained: TrainedRun,
-    exported: Export,
+    exported: JobResult,
     slices: list[Path],
     predicted: dict[str, dict[str, Any]],
 ) -> None:
@@ -138,7 +139,7 @@ def test_onnx_safetensors_and_mlflow_agree_with_prediction_on_200_slices(
 
 
 @pytest.mark.slow
-def test_an_export_says_what_it_is(exported: Export, trained: TrainedRun) -> None:
+def test_an_export_says_what_it_is(exported: JobResult, trained: TrainedRun) -> None:
     names = {path.name for path in local(exported).iterdir()}
     assert names == {"README.md", "fitted.parquet", "mlflow", "model.onnx", "model.safetensors"}
     card = (local(exported) / "README.md").read_text()
@@ -150,12 +151,12 @@ def test_an_export_says_what_it_is(exported: Export, trained: TrainedRun) -> Non
     assert not pickles
     client = MlflowClient(trained.tracking_uri)
     (registered,) = client.search_model_versions("name='brainray-test'")
-    assert registered.run_id == trained.mlflow_run_id == exported.mlflow_run_id
+    assert registered.run_id == trained.mlflow_run_id == exported.run_id
 
 
 @pytest.mark.slow
 def test_a_served_model_answers_a_request(
-    exported: Export, slices: list[Path], predicted: dict[str, dict[str, Any]], tmp_path: Path
+    exported: JobResult, slices: list[Path], predicted: dict[str, dict[str, Any]], tmp_path: Path
 ) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -22,6 +22,7 @@ from brainray.engine.state import load_checkpoint
 from brainray.errors import CheckpointError, ConfigError, DataError
 from brainray.mri import decode, intracranial
 from brainray.mri.intracranial import VERSION
+from brainray.orchestration.job import JobResult
 from brainray.orchestration.prediction import predict as predict_module
 from brainray.orchestration.prediction.inference import (
     Predictor,
@@ -29,12 +30,7 @@ from brainray.orchestration.prediction.inference import (
     find_predictor,
     predicted_blocks,
 )
-from brainray.orchestration.prediction.predict import (
-    Prediction,
-    _check_or_write_settings,
-    _finish,
-    predict,
-)
+from brainray.orchestration.prediction.predict import _check_or_write_settings, _finish, predict
 from brainray.orchestration.preprocessing.slice_rows import UNREADABLE
 from brainray.orchestration.training.driver import TrainedRun
 from brainray.schema import PREDICTED_FILES
@@ -70,7 +66,7 @@ blocks_of_prediction: list[ray.data.Dataset] = []
 
 
 @pytest.fixture(scope="module")
-def prediction(trained: TrainedRun, inbox: Path) -> Prediction:
+def prediction(trained: TrainedRun, inbox: Path) -> JobResult:
     def recorded(*arguments: Any) -> ray.data.Dataset:
         blocks_of_prediction.append(predicted_blocks(*arguments))
         return blocks_of_prediction[-1]
@@ -80,24 +76,24 @@ def prediction(trained: TrainedRun, inbox: Path) -> Prediction:
         return predict(config_of(trained, inbox, "name=inbox"))
 
 
-def rows_of(prediction: Prediction) -> dict[str, dict[str, Any]]:
-    parts = [pq.read_table(path) for path in sorted(Path(str(prediction.folder)).glob("part-*"))]
+def rows_of(prediction: JobResult) -> dict[str, dict[str, Any]]:
+    parts = [pq.read_table(path) for path in sorted(Path(prediction.out).glob("part-*"))]
     rows = pa.concat_tables(parts).to_pylist()
     assert len({(row["path"], row["frame"]) for row in rows}) == len(rows)
     return {row["path"]: row for row in rows}
 
 
 def test_a_part_names_the_classes_in_the_order_of_its_probabilities(
-    trained: TrainedRun, prediction: Prediction
+    trained: TrainedRun, prediction: JobResult
 ) -> None:
-    for path in Path(str(prediction.folder)).glob("part-*"):
+    for path in Path(prediction.out).glob("part-*"):
         classes = json.loads(pq.read_schema(path).metadata[b"classes"])
         assert classes == trained.run.record.classes
         for row in pq.read_table(path).to_pylist():
             assert row["class"] is None or row["class"] == classes[np.argmax(row["probabilities"])]
 
 
-def test_files_are_decoded_apart_from_the_actor_that_embeds(prediction: Prediction) -> None:
+def test_files_are_decoded_apart_from_the_actor_that_embeds(prediction: JobResult) -> None:
     stages = blocks_of_prediction[-1].stats()
     assert "MapBatches(decode_files)" in stages
     assert "MapBatches(_Embedder)" in stages
@@ -113,7 +109,7 @@ def test_an_actor_does_not_predict_with_another_epoch_than_the_rest(trained: Tra
         _ = _Embedder(best, 99, "fp32", cpu).model  # another has taken its place since
 
 
-def test_every_file_has_a_row(prediction: Prediction, trained: TrainedRun) -> None:
+def test_every_file_has_a_row(prediction: JobResult, trained: TrainedRun) -> None:
     rows = rows_of(prediction)
     assert len(rows) == 9
     assert {path for path, row in rows.items() if row["reason"]} == {"text.jpg", "empty.jpg"}
@@ -133,8 +129,8 @@ def test_every_file_has_a_row(prediction: Prediction, trained: TrainedRun) -> No
     assert prediction.metrics["num_rejected"] == 2
 
 
-def test_the_table_for_spreadsheets_has_every_row(prediction: Prediction) -> None:
-    folder = Path(str(prediction.folder))
+def test_the_table_for_spreadsheets_has_every_row(prediction: JobResult) -> None:
+    folder = Path(prediction.out)
     with (folder / "_predictions.csv").open(newline="") as file:
         table = list(csv.DictReader(file))
     assert sorted(row["path"] for row in table) == sorted(rows_of(prediction))
@@ -147,14 +143,14 @@ def test_the_table_for_spreadsheets_has_every_row(prediction: Prediction) -> Non
     assert pq.read_table(folder).num_rows == len(table)  # as one Parquet data set
 
 
-def test_a_slice_of_the_training_set_is_its_own_nearest(prediction: Prediction) -> None:
+def test_a_slice_of_the_training_set_is_its_own_nearest(prediction: JobResult) -> None:
     row = rows_of(prediction)["deep/er/known.jpg"]
     assert row["nearest"][0] == row["sample_id"]
     assert row["nearest_distance"][0] < 1e-2
 
 
 def test_raw_files_are_predicted_as_the_store_was_in_training(
-    prediction: Prediction, trained: TrainedRun
+    prediction: JobResult, trained: TrainedRun
 ) -> None:
     """The tests of training compare it with an evaluation."""
     chosen = int(trained.metrics["chosen_epoch"])
@@ -210,13 +206,13 @@ def test_training_slices_of_another_epoch_are_not_compared_with(
 def test_what_was_replaced_or_could_not_be_read_is_predicted_again(
     trained: TrainedRun,
     inbox: Path,
-    prediction: Prediction,
+    prediction: JobResult,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     source = tmp_path / "inbox"
     shutil.copytree(inbox, source)
-    first = Path(str(prediction.folder))
+    first = Path(prediction.out)
     again = first.with_name("again")
     shutil.copytree(first, again)
     settings = json.loads((again / "_settings.json").read_text()) | {"source": str(source)}
@@ -241,7 +237,7 @@ def test_what_was_replaced_or_could_not_be_read_is_predicted_again(
     assert rows_after["scan2.jpg"]["mtime_ns"] == 10**18
     for path in ("scan3.jpg", "scan4.jpg", "scan5.jpg"):
         assert rows_after[path]["class"] == rows_before[path]["class"] is not None
-    assert pq.read_table(str(after.folder)).num_rows == len(rows_after)  # as others read it
+    assert pq.read_table(after.out).num_rows == len(rows_after)  # as others read it
     assert predict(config_of(trained, source, "name=again")).metrics == after.metrics
 
 
@@ -265,11 +261,11 @@ def test_files_slices_and_classes_are_counted(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_same_name_goes_on_with_what_is_missing(
-    trained: TrainedRun, inbox: Path, prediction: Prediction, capsys: pytest.CaptureFixture[str]
+    trained: TrainedRun, inbox: Path, prediction: JobResult, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = config_of(trained, inbox, "name=cut")
     whole = predict(config)
-    folder = Path(str(whole.folder))
+    folder = Path(whole.out)
     part = pq.read_table(folder / "part-000000.parquet")
     pq.write_table(part.slice(0, 4), folder / "part-000000.parquet")
     capsys.readouterr()
@@ -307,7 +303,7 @@ def test_another_model_under_the_same_name_does_not_go_on(
 def test_slices_of_a_volume_are_rows_of_their_own(trained: TrainedRun, tmp_path: Path) -> None:
     (tmp_path / "head.nii").write_bytes(make_nifti(ball((48, 52, 40))))
     prediction = predict(config_of(trained, tmp_path, "name=volume"))
-    part = pq.read_table(Path(str(prediction.folder)) / "part-000000.parquet")
+    part = pq.read_table(Path(prediction.out) / "part-000000.parquet")
     assert part.num_rows > 3
     assert set(part["path"].to_pylist()) == {"head.nii"}
     assert len(set(part["frame"].to_pylist())) == part.num_rows
@@ -329,7 +325,7 @@ def test_slices_of_a_volume_are_rows_of_their_own(trained: TrainedRun, tmp_path:
 def test_what_cannot_be_predicted_is_named(
     trained: TrainedRun,
     inbox: Path,
-    prediction: Prediction,
+    prediction: JobResult,
     overrides: list[str],
     error: type[Exception],
     message: str,
