@@ -1,11 +1,12 @@
 """The training loop over the steps of one epoch, with or without labels."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -13,7 +14,6 @@ from torch.optim.lr_scheduler import LRScheduler
 from brainray import dist
 from brainray.engine.finite import GradientWatch, nan_gradient_unless_finite
 from brainray.engine.forward import autocast
-from brainray.engine.mean_losses import MeanLosses
 from brainray.log import ProgressLines
 
 _HEARTBEAT_S = 30.0
@@ -88,7 +88,7 @@ def train_epoch(
     device = next(model.parameters()).device
     model.train()
     watch = GradientWatch(model.parameters(), device)
-    losses = MeanLosses()
+    losses = _MeanLosses()
     data_wait_s = 0.0
     batches = epoch.batches()
     optimizer.zero_grad(set_to_none=True)
@@ -135,3 +135,23 @@ def _without_gradient_exchange(model: nn.Module) -> AbstractContextManager[None]
     no_sync = getattr(model, "no_sync", None)
     context: AbstractContextManager[None] = nullcontext() if no_sync is None else no_sync()
     return context
+
+
+class _MeanLosses:
+    """Sums scalars on their device, because reading one per step would stall its queue."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._num_steps = 0
+
+    def add(self, terms: Mapping[str, Tensor]) -> None:
+        """Add the terms of a step; every step must have the same names."""
+        for name, value in terms.items():
+            self._sums[name] = value.detach() + self._sums.get(name, 0.0)
+        self._num_steps += 1
+
+    def over_ranks(self) -> dict[str, float]:
+        """Means over all steps and ranks (collective; every rank must have as many steps)."""
+        totals = dist.sum_across_ranks(torch.stack(list(self._sums.values())).double())
+        means = (totals / (self._num_steps * dist.world_size())).tolist()
+        return dict(zip(self._sums, means, strict=True))
