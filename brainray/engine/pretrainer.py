@@ -29,7 +29,7 @@ from brainray.engine.self_supervised import (
     is_refined,
     plan_steps,
 )
-from brainray.engine.shard import PixelScale
+from brainray.engine.shard import PixelScale, seen_ids
 from brainray.engine.state import state_from_bytes, state_to_bytes
 from brainray.errors import BrainrayError, CheckpointError, DivergenceError
 from brainray.log import Stopwatch
@@ -218,7 +218,7 @@ class Pretrainer:
         """
         name = f"{self.folder.name}, {name}"
         with naming_slices(
-            self._sample_ids,
+            partial(seen_ids, self.folder),
             where=f"self-supervised training, {name}",
             num_steps=self.plan.num_steps,
             remedy=_REMEDY,
@@ -312,11 +312,6 @@ class Pretrainer:
             "pixel_std": self.scale.std,
         }
         self.folder.write_bytes(layout.ENCODER, state_to_bytes(content))
-
-    def _sample_ids(self) -> list[str]:
-        """Those of all ranks' slices."""
-        seen = self.folder.read_table(layout.SEEN, columns=["sample_id"])
-        return list(seen["sample_id"].to_pylist())
 
 
 def _read_state(folder: Folder) -> dict[str, Any] | None:

@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from brainray import layout
 from brainray.mri.row_file import RowFile
+from brainray.storage import Folder
 
 _READ_AHEAD = 3  # batches: one in training, one ready, one being read
 
@@ -164,3 +166,9 @@ def ids_of_keys(sample_ids: list[str], keys: Tensor) -> list[str]:
     """The sample_id of each key (n,), found among ``sample_ids``."""
     by_key = dict(zip(sample_keys(sample_ids).tolist(), sample_ids, strict=True))
     return [by_key[key] for key in keys.tolist()]
+
+
+def seen_ids(folder: Folder) -> list[str]:
+    """The sample_ids of all slices that a run or a warm-up learns from, given its folder."""
+    seen = folder.read_table(layout.SEEN, columns=["sample_id"])
+    return list(seen["sample_id"].to_pylist())

@@ -45,7 +45,7 @@ from brainray.engine.selection import (
     reported_metrics,
     validation_metrics,
 )
-from brainray.engine.shard import Images, PixelScale, RankData, SliceShard, ids_of_keys
+from brainray.engine.shard import Images, PixelScale, RankData, SliceShard, ids_of_keys, seen_ids
 from brainray.engine.state import (
     Checkpoint,
     TrainerState,
@@ -308,7 +308,7 @@ class Trainer:
     def _train_epoch(self, targets: Targets) -> EpochResult:
         config = self.config
         with naming_slices(
-            self._sample_ids,
+            partial(seen_ids, self.run),
             where=f"epoch {self.epoch}",
             num_steps=self.num_steps,
             remedy=_REMEDY,
@@ -406,7 +406,7 @@ class Trainer:
         if len(bad):
             raise DivergenceError(
                 f"epoch {self.epoch}: NaN or infinite embeddings or logits after {self.num_steps} "
-                f"steps for {name_slices(self._sample_ids(), bad)}: {_REMEDY}"
+                f"steps for {name_slices(seen_ids(self.run), bad)}: {_REMEDY}"
             )
         return fitted
 
@@ -511,17 +511,12 @@ class Trainer:
     def _fitted_table(self, keys: Tensor, coordinates: Tensor, log_likelihood: Tensor) -> pa.Table:
         return pa.Table.from_pydict(
             {
-                "sample_id": ids_of_keys(self._sample_ids(), keys),
+                "sample_id": ids_of_keys(seen_ids(self.run), keys),
                 "coordinates": list(coordinates.cpu().numpy()),
                 "log_likelihood": log_likelihood.cpu().numpy(),
             },
             schema=FITTED.with_metadata({layout.EPOCH_OF_FITTED: str(self.epoch)}),
         )
-
-    def _sample_ids(self) -> list[str]:
-        """Those of all slices in the label draw."""
-        seen = self.run.read_table(layout.SEEN, columns=["sample_id"])
-        return list(seen["sample_id"].to_pylist())
 
     def _count(self, shard: SliceShard) -> int:
         return dist.count_across_ranks(len(shard), self.device)
