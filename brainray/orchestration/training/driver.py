@@ -18,7 +18,6 @@ from brainray.models.encoder import build_encoder
 from brainray.orchestration.compared_runs import check_compared_runs
 from brainray.orchestration.lock import held
 from brainray.orchestration.pretraining.driver import starting_weights, warm_up
-from brainray.orchestration.pretraining.weights import State
 from brainray.orchestration.progress import Follower, RoomFollower
 from brainray.orchestration.provenance import record_submission
 from brainray.orchestration.publish import begin_tracking, how_to_open, send_run
@@ -172,11 +171,13 @@ def fit(training: Training, callbacks: Sequence[Any] = ()) -> None:
     """
     config, run, workers = training.config, training.run, training.workers
     assert workers is not None, "a complete run is not trained"
+    # Starting weights are not needed once an epoch has left a checkpoint.
+    start = "random" if _has_epochs(run) else warm_up(config, training.store)
     settings = {
         "config": config.without_secrets().model_dump(mode="json"),
         "run": str(run.folder),
         "store": str(training.store.folder),
-        "start": ray.put(_start(training)),
+        "start": ray.put(start),
     }
     with RoomFollower(workers):
         train_on_workers(
@@ -187,12 +188,6 @@ def fit(training: Training, callbacks: Sequence[Any] = ()) -> None:
             config=config.train,
             callbacks=callbacks,
         )
-
-
-def _start(training: Training) -> State:
-    """Starting weights of the encoder; not needed once an epoch has left a checkpoint."""
-    has_epochs = _has_epochs(training.run)
-    return "random" if has_epochs else warm_up(training.config, training.store)
 
 
 def complete_run(training: Training) -> None:
