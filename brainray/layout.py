@@ -13,7 +13,7 @@ RUNS = "runs"
 EVALUATIONS = "evaluations"
 SWEEPS = "sweeps"
 DRAWS = "draws"  # label draws: metrics over several runs
-PREDICTED = "predictions"
+PREDICTIONS = "predictions"
 LOCKS = "locks"  # a file for each name in use by a job
 EXPORTS = "exports"
 FEATURES = "features"  # by encoder and a hash of the settings and data
@@ -52,10 +52,10 @@ FITTED = "fitted.parquet"  # for the chosen epoch: the slices that the mixture w
 
 # A prediction: storage/predictions/NAME/
 PART = "part-{number:06d}.parquet"
-PREDICTED_CSV = "_predictions.csv"  # readers of the folder as a Parquet data set ignore it
+PREDICTIONS_CSV = "_predictions.csv"  # readers of the folder as a Parquet data set ignore it
 
 # An evaluation: storage/evaluations/NAME/
-PREDICTIONS = "predictions.parquet"
+EVALUATION_PREDICTIONS = "predictions.parquet"
 EVALUATION_METRICS = "metrics.json"
 
 # An export: storage/exports/NAME/

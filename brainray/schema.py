@@ -21,7 +21,7 @@ have no mirrored or rotated copy and no slice likely of their subject among thes
 PREDICTORS = ("head", "cluster", "thumbnail_1nn")
 """Predictors of a test slice's class: linear classifier, mixture, nearest-thumbnail baseline."""
 
-PREDICTED_BY = {"head": "head", "cluster": "cluster_class"}
+CLASS_COLUMNS = {"head": "head", "cluster": "cluster_class"}
 """Column of ``PREDICTIONS`` with each predictor's class."""
 
 UNLABELLED = -1
@@ -150,6 +150,7 @@ PREDICTIONS = pa.schema(
         ("thumbnail", pa.binary(THUMBNAIL_SIDE * THUMBNAIL_SIDE)),
     ]
 )
+"""A model's predictions with all that scores, figures and reports need."""
 
 FITTED = pa.schema(
     [
@@ -178,7 +179,7 @@ NEXT_LABELS = pa.schema(
 )
 """Slices that ``jobs/label.py`` proposes for labelling."""
 
-PREDICTED = pa.schema(
+PREDICTED_SLICES = pa.schema(
     [
         ("path", pa.string()),
         ("frame", pa.string()),
@@ -197,9 +198,11 @@ PREDICTED = pa.schema(
         ("nearest_distance", pa.list_(pa.float32())),  # their distances, in the mixture's PCA space
     ]
 )
-"""A model's prediction for a slice, or a file that cannot be read."""
+"""The prediction that users get for a slice, or for a file that cannot be read."""
 
-PREDICTED_FILES = pa.schema([*PREDICTED, ("num_bytes", pa.int64()), ("mtime_ns", pa.int64())])
+PREDICTED_FILES = pa.schema(
+    [*PREDICTED_SLICES, ("num_bytes", pa.int64()), ("mtime_ns", pa.int64())]
+)
 """The same with a file's size and time of modification, to detect that it was replaced."""
 
 FEATURES = pa.schema(

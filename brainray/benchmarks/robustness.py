@@ -30,7 +30,7 @@ from brainray.orchestration.preprocessing.source import SourceFile, list_source
 from brainray.orchestration.run import open_run
 from brainray.report.style import BLUE, ORANGE, new_figure, tidy
 from brainray.report.table import markdown_table
-from brainray.schema import PREDICTED_BY, TEST
+from brainray.schema import CLASS_COLUMNS, TEST
 from brainray.storage import Folder
 
 Image = NDArray[np.uint8]  # (H, W)
@@ -171,7 +171,7 @@ def _accuracies(predictions: pa.Table, num_slices: int, clean: set[str]) -> dict
     return {
         f"{subset} {name}": (pc.sum(pc.equal(rows[column], rows["label"])).as_py() or 0) / count
         for subset, (rows, count) in subsets.items()
-        for name, column in PREDICTED_BY.items()
+        for name, column in CLASS_COLUMNS.items()
     }
 
 

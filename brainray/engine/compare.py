@@ -12,7 +12,7 @@ from scipy import stats
 from brainray.engine.accuracy import bootstrap_interval
 from brainray.engine.evaluate import labelled_rows, resampling_groups
 from brainray.errors import DataError
-from brainray.schema import PREDICTED_BY, Metrics, subset_masks
+from brainray.schema import CLASS_COLUMNS, Metrics, subset_masks
 
 _COMPARED = ("difference/", "fewer_errors/", "only_run/", "only_control/", "p/")
 
@@ -167,7 +167,7 @@ def _accuracies(predictions: pa.Table) -> Iterator[tuple[str, NDArray[np.bool_],
     """Name, mask (N,) of the slices and column of every accuracy in the predictions."""
     for subset, mask in subset_masks(predictions).items():
         if mask.any():
-            for predictor, column in PREDICTED_BY.items():
+            for predictor, column in CLASS_COLUMNS.items():
                 yield f"test/{subset}/{predictor}/accuracy", mask, column
 
 

@@ -21,7 +21,7 @@ from brainray.engine.recipe import resolve_precision
 from brainray.engine.shard import CachedImages
 from brainray.engine.state import Checkpoint
 from brainray.mri.resize import stretch
-from brainray.schema import FITTED, PREDICTED, UNLABELLED, matrix_of
+from brainray.schema import FITTED, PREDICTED_SLICES, UNLABELLED, matrix_of
 
 NUM_NEAREST = 5
 
@@ -113,16 +113,16 @@ class Reference:
         return self._index is None
 
     def rows(self, predictions: pa.Table) -> pa.Table:
-        """``PREDICTED`` rows from the output of ``SliceModel.predict`` with reason and detail."""
+        """``PREDICTED_SLICES`` rows from what `SliceModel.predict` gives with reason and detail."""
         columns: dict[str, Any] = {
             field.name: predictions[field.name]
-            for field in PREDICTED
+            for field in PREDICTED_SLICES
             if field.name in predictions.column_names
         }
         columns["class"] = predictions["head"]
         columns |= self._compare(predictions)
-        ordered = [columns[name] for name in PREDICTED.names]
-        return pa.table(ordered, names=PREDICTED.names).cast(PREDICTED)
+        ordered = [columns[name] for name in PREDICTED_SLICES.names]
+        return pa.table(ordered, names=PREDICTED_SLICES.names).cast(PREDICTED_SLICES)
 
     def _compare(self, predictions: pa.Table) -> dict[str, Any]:
         """Columns ``outlier_score``, ``nearest``, ``nearest_distance``; null if rejected."""
@@ -145,7 +145,10 @@ class Reference:
                 result["outlier_score"][row] = float(scores[place])
                 result["nearest"][row] = self._ids[nearest[place]].tolist()
                 result["nearest_distance"][row] = distances[place].tolist()
-        return {name: pa.array(found, PREDICTED.field(name).type) for name, found in result.items()}
+        return {
+            name: pa.array(found, PREDICTED_SLICES.field(name).type)
+            for name, found in result.items()
+        }
 
 
 def stored_pixels(slices: pa.Table, side: int) -> NDArray[np.uint8]:

@@ -2,7 +2,7 @@
 
 from brainray.report.cells import PREDICTOR_TITLES, difference, share
 from brainray.report.table import Table
-from brainray.schema import PREDICTED_BY, SUBSETS, Metrics
+from brainray.schema import CLASS_COLUMNS, SUBSETS, Metrics
 
 _COLUMNS = [
     "prediction",
@@ -24,7 +24,7 @@ def comparison_table(metrics: Metrics, control: str | None) -> Table | None:
             subset,
             *_cells(metrics, f"test/{subset}/{predictor}/accuracy"),
         ]
-        for predictor in PREDICTED_BY
+        for predictor in CLASS_COLUMNS
         for subset in SUBSETS
         if f"p/test/{subset}/{predictor}/accuracy" in metrics
     ]

@@ -8,7 +8,7 @@ from brainray import layout
 from brainray.report.cells import PREDICTOR_TITLES
 from brainray.report.figures import Confusion, confusion_counts, confusion_matrices
 from brainray.report.style import png_bytes
-from brainray.schema import PREDICTED_BY, has_class_support, subset_masks
+from brainray.schema import CLASS_COLUMNS, has_class_support, subset_masks
 from brainray.storage import Folder
 
 
@@ -29,7 +29,7 @@ def draw_evaluation_figures(folder: Folder, predictions: pa.Table, classes: list
     for subset, mask in subset_masks(labelled).items():
         rows = labelled.filter(pa.array(mask))
         if rows.num_rows and has_class_support(rows["label"].to_pylist(), subset):
-            panels = [_confusion(rows, predictor, classes) for predictor in PREDICTED_BY]
+            panels = [_confusion(rows, predictor, classes) for predictor in CLASS_COLUMNS]
             title = f"Confusion matrices, test slices: {subset} ({rows.num_rows:,})"
             figure = confusion_matrices(panels, classes, title)
             folder.write_bytes(f"{layout.FIGURES}/confusion_{subset}.png", png_bytes(figure))
@@ -37,7 +37,7 @@ def draw_evaluation_figures(folder: Folder, predictions: pa.Table, classes: list
 
 def _confusion(rows: pa.Table, predictor: str, classes: list[str]) -> Confusion:
     labels = rows["label"].to_pylist()
-    predicted = rows[PREDICTED_BY[predictor]].to_pylist()
+    predicted = rows[CLASS_COLUMNS[predictor]].to_pylist()
     accuracy = np.mean([label == guess for label, guess in zip(labels, predicted, strict=True)])
     counts = confusion_counts(labels, predicted, classes)
     return Confusion(f"{PREDICTOR_TITLES[predictor]}: accuracy {accuracy:.3f}", counts)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from brainray.report.cells import MISSING, PREDICTOR_TITLES, count, decimal, with_interval
 from brainray.report.table import Table
-from brainray.schema import MIN_STRICT_SUPPORT, PREDICTED_BY, SUBSETS, Metrics
+from brainray.schema import CLASS_COLUMNS, MIN_STRICT_SUPPORT, SUBSETS, Metrics
 
 _AVERAGES = {"balanced_accuracy": "balanced accuracy", "f1_macro": "macro F1"}
 _BY_CLASS = ("precision", "recall", "f1")
@@ -71,7 +71,7 @@ def _accuracies(metrics: Metrics, runs: Mapping[str, Metrics]) -> Table:
             f"{PREDICTOR_TITLES[predictor]}{whose}, {title}", values, f"{predictor}/{name}", decimal
         )
         for whose, values in runs.items()
-        for predictor in PREDICTED_BY
+        for predictor in CLASS_COLUMNS
         for name, title in _AVERAGES.items()
     ]
     sizes = {subset: count(metrics, f"test/{subset}/num_slices") for subset in SUBSETS}
@@ -106,7 +106,7 @@ def _metrics_by_class(
             for name in classes
         ]
         for whose, values in runs.items()
-        for predictor in PREDICTED_BY
+        for predictor in CLASS_COLUMNS
         for subset in SUBSETS
     ]
     title = f"Precision / recall / F1 by class (strict: of {MIN_STRICT_SUPPORT} slices or more)"

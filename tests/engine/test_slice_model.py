@@ -11,13 +11,13 @@ from brainray.config import TrainConfig
 from brainray.engine.epoch import embed
 from brainray.engine.shard import CachedImages
 from brainray.engine.slice_model import Reference, SliceModel
-from brainray.schema import FITTED, PREDICTED, matrix_of
+from brainray.schema import FITTED, PREDICTED_SLICES, matrix_of
 from tests.engine.test_state import checkpoint
 
 
 def predicted(coordinates: list[list[float] | None], likelihoods: list[float | None]) -> pa.Table:
     count = len(coordinates)
-    columns = {field.name: pa.nulls(count, field.type) for field in PREDICTED}
+    columns = {field.name: pa.nulls(count, field.type) for field in PREDICTED_SLICES}
     columns |= {
         "head": pa.nulls(count, pa.string()),
         "coordinates": pa.array(coordinates, pa.list_(pa.float32())),

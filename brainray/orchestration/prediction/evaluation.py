@@ -148,7 +148,7 @@ def _evaluate(
     with target.rebuilt(layout.EVALUATION_METRICS) as folder:
         made_by = to_yaml(_settings(config, predictor, model))
         folder.write_bytes(layout.CONFIG, made_by.encode())
-        folder.write_table(layout.PREDICTIONS, predictions)
+        folder.write_table(layout.EVALUATION_PREDICTIONS, predictions)
         if twins is not None:
             folder.write_json(layout.LEAKAGE, {"levels": LEVELS, "seen_by_run": twins})
         folder.write_table(layout.REJECTED, rejected)

@@ -31,7 +31,7 @@ from brainray.orchestration.prediction.inference import Predictor, find_predicto
 from brainray.orchestration.publish import begin_tracking, config_to_track
 from brainray.orchestration.run import Run, open_run, unfinished
 from brainray.report.model_card import CardFacts, model_card
-from brainray.schema import PREDICTED, THUMBNAIL_SIDE, Metrics
+from brainray.schema import PREDICTED_SLICES, THUMBNAIL_SIDE, Metrics
 from brainray.storage import Folder
 from brainray.tracking import ServedFiles, save_served
 
@@ -107,7 +107,7 @@ def served_files(predictor: Predictor) -> Iterator[ServedFiles]:
             code=Path(brainray.__file__).parent,
             requirements=serving.REQUIREMENTS,
             inputs={"path": "string", "image": "binary"},
-            outputs={field.name: str(field.type) for field in PREDICTED},
+            outputs={field.name: str(field.type) for field in PREDICTED_SLICES},
             metadata={"classes": predictor.checkpoint.classes},
         )
 

@@ -66,15 +66,15 @@ def predict(config: Config) -> JobResult:
     predictor = find_predictor(config, "prediction")
     config.given("source")
     storage, name = Folder(config.storage), config.name or default_name(config, predictor)
-    with held(storage, layout.PREDICTED, name):
-        return _predict(config, predictor, storage / layout.PREDICTED / name)
+    with held(storage, layout.PREDICTIONS, name):
+        return _predict(config, predictor, storage / layout.PREDICTIONS / name)
 
 
 def _predict(config: Config, predictor: Predictor, folder: Folder) -> JobResult:
     found, ignored = find_images(Folder(config.given("source")), Folder(config.storage))
     _check_or_write_settings(config, predictor, folder)
     num_replaced = _drop_stale_rows(folder, found)
-    folder.delete_file(layout.PREDICTED_CSV, missing_ok=True)  # rewritten at the end
+    folder.delete_file(layout.PREDICTIONS_CSV, missing_ok=True)  # rewritten at the end
     done = _done(folder)
     files = [SourceFile(file=file) for file in found if file.path not in done]
     log(
@@ -192,7 +192,7 @@ def _finish(folder: Folder) -> Metrics:
     """
     metrics: Metrics = {"num_files": 0.0, "num_predicted": 0.0, "num_rejected": 0.0}
     schema = pa.schema([PREDICTED_FILES.field(name) for name in _IN_CSV])
-    with folder.csv_writer(layout.PREDICTED_CSV, schema) as writer:
+    with folder.csv_writer(layout.PREDICTIONS_CSV, schema) as writer:
         for name in _parts(folder):
             part = folder.read_table(name, columns=_IN_CSV).replace_schema_metadata()
             writer.write_table(without_formulas(part))

@@ -62,7 +62,7 @@ class ServedModel:
         self._salt = secrets.token_bytes(32)
 
     def predict(self, model_input: pd.DataFrame, params: Any = None) -> pd.DataFrame:
-        """``PREDICTED`` rows in the order of the input, one per slice.
+        """``PREDICTED_SLICES`` rows in the order of the input, one per slice.
 
         ``model_input`` has a column ``image`` (bytes of a file), ``path`` (of a file that this
         process can read), or both. With both, the path is only a name unless the image is empty.

@@ -25,7 +25,7 @@ from brainray.orchestration.pretraining.features import (
 from brainray.orchestration.pretraining.weights import EncoderStart, Weights, weights_from
 from brainray.orchestration.seen import all_seen, seen_by_weights, training_slices
 from brainray.orchestration.store import ImageStore, open_store
-from brainray.orchestration.study.grid import FITTED, Slices
+from brainray.orchestration.study.grid import FITTED_SUBSET, Slices
 from brainray.schema import SEEN, TEST, TRAIN, UNLABELLED, subset_masks
 from brainray.storage import Folder
 
@@ -105,7 +105,7 @@ def study_set(store: ImageStore, folder: Folder, seen_before: pa.Table) -> Studi
     classes = sorted({name for name in names if name is not None})
     position = {name: number for number, name in enumerate(classes)}
     labels = np.array([position.get(name, UNLABELLED) for name in names], dtype=np.int64)
-    subsets = {FITTED: fitted}
+    subsets = {FITTED_SUBSET: fitted}
     if not fitted.all():
         for subset, flags in _held_out(store, folder, seen_before).items():
             rows = np.zeros(len(fitted), dtype=np.bool_)

@@ -28,7 +28,7 @@ from brainray.orchestration.pretraining.features import FeatureStore, check_clus
 from brainray.schema import ASSIGNED
 from brainray.storage import Folder
 
-FITTED = "fitted"
+FITTED_SUBSET = "fitted"
 """Subset of the slices to which a clusterer is fitted; the others are held out."""
 
 _CELL_FORMAT = 7  # increase when the computation of a cell changes
@@ -82,7 +82,7 @@ class Slices:
 
     @property
     def fitted(self) -> NDArray[np.bool_]:
-        return self.subsets[FITTED]
+        return self.subsets[FITTED_SUBSET]
 
     @property
     def key(self) -> str:
@@ -350,7 +350,7 @@ def _run_cell(
                 for name, rows in slices.subsets.items()
                 if rows.any()
             }
-            for name in scores.keys() - {FITTED}:
+            for name in scores.keys() - {FITTED_SUBSET}:
                 agreement = _agreement_of_neighbours(x, slices, slices.subsets[name])
                 if agreement is not None:
                     scores[name]["neighbours"] = agreement

@@ -11,7 +11,7 @@ from brainray import layout
 from brainray.clustering.metrics import clustering_metrics
 from brainray.engine.shard import sample_keys
 from brainray.orchestration.study.figures import DrawnSet, draw_feature_sets
-from brainray.orchestration.study.grid import FITTED, Outcome, Slices, outcome_row
+from brainray.orchestration.study.grid import FITTED_SUBSET, Outcome, Slices, outcome_row
 from brainray.orchestration.study.results import StudyResults
 from brainray.orchestration.study.tables import study_tables
 from brainray.report.study_figures import Varied, explained_variance, refinement, sensitivity
@@ -117,7 +117,7 @@ def _sensitivity_figures(results: StudyResults) -> dict[str, bytes]:
 
 
 def _fitted_rows(outcomes: Sequence[Outcome], dataset: str) -> list[dict[str, Any]]:
-    return [outcome_row(o, FITTED) for o in outcomes if o.cell.dataset == dataset]
+    return [outcome_row(o, FITTED_SUBSET) for o in outcomes if o.cell.dataset == dataset]
 
 
 def _with_clusterer(rows: list[dict[str, Any]], clusterer: str) -> list[dict[str, Any]]:

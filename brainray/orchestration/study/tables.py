@@ -7,7 +7,7 @@ from typing import Any
 from brainray.clustering.partition import NUM_NEIGHBOURS
 from brainray.orchestration.pretraining.driver import collapsed_rounds
 from brainray.orchestration.study.data import FeatureKey
-from brainray.orchestration.study.grid import FITTED, Outcome, outcome_row
+from brainray.orchestration.study.grid import FITTED_SUBSET, Outcome, outcome_row
 from brainray.orchestration.study.results import StudyResults
 from brainray.report.study_tables import (
     average_over_seeds,
@@ -20,7 +20,7 @@ from brainray.storage import Folder
 
 _METHOD = ("dataset", "slices", "features", "clusterer", "pca_dim")
 _SUBSET_TITLES = {
-    FITTED: "fitted slices",
+    FITTED_SUBSET: "fitted slices",
     "all": "held-out slices, all",
     "clean": "held-out slices, clean (no upright copy among the slices that were fitted or that "
     "the starting weights saw)",
@@ -54,7 +54,7 @@ def study_tables(results: StudyResults) -> StudyTables:
             chosen = [r for r in averaged if (r["dataset"], r["slices"]) == (dataset, subset)]
             title = f"## {dataset}: {int(members.sum()):,} {_SUBSET_TITLES[subset]}"
             parts.append(f"{title}\n\n{methods_table(chosen)}\n")
-            if subset == FITTED:
+            if subset == FITTED_SUBSET:
                 shown.append(parts[-1])
     for dataset in results.sets:
         knowing = features_table([r for r in averaged if r["dataset"] == dataset])

@@ -45,7 +45,7 @@ from brainray.orchestration.prediction.predict import predict
 from brainray.orchestration.preprocessing.slice_rows import preprocess_file
 from brainray.orchestration.preprocessing.source import FoundFile
 from brainray.orchestration.training.driver import TrainedRun
-from brainray.schema import PREDICTED
+from brainray.schema import PREDICTED_SLICES
 from brainray.storage import Folder
 from tests.conftest import logged, tiny_config
 from tests.mri.test_nifti import ball, make_nifti
@@ -111,7 +111,7 @@ def test_onnx_safetensors_and_mlflow_agree_with_prediction_on_200_slices(
     model = mlflow.pyfunc.load_model(str(local(exported) / "mlflow"))
     assert model.metadata.metadata == {"classes": trained.run.record.classes}
     from_paths = model.predict(pd.DataFrame({"path": [str(path) for path in slices]}))
-    assert list(from_paths.columns) == PREDICTED.names
+    assert list(from_paths.columns) == PREDICTED_SLICES.names
     assert_same(from_paths.to_dict("records"), [predicted[str(path)] for path in slices])
     from_bytes = model.predict(pd.DataFrame({"image": [path.read_bytes() for path in slices]}))
     assert_same(from_bytes.to_dict("records"), [predicted[str(path)] for path in slices])

@@ -13,7 +13,7 @@ from brainray.mri.slices import RejectedImage
 from brainray.orchestration.prediction import serving
 from brainray.orchestration.prediction.serving import ServedModel, _requested_file
 from brainray.orchestration.preprocessing.source import SourceFile
-from brainray.schema import FITTED, PREDICTED
+from brainray.schema import FITTED, PREDICTED_SLICES
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_answers_are_in_the_order_of_the_requests_and_of_the_slices_of_each(
 
         def predict(self, slices: pa.Table, keep: list[str]) -> pa.Table:
             known = {name: slices[name] for name in ("path", "frame", "sample_id", *keep)}
-            fields = [*PREDICTED, FITTED.field("coordinates"), pa.field("head", pa.string())]
+            fields = [*PREDICTED_SLICES, FITTED.field("coordinates"), pa.field("head", pa.string())]
             for field in fields:
                 known.setdefault(field.name, pa.nulls(slices.num_rows, field.type))
             return pa.table(known).sort_by([("reason", "ascending")])

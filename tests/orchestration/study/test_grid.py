@@ -15,7 +15,7 @@ from brainray.config import Config
 from brainray.errors import ConfigError
 from brainray.orchestration.study import grid
 from brainray.orchestration.study.grid import (
-    FITTED,
+    FITTED_SUBSET,
     Cell,
     Grid,
     Outcome,
@@ -56,7 +56,7 @@ def test_cells_with_other_settings_have_files_of_their_own() -> None:
 def test_features_of_one_direction_are_collapsed_whatever_their_lengths() -> None:
     names = [f"{number:032x}" for number in range(6)]
     table = pa.table({"sample_id": names, "split": ["train"] * 6, "frame": [""] * 6})
-    slices = Slices(table, np.zeros(6, np.int64), {FITTED: np.ones(6, dtype=bool)})
+    slices = Slices(table, np.zeros(6, np.int64), {FITTED_SUBSET: np.ones(6, dtype=bool)})
     lengths, direction = np.linspace(1, 3, 6, dtype=np.float32), np.array([0.6, 0.8], np.float32)
 
     def reduced(features: NDArray[np.float32], *, is_encoded: bool) -> Reduced:

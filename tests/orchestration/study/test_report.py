@@ -11,7 +11,7 @@ import pytest
 from brainray.clustering.stability import Recommendation
 from brainray.engine.shard import sample_keys
 from brainray.orchestration.study.figures import DrawnSet, _is_drawn, _shown_cells
-from brainray.orchestration.study.grid import FITTED, Cell, Outcome, Slices
+from brainray.orchestration.study.grid import FITTED_SUBSET, Cell, Outcome, Slices
 from brainray.orchestration.study.report import _advice, _agreement, _panel
 from brainray.schema import UNLABELLED
 from brainray.storage import Folder
@@ -35,7 +35,7 @@ def test_rounds_are_scored_on_the_fitted_slices_with_a_label() -> None:
     names = [32 * str(digit) for digit in (5, 3, 4, 7, 1, 6)]
     labels = np.array([0, 1, UNLABELLED, 0, 1, 1])
     fitted = np.array([True, True, True, True, True, False])
-    slices = Slices(pa.table({"sample_id": names}), labels, {FITTED: fitted})
+    slices = Slices(pa.table({"sample_id": names}), labels, {FITTED_SUBSET: fitted})
     keys = sample_keys(names[:5])
     order = np.argsort(keys)
     clusters = pa.table({"key": keys[order], "cluster": np.array([2, 3, 3, 2, 3])[order]})
