@@ -9,7 +9,7 @@ from brainray.orchestration.job import JobResult, run_job
 
 
 def work(config: Config) -> JobResult:
-    from brainray.orchestration.reporting import report
+    from brainray.orchestration.run_report import report
 
     written = report(config)
     log(

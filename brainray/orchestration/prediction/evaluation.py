@@ -48,8 +48,8 @@ from brainray.orchestration.preprocessing.source import (
 from brainray.orchestration.preprocessing.subject_salt import salt_id, subject_salt
 from brainray.orchestration.provenance import about_software
 from brainray.orchestration.records import check_same_settings
-from brainray.orchestration.reporting import explain, software_rows
 from brainray.orchestration.run import groups_of_test_slices
+from brainray.orchestration.run_report import explain, software_rows
 from brainray.report.evaluation_figures import draw_evaluation_figures
 from brainray.report.page import Explained, write_evaluation_page
 from brainray.schema import PREDICTIONS, REJECTED, TEST, Metrics

@@ -22,9 +22,9 @@ from brainray.orchestration.progress import Follower, RoomFollower
 from brainray.orchestration.provenance import record_submission
 from brainray.orchestration.publish import begin_tracking, how_to_open, send_run
 from brainray.orchestration.ray_train import train_on_workers
-from brainray.orchestration.reporting import write_results
 from brainray.orchestration.resources import WorkerResources, alive_nodes, plan_workers
 from brainray.orchestration.run import Run, groups_of_test_slices, run_to_resume
+from brainray.orchestration.run_report import write_results
 from brainray.orchestration.store import ImageStore, store_to_train_on
 from brainray.orchestration.training.start import begin_run, check_run_fits
 from brainray.orchestration.training.worker import train_worker

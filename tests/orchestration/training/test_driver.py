@@ -39,8 +39,8 @@ from brainray.orchestration.prediction.evaluation import evaluate
 from brainray.orchestration.preprocessing.driver import preprocess
 from brainray.orchestration.pretraining.driver import warm_up
 from brainray.orchestration.publish import config_to_track, publish
-from brainray.orchestration.reporting import report, write_run_page
 from brainray.orchestration.run import Run, open_run, run_to_resume
+from brainray.orchestration.run_report import report, write_run_page
 from brainray.orchestration.store import ImageStore, read_images, scan_images
 from brainray.orchestration.training import driver as training_driver
 from brainray.orchestration.training import rank_data

@@ -1,4 +1,4 @@
-"""Gathers the data for the report of a run or an evaluation."""
+"""The figures, the page and the summary of a run; what evaluations need for their page, too."""
 
 from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
