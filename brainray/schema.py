@@ -69,10 +69,7 @@ IMAGE_STORE = pa.schema(
         ("subject_id", pa.string()),  # null where neither given nor estimated
         ("subject_source", pa.string()),  # table | header | study | volume | estimated
         ("draw_group_id", pa.string()),  # kept together by label draws: copies, given subjects
-        (
-            "kin_group_id",
-            pa.string(),
-        ),  # never in both labelled and validation slices
+        ("kin_group_id", pa.string()),  # never in both labelled and validation slices
         ("split_group_id", pa.string()),  # kept together by drawn splits: also estimated subjects
         ("generation", pa.int32()),  # preprocessing run in which the slice first appeared
         ("skull_strip", pa.string()),  # method used: otsu also where intracranial was not confident

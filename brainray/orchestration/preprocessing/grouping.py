@@ -24,7 +24,7 @@ from brainray.storage import Folder
 class SliceGroups:
     """Group names of n accepted slices, one per slice and level.
 
-    Each group of ``copies`` is contained in one of ``draw``, each of these in one of ``related``,
+    Each group of ``copies`` is contained in one of ``draw``, each of these in one of ``kin``,
     and each of these in one of ``split``.
     """
 
@@ -33,7 +33,7 @@ class SliceGroups:
     also_turned: list[str]  # copies in any orientation; names may change between runs
     subjects: list[Subject]
     draw: list[str]  # kept together by label draws: copies, and subjects given by metadata
-    related: list[str]  # not on both sides of a validation split: also mirrored or rotated copies
+    kin: list[str]  # not on both sides of a validation split: also mirrored or rotated copies
     split: list[str]  # kept together by our own splits: also estimated subjects
 
     def columns(self) -> dict[str, list[str] | list[str | None]]:
@@ -43,7 +43,7 @@ class SliceGroups:
             "subject_id": [subject.name for subject in self.subjects],
             "subject_source": [subject.source for subject in self.subjects],
             "draw_group_id": self.draw,
-            "kin_group_id": self.related,
+            "kin_group_id": self.kin,
             "split_group_id": self.split,
         }
 
@@ -72,10 +72,10 @@ def group_slices(
     named = [subject.name if subject.source in NAMED else None for subject in subjects]
     studies = _linking_studies(subjects, accepted["header_study"].to_pylist())
     draw = named_as_before(joint_groups(copies, named, studies), "draw_group_id")
-    related = named_as_before(joint_groups(draw, also_turned), "kin_group_id")
+    kin = named_as_before(joint_groups(draw, also_turned), "kin_group_id")
     every = [subject.name for subject in subjects]
-    split = named_as_before(joint_groups(related, every), "split_group_id")
-    return SliceGroups(pairs, copies, also_turned, subjects, draw, related, split)
+    split = named_as_before(joint_groups(kin, every), "split_group_id")
+    return SliceGroups(pairs, copies, also_turned, subjects, draw, kin, split)
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,7 @@ def test_draws_part_turned_copies_and_likely_subjects_and_no_split_does(
     assert sources == ["table" if name in named else "estimated" for name in "abcdefg"]
     assert parts(groups.copies, "abcdefg") == set("abcdefg")
     assert parts(groups.draw, "abcdefg") == {"ab", *"cdefg"}
-    assert parts(groups.related, "abcdefg") == {"ab", "ef", *"cdg"}
+    assert parts(groups.kin, "abcdefg") == {"ab", "ef", *"cdg"}
     assert parts(groups.split, "abcdefg") == {"ab", "cd", "efg"}
 
 
