@@ -87,6 +87,8 @@ def run_trial(parameters: dict[str, Any], *, base: dict[str, Any], command: list
     config = parse_config(base)
     sys.argv = command  # for the run's records; the process's own command line is Ray's
     trial_id = tune.get_context().get_trial_id()
+    failed, failure = sweep_folder(config) / FAILED, f"{trial_id}.json"
+    failed.delete_file(failure, missing_ok=True)  # of an attempt that Tune has not recorded
     try:
         config_of_trial = trial_config(config, parameters, run_name(config, trial_id))
         with begun_training(config_of_trial) as training:
@@ -99,8 +101,7 @@ def run_trial(parameters: dict[str, Any], *, base: dict[str, Any], command: list
     except TransientError:
         raise
     except BrainrayError as error:
-        folder = sweep_folder(config) / FAILED
-        folder.write_json(f"{trial_id}.json", {"parameters": parameters, "problem": str(error)})
+        failed.write_json(failure, {"parameters": parameters, "problem": str(error)})
         # Tune needs a value for every trial: report the worst possible one.
         worst = -math.inf if config.tune.mode == "max" else math.inf
         tune.report({"epoch": config.train.num_epochs, config.tune.metric: worst})

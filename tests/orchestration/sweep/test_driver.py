@@ -865,6 +865,23 @@ def test_a_trial_counts_by_the_epoch_whose_model_it_keeps(tmp_path: Path) -> Non
     assert replace(trial, history=[]).chosen(score) is None
 
 
+def test_a_trial_that_failed_and_is_then_trained_has_not_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = SimpleNamespace(get_trial_id=lambda: "abc12_00000")
+    monkeypatch.setattr(tune, "get_context", lambda: context)
+    monkeypatch.setattr(tune, "report", Mock())
+    monkeypatch.setattr(sys, "argv", ["default_worker.py"])
+    collapsed, complete = ClusteringError("collapsed"), SimpleNamespace(is_complete=True)
+    complete.folder = Mock(read_json_lines=lambda _: epochs(0.5))
+    training = contextlib.nullcontext(SimpleNamespace(run=complete))
+    monkeypatch.setattr(trials, "begun_training", Mock(side_effect=[collapsed, training]))
+    config = sweep_config(tmp_path)
+    for problems in (["collapsed"], []):
+        run_trial({}, base=config.model_dump(mode="json"), command=["tune.py"])
+        assert [trial.problem for trial in read_trials(config)] == problems
+
+
 def test_a_trial_is_not_to_blame_for_what_passes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
