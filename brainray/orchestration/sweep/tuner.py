@@ -2,6 +2,8 @@
 
 import math
 import os
+import pickletools
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +24,7 @@ from brainray.redaction import redacted
 from brainray.storage import Folder
 
 _TUNE = "tune"  # Tune's own state, inside the sweep's folder
+_SESSION = re.compile(r".*state-(.+)\.(json|pkl)")
 
 
 def build_tuner(config: Config, folder: Folder, workers: WorkerResources) -> tune.Tuner:
@@ -93,25 +96,23 @@ def _this_machine() -> str:
 
 
 def _has_state(config: Config, folder: Folder) -> bool:
-    """Whether Tune has saved a state to resume from, ignoring partially written files.
+    """Whether Tune has saved a state to resume from; a partial one is replaced by the one before.
+
+    Each session of Tune saves several files, and Tune reads those with the newest name. They must
+    belong together: a searcher that counts a trial as running that the others do not know waits
+    for ever. Deleted files would return, since Tune keeps copies on the driver's machine.
 
     Raises:
         ConfigError: there is none, but trials exist that Tune would not know about.
     """
-    num_whole = 0
-    for name in folder.names():
-        if not name.startswith("experiment_state-"):
-            continue
-        try:
-            folder.read_json(name)
-            num_whole += 1
-        except StorageError:  # does not mean that the file is damaged
-            raise
-        except DataError as damage:
-            log(f"{damage}: partially written, ignoring it")
-            folder.delete_file(name)
-    if num_whole and folder.exists("tuner.pkl"):
-        return True
+    sessions = {found[1] for name in folder.names() if (found := _SESSION.fullmatch(name))}
+    partial: list[str] = []
+    for session in sorted(sessions, reverse=True):
+        if _is_whole(config, folder, session):
+            for later in partial:
+                _copy_session(config, folder, session, later)
+            return True
+        partial.append(session)
     if not folder.names():
         return False
     begun = read_trials(config)
@@ -123,6 +124,38 @@ def _has_state(config: Config, folder: Folder) -> bool:
         )
     folder.delete()
     return False
+
+
+def _is_whole(config: Config, folder: Folder, session: str) -> bool:
+    """Whether all that a session of Tune needs was written to its end."""
+    trials, *searcher = _files_of(config, session)
+    try:
+        folder.read_json(trials)
+        for name in ("tuner.pkl", *searcher):
+            for _ in pickletools.genops(folder.read_bytes(name)):  # executes nothing
+                pass
+    except StorageError:  # does not mean that the file is damaged
+        raise
+    except (DataError, ValueError) as damage:
+        log(f"{folder}: ignoring Tune's state of {session}, partially written ({damage})")
+        return False
+    return True
+
+
+def _copy_session(config: Config, folder: Folder, whole: str, partial: str) -> None:
+    """Give a session the files of another; until all are copied, it remains partial."""
+    sources, targets = _files_of(config, whole), _files_of(config, partial)
+    folder.delete_file(targets[0], missing_ok=True)
+    for source, target in reversed(list(zip(sources, targets, strict=True))):
+        folder.write_bytes(target, folder.read_bytes(source))
+
+
+def _files_of(config: Config, session: str) -> list[str]:
+    """The files of a session of Tune: its trials (JSON), and its searcher (pickles)."""
+    searcher = ["basic-variant-state-{}.json"]
+    if config.tune.algorithm == "optuna":
+        searcher = ["search_gen_state-{}.json", "searcher-state-{}.pkl"]
+    return [name.format(session) for name in ["experiment_state-{}.json", *searcher]]
 
 
 def _param_space(config: Config) -> dict[str, Any]:

@@ -1,9 +1,12 @@
 """Sweeps on a real Ray cluster: choosing by validation, going on by name, MLflow's parent."""
 
 import contextlib
+import fnmatch
 import io
+import itertools
 import json
 import math
+import pickle
 import re
 import shutil
 import sys
@@ -23,7 +26,10 @@ import ray
 from mlflow import MlflowClient
 from ray import tune
 from ray._raylet import PlacementGroupID
+from ray.tune.execution.tune_controller import TuneController
 from ray.tune.schedulers import TrialScheduler
+from ray.tune.search import BasicVariantGenerator, Searcher
+from ray.tune.search.search_generator import SearchGenerator
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
 from brainray.config import AugmentConfig, Config
@@ -63,6 +69,7 @@ from brainray.orchestration.sweep.trials import (
     trial_config,
 )
 from brainray.orchestration.sweep.tuner import (
+    _files_of,
     _has_state,
     _param_space,
     _scheduler,
@@ -479,17 +486,15 @@ def test_a_sweep_without_tunes_state_begins_anew_or_says_why_not(
     config = sweep_config(tmp_path)
     state = Folder(tmp_path) / "sweeps" / "search" / "tune"
     assert not _has_state(config, state)
-    state.write_bytes("tuner.pkl", b"")
-    state.write_bytes("experiment_state-b.json", b'{"trial_data": [')  # a kill has cut it
-    state.write_json("experiment_state-a.json", {})
+    write_session(config, state, "a")
     assert _has_state(config, state)
-    assert state.names() == ["experiment_state-a.json", "tuner.pkl"]
+    kept = state.names()
     with monkeypatch.context() as away:
-        away.setattr(Folder, "read_json", Mock(side_effect=StorageError("storage is away")))
+        away.setattr(Folder, "read_bytes", Mock(side_effect=StorageError("storage is away")))
         with pytest.raises(StorageError):
             _has_state(config, state)
-    assert state.names() == ["experiment_state-a.json", "tuner.pkl"]
-    state.delete_file("experiment_state-a.json")
+    assert state.names() == kept
+    state.write_bytes("experiment_state-a.json", b'{"trial_data": [')  # a kill has cut it
     as_trial(trained, tmp_path, "search", "0a1b2_00000")
     with pytest.raises(ConfigError, match=r"lost Tune's state.*1 runs, such as search-0a1b2_"):
         _has_state(config, state)
@@ -498,12 +503,65 @@ def test_a_sweep_without_tunes_state_begins_anew_or_says_why_not(
     assert not state.exists()
 
 
+def write_session(config: Config, state: Folder, session: str) -> None:
+    """What Tune saves, with the session's name as its content."""
+    state.write_bytes("tuner.pkl", pickle.dumps(None))
+    trials, *searcher = _files_of(config, session)
+    state.write_json(trials, session)
+    for name in searcher:
+        state.write_bytes(name, pickle.dumps(session))
+
+
+@pytest.mark.parametrize("algorithm", ["grid", "random", "optuna"])
+def test_tune_resumes_from_one_session_whichever_file_is_cut(
+    algorithm: str, tmp_path: Path
+) -> None:
+    space = 'tune.space={"train.learning_rate": {"choice": [0.1]}}'
+    config = sweep_config(tmp_path, f"tune.algorithm={algorithm}", space)
+    kinds = [TuneController.CKPT_FILE_TMPL, BasicVariantGenerator.CKPT_FILE_TMPL]
+    if algorithm == "optuna":
+        kinds[1:] = [SearchGenerator.CKPT_FILE_TMPL, Searcher.CKPT_FILE_TMPL]
+    for cut, share in itertools.product(kinds, (None, 0.0, 0.5)):  # None: not written at all
+        state = Folder(tmp_path / f"{cut}-{share}")
+        for session in "ab":
+            write_session(config, state, session)
+        content = state.read_bytes(cut.format("b"))
+        state.delete_file(cut.format("b"))
+        if share is not None:
+            state.write_bytes(cut.format("b"), content[: int(share * len(content))])
+        assert _has_state(config, state)
+        newest = [max(fnmatch.filter(state.names(), kind.format("*"))) for kind in kinds]
+        trials, *searcher = (state.read_bytes(name) for name in newest)
+        assert [json.loads(trials), *map(pickle.loads, searcher)] == ["a"] * len(kinds)
+
+
+def test_a_resumed_search_waits_for_no_trial_that_is_unknown(tmp_path: Path) -> None:
+    """Tune's own copy of a later session, on the driver's machine, is overwritten."""
+    config = sweep_config(tmp_path)
+    state, own = Folder(tmp_path / "storage"), tmp_path / "own"
+    own.mkdir()
+    write_session(config, state, "a")
+    write_session(config, state, "b")
+    search = BasicVariantGenerator(max_concurrent=1)
+    for session, running in (("a", "abc12_00001"), ("b", "abc12_00004")):
+        search._live_trials = {running}
+        for folder in (tmp_path / "storage", own):
+            search.save_to_dir(str(folder), session_str=session)
+    state.write_bytes("experiment_state-b.json", b'{"trial_data": [')
+    assert _has_state(config, state)
+    shutil.copytree(tmp_path / "storage", own, dirs_exist_ok=True)  # as Tune does
+    resumed = BasicVariantGenerator(max_concurrent=1)
+    resumed.restore_from_dir(str(own))
+    resumed.on_trial_complete("abc12_00001")
+    assert (resumed.next_trial(), resumed.is_finished()) == (None, True)
+
+
 def test_a_state_of_another_version_is_refused_in_one_line(
     tmp_path: Path, ray_cluster: None
 ) -> None:
     state = Folder(tmp_path) / "sweeps" / "search" / "tune"
+    write_session(sweep_config(tmp_path), state, "a")
     state.write_bytes("tuner.pkl", b"cbrainray.orchestration.sweep\n_Moved\n.")  # pickled by name
-    state.write_json("experiment_state-a.json", {})
     with pytest.raises(ConfigError, match=r"another version of brainray or Ray \(.*_Moved"):
         build_tuner(sweep_config(tmp_path), state.parent, WorkerResources(1, 1, 0, 1))
 
