@@ -21,6 +21,10 @@ class StorageError(DataError, TransientError):
     """Files cannot be read or written: disk full, permission denied, server unavailable."""
 
 
+class StoreChangedError(DataError):
+    """An image store has been updated while it was being used."""
+
+
 class UnreachableError(StorageError):
     """An object store does not answer; it may do so in a moment."""
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from brainray import layout
 from brainray.config import Config
-from brainray.errors import ConfigError, DataError
+from brainray.errors import ConfigError, DataError, StoreChangedError
 from brainray.mri.resize import stretch
 from brainray.orchestration.manifest import Manifest, check_versions
 from brainray.orchestration.records import NOT_OF_SLICES, differing_settings, with_defaults
@@ -35,7 +35,8 @@ class ImageStore:
             data_hash: expected hash, if given.
 
         Raises:
-            DataError: no finished store, or one of another version or with other slices.
+            DataError: no finished store, or one of another version.
+            StoreChangedError: its slices are not those of the expected hash.
         """
         if not folder.exists(layout.MANIFEST):
             raise DataError(
@@ -44,7 +45,7 @@ class ImageStore:
             )
         manifest = Manifest.read(folder)
         if data_hash is not None and manifest.data_hash != data_hash:
-            raise DataError(
+            raise StoreChangedError(
                 f"the image store {folder} has changed (hash {data_hash} before, "
                 f"{manifest.data_hash} now): train on it under another name"
             )
@@ -138,14 +139,15 @@ def as_store_was_made(config: Config, store: ImageStore) -> Config:
     return config.model_copy(update=made)
 
 
-def store_to_train_on(config: Config) -> tuple[Config, ImageStore]:
+def store_to_train_on(config: Config, data_hash: str | None = None) -> tuple[Config, ImageStore]:
     """The config with the settings of the image store ``config.dataset``, and the store.
 
     Raises:
         ConfigError: the config names no store, or does not fit it.
         DataError: no such store, or another version of brainray made it.
+        StoreChangedError: its slices are not those of ``data_hash``, if given.
     """
-    store = open_store(Folder(config.storage), config.given("dataset"))
+    store = open_store(Folder(config.storage), config.given("dataset"), data_hash)
     config = as_store_was_made(config, store)
     check_versions(
         f"the image store {store.folder} was",

@@ -239,7 +239,7 @@ def test_complete_draws_are_not_compared_with_a_control_on_other_data(
                 earlier = run.record.model_copy(update={"data_hash": "of before an update"})
                 earlier.write(run.folder)
 
-    def train(config: Config) -> TrainedRun:
+    def train(config: Config, data_hash: str | None) -> TrainedRun:
         return TrainedRun(open_run(Folder(storage), str(config.name)), {}, None, "")
 
     monkeypatch.setattr(draws, "train", train)

@@ -101,7 +101,7 @@ def _sweep(base: Config, store: ImageStore, workers: WorkerResources) -> Finishe
             folder.write_json(layout.SUMMARY, summary | {"registered": base.registry.name})
             log(f"registered its best model as {base.registry.name}")
         return _finished(folder, summary)
-    tuner = build_tuner(base, folder, workers)
+    tuner = build_tuner(base, store, folder, workers)
     tracker = open_parent()
     with tracker.ended_by_errors():
         return _search(base, folder, store, tuner, tracker)

@@ -14,7 +14,7 @@ from brainray import layout
 from brainray.config import TRAINING_SECTIONS, WORKER_KEYS, Config, SearchDomain, TrainConfig
 from brainray.config_text import did_you_mean, flatten, known_keys, parse_config
 from brainray.engine.selection import chosen_epoch, reported_metrics
-from brainray.errors import BrainrayError, ConfigError, TransientError
+from brainray.errors import BrainrayError, ConfigError, StoreChangedError, TransientError
 from brainray.orchestration.run import Run
 from brainray.orchestration.training.driver import begun_training, complete_run, fit
 from brainray.schema import History
@@ -73,12 +73,15 @@ class Trial:
         return Score(epoch[metric], int(epoch["epoch"])) if metric in epoch else None
 
 
-def run_trial(parameters: dict[str, Any], *, base: dict[str, Any], command: list[str]) -> None:
+def run_trial(
+    parameters: dict[str, Any], *, base: dict[str, Any], data_hash: str, command: list[str]
+) -> None:
     """Train or resume one trial, in an actor of Ray Tune.
 
     Args:
         parameters: the trial's, by dotted key.
         base: the sweep's config.
+        data_hash: of the sweep's image store.
         command: the command line that started the sweep.
 
     Errors caused by a trial's settings are saved in the sweep's folder instead of raised, because
@@ -91,14 +94,14 @@ def run_trial(parameters: dict[str, Any], *, base: dict[str, Any], command: list
     failed.delete_file(failure, missing_ok=True)  # of an attempt that Tune has not recorded
     try:
         config_of_trial = trial_config(config, parameters, run_name(config, trial_id))
-        with begun_training(config_of_trial) as training:
+        with begun_training(config_of_trial, data_hash) as training:
             if training.run.is_complete:  # the trial was interrupted after its last epoch
                 history = training.run.folder.read_json_lines(layout.METRICS)
                 tune.report(reported_metrics(history))
                 return
             fit(training, callbacks=[TuneReportCallback()])
             complete_run(training)
-    except TransientError:
+    except (StoreChangedError, TransientError):
         raise
     except BrainrayError as error:
         failed.write_json(failure, {"parameters": parameters, "problem": str(error)})

@@ -19,6 +19,7 @@ from brainray.errors import ConfigError, DataError, StorageError
 from brainray.log import log
 from brainray.orchestration.ray_train import ray_storage
 from brainray.orchestration.resources import WorkerResources
+from brainray.orchestration.store import ImageStore
 from brainray.orchestration.sweep.trials import read_trials, run_name, run_trial
 from brainray.redaction import redacted
 from brainray.storage import Folder
@@ -27,7 +28,9 @@ _TUNE = "tune"  # Tune's own state, inside the sweep's folder
 _SESSION = re.compile(r".*state-(.+)\.(json|pkl)")
 
 
-def build_tuner(config: Config, folder: Folder, workers: WorkerResources) -> tune.Tuner:
+def build_tuner(
+    config: Config, store: ImageStore, folder: Folder, workers: WorkerResources
+) -> tune.Tuner:
     """A new Tuner, or the restored one of this sweep if its state is in ``folder``.
 
     Raises:
@@ -37,6 +40,7 @@ def build_tuner(config: Config, folder: Folder, workers: WorkerResources) -> tun
         tune.with_parameters(
             run_trial,
             base=config.without_secrets().model_dump(mode="json"),
+            data_hash=store.manifest.data_hash,
             command=[redacted(part) for part in sys.argv],  # saved by Ray and in storage
         ),
         # Trials only wait for their workers: they need no CPU, and run on the driver's node, which

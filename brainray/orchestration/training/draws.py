@@ -37,8 +37,8 @@ class DrawnRuns:
 def train_draws(config: Config) -> DrawnRuns:
     """Train ``config`` on ``evaluation.num_label_draws`` label draws, or resume them.
 
-    Each draw is a separate run, ``NAME-draw1`` and so on, so finished draws are never repeated.
-    ``evaluation.control`` refers to the runs of a control in the same way.
+    Each draw is a separate run, ``NAME-draw1`` and so on, so finished draws are never repeated, on
+    the slices of the first. ``evaluation.control`` refers to the runs of a control in the same way.
 
     Raises:
         BrainrayError: settings or data with which training cannot start, or a control with a
@@ -55,11 +55,12 @@ def train_draws(config: Config) -> DrawnRuns:
             "note: split.labelled_fraction=1 uses all labels: the draws differ only in which of "
             "them are for validation"
         )
-    runs, compared = [], []
+    runs: list[TrainedRun] = []
+    compared = []
     for number in range(num_draws):
         log(f"label draw {number + 1} of {num_draws}: run {draw_name(name, number)}")
         config_of_draw = _config_of_draw(config, number)
-        runs.append(train(config_of_draw))
+        runs.append(train(config_of_draw, runs[0].run.record.data_hash if runs else None))
         compared.append(_compared(config_of_draw, runs[-1]))
     controls = [draw.control for draw in compared if draw.control is not None]
     if len(controls) < num_draws:

@@ -56,14 +56,16 @@ class Training:
     workers: WorkerResources | None  # None if the run is complete
 
 
-def train(config: Config) -> TrainedRun:
+def train(config: Config, data_hash: str | None = None) -> TrainedRun:
     """Train the run ``config.name`` on the store ``config.dataset``, or resume it.
+
+    With ``data_hash``, only on a store that still has these slices.
 
     Raises:
         BrainrayError: settings or data with which training cannot start, or a collapse.
         ray.train.TrainingFailedError: workers were lost more often than ``train.max_failures``.
     """
-    with begun_training(config) as training:
+    with begun_training(config, data_hash) as training:
         config, run = training.config, training.run
         tracker = begin_tracking(config, run)
         if not run.is_complete:
@@ -105,16 +107,17 @@ def log_where(trained: TrainedRun) -> None:
 
 
 @contextmanager
-def begun_training(config: Config) -> Iterator[Training]:
+def begun_training(config: Config, data_hash: str | None = None) -> Iterator[Training]:
     """Check what can be checked before workers start, and start the run or find it again.
 
-    Within the block no other job can train the run.
+    Within the block no other job can train the run. ``data_hash``: of the slices that the store
+    must have, if given.
 
     Raises:
         BrainrayError: settings or data with which training cannot start, or the run is in use by
             another job.
     """
-    config, store = store_to_train_on(config)
+    config, store = store_to_train_on(config, data_hash)
     with held(Folder(config.storage), layout.RUNS, config.given("name")):
         existing, workers = run_to_resume(config), None
         if existing is None or not existing.is_complete:

@@ -43,8 +43,10 @@ from brainray.errors import (
     DataError,
     RoomError,
     StorageError,
+    StoreChangedError,
 )
 from brainray.orchestration.lock import held
+from brainray.orchestration.manifest import Manifest
 from brainray.orchestration.paths import resolve_paths
 from brainray.orchestration.publish import open_tracking
 from brainray.orchestration.resources import WorkerResources
@@ -563,7 +565,7 @@ def test_a_state_of_another_version_is_refused_in_one_line(
     write_session(sweep_config(tmp_path), state, "a")
     state.write_bytes("tuner.pkl", b"cbrainray.orchestration.sweep\n_Moved\n.")  # pickled by name
     with pytest.raises(ConfigError, match=r"another version of brainray or Ray \(.*_Moved"):
-        build_tuner(sweep_config(tmp_path), state.parent, WorkerResources(1, 1, 0, 1))
+        build_tuner(sweep_config(tmp_path), STORE, state.parent, WorkerResources(1, 1, 0, 1))
 
 
 def test_trials_run_on_the_machine_of_the_driver_wherever_the_head_is(
@@ -574,7 +576,7 @@ def test_trials_run_on_the_machine_of_the_driver_wherever_the_head_is(
     monkeypatch.setattr(ray, "nodes", lambda: [head, here])
     with_resources = Mock(wraps=tune.with_resources)
     monkeypatch.setattr(tune, "with_resources", with_resources)
-    build_tuner(sweep_config(tmp_path), Folder(tmp_path), WorkerResources(1, 1, 0, 1))
+    build_tuner(sweep_config(tmp_path), STORE, Folder(tmp_path), WorkerResources(1, 1, 0, 1))
     (resource,) = with_resources.call_args.args[1]
     assert resource == f"node:{ray.util.get_node_ip_address()}"
     assert resource in here["Resources"]
@@ -588,7 +590,7 @@ def test_a_resumed_sweep_has_its_trials_on_the_machine_of_its_new_driver(
     space = "tune.space={objective.lambda_cluster: {choice: [0.1]}}"
     config = sweep_config(tmp_path, "train.max_failures=0", space)
 
-    def trial(parameters: dict[str, Any], base: dict[str, Any], command: list[str]) -> None:
+    def trial(parameters: dict[str, Any], **_: object) -> None:
         if gone in tune.get_context().get_trial_resources().required_resources:
             raise RuntimeError("interrupted")
         tune.report({config.tune.metric: 1.0, "epoch": 1})
@@ -596,8 +598,12 @@ def test_a_resumed_sweep_has_its_trials_on_the_machine_of_its_new_driver(
     monkeypatch.setattr(tuner, "run_trial", trial)
     with monkeypatch.context() as before:
         before.setattr(tuner, "_this_machine", lambda: gone)
-        assert build_tuner(config, Folder(tmp_path), WorkerResources(1, 1, 0, 1)).fit().num_errors
-    results = build_tuner(config, Folder(tmp_path), WorkerResources(1, 1, 0, 1)).fit()
+        assert (
+            build_tuner(config, STORE, Folder(tmp_path), WorkerResources(1, 1, 0, 1))
+            .fit()
+            .num_errors
+        )
+    results = build_tuner(config, STORE, Folder(tmp_path), WorkerResources(1, 1, 0, 1)).fit()
     assert (len(results), results.num_errors) == (1, 0)
 
 
@@ -896,7 +902,7 @@ def test_a_trial_that_cannot_be_trained_reports_the_worst_value(
     monkeypatch.setattr(sys, "argv", ["default_worker.py"])
     monkeypatch.setattr(trials, "begun_training", Mock(side_effect=ClusteringError("K")))
     config = sweep_config(tmp_path, f"tune.metric={metric}", f"tune.mode={mode}")
-    run_trial({}, base=config.model_dump(mode="json"), command=["tune.py"])
+    run_trial({}, base=config.model_dump(mode="json"), data_hash="", command=["tune.py"])
     report.assert_called_once_with({"epoch": 2, metric: worst})
 
 
@@ -936,7 +942,7 @@ def test_a_trial_that_failed_and_is_then_trained_has_not_failed(
     monkeypatch.setattr(trials, "begun_training", Mock(side_effect=[collapsed, training]))
     config = sweep_config(tmp_path)
     for problems in (["collapsed"], []):
-        run_trial({}, base=config.model_dump(mode="json"), command=["tune.py"])
+        run_trial({}, base=config.model_dump(mode="json"), data_hash="", command=["tune.py"])
         assert [trial.problem for trial in read_trials(config)] == problems
 
 
@@ -957,15 +963,36 @@ def test_a_trial_is_not_to_blame_for_what_passes(
 
         return begin
 
-    for passing in (StorageError("no space left"), RoomError("2 workers do not"), BusyError("by")):
+    passing: BrainrayError
+    for passing in (
+        StorageError("no space left"),
+        RoomError("2 workers do not"),
+        BusyError("by"),
+        StoreChangedError("has changed"),
+    ):
         monkeypatch.setattr(trials, "begun_training", raising(passing))
         with pytest.raises(type(passing), match=str(passing)):
-            run_trial({}, base=base, command=["tune.py"])
+            run_trial({}, base=base, data_hash="", command=["tune.py"])
     assert (failed.names(), reported) == ([], [])
     monkeypatch.setattr(trials, "begun_training", raising(ClusteringError("K is too small")))
-    run_trial({}, base=base, command=["tune.py"])
+    run_trial({}, base=base, data_hash="", command=["tune.py"])
     assert (failed.names(), len(reported)) == (["abc_00000.json"], 1)
     assert command_line() == "tune.py"  # as recorded in its provenance
+
+
+def test_a_trial_is_not_trained_on_slices_that_the_sweep_did_not_begin_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = SimpleNamespace(get_trial_id=lambda: "abc12_00000")
+    monkeypatch.setattr(tune, "get_context", lambda: context)
+    monkeypatch.setattr(sys, "argv", ["default_worker.py"])
+    updated = Manifest.model_construct(data_hash="def")
+    monkeypatch.setattr(Manifest, "read", lambda _: updated)
+    config = sweep_config(tmp_path)
+    (Folder(tmp_path) / "datasets" / "mri").write_json("manifest.json", {})
+    with pytest.raises(StoreChangedError, match=r"\(hash abc before, def now\)"):
+        run_trial({}, base=config.model_dump(mode="json"), data_hash="abc", command=["tune.py"])
+    assert read_trials(config) == []  # its settings are not the cause
 
 
 def test_trials_that_were_stopped_are_marked_so_in_mlflow(

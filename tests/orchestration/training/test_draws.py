@@ -85,10 +85,12 @@ def test_complete_draws_are_compared_with_the_control_that_is_named_now(
             seed = f"split.seed={config_of(name).split.seed + number}"
             write_complete_run(config_of(f"{name}-draw{number + 1}", seed), num_right)
 
-    def nothing_to_train(config: Config) -> TrainedRun:
+    def nothing_to_train(config: Config, data_hash: str | None) -> TrainedRun:
+        hashes.append(data_hash)
         run = open_run(Folder(config.storage), config.given("name"))
         return TrainedRun(run, run.folder.read_json(layout.SUMMARY), None, "")
 
+    hashes: list[str | None] = []
     monkeypatch.setattr(draws, "train", nothing_to_train)
     for number in range(2):  # as training leaves it
         folder = Folder(tmp_path) / layout.RUNS / f"mine-draw{number + 1}"
@@ -97,6 +99,7 @@ def test_complete_draws_are_compared_with_the_control_that_is_named_now(
 
     found = train_draws(config_of("mine", "evaluation.control=first")).metrics
     assert found[f"control/{NAME}"] == pytest.approx(0.8)
+    assert hashes == [None, "0"]  # all draws on the slices of the first
     found = train_draws(config_of("mine", "evaluation.control=second")).metrics
     assert found[f"control/{NAME}"] == pytest.approx(0.7)
     assert found[f"difference/{NAME}"] == pytest.approx(0.2)
