@@ -68,22 +68,16 @@ def sweep(config: Config) -> FinishedSweep:
     name = config.given("name")
     check_space(config)
     base, store = store_to_train_on(config)
-    starts: dict[tuple[str, str], Config] = {}
-    for trial in example_trials(base):
-        check_sides(trial)
-        starts[trial.encoder.name, trial.encoder.weights] = trial
-    for trial in starts.values():
-        check_weights(trial, store)
-    workers = check_training(base, store)
     # Each sweep has its own MLflow experiment.
     tracked = base.tracking.model_copy(update={"experiment": name})
     base = base.model_copy(update={"tracking": tracked})
     with held(Folder(base.storage), layout.SWEEPS, name):
-        return _sweep(base, store, workers)
+        return _sweep(base, store)
 
 
-def _sweep(base: Config, store: ImageStore, workers: WorkerResources) -> FinishedSweep:
+def _sweep(base: Config, store: ImageStore) -> FinishedSweep:
     folder = sweep_folder(base)
+    workers = None if folder.exists(layout.SUMMARY) else _check_trials(base, store)
     _check_or_write_settings(base, store, folder)
     open_parent = partial(
         open_tracking,
@@ -92,7 +86,7 @@ def _sweep(base: Config, store: ImageStore, workers: WorkerResources) -> Finishe
         flatten(base.without_secrets()),
         {"brainray.data_hash": store.manifest.data_hash},
     )
-    if folder.exists(layout.SUMMARY):
+    if workers is None:
         log(f"sweep {folder}: complete, nothing to search")
         summary = folder.read_json(layout.SUMMARY)
         if base.registry.name not in {None, summary.get("registered")}:
@@ -105,6 +99,21 @@ def _sweep(base: Config, store: ImageStore, workers: WorkerResources) -> Finishe
     tracker = open_parent()
     with tracker.ended_by_errors():
         return _search(base, folder, store, tuner, tracker)
+
+
+def _check_trials(base: Config, store: ImageStore) -> WorkerResources:
+    """The workers of each trial.
+
+    Raises:
+        BrainrayError: a trial cannot start with its settings, on the store or on the Ray cluster.
+    """
+    starts: dict[tuple[str, str], Config] = {}
+    for trial in example_trials(base):
+        check_sides(trial)
+        starts[trial.encoder.name, trial.encoder.weights] = trial
+    for trial in starts.values():
+        check_weights(trial, store)
+    return check_training(base, store)
 
 
 def _search(

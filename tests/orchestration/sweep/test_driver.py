@@ -419,6 +419,26 @@ def test_a_space_that_makes_no_sense_is_refused(
         check_space(config)
 
 
+def test_a_complete_sweep_needs_nothing_for_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as weights and room for workers; its best model can still be registered."""
+    monkeypatch.setattr(driver, "store_to_train_on", lambda config: (config, STORE))
+    monkeypatch.setattr(driver, "check_training", None)
+    monkeypatch.setattr(driver, "open_tracking", Mock(return_value=Mock(problem=None)))
+    log_model = Mock()
+    monkeypatch.setattr(driver, "_log_model", log_model)
+    config = sweep_config(tmp_path, "encoder.weights=/gone.pt", "tracking.experiment=search")
+    folder = Folder(tmp_path) / "sweeps" / "search"
+    _check_or_write_settings(config, STORE, folder)
+    best = Trial("abcde_00001", None, {}, [], config.train)
+    monkeypatch.setattr(driver, "_best_trial", lambda *_: best)
+    found = {"metrics": {"num_trials": 4.0}, "table": "", "mlflow_run_id": None}
+    folder.write_json("summary.json", found | {"tracking_uri": "", "registered": None})
+    assert sweep(config).metrics == found["metrics"]
+    assert log_model.call_args.args[1:4:2] == (best, "mri-classifier")
+
+
 def test_a_name_that_leaves_no_room_for_those_of_trials_is_refused(tmp_path: Path) -> None:
     space = f"tune.space={json.dumps(SPACE | {'clustering.num_clusters': {'choice': [4]}})}"
     check_space(tiny_config(tmp_path, space, f"name={80 * 'a'}"))
