@@ -15,7 +15,7 @@ from brainray.config import (
     PreprocessConfig,
     SplitConfig,
 )
-from brainray.config_text import parse_saved
+from brainray.config_text import parse_saved, to_yaml
 from brainray.errors import ConfigError, DataError
 from brainray.mri.split import check_validation_share
 from brainray.orchestration.lock import is_held
@@ -104,8 +104,12 @@ class Run:
             del defaults["self_supervision"]
         return with_defaults(saved, defaults)
 
+    def write_config(self, config: Config) -> None:
+        """Save the config, without secrets."""
+        self.folder.write_bytes(layout.CONFIG, to_yaml(config).encode())
+
     def saved_config(self) -> Config:
-        """The config with which the run was created, without secrets."""
+        """The config with which the run was last trained."""
         where = f"{self.folder}/{layout.CONFIG}"
         return parse_saved(self.folder.read_bytes(layout.CONFIG), where)
 

@@ -128,6 +128,7 @@ def begun_training(config: Config, data_hash: str | None = None) -> Iterator[Tra
         run = existing or begin_run(config, store, num_workers)
         _log_start(run, existing is not None, config, store)
         if workers is not None:
+            run.write_config(config)  # what may change when it resumes
             record_submission(config, run, workers)
         yield Training(config, store, run, workers)
 

@@ -6,7 +6,6 @@ import pyarrow.compute as pc
 from brainray import layout
 from brainray.clustering.gmm import has_few_rows
 from brainray.config import ClusteringConfig, Config, PreprocessConfig
-from brainray.config_text import to_yaml
 from brainray.engine.recluster import check_num_clusters
 from brainray.errors import ClusteringError, ConfigError, DataError
 from brainray.log import log
@@ -74,7 +73,6 @@ def begin_run(config: Config, store: ImageStore, num_workers: int) -> Run:
         layout.TEST_SLICES, _test_slices(test, everything, store.manifest.preprocess)
     )
     _keep_records(store.folder, folder / layout.DATASET)
-    folder.write_bytes(layout.CONFIG, to_yaml(config).encode())
     record = RunRecord(
         format=layout.RUN_FORMAT,
         name=config.given("name"),
@@ -87,8 +85,10 @@ def begin_run(config: Config, store: ImageStore, num_workers: int) -> Run:
         num_slices=counts,
         settings=lasting_settings(config),
     )
+    run = Run(folder, record)
+    run.write_config(config)
     record.write(folder)
-    return Run(folder, record)
+    return run
 
 
 def _note_few_slices(config: ClusteringConfig, num_fitted: int) -> None:

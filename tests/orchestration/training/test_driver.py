@@ -930,6 +930,15 @@ def test_a_run_of_a_time_when_there_were_fewer_settings_goes_on(storage: Path) -
     assert run_to_resume(config) is not None
 
 
+def test_a_resumed_run_keeps_the_settings_with_which_it_ends(storage: Path) -> None:
+    store = ImageStore.open(Folder(storage) / "datasets" / "mri")
+    begin_run(config_of(storage, "otherwise"), store, 1)
+    later = config_of(storage, "otherwise", "evaluation.tsne_epochs=[]", "train.max_failures=7")
+    with begun_training(later) as training:
+        saved = training.run.saved_config()
+    assert (saved.evaluation, saved.train) == (later.evaluation, later.train)
+
+
 def test_a_complete_run_needs_nothing_for_training(
     storage: Path, trained: TrainedRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
