@@ -138,7 +138,7 @@ def encoder_state(content: bytes, where: str) -> dict[str, Tensor]:
     ``where`` names it in errors.
 
     Raises:
-        ConfigError: the file is neither, or is damaged.
+        ConfigError: the file is neither, or is damaged, or a weight is not finite.
     """
     try:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
@@ -160,4 +160,6 @@ def encoder_state(content: bytes, where: str) -> dict[str, Tensor]:
             f"{where} is neither a state dict of a torchvision encoder nor a brainray checkpoint: "
             "save one with torch.save(encoder.state_dict(), PATH)"
         )
+    if not all(value.isfinite().all() for value in state.values()):
+        raise ConfigError(f"{where} has NaN or infinite weights: start from others")
     return {key.removeprefix("module."): value for key, value in state.items()}  # of DDP

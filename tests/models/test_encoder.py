@@ -1,6 +1,7 @@
 """Encoders: shapes, normalised z, and weights from files."""
 
 import io
+import math
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,15 @@ def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
     path.write_bytes(b"not weights")
     with pytest.raises(ConfigError, match="is neither a state dict of a torchvision encoder nor"):
         read(path)
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_weights_that_are_not_finite_are_named(tmp_path: Path, value: float) -> None:
+    state = torchvision.models.resnet18(weights=None).state_dict()
+    state["layer1.0.bn1.running_var"][3] = value
+    torch.save(state, tmp_path / "a.pt")
+    with pytest.raises(ConfigError, match=r"a\.pt has NaN or infinite weights"):
+        read(tmp_path / "a.pt")
 
 
 def test_weights_are_found_as_others_publish_them(tmp_path: Path) -> None:
