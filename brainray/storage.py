@@ -46,7 +46,10 @@ class Folder:
     """
 
     def __init__(self, uri: str | Path) -> None:
-        base, question, query = str(uri).partition("?" if "://" in str(uri) else "\0")
+        is_uri = "://" in str(uri)
+        if is_uri and "#" in str(uri):  # its path would end there, also that of every subfolder
+            raise ConfigError(f"{uri}: in a URI, write %23 for #")
+        base, question, query = str(uri).partition("?" if is_uri else "\0")
         self._base = base.rstrip("/") or "/"
         self._query = question + query  # such as ?region=eu-west-1, for everything in the folder
         self.uri = self._base + self._query

@@ -146,6 +146,17 @@ def test_options_of_a_uri_go_with_everything_in_the_folder() -> None:
     assert (Folder("/a/b?c") / "d").path == "/a/b?c/d"
 
 
+def test_a_fragment_is_refused_in_which_all_subfolders_would_be_one(tmp_path: Path) -> None:
+    for uri in ("s3://bucket/scans#1?region=eu-west-1", f"{tmp_path.as_uri()}/scans#1"):
+        with pytest.raises(ConfigError, match=r"scans#1.*: in a URI, write %23"):
+            Folder(uri)
+    with pytest.raises(ConfigError, match="write %23"):
+        Folder(tmp_path.as_uri()) / "scans#1"
+    for given in (str(tmp_path / "scans#1"), (tmp_path / "scans#1").as_uri()):
+        folder = Folder(given)
+        assert (folder / "a").local_path == tmp_path / "scans#1" / "a"
+
+
 def test_moving_needs_no_parent(tmp_path: Path) -> None:
     source = Folder(tmp_path) / "source"
     source.write_bytes("f", b"x")
