@@ -179,7 +179,8 @@ def _with_subset_columns(
 ) -> tuple[pa.Table, dict[str, list[dict[str, Any]]] | None]:
     """PREDICTIONS with the ``clean`` and ``strict`` columns filled; and, by level, the slices
     with a match in the run's data. None if there is no record of that data. Slices that are not
-    ``known`` test slices of the run are from elsewhere.
+    ``known`` test slices of the run are from elsewhere; known ones keep their columns of training,
+    for which a labels table may have named other subjects.
     """
     predictions = accepted.select(PREDICTIONS.names).cast(PREDICTIONS)
     if seen is None:
@@ -193,7 +194,15 @@ def _with_subset_columns(
     exposed = exposure(
         Fingerprints.from_table(queries), Fingerprints.from_table(seen), predictor.preprocess
     )
-    for name, flags in exposed.columns.items():
+    columns = exposed.columns
+    if known:
+        trained = predictor.run_folder.read_table(layout.TEST_SLICES, ["sample_id", *columns])
+        rows = pc.index_in(queries["sample_id"], value_set=trained["sample_id"])
+        columns = {
+            name: pc.if_else(pc.is_valid(rows), trained[name].take(rows), flags)
+            for name, flags in columns.items()
+        }
+    for name, flags in columns.items():
         predictions = predictions.set_column(PREDICTIONS.get_field_index(name), name, flags)
     if not any(exposed.clean):
         log("note: the run has seen every slice, or a copy of it: there are no clean metrics")

@@ -5,12 +5,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
 from brainray.config import Config, PreprocessConfig
 from brainray.config_text import to_yaml
 from brainray.errors import ConfigError, DataError
+from brainray.mri.phantom import make_slice
+from brainray.mri.resize import thumbnail
 from brainray.orchestration.prediction import evaluation
 from brainray.orchestration.prediction.evaluation import (
     _by_usability,
@@ -20,11 +23,13 @@ from brainray.orchestration.prediction.evaluation import (
     _groups,
     _model_of,
     _settings,
+    _with_subset_columns,
     check_evaluation_name,
 )
 from brainray.orchestration.prediction.inference import Predictor
 from brainray.orchestration.preprocessing.source import FoundFile, Listing, SourceFile
-from brainray.orchestration.run import Run
+from brainray.orchestration.run import Run, groups_of_test_slices
+from brainray.schema import PREDICTIONS, SEEN
 from brainray.storage import Folder
 from tests.conftest import tiny_config
 
@@ -162,6 +167,36 @@ def test_files_of_which_no_slice_is_usable_are_counted_once(tmp_path: Path) -> N
     accepted, rejected = _by_usability(table, tiny_config(tmp_path, "source=/data"))
     assert accepted["path"].to_pylist() == ["a.nii", "b.nii"]
     assert rejected["path"].to_pylist() == ["a.nii", "a.nii"]
+
+
+def test_test_slices_of_the_run_are_as_strict_as_in_training(tmp_path: Path) -> None:
+    """Both files' headers name a patient whom the run's labels table named for another file: what
+    training knew by the table, an evaluation of folders cannot see.
+    """
+    rng = np.random.default_rng(0)
+    heads = [thumbnail(make_slice("glioma", rng, 128, "axial").image).tobytes() for _ in range(3)]
+
+    def table(names: str, source: str, thumbnails: list[bytes], schema: pa.Schema) -> pa.Table:
+        rows = [
+            dict.fromkeys(schema.names)
+            | {"sample_id": name, "path": name, "thumbnail": head, "label": "glioma"}
+            | {"subject_id": f"in {source}", "subject_source": source}
+            for name, head in zip(names, thumbnails, strict=True)
+        ]
+        return pa.Table.from_pylist(rows, schema)
+
+    run = Folder(tmp_path)
+    run.write_table("seen.parquet", table("s", "table", heads[:1], SEEN))
+    columns = {"sample_id": ["t"], "split_group_id": ["t"], "clean": [True], "strict": [False]}
+    run.write_table("test.parquet", pa.table(columns))
+    predictor = predictor_of(run / "best", 1, in_run=False)
+    subject = [SEEN.field(name) for name in ("subject_id", "subject_source")]
+    accepted = table("tu", "header", heads[1:], pa.schema([*PREDICTIONS, *subject]))
+    found, _ = _with_subset_columns(
+        accepted, predictor.seen(), tiny_config(tmp_path), predictor, groups_of_test_slices(run)
+    )
+    assert found["clean"].to_pylist() == [True, True]
+    assert found["strict"].to_pylist() == [False, True]
 
 
 def test_test_slices_of_the_run_are_resampled_as_in_training(
