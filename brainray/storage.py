@@ -329,14 +329,16 @@ class Folder:
             ) from None
 
     @contextlib.contextmanager
-    def open_table(self, name: str) -> Iterator[pq.ParquetFile]:
-        """A Parquet file, to read some of its row groups within the block."""
+    def open_table(self, name: str, *, buffer_size: int = 0) -> Iterator[pq.ParquetFile]:
+        """A Parquet file, to read some of its row groups within the block; with ``buffer_size``,
+        also some of the rows of one, whose columns are then read in pieces of so many bytes.
+        """
         with (
             self._friendly_read_errors(name),
             self._friendly_damage_errors(name),
             self.filesystem.open_input_file(self._join(name)) as stream,
         ):
-            yield pq.ParquetFile(stream, pre_buffer=True)
+            yield pq.ParquetFile(stream, pre_buffer=not buffer_size, buffer_size=buffer_size)
 
     def row_groups(self, name: str, columns: list[str]) -> Iterator[pa.Table]:
         """Row groups of a Parquet file, one in memory at a time."""

@@ -36,6 +36,7 @@ from brainray.storage import Folder
 from brainray.tracking import ServedFiles, save_served
 
 _NUM_TRIED = 32  # slices on which the ONNX and PyTorch models are compared
+_READ_AT_ONCE = 2**20  # bytes of fingerprints, which are gigabytes for a large store
 _ONNX_PACKAGES = {"onnx", "onnxscript", "onnxruntime"}
 
 
@@ -136,11 +137,13 @@ def _write_onnx(predictor: Predictor, folder: Path) -> Metrics:
 def _slices_to_try(predictor: Predictor) -> NDArray[np.float32]:
     """(n, 1, S, S) grey values: thumbnails of slices that the run saw, or noise without a run."""
     side = predictor.checkpoint.image_size
-    seen = predictor.seen()
-    if seen is None:
+    run = predictor.run_folder
+    if not run.exists(layout.SEEN):
         noise = np.random.default_rng(0).uniform(0, 255, (_NUM_TRIED, 1, side, side))
         return noise.astype(np.float32)
-    rows = thumbnail_matrix(seen["thumbnail"].slice(0, _NUM_TRIED).to_pylist())
+    with run.open_table(layout.SEEN, buffer_size=_READ_AT_ONCE) as seen:
+        first = next(seen.iter_batches(_NUM_TRIED, columns=["thumbnail"]))
+    rows = thumbnail_matrix(first["thumbnail"].to_pylist())
     pictures = rows.reshape(-1, THUMBNAIL_SIDE, THUMBNAIL_SIDE)
     enlarged = [cv2.resize(picture, (side, side)) for picture in pictures]
     return np.stack(enlarged)[:, None].astype(np.float32)

@@ -59,7 +59,7 @@ def choose_next_labels(config: Config) -> NextLabels:
     _check_nothing_is_filled_in(run.folder)
     predictor = find_predictor(config, "labelling", for_new_files=False)
     store = open_store(Folder(config.storage), run.record.dataset, run.record.data_hash)
-    seen = run.folder.read_table(layout.SEEN)
+    seen = run.folder.read_table(layout.SEEN, ["sample_id", "role", *_GROUPS])
     is_pool = pc.equal(seen["role"], UNLABELLED_ROLE)
     pool, others = seen.filter(is_pool), seen.filter(pc.invert(is_pool))
     if pool.num_rows == 0:

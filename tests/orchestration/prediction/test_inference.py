@@ -4,16 +4,19 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
 from brainray.config import PreprocessConfig
-from brainray.orchestration.prediction.export import _reported_metrics
+from brainray.orchestration.prediction.export import _reported_metrics, _slices_to_try
 from brainray.orchestration.prediction.inference import Predictor
+from brainray.schema import SEEN
 from brainray.storage import Folder
 
 
 def predictor(run: Path, epoch: int) -> Predictor:
-    checkpoint: Any = SimpleNamespace(epoch=epoch)
+    checkpoint: Any = SimpleNamespace(epoch=epoch, image_size=48)
     return Predictor(Folder(run) / "best", Folder(run), None, checkpoint, PreprocessConfig())
 
 
@@ -35,3 +38,18 @@ def test_an_export_of_another_epoch_reports_nothing(
     run: Any = SimpleNamespace(folder=Folder(tmp_path))
     assert _reported_metrics(run, predictor(tmp_path, epoch)) == (metrics if is_chosen else {})
     assert _reported_metrics(None, predictor(tmp_path, epoch)) == {}
+
+
+def test_an_export_reads_only_the_first_fingerprints_of_its_run(tmp_path: Path) -> None:
+    """The file is damaged further on, where reading it all would fail."""
+    rng = np.random.default_rng(0)
+    thumbnails = [np.full(96 * 96, shade, np.uint8).tobytes() for shade in range(40)]
+    thumbnails += [rng.bytes(96 * 96) for _ in range(3000)]
+    table = pa.table({"thumbnail": pa.array(thumbnails, SEEN.field("thumbnail").type)})
+    Folder(tmp_path).write_table("seen.parquet", table)
+    with (tmp_path / "seen.parquet").open("r+b") as stream:
+        stream.seek(15_000_000)
+        stream.write(bytes(11_000_000))
+    tried = _slices_to_try(predictor(tmp_path, 1))
+    assert tried.shape == (32, 1, 48, 48)
+    assert tried[:, 0, 0, 0].tolist() == list(range(32))

@@ -4,6 +4,7 @@ import io
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pyarrow as pa
 import pyarrow.csv as pa_csv
@@ -58,6 +59,8 @@ def test_every_row_of_the_list_is_of_one_slice_and_mates_of_labelled_ones_come_l
     seen = {"sample_id": list(slices), "role": roles, "subject_id": subjects}
     folder = Folder(tmp_path)
     folder.write_table("seen.parquet", pa.table(seen | {"duplicate_group_id": list(slices)}))
+    reading = Mock(wraps=folder.read_table)
+    monkeypatch.setattr(folder, "read_table", reading)
 
     def predicted(store: Any, ids: list[str], *_: Any) -> list[pa.Table]:
         rows = []
@@ -87,6 +90,8 @@ def test_every_row_of_the_list_is_of_one_slice_and_mates_of_labelled_ones_come_l
     ]
     assert [row["uncertainty"] for row in rows] == pytest.approx([0.8, 0.2, 1.0])
     assert [row["confidence"] for row in rows] == pytest.approx([0.6, 0.9, 0.5])
+    read = {"sample_id", "role", "duplicate_group_id", "subject_id"}
+    assert set(reading.call_args.args[1]) == read  # without fingerprints
 
 
 def test_labels_that_were_filled_in_are_not_overwritten(trained: TrainedRun) -> None:
