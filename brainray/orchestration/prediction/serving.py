@@ -1,6 +1,5 @@
 """Handles requests to a served model; imported by MLflow, without Ray."""
 
-import os
 import secrets
 from collections.abc import Callable
 from functools import partial
@@ -113,11 +112,12 @@ def _requested_file(request: dict[str, Any], number: int) -> tuple[SourceFile, C
 
 def _read(path: str) -> bytes:
     try:
-        whole = path if "://" in path else str(Path(path).expanduser().absolute())
-        if os.path.exists(whole) and not os.path.isfile(whole):
+        whole = Folder(path if "://" in path else Path(path).expanduser().absolute())
+        local = whole.local_path
+        if local is not None and local.exists() and not local.is_file():
             raise RejectedImage(UNREADABLE, "not a regular file")
-        parent, _, name = whole.rpartition("/")
-        return read_file(Folder(parent or "/"), FoundFile(name, 0, 0))
+        name = whole.path.rpartition("/")[2]  # without escapes
+        return read_file(whole.parent, FoundFile(name, 0, 0))
     except (BrainrayError, OSError, RuntimeError, ValueError) as error:  # unknown ~user, NUL, ...
         raise RejectedImage(UNREADABLE, str(error)) from None
 

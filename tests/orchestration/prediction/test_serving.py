@@ -45,6 +45,19 @@ def test_an_image_that_is_sent_is_read_and_a_file_without_one(
         assert read() == content
 
 
+@pytest.mark.parametrize("name", ["a b.png", "a%20b.png", "é#?.png"])
+def test_a_file_is_read_by_its_path_or_its_uri(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "100%25 of them" / name
+    path.parent.mkdir()
+    path.write_bytes(b"of the file")
+    for given in (str(path), path.as_uri()):
+        _, read = _requested_file({"path": given}, 3)
+        assert read() == b"of the file"
+    _, read = _requested_file({"path": path.parent.as_uri()}, 3)
+    with pytest.raises(RejectedImage, match="unreadable file"):
+        read()
+
+
 def test_answers_are_in_the_order_of_the_requests_and_of_the_slices_of_each(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
