@@ -31,7 +31,7 @@ from brainray.storage import Folder
 _FILES_PER_TASK = 256  # the embedder waits for a complete task
 _VOLUMES_PER_TASK = 4  # a volume has hundreds of slices
 _VOLUME_SUFFIXES = (".nii", ".nii.gz")
-_MAX_NAME = 100  # characters of a source folder in names made from it
+_MAX_NAME = 100  # characters of a folder in names made from it
 _OTHER_EPOCHS = rf"{layout.LAST}|{layout.CHECKPOINT_FOLDER}"  # than the chosen one
 _KINDS_OF_CHECKPOINT = rf"{layout.BEST}|{_OTHER_EPOCHS}"
 _EMBEDDER_BYTES = 2**29  # memory of an encoder and a batch
@@ -128,17 +128,21 @@ def default_name(config: Config, predictor: Predictor) -> str:
     epoch than the chosen one RUN-epochN-on-FOLDER; or with the name of the folder that has the
     checkpoint if it belongs to no run.
     """
-    folder = Folder(config.given("source")).path.rpartition("/")[2]
-    plain = re.sub(r"[^\w.-]+", "-", folder, flags=re.ASCII)
-    if plain != folder or len(plain) > _MAX_NAME:  # two such folders must not share a name
-        plain = f"{plain[:_MAX_NAME]}-{content_hash(folder.encode())[:6]}"
     is_named = predictor.run is None and not re.fullmatch(
         _KINDS_OF_CHECKPOINT, predictor.folder.name
     )
     model = predictor.folder if is_named else predictor.run_folder
     is_chosen = config.epoch is None and not re.fullmatch(_OTHER_EPOCHS, predictor.folder.name)
     epoch = "" if is_chosen else f"-epoch{predictor.checkpoint.epoch}"
-    return f"{model.name}{epoch}-on-{plain}"
+    return f"{_plain_name(model)}{epoch}-on-{_plain_name(Folder(config.given('source')))}"
+
+
+def _plain_name(folder: Folder) -> str:
+    name = folder.path.rpartition("/")[2]
+    plain = re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII)
+    if plain != name or len(plain) > _MAX_NAME:  # two such folders must not share a name
+        plain = f"{plain[:_MAX_NAME]}-{content_hash(name.encode())[:6]}"
+    return plain
 
 
 def folder_of_checkpoint(given: Folder) -> Folder:

@@ -1,5 +1,6 @@
 """What is read of a run for prediction."""
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,8 +10,9 @@ import pyarrow as pa
 import pytest
 
 from brainray.config import PreprocessConfig
+from brainray.config_text import load_config
 from brainray.orchestration.prediction.export import _reported_metrics, _slices_to_try
-from brainray.orchestration.prediction.inference import Predictor
+from brainray.orchestration.prediction.inference import Predictor, default_name
 from brainray.schema import SEEN
 from brainray.storage import Folder
 
@@ -27,6 +29,22 @@ def test_the_temperature_is_that_of_the_models_epoch(tmp_path: Path) -> None:
     Folder(tmp_path).write_json_lines("metrics.jsonl", history)
     found = [predictor(tmp_path, epoch).temperature() for epoch in (1, 2, 3, 4)]
     assert found == [1.5, None, 0.5, None]
+
+
+def test_names_made_from_folders_are_plain_and_differ(tmp_path: Path) -> None:
+    """Where results are in a storage given by its URI, ``?`` or ``%20`` would be read as such."""
+    names = []
+    for folder in ("run#3", "run?3", "run%203", "run 3", "r" * 150, "r" * 151, "mine"):
+        for given in (str(tmp_path / folder), (tmp_path / folder).as_uri()):
+            config = load_config(None, [f"source={given}"])
+            checkpoint: Any = SimpleNamespace(epoch=1)
+            where = Folder(given)
+            alone = Predictor(where, where.parent, None, checkpoint, PreprocessConfig())
+            names.append(default_name(config, alone))
+    assert all(re.fullmatch(r"[\w.-]{1,250}", name) for name in names)
+    assert names[::2] == names[1::2]
+    assert len(set(names)) == 7
+    assert names[-1] == "mine-on-mine"
 
 
 @pytest.mark.parametrize(("epoch", "is_chosen"), [(2, True), (3, False)])
