@@ -120,7 +120,7 @@ def list_source(
     """
     found, ignored = find_images(source, storage)
     files = _from_folders(found) if labels is None else _from_table(found, labels, reads_splits)
-    class_map = {nfc(name): to for name, to in class_map.items()}
+    class_map = {nfc(name): None if to is None else nfc(to) for name, to in class_map.items()}
     renamed = [_renamed(file, class_map) for file in files]
     names = sorted(set[str]().union(*(file.labels for file in renamed)))
     for name in names:

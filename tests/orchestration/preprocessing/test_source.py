@@ -4,6 +4,7 @@ import os
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from unicodedata import normalize
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -44,6 +45,14 @@ def test_split_folders_with_class_folders(tmp_path: Path) -> None:
         ("Training/a/1.jpg", "train", "glioma", None),
         ("Training/b/2.PNG", "train", "b", None),
     ]
+
+
+def test_an_accent_is_one_letter_however_it_is_typed(tmp_path: Path) -> None:
+    composed, decomposed = (normalize(form, "métastase") for form in ("NFC", "NFD"))
+    source = make(tmp_path, f"{decomposed}/1.jpg", "mets/2.jpg")
+    for typed in (composed, decomposed):
+        assert [row[2] for row in listed(source, mets=typed)] == [composed, composed]
+        assert [row[2] for row in listed(source, None, **{typed: "mets"})] == ["mets", "mets"]
 
 
 def test_class_folders_and_bare_files(tmp_path: Path) -> None:
