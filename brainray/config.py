@@ -80,7 +80,7 @@ PlainName = Annotated[str, AfterValidator(_check_plain_name)]
 
 
 def _without_secret(uri: str) -> str:
-    if redacted(uri) != uri:
+    if "://" in uri and redacted(uri) != uri:
         raise ValueError(
             f"{redacted(uri)} contains a password or key: set it in the environment (for example "
             "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY), not in the URI, which is saved with "

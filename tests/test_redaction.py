@@ -51,6 +51,8 @@ def test_a_uri_with_a_secret_is_refused_without_showing_it(key: str) -> None:
         with pytest.raises(ConfigError, match=rf"{key}: .* contains a password or key") as error:
             load_config(None, [f"{key}={uri}"])
         assert "hunter2" not in str(error.value)
+    path = "/data/num_tokens=5/x"  # a folder of this machine, and no query
+    assert path in to_yaml(load_config(None, [f"{key}={path}"]))
 
 
 def test_what_is_kept_of_a_config_has_no_password() -> None:
