@@ -737,6 +737,13 @@ class RegistryConfig(_Section):
     """Name under which an exported model, or the best model of a sweep, is registered in MLflow;
     not registered if unset."""
 
+    @field_validator("name")
+    @classmethod
+    def _is_one_for_mlflow(cls, value: str | None) -> str | None:
+        if value is not None and (not value.strip() or set(value) & set("/:")):
+            raise ValueError(f"{value!r} is no name for MLflow: write text without '/' and ':'")
+        return value
+
 
 class Config(_Section):
     """Configuration of all jobs; ``--help`` of a job lists the settings that it reads."""

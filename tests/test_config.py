@@ -52,6 +52,9 @@ def test_an_override_wins_over_the_file(tmp_path: Path) -> None:
         ("name=../escape", "not a plain name"),
         ("storage", "write dotted.key=value"),
         ("tracking.uri=mlflow:5000", "'mlflow:5000' has no scheme: write http://mlflow:5000"),
+        ("registry.name=mri/x", "registry.name: 'mri/x' is no name for MLflow"),
+        ("registry.name=mri:1", "registry.name: 'mri:1' is no name for MLflow"),
+        ("registry.name=' '", "registry.name: ' ' is no name for MLflow"),
         ("seed.deeper=1", "seed"),
     ],
 )

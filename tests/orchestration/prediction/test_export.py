@@ -28,7 +28,7 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from brainray.config import URI_VARIABLE, Config
+from brainray.config import URI_VARIABLE, Config, RegistryConfig
 from brainray.config_text import parse_config, parse_yaml
 from brainray.engine.export import SliceNet, load_safetensors, run_onnx, safetensors_bytes
 from brainray.engine.slice_model import SliceModel, stored_pixels
@@ -323,7 +323,8 @@ def test_what_cannot_be_exported_is_named(
 def test_a_registration_that_fails_leaves_the_run_finished_and_the_server_as_it_was(
     trained: TrainedRun,
 ) -> None:
-    config = config_of(trained, "registry.name=a/b")
+    registry = RegistryConfig().model_copy(update={"name": "a/b"})  # which is refused at the door
+    config = config_of(trained).model_copy(update={"registry": registry})
     with (
         served_files(find_predictor(config, "the test")) as served,
         pytest.raises(TrackingError, match="cannot be used"),
