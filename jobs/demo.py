@@ -21,6 +21,7 @@ from brainray.errors import BrainrayError, DataError
 from brainray.log import log
 from brainray.mri.phantom import write_phantoms
 from brainray.orchestration.own_head import RayDidNotStart, own_ray_head, submit, wait_until_ready
+from brainray.storage import Folder
 
 PROJECT = Path(__file__).resolve().parent.parent
 DEFAULT_OUT = Path("~/brainray-demo")
@@ -54,8 +55,10 @@ def run_demo(out: Path) -> int:
         DataError: the folder has other contents, or cannot be written.
         RayDidNotStart: the Ray head did not start.
     """
+    from brainray.tracking import default_uri
+
     _prepare_folder(out)
-    tracking_uri = f"sqlite:///{out / 'mlflow.db'}"
+    tracking_uri = default_uri(Folder(out))
     settings = {
         "source": out / PHANTOMS,
         "storage": out,

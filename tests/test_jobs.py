@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -19,6 +20,7 @@ import pytest
 import ray
 import ray.data
 from ray._private.runtime_env.packaging import get_uri_for_directory
+from sqlalchemy.engine import make_url
 
 from brainray.config import Config
 from brainray.config_text import described_keys, known_keys, load_config
@@ -575,6 +577,17 @@ def test_the_demo_deletes_nothing_that_is_not_its_own(tmp_path: Path) -> None:
     (tmp_path / "new" / "phantoms" / "1.png").touch()
     prepare(tmp_path / "new")
     assert [path.name for path in (tmp_path / "new").rglob("*")] == ["phantoms"]
+
+
+def test_the_demos_database_is_in_its_folder_whatever_its_name(tmp_path: Path) -> None:
+    run_demo = runpy.run_path(str(PROJECT / "jobs" / "demo.py"))["run_demo"]
+    submitted = Mock(return_value=(1, None))
+    without_ray = {"own_ray_head": nullcontext, "wait_until_ready": Mock(), "submit": submitted}
+    run_demo.__globals__.update(without_ray | {"write_phantoms": Mock()})
+    out = tmp_path / "50%25 é?"
+    run_demo(out)
+    (uri,) = [each for each in submitted.call_args.args[1] if each.startswith("tracking.uri=")]
+    assert make_url(uri.removeprefix("tracking.uri=")).database == str(out / "mlflow.db")
 
 
 def test_a_log_in_the_working_directory_does_not_change_a_submitted_package(

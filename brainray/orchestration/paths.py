@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, unquote
 
 from brainray.config import RUN_PREFIX, URI_VARIABLE, WEIGHTS_OF_NO_SLICE, Config
 from brainray.errors import ConfigError, DataError
@@ -73,7 +74,10 @@ def resolve_tracking_uri(key: str, uri: str) -> str:
         ConfigError: the path is relative inside a submitted job.
     """
     database = uri.removeprefix(_SQLITE)
-    return uri if database == uri else f"{_SQLITE}{_resolve(key, database)}"
+    if database == uri or database.startswith("/"):
+        return uri
+    path, question, query = database.partition("?")
+    return f"{_SQLITE}{quote(_resolve(key, unquote(path)))}{question}{query}"
 
 
 def _resolve(key: str, value: str) -> str:

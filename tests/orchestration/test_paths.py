@@ -4,10 +4,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from sqlalchemy.engine import make_url
 
 from brainray.config_text import load_config
 from brainray.errors import ConfigError
-from brainray.orchestration.paths import check_paths, resolve_paths
+from brainray.orchestration.paths import check_paths, resolve_paths, resolve_tracking_uri
 
 
 def test_every_path_in_settings_is_made_absolute_and_no_name_is(
@@ -25,6 +26,20 @@ def test_every_path_in_settings_is_made_absolute_and_no_name_is(
     weights = {name: feature.weights for name, feature in config.study.features.items()}
     assert weights == {"a": f"{tmp_path}/w.pt", "b": "imagenet", "c": "run:one"}
     assert resolve_paths(load_config(None, ["encoder.weights=random"])).encoder.weights == "random"
+
+
+def test_the_database_of_a_relative_uri_is_below_the_working_directory(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    here = tmp_path / "50%25 é?#"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("HOME", str(here))
+    for given in ("a%20b.db", "~/a%20b.db"):
+        read = make_url(resolve_tracking_uri("tracking.uri", f"sqlite:///{given}?timeout=5"))
+        assert (read.database, read.query) == (f"{here}/a b.db", {"timeout": "5"})
+    for whole in ("sqlite:////data/50%25 é.db", "http://host:5000/~a%20b"):
+        assert resolve_tracking_uri("tracking.uri", whole) == whole
 
 
 def test_a_path_that_the_locale_cannot_write_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
