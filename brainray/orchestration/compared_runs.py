@@ -26,7 +26,8 @@ def check_compared_runs(config: Config, data_hash: str) -> None:
     """Check the runs with which the report will compare this one; called before training.
 
     Raises:
-        ConfigError: the control was trained on other labels, or a sibling has the same seed.
+        ConfigError: the control is this run or was trained on other labels, or a sibling has the
+            same seed.
         DataError: there is no run of such a name, or it was trained on other data.
     """
     if config.evaluation.control is not None:
@@ -122,10 +123,12 @@ def _control(config: Config, data_hash: str) -> Run:
     """``evaluation.control``: a run on the same labels.
 
     Raises:
-        ConfigError: it was trained on other labels.
+        ConfigError: it is this run, or was trained on other labels.
         DataError: there is no run of that name, or it was trained on other data.
     """
     name = str(config.evaluation.control)
+    if name == config.name:
+        raise ConfigError(f"evaluation.control={name} is the run itself: name another one")
     control = _compared_run(config, name, data_hash)
     check_same_draw(config.split, control, f"evaluation.control={name}")
     return control

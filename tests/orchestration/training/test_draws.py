@@ -105,6 +105,9 @@ def test_complete_draws_are_compared_with_the_control_that_is_named_now(
     assert found[f"difference/{NAME}"] == pytest.approx(0.2)
     assert found[f"fewer_errors/{NAME}"] == pytest.approx(2 / 3)
 
+    with pytest.raises(ConfigError, match="control=mine-draw1 is the run itself: name another"):
+        train_draws(config_of("mine", "evaluation.control=mine"))
+
     other = Folder(tmp_path) / layout.RUNS / "second-draw2"  # as drawn by another version
     other.write_table(layout.SEEN, pa.table({"sample_id": ["f" * 32], "role": ["labelled"]}))
     found = train_draws(config_of("mine", "evaluation.control=second")).metrics

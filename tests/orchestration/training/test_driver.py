@@ -34,7 +34,7 @@ from brainray.errors import BrainrayError, CheckpointError, ConfigError, DataErr
 from brainray.models.encoder import build_encoder, encoder_state
 from brainray.orchestration import compared_runs
 from brainray.orchestration.code_version import code_hash, git_revision
-from brainray.orchestration.compared_runs import against_control, comparable_control
+from brainray.orchestration.compared_runs import Control, against_control, comparable_control
 from brainray.orchestration.prediction.evaluation import evaluate
 from brainray.orchestration.preprocessing.driver import preprocess
 from brainray.orchestration.pretraining.driver import warm_up
@@ -438,8 +438,7 @@ def test_subjects_are_drawn_as_a_whole_whatever_became_of_the_store(
         return {}
 
     monkeypatch.setattr(compared_runs, "compare", compare)
-    itself = config_of(storage, "two-ranks", "evaluation.control=two-ranks")
-    against_control(itself, trained.run, comparable_control(itself, trained.run), 1)
+    against_control(config_of(storage, "two-ranks"), trained.run, Control(trained.run, ""), 1)
     rows = ImageStore.open(Folder(storage) / "datasets" / "mri").index().to_pylist()
     expected = {row["sample_id"]: row["split_group_id"] for row in rows if row["split"] == "test"}
     assert asked == [expected]
