@@ -1,5 +1,6 @@
 """Export of a run: safetensors, ONNX and an MLflow model, with a model card."""
 
+import shlex
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -84,11 +85,13 @@ def export(config: Config) -> JobResult:
         run_id = None
         if run is not None and config.registry.name is not None:
             run_id = _register(config, run, served)
-    log(
-        f"serve the model: mlflow models serve -m {target}/{layout.SERVED} --env-manager local "
-        "--port 5001"
-    )
+    log(f"serve the model: {_how_to_serve(target)}")
     return JobResult(str(target), run_id, metrics)
+
+
+def _how_to_serve(target: Folder) -> str:
+    model = shlex.quote(str(target / layout.SERVED))
+    return f"mlflow models serve -m {model} --env-manager local --port 5001"
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """What is read of a run for prediction."""
 
 import re
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,11 @@ import pytest
 
 from brainray.config import PreprocessConfig
 from brainray.config_text import load_config
-from brainray.orchestration.prediction.export import _reported_metrics, _slices_to_try
+from brainray.orchestration.prediction.export import (
+    _how_to_serve,
+    _reported_metrics,
+    _slices_to_try,
+)
 from brainray.orchestration.prediction.inference import Predictor, default_name
 from brainray.schema import SEEN
 from brainray.storage import Folder
@@ -71,3 +76,15 @@ def test_an_export_reads_only_the_first_fingerprints_of_its_run(tmp_path: Path) 
     tried = _slices_to_try(predictor(tmp_path, 1))
     assert tried.shape == (32, 1, 48, 48)
     assert tried[:, 0, 0, 0].tolist() == list(range(32))
+
+
+@pytest.mark.parametrize(
+    ("target", "model"),
+    [
+        ("/data/my scans/exports/a", "/data/my scans/exports/a/mlflow"),
+        ("s3://b/exports/a?region=eu-west-1", "s3://b/exports/a/mlflow?region=eu-west-1"),
+    ],
+)
+def test_a_shell_reads_the_whole_path_of_the_model_to_serve(target: str, model: str) -> None:
+    command = shlex.split(_how_to_serve(Folder(target)))
+    assert command[command.index("-m") + 1] == model
