@@ -8,8 +8,9 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import optuna
+from matplotlib.category import StrCategoryFormatter
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import FuncFormatter, NullFormatter
 from optuna.distributions import (
     BaseDistribution,
     CategoricalDistribution,
@@ -98,7 +99,7 @@ def learning_curves(trials: Sequence[ScoredTrial], metric: str) -> Figure:
     axes.set_ylabel(metric)
     count_epochs(axes)
     tidy(axes, grid="y")
-    axes.legend(loc="lower right")
+    axes.legend(loc="best")
     axes.set_title(f"{metric} of {len(trials)} trials")
     return figure
 
@@ -115,7 +116,7 @@ def _study(
         for key, entry in space.items()
     }
     study = optuna.create_study(direction="maximize" if maximise else "minimize")
-    for trial in trials:
+    for trial in sorted(trials, key=lambda trial: trial.trial_id):  # as they began
         study.add_trial(
             optuna.trial.create_trial(
                 params={key: trial.parameters[key] for key in space},
@@ -139,16 +140,28 @@ def _distribution(entry: SearchDomain, found: Sequence[Any]) -> BaseDistribution
 def _drawn_by_optuna(plot: Callable[[], Any]) -> bytes:
     """PNG of a plot by Optuna, which draws into pyplot's current figure."""
     plt.switch_backend("Agg")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)
-        warnings.simplefilter("ignore", UserWarning)  # about tight layouts
-        plot()
-    for axes in plt.gcf().axes:  # labels between decades would overlap
-        axes.xaxis.set_minor_formatter(NullFormatter())
-    plain_text(plt.gcf())
     buffer = BytesIO()
-    try:
-        plt.gcf().savefig(buffer, format="png", dpi=110, bbox_inches="tight")
-    finally:
-        plt.close("all")
+    # Optuna sets a style for all later figures. The size leaves room for the names of settings.
+    with plt.rc_context({"figure.figsize": (8.0, 4.8)}):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            warnings.simplefilter("ignore", UserWarning)  # about tight layouts
+            plot()
+        try:
+            _keep_labels_apart(plt.gcf())
+            plain_text(plt.gcf())
+            plt.gcf().savefig(buffer, format="png", dpi=110, bbox_inches="tight")
+        finally:
+            plt.close("all")
     return buffer.getvalue()
+
+
+def _keep_labels_apart(figure: Figure) -> None:
+    """Slant words, and label logarithmic axes with plain numbers, only at decades."""
+    for axes in figure.axes:
+        if isinstance(axes.xaxis.get_major_formatter(), StrCategoryFormatter):
+            axes.xaxis.set_tick_params(labelrotation=20)
+        for axis in (axes.xaxis, axes.yaxis):
+            if axis.get_scale() == "log":
+                axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+                axis.set_minor_formatter(NullFormatter())

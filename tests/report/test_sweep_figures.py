@@ -1,6 +1,8 @@
 from pathlib import Path
 
+import matplotlib as mpl
 import pytest
+from matplotlib.figure import Figure
 from optuna.distributions import FloatDistribution, IntDistribution
 from optuna.study import StudyDirection
 
@@ -60,6 +62,36 @@ def test_a_study_searches_as_the_sweep_did(
         "augment.max_zoom": FloatDistribution(0.0, 0.5),
         "clustering.num_clusters": IntDistribution(4, 8),
     }
+
+
+def test_trials_are_numbered_as_they_began() -> None:
+    trials = [ScoredTrial(f"abc_0000{n}", {"seed": n}, 0.1 * n, [0.1 * n]) for n in (2, 0, 1)]
+    study = _study(trials, {"seed": {"integer": [0, 9]}}, maximise=True)
+    assert [trial.params["seed"] for trial in study.trials] == [0, 1, 2]
+
+
+def test_logarithmic_axes_are_labelled_with_plain_numbers_and_no_style_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels: list[str] = []
+
+    def record(figure: Figure) -> None:
+        figure.draw_without_rendering()
+        for axes in figure.axes:
+            labels.extend(text.get_text() for text in axes.get_xticklabels(which="both"))
+            labels.extend(text.get_text() for text in axes.get_yticklabels(which="both"))
+
+    monkeypatch.setattr(sweep_figures, "plain_text", record)
+    space: SearchSpace = {"rate": {"log_uniform": [1e-4, 1e-1]}, "zoom": {"uniform": [0.0, 1.0]}}
+    trials = [
+        ScoredTrial(str(n), {"rate": rate, "zoom": 0.1 * n}, 0.1 * n, [0.1 * n])
+        for n, rate in enumerate((1e-4, 2e-3, 0.03, 0.1))
+    ]
+    before = mpl.rcParams.copy()
+    draw_sweep_figures(Folder(tmp_path), trials, space, metric="accuracy", maximise=True)
+    assert labels.count("0.001") == 2  # of the slices and of the parallel coordinates
+    assert not [label for label in labels if "$" in label]
+    assert mpl.rcParams == before
 
 
 @pytest.mark.parametrize(("num_values", "drawn"), [(3, False), (4, True)])
