@@ -51,6 +51,7 @@ UNLABELLED_CLASS = ""
 UNLABELLED_NAME = "(no label)"
 """How unlabelled slices are named where they are shown."""
 
+_LINE = 0.17  # inches, height of a line of text
 _MAX_COLUMNS = 5
 _MAX_BARS = 40  # of a distribution of classes
 _MAX_CONFUSION_SIDE = 20.0  # inches
@@ -112,22 +113,20 @@ def class_distribution(num_slices: Mapping[str, Mapping[str, int]]) -> Figure:
         names.append(UNLABELLED_CLASS)
         colours[UNLABELLED_CLASS] = GREY
     largest = max(max(counts.values()) for counts in splits.values())
-    figure = new_figure(8.0, 1.3 + 0.4 * len(names))
+    shown = [wrapped(name) or UNLABELLED_NAME for name in names]
+    pitch = max(0.4, _LINE * max(name.count("\n") + 1 for name in shown))
+    figure = new_figure(8.0, 1.3 + pitch * len(names))
     panels = figure.subplots(1, len(splits), sharex=True, sharey=True, squeeze=False)[0]
     for axes, (split, counts) in zip(panels, splits.items(), strict=True):
         values = [counts.get(name, 0) for name in names]
-        bars = axes.barh(
-            [wrapped(name) or UNLABELLED_NAME for name in names],
-            values,
-            color=[colours[name] for name in names],
-        )
+        bars = axes.barh(shown, values, color=[colours[name] for name in names])
         axes.bar_label(bars, labels=[f"{value:,}" for value in values], padding=3)
         axes.set_title(f"{split}: {sum(values):,} slices by class")
         axes.set_xlabel("slices")
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         tidy(axes, grid="x")
     panels[0].set_xlim(0, 1.2 * largest)  # room for the numbers
-    panels[0].invert_yaxis()
+    panels[0].set_ylim(len(names) - 0.5, -0.5)
     return figure
 
 
@@ -165,10 +164,10 @@ def slice_pairs(samples: Sequence[SlicePair], title: str, upper: str, lower: str
     figure, pairs = _paired_grid(len(samples), side=1.7)
     figure.suptitle(title)
     for (above, below), sample in zip(pairs, samples, strict=True):
-        above.set_title(sample.title, fontsize=7)
+        above.set_title(wrapped(sample.title), fontsize=7)
         for axes, image in ((above, sample.upper), (below, sample.lower)):
             axes.imshow(image, cmap="gray", vmin=0, vmax=255)
-    for above, below in pairs[::_MAX_COLUMNS]:
+    for above, below in pairs[:: _num_columns(len(pairs))]:
         above.set_ylabel(upper)
         below.set_ylabel(lower)
     return figure
@@ -195,7 +194,7 @@ def accuracy_curves(history: History, chosen_epoch: int) -> Figure:
     panels[0].set_ylabel("accuracy")
     panels[0].set_ylim(panels[0].get_ylim()[0] - 0.03, 1.01)  # room for the outermost markers
     figure.legend(
-        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False
+        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False
     )
     return figure
 
@@ -236,9 +235,8 @@ def timing_breakdown(history: History) -> Figure:
         axes.bar(epochs, seconds, bottom=bottom, color=colour, label=label)
         bottom += seconds
     axes.set_title("Time per epoch by part")
-    axes.set_xlabel("epoch")
     axes.set_ylabel("seconds")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    count_epochs(axes)
     tidy(axes, grid="y")
     figure.legend(loc="outside lower center", ncols=len(logged), frameon=False)
     return figure
@@ -263,8 +261,12 @@ def confusion_counts(
 
 def confusion_matrices(panels: Sequence[Confusion], classes: Sequence[str], title: str) -> Figure:
     """Confusion matrices; cells are shaded by their share of the row, and show counts that fit."""
-    side = min(max(3.0, 0.85 * len(classes)), _MAX_CONFUSION_SIDE)
-    figure = new_figure(1.4 + side * len(panels), 1.6 + side)
+    lines = [wrapped(name).split("\n") for name in classes]
+    pitch = max(0.85, _LINE * (1 + max(map(len, lines))))
+    side = min(max(3.0, pitch * len(classes)), _MAX_CONFUSION_SIDE)
+    beside = 0.1 * max(len(line) for name in lines for line in name)
+    width, height = 0.6 + beside + side * len(panels), 0.9 + beside + side
+    figure = new_figure(width, height, "compressed")
     figure.suptitle(title)
     all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axes, panel in zip(all_axes, panels, strict=True):
@@ -279,7 +281,7 @@ def confusion_matrices(panels: Sequence[Confusion], classes: Sequence[str], titl
 
 
 def embedding_maps(
-    maps: Sequence[EmbeddingMap], labels: Sequence[str], classes: Sequence[str]
+    maps: Sequence[EmbeddingMap], labels: Sequence[str], classes: Sequence[str], chosen_epoch: int
 ) -> Figure:
     """t-SNE maps of the same slices by epoch, coloured by class (top) and cluster (bottom).
 
@@ -287,6 +289,7 @@ def embedding_maps(
         maps: one per epoch, with rows in the order of ``labels``.
         labels: (N,) classes, "" if unknown.
         classes: all classes; their order determines the colours.
+        chosen_epoch: the epoch that is marked.
     """
     colour_of = class_colours(classes)
     if UNLABELLED_CLASS in labels:
@@ -294,23 +297,24 @@ def embedding_maps(
     by_class = {name or UNLABELLED_NAME: colour for name, colour in colour_of.items()}
     clusters = sorted({int(cluster) for each in maps for cluster in each.clusters})
     by_cluster = {f"cluster {k}": cluster_colour(k) for k in clusters}
-    room = max(_legend_width(by_class), _legend_width(by_cluster))
+    room = max(legend_width(by_class), legend_width(by_cluster))
     figure, pairs = _paired_grid(len(maps), side=2.2, room_beside=room)
     figure.suptitle(f"t-SNE of the embeddings of {len(labels):,} test slices")
     for (upper, lower), each in zip(pairs, maps, strict=True):
-        upper.set_title(f"epoch {each.epoch}")
+        upper.set_title(f"epoch {each.epoch}" + " (chosen)" * (each.epoch == chosen_epoch))
         _draw_points(upper, each.points, [colour_of[label] for label in labels])
         _draw_points(lower, each.points, [cluster_colour(int(k)) for k in each.clusters])
         for cluster in np.unique(each.clusters):
             x, y = np.median(each.points[each.clusters == cluster], axis=0)
             box = {"boxstyle": "round,pad=0.2", "facecolor": "white", "alpha": 0.85, "linewidth": 0}
             lower.text(x, y, str(cluster), ha="center", va="center", weight="bold", bbox=box)
-    for upper, lower in pairs[::_MAX_COLUMNS]:
+    num_columns = _num_columns(len(pairs))
+    for upper, lower in pairs[::num_columns]:
         upper.set_ylabel("by class")
         lower.set_ylabel("by cluster")
-    last_upper, last_lower = pairs[min(len(pairs), _MAX_COLUMNS) - 1]
-    _legend_beside(last_upper, by_class)
-    _legend_beside(last_lower, by_cluster)
+    last_upper, last_lower = pairs[num_columns - 1]
+    legend_beside(last_upper, by_class)
+    legend_beside(last_lower, by_cluster)
     return figure
 
 
@@ -367,14 +371,15 @@ def _draw_points(axes: Axes, points: NDArray[np.floating], colours: Sequence[str
     axes.set_anchor("E")  # next to the legend, for which the layout has left room
 
 
-def _legend_width(names: Collection[str]) -> float:
-    """Inches that `_legend_beside` takes."""
+def legend_width(names: Collection[str]) -> float:
+    """Inches that `legend_beside` takes."""
     if len(names) > _MAX_LEGEND_NAMES:
         return 0.0
     return ceil(len(names) / _MAX_LEGEND_ROWS) * max(1.5, 0.6 + 0.08 * max(map(len, names)))
 
 
-def _legend_beside(axes: Axes, colours: Mapping[str, str]) -> None:
+def legend_beside(axes: Axes, colours: Mapping[str, str]) -> None:
+    """Name the colours of dots to the right of a panel; too many are left out."""
     if len(colours) > _MAX_LEGEND_NAMES:
         return
     handles = [
@@ -382,7 +387,8 @@ def _legend_beside(axes: Axes, colours: Mapping[str, str]) -> None:
         for name, colour in colours.items()
     ]
     axes.legend(
-        handles=handles,
+        handles,
+        list(colours),
         ncols=ceil(len(handles) / _MAX_LEGEND_ROWS),
         loc="center left",
         bbox_to_anchor=(1.0, 0.5),
@@ -390,14 +396,19 @@ def _legend_beside(axes: Axes, colours: Mapping[str, str]) -> None:
     )
 
 
+def _num_columns(num_pairs: int) -> int:
+    """Columns of a grid with the fewest bands, all about equally long."""
+    return ceil(num_pairs / ceil(num_pairs / _MAX_COLUMNS))
+
+
 def _paired_grid(
     num_pairs: int, *, side: float, room_beside: float = 0.0
 ) -> tuple[Figure, list[tuple[Axes, Axes]]]:
     """Pairs of square panels without ticks, one above the other; sizes in inches."""
-    num_columns = min(num_pairs, _MAX_COLUMNS)
-    num_bands = ceil(num_pairs / _MAX_COLUMNS)
+    num_columns = _num_columns(num_pairs)
+    num_bands = ceil(num_pairs / num_columns)
     width = max(5.0, 0.4 + side * num_columns + room_beside)
-    figure = new_figure(width, 0.8 + 2.0 * side * num_bands)
+    figure = new_figure(width, 0.8 + 2.0 * side * num_bands, "compressed")
     grid = figure.subplots(2 * num_bands, num_columns, squeeze=False)
     for axes in grid.flat:
         axes.set(xticks=[], yticks=[])

@@ -35,7 +35,7 @@ def draw_run_figures(
         predictions = run.read_table(layout.predictions_file(chosen_epoch))
         draw_evaluation_figures(run, predictions, classes)
     if maps:
-        _draw_maps(run, classes, maps)
+        _draw_maps(run, classes, chosen_epoch, maps)
 
 
 def _draw_curves(run: Folder, history: History, chosen: int) -> None:
@@ -49,7 +49,8 @@ def _draw_curves(run: Folder, history: History, chosen: int) -> None:
         run.write_bytes(name, png_bytes(figure))
 
 
-def _draw_maps(run: Folder, classes: list[str], maps: Sequence[SliceMap]) -> None:
+def _draw_maps(run: Folder, classes: list[str], chosen: int, maps: Sequence[SliceMap]) -> None:
     labels = [label or UNLABELLED_CLASS for label in maps[0].rows["label"].to_pylist()]
     drawn = [EmbeddingMap(m.epoch, m.points, m.rows["cluster"].to_numpy()) for m in maps]
-    run.write_bytes(f"{layout.FIGURES}/tsne.png", png_bytes(embedding_maps(drawn, labels, classes)))
+    figure = embedding_maps(drawn, labels, classes, chosen)
+    run.write_bytes(f"{layout.FIGURES}/tsne.png", png_bytes(figure))

@@ -51,9 +51,14 @@ def wrapped(name: str) -> str:
     return textwrap.fill(name, _MAX_LINE)
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """An empty figure outside pyplot's global state; sizes in inches."""
-    return Figure(figsize=(width, height), dpi=_DOTS_PER_INCH, layout="constrained")
+def new_figure(
+    width: float, height: float, layout: Literal["constrained", "compressed"] = "constrained"
+) -> Figure:
+    """An empty figure outside pyplot's global state; sizes in inches.
+
+    Square panels need a compressed layout: a constrained one cuts names beside them.
+    """
+    return Figure(figsize=(width, height), dpi=_DOTS_PER_INCH, layout=layout)
 
 
 def tidy(axes: Axes, *, grid: Literal["x", "y"]) -> None:
@@ -63,9 +68,9 @@ def tidy(axes: Axes, *, grid: Literal["x", "y"]) -> None:
     axes.set_axisbelow(True)
 
 
-def count_epochs(axes: Axes) -> None:
-    """Put the ticks of the horizontal axis at whole epochs."""
-    axes.set_xlabel("epoch")
+def count_epochs(axes: Axes, unit: str = "epoch") -> None:
+    """Put the ticks of the horizontal axis at whole epochs, or other ``unit``s."""
+    axes.set_xlabel(unit)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
 
 

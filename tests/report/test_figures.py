@@ -2,6 +2,7 @@
 
 import warnings
 from io import BytesIO
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -61,6 +62,20 @@ def test_long_class_names_leave_room_for_the_figure(num_classes: int) -> None:
         png_bytes(class_distribution({"train": dict.fromkeys(names, 3), "test": {names[0]: 1}}))
 
 
+def test_names_of_a_confusion_matrix_stay_apart_and_inside_of_the_figure() -> None:
+    names = [f"{number} {'Oligodendroglioma, ' * 5}" for number in range(4)]
+    counts = np.eye(4, dtype=np.int64)
+    panels = [Confusion("head", counts), Confusion("clusters", counts)]
+    figure = confusion_matrices(panels, names, "all")
+    figure.draw_without_rendering()
+    assert all(axes.xaxis.label.get_window_extent().y0 >= 0 for axes in figure.axes)
+    for labels in (figure.axes[0].get_yticklabels(), figure.axes[1].get_xticklabels()):
+        boxes = [label.get_window_extent() for label in labels]
+        assert not any(box.overlaps(following) for box, following in pairwise(boxes))
+    title = next(iter(figure.texts)).get_window_extent()
+    assert not any(axes.title.get_window_extent().overlaps(title) for axes in figure.axes)
+
+
 def test_a_matrix_of_very_many_classes_stays_a_picture() -> None:
     classes = [str(number) for number in range(60)]
     counts = np.eye(60, dtype=np.int64)
@@ -112,7 +127,7 @@ def test_a_class_has_one_colour_in_all_figures() -> None:
     bars = class_distribution({"train": dict.fromkeys(CLASSES, 5)}).axes[0].patches
     points = np.zeros((3, 2))
     maps = [EmbeddingMap(1, points, np.arange(3))]
-    dots = embedding_maps(maps, CLASSES, CLASSES).axes[0].collections[0].get_facecolor()
+    dots = embedding_maps(maps, CLASSES, CLASSES, 1).axes[0].collections[0].get_facecolor()
     expected = [colour.lower() for colour in class_colours(CLASSES).values()]
     assert len(set(expected)) == 3
     assert [to_hex(bar.get_facecolor()) for bar in bars] == expected
@@ -166,6 +181,7 @@ def test_bars_of_an_epoch_add_up_to_its_seconds() -> None:
         top = bar.get_y() + bar.get_height()  # type: ignore[attr-defined]
         tops[epoch] = max(top, tops.get(epoch, 0.0))
     assert tops == pytest.approx({1.0: 15.0, 2.0: 11.0})
+    assert [tick for tick in figure.axes[0].get_xticks() if 0.6 < tick < 2.4] == [1, 2]
 
 
 def test_confusion_cells_hold_the_counts_and_shares_of_scikit_learn() -> None:
@@ -200,9 +216,13 @@ def test_an_unknown_class_is_named() -> None:
 def test_maps_place_every_slice_and_number_every_cluster() -> None:
     points = np.array([[0.0, 0.0], [1.0, 0.0], [9.0, 9.0]])
     maps = [EmbeddingMap(epoch, points + epoch, np.array([2, 2, 0])) for epoch in range(1, 7)]
-    figure = embedding_maps(maps, ["glioma", "", "notumor"], CLASSES)
+    figure = embedding_maps(maps, ["glioma", "", "notumor"], CLASSES, 2)
     by_epoch = {axes.get_title(): axes for axes in figure.axes if axes.get_title()}
-    assert list(by_epoch) == [f"epoch {epoch}" for epoch in range(1, 7)]
+    assert list(by_epoch) == [
+        "epoch 1",
+        "epoch 2 (chosen)",
+        *(f"epoch {epoch}" for epoch in range(3, 7)),
+    ]
     offsets = by_epoch["epoch 6"].collections[0].get_offsets()
     np.testing.assert_array_equal(np.asarray(offsets), points + 6)
     legends = [legend for axes in figure.axes if (legend := axes.get_legend()) is not None]
@@ -210,7 +230,7 @@ def test_maps_place_every_slice_and_number_every_cluster() -> None:
         [*CLASSES, "(no label)"],
         ["cluster 0", "cluster 2"],
     ]
-    below = figure.axes[5]
+    below = figure.axes[3]  # in two bands of three
     positions = {text.get_text(): text.get_position() for text in below.texts}
     assert positions == {"0": (10.0, 10.0), "2": (1.5, 1.0)}
 
@@ -219,7 +239,7 @@ def test_maps_place_every_slice_and_number_every_cluster() -> None:
 def test_maps_keep_their_size_beside_a_long_legend(num_names: int, num_legends: int) -> None:
     classes = [f"a class with a longer name, {number}" for number in range(num_names)]
     points = np.random.default_rng(0).normal(size=(num_names, 2))
-    figure = embedding_maps([EmbeddingMap(1, points, np.arange(num_names))], classes, classes)
+    figure = embedding_maps([EmbeddingMap(1, points, np.arange(num_names))], classes, classes, 1)
     figure.draw_without_rendering()
     assert figure.axes[0].get_window_extent().width > 1.8 * figure.dpi
     legends = [legend for axes in figure.axes if (legend := axes.get_legend()) is not None]

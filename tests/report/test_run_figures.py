@@ -180,7 +180,7 @@ def test_the_same_slices_are_mapped_in_every_epoch(
     drawn: list[EmbeddingMap] = []
     given: list[str] = []
 
-    def record(maps: list[EmbeddingMap], labels: list[str], classes: list[str]) -> object:
+    def record(maps: list[EmbeddingMap], labels: list[str], *_: object) -> object:
         drawn.extend(maps)
         given.extend(labels)
         return new_figure(2, 2)
