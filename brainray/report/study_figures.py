@@ -1,16 +1,21 @@
 """Figures of a study; each function takes plain values and returns a matplotlib ``Figure``."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from scipy.cluster import hierarchy
 
-from brainray.report.figures import UNLABELLED_CLASS, UNLABELLED_NAME
+from brainray.report.figures import (
+    UNLABELLED_CLASS,
+    UNLABELLED_NAME,
+    legend_beside,
+    legend_width,
+)
 from brainray.report.style import (
     BLUE,
     GREEN,
@@ -19,6 +24,7 @@ from brainray.report.style import (
     VERMILLION,
     class_colours,
     cluster_colour,
+    count_epochs,
     new_figure,
     tidy,
 )
@@ -136,8 +142,7 @@ def refinement(histories: Mapping[str, Sequence[Mapping[str, float]]], tolerance
     changed.set_ylabel("share of slices that changed cluster")
     agreement.set_ylabel("NMI with the labels (scoring only)")
     for axes in (changed, agreement):
-        axes.set_xlabel("round")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        count_epochs(axes, "round")
         tidy(axes, grid="y")
     lines, names = changed.get_legend_handles_labels()
     figure.legend(lines, names, loc="outside right center", fontsize=8, frameon=False)
@@ -152,8 +157,6 @@ def cluster_map(
 ) -> Figure:
     """One t-SNE map coloured by cluster and by label; by cluster only if there are no labels."""
     known = sorted({name for name in labels if name != UNLABELLED_CLASS})
-    figure = new_figure(5.0 * (2 if known else 1) + 0.5, 4.6)
-    panels = figure.subplots(1, 2 if known else 1, squeeze=False)[0]
     groups = [
         {
             ("noise" if k == NOISE else str(k)): (
@@ -172,13 +175,13 @@ def cluster_map(
                 for name in dict.fromkeys([*known, *labels])
             }
         )
+    figure = new_figure(sum(5.0 + legend_width(by_name) for by_name in groups), 4.6)
+    panels = figure.subplots(1, len(groups), squeeze=False)[0]
     for axes, by_name, kind in zip(panels, groups, ("cluster", "label"), strict=False):
-        dots = []
         for name, (rows, colour) in by_name.items():
-            dots.append(axes.scatter(*points[rows].T, s=5, color=colour, label=name, linewidths=0))
+            axes.scatter(*points[rows].T, s=5, color=colour, label=name, linewidths=0)
         axes.set(xticks=[], yticks=[], title=f"by {kind}")
-        if len(by_name) <= 12:  # found by itself, a name that begins with _ would be left out
-            axes.legend(dots, by_name, markerscale=3, fontsize=8, loc="best")
+        legend_beside(axes, {name: colour for name, (_, colour) in by_name.items()})
     figure.suptitle(title)
     return figure
 
@@ -194,18 +197,24 @@ class ClusterTiles:
 
 def cluster_sheet(clusters: Sequence[ClusterTiles], title: str) -> Figure:
     """One row per cluster: the slices nearest to its centroid, then the farthest."""
-    width = max(len(row.nearest) + len(row.farthest) for row in clusters)
-    figure = new_figure(1.2 + 0.72 * (width + 1), 0.6 + 0.85 * len(clusters))
+    most_near = max(len(row.nearest) for row in clusters)
+    most_far = max(len(row.farthest) for row in clusters)
+    width = 1.2 + 0.72 * (most_near + most_far + 1)
+    text = f"{title}: nearest to the centroid (left), farthest (right)"
+    lines = textwrap.wrap(text, int(12 * width))
+    figure = new_figure(width, 0.4 + 0.15 * len(lines) + 0.85 * len(clusters))
     grid = figure.subplots(len(clusters), 1, squeeze=False)[:, 0]
     gap = np.full((_TILE, _TILE // 4), 255, dtype=np.uint8)
     for axes, row in zip(grid, clusters, strict=True):
-        tiles = [*map(_tile, row.nearest), gap, *map(_tile, row.farthest)]
+        tiles = [*_tiles(row.nearest, most_near), gap, *_tiles(row.farthest, most_far)]
         axes.imshow(np.concatenate(tiles, axis=1), cmap="gray", vmin=0, vmax=255)
         axes.set(xticks=[], yticks=[])
         axes.set_ylabel(row.name, rotation=0, ha="right", va="center", fontsize=8)
-    figure.suptitle(f"{title}: nearest to the centroid (left), farthest (right)", fontsize=9)
+    figure.suptitle("\n".join(lines), fontsize=9)
     return figure
 
 
-def _tile(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    return np.asarray(cv2.resize(image, (_TILE, _TILE), interpolation=cv2.INTER_AREA))
+def _tiles(images: Sequence[NDArray[np.uint8]], number: int) -> list[NDArray[np.uint8]]:
+    """Tiles of the images, then white ones."""
+    tiles = [cv2.resize(image, (_TILE, _TILE), interpolation=cv2.INTER_AREA) for image in images]
+    return [*tiles, *[np.full((_TILE, _TILE), 255, np.uint8)] * (number - len(tiles))]

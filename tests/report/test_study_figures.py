@@ -85,6 +85,12 @@ def test_noise_is_grey_and_slices_without_a_label_are_named(
 
 def test_the_slices_nearest_to_a_centroid_are_left_of_the_farthest() -> None:
     grey = [np.full((8, 8), value, np.uint8) for value in (10, 20, 200)]
-    (axes,) = cluster_sheet([ClusterTiles("cluster 0", grey[:2], grey[2:])], "pixels").axes
-    picture = np.asarray(axes.images[0].get_array())
-    assert picture[40, [40, 120, 170, 220]].tolist() == [10, 20, 255, 200]
+    rows = [
+        ClusterTiles("cluster 0", grey[:2], grey[2:]),
+        ClusterTiles("noise", grey[:1], grey[1:2]),
+    ]
+    pictures = [
+        np.asarray(axes.images[0].get_array()) for axes in cluster_sheet(rows, "pixels").axes
+    ]
+    assert pictures[0][40, [40, 120, 170, 220]].tolist() == [10, 20, 255, 200]
+    assert pictures[1][40, [40, 120, 170, 220]].tolist() == [10, 255, 255, 20]

@@ -36,7 +36,7 @@ from brainray.report.tsne import MIN_SLICES, tsne_sequence
 from brainray.schema import NOISE, TRAIN
 from brainray.storage import Folder
 
-_FORMAT = 7  # of the figures and the recommended K
+_FORMAT = 8  # of the figures and the recommended K
 _DRAWN = "drawn"  # a JSON file per feature set
 _NUM_TILES = 7
 _MAX_SHEET_CLUSTERS = 12
