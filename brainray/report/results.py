@@ -66,6 +66,12 @@ def _accuracies(metrics: Metrics, runs: Mapping[str, Metrics]) -> Table:
         for whose, values in runs.items()
         for predictor, title in PREDICTOR_TITLES.items()
     ]
+    own = rows[len(PREDICTOR_TITLES) - 1]  # of the baseline, often the same for other runs
+    rows = [
+        each
+        for each in rows
+        if each is own or each[1:] != own[1:] or not each[0].startswith(own[0])
+    ]
     rows += [
         row(
             f"{PREDICTOR_TITLES[predictor]}{whose}, {title}", values, f"{predictor}/{name}", decimal

@@ -69,6 +69,16 @@ def test_another_run_stands_beside_it_by_its_name() -> None:
     assert rows["all, control (c)"][0] == "0.250"
 
 
+def test_the_baseline_of_another_run_is_shown_if_it_differs() -> None:
+    for value, shown in ((0.962, False), (0.5, True)):
+        control = {"test/all/thumbnail_1nn/accuracy": value, "test/all/head/accuracy": 0.93512}
+        control |= {f"test/all/head/accuracy_{side}": value for side in ("low", "high")}
+        accuracies, *_ = results_tables(METRICS, CLASSES, {"control (c)": control})
+        rows = {row[0] for row in accuracies.rows}
+        assert ("nearest thumbnail, control (c)" in rows) == shown
+        assert {"head, control (c)", "clusters, control (c)"} <= rows
+
+
 @pytest.mark.parametrize("num_clean", [2, 1200])
 def test_other_slices_of_another_run_are_reported(num_clean: int) -> None:
     sizes = {"test/all/num_slices": 1311.0, "test/clean/num_slices": float(num_clean)}
