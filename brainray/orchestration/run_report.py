@@ -26,7 +26,7 @@ from brainray.orchestration.compared_runs import (
 from brainray.orchestration.job import JobResult
 from brainray.orchestration.run import Run, open_run, unfinished
 from brainray.orchestration.store import ImageStore, open_store, read_images
-from brainray.report.comparison_table import comparison_table
+from brainray.report.comparison_table import comparison_table, verdict
 from brainray.report.maps import SliceMap, run_maps
 from brainray.report.page import Explained, write_page
 from brainray.report.run_figures import draw_run_figures
@@ -64,9 +64,6 @@ def report(config: Config) -> JobResult:
     if not run.folder.exists(layout.predictions_file(int(summary["chosen_epoch"]))):
         raise DataError(f"the run {run.folder} has no test slices: there is nothing to report")
     metrics = write_results(merged, run, summary, store, requested)
-    compared = comparison_table(metrics, evaluation.control)
-    if compared is not None:
-        log(f"{compared.title}:\n{compared.markdown()}")
     return JobResult(str(run.folder), metrics=metrics)
 
 
@@ -79,8 +76,9 @@ def write_results(
 ) -> Metrics:
     """Write a run's figures, its page and the summary, which comes last and marks it as complete.
 
-    Returns ``metrics`` with the comparison with the control, if there is one. Runs to compare with
-    that are gone are left out, unless they are named by evaluation settings in ``requested``.
+    Returns ``metrics`` with the comparison with the control, if there is one, and logs it. Runs to
+    compare with that are gone are left out, unless they are named by evaluation settings in
+    ``requested``.
     """
     evaluation = without_lost_runs(config, requested, run.record.data_hash)
     config = config.model_copy(update={"evaluation": evaluation})
@@ -91,6 +89,9 @@ def write_results(
     draw_run_figures(run.folder, run.record.classes, chosen, maps)
     write_run_page(config, run, control, metrics, maps, store)
     run.folder.write_json(layout.SUMMARY, metrics)
+    compared = comparison_table(metrics, evaluation.control)
+    if compared is not None:
+        log(f"{compared.title}:\n{compared.markdown()}\n{verdict(metrics, evaluation.control)}")
     return metrics
 
 

@@ -32,6 +32,29 @@ def comparison_table(metrics: Metrics, control: str | None) -> Table | None:
     return Table(title, _COLUMNS, rows, num_text_columns=2) if rows else None
 
 
+def verdict(metrics: Metrics, control: str | None) -> str | None:
+    """Whether the head beats its control on clean slices, or on all if it is unknown which are.
+
+    None if the two were not compared.
+    """
+    for subset in ("clean", "all"):
+        name = f"difference/test/{subset}/head/accuracy"
+        if name in metrics:
+            break
+    else:
+        return None
+    low, high = (metrics.get(f"{name}_{side}") for side in ("low", "high"))
+    found, note = "not distinguishable from", " includes 0"
+    if low is None or high is None:
+        note = ", without an interval"
+    elif low > 0 or high < 0:
+        found, note = "ahead of" if low > 0 else "behind", ""
+    return (
+        f"The head is {found} its control {control} in accuracy on {subset} test slices: "
+        f"{difference(metrics, name)}{note}."
+    )
+
+
 def _cells(metrics: Metrics, name: str) -> list[str]:
     wins, losses = (metrics[f"{whose}/{name}"] for whose in ("only_run", "only_control"))
     return [

@@ -22,7 +22,7 @@ from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
 from brainray import layout
 from brainray.clustering.subtypes import find_subtypes
 from brainray.config import EvaluationConfig
-from brainray.report.comparison_table import comparison_table
+from brainray.report.comparison_table import comparison_table, verdict
 from brainray.report.curves import ACCURACIES, AGREEMENT, LOSSES, SILHOUETTE
 from brainray.report.figures import UNLABELLED_NAME, confusion_counts
 from brainray.report.leakage_table import leakage_tables
@@ -112,7 +112,11 @@ def write_page(
     compared = comparison_table(metrics, whose)
     contents = _Contents(
         title=f"brainray: {run.name}",
-        summary=_summary(metrics, chosen, len(history), _coverage_note(table, whole)),
+        summary=[
+            *_summary(metrics, chosen, len(history)),
+            *filter(None, [verdict(metrics, whose)]),
+            _coverage_note(table, whole),
+        ],
         tables=[
             *results_tables(
                 metrics, classes, {} if control is None else {f"control ({whose})": control}
@@ -400,13 +404,12 @@ def _coverage_note(shown: pa.Table, whole: pa.Table) -> str:
     )
 
 
-def _summary(metrics: Metrics, chosen: int, num_epochs: int, shown: str) -> list[str]:
+def _summary(metrics: Metrics, chosen: int, num_epochs: int) -> list[str]:
     return [
         "An encoder was trained on brain MRI slices, some or all of them labelled. The embeddings "
         "of all training slices were clustered after every epoch.",
         f"Epoch {chosen} of {num_epochs} was chosen on held-out labelled slices. "
         + _scores(metrics),
-        shown,
     ]
 
 
@@ -432,6 +435,8 @@ def _left_out(metrics: Metrics) -> list[str]:
 
 
 def _scores(metrics: Metrics, slices: str = "test slices") -> str:
+    if metrics.get("test/all/num_slices") == 0:
+        return f"None of the {slices} has a label: predictions are not scored."
     share = _percent(metrics, "test/all/head/accuracy")
     text = f"The head classifies {share} of all labelled {slices}"
     clusters = f"the clusters {_percent(metrics, 'test/all/cluster/accuracy')}"

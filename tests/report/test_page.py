@@ -103,7 +103,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"{layout.DATASET}/{layout.MANIFEST}", {"rejected_reasons": {"blank <slice>": 7}}
     )
     run.write_json(f"{layout.DATASET}/{layout.LEAKAGE}", LEAKAGE)
-    evaluation = EvaluationConfig(tsne_epochs=(1, 2))
+    evaluation = EvaluationConfig(tsne_epochs=(1, 2), control="c")
     write_page(
         run,
         CLASSES,
@@ -134,6 +134,7 @@ def test_the_page_needs_no_network_and_escapes_what_it_shows(page: Path) -> None
     assert sum(card["size"] for card in data["cards"]) == NUM_SLICES
     assert data["cards"][0]["labels"] == [["glioma", 4]]
     assert "blank &lt;slice&gt;" in text
+    assert "not distinguishable from its control c in accuracy on all test slices: +0.250" in text
     assert all(cell in text for cell in ("slice by slice", "+0.250", "3 of 4", "0.62"))
     assert all(cell in text for cell in ("all (1,221)", "head, balanced accuracy", "0.713"))
 
@@ -369,6 +370,12 @@ def test_an_evaluation_tells_its_epoch_and_all_that_it_leaves_out(tmp_path: Path
     )
     for level, count in (("exact", 2), ("near", 1)):
         assert f'<th scope="row">{level}</th><td>{count}</td>' in text
+
+
+def test_the_summary_says_so_if_no_test_slice_has_a_label(tmp_path: Path) -> None:
+    text = page_of(tmp_path, [{"epoch": 1.0}], {"test/all/num_slices": 0.0}).read_text()
+    assert "None of the test slices has a label: predictions are not scored." in text
+    assert "an unknown share" not in text
 
 
 @pytest.mark.parametrize(
