@@ -205,7 +205,9 @@ def _data(
 ) -> dict[str, Any]:
     """Data of the shown slices, a sample of the whole, for the report's script."""
     subsets = subset_masks(table)
-    num_clusters = len(table["responsibilities"][0].as_py())
+    responsibilities = np.stack(table["responsibilities"].to_numpy()).astype(np.float64)
+    num_slices, num_clusters = responsibilities.shape
+    own = responsibilities[np.arange(num_slices), table["cluster"].to_numpy()]
     return {
         "classes": list(classes),
         "unlabelled": UNLABELLED_NAME,
@@ -215,8 +217,8 @@ def _data(
         "cluster_colours": [(f"cluster {k}", cluster_colour(k)) for k in range(num_clusters)],
         "subsets": list(subsets),
         "slices": _slices(table, subsets),
-        "chosen": {"epoch": epoch} | _predicted(table),
-        "cards": _cards(table, whole, num_clusters),
+        "chosen": {"epoch": epoch, "responsibility": own.round(4).tolist()} | _predicted(table),
+        "cards": _cards(table, whole, own, num_clusters),
         "confusion": _confusion(whole, classes),
         "explained": [_blended(slice_) for slice_ in explained],
     }
@@ -332,9 +334,10 @@ def _range_of(curves: Iterable[Sequence[float | None]]) -> list[float]:
     return [max(min(values) - room, -0.02), min(max(values) + room, 1.02)]
 
 
-def _cards(table: pa.Table, whole: pa.Table, num_clusters: int) -> list[dict[str, Any]]:
+def _cards(
+    table: pa.Table, whole: pa.Table, responsibilities: NDArray[np.floating], num_clusters: int
+) -> list[dict[str, Any]]:
     """Size and labels of each cluster, and typical and borderline ones of the shown slices."""
-    responsibilities = np.stack(table["responsibilities"].to_numpy())
     likelihood = np.asarray(table["log_likelihood"].to_numpy())
     clusters = np.asarray(table["cluster"].to_numpy())
     cards = []
@@ -343,7 +346,7 @@ def _cards(table: pa.Table, whole: pa.Table, num_clusters: int) -> list[dict[str
         if members.num_rows == 0:
             continue
         rows = np.flatnonzero(clusters == k)
-        sure = responsibilities[rows, k]
+        sure = responsibilities[rows]
         typical = rows[np.lexsort((-likelihood[rows], -np.round(sure, 3)))]
         counts = Counter(label or UNLABELLED_NAME for label in members["label"].to_pylist())
         cards.append(

@@ -134,6 +134,7 @@ def test_the_page_needs_no_network_and_escapes_what_it_shows(page: Path) -> None
     assert list(data["confusion"]) == ["all", "clean"]  # too few are strict for figures by class
     assert sum(card["size"] for card in data["cards"]) == NUM_SLICES
     assert data["cards"][0]["labels"] == [["glioma", 4]]
+    assert data["chosen"]["responsibility"] == [0.925] * NUM_SLICES
     assert "blank &lt;slice&gt;" in text
     assert "not distinguishable from its control c in accuracy on all test slices: +0.250" in text
     assert all(cell in text for cell in ("slice by slice", "+0.250", "3 of 4", "0.62"))
@@ -505,6 +506,15 @@ byId("next").focus(); state.focus = document.activeElement.id;
 byId("next").click(); state.next = document.querySelector("#shown img").alt;
 document.querySelectorAll("#matrix button")[1].click();
 state.cell = document.querySelectorAll("#cell img").length;
+state.wrong_cell = document.querySelectorAll("#cell .wrong").length;
+state.caption = document.querySelector("#cell figcaption").textContent;
+const row = document.querySelectorAll("#matrix tbody tr:first-child td");
+state.counts = [...row].map(item => item.textContent);
+state.shades = [...row].map(item => parseFloat(item.style.background.split(",")[3]));
+state.card = document.querySelector("#cards figcaption").textContent;
+state.wrong_cards = document.querySelectorAll("#cards .wrong").length;
+state.wrong_pairs = document.querySelectorAll("#pairs .wrong").length;
+state.chosen = document.querySelector(".chart").layout.shapes.map(line => [line.x0, line.x1]);
 byId("map").focus();
 byId("map").dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowLeft", bubbles: true }));
 state.arrow = document.querySelector("#shown img").alt;
@@ -580,7 +590,13 @@ def test_filters_hover_and_galleries_work_in_a_browser(page: Path, width: int) -
     assert state["image"] is True
     assert state["focus"] == "next"
     assert state["next"] == f"slice Testing/<{CLASSES[2]}>/8.jpg"
-    assert state["cell"] == 2  # gliomas taken for no tumour
+    assert state["cell"] == state["wrong_cell"] == 2  # gliomas taken for no tumour
+    assert state["caption"] == "glioma: 2 0.80 wrong"
+    assert state["counts"] == ["6 (75 %)", "2 (25 %)", "0"]
+    assert state["shades"] == pytest.approx([3 * state["shades"][1], 0.15, 0.0])
+    assert (state["card"], state["wrong_cards"]) == ("glioma: glioma 0.93", 0)
+    assert state["wrong_pairs"] == 1
+    assert state["chosen"] == [[2, 2]]
     assert state["arrow"] == "slice Testing/<2>/7.jpg"
     assert state["reached"] is True
     assert (state["pairs"], state["errors"]) == (4, 1)
