@@ -5,8 +5,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
-from sklearn.cluster import AgglomerativeClustering
+from scipy.spatial.distance import cdist
+from sklearn.cluster import DBSCAN, HDBSCAN, AgglomerativeClustering
+from sklearn.cluster import KMeans as SklearnKMeans
 from sklearn.metrics import adjusted_rand_score
 
 from brainray.clustering.clusterers import (
@@ -22,10 +25,13 @@ from brainray.clustering.clusterers import (
     knee,
     spectral,
 )
+from brainray.clustering.gaussian import CovarianceType
 from brainray.clustering.gmm import GaussianMixture
+from brainray.clustering.kmeans import KMeans
 from brainray.clustering.seeding import draw_sample
 from brainray.errors import ClusteringError
 from brainray.schema import NOISE
+from tests.clustering.test_kmeans import overlapping_blobs
 
 K = 3
 MANY: dict[str, Any] = {"seed": 0, "max_rows": 1000}
@@ -79,10 +85,20 @@ def test_rows_that_are_all_the_same_are_refused_or_left_together(name: str) -> N
             ALL[name](x)
 
 
-def test_the_hierarchy_cut_at_k_is_scikit_learns() -> None:
+def test_kmeans_is_the_best_of_ten_starts_that_have_converged() -> None:
+    x = overlapping_blobs().numpy()
+    found = kmeans(x, 12, seed=0).details["inertia"]
+    best_of_ten = SklearnKMeans(12, n_init=10, random_state=0).fit(x).inertia_
+    assert found <= 1.01 * best_of_ten
+    assert found < KMeans(12, seed=0).fit(torch.from_numpy(x)).inertia_
+    assert found < kmeans(x, 12, seed=0, max_iter=1).details["inertia"]
+
+
+@pytest.mark.parametrize("linkage", ["average", "complete", "single"])
+def test_the_hierarchy_cut_at_k_is_scikit_learns(linkage: str) -> None:
     x = np.random.default_rng(0).standard_normal((60, 5))
-    theirs = AgglomerativeClustering(n_clusters=4, metric="cosine", linkage="average").fit(x)
-    ours = agglomerative(x, 4, seed=0, max_rows=100)
+    theirs = AgglomerativeClustering(n_clusters=4, metric="cosine", linkage=linkage).fit(x)
+    ours = agglomerative(x, 4, **MANY, linkage=linkage)
     assert adjusted_rand_score(theirs.labels_, ours.labels) == 1
 
 
@@ -114,6 +130,12 @@ def test_a_hierarchy_is_cut_by_levels_below_its_root() -> None:
     assert sorted(map(sorted, partitions[10])) == [[0], [1], [2], [3]]
 
 
+def test_a_depth_takes_the_place_of_k() -> None:
+    x, _ = blobs(60, seed=0)
+    partitions = [agglomerative(x, 9, **MANY, depth=depth).labels for depth in (0, 1)]
+    assert [len(np.unique(labels)) for labels in partitions] == [1, 2]
+
+
 def test_k_distances_do_not_count_the_row_itself() -> None:
     x = np.array([[0.0], [1.0], [3.0], [7.0]])
     # Second nearest others: 0 -> 3, 1 -> 2, 3 -> 3, 7 -> 6.
@@ -126,6 +148,43 @@ def test_the_knee_is_where_a_flat_stretch_turns_steep() -> None:
     curve = np.concatenate([np.linspace(1.0, 1.5, 80), np.linspace(1.6, 9.0, 20)])
     assert knee(curve) == 79
     assert knee(np.ones(9)) == 4
+
+
+def test_dbscan_is_scikit_learns_and_other_rows_join_the_nearest_core_within_reach() -> None:
+    rng = np.random.default_rng(0)
+    groups = [0.5 * rng.standard_normal((60, 2)) + place for place in (3, -3)]
+    x = np.concatenate([rng.uniform(-6, 6, (40, 2)), *groups])
+    found = dbscan(x, 12, **MANY)
+    eps = found.details["eps"]
+    theirs = DBSCAN(eps=eps, min_samples=12).fit(x)
+    np.testing.assert_array_equal(found.labels, theirs.labels_)
+    cores = theirs.core_sample_indices_
+    others = rng.uniform(-6, 6, (300, 2))
+    distances = cdist(others, x[cores])
+    nearest = theirs.labels_[cores][distances.argmin(axis=1)]
+    expected = np.where(distances.min(axis=1) <= eps, nearest, NOISE)
+    assert len(np.unique(expected)) > 2
+    np.testing.assert_array_equal(found.assign(others), expected)
+
+
+def test_hdbscan_is_scikit_learns_with_the_smallest_cluster_that_is_set() -> None:
+    centers = np.repeat([[0, 0], [6, 0], [0, 6]], [120, 22, 8], axis=0)
+    x = np.random.default_rng(0).standard_normal((150, 2)) + centers
+    expected, default = (HDBSCAN(size, copy=True).fit(x).labels_ for size in (15, 5))
+    assert (expected != default).any()
+    np.testing.assert_array_equal(hdbscan(x, 15, **MANY).labels, expected)
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "covariance_type", "is_few"),
+    [(59, "full", True), (60, "full", False), (40, "diag", False)],
+)
+def test_fewer_than_five_rows_per_covariance_direction_are_noted(
+    num_rows: int, covariance_type: CovarianceType, is_few: bool
+) -> None:
+    x = np.random.default_rng(0).standard_normal((num_rows, 4))  # 5 x 3 components x 4 = 60
+    found = gaussian_mixture(x, GaussianMixture(3, covariance_type, reg_covar=0.1))
+    assert bool(found.notes) == is_few
 
 
 def test_dbscan_calls_noise_what_is_far_from_all_cores() -> None:

@@ -106,3 +106,8 @@ def test_effective_rank_by_hand(variances: tuple[float, ...], expected: float) -
 def test_effective_rank_of_a_point_is_zero() -> None:
     assert effective_rank(torch.full((50, 8), 0.1)) == 0
     assert effective_rank(torch.zeros(50, 8)) == 0
+
+
+def test_fewer_rows_than_dimensions_have_an_effective_rank() -> None:
+    z = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    assert 3 < effective_rank(z) <= 4  # five rows differ in four directions

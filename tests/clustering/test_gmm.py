@@ -195,6 +195,26 @@ def test_vanished_components_take_different_rows() -> None:
     assert sorted(mixture.predict(x[:2]).tolist()) == [1, 2]
 
 
+def test_a_reseeded_component_takes_its_share_of_the_others_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(GaussianMixture, "_iterate", lambda *_: None)  # the start alone
+    gamma = torch.tensor([0.6, 0.4, 0.0, 0.0], dtype=torch.float64).expand(500, K)
+    mixture = GaussianMixture(K, "diag").fit(mixture_rows(), init_responsibilities=gamma)
+    assert mixture.num_reseeded_ == 2
+    assert mixture.weights_.tolist() == pytest.approx([0.6 / 2, 0.4 / 2, 1 / 4, 1 / 4])
+
+
+def test_a_mixture_with_a_component_just_reseeded_has_not_converged(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    num_reseeded = iter([0, 1, 1, 1, 0])  # the first at the start
+    monkeypatch.setattr(GaussianMixture, "_reseed", lambda *_: next(num_reseeded))
+    mixture = GaussianMixture(2, "diag", tol=1e9).fit(mixture_rows())
+    assert mixture.converged_
+    assert mixture.n_iter_ == 4
+
+
 def test_a_vanished_component_has_the_average_covariance_of_the_rows_of_the_others() -> None:
     counts = torch.tensor([30.0, 10.0, 0.0], dtype=torch.float64)
     variances = torch.tensor([[1.0], [5.0], [0.0]], dtype=torch.float64)

@@ -12,7 +12,7 @@ import torch
 from sklearn.cluster import KMeans as SklearnKMeans
 from torch import Tensor
 
-from brainray.clustering import lloyd_cpu, shards
+from brainray.clustering import lloyd_cpu, seeding, shards
 from brainray.clustering.centred import centred
 from brainray.clustering.kmeans import KMeans
 from brainray.clustering.lloyd import Assignment, CompiledAssignment, TorchAssignment, assignment
@@ -56,6 +56,14 @@ def test_float32_rows_far_from_the_origin_are_clustered_as_float64_ones() -> Non
     assert single.cluster_centers_.dtype == torch.float32
     torch.testing.assert_close(single.cluster_centers_.double(), double.cluster_centers_)
     assert torch.equal(single.predict(x), double.predict(x.double()))
+
+
+def test_float32_rows_far_from_the_origin_are_next_to_the_nearest_centre() -> None:
+    x = overlapping_blobs(dtype=torch.float32)
+    far = (x * 2**6).round() / 2**6 + 2.0**15  # a shift that does not round
+    kmeans = KMeans(5).fit(far, init_centers=far[:5])
+    expected = torch.cdist(far.double(), kmeans.cluster_centers_.double()).argmin(dim=1)
+    assert (kmeans.predict(far) == expected).float().mean() > 0.99
 
 
 def test_an_outlier_does_not_hide_that_rows_are_far_from_the_origin() -> None:
@@ -111,6 +119,38 @@ def test_seeding_finds_well_separated_blobs_at_the_first_attempt() -> None:
         assert len({(int(a), int(b)) for a, b in zip(blob, labels, strict=True)}) == 6
 
 
+@pytest.fixture
+def draws(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, Tensor, Tensor]]:
+    """Of what k-means++ draws: the step, the weights of all rows and the rows that are drawn."""
+    noted: list[tuple[int, Tensor, Tensor]] = []
+
+    def draw(x: Tensor, weights: Tensor, *given: Any, **named: Any) -> Tensor:
+        drawn = draw_rows(x, weights, *given, **named)
+        noted.append((named["step"], weights, drawn))
+        return drawn
+
+    monkeypatch.setattr(seeding, "draw_rows", draw)
+    return noted
+
+
+def test_each_centre_is_the_best_of_candidates_drawn_by_squared_distance(
+    draws: list[tuple[int, Tensor, Tensor]],
+) -> None:
+    x = overlapping_blobs(100)
+    centers = seeding.kmeans_plus_plus(x, 5, torch.arange(100), seed=0)
+    for step, weights, candidates in draws[1:]:
+        nearest = torch.cdist(x, centers[:step]).square().amin(dim=1)
+        torch.testing.assert_close(weights, nearest, atol=1e-9, rtol=1e-9)
+        to_candidates = torch.cdist(candidates, x).square()
+        best = torch.minimum(to_candidates, nearest).sum(dim=1).argmin()
+        torch.testing.assert_close(centers[step], candidates[best])
+
+
+def test_starts_share_no_draws(draws: list[tuple[int, Tensor, Tensor]]) -> None:
+    KMeans(5, num_init=3).fit(overlapping_blobs(100))
+    assert len(draws) == len({step for step, _, _ in draws}) == 15
+
+
 def test_more_starts_never_end_in_a_larger_inertia_and_come_near_scikit_learn() -> None:
     x = overlapping_blobs()
     inertias = [KMeans(9, num_init=n).fit(x).inertia_ for n in (1, 3, 6)]
@@ -139,6 +179,12 @@ def test_empty_clusters_are_reseeded_at_the_farthest_row_and_counted() -> None:
     assert kmeans.cluster_centers_.flatten().tolist() == pytest.approx([0.5, 10.5, 50.0])
     assert kmeans.num_reseeded_ == 2
     assert kmeans.inertia_ == pytest.approx(1.0)
+
+
+def test_each_of_several_empty_clusters_is_counted() -> None:
+    x = torch.tensor([[0.0], [1.0], [10.0], [30.0]])
+    start = torch.tensor([[5.0], [1000.0], [2000.0]])
+    assert KMeans(3, max_iter=1).fit(x, init_centers=start).num_reseeded_ == 2
 
 
 @pytest.mark.parametrize(("keys", "alone"), [([0, 1, 2, 3], -5.0), ([0, 1, 3, 2], 5.0)])

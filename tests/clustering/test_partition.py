@@ -83,15 +83,15 @@ def test_the_accuracy_names_clusters_one_to_one_and_counts_noise_as_wrong() -> N
 
 
 def test_neighbours_agree_by_hand_and_only_where_labels_are_known() -> None:
-    fitted = np.array([*range(8), *range(20, 27), 0.5])[:, None]
-    fitted_labels = np.array([0] * 7 + [1] * 8 + [UNLABELLED])
+    fitted = np.array([0.5, *range(8), *range(20, 27)])[:, None]
+    fitted_labels = np.array([UNLABELLED] + [0] * 7 + [1] * 8)
     queries, labels = np.array([[0.4], [26.4], [14.0]]), np.array([0, 1, UNLABELLED])
     # The ten nearest with a label: 0 to 7 and 20 and 21, of which 0 to 6 carry 0, as queried; 20 to
     # 26, which carry 1, as queried, and 5 to 7, of which only 7 does.
     agreement = neighbour_agreement(fitted, fitted_labels, queries, labels)
     assert agreement == pytest.approx((7 / 10 + 8 / 10) / 2)
-    assert neighbour_agreement(fitted[5:], fitted_labels[5:], queries, labels) is not None
-    assert neighbour_agreement(fitted[6:], fitted_labels[6:], queries, labels) is None  # only nine
+    assert neighbour_agreement(fitted[6:], fitted_labels[6:], queries, labels) is not None
+    assert neighbour_agreement(fitted[7:], fitted_labels[7:], queries, labels) is None  # only nine
     unknown = np.full(3, UNLABELLED)
     assert neighbour_agreement(fitted, fitted_labels, queries, unknown) is None
     alike = np.zeros(len(fitted), np.int64)

@@ -1,8 +1,11 @@
 """The number of clusters that is recommended, and the reasons given."""
 
+import math
+
 import numpy as np
 import pytest
 
+from brainray.clustering import stability as stability_module
 from brainray.clustering.num_clusters import NumClustersScores, score_num_clusters
 from brainray.clustering.stability import Stability, measure_stability, recommend
 from brainray.errors import ClusteringError
@@ -40,6 +43,14 @@ def test_the_error_falls_with_the_root_of_the_number_of_pairs() -> None:
     assert few / many == pytest.approx(2, abs=0.6)
 
 
+def test_the_error_is_that_of_the_mean_of_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    agreements = iter([0.2, 0.4, 0.9])
+    monkeypatch.setattr(stability_module, "adjusted_rand_score", lambda *_: next(agreements))
+    found = measure_stability(three_groups(), [2], num_pairs=3)
+    # The mean is 0.5, and (0.3^2 + 0.1^2 + 0.4^2) / 2 = 0.13.
+    assert found.error == pytest.approx([math.sqrt(0.13 / 3)])
+
+
 def test_three_groups_are_recommended_with_reasons() -> None:
     x = three_groups()
     scores = score_num_clusters(x, KS, num_references=4)
@@ -58,6 +69,14 @@ def test_the_most_stable_of_contradicting_choices_wins_and_the_doubt_is_reported
     found = recommend(scores, stability)
     assert found.num_clusters == 4
     assert any("no two criteria agree" in reason for reason in found.reasons)
+
+
+def test_more_votes_count_more_than_stability() -> None:
+    three = [2, 3, 4]
+    scores = NumClustersScores(
+        three, [0.9, 0.1, 0.1], [1.0, 2.0, 3.0], [0.1, 0.5, 0.9], [0.0] * 3, *ONE
+    )
+    assert recommend(scores, Stability(three, [0.5, 0.6, 0.99], [0.01] * 3)).num_clusters == 2
 
 
 def test_slices_without_groups_are_reported_as_such() -> None:

@@ -35,3 +35,8 @@ def test_stability_is_the_mean_best_jaccard_index() -> None:
     expected = 7 * 6 / 15
     ari = (4 - expected) / ((7 + 6) / 2 - expected)
     assert found.ari == pytest.approx((1 + ari) / 2)
+
+
+def test_the_largest_subtype_comes_first() -> None:
+    (found,) = find_subtypes(np.array([0, 0, 3, 3, 3, 1]), ["a"] * 6, [])
+    assert [(part.cluster, part.size) for part in found.subtypes] == [(3, 3), (0, 2), (1, 1)]
