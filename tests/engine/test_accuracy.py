@@ -41,6 +41,12 @@ def test_a_class_with_fewer_rows_than_asked_has_no_metrics_and_leaves_no_average
     assert result == {"accuracy": 1.0} | of_glioma | supports
 
 
+def test_a_class_that_is_never_predicted_has_a_precision_of_zero_and_counts() -> None:
+    result = classification_metrics(np.array([0, 0, 1]), np.array([0, 0, 0]), ["a", "b"])
+    assert result["precision/b"] == result["f1/b"] == 0.0
+    assert result["balanced_accuracy"] == 0.5  # one row is enough
+
+
 def test_averages_agree_with_scikit_learn_when_all_classes_occur() -> None:
     generator = np.random.default_rng(1)
     labels, predictions = generator.integers(0, 4, size=(2, 200))

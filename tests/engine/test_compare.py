@@ -130,6 +130,18 @@ def test_the_mean_gain_of_one_run_has_the_interval_of_that_run() -> None:
     assert mean[name] == pytest.approx(expected)
 
 
+def test_a_subset_has_the_interval_of_its_own_groups() -> None:
+    ours, control = (_predictions(head, "a" * 40, "a" * 40) for head in ("ab" * 20, "b" * 40))
+    clean = pa.array([False] * 20 + [True] * 20)
+    ours, control = (
+        each.set_column(each.column_names.index("clean"), "clean", clean)
+        for each in (ours, control)
+    )
+    groups = {f"slice-{row}": "one subject" for row in range(20)}  # the clean ones are their own
+    found = compare(ours, control, groups, num_resamples=50, seed=0)
+    assert "difference/test/clean/head/accuracy_low" in found
+
+
 def test_a_comparison_can_be_taken_away_again() -> None:
     ours, control = _predictions("aabba", "aabaa"), _predictions("abaaa", "abbba")
     compared = compare(ours, control, {}, num_resamples=50, seed=0)

@@ -237,6 +237,13 @@ def test_labelled_and_unlabelled_slices_have_orders_of_their_own() -> None:
     assert not torch.equal(labelled, unlabelled)
 
 
+def test_a_batch_of_more_slices_than_are_labelled_has_them_repeatedly() -> None:
+    batches = list(replace(two_steps(), labelled=shard(3)).batches())
+    assert [len(batch.labels) for batch in batches] == [8, 8]
+    drawn = torch.cat([batch.keys[:8] for batch in batches])
+    assert sorted(torch.bincount(drawn, minlength=3).tolist()) == [5, 5, 6]
+
+
 def test_labelled_slices_are_drawn_as_often_as_their_weights_say() -> None:
     weights = torch.tensor([3.0, 2.5, 1.25] + [0.25] * 9, dtype=torch.float64) * 12 / 9
     data = replace(

@@ -1,5 +1,6 @@
 """Reported figures, by hand: which slices count, and against what."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -119,6 +120,13 @@ def test_confusion_counts() -> None:
     assert sum(value for name, value in counts.items() if "head" in name) == 4
 
 
+def test_confusions_of_few_strict_slices_are_withheld_after_an_epoch() -> None:
+    slices = pa.table({"clean": [True] * 5, "strict": [True] * 5})
+    found = epoch_metrics(predictions(), slices, CLASSES)
+    assert "test/clean/head/confusion/a/b" in found
+    assert not [name for name in found if name.startswith("test/strict") and "confusion" in name]
+
+
 def test_after_an_epoch_clean_slices_stand_for_the_clusters() -> None:
     slices = pa.table({"clean": [True, True, True, False, True], "strict": [False] * 5})
     metrics = epoch_metrics(predictions(), slices, CLASSES)
@@ -188,6 +196,17 @@ def test_clusters_are_judged_by_themselves_not_by_their_classes() -> None:
     assert metrics["test/all/cluster/silhouette"] == pytest.approx(expected, abs=1e-5)
 
 
+def test_slices_without_a_label_have_no_part_in_the_silhouette() -> None:
+    embeddings = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+    every = dataclasses.replace(predictions(), embeddings=embeddings)
+    labelled = every.select(every.labels != UNLABELLED)
+    name = "test/all/cluster/silhouette"
+    assert (
+        subset_metrics(every, CLASSES, "all")[name]
+        == subset_metrics(labelled, CLASSES, "all")[name]
+    )
+
+
 def test_calibration_errors_are_told_raw_and_tempered() -> None:
     metrics = summarise(
         table([True] * 5), seen(), CLASSES, num_resamples=10, seed=0, temperature=2.0
@@ -235,20 +254,16 @@ def test_the_memory_baseline_sees_no_details_below_three_pixels() -> None:
     assert _nearest_thumbnail(asked, known, CLASSES).tolist() == [CLASSES.index("b")]
 
 
-def test_intervals_are_told_where_there_are_groups_enough_and_both_outcomes() -> None:
-    rows = table([True, False, True, True, True]).slice(0, 4)  # of which the second is wrong
+def copies(num_copies: int) -> pa.Table:
+    """Of four slices, of which the second is wrong and not clean."""
+    many = pa.concat_tables([table([True, False, True, True, True]).slice(0, 4)] * num_copies)
+    return many.set_column(0, "sample_id", pa.array([f"slice-{row}" for row in range(len(many))]))
 
+
+def test_intervals_are_told_where_there_are_groups_enough_and_both_outcomes() -> None:
     def summary(num_copies: int, groups: dict[str, str] | None = None) -> dict[str, float]:
-        many = pa.concat_tables([rows] * num_copies)
-        ids = pa.array([f"slice-{row}" for row in range(many.num_rows)])
-        return summarise(
-            many.set_column(0, "sample_id", ids),
-            seen(),
-            CLASSES,
-            num_resamples=100,
-            seed=0,
-            groups=groups,
-        )
+        rows = copies(num_copies)
+        return summarise(rows, seen(), CLASSES, num_resamples=100, seed=0, groups=groups)
 
     many, low, high = summary(5), "test/all/head/accuracy_low", "test/all/head/accuracy_high"
     assert 0.4 < many[low] < 0.75 < many[high] < 1
@@ -256,6 +271,15 @@ def test_intervals_are_told_where_there_are_groups_enough_and_both_outcomes() ->
     assert "test/clean/head/accuracy_low" not in many  # without a wrong one it has no width
     assert low not in summary(2)
     assert low not in summary(3, {f"slice-{row}": f"subject-{row % 4}" for row in range(12)})
+
+
+def test_intervals_of_a_subset_are_over_its_own_groups() -> None:
+    clean = pa.array([False] * 20 + [True] * 20)
+    rows = copies(10)
+    rows = rows.set_column(rows.column_names.index("clean"), "clean", clean)
+    groups = {f"slice-{row}": "one subject" for row in range(20)}  # the clean ones are their own
+    found = summarise(rows, seen(), CLASSES, num_resamples=50, seed=0, groups=groups)
+    assert "test/clean/head/accuracy_low" in found
 
 
 def test_strict_figures_of_small_classes_are_withheld() -> None:

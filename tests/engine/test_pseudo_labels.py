@@ -10,6 +10,7 @@ from brainray import dist
 from brainray.engine.pseudo_labels import (
     PseudoLabels,
     balance_assignments,
+    class_shares,
     class_shift,
     pseudo_labels,
 )
@@ -84,6 +85,19 @@ def test_two_ranks_trust_the_slices_that_one_trusts(on_two_ranks: OnRanks) -> No
     for rank, (labels_of_rank, confidences_of_rank) in enumerate(on_two_ranks(of_this_rank)):
         assert torch.equal(labels_of_rank, labels[rank::2])
         torch.testing.assert_close(confidences_of_rank, confidences[rank::2])
+
+
+def shares_and_shift_of_this_rank() -> tuple[list[float], float]:
+    labels = torch.tensor([0, 0, 0, 1, 2, 2, 0, 1])[dist.rank() :: dist.world_size()]
+    shift = class_shift(torch.eye(3)[labels], torch.tensor([0.2, 0.3, 0.5]))
+    return class_shares(labels, 3).tolist(), shift
+
+
+def test_shares_of_classes_are_of_the_slices_of_all_ranks(on_two_ranks: OnRanks) -> None:
+    work = shares_and_shift_of_this_rank
+    for shares, shift in [work(), *on_two_ranks(work)]:
+        assert shares == [0.5, 0.25, 0.25]
+        assert shift == pytest.approx(0.3)
 
 
 def test_a_rank_without_rows_has_no_pseudo_labels() -> None:

@@ -246,21 +246,24 @@ def test_clusters_that_k_means_and_the_mixture_have_reseeded_are_counted(
         assert fit(z, truth, config).num_reseeded == num  # K-means is not used with K = C anchors
 
 
-def fit_this_ranks_rows() -> tuple[Tensor, Tensor]:
-    """Of uneven shards; the labels are the first rank's."""
+def fit_this_ranks_rows(num_first: int) -> tuple[Tensor, Tensor]:
+    """Of uneven shards, of which the first rank's has so many rows and the first labels."""
     z, truth = blobs()
     rows = torch.arange(300)
     if dist.world_size() > 1:
-        rows = rows[:37] if dist.rank() == 0 else rows[37:]
+        rows = rows[:num_first] if dist.rank() == 0 else rows[num_first:]
     labels = torch.where(rows < 30, truth[rows], UNLABELLED)
     config = CONFIG.model_copy(update={"anchors": "labelled", "num_clusters": 5})
     found = recluster(z[rows], rows, labels, config=config, num_classes=3, seed=0)
     return found.model.centers, found.model.class_of_cluster
 
 
-def test_two_ranks_find_the_centres_and_classes_that_one_finds(on_two_ranks: OnRanks) -> None:
-    centers, classes = fit_this_ranks_rows()
-    for centers_of_rank, classes_of_rank in on_two_ranks(fit_this_ranks_rows):
+@pytest.mark.parametrize("num_first", [37, 3])  # more and fewer than clusters
+def test_two_ranks_find_the_centres_and_classes_that_one_finds(
+    num_first: int, on_two_ranks: OnRanks
+) -> None:
+    centers, classes = fit_this_ranks_rows(num_first)
+    for centers_of_rank, classes_of_rank in on_two_ranks(fit_this_ranks_rows, num_first):
         torch.testing.assert_close(centers_of_rank, centers)
         assert torch.equal(classes_of_rank, classes)
 

@@ -36,6 +36,7 @@ from brainray.models.features import FeatureEncoder
 from brainray.models.ntxent import ContrastivePretext
 from brainray.models.pretext import NoPretext, PretextModel, PretextOutput
 from brainray.models.rotation import RotationPretext
+from tests.ranks import OnRanks
 
 SIDE, NUM_IMAGES = 16, 48
 SETTINGS = SelfSupervisionConfig(
@@ -221,6 +222,21 @@ def test_slices_come_in_an_order_of_the_seed_with_their_own_groups() -> None:
     assert not torch.equal(*orders)
 
 
+def test_views_are_of_their_slices_in_units_of_one() -> None:
+    config = SelfSupervisionConfig(augment=AugmentConfig(policy="none"))
+    plan = plan_steps(NUM_IMAGES, 16, num_ranks=1)
+    epoch = PretextEpoch(striped_slices(), build_pretext("none", config), plan, seed=1)
+    for batch in epoch.batches():
+        torch.testing.assert_close(batch.images, striped_images()[batch.keys] / 255)
+
+
+def test_slices_are_embedded_as_they_are_trained_on() -> None:
+    images = striped_images()
+    encoder = FeatureEncoder(torch.nn.Flatten(), (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
+    found = embed_slices(encoder, CachedImages(images), batch_size=7, precision="fp32")
+    torch.testing.assert_close(found, torch.nn.functional.normalize(encoder(images / 255)))
+
+
 def test_a_pretext_has_the_settings_that_are_configured() -> None:
     config = SelfSupervisionConfig(
         augment=AugmentConfig(policy="weak"), temperature=0.07, projection_dim=5
@@ -296,7 +312,13 @@ def test_refinement_ends_when_calm_for_as_long_as_asked_or_at_the_limit() -> Non
     assert is_refined([0.5] * 5, config)
 
 
-def test_changed_assignments_are_counted() -> None:
+def share_changed_on_this_rank() -> float:
+    of_this_rank = slice(dist.rank(), None, dist.world_size())
     before = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4], [0.5, 0.5]])
     after = torch.tensor([[0.6, 0.4], [0.9, 0.1], [0.6, 0.4], [1.0, 0.0]])
-    assert changed_share(before, after) == 0.25
+    return changed_share(before[of_this_rank], after[of_this_rank])
+
+
+def test_changed_assignments_are_counted_on_all_ranks(on_two_ranks: OnRanks) -> None:
+    assert share_changed_on_this_rank() == 0.25
+    assert on_two_ranks(share_changed_on_this_rank) == [0.25, 0.25]
