@@ -4,6 +4,7 @@ import dataclasses
 import io
 import logging
 import random
+import struct
 import traceback
 import warnings
 from collections.abc import Sequence
@@ -95,15 +96,19 @@ def test_bits_that_pydicom_would_not_read_are_refused() -> None:
     assert decode_one(make_dicom(RAMP, BitsStored=12, HighBit=11)).image.max() == 255
 
 
-def test_padding_is_known_whatever_its_sign() -> None:
-    """Written as -2000, held as 63536."""
-    padded = RAMP.copy()
-    padded[:8] = 63536
+@pytest.mark.parametrize(
+    ("dtype", "held", "vr", "written"),
+    [(np.uint16, 63536, "SS", -2000), (np.int16, -2000, "US", 63536)],
+)
+def test_padding_is_known_whatever_its_sign(
+    dtype: type[np.generic], held: int, vr: str, written: int
+) -> None:
+    padded, dark = RAMP.astype(dtype), RAMP.astype(dtype)
+    padded[:8], dark[:8] = held, RAMP[8:].min()
+    expected = decode_one(make_dicom(dark)).image
     for syntax in (uid.ExplicitVRLittleEndian, uid.ImplicitVRLittleEndian):
-        content = with_padding(make_dicom(padded, syntax=syntax), PixelPaddingValue=-2000)
-        image = decode_one(content).image
-        assert (image[:8] == 0).all()
-        assert image[8:].max() == 255
+        content = with_padding(make_dicom(padded, syntax=syntax), vr, PixelPaddingValue=written)
+        np.testing.assert_array_equal(decode_one(content).image, expected)
 
 
 def test_a_range_of_padding_around_zero_takes_no_more_than_zero() -> None:
@@ -120,10 +125,10 @@ def test_a_range_of_padding_around_zero_takes_no_more_than_zero() -> None:
     assert not np.array_equal(zero, decode_one(make_dicom(padded)).image)
 
 
-def with_padding(content: bytes, **signed: int) -> bytes:
+def with_padding(content: bytes, vr: str = "SS", /, **values: int) -> bytes:
     dataset = pydicom.dcmread(io.BytesIO(content))
-    for name, value in signed.items():
-        dataset.add_new(pydicom.datadict.tag_for_keyword(name) or 0, "SS", value)
+    for name, value in values.items():
+        dataset.add_new(pydicom.datadict.tag_for_keyword(name) or 0, vr, value)
     buffer = io.BytesIO()
     dataset.save_as(buffer, enforce_file_format=True)
     return buffer.getvalue()
@@ -173,12 +178,15 @@ def test_without_a_usable_window_foreground_percentiles_span_the_range(
     np.testing.assert_allclose(image, to_range(background, low, high), atol=0.51)
 
 
-def test_a_lookup_table_stands_in_for_a_window() -> None:
+@pytest.mark.parametrize("num_entries", [2**12, 2**16])  # of which 2^16 is written as 0
+def test_a_lookup_table_stands_in_for_a_window(num_entries: int) -> None:
     table = Dataset()
-    table.LUTDescriptor = [4096, 0, 16]
-    table.LUTData = ((255 - np.arange(4096) // 16) * 257).astype(np.uint16).tobytes()
+    table.LUTDescriptor = [num_entries % 2**16, 0, 16]
+    entries = (255 - np.arange(num_entries) * 256 // num_entries) * 257
+    table.LUTData = entries.astype(np.uint16).tobytes()
     table["LUTData"].VR = "OW"
-    image = decode_one(make_dicom(RAMP, VOILUTSequence=[table])).image
+    pixels = RAMP * np.uint16(num_entries // 2**12)
+    image = decode_one(make_dicom(pixels, VOILUTSequence=[table])).image
     np.testing.assert_array_equal(image, 255 - RAMP // 16)
 
 
@@ -289,12 +297,18 @@ def test_colours_become_luminance() -> None:
     np.testing.assert_allclose(image, np.tile(expected, (16, 1)), atol=1)
     deep = decode_one(make_dicom(colours.astype(np.uint16) * 257)).image
     np.testing.assert_array_equal(deep, image)
+    twelve_bits = np.where(colours, 4095, 0).astype(np.uint16)
+    deep = decode_one(make_dicom(twelve_bits, BitsStored=12, HighBit=11)).image
+    np.testing.assert_array_equal(deep, image)
 
 
 def test_pixels_are_made_square() -> None:
     assert decode_one(make_dicom(RAMP, PixelSpacing=[2.0, 1.0])).image.shape == (64, 48)
     assert decode_one(make_dicom(RAMP, PixelSpacing=[0.5, 1.0])).image.shape == (32, 96)
+    assert decode_one(make_dicom(RAMP, PixelSpacing=[1.0, 1.2])).image.shape == (32, 58)
+    assert decode_one(make_dicom(RAMP, PixelSpacing=[1.05, 1.0])).image.shape == (34, 48)
     assert decode_one(make_dicom(RAMP, PixelSpacing=[1.0, 1.02])).image.shape == (32, 48)
+    assert decode_one(make_dicom(RAMP, PixelAspectRatio=[2, 1])).image.shape == (64, 48)
     assert rejection_of(make_dicom(RAMP, PixelSpacing=[1e-9, 1.0])).reason == "too large"
 
 
@@ -330,7 +344,7 @@ def test_enhanced_files_state_the_window_by_frame() -> None:
         SharedFunctionalGroupsSequence=[shared],
     )
     first, second = decode_file(content, OPTIONS)
-    assert first.image.shape == (64, 48)
+    assert first.image.shape == second.image.shape == (64, 48)
     # Every second row is half a row away from a stored one: intensities are compared, not places.
     assert (first.image == 255).mean() > 0.5 > (second.image == 255).mean()
     assert (second.image == 0).mean() > 0.5 > (first.image == 0).mean()
@@ -416,6 +430,16 @@ def test_negative_values_survive_codecs_that_know_no_sign(syntax: uid.UID) -> No
     )
 
 
+def test_a_jpeg2000_picture_need_not_begin_at_the_origin_of_its_canvas() -> None:
+    stream = bytearray(imagecodecs.jpeg2k_encode(RAMP, codecformat="j2k", reversible=True))
+    width, height, *_ = struct.unpack_from(">2I", stream, 8)
+    there = 2**14  # a multiple of the sides of all code blocks
+    struct.pack_into(">4I", stream, 8, width + there, height + there, there, there)
+    struct.pack_into(">2I", stream, 32, there, there)  # the first tile
+    image = decode_one(make_dicom(RAMP, syntax=uid.JPEG2000Lossless, streams=[stream])).image
+    np.testing.assert_array_equal(image, decode_one(make_dicom(RAMP)).image)
+
+
 @pytest.mark.parametrize("interpretation", ["RGB", "YBR_FULL_422"])
 def test_jpeg_colours_are_read_as_the_header_says(interpretation: str) -> None:
     colours = np.full((32, 48, 3), (200, 100, 50), np.uint8)
@@ -485,6 +509,9 @@ def test_the_study_is_known_whether_or_not_the_patient_is() -> None:
     nameless = decode_one(make_dicom(RAMP, StudyInstanceUID="1.1"))
     assert named.study_id == nameless.study_id == nameless.subject_id != named.subject_id
     assert decode_one(make_dicom(RAMP, SeriesInstanceUID="1.1")).study_id is None
+    assert named.study_id is not None
+    # A patient who is called like a study is no study.
+    assert subject_of(PatientID="1.1") != named.study_id.removeprefix("study-")
 
 
 def test_one_patient_is_one_subject_over_all_studies_and_series() -> None:

@@ -36,6 +36,16 @@ def fingerprints(images: list[np.ndarray]) -> np.ndarray:
     return np.stack([fingerprint(image) for image in images])
 
 
+@pytest.fixture(scope="module")
+def with_copies(images: list[np.ndarray], fingerprints: np.ndarray) -> np.ndarray:
+    """And then of slices 1 and 5 a crop, of 2 a mirrored and of 3 a turned copy, and 7 again."""
+    rng = np.random.default_rng(3)
+    copies = [fingerprint(PERTURBATIONS["crop"][0](images[number], rng)) for number in (1, 5)]
+    mirrored = fingerprint(np.ascontiguousarray(images[2][:, ::-1]))
+    turned = fingerprint(np.ascontiguousarray(np.rot90(images[3])))
+    return np.concatenate([fingerprints, [*copies, mirrored, turned, fingerprints[7]]])
+
+
 def as_tuples(pairs: DuplicatePairs) -> list[tuple[int, int, int]]:
     columns = pairs.first.tolist(), pairs.second.tolist(), pairs.kind.tolist()
     return list(zip(*columns, strict=True))
@@ -61,34 +71,29 @@ def test_different_heads_and_neighbouring_slices_stay_apart(fingerprints: np.nda
 
 
 def test_pairs_and_twins_agree_and_do_not_depend_on_order(
-    images: list[np.ndarray], fingerprints: np.ndarray
+    fingerprints: np.ndarray, with_copies: np.ndarray
 ) -> None:
-    rng = np.random.default_rng(3)
-    copies = [fingerprint(PERTURBATIONS["crop"][0](images[number], rng)) for number in (1, 5)]
-    mirrored = fingerprint(np.ascontiguousarray(images[2][:, ::-1]))
-    turned = fingerprint(np.ascontiguousarray(np.rot90(images[3])))
-    everything = np.concatenate([fingerprints, [*copies, mirrored, turned, fingerprints[7]]])
     expected = [(1, 12, COPY), (2, 14, MIRRORED), (3, 15, ROTATED), (5, 13, COPY), (7, 16, COPY)]
     progress: list[tuple[int, int]] = []
     pairs = near_duplicate_pairs(
-        everything, SETTINGS, on_compared=lambda done, total: progress.append((done, total))
+        with_copies, SETTINGS, on_compared=lambda done, total: progress.append((done, total))
     )
     assert as_tuples(pairs) == expected
     assert progress
     assert progress[-1][0] == progress[-1][1] >= len(expected) - 1  # one is the same to the byte
 
-    shuffle = rng.permutation(len(everything))
-    shuffled = near_duplicate_pairs(everything[shuffle], SETTINGS)
+    shuffle = np.random.default_rng(3).permutation(len(with_copies))
+    shuffled = near_duplicate_pairs(with_copies[shuffle], SETTINGS)
     back = [
         (*sorted((int(shuffle[first]), int(shuffle[second]))), kind)
         for first, second, kind in as_tuples(shuffled)
     ]
     assert sorted(back) == expected
 
-    twins = find_twins(everything[12:], fingerprints, SETTINGS)
+    twins = find_twins(with_copies[12:], fingerprints, SETTINGS)
     assert twins.reference.tolist() == [1, 5, 2, 3, 7]
     assert twins.kind.tolist() == [COPY, COPY, MIRRORED, ROTATED, COPY]
-    alone = find_twins(everything[12:13], fingerprints[::-1], SETTINGS)
+    alone = find_twins(with_copies[12:13], fingerprints[::-1], SETTINGS)
     assert alone.reference.tolist() == [len(fingerprints) - 1 - 1]
     np.testing.assert_allclose(alone.similarity, twins.similarity[:1], atol=1e-5)
 
@@ -150,6 +155,39 @@ def test_turned_candidates_are_the_best_of_all_orientations(fingerprints: np.nda
     assert len(turned) == 4
 
 
+def test_a_slice_takes_no_place_among_its_own_candidates(with_copies: np.ndarray) -> None:
+    settings = SETTINGS.model_copy(update={"num_candidates": 1, "num_turned_candidates": 1})
+    found = near_duplicate_pairs(with_copies[[1, 12]], settings)
+    assert as_tuples(found) == [(0, 1, COPY)]
+
+
+def test_a_turned_pair_that_either_slice_finds_is_compared_once(with_copies: np.ndarray) -> None:
+    settings = SETTINGS.model_copy(update={"descriptor_similarity": 0.99})
+    totals: list[int] = []
+    found = near_duplicate_pairs(
+        with_copies[[3, 15]], settings, on_compared=lambda _, total: totals.append(total)
+    )
+    assert as_tuples(found) == [(0, 1, ROTATED)]
+    assert set(totals) == {1}
+
+
+@pytest.mark.parametrize(
+    ("axes", "similarity", "kind"), [(1, 0.9, COPY), (1, 1.0, MIRRORED), ((0, 1), 1.0, ROTATED)]
+)
+def test_a_pair_is_linked_as_it_is_or_else_in_its_most_similar_orientation(
+    axes: int | tuple[int, int], similarity: float, kind: int, images: list[np.ndarray]
+) -> None:
+    """Pictures that are much like their own mirror image, or upside down."""
+    image = images[0].astype(np.float64)
+    symmetric = (0.55 * image + 0.45 * np.flip(image, axes)).astype(np.uint8)
+    turned = np.rot90(symmetric) if kind == ROTATED else np.flip(symmetric, axes)
+    pair = np.stack([fingerprint(np.ascontiguousarray(each)) for each in (symmetric, turned)])
+    settings = SETTINGS.model_copy(update={"similarity": similarity, "turned_similarity": 0.9})
+    found = near_duplicate_pairs(pair, settings)
+    assert found.kind.tolist() == [kind]
+    assert (found.similarity[0] > 0.9999) == (kind != COPY)
+
+
 def test_values_are_ranked_within_their_group() -> None:
     ranks = _ranks(np.array([5, 3, 5, 5, 3]), np.array([0.2, 9.0, 0.1, 0.3, 8.0], np.float32))
     assert ranks.tolist() == [1, 1, 0, 2, 0]
@@ -203,8 +241,8 @@ def test_similarity_does_not_depend_on_which_is_first(
     )
 
 
-def test_threads_do_not_change_what_is_found(fingerprints: np.ndarray) -> None:
-    descriptors = describe(fingerprints)
+def test_threads_do_not_change_what_is_found(with_copies: np.ndarray) -> None:
+    descriptors = describe(with_copies)
     assert (descriptors == np.rint(descriptors)).all()
     assert (np.square(descriptors).sum(axis=1) < 2**24).all()
     threads = faiss.omp_get_max_threads()
@@ -212,7 +250,8 @@ def test_threads_do_not_change_what_is_found(fingerprints: np.ndarray) -> None:
     try:
         for count in (1, 4):
             faiss.omp_set_num_threads(count)
-            found.append(as_tuples(near_duplicate_pairs(fingerprints, SETTINGS)))
+            found.append(as_tuples(near_duplicate_pairs(with_copies, SETTINGS)))
     finally:
         faiss.omp_set_num_threads(threads)
     assert found[0] == found[1]
+    assert len(found[0]) == 5

@@ -2,7 +2,13 @@
 
 import numpy as np
 
-from brainray.mri.groups import connected_groups, first_connected, joint_groups, keep_names
+from brainray.mri.groups import (
+    conflicting_groups,
+    connected_groups,
+    first_connected,
+    joint_groups,
+    keep_names,
+)
 
 
 def test_a_chain_of_links_is_one_group_named_by_its_smallest() -> None:
@@ -29,6 +35,11 @@ def test_joint_groups_follow_either_id() -> None:
     subjects = [None, "s1", "s1", None, None]
     assert joint_groups(duplicates, subjects) == ["d1", "d1", "d1", "d3", "d4"]
     assert joint_groups(["a", "b"], ["b", None]) == ["a", "b"]  # the two kinds of id are apart
+
+
+def test_slices_with_different_labels_are_in_conflict_and_those_without_a_label_are_not() -> None:
+    groups = ["g", "g", "h", "h", "i", "i"]
+    assert conflicting_groups(groups, ["a", "b", "a", None, "b", "b"]) == {"g"}
 
 
 def test_a_group_keeps_its_name_and_a_new_one_gets_its_own() -> None:

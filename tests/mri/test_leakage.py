@@ -65,6 +65,26 @@ def test_only_names_that_were_given_prove_a_subject() -> None:
     assert list(Fingerprints.from_table(foreign).groups) == ["g", None, "h"]
 
 
+def test_the_same_bytes_are_not_clean_even_if_they_show_nothing() -> None:
+    blank = np.full((1, 96 * 96), 7, np.uint8)
+    found = exposure(fingerprints(blank, "a"), fingerprints(blank, "a"), PreprocessConfig())
+    assert (found.exact.tolist(), found.twin.tolist()) == ([0], [-1])
+    assert found.clean.tolist() == [False]
+
+
+def test_a_mate_is_numbered_among_all_that_was_seen() -> None:
+    """Also where only those that are not named otherwise, or of one's group, are compared."""
+    seen, stranger = heads(3, seed=0), heads(1, seed=7)
+    for queries, known in (
+        (fingerprints(seen[2:], "x", ["p9"]), fingerprints(seen, "abc", ["p1", "p2", None])),
+        (
+            fingerprints(stranger, "x", groups=["g"]),
+            fingerprints(seen, "abc", groups=["h", "i", "g"]),
+        ),
+    ):
+        assert exposure(queries, known, PreprocessConfig()).mate.tolist() == [2]
+
+
 def test_a_slice_of_the_same_name_is_the_mate_whatever_looks_more_alike() -> None:
     seen = heads(2, seed=0)
     queries = fingerprints(seen[:1], "x", ["p1"])

@@ -123,6 +123,13 @@ def test_a_single_slice_is_shown_in_its_own_plane() -> None:
         assert decoded.frame == ""
 
 
+def test_the_sform_comes_before_the_qform() -> None:
+    image = nibabel.Nifti1Image(ball(), None)
+    image.set_sform(np.diag([1.0, 1.0, 2.0, 1.0]), 1)
+    image.set_qform(np.diag([1.0, 3.0, 1.0, 1.0]), 1)
+    assert slices_of(bytes(image.to_bytes()), "coronal")[0].image.shape == (40, 24)
+
+
 @pytest.mark.parametrize("value", [0.0, np.nan])
 def test_a_broken_matrix_falls_back_to_voxel_sizes(value: float) -> None:
     content = make_nifti(ball(), spacing=(1.0, 1.0, 2.0))
@@ -160,6 +167,14 @@ def test_the_air_of_a_standardised_brain_is_dark() -> None:
         assert one.image[0, 0] == 0
         inside = other.image > 0
         assert np.corrcoef(one.image[inside], other.image[inside])[0, 1] > 0.99
+
+
+def test_bright_corners_of_a_cropped_head_are_no_air() -> None:
+    volume = np.linspace(100, 900, 24 * 28 * 20, dtype=np.float32).reshape(24, 28, 20)
+    ends = (0, 1, -2, -1)
+    volume[np.ix_(ends, ends, ends)] = 1000.0
+    (lowest,) = (one for one in slices_of(make_nifti(volume)) if one.frame.endswith("axial=0"))
+    assert lowest.image[0, 0] == 255
 
 
 def test_several_gzip_members_are_one_file() -> None:
@@ -226,6 +241,13 @@ def test_slices_with_little_of_the_head_are_skipped() -> None:
     kept = [int(one.frame.rpartition("=")[2]) for one in slices_of(make_nifti(volume))]
     assert kept == np.flatnonzero(share >= OPTIONS.min_foreground).tolist()
     assert 0 < len(kept) < volume.shape[2]
+
+
+def test_noise_of_the_air_is_no_head() -> None:
+    volume = ball()
+    noise = np.random.default_rng(0).rayleigh(5.0, volume.shape).astype(np.float32)
+    found, expected = (slices_of(make_nifti(each)) for each in (volume + noise, volume))
+    assert [one.frame for one in found] == [one.frame for one in expected]
 
 
 def test_few_broken_voxels_are_replaced_and_many_refused() -> None:

@@ -139,7 +139,7 @@ def test_a_second_look_replaces_none_and_turned_twins_alone() -> None:
 
     first = twins((4, COPY), (5, 1), (-1, COPY), (-1, COPY), (6, 2))
     merged = first.completed_by(
-        np.array([1, 2, 3, 4]), twins((7, COPY), (8, 1), (-1, COPY), (9, 1))
+        np.arange(5), twins((3, COPY), (7, COPY), (8, 1), (-1, COPY), (9, 1))
     )
     assert merged.reference.tolist() == [4, 7, 8, -1, 6]
     assert merged.kind.tolist() == [COPY, COPY, 1, COPY, 2]

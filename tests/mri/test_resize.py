@@ -88,3 +88,9 @@ def test_a_thumbnail_hardly_depends_on_resolution() -> None:
     small = stretch(large, 128)
     difference = thumbnail(large).astype(int) - thumbnail(small).astype(int)
     assert np.abs(difference).max() <= 1
+
+
+def test_a_thumbnail_averages_areas() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (384, 384)).astype(np.uint8)
+    means = image.reshape(96, 4, 96, 4).mean(axis=(1, 3))
+    np.testing.assert_allclose(thumbnail(image), means, atol=0.51)

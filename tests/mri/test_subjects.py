@@ -245,6 +245,14 @@ def test_views_are_chains_of_the_nearly_same() -> None:
     assert groups.tolist() == [0, 1, 1, 3, 1]  # 15 degrees: 0.966, 20 degrees: 0.940
 
 
+def test_a_view_is_narrower_than_a_link(monkeypatch: pytest.MonkeyPatch) -> None:
+    described = on_a_circle(0, 30, 60)  # neighbours at 0.87
+    monkeypatch.setattr(Described, "of", lambda *_: described)
+    settings = SETTINGS.model_copy(update={"max_slices": 1})  # which views alone exceed
+    groups = estimate_subjects(np.empty((3, 0), np.uint8), ids(3), ids(3), settings)
+    assert len(set(groups)) == 3
+
+
 def test_a_slice_and_its_flips_are_one_view(thumbnails: Thumbnails) -> None:
     view = thumbnails[:1]
     turned = [view, flipped(view, (2,)), flipped(view, (1,)), flipped(view, (1, 2))]
