@@ -116,7 +116,8 @@ def _study(
         for key, entry in space.items()
     }
     study = optuna.create_study(direction="maximize" if maximise else "minimize")
-    for trial in sorted(trials, key=lambda trial: trial.trial_id):  # as they began
+    # In grid and random search, ids are in the order in which trials began; Optuna's are random.
+    for trial in sorted(trials, key=lambda trial: trial.trial_id):
         study.add_trial(
             optuna.trial.create_trial(
                 params={key: trial.parameters[key] for key in space},
