@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from brainray.errors import DataError
 from brainray.mri.phantom import CLASSES, make_slice
+from brainray.mri.resize import thumbnail
 
 File = TypeVar("File")
 
@@ -31,12 +32,29 @@ def load_slices(source: Path | None, seed: int, limit: int = 2000) -> list[NDArr
         return [
             make_slice(CLASSES[number % len(CLASSES)], rng).image for number in range(_NUM_PHANTOMS)
         ]
-    files = sorted(path for path in source.rglob("*") if path.suffix.lower() in _SUFFIXES)
+    files = _pictures(source)
     if not files:
         raise DataError(f"{source} contains no JPEG or PNG: give a folder of slices")
     chosen = rng.permutation(len(files))[:limit]
     images = [cv2.imread(str(files[row]), cv2.IMREAD_GRAYSCALE) for row in chosen]
     return [np.asarray(image, dtype=np.uint8) for image in images if image is not None]
+
+
+def pictures_by_class(source: Path | None) -> tuple[NDArray[np.uint8], NDArray[np.str_]]:
+    """Thumbnails (N, S * S) of a folder's JPEG and PNG files, and the folder (N,) each lies in."""
+    files = [] if source is None else _pictures(source)
+    read = ((path, cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)) for path in files)
+    found = [
+        (thumbnail(np.asarray(image)), path.parent.name)
+        for path, image in read
+        if image is not None
+    ]
+    thumbnails = np.array([image.ravel() for image, _ in found], np.uint8)
+    return thumbnails, np.array([name for _, name in found], np.str_)
+
+
+def _pictures(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
 
 
 def spread(files: Sequence[File], count: int) -> list[File]:

@@ -2,7 +2,8 @@
 
 The ground truth comes from series of phantoms and, if the folder contains some, from NIfTI volumes
 in three planes. Phantoms of different subjects differ more than people do, so their results check
-the method and are an upper bound, not an estimate for real heads.
+the method and are an upper bound, not an estimate for real heads. Pictures in folders of classes do
+not tell who they show, but which links join two classes, and therefore two subjects.
 """
 
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from brainray.benchmarks.result import BenchmarkResult, CaseOptions, Measure
+from brainray.benchmarks.samples import pictures_by_class
 from brainray.config import SubjectConfig
 from brainray.errors import DataError
 from brainray.log import log
@@ -22,7 +24,14 @@ from brainray.mri.phantom import CLASSES, make_series
 from brainray.mri.resize import thumbnail
 from brainray.mri.slices import ORIENTATIONS, DecodeOptions, RejectedImage
 from brainray.mri.split import draw_test
-from brainray.mri.subjects import Described, estimate_subjects, find_same_subject, mutual_links
+from brainray.mri.subjects import (
+    Described,
+    estimate_subjects,
+    find_same_subject,
+    merge_links,
+    mutual_links,
+    same_view_groups,
+)
 from brainray.report.style import new_figure
 
 _JPEG_QUALITY = 80
@@ -57,6 +66,13 @@ def run(options: CaseOptions) -> BenchmarkResult:
     else:
         log(f"{len(volumes)} NIfTI volumes: skipped, since at least two are needed")
     measures: list[Measure] = []
+    thumbnails, classes = pictures_by_class(options.source)
+    if len(set(classes)) > 1:
+        log(f"pictures: {len(classes)} slices of {len(set(classes))} classes")
+        measures += [
+            replace(measure, name=f"pictures/{measure.name}")
+            for measure in measure_by_class(thumbnails, classes, settings)
+        ]
     sweeps: dict[str, list[dict[str, float]]] = {}
     for name, known in sets.items():
         log(f"{name}: {len(known.subjects)} slices of {len(set(known.subjects))} subjects")
@@ -95,6 +111,40 @@ def measure_errors(known: KnownSlices, settings: SubjectConfig, seed: int) -> li
         Measure("leak, grouped split", grouped_leak),
         Measure("leak, grouped / random", grouped_leak / max(random_leak, 1e-9), "x", at_most=0.5),
         *_pairwise_decision(known, settings),
+    ]
+
+
+def measure_by_class(
+    thumbnails: NDArray[np.uint8], classes: NDArray[np.str_], settings: SubjectConfig
+) -> list[Measure]:
+    """Shares of links, and of pairs in a group, that join two subjects, from slices' classes.
+
+    A false link joins two classes as often as two random slices are of two classes, unless it
+    depends on the class: where a class is a collection of its own, more links are false than this
+    tells. Copies and flips count once.
+
+    Args:
+        thumbnails: (N, S * S).
+        classes: (N,), of which each subject has one.
+        settings: thresholds.
+    """
+    described = Described.of(thumbnails)
+    views = np.unique(same_view_groups(described, min_similarity=settings.same_view_similarity))
+    distinct = described.only(views)
+    names, number = np.unique(classes[views], return_inverse=True)
+    by_chance = 1.0 - float(np.square(np.bincount(number) / len(views)).sum())
+    links = mutual_links(distinct, settings)
+    is_false = number[links.first] != number[links.second]
+    _, group = np.unique(merge_links(distinct, links, settings), return_inverse=True)
+    counts = np.zeros((group.max() + 1, len(names)))
+    np.add.at(counts, (group, number), 1.0)
+    sizes = counts.sum(axis=1)
+    num_pairs = (sizes * (sizes - 1.0)).sum() / 2.0
+    num_false = (np.square(sizes) - np.square(counts).sum(axis=1)).sum() / 2.0
+    return [
+        Measure("views with a link", len(np.union1d(links.first, links.second)) / len(views)),
+        Measure("false links, by class", _mean(is_false) / by_chance),
+        Measure("false pairs in a group, by class", float(num_false / num_pairs / by_chance)),
     ]
 
 
