@@ -494,11 +494,11 @@ WORKER_KEYS = tuple(f"train.{name}" for name in WORKER_SETTINGS)
 
 class EvaluationConfig(_Section):
     test_each_epoch: bool = True
-    """Evaluate the test slices after every epoch, as METHOD A reports, or only once, with the
-    chosen epoch, after training. Test metrics never select anything."""
+    """Evaluate the test slices after every epoch, as METHOD A reports, or only once, after
+    training, with the chosen and the last one. Test metrics never select anything."""
     tsne_epochs: tuple[int, ...] = (1, 5, 10, 15, 20)
-    """Epochs whose embeddings are saved and plotted as t-SNE maps, if test slices are evaluated
-    after every epoch; otherwise only the chosen epoch has a map."""
+    """Epochs whose embeddings are saved and plotted as t-SNE maps, beside that of the chosen one;
+    only the last can be, unless test slices are evaluated after every epoch."""
     tsne_max_slices: Positive = 2000
     """Maximum number of slices on a t-SNE map, and of those that the report shows as pictures; its
     counts are of all slices."""

@@ -277,33 +277,49 @@ class Trainer:
         return metrics
 
     def finish(self) -> None:
-        """Save the last epoch's checkpoint next to the best one, and predict the test slices.
-
-        Prediction uses the chosen epoch, unless its predictions exist (``test_each_epoch``).
+        """Save the last epoch's checkpoint next to the best one, and predict the test slices with
+        both, unless their predictions exist (``test_each_epoch``).
         """
         with dist.raise_on_all_ranks(self.device):
             if dist.rank() == 0:
                 last = checkpoint_bytes(self._checkpoint())
                 (self.run / layout.LAST).write_bytes(layout.MODEL, last)
-        if self._count(self.data.test) == 0:
-            return
+        if self._count(self.data.test):
+            for epoch in self._untested_epochs():
+                self._test(epoch)
+
+    def _untested_epochs(self) -> list[int]:
+        """Of the chosen and the last epoch, those whose test slices are to be predicted."""
+        untested = [0, 0]
         with dist.raise_on_all_ranks(self.device):
-            found = False
-            if dist.rank() == 0 and self._tests_each_epoch:
-                # They are lost if an epoch that was chosen later had a checkpoint that was damaged.
-                epoch = load_checkpoint(self.run / layout.BEST).epoch
-                found = self.run.exists(layout.predictions_file(epoch))
-        if dist.broadcast_from_first(torch.tensor(int(found), device=self.device)):
-            return
-        with dist.raise_on_all_ranks(self.device):
-            chosen = load_checkpoint(self.run / layout.BEST)
-        clusters = chosen.clusters.to(self.device)
-        encoder = chosen.encoder.to(self.device).to(memory_format=torch.channels_last)
+            if dist.rank() == 0:
+                # Even with test_each_epoch those of the chosen one may be lost: if an epoch that
+                # was chosen later had a checkpoint that was damaged.
+                untested = [
+                    0
+                    if self._tests_each_epoch and self.run.exists(layout.predictions_file(epoch))
+                    else epoch
+                    for epoch in (load_checkpoint(self.run / layout.BEST).epoch, self.epoch)
+                ]
+        found = dist.broadcast_from_first(torch.tensor(untested, device=self.device))
+        return sorted(set(found.tolist()) - {0})
+
+    def _test(self, epoch: int) -> None:
+        """Write the predictions of the test slices by the last or the best epoch's model."""
+        encoder, clusters = self.evaluated, self.last.clusters
+        if epoch != self.epoch:
+            with dist.raise_on_all_ranks(self.device):
+                best = load_checkpoint(self.run / layout.BEST)
+            encoder = best.encoder.to(self.device).to(memory_format=torch.channels_last)
+            clusters = best.clusters.to(self.device)
         test = self._predict(self.data.test, encoder, clusters)
         with dist.raise_on_all_ranks(self.device):
             if dist.rank() == 0:
-                table = predictions_table(test, self.classes, self.test_slices)
-                self.run.write_table(layout.predictions_file(chosen.epoch), table)
+                self._write_predictions(epoch, test)
+
+    def _write_predictions(self, epoch: int, test: Predictions) -> None:
+        table = predictions_table(test, self.classes, self.test_slices)
+        self.run.write_table(layout.predictions_file(epoch), table)
 
     def _train_epoch(self, targets: Targets) -> EpochResult:
         config = self.config
@@ -489,8 +505,7 @@ class Trainer:
         is_chosen = chosen_epoch(self.history) == self.epoch
         kept = {*self.config.evaluation.tsne_epochs, self.config.train.num_epochs}
         if test is not None and len(test.labels) and (is_chosen or self.epoch in kept):
-            table = predictions_table(test, self.classes, self.test_slices)
-            self.run.write_table(layout.predictions_file(self.epoch), table)
+            self._write_predictions(self.epoch, test)
         fitted = None
         if is_chosen:
             fitted = self._fitted_table(state.keys, coordinates, log_likelihood)

@@ -355,8 +355,12 @@ def test_throughput_is_of_the_slices_of_all_steps_and_ranks_while_training(
     assert trainer.history[-1]["time/images_per_s"] == 3 * 12 * 4 / 2.0
 
 
-def test_a_finished_run_predicts_with_the_model_of_the_chosen_epoch(tmp_path: Path) -> None:
-    config = config_of(3, "evaluation.test_each_epoch=false")
+@pytest.mark.parametrize("kept", [[], [3], [1, 3]])
+def test_a_finished_run_predicts_with_the_models_of_the_chosen_and_the_last_epoch(
+    tmp_path: Path, kept: list[int]
+) -> None:
+    """Unless the predictions were kept; those left by a job that was killed here are not."""
+    config = config_of(3, f"evaluation.test_each_epoch={bool(kept)}")
     trainer = trainer_of(tmp_path, config)
     z = torch.nn.functional.normalize(torch.randn(36, 512))
     trainer._continue_with(trainer._recluster(EncoderOutput(z, z[:, :2])), EncoderOutput(z, z))
@@ -372,11 +376,16 @@ def test_a_finished_run_predicts_with_the_model_of_the_chosen_epoch(tmp_path: Pa
     (trainer.run / layout.BEST).write_bytes(layout.MODEL, checkpoint_bytes(trainer._checkpoint()))
     trainer.epoch = 3
     all_are(0)
+    for epoch in kept or [3]:
+        trainer.run.write_table(layout.predictions_file(epoch), pa.table({"head": ["old"]}))
     trainer.finish()
-    assert not trainer.run.exists(layout.predictions_file(3))
-    predictions = trainer.run.read_table(layout.predictions_file(1))
-    assert predictions["head"].to_pylist() == ["bright"] * 6
-    assert predictions["cluster_class"].to_pylist() == ["bright"] * 6
+    for epoch, name in (1, "bright"), (3, "dark"):
+        predictions = trainer.run.read_table(layout.predictions_file(epoch))
+        if epoch in kept:
+            assert predictions["head"].to_pylist() == ["old"]
+        else:
+            assert predictions["head"].to_pylist() == [name] * 6
+            assert predictions["cluster_class"].to_pylist() == [name] * 6
     assert load_checkpoint(trainer.run / layout.LAST).epoch == 3
 
 
