@@ -31,8 +31,6 @@ _MAX_CONFUSED = 20  # classes: with more, the confusion matrix is not logged eve
 def epoch_metrics(test: Predictions, slices: pa.Table, classes: Sequence[str]) -> Metrics:
     """Metrics of the test slices after an epoch, for all, clean and strict ones.
 
-    The agreement of clusters with classes on clean slices is also named ``cluster/nmi`` etc.
-
     Args:
         test: predictions, of at least one slice.
         slices: rows in the order of the predictions, with ``clean`` and ``strict``.
@@ -44,10 +42,15 @@ def epoch_metrics(test: Predictions, slices: pa.Table, classes: Sequence[str]) -
         metrics |= subset_metrics(chosen, classes, subset)
         if len(classes) <= _MAX_CONFUSED and has_class_support(chosen.labels.tolist(), subset):
             metrics |= confusion_metrics(chosen, classes, f"test/{subset}")
-    for name in ("silhouette", "nmi", "ari", "fmi"):
-        if f"test/clean/cluster/{name}" in metrics:
-            metrics[f"cluster/{name}"] = metrics[f"test/clean/cluster/{name}"]
-    return metrics
+    return metrics | _clean_clusters(metrics)
+
+
+def _clean_clusters(metrics: Metrics) -> Metrics:
+    """The clusters' metrics on clean slices under their short names, such as ``cluster/nmi``."""
+    names = (f"cluster/{name}" for name in ("silhouette", "nmi", "ari", "fmi"))
+    return {
+        name: metrics[f"test/clean/{name}"] for name in names if f"test/clean/{name}" in metrics
+    }
 
 
 def subset_metrics(predictions: Predictions, classes: Sequence[str], subset: str) -> Metrics:
@@ -160,7 +163,7 @@ def summarise(
             metrics[f"test/all_as_clean/{name}/accuracy"] = reweighted_accuracy(
                 predictions.labels, predicted, mix
             )
-    return metrics
+    return metrics | _clean_clusters(metrics)
 
 
 def labelled_rows(predictions: pa.Table) -> pa.Table:

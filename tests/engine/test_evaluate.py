@@ -127,7 +127,7 @@ def test_confusions_of_few_strict_slices_are_withheld_after_an_epoch() -> None:
     assert not [name for name in found if name.startswith("test/strict") and "confusion" in name]
 
 
-def test_after_an_epoch_clean_slices_stand_for_the_clusters() -> None:
+def test_clean_slices_stand_for_the_clusters() -> None:
     slices = pa.table({"clean": [True, True, True, False, True], "strict": [False] * 5})
     metrics = epoch_metrics(predictions(), slices, CLASSES)
     assert metrics["test/all/num_slices"] == 4
@@ -135,6 +135,12 @@ def test_after_an_epoch_clean_slices_stand_for_the_clusters() -> None:
     assert metrics["cluster/ari"] == metrics["test/clean/cluster/ari"] == 1.0
     assert metrics["test/all/cluster/ari"] < 1.0
     assert metrics["test/all/head/confusion/a/b"] == 1
+    # After the training as after an epoch.
+    rows = table(slices["clean"].to_pylist(), slices["strict"].to_pylist())
+    summary = summarise(rows, seen(), CLASSES, num_resamples=10, seed=0)
+    for name in ("silhouette", "nmi", "ari", "fmi"):
+        clean = f"test/clean/cluster/{name}"
+        assert summary[f"cluster/{name}"] == summary[clean] == metrics[clean], name
     many = epoch_metrics(predictions(), slices, [f"class {number}" for number in range(21)])
     assert not [name for name in many if "confusion" in name]
 
