@@ -470,7 +470,9 @@ class Trainer:
         metrics |= {f"time/{stage}_s": spent for stage, spent in stopwatch.seconds.items()}
         step_size = (self.sizes.labelled + self.sizes.unlabelled) * dist.world_size()
         metrics["time/epoch_s"] = stopwatch.total  # until the checkpoint
-        metrics["time/images_per_s"] = self.num_steps * step_size / stopwatch.seconds["train"]
+        rate = self.num_steps * step_size / stopwatch.seconds["train"]
+        metrics["time/images_per_s"] = rate
+        metrics["time/images_per_s_per_worker"] = rate / dist.world_size()
         self.history.append(metrics)
         keys = dist.gather_rows(self.data.fitted_keys)
         responsibilities = dist.gather_rows(self.last.responsibilities)

@@ -353,6 +353,7 @@ def test_throughput_is_of_the_slices_of_all_steps_and_ranks_while_training(
     trainer._save({}, torch.zeros(36, 2), None, stopwatch)
     # Every rank takes 3 steps of 4 labelled and 8 unlabelled slices.
     assert trainer.history[-1]["time/images_per_s"] == 3 * 12 * 4 / 2.0
+    assert trainer.history[-1]["time/images_per_s_per_worker"] == 3 * 12 / 2.0
 
 
 @pytest.mark.parametrize("kept", [[], [3], [1, 3]])
