@@ -4,10 +4,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 from brainray.report.cells import MISSING, PREDICTOR_TITLES, count, decimal, with_interval
 from brainray.report.table import Table
-from brainray.schema import CLASS_COLUMNS, MIN_STRICT_SUPPORT, SUBSETS, Metrics
+from brainray.schema import MIN_STRICT_SUPPORT, SUBSETS, Metrics
 
 _AVERAGES = {"balanced_accuracy": "balanced accuracy", "f1_macro": "macro F1"}
 _BY_CLASS = ("precision", "recall", "f1")
+_BASELINE = "thumbnail_1nn"
 _EFFECTIVE_RANK = "cluster/effective_rank"
 _CLUSTER_METRICS = {"silhouette": "silhouette", "nmi": "NMI", "ari": "ARI", "fmi": "FMI"}
 
@@ -61,24 +62,15 @@ def _accuracies(metrics: Metrics, runs: Mapping[str, Metrics]) -> Table:
         subsets = (*SUBSETS, "all_as_clean")
         return [title, *(cell(values, f"test/{subset}/{name}") for subset in subsets)]
 
+    predicted = _predicted(runs)
     rows = [
-        row(f"{title}{whose}", values, f"{predictor}/accuracy", with_interval)
-        for whose, values in runs.items()
-        for predictor, title in PREDICTOR_TITLES.items()
-    ]
-    own = rows[len(PREDICTOR_TITLES) - 1]  # of the baseline, often the same for other runs
-    rows = [
-        each
-        for each in rows
-        if each is own or each[1:] != own[1:] or not each[0].startswith(own[0])
+        row(title, values, f"{predictor}/accuracy", with_interval)
+        for title, values, predictor in predicted
     ]
     rows += [
-        row(
-            f"{PREDICTOR_TITLES[predictor]}{whose}, {title}", values, f"{predictor}/{name}", decimal
-        )
-        for whose, values in runs.items()
-        for predictor in CLASS_COLUMNS
-        for name, title in _AVERAGES.items()
+        row(f"{title}, {average}", values, f"{predictor}/{name}", decimal)
+        for title, values, predictor in predicted
+        for name, average in _AVERAGES.items()
     ]
     sizes = {subset: count(metrics, f"test/{subset}/num_slices") for subset in SUBSETS}
     subsets = [
@@ -90,6 +82,23 @@ def _accuracies(metrics: Metrics, runs: Mapping[str, Metrics]) -> Table:
         ["", *subsets, "all, at clean's class mix"],
         rows,
     )
+
+
+def _predicted(runs: Mapping[str, Metrics]) -> list[tuple[str, Metrics, str]]:
+    """Title, metrics of the run and predictor of each row; none for a baseline without values, or
+    with those of an earlier run, as is usual.
+    """
+    predicted = []
+    baselines: list[Metrics] = [{}]
+    for whose, values in runs.items():
+        baseline = {
+            name: value for name, value in values.items() if name.endswith(f"/{_BASELINE}/accuracy")
+        }
+        for predictor, title in PREDICTOR_TITLES.items():
+            if predictor != _BASELINE or baseline not in baselines:
+                predicted.append((f"{title}{whose}", values, predictor))
+        baselines.append(baseline)
+    return predicted
 
 
 def _metrics_by_class(
@@ -104,15 +113,14 @@ def _metrics_by_class(
         [f"slices, {subset}", *(num_slices(subset, name) for name in classes)] for subset in SUBSETS
     ]
     rows += [
-        [f"{PREDICTOR_TITLES[predictor]}{whose}, {subset}"]
+        [f"{title}, {subset}"]
         + [
             " / ".join(
                 decimal(values, f"test/{subset}/{predictor}/{kind}/{name}") for kind in _BY_CLASS
             )
             for name in classes
         ]
-        for whose, values in runs.items()
-        for predictor in CLASS_COLUMNS
+        for title, values, predictor in _predicted(runs)
         for subset in SUBSETS
     ]
     title = f"Precision / recall / F1 by class (strict: of {MIN_STRICT_SUPPORT} slices or more)"

@@ -19,6 +19,8 @@ METRICS = {
     "test/clean/head/accuracy": 0.75,
     "test/clean/cluster/f1_macro": 0.625,
     "test/all/thumbnail_1nn/accuracy": 0.962,
+    "test/all/thumbnail_1nn/f1_macro": 0.875,
+    "test/all/thumbnail_1nn/recall/notumor": 0.625,
     "test/all_as_clean/head/accuracy": 0.7,
     "test/all/head/support/glioma": 150.0,
     "test/all/head/precision/glioma": 0.1,
@@ -49,6 +51,8 @@ def test_figures_are_found_in_their_cells() -> None:
     assert rows["head, macro F1"] == ["0.800", "–", "–", "–"]
     assert rows["clusters, macro F1"] == ["–", "0.625", "–", "–"]
     assert rows["nearest thumbnail"] == ["0.962", "–", "–", "–"]
+    assert rows["nearest thumbnail, macro F1"] == ["0.875", "–", "–", "–"]
+    assert rows["nearest thumbnail, all"] == ["– / – / –", "– / 0.625 / –"]
     assert rows["slices, all"] == ["150", "0"]
     assert rows["head, all"] == ["0.100 / 0.200 / 0.300", "– / – / –"]
     assert rows["clusters, all"] == ["– / – / 0.400", "– / – / –"]
@@ -73,10 +77,13 @@ def test_the_baseline_of_another_run_is_shown_if_it_differs() -> None:
     for value, shown in ((0.962, False), (0.5, True)):
         control = {"test/all/thumbnail_1nn/accuracy": value, "test/all/head/accuracy": 0.93512}
         control |= {f"test/all/head/accuracy_{side}": value for side in ("low", "high")}
-        accuracies, *_ = results_tables(METRICS, CLASSES, {"control (c)": control})
+        accuracies, by_class, _ = results_tables(METRICS, CLASSES, {"control (c)": control})
         rows = {row[0] for row in accuracies.rows}
         assert ("nearest thumbnail, control (c)" in rows) == shown
         assert {"head, control (c)", "clusters, control (c)"} <= rows
+        named = {row[0] for row in by_class.rows}
+        assert ("nearest thumbnail, control (c), clean" in named) == shown
+        assert "nearest thumbnail, clean" in named
 
 
 @pytest.mark.parametrize("num_clean", [2, 1200])
