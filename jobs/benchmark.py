@@ -7,7 +7,7 @@ from brainray.benchmarks.cases import CASES, READS_CONFIG, READS_SOURCE
 from brainray.config_text import load_config
 from brainray.errors import ConfigError
 from brainray.log import log
-from brainray.orchestration.job import JobResult, run_command
+from brainray.orchestration.job import JobParser, JobResult, run_command
 
 DESCRIPTION = """
 Benchmark brainray against a named reference in the same run. Print a table of values, each with
@@ -19,12 +19,7 @@ Example: python jobs/benchmark.py duplicates --source /data/brain-tumor-mri --qu
 
 def parser() -> argparse.ArgumentParser:
     cases = "\n".join(f"  {name:<12} {description}" for name, description in CASES.items())
-    made = argparse.ArgumentParser(
-        prog="jobs/benchmark.py",
-        description=DESCRIPTION,
-        epilog=f"cases:\n{cases}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    made = JobParser("benchmark", DESCRIPTION, f"cases:\n{cases}")
     made.add_argument("case", choices=sorted(CASES), metavar="CASE", help="see below")
     made.add_argument(
         "--quick",

@@ -160,6 +160,18 @@ def test_settings_that_a_job_does_not_read_are_reported() -> None:
     assert unread_keys(overrides, ["run", "classes", "train.device"]) == ["preprocess.crop"]
 
 
+@pytest.mark.parametrize("name", [*JOBS, "benchmark"])
+def test_an_error_in_the_arguments_ends_in_the_json_line_too(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, last, stderr = run(name, ["--set"], capsys, monkeypatch)
+    error = "argument --set: expected at least one argument"
+    assert code == 2
+    assert last == {"job": name, "status": "error", "error": error}
+    assert stderr.startswith(f"usage: jobs/{name}.py ")
+    assert stderr.endswith(f"jobs/{name}.py: error: {error}\n")
+
+
 @pytest.fixture
 def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever would join or start Ray fails."""
@@ -447,10 +459,11 @@ def test_a_node_that_joins_later_is_asked_for_storage_too(
         check_is_here(Folder(tmp_path / "parts"))
 
 
-def test_an_error_with_an_undecodable_name_ends_in_its_json_line_too() -> None:
+@pytest.mark.parametrize("arguments", [["--config", "/\udcf4.yaml"], ["/\udcf4.yaml"]])
+def test_an_error_with_an_undecodable_name_ends_in_its_json_line_too(arguments: list[str]) -> None:
     script = (
         "from brainray.orchestration.job import run_job;"
-        "raise SystemExit(run_job('train', 'Train.', None, [], argv=['--config', '/\\udcf4.yaml']))"
+        f"raise SystemExit(run_job('train', 'Train.', None, [], argv={arguments!a}))"
     )
     environment = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
     ended = subprocess.run(
@@ -560,9 +573,10 @@ def test_mlflows_telemetry_is_off_unless_the_user_wants_it(
 def test_a_setting_without_set_is_told_where_it_goes(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         run_job("train", "Train.", Mock(), ["name"], ["name=mine", "tracking.uri=http://u:pw1@h"])
-    printed = capsys.readouterr().err
-    assert re.search("unrecognized arguments: name=mine .*: write --set KEY=VALUE", printed)
-    assert "pw1" not in printed
+    printed = capsys.readouterr()
+    error = json.loads(printed.out)["error"]
+    assert re.search("unrecognized arguments: name=mine .*: write --set KEY=VALUE", error)
+    assert "pw1" not in printed.out + printed.err
 
 
 def test_the_demo_deletes_nothing_that_is_not_its_own(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import textwrap
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 from brainray.config import Config
 from brainray.config_text import described_keys, load_config
@@ -57,7 +57,7 @@ def run_job(
 ) -> int:
     """Parse, load the config, attach to Ray, do the work, print the result; return the exit code.
 
-    The last line on stdout is one JSON object, whatever happens after the arguments are parsed.
+    The last line on stdout is one JSON object, whatever happens.
 
     Args:
         name: name of the job, as in ``jobs/NAME.py``.
@@ -74,7 +74,7 @@ def run_job(
     arguments, others = parser.parse_known_args(argv)
     if others:
         hint = ": write --set KEY=VALUE" if "=" in "".join(others) or "--source" in others else ""
-        parser.error(redacted(f"unrecognized arguments: {' '.join(others)}{hint}"))
+        parser.error(f"unrecognized arguments: {' '.join(others)}{hint}")
 
     def checked_work() -> JobResult:
         config = resolve_paths(load_config(arguments.config, arguments.set), keys)
@@ -112,9 +112,7 @@ def run_command(name: str, work: Callable[[], JobResult], *, is_resumable: bool 
     # Only what the user configures is sent.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     end_in_order_on_sigterm()
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # names and results may have other characters
-            stream.reconfigure(errors="backslashreplace")
+    _print_any_character()
     try:
         with _own_connection():
             result = work()
@@ -139,6 +137,31 @@ def run_command(name: str, work: Callable[[], JobResult], *, is_resumable: bool 
     return EXIT_OK
 
 
+class JobParser(argparse.ArgumentParser):
+    """Arguments of ``jobs/NAME.py``: an error in them, after the usage, ends as others of a job."""
+
+    def __init__(self, name: str, description: str, epilog: str) -> None:
+        super().__init__(
+            prog=f"jobs/{name}.py",
+            description=textwrap.dedent(description).strip(),
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        self._name = name
+
+    def error(self, message: str) -> NoReturn:
+        _print_any_character()
+        self.print_usage(sys.stderr)
+        sys.exit(_fail(self._name, message, EXIT_BAD_INPUT))
+
+
+def _print_any_character() -> None:
+    """Escape those that the terminal's encoding lacks: names and results may have them."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 @contextlib.contextmanager
 def _own_connection() -> Iterator[None]:
     """Leave Ray at the end if the block joined it, so that workers' output is printed first."""
@@ -160,12 +183,7 @@ def _ray_if_needed_yet() -> Any:
 def _parser(
     name: str, description: str, keys: Sequence[str], needs: Sequence[str]
 ) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=f"jobs/{name}.py",
-        description=textwrap.dedent(description).strip(),
-        epilog=_describe(keys, needs),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = JobParser(name, description, _describe(keys, needs))
     parser.add_argument("--config", metavar="FILE", help="YAML file; see configs/")
     parser.add_argument(
         "--set",
