@@ -78,7 +78,8 @@ def _accuracies(metrics: Metrics, runs: Mapping[str, Metrics]) -> Table:
     ]
     return Table(
         "Accuracy on test slices [95 % interval, resampled by copies and known or likely "
-        "subjects]; classes without slices are excluded",
+        "subjects; none with fewer than ten of these groups or without variation between them]; "
+        "classes without slices are excluded",
         ["", *subsets, "all, at clean's class mix"],
         rows,
     )

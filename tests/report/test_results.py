@@ -43,7 +43,7 @@ def test_figures_are_found_in_their_cells() -> None:
     text = results_markdown(METRICS, CLASSES)
     rows = _cells(text)
     assert text.startswith(
-        "Accuracy on test slices [95 % interval, resampled by copies and known or likely subjects]"
+        "Accuracy on test slices [95 % interval, resampled by copies and known or likely subjects;"
     )
     assert "all (1,311) |" in text
     assert rows["head"] == ["0.935 [0.920, 0.949]", "0.750", "0.600", "0.700"]
