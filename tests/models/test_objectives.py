@@ -57,6 +57,17 @@ def test_the_joint_loss_is_cross_entropy_plus_lambda_times_cluster() -> None:
     assert math.isclose(float(terms["total"]), CROSS_ENTROPY + 0.5 * 0.45, rel_tol=1e-6)
 
 
+def test_the_gradient_of_the_joint_loss_for_the_head_by_hand() -> None:
+    # dL/dW = (p - y)^T z / N, with p = (3/4, 1/4) and (1/2, 1/2), all from labelled slices.
+    head = nn.Linear(2, 2)
+    head.weight.data = math.log(3.0) * torch.tensor([[1.0, -0.75], [0.0, 0.0]])
+    head.bias.data.zero_()
+    outputs = StepOutputs(*(EncoderOutput(Z, head(Z)) for _ in range(2)))
+    JointObjective(lambda_cluster=0.5).loss(outputs, LABELS, TARGETS)["total"].backward()
+    torch.testing.assert_close(head.weight.grad, torch.tensor([[0.025, 0.2], [-0.025, -0.2]]))
+    torch.testing.assert_close(head.bias.grad, torch.tensor([0.125, -0.125]))
+
+
 def test_consistency_weighs_the_cross_entropy_of_pseudo_labels_by_confidence() -> None:
     # p = (3/4, 1/4) and (1/2, 1/2), pseudo-labels 1 and 0 with weights 1 and 1/2.
     consistency = (-math.log(0.25) - 0.5 * math.log(0.5)) / 2
