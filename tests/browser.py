@@ -1,4 +1,4 @@
-"""A real Chromium in front of a real MLflow server; the README's screenshots are made here too:
+"""A real Chromium in front of a real MLflow server; the README's screenshots of MLflow are made so:
 
 python -m tests.browser sqlite:////home/you/brainray/mlflow.db EXPERIMENT docs
 """
