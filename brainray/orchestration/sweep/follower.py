@@ -5,10 +5,12 @@ from collections.abc import Callable
 
 from brainray import layout
 from brainray.config import Config
+from brainray.engine.selection import chosen_epoch
 from brainray.log import log
 from brainray.orchestration.lock import is_held
 from brainray.orchestration.progress import POLL_S, Watcher, time_left
 from brainray.orchestration.publish import begin_tracking, send_run
+from brainray.orchestration.run import Run
 from brainray.orchestration.sweep.trials import (
     Trial,
     TrialReader,
@@ -17,6 +19,7 @@ from brainray.orchestration.sweep.trials import (
     run_name,
     trial_config,
 )
+from brainray.report.run_figures import draw_run_figures
 from brainray.report.table import markdown_table
 from brainray.schema import Metrics
 from brainray.storage import Folder
@@ -44,7 +47,8 @@ class SweepFollower(Watcher):
         self._attempted: set[str] = set()  # complete trials that it has tried to send
         self._sent: set[str] = set()
         self._reader = TrialReader(config)
-        self._num_seen = {trial.trial_id: len(trial.history) for trial in self._reader.read()}
+        self._num_before = {trial.trial_id: len(trial.history) for trial in self._reader.read()}
+        self._num_seen = dict(self._num_before)
         self.errors: dict[str, str] = {}
 
     def outcome(self, trial: Trial) -> str:
@@ -57,7 +61,7 @@ class SweepFollower(Watcher):
             return "complete"
         if num_epochs < trial.train.num_epochs:
             return f"stopped after epoch {num_epochs}"
-        return "complete except for its figures"
+        return "complete except for its report"
 
     def state(self, trial: Trial) -> str:
         """The same for a trial that may be running."""
@@ -75,12 +79,24 @@ class SweepFollower(Watcher):
         if child is None or trial.run is None or trial.trial_id in self._sent:
             return
         outcome = self.outcome(trial)
+        if trial.history and not trial.run.is_complete:
+            self._draw_curves(trial, trial.run)
         send_run(trial.run, child)
         child.log_tags({"brainray.outcome": outcome})
         if not trial.run.is_complete:
             child.finish("FAILED" if outcome.startswith("failed") else "KILLED")
         if child.problem is None:
             self._sent.add(trial.trial_id)
+
+    def _draw_curves(self, trial: Trial, run: Run) -> None:
+        """Figures of a trial that was stopped, unless they show all of its epochs already."""
+        is_drawn = bool((run.folder / layout.FIGURES).names())
+        if is_drawn and len(trial.history) == self._num_before.get(trial.trial_id):
+            return
+        try:
+            draw_run_figures(run.folder, run.record.classes, chosen_epoch(trial.history), [])
+        except Exception as error:  # must not stop the sweep
+            log(f"trial {trial.trial_id}: no figures: {type(error).__name__}: {error}")
 
     def end(self, status: str) -> None:
         """Mark trials that were started here as ended in MLflow."""

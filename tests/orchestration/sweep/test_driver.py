@@ -266,8 +266,12 @@ def test_a_poor_trial_is_stopped_and_its_resources_come_back(storage: Path) -> N
     client = MlflowClient(stopped.tracking_uri)
     experiment = client.get_experiment_by_name("halving")
     assert experiment is not None
-    statuses = [run.info.status for run in client.search_runs([experiment.experiment_id])]
-    assert sorted(statuses) == ["FINISHED", "FINISHED", "KILLED"]
+    runs = client.search_runs([experiment.experiment_id])
+    assert sorted(run.info.status for run in runs) == ["FINISHED", "FINISHED", "KILLED"]
+    for run in runs:
+        if run.info.run_id != stopped.mlflow_run_id:
+            figures = {found.path for found in client.list_artifacts(run.info.run_id, "figures")}
+            assert {"figures/loss.png", "figures/accuracy.png"} <= figures
     deadline = time.monotonic() + 60
     while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"]:
         assert time.monotonic() < deadline, ray.available_resources()
@@ -817,7 +821,7 @@ def test_how_a_trial_ended_is_told_in_a_few_words(tmp_path: Path) -> None:
     }
     assert outcomes == {
         "stopped": "stopped after epoch 1",
-        "at its end": "complete except for its figures",
+        "at its end": "complete except for its report",
         "lost": "failed: NodeDiedError: gone",
         "failed": "failed: K is too small",
     }
@@ -854,6 +858,45 @@ def test_every_new_epoch_of_a_trial_has_a_line(
     ]
 
 
+def test_a_stopped_trial_is_sent_with_its_curves_which_are_drawn_once_for_its_epochs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = sweep_config(tmp_path)
+    sent: list[dict[str, bytes]] = []
+    record = SimpleNamespace(classes=["glioma", "notumor"])
+    run = Run(Folder(tmp_path / "runs" / "search-a"), cast(Any, record))
+
+    def send(run: Run, _: Any) -> None:
+        figures = run.folder / "figures"
+        sent.append({name: figures.read_bytes(name) for name in figures.names()})
+
+    monkeypatch.setattr(follower_module, "send_run", send)
+
+    def close(history: list[dict[str, float]], num_before: int) -> None:
+        follower = SweepFollower(config, cast(Any, None))
+        follower._children["a"] = Mock(problem=None)
+        follower._num_before = {"a": num_before}
+        run.folder.write_json_lines("metrics.jsonl", history)
+        follower.close(Trial("a", run, {}, history, config.train))
+
+    drawn = {"train/loss/total": 1.0, "cluster/largest_share": 0.5, "time/train_s": 9.0}
+    history = [epoch | drawn for epoch in epochs(0.5, 0.25)]
+    close(history[:1], num_before=0)
+    names = {"accuracy.png", "clustering_health.png", "loss.png", "timing.png"}
+    assert sent[0].keys() == names
+    assert all(content.startswith(b"\x89PNG") for content in sent[0].values())
+    run.folder.write_bytes("figures/loss.png", b"as drawn")
+    close(history[:1], num_before=1)
+    assert sent[1]["loss.png"] == b"as drawn"
+    assert logged(capsys) == []
+    damaged = [*history[:1], {"epoch": 2.0}]
+    close(damaged, num_before=1)
+    assert sent[2] == sent[1]
+    assert logged(capsys)[0].startswith("trial a: no figures: KeyError")
+    close(history, num_before=1)
+    assert sent[3]["loss.png"] not in {b"as drawn", sent[0]["loss.png"]}
+
+
 @pytest.mark.parametrize(("error", "status"), [(None, "KILLED"), ("gone", "FAILED")])
 def test_a_lost_trial_has_failed_in_mlflow_and_a_stopped_one_was_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: str | None, status: str
@@ -864,7 +907,7 @@ def test_a_lost_trial_has_failed_in_mlflow_and_a_stopped_one_was_killed(
     child = follower._children["a"] = Mock(problem=None)
     follower.errors = {} if error is None else {"a": error}
     run = Run(Folder(tmp_path / "runs" / "search-a"), cast(Any, None))
-    follower.close(Trial("a", run, {}, epochs(0.5), config.train))
+    follower.close(Trial("a", run, {}, [], config.train))
     child.finish.assert_called_once_with(status)
 
 
