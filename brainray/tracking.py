@@ -13,7 +13,6 @@ import os
 import re
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,10 +24,11 @@ from urllib.parse import unquote
 
 import mlflow
 import mlflow.pyfunc
+import pandas as pd
 from mlflow import MlflowClient
 from mlflow.entities import LifecycleStage, Metric, Param, RunInfo, RunTag
 from mlflow.exceptions import MlflowException
-from mlflow.models import ModelSignature
+from mlflow.models import Model, ModelSignature
 from mlflow.store.db import utils as db_utils
 from mlflow.types import ColSpec, DataType, Schema
 from mlflow.types.schema import Array
@@ -62,6 +62,7 @@ class ServedFiles:
     requirements: Sequence[str]  # required distributions, pinned to the installed versions
     inputs: Mapping[str, str]  # MLflow's type by column; all optional
     outputs: Mapping[str, str]  # Arrow's type by column
+    example: Mapping[str, str | bytes]  # a request: some of the inputs
     metadata: Mapping[str, Any]  # kept with the model
 
 
@@ -224,9 +225,14 @@ class Tracker:
             return
         with _globally(self._uri):
             self._connect()
-            with mlflow.start_run(run_id=self._id), _without_advice(), _time_for_uploads():
-                mlflow.pyfunc.log_model(
-                    name="model", registered_model_name=registered_name, **_pyfunc(served)
+            with mlflow.start_run(run_id=self._id), _time_for_uploads():
+                Model.log(
+                    artifact_path=None,
+                    name="model",
+                    flavor=_UntriedPyfunc,
+                    registered_model_name=registered_name,
+                    validate_serving_input=False,
+                    **_pyfunc(served),
                 )
             self._state["model_sent"] = digest.hexdigest()
             self._save()
@@ -397,8 +403,18 @@ def status_after(stop: BaseException) -> str:
 
 def save_served(path: Path, served: ServedFiles) -> None:
     """Write a folder for ``mlflow models serve`` and ``mlflow.pyfunc.load_model``."""
-    with _without_advice():
-        mlflow.pyfunc.save_model(path, **_pyfunc(served))
+    _quiet()
+    mlflow.pyfunc.save_model(path, **_pyfunc(served))
+
+
+class _UntriedPyfunc:
+    """MLflow's pyfunc flavor, whose own `log_model` would load the model to try the example: that
+    takes seconds, and leaves a deleted folder on the path of this process.
+    """
+
+    @staticmethod
+    def save_model(path: str, *, validate_serving_input: bool, **settings: Any) -> None:
+        mlflow.pyfunc.save_model(path, **settings)
 
 
 def _pyfunc(served: ServedFiles) -> dict[str, Any]:
@@ -415,6 +431,7 @@ def _pyfunc(served: ServedFiles) -> dict[str, Any]:
         "data_path": str(served.data),
         "code_paths": [str(served.code)],
         "signature": ModelSignature(inputs, outputs),
+        "input_example": pd.DataFrame([served.example]),
         "metadata": dict(served.metadata),
         "pip_requirements": [_pinned(name) for name in served.requirements],
     }
@@ -510,15 +527,6 @@ def _globally(uri: str) -> Iterator[None]:
             os.environ.pop(URI_VARIABLE, None)
         else:
             os.environ[URI_VARIABLE] = before
-
-
-@contextmanager
-def _without_advice() -> Iterator[None]:
-    """Hide MLflow's advice to pass an input example, used only to infer the signature."""
-    _quiet()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*[Ii]nput example")
-        yield
 
 
 @contextmanager

@@ -11,9 +11,10 @@ from unittest.mock import Mock
 import pytest
 from mlflow import MlflowClient, environment_variables
 from mlflow.entities import Metric
+from mlflow.models import Model
 
 from brainray.storage import Folder
-from brainray.tracking import Tracker, artifact_location, default_uri
+from brainray.tracking import ServedFiles, Tracker, artifact_location, default_uri
 
 HISTORY = [{"epoch": float(epoch), "train/loss/ce": 1.0 / epoch} for epoch in (1, 2, 3)]
 NOWHERE = "http://127.0.0.1:9"  # the discard port: nothing listens there
@@ -378,3 +379,36 @@ def test_what_has_been_deleted_in_mlflow_is_no_end(run: Folder) -> None:
     another = tracker(Folder(run.uri) / "another", uri)
     another.begin("another", {}, {})
     assert re.search("'tests' has been deleted: restore .*experiment=NAME", str(another.problem))
+
+
+def test_a_logged_model_has_an_example_of_a_request_and_is_not_loaded_to_try_it(
+    run: Folder, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    loaded, code, data = (tmp_path / name for name in ("loaded", "code", "data"))
+    code.mkdir()
+    data.mkdir()
+    loader = (
+        f"from pathlib import Path\n\ndef _load_pyfunc(_):\n    Path({str(loaded)!r}).touch()\n"
+    )
+    (code / "brainray_test_loader.py").write_text(loader)
+    made = begun(run, database(run))
+    made.log_model(
+        ServedFiles(
+            data,
+            loader="brainray_test_loader",
+            code=code,
+            requirements=["numpy"],
+            inputs={"path": "string", "image": "binary"},
+            outputs={"class": "string"},
+            example={"image": b"of a slice"},
+            metadata={},
+        ),
+        None,
+    )
+    assert made.problem is None
+    assert not loaded.exists()
+    (folder,) = {path.parent for path in tmp_path.rglob("MLmodel")}
+    saved: Any = Model.load(folder)
+    assert saved.load_input_example(folder)["image"].tolist() == [b"of a slice"]
+    assert "dataframe_split" in str(saved.get_serving_input(folder))
+    assert not [str(warned.message) for warned in recwarn if "xample" in str(warned.message)]

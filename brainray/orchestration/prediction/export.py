@@ -23,6 +23,7 @@ from brainray.engine.export import (
 )
 from brainray.errors import CheckpointError, ConfigError, TrackingError
 from brainray.log import log
+from brainray.mri.phantom import make_slice
 from brainray.mri.thumbnails import thumbnail_matrix
 from brainray.orchestration.code_version import code_hash
 from brainray.orchestration.job import JobResult
@@ -112,8 +113,15 @@ def served_files(predictor: Predictor) -> Iterator[ServedFiles]:
             requirements=serving.REQUIREMENTS,
             inputs={"path": "string", "image": "binary"},
             outputs={field.name: str(field.type) for field in PREDICTED_SLICES},
+            example={"image": _drawn_slice()},
             metadata={"classes": predictor.checkpoint.classes},
         )
+
+
+def _drawn_slice() -> bytes:
+    """A PNG of no patient."""
+    image = make_slice("notumor", np.random.default_rng(0), size=64).image
+    return cv2.imencode(".png", image)[1].tobytes()
 
 
 def _write_onnx(predictor: Predictor, folder: Path) -> Metrics:

@@ -34,7 +34,7 @@ from brainray.engine.export import SliceNet, load_safetensors, run_onnx, safeten
 from brainray.engine.slice_model import SliceModel, stored_pixels
 from brainray.engine.state import load_checkpoint
 from brainray.errors import BusyError, CheckpointError, ConfigError, DataError, TrackingError
-from brainray.mri.phantom import write_phantoms
+from brainray.mri.phantom import CLASSES, write_phantoms
 from brainray.orchestration.job import JobResult
 from brainray.orchestration.lock import held
 from brainray.orchestration.prediction import serving
@@ -149,6 +149,8 @@ def test_an_export_says_what_it_is(exported: JobResult, trained: TrainedRun) -> 
     assert exported.metrics["onnx/largest_difference"] <= 1e-4
     pickles = [path for path in local(exported).rglob("*") if path.suffix in {".pkl", ".pt"}]
     assert not pickles
+    in_mlflow = {path.name for path in (local(exported) / "mlflow").iterdir()}
+    assert {"input_example.json", "serving_input_example.json"} <= in_mlflow
     client = MlflowClient(trained.tracking_uri)
     (registered,) = client.search_model_versions("name='brainray-test'")
     assert registered.run_id == trained.mlflow_run_id == exported.run_id
@@ -182,6 +184,8 @@ def test_a_served_model_answers_a_request(
         from_bytes = _ask(address, [{"image": text} for text in encoded])
         paths = [*map(str, slices[:2]), str(tmp_path / "absent.jpg")]
         from_paths = _ask(address, [{"path": path} for path in paths])
+        example = (local(exported) / "mlflow" / "serving_input_example.json").read_bytes()
+        (from_example,) = _post(address, example)
         with pytest.raises(urllib.error.HTTPError) as refused:
             _ask(address, [{"img": "a.png"}])
     finally:
@@ -192,15 +196,19 @@ def test_a_served_model_answers_a_request(
     assert_same(from_paths[:2], expected)
     assert from_paths[2]["reason"] == "unreadable file"
     assert from_paths[2]["class"] is None
+    assert from_example["reason"] is None
+    assert from_example["class"] in CLASSES
     assert refused.value.code == 400
     assert "send records with" in refused.value.read().decode()
 
 
 def _ask(address: str, records: list[dict[str, str]]) -> list[dict[str, Any]]:
+    return _post(address, json.dumps({"dataframe_records": records}).encode())
+
+
+def _post(address: str, content: bytes) -> list[dict[str, Any]]:
     request = urllib.request.Request(
-        f"{address}/invocations",
-        json.dumps({"dataframe_records": records}).encode(),
-        {"Content-Type": "application/json"},
+        f"{address}/invocations", content, {"Content-Type": "application/json"}
     )
     with urllib.request.urlopen(request, timeout=120) as response:
         rows: list[dict[str, Any]] = json.loads(response.read())["predictions"]

@@ -203,6 +203,7 @@ def test_the_best_model_is_registered_and_can_be_loaded_alone(
     mlflow.set_tracking_uri(finished.tracking_uri)
     model = mlflow.pyfunc.load_model("models:/mri-classifier/1")
     assert set(model.metadata.signature.inputs.input_names()) == {"path", "image"}
+    assert model.predict(model.input_example)["reason"].tolist() == [None]
     files = sorted((phantoms / "Testing").rglob("*.jpg"))[:5]
     found = model.predict(pd.DataFrame({"path": [str(file) for file in files]}))
     assert [row["reason"] for row in found.to_dict("records")] == [None] * len(files)
