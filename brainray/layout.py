@@ -43,6 +43,7 @@ SUMMARY = "summary.json"  # written last: the run is complete
 BEST = "best"  # checkpoint of the chosen epoch
 LAST = "last"  # checkpoint of the last epoch
 NEXT_LABELS = "labels/next.csv"  # the unlabelled slices to label next, to be filled in
+NEXT_LABELS_PARQUET = "labels/next.parquet"  # the same table
 TRACKING = "tracking.json"  # what has been sent to MLflow
 
 # A checkpoint's folder

@@ -24,7 +24,8 @@ if __name__ == "__main__":
             Rank the unlabelled training slices of a run by how much their labels would help: the
             least certain predictions of the head first, alternating between clusters, with one
             slice of each group of copies and of each subject before any second one. Writes
-            labels/next.csv to the run's folder; fill in its column `label`.
+            labels/next.csv, and the same as next.parquet, to the run's folder; fill in the column
+            `label` of one of them.
 
             Example: python jobs/label.py --set run=nickparvar label.num_slices=200
             """,

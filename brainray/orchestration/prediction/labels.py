@@ -45,7 +45,8 @@ class NextLabels:
 
 
 def choose_next_labels(config: Config) -> NextLabels:
-    """Rank the run's unlabelled training slices into ``labels/next.csv`` of its folder.
+    """Rank the run's unlabelled training slices into ``labels/next.csv`` and ``next.parquet`` of
+    its folder.
 
     The labels of these slices are not read, even if the store has them.
 
@@ -96,6 +97,7 @@ def choose_next_labels(config: Config) -> NextLabels:
     ordered = [columns[name] for name in NEXT_LABELS.names]
     table = pa.table(ordered, names=NEXT_LABELS.names).cast(NEXT_LABELS)
     _check_nothing_is_filled_in(run.folder)  # meanwhile
+    run.folder.write_table(layout.NEXT_LABELS_PARQUET, table)
     run.folder.write_csv(layout.NEXT_LABELS, table)
     counts = Counter(table["cluster"].to_pylist())
     metrics = {"num_unlabelled": float(pool.num_rows), "num_chosen": float(table.num_rows)}
@@ -105,11 +107,10 @@ def choose_next_labels(config: Config) -> NextLabels:
 
 def _check_nothing_is_filled_in(run: Folder) -> None:
     """Raises DataError if the list of an earlier call has labels, which would be lost."""
-    if not run.exists(layout.NEXT_LABELS):
-        return
-    filled = [row for row in read_rows(run / layout.NEXT_LABELS) if (row["label"] or "").strip()]
-    if filled:
-        raise DataError(
-            f"{run}/{layout.NEXT_LABELS} has {len(filled)} labels filled in: add these rows to "
-            "your labels table, then move or delete the file"
-        )
+    for name in filter(run.exists, (layout.NEXT_LABELS, layout.NEXT_LABELS_PARQUET)):
+        filled = [row for row in read_rows(run / name) if (row["label"] or "").strip()]
+        if filled:
+            raise DataError(
+                f"{run}/{name} has {len(filled)} labels filled in: add these rows to your labels "
+                "table, then move or delete the file"
+            )

@@ -92,18 +92,21 @@ def test_every_row_of_the_list_is_of_one_slice_and_mates_of_labelled_ones_come_l
     assert [row["confidence"] for row in rows] == pytest.approx([0.6, 0.9, 0.5])
     read = {"sample_id", "role", "duplicate_group_id", "subject_id"}
     assert set(reading.call_args.args[1]) == read  # without fingerprints
+    assert folder.read_table("labels/next.parquet").to_pylist() == rows
 
 
-def test_labels_that_were_filled_in_are_not_overwritten(trained: TrainedRun) -> None:
-    storage = Path(str(trained.run.folder)).parents[1]
-    trained.run.folder.write_bytes(
-        "labels/next.csv", b"rank;path;label\n1;a.png;glioma\n2;b.png;\n"
-    )
+@pytest.mark.parametrize("name", ["labels/next.csv", "labels/next.parquet"])
+def test_labels_that_were_filled_in_are_not_overwritten(trained: TrainedRun, name: str) -> None:
+    storage, folder = Path(str(trained.run.folder)).parents[1], trained.run.folder
+    if name.endswith(".csv"):
+        folder.write_bytes(name, b"rank;path;label\n1;a.png;glioma\n2;b.png;\n")
+    else:
+        folder.write_table(name, pa.table({"path": ["a", "b"], "label": ["glioma", None]}))
     try:
-        with pytest.raises(DataError, match=r"next\.csv has 1 labels filled in"):
+        with pytest.raises(DataError, match=f"{name} has 1 labels filled in"):
             choose_next_labels(tiny_config(storage, "run=two-ranks"))
     finally:
-        trained.run.folder.delete_file("labels/next.csv")
+        folder.delete_file(name)
 
 
 def test_what_has_nothing_to_label_is_named(trained: TrainedRun) -> None:
