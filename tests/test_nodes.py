@@ -111,11 +111,18 @@ def last_weights(storage: Path, name: str) -> dict[str, torch.Tensor]:
 
 def assert_complete(storage: Path, name: str) -> None:
     assert [row["epoch"] for row in history(storage, name)] == [*range(1, 7)]
+    assert_every_slice_fitted(storage, name)
+
+
+def assert_every_slice_fitted(storage: Path, name: str) -> None:
+    """In the chosen epoch; in each one, every validation slice was predicted."""
     seen = Folder(storage / "runs" / name).read_table(layout.SEEN)
     fitted = Folder(storage / "runs" / name / layout.BEST).read_table(layout.FITTED)
     num_validation = sum(role == "validation" for role in seen["role"].to_pylist())
     assert fitted.num_rows == seen.num_rows - num_validation
     assert len(set(fitted["sample_id"].to_pylist())) == fitted.num_rows
+    predicted = {row["validation/num_slices"] for row in history(storage, name)}
+    assert predicted == {num_validation}
 
 
 def test_four_workers_on_three_nodes_preprocess_and_train(tmp_path: Path, job: Callable) -> None:
@@ -166,6 +173,7 @@ def test_a_node_that_goes_and_one_that_comes_change_the_number_of_workers_only(
             assert "ended by SIGTERM" in result(process)["error"]
     epochs = [row["epoch"] for row in history(tmp_path, "elastic")]
     assert epochs == [*range(1, len(epochs) + 1)]
+    assert_every_slice_fitted(tmp_path, "elastic")
 
 
 def test_a_warm_up_goes_on_when_a_node_leaves(tmp_path: Path, job: Callable) -> None:
