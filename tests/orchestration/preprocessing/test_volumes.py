@@ -5,6 +5,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import UID, ExplicitVRLittleEndian, MRImageStorage
@@ -14,6 +15,7 @@ from brainray.mri.phantom import make_series
 from brainray.orchestration.preprocessing import driver
 from brainray.orchestration.preprocessing.driver import preprocess
 from brainray.orchestration.seen import training_slices
+from brainray.orchestration.training.driver import train
 from tests.conftest import tiny_config
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -26,7 +28,7 @@ def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 PLANTED = {
-    "PatientName": "Doe^Joanna",
+    "PatientName": "Doeringer^Joanna",
     "PatientID": "MRN-4471-X",
     "PatientBirthDate": "19610203",
     "StudyDate": "20240517",
@@ -115,36 +117,65 @@ def test_slices_of_a_volume_are_labelled_singly(tmp_path: Path) -> None:
         stored("0.nii,,notumor", "1.nii,axial=2,glioma")
 
 
+def write_patients(source: Path, number: int) -> None:
+    """Two slices of each, in two classes, and a broken file."""
+    rng = np.random.default_rng(0)
+    for subject in range(number):
+        images = make_series("notumor", rng, num_slices=2, size=64)
+        for index, piece in enumerate(images):
+            label = "glioma" if subject % 2 else "notumor"
+            path = source / label / f"IM{subject}{index}"
+            write_dicom(path, piece.image, PatientID=f"{PLANTED['PatientID']}{subject}")
+    broken = source / "glioma" / "broken.dcm"
+    write_dicom(broken, images[0].image)
+    broken.write_bytes(broken.read_bytes()[:-500])
+
+
+def assert_nothing_planted(content: bytes, where: object) -> None:
+    for name, planted in PLANTED.items():
+        for part in planted.encode().split(b"^"):
+            assert part not in content, (name, where)
+
+
+def content_of(path: Path) -> bytes:
+    """The bytes of a file; also the values of a table, whose columns are compressed."""
+    table = str(pq.read_table(path).to_pylist()) if path.suffix == ".parquet" else ""
+    return path.read_bytes() + table.encode()
+
+
 def test_no_name_number_or_date_is_left_anywhere(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    rng = np.random.default_rng(0)
-    for subject in range(6):
-        images = make_series("notumor", rng, num_slices=2, size=64)
-        for number, piece in enumerate(images):
-            label = "glioma" if subject % 2 else "notumor"
-            path = tmp_path / "s" / label / f"IM{subject}{number}"
-            write_dicom(path, piece.image, PatientID=f"{PLANTED['PatientID']}{subject}")
-    broken = tmp_path / "s" / "glioma" / "broken.dcm"
-    write_dicom(broken, images[0].image)
-    broken.write_bytes(broken.read_bytes()[:-500])
+    write_patients(tmp_path / "s", 6)
     store = preprocess(tiny_config(tmp_path / "a", "name=mri", f"source={tmp_path / 's'}"))
     index = store.index().to_pandas()
     assert len(index) == 12
     assert index["subject_id"].nunique() == 6
-    left = "".join(capfd.readouterr())
-    folder = tmp_path / "a" / "datasets" / "mri"
-    for path in sorted(folder.rglob("*")):
-        if path.suffix == ".parquet":
-            table = store.folder.read_table(str(path.relative_to(folder)))
-            columns = [n for n in table.column_names if n not in {"image", "thumbnail"}]
-            left += str(table.select(columns).to_pylist())
-        elif path.suffix in {".json", ".md"}:
-            left += path.read_text()
-    assert "IM00" in left
-    for name, planted in PLANTED.items():
-        for part in planted.split("^"):
-            assert part not in left, name
+    assert_nothing_planted("".join(capfd.readouterr()).encode(), "the log")
+    files = [path for path in (tmp_path / "a" / "datasets").rglob("*") if path.is_file()]
+    assert any(b"IM00" in content_of(path) for path in files)
+    for path in files:
+        assert_nothing_planted(content_of(path), path)
+
+
+@pytest.mark.slow
+def test_none_is_left_in_a_run_its_report_and_mlflow(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_patients(tmp_path / "s", 20)
+    storage = tmp_path / "a"
+    preprocess(tiny_config(storage, "name=mri", f"source={tmp_path / 's'}"))
+    settings = ("name=run", "dataset=mri", "train.num_epochs=1", "split.labelled_fraction=1")
+    trained = train(tiny_config(storage, *settings))
+    assert trained.mlflow_run_id is not None
+    assert_nothing_planted("".join(capfd.readouterr()).encode(), "the log")
+    files = [path for path in storage.rglob("*") if path.is_file()]
+    names = {str(path.relative_to(storage)) for path in files}
+    assert {"mlflow.db", "runs/run/report.html", "runs/run/seen.parquet"} <= names
+    assert any(name.startswith("mlartifacts/") and name.endswith("report.html") for name in names)
+    assert b"IM00" in content_of(storage / "runs" / "run" / "seen.parquet")
+    for path in files:
+        assert_nothing_planted(content_of(path), path)
 
 
 def test_new_files_of_a_patient_are_not_hashed_with_another_salt(
