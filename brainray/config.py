@@ -419,10 +419,6 @@ class TrainConfig(_Section):
     """Unlabelled slices per step and worker."""
     labelled_batch_size_per_worker: Positive = 64
     """Labelled slices per step and worker."""
-    labelled_sampling: Literal["slice", "subject"] = "slice"
-    """``slice``: every labelled slice is drawn equally often; ``subject``: the slices of every
-    (likely) subject of a class together are, so that subjects with many labelled slices do not
-    outweigh the others (of the same worker)."""
     embed_batch_size: Positive = 256
     """Slices per inference batch."""
     learning_rate: PositiveFloat = 1.5e-3

@@ -85,8 +85,7 @@ class EpochData:
     """Training slices of this rank for one epoch, with their augmentation.
 
     ``seed`` alone determines order and augmentation; it must differ between epochs and ranks. The
-    smaller of the labelled and the unlabelled set is cycled. A pass over the labelled slices has
-    each once or, on average, in proportion to ``labelled_weights`` (n,).
+    smaller of the labelled and the unlabelled set is cycled.
     """
 
     labelled: SliceShard
@@ -101,20 +100,13 @@ class EpochData:
     seed: int
     side: int | None = None  # that slices are resized to
     mixup_alpha: float = 0.0  # mixup of labelled slices if above 0
-    labelled_weights: Tensor | None = None
 
     def batches(self) -> Iterator[StepBatch]:
         """Yield one batch per step."""
         device = self.labelled.images.device
         generator = Generator(device).manual_seed(self.seed)
         order = list(
-            _cycle_rows(
-                len(self.labelled),
-                self.sizes.labelled,
-                self.num_steps,
-                seed=2 * self.seed,
-                weights=self.labelled_weights,
-            )
+            _cycle_rows(len(self.labelled), self.sizes.labelled, self.num_steps, seed=2 * self.seed)
         )
         order_unlabelled = list(
             _cycle_rows(
@@ -169,37 +161,13 @@ def embed(
     )
 
 
-def _cycle_rows(
-    num_rows: int,
-    batch_size: int,
-    num_steps: int,
-    *,
-    seed: int,
-    weights: Tensor | None = None,
-) -> Iterator[Tensor]:
-    """Yield ``num_steps`` batches of row indices from repeated shuffled passes, which have each row
-    once or in proportion to its weight.
-    """
+def _cycle_rows(num_rows: int, batch_size: int, num_steps: int, *, seed: int) -> Iterator[Tensor]:
+    """Yield ``num_steps`` batches of row indices from repeated shuffled passes."""
     generator = Generator().manual_seed(seed)  # on the CPU: the same order on every device
     assert num_rows > 0 or batch_size == 0, "a rank without slices cannot fill batches"
     waiting = torch.empty(0, dtype=torch.int64)
     for _ in range(num_steps):
         while len(waiting) < batch_size:
-            order = torch.randperm(num_rows, generator=generator)
-            if weights is not None:
-                order = _resampled(order, weights, generator)
-            waiting = torch.cat([waiting, order])
+            waiting = torch.cat([waiting, torch.randperm(num_rows, generator=generator)])
         yield waiting[:batch_size]
         waiting = waiting[batch_size:]
-
-
-def _resampled(order: Tensor, weights: Tensor, generator: Generator) -> Tensor:
-    """As many rows (n,) as ``order`` has, each as often on average as its share of the weights.
-
-    Systematic resampling (Carpenter et al. 1999): a row appears as often as expected, rounded up or
-    down.
-    """
-    ends = (weights[order] / weights.mean()).cumsum(dim=0)
-    points = torch.arange(len(order), dtype=ends.dtype) + torch.rand((), generator=generator)
-    drawn = torch.searchsorted(ends, points, right=True).clamp_max(len(order) - 1)  # of rounding
-    return order[drawn[torch.randperm(len(order), generator=generator)]]

@@ -148,7 +148,6 @@ class RankData:
     validation: SliceShard
     test: SliceShard
     inherited: Tensor  # (n,) int64 for unlabelled: class of their subject's labelled slices
-    labelled_weights: Tensor | None  # (n,) float64: how often to draw each, relative to the others
 
     @property
     def fitted_keys(self) -> Tensor:

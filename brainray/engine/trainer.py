@@ -346,7 +346,6 @@ class Trainer:
                     seed=seed_of(config.seed, self.epoch, dist.rank()),
                     side=self._side,
                     mixup_alpha=config.train.mixup_alpha,
-                    labelled_weights=self.data.labelled_weights,
                 ),
                 precision=self.precision,
                 accumulation=config.train.accumulation_steps,

@@ -199,25 +199,6 @@ def inherited_labels(
     ]
 
 
-def subject_weights(labels: Sequence[str], subjects: Sequence[str | None]) -> NDArray[np.float64]:
-    """How often to draw each of n slices per pass, (n,) with mean 1: all subjects of a class
-    equally often, and each class as often as if its slices were drawn once each.
-
-    Args:
-        labels: of each slice.
-        subjects: of each slice, given or estimated; None if unknown: a subject of its own.
-    """
-    own = [
-        (label, index if subject is None else subject)
-        for index, (label, subject) in enumerate(zip(labels, subjects, strict=True))
-    ]
-    num_slices, class_sizes = Counter(own), Counter(labels)
-    num_subjects = Counter(label for label, _ in num_slices)
-    return np.array(
-        [class_sizes[key[0]] / (num_subjects[key[0]] * num_slices[key]) for key in own], np.float64
-    )
-
-
 @dataclass(frozen=True)
 class _Group:
     """Slices that are drawn together."""

@@ -244,25 +244,6 @@ def test_a_batch_of_more_slices_than_are_labelled_has_them_repeatedly() -> None:
     assert sorted(torch.bincount(drawn, minlength=3).tolist()) == [5, 5, 6]
 
 
-def test_labelled_slices_are_drawn_as_often_as_their_weights_say() -> None:
-    weights = torch.tensor([3.0, 2.5, 1.25] + [0.25] * 9, dtype=torch.float64) * 12 / 9
-    data = replace(
-        two_steps(),
-        sizes=StepSizes(12, 8),  # a pass per step
-        num_steps=300,
-        side=16,
-        labelled_weights=weights,
-    )
-    passes = [batch.keys[:12] for batch in data.batches()]
-    counts = torch.stack([torch.bincount(keys, minlength=12) for keys in passes])
-    assert (counts >= weights.floor()).all()
-    assert (counts <= weights.ceil()).all()
-    torch.testing.assert_close(counts.double().mean(dim=0), weights, atol=0.12, rtol=0)
-    assert not torch.equal(passes[0].sort().values, passes[0])
-    places_of_first = [torch.nonzero(keys == 0).flatten() for keys in passes]  # four of twelve
-    assert any((places.diff() > 1).any() for places in places_of_first)  # not side by side
-
-
 @pytest.mark.slow
 def test_a_compiled_encoder_learns_the_same() -> None:
     _, losses = train(seed=5)

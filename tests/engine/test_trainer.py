@@ -74,7 +74,6 @@ def trainer_of(
     num_unlabelled: int = 24,
     labels: Tensor | None = None,
     inherited: Tensor | None = None,
-    labelled_weights: Tensor | None = None,
 ) -> Trainer:
     """Of 12 labelled slices, alternately dark and bright unless their ``labels`` are given."""
     run = Folder(folder)
@@ -101,7 +100,6 @@ def trainer_of(
             validation=validation,
             test=test,
             inherited=unknown if inherited is None else inherited,
-            labelled_weights=labelled_weights,
         ),
         pa.table({name: ["x"] * 6 for name in ("sample_id", "path", "frame")}),
         encoder,
@@ -213,8 +211,7 @@ def test_an_epoch_is_trained_as_the_run_is_configured(
         "train.start_image_size=32",
         "train.growth_epochs=4",
     )
-    weights = torch.linspace(1, 2, 12, dtype=torch.float64)
-    trainer = after_an_epoch(trainer_of(tmp_path, config, labelled_weights=weights))
+    trainer = after_an_epoch(trainer_of(tmp_path, config))
     for epoch in (2, 3):
         trainer.epoch = epoch
         trainer._train_epoch(trainer._targets()[0])
@@ -222,7 +219,6 @@ def test_an_epoch_is_trained_as_the_run_is_configured(
     assert data[0].augmentation == config.augment
     assert data[0].augmentation_unlabelled == config.augment_unlabelled
     assert data[0].mixup_alpha == 0.3
-    assert data[0].labelled_weights is weights
     assert [epoch.side for epoch in data] == [32, 64]
     assert data[0].seed != data[1].seed
     assert calls[0][1]["accumulation"] == 2

@@ -12,7 +12,6 @@ from brainray.mri.split import (
     draw_roles,
     draw_test,
     inherited_labels,
-    subject_weights,
 )
 from brainray.schema import LABELLED, LEFT_OUT, UNLABELLED_ROLE, VALIDATION
 
@@ -336,18 +335,6 @@ def test_the_test_draw_is_stratified_and_keeps_groups_together() -> None:
         assert held_out[np.array(labels) == name].sum() == 25
     for group in set(groups):
         assert len({bool(held_out[row]) for row in range(300) if groups[row] == group}) == 1
-
-
-def test_all_subjects_of_a_class_are_drawn_equally_often_and_classes_as_before() -> None:
-    labels = [*"aaaaaa", *"bb", "a"]
-    subjects = ["p1", "p1", "p1", "p2", None, None, "p1", "p3", "p2"]
-    weights = subject_weights(labels, subjects)
-    # Class a has four subjects for its seven slices: two of them have a single one each.
-    each = 7 / 4
-    np.testing.assert_allclose(
-        weights, [each / 3, each / 3, each / 3, each / 2, each, each, 1, 1, each / 2]
-    )
-    assert weights.mean() == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -199,10 +199,9 @@ def test_validation_by_subject_shares_no_subject_with_what_is_fitted(
     column = index.column_names.index("subject_id")
     nameless = index.set_column(column, "subject_id", pa.nulls(index.num_rows, pa.string()))
     monkeypatch.setattr(ImageStore, "index", lambda *_, **__: nameless)
-    for setting in ("split.validation", "train.labelled_sampling"):
-        overrides = tiny_config(tmp_path, "name=refused", "dataset=series", f"{setting}=subject")
-        with pytest.raises(ConfigError, match=rf"has no subjects.* or set {setting}=slice"):
-            begin_run(overrides, store, 1)
+    config = tiny_config(tmp_path, "name=refused", "dataset=series", "split.validation=subject")
+    with pytest.raises(ConfigError, match=r"has no subjects.* or set split\.validation=slice"):
+        begin_run(config, store, 1)
 
 
 def test_draws_are_compared_with_a_control_of_the_same_draws_only(storage: Path) -> None:

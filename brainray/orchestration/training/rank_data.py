@@ -15,7 +15,7 @@ from brainray.engine.shard import (
     StreamedImages,
     sample_keys,
 )
-from brainray.mri.split import inherited_labels, subject_weights
+from brainray.mri.split import inherited_labels
 from brainray.orchestration.store import ImageStore, scan_images
 from brainray.schema import (
     ESTIMATED,
@@ -50,9 +50,8 @@ def load_rank_data(
     def share(rows: pa.Table) -> pa.Table:
         return rows.take(pa.array(range(rank, rows.num_rows, num_ranks), pa.int64()))
 
-    labelled = rows_of_role(LABELLED)
     shares = {  # labelled slices are read most often, so they are cached first
-        LABELLED: share(labelled),
+        LABELLED: share(rows_of_role(LABELLED)),
         VALIDATION: share(rows_of_role(VALIDATION)),
         TEST: share(test),
         UNLABELLED_ROLE: share(rows_of_role(UNLABELLED_ROLE)),
@@ -75,17 +74,12 @@ def load_rank_data(
             classes_of(rows["label"]),
         )
 
-    labelled_weights = None
-    if config.train.labelled_sampling == "subject":
-        labels, subjects = (labelled[name].to_pylist() for name in ("label", "subject_id"))
-        labelled_weights = torch.tensor(subject_weights(labels, subjects)[rank::num_ranks])
     return RankData(
         labelled=shard(LABELLED),
         validation=shard(VALIDATION),
         test=shard(TEST),
         unlabelled=shard(UNLABELLED_ROLE),
         inherited=classes_of(shares[UNLABELLED_ROLE]["inherited"]),
-        labelled_weights=labelled_weights,
     )
 
 

@@ -113,16 +113,12 @@ def _draw(config: Config, store: ImageStore, train: pa.Table) -> pa.Table:
     check_validation_share(config.split.validation_fraction)
     labels = train["label"].to_pylist()
     by_subject = config.split.validation == "subject"
-    for setting, value in {
-        "split.validation": config.split.validation,
-        "train.labelled_sampling": config.train.labelled_sampling,
-    }.items():
-        if value == "subject" and train["subject_id"].null_count == train.num_rows:
-            raise ConfigError(
-                f"{setting}=subject: the image store {store.folder} has no subjects, given or "
-                "estimated; preprocess with subjects in a labels table or with "
-                f"preprocess.subject.estimate=true, or set {setting}=slice"
-            )
+    if by_subject and train["subject_id"].null_count == train.num_rows:
+        raise ConfigError(
+            f"split.validation=subject: the image store {store.folder} has no subjects, given or "
+            "estimated; preprocess with subjects in a labels table or with "
+            "preprocess.subject.estimate=true, or set split.validation=slice"
+        )
     roles = draw_roles(
         labels,
         train["draw_group_id"].to_pylist(),

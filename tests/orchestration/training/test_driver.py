@@ -88,7 +88,6 @@ ANCHORED = (
     "train.ema_decay=0.9",
     "train.growth_epochs=1",
     "train.mixup_alpha=0.2",
-    "train.labelled_sampling=subject",
     "evaluation.test_each_epoch=false",
     "train.start_image_size=16",
 )
