@@ -232,11 +232,8 @@ class SplitConfig(_Section):
 
 
 class EncoderConfig(_Section):
-    name: Literal["resnet18", "resnet34", "resnet50", "resnet18d", "resnet34d", "resnet50d"] = (
-        "resnet18"
-    )
-    """Torchvision encoder, without its last layer; with a ``d``, as ResNet-D (deeper stem,
-    averaging shortcuts)."""
+    name: Literal["resnet18", "resnet34", "resnet50"] = "resnet18"
+    """Torchvision encoder, without its last layer."""
     weights: Location = "random"
     """``random``, ``imagenet`` (downloaded by torchvision) or the path of a local state dict or
     brainray checkpoint."""
@@ -604,8 +601,7 @@ class LabelConfig(_Section):
 
 class FeatureConfig(_Section):
     encoder: str = "resnet18"
-    """``pixels``, or the name of a torchvision classifier or ResNet-D (as in ``encoder.name``),
-    used without its last layer."""
+    """``pixels``, or the name of a torchvision classifier, used without its last layer."""
     weights: Location = "random"
     """``random``, ``imagenet`` (downloaded by torchvision), ``run:NAME`` (the chosen epoch of a
     brainray run) or the path of a local state dict or brainray checkpoint."""

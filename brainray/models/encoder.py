@@ -1,4 +1,4 @@
-"""The encoder of METHOD A: a ResNet without its last layer, and a linear head."""
+"""The encoder of METHOD A: a torchvision ResNet without its last layer, and a linear head."""
 
 import io
 from collections.abc import Mapping
@@ -12,7 +12,6 @@ import torchvision
 from torch import Tensor, nn
 
 from brainray.errors import ConfigError
-from brainray.models.resnet_d import RESNETS_D, build_network
 from brainray.models.small_maps import with_fast_small_maps
 
 _ZIP = b"PK"  # beginning of what torch.save writes
@@ -34,14 +33,13 @@ class Encoder(nn.Module):
 
     def __init__(self, name: str, num_classes: int) -> None:
         super().__init__()
-        network: Any = build_network(name)
+        network: Any = torchvision.models.get_model(name, weights=None)
         self.embedding_dim: int = network.fc.in_features
-        stem = network.get_submodule(stem_of(network))
-        grey = nn.Conv2d(
+        stem = network.conv1
+        network.conv1 = nn.Conv2d(
             1, stem.out_channels, stem.kernel_size, stem.stride, stem.padding, bias=False
         )
-        nn.init.kaiming_normal_(grey.weight, mode="fan_out", nonlinearity="relu")
-        network.set_submodule(stem_of(network), grey)
+        nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
         network.fc = nn.Identity()
         self.backbone = with_fast_small_maps(network)
         self.head = nn.Linear(self.embedding_dim, num_classes)
@@ -51,11 +49,6 @@ class Encoder(nn.Module):
         # Autocast would compute the head in low precision without saving time.
         with torch.autocast(images.device.type, enabled=False):
             return EncoderOutput(z=F.normalize(features), logits=self.head(features))
-
-
-def stem_of(network: nn.Module) -> str:
-    """Name of the first convolution."""
-    return next(name for name, each in network.named_modules() if isinstance(each, nn.Conv2d))
 
 
 def build_encoder(
@@ -70,7 +63,7 @@ def build_encoder(
     is equivalent to feeding the grey slice to each. The head is always new.
 
     Args:
-        name: a ResNet of torchvision or of `RESNETS_D`.
+        name: a ResNet of torchvision.
         weights: ``random``, or a network's state dict.
         num_classes: outputs of the head.
         where: where the weights are from, for errors.
@@ -82,9 +75,9 @@ def build_encoder(
     if weights == "random":
         return encoder
     state = {key: value for key, value in weights.items() if not key.startswith("fc.")}
-    stem = f"{stem_of(encoder.backbone)}.weight"
-    if stem in state and state[stem].shape[1] == 3:
-        state[stem] = state[stem].sum(dim=1, keepdim=True)
+    stem = state.get("conv1.weight")
+    if stem is not None and stem.shape[1] == 3:
+        state["conv1.weight"] = stem.sum(dim=1, keepdim=True)
     try:
         encoder.backbone.load_state_dict(state)
     except RuntimeError as error:
@@ -95,23 +88,12 @@ def build_encoder(
     return encoder
 
 
-def check_has_imagenet(name: str, setting: str) -> None:
-    """Raises ConfigError, naming the ``setting``, if torchvision has no weights of a network."""
-    if name in RESNETS_D:
-        raise ConfigError(
-            f"{setting}=imagenet: torchvision has no weights of {name}: give the path of a local "
-            f"file, such as timm's, or choose {RESNETS_D[name]}"
-        )
-
-
 def imagenet_state(name: str, setting: str) -> dict[str, Tensor]:
     """ImageNet weights of torchvision, downloaded if they are not in its cache.
 
     Raises:
-        ConfigError: there are none, or they cannot be downloaded or read; the message names the
-            ``setting``.
+        ConfigError: they cannot be downloaded or read; the message names the ``setting``.
     """
-    check_has_imagenet(name, setting)
     weights = torchvision.models.get_model_weights(name).DEFAULT
     try:
         return dict(weights.get_state_dict(progress=False, check_hash=True))

@@ -11,7 +11,6 @@ import torchvision
 from torch import Tensor, nn
 
 from brainray.errors import ConfigError
-from brainray.models.resnet_d import RESNETS_D, build_network
 from brainray.models.small_maps import with_fast_small_maps
 
 PIXELS = "pixels"
@@ -94,7 +93,7 @@ def build_feature_encoder(
     pixel_mean: float,
     pixel_std: float,
 ) -> FeatureEncoder:
-    """Build ``pixels`` or a classifier without its last layer, in evaluation mode.
+    """Build ``pixels`` or a torchvision classifier without its last layer, in evaluation mode.
 
     Auxiliary heads (Inception, GoogLeNet) are left out. With ImageNet weights, and any local
     weights with a stem for colour images, inputs are as in their training: three equal channels
@@ -103,7 +102,7 @@ def build_feature_encoder(
     three channels, which gives the same features.
 
     Args:
-        name: as in ``torchvision.models.list_models()`` or `RESNETS_D`.
+        name: as in ``torchvision.models.list_models()``.
         weights: ``random`` or a network's state dict.
         seed: of random weights; the global random state is not changed.
         pixel_mean: mean of the training slices' intensities, in units of [0, 1].
@@ -117,7 +116,7 @@ def build_feature_encoder(
     check_encoder_name(name)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed GPUs as well
-        network: Any = build_network(name, **_OPTIONS.get(name, {}))
+        network = torchvision.models.get_model(name, weights=None, **_OPTIONS.get(name, {}))
     last = _remove_last_layer(network, name)
     with_fast_small_maps(network)
     scale: tuple[Sequence[float], Sequence[float]] = ((pixel_mean,), (pixel_std,))
@@ -130,8 +129,7 @@ def build_feature_encoder(
         }
         state, was_grey = _with_colour_stem(state, expected)
         if not was_grey:
-            published = torchvision.models.get_model_weights(RESNETS_D.get(name, name)).DEFAULT
-            trained = published.transforms()
+            trained = torchvision.models.get_model_weights(name).DEFAULT.transforms()
             scale = (trained.mean, trained.std)
             if hasattr(network, "transform_input"):  # converts ImageNet's scale to its own
                 network.transform_input = True
@@ -148,8 +146,8 @@ def build_feature_encoder(
 
 
 def check_encoder_name(name: str) -> None:
-    """Raise ConfigError, with similar names, unless `build_feature_encoder` knows the name."""
-    known = [PIXELS, *RESNETS_D, *torchvision.models.list_models(module=torchvision.models)]
+    """Raise ConfigError, with similar names, unless ``name`` is pixels or in torchvision."""
+    known = [PIXELS, *torchvision.models.list_models(module=torchvision.models)]
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
         hint = f"did you mean {', '.join(near)}?" if near else "such as resnet18 or inception_v3"

@@ -11,7 +11,7 @@ from torch import Tensor
 from brainray import layout
 from brainray.config import RUN_PREFIX, Config, FeatureConfig
 from brainray.errors import ConfigError
-from brainray.models.encoder import check_has_imagenet, encoder_state, imagenet_state
+from brainray.models.encoder import encoder_state, imagenet_state
 from brainray.mri.identity import content_hash
 from brainray.orchestration.run import open_run
 from brainray.storage import Folder
@@ -57,7 +57,6 @@ def read_weights(config: Config, feature: FeatureConfig, setting: str) -> Weight
     if feature.weights == "random":
         return Weights("random", lambda: "random")
     if feature.weights == "imagenet":
-        check_has_imagenet(feature.encoder, setting)
         return Weights("imagenet", lambda: imagenet_state(feature.encoder, setting))
     name = feature.weights.removeprefix(RUN_PREFIX)
     if name != feature.weights:
