@@ -185,10 +185,8 @@ class PreprocessConfig(_Section):
     mask if there is none), so that heads fill the slice whatever the field of view."""
     resize: Literal["stretch", "letterbox"] = "stretch"
     """``stretch`` fills the square (METHOD A); ``letterbox`` keeps the aspect ratio (METHOD B)."""
-    intensity: Literal["as_is", "min_max", "auto_gamma"] = "as_is"
-    """``min_max`` stretches each slice's intensities to 0..255 before storing it (METHOD B);
-    ``auto_gamma`` then also applies a gamma to each slice, so that all have the same median grey.
-    """
+    intensity: Literal["as_is", "min_max"] = "as_is"
+    """``min_max`` stretches each slice's intensities to 0..255 before storing it (METHOD B)."""
     min_side: Positive = 32
     """Slices with a shorter height or width, in pixels, are rejected; so are those with one side
     more than ten times the other."""

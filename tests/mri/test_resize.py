@@ -1,17 +1,8 @@
 """Geometry and intensity of stored slices, by hand-worked cases."""
 
 import numpy as np
-import pytest
 
-from brainray.mri.resize import (
-    MID_GREY,
-    auto_gamma,
-    crop_foreground,
-    letterbox,
-    min_max,
-    stretch,
-    thumbnail,
-)
+from brainray.mri.resize import crop_foreground, letterbox, min_max, stretch, thumbnail
 
 
 def test_stretch_halves_by_averaging() -> None:
@@ -54,32 +45,6 @@ def test_min_max_spans_the_range() -> None:
     assert stretched.min() == 0
     assert stretched.max() == 255
     np.testing.assert_array_equal(min_max(np.full((3, 3), 9, np.uint8)), np.zeros((3, 3)))
-
-
-@pytest.mark.parametrize(("brightness", "gamma"), [(1.0, 1.0), (0.5, 1.0), (1.0, 0.6), (0.8, 1.6)])
-def test_auto_gamma_undoes_brightness_and_gamma(brightness: float, gamma: float) -> None:
-    head = np.zeros((64, 64), np.uint8)
-    head[8:56, 8:56] = np.random.default_rng(0).integers(20, 256, (48, 48))
-    altered = (255 * brightness * (head / 255) ** gamma).astype(np.uint8)
-    found = auto_gamma(altered)
-    assert abs(float(np.median(found[found > 0])) - 255 * MID_GREY) <= 2
-    assert found.max() == 255
-    np.testing.assert_array_equal(found == 0, head == 0)
-    np.testing.assert_allclose(found.astype(int), auto_gamma(head).astype(int), atol=5)
-
-
-@pytest.mark.parametrize("grey", [0, 9, 255])
-def test_auto_gamma_of_a_constant_slice_is_black(grey: int) -> None:
-    np.testing.assert_array_equal(auto_gamma(np.full((3, 3), grey, np.uint8)), np.zeros((3, 3)))
-
-
-@pytest.mark.parametrize(("tissue", "power"), [(1, 1 / 4), (254, 4)])
-def test_auto_gamma_of_what_is_nearly_black_or_white_keeps_its_greys(
-    tissue: int, power: float
-) -> None:
-    image = np.full((16, 16), tissue, np.uint8)
-    image[0] = np.arange(16) * 17  # 0 to 255
-    np.testing.assert_allclose(auto_gamma(image), 255 * (image / 255) ** power, atol=0.5)
 
 
 def test_a_thumbnail_hardly_depends_on_resolution() -> None:

@@ -253,8 +253,6 @@ def _slice_columns(decoded: DecodedSlice, config: PreprocessConfig) -> dict[str,
         image = resize.crop_foreground(image, otsu_mask(image) if mask is None else mask)
     if config.intensity == "min_max":
         image = resize.min_max(image)
-    elif config.intensity == "auto_gamma":
-        image = resize.auto_gamma(image)
     shape = resize.letterbox if config.resize == "letterbox" else resize.stretch
     image = shape(image, config.image_size)
     if not image.any():
