@@ -1,7 +1,6 @@
 """Sweeps: trials of the training driver under Ray Tune, resumable by name."""
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from ray import tune
@@ -9,7 +8,7 @@ from ray import tune
 from brainray import layout
 from brainray.config import Config
 from brainray.config_text import flatten, to_yaml
-from brainray.errors import BrainrayError, ConfigError, DataError, TrackingError
+from brainray.errors import BrainrayError, ConfigError
 from brainray.log import log
 from brainray.orchestration.lock import held
 from brainray.orchestration.prediction.export import served_files
@@ -79,24 +78,18 @@ def _sweep(base: Config, store: ImageStore) -> FinishedSweep:
     folder = sweep_folder(base)
     workers = None if folder.exists(layout.SUMMARY) else _check_trials(base, store)
     _check_or_write_settings(base, store, folder)
-    open_parent = partial(
-        open_tracking,
+    if workers is None:
+        log(f"sweep {folder}: complete, nothing to search")
+        if base.registry.name is not None:  # of use only when a sweep concludes
+            log(f"to register one: jobs/export.py --set run={base.name}-TRIAL registry.name=NAME")
+        return _finished(folder, folder.read_json(layout.SUMMARY))
+    tuner = build_tuner(base, store, folder, workers)
+    tracker = open_tracking(
         base,
         folder,
         flatten(base.without_secrets()),
         {"brainray.data_hash": store.manifest.data_hash},
     )
-    if workers is None:
-        log(f"sweep {folder}: complete, nothing to search")
-        summary = folder.read_json(layout.SUMMARY)
-        if base.registry.name not in {None, summary.get("registered")}:
-            best = _best_trial(base, folder, summary.get("best_trial"))
-            _register_later(base, best, open_parent())
-            folder.write_json(layout.SUMMARY, summary | {"registered": base.registry.name})
-            log(f"registered its best model as {base.registry.name}")
-        return _finished(folder, summary)
-    tuner = build_tuner(base, store, folder, workers)
-    tracker = open_parent()
     with tracker.ended_by_errors():
         return _search(base, folder, store, tuner, tracker)
 
@@ -222,11 +215,9 @@ def _conclude(
     tracker.log_files([_BEST, _TABLE, _TRIALS, _SETTINGS, *figures])
     tracker.log_tags({"brainray.best_trial": best.trial_id})
     name = None if follower.errors else config.registry.name
-    _log_model(config, best, tracker, name, force=False)
+    _log_model(config, best, tracker, name)
     tracker.finish()
     summary: dict[str, Any] = {
-        "best_trial": best.trial_id,
-        "registered": config.registry.name,
         "metrics": metrics,
         "table": trials_table(config, trials, follower.outcome, limit=NUM_SHOWN),
         "mlflow_run_id": tracker.mlflow_run_id,
@@ -253,43 +244,13 @@ def _finished(folder: Folder, summary: dict[str, Any]) -> FinishedSweep:
     return FinishedSweep(folder, **{name: summary[name] for name in names})
 
 
-def _best_trial(config: Config, folder: Folder, trial_id: str | None) -> Trial:
-    """The best trial of a complete sweep; its id is None if an earlier version completed it.
-
-    Raises:
-        DataError: its run has been deleted.
-    """
-    for trial in ranked_trials(config, read_trials(config)):
-        if trial_id in {None, trial.trial_id}:
-            return trial
-    which = "" if trial_id is None else f" ({trial_id})"
-    raise DataError(
-        f"the run of the sweep's best trial{which} no longer exists: train {folder}/{_BEST} again, "
-        "and register it with jobs/export.py"
-    )
-
-
-def _log_model(
-    config: Config, best: Trial, tracker: Tracker, name: str | None, *, force: bool
-) -> None:
+def _log_model(config: Config, best: Trial, tracker: Tracker, name: str | None) -> None:
     """Log the best model to the sweep's MLflow run, and register it if a name is given."""
     if best.run is None:
         return
     best_config = config.model_copy(update={"run": best.run.record.name, "epoch": None})
     with served_files(find_predictor(best_config, "the sweep's model")) as served:
-        tracker.log_model(served, name, force=force)
-
-
-def _register_later(config: Config, best: Trial, tracker: Tracker) -> None:
-    """Register the best model of a complete sweep under a name that is given now.
-
-    Raises:
-        TrackingError: the server cannot be used.
-    """
-    _log_model(config, best, tracker, config.registry.name, force=True)
-    tracker.finish()
-    if tracker.problem is not None:
-        raise TrackingError(tracker.problem)
+        tracker.log_model(served, name, force=False)
 
 
 def _scored(config: Config, trial: Trial) -> ScoredTrial:

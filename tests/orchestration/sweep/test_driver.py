@@ -40,7 +40,6 @@ from brainray.errors import (
     BusyError,
     ClusteringError,
     ConfigError,
-    DataError,
     RoomError,
     StorageError,
     StoreChangedError,
@@ -55,7 +54,6 @@ from brainray.orchestration.sweep import driver, trials, tuner
 from brainray.orchestration.sweep import follower as follower_module
 from brainray.orchestration.sweep.driver import (
     FinishedSweep,
-    _best_trial,
     _check_or_write_settings,
     _conclude,
     _reasons_for_failure,
@@ -229,17 +227,6 @@ def test_a_finished_sweep_trains_nothing_again(
 
 
 @pytest.mark.slow
-def test_a_finished_sweep_registers_its_best_model_once_under_a_new_name(
-    finished: FinishedSweep, storage: Path
-) -> None:
-    for _ in range(2):
-        sweep(sweep_config(storage, "registry.name=also"))
-    client = MlflowClient(finished.tracking_uri)
-    versions = client.search_model_versions("name = 'also'")
-    assert [found.run_id for found in versions] == [finished.mlflow_run_id]
-
-
-@pytest.mark.slow
 def test_a_poor_trial_is_stopped_and_its_resources_come_back(storage: Path) -> None:
     # Of the few validation slices that there are, the share of right ones says too little.
     rates = {"train.learning_rate": {"choice": [1e-4, 0.1]}}
@@ -301,6 +288,7 @@ def test_a_sweep_whose_time_is_up_is_complete(
         "tune.algorithm=random",
         "tune.num_trials=40",
         "tune.time_budget_min=1.5",
+        "registry.name=null",
         'tune.space={"objective.lambda_cluster": {"uniform": [0.1, 0.5]}}',
     )
     found = sweep(config)
@@ -425,23 +413,18 @@ def test_a_space_that_makes_no_sense_is_refused(
 
 
 def test_a_complete_sweep_needs_nothing_for_training(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Such as weights and room for workers; its best model can still be registered."""
+    """Such as weights and room for workers."""
     monkeypatch.setattr(driver, "store_to_train_on", lambda config: (config, STORE))
     monkeypatch.setattr(driver, "check_training", None)
-    monkeypatch.setattr(driver, "open_tracking", Mock(return_value=Mock(problem=None)))
-    log_model = Mock()
-    monkeypatch.setattr(driver, "_log_model", log_model)
     config = sweep_config(tmp_path, "encoder.weights=/gone.pt", "tracking.experiment=search")
     folder = Folder(tmp_path) / "sweeps" / "search"
     _check_or_write_settings(config, STORE, folder)
-    best = Trial("abcde_00001", None, {}, [], config.train)
-    monkeypatch.setattr(driver, "_best_trial", lambda *_: best)
     found = {"metrics": {"num_trials": 4.0}, "table": "", "mlflow_run_id": None}
-    folder.write_json("summary.json", found | {"tracking_uri": "", "registered": None})
+    folder.write_json("summary.json", found | {"tracking_uri": ""})
     assert sweep(config).metrics == found["metrics"]
-    assert log_model.call_args.args[1:4:2] == (best, "mri-classifier")
+    assert "jobs/export.py --set run=search-TRIAL registry.name=" in logged(capsys)[-1]
 
 
 def test_a_name_that_leaves_no_room_for_those_of_trials_is_refused(tmp_path: Path) -> None:
@@ -475,18 +458,6 @@ def test_a_sweep_goes_on_with_what_does_not_affect_its_trials(
     assert logged(capsys)[1:] == [f"sweep {folder}: resumed"]
     with pytest.raises(ConfigError, match=r"train\.weight_decay: "):
         _check_or_write_settings(sweep_config(tmp_path, "train.weight_decay=0.5"), STORE, folder)
-
-
-def test_a_best_trial_whose_run_was_deleted_is_not_replaced_by_the_next(
-    trained: TrainedRun, tmp_path: Path
-) -> None:
-    config = sweep_config(tmp_path)
-    folder = Folder(tmp_path) / "sweeps" / "search"
-    as_trial(trained, tmp_path, "search", "abcde_00001")
-    for found in ("abcde_00001", None):  # an earlier version named none
-        assert _best_trial(config, folder, found).trial_id == "abcde_00001"
-    with pytest.raises(DataError, match=r"\(abcde_00000\) no longer exists: train .*best\.yaml"):
-        _best_trial(config, folder, "abcde_00000")
 
 
 def as_trial(trained: TrainedRun, storage: Path, sweep: str, trial_id: str) -> Path:
