@@ -56,12 +56,17 @@ class Record(BaseModel):
 
 
 def with_defaults(stored: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """Settings saved by an earlier version, with newer settings at the given defaults."""
-    return defaults | {
+    """The settings that have ``defaults``, each as stored if it is: an earlier version may have had
+    others, and not all of them.
+
+    An empty default, as of a search space, stands for keys that users choose: all of them are kept.
+    """
+    found = {key: stored.get(key, default) for key, default in defaults.items()}
+    return {
         key: with_defaults(value, defaults[key])
-        if isinstance(value, dict) and isinstance(defaults.get(key), dict)
+        if isinstance(value, dict) and isinstance(defaults[key], dict) and defaults[key]
         else value
-        for key, value in stored.items()
+        for key, value in found.items()
     }
 
 

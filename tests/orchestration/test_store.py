@@ -134,7 +134,10 @@ def test_settings_that_one_side_lacks_are_told_only_if_nothing_else_differs() ->
     stored, wanted = {"a": {"b": 1}, "old": 2}, {"a": {"b": 3}}
     assert differing_settings(stored, wanted) == "a.b: 1 here, 3 requested"
     assert differing_settings({"old": 2}, {}) == "old: 2 here, unset requested"
-    assert with_defaults({"a": {"b": 1}}, {"a": {"b": 0, "c": 5}, "d": 6}) == {
-        "a": {"b": 1, "c": 5},
-        "d": 6,
-    }
+
+
+def test_settings_of_an_earlier_version_are_as_stored_as_far_as_they_exist() -> None:
+    stored = {"a": {"b": 1, "old": 2}, "old": {"b": 3}, "chosen": {"x": 4}}
+    defaults = {"a": {"b": 0, "c": 5}, "d": 6, "chosen": {}}
+    expected = {"a": {"b": 1, "c": 5}, "d": 6, "chosen": {"x": 4}}
+    assert with_defaults(stored, defaults) == expected
