@@ -3,11 +3,12 @@
 import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
 from brainray.report.cells import MISSING
-from brainray.report.table import markdown_table
+from brainray.report.table import Table
 
 METRICS = ("silhouette", "ari", "nmi", "fmi", "accuracy")
 _FEATURE_METRIC = "neighbours"
@@ -53,7 +54,7 @@ def average_over_seeds(rows: Iterable[Row], by: Sequence[str]) -> list[dict[str,
     return averaged
 
 
-def methods_table(averaged: Sequence[Row]) -> str:
+def methods_table(title: str, averaged: Sequence[Row]) -> Table:
     """Metrics of every method on one subset of one data set, in the order of the grid."""
     shown = [name for name in METRICS if any(f"{name}_mean" in row for row in averaged)]
     columns = (*_COUNTS, *shown)
@@ -68,10 +69,10 @@ def methods_table(averaged: Sequence[Row]) -> str:
         ]
         for row in averaged
     ]
-    return markdown_table(header, rows, num_text_columns=2)
+    return Table(title, header, rows, num_text_columns=2)
 
 
-def features_table(averaged: Sequence[Row]) -> str | None:
+def features_table(title: str, averaged: Sequence[Row]) -> Table | None:
     """Label agreement of held-out slices with their nearest fitted slices, by features and subset.
 
     This metric depends on the features only, so the rows of all clusterers repeat it. None without
@@ -89,32 +90,69 @@ def features_table(averaged: Sequence[Row]) -> str | None:
         [name, str(pca_dim), *(_cell(found.get(subset, {}), _FEATURE_METRIC) for subset in subsets)]
         for (name, pca_dim), found in features.items()
     ]
-    return markdown_table(["features", "PCA", *subsets], rows, num_text_columns=1)
+    return Table(title, ["features", "PCA", *subsets], rows)
 
 
-def datasets_table(averaged: Sequence[Row], metric: str) -> str | None:
+def datasets_table(title: str, averaged: Sequence[Row], metric: str) -> Table | None:
     """One metric of every method by data set and on average; None if no row has the metric."""
-    if not any(f"{metric}_mean" in row for row in averaged):
+    datasets = _datasets_with(metric, averaged)
+    if not datasets:
         return None
-    # A data set without labels has no metric that compares with them.
-    datasets = list(dict.fromkeys(row["dataset"] for row in averaged if f"{metric}_mean" in row))
+    rows = [
+        [
+            *map(str, each.method),
+            *(_cell(each.by_dataset.get(name, {}), metric) for name in datasets),
+            MISSING if each.mean is None else f"{each.mean:.3f}",
+        ]
+        for each in _compared(datasets, averaged, metric)
+    ]
+    header = ["features", "clusterer", "PCA", *datasets, f"mean {_TITLES[metric]}"]
+    return Table(title, header, rows, num_text_columns=2)
+
+
+def datasets_rows(averaged: Sequence[Row], metric: str) -> list[dict[str, Any]]:
+    """The numbers of `datasets_table`: ``DATASET_mean``, ``DATASET_std`` and ``mean``."""
+    datasets = _datasets_with(metric, averaged)
+    return [
+        dict(zip(_METHOD, each.method, strict=True))
+        | {"metric": metric}
+        | {
+            f"{name}_{statistic}": each.by_dataset.get(name, {}).get(f"{metric}_{statistic}")
+            for name in datasets
+            for statistic in ("mean", "std")
+        }
+        | {"mean": each.mean}
+        for each in _compared(datasets, averaged, metric)
+    ]
+
+
+def _datasets_with(metric: str, averaged: Sequence[Row]) -> list[str]:
+    """Those with the metric: without labels there is none that compares with them."""
+    return list(dict.fromkeys(row["dataset"] for row in averaged if f"{metric}_mean" in row))
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """A method on several data sets."""
+
+    method: tuple[Any, ...]  # values of _METHOD
+    by_dataset: Mapping[str, Row]
+    mean: float | None  # None if a data set lacks the metric: it would not be comparable
+
+
+def _compared(datasets: Sequence[str], averaged: Sequence[Row], metric: str) -> list[_Compared]:
+    """Every method on these data sets; none if there are no data sets."""
     methods: dict[tuple[Any, ...], dict[str, Row]] = {}
-    for row in averaged:
+    for row in averaged if datasets else ():
         method = tuple(row[name] for name in _METHOD)
         methods.setdefault(method, {})[row["dataset"]] = row
-    rows = []
-    for (feature, clusterer, pca_dim), by_dataset in methods.items():
-        means = [
-            by_dataset[name][f"{metric}_mean"]
-            for name in datasets
-            if f"{metric}_mean" in by_dataset.get(name, {})
-        ]
-        # Means over different data sets are not comparable.
-        mean = f"{fmean(means):.3f}" if len(means) == len(datasets) else MISSING
-        cells = [_cell(by_dataset.get(name, {}), metric) for name in datasets]
-        rows.append([feature, clusterer, str(pca_dim), *cells, mean])
-    header = ["features", "clusterer", "PCA", *datasets, f"mean {_TITLES[metric]}"]
-    return markdown_table(header, rows, num_text_columns=2)
+    compared = []
+    for method, by_dataset in methods.items():
+        found = [by_dataset.get(name, {}).get(f"{metric}_mean") for name in datasets]
+        means = [mean for mean in found if mean is not None]
+        is_complete = len(means) == len(datasets)
+        compared.append(_Compared(method, by_dataset, fmean(means) if is_complete else None))
+    return compared
 
 
 def csv_text(rows: Sequence[Row]) -> str:

@@ -12,10 +12,12 @@ from brainray.orchestration.study.results import StudyResults
 from brainray.report.study_tables import (
     average_over_seeds,
     csv_text,
+    datasets_rows,
     datasets_table,
     features_table,
     methods_table,
 )
+from brainray.report.table import Table
 from brainray.storage import Folder
 
 _METHOD = ("dataset", "slices", "features", "clusterer", "pca_dim")
@@ -48,35 +50,41 @@ def study_tables(results: StudyResults) -> StudyTables:
     rows = _rows(results, results.main)
     averaged = average_over_seeds(rows, _METHOD)
     files = {"cells.csv": csv_text(rows), "methods.csv": csv_text(averaged)}
-    parts, shown = [], []
+    tables, shown = [], []
     for dataset, each in results.sets.items():
         for subset, members in each.slices.subsets.items():
             chosen = [r for r in averaged if (r["dataset"], r["slices"]) == (dataset, subset)]
-            title = f"## {dataset}: {int(members.sum()):,} {_SUBSET_TITLES[subset]}"
-            parts.append(f"{title}\n\n{methods_table(chosen)}\n")
+            title = f"{dataset}: {int(members.sum()):,} {_SUBSET_TITLES[subset]}"
+            tables.append(methods_table(title, chosen))
             if subset == FITTED_SUBSET:
-                shown.append(parts[-1])
+                shown.append(tables[-1])
     for dataset in results.sets:
-        knowing = features_table([r for r in averaged if r["dataset"] == dataset])
+        chosen = [r for r in averaged if r["dataset"] == dataset]
+        knowing = features_table(f"{dataset}: {_NEIGHBOURS_TITLE}", chosen)
         if knowing is not None:
-            title = f"## {dataset}: {_NEIGHBOURS_TITLE}"
-            parts.append(f"{title}\n\n{knowing}\n")
-            shown.append(parts[-1])
-    notes = sorted({f"- {o.cell.clusterer}: {note}" for o in results.main for note in o.notes})
+            tables.append(knowing)
+            shown.append(knowing)
+    notes = sorted({f"{o.cell.clusterer}: {note}" for o in results.main for note in o.notes})
     notes += _collapses(results.features.encoders)
-    if notes:
-        parts.append("\n".join(["Notes:", *notes]) + "\n")
-    files["methods.md"] = "\n".join(parts)
-    by_dataset = []
+    noted = ["\n".join(["Notes:", *(f"- {note}" for note in notes)]) + "\n"] if notes else []
+    files["methods.md"] = "\n".join([*map(_section, tables), *noted])
+    by_dataset, rows_by_dataset = [], []
     for metric in ("nmi", "fmi"):
         for subset in subsets:
-            table = datasets_table([r for r in averaged if r["slices"] == subset], metric)
+            chosen = [r for r in averaged if r["slices"] == subset]
+            title = f"{metric.upper()} by data set, {_SUBSET_TITLES[subset]}"
+            table = datasets_table(title, chosen, metric)
             if table is not None:
-                title = f"## {metric.upper()} by data set, {_SUBSET_TITLES[subset]}"
-                by_dataset.append(f"{title}\n\n{table}\n")
-    files["datasets.md"] = "\n".join(by_dataset)
+                by_dataset.append(table)
+            rows_by_dataset += [{"slices": subset} | r for r in datasets_rows(chosen, metric)]
+    files["datasets.md"] = "\n".join(map(_section, by_dataset))
+    files["datasets.csv"] = csv_text(rows_by_dataset)
     files["sensitivity.csv"] = csv_text(_rows(results, results.varied))
-    return StudyTables(files, "\n".join(shown), _flat(averaged))
+    return StudyTables(files, "\n".join(map(_section, shown)), _flat(averaged))
+
+
+def _section(table: Table) -> str:
+    return f"## {table.title}\n\n{table.markdown()}\n"
 
 
 def _rows(results: StudyResults, outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
@@ -104,7 +112,7 @@ def _collapses(encoders: Mapping[FeatureKey, Folder]) -> list[str]:
     for (dataset, feature, seed), folder in encoders.items():
         if rounds := collapsed_rounds(folder):
             notes.append(
-                f"- {dataset}, {feature}, seed {seed}: the clusters of its refinement collapsed in "
+                f"{dataset}, {feature}, seed {seed}: the clusters of its refinement collapsed in "
                 f"round {', '.join(map(str, rounds))}"
             )
     return notes

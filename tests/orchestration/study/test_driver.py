@@ -1,5 +1,6 @@
 """The study on phantoms: tables, going on by name, no label needed, and what cannot be studied."""
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -7,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -82,6 +84,7 @@ def test_a_study_leaves_tables_figures_and_flat_figures(studied: FinishedStudy) 
         "methods.md",
         "methods.csv",
         "datasets.md",
+        "datasets.csv",
         "cells.csv",
         "sensitivity.csv",
         "num_clusters.md",
@@ -333,6 +336,12 @@ def test_several_data_sets_have_a_table_with_their_mean(phantoms: Path, tmp_path
     assert [cell.strip() for cell in header.split("|")[4:7]] == ["one", "two", "mean NMI"]
     means = [finished.metrics[f"{n}/fitted/pixels/kmeans/pca4/nmi_mean"] for n in ("one", "two")]
     assert f"{np.mean(means):.3f} |" in table
+    written = pd.read_csv(io.BytesIO(finished.folder.read_bytes("tables/datasets.csv")))
+    (row,) = written[(written.metric == "nmi") & (written.slices == "fitted")].to_dict("records")
+    assert [row["one_mean"], row["two_mean"], row["mean"]] == [
+        *means,
+        pytest.approx(np.mean(means)),
+    ]
 
 
 @pytest.fixture(scope="module")
