@@ -78,7 +78,7 @@ CELLS = "cells"  # a JSON file for each finished cell of the grid, and its assig
 TABLES = "tables"
 
 FIGURES = "figures"
-REPORT = "report.html"  # the report of a run or an evaluation
+REPORT = "report.html"  # the report of a run, an evaluation or a study
 
 
 CHECKPOINT_FOLDER = r"epoch-(\d+)"

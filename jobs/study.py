@@ -2,6 +2,7 @@
 
 import sys
 
+from brainray import layout
 from brainray.config import WORKER_KEYS, Config
 from brainray.log import log
 from brainray.orchestration.job import STORE_KEYS, JobResult, run_job
@@ -20,6 +21,7 @@ def work(config: Config) -> JobResult:
     finished = run_study(config)
     log(finished.text)
     log(f"tables and figures: {finished.folder}")
+    log(f"report: {finished.folder}/{layout.REPORT}")
     log(f"compare studies: {how_to_open(finished.tracking_uri)}")
     return JobResult(str(finished.folder), finished.mlflow_run_id, finished.headline)
 
@@ -31,9 +33,10 @@ if __name__ == "__main__":
             """
             Cluster slices without labels: every feature set (pixels, pretrained, random and
             self-supervised encoders) with every clusterer, PCA dimension and seed. Writes tables
-            with mean and standard deviation, figures, contact sheets and a recommended number of
-            clusters. Labels, where they exist, are used for scoring only. The same name resumes
-            an interrupted study without repeating finished work.
+            with mean and standard deviation, figures, contact sheets, a recommended number of
+            clusters, and report.html with all of them. Labels, where they exist, are used for
+            scoring only. The same name resumes an interrupted study without repeating finished
+            work.
 
             Example: python jobs/study.py --config configs/study.yaml --set source=/data/mri
                      python jobs/study.py --config configs/study.yaml

@@ -1,15 +1,18 @@
-"""A real Chromium in front of a real MLflow server; the README's screenshots of MLflow are made so:
+"""A real Chromium, also in front of a real MLflow server, of which it makes README's screenshots:
 
 python -m tests.browser sqlite:////home/you/brainray/mlflow.db EXPERIMENT docs
 """
 
+import html
 import json
+import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tests.tracking_server import free_port, mlflow_server
 
@@ -25,6 +28,41 @@ _CLOSE_ASSISTANT = """
 localStorage.setItem("mlflow.assistant.fab.autoOpenedOnFirstLoad_v1", "true");
 localStorage.setItem("mlflow.assistant.panelOpen_v1", "false");
 """
+
+_FRAME = """
+<!doctype html><body>
+<iframe src="acted.html" style="width: {width}px; height: 900px; border: 0"></iframe>
+<script>
+addEventListener("message", event => {{
+  const line = document.createElement("p"); line.id = "state"; line.textContent = event.data;
+  document.body.append(line);
+}});
+</script>
+"""
+# A window of Chromium is 500 pixels wide at least.
+
+
+def state_after(actions: str, page: Path, width: int) -> dict[str, Any]:
+    """What a script at the end of a page tells in a window of that width, without any error."""
+    acted = page.with_name("acted.html")
+    acted.write_text(page.read_text().replace("</body>", actions + "</body>"))
+    framed = page.with_name(f"framed-{width}.html")
+    framed.write_text(_FRAME.format(width=width))
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-unsafe-swiftshader"]
+    options += ["--window-size=1400,1000", "--virtual-time-budget=8000", "--dump-dom"]
+    finished = subprocess.run(
+        [str(CHROMIUM), *options, "--enable-logging=stderr", framed.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    console = [line for line in finished.stderr.splitlines() if "CONSOLE" in line]
+    assert not [line for line in console if "Error" in line]
+    found = re.search(r'<p id="state">(.*?)</p>', finished.stdout)
+    assert found is not None
+    state: dict[str, Any] = json.loads(html.unescape(found.group(1)))
+    return state
 
 
 class MLflowUI:

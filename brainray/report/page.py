@@ -33,7 +33,9 @@ from brainray.report.table import Table
 from brainray.schema import THUMBNAIL_SIDE, History, Metrics, has_class_support, subset_masks
 from brainray.storage import Folder
 
-_NUM_IMAGES = 6  # of each kind on a cluster card
+NUM_IMAGES = 6
+"""Images of each kind on a cluster card."""
+
 _MAX_LISTED = 100  # rows of a table that names slices or files
 _JPEG_QUALITY = 60
 _GLOW = 0.6  # opacity of the overlay where the activation is highest
@@ -60,8 +62,17 @@ class Explained:
 
 
 @dataclass(frozen=True)
-class _Contents:
-    """What differs between the report of a run and the report of an evaluation."""
+class PageFigure:
+    """A PNG file, embedded unless there is no room."""
+
+    name: str
+    uri: str | None
+    is_wide: bool
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What differs between the reports of a run, an evaluation and a study."""
 
     title: str
     summary: Sequence[str]
@@ -70,6 +81,7 @@ class _Contents:
     about: Mapping[str, str]
     settings: str
     data: Mapping[str, Any]
+    figures: Sequence[PageFigure] = ()
 
 
 def write_page(
@@ -110,7 +122,7 @@ def write_page(
         "subtypes": _subtypes(whole, siblings or {}),
     }
     compared = comparison_table(metrics, whose)
-    contents = _Contents(
+    contents = Contents(
         title=f"brainray: {run.name}",
         summary=[
             *_summary(metrics, chosen, len(history)),
@@ -129,7 +141,7 @@ def write_page(
         settings=run.read_bytes(layout.CONFIG).decode(),
         data=data,
     )
-    _write(run, contents)
+    write_contents(run, contents)
 
 
 def write_evaluation_page(
@@ -169,7 +181,7 @@ def write_evaluation_page(
         "charts": [],
         "subtypes": _subtypes(predictions, {}),
     }
-    contents = _Contents(
+    contents = Contents(
         title=f"brainray: evaluation {name}",
         summary=_evaluation_summary(metrics, _coverage_note(table, predictions)),
         tables=results_tables(metrics, classes),
@@ -181,10 +193,11 @@ def write_evaluation_page(
         settings=settings,
         data=data,
     )
-    _write(folder, contents)
+    write_contents(folder, contents)
 
 
-def _write(folder: Folder, contents: _Contents) -> None:
+def write_contents(folder: Folder, contents: Contents) -> None:
+    """Write them as ``report.html``. Sections of which there are no data are left out."""
     template = resources.files("brainray.report").joinpath("page.html").read_text("utf-8")
     page = Environment(autoescape=True, trim_blocks=True).from_string(template)
     html = page.render(
@@ -213,7 +226,7 @@ def _data(
         "unlabelled": UNLABELLED_NAME,
         # Pairs, since a script puts the keys of an object that are integers first.
         "class_colours": [*class_colours(classes).items(), (UNLABELLED_NAME, GREY)],
-        "cluster_names": [f"cluster {k}" for k in range(num_clusters)],
+        "clusters": list(range(num_clusters)),
         "cluster_colours": [(f"cluster {k}", cluster_colour(k)) for k in range(num_clusters)],
         "subsets": list(subsets),
         "slices": _slices(table, subsets),
@@ -236,8 +249,8 @@ def _blended(explained: Explained) -> dict[str, Any]:
         "label": explained.label,
         "predicted": explained.predicted,
         "confidence": round(explained.confidence, 3),
-        "image": _jpeg(explained.image),
-        "blended": _jpeg(blended.round().astype(np.uint8)),
+        "image": jpeg_uri(explained.image),
+        "blended": jpeg_uri(blended.round().astype(np.uint8)),
     }
 
 
@@ -260,10 +273,10 @@ def _slices(table: pa.Table, subsets: Mapping[str, NDArray[np.bool_]]) -> list[d
 
 def _data_uri(thumbnail: bytes) -> str:
     pixels = np.frombuffer(thumbnail, dtype=np.uint8).reshape(THUMBNAIL_SIDE, THUMBNAIL_SIDE)
-    return _jpeg(pixels)
+    return jpeg_uri(pixels)
 
 
-def _jpeg(pixels: NDArray[np.uint8]) -> str:
+def jpeg_uri(pixels: NDArray[np.uint8]) -> str:
     """(H, W) grey or (H, W, 3) RGB as a data URI."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=_JPEG_QUALITY)
@@ -355,8 +368,8 @@ def _cards(
                 "class": members["cluster_class"][0].as_py(),
                 "size": members.num_rows,
                 "labels": counts.most_common(),
-                "typical": typical[:_NUM_IMAGES].tolist(),
-                "borderline": rows[np.argsort(sure, kind="stable")][:_NUM_IMAGES].tolist(),
+                "typical": typical[:NUM_IMAGES].tolist(),
+                "borderline": rows[np.argsort(sure, kind="stable")][:NUM_IMAGES].tolist(),
             }
         )
     return cards

@@ -1,11 +1,9 @@
 """The interactive page: complete in itself, and working in a real browser."""
 
 import base64
-import html
 import io
 import json
 import re
-import subprocess
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +22,7 @@ from brainray.report.maps import SliceMap, run_maps
 from brainray.report.page import Explained, write_evaluation_page, write_page
 from brainray.schema import PREDICTIONS, REJECTED, THUMBNAIL_SIDE
 from brainray.storage import Folder
-from tests.browser import CHROMIUM
+from tests.browser import CHROMIUM, state_after
 
 LEAKAGE = {
     "levels": {"near": "near-duplicates that are not byte-identical"},
@@ -548,40 +546,10 @@ window.parent.postMessage(JSON.stringify(state), "*");
 """
 
 
-FRAME = """
-<!doctype html><body>
-<iframe src="acted.html" style="width: {width}px; height: 900px; border: 0"></iframe>
-<script>
-addEventListener("message", event => {{
-  const line = document.createElement("p"); line.id = "state"; line.textContent = event.data;
-  document.body.append(line);
-}});
-</script>
-"""
-# A window of Chromium is 500 pixels wide at least.
-
-
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 @pytest.mark.parametrize("width", [1280, 390])
 def test_filters_hover_and_galleries_work_in_a_browser(page: Path, width: int) -> None:
-    acted = page.with_name("acted.html")
-    acted.write_text(page.read_text().replace("</body>", ACTIONS + "</body>"))
-    framed = page.with_name(f"framed-{width}.html")
-    framed.write_text(FRAME.format(width=width))
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-unsafe-swiftshader"]
-    options += ["--window-size=1400,1000", "--virtual-time-budget=8000", "--dump-dom"]
-    finished = subprocess.run(
-        [str(CHROMIUM), *options, "--enable-logging=stderr", framed.as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    console = [line for line in finished.stderr.splitlines() if "CONSOLE" in line]
-    assert not [line for line in console if "Error" in line]
-    found = re.search(r'<p id="state">(.*?)</p>', finished.stdout)
-    assert found is not None
-    state = json.loads(html.unescape(found.group(1)))
+    state = state_after(ACTIONS, page, width)
     assert (state["all"], state["glioma"], state["wrong"], state["clean"]) == ("24", "8", "2", "12")
     assert state["sure"] == "0"
     assert state["epoch"] == "1"

@@ -1,4 +1,4 @@
-"""The unsupervised study: data sets, features, the grid of clusterings, tables and figures.
+"""The unsupervised study: data sets, features, the grid of clusterings, tables, figures, page.
 
 Labels, if any, are read for scoring only: no encoder, clusterer or selection sees them.
 """

@@ -31,12 +31,13 @@ from brainray.report.study_figures import (
     dendrogram,
     k_distance_curve,
 )
+from brainray.report.study_page import ClusterMap
 from brainray.report.style import png_bytes
 from brainray.report.tsne import MIN_SLICES, tsne_sequence
 from brainray.schema import NOISE, TRAIN
 from brainray.storage import Folder
 
-_FORMAT = 8  # of the figures and the recommended K
+_FORMAT = 9  # of the figures and the recommended K
 _DRAWN = "drawn"  # a JSON file per feature set
 _NUM_TILES = 7
 _MAX_SHEET_CLUSTERS = 12
@@ -49,6 +50,7 @@ class DrawnSet:
     figures: list[str]  # files
     explained: list[float]  # (D,) shares of the total variance
     recommendation: Recommendation
+    map: ClusterMap | None  # None with too few slices
 
 
 def draw_feature_sets(results: StudyResults) -> dict[tuple[str, str], DrawnSet]:
@@ -78,7 +80,10 @@ def draw_feature_sets(results: StudyResults) -> dict[tuple[str, str], DrawnSet]:
     for cell in shown:
         found = folder.read_json(_file(cell))
         drawn[cell.dataset, cell.feature] = DrawnSet(
-            found["figures"], found["explained"], Recommendation(**found["recommendation"])
+            found["figures"],
+            found["explained"],
+            Recommendation(**found["recommendation"]),
+            None if found["map"] is None else ClusterMap(**found["map"]),
         )
     return drawn
 
@@ -142,10 +147,11 @@ def _draw_feature_set(
         figures = {}
         fitted = x[studied.slices.fitted]
         sample = fitted[draw_sample(len(fitted), config.study.max_quadratic_rows, cell.seed)]
-        tsne = _tsne_figure(cell, config, studied, x, clusters)
-        if tsne is not None:
-            figures[f"{prefix}-tsne.png"] = tsne
-        figures[f"{prefix}-clusters.png"] = _contact_sheet(cell, studied, x, clusters)
+        distances = _centroid_distances(x, clusters, studied.slices.fitted)
+        drawn_map = _map(cell, config, x, clusters, distances)
+        if drawn_map is not None:
+            figures[f"{prefix}-tsne.png"] = _tsne_figure(cell, studied, drawn_map)
+        figures[f"{prefix}-clusters.png"] = _contact_sheet(cell, studied, clusters, distances)
         for name, draw in (("dendrogram", _dendrogram), ("k_distances", _k_distances)):
             try:
                 figures[f"{prefix}-{name}.png"] = draw(sample, config)
@@ -157,29 +163,60 @@ def _draw_feature_set(
     folder.delete_file(_file(cell), missing_ok=True)  # which would otherwise be of other figures
     for name, content in figures.items():
         folder.write_bytes(f"{layout.FIGURES}/{name}", content)
-    drawn = DrawnSet(list(figures), reduced.explained.tolist(), recommendation)
+    drawn = DrawnSet(list(figures), reduced.explained.tolist(), recommendation, drawn_map)
     details = {"criteria": None if criteria is None else asdict(criteria)}
     folder.write_json(_file(cell), {"key": key, **asdict(drawn), **details})
 
 
-def _tsne_figure(
+def _centroid_distances(
+    x: NDArray[np.float64], clusters: NDArray[np.int64], fitted: NDArray[np.bool_]
+) -> NDArray[np.float64]:
+    """(N,) distance of each fitted slice to the centroid of its cluster; NaN for the others."""
+    distances = np.full(len(x), np.nan)
+    for cluster in np.unique(clusters[fitted]):
+        members = fitted & (clusters == cluster)
+        distances[members] = np.linalg.norm(x[members] - x[members].mean(axis=0), axis=1)
+    return distances
+
+
+def _map(
     cell: Cell,
     config: Config,
-    studied: StudiedSet,
     x: NDArray[np.float64],
     clusters: NDArray[np.int64],
-) -> bytes | None:
+    distances: NDArray[np.float64],
+) -> ClusterMap | None:
     rows = draw_sample(len(x), config.evaluation.tsne_max_slices, cell.seed)
     if len(rows) < MIN_SLICES:
         return None
     (points,) = tsne_sequence([x[rows]], seed=cell.seed)
+    found, sizes = np.unique(clusters[~np.isnan(distances)], return_counts=True)
+    return ClusterMap(
+        title=(
+            f"{cell.dataset}, {cell.feature}: {cell.clusterer}, {cell.pca_dim} components, "
+            f"seed {cell.seed}"
+        ),
+        rows=rows.tolist(),
+        x=points[:, 0].astype(np.float64).round(2).tolist(),
+        y=points[:, 1].astype(np.float64).round(2).tolist(),
+        clusters=clusters[rows].tolist(),
+        distances=[None if np.isnan(each) else each for each in distances[rows].tolist()],
+        sizes=list(zip(found.tolist(), sizes.tolist(), strict=True)),
+    )
+
+
+def _tsne_figure(cell: Cell, studied: StudiedSet, drawn: ClusterMap) -> bytes:
     labels = studied.names_of_labels
-    title = f"{cell.dataset}, {cell.feature}: t-SNE of {len(rows):,} slices, {cell.clusterer}"
-    return png_bytes(cluster_map(points, clusters[rows], [labels[row] for row in rows], title))
+    title = f"{cell.dataset}, {cell.feature}: t-SNE of {len(drawn.rows):,} slices, {cell.clusterer}"
+    points, clusters = np.column_stack([drawn.x, drawn.y]), np.array(drawn.clusters)
+    return png_bytes(cluster_map(points, clusters, [labels[row] for row in drawn.rows], title))
 
 
 def _contact_sheet(
-    cell: Cell, studied: StudiedSet, x: NDArray[np.float64], clusters: NDArray[np.int64]
+    cell: Cell,
+    studied: StudiedSet,
+    clusters: NDArray[np.int64],
+    distances: NDArray[np.float64],
 ) -> bytes:
     """Fitted slices of the largest clusters, by distance to their cluster's centroid."""
     fitted = np.flatnonzero(studied.slices.fitted)
@@ -188,8 +225,7 @@ def _contact_sheet(
     titles, rows = [], []
     for cluster in largest:
         members = fitted[clusters[fitted] == cluster]
-        distances = np.linalg.norm(x[members] - x[members].mean(axis=0), axis=1)
-        by_distance = members[np.argsort(distances, kind="stable")]
+        by_distance = members[np.argsort(distances[members], kind="stable")]
         name = "noise" if cluster == NOISE else f"cluster {cluster}"
         titles.append(f"{name}\n{len(members):,} slices")
         rows += [by_distance[:_NUM_TILES], by_distance[_NUM_TILES:][::-1][:_NUM_TILES]]

@@ -12,6 +12,7 @@ from brainray.clustering.metrics import clustering_metrics
 from brainray.engine.shard import sample_keys
 from brainray.orchestration.study.figures import DrawnSet, draw_feature_sets
 from brainray.orchestration.study.grid import FITTED_SUBSET, Outcome, Slices, outcome_row
+from brainray.orchestration.study.page import write_page
 from brainray.orchestration.study.results import StudyResults
 from brainray.orchestration.study.tables import study_tables
 from brainray.report.study_figures import Varied, explained_variance, refinement, sensitivity
@@ -32,7 +33,7 @@ class StudyReport:
 
 
 def write_report(results: StudyResults) -> StudyReport:
-    """Write tables and figures into the study's folder."""
+    """Write tables, figures and the page into the study's folder."""
     tables = study_tables(results)
     for name, text in tables.files.items():
         results.folder.write_bytes(f"{layout.TABLES}/{name}", text.encode())
@@ -57,9 +58,11 @@ def write_report(results: StudyResults) -> StudyReport:
         "num_failed_cells": float(len({o.cell for o in outcomes if o.problem})),
     }
     names = [*figures, *(name for each in drawn.values() for name in each.figures)]
+    write_page(results, tables, drawn, counts, names)
     return StudyReport(
         metrics=tables.metrics | recommended | counts,
-        files=[f"{layout.TABLES}/{name}" for name in [*tables.files, _NUM_CLUSTERS]]
+        files=[layout.REPORT]
+        + [f"{layout.TABLES}/{name}" for name in [*tables.files, _NUM_CLUSTERS]]
         + [f"{layout.FIGURES}/{name}" for name in names],
         text=f"{tables.text}\n{advice}",
     )

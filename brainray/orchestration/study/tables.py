@@ -1,6 +1,6 @@
 """Tables of a study, as CSV and Markdown, and its metrics."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,8 @@ class StudyTables:
     """The tables of a study."""
 
     files: dict[str, str]  # contents by name
+    tables: list[Table]  # all but those of single cells
+    notes: list[str]
     text: str  # the main tables, to be shown
     metrics: dict[str, float]  # means and standard deviations by name, for MLflow
 
@@ -79,8 +81,41 @@ def study_tables(results: StudyResults) -> StudyTables:
             rows_by_dataset += [{"slices": subset} | r for r in datasets_rows(chosen, metric)]
     files["datasets.md"] = "\n".join(map(_section, by_dataset))
     files["datasets.csv"] = csv_text(rows_by_dataset)
-    files["sensitivity.csv"] = csv_text(_rows(results, results.varied))
-    return StudyTables(files, "\n".join(map(_section, shown)), _flat(averaged))
+    varied = _rows(results, results.varied)
+    files["sensitivity.csv"] = csv_text(varied)
+    if len(results.sets) > 1:  # of a single one, they repeat the tables of its methods
+        tables += by_dataset
+    tables += _sensitivity_tables(results.sets, varied)
+    text = "\n".join(map(_section, shown))
+    return StudyTables(files, tables, notes, text, _flat(averaged))
+
+
+def _sensitivity_tables(datasets: Iterable[str], varied: list[dict[str, Any]]) -> list[Table]:
+    """A table for each data set: the setting that was varied stands beside its clusterer."""
+    settings = ("num_clusters_asked", "eps_factor", "linkage")
+    fitted = [row for row in varied if row["slices"] == FITTED_SUBSET]
+    named = [
+        row | {"clusterer": f"{row['clusterer']}, {_setting(row)}"}
+        for row in average_over_seeds(fitted, (*_METHOD, *settings))
+    ]
+    return [
+        methods_table(
+            f"{dataset}: sensitivity, fitted slices",
+            [row for row in named if row["dataset"] == dataset],
+        )
+        for dataset in datasets
+        if named
+    ]
+
+
+def _setting(row: Mapping[str, Any]) -> str:
+    """What `sensitivity_cells` varies of this clusterer."""
+    match row["clusterer"]:
+        case "dbscan":
+            return f"eps = {row['eps_factor']:g} x knee"
+        case "agglomerative":
+            return f"{row['linkage']} linkage"
+    return f"K = {row['num_clusters_asked']}"
 
 
 def _section(table: Table) -> str:

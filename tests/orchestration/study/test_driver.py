@@ -1,8 +1,10 @@
 """The study on phantoms: tables, going on by name, no label needed, and what cannot be studied."""
 
+import base64
 import io
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -29,6 +31,7 @@ from brainray.orchestration.study.grid import Cell, Grid, Slices, cluster_rows
 from brainray.schema import FEATURES
 from brainray.storage import Folder
 from tests.conftest import logged, tiny_config
+from tests.report.test_page import data_of
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -117,6 +120,29 @@ def test_a_study_leaves_tables_figures_and_flat_figures(studied: FinishedStudy) 
     ]
 
 
+def test_the_page_has_the_tables_figures_map_and_clusters(studied: FinishedStudy) -> None:
+    page = Path(studied.folder.uri, "report.html")
+    text = page.read_text()
+    nmi = studied.metrics["mri/fitted/pixels/kmeans/pca4/nmi_mean"]
+    assert f"<td>{nmi:.3f}</td>" in text
+    for title in ("mri: 56 fitted slices", "mri: sensitivity, fitted slices", "Recommended number"):
+        assert f"<h3>{title}" in text
+    assert "NMI by data set" not in text  # of a single one
+    for name in ("tsne", "clusters", "dendrogram", "k_distances", "num_clusters"):
+        image = base64.b64encode(studied.folder.read_bytes(f"figures/mri/pixels-{name}.png"))
+        assert image.decode() in text
+    data = data_of(page)
+    (drawn,) = data["maps"]
+    assert drawn["epoch"] == "mri, pixels: kmeans, 4 components, seed 0"
+    table = studied.folder.read_table("cells/mri/pixels/pca4-kmeans-k4-seed0.parquet")
+    table = table.sort_by([(name, "ascending") for name in ("sample_id", "split", "path")])
+    assert drawn["cluster"] == table["cluster"].to_pylist()
+    assert [each["path"] for each in data["slices"]] == table["path"].to_pylist()
+    fitted = [row["cluster"] for row in table.to_pylist() if row["split"] == "train"]
+    assert {card["cluster"]: card["size"] for card in drawn["cards"]} == Counter(fitted)
+    assert all(each["label"] is None for each in data["slices"])
+
+
 def test_the_study_is_in_mlflow_with_its_tables(studied: FinishedStudy) -> None:
     client = MlflowClient(tracking_uri=studied.tracking_uri)
     run = client.get_run(str(studied.mlflow_run_id))
@@ -124,7 +150,8 @@ def test_the_study_is_in_mlflow_with_its_tables(studied: FinishedStudy) -> None:
     name = "mri/fitted/pixels/kmeans/pca4/nmi_mean"
     assert run.data.metrics[f"final/{name}"] == pytest.approx(studied.metrics[name])
     tables = {file.path for file in client.list_artifacts(run.info.run_id, "tables")}
-    assert "tables/methods.csv" in tables
+    assert {"tables/methods.csv", "tables/datasets.csv"} <= tables
+    assert "report.html" in {file.path for file in client.list_artifacts(run.info.run_id)}
 
 
 def test_features_are_kept_by_sample_and_read_by_plain_pyarrow(
@@ -148,6 +175,8 @@ def test_the_same_name_goes_on_and_repeats_nothing_finished(
     (first, *_) = before
     assert studied.folder.local_path is not None
     (studied.folder.local_path / "cells" / first).unlink()
+    page = studied.folder.read_bytes("report.html")
+    studied.folder.delete_file("report.html")
     config = study_config(storage, "pixels", PIXELS, "dataset=mri")
     again = run_study(config)
     lines = logged(capsys)
@@ -159,6 +188,7 @@ def test_the_same_name_goes_on_and_repeats_nothing_finished(
     assert f"grid: {len(before)} cells, {len(before) - 1} of them already finished" in lines
     assert any(line.endswith(": up to date, reusing them") for line in lines)
     assert again.metrics == studied.metrics
+    assert again.folder.read_bytes("report.html") == page
 
 
 @pytest.mark.slow
@@ -342,6 +372,12 @@ def test_several_data_sets_have_a_table_with_their_mean(phantoms: Path, tmp_path
         *means,
         pytest.approx(np.mean(means)),
     ]
+    page = Path(finished.folder.uri, "report.html")
+    first, second = ([x is not None for x in each["x"]] for each in data_of(page)["maps"])
+    assert any(first)
+    assert any(second)
+    assert [not there for there in first] == second
+    assert "<h3>NMI by data set, fitted slices" in page.read_text()
 
 
 @pytest.fixture(scope="module")

@@ -57,7 +57,7 @@ def test_figures_that_someone_has_deleted_are_drawn_again(tmp_path: Path) -> Non
 
 def test_every_feature_set_has_its_advice() -> None:
     drawn = {
-        ("mri", name): DrawnSet([], [], Recommendation(number, [f"because of {name}"]))
+        ("mri", name): DrawnSet([], [], Recommendation(number, [f"because of {name}"]), None)
         for name, number in (("a", 4), ("b", None))
     }
     assert _advice(drawn).splitlines()[2:] == [
