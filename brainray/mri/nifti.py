@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from brainray.mri.identity import content_hash
 from brainray.mri.slices import (
     GZIP,
+    MIN_GREYS,
     DecodedSlice,
     DecodeOptions,
     RejectedImage,
@@ -34,7 +35,6 @@ from brainray.mri.slices import (
 _AXES = ("sagittal", "coronal", "axial")  # of a volume (X, Y, Z) pointing right, front and up
 _MAX_EXTENSION_BYTES = 64 * 2**20  # header extensions, such as a complete DICOM header or XML
 _MAX_TRAILING_BYTES = 2**20
-_MIN_GREYS = 16
 _MIN_AIR = 0.25  # share of the voxels
 _SAMPLED = 4  # stride along each axis for the first check
 _INTENT_LABEL = 1002  # NIFTI_INTENT_LABEL
@@ -148,9 +148,9 @@ def _read_layout(content: bytes, options: DecodeOptions, maps: bool) -> _Layout:
 
 def _check_greys(values: Values) -> None:
     """Reject masks and label maps, which have few distinct values where a scan has hundreds."""
-    few = _count_values(values[::_SAMPLED, ::_SAMPLED, ::_SAMPLED]) < _MIN_GREYS
-    if few and 1 < _count_values(values) < _MIN_GREYS:
-        raise RejectedImage("no scan", f"fewer than {_MIN_GREYS} greys: a mask or label map")
+    few = _count_values(values[::_SAMPLED, ::_SAMPLED, ::_SAMPLED]) < MIN_GREYS
+    if few and 1 < _count_values(values) < MIN_GREYS:
+        raise RejectedImage("no scan", f"fewer than {MIN_GREYS} greys: a mask or label map")
 
 
 def _count_values(values: Values) -> int:

@@ -35,6 +35,7 @@ _NOBODY = frozenset(
         *("unavailable",),
     }
 )
+MIN_GREYS = 16  # masks and label maps have fewer, the public slices 127 and more
 MAX_ASPECT_RATIO = 10.0  # sides of a slice on screen; heads stay below 2, panoramas below 8
 SQUARE_PIXEL_TOLERANCE = 1.03  # ratio of two spacings that still counts as square
 

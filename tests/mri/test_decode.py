@@ -9,6 +9,7 @@ import struct
 import threading
 import tracemalloc
 import zlib
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -17,6 +18,7 @@ from PIL import Image, ImageOps, TiffImagePlugin
 
 from brainray.mri import decode
 from brainray.mri.decode import check_content, decode_file, looks_like_dicom, sniff
+from brainray.mri.phantom import CLASSES, make_slice
 from brainray.mri.slices import (
     DecodedSlice,
     DecodeOptions,
@@ -429,8 +431,50 @@ def test_blank_slices_are_rejected_and_others_are_not() -> None:
     with pytest.raises(RejectedImage, match="blank"):
         check_content(blank, min_intensity_std=2.0)
     check_content(RAMP, min_intensity_std=2.0)
-    with pytest.raises(RejectedImage, match="no scan: two greys: a mask or line art"):
-        check_content(np.where(RAMP > 100, 255, 0).astype(np.uint8), min_intensity_std=2.0)
+
+
+def saved_mask(how: str) -> bytes:
+    mask = np.zeros((128, 128), np.uint8)
+    cv2.ellipse(mask, (70, 50), (24, 12), 20, 0, 360, 255, -1)
+    if how == "smooth":
+        return encode(cv2.resize(mask, (224, 224), interpolation=cv2.INTER_LINEAR), "PNG")
+    if how == "regions":
+        mask[45:55, 60:70] = 85
+    if how == "colours":
+        return encode(np.dstack([mask, np.roll(mask, 9, axis=0), np.zeros_like(mask)]), "PNG")
+    if how == "ones":
+        mask //= 255
+    return encode(mask, "JPEG" if how == "jpeg" else "PNG")
+
+
+@pytest.mark.parametrize("how", ["plain", "jpeg", "smooth", "regions", "colours", "ones"])
+def test_a_mask_is_no_scan_however_it_was_saved(how: str) -> None:
+    with pytest.raises(RejectedImage, match=r"no scan: .* a mask or"):
+        check_content(decode_one(saved_mask(how)), min_intensity_std=0.0)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_slice_is_no_mask_however_dark_or_far_from_the_edge_of_a_page(name: str) -> None:
+    image = make_slice(name, np.random.default_rng(0), size=128).image
+    for other in (255 - image, image // 4):
+        check_content(other, min_intensity_std=2.0)
+    for picture in (image, decode_one(encode(image, "JPEG", quality=50))):
+        for margin in (0, 30, 64, 128, 256):
+            for grey in (0, 128, 255):
+                page = np.pad(picture, margin, constant_values=grey)
+                check_content(page, min_intensity_std=2.0)
+
+
+@pytest.mark.real
+def test_no_public_slice_is_a_mask(real_data: Path) -> None:
+    paths = sorted(real_data.glob("T*ing/*/*"))[::20]
+    for path in paths:
+        image = decode_file(path.read_bytes(), dataclasses.replace(OPTIONS, max_pixels=10**8))[
+            0
+        ].image
+        check_content(image, min_intensity_std=2.0)
+        check_content(np.pad(image, max(image.shape), constant_values=255), min_intensity_std=2.0)
+    assert len(paths) > 100
 
 
 def test_the_commonest_reasons_tell_what_to_do() -> None:
