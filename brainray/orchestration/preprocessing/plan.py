@@ -109,6 +109,12 @@ def plan_store(
     duplicates = _duplicates_table(table, kept, first_copy, groups)
     conflicting = conflicting_groups(groups.also_turned, labels)
     conflict_groups = [group if group in conflicting else None for group in groups.also_turned]
+    statistics = _statistics(rows, classes, duplicates, config.preprocess)
+    if given is not None and classes and set(statistics["num_slices"].get(TEST, {})) <= {""}:
+        log(
+            "note: no test slice has a label, so there will be no test metrics: give a labels "
+            "table, or set split.mode=grouped to draw a test part"
+        )
     return StorePlan(
         rows,
         _files_table(slices, table, rows),
@@ -121,7 +127,7 @@ def plan_store(
             conflict_groups,
             config.preprocess,
         ),
-        _statistics(rows, classes, duplicates, config.preprocess),
+        statistics,
     )
 
 

@@ -45,7 +45,7 @@ def light(path: str, sha256: str, fingerprint: int) -> dict[str, Any]:
     return dict.fromkeys(LIGHT.names) | about | pixels | stored
 
 
-def plan(test_label: str, headers: dict[int, str] | None = None) -> StorePlan:
+def plan(test_label: str | None, headers: dict[int, str] | None = None) -> StorePlan:
     """Two training slices of each of two classes; the test slice copies the first of them.
 
     ``headers`` name the subjects of some.
@@ -91,6 +91,14 @@ def test_a_test_label_decides_nothing_about_its_training_twin() -> None:
     assert paths == ["0.jpg", "4.jpg"]
     (twin,) = agreeing.leakage["across_splits"]["exact"]
     assert (twin["path"], twin["twin"]) == ("4.jpg", "0.jpg")
+
+
+@pytest.mark.parametrize(("label", "is_told"), [("a", False), (None, True)])
+def test_a_test_part_without_labels_is_told(
+    label: str | None, is_told: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan(label)
+    assert ("note: no test slice has a label" in capsys.readouterr().out) == is_told
 
 
 def test_of_identical_files_the_training_one_with_a_label_is_kept() -> None:
