@@ -1,10 +1,12 @@
 """The labels table: classes, splits and subjects of a source's files, and classes of slices."""
 
 import codecs
+import gzip
 import io
 import re
 import unicodedata
-from collections.abc import Collection, Iterator, Mapping
+import zlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any
@@ -15,8 +17,9 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
 from brainray.errors import BrainrayError, DataError
+from brainray.log import log
 from brainray.mri.decode import SUFFIXES
-from brainray.mri.slices import names_nobody
+from brainray.mri.slices import GZIP, names_nobody
 from brainray.schema import TEST, TRAIN
 from brainray.storage import Folder
 
@@ -29,8 +32,20 @@ SPLIT_NAMES = {
 """Names of splits in folders and tables, in lower case."""
 
 _COLUMNS = ("path", "frame", "label", "split", "subject")
+_ALIASES = {
+    "subject": re.compile("subjectid|(patient|participant|case)(id)?"),
+    "split": re.compile("set|subset|partition"),
+}
+"""Names, without case, blanks, _ and -, of columns that must not be left out unnoticed."""
+_MAX_NAMED = 10  # columns in a log line
+
+_DELIMITERS = (",", ";", "\t")
 _MAX_HEADER = 2**16  # bytes
-_MISSING = ("", "NA", "N/A", "n/a", "<NA>", "NaN", "nan", "NULL", "null")  # of R, pandas, SQL
+_PARQUET = b"PAR1"
+_SPREADSHEETS = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")  # .xlsx and .ods, which are ZIP archives; .xls
+_SEPARATOR_LINE = re.compile(rb'(?i)\A(\xef\xbb\xbf)?"?sep=.[^\r\n]*(\r\n|\r|\n)')  # of Excel
+_SPREADSHEET_ERROR = re.compile(r"#(N/A|N/D|NV|[^\sa-z]+[!?])|Err:\d+")  # in several languages
+_MISSING = frozenset({"", "na", "nan", "null"})  # of R, pandas, SQL: letters and digits of a cell
 
 
 @dataclass(frozen=True)
@@ -72,7 +87,7 @@ def read_labels_table(
     labels: Folder, paths: Collection[str], *, reads_splits: bool
 ) -> dict[str, FileMetadata]:
     """Metadata of the files ``paths`` that the table names, by path: a file's own rows, completed
-    by the rows of its folders, nearest first.
+    by the rows of its folders, nearest first. Columns that are not read are noted in the log.
 
     Several rows for one path complete each other. The label of a row with a ``frame`` is for that
     slice only; its split and subject are for the whole file. If not ``reads_splits``, the column
@@ -80,14 +95,17 @@ def read_labels_table(
 
     Raises:
         DataError: the table cannot be read, contradicts itself, names something that is not among
-            the files and their folders, or has an unknown split.
+            the files and their folders, has an unknown split, or has subjects or splits in a
+            column of another name.
     """
     valid_paths = {folder for path in paths for folder in _folders_of(path)} | set(paths)
     known = {nfc(place): place for place in valid_paths} | {place: place for place in valid_paths}
     metadata: dict[str, FileMetadata] = {}
     frames: dict[str, dict[str, str | None]] = {}
     unknown: list[str] = []
-    for row in read_rows(labels, known):
+    table, unread = _read_columns(labels, known)
+    _check_unread(labels, table.column_names, unread, reads_splits)
+    for row in _filled_rows(table, labels):
         written = str(row["path"] or "")
         path = next((known[name] for name in _spellings(written) if name in known), None)
         if not written.strip():
@@ -185,33 +203,46 @@ def _folders_of(path: str) -> list[str]:
     return ["/".join(folders[:end]) for end in range(len(folders), 0, -1)]
 
 
-def read_rows(labels: Folder, known: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
-    """The rows of a CSV or Parquet table that have any of its columns filled in.
+def _check_unread(
+    labels: Folder, columns: Collection[str], unread: Sequence[str], reads_splits: bool
+) -> None:
+    """Name the columns that are not read in the log.
 
-    ``known`` are paths whose rows no other cell may contain.
+    Raises:
+        DataError: one of them evidently holds what the table lacks under its own name.
+    """
+    for column, alias in _ALIASES.items():
+        meant = [name for name in unread if alias.fullmatch(re.sub(r"[\s_-]", "", name))]
+        if meant and column not in columns and (column != "split" or reads_splits):
+            raise DataError(
+                f"labels={labels}: column {meant[0]!r} is not read: rename it to {column!r} or, to "
+                "leave it out, to another name"
+            )
+    read = [name for name in columns if name != "split" or reads_splits]
+    if unread:
+        more = ", ..." if len(unread) > _MAX_NAMED else ""
+        log(
+            f"note: {labels}: columns read: {', '.join(read)}; not read: "
+            f"{', '.join(unread[:_MAX_NAMED])}{more}"
+        )
+
+
+def read_rows(labels: Folder) -> list[dict[str, Any]]:
+    """The rows of a CSV or Parquet table that have any of its columns filled in.
 
     Raises:
         DataError: it cannot be read, or lacks a column.
     """
+    return _filled_rows(_read_columns(labels, {})[0], labels)
+
+
+def _read_columns(labels: Folder, known: Mapping[str, str]) -> tuple[pa.Table, list[str]]:
+    """The columns of a table that are ours, and the names of the others.
+
+    ``known`` are paths whose rows no other cell may contain.
+    """
     try:
-        content = labels.parent.read_bytes(labels.path.rpartition("/")[2])  # name without escapes
-        if labels.name.lower().endswith((".parquet", ".pq")):
-            table = pq.read_table(io.BytesIO(content))
-        else:
-            if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                content = content.decode("utf-16").encode()  # "Unicode text" of spreadsheets
-            cells = pa_csv.ParseOptions(delimiter=_delimiter(content), newlines_in_values=True)
-            # Labels such as 0 and 1, or a subject 007, are names, not numbers.
-            header = pa_csv.open_csv(io.BytesIO(content), parse_options=cells).schema.names
-            options = pa_csv.ConvertOptions(
-                column_types=dict.fromkeys(header, pa.string()),
-                strings_can_be_null=True,
-                null_values=_MISSING,
-            )
-            table = pa_csv.read_csv(
-                io.BytesIO(content), parse_options=cells, convert_options=options
-            )
-            _check_quotes(table, cells.delimiter, known or {}, labels)
+        table = _parsed(_content_of(labels), labels, known)
         table = table.rename_columns([name.strip().lower() for name in table.column_names])
         columns = [name for name in _COLUMNS if name in table.column_names]
         repeated = [name for name in columns if table.column_names.count(name) > 1]
@@ -219,10 +250,10 @@ def read_rows(labels: Folder, known: Mapping[str, str] | None = None) -> list[di
             raise DataError(
                 f"labels={labels}: column {repeated[0]} appears more than once; drop one"
             )
-        rows = _as_text(table.select(columns)).to_pylist()
+        ours = _as_text(table.select(columns))
     except BrainrayError:
         raise
-    except (pa.ArrowException, OSError, ValueError) as error:
+    except (pa.ArrowException, OSError, ValueError, EOFError, zlib.error) as error:
         # Arrow quotes the row that does not parse, and a row may name a patient.
         reason = " ".join(re.sub(r"(got \d+).*", r"\1", str(error), flags=re.DOTALL).split())[:200]
         advice = "save it as CSV in UTF-8"
@@ -242,6 +273,48 @@ def read_rows(labels: Folder, known: Mapping[str, str] | None = None) -> list[di
             f"{table.num_columns}); path and label are required and separated by commas, "
             "semicolons or tabs, frame, split and subject are optional"
         )
+    return ours, [name for name in table.column_names if name and name not in columns]
+
+
+def _content_of(labels: Folder) -> bytes:
+    content = labels.parent.read_bytes(labels.path.rpartition("/")[2])  # name without escapes
+    if content.startswith(GZIP):
+        content = gzip.decompress(content)
+    if content.startswith(_SPREADSHEETS):
+        raise DataError(
+            f"labels={labels} is a spreadsheet file or an archive: save it as CSV in UTF-8"
+        )
+    return content
+
+
+def _parsed(content: bytes, labels: Folder, known: Mapping[str, str]) -> pa.Table:
+    if content.startswith(_PARQUET) or labels.name.lower().endswith((".parquet", ".pq")):
+        return pq.read_table(io.BytesIO(content))
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        content = content.decode("utf-16").encode()  # "Unicode text" of spreadsheets
+    if b"\0" in content[:_MAX_HEADER]:
+        raise DataError(
+            f"labels={labels} contains NUL bytes, as text in UTF-16 does: save it as CSV in UTF-8"
+        )
+    content = _SEPARATOR_LINE.sub(b"", content)
+    cells = pa_csv.ParseOptions(delimiter=_delimiter(content, labels), newlines_in_values=True)
+    # Labels such as 0 and 1, or a subject 007, are names, not numbers.
+    header = pa_csv.open_csv(io.BytesIO(content), parse_options=cells).schema.names
+    options = pa_csv.ConvertOptions(column_types=dict.fromkeys(header, pa.string()))
+    table = pa_csv.read_csv(io.BytesIO(content), parse_options=cells, convert_options=options)
+    _check_quotes(table, cells.delimiter, known, labels)
+    return table
+
+
+def _filled_rows(table: pa.Table, labels: Folder) -> list[dict[str, Any]]:
+    rows = table.to_pylist()
+    for row in rows:
+        for column, cell in row.items():
+            if isinstance(cell, str) and _SPREADSHEET_ERROR.fullmatch(cell.strip()):
+                raise DataError(
+                    f"labels={labels}: {cell.strip()} in column {column} is a spreadsheet error: "
+                    "correct the table"
+                )
     return [row for row in rows if any(_text(cell) is not None for cell in row.values())]
 
 
@@ -269,18 +342,25 @@ def _check_quotes(
                     )
 
 
-def _delimiter(content: bytes) -> str:
+def _delimiter(content: bytes, labels: Folder) -> str:
     """What separates the cells of a table: where numbers have decimal commas, spreadsheets use
     semicolons. A header may also contain a comma.
+
+    Raises:
+        DataError: the header is not the first line.
     """
     lines = content[:_MAX_HEADER].removeprefix(codecs.BOM_UTF8).splitlines()
-    header = next((line for line in lines if line.strip()), b"")
-    found = [mark for mark in (",", ";", "\t") if mark.encode() in header]
-    for mark in found:
-        names = {cell.strip(b' "').lower() for cell in header.split(mark.encode())}
-        if {b"path", b"label"} <= names:
-            return mark
-    return found[0] if found else ","
+    filled = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    for number, line in filled:
+        for mark in _DELIMITERS:
+            names = {cell.strip(b' "').lower() for cell in line.split(mark.encode())}
+            if {b"path", b"label"} <= names:
+                if number > filled[0][0]:
+                    raise DataError(
+                        f"labels={labels}: the header is line {number}: delete the lines above it"
+                    )
+                return mark
+    return next((mark for mark in _DELIMITERS if filled and mark.encode() in filled[0][1]), ",")
 
 
 def _as_text(table: pa.Table) -> pa.Table:
@@ -296,14 +376,14 @@ def _is_bytes(kind: pa.DataType) -> bool:
 
 
 def _text(value: object) -> str | None:
-    """Text of a cell, stripped; None if it is a missing value.
+    """Text of a cell, stripped; None if it is a missing value, such as "n.a." or a dash.
 
     pandas writes whole numbers of a column with gaps as floats: 7.0 is read as 7.
     """
     text = "" if value is None else nfc(str(value).strip())
     if re.fullmatch(r"-?\d+\.0", text):
         text = text.removesuffix(".0")
-    return None if text in _MISSING else text
+    return None if re.sub(r"[\W_]", "", text).casefold() in _MISSING else text
 
 
 def nfc(name: str) -> str:

@@ -1,5 +1,7 @@
 """What a folder and a labels table say of its files."""
 
+import gzip
+import io
 import os
 from collections import Counter
 from dataclasses import replace
@@ -263,6 +265,75 @@ def test_a_table_that_does_not_fit_is_explained(tmp_path: Path, content: str, me
     (tmp_path / "labels.csv").write_text(content)
     with pytest.raises(DataError, match=message):
         list_source(source, Folder(tmp_path / "labels.csv"), {})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            b"PK\x03\x04" + bytes(600),
+            "is a spreadsheet file or an archive: save it as CSV in UTF-8",
+        ),
+        (b"\xd0\xcf\x11\xe0\xa1\xb1" + bytes(600), "is a spreadsheet file"),
+        (
+            "path,label\n1.jpg,a\n".encode("utf-16-le"),
+            "NUL bytes, as text in UTF-16 does: save it as",
+        ),
+        (gzip.compress(b"path,label\n1.jpg,a\n")[:-9], "cannot be read as CSV"),
+    ],
+)
+def test_a_file_of_another_kind_is_no_table(tmp_path: Path, content: bytes, message: str) -> None:
+    source = make(tmp_path / "s", "1.jpg")
+    (tmp_path / "labels.csv").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        list_source(source, Folder(tmp_path / "labels.csv"), {})
+
+
+def parquet(**columns: list[object]) -> bytes:
+    stream = io.BytesIO()
+    pq.write_table(pa.table(columns), stream)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        gzip.compress(b"path,label\n1.jpg,a\n"),
+        parquet(path=["1.jpg"], label=["a"]),
+        b"sep=;\r\npath;label\r\n1.jpg;a\r\n",
+        b'\xef\xbb\xbf"sep=\t"\npath\tlabel\n1.jpg\ta\n',
+    ],
+)
+def test_a_table_is_read_whatever_its_name_and_packing(tmp_path: Path, content: bytes) -> None:
+    source = make(tmp_path / "s", "1.jpg")
+    (tmp_path / "labels.csv").write_bytes(content)
+    assert listed(source, Folder(tmp_path / "labels.csv")) == [("1.jpg", None, "a", None)]
+
+
+def test_columns_that_are_not_read_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = make(tmp_path / "s", "1.jpg")
+    table = tmp_path / "labels.csv"
+
+    def notes(content: str, *, reads_splits: bool = True) -> str:
+        table.write_text(content)
+        list_source(source, Folder(table), {}, reads_splits=reads_splits)
+        return capsys.readouterr().out
+
+    told = notes("age,path,label,patient_id,subject\n50,1.jpg,a,7,7\n")
+    assert "columns read: path, label, subject; not read: age, patient_id\n" in told
+    assert notes("path,label,split,,\n1.jpg,a,test,,\n") == ""
+    told = notes("path,label,set\n1.jpg,a,test\n", reads_splits=False)
+    assert "columns read: path, label; not read: set\n" in told
+
+
+@pytest.mark.parametrize("cell", ["-", "--", "?", ".", "\u2014", "n.a.", "N.A.", "<NA>", "null"])
+def test_a_placeholder_is_no_label(tmp_path: Path, cell: str) -> None:
+    source = make(tmp_path / "s", "1.jpg", "2.jpg")
+    (tmp_path / "labels.csv").write_text(f"path,label,split\n1.jpg,{cell},{cell}\n2.jpg,-1,\n")
+    rows = listed(source, Folder(tmp_path / "labels.csv"))
+    assert rows == [("1.jpg", None, None, None), ("2.jpg", None, "-1", None)]
 
 
 def test_what_spreadsheets_leave_in_a_table_does_no_harm(tmp_path: Path) -> None:
