@@ -146,7 +146,7 @@ def read_file(source: Folder, file: FoundFile) -> bytes:
         RejectedImage: it cannot be read, no longer exists, or changed while being read.
     """
     if file.problem is not None:
-        raise RejectedImage(file.problem)
+        raise RejectedImage(file.problem, file.remedy)
     path = f"{source.path}/{file.path}"
     try:
         with source.filesystem.open_input_file(path) as stream:

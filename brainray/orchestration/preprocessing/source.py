@@ -4,6 +4,7 @@ import hashlib
 import hmac
 import json
 import os
+import re
 import shlex
 import stat
 from collections import Counter, defaultdict
@@ -28,7 +29,18 @@ from brainray.schema import TRAIN
 from brainray.storage import Folder, check_is_folder
 
 _LINK_OUT = "link out of the source folder"  # the author of the source may not read all our files
+_NOT_UTF8 = "file name is not UTF-8"
 _NO_FILE = "not a regular file"
+_RENAMING = "rename it, such as with convmv -f latin1 -t utf8"
+_REMEDIES = {_LINK_OUT: "copy the file into the source", _NOT_UTF8: _RENAMING}
+_HIDDEN = frozenset(
+    {
+        "__macosx",  # of archives from macOS
+        *("@eadir", "#recycle", "#snapshot"),  # of file servers
+        *("$recycle.bin", "system volume information", "lost+found"),  # of file systems
+    }
+)
+"""Names in lower case."""
 _MAX_CLASS_NAME = 100
 _NO_LABEL = frozenset({"unlabelled", "unlabeled"})  # folders and labels of slices without a class
 
@@ -47,6 +59,11 @@ class FoundFile:
     num_bytes: int
     mtime_ns: int  # 0 if the file system does not report it
     problem: str | None = None  # why it cannot be read at all
+
+    @property
+    def remedy(self) -> str:
+        """What to do about the problem; may be empty."""
+        return _REMEDIES.get(self.problem or "", "")
 
 
 @dataclass(frozen=True)
@@ -115,8 +132,8 @@ def list_source(
     the source is left out: its figures are no slices.
 
     Raises:
-        DataError: no such folder, no image file in it, another folder next to Training/ and
-            Testing/, or an invalid labels table.
+        DataError: no such folder, no image file in it, a folder whose files cannot be read,
+            another folder next to Training/ and Testing/, or an invalid labels table.
     """
     found, ignored = find_images(source, storage)
     files = _from_folders(found) if labels is None else _from_table(found, labels, reads_splits)
@@ -166,28 +183,28 @@ def _guided(num_left: int, num_cpus: int) -> int:
 
 
 def _check_class_name(name: str) -> None:
-    """Names appear in metrics, tables and reports: a path or a long text is a mistake."""
-    is_bare = name != "" and name == name.strip()
+    """Names appear in metrics, tables and reports: a path, a dash or a long text is a mistake."""
+    is_bare = any(map(str.isalnum, name)) and name == name.strip()
     is_plain = name.isprintable() and not set(name) & set("/\\$")
     if len(name) > _MAX_CLASS_NAME or not (is_bare and is_plain):
         shown = name if len(name) <= _MAX_CLASS_NAME else f"{name[:_MAX_CLASS_NAME]} ..."
         raise DataError(
             f"{shown!r} is not a valid class name (up to {_MAX_CLASS_NAME} printable characters, "
-            "without slashes, $ or surrounding spaces): rename it in the labels table or by "
-            "classes.map"
+            "with a letter or digit, without slashes, $ or surrounding spaces): rename it in the "
+            "labels table or by classes.map"
         )
 
 
 def _check_spellings(names: Sequence[str]) -> None:
-    """Refuse names that differ only in case: one class would be learned as two."""
+    """Refuse names that are spellings of one: one class would be learned as two."""
     seen: dict[str, str] = {}
     for name in names:
-        other = seen.setdefault(name.casefold(), name)
+        other = seen.setdefault(re.sub(r"[\s_-]+", " ", name.casefold()), name)
         if other != name:
             rename = shlex.quote(f"classes.map.{other}={name}")
             raise DataError(
-                f"the classes {other!r} and {name!r} differ only in case: merge them with --set "
-                f"{rename}, or rename one"
+                f"the classes {other!r} and {name!r} differ only in case, blanks, _ or -: merge "
+                f"them with --set {rename}, or rename one"
             )
 
 
@@ -197,7 +214,7 @@ def find_images(source: Folder, storage: Folder | None) -> tuple[list[FoundFile]
     A ``storage`` within the source is left out.
 
     Raises:
-        DataError: no such folder, or no image file in it.
+        DataError: no such folder, no image file in it, or a folder whose files cannot be read.
     """
     check_is_folder(source, "source")
     files = list(_walk(source, storage))
@@ -283,20 +300,21 @@ def _walk(source: Folder, storage: Folder | None) -> Iterator[FoundFile]:
             relative = os.path.relpath(folder, source.local_path)
             prefix = "" if relative == "." else f"{relative}/"
             subfolders[:] = sorted(name for name in subfolders if not _is_hidden(name))
-            folders = set(subfolders)
-            for name in [*subfolders, *names]:
+            for name in subfolders:
+                _check_folder(prefix + name, leads_out=_leads_out(f"{folder}/{name}", root))
+                if os.path.islink(f"{folder}/{name}"):
+                    links.append(f"{folder}/{name}")
+            for name in names:
                 if _is_hidden(name):
                     continue
                 if _leads_out(f"{folder}/{name}", root):
                     yield FoundFile(printable(prefix + name), 0, 0, problem=_LINK_OUT)
-                elif name not in folders:
+                else:
                     yield _found(folder, prefix + name, name)
-                elif os.path.islink(f"{folder}/{name}"):
-                    links.append(f"{folder}/{name}")
 
 
 def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"  # metadata that macOS adds to archives
+    return name.startswith(".") or name.casefold() in _HIDDEN
 
 
 def _refuse(error: OSError) -> None:
@@ -304,6 +322,17 @@ def _refuse(error: OSError) -> None:
         f"cannot read the folder {error.filename} ({error.strerror}), so its slices would be "
         "missing: fix its permissions or move it out of the source"
     )
+
+
+def _check_folder(path: str, *, leads_out: bool) -> None:
+    """Refuse a folder of which no file would be read: a whole class may be missing."""
+    if leads_out:
+        raise DataError(
+            f"the folder {printable(path)} is a link out of the source, which is not followed: "
+            "copy what it leads to into the source, or remove the link"
+        )
+    if not _is_utf8(path):
+        raise DataError(f"the name of the folder {printable(path)} is not UTF-8: {_RENAMING}")
 
 
 def _leads_out(path: str, root: str) -> bool:
@@ -320,11 +349,17 @@ def printable(path: str) -> str:
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def _found(folder: str, path: str, name: str) -> FoundFile:
+def _is_utf8(path: str) -> bool:
     try:
         path.encode()
     except UnicodeEncodeError:
-        return FoundFile(printable(path), 0, 0, problem="file name is not UTF-8")
+        return False
+    return True
+
+
+def _found(folder: str, path: str, name: str) -> FoundFile:
+    if not _is_utf8(path):
+        return FoundFile(printable(path), 0, 0, problem=_NOT_UTF8)
     try:
         status = os.stat(os.path.join(folder, name))
     except OSError:  # a broken link, or deleted meanwhile: reading it will fail
@@ -348,7 +383,7 @@ def _from_folders(found: list[FoundFile]) -> list[SourceFile]:
         )
     _check_depth(found, top_folders)
     files = []
-    inner: defaultdict[str, set[str]] = defaultdict(set)  # folders within each class folder
+    folders_in: defaultdict[str, set[str]] = defaultdict(set)  # with files, by class folder
     for file in found:
         *folders, _ = file.path.split("/")
         split = None
@@ -356,23 +391,36 @@ def _from_folders(found: list[FoundFile]) -> list[SourceFile]:
             split = SPLIT_NAMES[folders.pop(0).lower()]
         label = nfc(folders[0].strip()) if folders else ""
         files.append(SourceFile(split, label or None, file=file))
-        if len(folders) > 1:
-            inner[folders[0]].add(folders[1])
-    _note_inner_folders(inner, {file.label for file in files})
+        if folders:
+            folders_in[folders[0]].add("/".join(folders))
+    _note_inner_folders(folders_in.values(), files)
     return files
 
 
-def _note_inner_folders(inner: Mapping[str, set[str]], classes: set[str | None]) -> None:
-    """Tell if the folders within class folders look like the classes."""
+def _note_inner_folders(folders_in: Iterable[set[str]], files: list[SourceFile]) -> None:
+    """Tell if the folders within class folders look like the classes.
+
+    ``folders_in`` are the folders with files in each class folder. Of a folder that contains
+    nothing but one other, as archives unpack, the inner one counts.
+    """
+    inner = {}
+    for paths in folders_in:
+        outer = os.path.commonpath(paths)
+        if paths == {outer}:
+            outer = os.path.dirname(outer)
+        if outer:
+            inner[outer] = {p.removeprefix(f"{outer}/").split("/")[0] for p in paths - {outer}}
     num_classes_with = Counter(name for names in inner.values() for name in names)
-    is_only_class = len(inner) == len(classes) == 1
+    is_only_class = len(inner) == len({file.label for file in files}) == 1
     names = {name for name, count in num_classes_with.items() if is_only_class or count > 1}
     if len(names) > 1:
-        outer = sorted(top for top, below in inner.items() if below & names)
+        outers = sorted(outer for outer, inside in inner.items() if inside & names)
+        remedy = "put them at the top level or within Training/ and Testing/"
+        if is_only_class and files[0].split is None:
+            remedy = f"give source=.../{outers[0]}"
         log(
-            f"note: {', '.join(sorted(names)[:5])} within {' and '.join(outer)} are not read as "
-            "classes: if they are the classes, put them at the top level or within Training/ and "
-            "Testing/"
+            f"note: {', '.join(sorted(names)[:5])} within {' and '.join(outers)} are not read as "
+            f"classes: if they are the classes, {remedy}"
         )
 
 

@@ -253,8 +253,19 @@ def test_blanks_make_no_class_and_null_takes_a_class_away(tmp_path: Path) -> Non
         ("path label\n1.jpg a\n", r"missing column label and path .*found: 1\).* by commas"),
         (
             "path,label\n1.jpg,a\n2.jpg,A\n",
-            r"'A' and 'a' differ only in case: .* classes\.map\.A=a",
+            r"'A' and 'a' differ only in case, .* classes\.map\.A=a",
         ),
+        (
+            "path,label\n1.jpg,no_tumor\n2.jpg,No -tumor\n",
+            r"'No -tumor' and 'no_tumor' differ only in case, blanks, _ or -: merge",
+        ),
+        ("path,label\n1.jpg,a\n2.jpg,#NV\n", "#NV in column label is a spreadsheet error"),
+        ("path,label\n1.jpg,a\n#DIV/0!,a\n", "#DIV/0! in column path is a spreadsheet error"),
+        ("path,label,Patient ID\n1.jpg,a,7\n", "'patient id' is not read: rename it to 'subject'"),
+        ("path;label;CaseID\n1.jpg;a;7\n", "'caseid' is not read: rename it to 'subject'"),
+        ("path,label,set\n1.jpg,a,test\n", "'set' is not read: rename it to 'split'"),
+        ("Export of May\n\npath,label\n1.jpg,a\n", "the header is line 3: delete the lines above"),
+        ("# made by hand,,\npath,label,x\n1.jpg,a,\n", "the header is line 2"),
         ("path,label,split\n1.jpg,a,holdout\n", "split 'holdout' of '1.jpg'"),
         ("path,label,subject\n1.jpg,a,p\n2.jpg,b\n", "as many cells as the header"),
         ("path,label\n1.jpg,a,b\n", "quote cells with commas"),
@@ -534,7 +545,16 @@ def test_folders_one_level_too_low_are_not_taken_for_classes(
             "a, b within Test set and Train set are not read as classes",
         ),
         (["Training/set/yes", "Training/set/no"], "no, yes within set are not read as classes"),
+        # As archives unpack: a folder within a folder of its name.
+        (["set/set/yes", "set/set/no"], "no, yes within set/set are not read as classes: if they"),
+        (["set/set/yes", "set/set/no"], "are the classes, give source=.../set/set\n"),
+        (
+            ["Raw Data/Raw/a", "Raw Data/Raw/b", "More Data/More/a", "More Data/More/b"],
+            "a, b within More Data/More and Raw Data/Raw are not read as classes",
+        ),
+        (["Site A/a", "Site A/b", "Site B/a", "Site C/b"], "a, b within Site A and Site B and"),
         (["yes/patient 1", "yes/patient 2", "no/patient 3"], ""),
+        (["yes/slices/patient 1", "yes/slices/patient 2", "no/slices/patient 3"], ""),
         (["yes/x", "no/x"], ""),
         (["yes", "no"], ""),
     ],
@@ -550,8 +570,12 @@ def test_folders_that_look_like_classes_within_classes_are_told(
     assert (note in said) if note else "as classes" not in said
 
 
-def test_what_an_archive_of_a_mac_adds_is_no_folder_of_slices(tmp_path: Path) -> None:
-    source = make(tmp_path, "Training/a/1.jpg", "__MACOSX/Training/a/._1.jpg", "__MACOSX/2.jpg")
+def test_what_archives_and_file_servers_add_is_no_folder_of_slices(tmp_path: Path) -> None:
+    source = make(
+        *(tmp_path, "Training/a/1.jpg", "__MACOSX/Training/a/._1.jpg", "__MACOSX/2.jpg"),
+        *("Training/a/@eaDir/1.jpg/SYNOPHOTO_THUMB_M.jpg", "#recycle/a/3.jpg", "#Snapshot/4.jpg"),
+        *("$Recycle.Bin/S-1/5.jpg", "System Volume Information/6.jpg", "lost+found/7.jpg"),
+    )
     assert [row[0] for row in listed(source)] == ["Training/a/1.jpg"]
 
 
@@ -595,7 +619,6 @@ def test_links_out_of_the_source_are_listed_and_not_followed(tmp_path: Path) -> 
     make(tmp_path / "private", "key.jpg", "deep/3.jpg")
     (tmp_path / "source" / "a" / "out.jpg").symlink_to(tmp_path / "private" / "key.jpg")
     (tmp_path / "source" / "a" / "up.jpg").symlink_to("../../private/key.jpg")
-    (tmp_path / "source" / "b" / "folder").symlink_to(tmp_path / "private")
     (tmp_path / "source" / "b" / "within.jpg").symlink_to("../a/1.jpg")
     listing = list_source(source, None, {})
     problems = {file.path: file.file.problem for file in listing.files}
@@ -605,13 +628,28 @@ def test_links_out_of_the_source_are_listed_and_not_followed(tmp_path: Path) -> 
         "a/out.jpg": out,
         "a/up.jpg": out,
         "b/2.jpg": None,
-        "b/folder": out,
         "b/within.jpg": None,
     }
     for file in listing.files:
         if file.file.problem is not None:
-            with pytest.raises(RejectedImage, match=out):
+            with pytest.raises(RejectedImage, match=f"{out}: copy the file into the source"):
                 read_file(source, file.file)
+
+
+def test_folders_that_would_be_missing_are_refused(tmp_path: Path) -> None:
+    """A whole class may be in them."""
+    source = make(tmp_path / "source", "Training/a/1.jpg")
+    make(tmp_path / "elsewhere", "2.jpg")
+    link = tmp_path / "source" / "Training" / "b"
+    link.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match=r"folder Training/b is a link out of the source, .* copy"):
+        list_source(source, None, {})
+    link.unlink()
+    os.mkdir(os.fsencode(tmp_path / "source") + b"/Tum\xf6r")
+    with pytest.raises(
+        DataError, match=r"folder Tum\\xf6r is not UTF-8: rename it, such as with conv"
+    ):
+        list_source(source, None, {})
 
 
 def test_a_source_may_be_a_link_itself(tmp_path: Path) -> None:
@@ -704,7 +742,7 @@ def test_the_fingerprint_of_a_listing_is_keyed(tmp_path: Path) -> None:
     assert listing.fingerprint(b"one") != listing.fingerprint(b"another")
 
 
-@pytest.mark.parametrize("name", ["", " ", " a"])
+@pytest.mark.parametrize("name", ["", " ", " a", "-"])
 def test_a_class_needs_a_name(tmp_path: Path, name: str) -> None:
     with pytest.raises(DataError, match="is not a valid class name"):
         list_source(make(tmp_path, "a/1.jpg"), None, {"a": name})
