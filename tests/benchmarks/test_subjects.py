@@ -21,7 +21,9 @@ def write_series(folder: Path) -> None:
             cv2.imwrite(str(path), phantom.image)
 
 
-def test_links_within_subjects_are_right_and_such_between_classes_are_counted(tmp_path):
+def test_links_within_subjects_are_right_and_such_between_classes_are_counted(
+    tmp_path: Path,
+) -> None:
     write_series(tmp_path)
     thumbnails, classes = pictures_by_class(tmp_path)
     assert thumbnails.shape == (NUM_SUBJECTS * LENGTH, 96 * 96)
@@ -40,6 +42,6 @@ def test_links_within_subjects_are_right_and_such_between_classes_are_counted(tm
     assert pairs == pytest.approx(1.0, abs=0.15)
 
 
-def test_without_a_folder_there_are_no_pictures():
+def test_without_a_folder_there_are_no_pictures() -> None:
     thumbnails, classes = pictures_by_class(None)
     assert len(thumbnails) == len(classes) == 0
