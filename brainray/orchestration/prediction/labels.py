@@ -14,7 +14,7 @@ from brainray.errors import DataError
 from brainray.log import log
 from brainray.orchestration.blocks import with_progress
 from brainray.orchestration.prediction.inference import find_predictor, predicted_slices
-from brainray.orchestration.preprocessing.labels_table import read_rows
+from brainray.orchestration.preprocessing.labels_table import read_rows, text_of
 from brainray.orchestration.run import open_run
 from brainray.orchestration.store import open_store
 from brainray.schema import NEXT_LABELS, UNLABELLED_ROLE, Metrics, matrix_of
@@ -108,7 +108,7 @@ def choose_next_labels(config: Config) -> NextLabels:
 def _check_nothing_is_filled_in(run: Folder) -> None:
     """Raises DataError if the list of an earlier call has labels, which would be lost."""
     for name in filter(run.exists, (layout.NEXT_LABELS, layout.NEXT_LABELS_PARQUET)):
-        filled = [row for row in read_rows(run / name) if (row["label"] or "").strip()]
+        filled = [row for row in read_rows(run / name) if text_of(row["label"]) is not None]
         if filled:
             raise DataError(
                 f"{run}/{name} has {len(filled)} labels filled in: add these rows to your labels "

@@ -45,7 +45,8 @@ _PARQUET = b"PAR1"
 _SPREADSHEETS = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")  # .xlsx and .ods, which are ZIP archives; .xls
 _SEPARATOR_LINE = re.compile(rb'(?i)\A(\xef\xbb\xbf)?"?sep=.[^\r\n]*(\r\n|\r|\n)')  # of Excel
 _SPREADSHEET_ERROR = re.compile(r"#(N/A|N/D|NV|[^\sa-z]+[!?])|Err:\d+")  # in several languages
-_MISSING = frozenset({"", "na", "nan", "null"})  # of R, pandas, SQL: letters and digits of a cell
+_PLACEHOLDER = re.compile(r"[\s._/<>?\-\u2013\u2014]")
+_MISSING = frozenset({"", "na", "nan", "null"})  # of R, pandas, SQL: what else a cell contains
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def read_labels_table(
             metadata.get(path, FileMetadata()),
             _metadata_of(row, path, labels, reads_splits),
         )
-        frame, frame_label = _text(row.get("frame")), None
+        frame, frame_label = text_of(row.get("frame")), None
         if frame is not None:
             frame_label, new = new.label, replace(new, label=None)
         contradicted = before.contradicted_by(new)
@@ -183,16 +184,16 @@ def _nearest_path(written: str, paths: Collection[str]) -> str | None:
 def _metadata_of(
     row: Mapping[str, Any], path: str, labels: Folder, reads_splits: bool
 ) -> FileMetadata:
-    split = _text(row.get("split")) if reads_splits else None
+    split = text_of(row.get("split")) if reads_splits else None
     if split is not None and split.lower() not in SPLIT_NAMES:
         raise DataError(
             f"labels={labels}: split {split!r} of {path!r} is neither train nor test; validation "
             "slices are drawn from train"
         )
-    subject = _text(row.get("subject"))
+    subject = text_of(row.get("subject"))
     return FileMetadata(
         split=None if split is None else SPLIT_NAMES[split.lower()],
-        label=_text(row.get("label")),
+        label=text_of(row.get("label")),
         subject=None if subject is None or names_nobody(subject) else subject,
     )
 
@@ -219,6 +220,7 @@ def _check_unread(
                 "leave it out, to another name"
             )
     read = [name for name in columns if name != "split" or reads_splits]
+    unread = [*unread, *(name for name in columns if name not in read)]
     if unread:
         more = ", ..." if len(unread) > _MAX_NAMED else ""
         log(
@@ -315,7 +317,7 @@ def _filled_rows(table: pa.Table, labels: Folder) -> list[dict[str, Any]]:
                     f"labels={labels}: {cell.strip()} in column {column} is a spreadsheet error: "
                     "correct the table"
                 )
-    return [row for row in rows if any(_text(cell) is not None for cell in row.values())]
+    return [row for row in rows if any(text_of(cell) is not None for cell in row.values())]
 
 
 def _check_quotes(
@@ -375,15 +377,17 @@ def _is_bytes(kind: pa.DataType) -> bool:
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
-def _text(value: object) -> str | None:
+def text_of(value: object) -> str | None:
     """Text of a cell, stripped; None if it is a missing value, such as "n.a." or a dash.
+
+    A plus, which may be a finding, is none: as a class it is refused by name.
 
     pandas writes whole numbers of a column with gaps as floats: 7.0 is read as 7.
     """
     text = "" if value is None else nfc(str(value).strip())
     if re.fullmatch(r"-?\d+\.0", text):
         text = text.removesuffix(".0")
-    return None if re.sub(r"[\W_]", "", text).casefold() in _MISSING else text
+    return None if _PLACEHOLDER.sub("", text).casefold() in _MISSING else text
 
 
 def nfc(name: str) -> str:

@@ -95,13 +95,16 @@ def test_every_row_of_the_list_is_of_one_slice_and_mates_of_labelled_ones_come_l
     assert folder.read_table("labels/next.parquet").to_pylist() == rows
 
 
+@pytest.mark.parametrize("label", ["glioma", 0, 1.0, False])
 @pytest.mark.parametrize("name", ["labels/next.csv", "labels/next.parquet"])
-def test_labels_that_were_filled_in_are_not_overwritten(trained: TrainedRun, name: str) -> None:
+def test_labels_that_were_filled_in_are_not_overwritten(
+    trained: TrainedRun, name: str, label: object
+) -> None:
     storage, folder = Path(str(trained.run.folder)).parents[1], trained.run.folder
     if name.endswith(".csv"):
-        folder.write_bytes(name, b"rank;path;label\n1;a.png;glioma\n2;b.png;\n")
+        folder.write_bytes(name, f"rank;path;label\n1;a.png;{label}\n2;b.png;\n".encode())
     else:
-        folder.write_table(name, pa.table({"path": ["a", "b"], "label": ["glioma", None]}))
+        folder.write_table(name, pa.table({"path": ["a", "b"], "label": [label, None]}))
     try:
         with pytest.raises(DataError, match=f"{name} has 1 labels filled in"):
             choose_next_labels(tiny_config(storage, "run=two-ranks"))
