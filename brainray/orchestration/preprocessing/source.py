@@ -270,9 +270,9 @@ def _walk(source: Folder, storage: Folder | None) -> Iterator[FoundFile]:
     """All visible files below the source but not in the storage; links to folders within the source
     are followed if nothing else leads there.
     """
-    if storage is not None and not source.contains(storage):
-        storage = None
     if source.local_path is None:
+        if storage is not None and not source.contains(storage):
+            storage = None
         selector = pafs.FileSelector(source.path, recursive=True)
         for info in source.filesystem.get_file_info(selector):
             if info.type == pafs.FileType.File:
@@ -284,22 +284,31 @@ def _walk(source: Folder, storage: Folder | None) -> Iterator[FoundFile]:
                 yield FoundFile(path, int(info.size or 0), int(info.mtime_ns or 0))
         return
     root = os.path.realpath(source.local_path)
-    left_out = None if storage is None else os.path.realpath(storage.path)
+    left_out = None
+    if storage is not None and storage.local_path is not None:
+        left_out = os.path.realpath(storage.local_path)  # maybe by a link out of the source
+
+    def is_left_out(path: str) -> bool:
+        if left_out is None or _is_below(root, left_out):
+            return False
+        return _is_below(os.path.realpath(path), left_out)
+
     visited: set[tuple[int, int]] = set()
     links = [str(source.local_path)]  # followed last, so that folders have their own names
     while links:
         for folder, subfolders, names in os.walk(links.pop(0), onerror=_refuse):
             status = os.stat(folder)
-            if (status.st_dev, status.st_ino) in visited:
-                subfolders.clear()
-                continue
-            if left_out is not None and _is_below(os.path.realpath(folder), left_out):
+            if (status.st_dev, status.st_ino) in visited or is_left_out(folder):
                 subfolders.clear()
                 continue
             visited.add((status.st_dev, status.st_ino))
             relative = os.path.relpath(folder, source.local_path)
             prefix = "" if relative == "." else f"{relative}/"
-            subfolders[:] = sorted(name for name in subfolders if not _is_hidden(name))
+            subfolders[:] = sorted(
+                name
+                for name in subfolders
+                if not (_is_hidden(name) or is_left_out(f"{folder}/{name}"))
+            )
             for name in subfolders:
                 _check_folder(prefix + name, leads_out=_leads_out(f"{folder}/{name}", root))
                 if os.path.islink(f"{folder}/{name}"):

@@ -337,6 +337,8 @@ def test_columns_that_are_not_read_are_told(
     assert notes("path,label,split,,\n1.jpg,a,test,,\n") == ""
     told = notes("path,label,set\n1.jpg,a,test\n", reads_splits=False)
     assert "columns read: path, label; not read: set\n" in told
+    told = notes("path,label,split\n1.jpg,a,test\n", reads_splits=False)
+    assert "columns read: path, label; not read: split\n" in told
 
 
 @pytest.mark.parametrize("cell", ["-", "--", "?", ".", "\u2014", "n.a.", "N.A.", "<NA>", "null"])
@@ -345,6 +347,16 @@ def test_a_placeholder_is_no_label(tmp_path: Path, cell: str) -> None:
     (tmp_path / "labels.csv").write_text(f"path,label,split\n1.jpg,{cell},{cell}\n2.jpg,-1,\n")
     rows = listed(source, Folder(tmp_path / "labels.csv"))
     assert rows == [("1.jpg", None, None, None), ("2.jpg", None, "-1", None)]
+
+
+@pytest.mark.parametrize("cell", ["+", "++", "\u2713"])
+def test_a_finding_is_not_taken_for_a_placeholder(tmp_path: Path, cell: str) -> None:
+    source = make(tmp_path / "s", "1.jpg", "2.jpg")
+    (tmp_path / "labels.csv").write_text(f"path,label\n1.jpg,{cell}\n2.jpg,-\n")
+    with pytest.raises(
+        DataError, match=r"is not a valid class name .* rename it in the labels table"
+    ):
+        listed(source, Folder(tmp_path / "labels.csv"))
 
 
 def test_what_spreadsheets_leave_in_a_table_does_no_harm(tmp_path: Path) -> None:
@@ -650,6 +662,15 @@ def test_folders_that_would_be_missing_are_refused(tmp_path: Path) -> None:
         DataError, match=r"folder Tum\\xf6r is not UTF-8: rename it, such as with conv"
     ):
         list_source(source, None, {})
+
+
+def test_storage_within_the_source_may_be_a_link_out_of_it(tmp_path: Path) -> None:
+    source = make(tmp_path / "source", "a/1.jpg")
+    make(tmp_path / "disk", "2.jpg")
+    (tmp_path / "source" / "out").symlink_to(tmp_path / "disk")
+    storage = Folder(tmp_path / "source" / "out")
+    listing = list_source(source, None, {}, storage=storage)
+    assert [file.path for file in listing.files] == ["a/1.jpg"]
 
 
 def test_a_source_may_be_a_link_itself(tmp_path: Path) -> None:
