@@ -25,8 +25,8 @@ from brainray.mri.slices import (
     volume_hash,
 )
 
-VERSION = 5
-"""Increased whenever files decode to different slices: slices of two versions are never mixed."""
+VERSION = 4
+"""Increased whenever a file decodes to different pixels: slices of two versions are never mixed."""
 
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "GIF", "DICOM", "NIfTI")
 SUFFIXES = (
