@@ -47,7 +47,10 @@ class Record(BaseModel):
             first = error.errors()[0]
             key = ".".join(str(part) for part in first["loc"])
             reason = " ".join(f"{key}: {first['msg']}".split())
-            raise DataError(f"{folder}/{cls.FILE} is damaged ({reason}): {cls.REMEDY}") from None
+            raise DataError(
+                f"{folder}/{cls.FILE} cannot be read by this version, or is damaged ({reason}): "
+                f"{cls.REMEDY}"
+            ) from None
 
     def write(self, folder: Folder) -> None:
         """Write the record into a folder."""

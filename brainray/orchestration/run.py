@@ -15,7 +15,7 @@ from brainray.config import (
     PreprocessConfig,
     SplitConfig,
 )
-from brainray.config_text import parse_saved, to_yaml
+from brainray.config_text import flatten, parse_saved, to_yaml
 from brainray.errors import ConfigError, DataError
 from brainray.mri.split import check_validation_share
 from brainray.orchestration.lock import is_held
@@ -103,6 +103,13 @@ class Run:
         if "self_supervision" not in saved:  # of runs without a warm-up
             del defaults["self_supervision"]
         return with_defaults(saved, defaults)
+
+    @property
+    def removed_settings(self) -> dict[str, Any]:
+        """Settings, by key, that the run was begun with and that no longer exist."""
+        kept = flatten(self.settings)
+        begun_with = flatten(without_free(self.record.settings))
+        return {key: value for key, value in begun_with.items() if key not in kept}
 
     def write_config(self, config: Config) -> None:
         """Save the config, without secrets."""

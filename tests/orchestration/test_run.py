@@ -36,6 +36,7 @@ def test_a_run_of_an_earlier_version_is_resumed_if_todays_settings_are_the_same(
     run = run_to_resume(config)
     assert run is not None
     assert run.record == record
+    assert run.removed_settings == {"train.labelled_sampling": "subject"}
     for other in ("train.weight_decay=0.4", "train.accumulation_steps=2"):
         with pytest.raises(ConfigError, match=rf"settings \({other.partition('=')[0]}: "):
             run_to_resume(tiny_config(tmp_path, *given, other))
