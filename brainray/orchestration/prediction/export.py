@@ -37,6 +37,7 @@ from brainray.schema import PREDICTED_SLICES, THUMBNAIL_SIDE, Metrics
 from brainray.storage import Folder
 from brainray.tracking import ServedFiles, save_served
 
+_EXAMPLE_SIDE = 64  # pixels
 _NUM_TRIED = 32  # slices on which the ONNX and PyTorch models are compared
 _READ_AT_ONCE = 2**20  # bytes of fingerprints, which are gigabytes for a large store
 _ONNX_PACKAGES = {"onnx", "onnxscript", "onnxruntime"}
@@ -113,14 +114,14 @@ def served_files(predictor: Predictor) -> Iterator[ServedFiles]:
             requirements=serving.REQUIREMENTS,
             inputs={"path": "string", "image": "binary"},
             outputs={field.name: str(field.type) for field in PREDICTED_SLICES},
-            example={"image": _drawn_slice()},
+            example={"image": _drawn_slice(max(_EXAMPLE_SIDE, predictor.preprocess.min_side))},
             metadata={"classes": predictor.checkpoint.classes},
         )
 
 
-def _drawn_slice() -> bytes:
+def _drawn_slice(side: int) -> bytes:
     """A PNG of no patient."""
-    image = make_slice("notumor", np.random.default_rng(0), size=64).image
+    image = make_slice("notumor", np.random.default_rng(0), size=side).image
     return cv2.imencode(".png", image)[1].tobytes()
 
 
