@@ -35,9 +35,8 @@ class ClusterMap:
     y: list[float]
     clusters: list[int]  # (n,) or NOISE
     distances: list[float | None]  # (n,) of fitted slices to the centroid of their cluster
-    sizes: list[
-        tuple[int, int]
-    ]  # clusters and the number of their fitted slices, on the map or not
+    sizes: list[tuple[int, int]]
+    """Clusters and the number of their fitted slices, on the map or not."""
 
 
 @dataclass(frozen=True)
