@@ -143,11 +143,9 @@ class SubjectConfig(_Section):
     not given by a labels table, a DICOM header or a volume file."""
     same_view_similarity: Fraction = 0.95
     """Similarity at or above which two slices count as the same view."""
-    min_similarity: Fraction = 0.6
-    """Minimum similarity at which mutual neighbours are linked."""
-    min_lone_similarity: Fraction = 0.65
-    """Minimum similarity of a pair judged on its own, without the mutual-neighbour test."""
-    min_group_similarity: Annotated[float, Field(ge=-1.0, le=1.0)] = 0.3
+    link_similarity: Fraction = 0.7
+    """Minimum similarity at which two slices count as likely of one subject."""
+    group_similarity: Annotated[float, Field(ge=-1.0, le=1.0)] = 0.2
     """Minimum mean similarity between the views of two groups for a link to merge them."""
     num_neighbours: Positive = 2
     """Two views are linked only if each is among this many nearest neighbours of the other (a

@@ -82,8 +82,8 @@ def run(options: CaseOptions) -> BenchmarkResult:
         ]
         sweeps[name] = [
             {
-                "min_similarity": least,
-                **_pair_errors(known, settings.model_copy(update={"min_similarity": least})),
+                "link_similarity": least,
+                **_pair_errors(known, settings.model_copy(update={"link_similarity": least})),
             }
             for least in _SWEEP
         ]
@@ -101,6 +101,7 @@ def measure_errors(known: KnownSlices, settings: SubjectConfig, seed: int) -> li
     groups = _estimate(known, settings)
     single = np.array([str(number) for number in range(len(groups))])
     grouped_leak, random_leak = (_leak(known, parts, seed) for parts in (groups, single))
+    beside, beside_random = (_leak_to_next(known, parts, seed) for parts in (groups, single))
     return [
         Measure("link precision", _mean(is_right)),
         Measure("neighbour recall", _mean([(row, row + 1) in linked for row in neighbours])),
@@ -110,6 +111,8 @@ def measure_errors(known: KnownSlices, settings: SubjectConfig, seed: int) -> li
         Measure("leak, random split", random_leak),
         Measure("leak, grouped split", grouped_leak),
         Measure("leak, grouped / random", grouped_leak / max(random_leak, 1e-9), "x", at_most=0.5),
+        Measure("leak to next slice, random split", beside_random),
+        Measure("leak to next slice, grouped split", beside),
         *_pairwise_decision(known, settings),
     ]
 
@@ -217,9 +220,21 @@ def _with_neighbour(known: KnownSlices, groups: NDArray[np.str_]) -> float:
 
 def _leak(known: KnownSlices, groups: NDArray[np.str_], seed: int) -> float:
     """Share of test slices with a slice of the same series in training."""
-    no_labels = [None] * len(groups)
-    is_test = draw_test(no_labels, groups.tolist(), fraction=_TEST_FRACTION, seed=seed)
+    is_test = _drawn_test(groups, seed)
     return _mean(np.isin(known.series[is_test], known.series[~is_test]))
+
+
+def _leak_to_next(known: KnownSlices, groups: NDArray[np.str_], seed: int) -> float:
+    """Share of test slices with an adjacent slice of their series in training."""
+    is_test = _drawn_test(groups, seed)
+    is_crossed = (known.series[:-1] == known.series[1:]) & (is_test[:-1] != is_test[1:])
+    is_exposed = np.append(is_crossed, False) | np.append(False, is_crossed)
+    return _mean(is_exposed[is_test])
+
+
+def _drawn_test(groups: NDArray[np.str_], seed: int) -> NDArray[np.bool_]:
+    no_labels = [None] * len(groups)
+    return draw_test(no_labels, groups.tolist(), fraction=_TEST_FRACTION, seed=seed)
 
 
 def _pairwise_decision(known: KnownSlices, settings: SubjectConfig) -> list[Measure]:
@@ -227,7 +242,9 @@ def _pairwise_decision(known: KnownSlices, settings: SubjectConfig) -> list[Meas
     _, number = np.unique(known.subjects, return_inverse=True)
     is_stranger = number % 2 == 1
     is_reference = ~is_stranger & (np.arange(len(number)) % 2 == 0)
-    mates = find_same_subject(known.thumbnails, known.thumbnails[is_reference], settings)
+    mates = find_same_subject(
+        known.thumbnails, known.thumbnails[is_reference], settings.link_similarity
+    )
     is_met = mates.reference >= 0
     return [
         Measure("known subjects missed", _mean(~is_met[~is_stranger & ~is_reference])),
@@ -244,7 +261,7 @@ def _figure(sweeps: dict[str, list[dict[str, float]]]) -> Figure:
     figure = new_figure(6.0, 4.0)
     axes = figure.subplots()
     for name, sweep in sweeps.items():
-        least = [point["min_similarity"] for point in sweep]
+        least = [point["link_similarity"] for point in sweep]
         for error, style in (("precision", "-"), ("recall", "--")):
             axes.plot(least, [point[error] for point in sweep], style, label=f"{name}, {error}")
     axes.set_xlabel("minimum similarity of linked slices")

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from brainray.config import PreprocessConfig, SubjectConfig
+from brainray.config import PreprocessConfig
 from brainray.mri.duplicates import COPY, KINDS, find_twins
 from brainray.mri.reframe import find_twins_by_head
 from brainray.mri.row_file import Rows, SelectedRows
@@ -135,6 +135,7 @@ def exposure(queries: Fingerprints, seen: Fingerprints, config: PreprocessConfig
         [source if source in (TABLE, HEADER) else "" for source in queries.sources], dtype=object
     )
     proven_by[queries.elsewhere] = ""
+    min_similarity = config.subject.link_similarity
     is_mate_known = np.ones(len(mate), np.bool_)
     for source in ("", TABLE, HEADER):
         asking = (mate < 0) & (proven_by == source)
@@ -145,12 +146,12 @@ def exposure(queries: Fingerprints, seen: Fingerprints, config: PreprocessConfig
             is_mate_known[asking] = False
             continue
         looking = SelectedRows(queries.thumbnails, np.flatnonzero(asking))
-        likely = find_same_subject(looking, SelectedRows(seen.thumbnails, rows), config.subject)
+        likely = find_same_subject(looking, SelectedRows(seen.thumbnails, rows), min_similarity)
         found = likely.reference >= 0
         mate[asking] = np.where(found, rows[likely.reference], -1)
         mate_similarity[asking] = likely.similarity
     asking = (mate < 0) & (proven_by == "")
-    _match_in_groups(queries, seen, asking, config.subject, mate, mate_similarity)
+    _match_in_groups(queries, seen, asking, mate, mate_similarity)
     kind = np.where(twins.reference >= 0, np.array(KINDS)[twins.kind], "")
     return Exposure(
         exact, twins.reference, kind, twins.similarity, mate, mate_similarity, is_mate_known
@@ -161,7 +162,6 @@ def _match_in_groups(
     queries: Fingerprints,
     seen: Fingerprints,
     asking: NDArray[np.bool_],
-    settings: SubjectConfig,
     mate: NDArray[np.int64],
     mate_similarity: NDArray[np.float32],
 ) -> None:
@@ -175,13 +175,12 @@ def _match_in_groups(
         name = queries.groups[row]
         if name is not None and name in rows_of_group:
             asking_in_group[name].append(row)
-    nearest_of_all = settings.model_copy(update={"min_lone_similarity": -1.0})  # however similar
     for name, asked in asking_in_group.items():
         rows, others = np.array(asked), np.array(rows_of_group[name])
         nearest = find_same_subject(
             SelectedRows(queries.thumbnails, rows),
             SelectedRows(seen.thumbnails, others),
-            nearest_of_all,
+            min_similarity=-1.0,
         )
         mate[rows], mate_similarity[rows] = others[nearest.reference], nearest.similarity
 

@@ -1,13 +1,13 @@
 """Estimates which slices are of one subject, by image similarity, if metadata is missing.
 
 Neighbouring slices of one series lie in the same frame and show the same bone, scalp and folds.
-These show in the fine structure of a 64 x 64 image, a band of spatial frequencies; the coarse
-shading is common to all heads in that plane. Thumbnails are deliberately not aligned: the position
-of a head in its frame is characteristic of its series, and alignment raises the similarity of
-different subjects more than that of neighbours. Flipped slices are matched too, since public
-datasets contain mirror images.
+These show in the local contrast of a 32 x 32 image; the coarse shading is common to all heads in
+that plane, and how bright a tissue is depends on the contrast. Thumbnails are deliberately not
+aligned: the position of a head in its frame is characteristic of its series, and alignment raises
+the similarity of different subjects more than that of neighbours. Flipped slices are matched too,
+since public datasets contain mirror images.
 
-The estimate is per subject **and plane** (and mostly per contrast): an axial and a sagittal slice
+The estimate is per subject **and plane** (and often per contrast): an axial and a sagittal slice
 of one head do not look alike, so groups are parts of subjects. There are errors of both kinds. A
 false link merges subjects of similar anatomy, most often in slices near the vertex, which have
 little structure. A missed link leaves two slices of a subject in different groups, more likely the
@@ -15,7 +15,7 @@ further apart they are. ``python jobs/benchmark.py subjects`` measures both on d
 subjects. If subjects or series are named, the names are used instead.
 
 Up to 8,192 slices are compared exhaustively. Above that, each slice is compared with its nearest
-neighbours in an index of a few principal components, and descriptors (16 kB per slice) are kept in
+neighbours in an index of a few principal components, and descriptors (4 kB per slice) are kept in
 a file; time then grows little faster than N.
 """
 
@@ -32,12 +32,16 @@ from brainray.mri.groups import first_connected
 from brainray.mri.neighbours import neighbour_index
 from brainray.mri.row_file import RowFile, Rows, row_blocks
 
-COMPARED_SIDE = 64  # pixels: between neighbouring slices, finer structure is noise
+COMPARED_SIDE = 32  # pixels: between neighbouring slices, finer structure is noise
 SUBJECT_PREFIX = "estimated-"
 """Marks a subject id as estimated."""
 
-_FINE_SIGMA, _COARSE_SIGMA = 0.5, 2.0  # of the band that is compared, in thumbnail pixels
-_MIN_LENGTH = 1e-3  # of a descriptor before scaling: below it there is only rounding error
+VERSION = 2
+"""Changes when the same slices are grouped otherwise."""
+
+_FINE_SIGMA, _COARSE_SIGMA = 0.5, 2.0  # of the band that is compared, in compared pixels
+_CONTRAST_FLOOR = 0.2  # of the whole slice's contrast: below it, local contrast is mostly noise
+_EPSILON = 1e-3  # below it, there is only rounding error
 _BLOCK_ROWS = 256
 
 EXHAUSTIVE_ROWS = 8192
@@ -56,7 +60,7 @@ _FLIP_SIGNS = np.array(
 
 _NUM_PARTS, _PART_SIZE = 4, (COMPARED_SIDE // 2) ** 2
 
-Descriptors = NDArray[np.float32]  # (N, 4, 1024), see `anatomy_descriptors`
+Descriptors = NDArray[np.float32]  # (N, 4, 256), see `anatomy_descriptors`
 _NO_DESCRIPTORS = np.empty((0, _NUM_PARTS, _PART_SIZE), np.float32)
 
 
@@ -118,7 +122,7 @@ class Mates:
     similarity: NDArray[np.float32]  # (Q,) of the most similar slice, accepted or not
 
 
-def find_same_subject(queries: Rows, references: Rows, settings: SubjectConfig) -> Mates:
+def find_same_subject(queries: Rows, references: Rows, min_similarity: float) -> Mates:
     """The reference slice most likely of the query's subject, by similarity alone.
 
     With more references, a match with a different subject becomes more likely: on a large set, it
@@ -127,7 +131,7 @@ def find_same_subject(queries: Rows, references: Rows, settings: SubjectConfig) 
     Args:
         queries: (Q, S * S) uint8 thumbnails, as in `estimate_subjects`.
         references: (R, S * S) uint8; if empty, no query is matched.
-        settings: only `min_lone_similarity` is used.
+        min_similarity: of a match.
     """
     reference = [np.empty(0, np.int64)]
     similarity = [np.empty(0, np.float32)]
@@ -139,30 +143,35 @@ def find_same_subject(queries: Rows, references: Rows, settings: SubjectConfig) 
         place = best.argmax(axis=1)[:, None]
         nearest = np.take_along_axis(found, place, axis=1)[:, 0]
         similarity.append(np.take_along_axis(best, place, axis=1)[:, 0])
-        reference.append(np.where(similarity[-1] >= settings.min_lone_similarity, nearest, -1))
+        reference.append(np.where(similarity[-1] >= min_similarity, nearest, -1))
     return Mates(np.concatenate(reference), np.concatenate(similarity))
 
 
 def anatomy_descriptors(thumbnails: NDArray[np.uint8]) -> Descriptors:
-    """Fine structure of thumbnails (N, S * S) uint8, independent of gain; 0 for blank ones.
+    """Local contrast of thumbnails (N, S * S) uint8, independent of gain; 0 for blank ones.
 
-    Square roots keep bright scalp and lesions from outweighing the brain. The difference of two
-    Gaussians removes finer noise and coarser shading. An orthogonal change of basis splits each
-    image into parts (N, 4, 1024) that are even or odd from left to right and from top to bottom.
+    The difference of two Gaussians removes finer noise and coarser shading. Divided by its local
+    standard deviation (local contrast normalisation, Jarrett et al. 2009), faint folds count as
+    much as bright scalp and lesions, in any contrast. An orthogonal change of basis splits each
+    image into parts (N, 4, 256) that are even or odd from left to right and from top to bottom.
     The sum of the products of parts is the similarity of two slices; with some signs changed, it is
     the similarity of their flips, at no extra cost.
     """
     side = math.isqrt(thumbnails.shape[1])
     compared = (COMPARED_SIDE, COMPARED_SIDE)
-    bands = np.empty((len(thumbnails), COMPARED_SIDE**2), np.float32)
+    bands = np.zeros((len(thumbnails), COMPARED_SIDE**2), np.float32)
     for band, thumbnail in zip(bands, thumbnails, strict=True):
         small = cv2.resize(thumbnail.reshape(side, side), compared, interpolation=cv2.INTER_AREA)
         image = np.sqrt(small, dtype=np.float32)
         fine = cv2.GaussianBlur(image, (0, 0), _FINE_SIGMA)
-        band[:] = (fine - cv2.GaussianBlur(image, (0, 0), _COARSE_SIGMA)).ravel()
+        detail = fine - cv2.GaussianBlur(image, (0, 0), _COARSE_SIGMA)
+        contrast = np.sqrt(cv2.GaussianBlur(np.square(detail), (0, 0), _COARSE_SIGMA))
+        overall = detail.std()
+        if overall > _EPSILON:
+            band[:] = (detail / (contrast + _CONTRAST_FLOOR * overall)).ravel()
     bands -= bands.mean(axis=1, keepdims=True)
     length = np.linalg.norm(bands, axis=1, keepdims=True)
-    np.divide(bands, length, out=bands, where=length > _MIN_LENGTH)
+    np.divide(bands, length, out=bands, where=length > _EPSILON)
     images = bands.reshape(-1, COMPARED_SIDE, COMPARED_SIDE)
     half = COMPARED_SIDE // 2
     left, right = images[:, :, :half], images[:, :, : half - 1 : -1]
@@ -234,7 +243,7 @@ def mutual_links(described: Described, settings: SubjectConfig) -> Links:
         last = max(found.shape[1] - num_neighbours, 0)
         nearest = np.argpartition(similarity, last, axis=1)[:, last:]
         value = np.take_along_axis(similarity, nearest, axis=1)
-        row, place = np.nonzero(value >= settings.min_similarity)
+        row, place = np.nonzero(value >= settings.link_similarity)
         flip = by_flip[:, row, nearest[row, place]].argmax(axis=0)
         links.append((row + start, found[row, nearest[row, place]], flip, value[row, place]))
     row, column, flip, value = (np.concatenate(parts) for parts in zip(*links, strict=True))
@@ -265,7 +274,7 @@ def merge_links(described: Described, links: Links, settings: SubjectConfig) -> 
         sums, others = described[np.array([kept, absorbed])]
         turned = others * _FLIP_SIGNS[turn][:, None]
         num_pairs = len(members[kept]) * len(members[absorbed])
-        if np.vdot(sums, turned) < settings.min_group_similarity * num_pairs:
+        if np.vdot(sums, turned) < settings.group_similarity * num_pairs:
             continue
         for index in members[absorbed]:
             group[index] = kept
@@ -349,7 +358,7 @@ def _project(descriptors: Descriptors, components: NDArray[np.float32]) -> NDArr
     """Components (N, 4, 32), of unit length."""
     reduced = np.einsum("npd,pdk->npk", descriptors, components, optimize=True)
     length = np.linalg.norm(reduced, axis=(1, 2), keepdims=True)
-    return np.asarray(reduced / np.maximum(length, _MIN_LENGTH), np.float32)
+    return np.asarray(reduced / np.maximum(length, _EPSILON), np.float32)
 
 
 def _reduced(described: Described, components: NDArray[np.float32]) -> NDArray[np.float32]:

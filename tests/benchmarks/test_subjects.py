@@ -29,7 +29,7 @@ def test_links_within_subjects_are_right_and_such_between_classes_are_counted(
     assert thumbnails.shape == (NUM_SUBJECTS * LENGTH, 96 * 96)
     assert sorted(set(classes)) == ["class0", "class1"]
     right = {m.name: m.value for m in measure_by_class(thumbnails, classes, SubjectConfig())}
-    assert right["views with a link"] > 0.7
+    assert right["views with a link"] > 0.5
     assert right["false links, by class"] == right["false pairs in a group, by class"] == 0.0
 
     rng = np.random.default_rng(0)
