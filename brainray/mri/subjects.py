@@ -40,6 +40,7 @@ VERSION = 2
 """Changes when the same slices are grouped otherwise."""
 
 _FINE_SIGMA, _COARSE_SIGMA = 0.5, 2.0  # of the band that is compared, in compared pixels
+_CONTRAST_SIGMA = 1.0  # of the neighbourhood in which contrast is measured, in compared pixels
 _CONTRAST_FLOOR = 0.2  # of the whole slice's contrast: below it, local contrast is mostly noise
 _EPSILON = 1e-3  # below it, there is only rounding error
 _BLOCK_ROWS = 256
@@ -165,7 +166,7 @@ def anatomy_descriptors(thumbnails: NDArray[np.uint8]) -> Descriptors:
         image = np.sqrt(small, dtype=np.float32)
         fine = cv2.GaussianBlur(image, (0, 0), _FINE_SIGMA)
         detail = fine - cv2.GaussianBlur(image, (0, 0), _COARSE_SIGMA)
-        contrast = np.sqrt(cv2.GaussianBlur(np.square(detail), (0, 0), _COARSE_SIGMA))
+        contrast = np.sqrt(cv2.GaussianBlur(np.square(detail), (0, 0), _CONTRAST_SIGMA))
         overall = detail.std()
         if overall > _EPSILON:
             band[:] = (detail / (contrast + _CONTRAST_FLOOR * overall)).ravel()

@@ -7,9 +7,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from brainray.config import PreprocessConfig, SplitConfig
+from brainray.config import PreprocessConfig, SplitConfig, SubjectConfig
 from brainray.config_text import load_config, parse_config
 from brainray.errors import ConfigError, DataError
+from brainray.mri import subjects
 from brainray.orchestration.manifest import Manifest, settings_of, versions_of
 from brainray.orchestration.records import differing_settings, with_defaults
 from brainray.orchestration.store import (
@@ -123,6 +124,9 @@ def test_only_a_drawn_split_depends_on_its_size_and_seed() -> None:
     assert given["split"] == {"mode": split.mode}
     assert drawn["split"] == {"mode": split.mode, "test_fraction": 0.3, "seed": 4}
     assert "files_per_task" not in given["preprocess"]
+    assert given["subject_version"] == subjects.VERSION
+    named = PreprocessConfig(subject=SubjectConfig(estimate=False))
+    assert "subject_version" not in settings_of(named, split, {}, drawn=True)
     assert set(versions_of(preprocess)) == {"decode_version"}
     assert set(versions_of(PreprocessConfig(skull_strip="intracranial"))) == {
         "decode_version",

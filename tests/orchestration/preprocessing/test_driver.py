@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from brainray.errors import ConfigError, DataError
-from brainray.mri import decode, intracranial
+from brainray.mri import decode, intracranial, subjects
 from brainray.mri.decode import decode_file
 from brainray.mri.resize import stretch
 from brainray.mri.skull_strip import apply_mask, otsu_mask
@@ -135,6 +135,10 @@ def test_a_store_of_slices_that_are_made_otherwise_now_is_refused(
     monkeypatch.setattr(decode, "VERSION", decode.VERSION + 1)
     here, there = decode.VERSION - 1, decode.VERSION
     with pytest.raises(ConfigError, match=rf"decode_version: {here} here, {there} requested"):
+        preprocess(config)
+    monkeypatch.setattr(decode, "VERSION", here)
+    monkeypatch.setattr(subjects, "VERSION", 3)
+    with pytest.raises(ConfigError, match=r"subject_version: 2 here, 3 requested"):
         preprocess(config)
 
 
