@@ -31,6 +31,7 @@ from brainray.config import SubjectConfig
 from brainray.mri.groups import first_connected
 from brainray.mri.neighbours import neighbour_index
 from brainray.mri.row_file import RowFile, Rows, row_blocks
+from brainray.mri.skull_strip import without_frame
 
 COMPARED_SIDE = 32  # pixels: between neighbouring slices, finer structure is noise
 SUBJECT_PREFIX = "estimated-"
@@ -40,7 +41,6 @@ VERSION = 2
 """Changes when the same slices are grouped otherwise."""
 
 _FINE_SIGMA, _COARSE_SIGMA = 0.5, 2.0  # of the band that is compared, in compared pixels
-_CONTRAST_SIGMA = 1.0  # of the neighbourhood in which contrast is measured, in compared pixels
 _CONTRAST_FLOOR = 0.2  # of the whole slice's contrast: below it, local contrast is mostly noise
 _EPSILON = 1e-3  # below it, there is only rounding error
 _BLOCK_ROWS = 256
@@ -48,7 +48,7 @@ _BLOCK_ROWS = 256
 EXHAUSTIVE_ROWS = 8192
 """Up to this many slices, all pairs are compared."""
 _CANDIDATES = 16  # per slice
-_CANDIDATE_BLOCK_ROWS = 128  # queries whose candidates' descriptors are in memory at once, 34 MB
+_CANDIDATE_BLOCK_ROWS = 128  # queries whose candidates' descriptors are in memory at once, 8 MB
 _COMPONENTS_PER_PART = 32
 _PCA_ROWS = 4096
 
@@ -151,6 +151,7 @@ def find_same_subject(queries: Rows, references: Rows, min_similarity: float) ->
 def anatomy_descriptors(thumbnails: NDArray[np.uint8]) -> Descriptors:
     """Local contrast of thumbnails (N, S * S) uint8, independent of gain; 0 for blank ones.
 
+    A white frame, whose edge would be the strongest in every slice that has one, is left out.
     The difference of two Gaussians removes finer noise and coarser shading. Divided by its local
     standard deviation (local contrast normalisation, Jarrett et al. 2009), faint folds count as
     much as bright scalp and lesions, in any contrast. An orthogonal change of basis splits each
@@ -162,11 +163,12 @@ def anatomy_descriptors(thumbnails: NDArray[np.uint8]) -> Descriptors:
     compared = (COMPARED_SIDE, COMPARED_SIDE)
     bands = np.zeros((len(thumbnails), COMPARED_SIDE**2), np.float32)
     for band, thumbnail in zip(bands, thumbnails, strict=True):
-        small = cv2.resize(thumbnail.reshape(side, side), compared, interpolation=cv2.INTER_AREA)
+        picture = without_frame(thumbnail.reshape(side, side))
+        small = cv2.resize(picture, compared, interpolation=cv2.INTER_AREA)
         image = np.sqrt(small, dtype=np.float32)
         fine = cv2.GaussianBlur(image, (0, 0), _FINE_SIGMA)
         detail = fine - cv2.GaussianBlur(image, (0, 0), _COARSE_SIGMA)
-        contrast = np.sqrt(cv2.GaussianBlur(np.square(detail), (0, 0), _CONTRAST_SIGMA))
+        contrast = np.sqrt(cv2.GaussianBlur(np.square(detail), (0, 0), _COARSE_SIGMA))
         overall = detail.std()
         if overall > _EPSILON:
             band[:] = (detail / (contrast + _CONTRAST_FLOOR * overall)).ravel()
@@ -298,9 +300,9 @@ def _compared(
         yield from _compared_with_candidates(queries, references)
         return
     every = np.arange(len(references))
-    by_part = references[every].transpose(1, 2, 0)  # (4, 1024, R)
+    by_part = references[every].transpose(1, 2, 0)  # (4, 256, R)
     for rows in row_blocks(np.arange(len(queries)), _BLOCK_ROWS):
-        block = queries[rows].transpose(1, 0, 2)  # (4, B, 1024)
+        block = queries[rows].transpose(1, 0, 2)  # (4, B, 256)
         by_flip = np.tensordot(_FLIP_SIGNS, block @ by_part, axes=1)
         yield int(rows[0]), np.broadcast_to(every, by_flip.shape[1:]), by_flip
 
@@ -324,7 +326,7 @@ def _compared_with_candidates(
             _CANDIDATES,
         )
         used, place = np.unique(candidates, return_inverse=True)
-        others = references[np.maximum(used, 0)][place.reshape(candidates.shape)]  # (B, M, 4, 1024)
+        others = references[np.maximum(used, 0)][place.reshape(candidates.shape)]  # (B, M, 4, 256)
         by_part = np.einsum("bpd,bmpd->pbm", block, others, optimize=True)
         by_flip = np.tensordot(_FLIP_SIGNS, by_part, axes=1)
         by_flip[:, candidates < 0] = -np.inf
@@ -346,7 +348,7 @@ def _likeliest(
 
 
 def _principal_components(sample: Descriptors) -> NDArray[np.float32]:
-    """(4, 1024, 32): for each part, the directions in which the sample varies most."""
+    """(4, 256, 32): for each part, the directions in which the sample varies most."""
     return np.stack(
         [
             np.linalg.eigh(part.T @ part)[1][:, -_COMPONENTS_PER_PART:]

@@ -139,7 +139,7 @@ def test_similarity_is_the_correlation_of_local_contrast(thumbnails: Thumbnails)
     def band(thumbnail: Thumbnails) -> NDArray[np.float64]:
         image = np.sqrt(thumbnail.astype(np.float64)).reshape(COMPARED_SIDE, -1)
         detail = cv2.GaussianBlur(image, (0, 0), 0.5) - cv2.GaussianBlur(image, (0, 0), 2)
-        contrast = np.sqrt(cv2.GaussianBlur(np.square(detail), (0, 0), 1))
+        contrast = np.sqrt(cv2.GaussianBlur(np.square(detail), (0, 0), 2))
         return (detail / (contrast + 0.2 * detail.std())).ravel()
 
     first, second = anatomy_descriptors(thumbnails[:2])
