@@ -57,24 +57,27 @@ def bootstrap_interval(
     groups: Sequence[str] | NDArray[np.str_],
     seed: int,
     num_resamples: int = 1000,
+    weights: NDArray[Any] | None = None,
 ) -> tuple[float, float] | None:
-    """95 % bootstrap interval of the mean, over whole groups of rows; None if it would mislead.
+    """95 % bootstrap interval of the mean, or of sum(values) / sum(weights), over whole groups of
+    rows; None if it would mislead.
 
     Rows of one group, such as a subject's, are not independent, so groups are drawn with
     replacement (Davison & Hinkley 1997, section 3.8). Percentiles of the resampled means (Efron
     1979) are too narrow for few groups; they are expanded by the ratio of Student's t to the normal
     distribution (Hesterberg 2015, "What Teachers Should Know About the Bootstrap"), with the
-    effective number of groups if their sizes differ (Kish 1965). Without variation between groups,
-    or with fewer than `MIN_GROUPS` groups, there is no interval. If a few groups hold nearly all
-    rows, the interval approaches the range of the resamples.
+    effective number of groups if their sizes, or weights, differ (Kish 1965). Without variation
+    between groups, or with fewer than `MIN_GROUPS` groups of some weight, there is no interval. If
+    a few groups hold nearly all rows, the interval approaches the range of the resamples.
 
     Args:
         values: (N,), such as the gain of one classifier over another.
         groups: (N,) group of each row; a row without a group needs one of its own.
         seed: of the resamples.
         num_resamples: number of resamples.
+        weights: (N,), at least 0, such as the errors that the other classifier makes; 1 if None.
     """
-    resampled = _resample_groups(values, groups, seed, num_resamples)
+    resampled = _resample_groups(values, groups, seed, num_resamples, weights)
     if resampled is None:
         return None
     means, num_effective = resampled
@@ -121,23 +124,25 @@ def _resample_groups(
     groups: Sequence[str] | NDArray[np.str_],
     seed: int,
     num_resamples: int,
+    weights: NDArray[Any] | None = None,
 ) -> tuple[NDArray[np.float64], float] | None:
-    """Means of resampled groups (num_resamples,) and the effective number of groups; None with
-    fewer than `MIN_GROUPS` groups or without variation between them.
+    """Means of resampled groups (up to num_resamples,) and the effective number of groups; None
+    with fewer than `MIN_GROUPS` groups of some weight or without variation between groups.
     """
     _, group_of_row = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
-    sizes = np.bincount(group_of_row)
-    if len(sizes) < MIN_GROUPS:
+    sizes = np.bincount(group_of_row, weights)
+    if np.count_nonzero(sizes) < MIN_GROUPS:
         return None
-    sums = np.bincount(group_of_row, weights=values)
-    if np.ptp(sums / sizes) <= 1e-9:
+    sums = np.bincount(group_of_row, values)
+    if np.abs(sums - sums.sum() / sizes.sum() * sizes).max() <= 1e-9:
         return None
     generator = np.random.default_rng(seed)
-    means = np.empty(num_resamples)
-    for number in range(num_resamples):
+    means = []
+    for _ in range(num_resamples):
         drawn = generator.integers(len(sizes), size=len(sizes))
-        means[number] = sums[drawn].sum() / sizes[drawn].sum()
-    return means, float(sizes.sum() ** 2 / (sizes**2).sum())
+        if size := sizes[drawn].sum():  # 0 in one of 22,000 resamples, or fewer
+            means.append(sums[drawn].sum() / size)
+    return np.array(means), float(sizes.sum() ** 2 / (sizes**2).sum())
 
 
 def reweighted_accuracy(

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,8 +23,8 @@ class PairedDifference:
     """Difference in accuracy between two classifiers on the same rows."""
 
     value: float  # accuracy of the first minus accuracy of the second
-    interval: tuple[float, float] | None  # 95 %; None if unknown
     fewer_errors: float | None  # relative reduction of the second's errors; None if it has none
+    intervals: Mapping[str, tuple[float, float]]  # 95 %, of ``difference`` and ``fewer_errors``
     only_one: int  # rows that only the first classifies correctly
     only_other: int
     p_value: float
@@ -39,8 +40,10 @@ def paired_difference(
 ) -> PairedDifference:
     """Difference in accuracy between two classifiers, with its interval and p value.
 
-    The interval is that of `bootstrap_interval`, which resamples whole groups of rows. The p value
-    is that of McNemar's exact test (1947), which assumes independent rows.
+    The intervals are those of `bootstrap_interval`, which resamples whole groups of rows. In
+    ``fewer_errors`` = (errors of the second - errors of the first) / errors of the second, both
+    parts are resampled. The p value is that of McNemar's exact test (1947), which assumes
+    independent rows.
 
     Args:
         correct: (N,) whether the first classifier is right.
@@ -50,14 +53,13 @@ def paired_difference(
         seed: of the bootstrap.
     """
     gains = correct.astype(np.int64) - other_correct
-    interval = bootstrap_interval(gains, groups, seed, num_resamples)
     num_errors = int((~other_correct).sum())
     only_one, only_other = int((gains > 0).sum()), int((gains < 0).sum())
     discordant = only_one + only_other
     return PairedDifference(
         value=float(gains.mean()),
-        interval=interval,
         fewer_errors=float(gains.sum() / num_errors) if num_errors else None,
+        intervals=_intervals(gains, ~other_correct, groups, num_resamples, seed),
         only_one=only_one,
         only_other=only_other,
         p_value=float(stats.binomtest(only_one, discordant).pvalue) if discordant else 1.0,
@@ -75,7 +77,7 @@ def compare(
     """Compare a run's predictions with those of its control, for each subset and predictor.
 
     For every accuracy NAME, such as ``test/clean/head/accuracy``: ``difference/NAME`` with its 95 %
-    interval (``_low``, ``_high``), ``fewer_errors/NAME``, ``only_run/NAME`` and
+    interval (``_low``, ``_high``), ``fewer_errors/NAME`` with its own, ``only_run/NAME`` and
     ``only_control/NAME`` (slices that only one of the two classifies correctly), and ``p/NAME``.
 
     Args:
@@ -107,10 +109,10 @@ def compare(
             f"only_control/{name}": float(found.only_other),
             f"p/{name}": found.p_value,
         }
-        if found.interval is not None:
-            metrics[f"difference/{name}_low"], metrics[f"difference/{name}_high"] = found.interval
         if found.fewer_errors is not None:
             metrics[f"fewer_errors/{name}"] = found.fewer_errors
+        for kind, (low, high) in found.intervals.items():
+            metrics |= {f"{kind}/{name}_low": low, f"{kind}/{name}_high": high}
     return metrics
 
 
@@ -122,7 +124,8 @@ def intervals_of_mean_gains(
     num_resamples: int,
     seed: int,
 ) -> dict[str, tuple[float, float]]:
-    """Intervals (`bootstrap_interval`) of the mean gain of several runs, by accuracy.
+    """Intervals (`bootstrap_interval`) of the mean gain of several runs, ``difference/NAME`` for an
+    accuracy NAME, and of its ratio to the controls' mean errors, ``fewer_errors/NAME``.
 
     Args:
         predictions: ``PREDICTIONS`` rows of every run, whose subsets are those of the first;
@@ -139,21 +142,36 @@ def intervals_of_mean_gains(
         _check_same_slices(predictions[0], each)
     ours, theirs = ([labelled_rows(each) for each in side] for side in (predictions, controls))
     groups = resampling_groups(ours[0], group_of_slice)
-    intervals = {}
+    intervals: dict[str, tuple[float, float]] = {}
     for name, mask, column in _accuracies(ours[0]):
         right, other_right = (
             np.mean([_is_right(each, column)[mask] for each in side], axis=0)
             for side in (ours, theirs)
         )
-        interval = bootstrap_interval(right - other_right, groups[mask], seed, num_resamples)
-        if interval is not None:
-            intervals[name] = interval
+        gains, errors = right - other_right, 1 - other_right
+        found = _intervals(gains, errors, groups[mask], num_resamples, seed)
+        intervals |= {f"{kind}/{name}": interval for kind, interval in found.items()}
     return intervals
 
 
 def without_comparison(metrics: Metrics) -> Metrics:
     """The metrics without those added by `compare`."""
     return {name: value for name, value in metrics.items() if not name.startswith(_COMPARED)}
+
+
+def _intervals(
+    gains: NDArray[Any],  # (N,)
+    errors: NDArray[Any],  # (N,), of the control
+    groups: Sequence[str] | NDArray[np.str_],
+    num_resamples: int,
+    seed: int,
+) -> dict[str, tuple[float, float]]:
+    """Those of ``difference``, the mean gain, and ``fewer_errors``, gains / errors, that exist."""
+    found = {
+        "difference": bootstrap_interval(gains, groups, seed, num_resamples),
+        "fewer_errors": bootstrap_interval(gains, groups, seed, num_resamples, errors),
+    }
+    return {kind: interval for kind, interval in found.items() if interval is not None}
 
 
 def _check_same_slices(predictions: pa.Table, control: pa.Table) -> None:

@@ -21,18 +21,22 @@ def summarise_draws(
     For every ``test/...`` metric that all draws have: its mean under its own name, and the sample
     standard deviation as ``NAME_std``. With a control, whose runs use the same labels draw by draw:
     its mean and deviation as ``control/NAME``, the mean paired difference as ``difference/NAME``;
-    for accuracies also a 95 % interval (``_low``, ``_high``) and ``fewer_errors/NAME``, the
-    relative reduction of the control's mean error. What compares other slices is left out.
+    for accuracies also ``fewer_errors/NAME``, the relative reduction of the control's mean error,
+    and 95 % intervals of both (``_low``, ``_high``). What compares other slices is left out.
 
     A difference depends on the labels drawn and on the test subjects. The interval covers both:
     Student's t over draws and `intervals_of_mean_gains` over subjects are combined in quadrature
     (Zou & Donner 2008, "Construction of confidence limits about effect measures: a general
     approach"). There is no interval with one draw or without an interval over subjects.
 
+    The reduction of errors is R = sum g_d / sum e_d, with the gain g_d and the control's error e_d
+    of draw d = 1..D. To first order, its standard error over draws is
+    sd(g_d - R e_d) / (mean(e_d) sqrt(D)) (Cochran 1977, "Sampling Techniques", theorem 2.5).
+
     Args:
         draws: metrics of each draw's run.
         control: metrics of the control's run for each draw.
-        intervals: `intervals_of_mean_gains` of the same runs, by name of the accuracy.
+        intervals: `intervals_of_mean_gains` of the same runs.
     """
     metrics: Metrics = {"num_label_draws": float(len(draws))}
     for name in sorted(_common_names(draws)):
@@ -43,18 +47,15 @@ def summarise_draws(
         others = _values_of_control(name, draws, control or [])
         if others is None:
             continue
-        differences = values - others
         metrics[f"control/{name}"] = float(others.mean())
-        metrics[f"difference/{name}"] = float(differences.mean())
         if len(draws) > 1:
             metrics[f"control/{name}_std"] = float(others.std(ddof=1))
-            if intervals is not None and name in intervals:
-                low, high = _of_both(differences, *intervals[name])
-                metrics[f"difference/{name}_low"] = low
-                metrics[f"difference/{name}_high"] = high
+        parts = {"difference": np.ones(len(draws))}
         if name.endswith("/accuracy") and others.mean() < 1:
-            spared = (values.mean() - others.mean()) / (1 - others.mean())
-            metrics[f"fewer_errors/{name}"] = float(spared)
+            parts["fewer_errors"] = 1 - others
+        for kind, weights in parts.items():
+            key = f"{kind}/{name}"
+            metrics |= _ratio(key, values - others, weights, (intervals or {}).get(key))
     return metrics
 
 
@@ -76,12 +77,23 @@ def _values_of_control(
     return None
 
 
-def _of_both(differences: NDArray[np.float64], low: float, high: float) -> tuple[float, float]:
-    """Limits that cover both new label draws (from D differences) and new subjects (low, high)."""
-    mean, error = differences.mean(), differences.std(ddof=1) / math.sqrt(len(differences))
-    half = stats.t.ppf((1 + CONFIDENCE) / 2, len(differences) - 1) * error
-    limits = mean - math.hypot(half, mean - low), mean + math.hypot(half, high - mean)
-    return float(limits[0]), float(limits[1])
+def _ratio(
+    name: str,
+    gains: NDArray[np.float64],  # (D,)
+    weights: NDArray[np.float64],  # (D,)
+    of_subjects: tuple[float, float] | None,
+) -> Metrics:
+    """Mean gain by mean weight, with limits for both new label draws and new subjects."""
+    ratio = gains.mean() / weights.mean()
+    metrics = {name: float(ratio)}
+    if len(gains) > 1 and of_subjects is not None:
+        low, high = of_subjects
+        error = (gains - ratio * weights).std(ddof=1) / weights.mean() / math.sqrt(len(gains))
+        half = stats.t.ppf((1 + CONFIDENCE) / 2, len(gains) - 1) * error
+        metrics[f"{name}_low"] = float(ratio - math.hypot(half, ratio - low))
+        # A gain cannot be larger than the error that was left.
+        metrics[f"{name}_high"] = float(min(ratio + math.hypot(half, high - ratio), 1))
+    return metrics
 
 
 def _common_names(runs: Sequence[Metrics]) -> set[str]:

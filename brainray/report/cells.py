@@ -22,9 +22,14 @@ def count(metrics: Metrics, name: str) -> str:
 
 
 def share(metrics: Metrics, name: str) -> str:
-    """For example ``17 %``."""
-    value = metrics.get(name)
-    return MISSING if value is None or isnan(value) else f"{round(100 * value)} %"
+    """For example ``17 % [3, 29]``; without the interval if it is missing."""
+    values = [metrics.get(key) for key in (name, f"{name}_low", f"{name}_high")]
+    value, low, high = (
+        MISSING if value is None or isnan(value) else f"{round(100 * value)}" for value in values
+    )
+    if value == MISSING:
+        return MISSING
+    return f"{value} %" if MISSING in (low, high) else f"{value} % [{low}, {high}]"
 
 
 def with_interval(metrics: Metrics, name: str) -> str:

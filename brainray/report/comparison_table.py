@@ -8,7 +8,7 @@ _COLUMNS = [
     "prediction",
     "test slices",
     "difference of these two trainings [95 %, over copies and subjects]",
-    "fewer errors",
+    "fewer errors [95 %]",
     "right where exactly one is",
     "McNemar's p, as if slices were independent",
 ]

@@ -13,7 +13,7 @@ def draws_table(metrics: Metrics) -> str:
         "accuracy (mean ± standard deviation)",
         "control (mean)",
         "difference [95 %]",
-        "fewer errors",
+        "fewer errors [95 %]",
     ]
     rows = []
     for predictor, title in PREDICTOR_TITLES.items():

@@ -3,6 +3,7 @@
 import numpy as np
 import pyarrow as pa
 import pytest
+from scipy import stats
 
 from brainray.engine.compare import (
     compare,
@@ -25,7 +26,9 @@ def test_counts_and_mcnemars_test() -> None:
     assert found.p_value == pytest.approx(0.03195, abs=1e-4)  # R: binom.test(45, 71)
     # Of independent rows: 1.96 standard errors of the mean gain to either side.
     half = 1.96 * np.sqrt((71 / 200 - (19 / 200) ** 2) / 200)
-    assert found.interval == pytest.approx((19 / 200 - half, 19 / 200 + half), abs=0.01)
+    assert found.intervals["difference"] == pytest.approx(
+        (19 / 200 - half, 19 / 200 + half), abs=0.01
+    )
 
 
 def test_rows_of_one_subject_are_no_evidence_each() -> None:
@@ -38,15 +41,50 @@ def test_rows_of_one_subject_are_no_evidence_each() -> None:
         for groups in (subjects, alone)
     )
     assert whole.value == each.value
-    assert whole.interval is not None
-    assert each.interval is not None
-    assert np.ptp(whole.interval) / np.ptp(each.interval) == pytest.approx(2, abs=0.15)
+    for kind in ("difference", "fewer_errors"):
+        widths = [np.ptp(found.intervals[kind]) for found in (whole, each)]
+        assert widths[0] / widths[1] == pytest.approx(2, abs=0.15)
 
 
 def test_two_that_never_differ() -> None:
     found = paired_difference(RIGHT, RIGHT, ALONE, num_resamples=10, seed=0)
-    assert (found.value, found.interval, found.p_value) == (0, None, 1)
+    assert (found.value, found.intervals, found.p_value) == (0, {}, 1)
     assert found.fewer_errors == 0
+
+
+def test_the_interval_of_avoided_errors_is_that_of_resampled_rows() -> None:
+    """Both the gain and the control's errors are those of the drawn rows, here all at once."""
+    found = paired_difference(RIGHT, OTHER, ALONE, num_resamples=5000, seed=1)
+    rng = np.random.default_rng(2)
+    won, lost, both_wrong, _ = rng.multinomial(200, [45 / 200, 26 / 200, 29 / 200, 0.5], 50_000).T
+    shares = (won - lost) / (won + both_wrong)
+    # Student's t of the 74 errors, and their n / (n - 1) of the variance.
+    tail = stats.norm.sf(stats.t.ppf(0.975, 73) * np.sqrt(74 / 73))
+    expected = np.quantile(shares, [tail, 1 - tail])
+    assert found.intervals["fewer_errors"] == pytest.approx(expected, abs=0.015)
+
+
+def test_the_interval_of_avoided_errors_covers_the_truth() -> None:
+    """Of 100 subjects whose slices are hard together, with a third of the errors avoided."""
+    rng = np.random.default_rng(0)
+    subjects, num_covered = np.repeat(np.arange(100), 4), 0
+    for _ in range(200):
+        chance = rng.beta(0.5, 4.5, 100)[subjects]  # of an error by the control: 0.1 on average
+        right, other = rng.random(400) >= chance * 2 / 3, rng.random(400) >= chance
+        found = paired_difference(right, other, subjects.astype(str), num_resamples=300, seed=0)
+        low, high = found.intervals["fewer_errors"]
+        num_covered += low <= 1 / 3 <= high
+    assert 0.92 <= num_covered / 200 <= 0.985
+
+
+def test_errors_of_a_few_subjects_have_no_interval() -> None:
+    """Otherwise resamples without an error of the control would count."""
+    rows = np.arange(40)
+    for num_errors, known in ((9, {"difference"}), (10, {"difference", "fewer_errors"})):
+        other = rows >= num_errors
+        right = other | (rows < 5)
+        found = paired_difference(right, other, ALONE[:40], num_resamples=50, seed=0)
+        assert set(found.intervals) == known
 
 
 def _predictions(head: str, clusters: str, labels: str = "aabb?") -> pa.Table:
@@ -103,7 +141,11 @@ def test_subjects_are_resampled_as_a_whole() -> None:
     widths = [of[f"difference/{name}_high"] - of[f"difference/{name}_low"] for of in (whole, alone)]
     assert widths[0] / widths[1] == pytest.approx(2, abs=0.15)
     of_mean = [
-        np.ptp(intervals_of_mean_gains([ours], [control], groups, num_resamples=2000, seed=1)[name])
+        np.ptp(
+            intervals_of_mean_gains([ours], [control], groups, num_resamples=2000, seed=1)[
+                f"difference/{name}"
+            ]
+        )
         for groups in (subjects, {})
     ]
     assert of_mean == pytest.approx(widths, rel=0.05)
@@ -115,7 +157,7 @@ def test_the_mean_gain_is_over_the_control() -> None:
         for right in (RIGHT, OTHER)
     )
     found = intervals_of_mean_gains([ours], [control], {}, num_resamples=2000, seed=1)
-    assert np.mean(found["test/all/head/accuracy"]) == pytest.approx(19 / 200, abs=0.01)
+    assert np.mean(found["difference/test/all/head/accuracy"]) == pytest.approx(19 / 200, abs=0.01)
 
 
 def test_the_mean_gain_of_one_run_has_the_interval_of_that_run() -> None:
@@ -126,8 +168,8 @@ def test_the_mean_gain_of_one_run_has_the_interval_of_that_run() -> None:
     name = "test/all/head/accuracy"
     alone = compare(ours, control, groups, num_resamples=2000, seed=1)
     mean = intervals_of_mean_gains([ours], [control], groups, num_resamples=2000, seed=1)
-    expected = alone[f"difference/{name}_low"], alone[f"difference/{name}_high"]
-    assert mean[name] == pytest.approx(expected)
+    for key in (f"difference/{name}", f"fewer_errors/{name}"):
+        assert mean[key] == pytest.approx((alone[f"{key}_low"], alone[f"{key}_high"]))
 
 
 def test_a_subset_has_the_interval_of_its_own_groups() -> None:
@@ -155,7 +197,7 @@ def test_the_mean_gain_of_several_runs_varies_with_the_slices_that_they_share() 
     control = _predictions("b" * 200, "b" * 200, labels)
     first = _predictions("a" * 100 + "b" * 100, "b" * 200, labels)
     second = _predictions("b" * 100 + "a" * 100, "b" * 200, labels)
-    name = "test/all/head/accuracy"
+    name = "difference/test/all/head/accuracy"
 
     def width(*runs: pa.Table) -> float:
         settings = {"num_resamples": 2000, "seed": 0}

@@ -22,7 +22,8 @@ def test_means_and_deviations_over_draws() -> None:
 
 
 def test_differences_are_paired_by_draw() -> None:
-    found = summarise_draws(DRAWS, CONTROL, {NAME: (0.05, 0.12)})
+    intervals = {f"difference/{NAME}": (0.05, 0.12), f"fewer_errors/{NAME}": (0.4, 0.7)}
+    found = summarise_draws(DRAWS, CONTROL, intervals)
     # Differences 0.10, 0.08, 0.06; t of 2 degrees of freedom at 97.5 % is 4.3027.
     half = 4.302653 * 0.02 / math.sqrt(3)
     assert found[f"control/{NAME}"] == pytest.approx(0.85)
@@ -33,7 +34,26 @@ def test_differences_are_paired_by_draw() -> None:
     assert found[f"difference/{NAME}_high"] == pytest.approx(
         0.08 + math.hypot(half, 0.04), abs=1e-6
     )
-    assert found[f"fewer_errors/{NAME}"] == pytest.approx(0.08 / 0.15)
+    # Of errors 0.20, 0.14, 0.11, the same share 8/15 would be spared in each draw but for these:
+    share = 8 / 15
+    rest = [0.10 - share * 0.20, 0.08 - share * 0.14, 0.06 - share * 0.11]
+    half = 4.302653 * statistics.stdev(rest) / 0.15 / math.sqrt(3)
+    low, high = (found[f"fewer_errors/{NAME}_{side}"] for side in ("low", "high"))
+    assert found[f"fewer_errors/{NAME}"] == pytest.approx(share)
+    assert low == pytest.approx(share - math.hypot(half, share - 0.4), abs=1e-6)
+    assert high == pytest.approx(share + math.hypot(half, 0.7 - share), abs=1e-6)
+
+
+def test_a_share_of_errors_that_is_the_same_in_every_draw_has_the_interval_over_subjects() -> None:
+    control = [{NAME: 1 - 2 * (1 - draw[NAME])} for draw in DRAWS]  # twice as many errors
+    found = summarise_draws(DRAWS, control, {f"fewer_errors/{NAME}": (0.3, 0.8)})
+    limits = [found[f"fewer_errors/{NAME}{side}"] for side in ("", "_low", "_high")]
+    assert limits == pytest.approx([0.5, 0.3, 0.8])
+
+
+def test_no_more_than_all_errors_are_avoided() -> None:
+    found = summarise_draws(DRAWS[:2], CONTROL[:2], {f"fewer_errors/{NAME}": (0.1, 0.99)})
+    assert found[f"fewer_errors/{NAME}_high"] == 1
 
 
 def test_without_an_interval_over_subjects_there_is_none_over_draws() -> None:
@@ -68,7 +88,7 @@ def test_a_control_on_more_slices_is_compared_on_those_of_the_subset_alone() -> 
 
 
 def test_one_draw_has_no_deviation_and_no_interval() -> None:
-    found = summarise_draws(DRAWS[:1], CONTROL[:1], {NAME: (0.05, 0.12)})
+    found = summarise_draws(DRAWS[:1], CONTROL[:1], {f"difference/{NAME}": (0.05, 0.12)})
     assert f"{NAME}_std" not in found
     assert f"difference/{NAME}_low" not in found
     assert found[f"difference/{NAME}"] == pytest.approx(0.10)
