@@ -26,7 +26,12 @@ PRECISION_BITS = {"bf16": 16, "fp32": 32}
 
 
 def build_objective(config: ObjectiveConfig) -> Objective:
-    """The configured objective; a new one needs one file in models and one line here."""
+    """The configured objective.
+
+    A new one needs a file in models, a case here and its name in `ObjectiveConfig`; if it uses
+    unlabelled slices without learning pseudo-labels, also in `Config._inherited_labels_are_of_use`,
+    since config cannot ask models.
+    """
     consistency = ConsistencyObjective(config.lambda_consistency)
     prototype = PrototypeObjective(config.lambda_cluster, config.temperature)
     match config.name:

@@ -17,6 +17,7 @@ class AnchoredObjective:
     prototype: PrototypeObjective
 
     uses_unlabelled = True
+    learns_pseudo_labels = True
 
     def loss(self, outputs: StepOutputs, labels: Tensor, targets: Targets) -> dict[str, Tensor]:
         terms = self.consistency.loss(outputs, labels, targets)

@@ -20,6 +20,7 @@ class ConsistencyObjective:
     lambda_consistency: float
 
     uses_unlabelled = True
+    learns_pseudo_labels = True
 
     def loss(self, outputs: StepOutputs, labels: Tensor, targets: Targets) -> dict[str, Tensor]:
         cross_entropy = F.cross_entropy(outputs.labelled.logits, labels)

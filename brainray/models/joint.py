@@ -19,6 +19,7 @@ class JointObjective:
     lambda_cluster: float
 
     uses_unlabelled = True
+    learns_pseudo_labels = False
 
     def loss(self, outputs: StepOutputs, labels: Tensor, targets: Targets) -> dict[str, Tensor]:
         cross_entropy = F.cross_entropy(outputs.labelled.logits, labels)

@@ -56,6 +56,11 @@ class Objective(Protocol):
         """Whether a step takes unlabelled slices; if not, all of its slices are labelled."""
         ...
 
+    @property
+    def learns_pseudo_labels(self) -> bool:
+        """Whether the loss depends on the pseudo-labels, which may be inherited."""
+        ...
+
     def loss(self, outputs: StepOutputs, labels: Tensor, targets: Targets) -> dict[str, Tensor]:
         """Scalar terms of a step. Without unlabelled slices, their terms are 0.
 

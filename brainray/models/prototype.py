@@ -24,6 +24,7 @@ class PrototypeObjective:
     temperature: float
 
     uses_unlabelled = True
+    learns_pseudo_labels = False
 
     def loss(self, outputs: StepOutputs, labels: Tensor, targets: Targets) -> dict[str, Tensor]:
         cross_entropy = F.cross_entropy(outputs.labelled.logits, labels)

@@ -13,6 +13,7 @@ class SupervisedObjective:
     """Equation 1 only, with as many image passes as the objective it is compared with."""
 
     uses_unlabelled = False
+    learns_pseudo_labels = False
 
     def loss(self, outputs: StepOutputs, labels: Tensor, targets: Targets) -> dict[str, Tensor]:
         cross_entropy = F.cross_entropy(outputs.labelled.logits, labels)

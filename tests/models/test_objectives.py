@@ -1,6 +1,8 @@
 """Every loss and its gradient: worked by hand, and the same on one rank and on two."""
 
 import math
+from contextlib import nullcontext
+from typing import get_args
 
 import pytest
 import torch
@@ -8,6 +10,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from brainray import dist
+from brainray.config import ObjectiveConfig
+from brainray.config_text import load_config
+from brainray.engine.recipe import build_objective
+from brainray.errors import ConfigError
 from brainray.models.anchored import AnchoredObjective
 from brainray.models.consistency import ConsistencyObjective
 from brainray.models.encoder import Encoder, EncoderOutput
@@ -66,6 +72,18 @@ def test_the_gradient_of_the_joint_loss_for_the_head_by_hand() -> None:
     JointObjective(lambda_cluster=0.5).loss(outputs, LABELS, TARGETS)["total"].backward()
     torch.testing.assert_close(head.weight.grad, torch.tensor([[0.025, 0.2], [-0.025, -0.2]]))
     torch.testing.assert_close(head.bias.grad, torch.tensor([0.125, -0.125]))
+
+
+@pytest.mark.parametrize("name", get_args(ObjectiveConfig.model_fields["name"].annotation))
+def test_an_objective_learns_pseudo_labels_if_its_loss_depends_on_them(name: str) -> None:
+    """What it says of itself is what the config assumes when labels are to be inherited."""
+    objective = build_objective(ObjectiveConfig.model_validate({"name": name}))
+    other = TARGETS._replace(pseudo_labels=1 - TARGETS.pseudo_labels)
+    losses = [objective.loss(OUTPUTS, LABELS, targets)["total"] for targets in (TARGETS, other)]
+    assert objective.learns_pseudo_labels == (losses[0] != losses[1])
+    is_refused = objective.uses_unlabelled and not objective.learns_pseudo_labels
+    with pytest.raises(ConfigError, match="pseudo-labels") if is_refused else nullcontext():
+        load_config(None, [f"objective.name={name}", "objective.inherit_labels=subject"])
 
 
 def test_consistency_weighs_the_cross_entropy_of_pseudo_labels_by_confidence() -> None:

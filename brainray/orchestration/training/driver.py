@@ -12,6 +12,7 @@ import ray
 from brainray import layout
 from brainray.config import WEIGHTS_OF_NO_SLICE, Config, EvaluationConfig
 from brainray.engine.evaluate import summarise
+from brainray.engine.recipe import build_objective
 from brainray.engine.state import load_checkpoint
 from brainray.log import log
 from brainray.models.encoder import build_encoder
@@ -31,7 +32,6 @@ from brainray.orchestration.training.worker import train_worker
 from brainray.schema import LABELLED, TRAIN, UNLABELLED_ROLE, VALIDATION, History, Metrics
 from brainray.storage import Folder
 
-_ALIGNED = ("consistency", "anchored")  # objectives that learn pseudo-labels
 _MAX_CLASS_SHIFT = 0.2
 _FAR_MORE = 1.5  # times the requested share
 
@@ -199,7 +199,7 @@ def complete_run(training: Training) -> None:
     config, run = training.config, training.run
     metrics = _summarise(config, run)
     shift = run.folder.read_json_lines(layout.METRICS)[-1].get("train/class_shift", 0.0)
-    if config.objective.name in _ALIGNED and shift > _MAX_CLASS_SHIFT:
+    if build_objective(config.objective).learns_pseudo_labels and shift > _MAX_CLASS_SHIFT:
         log(
             f"note: the encoder assigns {shift:.0%} of the unlabelled slices to other classes than "
             "their pseudo-labels, which follow the class mix of the labelled slices: label slices "
@@ -286,7 +286,8 @@ def _log_start(run: Run, resumed: bool, config: Config, store: ImageStore) -> No
                 f"more than split.validation_fraction={split.validation_fraction:g}: every class "
                 "needs one, and copies and subjects given by metadata stay together"
             )
-        if UNLABELLED_ROLE not in num_slices and config.objective.name != "supervised":
+        uses_unlabelled = build_objective(config.objective).uses_unlabelled
+        if UNLABELLED_ROLE not in num_slices and uses_unlabelled:
             log(
                 "note: no unlabelled slices: the terms of "
                 f"objective.name={config.objective.name} that are for them are 0"
