@@ -1,9 +1,11 @@
 """Accuracy by share of labels, for a recipe and its control."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
+import numpy as np
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from brainray.benchmarks.result import BenchmarkResult, CaseOptions, Measure
 from brainray.config import Config
@@ -12,7 +14,7 @@ from brainray.log import log
 from brainray.orchestration.preprocessing.driver import preprocess
 from brainray.orchestration.ray_connection import attach_to_ray
 from brainray.orchestration.training.draws import train_draws
-from brainray.report.cells import mean_and_deviation
+from brainray.report import cells
 from brainray.report.style import BLUE, GREY, ORANGE, new_figure, tidy
 from brainray.report.table import markdown_table
 from brainray.schema import PREDICTORS, Metrics
@@ -20,6 +22,7 @@ from brainray.schema import PREDICTORS, Metrics
 FRACTIONS = (0.01, 0.02, 0.05, 0.1, 0.2, 1.0)
 QUICK_FRACTIONS = (0.1, 0.5)
 SUBSET = "clean"
+HEAD, CLUSTERS, THUMBNAILS = (f"test/{SUBSET}/{predictor}/accuracy" for predictor in PREDICTORS)
 _NUM_DRAWS = 3
 
 
@@ -29,7 +32,7 @@ def run(options: CaseOptions) -> BenchmarkResult:
     For every share, the recipe and cross entropy only are trained on
     ``evaluation.num_label_draws`` label draws (default 3), with the same image passes, seeds and
     labels. All runs are kept under storage, and finished runs are not repeated. The results of a
-    share are logged when it is done.
+    share are logged and saved when it is done.
 
     Raises:
         ConfigError: no slices to train on are given.
@@ -50,13 +53,19 @@ def run(options: CaseOptions) -> BenchmarkResult:
     for share in fractions:
         found[share] = _at(config, name, share, options)
         log(_line(share, found[share]))
+        options.save(_result(found))
+    return _result(found)
+
+
+def _result(found: Mapping[float, Metrics]) -> BenchmarkResult:
+    """The curve over the shares that are done."""
     measures = []
     for share, metrics in found.items():
         for predictor in PREDICTORS:
             key = f"test/{SUBSET}/{predictor}/accuracy"
             if key in metrics:
                 measures.append(Measure(f"{share:.0%} labels: {predictor}", metrics[key]))
-        difference = f"difference/test/{SUBSET}/head/accuracy"
+        difference = f"difference/{HEAD}"
         if difference in metrics:  # missing if no test slice is clean
             measures.append(
                 Measure(f"{share:.0%} labels: head against the control", metrics[difference])
@@ -97,52 +106,65 @@ def _num_draws(config: Config, *, quick: bool) -> int:
 
 
 def _line(share: float, metrics: Metrics) -> str:
-    key = f"test/{SUBSET}/head/accuracy"
     return (
-        f"{share:.0%} labels, {SUBSET} test slices: head {mean_and_deviation(metrics, key)}, "
-        f"head of the control {metrics.get(f'control/{key}', math.nan):.3f}"
+        f"{share:.0%} labels, {SUBSET} test slices: "
+        f"head {cells.mean_and_deviation(metrics, HEAD)}, "
+        f"head of the control {cells.mean_and_deviation(metrics, f'control/{HEAD}')}, "
+        f"difference {cells.difference(metrics, f'difference/{HEAD}')}"
     )
 
 
 def _table(found: Mapping[float, Metrics]) -> str:
-    header = ["labels", "draws", "head", "cluster", "control's head", "thumbnails", "fewer errors"]
+    header = ["labels", "draws"]
+    for title in ("head", "clusters"):
+        header += [title, f"control's {title}", "difference [95 %]", "fewer errors [95 %]"]
     rows = []
     for share, metrics in found.items():
-        key = f"test/{SUBSET}/head/accuracy"
-        rows.append(
-            [
-                f"{share:.0%}",
-                f"{metrics['num_label_draws']:.0f}",
-                mean_and_deviation(metrics, key),
-                mean_and_deviation(metrics, f"test/{SUBSET}/cluster/accuracy"),
-                f"{metrics.get(f'control/{key}', math.nan):.3f}",
-                mean_and_deviation(metrics, f"test/{SUBSET}/thumbnail_1nn/accuracy"),
-                f"{metrics.get(f'fewer_errors/{key}', math.nan):.0%}",
-            ]
-        )
+        row = [f"{share:.0%}", cells.count(metrics, "num_label_draws")]
+        for key in (HEAD, CLUSTERS):
+            row += [cells.mean_and_deviation(metrics, name) for name in (key, f"control/{key}")]
+            row.append(cells.difference(metrics, f"difference/{key}"))
+            row.append(cells.share(metrics, f"fewer_errors/{key}"))
+        rows.append([*row, cells.mean_and_deviation(metrics, THUMBNAILS)])
     return f"Accuracy on {SUBSET} test slices:\n\n" + markdown_table(
-        header, rows, num_text_columns=1
+        [*header, "thumbnails"], rows, num_text_columns=1
     )
 
 
 def _figure(found: Mapping[float, Metrics]) -> Figure:
-    figure = new_figure(6.0, 4.0)
-    axes = figure.subplots()
+    """Accuracies with standard deviations, and differences with intervals, over label draws."""
+
+    def values(key: str) -> NDArray[np.float64]:
+        return np.array([metrics.get(key, math.nan) for metrics in found.values()])
+
+    figure = new_figure(10.0, 4.0)
+    accuracies, differences = figure.subplots(1, 2)
     shares = list(found)
-    for label, colour, prefix in (
-        ("recipe, head", BLUE, f"test/{SUBSET}/head"),
-        ("control, head", ORANGE, f"control/test/{SUBSET}/head"),
-        ("nearest labelled thumbnail", GREY, f"test/{SUBSET}/thumbnail_1nn"),
+    for label, colour, line, key in (
+        ("recipe, head", BLUE, "o-", HEAD),
+        ("recipe, clusters", BLUE, "o--", CLUSTERS),
+        ("control, head", ORANGE, "o-", f"control/{HEAD}"),
+        ("control, clusters", ORANGE, "o--", f"control/{CLUSTERS}"),
+        ("nearest labelled thumbnail", GREY, "o-", THUMBNAILS),
     ):
-        name = f"{prefix}/accuracy"
-        values: Sequence[float] = [metrics.get(name, math.nan) for metrics in found.values()]
-        spread = [metrics.get(f"{name}_std", math.nan) for metrics in found.values()]
-        axes.errorbar(shares, values, yerr=spread, marker="o", capsize=3, color=colour, label=label)
-    axes.set_xscale("log")
-    axes.set_xticks(shares, [f"{share:.0%}" for share in shares], minor=False)
-    axes.minorticks_off()
-    axes.set_xlabel("labelled share of the training slices")
-    axes.set_ylabel(f"accuracy, {SUBSET} test slices")
-    axes.legend(frameon=False)
-    tidy(axes, grid="y")
+        style = {"fmt": line, "color": colour, "capsize": 3, "label": label}
+        accuracies.errorbar(shares, values(key), values(f"{key}_std"), **style)
+    beside = np.array(shares) * 1.06  # so that the bars can be told apart
+    for label, line, x, key in (
+        ("head", "o-", shares, HEAD),
+        ("clusters", "o--", beside, CLUSTERS),
+    ):
+        gains, low, high = (values(f"difference/{key}{side}") for side in ("", "_low", "_high"))
+        style = {"fmt": line, "color": BLUE, "capsize": 3, "label": label}
+        differences.errorbar(x, gains, [gains - low, high - gains], **style)
+    differences.axhline(0, color=GREY, linewidth=0.8)
+    accuracies.set_ylabel(f"accuracy, {SUBSET} test slices")
+    differences.set_ylabel("lead over the control [95 %]")
+    for axes in (accuracies, differences):
+        axes.set_xscale("log")
+        axes.set_xticks(shares, [f"{share:.0%}" for share in shares], minor=False)
+        axes.minorticks_off()
+        axes.set_xlabel("labelled share of the training slices")
+        axes.legend(frameon=False)
+        tidy(axes, grid="y")
     return figure

@@ -1,6 +1,6 @@
 """Options and results of a benchmark case: measures with targets, details, a plot."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ class CaseOptions:
     seed: int  # of everything random; for labels only of their draw
     storage: Path  # where runs of the case are kept
     config: Config  # from --config and --set, for the cases in READS_CONFIG
+    save: Callable[["BenchmarkResult"], None] = lambda result: None  # what is known so far
 
 
 @dataclass(frozen=True)
