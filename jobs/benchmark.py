@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from brainray.benchmarks.cases import CASES, READS_CONFIG, READS_SOURCE
+from brainray.benchmarks.cases import CASES, OVERRIDDEN, READS_CONFIG, READS_SOURCE
 from brainray.config_text import load_config
 from brainray.errors import ConfigError
 from brainray.log import log
@@ -53,9 +53,15 @@ def parser() -> argparse.ArgumentParser:
 
 
 def work(arguments: argparse.Namespace) -> JobResult:
-    for key in ("source", "storage", "seed"):
-        if any(item.partition("=")[0].strip() == key for item in arguments.set):
-            raise ConfigError(f"--set {key}=...: benchmarks do not read this setting; use --{key}")
+    refused = {
+        key: f"benchmarks do not read this setting; use --{key}"
+        for key in ("source", "storage", "seed")
+    }
+    for key, reason in OVERRIDDEN.get(arguments.case, {}).items():
+        refused[key] = f"the case {arguments.case} sets this itself: {reason}"
+    given = [item.partition("=")[0].strip() for item in arguments.set]
+    if problems := [f"--set {key}=...: {refused[key]}" for key in given if key in refused]:
+        raise ConfigError("; ".join(problems))
     for key in ("source", "storage"):
         if "://" in (value := getattr(arguments, key) or ""):
             raise ConfigError(f"--{key} {value}: benchmarks use a local folder, not a URI")

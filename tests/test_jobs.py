@@ -229,6 +229,32 @@ def test_what_can_be_refused_is_refused_before_ray_starts(
     assert message in last["error"]
 
 
+@pytest.mark.parametrize(
+    ("case", "settings", "message"),
+    [
+        ("kmeans", ["seed=1"], "--set seed=...: benchmarks do not read this setting; use --seed"),
+        (
+            "labels",
+            ["split.seed=7"],
+            "split.seed=...: the case labels sets this itself: use --seed",
+        ),
+        ("labels", ["split.labelled_fraction=.3"], "it trains on several shares of the labels"),
+        ("labels", ["evaluation.control=a", "seed=1"], "controls of its own; --set seed=...: "),
+        ("next_labels", ["label.num_slices=9"], "it adds 200 labels, or 40 with --quick"),
+    ],
+)
+def test_settings_that_a_benchmark_overrides_are_refused(
+    case: str,
+    settings: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    code, last, _ = run("benchmark", [case, "--set", *settings], capsys, monkeypatch)
+    assert code == 2
+    assert message in last["error"]
+
+
 @pytest.mark.usefixtures("without_ray")
 @pytest.mark.parametrize("name", ["train", "pipeline"])
 def test_a_taken_name_is_refused_before_ray_starts(

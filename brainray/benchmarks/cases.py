@@ -20,6 +20,23 @@ CASES = {
     "training": "steps, epochs, streaming and two workers, vs a bare loop in memory",
 }
 
+OVERRIDDEN = {
+    "labels": {
+        "split.seed": "use --seed, which stands for it",
+        "split.labelled_fraction": "it trains on several shares of the labels",
+        "evaluation.control": "it trains controls of its own",
+    },
+    "next_labels": {
+        "dataset": "it makes image stores of its own",
+        "labels": "it writes labels tables of its own",
+        "split.seed": "use --seed, which stands for it",
+        "split.labelled_fraction": "its runs read all labels of their tables",
+        "evaluation.tsne_epochs": "its runs draw no maps",
+        "label.num_slices": "it adds 200 labels, or 40 with --quick",
+    },
+}
+"""Settings that a case sets itself, with the reason or the remedy."""
+
 READS_CONFIG = {"labels", "next_labels", "robustness"}
 READS_SOURCE = READS_CONFIG | {
     "duplicates",

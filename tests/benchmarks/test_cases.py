@@ -7,8 +7,9 @@ from importlib import import_module
 import pytest
 
 from brainray import benchmarks
-from brainray.benchmarks.cases import CASES, READS_CONFIG, READS_SOURCE
+from brainray.benchmarks.cases import CASES, OVERRIDDEN, READS_CONFIG, READS_SOURCE
 from brainray.benchmarks.runner import load_case
+from brainray.config_text import known_keys
 
 
 def test_every_case_is_a_module_that_can_be_run() -> None:
@@ -23,6 +24,11 @@ def test_the_cases_that_read_an_option_are_known(option: str, readers: set[str])
         name: inspect.getsource(import_module(f"brainray.benchmarks.{name}")) for name in CASES
     }
     assert {name for name, code in source_by_case.items() if f"options.{option}" in code} == readers
+
+
+def test_only_settings_that_there_are_can_be_overridden() -> None:
+    assert set(OVERRIDDEN) <= READS_CONFIG
+    assert {key for keys in OVERRIDDEN.values() for key in keys} <= set(known_keys())
 
 
 def test_a_module_that_is_no_case_is_one_that_cases_share() -> None:
