@@ -8,7 +8,7 @@ from pydantic import Field, NonNegativeInt, field_validator
 from brainray import layout
 from brainray.config import PreprocessConfig, SplitConfig
 from brainray.errors import DataError
-from brainray.mri import decode, intracranial, subjects
+from brainray.mri import decode, intracranial
 from brainray.orchestration.records import NOT_OF_SLICES, Record, differing_settings
 from brainray.schema import TRAIN
 
@@ -39,7 +39,7 @@ class Manifest(Record):
     classes_map: dict[str, str | None]
     decode_version: int
     intracranial_version: int | None = None  # None: not in use
-    subject_version: int | None = None  # of estimated subjects; None: not estimated, or the first
+    subject_version: int = 1  # of the method that estimates subjects
     skull_strip_used: dict[str, NonNegativeInt]  # number of slices by method
     subject_salt: str  # identifies the salt, without giving it away
 
@@ -67,8 +67,6 @@ class Manifest(Record):
         """The settings that determine the store, as `settings_of` returns them."""
         images = self.preprocess.model_dump(mode="json", exclude=NOT_OF_SLICES)
         settings = {"preprocess": images, "split": self.split, "classes_map": self.classes_map}
-        if self.preprocess.subject.estimate:
-            settings["subject_version"] = self.subject_version
         return settings | self.versions
 
 
@@ -88,8 +86,6 @@ def settings_of(
         parts |= {"test_fraction": split.test_fraction, "seed": split.seed}
     images = preprocess.model_dump(mode="json", exclude=NOT_OF_SLICES)
     settings = {"preprocess": images, "split": parts, "classes_map": dict(class_map)}
-    if preprocess.subject.estimate:
-        settings["subject_version"] = subjects.VERSION
     return settings | versions_of(preprocess)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from brainray.config import PreprocessConfig, SplitConfig, SubjectConfig
+from brainray.config import PreprocessConfig, SplitConfig
 from brainray.config_text import load_config, parse_config
 from brainray.errors import ConfigError, DataError
 from brainray.mri import subjects
@@ -118,15 +118,29 @@ def test_images_are_those_of_the_split_as_often_as_they_are_asked_for(tmp_path: 
     np.testing.assert_allclose(tested, pixels[1].reshape(4, 8)[:, :2].mean(axis=1), atol=0.5)
 
 
+@pytest.mark.parametrize(
+    ("sources", "version", "is_outdated"),
+    [
+        (["header", "estimated"], subjects.VERSION - 1, True),
+        (["header", "estimated"], subjects.VERSION, False),
+        (["header", None], subjects.VERSION - 1, False),
+    ],
+)
+def test_subjects_are_outdated_if_another_version_estimated_them(
+    tmp_path: Path, sources: list[str | None], version: int, is_outdated: bool
+) -> None:
+    store = ImageStore(Folder(tmp_path), Manifest.model_construct(subject_version=version))
+    rows = pa.table({"subject_source": pa.array(sources, pa.string())})
+    store.folder.write_table("images/part-0.parquet", rows)
+    assert store.has_outdated_subjects() is is_outdated
+
+
 def test_only_a_drawn_split_depends_on_its_size_and_seed() -> None:
     preprocess, split = PreprocessConfig(), SplitConfig(test_fraction=0.3, seed=4)
     given, drawn = (settings_of(preprocess, split, {}, drawn=drawn) for drawn in (False, True))
     assert given["split"] == {"mode": split.mode}
     assert drawn["split"] == {"mode": split.mode, "test_fraction": 0.3, "seed": 4}
     assert "files_per_task" not in given["preprocess"]
-    assert given["subject_version"] == subjects.VERSION
-    named = PreprocessConfig(subject=SubjectConfig(estimate=False))
-    assert "subject_version" not in settings_of(named, split, {}, drawn=True)
     assert set(versions_of(preprocess)) == {"decode_version"}
     assert set(versions_of(PreprocessConfig(skull_strip="intracranial"))) == {
         "decode_version",

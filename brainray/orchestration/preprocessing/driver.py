@@ -25,6 +25,7 @@ from brainray import layout
 from brainray.config import Config
 from brainray.errors import ConfigError, DataError
 from brainray.log import Stopwatch, log
+from brainray.mri import subjects
 from brainray.mri.row_file import RowFile
 from brainray.mri.slices import RejectedImage
 from brainray.mri.thumbnails import thumbnail_matrix
@@ -113,6 +114,11 @@ def preprocess(config: Config, *, data_hash: str | None = None) -> ImageStore:
                 settings,
                 "choose another name, or delete it",
             )
+            if previous.has_outdated_subjects():
+                raise ConfigError(
+                    f"another version of brainray estimated the subjects of the image store "
+                    f"{target}: choose another name, or delete it"
+                )
             is_same = previous.manifest.listing == fingerprint
             if is_same and not _may_change(previous, listing, source):
                 log(f"image store {target}: up to date (same settings and files), reusing it")
@@ -122,7 +128,12 @@ def preprocess(config: Config, *, data_hash: str | None = None) -> ImageStore:
         if labels is None:
             _note_many_classes(listing)
         with target.rebuilt(layout.MANIFEST) as building:
-            about = {"listing": fingerprint, "subject_salt": salt_id(salt), **settings}
+            about = {
+                "listing": fingerprint,
+                "subject_salt": salt_id(salt),
+                "subject_version": subjects.VERSION,
+                **settings,
+            }
             manifest = _build(config, listing, about, previous, building)
             if data_hash not in {None, manifest.data_hash}:
                 raise _other_slices(config, target, manifest.data_hash, data_hash)

@@ -33,7 +33,7 @@ FeatureKey = tuple[str, str, int]
 """Data set, name in ``study.features``, and seed."""
 
 
-_COMPARISON = 4  # increased when `clean` or `strict` of the same slices may change
+_COMPARISON = 5  # increased when `clean` or `strict` of the same slices may change
 
 
 @dataclass(frozen=True)
