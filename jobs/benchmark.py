@@ -46,8 +46,9 @@ def parser() -> argparse.ArgumentParser:
         "--storage",
         metavar="DIR",
         default="~/brainray",
-        help="write results to DIR/benchmarks/CASE (CASE-quick), or its subfolder NAME with --set "
-        "name=NAME, and the stores and runs of labels and next_labels to DIR [~/brainray]",
+        help="write results to DIR/benchmarks/CASE (CASE-quick), those of labels with --set "
+        "name=NAME to its subfolder NAME, and the stores and runs of labels and next_labels to DIR "
+        "[~/brainray]",
     )
     return made
 

@@ -37,6 +37,9 @@ OVERRIDDEN = {
 }
 """Settings that a case sets itself, with the reason or the remedy."""
 
+NAMED = {"labels"}
+"""Cases whose runs have names that begin with the config's."""
+
 READS_CONFIG = {"labels", "next_labels", "robustness"}
 READS_SOURCE = READS_CONFIG | {
     "duplicates",

@@ -53,11 +53,12 @@ def run(options: CaseOptions) -> BenchmarkResult:
     for share in fractions:
         found[share] = _at(config, name, share, options)
         log(_line(share, found[share]))
-        options.save(_result(found))
-    return _result(found)
+        result = _result(found, num_missing=len(fractions) - len(found))
+        options.save(result)
+    return result
 
 
-def _result(found: Mapping[float, Metrics]) -> BenchmarkResult:
+def _result(found: Mapping[float, Metrics], num_missing: int) -> BenchmarkResult:
     """The curve over the shares that are done."""
     measures = []
     for share, metrics in found.items():
@@ -70,8 +71,12 @@ def _result(found: Mapping[float, Metrics]) -> BenchmarkResult:
             measures.append(
                 Measure(f"{share:.0%} labels: head against the control", metrics[difference])
             )
-    details = {"metrics": {str(share): metrics for share, metrics in found.items()}}
-    return BenchmarkResult(measures, details, _figure(found), report=_table(found))
+    of_shares = {str(share): metrics for share, metrics in found.items()}
+    details = {"metrics": of_shares, "num_missing_shares": num_missing}
+    report = _table(found)
+    if num_missing:
+        report += f"\n\nUnfinished: {num_missing} more shares follow.\n"
+    return BenchmarkResult(measures, details, _figure(found), report=report)
 
 
 def _at(config: Config, name: str, share: float, options: CaseOptions) -> Metrics:

@@ -7,7 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
-from brainray.benchmarks.cases import READS_CONFIG
+from brainray.benchmarks.cases import NAMED
 from brainray.benchmarks.result import BenchmarkResult, CaseOptions, measures_table
 from brainray.config import Config
 from brainray.errors import DataError
@@ -26,7 +26,7 @@ def load_case(name: str) -> Case:
 
 def run_case(arguments: Namespace, config: Config) -> JobResult:
     """Run a case, print its table, and save the result under ``storage/benchmarks/CASE``, or
-    ``CASE-quick``; with ``config.name``, in the subfolder of that name, if the case reads it.
+    ``CASE-quick``; for a case of `NAMED` in the subfolder ``config.name``, if that is set.
     """
     source = None if arguments.source is None else Path(arguments.source).expanduser().absolute()
     if source is not None and not source.is_dir():
@@ -34,7 +34,7 @@ def run_case(arguments: Namespace, config: Config) -> JobResult:
     storage = Path(arguments.storage).expanduser().absolute()
     name = f"{arguments.case}-quick" if arguments.quick else arguments.case
     folder = Folder(storage) / "benchmarks" / name
-    if arguments.case in READS_CONFIG and config.name is not None:
+    if arguments.case in NAMED and config.name is not None:
         folder = folder / config.name
     save = partial(_save, folder, {"source": arguments.source, "seed": arguments.seed})
     options = CaseOptions(

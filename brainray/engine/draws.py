@@ -69,12 +69,18 @@ def _values_of_control(
     """
     if control and all(f"difference/{name}" in draw for draw in draws):
         return np.array([draw[name] - draw[f"difference/{name}"] for draw in draws])
-    subset = name.split("/")[1].removeprefix("all_as_")
-    size = f"test/{subset}/num_slices"
     pairs = list(zip(draws, control, strict=False))
-    if pairs and all(name in other and other.get(size) == draw.get(size) for draw, other in pairs):
+    if pairs and all(
+        name in other and _is_of_one_subset(name, [draw, other]) for draw, other in pairs
+    ):
         return np.array([other[name] for other in control])
     return None
+
+
+def _is_of_one_subset(name: str, runs: Sequence[Metrics]) -> bool:
+    """Whether the metric is of as many slices in all runs: another version may find other ones."""
+    subset = name.split("/")[1].removeprefix("all_as_")
+    return len({run.get(f"test/{subset}/num_slices") for run in runs}) == 1
 
 
 def _ratio(
@@ -98,7 +104,7 @@ def _ratio(
 
 def _common_names(runs: Sequence[Metrics]) -> set[str]:
     names = set.intersection(*(set(run) for run in runs))
-    tested = {name for name in names if name.startswith("test/")}
+    tested = {name for name in names if name.startswith("test/") and _is_of_one_subset(name, runs)}
     # Interval limits of single runs: their means are not limits.
     accuracies = [name for name in tested if name.endswith("/accuracy")]
     return tested - {f"{name}{bound}" for name in accuracies for bound in ("_low", "_high")}

@@ -145,4 +145,4 @@ def load_safetensors(path: Path) -> tuple[Checkpoint, PreprocessConfig]:
         module, _, key = name.partition(".")
         saved.setdefault(module, {})[key] = value
     checkpoint = restore_checkpoint(saved, str(path))
-    return checkpoint, PreprocessConfig.model_validate(about["preprocess"])
+    return checkpoint, PreprocessConfig.model_validate(about["preprocess"], extra="ignore")

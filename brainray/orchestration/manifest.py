@@ -8,7 +8,7 @@ from pydantic import Field, NonNegativeInt, field_validator
 from brainray import layout
 from brainray.config import PreprocessConfig, SplitConfig
 from brainray.errors import DataError
-from brainray.mri import decode, intracranial
+from brainray.mri import decode, intracranial, subjects
 from brainray.orchestration.records import NOT_OF_SLICES, Record, differing_settings
 from brainray.schema import TRAIN
 
@@ -61,6 +61,11 @@ class Manifest(Record):
     def versions(self) -> dict[str, int | None]:
         """Versions of the methods that made the slices, as `versions_of` returns them."""
         return {name: getattr(self, name) for name in versions_of(self.preprocess)}
+
+    @property
+    def is_compared_otherwise(self) -> bool:
+        """Whether this version of brainray would find other slices likely of one subject."""
+        return self.preprocess.subject.estimate and self.subject_version != subjects.VERSION
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -13,8 +13,6 @@ from pydantic import BaseModel
 from brainray import layout
 from brainray.config import Config
 from brainray.errors import ConfigError, DataError, StoreChangedError
-from brainray.log import log
-from brainray.mri import subjects
 from brainray.mri.resize import stretch
 from brainray.orchestration.manifest import Manifest, check_versions
 from brainray.orchestration.records import NOT_OF_SLICES, differing_settings, with_defaults
@@ -70,7 +68,7 @@ class ImageStore:
 
     def has_outdated_subjects(self) -> bool:
         """Whether another version of brainray estimated subjects of its slices."""
-        if self.manifest.subject_version == subjects.VERSION:
+        if not self.manifest.is_compared_otherwise:
             return False
         sources = self.folder.read_table(layout.IMAGES, columns=["subject_source"])
         return ESTIMATED in set(sources["subject_source"].to_pylist())
@@ -164,12 +162,6 @@ def store_to_train_on(config: Config, data_hash: str | None = None) -> tuple[Con
         store.manifest.versions,
         "preprocess again under another name",
     )
-    if store.has_outdated_subjects():
-        log(
-            f"another version of brainray estimated the subjects of the image store "
-            f"{store.folder}: test slices may be strict by its leakage but not by the run's; "
-            "for one estimate preprocess again under another name"
-        )
     check_sides(config)
     return config, store
 

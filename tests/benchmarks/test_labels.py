@@ -129,6 +129,7 @@ def test_an_interrupted_curve_has_the_shares_that_are_done_and_resumes(
     done = folder.read_json("result.json")["details"]["metrics"]
     assert done == {"0.1": _metrics_of(trained[1])}
     assert "10%" in folder.read_bytes("report.md").decode()
+    assert "Unfinished: 1 more" in folder.read_bytes("report.md").decode()
     assert folder.exists("figure.png")
 
     interrupted.clear()
@@ -136,6 +137,7 @@ def test_an_interrupted_curve_has_the_shares_that_are_done_and_resumes(
     assert trained[3:6] == trained[:3]  # complete runs of the same names are not trained again
     resumed = folder.read_json("result.json")["details"]["metrics"]
     assert resumed == done | {"0.5": _metrics_of(trained[-1])}
+    assert "Unfinished" not in folder.read_bytes("report.md").decode()
 
 
 @pytest.mark.parametrize(
@@ -162,7 +164,7 @@ def test_the_table_has_a_row_for_every_share_and_a_dash_for_what_is_missing() ->
 
 
 def test_without_clean_test_slices_nothing_is_measured() -> None:
-    found = labels._result({0.1: {"num_label_draws": 1.0, "test/all/head/accuracy": 0.9}})
+    found = labels._result({0.1: {"num_label_draws": 1.0, "test/all/head/accuracy": 0.9}}, 0)
     assert found.measures == []
     assert "nan" not in f"{found.report}{labels._line(0.1, ONE_DRAW)}"
 

@@ -87,6 +87,15 @@ def test_a_control_on_more_slices_is_compared_on_those_of_the_subset_alone() -> 
     assert not any(name.startswith("difference/") for name in found)
 
 
+def test_subsets_of_other_slices_are_not_averaged() -> None:
+    """As of draws that were made before and after the estimate of subjects changed."""
+    sizes = [{"test/strict/num_slices": 30.0}, {"test/strict/num_slices": 22.0}]
+    draws = [{NAME: 0.8, "test/strict/head/accuracy": 0.7} | size for size in sizes]
+    found = summarise_draws(draws)
+    assert found[NAME] == pytest.approx(0.8)
+    assert not any("strict" in name for name in found)
+
+
 def test_one_draw_has_no_deviation_and_no_interval() -> None:
     found = summarise_draws(DRAWS[:1], CONTROL[:1], {f"difference/{NAME}": (0.05, 0.12)})
     assert f"{NAME}_std" not in found

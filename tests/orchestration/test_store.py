@@ -129,7 +129,8 @@ def test_images_are_those_of_the_split_as_often_as_they_are_asked_for(tmp_path: 
 def test_subjects_are_outdated_if_another_version_estimated_them(
     tmp_path: Path, sources: list[str | None], version: int, is_outdated: bool
 ) -> None:
-    store = ImageStore(Folder(tmp_path), Manifest.model_construct(subject_version=version))
+    manifest = Manifest.model_construct(subject_version=version, preprocess=PreprocessConfig())
+    store = ImageStore(Folder(tmp_path), manifest)
     rows = pa.table({"subject_source": pa.array(sources, pa.string())})
     store.folder.write_table("images/part-0.parquet", rows)
     assert store.has_outdated_subjects() is is_outdated

@@ -114,15 +114,15 @@ def preprocess(config: Config, *, data_hash: str | None = None) -> ImageStore:
                 settings,
                 "choose another name, or delete it",
             )
+            is_same = previous.manifest.listing == fingerprint
+            if is_same and not _may_change(previous, listing, source):
+                log(f"image store {target}: up to date (same settings and files), reusing it")
+                return previous
             if previous.has_outdated_subjects():
                 raise ConfigError(
                     f"another version of brainray estimated the subjects of the image store "
                     f"{target}: choose another name, or delete it"
                 )
-            is_same = previous.manifest.listing == fingerprint
-            if is_same and not _may_change(previous, listing, source):
-                log(f"image store {target}: up to date (same settings and files), reusing it")
-                return previous
         _check_splits(listing, source, config, salt)
         log(f"preprocessing {len(listing.files)} files of {source}{listing.remarks}")
         if labels is None:

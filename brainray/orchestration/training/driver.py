@@ -280,6 +280,12 @@ def _log_start(run: Run, resumed: bool, config: Config, store: ImageStore) -> No
                 f"the run reads {read} of {num_labels} labels "
                 f"(split.labelled_fraction={split.labelled_fraction:g}; 1 reads all)"
             )
+        if store.manifest.is_compared_otherwise:
+            log(
+                "note: another version of brainray estimated the store's subjects: test slices may "
+                "be strict by its leakage report and not by the run's; for one estimate preprocess "
+                "again under another name"
+            )
         if num_slices[VALIDATION] > _FAR_MORE * split.validation_fraction * read:
             log(
                 f"note: {num_slices[VALIDATION]} of these {read} slices are used for validation, "

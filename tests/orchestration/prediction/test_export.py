@@ -25,6 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+import safetensors.torch
 import torch
 from mlflow import MlflowClient
 
@@ -242,6 +243,14 @@ def test_safetensors_keep_a_checkpoint_whole(trained: TrainedRun, tmp_path: Path
     )
     images = np.random.default_rng(0).uniform(0, 255, (3, 1, 32, 32)).astype(np.float32)
     _assert_same_output(SliceNet(checkpoint), SliceNet(restored), images)
+    with safetensors.safe_open(path, framework="pt") as file:
+        header = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    of_earlier = preprocess.model_dump(mode="json")
+    of_earlier["subject"]["removed_since"] = 1
+    header["preprocess"] = json.dumps(of_earlier)
+    safetensors.torch.save_file(tensors, path, header)
+    assert load_safetensors(path)[1] == preprocess
     path.write_bytes(b"no such thing")
     with pytest.raises(CheckpointError, match="not an exported brainray model"):
         load_safetensors(path)

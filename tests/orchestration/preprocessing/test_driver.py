@@ -136,8 +136,19 @@ def test_a_store_of_slices_that_are_made_otherwise_now_is_refused(
     here, there = decode.VERSION - 1, decode.VERSION
     with pytest.raises(ConfigError, match=rf"decode_version: {here} here, {there} requested"):
         preprocess(config)
-    monkeypatch.setattr(decode, "VERSION", here)
+
+
+def test_a_store_whose_subjects_are_estimated_otherwise_now_is_reused_but_not_updated(
+    phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "draw_figures", lambda *_: None)
+    source = tmp_path / "phantoms"
+    shutil.copytree(phantoms, source)
+    config = tiny_config(tmp_path, "name=mri", f"source={source}", "preprocess.skull_strip=none")
+    made = preprocess(config)
     monkeypatch.setattr(subjects, "VERSION", subjects.VERSION + 1)
+    assert preprocess(config).manifest == made.manifest
+    next(source.rglob("*.png")).unlink()
     with pytest.raises(ConfigError, match=r"another version of brainray estimated the subjects"):
         preprocess(config)
 
