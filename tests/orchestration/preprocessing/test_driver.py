@@ -148,7 +148,7 @@ def test_a_store_whose_subjects_are_estimated_otherwise_now_is_reused_but_not_up
     made = preprocess(config)
     monkeypatch.setattr(subjects, "VERSION", subjects.VERSION + 1)
     assert preprocess(config).manifest == made.manifest
-    next(source.rglob("*.png")).unlink()
+    (source / "Testing/glioma/copied.jpg").unlink()
     with pytest.raises(ConfigError, match=r"another version of brainray estimated the subjects"):
         preprocess(config)
 
