@@ -53,9 +53,9 @@ def run(options: CaseOptions) -> BenchmarkResult:
     for share in fractions:
         found[share] = _at(config, name, share, options)
         log(_line(share, found[share]))
-        result = _result(found, num_missing=len(fractions) - len(found))
-        options.save(result)
-    return result
+        if num_missing := len(fractions) - len(found):
+            options.save(_result(found, num_missing))
+    return _result(found, num_missing=0)
 
 
 def _result(found: Mapping[float, Metrics], num_missing: int) -> BenchmarkResult:
