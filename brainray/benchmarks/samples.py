@@ -1,6 +1,7 @@
 """Data for benchmarks: slices from a folder, else phantoms; random embeddings."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -40,17 +41,25 @@ def load_slices(source: Path | None, seed: int, limit: int = 2000) -> list[NDArr
     return [np.asarray(image, dtype=np.uint8) for image in images if image is not None]
 
 
-def pictures_by_class(source: Path | None) -> tuple[NDArray[np.uint8], NDArray[np.str_]]:
-    """Thumbnails (N, S * S) of a folder's JPEG and PNG files, and the folder (N,) each lies in."""
+@dataclass(frozen=True)
+class Pictures:
+    """Slices in folders of classes."""
+
+    thumbnails: NDArray[np.uint8]  # (N, S * S)
+    paths: list[str]
+    classes: NDArray[np.str_]  # (N,): the folder that each lies in
+
+
+def pictures_by_class(source: Path | None) -> Pictures:
+    """A folder's JPEG and PNG files."""
     files = [] if source is None else _pictures(source)
     read = ((path, cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)) for path in files)
-    found = [
-        (thumbnail(np.asarray(image)), path.parent.name)
-        for path, image in read
-        if image is not None
-    ]
-    thumbnails = np.array([image.ravel() for image, _ in found], np.uint8)
-    return thumbnails, np.array([name for _, name in found], np.str_)
+    found = [(thumbnail(np.asarray(image)), path) for path, image in read if image is not None]
+    return Pictures(
+        np.array([image.ravel() for image, _ in found], np.uint8),
+        [str(path) for _, path in found],
+        np.array([path.parent.name for _, path in found], np.str_),
+    )
 
 
 def _pictures(folder: Path) -> list[Path]:

@@ -8,6 +8,7 @@ not tell who they show, but which links join two classes, and therefore two subj
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -15,10 +16,11 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from brainray.benchmarks.result import BenchmarkResult, CaseOptions, Measure
-from brainray.benchmarks.samples import pictures_by_class
+from brainray.benchmarks.samples import Pictures, pictures_by_class
 from brainray.config import SubjectConfig
 from brainray.errors import DataError
 from brainray.log import log
+from brainray.mri.file_order import successive_files
 from brainray.mri.nifti import decode_nifti
 from brainray.mri.phantom import CLASSES, make_series
 from brainray.mri.resize import thumbnail
@@ -40,6 +42,8 @@ _PHANTOM_SERIES_LENGTH = 8
 _PHANTOM_SIDE = 128  # pixels
 _SLICES_PER_PLANE = 24  # of a volume; spaced as in a clinical series
 _TEST_FRACTION = 0.2
+_NUM_DRAWS = 20  # of each kind of split, whose leakage differs much between draws
+_RANDOM, _UNNUMBERED, _GROUPED = "random split", "grouped split without file order", "grouped split"
 _SWEEP = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # minimum similarity
 
 
@@ -66,12 +70,22 @@ def run(options: CaseOptions) -> BenchmarkResult:
     else:
         log(f"{len(volumes)} NIfTI volumes: skipped, since at least two are needed")
     measures: list[Measure] = []
-    thumbnails, classes = pictures_by_class(options.source)
-    if len(set(classes)) > 1:
-        log(f"pictures: {len(classes)} slices of {len(set(classes))} classes")
+    details: dict[str, Any] = {"settings": settings.model_dump(), "num_volumes": len(volumes)}
+    pictures = pictures_by_class(options.source)
+    num_classes = len(set(pictures.classes))
+    if num_classes > 1:
+        log(f"pictures: {len(pictures.paths)} slices of {num_classes} classes")
+        by_order = measure_by_order(pictures, settings, options.seed)
+        details["pictures"] = {
+            name: {measure.name: measure.value for measure in found}
+            for name, found in by_order.items()
+        }
         measures += [
             replace(measure, name=f"pictures/{measure.name}")
-            for measure in measure_by_class(thumbnails, classes, settings)
+            for measure in (
+                *measure_by_class(pictures.thumbnails, pictures.classes, settings),
+                *by_order["all"],
+            )
         ]
     sweeps: dict[str, list[dict[str, float]]] = {}
     for name, known in sets.items():
@@ -87,7 +101,7 @@ def run(options: CaseOptions) -> BenchmarkResult:
             }
             for least in _SWEEP
         ]
-    details = {"settings": settings.model_dump(), "sweeps": sweeps, "num_volumes": len(volumes)}
+    details["sweeps"] = sweeps
     return BenchmarkResult(measures, details, _figure(sweeps))
 
 
@@ -98,21 +112,28 @@ def measure_errors(known: KnownSlices, settings: SubjectConfig, seed: int) -> li
     linked = set(zip(links.first.tolist(), links.second.tolist(), strict=True))
     neighbours = np.flatnonzero(known.series[:-1] == known.series[1:]).tolist()
     pairs = _pair_errors(known, settings)
-    groups = _estimate(known, settings)
-    single = np.array([str(number) for number in range(len(groups))])
-    grouped_leak, random_leak = (_leak(known, parts, seed) for parts in (groups, single))
-    beside, beside_random = (_leak_to_next(known, parts, seed) for parts in (groups, single))
+    groups = _estimate(known.thumbnails, settings)
+    numbered = successive_files([str(number) for number in range(len(groups))])
+    in_series = numbered[known.series[numbered[:, 0]] == known.series[numbered[:, 1]]]
+    draws = _draws(groups, numbered, seed)
+    leaks = {
+        kind: _mean([_leak(known.series, is_test) for is_test in drawn])
+        for kind, drawn in draws.items()
+    }
     return [
         Measure("link precision", _mean(is_right)),
         Measure("neighbour recall", _mean([(row, row + 1) in linked for row in neighbours])),
         Measure("group precision", pairs["precision"], at_least=0.9),
         Measure("group recall", pairs["recall"]),
         Measure("slices with a neighbour in group", _with_neighbour(known, groups)),
-        Measure("leak, random split", random_leak),
-        Measure("leak, grouped split", grouped_leak),
-        Measure("leak, grouped / random", grouped_leak / max(random_leak, 1e-9), "x", at_most=0.5),
-        Measure("leak to next slice, random split", beside_random),
-        Measure("leak to next slice, grouped split", beside),
+        *(Measure(f"leak, {kind}", leak) for kind, leak in leaks.items()),
+        *(
+            Measure(
+                f"leak, {kind} / random", leaks[kind] / max(leaks[_RANDOM], 1e-9), "x", at_most=0.5
+            )
+            for kind in (_UNNUMBERED, _GROUPED)
+        ),
+        *_leaks_to_next(draws, in_series, np.full(len(groups), True)),
         *_pairwise_decision(known, settings),
     ]
 
@@ -149,6 +170,34 @@ def measure_by_class(
         Measure("false links, by class", _mean(is_false) / by_chance),
         Measure("false pairs in a group, by class", float(num_false / num_pairs / by_chance)),
     ]
+
+
+def measure_by_order(
+    pictures: Pictures, settings: SubjectConfig, seed: int
+) -> dict[str, list[Measure]]:
+    """For all classes and each one: are successive files alike, and how many does a split part?
+
+    Where successive files are in one group far more often than any two, they are mostly of one
+    subject.
+    """
+    successive = successive_files(pictures.paths)
+    groups = _estimate(pictures.thumbnails, settings)
+    draws = _draws(groups, successive, seed, pictures.classes)
+    first, second = successive.T
+    measures = {}
+    for name in (None, *sorted(set(pictures.classes))):
+        is_class = np.full(len(groups), True) if name is None else pictures.classes == name
+        sizes = np.unique(groups[is_class], return_counts=True)[1]
+        num_pairs = is_class.sum() * (is_class.sum() - 1)
+        measures[name or "all"] = [
+            Measure(
+                "successive files in one group",
+                _mean((groups[first] == groups[second])[is_class[first]]),
+            ),
+            Measure("any two files in one group", float((sizes * (sizes - 1)).sum() / num_pairs)),
+            *_leaks_to_next(draws, successive, is_class),
+        ]
+    return measures
 
 
 def _phantoms(num_subjects: int, seed: int) -> KnownSlices:
@@ -194,9 +243,9 @@ def _compressed_thumbnail(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return thumbnail(np.asarray(decoded, dtype=np.uint8)).ravel()
 
 
-def _estimate(known: KnownSlices, settings: SubjectConfig) -> NDArray[np.str_]:
-    identities = [f"{number:06d}" for number in range(len(known.subjects))]
-    return np.array(estimate_subjects(known.thumbnails, identities, identities, settings))
+def _estimate(thumbnails: NDArray[np.uint8], settings: SubjectConfig) -> NDArray[np.str_]:
+    identities = [f"{number:06d}" for number in range(len(thumbnails))]
+    return np.array(estimate_subjects(thumbnails, identities, identities, settings))
 
 
 def _pair_errors(known: KnownSlices, settings: SubjectConfig) -> dict[str, float]:
@@ -204,7 +253,7 @@ def _pair_errors(known: KnownSlices, settings: SubjectConfig) -> dict[str, float
 
     Recall is over pairs of the same series, since image similarity cannot link two planes.
     """
-    groups = _estimate(known, settings)
+    groups = _estimate(known.thumbnails, settings)
     found, one_subject, one_series = (
         np.triu(names[:, None] == names[None, :], 1)
         for names in (groups, known.subjects, known.series)
@@ -218,23 +267,49 @@ def _with_neighbour(known: KnownSlices, groups: NDArray[np.str_]) -> float:
     return _mean(np.append(joined, False) | np.append(False, joined))
 
 
-def _leak(known: KnownSlices, groups: NDArray[np.str_], seed: int) -> float:
+def _draws(
+    groups: NDArray[np.str_],
+    successive: NDArray[np.int64],
+    seed: int,
+    classes: NDArray[np.str_] | None = None,
+) -> dict[str, list[NDArray[np.bool_]]]:
+    """Which slices (N,) are held out, in several draws of each kind of split."""
+    labels = [None] * len(groups) if classes is None else classes.tolist()
+    single = [str(number) for number in range(len(groups))]
+    return {
+        kind: [
+            draw_test(labels, parts, successive=order, fraction=_TEST_FRACTION, seed=seed + number)
+            for number in range(_NUM_DRAWS)
+        ]
+        for kind, parts, order in (
+            (_RANDOM, single, None),
+            (_UNNUMBERED, groups.tolist(), None),
+            (_GROUPED, groups.tolist(), successive),
+        )
+    }
+
+
+def _leak(series: NDArray[np.str_], is_test: NDArray[np.bool_]) -> float:
     """Share of test slices with a slice of the same series in training."""
-    is_test = _drawn_test(groups, seed)
-    return _mean(np.isin(known.series[is_test], known.series[~is_test]))
+    return _mean(np.isin(series[is_test], series[~is_test]))
 
 
-def _leak_to_next(known: KnownSlices, groups: NDArray[np.str_], seed: int) -> float:
-    """Share of test slices with an adjacent slice of their series in training."""
-    is_test = _drawn_test(groups, seed)
-    is_crossed = (known.series[:-1] == known.series[1:]) & (is_test[:-1] != is_test[1:])
-    is_exposed = np.append(is_crossed, False) | np.append(False, is_crossed)
-    return _mean(is_exposed[is_test])
+def _leaks_to_next(
+    draws: dict[str, list[NDArray[np.bool_]]],
+    successive: NDArray[np.int64],
+    is_counted: NDArray[np.bool_],
+) -> list[Measure]:
+    """Shares of the counted test slices with the slice before or after in training."""
 
+    def leak(is_test: NDArray[np.bool_]) -> float:
+        is_exposed = np.zeros(len(is_test), np.bool_)
+        is_exposed[successive[is_test[successive[:, 0]] != is_test[successive[:, 1]]]] = True
+        return _mean(is_exposed[is_test & is_counted])
 
-def _drawn_test(groups: NDArray[np.str_], seed: int) -> NDArray[np.bool_]:
-    no_labels = [None] * len(groups)
-    return draw_test(no_labels, groups.tolist(), fraction=_TEST_FRACTION, seed=seed)
+    return [
+        Measure(f"leak to next slice, {kind}", _mean([leak(is_test) for is_test in drawn]))
+        for kind, drawn in draws.items()
+    ]
 
 
 def _pairwise_decision(known: KnownSlices, settings: SubjectConfig) -> list[Measure]:
@@ -252,9 +327,9 @@ def _pairwise_decision(known: KnownSlices, settings: SubjectConfig) -> list[Meas
     ]
 
 
-def _mean(flags: NDArray[np.bool_] | list[bool]) -> float:
-    """Share of True; NaN if empty."""
-    return float(np.mean(flags)) if len(flags) else float("nan")
+def _mean(values: NDArray[np.bool_] | list[bool] | list[float]) -> float:
+    """Mean, of flags the share of True; NaN if empty."""
+    return float(np.mean(values)) if len(values) else float("nan")
 
 
 def _figure(sweeps: dict[str, list[dict[str, float]]]) -> Figure:

@@ -2,6 +2,7 @@
 
 A group of near-duplicates or of one subject is drawn as a whole. A draw takes the first groups of
 an order that does not depend on the fraction, so a smaller draw of labels is part of a larger one.
+The test split is drawn in stretches of successive files.
 """
 
 import hashlib
@@ -15,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from brainray.errors import ConfigError, DataError
+from brainray.mri.file_order import in_stretches
 from brainray.schema import LABELLED, LEFT_OUT, UNLABELLED_ROLE, VALIDATION
 
 _TOLERANCE = 0.15  # relative, of the validation share
@@ -25,6 +27,7 @@ def draw_test(
     groups: Sequence[str],
     generations: Sequence[int] | None = None,
     before: Mapping[str, bool] | None = None,
+    successive: NDArray[np.int64] | None = None,
     *,
     fraction: float,
     seed: int,
@@ -41,12 +44,15 @@ def draw_test(
         groups: of each slice, drawn as a whole.
         generations: as in ``draw_roles``.
         before: whether a group, by name, was held out in an earlier draw; this is kept.
+        successive: (M, 2) rows of slices from successive files, which are drawn in stretches.
         fraction: of the slices of a class.
         seed: of the hash order.
     """
     before = before or {}
     held_out = np.array([before.get(group, False) for group in groups], dtype=np.bool_)
-    by_class = _groups_by_class(labels, groups, generations, purpose="test", seed=seed)
+    by_class = _groups_by_class(
+        labels, groups, generations, purpose="test", seed=seed, successive=successive
+    )
     left = Counter(label for label, out in zip(labels, held_out, strict=True) if not out)
 
     def has_last_of_a_class(group: _Group) -> bool:
@@ -259,8 +265,10 @@ def _groups_by_class(
     *,
     purpose: str,
     seed: int,
+    successive: NDArray[np.int64] | None = None,
 ) -> dict[str | None, list[_Group]]:
-    """Groups of each class, by generation, each generation in hash order.
+    """Groups of each class, by generation, each generation in hash order or in stretches of
+    ``successive`` files.
 
     A group with some unlabelled slices counts for the class of its labelled ones. A group of
     several classes, such as a patient with and without a visible lesion, counts for the rarest of
@@ -284,7 +292,10 @@ def _groups_by_class(
         counted = [i for i in indices if labels[i] is not None] if purpose == "labels" else []
         founded[group] = min(slice_generations[i] for i in counted or indices)
     ordered: dict[str | None, dict[int, list[_Unplaced]]] = defaultdict(lambda: defaultdict(list))
-    for group in sorted(members, key=lambda name: (founded[name], _hash(purpose, seed, name))):
+    order = sorted(members, key=lambda name: _hash(purpose, seed, name))
+    if successive is not None:
+        order = in_stretches(order, groups, successive)
+    for group in sorted(order, key=lambda name: founded[name]):
         generation = founded[group]
         founders = [i for i in members[group] if slice_generations[i] <= generation]
         names = {label for i in founders if (label := labels[i]) is not None}

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -5,15 +6,15 @@ import numpy as np
 import pytest
 
 from brainray.benchmarks.samples import pictures_by_class
-from brainray.benchmarks.subjects import measure_by_class
+from brainray.benchmarks.subjects import measure_by_class, measure_by_order
 from brainray.config import SubjectConfig
 from brainray.mri.phantom import make_series
 
 NUM_SUBJECTS, LENGTH = 12, 4
 
 
-def write_series(folder: Path) -> None:
-    for subject in range(NUM_SUBJECTS):
+def write_series(folder: Path, num_subjects: int = NUM_SUBJECTS) -> None:
+    for subject in range(num_subjects):
         rng = np.random.default_rng(subject)
         for number, phantom in enumerate(make_series("glioma", rng, LENGTH, 96)):
             path = folder / f"class{subject % 2}" / f"{subject}-{number}.png"
@@ -25,7 +26,8 @@ def test_links_within_subjects_are_right_and_such_between_classes_are_counted(
     tmp_path: Path,
 ) -> None:
     write_series(tmp_path)
-    thumbnails, classes = pictures_by_class(tmp_path)
+    pictures = pictures_by_class(tmp_path)
+    thumbnails, classes = pictures.thumbnails, pictures.classes
     assert thumbnails.shape == (NUM_SUBJECTS * LENGTH, 96 * 96)
     assert sorted(set(classes)) == ["class0", "class1"]
     right = {m.name: m.value for m in measure_by_class(thumbnails, classes, SubjectConfig())}
@@ -43,5 +45,29 @@ def test_links_within_subjects_are_right_and_such_between_classes_are_counted(
 
 
 def test_without_a_folder_there_are_no_pictures() -> None:
-    thumbnails, classes = pictures_by_class(None)
-    assert len(thumbnails) == len(classes) == 0
+    pictures = pictures_by_class(None)
+    assert len(pictures.thumbnails) == len(pictures.paths) == len(pictures.classes) == 0
+
+
+def test_files_that_are_numbered_by_series_are_parted_less_and_shuffled_ones_are_not(
+    tmp_path: Path,
+) -> None:
+    write_series(tmp_path, num_subjects=40)
+    pictures = pictures_by_class(tmp_path)
+    shuffled = np.random.default_rng(0).permutation(len(pictures.paths))
+    shown = replace(
+        pictures, thumbnails=pictures.thumbnails[shuffled], classes=pictures.classes[shuffled]
+    )
+    ordered, disordered = (
+        {m.name: m.value for m in measure_by_order(made, SubjectConfig(), seed=0)["all"]}
+        for made in (pictures, shown)
+    )
+    together, by_chance = "successive files in one group", "any two files in one group"
+    assert ordered[together] > 0.6 > 5 * disordered[together]
+    assert ordered[by_chance] == pytest.approx(disordered[by_chance])
+    leak = {
+        kind: ordered[f"leak to next slice, {kind}"]
+        for kind in ("random split", "grouped split without file order", "grouped split")
+    }
+    assert leak["random split"] > 0.8
+    assert 2 * leak["grouped split"] < leak["grouped split without file order"] < 0.6

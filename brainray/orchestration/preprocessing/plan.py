@@ -19,6 +19,7 @@ from brainray.config import Config, PreprocessConfig
 from brainray.errors import DataError
 from brainray.log import log
 from brainray.mri.duplicates import COPY, KINDS
+from brainray.mri.file_order import successive_files
 from brainray.mri.groups import conflicting_groups
 from brainray.mri.row_file import RowFile, SelectedRows
 from brainray.mri.slices import commonest_reasons
@@ -34,7 +35,7 @@ from brainray.orchestration.preprocessing.source import (
     renaming_advice,
 )
 from brainray.orchestration.records import NOT_OF_SLICES
-from brainray.schema import DUPLICATES, IMAGE_STORE, TEST, TRAIN
+from brainray.schema import DUPLICATES, IMAGE_STORE, NAMED, TEST, TRAIN
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def plan_store(
         held_before = [places[identity].split if identity in places else None for identity in ids]
         # Slices whose copies contradict them are no slices of a class that training could keep.
         readable = _readable_labels(labels, groups.also_turned, [TRAIN] * len(labels))
-        splits = _drawn_splits(kept, readable, groups.split, generations, held_before, config)
+        splits = _drawn_splits(accepted, kept, readable, groups, generations, held_before, config)
         num_moved = sum(old == TRAIN != new for old, new in zip(held_before, splits, strict=True))
         if num_moved:
             log(
@@ -196,9 +197,10 @@ def _first_copies(
 
 
 def _drawn_splits(
+    accepted: pa.Table,
     kept: NDArray[np.bool_],
     labels: list[str | None],
-    split_groups: list[str],
+    groups: SliceGroups,
     generations: list[int],
     held_before: list[str | None],
     config: Config,
@@ -209,6 +211,8 @@ def _drawn_splits(
     held out of one training are held out of the next. If groups from both sides have merged, all of
     their slices are held out.
     """
+    split_groups = groups.split
+    files = _unnamed_files(accepted, groups)
     rows = np.flatnonzero(kept).tolist()
     was_held_out: dict[str, bool] = {}
     for group, split in zip(split_groups, held_before, strict=True):
@@ -219,11 +223,25 @@ def _drawn_splits(
         [split_groups[row] for row in rows],
         [generations[row] for row in rows],
         was_held_out,
+        successive_files([files[row] for row in rows]),
         fraction=config.split.test_fraction,
         seed=config.split.seed,
     )
     is_test_group = {split_groups[row]: bool(flag) for row, flag in zip(rows, is_test, strict=True)}
     return [TEST if is_test_group[group] else TRAIN for group in split_groups]
+
+
+def _unnamed_files(accepted: pa.Table, groups: SliceGroups) -> list[str | None]:
+    """Path and frame of slices whose subject no metadata tells, else None."""
+    return [
+        None if subject.source in NAMED else f"{path}/{frame}"
+        for path, frame, subject in zip(
+            accepted["path"].to_pylist(),
+            accepted["frame"].to_pylist(),
+            groups.subjects,
+            strict=True,
+        )
+    ]
 
 
 def _twins_of_test(groups: list[str], splits: list[str]) -> NDArray[np.bool_]:

@@ -1,0 +1,93 @@
+"""Successive files, and a test split that parts few of them."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from brainray.mri.file_order import in_stretches, successive_files
+from brainray.mri.split import draw_test
+
+
+def test_names_that_differ_in_numbers_only_are_in_the_order_of_these() -> None:
+    names = ["a/slice10", "b/slice3", "a/slice9", None, "a/slice2", "a/cut1", "x", "y", "a/slice11"]
+    rows = {name: row for row, name in enumerate(names)}
+    expected = [("a/slice2", "a/slice9"), ("a/slice9", "a/slice10"), ("a/slice10", "a/slice11")]
+    assert [tuple(pair) for pair in successive_files(names)] == [
+        (rows[first], rows[second]) for first, second in expected
+    ]
+
+
+def test_a_folder_of_numbered_folders_is_one_order() -> None:
+    names = ["patient10/1.png", "patient2/2.png", "patient2/1.png"]
+    assert successive_files(names).tolist() == [[2, 1], [1, 0]]
+
+
+@pytest.mark.parametrize("names", [[], ["only1"], [None, None], ["a", "b"], ["ff0a1c", "0be31d"]])
+def test_names_without_an_order_give_no_pair(names: list[str | None]) -> None:
+    assert successive_files(names).shape == (0, 2)
+
+
+def test_groups_without_links_keep_their_order() -> None:
+    order = ["c", "a", "b"]
+    assert in_stretches(order, ["a", "b", "b", "c"], np.array([[1, 2]])) == order
+
+
+def test_stretches_grow_over_a_tenth_of_the_slices_in_both_directions() -> None:
+    groups = [f"{number:02d}" for number in range(40)]
+    successive = np.stack([np.arange(39), np.arange(1, 40)], axis=1)
+    order = list(dict.fromkeys(["20", "05", *groups]))
+    ordered = in_stretches(order, groups, successive)
+    assert sorted(ordered) == groups
+    assert ordered[:8] == ["20", "19", "21", "18", "05", "04", "06", "03"]
+
+
+def test_a_stretch_goes_on_with_the_group_that_it_surrounds() -> None:
+    """Two files of a group lie between those of another, a third far away."""
+    groups = [*"abab", *"cdefghijklmnopqrst", "b"]
+    successive = np.array([[0, 1], [1, 2], [2, 3], [3, 4]])
+    assert in_stretches([*"acb", *"defghijklmnopqrst"], groups, successive)[:2] == ["a", "b"]
+
+
+def series(num_series: int, length: int) -> tuple[list[str], list[str]]:
+    """Names, and groups of two slices each."""
+    names = [f"{number:04d}.png" for number in range(num_series * length)]
+    return names, [f"g{number // 2:04d}" for number in range(num_series * length)]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_split_in_stretches_parts_few_series(seed: int) -> None:
+    names, groups = series(num_series=50, length=10)
+    of_series = np.arange(500) // 10
+    successive = successive_files(names)
+    at_random = draw_test([None] * 500, groups, fraction=0.2, seed=seed)
+    drawn = draw_test([None] * 500, groups, successive=successive, fraction=0.2, seed=seed)
+    assert drawn.sum() == at_random.sum() == 100
+    num_ends = sum(one != other for one, other in pairwise(drawn))
+    assert num_ends <= 4  # of two stretches
+    parted = [
+        len(np.intersect1d(of_series[is_test], of_series[~is_test]))
+        for is_test in (at_random, drawn)
+    ]
+    assert parted[0] > 20
+    assert parted[1] <= num_ends
+
+
+def test_stretches_do_not_depend_on_the_order_of_rows() -> None:
+    names, groups = series(num_series=20, length=10)
+    labels = [["a", "b", None][number // 4 % 3] for number in range(200)]
+    shuffled = np.random.default_rng(0).permutation(200)
+    drawn, again = (
+        draw_test(
+            [labels[row] for row in rows],
+            [groups[row] for row in rows],
+            successive=successive_files([names[row] for row in rows]),
+            fraction=0.2,
+            seed=1,
+        )
+        for rows in (np.arange(200), shuffled)
+    )
+    assert again.tolist() == drawn[shuffled].tolist()
+    for name in ("a", "b", None):
+        of_class = np.array([label == name for label in labels])
+        assert drawn[of_class].mean() == pytest.approx(0.2, abs=0.03)
