@@ -206,8 +206,9 @@ class PreprocessConfig(_Section):
 class SplitConfig(_Section):
     mode: Literal["official", "grouped", "purge"] = "official"
     """``official`` keeps the source's Training and Testing folders, or draws a split if it has
-    none; ``grouped`` always draws, keeping duplicates and slices of one subject on the same side;
-    ``purge`` keeps the folders and drops training slices with a duplicate, mirrored and rotated
+    none; ``grouped`` always draws, keeping duplicates and slices of one subject on the same side
+    and, since subjects are recognised in part only, taking stretches of successively numbered
+    files; ``purge`` keeps the folders and drops training slices with a duplicate, mirrored and rotated
     ones included, among the test slices."""
     test_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
     """Share of each class, and of the unlabelled slices, held out for testing when the split is
