@@ -25,15 +25,15 @@ def successive_files(names: Sequence[str | None]) -> NDArray[np.int64]:
     Args:
         names: (N,) paths, with ``/``; None if the file's subject is known otherwise.
     """
-    numbered: defaultdict[tuple[str, ...], list[tuple[list[int], int]]] = defaultdict(list)
+    numbered: defaultdict[tuple[str, ...], list[tuple[list[int], str, int]]] = defaultdict(list)
     for row, name in enumerate(names):
         if name is not None:
             text, numbers = (_NUMBERS.split(name)[start::2] for start in (0, 1))
-            numbered[tuple(text)].append(([int(number) for number in numbers], row))
+            numbered[tuple(text)].append(([int(number) for number in numbers], name, row))
     pairs = [
         (first, second)
         for series in numbered.values()
-        for (_, first), (_, second) in pairwise(sorted(series))
+        for (_, _, first), (_, _, second) in pairwise(sorted(series))
     ]
     return np.array(pairs, np.int64).reshape(-1, 2)
 
