@@ -208,8 +208,8 @@ class SplitConfig(_Section):
     """``official`` keeps the source's Training and Testing folders, or draws a split if it has
     none; ``grouped`` always draws, keeping duplicates and slices of one subject on the same side
     and, since subjects are recognised in part only, taking stretches of successively numbered
-    files; ``purge`` keeps the folders and drops training slices with a duplicate, mirrored and rotated
-    ones included, among the test slices."""
+    files; ``purge`` keeps the folders and drops training slices with a duplicate, mirrored and
+    rotated ones included, among the test slices."""
     test_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
     """Share of each class, and of the unlabelled slices, held out for testing when the split is
     drawn. Held-out slices without a label are neither learned from nor scored."""
