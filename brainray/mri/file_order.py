@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _NUMBERS = re.compile(r"(\d+)", re.ASCII)
-_STRETCH = 0.1  # of all slices
+_STRETCH = 100  # slices: long against a series, whose parting its two ends risk
 
 
 def successive_files(names: Sequence[str | None]) -> NDArray[np.int64]:
@@ -44,7 +44,7 @@ def in_stretches(
     """Groups in an order in which those of successive files follow one another.
 
     A stretch starts at the first group of ``order`` that is in none. It grows by the group that has
-    the largest share of its links in it, up to a tenth of all slices or until there is none.
+    the largest share of its links in it, until it has a hundred slices or there is none.
     Groups without links keep their order.
 
     Args:
@@ -61,7 +61,7 @@ def in_stretches(
     sizes = Counter(groups)
     taken: dict[str, None] = {}  # in order
     for start in order:
-        _grow_stretch(start, links, sizes, taken, max_slices=_STRETCH * len(groups))
+        _grow_stretch(start, links, sizes, taken)
     return list(taken)
 
 
@@ -70,13 +70,11 @@ def _grow_stretch(
     links: Mapping[str, Counter[str]],
     sizes: Mapping[str, int],
     taken: dict[str, None],
-    *,
-    max_slices: float,
 ) -> None:
     num_slices = 0
     num_links: Counter[str] = Counter()  # of each group, into the stretch
     queue = [(0.0, 0, start)]  # of groups outside, the most linked first, else the first reached
-    while queue and num_slices < max_slices:
+    while queue and num_slices < _STRETCH:
         _, _, group = heapq.heappop(queue)
         if group in taken:
             continue
