@@ -7,6 +7,7 @@ training than one of slices from everywhere: blocked cross-validation (Roberts e
 """
 
 import heapq
+import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -39,16 +40,17 @@ def successive_files(names: Sequence[str | None]) -> NDArray[np.int64]:
 
 
 def in_stretches(
-    order: Sequence[str], groups: Sequence[str], successive: NDArray[np.int64]
+    place: Mapping[str, float], groups: Sequence[str], successive: NDArray[np.int64]
 ) -> list[str]:
-    """Groups in an order in which those of successive files follow one another.
+    """Groups in a random order in which those of successive files follow one another.
 
-    A stretch starts at the first group of ``order`` that is in none. It grows by the group that has
-    the largest share of its links in it, until it has a hundred slices or there is none.
-    Groups without links keep their order.
+    A stretch starts at a group that is in none, with a probability in proportion to its links, so
+    that every file is as likely as another (Efraimidis & Spirakis 2006). It grows by the group that
+    has the largest share of its links in it, until it has a hundred slices or there is none.
+    Groups without links are in the order of their places.
 
     Args:
-        order: every group once.
+        place: of every group, uniform in [0, 1).
         groups: (N,) of each slice.
         successive: (M, 2) rows of slices from successive files.
     """
@@ -60,7 +62,9 @@ def in_stretches(
             links[other][one] += 1
     sizes = Counter(groups)
     taken: dict[str, None] = {}  # in order
-    for start in order:
+    for start in sorted(
+        place, key=lambda name: -math.log1p(-place[name]) / max(links[name].total(), 1)
+    ):
         _grow_stretch(start, links, sizes, taken)
     return list(taken)
 

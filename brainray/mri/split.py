@@ -292,9 +292,11 @@ def _groups_by_class(
         counted = [i for i in indices if labels[i] is not None] if purpose == "labels" else []
         founded[group] = min(slice_generations[i] for i in counted or indices)
     ordered: dict[str | None, dict[int, list[_Unplaced]]] = defaultdict(lambda: defaultdict(list))
-    order = sorted(members, key=lambda name: _hash(purpose, seed, name))
-    if successive is not None:
-        order = in_stretches(order, groups, successive)
+    place = {name: _uniform(purpose, seed, name) for name in members}
+    if successive is None:
+        order = sorted(members, key=lambda name: place[name])
+    else:
+        order = in_stretches(place, groups, successive)
     for group in sorted(order, key=lambda name: founded[name]):
         generation = founded[group]
         founders = [i for i in members[group] if slice_generations[i] <= generation]
@@ -329,8 +331,10 @@ def _turn(purpose: str, seed: int, generation: int) -> float:
     """Offset of a generation's circle: random for later ones, which may have a single group."""
     if generation == 0:
         return 0.0
-    return int(_hash(f"{purpose}-turn", seed, str(generation))[:13], 16) / 16**13
+    return _uniform(f"{purpose}-turn", seed, str(generation))
 
 
-def _hash(purpose: str, seed: int, group: str) -> str:
-    return hashlib.sha256(f"{purpose}:{seed}:{group}".encode()).hexdigest()
+def _uniform(purpose: str, seed: int, group: str) -> float:
+    """A number in [0, 1) by hash."""
+    digest = hashlib.sha256(f"{purpose}:{seed}:{group}".encode()).hexdigest()
+    return int(digest[:13], 16) / 16**13

@@ -28,15 +28,16 @@ def test_names_without_an_order_give_no_pair(names: list[str | None]) -> None:
     assert successive_files(names).shape == (0, 2)
 
 
-def test_groups_without_links_keep_their_order() -> None:
-    order = ["c", "a", "b"]
-    assert in_stretches(order, ["a", "b", "b", "c"], np.array([[1, 2]])) == order
+def test_groups_without_links_are_in_the_order_of_their_places() -> None:
+    place = {"a": 0.5, "b": 0.9, "c": 0.1}
+    assert in_stretches(place, ["a", "b", "b", "c"], np.array([[1, 2]])) == ["c", "a", "b"]
 
 
 def test_stretches_grow_in_both_directions_until_they_have_a_hundred_slices() -> None:
     groups = [f"{number // 25:02d}" for number in range(40 * 25)]
     successive = np.stack([np.arange(999), np.arange(1, 1000)], axis=1)
-    ordered = in_stretches(list(dict.fromkeys(["20", "05", *groups])), groups, successive)
+    place = dict.fromkeys(groups, 0.5) | {"20": 0.1, "05": 0.2}
+    ordered = in_stretches(place, groups, successive)
     assert sorted(ordered) == sorted(set(groups))
     assert ordered[:8] == ["20", "19", "21", "18", "05", "04", "06", "03"]
 
@@ -44,7 +45,20 @@ def test_stretches_grow_in_both_directions_until_they_have_a_hundred_slices() ->
 def test_a_stretch_goes_on_with_the_group_that_it_surrounds() -> None:
     """Two files of a group lie between those of another, a third far away."""
     successive = np.array([[0, 1], [1, 2], [2, 3], [3, 4]])
-    assert in_stretches([*"acb"], [*"ababc"], successive) == ["a", "b", "c"]
+    place = {"a": 0.1, "c": 0.5, "b": 0.9}
+    assert in_stretches(place, [*"ababc"], successive) == ["a", "b", "c"]
+
+
+def test_a_stretch_starts_at_every_file_with_the_same_probability() -> None:
+    """One group has half of the files, between those of groups of one file each."""
+    groups = [name for number in range(20) for name in ("large", f"{number}")]
+    successive = np.stack([np.arange(39), np.arange(1, 40)], axis=1)
+    rng = np.random.default_rng(0)
+    starts = [
+        in_stretches({name: rng.random() for name in dict.fromkeys(groups)}, groups, successive)[0]
+        for _ in range(400)
+    ]
+    assert starts.count("large") / 400 == pytest.approx(0.5, abs=0.08)
 
 
 def series(num_series: int, length: int) -> tuple[list[str], list[str]]:
