@@ -1,8 +1,6 @@
 """Paired comparison of runs with their controls on the same test slices."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,52 +16,27 @@ from brainray.schema import CLASS_COLUMNS, Metrics, subset_masks
 _COMPARED = ("difference/", "fewer_errors/", "only_run/", "only_control/", "p/")
 
 
-@dataclass(frozen=True)
-class PairedDifference:
-    """Difference in accuracy between two classifiers on the same rows."""
-
-    value: float  # accuracy of the first minus accuracy of the second
-    fewer_errors: float | None  # relative reduction of the second's errors; None if it has none
-    intervals: Mapping[str, tuple[float, float]]  # 95 %, of ``difference`` and ``fewer_errors``
-    only_one: int  # rows that only the first classifies correctly
-    only_other: int
-    p_value: float
-
-
 def paired_difference(
-    correct: NDArray[np.bool_],
-    other_correct: NDArray[np.bool_],
-    groups: Sequence[str] | NDArray[np.str_],
-    *,
-    num_resamples: int,
-    seed: int,
-) -> PairedDifference:
-    """Difference in accuracy between two classifiers, with its interval and p value.
+    correct: NDArray[np.bool_],  # (N,) whether the run is right
+    other_correct: NDArray[np.bool_],  # (N,) whether its control is
+) -> dict[str, float]:
+    """Difference in accuracy between a run and its control on the same rows.
 
-    The intervals are those of `bootstrap_interval`, which resamples whole groups of rows. In
-    ``fewer_errors`` = (errors of the second - errors of the first) / errors of the second, both
-    parts are resampled. The p value is that of McNemar's exact test (1947), which assumes
-    independent rows.
-
-    Args:
-        correct: (N,) whether the first classifier is right.
-        other_correct: (N,) whether the second one is.
-        groups: (N,) group of each row, such as its subject.
-        num_resamples: of the bootstrap.
-        seed: of the bootstrap.
+    ``difference``; ``only_run`` and ``only_control``, the rows that only one classifies correctly;
+    ``p`` of McNemar's exact test (1947), which assumes independent rows; and ``fewer_errors``, the
+    share of the control's errors that the run avoids on balance, if the control makes any.
     """
-    gains = correct.astype(np.int64) - other_correct
+    only_run = int((correct & ~other_correct).sum())
+    only_control = int((other_correct & ~correct).sum())
+    gain, discordant = only_run - only_control, only_run + only_control
+    found = {
+        "difference": gain / len(correct),
+        "only_run": float(only_run),
+        "only_control": float(only_control),
+        "p": float(stats.binomtest(only_run, discordant).pvalue) if discordant else 1.0,
+    }
     num_errors = int((~other_correct).sum())
-    only_one, only_other = int((gains > 0).sum()), int((gains < 0).sum())
-    discordant = only_one + only_other
-    return PairedDifference(
-        value=float(gains.mean()),
-        fewer_errors=float(gains.sum() / num_errors) if num_errors else None,
-        intervals=_intervals(gains, ~other_correct, groups, num_resamples, seed),
-        only_one=only_one,
-        only_other=only_other,
-        p_value=float(stats.binomtest(only_one, discordant).pvalue) if discordant else 1.0,
-    )
+    return found | {"fewer_errors": gain / num_errors} if num_errors else found
 
 
 def compare(
@@ -91,28 +64,18 @@ def compare(
     Raises:
         DataError: the two predict different slices.
     """
-    _check_same_slices(predictions, control)
-    predictions, control = labelled_rows(predictions), labelled_rows(control)
-    groups = resampling_groups(predictions, group_of_slice)
+    intervals = intervals_of_mean_gains(
+        [predictions], [control], group_of_slice, num_resamples=num_resamples, seed=seed
+    )
     metrics: Metrics = {}
+    for key, (low, high) in intervals.items():
+        metrics |= {f"{key}_low": low, f"{key}_high": high}
+    predictions, control = labelled_rows(predictions), labelled_rows(control)
     for name, mask, column in _accuracies(predictions):
         found = paired_difference(
-            _is_right(predictions, column)[mask],
-            _is_right(control, column)[mask],
-            groups[mask],
-            num_resamples=num_resamples,
-            seed=seed,
+            _is_right(predictions, column)[mask], _is_right(control, column)[mask]
         )
-        metrics |= {
-            f"difference/{name}": found.value,
-            f"only_run/{name}": float(found.only_one),
-            f"only_control/{name}": float(found.only_other),
-            f"p/{name}": found.p_value,
-        }
-        if found.fewer_errors is not None:
-            metrics[f"fewer_errors/{name}"] = found.fewer_errors
-        for kind, (low, high) in found.intervals.items():
-            metrics |= {f"{kind}/{name}_low": low, f"{kind}/{name}_high": high}
+        metrics |= {f"{kind}/{name}": value for kind, value in found.items()}
     return metrics
 
 
@@ -148,30 +111,17 @@ def intervals_of_mean_gains(
             np.mean([_is_right(each, column)[mask] for each in side], axis=0)
             for side in (ours, theirs)
         )
-        gains, errors = right - other_right, 1 - other_right
-        found = _intervals(gains, errors, groups[mask], num_resamples, seed)
-        intervals |= {f"{kind}/{name}": interval for kind, interval in found.items()}
+        gains = right - other_right
+        for kind, weights in (("difference", None), ("fewer_errors", 1 - other_right)):
+            found = bootstrap_interval(gains, groups[mask], seed, num_resamples, weights)
+            if found is not None:
+                intervals[f"{kind}/{name}"] = found
     return intervals
 
 
 def without_comparison(metrics: Metrics) -> Metrics:
     """The metrics without those added by `compare`."""
     return {name: value for name, value in metrics.items() if not name.startswith(_COMPARED)}
-
-
-def _intervals(
-    gains: NDArray[Any],  # (N,)
-    errors: NDArray[Any],  # (N,), of the control
-    groups: Sequence[str] | NDArray[np.str_],
-    num_resamples: int,
-    seed: int,
-) -> dict[str, tuple[float, float]]:
-    """Those of ``difference``, the mean gain, and ``fewer_errors``, gains / errors, that exist."""
-    found = {
-        "difference": bootstrap_interval(gains, groups, seed, num_resamples),
-        "fewer_errors": bootstrap_interval(gains, groups, seed, num_resamples, errors),
-    }
-    return {kind: interval for kind, interval in found.items() if interval is not None}
 
 
 def _check_same_slices(predictions: pa.Table, control: pa.Table) -> None:
