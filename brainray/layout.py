@@ -85,7 +85,9 @@ CHECKPOINT_FOLDER = r"epoch-(\d+)"
 
 
 def checkpoint_folder(epoch: int) -> str:
-    """A run's checkpoint after an epoch, for resuming; the newest two are kept."""
+    """A run's checkpoint after an epoch, for resuming: the newest two are kept, and the one chosen
+    before the newest.
+    """
     return f"epoch-{epoch:04d}"
 
 

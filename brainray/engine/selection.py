@@ -1,6 +1,6 @@
 """Selection: the epoch that a run keeps, by its metrics of the validation slices."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,9 +8,6 @@ from numpy.typing import NDArray
 from brainray.engine.calibration import calibration_error, fit_temperature
 from brainray.engine.predictions import Predictions
 from brainray.schema import Metrics
-
-MODEL_LOST = "train/model_lost"
-"""1 for an epoch before a damaged checkpoint that had replaced the models of earlier epochs."""
 
 
 def validation_metrics(predictions: Predictions) -> Metrics:
@@ -57,29 +54,20 @@ def chosen_epoch(history: Sequence[Metrics]) -> int:
     Trees", section 3.4.3): such scores cannot be distinguished with that number of slices, and the
     last of these epochs was trained at the lowest learning rate. If slices grow during training,
     only epochs with the largest slices count, since the run predicts at that size. As epochs are
-    added, the choice either stays or moves to the newest epoch, so no other needs to be kept. If
-    the model of the chosen epoch is lost nevertheless, the choice is among those that are not.
+    added, the choice either stays or moves to the newest epoch, so no other needs to be kept.
 
     Args:
-        history: for each epoch, `validation_metrics`, ``train/image_size`` and, if its model is
-            lost, `MODEL_LOST`.
+        history: for each epoch, `validation_metrics` and ``train/image_size``.
     """
-    epochs = dict(enumerate(history, start=1))
-    chosen = _last_of_the_best(epochs)
-    left = {epoch: metrics for epoch, metrics in epochs.items() if not metrics.get(MODEL_LOST)}
-    return _last_of_the_best(left) if left and chosen not in left else chosen
-
-
-def _last_of_the_best(epochs: Mapping[int, Metrics]) -> int:
     side = "train/image_size"
-    largest = max(metrics[side] for metrics in epochs.values())
+    largest = max(metrics[side] for metrics in history)
     scores = {
         epoch: metrics["validation/score"]
-        for epoch, metrics in epochs.items()
+        for epoch, metrics in enumerate(history, start=1)
         if metrics[side] == largest
     }
     best = max(scores, key=lambda epoch: scores[epoch])
-    least = scores[best] - epochs[best]["validation/score_error"]
+    least = scores[best] - history[best - 1]["validation/score_error"]
     return max(epoch for epoch, score in scores.items() if score >= least)
 
 

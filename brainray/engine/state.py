@@ -4,6 +4,7 @@ import io
 import re
 import zipfile
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ from brainray.config import Config
 from brainray.config_text import parse_config
 from brainray.engine.recipe import image_side
 from brainray.engine.recluster import ClusterModel
+from brainray.engine.selection import chosen_epoch
 from brainray.engine.shard import PixelScale
 from brainray.errors import CheckpointError
 from brainray.log import log
@@ -144,7 +146,8 @@ def load_trainer(folder: Folder) -> TrainerState:
 def save_resumable(
     run: Folder, checkpoint: Checkpoint, state: TrainerState, fitted: pa.Table | None = None
 ) -> None:
-    """Save the state after an epoch in a folder of the run, and keep the one before it.
+    """Save the state after an epoch in a folder of the run, and keep the one before it and the one
+    that was chosen before: the newest may turn out to be damaged.
 
     ``fitted`` are the slices (``schema.FITTED``) of an epoch that is to be kept as the best. Files
     are written atomically and ``model.pt`` comes last: a folder without it is not a checkpoint.
@@ -156,20 +159,28 @@ def save_resumable(
     folder.write_bytes(layout.TRAINER, trainer_bytes(state))
     folder.write_bytes(layout.MODEL, checkpoint_bytes(checkpoint))
     epochs = [epoch for epoch in _epochs_kept(run) if epoch <= checkpoint.epoch]
-    for epoch in epochs[:-_NUM_KEPT]:
+    before = state.history[:-1]
+    kept = {*epochs[-_NUM_KEPT:], chosen_epoch(before) if before else 0}
+    for epoch in set(epochs) - kept:
         (run / layout.checkpoint_folder(epoch)).delete()
 
 
 def keep_as_best(run: Folder, epoch: int) -> None:
-    """Make a saved epoch the run's best, if it was chosen when it was saved.
-
-    This has to come last. If the epoch were lost afterwards, the run would resume from the previous
-    one, with an epoch as its best that it does not have.
-    """
+    """Make a saved epoch, which was chosen when it was saved, the run's best."""
     folder, best = run / layout.checkpoint_folder(epoch), run / layout.BEST
-    if folder.exists(layout.FITTED):
-        for name in (layout.FITTED, layout.MODEL):
-            best.write_bytes(name, folder.read_bytes(name))
+    for name in (layout.FITTED, layout.MODEL):
+        best.write_bytes(name, folder.read_bytes(name))
+
+
+def restore_best(run: Folder, epoch: int) -> None:
+    """Make a chosen epoch the run's best if it is not: the job that saved it was interrupted, or
+    one chosen later has been damaged since.
+    """
+    with suppress(CheckpointError):
+        if load_checkpoint(run / layout.BEST).epoch == epoch:
+            return
+    if (run / layout.checkpoint_folder(epoch)).exists(layout.FITTED):  # else of an earlier version
+        keep_as_best(run, epoch)
 
 
 def delete_other_predictions(run: Folder, epochs: Collection[int]) -> None:
@@ -180,30 +191,15 @@ def delete_other_predictions(run: Folder, epochs: Collection[int]) -> None:
             run.delete_file(file)
 
 
-def has_lost_models(run: Folder, epoch: int) -> bool:
-    """Whether the best model up to an epoch, after which a run resumes, is lost: the one that was
-    kept is missing, unreadable, or of a later epoch, whose checkpoint has been damaged since.
-    """
-    if (run / layout.checkpoint_folder(epoch)).exists(layout.FITTED):
-        return False  # it was chosen when it was saved: `keep_as_best`
-    best = run / layout.BEST
-    try:
-        is_missing = not best.exists(layout.MODEL)
-        return epoch > 0 and (is_missing or load_checkpoint(best).epoch > epoch)
-    except CheckpointError:
-        return True
-
-
-def newest_readable_epoch(run: Folder, before: int | None = None) -> int:
-    """Epoch of a run's newest readable checkpoint (``before`` another, if given), 0 if it has none;
-    those that cannot be read are logged.
+def newest_readable_epoch(run: Folder) -> int:
+    """Epoch of a run's newest readable checkpoint, 0 if it has none; those that cannot be read are
+    logged.
 
     Raises:
         CheckpointError: the run has finished epochs but no readable checkpoint.
     """
     problems = []
-    kept = [epoch for epoch in _epochs_kept(run) if before is None or epoch < before]
-    for epoch in reversed(kept):
+    for epoch in reversed(_epochs_kept(run)):
         try:
             load_resumable(run, epoch)
         except CheckpointError as error:
@@ -212,10 +208,9 @@ def newest_readable_epoch(run: Folder, before: int | None = None) -> int:
         else:
             return epoch
     if run.read_json_lines(layout.METRICS):
-        earlier = "" if before is None else f" before epoch {before}, whose best model is lost,"
         reasons = "; ".join(problems) or "none exists"
         raise CheckpointError(
-            f"no checkpoint of {run}{earlier} can be read ({reasons}): "
+            f"no checkpoint of {run} can be read ({reasons}): "
             "restore one from a backup or train under another name"
         )
     return 0

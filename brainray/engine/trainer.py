@@ -39,23 +39,18 @@ from brainray.engine.recluster import (
     recluster,
     recluster_with_check,
 )
-from brainray.engine.selection import (
-    MODEL_LOST,
-    chosen_epoch,
-    reported_metrics,
-    validation_metrics,
-)
+from brainray.engine.selection import chosen_epoch, reported_metrics, validation_metrics
 from brainray.engine.shard import Images, PixelScale, RankData, SliceShard, ids_of_keys, seen_ids
 from brainray.engine.state import (
     Checkpoint,
     TrainerState,
     checkpoint_bytes,
     delete_other_predictions,
-    has_lost_models,
     keep_as_best,
     load_checkpoint,
     load_resumable,
     newest_readable_epoch,
+    restore_best,
     rows_of_keys,
     save_resumable,
 )
@@ -175,17 +170,11 @@ class Trainer:
         """Train to the last epoch, from the newest readable checkpoint if there is one."""
         with dist.raise_on_all_ranks(self.device):
             newest = newest_readable_epoch(self.run) if dist.rank() == 0 else 0
-            lost = dist.rank() == 0 and has_lost_models(self.run, newest)
-            if lost and newest == self.config.train.num_epochs:
-                # The next epoch takes the place of what is lost: train the last one again.
-                newest = newest_readable_epoch(self.run, before=newest)
-                lost = has_lost_models(self.run, newest)
         # All ranks resume from one checkpoint, even if storage shows a new file to only some.
-        found = dist.broadcast_from_first(torch.tensor([newest, int(lost)], device=self.device))
-        epoch, has_lost = found.tolist()
+        epoch = int(dist.broadcast_from_first(torch.tensor(newest, device=self.device)))
         with dist.raise_on_all_ranks(self.device):
             if epoch:
-                self.resume(epoch, has_lost_models=bool(has_lost))
+                self.resume(epoch)
         self.start()
         while self.epoch < self.config.train.num_epochs:
             self.run_epoch()
@@ -203,7 +192,7 @@ class Trainer:
             fitted = self._embed_fitted()
             self._continue_with(self._recluster(fitted), fitted)
 
-    def resume(self, epoch: int, *, has_lost_models: bool) -> None:
+    def resume(self, epoch: int) -> None:
         """Resume from an epoch's checkpoint; uses no collectives."""
         saved, state = load_resumable(self.run, epoch)
         self.evaluated.load_state_dict(saved.encoder.state_dict())
@@ -226,11 +215,9 @@ class Trainer:
         # The log has report times of an epoch that its checkpoint could not contain yet.
         logged = {row["epoch"]: row for row in self.run.read_json_lines(layout.METRICS)}
         self.history = [logged.get(row["epoch"], row) for row in state.history]
-        if has_lost_models:
-            self.history = [row | {MODEL_LOST: 1.0} for row in self.history]
         dist.log_once(f"resuming run after epoch {self.epoch}")
         if dist.rank() == 0:
-            keep_as_best(self.run, self.epoch)  # an interrupted job may not have done so
+            restore_best(self.run, chosen_epoch(self.history))
             self.run.write_json_lines(layout.METRICS, self.history)
 
     def run_epoch(self) -> None:
@@ -511,8 +498,8 @@ class Trainer:
         if is_chosen:
             fitted = self._fitted_table(state.keys, coordinates, log_likelihood)
         save_resumable(self.run, checkpoint, state, fitted)
-        keep_as_best(self.run, self.epoch)
         if is_chosen:  # and those chosen before no longer are
+            keep_as_best(self.run, self.epoch)
             delete_other_predictions(self.run, {*kept, self.epoch})
         metrics = self.history[-1]
         metrics["time/epoch_s"] = stopwatch.total

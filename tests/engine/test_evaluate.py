@@ -26,7 +26,6 @@ from brainray.engine.evaluate import (
 from brainray.engine.predictions import Predictions, gather_predictions, predictions_table
 from brainray.engine.recluster import recluster
 from brainray.engine.selection import (
-    MODEL_LOST,
     _standard_error,
     chosen_epoch,
     reported_metrics,
@@ -382,15 +381,6 @@ def test_a_rare_class_makes_the_score_less_certain() -> None:
     assert less["validation/score_error"] > 0.06  # of 302 slices alone it were 0.005
     even = _standard_error(np.array([23, 22, 23, 24]), np.full(4, 25))
     assert even == pytest.approx(np.sqrt(0.9038 * 0.0962 / 104), abs=5e-4)  # as of 92 of 100
-
-
-def test_an_epoch_whose_model_is_lost_is_chosen_only_if_there_is_no_other() -> None:
-    epochs = history((64, 0.5), (64, 0.9), (64, 0.7), (64, 0.6))
-    lost = [metrics | {MODEL_LOST: 1.0} for metrics in epochs[:2]]
-    assert chosen_epoch(epochs) == chosen_epoch(lost) == 2
-    assert chosen_epoch([*lost, epochs[2]]) == chosen_epoch([*lost, *epochs[2:]]) == 3
-    better = history((64, 0.95))[0]
-    assert chosen_epoch([*lost, epochs[2], better]) == 4
 
 
 def test_reported_are_validation_metrics_of_the_best_under_the_newest_epoch() -> None:

@@ -23,11 +23,11 @@ from brainray.engine.state import (
     checkpoint_bytes,
     checkpoint_state,
     delete_other_predictions,
-    has_lost_models,
     keep_as_best,
     load_checkpoint,
     load_trainer,
     newest_readable_epoch,
+    restore_best,
     restore_checkpoint,
     rows_of_keys,
     save_resumable,
@@ -191,41 +191,46 @@ def test_the_newest_checkpoint_that_is_whole_is_the_one_to_go_on_from(
     assert not (tmp_path / "epoch-0003" / "harm").exists()
 
 
-def test_the_best_is_an_epoch_that_the_run_goes_on_from(tmp_path: Path) -> None:
+def best_of(run: Folder) -> int:
+    return load_checkpoint(run / layout.BEST).epoch
+
+
+def test_what_was_chosen_before_the_newest_epoch_can_be_the_best_again(tmp_path: Path) -> None:
+    run = Folder(tmp_path)
+    fitted = pa.table({"sample_id": ["a"], "coordinates": [[0.5]], "log_likelihood": [1.0]})
+    fitted = fitted.cast(FITTED)
+    history = [
+        {"train/image_size": 64.0, "validation/score": score, "validation/score_error": 0.0}
+        for score in (0.8, 0.7, 0.7, 0.9)  # the first is chosen, and then the last
+    ]
+    saved, state = resumable(1)
+    for epoch in (1, 2, 3, 4):
+        at = replace(state, history=history[:epoch])
+        chosen = fitted if epoch in (1, 4) else None
+        save_resumable(run, replace(saved, epoch=epoch), at, chosen)
+    assert run.names() == ["epoch-0001", "epoch-0003", "epoch-0004"]
+    restore_best(run, 4)  # as if the job had been killed before
+    assert best_of(run) == 4
+    restore_best(run, 1)
+    assert best_of(run) == 1
+    assert (run / layout.BEST).read_table(layout.FITTED).equals(fitted)
+    cut(tmp_path / layout.BEST / layout.MODEL)
+    restore_best(run, 1)
+    assert best_of(run) == 1
+
+
+def test_the_best_outlives_its_epochs_checkpoint(tmp_path: Path) -> None:
     run = Folder(tmp_path)
     fitted = pa.table({"sample_id": ["a"], "coordinates": [[0.5]], "log_likelihood": [1.0]})
     save_resumable(run, *resumable(1), fitted.cast(FITTED))
-    assert not run.exists(layout.BEST), "a job may end here: the next one keeps it"
     keep_as_best(run, 1)
-    save_resumable(run, *resumable(2))  # not chosen
-    keep_as_best(run, 2)
-    assert load_checkpoint(run / layout.BEST).epoch == 1
-    assert (run / layout.BEST).read_table(layout.FITTED).equals(fitted.cast(FITTED))
-    save_resumable(run, *resumable(2))
-    assert not has_lost_models(run, 2)  # the first epoch's is the best
-    save_resumable(run, *resumable(3), fitted.cast(FITTED))
-    assert not has_lost_models(run, 3)
-    keep_as_best(run, 3)
-    assert has_lost_models(run, 2)  # if the third can no longer be read
-    (run / layout.BEST).write_bytes(layout.MODEL, b"damaged")
-    assert has_lost_models(run, 2)
-    assert not has_lost_models(run, 3)  # it will be kept again
-    (run / layout.BEST).delete()
-    assert has_lost_models(run, 2)
-    assert not has_lost_models(run, 0)  # a run without an epoch has none to lose
-
-
-def test_an_epoch_that_is_saved_again_is_not_the_best_for_having_been_chosen(
-    tmp_path: Path,
-) -> None:
-    """A job that was killed had chosen it; the next one trains it again and does not."""
-    run = Folder(tmp_path)
-    fitted = pa.table({"sample_id": ["a"], "coordinates": [[0.5]], "log_likelihood": [1.0]})
-    again = resumable(2)
-    save_resumable(run, *again, fitted.cast(FITTED))
-    save_resumable(run, *again)
-    keep_as_best(run, 2)
-    assert not run.exists(layout.BEST)
+    cut(tmp_path / "epoch-0001" / layout.MODEL)
+    restore_best(run, 1)
+    assert best_of(run) == 1
+    (run / "epoch-0001").delete()  # as by earlier versions
+    for chosen in (1, 2):
+        restore_best(run, chosen)
+        assert best_of(run) == 1
 
 
 def test_a_model_is_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,6 @@ from brainray.engine import trainer as trainer_module
 from brainray.engine.epoch import EpochData
 from brainray.engine.recipe import ramp
 from brainray.engine.recluster import ClusterModel
-from brainray.engine.selection import MODEL_LOST, chosen_epoch
 from brainray.engine.shard import CachedImages, PixelScale, RankData, SliceShard, sample_keys
 from brainray.engine.state import (
     TrainerState,
@@ -386,42 +385,25 @@ def test_a_finished_run_predicts_with_the_models_of_the_chosen_and_the_last_epoc
     assert load_checkpoint(trainer.run / layout.LAST).epoch == 3
 
 
-@pytest.mark.parametrize("is_kept", [True, False])
-def test_where_the_best_is_lost_after_the_last_epoch_that_one_is_trained_again(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], is_kept: bool
-) -> None:
-    config = config_of(2, "evaluation.test_each_epoch=false")
-    train(tmp_path, config)
-    run = Folder(tmp_path)
-    (run / layout.BEST).delete()
-    (run / layout.checkpoint_folder(2)).delete_file(layout.FITTED, missing_ok=True)
-    if not is_kept:  # the first epoch, which was the best when it was saved
-        (run / layout.checkpoint_folder(1)).delete_file(layout.FITTED)
-    again = train(tmp_path, config)
-    assert "resuming run after epoch 1" in capsys.readouterr().out
-    assert len(again) == 1
-    history = run.read_json_lines(layout.METRICS)
-    assert [MODEL_LOST in row for row in history] == [not is_kept, False]
-    assert load_checkpoint(run / layout.BEST).epoch == (chosen_epoch(history) if is_kept else 2)
-
-
-def test_a_resumed_run_has_the_log_the_best_and_what_is_lost(tmp_path: Path) -> None:
+def test_a_resumed_run_has_the_log_and_the_best(tmp_path: Path) -> None:
     trainer = after_an_epoch(trainer_of(tmp_path, config_of(3)))
     run, last = trainer.run, trainer.last
+    deciding = ("train/image_size", "validation/score", "validation/score_error")
+    metrics = {"epoch": 1.0} | dict.fromkeys(deciding, 0.0)
     state = TrainerState(
         trainer.optimizer.state_dict(),
         trainer.data.fitted_keys,
         last.responsibilities,
         last.probabilities,
         None,
-        [{"epoch": 1.0}],
+        [metrics],
     )
     table = trainer._fitted_table(trainer.data.fitted_keys, torch.zeros(36, 2), torch.zeros(36))
     save_resumable(run, trainer._checkpoint(), state, table)
     # It was lost before it had kept the best, and a later epoch was logged.
-    run.write_json_lines(layout.METRICS, [{"epoch": 1.0, "time/report_s": 9.0}, {"epoch": 2.0}])
-    trainer.resume(1, has_lost_models=True)
-    expected = [{"epoch": 1.0, "time/report_s": 9.0, MODEL_LOST: 1.0}]
+    expected = [metrics | {"time/report_s": 9.0}]
+    run.write_json_lines(layout.METRICS, [*expected, {"epoch": 2.0}])
+    trainer.resume(1)
     assert trainer.history == expected
     assert run.read_json_lines(layout.METRICS) == expected
     assert load_checkpoint(run / layout.BEST).epoch == 1
