@@ -353,6 +353,11 @@ class ObjectiveConfig(_Section):
     validation slice in another orientation. Used by ``consistency`` and
     ``anchored``."""
 
+    @property
+    def learns_pseudo_labels(self) -> bool:
+        """Whether the loss depends on the pseudo-labels, which may be inherited."""
+        return self.name in ("consistency", "anchored")
+
 
 class ClusteringConfig(_Section):
     num_clusters: AtLeastTwo = 4
@@ -814,7 +819,8 @@ class Config(_Section):
     @model_validator(mode="after")
     def _inherited_labels_are_of_use(self) -> "Config":
         objective = self.objective
-        if objective.inherit_labels != "none" and objective.name in ("joint", "prototype"):
+        is_of_use = objective.learns_pseudo_labels or objective.name == "supervised"  # the control
+        if objective.inherit_labels != "none" and not is_of_use:
             raise ValueError(
                 f"objective.inherit_labels={objective.inherit_labels}: "
                 f"objective.name={objective.name} does not learn pseudo-labels; use consistency or "

@@ -33,8 +33,8 @@ from brainray.engine.recipe import build_optimizer, resolve_precision
 from brainray.engine.shard import CachedImages, Images, PixelScale, SliceShard, StreamedImages
 from brainray.log import log
 from brainray.models.encoder import Encoder
-from brainray.models.joint import JointObjective
-from brainray.models.objective import StepSizes, Targets
+from brainray.models.objective import Objective, StepSizes, Targets
+from brainray.models.soft_kmeans import SoftKMeans
 from brainray.orchestration.preprocessing.driver import preprocess
 from brainray.orchestration.ray_connection import attach_to_ray
 from brainray.orchestration.resources import KEEPING_MEMORY
@@ -173,7 +173,7 @@ def _ours(
             EpochData(
                 labelled=shard,
                 unlabelled=shard,
-                objective=JointObjective(0.5),
+                objective=Objective((SoftKMeans(0.5),)),
                 targets=targets,
                 sizes=StepSizes(BATCH, BATCH),
                 num_steps=steps,

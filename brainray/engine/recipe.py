@@ -11,12 +11,10 @@ from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 from brainray.config import ObjectiveConfig, TrainConfig
 from brainray.dist import sum_across_ranks
 from brainray.engine.average import MovingAverage, Network
-from brainray.models.anchored import AnchoredObjective
-from brainray.models.consistency import ConsistencyObjective
-from brainray.models.joint import JointObjective
-from brainray.models.objective import Objective
-from brainray.models.prototype import PrototypeObjective
-from brainray.models.supervised import SupervisedObjective
+from brainray.models.consistency import Consistency
+from brainray.models.objective import Objective, Term
+from brainray.models.prototype import Prototype
+from brainray.models.soft_kmeans import SoftKMeans
 
 GROWTH_STEP = 32
 """Pixels by which the slice side grows between the stages of progressive resizing."""
@@ -26,25 +24,17 @@ PRECISION_BITS = {"bf16": 16, "fp32": 32}
 
 
 def build_objective(config: ObjectiveConfig) -> Objective:
-    """The configured objective.
-
-    A new one needs a file in models, a case here and its name in `ObjectiveConfig`; if it uses
-    unlabelled slices without learning pseudo-labels, also in `Config._inherited_labels_are_of_use`,
-    since config cannot ask models.
-    """
-    consistency = ConsistencyObjective(config.lambda_consistency)
-    prototype = PrototypeObjective(config.lambda_cluster, config.temperature)
-    match config.name:
-        case "joint":
-            return JointObjective(config.lambda_cluster)
-        case "supervised":
-            return SupervisedObjective()
-        case "consistency":
-            return consistency
-        case "prototype":
-            return prototype
-        case "anchored":
-            return AnchoredObjective(consistency, prototype)
+    """The configured objective."""
+    consistency = Consistency(config.lambda_consistency)
+    prototype = Prototype(config.lambda_cluster, config.temperature)
+    terms: dict[str, tuple[Term, ...]] = {
+        "joint": (SoftKMeans(config.lambda_cluster),),
+        "supervised": (),
+        "consistency": (consistency,),
+        "prototype": (prototype,),
+        "anchored": (consistency, prototype),
+    }
+    return Objective(terms[config.name])
 
 
 def ramp(epoch: int, ramp_epochs: int) -> float:

@@ -16,10 +16,10 @@ from brainray.engine.recluster import ClusterModel, Reclustering, recluster
 from brainray.engine.shard import Images
 from brainray.errors import ConfigError, DataError
 from brainray.models.features import FeatureEncoder
-from brainray.models.joint import cluster_loss
 from brainray.models.ntxent import ContrastivePretext
 from brainray.models.pretext import NoPretext, Pretext, PretextOutput
 from brainray.models.rotation import RotationPretext
+from brainray.models.soft_kmeans import cluster_loss
 from brainray.schema import UNLABELLED
 
 

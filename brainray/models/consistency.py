@@ -9,8 +9,8 @@ from brainray.models.objective import StepOutputs, Targets
 
 
 @dataclass(frozen=True)
-class ConsistencyObjective:
-    """L = L_CE(labelled) + ramp * lambda * L_consistency(unlabelled).
+class Consistency:
+    """ramp * lambda * L_consistency(unlabelled).
 
     FixMatch (Sohn et al. 2020) with the soft confidence weights of SoftMatch (Chen et al. 2023)
     and an averaged teacher (Tarvainen & Valpola 2017). Unlike there, the teacher predicts once per
@@ -19,20 +19,13 @@ class ConsistencyObjective:
 
     lambda_consistency: float
 
-    uses_unlabelled = True
-    learns_pseudo_labels = True
-
-    def loss(self, outputs: StepOutputs, labels: Tensor, targets: Targets) -> dict[str, Tensor]:
-        cross_entropy = F.cross_entropy(outputs.labelled.logits, labels)
-        consistency = consistency_loss(
+    def __call__(
+        self, outputs: StepOutputs, labels: Tensor, targets: Targets
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        loss = consistency_loss(
             outputs.unlabelled.logits, targets.pseudo_labels, targets.confidences
         )
-        total = cross_entropy + targets.ramp * self.lambda_consistency * consistency
-        return {
-            "total": total,
-            "ce": cross_entropy.detach(),
-            "consistency": consistency.detach(),
-        }
+        return targets.ramp * self.lambda_consistency * loss, {"consistency": loss}
 
 
 def consistency_loss(logits: Tensor, pseudo_labels: Tensor, confidences: Tensor) -> Tensor:

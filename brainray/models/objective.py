@@ -1,7 +1,9 @@
-"""The protocol of objectives: a loss of the encoder's outputs for a batch."""
+"""Objectives: cross entropy on labelled slices, and terms that use unlabelled ones."""
 
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from brainray.models.encoder import EncoderOutput
@@ -43,26 +45,14 @@ class Targets(NamedTuple):
         )
 
 
-class Objective(Protocol):
-    """An objective as the engine uses it.
+class Term(Protocol):
+    """A summand of an objective, one class per file."""
 
-    ``loss`` returns named terms; the step minimises ``total``, the others are logged. Every rank
-    has the same number of slices, so the mean of the ranks' losses, which DDP's gradient averaging
-    minimises, is the loss of the global batch.
-    """
-
-    @property
-    def uses_unlabelled(self) -> bool:
-        """Whether a step takes unlabelled slices; if not, all of its slices are labelled."""
-        ...
-
-    @property
-    def learns_pseudo_labels(self) -> bool:
-        """Whether the loss depends on the pseudo-labels, which may be inherited."""
-        ...
-
-    def loss(self, outputs: StepOutputs, labels: Tensor, targets: Targets) -> dict[str, Tensor]:
-        """Scalar terms of a step. Without unlabelled slices, their terms are 0.
+    def __call__(
+        self, outputs: StepOutputs, labels: Tensor, targets: Targets
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted term of a step, a scalar, and its parts by name, which are logged; parts of
+        unlabelled slices are 0 if there are none.
 
         Args:
             outputs: of the encoder.
@@ -70,3 +60,30 @@ class Objective(Protocol):
             targets: of the B_u unlabelled slices.
         """
         ...
+
+
+@dataclass(frozen=True)
+class Objective:
+    """L = L_CE(labelled) + sum of terms; METHOD A's equation 1 is L_CE. Without terms, it is the
+    control of all others.
+
+    Every rank has the same number of slices, so the mean of the ranks' losses, which DDP's gradient
+    averaging minimises, is the loss of the global batch.
+    """
+
+    terms: tuple[Term, ...] = ()
+
+    @property
+    def uses_unlabelled(self) -> bool:
+        """Whether a step takes unlabelled slices; if not, it takes as many more labelled ones."""
+        return bool(self.terms)
+
+    def loss(self, outputs: StepOutputs, labels: Tensor, targets: Targets) -> dict[str, Tensor]:
+        """Named scalars of a step, which minimises ``total``; the others are logged."""
+        total = cross_entropy = F.cross_entropy(outputs.labelled.logits, labels)
+        logged = {"ce": cross_entropy.detach()}
+        for term in self.terms:
+            value, parts = term(outputs, labels, targets)
+            total = total + value
+            logged |= {name: part.detach() for name, part in parts.items()}
+        return {"total": total} | logged

@@ -1,4 +1,4 @@
-"""The prototype objective: a clustering term with mixture means as label-anchored prototypes."""
+"""A clustering term with mixture means as label-anchored prototypes."""
 
 from dataclasses import dataclass
 
@@ -10,8 +10,8 @@ from brainray.models.objective import StepOutputs, Targets
 
 
 @dataclass(frozen=True)
-class PrototypeObjective:
-    """L = L_CE(labelled) + lambda * [ramp * L_prototype(unlabelled) + L_anchor(labelled)].
+class Prototype:
+    """lambda * [ramp * L_prototype(unlabelled) + L_anchor(labelled)].
 
     L_prototype = -(1/N_u) sum_i c_i sum_k gamma_ik log p_ik, where c_i is the confidence in the
     head's pseudo-label of the slice. METHOD A's second term pulls z towards its mean, and nothing
@@ -23,25 +23,16 @@ class PrototypeObjective:
     lambda_cluster: float
     temperature: float
 
-    uses_unlabelled = True
-    learns_pseudo_labels = False
-
-    def loss(self, outputs: StepOutputs, labels: Tensor, targets: Targets) -> dict[str, Tensor]:
-        cross_entropy = F.cross_entropy(outputs.labelled.logits, labels)
-        clustering, logged = self.clustering(outputs, labels, targets)
-        return {"total": cross_entropy + clustering, **logged, "ce": cross_entropy.detach()}
-
-    def clustering(
+    def __call__(
         self, outputs: StepOutputs, labels: Tensor, targets: Targets
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The second summand of L, a scalar, and its terms as they are logged."""
         log_near_labelled = log_nearness(outputs.labelled.z, targets.centers, self.temperature)
         anchor = anchor_loss(log_near_labelled, labels, targets.class_of_cluster)
         log_near = log_nearness(outputs.unlabelled.z, targets.centers, self.temperature)
         each = -(targets.responsibilities * log_near).sum(dim=1)
         prototype = (targets.confidences * each).sum() / max(len(each), 1)
         weighted = self.lambda_cluster * (targets.ramp * prototype + anchor)
-        return weighted, {"cluster": prototype.detach(), "anchor": anchor.detach()}
+        return weighted, {"cluster": prototype, "anchor": anchor}
 
 
 def log_nearness(z: Tensor, centers: Tensor, temperature: float) -> Tensor:

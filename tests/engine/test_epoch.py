@@ -19,10 +19,9 @@ from brainray.engine.loop import train_epoch
 from brainray.engine.recipe import build_average, build_optimizer, resolve_precision
 from brainray.engine.shard import CachedImages, PixelScale, SliceShard, StreamedImages, sample_keys
 from brainray.models.encoder import Encoder, EncoderOutput
-from brainray.models.joint import JointObjective
 from brainray.models.mixup import Mixup
-from brainray.models.objective import StepOutputs, StepSizes, Targets
-from brainray.models.supervised import SupervisedObjective
+from brainray.models.objective import Objective, StepOutputs, StepSizes, Targets
+from brainray.models.soft_kmeans import SoftKMeans
 from tests.engine.targets import uninformed
 
 SCALE = PixelScale(mean=0.5, std=0.25)
@@ -49,7 +48,7 @@ def streamed(cached: SliceShard) -> SliceShard:
 
 def plan(num_labelled: int, num_unlabelled: int, num_ranks: int = 1) -> EpochPlan:
     batch = StepSizes(32, 64)
-    return plan_epoch(JointObjective(1.0), num_labelled, num_unlabelled, batch, num_ranks)
+    return plan_epoch(Objective((SoftKMeans(1.0),)), num_labelled, num_unlabelled, batch, num_ranks)
 
 
 def test_an_epoch_is_one_pass_over_the_unlabelled_slices_of_all_ranks() -> None:
@@ -63,12 +62,12 @@ def test_as_many_unlabelled_slices_as_labelled_ones_make_the_epoch() -> None:
 
 
 def test_ranks_without_an_unlabelled_slice_are_not_asked_for_one() -> None:
-    few = plan_epoch(JointObjective(1.0), 100, 3, StepSizes(2, 2), num_ranks=4)
+    few = plan_epoch(Objective((SoftKMeans(1.0),)), 100, 3, StepSizes(2, 2), num_ranks=4)
     assert few.sizes == StepSizes(4, 0)
 
 
 def test_the_control_has_as_many_steps_and_images() -> None:
-    control = plan_epoch(SupervisedObjective(), 200, 1000, StepSizes(32, 64), num_ranks=1)
+    control = plan_epoch(Objective(), 200, 1000, StepSizes(32, 64), num_ranks=1)
     assert control == replace(plan(200, 1000), sizes=StepSizes(96, 0))
 
 
@@ -121,7 +120,7 @@ def train(
         EpochData(
             labelled=labelled,
             unlabelled=unlabelled,
-            objective=JointObjective(0.1),
+            objective=Objective((SoftKMeans(0.1),)),
             targets=uninformed(24, embedding_dim=512),
             sizes=StepSizes(8, 8),
             num_steps=6,
@@ -161,7 +160,7 @@ def test_what_a_step_learns_is_that_of_its_slices(streaming: bool) -> None:
     data = EpochData(
         labelled=labelled,
         unlabelled=unlabelled,
-        objective=JointObjective(0.1),
+        objective=Objective((SoftKMeans(0.1),)),
         targets=targets,
         sizes=StepSizes(8, 8),
         num_steps=6,
@@ -195,7 +194,7 @@ def two_steps() -> EpochData:
     return EpochData(
         labelled=shard(12),
         unlabelled=shard(24, seed=1),
-        objective=JointObjective(0.1),
+        objective=Objective((SoftKMeans(0.1),)),
         targets=uninformed(24, embedding_dim=2),
         sizes=StepSizes(8, 8),
         num_steps=2,

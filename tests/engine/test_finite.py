@@ -20,8 +20,8 @@ from brainray.engine.loop import heartbeat, train_epoch
 from brainray.engine.shard import CachedImages, PixelScale, SliceShard
 from brainray.errors import DivergenceError
 from brainray.models.encoder import EncoderOutput
-from brainray.models.joint import JointObjective
-from brainray.models.objective import StepSizes
+from brainray.models.objective import Objective, StepSizes
+from brainray.models.soft_kmeans import SoftKMeans
 from tests.engine.targets import uninformed
 
 BAD_ROW = 5
@@ -56,7 +56,7 @@ def train_one_epoch(model: FailsOnOneSlice, accumulation: int = 1) -> None:
         EpochData(
             labelled=labelled,
             unlabelled=unlabelled,
-            objective=JointObjective(0.1),
+            objective=Objective((SoftKMeans(0.1),)),
             targets=uninformed(12, embedding_dim=2),
             sizes=StepSizes(4, 4),
             num_steps=3,

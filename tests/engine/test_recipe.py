@@ -15,23 +15,25 @@ from brainray.engine.recipe import (
     resolve_precision,
 )
 from brainray.engine.shard import PixelScale
-from brainray.models.anchored import AnchoredObjective
-from brainray.models.consistency import ConsistencyObjective
-from brainray.models.joint import JointObjective
-from brainray.models.prototype import PrototypeObjective
-from brainray.models.supervised import SupervisedObjective
+from brainray.models.consistency import Consistency
+from brainray.models.prototype import Prototype
+from brainray.models.soft_kmeans import SoftKMeans
 
 
 def test_an_objective_has_the_weights_and_the_temperature_that_are_configured() -> None:
     config = ObjectiveConfig(
         name="anchored", lambda_consistency=0.3, lambda_cluster=0.7, temperature=0.05
     )
-    expected = AnchoredObjective(ConsistencyObjective(0.3), PrototypeObjective(0.7, 0.05))
-    assert build_objective(config) == expected
-    alone = {"consistency": expected.consistency, "prototype": expected.prototype}
-    alone |= {"joint": JointObjective(0.7), "supervised": SupervisedObjective()}
-    for name, objective in alone.items():
-        assert build_objective(config.model_copy(update={"name": name})) == objective
+    consistency, prototype = Consistency(0.3), Prototype(0.7, 0.05)
+    expected = {
+        "anchored": (consistency, prototype),
+        "consistency": (consistency,),
+        "prototype": (prototype,),
+        "joint": (SoftKMeans(0.7),),
+        "supervised": (),
+    }
+    for name, terms in expected.items():
+        assert build_objective(config.model_copy(update={"name": name})).terms == terms
 
 
 def test_the_ramp_rises_as_in_laine_and_aila_and_then_stays() -> None:

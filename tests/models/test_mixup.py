@@ -4,8 +4,7 @@ import torch
 
 from brainray.models.encoder import EncoderOutput
 from brainray.models.mixup import Mixup
-from brainray.models.objective import StepOutputs
-from brainray.models.supervised import SupervisedObjective
+from brainray.models.objective import Objective, StepOutputs
 from tests.engine.targets import uninformed
 
 CPU = torch.device("cpu")
@@ -19,7 +18,7 @@ def test_slices_and_losses_are_mixed_in_the_same_shares() -> None:
     z = torch.zeros(3, 8)
     nothing = EncoderOutput(z[:0], logits[:0])
     found = mixup.loss(
-        SupervisedObjective(),
+        Objective(),
         StepOutputs(EncoderOutput(z, logits), nothing),
         torch.tensor([0, 3, 1]),
         uninformed(0, 8),

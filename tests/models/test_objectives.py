@@ -14,13 +14,11 @@ from brainray.config import ObjectiveConfig
 from brainray.config_text import load_config
 from brainray.engine.recipe import build_objective
 from brainray.errors import ConfigError
-from brainray.models.anchored import AnchoredObjective
-from brainray.models.consistency import ConsistencyObjective
+from brainray.models.consistency import Consistency
 from brainray.models.encoder import Encoder, EncoderOutput
-from brainray.models.joint import JointObjective, cluster_loss
 from brainray.models.objective import Objective, StepOutputs, Targets
-from brainray.models.prototype import PrototypeObjective, anchor_loss
-from brainray.models.supervised import SupervisedObjective
+from brainray.models.prototype import Prototype, anchor_loss
+from brainray.models.soft_kmeans import SoftKMeans, cluster_loss
 from tests.ranks import OnRanks
 
 Z = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
@@ -57,7 +55,7 @@ def test_the_gradient_of_the_cluster_loss_by_hand() -> None:
 
 
 def test_the_joint_loss_is_cross_entropy_plus_lambda_times_cluster() -> None:
-    terms = JointObjective(lambda_cluster=0.5).loss(OUTPUTS, LABELS, TARGETS)
+    terms = Objective((SoftKMeans(0.5),)).loss(OUTPUTS, LABELS, TARGETS)
     assert math.isclose(float(terms["ce"]), CROSS_ENTROPY, rel_tol=1e-6)
     assert math.isclose(float(terms["cluster"]), 0.45, rel_tol=1e-6)
     assert math.isclose(float(terms["total"]), CROSS_ENTROPY + 0.5 * 0.45, rel_tol=1e-6)
@@ -69,19 +67,20 @@ def test_the_gradient_of_the_joint_loss_for_the_head_by_hand() -> None:
     head.weight.data = math.log(3.0) * torch.tensor([[1.0, -0.75], [0.0, 0.0]])
     head.bias.data.zero_()
     outputs = StepOutputs(*(EncoderOutput(Z, head(Z)) for _ in range(2)))
-    JointObjective(lambda_cluster=0.5).loss(outputs, LABELS, TARGETS)["total"].backward()
+    Objective((SoftKMeans(0.5),)).loss(outputs, LABELS, TARGETS)["total"].backward()
     torch.testing.assert_close(head.weight.grad, torch.tensor([[0.025, 0.2], [-0.025, -0.2]]))
     torch.testing.assert_close(head.bias.grad, torch.tensor([0.125, -0.125]))
 
 
 @pytest.mark.parametrize("name", get_args(ObjectiveConfig.model_fields["name"].annotation))
 def test_an_objective_learns_pseudo_labels_if_its_loss_depends_on_them(name: str) -> None:
-    """What it says of itself is what the config assumes when labels are to be inherited."""
-    objective = build_objective(ObjectiveConfig.model_validate({"name": name}))
+    """What the config says of it, and assumes when labels are to be inherited."""
+    config = ObjectiveConfig.model_validate({"name": name})
+    objective = build_objective(config)
     other = TARGETS._replace(pseudo_labels=1 - TARGETS.pseudo_labels)
     losses = [objective.loss(OUTPUTS, LABELS, targets)["total"] for targets in (TARGETS, other)]
-    assert objective.learns_pseudo_labels == (losses[0] != losses[1])
-    is_refused = objective.uses_unlabelled and not objective.learns_pseudo_labels
+    assert config.learns_pseudo_labels == (losses[0] != losses[1])
+    is_refused = objective.uses_unlabelled and not config.learns_pseudo_labels
     with pytest.raises(ConfigError, match="pseudo-labels") if is_refused else nullcontext():
         load_config(None, [f"objective.name={name}", "objective.inherit_labels=subject"])
 
@@ -89,7 +88,7 @@ def test_an_objective_learns_pseudo_labels_if_its_loss_depends_on_them(name: str
 def test_consistency_weighs_the_cross_entropy_of_pseudo_labels_by_confidence() -> None:
     # p = (3/4, 1/4) and (1/2, 1/2), pseudo-labels 1 and 0 with weights 1 and 1/2.
     consistency = (-math.log(0.25) - 0.5 * math.log(0.5)) / 2
-    terms = ConsistencyObjective(lambda_consistency=2.0).loss(OUTPUTS, LABELS, TARGETS)
+    terms = Objective((Consistency(2.0),)).loss(OUTPUTS, LABELS, TARGETS)
     assert math.isclose(float(terms["consistency"]), consistency, rel_tol=1e-6)
     assert math.isclose(
         float(terms["total"]), CROSS_ENTROPY + 0.5 * 2.0 * consistency, rel_tol=1e-6
@@ -104,7 +103,7 @@ def test_the_prototype_terms_by_hand() -> None:
     second = math.log1p(math.exp(0.4)), math.log1p(math.exp(-0.4))
     prototype = (0.75 * first[0] + 0.25 * first[1] + 0.5 * second[1]) / 2
     anchor = (first[0] + second[1]) / 2
-    terms = PrototypeObjective(lambda_cluster=0.1, temperature=0.5).loss(OUTPUTS, LABELS, targets)
+    terms = Objective((Prototype(0.1, temperature=0.5),)).loss(OUTPUTS, LABELS, targets)
     assert math.isclose(float(terms["cluster"]), prototype, rel_tol=1e-6)
     assert math.isclose(float(terms["anchor"]), anchor, rel_tol=1e-6)
     total = CROSS_ENTROPY + 0.1 * (0.5 * prototype + anchor)
@@ -123,27 +122,26 @@ def test_nothing_is_learnt_from_targets() -> None:
     centers = CENTERS.clone().requires_grad_()
     z = Z.clone().requires_grad_()
     outputs = OUTPUTS._replace(unlabelled=EncoderOutput(z, LOGITS))
-    objective = PrototypeObjective(lambda_cluster=0.1, temperature=0.5)
+    objective = Objective((Prototype(0.1, temperature=0.5),))
     objective.loss(outputs, LABELS, TARGETS._replace(centers=centers))["total"].backward()
     assert z.grad is not None
     assert centers.grad is None
 
 
 def test_the_anchored_objective_adds_both_with_one_cross_entropy() -> None:
-    consistency = ConsistencyObjective(lambda_consistency=2.0)
-    prototype = PrototypeObjective(lambda_cluster=0.1, temperature=0.5)
-    both = AnchoredObjective(consistency, prototype).loss(OUTPUTS, LABELS, TARGETS)
+    consistency, prototype = Consistency(2.0), Prototype(0.1, temperature=0.5)
+    both = Objective((consistency, prototype)).loss(OUTPUTS, LABELS, TARGETS)
     expected = (
-        consistency.loss(OUTPUTS, LABELS, TARGETS)["total"]
-        + prototype.loss(OUTPUTS, LABELS, TARGETS)["total"]
-        - CROSS_ENTROPY
+        CROSS_ENTROPY
+        + consistency(OUTPUTS, LABELS, TARGETS)[0]
+        + prototype(OUTPUTS, LABELS, TARGETS)[0]
     )
     torch.testing.assert_close(both["total"], expected)
     assert set(both) == {"total", "ce", "consistency", "cluster", "anchor"}
 
 
 def test_the_control_is_cross_entropy_alone() -> None:
-    control = SupervisedObjective()
+    control = Objective()
     empty = EncoderOutput(Z[:0], LOGITS[:0])
     terms = control.loss(OUTPUTS._replace(unlabelled=empty), LABELS, TARGETS)
     assert set(terms) == {"total", "ce"}
@@ -154,13 +152,12 @@ def test_without_unlabelled_slices_only_terms_of_labelled_ones_are_left() -> Non
     none = EncoderOutput(Z[:0], LOGITS[:0])
     outputs = OUTPUTS._replace(unlabelled=none)
     targets = TARGETS.of_rows(torch.empty(0, dtype=torch.int64))
-    consistency, prototype = ConsistencyObjective(2.0), PrototypeObjective(0.1, temperature=0.5)
-    for each in (JointObjective(1.0), consistency):
-        assert each.loss(outputs, LABELS, targets)["total"].item() == pytest.approx(CROSS_ENTROPY)
-    for anchored in (prototype, AnchoredObjective(consistency, prototype)):
-        terms = anchored.loss(outputs, LABELS, targets)
-        torch.testing.assert_close(terms["total"], CROSS_ENTROPY + 0.1 * terms["anchor"])
-        assert terms["anchor"] > 0
+    consistency, prototype = Consistency(2.0), Prototype(0.1, temperature=0.5)
+    for term in (SoftKMeans(1.0), consistency):
+        assert term(outputs, LABELS, targets)[0] == 0
+    losses = Objective((consistency, prototype)).loss(outputs, LABELS, targets)
+    torch.testing.assert_close(losses["total"], CROSS_ENTROPY + 0.1 * losses["anchor"])
+    assert losses["anchor"] > 0
 
 
 def step(objective: Objective, model: nn.Module, images: Tensor, rows: slice) -> dict[str, Tensor]:
@@ -203,8 +200,8 @@ def gradients_of_step(objective: Objective) -> tuple[float, Tensor, Tensor]:
 
 
 def gradients_of_all() -> list[tuple[float, Tensor, Tensor]]:
-    consistency, prototype = ConsistencyObjective(1.0), PrototypeObjective(0.5, temperature=0.1)
-    objectives = (JointObjective(0.5), AnchoredObjective(consistency, prototype))
+    consistency, prototype = Consistency(1.0), Prototype(0.5, temperature=0.1)
+    objectives = (Objective((SoftKMeans(0.5),)), Objective((consistency, prototype)))
     return [gradients_of_step(objective) for objective in objectives]
 
 

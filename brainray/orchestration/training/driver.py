@@ -199,7 +199,7 @@ def complete_run(training: Training) -> None:
     config, run = training.config, training.run
     metrics = _summarise(config, run)
     shift = run.folder.read_json_lines(layout.METRICS)[-1].get("train/class_shift", 0.0)
-    if build_objective(config.objective).learns_pseudo_labels and shift > _MAX_CLASS_SHIFT:
+    if config.objective.learns_pseudo_labels and shift > _MAX_CLASS_SHIFT:
         log(
             f"note: the encoder assigns {shift:.0%} of the unlabelled slices to other classes than "
             "their pseudo-labels, which follow the class mix of the labelled slices: label slices "

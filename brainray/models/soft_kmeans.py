@@ -1,16 +1,15 @@
-"""The joint objective of METHOD A: cross entropy plus soft K-means around the mixture means."""
+"""METHOD A's clustering term: soft K-means around the mixture means."""
 
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from brainray.models.objective import StepOutputs, Targets
 
 
 @dataclass(frozen=True)
-class JointObjective:
-    """L = L_CE(labelled) + lambda * L_cluster(unlabelled); METHOD A, equations 1 and 2.
+class SoftKMeans:
+    """lambda * L_cluster(unlabelled); METHOD A, equation 2.
 
     Differences from the report: z is L2-normalised, and the second term is weighted by lambda,
     which is in the text of the report but not in its equation.
@@ -18,14 +17,11 @@ class JointObjective:
 
     lambda_cluster: float
 
-    uses_unlabelled = True
-    learns_pseudo_labels = False
-
-    def loss(self, outputs: StepOutputs, labels: Tensor, targets: Targets) -> dict[str, Tensor]:
-        cross_entropy = F.cross_entropy(outputs.labelled.logits, labels)
-        cluster = cluster_loss(outputs.unlabelled.z, targets.responsibilities, targets.centers)
-        total = cross_entropy + self.lambda_cluster * cluster
-        return {"total": total, "ce": cross_entropy.detach(), "cluster": cluster.detach()}
+    def __call__(
+        self, outputs: StepOutputs, labels: Tensor, targets: Targets
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        loss = cluster_loss(outputs.unlabelled.z, targets.responsibilities, targets.centers)
+        return self.lambda_cluster * loss, {"cluster": loss}
 
 
 def cluster_loss(z: Tensor, responsibilities: Tensor, centers: Tensor) -> Tensor:
