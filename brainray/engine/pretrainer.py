@@ -16,7 +16,7 @@ from brainray.config import Config, FeatureConfig
 from brainray.engine.finite import naming_slices
 from brainray.engine.loop import heartbeat, train_epoch
 from brainray.engine.recipe import agreed_precision, build_optimizer, resume_schedule
-from brainray.engine.recluster import ClusterModel, Reclustering, recluster_with_check
+from brainray.engine.recluster import ClusterModel, Reclustering, recluster, recluster_with_check
 from brainray.engine.self_supervised import (
     PretextEpoch,
     PretextSlices,
@@ -24,7 +24,6 @@ from brainray.engine.self_supervised import (
     build_pretext,
     changed_share,
     check_contrast,
-    cluster_without_labels,
     embed_slices,
     is_refined,
     plan_steps,
@@ -34,7 +33,7 @@ from brainray.engine.state import state_from_bytes, state_to_bytes
 from brainray.errors import BrainrayError, CheckpointError, DivergenceError
 from brainray.log import Stopwatch
 from brainray.models.pretext import PretextModel
-from brainray.schema import History, Metrics
+from brainray.schema import UNLABELLED, History, Metrics
 from brainray.storage import Folder
 
 _REMEDY = (
@@ -159,9 +158,7 @@ class Pretrainer:
         """Cluster and train on the clusters in turn until few slices change their cluster."""
         z = self._embed()
         if self.clusters is None:
-            found = cluster_without_labels(
-                z, self.slices.keys, config=self.config.clustering, seed=self.seed
-            )
+            found = self._recluster(z, None, 0, reseed=False)
             self.clusters, responsibilities = found.model, found.responsibilities
             self._keep_assignments(responsibilities, 0)
         else:  # saved encoder and clusters match: they give the same responsibilities again
@@ -259,13 +256,15 @@ class Pretrainer:
         )
 
     def _recluster(
-        self, z: Tensor, responsibilities: Tensor, number: int, reseed: bool
+        self, z: Tensor, responsibilities: Tensor | None, number: int, reseed: bool
     ) -> Reclustering:
         """Start from the previous centres, or from none, with another seed, if ``reseed``."""
-        return cluster_without_labels(
+        return recluster(
             z,
             self.slices.keys,
+            torch.full_like(self.slices.keys, UNLABELLED),
             config=self.config.clustering,
+            num_classes=0,
             seed=seed_of(self.seed, number) if reseed else self.seed,
             previous=None if reseed else self.clusters,
             previous_responsibilities=responsibilities,

@@ -110,7 +110,7 @@ def recluster(
         labels: (n,) int64, UNLABELLED if the label may not be read; the others decide which class a
             cluster is mapped to, and as anchors, which clusters they may belong to.
         config: K, covariance type, PCA dimensions and limits.
-        num_classes: C; 0 if there are no labels, and clusters are not mapped to classes.
+        num_classes: C; 0 if there are no labels: no anchors, and clusters stand for no class.
         seed: of the initial seeding.
         previous: mixture of the last epoch, from whose centres the fit starts.
         previous_responsibilities: (n, K), of the last epoch, rows as in z.
@@ -126,7 +126,7 @@ def recluster(
     last = None
     if previous is not None:
         last = model.pca.transform(previous.centers.double()), previous.class_of_cluster
-    if config.anchors == "labelled":
+    if config.anchors == "labelled" and num_classes:
         start = _start_anchored(reduced, keys, labels, config, num_classes, seed, last)
     else:
         start = _start_by_kmeans(reduced, keys, config, seed, None if last is None else last[0])

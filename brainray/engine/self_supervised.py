@@ -10,9 +10,8 @@ import torch
 from torch import Generator, Tensor, nn
 
 from brainray import dist
-from brainray.config import ClusteringConfig, PretextName, SelfSupervisionConfig
+from brainray.config import PretextName, SelfSupervisionConfig
 from brainray.engine.forward import infer
-from brainray.engine.recluster import ClusterModel, Reclustering, recluster
 from brainray.engine.shard import Images
 from brainray.errors import ConfigError, DataError
 from brainray.models.features import FeatureEncoder
@@ -20,7 +19,6 @@ from brainray.models.ntxent import ContrastivePretext
 from brainray.models.pretext import NoPretext, Pretext, PretextOutput
 from brainray.models.rotation import RotationPretext
 from brainray.models.soft_kmeans import cluster_loss
-from brainray.schema import UNLABELLED
 
 
 def build_pretext(name: PretextName, config: SelfSupervisionConfig) -> Pretext:
@@ -194,28 +192,6 @@ def embed_slices(
     batches = images.batches(torch.arange(len(images)).split(batch_size))
     parts = infer(encoder, (batch.float() / 255 for batch in batches), images.device, precision)
     return nn.functional.normalize(torch.cat(parts))
-
-
-def cluster_without_labels(
-    z: Tensor,  # (n_rank, E)
-    keys: Tensor,  # (n_rank,) int64
-    *,
-    config: ClusteringConfig,
-    seed: int,
-    previous: ClusterModel | None = None,
-    previous_responsibilities: Tensor | None = None,
-) -> Reclustering:
-    """Re-cluster as in training, but without labels and so without anchors (collective)."""
-    return recluster(
-        z,
-        keys,
-        torch.full_like(keys, UNLABELLED),
-        config=config.model_copy(update={"anchors": "none"}),
-        num_classes=0,
-        seed=seed,
-        previous=previous,
-        previous_responsibilities=previous_responsibilities,
-    )
 
 
 def changed_share(before: Tensor, after: Tensor) -> float:

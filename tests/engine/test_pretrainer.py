@@ -208,9 +208,7 @@ def test_reseeding_starts_anew_with_another_seed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[dict[str, Any]] = []
-    monkeypatch.setattr(
-        pretrainer_module, "cluster_without_labels", lambda *_, **named: calls.append(named)
-    )
+    monkeypatch.setattr(pretrainer_module, "recluster", lambda *_, **named: calls.append(named))
     pretrainer = pretrainer_of(tmp_path, REFINED)
     clusters: Any = object()
     pretrainer.clusters = clusters

@@ -153,6 +153,17 @@ def test_anchors_keep_clusters_to_classes_where_blobs_mislead() -> None:
     assert accuracy["labelled"] > 0.98
 
 
+def test_without_labels_there_are_no_anchors_and_clusters_stand_for_no_class() -> None:
+    z, _ = blobs()
+    keys, none = torch.arange(300), torch.full((300,), UNLABELLED)
+    found, expected = (
+        recluster(z, keys, none, config=config, num_classes=0, seed=0)
+        for config in (anchored(3), CONFIG)
+    )
+    assert torch.equal(found.responsibilities, expected.responsibilities)
+    assert found.model.class_of_cluster.tolist() == [0, 0, 0]
+
+
 def test_a_labelled_slice_is_held_to_its_class_while_the_mixture_is_fitted() -> None:
     z, truth = blobs()
     labels = torch.where(torch.arange(300) < 30, truth, UNLABELLED)

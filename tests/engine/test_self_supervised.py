@@ -12,10 +12,9 @@ from brainray.config import (
     SelfSupervisionConfig,
     TrainConfig,
 )
-from brainray.engine import self_supervised
 from brainray.engine.loop import train_epoch
 from brainray.engine.recipe import build_optimizer
-from brainray.engine.recluster import ClusterModel
+from brainray.engine.recluster import recluster
 from brainray.engine.self_supervised import (
     Groups,
     PretextBatch,
@@ -25,7 +24,6 @@ from brainray.engine.self_supervised import (
     build_pretext,
     changed_share,
     check_contrast,
-    cluster_without_labels,
     embed_slices,
     is_refined,
     plan_steps,
@@ -36,6 +34,7 @@ from brainray.models.features import FeatureEncoder
 from brainray.models.ntxent import ContrastivePretext
 from brainray.models.pretext import NoPretext, PretextModel, PretextOutput
 from brainray.models.rotation import RotationPretext
+from brainray.schema import UNLABELLED
 from tests.ranks import OnRanks
 
 SIDE, NUM_IMAGES = 16, 48
@@ -151,7 +150,8 @@ def test_the_clustering_loss_draws_slices_to_their_centres() -> None:
     model = small_model("none")
     clustering = ClusteringConfig(num_clusters=3, pca_dim=3, covariance_type="diag")
     z = embed_slices(model.encoder, images, batch_size=32, precision="fp32").clone()
-    found = cluster_without_labels(z, keys, config=clustering, seed=0)
+    none = torch.full_like(keys, UNLABELLED)
+    found = recluster(z, keys, none, config=clustering, num_classes=0, seed=0)
     plan = plan_steps(NUM_IMAGES, 16, num_ranks=1)
     optimizer, scheduler = build_optimizer(model, TrainConfig(), 10 * plan.num_steps)
     history = [
@@ -245,40 +245,6 @@ def test_a_pretext_has_the_settings_that_are_configured() -> None:
     assert build_pretext("contrastive", config) == expected
     assert build_pretext("rotation", config) == RotationPretext(config.augment)
     assert build_pretext("none", config) == NoPretext(config.augment)
-
-
-def test_clusters_without_labels_start_from_the_last_ones_and_have_no_anchors(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    calls: list[dict[str, object]] = []
-    monkeypatch.setattr(self_supervised, "recluster", lambda *_, **named: calls.append(named))
-    config = ClusteringConfig(num_clusters=2, anchors="labelled")
-    last, responsibilities = ClusterModel(config, 4), torch.ones(3, 2) / 2
-    cluster_without_labels(
-        torch.zeros(3, 4),
-        torch.arange(3),
-        config=config,
-        seed=8,
-        previous=last,
-        previous_responsibilities=responsibilities,
-    )
-    (found,) = calls
-    assert found["config"] == config.model_copy(update={"anchors": "none"})
-    assert found["seed"] == 8
-    assert found["previous"] is last
-    assert found["previous_responsibilities"] is responsibilities
-
-
-def test_clusters_without_labels_stand_for_no_class() -> None:
-    z = torch.nn.functional.normalize(
-        torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
-    )
-    clustering = ClusteringConfig(num_clusters=2, pca_dim=3, covariance_type="diag")
-    found = cluster_without_labels(z, torch.arange(40), config=clustering, seed=0)
-    assert found.responsibilities.shape == (40, 2)
-    assert found.model.class_of_cluster.tolist() == [0, 0]
-    # The saved pair gives the responsibilities again, which is how refinement is resumed.
-    torch.testing.assert_close(found.model.responsibilities(z), found.responsibilities)
 
 
 def test_an_epoch_is_one_pass_in_equal_steps() -> None:
