@@ -1,7 +1,7 @@
 """The training loop over the steps of one epoch, with or without labels."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -88,7 +88,7 @@ def train_epoch(
     device = next(model.parameters()).device
     model.train()
     watch = GradientWatch(model.parameters(), device)
-    losses = _MeanLosses()
+    losses: list[dict[str, Tensor]] = []
     data_wait_s = 0.0
     batches = epoch.batches()
     optimizer.zero_grad(set_to_none=True)
@@ -111,10 +111,10 @@ def train_epoch(
             scheduler.step()
             optimizer.zero_grad(set_to_none=True)
             on_update(size_of_update)
-        losses.add(terms)
+        losses.append({name: value.detach() for name, value in terms.items()})
         on_step(step)
     watch.finish()
-    return EpochResult(losses.over_ranks(), data_wait_s)
+    return EpochResult(_mean_losses(losses), data_wait_s)
 
 
 def heartbeat(name: str, num_steps: int) -> Callable[[int], None]:
@@ -137,21 +137,11 @@ def _without_gradient_exchange(model: nn.Module) -> AbstractContextManager[None]
     return context
 
 
-class _MeanLosses:
-    """Sums scalars on their device, because reading one per step would stall its queue."""
+def _mean_losses(steps: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
+    """Mean of each term over all ranks' equally many steps (collective).
 
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._num_steps = 0
-
-    def add(self, terms: Mapping[str, Tensor]) -> None:
-        """Add the terms of a step; every step must have the same names."""
-        for name, value in terms.items():
-            self._sums[name] = value.detach() + self._sums.get(name, 0.0)
-        self._num_steps += 1
-
-    def over_ranks(self) -> dict[str, float]:
-        """Means over all steps and ranks (collective; every rank must have as many steps)."""
-        totals = dist.sum_across_ranks(torch.stack(list(self._sums.values())).double())
-        means = (totals / (self._num_steps * dist.world_size())).tolist()
-        return dict(zip(self._sums, means, strict=True))
+    They are read from their device only here, since reading one per step would stall its queue.
+    """
+    values = torch.stack([torch.stack(list(terms.values())) for terms in steps])
+    means = dist.sum_across_ranks(values.double().mean(dim=0)) / dist.world_size()
+    return dict(zip(steps[0], means.tolist(), strict=True))
