@@ -20,8 +20,8 @@ class KMeans(FittedModule):
     The result does not depend on how rows are distributed over ranks, up to rounding, provided that
     `row_keys` stay with their rows. Distances are computed in the rows' dtype, on rows that lie
     around the origin or are shifted there (one copy of the shard); sums, counts and inertia are
-    float64. Sums are updated incrementally for rows that change cluster, and rows that cannot
-    change are skipped (`lloyd`).
+    float64. On CPUs, sums are updated incrementally for rows that change cluster, and rows that
+    cannot change are skipped (`lloyd_cpu`).
 
     Fitted attributes:
         cluster_centers_: (K, D), in the rows' dtype.

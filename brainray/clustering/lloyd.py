@@ -14,8 +14,6 @@ from brainray import dist
 from brainray.clustering import lloyd_cpu, shards
 from brainray.clustering.threads import Threads, shares, threads
 
-_WIDENED_ELEMENTS = 2**18  # converted to float64 at a time
-
 
 class Assignment(ABC):
     """Cluster assignment of this rank's rows.
@@ -31,10 +29,7 @@ class Assignment(ABC):
 
     @abstractmethod
     def move_rows(self, centers: Tensor) -> None:
-        """Assign each row to the nearest of `centers` (K, D), in the rows' dtype.
-
-        In a tie with its current centre, a row stays.
-        """
+        """Assign each row to the nearest of `centers` (K, D), in the rows' dtype."""
 
     def totals(self) -> tuple[Tensor, ...]:
         """Sums (K, D) and sizes (K,) of the clusters, and the number of moved rows (1,).
@@ -74,52 +69,26 @@ def _libraries() -> ThreadpoolController:
 
 
 class TorchAssignment(Assignment):
-    """Assignment with PyTorch operations, on any device.
-
-    Only rows that move are summed, and only their nearest centres are searched for: a minimum is
-    computed many times faster than its index.
-    """
+    """Assignment with PyTorch operations, on any device: the host waits for none of them."""
 
     def __init__(self, x: Tensor, num_clusters: int) -> None:
         super().__init__(x)
-        self.is_new = True
-        wide = torch.float64
-        self.sums = torch.zeros(num_clusters, x.shape[1], dtype=wide, device=x.device)
-        self.counts = torch.zeros(num_clusters, dtype=wide, device=x.device)
-        self.num_moved = torch.zeros(1, dtype=wide, device=x.device)
+        # In float64, as otherwise rounding would make results on one and on two ranks diverge.
+        self.sums = torch.zeros(num_clusters, x.shape[1], dtype=torch.float64, device=x.device)
+        self.counts, self.num_moved = self.sums.new_zeros(num_clusters), self.sums.new_zeros(1)
 
     def move_rows(self, centers: Tensor) -> None:
         squares = centers.square().sum(dim=1)
-        self.num_moved.zero_()
-        for block in shards.cached_blocks(self.x, len(centers)):
-            scores = torch.addmm(squares, self.x[block], centers.T, alpha=-2)
-            self._move(self.x[block], self.labels[block], scores)
-        self.is_new = False
-
-    def _move(self, x: Tensor, labels: Tensor, scores: Tensor) -> None:
-        """Move rows x (B, D) to the cluster with the lowest score (B, K), and update labels.
-
-        A score is the squared distance minus the squared norm of the row.
-        """
-        if self.is_new:
-            labels.copy_(scores.argmin(dim=1))
-            self._add(x, labels, 1)
-            self.num_moved += len(x)
-            return
-        is_nearer = scores.gather(1, labels[:, None]).squeeze(1) > scores.amin(dim=1)
-        moved = torch.nonzero(is_nearer).squeeze(1)
-        if len(moved):
-            x, nearest = x[moved], scores[moved].argmin(dim=1)
-            self._add(x, nearest, 1)
-            self._add(x, labels[moved], -1)
-            self.num_moved += len(moved)
-            labels[moved] = nearest
-
-    def _add(self, rows: Tensor, clusters: Tensor, sign: int) -> None:
-        # In float64, as otherwise rounding would make results on one and on two ranks diverge.
-        for block in shards.blocks(len(rows), max(_WIDENED_ELEMENTS // rows.shape[1], 1)):
-            self.sums.index_add_(0, clusters[block], rows[block].double(), alpha=sign)
-        self.counts += sign * torch.bincount(clusters, minlength=len(self.counts))
+        for total in (self.sums, self.counts, self.num_moved):
+            total.zero_()
+        for block in shards.cached_blocks(self.x, len(centers) + 2 * self.x.shape[1]):
+            x, labels = self.x[block], self.labels[block]
+            # The squared distance minus the squared norm of the row.
+            nearest = torch.addmm(squares, x, centers.T, alpha=-2).argmin(dim=1)
+            self.num_moved += (nearest != labels).sum()
+            labels.copy_(nearest)
+            self.sums.index_add_(0, nearest, x.double())
+            self.counts.index_add_(0, nearest, torch.ones_like(nearest, dtype=torch.float64))
 
     def _local_totals(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.sums, self.counts, self.num_moved

@@ -15,9 +15,8 @@ from torch import Tensor
 from brainray.clustering import lloyd_cpu, seeding, shards
 from brainray.clustering.centred import centred
 from brainray.clustering.kmeans import KMeans
-from brainray.clustering.lloyd import Assignment, CompiledAssignment, TorchAssignment, assignment
+from brainray.clustering.lloyd import CompiledAssignment, TorchAssignment, assignment
 from brainray.clustering.seeding import _splitmix64, draw_rows, uniform_from_keys
-from brainray.clustering.threads import threads
 from brainray.errors import ClusteringError
 
 PROJECT = Path(__file__).parents[2]
@@ -340,17 +339,11 @@ def test_compiled_passes_and_those_for_other_devices_agree(
 
 def test_rows_stay_where_another_centre_is_as_near() -> None:
     x = torch.tensor([[0.0], [1.0], [2.0]])
-    for kind in (TorchAssignment, CompiledAssignment):
-        with threads() as ours:
-            assigned: Assignment = (
-                CompiledAssignment(x, x.square().sum(dim=1), 2, ours)
-                if kind is CompiledAssignment
-                else TorchAssignment(x, 2)
-            )
-            assigned.move_rows(torch.tensor([[2.5], [-0.4]]))
-            assert assigned.labels.tolist() == [1, 1, 0]
-            assigned.move_rows(torch.tensor([[2.0], [0.0]]))
-            assert assigned.labels.tolist() == [1, 1, 0], kind
+    with assignment(x, x.square().sum(dim=1), 2) as assigned:
+        assigned.move_rows(torch.tensor([[2.5], [-0.4]]))
+        assert assigned.labels.tolist() == [1, 1, 0]
+        assigned.move_rows(torch.tensor([[2.0], [0.0]]))
+        assert assigned.labels.tolist() == [1, 1, 0]
 
 
 def test_passes_are_compiled_also_where_no_folder_may_be_written_to() -> None:
