@@ -24,18 +24,6 @@ _LEAST_LOG_SHARE = -80.0
 CovarianceType = Literal["spherical", "diag", "tied", "full"]
 
 
-def covariance_shape(
-    num_components: int, num_features: int, covariance_type: CovarianceType
-) -> tuple[int, ...]:
-    """Shape of the covariances of K components in D dimensions, as in scikit-learn."""
-    return {
-        "spherical": (num_components,),
-        "diag": (num_components, num_features),
-        "tied": (num_features, num_features),
-        "full": (num_components, num_features, num_features),
-    }[covariance_type]
-
-
 class Scratch:
     """Named buffers for intermediate results, reused by one block of rows after another.
 
@@ -77,14 +65,15 @@ class SufficientStatistics:
         covariance_type: CovarianceType,
         device: torch.device,
     ) -> Self:
-        squares: tuple[int, ...] = (num_components, num_features)
-        if covariance_type in ("tied", "full"):
-            squares = covariance_shape(num_components, num_features, covariance_type)
+        squares: dict[CovarianceType, tuple[int, ...]] = {
+            "tied": (num_features, num_features),
+            "full": (num_components, num_features, num_features),
+        }
         zero = torch.zeros((), dtype=torch.float64, device=device)
         return cls(
             counts=zero.new_zeros(num_components),
             sums=zero.new_zeros(num_components, num_features),
-            squares=zero.new_zeros(squares),
+            squares=zero.new_zeros(squares.get(covariance_type, (num_components, num_features))),
             log_likelihood=zero,
             covariance_type=covariance_type,
         )

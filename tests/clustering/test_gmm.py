@@ -12,7 +12,6 @@ from brainray.clustering import shards
 from brainray.clustering.gaussian import (
     CovarianceType,
     SufficientStatistics,
-    covariance_shape,
     estimate_covariances,
     precisions_cholesky,
 )
@@ -325,9 +324,8 @@ def test_cholesky_factors_are_upper_triangular_roots_of_the_precision(
     covariance_type: CovarianceType,
 ) -> None:
     generator = torch.Generator().manual_seed(5)
-    root = torch.randn(
-        covariance_shape(3, 6, covariance_type), generator=generator, dtype=torch.float64
-    )
+    shape = (6, 6) if covariance_type == "tied" else (3, 6, 6)
+    root = torch.randn(shape, generator=generator, dtype=torch.float64)
     covariances = root @ root.mT + 0.1 * torch.eye(6, dtype=torch.float64)
     precisions = torch.linalg.inv(covariances)
     factor = precisions_cholesky(covariances, covariance_type)
