@@ -12,7 +12,7 @@ Coordinates run from -1 to 1 across the frame.
 """
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,10 +48,10 @@ _CLIPPING_RANGE = 30.0  # grey values of lost range at which the allowance is ca
 _NEAR_WHITE = 24.0  # grey values below the brightest common one: blur darkens small spots
 _CLIPPED_SHARE = 0.005  # of the pixels inside, at which white counts as clipped
 _TAPER = 40.0  # grey values next to a clipped end that are blurred by area averaging
+_UNMOVED = torch.tensor([[0.0, 1.0, 0.0, 1.0]])  # (1, 4), a frame
 
 
-@dataclass(frozen=True)
-class Alignment:
+class Alignment(NamedTuple):
     """Mapping of the moving images to the fixed ones; all of length P."""
 
     frame: Tensor
@@ -60,23 +60,6 @@ class Alignment:
     """(P,) float32: fixed = gain * moving + bias, before clipping to 0..255."""
     bias: Tensor
     """(P,) float32, grey values."""
-
-    @classmethod
-    def identity(cls, num_pairs: int) -> "Alignment":
-        """No movement and equal intensities."""
-        frame = torch.tensor([[0.0, 1.0, 0.0, 1.0]]).repeat(num_pairs, 1)
-        return cls(frame=frame, gain=torch.ones(num_pairs), bias=torch.zeros(num_pairs))
-
-    @classmethod
-    def cat(cls, parts: "list[Alignment]") -> "Alignment":
-        """The alignments of several batches, in their order."""
-        frame, gain, bias = zip(
-            *((part.frame, part.gain, part.bias) for part in parts), strict=True
-        )
-        return cls(torch.cat(frame), torch.cat(gain), torch.cat(bias))
-
-    def __getitem__(self, chosen: Tensor) -> "Alignment":
-        return Alignment(self.frame[chosen], self.gain[chosen], self.bias[chosen])
 
 
 def similarity(fixed: Tensor, moving: Tensor) -> Tensor:
@@ -94,15 +77,17 @@ def similarity(fixed: Tensor, moving: Tensor) -> Tensor:
         kept, aligned = [], []
         for block in torch.arange(len(alive)).split(_PIXELS_AT_ONCE // side**2):
             pairs = alive[block]
-            refined = align(one[pairs], other[pairs], alignment[block], num_steps=num_steps)
+            start = Alignment(*(part[block] for part in alignment))
+            refined = align(one[pairs], other[pairs], start, num_steps=num_steps)
             if least is not None:
                 found = compare(one[pairs], other[pairs], refined)
                 alike = found >= least
                 result[pairs] = torch.where(alike, found, 0.0)
-                pairs, refined = pairs[alike], refined[alike]
+                pairs, refined = pairs[alike], Alignment(*(part[alike] for part in refined))
             kept.append(pairs)
             aligned.append(refined)
-        alive, alignment = torch.cat(kept), Alignment.cat(aligned)
+        alive = torch.cat(kept)
+        alignment = Alignment(*(torch.cat(parts) for parts in zip(*aligned, strict=True)))
     return result
 
 
@@ -162,8 +147,7 @@ def match_intensities(fixed: Tensor, moving: Tensor) -> Alignment:
     mean = pair.mean(dim=2)
     deviation = (pair - mean[:, :, None]).square().mean(dim=2).sqrt()
     gain = (deviation[0] / deviation[1].clamp_min(1e-3)).clamp(0.5, 2.0)
-    unmoved = Alignment.identity(len(fixed)).frame
-    return Alignment(frame=unmoved, gain=gain, bias=mean[0] - gain * mean[1])
+    return Alignment(frame=_UNMOVED.expand(len(fixed), 4), gain=gain, bias=mean[0] - gain * mean[1])
 
 
 def compare(fixed: Tensor, moving: Tensor, alignment: Alignment) -> Tensor:
@@ -339,7 +323,7 @@ def _bounded(frame: Tensor) -> Tensor:
 
 def _smooth(pictures: Tensor) -> Tensor:
     """Resample at the pixel centres: the same blur that warping applies to the other image."""
-    return _warp(pictures, torch.tensor([[0.0, 1.0, 0.0, 1.0]]))
+    return _warp(pictures, _UNMOVED)
 
 
 def _warp(pictures: Tensor, frame: Tensor) -> Tensor:

@@ -98,16 +98,17 @@ def test_structure_that_only_one_of_two_slices_has_tells_them_apart() -> None:
     one[:, 12:36, 12:36] = torch.from_numpy(spots)
     two = one.clone()
     two[:, 60:84, 60:84] = torch.from_numpy(spots)
-    found = compare(torch.cat([one, two]), torch.cat([two, one]), Alignment.identity(2))
+    unmoved = torch.tensor([[0.0, 1.0, 0.0, 1.0]]).expand(2, 4)
+    alignment = Alignment(unmoved, torch.ones(2), torch.zeros(2))
+    found = compare(torch.cat([one, two]), torch.cat([two, one]), alignment)
     assert (found < 0.5).all()
 
 
 def test_grey_values_near_white_hardly_count_beside_a_clipped_slice() -> None:
-    brighter = Alignment(Alignment.identity(1).frame, torch.tensor([1.5]), torch.tensor([0.0]))
     grey, near_white = 120.0, 254.0
     values = torch.full((1, SIDE, SIDE), grey)
     values[:, SIDE // 2 :] = near_white
-    weight = registration._unclipped(values, brighter.gain, brighter.bias)
+    weight = registration._unclipped(values, torch.tensor([1.5]), torch.tensor([0.0]))
     assert weight[0, 30, 48] == 1.0
     assert weight[0, 60, 48] < 0.05
 
