@@ -10,7 +10,6 @@ from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
 from brainray.config import ObjectiveConfig, TrainConfig
 from brainray.dist import sum_across_ranks
-from brainray.engine.average import MovingAverage, Network
 from brainray.models.consistency import Consistency
 from brainray.models.objective import Objective, Term
 from brainray.models.prototype import Prototype
@@ -56,11 +55,6 @@ def image_side(epoch: int, config: TrainConfig) -> int:
         return config.image_size
     stages = range(config.start_image_size, config.image_size, GROWTH_STEP)
     return stages[(epoch - 1) * len(stages) // config.growth_epochs]
-
-
-def build_average(encoder: Network, decay: float) -> MovingAverage[Network] | None:
-    """The average of an encoder's weights; None if ``decay`` is 0."""
-    return MovingAverage(encoder, decay) if decay else None
 
 
 def build_optimizer(

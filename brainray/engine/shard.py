@@ -46,7 +46,6 @@ class Images(Protocol):
     """n slices of side x side pixels, in any kind of storage."""
 
     device: torch.device
-    side: int
 
     def __len__(self) -> int: ...
 
@@ -66,7 +65,6 @@ class CachedImages:
         """``images``: (n, 1, side, side) uint8."""
         self.images = images
         self.device = images.device
-        self.side = images.shape[-1]
 
     def __len__(self) -> int:
         return len(self.images)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from brainray import dist, layout
 from brainray.clustering.seeding import seed_of
 from brainray.config import Config
-from brainray.engine.average import measure_batch_statistics
+from brainray.engine.average import MovingAverage, measure_batch_statistics
 from brainray.engine.epoch import (
     EpochData,
     embed,
@@ -25,7 +25,6 @@ from brainray.engine.pseudo_labels import class_shares, class_shift, pseudo_labe
 from brainray.engine.recipe import (
     PRECISION_BITS,
     agreed_precision,
-    build_average,
     build_objective,
     build_optimizer,
     image_side,
@@ -141,7 +140,8 @@ class Trainer:
             self.encoder, config.train, self.updates * config.train.num_epochs
         )
         self.model = model
-        self.average = build_average(self.encoder, config.train.ema_decay)
+        decay = config.train.ema_decay
+        self.average = MovingAverage(self.encoder, decay) if decay else None
         if config.train.compile:
             self.model.compile()
         self.test_slices = test_slices

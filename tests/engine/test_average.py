@@ -6,9 +6,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from brainray.config import AugmentConfig
 from brainray.engine import average as average_module
-from brainray.engine.average import measure_batch_statistics
+from brainray.engine.average import MovingAverage, measure_batch_statistics
 from brainray.engine.epoch import embed
-from brainray.engine.recipe import build_average
 from brainray.engine.shard import CachedImages, PixelScale
 from brainray.models.encoder import Encoder, EncoderOutput
 
@@ -18,8 +17,7 @@ UNCHANGED = AugmentConfig(policy="none")
 
 def test_the_average_follows_the_weights_from_behind() -> None:
     encoder = Encoder("resnet18", num_classes=2)
-    average = build_average(encoder, decay=0.75)
-    assert average is not None
+    average = MovingAverage(encoder, decay=0.75)
     with torch.no_grad():
         for value in (1.0, 5.0, 9.0):
             encoder.head.bias.fill_(value)
@@ -27,14 +25,11 @@ def test_the_average_follows_the_weights_from_behind() -> None:
     # The first update copies; then 0.75 * 1 + 0.25 * 5 = 2, and 0.75 * 2 + 0.25 * 9 = 3.75.
     averaged = average.network.state_dict()
     torch.testing.assert_close(averaged["head.bias"], torch.full((2,), 3.75))
-    assert build_average(encoder, decay=0.0) is None
 
 
 def test_an_update_with_several_batches_moves_the_average_as_far_as_several_with_one() -> None:
     encoder = Encoder("resnet18", num_classes=2)
-    one, several = (build_average(encoder, decay=0.75) for _ in range(2))
-    assert one is not None
-    assert several is not None
+    one, several = (MovingAverage(encoder, decay=0.75) for _ in range(2))
     with torch.no_grad():
         encoder.head.bias.fill_(1.0)
         for average in (one, several):
@@ -49,8 +44,7 @@ def test_an_update_with_several_batches_moves_the_average_as_far_as_several_with
 def test_the_average_is_pytorchs() -> None:
     torch.manual_seed(0)
     encoder = Encoder("resnet18", num_classes=2)
-    ours = build_average(encoder, decay=0.75)
-    assert ours is not None
+    ours = MovingAverage(encoder, decay=0.75)
     theirs = AveragedModel(encoder, multi_avg_fn=get_ema_multi_avg_fn(0.75))
     for _ in range(3):
         encoder(torch.rand(2, 1, 32, 32))  # moves the batch statistics

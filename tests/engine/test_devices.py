@@ -17,14 +17,14 @@ from brainray.config import (
     SelfSupervisionConfig,
     TrainConfig,
 )
-from brainray.engine.average import measure_batch_statistics
+from brainray.engine.average import MovingAverage, measure_batch_statistics
 from brainray.engine.epoch import (
     EpochData,
     embed,
     plan_epoch,
 )
 from brainray.engine.loop import train_epoch
-from brainray.engine.recipe import build_average, build_objective, build_optimizer
+from brainray.engine.recipe import build_objective, build_optimizer
 from brainray.engine.recluster import recluster, recluster_with_check
 from brainray.engine.self_supervised import (
     Groups,
@@ -109,8 +109,7 @@ def test_an_epoch_keeps_to_its_device(name: str) -> None:
     with emulated_gpu():
         encoder = SmallEncoder().to(GPU).to(memory_format=torch.channels_last)
         optimizer, scheduler = build_optimizer(encoder, TrainConfig(), total_steps=4)
-        average = build_average(encoder, 0.9)
-        assert average is not None
+        average = MovingAverage(encoder, 0.9)
         unlabelled = slices_on_gpu(16, streamed=True)
         train_epoch(
             encoder,

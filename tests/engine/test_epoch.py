@@ -9,6 +9,7 @@ import torch
 
 from brainray.config import AugmentConfig, TrainConfig
 from brainray.engine import recipe
+from brainray.engine.average import MovingAverage
 from brainray.engine.epoch import (
     EpochData,
     EpochPlan,
@@ -16,7 +17,7 @@ from brainray.engine.epoch import (
     plan_epoch,
 )
 from brainray.engine.loop import train_epoch
-from brainray.engine.recipe import build_average, build_optimizer, resolve_precision
+from brainray.engine.recipe import build_optimizer, resolve_precision
 from brainray.engine.shard import CachedImages, PixelScale, SliceShard, StreamedImages, sample_keys
 from brainray.models.encoder import Encoder, EncoderOutput
 from brainray.models.mixup import Mixup
@@ -40,7 +41,7 @@ def shard(num: int, seed: int = 0) -> SliceShard:
 def streamed(cached: SliceShard) -> SliceShard:
     """The same slices in a file."""
     assert isinstance(cached.images, CachedImages)
-    images = StreamedImages(len(cached), cached.images.side, torch.device("cpu"))
+    images = StreamedImages(len(cached), cached.images.images.shape[-1], torch.device("cpu"))
     for row, image in enumerate(cached.images.images):
         images.put(row, image[0].numpy())
     return SliceShard(images, cached.keys, cached.labels)
@@ -102,8 +103,7 @@ def train(
         encoder.compile(backend="aot_eager")  # traces as on a GPU, but generates no code
     optimizer, scheduler = build_optimizer(encoder, TrainConfig(), total_steps=6)
     labelled, unlabelled = shard(12), shard(24, seed=1)
-    average = build_average(encoder, ema_decay)
-
+    average = MovingAverage(encoder, ema_decay) if ema_decay else None
     updates: list[int] = []
 
     def update(num_batches: int) -> None:
