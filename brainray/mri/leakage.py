@@ -13,13 +13,15 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from brainray.config import PreprocessConfig
-from brainray.mri.duplicates import COPY, KINDS, find_twins
+from brainray.config import NearDuplicateConfig, PreprocessConfig
+from brainray.mri.duplicates import COPY, KINDS, Twins, find_twins
 from brainray.mri.reframe import find_twins_by_head
 from brainray.mri.row_file import Rows, SelectedRows
 from brainray.mri.subjects import find_same_subject
 from brainray.mri.thumbnails import thumbnail_matrix
 from brainray.schema import HEADER, NAMED, TABLE
+
+_Pairing = tuple[NDArray[np.int64], NDArray[np.int64]]  # of some queries and of some seen slices
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,12 @@ class Fingerprints:
             ]
         ids = table["sample_id"].to_pylist()
         return cls(ids, thumbnails, subjects, sources, elsewhere, groups)
+
+    @property
+    def told_apart_by(self) -> NDArray[np.object_]:
+        """(N,) the kind of source in which another name proves another subject; empty if none."""
+        proving = [source if source in (TABLE, HEADER) else "" for source in self.sources]
+        return np.where(self.elsewhere, "", np.array(proving, dtype=object))
 
 
 @dataclass(frozen=True)
@@ -116,73 +124,71 @@ def exposure(queries: Fingerprints, seen: Fingerprints, config: PreprocessConfig
         seen: the slices to compare them with.
         config: thresholds for near-duplicates and for slices likely of one subject.
     """
-    exact = _first_match(queries.sample_ids, seen.sample_ids)
-    twins = find_twins(queries.thumbnails, seen.thumbnails, config.near_duplicate)
+    twins = _twins(queries, seen, config.near_duplicate)
+    mate = _first_match(queries.subjects, seen.subjects)
+    mate_similarity = (mate >= 0).astype(np.float32)
+    estimate, not_told_apart = config.subject.estimate, _not_told_apart(queries, seen)
+    comparisons = [(*pair, config.subject.link_similarity) for pair in not_told_apart if estimate]
+    comparisons += [(*pair, -1.0) for pair in _of_one_group(queries, seen)]
+    for asking, rows, least in comparisons:
+        asking = asking[mate[asking] < 0]
+        if len(asking):
+            looking = SelectedRows(queries.thumbnails, asking)
+            likely = find_same_subject(looking, SelectedRows(seen.thumbnails, rows), least)
+            mate[asking] = np.where(likely.reference >= 0, rows[likely.reference], -1)
+            mate_similarity[asking] = likely.similarity
+    is_mate_known = np.ones(len(mate), np.bool_)
+    if not estimate:
+        for asking, _ in not_told_apart:
+            is_mate_known[asking] = mate[asking] >= 0
+    return Exposure(
+        exact=_first_match(queries.sample_ids, seen.sample_ids),
+        twin=twins.reference,
+        kind=np.where(twins.reference >= 0, np.array(KINDS)[twins.kind], ""),
+        twin_similarity=twins.similarity,
+        mate=mate,
+        mate_similarity=mate_similarity,
+        is_mate_known=is_mate_known,
+    )
+
+
+def _twins(queries: Fingerprints, seen: Fingerprints, settings: NearDuplicateConfig) -> Twins:
+    """By the whole frame and, if either slice is from another collection, by the head."""
+    twins = find_twins(queries.thumbnails, seen.thumbnails, settings)
     everything, foreign = np.arange(len(seen.elsewhere)), np.flatnonzero(seen.elsewhere)
     for asking, rows in ((queries.elsewhere, everything), (~queries.elsewhere, foreign)):
         unmatched = np.flatnonzero(asking & ~twins.is_upright)
         if len(unmatched) and len(rows):
             looking = SelectedRows(queries.thumbnails, unmatched)
-            others = SelectedRows(seen.thumbnails, rows)
-            by_head = find_twins_by_head(looking, others, config.near_duplicate)
+            by_head = find_twins_by_head(looking, SelectedRows(seen.thumbnails, rows), settings)
             reference = np.where(by_head.reference >= 0, rows[by_head.reference], -1)
             twins = twins.completed_by(unmatched, replace(by_head, reference=reference))
-    mate = _first_match(queries.subjects, seen.subjects)
-    mate_similarity = np.where(mate >= 0, 1.0, 0.0).astype(np.float32)
-    seen_by = np.array([source or "" for source in seen.sources], dtype=object)
-    # The kind of source in which other names prove another subject.
-    proven_by = np.array(
-        [source if source in (TABLE, HEADER) else "" for source in queries.sources], dtype=object
-    )
-    proven_by[queries.elsewhere] = ""
-    min_similarity = config.subject.link_similarity
-    is_mate_known = np.ones(len(mate), np.bool_)
-    for source in ("", TABLE, HEADER):
-        asking = (mate < 0) & (proven_by == source)
-        rows = np.flatnonzero((source == "") | (seen_by != source) | seen.elsewhere)
-        if not asking.any() or len(rows) == 0:
-            continue
-        if not config.subject.estimate:
-            is_mate_known[asking] = False
-            continue
-        looking = SelectedRows(queries.thumbnails, np.flatnonzero(asking))
-        likely = find_same_subject(looking, SelectedRows(seen.thumbnails, rows), min_similarity)
-        found = likely.reference >= 0
-        mate[asking] = np.where(found, rows[likely.reference], -1)
-        mate_similarity[asking] = likely.similarity
-    asking = (mate < 0) & (proven_by == "")
-    _match_in_groups(queries, seen, asking, mate, mate_similarity)
-    kind = np.where(twins.reference >= 0, np.array(KINDS)[twins.kind], "")
-    return Exposure(
-        exact, twins.reference, kind, twins.similarity, mate, mate_similarity, is_mate_known
-    )
+    return twins
 
 
-def _match_in_groups(
-    queries: Fingerprints,
-    seen: Fingerprints,
-    asking: NDArray[np.bool_],
-    mate: NDArray[np.int64],
-    mate_similarity: NDArray[np.float32],
-) -> None:
-    """Match queries that are ``asking`` with the nearest seen slice of their group, in place."""
-    rows_of_group: defaultdict[str, list[int]] = defaultdict(list)
+def _not_told_apart(queries: Fingerprints, seen: Fingerprints) -> list[_Pairing]:
+    """Queries, and the slices that no name proves to be of another subject."""
+    ours, theirs = queries.told_apart_by, seen.told_apart_by
+    pairs = [
+        (np.flatnonzero(ours == source), np.flatnonzero((source == "") | (theirs != source)))
+        for source in ("", TABLE, HEADER)
+    ]
+    return [(asking, rows) for asking, rows in pairs if len(rows)]
+
+
+def _of_one_group(queries: Fingerprints, seen: Fingerprints) -> list[_Pairing]:
+    """Queries that no name proves to be of another subject, and the slices of their group."""
+    rows_of: defaultdict[str | None, list[int]] = defaultdict(list)
     for row, name in enumerate(seen.groups):
-        if name is not None:
-            rows_of_group[name].append(row)
-    asking_in_group: defaultdict[str, list[int]] = defaultdict(list)
-    for row in np.flatnonzero(asking).tolist():
-        name = queries.groups[row]
-        if name is not None and name in rows_of_group:
-            asking_in_group[name].append(row)
-    for name, asked in asking_in_group.items():
-        rows, others = np.array(asked), np.array(rows_of_group[name])
-        nearest = find_same_subject(
-            SelectedRows(queries.thumbnails, rows),
-            SelectedRows(seen.thumbnails, others),
-            min_similarity=-1.0,
-        )
-        mate[rows], mate_similarity[rows] = others[nearest.reference], nearest.similarity
+        rows_of[name].append(row)
+    asking_of: defaultdict[str | None, list[int]] = defaultdict(list)
+    for row in np.flatnonzero(queries.told_apart_by == "").tolist():
+        asking_of[queries.groups[row]].append(row)
+    return [
+        (np.array(asking), np.array(rows_of[name]))
+        for name, asking in asking_of.items()
+        if name is not None and name in rows_of
+    ]
 
 
 def _first_match(
