@@ -339,10 +339,12 @@ def _candidates(
     row, other, cosine, code = (np.concatenate(part) for part in zip(*found, strict=True))
     turned = code != _UPRIGHT
     nearly_equal = turned & (cosine >= _NEARLY_EQUAL)
-    # By slice, apart: upright ones, turned ones, nearly equal turned ones.
-    place = _ranks(4 * row + 2 * turned + nearly_equal, -cosine)
-    most = np.where(turned, settings.num_turned_candidates, settings.num_candidates)
-    best = nearly_equal | (place < most)
+    best = nearly_equal.copy()
+    for those, most in (
+        (~turned, settings.num_candidates),
+        (turned & ~nearly_equal, settings.num_turned_candidates),
+    ):
+        best[those] = _ranks(row[those], -cosine[those]) < most
     row, other, code = row[best], other[best], code[best]
     if within:
         swap = row > other
