@@ -7,6 +7,7 @@ from functools import cache
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
@@ -87,8 +88,10 @@ class TorchAssignment(Assignment):
             nearest = torch.addmm(squares, x, centers.T, alpha=-2).argmin(dim=1)
             self.num_moved += (nearest != labels).sum()
             labels.copy_(nearest)
-            self.sums.index_add_(0, nearest, x.double())
-            self.counts.index_add_(0, nearest, torch.ones_like(nearest, dtype=torch.float64))
+            # A product, since adding to a few rows in turn is slow and in no fixed order on GPUs.
+            members = F.one_hot(nearest, len(centers)).double()
+            self.sums.addmm_(members.T, x.double())
+            self.counts += members.sum(dim=0)
 
     def _local_totals(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.sums, self.counts, self.num_moved
