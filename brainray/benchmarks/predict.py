@@ -69,7 +69,7 @@ def run(options: CaseOptions) -> BenchmarkResult:
         )
         train(config.model_copy(update={"name": "model", "dataset": "slices"}))
         config = config.model_copy(update={"run": "model"})
-        predictor = find_predictor(config, "the benchmark")
+        predictor = find_predictor(config)
         files = [
             file
             for file in list_source(Folder(storage / "slices"), None, {}).files

@@ -61,7 +61,7 @@ def run(options: CaseOptions) -> BenchmarkResult:
         raise ConfigError("robustness needs --source DIR and --set run=NAME")
     names = {_RUN: config.run, _CONTROL: config.evaluation.control}
     predictors = {
-        role: find_predictor(config.model_copy(update={"run": name}), "robustness")
+        role: find_predictor(config.model_copy(update={"run": name}))
         for role, name in names.items()
         if name is not None
     }

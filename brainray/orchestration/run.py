@@ -226,13 +226,8 @@ def without_free(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def groups_of_test_slices(run: Folder) -> dict[str, str]:
-    """Resampling group of each of a run's test slices: its copies and its likely subject.
-
-    Empty for a checkpoint alone.
-    """
+    """Resampling group of each of a run's test slices: its copies and its likely subject."""
     columns = ["sample_id", "split_group_id"]
-    if not run.exists(layout.TEST_SLICES):
-        return {}
     rows = run.read_table(layout.TEST_SLICES, columns)
     ids, groups = (rows[name].to_pylist() for name in columns)
     return dict(zip(ids, groups, strict=True))

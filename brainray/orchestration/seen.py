@@ -17,10 +17,8 @@ from brainray.schema import LABELLED, SEEN, TRAIN, UNLABELLED_ROLE, VALIDATION
 from brainray.storage import Folder
 
 
-def seen_by_run(folder: Folder) -> pa.Table | None:
-    """`all_seen` of a folder's run; None for a checkpoint alone."""
-    if not folder.exists(layout.SEEN):
-        return None
+def seen_by_run(folder: Folder) -> pa.Table:
+    """`all_seen` of a folder's run."""
     return all_seen(*_records(folder))
 
 

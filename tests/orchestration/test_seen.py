@@ -117,7 +117,7 @@ def test_what_linked_weights_have_seen_is_known(trained: TrainedRun, tmp_path: P
         assert seen_by_weights(f"{tmp_path}/{path}", storage) == expected, path
     for path in ("file/latest.pt", "folder"):
         config = tiny_config(tmp_path, f"checkpoint={tmp_path}/{path}")
-        predictor = find_predictor(config, "a test")
+        predictor = find_predictor(config)
         assert predictor.run is not None
         assert predictor.run.record == trained.run.record
 
@@ -147,7 +147,6 @@ def test_names_hashed_with_another_salt_are_not_compared(
     storage: Path, trained: TrainedRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny_config(storage, f"run={trained.run.record.name}")
-    predictor = find_predictor(config, "this test")
     blank = bytes(96 * 96)
     accepted = pa.table(
         {
@@ -157,10 +156,10 @@ def test_names_hashed_with_another_salt_are_not_compared(
             "thumbnail": [blank, blank],
         }
     )
-    named = Fingerprints.from_table(with_comparable_names(accepted, config, predictor))
+    named = Fingerprints.from_table(with_comparable_names(accepted, config, trained.run))
     assert named.subjects == ["12ab", "0f3c"]
     monkeypatch.setenv(SALT_VARIABLE, "another salt than the run's")
-    nameless = Fingerprints.from_table(with_comparable_names(accepted, config, predictor))
+    nameless = Fingerprints.from_table(with_comparable_names(accepted, config, trained.run))
     assert nameless.subjects == [None, None]
 
 

@@ -48,7 +48,7 @@ from brainray.orchestration.preprocessing.source import (
 from brainray.orchestration.preprocessing.subject_salt import salt_id, subject_salt
 from brainray.orchestration.provenance import about_software
 from brainray.orchestration.records import check_same_settings
-from brainray.orchestration.run import groups_of_test_slices
+from brainray.orchestration.run import Run, groups_of_test_slices
 from brainray.orchestration.run_report import explain, software_rows
 from brainray.report.evaluation_figures import draw_evaluation_figures
 from brainray.report.page import Explained, write_evaluation_page
@@ -77,13 +77,11 @@ def evaluate(config: Config, only_paths: set[str] | None = None) -> Evaluation:
     are left out.
 
     Raises:
-        ConfigError: neither run nor checkpoint, no source, or a name already used for the
-            evaluation of another model or source.
+        ConfigError: a name already used for the evaluation of another model or source.
         DataError: nothing readable or labelled, or a class that is unknown to the run.
         CheckpointError: the checkpoint is missing or is not one.
     """
-    predictor = find_predictor(config, "evaluation")
-    config.given("source")
+    predictor = find_predictor(config)
     storage, name = Folder(config.storage), config.name or default_name(config, predictor)
     with held(storage, layout.EVALUATIONS, name):
         return _evaluate(config, predictor, storage / layout.EVALUATIONS / name, only_paths)
@@ -120,7 +118,7 @@ def _evaluate(
     if num_without_class == rows.num_rows:
         raise DataError(f"source={config.source}: no slice has a class to score")
     accepted, rejected = _by_usability(rows.filter(has_class), config)
-    known = groups_of_test_slices(predictor.run_folder)
+    known = {} if predictor.run is None else groups_of_test_slices(predictor.run.folder)
     predictions, twins = _with_subset_columns(accepted, seen, config, predictor, known)
     metrics = summarise(
         predictions,
@@ -183,10 +181,10 @@ def _with_subset_columns(
     for which a labels table may have named other subjects.
     """
     predictions = accepted.select(PREDICTIONS.names).cast(PREDICTIONS)
-    if seen is None:
+    if seen is None or predictor.run is None:
         log(f"no record of what {predictor.folder} was trained on: no slice is marked as clean")
         return predictions, None
-    queries = with_comparable_names(accepted, config, predictor)
+    queries = with_comparable_names(accepted, config, predictor.run)
     elsewhere = [identity not in known for identity in queries["sample_id"].to_pylist()]
     queries = queries.append_column("elsewhere", pa.array(elsewhere, pa.bool_()))
     groups = [known.get(identity) for identity in queries["sample_id"].to_pylist()]
@@ -196,7 +194,7 @@ def _with_subset_columns(
     )
     columns = exposed.columns
     if known:
-        trained = predictor.run_folder.read_table(layout.TEST_SLICES, ["sample_id", *columns])
+        trained = predictor.run.folder.read_table(layout.TEST_SLICES, ["sample_id", *columns])
         rows = pc.index_in(queries["sample_id"], value_set=trained["sample_id"])
         columns = {
             name: pc.if_else(pc.is_valid(rows), trained[name].take(rows), flags)
@@ -350,11 +348,11 @@ def _counted(names: Counter[str]) -> str:
     return ", ".join(listed) + (f" and {more} more" if more else "")
 
 
-def with_comparable_names(accepted: pa.Table, config: Config, predictor: Predictor) -> pa.Table:
+def with_comparable_names(accepted: pa.Table, config: Config, run: Run) -> pa.Table:
     """Drop subject names unless they are hashed with the run's salt: others cannot be matched, and
     their slices are compared by image similarity.
     """
-    if predictor.subject_salt() in {None, salt_id(subject_salt(Folder(config.storage)))}:
+    if run.record.subject_salt == salt_id(subject_salt(Folder(config.storage))):
         return accepted
     return accepted.drop_columns("subject_source")
 

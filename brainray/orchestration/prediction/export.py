@@ -65,7 +65,7 @@ def export(config: Config) -> JobResult:
             "registry.name: only the model of a run can be registered; give --set run=NAME, not "
             "checkpoint=PATH"
         )
-    predictor = find_predictor(config, "export")
+    predictor = find_predictor(config)
     name = config.name or config.run
     if name is None:
         raise ConfigError("exporting a checkpoint needs a name: give --set name=NAME")
@@ -149,11 +149,10 @@ def _write_onnx(predictor: Predictor, folder: Path) -> Metrics:
 def _slices_to_try(predictor: Predictor) -> NDArray[np.float32]:
     """(n, 1, S, S) grey values: thumbnails of slices that the run saw, or noise without a run."""
     side = predictor.checkpoint.image_size
-    run = predictor.run_folder
-    if not run.exists(layout.SEEN):
+    if predictor.run is None:
         noise = np.random.default_rng(0).uniform(0, 255, (_NUM_TRIED, 1, side, side))
         return noise.astype(np.float32)
-    with run.open_table(layout.SEEN, buffer_size=_READ_AT_ONCE) as seen:
+    with predictor.run.folder.open_table(layout.SEEN, buffer_size=_READ_AT_ONCE) as seen:
         first = next(seen.iter_batches(_NUM_TRIED, columns=["thumbnail"]))
     rows = thumbnail_matrix(first["thumbnail"].to_pylist())
     pictures = rows.reshape(-1, THUMBNAIL_SIDE, THUMBNAIL_SIDE)

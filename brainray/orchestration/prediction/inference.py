@@ -42,8 +42,7 @@ class Predictor:
     """A checkpoint for prediction, and the records of its run."""
 
     folder: Folder  # of model.pt
-    run_folder: Folder  # of the checkpoint's run; may contain no records
-    run: Run | None  # None if there are no records
+    run: Run | None  # None of a checkpoint outside of its run's folder
     checkpoint: Checkpoint
     preprocess: PreprocessConfig
 
@@ -64,63 +63,55 @@ class Predictor:
         return fitted
 
     def seen(self) -> pa.Table | None:
-        """What the run and its starting weights saw (`seen_by_run`)."""
-        return seen_by_run(self.run_folder)
-
-    def subject_salt(self) -> str | None:
-        """Id of the salt with which the run's subjects are hashed; None without the run."""
-        return None if self.run is None else self.run.record.subject_salt
+        """What the run and its starting weights saw (`seen_by_run`); None without the run."""
+        return None if self.run is None else seen_by_run(self.run.folder)
 
     def temperature(self) -> float | None:
         """Temperature fitted on the validation slices after this epoch; None without the run."""
-        if not self.run_folder.exists(layout.METRICS):
+        if self.run is None:
             return None
-        history = self.run_folder.read_json_lines(layout.METRICS)
+        history = self.run.folder.read_json_lines(layout.METRICS)
         by_epoch = {int(row["epoch"]): row for row in history}
         found: float | None = by_epoch.get(self.checkpoint.epoch, {}).get("validation/temperature")
         return found
 
 
-def find_predictor(config: Config, purpose: str, *, for_new_files: bool = True) -> Predictor:
+def find_predictor(config: Config, *, for_new_files: bool = True) -> Predictor:
     """The epoch ``config.epoch`` of ``config.run`` (default: the chosen epoch), or the checkpoint
     ``config.checkpoint``.
 
     Raises:
-        ConfigError: neither or both of run and checkpoint are given.
+        ConfigError: an epoch is given with a checkpoint.
         DataError: no such run, or with ``for_new_files`` one that was trained on slices that this
             version preprocesses differently.
         CheckpointError: the checkpoint is missing or invalid, or there is no such epoch.
     """
-    if (config.run is None) == (config.checkpoint is None):
-        raise ConfigError(f"{purpose} needs either --set run=NAME or --set checkpoint=PATH")
     run: Run | None = None
     if config.run is not None:
         storage = Folder(config.storage)
-        named = open_run(storage, config.run)
-        run, run_folder = named, named.folder
-        folder = _checkpoint_folder(storage, named, config.epoch)
+        run = open_run(storage, config.run)
+        folder = _checkpoint_folder(storage, run, config.epoch)
     elif config.epoch is not None:
         raise ConfigError(
             "epoch=N selects an epoch of a run: give --set run=NAME, not checkpoint=PATH"
         )
     else:
         folder = folder_of_checkpoint(Folder(str(config.checkpoint)))
-        run_folder = folder.parent
-        if run_folder.exists(layout.RUN):
-            run = Run.open(run_folder)
+        if folder.parent.exists(layout.RUN):
+            run = Run.open(folder.parent)
     checkpoint = load_checkpoint(folder)
     if run is None:
-        return Predictor(folder, run_folder, None, checkpoint, checkpoint.config.preprocess)
+        return Predictor(folder, None, checkpoint, checkpoint.config.preprocess)
     # The store's preprocessing may differ from that in the run's config file.
     preprocess = run.record.preprocess
     if for_new_files:
         check_versions(
-            f"the run {run_folder} was trained on slices",
+            f"the run {run.folder} was trained on slices",
             preprocess,
             run.record.versions,
             "preprocess and train again under other names",
         )
-    return Predictor(folder, run_folder, run, checkpoint, preprocess)
+    return Predictor(folder, run, checkpoint, preprocess)
 
 
 def default_name(config: Config, predictor: Predictor) -> str:
@@ -131,7 +122,7 @@ def default_name(config: Config, predictor: Predictor) -> str:
     is_named = predictor.run is None and not re.fullmatch(
         _KINDS_OF_CHECKPOINT, predictor.folder.name
     )
-    model = predictor.folder if is_named else predictor.run_folder
+    model = predictor.folder if is_named else predictor.folder.parent
     is_chosen = config.epoch is None and not re.fullmatch(_OTHER_EPOCHS, predictor.folder.name)
     epoch = "" if is_chosen else f"-epoch{predictor.checkpoint.epoch}"
     return f"{_plain_name(model)}{epoch}-on-{_plain_name(Folder(config.given('source')))}"

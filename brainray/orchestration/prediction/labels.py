@@ -58,7 +58,7 @@ def choose_next_labels(config: Config) -> NextLabels:
     """
     run = open_run(Folder(config.storage), config.given("run"))
     _check_nothing_is_filled_in(run.folder)
-    predictor = find_predictor(config, "labelling", for_new_files=False)
+    predictor = find_predictor(config, for_new_files=False)
     store = open_store(Folder(config.storage), run.record.dataset, run.record.data_hash)
     seen = run.folder.read_table(layout.SEEN, ["sample_id", "role", *_GROUPS])
     is_pool = pc.equal(seen["role"], UNLABELLED_ROLE)

@@ -59,12 +59,11 @@ def predict(config: Config) -> JobResult:
     deleted files stay.
 
     Raises:
-        ConfigError: neither run nor checkpoint, no source, or a name used with other settings.
+        ConfigError: a name used with other settings.
         DataError: no image file, or none that can be read.
         CheckpointError: the checkpoint is missing or invalid.
     """
-    predictor = find_predictor(config, "prediction")
-    config.given("source")
+    predictor = find_predictor(config)
     storage, name = Folder(config.storage), config.name or default_name(config, predictor)
     with held(storage, layout.PREDICTIONS, name):
         return _predict(config, predictor, storage / layout.PREDICTIONS / name)

@@ -249,7 +249,7 @@ def _log_model(config: Config, best: Trial, tracker: Tracker, name: str | None) 
     if best.run is None:
         return
     best_config = config.model_copy(update={"run": best.run.record.name, "epoch": None})
-    with served_files(find_predictor(best_config, "the sweep's model")) as served:
+    with served_files(find_predictor(best_config)) as served:
         tracker.log_model(served, name, force=False)
 
 

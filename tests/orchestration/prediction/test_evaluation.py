@@ -63,9 +63,9 @@ def test_only_labelled_files_of_the_test_split_are_scored(tmp_path: Path) -> Non
 def predictor_of(folder: Folder, epoch: int, *, in_run: bool = True) -> Predictor:
     """Of a checkpoint that need not exist."""
     checkpoint: Any = SimpleNamespace(epoch=epoch, config=Config())
-    record: Any = None
+    record: Any = SimpleNamespace(subject_salt="")
     run = Run(folder.parent, record) if in_run else None
-    return Predictor(folder, folder.parent, run, checkpoint, PreprocessConfig())
+    return Predictor(folder, run, checkpoint, PreprocessConfig())
 
 
 def model_of(storage: Path, folder: Folder, *overrides: str) -> dict[str, Any]:
@@ -189,7 +189,7 @@ def test_test_slices_of_the_run_are_as_strict_as_in_training(tmp_path: Path) -> 
     run.write_table("seen.parquet", table("s", "table", heads[:1], SEEN))
     columns = {"sample_id": ["t"], "split_group_id": ["t"], "clean": [True], "strict": [False]}
     run.write_table("test.parquet", pa.table(columns))
-    predictor = predictor_of(run / "best", 1, in_run=False)
+    predictor = predictor_of(run / "best", 1)
     subject = [SEEN.field(name) for name in ("subject_id", "subject_source")]
     accepted = table("tu", "header", heads[1:], pa.schema([*PREDICTIONS, *subject]))
     found, _ = _with_subset_columns(

@@ -312,7 +312,7 @@ def test_an_epoch_is_looked_for_in_what_best_really_holds(trained: TrainedRun) -
     (run / "epoch-0001").rename(run / "best")
     (run / "epoch-0002").rename(run / "elsewhere")
     for epoch, folder in ((1, "best"), (2, "last")):
-        found = find_predictor(config_of(trained, "run=other-rule", f"epoch={epoch}"), "the test")
+        found = find_predictor(config_of(trained, "run=other-rule", f"epoch={epoch}"))
         assert (found.folder.name, found.checkpoint.epoch) == (folder, epoch)
 
 
@@ -343,7 +343,7 @@ def test_a_registration_that_fails_leaves_the_run_finished_and_the_server_as_it_
     registry = RegistryConfig().model_copy(update={"name": "a/b"})  # which is refused at the door
     config = config_of(trained).model_copy(update={"registry": registry})
     with (
-        served_files(find_predictor(config, "the test")) as served,
+        served_files(find_predictor(config)) as served,
         pytest.raises(TrackingError, match="cannot be used"),
     ):
         _register(config, trained.run, served)
@@ -356,7 +356,7 @@ def test_a_registration_that_fails_leaves_the_run_finished_and_the_server_as_it_
 def test_a_path_that_cannot_be_is_a_row_with_its_reason(
     trained: TrainedRun, tmp_path: Path
 ) -> None:
-    predictor = find_predictor(config_of(trained), "the test")
+    predictor = find_predictor(config_of(trained))
     with served_files(predictor) as served:
         model = serving.ServedModel(served.data)
     os.mkfifo(tmp_path / "pipe.png")
@@ -487,7 +487,7 @@ def test_results_of_checkpoints_without_a_run_are_named_by_their_folders(
         config = config_of(trained, f"source={tmp_path}").model_copy(
             update={"run": None, "checkpoint": str(tmp_path / folder / "model.pt")}
         )
-        names.append(default_name(config, find_predictor(config, "the test")))
+        names.append(default_name(config, find_predictor(config)))
     assert names == [f"one-on-{tmp_path.name}", f"two-on-{tmp_path.name}"]
 
 
@@ -498,7 +498,7 @@ def test_another_epoch_than_the_chosen_one_is_in_the_name_of_its_results(
     last = f"{trained.run.folder}/last"
     for model in ({}, {"epoch": 2}, {"run": None, "checkpoint": last}):
         config = config_of(trained, f"source={tmp_path}").model_copy(update=model)
-        names.append(default_name(config, find_predictor(config, "the test")))
+        names.append(default_name(config, find_predictor(config)))
     assert names == [f"two-ranks{epoch}-on-{tmp_path.name}" for epoch in ("", "-epoch2", "-epoch2")]
 
 

@@ -22,13 +22,13 @@ from brainray.schema import SEEN
 from brainray.storage import Folder
 
 
-def predictor(run: Path, epoch: int) -> Predictor:
+def predictor(path: Path, epoch: int) -> Predictor:
     checkpoint: Any = SimpleNamespace(epoch=epoch, image_size=48)
-    return Predictor(Folder(run) / "best", Folder(run), None, checkpoint, PreprocessConfig())
+    run: Any = SimpleNamespace(folder=Folder(path))
+    return Predictor(Folder(path) / "best", run, checkpoint, PreprocessConfig())
 
 
 def test_the_temperature_is_that_of_the_models_epoch(tmp_path: Path) -> None:
-    assert predictor(tmp_path, 1).temperature() is None
     history = [{"epoch": 1.0, "validation/temperature": 1.5}, {"epoch": 2.0}, {"epoch": 3.0}]
     history[2]["validation/temperature"] = 0.5
     Folder(tmp_path).write_json_lines("metrics.jsonl", history)
@@ -44,7 +44,7 @@ def test_names_made_from_folders_are_plain_and_differ(tmp_path: Path) -> None:
             config = load_config(None, [f"source={given}"])
             checkpoint: Any = SimpleNamespace(epoch=1)
             where = Folder(given)
-            alone = Predictor(where, where.parent, None, checkpoint, PreprocessConfig())
+            alone = Predictor(where, None, checkpoint, PreprocessConfig())
             names.append(default_name(config, alone))
     assert all(re.fullmatch(r"[\w.-]{1,250}", name) for name in names)
     assert names[::2] == names[1::2]

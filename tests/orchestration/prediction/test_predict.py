@@ -177,22 +177,20 @@ def test_a_run_on_slices_that_would_be_made_otherwise_now_does_not_predict(
     info["preprocess"]["skull_strip"] = "intracranial"
     run.write_json("run.json", info)
     with pytest.raises(DataError, match=r"intracranial_version: unset here, \d+ requested"):
-        find_predictor(config, "this test")
+        find_predictor(config)
     versions = info["versions"] | {"intracranial_version": VERSION}
     run.write_json("run.json", info | {"versions": versions})
-    assert find_predictor(config, "this test").preprocess.skull_strip == "intracranial"
+    assert find_predictor(config).preprocess.skull_strip == "intracranial"
     monkeypatch.setattr(intracranial, "VERSION", VERSION + 1)
     with pytest.raises(DataError, match="preprocess and train again"):
-        find_predictor(config, "this test")
+        find_predictor(config)
 
 
 def test_training_slices_of_another_epoch_are_not_compared_with(
     trained: TrainedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     best = trained.run.folder / "best"
-    predictor = Predictor(
-        Folder(tmp_path), trained.run.folder, trained.run, load_checkpoint(best), PreprocessConfig()
-    )
+    predictor = Predictor(Folder(tmp_path), trained.run, load_checkpoint(best), PreprocessConfig())
     fitted = best.read_table("fitted.parquet")
     predictor.folder.write_table("fitted.parquet", fitted)
     assert predictor.fitted() is not None
@@ -287,7 +285,7 @@ def test_another_model_under_the_same_name_does_not_go_on(
     trained: TrainedRun, inbox: Path, tmp_path: Path
 ) -> None:
     """As after a run was deleted and trained anew; the same one may have moved."""
-    predictor = find_predictor(config_of(trained, inbox), "this test")
+    predictor = find_predictor(config_of(trained, inbox))
     config, folder = config_of(trained, inbox, "name=retrained"), Folder(tmp_path / "predictions")
     _check_or_write_settings(config, predictor, folder)
     _check_or_write_settings(config, predictor, folder)
@@ -314,7 +312,6 @@ def test_slices_of_a_volume_are_rows_of_their_own(trained: TrainedRun, tmp_path:
     [
         (["run=absent"], DataError, "no run 'absent'"),
         (["source=/absent"], DataError, "no such folder"),
-        (["checkpoint=/tmp"], ConfigError, "needs either"),
         (
             ["name=inbox", "source=/tmp"],
             ConfigError,

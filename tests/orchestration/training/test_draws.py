@@ -161,6 +161,10 @@ def test_the_interval_of_a_gain_is_of_runs_less_controls_and_resamples_subjects(
         predictions = pa.table(columns | flags)
         return SimpleNamespace(folder=Folder(tmp_path / folder), predictions=lambda: predictions)
 
+    alone = {
+        name: [str(number) for number in range(40)] for name in ("sample_id", "split_group_id")
+    }
+    Folder(tmp_path / "run").write_table("test.parquet", pa.table(alone))
     name, config = "difference/test/all/head/accuracy", load_config(None, [])
     low, high = _intervals([run(36), run(40)], [run(20), run(16)], config)[name]
     assert 0.3 < low < (36 + 40 - 20 - 16) / 80 < high < 0.7
