@@ -1,6 +1,6 @@
 """The runs with which a report compares a run: a control, and runs with other seeds."""
 
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -36,12 +36,8 @@ def check_compared_runs(config: Config, data_hash: str) -> None:
         _sibling(config, name, data_hash)
 
 
-def without_lost_runs(
-    config: Config, requested: Container[str], data_hash: str
-) -> EvaluationConfig:
-    """Evaluation settings without compared runs that were set for training, and no longer exist or
-    cannot be compared; names in ``requested``, set now, stay.
-    """
+def without_lost_runs(config: Config, data_hash: str) -> EvaluationConfig:
+    """Evaluation settings without compared runs that no longer exist or cannot be compared."""
 
     def is_comparable(find: Callable[[], Run]) -> bool:
         try:
@@ -54,31 +50,31 @@ def without_lost_runs(
         return True
 
     evaluation = config.evaluation
-    has_control = "control" not in requested and evaluation.control is not None
-    if has_control and not is_comparable(partial(_control, config, data_hash)):
-        evaluation = evaluation.model_copy(update={"control": None})
-    if "siblings" not in requested:
-        siblings = tuple(
-            name
-            for name in evaluation.siblings
-            if is_comparable(partial(_sibling, config, name, data_hash))
-        )
-        evaluation = evaluation.model_copy(update={"siblings": siblings})
-    return evaluation
+    control = evaluation.control
+    if control is not None and not is_comparable(partial(_control, config, data_hash)):
+        control = None
+    siblings = tuple(
+        name
+        for name in evaluation.siblings
+        if is_comparable(partial(_sibling, config, name, data_hash))
+    )
+    return evaluation.model_copy(update={"control": control, "siblings": siblings})
 
 
 @dataclass(frozen=True)
 class Control:
-    """A complete run on the same labels."""
+    """A complete run on the same labels, with which a run is compared."""
 
     run: Run
     other_settings: str  # of training, apart from the objective's; empty if there are none
+    comparison: Metrics  # slice by slice (`compare`); empty without predictions
 
 
-def comparable_control(config: Config, run: Run) -> Control | None:
+def compare_with_control(config: Config, run: Run, chosen_epoch: int) -> Control | None:
     """The run ``evaluation.control`` if its metrics can be compared with the run's.
 
-    Logs why they cannot, or what else the two differ in.
+    Logs why they cannot, or what else the two differ in. Intervals resample copies and likely
+    subjects as a whole.
     """
     if config.evaluation.control is None:
         return None
@@ -90,24 +86,13 @@ def comparable_control(config: Config, run: Run) -> Control | None:
     others = _other_settings(run, control)
     if others:
         log(f"note: the control was also trained with other settings: {others}")
-    return Control(control, others)
-
-
-def against_control(
-    config: Config, run: Run, control: Control | None, chosen_epoch: int
-) -> Metrics:
-    """Paired comparison of the run with its control, if there is one.
-
-    Intervals resample copies and likely subjects as a whole.
-    """
-    if control is None:
-        return {}
-    ours, theirs = run.predictions(chosen_epoch), control.run.predictions()
+    ours, theirs = run.predictions(chosen_epoch), control.predictions()
     if ours is None or theirs is None:
-        return {}
+        return Control(control, others, {})
     groups = groups_of_test_slices(run.folder)
     resamples = config.evaluation.bootstrap_resamples
-    return compare(ours, theirs, groups, num_resamples=resamples, seed=config.seed)
+    found = compare(ours, theirs, groups, num_resamples=resamples, seed=config.seed)
+    return Control(control, others, found)
 
 
 def predictions_of_siblings(config: Config, run: Run) -> dict[str, pa.Table]:

@@ -1,6 +1,6 @@
 """The figures, the page and the summary of a run; what evaluations need for their page, too."""
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,8 +18,8 @@ from brainray.errors import CheckpointError, DataError
 from brainray.log import log
 from brainray.orchestration.compared_runs import (
     Control,
-    against_control,
-    comparable_control,
+    check_compared_runs,
+    compare_with_control,
     predictions_of_siblings,
     without_lost_runs,
 )
@@ -57,34 +57,30 @@ def report(config: Config) -> JobResult:
     except DataError as error:
         log(f"no activation maps: {error}")
         store = None
-    for name in (requested.get("control"), *requested.get("siblings", ())):
+    for name in (config.evaluation.control, *config.evaluation.siblings):
         if name is not None and not (other := open_run(Folder(config.storage), name)).is_complete:
             raise CheckpointError(unfinished(Folder(config.storage), other))
+    # Runs that are named now must fit; those named for the training are left out if they do not.
+    named_now = merged.model_copy(update={"evaluation": config.evaluation})
+    check_compared_runs(named_now, run.record.data_hash)
     summary = without_comparison(run.folder.read_json(layout.SUMMARY))
     if not run.folder.exists(layout.predictions_file(int(summary["chosen_epoch"]))):
         raise DataError(f"the run {run.folder} has no test slices: there is nothing to report")
-    metrics = write_results(merged, run, summary, store, requested)
+    metrics = write_results(merged, run, summary, store)
     return JobResult(str(run.folder), metrics=metrics)
 
 
-def write_results(
-    config: Config,
-    run: Run,
-    metrics: Metrics,
-    store: ImageStore | None,
-    requested: Container[str] = (),
-) -> Metrics:
+def write_results(config: Config, run: Run, metrics: Metrics, store: ImageStore | None) -> Metrics:
     """Write a run's figures, its page and the summary, which comes last and marks it as complete.
 
     Returns ``metrics`` with the comparison with the control, if there is one, and logs it. Runs to
-    compare with that are gone are left out, unless they are named by evaluation settings in
-    ``requested``.
+    compare with that are gone are left out.
     """
-    evaluation = without_lost_runs(config, requested, run.record.data_hash)
+    evaluation = without_lost_runs(config, run.record.data_hash)
     config = config.model_copy(update={"evaluation": evaluation})
     chosen = int(metrics["chosen_epoch"])
-    control = comparable_control(config, run)
-    metrics = metrics | against_control(config, run, control, chosen)
+    control = compare_with_control(config, run, chosen)
+    metrics = metrics | (control.comparison if control else {})
     maps = run_maps(run.folder, evaluation, chosen)
     draw_run_figures(run.folder, run.record.classes, chosen, maps)
     write_run_page(config, run, control, metrics, maps, store)

@@ -238,7 +238,8 @@ def test_complete_draws_are_not_compared_with_a_control_on_other_data(
                 earlier.write(run.folder)
 
     def train(config: Config, data_hash: str | None) -> TrainedRun:
-        return TrainedRun(open_run(Folder(storage), str(config.name)), {}, None, "")
+        run = open_run(Folder(storage), str(config.name))
+        return TrainedRun(run, {"chosen_epoch": 1.0}, None, "")
 
     monkeypatch.setattr(draws, "train", train)
     overrides = ["name=newer", "dataset=mri", "evaluation.num_label_draws=2"]

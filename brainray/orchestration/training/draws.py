@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from brainray import layout
 from brainray.config import Config
@@ -11,11 +10,7 @@ from brainray.engine.compare import intervals_of_mean_gains, without_comparison
 from brainray.engine.draws import summarise_draws
 from brainray.errors import ConfigError
 from brainray.log import log
-from brainray.orchestration.compared_runs import (
-    against_control,
-    check_compared_runs,
-    comparable_control,
-)
+from brainray.orchestration.compared_runs import compare_with_control
 from brainray.orchestration.run import Run, check_same_draw, groups_of_test_slices, open_run
 from brainray.orchestration.training.driver import TrainedRun, train
 from brainray.report.draws_table import draws_table
@@ -62,15 +57,12 @@ def train_draws(config: Config) -> DrawnRuns:
         config_of_draw = _config_of_draw(config, number)
         runs.append(train(config_of_draw, runs[0].run.record.data_hash if runs else None))
         compared.append(_compared(config_of_draw, runs[-1]))
-    controls = [draw.control for draw in compared if draw.control is not None]
-    if len(controls) < num_draws:
-        if controls:
-            log(
-                f"not compared: only {len(controls)} of {num_draws} draws have a comparable control"
-            )
+    controls = [control for _, control in compared if control is not None]
+    if 0 < len(controls) < num_draws:
+        log(f"not compared: only {len(controls)} of {num_draws} draws have a comparable control")
         controls = []
     metrics = summarise_draws(
-        [draw.metrics for draw in compared],
+        [metrics for metrics, _ in compared],
         [control.folder.read_json(layout.SUMMARY) for control in controls] or None,
         _intervals([run.run for run in runs], controls, config),
     )
@@ -100,21 +92,15 @@ def _config_of_draw(config: Config, number: int) -> Config:
     )
 
 
-class _ComparedDraw(NamedTuple):
-    metrics: Metrics
-    control: Run | None  # None without a comparable one
+def _compared(config: Config, trained: TrainedRun) -> tuple[Metrics, Run | None]:
+    """Metrics of a draw compared with its control of today, and that control if there is one.
 
-
-def _compared(config: Config, trained: TrainedRun) -> _ComparedDraw:
-    """Compare a draw with its control of today: if the draw was complete before, its summary may
-    compare it with another one, or with an earlier run of that name.
+    If the draw was complete before, its summary may compare it with another control, or with an
+    earlier run of that name.
     """
-    run = trained.run
-    check_compared_runs(config, run.record.data_hash)
-    control = comparable_control(config, run)
-    comparison = against_control(config, run, control, int(trained.metrics["chosen_epoch"]))
-    metrics = without_comparison(trained.metrics) | comparison
-    return _ComparedDraw(metrics, None if control is None else control.run)
+    metrics = without_comparison(trained.metrics)
+    control = compare_with_control(config, trained.run, int(metrics["chosen_epoch"]))
+    return (metrics, None) if control is None else (metrics | control.comparison, control.run)
 
 
 def _check_control(config: Config, control: str, number: int) -> None:

@@ -34,7 +34,7 @@ from brainray.errors import BrainrayError, CheckpointError, ConfigError, DataErr
 from brainray.models.encoder import build_encoder, encoder_state
 from brainray.orchestration import compared_runs
 from brainray.orchestration.code_version import code_hash, git_revision
-from brainray.orchestration.compared_runs import Control, against_control, comparable_control
+from brainray.orchestration.compared_runs import compare_with_control
 from brainray.orchestration.prediction.evaluation import evaluate
 from brainray.orchestration.preprocessing.driver import preprocess
 from brainray.orchestration.pretraining.driver import warm_up
@@ -437,7 +437,9 @@ def test_subjects_are_drawn_as_a_whole_whatever_became_of_the_store(
         return {}
 
     monkeypatch.setattr(compared_runs, "compare", compare)
-    against_control(config_of(storage, "two-ranks"), trained.run, Control(trained.run, ""), 1)
+    monkeypatch.setattr(compared_runs, "_control", lambda *_: trained.run)
+    config = config_of(storage, "two-ranks", "evaluation.control=itself")
+    compare_with_control(config, trained.run, 1)
     rows = ImageStore.open(Folder(storage) / "datasets" / "mri").index().to_pylist()
     expected = {row["sample_id"]: row["split_group_id"] for row in rows if row["split"] == "test"}
     assert asked == [expected]
@@ -462,7 +464,7 @@ def test_a_control_that_was_drawn_otherwise_or_is_gone_is_said_and_left_out(
     column = seen.column_names.index("role")
     folder.write_table("seen.parquet", seen.set_column(column, "role", pa.array(roles)))
     asked = config_of(storage, "two-ranks", "evaluation.control=redrawn")
-    control = comparable_control(asked, trained.run)
+    control = compare_with_control(asked, trained.run, 1)
     said = logged(capsys)
     assert said == ["not compared: the run redrawn was trained on other labels"]
     write_run_page(asked, trained.run, control, trained.metrics, [], None)
@@ -544,16 +546,17 @@ def test_a_control_with_other_settings_is_compared_and_they_are_said(
     epochs = epochs.replace('"train/num_workers": 2.0', '"train/num_workers": 4.0')
     (folder / "metrics.jsonl").write_text(epochs)
     asked = config_of(storage, "two-ranks", "evaluation.control=shorter")
-    control = comparable_control(asked, trained.run)
+    control = compare_with_control(asked, trained.run, int(trained.metrics["chosen_epoch"]))
+    assert control is not None
     differs = (
         "also trained with other settings: train.num_epochs 1 (here 2), "
         "train.num_workers 4 (here 2)"
     )
     assert logged(capsys) == [f"note: the control was {differs}"]
-    chosen, name = int(trained.metrics["chosen_epoch"]), "test/all/head/accuracy"
-    compared = against_control(asked, trained.run, control, chosen)
-    assert compared[f"p/{name}"] == 1
-    assert f"difference/{name}_low" not in compared  # without any difference it has no width
+    name = "test/all/head/accuracy"
+    assert control.comparison[f"p/{name}"] == 1
+    # Without any difference it has no width.
+    assert f"difference/{name}_low" not in control.comparison
     write_run_page(asked, trained.run, control, trained.metrics, [], None)
     page = trained.run.folder.read_bytes("report.html").decode()
     assert f"shorter, {differs}" in page
@@ -570,7 +573,7 @@ def test_what_is_still_training_is_not_compared_and_said(
             report(tiny_config(storage, "run=two-ranks", asked))
     assert trained.run.folder.read_bytes("report.html") == before
     config = config_of(storage, "two-ranks", "evaluation.control=unfinished")
-    assert comparable_control(config, trained.run) is None
+    assert compare_with_control(config, trained.run, 1) is None
     said = logged(capsys)
     assert any("not compared: the run unfinished is still training" in line for line in said)
 
