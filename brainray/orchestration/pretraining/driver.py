@@ -13,7 +13,6 @@ from torch import Tensor
 from brainray import layout
 from brainray.config import Config, FeatureConfig
 from brainray.engine.state import state_from_bytes
-from brainray.errors import ClusteringError
 from brainray.log import log
 from brainray.mri.identity import content_key
 from brainray.orchestration.lock import held
@@ -90,8 +89,7 @@ def pretrain(config: Config, store: ImageStore, start: EncoderStart) -> Folder:
         each round.
 
     Raises:
-        BrainrayError: the workers do not fit the Ray cluster; or the clusters have collapsed, now
-            or earlier under another ``clustering.on_collapse``.
+        BrainrayError: the workers do not fit the Ray cluster, or the clusters have collapsed.
         ray.train.TrainingFailedError: workers were lost more often than ``train.max_failures``.
     """
     feature = start.feature
@@ -117,13 +115,6 @@ def pretrain(config: Config, store: ImageStore, start: EncoderStart) -> Folder:
                 _train(config, store, start, head, workers, target)
                 return target
     log(f"encoder {target}: already trained, reusing it")
-    collapsed = collapsed_rounds(target)
-    if collapsed and config.clustering.on_collapse != "warn":
-        raise ClusteringError(
-            f"the encoder {target} was refined with clustering.on_collapse=warn, and its clusters "
-            f"collapsed in round {', '.join(map(str, collapsed))}: set that again, or delete the "
-            "folder to refine it anew"
-        )
     return target
 
 
@@ -194,9 +185,7 @@ def _made_by(config: Config, store: ImageStore, start: EncoderStart) -> dict[str
         "seed": start.seed,
     }
     if is_refined:
-        made_by["clustering"] = config.clustering.model_dump(
-            mode="json", exclude={"on_collapse"}, exclude_defaults=True
-        )
+        made_by["clustering"] = config.clustering.model_dump(mode="json", exclude_defaults=True)
     return made_by
 
 
