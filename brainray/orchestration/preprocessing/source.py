@@ -267,8 +267,9 @@ def _may_hold_slices(file: FoundFile, source: Folder) -> bool:
 
 
 def _walk(source: Folder, storage: Folder | None) -> Iterator[FoundFile]:
-    """All visible files below the source but not in the storage; links to folders within the source
-    are followed if nothing else leads there.
+    """All visible files below the source but not in the storage.
+
+    Links to folders are not followed: those within the source have names of their own.
     """
     if source.local_path is None:
         if storage is not None and not source.contains(storage):
@@ -293,33 +294,21 @@ def _walk(source: Folder, storage: Folder | None) -> Iterator[FoundFile]:
             return False
         return _is_below(os.path.realpath(path), left_out)
 
-    visited: set[tuple[int, int]] = set()
-    links = [str(source.local_path)]  # followed last, so that folders have their own names
-    while links:
-        for folder, subfolders, names in os.walk(links.pop(0), onerror=_refuse):
-            status = os.stat(folder)
-            if (status.st_dev, status.st_ino) in visited or is_left_out(folder):
-                subfolders.clear()
+    for folder, subfolders, names in os.walk(source.local_path, onerror=_refuse):
+        relative = os.path.relpath(folder, source.local_path)
+        prefix = "" if relative == "." else f"{relative}/"
+        subfolders[:] = sorted(
+            name for name in subfolders if not (_is_hidden(name) or is_left_out(f"{folder}/{name}"))
+        )
+        for name in subfolders:
+            _check_folder(prefix + name, f"{folder}/{name}", root)
+        for name in names:
+            if _is_hidden(name):
                 continue
-            visited.add((status.st_dev, status.st_ino))
-            relative = os.path.relpath(folder, source.local_path)
-            prefix = "" if relative == "." else f"{relative}/"
-            subfolders[:] = sorted(
-                name
-                for name in subfolders
-                if not (_is_hidden(name) or is_left_out(f"{folder}/{name}"))
-            )
-            for name in subfolders:
-                _check_folder(prefix + name, leads_out=_leads_out(f"{folder}/{name}", root))
-                if os.path.islink(f"{folder}/{name}"):
-                    links.append(f"{folder}/{name}")
-            for name in names:
-                if _is_hidden(name):
-                    continue
-                if _leads_out(f"{folder}/{name}", root):
-                    yield FoundFile(printable(prefix + name), 0, 0, problem=_LINK_OUT)
-                else:
-                    yield _found(folder, prefix + name, name)
+            if _leads_out(f"{folder}/{name}", root):
+                yield FoundFile(printable(prefix + name), 0, 0, problem=_LINK_OUT)
+            else:
+                yield _found(folder, prefix + name, name)
 
 
 def _is_hidden(name: str) -> bool:
@@ -333,15 +322,17 @@ def _refuse(error: OSError) -> None:
     )
 
 
-def _check_folder(path: str, *, leads_out: bool) -> None:
+def _check_folder(name: str, path: str, root: str) -> None:
     """Refuse a folder of which no file would be read: a whole class may be missing."""
-    if leads_out:
-        raise DataError(
-            f"the folder {printable(path)} is a link out of the source, which is not followed: "
-            "copy what it leads to into the source, or remove the link"
-        )
-    if not _is_utf8(path):
-        raise DataError(f"the name of the folder {printable(path)} is not UTF-8: {_RENAMING}")
+    if os.path.islink(path):
+        parts = os.path.relpath(os.path.realpath(path), root).split("/")
+        if parts != ["."] and any(map(_is_hidden, parts)):  # as "..", which leads out
+            raise DataError(
+                f"the folder {printable(name)} is a link out of the source or to a hidden folder, "
+                "which is not followed: copy what it leads to into the source, or remove the link"
+            )
+    if not _is_utf8(name):
+        raise DataError(f"the name of the folder {printable(name)} is not UTF-8: {_RENAMING}")
 
 
 def _leads_out(path: str, root: str) -> bool:
