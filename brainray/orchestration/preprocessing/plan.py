@@ -72,12 +72,13 @@ def plan_store(
     labels = [file.label_of(frame) for file, frame in zip(files, frames, strict=True)]
     ids = accepted["sample_id"].to_pylist()
     places = records.places()
-    generations = records.generations(ids, places)
+    before = [places.get(identity) for identity in ids]
+    generations = [place.generation if place else records.generation for place in before]
     given = official_splits(files, config)
     first_copy = _first_copies(ids, given, labels)
     kept = np.array([copy is None for copy in first_copy], dtype=np.bool_)
     if given is None:
-        held_before = [places[identity].split if identity in places else None for identity in ids]
+        held_before = [place.split if place else None for place in before]
         # Slices whose copies contradict them are no slices of a class that training could keep.
         readable = _readable_labels(labels, groups.also_turned, [TRAIN] * len(labels))
         splits = _drawn_splits(accepted, kept, readable, groups, generations, held_before, config)

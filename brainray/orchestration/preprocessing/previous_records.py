@@ -1,6 +1,6 @@
 """Records of the previous preprocessing under the same name, from which this one continues."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,7 +17,6 @@ from brainray.schema import IMAGE_STORE
 from brainray.storage import Folder
 
 _PLANNED_COLUMNS = [  # which the plan of a store adds to a slice
-    "generation",
     "duplicate_group_id",
     "subject_id",
     "subject_source",
@@ -39,7 +38,7 @@ class Place(NamedTuple):
     """Where a slice is, or was when it was last in the store."""
 
     split: str  # train | test
-    generation: int | None  # in which it was first seen; None if stored by an earlier version
+    generation: int  # in which it was first in the store
 
 
 @dataclass(frozen=True)
@@ -96,15 +95,8 @@ class PreviousRecords:
         if self.images is None:
             return {}
         rows = self.images.parent.read_table(layout.SPLITS).to_pylist()
-        return {row["sample_id"]: Place(row["split"], row.get("generation")) for row in rows}
-
-    def generations(self, ids: Sequence[str], places: Mapping[str, Place]) -> list[int]:
-        """Generation in which each slice was first seen: the current one for new slices."""
-        returning_generations = [places[one].generation if one in places else None for one in ids]
-        return [
-            next((generation for generation in known if generation is not None), self.generation)
-            for known in zip(self.lookup(ids, "generation"), returning_generations, strict=True)
-        ]
+        # Earlier versions left generations unknown.
+        return {row["sample_id"]: Place(row["split"], row.get("generation") or 0) for row in rows}
 
 
 def unchanged(files: list[FoundFile], reusable: pa.Table) -> set[str]:
