@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 from nibabel.nifti1 import Nifti1Image
 from PIL import Image
 
-from brainray.config import Config
 from brainray.config_text import known_keys, load_config
 from brainray.errors import BrainrayError, DataError
 from brainray.layout import MANIFEST, RUN, RUN_FORMAT, STORE_FORMAT
@@ -29,7 +28,7 @@ from brainray.mri.slices import RejectedImage
 from brainray.orchestration.manifest import Manifest
 from brainray.orchestration.preprocessing.source import list_source
 from brainray.orchestration.records import Record
-from brainray.orchestration.run import Run, RunRecord, lasting_settings
+from brainray.orchestration.run import Run, RunRecord
 from brainray.orchestration.store import ImageStore, describe
 from brainray.schema import TRAIN
 from brainray.storage import Folder
@@ -264,7 +263,6 @@ WHOLE_RUN: dict[str, Any] = {
     "versions": {"decode_version": 1},
     "subject_salt": "0123",
     "num_slices": {"labelled": 3},
-    "settings": lasting_settings(Config()),
 }
 
 
@@ -314,7 +312,6 @@ def test_the_record_of_a_run_is_read_or_explained_in_one_line(amount: str, tmp_p
         if run is None:
             return
         assert run.record.format == RUN_FORMAT
-        assert "train" in run.settings
         run.record.write(folder)
         assert Run.open(folder) == run
 

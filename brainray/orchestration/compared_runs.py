@@ -12,7 +12,13 @@ from brainray.config_text import flatten
 from brainray.engine.compare import compare
 from brainray.errors import BrainrayError, ConfigError, DataError, TransientError
 from brainray.log import log
-from brainray.orchestration.run import Run, check_same_draw, groups_of_test_slices, open_run
+from brainray.orchestration.run import (
+    Run,
+    check_same_draw,
+    groups_of_test_slices,
+    lasting_settings,
+    open_run,
+)
 from brainray.schema import LABELLED, VALIDATION, Metrics
 from brainray.storage import Folder
 
@@ -171,7 +177,8 @@ def _other_settings(run: Run, control: Run) -> str:
 
 
 def _trained_with(run: Run) -> dict[str, str | int | float | bool]:
-    sections = {key: value for key, value in run.settings.items() if key not in _MAY_DIFFER}
+    settings = lasting_settings(run.saved_config())
+    sections = {key: value for key, value in settings.items() if key not in _MAY_DIFFER}
     last = run.folder.read_json_lines(layout.METRICS)[-1]
     return flatten(sections) | {"train.num_workers": int(last["train/num_workers"])}
 

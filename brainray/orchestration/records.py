@@ -61,13 +61,11 @@ class Record(BaseModel):
 def with_defaults(stored: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     """The settings that have ``defaults``, each as stored if it is: an earlier version may have had
     others, and not all of them.
-
-    An empty default, as of a search space, stands for keys that users choose: all of them are kept.
     """
     found = {key: stored.get(key, default) for key, default in defaults.items()}
     return {
         key: with_defaults(value, defaults[key])
-        if isinstance(value, dict) and isinstance(defaults[key], dict) and defaults[key]
+        if isinstance(value, dict) and isinstance(defaults[key], dict)
         else value
         for key, value in found.items()
     }

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import NonNegativeInt, field_validator
+from pydantic import NonNegativeInt
 
 from brainray import layout
 from brainray.config import (
@@ -15,16 +15,11 @@ from brainray.config import (
     PreprocessConfig,
     SplitConfig,
 )
-from brainray.config_text import flatten, parse_saved, to_yaml
+from brainray.config_text import parse_saved, to_yaml
 from brainray.errors import ConfigError, DataError
 from brainray.mri.split import check_validation_share
 from brainray.orchestration.lock import is_held
-from brainray.orchestration.records import (
-    Record,
-    check_same_settings,
-    differing_settings,
-    with_defaults,
-)
+from brainray.orchestration.records import Record, check_same_settings, differing_settings
 from brainray.storage import Folder
 
 _LASTING_SECTIONS = {"dataset", "seed", *TRAINING_SECTIONS} - {"tracking"}
@@ -49,7 +44,7 @@ _DRAW_SETTINGS = {"labelled_fraction", "validation_fraction", "validation", "see
 
 
 class RunRecord(Record):
-    """What a run records at its beginning: its data and its settings."""
+    """What a run records of its data at its beginning."""
 
     FILE: ClassVar[str] = layout.RUN
     FORMAT: ClassVar[str] = layout.RUN_FORMAT
@@ -64,15 +59,6 @@ class RunRecord(Record):
     versions: dict[str, int | None]  # `Manifest.versions`
     subject_salt: str  # of the store
     num_slices: dict[str, NonNegativeInt]  # by role
-    settings: dict[str, Any]  # those that must not change when the run resumes, as sections
-
-    @field_validator("settings")
-    @classmethod
-    def _has_sections(cls, settings: dict[str, Any]) -> dict[str, Any]:
-        for section in _FREE_KEYS:
-            if not isinstance(settings.get(section), dict):
-                raise ValueError(f"no section {section}")
-        return settings
 
 
 @dataclass(frozen=True)
@@ -94,22 +80,6 @@ class Run:
     @property
     def is_complete(self) -> bool:
         return self.folder.exists(layout.SUMMARY)
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The settings that must not change when the run resumes, as nested sections."""
-        saved = without_free(self.record.settings)
-        defaults = without_free(Config().model_dump(mode="json"))
-        if "self_supervision" not in saved:  # of runs without a warm-up
-            del defaults["self_supervision"]
-        return with_defaults(saved, defaults)
-
-    @property
-    def removed_settings(self) -> dict[str, Any]:
-        """Settings, by key, that the run was begun with and that no longer exist."""
-        kept = flatten(self.settings)
-        begun_with = flatten(without_free(self.record.settings))
-        return {key: value for key, value in begun_with.items() if key not in kept}
 
     def write_config(self, config: Config) -> None:
         """Save the config, without secrets."""
@@ -176,7 +146,7 @@ def run_to_resume(config: Config) -> Run | None:
     run = Run.open(folder)
     check_same_settings(
         f"run {config.name!r}",
-        run.settings,
+        lasting_settings(run.saved_config()),
         lasting_settings(config),
         "choose another name, or delete its folder",
     )
@@ -198,8 +168,7 @@ def check_new_or_same(config: Config) -> None:
 def check_same_draw(split: SplitConfig, other: Run, purpose: str) -> None:
     """Raises ConfigError if another run on the same data trains or validates on other labels."""
     own = split.model_dump(mode="json", include=_DRAW_SETTINGS)
-    defaults = SplitConfig().model_dump(mode="json")
-    theirs = {key: (defaults | other.record.settings["split"])[key] for key in _DRAW_SETTINGS}
+    theirs = other.saved_config().split.model_dump(mode="json", include=_DRAW_SETTINGS)
     difference = differing_settings(theirs, own, "split.")
     if difference:
         raise ConfigError(
@@ -209,20 +178,11 @@ def check_same_draw(split: SplitConfig, other: Run, purpose: str) -> None:
 
 
 def lasting_settings(config: Config) -> dict[str, Any]:
-    """All settings that must not change when a run resumes."""
-    settings = without_free(config.model_dump(mode="json"))
+    """All settings that must not change when a run resumes, as nested sections."""
+    settings = config.model_dump(mode="json", include=_LASTING_SECTIONS, exclude=_FREE_KEYS)
     if config.encoder.pretext == "none":
         del settings["self_supervision"]
     return settings
-
-
-def without_free(settings: dict[str, Any]) -> dict[str, Any]:
-    """Nested settings without those that may differ when a run resumes."""
-    kept = {name: value for name, value in settings.items() if name in _LASTING_SECTIONS}
-    return kept | {
-        section: {key: value for key, value in settings[section].items() if key not in free}
-        for section, free in _FREE_KEYS.items()
-    }
 
 
 def groups_of_test_slices(run: Folder) -> dict[str, str]:

@@ -156,7 +156,7 @@ def test_settings_that_one_side_lacks_are_told_only_if_nothing_else_differs() ->
 
 
 def test_settings_of_an_earlier_version_are_as_stored_as_far_as_they_exist() -> None:
-    stored = {"a": {"b": 1, "old": 2}, "old": {"b": 3}, "chosen": {"x": 4}}
-    defaults = {"a": {"b": 0, "c": 5}, "d": 6, "chosen": {}}
-    expected = {"a": {"b": 1, "c": 5}, "d": 6, "chosen": {"x": 4}}
+    stored = {"a": {"b": 1, "old": 2}, "old": {"b": 3}}
+    defaults = {"a": {"b": 0, "c": 5}, "d": 6}
+    expected = {"a": {"b": 1, "c": 5}, "d": 6}
     assert with_defaults(stored, defaults) == expected

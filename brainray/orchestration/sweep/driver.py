@@ -7,7 +7,7 @@ from ray import tune
 
 from brainray import layout
 from brainray.config import Config
-from brainray.config_text import flatten, to_yaml
+from brainray.config_text import flatten, parse_config, to_yaml
 from brainray.errors import BrainrayError, ConfigError
 from brainray.log import log
 from brainray.orchestration.lock import held
@@ -15,9 +15,9 @@ from brainray.orchestration.prediction.export import served_files
 from brainray.orchestration.prediction.inference import find_predictor
 from brainray.orchestration.pretraining.driver import warm_up
 from brainray.orchestration.publish import open_tracking
-from brainray.orchestration.records import check_same_settings, with_defaults
+from brainray.orchestration.records import check_same_settings
 from brainray.orchestration.resources import WorkerResources
-from brainray.orchestration.run import lasting_settings, without_free
+from brainray.orchestration.run import lasting_settings
 from brainray.orchestration.store import ImageStore, check_sides, store_to_train_on
 from brainray.orchestration.sweep.follower import NUM_SHOWN, SweepFollower, trials_table
 from brainray.orchestration.sweep.trials import (
@@ -145,8 +145,12 @@ def _check_or_write_settings(config: Config, store: ImageStore, folder: Folder) 
     Raises:
         ConfigError: a sweep of that name exists with other settings or data, or has left runs.
     """
-    searched = config.model_dump(mode="json", include={"tune"})
-    settings = lasting_settings(config) | searched | {"data_hash": store.manifest.data_hash}
+
+    def lasting(config: Config, data_hash: str) -> dict[str, Any]:
+        searched = config.model_dump(mode="json", include={"tune"})
+        return lasting_settings(config) | searched | {"data_hash": data_hash}
+
+    settings = lasting(config, store.manifest.data_hash)
     if not folder.exists(_SETTINGS):
         left = [trial.trial_id for trial in read_trials(config)]
         if left:
@@ -160,12 +164,7 @@ def _check_or_write_settings(config: Config, store: ImageStore, folder: Folder) 
         log(f"sweep {folder}: new" + ("" if is_grid else f", {config.tune.num_trials} trials"))
         return
     saved = folder.read_json(_SETTINGS)
-    # Settings that an earlier version did not have are taken to be at their defaults.
-    begun_with, defaults = (
-        without_free(each) | {key: each[key] for key in ("tune", "data_hash") if key in each}
-        for each in (saved, Config().model_dump(mode="json"))
-    )
-    begun_with = with_defaults(begun_with, {key: defaults.get(key) for key in settings})
+    begun_with = lasting(parse_config(saved, is_saved=True), saved.get("data_hash"))
     check_same_settings(f"sweep {config.name!r}", begun_with, settings, "choose another name")
     log(f"sweep {folder}: resumed")
 

@@ -264,9 +264,6 @@ def _log_start(run: Run, resumed: bool, config: Config, store: ImageStore) -> No
             f"resuming after epoch {num_done}" if num_done else "resuming before its first epoch"
         )
         log(f"run {run.folder}: {where}")
-        if run.removed_settings:
-            removed = ", ".join(f"{key}={value}" for key, value in run.removed_settings.items())
-            log(f"note: it was begun with settings that this version does not have: {removed}")
     else:
         num_slices, split = run.record.num_slices, config.split
         counts = ", ".join(f"{count} {role}" for role, count in num_slices.items())

@@ -11,7 +11,7 @@ from brainray.errors import ClusteringError, ConfigError, DataError
 from brainray.log import log
 from brainray.mri.leakage import Fingerprints, exposure
 from brainray.mri.split import check_validation_share, draw_roles
-from brainray.orchestration.run import Run, RunRecord, lasting_settings
+from brainray.orchestration.run import Run, RunRecord
 from brainray.orchestration.seen import (
     all_seen,
     check_validation_is_new,
@@ -83,11 +83,10 @@ def begin_run(config: Config, store: ImageStore, num_workers: int) -> Run:
         versions=store.manifest.versions,
         subject_salt=store.manifest.subject_salt,
         num_slices=counts,
-        settings=lasting_settings(config),
     )
     run = Run(folder, record)
     run.write_config(config)
-    record.write(folder)
+    record.write(folder)  # last, since with it the run exists
     return run
 
 

@@ -9,9 +9,9 @@ import pytest
 
 from brainray import layout
 from brainray.config import Config, PreprocessConfig
-from brainray.config_text import load_config
+from brainray.config_text import load_config, to_yaml
 from brainray.errors import ConfigError
-from brainray.orchestration.run import RunRecord, lasting_settings, open_run
+from brainray.orchestration.run import RunRecord, open_run
 from brainray.orchestration.training import draws
 from brainray.orchestration.training.draws import (
     DrawnRuns,
@@ -57,8 +57,8 @@ def write_complete_run(config: Config, num_right: int) -> None:
         versions={},
         subject_salt="",
         num_slices={},
-        settings=lasting_settings(config),
     ).write(folder)
+    folder.write_bytes(layout.CONFIG, to_yaml(config).encode())
     ids = [f"{number:032x}" for number in range(10)]
     folder.write_table(layout.SEEN, pa.table({"sample_id": ids[:2], "role": ["labelled"] * 2}))
     folder.write_table(layout.TEST_SLICES, pa.table({"sample_id": ids, "split_group_id": ids}))

@@ -536,11 +536,12 @@ def test_a_report_shows_maps_as_long_as_the_store_has_the_test_slices(
 def test_a_control_with_other_settings_is_compared_and_they_are_said(
     storage: Path, trained: TrainedRun, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder, info = copy_of(trained, storage, "shorter")
-    info["settings"]["train"]["num_epochs"] = 1
-    info["settings"]["objective"]["name"] = "supervised"
-    info["settings"]["clustering"]["on_collapse"] = "warn"  # says nothing of what is learned
-    (folder / "run.json").write_text(json.dumps(info))
+    folder, _ = copy_of(trained, storage, "shorter")
+    saved = yaml.safe_load((folder / "config.yaml").read_text())
+    saved["train"]["num_epochs"] = 1
+    saved["objective"]["name"] = "supervised"
+    saved["clustering"]["on_collapse"] = "warn"  # says nothing of what is learned
+    (folder / "config.yaml").write_text(yaml.safe_dump(saved))
     epochs = (folder / "metrics.jsonl").read_text()
     assert '"train/num_workers": 2.0' in epochs
     epochs = epochs.replace('"train/num_workers": 2.0', '"train/num_workers": 4.0')
@@ -909,26 +910,6 @@ def test_full_covariances_of_few_slices_are_told(
         begin_run(config_of(storage, name, f"clustering.covariance_type={name}"), store, 1)
         told = any("few for 4 full covariances of 8" in line for line in logged(capsys))
         assert told == (name == "full")
-
-
-def test_a_run_of_a_time_when_fewer_settings_were_free_goes_on(storage: Path) -> None:
-    store = ImageStore.open(Folder(storage) / "datasets" / "mri")
-    run = begin_run(config_of(storage, "earlier"), store, 1)
-    info = run.folder.read_json("run.json")
-    info["settings"]["train"]["cache_gib"] = 4.0
-    run.folder.write_json("run.json", info)
-    for less in ("train.cache_gib=2", "train.embed_batch_size=64"):
-        assert run_to_resume(config_of(storage, "earlier", less)) is not None
-
-
-def test_a_run_of_a_time_when_there_were_fewer_settings_goes_on(storage: Path) -> None:
-    store = ImageStore.open(Folder(storage) / "datasets" / "mri")
-    config = config_of(storage, "warmed-up-earlier", "encoder.pretext=contrastive")
-    run = begin_run(config, store, 1)
-    info = run.folder.read_json("run.json")
-    del info["settings"]["self_supervision"]["positives"], info["settings"]["augment"]["bias_field"]
-    run.folder.write_json("run.json", info)
-    assert run_to_resume(config) is not None
 
 
 def test_a_resumed_run_keeps_the_settings_with_which_it_ends(storage: Path) -> None:
