@@ -3,6 +3,7 @@
 import threading
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Self
 
@@ -11,10 +12,8 @@ from brainray.config import SelfSupervisionConfig, TrainConfig
 from brainray.engine.recipe import image_side
 from brainray.log import log
 from brainray.orchestration.resources import WorkerResources, alive_nodes
-from brainray.orchestration.run import Run
-from brainray.schema import Metrics
+from brainray.schema import History, Metrics
 from brainray.storage import Folder
-from brainray.tracking import Tracker
 
 POLL_S = 1.0
 _ROOM_EVERY_S = 60.0
@@ -59,73 +58,70 @@ class Watcher(ABC):
 
 
 class Follower(Watcher):
-    """Follows the run's metrics while workers train: a line per epoch, and MLflow."""
+    """Follows the metrics in a folder while workers train: a line per epoch or round."""
 
-    def __init__(self, config: TrainConfig, run: Run, tracker: Tracker) -> None:
+    def __init__(
+        self,
+        folder: Folder,
+        line: Callable[[Metrics], str],
+        send: Callable[[History], None] = lambda _: None,
+    ) -> None:
         super().__init__()
-        self._config = config
-        self._run = run
-        self._tracker = tracker
-        self._num_seen = len(run.folder.read_json_lines(layout.METRICS))
-
-    def poll(self) -> None:
-        history = self._run.folder.read_json_lines(layout.METRICS)
-        for metrics in history[self._num_seen :]:
-            log(self._line(metrics))
-        if len(history) != self._num_seen:
-            self._tracker.log_epochs(history)
-        self._num_seen = len(history)
-
-    def _line(self, metrics: Metrics) -> str:
-        seconds = metrics["time/epoch_s"]
-        shown = {
-            "loss": "train/loss/total",
-            "validation head": "validation/head/accuracy",
-            "cluster": "validation/cluster/accuracy",
-            "NMI vs previous": "cluster/nmi_previous",
-        }
-        values = ", ".join(
-            f"{label} {metrics[name]:.3f}" for label, name in shown.items() if name in metrics
-        )
-        return (
-            f"epoch {metrics['epoch']:.0f}/{self._config.num_epochs}: {values}; {seconds:.0f} s, "
-            f"{metrics['time/images_per_s']:.0f} images/s, {time_left(metrics, self._config)} left"
-        )
-
-
-class PretrainingFollower(Watcher):
-    """Follows a self-supervised encoder's metrics: a line per epoch or round."""
-
-    def __init__(self, config: SelfSupervisionConfig, folder: Folder) -> None:
-        super().__init__()
-        self._config = config
         self._folder = folder
-        history = folder.read_json_lines(layout.METRICS)
-        self._num_seen = len(history)
-        if history:
-            log(f"resuming after {_name(history[-1])}")
+        self._line = line
+        self._send = send  # called with all metrics when there are others
+        self._num_seen = len(folder.read_json_lines(layout.METRICS))
 
     def poll(self) -> None:
         history = self._folder.read_json_lines(layout.METRICS)
         if len(history) < self._num_seen:
-            log(f"restarted after {_name(history[-1])}" if history else "restarted")
+            log(f"restarted after {step_name(history[-1])}" if history else "restarted")
         for metrics in history[self._num_seen :]:
             log(self._line(metrics))
+        if len(history) != self._num_seen:
+            self._send(history)
         self._num_seen = len(history)
 
-    def _line(self, metrics: Metrics) -> str:
-        losses = ", ".join(
-            f"{name} {metrics[name]:.3f}" for name in ("pretext", "cluster") if name in metrics
+
+def training_line(config: TrainConfig, metrics: Metrics) -> str:
+    """What is logged of an epoch of a run."""
+    shown = {
+        "loss": "train/loss/total",
+        "validation head": "validation/head/accuracy",
+        "cluster": "validation/cluster/accuracy",
+        "NMI vs previous": "cluster/nmi_previous",
+    }
+    values = ", ".join(
+        f"{label} {metrics[name]:.3f}" for label, name in shown.items() if name in metrics
+    )
+    return (
+        f"epoch {metrics['epoch']:.0f}/{config.num_epochs}: {values}; "
+        f"{metrics['time/epoch_s']:.0f} s, {metrics['time/images_per_s']:.0f} images/s, "
+        f"{time_left(metrics, config)} left"
+    )
+
+
+def pretraining_line(config: SelfSupervisionConfig, metrics: Metrics) -> str:
+    """What is logged of an epoch or round of a self-supervised encoder."""
+    losses = ", ".join(
+        f"{name} {metrics[name]:.3f}" for name in ("pretext", "cluster") if name in metrics
+    )
+    seconds = metrics["seconds"]
+    if "round" in metrics:
+        return (
+            f"{step_name(metrics)}/{config.max_rounds}: {losses}; "
+            f"{metrics['changed_share']:.1%} of the slices changed cluster; {seconds:.0f} s"
         )
-        seconds = metrics["seconds"]
-        if "round" in metrics:
-            changed = metrics["changed_share"]
-            return (
-                f"{_name(metrics)}/{self._config.max_rounds}: {losses}; {changed:.1%} of the "
-                f"slices changed cluster; {seconds:.0f} s"
-            )
-        left = timedelta(seconds=round(seconds * (self._config.num_epochs - metrics["epoch"])))
-        return f"{_name(metrics)}/{self._config.num_epochs}: {losses}; {seconds:.0f} s, {left} left"
+    left = timedelta(seconds=round(seconds * (config.num_epochs - metrics["epoch"])))
+    return (
+        f"pretext {step_name(metrics)}/{config.num_epochs}: {losses}; {seconds:.0f} s, {left} left"
+    )
+
+
+def step_name(metrics: Metrics) -> str:
+    """The epoch, or in a refinement the round, that metrics are of."""
+    unit = "round" if "round" in metrics else "epoch"
+    return f"{unit} {metrics[unit]:.0f}"
 
 
 class RoomFollower(Watcher):
@@ -148,12 +144,6 @@ class RoomFollower(Watcher):
                 "join, or end the job and submit it again with fewer workers "
                 "(train.num_workers, train.min_workers)"
             )
-
-
-def _name(metrics: Metrics) -> str:
-    if "round" in metrics:
-        return f"round {metrics['round']:.0f}"
-    return f"pretext epoch {metrics['epoch']:.0f}"
 
 
 def time_left(metrics: Metrics, config: TrainConfig) -> timedelta:

@@ -11,12 +11,15 @@ from brainray import layout
 from brainray.config import SelfSupervisionConfig, TrainConfig
 from brainray.orchestration import progress
 from brainray.orchestration.progress import (
-    PretrainingFollower,
+    Follower,
     RoomFollower,
     Watcher,
+    pretraining_line,
     time_left,
+    training_line,
 )
 from brainray.orchestration.resources import WorkerResources
+from brainray.schema import History
 from brainray.storage import Folder
 
 
@@ -80,30 +83,33 @@ def test_time_left_counts_pixels() -> None:
     assert time_left(last, growing) == timedelta(0)
 
 
-def test_pretraining_tells_epochs_and_rounds(
+def test_metrics_are_told_once_each_and_sent_whenever_others_are_there(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = Folder(tmp_path)
-    rows: list[dict[str, float]] = [{"epoch": 1.0, "pretext": 1.5, "seconds": 10.0}]
-    folder.write_json_lines(layout.METRICS, rows)
-    settings = SelfSupervisionConfig(num_epochs=3, max_rounds=5)
-    with PretrainingFollower(settings, folder):
-        rows.append({"epoch": 2.0, "pretext": 1.25, "seconds": 12.0})
-        rows.append(
-            {"epoch": 3.0, "round": 1.0, "cluster": 0.5, "changed_share": 0.25, "seconds": 4.0}
-        )
-        folder.write_json_lines(layout.METRICS, rows)
-    follower = PretrainingFollower(settings, folder)
-    for lost in (1, 2, 3):  # by workers that restart from an earlier checkpoint
-        folder.write_json_lines(layout.METRICS, rows[:-lost])
+    sent: list[History] = []
+    rows = [{"epoch": float(epoch)} for epoch in (1, 2, 3)]
+    follower = Follower(folder, lambda metrics: f"epoch {metrics['epoch']:.0f}", sent.append)
+    for num_rows in (0, 2, 2, 3, 1, 0):  # fewer: workers restarted from an earlier checkpoint
+        folder.write_json_lines(layout.METRICS, rows[:num_rows])
         follower.poll()
     lines = capsys.readouterr().out.splitlines()
-    assert lines == [
-        "resuming after pretext epoch 1",
-        "pretext epoch 2/3: pretext 1.250; 12 s, 0:00:12 left",
-        "round 1/5: cluster 0.500; 25.0% of the slices changed cluster; 4 s",
-        "resuming after round 1",
-        "restarted after pretext epoch 2",
-        "restarted after pretext epoch 1",
-        "restarted",
-    ]
+    assert lines == ["epoch 1", "epoch 2", "epoch 3", "restarted after epoch 1", "restarted"]
+    assert sent == [rows[:2], rows, rows[:1], []]
+    folder.write_json_lines(layout.METRICS, rows)
+    Follower(folder, str, sent.append).poll()  # what was there before is not news
+    assert capsys.readouterr().out == ""
+
+
+def test_training_and_pretraining_tell_epochs_and_rounds() -> None:
+    config = SelfSupervisionConfig(num_epochs=3, max_rounds=5)
+    epoch = {"epoch": 2.0, "pretext": 1.25, "seconds": 12.0}
+    line = "pretext epoch 2/3: pretext 1.250; 12 s, 0:00:12 left"
+    assert pretraining_line(config, epoch) == line
+    round_ = {"epoch": 3.0, "round": 1.0, "cluster": 0.5, "changed_share": 0.25, "seconds": 4.0}
+    line = "round 1/5: cluster 0.500; 25.0% of the slices changed cluster; 4 s"
+    assert pretraining_line(config, round_) == line
+    times = {"time/epoch_s": 10.0, "time/images_per_s": 30.4, "train/image_size": 256.0}
+    metrics = {"epoch": 1.0, "train/loss/total": 0.5, "cluster/nmi_previous": 0.75} | times
+    line = "epoch 1/3: loss 0.500, NMI vs previous 0.750; 10 s, 30 images/s, 0:00:20 left"
+    assert training_line(TrainConfig(num_epochs=3), metrics) == line

@@ -5,6 +5,7 @@ also serves as the warm-up of semi-supervised training.
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import ray
@@ -24,7 +25,7 @@ from brainray.orchestration.pretraining.weights import (
     weights_from,
 )
 from brainray.orchestration.pretraining.worker import pretrain_worker
-from brainray.orchestration.progress import PretrainingFollower, RoomFollower
+from brainray.orchestration.progress import Follower, RoomFollower, pretraining_line, step_name
 from brainray.orchestration.ray_train import train_on_workers
 from brainray.orchestration.resources import WorkerResources, alive_nodes, plan_workers
 from brainray.orchestration.seen import seen_by_weights, training_slices
@@ -107,7 +108,9 @@ def pretrain(config: Config, store: ImageStore, start: EncoderStart) -> Folder:
         # Concurrent jobs share it too: the later ones wait, then reuse it.
         with held(Folder(config.storage), layout.ENCODERS, name, in_turn=True):
             if not target.exists(layout.ENCODER):
-                log(f"encoder {target}: training")
+                history = target.read_json_lines(layout.METRICS)
+                resumed = f", resuming after {step_name(history[-1])}" if history else ""
+                log(f"encoder {target}: training{resumed}")
                 workers = plan_workers(config.train, alive_nodes())
                 about = {"num_workers": workers.num_workers_or_range, "store": str(store.folder)}
                 target.write_json(layout.MANIFEST, made_by | about)
@@ -152,7 +155,8 @@ def _train(
         "store": str(store.folder),
         "data_hash": store.manifest.data_hash,
     }
-    with PretrainingFollower(config.self_supervision, target), RoomFollower(workers):
+    line = partial(pretraining_line, config.self_supervision)
+    with Follower(target, line), RoomFollower(workers):
         train_on_workers(
             pretrain_worker, settings, folder=target, workers=workers, config=config.train
         )

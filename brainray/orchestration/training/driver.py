@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray
@@ -19,7 +20,7 @@ from brainray.models.encoder import build_encoder
 from brainray.orchestration.compared_runs import check_compared_runs
 from brainray.orchestration.lock import held
 from brainray.orchestration.pretraining.driver import starting_weights, warm_up
-from brainray.orchestration.progress import Follower, RoomFollower
+from brainray.orchestration.progress import Follower, RoomFollower, training_line
 from brainray.orchestration.provenance import record_submission
 from brainray.orchestration.publish import begin_tracking, how_to_open, send_run
 from brainray.orchestration.ray_train import train_on_workers
@@ -71,7 +72,8 @@ def train(config: Config, data_hash: str | None = None) -> TrainedRun:
         if not run.is_complete:
             tracker.running()
             with tracker.ended_by_errors():
-                with Follower(config.train, run, tracker):
+                line = partial(training_line, config.train)
+                with Follower(run.folder, line, tracker.log_epochs):
                     fit(training)
                 complete_run(training)
         elif _names_other_runs(config.evaluation, run):
