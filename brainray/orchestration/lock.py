@@ -6,7 +6,6 @@ If both are on one machine, the process table answers at once. A holder that fin
 claim, for example after its machine was suspended, ends itself.
 """
 
-import _thread
 import json
 import os
 import signal
@@ -257,7 +256,7 @@ def _end_this_process(reason: str) -> None:
     """End as on SIGTERM if a job handles it, else at once: two jobs must not write one run."""
     print(f"stopping: the lock was lost; {reason}", flush=True)
     if callable(signal.getsignal(signal.SIGTERM)):
-        _thread.interrupt_main(signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)  # wakes the main thread, also from a wait
     else:
         os._exit(1)
 

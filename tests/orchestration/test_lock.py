@@ -17,7 +17,8 @@ import pyarrow.fs as pafs
 import pytest
 
 from brainray.errors import ConfigError, StorageError, UnreachableError
-from brainray.orchestration.lock import Claim, Pace, _Lock, held, is_held
+from brainray.orchestration.lock import Claim, Pace, _end_this_process, _Lock, held, is_held
+from brainray.orchestration.signals import end_in_order_on_sigterm
 from brainray.storage import Folder
 
 PROJECT = Path(__file__).parents[2]
@@ -206,6 +207,21 @@ def test_a_holder_that_was_paused_for_long_ends_itself(
         assert holder.wait(timeout=10) == 1
     assert holder.stdout is not None
     assert "the lock was lost" in holder.stdout.read()
+
+
+def test_a_job_that_lost_its_lock_ends_in_order_though_it_waits() -> None:
+    def wait() -> None:
+        threading.Timer(0.1, _end_this_process, ("taken over",)).start()
+        time.sleep(30)
+
+    before, started = signal.getsignal(signal.SIGTERM), time.monotonic()
+    end_in_order_on_sigterm()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            wait()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert time.monotonic() - started < 15
 
 
 def test_storage_without_exclusive_creation_settles_who_was_last(tmp_path: Path) -> None:
