@@ -397,24 +397,52 @@ class Folder:
             if self.exists():
                 raise
 
-    def move_to(self, target: "Folder", last: str) -> None:
-        """Rename; on the same file system. ``target`` must not exist, or be a begun copy of this.
+    @contextlib.contextmanager
+    def rebuilt(self, last: str) -> Iterator["Folder"]:
+        """An empty folder to fill; replaces this one when the block ends without an error.
 
-        Object stores cannot rename folders: there the files are copied, with ``last``, the file
-        that marks the folder as complete, after all others.
+        If the block fails, nothing is left of it. ``last`` is the file that marks it as complete,
+        to be written after all others.
         """
-        if self.local_path is not None:
-            self.filesystem.create_dir(target.path.rpartition("/")[0], recursive=True)
-            self.filesystem.move(self.path, target.path)
-            return
-        completing = self._announced(target, last)
-        self._copy_to(target, without=last)
-        target.write_bytes(last, completing)
-        target.parent.delete_file(target._completing())
+        self.restore(last)
+        building = self._beside("building")
+        building.delete()
+        try:
+            yield building
+        except BaseException:
+            with contextlib.suppress(OSError, BrainrayError):  # would hide the first error
+                building._discard(last)
+            raise
+        self.restore(last)
+
+    def restore(self, last: str) -> None:
+        """Replace this folder by a complete rebuilt one, which an interrupted job may have left.
+
+        Object stores cannot rename folders: there, the old files are deleted and the new ones
+        copied.
+        """
+        building, aside = self._beside("building"), self._beside("replaced")
+        if building.exists(last):
+            if self.local_path is None:
+                self._discard(last)
+                building._copy_to(self, last)
+                building._discard(last)
+            else:
+                if self.exists():
+                    self.filesystem.move(self.path, aside.path)
+                self.filesystem.move(building.path, self.path)
+        aside.delete()
+
+    def _beside(self, what: str) -> "Folder":
+        return self.parent / f".{self.name}.{what}"
+
+    def _discard(self, last: str) -> None:
+        """Delete the folder, first the file that marks it as complete."""
+        self.delete_file(last, missing_ok=True)
         self.delete()
 
-    def _copy_to(self, target: "Folder", without: str) -> None:
-        """Copy all files but one to a folder of the same object store."""
+    def _copy_to(self, target: "Folder", last: str) -> None:
+        """Copy to a folder of the same object store, the file ``last`` after all others."""
         selector = pafs.FileSelector(self.path, recursive=True)
         paths = [info.path for info in self.filesystem.get_file_info(selector) if info.is_file]
 
@@ -425,73 +453,8 @@ class Folder:
 
         with target._friendly_write_errors(""), ThreadPoolExecutor(_COPIES_AT_ONCE) as threads:
             # list: the first error is raised, and no further file is begun.
-            list(threads.map(copy, (path for path in paths if path != self._join(without))))
-
-    def _announced(self, target: "Folder", last: str) -> bytes:
-        """The content of ``last``, kept next to ``target`` until the copy to it is complete."""
-        if not target.parent.exists(target._completing()):
-            target.parent.write_bytes(target._completing(), self.read_bytes(last))
-        return target.parent.read_bytes(target._completing())
-
-    def replace(self, target: "Folder", last: str) -> None:
-        """Replace ``target`` completely; if interrupted, call ``restore`` afterwards.
-
-        On object stores the old files are deleted first.
-        """
-        if target.local_path is None:
-            self._announced(target, last)
-            target.delete()
-        elif target.exists():
-            self.filesystem.move(target.path, target._aside().path)
-        self.move_to(target, last)
-        target._aside().delete()
-
-    @contextlib.contextmanager
-    def rebuilt(self, last: str) -> Iterator["Folder"]:
-        """An empty folder to fill; replaces this one when the block ends without an error.
-
-        If the block fails, nothing is left of it. ``last`` is the file that marks it as complete.
-        """
-        self.restore(last)
-        building = self._building()
-        building.delete()
-        try:
-            yield building
-            building.replace(self, last)
-        except BaseException:
-            with contextlib.suppress(OSError, BrainrayError):  # would hide the first error
-                self.restore(last)
-                building.delete()
-            raise
-
-    def restore(self, last: str) -> None:
-        """Put back the folder that an interrupted ``replace`` moved aside; on an object store,
-        complete the copy, as the earlier files are deleted.
-        """
-        if self.local_path is None:
-            if self.parent.exists(self._completing()):
-                if self._building().exists():
-                    self._building().replace(self, last)
-                else:  # somebody has deleted it
-                    self.parent.delete_file(self._completing())
-            return
-        aside = self._aside()
-        if not aside.exists():
-            return
-        if self.exists():
-            aside.delete()
-        else:
-            self.filesystem.move(aside.path, self.path)
-
-    def _building(self) -> "Folder":
-        return self.parent / f".{self.name}.building"
-
-    def _completing(self) -> str:
-        """Name, in the parent folder, of the last file of a copy that has begun."""
-        return f".{self.name}.completing"
-
-    def _aside(self) -> "Folder":
-        return self.parent / f".{self.name}.replaced"
+            list(threads.map(copy, (path for path in paths if path != self._join(last))))
+            copy(self._join(last))
 
     def _join(self, name: str) -> str:
         if ".." in name.split("/") or name.startswith("/") or "\0" in name:

@@ -1,12 +1,13 @@
 """Files under storage appear whole or not at all, whatever the file system."""
 
 import errno
+import itertools
 import os
 import pickle
 import re
 import resource
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -16,6 +17,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 
+from brainray import storage
 from brainray.errors import ConfigError, DataError, StorageError, UnreachableError
 from brainray.storage import Folder, _temporary
 
@@ -157,14 +159,6 @@ def test_a_fragment_is_refused_in_which_all_subfolders_would_be_one(tmp_path: Pa
         assert (folder / "a").local_path == tmp_path / "scans#1" / "a"
 
 
-def test_moving_needs_no_parent(tmp_path: Path) -> None:
-    source = Folder(tmp_path) / "source"
-    source.write_bytes("f", b"x")
-    source.move_to(Folder(tmp_path) / "deep" / "target", last="f")
-    assert (tmp_path / "deep" / "target" / "f").read_bytes() == b"x"
-    assert not source.exists()
-
-
 def test_a_folder_is_rebuilt_whole_or_not_at_all(tmp_path: Path) -> None:
     folder = Folder(tmp_path) / "kept"
     with folder.rebuilt("last") as building:
@@ -178,24 +172,87 @@ def test_a_folder_is_rebuilt_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
-@pytest.mark.parametrize("is_moved", [False, True])
-def test_a_folder_stays_if_its_replacement_is_interrupted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_moved: bool
+class _Killed(BaseException):
+    """Nothing that handles it can change the file system either."""
+
+
+class _Mortal:
+    """The local file system, of a process that is killed instead of its n-th change."""
+
+    type_name = "local"
+
+    def __init__(self, num_changes: int) -> None:
+        self._local = pafs.LocalFileSystem()
+        self.num_left = num_changes
+
+    def from_uri(self, path: str) -> tuple["_Mortal", str]:
+        return self, path
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._local, name)
+        if name == "open_input_file":
+            return method
+
+        def change(*arguments: Any, **options: Any) -> Any:
+            if self.num_left <= 0:
+                raise _Killed
+            self.num_left -= 1
+            return method(*arguments, **options)
+
+        return change
+
+    def get_file_info(self, asked: Any) -> Any:
+        """Of a folder's files, the one that completes it is listed first."""
+        infos = self._local.get_file_info(asked)
+        is_listed = isinstance(infos, list)
+        return sorted(infos, key=lambda info: info.base_name != "last") if is_listed else infos
+
+    def delete_dir(self, path: str) -> None:
+        """One file after the other, as object stores do."""
+        for file in sorted(Path(path).rglob("*")):
+            if file.is_file():
+                self.delete_file(str(file))
+        self.__getattr__("delete_dir")(path)
+
+
+@pytest.mark.parametrize("is_local", [True, False])
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_folder_is_wholly_old_or_wholly_new_whenever_its_rebuilding_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_local: bool, fails: bool
 ) -> None:
-    folder = Folder(tmp_path) / "kept"
-    folder.write_bytes("last", b"1")
-    move_to = Folder.move_to
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    monkeypatch.setattr(storage, "_COPIES_AT_ONCE", 1)
+    local_path = property(lambda self: Path(self.path)) if is_local else None
+    monkeypatch.setattr(Folder, "local_path", local_path)
+    old = {"a": b"1", "b": b"1", "gone/c": b"1", "last": b"1"}
+    new = {"a": b"2", "b": b"2", "new/d": b"2", "last": b"2"}
 
-    def interrupted(self: Folder, *arguments: Any) -> None:
-        if is_moved:
-            move_to(self, *arguments)
-        raise KeyboardInterrupt
+    def rebuild(path: Path, files: dict[str, bytes], *, fails: bool = False) -> None:
+        with suppress(KeyError), Folder(path).rebuilt("last") as building:
+            for name, content in files.items():
+                building.write_bytes(name, content)
+            if fails:
+                raise KeyError
 
-    monkeypatch.setattr(Folder, "move_to", interrupted)
-    with pytest.raises(KeyboardInterrupt), folder.rebuilt("last") as building:
-        building.write_bytes("last", b"2")
-    assert folder.read_bytes("last") == (b"2" if is_moved else b"1")
-    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+    def content(path: Path) -> dict[str, bytes]:
+        files = [file for file in path.rglob("*") if file.is_file()]
+        return {file.relative_to(path).as_posix(): file.read_bytes() for file in files}
+
+    for num_changes in itertools.count():
+        kept = tmp_path / str(num_changes) / "kept"
+        rebuild(kept, old)
+        process = _Mortal(num_changes)
+        with monkeypatch.context() as until_killed, suppress(_Killed):
+            until_killed.setattr(pafs, "FileSystem", process)
+            rebuild(kept, new, fails=fails)
+        left = content(kept)
+        assert left in (old, new) or "last" not in left  # until the next job with this name
+        rebuild(kept, {}, fails=True)
+        assert content(kept) in (old, new)
+        assert [path.name for path in kept.parent.iterdir()] == ["kept"]
+        if process.num_left > 0:
+            assert left == (old if fails else new)
+            break
 
 
 def test_a_relative_path_and_a_missing_file_are_named(tmp_path: Path) -> None:
@@ -203,31 +260,6 @@ def test_a_relative_path_and_a_missing_file_are_named(tmp_path: Path) -> None:
         Folder("relative/path")
     with pytest.raises(DataError, match="absent"):
         Folder(tmp_path).read_bytes("absent")
-
-
-def test_moving_without_renames_copies_and_completes_last(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    remote = pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem())
-    source, target = Folder(tmp_path), Folder(tmp_path)
-    for folder, path in ((source, "source"), (target, "target")):
-        folder.filesystem, folder.path = remote, path
-    source.write_bytes("images/part", b"x")
-    source.write_bytes("manifest.json", b"{}")
-    assert source.local_path is None
-    copied: list[list[str]] = []
-    copy_to = Folder._copy_to
-
-    def watched(self: Folder, target: Folder, without: str) -> None:
-        copy_to(self, target, without)
-        copied.append(sorted(path.name for path in (tmp_path / "target").iterdir()))
-
-    monkeypatch.setattr(Folder, "_copy_to", watched)
-    source.move_to(target, last="manifest.json")
-    assert copied == [["images"]]  # the manifest follows when the others are there
-    assert (tmp_path / "target" / "images" / "part").read_bytes() == b"x"
-    assert (tmp_path / "target" / "manifest.json").read_bytes() == b"{}"
-    assert not (tmp_path / "source").exists()
 
 
 def test_a_csv_file_has_no_formulas(tmp_path: Path) -> None:
@@ -246,30 +278,6 @@ def test_a_csv_file_has_no_formulas(tmp_path: Path) -> None:
         "",
     ]
     assert all(line.endswith(",-1.5") for line in lines)
-
-
-@pytest.mark.parametrize("num_failures", [1, 2])
-def test_an_interrupted_copy_is_completed_where_folders_cannot_be_renamed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_failures: int
-) -> None:
-    monkeypatch.setattr(Folder, "local_path", None)
-    folder = Folder(tmp_path) / "kept"
-    folder.write_bytes("part", b"old")
-    folder.write_bytes("last", b"1")
-    copy_to, failures = Folder._copy_to, iter(range(num_failures))
-
-    def interrupted(self: Folder, target: Folder, without: str) -> None:
-        if next(failures, None) is not None:
-            raise OSError("SLOW_DOWN")
-        copy_to(self, target, without)
-
-    monkeypatch.setattr(Folder, "_copy_to", interrupted)
-    with pytest.raises(OSError, match="SLOW_DOWN"), folder.rebuilt("last") as building:  # noqa: PT012
-        building.write_bytes("part", b"new")
-        building.write_bytes("last", b"2")
-    folder.restore("last")  # by the next job
-    assert (folder.read_bytes("part"), folder.read_bytes("last")) == (b"new", b"2")
-    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
 @pytest.mark.parametrize("name", ["../x", "a/../../x", "/etc/passwd", "a\0b"])

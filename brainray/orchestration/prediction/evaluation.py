@@ -150,7 +150,6 @@ def _evaluate(
         if twins is not None:
             folder.write_json(layout.LEAKAGE, {"levels": LEVELS, "seen_by_run": twins})
         folder.write_table(layout.REJECTED, rejected)
-        folder.write_json(layout.EVALUATION_METRICS, metrics)
         draw_evaluation_figures(folder, predictions, checkpoint.classes)
         write_evaluation_page(
             folder,
@@ -165,6 +164,7 @@ def _evaluate(
             explained=explained,
             num_seen=num_seen,
         )
+        folder.write_json(layout.EVALUATION_METRICS, metrics)
     return Evaluation(target, metrics, checkpoint.classes)
 
 

@@ -194,9 +194,9 @@ def _reported_metrics(run: Run | None, predictor: Predictor) -> Metrics:
 
 
 def _put(local: Path, target: Folder) -> None:
-    """Replace an earlier export with all files at once."""
+    """Replace an earlier export with all files at once; the card, which completes it, is last."""
     with target.rebuilt(layout.CARD) as building:
-        for path in sorted(local.rglob("*")):
+        for path in sorted(local.rglob("*"), key=lambda path: path.name == layout.CARD):
             if path.is_file():
                 building.write_bytes(path.relative_to(local).as_posix(), path.read_bytes())
 

@@ -137,6 +137,7 @@ def preprocess(config: Config, *, data_hash: str | None = None) -> ImageStore:
             manifest = _build(config, listing, about, previous, building)
             if data_hash not in {None, manifest.data_hash}:
                 raise _other_slices(config, target, manifest.data_hash, data_hash)
+            manifest.write(building)
     store = ImageStore(target, manifest)
     log(describe(store))
     log(store.folder.read_bytes(layout.LEAKAGE_TABLE).decode())
@@ -182,7 +183,7 @@ def _build(
     previous: ImageStore | None,
     building: Folder,
 ) -> Manifest:
-    """Make the store in ``building``; returns its manifest, which includes ``about``."""
+    """Make the store in ``building``, but for its manifest: returns it, with ``about``."""
     stopwatch = Stopwatch()
     source, parts = Folder(config.given("source")), building / "parts"
     records = PreviousRecords.from_store(previous)
@@ -209,7 +210,7 @@ def _build(
     building.write_bytes(layout.LEAKAGE_TABLE, leakage_markdown(plan.leakage).encode() + b"\n")
     draw_figures(building, source, plan, config.preprocess)
     stopwatch.lap("figures")
-    manifest = Manifest(
+    return Manifest(
         format=layout.STORE_FORMAT,
         name=config.given("name"),
         source=config.given("source"),
@@ -223,8 +224,6 @@ def _build(
         **about,
         **plan.statistics,
     )
-    manifest.write(building)
-    return manifest
 
 
 def _may_change(store: ImageStore, listing: Listing, source: Folder) -> bool:
