@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import partial, wraps
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypedDict
+from typing import Any, Concatenate, ParamSpec, TypedDict, cast
 from urllib.parse import unquote
 
 import mlflow
@@ -73,17 +73,22 @@ class _Ending:
 
 
 class _Sent(TypedDict, total=False):
-    """What a server has received of a run, as kept in the run's folder."""
+    """What an MLflow run has received."""
 
-    uri: str
-    run_id: str
     params_sent: bool
     epochs_sent: int
     summary_sent: str  # digest
     model_sent: str  # digest
     sending: str  # what is being sent, or was when the connection was lost
     sending_ms: int  # time of the first attempt
-    elsewhere: "dict[str, _Sent]"  # the same for each other server, by URI
+
+
+class _Saved(TypedDict):
+    """What is kept in the run's folder."""
+
+    uri: str
+    run_id: str | None
+    sent: dict[str, _Sent]  # by MLflow run; there is one on each server
 
 
 def _now_ms() -> int:
@@ -125,15 +130,12 @@ class Tracker:
         self._experiment = experiment
         self._artifacts = artifacts
         self._client: MlflowClient | None = None
-        self._state: _Sent = {}
+        self._sent: dict[str, _Sent] = {}
+        self.mlflow_run_id: str | None = None
+        """The MLflow run's id, once it has started."""
         self._ended: _Ending | None = None
         self._due: dict[str, Callable[[], None]] = {}  # by operation; sent before anything else
         self._problems: dict[str, str] = {}  # by operation, until it succeeds
-
-    @property
-    def mlflow_run_id(self) -> str | None:
-        """The MLflow run's id, once it has started."""
-        return self._state.get("run_id")
 
     @property
     def uri(self) -> str:
@@ -266,21 +268,22 @@ class Tracker:
 
     def _begin(self, name: str, params: Mapping[str, object], tags: Mapping[str, str]) -> None:
         client = self._connect()
-        uri = self.uri  # passwords must not be written to storage
-        self._state = self._read_state(uri)
-        known = self._find(client, self.mlflow_run_id) or self._find_moved(client)
+        saved = self._read()
+        self._sent = saved["sent"]
+        if saved["uri"] == self.uri:
+            self.mlflow_run_id = saved["run_id"]  # known while the server is away
+        # By id, as a database may have been moved or copied; the latest first.
+        found = (self._find(client, run_id) for run_id in reversed(self._sent))
+        known = next(filter(None, found), None)
         if known is not None:
+            self.mlflow_run_id = known.run_id
             if known.status in _ENDED:
                 self._ended = _Ending(known.status, known.end_time)
             client.log_batch(self._id, tags=_tags(tags))
         else:
             run = client.create_run(self._experiment_id(client), run_name=name, tags=dict(tags))
-            self._state = {
-                "uri": uri,
-                "run_id": run.info.run_id,
-                "epochs_sent": 0,
-                "elsewhere": self._state["elsewhere"],
-            }
+            self.mlflow_run_id = run.info.run_id
+            self._sent[self._id] = {"epochs_sent": 0}
         self._save()
         if not self._state.get("params_sent"):
             # MLflow refuses to change one; some may have been sent with other settings.
@@ -306,50 +309,35 @@ class Tracker:
             raise TrackingError("the MLflow run has not started")
         return self.mlflow_run_id
 
+    @property
+    def _state(self) -> _Sent:
+        return self._sent[self._id]
+
     def _read_again(self) -> None:
         """Pick up what another process may have sent in the meantime."""
-        saved = self._read_state(redacted(self._uri))
-        if saved.get("run_id") == self.mlflow_run_id:
-            self._state = saved
+        self._sent |= self._read()["sent"]
 
     def _stamp(self, what: str) -> int:
         """Time of the first attempt to send this, in ms: MLflow stores a metric of one step and
         timestamp only once, even if it is sent again because the response was lost.
         """
         if self._state.get("sending") != what:
-            self._state |= {"sending": what, "sending_ms": _now_ms()}
+            self._state.update(sending=what, sending_ms=_now_ms())
             self._save()
         return self._state["sending_ms"]
 
-    def _read_state(self, uri: str) -> _Sent:
-        """What has been sent to this server, and under ``elsewhere`` to each other server."""
+    def _read(self) -> _Saved:
         if not self._run.exists(layout.TRACKING):
-            return {"elsewhere": {}}
-        saved: _Sent = self._run.read_json(layout.TRACKING)
-        servers = saved.pop("elsewhere", {})
-        servers[saved["uri"]] = saved
-        name = next((each for each in servers if _is_same_server(each, uri)), uri)
-        state = servers.pop(name, _Sent())
-        state["uri"] = uri
-        state["elsewhere"] = servers
-        return state
+            return {"uri": self.uri, "run_id": None, "sent": {}}
+        saved = self._run.read_json(layout.TRACKING)
+        if "sent" not in saved:  # by an earlier version: one server's, with those of the others
+            each = [*saved.pop("elsewhere", {}).values(), saved]
+            sent = {state["run_id"]: state for state in each}
+            return {"uri": saved["uri"], "run_id": saved["run_id"], "sent": sent}
+        return cast("_Saved", saved)
 
-    def _find_moved(self, client: MlflowClient) -> RunInfo | None:
-        """The run in a database that is no longer where it was, but here: storage has moved."""
-        elsewhere = self._state["elsewhere"]
-        if _database(self._uri) is not None:
-            for before in filter(is_lost_database, list(elsewhere)):
-                info = self._find(client, elsewhere[before]["run_id"])
-                if info is not None:
-                    sent = elsewhere.pop(before)
-                    self._state = {**sent, "uri": self.uri, "elsewhere": elsewhere}
-                    return info
-        return None
-
-    def _find(self, client: MlflowClient, run_id: str | None) -> RunInfo | None:
-        """None if the server no longer has the run: it or the database may have been deleted."""
-        if run_id is None:
-            return None
+    def _find(self, client: MlflowClient, run_id: str) -> RunInfo | None:
+        """None if the server does not have the run, or no longer."""
         try:
             info = client.get_run(run_id).info
         except MlflowException as error:
@@ -393,7 +381,9 @@ class Tracker:
             self._connect().log_batch(self._id, metrics=batch[start : start + _BATCH])
 
     def _save(self) -> None:
-        self._run.write_json(layout.TRACKING, self._state)
+        # The URI is without its password.
+        saved: _Saved = {"uri": self.uri, "run_id": self.mlflow_run_id, "sent": self._sent}
+        self._run.write_json(layout.TRACKING, saved)
 
 
 def status_after(stop: BaseException) -> str:
@@ -465,14 +455,6 @@ def _database(uri: str) -> Path | None:
     """The file of a SQLite URI."""
     path = uri.removeprefix("sqlite:///")
     return None if path == uri else Path(unquote(path.partition("?")[0]))
-
-
-def _is_same_server(uri: str, other: str) -> bool:
-    """Whether two URIs are of one server or database, whose path may be relative."""
-    database, other_database = _database(uri), _database(other)
-    if database is None or other_database is None:
-        return uri == other
-    return database.absolute() == other_database.absolute()
 
 
 def is_lost_database(uri: str) -> bool:

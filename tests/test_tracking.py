@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -274,7 +275,39 @@ def test_a_database_with_a_relative_path_is_the_one_with_its_absolute_path(
     after = begun(run, absolute)
     assert after.mlflow_run_id == before.mlflow_run_id
     saved = run.read_json("tracking.json")
-    assert (saved["uri"], saved["epochs_sent"]) == (absolute, len(HISTORY))
+    sent = saved["sent"][saved["run_id"]]["epochs_sent"]
+    assert (saved["uri"], sent) == (absolute, len(HISTORY))
+
+
+def test_a_copy_of_the_storage_goes_on_in_its_own_copy_of_the_run(run: Folder) -> None:
+    before = begun(run, database(run))
+    before.log_epochs(HISTORY[:2])
+    shutil.copytree(run.path, f"{run.path}-copy")
+    copy = Folder(f"{run.path}-copy")
+    after = begun(copy, database(copy))
+    after.log_epochs(HISTORY)
+    assert after.mlflow_run_id == before.mlflow_run_id
+    for uri, count in ((database(run), 2), (database(copy), 3)):
+        logged = MlflowClient(uri).get_metric_history(str(after.mlflow_run_id), "train/loss/ce")
+        assert [metric.step for metric in logged] == [1, 2, 3][:count]
+
+
+def test_a_record_of_an_earlier_version_goes_on_on_each_server(run: Folder) -> None:
+    """It named servers, not runs."""
+    first, second = database(run), f"sqlite:///{run.path}/other.db"
+    old = {}
+    for uri in (first, second):
+        sending = begun(run, uri)
+        sending.log_epochs(HISTORY)
+        about = {"uri": uri, "run_id": sending.mlflow_run_id}
+        old[uri] = about | run.read_json("tracking.json")["sent"][sending.mlflow_run_id]
+    run.write_json("tracking.json", old[second] | {"elsewhere": {first: old[first]}})
+    for uri in (first, second, first):
+        again = begun(run, uri)
+        again.log_epochs(HISTORY)
+        assert again.mlflow_run_id == old[uri]["run_id"]
+        logged = MlflowClient(uri).get_metric_history(old[uri]["run_id"], "train/loss/ce")
+        assert [metric.step for metric in logged] == [1, 2, 3]
 
 
 def test_parameters_of_which_some_have_arrived_are_completed(
