@@ -66,12 +66,6 @@ class ServedFiles:
     metadata: Mapping[str, Any]  # kept with the model
 
 
-@dataclass(frozen=True)
-class _Ending:
-    status: str
-    time_ms: int
-
-
 class _Sent(TypedDict, total=False):
     """What an MLflow run has received."""
 
@@ -133,7 +127,6 @@ class Tracker:
         self._sent: dict[str, _Sent] = {}
         self.mlflow_run_id: str | None = None
         """The MLflow run's id, once it has started."""
-        self._ended: _Ending | None = None
         self._due: dict[str, Callable[[], None]] = {}  # by operation; sent before anything else
         self._problems: dict[str, str] = {}  # by operation, until it succeeds
 
@@ -154,7 +147,7 @@ class Tracker:
 
     def running(self) -> None:
         """Mark the run as running."""
-        self._due["running"] = self._go_on
+        self._due["running"] = lambda: self._connect().update_run(self._id, status="RUNNING")
         self._attempt("running")
 
     @contextmanager
@@ -218,7 +211,7 @@ class Tracker:
         """Log a model that can be served, and register it if a name is given.
 
         Unless ``force``, a model identical to the last one logged is skipped. MLflow then considers
-        the run ended; call `finish` to set its status.
+        a run ended that had not; call `finish` to set its status.
         """
         digest = hashlib.sha256(str(registered_name).encode())
         for path in sorted(path for path in served.data.rglob("*") if path.is_file()):
@@ -226,16 +219,21 @@ class Tracker:
         if not force and self._state.get("model_sent") == digest.hexdigest():
             return
         with _globally(self._uri):
-            self._connect()
-            with mlflow.start_run(run_id=self._id), _time_for_uploads():
-                Model.log(
-                    artifact_path=None,
-                    name="model",
-                    flavor=_UntriedPyfunc,
-                    registered_model_name=registered_name,
-                    validate_serving_input=False,
-                    **_pyfunc(served),
-                )
+            client = self._connect()
+            before = client.get_run(self._id).info
+            try:
+                with mlflow.start_run(run_id=self._id), _time_for_uploads():
+                    Model.log(
+                        artifact_path=None,
+                        name="model",
+                        flavor=_UntriedPyfunc,
+                        registered_model_name=registered_name,
+                        validate_serving_input=False,
+                        **_pyfunc(served),
+                    )
+            finally:
+                if before.status in _ENDED:
+                    client.set_terminated(self._id, before.status, before.end_time)
             self._state["model_sent"] = digest.hexdigest()
             self._save()
 
@@ -245,11 +243,10 @@ class Tracker:
 
         With ``unless_ended``, a run that ended with another status is not changed either.
         """
-        ended = self._ended
-        if ended is None or (ended.status != status and not unless_ended):
-            ended = _Ending(status, _now_ms())
-        self._connect().set_terminated(self._id, ended.status, ended.time_ms)
-        self._ended = ended
+        client = self._connect()
+        before = client.get_run(self._id).info.status
+        if before not in _ENDED or (before != status and not unless_ended):
+            client.set_terminated(self._id, status)
 
     def _attempt(self, what: str, action: Callable[[], None] = lambda: None) -> None:
         """Do what is due, then the action; the first failure is logged, each is kept."""
@@ -277,8 +274,6 @@ class Tracker:
         known = next(filter(None, found), None)
         if known is not None:
             self.mlflow_run_id = known.run_id
-            if known.status in _ENDED:
-                self._ended = _Ending(known.status, known.end_time)
             client.log_batch(self._id, tags=_tags(tags))
         else:
             run = client.create_run(self._experiment_id(client), run_name=name, tags=dict(tags))
@@ -297,11 +292,6 @@ class Tracker:
                 client.log_batch(self._id, params=flat[start : start + _MAX_PARAMS])
             self._state["params_sent"] = True
             self._save()
-
-    def _go_on(self) -> None:
-        if self._ended is not None:
-            self._connect().update_run(self._id, status="RUNNING")
-            self._ended = None
 
     @property
     def _id(self) -> str:

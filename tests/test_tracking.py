@@ -414,7 +414,7 @@ def test_what_has_been_deleted_in_mlflow_is_no_end(run: Folder) -> None:
     assert re.search("'tests' has been deleted: restore .*experiment=NAME", str(another.problem))
 
 
-def test_a_logged_model_has_an_example_of_a_request_and_is_not_loaded_to_try_it(
+def test_a_logged_model_has_an_example_is_not_loaded_to_try_it_and_leaves_the_ending(
     run: Folder, tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
     loaded, code, data = (tmp_path / name for name in ("loaded", "code", "data"))
@@ -425,6 +425,9 @@ def test_a_logged_model_has_an_example_of_a_request_and_is_not_loaded_to_try_it(
     )
     (code / "brainray_test_loader.py").write_text(loader)
     made = begun(run, database(run))
+    made.finish("KILLED")
+    client = MlflowClient(database(run))
+    ended = client.get_run(str(made.mlflow_run_id)).info
     made.log_model(
         ServedFiles(
             data,
@@ -439,6 +442,8 @@ def test_a_logged_model_has_an_example_of_a_request_and_is_not_loaded_to_try_it(
         None,
     )
     assert made.problem is None
+    after = client.get_run(str(made.mlflow_run_id)).info
+    assert (after.status, after.end_time) == (ended.status, ended.end_time)
     assert not loaded.exists()
     (folder,) = {path.parent for path in tmp_path.rglob("MLmodel")}
     saved: Any = Model.load(folder)
