@@ -28,6 +28,7 @@ from brainray.report.curves import (
     SILHOUETTE,
     Curve,
 )
+from brainray.report.maps import SliceMap
 from brainray.report.style import (
     BLACK,
     BLUE,
@@ -66,15 +67,6 @@ class Confusion:
 
     title: str
     counts: NDArray[np.int64]  # (C, C): row = label, column = prediction
-
-
-@dataclass(frozen=True)
-class EmbeddingMap:
-    """Points of the t-SNE map of one epoch, and their clusters."""
-
-    epoch: int
-    points: NDArray[np.floating]  # (N, 2)
-    clusters: NDArray[np.integer]  # (N,) most likely mixture component
 
 
 _HEALTH = {
@@ -280,22 +272,20 @@ def confusion_matrices(panels: Sequence[Confusion], classes: Sequence[str], titl
     return figure
 
 
-def embedding_maps(
-    maps: Sequence[EmbeddingMap], labels: Sequence[str], classes: Sequence[str], chosen_epoch: int
-) -> Figure:
+def embedding_maps(maps: Sequence[SliceMap], classes: Sequence[str], chosen_epoch: int) -> Figure:
     """t-SNE maps of the same slices by epoch, coloured by class (top) and cluster (bottom).
 
     Args:
-        maps: one per epoch, with rows in the order of ``labels``.
-        labels: (N,) classes, "" if unknown.
+        maps: one per epoch, with equal ``sample_id``, ``label`` and order of rows.
         classes: all classes; their order determines the colours.
         chosen_epoch: the epoch that is marked.
     """
+    labels = [label or UNLABELLED_CLASS for label in maps[0].rows["label"].to_pylist()]
     colour_of = class_colours(classes)
     if UNLABELLED_CLASS in labels:
         colour_of[UNLABELLED_CLASS] = GREY
     by_class = {name or UNLABELLED_NAME: colour for name, colour in colour_of.items()}
-    clusters = sorted({int(cluster) for each in maps for cluster in each.clusters})
+    clusters = sorted({k for each in maps for k in each.rows["cluster"].to_pylist()})
     by_cluster = {f"cluster {k}": cluster_colour(k) for k in clusters}
     room = max(legend_width(by_class), legend_width(by_cluster))
     figure, pairs = _paired_grid(len(maps), side=2.2, room_beside=room)
@@ -303,9 +293,10 @@ def embedding_maps(
     for (upper, lower), each in zip(pairs, maps, strict=True):
         upper.set_title(f"epoch {each.epoch}" + " (chosen)" * (each.epoch == chosen_epoch))
         _draw_points(upper, each.points, [colour_of[label] for label in labels])
-        _draw_points(lower, each.points, [cluster_colour(int(k)) for k in each.clusters])
-        for cluster in np.unique(each.clusters):
-            x, y = np.median(each.points[each.clusters == cluster], axis=0)
+        found = each.rows["cluster"].to_numpy()
+        _draw_points(lower, each.points, [cluster_colour(k) for k in found.tolist()])
+        for cluster in np.unique(found):
+            x, y = np.median(each.points[found == cluster], axis=0)
             box = {"boxstyle": "round,pad=0.2", "facecolor": "white", "alpha": 0.85, "linewidth": 0}
             lower.text(x, y, str(cluster), ha="center", va="center", weight="bold", bbox=box)
     num_columns = _num_columns(len(pairs))

@@ -5,8 +5,6 @@ from collections.abc import Sequence
 from brainray import layout
 from brainray.report.evaluation_figures import draw_evaluation_figures
 from brainray.report.figures import (
-    UNLABELLED_CLASS,
-    EmbeddingMap,
     accuracy_curves,
     clustering_health,
     embedding_maps,
@@ -35,7 +33,8 @@ def draw_run_figures(
         predictions = run.read_table(layout.predictions_file(chosen_epoch))
         draw_evaluation_figures(run, predictions, classes)
     if maps:
-        _draw_maps(run, classes, chosen_epoch, maps)
+        figure = embedding_maps(maps, classes, chosen_epoch)
+        run.write_bytes(f"{layout.FIGURES}/tsne.png", png_bytes(figure))
 
 
 def _draw_curves(run: Folder, history: History, chosen: int) -> None:
@@ -47,10 +46,3 @@ def _draw_curves(run: Folder, history: History, chosen: int) -> None:
     }
     for name, figure in figures.items():
         run.write_bytes(name, png_bytes(figure))
-
-
-def _draw_maps(run: Folder, classes: list[str], chosen: int, maps: Sequence[SliceMap]) -> None:
-    labels = [label or UNLABELLED_CLASS for label in maps[0].rows["label"].to_pylist()]
-    drawn = [EmbeddingMap(m.epoch, m.points, m.rows["cluster"].to_numpy()) for m in maps]
-    figure = embedding_maps(drawn, labels, classes, chosen)
-    run.write_bytes(f"{layout.FIGURES}/tsne.png", png_bytes(figure))

@@ -5,6 +5,7 @@ from io import BytesIO
 from itertools import pairwise
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
@@ -16,7 +17,6 @@ from sklearn.metrics import confusion_matrix
 from brainray.errors import DataError
 from brainray.report.figures import (
     Confusion,
-    EmbeddingMap,
     SlicePair,
     accuracy_curves,
     class_distribution,
@@ -28,6 +28,7 @@ from brainray.report.figures import (
     slice_pairs,
     timing_breakdown,
 )
+from brainray.report.maps import SliceMap
 from brainray.report.style import GREY, class_colours, png_bytes
 
 CLASSES = ["glioma", "meningioma", "notumor"]
@@ -42,6 +43,14 @@ def _curve(figure: Figure, label: str) -> NDArray[np.float64]:
     lines = [line for axes in figure.axes for line in axes.lines if line.get_label() == label]
     assert len(lines) == 1
     return np.asarray(lines[0].get_xydata())
+
+
+def _map(
+    epoch: int, points: NDArray[np.floating], labels: list[str], clusters: list[int]
+) -> SliceMap:
+    return SliceMap(
+        epoch, points.astype(np.float32), pa.table({"label": labels, "cluster": clusters})
+    )
 
 
 def test_class_names_are_not_read_as_formulas() -> None:
@@ -126,8 +135,8 @@ def test_a_distribution_of_nothing_is_refused() -> None:
 def test_a_class_has_one_colour_in_all_figures() -> None:
     bars = class_distribution({"train": dict.fromkeys(CLASSES, 5)}).axes[0].patches
     points = np.zeros((3, 2))
-    maps = [EmbeddingMap(1, points, np.arange(3))]
-    dots = embedding_maps(maps, CLASSES, CLASSES, 1).axes[0].collections[0].get_facecolor()
+    maps = [_map(1, points, CLASSES, [0, 1, 2])]
+    dots = embedding_maps(maps, CLASSES, 1).axes[0].collections[0].get_facecolor()
     expected = [colour.lower() for colour in class_colours(CLASSES).values()]
     assert len(set(expected)) == 3
     assert [to_hex(bar.get_facecolor()) for bar in bars] == expected
@@ -215,8 +224,9 @@ def test_an_unknown_class_is_named() -> None:
 
 def test_maps_place_every_slice_and_number_every_cluster() -> None:
     points = np.array([[0.0, 0.0], [1.0, 0.0], [9.0, 9.0]])
-    maps = [EmbeddingMap(epoch, points + epoch, np.array([2, 2, 0])) for epoch in range(1, 7)]
-    figure = embedding_maps(maps, ["glioma", "", "notumor"], CLASSES, 2)
+    labels = ["glioma", "", "notumor"]
+    maps = [_map(epoch, points + epoch, labels, [2, 2, 0]) for epoch in range(1, 7)]
+    figure = embedding_maps(maps, CLASSES, 2)
     by_epoch = {axes.get_title(): axes for axes in figure.axes if axes.get_title()}
     assert list(by_epoch) == [
         "epoch 1",
@@ -239,7 +249,7 @@ def test_maps_place_every_slice_and_number_every_cluster() -> None:
 def test_maps_keep_their_size_beside_a_long_legend(num_names: int, num_legends: int) -> None:
     classes = [f"a class with a longer name, {number}" for number in range(num_names)]
     points = np.random.default_rng(0).normal(size=(num_names, 2))
-    figure = embedding_maps([EmbeddingMap(1, points, np.arange(num_names))], classes, classes, 1)
+    figure = embedding_maps([_map(1, points, classes, list(range(num_names)))], classes, 1)
     figure.draw_without_rendering()
     assert figure.axes[0].get_window_extent().width > 1.8 * figure.dpi
     legends = [legend for axes in figure.axes if (legend := axes.get_legend()) is not None]

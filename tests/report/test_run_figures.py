@@ -13,8 +13,8 @@ from brainray.config import EvaluationConfig
 from brainray.mri.skull_strip import StrippedSlice
 from brainray.report import evaluation_figures, run_figures
 from brainray.report.evaluation_figures import draw_evaluation_figures
-from brainray.report.figures import Confusion, EmbeddingMap, SlicePair
-from brainray.report.maps import run_maps, shown
+from brainray.report.figures import Confusion, SlicePair
+from brainray.report.maps import SliceMap, run_maps, shown
 from brainray.report.run_figures import draw_run_figures
 from brainray.report.store_figures import draw_store_figures
 from brainray.report.style import new_figure
@@ -177,12 +177,10 @@ def test_clean_is_left_out_where_it_is_unknown_or_empty(tmp_path: Path) -> None:
 def test_the_same_slices_are_mapped_in_every_epoch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    drawn: list[EmbeddingMap] = []
-    given: list[str] = []
+    drawn: list[SliceMap] = []
 
-    def record(maps: list[EmbeddingMap], labels: list[str], *_: object) -> object:
+    def record(maps: list[SliceMap], *_: object) -> object:
         drawn.extend(maps)
-        given.extend(labels)
         return new_figure(2, 2)
 
     _skip_curves(monkeypatch)
@@ -196,8 +194,10 @@ def test_the_same_slices_are_mapped_in_every_epoch(
     draw_run_figures(run, CLASSES, 2, run_maps(run, evaluation, 2))
     assert [each.epoch for each in drawn] == [1, 2]
     assert [each.points.shape for each in drawn] == [(8, 2), (8, 2)]
+    names, labels = (drawn[0].rows[column].to_pylist() for column in ("sample_id", "label"))
     for each in drawn:
-        assert [CLASSES[cluster] for cluster in each.clusters] == given
+        assert each.rows["sample_id"].to_pylist() == names
+        assert [CLASSES[cluster] for cluster in each.rows["cluster"].to_pylist()] == labels
 
 
 def test_slices_shown_are_from_all_over_the_table_and_copies_are_told_apart(
