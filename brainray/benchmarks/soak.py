@@ -80,7 +80,8 @@ def run(options: CaseOptions) -> BenchmarkResult:
                 seed=options.seed,
                 size=96,
             )
-        with _Cluster() as cluster:
+        with contextlib.ExitStack() as stack:
+            cluster = _Cluster(stack)
             cluster.start()
             _finish(cluster, "preprocess", config, f"source={source}", "name=mri")
             log("an undisturbed run")
@@ -138,16 +139,10 @@ def _write_config(storage: Path, scale: Scale) -> Path:
 class _Cluster:
     """A Ray head and another node, restarted when they are gone."""
 
-    def __init__(self) -> None:
-        self._stack = contextlib.ExitStack()
+    def __init__(self, stack: contextlib.ExitStack) -> None:
+        self._stack = stack  # ends both
         self.head: RayHead | None = None
         self.node: subprocess.Popen[bytes] | None = None
-
-    def __enter__(self) -> "_Cluster":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
 
     def start(self) -> RayHead:
         """Start both nodes if they are not running."""
