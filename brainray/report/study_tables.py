@@ -159,10 +159,9 @@ def csv_text(rows: Sequence[Row]) -> str:
     """All rows with the union of their columns; missing values are empty."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     stream = io.StringIO()
-    writer = csv.DictWriter(stream, columns, restval="", lineterminator="\n")
+    writer = csv.DictWriter(stream, columns, lineterminator="\n")
     writer.writeheader()
-    for row in rows:
-        writer.writerow({name: "" if value is None else value for name, value in row.items()})
+    writer.writerows(rows)
     return stream.getvalue()
 
 
