@@ -46,6 +46,7 @@ def _typed(value: Any) -> Any:
 
 
 SearchKind = Literal["choice", "uniform", "log_uniform", "integer"]
+SEARCH_KINDS = get_args(SearchKind)
 SearchValue = Annotated[Any, BeforeValidator(_typed)]
 SearchDomain = dict[SearchKind, list[SearchValue]]
 SearchSpace = dict[str, SearchDomain]
@@ -563,6 +564,14 @@ class TuneConfig(_Section):
     time_budget_min: PositiveFloat | None = None
     """Minutes of search, over all submissions, after which all trials stop and the sweep is
     complete."""
+
+    @field_validator("space", mode="before")
+    @classmethod
+    def _kinds_are_known(cls, value: Any) -> Any:
+        for key, domain in value.items() if isinstance(value, dict) else ():
+            if not isinstance(domain, dict) or not domain.keys() <= set(SEARCH_KINDS):
+                raise ValueError(f"{key} needs one of {', '.join(SEARCH_KINDS)}, not {domain!r}")
+        return value
 
     @field_validator("metric")
     @classmethod

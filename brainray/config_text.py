@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from brainray.config import AugmentConfig, Config
+from brainray.config import SEARCH_KINDS, AugmentConfig, Config
 from brainray.errors import ConfigError
 from brainray.redaction import redacted
 
@@ -19,6 +19,7 @@ _MAX_CONFIG_BYTES = 1_000_000
 _MAX_PROBLEMS = 10  # in one error
 
 _SPACE = "tune.space."
+_SPACE_KEY = re.compile(rf"(?P<setting>.+)\.(?P<kind>{'|'.join(SEARCH_KINDS)})")
 
 
 def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
@@ -168,6 +169,12 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     if key.startswith(_CLASS_MAP):  # class names may contain '.' and '='
         key, _, text = override.rpartition("=")
         parents, leaf = ["classes", "map"], key.removeprefix(_CLASS_MAP).strip()
+    if key.startswith(_SPACE):  # contains the key of a setting, which itself has dots
+        setting = key.strip().removeprefix(_SPACE)
+        space_key = _SPACE_KEY.fullmatch(setting)
+        parents, leaf = ["tune", "space"], setting
+        if space_key is not None:
+            parents, leaf = [*parents, space_key["setting"]], space_key["kind"]
     try:
         # In a name or path, YAML would read "#" as a comment and ": " as a mapping.
         has_comment = " #" in text or text.lstrip().startswith("#")
@@ -176,12 +183,6 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
             value = text
     except Exception:  # as with files, PyYAML raises nearly anything
         value = text
-    if key.startswith(_SPACE):  # contains the key of a setting, which itself has dots
-        setting = key.strip().removeprefix(_SPACE)
-        if not isinstance(value, dict):  # of a kind, the last part of the key
-            setting, _, kind = setting.rpartition(".")
-            value = {kind: value}
-        parents, leaf = ["tune", "space"], setting
     node = tree
     for parent in parents:
         if node.get(parent) is None:  # also where a file leaves it empty

@@ -39,11 +39,8 @@ def test_an_override_wins_over_the_file(tmp_path: Path) -> None:
         ("study.features.a.x=1", "(known keys: study.features.a.encoder, study.features.a.wei"),
         ("train=3", "train: this is a section: set the keys within it, not '3'"),
         ("evaluation.siblings=a", "evaluation.siblings: write a list, such as [a, b], not 'a'"),
-        ("tune.space.train.learning_rate.log=[1, 2]", "rate.log: Input should be 'choice', 'unif"),
-        (
-            "tune.space.train.learning_rate={log: [1, 2]}",
-            "rate.log: Input should be 'choice', 'unif",
-        ),
+        ("tune.space.train.learning_rate.log=[1, 2]", "train.learning_rate.log needs one of choi"),
+        ("tune.space.train.learning_rate={log: [1, 2]}", "train.learning_rate needs one of choic"),
         ("num_epochs=5", "(did you mean 'train.num_epochs' or 'self_supervision.num_epochs'?)"),
         ("num_epoch=5", "(did you mean 'train.num_epochs' or 'self_supervision.num_epochs'?)"),
         ("objective.name=magic", "objective.name: Input should be 'joint', 'supervised'"),
