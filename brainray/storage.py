@@ -431,6 +431,8 @@ class Folder:
                 if self.exists():
                     self.filesystem.move(self.path, aside.path)
                 self.filesystem.move(building.path, self.path)
+        elif aside.exists() and not self.exists():  # somebody has deleted the rebuilt one
+            self.filesystem.move(aside.path, self.path)
         aside.delete()
 
     def _beside(self, what: str) -> "Folder":

@@ -331,7 +331,8 @@ class Tracker:
         try:
             info = client.get_run(run_id).info
         except MlflowException as error:
-            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            # Servers may refuse an id of another kind of server.
+            if error.error_code in {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}:
                 return None
             raise
         return info if info.lifecycle_stage == LifecycleStage.ACTIVE else None

@@ -172,6 +172,16 @@ def test_a_folder_is_rebuilt_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
+def test_a_folder_that_was_moved_aside_comes_back_if_nothing_has_taken_its_place(
+    tmp_path: Path,
+) -> None:
+    (Folder(tmp_path) / ".kept.replaced").write_bytes("last", b"1")
+    folder = Folder(tmp_path) / "kept"
+    folder.restore("last")
+    assert folder.read_bytes("last") == b"1"
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
 class _Killed(BaseException):
     """Nothing that handles it can change the file system either."""
 
