@@ -312,7 +312,7 @@ class Tracker:
         timestamp only once, even if it is sent again because the response was lost.
         """
         if self._state.get("sending") != what:
-            self._state.update(sending=what, sending_ms=_now_ms())
+            self._state.update({"sending": what, "sending_ms": _now_ms()})
             self._save()
         return self._state["sending_ms"]
 
