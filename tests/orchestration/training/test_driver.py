@@ -944,7 +944,6 @@ def test_a_validation_share_is_one_in_n(storage: Path) -> None:
     ("overrides", "error", "message"),
     [
         (["run=absent"], DataError, "no run 'absent'"),
-        ([], ConfigError, "either --set run=NAME or --set checkpoint=PATH"),
         (["checkpoint=/tmp"], CheckpointError, r"contains no model\.pt"),
     ],
 )
