@@ -69,6 +69,7 @@ class ServedFiles:
 class _Sent(TypedDict, total=False):
     """What an MLflow run has received."""
 
+    uri: str  # where it was last found
     params_sent: bool
     epochs_sent: int
     summary_sent: str  # digest
@@ -274,11 +275,14 @@ class Tracker:
         known = next(filter(None, found), None)
         if known is not None:
             self.mlflow_run_id = known.run_id
+            if self._state.get("uri", self.uri) != self.uri:
+                self._forget_what_it_lacks(client)
             client.log_batch(self._id, tags=_tags(tags))
         else:
             run = client.create_run(self._experiment_id(client), run_name=name, tags=dict(tags))
             self.mlflow_run_id = run.info.run_id
             self._sent[self._id] = {"epochs_sent": 0}
+        self._state["uri"] = self.uri
         self._save()
         if not self._state.get("params_sent"):
             # MLflow refuses to change one; some may have been sent with other settings.
@@ -292,6 +296,16 @@ class Tracker:
                 client.log_batch(self._id, params=flat[start : start + _MAX_PARAMS])
             self._state["params_sent"] = True
             self._save()
+
+    def _forget_what_it_lacks(self, client: MlflowClient) -> None:
+        """A database copied earlier does not have what the original has received since."""
+        names = client.get_run(self._id).data.metrics
+        steps = (
+            point.step for name in names for point in client.get_metric_history(self._id, name)
+        )
+        newest = max(steps, default=0)
+        if newest < self._state["epochs_sent"]:
+            self._sent[self._id] = {"epochs_sent": newest}
 
     @property
     def _id(self) -> str:

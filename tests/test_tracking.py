@@ -264,6 +264,21 @@ def test_a_database_that_moves_with_its_storage_goes_on(run: Folder) -> None:
     assert again.mlflow_run_id == before.mlflow_run_id
 
 
+def test_a_copied_database_gets_what_the_original_has_received_since(run: Folder) -> None:
+    before = begun(run, database(run), {"a": 1})
+    before.log_epochs(HISTORY[:1])
+    copy = f"{run.path}/copy.db"
+    shutil.copy(database(run).removeprefix("sqlite:///"), copy)
+    before.log_epochs(HISTORY)
+
+    after = begun(run, f"sqlite:///{copy}", {"a": 1})
+    after.log_epochs(HISTORY)
+    assert after.problem is None
+    client = MlflowClient(f"sqlite:///{copy}")
+    history = client.get_metric_history(str(after.mlflow_run_id), "train/loss/ce")
+    assert [point.step for point in history] == [1, 2, 3]
+
+
 def test_a_database_with_a_relative_path_is_the_one_with_its_absolute_path(
     run: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
