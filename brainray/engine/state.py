@@ -4,7 +4,6 @@ import io
 import re
 import zipfile
 from collections.abc import Collection
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -175,12 +174,24 @@ def keep_as_best(run: Folder, epoch: int) -> None:
 def restore_best(run: Folder, epoch: int) -> None:
     """Make a chosen epoch the run's best if it is not: the job that saved it was interrupted, or
     one chosen later has been damaged since.
+
+    Raises:
+        CheckpointError: neither it nor the checkpoint of that epoch can be read.
     """
-    with suppress(CheckpointError):
+    try:
         if load_checkpoint(run / layout.BEST).epoch == epoch:
             return
-    if (run / layout.checkpoint_folder(epoch)).exists(layout.FITTED):  # else of an earlier version
-        keep_as_best(run, epoch)
+        problem = f"{run / layout.BEST} is of another epoch"
+    except CheckpointError as error:
+        problem = str(error)
+    try:
+        load_checkpoint(run / layout.checkpoint_folder(epoch))
+    except CheckpointError:
+        raise CheckpointError(
+            f"the model of the chosen epoch {epoch} is lost ({problem}): "
+            f"restore {run / layout.BEST} from a backup or train under another name"
+        ) from None
+    keep_as_best(run, epoch)
 
 
 def delete_other_predictions(run: Folder, epochs: Collection[int]) -> None:

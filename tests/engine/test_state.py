@@ -228,9 +228,22 @@ def test_the_best_outlives_its_epochs_checkpoint(tmp_path: Path) -> None:
     restore_best(run, 1)
     assert best_of(run) == 1
     (run / "epoch-0001").delete()  # as by earlier versions
-    for chosen in (1, 2):
-        restore_best(run, chosen)
-        assert best_of(run) == 1
+    restore_best(run, 1)
+    assert best_of(run) == 1
+
+
+def test_a_lost_best_is_refused_before_training_goes_on(tmp_path: Path) -> None:
+    run = Folder(tmp_path)
+    fitted = pa.table({"sample_id": ["a"], "coordinates": [[0.5]], "log_likelihood": [1.0]})
+    save_resumable(run, *resumable(1), fitted.cast(FITTED))
+    keep_as_best(run, 1)
+    with pytest.raises(CheckpointError, match=r"epoch 2 is lost \(.*best is of another epoch\)"):
+        restore_best(run, 2)
+    assert best_of(run) == 1
+    cut(tmp_path / "epoch-0001" / layout.MODEL)
+    cut(tmp_path / layout.BEST / layout.MODEL)
+    with pytest.raises(CheckpointError, match=r"epoch 1 is lost \(.*not a checkpoint.*restore"):
+        restore_best(run, 1)
 
 
 def test_a_model_is_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
