@@ -189,7 +189,9 @@ def _made_by(config: Config, store: ImageStore, start: EncoderStart) -> dict[str
         "seed": start.seed,
     }
     if is_refined:
-        made_by["clustering"] = config.clustering.model_dump(mode="json", exclude_defaults=True)
+        clustering = config.clustering.model_dump(mode="json", exclude_defaults=True)
+        # Always, as encoders of earlier versions have no word of it, even if it was ``warn``.
+        made_by["clustering"] = clustering | {"on_collapse": config.clustering.on_collapse}
     return made_by
 
 
