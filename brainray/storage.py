@@ -405,7 +405,7 @@ class Folder:
         to be written after all others.
         """
         self.restore(last)
-        building = self._beside("building")
+        building = self._beside("rebuilt")
         building.delete()
         try:
             yield building
@@ -421,7 +421,7 @@ class Folder:
         Object stores cannot rename folders: there, the old files are deleted and the new ones
         copied.
         """
-        building, aside = self._beside("building"), self._beside("replaced")
+        building, aside = self._beside("rebuilt"), self._beside("replaced")
         if building.exists(last):
             if self.local_path is None:
                 self._discard(last)

@@ -302,6 +302,6 @@ def test_a_disk_that_fills_while_a_store_is_written_leaves_the_old_store(
     assert process.returncode == 2
     assert "no space left to write" in failed["error"]
     assert {path: path.read_bytes() for path in store.rglob("*") if path.is_file()} == before
-    assert not (small_disk / "datasets" / ".mri.building").exists()
+    assert not (small_disk / "datasets" / ".mri.rebuilt").exists()
     (small_disk / "ballast").unlink()
     assert result(job("preprocess", config_file, f"source={more}", *settings))["status"] == "ok"

@@ -371,7 +371,7 @@ def test_an_original_may_go_when_its_copy_stays(source: Path, tmp_path: Path) ->
 def test_an_interrupted_exchange_is_mended(source: Path, tmp_path: Path) -> None:
     before = opened(tmp_path / "a")
     datasets = tmp_path / "a" / "datasets"
-    shutil.copytree(datasets / "mri", datasets / ".mri.building")
+    shutil.copytree(datasets / "mri", datasets / ".mri.rebuilt")
     (datasets / "mri").rename(datasets / ".mri.replaced")
     again = made(tmp_path / "a", source)
     assert again.manifest == before.manifest
