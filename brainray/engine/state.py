@@ -4,6 +4,7 @@ import io
 import re
 import zipfile
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -184,14 +185,16 @@ def restore_best(run: Folder, epoch: int) -> None:
         problem = f"{run / layout.BEST} is of another epoch"
     except CheckpointError as error:
         problem = str(error)
-    try:
-        load_checkpoint(run / layout.checkpoint_folder(epoch))
-    except CheckpointError:
-        raise CheckpointError(
-            f"the model of the chosen epoch {epoch} is lost ({problem}): "
-            f"restore {run / layout.BEST} from a backup or train under another name"
-        ) from None
-    keep_as_best(run, epoch)
+    folder = run / layout.checkpoint_folder(epoch)
+    with suppress(CheckpointError):
+        load_checkpoint(folder)
+        if folder.exists(layout.FITTED):  # else of an earlier version
+            keep_as_best(run, epoch)
+            return
+    raise CheckpointError(
+        f"the model of the chosen epoch {epoch} is lost ({problem}): "
+        f"restore {run / layout.BEST} from a backup or train under another name"
+    )
 
 
 def delete_other_predictions(run: Folder, epochs: Collection[int]) -> None:
