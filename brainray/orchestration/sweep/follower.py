@@ -84,7 +84,8 @@ class SweepFollower(Watcher):
         send_run(trial.run, child)
         child.log_tags({"brainray.outcome": outcome})
         if not trial.run.is_complete:
-            child.finish("FAILED" if outcome.startswith("failed") else "KILLED")
+            # One that the scheduler or the budget stopped has ended as intended.
+            child.finish("FAILED" if outcome.startswith("failed") else "FINISHED")
         if child.problem is None:
             self._sent.add(trial.trial_id)
 
