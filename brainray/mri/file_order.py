@@ -16,6 +16,8 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from brainray.mri.groups import connected_groups
+
 _NUMBERS = re.compile(r"(\d+)", re.ASCII)
 _STRETCH = 100  # slices: long against a series, whose parting its two ends risk
 
@@ -42,12 +44,12 @@ def successive_files(names: Sequence[str | None]) -> NDArray[np.int64]:
 def in_stretches(
     place: Mapping[str, float], groups: Sequence[str], successive: NDArray[np.int64]
 ) -> list[str]:
-    """Groups in a random order in which those of successive files follow one another.
+    """Groups with successive files in others, in a random order in which these follow one another.
 
-    A stretch starts at a group that is in none, with a probability in proportion to its links, so
-    that every file is as likely as another (Efraimidis & Spirakis 2006). It grows by the group that
-    has the largest share of its links in it, until it has a hundred slices or there is none.
-    Groups without links are in the order of their places.
+    A stretch starts at a group that is in none, with a probability in proportion to its links and
+    in inverse proportion to the length of a stretch there, so that every file is as likely as
+    another (Efraimidis & Spirakis 2006). It grows by the group that has the largest share of its
+    links in it, until it has a hundred slices or there is none.
 
     Args:
         place: of every group, uniform in [0, 1).
@@ -61,22 +63,29 @@ def in_stretches(
             links[one][other] += 1
             links[other][one] += 1
     sizes = Counter(groups)
+    num_links = {name: own.total() for name, own in links.items()}
+    series = connected_groups(groups, *successive.T)
+    num_slices = Counter(series)
+    length = {
+        name: min(num_slices[own], _STRETCH) for name, own in zip(groups, series, strict=True)
+    }
     taken: dict[str, None] = {}  # in order
     for start in sorted(
-        place, key=lambda name: -math.log1p(-place[name]) / max(links[name].total(), 1)
+        links, key=lambda name: -math.log1p(-place[name]) * length[name] / num_links[name]
     ):
-        _grow_stretch(start, links, sizes, taken)
+        _grow_stretch(start, links, num_links, sizes, taken)
     return list(taken)
 
 
 def _grow_stretch(
     start: str,
     links: Mapping[str, Counter[str]],
+    num_links: Mapping[str, int],
     sizes: Mapping[str, int],
     taken: dict[str, None],
 ) -> None:
     num_slices = 0
-    num_links: Counter[str] = Counter()  # of each group, into the stretch
+    num_inward: Counter[str] = Counter()  # links of each group into the stretch
     queue = [(0.0, 0, start)]  # of groups outside, the most linked first, else the first reached
     while queue and num_slices < _STRETCH:
         _, _, group = heapq.heappop(queue)
@@ -84,7 +93,25 @@ def _grow_stretch(
             continue
         taken[group] = None
         num_slices += sizes[group]
-        for other, count in links.get(group, Counter()).items():
-            num_links[other] += count
-            share = num_links[other] / links[other].total()
+        for other, count in links[group].items():
+            num_inward[other] += count
+            share = num_inward[other] / num_links[other]
             heapq.heappush(queue, (-share, len(taken), other))
+
+
+def sides_of_neighbours(
+    sides: Mapping[str, bool], groups: Sequence[str], successive: NDArray[np.int64]
+) -> dict[str, bool]:
+    """The side of groups without one all of whose links lead to groups of the same side.
+
+    Args:
+        sides: of some groups.
+        groups: (N,) of each slice.
+        successive: (M, 2) rows of slices from successive files.
+    """
+    found: defaultdict[str, set[bool | None]] = defaultdict(set)
+    for first, second in successive:
+        for own, other in ((groups[first], groups[second]), (groups[second], groups[first])):
+            if own != other and own not in sides:
+                found[own].add(sides.get(other))
+    return {name: True in around for name, around in found.items() if around in ({True}, {False})}

@@ -2,13 +2,13 @@
 
 A group of near-duplicates or of one subject is drawn as a whole. A draw takes the first groups of
 an order that does not depend on the fraction, so a smaller draw of labels is part of a larger one.
-The test split is drawn in stretches of successive files.
+The test split is drawn in stretches of successive files, where there are any.
 """
 
 import hashlib
 import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -16,10 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from brainray.errors import ConfigError, DataError
-from brainray.mri.file_order import in_stretches
+from brainray.mri.file_order import in_stretches, sides_of_neighbours
 from brainray.schema import LABELLED, LEFT_OUT, UNLABELLED_ROLE, VALIDATION
 
 _TOLERANCE = 0.15  # relative, of the validation share
+_NO_ORDER = np.empty((0, 2), np.int64)
 
 
 def draw_test(
@@ -27,17 +28,17 @@ def draw_test(
     groups: Sequence[str],
     generations: Sequence[int] | None = None,
     before: Mapping[str, bool] | None = None,
-    successive: NDArray[np.int64] | None = None,
+    successive: NDArray[np.int64] = _NO_ORDER,
     *,
     fraction: float,
     seed: int,
 ) -> NDArray[np.bool_]:
     """Whether each slice is held out for testing: about ``fraction`` of every class, whole groups.
 
-    For a class with two or more groups, at least one is held out and at least one is not, as far as
-    the groups drawn ``before`` and the last slices of other classes allow: a group that has them is
-    not held out. Nor is the only group of a class. Unlabelled slices are drawn like a separate
-    class.
+    Of a class with slices in two or more groups, at least one is held out and at least one is not,
+    as far as the groups drawn ``before`` and the last slices of other classes allow: a group that
+    has them is not held out. Nor is the only group of a class. Unlabelled slices are drawn like a
+    separate class. A new group between files of one side joins that side.
 
     Args:
         labels: of each slice; None if unknown.
@@ -49,33 +50,73 @@ def draw_test(
         seed: of the hash order.
     """
     before = before or {}
-    held_out = np.array([before.get(group, False) for group in groups], dtype=np.bool_)
+    beside = sides_of_neighbours(before, groups, successive)
     by_class = _groups_by_class(
         labels, groups, generations, purpose="test", seed=seed, successive=successive
     )
-    left = Counter(label for label, out in zip(labels, held_out, strict=True) if not out)
+    held_out = _HeldOut(labels, [before.get(group, False) for group in groups])
+    new_by_class: dict[str | None, list[_Group]] = {}
+    for label, members in by_class.items():
+        names = [groups[group.slices[0]] for group in members]
+        decided = [before[name] for name in names if name in before]
+        new = [
+            (group, beside.get(name, group.place < fraction))
+            for group, name in zip(members, names, strict=True)
+            if name not in before
+        ]
+        new.sort(key=lambda drawn: drawn[0].place)
+        new_by_class[label] = [group for group, _ in new]
+        most = len(new) - int(all(decided))
+        for group, is_drawn in new:
+            if is_drawn and most > 0 and held_out.can_spare(group):
+                held_out.add(group)
+                most -= 1
+    for label in held_out.untested_classes():
+        held_out.add_smallest(label, new_by_class)
+    return held_out.mask
 
-    def has_last_of_a_class(group: _Group) -> bool:
-        own = Counter(labels[index] for index in group.slices)
-        return any(left[name] == count for name, count in own.items() if name is not None)
 
-    for members in by_class.values():
-        decided = [before[name] for g in members if (name := groups[g.slices[0]]) in before]
-        new = [group for group in members if groups[group.slices[0]] not in before]
-        new.sort(key=lambda group: group.place)
-        at_least = int(not any(decided) and len(members) > 1)
-        at_most = max(len(new) - int(all(decided)), 0)
-        below = [group for group in new if group.place < fraction]
-        num_chosen = 0
-        # The first group of a class may be half of it: then its smallest is held out.
-        smallest_first = sorted(new, key=lambda group: (len(group.slices), group.place))
-        for candidates, most in ((below, at_most), (smallest_first, min(at_least, at_most))):
-            for group in candidates:
-                if num_chosen < most and not has_last_of_a_class(group):
-                    held_out[group.slices] = True
-                    left.subtract(labels[index] for index in group.slices)
-                    num_chosen += 1
-    return held_out
+class _HeldOut:
+    """The slices held out so far, and how many of each class are left to learn from."""
+
+    def __init__(self, labels: Sequence[str | None], mask: Sequence[bool]) -> None:
+        self.mask = np.array(mask, dtype=np.bool_)
+        self._labels = labels
+        self._num_slices = Counter(labels)
+        self._left = Counter(label for label, out in zip(labels, mask, strict=True) if not out)
+
+    def can_spare(self, group: "_Group") -> bool:
+        """Whether no class would lose its last slices with those of the group."""
+        own = Counter(self._labels[index] for index in group.slices)
+        return all(count < self._left[label] for label, count in own.items() if label is not None)
+
+    def add(self, group: "_Group") -> None:
+        self.mask[group.slices] = True
+        self._left.subtract(self._labels[index] for index in group.slices)
+
+    def untested_classes(self) -> Iterator[str | None]:
+        """Those without a held-out slice, the rarest first; None for unlabelled slices."""
+        for label in sorted(
+            self._num_slices, key=lambda label: (self._num_slices[label], str(label))
+        ):
+            if self._left[label] == self._num_slices[label]:
+                yield label
+
+    def add_smallest(
+        self, label: str | None, new_by_class: "Mapping[str | None, list[_Group]]"
+    ) -> None:
+        """Hold out the smallest new group of a class, else of those that have slices of it."""
+        candidates = [
+            (name != label, len(group.slices), group.place, group)
+            for name, new in new_by_class.items()
+            for group in new
+            if 0 < self._num_of(label, group) < self._left[label] and self.can_spare(group)
+        ]
+        if candidates:
+            self.add(min(candidates, key=lambda candidate: candidate[:3])[-1])
+
+    def _num_of(self, label: str | None, group: "_Group") -> int:
+        return sum(self._labels[index] == label for index in group.slices)
 
 
 def draw_roles(
@@ -265,10 +306,10 @@ def _groups_by_class(
     *,
     purpose: str,
     seed: int,
-    successive: NDArray[np.int64] | None = None,
+    successive: NDArray[np.int64] = _NO_ORDER,
 ) -> dict[str | None, list[_Group]]:
-    """Groups of each class, by generation, each generation in hash order or in stretches of
-    ``successive`` files.
+    """Groups of each class, by generation: those of ``successive`` files in stretches, then the
+    others in hash order.
 
     A group with some unlabelled slices counts for the class of its labelled ones. A group of
     several classes, such as a patient with and without a visible lesion, counts for the rarest of
@@ -291,25 +332,27 @@ def _groups_by_class(
     for group, indices in members.items():
         counted = [i for i in indices if labels[i] is not None] if purpose == "labels" else []
         founded[group] = min(slice_generations[i] for i in counted or indices)
-    ordered: dict[str | None, dict[int, list[_Unplaced]]] = defaultdict(lambda: defaultdict(list))
+    ordered: defaultdict[str | None, defaultdict[tuple[int, bool], list[_Unplaced]]] = defaultdict(
+        lambda: defaultdict(list)
+    )
     place = {name: _uniform(purpose, seed, name) for name in members}
-    if successive is None:
-        order = sorted(members, key=lambda name: place[name])
-    else:
-        order = in_stretches(place, groups, successive)
-    for group in sorted(order, key=lambda name: founded[name]):
+    stretches = dict.fromkeys(in_stretches(place, groups, successive))
+    others = sorted(members.keys() - stretches.keys(), key=lambda name: place[name])
+    for group in sorted([*stretches, *others], key=lambda name: founded[name]):
         generation = founded[group]
         founders = [i for i in members[group] if slice_generations[i] <= generation]
         names = {label for i in founders if (label := labels[i]) is not None}
         label = min(names, key=lambda name: (frequency[generation][name], name), default=None)
-        ordered[label][generation].append(_Unplaced(members[group], len(founders)))
+        ordered[label][generation, group in stretches].append(
+            _Unplaced(members[group], len(founders))
+        )
     return {
         label: [
             group
-            for generation, unplaced in by_generation.items()
+            for (generation, _), unplaced in by_part.items()
             for group in _placed(unplaced, generation, _turn(purpose, seed, generation))
         ]
-        for label, by_generation in ordered.items()
+        for label, by_part in ordered.items()
     }
 
 

@@ -28,9 +28,9 @@ def test_names_without_an_order_give_no_pair(names: list[str | None]) -> None:
     assert successive_files(names).shape == (0, 2)
 
 
-def test_groups_without_links_are_in_the_order_of_their_places() -> None:
+def test_groups_without_links_are_in_no_stretch() -> None:
     place = {"a": 0.5, "b": 0.9, "c": 0.1}
-    assert in_stretches(place, ["a", "b", "b", "c"], np.array([[1, 2]])) == ["c", "a", "b"]
+    assert in_stretches(place, ["a", "b", "b", "c"], np.array([[1, 2]])) == []
 
 
 def test_stretches_grow_in_both_directions_until_they_have_a_hundred_slices() -> None:
@@ -83,6 +83,68 @@ def test_a_split_in_stretches_parts_few_series(seed: int) -> None:
     ]
     assert parted[0] > 40
     assert parted[1] <= num_ends
+
+
+def held_out_shares(names: list[str | None], part: list[str], num_seeds: int) -> dict[str, float]:
+    """The held-out share of each part of one class of single slices, mean of some draws."""
+    groups = [f"g{row:04d}" for row in range(len(names))]
+    successive = successive_files(names)
+    draws = [
+        draw_test(["a"] * len(names), groups, successive=successive, fraction=0.2, seed=seed)
+        for seed in range(num_seeds)
+    ]
+    return {
+        name: float(np.mean([drawn[np.array(part) == name].mean() for drawn in draws]))
+        for name in set(part)
+    }
+
+
+@pytest.mark.parametrize("num_numbered", [100, 500, 900])
+def test_files_with_an_order_and_without_one_have_the_same_share_of_every_draw(
+    num_numbered: int,
+) -> None:
+    names = [f"{row}.png" if row < num_numbered else None for row in range(1000)]
+    part = ["other" if name is None else "numbered" for name in names]
+    assert held_out_shares(names, part, num_seeds=1) == {"numbered": 0.2, "other": 0.2}
+
+
+def test_short_series_are_as_likely_to_be_held_out_as_long_ones() -> None:
+    names = [
+        f"{row}.png" if row < 1000 else f"folder-{'ab'[row % 2] * (row // 20)}/{row}.png"
+        for row in range(2000)
+    ]
+    part = ["long" if row < 1000 else "short" for row in range(2000)]
+    for share in held_out_shares(names, part, num_seeds=30).values():
+        assert share == pytest.approx(0.2, abs=0.03)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_files_that_come_later_between_others_join_their_side(seed: int) -> None:
+    names, groups = [f"{row:04d}" for row in range(1000)], [f"g{row:04d}" for row in range(1000)]
+    old = np.arange(0, 1000, 2)
+    drawn = draw_test(
+        ["a"] * 500,
+        [groups[row] for row in old],
+        successive=successive_files([names[row] for row in old]),
+        fraction=0.2,
+        seed=seed,
+    )
+    before = {groups[row]: bool(out) for row, out in zip(old, drawn, strict=True)}
+    generations = [row % 2 for row in range(1000)]
+    after = draw_test(
+        ["a"] * 1000,
+        groups,
+        generations,
+        before,
+        successive_files(names),
+        fraction=0.2,
+        seed=seed,
+    )
+    np.testing.assert_array_equal(after[old], drawn)
+    between = np.arange(1, 999, 2)
+    same = after[between - 1] == after[between + 1]
+    np.testing.assert_array_equal(after[between][same], after[between - 1][same])
+    assert after.mean() == pytest.approx(0.2, abs=0.01)
 
 
 def test_stretches_do_not_depend_on_the_order_of_rows() -> None:

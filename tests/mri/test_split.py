@@ -368,6 +368,16 @@ def test_no_class_loses_its_last_slices_with_those_of_two_rarer_ones(
 
 
 @pytest.mark.parametrize("seed", range(3))
+def test_a_class_whose_patients_count_for_other_classes_is_tested(seed: int) -> None:
+    """Of its two patients, one has slices of a rarer class, and counts for that."""
+    labels = [*"xxxxxx", *"xxxxxyy", *"yyy", *"z" * 40]
+    groups = ["p0"] * 6 + ["p1"] * 7 + ["p2"] * 3 + [f"q{row // 4}" for row in range(40)]
+    held_out = draw_test(labels, groups, fraction=0.2, seed=seed)
+    for is_out in (True, False):
+        assert {labels[row] for row in np.flatnonzero(held_out == is_out)} == set("xyz")
+
+
+@pytest.mark.parametrize("seed", range(3))
 def test_the_last_unlabelled_slices_are_no_reason_to_stay_in_training(seed: int) -> None:
     labels, groups = ["a", None, "a", "a", "a"], [*"pp", *"qqq"]
     held_out = draw_test(labels, groups, fraction=0.0, seed=seed)
