@@ -43,6 +43,7 @@ from brainray.storage import Folder
 
 _BATCH = 500  # MLflow rejects batches of more than 1,000 metrics
 _MAX_PARAMS = 100
+_SUMMARY = "final/"  # before the names of a whole run's metrics
 _ENDED = {"FINISHED", "FAILED", "KILLED"}
 _DATABASE_RETRIES = 3  # take half a second; MLflow's default of ten takes two minutes per call
 _MAX_KEY = 240  # MLflow's limit is 250
@@ -182,7 +183,7 @@ class Tracker:
         self._read_again()
         if self._state.get("summary_sent") == digest:
             return
-        final = {f"final/{name}": value for name, value in metrics.items()}
+        final = {f"{_SUMMARY}{name}": value for name, value in metrics.items()}
         self._log(final, step=0, timestamp=self._stamp(f"summary {digest}"))
         self._state["summary_sent"] = digest
         self._save()
@@ -275,7 +276,7 @@ class Tracker:
         known = next(filter(None, found), None)
         if known is not None:
             self.mlflow_run_id = known.run_id
-            if self._state.get("uri", self.uri) != self.uri:
+            if self._state.get("uri", saved["uri"]) != self.uri:
                 self._forget_what_it_lacks(client)
             client.log_batch(self._id, tags=_tags(tags))
         else:
@@ -304,8 +305,9 @@ class Tracker:
             point.step for name in names for point in client.get_metric_history(self._id, name)
         )
         newest = max(steps, default=0)
-        if newest < self._state["epochs_sent"]:
-            self._sent[self._id] = {"epochs_sent": newest}
+        has_summary = any(name.startswith(_SUMMARY) for name in names)
+        if newest < self._state["epochs_sent"] or not has_summary:
+            self._sent[self._id] = {"epochs_sent": min(newest, self._state["epochs_sent"])}
 
     @property
     def _id(self) -> str:

@@ -264,19 +264,31 @@ def test_a_database_that_moves_with_its_storage_goes_on(run: Folder) -> None:
     assert again.mlflow_run_id == before.mlflow_run_id
 
 
-def test_a_copied_database_gets_what_the_original_has_received_since(run: Folder) -> None:
+@pytest.mark.parametrize("is_earlier_version", [False, True])
+@pytest.mark.parametrize("num_epochs", [0, 1, 3])
+def test_a_copied_database_gets_what_the_original_has_received_since(
+    run: Folder, num_epochs: int, is_earlier_version: bool
+) -> None:
     before = begun(run, database(run), {"a": 1})
-    before.log_epochs(HISTORY[:1])
+    before.log_epochs(HISTORY[:num_epochs])
     copy = f"{run.path}/copy.db"
     shutil.copy(database(run).removeprefix("sqlite:///"), copy)
     before.log_epochs(HISTORY)
+    before.log_summary({"accuracy": 0.5})
+    if is_earlier_version:  # which knew one place only
+        saved = run.read_json("tracking.json")
+        for sent in saved["sent"].values():
+            del sent["uri"]
+        run.write_json("tracking.json", saved)
 
     after = begun(run, f"sqlite:///{copy}", {"a": 1})
     after.log_epochs(HISTORY)
+    after.log_summary({"accuracy": 0.5})
     assert after.problem is None
     client = MlflowClient(f"sqlite:///{copy}")
     history = client.get_metric_history(str(after.mlflow_run_id), "train/loss/ce")
     assert [point.step for point in history] == [1, 2, 3]
+    assert client.get_run(str(after.mlflow_run_id)).data.metrics["final/accuracy"] == 0.5
 
 
 def test_a_database_with_a_relative_path_is_the_one_with_its_absolute_path(
