@@ -194,7 +194,10 @@ def measure_by_order(
                 "successive files in one group",
                 _mean((groups[first] == groups[second])[is_class[first]]),
             ),
-            Measure("any two files in one group", float((sizes * (sizes - 1)).sum() / num_pairs)),
+            Measure(
+                "any two files in one group",
+                float((sizes * (sizes - 1)).sum() / num_pairs) if num_pairs else float("nan"),
+            ),
             *_leaks_to_next(draws, successive, is_class),
         ]
     return measures
@@ -282,8 +285,8 @@ def _draws(
             for number in range(_NUM_DRAWS)
         ]
         for kind, parts, order in (
-            (_RANDOM, single, None),
-            (_UNNUMBERED, groups.tolist(), None),
+            (_RANDOM, single, successive[:0]),
+            (_UNNUMBERED, groups.tolist(), successive[:0]),
             (_GROUPED, groups.tolist(), successive),
         )
     }
@@ -299,12 +302,14 @@ def _leaks_to_next(
     successive: NDArray[np.int64],
     is_counted: NDArray[np.bool_],
 ) -> list[Measure]:
-    """Shares of the counted test slices with the slice before or after in training."""
+    """Shares of the counted numbered test slices with the slice before or after in training."""
+    is_numbered = np.zeros(len(is_counted), np.bool_)
+    is_numbered[successive] = True
 
     def leak(is_test: NDArray[np.bool_]) -> float:
         is_exposed = np.zeros(len(is_test), np.bool_)
         is_exposed[successive[is_test[successive[:, 0]] != is_test[successive[:, 1]]]] = True
-        return _mean(is_exposed[is_test & is_counted])
+        return _mean(is_exposed[is_test & is_counted & is_numbered])
 
     return [
         Measure(f"leak to next slice, {kind}", _mean([leak(is_test) for is_test in drawn]))

@@ -176,7 +176,8 @@ def draw_roles(
                 f"class {name!r} has {list(labels).count(name)} labelled training slice(s), all of "
                 "one subject or group of copies, but training and validation need one each (slices "
                 "of the test part do not count): label more of them, or drop the class, as the "
-                "source calls it, in a store of another name with classes.map.CLASS=null"
+                "source calls it, in a store of another name with classes.map.CLASS=null, or make "
+                "one with a smaller split.test_fraction if brainray draws the test part"
             )
         # One for training and one for validation, however small the fraction.
         uses = [validates[own] for own in related_of_members]
