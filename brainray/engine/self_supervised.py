@@ -32,6 +32,7 @@ def build_pretext(name: PretextName, config: SelfSupervisionConfig) -> Pretext:
             return NoPretext(config.augment)
 
 
+_MOST_LEFT_OUT = 0.1  # share of the slices of an epoch
 _MATE_SHARE = 0.5  # of mates drawn from the group; the others are the slice itself
 
 
@@ -56,10 +57,18 @@ class StepPlan:
 
 
 def plan_steps(num_images: int, batch_size_per_worker: int, num_ranks: int) -> StepPlan:
-    """Plan one pass; slices that do not fill a batch are left out, different ones each epoch."""
+    """Plan one pass; slices that do not fill a batch are left out, different ones each epoch.
+
+    If they are more than a tenth, there is one step more, of batches that are smaller but see
+    nearly all slices.
+    """
     on_each_rank = max(1, num_images // num_ranks)
     batch_size = min(batch_size_per_worker, on_each_rank)
-    return StepPlan(on_each_rank // batch_size, batch_size)
+    num_steps, left_out = divmod(on_each_rank, batch_size)
+    smaller = on_each_rank // (num_steps + 1)
+    if left_out > _MOST_LEFT_OUT * on_each_rank and smaller > 1:
+        return StepPlan(num_steps + 1, smaller)
+    return StepPlan(num_steps, batch_size)
 
 
 def check_contrast(plan: StepPlan, num_groups: int, config: SelfSupervisionConfig) -> None:

@@ -21,6 +21,7 @@ from brainray.engine.self_supervised import (
     PretextEpoch,
     PretextSlices,
     SoftTargets,
+    StepPlan,
     build_pretext,
     changed_share,
     check_contrast,
@@ -251,6 +252,9 @@ def test_an_epoch_is_one_pass_in_equal_steps() -> None:
     assert plan_steps(100, 16, num_ranks=2) == plan_steps(101, 16, num_ranks=2)
     plan = plan_steps(101, 16, num_ranks=2)
     assert (plan.num_steps, plan.batch_size) == (3, 16)
+    assert plan_steps(4850, 256, num_ranks=8) == StepPlan(3, 202)  # of 606 each
+    assert plan_steps(255, 128, num_ranks=1) == StepPlan(2, 127)
+    assert plan_steps(3, 2, num_ranks=1) == StepPlan(1, 2)  # a slice alone has no contrast
     tiny = plan_steps(5, 16, num_ranks=2)
     assert (tiny.num_steps, tiny.batch_size) == (1, 2)
 
