@@ -1,6 +1,6 @@
 """Forward passes: precision, and threads in inference mode."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_MAX_PIXELS_AT_ONCE = 2**18  # per thread; the activations of more would not fit its cache
+_MAX_PIXELS_AT_ONCE = 2**18  # per thread of a CPU; the activations of more would not fit its cache
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:
@@ -31,16 +31,21 @@ def infer(
         with autocast(device, precision):
             return model(images)
 
-    num_threads = torch.get_num_threads()
-    if device.type != "cpu" or num_threads == 1:
+    if device.type != "cpu":
         return [forward(images) for images in batches]
+    num_threads = torch.get_num_threads()
+
+    def parts(images: Tensor) -> Sequence[Tensor]:
+        at_most = max(_MAX_PIXELS_AT_ONCE // images.shape[1:].numel(), 1)
+        return images.split(min(at_most, max(-(-len(images) // num_threads), 1)))
+
+    if num_threads == 1:
+        return [forward(part) for images in batches for part in parts(images)]
 
     def side_by_side(images: Tensor) -> list[Any]:
         if len(images) < num_threads:  # all threads share each layer
             return [forward(images)]
-        at_most = max(_MAX_PIXELS_AT_ONCE // images[0].numel(), 1)
-        rows_each = min(at_most, -(-len(images) // num_threads))
-        return list(pool.map(forward, images.split(rows_each)))
+        return list(pool.map(forward, parts(images)))
 
     try:
         with ThreadPoolExecutor(num_threads, "forward", torch.set_num_threads, (1,)) as pool:

@@ -34,10 +34,13 @@ def test_threads_with_slices_of_their_own_find_what_one_forward_pass_finds() -> 
 
 
 @pytest.mark.usefixtures("two_threads")
-def test_large_slices_are_embedded_a_few_at_a_time() -> None:
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_large_slices_are_embedded_a_few_at_a_time(num_threads: int) -> None:
+    torch.set_num_threads(num_threads)
     for batch, sizes in (
         (torch.ones(40, 1, 128, 128), [16, 16, 8]),
         (torch.ones(3, 1, 1024, 1024), [1, 1, 1]),
+        (torch.ones(0, 1, 128, 128), [0]),
     ):
         assert [len(part) for part in infer(torch.nn.Flatten(), [batch], CPU, "fp32")] == sizes
 
