@@ -120,6 +120,20 @@ def share_buffers(model: nn.Module) -> None:
         buffer.copy_(broadcast_from_first(buffer))
 
 
+def average_buffers(model: nn.Module, weight: int) -> None:
+    """Give floating-point buffers their mean over the ranks, each with its weight (collective).
+
+    Where all weights are 0, nothing changes.
+    """
+    buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+    if not buffers:
+        return
+    total = sum_across_ranks(torch.tensor(weight, device=buffers[0].device))
+    for buffer in buffers:
+        mean = sum_across_ranks(buffer.double() * weight) / total
+        buffer.copy_(torch.where(total > 0, mean, buffer))
+
+
 @contextmanager
 def raise_on_all_ranks(device: torch.device) -> Iterator[None]:
     """Raise one rank's error on every rank: the others would wait for it in a collective.

@@ -7,6 +7,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.optim.swa_utils import update_bn
 
+from brainray import dist
 from brainray.config import AugmentConfig
 from brainray.engine.forward import autocast
 from brainray.engine.shard import Images, PixelScale
@@ -62,17 +63,20 @@ def measure_batch_statistics(
     precision: str,
     side: int | None = None,
 ) -> None:
-    """Recompute the means and variances of batch normalisation from plain and augmented slices.
+    """Recompute the means and variances of batch normalisation from plain and augmented slices
+    of all ranks (collective).
 
     Averaged weights have no statistics (Izmailov et al. 2018, section 3.2), and running ones are
     those of augmented slices only. As in Wu & Johnson 2021 ("Rethinking 'Batch' in BatchNorm",
     section 3), they are measured again, on a fixed sample of at most 2,048 slices. Half of each
     batch is as in inference and half has the ``augmentation``, which keeps the encoder robust to
-    slices that differ from these. With a single slice, which may have no variance, nothing changes.
+    slices that differ from these. The ranks' statistics are averaged. A single slice, which may
+    have no variance, changes nothing.
     """
     order = torch.randperm(len(images), generator=Generator().manual_seed(0))
-    chosen = order[:_SLICES_FOR_STATISTICS]
+    chosen = order[: max(_SLICES_FOR_STATISTICS // dist.world_size(), 2)]
     if len(chosen) < 2:
+        dist.average_buffers(model, 0)
         return
     # All batches count the same in the mean, so their sizes differ by at most one slice; none has
     # a single slice.
@@ -89,3 +93,4 @@ def measure_batch_statistics(
 
     with autocast(images.device, precision):
         update_bn(map(seen, batches), model)
+    dist.average_buffers(model, len(chosen))

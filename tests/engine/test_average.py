@@ -4,12 +4,14 @@ import pytest
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from brainray import dist
 from brainray.config import AugmentConfig
 from brainray.engine import average as average_module
 from brainray.engine.average import MovingAverage, measure_batch_statistics
 from brainray.engine.epoch import embed
 from brainray.engine.shard import CachedImages, PixelScale
 from brainray.models.encoder import Encoder, EncoderOutput
+from tests.ranks import OnRanks
 
 SCALE = PixelScale(mean=0.5, std=0.25)
 UNCHANGED = AugmentConfig(policy="none")
@@ -88,6 +90,30 @@ def test_batch_statistics_are_of_slices_as_they_are_and_of_augmented_ones() -> N
     in_parts = measured(by_parts, CachedImages(images), batch_size=11)
     torch.testing.assert_close(in_parts.running_mean, norm.running_mean, rtol=0.02, atol=0.02)
     assert norm.momentum == 0.1
+
+
+def mean_of_this_rank(greys: list[list[int]]) -> tuple[float, bool]:
+    """Statistics of slices of these greys, one list for each rank; whether they moved."""
+    torch.manual_seed(0)
+    encoder = Encoder("resnet18", num_classes=2)
+    before = encoder.backbone.bn1.running_mean.clone()
+    own = torch.tensor(greys[dist.rank()], dtype=torch.uint8)
+    images = own.view(-1, 1, 1, 1).expand(-1, -1, 32, 32)
+    norm = measured(encoder, CachedImages(images), batch_size=8)
+    return float(norm.running_mean.sum()), not torch.equal(norm.running_mean, before)
+
+
+def test_batch_statistics_are_those_of_all_ranks(on_two_ranks: OnRanks) -> None:
+    """In proportion to their slices; one slice, which may have no variance, does not count."""
+    dark, bright = [10, 12, 14, 16], [200, 220]
+    (alone, _), (other, _) = (
+        on_two_ranks(mean_of_this_rank, [part] * 2)[0] for part in (dark, bright)
+    )
+    both = on_two_ranks(mean_of_this_rank, [dark, bright])
+    assert both[0] == both[1]
+    assert both[0][0] == pytest.approx((4 * alone + 2 * other) / 6, rel=1e-4)
+    assert on_two_ranks(mean_of_this_rank, [dark, [200]])[1][0] == pytest.approx(alone, rel=1e-4)
+    assert on_two_ranks(mean_of_this_rank, [[10], [200]])[0] == (0.0, False)
 
 
 class Shown(torch.nn.Module):
