@@ -10,7 +10,7 @@ from brainray.config import AugmentConfig
 
 _BIAS_KNOTS = 4  # knots of the bias field along each axis
 _CURVE_TERMS = 4  # cosines over the range of intensities
-_BLUR_RADIUS = 4  # pixels
+_BLUR_RADIUS = 4  # pixels, at least
 
 
 def augment(images: Tensor, config: AugmentConfig, generator: Generator) -> Tensor:
@@ -48,7 +48,8 @@ def augment(images: Tensor, config: AugmentConfig, generator: Generator) -> Tens
         shaded.mul_(_bias_field(images, config.bias_field, generator))
     if config.max_blur_sigma:
         sigma = config.max_blur_sigma * _unsigned(len(images), generator)
-        shaded = _blur(shaded, sigma).mul_(head)
+        radius = max(_BLUR_RADIUS, math.ceil(3 * config.max_blur_sigma))
+        shaded = _blur(shaded, sigma, radius).mul_(head)
     if config.max_noise_std:
         std = config.max_noise_std * _unsigned(len(images), generator)
         noise = torch.randn(images.shape, generator=generator, device=generator.device)
@@ -104,15 +105,15 @@ def _bias_field(images: Tensor, strength: float, generator: Generator) -> Tensor
     )
 
 
-def _blur(images: Tensor, sigma: Tensor) -> Tensor:
+def _blur(images: Tensor, sigma: Tensor, radius: int) -> Tensor:
     """Blur each slice (1, H, W) of a batch with its own sigma (B,), in pixels."""
-    offsets = torch.arange(-_BLUR_RADIUS, _BLUR_RADIUS + 1, device=images.device)
+    offsets = torch.arange(-radius, radius + 1, device=images.device)
     kernels = torch.exp(-0.5 * (offsets / sigma.clamp_min(1e-3)[:, None]).square())
     kernels = kernels / kernels.sum(dim=1, keepdim=True)
     as_channels = images.transpose(0, 1)  # one convolution group per slice
     for shape, padding in (
-        ((-1, 1, 1, offsets.numel()), (0, _BLUR_RADIUS)),
-        ((-1, 1, offsets.numel(), 1), (_BLUR_RADIUS, 0)),
+        ((-1, 1, 1, offsets.numel()), (0, radius)),
+        ((-1, 1, offsets.numel(), 1), (radius, 0)),
     ):
         as_channels = F.conv2d(
             as_channels, kernels.view(shape), padding=padding, groups=len(images)
