@@ -240,15 +240,23 @@ class Tracker:
             self._save()
 
     @_lenient
-    def finish(self, status: str = "FINISHED", *, unless_ended: bool = False) -> None:
+    def finish(
+        self,
+        status: str = "FINISHED",
+        *,
+        unless_ended: bool = False,
+        with_last_metrics: bool = False,
+    ) -> None:
         """Mark the run as FINISHED, FAILED or KILLED; one with that status keeps its end time.
 
-        With ``unless_ended``, a run that ended with another status is not changed either.
+        With ``unless_ended``, a run that ended with another status is not changed either. The end
+        time is now, or that of the last metrics sent.
         """
         client = self._connect()
         before = client.get_run(self._id).info.status
         if before not in _ENDED or (before != status and not unless_ended):
-            client.set_terminated(self._id, status)
+            end_ms = self._state.get("sending_ms") if with_last_metrics else None
+            client.set_terminated(self._id, status, end_ms)
 
     def _attempt(self, what: str, action: Callable[[], None] = lambda: None) -> None:
         """Do what is due, then the action; the first failure is logged, each is kept."""

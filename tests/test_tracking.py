@@ -98,6 +98,16 @@ def test_a_run_that_has_ended_stays_so_until_it_goes_on(run: Folder) -> None:
     assert client.get_run(str(first.mlflow_run_id)).info.status == "FINISHED"
 
 
+def test_a_run_that_stopped_some_time_ago_ended_with_its_last_metrics(run: Folder) -> None:
+    tracker = begun(run, database(run))
+    tracker.log_epochs(HISTORY)
+    time.sleep(0.01)
+    tracker.finish(with_last_metrics=True)
+    client = MlflowClient(database(run))
+    last = client.get_metric_history(str(tracker.mlflow_run_id), "train/loss/ce")[-1]
+    assert client.get_run(str(tracker.mlflow_run_id)).info.end_time == last.timestamp
+
+
 def test_a_run_that_goes_on_while_the_server_is_away_is_said_to_run_when_it_is_back(
     run: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -264,8 +274,7 @@ def test_a_database_that_moves_with_its_storage_goes_on(run: Folder) -> None:
     assert again.mlflow_run_id == before.mlflow_run_id
 
 
-@pytest.mark.parametrize("is_earlier_version", [False, True])
-@pytest.mark.parametrize("num_epochs", [0, 1, 3])
+@pytest.mark.parametrize(("num_epochs", "is_earlier_version"), [(0, False), (3, False), (1, True)])
 def test_a_copied_database_gets_what_the_original_has_received_since(
     run: Folder, num_epochs: int, is_earlier_version: bool
 ) -> None:

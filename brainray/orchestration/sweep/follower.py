@@ -84,8 +84,9 @@ class SweepFollower(Watcher):
         send_run(trial.run, child)
         child.log_tags({"brainray.outcome": outcome})
         if not trial.run.is_complete:
-            # One that the scheduler or the budget stopped has ended as intended.
-            child.finish("FAILED" if outcome.startswith("failed") else "FINISHED")
+            # One that the scheduler or the budget stopped has ended as intended, some time ago.
+            status = "FAILED" if outcome.startswith("failed") else "FINISHED"
+            child.finish(status, with_last_metrics=True)
         if child.problem is None:
             self._sent.add(trial.trial_id)
 

@@ -881,7 +881,7 @@ def test_a_lost_trial_has_failed_in_mlflow_and_a_stopped_one_has_not(
     follower.errors = {} if error is None else {"a": error}
     run = Run(Folder(tmp_path / "runs" / "search-a"), cast(Any, None))
     follower.close(Trial("a", run, {}, [], config.train))
-    child.finish.assert_called_once_with(status)
+    child.finish.assert_called_once_with(status, with_last_metrics=True)
 
 
 def test_why_no_trial_could_be_trained_is_told_once_per_reason(tmp_path: Path) -> None:
