@@ -96,6 +96,17 @@ class MLflowUI:
         axes: list[str] = self.page.locator(".parcoords .axis-title").all_text_contents()
         return axes
 
+    def compare_by(self, metric: str) -> None:
+        """Choose the metric of the comparison that is open."""
+        chosen = self.page.locator("xpath=//div[text()='Metrics:']/following-sibling::div[1]")
+        chosen.click()
+        self.page.keyboard.type(metric)
+        self.page.locator(f"[class*='item-option'][title='{metric}']").click()
+        self.page.keyboard.press("Escape")
+        others = chosen.locator("[class*='selection-item']", has_not_text=metric)
+        others.locator("[class*='item-remove']").first.click()
+        self.page.locator(".parcoords .axis-title", has_text=metric).wait_for()
+
     def open_figure(self, experiment_id: str, run_id: str, path: str) -> int:
         """A run's figure among its artifacts; the width of the picture that is shown, in pixels."""
         self.page.goto(
@@ -139,6 +150,7 @@ def take_screenshots(tracking_uri: str, experiment: str, folder: Path) -> None:
         ui.open_experiment(found.experiment_id, experiment)
         ui.page.screenshot(path=folder / "mlflow_sweep.png")
         ui.open_comparison(found.experiment_id, trials)
+        ui.compare_by("validation/score")
         ui.page.wait_for_timeout(1000)  # the lines are drawn after the axes
         ui.page.screenshot(path=folder / "mlflow_compare.png")
         ui.open_figure(found.experiment_id, parent, "figures/parallel_coordinates.png")

@@ -186,6 +186,7 @@ def test_the_pages_that_people_open_afterwards_show_the_sweep(finished: Finished
         assert sorted(shown) == sorted(str(run.info.run_name) for run in runs)
         axes = ui.open_comparison(experiment.experiment_id, [run.info.run_id for run in trials])
         assert {"objective.lambda_cluster"} == {axis for axis in axes if "/" not in axis}
+        ui.compare_by("validation/score")
         for run_id, figure in (
             (finished.mlflow_run_id, "parallel_coordinates.png"),
             (trials[0].info.run_id, "accuracy.png"),
