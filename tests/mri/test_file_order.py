@@ -1,5 +1,6 @@
 """Successive files, and a test split that parts few of them."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -85,7 +86,9 @@ def test_a_split_in_stretches_parts_few_series(seed: int) -> None:
     assert parted[1] <= num_ends
 
 
-def held_out_shares(names: list[str | None], part: list[str], num_seeds: int) -> dict[str, float]:
+def held_out_shares(
+    names: Sequence[str | None], part: list[str], num_seeds: int
+) -> dict[str, float]:
     """The held-out share of each part of one class of single slices, mean of some draws."""
     groups = [f"g{row:04d}" for row in range(len(names))]
     successive = successive_files(names)
