@@ -27,24 +27,6 @@ class PseudoLabels(NamedTuple):
         )
 
 
-@torch.no_grad()
-def held_to_classes(responsibilities: Tensor, known: Tensor, class_of_cluster: Tensor) -> Tensor:
-    """Responsibilities (n, K), those of slices of a known class within its clusters only.
-
-    As anchors hold a labelled slice. A class without a cluster changes nothing.
-
-    Args:
-        responsibilities: (n, K); rows sum to 1.
-        known: (n,) classes, UNLABELLED where unknown.
-        class_of_cluster: (K,).
-    """
-    belongs = (known[:, None] == class_of_cluster) & (known != UNLABELLED)[:, None]
-    positive = responsibilities.clamp_min(torch.finfo(responsibilities.dtype).tiny)
-    within = positive * belongs
-    shares = within / within.sum(dim=1, keepdim=True)
-    return torch.where(belongs.any(dim=1, keepdim=True), shares, responsibilities)
-
-
 def class_shares(labels: Tensor, num_classes: int) -> Tensor:
     """(C,) float64 shares of the classes among the labels (n,) of all ranks (collective)."""
     known = nn.functional.one_hot(labels, num_classes)

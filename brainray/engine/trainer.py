@@ -21,12 +21,7 @@ from brainray.engine.evaluate import epoch_metrics
 from brainray.engine.finite import name_slices, naming_slices
 from brainray.engine.loop import EpochResult, heartbeat, train_epoch
 from brainray.engine.predictions import Predictions, gather_predictions, predictions_table
-from brainray.engine.pseudo_labels import (
-    class_shares,
-    class_shift,
-    held_to_classes,
-    pseudo_labels,
-)
+from brainray.engine.pseudo_labels import class_shares, class_shift, pseudo_labels
 from brainray.engine.recipe import (
     PRECISION_BITS,
     agreed_precision,
@@ -352,16 +347,13 @@ class Trainer:
         last = self.last
         probabilities = last.probabilities[rows]
         shares = class_shares(self.data.labelled.labels, len(self.classes))
-        inherited, class_of_cluster = self.data.inherited, last.clusters.class_of_cluster
-        believed = pseudo_labels(probabilities, shares).overridden_by(inherited)
+        believed = pseudo_labels(probabilities, shares).overridden_by(self.data.inherited)
         targets = Targets(
-            responsibilities=held_to_classes(
-                last.responsibilities[rows], inherited, class_of_cluster
-            ),
+            responsibilities=last.responsibilities[rows],
             pseudo_labels=believed.labels,
             confidences=believed.confidences,
             centers=last.clusters.centers,
-            class_of_cluster=class_of_cluster,
+            class_of_cluster=last.clusters.class_of_cluster,
             ramp=ramp(self.epoch, self.config.objective.ramp_epochs),
         )
         return targets, class_shift(probabilities, shares)
@@ -371,7 +363,7 @@ class Trainer:
             self.average.update(self.encoder, num_batches * dist.world_size())
 
     def _settle_batch_statistics(self) -> None:
-        """Measure the average's batch statistics; then copy rank 0's buffers to every rank.
+        """Measure the average's batch statistics; then copy those of rank 0 to every rank.
 
         Since the last step, each rank's batch normalisation has its own statistics, but all slices
         must be embedded with one encoder, the one that is saved.

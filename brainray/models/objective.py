@@ -29,7 +29,7 @@ class Targets(NamedTuple):
     They are constants, not differentiated.
     """
 
-    responsibilities: Tensor  # (n, K) float32, gamma; within an inherited class
+    responsibilities: Tensor  # (n, K) float32, gamma
     pseudo_labels: Tensor  # (n,) int64 classes: inherited, or predicted by the last epoch
     confidences: Tensor  # (n,) float32 in [0, 1], weights of the pseudo-labels
     centers: Tensor  # (K, E) float32, mu in the space of z

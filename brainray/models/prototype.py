@@ -14,11 +14,10 @@ class Prototype:
     """lambda * [ramp * L_prototype(unlabelled) + L_anchor(labelled)].
 
     L_prototype = -(1/N_u) sum_i c_i sum_k gamma_ik log p_ik, where c_i is the confidence in the
-    pseudo-label of the slice (1 if it is inherited; gamma_i is then within its class). METHOD A's
-    second term pulls z towards its mean, and nothing keeps the means apart. Here z has to be nearer
-    to its own prototype than to the others (Li et al. 2021, "Prototypical Contrastive Learning",
-    equation 10, with the soft assignments of the mixture), and labelled slices have to be nearest
-    to a prototype of their class.
+    head's pseudo-label of the slice. METHOD A's second term pulls z towards its mean, and nothing
+    keeps the means apart. Here z has to be nearer to its own prototype than to the others (Li et
+    al. 2021, "Prototypical Contrastive Learning", equation 10, with the soft assignments of the
+    mixture), and labelled slices have to be nearest to a prototype of their class.
     """
 
     lambda_cluster: float

@@ -12,7 +12,6 @@ from brainray.engine.pseudo_labels import (
     balance_assignments,
     class_shares,
     class_shift,
-    held_to_classes,
     pseudo_labels,
 )
 from brainray.engine.recipe import ramp
@@ -68,16 +67,6 @@ def test_known_labels_are_certain_and_the_others_stay() -> None:
     overridden = found.overridden_by(torch.tensor([2, UNLABELLED, 1]))
     assert overridden.labels.tolist() == [2, 1, 1]
     assert overridden.confidences.tolist() == [1.0, 0.25, 1.0]
-
-
-def test_slices_of_a_known_class_belong_to_its_clusters_only() -> None:
-    gamma = torch.tensor([[0.2, 0.6, 0.2], [0.0, 1.0, 0.0], [0.2, 0.6, 0.2], [0.2, 0.6, 0.2]])
-    known = torch.tensor([0, 0, UNLABELLED, 2])  # no cluster is of the last class
-    held = held_to_classes(gamma, known, torch.tensor([0, 1, 0]))
-    torch.testing.assert_close(held[:2], torch.tensor([[0.5, 0.0, 0.5], [0.5, 0.0, 0.5]]))
-    assert torch.equal(held[2:], gamma[2:])
-    no_class = torch.full((3,), UNLABELLED)
-    assert torch.equal(held_to_classes(gamma, known, no_class), gamma)
 
 
 def test_a_slice_of_no_labelled_class_is_not_believed() -> None:
