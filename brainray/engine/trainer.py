@@ -363,7 +363,7 @@ class Trainer:
             self.average.update(self.encoder, num_batches * dist.world_size())
 
     def _settle_batch_statistics(self) -> None:
-        """Measure the average's batch statistics; then copy those of rank 0 to every rank.
+        """Measure the average's batch statistics; then copy rank 0's buffers to every rank.
 
         Since the last step, each rank's batch normalisation has its own statistics, but all slices
         must be embedded with one encoder, the one that is saved.

@@ -14,7 +14,7 @@ class Prototype:
     """lambda * [ramp * L_prototype(unlabelled) + L_anchor(labelled)].
 
     L_prototype = -(1/N_u) sum_i c_i sum_k gamma_ik log p_ik, where c_i is the confidence in the
-    head's pseudo-label of the slice. METHOD A's second term pulls z towards its mean, and nothing
+    pseudo-label of the slice. METHOD A's second term pulls z towards its mean, and nothing
     keeps the means apart. Here z has to be nearer to its own prototype than to the others (Li et
     al. 2021, "Prototypical Contrastive Learning", equation 10, with the soft assignments of the
     mixture), and labelled slices have to be nearest to a prototype of their class.
