@@ -15,8 +15,10 @@ from typing import Any
 import cv2
 import numpy as np
 import PIL.Image
+import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from torchvision.utils import make_grid
 
 from brainray.benchmarks.result import BenchmarkResult, CaseOptions, Measure
 from brainray.benchmarks.samples import load_slices
@@ -74,8 +76,11 @@ def run(options: CaseOptions) -> BenchmarkResult:
     log(f"{len(images)} slices, {len(neighbours)} neighbouring pairs")
     own_pairs = near_duplicate_pairs(fingerprints, settings)
     names = [f"{number:06d}" for number in range(len(images))]
-    groups = connected_groups(names, own_pairs.first, own_pairs.second)
+    groups = np.array(connected_groups(names, own_pairs.first, own_pairs.second))
     chosen = rng.choice(len(images), min(num_copied, len(images)), replace=False)
+
+    def is_found(reference: NDArray[np.int64]) -> NDArray[np.bool_]:
+        return (reference >= 0) & (groups[reference] == groups[chosen])
 
     recalls: dict[str, float] = {}
     reframings: dict[str, tuple[float, float]] = {}
@@ -83,30 +88,18 @@ def run(options: CaseOptions) -> BenchmarkResult:
     for name, (perturb, kind) in PERTURBATIONS.items():
         copies[name] = np.stack([fingerprint(perturb(images[number], rng)) for number in chosen])
         twins = find_twins(copies[name], fingerprints, settings)
-        right = [
-            # The match may be another copy that is itself mirrored or rotated; ignore its kind.
-            reference >= 0
-            and groups[reference] == groups[number]
-            and (found == kind or reference != number)
-            for number, reference, found in zip(
-                chosen.tolist(), twins.reference.tolist(), twins.kind.tolist(), strict=True
-            )
-        ]
-        recalls[name] = float(np.mean(right))
+        # The match may be another copy that is itself mirrored or rotated; ignore its kind.
+        is_of_kind = (twins.kind == kind) | (twins.reference != chosen)
+        recalls[name] = float(np.mean(is_found(twins.reference) & is_of_kind))
         log(f"{name}: recall {recalls[name]:.3f}")
 
     for name, perturb in FRAMINGS.items():
         framed = np.stack([fingerprint(perturb(images[number], rng)) for number in chosen])
         once, twice = (
-            np.mean(
-                [
-                    reference >= 0 and groups[reference] == groups[number]
-                    for number, reference in zip(chosen.tolist(), found.tolist(), strict=True)
-                ]
-            )
-            for found in _twins_by_frame_and_head(framed, fingerprints, settings)
+            float(np.mean(is_found(reference)))
+            for reference in _twins_by_frame_and_head(framed, fingerprints, settings)
         )
-        reframings[name] = float(twice), float(once)
+        reframings[name] = twice, once
         log(f"{name}: recall {once:.3f} by whole frames, {twice:.3f} with heads as well")
 
     neighbour_similarities = pair_similarity(
@@ -416,11 +409,8 @@ def _square(image: Image) -> Image:
 
 
 def _contact_sheet(pictures: list[Image]) -> Image:
-    rows = -(-len(pictures) // _SHOWN_PER_ROW)
-    blank = np.zeros_like(pictures[0])
-    filled = pictures + [blank] * (rows * _SHOWN_PER_ROW - len(pictures))
-    per_row = [filled[row * _SHOWN_PER_ROW :][:_SHOWN_PER_ROW] for row in range(rows)]
-    return np.vstack([np.hstack(row) for row in per_row])
+    tiles = torch.from_numpy(np.stack(pictures))[:, None]
+    return make_grid(tiles, nrow=_SHOWN_PER_ROW, padding=0)[0].numpy()
 
 
 def _figure(curve: dict[str, list[float]], threshold: float, taken: list[Image]) -> Figure:

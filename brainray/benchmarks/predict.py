@@ -146,7 +146,6 @@ def _config(storage: Path, seed: int) -> Config:
             "preprocess.subject.estimate=false",
             "split.labelled_fraction=0.5",
             "train.image_size=128",
-            "train.start_image_size=32",
             "train.num_epochs=1",
             "train.num_workers=1",
             "evaluation.tsne_epochs=[]",

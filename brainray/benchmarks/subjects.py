@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from sklearn.metrics.cluster import pair_confusion_matrix
 
 from brainray.benchmarks.result import BenchmarkResult, CaseOptions, Measure
 from brainray.benchmarks.samples import Pictures, pictures_by_class
@@ -155,20 +156,18 @@ def measure_by_class(
     described = Described.of(thumbnails)
     views = np.unique(same_view_groups(described, min_similarity=settings.same_view_similarity))
     distinct = described.only(views)
-    names, number = np.unique(classes[views], return_inverse=True)
+    _, number = np.unique(classes[views], return_inverse=True)
     by_chance = 1.0 - float(np.square(np.bincount(number) / len(views)).sum())
     links = mutual_links(distinct, settings)
     is_false = number[links.first] != number[links.second]
-    _, group = np.unique(merge_links(distinct, links, settings), return_inverse=True)
-    counts = np.zeros((group.max() + 1, len(names)))
-    np.add.at(counts, (group, number), 1.0)
-    sizes = counts.sum(axis=1)
-    num_pairs = (sizes * (sizes - 1.0)).sum() / 2.0
-    num_false = (np.square(sizes) - np.square(counts).sum(axis=1)).sum() / 2.0
+    groups = merge_links(distinct, links, settings)
+    in_a_group = pair_confusion_matrix(number, groups)[:, 1]
     return [
         Measure("views with a link", len(np.union1d(links.first, links.second)) / len(views)),
         Measure("false links, by class", _mean(is_false) / by_chance),
-        Measure("false pairs in a group, by class", float(num_false / num_pairs / by_chance)),
+        Measure(
+            "false pairs in a group, by class", float(in_a_group[0] / in_a_group.sum() / by_chance)
+        ),
     ]
 
 
@@ -257,11 +256,9 @@ def _pair_errors(known: KnownSlices, settings: SubjectConfig) -> dict[str, float
     Recall is over pairs of the same series, since image similarity cannot link two planes.
     """
     groups = _estimate(known.thumbnails, settings)
-    found, one_subject, one_series = (
-        np.triu(names[:, None] == names[None, :], 1)
-        for names in (groups, known.subjects, known.series)
-    )
-    return {"precision": _mean(one_subject[found]), "recall": _mean(found[one_series])}
+    found = pair_confusion_matrix(known.subjects, groups)[:, 1]
+    sought = pair_confusion_matrix(known.series, groups)[1]
+    return {"precision": float(found[1] / found.sum()), "recall": float(sought[1] / sought.sum())}
 
 
 def _with_neighbour(known: KnownSlices, groups: NDArray[np.str_]) -> float:

@@ -20,12 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from pydicom import dcmread
-from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset, FileDataset
 from pydicom.filereader import read_dataset
 from pydicom.multival import MultiValue
 from pydicom.pixels.decoders.base import Decoder, DecodeRunner, get_decoder
-from pydicom.pixels.processing import apply_color_lut, apply_modality_lut, apply_voi
+from pydicom.pixels.processing import apply_color_lut, apply_modality_lut
 from pydicom.uid import (
     UID,
     DeflatedExplicitVRLittleEndian,
@@ -311,19 +310,14 @@ def _looked_up(values: Values, attributes: Dataset) -> NDArray[np.uint8]:
     """Apply the VOI LUT; values outside it map to its first or last entry."""
     table = attributes.VOILUTSequence[0]
     num_entries, first, bits = (int(value) for value in table.LUTDescriptor)
+    num_entries = num_entries or 2**16
     stored = table.LUTData
-    if isinstance(stored, bytes) and len(stored) < 2 * (num_entries or 2**16):
-        # 8-bit entries as bytes, which pydicom reads as words.
-        wide = np.frombuffer(stored, np.uint8).tolist()
-        table["LUTData"] = DataElement(table["LUTData"].tag, "US", wide)
-    places = np.clip(values.round(), first, first + (num_entries or 2**16) - 1)
-    # pydicom indexes with integers as wide as the entries: 8-bit ones wrap around at 256.
-    table.LUTDescriptor = [num_entries, first, 16]
-    try:
-        shown = apply_voi(places.astype(np.int64), attributes)
-    finally:
-        table.LUTDescriptor = [num_entries, first, bits]  # the next frame may share the table
-    return to_uint8(shown.astype(np.float64), 0.0, 2.0**bits - 1.0)
+    if isinstance(stored, bytes):
+        word = "<u2" if attributes.original_encoding[1] else ">u2"
+        # 8-bit entries may be bytes.
+        stored = np.frombuffer(stored, word if len(stored) >= 2 * num_entries else np.uint8)
+    places = np.clip(values.round() - first, 0, num_entries - 1).astype(np.int64)
+    return to_uint8(np.asarray(stored, np.float64)[places], 0.0, 2.0**bits - 1.0)
 
 
 def _first(attributes: Dataset, keyword: str) -> float:

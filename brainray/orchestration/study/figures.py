@@ -13,7 +13,7 @@ from brainray import layout
 from brainray.clustering.clusterers import hierarchy_of, k_distances, knee
 from brainray.clustering.num_clusters import NumClustersScores, score_num_clusters
 from brainray.clustering.seeding import draw_sample
-from brainray.clustering.stability import Recommendation, Stability, measure_stability, recommend
+from brainray.clustering.stability import Recommendation, measure_stability, recommend
 from brainray.config import Config
 from brainray.engine.recluster import build_mixture
 from brainray.errors import BrainrayError
@@ -157,15 +157,14 @@ def _draw_feature_set(
                 figures[f"{prefix}-{name}.png"] = draw(sample, config)
             except BrainrayError:  # reported by the cells that need it
                 continue
-        criteria, recommendation = _choose_num_clusters(sample, config, cell.seed)
-        if criteria is not None:
-            figures[f"{prefix}-num_clusters.png"] = png_bytes(num_clusters_figure(criteria.scores))
+        scores, recommendation = _choose_num_clusters(sample, config, cell.seed)
+        if scores is not None:
+            figures[f"{prefix}-num_clusters.png"] = png_bytes(num_clusters_figure(scores))
     folder.delete_file(_file(cell), missing_ok=True)  # which would otherwise be of other figures
     for name, content in figures.items():
         folder.write_bytes(f"{layout.FIGURES}/{name}", content)
     drawn = DrawnSet(list(figures), reduced.explained.tolist(), recommendation, drawn_map)
-    details = {"criteria": None if criteria is None else asdict(criteria)}
-    folder.write_json(_file(cell), {"key": key, **asdict(drawn), **details})
+    folder.write_json(_file(cell), {"key": key, **asdict(drawn)})
 
 
 def _centroid_distances(
@@ -251,25 +250,14 @@ def _k_distances(x: NDArray[np.float64], config: Config) -> bytes:
     return png_bytes(k_distance_curve(distances, knee(distances), config.study.min_samples))
 
 
-@dataclass(frozen=True)
-class _Criteria:
-    """The scores on which a recommended number of clusters is based."""
-
-    scores: NumClustersScores
-    stability: Stability
-
-
 def _choose_num_clusters(
     x: NDArray[np.float64], config: Config, seed: int
-) -> tuple[_Criteria | None, Recommendation]:
-    """The criteria at every candidate K and the recommendation, or why there is none."""
+) -> tuple[NumClustersScores | None, Recommendation]:
+    """Scores of every candidate K and the recommendation, or why there is none."""
     candidates = sorted(config.study.candidate_num_clusters)
     mixture = partial(build_mixture, config.clustering)
     try:
-        criteria = _Criteria(
-            score_num_clusters(x, candidates, mixture=mixture, seed=seed),
-            measure_stability(x, candidates, seed=seed),
-        )
+        scores = score_num_clusters(x, candidates, mixture=mixture, seed=seed)
+        return scores, recommend(scores, measure_stability(x, candidates, seed=seed))
     except BrainrayError as error:
         return None, Recommendation(None, [str(error)])
-    return criteria, recommend(criteria.scores, criteria.stability)

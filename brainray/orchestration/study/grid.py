@@ -3,7 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -66,9 +66,7 @@ class Outcome:
 
     cell: Cell
     scores: Mapping[str, Mapping[str, float]]  # metrics of each subset of the slices
-    details: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-    seconds: float = 0.0
     problem: str | None = None  # why there are no scores
 
 
@@ -302,9 +300,7 @@ class Grid:
         saved = cells.read_json(cell.file)
         if saved["key"] != self.key(cell):
             return None
-        return Outcome(
-            cell, saved["scores"], saved["details"], tuple(saved["notes"]), saved["seconds"]
-        )
+        return Outcome(cell, saved["scores"], tuple(saved["notes"]))
 
 
 @ray.remote(num_cpus=1)
@@ -362,18 +358,17 @@ def _run_cell(
     )
     folder.delete_file(cell.file, missing_ok=True)  # which would otherwise be of other clusters
     folder.write_table(cell.file.removesuffix(".json") + ".parquet", table)
-    outcome = Outcome(cell, scores, dict(found.details), found.notes, seconds)
     folder.write_json(
         cell.file,
         {
             "key": key,
             "scores": scores,
-            "details": outcome.details,
-            "notes": list(outcome.notes),
+            "details": dict(found.details),
+            "notes": list(found.notes),
             "seconds": seconds,
         },
     )
-    return outcome
+    return Outcome(cell, scores, found.notes)
 
 
 def _agreement_of_neighbours(
