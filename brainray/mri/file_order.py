@@ -16,8 +16,6 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from brainray.mri.groups import connected_groups
-
 _NUMBERS = re.compile(r"(\d+)", re.ASCII)
 _STRETCH = 100  # slices: long against a series, whose parting its two ends risk
 
@@ -64,17 +62,28 @@ def in_stretches(
             links[other][one] += 1
     sizes = Counter(groups)
     num_links = {name: own.total() for name, own in links.items()}
-    series = connected_groups(groups, *successive.T)
-    num_slices = Counter(series)
-    length = {
-        name: min(num_slices[own], _STRETCH) for name, own in zip(groups, series, strict=True)
-    }
+    length = {name: min(size, _STRETCH) for name, size in _sizes_of_series(links, sizes).items()}
     taken: dict[str, None] = {}  # in order
     for start in sorted(
         links, key=lambda name: -math.log1p(-place[name]) * length[name] / num_links[name]
     ):
         _grow_stretch(start, links, num_links, sizes, taken)
     return list(taken)
+
+
+def _sizes_of_series(links: Mapping[str, Counter[str]], sizes: Mapping[str, int]) -> dict[str, int]:
+    """Number of slices of the groups that each group's links lead to, however far."""
+    of_series: dict[str, int] = {}
+    for start in links:
+        if start not in of_series:
+            reached = {start: None}
+            queue = [start]
+            while queue:
+                new = [other for other in links[queue.pop()] if other not in reached]
+                reached |= dict.fromkeys(new)
+                queue += new
+            of_series |= dict.fromkeys(reached, sum(sizes[name] for name in reached))
+    return of_series
 
 
 def _grow_stretch(
