@@ -76,49 +76,6 @@ def draw_test(
     return held_out.mask
 
 
-class _HeldOut:
-    """The slices held out so far, and how many of each class are left to learn from."""
-
-    def __init__(self, labels: Sequence[str | None], mask: Sequence[bool]) -> None:
-        self.mask = np.array(mask, dtype=np.bool_)
-        self._labels = labels
-        self._num_slices = Counter(labels)
-        self._left = Counter(label for label, out in zip(labels, mask, strict=True) if not out)
-
-    def can_spare(self, group: "_Group") -> bool:
-        """Whether no class would lose its last slices with those of the group."""
-        own = Counter(self._labels[index] for index in group.slices)
-        return all(count < self._left[label] for label, count in own.items() if label is not None)
-
-    def add(self, group: "_Group") -> None:
-        self.mask[group.slices] = True
-        self._left.subtract(self._labels[index] for index in group.slices)
-
-    def untested_classes(self) -> Iterator[str | None]:
-        """Those without a held-out slice, the rarest first; None for unlabelled slices."""
-        for label in sorted(
-            self._num_slices, key=lambda label: (self._num_slices[label], str(label))
-        ):
-            if self._left[label] == self._num_slices[label]:
-                yield label
-
-    def add_smallest(
-        self, label: str | None, new_by_class: "Mapping[str | None, list[_Group]]"
-    ) -> None:
-        """Hold out the smallest new group of a class, else of those that have slices of it."""
-        candidates = [
-            (name != label, len(group.slices), group.place, group)
-            for name, new in new_by_class.items()
-            for group in new
-            if 0 < self._num_of(label, group) < self._left[label] and self.can_spare(group)
-        ]
-        if candidates:
-            self.add(min(candidates, key=lambda candidate: candidate[:3])[-1])
-
-    def _num_of(self, label: str | None, group: "_Group") -> int:
-        return sum(self._labels[index] == label for index in group.slices)
-
-
 def draw_roles(
     labels: Sequence[str | None],
     groups: Sequence[str],
@@ -254,6 +211,49 @@ class _Group:
     slices: list[int]
     generation: int
     place: float  # in [0, 1): a draw of a fraction takes the groups below it
+
+
+class _HeldOut:
+    """The slices held out so far, and how many of each class are left to learn from."""
+
+    def __init__(self, labels: Sequence[str | None], mask: Sequence[bool]) -> None:
+        self.mask = np.array(mask, dtype=np.bool_)
+        self._labels = labels
+        self._num_slices = Counter(labels)
+        self._left = Counter(label for label, out in zip(labels, mask, strict=True) if not out)
+
+    def can_spare(self, group: _Group) -> bool:
+        """Whether no class would lose its last slices with those of the group."""
+        own = Counter(self._labels[index] for index in group.slices)
+        return all(count < self._left[label] for label, count in own.items() if label is not None)
+
+    def add(self, group: _Group) -> None:
+        self.mask[group.slices] = True
+        self._left.subtract(self._labels[index] for index in group.slices)
+
+    def untested_classes(self) -> Iterator[str | None]:
+        """Those without a held-out slice, the rarest first; None for unlabelled slices."""
+        for label in sorted(
+            self._num_slices, key=lambda label: (self._num_slices[label], str(label))
+        ):
+            if self._left[label] == self._num_slices[label]:
+                yield label
+
+    def add_smallest(
+        self, label: str | None, new_by_class: Mapping[str | None, list[_Group]]
+    ) -> None:
+        """Hold out the smallest new group of a class, else of those that have slices of it."""
+        candidates = [
+            (name != label, len(group.slices), group.place, group)
+            for name, new in new_by_class.items()
+            for group in new
+            if 0 < self._num_of(label, group) < self._left[label] and self.can_spare(group)
+        ]
+        if candidates:
+            self.add(min(candidates, key=lambda candidate: candidate[:3])[-1])
+
+    def _num_of(self, label: str | None, group: _Group) -> int:
+        return sum(self._labels[index] == label for index in group.slices)
 
 
 @dataclass(frozen=True)
