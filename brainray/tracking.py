@@ -25,6 +25,7 @@ from urllib.parse import unquote
 import mlflow
 import mlflow.pyfunc
 import pandas as pd
+import pyarrow as pa
 from mlflow import MlflowClient
 from mlflow.entities import LifecycleStage, Metric, Param, RunInfo, RunTag
 from mlflow.exceptions import MlflowException
@@ -62,7 +63,7 @@ class ServedFiles:
     code: Path  # the package that contains the loader
     requirements: Sequence[str]  # required distributions, pinned to the installed versions
     inputs: Mapping[str, str]  # MLflow's type by column; all optional
-    outputs: Mapping[str, str]  # Arrow's type by column
+    outputs: pa.Schema
     example: Mapping[str, str | bytes]  # a request: some of the inputs
     metadata: Mapping[str, Any]  # kept with the model
 
@@ -424,13 +425,8 @@ class _UntriedPyfunc:
 
 def _pyfunc(served: ServedFiles) -> dict[str, Any]:
     """Arguments that describe a model to MLflow's pyfunc flavor."""
-    inputs, outputs = (
-        Schema([ColSpec(kind, name, required=False) for name, kind in columns.items()])
-        for columns in (
-            served.inputs,
-            {name: _mlflow_type(kind) for name, kind in served.outputs.items()},
-        )
-    )
+    inputs = _schema({name: DataType[kind] for name, kind in served.inputs.items()})
+    outputs = _schema({field.name: _mlflow_type(field.type) for field in served.outputs})
     return {
         "loader_module": served.loader,
         "data_path": str(served.data),
@@ -442,6 +438,10 @@ def _pyfunc(served: ServedFiles) -> dict[str, Any]:
     }
 
 
+def _schema(types: Mapping[str, DataType | Array]) -> Schema:
+    return Schema([ColSpec(kind, name, required=False) for name, kind in types.items()])
+
+
 def _pinned(distribution: str) -> str:
     """The installed version, unless it is installed under another name, as with conda."""
     try:
@@ -450,13 +450,16 @@ def _pinned(distribution: str) -> str:
         return distribution
 
 
-def _mlflow_type(arrow: str) -> DataType | Array:
+def _mlflow_type(kind: pa.DataType) -> DataType | Array:
     """MLflow's type of a result column, which is plain JSON lists and numbers."""
-    if arrow.startswith("list<"):
-        inner = arrow.removeprefix("list<").removesuffix(">").rpartition(": ")[2]
-        return Array(_mlflow_type(inner))
-    kinds = {"string": DataType.string, "float": DataType.float, "int32": DataType.integer}
-    return kinds[arrow]
+    if pa.types.is_list(kind):
+        return Array(_mlflow_type(kind.value_type))
+    kinds = {
+        pa.string(): DataType.string,
+        pa.float32(): DataType.float,
+        pa.int32(): DataType.integer,
+    }
+    return kinds[kind]
 
 
 def default_uri(storage: Folder) -> str:

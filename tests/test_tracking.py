@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import pyarrow as pa
 import pytest
 from mlflow import MlflowClient, environment_variables
 from mlflow.entities import Metric
@@ -471,7 +472,7 @@ def test_a_logged_model_has_an_example_is_not_loaded_to_try_it_and_leaves_the_en
             code=code,
             requirements=["numpy"],
             inputs={"path": "string", "image": "binary"},
-            outputs={"class": "string"},
+            outputs=pa.schema([("class", pa.string())]),
             example={"image": b"of a slice"},
             metadata={},
         ),

@@ -113,7 +113,7 @@ def served_files(predictor: Predictor) -> Iterator[ServedFiles]:
             code=Path(brainray.__file__).parent,
             requirements=serving.REQUIREMENTS,
             inputs={"path": "string", "image": "binary"},
-            outputs={field.name: str(field.type) for field in PREDICTED_SLICES},
+            outputs=PREDICTED_SLICES,
             example={"image": _drawn_slice(max(_EXAMPLE_SIDE, predictor.preprocess.min_side))},
             metadata={"classes": predictor.checkpoint.classes},
         )

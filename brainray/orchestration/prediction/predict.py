@@ -72,9 +72,8 @@ def predict(config: Config) -> JobResult:
 def _predict(config: Config, predictor: Predictor, folder: Folder) -> JobResult:
     found, ignored = find_images(Folder(config.given("source")), Folder(config.storage))
     _check_or_write_settings(config, predictor, folder)
-    num_replaced = _drop_stale_rows(folder, found)
+    done, num_replaced = _drop_stale_rows(folder, found)
     folder.delete_file(layout.PREDICTIONS_CSV, missing_ok=True)  # rewritten at the end
-    done = _done(folder)
     files = [SourceFile(file=file) for file in found if file.path not in done]
     log(
         f"predicting {len(found)} files with {predictor.folder} (epoch "
@@ -123,11 +122,13 @@ def _parts(folder: Folder) -> list[str]:
     return [name for name in folder.names() if _PART.fullmatch(name)]
 
 
-def _drop_stale_rows(folder: Folder, found: Iterable[FoundFile]) -> int:
+def _drop_stale_rows(folder: Folder, found: Iterable[FoundFile]) -> tuple[set[str], int]:
     """Drop rows of files that could not be read (because of a mount, a network or a writer) or have
-    changed since, by size or modification time; returns the number of changed files.
+    changed since, by size or modification time; returns the paths with rows left, and the number
+    of changed files.
     """
     now = {file.path: (file.num_bytes, file.mtime_ns) for file in found}
+    done: set[str] = set()
     replaced: set[str] = set()
     for name in _parts(folder):
         stored = folder.read_table(name, columns=["path", "reason", "num_bytes", "mtime_ns"])
@@ -138,18 +139,13 @@ def _drop_stale_rows(folder: Folder, found: Iterable[FoundFile]) -> int:
             is_other = now.get(row["path"], stamp) != stamp
             if is_other and not is_unread:
                 replaced.add(row["path"])
-            kept.append(not is_unread and not is_other)
+            is_kept = not is_unread and not is_other
+            kept.append(is_kept)
+            if is_kept:
+                done.add(row["path"])
         if not all(kept):
             folder.write_table(name, folder.read_table(name).filter(pa.array(kept, pa.bool_())))
-    return len(replaced)
-
-
-def _done(folder: Folder) -> set[str]:
-    """Paths of the files that have rows in the parts."""
-    done: set[str] = set()
-    for name in _parts(folder):
-        done.update(pc.unique(folder.read_table(name, columns=["path"])["path"]).to_pylist())
-    return done
+    return done, len(replaced)
 
 
 def _write_parts(
