@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from brainray.benchmarks.cases import CASES, OVERRIDDEN, READS_CONFIG, READS_SOURCE
+from brainray.benchmarks.cases import CASES, OVERRIDDEN, QUICK_SETTINGS, READS_CONFIG, READS_SOURCE
 from brainray.config_text import load_config
 from brainray.errors import ConfigError
 from brainray.log import log
@@ -60,6 +60,9 @@ def work(arguments: argparse.Namespace) -> JobResult:
     }
     for key, reason in OVERRIDDEN.get(arguments.case, {}).items():
         refused[key] = f"the case {arguments.case} sets this itself: {reason}"
+    if arguments.quick:
+        for key, value in QUICK_SETTINGS.get(arguments.case, {}).items():
+            refused[key] = f"{arguments.case} --quick sets this itself, to {value}"
     given = [item.partition("=")[0].strip() for item in arguments.set]
     if problems := [f"--set {key}=...: {refused[key]}" for key in given if key in refused]:
         raise ConfigError("; ".join(problems))

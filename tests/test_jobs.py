@@ -241,6 +241,7 @@ def test_what_can_be_refused_is_refused_before_ray_starts(
         ("labels", ["split.labelled_fraction=.3"], "it trains on several shares of the labels"),
         ("labels", ["evaluation.control=a", "seed=1"], "controls of its own; --set seed=...: "),
         ("next_labels", ["label.num_slices=9"], "it adds 200 labels, or 40 with --quick"),
+        ("next_labels", ["split.mode=grouped"], "split.mode=grouped draws test slices"),
     ],
 )
 def test_settings_that_a_benchmark_overrides_are_refused(
@@ -253,6 +254,23 @@ def test_settings_that_a_benchmark_overrides_are_refused(
     code, last, _ = run("benchmark", [case, "--set", *settings], capsys, monkeypatch)
     assert code == 2
     assert message in last["error"]
+
+
+def test_settings_that_a_quick_benchmark_overrides_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        "next_labels",
+        "--quick",
+        "--set",
+        "split.validation=subject",
+        "train.num_epochs=9",
+    ]
+    code, last, _ = run("benchmark", arguments, capsys, monkeypatch)
+    assert code == 2
+    assert last["error"] == (
+        "--set train.num_epochs=...: next_labels --quick sets this itself, to 4"
+    )
 
 
 @pytest.mark.usefixtures("without_ray")
@@ -449,8 +467,9 @@ def test_a_database_for_tracking_is_not_left_in_the_copy_of_a_submitted_job(
         config = load_config(None, [f"tracking.uri={absolute}"])
         assert resolve_paths(config).tracking.uri == absolute
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///m.db")
-    with pytest.raises(ConfigError, match=r"MLFLOW_TRACKING_URI=m\.db is relative: a submitted"):
-        resolve_paths(config, ["source", "tracking"])
+    for key in ("tracking", "tracking.uri"):
+        with pytest.raises(ConfigError, match=r"MLFLOW_TRACKING_URI=m\.db is relative: a submit"):
+            resolve_paths(config, ["source", key])
     resolve_paths(config, ["source"])
 
 

@@ -3,6 +3,8 @@
 The modules are not imported here, since importing Ray and PyTorch takes seconds.
 """
 
+from typing import Any
+
 CASES = {
     "duplicates": "near-duplicate search: recall, precision, time by number of slices",
     "gmm": "Gaussian mixtures vs scikit-learn, and on two ranks",
@@ -36,6 +38,20 @@ OVERRIDDEN = {
     },
 }
 """Settings that a case sets itself, with the reason or the remedy."""
+
+QUICK_SETTINGS: dict[str, dict[str, Any]] = {
+    "next_labels": {
+        "preprocess.image_size": 64,
+        "preprocess.subject.estimate": False,
+        "train.image_size": 64,
+        "train.num_epochs": 4,
+        "train.num_workers": 1,
+        "train.batch_size_per_worker": 16,
+        "train.labelled_batch_size_per_worker": 16,
+        "clustering.pca_dim": 8,
+    },
+}
+"""Settings with ``--quick``, which override ``--config``."""
 
 NAMED = {"labels"}
 """Cases whose runs have names that begin with the config's."""

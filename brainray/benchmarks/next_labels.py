@@ -16,9 +16,10 @@ import pyarrow.compute as pc
 from matplotlib.figure import Figure
 
 from brainray import layout
+from brainray.benchmarks.cases import QUICK_SETTINGS
 from brainray.benchmarks.result import BenchmarkResult, CaseOptions, Measure
 from brainray.config import Config
-from brainray.errors import DataError
+from brainray.errors import ConfigError, DataError
 from brainray.log import log
 from brainray.mri.phantom import write_phantoms
 from brainray.orchestration.prediction.labels import choose_next_labels
@@ -46,21 +47,7 @@ class _Size:
 
 
 _FULL = _Size(200, 200, 3, {})
-_QUICK = _Size(
-    40,
-    40,
-    1,
-    {
-        "preprocess.image_size": 64,
-        "preprocess.subject.estimate": False,
-        "train.image_size": 64,
-        "train.num_epochs": 4,
-        "train.num_workers": 1,
-        "train.batch_size_per_worker": 16,
-        "train.labelled_batch_size_per_worker": 16,
-        "clustering.pca_dim": 8,
-    },
-)
+_QUICK = _Size(40, 40, 1, QUICK_SETTINGS["next_labels"])
 _NUM_PHANTOMS = (60, 40)  # of each class, for training and for testing
 
 
@@ -71,7 +58,17 @@ def run(options: CaseOptions) -> BenchmarkResult:
     with ``quick`` one draw with 40 labels, few epochs and small slices. ``source`` has
     ``Training/`` and ``Testing/`` class folders; without it, phantoms are used. All runs are kept
     under storage, and finished runs are not repeated.
+
+    Raises:
+        ConfigError: with ``split.mode=grouped`` the test slices would be others than those of
+            ``Testing/``, which have labels from the start.
+        DataError: ``source`` has no test slices, or too few of a class to draw labels from.
     """
+    if options.config.split.mode == "grouped":
+        raise ConfigError(
+            "split.mode=grouped draws test slices, but this case labels those of Testing/ from "
+            "the start: use official or purge"
+        )
     attach_to_ray()
     size = _QUICK if options.quick else _FULL
     folder = options.storage / "benchmarks" / "next_labels"
@@ -105,6 +102,10 @@ class _Simulation:
         self.storage, self.base = options.storage, options.config
         files = list_source(Folder(source), None, {}).files
         self.truth = {file.path: (file.label, file.split) for file in files}
+        if all(split != TEST for _, split in self.truth.values()):
+            raise DataError(
+                f"{source} has no test slices: give a folder with Training/ and Testing/"
+            )
         self.training = sorted(path for path, (_, split) in self.truth.items() if split != TEST)
 
     def run(self) -> dict[str, dict[str, float]]:

@@ -62,7 +62,8 @@ def resolve_paths(config: Config, keys: Sequence[str] = ()) -> Config:
     if config.tracking.uri is not None:
         uri = resolve_tracking_uri("tracking.uri", config.tracking.uri)
         resolved["tracking"] = config.tracking.model_copy(update={"uri": uri})
-    if "tracking" in keys and os.environ.get(URI_VARIABLE):
+    is_tracked = any(key.partition(".")[0] == "tracking" for key in keys)
+    if is_tracked and os.environ.get(URI_VARIABLE):
         resolve_tracking_uri(URI_VARIABLE, os.environ[URI_VARIABLE])
     return config.model_copy(update=resolved)
 

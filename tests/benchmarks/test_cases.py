@@ -7,7 +7,7 @@ from importlib import import_module
 import pytest
 
 from brainray import benchmarks
-from brainray.benchmarks.cases import CASES, OVERRIDDEN, READS_CONFIG, READS_SOURCE
+from brainray.benchmarks.cases import CASES, OVERRIDDEN, QUICK_SETTINGS, READS_CONFIG, READS_SOURCE
 from brainray.benchmarks.runner import load_case
 from brainray.config_text import known_keys
 
@@ -27,8 +27,9 @@ def test_the_cases_that_read_an_option_are_known(option: str, readers: set[str])
 
 
 def test_only_settings_that_there_are_can_be_overridden() -> None:
-    assert set(OVERRIDDEN) <= READS_CONFIG
-    assert {key for keys in OVERRIDDEN.values() for key in keys} <= set(known_keys())
+    for overridden in (OVERRIDDEN, QUICK_SETTINGS):
+        assert set(overridden) <= READS_CONFIG
+        assert {key for keys in overridden.values() for key in keys} <= set(known_keys())
 
 
 def test_a_module_that_is_no_case_is_one_that_cases_share() -> None:
