@@ -36,6 +36,10 @@ tags: [brain-mri, deep-clustering, semi-supervised, research-only]
 
 def model_card(facts: CardFacts, metrics: Metrics) -> str:
     """Markdown; ``metrics`` are those that the run reports, empty for a checkpoint alone."""
+    returned, warning = "and the cluster", ""
+    if facts.has_fitted:
+        returned = "the cluster, an outlier score and the most similar training slices"
+        warning = "; `outlier_score` is near 1 for many such slices, not for all"
     sections = [
         f"# {facts.name}",
         "**For research only. This is not a medical device, and its output is not clinical "
@@ -43,8 +47,7 @@ def model_card(facts: CardFacts, metrics: Metrics) -> str:
         f"A {facts.encoder} trained on brain MRI slices, some or all of them labelled "
         f"(objective `{facts.objective}`, epoch {facts.epoch}), with a Gaussian mixture of "
         f"{facts.num_clusters} components over its embeddings. For a slice it returns the class "
-        f"({', '.join(facts.classes)}; `probabilities` are in this order), the cluster, an outlier "
-        "score and the most similar training slices.",
+        f"({', '.join(facts.classes)}; `probabilities` are in this order), {returned}.",
         "## Files",
         _files(facts),
         "## Use",
@@ -64,8 +67,8 @@ def model_card(facts: CardFacts, metrics: Metrics) -> str:
         "a new patient.",
         "## Limits",
         "Planes, scanners and contrasts that training did not include are outside of what the "
-        "model knows; `outlier_score` is near 1 for many such slices, not for all. `confidence` is "
-        "not calibrated. Labels belong to slices, not to patients.",
+        f"model knows{warning}. `confidence` is not calibrated. Labels belong to slices, not to "
+        "patients.",
         f"Made by brainray {facts.code}.",
     ]
     return _FRONT_MATTER + "\n\n".join(sections) + "\n"

@@ -36,7 +36,9 @@ def test_a_card_names_the_model_its_files_and_its_results() -> None:
 def test_a_card_names_no_file_and_no_result_that_there_is_not() -> None:
     alone = replace(FACTS, has_fitted=False, opset=None, difference=None, num_slices={})
     card = model_card(alone, {})
-    assert "fitted.parquet" not in card
+    for absent in ("fitted.parquet", "outlier_score", "outlier score", "most similar"):
+        assert absent in model_card(FACTS, {})
+        assert absent not in card
     assert "model.onnx`:" not in card
     assert "not recorded: exported from a checkpoint without its run" in card
     assert "not recorded: the run reports another epoch, or the checkpoint has no run" in card

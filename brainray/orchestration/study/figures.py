@@ -6,12 +6,13 @@ from functools import partial
 import numpy as np
 import ray
 import torch
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from brainray import layout
 from brainray.clustering.clusterers import hierarchy_of, k_distances, knee
-from brainray.clustering.num_clusters import NumClustersScores, score_num_clusters
+from brainray.clustering.num_clusters import score_num_clusters
 from brainray.clustering.seeding import draw_sample
 from brainray.clustering.stability import Recommendation, measure_stability, recommend
 from brainray.config import Config
@@ -37,7 +38,7 @@ from brainray.report.tsne import MIN_SLICES, tsne_sequence
 from brainray.schema import NOISE, TRAIN
 from brainray.storage import Folder
 
-_FORMAT = 9  # of the figures and the recommended K
+_FORMAT = 10  # of the figures and the recommended K
 _DRAWN = "drawn"  # a JSON file per feature set
 _NUM_TILES = 7
 _MAX_SHEET_CLUSTERS = 12
@@ -157,9 +158,9 @@ def _draw_feature_set(
                 figures[f"{prefix}-{name}.png"] = draw(sample, config)
             except BrainrayError:  # reported by the cells that need it
                 continue
-        scores, recommendation = _choose_num_clusters(sample, config, cell.seed)
-        if scores is not None:
-            figures[f"{prefix}-num_clusters.png"] = png_bytes(num_clusters_figure(scores))
+        criteria, recommendation = _choose_num_clusters(sample, config, cell.seed)
+        if criteria is not None:
+            figures[f"{prefix}-num_clusters.png"] = png_bytes(criteria)
     folder.delete_file(_file(cell), missing_ok=True)  # which would otherwise be of other figures
     for name, content in figures.items():
         folder.write_bytes(f"{layout.FIGURES}/{name}", content)
@@ -252,12 +253,13 @@ def _k_distances(x: NDArray[np.float64], config: Config) -> bytes:
 
 def _choose_num_clusters(
     x: NDArray[np.float64], config: Config, seed: int
-) -> tuple[NumClustersScores | None, Recommendation]:
-    """Scores of every candidate K and the recommendation, or why there is none."""
+) -> tuple[Figure | None, Recommendation]:
+    """A figure of the criteria by candidate K and the recommendation, or why there is none."""
     candidates = sorted(config.study.candidate_num_clusters)
     mixture = partial(build_mixture, config.clustering)
     try:
         scores = score_num_clusters(x, candidates, mixture=mixture, seed=seed)
-        return scores, recommend(scores, measure_stability(x, candidates, seed=seed))
+        stability = measure_stability(x, candidates, seed=seed)
+        return num_clusters_figure(scores, stability), recommend(scores, stability)
     except BrainrayError as error:
         return None, Recommendation(None, [str(error)])
