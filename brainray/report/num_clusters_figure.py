@@ -17,7 +17,7 @@ def num_clusters_figure(scores: NumClustersScores, stability: Stability) -> Figu
         "silhouette": ("Silhouette (higher is better)", scores.silhouettes, None),
         "bic": ("BIC (lower is better)", scores.bic, None),
         "gap": ("Gap (first K not exceeded)", scores.gap, scores.gap_error),
-        "stability": ("Stability (largest K near the best)", stability.mean, stability.error),
+        "stability": ("Stability (largest K near best)", stability.mean, stability.error),
     }
     choices = scores.chosen | {"stability": stability.chosen}
     scores_of_one_cluster = {"bic": scores.bic_of_one, "gap": scores.gap_of_one}

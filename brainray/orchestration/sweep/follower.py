@@ -46,6 +46,7 @@ class SweepFollower(Watcher):
         self._children: dict[str, Tracker] = {}
         self._attempted: set[str] = set()  # complete trials that it has tried to send
         self._sent: set[str] = set()
+        self._stopped_trials: set[str] = set()  # by the scheduler, in this session
         self._reader = TrialReader(config)
         self._num_before = {trial.trial_id: len(trial.history) for trial in self._reader.read()}
         self._num_seen = dict(self._num_before)
@@ -65,13 +66,17 @@ class SweepFollower(Watcher):
 
     def state(self, trial: Trial) -> str:
         """The same for a trial that may be running."""
-        has_ended = trial.run is None or trial.problem is not None or trial.run.is_complete
-        name = run_name(self._config, trial.trial_id)
-        if has_ended or not is_held(Folder(self._config.storage), layout.RUNS, name):
+        if not self._is_running(trial):
             return self.outcome(trial)
         if not trial.history:
             return _RUNNING
         return f"{_RUNNING}, {time_left(trial.history[-1], trial.train)} left"
+
+    def _is_running(self, trial: Trial) -> bool:
+        if trial.run is None or trial.problem is not None or trial.run.is_complete:
+            return False
+        name = run_name(self._config, trial.trial_id)
+        return is_held(Folder(self._config.storage), layout.RUNS, name)
 
     def close(self, trial: Trial) -> None:
         """Send the rest of a trial to MLflow, with its outcome."""
@@ -84,11 +89,14 @@ class SweepFollower(Watcher):
         send_run(trial.run, child)
         child.log_tags({"brainray.outcome": outcome})
         if not trial.run.is_complete:
-            # One that the scheduler or the budget stopped has ended as intended, some time ago.
-            status = "FAILED" if outcome.startswith("failed") else "FINISHED"
-            child.finish(status, with_last_metrics=True)
+            self._finish(trial, child)
         if child.problem is None:
             self._sent.add(trial.trial_id)
+
+    def _finish(self, trial: Trial, child: Tracker) -> None:
+        """One that the scheduler or the budget stopped has ended as intended, some time ago."""
+        has_failed = self.outcome(trial).startswith("failed")
+        child.finish("FAILED" if has_failed else "FINISHED", with_last_metrics=True)
 
     def _draw_curves(self, trial: Trial, run: Run) -> None:
         """Figures of a trial that was stopped, unless they show all of its epochs already."""
@@ -101,10 +109,10 @@ class SweepFollower(Watcher):
             log(f"trial {trial.trial_id}: no figures: {type(error).__name__}: {error}")
 
     def end(self, status: str) -> None:
-        """Mark trials that were started here as ended in MLflow."""
+        """Mark trials that were started here, and not stopped before, as ended in MLflow."""
         for trial in read_trials(self._config):
             child = self._children.get(trial.trial_id)
-            if child is not None:
+            if child is not None and trial.trial_id not in self._stopped_trials:
                 child.finish("FINISHED" if trial.is_complete else status)
 
     @property
@@ -117,18 +125,27 @@ class SweepFollower(Watcher):
         self._quiet_s += POLL_S
         trials = self._reader.read()
         has_new_epochs = [self._log_new_epochs(trial) for trial in trials]
-        for trial in trials:
-            # At the end, everything that is left is sent anyway.
-            if (
-                trial.is_complete
-                and trial.trial_id not in self._attempted
-                and not self._stopped.is_set()
-            ):
-                self._attempted.add(trial.trial_id)
-                self.close(trial)
+        if not self._stopped.is_set():  # at the end, everything that is left is sent anyway
+            for trial in trials:
+                self._end_in_mlflow(trial)
         if any(has_new_epochs) and self._quiet_s >= _TABLE_EVERY_S:
             log(trials_table(self._config, trials, self.state, limit=NUM_SHOWN))
             self._quiet_s = 0.0
+
+    def _end_in_mlflow(self, trial: Trial) -> None:
+        """Send a trial that is complete; one that was stopped ends for now."""
+        child = self._children.get(trial.trial_id)
+        if trial.is_complete:
+            if trial.trial_id not in self._attempted:
+                self._attempted.add(trial.trial_id)
+                self.close(trial)
+        elif (
+            child is not None
+            and trial.trial_id not in self._stopped_trials
+            and not self._is_running(trial)
+        ):
+            self._stopped_trials.add(trial.trial_id)
+            self._finish(trial, child)
 
     def _log_new_epochs(self, trial: Trial) -> bool:
         """Log a line for each new epoch; returns whether there was one."""
@@ -139,6 +156,7 @@ class SweepFollower(Watcher):
         if len(trial.history) == seen:
             return False
         child = self._child(trial)
+        self._stopped_trials.discard(trial.trial_id)
         if child is not None:
             child.running()
             child.log_epochs(trial.history)

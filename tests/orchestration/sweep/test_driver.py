@@ -24,6 +24,7 @@ import pandas as pd
 import pytest
 import ray
 from mlflow import MlflowClient
+from mlflow.entities import Run as MlflowRun
 from ray import tune
 from ray._raylet import PlacementGroupID
 from ray.tune.execution.tune_controller import TuneController
@@ -1036,23 +1037,34 @@ def test_trials_that_were_stopped_are_marked_so_in_mlflow(
     trained: TrainedRun, tmp_path: Path
 ) -> None:
     config = tiny_config(tmp_path, "name=cut", f"tune.space={json.dumps(SPACE)}")
-    for trial_id in ("abc12_00000", "abc12_00001"):
-        folder = as_trial(trained, tmp_path, "cut", trial_id)
-        (folder / "tracking.json").unlink()
-    (folder / "summary.json").unlink()  # of the second
     parent = open_tracking(config, Folder(tmp_path) / "sweeps" / "cut", {}, {})
     follower = SweepFollower(config, parent)
-    for trial in read_trials(config):
-        assert follower._child(trial) is not None
-    follower.end("KILLED")
+    complete, stopped, running = (f"abc12_{number:05d}" for number in range(3))
+    for trial_id in (complete, stopped, running):
+        folder = as_trial(trained, tmp_path, "cut", trial_id)
+        (folder / "tracking.json").unlink()
+        if trial_id != complete:
+            (folder / "summary.json").unlink()
     client = MlflowClient(parent.uri)
     experiment = client.get_experiment_by_name("brainray")
     assert experiment is not None
-    runs = client.search_runs([experiment.experiment_id])
-    status = {run.info.run_name: run.info.status for run in runs}
-    assert status["cut-abc12_00000"] == "FINISHED"
-    assert status["cut-abc12_00001"] == "KILLED"
-    assert all("brainray.torch" in run.data.tags for run in runs)
+
+    def runs() -> dict[str, MlflowRun]:
+        found = client.search_runs([experiment.experiment_id])
+        tagged = ((run.data.tags.get("brainray.trial_id"), run) for run in found)
+        return {trial_id: run for trial_id, run in tagged if trial_id is not None}
+
+    with held(Folder(tmp_path), "runs", f"cut-{running}"):
+        follower.poll()
+        status = {name: run.info.status for name, run in runs().items()}
+        assert status == {complete: "FINISHED", stopped: "FINISHED", running: "RUNNING"}
+    follower.end("KILLED")
+    ended = runs()
+    assert ended[running].info.status == "KILLED"
+    info = ended[stopped].info
+    assert info.status == "FINISHED"
+    assert info.end_time == client.get_metric_history(info.run_id, "validation/score")[-1].timestamp
+    assert all("brainray.torch" in run.data.tags for run in ended.values())
 
 
 def test_the_table_while_it_runs_shows_every_trial_that_does(tmp_path: Path) -> None:
